@@ -1,0 +1,26 @@
+"""scikit-learn's 8x8 digits, sub-VP, likelihood weighting and importance sampling.
+
+python -m sbml.main --config=configs/digits_subvp.py
+"""
+
+from ml_collections import ConfigDict
+
+from sbml.config import default
+
+
+def get_config() -> ConfigDict:
+    """Trains, evaluates and samples; 17 grey levels."""
+    config = default()
+    config.mode = ("train", "eval", "sample")
+    config.sde.name = "subvp"
+    config.data.update(source="digits", shape=(8, 8, 1), levels=17, flip=False)
+    config.model.update(
+        nf=32, ch_mult=(1, 2), num_res_blocks=2, attn_resolutions=(4,), dropout=0.1
+    )
+    config.score.update(parameterization="preconditioned", label="log_snr", data_std=0.7)
+    config.training.update(
+        num_steps=800, log_every=20, checkpoint_every=200, keep_every=0, sample_every=400
+    )
+    config.optim.update(lr=2e-3, warmup=100, schedule="cosine", ema=0.99)
+    config.eval.update(batch_size=90)
+    return config

@@ -1,0 +1,27 @@
+"""Fashion-MNIST, 28x28 grey, through TFDS.
+
+python -m sbml.main --config=configs/fashion_mnist_vp.py
+
+Offline, from Debian's package dataset-fashion-mnist:
+--config.data.manual_dir=/usr/share/datasets/fashion-mnist
+"""
+
+from ml_collections import ConfigDict
+
+from sbml.config import default
+
+
+def get_config() -> ConfigDict:
+    """A small network with three resolutions: 28, 14, 7."""
+    config = default()
+    config.mode = ("train", "eval", "sample")
+    config.data.update(source="tfds:fashion_mnist", shape=(28, 28, 1), flip=True)
+    config.model.update(
+        nf=32, ch_mult=(1, 2, 2), num_res_blocks=2, attn_resolutions=(7,), dropout=0.05
+    )
+    config.score.update(parameterization="preconditioned", label="log_snr", data_std=0.7)
+    config.training.update(
+        batch_size=64, num_steps=20_000, log_every=50, checkpoint_every=1_000, sample_every=5_000
+    )
+    config.optim.update(lr=1e-3, warmup=500, schedule="cosine", ema=0.999)
+    return config

@@ -1,0 +1,26 @@
+"""32x32 crops of the photos inside scikit-learn and scikit-image: CIFAR-10's shape, no download.
+
+python -m sbml.main --config=configs/photos_vp.py
+
+A reduced network, to try everything that CIFAR-10 would use on a CPU.
+"""
+
+from ml_collections import ConfigDict
+
+from sbml.config import default
+
+
+def get_config() -> ConfigDict:
+    """Trains, evaluates part of the test crops, and samples."""
+    config = default()
+    config.mode = ("train", "eval", "sample")
+    config.data.source = "photos"
+    config.model.update(nf=32, ch_mult=(1, 2, 2), num_res_blocks=2, attn_resolutions=(16,))
+    config.score.update(parameterization="preconditioned", label="log_snr")
+    config.training.update(
+        batch_size=32, num_steps=2_000, log_every=20, checkpoint_every=200, sample_every=1_000
+    )
+    config.optim.update(lr=1e-3, warmup=200, schedule="cosine", ema=0.995)
+    config.eval.update(batch_size=32, max_images=64)
+    config.sampling.update(num_images=16, batch_size=16)
+    return config

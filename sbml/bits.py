@@ -1,0 +1,60 @@
+"""Nats to bits/dim for integers of L levels: the one home of log 2, L and [-1, 1].
+
+An integer k in {0, ..., L-1} owns the bin [k, k+1) / L, stretched to [-1, 1]:
+
+    x = 2 (k + u) / L - 1,    u in [0, 1).
+
+A density p of x gives the density p(x) (2 / L)^d of k + u, hence
+
+    bits/dim = (-log p(x) + d log(L / 2)) / (d log 2).
+"""
+
+import math
+
+import jax.numpy as jnp
+import numpy as np
+
+from sbml.types import Array
+
+LOG2 = math.log(2.0)
+
+
+def to_model(pixels: Array, u: Array | float, levels: int) -> Array:
+    """x = 2 (pixels + u) / levels - 1 in [-1, 1), any shape."""
+    return (2.0 / levels) * (pixels + u) - 1.0
+
+
+def to_pixels(x: Array, levels: int) -> Array:
+    """The uint8 level whose bin holds ``x``; values outside [-1, 1] go to the nearest level."""
+    return jnp.clip(jnp.floor((x + 1.0) * (levels / 2)), 0, levels - 1).astype(jnp.uint8)
+
+
+def scale_nats(shape: tuple[int, ...], levels: int) -> float:
+    """d log(L / 2): what the change of variables from x to k + u adds to -log p, in nats."""
+    return math.prod(shape) * math.log(levels / 2)
+
+
+def bits_per_dim(nll: Array, shape: tuple[int, ...], levels: int) -> Array:
+    """Bits/dim of integers from ``nll`` = -log p(x) in nats, for one example's ``shape``."""
+    return (nll + scale_nats(shape, levels)) / (math.prod(shape) * LOG2)
+
+
+def nats_to_bits(nats: Array, shape: tuple[int, ...]) -> Array:
+    """Nats of a whole example to bits/dim, with no change of scale."""
+    return nats / (math.prod(shape) * LOG2)
+
+
+def check_dequantized(x: Array, levels: int) -> None:
+    """Refuse integers that were not dequantized: their density is a spike, not a bits/dim.
+
+    Raises:
+      ValueError: if every entry of ``x`` lies on the grid 2 k / levels - 1 or 2 k / (levels-1) - 1.
+    """
+    host = np.asarray(x, np.float64)
+    for steps in (levels, levels - 1):
+        k = (host + 1) * steps / 2
+        if np.all(np.abs(k - np.round(k)) < 1e-4):
+            raise ValueError(
+                f"all values are integers of {levels} levels; dequantize them before a density "
+                "estimate (sbml.dequantizers.uniform adds u ~ U[0, 1))"
+            )

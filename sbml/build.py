@@ -1,0 +1,266 @@
+"""From a config to objects: the only reader of ConfigDict.
+
+Everything derived from several fields is computed here, after command-line overrides. A wrong value
+is a ValueError that names the field, before any work is done.
+"""
+
+import dataclasses
+import math
+from collections.abc import Collection
+from functools import cached_property
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from absl import logging
+from etils import epath
+from ml_collections import ConfigDict
+
+from sbml import adapters, data, losses, networks, sdes, times
+from sbml.likelihood import Trace
+from sbml.ode import Solver
+from sbml.runtime import optim, sharding
+from sbml.runtime.checkpoint import Checkpoints, Restored
+from sbml.runtime.state import TrainState
+from sbml.runtime.versions import versions
+
+
+DEQUANTIZATIONS = ("uniform", "none")
+
+
+def check_choice(field: str, name: str, choices: Collection[str]) -> str:
+    """``name`` itself.
+
+    Raises:
+      ValueError: if it is not among ``choices``, naming the config field and the choices.
+    """
+    if name not in choices:
+        raise ValueError(f"{field}={name!r} is unknown; choose from {sorted(choices)}")
+    return name
+
+
+def sde(config: ConfigDict) -> sdes.SDE:
+    """The forward process, from those fields of ``config.sde`` that it has."""
+    kind = sdes.SDES[check_choice("sde.name", config.sde.name, sdes.SDES)]
+    return kind(**{f.name: config.sde[f.name] for f in dataclasses.fields(kind)})
+
+
+def smallest_time(config: ConfigDict) -> float:
+    """The paper's, unless ``training.smallest_time`` says otherwise.
+
+    VP 1e-5, sub-VP 1e-2; ImageNet with likelihood weighting and importance sampling 5e-5.
+    """
+    training = config.training
+    if training.smallest_time is not None:
+        return training.smallest_time
+    if config.sde.name == "subvp":
+        return 1e-2
+    both = training.likelihood_weighting and training.importance_sampling
+    if config.data.source.startswith("tfds:downsampled_imagenet") and both:
+        return 5e-5
+    return 1e-5
+
+
+def solver(section: ConfigDict) -> Solver:
+    """The ODE solver of ``config.eval`` or ``config.sampling``."""
+    return Solver(method=section.method, rtol=section.rtol, atol=section.atol)
+
+
+def network(config: ConfigDict) -> Any:
+    """The network ``config.model.name`` with its fields."""
+    fields = dict(config.model)
+    module = networks.get(fields.pop("name"))
+    known = {f.name for f in dataclasses.fields(module)}
+    unknown = sorted(set(fields) - known)
+    if unknown:
+        raise ValueError(f"config.model has fields {unknown} that {config.model.name!r} lacks")
+    return module(**{k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()})
+
+
+def optimizer(config: ConfigDict) -> optax.GradientTransformation:
+    """The optimizer of ``config.optim``."""
+    o = config.optim
+    rate = optim.learning_rate(o.lr, o.warmup, o.schedule, config.training.num_steps)
+    return optim.adam(
+        rate,
+        beta1=o.beta1,
+        beta2=o.beta2,
+        eps=o.eps,
+        weight_decay=o.weight_decay,
+        grad_clip=o.grad_clip,
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+    """What a config describes. Building one reads no data and makes no arrays."""
+
+    config: ConfigDict
+
+    def __post_init__(self) -> None:
+        # Touch every part now: a bad field must not surface after an hour of training.
+        _ = (self.adapter, self.proposal, self.trace, self.optimizer, self.weighting)
+        _ = (self.eval_solver, self.sampling_solver, self.sampling_eps, self.eval_eps)
+        check_choice("training.times", self.config.training.times, times.DRAWS)
+        check_choice("data.dequantization", self.config.data.dequantization, DEQUANTIZATIONS)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(height, width, channels)."""
+        return tuple(self.config.data.shape)
+
+    @property
+    def levels(self) -> int:
+        return self.config.data.levels
+
+    @cached_property
+    def sde(self) -> sdes.SDE:
+        return sde(self.config)
+
+    @cached_property
+    def adapter(self) -> adapters.Adapter:
+        score = self.config.score
+        return adapters.Adapter(
+            network(self.config),
+            self.sde,
+            parameterization=score.parameterization,
+            label=score.label,
+            data_std=score.data_std,
+            eps=smallest_time(self.config),
+        )
+
+    @cached_property
+    def proposal(self) -> times.Proposal:
+        kind = "importance" if self.config.training.importance_sampling else "uniform"
+        return times.PROPOSALS[kind](self.sde, smallest_time(self.config))
+
+    @property
+    def weighting(self) -> str:
+        kind = "likelihood" if self.config.training.likelihood_weighting else "original"
+        assert kind in losses.WEIGHTINGS
+        return kind
+
+    @cached_property
+    def optimizer(self) -> optax.GradientTransformation:
+        return optimizer(self.config)
+
+    @property
+    def trace(self) -> Trace:
+        return Trace(self.config.eval.trace, self.config.eval.probes)
+
+    @property
+    def eval_solver(self) -> Solver:
+        return solver(self.config.eval)
+
+    @property
+    def sampling_solver(self) -> Solver:
+        return solver(self.config.sampling)
+
+    @property
+    def eval_eps(self) -> float:
+        return self._time("eval", smallest_time(self.config))
+
+    @property
+    def sampling_eps(self) -> float:
+        return self._time("sampling", max(1e-3, smallest_time(self.config)))
+
+    def _time(self, section: str, otherwise: float) -> float:
+        given = self.config[section].smallest_time
+        eps = otherwise if given is None else given
+        if not 0 < eps < self.sde.T:
+            raise ValueError(f"{section}.smallest_time={eps}: must lie in (0, {self.sde.T})")
+        return eps
+
+    def images(self, split: str) -> data.ImageSet:
+        """The images of ``split``.
+
+        Raises:
+          ValueError: if they are not what ``config.data`` says they are.
+        """
+        d = self.config.data
+        options = data.Options(
+            cache_dir=d.cache_dir or None,
+            manual_dir=d.manual_dir or None,
+            path=d.path or None,
+            image_size=self.shape[0],
+            channels=self.shape[-1],
+            test_fraction=d.test_fraction,
+        )
+        images = data.load(d.source, split, options)
+        if images.shape != self.shape or images.levels != self.levels:
+            raise ValueError(
+                f"{d.source} has images of shape {images.shape} with {images.levels} levels, the "
+                f"config says {self.shape} with {self.levels}; "
+                f"set --config.data.shape={images.shape} --config.data.levels={images.levels}"
+            )
+        return images
+
+    def parameter_count(self) -> int:
+        """How many parameters the network has."""
+        shapes = jax.eval_shape(lambda k: self.adapter.init(k, self.shape), jax.random.key(0))
+        return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes))
+
+    def init_state(self, mesh: jax.sharding.Mesh) -> TrainState:
+        """The state before the first step, replicated over ``mesh``."""
+
+        def init() -> TrainState:
+            key = jax.random.fold_in(jax.random.key(self.config.seed), jnp.iinfo(jnp.int32).max)
+            return TrainState.create(self.adapter.init(key, self.shape), self.optimizer)
+
+        return jax.jit(init, out_shardings=sharding.replicated(mesh))()
+
+    def checkpoints(self, workdir: epath.PathLike) -> Checkpoints:
+        """The checkpoints of the run in ``workdir``."""
+        training = self.config.training
+        return Checkpoints(
+            epath.Path(workdir) / "checkpoints",
+            keep_last=training.keep_last,
+            keep_every=training.keep_every or None,
+        )
+
+    def restore(self, workdir: epath.PathLike) -> Restored:
+        """The newest whole checkpoint of ``workdir``.
+
+        Raises:
+          ValueError: if there is none, or it is another model's.
+        """
+        with self.checkpoints(workdir) as checkpoints:
+            restored = checkpoints.restore(self.init_state(sharding.data_mesh()))
+            if restored is None:
+                raise ValueError(
+                    f"no checkpoint in {checkpoints.directory}: train first (--mode=train), or "
+                    "name the run's --workdir"
+                )
+            return restored
+
+    def provenance(self, images: data.ImageSet) -> dict:
+        """What a checkpoint says of its origin: config, training data, versions."""
+        return {"config": self.to_plain(), "data": images.fingerprint, "versions": versions()}
+
+    def to_plain(self) -> dict:
+        """The config as plain JSON values."""
+        return _plain(self.config.to_dict())
+
+
+def warn_if_other_data(metadata: dict, images: data.ImageSet) -> list[str]:
+    """Compare the training data in a checkpoint's ``metadata`` with ``images``, loudly.
+
+    Returns:
+      The warnings, for a report; none if they are the same.
+    """
+    theirs, ours = metadata["data"], images.fingerprint
+    if theirs["sha256"] == ours["sha256"]:
+        return []
+    changed = {k: (theirs.get(k), v) for k, v in ours.items() if theirs.get(k) != v}
+    message = f"the model was trained on other data than this: {changed}"
+    logging.warning("%s\n  %s\n%s", "!" * 80, message, "!" * 80)
+    return [message]
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _plain(v) for k, v in value.items()}
+    if isinstance(value, (tuple, list)):
+        return [_plain(v) for v in value]
+    return value

@@ -1,0 +1,103 @@
+"""Every field of a config, with its default and meaning.
+
+A config file calls :func:`default` and sets what differs. Fields hold plain values only; whatever
+is derived from several of them is computed in ``sbml.build``, after command-line overrides.
+"""
+
+import dataclasses
+
+import ml_collections
+from ml_collections import config_dict
+
+from sbml import networks
+
+
+def model_fields(name: str) -> dict:
+    """The fields of network ``name`` with their defaults, as plain values."""
+    skip = ("parent", "name")  # Every Linen module has these two, set by flax.
+    return {
+        f.name: f.default for f in dataclasses.fields(networks.get(name)) if f.name not in skip
+    }
+
+
+def default(network: str = "ncsnpp") -> ml_collections.ConfigDict:
+    """The paper's CIFAR-10 settings for VP with likelihood weighting and importance sampling."""
+    return ml_collections.ConfigDict(
+        {
+            "seed": 0,
+            "mode": ("train",),  # what to run, in order: train, eval, sample
+            "data": {
+                "source": "tfds:cifar10",  # digits, photos, tfds:<name>, image_folder
+                "shape": (32, 32, 3),  # height, width, channels; the loaded set must agree
+                "levels": 256,  # integers 0 .. levels - 1
+                "flip": True,  # random horizontal flips in training
+                "dequantization": "uniform",  # or "none": train on k/(levels-1), as the authors
+                "cache_dir": "",  # prepared arrays; empty: ~/.cache/sbml
+                "manual_dir": "",  # archives already on disk, for tfds
+                "path": "",  # folder of image_folder
+                "test_fraction": 0.1,  # of image_folder without train/ and test/ subfolders
+            },
+            "sde": {
+                "name": "vp",  # vp, subvp, ve, linear_ve
+                "beta_min": 0.1,  # vp, subvp
+                "beta_max": 20.0,  # vp, subvp
+                "sigma_min": 0.01,  # ve
+                "sigma_max": 50.0,  # ve, linear_ve
+            },
+            "model": {"name": network, **model_fields(network)},
+            "score": {
+                "parameterization": "noise",  # noise, score, preconditioned
+                "label": "time",  # time (999 t), log_snr, sigma
+                "data_std": 0.5,  # in [-1, 1], for preconditioned
+            },
+            "training": {
+                "batch_size": 128,
+                "num_steps": 1_300_000,
+                "likelihood_weighting": True,
+                "importance_sampling": True,
+                "times": "lattice",  # or iid
+                # None: 1e-5, sub-VP 1e-2, ImageNet with both flags above 5e-5 (the paper's)
+                "smallest_time": config_dict.placeholder(float),
+                "accumulate": 1,  # micro-batches a step
+                "steps_per_dispatch": 1,  # more can help accelerators; slow on CPU
+                "log_every": 100,
+                "checkpoint_every": 5_000,
+                "keep_last": 2,
+                "keep_every": 50_000,  # 0: none besides the last
+                "sample_every": 50_000,  # 0: no sample grids during training
+            },
+            "optim": {
+                "lr": 2e-4,
+                "warmup": 5_000,
+                "schedule": "constant",  # or cosine, to zero at num_steps
+                "beta1": 0.9,
+                "beta2": 0.999,
+                "eps": 1e-8,
+                "weight_decay": 0.0,
+                "grad_clip": 1.0,  # global norm; 0: off
+                "ema": 0.9999,
+            },
+            "eval": {
+                "split": "test",
+                "batch_size": 128,
+                "max_images": 0,  # 0: all
+                "seed": 0,
+                "smallest_time": config_dict.placeholder(float),  # None: the training's
+                "trace": "rademacher",  # gaussian, exact
+                "probes": 1,
+                "method": "dopri5",  # tsit5, heun, euler
+                "rtol": 1e-4,
+                "atol": 1e-4,
+            },
+            "sampling": {
+                "num_images": 64,
+                "batch_size": 64,
+                "seed": 0,
+                "smallest_time": config_dict.placeholder(float),  # None: 1e-3
+                "denoise_last": True,
+                "method": "dopri5",
+                "rtol": 1e-3,
+                "atol": 1e-3,
+            },
+        }
+    ).lock()

@@ -1,0 +1,145 @@
+"""A set of images of one size and a finite number of levels, and where it came from."""
+
+import hashlib
+import json
+import os
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+SPLITS = ("train", "test")
+
+
+def check_split(split: str) -> str:
+    """``split`` itself.
+
+    Raises:
+      ValueError: if it is neither "train" nor "test".
+    """
+    if split not in SPLITS:
+        raise ValueError(f"Unknown split {split!r}: choose one of {', '.join(SPLITS)}.")
+    return split
+
+
+@dataclass(frozen=True)
+class Options:
+    """How to find and cut images. Each source reads the fields it needs and ignores the others.
+
+    Attributes:
+      cache_dir: folder of prepared arrays; None: the variable SBML_CACHE, else ``~/.cache/sbml``.
+      dataset: the set within a collection, ``cifar10`` of ``tfds:cifar10``; ``load`` fills it in.
+      manual_dir: folder of a data set's original archives, already on disk (tfds).
+      path: folder of images (image_folder).
+      image_size: height and width to bring images to, in pixels (image_folder).
+      channels: 3 for RGB, 1 for grey (image_folder).
+      crop: how an image becomes square (image_folder): "center" and "random" scale the shorter side
+        and cut the centre, or a place drawn once from ``seed`` and the file's name; "squash"
+        scales both sides.
+      test_fraction: expected fraction of held-out images, in (0, 1), where the folder has no
+        ``train`` and ``test`` of its own (image_folder).
+      seed: decides which images are held out and where random crops fall (image_folder).
+    """
+
+    cache_dir: str | os.PathLike[str] | None = None
+    dataset: str = ""
+    manual_dir: str | os.PathLike[str] | None = None
+    path: str | os.PathLike[str] | None = None
+    image_size: int = 32
+    channels: int = 3
+    crop: str = "center"
+    test_fraction: float = 0.1
+    seed: int = 0
+
+    @property
+    def cache(self) -> Path:
+        """The folder of prepared arrays."""
+        chosen = self.cache_dir or os.environ.get("SBML_CACHE") or "~/.cache/sbml"
+        return Path(chosen).expanduser().absolute()
+
+
+@dataclass(frozen=True, eq=False)
+class ImageSet:
+    """Images with ``levels`` integer values a channel, 0 .. levels - 1.
+
+    Attributes:
+      name: as given to ``load``, for instance ``tfds:cifar10``.
+      version: the source's own, or a hash of the files the images were cut from.
+      split: as the source calls it (the test split of ImageNet is its "validation").
+      images: uint8 (n, height, width, channels); may be memory-mapped.
+      levels: number of values a channel can take, 2 .. 256.
+      ids: a readable name for each image, or None.
+      skipped: "file: reason" for each file that should be in the set and could not be read.
+
+    Raises:
+      ValueError: pixels of another type or rank, none at all, or a value of ``levels`` or more.
+    """
+
+    name: str
+    version: str
+    split: str
+    images: np.ndarray = field(repr=False)
+    levels: int = 256
+    ids: tuple[str, ...] | None = field(default=None, repr=False)
+    skipped: tuple[str, ...] = field(default=(), repr=False)
+
+    def __post_init__(self) -> None:
+        images, what = self.images, f"{self.name} ({self.split})"
+        if images.dtype != np.uint8:
+            raise ValueError(f"{what} has {images.dtype} pixels: convert them to uint8.")
+        if images.ndim != 4 or 0 in images.shape:
+            raise ValueError(f"{what} has shape {images.shape}: (n, h, w, c) without 0 is needed.")
+        if not 2 <= self.levels <= 256:
+            raise ValueError(f"{what}: levels={self.levels} does not fit uint8; use 2 .. 256.")
+        if self.levels < 256 and (largest := images.max()) >= self.levels:
+            raise ValueError(f"{what} has a pixel {largest}: use more than {self.levels} levels.")
+        if self.ids is not None and len(self.ids) != len(images):
+            raise ValueError(f"{what} has {len(self.ids)} ids for {len(images)} images.")
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(height, width, channels) of one image."""
+        _, height, width, channels = self.images.shape
+        return height, width, channels
+
+    @cached_property
+    def fingerprint(self) -> dict[str, Any]:
+        """Plain values that tell this set from any other: its origin and the hash of every pixel.
+
+        Keys: name, version, split, count, shape, levels, sha256 (hex, of the pixels in C order) and
+        id, the first 12 hex digits of the hash of all the others.
+        """
+        print_: dict[str, Any] = {
+            "name": self.name,
+            "version": self.version,
+            "split": self.split,
+            "count": len(self),
+            "shape": list(self.shape),
+            "levels": self.levels,
+            "sha256": _sha256(self.images),
+        }
+        canonical = json.dumps(print_, sort_keys=True).encode()
+        return {**print_, "id": hashlib.sha256(canonical).hexdigest()[:12]}
+
+
+class Source(Protocol):
+    """Where image sets come from. ``collection``: it holds many, named ``source:set``."""
+
+    collection: bool
+
+    def load(self, split: str, options: Options) -> ImageSet:
+        """The images of ``split``, "train" or "test"; any other is a ValueError."""
+        ...
+
+
+def _sha256(images: np.ndarray, chunk_bytes: int = 1 << 24) -> str:
+    digest = hashlib.sha256()
+    rows = max(1, chunk_bytes // images[0].nbytes)
+    for start in range(0, len(images), rows):
+        digest.update(images[start : start + rows].tobytes())
+    return digest.hexdigest()

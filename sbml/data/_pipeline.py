@@ -1,0 +1,152 @@
+"""Batches as pure functions of (seed, step), and the same images whatever the process count.
+
+A training batch is drawn for all processes at once - image numbers and flips alike - and each
+process then reads its own rows of it. So resuming needs no more than a step, and two processes
+together see what one would have seen.
+"""
+
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import count
+from typing import TypeVar
+
+import grain
+import numpy as np
+
+from sbml.data._image_set import ImageSet
+
+T = TypeVar("T")
+
+
+def train_batches(
+    images: ImageSet,
+    batch_size: int,
+    seed: int,
+    *,
+    flip: bool = False,
+    process_index: int = 0,
+    process_count: int = 1,
+) -> "grain.MapDataset[np.ndarray]":
+    """Shuffled batches for ever: ``batches[step]`` is this process's part of the batch of a step.
+
+    Image numbers run through a new permutation of the set each epoch; a batch may span two epochs.
+
+    Args:
+      images: the training set.
+      batch_size: images in the batch of all processes together.
+      seed: 0 .. 2**32 - 1.
+      flip: mirror each image left to right with probability 1/2.
+      process_index: of this process, 0 .. process_count - 1.
+      process_count: processes that share the batch.
+
+    Returns:
+      A random-access data set of uint8 (batch_size / process_count, h, w, c); the processes' parts
+      in order make up the batch.
+
+    Raises:
+      ValueError: the batch is larger than the set, or the processes do not divide it.
+    """
+    mine = _share(batch_size, process_index, process_count)
+    if batch_size > len(images):
+        raise ValueError(
+            f"batch_size={batch_size} exceeds the {len(images)} images of {images.name} "
+            f"({images.split}): use at most {len(images)}."
+        )
+
+    def draw(ids: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+        flips = rng.random(batch_size) < 0.5 if flip else np.zeros(batch_size, bool)
+        return ids[mine], flips[mine]
+
+    def read(drawn: tuple[np.ndarray, np.ndarray]) -> np.ndarray:
+        ids, flips = drawn
+        rows = np.asarray(images.images[ids])
+        rows[flips] = rows[flips, :, ::-1]
+        return rows
+
+    order = grain.MapDataset.range(len(images)).seed(seed).shuffle().repeat()
+    return order.batch(batch_size).random_map(draw).map(read)
+
+
+def eval_batches(
+    n: int, batch_size: int, *, process_index: int = 0, process_count: int = 1
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Image numbers 0 .. n - 1 in order, each exactly once over all batches and processes.
+
+    Every batch has the same size, so one compiled function serves all: the last is filled up with
+    image numbers from 0 on, whose mask is False. All processes yield equally many batches.
+
+    Args:
+      n: images in the set.
+      batch_size: images in the batch of all processes together.
+      process_index: of this process, 0 .. process_count - 1.
+      process_count: processes that share each batch.
+
+    Returns:
+      An iterator of ids, int64 (batch_size / process_count,), and mask, bool of the same shape:
+      whether the id counts.
+
+    Raises:
+      ValueError: the processes do not divide the batch, or there is no image.
+    """
+    mine = _share(batch_size, process_index, process_count)
+    if n < 1:
+        raise ValueError(f"n={n}: there is no image to evaluate; use a set with at least one.")
+    places = (np.arange(batch_size)[mine] + start for start in range(0, n, batch_size))
+    return ((place % n, place < n) for place in places)
+
+
+def prefetch(
+    fetch: Callable[[int], T], start: int = 0, stop: int | None = None, depth: int = 2
+) -> Iterator[tuple[int, T]]:
+    """(step, fetch(step)) for start <= step < stop, fetched ``depth`` steps ahead in a thread.
+
+    The thread starts with the first step and ends with the last one, with the first error, or when
+    the iterator is closed or dropped, as by ``break``. What ``fetch`` raises for a step is raised
+    here when that step's turn comes.
+
+    Args:
+      fetch: called in one background thread, one step at a time and in order.
+      start: first step.
+      stop: the step to end before; None: never.
+      depth: results that may wait, at least 1.
+
+    Raises:
+      ValueError: depth below 1.
+    """
+    if depth < 1:
+        raise ValueError(f"depth={depth}: at least one result must be able to wait.")
+    return _prefetch(fetch, start, stop, depth)
+
+
+def _prefetch(
+    fetch: Callable[[int], T], start: int, stop: int | None, depth: int
+) -> Iterator[tuple[int, T]]:
+    waiting: deque[tuple[int, Future[T]]] = deque()
+    pool = ThreadPoolExecutor(1, thread_name_prefix="prefetch")
+    try:
+        for step in count(start) if stop is None else range(start, stop):
+            waiting.append((step, pool.submit(fetch, step)))
+            if len(waiting) > depth:
+                ready, batch = waiting.popleft()
+                yield ready, batch.result()
+        while waiting:
+            ready, batch = waiting.popleft()
+            yield ready, batch.result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _share(batch_size: int, process_index: int, process_count: int) -> slice:
+    """The rows of the batch that belong to this process."""
+    if not 0 <= process_index < process_count:
+        raise ValueError(
+            f"process_index={process_index} of {process_count}: use 0 .. process_count - 1."
+        )
+    if batch_size < 1 or batch_size % process_count:
+        raise ValueError(
+            f"batch_size={batch_size} cannot be shared by {process_count} processes: "
+            f"use a positive multiple of {process_count}."
+        )
+    local = batch_size // process_count
+    return slice(process_index * local, (process_index + 1) * local)

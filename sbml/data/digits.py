@@ -1,0 +1,29 @@
+"""The 1,797 handwritten digits inside scikit-learn: 8x8 grey, 17 levels.
+
+E. Alpaydin and C. Kaynak, Optical Recognition of Handwritten Digits, UCI (1998); its test part.
+The last 360 images are the test split.
+"""
+
+import numpy as np
+
+from sbml.data._image_set import ImageSet, Options, check_split
+
+TEST_COUNT = 360
+
+
+class Digits:
+    """8x8x1 images with values 0 .. 16: 1,437 to train on, 360 to test on."""
+
+    collection = False
+
+    def load(self, split: str, options: Options) -> ImageSet:
+        """The images of ``split``; no option applies."""
+        check_split(split)
+        from sklearn.datasets import load_digits  # here: it takes a second to import
+
+        images = load_digits().images[..., None].astype(np.uint8)
+        part = images[:-TEST_COUNT] if split == "train" else images[-TEST_COUNT:]
+        return ImageSet("digits", "1", split, part, levels=17)
+
+
+SOURCE = Digits()

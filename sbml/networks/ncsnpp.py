@@ -1,0 +1,319 @@
+"""NCSN++ and DDPM++: a U-Net of residual blocks told the noise level (Song et al. 2021).
+
+    x ─ conv ─▶ blocks ─ ½ ─▶ blocks ─ ½ ─▶ … ─▶ block, attention, block
+                  └────────────┬ skips ┬──────────────────┐   │
+           y ◀─ conv ◀─ blocks ◀─ 2 ─ blocks ◀─ 2 ─ … ◀───┴───┘
+
+Every block adds a function of its input and the noise level to its input. The decoder's blocks read
+the encoder's features beside their own, last in, first out. Optional pyramids bring the halved
+input to every level of the encoder, and sum an output over the levels of the decoder.
+
+The defaults are the CIFAR-10 DDPM++ of "Maximum Likelihood Training of Score-Based Diffusion
+Models". Parameters are named as in the JAX checkpoints of Song et al., which load unchanged.
+"""
+
+import math
+from collections.abc import Callable
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from sbml.networks import _layers as layers
+from sbml.types import Array
+
+CHOICES = {
+    "embedding_type": layers.EMBEDDINGS,
+    "resblock_type": ("ddpm", "biggan"),
+    "progressive": ("none", "output_skip", "residual"),
+    "progressive_input": ("none", "input_skip", "residual"),
+    "progressive_combine": ("sum", "cat"),
+    "nonlinearity": tuple(layers.ACTIVATIONS),
+    "dtype": layers.DTYPES,
+}
+Activation = Callable[[Array], Array]
+Block = Callable[..., Array]
+
+
+def add(x: Array, y: Array, rescale: bool) -> Array:
+    """x + y, divided by √2 if ``rescale`` so that two signals of unit variance stay so."""
+    return (x + y) / math.sqrt(2) if rescale else x + y
+
+
+class _ResnetBlock(nn.Module):
+    """What both kinds of block share: their options and the branch that is added to the input.
+
+    Attributes:
+      features: channels of the result, ``None`` for those of the input.
+    """
+
+    act: Activation
+    dropout: float
+    init_scale: float
+    skip_rescale: bool
+    features: int | None = None
+
+    @nn.nowrap
+    def branch(self, x: Array, temb: Array | None, train: bool, resample: Activation) -> Array:
+        """conv(dropout(act(norm(conv(resample(act(norm(x)))) + dense(act(temb))))))."""
+        features = self.features or x.shape[-1]
+        h = layers.conv(resample(self.act(layers.GroupNorm()(x))), features)
+        if temb is not None:
+            h = h + layers.dense(self.act(temb), features)[:, None, None, :]
+        h = self.act(layers.GroupNorm()(h))
+        h = nn.Dropout(self.dropout)(h, deterministic=not train)
+        return layers.conv(h, features, init_scale=self.init_scale)
+
+
+class ResnetBlockDDPMpp(_ResnetBlock):
+    """x + branch(x, temb); where the channels change, ``x`` goes through a linear map."""
+
+    @nn.compact
+    def __call__(self, x: Array, temb: Array | None, train: bool) -> Array:
+        h = self.branch(x, temb, train, lambda h: h)
+        if x.shape != h.shape:
+            x = layers.NIN(h.shape[-1])(x)
+        return add(x, h, self.skip_rescale)
+
+
+class ResnetBlockBigGANpp(_ResnetBlock):
+    """x + branch(x, temb), both resampled if ``resample`` is given, ``x`` then mapped linearly."""
+
+    resample: Activation | None = None
+
+    @nn.compact
+    def __call__(self, x: Array, temb: Array | None, train: bool) -> Array:
+        resample = self.resample or (lambda h: h)
+        h = self.branch(x, temb, train, resample)
+        if x.shape != h.shape:
+            x = layers.conv(resample(x), h.shape[-1], 1)
+        return add(x, h, self.skip_rescale)
+
+
+class AttnBlockpp(nn.Module):
+    """x + NIN(softmax(q kᵀ / √c) v): one head over all pixels of an image."""
+
+    init_scale: float
+    skip_rescale: bool
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        n, h, w, c = x.shape
+        normed = layers.GroupNorm()(x)
+        query, key, value = (layers.NIN(c)(normed).reshape(n, h * w, 1, c) for _ in range(3))
+        mixed = jax.nn.dot_product_attention(query, key, value).reshape(x.shape)
+        return add(x, layers.NIN(c, self.init_scale)(mixed), self.skip_rescale)
+
+
+class Combine(nn.Module):
+    """The input pyramid ``x``, mapped to the channels of ``y``, summed with ``y`` or beside it."""
+
+    method: str
+
+    @nn.compact
+    def __call__(self, x: Array, y: Array) -> Array:
+        x = layers.conv(x, y.shape[-1], 1)
+        return x + y if self.method == "sum" else jnp.concatenate([x, y], axis=-1)
+
+
+class Model(nn.Module):
+    """Noise prediction of ``x (n, h, w, c)`` in [-1, 1] at noise label ``label (n,)``.
+
+    Attributes:
+      nf, ch_mult: channels of level i are ``nf * ch_mult[i]``; each level halves the image.
+      num_res_blocks: residual blocks a level of the encoder; the decoder has one more.
+      attn_resolutions: image heights at which attention follows the blocks.
+      dropout: rate, inside every residual block.
+      conditional: whether blocks are told the label.
+      embedding_type: "positional" takes the label as it is (Song et al.: 999 t), "fourier" its
+        logarithm (Song et al.: the label is sigma).
+      fourier_scale: standard deviation of the Fourier features' frequencies.
+      resblock_type: "ddpm" resamples between blocks, "biggan" inside blocks.
+      resamp_with_conv: whether resampling between "ddpm" blocks includes a convolution.
+      fir, fir_kernel: resample with this filter, instead of nearest neighbours and 2x2 means.
+      progressive: outputs of the decoder's levels: "none", summed ("output_skip"), or carried as
+        features ("residual").
+      progressive_input: the halved input at the encoder's levels: "none", joined ("input_skip"), or
+        carried as features ("residual").
+      progressive_combine: how "input_skip" joins: "sum" or "cat".
+      skip_rescale: divide each residual sum by √2.
+      nonlinearity: "swish", "elu", "relu" or "lrelu" (slope 0.2).
+      init_scale: variance scale of each branch's last layer; 0 starts every block as its shortcut.
+      dtype: "float32" or "bfloat16" arithmetic; parameters, statistics and output stay float32.
+
+    Raises:
+      ValueError: an option outside its range, or an input that the options do not fit.
+    """
+
+    nf: int = 128
+    ch_mult: tuple[int, ...] = (1, 2, 2, 2)
+    num_res_blocks: int = 4
+    attn_resolutions: tuple[int, ...] = (16,)
+    dropout: float = 0.1
+    conditional: bool = True
+    embedding_type: str = "positional"
+    fourier_scale: float = 16.0
+    resblock_type: str = "biggan"
+    resamp_with_conv: bool = True
+    fir: bool = False
+    fir_kernel: tuple[float, ...] = (1, 3, 3, 1)
+    progressive: str = "none"
+    progressive_input: str = "none"
+    progressive_combine: str = "sum"
+    skip_rescale: bool = True
+    nonlinearity: str = "swish"
+    init_scale: float = 0.0
+    dtype: str = "float32"
+
+    def __post_init__(self) -> None:
+        for field, choices in CHOICES.items():
+            layers.check_choice(field, getattr(self, field), choices)
+        layers.check_range("nf", self.nf, self.nf >= 4, "at least 4")
+        layers.check_range("num_res_blocks", self.num_res_blocks, self.num_res_blocks >= 1, "1, 2 …")
+        mults = self.ch_mult
+        layers.check_range("ch_mult", mults, len(mults) > 0 and min(mults) > 0, "1, 2 … a level")
+        layers.check_range("dropout", self.dropout, 0 <= self.dropout < 1, "in [0, 1)")
+        layers.check_range("fir_kernel", self.fir_kernel, sum(self.fir_kernel) > 0, "of sum > 0")
+        super().__post_init__()
+
+    @nn.compact
+    def __call__(self, x: Array, label: Array, *, train: bool) -> Array:
+        self._check_input(x, label)
+        dtype, channels = jnp.dtype(self.dtype), x.shape[-1]
+        temb = layers.embed(label, self.nf, self.embedding_type, self.fourier_scale).astype(dtype)
+        if self.conditional:
+            temb = layers.dense(self._act(layers.dense(temb, 4 * self.nf)), 4 * self.nf)
+        block = partial(self._block, temb=temb if self.conditional else None, train=train)
+        skips = self._encode(x.astype(dtype), block)
+        h = block(skips[-1])
+        h = AttnBlockpp(self.init_scale, self.skip_rescale)(h)
+        h = block(h)
+        return self._decode(h, skips, block, channels).astype(jnp.float32)
+
+    @nn.nowrap
+    def _encode(self, x: Array, block: Block) -> list[Array]:
+        """Features of every block and every halving, in order."""
+        skips, pyramid = [layers.conv(x, self.nf)], x
+        for level, mult in enumerate(self.ch_mult):
+            for _ in range(self.num_res_blocks):
+                skips.append(self._attend(block(skips[-1], self.nf * mult)))
+            if level < len(self.ch_mult) - 1:
+                pyramid, h = self._join_input(pyramid, self._resize(skips[-1], block, up=False))
+                skips.append(h)
+        return skips
+
+    @nn.nowrap
+    def _decode(self, h: Array, skips: list[Array], block: Block, channels: int) -> Array:
+        """The output image, from the features and ``skips``, which this empties."""
+        pyramid = None
+        for level in reversed(range(len(self.ch_mult))):
+            for _ in range(self.num_res_blocks + 1):
+                joined = jnp.concatenate([h, skips.pop()], axis=-1)
+                h = block(joined, self.nf * self.ch_mult[level])
+            pyramid, h = self._join_output(pyramid, self._attend(h), channels)
+            if level > 0:
+                h = self._resize(h, block, up=True)
+        assert not skips
+        if self.progressive == "output_skip":
+            return pyramid
+        return self._head(h, channels, self.init_scale)
+
+    @nn.nowrap
+    def _join_input(self, pyramid: Array, h: Array) -> tuple[Array, Array]:
+        """The input pyramid one level further down, and ``h`` with the pyramid joined to it."""
+        if self.progressive_input == "none":
+            return pyramid, h
+        if self.progressive_input == "input_skip":
+            pyramid = layers.Downsample(False, self._fir)(pyramid)
+            return pyramid, Combine(self.progressive_combine)(pyramid, h)
+        pyramid = layers.Downsample(True, self._fir, h.shape[-1])(pyramid)
+        joined = add(pyramid, h, self.skip_rescale)
+        return joined, joined
+
+    @nn.nowrap
+    def _join_output(
+        self, pyramid: Array | None, h: Array, channels: int
+    ) -> tuple[Array | None, Array]:
+        """The output pyramid one level further up (``None`` before the first), and features."""
+        if self.progressive == "none":
+            return None, h
+        if self.progressive == "output_skip":
+            if pyramid is not None:
+                pyramid = layers.Upsample(False, self._fir)(pyramid)
+            image = self._head(h, channels, self.init_scale)
+            return (image if pyramid is None else pyramid + image), h
+        if pyramid is None:
+            return self._head(h, h.shape[-1], 1.0), h
+        joined = add(
+            layers.Upsample(True, self._fir, h.shape[-1])(pyramid), h, self.skip_rescale
+        )
+        return joined, joined
+
+    @nn.nowrap
+    def _block(
+        self,
+        h: Array,
+        features: int | None = None,
+        resample: Activation | None = None,
+        *,
+        temb: Array | None,
+        train: bool,
+    ) -> Array:
+        options = (self._act, self.dropout, self.init_scale, self.skip_rescale, features)
+        if self.resblock_type == "ddpm":
+            return ResnetBlockDDPMpp(*options)(h, temb, train)
+        return ResnetBlockBigGANpp(*options, resample)(h, temb, train)
+
+    @nn.nowrap
+    def _resize(self, h: Array, block: Block, *, up: bool) -> Array:
+        """``h`` at twice or half its size, between blocks (ddpm) or inside one (biggan)."""
+        if self.resblock_type == "ddpm":
+            resample = layers.Upsample if up else layers.Downsample
+            return resample(self.resamp_with_conv, self._fir)(h)
+        resample = layers.upsample if up else layers.downsample
+        return block(h, resample=partial(resample, fir_kernel=self._fir))
+
+    @nn.nowrap
+    def _attend(self, h: Array) -> Array:
+        if h.shape[1] not in self.attn_resolutions:
+            return h
+        return AttnBlockpp(self.init_scale, self.skip_rescale)(h)
+
+    @nn.nowrap
+    def _head(self, h: Array, features: int, init_scale: float) -> Array:
+        return layers.conv(self._act(layers.GroupNorm()(h)), features, init_scale=init_scale)
+
+    @property
+    def _act(self) -> Activation:
+        return layers.ACTIVATIONS[self.nonlinearity]
+
+    @property
+    def _fir(self) -> tuple[float, ...] | None:
+        return self.fir_kernel if self.fir else None
+
+    @nn.nowrap
+    def _check_input(self, x: Array, label: Array) -> None:
+        if x.ndim != 4 or label.shape != x.shape[:1]:
+            raise ValueError(
+                f"x of shape {x.shape} and label of shape {label.shape}: give images (n, h, w, c) "
+                "and one label an image, (n,)."
+            )
+        levels = len(self.ch_mult)
+        if x.shape[1] % 2 ** (levels - 1) or x.shape[2] % 2 ** (levels - 1):
+            raise ValueError(
+                f"Images of {x.shape[1]}x{x.shape[2]} cannot be halved {levels - 1} times: crop or "
+                f"pad to a multiple of {2 ** (levels - 1)}, or shorten ch_mult={self.ch_mult}."
+            )
+        heights = [x.shape[1] // 2**level for level in range(levels)]
+        if not set(self.attn_resolutions) <= set(heights):
+            raise ValueError(
+                f"attn_resolutions={self.attn_resolutions}: these images and this ch_mult have "
+                f"the heights {heights}; choose among them."
+            )
+        if self.has_variable("params", "Conv_0"):
+            expected = self.variables["params"]["Conv_0"]["kernel"].shape[2]
+            if x.shape[3] != expected:
+                raise ValueError(
+                    f"Images of {x.shape[3]} channels: these parameters were made for {expected}."
+                )

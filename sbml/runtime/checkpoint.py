@@ -1,0 +1,285 @@
+"""Checkpoints that are whole, or named as damaged.
+
+Orbax writes a save into a temporary folder and renames the folder once every byte is there, so a
+save killed half-way is never taken for a checkpoint. It does not notice bytes that change later.
+Hence each checkpoint carries a *manifest*: path, shape, dtype and CRC32 of every leaf, under a
+CRC32 of its own. Reading checks, in this order,
+
+1. the manifest: unreadable means a damaged checkpoint;
+2. its leaves against the template's: a difference means a checkpoint of another model;
+3. the arrays against their CRC32s: a difference means a damaged checkpoint.
+
+Damage leads to the checkpoint before it and a loud message, another model to a ``ValueError``.
+Neither deletes anything.
+"""
+
+import contextlib
+import itertools
+import json
+import textwrap
+import time
+import zlib
+from collections.abc import Iterator
+from typing import Any, NamedTuple, Self
+
+import jax
+import numpy as np
+from absl import logging
+from etils import epath
+from jax.experimental import multihost_utils
+from jax.tree_util import keystr, tree_leaves_with_path
+from orbax.checkpoint import v1 as ocp
+from orbax.checkpoint.metadata import get_step_metadata
+from orbax.checkpoint.path import step as step_lib
+
+PyTree = Any
+
+
+class Restored(NamedTuple):
+    """A checkpoint read back: its step, the state bit for bit, the metadata saved beside it."""
+
+    step: int
+    state: PyTree
+    metadata: dict[str, Any]
+
+
+class DamagedCheckpointError(RuntimeError):
+    """A checkpoint that was whole when it was saved and is not any more."""
+
+
+class Checkpoints:
+    """The checkpoints of one run, ``<directory>/<step>`` each. Use it as a context manager.
+
+    Every process of a run makes the same calls in the same order. Reading writes nothing, so an
+    evaluation may read while training saves.
+
+    Args:
+      directory: a folder that holds nothing else, local or any that etils understands
+        (``gs://...``). The first save makes it and removes what killed saves have left in it.
+      keep_last: how many of the newest to keep. With 1, damage to that one loses the run.
+      keep_every: also keep, for ever, each step that is a multiple of this.
+    """
+
+    def __init__(
+        self, directory: epath.PathLike, *, keep_last: int = 2, keep_every: int | None = None
+    ) -> None:
+        for name, value in (("keep_last", keep_last), ("keep_every", keep_every)):
+            if value is not None and value < 1:
+                raise ValueError(f"{name}={value}: give a number of at least 1")
+        policies = ocp.training.preservation_policies
+        every = [] if keep_every is None else [policies.EveryNSteps(keep_every)]
+        self._kept = policies.AnyPreservationPolicy([policies.LatestN(keep_last), *every])
+        directory = epath.Path(directory).expanduser()
+        # An object store's path is absolute as it stands, and resolve() would garble it.
+        self.directory = directory if directory.is_absolute() else directory.resolve()
+        self._writer: ocp.training.Checkpointer | None = None
+        self._damaged: set[int] = set()
+
+    def steps(self) -> list[int]:
+        """The steps whose saves were completed, damaged ones included, in ascending order."""
+        if not self.directory.exists():
+            return []
+        return sorted(d.step for d in step_lib.standard_name_format().find_all(self.directory))
+
+    def save(self, step: int, state: PyTree, metadata: dict[str, Any]) -> None:
+        """Saves ``state`` in the background; it may be donated as soon as this returns.
+
+        What blocks: an earlier save still under way, the copy to the host, and the CRC32s (a second
+        or less for a gigabyte). A failure in the background is raised by the next ``save``,
+        ``wait`` or ``close``. Checkpoints that ``restore`` found damaged first move to
+        ``<directory>.damaged/<step>-<time>``: they no longer count as kept, and their steps can be
+        saved again.
+
+        Args:
+          step: larger than every step already there, else ``ValueError``.
+          state: any pytree of ``jax.Array``; under several processes, of global arrays.
+          metadata: plain JSON values; tuples come back as lists.
+        """
+        manifest = _manifest(state, metadata)
+        self.wait()
+        self._set_damaged_aside()
+        if (steps := self.steps()) and step <= steps[-1]:
+            raise ValueError(
+                f"step {step} is not beyond step {steps[-1]}, the newest checkpoint of "
+                f"{self.directory}: take another directory, or move the newer ones away"
+            )
+        if self._writer is None:
+            self._writer = ocp.training.Checkpointer(
+                self.directory, preservation_policy=self._kept, cleanup_tmp_directories=True
+            )
+        self._writer.save_async(step, state, force=True, custom_metadata=manifest)
+
+    def restore(self, template: PyTree, step: int | None = None) -> Restored | None:
+        """Reads a checkpoint back.
+
+        Args:
+          template: the state's pytree, of arrays or ``jax.ShapeDtypeStruct``; the state takes its
+            shardings (this process's first device where a leaf has none).
+          step: which one; ``None`` for the newest whole one.
+
+        Returns:
+          The checkpoint, or ``None`` if ``step`` is ``None`` and there is no checkpoint.
+
+        Raises:
+          ValueError: there is no such step, or another model's: the first differing leaf is named.
+          DamagedCheckpointError: ``step``, or every checkpoint there is, is damaged.
+        """
+        self.wait()
+        steps = self.steps()
+        if step is not None and step not in steps:
+            raise ValueError(f"no step {step} in {self.directory}: choose one of {steps}")
+        wanted = jax.tree.map(_abstract, template)
+        reasons = []
+        for candidate in reversed(steps) if step is None else [step]:
+            restored, damage = self._read(candidate, wanted)
+            if restored is not None:
+                return restored
+            reasons.append(f"step {candidate}: {damage}")
+            logging.error("Damaged checkpoint in %s, %s", self.directory, reasons[-1])
+            if step is None:
+                self._damaged.add(candidate)
+        if not reasons:
+            return None
+        raise DamagedCheckpointError(
+            "\n  ".join([f"no whole checkpoint in {self.directory} to restore:", *reasons])
+            + "\nNothing was deleted. Put a copy back, choose another step or directory, or move "
+            "the directory away to start anew."
+        )
+
+    def wait(self) -> None:
+        """Blocks until the save under way, if any, is on disk; raises if it failed."""
+        if self._writer is not None:
+            self._writer.wait()
+
+    def close(self) -> None:
+        """Waits, then frees what saving holds."""
+        writer, self._writer = self._writer, None
+        if writer is not None:
+            writer.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _read(self, step: int, wanted: PyTree) -> tuple[Restored | None, str]:
+        """The checkpoint, or ``None`` and its damage: the same verdict on every process."""
+        path = self.directory / str(step)
+        restored, damage = None, "another process could not read it"
+        try:
+            with _as_damage():
+                stored = _opened(get_step_metadata(path).custom_metadata)
+            _check_same_model(path, stored["leaves"], _described(wanted))
+            with _as_damage():
+                state = ocp.load(path, wanted, checkpointable_name="state")
+                _check_crc32s(stored, state)
+            restored = Restored(step, state, stored["metadata"])
+        except DamagedCheckpointError as error:
+            damage = str(error)
+        if multihost_utils.process_allgather(np.array(restored is None)).any():
+            restored = None
+        return restored, damage
+
+    def _set_damaged_aside(self) -> None:
+        if not self._damaged:
+            return
+        self.close()
+        if jax.process_index() == 0:
+            aside = self.directory.parent / f"{self.directory.name}.damaged"
+            aside.mkdir(parents=True, exist_ok=True)
+            for step in sorted(self._damaged):
+                target = aside / f"{step}-{time.time_ns()}"
+                (self.directory / str(step)).rename(target)
+                logging.warning("Moved the damaged checkpoint of step %d to %s", step, target)
+        multihost_utils.sync_global_devices("damaged checkpoints set aside")
+        self._damaged.clear()
+
+
+def _manifest(state: PyTree, metadata: dict[str, Any]) -> dict[str, Any]:
+    for path, leaf in tree_leaves_with_path(state):
+        if not isinstance(leaf, jax.Array) or jax.numpy.issubdtype(leaf.dtype, jax.dtypes.extended):
+            raise ValueError(
+                f"state leaf {keystr(path)} is {leaf!r}: give a jax.Array of numbers "
+                "(jax.numpy.asarray of it, or jax.random.key_data of a key)"
+            )
+    crc32s = [_crc32(leaf) for leaf in jax.tree.leaves(state)]
+    body = {"leaves": _described(state), "crc32s": crc32s, "metadata": metadata}
+    try:
+        body = json.loads(json.dumps(body, allow_nan=False))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"metadata {metadata} is not plain, finite JSON: {error}") from error
+    return {"manifest": body, "crc32": _text_crc32(body)}
+
+
+def _opened(manifest: Any) -> dict[str, Any]:
+    if not manifest:
+        raise DamagedCheckpointError("its metadata holds no manifest")
+    if _text_crc32(manifest["manifest"]) != manifest["crc32"]:
+        raise DamagedCheckpointError("its metadata fails its CRC32")
+    return manifest["manifest"]
+
+
+def _check_same_model(path: epath.Path, stored: list[Any], expected: list[Any]) -> None:
+    for theirs, ours in itertools.zip_longest(stored, expected):
+        if theirs != ours:
+            raise ValueError(
+                f"{path} is of another model. First difference: it holds {_shown(theirs)}, this "
+                f"model has {_shown(ours)}. Use the configuration that saved it, or another "
+                "directory"
+            )
+
+
+def _check_crc32s(stored: dict[str, Any], state: PyTree) -> None:
+    leaves = zip(stored["leaves"], stored["crc32s"], jax.tree.leaves(state), strict=True)
+    for described, crc32, leaf in leaves:
+        if _crc32(leaf) != crc32:
+            raise DamagedCheckpointError(f"{_shown(described)} fails its CRC32")
+
+
+def _crc32(leaf: jax.Array) -> int:
+    """CRC32 of the whole array's bytes in row-major order, however it is sharded.
+
+    A replicated array is read from its local copy. One spread over several processes is gathered
+    on each of them, a leaf at a time, so that the value does not depend on the sharding.
+    """
+    if leaf.is_fully_replicated:
+        leaf = leaf.addressable_data(0)
+    elif not leaf.is_fully_addressable:
+        leaf = multihost_utils.process_allgather(leaf, tiled=True)
+    return zlib.crc32(np.ascontiguousarray(leaf).reshape(-1).view(np.uint8).data)
+
+
+def _text_crc32(body: dict[str, Any]) -> int:
+    return zlib.crc32(json.dumps(body, sort_keys=True).encode())
+
+
+def _described(tree: PyTree) -> list[list[Any]]:
+    """``[path, shape, dtype]`` of each leaf, as JSON would give it back."""
+    return [
+        [keystr(path, simple=True, separator="/"), list(leaf.shape), str(leaf.dtype)]
+        for path, leaf in tree_leaves_with_path(tree)
+    ]
+
+
+def _shown(described: list[Any] | None) -> str:
+    return "no further leaf" if described is None else "{0} {2}{1}".format(*described)
+
+
+def _abstract(leaf: Any) -> jax.ShapeDtypeStruct:
+    sharding = getattr(leaf, "sharding", None)
+    sharding = sharding or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    sharding.shard_shape(leaf.shape)  # A sharding that does not fit must not pass for damage.
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+
+@contextlib.contextmanager
+def _as_damage() -> Iterator[None]:
+    """Whatever the reader raises is damage, but for the machine's own troubles."""
+    try:
+        yield
+    except (DamagedCheckpointError, MemoryError, PermissionError, jax.errors.JaxRuntimeError):
+        raise
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise DamagedCheckpointError(textwrap.shorten(reason, 400)) from error

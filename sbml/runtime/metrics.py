@@ -1,0 +1,64 @@
+"""Training metrics: ``metrics.jsonl`` for programs, tensorboardX for people; both append."""
+
+import json
+from typing import Any
+
+import numpy as np
+from etils import epath
+from tensorboardX import SummaryWriter
+
+FILE = "metrics.jsonl"
+
+
+def read(workdir: epath.PathLike) -> list[dict[str, Any]]:
+    """The rows of ``metrics.jsonl``, in order; none if there is no file.
+
+    A process killed while writing leaves at most one partial line, the last: it is left out.
+    """
+    path = epath.Path(workdir) / FILE
+    if not path.exists():
+        return []
+    rows = []
+    for line in path.read_text().splitlines():
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return rows
+
+
+class MetricsWriter:
+    """Appends scalars by step. Rows beyond ``start``, where a run resumes, are taken back first:
+    the resumed run makes the same steps again, and a step must not stand twice.
+    """
+
+    def __init__(self, workdir: epath.PathLike, start: int) -> None:
+        self._path = epath.Path(workdir) / FILE
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        self._rows = [row for row in read(workdir) if row["step"] <= start]
+        self._path.write_text("".join(json.dumps(row) + "\n" for row in self._rows))
+        self._board = SummaryWriter(str(epath.Path(workdir) / "tensorboard"), purge_step=start + 1)
+
+    @property
+    def seconds(self) -> float:
+        """Training time up to the last row."""
+        return self._rows[-1]["seconds"] if self._rows else 0.0
+
+    def scalars(self, step: int, values: dict[str, float]) -> None:
+        """One row."""
+        self._rows.append({"step": step, **values})
+        if "://" in str(self._path):  # Object stores cannot append.
+            self._path.write_text("".join(json.dumps(row) + "\n" for row in self._rows))
+        else:
+            with open(self._path, "a") as file:
+                file.write(json.dumps(self._rows[-1]) + "\n")
+        for name, value in values.items():
+            self._board.add_scalar(name, value, step)
+
+    def image(self, step: int, name: str, image: np.ndarray) -> None:
+        """An image ``(h, w, c)`` of uint8, for tensorboard."""
+        self._board.add_image(name, image, step, dataformats="HWC")
+
+    def close(self) -> None:
+        """Flushes."""
+        self._board.close()

@@ -1,0 +1,71 @@
+"""A table that survives being killed: written in parts, each whole or not there.
+
+One ``.npz`` a batch, renamed into place when complete. A later run reads what is there, makes only
+the rows that are missing, and the finished table is the same bytes as without interruption.
+"""
+
+import io
+import json
+import zipfile
+from typing import Any
+
+import numpy as np
+from absl import logging
+from etils import epath
+
+
+def write_npz(path: epath.Path, columns: dict[str, np.ndarray]) -> None:
+    """Write atomically; the same columns give the same bytes (numpy stores no time stamp)."""
+    buffer = io.BytesIO()
+    np.savez(buffer, **columns)
+    partial = path.parent / f".{path.name}.partial"
+    partial.write_bytes(buffer.getvalue())
+    partial.replace(path)
+
+
+def read_npz(path: epath.PathLike) -> dict[str, np.ndarray]:
+    """The columns of a file that :func:`write_npz` wrote."""
+    with np.load(io.BytesIO(epath.Path(path).read_bytes())) as file:
+        return {name: file[name] for name in file.files}
+
+
+class Parts:
+    """The parts of one table, in ``directory``, for the computation that ``identity`` describes.
+
+    Raises:
+      ValueError: if the directory holds parts of another computation.
+    """
+
+    def __init__(self, directory: epath.PathLike, identity: dict[str, Any]) -> None:
+        self.directory = epath.Path(directory)
+        self.directory.mkdir(parents=True, exist_ok=True)
+        marker, text = self.directory / "identity.json", json.dumps(identity, indent=1)
+        if not marker.exists():
+            marker.write_text(text)
+        elif marker.read_text() != text:
+            raise ValueError(f"{self.directory} belongs to another computation: move it away")
+
+    def write(self, columns: dict[str, np.ndarray]) -> None:
+        """Add rows; ``columns['id']`` names them."""
+        write_npz(self.directory / f"part_{columns['id'][0]:08d}.npz", columns)
+
+    def read(self) -> dict[str, np.ndarray]:
+        """All rows so far, in order of id; empty without any. Damaged parts are named and redone.
+
+        Raises:
+          ValueError: if an id stands twice, as after two runs at once.
+        """
+        tables = []
+        for path in sorted(self.directory.glob("part_*.npz")):
+            try:
+                tables.append(read_npz(path))
+            except (ValueError, OSError, zipfile.BadZipFile) as error:
+                logging.warning("%s is damaged (%s): its images are evaluated again", path, error)
+        if not tables:
+            return {}
+        table = {k: np.concatenate([t[k] for t in tables]) for k in tables[0]}
+        order = np.argsort(table["id"], kind="stable")
+        table = {k: v[order] for k, v in table.items()}
+        if len(np.unique(table["id"])) < len(table["id"]):
+            raise ValueError(f"{self.directory} holds an image twice: remove it and evaluate again")
+        return table

@@ -1,0 +1,40 @@
+"""SIGTERM as a request to save and stop, agreed on by all processes."""
+
+import signal
+from types import FrameType, TracebackType
+
+import jax
+from jax.experimental import multihost_utils
+
+EXIT_CODE = 128 + signal.SIGTERM
+
+
+class Preemption:
+    """A context in which SIGTERM sets a flag instead of killing.
+
+    With several processes jax's own preemption service decides at which step all of them stop, so
+    that none waits in a collective for one that has left.
+    """
+
+    def __init__(self) -> None:
+        self._received = False
+
+    def __enter__(self) -> "Preemption":
+        if jax.process_count() == 1:
+            self._previous = signal.signal(signal.SIGTERM, self._receive)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None
+    ) -> None:
+        if jax.process_count() == 1:
+            signal.signal(signal.SIGTERM, self._previous)
+
+    def _receive(self, signum: int, frame: FrameType | None) -> None:
+        self._received = True
+
+    def requested(self, step: int) -> bool:
+        """Whether to stop after ``step``; every process must ask, at every step."""
+        if jax.process_count() == 1:
+            return self._received
+        return multihost_utils.reached_preemption_sync_point(step)

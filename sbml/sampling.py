@@ -1,0 +1,46 @@
+"""Samples by the probability-flow ODE, from t = T down to eps.
+
+    x(T) ~ N(0, s^2 I),      dx/dt = f(t) x - 1/2 g(t)^2 s(x, t)
+
+The map from latent to sample is the inverse of ``likelihood.ode_logp``'s.
+"""
+
+import jax.numpy as jnp
+
+from sbml.ode import Solver, Stats, solve, velocity
+from sbml.sdes import SDE
+from sbml.types import Array, Key, Score
+
+
+def denoise(score: Score, sde: SDE, x: Array, t: Array) -> Array:
+    """Tweedie's E[x_0 | x_t] = (x_t + sigma^2 s(x_t, t)) / alpha, shape ``(*s)``."""
+    return (x + sde.std(t) ** 2 * score(x, t, None)) / sde.mean_coef(t)
+
+
+def decode(
+    score: Score,
+    sde: SDE,
+    z: Array,
+    *,
+    eps: float,
+    solver: Solver = Solver(),
+    denoise_last: bool = False,
+) -> tuple[Array, Stats]:
+    """The sample whose latent is ``z (*s)``: one example, in the data's scale."""
+    x, stats = solve(lambda t, x: velocity(score, sde, x, t), z, sde.T, eps, solver)
+    return (denoise(score, sde, x, jnp.asarray(eps, x.dtype)) if denoise_last else x), stats
+
+
+def ode_sample(
+    score: Score,
+    sde: SDE,
+    shape: tuple[int, ...],
+    key: Key,
+    *,
+    eps: float,
+    solver: Solver = Solver(),
+    denoise_last: bool = False,
+) -> tuple[Array, Stats]:
+    """One sample of shape ``shape``; vmap over keys. See :func:`decode`."""
+    z = sde.prior_sample(key, shape)
+    return decode(score, sde, z, eps=eps, solver=solver, denoise_last=denoise_last)

@@ -1,0 +1,47 @@
+"""The report of a work directory, from what the modes left there.
+
+``eval`` leaves ``evaluation.json`` and ``per_image.npz``, ``sample`` leaves ``samples.npz``,
+``train`` leaves ``metrics.jsonl``; whichever comes last makes ``report.json`` and ``report.html``.
+"""
+
+import json
+import sys
+from typing import Any
+
+from absl import logging
+from etils import epath
+
+from sbml.data import ImageSet
+from sbml.runtime import metrics, report
+from sbml.runtime.parts import read_npz
+
+EVALUATION = "evaluation.json"
+PER_IMAGE = "per_image.npz"
+SAMPLES = "samples.npz"
+
+
+def write(workdir: epath.PathLike, images: ImageSet) -> None:
+    """Write ``report.json`` and ``report.html``; ``images`` are those that were evaluated."""
+    workdir = epath.Path(workdir)
+    evaluation: dict[str, Any] = json.loads((workdir / EVALUATION).read_text())
+    samples = workdir / SAMPLES
+    drawn = read_npz(samples) if samples.exists() else None
+    if drawn is not None and int(drawn["step"]) != evaluation["checkpoint"]["step"]:
+        logging.warning("samples.npz is of step %d: left out of the report", int(drawn["step"]))
+        drawn = None
+    if drawn is not None:
+        evaluation["samples"] = {
+            "count": len(drawn["images"]),
+            "nfe_mean": float(drawn["nfe"].mean()),
+            "nfe_max": int(drawn["nfe"].max()),
+        }
+    evaluation["command"] = " ".join(["python -m sbml.main", *sys.argv[1:]])
+    report.write(
+        workdir,
+        evaluation,
+        table=read_npz(workdir / PER_IMAGE),
+        images=lambda ids: images.images[ids],
+        levels=images.levels,
+        curves=metrics.read(workdir),
+        samples=None if drawn is None else drawn["images"],
+    )

@@ -1,0 +1,36 @@
+"""The vocabulary every module shares.
+
+A *score* is any callable s(x, t, key) ~ grad_x log p_t(x) for **one** example: ``x`` of shape
+``(*s)``, scalar ``t``, a key for stochastic layers (``None`` means deterministic), result of shape
+``(*s)``. The mathematics asks for nothing else, so a Linen, NNX or Equinox module or a plain
+function serves equally.
+
+A score may also offer ``score.batch(x, t, key)`` for ``x`` of shape ``(n, *s)`` and ``t`` of shape
+``(n,)``: the same function, evaluated on a batch at once. Reverse mode through a network called one
+example at a time under ``vmap`` costs 1.2 to 1.3 times the batched call on CPU: training uses it.
+"""
+
+from collections.abc import Callable
+
+import jax
+
+Array = jax.Array
+Key = jax.Array
+Score = Callable[[Array, Array, Key | None], Array]
+
+
+def batched(score: Score) -> Score:
+    """``score`` for a batch: its own ``batch`` form, or ``vmap`` where it has none.
+
+    Returns:
+      A function of ``x (n, *s)``, ``t (n,)`` and a key or ``None``, with result ``(n, *s)``.
+    """
+    if hasattr(score, "batch"):
+        return score.batch
+
+    def by_vmap(x: Array, t: Array, key: Key | None) -> Array:
+        if key is None:
+            return jax.vmap(lambda x, t: score(x, t, None))(x, t)
+        return jax.vmap(score)(x, t, jax.random.split(key, len(x)))
+
+    return by_vmap

@@ -1,0 +1,91 @@
+"""Bits/dim against numbers worked out by hand, and pixels that survive the way to x and back."""
+
+import math
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from sbml import bits
+
+LEVELS = (2, 17, 256)
+
+
+@pytest.mark.parametrize("levels", LEVELS)
+def test_the_uniform_density_costs_log2_of_the_levels(levels: int) -> None:
+    """Density (1/2)^d on [-1, 1]^d: every one of the levels is as likely as the others."""
+    shape = (4, 4, 3)
+    nll = jnp.asarray(48 * math.log(2))
+    np.testing.assert_allclose(bits.bits_per_dim(nll, shape, levels), math.log2(levels), rtol=1e-6)
+
+
+def test_bits_per_dim_by_hand() -> None:
+    """10 nats over 4 dimensions of 256 levels: 10 / (4 log 2) + log2 128."""
+    value = bits.bits_per_dim(jnp.asarray(10.0), (2, 2), 256)
+    np.testing.assert_allclose(value, 3.6067376 + 7.0, rtol=1e-6)
+    np.testing.assert_allclose(bits.nats_to_bits(jnp.asarray(10.0), (2, 2)), 3.6067376, rtol=1e-6)
+    assert bits.scale_nats((2, 2), 256) == pytest.approx(4 * math.log(128))
+
+
+def test_a_gaussian_narrow_within_a_bin_is_worth_its_own_entropy() -> None:
+    """The density of k + u, not of x, is what counts: N(0, s^2) in x is N(., (s L / 2)^2) in k."""
+    s, levels, d = 0.3, 17, 5
+    nll = d * 0.5 * math.log(2 * math.pi * math.e * s**2)
+    expected = 0.5 * math.log2(2 * math.pi * math.e * (s * levels / 2) ** 2)
+    np.testing.assert_allclose(bits.bits_per_dim(jnp.asarray(nll), (d,), levels), expected, 1e-6)
+
+
+def test_bits_per_dim_maps_over_a_batch() -> None:
+    nll = jnp.asarray([1.0, 2.0, jnp.nan])
+    values = np.asarray(bits.bits_per_dim(nll, (3,), 256))
+    np.testing.assert_allclose(values[:2], np.array([1, 2]) / (3 * math.log(2)) + 7, rtol=1e-6)
+    assert np.isnan(values[2])
+
+
+@pytest.mark.parametrize("levels", LEVELS)
+@pytest.mark.parametrize("dtype", [np.uint8, np.float32])
+@pytest.mark.parametrize("u", [0.0, 2.0**-24, 0.5, 1 - 2.0**-10, 1 - 2.0**-23, 1 - 2.0**-24])
+def test_every_level_survives_the_way_to_the_model_and_back(
+    levels: int, dtype: type, u: float
+) -> None:
+    k = np.arange(levels).astype(dtype)
+    x = bits.to_model(jnp.asarray(k), np.full(levels, u, np.float32), levels)
+    assert x.dtype == jnp.float32
+    back = bits.to_pixels(x, levels)
+    assert back.dtype == jnp.uint8
+    np.testing.assert_array_equal(back, k)
+
+
+@pytest.mark.parametrize("levels", LEVELS)
+def test_bins_tile_the_interval(levels: int) -> None:
+    """The left ends are -1, -1 + 2/L, ...; the middles are half a width 1/L further on."""
+    k = jnp.arange(levels, dtype=jnp.uint8)
+    left = np.asarray(bits.to_model(k, jnp.zeros(levels), levels), np.float64)
+    middle = np.asarray(bits.to_model(k, 0.5, levels), np.float64)
+    np.testing.assert_allclose(left, np.linspace(-1, 1, levels + 1)[:-1], atol=1e-6)
+    np.testing.assert_allclose(middle - left, 1 / levels, atol=1e-6)
+
+
+def test_the_last_bin_ends_below_one() -> None:
+    x = bits.to_model(jnp.asarray([255], jnp.uint8), jnp.asarray([1 - 2.0**-24]), 256)
+    assert x[0] < 1
+
+
+def test_values_outside_go_to_the_nearest_level() -> None:
+    x = jnp.asarray([-7.0, -1.0001, 1.0, 1.3, 50.0])
+    np.testing.assert_array_equal(bits.to_pixels(x, 17), [0, 0, 16, 16, 16])
+
+
+@pytest.mark.parametrize("levels", LEVELS)
+def test_integers_that_were_not_dequantized_are_refused(levels: int) -> None:
+    k = np.random.default_rng(0).integers(0, levels, (3, 4, 4, 1))
+    for x in (2 * k / levels - 1, 2 * k / (levels - 1) - 1):
+        with pytest.raises(ValueError, match=f"{levels} levels; dequantize"):
+            bits.check_dequantized(jnp.asarray(x, jnp.float32), levels)
+
+
+@pytest.mark.parametrize("levels", LEVELS)
+def test_dequantized_values_pass(levels: int) -> None:
+    rng = np.random.default_rng(1)
+    k = rng.integers(0, levels, (3, 4, 4, 1))
+    bits.check_dequantized(bits.to_model(k, rng.uniform(size=k.shape), levels), levels)

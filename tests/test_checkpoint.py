@@ -1,0 +1,446 @@
+"""Checkpoints come back bit for bit, or are named as damaged. Kills and broken files are real."""
+
+import functools
+import json
+import multiprocessing
+import shutil
+import socket
+import time
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from absl import logging
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+from orbax.checkpoint import v1 as ocp
+
+from sbml.runtime.checkpoint import Checkpoints, DamagedCheckpointError
+
+# Children are forked from a server that has imported the libraries but started no device: each is a
+# fresh process in which XLA can still be told how many devices to make, ready at once.
+FRESH = multiprocessing.get_context("forkserver")
+FRESH.set_forkserver_preload(["jax", "optax", "orbax.checkpoint"])
+
+
+class State(NamedTuple):
+    step: jax.Array
+    params: Any
+    opt_state: Any
+
+
+def make_state(seed: int) -> State:
+    kernel = jax.random.normal(jax.random.key(seed), (5, 33))
+    odd = jnp.array([jnp.nan, -0.0, 1e-42, jnp.inf], jnp.float32)
+    params = {
+        "kernel": kernel,
+        "noise": jax.random.bits(jax.random.key(seed), (64, 33)),  # stored as is: incompressible
+        "odd": odd,
+        "half": kernel[0].astype(jnp.bfloat16),
+        "bytes": jnp.arange(256, dtype=jnp.uint8),
+        "mask": kernel[0] > 0,
+    }
+    floats = {name: params[name] for name in ("kernel", "half")}
+    optimiser = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(1e-3))
+    _, opt_state = optimiser.update(floats, optimiser.init(floats))
+    return State(jnp.asarray(seed, jnp.int32), params, opt_state)
+
+
+def abstract(tree: Any) -> Any:
+    return jax.eval_shape(lambda: tree)
+
+
+def same_bits(left: Any, right: Any) -> bool:
+    def bits(leaf: jax.Array) -> tuple[str, tuple[int, ...], bytes]:
+        return str(leaf.dtype), leaf.shape, np.asarray(leaf).tobytes()
+
+    return jax.tree.map(bits, left) == jax.tree.map(bits, right)
+
+
+def save_steps(directory: Path, *steps: int, **choices: Any) -> None:
+    with Checkpoints(directory, **choices) as checkpoints:
+        for step in steps:
+            checkpoints.save(step, make_state(step), {"seed": step})
+
+
+def in_fresh_process(function: Any, *arguments: Any) -> Any:
+    with ProcessPoolExecutor(1, mp_context=FRESH) as pool:
+        return pool.submit(function, *arguments).result(timeout=120)
+
+
+@pytest.fixture
+def errors(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What was logged as an error."""
+    said: list[str] = []
+    monkeypatch.setattr(logging, "error", lambda text, *values: said.append(text % values))
+    return said
+
+
+def test_round_trip_is_bitwise(tmp_path: Path) -> None:
+    metadata = {"config": {"sde": {"name": "vp", "eps": 1e-5}, "ch_mult": [1, 2]}, "data": None}
+    state = make_state(3)
+    with Checkpoints(tmp_path / "run") as checkpoints:
+        checkpoints.save(7, state, metadata)
+        restored = checkpoints.restore(state)
+    assert restored is not None
+    assert restored.step == 7
+    assert restored.metadata == metadata
+    assert same_bits(restored.state, state)
+    again = Checkpoints(tmp_path / "run").restore(abstract(state), step=7)
+    assert again is not None and same_bits(again.state, state)
+
+
+def test_without_a_checkpoint_nothing_is_read_or_made(tmp_path: Path) -> None:
+    with Checkpoints(tmp_path / "run") as checkpoints:
+        assert checkpoints.restore(make_state(0)) is None
+        assert checkpoints.steps() == []
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_relative_directories_are_made_absolute_and_object_stores_left_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert str(Checkpoints("run").directory) == str(tmp_path / "run")
+    assert str(Checkpoints("gs://bucket/run").directory) == "gs://bucket/run"
+
+
+def test_keeps_the_last_and_every_mth(tmp_path: Path) -> None:
+    save_steps(tmp_path, 1, 2, 3, 4, 5, 6, 7, keep_last=2, keep_every=3)
+    assert Checkpoints(tmp_path).steps() == [3, 6, 7]
+    save_steps(tmp_path, 8, keep_last=1)
+    assert Checkpoints(tmp_path).steps() == [8]
+
+
+def test_state_may_be_donated_while_it_is_being_saved(tmp_path: Path) -> None:
+    state = {"a": jax.random.normal(jax.random.key(0), (2048, 1024)), "b": jnp.arange(99)}
+    expected = jax.tree.map(np.array, state)
+    spoil = jax.jit(lambda tree: jax.tree.map(lambda a: 1 - a, tree), donate_argnums=0)
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(1, state, {})
+        jax.block_until_ready(spoil(state))
+        restored = checkpoints.restore(abstract(expected))
+    assert restored is not None and same_bits(restored.state, expected)
+
+
+# Each of these breaks a checkpoint as a failing disk or a careless hand would.
+
+
+def _data_files(checkpoint: Path) -> list[Path]:
+    return [f for f in checkpoint.rglob("d/*") if f.is_file()]
+
+
+def overwrite_bytes(checkpoint: Path) -> None:
+    """Flips one bit of ``params/noise`` where orbax keeps it."""
+    needle = np.asarray(make_state(int(checkpoint.name)).params["noise"]).tobytes()[:64]
+    hits = [(f, at) for f in _data_files(checkpoint) if (at := f.read_bytes().find(needle)) >= 0]
+    assert hits, "the noise's bytes are not in any data file: look for another place to break"
+    for file, at in hits:
+        content = bytearray(file.read_bytes())
+        content[at + 5] ^= 1
+        file.write_bytes(content)
+
+
+def truncate_data(checkpoint: Path) -> None:
+    for file in _data_files(checkpoint):
+        file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+
+
+def delete_data(checkpoint: Path) -> None:
+    for file in _data_files(checkpoint):
+        file.unlink()
+
+
+def delete_index(checkpoint: Path) -> None:
+    (checkpoint / "state" / "manifest.ocdbt").unlink()
+
+
+def delete_metadata(checkpoint: Path) -> None:
+    (checkpoint / "_CHECKPOINT_METADATA").unlink()
+
+
+def garble_metadata(checkpoint: Path) -> None:
+    file = checkpoint / "_CHECKPOINT_METADATA"
+    file.write_bytes(b"\x00\xff" + file.read_bytes()[:-20])
+
+
+def alter_metadata(checkpoint: Path) -> None:
+    """Another shape: taken at its word, this would be a checkpoint of another model."""
+    file = checkpoint / "_CHECKPOINT_METADATA"
+    text = file.read_text()
+    assert text.count("[64, 33]") > 0
+    file.write_text(text.replace("[64, 33]", "[64, 35]"))
+
+
+def forget_manifest(checkpoint: Path) -> None:
+    file = checkpoint / "_CHECKPOINT_METADATA"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"custom_metadata": {}}))
+
+
+BREAKAGES = [
+    overwrite_bytes,
+    truncate_data,
+    delete_data,
+    delete_index,
+    delete_metadata,
+    garble_metadata,
+    alter_metadata,
+    forget_manifest,
+]
+
+
+@pytest.mark.parametrize("breakage", BREAKAGES)
+def test_damage_is_reported_and_the_one_before_used(
+    breakage: Any, tmp_path: Path, errors: list[str]
+) -> None:
+    run = tmp_path / "run"
+    save_steps(run, 1, 2)
+    breakage(run / "2")
+    files = sorted(run.rglob("*"))
+    with Checkpoints(run) as checkpoints:
+        restored = checkpoints.restore(abstract(make_state(0)))
+        assert restored is not None and restored.step == 1
+        assert same_bits(restored.state, make_state(1))
+        ours = [text for text in errors if text.startswith("Damaged checkpoint")]
+        assert len(ours) == 1 and str(run) in ours[0] and "step 2: " in ours[0]
+        assert sorted(run.rglob("*")) == files, "reading must change nothing"
+        with pytest.raises(DamagedCheckpointError, match="step 2: "):
+            checkpoints.restore(abstract(make_state(0)), step=2)
+        # Going on from step 1, the run comes to step 2 again.
+        checkpoints.save(2, make_state(2), {})
+        again = checkpoints.restore(abstract(make_state(0)))
+        assert again is not None and again.step == 2 and same_bits(again.state, make_state(2))
+    assert checkpoints.steps() == [1, 2]
+    (aside,) = (tmp_path / "run.damaged").iterdir()
+    assert aside.name.startswith("2-") and (aside / "state").is_dir()
+
+
+def test_orbax_alone_takes_overwritten_bytes_for_good(tmp_path: Path) -> None:
+    """Why the CRC32s are there. If this fails, orbax has learnt to check and they may go."""
+    save_steps(tmp_path, 2)
+    overwrite_bytes(tmp_path / "2")
+    template = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding),
+        make_state(0),
+    )
+    assert not same_bits(ocp.load(tmp_path / "2", template), make_state(2))
+
+
+def test_damaged_ones_do_not_count_as_kept(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    save_steps(run, 1, 2, 3, keep_last=3)
+    truncate_data(run / "3")
+    with Checkpoints(run, keep_last=2) as checkpoints:
+        restored = checkpoints.restore(abstract(make_state(0)))
+        assert restored is not None and restored.step == 2
+        checkpoints.save(4, make_state(4), {})
+    assert checkpoints.steps() == [2, 4]
+
+
+def test_when_all_are_damaged_the_run_does_not_start_anew(tmp_path: Path) -> None:
+    save_steps(tmp_path, 1, 2)
+    truncate_data(tmp_path / "1")
+    overwrite_bytes(tmp_path / "2")
+    with pytest.raises(DamagedCheckpointError) as raised:
+        Checkpoints(tmp_path).restore(abstract(make_state(0)))
+    lines = str(raised.value).splitlines()
+    assert lines[1].strip() == "step 2: params/noise uint32[64, 33] fails its CRC32"
+    assert lines[2].strip().startswith("step 1: ")
+    assert "Put a copy back" in lines[3]
+    assert Checkpoints(tmp_path).steps() == [1, 2]
+
+
+def _without_bytes(state: State) -> State:
+    return state._replace(params={k: v for k, v in state.params.items() if k != "bytes"})
+
+
+@pytest.mark.parametrize(
+    ("change", "stored", "expected"),
+    [
+        (
+            lambda s: s._replace(params=s.params | {"kernel": jnp.zeros((5, 32))}),
+            "params/kernel float32[5, 33]",
+            "params/kernel float32[5, 32]",
+        ),
+        (
+            lambda s: s._replace(step=s.step.astype(jnp.int16)),
+            "step int32[]",
+            "step int16[]",
+        ),
+        (_without_bytes, "params/bytes uint8[256]", "params/half bfloat16[33]"),
+        (
+            lambda s: s._replace(opt_state=(s.opt_state, {"more": jnp.zeros(3)})),
+            "opt_state/1/0/count int32[]",
+            "opt_state/0/1/0/count int32[]",
+        ),
+        (lambda s: s._replace(opt_state=()), "opt_state/1/0/count int32[]", "no further leaf"),
+    ],
+)
+def test_another_model_is_named_by_its_first_leaf(
+    change: Any, stored: str, expected: str, tmp_path: Path
+) -> None:
+    save_steps(tmp_path, 1)
+    overwrite_bytes(tmp_path / "1")  # decided before the arrays are read
+    with pytest.raises(ValueError) as raised:
+        Checkpoints(tmp_path).restore(abstract(change(make_state(0))))
+    assert f"it holds {stored}, this model has {expected}." in str(raised.value)
+
+
+def test_bad_requests_are_refused(tmp_path: Path) -> None:
+    save_steps(tmp_path, 10, 20)
+    checkpoints, state = Checkpoints(tmp_path), make_state(0)
+    with pytest.raises(ValueError, match=r"no step 15 .* choose one of \[10, 20\]"):
+        checkpoints.restore(state, step=15)
+    for step in (15, 20):
+        with pytest.raises(ValueError, match=f"step {step} is not beyond step 20"):
+            checkpoints.save(step, state, {})
+    with pytest.raises(ValueError, match="opt_state is 0.5: give a jax.Array"):
+        checkpoints.save(30, state._replace(opt_state=0.5), {})
+    with pytest.raises(ValueError, match="key_data"):
+        checkpoints.save(30, state._replace(opt_state=jax.random.key(0)), {})
+    for metadata in ({"path": tmp_path}, {"loss": float("nan")}):
+        with pytest.raises(ValueError, match="not plain, finite JSON"):
+            checkpoints.save(30, state, metadata)
+    for choices in ({"keep_last": 0}, {"keep_every": 0}):
+        with pytest.raises(ValueError, match="=0: give a number of at least 1"):
+            Checkpoints(tmp_path, **choices)
+    assert checkpoints.steps() == [10, 20]
+
+
+def _fill_the_disk(directory: Path) -> None:
+    import resource  # files of this process may not grow beyond 100 kB: writing fails for real
+
+    state = {"a": jax.random.normal(jax.random.key(0), (256, 1024))}
+    checkpoints = Checkpoints(directory)
+    checkpoints.save(1, state, {})
+    checkpoints.wait()
+    unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, unlimited[1]))
+    with pytest.raises(Exception, match="File too large"):
+        checkpoints.save(2, state, {})
+        checkpoints.wait()
+    resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
+    assert checkpoints.steps() == [1]
+    checkpoints.save(2, state, {})
+    checkpoints.close()
+    assert checkpoints.steps() == [1, 2]
+
+
+def test_a_failed_save_is_raised_and_leaves_the_others(tmp_path: Path) -> None:
+    in_fresh_process(_fill_the_disk, tmp_path)
+
+
+def _reshard(directory: Path) -> None:
+    jax.config.update("jax_num_cpu_devices", 8)
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    across, everywhere = NamedSharding(mesh, P("data")), NamedSharding(mesh, P())
+    values = {"w": jax.random.normal(jax.random.key(0), (16, 24)), "step": jnp.asarray(3)}
+    layouts = [
+        {"w": across, "step": everywhere},
+        {"w": everywhere, "step": everywhere},
+        {"w": NamedSharding(mesh, P(None, "data")), "step": everywhere},
+        jax.tree.map(lambda leaf: leaf.sharding, values),
+    ]
+    with Checkpoints(directory) as checkpoints:
+        for step, layout in enumerate(layouts):
+            checkpoints.save(step, jax.device_put(values, layout), {})
+            for other in layouts:
+                template = jax.tree.map(
+                    lambda leaf, s: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=s),
+                    values,
+                    other,
+                )
+                restored = checkpoints.restore(template)
+                assert restored is not None and restored.step == step
+                assert same_bits(restored.state, values)
+                assert jax.tree.map(lambda leaf: leaf.sharding, restored.state) == other
+
+
+def test_any_sharding_is_restored_to_any_other(tmp_path: Path) -> None:
+    in_fresh_process(_reshard, tmp_path)
+
+
+def _one_of_two(process: int, address: str, directory: Path) -> None:
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    jax.distributed.initialize(address, num_processes=2, process_id=process)
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    layout = {"across": NamedSharding(mesh, P("data")), "same": NamedSharding(mesh, P())}
+
+    @functools.partial(jax.jit, out_shardings=layout)
+    def values(seed: jax.Array) -> dict[str, jax.Array]:
+        return {"across": jax.random.normal(jax.random.key(seed), (64, 33)), "same": seed}
+
+    with Checkpoints(directory / "run") as checkpoints:
+        for seed in (1, 2):
+            checkpoints.save(seed, values(seed), {"seed": seed})
+        checkpoints.wait()
+        if process == 0:
+            truncate_data(directory / "run" / "2")
+        jax.experimental.multihost_utils.sync_global_devices("damaged")
+        restored = checkpoints.restore(values(0))
+        assert restored is not None and restored.step == 1 and restored.metadata == {"seed": 1}
+        local = [jax.tree.map(lambda a: a.addressable_data(0), t) for t in (restored[1], values(1))]
+        assert same_bits(*local)
+        checkpoints.save(2, values(5), {})
+        again = checkpoints.restore(values(0))
+        assert again is not None and again.step == 2 and int(again.state["same"]) == 5
+    jax.distributed.shutdown()
+
+
+def test_two_processes_save_and_agree_on_damage(tmp_path: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        address = f"localhost:{free.getsockname()[1]}"
+    with ProcessPoolExecutor(2, mp_context=FRESH) as pool:
+        both = [pool.submit(_one_of_two, process, address, tmp_path) for process in range(2)]
+        for one in both:
+            one.result(timeout=120)
+    assert [path.name[:2] for path in (tmp_path / "run.damaged").iterdir()] == ["2-"]
+
+
+def _large_state(step: int) -> dict[str, jax.Array]:
+    keys = jax.random.split(jax.random.key(step), 4)
+    return {f"w{i}": jax.random.normal(key, (1024, 1024)) for i, key in enumerate(keys)}
+
+
+def _train(directory: Path, progress: Any) -> None:
+    """Goes on from the newest checkpoint, checks it, saves one step whole and starts another."""
+    with Checkpoints(directory) as checkpoints:
+        restored = checkpoints.restore(_large_state(0))
+        start = 0 if restored is None else restored.step
+        assert restored is None or same_bits(restored.state, _large_state(start))
+        checkpoints.save(start + 1, _large_state(start + 1), {})
+        following = _large_state(start + 2)
+        checkpoints.wait()
+        checkpoints.save(start + 2, following, {})
+        progress.send((start, sorted(path.name for path in directory.iterdir())))
+        time.sleep(60)
+
+
+def test_a_kill_in_the_middle_of_a_save_loses_only_that_save(tmp_path: Path) -> None:
+    run, newest, halves = tmp_path / "run", 0, 0
+    for delay in (0.0, 0.02, 0.05, 0.1, 0.2, 0.5):
+        receive, send = FRESH.Pipe(duplex=False)
+        child = FRESH.Process(target=_train, args=(run, send))
+        child.start()
+        send.close()
+        start, found = receive.recv()  # EOFError if the child failed, with its traceback above
+        assert start >= newest, "a whole checkpoint was passed over"
+        assert not any("tmp" in name for name in found if not name.startswith(str(start + 2)))
+        time.sleep(delay)
+        child.kill()
+        child.join()
+        whole = Checkpoints(run).steps()
+        assert whole[-1] in (start + 1, start + 2)
+        newest = whole[-1]
+        halves += any("tmp" in path.name for path in run.iterdir())
+    assert halves > 0, "no kill fell into a save: the state is too small for this disk"
+    restored = Checkpoints(run).restore(abstract(_large_state(0)))
+    assert restored is not None and same_bits(restored.state, _large_state(newest))
+    assert not (tmp_path / "run.damaged").exists()
+    shutil.rmtree(run)

@@ -1,0 +1,171 @@
+"""Every way to draw times estimates the same integral; importance times against quadrature."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import scipy.integrate
+import scipy.stats
+
+from sbml.sdes import SDE, SDES
+from sbml.times import DRAWS, PROPOSALS, Importance, Proposal, iid, lattice
+from sbml.types import Array
+
+pytestmark = pytest.mark.usefixtures("x64")
+
+EPS = 1e-5
+NODES, WEIGHTS = np.polynomial.legendre.leggauss(400)
+
+
+@pytest.fixture(params=SDES, name="sde")
+def _sde(request: pytest.FixtureRequest) -> SDE:
+    return SDES[request.param]()
+
+
+@pytest.fixture(params=PROPOSALS, name="proposal")
+def _proposal(request: pytest.FixtureRequest, sde: SDE) -> Proposal:
+    return PROPOSALS[request.param](sde, EPS)
+
+
+def _integrand(t: Array) -> Array:
+    return 1 + t * jnp.cos(5 * t)
+
+
+def _integral(f: object, start: float = EPS, end: float = 1.0) -> float:
+    """Adaptive quadrature in log t."""
+    value, _ = scipy.integrate.quad(
+        lambda s: float(f(np.exp(s))) * np.exp(s), np.log(start), np.log(end), epsrel=1e-11
+    )
+    return value
+
+
+@pytest.mark.oracle
+def test_weighted_times_integrate_over_t(proposal: Proposal) -> None:
+    t, weight = proposal.at(jnp.asarray(0.5 * (NODES + 1)))
+    estimate = np.sum(0.5 * WEIGHTS * weight * _integrand(t))
+    np.testing.assert_allclose(estimate, _integral(_integrand), rtol=1e-8)
+
+
+@pytest.mark.oracle
+@pytest.mark.parametrize("draw", DRAWS)
+def test_estimates_are_unbiased(proposal: Proposal, draw: str) -> None:
+    def estimate(key: Array) -> Array:
+        t, weight = proposal.at(DRAWS[draw](key, 4, 3))
+        return jnp.mean(weight * _integrand(t))
+
+    values = jax.vmap(estimate)(jax.random.split(jax.random.key(0), 2000))
+    error = np.mean(values) - _integral(_integrand)
+    assert abs(error) < 3 * np.std(values) / np.sqrt(len(values))
+
+
+@pytest.mark.oracle
+def test_normaliser_is_the_integral(sde: SDE) -> None:
+    expected = _integral(lambda t: (sde.diffusion(t) / sde.std(t)) ** 2)
+    np.testing.assert_allclose(Importance(sde, EPS).normaliser, expected, rtol=1e-10)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("vp", 23.8644724), ("subvp", 37.6789457), ("ve", 17.0342160)]
+)
+def test_normaliser_of_the_papers_schedules(name: str, value: float) -> None:
+    assert Importance(SDES[name](), 1e-5).normaliser == pytest.approx(value, abs=5e-8)
+
+
+@pytest.mark.oracle
+def test_importance_density_is_proportional_to_the_weighting(sde: SDE) -> None:
+    """The distribution function of the drawn times is the normalised integral of g^2/sigma^2."""
+    importance = Importance(sde, EPS)
+    for u in (0.1, 0.37, 0.9):
+        t, weight = importance.at(jnp.asarray(u))
+        mass = _integral(lambda t: (sde.diffusion(t) / sde.std(t)) ** 2, EPS, float(t))
+        np.testing.assert_allclose(mass / importance.normaliser, u, rtol=1e-9)
+        density = (sde.diffusion(t) / sde.std(t)) ** 2 / importance.normaliser
+        np.testing.assert_allclose(weight * density, 1, rtol=1e-12)
+
+
+def test_times_stay_in_the_interval(proposal: Proposal) -> None:
+    u = jnp.asarray([0.0, 1e-7, 0.5, 1 - 2.0**-24, 1 - 2.0**-53])
+    t, weight = jax.jit(proposal.at)(u)
+    np.testing.assert_allclose(t[0], EPS, rtol=1e-10)
+    np.testing.assert_allclose(t[-1], 1, rtol=1e-10)
+    assert np.all((t >= EPS) & (t <= 1)) and np.all(weight > 0)
+
+
+def test_float32_times_are_as_good_as_their_points(proposal: Proposal) -> None:
+    u = jnp.linspace(0, 1, 333, dtype=jnp.float32)
+    t, weight = proposal.at(u.astype(float))
+    with jax.enable_x64(False):
+        t32, weight32 = proposal.at(np.asarray(u))
+    assert t32.dtype == weight32.dtype == jnp.float32
+    assert np.all((t32 >= np.float32(EPS)) & (t32 <= 1))
+    # An error of half a float32 unit in u times Z is an error of Z 2^-24 in the log of t.
+    np.testing.assert_allclose(t32, t, rtol=1e-5, atol=1e-7)
+    np.testing.assert_allclose(weight32, weight, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("draws", [1, 5])
+def test_lattice_has_one_point_in_each_cell(draws: int) -> None:
+    n = 7
+    for seed in range(30):
+        u = lattice(jax.random.key(seed), n, draws)
+        assert u.shape == (n, draws)
+        cells = np.floor(np.asarray(u) * n * draws)
+        assert sorted(cells.ravel()) == list(range(n * draws))
+
+
+def test_lattice_spreads_each_examples_draws_evenly() -> None:
+    u = np.asarray(lattice(jax.random.key(3), 7, 5))
+    np.testing.assert_allclose(np.diff(u, axis=1), 1 / 5, rtol=1e-12)
+
+
+@pytest.mark.parametrize("draw", DRAWS)
+def test_each_point_is_uniform(draw: str) -> None:
+    """Whatever the example, a draw chosen blindly is uniform; so is every draw if it is alone."""
+    keys = jax.random.split(jax.random.key(4), 3000)
+    alone = np.asarray(jax.vmap(lambda key: DRAWS[draw](key, 3))(keys))
+    many = np.asarray(jax.vmap(lambda key: DRAWS[draw](key, 3, 4))(keys))
+    blind = many[np.arange(3000), :, np.arange(3000) % 4]
+    for i in range(3):
+        assert scipy.stats.kstest(alone[:, i, 0], "uniform").pvalue > 1e-3
+        assert scipy.stats.kstest(blind[:, i], "uniform").pvalue > 1e-3
+
+
+def test_iid_points_are_independent() -> None:
+    u = np.asarray(iid(jax.random.key(5), 5000, 4))
+    assert np.abs(np.corrcoef(u.T) - np.eye(4)).max() < 4 / np.sqrt(5000)
+    assert abs(np.corrcoef(u[1:, 0], u[:-1, 0])[0, 1]) < 4 / np.sqrt(5000)
+
+
+@pytest.mark.parametrize("draw", DRAWS)
+@pytest.mark.parametrize(("n", "draws"), [(1, 2**22), (1, 2**23), (2**16, 4)])
+def test_float32_points_stay_below_one(draw: str, n: int, draws: int) -> None:
+    with jax.enable_x64(False):
+        for seed in range(6):
+            u = np.asarray(DRAWS[draw](jax.random.key(seed), n, draws))
+            assert u.dtype == np.float32 and u.min() >= 0 and u.max() < 1
+
+
+def test_float32_lattice_has_one_point_in_each_cell() -> None:
+    with jax.enable_x64(False):
+        for seed in range(20):
+            u = np.asarray(lattice(jax.random.key(seed), 128, 16), np.float64)
+            assert sorted(np.floor(u * 2048).ravel()) == list(range(2048))
+
+
+def test_lattice_reduces_the_variance_of_a_smooth_mean() -> None:
+    """For exp and n evenly spaced points: ((e - 1) / n)^2 / 12, where iid has Var(exp) / n."""
+
+    def variance(draw: str) -> float:
+        keys = jax.random.split(jax.random.key(6), 1000)
+        return float(jnp.var(jax.vmap(lambda key: jnp.mean(jnp.exp(DRAWS[draw](key, 8, 8))))(keys)))
+
+    rise = np.e - 1
+    np.testing.assert_allclose(variance("lattice"), (rise / 64) ** 2 / 12, rtol=0.1)
+    np.testing.assert_allclose(variance("iid"), ((np.e**2 - 1) / 2 - rise**2) / 64, rtol=0.2)
+
+
+@pytest.mark.parametrize("name", PROPOSALS)
+@pytest.mark.parametrize("eps", [0.0, -1e-5, 1.0, 2.0, float("nan")])
+def test_impossible_smallest_times_are_refused(name: str, eps: float) -> None:
+    with pytest.raises(ValueError, match="smallest time eps="):
+        PROPOSALS[name](SDES["vp"](), eps)

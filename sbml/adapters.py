@@ -31,6 +31,7 @@ from sbml.types import Array, Key
 
 PARAMETERIZATIONS = ("noise", "score", "preconditioned")
 LABELS = ("time", "log_snr", "sigma")
+LABEL_RANGE = 999.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,7 +80,7 @@ class Adapter:
         if self.label == "sigma":
             return self.sde.std(t)
         ends = self.sde.log_snr(jnp.asarray([self.eps, self.sde.T], t.dtype))
-        return 999.0 * (ends[0] - self.sde.log_snr(t)) / (ends[0] - ends[1])
+        return LABEL_RANGE * (ends[0] - self.sde.log_snr(t)) / (ends[0] - ends[1])
 
     def coefficients(self, t: Array) -> tuple[Array, Array, Array]:
         """c_in, c_skip, c_out at times ``t``: the noise is c_skip x + c_out F(c_in x)."""

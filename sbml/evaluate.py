@@ -202,6 +202,8 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
     result = _result(experiment, rows, len(images))
     if result["n"] < len(images):
         warnings.append(f"only {result['n']} of {len(images)} images (eval.max_images)")
+    if images.skipped:
+        warnings.append(f"{len(images.skipped)} unreadable files: {'; '.join(images.skipped)}")
     if result["nonfinite"]:
         warnings.append(f"{result['nonfinite']} images have a non-finite likelihood")
     evaluation = {

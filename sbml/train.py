@@ -5,6 +5,7 @@
 With likelihood weighting its expectation is, up to constants, a bound on -log p(x) / d.
 """
 
+import contextlib
 import math
 import time
 from collections import deque
@@ -111,6 +112,12 @@ class _Trainer:
         self.state, self.start = self._restore()
         self.step = compiled_step(experiment, self.mesh)
         self.saved = self.start
+        if (config.training.num_steps - self.start) % config.training.steps_per_dispatch:
+            raise ValueError(
+                f"training.steps_per_dispatch={config.training.steps_per_dispatch} does not divide "
+                f"the {config.training.num_steps - self.start} steps from {self.start} to "
+                f"training.num_steps={config.training.num_steps}; change either"
+            )
         self.pending: deque[tuple[int, dict[str, Array]]] = deque()
         self.writer = MetricsWriter(workdir, self.start) if jax.process_index() == 0 else None
 
@@ -235,9 +242,11 @@ def _loop(trainer: _Trainer, preemption: Preemption) -> None:
                 bar.set_postfix_str(f"loss {np.mean([r[0] for r in rows]):.4f}, {rate:.0f} images/s")
                 rows, since = [], now
 
-    steps = range(trainer.start, total, stride)
-    with bar, prefetch(trainer.batch, steps) as batches:
-        for step, batch in batches:
+    starts = range(trainer.start, total, stride)
+    batches = prefetch(lambda i: trainer.batch(starts[i]), 0, len(starts))
+    with bar, contextlib.closing(batches):
+        for i, batch in batches:
+            step = starts[i]
             trainer.state, metrics = trainer.step(trainer.state, batch, trainer.key)
             trainer.pending.append((step, metrics))
             done = step + stride

@@ -3,7 +3,6 @@
 import functools
 import json
 import multiprocessing
-import shutil
 import socket
 import time
 from concurrent.futures import ProcessPoolExecutor
@@ -20,7 +19,12 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from orbax.checkpoint import v1 as ocp
 
-from sbml.runtime.checkpoint import Checkpoints, DamagedCheckpointError
+from sbml.runtime.checkpoint import Checkpoints, DamagedCheckpointError, OtherModelError
+
+# When one read of a broken checkpoint fails, orbax drops the others, which then complain to nobody.
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::pytest.PytestUnraisableExceptionWarning", "ignore:coroutine .* was never awaited"
+)
 
 # Children are forked from a server that has imported the libraries but started no device: each is a
 # fresh process in which XLA can still be told how many devices to make, ready at once.
@@ -231,6 +235,18 @@ def test_orbax_alone_takes_overwritten_bytes_for_good(tmp_path: Path) -> None:
     assert not same_bits(ocp.load(tmp_path / "2", template), make_state(2))
 
 
+def test_the_machines_own_troubles_are_not_taken_for_damage(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_memory(*_: Any, **__: Any) -> None:
+        raise MemoryError
+
+    save_steps(tmp_path, 1, 2)
+    monkeypatch.setattr(ocp, "load", no_memory)
+    with pytest.raises(MemoryError):
+        Checkpoints(tmp_path).restore(abstract(make_state(0)))
+
+
 def test_damaged_ones_do_not_count_as_kept(tmp_path: Path) -> None:
     run = tmp_path / "run"
     save_steps(run, 1, 2, 3, keep_last=3)
@@ -249,7 +265,8 @@ def test_when_all_are_damaged_the_run_does_not_start_anew(tmp_path: Path) -> Non
     with pytest.raises(DamagedCheckpointError) as raised:
         Checkpoints(tmp_path).restore(abstract(make_state(0)))
     lines = str(raised.value).splitlines()
-    assert lines[1].strip() == "step 2: params/noise uint32[64, 33] fails its CRC32"
+    assert lines[1].strip().startswith("step 2: ")
+    assert lines[1].endswith("params/noise uint32[64, 33] fails its CRC32")
     assert lines[2].strip().startswith("step 1: ")
     assert "Put a copy back" in lines[3]
     assert Checkpoints(tmp_path).steps() == [1, 2]
@@ -286,7 +303,7 @@ def test_another_model_is_named_by_its_first_leaf(
 ) -> None:
     save_steps(tmp_path, 1)
     overwrite_bytes(tmp_path / "1")  # decided before the arrays are read
-    with pytest.raises(ValueError) as raised:
+    with pytest.raises(OtherModelError) as raised:
         Checkpoints(tmp_path).restore(abstract(change(make_state(0))))
     assert f"it holds {stored}, this model has {expected}." in str(raised.value)
 
@@ -422,25 +439,32 @@ def _train(directory: Path, progress: Any) -> None:
         time.sleep(60)
 
 
-def test_a_kill_in_the_middle_of_a_save_loses_only_that_save(tmp_path: Path) -> None:
-    run, newest, halves = tmp_path / "run", 0, 0
-    for delay in (0.0, 0.02, 0.05, 0.1, 0.2, 0.5):
-        receive, send = FRESH.Pipe(duplex=False)
-        child = FRESH.Process(target=_train, args=(run, send))
-        child.start()
-        send.close()
-        start, found = receive.recv()  # EOFError if the child failed, with its traceback above
-        assert start >= newest, "a whole checkpoint was passed over"
-        assert not any("tmp" in name for name in found if not name.startswith(str(start + 2)))
+def _killed_after(delay: float, run: Path) -> tuple[int, list[str]]:
+    """Where a training process started, and what its directory held when its last save began."""
+    receive, send = FRESH.Pipe(duplex=False)
+    child = FRESH.Process(target=_train, args=(run, send))
+    child.start()
+    send.close()
+    try:
+        said = receive.recv()  # EOFError if the child failed; its traceback is above
         time.sleep(delay)
+        return said
+    finally:
         child.kill()
         child.join()
-        whole = Checkpoints(run).steps()
-        assert whole[-1] in (start + 1, start + 2)
-        newest = whole[-1]
+
+
+def test_a_kill_in_the_middle_of_a_save_loses_only_that_save(tmp_path: Path) -> None:
+    run, newest, halves = tmp_path / "run", 0, 0
+    for delay in (0.0, 0.03, 0.1, 0.3):
+        start, found = _killed_after(delay, run)
+        assert start == newest, "the newest whole checkpoint was not the one used"
+        left_over = [n for n in found if "tmp" in n and not n.startswith(f"{start + 2}.")]
+        assert left_over == [], "what an earlier kill left behind is still there"
+        newest = Checkpoints(run).steps()[-1]
+        assert newest in (start + 1, start + 2)
         halves += any("tmp" in path.name for path in run.iterdir())
     assert halves > 0, "no kill fell into a save: the state is too small for this disk"
     restored = Checkpoints(run).restore(abstract(_large_state(0)))
     assert restored is not None and same_bits(restored.state, _large_state(newest))
     assert not (tmp_path / "run.damaged").exists()
-    shutil.rmtree(run)

@@ -13,7 +13,6 @@ import math
 from collections.abc import Callable, Sequence
 from functools import partial
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
@@ -48,15 +47,31 @@ def fan_avg(scale: float = 1.0) -> nn.initializers.Initializer:
     return nn.initializers.variance_scaling(scale or 1e-10, "fan_avg", "uniform")
 
 
+def pixelwise(x: Array, w: Array) -> Array:
+    """``x w`` at every pixel, as one matrix product: on CPU half the cost of a 1x1 convolution."""
+    return (x.reshape(-1, x.shape[-1]) @ w).reshape(*x.shape[:-1], -1)
+
+
 def conv(
     x: Array, features: int, size: int = 3, *, stride: int = 1, init_scale: float = 1.0
 ) -> Array:
     """A ``size x size`` convolution that keeps the image size, up to ``stride``."""
-    kernel_init = fan_avg(init_scale)
-    return nn.Conv(features, (size, size), stride, dtype=x.dtype, kernel_init=kernel_init)(x)
+    return nn.Conv(
+        features,
+        (size, size),
+        stride,
+        dtype=x.dtype,
+        kernel_init=fan_avg(init_scale),
+        conv_general_dilated=_pixelwise_conv if size == stride == 1 else None,
+    )(x)
+
+
+def _pixelwise_conv(x: Array, kernel: Array, *_: object, **__: object) -> Array:
+    return pixelwise(x, kernel[0, 0])
 
 
 def dense(x: Array, features: int) -> Array:
+    """A linear map of ``x (n, c)``."""
     return nn.Dense(features, dtype=x.dtype, kernel_init=fan_avg())(x)
 
 
@@ -104,7 +119,7 @@ class NIN(nn.Module):
     def __call__(self, x: Array) -> Array:
         w = self.param("W", fan_avg(self.init_scale), (x.shape[-1], self.features))
         b = self.param("b", nn.initializers.zeros, (self.features,))
-        return x @ w.astype(x.dtype) + b.astype(x.dtype).reshape(1, 1, 1, -1)
+        return pixelwise(x, w.astype(x.dtype)) + b.astype(x.dtype).reshape(1, 1, 1, -1)
 
 
 # ---- the noise level ----------------------------------------------------------------------------

@@ -9,17 +9,15 @@ CRC32 of its own. Reading checks, in this order,
 2. its leaves against the template's: a difference means a checkpoint of another model;
 3. the arrays against their CRC32s: a difference means a damaged checkpoint.
 
-Damage leads to the checkpoint before it and a loud message, another model to a ``ValueError``.
-Neither deletes anything.
+Damage leads to the checkpoint before it and a loud message, another model to an error. Neither
+deletes anything.
 """
 
-import contextlib
 import itertools
 import json
 import textwrap
 import time
 import zlib
-from collections.abc import Iterator
 from typing import Any, NamedTuple, Self
 
 import jax
@@ -45,6 +43,10 @@ class Restored(NamedTuple):
 
 class DamagedCheckpointError(RuntimeError):
     """A checkpoint that was whole when it was saved and is not any more."""
+
+
+class OtherModelError(ValueError):
+    """A checkpoint whose leaves are not those of the model at hand."""
 
 
 class Checkpoints:
@@ -121,7 +123,8 @@ class Checkpoints:
           The checkpoint, or ``None`` if ``step`` is ``None`` and there is no checkpoint.
 
         Raises:
-          ValueError: there is no such step, or another model's: the first differing leaf is named.
+          ValueError: there is no such step.
+          OtherModelError: it is a ``ValueError``, and names the first leaf that differs.
           DamagedCheckpointError: ``step``, or every checkpoint there is, is damaged.
         """
         self.wait()
@@ -168,15 +171,15 @@ class Checkpoints:
         path = self.directory / str(step)
         restored, damage = None, "another process could not read it"
         try:
-            with _as_damage():
-                stored = _opened(get_step_metadata(path).custom_metadata)
+            stored = _opened(get_step_metadata(path).custom_metadata)
             _check_same_model(path, stored["leaves"], _described(wanted))
-            with _as_damage():
-                state = ocp.load(path, wanted, checkpointable_name="state")
-                _check_crc32s(stored, state)
+            state = ocp.load(path, wanted, checkpointable_name="state")
+            _check_crc32s(stored, state)
             restored = Restored(step, state, stored["metadata"])
-        except DamagedCheckpointError as error:
-            damage = str(error)
+        except (OtherModelError, MemoryError, PermissionError, jax.errors.JaxRuntimeError):
+            raise  # These say nothing about the checkpoint's bytes.
+        except Exception as error:  # Whatever else the reader raises, it could not read them.
+            damage = textwrap.shorten(f"{type(error).__name__}: {error}", 400)
         if multihost_utils.process_allgather(np.array(restored is None)).any():
             restored = None
         return restored, damage
@@ -223,17 +226,16 @@ def _opened(manifest: Any) -> dict[str, Any]:
 def _check_same_model(path: epath.Path, stored: list[Any], expected: list[Any]) -> None:
     for theirs, ours in itertools.zip_longest(stored, expected):
         if theirs != ours:
-            raise ValueError(
+            raise OtherModelError(
                 f"{path} is of another model. First difference: it holds {_shown(theirs)}, this "
-                f"model has {_shown(ours)}. Use the configuration that saved it, or another "
-                "directory"
+                f"model has {_shown(ours)}. Use the configuration that saved it, or a new directory"
             )
 
 
 def _check_crc32s(stored: dict[str, Any], state: PyTree) -> None:
-    leaves = zip(stored["leaves"], stored["crc32s"], jax.tree.leaves(state), strict=True)
-    for described, crc32, leaf in leaves:
-        if _crc32(leaf) != crc32:
+    found = [_crc32(leaf) for leaf in jax.tree.leaves(state)]  # All: gathering takes every process.
+    for described, expected, crc32 in zip(stored["leaves"], stored["crc32s"], found, strict=True):
+        if crc32 != expected:
             raise DamagedCheckpointError(f"{_shown(described)} fails its CRC32")
 
 
@@ -271,15 +273,3 @@ def _abstract(leaf: Any) -> jax.ShapeDtypeStruct:
     sharding = sharding or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     sharding.shard_shape(leaf.shape)  # A sharding that does not fit must not pass for damage.
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
-
-
-@contextlib.contextmanager
-def _as_damage() -> Iterator[None]:
-    """Whatever the reader raises is damage, but for the machine's own troubles."""
-    try:
-        yield
-    except (DamagedCheckpointError, MemoryError, PermissionError, jax.errors.JaxRuntimeError):
-        raise
-    except Exception as error:
-        reason = f"{type(error).__name__}: {error}"
-        raise DamagedCheckpointError(textwrap.shorten(reason, 400)) from error

@@ -1,0 +1,314 @@
+"""Image sets are what they claim to be, and arrays on disk are whole or absent."""
+
+import dataclasses
+import gzip
+import hashlib
+import json
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+import pytest
+from pictures import numbered, pixels, save
+from PIL import Image
+
+from sbml import data
+from sbml.data import _cache, photos
+
+# Every source
+
+
+@pytest.fixture
+def options(tmp_path: Path) -> data.Options:
+    """Options with which every source of the registry loads."""
+    for i in range(12):
+        save(tmp_path / "folder" / f"{i}.png", pixels(6, 6, seed=i))
+    for key in (k for k, source in data.SOURCES.items() if source.collection):
+        for split in data.SPLITS:
+            path = tmp_path / "cache" / key / "tiny" / f"{split}.npy"
+            notes = {"version": "1.0.0", "split": split}
+            _cache.prepared(path, lambda add, notes=notes: add(pixels(6, 6)) or notes)
+    return data.Options(
+        cache_dir=tmp_path / "cache", path=tmp_path / "folder", image_size=6, test_fraction=0.4
+    )
+
+
+def full_name(source: str) -> str:
+    return f"{source}:tiny" if data.SOURCES[source].collection else source
+
+
+@pytest.mark.parametrize("source", data.SOURCES)
+def test_contract(source: str, options: data.Options) -> None:
+    for split in data.SPLITS:
+        images = data.load(full_name(source), split, options)
+        assert images.name == full_name(source)
+        assert images.split == split
+        assert images.images.dtype == np.uint8
+        assert images.images.shape == (len(images), *images.shape)
+        assert images.images.max() < images.levels
+        again = data.load(full_name(source), split, options)
+        assert again.fingerprint == images.fingerprint
+        assert json.loads(json.dumps(images.fingerprint)) == images.fingerprint
+        batch = data.train_batches(images, 1, seed=0)[0]
+        assert batch.shape == (1, *images.shape)
+
+
+@pytest.mark.parametrize("source", data.SOURCES)
+def test_unknown_split_lists_the_choices(source: str, options: data.Options) -> None:
+    with pytest.raises(ValueError, match=r"'valid'.*train, test"):
+        data.load(full_name(source), "valid", options)
+
+
+@pytest.mark.parametrize("name", ["digit", "digits:8x8", "digits:", "tfds", "tfds:", "_cache", ""])
+def test_unknown_name_lists_the_choices(name: str) -> None:
+    with pytest.raises(ValueError, match="digits, image_folder, photos, tfds:<set>"):
+        data.load(name, "train")
+
+
+@pytest.mark.parametrize("name", ["../x", "cifar 10", "/etc", "mnist/", "mnist:latest", "mnist/.."])
+def test_malformed_tfds_name(name: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="write set, set/config or set:1.2.3"):
+        data.load(f"tfds:{name}", "train", data.Options(cache_dir=tmp_path))
+
+
+def test_cache_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.delenv("SBML_CACHE", raising=False)
+    assert data.Options().cache == Path.home() / ".cache" / "sbml"
+    monkeypatch.setenv("SBML_CACHE", str(tmp_path / "variable"))
+    assert data.Options().cache == tmp_path / "variable"
+    assert data.Options(cache_dir=tmp_path / "given").cache == tmp_path / "given"
+
+
+# ImageSet
+
+
+@pytest.mark.parametrize(
+    ("images", "levels", "message"),
+    [
+        (np.zeros((2, 3, 3, 1), np.float32), 256, "float32"),
+        (np.zeros((2, 3, 3), np.uint8), 256, "shape"),
+        (np.zeros((0, 3, 3, 1), np.uint8), 256, "shape"),
+        (np.full((2, 3, 3, 1), 17, np.uint8), 17, "a pixel 17"),
+        (np.zeros((2, 3, 3, 1), np.uint8), 257, "levels=257"),
+        (np.zeros((2, 3, 3, 1), np.uint8), 1, "levels=1"),
+    ],
+)
+def test_wrong_pixels_are_refused(images: np.ndarray, levels: int, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        data.ImageSet("set", "1", "train", images, levels)
+
+
+def test_ids_must_match() -> None:
+    with pytest.raises(ValueError, match="1 ids for 2 images"):
+        data.ImageSet("set", "1", "train", np.zeros((2, 3, 3, 1), np.uint8), ids=("a",))
+
+
+def test_fingerprint_is_pinned() -> None:
+    """A change here would make every stored checkpoint warn about its data."""
+    images = np.arange(2 * 3 * 4 * 1, dtype=np.uint8).reshape(2, 3, 4, 1)
+    assert data.ImageSet("set", "1.0", "train", images, 32).fingerprint == {
+        "name": "set",
+        "version": "1.0",
+        "split": "train",
+        "count": 2,
+        "shape": [3, 4, 1],
+        "levels": 32,
+        "sha256": hashlib.sha256(bytes(range(24))).hexdigest(),
+        "id": "169d8b5b4d76",
+    }
+
+
+def test_fingerprint_tells_sets_apart() -> None:
+    images = numbered(700, shape=(16, 16, 3))
+    one_byte = images.images.copy()
+    one_byte[-1, -1, -1, -1] ^= 1
+    others = [dataclasses.replace(images, images=one_byte), dataclasses.replace(images, levels=255)]
+    others += [dataclasses.replace(images, **{k: "x"}) for k in ("name", "version", "split")]
+    ids = [s.fingerprint["id"] for s in (images, *others)]
+    assert len(set(ids)) == len(ids)
+    assert others[0].fingerprint["sha256"] != images.fingerprint["sha256"]
+
+
+def test_fingerprint_reads_every_chunk_and_any_memory_layout(tmp_path: Path) -> None:
+    whole = np.random.default_rng(0).integers(0, 256, (40, 700, 1000, 1), dtype=np.uint8)
+    np.save(tmp_path / "x.npy", whole)  # 28 MB: two chunks
+    expected = hashlib.sha256(whole.tobytes()).hexdigest()
+    mapped = np.load(tmp_path / "x.npy", mmap_mode="r")
+    for images in (whole, mapped, np.asfortranarray(whole)):
+        assert data.ImageSet("s", "1", "train", images).fingerprint["sha256"] == expected
+
+
+# Prepared arrays
+
+
+def test_prepared_once_then_mapped(tmp_path: Path) -> None:
+    rows = (
+        pixels(3, 4, 3, seed=1)[None].repeat(5, 0)
+        + np.arange(5, dtype=np.uint8)[:, None, None, None]
+    )
+    built = []
+
+    def build(add: _cache.Add) -> dict:
+        built.append(1)
+        for row in rows:
+            add(np.asfortranarray(row))
+        return {"version": "7"}
+
+    path = tmp_path / "deep" / "train.npy"
+    for _ in range(2):
+        images, notes = _cache.prepared(path, build)
+        assert isinstance(images, np.memmap)
+        assert not images.flags.writeable
+        np.testing.assert_array_equal(images, rows)
+        assert notes == {"version": "7"}
+    assert built == [1]
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([np.zeros((2, 2, 3), np.uint8), np.zeros((2, 3, 3), np.uint8)], r"Image 1 .*\(2, 3, 3\)"),
+        ([np.zeros((2, 2, 3), np.uint16)], "uint16"),
+        ([np.zeros((2, 2), np.uint8)], r"\(2, 2\)"),
+        ([], "no image"),
+    ],
+)
+def test_failed_preparation_leaves_nothing(
+    rows: list[np.ndarray], message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        _cache.prepared(tmp_path / "train.npy", lambda add: [add(row) for row in rows] and {})
+    assert {p.name for p in tmp_path.iterdir()} <= {".lock"}
+
+
+HALF = """
+import sys, time, numpy as np
+from pathlib import Path
+from sbml.data._cache import prepared
+
+def build(add):
+    for i in range(2000):
+        add(np.full((32, 32, 3), 7, np.uint8))
+    print("half", flush=True)
+    time.sleep(60)
+
+prepared(Path(sys.argv[1]), build)
+"""
+
+
+def test_killed_preparation_leaves_no_array(tmp_path: Path) -> None:
+    path = tmp_path / "train.npy"
+    command = [sys.executable, "-c", HALF, str(path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "half\n"
+        assert path.with_suffix(".part").exists()
+        process.send_signal(signal.SIGKILL)
+    assert not path.exists()
+    whole, _ = _cache.prepared(path, lambda add: add(np.zeros((2, 2, 1), np.uint8)) or {})
+    np.testing.assert_array_equal(whole, np.zeros((1, 2, 2, 1)))
+    assert {p.name for p in tmp_path.iterdir()} <= {".lock", "train.npy", "train.json"}
+
+
+def test_one_prepares_and_the_others_wait(tmp_path: Path) -> None:
+    built, results = [], []
+    together = threading.Barrier(4)
+
+    def build(add: _cache.Add) -> dict:
+        built.append(1)
+        for i in range(200):
+            add(np.full((8, 8, 1), i, np.uint8))
+        return {}
+
+    def work() -> None:
+        together.wait()
+        results.append(_cache.prepared(tmp_path / "train.npy", build)[0].sum())
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert built == [1]
+    assert results == [64 * 199 * 200 // 2] * 4
+
+
+def test_content_key_depends_on_bytes_order_and_choices(tmp_path: Path) -> None:
+    a, b = tmp_path / "a", tmp_path / "b"
+    a.write_bytes(b"a")
+    b.write_bytes(b"b")
+    keys = [_cache.content_key(f, c) for f in ([a, b], [b, a], [a]) for c in (1, 2)]
+    b.write_bytes(b"c")
+    keys.append(_cache.content_key([a, b], 1))
+    b.unlink()
+    keys.append(_cache.content_key([a, b], 1))
+    assert len(set(keys)) == len(keys)
+
+
+# Digits and photos
+
+
+def test_digits_are_scikit_learns_file() -> None:
+    spec = find_spec("sklearn")
+    assert spec and spec.origin
+    with gzip.open(Path(spec.origin).parent / "datasets" / "data" / "digits.csv.gz", "rt") as file:
+        table = np.loadtxt(file, delimiter=",")[:, :64].reshape(-1, 8, 8, 1)
+    train, test = (data.load("digits", split) for split in data.SPLITS)
+    assert (len(train), len(test), train.shape, train.levels) == (1437, 360, (8, 8, 1), 17)
+    np.testing.assert_array_equal(np.concatenate([train.images, test.images]), table)
+
+
+@pytest.fixture(scope="module")
+def photo_sets(tmp_path_factory: pytest.TempPathFactory) -> dict[str, data.ImageSet]:
+    def offline(*args: object, **kwargs: object) -> None:
+        raise AssertionError("photos must not open a connection")
+
+    options = data.Options(cache_dir=tmp_path_factory.mktemp("photos"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(socket, "socket", offline)
+        return {split: data.load("photos", split, options) for split in data.SPLITS}
+
+
+def photo_of(crop_id: str) -> str:
+    return crop_id.rpartition("@")[0]
+
+
+def test_whole_photos_are_held_out(photo_sets: dict[str, data.ImageSet]) -> None:
+    train, test = photo_sets["train"], photo_sets["test"]
+    assert train.ids and test.ids
+    assert train.shape == test.shape == (32, 32, 3)
+    assert 2000 < len(train) < 10_000 and 300 < len(test) < 2000
+    assert train.version == test.version
+    assert not {photo_of(i) for i in train.ids} & {photo_of(i) for i in test.ids}
+    assert not {x.tobytes() for x in train.images} & {x.tobytes() for x in test.images}
+    scenes = [{Path(n).stem.split("_")[0] for n in names} for names in photos.PHOTOS.values()]
+    assert not scenes[0] & scenes[1]
+
+
+@pytest.mark.parametrize("split", data.SPLITS)
+def test_crops_are_means_over_their_windows(
+    split: str, photo_sets: dict[str, data.ImageSet]
+) -> None:
+    images = photo_sets[split]
+    assert images.ids and len(set(images.ids)) == len(images)
+    whole = {n: np.asarray(Image.open(photos.photo_path(n)), float) for n in photos.PHOTOS[split]}
+    seen = set()
+    for crop_id, crop in list(zip(images.ids, images.images, strict=True))[::7]:
+        where, _, scale = crop_id.rpartition("@")[2].partition("/")
+        (top, left), side = map(int, where.split(",")), 32 * int(scale)
+        window = whole[photo_of(crop_id)][top : top + side, left : left + side]
+        mean = window.reshape(32, int(scale), 32, int(scale), 3).mean((1, 3))
+        np.testing.assert_allclose(crop, mean, atol=0.5 + 1e-6)
+        seen.add((photo_of(crop_id), scale))
+    assert len(seen) == 3 * len(photos.PHOTOS[split])
+
+
+def test_absent_photo_names_the_remedy() -> None:
+    for name in ("skimage/data/nowhere.png", "nopackage/data/astronaut.png"):
+        with pytest.raises(FileNotFoundError, match=f"{name}.*pip install"):
+            photos.photo_path(name)

@@ -1,0 +1,201 @@
+"""A user's folder: every file is used once, or named with the reason."""
+
+import dataclasses
+import logging
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+from pictures import pixels, save
+from PIL import Image
+
+from sbml import data
+from sbml.data import image_folder
+
+
+def folder_options(home: Path, **changes: object) -> data.Options:
+    options = data.Options(cache_dir=home / "cache", path=home / "images", image_size=8)
+    return dataclasses.replace(options, **changes)
+
+
+def load_split(home: Path, split: str = "train", **changes: object) -> data.ImageSet:
+    return data.load("image_folder", split, folder_options(home, **changes))
+
+
+@pytest.fixture
+def two_splits(tmp_path: Path) -> Path:
+    """``images/train`` to put files into, and a test image that makes the splits explicit."""
+    save(tmp_path / "images" / "test" / "t.png", pixels(8, 8))
+    (tmp_path / "images" / "train").mkdir()
+    return tmp_path
+
+
+def test_own_splits_recursive_and_sorted(
+    two_splits: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    train = two_splits / "images" / "train"
+    names = ["b/2.PNG", "a.tiff", "b/1.bmp", "c/d/e.gif", "f.webp"]
+    for i, name in enumerate(names):
+        options = {"lossless": True} if name.endswith("webp") else {}
+        save(train / name, pixels(8, 8, 1, seed=i), **options)
+    (train / "notes.txt").write_text("not an image")
+    save(two_splits / "images" / "outside.png", pixels(8, 8))
+    images = load_split(two_splits, channels=1)
+    order = sorted(range(5), key=names.__getitem__)
+    assert images.ids == tuple(f"train/{names[i]}" for i in order)
+    expected = np.stack([pixels(8, 8, 1, seed=i) for i in order])[..., None]
+    np.testing.assert_array_equal(images.images, expected)
+    assert images.skipped == ()
+    assert load_split(two_splits, "test").ids == ("test/t.png",)
+    assert "1 images" in caplog.text and "outside train and test" in caplog.text
+
+
+def test_unreadable_files_are_named_and_counted(
+    two_splits: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    train = two_splits / "images" / "train"
+    save(train / "good.png", pixels(8, 8))
+    (train / "text.jpg").write_text("this is no image")
+    (train / "empty.png").touch()
+    save(train / "cut.png", pixels(64, 64))
+    (train / "cut.png").write_bytes((train / "cut.png").read_bytes()[:2000])
+    (train / "dangling.png").symlink_to(train / "nowhere.png")
+    save(train / "clear.png", pixels(8, 8, 4))
+    Image.new("F", (8, 8)).save(train / "float.tif")
+    bad = ["clear.png", "cut.png", "dangling.png", "empty.png", "float.tif", "text.jpg"]
+    for _ in range(2):  # cached, it must be said again
+        caplog.clear()
+        with caplog.at_level(logging.WARNING):
+            images = load_split(two_splits)
+        assert images.ids == ("train/good.png",)
+        assert [s.split(":")[0] for s in images.skipped] == [f"train/{name}" for name in bad]
+        assert "transparent" in images.skipped[0] and "32-bit" in images.skipped[4]
+        assert "6 of 7 train files not used" in caplog.text
+        assert all(name in caplog.text for name in bad)
+
+
+def test_no_usable_image_is_an_error(two_splits: Path) -> None:
+    with pytest.raises(ValueError, match="has 1 images, none of them for 'train'"):
+        load_split(two_splits)
+    (two_splits / "images" / "train" / "x.png").touch()
+    with pytest.raises(ValueError, match=r"None of 1 images is usable. The first: train/x.png"):
+        load_split(two_splits)
+
+
+def test_pixel_formats(two_splits: Path) -> None:
+    train = two_splits / "images" / "train"
+    rgb = pixels(8, 8)
+    deep = np.random.default_rng(1).integers(0, 2**16, (8, 8)).astype(np.uint16)
+    save(train / "deep.png", deep)
+    save(train / "opaque.png", np.concatenate([rgb, np.full((8, 8, 1), 255, np.uint8)], -1))
+    Image.fromarray(rgb).convert("CMYK").save(train / "ink.tif")
+    Image.fromarray(rgb[..., 0]).save(train / "grey.png")
+    Image.fromarray(rgb).quantize(256).save(train / "palette.png")
+    images = load_split(two_splits)
+    assert images.ids is not None
+    by_name = dict(zip((Path(i).stem for i in images.ids), images.images, strict=True))
+    np.testing.assert_array_equal(by_name["deep"], np.repeat(deep[..., None] // 256, 3, -1))
+    np.testing.assert_array_equal(by_name["opaque"], rgb)
+    np.testing.assert_array_equal(by_name["grey"], np.repeat(rgb[..., :1], 3, -1))
+    np.testing.assert_allclose(by_name["ink"], rgb, atol=1)
+    np.testing.assert_array_equal(
+        by_name["palette"], Image.fromarray(rgb).quantize(256).convert("RGB")
+    )
+    grey = load_split(two_splits, channels=1)
+    assert grey.shape == (8, 8, 1)
+    luma = rgb @ [0.299, 0.587, 0.114]  # ITU-R 601
+    np.testing.assert_allclose(
+        grey.images[images.ids.index("train/opaque.png"), ..., 0], luma, atol=1
+    )
+
+
+def test_exif_orientation(two_splits: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera was turned: rotate 90 degrees clockwise to show
+    save(two_splits / "images" / "train" / "x.png", pixels(8, 8), exif=exif)
+    np.testing.assert_array_equal(load_split(two_splits).images[0], np.rot90(pixels(8, 8), -1))
+
+
+def test_crops(two_splits: Path) -> None:
+    train = two_splits / "images" / "train"
+    wide = pixels(8, 20)
+    save(train / "x.png", wide)
+    for i in range(20):
+        save(train / f"y{i}.png", wide)
+    np.testing.assert_array_equal(load_split(two_splits).images[0], wide[:, 6:14])
+    squashed = Image.fromarray(wide).resize((8, 8), Image.Resampling.LANCZOS)
+    np.testing.assert_array_equal(load_split(two_splits, crop="squash").images[0], squashed)
+    drawn, again, other = (load_split(two_splits, crop="random", seed=s).images for s in (0, 0, 1))
+    np.testing.assert_array_equal(drawn, again)
+    assert len(np.unique(drawn, axis=0)) == 21
+    assert not np.array_equal(drawn, other)
+
+
+def test_downscaling_averages(two_splits: Path) -> None:
+    ramp = np.broadcast_to(np.arange(64, dtype=np.uint8)[:, None, None] * 4, (64, 64, 3))
+    save(two_splits / "images" / "train" / "x.png", ramp)
+    small = load_split(two_splits).images[0].astype(float)
+    np.testing.assert_allclose(
+        small[1:-1], ramp.reshape(8, 8, 8, 8, 3).mean((1, 3))[1:-1], atol=1.5
+    )
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"path": None}, "set the option path"),
+        ({"path": "/nowhere/at/all"}, "/nowhere/at/all is not a folder"),
+        ({"image_size": 0}, "image_size=0"),
+        ({"channels": 4}, "channels=4"),
+        ({"crop": "middle"}, "'middle'.*center, random, squash"),
+        ({"test_fraction": 1.0}, "test_fraction=1.0"),
+    ],
+)
+def test_wrong_folder_options(changes: dict, message: str, two_splits: Path) -> None:
+    with pytest.raises(ValueError, match=message):
+        load_split(two_splits, **changes)
+
+
+def test_one_split_folder_alone_is_an_error(tmp_path: Path) -> None:
+    save(tmp_path / "images" / "train" / "x.png", pixels(8, 8))
+    with pytest.raises(ValueError, match="subfolder train only"):
+        load_split(tmp_path)
+
+
+def test_hashed_split_is_a_partition_that_new_files_do_not_move(tmp_path: Path) -> None:
+    names = [f"{i}.png" for i in range(4000)]
+    options = data.Options(test_fraction=0.2)
+    held = {n for n in names if image_folder._held_out(n, options)}
+    assert abs(len(held) - 800) < 3 * math.sqrt(4000 * 0.2 * 0.8)
+    other_seed = dataclasses.replace(options, seed=1)
+    assert held != {n for n in names if image_folder._held_out(n, other_seed)}
+
+    for i in range(30):
+        save(tmp_path / "images" / f"{i}.png", pixels(8, 8, seed=i))
+    before = {s: set(load_split(tmp_path, s, test_fraction=0.2).ids or ()) for s in data.SPLITS}
+    assert not before["train"] & before["test"]
+    assert before["train"] | before["test"] == set(names[:30])
+    assert before["test"] == held & set(names[:30])
+    for i in range(30, 40):
+        save(tmp_path / "images" / f"{i}.png", pixels(8, 8, seed=i))
+    for split, ids in before.items():
+        assert ids < set(load_split(tmp_path, split, test_fraction=0.2).ids or ())
+
+
+def test_folder_is_decoded_once_per_content(
+    two_splits: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = two_splits / "images" / "train" / "x.png"
+    save(file, pixels(8, 8, seed=0))
+    first = load_split(two_splits)
+    decoded = []
+    decode = image_folder._decode
+    monkeypatch.setattr(image_folder, "_decode", lambda *a: decoded.append(a) or decode(*a))
+    assert load_split(two_splits).fingerprint == first.fingerprint
+    assert not decoded
+    save(file, pixels(8, 8, seed=1))
+    changed = load_split(two_splits)
+    assert len(decoded) == 1
+    assert changed.version != first.version
+    np.testing.assert_array_equal(changed.images[0], pixels(8, 8, seed=1))

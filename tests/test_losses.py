@@ -1,0 +1,296 @@
+"""Denoising score matching on Gaussian data, where sigma points make expectations exact."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracle
+import pytest
+import scipy.integrate
+
+from sbml import losses, times
+from sbml.sdes import SDE, SDES
+from sbml.types import Array, Key, Score
+
+pytestmark = pytest.mark.usefixtures("x64")
+
+EPS = 1e-5
+T = jnp.asarray(0.3)
+
+
+@pytest.fixture(params=SDES, name="sde")
+def _sde(request: pytest.FixtureRequest) -> SDE:
+    return SDES[request.param]()
+
+
+def expected_loss(score: Score, data: oracle.Gaussian, t: Array, weighting: str) -> Array:
+    """The exact expectation over x_0 and z for a score that is affine in x."""
+
+    def one(x: Array, z: Array) -> Array:
+        x_t = losses.perturb(data.sde, x, t, z)
+        return losses.residual(data.sde, score(x_t, t, None), t, z, weighting)
+
+    x, z = map(jnp.asarray, data.sigma_points())
+    return jnp.mean(jax.vmap(one)(x, z))
+
+
+def perturbed(data: oracle.Gaussian, a: Array, b: Array) -> Score:
+    """The true score plus A x + b."""
+    return lambda x, t, key: data.score(x, t) + a @ x + b
+
+
+def test_weights(sde: SDE) -> None:
+    ratio = sde.diffusion(T) / sde.std(T)
+    np.testing.assert_allclose(losses.weight(sde, T, "likelihood"), ratio**2, rtol=1e-14)
+    assert losses.weight(sde, T, "original") == 1
+
+
+def test_perturb_by_hand() -> None:
+    """Linear VE has alpha = 1 and sigma = 50 t."""
+    sde = SDES["linear_ve"]()
+    x, z = jnp.asarray([[1.0, 2.0]]), jnp.asarray([[-1.0, 0.5]])
+    np.testing.assert_allclose(losses.perturb(sde, x, jnp.asarray(0.1), z), [[-4.0, 4.5]])
+
+
+def test_residual_by_hand() -> None:
+    """sigma = 5, g^2 / sigma^2 = 2 / t = 20 at t = 0.1: 1/2 20 ((5 - 1)^2 + (10 + 0.5)^2)."""
+    sde, t = SDES["linear_ve"](), jnp.asarray(0.1)
+    score, z = jnp.asarray([1.0, 2.0]), jnp.asarray([-1.0, 0.5])
+    likelihood = losses.residual(sde, score, t, z, "likelihood")
+    np.testing.assert_allclose(likelihood, 10 * (16 + 10.5**2), rtol=1e-13)
+    original = losses.residual(sde, score, t, z, "original")
+    np.testing.assert_allclose(original, 0.5 * (16 + 10.5**2), rtol=1e-13)
+
+
+@pytest.mark.oracle
+@pytest.mark.parametrize("weighting", losses.WEIGHTINGS)
+def test_the_true_score_is_a_stationary_point(sde: SDE, weighting: str) -> None:
+    data = oracle.gaussian(sde)
+    for t in (1e-3, 0.1, 0.5, 1.0):
+
+        def loss(a: Array, b: Array, t: float = t) -> Array:
+            return expected_loss(perturbed(data, a, b), data, jnp.asarray(t), weighting)
+
+        value, gradient = jax.value_and_grad(loss, argnums=(0, 1))(jnp.zeros((3, 3)), jnp.zeros(3))
+        # The gradient of the error is g^2 E[delta x^T]: it scales with x_t and with the weight.
+        scale = max(1.0, float(sde.diffusion(jnp.asarray(t))) ** 2, sde.prior_std**2, float(value))
+        for leaf in gradient:
+            np.testing.assert_allclose(leaf, 0, atol=1e-8 * scale)
+
+
+@pytest.mark.oracle
+@pytest.mark.parametrize("weighting", losses.WEIGHTINGS)
+def test_the_gap_of_a_wrong_score_is_its_squared_error(sde: SDE, weighting: str) -> None:
+    """E loss(s + delta) - E loss(s) = 1/2 w sigma^2 E|delta(x_t)|^2, for an affine delta: positive
+    in every direction, so the true score is the minimum."""
+    data, rng = oracle.gaussian(sde), np.random.default_rng(5)
+    alpha, sigma = float(sde.mean_coef(T)), float(sde.std(T))
+    mean, cov = alpha * data.mean, alpha**2 * data.cov + sigma**2 * np.eye(3)
+    best = expected_loss(data.score, data, T, weighting)
+    for _ in range(5):
+        a, b = rng.normal(size=(3, 3)), rng.normal(size=3)
+        gap = expected_loss(perturbed(data, jnp.asarray(a), jnp.asarray(b)), data, T, weighting)
+        squared = np.trace(a @ cov @ a.T) + np.sum((a @ mean + b) ** 2)
+        lambda_ = sigma**2 if weighting == "original" else float(sde.diffusion(T)) ** 2
+        np.testing.assert_allclose(gap - best, 0.5 * lambda_ * squared, rtol=1e-9)
+
+
+@pytest.mark.oracle
+def test_the_true_score_of_a_mixture_beats_its_neighbours(sde: SDE) -> None:
+    """On common random numbers, beyond noise, in random directions of function space."""
+    data, n = oracle.mixture(sde), 2000
+    rng = np.random.default_rng(6)
+    choice = rng.choice(3, n, p=data.weights)
+    normal = rng.normal(size=(n, 3))
+    roots = np.stack([np.linalg.cholesky(part.cov) for part in data.parts])
+    means = np.stack([part.mean for part in data.parts])
+    x = jnp.asarray(means[choice] + np.einsum("nij,nj->ni", roots[choice], normal))
+    keys = jax.random.split(jax.random.key(0), n)
+
+    @jax.jit
+    def each(direction: Array, scale: float) -> Array:
+        def score(x: Array, t: Array, key: Key | None) -> Array:
+            return data.score(x, t) + scale / sde.std(t) * jnp.sin(direction @ x)
+
+        return jax.vmap(lambda x, key: losses.dsm(score, sde, x, T, key))(x, keys)
+
+    truth = each(jnp.zeros((3, 3)), 0.0)
+    for _ in range(4):
+        excess = np.asarray(each(rng.normal(size=(3, 3)), 0.3) - truth)
+        assert excess.mean() > 3 * excess.std() / np.sqrt(n)
+
+
+@pytest.mark.oracle
+def test_likelihood_weighting_cancels_importance_weights(sde: SDE) -> None:
+    """weight(t) * loss = Z/2 |sigma s + z|^2 at every importance time."""
+    importance = times.Importance(sde, EPS)
+    t, weight = importance.at(jnp.linspace(0, 0.99, 7))
+    rng = np.random.default_rng(7)
+    score, z = rng.normal(size=(7, 4)), rng.normal(size=(7, 4))
+    for i in range(7):
+        loss = losses.residual(sde, jnp.asarray(score[i]), t[i], jnp.asarray(z[i]), "likelihood")
+        error = np.sum((sde.std(t[i]) * score[i] + z[i]) ** 2)
+        np.testing.assert_allclose(weight[i] * loss, importance.normaliser / 2 * error, rtol=1e-9)
+
+
+@pytest.mark.oracle
+@pytest.mark.parametrize("proposal", times.PROPOSALS)
+def test_the_integral_of_the_loss_is_closed_form(sde: SDE, proposal: str) -> None:
+    """At the true score, with rho = sigma / alpha and c_i the data's variances:
+
+    likelihood   integral 1/2 g^2/sigma^2 E|sigma s + z|^2 dt = 1/2 sum_i [-log1p(c_i / rho^2)]
+    original     integral 1/2 sum_i alpha^2 c_i / (alpha^2 c_i + sigma^2) dt, by quadrature
+    """
+    data = oracle.gaussian(sde)
+    variances = np.linalg.eigvalsh(data.cov)
+
+    def rest(t: float) -> float:
+        alpha, sigma = float(sde.mean_coef(jnp.asarray(t))), float(sde.std(jnp.asarray(t)))
+        return 0.5 * float(np.sum(alpha**2 * variances / (alpha**2 * variances + sigma**2)))
+
+    ends = jnp.asarray([EPS, 1.0])
+    rho2 = np.asarray(sde.std(ends) / sde.mean_coef(ends)) ** 2
+    expected = {
+        "likelihood": 0.5 * np.sum(np.log1p(variances / rho2[0]) - np.log1p(variances / rho2[1])),
+        "original": scipy.integrate.quad(
+            lambda s: rest(np.exp(s)) * np.exp(s), np.log(EPS), 0, epsrel=1e-9, limit=200
+        )[0],
+    }
+    # Uniform times leave the loss a spike near eps: a substitution of the quadrature, u = v^8.
+    nodes, weights = np.polynomial.legendre.leggauss(300)
+    v, power = 0.5 * (nodes + 1), 8 if proposal == "uniform" else 1
+    t, weight = times.PROPOSALS[proposal](sde, EPS).at(jnp.asarray(v**power))
+    for weighting, value in expected.items():
+        loss = jax.jit(
+            jax.vmap(lambda t, w=weighting: expected_loss(data.score, data, t, w))
+        )(t)
+        estimate = np.sum(0.5 * weights * power * v ** (power - 1) * weight * loss)
+        np.testing.assert_allclose(estimate, value, rtol=1e-6)
+
+
+def _echo(x: Array, t: Array, key: Key | None) -> Array:
+    """A score that returns its input, so that the loss reveals the noise."""
+    return x
+
+
+def test_dsm_draws_standard_normal_noise(sde: SDE) -> None:
+    """With a zero score the loss is w/2 |z|^2, w/2 times a chi-squared variable."""
+    x, n = jnp.ones((2, 3)), 4000
+    keys = jax.random.split(jax.random.key(1), n)
+
+    def zero(x: Array, t: Array, key: Key | None) -> Array:
+        return jnp.zeros_like(x)
+
+    loss = jax.vmap(lambda key: losses.dsm(zero, sde, x, T, key, weighting="original"))(keys)
+    assert loss.shape == (n,)
+    assert abs(np.mean(loss) - 3) < 3 * np.sqrt(3 / n)
+    np.testing.assert_allclose(np.var(loss), 3, rtol=0.15)
+
+
+def test_the_scores_key_is_not_the_noises() -> None:
+    """Were z drawn from the key the score gets, a score that adds noise would double or cancel."""
+    sde, n = SDES["vp"](), 4000
+
+    def noisy(x: Array, t: Array, key: Key | None) -> Array:
+        return jax.random.normal(key, x.shape) / sde.std(t)
+
+    def loss(key: Key) -> Array:
+        return losses.dsm(noisy, sde, jnp.zeros(4), T, key, weighting="original")
+
+    def batch_loss(key: Key) -> Array:
+        return losses.dsm_batch(noisy, sde, jnp.zeros((1, 4)), T[None], key, weighting="original")
+
+    keys = jax.random.split(jax.random.key(2), n)
+    for values in (jax.vmap(loss)(keys), jax.vmap(batch_loss)(keys)):
+        # 1/2 |z + z'|^2 with independent z, z' in four dimensions: mean 4, variance 8.
+        assert abs(np.mean(values) - 4) < 3 * np.sqrt(8 / n)
+
+
+@pytest.mark.parametrize("weighting", losses.WEIGHTINGS)
+def test_batch_loss_is_the_loss_of_each_example(sde: SDE, weighting: str) -> None:
+    """Both forms, recomputed from the noise that the score's inputs reveal."""
+    x = jax.random.normal(jax.random.key(3), (5, 2, 3))
+    t = jnp.linspace(0.1, 0.9, 5)
+    seen = []
+
+    class Recorder:
+        def batch(self, x: Array, t: Array, key: Key | None) -> Array:
+            seen.append((x, t))
+            return jnp.sin(x)
+
+    loss = losses.dsm_batch(Recorder(), sde, x, t, jax.random.key(4), weighting=weighting)
+    ((x_t, t_seen),) = seen
+    np.testing.assert_array_equal(t_seen, t)
+    assert loss.shape == (5,)
+    for i in range(5):
+        z = (x_t[i] - sde.mean_coef(t[i]) * x[i]) / sde.std(t[i])
+        expected = losses.residual(sde, jnp.sin(x_t[i]), t[i], z, weighting)
+        np.testing.assert_allclose(loss[i], expected, rtol=1e-9)
+
+
+def test_single_loss_is_the_residual_of_its_noise(sde: SDE) -> None:
+    x, seen = jnp.ones((2, 3)), []
+
+    def score(x: Array, t: Array, key: Key | None) -> Array:
+        seen.append(x)
+        return jnp.sin(x)
+
+    loss = losses.dsm(score, sde, x, T, jax.random.key(5))
+    z = (seen[0] - sde.mean_coef(T) * x) / sde.std(T)
+    expected = losses.residual(sde, jnp.sin(seen[0]), T, z, "likelihood")
+    np.testing.assert_allclose(loss, expected, rtol=1e-9)
+
+
+def test_a_plain_function_and_its_batch_form_agree() -> None:
+    """``dsm_batch`` of a function without a batch form vmaps it: the same losses."""
+    sde = SDES["vp"]()
+    x, t = jax.random.normal(jax.random.key(6), (4, 3)), jnp.linspace(0.1, 0.9, 4)
+
+    class Batched:
+        def batch(self, x: Array, t: Array, key: Key | None) -> Array:
+            return -x * t[:, None]
+
+    def plain(x: Array, t: Array, key: Key | None) -> Array:
+        return -x * t
+
+    losses_ = [losses.dsm_batch(s, sde, x, t, jax.random.key(7)) for s in (Batched(), plain)]
+    np.testing.assert_allclose(*losses_, rtol=1e-13)
+
+
+def test_losses_compose_with_jit_vmap_and_grad() -> None:
+    """The loss of -theta x in theta is a parabola: its gradient from three values."""
+    sde = SDES["subvp"]()
+    x, t = jax.random.normal(jax.random.key(8), (4, 3)), jnp.linspace(0.1, 0.9, 4)
+    keys = jax.random.split(jax.random.key(9), 4)
+
+    def single(theta: Array) -> Array:
+        each = jax.vmap(lambda *a: losses.dsm(lambda x, t, k: -theta * x, sde, *a))
+        return jnp.mean(each(x, t, keys))
+
+    def batch(theta: Array) -> Array:
+        each = losses.dsm_batch(lambda x, t, k: -theta * x, sde, x, t, keys[0])
+        return jnp.mean(each)
+
+    for loss in (single, batch):
+        low, middle, high = (jax.jit(loss)(jnp.asarray(v)) for v in (0.0, 1.0, 2.0))
+        slope = jax.jit(jax.grad(loss))(jnp.asarray(1.0))
+        np.testing.assert_allclose(slope, (high - low) / 2, rtol=1e-9)
+        assert low + high > 2 * middle
+
+
+@pytest.mark.parametrize("shape", [(1, 3), (3,), (2, 1), ()])
+def test_a_score_of_the_wrong_shape_is_refused(shape: tuple[int, ...]) -> None:
+    """Each of these would broadcast against (2, 3) in silence."""
+
+    def wrong(x: Array, t: Array, key: Key | None) -> Array:
+        return jnp.zeros(shape)
+
+    sde, x = SDES["vp"](), jnp.ones((2, 3))
+    with pytest.raises(ValueError, match=r"score returned shape .* for an input of \(2, 3\)"):
+        losses.dsm(wrong, sde, x, T, jax.random.key(0))
+    with pytest.raises(ValueError, match=r"score returned shape .* for an input of \(2, 3\)"):
+        losses.dsm_batch(wrong, sde, x[None], T[None], jax.random.key(0))
+
+
+def test_unknown_weightings_are_refused() -> None:
+    with pytest.raises(ValueError, match="unknown weighting 'vlb'"):
+        losses.dsm(_echo, SDES["vp"](), jnp.ones(2), T, jax.random.key(0), weighting="vlb")

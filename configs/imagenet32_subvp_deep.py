@@ -1,4 +1,4 @@
-"""ImageNet 32x32 (the version of 2016), sub-VP, deep DDPM++ (106.6 M parameters), the paper's settings.
+"""ImageNet 32x32 (the version of 2016), sub-VP, deep DDPM++ (106.6 M parameters), as in the paper.
 
 python -m sbml.main --config=configs/imagenet32_subvp_deep.py
 

@@ -5,6 +5,8 @@ is derived from several of them is computed in ``sbml.build``, after command-lin
 """
 
 import dataclasses
+import re
+from collections.abc import Sequence
 
 import ml_collections
 from ml_collections import config_dict
@@ -101,3 +103,20 @@ def default(network: str = "ncsnpp") -> ml_collections.ConfigDict:
             },
         }
     ).lock()
+
+
+def check_overrides(config: ml_collections.ConfigDict, arguments: Sequence[str]) -> None:
+    """Refuse ``--config.a.b=value`` for a field that ``config`` does not have.
+
+    Raises:
+      ValueError: naming the field and those there are beside it.
+    """
+    for name in re.findall(r"^--?config\.([\w.]+)", "\n".join(arguments), re.MULTILINE):
+        node, known = config, "config"
+        for part in name.split("."):
+            if not isinstance(node, ml_collections.ConfigDict) or part not in node:
+                fields = sorted(node) if isinstance(node, ml_collections.ConfigDict) else []
+                raise ValueError(
+                    f"unknown field config.{name}: {known} has {', '.join(fields) or 'no fields'}"
+                )
+            node, known = node[part], f"{known}.{part}"

@@ -77,15 +77,17 @@ def dsm(
 
 
 def dsm_batch(
-    score: Score, sde: SDE, x: Array, t: Array, key: Key, *, weighting: str = "likelihood"
+    score: Score, sde: SDE, x: Array, t: Array, keys: Key, *, weighting: str = "likelihood"
 ) -> Array:
-    """:func:`dsm` for ``x (n, *s)`` and ``t (n,)``: n losses, the score called once on the batch.
+    """:func:`dsm` for ``x (n, *s)``, ``t (n,)``, ``keys (n,)``: n losses, one call of the score.
 
-    The mathematics stays per example (vmapped); only the network sees the batch, which in reverse
-    mode is cheaper than a vmapped network (see ``sbml.types``).
+    The mathematics stays per example (vmapped), each with the noise its own key draws; only the
+    network sees the batch, which in reverse mode is cheaper than a vmapped network (see
+    ``sbml.types``). Without stochastic layers the result is that of ``vmap(dsm)``.
     """
-    noise_key, score_key = jax.random.split(key)
-    z = jax.random.normal(noise_key, x.shape, x.dtype)
-    x_t = jax.vmap(perturb, (None, 0, 0, 0))(sde, x, t, z)
-    scores = batched(score)(x_t, t, score_key)
-    return jax.vmap(residual, (None, 0, 0, 0, None))(sde, scores, t, z, weighting)
+    pairs = jax.vmap(jax.random.split)(keys)
+    noise_keys, score_keys = pairs[:, 0], pairs[:, 1]
+    z = jax.vmap(lambda key, x: jax.random.normal(key, x.shape, x.dtype))(noise_keys, x)
+    x_t = jax.vmap(lambda x, t, z: perturb(sde, x, t, z))(x, t, z)
+    scores = batched(score)(x_t, t, score_keys[0])
+    return jax.vmap(lambda s, t, z: residual(sde, s, t, z, weighting))(scores, t, z)

@@ -1,6 +1,8 @@
 """python -m sbml.main --config=configs/digits_vp.py [--mode=train,eval,sample] [--workdir=DIR]"""
 
 import pathlib
+import runpy
+import sys
 from collections.abc import Sequence
 
 import jax
@@ -9,34 +11,54 @@ from etils import epath
 from ml_collections import config_flags
 
 from sbml import evaluate, sample, train
+from sbml.config import check_overrides
 
 MODES = {"train": train.run, "eval": evaluate.run, "sample": sample.run}
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "Config file; any field of it can be set.")
 MODE = flags.DEFINE_list("mode", None, f"What to run, in order: {', '.join(MODES)}.")
 WORKDIR = flags.DEFINE_string("workdir", None, "Where results go; default runs/<config's name>.")
-DISTRIBUTED = flags.DEFINE_bool("distributed", False, "One of several processes (see README).")
+COORDINATOR = flags.DEFINE_string(
+    "coordinator", None, "Several processes: process 0's host:port, or auto (TPU pods, Slurm ...)."
+)
+PROCESSES = flags.DEFINE_integer("num_processes", None, "How many, unless --coordinator=auto.")
+PROCESS = flags.DEFINE_integer("process_id", None, "Which this is, unless --coordinator=auto.")
 flags.mark_flag_as_required("config")
 
 
-def main(argv: Sequence[str]) -> None:
+def parse(arguments: list[str]) -> list[str]:
+    """Parse the command line; an unknown field of the config is an error that lists the fields."""
+    try:
+        return app.parse_flags_with_usage(arguments)
+    except (AttributeError, KeyError):
+        path = next(a.partition("=")[2] for a in arguments if a.startswith("--config="))
+        try:
+            check_overrides(runpy.run_path(path)["get_config"](), arguments)
+        except ValueError as error:
+            sys.exit(str(error))
+        raise
+
+
+def main(arguments: Sequence[str]) -> None:
     """Run the modes in order."""
-    if len(argv) > 1:
-        raise app.UsageError(f"unknown arguments {argv[1:]}; fields are set as --config.field=value")
-    config = CONFIG.value
-    modes = MODE.value or list(config.mode)
+    if len(arguments) > 1:
+        raise app.UsageError(f"unknown: {arguments[1:]}; set fields as --config.field=value")
+    modes = MODE.value or list(CONFIG.value.mode)
     unknown = [mode for mode in modes if mode not in MODES]
     if unknown:
-        raise app.UsageError(f"unknown mode {unknown}; choose from {list(MODES)}")
-    if DISTRIBUTED.value:
-        jax.distributed.initialize()
+        raise app.UsageError(f"unknown mode {unknown}; choose from {', '.join(MODES)}")
+    if COORDINATOR.value:
+        address = None if COORDINATOR.value == "auto" else COORDINATOR.value
+        jax.distributed.initialize(address, PROCESSES.value, PROCESS.value)
+    if not flags.FLAGS["verbosity"].present:
+        logging.set_verbosity(logging.WARNING)  # The libraries' own chatter drowns the bars.
     name = pathlib.Path(config_flags.get_config_filename(flags.FLAGS["config"])).stem
     workdir = epath.Path(WORKDIR.value or f"runs/{name}")
     workdir.mkdir(parents=True, exist_ok=True)
-    logging.info("%s in %s", ", ".join(modes), workdir)
+    print(f"{', '.join(modes)} in {workdir}")
     for mode in modes:
-        MODES[mode](config, workdir)
+        MODES[mode](CONFIG.value, workdir)
 
 
 if __name__ == "__main__":
-    app.run(main)
+    app.run(main, flags_parser=parse)

@@ -34,31 +34,31 @@ IN_FLIGHT = 2
 
 
 def prepare_fn(experiment: Experiment) -> Prepare:
-    """The draws of a batch of uint8 images: x (n, *s) in [-1, 1], times and weights (n,)."""
+    """The draws of a batch of uint8 images: x (n, *s) in [-1, 1]; times, weights, keys (n,)."""
     training, levels = experiment.config.training, experiment.levels
     draw = times.DRAWS[training.times]
 
-    def prepare(pixels: Array, key: Key) -> tuple[Array, Array, Array]:
-        u_key, time_key = jax.random.split(key)
+    def prepare(pixels: Array, key: Key) -> tuple[Array, Array, Array, Key]:
+        u_key, time_key, loss_key = jax.random.split(key, 3)
         if experiment.config.data.dequantization == "none":
             x = 2.0 * pixels / (levels - 1) - 1.0
         else:
             x = bits.to_model(pixels, jax.random.uniform(u_key, pixels.shape), levels)
         t, weight = experiment.proposal.at(draw(time_key, len(pixels))[:, 0])
-        return x, t, weight
+        return x, t, weight, jax.random.split(loss_key, len(pixels))
 
     return prepare
 
 
 def loss_fn(experiment: Experiment) -> Loss:
     """Per-example losses (n,) in nats/dim."""
-    dims = math.prod(experiment.shape)
+    sde, dims = experiment.sde, math.prod(experiment.shape)
 
-    def loss(params: Any, draws: tuple[Array, Array, Array], key: Key) -> Array:
-        x, t, weight = draws
+    def loss(params: Any, draws: tuple[Array, Array, Array, Key]) -> Array:
+        x, t, weight, keys = draws
         score = experiment.adapter(params)
-        weighting = experiment.weighting
-        return weight / dims * losses.dsm_batch(score, experiment.sde, x, t, key, weighting=weighting)
+        terms = losses.dsm_batch(score, sde, x, t, keys, weighting=experiment.weighting)
+        return weight * terms / dims
 
     return loss
 

@@ -24,51 +24,63 @@ EXACT = Trace("exact")
 SHAPE = (1, 3)
 
 
-def data_of(kind: str, name: str = "vp") -> oracle.Gaussian | oracle.Mixture:
-    """A Gaussian, a mixture, or a Gaussian of diagonal covariance."""
+def data_of(kind: str, name: str = "vp") -> oracle.Mixture:
+    """A mixture, or a Gaussian written as one, so that all share what is compiled."""
     sde = SDES[name]()
-    if kind == "diagonal":
-        return oracle.Gaussian(sde, np.array([0.1, -0.2, 0.0]), np.diag([0.05, 0.3, 1.0]))
-    return {"gaussian": oracle.gaussian, "mixture": oracle.mixture}[kind](sde)
+    if kind == "mixture":
+        return oracle.mixture(sde)
+    return oracle.as_mixture(getattr(oracle, kind)(sde))
 
 
-def examples(n: int = 5) -> Array:
-    return jnp.asarray(np.random.default_rng(0).normal(size=(n, *SHAPE)) * 0.5)
+def examples() -> Array:
+    """Five examples; the last lies far out, where steps must be many times smaller."""
+    x = np.random.default_rng(0).normal(size=(5, *SHAPE)) * 0.5
+    return jnp.asarray(x).at[4].multiply(5)
 
 
 @functools.cache
-def solved(kind: str, name: str, trace: Trace = EXACT, solver: Solver = TIGHT) -> Likelihood:
-    """``examples()``, or without an exact trace one of them under many keys; solved once."""
-    data = data_of(kind, name)
+def compiled(name: str, trace: Trace, solver: Solver) -> Callable[..., Likelihood]:
+    """A function of data, example and key."""
 
-    def one(x: Array, key: Key) -> Likelihood:
+    def call(data: oracle.Mixture, x: Array, key: Key | None) -> Likelihood:
         return ode_logp(data.score, SDES[name](), x, key, eps=EPS, trace=trace, solver=solver)
 
+    exact = trace == EXACT
+    return jax.jit(jax.vmap(call, (None, 0, None) if exact else (None, None, 0)))
+
+
+@functools.cache
+def solved(
+    kind: str, name: str = "vp", trace: Trace = EXACT, solver: Solver = TIGHT
+) -> Likelihood:
+    """The likelihood of every example; where the trace is drawn, of the first under 400 keys."""
+    call, data = compiled(name, trace, solver), data_of(kind, name)
     if trace == EXACT:
-        return jax.jit(jax.vmap(lambda x: one(x, None)))(examples())
-    keys = jax.random.split(jax.random.key(0), 400)
-    return jax.jit(jax.vmap(one, (None, 0)))(examples()[0], keys)
+        return call(data, examples(), None)
+    return call(data, examples()[0], jax.random.split(jax.random.key(0), 400))
 
 
-def test_the_oracle_agrees_with_scipy_and_with_its_own_gradient() -> None:
-    x = examples()[0]
-    for name in SDES:
-        for kind in ("gaussian", "mixture"):
-            data = data_of(kind, name)
-            for t in (EPS, 0.1, 1.0):
-                gradient = jax.grad(data.logp)(x, jnp.asarray(t))
-                np.testing.assert_allclose(data.score(x, jnp.asarray(t)), gradient, rtol=1e-8)
-    sde, t = SDES["vp"](), jnp.asarray(0.1)
-    data = oracle.mixture(sde)
-    alpha, sigma = float(sde.mean_coef(t)), float(sde.std(t))
-    density = sum(
-        weight
-        * scipy.stats.multivariate_normal.pdf(
-            np.ravel(x), alpha * part.mean, alpha**2 * part.cov + sigma**2 * np.eye(3)
+@pytest.mark.parametrize("name", SDES)
+def test_the_oracles_score_is_its_gradient(name: str) -> None:
+    x, times = examples()[0], jnp.asarray([EPS, 0.1, 1.0])
+    for data in (oracle.gaussian(SDES[name]()), oracle.mixture(SDES[name]())):
+        score, gradient = (
+            jax.jit(jax.vmap(f, (None, 0)))(x, times) for f in (data.score, jax.grad(data.logp))
         )
-        for weight, part in zip(data.weights, data.parts, strict=True)
-    )
-    np.testing.assert_allclose(data.logp(x, t), np.log(density), rtol=1e-12)
+        np.testing.assert_allclose(score, gradient, rtol=1e-8)
+
+
+def test_the_oracles_density_is_scipys() -> None:
+    sde, t, x = SDES["vp"](), jnp.asarray(0.1), examples()[0]
+    alpha, sigma = float(sde.mean_coef(t)), float(sde.std(t))
+    density = 0.0
+    for weight, seed in zip((0.5, 0.3, 0.2), (1, 2, 3), strict=True):
+        part = oracle.gaussian(sde, 3, seed, 0.2)
+        normal = scipy.stats.multivariate_normal(
+            alpha * part.mean, alpha**2 * part.cov + sigma**2 * np.eye(3)
+        )
+        density += weight * normal.pdf(np.ravel(x))
+    np.testing.assert_allclose(oracle.mixture(sde).logp(x, t), np.log(density), rtol=1e-12)
 
 
 @pytest.mark.oracle
@@ -77,9 +89,9 @@ def test_the_oracle_agrees_with_scipy_and_with_its_own_gradient() -> None:
 def test_log_likelihood_is_the_truth(name: str, kind: str) -> None:
     """The prior stands for p_T; with the true p_T in its place nothing but solver error is left."""
     result, data = solved(kind, name), data_of(kind, name)
-    truth = jax.vmap(lambda x: data.logp(x, jnp.asarray(EPS)))(examples())
-    end = jax.vmap(lambda z: data.logp(z, jnp.asarray(1.0)))(result.z)
-    np.testing.assert_allclose(result.divergence + end, truth, atol=1e-5)
+    logp = jax.jit(jax.vmap(data.logp, (0, None)))
+    error = result.divergence + logp(result.z, 1.0) - logp(examples(), EPS)
+    np.testing.assert_allclose(error, 0, atol=1e-5)
     prior = scipy.stats.norm(0, SDES[name]().prior_std).logpdf(result.z).sum((1, 2))
     np.testing.assert_allclose(result.prior, prior, rtol=1e-10)
     np.testing.assert_allclose(result.logp, result.prior + result.divergence, rtol=1e-14)
@@ -89,10 +101,11 @@ def test_log_likelihood_is_the_truth(name: str, kind: str) -> None:
 @pytest.mark.oracle
 @pytest.mark.parametrize("name", SDES)
 def test_latents_of_a_gaussian_are_closed_form(name: str) -> None:
-    result, data = solved("gaussian", name), data_of("gaussian", name)
-    flow = jax.vmap(lambda x: data.flow(x, jnp.asarray(EPS), jnp.asarray(1.0)))(examples())
-    assert result.z.shape == (5, *SHAPE)
-    np.testing.assert_allclose(result.z, flow, atol=1e-6 * SDES[name]().prior_std)
+    flow = jax.jit(jax.vmap(oracle.gaussian(SDES[name]()).flow, (0, None, None)))
+    z = solved("gaussian", name).z
+    assert z.shape == (5, *SHAPE)
+    expected = flow(examples(), EPS, 1.0)
+    np.testing.assert_allclose(z, expected, atol=1e-6 * SDES[name]().prior_std)
 
 
 @pytest.mark.oracle
@@ -100,110 +113,75 @@ def test_latents_of_a_gaussian_are_closed_form(name: str) -> None:
 def test_every_adaptive_method_finds_the_truth(method: str) -> None:
     solver = Solver(method=method, rtol=1e-6, atol=1e-6)
     np.testing.assert_allclose(
-        solved("mixture", "vp", solver=solver).logp, solved("mixture", "vp").logp, atol=1e-4
+        solved("mixture", solver=solver).logp, solved("mixture").logp, rtol=1e-6, atol=1e-4
     )
 
 
 @pytest.mark.oracle
-def test_looser_tolerances_are_less_exact() -> None:
-    tight, loose = solved("mixture", "vp"), solved("mixture", "vp", solver=Solver())
-    error = np.abs(loose.logp - tight.logp)
+def test_default_tolerances_trade_a_little_exactness_for_speed() -> None:
+    tight, loose = solved("mixture"), solved("mixture", solver=Solver())
+    error = np.abs(loose.logp - tight.logp)[:4]
     assert 1e-7 < error.max() < 5e-3
-    assert np.all(loose.stats.nfe < tight.stats.nfe)
+    assert np.all(loose.stats.nfe < 0.5 * tight.stats.nfe)
 
 
 @pytest.mark.oracle
 @pytest.mark.parametrize("trace", [Trace("rademacher"), Trace("gaussian"), Trace("rademacher", 4)])
 def test_hutchinson_is_unbiased(trace: Trace) -> None:
-    logp = solved("mixture", "vp", trace).logp
-    exact = solved("mixture", "vp").logp[0]
+    logp = solved("mixture", trace=trace).logp
     error = np.std(logp) / np.sqrt(len(logp))
     assert error > 1e-3
-    assert abs(np.mean(logp) - exact) < 3 * error
+    assert abs(np.mean(logp) - solved("mixture").logp[0]) < 3 * error
 
 
 @pytest.mark.oracle
 def test_probes_reduce_the_variance() -> None:
     """Four probes: a quarter. A Gaussian probe: more than a Rademacher one."""
-    one, four = (np.var(solved("mixture", "vp", Trace("rademacher", k)).logp) for k in (1, 4))
+    one, four = (np.var(solved("mixture", trace=Trace("rademacher", k)).logp) for k in (1, 4))
     np.testing.assert_allclose(four, one / 4, rtol=0.3)
-    assert np.var(solved("mixture", "vp", Trace("gaussian")).logp) > 1.5 * one
+    assert np.var(solved("mixture", trace=Trace("gaussian")).logp) > 1.5 * one
 
 
 @pytest.mark.oracle
 def test_a_rademacher_probe_is_exact_for_a_diagonal_covariance() -> None:
-    exact = solved("diagonal", "vp").logp[0]
-    np.testing.assert_allclose(solved("diagonal", "vp", Trace()).logp, exact, atol=1e-5)
-    assert np.std(solved("diagonal", "vp", Trace("gaussian")).logp) > 0.1
+    exact = solved("diagonal").logp[0]
+    np.testing.assert_allclose(solved("diagonal", trace=Trace()).logp, exact, atol=1e-5)
+    assert np.std(solved("diagonal", trace=Trace("gaussian")).logp) > 0.1
 
 
 def test_results_do_not_depend_on_batch_mates() -> None:
-    """Loose steps would show a shared step control; the last example is a hundred times stiffer."""
-    data, sde = data_of("mixture"), SDES["vp"]()
-    x = examples(3).at[2].multiply(1e4)
-    keys = jax.random.split(jax.random.key(1), 3)
-
-    def one(x: Array, key: Key) -> Likelihood:
-        return ode_logp(data.score, sde, x, key, eps=EPS)
-
-    together, alone = jax.jit(jax.vmap(one))(x, keys), jax.jit(one)
-    for i in range(3):
-        single = alone(x[i], keys[i])
-        np.testing.assert_allclose(together.logp[i], single.logp, rtol=1e-9)
-        np.testing.assert_allclose(together.z[i], single.z, rtol=1e-9)
+    """Loose steps would show a shared step control: the last example needs far smaller ones."""
+    together, data = solved("mixture", solver=Solver()), data_of("mixture")
+    alone = jax.jit(lambda x: ode_logp(data.score, SDES["vp"](), x, None, eps=EPS, trace=EXACT))
+    for i, x in enumerate(examples()):
+        single = alone(x)
+        np.testing.assert_allclose(together.logp[i], single.logp, rtol=1e-6)
+        np.testing.assert_allclose(together.z[i], single.z, rtol=1e-6)
         for mine, its in zip(together.stats, single.stats, strict=True):
             assert mine[i] == its
-    assert together.stats.nfe[2] > 1.5 * together.stats.nfe[0]
+    assert together.stats.nfe[4] > 1.5 * together.stats.nfe[:4].max()
 
 
 def test_giving_up_is_nan_and_spares_the_others() -> None:
-    data, sde = data_of("mixture"), SDES["vp"]()
-    x = examples(2).at[1].multiply(1e4)
-    solver = Solver(max_steps=22)
-    result = jax.jit(
-        jax.vmap(
-            lambda x: ode_logp(data.score, sde, x, None, eps=EPS, trace=EXACT, solver=solver)
-        )
-    )(x)
-    np.testing.assert_array_equal(result.stats.success, [True, False])
+    """One example that needs too many steps, and one that no number of steps would help."""
+    x = examples().at[3].set(jnp.nan)
+    result = compiled("vp", EXACT, Solver(max_steps=20))(data_of("mixture"), x, None)
+    np.testing.assert_array_equal(result.stats.success, [True, True, True, False, False])
     for leaf in (result.logp, result.prior, result.divergence, result.z):
-        assert np.all(np.isfinite(leaf[0])) and np.all(np.isnan(leaf[1]))
-    assert result.stats.accepted[1] + result.stats.rejected[1] == 22
-
-
-def test_a_score_that_is_nan_is_not_hidden() -> None:
-    def broken(x: Array, t: Array, key: Key | None) -> Array:
-        return jnp.full_like(x, jnp.nan)
-
-    solver = Solver(max_steps=50)
-    x = examples()[0]
-    for s in (solver, Solver(fixed_steps=3)):
-        result = ode_logp(broken, SDES["vp"](), x, None, eps=EPS, trace=EXACT, solver=s)
-        assert np.isnan(result.logp) and np.all(np.isnan(result.z))
+        assert np.all(np.isfinite(leaf[:3])) and np.all(np.isnan(leaf[3:]))
+    np.testing.assert_array_equal((result.stats.accepted + result.stats.rejected)[3:], 20)
 
 
 def test_float32_reaches_its_precision() -> None:
+    truth = solved("mixture").logp[0]
     with jax.enable_x64(False):
-        data, x = data_of("mixture"), np.asarray(examples()[0], np.float32)
-        solver = Solver(rtol=1e-5, atol=1e-5)
-        result = jax.jit(
-            lambda x: ode_logp(
-                data.score, SDES["vp"](), x, None, eps=EPS, trace=EXACT, solver=solver
-            )
-        )(x)
+        data, x = jax.tree.map(lambda a: jnp.asarray(np.float32(a)), (data_of("mixture"), examples()))
+        result = compiled("vp", EXACT, Solver(rtol=1e-5, atol=1e-5))(data, x, None)
     assert result.logp.dtype == result.z.dtype == jnp.float32
-    np.testing.assert_allclose(result.logp, solved("mixture", "vp").logp[0], atol=1e-3)
+    np.testing.assert_allclose(result.logp[0], truth, atol=1e-3)
 
 
 # The solver beneath.
-
-Field = Callable[[Array, Array], Array]
-
-
-def _flow_field(name: str) -> tuple[oracle.Gaussian, Field]:
-    data, sde = oracle.gaussian(SDES[name]()), SDES[name]()
-    return data, lambda t, x: ode.velocity(data.score, sde, x, t)
-
 
 def test_velocity_by_hand() -> None:
     """Linear VE at t = 0.1 has f = 0 and g^2 = 500."""
@@ -212,37 +190,42 @@ def test_velocity_by_hand() -> None:
     np.testing.assert_allclose(v, -250 * 3 * x, rtol=1e-13)
 
 
+def growth(t: Array, y: Array) -> Array:
+    """dy/dt = 3 cos(3 t) y: from y(0) = 1, y = exp(sin 3t)."""
+    return 3 * jnp.cos(3 * t) * y
+
+
 @pytest.mark.oracle
-@pytest.mark.parametrize("power", [1.0, 2.0, 3.0])
-@pytest.mark.parametrize("ends", [(EPS, 1.0), (1.0, EPS)])
-def test_every_coordinate_and_direction_solves_the_same_flow(
-    power: float, ends: tuple[float, float]
+@pytest.mark.parametrize(("power", "t0", "t1"), [(1.0, EPS, 1.0), (3.0, EPS, 1.0), (2.0, 1.0, EPS)])
+def test_every_coordinate_and_direction_solves_the_same_equation(
+    power: float, t0: float, t1: float
 ) -> None:
-    data, field = _flow_field("subvp")
-    solver, x = Solver(rtol=1e-9, atol=1e-9, power=power), examples()[0]
-    end, stats = jax.jit(lambda x: ode.solve(field, x, *ends, solver))(x)
-    np.testing.assert_allclose(end, data.flow(x, *map(jnp.asarray, ends)), atol=1e-6)
+    solver = Solver(rtol=1e-9, atol=1e-9, power=power)
+    end, stats = jax.jit(lambda y: ode.solve(growth, y, t0, t1, solver))(jnp.ones(2))
+    np.testing.assert_allclose(end, np.exp(np.sin(3 * t1) - np.sin(3 * t0)), rtol=1e-7)
     assert stats.success
 
 
 @pytest.mark.oracle
 @pytest.mark.parametrize(
-    ("method", "order", "steps"), [("euler", 1, 200), ("heun", 2, 100), ("dopri5", 5, 20), ("tsit5", 5, 20)]
+    ("method", "order", "steps"),
+    [("euler", 1, 200), ("heun", 2, 100), ("dopri5", 5, 20), ("tsit5", 5, 20)],
 )
 def test_fixed_steps_converge_at_the_order_of_the_method(
     method: str, order: int, steps: int
 ) -> None:
-    data, field = _flow_field("ve")
-    x = examples()[0]
-    truth = data.flow(x, jnp.asarray(EPS), jnp.asarray(1.0))
-
     def error(steps: int) -> float:
         solver = Solver(method=method, fixed_steps=steps, power=1.0)
-        end, stats = jax.jit(lambda x: ode.solve(field, x, EPS, 1.0, solver))(x)
+        end, stats = jax.jit(lambda y: ode.solve(growth, y, EPS, 1.0, solver))(jnp.ones(()))
         assert stats.accepted == steps and stats.success
-        return float(jnp.max(jnp.abs(end - truth)))
+        return abs(float(end) - np.exp(np.sin(3) - np.sin(3 * EPS)))
 
-    assert np.log2(error(steps) / error(2 * steps)) == pytest.approx(order, abs=0.35)
+    assert np.log2(error(steps) / error(2 * steps)) == pytest.approx(order, abs=0.3)
+
+
+def test_a_right_hand_side_that_is_nan_is_not_hidden() -> None:
+    end, _ = ode.solve(lambda t, y: y * jnp.nan, jnp.ones(2), EPS, 1.0, Solver(fixed_steps=3))
+    assert np.all(np.isnan(end))
 
 
 @pytest.mark.parametrize("method", ode.METHODS)
@@ -266,23 +249,17 @@ def test_evaluations_are_counted_honestly(method: str, fixed_steps: int | None) 
 
 def test_a_likelihood_calls_the_score_as_often_as_it_says() -> None:
     """All directions of the trace share one evaluation of the score."""
-    data, calls = data_of("gaussian"), []
+    calls: list[int] = []
 
     def score(x: Array, t: Array, key: Key | None) -> Array:
         jax.debug.callback(lambda: calls.append(1))
-        return data.score(x, t)
+        return -x / (1 + t)
 
-    for trace in (EXACT, Trace("rademacher", 2)):
-        calls.clear()
-        key = jax.random.key(0)
-        call = jax.jit(
-            lambda x, key=key, trace=trace: ode_logp(
-                score, SDES["vp"](), x, key, eps=EPS, trace=trace
-            )
-        )
-        stats = call(examples()[0]).stats
-        jax.effects_barrier()
-        assert stats.nfe == len(calls)
+    result = jax.jit(lambda x: ode_logp(score, SDES["vp"](), x, None, eps=EPS, trace=EXACT))(
+        examples()[0]
+    )
+    jax.effects_barrier()
+    assert result.stats.nfe == len(calls)
 
 
 def test_the_log_determinant_weighs_as_much_as_the_image() -> None:

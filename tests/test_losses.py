@@ -29,8 +29,7 @@ def expected_loss(score: Score, data: oracle.Gaussian, t: Array, weighting: str)
         x_t = losses.perturb(data.sde, x, t, z)
         return losses.residual(data.sde, score(x_t, t, None), t, z, weighting)
 
-    x, z = map(jnp.asarray, data.sigma_points())
-    return jnp.mean(jax.vmap(one)(x, z))
+    return jnp.mean(jax.vmap(one)(*data.sigma_points()))
 
 
 def perturbed(data: oracle.Gaussian, a: Array, b: Array) -> Score:
@@ -65,16 +64,16 @@ def test_residual_by_hand() -> None:
 @pytest.mark.parametrize("weighting", losses.WEIGHTINGS)
 def test_the_true_score_is_a_stationary_point(sde: SDE, weighting: str) -> None:
     data = oracle.gaussian(sde)
+
+    def loss(a: Array, b: Array, t: Array) -> Array:
+        return expected_loss(perturbed(data, a, b), data, t, weighting)
+
+    gradient = jax.jit(jax.grad(loss, argnums=(0, 1)))
     for t in (1e-3, 0.1, 0.5, 1.0):
-
-        def loss(a: Array, b: Array, t: float = t) -> Array:
-            return expected_loss(perturbed(data, a, b), data, jnp.asarray(t), weighting)
-
-        value, gradient = jax.value_and_grad(loss, argnums=(0, 1))(jnp.zeros((3, 3)), jnp.zeros(3))
-        # The gradient of the error is g^2 E[delta x^T]: it scales with x_t and with the weight.
-        scale = max(1.0, float(sde.diffusion(jnp.asarray(t))) ** 2, sde.prior_std**2, float(value))
-        for leaf in gradient:
-            np.testing.assert_allclose(leaf, 0, atol=1e-8 * scale)
+        # The gradient at a score wrong by delta is lambda E[delta x_t^T]: its unit.
+        unit = max(1.0, float(losses.weight(sde, jnp.asarray(t), weighting)) * sde.prior_std**2)
+        for leaf in gradient(jnp.zeros((3, 3)), jnp.zeros(3), jnp.asarray(t)):
+            np.testing.assert_allclose(leaf, 0, atol=1e-8 * unit)
 
 
 @pytest.mark.oracle
@@ -84,14 +83,15 @@ def test_the_gap_of_a_wrong_score_is_its_squared_error(sde: SDE, weighting: str)
     in every direction, so the true score is the minimum."""
     data, rng = oracle.gaussian(sde), np.random.default_rng(5)
     alpha, sigma = float(sde.mean_coef(T)), float(sde.std(T))
-    mean, cov = alpha * data.mean, alpha**2 * data.cov + sigma**2 * np.eye(3)
+    mean = alpha * np.asarray(data.mean)
+    cov = alpha**2 * np.asarray(data.cov) + sigma**2 * np.eye(3)
+    loss = jax.jit(lambda a, b: expected_loss(perturbed(data, a, b), data, T, weighting))
     best = expected_loss(data.score, data, T, weighting)
     for _ in range(5):
         a, b = rng.normal(size=(3, 3)), rng.normal(size=3)
-        gap = expected_loss(perturbed(data, jnp.asarray(a), jnp.asarray(b)), data, T, weighting)
         squared = np.trace(a @ cov @ a.T) + np.sum((a @ mean + b) ** 2)
         lambda_ = sigma**2 if weighting == "original" else float(sde.diffusion(T)) ** 2
-        np.testing.assert_allclose(gap - best, 0.5 * lambda_ * squared, rtol=1e-9)
+        np.testing.assert_allclose(loss(a, b) - best, 0.5 * lambda_ * squared, rtol=1e-9)
 
 
 @pytest.mark.oracle
@@ -100,10 +100,9 @@ def test_the_true_score_of_a_mixture_beats_its_neighbours(sde: SDE) -> None:
     data, n = oracle.mixture(sde), 2000
     rng = np.random.default_rng(6)
     choice = rng.choice(3, n, p=data.weights)
-    normal = rng.normal(size=(n, 3))
-    roots = np.stack([np.linalg.cholesky(part.cov) for part in data.parts])
-    means = np.stack([part.mean for part in data.parts])
-    x = jnp.asarray(means[choice] + np.einsum("nij,nj->ni", roots[choice], normal))
+    part = jax.tree.map(lambda leaf: np.asarray(leaf)[choice], data.parts)
+    whitened = np.sqrt(part.eigenvalues) * rng.normal(size=(n, 3))
+    x = jnp.asarray(part.mean + np.einsum("nij,nj->ni", part.basis, whitened))
     keys = jax.random.split(jax.random.key(0), n)
 
     @jax.jit
@@ -126,10 +125,10 @@ def test_likelihood_weighting_cancels_importance_weights(sde: SDE) -> None:
     t, weight = importance.at(jnp.linspace(0, 0.99, 7))
     rng = np.random.default_rng(7)
     score, z = rng.normal(size=(7, 4)), rng.normal(size=(7, 4))
-    for i in range(7):
-        loss = losses.residual(sde, jnp.asarray(score[i]), t[i], jnp.asarray(z[i]), "likelihood")
-        error = np.sum((sde.std(t[i]) * score[i] + z[i]) ** 2)
-        np.testing.assert_allclose(weight[i] * loss, importance.normaliser / 2 * error, rtol=1e-9)
+    residual = jax.jit(jax.vmap(lambda *a: losses.residual(sde, *a, "likelihood")))
+    error = np.sum((np.asarray(sde.std(t))[:, None] * score + z) ** 2, 1)
+    loss = residual(score, t, z)
+    np.testing.assert_allclose(weight * loss, importance.normaliser / 2 * error, rtol=1e-9)
 
 
 @pytest.mark.oracle
@@ -141,18 +140,19 @@ def test_the_integral_of_the_loss_is_closed_form(sde: SDE, proposal: str) -> Non
     original     integral 1/2 sum_i alpha^2 c_i / (alpha^2 c_i + sigma^2) dt, by quadrature
     """
     data = oracle.gaussian(sde)
-    variances = np.linalg.eigvalsh(data.cov)
+    variances = np.asarray(data.eigenvalues)
 
-    def rest(t: float) -> float:
-        alpha, sigma = float(sde.mean_coef(jnp.asarray(t))), float(sde.std(jnp.asarray(t)))
-        return 0.5 * float(np.sum(alpha**2 * variances / (alpha**2 * variances + sigma**2)))
+    @jax.jit
+    def rest(t: Array) -> Array:
+        signal = sde.mean_coef(t) ** 2 * variances
+        return 0.5 * jnp.sum(signal / (signal + sde.std(t) ** 2))
 
     ends = jnp.asarray([EPS, 1.0])
     rho2 = np.asarray(sde.std(ends) / sde.mean_coef(ends)) ** 2
     expected = {
         "likelihood": 0.5 * np.sum(np.log1p(variances / rho2[0]) - np.log1p(variances / rho2[1])),
         "original": scipy.integrate.quad(
-            lambda s: rest(np.exp(s)) * np.exp(s), np.log(EPS), 0, epsrel=1e-9, limit=200
+            lambda s: float(rest(np.exp(s))) * np.exp(s), np.log(EPS), 0, epsrel=1e-9, limit=200
         )[0],
     }
     # Uniform times leave the loss a spike near eps: a substitution of the quadrature, u = v^8.
@@ -180,7 +180,8 @@ def test_dsm_draws_standard_normal_noise(sde: SDE) -> None:
     def zero(x: Array, t: Array, key: Key | None) -> Array:
         return jnp.zeros_like(x)
 
-    loss = jax.vmap(lambda key: losses.dsm(zero, sde, x, T, key, weighting="original"))(keys)
+    one = jax.vmap(lambda key: losses.dsm(zero, sde, x, T, key, weighting="original"))
+    loss = jax.jit(one)(keys)
     assert loss.shape == (n,)
     assert abs(np.mean(loss) - 3) < 3 * np.sqrt(3 / n)
     np.testing.assert_allclose(np.var(loss), 3, rtol=0.15)
@@ -197,19 +198,21 @@ def test_the_scores_key_is_not_the_noises() -> None:
         return losses.dsm(noisy, sde, jnp.zeros(4), T, key, weighting="original")
 
     def batch_loss(key: Key) -> Array:
-        return losses.dsm_batch(noisy, sde, jnp.zeros((1, 4)), T[None], key, weighting="original")
+        return losses.dsm_batch(
+            noisy, sde, jnp.zeros((1, 4)), T[None], key[None], weighting="original"
+        )
 
     keys = jax.random.split(jax.random.key(2), n)
-    for values in (jax.vmap(loss)(keys), jax.vmap(batch_loss)(keys)):
+    for values in (jax.jit(jax.vmap(f))(keys) for f in (loss, batch_loss)):
         # 1/2 |z + z'|^2 with independent z, z' in four dimensions: mean 4, variance 8.
         assert abs(np.mean(values) - 4) < 3 * np.sqrt(8 / n)
 
 
 @pytest.mark.parametrize("weighting", losses.WEIGHTINGS)
-def test_batch_loss_is_the_loss_of_each_example(sde: SDE, weighting: str) -> None:
-    """Both forms, recomputed from the noise that the score's inputs reveal."""
+def test_batch_loss_is_the_residual_of_its_noise(sde: SDE, weighting: str) -> None:
+    """Recomputed from the noise that the score's input reveals; one call for the whole batch."""
     x = jax.random.normal(jax.random.key(3), (5, 2, 3))
-    t = jnp.linspace(0.1, 0.9, 5)
+    t, keys = jnp.linspace(0.1, 0.9, 5), jax.random.split(jax.random.key(4), 5)
     seen = []
 
     class Recorder:
@@ -217,14 +220,16 @@ def test_batch_loss_is_the_loss_of_each_example(sde: SDE, weighting: str) -> Non
             seen.append((x, t))
             return jnp.sin(x)
 
-    loss = losses.dsm_batch(Recorder(), sde, x, t, jax.random.key(4), weighting=weighting)
+    @jax.jit
+    @jax.vmap
+    def expected(x: Array, x_t: Array, t: Array) -> Array:
+        z = (x_t - sde.mean_coef(t) * x) / sde.std(t)
+        return losses.residual(sde, jnp.sin(x_t), t, z, weighting)
+
+    loss = losses.dsm_batch(Recorder(), sde, x, t, keys, weighting=weighting)
     ((x_t, t_seen),) = seen
     np.testing.assert_array_equal(t_seen, t)
-    assert loss.shape == (5,)
-    for i in range(5):
-        z = (x_t[i] - sde.mean_coef(t[i]) * x[i]) / sde.std(t[i])
-        expected = losses.residual(sde, jnp.sin(x_t[i]), t[i], z, weighting)
-        np.testing.assert_allclose(loss[i], expected, rtol=1e-9)
+    np.testing.assert_allclose(loss, expected(x, x_t, t), rtol=1e-9)
 
 
 def test_single_loss_is_the_residual_of_its_noise(sde: SDE) -> None:
@@ -240,10 +245,11 @@ def test_single_loss_is_the_residual_of_its_noise(sde: SDE) -> None:
     np.testing.assert_allclose(loss, expected, rtol=1e-9)
 
 
-def test_a_plain_function_and_its_batch_form_agree() -> None:
-    """``dsm_batch`` of a function without a batch form vmaps it: the same losses."""
+def test_batch_loss_is_the_loss_of_each_example() -> None:
+    """With and without a batch form of the score; each example has its own noise."""
     sde = SDES["vp"]()
-    x, t = jax.random.normal(jax.random.key(6), (4, 3)), jnp.linspace(0.1, 0.9, 4)
+    x, t = jnp.ones((4, 3)), jnp.full(4, 0.4)
+    keys = jax.random.split(jax.random.key(7), 4)
 
     class Batched:
         def batch(self, x: Array, t: Array, key: Key | None) -> Array:
@@ -252,8 +258,10 @@ def test_a_plain_function_and_its_batch_form_agree() -> None:
     def plain(x: Array, t: Array, key: Key | None) -> Array:
         return -x * t
 
-    losses_ = [losses.dsm_batch(s, sde, x, t, jax.random.key(7)) for s in (Batched(), plain)]
-    np.testing.assert_allclose(*losses_, rtol=1e-13)
+    each = jax.vmap(lambda x, t, key: losses.dsm(plain, sde, x, t, key))(x, t, keys)
+    for score in (Batched(), plain):
+        np.testing.assert_allclose(losses.dsm_batch(score, sde, x, t, keys), each, rtol=1e-13)
+    assert len(np.unique(each)) == 4
 
 
 def test_losses_compose_with_jit_vmap_and_grad() -> None:
@@ -267,7 +275,7 @@ def test_losses_compose_with_jit_vmap_and_grad() -> None:
         return jnp.mean(each(x, t, keys))
 
     def batch(theta: Array) -> Array:
-        each = losses.dsm_batch(lambda x, t, k: -theta * x, sde, x, t, keys[0])
+        each = losses.dsm_batch(lambda x, t, k: -theta * x, sde, x, t, keys)
         return jnp.mean(each)
 
     for loss in (single, batch):
@@ -288,7 +296,7 @@ def test_a_score_of_the_wrong_shape_is_refused(shape: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match=r"score returned shape .* for an input of \(2, 3\)"):
         losses.dsm(wrong, sde, x, T, jax.random.key(0))
     with pytest.raises(ValueError, match=r"score returned shape .* for an input of \(2, 3\)"):
-        losses.dsm_batch(wrong, sde, x[None], T[None], jax.random.key(0))
+        losses.dsm_batch(wrong, sde, x[None], T[None], jax.random.key(0)[None])
 
 
 def test_unknown_weightings_are_refused() -> None:

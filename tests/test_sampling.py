@@ -1,5 +1,7 @@
 """Samples by the ODE: the inverse of the likelihood's map, with the data's own moments."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,29 +11,56 @@ import pytest
 from sbml.likelihood import Trace, ode_logp
 from sbml.ode import Solver
 from sbml.sampling import decode, denoise, ode_sample
-from sbml.sdes import SDE, SDES
+from sbml.sdes import SDES
 from sbml.types import Array
 
 pytestmark = pytest.mark.usefixtures("x64")
 
 EPS = 1e-5
 TIGHT = Solver(rtol=1e-8, atol=1e-8)
-X = np.random.default_rng(0).normal(size=(4, 1, 3)) * 0.5
+SHAPE, N = (1, 3), 4000
+X = np.random.default_rng(0).normal(size=(4, *SHAPE)) * 0.5
 
 
-@pytest.fixture(params=SDES, name="sde")
-def _sde(request: pytest.FixtureRequest) -> SDE:
-    return SDES[request.param]()
+@functools.cache
+def decoded(name: str) -> tuple[Array, Array]:
+    """Latents ``(N, *SHAPE)`` drawn from the prior and what they decode to."""
+    sde = SDES[name]()
+    data, keys = oracle.gaussian(sde), jax.random.split(jax.random.key(0), N)
+    z = jax.vmap(lambda key: sde.prior_sample(key, SHAPE))(keys)
+    decode_all = jax.vmap(lambda z: decode(data.score, sde, z, eps=EPS, solver=TIGHT))
+    samples, stats = jax.jit(decode_all)(z)
+    assert np.all(stats.success)
+    return z, samples
 
 
 @pytest.mark.oracle
-def test_decoding_inverts_the_closed_form_latent(sde: SDE) -> None:
-    data, x = oracle.gaussian(sde), jnp.asarray(X)
-    z = jax.vmap(lambda x: data.flow(x, jnp.asarray(EPS), jnp.asarray(1.0)))(x)
-    back, stats = jax.jit(
-        jax.vmap(lambda z: decode(data.score, sde, z, eps=EPS, solver=TIGHT))
-    )(z)
-    np.testing.assert_allclose(back, x, atol=1e-5)
+@pytest.mark.parametrize("name", SDES)
+def test_decoding_a_gaussian_is_its_closed_form_map(name: str) -> None:
+    z, samples = decoded(name)
+    flow = jax.jit(jax.vmap(oracle.gaussian(SDES[name]()).flow, (0, None, None)))
+    np.testing.assert_allclose(samples, flow(z, 1.0, EPS), atol=1e-5)
+
+
+@pytest.mark.oracle
+@pytest.mark.parametrize("name", SDES)
+def test_samples_have_the_moments_of_the_data(name: str) -> None:
+    """Within 4 standard errors; a covariance entry's variance is (c_ii c_jj + c_ij^2) / n."""
+    data = oracle.gaussian(SDES[name]())
+    cov, samples = np.asarray(data.cov), np.asarray(decoded(name)[1]).reshape(N, 3)
+    variances = np.diag(cov)
+    assert np.all(np.abs(samples.mean(0) - data.mean) < 4 * np.sqrt(variances / N))
+    spread = np.sqrt((np.outer(variances, variances) + cov**2) / N)
+    assert np.all(np.abs(np.cov(samples.T) - cov) < 4 * spread)
+
+
+def test_a_sample_is_a_decoded_prior_draw() -> None:
+    """Two keys give two samples, each the map of its own latent."""
+    sde = SDES["vp"]()
+    data, keys = oracle.gaussian(sde), jax.random.split(jax.random.key(0), N)[:2]
+    draw = jax.vmap(lambda key: ode_sample(data.score, sde, SHAPE, key, eps=EPS, solver=TIGHT))
+    samples, stats = jax.jit(draw)(keys)
+    np.testing.assert_allclose(samples, decoded("vp")[1][:2], atol=1e-6)
     assert np.all(stats.success)
 
 
@@ -41,44 +70,29 @@ def test_decoding_inverts_the_likelihoods_latent_of_a_mixture() -> None:
     data = oracle.mixture(sde)
 
     def there_and_back(x: Array) -> Array:
-        there = ode_logp(
-            data.score, sde, x, None, eps=EPS, trace=Trace("exact"), solver=TIGHT
-        )
+        there = ode_logp(data.score, sde, x, None, eps=EPS, trace=Trace("exact"), solver=TIGHT)
         return decode(data.score, sde, there.z, eps=EPS, solver=TIGHT)[0]
 
     np.testing.assert_allclose(jax.jit(jax.vmap(there_and_back))(jnp.asarray(X)), X, atol=1e-5)
 
 
 @pytest.mark.oracle
-def test_samples_have_the_moments_of_the_data(sde: SDE) -> None:
-    """Mean within 4 standard errors; each covariance entry too, of variance
-    (c_ii c_jj + c_ij^2) / n for a Gaussian."""
-    data, n = oracle.gaussian(sde), 4000
-    keys = jax.random.split(jax.random.key(0), n)
-    draw = jax.jit(jax.vmap(lambda key: ode_sample(data.score, sde, (1, 3), key, eps=EPS)[0]))
-    samples = draw(keys)
-    assert samples.shape == (n, 1, 3)
-    samples = np.asarray(samples).reshape(n, 3)
-    variances = np.diag(data.cov)
-    assert np.all(np.abs(samples.mean(0) - data.mean) < 4 * np.sqrt(variances / n))
-    spread = np.sqrt((np.outer(variances, variances) + data.cov**2) / n)
-    assert np.all(np.abs(np.cov(samples.T) - data.cov) < 4 * spread)
-
-
-@pytest.mark.oracle
-def test_denoising_is_the_posterior_mean(sde: SDE) -> None:
-    data, x = oracle.gaussian(sde), jnp.asarray(X[0])
-    for t in (1e-3, 0.1, 1.0):
-        estimate = denoise(data.score, sde, x, jnp.asarray(t))
-        expected = data.posterior_mean(x, jnp.asarray(t))
-        np.testing.assert_allclose(estimate, expected, atol=1e-8 * sde.prior_std)
+@pytest.mark.parametrize("name", SDES)
+def test_denoising_is_the_posterior_mean(name: str) -> None:
+    sde, x = SDES[name](), jnp.asarray(X[0])
+    data, t = oracle.gaussian(sde), jnp.asarray([1e-3, 0.1, 1.0])
+    estimate = jax.jit(jax.vmap(lambda t: denoise(data.score, sde, x, t)))(t)
+    expected = jax.jit(jax.vmap(lambda t: data.posterior_mean(x, t)))(t)
+    np.testing.assert_allclose(estimate, expected, atol=1e-8 * sde.prior_std)
 
 
 def test_a_last_denoising_step_is_tweedies_at_eps() -> None:
-    sde, eps = SDES["vp"](), 1e-2
-    data, z = oracle.gaussian(sde), jnp.asarray(X[0])
-    plain, _ = decode(data.score, sde, z, eps=eps)
-    last, _ = decode(data.score, sde, z, eps=eps, denoise_last=True)
+    sde, eps, z = SDES["vp"](), 1e-2, jnp.asarray(X[0])
+    data, solver = oracle.gaussian(sde), Solver(fixed_steps=20)
+    plain, last = (
+        decode(data.score, sde, z, eps=eps, solver=solver, denoise_last=last)[0]
+        for last in (False, True)
+    )
     np.testing.assert_allclose(last, data.posterior_mean(plain, jnp.asarray(eps)), atol=1e-10)
     assert np.abs(last - plain).max() > 1e-4
 
@@ -90,4 +104,4 @@ def test_impossible_smallest_times_are_refused(eps: float) -> None:
     with pytest.raises(ValueError, match="smallest time eps="):
         decode(score, sde, jnp.asarray(X[0]), eps=eps)
     with pytest.raises(ValueError, match="smallest time eps="):
-        ode_sample(score, sde, (1, 3), jax.random.key(0), eps=eps)
+        ode_sample(score, sde, SHAPE, jax.random.key(0), eps=eps)

@@ -52,6 +52,10 @@ def pixelwise(x: Array, w: Array) -> Array:
     return (x.reshape(-1, x.shape[-1]) @ w).reshape(*x.shape[:-1], -1)
 
 
+def _pixelwise_conv(x: Array, kernel: Array, *_: object, **__: object) -> Array:
+    return pixelwise(x, kernel[0, 0])
+
+
 def conv(
     x: Array, features: int, size: int = 3, *, stride: int = 1, init_scale: float = 1.0
 ) -> Array:
@@ -64,10 +68,6 @@ def conv(
         kernel_init=fan_avg(init_scale),
         conv_general_dilated=_pixelwise_conv if size == stride == 1 else None,
     )(x)
-
-
-def _pixelwise_conv(x: Array, kernel: Array, *_: object, **__: object) -> Array:
-    return pixelwise(x, kernel[0, 0])
 
 
 def dense(x: Array, features: int) -> Array:

@@ -39,6 +39,7 @@ class Model(nn.Module):
         layers.check_choice("dtype", self.dtype, layers.DTYPES)
         size = self.embedding_size
         layers.check_range("embedding_size", size, size >= 4 and size % 2 == 0, "4, 6, 8 …")
+        layers.check_range("fourier_scale", self.fourier_scale, self.fourier_scale > 0, "above 0")
         layers.check_range("width", self.width, self.width >= 1, "1, 2 …")
         layers.check_range("depth", self.depth, self.depth >= 0, "0, 1 …")
         super().__post_init__()

@@ -1,8 +1,8 @@
 """NCSN++ and DDPM++: a U-Net of residual blocks told the noise level (Song et al. 2021).
 
-    x ─ conv ─▶ blocks ─ ½ ─▶ blocks ─ ½ ─▶ … ─▶ block, attention, block
-                  └────────────┬ skips ┬──────────────────┐   │
-           y ◀─ conv ◀─ blocks ◀─ 2 ─ blocks ◀─ 2 ─ … ◀───┴───┘
+    x ─ conv ─▶ blocks ─▶ ½ ─▶ blocks ─▶ ½ ─▶ blocks ─▶ block
+                  │ skips        │              │     attention
+    y ◀─ conv ◀─ blocks ◀─ 2 ◀─ blocks ◀─ 2 ◀─ blocks ◀─ block
 
 Every block adds a function of its input and the noise level to its input. The decoder's blocks read
 the encoder's features beside their own, last in, first out. Optional pyramids bring the halved
@@ -16,7 +16,6 @@ import math
 from collections.abc import Callable
 from functools import partial
 
-import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
@@ -32,7 +31,7 @@ CHOICES = {
     "nonlinearity": tuple(layers.ACTIVATIONS),
     "dtype": layers.DTYPES,
 }
-Activation = Callable[[Array], Array]
+Map = Callable[[Array], Array]
 Block = Callable[..., Array]
 
 
@@ -48,14 +47,14 @@ class _ResnetBlock(nn.Module):
       features: channels of the result, ``None`` for those of the input.
     """
 
-    act: Activation
+    act: Map
     dropout: float
     init_scale: float
     skip_rescale: bool
     features: int | None = None
 
     @nn.nowrap
-    def branch(self, x: Array, temb: Array | None, train: bool, resample: Activation) -> Array:
+    def branch(self, x: Array, temb: Array | None, train: bool, resample: Map) -> Array:
         """conv(dropout(act(norm(conv(resample(act(norm(x)))) + dense(act(temb))))))."""
         features = self.features or x.shape[-1]
         h = layers.conv(resample(self.act(layers.GroupNorm()(x))), features)
@@ -80,7 +79,7 @@ class ResnetBlockDDPMpp(_ResnetBlock):
 class ResnetBlockBigGANpp(_ResnetBlock):
     """x + branch(x, temb), both resampled if ``resample`` is given, ``x`` then mapped linearly."""
 
-    resample: Activation | None = None
+    resample: Map | None = None
 
     @nn.compact
     def __call__(self, x: Array, temb: Array | None, train: bool) -> Array:
@@ -179,6 +178,7 @@ class Model(nn.Module):
         layers.check_range("num_res_blocks", blocks, blocks >= 1, "1, 2 …")
         layers.check_range("ch_mult", mults, len(mults) > 0 and min(mults) > 0, "1, 2 … a level")
         layers.check_range("dropout", self.dropout, 0 <= self.dropout < 1, "in [0, 1)")
+        layers.check_range("fourier_scale", self.fourier_scale, self.fourier_scale > 0, "above 0")
         layers.check_range("fir_kernel", self.fir_kernel, sum(self.fir_kernel) > 0, "of sum > 0")
         super().__post_init__()
 
@@ -221,6 +221,7 @@ class Model(nn.Module):
                 h = self._resize(h, block, up=True)
         assert not skips
         if self.progressive == "output_skip":
+            assert pyramid is not None
             return pyramid
         return self._head(h, channels, self.init_scale)
 
@@ -258,7 +259,7 @@ class Model(nn.Module):
         self,
         h: Array,
         features: int | None = None,
-        resample: Activation | None = None,
+        resample: Map | None = None,
         *,
         temb: Array | None,
         train: bool,
@@ -271,11 +272,11 @@ class Model(nn.Module):
     @nn.nowrap
     def _resize(self, h: Array, block: Block, *, up: bool) -> Array:
         """``h`` at twice or half its size, between blocks (ddpm) or inside one (biggan)."""
-        if self.resblock_type == "ddpm":
-            resample = layers.Upsample if up else layers.Downsample
-            return resample(self.resamp_with_conv, self._fir)(h)
-        resample = layers.upsample if up else layers.downsample
-        return block(h, resample=partial(resample, fir_kernel=self._fir))
+        if self.resblock_type == "biggan":
+            resample = layers.upsample if up else layers.downsample
+            return block(h, resample=lambda x: resample(x, self._fir))
+        layer = layers.Upsample if up else layers.Downsample
+        return layer(self.resamp_with_conv, self._fir)(h)
 
     @nn.nowrap
     def _attend(self, h: Array) -> Array:
@@ -288,7 +289,7 @@ class Model(nn.Module):
         return layers.conv(self._act(layers.GroupNorm()(h)), features, init_scale=init_scale)
 
     @property
-    def _act(self) -> Activation:
+    def _act(self) -> Map:
         return layers.ACTIVATIONS[self.nonlinearity]
 
     @property
@@ -302,6 +303,8 @@ class Model(nn.Module):
                 f"x of shape {x.shape} and label of shape {label.shape}: give images (n, h, w, c) "
                 "and one label an image, (n,)."
             )
+        if not jnp.issubdtype(x.dtype, jnp.floating):
+            raise ValueError(f"x of dtype {x.dtype}: scale the pixels to floats in [-1, 1].")
         levels = len(self.ch_mult)
         if x.shape[1] % 2 ** (levels - 1) or x.shape[2] % 2 ** (levels - 1):
             raise ValueError(

@@ -1,4 +1,4 @@
-"""Figures of the report: `svg(name, draw, width, height)` -> SVG text.
+"""Figures of the report: ``svg(name, draw, width, height)`` -> SVG text.
 
 A figure is inlined in the page and belongs to it: text stays text in the page's font, and each
 colour of the palette becomes a CSS variable, so one drawing serves light and dark.
@@ -7,17 +7,18 @@ colour of the palette becomes a CSS variable, so one drawing serves light and da
 import io
 import re
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
 
 INK, MUTED, RULE = "#1b2026", "#59616c", "#d9dde3"
 ACCENT, WARN = "#1d5fa6", "#a63a0a"
 PALETTE = {"ink": INK, "muted": MUTED, "rule": RULE, "accent": ACCENT, "warn": WARN}
-STYLE: dict[str, object] = {
+STYLE: Any = {
     "svg.fonttype": "none",
     "font.size": 8.5,
     "text.color": INK,
@@ -40,7 +41,7 @@ ANNOTATION_HEIGHT = 0.11  # of the axes, a line of text in a figure 2.6 inches h
 
 
 class Estimate(NamedTuple):
-    """A value with its interval, in bits/dim; `ours` tells a result from a baseline."""
+    """A value with its interval, in bits/dim; ``ours`` tells a result from a baseline."""
 
     label: str
     value: float
@@ -50,9 +51,9 @@ class Estimate(NamedTuple):
 
 
 def svg(name: str, draw: Callable[[Axes], None], width: float, height: float) -> str:
-    """`draw` on fresh axes of width x height inches; SVG text for inlining in HTML.
+    """``draw`` on fresh axes of width x height inches; SVG text for inlining in HTML.
 
-    `name` must differ between the figures of a page: clip paths are found by ids made from it.
+    ``name`` must differ between the figures of a page: clip paths are found by ids made from it.
     """
     with matplotlib.rc_context({**STYLE, "svg.hashsalt": name}):
         figure = Figure(figsize=(width, height), layout="constrained")
@@ -80,11 +81,15 @@ def comparison(axes: Axes, estimates: Sequence[Estimate]) -> None:
         axes.plot(value, row, "o", color=colour, markersize=6 if ours else 5)
         finite = np.isfinite(value)
         axes.annotate(
-            f"{value:.3f}" if finite else f"{value} (not drawn)",
-            (1, row), xycoords=("axes fraction", "data"), xytext=(6, 0),
-            textcoords="offset points", va="center", color=colour if finite else WARN,
+            f"{value:.3f}" if finite else "not finite",
+            (1, row),
+            xycoords=("axes fraction", "data"),
+            xytext=(6, 0),
+            textcoords="offset points",
+            va="center",
+            color=colour if finite else WARN,
             weight="bold" if ours else "normal",
-        )  # fmt: skip
+        )
     labels = [estimate.label for estimate in estimates]
     axes.set_yticks(range(len(labels)), labels, color=INK, parse_math=False)
     axes.set_ylim(len(labels) - 0.5, -0.5)
@@ -93,7 +98,7 @@ def comparison(axes: Axes, estimates: Sequence[Estimate]) -> None:
 
 
 def histogram(axes: Axes, values: np.ndarray, label: str) -> None:
-    """Counts of `values` (n,) and their mean.
+    """Counts of ``values`` (n,) and their mean.
 
     Nothing is dropped in silence: values too far out to share the axis with the bulk, and
     values that are not finite, are counted in words on the figure.
@@ -109,19 +114,42 @@ def histogram(axes: Axes, values: np.ndarray, label: str) -> None:
     if broken := values.size - finite.size:
         notes.append(f"{broken} of {values.size} not finite")
     if shown.size:
-        axes.hist(shown, _bins(shown), color=ACCENT, alpha=0.75, linewidth=0)
-        if shown.min() <= finite.mean() <= shown.max():
+        axes.hist(
+            shown,
+            _bins(shown).tolist(),
+            histtype="stepfilled",
+            color=ACCENT,
+            alpha=0.75,
+            linewidth=0,
+        )
+        if shown[0] <= finite.mean() <= shown[-1]:
             axes.axvline(finite.mean(), color=INK, linewidth=1)
+            axes.annotate(
+                "mean",
+                (finite.mean(), 1),
+                xycoords=("data", "axes fraction"),
+                xytext=(3, 0),
+                textcoords="offset points",
+                va="bottom",
+            )
     axes.grid(axis="y")
     for line, note in enumerate(notes):
-        axes.text(1, 1 - ANNOTATION_HEIGHT * line, note, transform=axes.transAxes,
-                  ha="right", va="top", color=WARN, weight="bold")  # fmt: skip
-    axes.set_xlabel(label)
+        axes.text(
+            1,
+            0.98 - ANNOTATION_HEIGHT * line,
+            note,
+            transform=axes.transAxes,
+            ha="right",
+            va="top",
+            color=WARN,
+            weight="bold",
+        )
+    axes.set_xlabel(label, parse_math=False)
     axes.set_ylabel("images")
 
 
 def _bulk(ordered: np.ndarray) -> tuple[int, int]:
-    """Slice of `ordered` that shares an axis: all, but for values far beyond the quartiles."""
+    """Slice of ``ordered`` that shares an axis: all, but for values far beyond the quartiles."""
     if ordered.size == 0:
         return 0, 0
     low, high = np.quantile(ordered, [0.25, 0.75])
@@ -139,21 +167,32 @@ def _bins(values: np.ndarray) -> np.ndarray:
     if np.all(values == np.rint(values)):
         width = max(1, round((high - low) / count))
         return np.arange(low - 0.5, high + width + 0.5, width)
-    return np.linspace(low, high, count + 1)
+    return np.histogram_bin_edges(values, count)
 
 
 def training(axes: Axes, step: np.ndarray, loss: np.ndarray, window: int) -> None:
-    """Loss against step: every logged value, faint, and its mean over `window` values."""
+    """Loss against step: every logged value, faint, and its mean over ``window`` values."""
     finite = np.isfinite(loss)
     if broken := int((~finite).sum()):
-        axes.text(1, 1, f"{broken} of {loss.size} losses not finite", transform=axes.transAxes,
-                  ha="right", va="top", color=WARN, weight="bold")  # fmt: skip
+        axes.text(
+            1,
+            1,
+            f"{broken} of {loss.size} losses not finite",
+            transform=axes.transAxes,
+            ha="right",
+            va="top",
+            color=WARN,
+            weight="bold",
+        )
     step, loss = step[finite], loss[finite]
-    smooth = running_mean(loss, window)
-    axes.plot(*_thin(step, loss), color=ACCENT, alpha=0.3, linewidth=0.8)
-    axes.plot(*_thin(step, smooth), color=ACCENT, linewidth=1.8)
+    if loss.size:
+        axes.plot(*_thin(step, loss), color=ACCENT, alpha=0.45, linewidth=0.8)
+        axes.plot(*_thin(step, running_mean(loss, window)), color=ACCENT, linewidth=1.8)
     if loss.size and loss.min() > 0 and loss.max() > 10 * loss.min():
         axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter(NullFormatter())
     axes.grid(axis="y")
     axes.margins(x=0.01)
     axes.set_xlabel("step")
@@ -161,8 +200,11 @@ def training(axes: Axes, step: np.ndarray, loss: np.ndarray, window: int) -> Non
 
 
 def running_mean(values: np.ndarray, window: int) -> np.ndarray:
-    """Centred mean over `window` values, odd and at most their number; at the ends, over those that exist."""
-    ones = np.ones(window)
+    """Centred mean over ``window`` values; at the ends, over those that exist.
+
+    ``window`` is odd; more than all values is all of them.
+    """
+    ones = np.ones(min(window, values.size))
     return np.convolve(values, ones, "same") / np.convolve(np.ones(values.size), ones, "same")
 
 
@@ -171,6 +213,7 @@ def _thin(x: np.ndarray, y: np.ndarray, buckets: int = 500) -> tuple[np.ndarray,
     if x.size <= 2 * buckets:
         return x, y
     parts = np.array_split(np.arange(x.size), buckets)
-    keep = sorted({index for part in parts for index in (part[y[part].argmin()],
-                                                         part[y[part].argmax()])})  # fmt: skip
+    keep = sorted(
+        {index for part in parts for index in (part[y[part].argmin()], part[y[part].argmax()])}
+    )
     return x[keep], y[keep]

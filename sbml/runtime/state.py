@@ -20,8 +20,8 @@ from sbml.types import Array, Key
 
 # prepare(batch, key) -> a tree of per-example draws (leading axis n), made once for the whole batch
 Prepare = Callable[[Array, Key], Any]
-# loss(params, draws, key) -> per-example losses (n,)
-Loss = Callable[[Any, Any, Key], Array]
+# loss(params, draws) -> per-example losses (n,)
+Loss = Callable[[Any, Any], Array]
 Step = Callable[["TrainState", Array, Key], tuple["TrainState", dict[str, Array]]]
 
 
@@ -52,22 +52,22 @@ def _micro_batches(draws: Any, count: int) -> Any:
 
 
 def value_and_grad(
-    loss: Loss, params: Any, draws: Any, key: Key, accumulate: int
+    loss: Loss, params: Any, draws: Any, accumulate: int
 ) -> tuple[Array, Any]:
     """Mean loss and its gradient, in ``accumulate`` micro-batches of equal size.
 
     On CPU the loop is unrolled: gradient convolutions inside a while loop are 20 times slower.
     """
-    mean_loss = jax.value_and_grad(lambda p, d, k: jnp.mean(loss(p, d, k)))
+    mean_loss = jax.value_and_grad(lambda p, d: jnp.mean(loss(p, d)))
     if accumulate == 1:
-        return mean_loss(params, draws, key)
+        return mean_loss(params, draws)
 
     def add(total: Any, part: Any) -> tuple[Any, None]:
-        new = mean_loss(params, *part)
+        new = mean_loss(params, part)
         return jax.tree.map(lambda a, b: a + b / accumulate, total, new), None
 
     zero = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, params))
-    parts = (_micro_batches(draws, accumulate), jax.random.split(key, accumulate))
+    parts = _micro_batches(draws, accumulate)
     unroll = accumulate if jax.default_backend() == "cpu" else 1
     return jax.lax.scan(add, zero, parts, unroll=unroll)[0]
 
@@ -80,12 +80,11 @@ def make_step(
     ema: float,
     accumulate: int = 1,
 ) -> Step:
-    """One update, ``(state, batch, base_key) -> (state, {loss, grad_norm})``; pure, to be jitted."""
+    """One update, ``(state, batch, base_key) -> (state, {loss, grad_norm})``, to be jitted."""
 
     def step(state: TrainState, batch: Array, base_key: Key) -> tuple[TrainState, dict[str, Array]]:
-        draw_key, loss_key = jax.random.split(jax.random.fold_in(base_key, state.step))
-        draws = prepare(batch, draw_key)
-        value, grads = value_and_grad(loss, state.params, draws, loss_key, accumulate)
+        draws = prepare(batch, jax.random.fold_in(base_key, state.step))
+        value, grads = value_and_grad(loss, state.params, draws, accumulate)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         new = TrainState(

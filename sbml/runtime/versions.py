@@ -5,7 +5,7 @@ import platform
 
 import jax
 
-PACKAGES = ("sbml", "jax", "jaxlib", "flax", "optax", "diffrax", "orbax-checkpoint", "grain", "numpy")
+PACKAGES = ("sbml", "jax", "flax", "optax", "diffrax", "orbax-checkpoint", "grain", "numpy")
 
 
 def versions() -> dict[str, str]:

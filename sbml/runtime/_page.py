@@ -1,0 +1,298 @@
+"""``report.html`` from the numbers: each function makes what one part of the template shows."""
+
+import base64
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from datetime import timedelta
+from functools import partial
+from typing import Any
+
+import jinja2
+import numpy as np
+from markupsafe import Markup
+
+from sbml.runtime import _images, _plots
+
+Fetch = Callable[[Sequence[int]], np.ndarray]
+
+PAGE_WIDTH = 1056  # pixels, as in report.css
+STRIP_IMAGES, SAMPLE_COLUMNS, SAMPLE_ROWS = 10, 16, 8
+PIXEL_BUDGET = 150_000  # bytes before compression, for each strip and half the sample grid
+
+# key of a result: (heading, format of a float)
+COLUMNS = {
+    "estimator": ("estimator", "word"),
+    "dequantizer": ("dequantizer", "word"),
+    "split": ("split", "word"),
+    "n": ("images", ""),
+    "bits_per_dim": ("bits/dim", "bits"),
+    "ci95": ("±\u00a095%", "bits"),
+    "interval": ("95% interval", "bits"),
+    "stderr": ("std. error", "bits"),
+    "min": ("least", "bits"),
+    "max": ("greatest", "bits"),
+    "nonfinite": ("not finite", ""),
+    "nfe_mean": ("evaluations, mean", ".1f"),
+    "nfe_max": ("evaluations, max", ".6g"),
+}
+DETAILS = {"data": "Data fingerprints", "config": "Configuration"}
+SHOWN_ELSEWHERE = {"title", "results", "baselines", "warnings", "command"}
+
+
+def render(
+    report: dict[str, Any],
+    table: Mapping[str, np.ndarray],
+    images: Fetch | np.ndarray,
+    levels: int,
+    curves: Sequence[Mapping[str, Any]],
+    samples: np.ndarray | None,
+) -> str:
+    """The page: one HTML file. Arguments as of ``report.write``, with a strict ``report``."""
+    bits = ending(table, "bits_per_dim")
+    best, worst = _extremes(np.asarray(table["id"]), next(iter(bits.values())), images, levels)
+    columns = _columns(report["results"])
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("sbml", "runtime"),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return environment.get_template("report.html").render(
+        title=report.get("title", "Evaluation"),
+        warnings=[*report.get("warnings", []), *_uncounted(report, bits)],
+        headline=_headline(report["results"][0]),
+        versus=_versus(report["results"][0], report.get("baselines", [])),
+        comparison=_comparison(report["results"], report.get("baselines", [])),
+        facts=_facts(report),
+        columns=columns,
+        rows=[
+            {column["key"]: _text(row.get(column["key"]), column["format"]) for column in columns}
+            for row in report["results"]
+        ],
+        histograms=[
+            *(_histogram(f"{name} bits/dim".strip(), column) for name, column in bits.items()),
+            *(
+                _histogram(f"{name} network evaluations".strip(), column)
+                for name, column in ending(table, "nfe").items()
+            ),
+        ],
+        best=best,
+        worst=worst,
+        training=_training(curves),
+        samples=None if samples is None else _samples(samples, levels),
+        command=report.get("command"),
+        details=_details(report),
+    )
+
+
+def _text(value: Any, form: str = "") -> str:
+    """A value of the report as the page shows it; ``form`` is for floats, "bits" for bits/dim."""
+    if value is None:
+        return "–"
+    if isinstance(value, list):
+        return " to ".join(_text(item, form) for item in value)
+    if isinstance(value, float):
+        if not math.isfinite(value):
+            return json.dumps(value)
+        readable = ".3f" if 1e-3 <= abs(value) < 1e5 or value == 0 else ".3g"
+        return format(value, readable if form == "bits" else form)
+    if isinstance(value, int) and not isinstance(value, bool):
+        return f"{value:,}"
+    return str(value)
+
+
+def _flat(value: Mapping[str, Any], top: str = "") -> dict[str, Any]:
+    """{"a": {"b": 1}} as {"a.b": 1}; lists stay whole, and the name ``top`` is left off."""
+    flat: dict[str, Any] = {}
+    for key, item in value.items():
+        if isinstance(item, Mapping) and item:
+            below = _flat(item)
+            flat |= below if key == top else {f"{key}.{name}": leaf for name, leaf in below.items()}
+        else:
+            flat[key] = item
+    return flat
+
+
+def _columns(results: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Columns of the result table: those of ``COLUMNS`` that a result has."""
+    return [
+        {"key": key, "label": label, "format": form, "number": form != "word"}
+        for key, (label, form) in COLUMNS.items()
+        if any(key in result for result in results)
+    ]
+
+
+def _label(result: Mapping[str, Any]) -> str:
+    words = [result[key] for key in ("estimator", "dequantizer", "split") if result.get(key)]
+    return " · ".join(map(str, words)) or "result"
+
+
+def _headline(result: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        "bits_per_dim": _text(result["bits_per_dim"], "bits"),
+        "finite": math.isfinite(float(result["bits_per_dim"])),
+        "interval": _text(result.get("interval"), "bits"),
+        "label": _label(result),
+        "n": _text(result.get("n")),
+    }
+
+
+def _versus(result: Mapping[str, Any], baselines: Sequence[Mapping[str, Any]]) -> str:
+    """How far the headline lies from the best baseline, in words; "" if either is not finite."""
+    finite = [row for row in baselines if math.isfinite(float(row["bits_per_dim"]))]
+    if not finite or not math.isfinite(float(result["bits_per_dim"])):
+        return ""
+    best = min(finite, key=lambda row: row["bits_per_dim"])
+    gap = result["bits_per_dim"] - best["bits_per_dim"]
+    side = "below" if gap < 0 else "above"
+    return f"{abs(gap):.3f} bits/dim {side} the best baseline, {best['name']}."
+
+
+def _facts(report: Mapping[str, Any]) -> dict[str, str]:
+    """The few figures that stand under the headline; those that the report lacks are left off."""
+    model, checkpoint = report.get("model", {}), report.get("checkpoint", {})
+    result = report["results"][0]
+    facts = {
+        "Model": model.get("name"),
+        "Parameters": model.get("parameters"),
+        "Checkpoint, step": checkpoint.get("step"),
+        "Evaluations, mean": result.get("nfe_mean"),
+        "Evaluations, max": result.get("nfe_max"),
+        "Images not finite": result.get("nonfinite"),
+    }
+    return {name: _text(value, ".4g") for name, value in facts.items() if value is not None}
+
+
+def _uncounted(report: Mapping[str, Any], bits: Mapping[str, np.ndarray]) -> list[str]:
+    """A warning if the table has more values that are not finite than the results own up to."""
+    found = sum(int((~np.isfinite(column)).sum()) for column in bits.values())
+    told = sum(int(result.get("nonfinite") or 0) for result in report["results"])
+    if found <= told:
+        return []
+    return [
+        f"{found:,} bits/dim in the per-image table are not finite; the results count {told:,}."
+    ]
+
+
+def _details(report: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """What the page shows nowhere else, by heading, every value exact."""
+    results = {f"{row}. {_label(r)}": r for row, r in enumerate(report["results"], 1)}
+    details = {"Every figure of the results": _flat(results)}
+    for name, value in report.items():
+        if name not in SHOWN_ELSEWHERE:
+            heading = DETAILS.get(name, name.replace("_", " ").capitalize())
+            details[heading] = _flat({name: value}, name)
+    return details
+
+
+def _figure(name: str, draw: Callable, width: float, height: float, caption: str) -> dict[str, Any]:
+    svg = Markup(_plots.svg(name, draw, width, height))
+    return {"svg": svg, "alt": f"{name}. {caption}", "caption": caption}
+
+
+def _comparison(
+    results: Sequence[Mapping[str, Any]], baselines: Sequence[Mapping[str, Any]]
+) -> dict[str, Any]:
+    estimates = [_estimate(_label(row), row, ours=True) for row in results]
+    estimates += [_estimate(row["name"], row, ours=False) for row in baselines]
+    values = "; ".join(f"{row.label} {row.value:.3f}" for row in estimates)
+    figure = _figure(
+        "Comparison",
+        partial(_plots.comparison, estimates=estimates),
+        5.8,
+        0.6 + 0.36 * len(estimates),
+        "Bars: 95% intervals. Blue: this model; grey: baselines.",
+    )
+    return figure | {"alt": f"Comparison in bits/dim: {values}."}
+
+
+def _estimate(label: str, row: Mapping[str, Any], ours: bool) -> _plots.Estimate:
+    value, half = float(row["bits_per_dim"]), float(row.get("ci95") or 0)
+    low, high = row.get("interval") or (value - half, value + half)
+    return _plots.Estimate(label, value, float(low), float(high), ours)
+
+
+def _histogram(name: str, values: np.ndarray) -> dict[str, Any]:
+    finite = values[np.isfinite(values)]
+    caption = f"{values.size:,} images, none finite."
+    if finite.size:
+        caption = (
+            f"{values.size:,} images: mean {finite.mean():.4g}, from "
+            f"{finite.min():.4g} to {finite.max():.4g}."
+        )
+    if 0 < finite.size < values.size:
+        caption += f" {values.size - finite.size:,} not finite, outside this mean."
+    draw = partial(_plots.histogram, values=values, label=name)
+    return _figure(name, draw, 5, 2.6, caption)
+
+
+def _training(curves: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
+    rows = {row["step"]: row for row in curves if "loss" in row}
+    if not rows:
+        return None
+    step = np.array(sorted(rows))
+    loss = np.array([rows[at]["loss"] for at in step], np.float64)
+    window = max(1, len(step) // 40) | 1
+    caption = f"Loss at {len(step):,} logged steps (faint)"
+    caption += f" and the mean of {window} around each." if window > 1 else "."
+    speed = [float(row["images_per_s"]) for row in rows.values() if row.get("images_per_s")]
+    if speed:
+        caption += f" Median speed {np.median(speed):,.4g} images/s."
+    if seconds := rows[max(rows)].get("seconds"):
+        caption += f" Training time {timedelta(seconds=round(seconds))}."
+    draw = partial(_plots.training, step=step, loss=loss, window=window)
+    return _figure("Training loss", draw, 10.6, 3, caption)
+
+
+def _data_url(array: np.ndarray) -> str:
+    return f"data:image/png;base64,{base64.b64encode(_images.png(array)).decode()}"
+
+
+def _extremes(
+    ids: np.ndarray, bits: np.ndarray, images: Fetch | np.ndarray, levels: int
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """The images of least bits/dim, best first, and of most, worst first (not finite: worst)."""
+    order = np.argsort(np.where(np.isfinite(bits), bits, np.inf), kind="stable")
+    fetch: Fetch = images if callable(images) else images.__getitem__
+    size = fetch([int(ids[order[0]])])[0].size
+    most = min(STRIP_IMAGES, max(1, len(ids) // 2), max(1, PIXEL_BUDGET // size))
+
+    def strip(rows: np.ndarray) -> list[dict[str, Any]]:
+        return [
+            {
+                "png": _data_url(_images.image_grid(pixels[None], levels, 1, _scale(pixels, 96))),
+                "id": ids[row],
+                "bits_per_dim": _text(float(bits[row]), "bits"),
+                "finite": math.isfinite(bits[row]),
+            }
+            for row, pixels in zip(rows, fetch([int(ids[row]) for row in rows]), strict=True)
+        ]
+
+    return strip(order[:most]), strip(order[::-1][:most])
+
+
+def _samples(samples: np.ndarray, levels: int) -> dict[str, str]:
+    scale = _scale(samples[0], 64)
+    columns = min(SAMPLE_COLUMNS, max(1, PAGE_WIDTH // (samples.shape[2] * scale)))
+    rows = min(SAMPLE_ROWS, max(1, 2 * PIXEL_BUDGET // (columns * samples[0].size)))
+    shown = samples[: rows * columns]
+    grid = _images.image_grid(shown, levels, min(columns, len(shown)), scale)
+    left_off = f" of {len(samples):,}" if len(shown) < len(samples) else ""
+    alt = f"{len(shown):,}{left_off} samples from the model, not selected."
+    return {"png": _data_url(grid), "alt": alt}
+
+
+def _scale(image: np.ndarray, width: int) -> int:
+    """The whole factor that brings an image closest to ``width`` from below, at least 1."""
+    return max(1, width // max(image.shape[:2]))
+
+
+def ending(table: Mapping[str, np.ndarray], ending: str) -> dict[str, np.ndarray]:
+    """Columns whose name has this ending, by what precedes it ("" for nothing)."""
+    found = {name: column for name, column in table.items() if name.endswith(ending)}
+    return {
+        name.removesuffix(ending).strip("/_.: "): np.asarray(column, np.float64)
+        for name, column in found.items()
+    }

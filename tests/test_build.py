@@ -1,0 +1,84 @@
+"""Every config builds, and every wrong field is named before any work."""
+
+import importlib.util
+import pathlib
+
+import pytest
+import runs
+import tiny
+
+from sbml import build
+
+CONFIGS = sorted((runs.ROOT / "configs").glob("*.py"))
+
+
+def load(path):
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.get_config()
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
+def test_every_config_builds_and_says_how_to_run_it(path):
+    experiment = build.Experiment(load(path))
+    assert experiment.parameter_count() > 1e5
+    assert f"--config=configs/{path.name}" in pathlib.Path(path).read_text()
+
+
+@pytest.mark.parametrize("data", ["cifar10", "imagenet32"])
+@pytest.mark.parametrize("sde", ["vp", "subvp"])
+@pytest.mark.parametrize("size, count", [("", 61_804_419), ("_deep", 106_632_579)])
+def test_papers_settings(data, sde, size, count):
+    config = load(runs.ROOT / "configs" / f"{data}_{sde}{size}.py")
+    experiment = build.Experiment(config)
+    assert experiment.parameter_count() == count
+    imagenet = data == "imagenet32"
+    assert build.smallest_time(config) == (1e-2 if sde == "subvp" else 5e-5 if imagenet else 1e-5)
+    assert config.model.dropout == (0.0 if imagenet else 0.1)
+    assert config.data.flip == (not imagenet)
+    assert config.training.batch_size == 128
+    assert (config.optim.lr, config.optim.warmup, config.optim.grad_clip) == (2e-4, 5_000, 1.0)
+    assert config.optim.ema == 0.9999
+    config.training.importance_sampling = False
+    assert build.smallest_time(config) == (1e-2 if sde == "subvp" else 1e-5)
+
+
+@pytest.mark.parametrize(
+    "section, field, value, message",
+    [
+        ("sde", "name", "vpp", "sde.name='vpp' is unknown; choose from"),
+        ("training", "times", "grid", "training.times='grid' is unknown"),
+        ("data", "dequantization", "flow", "data.dequantization='flow' is unknown"),
+        ("optim", "schedule", "step", "unknown optim.schedule 'step'"),
+        ("eval", "method", "rk4", "unknown ODE method 'rk4'"),
+        ("eval", "trace", "guess", "unknown trace 'guess'"),
+        ("training", "smallest_time", 0.0, "smallest time eps=0.0"),
+        ("score", "label", "index", "unknown time label 'index'"),
+        ("score", "parameterization", "v", "unknown parameterization 'v'"),
+        ("model", "name", "unet", "unet"),
+    ],
+)
+def test_a_wrong_value_is_named(section, field, value, message):
+    config = tiny.get_config()
+    config[section][field] = value
+    with pytest.raises(ValueError, match=message.replace(".", r"\.")):
+        build.Experiment(config)
+
+
+def test_data_of_another_shape_is_refused():
+    config = tiny.get_config()
+    config.data.levels = 256
+    with pytest.raises(ValueError, match=r"--config.data.levels=17"):
+        build.Experiment(config).images("train")
+
+
+def test_unknown_fields_modes_and_arguments_list_the_choices(tmp_path):
+    for flag, expected in [
+        ("--config.optim.learning_rate=1", "beta1, beta2, ema, eps, grad_clip, lr"),
+        ("--config.optimizer.lr=1", "data, eval, mode, model, optim"),
+        ("--mode=trian", "train, eval, sample"),
+        ("lr=1", "set fields as --config.field=value"),
+    ]:
+        err = runs.run(tmp_path, flag, expect=1)
+        assert expected in err, err

@@ -1,0 +1,351 @@
+"""The report says what the numbers say, in a page that needs nothing but itself."""
+
+import base64
+import io
+import json
+import math
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from sbml.runtime import _plots, report
+
+N, LEVELS = 40, 17
+ATTACK = '<script>alert("x")</script> $\\frac{'
+VOID = {"meta", "img", "br", "link", "input", "hr"}
+
+
+class Page(HTMLParser):
+    """Text, warnings, links and images of a page; every tag must close where it should."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.tags: set[str] = set()
+        self.links: list[str] = []
+        self.images: dict[str, np.ndarray] = {}
+        self.ids: list[str] = []
+        self.texts: list[str] = []
+        self.feed(html)
+        self.close()
+        assert self.open == []
+        self.text = re.sub(r"\s+", " ", " ".join(self.texts))
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        values = {name: value or "" for name, value in attrs}
+        self.tags.add(tag)
+        self.links += [values[name] for name in ("src", "href", "xlink:href") if name in values]
+        self.links += re.findall(r"url\(([^)]*)\)", values.get("style", ""))
+        self.ids += [values["id"]] if "id" in values else []
+        if tag == "img":
+            png = base64.b64decode(values["src"].removeprefix("data:image/png;base64,"))
+            self.images[values["alt"]] = np.asarray(Image.open(io.BytesIO(png)))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.handle_starttag(tag, attrs)
+        if tag not in VOID:
+            self.open.pop()
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if self.open[-1:] != ["style"]:
+            self.texts.append(data)
+
+
+def numbers(**changes: Any) -> dict[str, Any]:
+    result = {
+        "estimator": "ode",
+        "dequantizer": "uniform",
+        "split": "test",
+        "n": N,
+        "bits_per_dim": 1.9804,
+        "stderr": 0.0122,
+        "ci95": 0.0239,
+        "interval": [1.9567, 2.0043],
+        "nonfinite": 0,
+        "nfe_mean": 50.25,
+        "nfe_max": np.int64(86),
+        "terms": {"prior": 1.125},
+    }
+    return {
+        "title": "digits_vp",
+        "results": [result],
+        "baselines": [
+            {"name": "full-covariance Gaussian", "bits_per_dim": 2.94, "ci95": 0.03},
+            {"name": "per-pixel histogram", "bits_per_dim": 2.3904, "ci95": 0.02},
+        ],
+        "warnings": [],
+        "model": {"name": "ncsnpp", "parameters": 1_030_000},
+        "checkpoint": {"step": 3000},
+        "config": {"optim": {"lr": 1e-5}, "model": {"ch_mult": (1, 2)}},
+        "versions": {"jax": "0.10.2"},
+        "command": "python -m sbml.main",
+        **changes,
+    }
+
+
+def pixels(count: int = N, size: int = 8, channels: int = 1) -> np.ndarray:
+    generator = np.random.default_rng(0)
+    return generator.integers(0, LEVELS, (count, size, size, channels), dtype=np.uint8)
+
+
+def columns(bits: np.ndarray | None = None) -> dict[str, np.ndarray]:
+    bits = np.linspace(1, 3, N) if bits is None else bits
+    return {"id": np.arange(N), "bits_per_dim": bits, "nfe": np.full(N, 50)}
+
+
+def write(directory: Path, numbers: dict[str, Any], **changes: Any) -> Page:
+    given = {
+        "table": columns(),
+        "images": pixels(),
+        "levels": LEVELS,
+        "curves": [
+            {"step": s, "loss": 9 / s, "images_per_s": 1234.0, "seconds": 5.0 * s}
+            for s in range(1, 50)
+        ],
+        "samples": pixels(20),
+    }
+    report.write(directory, numbers, **{**given, **changes})
+    return Page((directory / "report.html").read_text())
+
+
+def not_a_constant(name: str) -> float:
+    raise AssertionError(f"{name} is not JSON")
+
+
+def test_json_is_strict_and_reads_back(tmp_path: Path) -> None:
+    values = np.array([np.nan, np.inf, -np.inf, 0.5])
+    write(tmp_path, numbers(timing={"values": values, "n": np.int32(3), "none": None}))
+    text = (tmp_path / "report.json").read_text()
+    read = json.loads(text, parse_constant=not_a_constant)
+    np.testing.assert_array_equal([float(v) for v in read["timing"]["values"]], values)
+    assert read["timing"]["n"] == 3
+    assert read["timing"]["none"] is None
+    expected = numbers()
+    assert read["config"] == {"optim": {"lr": 1e-5}, "model": {"ch_mult": [1, 2]}}
+    assert {k: read[k] for k in ("results", "baselines", "title")} == {
+        k: expected[k] for k in ("results", "baselines", "title")
+    }
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["report.html", "report.json"]
+
+
+def test_page_stands_alone(tmp_path: Path) -> None:
+    page = write(tmp_path, numbers())
+    html = (tmp_path / "report.html").read_text()
+    assert page.links
+    assert all(link.startswith(("data:image/png;base64,", "#")) for link in page.links)
+    assert not re.search(r"@import|url\(\s*['\"]?(?!#)", html)
+    assert not page.tags & {"script", "link", "iframe", "object"}
+    assert "default-src 'none'" in html
+    targets = {link.removeprefix("#") for link in page.links if link.startswith("#")}
+    assert targets <= set(page.ids)
+    assert len(page.ids) == len(set(page.ids))
+
+
+def test_page_shows_the_numbers(tmp_path: Path) -> None:
+    text = write(tmp_path, numbers()).text
+    for shown in (
+        "1.980 bits/dim",
+        "95% confidence interval 1.957 to 2.004",
+        f"ode · uniform · test, {N} images.",
+        "0.410 bits/dim below the best baseline, per-pixel histogram.",
+        "1,030,000",
+        "50.25",
+        "terms.prior 1.125",
+        "optim.lr 1e-05",
+        "model.ch_mult [1, 2]",
+        f"{N} images: mean 2, from 1 to 3.",
+        "Median speed 1,234 images/s. Training time 0:04:05.",
+        "python -m sbml.main",
+    ):
+        assert shown in text
+    assert "warning" not in text
+
+
+def test_best_and_worst_are_the_extremes_enlarged(tmp_path: Path) -> None:
+    bits = np.linspace(1, 3, N)[::-1].copy()
+    bits[7], bits[9] = np.nan, np.inf
+    images = pixels()
+    page = write(tmp_path, numbers(), table=columns(bits), images=lambda ids: images[ids])
+    captions = [alt for alt in page.images if alt.startswith("Image")]
+    ids = [int(re.findall(r"\d+", alt)[0]) for alt in captions]
+    assert ids[:10] == list(range(39, 29, -1))
+    assert set(ids[10:12]) == {7, 9}
+    assert ids[12:] == [0, 1, 2, 3, 4, 5, 6, 8]
+    shown = page.images["Image 39, 1.000 bits/dim"]
+    expected = np.rint(images[39, :, :, 0] * (255 / 16)).astype(np.uint8)
+    np.testing.assert_array_equal(shown, np.kron(expected, np.ones((12, 12), np.uint8)))
+
+
+def test_what_is_not_finite_is_counted_and_shown(tmp_path: Path) -> None:
+    bits = np.linspace(1, 3, N)
+    bits[[1, 2, 3]] = np.nan, np.inf, -np.inf
+    bits[4] = 1e9
+    broken = numbers(warnings=["other data"])
+    broken["results"][0] |= {"bits_per_dim": math.nan, "interval": [math.nan, math.nan]}
+    losses = [{"step": s, "loss": math.nan if s == 3 else 1.0} for s in range(1, 9)]
+    text = write(tmp_path, broken, table=columns(bits), curves=losses).text
+    assert "2 warnings: read before using these numbers" in text
+    assert "other data" in text
+    assert "3 bits/dim in the per-image table are not finite; the results count 0." in text
+    assert "NaN bits/dim" in text
+    assert "3 of 40 not finite" in text
+    assert "1 further right, up to 1e+09" in text
+    assert "1 of 8 losses not finite" in text
+
+
+def test_nothing_finite_at_all(tmp_path: Path) -> None:
+    text = write(
+        tmp_path,
+        numbers(baselines=[{"name": "none", "bits_per_dim": np.nan}]),
+        table=columns(np.full(N, np.inf)),
+        curves=[{"step": 1, "loss": "NaN"}, {"step": 2, "loss": None}],
+    ).text
+    assert "40 images, none finite." in text
+    assert "2 of 2 losses not finite" in text
+
+
+def test_everything_is_escaped(tmp_path: Path) -> None:
+    attacked = numbers(
+        title=ATTACK, warnings=[ATTACK], command=ATTACK, config={ATTACK: {"name": ATTACK}}
+    )
+    attacked["results"][0]["estimator"] = ATTACK
+    attacked["baselines"][0]["name"] = ATTACK
+    table = columns() | {f"{ATTACK}/bits_per_dim": np.ones(N)}
+    page = write(tmp_path, attacked, table=table)
+    assert "script" not in page.tags
+    assert page.text.count(ATTACK) >= 8
+
+
+def test_missing_parts_are_said_to_be_missing(tmp_path: Path) -> None:
+    bare = {"results": [{"bits_per_dim": 2.0}]}
+    page = write(tmp_path, bare, curves=[{"step": 3, "eval": 1.0}], samples=None)
+    assert "No training curve" in page.text
+    assert "No samples were drawn." in page.text
+    assert "95% confidence interval –" in page.text
+
+
+def test_one_image(tmp_path: Path) -> None:
+    one = {name: column[:1] for name, column in columns().items()}
+    assert "Image 0, 1.000 bits/dim" in write(tmp_path, numbers(), table=one).images
+
+
+def test_several_results_have_their_own_figures(tmp_path: Path) -> None:
+    table = {"id": np.arange(N)} | {
+        f"{name}/bits_per_dim": np.linspace(1, 3, N) + shift
+        for name, shift in (("ode", 0), ("bound", 1))
+    }
+    text = write(tmp_path, numbers(), table=table).text
+    assert "40 images: mean 2, from 1 to 3." in text
+    assert "40 images: mean 3, from 2 to 4." in text
+    assert "bound bits/dim" in text
+
+
+def test_long_runs_and_large_images_stay_small(tmp_path: Path) -> None:
+    noise = np.random.default_rng(0).normal(size=100_000)
+    big = np.random.default_rng(0).integers(0, 256, (N, 32, 32, 3), dtype=np.uint8)
+    curves = [{"step": s, "loss": 5 + float(z)} for s, z in enumerate(noise)]
+    samples = np.tile(big, (7, 1, 1, 1))
+    write(tmp_path, numbers(), images=big, levels=256, curves=curves, samples=samples)
+    assert (tmp_path / "report.html").stat().st_size < 1_500_000
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"table": {"id": np.arange(3)}}, "it needs id and bits_per_dim"),
+        ({"table": columns() | {"nfe": np.ones(3)}}, "all need the same length"),
+        ({"levels": 16}, "levels=16, greatest pixel 16"),
+        ({"numbers": {"results": []}}, "one result or more"),
+        ({"numbers": {"results": [{"n": 3}]}}, "is None: pass a number"),
+        ({"numbers": numbers(config={"a": [object()]})}, r"report\.config\.a\[0\] is <object"),
+    ],
+)
+def test_bad_input_is_named_and_nothing_written(
+    tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        write(tmp_path, **({"numbers": numbers()} | changes))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_grid_is_pixel_exact() -> None:
+    images = np.array([[[[0], [3]]], [[[1], [2]]], [[[3], [3]]]], np.uint8)  # (3, 1, 2, 1)
+    grid = report.image_grid(images, levels=4, columns=2, scale=2, gap=1)
+    g = 128
+    expected = [
+        [0, 0, 255, 255, g, 85, 85, 170, 170],
+        [0, 0, 255, 255, g, 85, 85, 170, 170],
+        [g, g, g, g, g, g, g, g, g],
+        [255, 255, 255, 255, g, g, g, g, g],
+        [255, 255, 255, 255, g, g, g, g, g],
+    ]
+    np.testing.assert_array_equal(grid[..., 0], expected)
+    tight = report.image_grid(images, levels=4, columns=3, scale=1, gap=0)
+    np.testing.assert_array_equal(tight[..., 0], [[0, 255, 85, 170, 255, 255]])
+
+
+def test_grid_shows_every_level_of_256_as_it_is() -> None:
+    image = np.arange(256, dtype=np.uint8).reshape(1, 16, 16, 1).repeat(3, axis=3)
+    np.testing.assert_array_equal(report.image_grid(image, 256, columns=1), image[0])
+
+
+@pytest.mark.parametrize(
+    ("images", "levels", "columns"),
+    [
+        (np.zeros((0, 2, 2, 1), np.uint8), 4, 1),
+        (np.zeros((1, 2, 2, 1), np.float32), 4, 1),
+        (np.zeros((2, 2, 1), np.uint8), 4, 1),
+        (np.full((1, 2, 2, 1), 4, np.uint8), 4, 1),
+        (np.zeros((1, 2, 2, 1), np.uint8), 1, 1),
+        (np.zeros((1, 2, 2, 1), np.uint8), 4, 0),
+    ],
+)
+def test_grid_refuses(images: np.ndarray, levels: int, columns: int) -> None:
+    with pytest.raises(ValueError, match="^Got "):
+        report.image_grid(images, levels, columns)
+
+
+@pytest.mark.parametrize("shape", [(5, 4), (5, 4, 1), (5, 4, 3)])
+def test_png_round_trip(tmp_path: Path, shape: tuple[int, ...]) -> None:
+    array = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
+    report.write_png(tmp_path / "a.png", array)
+    read = np.asarray(Image.open(tmp_path / "a.png"))
+    np.testing.assert_array_equal(read.reshape(shape), array)
+    assert [path.name for path in tmp_path.iterdir()] == ["a.png"]
+
+
+def test_png_refuses_floats(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="float64"):
+        report.write_png(tmp_path / "a.png", np.zeros((2, 2)))
+
+
+def test_running_mean_against_its_definition() -> None:
+    values = np.random.default_rng(0).normal(size=11)
+    expected = [values[max(0, i - 2) : i + 3].mean() for i in range(11)]
+    np.testing.assert_allclose(_plots.running_mean(values, 5), expected, rtol=1e-12)
+    np.testing.assert_array_equal(_plots.running_mean(values, 1), values)
+
+
+def test_thinned_curve_keeps_every_peak() -> None:
+    loss = np.random.default_rng(0).normal(size=5000)
+    step, kept = _plots._thin(np.arange(5000), loss, buckets=50)
+    np.testing.assert_array_equal(loss[step], kept)
+    buckets = loss.reshape(50, 100)
+    assert step.size <= 100
+    assert set(buckets.max(axis=1)) | set(buckets.min(axis=1)) == set(kept)
+
+
+def test_each_value_falls_in_a_bin() -> None:
+    for values in (np.arange(38, 90, 6), np.full(5, 2.5), np.array([3]), np.linspace(0, 1, 300)):
+        edges = _plots._bins(values)
+        assert np.histogram(values, edges)[0].sum() == values.size

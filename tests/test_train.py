@@ -1,0 +1,188 @@
+"""Training survives kills bitwise, and does not depend on how many devices or processes it has."""
+
+import json
+import logging
+import signal
+import socket
+import time
+
+import jax
+import numpy as np
+import pytest
+import runs
+import tiny
+from etils import epath
+
+from sbml import build, train
+from sbml.runtime import metrics, sharding
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """The work directory of an uninterrupted run."""
+    workdir = tmp_path_factory.mktemp("whole")
+    runs.run(workdir, "--mode=train")
+    return workdir
+
+
+def losses(workdir):
+    return {row["step"]: row["loss"] for row in metrics.read(workdir)}
+
+
+def assert_same_state(one, other):
+    """Bitwise equality of the newest checkpoints of two work directories."""
+    config = tiny.get_config()
+    a, b = runs.state(config, one), runs.state(config, other)
+    assert a.step == b.step
+    jax.tree.map(np.testing.assert_array_equal, a.state, b.state)
+
+
+def wait_for(process, happened):
+    """Poll until ``happened()`` or the process ends; whether it happened."""
+    while process.poll() is None:
+        if happened():
+            return True
+        time.sleep(0.0005)
+    return False
+
+
+def test_kills_change_nothing(whole, tmp_path):
+    """SIGKILL in the middle of a save, then at a later step: the end is bitwise the same."""
+    checkpoints = tmp_path / "checkpoints"
+
+    def saving():
+        return any(checkpoints.glob("*orbax-checkpoint-tmp*"))
+
+    for _ in range(10):
+        process = runs.start(tmp_path, "--mode=train")
+        assert wait_for(process, saving), runs.finish(process)
+        process.kill()
+        process.communicate()
+        if saving():  # The save was left unfinished on disk.
+            break
+    else:
+        pytest.fail("no kill fell into a save")
+
+    process = runs.start(tmp_path, "--mode=train")
+    assert wait_for(process, lambda: max(losses(tmp_path), default=0) >= 25)
+    process.kill()
+    process.communicate()
+    runs.run(tmp_path, "--mode=train")
+
+    assert_same_state(whole, tmp_path)
+    assert losses(whole) == losses(tmp_path)
+    assert [row["step"] for row in metrics.read(tmp_path)] == list(range(1, 41))
+
+
+def test_sigterm_saves_and_leaves(whole, tmp_path):
+    process = runs.start(tmp_path, "--mode=train,eval")
+    assert wait_for(process, lambda: max(losses(tmp_path), default=0) >= 5)
+    process.send_signal(signal.SIGTERM)
+    runs.finish(process, expect=143)
+    saved = runs.state(tiny.get_config(), tmp_path).step
+    assert saved >= 5 and saved == max(losses(tmp_path))
+    assert not (tmp_path / "report.html").exists()  # The modes that follow did not run.
+    runs.run(tmp_path, "--mode=train")
+    assert_same_state(whole, tmp_path)
+
+
+def test_eight_devices_give_the_same_losses(whole, tmp_path):
+    runs.run(tmp_path, "--mode=train", "--config.training.num_steps=10", devices=8)
+    expected = losses(whole)
+    for step, loss in losses(tmp_path).items():
+        assert loss == pytest.approx(expected[step], rel=1e-5)
+
+
+def test_two_processes_give_the_same_losses(whole, tmp_path):
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    common = ("--mode=train", "--config.training.num_steps=10", "--num_processes=2")
+    common = (*common, f"--coordinator=127.0.0.1:{port}")
+    processes = [runs.start(tmp_path, *common, f"--process_id={i}") for i in range(2)]
+    for process in processes:
+        runs.finish(process)
+    expected = losses(whole)
+    assert set(losses(tmp_path)) == set(range(1, 11))
+    for step, loss in losses(tmp_path).items():
+        assert loss == pytest.approx(expected[step], rel=1e-5)
+
+
+def one_step(**training):
+    """State and metrics of two updates from the start, with ``training`` fields overridden."""
+    config = tiny.get_config()
+    config.training.update(training)
+    experiment, mesh = build.Experiment(config), sharding.data_mesh()
+    pixels = experiment.images("train").images[:128].reshape(2, 64, 8, 8, 1)
+    state, step = experiment.init_state(mesh), train.compiled_step(experiment, mesh)
+    key = jax.random.key(0)
+    if config.training.steps_per_dispatch == 2:
+        return step(state, pixels, key)
+    state, first = step(state, pixels[0], key)
+    state, second = step(state, pixels[1], key)
+    return state, jax.tree.map(lambda *a: np.stack(a), first, second)
+
+
+@pytest.fixture(scope="module")
+def plain_step():
+    return one_step()
+
+
+@pytest.mark.parametrize("option", [{"accumulate": 4}, {"steps_per_dispatch": 2}], ids=str)
+def test_accumulation_and_dispatch_change_nothing(plain_step, option):
+    for expected, got in zip(plain_step, one_step(**option), strict=True):
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, 1e-3, 1e-6), expected, got)
+
+
+def test_average_is_exponential_and_warmup_starts_at_zero(plain_step):
+    """The first learning rate is 0, the second 1/10 of the peak; ema = .9 ema + .1 params."""
+    config = tiny.get_config()
+    fresh = build.Experiment(config).init_state(sharding.data_mesh())
+    state, _ = plain_step
+    moved = jax.tree.map(lambda a, b: np.abs(a - b).max(), fresh.params, state.params)
+    # One Adam step moves each parameter by at most the learning rate, 1e-4 here.
+    assert 0.5e-4 < max(jax.tree.leaves(moved)) < 1.01e-4
+    expected = jax.tree.map(lambda a, b: 0.9 * a + 0.1 * b, fresh.params, state.params)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, 1e-4, 1e-7), expected,
+                 state.ema_params)  # fmt: skip
+
+
+def test_non_finite_loss_stops_and_names_the_last_checkpoint(tmp_path):
+    config = tiny.get_config()
+    config.optim.update(lr=1e30, warmup=0, grad_clip=0.0)
+    config.training.checkpoint_every = 1
+    with pytest.raises(train.NonFiniteLoss, match=r"step \d+: loss .*Last good checkpoint"):
+        train.run(config, tmp_path)
+    experiment = build.Experiment(config)
+    restored = experiment.restore(tmp_path)
+    losses = jax.device_get(restored.state.step)
+    assert losses == restored.step
+
+
+def test_wrong_batch_and_other_model_are_refused(whole, tmp_path):
+    config = tiny.get_config()
+    config.training.batch_size = 63
+    config.training.accumulate = 2
+    with pytest.raises(ValueError, match="training.batch_size=63 .* use 62 or 64"):
+        train.run(config, tmp_path)
+    config = tiny.get_config()
+    config.model.width = 48
+    with pytest.raises(ValueError, match="another model"):
+        train.run(config, whole)
+
+
+def test_other_data_warns(whole, caplog):
+    experiment = build.Experiment(tiny.get_config())
+    restored = experiment.restore(epath.Path(whole))
+    train_set = experiment.images("train")
+    assert build.warn_if_other_data(restored.metadata, train_set) == []
+    with caplog.at_level(logging.WARNING, logger="absl"):
+        (warning,) = build.warn_if_other_data(restored.metadata, experiment.images("test"))
+    assert "sha256" in warning and warning in caplog.text
+
+
+def test_provenance_is_in_the_checkpoint(whole):
+    experiment = build.Experiment(tiny.get_config())
+    metadata = experiment.restore(whole).metadata
+    assert metadata["config"] == json.loads(json.dumps(experiment.to_plain()))
+    assert metadata["data"] == experiment.images("train").fingerprint

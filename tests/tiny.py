@@ -1,0 +1,20 @@
+"""A config that trains in seconds: an MLP on the digits. Used through --config=tests/tiny.py."""
+
+from ml_collections import ConfigDict
+
+from sbml.config import default
+
+
+def get_config() -> ConfigDict:
+    config = default("mlp")
+    config.mode = ("train", "eval", "sample")
+    config.data.update(source="digits", shape=(8, 8, 1), levels=17, flip=False)
+    config.model.update(width=32, depth=1)
+    config.score.update(parameterization="preconditioned", label="log_snr", data_std=0.7)
+    config.training.update(
+        batch_size=64, num_steps=40, log_every=1, checkpoint_every=4, keep_every=0, sample_every=0
+    )
+    config.optim.update(lr=1e-3, warmup=10, ema=0.9)
+    config.eval.update(batch_size=120, rtol=1e-3, atol=1e-3)
+    config.sampling.update(num_images=4, batch_size=4)
+    return config

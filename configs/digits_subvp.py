@@ -19,7 +19,7 @@ def get_config() -> ConfigDict:
     )
     config.score.update(parameterization="preconditioned", label="log_snr", data_std=0.7)
     config.training.update(
-        num_steps=800, log_every=20, checkpoint_every=200, keep_every=0, sample_every=400
+        batch_size=64, num_steps=1_600, log_every=20, checkpoint_every=400, sample_every=800
     )
     config.optim.update(lr=2e-3, warmup=100, schedule="cosine", ema=0.99)
     config.eval.update(batch_size=90)

@@ -27,8 +27,9 @@ from sbml.dequantizers import uniform
 from sbml.intervals import mean_interval
 from sbml.likelihood import Trace
 from sbml.ode import Solver
-from sbml.runtime import sharding
+from sbml.runtime import report, sharding
 from sbml.runtime.checkpoint import Restored
+from sbml.runtime.files import write_whole
 from sbml.runtime.parts import Parts, write_npz
 from sbml.runtime.versions import versions
 from sbml.sdes import SDE
@@ -228,7 +229,8 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
     }
     if jax.process_index() == 0:
         write_npz(workdir / summary.PER_IMAGE, rows)
-        (workdir / summary.EVALUATION).write_text(json.dumps(evaluation, indent=1))
+        text = json.dumps(report.strict(evaluation), indent=1)
+        write_whole(workdir / summary.EVALUATION, text.encode())
         summary.write(workdir, images)
     low, high = result["interval"]
     print(

@@ -50,9 +50,7 @@ def compiled(name: str, trace: Trace, solver: Solver) -> Callable[..., Likelihoo
 
 
 @functools.cache
-def solved(
-    kind: str, name: str = "vp", trace: Trace = EXACT, solver: Solver = TIGHT
-) -> Likelihood:
+def solved(kind: str, name: str = "vp", trace: Trace = EXACT, solver: Solver = TIGHT) -> Likelihood:
     """The likelihood of every example; where the trace is drawn, of the first under 400 keys."""
     call, data = compiled(name, trace, solver), data_of(kind, name)
     if trace == EXACT:
@@ -126,7 +124,7 @@ def test_default_tolerances_trade_a_little_exactness_for_speed() -> None:
 
 
 @pytest.mark.oracle
-@pytest.mark.parametrize("trace", [Trace("rademacher"), Trace("gaussian"), Trace("rademacher", 4)])
+@pytest.mark.parametrize("trace", [Trace("rademacher", 2), Trace("gaussian")])
 def test_hutchinson_is_unbiased(trace: Trace) -> None:
     logp = solved("mixture", trace=trace).logp
     error = np.std(logp) / np.sqrt(len(logp))
@@ -135,17 +133,11 @@ def test_hutchinson_is_unbiased(trace: Trace) -> None:
 
 
 @pytest.mark.oracle
-def test_probes_reduce_the_variance() -> None:
-    """Four probes: a quarter. A Gaussian probe: more than a Rademacher one."""
-    one, four = (np.var(solved("mixture", trace=Trace("rademacher", k)).logp) for k in (1, 4))
-    np.testing.assert_allclose(four, one / 4, rtol=0.3)
-    assert np.var(solved("mixture", trace=Trace("gaussian")).logp) > 1.5 * one
-
-
-@pytest.mark.oracle
-def test_a_rademacher_probe_is_exact_for_a_diagonal_covariance() -> None:
+def test_rademacher_probes_are_exact_for_a_diagonal_covariance() -> None:
     exact = solved("diagonal").logp[0]
-    np.testing.assert_allclose(solved("diagonal", trace=Trace()).logp, exact, atol=1e-5)
+    np.testing.assert_allclose(
+        solved("diagonal", trace=Trace("rademacher", 2)).logp, exact, atol=1e-5
+    )
     assert np.std(solved("diagonal", trace=Trace("gaussian")).logp) > 0.1
 
 
@@ -175,13 +167,16 @@ def test_giving_up_is_nan_and_spares_the_others() -> None:
 def test_float32_reaches_its_precision() -> None:
     truth = solved("mixture").logp[0]
     with jax.enable_x64(False):
-        data, x = jax.tree.map(lambda a: jnp.asarray(np.float32(a)), (data_of("mixture"), examples()))
+        data, x = jax.tree.map(
+            lambda a: jnp.asarray(np.float32(a)), (data_of("mixture"), examples())
+        )
         result = compiled("vp", EXACT, Solver(rtol=1e-5, atol=1e-5))(data, x, None)
     assert result.logp.dtype == result.z.dtype == jnp.float32
     np.testing.assert_allclose(result.logp[0], truth, atol=1e-3)
 
 
 # The solver beneath.
+
 
 def test_velocity_by_hand() -> None:
     """Linear VE at t = 0.1 has f = 0 and g^2 = 500."""

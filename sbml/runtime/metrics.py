@@ -7,6 +7,8 @@ import numpy as np
 from etils import epath
 from tensorboardX import SummaryWriter
 
+from sbml.runtime.files import write_whole
+
 FILE = "metrics.jsonl"
 
 
@@ -36,7 +38,7 @@ class MetricsWriter:
         self._path = epath.Path(workdir) / FILE
         self._path.parent.mkdir(parents=True, exist_ok=True)
         self._rows = [row for row in read(workdir) if row["step"] <= start]
-        self._path.write_text("".join(json.dumps(row) + "\n" for row in self._rows))
+        self._rewrite()
         self._board = SummaryWriter(str(epath.Path(workdir) / "tensorboard"), purge_step=start + 1)
 
     @property
@@ -48,12 +50,15 @@ class MetricsWriter:
         """One row."""
         self._rows.append({"step": step, **values})
         if "://" in str(self._path):  # Object stores cannot append.
-            self._path.write_text("".join(json.dumps(row) + "\n" for row in self._rows))
+            self._rewrite()
         else:
             with open(self._path, "a") as file:
                 file.write(json.dumps(self._rows[-1]) + "\n")
         for name, value in values.items():
             self._board.add_scalar(name, value, step)
+
+    def _rewrite(self) -> None:
+        write_whole(self._path, "".join(json.dumps(r) + "\n" for r in self._rows).encode())
 
     def image(self, step: int, name: str, image: np.ndarray) -> None:
         """An image ``(h, w, c)`` of uint8, for tensorboard."""

@@ -13,14 +13,14 @@ import numpy as np
 from absl import logging
 from etils import epath
 
+from sbml.runtime.files import write_whole
+
 
 def write_npz(path: epath.Path, columns: dict[str, np.ndarray]) -> None:
     """Write atomically; the same columns give the same bytes (numpy stores no time stamp)."""
     buffer = io.BytesIO()
     np.savez(buffer, **columns)
-    partial = path.parent / f".{path.name}.partial"
-    partial.write_bytes(buffer.getvalue())
-    partial.replace(path)
+    write_whole(path, buffer.getvalue())
 
 
 def read_npz(path: epath.PathLike) -> dict[str, np.ndarray]:
@@ -41,7 +41,7 @@ class Parts:
         self.directory.mkdir(parents=True, exist_ok=True)
         marker, text = self.directory / "identity.json", json.dumps(identity, indent=1)
         if not marker.exists():
-            marker.write_text(text)
+            write_whole(marker, text.encode())
         elif marker.read_text() != text:
             raise ValueError(f"{self.directory} belongs to another computation: move it away")
 

@@ -14,7 +14,9 @@ import numpy as np
 from etils import epath
 
 from sbml.runtime import _images, _page
+from sbml.runtime.files import write_whole
 from sbml.runtime._images import image_grid as image_grid
+from sbml.runtime.files import write_whole
 
 
 def write(
@@ -53,8 +55,8 @@ def write(
     directory = epath.Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     text = json.dumps(plain, indent=2, allow_nan=False, ensure_ascii=False)
-    _write_whole(directory / "report.json", f"{text}\n".encode())
-    _write_whole(directory / "report.html", page.encode())
+    write_whole(directory / "report.json", f"{text}\n".encode())
+    write_whole(directory / "report.html", page.encode())
 
 
 def strict(value: Any, name: str = "report") -> Any:
@@ -79,13 +81,7 @@ def strict(value: Any, name: str = "report") -> Any:
 
 def write_png(path: epath.PathLike, array: np.ndarray) -> None:
     """Write uint8 (h, w), (h, w, 1) or (h, w, 3) as PNG, whole or not at all."""
-    _write_whole(epath.Path(path), _images.png(array))
-
-
-def _write_whole(path: epath.Path, content: bytes) -> None:
-    partial_path = path.parent / f".{path.name}.partial"
-    partial_path.write_bytes(content)
-    partial_path.replace(path)
+    write_whole(path, _images.png(array))
 
 
 def _check(report: Mapping[str, Any], table: Mapping[str, np.ndarray]) -> None:

@@ -1,0 +1,51 @@
+"""What the tests of networks share: shapes without computing, parameters without initialisers."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+KEY = jax.random.key(0)
+
+
+def normal(seed: int, *shape: int) -> jax.Array:
+    return jax.random.normal(jax.random.key(seed), shape)
+
+
+@functools.cache
+def shapes(model: nn.Module, x_shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
+    """Path -> shape of every parameter.
+
+    Asserts the contract of every network on the way: the output is like ``x``, and float32 like the
+    parameters.
+    """
+    x, label, keys = jnp.zeros(x_shape), jnp.ones(x_shape[0]), {"params": KEY, "dropout": KEY}
+    out, variables = jax.eval_shape(lambda: model.init_with_output(keys, x, label, train=True))
+    assert set(variables) == {"params"}
+    assert (out.shape, out.dtype) == (x_shape, jnp.dtype("float32"))
+    assert {leaf.dtype for leaf in jax.tree.leaves(variables)} == {jnp.dtype("float32")}
+    flat = flatten_dict(variables["params"], sep="/")
+    return {path: leaf.shape for path, leaf in flat.items()}
+
+
+def size(tree: dict[str, tuple[int, ...]]) -> int:
+    """How many numbers the parameters of these shapes hold."""
+    return sum(int(np.prod(shape)) for shape in tree.values())
+
+
+def random_params(model: nn.Module, x_shape: tuple[int, ...]) -> dict[str, Any]:
+    """Variables of the model's shapes with no zero in them; compiles nothing."""
+    rng = np.random.default_rng(0)
+    flat = {}
+    for path, shape in shapes(model, x_shape).items():
+        spread = 1 / np.sqrt(np.prod(shape[:-1]))
+        flat[path] = rng.normal(float(path.endswith("scale")), spread, shape).astype("float32")
+    return {"params": unflatten_dict(flat, sep="/")}
+
+
+def same(actual: jax.Array, expected: jax.Array) -> None:
+    np.testing.assert_allclose(actual, expected, atol=2e-6, rtol=1e-6)

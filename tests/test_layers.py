@@ -1,0 +1,149 @@
+"""Layers of the networks against their definitions, computed in float64 by NumPy and SciPy."""
+
+from collections.abc import Iterator
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import scipy.signal
+from flax import linen as nn
+from linen import KEY, normal, same
+
+from sbml.networks import _layers as layers
+from sbml.networks import ncsnpp
+
+
+@pytest.fixture(autouse=True)
+def strict_ranks() -> Iterator[None]:
+    with jax.numpy_rank_promotion("raise"):
+        yield
+
+
+@pytest.mark.parametrize("channels", [8, 36, 160])
+def test_group_norm_equals_the_definition(channels: int) -> None:
+    x = 3 * normal(1, 2, 6, 5, channels) + 30 * normal(2, 1, 1, 1, channels)
+    scale, bias = np.asarray(normal(3, channels)), np.asarray(normal(4, channels))
+    out = layers.GroupNorm().apply({"params": {"scale": scale, "bias": bias}}, x)
+    grouped = np.asarray(x, float).reshape(2, 6, 5, min(channels // 4, 32), -1)
+    centred = grouped - grouped.mean((1, 2, 4), keepdims=True)
+    unit = centred / np.sqrt((centred**2).mean((1, 2, 4), keepdims=True) + 1e-6)
+    np.testing.assert_allclose(out, unit.reshape(x.shape) * scale + bias, atol=1e-5)
+
+
+def test_group_norm_of_bfloat16_keeps_float32_statistics() -> None:
+    x = (1 + 0.1 * normal(1, 2, 32, 32, 8)).astype(jnp.bfloat16)
+    norm = nn.GroupNorm(2, dtype=jnp.float32, use_bias=False, use_scale=False)
+    expected = norm.apply({}, x.astype(jnp.float32))
+    params = {"scale": jnp.ones(8), "bias": jnp.zeros(8)}
+    out = layers.GroupNorm().apply({"params": params}, x)
+    assert out.dtype == jnp.bfloat16
+    np.testing.assert_allclose(out.astype(jnp.float32), expected, atol=1e-3, rtol=2**-8)
+
+
+def test_attention_equals_the_definition() -> None:
+    x, block = normal(1, 2, 3, 4, 8), ncsnpp.AttnBlockpp(init_scale=1.0, skip_rescale=True)
+    params = block.init(KEY, x)["params"]
+    normed = layers.GroupNorm().apply({"params": params["GroupNorm_0"]}, x)
+    flat = np.asarray(normed, float).reshape(2, 12, 8)
+    q, k, v = (flat @ params[f"NIN_{i}"]["W"] for i in range(3))
+    logits = np.exp(q @ k.swapaxes(1, 2) / np.sqrt(8))
+    mixed = logits / logits.sum(-1, keepdims=True) @ v @ params["NIN_3"]["W"]
+    expected = (x + mixed.reshape(x.shape)) / np.sqrt(2)
+    np.testing.assert_allclose(block.apply({"params": params}, x), expected, atol=2e-6)
+
+
+def test_embeddings_equal_the_definition() -> None:
+    label = jnp.array([0.01, 3.0, 999.0])
+    k = np.arange(4)
+    angle = np.asarray(label, float)[:, None] * 10000 ** (-k / 3)
+    expected = np.concatenate([np.sin(angle), np.cos(angle)], 1)
+    np.testing.assert_allclose(layers.positional(label, 8), expected, atol=1e-4)
+    w = normal(1, 4)
+    project = layers.GaussianFourierProjection(4, 16.0)
+    out, gradient = jax.value_and_grad(
+        lambda p: project.apply({"params": p}, jnp.log(label))[1].sum()
+    )({"W": w})
+    angle = 2 * np.pi * np.log(3) * np.asarray(w, float)
+    np.testing.assert_allclose(out, np.sum(np.sin(angle) + np.cos(angle)), atol=1e-4)
+    np.testing.assert_array_equal(gradient["W"], 0)
+    made = layers.GaussianFourierProjection(20_000, 16.0).init(KEY, label)["params"]["W"]
+    assert abs(made.std() / 16 - 1) < 5 / np.sqrt(2 * 20_000)
+
+
+def test_initial_weights_have_variance_scale_over_average_fan() -> None:
+    made = layers.fan_avg(0.1)(KEY, (3, 3, 40, 60))
+    limit = np.sqrt(3 * 0.1 / (9 * (40 + 60) / 2))
+    assert 0.999 * limit < jnp.abs(made).max() <= limit
+    assert abs(made.std() / (limit / np.sqrt(3)) - 1) < 0.02
+    assert 0 < jnp.abs(layers.fan_avg(0.0)(KEY, (8, 8))).max() < 1e-5
+
+
+def test_pixelwise_convolution_is_a_convolution() -> None:
+    class One(nn.Module):
+        @nn.compact
+        def __call__(self, x: jax.Array) -> jax.Array:
+            return layers.conv(x, 5, 1)
+
+    x = normal(1, 2, 3, 4, 8)
+    variables = One().init(KEY, x)
+    same(
+        One().apply(variables, x),
+        nn.Conv(5, (1, 1)).apply({"params": variables["params"]["Conv_0"]}, x),
+    )
+
+
+def stuffed(x: np.ndarray) -> np.ndarray:
+    out = np.zeros((x.shape[0] * 2, x.shape[1] * 2))
+    out[::2, ::2] = x
+    return out
+
+
+KERNELS = [(1, 3, 3, 1), (1, 2, 1), (1, 1), (1, 2, 5, 3, 1, 0.5)]
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_fir_resampling_equals_a_convolution(kernel: tuple[float, ...]) -> None:
+    x = normal(1, 1, 6, 8, 2)
+    k, plane = np.outer(kernel, kernel) / np.sum(kernel) ** 2, np.asarray(x, float)[0, ..., 1]
+    size = len(kernel)
+
+    def padded(image: np.ndarray, excess: int, before: int) -> np.ndarray:
+        return np.pad(image, (before, excess - before))
+
+    ahead = (size - 1) // 2 + 1
+    up = scipy.signal.convolve2d(padded(stuffed(plane), size - 1, ahead), 4 * k, "valid")
+    np.testing.assert_allclose(layers.upsample(x, kernel)[0, ..., 1], up, atol=1e-6)
+    ahead = (size - 1) // 2
+    down = scipy.signal.convolve2d(padded(plane, size - 2, ahead), k, "valid")[::2, ::2]
+    np.testing.assert_allclose(layers.downsample(x, kernel)[0, ..., 1], down, atol=1e-6)
+
+
+@pytest.mark.parametrize("kernel", KERNELS[:2])
+@pytest.mark.parametrize("up", [True, False])
+def test_fir_convolution_equals_scipy(up: bool, kernel: tuple[float, ...]) -> None:
+    x = normal(1, 1, 6, 8, 2)
+    layer = layers.Conv2d(3, kernel, up=up)
+    w = np.asarray(normal(2, 3, 3, 2, 3), float)
+    out = layer.apply({"params": {"weight": w, "bias": jnp.ones(3)}}, x)
+    k, size = np.outer(kernel, kernel) / np.sum(kernel) ** 2, len(kernel)
+    expected = np.ones(out.shape[1:])
+    for c in range(2):
+        plane = np.asarray(x, float)[0, ..., c]
+        for d in range(3):
+            if up:  # transposed convolution, then the filter
+                wide = scipy.signal.correlate2d(stuffed(plane)[:-1, :-1], w[:, :, c, d], "full")
+                pad = ((size - 3) // 2 + 1, (size - 4) // 2 + 1)
+                expected[..., d] += scipy.signal.convolve2d(np.pad(wide, pad), 4 * k, "valid")
+            else:  # the filter, then a strided convolution
+                pad = ((size + 1) // 2, size // 2)
+                smooth = scipy.signal.convolve2d(np.pad(plane, pad), k, "valid")
+                full = scipy.signal.correlate2d(smooth, w[:, :, c, d], "valid")
+                expected[..., d] += full[::2, ::2]
+    np.testing.assert_allclose(out[0], expected, atol=1e-5)
+
+
+def test_fir_resampling_keeps_a_constant_image_away_from_the_border() -> None:
+    x = jnp.full((1, 8, 8, 1), 0.7)
+    same(layers.upsample(x, (1, 3, 3, 1))[:, 2:-2, 2:-2], jnp.full((1, 12, 12, 1), 0.7))
+    same(layers.downsample(x, (1, 3, 3, 1))[:, 1:-1, 1:-1], jnp.full((1, 2, 2, 1), 0.7))

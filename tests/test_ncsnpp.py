@@ -1,0 +1,385 @@
+"""NCSN++ against counted parameters, the original code's numbers and the architecture's wiring."""
+
+import re
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import reference
+from flax import errors
+from flax import linen as nn
+from flax.traverse_util import flatten_dict
+from linen import KEY, normal, random_params, same, shapes, size
+
+from sbml.networks import _layers as layers
+from sbml.networks import ncsnpp
+
+SMALL = {"nf": 8, "ch_mult": (1, 2), "num_res_blocks": 1, "attn_resolutions": (4,)}
+TINY = {"nf": 4, "ch_mult": (1,), "num_res_blocks": 1, "attn_resolutions": ()}
+
+
+@pytest.fixture(autouse=True)
+def strict_ranks() -> Iterator[None]:
+    with jax.numpy_rank_promotion("raise"):
+        yield
+
+
+@pytest.mark.parametrize(("blocks", "count"), [(4, 61_804_419), (8, 106_632_579)])
+def test_parameter_counts_of_the_paper(blocks: int, count: int) -> None:
+    tree = shapes(ncsnpp.Model(num_res_blocks=blocks), (1, 32, 32, 3))
+    assert size(tree) == count
+
+
+def test_output_equals_the_original_code() -> None:
+    given = reference.load()
+    model = ncsnpp.Model(**reference.OPTIONS)
+    made = shapes(model, given.x.shape)
+    assert made == {k: v.shape for k, v in flatten_dict(given.params, sep="/").items()}
+    apply = jax.jit(lambda x, label: model.apply({"params": given.params}, x, label, train=False))
+    np.testing.assert_allclose(apply(given.x, 999 * given.t), given.network, atol=1e-5, rtol=0)
+    # An image's result does not depend on the others of its batch.
+    others = apply(given.x[[1, 1, 1, 0]], 999 * given.t[[1, 1, 1, 0]])
+    np.testing.assert_allclose(others, given.network[[1, 1, 1, 0]], atol=1e-5, rtol=0)
+
+
+# Options -> weights that appear or change shape, modules that disappear, relative to SMALL with 8x8
+# images: 8 channels at 8x8, 16 at 4x4. Its blocks: 0 encodes, 1 halves, 2 encodes, 3 and 4 are in
+# the middle, 5 and 6 decode, 7 doubles, 8 and 9 decode.
+BLOCK = "ResnetBlockBigGANpp_"
+TREES: list[tuple[dict[str, Any], dict[str, tuple[int, ...]], set[str]]] = [
+    ({"fir": True, "fir_kernel": (1, 2, 1)}, {}, set()),
+    ({"skip_rescale": False, "init_scale": 1.0, "dropout": 0.0}, {}, set()),
+    ({"progressive_combine": "cat", "resamp_with_conv": False}, {}, set()),
+    ({"nonlinearity": "elu"}, {}, set()),
+    ({"nonlinearity": "relu"}, {}, set()),
+    ({"nonlinearity": "lrelu", "dtype": "bfloat16"}, {}, set()),
+    (
+        {"conditional": False},
+        {},
+        {"Dense_0", "Dense_1"} | {f"{BLOCK}{i}/Dense_0" for i in range(10)},
+    ),
+    (
+        {"embedding_type": "fourier"},
+        {"GaussianFourierProjection_0/W": (8,), "Dense_0/kernel": (16, 32)},
+        set(),
+    ),
+    ({"attn_resolutions": ()}, {}, {"AttnBlockpp_1", "AttnBlockpp_2"}),
+    (
+        {"progressive": "output_skip"},
+        {
+            "GroupNorm_0/scale": (16,),
+            "Conv_1/kernel": (3, 3, 16, 3),
+            "GroupNorm_1/scale": (8,),
+            "Conv_2/kernel": (3, 3, 8, 3),
+        },
+        set(),
+    ),
+    (
+        {"progressive": "residual"},
+        {
+            "GroupNorm_0/scale": (16,),
+            "Conv_1/kernel": (3, 3, 16, 16),
+            "Upsample_0/Conv_0/kernel": (3, 3, 16, 8),
+            "GroupNorm_1/scale": (8,),
+            "Conv_2/kernel": (3, 3, 8, 3),
+        },
+        set(),
+    ),
+    (
+        {"progressive": "residual", "progressive_input": "residual", "fir": True},
+        {
+            "GroupNorm_0/scale": (16,),
+            "Conv_1/kernel": (3, 3, 16, 16),
+            "Downsample_0/Conv2d_0/weight": (3, 3, 3, 8),
+            "Upsample_0/Conv2d_0/weight": (3, 3, 16, 8),
+            "GroupNorm_1/scale": (8,),
+            "Conv_2/kernel": (3, 3, 8, 3),
+        },
+        set(),
+    ),
+    ({"progressive_input": "residual"}, {"Downsample_0/Conv_0/kernel": (3, 3, 3, 8)}, set()),
+    ({"progressive_input": "input_skip"}, {"Combine_0/Conv_0/kernel": (1, 1, 3, 8)}, set()),
+    (
+        {"progressive_input": "input_skip", "progressive_combine": "cat"},
+        {
+            "Combine_0/Conv_0/kernel": (1, 1, 3, 8),
+            f"{BLOCK}2/GroupNorm_0/scale": (16,),
+            f"{BLOCK}2/Conv_0/kernel": (3, 3, 16, 16),
+            f"{BLOCK}6/GroupNorm_0/scale": (32,),
+            f"{BLOCK}6/Conv_0/kernel": (3, 3, 32, 16),
+            f"{BLOCK}6/Conv_2/kernel": (1, 1, 32, 16),
+        },
+        {f"{BLOCK}2/Conv_2"},
+    ),
+]
+# The same where resampling is not part of a block: blocks 1 and 7 go, six come before the double.
+DDPM: list[tuple[dict[str, Any], dict[str, tuple[int, ...]]]] = [
+    (
+        {},
+        {"Downsample_0/Conv_0/kernel": (3, 3, 8, 8), "Upsample_0/Conv_0/kernel": (3, 3, 16, 16)},
+    ),
+    ({"resamp_with_conv": False}, {}),
+    (
+        {"fir": True},
+        {
+            "Downsample_0/Conv2d_0/weight": (3, 3, 8, 8),
+            "Upsample_0/Conv2d_0/weight": (3, 3, 16, 16),
+        },
+    ),
+    (
+        {"progressive": "residual", "progressive_input": "residual"},
+        {
+            "GroupNorm_0/scale": (16,),
+            "Conv_1/kernel": (3, 3, 16, 16),
+            "Downsample_0/Conv_0/kernel": (3, 3, 8, 8),
+            "Downsample_1/Conv_0/kernel": (3, 3, 3, 8),
+            "Upsample_0/Conv_0/kernel": (3, 3, 16, 16),
+            "Upsample_1/Conv_0/kernel": (3, 3, 16, 8),
+            "GroupNorm_1/scale": (8,),
+            "Conv_2/kernel": (3, 3, 8, 3),
+        },
+    ),
+]
+
+
+def weights(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    """Every parameter but the biases; and for each weight that has a bias, its bias is there."""
+    tree = shapes(model, (2, 8, 8, 3))
+    biases = {path for path in tree if path.split("/")[-1] in ("bias", "b")}
+    kept = {path: shape for path, shape in tree.items() if path not in biases}
+    owners = {path.rpartition("/")[0] for path in kept} - {"GaussianFourierProjection_0"}
+    assert owners == {path.rpartition("/")[0] for path in biases}
+    return kept
+
+
+@pytest.mark.parametrize(("options", "added", "gone"), TREES)
+def test_tree_of_each_option(options: dict, added: dict, gone: set[str]) -> None:
+    plain = weights(ncsnpp.Model(**SMALL))
+    left = {k: v for k, v in plain.items() if not any(k.startswith(f"{g}/") for g in gone)}
+    assert all(any(k.startswith(f"{g}/") for k in plain) for g in gone)
+    assert weights(ncsnpp.Model(**SMALL | options)) == left | added
+
+
+@pytest.mark.parametrize(("options", "added"), DDPM)
+def test_tree_of_ddpm_blocks(options: dict, added: dict) -> None:
+    made = weights(ncsnpp.Model(**SMALL | options | {"resblock_type": "ddpm"}))
+    inside = {k: v for k, v in made.items() if k.startswith("Resnet")}
+    around = {k: v for k, v in made.items() if not k.startswith(("Resnet", "Attn", "Dense"))}
+    head = {"GroupNorm_0/scale": (8,), "Conv_1/kernel": (3, 3, 8, 3)}
+    assert around == {"Conv_0/kernel": (3, 3, 3, 8)} | head | added
+    # Channels in and out of the encoder's two blocks, the middle's two and the decoder's four.
+    channels = [(8, 8), (8, 16), (16, 16), (16, 16), (32, 16), (24, 16), (24, 8), (16, 8)]
+    expected = {}
+    for i, (c, d) in enumerate(channels):
+        block = f"ResnetBlockDDPMpp_{i}"
+        expected |= {f"{block}/Conv_0/kernel": (3, 3, c, d), f"{block}/Conv_1/kernel": (3, 3, d, d)}
+        expected |= {f"{block}/GroupNorm_0/scale": (c,), f"{block}/GroupNorm_1/scale": (d,)}
+        expected |= {f"{block}/Dense_0/kernel": (32, d)}
+        expected |= {f"{block}/NIN_0/W": (c, d)} if c != d else {}
+    assert inside == expected
+
+
+class Calls(dict):
+    """Path of a module -> the arrays it was called with and what it returned."""
+
+    def __init__(self, **options: Any):
+        model, x = ncsnpp.Model(**SMALL | options), normal(1, 2, 8, 8, 3)
+
+        @jax.jit
+        def recorded(params: dict) -> dict:
+            calls = {}
+
+            def record(call: Callable, args: tuple, kwargs: dict, context: Any) -> Any:
+                out = call(*args, **kwargs)
+                if context.method_name == "__call__":
+                    calls["/".join(context.module.path)] = (args[:2], out)
+                return out
+
+            with nn.intercept_methods(record):
+                model.apply(params, x, jnp.full(len(x), 0.3), train=False)
+            return {k: v for k, v in calls.items() if "Dropout" not in k}
+
+        super().__init__(recorded(random_params(model, x.shape)))
+
+    def into(self, path: str, which: int = 0) -> jax.Array:
+        return self[path][0][which]
+
+    def out(self, path: str) -> jax.Array:
+        return self[path][1]
+
+
+def mean_of_2x2(x: jax.Array) -> jax.Array:
+    return (x[:, ::2, ::2] + x[:, 1::2, ::2] + x[:, ::2, 1::2] + x[:, 1::2, 1::2]) / 4
+
+
+def nearest(x: jax.Array) -> np.ndarray:
+    return np.kron(x, np.ones((1, 2, 2, 1)))
+
+
+def test_blocks_and_skips() -> None:
+    calls = Calls(nonlinearity="lrelu")
+    skips = ["AttnBlockpp_0", f"{BLOCK}1", f"{BLOCK}0", "Conv_0"]
+    below = [f"{BLOCK}4", f"{BLOCK}5", f"{BLOCK}7", f"{BLOCK}8"]
+    for block, h, skip in zip((5, 6, 8, 9), below, skips, strict=True):
+        joined = jnp.concatenate([calls.out(h), calls.out(skip)], -1)
+        same(calls.into(f"{BLOCK}{block}"), joined)
+    same(calls.into("AttnBlockpp_2"), calls.out(f"{BLOCK}6"))
+    same(calls.into(f"{BLOCK}7"), calls.out("AttnBlockpp_2"))
+    same(calls.out(""), calls.out("Conv_1"))
+    for block, resample in ((1, mean_of_2x2), (7, nearest)):
+        path = f"{BLOCK}{block}"
+        normed = calls.out(f"{path}/GroupNorm_0")
+        same(calls.into(f"{path}/Conv_0"), resample(np.where(normed > 0, normed, 0.2 * normed)))
+        same(calls.into(f"{path}/Conv_2"), resample(calls.into(path)))
+        told = calls.out(f"{path}/Conv_0") + calls.out(f"{path}/Dense_0")[:, None, None]
+        same(calls.into(f"{path}/GroupNorm_1"), told)
+        both = calls.out(f"{path}/Conv_2") + calls.out(f"{path}/Conv_1")
+        same(calls.out(path), both / np.sqrt(2))
+
+
+def test_summed_pyramids() -> None:
+    calls = Calls(progressive="output_skip", progressive_input="input_skip")
+    same(calls.into("Combine_0"), mean_of_2x2(calls.into("")))
+    same(calls.into("Combine_0", 1), calls.out(f"{BLOCK}1"))
+    both = calls.out("Combine_0/Conv_0") + calls.out(f"{BLOCK}1")
+    same(calls.into(f"{BLOCK}2"), both)
+    same(calls.into("GroupNorm_0"), calls.out("AttnBlockpp_2"))
+    same(calls.out(""), nearest(calls.out("Conv_1")) + calls.out("Conv_2"))
+
+
+@pytest.mark.parametrize("rescale", [True, False])
+def test_carried_pyramids(rescale: bool) -> None:
+    calls = Calls(progressive="residual", progressive_input="residual", skip_rescale=rescale)
+    root = np.sqrt(2) if rescale else 1
+    same(calls.into("Downsample_0"), calls.into(""))
+    both = calls.out("Downsample_0") + calls.out(f"{BLOCK}1")
+    same(calls.into(f"{BLOCK}2"), both / root)
+    same(calls.into(f"{BLOCK}7"), calls.out("AttnBlockpp_2"))
+    same(calls.into("Upsample_0"), calls.out("Conv_1"))
+    both = calls.out("Upsample_0") + calls.out(f"{BLOCK}9")
+    same(calls.into("GroupNorm_1"), both / root)
+    both = calls.out(f"{BLOCK}2/Conv_2") + calls.out(f"{BLOCK}2/Conv_1")
+    same(calls.out(f"{BLOCK}2"), both / root)
+
+
+def test_ddpm_blocks_and_concatenated_pyramid() -> None:
+    calls = Calls(
+        resblock_type="ddpm",
+        resamp_with_conv=False,
+        progressive_input="input_skip",
+        progressive_combine="cat",
+    )
+    block = "ResnetBlockDDPMpp_"
+    same(calls.into("Downsample_0"), calls.out(f"{block}0"))
+    same(calls.out("Downsample_0"), mean_of_2x2(calls.into("Downsample_0")))
+    both = jnp.concatenate([calls.out("Combine_0/Conv_0"), calls.out("Downsample_0")], -1)
+    same(calls.into(f"{block}1"), both)
+    same(calls.into("Upsample_0"), calls.out("AttnBlockpp_2"))
+    same(calls.out("Upsample_0"), nearest(calls.into("Upsample_0")))
+    both = calls.out(f"{block}4/NIN_0") + calls.out(f"{block}4/Conv_1")
+    same(calls.out(f"{block}4"), both / np.sqrt(2))
+
+
+@pytest.mark.parametrize("kind", ["ddpm", "biggan"])
+def test_init_scale_falls_on_the_last_layer_of_each_branch(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def filled(scale: float = 1.0) -> Callable:
+        return lambda key, shape, dtype="float32": np.full(shape, scale, dtype)
+
+    monkeypatch.setattr(layers, "fan_avg", filled)
+    options = {"resblock_type": kind, "progressive": "residual", "init_scale": 0.25}
+    model = ncsnpp.Model(**SMALL | options)
+    made = jax.jit(lambda: model.init(KEY, normal(1, 1, 8, 8, 3), jnp.ones(1), train=False))()
+    scales = {
+        path: float(leaf.ravel()[0])
+        for path, leaf in flatten_dict(made["params"], sep="/").items()
+        if path.endswith(("kernel", "W"))
+    }
+    branches = re.compile("Resnet.*/Conv_1/|Attn.*/NIN_3/|Conv_2/kernel")
+    for path, scale in scales.items():
+        shortcut = 0.1 if "NIN" in path else 1.0
+        assert scale == pytest.approx(0.25 if branches.match(path) else shortcut), path
+
+
+def test_dropout_only_in_training_and_only_above_zero() -> None:
+    x, label = normal(1, 2, 4, 4, 3), jnp.array([3.0, 700.0])
+    model, still = ncsnpp.Model(**TINY, dropout=0.5), ncsnpp.Model(**TINY, dropout=0.0)
+    params = random_params(model, x.shape)
+    plain = jax.jit(lambda: model.apply(params, x, label, train=False))()
+    same(jax.jit(lambda: still.apply(params, x, label, train=True))(), plain)
+    trained = jax.jit(lambda k: model.apply(params, x, label, train=True, rngs={"dropout": k}))
+    one, two, again = (trained(jax.random.key(k)) for k in (1, 2, 1))
+    assert jnp.abs(one - plain).max() > 0.01 and jnp.abs(one - two).max() > 0.01
+    same(again, one)
+    with pytest.raises(errors.InvalidRngError):
+        model.apply(params, x, label, train=True)
+
+
+@pytest.mark.parametrize("conditional", [True, False])
+def test_only_a_conditional_network_sees_the_label(conditional: bool) -> None:
+    x, model = normal(1, 2, 4, 4, 3), ncsnpp.Model(**TINY, conditional=conditional)
+    params = random_params(model, x.shape)
+    apply = jax.jit(lambda label: model.apply(params, x, label, train=False))
+    moved = apply(jnp.array([1.0, 3.0])) - apply(jnp.array([600.0, 3.0]))
+    assert (jnp.abs(moved[0]).max() > 0.01) == conditional
+    assert jnp.abs(moved[1]).max() < 1e-6
+
+
+def test_bfloat16_computes_close_to_float32() -> None:
+    given = reference.load()
+    model = ncsnpp.Model(**reference.OPTIONS, dtype="bfloat16")
+    apply = jax.jit(lambda x, label: model.apply({"params": given.params}, x, label, train=False))
+    out = apply(given.x, 999 * given.t)
+    assert out.dtype == jnp.float32
+    error = np.sqrt(np.mean((out - given.network) ** 2) / np.mean(given.network**2))
+    assert 1e-4 < error < 0.03
+
+
+BAD_OPTIONS = [
+    ({"embedding_type": "cosine"}, "embedding_type='cosine'.*positional, fourier"),
+    ({"resblock_type": "resnet"}, "resblock_type='resnet'.*ddpm, biggan"),
+    ({"progressive": "input_skip"}, "progressive='input_skip'.*none, output_skip, residual"),
+    ({"progressive_input": "x"}, "progressive_input='x'.*none, input_skip, residual"),
+    ({"progressive_combine": "add"}, "progressive_combine='add'.*sum, cat"),
+    ({"nonlinearity": "gelu"}, "nonlinearity='gelu'.*swish, elu, relu, lrelu"),
+    ({"dtype": "float16"}, "dtype='float16'.*float32, bfloat16"),
+    ({"dropout": 1.0}, r"dropout=1.0.*\[0, 1\)"),
+    ({"nf": 2}, "nf=2.*at least 4"),
+    ({"ch_mult": ()}, r"ch_mult=\(\)"),
+    ({"num_res_blocks": 0}, "num_res_blocks=0"),
+    ({"fir_kernel": (1, -1)}, r"fir_kernel=\(1, -1\)"),
+    ({"fourier_scale": 0.0}, "fourier_scale=0.0"),
+]
+BAD_INPUTS: list[tuple[dict, tuple[int, ...], str]] = [
+    ({}, (2, 9, 8, 3), "9x8.*multiple of 2"),
+    ({}, (2, 8, 8), r"\(2, 8, 8\).*\(n, h, w, c\)"),
+    ({"attn_resolutions": (16,)}, (2, 8, 8, 3), r"\(16,\).*\[8, 4\]"),
+    ({"nf": 18}, (2, 8, 8, 3), "c=18 channels"),
+]
+
+
+@pytest.mark.parametrize(("options", "message"), BAD_OPTIONS)
+def test_bad_option_is_an_error_at_once(options: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        ncsnpp.Model(**options)
+
+
+@pytest.mark.parametrize(("options", "shape", "message"), BAD_INPUTS)
+def test_bad_input_is_an_error(options: dict, shape: tuple[int, ...], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        shapes(ncsnpp.Model(**SMALL | options), shape)
+
+
+def test_input_unlike_the_parameters_is_an_error() -> None:
+    model = ncsnpp.Model(**SMALL)
+    params = random_params(model, (1, 8, 8, 3))
+    with pytest.raises(ValueError, match=r"1 channels.*made for 3"):
+        model.apply(params, jnp.zeros((1, 8, 8, 1)), jnp.ones(1), train=False)
+    with pytest.raises(ValueError, match=r"label of shape \(2,\)"):
+        model.apply(params, jnp.zeros((1, 8, 8, 3)), jnp.ones(2), train=False)
+    with pytest.raises(ValueError, match=r"uint8.*\[-1, 1\]"):
+        model.apply(params, jnp.zeros((1, 8, 8, 3), "uint8"), jnp.ones(1), train=False)

@@ -15,7 +15,7 @@ def get_config() -> ConfigDict:
     config.sde.name = "subvp"
     config.data.update(source="digits", shape=(8, 8, 1), levels=17, flip=False)
     config.model.update(
-        nf=32, ch_mult=(1, 2), num_res_blocks=2, attn_resolutions=(4,), dropout=0.1
+        nf=32, ch_mult=(1, 2), num_res_blocks=2, attn_resolutions=(4,), dropout=0.0
     )
     config.score.update(parameterization="preconditioned", label="log_snr", data_std=0.7)
     config.training.update(

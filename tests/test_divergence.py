@@ -20,7 +20,7 @@ X = np.random.default_rng(2).normal(size=SHAPE)
 
 def field(x: Array) -> Array:
     """sin(A x) + x * (B x), flattened."""
-    flat, a, b = x.ravel(), jnp.asarray(A), jnp.asarray(B)
+    flat, a, b = x.ravel(), jnp.asarray(A, x.dtype), jnp.asarray(B, x.dtype)
     return (jnp.sin(a @ flat) + flat * (b @ flat)).reshape(x.shape)
 
 

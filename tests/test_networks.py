@@ -1,4 +1,4 @@
-"""The registry of networks, the contract they share, and the multilayer perceptron."""
+"""The registry of networks, the contract they share, and the multilayer perceptron, bad input."""
 
 from collections.abc import Iterator
 
@@ -10,7 +10,7 @@ from linen import KEY, normal, random_params, shapes, size
 
 from sbml import networks
 from sbml.networks import _layers as layers
-from sbml.networks import mlp
+from sbml.networks import mlp, ncsnpp
 
 
 @pytest.fixture(autouse=True)
@@ -29,6 +29,53 @@ def test_every_network_keeps_the_contract(name: str) -> None:
 def test_unknown_network_lists_the_choices() -> None:
     with pytest.raises(ValueError, match=r"'unet'.*mlp, ncsnpp"):
         networks.get("unet")
+
+
+SMALL = {"nf": 8, "ch_mult": (1, 2), "num_res_blocks": 1, "attn_resolutions": (4,)}
+BAD_OPTIONS = [
+    ({"embedding_type": "cosine"}, "embedding_type='cosine'.*positional, fourier"),
+    ({"resblock_type": "resnet"}, "resblock_type='resnet'.*ddpm, biggan"),
+    ({"progressive": "input_skip"}, "progressive='input_skip'.*none, output_skip, residual"),
+    ({"progressive_input": "x"}, "progressive_input='x'.*none, input_skip, residual"),
+    ({"progressive_combine": "add"}, "progressive_combine='add'.*sum, cat"),
+    ({"nonlinearity": "gelu"}, "nonlinearity='gelu'.*swish, elu, relu, lrelu"),
+    ({"dtype": "float16"}, "dtype='float16'.*float32, bfloat16"),
+    ({"dropout": 1.0}, r"dropout=1.0.*\[0, 1\)"),
+    ({"nf": 2}, "nf=2.*at least 4"),
+    ({"ch_mult": ()}, r"ch_mult=\(\)"),
+    ({"num_res_blocks": 0}, "num_res_blocks=0"),
+    ({"fir_kernel": (1, -1)}, r"fir_kernel=\(1, -1\)"),
+    ({"fourier_scale": 0.0}, "fourier_scale=0.0"),
+]
+BAD_INPUTS: list[tuple[dict, tuple[int, ...], str]] = [
+    ({}, (2, 9, 8, 3), "9x8.*multiple of 2"),
+    ({}, (2, 8, 8), r"\(2, 8, 8\).*\(n, h, w, c\)"),
+    ({"attn_resolutions": (16,)}, (2, 8, 8, 3), r"\(16,\).*\[8, 4\]"),
+    ({"nf": 18}, (2, 8, 8, 3), "c=18 channels"),
+]
+
+
+@pytest.mark.parametrize(("options", "message"), BAD_OPTIONS)
+def test_bad_option_is_an_error_at_once(options: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        ncsnpp.Model(**options)
+
+
+@pytest.mark.parametrize(("options", "shape", "message"), BAD_INPUTS)
+def test_bad_input_is_an_error(options: dict, shape: tuple[int, ...], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        shapes(ncsnpp.Model(**SMALL | options), shape)
+
+
+def test_input_unlike_the_parameters_is_an_error() -> None:
+    model = ncsnpp.Model(**SMALL)
+    params = random_params(model, (1, 8, 8, 3))
+    with pytest.raises(ValueError, match=r"1 channels.*made for 3"):
+        model.apply(params, jnp.zeros((1, 8, 8, 1)), jnp.ones(1), train=False)
+    with pytest.raises(ValueError, match=r"label of shape \(2,\)"):
+        model.apply(params, jnp.zeros((1, 8, 8, 3)), jnp.ones(2), train=False)
+    with pytest.raises(ValueError, match=r"uint8.*\[-1, 1\]"):
+        model.apply(params, jnp.zeros((1, 8, 8, 3), "uint8"), jnp.ones(1), train=False)
 
 
 @pytest.mark.parametrize("shape", [(), (2,), (4, 4, 1)])

@@ -1,5 +1,7 @@
 """Every way to draw times estimates the same integral; importance times against quadrature."""
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -31,7 +33,7 @@ def _integrand(t: Array) -> Array:
     return 1 + t * jnp.cos(5 * t)
 
 
-def _integral(f: object, start: float = EPS, end: float = 1.0) -> float:
+def _integral(f: Callable[[Array], Array], start: float = EPS, end: float = 1.0) -> float:
     """Adaptive quadrature in log t."""
     value, _ = scipy.integrate.quad(
         lambda s: float(f(np.exp(s))) * np.exp(s), np.log(start), np.log(end), epsrel=1e-11
@@ -53,7 +55,7 @@ def test_estimates_are_unbiased(proposal: Proposal, draw: str) -> None:
         t, weight = proposal.at(DRAWS[draw](key, 4, 3))
         return jnp.mean(weight * _integrand(t))
 
-    values = jax.vmap(estimate)(jax.random.split(jax.random.key(0), 2000))
+    values = jax.jit(jax.vmap(estimate))(jax.random.split(jax.random.key(0), 2000))
     error = np.mean(values) - _integral(_integrand)
     assert abs(error) < 3 * np.std(values) / np.sqrt(len(values))
 
@@ -122,8 +124,8 @@ def test_lattice_spreads_each_examples_draws_evenly() -> None:
 def test_each_point_is_uniform(draw: str) -> None:
     """Whatever the example, a draw chosen blindly is uniform; so is every draw if it is alone."""
     keys = jax.random.split(jax.random.key(4), 3000)
-    alone = np.asarray(jax.vmap(lambda key: DRAWS[draw](key, 3))(keys))
-    many = np.asarray(jax.vmap(lambda key: DRAWS[draw](key, 3, 4))(keys))
+    alone = np.asarray(jax.jit(jax.vmap(lambda key: DRAWS[draw](key, 3)))(keys))
+    many = np.asarray(jax.jit(jax.vmap(lambda key: DRAWS[draw](key, 3, 4)))(keys))
     blind = many[np.arange(3000), :, np.arange(3000) % 4]
     for i in range(3):
         assert scipy.stats.kstest(alone[:, i, 0], "uniform").pvalue > 1e-3
@@ -157,7 +159,8 @@ def test_lattice_reduces_the_variance_of_a_smooth_mean() -> None:
 
     def variance(draw: str) -> float:
         keys = jax.random.split(jax.random.key(6), 1000)
-        return float(jnp.var(jax.vmap(lambda key: jnp.mean(jnp.exp(DRAWS[draw](key, 8, 8))))(keys)))
+        mean = jax.vmap(lambda key: jnp.mean(jnp.exp(DRAWS[draw](key, 8, 8))))
+        return float(jnp.var(jax.jit(mean)(keys)))
 
     rise = np.e - 1
     np.testing.assert_allclose(variance("lattice"), (rise / 64) ** 2 / 12, rtol=0.1)

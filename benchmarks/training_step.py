@@ -1,0 +1,102 @@
+"""What one training step costs, and what per-example mathematics adds to it.
+
+    python benchmarks/training_step.py [--batch=32] [--rounds=5] [--steps=4]
+
+The reduced network: nf 32, ch_mult (1, 2, 2), 2 blocks, attention at 16, images 32x32x3. Three
+steps are compiled: with ``losses.dsm_batch``, with the same loss written for the batch by hand, and
+with the network called one example at a time under ``vmap``. Rounds are interleaved, so the ratios
+hold on a noisy machine.
+"""
+
+import argparse
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from sbml import build, losses, train
+from sbml.config import default
+from sbml.runtime import sharding
+from sbml.runtime.state import make_step
+
+
+def experiment() -> build.Experiment:
+    """The reduced network with the paper's loss."""
+    config = default()
+    config.model.update(nf=32, ch_mult=(1, 2, 2), num_res_blocks=2, attn_resolutions=(16,))
+    return build.Experiment(config)
+
+
+def by_hand(e: build.Experiment):
+    """Z / 2 ||z - F||^2 / d for a batch, with no vmap but the noise's."""
+
+    def loss(params, draws):
+        x, t, weight, keys = draws
+        pairs = jax.vmap(jax.random.split)(keys)
+        z = jax.vmap(lambda k: jax.random.normal(k, x.shape[1:]))(pairs[:, 0])
+        alpha, sigma = e.sde.mean_coef(t), e.sde.std(t)
+        x_t = alpha[:, None, None, None] * x + sigma[:, None, None, None] * z
+        noise = e.adapter.model.apply(
+            {"params": params}, x_t, 999.0 * t, train=True, rngs={"dropout": pairs[0, 1]}
+        )
+        scale = weight * (e.sde.diffusion(t) / sigma) ** 2 / x[0].size
+        return 0.5 * scale * jnp.sum((z - noise) ** 2, axis=(1, 2, 3))
+
+    return loss
+
+
+def one_by_one(e: build.Experiment):
+    """``vmap(dsm)``: the network sees one example at a time."""
+
+    def loss(params, draws):
+        x, t, weight, keys = draws
+        score = e.adapter(params)
+        terms = jax.vmap(lambda x, t, k: losses.dsm(score, e.sde, x, t, k))(x, t, keys)
+        return weight * terms / x[0].size
+
+    return loss
+
+
+def main() -> None:
+    """Print CPU-seconds a step, compile CPU-seconds, and ratios to the hand-batched step."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=4)
+    args = parser.parse_args()
+
+    e, mesh = experiment(), sharding.data_mesh()
+    pixels = np.random.default_rng(0).integers(0, 256, (args.batch, *e.shape), np.uint8)
+    key = jax.random.key(0)
+    kinds = {
+        "dsm_batch": train.loss_fn(e),
+        "by hand": by_hand(e),
+        "vmap of dsm": one_by_one(e),
+    }
+    steps, values = {}, {}
+    for name, loss in kinds.items():
+        step = jax.jit(make_step(train.prepare_fn(e), loss, e.optimizer, ema=0.9999))
+        start = time.process_time()
+        steps[name] = step.lower(e.init_state(mesh), pixels, key).compile()
+        print(f"{name:12s} compile {time.process_time() - start:6.1f} CPU-s")
+        values[name] = float(steps[name](e.init_state(mesh), pixels, key)[1]["loss"])
+    assert np.isclose(values["dsm_batch"], values["by hand"], rtol=1e-5), values
+
+    cost: dict[str, list[float]] = {name: [] for name in kinds}
+    for _ in range(args.rounds):
+        for name, step in steps.items():
+            state = e.init_state(mesh)
+            jax.block_until_ready(state)
+            start = time.process_time()
+            for _ in range(args.steps):
+                state, _ = step(state, pixels, key)
+            jax.block_until_ready(state)
+            cost[name].append((time.process_time() - start) / args.steps)
+    for name, seconds in cost.items():
+        ratio = np.median(np.array(seconds) / np.array(cost["by hand"]))
+        print(f"{name:12s} {np.median(seconds):.3f} CPU-s a step, {ratio:.3f} of by hand")
+
+
+if __name__ == "__main__":
+    main()

@@ -14,12 +14,10 @@ def get_config() -> ConfigDict:
     config.mode = ("train", "eval", "sample")
     config.sde.name = "subvp"
     config.data.update(source="digits", shape=(8, 8, 1), levels=17, flip=False)
-    config.model.update(
-        nf=32, ch_mult=(1, 2), num_res_blocks=2, attn_resolutions=(4,), dropout=0.0
-    )
+    config.model.update(nf=32, ch_mult=(1, 2), num_res_blocks=2, attn_resolutions=(4,), dropout=0.0)
     config.score.update(parameterization="preconditioned", label="log_snr", data_std=0.7)
     config.training.update(
-        batch_size=64, num_steps=1_600, log_every=20, checkpoint_every=400, sample_every=800
+        batch_size=64, num_steps=1_300, log_every=20, checkpoint_every=325, sample_every=650
     )
     config.optim.update(lr=2e-3, warmup=100, schedule="cosine", ema=0.99)
     config.eval.update(batch_size=90)

@@ -110,7 +110,7 @@ class LinenScore:
             return c.reshape(c.shape + (1,) * (x.ndim - 1))
 
         c_in, c_skip, c_out = map(per_example, a.coefficients(t))
-        out = a.model.apply(
+        out: Any = a.model.apply(
             {"params": self.params},
             c_in * x,
             a.label_of(t),

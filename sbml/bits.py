@@ -10,6 +10,7 @@ A density p of x gives the density p(x) (2 / L)^d of k + u, hence
 """
 
 import math
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -39,7 +40,7 @@ def bits_per_dim(nll: Array, shape: tuple[int, ...], levels: int) -> Array:
     return (nll + scale_nats(shape, levels)) / (math.prod(shape) * LOG2)
 
 
-def nats_to_bits(nats: Array, shape: tuple[int, ...]) -> Array:
+def nats_to_bits(nats: Array | float, shape: tuple[int, ...]) -> Any:
     """Nats of a whole example to bits/dim, with no change of scale."""
     return nats / (math.prod(shape) * LOG2)
 

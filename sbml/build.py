@@ -25,7 +25,6 @@ from sbml.runtime.checkpoint import Checkpoints, Restored
 from sbml.runtime.state import TrainState
 from sbml.runtime.versions import versions
 
-
 DEQUANTIZATIONS = ("uniform", "none")
 
 
@@ -49,17 +48,14 @@ def sde(config: ConfigDict) -> sdes.SDE:
 def smallest_time(config: ConfigDict) -> float:
     """The paper's, unless ``training.smallest_time`` says otherwise.
 
-    VP 1e-5, sub-VP 1e-2; ImageNet with likelihood weighting and importance sampling 5e-5.
+    The SDE's own, but for VP on ImageNet with likelihood weighting and importance sampling 5e-5.
     """
     training = config.training
     if training.smallest_time is not None:
         return training.smallest_time
-    if config.sde.name == "subvp":
-        return 1e-2
     both = training.likelihood_weighting and training.importance_sampling
-    if config.data.source.startswith("tfds:downsampled_imagenet") and both:
-        return 5e-5
-    return 1e-5
+    imagenet = config.data.source.startswith("tfds:downsampled_imagenet")
+    return max(sde(config).smallest_time, 5e-5 if imagenet and both else 0.0)
 
 
 def solver(section: ConfigDict) -> Solver:

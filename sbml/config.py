@@ -17,9 +17,7 @@ from sbml import networks
 def model_fields(name: str) -> dict:
     """The fields of network ``name`` with their defaults, as plain values."""
     skip = ("parent", "name")  # Every Linen module has these two, set by flax.
-    return {
-        f.name: f.default for f in dataclasses.fields(networks.get(name)) if f.name not in skip
-    }
+    return {f.name: f.default for f in dataclasses.fields(networks.get(name)) if f.name not in skip}
 
 
 def default(network: str = "ncsnpp") -> ml_collections.ConfigDict:

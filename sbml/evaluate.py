@@ -90,7 +90,7 @@ def _columns(
     rows = {name: np.asarray(terms[name], np.float64) for name in TERMS if name != "scale"}
     scale = bits.nats_to_bits(bits.scale_nats(images.shape, images.levels), images.shape)
     rows["scale"] = np.full(len(ids), scale)
-    rows["bits_per_dim"] = sum(rows[name] for name in TERMS)
+    rows["bits_per_dim"] = np.sum([rows[name] for name in TERMS], axis=0)
     return {"id": np.asarray(ids, np.int64), **rows, "nfe": np.asarray(terms["nfe"])}
 
 
@@ -98,8 +98,9 @@ def _identity(experiment: Experiment, restored: Restored, images: ImageSet) -> d
     """What a result depends on: not the batch size, nor how many images are wanted."""
     config = experiment.to_plain()
     evaluation = {k: v for k, v in config["eval"].items() if k not in ("batch_size", "max_images")}
-    leaves = jax.tree.leaves(restored.state.ema_params)
-    crc = functools.reduce(lambda c, a: zlib.crc32(np.asarray(a.addressable_data(0)), c), leaves, 0)
+    crc = 0
+    for leaf in jax.tree.leaves(restored.state.ema_params):
+        crc = zlib.crc32(np.asarray(leaf.addressable_data(0)).tobytes(), crc)
     return {
         "step": restored.step,
         "parameters_crc32": crc,

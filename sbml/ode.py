@@ -101,7 +101,7 @@ def solve(
       y(t1), NaN if the solver gave up (one image's failure must not stop the others), and stats.
     """
 
-    def in_u(u: Array, y: Any, args: None) -> Any:
+    def in_u(u: Any, y: Any, args: Any) -> Any:
         scale = solver.power * u ** (solver.power - 1)
         return jax.tree.map(lambda dy: scale * dy, field(u**solver.power, y))
 

@@ -34,6 +34,7 @@ class SDE(abc.ABC):
     """
 
     T: ClassVar[float] = 1.0
+    smallest_time: ClassVar[float] = 1e-5  # Where the paper cuts the integral over time.
 
     @abc.abstractmethod
     def drift_coef(self, t: Array) -> Array:
@@ -135,6 +136,8 @@ class VP(_LinearBeta):
 @dataclasses.dataclass(frozen=True)
 class SubVP(_LinearBeta):
     """sub-VP: the mean of VP with sigma = 1 - alpha^2, never more noise than VP."""
+
+    smallest_time: ClassVar[float] = 1e-2  # Below, sigma is so small that training is unstable.
 
     def diffusion(self, t: Array) -> Array:
         return jnp.sqrt(-self._beta(t) * jnp.expm1(-2 * self._integral(t)))

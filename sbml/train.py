@@ -239,7 +239,9 @@ def _loop(trainer: _Trainer, preemption: Preemption) -> None:
             if (step + 1) % training.log_every == 0 or step + 1 == total:
                 now = time.perf_counter()
                 rate = trainer.log(step + 1, rows, now - since)
-                bar.set_postfix_str(f"loss {np.mean([r[0] for r in rows]):.4f}, {rate:.0f} images/s")
+                bar.set_postfix_str(
+                    f"loss {np.mean([r[0] for r in rows]):.4f}, {rate:.0f} images/s"
+                )
                 rows, since = [], now
 
     starts = range(trainer.start, total, stride)

@@ -331,7 +331,7 @@ def test_dropout_only_in_training_and_only_above_zero() -> None:
     assert jnp.abs(one - plain).max() > 0.01 and jnp.abs(one - two).max() > 0.01
     same(again, one)
     with pytest.raises(errors.InvalidRngError):
-        model.apply(params, x, label, train=True)
+        jax.eval_shape(lambda: model.apply(params, x, label, train=True))
 
 
 @pytest.mark.parametrize("conditional", [True, False])

@@ -1,4 +1,4 @@
-"""The registry of networks, the contract they share, and the multilayer perceptron, bad input."""
+"""The registry of networks, the contract they share, what they refuse, and the small MLP."""
 
 from collections.abc import Iterator
 

@@ -6,7 +6,7 @@ together see what one would have seen.
 """
 
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import count
 from typing import TypeVar
@@ -98,7 +98,7 @@ def eval_batches(
 
 def prefetch(
     fetch: Callable[[int], T], start: int = 0, stop: int | None = None, depth: int = 2
-) -> Iterator[tuple[int, T]]:
+) -> Generator[tuple[int, T], None, None]:
     """(step, fetch(step)) for start <= step < stop, fetched ``depth`` steps ahead in a thread.
 
     The thread starts with the first step and ends with the last one, with the first error, or when
@@ -121,7 +121,7 @@ def prefetch(
 
 def _prefetch(
     fetch: Callable[[int], T], start: int, stop: int | None, depth: int
-) -> Iterator[tuple[int, T]]:
+) -> Generator[tuple[int, T], None, None]:
     waiting: deque[tuple[int, Future[T]]] = deque()
     pool = ThreadPoolExecutor(1, thread_name_prefix="prefetch")
     try:

@@ -19,7 +19,7 @@ from sbml.runtime.files import write_whole
 def write_npz(path: epath.Path, columns: dict[str, np.ndarray]) -> None:
     """Write atomically; the same columns give the same bytes (numpy stores no time stamp)."""
     buffer = io.BytesIO()
-    np.savez(buffer, **columns)
+    np.savez(buffer, **columns)  # type: ignore[arg-type]
     write_whole(path, buffer.getvalue())
 
 

@@ -14,7 +14,6 @@ import numpy as np
 from etils import epath
 
 from sbml.runtime import _images, _page
-from sbml.runtime.files import write_whole
 from sbml.runtime._images import image_grid as image_grid
 from sbml.runtime.files import write_whole
 

@@ -51,9 +51,7 @@ def _micro_batches(draws: Any, count: int) -> Any:
     )
 
 
-def value_and_grad(
-    loss: Loss, params: Any, draws: Any, accumulate: int
-) -> tuple[Array, Any]:
+def value_and_grad(loss: Loss, params: Any, draws: Any, accumulate: int) -> tuple[Array, Any]:
     """Mean loss and its gradient, in ``accumulate`` micro-batches of equal size.
 
     On CPU the loop is unrolled: gradient convolutions inside a while loop are 20 times slower.

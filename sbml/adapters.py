@@ -65,6 +65,9 @@ class Adapter:
             )
         if self.label not in LABELS:
             raise ValueError(f"unknown time label {self.label!r}; choose from {LABELS}")
+        if not self.data_std > 0:
+            raise ValueError(f"data_std={self.data_std}: must be positive")
+        self.sde.check_time(self.eps)
 
     def init(self, key: Key, shape: tuple[int, ...]) -> Any:
         """Parameters for examples of shape ``shape``."""
@@ -117,4 +120,6 @@ class LinenScore:
             train=key is not None,
             rngs=None if key is None else {"dropout": key},
         )
+        if out.shape != x.shape:
+            raise ValueError(f"the network returned shape {out.shape} for an input of {x.shape}")
         return -(c_skip * x + c_out * out) / per_example(a.sde.std(t))

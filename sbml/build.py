@@ -164,9 +164,7 @@ class Experiment:
     def _time(self, section: str, otherwise: float) -> float:
         given = self.config[section].smallest_time
         eps = otherwise if given is None else given
-        if not 0 < eps < self.sde.T:
-            raise ValueError(f"{section}.smallest_time={eps}: must lie in (0, {self.sde.T})")
-        return eps
+        return self.sde.check_time(eps, f"{section}.smallest_time")
 
     def images(self, split: str) -> data.ImageSet:
         """The images of ``split``.

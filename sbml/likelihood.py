@@ -85,8 +85,9 @@ def ode_logp(
     Raises:
       ValueError: if eps is not in (0, T), or probes are wanted and there is no key.
     """
-    if not 0 < eps < sde.T:
-        raise ValueError(f"smallest time eps={eps}: must lie in (0, {sde.T})")
+    sde.check_time(eps)
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        raise ValueError(f"x is {x.dtype}: dequantize integers first (sbml.bits.to_model)")
     vs = trace.directions(key, x.shape).astype(x.dtype)
     scale = 1.0 if trace.kind == "exact" else 1.0 / trace.probes
 

@@ -75,6 +75,10 @@ class Solver:
         for name in ("rtol", "atol", "power", "first_step"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name}={getattr(self, name)}: must be positive")
+        for name in ("fixed_steps", "max_steps"):
+            steps = getattr(self, name)
+            if steps is not None and steps < 1:
+                raise ValueError(f"{name}={steps}: need at least one")
 
 
 def rms_norm(tree: Any) -> Array:

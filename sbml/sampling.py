@@ -27,6 +27,7 @@ def decode(
     denoise_last: bool = False,
 ) -> tuple[Array, Stats]:
     """The sample whose latent is ``z (*s)``: one example, in the data's scale."""
+    sde.check_time(eps)
     x, stats = solve(lambda t, x: velocity(score, sde, x, t), z, sde.T, eps, solver)
     return (denoise(score, sde, x, jnp.asarray(eps, x.dtype)) if denoise_last else x), stats
 

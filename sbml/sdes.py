@@ -65,6 +65,16 @@ class SDE(abc.ABC):
         """The standard deviation s of the prior N(0, s^2 I) that stands for p_T."""
         return 1.0
 
+    def check_time(self, eps: float, name: str = "smallest time eps") -> float:
+        """``eps`` itself, where the integral over time is cut.
+
+        Raises:
+          ValueError: if it is not in (0, T).
+        """
+        if not 0 < eps < self.T:
+            raise ValueError(f"{name}={eps}: must lie in (0, {self.T})")
+        return eps
+
     def drift(self, x: Array, t: Array) -> Array:
         """f(t) x, shape ``(*s)``."""
         return self.drift_coef(t) * x

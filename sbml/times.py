@@ -33,7 +33,7 @@ def lattice(key: Key, n: int, draws: int = 1) -> Array:
     """
     shift_key, order_key = jax.random.split(key)
     row = (jax.random.permutation(order_key, n) + jax.random.uniform(shift_key)) / n
-    u = (jnp.arange(draws) + row[:, None]) / draws
+    u = (jnp.arange(draws)[None] + row[:, None]) / draws
     # (n - 1 + U) / n can round up to 1 in float32, which lies outside [0, 1).
     return jnp.minimum(u, 1 - jnp.finfo(u.dtype).epsneg)
 
@@ -53,8 +53,7 @@ class Proposal(abc.ABC):
     eps: float
 
     def __post_init__(self) -> None:
-        if not 0 < self.eps < self.sde.T:
-            raise ValueError(f"smallest time eps={self.eps}: must lie in (0, {self.sde.T})")
+        self.sde.check_time(self.eps)
 
     @abc.abstractmethod
     def at(self, u: Array) -> tuple[Array, Array]:

@@ -170,9 +170,9 @@ def _echo(x: Array, t: Array, key: Key | None) -> Array:
     return x
 
 
-def test_dsm_draws_standard_normal_noise(sde: SDE) -> None:
+def test_dsm_draws_standard_normal_noise() -> None:
     """With a zero score the loss is w/2 |z|^2, w/2 times a chi-squared variable."""
-    x, n = jnp.ones((2, 3)), 4000
+    sde, x, n = SDES["vp"](), jnp.ones((2, 3)), 4000
     keys = jax.random.split(jax.random.key(1), n)
 
     def zero(x: Array, t: Array, key: Key | None) -> Array:
@@ -207,9 +207,9 @@ def test_the_scores_key_is_not_the_noises() -> None:
 
 
 @pytest.mark.parametrize("weighting", losses.WEIGHTINGS)
-def test_batch_loss_is_the_residual_of_its_noise(sde: SDE, weighting: str) -> None:
+def test_batch_loss_is_the_residual_of_its_noise(weighting: str) -> None:
     """Recomputed from the noise that the score's input reveals; one call for the whole batch."""
-    x = jax.random.normal(jax.random.key(3), (5, 2, 3))
+    sde, x = SDES["subvp"](), jax.random.normal(jax.random.key(3), (5, 2, 3))
     t, keys = jnp.linspace(0.1, 0.9, 5), jax.random.split(jax.random.key(4), 5)
     seen = []
 

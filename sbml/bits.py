@@ -21,7 +21,7 @@ LOG2 = math.log(2.0)
 
 
 def to_model(pixels: Array, u: Array | float, levels: int) -> Array:
-    """x = 2 (pixels + u) / levels - 1 in [-1, 1), any shape."""
+    """x = 2 (pixels + u) / levels - 1 in [-1, 1], any shape."""
     return (2.0 / levels) * (pixels + u) - 1.0
 
 

@@ -192,12 +192,16 @@ def test_the_scores_key_is_not_the_noises() -> None:
     def noisy(x: Array, t: Array, key: Key | None) -> Array:
         return jax.random.normal(key, x.shape) / sde.std(t)
 
+    class NoisyBatch:
+        def batch(self, x: Array, t: Array, key: Key | None) -> Array:
+            return jax.random.normal(key, x.shape) / sde.std(t)[:, None]
+
     def loss(key: Key) -> Array:
         return losses.dsm(noisy, sde, jnp.zeros(4), T, key, weighting="original")
 
     def batch_loss(key: Key) -> Array:
         return losses.dsm_batch(
-            noisy, sde, jnp.zeros((1, 4)), T[None], key[None], weighting="original"
+            NoisyBatch(), sde, jnp.zeros((1, 4)), T[None], key[None], weighting="original"
         )
 
     keys = jax.random.split(jax.random.key(2), n)

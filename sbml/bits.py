@@ -21,13 +21,17 @@ LOG2 = math.log(2.0)
 
 
 def to_model(pixels: Array, u: Array | float, levels: int) -> Array:
-    """x = 2 (pixels + u) / levels - 1 in [-1, 1], any shape."""
-    return (2.0 / levels) * (pixels + u) - 1.0
+    """x = 2 (pixels + u) / levels - 1 in [-1, 1), any shape, for ``u`` in [0, 1).
+
+    ``u`` is held below 1 - 2^-15: nearer to 1, float32 would round k + u into the next bin.
+    """
+    return (2.0 / levels) * (pixels + jnp.minimum(u, 1 - 2.0**-15)) - 1.0
 
 
 def to_pixels(x: Array, levels: int) -> Array:
-    """The uint8 level whose bin holds ``x``; values outside [-1, 1] go to the nearest level."""
-    return jnp.clip(jnp.floor((x + 1.0) * (levels / 2)), 0, levels - 1).astype(jnp.uint8)
+    """The uint8 level whose bin holds ``x``; values outside [-1, 1) go to the nearest level."""
+    edges = to_model(jnp.arange(1, levels), 0.0, levels)
+    return jnp.searchsorted(edges, x, side="right").astype(jnp.uint8)
 
 
 def scale_nats(shape: tuple[int, ...], levels: int) -> float:

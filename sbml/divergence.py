@@ -54,7 +54,7 @@ def quadratic_forms(f: Callable[[Array], Array], x: Array, vs: Array) -> tuple[A
 
 def exact(f: Callable[[Array], Array], x: Array) -> tuple[Array, Array]:
     """f(x) and tr J(x), at the price of d Jacobian-vector products."""
-    y, forms = quadratic_forms(f, x, basis(x.shape))
+    y, forms = quadratic_forms(f, x, basis(x.shape).astype(x.dtype))
     return y, jnp.sum(forms)
 
 

@@ -32,7 +32,11 @@ METHODS: dict[str, tuple[type[diffrax.AbstractSolver], int, int]] = {
 
 
 class Stats(NamedTuple):
-    """What a solve cost and whether it arrived: scalars."""
+    """What a solve cost and whether it arrived: scalars.
+
+    ``nfe``, evaluations of the field, is exact where the first step is accepted; each rejection
+    before that costs one more than it counts.
+    """
 
     nfe: Array
     accepted: Array

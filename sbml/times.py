@@ -26,8 +26,9 @@ def iid(key: Key, n: int, draws: int = 1) -> Array:
 
 
 def lattice(key: Key, n: int, draws: int = 1) -> Array:
-    """``(n, draws)`` points u_ij = (j + (pi(i) + U) / n) / draws, each uniform in [0, 1).
+    """``(n, draws)`` points u_ij = (j + (pi(i) + U) / n) / draws in [0, 1).
 
+    Column j is uniform on [j, j + 1) / draws, so a row's mean estimates an integral without bias.
     One point falls in each of the n x draws cells, and ``draws`` evenly spaced ones belong to each
     example i; the random permutation pi makes the assignment independent of the batch's order.
     """

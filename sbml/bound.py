@@ -68,15 +68,25 @@ class GaussianControl:
     basis: Array | None
 
     @classmethod
-    def fit(cls, x: np.ndarray, full: bool | None = None) -> "GaussianControl":
-        """Fit ``x (n, *s)`` in the model's scale; full covariance up to 256 dimensions."""
+    def fit(
+        cls, x: np.ndarray, *, noise_variance: float = 0.0, full: bool | None = None
+    ) -> "GaussianControl":
+        """Fit ``x (n, *s)`` in the model's scale; full covariance up to 256 dimensions.
+
+        ``noise_variance`` is added to every variance: that of the dequantization noise where ``x``
+        are bin centres, (2 / L)^2 / 12 for uniform noise. Without it a constant pixel would have
+        none, and the control would be far off at small times, where it matters most.
+        """
         flat = np.reshape(x, (len(x), -1)).astype(np.float64)
-        mean = flat.mean(axis=0)
+        mean, basis = flat.mean(axis=0), None
         if full if full is not None else flat.shape[1] <= 256:
-            variances, basis = np.linalg.eigh(np.atleast_2d(np.cov(flat, rowvar=False)))
-            # Rounding can leave a constant pixel's variance a hair below zero.
-            return cls(*map(jnp.asarray, (mean, np.maximum(variances, 0.0), basis)))
-        return cls(jnp.asarray(mean), jnp.asarray(flat.var(axis=0)), None)
+            variances, vectors = np.linalg.eigh(np.atleast_2d(np.cov(flat, rowvar=False)))
+            basis = jnp.asarray(vectors)
+        else:
+            variances = flat.var(axis=0)
+        # Rounding can leave the variance of a constant pixel a hair below zero.
+        variances = np.maximum(variances, 0.0) + noise_variance
+        return cls(jnp.asarray(mean), jnp.asarray(variances), basis)
 
     def _to_basis(self, flat: Array) -> Array:
         return flat if self.basis is None else self.basis.T @ flat

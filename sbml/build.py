@@ -17,7 +17,7 @@ from absl import logging
 from etils import epath
 from ml_collections import ConfigDict
 
-from sbml import adapters, data, losses, networks, sdes, times
+from sbml import adapters, data, estimators, losses, networks, sdes, times
 from sbml.likelihood import Trace
 from sbml.ode import Solver
 from sbml.runtime import optim, sharding
@@ -98,6 +98,9 @@ class Experiment:
         # Touch every part now: a bad field must not surface after an hour of training.
         _ = (self.adapter, self.proposal, self.trace, self.optimizer, self.weighting)
         _ = (self.eval_solver, self.sampling_solver, self.sampling_eps, self.eval_eps)
+        for name in self.config.eval.estimators:
+            check_choice("eval.estimators", name, estimators.TERMS)
+        check_choice("eval.times", self.config.eval.times, times.DRAWS)
         check_choice("training.times", self.config.training.times, times.DRAWS)
         check_choice("data.dequantization", self.config.data.dequantization, DEQUANTIZATIONS)
 

@@ -79,12 +79,16 @@ def default(network: str = "ncsnpp") -> ml_collections.ConfigDict:
             },
             "eval": {
                 "split": "test",
+                "estimators": ("ode", "bound"),  # the first is the headline
                 "batch_size": 128,
                 "max_images": 0,  # 0: all
                 "seed": 0,
                 "smallest_time": config_dict.placeholder(float),  # None: the training's
                 "trace": "rademacher",  # gaussian, exact
                 "probes": 1,
+                "n_times": 16,  # of the bound, draws an image
+                "times": "lattice",  # of the bound; or iid
+                "control": True,  # Gaussian control variate of the bound
                 "method": "dopri5",  # tsit5, heun, euler
                 "rtol": 1e-4,
                 "atol": 1e-4,

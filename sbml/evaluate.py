@@ -1,12 +1,10 @@
-"""Evaluation: uint8 image -> dequantize -> probability-flow ODE -> bits/dim, itemised.
+"""Evaluation: every image of a split through the estimators, to a table and a report.
 
-    bits/dim = [ -log pi(z) - integral div v dt + d log(L / 2) ] / (d log 2)
-
-Every image counts exactly once: batches are padded and the padding is dropped. Keys are per image
-id, and step sizes per image, so neither the batch size nor the number of devices changes a result.
+The estimators and their terms are in ``sbml.estimators``. Every image counts exactly once: batches
+are padded and the padding is dropped. Keys are per image id, and step sizes per image, so neither
+the batch size nor the number of devices changes a result.
 """
 
-import functools
 import hashlib
 import json
 import time
@@ -18,90 +16,80 @@ import numpy as np
 from absl import logging
 from etils import epath
 from ml_collections import ConfigDict
-from tqdm.auto import tqdm
 
-from sbml import baselines, bits, likelihood, summary
+from sbml import baselines, bits, estimators, summary
+from sbml.bound import GaussianControl
 from sbml.build import Experiment, warn_if_other_data
 from sbml.data import ImageSet, eval_batches
-from sbml.dequantizers import uniform
 from sbml.intervals import mean_interval
-from sbml.likelihood import Trace
-from sbml.ode import Solver
-from sbml.runtime import report, sharding
+from sbml.runtime import progress, report, sharding
 from sbml.runtime.checkpoint import Restored
 from sbml.runtime.files import write_whole
 from sbml.runtime.parts import Parts, write_npz
 from sbml.runtime.versions import versions
-from sbml.sdes import SDE
-from sbml.types import Array, Score
-
-TERMS = ("prior", "divergence", "dequantization", "scale")
-
-
-@functools.partial(jax.jit, static_argnames=("sde", "levels", "eps", "trace", "solver"))
-def _ode_batch(
-    score: Score,
-    pixels: Array,
-    ids: Array,
-    seed: Array,
-    *,
-    sde: SDE,
-    levels: int,
-    eps: float,
-    trace: Trace,
-    solver: Solver,
-) -> dict[str, Array]:
-    """Per-image terms in bits/dim and solver counts of uint8 ``pixels (n, *s)``."""
-    base_key = jax.random.key(seed)
-
-    def one(pixels: Array, i: Array) -> dict[str, Array]:
-        u_key, trace_key = jax.random.split(jax.random.fold_in(base_key, i))
-        u, log_q = uniform.Model().sample({}, pixels, u_key)
-        x = bits.to_model(pixels, u, levels)
-        result = likelihood.ode_logp(score, sde, x, trace_key, eps=eps, trace=trace, solver=solver)
-        return {
-            "prior": bits.nats_to_bits(-result.prior, x.shape),
-            "divergence": bits.nats_to_bits(-result.divergence, x.shape),
-            "dequantization": bits.nats_to_bits(log_q, x.shape),
-            "nfe": result.stats.nfe,
-        }
-
-    return jax.vmap(one)(pixels, ids)
+from sbml.types import Score
 
 
 def _columns(
-    experiment: Experiment, score: Score, images: ImageSet, ids: np.ndarray, mesh: jax.sharding.Mesh
+    experiment: Experiment,
+    estimator: str,
+    score: Score,
+    control: GaussianControl | None,
+    images: ImageSet,
+    ids: np.ndarray,
+    mesh: jax.sharding.Mesh,
 ) -> dict[str, np.ndarray]:
     """The table's rows of ``ids``, on the host; totals in float64 so that the terms add up."""
-    split = sharding.batched(mesh)
-    terms = sharding.to_host(
-        _ode_batch(
-            score,
-            sharding.put(images.images[ids], split),
-            sharding.put(ids.astype(np.int32), split),
-            np.uint32(experiment.config.eval.seed),
-            sde=experiment.sde,
-            levels=experiment.levels,
-            eps=experiment.eval_eps,
-            trace=experiment.trace,
-            solver=experiment.eval_solver,
-        )
+    config, split = experiment.config.eval, sharding.batched(mesh)
+    batch = (
+        score,
+        sharding.put(images.images[ids], split),
+        sharding.put(ids.astype(np.int32), split),
+        np.uint32(config.seed),
     )
-    rows = {name: np.asarray(terms[name], np.float64) for name in TERMS if name != "scale"}
+    common = {"sde": experiment.sde, "levels": experiment.levels, "eps": experiment.eval_eps}
+    if estimator == "ode":
+        solve = {"trace": experiment.trace, "solver": experiment.eval_solver}
+        found = estimators.ode(*batch, **common, **solve)
+    else:
+        draws = {"draw": config.times, "n_times": config.n_times, "n_images": len(images)}
+        found = estimators.evidence_bound(*batch, control, **common, **draws)
+    found = sharding.to_host(found)
+    names = estimators.TERMS[estimator]
+    rows = {name: np.asarray(found[name], np.float64) for name in names if name != "scale"}
     scale = bits.nats_to_bits(bits.scale_nats(images.shape, images.levels), images.shape)
     rows["scale"] = np.full(len(ids), scale)
-    rows["bits_per_dim"] = np.sum([rows[name] for name in TERMS], axis=0)
-    return {"id": np.asarray(ids, np.int64), **rows, "nfe": np.asarray(terms["nfe"])}
+    rows["bits_per_dim"] = np.sum([rows[name] for name in names], axis=0)
+    return {"id": np.asarray(ids, np.int64), **rows, "nfe": np.asarray(found["nfe"])}
 
 
-def _identity(experiment: Experiment, restored: Restored, images: ImageSet) -> dict[str, Any]:
+def control_variate(experiment: Experiment, train: ImageSet) -> GaussianControl | None:
+    """The Gaussian fitted to the training images' bin centres, where ``eval.control`` asks."""
+    if not experiment.config.eval.control:
+        return None
+    centres = 2.0 * (np.asarray(train.images) + 0.5) / train.levels - 1.0
+    fitted = GaussianControl.fit(centres, noise_variance=(2 / train.levels) ** 2 / 12)
+    return jax.tree.map(lambda a: np.asarray(a, np.float32), fitted)
+
+
+def _identity(
+    experiment: Experiment,
+    estimator: str,
+    restored: Restored,
+    images: ImageSet,
+    control: GaussianControl | None,
+) -> dict[str, Any]:
     """What a result depends on: not the batch size, nor how many images are wanted."""
-    config = experiment.to_plain()
-    evaluation = {k: v for k, v in config["eval"].items() if k not in ("batch_size", "max_images")}
-    crc = 0
+    config, free = experiment.to_plain(), ("batch_size", "max_images", "estimators")
+    evaluation = {k: v for k, v in config["eval"].items() if k not in free}
+    crc = control_crc = 0
     for leaf in jax.tree.leaves(restored.state.ema_params):
         crc = zlib.crc32(np.asarray(leaf.addressable_data(0)).tobytes(), crc)
+    for leaf in jax.tree.leaves(control):
+        control_crc = zlib.crc32(leaf.tobytes(), control_crc)
     return {
+        "estimator": estimator,
+        "control_crc32": control_crc,
         "step": restored.step,
         "parameters_crc32": crc,
         "eval": {**evaluation, "smallest_time": experiment.eval_eps},
@@ -112,12 +100,17 @@ def _identity(experiment: Experiment, restored: Restored, images: ImageSet) -> d
 
 
 def table(
-    experiment: Experiment, restored: Restored, images: ImageSet, workdir: epath.Path
+    experiment: Experiment,
+    estimator: str,
+    restored: Restored,
+    images: ImageSet,
+    control: GaussianControl | None,
+    workdir: epath.Path,
 ) -> dict[str, np.ndarray]:
     """Every wanted image's row, made or read back from an earlier, interrupted evaluation."""
     config, mesh = experiment.config.eval, sharding.data_mesh()
     count = min(config.max_images or len(images), len(images))
-    identity = _identity(experiment, restored, images)
+    identity = _identity(experiment, estimator, restored, images, control)
     digest = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:12]
     parts = Parts(workdir / "eval" / digest, identity)
     done = parts.read()
@@ -125,30 +118,26 @@ def table(
     if len(missing) < count:
         logging.info("%d of %d images were evaluated before", count - len(missing), count)
     score = experiment.adapter(restored.state.ema_params)
-    bar = tqdm(
-        total=count,
-        initial=count - len(missing),
-        desc="eval",
-        unit="image",
-        disable=jax.process_index() > 0,
-    )
+    bar = progress.bar(f"eval {estimator}", "image", count, count - len(missing))
     with bar:
         for rows, mask in eval_batches(len(missing), sharding.round_up(config.batch_size)):
-            columns = _columns(experiment, score, images, missing[rows], mesh)
+            columns = _columns(experiment, estimator, score, control, images, missing[rows], mesh)
             columns = {k: v[mask] for k, v in columns.items()}
             if jax.process_index() == 0:
                 parts.write(columns)
             bar.update(int(mask.sum()))
-            bar.set_postfix_str(f"{np.mean(columns['bits_per_dim']):.3f} bits/dim")
+            bar.set_postfix_str(f"{np.mean(columns['bits_per_dim']):.3f} bits/dim", refresh=False)
     sharding.barrier("evaluated")
     full = parts.read()
     return {k: v[full["id"] < count] for k, v in full.items()}
 
 
-def _result(experiment: Experiment, rows: dict[str, np.ndarray], size: int) -> dict[str, Any]:
+def _result(
+    experiment: Experiment, estimator: str, rows: dict[str, np.ndarray], size: int
+) -> dict[str, Any]:
     interval = mean_interval(rows["bits_per_dim"])
     return {
-        "estimator": "ode",
+        "estimator": estimator,
         "dequantizer": "uniform",
         "split": experiment.config.eval.split,
         "n": interval.n,
@@ -160,7 +149,7 @@ def _result(experiment: Experiment, rows: dict[str, np.ndarray], size: int) -> d
         "nonfinite": interval.nonfinite,
         "min": float(rows["bits_per_dim"].min()),
         "max": float(rows["bits_per_dim"].max()),
-        "terms": {name: float(rows[name].mean()) for name in TERMS},
+        "terms": {name: float(rows[name].mean()) for name in estimators.TERMS[estimator]},
         "nfe_mean": float(rows["nfe"].mean()),
         "nfe_max": int(rows["nfe"].max()),
     }
@@ -200,18 +189,25 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
         )
         logging.warning(warnings[-1])
     start = time.perf_counter()
-    rows = table(experiment, restored, images, workdir)
-    result = _result(experiment, rows, len(images))
-    if result["n"] < len(images):
-        warnings.append(f"only {result['n']} of {len(images)} images (eval.max_images)")
+    control = control_variate(experiment, train) if "bound" in config.eval.estimators else None
+    tables, results = {}, []
+    for estimator in config.eval.estimators:
+        fitted = control if estimator == "bound" else None
+        rows = table(experiment, estimator, restored, images, fitted, workdir)
+        results.append(_result(experiment, estimator, rows, len(images)))
+        ids = rows.pop("id")
+        tables.update({f"{estimator}_{name}": column for name, column in rows.items()})
+        if results[-1]["nonfinite"]:
+            count = results[-1]["nonfinite"]
+            warnings.append(f"{estimator}: {count} images have a non-finite result")
     if images.skipped:
         warnings.append(f"{len(images.skipped)} unreadable files: {'; '.join(images.skipped)}")
-    if result["nonfinite"]:
-        warnings.append(f"{result['nonfinite']} images have a non-finite likelihood")
+    if len(ids) < len(images):
+        warnings.append(f"only {len(ids)} of {len(images)} images (eval.max_images)")
     evaluation = {
         "title": workdir.name,
-        "results": [result],
-        "baselines": _baselines(train, images, rows["id"]),
+        "results": results,
+        "baselines": _baselines(train, images, ids),
         "warnings": warnings,
         "model": {"name": config.model.name, "parameters": experiment.parameter_count()},
         "checkpoint": {"step": restored.step},
@@ -229,12 +225,14 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
         "timing": {"evaluation_seconds": round(time.perf_counter() - start, 1)},
     }
     if jax.process_index() == 0:
-        write_npz(workdir / summary.PER_IMAGE, rows)
+        write_npz(workdir / summary.PER_IMAGE, {"id": ids, **tables})
         text = json.dumps(report.strict(evaluation), indent=1)
         write_whole(workdir / summary.EVALUATION, text.encode())
         summary.write(workdir, images)
-    low, high = result["interval"]
-    print(
-        f"{result['bits_per_dim']:.4f} bits/dim, 95% interval [{low:.4f}, {high:.4f}], "
-        f"n={result['n']}; report: {workdir / 'report.html'}"
-    )
+    for result in results:
+        low, high = result["interval"]
+        print(
+            f"{result['estimator']:6s} {result['bits_per_dim']:.4f} bits/dim, "
+            f"95% interval [{low:.4f}, {high:.4f}], n={result['n']}"
+        )
+    print(f"report: {workdir / 'report.html'}")

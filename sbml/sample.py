@@ -8,13 +8,12 @@ import jax
 import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
-from tqdm.auto import tqdm
 
 from sbml import bits, sampling, summary
 from sbml.build import Experiment
 from sbml.data import eval_batches
 from sbml.ode import Solver
-from sbml.runtime import report, sharding
+from sbml.runtime import progress, report, sharding
 from sbml.runtime.parts import write_npz
 from sbml.sdes import SDE
 from sbml.types import Array, Score
@@ -63,8 +62,7 @@ def generate(
     score = experiment.adapter(params)
     images = np.zeros((count, *experiment.shape), np.uint8)
     nfe = np.zeros(count, np.int32)
-    bar = tqdm(total=count, desc="sample", unit="image", disable=quiet or jax.process_index() > 0)
-    with bar:
+    with progress.bar("sample", "image", count, quiet=quiet) as bar:
         for ids, mask in eval_batches(count, size):
             batch = _sample_batch(
                 score,

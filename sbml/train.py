@@ -17,12 +17,11 @@ import numpy as np
 from absl import logging
 from etils import epath
 from ml_collections import ConfigDict
-from tqdm.auto import tqdm
 
 from sbml import bits, build, losses, sample, times
 from sbml.build import Experiment
 from sbml.data import prefetch, train_batches
-from sbml.runtime import report, sharding
+from sbml.runtime import progress, report, sharding
 from sbml.runtime.checkpoint import Checkpoints
 from sbml.runtime.metrics import MetricsWriter
 from sbml.runtime.preemption import EXIT_CODE, Preemption
@@ -223,13 +222,7 @@ def _loop(trainer: _Trainer, preemption: Preemption) -> None:
     stride, total = training.steps_per_dispatch, training.num_steps
     rows: list[tuple[float, float]] = []
     since = time.perf_counter()
-    bar = tqdm(
-        total=total,
-        initial=trainer.start,
-        desc="train",
-        unit="step",
-        disable=jax.process_index() > 0,
-    )
+    bar = progress.bar("train", "step", total, trainer.start)
 
     def settle(leave: int) -> None:
         nonlocal rows, since
@@ -239,9 +232,8 @@ def _loop(trainer: _Trainer, preemption: Preemption) -> None:
             if (step + 1) % training.log_every == 0 or step + 1 == total:
                 now = time.perf_counter()
                 rate = trainer.log(step + 1, rows, now - since)
-                bar.set_postfix_str(
-                    f"loss {np.mean([r[0] for r in rows]):.4f}, {rate:.0f} images/s"
-                )
+                mean = np.mean([r[0] for r in rows])
+                bar.set_postfix_str(f"loss {mean:.4f}, {rate:.0f} images/s", refresh=False)
                 rows, since = [], now
 
     starts = range(trainer.start, total, stride)

@@ -193,6 +193,8 @@ def test_fit_recovers_mean_and_covariance():
     diagonal = bound.GaussianControl.fit(x, full=False)
     assert diagonal.basis is None
     np.testing.assert_allclose(diagonal.variances, x.var(0))
+    noisy = bound.GaussianControl.fit(np.ones((9, 3)), noise_variance=0.25)
+    np.testing.assert_allclose(noisy.variances, 0.25)
 
 
 @pytest.mark.parametrize(

@@ -51,6 +51,8 @@ def test_papers_settings(data, sde, size, count):
         ("training", "times", "grid", "training.times='grid' is unknown"),
         ("data", "dequantization", "flow", "data.dequantization='flow' is unknown"),
         ("optim", "schedule", "step", "unknown optim.schedule 'step'"),
+        ("eval", "estimators", ("ode", "elbo"), "eval.estimators='elbo' is unknown"),
+        ("eval", "times", "grid", "eval.times='grid' is unknown"),
         ("eval", "method", "rk4", "unknown ODE method 'rk4'"),
         ("eval", "trace", "guess", "unknown trace 'guess'"),
         ("training", "smallest_time", 0.0, "smallest time eps=0.0"),

@@ -20,7 +20,16 @@ MATHEMATICS = {"sdes", "times", "divergence"}
 BELOW_BUILD = (
     MATHEMATICS
     | {"bits", "ode", "losses", "bound", "likelihood", "sampling", "adapters"}
-    | {"networks", "dequantizers", "data", "runtime", "config", "baselines", "intervals"}
+    | {
+        "networks",
+        "dequantizers",
+        "data",
+        "runtime",
+        "config",
+        "baselines",
+        "intervals",
+        "estimators",
+    }
 )
 MODES = {"train", "evaluate", "sample"}
 
@@ -34,6 +43,7 @@ ALLOWED: dict[str, set[str]] = {
     "bound": MATHEMATICS | {"losses"},
     **dict.fromkeys(("likelihood", "sampling"), MATHEMATICS | {"ode"}),
     "baselines": {"bits"},
+    "estimators": MATHEMATICS | {"bits", "bound", "likelihood", "ode", "dequantizers"},
     "config": {"networks"},
     "runtime": {"bits"},
     "runtime.convert": {"bits", "networks", "dequantizers"},

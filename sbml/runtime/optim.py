@@ -1,5 +1,8 @@
 """The paper's optimizer: Adam, linear warm-up, clipping by global norm."""
 
+from typing import Any
+
+import jax
 import optax
 
 SCHEDULES = ("constant", "cosine")
@@ -23,6 +26,10 @@ def learning_rate(lr: float, warmup: int, schedule: str, num_steps: int) -> opta
     return optax.warmup_cosine_decay_schedule(0.0, lr, warmup, num_steps)
 
 
+def _kernels(params: Any) -> Any:
+    return jax.tree.map(lambda p: p.ndim > 1, params)
+
+
 def adam(
     schedule: optax.Schedule,
     *,
@@ -32,10 +39,13 @@ def adam(
     weight_decay: float,
     grad_clip: float,
 ) -> optax.GradientTransformation:
-    """Clip to global norm ``grad_clip`` (0: off), Adam, decoupled weight decay (0: off)."""
+    """Clip to global norm ``grad_clip`` (0: off), Adam, decoupled weight decay (0: off).
+
+    Only matrices and kernels decay: not biases, norms' scales, nor the fixed Fourier frequencies.
+    """
     return optax.chain(
         optax.clip_by_global_norm(grad_clip) if grad_clip else optax.identity(),
         optax.scale_by_adam(beta1, beta2, eps),
-        optax.add_decayed_weights(weight_decay) if weight_decay else optax.identity(),
+        optax.add_decayed_weights(weight_decay, _kernels) if weight_decay else optax.identity(),
         optax.scale_by_learning_rate(schedule),
     )

@@ -1,0 +1,58 @@
+"""The optimizer against Adam written out, its schedules, and what decays."""
+
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from sbml.runtime import optim
+
+
+def adam(**changes):
+    options = {"beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": 0.0, "grad_clip": 0.0}
+    return optim.adam(optax.constant_schedule(1e-2), **{**options, **changes})
+
+
+def step(optimizer, params, *grads):
+    state = optimizer.init(params)
+    for grad in grads:
+        updates, state = optimizer.update(grad, state, params)
+        params = optax.apply_updates(params, updates)
+    return params
+
+
+def test_adam_by_hand_with_clipping():
+    """Two steps of Kingma and Ba's algorithm; |g| = 5 is scaled to 1."""
+    g, m, v, p = np.array([3.0, 4.0]), 0.0, 0.0, np.array([1.0, -1.0])
+    for t in (1, 2):
+        clipped = g / 5
+        m, v = 0.9 * m + 0.1 * clipped, 0.999 * v + 0.001 * clipped**2
+        p = p - 1e-2 * (m / (1 - 0.9**t)) / (np.sqrt(v / (1 - 0.999**t)) + 1e-8)
+    got = step(adam(grad_clip=1.0), jnp.array([1.0, -1.0]), jnp.asarray(g), jnp.asarray(g))
+    np.testing.assert_allclose(got, p, rtol=1e-5)
+
+
+def test_only_kernels_decay():
+    params = {"kernel": jnp.ones((2, 2)), "W": jnp.ones(3)}
+    zero = {"kernel": jnp.zeros((2, 2)), "W": jnp.zeros(3)}
+    got = step(adam(weight_decay=0.1), params, zero)
+    np.testing.assert_allclose(got["kernel"], 1 - 1e-2 * 0.1, rtol=1e-6)
+    np.testing.assert_array_equal(got["W"], params["W"])
+
+
+def test_schedules():
+    constant = optim.learning_rate(2e-4, 5_000, "constant", 10_000)
+    steps = [0, 1, 2_500, 5_000, 9_999]
+    np.testing.assert_allclose([constant(s) for s in steps], [0, 4e-8, 1e-4, 2e-4, 2e-4], rtol=1e-3)
+    cosine = optim.learning_rate(1.0, 100, "cosine", 1_100)
+    np.testing.assert_allclose([cosine(s) for s in (50, 100, 600, 1_100)], [0.5, 1, 0.5, 0],
+                               atol=1e-6)  # fmt: skip
+    assert optim.learning_rate(1.0, 0, "constant", 10)(0) == 1.0
+
+
+@pytest.mark.parametrize(
+    "schedule, warmup, message", [("step", 0, "choose from"), ("cosine", 10, "optim.warmup=10")]
+)
+def test_impossible_schedules_are_refused(schedule, warmup, message):
+    with pytest.raises(ValueError, match=message):
+        optim.learning_rate(1.0, warmup, schedule, 10)

@@ -1,0 +1,168 @@
+"""The flow of Flow++'s dequantizer, from Gaussian noise to the logits of u, given an image.
+
+The noise is split into even and odd columns (a, b). Four times:
+
+    normalise     a, b <- scale x + bias, elementwise
+    mix channels  a, b <- x W at every pixel
+    couple        b <- exp(s) logit F(b) + t, elementwise; s, t, F are read off a and the image
+    exchange      (a, b) <- (b, a)
+
+Every layer maps ``(halves, inverse)`` to the new halves and the log-determinant of the forward
+direction, in nats: a scalar where all images share it, else ``(n,)``.
+
+Reference: Ho et al. 2019 (Flow++), sections 3.1 to 3.3.
+"""
+
+from functools import partial
+from typing import Any
+
+import jax.numpy as jnp
+from flax import linen as nn
+from jax import lax
+
+from sbml.dequantizers import _flowpp_layers as layers
+from sbml.dequantizers import _mixture_logistic as mixture_logistic
+from sbml.types import Array, Key
+
+Pair = tuple[Array, Array]  # even columns and odd columns, (n, h, w / 2, c) each
+FLOWS, CONTEXT_FILTERS, CONTEXT_DEPTH = 4, 32, 3
+
+
+def split(x: Array) -> Pair:
+    """Even and odd columns of ``x (n, h, w, c)``."""
+    return x[:, :, 0::2], x[:, :, 1::2]
+
+
+def merge(halves: Pair) -> Array:
+    """The inverse of ``split``."""
+    even, odd = halves
+    n, h, w, c = even.shape
+    return jnp.stack([even, odd], axis=3).reshape(n, h, 2 * w, c)
+
+
+def per_image(x: Array) -> Array:
+    """Sum of ``x (n, ...)`` over all but the first axis."""
+    return x.reshape(len(x), -1).sum(-1)
+
+
+class ElementwiseAffine(nn.Module):
+    """y = scale x + bias, with a scale and a bias for every pixel and channel.
+
+    Starts such that every channel of the batch it is initialised with has mean 0 and variance 1.
+    """
+
+    @nn.compact
+    def __call__(self, x: Array, inverse: bool = False) -> tuple[Array, Array]:
+        def normalizing(_: Key) -> Array:
+            variance = x.var((0, 1, 2)) + layers.VARIANCE_FLOOR
+            return jnp.broadcast_to(lax.rsqrt(variance), x.shape[1:])
+
+        scale = self.param("scale", normalizing)
+
+        def centring(_: Key) -> Array:
+            return jnp.broadcast_to(-(scale[None] * x).mean((0, 1, 2)), x.shape[1:])
+
+        bias = self.param("bias", centring)
+        y = (x - bias[None]) / scale[None] if inverse else scale[None] * x + bias[None]
+        return y, jnp.log(jnp.abs(scale)).sum()
+
+
+class Norm(nn.Module):
+    """Activation normalisation of both halves (Kingma & Dhariwal 2018, Glow)."""
+
+    @nn.compact
+    def __call__(self, halves: Pair, inverse: bool = False) -> tuple[Pair, Array]:
+        a, log_det_a = ElementwiseAffine(name="norm0")(halves[0], inverse)
+        b, log_det_b = ElementwiseAffine(name="norm1")(halves[1], inverse)
+        return (a, b), log_det_a + log_det_b
+
+
+class Pointwise(nn.Module):
+    """Invertible 1x1 convolution of both halves (Kingma & Dhariwal 2018, Glow)."""
+
+    @nn.compact
+    def __call__(self, halves: Pair, inverse: bool = False) -> tuple[Pair, Array]:
+        _, h, w, c = halves[0].shape
+        rotation, dtype = nn.initializers.orthogonal(), halves[0].dtype
+        weights = [self.param(name, rotation, (c, c), dtype) for name in ("W0", "W1")]
+        log_det = h * w * sum(jnp.linalg.slogdet(weight)[1] for weight in weights)
+        a, b = (
+            x @ (jnp.linalg.inv(weight) if inverse else weight)
+            for x, weight in zip(halves, weights, strict=True)
+        )
+        return (a, b), log_det
+
+
+class MixLogisticAttnCoupling(nn.Module):
+    """b -> exp(s) logit F(b) + t, where s, t and the mixture F are functions of a and the context.
+
+    From (a, b) it goes to (b', a): the halves change places. The log-determinant is ``(n,)``.
+    """
+
+    filters: int
+    components: int
+    blocks: int
+    heads: int
+    dropout: float
+    clipped: bool
+
+    @nn.compact
+    def __call__(
+        self, halves: Pair, inverse: bool = False, *, context: Array, train: bool = False
+    ) -> tuple[Pair, Array]:
+        a, b = halves[::-1] if inverse else halves
+        log_scale, shift, mixture = self._conditioned_on(a, context, train)
+        if inverse:
+            b = mixture_logistic.inverse_logit_cdf((b - shift) * jnp.exp(-log_scale), mixture)
+        logit_cdf = (
+            mixture_logistic.clipped_logit_cdf if self.clipped else mixture_logistic.logit_cdf
+        )
+        y, log_slope = logit_cdf(b, mixture)
+        log_det = per_image(log_slope + log_scale)
+        return ((a, b) if inverse else (jnp.exp(log_scale) * y + shift, a)), log_det
+
+    def _conditioned_on(
+        self, a: Array, context: Array, train: bool
+    ) -> tuple[Array, Array, mixture_logistic.Mixture]:
+        per_channel = 2 + 3 * self.components
+        network = layers.CouplingNetwork(
+            a.shape[-1] * per_channel, self.filters, self.blocks, self.heads, self.dropout
+        )
+        nn.share_scope(self, network)
+        out = network(a, context, train=train).reshape(*a.shape, per_channel)
+        mixture = mixture_logistic.Mixture(*jnp.split(out[..., 2:], 3, axis=-1))
+        return jnp.tanh(out[..., 0]), out[..., 1], mixture
+
+
+class Flow(nn.Module):
+    """The flow from noise ``(n, h, w, c)`` to the logits of u, given the image, or back."""
+
+    filters: int
+    components: int
+    blocks: int
+    heads: int
+    dropout: float
+    clipped: bool
+
+    @nn.compact
+    def __call__(
+        self, image: Array, x: Array, *, inverse: bool = False, train: bool = False
+    ) -> tuple[Array, Array]:
+        """What ``x`` becomes, and log |det d logits / d noise| ``(n,)`` whatever the direction."""
+        processor = layers.ContextProcessor(
+            CONTEXT_FILTERS, CONTEXT_DEPTH, self.dropout, name="ShallowProcessor_0"
+        )
+        context = processor(jnp.concatenate(split(image), axis=-1), train=train)
+        options = (
+            *(self.filters, self.components, self.blocks, self.heads),
+            *(self.dropout, self.clipped),
+        )
+        steps: list[Any] = []
+        for _ in range(FLOWS):
+            coupling = partial(MixLogisticAttnCoupling(*options), context=context, train=train)
+            steps += [Norm(), Pointwise(), coupling]
+        halves, log_det = split(x), jnp.zeros(len(x), x.dtype)
+        for step in reversed(steps) if inverse else steps:
+            halves, change = step(halves, inverse)
+            log_det = log_det + change
+        return merge(halves), log_det

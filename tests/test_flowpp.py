@@ -1,0 +1,301 @@
+"""The Flow++ dequantizer: closed forms, inverse, initialisation, and the numbers of another code.
+
+``data/flowpp_small.npz`` holds a flow with Song et al.'s names and layout whose parameters are
+small integers times a step, and, for two images, the logits of u and log q by a separate
+implementation in NumPy and float64 that was checked against Song et al.'s own float32 numbers.
+"""
+
+import dataclasses
+import json
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax.traverse_util import flatten_dict, unflatten_dict
+from jax.scipy.stats import logistic
+
+from sbml.dequantizers import _flowpp_flow as flow
+from sbml.dequantizers import _flowpp_layers as layers
+from sbml.dequantizers import _mixture_logistic as mixture_logistic
+from sbml.dequantizers import flowpp
+from sbml.types import Array
+
+FILE = Path(__file__).parent / "data" / "flowpp_small.npz"
+TINY = flowpp.Model(filters=8, components=3, blocks=1, heads=2, levels=17)
+SHAPE = (4, 4, 2)
+FORWARD = jax.jit(TINY.forward)
+
+
+@pytest.fixture(autouse=True)
+def strict_ranks() -> Iterator[None]:
+    with jax.numpy_rank_promotion("raise"):
+        yield
+
+
+def pixels(n: int, seed: int = 0) -> Array:
+    k = np.random.default_rng(seed).integers(0, TINY.levels, (n, *SHAPE))
+    return jnp.asarray(k, jnp.uint8)
+
+
+@pytest.fixture(scope="module")
+def params() -> Any:
+    """Random, and no layer near the identity; the initialisers, slow to compile, are not run."""
+    rng = np.random.default_rng(7)
+
+    def draw(path: tuple[str, ...], shape: tuple[int, ...]) -> np.ndarray:
+        noise = rng.normal(size=shape).astype(np.float32)
+        match path[-1]:
+            case "kernel":
+                gain = 0.3 if path[-2].endswith("proj_out") else 1.0
+                return noise * np.float32(gain / np.sqrt(np.prod(shape[:-1])))
+            case "scale":
+                return 1.0 + np.float32(0.2) * noise
+            case "W0" | "W1":
+                return np.eye(len(noise), dtype=np.float32) + np.float32(0.3) * noise
+        return np.float32(0.2) * noise
+
+    shapes = jax.eval_shape(TINY.init, jax.random.key(0), pixels(2))
+    return unflatten_dict({k: draw(k, x.shape) for k, x in flatten_dict(shapes).items()})
+
+
+@pytest.fixture(scope="module")
+def reference() -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """Parameters under their foreign names, and the other arrays of the file."""
+    with np.load(FILE) as file:
+        arrays = {name: file[name] for name in file}
+    shapes = json.loads(str(arrays["names"]))
+    ends = np.cumsum([np.prod(shape) for shape in shapes.values()])
+    theirs: dict[str, Any] = {}
+    pieces = np.split(arrays["integers"], ends[:-1])
+    for (name, shape), piece, step in zip(shapes.items(), pieces, arrays["steps"], strict=True):
+        module, leaf = name.split("/")
+        theirs.setdefault(module, {})[leaf] = piece.reshape(shape) * step
+    return theirs, arrays
+
+
+def mixture(seed: int, shape: tuple[int, ...], components: int) -> mixture_logistic.Mixture:
+    arrays = np.random.default_rng(seed).normal(size=(3, *shape, components))
+    return mixture_logistic.Mixture(*jnp.asarray(arrays))
+
+
+# The mixture's map
+
+
+def test_the_map_is_the_logit_of_the_mixtures_cdf_and_its_slope() -> None:
+    with jax.enable_x64(True):
+        m = mixture(0, (40,), 5)
+        x = jnp.linspace(-3.0, 3.0, 40)
+        y, log_slope = mixture_logistic.logit_cdf(x, m)
+        w = jax.nn.softmax(m.logits)
+        cdf = (w * logistic.cdf(x[:, None], m.means, jnp.exp(m.log_scales))).sum(-1)
+        np.testing.assert_allclose(y, np.log(cdf) - np.log1p(-cdf), rtol=1e-10, atol=1e-12)
+        scalar = jax.vmap(jax.grad(lambda x, m: mixture_logistic.logit_cdf(x, m)[0]))
+        np.testing.assert_allclose(log_slope, jnp.log(scalar(x, m)), rtol=1e-9, atol=1e-11)
+
+
+def test_one_component_is_affine_however_far_out() -> None:
+    x = jnp.asarray([-3e3, -50.0, 0.3, 50.0, 3e3], jnp.float32)
+    one = mixture_logistic.Mixture(*(jnp.full((5, 1), v) for v in (4.0, 0.5, -1.0)))
+    y, log_slope = mixture_logistic.logit_cdf(x, one)
+    np.testing.assert_allclose(y, (x - 0.5) * np.exp(1.0), rtol=1e-6)
+    np.testing.assert_allclose(log_slope, 1.0, rtol=2e-5)
+
+
+def test_bisection_inverts_the_map_into_the_far_tails() -> None:
+    x = jnp.concatenate([jnp.linspace(-4.0, 4.0, 30), jnp.asarray([-300.0, 300.0])])
+    m = mixture(1, (32,), 4)
+    y, _ = mixture_logistic.logit_cdf(x, m)
+    np.testing.assert_allclose(mixture_logistic.inverse_logit_cdf(y, m), x, rtol=2e-6, atol=2e-5)
+
+
+def test_the_clipped_map_is_the_same_between_its_clips_and_constant_beyond() -> None:
+    m = mixture_logistic.Mixture(*(jnp.full((3, 2), v) for v in (0.0, 0.0, 0.0)))
+    x = jnp.asarray([-5.0, 5.0, 40.0], jnp.float32)
+    exact, exact_slope = mixture_logistic.logit_cdf(x, m)
+    y, log_slope = mixture_logistic.clipped_logit_cdf(x, m)
+    np.testing.assert_allclose(y[:2], exact[:2], atol=1e-4)
+    np.testing.assert_allclose(log_slope[:2], exact_slope[:2], atol=1e-4)
+    np.testing.assert_allclose(y[2], -np.log(1e-7), rtol=1e-6)
+    np.testing.assert_allclose(log_slope[2], -40.0 - np.log(1e-7), rtol=1e-6)
+
+
+# Initialisation
+
+
+@pytest.mark.parametrize("kernel_size", [(), (3, 3)])
+def test_an_affine_layer_starts_centred_with_the_deviation_asked_for(
+    kernel_size: tuple[int, ...],
+) -> None:
+    x = 3.0 + 5.0 * jax.random.normal(jax.random.key(0), (8, 4, 4, 6))
+    y, _ = layers.Affine(10, kernel_size, 0.1).init_with_output(jax.random.key(1), x)
+    np.testing.assert_allclose(y.mean((0, 1, 2)), 0.0, atol=1e-6)
+    np.testing.assert_allclose(y.std((0, 1, 2)), 0.1, rtol=1e-4)
+
+
+def test_channels_have_mean_0_and_variance_1_after_each_activation_norm(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(flow, "FLOWS", 2)  # initialisers are slow to compile
+    image = TINY.image(pixels(32))
+    noise = 2.0 + 3.0 * jax.random.normal(jax.random.key(0), image.shape)
+    network = TINY.network()
+    # The rbg generator compiles in half the time of the default one.
+    variables = jax.jit(network.init)(jax.random.key(1, impl="rbg"), image, noise)
+    _, seen = network.apply(
+        variables,
+        image,
+        noise,
+        capture_intermediates=lambda module, _: isinstance(module, flow.Norm),
+        mutable=["intermediates"],
+    )
+    for i in range(flow.FLOWS):
+        halves, _ = seen["intermediates"][f"Norm_{i}"]["__call__"][0]
+        for half in halves:
+            np.testing.assert_allclose(half.mean((0, 1, 2)), 0.0, atol=1e-4)
+            np.testing.assert_allclose(half.var((0, 1, 2)), 1.0, rtol=1e-3)
+
+
+def test_initialisation_refuses_one_example_and_odd_widths() -> None:
+    for shape in ((4, 4, 3), (2, 4, 5, 3)):
+        with pytest.raises(ValueError, match=r"batch \(n, h, w, c\)"):
+            TINY.init(jax.random.key(0), jnp.zeros(shape, jnp.uint8))
+
+
+# The flow
+
+
+def test_halves_are_even_and_odd_columns_and_merge_undoes_split() -> None:
+    x = jnp.arange(2 * 3 * 4 * 2.0).reshape(2, 3, 4, 2)
+    even, odd = flow.split(x)
+    np.testing.assert_array_equal(even, x[:, :, [0, 2]])
+    np.testing.assert_array_equal(odd, x[:, :, [1, 3]])
+    np.testing.assert_array_equal(flow.merge((even, odd)), x)
+
+
+def test_forward_of_inverse_is_the_identity_in_float32(params: Any) -> None:
+    k = pixels(8, 1)
+    u = jax.random.uniform(jax.random.key(4), k.shape, minval=0.01, maxval=0.99)
+    eps, log_q = jax.jit(TINY.inverse)(params, k, u)
+    assert float(jnp.abs(u - jax.nn.sigmoid(eps)).max()) > 0.1  # the flow does something
+    again, log_q_again = FORWARD(params, k, eps)
+    np.testing.assert_allclose(again, u, atol=1e-4)
+    np.testing.assert_allclose(log_q_again, log_q, atol=1e-3)
+
+
+def test_inverse_of_forward_is_the_identity(params: Any) -> None:
+    """In float64: float32 loses the logit of a u near 1 (the next section does without u)."""
+    with jax.enable_x64(True):
+        double = jax.tree.map(lambda x: jnp.asarray(x, jnp.float64), params)
+        k = pixels(8, 1)
+        eps = jnp.asarray(np.random.default_rng(3).normal(size=k.shape))
+        u, log_q = FORWARD(double, k, eps)
+        again, log_q_again = jax.jit(TINY.inverse)(double, k, u)
+    np.testing.assert_allclose(again, eps, atol=1e-7)
+    np.testing.assert_allclose(log_q_again, log_q, atol=1e-7)
+
+
+def test_log_q_is_the_change_of_variables_by_the_full_jacobian(params: Any) -> None:
+    with jax.enable_x64(True):
+        double = jax.tree.map(lambda x: jnp.asarray(x, jnp.float64), params)
+        k, eps = pixels(1, 2), np.random.default_rng(0).normal(size=(1, *SHAPE))
+
+        def flat(eps: Array) -> Array:
+            return TINY.forward(double, k, eps.reshape(1, *SHAPE))[0].ravel()
+
+        _, log_det = jnp.linalg.slogdet(jax.jit(jax.jacfwd(flat))(jnp.asarray(eps.ravel())))
+        log_normal = jax.scipy.stats.norm.logpdf(eps).sum()
+        _, log_q = FORWARD(double, k, jnp.asarray(eps))
+        np.testing.assert_allclose(log_q[0], log_normal - log_det, rtol=1e-9, atol=1e-8)
+
+
+def test_one_example_alone_and_in_a_batch_have_the_same_noise(params: Any) -> None:
+    k, keys = pixels(3, 3), jax.random.split(jax.random.key(5), 3)
+    u, log_q = jax.jit(TINY.sample_batch)(params, k, keys)
+    one, log_q_one = jax.jit(TINY.sample)(params, k[1], keys[1])
+    assert one.shape == SHAPE and log_q_one.shape == ()
+    np.testing.assert_allclose(one, u[1], atol=1e-6)
+    np.testing.assert_allclose(log_q_one, log_q[1], atol=1e-4)
+
+
+def test_u_is_below_1_even_where_the_sigmoid_rounds_to_it(params: Any) -> None:
+    u, log_q = FORWARD(params, pixels(8), jnp.full((8, *SHAPE), 1e4))
+    assert float(u.max()) < 1.0
+    assert float(jax.nn.sigmoid(jnp.float32(1e4))) == 1.0
+    assert bool(jnp.isfinite(log_q).all())
+
+
+def test_dropout_needs_a_key_and_changes_the_noise_only_in_training(params: Any) -> None:
+    model = dataclasses.replace(TINY, dropout=0.5)
+    k, key = pixels(1)[0], jax.random.key(6)
+    still, _ = model.sample(params, k, key)
+    np.testing.assert_array_equal(still, TINY.sample(params, k, key)[0])
+    shaken, _ = model.sample(params, k, key, train=True)
+    assert float(jnp.abs(shaken - still).max()) > 1e-3
+
+
+# Sizes, names, foreign numbers
+
+
+def test_the_cifar10_model_has_the_published_number_of_parameters() -> None:
+    model, batch = flowpp.Model(), jnp.zeros((2, 32, 32, 3), jnp.uint8)
+    shapes = jax.eval_shape(model.init, jax.random.key(0), batch)
+    assert sum(x.size for x in jax.tree.leaves(shapes)) == 3_466_976
+
+
+def test_foreign_parameters_become_exactly_the_models_tree(reference: Any) -> None:
+    theirs, arrays = reference
+    ours = flatten_dict(flowpp.from_reference(theirs))
+    model = flowpp.Model(filters=16, components=4)
+    expected = flatten_dict(jax.eval_shape(model.init, jax.random.key(0), arrays["pixels"]))
+    assert {k: v.shape for k, v in ours.items()} == {k: v.shape for k, v in expected.items()}
+
+
+def test_logits_and_log_q_of_a_foreign_flow(reference: Any) -> None:
+    theirs, arrays = reference
+    model = flowpp.Model(filters=16, components=4)
+    u, log_q = jax.jit(model.forward)(
+        flowpp.from_reference(theirs), arrays["pixels"], arrays["eps"]
+    )
+    np.testing.assert_allclose(u, jax.nn.sigmoid(arrays["logits"]), atol=1e-5)
+    np.testing.assert_allclose(log_q, arrays["log_q"], atol=1e-3)
+
+
+def test_logits_of_magnitude_66_still_lead_back_to_the_noise(reference: Any) -> None:
+    theirs, arrays = reference
+    assert np.abs(arrays["logits"]).max() > 66.0
+    model = flowpp.Model(filters=16, components=4)
+    variables = {"params": flowpp.from_reference(theirs)}
+    eps, log_det = jax.jit(partial(model.network().apply, inverse=True))(
+        variables, model.image(arrays["pixels"]), arrays["logits"]
+    )
+    np.testing.assert_allclose(eps, arrays["eps"], atol=1e-4)
+    log_q = flowpp.log_density(eps, arrays["logits"], log_det)
+    np.testing.assert_allclose(log_q, arrays["log_q"], atol=1e-3)
+
+
+# Options
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"filters": 0}, "filters=0: choose a positive"),
+        ({"components": 0}, "components=0: choose a positive"),
+        ({"filters": 10, "heads": 4}, "filters=10 does not divide into heads=4"),
+        ({"dropout": 1.0}, "dropout=1.0: choose a rate"),
+        ({"levels": 1}, "levels=1: choose at least 2"),
+    ],
+)
+def test_impossible_options_are_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        flowpp.Model(**options)
+
+
+def test_a_clipped_model_refuses_to_be_inverted(params: Any) -> None:
+    with pytest.raises(ValueError, match="clipped=True has no inverse"):
+        dataclasses.replace(TINY, clipped=True).inverse(params, pixels(1), jnp.zeros((1, *SHAPE)))

@@ -168,6 +168,19 @@ def _baselines(train: ImageSet, images: ImageSet, ids: np.ndarray) -> list[dict[
     ]
 
 
+def _training_mismatch(restored: Restored, train: ImageSet) -> list[str]:
+    """Warnings of a model trained on other data, or otherwise than it is evaluated."""
+    warnings = warn_if_other_data(restored.metadata, train)
+    if restored.metadata["config"]["data"]["dequantization"] == "none":
+        warnings.append(
+            "the model was trained on k / (levels - 1) without dequantization, and is evaluated "
+            "on (k + u) / levels: the mismatch costs bits (data.dequantization=uniform trains on "
+            "what is evaluated)"
+        )
+        logging.warning(warnings[-1])
+    return warnings
+
+
 def run(config: ConfigDict, workdir: epath.PathLike) -> None:
     """Evaluate the newest checkpoint of ``workdir`` on ``eval.split``, with averaged parameters.
 
@@ -180,14 +193,7 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
     experiment, workdir = Experiment(config), epath.Path(workdir)
     restored = experiment.restore(workdir)
     images, train = experiment.images(config.eval.split), experiment.images("train")
-    warnings = warn_if_other_data(restored.metadata, train)
-    if restored.metadata["config"]["data"]["dequantization"] == "none":
-        warnings.append(
-            "the model was trained on k / (levels - 1) without dequantization, and is evaluated "
-            "on (k + u) / levels: the mismatch costs bits (data.dequantization=uniform trains on "
-            "what is evaluated)"
-        )
-        logging.warning(warnings[-1])
+    warnings = _training_mismatch(restored, train)
     start = time.perf_counter()
     control = control_variate(experiment, train) if "bound" in config.eval.estimators else None
     tables, results = {}, []

@@ -15,6 +15,9 @@ from sbml.types import Array, Key
 
 PROBES = ("rademacher", "gaussian")
 
+# Directions at once: the exact trace of a 32x32x3 image has 3,072, too many to hold together.
+CHUNK = 256
+
 
 def probes(key: Key, shape: tuple[int, ...], count: int, kind: str = "rademacher") -> Array:
     """``(count, *shape)`` random probes.
@@ -49,7 +52,10 @@ def quadratic_forms(f: Callable[[Array], Array], x: Array, vs: Array) -> tuple[A
         y, jv = jax.jvp(f, (x,), (v,))
         return y, jnp.sum(v * jv)
 
-    return jax.vmap(one, out_axes=(None, 0))(vs)
+    if len(vs) <= CHUNK:
+        return jax.vmap(one, out_axes=(None, 0))(vs)
+    forms = jax.lax.map(lambda v: one(v)[1], vs, batch_size=CHUNK)
+    return f(x), forms
 
 
 def exact(f: Callable[[Array], Array], x: Array) -> tuple[Array, Array]:

@@ -3,19 +3,30 @@
     ode     -log p_eps(x) by the probability-flow ODE:  prior + divergence
     bound   the evidence bound on -log p(x):            prior + diffusion + reconstruction
 
-Both of x = 2 (k + u) / L - 1 with u uniform, so both also hold ``dequantization`` (log q of u: 0
-for uniform u) and ``scale`` (log2(L / 2), the change of variables); the terms add up to the
-bits/dim of the integers k. Every draw is keyed by image id: the batch changes nothing.
+Both of x = 2 (k + u) / L - 1, so both also hold ``dequantization`` (log q of u) and ``scale``
+(log2(L / 2), the change of variables); the terms add up to the bits/dim of the integers k. With K
+draws of u, w_i = log p(x_i) - log q(u_i) and normalised weights W_i ~ exp(w_i),
+
+    -log (1/K) sum_i exp(w_i) = sum_i W_i (-w_i) + [log K + sum_i W_i log W_i]
+
+so every term is the W-average of the draws' terms, and the bracket is the term ``importance`` (a
+divergence of W from 1/K, at least 0). It needs exact densities: with noise in w the logarithm of
+the mean is too good by half the noise's variance.
+
+The bounds of ``sbml.discrete`` hold for the integers at once: they need no further terms.
+Every draw is keyed by (sweep, image id): the batch changes nothing.
 """
 
+import dataclasses
 import functools
+import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from sbml import bits, bound, likelihood, times
+from sbml import bits, bound, discrete, likelihood
 from sbml.bound import GaussianControl
-from sbml.dequantizers import uniform
 from sbml.likelihood import Trace
 from sbml.ode import Solver
 from sbml.sdes import SDE
@@ -23,72 +34,167 @@ from sbml.types import Array, Key, Score
 
 # The terms of each estimator, in bits/dim; ``scale`` is added on the host, in float64.
 TERMS = {
-    "ode": ("prior", "divergence", "dequantization", "scale"),
+    "ode": ("prior", "divergence", "dequantization", "importance", "scale"),
     "bound": ("prior", "diffusion", "reconstruction", "dequantization", "scale"),
 }
+CATEGORICAL = "categorical"  # Stands where a dequantizer's name does: a bound that needs none.
 
 
-def _dequantized(pixels: Array, key: Key, levels: int) -> tuple[Array, Array]:
-    """x in [-1, 1) and the term ``dequantization`` of one image."""
-    u, log_q = uniform.Model().sample({}, pixels, key)
-    return bits.to_model(pixels, u, levels), bits.nats_to_bits(log_q, pixels.shape)
+@dataclasses.dataclass(frozen=True)
+class Cell:
+    """One number of the table: an estimator, a dequantizer and K draws of it."""
+
+    estimator: str
+    dequantizer: str
+    num_importance: int = 1
+
+    @property
+    def name(self) -> str:
+        """As columns and progress bars call it."""
+        draws = f"_k{self.num_importance}" if self.num_importance > 1 else ""
+        return f"{self.estimator}_{self.dequantizer}{draws}"
+
+    @property
+    def terms(self) -> tuple[str, ...]:
+        """What its bits/dim is the sum of."""
+        return TERMS[self.estimator]
+
+    @property
+    def undefined(self) -> str:
+        """Why there is no such number; empty if there is."""
+        if self.estimator == "ode" and self.dequantizer == CATEGORICAL:
+            return "the categorical decoder is part of a bound: there is no density to solve for"
+        if self.estimator == "bound" and self.num_importance > 1:
+            return (
+                "a bound is itself an expectation: the logarithm of a mean of K noisy draws of it "
+                "bounds nothing (use the ode estimator with the exact trace)"
+            )
+        return ""
 
 
-@functools.partial(jax.jit, static_argnames=("sde", "levels", "eps", "trace", "solver"))
+def _key(seed: Array, sweep: Array, i: Array) -> Key:
+    return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), sweep), i)
+
+
+@functools.partial(
+    jax.jit, static_argnames=("dequantizer", "sde", "levels", "eps", "trace", "num_importance")
+)
 def ode(
     score: Score,
+    params: Any,
     pixels: Array,
     ids: Array,
+    sweeps: Array,
     seed: Array,
+    solver: Solver,
     *,
+    dequantizer: Any,
     sde: SDE,
     levels: int,
     eps: float,
     trace: Trace,
-    solver: Solver,
+    num_importance: int = 1,
 ) -> dict[str, Array]:
-    """Terms ``(n,)`` in bits/dim, and ``nfe``, of uint8 ``pixels (n, *s)`` with ``ids (n,)``."""
-    base_key = jax.random.key(seed)
+    """Terms ``(n,)`` in bits/dim, and ``nfe``, of uint8 ``pixels (n, *s)``.
 
-    def one(pixels: Array, i: Array) -> dict[str, Array]:
-        u_key, trace_key = jax.random.split(jax.random.fold_in(base_key, i))
-        x, dequantization = _dequantized(pixels, u_key, levels)
-        result = likelihood.ode_logp(score, sde, x, trace_key, eps=eps, trace=trace, solver=solver)
-        return {
-            "prior": bits.nats_to_bits(-result.prior, x.shape),
-            "divergence": bits.nats_to_bits(-result.divergence, x.shape),
-            "dequantization": dequantization,
-            "nfe": result.stats.nfe,
-        }
+    Args:
+      score: a score of one example.
+      params: the dequantizer's.
+      pixels, ids, sweeps: a row each; (sweep, id) keys its draws.
+      seed: of all draws.
+      solver: of the ODE; its tolerances may change without another compilation.
+      dequantizer: a ``Model`` of ``sbml.dequantizers``.
+      sde, levels, eps, trace: as for ``likelihood.ode_logp``.
+      num_importance: K.
 
-    return jax.vmap(one)(pixels, ids)
+    Raises:
+      ValueError: for K > 1 without the exact trace.
+    """
+    if num_importance > 1 and trace.kind != "exact":
+        raise ValueError(
+            f"num_importance={num_importance} with a {trace.kind} trace: the noise of the probes "
+            "makes the logarithm of the mean too good; use the exact trace"
+        )
+
+    def draw(pixels: Array, key: Key) -> tuple[dict[str, Array], Array]:
+        u_key, trace_key = jax.random.split(key)
+        u, log_q = dequantizer.sample(params, pixels, u_key)
+        x = bits.to_model(pixels, u, levels)
+        if dequantizer.at_noise:
+            x = sde.mean_coef(jnp.asarray(eps)) * x
+        found = likelihood.ode_logp(score, sde, x, trace_key, eps=eps, trace=trace, solver=solver)
+        terms = {"prior": -found.prior, "divergence": -found.divergence, "dequantization": log_q}
+        return terms, found.stats.nfe
+
+    def one(pixels: Array, i: Array, sweep: Array) -> dict[str, Array]:
+        key = _key(seed, sweep, i)
+        if num_importance == 1:
+            terms, nfe = draw(pixels, key)
+            importance = jnp.zeros(())
+        else:
+            keys = jax.random.split(key, num_importance)
+            each, evaluations = jax.lax.map(lambda k: draw(pixels, k), keys)
+            log_weights = jax.nn.log_softmax(-sum(each.values()))
+            weights = jnp.exp(log_weights)
+            terms = {name: jnp.sum(weights * term) for name, term in each.items()}
+            importance = jnp.sum(weights * log_weights) + math.log(num_importance)
+            nfe = jnp.sum(evaluations)
+        named = {**terms, "importance": importance}
+        return {**_in_bits(named, pixels), "nfe": nfe}
+
+    return jax.vmap(one)(pixels, ids, sweeps)
 
 
-@functools.partial(jax.jit, static_argnames=("sde", "levels", "eps", "draw", "n_times", "n_images"))
+@functools.partial(jax.jit, static_argnames=("dequantizer", "sde", "levels", "eps"))
 def evidence_bound(
     score: Score,
+    params: Any,
     pixels: Array,
     ids: Array,
+    sweeps: Array,
     seed: Array,
+    u: Array,
     control: GaussianControl | None,
     *,
+    dequantizer: Any,
     sde: SDE,
     levels: int,
     eps: float,
-    draw: str,
-    n_times: int,
-    n_images: int,
 ) -> dict[str, Array]:
-    """Terms ``(n,)`` in bits/dim, and ``nfe``; times are drawn over all ``n_images`` at once."""
-    base_key = jax.random.key(seed)
-    u = times.DRAWS[draw](jax.random.fold_in(base_key, n_images), n_images, n_times)[ids]
+    """Terms ``(n,)`` in bits/dim, and ``nfe``; times are at ``u (n, draws)`` in [0, 1).
 
-    def one(pixels: Array, i: Array, u: Array) -> dict[str, Array]:
-        u_key, key = jax.random.split(jax.random.fold_in(base_key, i))
-        x, dequantization = _dequantized(pixels, u_key, levels)
-        terms = bound.elbo(score, sde, x, key, eps=eps, u=u, control=control)
-        named = {k: bits.nats_to_bits(v, x.shape) for k, v in terms._asdict().items()}
-        nfe = jnp.asarray(n_times + 1)
-        return {**named, "dequantization": dequantization, "nfe": nfe}
+    ``dequantizer`` is a ``Model`` of ``sbml.dequantizers`` or None for the categorical decoder; the
+    other arguments are those of :func:`ode`.
+    """
 
-    return jax.vmap(one)(pixels, ids, u)
+    def one(pixels: Array, i: Array, sweep: Array, u: Array) -> dict[str, Array]:
+        u_key, key = jax.random.split(_key(seed, sweep, i))
+        sampled: dict[str, Any] = {"eps": eps, "u": u, "control": control}
+        if dequantizer is None or dequantizer.at_noise:
+            kind = CATEGORICAL if dequantizer is None else "truncated_normal"
+            terms = discrete.elbo(score, sde, pixels, key, kind=kind, levels=levels, **sampled)
+            log_q, nfe = jnp.zeros(()), u.size
+        else:
+            v, log_q = dequantizer.sample(params, pixels, u_key)
+            terms = bound.elbo(score, sde, bits.to_model(pixels, v, levels), key, **sampled)
+            nfe = u.size + 1
+        named = {**terms._asdict(), "dequantization": log_q}
+        return {**_in_bits(named, pixels), "nfe": jnp.asarray(nfe)}
+
+    return jax.vmap(one)(pixels, ids, sweeps, u)
+
+
+def _in_bits(terms: dict[str, Array], pixels: Array) -> dict[str, Array]:
+    return {name: bits.nats_to_bits(term, pixels.shape) for name, term in terms.items()}
+
+
+def scale(
+    cell: Cell, sde: SDE, eps: float, at_noise: bool, shape: tuple[int, ...], levels: int
+) -> float:
+    """The term ``scale`` in bits/dim: log2(L / 2), less log2 alpha(eps) where x is scaled by it."""
+    if cell.estimator == "bound" and (at_noise or cell.dequantizer == CATEGORICAL):
+        return 0.0
+    nats = bits.scale_nats(shape, levels)
+    if at_noise:
+        nats -= math.prod(shape) * math.log(float(sde.mean_coef(jnp.asarray(eps))))
+    return bits.nats_to_bits(nats, shape)

@@ -1,14 +1,11 @@
-"""Evaluation: every image of a split through the estimators, to a table and a report.
+"""Evaluation: every image of a split through a table of cells, to a report.
 
-The estimators and their terms are in ``sbml.estimators``. Every image counts exactly once: batches
-are padded and the padding is dropped. Keys are per image id, and step sizes per image, so neither
-the batch size nor the number of devices changes a result.
+A cell is one estimator with one dequantizer and K draws of it (``sbml.estimators``); all are of one
+checkpoint. How a cell's rows are made, resumed and given their error bars is in ``sbml.cells``.
 """
 
-import hashlib
 import json
 import time
-import zlib
 from typing import Any
 
 import jax
@@ -17,50 +14,18 @@ from absl import logging
 from etils import epath
 from ml_collections import ConfigDict
 
-from sbml import baselines, bits, estimators, summary
+from sbml import baselines, cells, summary
 from sbml.bound import GaussianControl
 from sbml.build import Experiment, warn_if_other_data
-from sbml.data import ImageSet, eval_batches
+from sbml.cells import CellRun, Dequantization, Evaluation
+from sbml.data import ImageSet
+from sbml.estimators import CATEGORICAL
 from sbml.intervals import mean_interval
-from sbml.runtime import progress, report, sharding
-from sbml.runtime.checkpoint import Restored
+from sbml.runtime import report
+from sbml.runtime.checkpoint import Restored, tree_crc32
 from sbml.runtime.files import write_whole
-from sbml.runtime.parts import Parts, write_npz
+from sbml.runtime.parts import write_npz
 from sbml.runtime.versions import versions
-from sbml.types import Score
-
-
-def _columns(
-    experiment: Experiment,
-    estimator: str,
-    score: Score,
-    control: GaussianControl | None,
-    images: ImageSet,
-    ids: np.ndarray,
-    mesh: jax.sharding.Mesh,
-) -> dict[str, np.ndarray]:
-    """The table's rows of ``ids``, on the host; totals in float64 so that the terms add up."""
-    config, split = experiment.config.eval, sharding.batched(mesh)
-    batch = (
-        score,
-        sharding.put(images.images[ids], split),
-        sharding.put(ids.astype(np.int32), split),
-        np.uint32(config.seed),
-    )
-    common = {"sde": experiment.sde, "levels": experiment.levels, "eps": experiment.eval_eps}
-    if estimator == "ode":
-        solve = {"trace": experiment.trace, "solver": experiment.eval_solver}
-        found = estimators.ode(*batch, **common, **solve)
-    else:
-        draws = {"draw": config.times, "n_times": config.n_times, "n_images": len(images)}
-        found = estimators.evidence_bound(*batch, control, **common, **draws)
-    found = sharding.to_host(found)
-    names = estimators.TERMS[estimator]
-    rows = {name: np.asarray(found[name], np.float64) for name in names if name != "scale"}
-    scale = bits.nats_to_bits(bits.scale_nats(images.shape, images.levels), images.shape)
-    rows["scale"] = np.full(len(ids), scale)
-    rows["bits_per_dim"] = np.sum([rows[name] for name in names], axis=0)
-    return {"id": np.asarray(ids, np.int64), **rows, "nfe": np.asarray(found["nfe"])}
 
 
 def control_variate(experiment: Experiment, train: ImageSet) -> GaussianControl | None:
@@ -72,87 +37,21 @@ def control_variate(experiment: Experiment, train: ImageSet) -> GaussianControl 
     return jax.tree.map(lambda a: np.asarray(a, np.float32), fitted)
 
 
-def _identity(
-    experiment: Experiment,
-    estimator: str,
-    restored: Restored,
-    images: ImageSet,
-    control: GaussianControl | None,
-) -> dict[str, Any]:
-    """What a result depends on: not the batch size, nor how many images are wanted."""
-    config, free = experiment.to_plain(), ("batch_size", "max_images", "estimators")
-    evaluation = {k: v for k, v in config["eval"].items() if k not in free}
-    crc = control_crc = 0
-    for leaf in jax.tree.leaves(restored.state.ema_params):
-        crc = zlib.crc32(np.asarray(leaf.addressable_data(0)).tobytes(), crc)
-    for leaf in jax.tree.leaves(control):
-        control_crc = zlib.crc32(leaf.tobytes(), control_crc)
-    return {
-        "estimator": estimator,
-        "control_crc32": control_crc,
-        "step": restored.step,
-        "parameters_crc32": crc,
-        "eval": {**evaluation, "smallest_time": experiment.eval_eps},
-        "score": config["score"],
-        "sde": config["sde"],
-        "data": images.fingerprint,
-    }
+def dequantization(
+    experiment: Experiment, name: str, workdir: epath.Path, train: ImageSet
+) -> Dequantization:
+    """The dequantizer called ``name``, with the averaged parameters of its training if it has any.
 
-
-def table(
-    experiment: Experiment,
-    estimator: str,
-    restored: Restored,
-    images: ImageSet,
-    control: GaussianControl | None,
-    workdir: epath.Path,
-) -> dict[str, np.ndarray]:
-    """Every wanted image's row, made or read back from an earlier, interrupted evaluation."""
-    config, mesh = experiment.config.eval, sharding.data_mesh()
-    count = min(config.max_images or len(images), len(images))
-    identity = _identity(experiment, estimator, restored, images, control)
-    digest = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:12]
-    parts = Parts(workdir / "eval" / digest, identity)
-    done = parts.read()
-    missing = np.setdiff1d(np.arange(count), done.get("id", []))
-    if len(missing) < count:
-        logging.info("%d of %d images were evaluated before", count - len(missing), count)
-    score = experiment.adapter(restored.state.ema_params)
-    bar = progress.bar(f"eval {estimator}", "image", count, count - len(missing))
-    with bar:
-        for rows, mask in eval_batches(len(missing), sharding.round_up(config.batch_size)):
-            columns = _columns(experiment, estimator, score, control, images, missing[rows], mesh)
-            columns = {k: v[mask] for k, v in columns.items()}
-            if jax.process_index() == 0:
-                parts.write(columns)
-            bar.update(int(mask.sum()))
-            bar.set_postfix_str(f"{np.mean(columns['bits_per_dim']):.3f} bits/dim", refresh=False)
-    sharding.barrier("evaluated")
-    full = parts.read()
-    return {k: v[full["id"] < count] for k, v in full.items()}
-
-
-def _result(
-    experiment: Experiment, estimator: str, rows: dict[str, np.ndarray], size: int
-) -> dict[str, Any]:
-    interval = mean_interval(rows["bits_per_dim"])
-    return {
-        "estimator": estimator,
-        "dequantizer": "uniform",
-        "split": experiment.config.eval.split,
-        "n": interval.n,
-        "split_size": size,
-        "bits_per_dim": interval.mean,
-        "stderr": interval.stderr,
-        "ci95": interval.ci95,
-        "interval": list(interval.bounds),
-        "nonfinite": interval.nonfinite,
-        "min": float(rows["bits_per_dim"].min()),
-        "max": float(rows["bits_per_dim"].max()),
-        "terms": {name: float(rows[name].mean()) for name in estimators.TERMS[estimator]},
-        "nfe_mean": float(rows["nfe"].mean()),
-        "nfe_max": int(rows["nfe"].max()),
-    }
+    Raises:
+      ValueError: if it was to be trained and was not.
+    """
+    if name == CATEGORICAL:
+        return Dequantization(None, {})
+    model = experiment.dequantizer(name)
+    if name != experiment.config.dequantizer.name:
+        return Dequantization(model, model.init(jax.random.key(0), train.images[:1]))
+    restored = experiment.restore_dequantizer(workdir, train)
+    return Dequantization(model, restored.state.ema_params, restored)
 
 
 def _baselines(train: ImageSet, images: ImageSet, ids: np.ndarray) -> list[dict[str, Any]]:
@@ -177,8 +76,62 @@ def _training_mismatch(restored: Restored, train: ImageSet) -> list[str]:
             "on (k + u) / levels: the mismatch costs bits (data.dequantization=uniform trains on "
             "what is evaluated)"
         )
-        logging.warning(warnings[-1])
     return warnings
+
+
+def _dequantizer_mismatch(restored: Restored, name: str, found: Dequantization) -> list[str]:
+    """Warnings of a dequantizer made for another score, or other than the score was trained on."""
+    trained_on = restored.metadata["config"]["data"]["dequantization"]
+    if found.at_noise and trained_on == "uniform":
+        return [
+            f"{name}: the model was trained on uniformly dequantized images, this asks for noise "
+            "around bin centres: still a bound, but a loose one (data.dequantization=centre)"
+        ]
+    if not found.at_noise and trained_on == "centre":
+        return [
+            f"{name}: the model was trained on bin centres, this asks for its density all over the "
+            "bins: still a bound, but a loose one (data.dequantization=uniform)"
+        ]
+    if found.restored is not None:
+        against = found.restored.metadata["score"]["crc32"]
+        if against != tree_crc32(restored.state.ema_params):
+            return [
+                f"{name}: trained against another score (step "
+                f"{found.restored.metadata['score']['step']}): still a bound, but a loose one"
+            ]
+    return []
+
+
+def result_warnings(result: dict[str, Any]) -> list[str]:
+    """What a reader of the number must know: non-finite or outlying images, no convergence."""
+    name = f"{result['estimator']} {result['dequantizer']} K={result['num_importance']}"
+    warnings = []
+    if result["nonfinite"]:
+        warnings.append(f"{name}: {result['nonfinite']} images have a non-finite result")
+    if result["outliers"]:
+        shown = ", ".join(f"{i} ({value:.3f})" for i, value in result["outliers"][:5])
+        warnings.append(
+            f"{name}: {len(result['outliers'])} images lie over 6 robust standard deviations from "
+            f"the median, and count like all others: {shown}"
+        )
+    if not result.get("converged", True):
+        warnings.append(
+            f"{name}: UNCONVERGED, a tenth of the tolerance moves it by "
+            f"{result['solver_error']:.2g} bits/dim: lower eval.rtol and eval.atol"
+        )
+    return warnings
+
+
+def _line(result: dict[str, Any]) -> str:
+    low, high = result["interval"]
+    draws = f" K={result['num_importance']}" if result["num_importance"] > 1 else ""
+    name = f"{result['estimator']} {result['dequantizer']}{draws}"
+    mark = "" if result.get("converged", True) else " UNCONVERGED"
+    return (
+        f"{name:24s} {result['bits_per_dim']:.4f} bits/dim{mark}, 95% interval "
+        f"[{low:.4f}, {high:.4f}], for these images +-{result['this_set_ci95']:.4f}, "
+        f"n={result['n']}"
+    )
 
 
 def run(config: ConfigDict, workdir: epath.PathLike) -> None:
@@ -188,57 +141,61 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
     evaluation resumes where it was.
 
     Raises:
-      ValueError: without a checkpoint, or with one of another model.
+      ValueError: without a checkpoint or a trained dequantizer, or with one of another model; and
+        ``cells.Unconverged`` where fixed steps are too coarse.
     """
     experiment, workdir = Experiment(config), epath.Path(workdir)
     restored = experiment.restore(workdir)
     images, train = experiment.images(config.eval.split), experiment.images("train")
-    warnings = _training_mismatch(restored, train)
+    defined = [cell for cell in experiment.cells if not cell.undefined]
+    found = {
+        name: dequantization(experiment, name, workdir, train)
+        for name in {cell.dequantizer: None for cell in defined}
+    }
     start = time.perf_counter()
-    control = control_variate(experiment, train) if "bound" in config.eval.estimators else None
-    tables, results = {}, []
-    for estimator in config.eval.estimators:
-        fitted = control if estimator == "bound" else None
-        rows = table(experiment, estimator, restored, images, fitted, workdir)
-        results.append(_result(experiment, estimator, rows, len(images)))
-        ids = rows.pop("id")
-        tables.update({f"{estimator}_{name}": column for name, column in rows.items()})
-        if results[-1]["nonfinite"]:
-            count = results[-1]["nonfinite"]
-            warnings.append(f"{estimator}: {count} images have a non-finite result")
+    wants_control = any(cell.estimator == "bound" for cell in defined)
+    control = control_variate(experiment, train) if wants_control else None
+    shared = Evaluation(experiment, restored, images, control, workdir)
+    warnings = _training_mismatch(restored, train)
+    for name, dequantizer in found.items():
+        warnings += _dequantizer_mismatch(restored, name, dequantizer)
+        cells.check_first_batch(shared, dequantizer)
     if images.skipped:
         warnings.append(f"{len(images.skipped)} unreadable files: {'; '.join(images.skipped)}")
-    if len(ids) < len(images):
-        warnings.append(f"only {len(ids)} of {len(images)} images (eval.max_images)")
+    if shared.count < len(images):
+        warnings.append(f"only {shared.count} of {len(images)} images (eval.max_images)")
+    tables: cells.Table = {}
+    results = []
+    for cell in defined:
+        cell_run = CellRun(shared, cell, found[cell.dequantizer])
+        rows, noise = cell_run.finish()
+        results.append(cell_run.result(rows, noise))
+        warnings += result_warnings(results[-1])
+        print(_line(results[-1]))
+        named = {f"{cell.name}_{c}": rows[c] for c in (*cell.terms, "bits_per_dim", "nfe")}
+        tables = tables or {"id": rows["id"]}
+        if np.array_equal(rows["id"], tables["id"]):
+            tables.update(named)
+        elif jax.process_index() == 0:  # Of other images than the headline: a table of its own.
+            write_npz(workdir / f"per_image_{cell.name}.npz", {"id": rows["id"], **named})
+    for warning in warnings:
+        logging.warning(warning)
     evaluation = {
         "title": workdir.name,
         "results": results,
-        "baselines": _baselines(train, images, ids),
+        "undefined": {c.name: c.undefined for c in experiment.cells if c.undefined},
+        "baselines": _baselines(train, images, tables["id"]),
         "warnings": warnings,
         "model": {"name": config.model.name, "parameters": experiment.parameter_count()},
         "checkpoint": {"step": restored.step},
-        "solver": {
-            "method": config.eval.method,
-            "rtol": config.eval.rtol,
-            "atol": config.eval.atol,
-            "trace": config.eval.trace,
-            "probes": config.eval.probes,
-            "smallest_time": experiment.eval_eps,
-        },
         "data": {"train": train.fingerprint, config.eval.split: images.fingerprint},
         "config": experiment.to_plain(),
         "versions": versions(),
         "timing": {"evaluation_seconds": round(time.perf_counter() - start, 1)},
     }
     if jax.process_index() == 0:
-        write_npz(workdir / summary.PER_IMAGE, {"id": ids, **tables})
+        write_npz(workdir / summary.PER_IMAGE, tables)
         text = json.dumps(report.strict(evaluation), indent=1)
         write_whole(workdir / summary.EVALUATION, text.encode())
         summary.write(workdir, images)
-    for result in results:
-        low, high = result["interval"]
-        print(
-            f"{result['estimator']:6s} {result['bits_per_dim']:.4f} bits/dim, "
-            f"95% interval [{low:.4f}, {high:.4f}], n={result['n']}"
-        )
     print(f"report: {workdir / 'report.html'}")

@@ -7,6 +7,11 @@ For n values b_i with sample standard deviation S,
 is the 95% confidence interval of the expectation: over images it holds all noise, of the images and
 of every random draw that went into their values. Non-finite values are never trimmed: they make
 the mean non-finite, and their count is reported.
+
+For *this* data set only the random draws are noise. R independent sweeps over all its images have
+means m_r, and mean +- t_{R-1} sd(m_r) / sqrt(R) holds it. Where images draw independently a second
+draw of some m of them serves as well: with differences D_i of the two draws the noise of the mean
+over n images has variance mean(D_i^2) / (2 n), on m degrees of freedom.
 """
 
 import math
@@ -42,6 +47,29 @@ def mean_interval(values: np.ndarray) -> Interval:
     if not n:
         raise ValueError("no values to average")
     stderr = float(np.std(values, ddof=1)) / math.sqrt(n) if n > 1 else math.inf
-    quantile = float(stats.t.ppf(0.975, n - 1)) if n > 1 else 1.0
     nonfinite = int(np.sum(~np.isfinite(values)))
-    return Interval(float(np.mean(values)), stderr, quantile * stderr, n, nonfinite)
+    return Interval(float(np.mean(values)), stderr, half_width(stderr, n - 1), n, nonfinite)
+
+
+def half_width(stderr: float, freedom: int) -> float:
+    """Student's 97.5% quantile times ``stderr``; infinite without a degree of freedom."""
+    return float(stats.t.ppf(0.975, freedom)) * stderr if freedom > 0 else math.inf
+
+
+def repeated_stderr(first: np.ndarray, second: np.ndarray, n: int) -> tuple[float, int]:
+    """Noise of the mean over ``n`` images from two draws ``(m,)`` of some: (stderr, freedom)."""
+    differences = np.asarray(first, np.float64) - np.asarray(second, np.float64)
+    if not len(differences):
+        return math.inf, 0
+    return math.sqrt(float(np.mean(differences**2)) / (2 * n)), len(differences)
+
+
+def outliers(values: np.ndarray, width: float = 6.0) -> np.ndarray:
+    """Indices of values further than ``width`` robust standard deviations from the median.
+
+    The robust deviation is 1.4826 times the median absolute deviation. Nothing is trimmed for it:
+    whoever reads the mean should know what carries it.
+    """
+    values = np.asarray(values, np.float64)
+    distance = np.abs(values - np.median(values))
+    return np.flatnonzero(~(distance <= width * 1.4826 * np.median(distance)))

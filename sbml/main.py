@@ -10,10 +10,16 @@ from absl import app, flags, logging
 from etils import epath
 from ml_collections import config_flags
 
-from sbml import evaluate, sample, train
+from sbml import evaluate, sample, train, train_dequantizer, verify
 from sbml.config import check_overrides
 
-MODES = {"train": train.run, "eval": evaluate.run, "sample": sample.run}
+MODES = {
+    "train": train.run,
+    "train_dequantizer": train_dequantizer.run,
+    "eval": evaluate.run,
+    "sample": sample.run,
+    "verify": verify.run,
+}
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "Config file; any field of it can be set.")
 MODE = flags.DEFINE_list("mode", None, f"What to run, in order: {', '.join(MODES)}.")
@@ -23,7 +29,6 @@ COORDINATOR = flags.DEFINE_string(
 )
 PROCESSES = flags.DEFINE_integer("num_processes", None, "How many, unless --coordinator=auto.")
 PROCESS = flags.DEFINE_integer("process_id", None, "Which this is, unless --coordinator=auto.")
-flags.mark_flag_as_required("config")
 
 
 def parse(arguments: list[str]) -> list[str]:
@@ -43,6 +48,12 @@ def main(arguments: Sequence[str]) -> None:
     """Run the modes in order."""
     if len(arguments) > 1:
         raise app.UsageError(f"unknown: {arguments[1:]}; set fields as --config.field=value")
+    if MODE.value == ["verify"]:  # The one mode that no config changes.
+        return verify.run()
+    if CONFIG.value is None:
+        raise app.UsageError(
+            "--config=configs/<name>.py says what to run; without it, --mode=verify"
+        )
     modes = MODE.value or list(CONFIG.value.mode)
     unknown = [mode for mode in modes if mode not in MODES]
     if unknown:

@@ -44,9 +44,14 @@ class Stats(NamedTuple):
     success: Array
 
 
+def _static(default: Any) -> Any:
+    return dataclasses.field(default=default, metadata={"static": True})
+
+
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Solver:
-    """How to solve.
+    """How to solve: hashable, so static under ``jit``; or an argument, with traced tolerances.
 
     Attributes:
       method: ``dopri5``, ``tsit5``, ``heun`` or ``euler``.
@@ -61,15 +66,15 @@ class Solver:
       ValueError: for an unknown method, or step control on a method without an error estimate.
     """
 
-    method: str = "dopri5"
+    method: str = _static("dopri5")
     rtol: float = 1e-4
     atol: float = 1e-4
-    power: float = 2.0
-    first_step: float = 1e-3
-    pcoeff: float = 0.3
-    icoeff: float = 0.4
-    fixed_steps: int | None = None
-    max_steps: int = 10_000
+    power: float = _static(2.0)
+    first_step: float = _static(1e-3)
+    pcoeff: float = _static(0.3)
+    icoeff: float = _static(0.4)
+    fixed_steps: int | None = _static(None)
+    max_steps: int = _static(10_000)
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:
@@ -77,12 +82,17 @@ class Solver:
         if self.method == "euler" and self.fixed_steps is None:
             raise ValueError("euler has no error estimate: set fixed_steps, or choose dopri5")
         for name in ("rtol", "atol", "power", "first_step"):
-            if not getattr(self, name) > 0:
+            value = getattr(self, name)
+            if isinstance(value, int | float) and not value > 0:
                 raise ValueError(f"{name}={getattr(self, name)}: must be positive")
         for name in ("fixed_steps", "max_steps"):
             steps = getattr(self, name)
             if steps is not None and steps < 1:
                 raise ValueError(f"{name}={steps}: need at least one")
+
+    def tighter(self, factor: float) -> "Solver":
+        """The same with both tolerances divided by ``factor``."""
+        return dataclasses.replace(self, rtol=self.rtol / factor, atol=self.atol / factor)
 
 
 def rms_norm(tree: Any) -> Array:

@@ -1,6 +1,6 @@
 """How diffusion times are drawn to estimate an integral over t in [eps, T].
 
-Two independent choices. *Where*: a proposal maps u in [0, 1) to a time and a weight with
+Three independent choices. *Where*: a proposal maps u in [0, 1) to a time and a weight with
 
     E_u[ weight(u) h(t(u)) ] = integral_eps^T h(t) dt      for every h,
 
@@ -8,6 +8,15 @@ so any proposal gives an unbiased loss; ``importance`` is uniform in log-SNR, wh
 likelihood weighting g^2/sigma^2 makes every weight equal (Song et al. 2021, section 5).
 *How*: the points u are independent (``iid``) or a randomly shifted lattice over the whole batch
 (``lattice``), each point uniform by itself, the set evenly spread (Kingma et al., VDM, 2021).
+*How many where*: :func:`warp` moves the points first, u -> (v, 1/q(v)), so that they have the
+piecewise-constant density q, and
+
+    E_u[ 1/q(v) weight(v) h(t(v)) ] = integral_eps^T h(t) dt.
+
+The variance is least for q(v) proportional to the root mean square of what is averaged, weight h
+(or of its part that the lattice leaves random). :func:`tally` keeps running means of it in bins,
+:func:`floored` makes them a density. Any q that past draws determine leaves the mean of the next
+draws as it is; one that a draw itself has entered would not.
 """
 
 import abc
@@ -40,6 +49,79 @@ def lattice(key: Key, n: int, draws: int = 1) -> Array:
 
 
 DRAWS = {"iid": iid, "lattice": lattice}
+
+
+def warp(u: Array, density: Array) -> tuple[Array, Array]:
+    """Points v of a piecewise-constant density q on [0, 1), and 1/q(v), so that
+
+        E_u[ h(v) / q(v) ] = integral_0^1 h(v) dv      for u uniform and every h.
+
+    v is the inverse of q's distribution function, so it rises with u: n points evenly spread in u
+    are evenly spread in v, each with its 1/n of the mass.
+
+    Args:
+      u: points in [0, 1), any shape.
+      density: q on ``bins`` equal bins, ``(bins,)``, positive; scaled here to a mean of 1.
+
+    Returns:
+      v in [0, 1) and 1/q(v), of the shape of ``u``.
+    """
+    bins = density.size
+    below = jnp.cumsum(density / jnp.sum(density))
+    # Summed in pieces, the rounded sums might fall or end beside 1: u < 1 must lie in a bin.
+    below = jax.lax.cummax(jnp.minimum(below, 1)).at[-1].set(1)
+    edges = jnp.concatenate([jnp.zeros_like(below[:1]), below]).astype(u.dtype)
+    # The masses are those of the rounded edges, so that weights and points agree to the last digit.
+    mass = jnp.diff(edges)
+    k = jnp.searchsorted(edges[1:], u, side="right")
+    v = (k + (u - edges[k]) / mass[k]) / bins
+    return jnp.clip(v, 0, 1 - jnp.finfo(v.dtype).epsneg), 1 / (bins * mass[k])
+
+
+def floored(scale: Array, floor: float = 0.1) -> Array:
+    """A density q = (1 - floor) scale / mean(scale) + floor of mean 1, for :func:`warp`.
+
+    No weight 1/q exceeds 1 / floor, however wrong ``scale`` is: against the uniform density the
+    second moment, and so about the variance, rises at most that much.
+
+    Args:
+      scale: what the density is to follow, ``(bins,)``, at least 0. Bins without a finite value,
+        as those never visited, count as the mean of the others; so does every bin if all are 0.
+      floor: the part of the draws that stays uniform, in (0, 1].
+
+    Raises:
+      ValueError: for a ``floor`` outside (0, 1].
+    """
+    if not 0 < floor <= 1:
+        raise ValueError(f"floor={floor}: must lie in (0, 1]")
+    known = jnp.isfinite(scale) & (scale >= 0)
+    largest = jnp.max(jnp.where(known, scale, 0))
+    # Relative to the largest first: their sum could overflow.
+    relative = jnp.where(known, scale, 0) / jnp.where(largest > 0, largest, 1)
+    mean = jnp.sum(relative) / jnp.maximum(jnp.sum(known), 1)
+    shape = jnp.where(known, relative, mean)
+    return (1 - floor) * jnp.where(mean > 0, shape / jnp.mean(shape), 1) + floor
+
+
+def tally(counts: Array, v: Array, values: Array, decay: float) -> Array:
+    """Running sums over bins of v, from which ``counts[1] / counts[0]`` are means in each bin.
+
+        counts <- decay counts + sum over the batch of (1, value) in the bin of v
+
+    A bin seldom visited keeps its mean (both rows decay alike); one never visited has 0 / 0, which
+    :func:`floored` understands.
+
+    Args:
+      counts: ``(2, bins)``, zeros at the start.
+      v: points in [0, 1), ``(n,)``, from :func:`warp`.
+      values: what to average at each point, ``(n,)``, without the weight 1/q(v).
+      decay: weight of the past; the memory is 1 / (1 - decay) batches.
+    """
+    bins = counts.shape[1]
+    inside = jnp.floor(v * bins)[:, None] == jnp.arange(bins)[None]
+    # Masked sums keep one order of addition, a scatter need not: a resumed run stays bitwise equal.
+    sums = jnp.sum(jnp.where(inside, values[:, None], 0), axis=0)
+    return decay * counts + jnp.stack([jnp.sum(inside, axis=0).astype(sums.dtype), sums])
 
 
 @dataclasses.dataclass(frozen=True)

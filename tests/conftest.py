@@ -1,9 +1,20 @@
-"""What the tests share: float64 and strict ranks for the mathematics."""
+"""What the tests share: float64 and strict ranks for the mathematics, and compiled functions."""
 
+import os
+import tempfile
 from collections.abc import Iterator
+
+# Loading from the cache below, XLA lists the processor's features at length, as an error.
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 import jax
 import pytest
+
+# Most of the suite's time is compilation, often of one function in several processes: compile once.
+# The folder lasts as long as the test process; its children find it in the environment.
+_compiled = tempfile.TemporaryDirectory(prefix="sbml-compiled-")
+os.environ["JAX_COMPILATION_CACHE_DIR"] = _compiled.name
+jax.config.update("jax_compilation_cache_dir", _compiled.name)
 
 
 @pytest.fixture(scope="module")

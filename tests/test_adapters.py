@@ -6,10 +6,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-import oracle
 import pytest
 
-from sbml import losses, times
+from sbml import losses, oracle, times
 from sbml.adapters import LABELS, PARAMETERIZATIONS, Adapter, LinenScore
 from sbml.sdes import SDE, SDES, VP
 from sbml.types import Array, Key, batched

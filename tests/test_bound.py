@@ -3,12 +3,11 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-import oracle
 import pytest
 from jax.scipy.stats import norm
 from scipy import integrate
 
-from sbml import bound, sampling, times
+from sbml import bound, oracle, sampling, times
 from sbml.sdes import SDES
 
 pytestmark = [pytest.mark.usefixtures("x64"), pytest.mark.oracle]

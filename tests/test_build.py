@@ -2,6 +2,7 @@
 
 import importlib.util
 import pathlib
+import re
 
 import pytest
 import runs
@@ -52,6 +53,10 @@ def test_papers_settings(data, sde, size, count):
         ("data", "dequantization", "flow", "data.dequantization='flow' is unknown"),
         ("optim", "schedule", "step", "unknown optim.schedule 'step'"),
         ("eval", "estimators", ("ode", "elbo"), "eval.estimators='elbo' is unknown"),
+        ("eval", "estimators", (), "eval.estimators is empty: choose from"),
+        ("eval", "dequantizers", ("uniform", "flow"), "eval.dequantizers='flow' is unknown"),
+        ("eval", "dequantizers", ("none",), "eval.dequantizers=none is refused: integers have no"),
+        ("eval", "num_importance", (0,), "eval.num_importance=(0,): need integers from 1 up"),
         ("eval", "times", "grid", "eval.times='grid' is unknown"),
         ("eval", "method", "rk4", "unknown ODE method 'rk4'"),
         ("eval", "trace", "guess", "unknown trace 'guess'"),
@@ -64,7 +69,34 @@ def test_papers_settings(data, sde, size, count):
 def test_a_wrong_value_is_named(section, field, value, message):
     config = tiny.get_config()
     config[section][field] = value
-    with pytest.raises(ValueError, match=message.replace(".", r"\.")):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        build.Experiment(config)
+
+
+def test_the_table_of_an_evaluation():
+    """Estimator x dequantizer x K, as the command line gives them; undefined cells say why."""
+    config = tiny.get_config()
+    config.eval.dequantizers = ("uniform,categorical",)  # One string: that is how a flag arrives.
+    config.eval.num_importance = (1, 20)
+    cells = {cell.name: cell.undefined for cell in build.Experiment(config).cells}
+    assert list(cells)[:2] == ["ode_uniform", "ode_uniform_k20"]
+    assert [name for name, reason in cells.items() if not reason] == [
+        "ode_uniform", "ode_uniform_k20", "bound_uniform", "bound_categorical",
+    ]  # fmt: skip
+    assert "expectation" in cells["bound_uniform_k20"] and "density" in cells["ode_categorical"]
+    config.eval.estimators = ("bound",)
+    config.eval.num_importance = (20,)
+    with pytest.raises(ValueError, match="no number to compute: bound_uniform_k20"):
+        build.Experiment(config)
+
+
+def test_hutchinson_with_several_samples_is_refused_with_the_reason():
+    config = tiny.get_config()
+    config.eval.num_importance = (1, 20)
+    assert build.Experiment(config).trace(20).kind == "exact"
+    assert build.Experiment(config).trace(1).kind == "rademacher"
+    config.eval.trace = "rademacher"
+    with pytest.raises(ValueError, match="logarithm of a mean of K likelihoods too good"):
         build.Experiment(config)
 
 
@@ -78,8 +110,8 @@ def test_data_of_another_shape_is_refused():
 def test_unknown_fields_modes_and_arguments_list_the_choices(tmp_path):
     for flag, expected in [
         ("--config.optim.learning_rate=1", "beta1, beta2, ema, eps, grad_clip, lr"),
-        ("--config.optimizer.lr=1", "data, eval, mode, model, optim"),
-        ("--mode=trian", "train, eval, sample"),
+        ("--config.optimizer.lr=1", "data, dequantizer, eval, mode, model, optim"),
+        ("--mode=trian", "train, train_dequantizer, eval, sample"),
         ("lr=1", "set fields as --config.field=value"),
     ]:
         err = runs.run(tmp_path, flag, expect=1)

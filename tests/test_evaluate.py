@@ -11,8 +11,9 @@ import tiny
 from scipy import stats
 from sklearn.datasets import load_digits
 
-from sbml import baselines, build, estimators, evaluate, summary
-from sbml.intervals import mean_interval
+from sbml import baselines, build, cells, evaluate, summary
+from sbml.estimators import Cell
+from sbml.intervals import mean_interval, outliers, repeated_stderr
 from sbml.runtime.parts import Parts, read_npz
 
 
@@ -29,19 +30,21 @@ def table(trained):
     return read_npz(trained / summary.PER_IMAGE)
 
 
-def rows(trained, directory, ids, batch_size):
-    """The rows of ``ids`` computed anew in batches of ``batch_size``."""
+def cell_run(workdir, directory, cell, **fields):
+    """The run of one cell on the checkpoint of ``workdir``, its rows kept in ``directory``."""
     config = tiny.get_config()
-    config.eval.batch_size = batch_size
-    config.eval.max_images = len(ids)
+    config.eval.update(fields)
     experiment = build.Experiment(config)
-    images = experiment.images("test")
-    restored = experiment.restore(trained)
-    control = evaluate.control_variate(experiment, experiment.images("train"))
-    return {
-        "ode": evaluate.table(experiment, "ode", restored, images, None, directory),
-        "bound": evaluate.table(experiment, "bound", restored, images, control, directory),
-    }
+    images, train = experiment.images("test"), experiment.images("train")
+    control = evaluate.control_variate(experiment, train) if cell.estimator == "bound" else None
+    shared = cells.Evaluation(
+        experiment, experiment.restore(workdir), images, control, directory
+    )  # fmt: skip
+    found = evaluate.dequantization(experiment, cell.dequantizer, workdir, train)
+    return cells.CellRun(shared, cell, found)
+
+
+ODE, BOUND = Cell("ode", "uniform"), Cell("bound", "uniform")
 
 
 def test_every_image_counts_once(trained, table):
@@ -49,26 +52,22 @@ def test_every_image_counts_once(trained, table):
     np.testing.assert_array_equal(table["id"], np.arange(360))
     for result, name in zip(report["results"], ("ode", "bound"), strict=True):
         assert (result["estimator"], result["n"]) == (name, 360)
-        assert result["bits_per_dim"] == pytest.approx(table[f"{name}_bits_per_dim"].mean())
+        assert result["bits_per_dim"] == pytest.approx(table[f"{name}_uniform_bits_per_dim"].mean())
     assert report["samples"]["count"] == 4
     assert report["data"]["test"]["count"] == 360
 
 
-@pytest.mark.parametrize("name", ["ode", "bound"])
-def test_terms_add_up(table, name):
-    total = sum(table[f"{name}_{term}"] for term in estimators.TERMS[name])
-    np.testing.assert_allclose(total, table[f"{name}_bits_per_dim"], rtol=0, atol=1e-6)
-    np.testing.assert_allclose(table[f"{name}_scale"], math.log2(17 / 2))
+@pytest.mark.parametrize("cell", [ODE, BOUND], ids=lambda c: c.name)
+def test_terms_add_up(table, cell):
+    total = sum(table[f"{cell.name}_{term}"] for term in cell.terms)
+    np.testing.assert_allclose(total, table[f"{cell.name}_bits_per_dim"], rtol=0, atol=1e-6)
+    np.testing.assert_allclose(table[f"{cell.name}_scale"], math.log2(17 / 2))
 
 
 def test_bound_without_control_or_lattice_has_the_same_mean(trained, table, tmp_path):
     """Independent times and no control variate estimate the same expectation, less precisely."""
-    config = tiny.get_config()
-    config.eval.update(control=False, times="iid", n_times=64, seed=1)
-    experiment = build.Experiment(config)
-    images, restored = experiment.images("test"), experiment.restore(trained)
-    plain = evaluate.table(experiment, "bound", restored, images, None, tmp_path)
-    gap = plain["bits_per_dim"] - table["bound_bits_per_dim"]
+    run = cell_run(trained, tmp_path, BOUND, control=False, times="iid", n_times=64, seed=1)
+    gap = run.rows(np.arange(360), 0)["bits_per_dim"] - table["bound_uniform_bits_per_dim"]
     assert abs(gap.mean()) < 4 * gap.std() / np.sqrt(len(gap))
     assert abs(gap.mean()) < 0.1
 
@@ -76,11 +75,13 @@ def test_bound_without_control_or_lattice_has_the_same_mean(trained, table, tmp_
 @pytest.mark.parametrize("batch_size", [1, 7, 128])
 def test_batch_size_changes_nothing(trained, table, tmp_path, batch_size):
     ids = np.arange(16)
-    got = rows(trained, tmp_path, ids, batch_size)
-    for name, rows_of in got.items():
-        np.testing.assert_array_equal(rows_of["id"], ids)
-        expected = table[f"{name}_bits_per_dim"][ids]
-        np.testing.assert_allclose(rows_of["bits_per_dim"], expected, rtol=0, atol=1e-4)
+    for cell in (ODE, BOUND):
+        run = cell_run(trained, tmp_path, cell, batch_size=batch_size, sweeps=1)
+        got = [run.rows(ids, sweep) for sweep in range(8 if cell == BOUND else 1)]
+        np.testing.assert_array_equal(got[0]["id"], ids)
+        values = np.mean([rows["bits_per_dim"] for rows in got], axis=0)
+        expected = table[f"{cell.name}_bits_per_dim"][ids]
+        np.testing.assert_allclose(values, expected, rtol=0, atol=1e-4)
 
 
 def test_eight_devices_change_nothing(trained, table, tmp_path):
@@ -88,7 +89,7 @@ def test_eight_devices_change_nothing(trained, table, tmp_path):
     runs.run(tmp_path, "--mode=eval", "--config.eval.batch_size=100", devices=8)
     got = read_npz(tmp_path / summary.PER_IMAGE)
     np.testing.assert_array_equal(got["id"], np.arange(360))
-    for column in ("ode_bits_per_dim", "bound_bits_per_dim"):
+    for column in ("ode_uniform_bits_per_dim", "bound_uniform_bits_per_dim"):
         np.testing.assert_allclose(got[column], table[column], rtol=0, atol=1e-4)
 
 
@@ -105,23 +106,29 @@ def test_killed_evaluation_ends_in_the_same_bytes(trained, tmp_path):
     process.kill()
     process.communicate()
     before = {path: path.stat().st_mtime_ns for path in parts()}
-    assert 0 < len(before) < 6
+    assert 0 < len(before) < 20
     runs.run(tmp_path, "--mode=eval")
     assert all(path.stat().st_mtime_ns == made for path, made in before.items())
     name = summary.PER_IMAGE
     assert (tmp_path / name).read_bytes() == (trained / name).read_bytes()
 
 
+def rows(sweep, ids):
+    return {"sweep": np.full(len(ids), sweep), "id": ids, "value": np.zeros(len(ids))}
+
+
 def test_parts_report_damage_and_refuse_strangers(tmp_path, caplog):
     parts = Parts(tmp_path, {"step": 1})
-    parts.write({"id": np.arange(3), "value": np.zeros(3)})
-    parts.write({"id": np.arange(3, 5), "value": np.ones(2)})
-    (tmp_path / "part_00000000.npz").write_bytes(b"not a table")
-    np.testing.assert_array_equal(parts.read()["id"], [3, 4])
-    assert "part_00000000.npz is damaged" in caplog.text
+    parts.write(rows(0, np.arange(3)))
+    parts.write(rows(0, np.arange(3, 5)))
+    parts.write(rows(1, np.arange(2)))
+    (tmp_path / "part_0000_00000000.npz").write_bytes(b"not a table")
+    np.testing.assert_array_equal(parts.read()["id"], [3, 4, 0, 1])
+    np.testing.assert_array_equal(parts.read()["sweep"], [0, 0, 1, 1])
+    assert "part_0000_00000000.npz is damaged" in caplog.text
     with pytest.raises(ValueError, match="another computation"):
         Parts(tmp_path, {"step": 2})
-    parts.write({"id": np.arange(4), "value": np.zeros(4)})
+    parts.write(rows(0, np.arange(4)))
     with pytest.raises(ValueError, match="an image twice"):
         parts.read()
 
@@ -158,3 +165,113 @@ def test_interval_is_students():
     assert broken.nonfinite == 1 and math.isnan(broken.mean)
     with pytest.raises(ValueError, match="no values"):
         mean_interval(np.array([]))
+
+
+def test_noise_of_a_repeated_draw():
+    """The standard error of a mean of independently noisy values, from a second draw of some."""
+    rng = np.random.default_rng(0)
+    sd = rng.uniform(0.5, 2.0, 400)
+    first, second = rng.normal(0, sd), rng.normal(0, sd)
+    stderr, freedom = repeated_stderr(first, second, 1000)
+    assert freedom == 400
+    assert stderr == pytest.approx(math.sqrt(np.mean(sd**2) / 1000), rel=0.15)
+    assert repeated_stderr([], [], 10) == (math.inf, 0)
+
+
+def test_outliers_are_found_and_nothing_else():
+    values = np.random.default_rng(0).normal(2.0, 0.1, 500)
+    assert len(outliers(values)) == 0
+    values[[3, 77]] = 5.0, np.nan
+    np.testing.assert_array_equal(outliers(values[values == values]), [3])
+    assert 77 in outliers(values)
+
+
+def test_solver_guard_measures_the_solvers_error(trained, tmp_path, table):
+    """Within its budget by default; a loose tolerance is off by what the guard says, and marked."""
+    few = {"subset": 16, "max_images": 16}
+    _, tight = cell_run(trained, tmp_path, ODE, **few).finish()
+    assert tight["converged"] and abs(tight["solver_error"]) < 1e-5
+    loose = {"rtol": 3.0, "atol": 3.0, "solver_budget": 1e-5, **few}
+    run = cell_run(trained, tmp_path, ODE, **loose)
+    rows, noise = run.finish()
+    truth = np.mean(rows["bits_per_dim"] - table["ode_uniform_bits_per_dim"][:16])
+    assert abs(truth) > 3e-5 and not noise["converged"]
+    assert noise["solver_error"] == pytest.approx(truth, rel=0.5)
+    assert any("UNCONVERGED" in w for w in evaluate.result_warnings(run.result(rows, noise)))
+
+
+def test_eight_euler_steps_are_refused(trained, tmp_path):
+    run = cell_run(trained, tmp_path, ODE, subset=8, method="euler", fixed_steps=8)
+    with pytest.raises(cells.Unconverged, match="8 euler steps are off by .* refused"):
+        run.finish()
+
+
+def test_target_se_sweeps_until_it_is_reached(trained, tmp_path, caplog):
+    first = cell_run(trained, tmp_path, BOUND, sweeps=3)
+    _, noise = first.finish()
+    target = noise["this_set_stderr"] / 1.5
+    table, more = cell_run(trained, tmp_path, BOUND, sweeps=3, target_se=target).finish()
+    assert more["sweeps"] > 3 and more["this_set_stderr"] <= target
+    means = [first.rows(np.arange(360), r)["bits_per_dim"].mean() for r in range(more["sweeps"])]
+    assert more["this_set_stderr"] == pytest.approx(stats.sem(means))
+    half = stats.t.ppf(0.975, len(means) - 1) * stats.sem(means)
+    assert more["this_set_ci95"] == pytest.approx(half)
+    assert table["bits_per_dim"].mean() == pytest.approx(np.mean(means))
+    _, few = cell_run(trained, tmp_path, BOUND, sweeps=3, max_sweeps=4, target_se=1e-9).finish()
+    assert few["sweeps"] == 4 and "above eval.target_se=1e-09" in caplog.text
+
+
+def test_several_samples_tighten_and_their_terms_add_up(trained, tmp_path, table):
+    """K = 4 with the exact trace, against the same densities put together by hand."""
+    count = 6
+    one = cell_run(trained, tmp_path, ODE, trace="exact", max_images=count, subset=2)
+    four = cell_run(trained, tmp_path, Cell("ode", "uniform", 4), max_images=count, subset=2)
+    rows = four.rows(np.arange(count), 0)
+    total = sum(rows[name] for name in four.cell.terms)
+    np.testing.assert_allclose(total, rows["bits_per_dim"], rtol=0, atol=1e-6)
+    assert np.all(rows["importance"] >= 0) and rows["importance"].max() > 0
+    assert np.all(rows["importance"] <= math.log2(4) / 64)
+    repeats = [one.rows(np.arange(count), r)["bits_per_dim"] for r in range(40)]
+    nats = -np.asarray(repeats) * 64 * math.log(2)
+    groups = nats.reshape(10, 4, count)
+    mean4 = -(np.logaddexp.reduce(groups, axis=1) - math.log(4)) / 64 / math.log(2)
+    spread = mean4.std(0, ddof=1)
+    assert np.all(np.abs(rows["bits_per_dim"] - mean4.mean(0)) < 4.5 * spread * math.sqrt(1.1))
+    assert rows["bits_per_dim"].mean() < np.mean(repeats)
+
+
+def test_integers_left_alone_are_refused(trained, tmp_path):
+    run = cell_run(trained, tmp_path, ODE)
+
+    class Nothing:
+        at_noise = False
+
+        def sample(self, params, pixels, key):
+            return np.zeros(pixels.shape, np.float32), np.zeros((), np.float32)
+
+    with pytest.raises(ValueError, match="dequantize them before a density"):
+        cells.check_first_batch(run.shared, cells.Dequantization(Nothing(), {}))
+    cells.check_first_batch(run.shared, run.dequantization)
+
+
+def test_every_cell_of_the_table_from_one_checkpoint(trained, tmp_path):
+    """Two estimators, three ways to meet integers; bounds above the density where it is exact."""
+    (tmp_path / "checkpoints").symlink_to(trained / "checkpoints")
+    config = tiny.get_config()
+    config.eval.dequantizers = ("uniform", "truncated_normal", "categorical")
+    config.eval.update(max_images=40, subset=8, sweeps=3)
+    evaluate.run(config, tmp_path)
+    report = json.loads((tmp_path / "report.json").read_text())
+    names = [(r["estimator"], r["dequantizer"]) for r in report["results"]]
+    assert names == [
+        ("ode", "uniform"), ("ode", "truncated_normal"), ("bound", "uniform"),
+        ("bound", "truncated_normal"), ("bound", "categorical"),
+    ]  # fmt: skip
+    assert list(report["undefined"]) == ["ode_categorical"]
+    for result in report["results"]:
+        assert result["bits_per_dim"] == pytest.approx(sum(result["terms"].values()), abs=1e-6)
+        assert result["n"] == 40 and 0 < result["this_set_ci95"] < 1
+    assert any("bin centres" in warning for warning in report["warnings"])
+    with pytest.raises(ValueError, match="no dequantizer in .*--mode=train_dequantizer"):
+        config.eval.dequantizers = ("variational",)
+        evaluate.run(config, tmp_path)

@@ -22,7 +22,7 @@ from jax.scipy.stats import logistic
 from sbml.dequantizers import _flowpp_flow as flow
 from sbml.dequantizers import _flowpp_layers as layers
 from sbml.dequantizers import _mixture_logistic as mixture_logistic
-from sbml.dequantizers import flowpp
+from sbml.dequantizers import variational as flowpp
 from sbml.types import Array
 
 FILE = Path(__file__).parent / "data" / "flowpp_small.npz"

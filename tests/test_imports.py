@@ -28,33 +28,44 @@ BELOW_BUILD = (
         "config",
         "baselines",
         "intervals",
+        "discrete",
         "estimators",
     }
 )
-MODES = {"train", "evaluate", "sample"}
+MODES = {"train", "train_dequantizer", "evaluate", "sample", "verify"}
 
 # What a module may import from the package, beside ``types`` and the files of its own folder.
 # The longest matching name decides; a new module at the top needs a row of its own.
 ALLOWED: dict[str, set[str]] = {
     **dict.fromkeys(("types", "sdes", "divergence", "bits", "intervals"), set()),
     **dict.fromkeys(("networks", "dequantizers", "data"), set()),
-    **dict.fromkeys(("times", "adapters", "ode"), {"sdes"}),
+    **dict.fromkeys(("times", "adapters", "ode", "oracle"), {"sdes"}),
     "losses": MATHEMATICS,
     "bound": MATHEMATICS | {"losses"},
+    "discrete": MATHEMATICS | {"bound", "dequantizers"},
     **dict.fromkeys(("likelihood", "sampling"), MATHEMATICS | {"ode"}),
     "baselines": {"bits"},
-    "estimators": MATHEMATICS | {"bits", "bound", "likelihood", "ode", "dequantizers"},
+    "estimators": MATHEMATICS | {"bits", "bound", "discrete", "likelihood", "ode"},
+    "checks": MATHEMATICS
+    | {"bits", "bound", "dequantizers", "discrete", "likelihood", "losses", "ode", "oracle"},
+    "verify": {"sdes", "checks"},
     "config": {"networks"},
     "runtime": {"bits"},
     "runtime.convert": {"bits", "networks", "dequantizers"},
     "build": BELOW_BUILD,
     "summary": {"data", "runtime"},
-    **dict.fromkeys(("evaluate", "sample"), BELOW_BUILD | {"build", "summary"}),
+    **dict.fromkeys(("loop", "cells"), BELOW_BUILD | {"build"}),
+    "sample": BELOW_BUILD | {"build", "summary"},
+    "evaluate": BELOW_BUILD | {"build", "cells", "summary"},
+    "train_dequantizer": BELOW_BUILD | {"build", "loop"},
     # Training draws the sample grids of its logs.
-    "train": BELOW_BUILD | {"build", "sample"},
+    "train": BELOW_BUILD | {"build", "loop", "sample"},
     "main": MODES | {"config"},
 }
-PURE = ("types", "sdes", "times", "divergence", "bits", "ode", "losses", "likelihood", "sampling")
+PURE = (
+    *("types", "sdes", "times", "divergence", "bits", "ode", "losses", "likelihood", "sampling"),
+    "oracle",
+)
 NETWORK_LIBRARIES = {"flax", "equinox", "haiku", "optax", "orbax", "grain", "ml_collections"}
 
 
@@ -102,7 +113,7 @@ def test_the_mathematics_knows_no_network_library(module: str) -> None:
 @pytest.mark.parametrize("module", MODULES)
 def test_configs_are_read_above_the_building_blocks(module: str) -> None:
     if any(name.split(".")[0] == "ml_collections" for name in imports(tree_of(module))):
-        assert module in {"config", "build", "main"} | MODES
+        assert module in {"config", "build", "loop", "main"} | MODES
 
 
 def sde_branches(tree: ast.Module) -> Iterator[str]:

@@ -6,11 +6,10 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import numpy as np
-import oracle
 import pytest
 import scipy.stats
 
-from sbml import ode
+from sbml import ode, oracle
 from sbml.likelihood import Likelihood, Trace, ode_logp
 from sbml.ode import Solver
 from sbml.sdes import SDES

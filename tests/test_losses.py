@@ -3,11 +3,10 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-import oracle
 import pytest
 import scipy.integrate
 
-from sbml import losses, times
+from sbml import losses, oracle, times
 from sbml.sdes import SDE, SDES
 from sbml.types import Array, Key, Score
 

@@ -5,9 +5,9 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-import oracle
 import pytest
 
+from sbml import oracle
 from sbml.likelihood import Trace, ode_logp
 from sbml.ode import Solver
 from sbml.sampling import decode, denoise, ode_sample

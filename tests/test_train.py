@@ -13,7 +13,7 @@ import runs
 import tiny
 from etils import epath
 
-from sbml import build, train
+from sbml import build, loop, train
 from sbml.runtime import metrics, sharding
 
 
@@ -108,18 +108,22 @@ def test_two_processes_give_the_same_losses(whole, tmp_path):
         assert loss == pytest.approx(expected[step], rel=1e-5)
 
 
+def compiled(experiment, mesh):
+    return loop.compiled_step(train.task(experiment, epath.Path("unused")), mesh)
+
+
 def one_step(**training):
     """State and metrics of two updates from the start, with ``training`` fields overridden."""
     config = tiny.get_config()
     config.training.update(training)
     experiment, mesh = build.Experiment(config), sharding.data_mesh()
     pixels = experiment.images("train").images[:128].reshape(2, 64, 8, 8, 1)
-    state, step = experiment.init_state(mesh), train.compiled_step(experiment, mesh)
+    state, step = experiment.init_state(mesh), compiled(experiment, mesh)
     key = jax.random.key(0)
     if config.training.steps_per_dispatch == 2:
-        return step(state, pixels, key)
-    state, first = step(state, pixels[0], key)
-    state, second = step(state, pixels[1], key)
+        return step(state, pixels, key, ())
+    state, first = step(state, pixels[0], key, ())
+    state, second = step(state, pixels[1], key, ())
     return state, jax.tree.map(lambda *a: np.stack(a), first, second)
 
 
@@ -151,7 +155,7 @@ def test_non_finite_loss_stops_and_names_the_last_checkpoint(tmp_path):
     config = tiny.get_config()
     config.optim.update(lr=1e30, warmup=0, grad_clip=0.0)
     config.training.checkpoint_every = 1
-    with pytest.raises(train.NonFiniteLoss, match=r"step \d+: loss .*Last good checkpoint"):
+    with pytest.raises(loop.NonFiniteLoss, match=r"step \d+: loss .*Last good checkpoint"):
         train.run(config, tmp_path)
     experiment = build.Experiment(config)
     restored = experiment.restore(tmp_path)

@@ -5,7 +5,7 @@ Jensen's inequality makes any density estimate of pixels + u a bound on the inte
 """
 
 import dataclasses
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +16,8 @@ from sbml.types import Array, Key
 @dataclasses.dataclass(frozen=True)
 class Model:
     """A dequantizer with nothing to learn."""
+
+    at_noise: ClassVar[bool] = False
 
     def init(self, key: Key, pixels: Array) -> Any:
         """No parameters."""

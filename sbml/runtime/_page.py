@@ -24,12 +24,15 @@ PIXEL_BUDGET = 150_000  # bytes before compression, for each strip and half the 
 COLUMNS = {
     "estimator": ("estimator", "word"),
     "dequantizer": ("dequantizer", "word"),
+    "num_importance": ("K", ""),
     "split": ("split", "word"),
     "n": ("images", ""),
     "bits_per_dim": ("bits/dim", "bits"),
     "ci95": ("±\u00a095%", "bits"),
     "interval": ("95% interval", "bits"),
-    "stderr": ("std. error", "bits"),
+    "this_set_ci95": ("± these images", ".2g"),
+    "solver_error": ("solver error", ".1g"),
+    "converged": ("converged", "word"),
     "min": ("least", "bits"),
     "max": ("greatest", "bits"),
     "nonfinite": ("not finite", ""),
@@ -71,11 +74,13 @@ def render(
             {column["key"]: _text(row.get(column["key"]), column["format"]) for column in columns}
             for row in report["results"]
         ],
+        ledger=_ledger(report["results"]),
         histograms=[
             *(_histogram(f"{name} bits/dim".strip(), column) for name, column in bits.items()),
             *(
                 _histogram(f"{name} network evaluations".strip(), column)
                 for name, column in ending(table, "nfe").items()
+                if np.ptp(column) > 0
             ),
         ],
         best=best,
@@ -91,6 +96,8 @@ def _text(value: Any, form: str = "") -> str:
     """A value of the report as the page shows it; ``form`` is for floats, "bits" for bits/dim."""
     if value is None:
         return "–"
+    if isinstance(value, bool):
+        return "yes" if value else "NO"
     if isinstance(value, list):
         return " to ".join(_text(item, form) for item in value)
     if isinstance(value, float):
@@ -98,7 +105,7 @@ def _text(value: Any, form: str = "") -> str:
             return json.dumps(value)
         readable = ".3f" if 1e-3 <= abs(value) < 1e5 or value == 0 else ".3g"
         return format(value, readable if form == "bits" else form)
-    if isinstance(value, int) and not isinstance(value, bool):
+    if isinstance(value, int):
         return f"{value:,}"
     return str(value)
 
@@ -124,8 +131,24 @@ def _columns(results: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     ]
 
 
+def _ledger(results: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
+    """What each number is the sum of: term names, and a row of texts for every result."""
+    names = list(dict.fromkeys(name for row in results for name in row.get("terms", {})))
+    if not names:
+        return None
+    rows = [
+        [_label(row)]
+        + [_text(row.get("terms", {}).get(name), ".4f") for name in names]
+        + [_text(row["bits_per_dim"], ".4f")]
+        for row in results
+    ]
+    return {"names": names, "rows": rows}
+
+
 def _label(result: Mapping[str, Any]) -> str:
     words = [result[key] for key in ("estimator", "dequantizer", "split") if result.get(key)]
+    if (draws := result.get("num_importance") or 1) > 1:
+        words.append(f"K = {draws}")
     return " · ".join(map(str, words)) or "result"
 
 

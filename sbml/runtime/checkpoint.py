@@ -191,6 +191,8 @@ class Checkpoints:
         if jax.process_index() == 0:
             aside = self.directory.parent / f"{self.directory.name}.damaged"
             aside.mkdir(parents=True, exist_ok=True)
+            # In an object store a folder exists only while something lies in it.
+            (aside / "about.txt").write_text("Checkpoints that were found damaged.\n")
             for step in sorted(self._damaged):
                 target = aside / f"{step}-{time.time_ns()}"
                 (self.directory / str(step)).rename(target)
@@ -237,6 +239,12 @@ def _check_crc32s(stored: dict[str, Any], state: PyTree) -> None:
     for described, expected, crc32 in zip(stored["leaves"], stored["crc32s"], found, strict=True):
         if crc32 != expected:
             raise DamagedCheckpointError(f"{_shown(described)} fails its CRC32")
+
+
+def tree_crc32(tree: PyTree) -> int:
+    """One CRC32 of every leaf's bytes, to tell whether two sets of arrays are the same."""
+    crc32s = [_crc32(jax.numpy.asarray(leaf)) for leaf in jax.tree.leaves(tree)]
+    return zlib.crc32(json.dumps(crc32s).encode())
 
 
 def _crc32(leaf: jax.Array) -> int:

@@ -46,14 +46,15 @@ class Parts:
             raise ValueError(f"{self.directory} belongs to another computation: move it away")
 
     def write(self, columns: dict[str, np.ndarray]) -> None:
-        """Add rows; ``columns['id']`` names them."""
-        write_npz(self.directory / f"part_{columns['id'][0]:08d}.npz", columns)
+        """Add rows; the columns ``sweep`` and ``id`` name them."""
+        first = f"{columns['sweep'][0]:04d}_{columns['id'][0]:08d}"
+        write_npz(self.directory / f"part_{first}.npz", columns)
 
     def read(self) -> dict[str, np.ndarray]:
-        """All rows so far, in order of id; empty without any. Damaged parts are named and redone.
+        """All rows so far, by sweep, then id; empty if none. Damaged parts are named and redone.
 
         Raises:
-          ValueError: if an id stands twice, as after two runs at once.
+          ValueError: if a row stands twice, as after two runs at once.
         """
         tables = []
         for path in sorted(self.directory.glob("part_*.npz")):
@@ -64,8 +65,9 @@ class Parts:
         if not tables:
             return {}
         table = {k: np.concatenate([t[k] for t in tables]) for k in tables[0]}
-        order = np.argsort(table["id"], kind="stable")
+        order = np.lexsort((table["id"], table["sweep"]))
         table = {k: v[order] for k, v in table.items()}
-        if len(np.unique(table["id"])) < len(table["id"]):
+        rows = np.stack([table["sweep"], table["id"]])
+        if np.any(np.all(rows[:, 1:] == rows[:, :-1], axis=0)):
             raise ValueError(f"{self.directory} holds an image twice: remove it and evaluate again")
         return table

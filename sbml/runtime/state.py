@@ -20,9 +20,9 @@ from sbml.types import Array, Key
 
 # prepare(batch, key) -> a tree of per-example draws (leading axis n), made once for the whole batch
 Prepare = Callable[[Array, Key], Any]
-# loss(params, draws) -> per-example losses (n,)
-Loss = Callable[[Any, Any], Array]
-Step = Callable[["TrainState", Array, Key], tuple["TrainState", dict[str, Array]]]
+# loss(params, draws, frozen) -> per-example losses (n,); frozen are arrays that nothing trains
+Loss = Callable[[Any, Any, Any], Array]
+Step = Callable[["TrainState", Array, Key, Any], tuple["TrainState", dict[str, Array]]]
 
 
 class TrainState(struct.PyTreeNode):
@@ -51,7 +51,9 @@ def _micro_batches(draws: Any, count: int) -> Any:
     )
 
 
-def value_and_grad(loss: Loss, params: Any, draws: Any, accumulate: int) -> tuple[Array, Any]:
+def value_and_grad(
+    loss: Callable[[Any, Any], Array], params: Any, draws: Any, accumulate: int
+) -> tuple[Array, Any]:
     """Mean loss and its gradient, in ``accumulate`` micro-batches of equal size.
 
     On CPU the loop is unrolled: gradient convolutions inside a while loop are 20 times slower.
@@ -78,11 +80,18 @@ def make_step(
     ema: float,
     accumulate: int = 1,
 ) -> Step:
-    """One update, ``(state, batch, base_key) -> (state, {loss, grad_norm})``, to be jitted."""
+    """One update, ``(state, batch, base_key, frozen) -> (state, metrics)``, to be jitted.
 
-    def step(state: TrainState, batch: Array, base_key: Key) -> tuple[TrainState, dict[str, Array]]:
+    The metrics are ``loss`` and ``grad_norm``, scalars.
+    """
+
+    def step(
+        state: TrainState, batch: Array, base_key: Key, frozen: Any
+    ) -> tuple[TrainState, dict[str, Array]]:
         draws = prepare(batch, jax.random.fold_in(base_key, state.step))
-        value, grads = value_and_grad(loss, state.params, draws, accumulate)
+        value, grads = value_and_grad(
+            lambda p, d: loss(p, d, frozen), state.params, draws, accumulate
+        )
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         new = TrainState(
@@ -91,7 +100,7 @@ def make_step(
             ema_params=optax.incremental_update(params, state.ema_params, 1 - ema),
             opt_state=opt_state,
         )
-        return new, {"loss": value, "grad_norm": optax.global_norm(grads)}
+        return new, {"loss": value, "grad_norm": optax.tree.norm(grads)}
 
     return step
 
@@ -102,7 +111,7 @@ def several(step: Step) -> Step:
     Saves dispatch overhead on accelerators; slower on CPU (see :func:`value_and_grad`).
     """
 
-    def steps(state: TrainState, batches: Array, base_key: Key) -> Any:
-        return jax.lax.scan(lambda s, b: step(s, b, base_key), state, batches)
+    def steps(state: TrainState, batches: Array, base_key: Key, frozen: Any) -> Any:
+        return jax.lax.scan(lambda s, b: step(s, b, base_key, frozen), state, batches)
 
     return steps

@@ -15,7 +15,7 @@ import math
 import re
 from collections.abc import Mapping
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -42,6 +42,8 @@ class Model:
     Raises:
       ValueError: an option that no such flow can have.
     """
+
+    at_noise: ClassVar[bool] = False
 
     filters: int = 96
     components: int = 32

@@ -1,0 +1,236 @@
+"""Variance of the training gradient for ways of drawing times and noises, at equal network calls.
+
+    python benchmarks/gradient_variance.py [--workdir=runs/digits_vp] [--batches=60] [--quick]
+
+With g the gradient of the mean loss of a batch of 64 network calls, summed over parameters,
+
+    fixed images:   E over batches of  Var(g | images)      two draws a batch: 1/2 ||g - g'||^2
+    random images:  Var(g)                                  E ||g||^2 - ||E g||^2
+
+each divided by that of independent importance times, with the standard deviation of the ratio over
+bootstrapped batches. Every way sees the same batches. Times are uniform in the log-SNR v
+(``times.Importance``), independent or on a lattice; noises are
+
+    independent   one for each image
+    neighbours    z and -z for the images 2i and 2i + 1, which share a time
+    twins         z and -z for one image and time: half the images, each called twice
+
+and times may have a density q in v instead (``times.warp`` and ``times.floored``), proportional to
+a statistic in bins of v: *gradient*, the standard deviation of the gradient of an example (of a
+pair, where there are pairs); *residual*, the root of the mean loss; *difference*, the root mean
+square of the difference of two losses, those of a pair where there are pairs. The last two come
+free with training.
+
+Independent t uniform on [eps, T] is not drawn: its variance sits in times near eps that one draw in
+10^4 or fewer meets. It comes from the gradient's variance in bins, good to about 20%.
+"""
+
+import argparse
+import pathlib
+import runpy
+import sys
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.flatten_util import ravel_pytree
+
+from sbml import bits, losses, times
+from sbml.build import Experiment
+from sbml.config import default
+from sbml.types import Array, Key, batched
+
+BATCH, BINS = 64, 32
+
+
+class Way(NamedTuple):
+    """How a batch of times and noises is drawn."""
+
+    draw: str = "lattice"  # a key of times.DRAWS
+    noises: str = "independent"
+    statistic: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.draw}, {self.noises}" + f", q ~ {self.statistic}" * bool(self.statistic)
+
+
+NOISES = ("independent", "neighbours", "twins")
+REFERENCE = Way("iid")
+WAYS = [REFERENCE]
+WAYS += [Way("lattice", n, s) for n in NOISES for s in ("", "gradient", "residual", "difference")]
+
+
+class Problem:
+    """A model's gradients on its training images, dropout off."""
+
+    def __init__(self, e: Experiment, params: Any) -> None:
+        self.proposal = times.Importance(e.sde, e.proposal.eps)
+        self.levels = e.levels
+        self.images = e.images("train").images
+        self.params = params
+
+        def loss(params: Any, x: Array, t: Array, weight: Array, z: Array) -> tuple[Array, Array]:
+            x_t = jax.vmap(lambda x, t, z: losses.perturb(e.sde, x, t, z))(x, t, z)
+            scores = batched(e.adapter(params))(x_t, t, None)
+            terms = jax.vmap(lambda *a: losses.residual(e.sde, *a, e.weighting))(scores, t, z)
+            each = weight * terms / x[0].size
+            return jnp.mean(each), each
+
+        def gradient(params: Any, *draws: Array) -> tuple[Array, Array]:
+            tree, each = jax.grad(loss, has_aux=True)(params, *draws)
+            return ravel_pytree(tree)[0], each
+
+        self._gradient = jax.jit(gradient)
+
+    def gradient(self, x: Array, t: Array, weight: Array, z: Array) -> tuple[Array, Array]:
+        """The flat gradient of the mean loss in nats/dim, and each example's loss ``(n,)``."""
+        return self._gradient(self.params, x, t, weight, z)
+
+    def batch(self, *seed: int) -> Array:
+        """Distinct images, dequantized, ``(BATCH, h, w, c)``."""
+        rng = np.random.default_rng(seed)
+        pixels = self.images[rng.choice(len(self.images), BATCH, replace=False)]
+        return bits.to_model(
+            jnp.asarray(pixels), jnp.asarray(rng.random(pixels.shape)), self.levels
+        )
+
+
+def paired(x: Array, u: Array, key: Key, noises: str) -> tuple[Array, Array, Array]:
+    """Images, points and noises of n network calls, from n images and n points (n / 2 in pairs)."""
+    z = jax.random.normal(key, (len(u), *x.shape[1:]))
+    if noises != "independent":
+        u, z = jnp.repeat(u, 2), jnp.stack([z, -z], axis=1).reshape(x.shape)
+    return jnp.repeat(x[: len(x) // 2], 2, axis=0) if noises == "twins" else x, u, z
+
+
+def draws(way: Way, x: Array, key: Key) -> tuple[Array, Array, Array]:
+    """Images, points u in [0, 1) and noises of one batch."""
+    u_key, z_key = jax.random.split(key)
+    n = len(x) if way.noises == "independent" else len(x) // 2
+    return paired(x, times.DRAWS[way.draw](u_key, n)[:, 0], z_key, way.noises)
+
+
+def statistics(problem: Problem, repeats: int = 2) -> dict[tuple[str, str], Array]:
+    """(noises, statistic) -> its values in bins of the log-SNR, ``(BINS,)``.
+
+    From batches that lie in one bin. The gradient's variance in a bin is that of their mean
+    gradients, times a constant that a density does not need.
+    """
+    rows: dict[tuple[str, str], list[float]] = {}
+    for noises in NOISES:
+        for k in range(BINS):
+            gradients, values = [], []
+            for r in range(repeats):
+                key = jax.random.fold_in(jax.random.key(1), repeats * k + r)
+                x, u, z = draws(Way(noises=noises), problem.batch(1, k, r), key)
+                flat, each = problem.gradient(x, *problem.proposal.at((k + u) / BINS), z)
+                gradients.append(flat)
+                values.append(each.reshape(-1, 2))
+            plus, minus = np.concatenate(values).T
+            found = {
+                "gradient": jnp.sum(jnp.var(jnp.stack(gradients), axis=0)),
+                "residual": np.mean(plus + minus),
+                "difference": np.mean((plus - minus) ** 2),
+                "": 1.0,
+            }
+            for name, square in found.items():
+                rows.setdefault((noises, name), []).append(float(square))
+    return {name: jnp.sqrt(jnp.asarray(row)) for name, row in rows.items()}
+
+
+def uniform_times(problem: Problem, deviation: Array) -> float:
+    """Variance with independent uniform t relative to importance times.
+
+    The mean over v of sd(v)^2 / q(v), over that of sd(v)^2, for the density q(v) of uniform t.
+    """
+    v = (jnp.arange(100 * BINS) + 0.5) / (100 * BINS)
+    uniform = times.Uniform(problem.proposal.sde, problem.proposal.eps)
+    ratio = uniform.at(v)[1] / problem.proposal.at(v)[1]
+    inverse = ratio.reshape(BINS, -1).mean(axis=1)
+    return float(jnp.sum(deviation**2 * inverse) / jnp.sum(deviation**2))
+
+
+def measure(problem: Problem, way: Way, density: Array, batches: int) -> tuple[np.ndarray, float]:
+    """For each batch 1/2 ||g - g'||^2 and the mean of ||g||^2 and ||g'||^2; of all, ||E g||^2."""
+
+    def gradient(x: Array, key: Key) -> Array:
+        x, u, z = draws(way, x, key)
+        v, inverse = times.warp(u, density)
+        t, weight = problem.proposal.at(v)
+        return problem.gradient(x, t, inverse * weight, z)[0]
+
+    rows, total = [], jnp.zeros(())
+    for b in range(batches):
+        x, keys = problem.batch(0, b), jax.random.split(jax.random.key(b))
+        g, other = (gradient(x, key) for key in keys)
+        mean, half = (g + other) / 2, (g - other) / 2
+        rows.append((2 * half @ half, mean @ mean + half @ half, mean @ mean))
+        total += mean
+    table = np.asarray(rows, np.float64)
+    # Without the diagonal of the double sum over batches, the square of the mean is unbiased.
+    square = (float(total @ total) - table[:, 2].sum()) / (batches * (batches - 1))
+    return table[:, :2], square
+
+
+def ratios(table: dict[Way, tuple[np.ndarray, float]]) -> dict[Way, tuple[np.ndarray, np.ndarray]]:
+    """Variances relative to the reference's for fixed and random images, and their errors."""
+    n = len(table[REFERENCE][0])
+    again = np.random.default_rng(0).integers(0, n, (1000, n))
+
+    def variances(way: Way) -> tuple[np.ndarray, np.ndarray]:
+        rows, square = table[way]
+        offset = np.asarray([0, square])
+        return rows.mean(0) - offset, rows[again].mean(1) - offset
+
+    ours, resampled = variances(REFERENCE)
+    result = {}
+    for way in table:
+        mean, others = variances(way)
+        result[way] = (mean / ours, np.std(others / resampled, axis=0))
+    return result
+
+
+def load(args: argparse.Namespace) -> tuple[Experiment, Any]:
+    """The trained model, or with ``--quick`` a small untrained one."""
+    if args.quick:
+        config = default("mlp")
+        config.data.update(source="digits", shape=(8, 8, 1), levels=17, flip=False)
+        config.model.update(width=32, depth=1)
+        e = Experiment(config)
+        return e, e.adapter.init(jax.random.key(0), e.shape)
+    e = Experiment(runpy.run_path(args.config)["get_config"]())
+    try:
+        return e, e.restore(args.workdir).state.params
+    except ValueError as error:
+        command = f"python -m sbml.main --config={args.config} --mode=train"
+        sys.exit(f"{error}\nMake it by: {command} --workdir={args.workdir}")
+
+
+def main() -> None:
+    """Print the table of ratios."""
+    configs = pathlib.Path(__file__).parents[1] / "configs"
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--config", default=str(configs / "digits_vp.py"))
+    parser.add_argument("--workdir", default="runs/digits_vp")
+    parser.add_argument("--batches", type=int, default=60, help="two gradients each")
+    parser.add_argument("--quick", action="store_true", help="an untrained MLP, 4 batches")
+    args = parser.parse_args()
+
+    e, params = load(args)
+    problem = Problem(e, params)
+    found, table = statistics(problem), {}
+    for way in WAYS:
+        density = times.floored(found[way.noises, way.statistic])
+        table[way] = measure(problem, way, density, 4 if args.quick else args.batches)
+        print(".", end="", flush=True)
+    print(f"\n{'variance of the gradient, relative':45s} fixed images    random images")
+    about = uniform_times(problem, found["independent", "gradient"])
+    print(f"{'iid, independent, uniform t':45s}   about {about:.0f}          about {about:.0f}")
+    for way, (ratio, error) in ratios(table).items():
+        columns = (f"{r:8.3f} +- {s:.3f}" for r, s in zip(ratio, error, strict=True))
+        print(f"{way!s:45s}{'  '.join(columns)}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,321 @@
+"""One cell of an evaluation: every image's row, made once, streamed to disk, with its error bars.
+
+A row is of (sweep, image id), and every draw in it is keyed by the two. Sweep 0 covers all images.
+
+    bound   every sweep covers all images, its times one lattice over them; a row of the result is
+            the mean over sweeps, and the sweeps' means tell the noise
+    ode     sweep 1 covers a subset, whose two draws tell the noise; the subset solved again at a
+            tenth of the tolerance tells the solver's error
+
+Batches are padded and the padding dropped: every image counts exactly once, and neither the batch
+size nor the number of devices changes a result.
+"""
+
+import dataclasses
+import hashlib
+import json
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import numpy as np
+from absl import logging
+from etils import epath
+
+from sbml import bits, discrete, estimators, intervals, times
+from sbml.bound import GaussianControl
+from sbml.build import Experiment
+from sbml.data import ImageSet, eval_batches
+from sbml.estimators import Cell
+from sbml.ode import Solver
+from sbml.runtime import progress, sharding
+from sbml.runtime.checkpoint import Restored, tree_crc32
+from sbml.runtime.parts import Parts
+
+Table = dict[str, np.ndarray]
+
+
+class Unconverged(ValueError):
+    """A fixed-step solve too coarse for the budget: no number is made of it."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Dequantization:
+    """A dequantizer and its parameters; ``model`` is None for the categorical decoder."""
+
+    model: Any
+    params: Any
+    restored: Restored | None = None  # its checkpoint, where it was trained
+
+    @property
+    def at_noise(self) -> bool:
+        return self.model is None or self.model.at_noise
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """What all cells share: one checkpoint, one split."""
+
+    experiment: Experiment
+    restored: Restored
+    images: ImageSet
+    control: GaussianControl | None
+    workdir: epath.Path
+
+    @property
+    def count(self) -> int:
+        """How many images are wanted."""
+        return min(self.experiment.config.eval.max_images or len(self.images), len(self.images))
+
+
+class CellRun:
+    """The rows of ``cell``, made or read back from an earlier, interrupted evaluation."""
+
+    def __init__(self, shared: Evaluation, cell: Cell, dequantization: Dequantization) -> None:
+        self.shared, self.cell, self.dequantization = shared, cell, dequantization
+        self.config = shared.experiment.config.eval
+        experiment = shared.experiment
+        self.eps = experiment.eval_eps
+        if dequantization.at_noise:
+            self.eps = discrete.smallest_time(experiment.sde, experiment.levels, self.eps)
+        self.trace = experiment.trace(cell.num_importance)
+        self.count = shared.count
+        if cell.num_importance > 1 and self.config.importance_images:
+            self.count = min(self.count, self.config.importance_images)
+        size = min(self.config.subset or self.count, self.count)
+        # Evenly spread ids: no random draw, and the same whatever the seed.
+        self.subset = np.unique(np.linspace(0, self.count - 1, size).astype(np.int64))
+        self.score = experiment.adapter(shared.restored.state.ema_params)
+
+    def rows(self, ids: np.ndarray, sweep: int, solver: Solver | None = None) -> Table:
+        """The rows of ``ids`` in ``sweep``, those not on disk computed now."""
+        solver = solver or self.shared.experiment.eval_solver
+        parts = self._parts(solver)
+        done = parts.read()
+        there = done["id"][done["sweep"] == sweep] if done else np.zeros(0, np.int64)
+        missing = np.setdiff1d(ids, there)
+        if missing.size:
+            if missing.size < ids.size:
+                logging.info(
+                    "%d of %d images were evaluated before", ids.size - missing.size, ids.size
+                )
+            self._fill(parts, missing, ids.size, sweep, solver)
+            done = parts.read()
+        chosen = (done["sweep"] == sweep) & np.isin(done["id"], ids)
+        return {name: column[chosen] for name, column in done.items()}
+
+    def _fill(
+        self, parts: Parts, missing: np.ndarray, total: int, sweep: int, solver: Solver
+    ) -> None:
+        label = f"{self.cell.name}" + (f" sweep {sweep + 1}" if sweep else "")
+        lattice = self._lattice(sweep) if self.cell.estimator == "bound" else None
+        bar = progress.bar(label, "image", total, total - len(missing))
+        with bar:
+            for rows, mask in eval_batches(len(missing), sharding.round_up(self.config.batch_size)):
+                ids = missing[rows]
+                columns = self._columns(ids, sweep, solver, lattice)
+                columns = {k: v[mask] for k, v in columns.items()}
+                if jax.process_index() == 0:
+                    parts.write(columns)
+                bar.update(int(mask.sum()))
+                mean = np.mean(columns["bits_per_dim"])
+                bar.set_postfix_str(f"{mean:.3f} bits/dim", refresh=False)
+        sharding.barrier("evaluated")
+
+    def _lattice(self, sweep: int) -> np.ndarray:
+        """The times' u ``(images, n_times)`` of one sweep over the whole split."""
+        key = jax.random.fold_in(jax.random.key(self.config.seed), len(self.shared.images))
+        draw = times.DRAWS[self.config.times]
+        key = jax.random.fold_in(key, sweep)
+        return np.asarray(draw(key, len(self.shared.images), self.config.n_times))
+
+    def _columns(
+        self, ids: np.ndarray, sweep: int, solver: Solver, lattice: np.ndarray | None
+    ) -> Table:
+        """The rows on the host; totals in float64 so that the terms add up."""
+        experiment, images = self.shared.experiment, self.shared.images
+        split = sharding.batched(sharding.data_mesh())
+        batch = (
+            self.score,
+            self.dequantization.params,
+            sharding.put(images.images[ids], split),
+            sharding.put(ids.astype(np.int32), split),
+            sharding.put(np.full(len(ids), sweep, np.int32), split),
+            np.uint32(self.config.seed),
+        )
+        common = {
+            "dequantizer": self.dequantization.model,
+            "sde": experiment.sde,
+            "levels": experiment.levels,
+            "eps": self.eps,
+        }
+        if lattice is None:
+            draws = {"trace": self.trace, "num_importance": self.cell.num_importance}
+            found = estimators.ode(*batch, solver, **common, **draws)
+        else:
+            u = sharding.put(lattice[ids], split)
+            found = estimators.evidence_bound(*batch, u, self.shared.control, **common)
+        found = sharding.to_host(found)
+        rows = {k: np.asarray(found[k], np.float64) for k in self.cell.terms if k != "scale"}
+        rows["scale"] = np.full(len(ids), self._scale())
+        rows["bits_per_dim"] = np.sum([rows[name] for name in self.cell.terms], axis=0)
+        where = {"id": np.asarray(ids, np.int64), "sweep": np.full(len(ids), sweep, np.int64)}
+        return {**where, **rows, "nfe": np.asarray(found["nfe"], np.int64)}
+
+    def _scale(self) -> float:
+        experiment, images = self.shared.experiment, self.shared.images
+        at_noise = self.dequantization.at_noise
+        return estimators.scale(
+            self.cell, experiment.sde, self.eps, at_noise, images.shape, images.levels
+        )
+
+    def _parts(self, solver: Solver) -> Parts:
+        identity = self._identity(solver)
+        digest = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:12]
+        return Parts(self.shared.workdir / "eval" / digest, identity)
+
+    def _identity(self, solver: Solver) -> dict[str, Any]:
+        """What a row depends on: not the batch size, nor how many images or sweeps are wanted."""
+        shared, config = self.shared, self.shared.experiment.to_plain()
+        own: dict[str, Any]
+        if self.cell.estimator == "ode":
+            own = {"solver": dataclasses.asdict(solver), "trace": dataclasses.asdict(self.trace)}
+        else:
+            own = {k: config["eval"][k] for k in ("n_times", "times")}
+            own["control_crc32"] = tree_crc32(shared.control)
+        return {
+            "cell": dataclasses.asdict(self.cell),
+            "dequantizer": repr(self.dequantization.model),
+            "dequantizer_crc32": tree_crc32(self.dequantization.params),
+            "step": shared.restored.step,
+            "parameters_crc32": tree_crc32(shared.restored.state.ema_params),
+            "seed": self.config.seed,
+            "eps": self.eps,
+            **own,
+            "score": config["score"],
+            "sde": config["sde"],
+            "data": shared.images.fingerprint,
+        }
+
+    def finish(self) -> tuple[Table, dict[str, Any]]:
+        """One row an image, and what the report says of the cell beside it."""
+        if self.cell.estimator == "bound":
+            return self._swept()
+        return self._solved()
+
+    def _solved(self) -> tuple[Table, dict[str, Any]]:
+        solver = self.shared.experiment.eval_solver
+        guard = self._guard(solver)  # First: a solve too coarse costs a subset, not the split.
+        table = self.rows(np.arange(self.count), 0)
+        again = self.rows(self.subset, 1)
+        first = table["bits_per_dim"][self.subset]
+        stderr, freedom = intervals.repeated_stderr(first, again["bits_per_dim"], self.count)
+        return table, {**self._this_set(table, stderr, freedom), **guard}
+
+    def _guard(self, solver: Solver) -> dict[str, Any]:
+        """b(tol) - b(tol / 10) on the subset, by the same draws; fixed steps against dopri5."""
+        reference = solver.tighter(10) if solver.fixed_steps is None else Solver().tighter(10)
+        ours = self.rows(self.subset, 0, solver)["bits_per_dim"]
+        gap = intervals.mean_interval(ours - self.rows(self.subset, 0, reference)["bits_per_dim"])
+        converged = abs(gap.mean) <= self.config.solver_budget  # False where it is not finite.
+        if solver.fixed_steps is not None and not converged:
+            raise Unconverged(
+                f"{solver.fixed_steps} {solver.method} steps are off by {gap.mean:.4f} bits/dim on "
+                f"{gap.n} images, more than eval.solver_budget={self.config.solver_budget}: "
+                "refused. Set eval.fixed_steps=0 for step control, or take many more steps"
+            )
+        return {
+            "converged": converged,
+            "solver_error": gap.mean,
+            "solver_error_ci95": gap.ci95,
+            "solver_images": gap.n,
+        }
+
+    def _swept(self) -> tuple[Table, dict[str, Any]]:
+        ids, tables = np.arange(self.count), list[Table]()
+        for sweeps in self._wanted(tables):
+            while len(tables) < sweeps:
+                tables.append(self.rows(ids, len(tables)))
+        stderr = _sweep_stderr(tables)
+        target = self.config.target_se
+        if target and not stderr <= target:
+            logging.warning(
+                "%s: standard error %.2g after %d sweeps (eval.max_sweeps), above "
+                "eval.target_se=%g",
+                *(self.cell.name, stderr, len(tables), target),
+            )
+        averaged = {k: np.mean([t[k] for t in tables], axis=0) for k in tables[0]}
+        averaged["id"], averaged["sweep"] = tables[0]["id"], tables[0]["sweep"]
+        averaged["nfe"] = np.sum([t["nfe"] for t in tables], axis=0)
+        this_set = self._this_set(averaged, stderr, len(tables) - 1)
+        return averaged, {**this_set, "sweeps": len(tables)}
+
+    def _wanted(self, tables: list[Table]) -> Iterator[int]:
+        """How many sweeps to have: ``eval.sweeps``, then what ``eval.target_se`` still needs."""
+        config = self.config
+        yield config.sweeps
+        while config.target_se and len(tables) < config.max_sweeps:
+            ratio = _sweep_stderr(tables) / config.target_se
+            if not ratio > 1:
+                return
+            yield min(config.max_sweeps, max(len(tables) + 1, math.ceil(len(tables) * ratio**2)))
+
+    def _this_set(self, table: Table, stderr: float, freedom: int) -> dict[str, Any]:
+        mean, half = float(np.mean(table["bits_per_dim"])), intervals.half_width(stderr, freedom)
+        return {
+            "this_set_stderr": stderr,
+            "this_set_ci95": half,
+            "this_set_interval": [mean - half, mean + half],
+        }
+
+    def result(self, table: Table, noise: dict[str, Any]) -> dict[str, Any]:
+        """The cell in the report; ``noise`` is what :meth:`finish` found beside the table."""
+        values = table["bits_per_dim"]
+        interval = intervals.mean_interval(values)
+        trained = self.dequantization.restored
+        far = intervals.outliers(values)
+        far = far[np.argsort(-values[far])]
+        return {
+            "estimator": self.cell.estimator,
+            "dequantizer": self.cell.dequantizer,
+            "num_importance": self.cell.num_importance,
+            "split": self.config.split,
+            "n": interval.n,
+            "split_size": len(self.shared.images),
+            "bits_per_dim": interval.mean,
+            "stderr": interval.stderr,
+            "ci95": interval.ci95,
+            "interval": list(interval.bounds),
+            **noise,
+            "nonfinite": interval.nonfinite,
+            "min": float(values.min()),
+            "max": float(values.max()),
+            "outliers": [[int(table["id"][i]), float(values[i])] for i in far],
+            "terms": {name: float(table[name].mean()) for name in self.cell.terms},
+            "smallest_time": self.eps,
+            "trace": dataclasses.asdict(self.trace) if self.cell.estimator == "ode" else None,
+            "dequantizer_step": trained.step if trained else None,
+            "nfe_mean": float(table["nfe"].mean()),
+            "nfe_max": int(table["nfe"].max()),
+        }
+
+
+def _sweep_stderr(tables: list[Table]) -> float:
+    """Of the mean over sweeps of the data set's mean."""
+    if len(tables) < 2:
+        return math.inf
+    means = [float(np.mean(t["bits_per_dim"])) for t in tables]
+    return float(np.std(means, ddof=1)) / math.sqrt(len(means))
+
+
+def check_first_batch(shared: Evaluation, dequantization: Dequantization) -> None:
+    """Refuse a dequantizer that leaves the integers where they are (``bits.check_dequantized``)."""
+    if dequantization.model is None:
+        return
+    size = min(shared.count, shared.experiment.config.eval.batch_size)
+    pixels = jax.numpy.asarray(shared.images.images[np.arange(size)])
+    keys = jax.random.split(jax.random.key(0), size)
+    draw = jax.jit(jax.vmap(lambda p, k: dequantization.model.sample(dequantization.params, p, k)))
+    u, _ = draw(pixels, keys)
+    bits.check_dequantized(bits.to_model(pixels, u, shared.images.levels), shared.images.levels)

@@ -1,0 +1,269 @@
+"""Estimators of continuous data against the truth, without noise: rows of ``--mode=verify``.
+
+For x_0 Gaussian or a mixture of Gaussians the score and density at every time are known
+(``sbml.oracle``). What an estimator expects is computed over (x_0, z) by points whose weighted mean
+is exact and over time by Gauss-Legendre nodes in log-SNR, where the integrands are smooth. With h
+and J the entropy and Fisher information of x_t, rho = sigma / alpha, and the exact score,
+
+    E prior           = 1/2 E|x_T|^2 / s^2 + d/2 log(s^2 / sigma_T^2) - d/2
+    E diffusion       = h_eps - h_T + d log(sigma_T / sigma_eps)
+    E reconstruction  = 1/2 (d - sigma_eps^2 J_eps) + d/2 log(2 pi rho_eps^2)
+
+and a score wrong by delta adds 1/2 integral g^2 E|delta(x_t)|^2 dt to the diffusion term. The loss
+has its minimum at the true score: its slope along delta is zero (in units of what delta adds to
+it). Near t = 0, p_0 follows from p_eps by the heat equation in rho^2: with y = x_eps / alpha, of
+score s_y(y) = alpha s(alpha y, eps),
+
+    log p_0(y) = log p_eps(alpha y) + d log alpha - 1/2 rho^2 (div s_y + |s_y|^2) + O(rho^4).
+"""
+
+import functools
+import math
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from scipy import integrate, special, stats
+
+from sbml import bound, divergence, losses, ode, oracle, times
+from sbml.checks.row import EPS, Row, coefficients, jit, row
+from sbml.likelihood import Likelihood, Trace, ode_logp
+from sbml.sdes import SDE
+from sbml.types import Array, Key, Score
+
+NODES = 96  # Gauss-Legendre nodes over the range of log-SNR.
+
+
+class Case(NamedTuple):
+    """Data, and what is known of it.
+
+    Attributes:
+      kind: its name in the table.
+      points: x_0 ``(n, d)``, z ``(n, d)`` and weights ``(n,)`` whose weighted sum is E over both.
+      mean, cov: of x_0, ``(d,)`` and ``(d, d)``.
+      information: t -> entropy h (nats) and Fisher information J of x_t.
+    """
+
+    kind: str
+    data: Any
+    points: tuple[Array, Array, Array]
+    mean: np.ndarray
+    cov: np.ndarray
+    information: Callable[[float], tuple[float, float]]
+
+
+# Data.
+
+
+def _spectrum(data: oracle.Gaussian, t: float) -> tuple[float, np.ndarray]:
+    """alpha, and the eigenvalues ``(d,)`` of Cov x_t."""
+    alpha, sigma = coefficients(data.sde, t)
+    return alpha, alpha**2 * np.asarray(data.eigenvalues) + sigma**2
+
+
+def gaussian_case(sde: SDE) -> Case:
+    """A correlated Gaussian in three dimensions; sigma points are exact for quadratic forms."""
+    data = oracle.gaussian(sde)
+    x, z = data.sigma_points()
+
+    def information(t: float) -> tuple[float, float]:
+        _, v = _spectrum(data, t)
+        return 0.5 * float(np.sum(np.log(2 * np.pi * np.e * v))), float(np.sum(1 / v))
+
+    points = (x, z, jnp.full(len(x), 1 / len(x)))
+    return Case("Gaussian", data, points, np.asarray(data.mean), np.asarray(data.cov), information)
+
+
+def mixture_case(sde: SDE) -> Case:
+    """Three Gaussians on a line; trapezoids over the plane of (x_0, z) converge exponentially."""
+    data = oracle.mixture(sde, 1)
+    weights, means, variances = (
+        np.asarray(a).ravel() for a in (data.weights, data.parts.mean, data.parts.eigenvalues)
+    )
+    line = np.linspace(-9, 9, 73)
+    a, z = (axis.ravel() for axis in np.meshgrid(line, line))
+    density = np.exp(-0.5 * (a**2 + z**2))
+    x = np.concatenate([m + math.sqrt(v) * a for m, v in zip(means, variances, strict=True)])
+    each = np.concatenate([w * density / density.sum() for w in weights])
+    points = (jnp.asarray(x[:, None]), jnp.asarray(np.tile(z, 3)[:, None]), jnp.asarray(each))
+
+    def information(t: float) -> tuple[float, float]:
+        alpha, sigma = coefficients(sde, t)
+        m, v = alpha * means, alpha**2 * variances + sigma**2
+        x = np.linspace((m - 12 * np.sqrt(v)).min(), (m + 12 * np.sqrt(v)).max(), 20_001)
+        parts = weights * stats.norm.pdf(x[:, None], m, np.sqrt(v))
+        p, slope = parts.sum(1), np.sum(-parts * (x[:, None] - m) / v, 1)
+        fisher = integrate.trapezoid(slope**2 / p, x)
+        return float(integrate.trapezoid(-special.xlogy(p, p), x)), float(fisher)
+
+    mean = np.sum(weights * means)
+    cov = np.sum(weights * (variances + means**2)) - mean**2
+    return Case("mixture", data, points, mean[None], cov[None, None], information)
+
+
+# Bound and loss.
+
+
+@functools.partial(jit, static_argnames="sde")
+def _expectations(
+    data: Any, points: tuple[Array, Array, Array], a: Array, b: Array, *, sde: SDE
+) -> dict[str, Array]:
+    """Terms of the bound, its change by delta(x) = a x + b, and the loss along delta."""
+    proposal = times.Importance(sde, EPS)
+    legendre = np.polynomial.legendre.leggauss(NODES)  # Nodes in [-1, 1] and weights.
+    u, node_weights = jnp.asarray(0.5 * legendre[0] + 0.5), jnp.asarray(0.5 * legendre[1])
+    x, z, weights = points
+    t, time_weights = proposal.at(u)
+
+    def mean(term: Callable[..., Array], score: Score, t: Array) -> Array:
+        return jax.vmap(lambda x, z: term(score, sde, x, t, z), out_axes=-1)(x, z) @ weights
+
+    def diffusion(term: Callable[..., Array], score: Score) -> Array:
+        values = jax.vmap(lambda t: mean(lambda *args: term(*args, None), score, t))(t)
+        return proposal.normaliser * (values @ node_weights)
+
+    def off_by(scale: Array) -> Score:
+        return lambda x, t, key: data.score(x, t) + scale * (a @ x + b)
+
+    def loss(scale: Array) -> Array:
+        def term(score: Score, sde: SDE, x: Array, t: Array, z: Array) -> Array:
+            s = score(losses.perturb(sde, x, t, z), t, None)
+            return jnp.stack([losses.residual(sde, s, t, z, w) for w in losses.WEIGHTINGS])
+
+        values = jax.vmap(lambda t: mean(term, off_by(scale), t), out_axes=-1)(t)
+        return values @ (node_weights * time_weights)
+
+    scales = jnp.arange(2.0)
+    dsm = jax.vmap(lambda scale: diffusion(bound.diffusion_dsm, off_by(scale)))(scales)
+    loss_values, slopes = jax.vmap(lambda s: jax.jvp(loss, (s,), (jnp.ones(()),)))(scales)
+    return {
+        "prior": jax.vmap(lambda x: bound.prior_kl(sde, x))(x) @ weights,
+        "dsm": dsm[0],
+        "ssm": diffusion(bound.diffusion_ssm, data.score),
+        "decoder": mean(bound.noise_error, data.score, jnp.asarray(EPS)),
+        "gap": dsm[1] - dsm[0],
+        "slope": slopes[0] / (loss_values[1] - loss_values[0]),
+    }
+
+
+def _gap(case: Case, sde: SDE, a: np.ndarray, b: np.ndarray) -> float:
+    """1/2 integral g^2 E|a x_t + b|^2 dt by adaptive quadrature in t."""
+    g = jit(sde.diffusion)
+
+    def rate(t: float) -> float:
+        alpha, sigma = coefficients(sde, t)
+        cov = alpha**2 * case.cov + sigma**2 * np.eye(len(b))
+        squared = np.trace(a @ cov @ a.T) + np.sum((alpha * a @ case.mean + b) ** 2)
+        return 0.5 * float(g(t)) ** 2 * float(squared)
+
+    return integrate.quad(rate, EPS, sde.T, epsabs=1e-12, epsrel=1e-12)[0]
+
+
+def bound_rows(name: str, sde: SDE, case: Case) -> Iterator[Row]:
+    """The terms of the bound, the gap of a wrong score, and the loss at the true one."""
+    d, rng = len(case.mean), np.random.default_rng(0)
+    a, b = 0.3 * rng.normal(size=(d, d)), 0.3 * rng.normal(size=d)
+    got = _expectations(case.data, case.points, jnp.asarray(a), jnp.asarray(b), sde=sde)
+    (alpha_0, sigma_0), (alpha_1, sigma_1) = (coefficients(sde, t) for t in (EPS, sde.T))
+    (h_0, fisher), (h_1, _) = (case.information(t) for t in (EPS, sde.T))
+    s2 = sde.prior_std**2
+    second = alpha_1**2 * (np.trace(case.cov) + np.sum(case.mean**2)) + d * sigma_1**2
+    prior = 0.5 * (second / s2 + d * math.log(s2 / sigma_1**2) - d)
+    constant = 0.5 * d * math.log(2 * math.pi * (sigma_0 / alpha_0) ** 2)
+    truth = prior + h_0 - h_1 + d * math.log(sigma_1 / sigma_0)
+    truth += 0.5 * (d - sigma_0**2 * fisher) + constant
+
+    yield row(f"prior KL, {case.kind}", name, got["prior"], prior, 1e-8)
+    for form in bound.FORMS:
+        total = got["prior"] + got[form] + got["decoder"] + constant
+        yield row(f"bound, {form}, {case.kind}", name, total, truth, 1e-8)
+    yield row(f"gap of a wrong score, {case.kind}", name, got["gap"], _gap(case, sde, a, b), 1e-9)
+    for weighting, slope in zip(losses.WEIGHTINGS, got["slope"], strict=True):
+        yield row(f"loss's slope, {weighting}, {case.kind}", name, slope, 0.0, 1e-9)
+
+
+# Likelihood.
+
+
+@functools.partial(jit, static_argnames="sde")
+def _solved(data: oracle.Mixture, x: Array, *, sde: SDE) -> tuple[Likelihood, Array, Array]:
+    """The likelihoods of ``x (n, d)``, log p_eps of them and log p_T of their latents."""
+    solver = ode.Solver(rtol=1e-8, atol=1e-8)
+
+    def one(x: Array) -> tuple[Likelihood, Array, Array]:
+        result = ode_logp(data.score, sde, x, None, eps=EPS, trace=Trace("exact"), solver=solver)
+        last = data.logp(result.z, jnp.asarray(sde.T, float))
+        return result, data.logp(x, jnp.asarray(EPS)), last
+
+    return jax.vmap(one)(x)
+
+
+def likelihood_rows(name: str, sde: SDE) -> Iterator[Row]:
+    """The probability-flow ODE. On a Gaussian every eigencoordinate keeps its number of standard
+    deviations, which gives the latent and with it log p, the prior in the place of p_T; on a
+    mixture, the change of the density along the solution."""
+    x = np.random.default_rng(0).normal(size=(4, 3)) * 0.5
+    data = oracle.gaussian(sde)
+    mean, basis = np.asarray(data.mean), np.asarray(data.basis)
+    (alpha_0, v_0), (alpha_1, v_1) = (_spectrum(data, t) for t in (EPS, sde.T))
+    stretch = np.sqrt(v_1 / v_0)
+    z = alpha_1 * mean + (x - alpha_0 * mean) @ basis * stretch @ basis.T
+    truth = stats.norm(0, sde.prior_std).logpdf(z).sum(1) + np.log(stretch).sum()
+    result, _, _ = _solved(oracle.as_mixture(data), jnp.asarray(x), sde=sde)
+    yield row("ODE log p, Gaussian", name, result.logp, truth, 1e-5)
+    result, log_p, log_p_latent = _solved(oracle.mixture(sde), jnp.asarray(x), sde=sde)
+    yield row("ODE log p, mixture", name, result.divergence + log_p_latent, log_p, 1e-5)
+
+
+def probe_rows(name: str, sde: SDE) -> Iterator[Row]:
+    """One Rademacher probe of a diagonal Gaussian's field against its divergence in closed form,
+    d f + 1/2 g^2 sum_i 1 / (alpha^2 l_i + sigma^2)."""
+    data = oracle.diagonal(sde)
+    x = jnp.asarray(np.random.default_rng(1).normal(size=3))
+    grid = np.array([EPS, 0.01, 0.3, 1.0])
+    keys = jax.random.split(jax.random.key(0), len(grid))
+
+    @jit
+    @jax.vmap
+    def probed(t: Array, key: Key) -> tuple[Array, Array, Array]:
+        vs = Trace("rademacher").directions(key, x.shape)
+        div = divergence.hutchinson(lambda x: ode.velocity(data.score, sde, x, t), x, vs)[1]
+        return div, sde.drift_coef(t), sde.diffusion(t)
+
+    div, f, g = (np.asarray(a) for a in probed(jnp.asarray(grid), keys))
+    truth = []
+    for i, t in enumerate(grid):
+        _, v = _spectrum(data, float(t))
+        truth.append(v.size * f[i] + 0.5 * g[i] ** 2 * np.sum(1 / v))
+    yield row("one Rademacher probe, diagonal", name, div, truth, 1e-10)
+
+
+def correction_rows(name: str, sde: SDE, case: Case) -> Iterator[Row]:
+    """log p_0 from p_eps where rho = 1e-3. An SDE that never has so little noise has no row."""
+    t = sde.time(-2 * jnp.log(jnp.asarray(1e-3)))
+    if not t > 0:
+        return
+    alpha, sigma = coefficients(sde, float(t))
+
+    @jit
+    @jax.vmap
+    def both(y: Array) -> tuple[Array, Array]:
+        s, div = divergence.exact(lambda y: alpha * case.data.score(alpha * y, t), y)
+        log_p = case.data.logp(alpha * y, t) + y.size * math.log(alpha)
+        correction = 0.5 * (sigma / alpha) ** 2 * (div + jnp.sum(s**2))
+        return log_p - correction, case.data.logp(y, jnp.zeros(()))
+
+    y = np.random.default_rng(2).normal(size=(5, len(case.mean)))
+    got, truth = both(jnp.asarray(case.mean + y * np.sqrt(np.diag(case.cov))))
+    yield row(f"epsilon-correction, {case.kind}", name, got, truth, 1e-7)
+
+
+def continuous_checks(name: str, sde: SDE) -> Iterator[Row]:
+    """All rows of one SDE."""
+    for case in (gaussian_case(sde), mixture_case(sde)):
+        yield from bound_rows(name, sde, case)
+        yield from correction_rows(name, sde, case)
+    yield from likelihood_rows(name, sde)
+    yield from probe_rows(name, sde)

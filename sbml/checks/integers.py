@@ -1,0 +1,227 @@
+"""Estimators of integers k of L levels against P(k): rows of ``--mode=verify``.
+
+The model's density p of x is a diagonal Gaussian, so P(k) is a product of normal probabilities of
+bins. With x = 2 (k + u) / L - 1 and any dequantizer q, the weights and bounds
+
+    w = p(x) (2 / L)^d / q(u | k),    E_q w 1(u in A) = P(k + u, u in A),
+    -log P(k) <= E[-log (1/K) sum_i w_i],    the tighter the larger K,
+
+where p(x) = p_eps(x), or alpha^d p_eps(alpha x) where the dequantizer's noise is the diffusion's.
+The bounds of ``sbml.discrete`` have no dequantizer. With q_t from the bin of k and the exact score,
+
+    E bound = KL(q_eps || p_eps) + E_{q_T} log(p_T / pi) [- E log P(k | x_eps)].
+
+Expectations are by Monte Carlo from fixed keys; tolerances are five standard errors.
+"""
+
+import functools
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from scipy import integrate, special, stats
+
+from sbml import bits, bound, discrete, oracle, times
+from sbml.checks.row import EPS, Row, bounding, coefficients, jit, row
+from sbml.dequantizers import DEQUANTIZERS, truncated_normal
+from sbml.sdes import SDE, SDES
+from sbml.types import Array, Key
+
+LEVELS, SHAPE, IMAGES, DRAWS = 8, (1, 2, 1), 4, 16_384
+SIZE = math.prod(SHAPE)
+SAMPLES = (1, 4, 16)
+# Of dequantizers that are not used as they come: the smallest network.
+OPTIONS = {
+    "variational": {"filters": 4, "components": 2, "blocks": 1, "heads": 1, "levels": LEVELS}
+}
+
+
+def _data(sde: SDE) -> oracle.Gaussian:
+    mean, std = np.array([-0.4, 0.3]), np.array([0.15, 0.35])
+    return oracle.Gaussian(sde, jnp.asarray(mean), jnp.asarray(std**2), jnp.eye(SIZE))
+
+
+def _pixels() -> np.ndarray:
+    """``(IMAGES, *SHAPE)``, not far from what the data would give."""
+    return np.array([[2, 6], [1, 4], [3, 5], [2, 2]]).reshape(-1, *SHAPE)
+
+
+def _log_probability(mean: np.ndarray, variances: np.ndarray, edge: float = 0.0) -> np.ndarray:
+    """log P of k + u, u in [edge, 1 - edge]^d, for every image, if x ~ N(mean, diag(variances)):
+    ``(IMAGES,)``."""
+    k = _pixels().reshape(IMAGES, SIZE)
+    ends = (k + edge, k + 1 - edge)
+    low, high = ((2 * end / LEVELS - 1 - mean) / np.sqrt(variances) for end in ends)
+    return np.log(special.ndtr(high) - special.ndtr(low)).sum(1)
+
+
+@jit
+def _log_density(data: oracle.Gaussian, x: Array, alpha: Array, t: Array) -> Array:
+    """log alpha^d p_t(alpha x) of ``x (..., *SHAPE)``."""
+    flat = x.reshape(-1, SIZE)
+    return jax.vmap(lambda x: data.logp(alpha * x, t))(flat).reshape(x.shape[: -len(SHAPE)]) + (
+        SIZE * jnp.log(alpha)
+    )
+
+
+def _parameters(model: Any) -> Any:
+    """Random, and no layer far from the identity; the initialisers take longer to compile."""
+    rng = np.random.default_rng(0)
+    shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.asarray(_pixels()))
+
+    def draw(path: Any, leaf: Any) -> Array:
+        unit = 1.0 if path[-1].key in {"scale", "W0", "W1"} else 0.0
+        return jnp.asarray(unit + 0.1 * rng.normal(size=leaf.shape))
+
+    return jax.tree_util.tree_map_with_path(draw, shapes)
+
+
+@functools.partial(jit, static_argnames="model")
+def _drawn(model: Any, params: Any, pixels: Array, key: Key) -> tuple[Array, Array]:
+    """u ``(IMAGES, DRAWS, *SHAPE)`` and log q ``(IMAGES, DRAWS)``."""
+    keys = jax.random.split(key, (IMAGES, DRAWS))
+    return jax.vmap(jax.vmap(functools.partial(model.sample, params), (None, 0)))(pixels, keys)
+
+
+def _tolerance(draws: np.ndarray, truth: float) -> float:
+    """Five standard errors of the mean of ``draws (IMAGES, n)``, in the unit of a row's error."""
+    error = math.sqrt(np.sum(draws.var(1)) / draws.shape[1]) / IMAGES
+    return 5 * error / max(1.0, abs(truth))
+
+
+def weight_rows(
+    name: str, sde: SDE, label: str, model: Any, u: Array, log_q: Array
+) -> Iterator[Row]:
+    """The mean of the weights of u in the middle of the bin (at its edges a dequantizer may be so
+    unlikely that their variance is infinite), and the bounds of K weights."""
+    data, pixels = _data(sde), jnp.asarray(_pixels())
+    eps, scale = EPS, 1.0
+    if model.at_noise:
+        eps = float(sde.time(jnp.asarray(truncated_normal.log_snr(LEVELS, model.tau))))
+        scale = coefficients(sde, eps)[0]
+    x = bits.to_model(pixels[:, None], u, LEVELS)
+    log_p = _log_density(data, x, jnp.asarray(scale), jnp.asarray(eps))
+    log_w = np.asarray(log_p - log_q) - bits.scale_nats(SHAPE, LEVELS)
+    alpha, sigma = coefficients(sde, eps)
+    mean = np.asarray(data.mean) * alpha / scale
+    variances = (np.asarray(data.eigenvalues) * alpha**2 + sigma**2) / scale**2
+
+    edge = 0.1
+    middle = np.abs(np.asarray(u) - 0.5).max((2, 3, 4)) < 0.5 - edge
+    truth = _log_probability(mean, variances, edge)
+    ratio = np.where(middle, np.exp(log_w - truth[:, None]), 0.0)
+    got, expected = (truth + np.log(ratio.mean(1))).mean(), truth.mean()
+    tolerance = _tolerance(ratio / ratio.mean(1, keepdims=True), expected)
+    yield row(f"{label}, log of the mean weight", name, got, expected, tolerance)
+
+    nats, looser = -_log_probability(mean, variances).mean(), math.inf
+    for k in SAMPLES:
+        each = math.log(k) - special.logsumexp(log_w.reshape(IMAGES, -1, k), axis=2)
+        title = f"{label}, {k} sample{'s' * (k > 1)} >= -log P"
+        yield bounding(title, name, each.mean(), nats, looser, _tolerance(each, nats))
+        looser = float(each.mean())
+
+
+def quadrature_rows(name: str, sde: SDE) -> Iterator[Row]:
+    """The uniform dequantizer's bound without noise: a line of nodes u (1, ..., 1) integrates each
+    dimension's term. In closed form 1/2 log(2 pi v) + ((c - m)^2 + h^2 / 3) / (2 v) + log(L / 2)
+    with the bin's centre c and half-width h = 1 / L."""
+    data = _data(sde)
+    alpha, sigma = coefficients(sde, EPS)
+    m, v = alpha * np.asarray(data.mean), alpha**2 * np.asarray(data.eigenvalues) + sigma**2
+    nodes, weights = np.polynomial.legendre.leggauss(8)
+    pixels = jnp.asarray(_pixels())
+    x = jax.vmap(lambda u: bits.to_model(pixels, u, LEVELS))(jnp.asarray((nodes + 1) / 2))
+    log_p = _log_density(data, x, jnp.ones(()), jnp.asarray(EPS))
+    got = -0.5 * weights @ np.asarray(log_p) + bits.scale_nats(SHAPE, LEVELS)
+    c = (2 * _pixels().reshape(IMAGES, SIZE) + 1) / LEVELS - 1
+    each = 0.5 * np.log(2 * np.pi * v) + ((c - m) ** 2 + LEVELS**-2 / 3) / (2 * v)
+    truth = each.sum(1) + SIZE * math.log(LEVELS / 2)
+    yield row("uniform, by quadrature", name, got, truth, 1e-10)
+    exact = -_log_probability(m, v)
+    yield bounding(
+        "uniform, by quadrature >= -log P", name, got.mean(), exact.mean(), math.inf, 0.0
+    )
+
+
+# Bounds that have no dequantizer.
+
+
+@functools.partial(jit, static_argnames=("sde", "eps"))
+def _bounds(data: oracle.Gaussian, pixels: Array, *, sde: SDE, eps: float) -> dict[str, Array]:
+    """256 draws of each kind of bound for every image, ``(IMAGES, 256)``."""
+    control = bound.GaussianControl(data.mean, data.eigenvalues, None)
+    u = times.lattice(jax.random.key(1), IMAGES * 256, 16).reshape(IMAGES, 256, 16)
+    keys = jax.random.split(jax.random.key(2), (IMAGES, 256))
+
+    def one(pixels: Array, key: Key, u: Array, kind: str) -> Array:
+        settings: dict[str, Any] = {"kind": kind, "levels": LEVELS, "eps": eps}
+        terms = discrete.elbo(data.score, sde, pixels, key, u=u, control=control, **settings)
+        return terms.total
+
+    return {
+        kind: jax.vmap(jax.vmap(functools.partial(one, kind=kind), (None, 0, 0)))(pixels, keys, u)
+        for kind in discrete.KINDS
+    }
+
+
+def _expected_bound(data: oracle.Gaussian, sde: SDE, eps: float, noise: Any) -> np.ndarray:
+    """KL(q_eps || p_eps) + E_{q_T} log(p_T / pi), x_eps = alpha c + sigma e, e ~ ``noise``."""
+    (a0, s0), (a1, s1) = (coefficients(sde, t) for t in (eps, sde.T))
+    m, values = np.asarray(data.mean), np.asarray(data.eigenvalues)
+    c = (2 * _pixels().reshape(IMAGES, SIZE) + 1) / LEVELS - 1
+    v0, v1, prior = a0**2 * values + s0**2, a1**2 * values + s1**2, sde.prior_std**2
+    left = s1**2 - (a1 / a0 * s0) ** 2 * (1 - noise.var())
+    first = -math.log(s0) - noise.entropy() + 0.5 * np.log(2 * np.pi * v0)
+    first = first + (a0**2 * (c - m) ** 2 + s0**2 * noise.var()) / (2 * v0)
+    last = 0.5 * np.log(prior / v1) - (a1**2 * (c - m) ** 2 + left) / (2 * v1)
+    return (first + last + ((a1 * c) ** 2 + left) / (2 * prior)).sum(1)
+
+
+def _expected_decoder(rho: float) -> np.ndarray:
+    """-E log P(k | c + rho e) with e normal, ``(IMAGES,)``."""
+    k, e = _pixels().reshape(IMAGES, SIZE), np.linspace(-10, 10, 2001)
+    centres = (2 * np.arange(LEVELS) + 1) / LEVELS - 1
+    logits = -0.5 * ((centres[k][..., None, None] + rho * e[:, None] - centres) / rho) ** 2
+    nats = special.logsumexp(logits, axis=-1) + 0.5 * e**2
+    return integrate.trapezoid(stats.norm.pdf(e) * nats, e, axis=-1).sum(1)
+
+
+def integer_bound_rows(name: str, sde: SDE) -> Iterator[Row]:
+    """Both bounds against what they expect; that of the truncated normal also against P(k)."""
+    data = _data(sde)
+    eps = discrete.smallest_time(sde, LEVELS, EPS)
+    alpha, sigma = coefficients(sde, eps)
+    rho = sigma / alpha
+    tau = 1 / (LEVELS * rho)
+    found = _bounds(data, jnp.asarray(_pixels()), sde=sde, eps=eps)
+    draws = {kind: np.asarray(values) for kind, values in found.items()}
+    truths = {
+        "truncated_normal": _expected_bound(data, sde, eps, stats.truncnorm(-tau, tau)),
+        "categorical": _expected_bound(data, sde, eps, stats.norm()) + _expected_decoder(rho),
+    }
+    for kind, truth in truths.items():
+        got, expected = draws[kind].mean(), truth.mean()
+        tolerance = _tolerance(draws[kind], expected)
+        yield row(f"{kind}, evidence bound", name, got, expected, tolerance)
+    variances = np.asarray(data.eigenvalues) + rho**2
+    nats = -_log_probability(np.asarray(data.mean), variances).mean()
+    draw = draws["truncated_normal"]
+    title = "truncated_normal, evidence bound >= -log P"
+    yield bounding(title, name, draw.mean(), nats, math.inf, _tolerance(draw, nats))
+
+
+def discrete_checks() -> list[Row]:
+    """All rows of integers: every dequantizer and every SDE."""
+    rows: list[Row] = []
+    for label, kind in DEQUANTIZERS.items():
+        model = kind(**OPTIONS.get(label, {}))
+        u, log_q = _drawn(model, _parameters(model), jnp.asarray(_pixels()), jax.random.key(0))
+        for name, sde in SDES.items():
+            rows += weight_rows(name, sde(), label, model, u, log_q)
+    for name, sde in SDES.items():
+        rows += [*quadrature_rows(name, sde()), *integer_bound_rows(name, sde())]
+    return rows

@@ -1,0 +1,273 @@
+"""The training loop that every trained model shares: resume, step, log, save, stop.
+
+A task says what is trained; the loop knows no formula. The batch of a step is a pure function of
+(seed, step) and the state holds everything else, so a killed run goes on bitwise from its newest
+whole checkpoint.
+"""
+
+import contextlib
+import dataclasses
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import numpy as np
+from absl import logging
+from etils import epath
+from ml_collections import ConfigDict
+
+from sbml import build
+from sbml.data import ImageSet, prefetch, train_batches
+from sbml.runtime import progress, report, sharding
+from sbml.runtime.checkpoint import Checkpoints
+from sbml.runtime.metrics import MetricsWriter
+from sbml.runtime.preemption import EXIT_CODE, Preemption
+from sbml.runtime.state import Loss, Prepare, Step, TrainState, make_step, several
+from sbml.types import Array
+
+# Steps dispatched ahead of the one whose loss is read: the device never waits for the host.
+IN_FLIGHT = 2
+
+
+class NonFiniteLoss(FloatingPointError):
+    """A loss or gradient that is not finite; training cannot go on from it."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """What is trained.
+
+    Attributes:
+      name: of the progress bar.
+      section: the config's ``training`` and ``optim`` fields: ``config`` itself, or
+        ``config.dequantizer``.
+      field: what precedes those fields on the command line.
+      images, seed, flip: where batches come from.
+      init: the state before the first step, replicated over a mesh.
+      prepare, loss, optimizer: of the update (see ``runtime.state``).
+      frozen: arrays that the loss needs and nothing changes.
+      provenance: what a checkpoint says of its origin.
+      fixed: names in it that must not change when a run resumes.
+      directory: where ``metrics.jsonl`` and ``samples/`` go.
+      picture: a grid of images to look at, from the state; None for nothing to look at.
+    """
+
+    name: str
+    section: ConfigDict
+    field: str
+    images: ImageSet
+    seed: int
+    flip: bool
+    init: Callable[[jax.sharding.Mesh], TrainState]
+    prepare: Prepare
+    loss: Loss
+    optimizer: Any
+    frozen: Any
+    provenance: dict[str, Any]
+    directory: epath.Path
+    fixed: tuple[str, ...] = ()
+    picture: Callable[[TrainState], np.ndarray] | None = None
+
+
+def compiled_step(task: Task, mesh: jax.sharding.Mesh) -> Step:
+    """The update, jitted over ``mesh`` with the state donated."""
+    training = task.section.training
+    step = make_step(
+        task.prepare,
+        task.loss,
+        task.optimizer,
+        ema=task.section.optim.ema,
+        accumulate=training.accumulate,
+    )
+    stacked = training.steps_per_dispatch > 1
+    same, split = sharding.replicated(mesh), sharding.batched(mesh, axis=int(stacked))
+    return jax.jit(
+        several(step) if stacked else step,
+        in_shardings=(same, split, same, same),
+        out_shardings=(same, same),
+        donate_argnums=0,
+    )
+
+
+class _Trainer:
+    """The state of one training run in one process."""
+
+    def __init__(self, task: Task, checkpoints: Checkpoints) -> None:
+        training = task.section.training
+        field = f"{task.field}training"
+        sharding.check_divides(f"{field}.batch_size", training.batch_size, training.accumulate)
+        self.task, self.training, self.checkpoints = task, training, checkpoints
+        self.batches = train_batches(
+            task.images,
+            training.batch_size,
+            task.seed,
+            flip=task.flip,
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+        )
+        self.mesh = sharding.data_mesh()
+        same = sharding.replicated(self.mesh)
+        self.key = jax.jit(lambda: jax.random.key(task.seed), out_shardings=same)()
+        self.frozen = jax.device_put(task.frozen, same)
+        self.state, self.start = self._restore()
+        self.step = compiled_step(task, self.mesh)
+        self.saved = self.start
+        if (training.num_steps - self.start) % training.steps_per_dispatch:
+            raise ValueError(
+                f"{field}.steps_per_dispatch={training.steps_per_dispatch} does not divide the "
+                f"{training.num_steps - self.start} steps from {self.start} to "
+                f"{field}.num_steps={training.num_steps}; change either"
+            )
+        self.pending: deque[tuple[int, dict[str, Array]]] = deque()
+        first = jax.process_index() == 0
+        self.writer = MetricsWriter(task.directory, self.start) if first else None
+
+    def _restore(self) -> tuple[TrainState, int]:
+        fresh = self.task.init(self.mesh)
+        restored = self.checkpoints.restore(fresh)
+        if restored is None:
+            return fresh, 0
+        logging.info("Resuming from step %d of %s", restored.step, self.checkpoints.directory)
+        build.warn_if_other_data(restored.metadata, self.task.images)
+        for name in self.task.fixed:
+            theirs, ours = restored.metadata[name], self.task.provenance[name]
+            if theirs != ours:
+                raise ValueError(
+                    f"{self.checkpoints.directory} was trained with {name} {theirs}, now it is "
+                    f"{ours}: move the directory away to start anew, or restore that {name}"
+                )
+        return restored.state, restored.step
+
+    def batch(self, step: int) -> Array:
+        """The global batch of ``step``, or the stack of those that one dispatch takes."""
+        count = self.training.steps_per_dispatch
+        if count == 1:
+            return sharding.to_global(self.batches[step], sharding.batched(self.mesh))
+        stack = np.stack([self.batches[step + i] for i in range(count)])
+        return sharding.to_global(stack, sharding.batched(self.mesh, axis=1))
+
+    def advance(self, step: int, batch: Array) -> None:
+        """Dispatch the update of ``step``."""
+        self.state, metrics = self.step(self.state, batch, self.key, self.frozen)
+        self.pending.append((step, metrics))
+
+    def settle(self, leave: int) -> Iterator[tuple[int, float, float]]:
+        """Read the oldest dispatched steps, all but ``leave``, as (step, loss, grad_norm)."""
+        while len(self.pending) > leave:
+            first, metrics = self.pending.popleft()
+            rows = zip(
+                np.atleast_1d(sharding.to_host(metrics["loss"])),
+                np.atleast_1d(sharding.to_host(metrics["grad_norm"])),
+                strict=True,
+            )
+            for step, (loss, norm) in enumerate(rows, first):
+                if not (np.isfinite(loss) and np.isfinite(norm)):
+                    raise NonFiniteLoss(self._epitaph(step, float(loss), float(norm)))
+                yield step, float(loss), float(norm)
+
+    def _epitaph(self, step: int, loss: float, norm: float) -> str:
+        self.checkpoints.wait()
+        steps = self.checkpoints.steps()
+        last = self.checkpoints.directory / str(steps[-1]) if steps else "none was saved"
+        return (
+            f"step {step}: loss {loss}, gradient norm {norm}; training stopped. Last good "
+            f"checkpoint: {last}. The same command resumes from it; the same batch follows, so "
+            f"lower {self.task.field}optim.lr or {self.task.field}optim.grad_clip first"
+        )
+
+    def save(self, step: int) -> None:
+        """Checkpoint after ``step`` updates; only ever called once every loss so far was finite."""
+        if step > self.saved:
+            self.checkpoints.save(step, self.state, self.task.provenance)
+            self.saved = step
+
+    def log(self, step: int, rows: list[tuple[float, float]], seconds: float) -> float:
+        """Write the mean of ``rows`` of (loss, grad_norm); returns images/s."""
+        loss, norm = np.mean(np.asarray(rows), axis=0)
+        rate = len(rows) * self.training.batch_size / seconds
+        if self.writer:
+            total = self.writer.seconds + seconds
+            self.writer.scalars(
+                step,
+                {
+                    "loss": float(loss),
+                    "grad_norm": float(norm),
+                    "images_per_s": rate,
+                    "seconds": total,
+                },
+            )
+        return rate
+
+    def picture(self, step: int) -> None:
+        """The task's picture, to disk and to tensorboard."""
+        if self.task.picture is None:
+            return
+        grid = self.task.picture(self.state)
+        if self.writer:
+            folder = self.task.directory / "samples"
+            folder.mkdir(parents=True, exist_ok=True)
+            report.write_png(folder / f"step_{step:08d}.png", grid)
+            self.writer.image(step, "samples", grid)
+
+
+def run(task: Task, checkpoints: Checkpoints) -> None:
+    """Train up to ``training.num_steps``, from the newest whole checkpoint.
+
+    Raises:
+      ValueError: for a config that cannot work, or a checkpoint of another model.
+      NonFiniteLoss: naming the step, the loss and the last good checkpoint.
+      SystemExit: with status 143 after SIGTERM, once everything is saved.
+    """
+    with checkpoints, Preemption() as preemption:
+        trainer = _Trainer(task, checkpoints)
+        try:
+            _loop(trainer, preemption)
+        finally:
+            if trainer.writer:
+                trainer.writer.close()
+
+
+def _loop(trainer: _Trainer, preemption: Preemption) -> None:
+    training = trainer.training
+    stride, total = training.steps_per_dispatch, training.num_steps
+    rows: list[tuple[float, float]] = []
+    since = time.perf_counter()
+    bar = progress.bar(trainer.task.name, "step", total, trainer.start)
+
+    def settle(leave: int) -> None:
+        nonlocal rows, since
+        for step, loss, norm in trainer.settle(leave):
+            rows.append((loss, norm))
+            bar.update()
+            if (step + 1) % training.log_every == 0 or step + 1 == total:
+                now = time.perf_counter()
+                rate = trainer.log(step + 1, rows, now - since)
+                mean = np.mean([r[0] for r in rows])
+                bar.set_postfix_str(f"loss {mean:.4f}, {rate:.0f} images/s", refresh=False)
+                rows, since = [], now
+
+    starts = range(trainer.start, total, stride)
+    batches = prefetch(lambda i: trainer.batch(starts[i]), 0, len(starts))
+    with bar, contextlib.closing(batches):
+        for i, batch in batches:
+            trainer.advance(starts[i], batch)
+            done = starts[i] + stride
+            stop = preemption.requested(done)
+            save = stop or done == total or _crossed(done, stride, training.checkpoint_every)
+            look = _crossed(done, stride, training.sample_every)
+            settle(0 if save or look else IN_FLIGHT)
+            if save:
+                trainer.save(done)
+            if look:
+                trainer.picture(done)
+            if stop:
+                trainer.checkpoints.wait()
+                logging.warning("SIGTERM: saved step %d; the same command resumes from it", done)
+                raise SystemExit(EXIT_CODE)
+
+
+def _crossed(done: int, stride: int, every: int) -> bool:
+    """Whether the last ``stride`` steps passed a multiple of ``every`` (0: never)."""
+    return every > 0 and done // every > (done - stride) // every

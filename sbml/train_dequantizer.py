@@ -1,0 +1,86 @@
+"""Training a variational dequantizer against a frozen score model.
+
+    loss = 1/d  mean over the batch of  -log p(x) bound + log q(u | k),   x = 2 (k + u) / L - 1
+
+with u drawn from q and the evidence bound of ``sbml.bound``, all its terms and factors included
+(the range Z of log-SNR; T - eps would stand there were times uniform): up to ``scale`` it is the
+bits/dim that the evaluation reports, in nats/dim, and the gradient flows through u alone.
+
+Reference: Ho et al. 2019 (Flow++); Song et al. 2021, section 6 and appendix.
+"""
+
+import math
+from typing import Any
+
+import jax
+from etils import epath
+from ml_collections import ConfigDict
+
+from sbml import bits, bound, loop, times
+from sbml.build import Experiment
+from sbml.runtime.checkpoint import tree_crc32
+from sbml.runtime.state import Loss, Prepare
+from sbml.types import Array, Key
+
+
+def prepare_fn(experiment: Experiment) -> Prepare:
+    """The draws of a batch: pixels (n, *s), one time's u (n, 1), keys (n,), a dropout key (n,)."""
+    draw = times.DRAWS[experiment.config.training.times]
+
+    def prepare(pixels: Array, key: Key) -> tuple[Array, Array, Key, Key]:
+        time_key, flow_key, bound_key = jax.random.split(key, 3)
+        n = len(pixels)
+        split = jax.random.split
+        return pixels, draw(time_key, n), split(flow_key, n), split(bound_key, n)
+
+    return prepare
+
+
+def loss_fn(experiment: Experiment) -> Loss:
+    """Per-example losses (n,) in nats/dim; ``frozen`` are the score network's parameters."""
+    sde, levels, dims = experiment.sde, experiment.levels, math.prod(experiment.shape)
+    model = experiment.dequantizer(experiment.config.dequantizer.name)
+
+    def loss(params: Any, draws: tuple[Array, Array, Key, Key], frozen: Any) -> Array:
+        pixels, u, flow_keys, bound_keys = draws
+        score = experiment.adapter(frozen)
+        v, log_q = model.sample_batch(params, pixels, flow_keys, train=model.dropout > 0)
+
+        def one(x: Array, u: Array, key: Key) -> Array:
+            return bound.elbo(score, sde, x, key, eps=experiment.eval_eps, u=u).total
+
+        nll = jax.vmap(one)(bits.to_model(pixels, v, levels), u, bound_keys)
+        return (nll + log_q) / dims
+
+    return loss
+
+
+def run(config: ConfigDict, workdir: epath.PathLike) -> None:
+    """Train the dequantizer of ``config.dequantizer`` against the newest score checkpoint.
+
+    Writes ``dequantizer/`` in ``workdir``: checkpoints, metrics, tensorboard. Resumes as ``train``.
+
+    Raises:
+      ValueError: without a score checkpoint, or where the dequantizer was trained against another;
+        and what ``loop.run`` raises.
+    """
+    experiment, workdir = Experiment(config), epath.Path(workdir)
+    images, restored = experiment.images("train"), experiment.restore(workdir)
+    against = {"step": restored.step, "crc32": tree_crc32(restored.state.ema_params)}
+    task = loop.Task(
+        name="train dequantizer",
+        section=config.dequantizer,
+        field="dequantizer.",
+        images=images,
+        seed=config.seed,
+        flip=config.data.flip,
+        init=lambda mesh: experiment.init_dequantizer(mesh, images),
+        prepare=prepare_fn(experiment),
+        loss=loss_fn(experiment),
+        optimizer=experiment.dequantizer_optimizer,
+        frozen=restored.state.ema_params,
+        provenance={**experiment.provenance(images), "score": against},
+        fixed=("score",),
+        directory=workdir / "dequantizer",
+    )
+    loop.run(task, experiment.dequantizer_checkpoints(workdir))

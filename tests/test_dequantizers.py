@@ -1,0 +1,98 @@
+"""What every dequantizer promises, and the truncated normal against scipy's."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy import integrate, stats
+
+from sbml import dequantizers
+from sbml.dequantizers import truncated_normal
+
+SHAPE, DRAWS = (2, 2, 1), 4096
+# Few parameters where a model has sizes to choose.
+SMALL = {"filters": 4, "components": 2, "blocks": 1, "heads": 1, "levels": 17}
+
+
+@pytest.fixture(scope="module", params=sorted(dequantizers.DEQUANTIZERS))
+def drawn(request):
+    """u (n, *s) and log q (n,) of one image, by one compiled call, and the model."""
+    kind = dequantizers.get(request.param)
+    fields = {f.name for f in dataclasses.fields(kind)}
+    model = kind(**{k: v for k, v in SMALL.items() if k in fields})
+    pixels = jnp.asarray(np.arange(4).reshape(SHAPE), jnp.uint8)
+    params = jax.jit(model.init)(jax.random.key(0), jnp.stack([pixels] * 8))
+    keys = jax.random.split(jax.random.key(1), DRAWS)
+    draw = jax.jit(jax.vmap(lambda key: model.sample(params, pixels, key)))
+    return model, draw, keys, draw(keys)
+
+
+def test_u_stays_in_the_bin(drawn):
+    u, log_q = drawn[3]
+    assert u.shape == (DRAWS, *SHAPE) and log_q.shape == (DRAWS,)
+    assert u.min() >= 0 and u.max() < 1 and np.isfinite(log_q).all()
+
+
+def test_draws_are_a_function_of_the_key(drawn):
+    _, draw, keys, (u, log_q) = drawn
+    again, log_q_again = draw(keys[::-1])
+    np.testing.assert_allclose(again[::-1], u, atol=1e-6)
+    np.testing.assert_allclose(log_q_again[::-1], log_q, atol=1e-4)
+    assert len(np.unique(np.asarray(u).reshape(DRAWS, -1)[:, 0])) > 0.9 * DRAWS
+
+
+def test_log_q_is_a_normalised_density(drawn):
+    """E_q [1 / q; u in a box] is the box's volume; at the bin's edges 1 / q is without bound."""
+    u, log_q = (np.asarray(a, np.float64) for a in drawn[3])
+    inside = np.all((u > 0.1) & (u < 0.9), axis=(1, 2, 3))
+    inverse = np.where(inside, np.exp(-log_q), 0.0)
+    error = inverse.std() / np.sqrt(DRAWS)
+    assert error < 0.05
+    assert abs(inverse.mean() - 0.8**4) < 4 * error
+
+
+def test_models_are_hashable_and_say_what_they_sample(drawn):
+    assert hash(drawn[0]) == hash(dataclasses.replace(drawn[0]))
+    assert drawn[0].at_noise in (True, False)
+
+
+def test_an_unknown_name_lists_the_choices():
+    with pytest.raises(ValueError, match="truncated_normal, uniform, variational"):
+        dequantizers.get("logistic")
+
+
+@pytest.mark.parametrize("tau", [0.5, 3.0])
+def test_truncated_normal_is_scipys(tau):
+    """Distribution by Kolmogorov and Smirnov, density pointwise, entropy by quadrature."""
+    model = truncated_normal.Model(tau)
+    keys = jax.random.split(jax.random.key(0), 20_000)
+    pixels = jnp.zeros((1,), jnp.uint8)
+    u, log_q = jax.vmap(lambda key: model.sample({}, pixels, key))(keys)
+    u = np.asarray(u[:, 0], np.float64)
+    truth = stats.truncnorm(-tau, tau, loc=0.5, scale=1 / (2 * tau))
+    assert stats.kstest(u, truth.cdf).pvalue > 1e-3
+    np.testing.assert_allclose(log_q, truth.logpdf(u), atol=2e-5)
+    negative_entropy = integrate.quad(lambda v: truth.pdf(v) * truth.logpdf(v), 0, 1)[0]
+    assert negative_entropy == pytest.approx(-truth.entropy(), abs=1e-8)
+    assert log_q.mean() == pytest.approx(negative_entropy, abs=4 * float(log_q.std()) / 141)
+
+
+def test_truncation_keeps_order_and_symmetry():
+    e = jnp.linspace(-6, 6, 1001)
+    kept = truncated_normal.truncated_normal(e, 3.0)
+    assert np.all(np.diff(kept) >= 0) and np.abs(kept).max() <= 3
+    np.testing.assert_allclose(kept, -kept[::-1], atol=1e-6)
+    np.testing.assert_allclose(kept[400:601], e[400:601], atol=2e-3 * 3)
+
+
+@pytest.mark.parametrize("levels", [17, 256])
+def test_three_deviations_fill_half_a_bin(levels):
+    rho = np.exp(-0.5 * truncated_normal.log_snr(levels))
+    assert 3 * rho == pytest.approx(1 / levels)
+
+
+def test_impossible_widths_are_refused():
+    with pytest.raises(ValueError, match="tau=0: must be positive"):
+        truncated_normal.Model(0)

@@ -1,0 +1,167 @@
+"""The bounds on integers of Gaussian data, where P(k) and every term are known."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy import integrate, stats
+
+from sbml import bits, bound, discrete, oracle, sdes, times
+from sbml.dequantizers import truncated_normal
+
+pytestmark = [pytest.mark.usefixtures("x64"), pytest.mark.oracle]
+LEVELS, K, MEAN, VARIANCE, N = 8, 5, 0.1, 0.09, 40_000
+CENTRE, HALF = 2 * (K + 0.5) / LEVELS - 1, 1 / LEVELS
+
+
+@pytest.fixture(scope="module", params=sorted(sdes.SDES))
+def case(request):
+    """One pixel whose data are N(0.1, 0.09), its exact score, eps and p_eps."""
+    sde = sdes.SDES[request.param]()
+    eps = discrete.smallest_time(sde, LEVELS, 1e-5)
+    data = oracle.Gaussian(sde, jnp.array([MEAN]), jnp.array([VARIANCE]), jnp.eye(1))
+    alpha, sigma = (float(f(jnp.asarray(eps))) for f in (sde.mean_coef, sde.std))
+    return sde, data, eps, alpha, sigma, stats.norm(
+        alpha * MEAN, math.sqrt(alpha**2 * VARIANCE + sigma**2)
+    )  # fmt: skip
+
+
+def bounds(case, kind, control):
+    """Many draws of the three terms, as arrays."""
+    sde, data, eps, *_ = case
+    fitted = bound.GaussianControl(data.mean, data.eigenvalues, None) if control else None
+    keys, u = jax.random.split(jax.random.key(0), N), times.lattice(jax.random.key(1), N)
+
+    @jax.jit
+    @jax.vmap
+    def draw(key, u):
+        return discrete.elbo(
+            data.score, sde, jnp.array([K]), key,
+            kind=kind, levels=LEVELS, eps=eps, u=u, control=fitted,
+        )  # fmt: skip
+
+    return draw(keys, u)
+
+
+def prior_mismatch(case, variance):
+    """E [log p_T - log pi] under N(alpha_T c, variance): what the prior in p_T's place costs."""
+    sde, data, *_ = case
+    last = jnp.asarray(sde.T)
+    mean, variance = float(sde.mean_coef(last)) * CENTRE, variance * float(sde.std(last)) ** 2
+
+    def expected(m, v):
+        return -0.5 * math.log(2 * math.pi * v) - 0.5 * (variance + (mean - m) ** 2) / v
+
+    marginal = float(sde.mean_coef(last)) * MEAN, float(data.variances(last)[0])
+    return expected(*marginal) - expected(0.0, sde.prior_std**2)
+
+
+@pytest.mark.parametrize("control", [False, True])
+def test_truncated_normal_bound_is_the_densitys(case, control):
+    """With the true score the diffusion loses nothing: the bound is E_q [log q - log p_eps], by
+    quadrature in the bin, plus what the prior costs."""
+    sde, _, eps, alpha, sigma, marginal = case
+    tau = discrete.tau(sde, LEVELS, eps)
+    q = stats.truncnorm(-tau, tau, loc=alpha * CENTRE, scale=sigma)
+    ends = alpha * (CENTRE - HALF), alpha * (CENTRE + HALF)
+    truth = integrate.quad(
+        lambda y: q.pdf(y) * (q.logpdf(y) - marginal.logpdf(y)), *ends, epsabs=1e-12, limit=200
+    )[0] + prior_mismatch(case, 1.0)
+    total = np.asarray(bounds(case, "truncated_normal", control).total)
+    error = total.std() / math.sqrt(N)
+    assert error < (0.002 if control else 0.05)
+    assert abs(total.mean() - truth) < 4 * error + 1e-6
+    assert total.mean() > -math.log(marginal.cdf(ends[1]) - marginal.cdf(ends[0])) - 4 * error
+
+
+def test_categorical_bound_is_the_normals_and_the_decoders(case):
+    """E [log q - log p_eps] of the whole normal, closed form, and the decoder by quadrature."""
+    _, _, _, alpha, sigma, marginal = case
+    variance = float(marginal.var())
+    kl = -0.5 * math.log(sigma**2 / variance) - 0.5
+    kl += 0.5 * (sigma**2 + (alpha * CENTRE - marginal.mean()) ** 2) / variance
+    centres = 2 * (np.arange(LEVELS) + 0.5) / LEVELS - 1
+    rho = sigma / alpha
+
+    def decoder(z):
+        logits = -0.5 * ((CENTRE + rho * z - centres) / rho) ** 2
+        return stats.norm.pdf(z) * (np.logaddexp.reduce(logits) - logits[K])
+
+    expected = integrate.quad(decoder, -9, 9, epsabs=1e-12, limit=200)[0]
+    found = bounds(case, "categorical", True)
+    error = np.asarray(found.reconstruction).std() / math.sqrt(N)
+    assert abs(found.reconstruction.mean() - expected) < 4 * error
+    error = np.asarray(found.total).std() / math.sqrt(N)
+    truth = kl + expected + prior_mismatch(case, 1.0)
+    assert abs(found.total.mean() - truth) < 4 * error + 1e-6
+
+
+@pytest.mark.parametrize("share", [0.01, 0.5, 0.999])
+def test_edge_score_is_the_derivative_of_the_convolution(share):
+    """z* = -grad log of the density of a e + b z, that density by quadrature."""
+    tau, a = 1.5, math.sqrt(share)
+    b = math.sqrt(1 - share)
+    q = stats.truncnorm(-tau, tau)
+
+    def log_density(n):
+        nodes, weights = np.polynomial.legendre.leggauss(400)
+        e = tau * nodes
+        return math.log(tau * np.sum(weights * q.pdf(e) * stats.norm.pdf((n - a * e) / b) / b))
+
+    for n in (-2.0, -0.3, 0.0, 1.2, 1.6):
+        step = 1e-5
+        truth = -(log_density(n + step) - log_density(n - step)) / (2 * step)
+        got = n + discrete.edge_score(jnp.asarray(n), jnp.asarray(a), jnp.asarray(b), tau)
+        assert got == pytest.approx(truth, abs=1e-4)
+
+
+def test_float32_near_the_edge_is_finite():
+    with jax.enable_x64(False):
+        n = jnp.linspace(-3.2, 3.2, 4001)
+        for b in (1e-4, 1e-2, 0.5, 1.0):
+            a = jnp.sqrt(jnp.asarray(1 - b**2))
+            n_there = jnp.clip(n, -3 - 3 * b, 3 + 3 * b)  # Further out nothing is drawn.
+            r = discrete.edge_score(n_there, a, jnp.asarray(b), 3.0)
+            assert r.dtype == jnp.float32 and np.isfinite(r).all()
+            assert np.all(r * jnp.sign(n_there) >= 0)
+
+
+def test_smallest_time_is_the_designs_and_never_below_the_trained():
+    vp = sdes.VP()
+    assert discrete.smallest_time(vp, 17, 1e-5) == pytest.approx(2.968e-3, rel=1e-3)
+    assert discrete.smallest_time(vp, 256, 1e-5) == pytest.approx(1.693e-5, rel=1e-3)
+    assert discrete.smallest_time(vp, 256, 5e-5) == 5e-5
+    assert discrete.tau(vp, 17, discrete.smallest_time(vp, 17, 1e-5)) == pytest.approx(3.0)
+    assert discrete.tau(vp, 256, 5e-5) < 3
+
+
+def test_decoder_sums_over_levels_and_pixels():
+    pixels = jnp.array([[0, 3], [7, 5]])
+    x = (2 * (pixels + 0.5) / LEVELS - 1) + 0.01
+    rho = 0.1
+    centres = 2 * (np.arange(LEVELS) + 0.5) / LEVELS - 1
+    each = stats.norm.pdf(np.asarray(x)[..., None], centres, rho)
+    p = np.take_along_axis(each, np.asarray(pixels)[..., None], -1)[..., 0] / each.sum(-1)
+    got = discrete.decoder_nats(x, pixels, LEVELS, jnp.asarray(rho))
+    assert got == pytest.approx(-np.log(p).sum())
+
+
+def test_wrong_kinds_and_times_are_refused(case):
+    sde, data, *_ = case
+    arguments = {"levels": LEVELS, "u": jnp.array([0.5])}
+    pixels, key = jnp.array([K]), jax.random.key(0)
+    with pytest.raises(ValueError, match="unknown discrete bound 'uniform'"):
+        discrete.elbo(data.score, sde, pixels, key, kind="uniform", eps=1e-2, **arguments)
+    with pytest.raises(ValueError, match="must lie in"):
+        discrete.elbo(data.score, sde, pixels, key, kind="categorical", eps=2.0, **arguments)
+
+
+def test_uniform_noise_in_the_bin_is_the_same_integer():
+    """The bin that truncated noise stays in is the one ``bits`` gives back."""
+    pixels = jnp.arange(LEVELS)
+    u, _ = truncated_normal.Model().sample({}, pixels, jax.random.key(0))
+    np.testing.assert_array_equal(
+        bits.to_pixels(bits.to_model(pixels, u, LEVELS), LEVELS), np.arange(LEVELS)
+    )

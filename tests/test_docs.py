@@ -1,0 +1,48 @@
+"""Every Python block of the documentation runs by itself."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+DOCS = ("README.md", "docs/library.md")
+
+
+def blocks(text: str) -> list[tuple[int, str]]:
+    """(line, code) of each ```python block; ``line`` is that of its first line of code, from 1."""
+    found = re.finditer(r"^```python\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    return [(text.count("\n", 0, match.start(1)) + 1, match[1]) for match in found]
+
+
+def execute(name: str, line: int, code: str) -> None:
+    """Run ``code`` in a fresh namespace; a traceback points into the file it was taken from."""
+    padded = "\n" * (line - 1) + code
+    exec(compile(padded, str(ROOT / name), "exec"), {"__name__": "__main__"})
+
+
+BLOCKS = [(name, *block) for name in DOCS for block in blocks((ROOT / name).read_text())]
+
+
+@pytest.mark.parametrize(
+    ("name", "line", "code"), [pytest.param(*b, id=f"{b[0]}:{b[1]}") for b in BLOCKS]
+)
+def test_the_block_runs(name: str, line: int, code: str) -> None:
+    try:
+        execute(name, line, code)
+    except Exception as error:
+        error.add_note(f"in the block of {name} that starts on line {line}")
+        raise
+
+
+def test_no_block_is_overlooked() -> None:
+    for name in DOCS:
+        fences = (ROOT / name).read_text().count("```python")
+        assert fences == sum(block[0] == name for block in BLOCKS) > 0
+
+
+def test_an_error_names_its_line() -> None:
+    [(line, code)] = blocks("text\n\n```python\nx = 1\ny = x / 0\n```\n")
+    with pytest.raises(ZeroDivisionError) as caught:
+        execute("README.md", line, code)
+    assert caught.traceback[-1].lineno + 1 == 5

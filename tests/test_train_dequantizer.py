@@ -1,0 +1,103 @@
+"""A dequantizer trained against a frozen score: its loss is the bound that evaluation reports."""
+
+import json
+import math
+
+import jax
+import numpy as np
+import pytest
+import tiny
+
+from sbml import build, evaluate, summary, train, train_dequantizer
+from sbml.dequantizers import variational
+from sbml.runtime import metrics, sharding
+from sbml.runtime.parts import read_npz
+
+STEPS = 12
+
+
+def config_of(**training):
+    config = tiny.get_config()
+    config.dequantizer.model.update(filters=8, components=2, blocks=1, heads=2)
+    config.dequantizer.training.update(
+        batch_size=64, num_steps=STEPS, log_every=1, checkpoint_every=4, keep_every=0
+    )
+    config.dequantizer.training.update(training)
+    config.dequantizer.optim.update(lr=3e-3, warmup=4)
+    return config
+
+
+@pytest.fixture(scope="module")
+def score(tmp_path_factory):
+    """A work directory with a score."""
+    workdir = tmp_path_factory.mktemp("score")
+    train.run(tiny.get_config(), workdir)
+    return workdir
+
+
+@pytest.fixture(scope="module")
+def whole(score):
+    train_dequantizer.run(config_of(), score)
+    return score
+
+
+def state(workdir):
+    experiment = build.Experiment(config_of())
+    return experiment.restore_dequantizer(workdir, experiment.images("train")).state
+
+
+def test_resumed_training_is_the_uninterrupted_one(whole, tmp_path):
+    (tmp_path / "checkpoints").symlink_to(whole / "checkpoints")
+    train_dequantizer.run(config_of(num_steps=8), tmp_path)
+    train_dequantizer.run(config_of(), tmp_path)
+    jax.tree.map(np.testing.assert_array_equal, state(tmp_path), state(whole))
+    rows = [row["step"] for row in metrics.read(tmp_path / "dequantizer")]
+    assert rows == list(range(1, STEPS + 1))
+
+
+def test_loss_is_the_reported_bound(whole):
+    """The mean loss over many batches of the test images, with ``scale``, against the table."""
+    config = config_of()
+    config.eval.update(
+        estimators=("bound",), dequantizers=("variational",), control=False, n_times=4, sweeps=8
+    )
+    evaluate.run(config, whole)
+    table = read_npz(whole / summary.PER_IMAGE)
+    found = table["bound_variational_bits_per_dim"]
+    experiment = build.Experiment(config)
+    frozen = experiment.restore(whole).state.ema_params
+    params = state(whole).ema_params
+    pixels = jax.numpy.asarray(experiment.images("test").images)
+    prepare, loss = train_dequantizer.prepare_fn(experiment), train_dequantizer.loss_fn(experiment)
+    one = jax.jit(lambda key: loss(params, prepare(pixels, key), frozen))
+    losses = np.mean([one(jax.random.key(i)) for i in range(32)], axis=0)
+    bits = losses / math.log(2) + math.log2(17 / 2)
+    error = math.hypot(bits.std(), found.std()) / math.sqrt(len(bits))
+    assert abs(bits.mean() - found.mean()) < 4 * error < 1.0
+    terms = [table[f"bound_variational_{name}"] for name in ("dequantization", "scale")]
+    assert np.abs(terms[0]).mean() > 1e-3 and np.all(terms[1] == terms[1][0])
+
+
+def test_only_the_dequantizer_learns(whole):
+    """The score's checkpoint is untouched, the average has decay 0.99, the parameters moved."""
+    experiment = build.Experiment(config_of())
+    fresh = experiment.init_dequantizer(sharding.data_mesh(), experiment.images("train"))
+    moved = jax.tree.map(lambda a, b: float(np.abs(a - b).max()), fresh.params, state(whole).params)
+    assert max(jax.tree.leaves(moved)) > 1e-3
+    assert config_of().dequantizer.optim.ema == 0.99
+    assert experiment.restore(whole).step == tiny.get_config().training.num_steps
+    assert isinstance(experiment.dequantizer("variational"), variational.Model)
+    assert experiment.dequantizer("variational").levels == 17
+
+
+def test_another_score_is_refused_for_resuming_and_warned_of(whole, tmp_path):
+    (tmp_path / "dequantizer").symlink_to(whole / "dequantizer")
+    config = config_of(num_steps=STEPS + 4)
+    config.training.num_steps = 20
+    train.run(config, tmp_path)
+    with pytest.raises(ValueError, match="was trained with score .* now it is"):
+        train_dequantizer.run(config, tmp_path)
+    config.eval.update(estimators=("bound",), dequantizers=("variational",), max_images=8, sweeps=2)
+    evaluate.run(config, tmp_path)
+    warnings = json.loads((tmp_path / "report.json").read_text())["warnings"]
+    assert any("trained against another score" in warning for warning in warnings)

@@ -18,7 +18,7 @@ import numpy as np
 from sbml import build, losses, train
 from sbml.config import default
 from sbml.runtime import sharding
-from sbml.runtime.state import make_step
+from sbml.runtime.state import compiler_options, make_step
 
 
 def experiment() -> build.Experiment:
@@ -31,7 +31,7 @@ def experiment() -> build.Experiment:
 def by_hand(e: build.Experiment):
     """Z / 2 ||z - F||^2 / d for a batch, with no vmap but the noise's."""
 
-    def loss(params, draws):
+    def loss(params, draws, frozen):
         x, t, weight, keys = draws
         pairs = jax.vmap(jax.random.split)(keys)
         z = jax.vmap(lambda k: jax.random.normal(k, x.shape[1:]))(pairs[:, 0])
@@ -49,7 +49,7 @@ def by_hand(e: build.Experiment):
 def one_by_one(e: build.Experiment):
     """``vmap(dsm)``: the network sees one example at a time."""
 
-    def loss(params, draws):
+    def loss(params, draws, frozen):
         x, t, weight, keys = draws
         score = e.adapter(params)
         terms = jax.vmap(lambda x, t, k: losses.dsm(score, e.sde, x, t, k))(x, t, keys)
@@ -76,12 +76,15 @@ def main() -> None:
     }
     steps, values = {}, {}
     for name, loss in kinds.items():
-        step = jax.jit(make_step(train.prepare_fn(e), loss, e.optimizer, ema=0.9999))
+        step = jax.jit(
+            make_step(train.prepare_fn(e), loss, e.optimizer, ema=0.9999),
+            compiler_options=compiler_options(),
+        )
         state = e.init_state(mesh)
         start = time.process_time()
-        steps[name] = step.lower(state, pixels, key).compile()
+        steps[name] = step.lower(state, pixels, key, ()).compile()
         print(f"{name:12s} compile {time.process_time() - start:6.1f} CPU-s")
-        values[name] = float(steps[name](state, pixels, key)[1]["loss"])
+        values[name] = float(steps[name](state, pixels, key, ())[1]["loss"])
     assert np.isclose(values["dsm_batch"], values["by hand"], rtol=1e-5), values
 
     cost: dict[str, list[float]] = {name: [] for name in kinds}
@@ -91,7 +94,7 @@ def main() -> None:
             jax.block_until_ready(state)
             start = time.process_time()
             for _ in range(args.steps):
-                state, _ = step(state, pixels, key)
+                state, _ = step(state, pixels, key, ())
             jax.block_until_ready(state)
             cost[name].append((time.process_time() - start) / args.steps)
     for name, seconds in cost.items():

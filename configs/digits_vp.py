@@ -20,4 +20,9 @@ def get_config() -> ConfigDict:
     )
     config.optim.update(lr=2e-3, warmup=100, schedule="cosine", ema=0.99)
     config.eval.update(batch_size=90)
+    config.dequantizer.model.update(filters=32, components=8, blocks=1)
+    config.dequantizer.training.update(
+        batch_size=64, num_steps=500, log_every=20, checkpoint_every=250
+    )
+    config.dequantizer.optim.update(lr=2e-3, warmup=50)
     return config

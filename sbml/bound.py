@@ -18,6 +18,9 @@ as it is and removes nearly all variance. With c = U^T (x - m) in C's eigenbasis
 
     integral = 1/2 sum_i [-log1p(l_i / v) + l_i / (l_i + v) - c_i^2 / (l_i + v)]  from v_eps to v_T
 
+*Density.* What noise is left depends on the time: draws with a density in log-SNR that follows its
+standard deviation, each weighted by the density's inverse, have less of it (:func:`pilot`).
+
 Reference: Song, Durkan, Murray, Ermon, NeurIPS 2021, theorem 3 and appendix; Kingma et al., VDM,
 2021, for the uniform log-SNR form.
 """
@@ -30,7 +33,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sbml import divergence
+from sbml import divergence, times
 from sbml.losses import perturb
 from sbml.sdes import SDE
 from sbml.times import Importance
@@ -154,6 +157,7 @@ def elbo(
     u: Array,
     form: str = "dsm",
     control: GaussianControl | None = None,
+    density: Array | None = None,
     probes: int = 0,
 ) -> Bound:
     """The bound for one example ``x (*s)``; vmap over examples, keys and rows of ``u``.
@@ -168,6 +172,7 @@ def elbo(
         over a data set have the least variance.
       form: ``dsm`` or ``ssm``.
       control: reduces the variance of ``dsm``.
+      density: of the draws in log-SNR, in equal bins (``times.warp``); None for uniform.
       probes: Rademacher probes of ``ssm``; 0 for the exact divergence.
 
     Returns:
@@ -183,7 +188,8 @@ def elbo(
     if not jnp.issubdtype(x.dtype, jnp.floating):
         raise ValueError(f"x is {x.dtype}: dequantize integers first (sbml.bits.to_model)")
     proposal = Importance(sde, eps)
-    t, _ = proposal.at(u)
+    v, inverse = (u, 1.0) if density is None else times.warp(u, density)
+    t, _ = proposal.at(v)
     time_key, last_key, probe_key = jax.random.split(key, 3)
     zs = jax.random.normal(time_key, (u.size, *x.shape), x.dtype)
     if form == "dsm":
@@ -191,7 +197,7 @@ def elbo(
     else:
         vs = divergence.probes(probe_key, x.shape, probes).astype(x.dtype) if probes else None
         draws = jax.vmap(lambda t, z: diffusion_ssm(score, sde, x, t, z, vs))(t, zs)
-    diffusion = proposal.normaliser * jnp.mean(draws)
+    diffusion = proposal.normaliser * jnp.mean(inverse * draws)
     if control is not None:
         diffusion = diffusion + control.integral(sde, x, eps)
     last = jnp.asarray(eps, x.dtype)
@@ -199,3 +205,37 @@ def elbo(
     log_rho2 = -sde.log_snr(last)
     constant = 0.5 * x.size * (math.log(2 * math.pi) + log_rho2)
     return Bound(prior_kl(sde, x), diffusion, noise_error(score, sde, x, last, z) + constant)
+
+
+def pilot(
+    score: Score,
+    sde: SDE,
+    x: Array,
+    key: Key,
+    *,
+    eps: float,
+    control: GaussianControl | None = None,
+    draws: int = 8,
+    bins: int = 32,
+    floor: float = 0.1,
+) -> Array:
+    """A density ``(bins,)`` of times for :func:`elbo`, from ``draws`` of each of ``x (n, *s)``.
+
+    It follows the standard deviation, bin by bin, of what :func:`elbo` averages, with a part
+    ``floor`` left uniform. Take other draws than those it is then used for.
+    """
+    u_key, z_key = jax.random.split(key)
+    v = times.lattice(u_key, len(x), draws)
+    t, _ = Importance(sde, eps).at(v)
+    keys = jax.random.split(z_key, (len(x), draws))
+
+    def one(x: Array, t: Array, key: Key) -> Array:
+        z = jax.random.normal(key, x.shape, x.dtype)
+        return diffusion_dsm(score, sde, x, t, z, control)
+
+    values = jax.vmap(lambda x, t, k: jax.vmap(lambda t, k: one(x, t, k))(t, k))(x, t, keys)
+    empty = jnp.zeros((2, bins), values.dtype)
+    first = times.tally(empty, v.ravel(), values.ravel(), 1.0)
+    mean = (first[1] / first[0])[jnp.floor(v * bins).astype(int)]
+    second = times.tally(empty, v.ravel(), ((values - mean) ** 2).ravel(), 1.0)
+    return times.floored(jnp.sqrt(second[1] / second[0]), floor)

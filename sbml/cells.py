@@ -15,7 +15,7 @@ import dataclasses
 import hashlib
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -61,6 +61,7 @@ class Evaluation:
     restored: Restored
     images: ImageSet
     control: GaussianControl | None
+    density: Callable[[float], np.ndarray | None]  # of the bound's times, by their eps
     workdir: epath.Path
 
     @property
@@ -80,10 +81,13 @@ class CellRun:
         if dequantization.at_noise:
             self.eps = discrete.smallest_time(experiment.sde, experiment.levels, self.eps)
         self.trace = experiment.trace(cell.num_importance)
+        self.density = shared.density(self.eps) if cell.estimator == "bound" else None
         self.count = shared.count
         if cell.num_importance > 1 and self.config.importance_images:
             self.count = min(self.count, self.config.importance_images)
-        size = min(self.config.subset or self.count, self.count)
+        # Where K > 1 an image costs K solves: about as many in all, but four images at least.
+        size = self.config.subset or self.count
+        size = min(max(4, size // cell.num_importance), self.count)
         # Evenly spread ids: no random draw, and the same whatever the seed.
         self.subset = np.unique(np.linspace(0, self.count - 1, size).astype(np.int64))
         self.score = experiment.adapter(shared.restored.state.ema_params)
@@ -155,7 +159,9 @@ class CellRun:
             found = estimators.ode(*batch, solver, **common, **draws)
         else:
             u = sharding.put(lattice[ids], split)
-            found = estimators.evidence_bound(*batch, u, self.shared.control, **common)
+            found = estimators.evidence_bound(
+                *batch, u, self.shared.control, self.density, **common
+            )
         found = sharding.to_host(found)
         rows = {k: np.asarray(found[k], np.float64) for k in self.cell.terms if k != "scale"}
         rows["scale"] = np.full(len(ids), self._scale())
@@ -184,6 +190,7 @@ class CellRun:
         else:
             own = {k: config["eval"][k] for k in ("n_times", "times")}
             own["control_crc32"] = tree_crc32(shared.control)
+            own["density_crc32"] = tree_crc32(self.density)
         return {
             "cell": dataclasses.asdict(self.cell),
             "dequantizer": repr(self.dequantization.model),

@@ -118,11 +118,13 @@ def default(network: str = "ncsnpp") -> ml_collections.ConfigDict:
                 "target_se": 0.0,  # sweep until this standard error in bits/dim; 0: just sweeps
                 "max_sweeps": 256,
                 "control": True,  # Gaussian control variate of the bound
+                "proposal_bins": 32,  # of a learned density of the bound's times; 0: uniform
                 "method": "dopri5",  # tsit5, heun, euler
                 "rtol": 1e-4,
                 "atol": 1e-4,
                 "fixed_steps": 0,  # 0: step control
-                "subset": 32,  # images for the solver's error and the noise of ode; 0: all
+                # images for the solver's error and the noise of ode; 0: all; a Kth where K > 1
+                "subset": 32,
                 "solver_budget": 1e-3,  # bits/dim; a larger solver error marks the number
             },
             "dequantizer": _dequantizer(),

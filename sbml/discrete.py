@@ -30,6 +30,7 @@ import jax.numpy as jnp
 from jax.scipy.special import log_ndtr
 from jax.scipy.stats import norm
 
+from sbml import times
 from sbml.bound import Bound, GaussianControl
 from sbml.dequantizers import truncated_normal
 from sbml.sdes import SDE
@@ -118,6 +119,7 @@ def elbo(
     eps: float,
     u: Array,
     control: GaussianControl | None = None,
+    density: Array | None = None,
 ) -> Bound:
     """The bound on -log P(pixels) for one example; its terms in nats need no further ``scale``.
 
@@ -130,7 +132,7 @@ def elbo(
       levels: L.
       eps: the smallest time, for which :func:`smallest_time` is a good choice.
       u: points ``(n,)`` in [0, 1), each a draw of the diffusion term.
-      control: reduces the variance, as in ``bound.elbo``.
+      control, density: reduce the variance, as in ``bound.elbo``.
 
     Returns:
       prior, diffusion and reconstruction (the decoder; zero for ``truncated_normal``), in nats.
@@ -141,7 +143,8 @@ def elbo(
     if kind not in KINDS:
         raise ValueError(f"unknown discrete bound {kind!r}; choose from {KINDS}")
     proposal = Importance(sde, eps)
-    t, _ = proposal.at(u)
+    v, inverse = (u, 1.0) if density is None else times.warp(u, density)
+    t, _ = proposal.at(v)
     centre = (2.0 / levels) * (pixels + 0.5) - 1.0
     truncated = kind == "truncated_normal"
     width = tau(sde, levels, eps)
@@ -163,7 +166,7 @@ def elbo(
         return error - 0.5 * jnp.sum((plain - control.noise(sde, mean + std * plain, t)) ** 2)
 
     keys = jax.random.split(key, u.size + 1)
-    diffusion = proposal.normaliser * jnp.mean(jax.vmap(draw)(t, keys[:-1]))
+    diffusion = proposal.normaliser * jnp.mean(inverse * jax.vmap(draw)(t, keys[:-1]))
     if control is not None:
         diffusion = diffusion + control.integral(sde, centre, eps)
     if truncated:

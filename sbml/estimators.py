@@ -155,6 +155,7 @@ def evidence_bound(
     seed: Array,
     u: Array,
     control: GaussianControl | None,
+    density: Array | None,
     *,
     dequantizer: Any,
     sde: SDE,
@@ -163,13 +164,13 @@ def evidence_bound(
 ) -> dict[str, Array]:
     """Terms ``(n,)`` in bits/dim, and ``nfe``; times are at ``u (n, draws)`` in [0, 1).
 
-    ``dequantizer`` is a ``Model`` of ``sbml.dequantizers`` or None for the categorical decoder; the
-    other arguments are those of :func:`ode`.
+    ``dequantizer`` is a ``Model`` of ``sbml.dequantizers`` or None for the categorical decoder;
+    ``control`` and ``density`` are those of ``bound.elbo``, the others those of :func:`ode`.
     """
 
     def one(pixels: Array, i: Array, sweep: Array, u: Array) -> dict[str, Array]:
         u_key, key = jax.random.split(_key(seed, sweep, i))
-        sampled: dict[str, Any] = {"eps": eps, "u": u, "control": control}
+        sampled: dict[str, Any] = {"eps": eps, "u": u, "control": control, "density": density}
         if dequantizer is None or dequantizer.at_noise:
             kind = CATEGORICAL if dequantizer is None else "truncated_normal"
             terms = discrete.elbo(score, sde, pixels, key, kind=kind, levels=levels, **sampled)

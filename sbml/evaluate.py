@@ -4,8 +4,10 @@ A cell is one estimator with one dequantizer and K draws of it (``sbml.estimator
 checkpoint. How a cell's rows are made, resumed and given their error bars is in ``sbml.cells``.
 """
 
+import functools
 import json
 import time
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -14,7 +16,7 @@ from absl import logging
 from etils import epath
 from ml_collections import ConfigDict
 
-from sbml import baselines, cells, summary
+from sbml import baselines, bits, bound, cells, summary
 from sbml.bound import GaussianControl
 from sbml.build import Experiment, warn_if_other_data
 from sbml.cells import CellRun, Dequantization, Evaluation
@@ -35,6 +37,26 @@ def control_variate(experiment: Experiment, train: ImageSet) -> GaussianControl 
     centres = 2.0 * (np.asarray(train.images) + 0.5) / train.levels - 1.0
     fitted = GaussianControl.fit(centres, noise_variance=(2 / train.levels) ** 2 / 12)
     return jax.tree.map(lambda a: np.asarray(a, np.float32), fitted)
+
+
+def time_density(
+    experiment: Experiment, restored: Restored, train: ImageSet, control: GaussianControl | None
+) -> Callable[[float], np.ndarray | None]:
+    """Where the bound's draws are wanted most, from training images, if ``eval.proposal_bins``."""
+    config = experiment.config.eval
+    chosen = np.linspace(0, len(train) - 1, min(len(train), 256)).astype(np.int64)
+
+    @functools.cache
+    def density(eps: float) -> np.ndarray | None:
+        if not config.proposal_bins:
+            return None
+        x = bits.to_model(jax.numpy.asarray(train.images[chosen]), 0.5, train.levels)
+        options = {"eps": eps, "control": control, "bins": config.proposal_bins}
+        find = jax.jit(lambda score, x, key: bound.pilot(score, experiment.sde, x, key, **options))
+        score = experiment.adapter(restored.state.ema_params)
+        return np.asarray(find(score, x, jax.random.key(config.seed)))
+
+    return density
 
 
 def dequantization(
@@ -155,7 +177,8 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
     start = time.perf_counter()
     wants_control = any(cell.estimator == "bound" for cell in defined)
     control = control_variate(experiment, train) if wants_control else None
-    shared = Evaluation(experiment, restored, images, control, workdir)
+    density = time_density(experiment, restored, train, control)
+    shared = Evaluation(experiment, restored, images, control, density, workdir)
     warnings = _training_mismatch(restored, train)
     for name, dequantizer in found.items():
         warnings += _dequantizer_mismatch(restored, name, dequantizer)

@@ -24,7 +24,15 @@ from sbml.runtime import progress, report, sharding
 from sbml.runtime.checkpoint import Checkpoints
 from sbml.runtime.metrics import MetricsWriter
 from sbml.runtime.preemption import EXIT_CODE, Preemption
-from sbml.runtime.state import Loss, Prepare, Step, TrainState, make_step, several
+from sbml.runtime.state import (
+    Loss,
+    Prepare,
+    Step,
+    TrainState,
+    compiler_options,
+    make_step,
+    several,
+)
 from sbml.types import Array
 
 # Steps dispatched ahead of the one whose loss is read: the device never waits for the host.
@@ -88,6 +96,7 @@ def compiled_step(task: Task, mesh: jax.sharding.Mesh) -> Step:
         in_shardings=(same, split, same, same),
         out_shardings=(same, same),
         donate_argnums=0,
+        compiler_options=compiler_options(),
     )
 
 

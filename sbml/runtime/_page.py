@@ -25,7 +25,6 @@ COLUMNS = {
     "estimator": ("estimator", "word"),
     "dequantizer": ("dequantizer", "word"),
     "num_importance": ("K", ""),
-    "split": ("split", "word"),
     "n": ("images", ""),
     "bits_per_dim": ("bits/dim", "bits"),
     "ci95": ("±\u00a095%", "bits"),
@@ -123,17 +122,20 @@ def _flat(value: Mapping[str, Any], top: str = "") -> dict[str, Any]:
 
 
 def _columns(results: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Columns of the result table: those of ``COLUMNS`` that a result has."""
+    """Columns of the result table: those of ``COLUMNS`` that a result has; K where it is not 1."""
     return [
         {"key": key, "label": label, "format": form, "number": form != "word"}
         for key, (label, form) in COLUMNS.items()
         if any(key in result for result in results)
+        and not (key == "num_importance" and all(result.get(key) == 1 for result in results))
     ]
 
 
 def _ledger(results: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
     """What each number is the sum of: term names, and a row of texts for every result."""
-    names = list(dict.fromkeys(name for row in results for name in row.get("terms", {})))
+    terms = [item for row in results for item in row.get("terms", {}).items()]
+    shown = {name for name, value in terms if value} | {"prior"}  # "importance" only where K > 1.
+    names = [name for name in dict.fromkeys(name for name, _ in terms) if name in shown]
     if not names:
         return None
     rows = [

@@ -1,0 +1,100 @@
+"""Variance of the evidence bound for ways of drawing its times, at equal network calls.
+
+    python benchmarks/bound_variance.py [--config=configs/digits_vp.py] [--workdir=runs/digits_vp]
+
+Of a trained model on its test images: the variance of one image's diffusion term, averaged over
+images, and that of the data set's mean, each over independent sweeps and relative to independent
+importance-sampled times, with the standard deviation of the ratio over bootstrapped sweeps. The
+dequantized images stay the same: nothing but the bound's own draws varies.
+"""
+
+import argparse
+import functools
+import runpy
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+
+from sbml import bits, bound, build, evaluate, losses, times
+
+# name: (times, proposal, control variate, density)
+WAYS = {
+    "iid, importance": ("iid", "importance", False, False),
+    "iid, uniform t": ("iid", "uniform", False, False),
+    "lattice": ("lattice", "importance", False, False),
+    "lattice + control": ("lattice", "importance", True, False),
+    "lattice + control + density": ("lattice", "importance", True, True),
+}
+
+
+def main() -> None:
+    """Print the table of ratios."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--config", default="configs/digits_vp.py")
+    parser.add_argument("--workdir", default="runs/digits_vp")
+    parser.add_argument("--images", type=int, default=180)
+    parser.add_argument("--draws", type=int, default=16)
+    parser.add_argument("--sweeps", type=int, default=16)
+    args = parser.parse_args()
+
+    e = build.Experiment(runpy.run_path(args.config)["get_config"]())
+    restored, train = e.restore(epath.Path(args.workdir)), e.images("train")
+    e.config.eval.proposal_bins = 32
+    fitted = evaluate.control_variate(e, train)
+    density = evaluate.time_density(e, restored, train, fitted)(e.eval_eps)
+    images = e.images("test")
+    count = min(args.images, len(images))
+    pixels = jnp.asarray(images.images[np.linspace(0, len(images) - 1, count).astype(int)])
+    x = bits.to_model(pixels, jax.random.uniform(jax.random.key(9), pixels.shape), images.levels)
+    score = e.adapter(restored.state.ema_params)
+
+    @functools.partial(jax.jit, static_argnames=("way",))
+    def sweep(score, key, way):
+        draw, proposal, controlled, dense = WAYS[way]
+        u_key, z_key = jax.random.split(key)
+        u = times.DRAWS[draw](u_key, count, args.draws)
+        v, inverse = times.warp(u, jnp.asarray(density)) if dense else (u, jnp.ones_like(u))
+        t, weight = times.PROPOSALS[proposal](e.sde, e.eval_eps).at(v)
+        control = fitted if controlled else None
+
+        def one(x, t, w, key):
+            z = jax.random.normal(key, x.shape)
+            value = bound.diffusion_dsm(score, e.sde, x, t, z, control)
+            return w * losses.weight(e.sde, t, "likelihood") * value
+
+        keys = jax.random.split(z_key, (count, args.draws))
+        each = jax.vmap(jax.vmap(one, (None, 0, 0, 0)))(x, t, weight * inverse, keys)
+        return bits.nats_to_bits(jnp.mean(each, axis=1), x.shape[1:])
+
+    values = {}
+    for way in WAYS:
+        found = [np.asarray(sweep(score, jax.random.key(r), way)) for r in range(args.sweeps)]
+        values[way] = np.asarray(found, np.float64)
+    base = values["iid, importance"]
+    rng = np.random.default_rng(0)
+
+    def ratios(found: np.ndarray, base: np.ndarray) -> tuple[float, float]:
+        per_image = found.var(0, ddof=1).mean() / base.var(0, ddof=1).mean()
+        # The data set's mean of independent draws: its variance follows from the images'.
+        expected = base.var(0, ddof=1).mean() / base.shape[1]
+        return per_image, found.mean(1).var(ddof=1) / expected
+
+    print(f"{count} images, {args.draws} draws an image, {args.sweeps} sweeps")
+    print(f"{'variance, relative':32s} {'per image':>20s} {'data set':>20s}")
+    for way, found in values.items():
+        resampled = []
+        for _ in range(400):
+            pick, pick_base = rng.integers(0, args.sweeps, (2, args.sweeps))
+            resampled.append(ratios(found[pick], base[pick_base]))
+        spread = np.std(resampled, axis=0)
+        image, data_set = ratios(found, base)
+        print(
+            f"{way:32s} {image:10.4f} +- {spread[0]:.4f} {data_set:10.4f} +- {spread[1]:.4f}",
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    main()

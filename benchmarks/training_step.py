@@ -32,7 +32,7 @@ def by_hand(e: build.Experiment):
     """Z / 2 ||z - F||^2 / d for a batch, with no vmap but the noise's."""
 
     def loss(params, draws, frozen):
-        x, t, weight, keys = draws
+        x, t, weight, keys = draws[:4]
         pairs = jax.vmap(jax.random.split)(keys)
         z = jax.vmap(lambda k: jax.random.normal(k, x.shape[1:]))(pairs[:, 0])
         alpha, sigma = e.sde.mean_coef(t), e.sde.std(t)
@@ -50,7 +50,7 @@ def one_by_one(e: build.Experiment):
     """``vmap(dsm)``: the network sees one example at a time."""
 
     def loss(params, draws, frozen):
-        x, t, weight, keys = draws
+        x, t, weight, keys = draws[:4]
         score = e.adapter(params)
         terms = jax.vmap(lambda x, t, k: losses.dsm(score, e.sde, x, t, k))(x, t, keys)
         return weight * terms / x[0].size

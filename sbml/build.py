@@ -28,6 +28,7 @@ from sbml.runtime.state import TrainState
 from sbml.runtime.versions import versions
 
 DEQUANTIZATIONS = ("uniform", "centre", "none")
+NOISES = ("independent", "twins")
 
 
 def check_choice(field: str, name: str, choices: Collection[str]) -> str:
@@ -105,7 +106,7 @@ class Experiment:
 
     def __post_init__(self) -> None:
         # Touch every part now: a bad field must not surface after an hour of training.
-        _ = (self.adapter, self.proposal, self.optimizer, self.weighting, self.cells)
+        _ = (self.adapter, self.proposal, self.optimizer, self.weighting, self.twins, self.cells)
         _ = (self.eval_solver, self.sampling_solver, self.sampling_eps, self.eval_eps)
         _ = (self.dequantizer(self.config.dequantizer.name), self.dequantizer_optimizer)
         check_choice("eval.times", self.config.eval.times, times.DRAWS)
@@ -141,6 +142,16 @@ class Experiment:
     def proposal(self) -> times.Proposal:
         kind = "importance" if self.config.training.importance_sampling else "uniform"
         return times.PROPOSALS[kind](self.sde, smallest_time(self.config))
+
+    @property
+    def twins(self) -> bool:
+        """Whether every image of a batch is called twice, with noises z and -z."""
+        return check_choice("training.noises", self.config.training.noises, NOISES) == "twins"
+
+    @property
+    def adapts(self) -> bool:
+        """Whether the times' density follows the noise that training meets."""
+        return self.config.training.proposal_bins > 0
 
     @property
     def weighting(self) -> str:
@@ -277,7 +288,9 @@ class Experiment:
 
         def init() -> TrainState:
             key = jax.random.fold_in(jax.random.key(self.config.seed), jnp.iinfo(jnp.int32).max)
-            return TrainState.create(self.adapter.init(key, self.shape), self.optimizer)
+            bins = self.config.training.proposal_bins
+            statistics = jnp.zeros((2, bins)) if self.adapts else ()
+            return TrainState.create(self.adapter.init(key, self.shape), self.optimizer, statistics)
 
         return jax.jit(init, out_shardings=sharding.replicated(mesh))()
 

@@ -81,6 +81,7 @@ class CellRun:
         if dequantization.at_noise:
             self.eps = discrete.smallest_time(experiment.sde, experiment.levels, self.eps)
         self.trace = experiment.trace(cell.num_importance)
+        # The density is of the dsm form's noise.
         self.density = shared.density(self.eps) if cell.estimator == "bound" else None
         self.count = shared.count
         if cell.num_importance > 1 and self.config.importance_images:
@@ -113,7 +114,7 @@ class CellRun:
         self, parts: Parts, missing: np.ndarray, total: int, sweep: int, solver: Solver
     ) -> None:
         label = f"{self.cell.name}" + (f" sweep {sweep + 1}" if sweep else "")
-        lattice = self._lattice(sweep) if self.cell.estimator == "bound" else None
+        lattice = self._lattice(sweep) if self.cell.is_bound else None
         bar = progress.bar(label, "image", total, total - len(missing))
         with bar:
             for rows, mask in eval_batches(len(missing), sharding.round_up(self.config.batch_size)):
@@ -159,9 +160,10 @@ class CellRun:
             found = estimators.ode(*batch, solver, **common, **draws)
         else:
             u = sharding.put(lattice[ids], split)
-            found = estimators.evidence_bound(
-                *batch, u, self.shared.control, self.density, **common
-            )
+            form = estimators.FORMS[self.cell.estimator]
+            control = self.shared.control if form == "dsm" else None
+            reduced = (u, control, self.density)
+            found = estimators.evidence_bound(*batch, *reduced, **common, form=form)
         found = sharding.to_host(found)
         rows = {k: np.asarray(found[k], np.float64) for k in self.cell.terms if k != "scale"}
         rows["scale"] = np.full(len(ids), self._scale())
@@ -207,7 +209,7 @@ class CellRun:
 
     def finish(self) -> tuple[Table, dict[str, Any]]:
         """One row an image, and what the report says of the cell beside it."""
-        if self.cell.estimator == "bound":
+        if self.cell.is_bound:
             return self._swept()
         return self._solved()
 

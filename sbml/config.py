@@ -94,6 +94,8 @@ def default(network: str = "ncsnpp") -> ml_collections.ConfigDict:
                 "likelihood_weighting": True,
                 "importance_sampling": True,
                 "times": "lattice",  # or iid
+                "noises": "independent",  # or twins: half the images, each with z and -z
+                "proposal_bins": 0,  # of a density of times that follows the noise; 0: off
                 # None: 1e-5, sub-VP 1e-2, ImageNet with both flags above 5e-5 (the paper's)
                 "smallest_time": config_dict.placeholder(float),
                 "sample_every": 50_000,  # 0: no sample grids during training
@@ -102,7 +104,7 @@ def default(network: str = "ncsnpp") -> ml_collections.ConfigDict:
             "eval": {
                 "split": "test",
                 # Every estimator with every dequantizer and every K; the first is the headline.
-                "estimators": ("ode", "bound"),
+                "estimators": ("ode", "bound"),  # bound_ssm
                 "dequantizers": ("uniform",),  # truncated_normal, variational, categorical
                 "num_importance": (1,),  # K draws of the dequantizer in one logarithm
                 "importance_images": 0,  # where K > 1, on this many images; 0: max_images

@@ -1,9 +1,10 @@
 """From uint8 images to itemised bits/dim: the estimators an evaluation chooses from.
 
-    ode     -log p_eps(x) by the probability-flow ODE:  prior + divergence
-    bound   the evidence bound on -log p(x):            prior + diffusion + reconstruction
+    ode         -log p_eps(x) by the probability-flow ODE:  prior + divergence
+    bound       the evidence bound on -log p(x):            prior + diffusion + reconstruction
+    bound_ssm   the same bound, its diffusion term by score matching with a Hutchinson divergence
 
-Both of x = 2 (k + u) / L - 1, so both also hold ``dequantization`` (log q of u) and ``scale``
+All of x = 2 (k + u) / L - 1, so all also hold ``dequantization`` (log q of u) and ``scale``
 (log2(L / 2), the change of variables); the terms add up to the bits/dim of the integers k. With K
 draws of u, w_i = log p(x_i) - log q(u_i) and normalised weights W_i ~ exp(w_i),
 
@@ -36,7 +37,10 @@ from sbml.types import Array, Key, Score
 TERMS = {
     "ode": ("prior", "divergence", "dequantization", "importance", "scale"),
     "bound": ("prior", "diffusion", "reconstruction", "dequantization", "scale"),
+    "bound_ssm": ("prior", "diffusion", "reconstruction", "dequantization", "scale"),
 }
+FORMS = {"bound": "dsm", "bound_ssm": "ssm"}
+TRUNCATED_NORMAL = "truncated_normal"
 CATEGORICAL = "categorical"  # Stands where a dequantizer's name does: a bound that needs none.
 
 
@@ -60,11 +64,18 @@ class Cell:
         return TERMS[self.estimator]
 
     @property
+    def is_bound(self) -> bool:
+        """Whether it is an expectation over times, to be swept."""
+        return self.estimator in FORMS
+
+    @property
     def undefined(self) -> str:
         """Why there is no such number; empty if there is."""
         if self.estimator == "ode" and self.dequantizer == CATEGORICAL:
             return "the categorical decoder is part of a bound: there is no density to solve for"
-        if self.estimator == "bound" and self.num_importance > 1:
+        if self.estimator == "bound_ssm" and self.dequantizer in (CATEGORICAL, TRUNCATED_NORMAL):
+            return "the bounds on integers themselves are in the dsm form only"
+        if self.is_bound and self.num_importance > 1:
             return (
                 "a bound is itself an expectation: the logarithm of a mean of K noisy draws of it "
                 "bounds nothing (use the ode estimator with the exact trace)"
@@ -145,7 +156,9 @@ def ode(
     return jax.vmap(one)(pixels, ids, sweeps)
 
 
-@functools.partial(jax.jit, static_argnames=("dequantizer", "sde", "levels", "eps"))
+@functools.partial(
+    jax.jit, static_argnames=("dequantizer", "sde", "levels", "eps", "form", "probes")
+)
 def evidence_bound(
     score: Score,
     params: Any,
@@ -161,6 +174,8 @@ def evidence_bound(
     sde: SDE,
     levels: int,
     eps: float,
+    form: str = "dsm",
+    probes: int = 1,
 ) -> dict[str, Array]:
     """Terms ``(n,)`` in bits/dim, and ``nfe``; times are at ``u (n, draws)`` in [0, 1).
 
@@ -172,12 +187,13 @@ def evidence_bound(
         u_key, key = jax.random.split(_key(seed, sweep, i))
         sampled: dict[str, Any] = {"eps": eps, "u": u, "control": control, "density": density}
         if dequantizer is None or dequantizer.at_noise:
-            kind = CATEGORICAL if dequantizer is None else "truncated_normal"
+            kind = CATEGORICAL if dequantizer is None else TRUNCATED_NORMAL
             terms = discrete.elbo(score, sde, pixels, key, kind=kind, levels=levels, **sampled)
             log_q, nfe = jnp.zeros(()), u.size
         else:
             v, log_q = dequantizer.sample(params, pixels, u_key)
-            terms = bound.elbo(score, sde, bits.to_model(pixels, v, levels), key, **sampled)
+            x = bits.to_model(pixels, v, levels)
+            terms = bound.elbo(score, sde, x, key, form=form, probes=probes, **sampled)
             nfe = u.size + 1
         named = {**terms._asdict(), "dequantization": log_q}
         return {**_in_bits(named, pixels), "nfe": jnp.asarray(nfe)}
@@ -193,7 +209,7 @@ def scale(
     cell: Cell, sde: SDE, eps: float, at_noise: bool, shape: tuple[int, ...], levels: int
 ) -> float:
     """The term ``scale`` in bits/dim: log2(L / 2), less log2 alpha(eps) where x is scaled by it."""
-    if cell.estimator == "bound" and (at_noise or cell.dequantizer == CATEGORICAL):
+    if cell.is_bound and (at_noise or cell.dequantizer == CATEGORICAL):
         return 0.0
     nats = bits.scale_nats(shape, levels)
     if at_noise:

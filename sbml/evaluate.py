@@ -175,7 +175,7 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
         for name in {cell.dequantizer: None for cell in defined}
     }
     start = time.perf_counter()
-    wants_control = any(cell.estimator == "bound" for cell in defined)
+    wants_control = any(cell.is_bound for cell in defined)
     control = control_variate(experiment, train) if wants_control else None
     density = time_density(experiment, restored, train, control)
     shared = Evaluation(experiment, restored, images, control, density, workdir)

@@ -26,6 +26,7 @@ from sbml.runtime.metrics import MetricsWriter
 from sbml.runtime.preemption import EXIT_CODE, Preemption
 from sbml.runtime.state import (
     Loss,
+    Observe,
     Prepare,
     Step,
     TrainState,
@@ -54,7 +55,8 @@ class Task:
       field: what precedes those fields on the command line.
       images, seed, flip: where batches come from.
       init: the state before the first step, replicated over a mesh.
-      prepare, loss, optimizer: of the update (see ``runtime.state``).
+      prepare, loss, optimizer, observe: of the update (see ``runtime.state``).
+      repeats: rows that ``prepare`` makes of one image; ``batch_size`` counts rows.
       frozen: arrays that the loss needs and nothing changes.
       provenance: what a checkpoint says of its origin.
       fixed: names in it that must not change when a run resumes.
@@ -77,6 +79,8 @@ class Task:
     directory: epath.Path
     fixed: tuple[str, ...] = ()
     picture: Callable[[TrainState], np.ndarray] | None = None
+    observe: Observe | None = None
+    repeats: int = 1
 
 
 def compiled_step(task: Task, mesh: jax.sharding.Mesh) -> Step:
@@ -88,6 +92,7 @@ def compiled_step(task: Task, mesh: jax.sharding.Mesh) -> Step:
         task.optimizer,
         ema=task.section.optim.ema,
         accumulate=training.accumulate,
+        observe=task.observe,
     )
     stacked = training.steps_per_dispatch > 1
     same, split = sharding.replicated(mesh), sharding.batched(mesh, axis=int(stacked))
@@ -106,11 +111,12 @@ class _Trainer:
     def __init__(self, task: Task, checkpoints: Checkpoints) -> None:
         training = task.section.training
         field = f"{task.field}training"
-        sharding.check_divides(f"{field}.batch_size", training.batch_size, training.accumulate)
+        parts = training.accumulate * task.repeats
+        sharding.check_divides(f"{field}.batch_size", training.batch_size, parts)
         self.task, self.training, self.checkpoints = task, training, checkpoints
         self.batches = train_batches(
             task.images,
-            training.batch_size,
+            training.batch_size // task.repeats,
             task.seed,
             flip=task.flip,
             process_index=jax.process_index(),

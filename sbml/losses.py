@@ -77,17 +77,29 @@ def dsm(
 
 
 def dsm_batch(
-    score: Score, sde: SDE, x: Array, t: Array, keys: Key, *, weighting: str = "likelihood"
+    score: Score,
+    sde: SDE,
+    x: Array,
+    t: Array,
+    keys: Key,
+    *,
+    weighting: str = "likelihood",
+    signs: Array | None = None,
 ) -> Array:
     """:func:`dsm` for ``x (n, *s)``, ``t (n,)``, ``keys (n,)``: n losses, one call of the score.
 
     The mathematics stays per example (vmapped), each with the noise its own key draws; only the
     network sees the batch, which in reverse mode is cheaper than a vmapped network (see
     ``sbml.types``). Without stochastic layers the result is that of ``vmap(dsm)``.
+
+    ``signs (n,)`` of +1 and -1 multiply the noises: two rows that are the same but for their sign
+    are antithetic, and the gradient of their mean has less variance than of independent ones.
     """
     pairs = jax.vmap(jax.random.split)(keys)
     noise_keys, score_keys = pairs[:, 0], pairs[:, 1]
     z = jax.vmap(lambda key, x: jax.random.normal(key, x.shape, x.dtype))(noise_keys, x)
+    if signs is not None:
+        z = jax.vmap(jnp.multiply)(signs, z)
     x_t = jax.vmap(lambda x, t, z: perturb(sde, x, t, z))(x, t, z)
     scores = batched(score)(x_t, t, score_keys[0])
     return jax.vmap(lambda s, t, z: residual(sde, s, t, z, weighting))(scores, t, z)

@@ -6,16 +6,17 @@ With likelihood weighting its expectation is, up to constants, a bound on -log p
 """
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
 
 from sbml import bits, loop, losses, sample, times
 from sbml.build import Experiment
-from sbml.runtime.state import Loss, Prepare, TrainState
+from sbml.runtime.state import Loss, Observe, Prepare, TrainState
 from sbml.types import Array, Key
 
 
@@ -30,16 +31,41 @@ def dequantized(pixels: Array, key: Key, kind: str, levels: int) -> Array:
     return bits.to_model(pixels, u, levels)
 
 
-def prepare_fn(experiment: Experiment) -> Prepare:
-    """The draws of a batch of uint8 images: x (n, *s) in [-1, 1]; times, weights, keys (n,)."""
-    config, levels = experiment.config, experiment.levels
-    draw = times.DRAWS[config.training.times]
+class Draws(NamedTuple):
+    """A batch's draws: x (n, *s) in [-1, 1]; the others (n,).
 
-    def prepare(pixels: Array, key: Key) -> tuple[Array, Array, Array, Key]:
+    The weight of a loss is ``weight`` times ``inverse``, one over the density of v (see ``times``).
+    """
+
+    x: Array
+    t: Array
+    weight: Array
+    keys: Key
+    signs: Array
+    v: Array
+    inverse: Array
+
+
+def prepare_fn(experiment: Experiment) -> Prepare:
+    """The draws of a batch of uint8 images, each image once, or twice where noises are twins."""
+    config, levels = experiment.config, experiment.levels
+    draw, twins = times.DRAWS[config.training.times], experiment.twins
+
+    def prepare(pixels: Array, key: Key, statistics: Array) -> Draws:
         u_key, time_key, loss_key = jax.random.split(key, 3)
+        n = len(pixels)
         x = dequantized(pixels, u_key, config.data.dequantization, levels)
-        t, weight = experiment.proposal.at(draw(time_key, len(pixels))[:, 0])
-        return x, t, weight, jax.random.split(loss_key, len(pixels))
+        v, inverse = draw(time_key, n)[:, 0], jnp.ones(n)
+        if experiment.adapts:
+            scale = jnp.sqrt(statistics[1] / statistics[0])
+            v, inverse = times.warp(v, times.floored(scale))
+        t, weight = experiment.proposal.at(v)
+        draws = Draws(x, t, weight, jax.random.split(loss_key, n), jnp.ones(n), v, inverse)
+        if not twins:
+            return draws
+        # Row by row, so that every device keeps its own.
+        doubled = jax.tree.map(lambda a: jnp.repeat(a, 2, axis=0), draws)
+        return doubled._replace(signs=jnp.tile(jnp.array([1.0, -1.0]), n))
 
     return prepare
 
@@ -48,13 +74,34 @@ def loss_fn(experiment: Experiment) -> Loss:
     """Per-example losses (n,) in nats/dim."""
     sde, dims = experiment.sde, math.prod(experiment.shape)
 
-    def loss(params: Any, draws: tuple[Array, Array, Array, Key], frozen: Any) -> Array:
-        x, t, weight, keys = draws
-        score = experiment.adapter(params)
-        terms = losses.dsm_batch(score, sde, x, t, keys, weighting=experiment.weighting)
-        return weight * terms / dims
+    def loss(params: Any, draws: Draws, frozen: Any) -> Array:
+        score, signs = experiment.adapter(params), draws.signs if experiment.twins else None
+        terms = losses.dsm_batch(
+            *(score, sde, draws.x, draws.t, draws.keys),
+            weighting=experiment.weighting,
+            signs=signs,
+        )
+        return draws.weight * draws.inverse * terms / dims
 
     return loss
+
+
+def observe_fn(experiment: Experiment) -> Observe | None:
+    """What a step tells the next ones about where its noise is (``times.tally``).
+
+    The half squared difference of twins' losses, which is what is left of the noise in their mean;
+    without twins the loss itself, whose root follows the size of the gradient.
+    """
+    if not experiment.adapts:
+        return None
+
+    def observe(statistics: Array, draws: Draws, losses: Array) -> Array:
+        values, v = losses / draws.inverse, draws.v
+        if experiment.twins:
+            values, v = 0.5 * (values[::2] - values[1::2]) ** 2, v[::2]
+        return times.tally(statistics, v, values, decay=0.99)
+
+    return observe
 
 
 def task(experiment: Experiment, workdir: epath.Path) -> loop.Task:
@@ -76,6 +123,8 @@ def task(experiment: Experiment, workdir: epath.Path) -> loop.Task:
         init=experiment.init_state,
         prepare=prepare_fn(experiment),
         loss=loss_fn(experiment),
+        observe=observe_fn(experiment),
+        repeats=2 if experiment.twins else 1,
         optimizer=experiment.optimizer,
         frozen=(),
         provenance=experiment.provenance(images),

@@ -27,7 +27,7 @@ def prepare_fn(experiment: Experiment) -> Prepare:
     """The draws of a batch: pixels (n, *s), one time's u (n, 1), keys (n,), a dropout key (n,)."""
     draw = times.DRAWS[experiment.config.training.times]
 
-    def prepare(pixels: Array, key: Key) -> tuple[Array, Array, Key, Key]:
+    def prepare(pixels: Array, key: Key, statistics: Any) -> tuple[Array, Array, Key, Key]:
         time_key, flow_key, bound_key = jax.random.split(key, 3)
         n = len(pixels)
         split = jax.random.split

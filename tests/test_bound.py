@@ -129,6 +129,30 @@ def test_both_forms_have_one_expectation_over_data(case, probes):
         np.testing.assert_allclose(dsm, ssm, rtol=1e-8)
 
 
+def test_a_density_of_times_does_not_bias(case):
+    """However uneven, the mean is the closed integral."""
+    sde, data = case
+    density = times.floored(jnp.arange(8.0) ** 2)
+    x, values = draws(data, sde, density=density)
+    truth = control_of(data).integral(sde, x, EPS)
+    assert abs(values.mean() - truth) < 4 * values.std() / np.sqrt(len(values))
+
+
+def test_pilot_follows_the_noise(case):
+    """Bin by bin the standard deviation of the draws, against fresh draws of bins of its own."""
+    sde, data = case
+    x = jnp.stack([x_points(data)[0]] * 64)
+    options = {"eps": EPS, "bins": 4, "floor": 1e-6}
+    density = bound.pilot(data.score, sde, x, jax.random.key(0), draws=64, **options)
+    u = jax.random.uniform(jax.random.key(1), (4, 2000), minval=jnp.arange(4.0)[:, None] / 4,
+                           maxval=jnp.arange(1.0, 5.0)[:, None] / 4)  # fmt: skip
+    t, _ = times.Importance(sde, EPS).at(u)
+    z = jax.random.normal(jax.random.key(2), (4, 2000, *x[0].shape))
+    draw = jax.vmap(jax.vmap(lambda t, z: bound.diffusion_dsm(data.score, sde, x[0], t, z, None)))
+    spread = draw(t, z).std(axis=1)
+    np.testing.assert_allclose(density, spread / spread.mean(), rtol=0.15)
+
+
 def test_reconstruction_is_the_gaussian_decoder(case):
     """-log N(x; E[x_0 | x_eps], rho^2) at the same draw."""
     sde, data = case

@@ -237,6 +237,16 @@ def test_target_se_sweeps_until_it_is_reached(trained, tmp_path, caplog):
     assert few["sweeps"] == 4 and "above eval.target_se=1e-09" in caplog.text
 
 
+def test_score_matching_form_has_the_same_mean(trained, tmp_path):
+    """Two forms of one expectation, on the same images; the dsm form with its control variate."""
+    runs_of = [cell_run(trained, tmp_path, Cell(name, "uniform"), sweeps=8, n_times=8)
+               for name in ("bound", "bound_ssm")]  # fmt: skip
+    (dsm, _), (ssm, noise) = (run.finish() for run in runs_of)
+    gap = dsm["bits_per_dim"] - ssm["bits_per_dim"]
+    assert abs(gap.mean()) < 4 * gap.std() / np.sqrt(len(gap)) < 0.2
+    assert noise["this_set_stderr"] > 0
+
+
 def test_several_samples_tighten_and_their_terms_add_up(trained, tmp_path, table):
     """K = 4 with the exact trace, against the same densities put together by hand."""
     count = 6

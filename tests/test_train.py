@@ -7,6 +7,7 @@ import socket
 import time
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import runs
@@ -136,6 +137,69 @@ def plain_step():
 def test_accumulation_and_dispatch_change_nothing(plain_step, option):
     for expected, got in zip(plain_step, one_step(**option), strict=True):
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, 1e-3, 1e-6), expected, got)
+
+
+def variance_reducing():
+    """The tiny config with twins and a density of times."""
+    config = tiny.get_config()
+    config.training.update(noises="twins", proposal_bins=8, num_steps=12, checkpoint_every=4)
+    return config
+
+
+def test_twins_are_one_image_and_time_with_opposite_noise():
+    experiment = build.Experiment(variance_reducing())
+    pixels = jnp.asarray(experiment.images("train").images[:32])
+    prepare = train.prepare_fn(experiment)
+    draws = prepare(pixels, jax.random.key(0), jnp.zeros((2, 8)))
+    assert draws.x.shape == (64, 8, 8, 1)
+    for field in (draws.x, draws.t, draws.weight, jax.random.key_data(draws.keys)):
+        np.testing.assert_array_equal(field[::2], field[1::2])
+    np.testing.assert_array_equal(draws.signs[::2], -draws.signs[1::2])
+    np.testing.assert_array_equal(draws.inverse, 1.0)  # Nothing is known of the noise yet.
+    statistics = jnp.stack([jnp.ones(8), jnp.arange(8.0)])
+    dense = prepare(pixels, jax.random.key(0), statistics)
+    assert dense.v.mean() > 0.55 and np.ptp(dense.inverse) > 0.5
+
+
+def test_twins_and_density_leave_the_expected_loss_as_it_is():
+    """Mean losses over many draws, of each recipe on the same images."""
+    experiment = build.Experiment(variance_reducing())
+    plain = build.Experiment(tiny.get_config())
+    pixels = jnp.asarray(experiment.images("train").images[:64])
+    params = plain.init_state(sharding.data_mesh()).params
+    statistics = jnp.stack([jnp.ones(8), jnp.linspace(9.0, 0.1, 8)])
+    means = []
+    for e, s in ((plain, ()), (experiment, statistics)):
+        prepare, loss = train.prepare_fn(e), train.loss_fn(e)
+        one = jax.jit(lambda k, f=prepare, g=loss, s=s: g(params, f(pixels, k, s), ()).mean())
+        means.append(np.array([one(jax.random.key(i)) for i in range(300)]))
+    error = np.hypot(*(m.std() / np.sqrt(len(m)) for m in means))
+    assert abs(means[0].mean() - means[1].mean()) < 4 * error < 0.1 * means[0].mean()
+
+
+def test_statistics_are_those_of_the_twins():
+    experiment = build.Experiment(variance_reducing())
+    draws = train.prepare_fn(experiment)(
+        jnp.asarray(experiment.images("train").images[:32]), jax.random.key(0), jnp.zeros((2, 8))
+    )
+    losses = jnp.arange(64.0) ** 2
+    counts, sums = train.observe_fn(experiment)(jnp.ones((2, 8)), draws, losses)
+    bins = np.floor(np.asarray(draws.v[::2]) * 8).astype(int)
+    halves = 0.5 * (losses[::2] - losses[1::2]) ** 2
+    np.testing.assert_allclose(counts, 0.99 + np.bincount(bins, minlength=8))
+    np.testing.assert_allclose(sums, 0.99 + np.bincount(bins, halves, 8), rtol=1e-5)
+
+
+def test_resumed_training_with_statistics_is_bitwise_the_same(tmp_path):
+    config = variance_reducing()
+    train.run(config, tmp_path / "whole")
+    config.training.num_steps = 8
+    train.run(config, tmp_path / "halves")
+    config.training.num_steps = 12
+    train.run(config, tmp_path / "halves")
+    states = [build.Experiment(config).restore(tmp_path / n).state for n in ("whole", "halves")]
+    jax.tree.map(np.testing.assert_array_equal, *states)
+    assert states[0].statistics[0].sum() > 0
 
 
 def test_average_is_exponential_and_warmup_starts_at_zero(plain_step):

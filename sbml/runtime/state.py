@@ -5,7 +5,8 @@
     ema     <- decay ema + (1 - decay) params          in float32
 
 The state holds arrays only. Keys are ``fold_in(base_key, step)`` and the batch of a step is a pure
-function of (seed, step), so a run resumes from one integer, bitwise.
+function of (seed, step), so a run resumes from one integer, bitwise. ``statistics`` are whatever a
+step learns for the draws of the next: a step's own draws never enter them before its loss.
 """
 
 from collections.abc import Callable
@@ -18,8 +19,10 @@ from flax import struct
 
 from sbml.types import Array, Key
 
-# prepare(batch, key) -> a tree of per-example draws (leading axis n), made once for the whole batch
-Prepare = Callable[[Array, Key], Any]
+# prepare(batch, key, statistics) -> per-example draws (leading axis n), once for the whole batch
+Prepare = Callable[[Array, Key, Any], Any]
+# observe(statistics, draws, losses (n,)) -> statistics
+Observe = Callable[[Any, Any, Array], Any]
 # loss(params, draws, frozen) -> per-example losses (n,); frozen are arrays that nothing trains
 Loss = Callable[[Any, Any, Any], Array]
 Step = Callable[["TrainState", Array, Key, Any], tuple["TrainState", dict[str, Array]]]
@@ -32,15 +35,19 @@ class TrainState(struct.PyTreeNode):
     params: Any
     ema_params: Any
     opt_state: Any
+    statistics: Any = ()
 
     @classmethod
-    def create(cls, params: Any, optimizer: optax.GradientTransformation) -> "TrainState":
+    def create(
+        cls, params: Any, optimizer: optax.GradientTransformation, statistics: Any = ()
+    ) -> "TrainState":
         """The state before the first step; the average starts at the parameters."""
         return cls(
             step=jnp.zeros((), jnp.int32),
             params=params,
             ema_params=jax.tree.map(jnp.copy, params),
             opt_state=optimizer.init(params),
+            statistics=statistics,
         )
 
 
@@ -54,22 +61,29 @@ def _micro_batches(draws: Any, count: int) -> Any:
 def value_and_grad(
     loss: Callable[[Any, Any], Array], params: Any, draws: Any, accumulate: int
 ) -> tuple[Array, Any]:
-    """Mean loss and its gradient, in ``accumulate`` micro-batches of equal size.
+    """The losses ``(n,)`` and the gradient of their mean, in ``accumulate`` equal micro-batches.
 
     On CPU the loop is unrolled: gradient convolutions inside a while loop are 20 times slower.
     """
-    mean_loss = jax.value_and_grad(lambda p, d: jnp.mean(loss(p, d)))
+
+    def mean_loss(params: Any, draws: Any) -> tuple[Array, Array]:
+        losses = loss(params, draws)
+        return jnp.mean(losses), losses
+
+    grad = jax.grad(mean_loss, has_aux=True)
     if accumulate == 1:
-        return mean_loss(params, draws)
+        grads, losses = grad(params, draws)
+        return losses, grads
 
-    def add(total: Any, part: Any) -> tuple[Any, None]:
-        new = mean_loss(params, part)
-        return jax.tree.map(lambda a, b: a + b / accumulate, total, new), None
+    def add(total: Any, part: Any) -> tuple[Any, Array]:
+        new, losses = grad(params, part)
+        return jax.tree.map(lambda a, b: a + b / accumulate, total, new), losses
 
-    zero = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, params))
+    zero = jax.tree.map(jnp.zeros_like, params)
     parts = _micro_batches(draws, accumulate)
     unroll = accumulate if jax.default_backend() == "cpu" else 1
-    return jax.lax.scan(add, zero, parts, unroll=unroll)[0]
+    grads, losses = jax.lax.scan(add, zero, parts, unroll=unroll)
+    return losses.swapaxes(0, 1).reshape(-1), grads
 
 
 def make_step(
@@ -79,6 +93,7 @@ def make_step(
     *,
     ema: float,
     accumulate: int = 1,
+    observe: Observe | None = None,
 ) -> Step:
     """One update, ``(state, batch, base_key, frozen) -> (state, metrics)``, to be jitted.
 
@@ -88,8 +103,9 @@ def make_step(
     def step(
         state: TrainState, batch: Array, base_key: Key, frozen: Any
     ) -> tuple[TrainState, dict[str, Array]]:
-        draws = prepare(batch, jax.random.fold_in(base_key, state.step))
-        value, grads = value_and_grad(
+        key = jax.random.fold_in(base_key, state.step)
+        draws = prepare(batch, key, state.statistics)
+        losses, grads = value_and_grad(
             lambda p, d: loss(p, d, frozen), state.params, draws, accumulate
         )
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
@@ -99,8 +115,9 @@ def make_step(
             params=params,
             ema_params=optax.incremental_update(params, state.ema_params, 1 - ema),
             opt_state=opt_state,
+            statistics=observe(state.statistics, draws, losses) if observe else state.statistics,
         )
-        return new, {"loss": value, "grad_norm": optax.tree.norm(grads)}
+        return new, {"loss": jnp.mean(losses), "grad_norm": optax.tree.norm(grads)}
 
     return step
 

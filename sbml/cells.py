@@ -115,7 +115,7 @@ class CellRun:
     ) -> None:
         label = f"{self.cell.name}" + (f" sweep {sweep + 1}" if sweep else "")
         lattice = self._lattice(sweep) if self.cell.is_bound else None
-        bar = progress.bar(label, "image", total, total - len(missing))
+        bar = progress.bar(label, "image", total, total - len(missing), leave=sweep == 0)
         with bar:
             for rows, mask in eval_batches(len(missing), sharding.round_up(self.config.batch_size)):
                 ids = missing[rows]

@@ -81,8 +81,8 @@ def warp(u: Array, density: Array) -> tuple[Array, Array]:
 def floored(scale: Array, floor: float = 0.1) -> Array:
     """A density q = (1 - floor) scale / mean(scale) + floor of mean 1, for :func:`warp`.
 
-    No weight 1/q exceeds 1 / floor, however wrong ``scale`` is: against the uniform density the
-    second moment, and so about the variance, rises at most that much.
+    No weight 1/q exceeds 1 / floor, so however wrong ``scale`` is, the second moment is at most
+    1 / floor times that of the uniform density.
 
     Args:
       scale: what the density is to follow, ``(bins,)``, at least 0. Bins without a finite value,
@@ -100,7 +100,7 @@ def floored(scale: Array, floor: float = 0.1) -> Array:
     relative = jnp.where(known, scale, 0) / jnp.where(largest > 0, largest, 1)
     mean = jnp.sum(relative) / jnp.maximum(jnp.sum(known), 1)
     shape = jnp.where(known, relative, mean)
-    return (1 - floor) * jnp.where(mean > 0, shape / jnp.mean(shape), 1) + floor
+    return (1 - floor) * jnp.where(mean > 0, shape / mean, 1) + floor
 
 
 def tally(counts: Array, v: Array, values: Array, decay: float) -> Array:

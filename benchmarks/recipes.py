@@ -22,11 +22,11 @@ from sbml.intervals import mean_interval
 from sbml.runtime import metrics
 
 RECIPES = {
-    "paper: iid": {"times": "iid"},
-    "lattice": {},
-    "lattice, density": {"proposal_bins": 32},
-    "lattice, twins": {"noises": "twins"},
-    "lattice, twins, density": {"noises": "twins", "proposal_bins": 32},
+    "paper: iid": {"times": "iid", "noises": "independent", "proposal_bins": 0},
+    "lattice": {"noises": "independent", "proposal_bins": 0},
+    "lattice, density": {"noises": "independent"},
+    "lattice, twins": {"proposal_bins": 0},
+    "lattice, twins, density (default)": {},
 }
 
 
@@ -79,13 +79,13 @@ def main() -> None:
     base = np.array(values[chosen[0]])
     print(f"{args.config}, {args.steps} steps, {args.seeds} seeds, {args.images} images")
     print(
-        f"{'recipe':26s} {'bits/dim':>9s} {'difference, over seeds':>26s} {'over images':>22s}  s"
+        f"{'recipe':34s} {'bits/dim':>9s} {'difference, over seeds':>26s} {'over images':>22s}  s"
     )
     for name in chosen:
         gap = np.array(values[name]) - base
         seeds, over = mean_interval(gap.mean(1)), mean_interval(gap.mean(0))
         print(
-            f"{name:26s} {np.mean(values[name]):9.4f} {seeds.mean:12.4f} +- {seeds.ci95:10.4f} "
+            f"{name:34s} {np.mean(values[name]):9.4f} {seeds.mean:12.4f} +- {seeds.ci95:10.4f} "
             f"{over.mean:10.4f} +- {over.ci95:8.4f}  {np.mean(times[name]):.0f}"
         )
 

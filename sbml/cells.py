@@ -91,6 +91,8 @@ class CellRun:
         size = min(max(4, size // cell.num_importance), self.count)
         # Evenly spread ids: no random draw, and the same whatever the seed.
         self.subset = np.unique(np.linspace(0, self.count - 1, size).astype(np.int64))
+        # With K solves an image, smaller batches: less padding where few images are wanted.
+        self.batch_size = sharding.round_up(max(1, self.config.batch_size // cell.num_importance))
         self.score = experiment.adapter(shared.restored.state.ema_params)
 
     def rows(self, ids: np.ndarray, sweep: int, solver: Solver | None = None) -> Table:
@@ -117,7 +119,7 @@ class CellRun:
         lattice = self._lattice(sweep) if self.cell.is_bound else None
         bar = progress.bar(label, "image", total, total - len(missing), leave=sweep == 0)
         with bar:
-            for rows, mask in eval_batches(len(missing), sharding.round_up(self.config.batch_size)):
+            for rows, mask in eval_batches(len(missing), self.batch_size):
                 ids = missing[rows]
                 columns = self._columns(ids, sweep, solver, lattice)
                 columns = {k: v[mask] for k, v in columns.items()}

@@ -94,8 +94,8 @@ def default(network: str = "ncsnpp") -> ml_collections.ConfigDict:
                 "likelihood_weighting": True,
                 "importance_sampling": True,
                 "times": "lattice",  # or iid
-                "noises": "independent",  # or twins: half the images, each with z and -z
-                "proposal_bins": 0,  # of a density of times that follows the noise; 0: off
+                "noises": "twins",  # half the images, each with z and -z; or independent
+                "proposal_bins": 32,  # of a density of times that follows the noise; 0: off
                 # None: 1e-5, sub-VP 1e-2, ImageNet with both flags above 5e-5 (the paper's)
                 "smallest_time": config_dict.placeholder(float),
                 "sample_every": 50_000,  # 0: no sample grids during training

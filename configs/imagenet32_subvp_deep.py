@@ -4,6 +4,8 @@ python -m sbml.main --config=configs/imagenet32_subvp_deep.py
 
 Likelihood weighting and importance sampling are flags, both on:
 --config.training.likelihood_weighting=False --config.training.importance_sampling=False.
+The draws of times and noises are ours; the paper's are --config.training.times=iid
+--config.training.noises=independent --config.training.proposal_bins=0.
 Published by the paper for this data over its models: 3.76 bits/dim at best. Not trained here.
 """
 

@@ -191,8 +191,8 @@ class Checkpoints:
         if jax.process_index() == 0:
             aside = self.directory.parent / f"{self.directory.name}.damaged"
             aside.mkdir(parents=True, exist_ok=True)
-            # In an object store a folder exists only while something lies in it.
-            (aside / "about.txt").write_text("Checkpoints that were found damaged.\n")
+            if "://" in str(aside):  # There a folder exists only while something lies in it.
+                (aside / "about.txt").write_text("Checkpoints that were found damaged.\n")
             for step in sorted(self._damaged):
                 target = aside / f"{step}-{time.time_ns()}"
                 (self.directory / str(step)).rename(target)

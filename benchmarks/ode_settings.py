@@ -26,9 +26,9 @@ from sbml import bits, build, data, divergence, likelihood, sdes
 from sbml.ode import Solver, velocity
 
 SETTINGS = {
-    "dopri5 t^(1/2) PI 1e-4 (default)": Solver(),
+    "dopri5 t^(1/2) PI 1e-4": Solver(),
     "dopri5 t^(1/2) PI 1e-3": Solver(rtol=1e-3, atol=1e-3),
-    "dopri5 t^(1/2) PI 1e-5": Solver(rtol=1e-5, atol=1e-5),
+    "dopri5 t^(1/2) PI 1e-5 (default)": Solver(rtol=1e-5, atol=1e-5),
     "dopri5 t^(1/2) 1e-4": Solver(pcoeff=0.0, icoeff=1.0),
     "dopri5 t^(1/3) 1e-4": Solver(power=3.0, pcoeff=0.0, icoeff=1.0),
     "dopri5 t^(1/3) PI 1e-4": Solver(power=3.0),

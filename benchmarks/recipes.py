@@ -17,6 +17,7 @@ import tempfile
 import numpy as np
 
 from sbml import build, cells, evaluate, train
+from sbml.config import default
 from sbml.estimators import Cell
 from sbml.intervals import mean_interval
 from sbml.runtime import metrics
@@ -51,8 +52,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=650)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--images", type=int, default=360)
-    parser.add_argument("--nf", type=int, default=0, help="width of the network; 0: the config's")
-    parser.add_argument("--blocks", type=int, default=0, help="blocks a level; 0: the config's")
+    parser.add_argument("--mlp", type=int, default=0, help="an MLP of this width as the network")
     parser.add_argument("--recipes", default=",".join(str(i) for i in range(len(RECIPES))))
     parser.add_argument("--manual_dir", default="")
     args = parser.parse_args()
@@ -69,8 +69,9 @@ def main() -> None:
                 num_steps=args.steps, sample_every=0, checkpoint_every=args.steps
             )
             config.optim.warmup = min(config.optim.warmup, args.steps // 10)
-            config.model.nf = args.nf or config.model.nf
-            config.model.num_res_blocks = args.blocks or config.model.num_res_blocks
+            if args.mlp:
+                config.model = default("mlp").model
+                config.model.width = args.mlp
             with tempfile.TemporaryDirectory() as folder:
                 found = run(config, RECIPES[name], pathlib.Path(folder), args.images)
             values[name].append(found[0])

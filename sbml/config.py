@@ -122,7 +122,7 @@ def default(network: str = "ncsnpp") -> ml_collections.ConfigDict:
                 "control": True,  # Gaussian control variate of the bound
                 "proposal_bins": 32,  # of a learned density of the bound's times; 0: uniform
                 "method": "dopri5",  # tsit5, heun, euler
-                # At 1e-4 rounding alone, as of another batch size, can move an image by 1e-4 bits/dim.
+                # At 1e-4 rounding alone, as of another batch size, can move an image by as much.
                 "rtol": 1e-5,
                 "atol": 1e-5,
                 "fixed_steps": 0,  # 0: step control

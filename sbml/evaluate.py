@@ -133,8 +133,8 @@ def result_warnings(result: dict[str, Any]) -> list[str]:
     if result["outliers"]:
         shown = ", ".join(f"{i} ({value:.3f})" for i, value in result["outliers"][:5])
         warnings.append(
-            f"{name}: {len(result['outliers'])} images lie over 6 robust standard deviations from "
-            f"the median, and count like all others: {shown}"
+            f"{name}: over 6 robust standard deviations from the median, and counted like all "
+            f"others: {len(result['outliers'])} of {result['n']} images, {shown}"
         )
     if not result.get("converged", True):
         warnings.append(

@@ -17,8 +17,8 @@ def get_config() -> ConfigDict:
     config.model.update(nf=32, ch_mult=(1, 2), num_res_blocks=2, attn_resolutions=(4,), dropout=0.0)
     config.score.update(parameterization="preconditioned", label="log_snr", data_std=0.7)
     config.training.update(
-        batch_size=64, num_steps=1_300, log_every=20, checkpoint_every=325, sample_every=650
+        batch_size=64, num_steps=900, log_every=20, checkpoint_every=300, sample_every=450
     )
     config.optim.update(lr=2e-3, warmup=100, schedule="cosine", ema=0.99)
-    config.eval.update(batch_size=90)
+    config.eval.update(batch_size=36, subset=36)
     return config

@@ -170,6 +170,7 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
     restored = experiment.restore(workdir)
     images, train = experiment.images(config.eval.split), experiment.images("train")
     defined = [cell for cell in experiment.cells if not cell.undefined]
+    undefined = {cell.name: cell.undefined for cell in experiment.cells if cell.undefined}
     found = {
         name: dequantization(experiment, name, workdir, train)
         for name in {cell.dequantizer: None for cell in defined}
@@ -206,7 +207,7 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
     evaluation = {
         "title": workdir.name,
         "results": results,
-        "undefined": {c.name: c.undefined for c in experiment.cells if c.undefined},
+        **({"undefined": undefined} if undefined else {}),
         "baselines": _baselines(train, images, tables["id"]),
         "warnings": warnings,
         "model": {"name": config.model.name, "parameters": experiment.parameter_count()},

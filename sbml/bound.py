@@ -113,10 +113,10 @@ class GaussianControl:
         return 0.5 * (antiderivative(sde.T) - antiderivative(eps))
 
 
-def prior_kl(sde: SDE, x: Array) -> Array:
-    """KL(p_T(.|x) || prior) in nats, a scalar."""
+def prior_kl(sde: SDE, x: Array, variance: float = 1.0) -> Array:
+    """KL(N(alpha_T x, variance sigma_T^2) || prior) in nats, a scalar; 1 is that of p_T(.|x)."""
     mean, std = sde.marginal(x, jnp.asarray(sde.T, x.dtype))
-    r = (std / sde.prior_std) ** 2
+    r = variance * (std / sde.prior_std) ** 2
     return 0.5 * (jnp.sum((mean / sde.prior_std) ** 2) + x.size * (r - 1 - jnp.log(r)))
 
 
@@ -129,11 +129,10 @@ def diffusion_dsm(
     score: Score, sde: SDE, x: Array, t: Array, z: Array, control: GaussianControl | None
 ) -> Array:
     """1/2 |z - e|^2, less the control's 1/2 |z - E[z | x_t]|^2 where there is one."""
-    x_t = perturb(sde, x, t, z)
-    error = 0.5 * jnp.sum((z + sde.std(t) * score(x_t, t, None)) ** 2)
+    error = noise_error(score, sde, x, t, z)
     if control is None:
         return error
-    return error - 0.5 * jnp.sum((z - control.noise(sde, x_t, t)) ** 2)
+    return error - 0.5 * jnp.sum((z - control.noise(sde, perturb(sde, x, t, z), t)) ** 2)
 
 
 def diffusion_ssm(score: Score, sde: SDE, x: Array, t: Array, z: Array, vs: Array | None) -> Array:

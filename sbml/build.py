@@ -19,7 +19,8 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from sbml import adapters, data, dequantizers, discrete, estimators, losses, networks, sdes, times
-from sbml.estimators import CATEGORICAL, Cell
+from sbml.discrete import CATEGORICAL
+from sbml.estimators import Cell
 from sbml.likelihood import Trace
 from sbml.ode import Solver
 from sbml.runtime import optim, sharding

@@ -30,14 +30,15 @@ import jax.numpy as jnp
 from jax.scipy.special import log_ndtr
 from jax.scipy.stats import norm
 
-from sbml import times
-from sbml.bound import Bound, GaussianControl
+from sbml import bits, times
+from sbml.bound import Bound, GaussianControl, prior_kl
 from sbml.dequantizers import truncated_normal
 from sbml.sdes import SDE
 from sbml.times import Importance
 from sbml.types import Array, Key, Score
 
-KINDS = ("truncated_normal", "categorical")
+# The first is a dequantizer; the second stands where one's name does, for it needs none.
+TRUNCATED_NORMAL, CATEGORICAL = KINDS = ("truncated_normal", "categorical")
 
 
 def smallest_time(sde: SDE, levels: int, eps: float) -> float:
@@ -95,17 +96,37 @@ def _snr_range(sde: SDE, eps: float) -> float:
 
 def decoder_nats(x: Array, pixels: Array, levels: int, rho: Array) -> Array:
     """-log P(k | x) of noisy data x = c + rho z, shape ``(*s)``, summed: nats, a scalar."""
-    centres = 2 * (jnp.arange(levels) + 0.5) / levels - 1
+    centres = bits.to_model(jnp.arange(levels), 0.5, levels)
     logits = -0.5 * ((x[..., None] - centres.reshape((1,) * x.ndim + (-1,))) / rho) ** 2
     chosen = jnp.take_along_axis(logits, pixels[..., None].astype(jnp.int32), -1)[..., 0]
     return jnp.sum(jax.nn.logsumexp(logits, axis=-1) - chosen)
 
 
-def _prior(sde: SDE, centre: Array, variance: float) -> Array:
-    """KL(N(alpha_T c, variance sigma_T^2) || pi), in nats."""
-    mean, std = sde.marginal(centre, jnp.asarray(sde.T, centre.dtype))
-    r = variance * (std / sde.prior_std) ** 2
-    return 0.5 * (jnp.sum((mean / sde.prior_std) ** 2) + centre.size * (r - 1 - jnp.log(r)))
+def _draw(
+    score: Score,
+    sde: SDE,
+    centre: Array,
+    t: Array,
+    key: Key,
+    first: Array,
+    tau: float | None,
+    control: GaussianControl | None,
+) -> Array:
+    """1/2 |n - e|^2 - r e at one time, less the control's; ``tau`` None for the normal, r = 0."""
+    z0, z = jax.random.normal(key, (2, *centre.shape), centre.dtype)
+    gap = jnp.minimum(sde.log_snr(t) - first, -1e-12)
+    a, b = jnp.exp(0.5 * gap), jnp.sqrt(-jnp.expm1(gap))
+    mean, std = sde.marginal(centre, t)
+    plain = a * z0 + b * z
+    n = plain if tau is None else a * truncated_normal.truncated_normal(z0, tau) + b * z
+    noise = -std * score(mean + std * n, t, None)
+    error = 0.5 * jnp.sum((n - noise) ** 2)
+    if tau is not None:
+        error = error - jnp.sum(edge_score(n, a, b, tau) * noise)
+    if control is None:
+        return error
+    # The control sees the noise before truncation, for which its integral is exact.
+    return error - 0.5 * jnp.sum((plain - control.noise(sde, mean + std * plain, t)) ** 2)
 
 
 def elbo(
@@ -145,25 +166,13 @@ def elbo(
     proposal = Importance(sde, eps)
     v, inverse = (u, 1.0) if density is None else times.warp(u, density)
     t, _ = proposal.at(v)
-    centre = (2.0 / levels) * (pixels + 0.5) - 1.0
-    truncated = kind == "truncated_normal"
+    centre = bits.to_model(pixels, 0.5, levels)
+    truncated = kind == TRUNCATED_NORMAL
     width = tau(sde, levels, eps)
     first = sde.log_snr(jnp.asarray(eps, centre.dtype))
 
     def draw(t: Array, key: Key) -> Array:
-        z0, z = jax.random.normal(key, (2, *centre.shape), centre.dtype)
-        gap = jnp.minimum(sde.log_snr(t) - first, -1e-12)
-        a, b = jnp.exp(0.5 * gap), jnp.sqrt(-jnp.expm1(gap))
-        mean, std = sde.marginal(centre, t)
-        plain = a * z0 + b * z
-        n = a * truncated_normal.truncated_normal(z0, width) + b * z if truncated else plain
-        noise = -std * score(mean + std * n, t, None)
-        error = 0.5 * jnp.sum((n - noise) ** 2)
-        if truncated:
-            error = error - jnp.sum(edge_score(n, a, b, width) * noise)
-        if control is None:
-            return error
-        return error - 0.5 * jnp.sum((plain - control.noise(sde, mean + std * plain, t)) ** 2)
+        return _draw(score, sde, centre, t, key, first, width if truncated else None, control)
 
     keys = jax.random.split(key, u.size + 1)
     diffusion = proposal.normaliser * jnp.mean(inverse * jax.vmap(draw)(t, keys[:-1]))
@@ -172,7 +181,7 @@ def elbo(
     if truncated:
         diffusion = diffusion + centre.size * edge_constant(sde, eps, width)
         variance = 1 - math.exp(-_snr_range(sde, eps)) * (1 - _variance(width))
-        return Bound(_prior(sde, centre, variance), diffusion, jnp.zeros((), centre.dtype))
+        return Bound(prior_kl(sde, centre, variance), diffusion, jnp.zeros((), centre.dtype))
     rho = jnp.exp(-0.5 * first)
     x = centre + rho * jax.random.normal(keys[-1], centre.shape, centre.dtype)
-    return Bound(_prior(sde, centre, 1.0), diffusion, decoder_nats(x, pixels, levels, rho))
+    return Bound(prior_kl(sde, centre), diffusion, decoder_nats(x, pixels, levels, rho))

@@ -28,6 +28,7 @@ import jax.numpy as jnp
 
 from sbml import bits, bound, discrete, likelihood
 from sbml.bound import GaussianControl
+from sbml.discrete import CATEGORICAL, TRUNCATED_NORMAL
 from sbml.likelihood import Trace
 from sbml.ode import Solver
 from sbml.sdes import SDE
@@ -40,8 +41,6 @@ TERMS = {
     "bound_ssm": ("prior", "diffusion", "reconstruction", "dequantization", "scale"),
 }
 FORMS = {"bound": "dsm", "bound_ssm": "ssm"}
-TRUNCATED_NORMAL = "truncated_normal"
-CATEGORICAL = "categorical"  # Stands where a dequantizer's name does: a bound that needs none.
 
 
 @dataclasses.dataclass(frozen=True)

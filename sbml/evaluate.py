@@ -21,7 +21,7 @@ from sbml.bound import GaussianControl
 from sbml.build import Experiment, warn_if_other_data
 from sbml.cells import CellRun, Dequantization, Evaluation
 from sbml.data import ImageSet
-from sbml.estimators import CATEGORICAL
+from sbml.discrete import CATEGORICAL
 from sbml.intervals import mean_interval
 from sbml.runtime import report
 from sbml.runtime.checkpoint import Restored, tree_crc32
@@ -34,7 +34,7 @@ def control_variate(experiment: Experiment, train: ImageSet) -> GaussianControl 
     """The Gaussian fitted to the training images' bin centres, where ``eval.control`` asks."""
     if not experiment.config.eval.control:
         return None
-    centres = 2.0 * (np.asarray(train.images) + 0.5) / train.levels - 1.0
+    centres = np.asarray(bits.to_model(jax.numpy.asarray(train.images), 0.5, train.levels))
     fitted = GaussianControl.fit(centres, noise_variance=(2 / train.levels) ** 2 / 12)
     return jax.tree.map(lambda a: np.asarray(a, np.float32), fitted)
 

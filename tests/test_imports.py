@@ -42,7 +42,7 @@ ALLOWED: dict[str, set[str]] = {
     **dict.fromkeys(("times", "adapters", "ode", "oracle"), {"sdes"}),
     "losses": MATHEMATICS,
     "bound": MATHEMATICS | {"losses"},
-    "discrete": MATHEMATICS | {"bound", "dequantizers"},
+    "discrete": MATHEMATICS | {"bits", "bound", "dequantizers"},
     **dict.fromkeys(("likelihood", "sampling"), MATHEMATICS | {"ode"}),
     "baselines": {"bits"},
     "estimators": MATHEMATICS | {"bits", "bound", "discrete", "likelihood", "ode"},

@@ -165,7 +165,8 @@ class CellRun:
             form = estimators.FORMS[self.cell.estimator]
             control = self.shared.control if form == "dsm" else None
             reduced = (u, control, self.density)
-            found = estimators.evidence_bound(*batch, *reduced, **common, form=form)
+            draws = {"form": form, "probes": self.config.probes}
+            found = estimators.evidence_bound(*batch, *reduced, **common, **draws)
         found = sharding.to_host(found)
         rows = {k: np.asarray(found[k], np.float64) for k in self.cell.terms if k != "scale"}
         rows["scale"] = np.full(len(ids), self._scale())
@@ -192,7 +193,7 @@ class CellRun:
         if self.cell.estimator == "ode":
             own = {"solver": dataclasses.asdict(solver), "trace": dataclasses.asdict(self.trace)}
         else:
-            own = {k: config["eval"][k] for k in ("n_times", "times")}
+            own = {k: config["eval"][k] for k in ("n_times", "times", "probes")}
             own["control_crc32"] = tree_crc32(shared.control)
             own["density_crc32"] = tree_crc32(self.density)
         return {

@@ -113,7 +113,7 @@ def default(network: str = "ncsnpp") -> ml_collections.ConfigDict:
                 "seed": 0,
                 "smallest_time": config_dict.placeholder(float),  # None: the training's
                 "trace": config_dict.placeholder(str),  # None: rademacher, exact where K > 1
-                "probes": 1,
+                "probes": 1,  # of a Hutchinson trace, ode's or bound_ssm's
                 "n_times": 2,  # of the bound, draws an image in one sweep
                 "times": "lattice",  # of the bound; or iid
                 "sweeps": 8,  # of the bound, each over all images

@@ -187,6 +187,9 @@ class Experiment:
                 )
             for name in chosen[field]:
                 check_choice(f"eval.{field}", name, choices)
+        for field in ("n_times", "sweeps", "batch_size"):
+            if e[field] < 1:
+                raise ValueError(f"eval.{field}={e[field]}: need at least one")
         if not e.num_importance or min(e.num_importance) < 1:
             raise ValueError(f"eval.num_importance={e.num_importance}: need integers from 1 up")
         cells = [

@@ -58,6 +58,7 @@ def test_papers_settings(data, sde, size, count):
         ("eval", "dequantizers", ("none",), "eval.dequantizers=none is refused: integers have no"),
         ("eval", "num_importance", (0,), "eval.num_importance=(0,): need integers from 1 up"),
         ("eval", "times", "grid", "eval.times='grid' is unknown"),
+        ("eval", "sweeps", 0, "eval.sweeps=0: need at least one"),
         ("eval", "method", "rk4", "unknown ODE method 'rk4'"),
         ("eval", "trace", "guess", "unknown trace 'guess'"),
         ("training", "smallest_time", 0.0, "smallest time eps=0.0"),

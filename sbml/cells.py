@@ -250,18 +250,11 @@ class CellRun:
             while len(tables) < sweeps:
                 tables.append(self.rows(ids, len(tables)))
         stderr = _sweep_stderr(tables)
-        target = self.config.target_se
-        if target and not stderr <= target:
-            logging.warning(
-                "%s: standard error %.2g after %d sweeps (eval.max_sweeps), above "
-                "eval.target_se=%g",
-                *(self.cell.name, stderr, len(tables), target),
-            )
         averaged = {k: np.mean([t[k] for t in tables], axis=0) for k in tables[0]}
         averaged["id"], averaged["sweep"] = tables[0]["id"], tables[0]["sweep"]
         averaged["nfe"] = np.sum([t["nfe"] for t in tables], axis=0)
         this_set = self._this_set(averaged, stderr, len(tables) - 1)
-        return averaged, {**this_set, "sweeps": len(tables)}
+        return averaged, {**this_set, "sweeps": len(tables), "target_se": self.config.target_se}
 
     def _wanted(self, tables: list[Table]) -> Iterator[int]:
         """How many sweeps to have: ``eval.sweeps``, then what ``eval.target_se`` still needs."""

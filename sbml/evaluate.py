@@ -136,6 +136,12 @@ def result_warnings(result: dict[str, Any]) -> list[str]:
             f"{name}: over 6 robust standard deviations from the median, and counted like all "
             f"others: {len(result['outliers'])} of {result['n']} images, {shown}"
         )
+    target = result.get("target_se")
+    if target and not result["this_set_stderr"] <= target:
+        warnings.append(
+            f"{name}: standard error {result['this_set_stderr']:.2g} after {result['sweeps']} "
+            f"sweeps (eval.max_sweeps), above eval.target_se={target}"
+        )
     if not result.get("converged", True):
         warnings.append(
             f"{name}: UNCONVERGED, a tenth of the tolerance moves it by "

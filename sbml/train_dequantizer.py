@@ -24,7 +24,7 @@ from sbml.types import Array, Key
 
 
 def prepare_fn(experiment: Experiment) -> Prepare:
-    """The draws of a batch: pixels (n, *s), one time's u (n, 1), keys (n,), a dropout key (n,)."""
+    """The draws of a batch: pixels (n, *s), one time's u (n, 1), keys of flow and bound."""
     draw = times.DRAWS[experiment.config.training.times]
 
     def prepare(pixels: Array, key: Key, statistics: Any) -> tuple[Array, Array, Key, Key]:

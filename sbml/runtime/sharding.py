@@ -30,19 +30,19 @@ def batched(mesh: Mesh, axis: int = 0) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(*[None] * axis, "data"))
 
 
-def check_divides(name: str, size: int, accumulate: int = 1) -> None:
-    """Refuse a batch that the devices (times accumulated micro-batches) do not divide.
+def check_divides(name: str, size: int, parts_each: int = 1) -> None:
+    """Refuse a batch that the devices, times ``parts_each`` parts of it on each, do not divide.
 
     Raises:
       ValueError: naming the sizes on either side that do.
     """
-    parts = jax.device_count() * accumulate
+    parts = jax.device_count() * parts_each
     if size < 1 or size % parts:
         lower = size // parts * parts
         choices = f"{lower} or {lower + parts}" if lower else f"{parts}"
         raise ValueError(
             f"{name}={size} is not a positive multiple of {parts} "
-            f"({jax.device_count()} devices x {accumulate} micro-batches); use {choices}"
+            f"({jax.device_count()} devices x {parts_each}, micro-batches and twins); use {choices}"
         )
 
 

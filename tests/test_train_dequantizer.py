@@ -83,6 +83,13 @@ def test_loss_is_the_reported_bound(whole):
     assert np.abs(terms[0]).mean() > 1e-3 and np.all(terms[1] == terms[1][0])
 
 
+def test_a_dequantizer_with_nothing_to_train_is_refused():
+    config = config_of()
+    config.dequantizer.name = "uniform"
+    with pytest.raises(ValueError, match="dequantizer.name=uniform has nothing to train"):
+        train_dequantizer.loss_fn(build.Experiment(config))
+
+
 def test_only_the_dequantizer_learns(whole):
     """The score's checkpoint is untouched, the average has decay 0.99, the parameters moved."""
     experiment = build.Experiment(config_of())

@@ -10,6 +10,8 @@ where x = 2 (pixels + u) / L - 1 is data, which the density model sees as it is 
 False), or alpha(eps) x is already a sample of the diffusion at its smallest time eps (True).
 For any density p of x, -log P(pixels) <= E_q [-log p(x) + log q(u | pixels)] + d log(L / 2).
 
+One with something to learn also has ``sample_batch``, the same for a batch, and ``dropout``.
+
 Files that open with an underscore are parts.
 """
 

@@ -48,6 +48,38 @@ def _optim(lr: float, warmup: int, ema: float) -> dict:
     }
 
 
+def _eval() -> dict:
+    return {
+        "split": "test",
+        # Every estimator with every dequantizer and every K; the first is the headline.
+        "estimators": ("ode", "bound"),  # bound_ssm
+        "dequantizers": ("uniform",),  # truncated_normal, variational, categorical
+        "num_importance": (1,),  # K draws of the dequantizer in one logarithm
+        "importance_images": 0,  # where K > 1, on this many images; 0: max_images
+        "batch_size": 128,
+        "max_images": 0,  # 0: all
+        "seed": 0,
+        "smallest_time": config_dict.placeholder(float),  # None: the training's
+        "trace": config_dict.placeholder(str),  # None: rademacher, exact where K > 1
+        "probes": 1,  # of a Hutchinson trace, ode's or bound_ssm's
+        "n_times": 2,  # of the bound, draws an image in one sweep
+        "times": "lattice",  # of the bound; or iid
+        "sweeps": 8,  # of the bound, each over all images
+        "target_se": 0.0,  # sweep until this standard error in bits/dim; 0: just sweeps
+        "max_sweeps": 256,
+        "control": True,  # Gaussian control variate of the bound
+        "proposal_bins": 32,  # of a learned density of the bound's times; 0: uniform
+        "method": "dopri5",  # tsit5, heun, euler
+        # At 1e-4 rounding alone, as of another batch size, can move an image by as much.
+        "rtol": 1e-5,
+        "atol": 1e-5,
+        "fixed_steps": 0,  # 0: step control
+        # images for the solver's error and the noise of ode; 0: all; a Kth where K > 1
+        "subset": 32,
+        "solver_budget": 1e-3,  # bits/dim; a larger solver error marks the number
+    }
+
+
 def _dequantizer() -> dict:
     """The Flow++ dequantizer of CIFAR-10, trained with a faster average than the score."""
     return {
@@ -101,35 +133,7 @@ def default(network: str = "ncsnpp") -> ml_collections.ConfigDict:
                 "sample_every": 50_000,  # 0: no sample grids during training
             },
             "optim": _optim(lr=2e-4, warmup=5_000, ema=0.9999),
-            "eval": {
-                "split": "test",
-                # Every estimator with every dequantizer and every K; the first is the headline.
-                "estimators": ("ode", "bound"),  # bound_ssm
-                "dequantizers": ("uniform",),  # truncated_normal, variational, categorical
-                "num_importance": (1,),  # K draws of the dequantizer in one logarithm
-                "importance_images": 0,  # where K > 1, on this many images; 0: max_images
-                "batch_size": 128,
-                "max_images": 0,  # 0: all
-                "seed": 0,
-                "smallest_time": config_dict.placeholder(float),  # None: the training's
-                "trace": config_dict.placeholder(str),  # None: rademacher, exact where K > 1
-                "probes": 1,  # of a Hutchinson trace, ode's or bound_ssm's
-                "n_times": 2,  # of the bound, draws an image in one sweep
-                "times": "lattice",  # of the bound; or iid
-                "sweeps": 8,  # of the bound, each over all images
-                "target_se": 0.0,  # sweep until this standard error in bits/dim; 0: just sweeps
-                "max_sweeps": 256,
-                "control": True,  # Gaussian control variate of the bound
-                "proposal_bins": 32,  # of a learned density of the bound's times; 0: uniform
-                "method": "dopri5",  # tsit5, heun, euler
-                # At 1e-4 rounding alone, as of another batch size, can move an image by as much.
-                "rtol": 1e-5,
-                "atol": 1e-5,
-                "fixed_steps": 0,  # 0: step control
-                # images for the solver's error and the noise of ode; 0: all; a Kth where K > 1
-                "subset": 32,
-                "solver_budget": 1e-3,  # bits/dim; a larger solver error marks the number
-            },
+            "eval": _eval(),
             "dequantizer": _dequantizer(),
             "sampling": {
                 "num_images": 64,

@@ -82,6 +82,15 @@ class Cell:
         return ""
 
 
+def _averaged(each: dict[str, Array]) -> dict[str, Array]:
+    """The W-average of K draws' terms ``(K,)`` and ``importance``, log K + sum W log W; nats."""
+    log_weights = jax.nn.log_softmax(-sum(each.values()))
+    weights = jnp.exp(log_weights)
+    importance = jnp.sum(weights * log_weights) + math.log(len(weights))
+    terms = {name: jnp.sum(weights * term) for name, term in each.items()}
+    return {**terms, "importance": importance}
+
+
 def _key(seed: Array, sweep: Array, i: Array) -> Key:
     return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), sweep), i)
 
@@ -140,17 +149,12 @@ def ode(
         key = _key(seed, sweep, i)
         if num_importance == 1:
             terms, nfe = draw(pixels, key)
-            importance = jnp.zeros(())
+            terms["importance"] = jnp.zeros(())
         else:
             keys = jax.random.split(key, num_importance)
             each, evaluations = jax.lax.map(lambda k: draw(pixels, k), keys)
-            log_weights = jax.nn.log_softmax(-sum(each.values()))
-            weights = jnp.exp(log_weights)
-            terms = {name: jnp.sum(weights * term) for name, term in each.items()}
-            importance = jnp.sum(weights * log_weights) + math.log(num_importance)
-            nfe = jnp.sum(evaluations)
-        named = {**terms, "importance": importance}
-        return {**_in_bits(named, pixels), "nfe": nfe}
+            terms, nfe = _averaged(each), jnp.sum(evaluations)
+        return {**_in_bits(terms, pixels), "nfe": nfe}
 
     return jax.vmap(one)(pixels, ids, sweeps)
 

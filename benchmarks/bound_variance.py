@@ -29,6 +29,26 @@ WAYS = {
 }
 
 
+def ratios(found: np.ndarray, base: np.ndarray) -> tuple[float, float]:
+    """Variances of ``found (sweeps, images)`` over those of ``base``: per image, data set."""
+    per_image = found.var(0, ddof=1).mean() / base.var(0, ddof=1).mean()
+    # The data set's mean of independent draws: its variance follows from the images'.
+    expected = base.var(0, ddof=1).mean() / base.shape[1]
+    return per_image, found.mean(1).var(ddof=1) / expected
+
+
+def report(values: dict[str, np.ndarray]) -> None:
+    """Print the ratios of every way, with their deviation over bootstrapped sweeps."""
+    base, rng = values["iid, importance"], np.random.default_rng(0)
+    sweeps = len(base)
+    print(f"{'variance, relative':32s} {'per image':>20s} {'data set':>20s}")
+    for way, found in values.items():
+        picks = rng.integers(0, sweeps, (400, 2, sweeps))
+        spread = np.std([ratios(found[i], base[j]) for i, j in picks], axis=0)
+        image, data_set = ratios(found, base)
+        print(f"{way:32s} {image:10.4f} +- {spread[0]:.4f} {data_set:10.4f} +- {spread[1]:.4f}")
+
+
 def main() -> None:
     """Print the table of ratios."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -72,28 +92,8 @@ def main() -> None:
     for way in WAYS:
         found = [np.asarray(sweep(score, jax.random.key(r), way)) for r in range(args.sweeps)]
         values[way] = np.asarray(found, np.float64)
-    base = values["iid, importance"]
-    rng = np.random.default_rng(0)
-
-    def ratios(found: np.ndarray, base: np.ndarray) -> tuple[float, float]:
-        per_image = found.var(0, ddof=1).mean() / base.var(0, ddof=1).mean()
-        # The data set's mean of independent draws: its variance follows from the images'.
-        expected = base.var(0, ddof=1).mean() / base.shape[1]
-        return per_image, found.mean(1).var(ddof=1) / expected
-
     print(f"{count} images, {args.draws} draws an image, {args.sweeps} sweeps")
-    print(f"{'variance, relative':32s} {'per image':>20s} {'data set':>20s}")
-    for way, found in values.items():
-        resampled = []
-        for _ in range(400):
-            pick, pick_base = rng.integers(0, args.sweeps, (2, args.sweeps))
-            resampled.append(ratios(found[pick], base[pick_base]))
-        spread = np.std(resampled, axis=0)
-        image, data_set = ratios(found, base)
-        print(
-            f"{way:32s} {image:10.4f} +- {spread[0]:.4f} {data_set:10.4f} +- {spread[1]:.4f}",
-            flush=True,
-        )
+    report(values)
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ from sbml.build import Experiment, warn_if_other_data
 from sbml.cells import CellRun, Dequantization, Evaluation
 from sbml.data import ImageSet
 from sbml.discrete import CATEGORICAL
+from sbml.estimators import Cell
 from sbml.intervals import mean_interval
 from sbml.runtime import report
 from sbml.runtime.checkpoint import Restored, tree_crc32
@@ -162,6 +163,29 @@ def _line(result: dict[str, Any]) -> str:
     )
 
 
+def _fill(
+    shared: Evaluation, defined: list[Cell], found: dict[str, Dequantization]
+) -> tuple[cells.Table, list[dict[str, Any]]]:
+    """Every cell's columns in one per-image table, and its result.
+
+    A cell of other images than the first's, as where K > 1, has a table of its own on disk.
+    """
+    tables: cells.Table = {}
+    results = []
+    for cell in defined:
+        cell_run = CellRun(shared, cell, found[cell.dequantizer])
+        rows, noise = cell_run.finish()
+        results.append(cell_run.result(rows, noise))
+        print(_line(results[-1]))
+        named = {f"{cell.name}_{c}": rows[c] for c in (*cell.terms, "bits_per_dim", "nfe")}
+        tables = tables or {"id": rows["id"]}
+        if np.array_equal(rows["id"], tables["id"]):
+            tables.update(named)
+        elif jax.process_index() == 0:
+            write_npz(shared.workdir / f"per_image_{cell.name}.npz", {"id": rows["id"], **named})
+    return tables, results
+
+
 def run(config: ConfigDict, workdir: epath.PathLike) -> None:
     """Evaluate the newest checkpoint of ``workdir`` on ``eval.split``, with averaged parameters.
 
@@ -194,20 +218,8 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
         warnings.append(f"{len(images.skipped)} unreadable files: {'; '.join(images.skipped)}")
     if shared.count < len(images):
         warnings.append(f"only {shared.count} of {len(images)} images (eval.max_images)")
-    tables: cells.Table = {}
-    results = []
-    for cell in defined:
-        cell_run = CellRun(shared, cell, found[cell.dequantizer])
-        rows, noise = cell_run.finish()
-        results.append(cell_run.result(rows, noise))
-        warnings += result_warnings(results[-1])
-        print(_line(results[-1]))
-        named = {f"{cell.name}_{c}": rows[c] for c in (*cell.terms, "bits_per_dim", "nfe")}
-        tables = tables or {"id": rows["id"]}
-        if np.array_equal(rows["id"], tables["id"]):
-            tables.update(named)
-        elif jax.process_index() == 0:  # Of other images than the headline: a table of its own.
-            write_npz(workdir / f"per_image_{cell.name}.npz", {"id": rows["id"], **named})
+    tables, results = _fill(shared, defined, found)
+    warnings += [warning for result in results for warning in result_warnings(result)]
     for warning in warnings:
         logging.warning(warning)
     evaluation = {

@@ -125,7 +125,7 @@ def make_step(
 def compiler_options() -> dict[str, int]:
     """For ``jit`` of a step: on CPU, LLVM's last level of optimization is left off.
 
-    It took 27% of the compile time and made steps no faster (benchmarks/training_step.py).
+    It took a quarter of the compile time and made steps no faster (benchmarks/training_step.py).
     """
     return {"xla_backend_optimization_level": 2} if jax.default_backend() == "cpu" else {}
 

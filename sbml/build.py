@@ -373,7 +373,10 @@ def warn_if_other_data(metadata: dict, images: data.ImageSet) -> list[str]:
     Returns:
       The warnings, for a report; none if they are the same.
     """
-    theirs, ours = metadata["data"], images.fingerprint
+    theirs = metadata["data"]
+    if theirs is None:
+        return ["the checkpoint was converted: what data the model was trained on is not known"]
+    ours = images.fingerprint
     if theirs["sha256"] == ours["sha256"]:
         return []
     changed = {k: (theirs.get(k), v) for k, v in ours.items() if theirs.get(k) != v}

@@ -3,27 +3,31 @@
 import pathlib
 import runpy
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 from absl import app, flags, logging
 from etils import epath
 from ml_collections import config_flags
 
-from sbml import evaluate, sample, train, train_dequantizer, verify
+from sbml import architecture, convert, evaluate, sample, train, train_dequantizer, verify
 from sbml.config import check_overrides
 
-MODES = {
+MODES: dict[str, Callable[..., None]] = {
     "train": train.run,
     "train_dequantizer": train_dequantizer.run,
     "eval": evaluate.run,
     "sample": sample.run,
+    "convert": lambda config, workdir: convert.run(config, workdir, SOURCE.value),
     "verify": verify.run,
 }
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "Config file; any field of it can be set.")
 MODE = flags.DEFINE_list("mode", None, f"What to run, in order: {', '.join(MODES)}.")
 WORKDIR = flags.DEFINE_string("workdir", None, "Where results go; default runs/<config's name>.")
+SOURCE: flags.FlagHolder[str | None] = flags.DEFINE_string(
+    "source", None, "What --mode=convert reads: a folder of the authors'."
+)
 COORDINATOR = flags.DEFINE_string(
     "coordinator", None, "Several processes: process 0's host:port, or auto (TPU pods, Slurm ...)."
 )
@@ -68,7 +72,7 @@ def main(arguments: Sequence[str]) -> None:
     workdir.mkdir(parents=True, exist_ok=True)
     print(f"{', '.join(modes)} in {workdir}")
     for mode in modes:
-        MODES[mode](CONFIG.value, workdir)
+        MODES[mode](architecture.of_workdir(CONFIG.value, workdir), workdir)
 
 
 if __name__ == "__main__":

@@ -32,12 +32,12 @@ BELOW_BUILD = (
         "estimators",
     }
 )
-MODES = {"train", "train_dequantizer", "evaluate", "sample", "verify"}
+MODES = {"train", "train_dequantizer", "evaluate", "sample", "convert", "verify"}
 
 # What a module may import from the package, beside ``types`` and the files of its own folder.
 # The longest matching name decides; a new module at the top needs a row of its own.
 ALLOWED: dict[str, set[str]] = {
-    **dict.fromkeys(("types", "sdes", "divergence", "bits", "intervals"), set()),
+    **dict.fromkeys(("types", "sdes", "divergence", "bits", "intervals", "trees"), set()),
     **dict.fromkeys(("networks", "dequantizers", "data"), set()),
     **dict.fromkeys(("times", "adapters", "ode", "oracle"), {"sdes"}),
     "losses": MATHEMATICS,
@@ -51,7 +51,8 @@ ALLOWED: dict[str, set[str]] = {
     "verify": {"sdes", "checks"},
     "config": {"networks"},
     "runtime": {"bits"},
-    "runtime.convert": {"bits", "networks", "dequantizers"},
+    "runtime.ncsnpp_options": {"networks", "trees"},
+    "architecture": set(),
     "build": BELOW_BUILD,
     "summary": {"data", "runtime"},
     **dict.fromkeys(("loop", "cells"), BELOW_BUILD | {"build"}),
@@ -60,7 +61,8 @@ ALLOWED: dict[str, set[str]] = {
     "train_dequantizer": BELOW_BUILD | {"build", "loop"},
     # Training draws the sample grids of its logs.
     "train": BELOW_BUILD | {"build", "loop", "sample"},
-    "main": MODES | {"config"},
+    "convert": BELOW_BUILD | {"architecture", "build", "trees"},
+    "main": MODES | {"architecture", "config"},
 }
 PURE = (
     *("types", "sdes", "times", "divergence", "bits", "ode", "losses", "likelihood", "sampling"),
@@ -113,7 +115,7 @@ def test_the_mathematics_knows_no_network_library(module: str) -> None:
 @pytest.mark.parametrize("module", MODULES)
 def test_configs_are_read_above_the_building_blocks(module: str) -> None:
     if any(name.split(".")[0] == "ml_collections" for name in imports(tree_of(module))):
-        assert module in {"config", "build", "loop", "main"} | MODES
+        assert module in {"architecture", "config", "build", "loop", "main"} | MODES
 
 
 def sde_branches(tree: ast.Module) -> Iterator[str]:

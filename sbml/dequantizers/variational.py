@@ -201,3 +201,30 @@ def from_reference(params: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     return unflatten_dict(
         dict(renamed(module, name, v) for (module, name), v in flatten_dict(dict(params)).items())
     )
+
+
+def read_options(params: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of :class:`Model` whose parameters are ``params``, under our names.
+
+    The number of heads leaves no trace in them: it is that of ``given``.
+
+    Raises:
+      ValueError: there is no coupling among them.
+    """
+    if "MixLogisticAttnCoupling_0" not in params:
+        raise ValueError(f"no Flow++ dequantizer has the parameters {', '.join(sorted(params))}")
+    coupling, (_, _, channels) = params["MixLogisticAttnCoupling_0"], image_shape(params)
+    blocks = sum(name.endswith("_conv") for name in coupling)
+    outputs = coupling[f"block{blocks - 1}_proj_out"]["kernel"].shape[-1]
+    return {
+        "heads": given["heads"],
+        "filters": coupling["proj_in"]["kernel"].shape[-1],
+        "components": (outputs // channels - 2) // 3,
+        "blocks": blocks,
+    }
+
+
+def image_shape(params: Mapping[str, Any]) -> tuple[int, int, int]:
+    """(h, w, c) of the only images that ``params`` fit: they hold a bias for every pixel."""
+    h, half, c = params["Norm_0"]["norm0"]["bias"].shape
+    return h, 2 * half, c

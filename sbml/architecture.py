@@ -1,0 +1,71 @@
+"""The architecture a work directory carries: what its checkpoint decides, whatever the config says.
+
+A converted checkpoint need not fit any config here. ``architecture.json`` beside it holds the
+sections of a config that do fit, and ``main`` lays them over the config it was given.
+"""
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+from etils import epath
+from ml_collections import ConfigDict
+
+FILE = "architecture.json"
+# Of a network's fields, those that any checkpoint may be used with.
+FREE = ("dropout", "dtype", "init_scale")
+
+Sections = dict[str, dict[str, Any]]
+
+
+def write(workdir: epath.PathLike, sections: Sections) -> None:
+    """Write ``sections`` ("model", "dequantizer.model" ...) to ``workdir``."""
+    bound = {
+        name: {field: value for field, value in fields.items() if field not in FREE}
+        for name, fields in sections.items()
+    }
+    (epath.Path(workdir) / FILE).write_text(json.dumps(bound, indent=1))
+
+
+def apply(config: ConfigDict, sections: Sections) -> tuple[ConfigDict, list[str]]:
+    """A copy of ``config`` with ``sections`` laid over it, and a line for each field that changed.
+
+    Raises:
+      ValueError: a section or field that the config does not have.
+    """
+    config = config.copy_and_resolve_references()
+    lines = []
+    for name, fields in sections.items():
+        node = config
+        for part in name.split("."):
+            node = node[part]
+        if fields.get("name", node.get("name")) != node.get("name"):
+            raise ValueError(
+                f"config.{name}.name={node.name!r}, the checkpoint's is {fields['name']!r}: take a "
+                "config of that network"
+            )
+        lines += [f"config.{name}.{line}" for line in _update(node, fields)]
+    return config, lines
+
+
+def _update(node: ConfigDict, fields: dict[str, Any]) -> Iterator[str]:
+    for field, value in fields.items():
+        value = tuple(value) if isinstance(value, list) else value
+        if field not in node:
+            raise ValueError(
+                f"the config has no field {field!r}: was it written by a newer version?"
+            )
+        if node[field] != value:
+            yield f"{field} is {node[field]!r}, the checkpoint's is {value!r}"
+            node[field] = value
+
+
+def of_workdir(config: ConfigDict, workdir: epath.PathLike) -> ConfigDict:
+    """``config`` with the architecture that ``workdir`` carries, if any; says what that changes."""
+    path = epath.Path(workdir) / FILE
+    if not path.exists():
+        return config
+    fitted, lines = apply(config, json.loads(path.read_text()))
+    for line in lines:
+        print(f"{path}: {line}")
+    return fitted

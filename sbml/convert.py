@@ -1,0 +1,162 @@
+"""A work directory of Song et al.'s code becomes one of ours: parameters, averages, optimizer.
+
+Everything that the parameters tell of the architecture is read from them, the rest is the config's;
+the work directory then carries the architecture, and is evaluated, sampled or trained on like any.
+
+Their conventions: the network sees 999 t and predicts the noise (VP, sub-VP), or sees sigma and
+predicts sigma times the score (VE); it was trained on k / 255, and without knowledge of ours about
+its data. The dequantizer's parameters are renamed by ``dequantizers.variational``.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from etils import epath
+from ml_collections import ConfigDict
+
+from sbml import architecture
+from sbml.build import Experiment
+from sbml.dequantizers import variational
+from sbml.runtime import authors, ncsnpp_options, sharding
+from sbml.runtime.authors import AuthorsState
+from sbml.runtime.checkpoint import tree_crc32
+from sbml.runtime.state import TrainState
+from sbml.runtime.versions import versions
+from sbml.trees import differences
+
+_NOISE = {"parameterization": "noise", "label": "time"}
+_SIGMA = {"parameterization": "score", "label": "sigma"}
+CONVENTIONS = {"vp": _NOISE, "subvp": _NOISE, "ve": _SIGMA, "linear_ve": _SIGMA}
+
+
+def run(config: ConfigDict, workdir: epath.PathLike, source: epath.PathLike | None) -> None:
+    """Convert the newest checkpoints in ``source`` to ``workdir``.
+
+    Raises:
+      ValueError: no checkpoint there, one that is no network of ours (its missing, extra or
+        misshapen leaves are named), or a ``workdir`` that has checkpoints already.
+    """
+    workdir = epath.Path(workdir)
+    if not source:
+        raise ValueError(
+            "--mode=convert reads --source=DIR, a work directory of Song et al.'s code"
+        )
+    score_file = authors.newest(epath.Path(source) / authors.SCORE)
+    if score_file is None:
+        raise ValueError(
+            f"no {authors.PREFIX}N in {epath.Path(source) / authors.SCORE}: --source is the folder "
+            f"that holds {authors.SCORE}/"
+        )
+    score = authors.read(score_file)
+    flow_file = authors.newest(epath.Path(source) / authors.DEQUANTIZER)
+    flow = None if flow_file is None else _renamed(authors.read(flow_file))
+    sections = _sections(config, score, flow)
+    fitted, lines = architecture.apply(config, sections)
+    experiment = Experiment(fitted)
+    if experiment.checkpoints(workdir).steps():
+        raise ValueError(f"{workdir} has checkpoints already: convert into a new --workdir")
+    metadata = _metadata(experiment, score)
+    written = [_write_score(experiment, workdir, score, metadata)]
+    if flow is not None:
+        written.append(_write_flow(experiment, workdir, flow, metadata, score))
+    if jax.process_index() == 0:
+        architecture.write(workdir, sections)
+    print("\n".join([*lines, *written]))
+
+
+def _renamed(theirs: AuthorsState) -> AuthorsState:
+    """A dequantizer's state with its trees under our names and in our layout."""
+    renamed = {name: variational.from_reference(tree) for name, tree in theirs.trees.items()}
+    return theirs._replace(trees=renamed)
+
+
+def _sections(
+    config: ConfigDict, score: AuthorsState, flow: AuthorsState | None
+) -> architecture.Sections:
+    """The sections of a config that fit the checkpoints."""
+    given = {k: v for k, v in config.model.items() if k != "name"}
+    height, channels = config.data.shape[0], config.data.shape[-1]
+    options = ncsnpp_options.read_options(score.ema_params, given, height)
+    found = np.shape(score.ema_params["Conv_0"]["kernel"])[2]
+    if found != channels:
+        raise ValueError(
+            f"{score.path} is of images with {found} channels, "
+            f"config.data.shape={config.data.shape}"
+        )
+    sections = {
+        "model": {"name": "ncsnpp", **options},
+        "score": CONVENTIONS[config.sde.name],
+        "sde": dict(config.sde),
+    }
+    if flow is not None:
+        sections["dequantizer.model"] = variational.read_options(
+            flow.ema_params, config.dequantizer.model.to_dict()
+        )
+    return sections
+
+
+def _metadata(experiment: Experiment, score: AuthorsState) -> dict[str, Any]:
+    """What the checkpoint says of its origin; of its data it knows only how they were scaled."""
+    config = experiment.to_plain()
+    config["data"]["dequantization"] = "none"
+    origin = {"file": str(score.path), "step": score.step}
+    return {"config": config, "data": None, "versions": versions(), "converted_from": origin}
+
+
+def _state(template: TrainState, theirs: AuthorsState) -> TrainState:
+    """``template`` with every array of theirs, after checking that each fits.
+
+    Raises:
+      ValueError: naming the leaves that are missing, extra or misshapen.
+    """
+    for name, tree in theirs.trees.items():
+        if found := differences(tree, template.params):
+            raise ValueError(f"{theirs.path}, {name}:\n  " + "\n  ".join(found))
+    arrays = jax.tree.map(lambda a: jnp.asarray(a, jnp.float32), theirs.trees)
+    count = jnp.asarray(theirs.updates, jnp.int32)
+    return template.replace(
+        step=jnp.asarray(theirs.step, jnp.int32),
+        params=arrays["params"],
+        ema_params=arrays["ema_params"],
+        opt_state=optax.tree.set(template.opt_state, mu=arrays["mu"], nu=arrays["nu"], count=count),
+    )
+
+
+def _write_score(
+    experiment: Experiment, workdir: epath.Path, theirs: AuthorsState, metadata: dict[str, Any]
+) -> str:
+    mesh = sharding.data_mesh()
+    state = _state(experiment.init_state(mesh), theirs)
+    state = jax.device_put(state, sharding.replicated(mesh))
+    with experiment.checkpoints(workdir) as checkpoints:
+        checkpoints.save(theirs.step, state, metadata)
+    count = experiment.parameter_count()
+    return f"{theirs.path}: step {theirs.step}, {count:,} parameters -> {checkpoints.directory}"
+
+
+def _write_flow(
+    experiment: Experiment,
+    workdir: epath.Path,
+    theirs: AuthorsState,
+    metadata: dict[str, Any],
+    score: AuthorsState,
+) -> str:
+    mesh = sharding.data_mesh()
+    shape = variational.image_shape(theirs.ema_params)
+    model = experiment.dequantizer("variational")
+    params = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((2, *shape), jnp.uint8))
+    template = jax.eval_shape(
+        lambda p: TrainState.create(p, experiment.dequantizer_optimizer), params
+    )
+    state = jax.device_put(_state(template, theirs), sharding.replicated(mesh))
+    against = {"step": score.step, "crc32": tree_crc32(score.ema_params)}
+    with experiment.dequantizer_checkpoints(workdir) as checkpoints:
+        checkpoints.save(theirs.step, state, {**metadata, "score": against})
+    count = sum(leaf.size for leaf in jax.tree.leaves(theirs.ema_params))
+    note = "" if shape == experiment.shape else f", for images of {shape} alone"
+    return (
+        f"{theirs.path}: step {theirs.step}, {count:,} parameters{note} -> {checkpoints.directory}"
+    )

@@ -1,0 +1,183 @@
+"""The options of an NCSN++ that its parameters tell: the inverse of building one.
+
+    widths, levels, blocks     from the residual blocks' kernels, in call order
+    attention                  from how many attention blocks there are, and how wide
+    resblock type, embedding, conditioning, pyramids, FIR      from which layers there are
+
+What leaves no parameters (dropout, rescaling, nonlinearity, the filter's taps, resampling inside
+"biggan" blocks) the tree cannot tell; nor, where levels are equally wide, which of them attend.
+There the given options stand. The answer is checked leaf by leaf against the network it describes.
+"""
+
+import itertools
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from sbml.networks.ncsnpp import Model
+from sbml.trees import differences
+
+BLOCKS = {"ResnetBlockBigGANpp": "biggan", "ResnetBlockDDPMpp": "ddpm"}
+MOST_LEVELS = 12  # An image of 4096 pixels halves no more often.
+
+Tree = Mapping[str, Any]
+
+
+def read_options(params: Tree, given: Mapping[str, Any], height: int) -> dict[str, Any]:
+    """Every field of the NCSN++ whose parameters are ``params``.
+
+    Args:
+      params: names to arrays, nested, as ``Model.init`` makes them.
+      given: fields of ``Model``, for what the parameters do not tell.
+      height: of the images, in pixels; it turns levels into ``attn_resolutions``.
+
+    Raises:
+      ValueError: no NCSN++ has these parameters, naming the leaves that are missing, left over or
+        misshapen in the nearest one; or several do, naming the field to set.
+    """
+    found = []
+    for shape in _encoders(params, given):
+        fields = {**given, **_layers(params, given, **shape)}
+        fields["attn_resolutions"] = _attention(params, given, height, **shape)
+        found.append(differences(params, _parameters(fields, params, height)))
+        if not found[-1]:
+            return fields
+    if not found:
+        raise ValueError(
+            "these are not the parameters of an NCSN++ or DDPM++: their residual blocks "
+            f"({', '.join(BLOCKS)}) do not make a U-Net; there are {', '.join(sorted(params))}"
+        )
+    nearest = min(found, key=len)
+    raise ValueError("no NCSN++ has these parameters; of the nearest:\n  " + "\n  ".join(nearest))
+
+
+def _parameters(fields: Mapping[str, Any], params: Tree, height: int) -> Tree:
+    """Shapes of the parameters of the network that ``fields`` describe."""
+    x = jnp.zeros((1, height, height, params["Conv_0"]["kernel"].shape[2]))
+    options: dict[str, Any] = {
+        name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()
+    }
+    model = Model(**options)
+    init = jax.eval_shape(
+        lambda key: model.init(key, x, jnp.ones(1), train=False), jax.random.key(0)
+    )
+    return init["params"]
+
+
+def _named(params: Tree, kind: str) -> list[Tree]:
+    """The modules ``kind_0``, ``kind_1`` ... in order."""
+    found = {int(name.rpartition("_")[2]): m for name, m in params.items() if _kind(name) == kind}
+    return [found[i] for i in sorted(found)]
+
+
+def _kind(name: str) -> str:
+    return name.rpartition("_")[0]
+
+
+def _kernels(params: Tree) -> tuple[str, list[tuple[int, ...]]]:
+    """The kind of the residual blocks and the shape of each one's first kernel."""
+    for kind in BLOCKS:
+        if blocks := _named(params, kind):
+            return kind, [np.shape(block["Conv_0"]["kernel"]) for block in blocks]
+    return "", []
+
+
+def _encoders(params: Tree, given: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """(levels' widths, blocks a level) of every U-Net with blocks of these widths in this order."""
+    kind, kernels = _kernels(params)
+    if not kernels or "Conv_0" not in params:
+        return
+    nf = np.shape(params["Conv_0"]["kernel"])[-1]
+    between = BLOCKS[kind] == "biggan"  # Resampling is a block of its own.
+    widths = [kernel[-1] for kernel in kernels]
+    for levels in range(1, MOST_LEVELS):
+        # levels (2 blocks + 1) + 2, and 2 (levels - 1) that resample.
+        rest = len(widths) - 2 - levels - 2 * between * (levels - 1)
+        blocks, odd = divmod(rest, 2 * levels)
+        if odd or blocks < 1:
+            continue
+        wide = [widths[level * (blocks + between)] for level in range(levels)]
+        down = [[w] * (blocks + (between and i < levels - 1)) for i, w in enumerate(wide)]
+        up = [[w] * (blocks + 1 + (between and i > 0)) for i, w in enumerate(wide)]
+        expected = sum(down, []) + [wide[-1]] * 2 + sum(reversed(up), [])
+        if expected == widths and not any(w % nf for w in wide):
+            yield {"nf": nf, "ch_mult": tuple(w // nf for w in wide), "num_res_blocks": blocks}
+
+
+def _layers(
+    params: Tree,
+    given: Mapping[str, Any],
+    nf: int,
+    ch_mult: tuple[int, ...],
+    num_res_blocks: int,
+) -> dict[str, Any]:
+    """What the kinds and numbers of layers tell."""
+    kind, kernels = _kernels(params)
+    between = BLOCKS[kind] == "ddpm" and len(ch_mult) > 1  # Layers of their own resample.
+    progressive = _progressive(params)
+    # Those with parameters: between "ddpm" blocks, and along residual pyramids.
+    down, up = (_named(params, side) for side in ("Downsample", "Upsample"))
+    halvings = max(len(ch_mult) - 1, 1)
+    with_conv = between and len(up) // halvings > (progressive == "residual")
+    progressive_input, combine = "none", given["progressive_combine"]
+    if joined := _named(params, "Combine"):
+        progressive_input = "input_skip"
+        reads = kernels[num_res_blocks + (BLOCKS[kind] == "biggan")][2]
+        combine = "cat" if reads == 2 * joined[0]["Conv_0"]["kernel"].shape[-1] else "sum"
+    elif len(down) // halvings > with_conv:
+        progressive_input = "residual"
+    fourier = _named(params, "GaussianFourierProjection")
+    return {
+        "nf": nf,
+        "ch_mult": ch_mult,
+        "num_res_blocks": num_res_blocks,
+        "conditional": "Dense_0" in params,
+        "embedding_type": "fourier" if fourier else "positional",
+        "resblock_type": BLOCKS[kind],
+        "resamp_with_conv": with_conv if between else given["resamp_with_conv"],
+        "fir": "Conv2d_0" in [*down, *up][0] if down or up else given["fir"],
+        "progressive": progressive,
+        "progressive_input": progressive_input,
+        "progressive_combine": combine,
+    }
+
+
+def _progressive(params: Tree) -> str:
+    """One head: none. One for each level: summed images. Two, one of them of an image: residual."""
+    channels = params["Conv_0"]["kernel"].shape[2]
+    heads = len(_named(params, "GroupNorm"))
+    images = sum(conv["kernel"].shape[-1] == channels for conv in _named(params, "Conv"))
+    if heads <= 1:
+        return "none"
+    return "output_skip" if images == heads else "residual"
+
+
+def _attention(
+    params: Tree,
+    given: Mapping[str, Any],
+    height: int,
+    nf: int,
+    ch_mult: tuple[int, ...],
+    num_res_blocks: int,
+) -> tuple[int, ...]:
+    """The heights at which attention follows the blocks."""
+    widths = [np.shape(block["NIN_0"]["W"])[0] for block in _named(params, "AttnBlockpp")]
+    # Every level that attends has one after each of its encoder's blocks and one in the decoder.
+    count = (len(widths) - 1) // (num_res_blocks + 1)
+    wanted = [widths[i * num_res_blocks] // nf for i in range(count)]
+    heights = [height >> level for level in range(len(ch_mult))]
+    fitting = [
+        tuple(heights[level] for level in levels)
+        for levels in itertools.combinations(range(len(ch_mult)), count)
+        if [ch_mult[level] for level in levels] == wanted
+    ]
+    named = tuple(h for h in heights if h in given["attn_resolutions"])
+    if named in fitting or len(fitting) == 1:
+        return named if named in fitting else fitting[0]
+    raise ValueError(
+        f"the parameters have attention on {count} of the heights {heights} and do not tell which: "
+        f"set attn_resolutions to one of {fitting or 'none'}"
+    )

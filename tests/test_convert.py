@@ -1,0 +1,270 @@
+"""The authors' checkpoints: read, recognised, converted, and named where they do not fit."""
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+import reference
+from flax import serialization
+from ml_collections import ConfigDict
+
+from sbml import architecture, build, convert
+from sbml.config import default, model_fields
+from sbml.dequantizers import variational
+from sbml.networks import ncsnpp
+from sbml.runtime import authors
+from sbml.runtime.ncsnpp_options import read_options
+
+SHAPE = (16, 16, 3)
+
+
+def theirs() -> dict[str, Any]:
+    """The reference checkpoint, with parameters and moments that differ from the average."""
+    tree = reference.checkpoint()
+    tree["optimizer"]["target"] = jax.tree.map(lambda a: a + 1, tree["params_ema"])
+    for path, value in (("grad_ema", 0.25), ("grad_sq_ema", 0.5)):
+        _fill(tree["optimizer"]["state"]["param_states"], path, value)
+    tree["optimizer"]["state"]["step"] = np.int32(6)
+    return tree
+
+
+def _fill(tree: dict[str, Any], name: str, value: float) -> None:
+    for key, leaf in tree.items():
+        if isinstance(leaf, dict):
+            _fill(leaf, name, value)
+        elif key == name:
+            tree[key] = np.full_like(leaf, value)
+
+
+def save(folder: Path, tree: dict[str, Any], step: int = 19, kind: str = authors.SCORE) -> Path:
+    (folder / kind).mkdir(parents=True, exist_ok=True)
+    (folder / kind / f"checkpoint_{step}").write_bytes(serialization.msgpack_serialize(tree))
+    return folder
+
+
+def config() -> ConfigDict:
+    chosen = default()
+    chosen.data.update(source="image_folder", shape=SHAPE)
+    return chosen
+
+
+@pytest.fixture(scope="module")
+def converted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    source, workdir = (tmp_path_factory.mktemp(name) for name in ("theirs", "ours"))
+    older = theirs()
+    older["step"] = 1
+    save(save(source, theirs()), older, step=2)
+    (source / authors.SCORE / "checkpoints-meta").write_bytes(b"not a checkpoint")
+    convert.run(config(), workdir, source)
+    return workdir
+
+
+def test_every_array_arrives(converted: Path) -> None:
+    fitted = architecture.of_workdir(config(), converted)
+    restored = build.Experiment(fitted).restore(converted)
+    expected = theirs()
+    assert restored.step == 7 and int(restored.state.step) == 7
+    for ours, tree in (
+        (restored.state.params, expected["optimizer"]["target"]),
+        (restored.state.ema_params, expected["params_ema"]),
+    ):
+        jax.tree.map(np.testing.assert_array_equal, ours, tree)
+    adam = next(
+        s
+        for s in jax.tree.leaves(restored.state.opt_state, is_leaf=lambda s: hasattr(s, "mu"))
+        if hasattr(s, "mu")
+    )
+    assert int(adam.count) == 6
+    assert {float(a.min()) for a in jax.tree.leaves(adam.mu)} == {0.25}
+    assert {float(a.max()) for a in jax.tree.leaves(adam.nu)} == {0.5}
+
+
+def test_the_work_directory_carries_the_architecture(
+    converted: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fitted = architecture.of_workdir(config(), converted)
+    assert {k: fitted.model[k] for k in reference.OPTIONS} == reference.OPTIONS
+    assert "config.model.nf is 128, the checkpoint's is 16" in capsys.readouterr().out
+    free = config()
+    free.model.update(dropout=0.3, dtype="bfloat16")
+    fitted = architecture.of_workdir(free, converted)
+    assert (fitted.model.dropout, fitted.model.dtype) == (0.3, "bfloat16")
+    with pytest.raises(ValueError, match="mlp.*ncsnpp"):
+        architecture.of_workdir(default("mlp"), converted)
+    assert architecture.of_workdir(free, converted.parent) is free
+
+
+def test_what_is_not_known_of_the_training_is_said(converted: Path) -> None:
+    fitted = architecture.of_workdir(config(), converted)
+    metadata = build.Experiment(fitted).restore(converted).metadata
+    assert metadata["config"]["data"]["dequantization"] == "none"
+    assert "not known" in build.warn_if_other_data(metadata, None)[0]
+
+
+def test_a_second_conversion_is_refused(converted: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="has checkpoints already"):
+        convert.run(config(), converted, save(tmp_path, theirs()))
+
+
+# Every option that leaves a trace, alone and beside others that leave one in the same layers.
+OPTIONS: list[dict[str, Any]] = [
+    {},
+    {"ch_mult": (1,), "attn_resolutions": ()},
+    {"ch_mult": (2, 1, 3), "num_res_blocks": 2, "attn_resolutions": (16, 4)},
+    {"ch_mult": (1, 1, 1), "attn_resolutions": (8, 4)},
+    {"conditional": False},
+    {"embedding_type": "fourier"},
+    {"resblock_type": "ddpm"},
+    {"resblock_type": "ddpm", "resamp_with_conv": False},
+    {"resblock_type": "ddpm", "fir": True, "num_res_blocks": 3},
+    {"resblock_type": "ddpm", "ch_mult": (1, 1, 1), "num_res_blocks": 2},
+    {"progressive": "output_skip", "progressive_input": "input_skip"},
+    {"progressive": "residual", "progressive_input": "residual", "fir": True},
+    {"progressive_input": "input_skip", "progressive_combine": "cat"},
+    {
+        "resblock_type": "ddpm",
+        "resamp_with_conv": False,
+        "progressive": "residual",
+        "progressive_input": "residual",
+    },
+    {
+        "resblock_type": "ddpm",
+        "progressive_input": "input_skip",
+        "progressive_combine": "cat",
+        "progressive": "output_skip",
+        "embedding_type": "fourier",
+    },
+]
+GIVEN = model_fields("ncsnpp")
+
+
+def shapes(fields: dict[str, Any]) -> Any:
+    """The parameters of the NCSN++ of ``fields``, as shapes."""
+    x, label = np.zeros((1, *SHAPE), np.float32), np.ones(1, np.float32)
+    model = ncsnpp.Model(**fields)
+    init = jax.eval_shape(lambda k: model.init(k, x, label, train=False), jax.random.key(0))
+    return init["params"]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_options_are_read_from_the_parameters(options: dict[str, Any]) -> None:
+    fields = {**GIVEN, "nf": 8, "ch_mult": (1, 2), "num_res_blocks": 1, "attn_resolutions": (8,)}
+    fields |= options
+    params = shapes(fields)
+    # What the tree cannot tell is given; of the rest, nothing.
+    untold = {"attn_resolutions": fields["attn_resolutions"]}
+    if not any(name.startswith(("Upsample", "Downsample")) for name in params):
+        untold["fir"] = fields["fir"]
+    if fields["resblock_type"] == "biggan":
+        untold["resamp_with_conv"] = fields["resamp_with_conv"]
+    assert read_options(params, {**GIVEN, **untold}, 16) == fields
+
+
+def test_what_the_parameters_leave_open_must_be_said() -> None:
+    fields = {"nf": 8, "ch_mult": (1, 1), "num_res_blocks": 1, "attn_resolutions": (16,)}
+    params = shapes(fields)
+    with pytest.raises(ValueError, match=r"do not tell which.*\(16,\), \(8,\)"):
+        read_options(params, {**GIVEN, "attn_resolutions": ()}, 16)
+    assert read_options(params, {**GIVEN, "attn_resolutions": (8,)}, 16)["attn_resolutions"] == (8,)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda p: p["Conv_1"].pop("bias"), r"missing: Conv_1/bias \(3,\)"),
+        (lambda p: p.update(Dense_9={"bias": np.zeros(2)}), r"extra: Dense_9/bias \(2,\)"),
+        (
+            lambda p: p["Conv_1"].update(bias=np.zeros(4)),
+            r"misshapen: Conv_1/bias is \(4,\), should be \(3,\)",
+        ),
+        (lambda p: p.pop("ResnetBlockBigGANpp_5"), "do not make a U-Net"),
+    ],
+)
+def test_leaves_that_do_not_fit_are_named(change: Any, message: str, tmp_path: Path) -> None:
+    tree = theirs()
+    change(tree["params_ema"])
+    with pytest.raises(ValueError, match=message):
+        convert.run(config(), tmp_path / "ours", save(tmp_path, tree))
+
+
+def test_parameters_are_checked_too(tmp_path: Path) -> None:
+    tree = theirs()
+    tree["optimizer"]["target"]["Conv_1"]["bias"] = np.zeros(5)
+    with pytest.raises(ValueError, match=r"params:\s+misshapen: Conv_1/bias is \(5,\)"):
+        convert.run(config(), tmp_path / "ours", save(tmp_path, tree))
+    assert not (tmp_path / "ours").exists()
+
+
+def test_sources_that_are_none(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="--source=DIR"):
+        convert.run(config(), tmp_path, None)
+    with pytest.raises(ValueError, match="no checkpoint_N in"):
+        convert.run(config(), tmp_path, tmp_path)
+    folder = tmp_path / authors.SCORE
+    folder.mkdir()
+    (folder / "checkpoint_3").write_bytes(b"\x93\x01")
+    with pytest.raises(ValueError, match="checkpoint_3 is not a flax msgpack file"):
+        convert.run(config(), tmp_path, tmp_path)
+    save(tmp_path, {"weights": np.zeros(2)}, step=4)
+    with pytest.raises(ValueError, match=r"no 'optimizer' in \['weights'\]"):
+        convert.run(config(), tmp_path, tmp_path)
+    other = config()
+    other.data.shape = (16, 16, 1)
+    with pytest.raises(ValueError, match="images with 3 channels"):
+        convert.run(other, tmp_path / "ours", save(tmp_path, theirs(), step=5))
+
+
+def foreign(params: Any) -> dict[str, Any]:
+    """Flow++ parameters under the authors' names: the inverse of ``from_reference``."""
+    letters = {ours: letter for letter, ours in variational.LEAVES.items()}
+    names: dict[str, Any] = {}
+    for path, value in jax.tree_util.tree_leaves_with_path(params):
+        module, *inner, leaf = (key.key for key in path)
+        if leaf in letters and inner:
+            value = np.asarray(value)
+            if leaf == "kernel" and value.ndim == 4:
+                value = value.transpose(1, 0, 2, 3)
+            leaf = "_".join([*inner, letters[leaf]])
+        names.setdefault(module, {})[leaf] = np.asarray(value)
+    return names
+
+
+def test_the_dequantizer_comes_along(tmp_path: Path) -> None:
+    model = variational.Model(filters=8, components=3, blocks=2, heads=2)
+    shapes = jax.eval_shape(model.init, jax.random.key(0), np.zeros((2, *SHAPE), np.uint8))
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(lambda s: rng.normal(size=s.shape).astype(np.float32), shapes)
+    tree = theirs()
+    names = foreign(params)
+    flow = {
+        "step": 11,
+        "params_ema": {"params": names},
+        "optimizer": {
+            "target": names,
+            "state": {
+                "step": np.int32(11),
+                "param_states": {
+                    module: {k: {"grad_ema": v, "grad_sq_ema": v} for k, v in leaves.items()}
+                    for module, leaves in names.items()
+                },
+            },
+        },
+    }
+    save(save(tmp_path, tree), flow, step=6, kind=authors.DEQUANTIZER)
+    chosen = config()
+    chosen.dequantizer.model.heads = 2
+    convert.run(chosen, tmp_path / "ours", tmp_path)
+    fitted = architecture.of_workdir(chosen, tmp_path / "ours")
+    experiment = build.Experiment(fitted)
+    assert experiment.dequantizer("variational") == model
+    with experiment.dequantizer_checkpoints(tmp_path / "ours") as checkpoints:
+        assert checkpoints.steps() == [11]
+        template = jax.eval_shape(
+            lambda p: convert.TrainState.create(p, experiment.dequantizer_optimizer), shapes
+        )
+        restored = checkpoints.restore(template)
+    jax.tree.map(np.testing.assert_array_equal, restored.state.ema_params, params)
+    score = experiment.restore(tmp_path / "ours")
+    assert restored.metadata["score"]["step"] == score.step

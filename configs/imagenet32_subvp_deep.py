@@ -17,7 +17,7 @@ from sbml.config import default
 def get_config() -> ConfigDict:
     """1.3 million steps of batch 128: days on one accelerator."""
     config = default()
-    config.data.update(source="tfds:downsampled_imagenet/32x32", flip=False)
+    config.data.update(source="imagenet32:old", flip=False)
     config.sde.name = "subvp"
     config.model.update(num_res_blocks=8, dropout=0.0)
     return config

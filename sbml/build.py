@@ -63,7 +63,7 @@ def smallest_time(config: ConfigDict) -> float:
     if training.smallest_time is not None:
         return training.smallest_time
     both = training.likelihood_weighting and training.importance_sampling
-    imagenet = config.data.source.startswith("tfds:downsampled_imagenet")
+    imagenet = data.imagenet32.version(config.data.source) is not None
     return max(sde(config).smallest_time, 5e-5 if imagenet and both else 0.0)
 
 
@@ -372,11 +372,15 @@ def warn_if_other_data(metadata: dict, images: data.ImageSet) -> list[str]:
 
     Returns:
       The warnings, for a report; none if they are the same.
+
+    Raises:
+      ValueError: for the two versions of ImageNet 32x32, whose numbers must not be mixed.
     """
     theirs = metadata["data"]
     if theirs is None:
         return ["the checkpoint was converted: what data the model was trained on is not known"]
     ours = images.fingerprint
+    data.imagenet32.check_comparable(theirs["name"], ours["name"])
     if theirs["sha256"] == ours["sha256"]:
         return []
     changed = {k: (theirs.get(k), v) for k, v in ours.items() if theirs.get(k) != v}

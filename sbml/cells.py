@@ -285,6 +285,7 @@ class CellRun:
             "estimator": self.cell.estimator,
             "dequantizer": self.cell.dequantizer,
             "num_importance": self.cell.num_importance,
+            "data": self.shared.images.name,
             "split": self.config.split,
             "n": interval.n,
             "split_size": len(self.shared.images),

@@ -104,7 +104,7 @@ def default(network: str = "ncsnpp") -> ml_collections.ConfigDict:
             "seed": 0,
             "mode": ("train",),  # what to run, in order: train, eval, sample
             "data": {
-                "source": "tfds:cifar10",  # digits, photos, tfds:<name>, image_folder
+                "source": "tfds:cifar10",  # digits, photos, tfds:<set>, imagenet32:old|new, image_folder
                 "shape": (32, 32, 3),  # height, width, channels; the loaded set must agree
                 "levels": 256,  # integers 0 .. levels - 1
                 "flip": True,  # random horizontal flips in training

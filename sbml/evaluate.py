@@ -155,9 +155,10 @@ def _line(result: dict[str, Any]) -> str:
     low, high = result["interval"]
     draws = f" K={result['num_importance']}" if result["num_importance"] > 1 else ""
     name = f"{result['estimator']} {result['dequantizer']}{draws}"
+    split = f"{result['data']} {result['split']}"
     mark = "" if result.get("converged", True) else " UNCONVERGED"
     return (
-        f"{name:24s} {result['bits_per_dim']:.4f} bits/dim{mark}, 95% interval "
+        f"{name:24s} {result['bits_per_dim']:.4f} bits/dim{mark} on {split}, 95% interval "
         f"[{low:.4f}, {high:.4f}], for these images +-{result['this_set_ci95']:.4f}, "
         f"n={result['n']}"
     )

@@ -28,9 +28,9 @@ def options(tmp_path: Path) -> data.Options:
     """Options with which every source of the registry loads."""
     for i in range(12):
         save(tmp_path / "folder" / f"{i}.png", pixels(6, 6, seed=i))
-    for key in (k for k, source in data.SOURCES.items() if source.collection):
+    for name in (full_name(k) for k, source in data.SOURCES.items() if source.collection):
         for split in data.SPLITS:
-            path = tmp_path / "cache" / key / "tiny" / f"{split}.npy"
+            path = tmp_path / "cache" / name.replace(":", "/") / f"{split}.npy"
             notes = {"version": "1.0.0", "split": split}
             _cache.prepared(path, lambda add, notes=notes: add(pixels(6, 6)) or notes)
     return data.Options(
@@ -39,7 +39,8 @@ def options(tmp_path: Path) -> data.Options:
 
 
 def full_name(source: str) -> str:
-    return f"{source}:tiny" if data.SOURCES[source].collection else source
+    found = data.SOURCES[source]
+    return f"{source}:{getattr(found, 'sets', ('tiny',))[0]}" if found.collection else source
 
 
 @pytest.mark.parametrize("source", data.SOURCES)
@@ -66,7 +67,9 @@ def test_unknown_split_lists_the_choices(source: str, options: data.Options) -> 
 
 @pytest.mark.parametrize("name", ["digit", "digits:8x8", "digits:", "tfds", "tfds:", "_cache", ""])
 def test_unknown_name_lists_the_choices(name: str) -> None:
-    with pytest.raises(ValueError, match="digits, image_folder, photos, tfds:<set>"):
+    with pytest.raises(
+        ValueError, match="digits, image_folder, imagenet32:<set>, photos, tfds:<set>"
+    ):
         data.load(name, "train")
 
 

@@ -30,7 +30,7 @@ def test_score_is_theirs() -> None:
     ours = SCORE.batch(GIVEN.x, jnp.asarray(GIVEN.t), None)
     late = GIVEN.t > 0.05
     np.testing.assert_allclose(ours[late], GIVEN.score[late], atol=1e-5)
-    np.testing.assert_allclose(ours[~late], GIVEN.score[~late], rtol=3e-5)
+    np.testing.assert_allclose(ours[~late], GIVEN.score[~late], rtol=4e-5, atol=2e-4)
 
 
 def within_noise(ours: np.ndarray, theirs: np.ndarray, draws: int) -> None:

@@ -12,6 +12,7 @@ from dataclasses import replace
 from importlib import import_module
 from pkgutil import iter_modules
 
+from sbml.data import imagenet32
 from sbml.data._image_set import SPLITS, ImageSet, Options, Source
 from sbml.data._pipeline import eval_batches, prefetch, train_batches
 
@@ -22,6 +23,7 @@ __all__ = [
     "Options",
     "Source",
     "eval_batches",
+    "imagenet32",
     "load",
     "prefetch",
     "train_batches",

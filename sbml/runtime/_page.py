@@ -148,7 +148,8 @@ def _ledger(results: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
 
 
 def _label(result: Mapping[str, Any]) -> str:
-    words = [result[key] for key in ("estimator", "dequantizer", "split") if result.get(key)]
+    keys = ("estimator", "dequantizer", "data", "split")
+    words = [result[key] for key in keys if result.get(key)]
     if (draws := result.get("num_importance") or 1) > 1:
         words.append(f"K = {draws}")
     return " · ".join(map(str, words)) or "result"

@@ -1,0 +1,124 @@
+"""The two ImageNets at 32x32: ``imagenet32:old`` and ``imagenet32:new``, from archives on disk.
+
+    old   van den Oord et al. 2016: 1,281,149 and 49,999 images, {train,valid}_32x32.tar of PNGs.
+          Sub-sampled with aliasing. The set of the papers up to about 2021, this one's too.
+    new   Chrabaszcz et al. 2017: 1,281,167 and 50,000 images, Imagenet32_{train,val}_npz.zip.
+          Anti-aliased, hence smoother: bits/dim are lower for the same method, by 0.26 in one
+          comparison. Numbers of the two are not to be compared.
+
+``tfds:downsampled_imagenet/32x32`` and ``tfds:imagenet_resized/32x32`` are the same two sets.
+"""
+
+import io
+import tarfile
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+from sbml.data._cache import Add, prepared
+from sbml.data._image_set import ImageSet, Options, check_split
+
+ARCHIVES = {
+    "old": {"train": "train_32x32.tar", "test": "valid_32x32.tar"},
+    "new": {"train": "Imagenet32_train_npz.zip", "test": "Imagenet32_val_npz.zip"},
+}
+COUNTS = {
+    "old": {"train": 1_281_149, "test": 49_999},
+    "new": {"train": 1_281_167, "test": 50_000},
+}
+
+SAME = {
+    "tfds:downsampled_imagenet/32x32": "imagenet32:old",
+    "tfds:imagenet_resized/32x32": "imagenet32:new",
+}
+
+
+def version(name: str) -> str | None:
+    """ "imagenet32:old" or "imagenet32:new", if that is what the data set ``name`` is."""
+    name = SAME.get(name, name)
+    return name if name.startswith("imagenet32:") else None
+
+
+def check_comparable(*names: str) -> None:
+    """Refuse data sets of which one is one ImageNet 32x32 and another the other.
+
+    Raises:
+      ValueError: naming both.
+    """
+    versions = sorted({found for name in names if (found := version(name))})
+    if len(versions) > 1:
+        raise ValueError(
+            f"{' and '.join(versions)} are different images: their bits/dim differ by about 0.26 "
+            "for one method and must not be compared"
+        )
+
+
+class Imagenet32:
+    """32x32 RGB, 256 levels, in the archive's order."""
+
+    collection = True
+    sets = tuple(ARCHIVES)
+
+    def load(self, split: str, options: Options) -> ImageSet:
+        """The images of ``split`` of the version ``options.dataset``; "test" is the validation set.
+
+        ``manual_dir`` holds the archive under its original name, until the set is prepared.
+
+        Raises:
+          ValueError: no such version, no archive, or one that lacks images.
+        """
+        check_split(split)
+        which = options.dataset
+        if which not in ARCHIVES:
+            raise ValueError(
+                f"Unknown version {which!r} of ImageNet 32x32: choose {' or '.join(ARCHIVES)}. "
+                "They differ, and so do their bits/dim."
+            )
+        path = options.cache / "imagenet32" / which / f"{split}.npy"
+        images, _ = prepared(path, lambda add: _decode(which, split, options, add))
+        return ImageSet(f"imagenet32:{which}", which, split, images)
+
+
+SOURCE = Imagenet32()
+
+
+def _decode(which: str, split: str, options: Options, add: Add) -> dict[str, Any]:
+    file = ARCHIVES[which][split]
+    archive = Path(options.manual_dir or ".").expanduser() / file
+    if not options.manual_dir or not archive.exists():
+        raise ValueError(
+            f"imagenet32:{which} is read from {file}, which image-net.org gives to those who "
+            f"register: put it into a folder and set data.manual_dir to that"
+            + (f" ({archive} is not there)" if options.manual_dir else "")
+        )
+    count, read = 0, {"old": _tar, "new": _zip}[which]
+    wanted = COUNTS[which][split]
+    for image in tqdm(read(archive), total=wanted, desc=f"Decoding {file}", unit=" images"):
+        add(image)
+        count += 1
+    if count != wanted:
+        raise ValueError(f"{archive} holds {count} images instead of {wanted}: copy it again")
+    return {}
+
+
+def _tar(archive: Path) -> Iterator[np.ndarray]:
+    """The PNGs of the older version."""
+    with tarfile.open(archive) as tar:
+        for member in tar:
+            if member.isfile() and (file := tar.extractfile(member)):
+                with Image.open(io.BytesIO(file.read())) as image:
+                    yield np.asarray(image.convert("RGB"))
+
+
+def _zip(archive: Path) -> Iterator[np.ndarray]:
+    """The rows of the newer version, each the three planes of an image."""
+    with zipfile.ZipFile(archive) as files:
+        for name in sorted(n for n in files.namelist() if n.endswith(".npz")):
+            with np.load(io.BytesIO(files.read(name)), allow_pickle=False) as arrays:
+                rows = arrays["data"]
+            yield from rows.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)

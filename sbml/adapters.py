@@ -27,7 +27,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from sbml.sdes import SDE
+from sbml.sdes import Kernel
 from sbml.types import Array, Key
 
 PARAMETERIZATIONS = ("noise", "score", "preconditioned")
@@ -40,7 +40,7 @@ class Adapter:
 
     Attributes:
       model: a Linen module called as ``model(x (n, *s), label (n,), train=...)``.
-      sde: the forward process.
+      sde: the forward process, an SDE or the noise levels of a discrete-time one.
       parameterization: ``noise``, ``score`` or ``preconditioned``.
       label: ``time``, ``log_snr`` or ``sigma``.
       data_std: the data's standard deviation in [-1, 1], for ``preconditioned``.
@@ -51,7 +51,7 @@ class Adapter:
     """
 
     model: nn.Module
-    sde: SDE
+    sde: Kernel
     parameterization: str = "noise"
     label: str = "time"
     data_std: float = 0.5

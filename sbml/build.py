@@ -6,7 +6,6 @@ is a ValueError that names the field, before any work is done.
 
 import dataclasses
 import math
-from collections.abc import Collection
 from functools import cached_property
 from typing import Any
 
@@ -18,85 +17,27 @@ from absl import logging
 from etils import epath
 from ml_collections import ConfigDict
 
-from sbml import adapters, data, dequantizers, discrete, estimators, losses, networks, sdes, times
+from sbml import adapters, data, dequantizers, discrete, estimators, losses, sdes, times
 from sbml.discrete import CATEGORICAL
 from sbml.estimators import Cell
+from sbml.from_config import (
+    check_choice,
+    choices_in,
+    network,
+    optimizer,
+    sde,
+    smallest_time,
+    solver,
+)
 from sbml.likelihood import Trace
 from sbml.ode import Solver
-from sbml.runtime import optim, sharding
+from sbml.runtime import sharding
 from sbml.runtime.checkpoint import Checkpoints, Restored
 from sbml.runtime.state import TrainState
 from sbml.runtime.versions import versions
 
 DEQUANTIZATIONS = ("uniform", "centre", "none")
 NOISES = ("independent", "twins")
-
-
-def check_choice(field: str, name: str, choices: Collection[str]) -> str:
-    """``name`` itself.
-
-    Raises:
-      ValueError: if it is not among ``choices``, naming the config field and the choices.
-    """
-    if name not in choices:
-        raise ValueError(f"{field}={name!r} is unknown; choose from {sorted(choices)}")
-    return name
-
-
-def choices_in(value: Collection[str]) -> list[str]:
-    """The names in a field such as ``eval.estimators``; the command line's "a,b" is one string."""
-    return [name.strip() for item in value for name in item.split(",") if name.strip()]
-
-
-def sde(config: ConfigDict) -> sdes.SDE:
-    """The forward process, from those fields of ``config.sde`` that it has."""
-    kind = sdes.SDES[check_choice("sde.name", config.sde.name, sdes.SDES)]
-    return kind(**{f.name: config.sde[f.name] for f in dataclasses.fields(kind)})
-
-
-def smallest_time(config: ConfigDict) -> float:
-    """The paper's, unless ``training.smallest_time`` says otherwise.
-
-    The SDE's own, but for VP on ImageNet with likelihood weighting and importance sampling 5e-5.
-    """
-    training = config.training
-    if training.smallest_time is not None:
-        return training.smallest_time
-    both = training.likelihood_weighting and training.importance_sampling
-    imagenet = data.imagenet32.version(config.data.source) is not None
-    return max(sde(config).smallest_time, 5e-5 if imagenet and both else 0.0)
-
-
-def solver(section: ConfigDict) -> Solver:
-    """The ODE solver of ``config.eval`` or ``config.sampling``."""
-    fixed_steps = section.fixed_steps or None
-    tolerances = {"rtol": section.rtol, "atol": section.atol}
-    return Solver(method=section.method, fixed_steps=fixed_steps, **tolerances)
-
-
-def network(config: ConfigDict) -> Any:
-    """The network ``config.model.name`` with its fields."""
-    fields = dict(config.model)
-    module = networks.get(fields.pop("name"))
-    known = {f.name for f in dataclasses.fields(module)}
-    unknown = sorted(set(fields) - known)
-    if unknown:
-        raise ValueError(f"config.model has fields {unknown} that {config.model.name!r} lacks")
-    return module(**{k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()})
-
-
-def optimizer(section: ConfigDict) -> optax.GradientTransformation:
-    """The optimizer of ``section.optim``, of ``config`` itself or ``config.dequantizer``."""
-    o = section.optim
-    rate = optim.learning_rate(o.lr, o.warmup, o.schedule, section.training.num_steps)
-    return optim.adam(
-        rate,
-        beta1=o.beta1,
-        beta2=o.beta2,
-        eps=o.eps,
-        weight_decay=o.weight_decay,
-        grad_clip=o.grad_clip,
-    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,8 +48,15 @@ class Experiment:
 
     def __post_init__(self) -> None:
         # Touch every part now: a bad field must not surface after an hour of training.
-        _ = (self.adapter, self.proposal, self.optimizer, self.weighting, self.twins, self.cells)
-        _ = (self.eval_solver, self.sampling_solver, self.sampling_eps, self.eval_eps)
+        _ = (
+            self.trained_adapter,
+            self.proposal,
+            self.optimizer,
+            self.weighting,
+            self.twins,
+            self.cells,
+        )
+        _ = (self.cells, self.eval_solver, self.sampling_solver, self.sampling_eps, self.eval_eps)
         _ = (self.dequantizer(self.config.dequantizer.name), self.dequantizer_optimizer)
         check_choice("eval.times", self.config.eval.times, times.DRAWS)
         check_choice("training.times", self.config.training.times, times.DRAWS)
@@ -129,6 +77,7 @@ class Experiment:
 
     @cached_property
     def adapter(self) -> adapters.Adapter:
+        """From parameters to the score that is evaluated and sampled."""
         score = self.config.score
         return adapters.Adapter(
             network(self.config),
@@ -140,7 +89,32 @@ class Experiment:
         )
 
     @cached_property
-    def proposal(self) -> times.Proposal:
+    def trained_kernel(self) -> sdes.Kernel:
+        """What noises the images in training: the SDE, or ``training.discrete_levels`` of it.
+
+        Raises:
+          ValueError: for flags that a discrete-time loss does not have.
+        """
+        training = self.config.training
+        if not training.discrete_levels:
+            return self.sde
+        for flag in ("likelihood_weighting", "importance_sampling"):
+            if training[flag]:
+                raise ValueError(
+                    f"training.discrete_levels={training.discrete_levels} with training.{flag}: "
+                    f"the discrete-time losses have neither; set --config.training.{flag}=False"
+                )
+        return self.sde.levels(training.discrete_levels)
+
+    @property
+    def trained_adapter(self) -> adapters.Adapter:
+        """From parameters to the score that the loss sees, of the same network."""
+        return dataclasses.replace(self.adapter, sde=self.trained_kernel)
+
+    @cached_property
+    def proposal(self) -> times.Proposal | times.Grid:
+        if levels := self.config.training.discrete_levels:
+            return times.Grid(levels)
         kind = "importance" if self.config.training.importance_sampling else "uniform"
         return times.PROPOSALS[kind](self.sde, smallest_time(self.config))
 

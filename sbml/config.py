@@ -104,7 +104,8 @@ def default(network: str = "ncsnpp") -> ml_collections.ConfigDict:
             "seed": 0,
             "mode": ("train",),  # what to run, in order: train, eval, sample
             "data": {
-                "source": "tfds:cifar10",  # digits, photos, tfds:<set>, imagenet32:old|new, image_folder
+                # digits, photos, tfds:<set>, imagenet32:old, imagenet32:new, image_folder
+                "source": "tfds:cifar10",
                 "shape": (32, 32, 3),  # height, width, channels; the loaded set must agree
                 "levels": 256,  # integers 0 .. levels - 1
                 "flip": True,  # random horizontal flips in training
@@ -132,6 +133,8 @@ def default(network: str = "ncsnpp") -> ml_collections.ConfigDict:
                 **_training(batch_size=128, num_steps=1_300_000),
                 "likelihood_weighting": True,
                 "importance_sampling": True,
+                # N: the discrete-time loss on N noise levels, DDPM's (vp) or SMLD's (ve); 0: off
+                "discrete_levels": 0,
                 "times": "lattice",  # or iid
                 "noises": "twins",  # half the images, each with z and -z; or independent
                 "proposal_bins": 32,  # of a density of times that follows the noise; 0: off

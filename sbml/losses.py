@@ -19,32 +19,32 @@ Models", NeurIPS 2021, equations 7 and 8.
 import jax
 import jax.numpy as jnp
 
-from sbml.sdes import SDE
+from sbml.sdes import Kernel
 from sbml.types import Array, Key, Score, batched
 
 WEIGHTINGS = ("likelihood", "original")
 
 
-def weight(sde: SDE, t: Array, weighting: str) -> Array:
+def weight(sde: Kernel, t: Array, weighting: str) -> Array:
     """w(t) of the noise-prediction error, a scalar.
 
     Raises:
-      ValueError: for an unknown ``weighting``.
+      ValueError: for an unknown ``weighting``, or one that discrete noise levels do not have.
     """
     if weighting == "likelihood":
-        return (sde.diffusion(t) / sde.std(t)) ** 2
+        return sde.rate(t)
     if weighting == "original":
         return jnp.ones_like(t)
     raise ValueError(f"unknown weighting {weighting!r}; choose from {WEIGHTINGS}")
 
 
-def perturb(sde: SDE, x: Array, t: Array, z: Array) -> Array:
+def perturb(sde: Kernel, x: Array, t: Array, z: Array) -> Array:
     """x_t = alpha(t) x + sigma(t) z for one example, shape ``(*s)``."""
     mean, std = sde.marginal(x, t)
     return mean + std * z
 
 
-def residual(sde: SDE, score_xt: Array, t: Array, z: Array, weighting: str) -> Array:
+def residual(sde: Kernel, score_xt: Array, t: Array, z: Array, weighting: str) -> Array:
     """1/2 w(t) ||sigma(t) score + z||^2 in nats, a scalar.
 
     Raises:
@@ -56,13 +56,14 @@ def residual(sde: SDE, score_xt: Array, t: Array, z: Array, weighting: str) -> A
 
 
 def dsm(
-    score: Score, sde: SDE, x: Array, t: Array, key: Key, *, weighting: str = "likelihood"
+    score: Score, sde: Kernel, x: Array, t: Array, key: Key, *, weighting: str = "likelihood"
 ) -> Array:
     """The denoising score matching loss of one example at one time.
 
     Args:
       score: any score of one example.
-      sde: the forward process.
+      sde: the forward process; with ``sde.levels(n)`` and the original weighting this is the loss
+        of DDPM or SMLD at level i = (n - 1) t.
       x: one example, ``(*s)``.
       t: scalar time.
       key: draws z and, split off, what the score's stochastic layers need.
@@ -78,7 +79,7 @@ def dsm(
 
 def dsm_batch(
     score: Score,
-    sde: SDE,
+    sde: Kernel,
     x: Array,
     t: Array,
     keys: Key,

@@ -40,9 +40,11 @@ def parse(arguments: list[str]) -> list[str]:
     try:
         return app.parse_flags_with_usage(arguments)
     except (AttributeError, KeyError):
-        path = next(a.partition("=")[2] for a in arguments if a.startswith("--config="))
+        given = next(a.partition("=")[2] for a in arguments if a.startswith("--config="))
+        path, _, argument = given.partition(":")
         try:
-            check_overrides(runpy.run_path(path)["get_config"](), arguments)
+            get_config = runpy.run_path(path)["get_config"]
+            check_overrides(get_config(argument) if argument else get_config(), arguments)
         except ValueError as error:
             sys.exit(str(error))
         raise
@@ -67,7 +69,8 @@ def main(arguments: Sequence[str]) -> None:
         jax.distributed.initialize(address, PROCESSES.value, PROCESS.value)
     if not flags.FLAGS["verbosity"].present:
         logging.set_verbosity(logging.WARNING)  # The libraries' own chatter drowns the bars.
-    name = pathlib.Path(config_flags.get_config_filename(flags.FLAGS["config"])).stem
+    file = pathlib.Path(config_flags.get_config_filename(flags.FLAGS["config"])).name
+    name = file.replace(".py", "").replace(":", "_")
     workdir = epath.Path(WORKDIR.value or f"runs/{name}")
     workdir.mkdir(parents=True, exist_ok=True)
     print(f"{', '.join(modes)} in {workdir}")

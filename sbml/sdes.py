@@ -21,28 +21,20 @@ from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from sbml.types import Array, Key
 
 
 @dataclasses.dataclass(frozen=True)
-class SDE(abc.ABC):
-    """A linear SDE with scalar coefficients; frozen floats, so hashable and static under ``jit``.
+class Kernel(abc.ABC):
+    """p(x_t | x_0) = N(alpha(t) x_0, sigma(t)^2 I), all that denoising score matching asks for.
 
-    Methods take a scalar time ``t`` in (0, ``T``] and, where they need one, a single example ``x``
-    of any shape ``(*s)``.
+    Frozen floats, so hashable and static under ``jit``. Methods take a scalar time ``t`` in
+    (0, ``T``] and, where they need one, a single example ``x`` of any shape ``(*s)``.
     """
 
     T: ClassVar[float] = 1.0
-    smallest_time: ClassVar[float] = 1e-5  # Where the paper cuts the integral over time.
-
-    @abc.abstractmethod
-    def drift_coef(self, t: Array) -> Array:
-        """f(t), a scalar."""
-
-    @abc.abstractmethod
-    def diffusion(self, t: Array) -> Array:
-        """g(t), a scalar."""
 
     @abc.abstractmethod
     def mean_coef(self, t: Array) -> Array:
@@ -57,13 +49,12 @@ class SDE(abc.ABC):
         """lambda(t) = 2 log(alpha(t) / sigma(t)), strictly decreasing."""
 
     @abc.abstractmethod
-    def time(self, log_snr: Array) -> Array:
-        """The inverse of :meth:`log_snr`."""
+    def rate(self, t: Array) -> Array:
+        """-dlambda/dt, how fast the signal is lost: g^2 / sigma^2 of an SDE."""
 
-    @property
-    def prior_std(self) -> float:
-        """The standard deviation s of the prior N(0, s^2 I) that stands for p_T."""
-        return 1.0
+    def marginal(self, x: Array, t: Array) -> tuple[Array, Array]:
+        """Mean ``(*s)`` and standard deviation ``()`` of p(x_t | x_0 = x)."""
+        return self.mean_coef(t) * x, self.std(t)
 
     def check_time(self, eps: float, name: str = "smallest time eps") -> float:
         """``eps`` itself, where the integral over time is cut.
@@ -75,13 +66,47 @@ class SDE(abc.ABC):
             raise ValueError(f"{name}={eps}: must lie in (0, {self.T})")
         return eps
 
+
+@dataclasses.dataclass(frozen=True)
+class SDE(Kernel):
+    """A linear SDE with scalar coefficients."""
+
+    smallest_time: ClassVar[float] = 1e-5  # Where the paper cuts the integral over time.
+
+    @abc.abstractmethod
+    def drift_coef(self, t: Array) -> Array:
+        """f(t), a scalar."""
+
+    @abc.abstractmethod
+    def diffusion(self, t: Array) -> Array:
+        """g(t), a scalar."""
+
+    def rate(self, t: Array) -> Array:
+        return (self.diffusion(t) / self.std(t)) ** 2
+
+    @abc.abstractmethod
+    def time(self, log_snr: Array) -> Array:
+        """The inverse of :meth:`log_snr`."""
+
+    @property
+    def prior_std(self) -> float:
+        """The standard deviation s of the prior N(0, s^2 I) that stands for p_T."""
+        return 1.0
+
+    def levels(self, n: int) -> "Levels":
+        """The ``n`` noise levels of the discrete-time model that this SDE is the limit of.
+
+        Raises:
+          ValueError: there is no such model, or fewer than two levels.
+        """
+        raise ValueError(
+            f"{type(self).__name__} is the limit of no discrete-time model: VP is that of DDPM, "
+            "VE of SMLD"
+        )
+
     def drift(self, x: Array, t: Array) -> Array:
         """f(t) x, shape ``(*s)``."""
         return self.drift_coef(t) * x
-
-    def marginal(self, x: Array, t: Array) -> tuple[Array, Array]:
-        """Mean ``(*s)`` and standard deviation ``()`` of p(x_t | x_0 = x)."""
-        return self.mean_coef(t) * x, self.std(t)
 
     def prior_logp(self, z: Array) -> Array:
         """log N(z; 0, s^2 I) in nats, a scalar."""
@@ -141,6 +166,12 @@ class VP(_LinearBeta):
 
     def time(self, log_snr: Array) -> Array:
         return self._time(jax.nn.softplus(-log_snr))
+
+    def levels(self, n: int) -> "Levels":
+        """DDPM's (Ho et al. 2020): alpha_i^2 = prod_{j <= i} (1 - beta_j), beta_j linear in j."""
+        betas = np.linspace(self.beta_min / n, self.beta_max / n, n)
+        log_mean = 0.5 * np.cumsum(np.log1p(-betas))
+        return Levels(tuple(np.exp(log_mean)), tuple(np.sqrt(-np.expm1(2 * log_mean))))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -212,6 +243,14 @@ class VE(_Exploding):
     def time(self, log_snr: Array) -> Array:
         return (-0.5 * log_snr - math.log(self.sigma_min)) / self._log_ratio
 
+    def levels(self, n: int) -> "Levels":
+        """SMLD's (Song & Ermon 2019): alpha_i = 1, sigma_i geometric from sigma_min to sigma_max.
+
+        Their index runs from the largest sigma down, this one up.
+        """
+        stds = np.geomspace(self.sigma_min, self.sigma_max, n)
+        return Levels((1.0,) * n, tuple(stds))
+
 
 @dataclasses.dataclass(frozen=True)
 class LinearVE(_Exploding):
@@ -229,6 +268,38 @@ class LinearVE(_Exploding):
 
     def time(self, log_snr: Array) -> Array:
         return jnp.exp(-0.5 * log_snr) / self.sigma_max
+
+
+@dataclasses.dataclass(frozen=True)
+class Levels(Kernel):
+    """Finitely many noise levels: level i of n stands at time t_i = i / (n - 1) in [0, T].
+
+    Between the t_i, which the discrete-time losses never ask for, the nearest level counts. With
+    ``losses.dsm`` in its original weighting and i uniform these are the losses of DDPM and SMLD.
+    """
+
+    mean_coefs: tuple[float, ...]
+    stds: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        if len(self.stds) < 2:
+            raise ValueError(f"{len(self.stds)} noise levels: need at least two")
+
+    def mean_coef(self, t: Array) -> Array:
+        return self._at(self.mean_coefs, t)
+
+    def std(self, t: Array) -> Array:
+        return self._at(self.stds, t)
+
+    def log_snr(self, t: Array) -> Array:
+        return 2 * (jnp.log(self.mean_coef(t)) - jnp.log(self.std(t)))
+
+    def rate(self, t: Array) -> Array:
+        raise ValueError("noise levels in discrete time have the original weighting only")
+
+    def _at(self, values: tuple[float, ...], t: Array) -> Array:
+        last = len(values) - 1
+        return jnp.asarray(values, t.dtype)[jnp.round(t * last).astype(jnp.int32)]
 
 
 SDES: dict[str, type[SDE]] = {"vp": VP, "subvp": SubVP, "ve": VE, "linear_ve": LinearVE}

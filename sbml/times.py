@@ -167,7 +167,19 @@ class Importance(Proposal):
         t = self.sde.time(largest - self.normaliser * u)
         # The inverse may leave the interval by a rounding error.
         t = jnp.clip(t, self.eps, self.sde.T)
-        return t, self.normaliser * (self.sde.std(t) / self.sde.diffusion(t)) ** 2
+        return t, self.normaliser / self.sde.rate(t)
+
+
+@dataclasses.dataclass(frozen=True)
+class Grid:
+    """The times i / (n - 1) of ``n`` noise levels, each as likely: with weight 1 a mean over i."""
+
+    n: int
+
+    def at(self, u: Array) -> tuple[Array, Array]:
+        """Times and weights, each of the shape of ``u`` in [0, 1)."""
+        level = jnp.minimum(jnp.floor(u * self.n), self.n - 1)
+        return level / (self.n - 1), jnp.ones_like(u)
 
 
 PROPOSALS: dict[str, type[Proposal]] = {"uniform": Uniform, "importance": Importance}

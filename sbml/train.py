@@ -72,12 +72,12 @@ def prepare_fn(experiment: Experiment) -> Prepare:
 
 def loss_fn(experiment: Experiment) -> Loss:
     """Per-example losses (n,) in nats/dim."""
-    sde, dims = experiment.sde, math.prod(experiment.shape)
+    kernel, dims = experiment.trained_kernel, math.prod(experiment.shape)
 
     def loss(params: Any, draws: Draws, frozen: Any) -> Array:
-        score, signs = experiment.adapter(params), draws.signs if experiment.twins else None
+        score, signs = experiment.trained_adapter(params), draws.signs if experiment.twins else None
         terms = losses.dsm_batch(
-            *(score, sde, draws.x, draws.t, draws.keys),
+            *(score, kernel, draws.x, draws.t, draws.keys),
             weighting=experiment.weighting,
             signs=signs,
         )

@@ -3,12 +3,13 @@
 import importlib.util
 import pathlib
 import re
+import runpy
 
 import pytest
 import runs
 import tiny
 
-from sbml import build
+from sbml import build, from_config
 
 CONFIGS = sorted((runs.ROOT / "configs").glob("*.py"))
 
@@ -35,14 +36,16 @@ def test_papers_settings(data, sde, size, count):
     experiment = build.Experiment(config)
     assert experiment.parameter_count() == count
     imagenet = data == "imagenet32"
-    assert build.smallest_time(config) == (1e-2 if sde == "subvp" else 5e-5 if imagenet else 1e-5)
+    assert from_config.smallest_time(config) == (
+        1e-2 if sde == "subvp" else 5e-5 if imagenet else 1e-5
+    )
     assert config.model.dropout == (0.0 if imagenet else 0.1)
     assert config.data.flip == (not imagenet)
     assert config.training.batch_size == 128
     assert (config.optim.lr, config.optim.warmup, config.optim.grad_clip) == (2e-4, 5_000, 1.0)
     assert config.optim.ema == 0.9999
     config.training.importance_sampling = False
-    assert build.smallest_time(config) == (1e-2 if sde == "subvp" else 1e-5)
+    assert from_config.smallest_time(config) == (1e-2 if sde == "subvp" else 1e-5)
 
 
 @pytest.mark.parametrize(
@@ -117,3 +120,36 @@ def test_unknown_fields_modes_and_arguments_list_the_choices(tmp_path):
     ]:
         err = runs.run(tmp_path, flag, expect=1)
         assert expected in err, err
+
+
+def test_discrete_levels_are_trained_and_the_sde_is_evaluated() -> None:
+    config = load(CONFIGS[0].with_name("cifar10_vp.py"))
+    config.training.discrete_levels = 1000
+    with pytest.raises(ValueError, match="training.likelihood_weighting=False"):
+        build.Experiment(config)
+    config.training.update(likelihood_weighting=False, importance_sampling=False)
+    experiment = build.Experiment(config)
+    assert experiment.trained_adapter.sde == experiment.sde.levels(1000)
+    assert experiment.adapter.sde == experiment.sde
+    config.sde.name = "subvp"
+    with pytest.raises(ValueError, match="limit of no discrete-time model"):
+        build.Experiment(config)
+
+
+def test_parity_changes_any_config_to_the_authors() -> None:
+    get_config = runpy.run_path(str(CONFIGS[0].with_name("parity.py")))["get_config"]
+    config = get_config("cifar10_subvp_deep")
+    assert config.training.to_dict() | {"times": "iid", "noises": "independent"} == {
+        **load(CONFIGS[0].with_name("cifar10_subvp_deep.py")).training.to_dict(),
+        **{"times": "iid", "noises": "independent", "proposal_bins": 0},
+    }
+    assert config.data.dequantization == "none" and config.eval.max_images == 9_216
+    assert config.dequantizer.model.clipped
+    with pytest.raises(ValueError, match="parity:cifar: no such config; choose from cifar10_subvp"):
+        get_config("cifar")
+
+
+def test_a_config_with_an_argument_has_a_work_directory_of_its_own(tmp_path: pathlib.Path) -> None:
+    flag = "--config.optim.learning_rate=1"
+    err = runs.run(tmp_path, flag, config="configs/parity.py:digits_vp", expect=1)
+    assert "beta1, beta2, ema, eps, grad_clip, lr" in err

@@ -1,0 +1,83 @@
+"""One part each from a config: the process, the network, the optimizer, a solver.
+
+What a run needs of them together is in ``sbml.build``.
+"""
+
+import dataclasses
+from collections.abc import Collection
+from typing import Any
+
+import optax
+from ml_collections import ConfigDict
+
+from sbml import networks, sdes
+from sbml.data import imagenet32
+from sbml.ode import Solver
+from sbml.runtime import optim
+
+
+def check_choice(field: str, name: str, choices: Collection[str]) -> str:
+    """``name`` itself.
+
+    Raises:
+      ValueError: if it is not among ``choices``, naming the config field and the choices.
+    """
+    if name not in choices:
+        raise ValueError(f"{field}={name!r} is unknown; choose from {sorted(choices)}")
+    return name
+
+
+def choices_in(value: Collection[str]) -> list[str]:
+    """The names in a field such as ``eval.estimators``; the command line's "a,b" is one string."""
+    return [name.strip() for item in value for name in item.split(",") if name.strip()]
+
+
+def sde(config: ConfigDict) -> sdes.SDE:
+    """The forward process, from those fields of ``config.sde`` that it has."""
+    kind = sdes.SDES[check_choice("sde.name", config.sde.name, sdes.SDES)]
+    return kind(**{f.name: config.sde[f.name] for f in dataclasses.fields(kind)})
+
+
+def smallest_time(config: ConfigDict) -> float:
+    """The paper's, unless ``training.smallest_time`` says otherwise.
+
+    The SDE's own, but for VP on ImageNet with likelihood weighting and importance sampling 5e-5.
+    """
+    training = config.training
+    if training.smallest_time is not None:
+        return training.smallest_time
+    both = training.likelihood_weighting and training.importance_sampling
+    imagenet = imagenet32.version(config.data.source) is not None
+    return max(sde(config).smallest_time, 5e-5 if imagenet and both else 0.0)
+
+
+def solver(section: ConfigDict) -> Solver:
+    """The ODE solver of ``config.eval`` or ``config.sampling``."""
+    fixed_steps = section.fixed_steps or None
+    tolerances = {"rtol": section.rtol, "atol": section.atol}
+    return Solver(method=section.method, fixed_steps=fixed_steps, **tolerances)
+
+
+def network(config: ConfigDict) -> Any:
+    """The network ``config.model.name`` with its fields."""
+    fields = dict(config.model)
+    module = networks.get(fields.pop("name"))
+    known = {f.name for f in dataclasses.fields(module)}
+    unknown = sorted(set(fields) - known)
+    if unknown:
+        raise ValueError(f"config.model has fields {unknown} that {config.model.name!r} lacks")
+    return module(**{k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()})
+
+
+def optimizer(section: ConfigDict) -> optax.GradientTransformation:
+    """The optimizer of ``section.optim``, of ``config`` itself or ``config.dequantizer``."""
+    o = section.optim
+    rate = optim.learning_rate(o.lr, o.warmup, o.schedule, section.training.num_steps)
+    return optim.adam(
+        rate,
+        beta1=o.beta1,
+        beta2=o.beta2,
+        eps=o.eps,
+        weight_decay=o.weight_decay,
+        grad_clip=o.grad_clip,
+    )

@@ -1,0 +1,43 @@
+"""One look for the experiments' figures, and one way to save them."""
+
+import pathlib
+from typing import Any
+
+import matplotlib
+from matplotlib.figure import Figure
+
+INK, MUTED, RULE = "#1b2026", "#59616c", "#d9dde3"
+COLOURS = ("#1d5fa6", "#a63a0a", "#2f7d4f", "#7a4fa3")
+STYLE: Any = {
+    "font.size": 9,
+    "text.color": INK,
+    "axes.labelcolor": INK,
+    "axes.edgecolor": RULE,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "axes.prop_cycle": matplotlib.cycler(color=COLOURS),
+    "grid.color": RULE,
+    "grid.linewidth": 0.6,
+    "xtick.color": MUTED,
+    "ytick.color": MUTED,
+    "legend.frameon": False,
+    "savefig.dpi": 150,
+}
+
+
+def axes(columns: int, width: float = 3.4, height: float = 2.8) -> tuple[Figure, Any]:
+    """A row of ``columns`` axes, each about width x height inches, in the style."""
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(columns * width, height), layout="constrained")
+        return figure, figure.subplots(1, columns)
+
+
+def save(figure: Figure, path: str | pathlib.Path) -> None:
+    """Write ``path`` (a PNG) and say so."""
+    path = pathlib.Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with matplotlib.rc_context(STYLE):
+        figure.savefig(path)
+    print(f"figure: {path}")

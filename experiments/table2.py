@@ -1,0 +1,156 @@
+"""The paper's table 2 from work directories: likelihood, bound and FID, with their intervals.
+
+    python -m experiments.table2 runs/a runs/b ... [--out=runs/table2] [--published=FILE.json]
+
+Every work directory was evaluated with
+``--config.eval.estimators=ode,bound --config.eval.dequantizers=uniform,variational``; a cell that
+was not is a dash. One table a data set, as Markdown and as LaTeX. After the models come the best
+published values, and those of FILE: a list of {"data", "model", "sde", and any column: value}.
+
+The two versions of ImageNet 32x32 are never put side by side.
+"""
+
+import argparse
+import json
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+from sbml.data import imagenet32
+
+COLUMNS = {
+    "NLL uniform": ("ode", "uniform"),
+    "NLL variational": ("ode", "variational"),
+    "bound uniform": ("bound", "uniform"),
+    "bound variational": ("bound", "variational"),
+}
+FID = "FID"
+# Song et al., NeurIPS 2021, abstract: the best over their models. The table's other cells are not
+# quoted there; give them by --published.
+PUBLISHED = [
+    {"data": "tfds:cifar10", "model": "best of Song et al. 2021", "NLL variational": 2.83},
+    {"data": "imagenet32:old", "model": "best of Song et al. 2021", "NLL variational": 3.76},
+]
+Row = dict[str, Any]
+
+
+def read(workdir: str | pathlib.Path) -> Row:
+    """One row from a work directory's report.
+
+    Raises:
+      ValueError: it was not evaluated.
+    """
+    path = pathlib.Path(workdir) / "evaluation.json"
+    if not path.exists():
+        raise ValueError(f"{workdir} has no evaluation.json: run --mode=eval there first")
+    report = json.loads(path.read_text())
+    config, results = report["config"], report["results"]
+    row: Row = {
+        "data": results[0]["data"],
+        "split": results[0]["split"],
+        "model": _variant(config, report["title"]),
+        "sde": config["sde"]["name"],
+        "n": results[0]["n"],
+    }
+    for column, (estimator, dequantizer) in COLUMNS.items():
+        for result in results:
+            found = result["estimator"], result["dequantizer"], result["num_importance"]
+            if found == (estimator, dequantizer, 1):
+                row[column] = _cell(result)
+    for name, value in report.get("quality", {}).items():
+        if name.startswith("FID"):
+            row[FID] = f"{value:.2f} ({name})"
+    return row
+
+
+def _variant(config: dict[str, Any], title: str) -> str:
+    """The title, and what the paper's rows differ in."""
+    training = config["training"]
+    flags = {"likelihood_weighting": "LW", "importance_sampling": "IS"}
+    words = [word for flag, word in flags.items() if training[flag]]
+    return f"{title} ({' + '.join(words) or 'baseline'})"
+
+
+def _cell(result: dict[str, Any]) -> str:
+    """The mean with half its 95% interval for the population, marked if it did not converge."""
+    mark = "" if result.get("converged", True) else " (unconverged)"
+    return f"{result['bits_per_dim']:.3f} ± {result['ci95']:.3f}{mark}"
+
+
+def tables(rows: Sequence[Row], published: Sequence[Row]) -> dict[str, list[list[str]]]:
+    """For each data set a header and its rows, all text.
+
+    Raises:
+      ValueError: rows of both versions of ImageNet 32x32.
+    """
+    imagenet32.check_comparable(*(row["data"] for row in rows))
+    found: dict[str, list[list[str]]] = {}
+    header = ["model", "SDE", *COLUMNS, FID, "n"]
+    for name in dict.fromkeys(row["data"] for row in rows):
+        same = {name, imagenet32.version(name)}
+        shown = [r for r in (*rows, *published) if r["data"] in same]
+        cells = [[r["model"], r.get("sde", ""), *_values(r), str(r.get("n", ""))] for r in shown]
+        found[name] = [header, *cells]
+    return found
+
+
+def _values(row: Row) -> list[str]:
+    return [str(row.get(column, "—")) for column in (*COLUMNS, FID)]
+
+
+def markdown(found: dict[str, list[list[str]]]) -> str:
+    """The tables for a README."""
+    parts = []
+    for name, (header, *rows) in found.items():
+        lines = [f"### {name}, bits/dim", "", "| " + " | ".join(header) + " |"]
+        lines.append("|---|---|" + "---:|" * (len(header) - 2))
+        parts.append("\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows]))
+    return "\n\n".join(parts) + "\n"
+
+
+def latex(found: dict[str, list[list[str]]]) -> str:
+    """The tables for a paper (package booktabs)."""
+    parts = []
+    for name, (header, *rows) in found.items():
+        body = [" & ".join(map(_tex, row)) + r" \\" for row in rows]
+        parts.append(
+            "\n".join(
+                [
+                    f"% {name}, bits/dim; intervals are 95% for the population",
+                    rf"\begin{{tabular}}{{ll{'r' * (len(header) - 2)}}}",
+                    r"\toprule",
+                    " & ".join(map(_tex, header)) + r" \\",
+                    r"\midrule",
+                    *body,
+                    r"\bottomrule",
+                    r"\end{tabular}",
+                ]
+            )
+        )
+    return "\n\n".join(parts) + "\n"
+
+
+def _tex(text: str) -> str:
+    for plain, escaped in (("_", r"\_"), ("&", r"\&"), ("%", r"\%")):
+        text = text.replace(plain, escaped)
+    return text.replace(" ± ", r" $\pm$ ").replace("—", "--")
+
+
+def main(workdirs: Sequence[str], out: str, published: str | None) -> None:
+    """Write ``out``.md and ``out``.tex and print the first."""
+    extra = json.loads(pathlib.Path(published).read_text()) if published else []
+    found = tables([read(workdir) for workdir in workdirs], [*PUBLISHED, *extra])
+    pathlib.Path(out).parent.mkdir(parents=True, exist_ok=True)
+    for suffix, text in ((".md", markdown(found)), (".tex", latex(found))):
+        pathlib.Path(out + suffix).write_text(text)
+        print(f"table: {out}{suffix}")
+    print(markdown(found))
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("workdirs", nargs="+")
+    parser.add_argument("--out", default="runs/table2")
+    parser.add_argument("--published")
+    arguments = parser.parse_args()
+    main(arguments.workdirs, arguments.out, arguments.published)

@@ -1,0 +1,84 @@
+"""The experiments run at a small scale, and their tables say what the reports say."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from experiments import schedule, table2, toy2d
+
+
+def evaluation(folder: Path, data: str = "tfds:cifar10", **results: float) -> Path:
+    folder.mkdir()
+    training = {"likelihood_weighting": True, "importance_sampling": False}
+    rows = [
+        {
+            **dict(zip(("estimator", "dequantizer"), name.split("_"), strict=True)),
+            "num_importance": 1,
+            "data": data,
+            "split": "test",
+            "n": 10_000,
+            "bits_per_dim": value,
+            "ci95": 0.0125,
+            "converged": value < 3,
+        }
+        for name, value in results.items()
+    ]
+    report = {
+        "title": folder.name,
+        "config": {"sde": {"name": "subvp"}, "training": training},
+        "results": rows,
+        "quality": {"FID n=50000": 2.5},
+    }
+    (folder / "evaluation.json").write_text(json.dumps(report))
+    return folder
+
+
+def test_table2(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    one = evaluation(tmp_path / "deep_run", ode_uniform=2.9, bound_variational=3.1)
+    other = evaluation(tmp_path / "fashion", "tfds:fashion_mnist", ode_variational=2.0)
+    extra = tmp_path / "published.json"
+    row = {"data": "tfds:cifar10", "model": "theirs", "sde": "vp", "bound uniform": 3.3}
+    extra.write_text(json.dumps([row]))
+    table2.main([str(one), str(other)], str(tmp_path / "out" / "table2"), str(extra))
+    text = (tmp_path / "out" / "table2.md").read_text()
+    assert (
+        "| deep_run (LW) | subvp | 2.900 ± 0.013 | — | — | 3.100 ± 0.013 (unconverged) "
+        "| 2.50 (FID n=50000) | 10000 |" in text
+    )
+    assert "| best of Song et al. 2021 |  | — | 2.83 | — | — | — |  |" in text
+    assert "| theirs | vp | — | — | 3.3 | — | — |  |" in text
+    assert text.index("### tfds:cifar10") < text.index("### tfds:fashion_mnist")
+    assert "2.83" not in text[text.index("fashion_mnist") :]
+    tex = (tmp_path / "out" / "table2.tex").read_text()
+    assert r"deep\_run (LW) & subvp & 2.900 $\pm$ 0.013 & -- &" in tex
+    assert tex.count(r"\begin{tabular}{llrrrrrr}") == 2
+    assert text in capsys.readouterr().out
+
+
+def test_table2_refuses_what_it_cannot_compare(tmp_path: Path) -> None:
+    old = evaluation(tmp_path / "old", "imagenet32:old", ode_uniform=3.8)
+    new = evaluation(tmp_path / "new", "tfds:imagenet_resized/32x32", ode_uniform=3.5)
+    with pytest.raises(ValueError, match="must not be compared"):
+        table2.main([str(old), str(new)], str(tmp_path / "t"), None)
+    with pytest.raises(ValueError, match="--mode=eval"):
+        table2.read(tmp_path)
+
+
+@pytest.mark.parametrize("name", schedule.NAMES)
+def test_schedule(name: str) -> None:
+    c = schedule.curves(name)
+    np.testing.assert_allclose(np.trapezoid(c["density"], c["t"]), 1, rtol=1e-3)
+    uniform = c["density"] / c["likelihood"]
+    np.testing.assert_allclose(uniform, 1 / (c["log_snr"][0] - c["log_snr"][-1]), rtol=1e-9)
+
+
+def test_toy2d(tmp_path: Path) -> None:
+    rows = toy2d.main(steps=60, points=200, resolution=8, out=str(tmp_path / "toy.png"))
+    assert (tmp_path / "toy.png").stat().st_size > 10_000
+    first, last = rows[0], rows[-1]
+    assert last.step == 60 and last.exact < first.exact - 0.2 and last.bound < first.bound
+    # No model has a better mean likelihood than the data's own, up to the noise of 200 points.
+    assert all(row.exact > row.data - 0.2 for row in rows)
+    assert all(row.bound > row.data - 3 * row.gap_se - 0.2 for row in rows)

@@ -14,7 +14,13 @@ from sbml.types import Array, Key, Score
 
 def denoise(score: Score, sde: SDE, x: Array, t: Array) -> Array:
     """Tweedie's E[x_0 | x_t] = (x_t + sigma^2 s(x_t, t)) / alpha, shape ``(*s)``."""
-    return (x + sde.std(t) ** 2 * score(x, t, None)) / sde.mean_coef(t)
+    return predictions(score, sde, x, t)[0]
+
+
+def predictions(score: Score, sde: SDE, x: Array, t: Array) -> tuple[Array, Array]:
+    """E[x_0 | x_t] and E[z | x_t] = -sigma s(x_t, t) of x_t = alpha x_0 + sigma z, by one score."""
+    noise = -sde.std(t) * score(x, t, None)
+    return (x - sde.std(t) * noise) / sde.mean_coef(t), noise
 
 
 def decode(

@@ -23,6 +23,7 @@ BELOW_BUILD = (
     | {
         "networks",
         "dequantizers",
+        "samplers",
         "data",
         "runtime",
         "config",
@@ -45,6 +46,7 @@ ALLOWED: dict[str, set[str]] = {
     "bound": MATHEMATICS | {"losses"},
     "discrete": MATHEMATICS | {"bits", "bound", "dequantizers"},
     **dict.fromkeys(("likelihood", "sampling"), MATHEMATICS | {"ode"}),
+    "samplers": MATHEMATICS | {"ode", "sampling"},
     "baselines": {"bits"},
     "estimators": MATHEMATICS | {"bits", "bound", "discrete", "likelihood", "ode"},
     "checks": MATHEMATICS

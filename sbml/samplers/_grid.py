@@ -1,0 +1,127 @@
+"""What samplers with a fixed number of steps share: the grid of times, and the loop over it.
+
+    T = t_0 > t_1 > ... > t_n = eps,      x_{i+1} = step(x_i, t_i, t_{i+1}, z_i),  z_i ~ N(0, I)
+
+Spacings: ``time`` even in t (Song et al.), ``quadratic`` even in sqrt(t), ``log_snr`` even in
+log-SNR, where the score of few steps changes least.
+"""
+
+import abc
+import dataclasses
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+
+from sbml.ode import Stats
+from sbml.samplers.corrector import NoCorrector
+from sbml.sdes import SDE
+from sbml.types import Array, Key, Score
+
+SPACINGS = ("time", "quadratic", "log_snr")
+
+
+class Sampler(Protocol):
+    """What every sampler can do."""
+
+    def __call__(
+        self, score: Score, sde: SDE, z: Array, key: Key, *, eps: float
+    ) -> tuple[Array, Stats]:
+        """The sample ``(*s)`` at time ``eps`` of the latent ``z (*s)`` at T, and what it cost."""
+        ...
+
+    def path(
+        self, score: Score, sde: SDE, z: Array, key: Key, *, eps: float, frames: int
+    ) -> tuple[Array, Array]:
+        """x at ``frames`` times on the way ``(frames, *s)``, first the latent, and the times."""
+        ...
+
+
+def grid(sde: SDE, eps: float, steps: int, spacing: str) -> Array:
+    """``(steps + 1,)`` times from T down to ``eps``.
+
+    Raises:
+      ValueError: for an unknown spacing.
+    """
+    ends = jnp.asarray([sde.T, eps], float)
+    if spacing == "time":
+        times = jnp.linspace(ends[0], ends[1], steps + 1)
+    elif spacing == "quadratic":
+        times = jnp.linspace(sde.T**0.5, eps**0.5, steps + 1) ** 2
+    elif spacing == "log_snr":
+        least, largest = jax.vmap(sde.log_snr)(ends)
+        times = sde.time(jnp.linspace(least, largest, steps + 1))
+    else:
+        raise ValueError(f"unknown spacing {spacing!r}; choose from {SPACINGS}")
+    return times.at[0].set(ends[0]).at[-1].set(ends[1])  # Whatever the rounding.
+
+
+@dataclasses.dataclass(frozen=True)
+class FixedSteps(abc.ABC):
+    """``steps`` steps of one score evaluation each, each followed by ``corrector``'s.
+
+    Raises:
+      ValueError: for fewer than one step, or an unknown spacing.
+    """
+
+    steps: int = 500
+    spacing: str = "time"
+    corrector: Any = NoCorrector()
+
+    def __post_init__(self) -> None:
+        if self.steps < 1:
+            raise ValueError(f"steps={self.steps}: need at least one")
+        if self.spacing not in SPACINGS:
+            raise ValueError(f"unknown spacing {self.spacing!r}; choose from {SPACINGS}")
+
+    @property
+    def nfe(self) -> int:
+        """Network evaluations."""
+        return self.steps * (1 + self.corrector.nfe)
+
+    def init(self, z: Array) -> Any:
+        """What is carried from step to step beside x."""
+        return ()
+
+    @abc.abstractmethod
+    def step(
+        self, score: Score, sde: SDE, x: Array, carry: Any, times: Array, z: Array
+    ) -> tuple[Array, Any]:
+        """x at ``times[2]`` from x at ``times[1]``, with noise ``z``; ``times[0]`` came before."""
+
+    def _scan(self, score: Score, sde: SDE, z: Array, key: Key, eps: float, keep: bool) -> Any:
+        times = grid(sde, eps, self.steps, self.spacing)
+        # Before the first step there was none: a time beyond T, never the divisor of anything.
+        before = jnp.concatenate([2 * times[:1] - times[1:2], times[:-2]])
+        triples = jnp.stack([before, times[:-1], times[1:]], axis=1)
+
+        def one(state: Any, inputs: Any) -> Any:
+            x, carry = state
+            i, triple = inputs
+            step_key, corrector_key = jax.random.split(jax.random.fold_in(key, i))
+            noise = jax.random.normal(step_key, x.shape, x.dtype)
+            x, carry = self.step(score, sde, x, carry, triple.astype(x.dtype), noise)
+            times = triple[1:].astype(x.dtype)
+            x = self.corrector(score, sde, x, times[0], times[1], corrector_key)
+            return (x, carry), x if keep else None
+
+        (x, _), path = jax.lax.scan(one, (z, self.init(z)), (jnp.arange(self.steps), triples))
+        return x, path, times
+
+    def __call__(
+        self, score: Score, sde: SDE, z: Array, key: Key, *, eps: float
+    ) -> tuple[Array, Stats]:
+        """See :class:`Sampler`."""
+        sde.check_time(eps)
+        x, _, _ = self._scan(score, sde, z, key, eps, keep=False)
+        finite = jnp.all(jnp.isfinite(x))
+        return x, Stats(jnp.asarray(self.nfe), jnp.asarray(self.steps), jnp.asarray(0), finite)
+
+    def path(
+        self, score: Score, sde: SDE, z: Array, key: Key, *, eps: float, frames: int
+    ) -> tuple[Array, Array]:
+        """See :class:`Sampler`; the frames are evenly spaced among the steps."""
+        sde.check_time(eps)
+        _, path, times = self._scan(score, sde, z, key, eps, keep=True)
+        chosen = jnp.round(jnp.linspace(0, self.steps, frames)).astype(int)
+        return jnp.concatenate([z[None], path])[chosen], times[chosen]

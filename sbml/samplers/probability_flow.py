@@ -1,0 +1,39 @@
+"""The probability-flow ODE with step control: the inverse of ``likelihood.ode_logp``'s map."""
+
+import dataclasses
+import itertools
+
+import jax.numpy as jnp
+import numpy as np
+
+from sbml import sampling
+from sbml.ode import Solver, Stats, solve, velocity
+from sbml.sdes import SDE
+from sbml.types import Array, Key, Score
+
+
+@dataclasses.dataclass(frozen=True)
+class ODE:
+    """Deterministic given the latent; ``solver`` says how exact."""
+
+    solver: Solver = Solver(rtol=1e-3, atol=1e-3)
+
+    def __call__(
+        self, score: Score, sde: SDE, z: Array, key: Key, *, eps: float
+    ) -> tuple[Array, Stats]:
+        """See ``Sampler``."""
+        return sampling.decode(score, sde, z, eps=eps, solver=self.solver)
+
+    def path(
+        self, score: Score, sde: SDE, z: Array, key: Key, *, eps: float, frames: int
+    ) -> tuple[Array, Array]:
+        """See ``Sampler``; the frames are evenly spaced in the solver's coordinate."""
+        power = self.solver.power
+        times = np.linspace(sde.T ** (1 / power), eps ** (1 / power), frames) ** power
+        path = [z]
+        for start, stop in itertools.pairwise(times.tolist()):
+            x, _ = solve(
+                lambda t, x: velocity(score, sde, x, t), path[-1], start, stop, self.solver
+            )
+            path.append(x)
+        return jnp.stack(path), jnp.asarray(times)

@@ -1,0 +1,70 @@
+"""Every notebook runs from its first cell to its last, at a reduced scale."""
+
+import os
+import re
+from configparser import ConfigParser
+from pathlib import Path
+from typing import Any
+
+import nbformat
+import pytest
+from nbclient import NotebookClient
+
+ROOT = Path(__file__).parents[1]
+NOTEBOOKS = sorted((ROOT / "experiments").glob("*.ipynb"))
+
+TINY = (
+    "--config.data.source=photos --config.model.nf=8 --config.model.ch_mult=1,1 "
+    "--config.model.num_res_blocks=1 --config.training.batch_size=8 --config.eval.max_images=2 "
+    "--config.eval.batch_size=2 --config.eval.sweeps=2 "
+    "--config.eval.estimators=bound --config.sampling.num_images=2 "
+    "--config.score.parameterization=preconditioned --config.score.label=log_snr"
+)
+
+
+def reduced(name: str, folder: Path) -> dict[str, Any]:
+    """What the cell of parameters is followed by, here."""
+    return {
+        "quickstart": {
+            **{"STEPS": 20, "IMAGES": 12, "WORKDIR": str(folder)},
+            "NETWORK": {"nf": 8, "ch_mult": (1, 1), "num_res_blocks": 1},
+        },
+        "losses_in_your_code": {"STEPS": 20},
+        "cifar10_tpu": {"STEPS": 2, "WORKDIR": str(folder), "FLAGS": TINY},
+    }[name]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+def test_notebook_runs(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    notebook = nbformat.read(path, as_version=4)
+    [where] = [
+        i for i, c in enumerate(notebook.cells) if "parameters" in c.metadata.get("tags", [])
+    ]
+    lines = [f"{name} = {value!r}" for name, value in reduced(path.stem, tmp_path).items()]
+    notebook.cells.insert(where + 1, nbformat.v4.new_code_cell("\n".join(lines)))
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]))
+    context = {"metadata": {"path": str(path.parent)}}
+    done = NotebookClient(notebook, timeout=300, resources=context).execute()
+    shell = [
+        o for c in done.cells for o in c.get("outputs", []) if "Traceback" in o.get("text", "")
+    ]
+    assert not shell, shell
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+def test_notebook_is_small_and_knows_where_it_lives(path: Path) -> None:
+    """The badge and the first cell name the address in setup.cfg; outputs do not weigh."""
+    setup = ConfigParser()
+    setup.read(ROOT / "setup.cfg")
+    url = setup["metadata"]["url"]
+    notebook = nbformat.read(path, as_version=4)
+    nbformat.validate(notebook)
+    repository = url.removeprefix("https://github.com/")
+    colab = (
+        f"https://colab.research.google.com/github/{repository}/blob/main/experiments/{path.name}"
+    )
+    assert f"({colab})" in notebook.cells[0].source
+    assert re.search(rf"git clone --depth 1 {re.escape(url)}$", notebook.cells[1].source, re.M)
+    assert path.stat().st_size < 200_000
+    assert not any(o.output_type == "error" for c in notebook.cells for o in c.get("outputs", []))

@@ -1,0 +1,244 @@
+"""Every sampler against Gaussian data, whose score and moments are closed form at every time."""
+
+import dataclasses
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from sbml import oracle, samplers
+from sbml.ode import Solver
+from sbml.samplers import _grid
+from sbml.samplers.corrector import NoCorrector
+from sbml.sdes import SDE, SDES
+from sbml.types import Array
+
+pytestmark = pytest.mark.usefixtures("x64")
+
+EPS, D, N = 1e-3, 3, 4000
+STEPS = [name for name in samplers.SAMPLERS if name != "ode"]
+# Of first order in the spacing that suits them; their errors are those of the moments.
+ONE_STEP = {
+    "euler_maruyama": "time",
+    "reverse_diffusion": "time",
+    "ancestral": "log_snr",
+    "ddim": "log_snr",
+}
+
+
+def moments(data: oracle.Gaussian, t: float) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and covariance of x_t."""
+    mean = data.sde.mean_coef(jnp.asarray(t)) * data.mean
+    cov = data.basis * data.variances(jnp.asarray(t))[None] @ data.basis.T
+    return np.asarray(mean), np.asarray(cov)
+
+
+@partial(jax.jit, static_argnames=("sampler", "sde"))
+def drawn(sampler: Any, sde: SDE) -> tuple[Array, Any]:
+    """N samples, from latents of the prior."""
+    keys = jax.random.split(jax.random.key(0), N)
+    score = oracle.gaussian(sde).score
+
+    def one(key: Array) -> tuple[Array, Any]:
+        latent_key, key = jax.random.split(key)
+        return sampler(score, sde, sde.prior_sample(latent_key, (D,)), key, eps=EPS)
+
+    return jax.vmap(one)(keys)
+
+
+def check_moments(x: Array, sde: SDE, bias: float) -> None:
+    """Within 4 standard errors of N draws, and ``bias`` of the largest variance."""
+    mean, cov = moments(oracle.gaussian(sde), EPS)
+    variances = np.diag(cov)
+    slack = bias * variances.max()
+    assert (np.abs(x.mean(0) - mean) < 4 * np.sqrt(variances / N) + slack).all()
+    spread = np.sqrt((np.outer(variances, variances) + cov**2) / N)
+    assert (np.abs(np.cov(x.T) - cov) < 4 * spread + slack).all()
+
+
+@pytest.mark.oracle
+@pytest.mark.parametrize("name", SDES)
+@pytest.mark.parametrize("sampler", samplers.SAMPLERS)
+def test_samples_have_the_moments_of_the_data(sampler: str, name: str) -> None:
+    kind = samplers.SAMPLERS[sampler]
+    chosen = kind() if sampler == "ode" else kind(steps=800, spacing="log_snr")
+    x, stats = drawn(chosen, SDES[name]())
+    assert np.all(stats.success)
+    check_moments(x, SDES[name](), bias=0.01)
+
+
+@pytest.mark.oracle
+@pytest.mark.parametrize("name", SDES)
+def test_annealed_langevin_keeps_the_moments_of_the_data(name: str) -> None:
+    """Sub-VP too. A Langevin step has a bias of the order of its size: small steps."""
+    follows = samplers.AnnealedLangevin(steps=1, snr=0.05)
+    chosen = samplers.ReverseDiffusion(steps=800, spacing="log_snr", corrector=follows)
+    x, stats = drawn(chosen, SDES[name]())
+    assert np.all(stats.nfe == 1600)
+    check_moments(x, SDES[name](), bias=0.02)
+
+
+@pytest.mark.oracle
+@pytest.mark.parametrize("name", SDES)
+def test_langevin_keeps_the_moments_of_the_data(name: str) -> None:
+    """In 192 dimensions, where the norm of the score hardly depends on the image."""
+    sde, d, n = SDES[name](), 192, 1000
+    variances = jnp.linspace(0.5, 1.0, d)
+    follows = samplers.Langevin(steps=1, snr=0.05)
+    chosen = samplers.ReverseDiffusion(steps=400, spacing="log_snr", corrector=follows)
+
+    def score(x: Array, t: Array, key: Any) -> Array:
+        return -x / (sde.mean_coef(t) ** 2 * variances + sde.std(t) ** 2)
+
+    def one(key: Array) -> Array:
+        latent_key, key = jax.random.split(key)
+        return chosen(score, sde, sde.prior_sample(latent_key, (d,)), key, eps=EPS)[0]
+
+    x = np.asarray(jax.jit(jax.vmap(one))(jax.random.split(jax.random.key(0), n)))
+    t = jnp.asarray(EPS)
+    ratio = x.var(axis=0) / (sde.mean_coef(t) ** 2 * variances + sde.std(t) ** 2)
+    # Each variance lies within 4 standard errors; their mean within its own and the bias 2/d.
+    assert np.abs(ratio - 1).max() < 4 * np.sqrt(2 / n) + 2 / d
+    assert abs(ratio.mean() - 1) < 4 * np.sqrt(2 / n / d) + 2 / d
+
+
+@partial(jax.jit, static_argnames=("sampler", "sde"))
+def exact_moments(sampler: samplers.FixedSteps, sde: SDE) -> tuple[Array, Array]:
+    """Mean and covariance of the sampler's law from that of x_T on: its steps are affine here."""
+    data = oracle.gaussian(sde)
+    t = jnp.asarray(sde.T)
+    mean, cov = sde.mean_coef(t) * data.mean, data.basis * data.variances(t)[None] @ data.basis.T
+    times = _grid.grid(sde, EPS, sampler.steps, sampler.spacing)
+    zero = jnp.zeros(D)
+
+    def one(state: Any, pair: Array) -> tuple[Any, None]:
+        mean, cov = state
+        triple = jnp.concatenate([pair[:1], pair])
+
+        def step(x: Array, z: Array) -> Array:
+            return sampler.step(data.score, sde, x, (), triple, z)[0]
+
+        a, b = jax.jacfwd(step, argnums=(0, 1))(mean, zero)
+        return (step(mean, zero), a @ cov @ a.T + b @ b.T), None
+
+    pairs = jnp.stack([times[:-1], times[1:]], axis=1)
+    return jax.lax.scan(one, (mean, cov), pairs)[0]
+
+
+@pytest.mark.oracle
+@pytest.mark.parametrize("name", SDES)
+@pytest.mark.parametrize("sampler", ONE_STEP)
+def test_first_order_in_law(sampler: str, name: str) -> None:
+    """The error of mean and covariance halves with the step, to a tenth."""
+    sde = SDES[name]()
+    mean, cov = moments(oracle.gaussian(sde), EPS)
+    errors = []
+    for steps in (1600, 3200):
+        kind = samplers.SAMPLERS[sampler](steps=steps, spacing=ONE_STEP[sampler])
+        found = exact_moments(kind, sde)
+        errors.append(np.abs(found[0] - mean).max() + np.abs(found[1] - cov).max())
+    # At least: what is deterministic and linear can cancel to more.
+    assert errors[0] / errors[1] > 1.9, errors
+
+
+@pytest.mark.oracle
+@pytest.mark.parametrize("name", SDES)
+@pytest.mark.parametrize(("sampler", "order"), [("ddim", 1), ("dpm_solver", 2)])
+def test_order_of_the_deterministic_maps(sampler: str, order: int, name: str) -> None:
+    """Against the ODE's closed-form map, latent by latent."""
+    sde = SDES[name]()
+    data = oracle.gaussian(sde)
+    z = jax.vmap(lambda k: sde.prior_sample(k, (D,)))(jax.random.split(jax.random.key(0), 16))
+    truth = jax.vmap(data.flow, (0, None, None))(z, jnp.asarray(sde.T), jnp.asarray(EPS))
+    keys, errors = jax.random.split(jax.random.key(0), 16), []  # Of noise that these do not add.
+    for steps in (100, 200):
+        options = {"lower_order_final": False} if sampler == "dpm_solver" else {}
+        chosen = samplers.SAMPLERS[sampler](steps=steps, spacing="log_snr", **options)
+        run = jax.jit(jax.vmap(partial(chosen, data.score, sde, eps=EPS)))
+        errors.append(float(jnp.abs(run(z, keys)[0] - truth).max()))
+    np.testing.assert_allclose(np.log2(errors[0] / errors[1]), order, atol=0.25)
+
+
+@pytest.mark.parametrize("name", SDES)
+def test_ancestral_is_the_posterior_of_the_forward_chain(name: str) -> None:
+    """Mean and variance of p(x_t | x_s, x_0) by conditioning the joint Gaussian of (x_t, x_s)."""
+    sde = SDES[name]()
+    t, s, x, x_0 = (jnp.asarray(v) for v in (0.3, 0.5, 0.7, -0.4))
+    score = lambda x, s, key: (sde.mean_coef(s) * x_0 - x) / sde.std(s) ** 2  # noqa: E731
+    times, step = jnp.stack([s, s, t]), samplers.Ancestral(steps=5).step
+    mean = step(score, sde, x, (), times, jnp.asarray(0.0))[0]
+    std = step(score, sde, x, (), times, jnp.asarray(1.0))[0] - mean
+    a = sde.mean_coef(s) / sde.mean_coef(t)
+    gain = a * sde.std(t) ** 2 / sde.std(s) ** 2
+    expected = sde.mean_coef(t) * x_0 + gain * (x - sde.mean_coef(s) * x_0)
+    np.testing.assert_allclose(mean, expected, rtol=1e-10)
+    np.testing.assert_allclose(std**2, sde.std(t) ** 2 - gain * a * sde.std(t) ** 2, rtol=1e-9)
+
+
+def test_reverse_diffusion_of_vp_is_the_papers() -> None:
+    """Song et al. 2021a, appendix E: x <- (2 - sqrt(1 - b)) x + b score + sqrt(b) z."""
+    sde, s, x = SDES["vp"](), jnp.asarray(0.5), jnp.asarray([0.3, -1.0])
+    t = s - 1e-3
+    step = samplers.ReverseDiffusion(steps=1000).step
+    found = step(lambda x, s, k: -2 * x, sde, x, (), jnp.stack([s, s, t]), jnp.ones(2))[0]
+    integral = 0.1 * 1e-3 + 19.9 * (s**2 - t**2) / 2
+    b = -jnp.expm1(-integral)
+    expected = (2 - jnp.sqrt(1 - b)) * x - 2 * b * x + jnp.sqrt(b)
+    np.testing.assert_allclose(found, expected, rtol=1e-10)
+
+
+@pytest.mark.parametrize("name", samplers.SAMPLERS)
+def test_a_path_leads_from_the_latent_to_the_sample(name: str) -> None:
+    sde = SDES["subvp"]()
+    data, key = oracle.gaussian(sde), jax.random.key(1)
+    z = sde.prior_sample(jax.random.key(2), (D,))
+    tight = samplers.ODE(Solver(rtol=1e-9, atol=1e-9))
+    chosen = tight if name == "ode" else samplers.SAMPLERS[name](steps=7)
+    x, _ = jax.jit(lambda z: chosen(data.score, sde, z, key, eps=EPS))(z)
+    path, times = jax.jit(lambda z: chosen.path(data.score, sde, z, key, eps=EPS, frames=5))(z)
+    np.testing.assert_array_equal(path[0], z)
+    np.testing.assert_allclose(path[-1], x, atol=1e-7)
+    assert times[0] == sde.T and np.isclose(times[-1], EPS) and (np.diff(times) < 0).all()
+
+
+@pytest.mark.parametrize("name", STEPS)
+def test_evaluations_are_counted(name: str) -> None:
+    calls = []
+
+    def score(x: Array, t: Array, key: Any) -> Array:
+        jax.debug.callback(lambda: calls.append(1))
+        return -x
+
+    chosen = samplers.SAMPLERS[name](steps=6, corrector=samplers.Langevin(steps=2))
+    _, stats = chosen(score, SDES["vp"](), jnp.ones(2), jax.random.key(0), eps=EPS)
+    jax.effects_barrier()
+    assert len(calls) == stats.nfe == 18
+
+
+@pytest.mark.parametrize("spacing", samplers.SPACINGS)
+@pytest.mark.parametrize("name", SDES)
+def test_grids_fall_from_T_to_eps(spacing: str, name: str) -> None:
+    with jax.enable_x64(False):
+        times = np.asarray(_grid.grid(SDES[name](), EPS, 1000, spacing))
+    assert times[0] == 1 and times[-1] == np.float32(EPS) and (np.diff(times) < 0).all()
+
+
+def test_refusals() -> None:
+    with pytest.raises(ValueError, match="steps=0: need at least one"):
+        samplers.DDIM(steps=0)
+    with pytest.raises(ValueError, match="'cosine'.*time.*log_snr"):
+        samplers.EulerMaruyama(spacing="cosine")
+    with pytest.raises(ValueError, match=r"eta=2: must lie in \[0, 1\]"):
+        samplers.DDIM(eta=2)
+    with pytest.raises(ValueError, match="need one step, a positive snr"):
+        samplers.Langevin(snr=0.0)
+
+
+def test_samplers_are_static_under_jit() -> None:
+    for kind in samplers.SAMPLERS.values():
+        assert hash(kind()) == hash(kind()) and kind() == kind()
+        assert dataclasses.is_dataclass(kind)
+    assert hash(NoCorrector()) == hash(NoCorrector())

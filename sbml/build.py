@@ -17,7 +17,7 @@ from absl import logging
 from etils import epath
 from ml_collections import ConfigDict
 
-from sbml import adapters, data, dequantizers, discrete, estimators, losses, sdes, times
+from sbml import adapters, data, dequantizers, discrete, estimators, losses, samplers, sdes, times
 from sbml.discrete import CATEGORICAL
 from sbml.estimators import Cell
 from sbml.from_config import (
@@ -25,6 +25,7 @@ from sbml.from_config import (
     choices_in,
     network,
     optimizer,
+    sampler,
     sde,
     smallest_time,
     solver,
@@ -56,7 +57,7 @@ class Experiment:
             self.twins,
             self.cells,
         )
-        _ = (self.cells, self.eval_solver, self.sampling_solver, self.sampling_eps, self.eval_eps)
+        _ = (self.cells, self.eval_solver, self.sampler, self.sampling_eps, self.eval_eps)
         _ = (self.dequantizer(self.config.dequantizer.name), self.dequantizer_optimizer)
         check_choice("eval.times", self.config.eval.times, times.DRAWS)
         check_choice("training.times", self.config.training.times, times.DRAWS)
@@ -216,8 +217,8 @@ class Experiment:
         return solver(self.config.eval)
 
     @property
-    def sampling_solver(self) -> Solver:
-        return solver(self.config.sampling)
+    def sampler(self) -> samplers.Sampler:
+        return sampler(self.config.sampling)
 
     @property
     def eval_eps(self) -> float:

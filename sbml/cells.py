@@ -12,8 +12,6 @@ size nor the number of devices changes a result.
 """
 
 import dataclasses
-import hashlib
-import json
 import math
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -182,9 +180,7 @@ class CellRun:
         )
 
     def _parts(self, solver: Solver) -> Parts:
-        identity = self._identity(solver)
-        digest = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:12]
-        return Parts(self.shared.workdir / "eval" / digest, identity)
+        return Parts.addressed(self.shared.workdir / "eval", self._identity(solver))
 
     def _identity(self, solver: Solver) -> dict[str, Any]:
         """What a row depends on: not the batch size, nor how many images or sweeps are wanted."""

@@ -80,6 +80,29 @@ def _eval() -> dict:
     }
 
 
+def _sampling() -> dict:
+    return {
+        "num_images": 64,
+        "batch_size": 64,
+        "seed": 0,
+        "smallest_time": config_dict.placeholder(float),  # None: 1e-3
+        "denoise_last": True,
+        # ode, euler_maruyama, reverse_diffusion, ancestral, ddim, dpm_solver
+        "sampler": "ode",
+        "method": "dopri5",  # of ode
+        "rtol": 1e-3,
+        "atol": 1e-3,
+        "fixed_steps": 0,  # of ode; 0: step control
+        "steps": 500,  # of all others
+        "spacing": "",  # time, quadratic, log_snr; empty: the sampler's own
+        "eta": 0.0,  # of ddim: share of fresh noise
+        "corrector": "none",  # after every step: langevin, annealed_langevin
+        "corrector_steps": 1,
+        "snr": 0.16,  # of a corrector's step
+        "frames": 8,  # of the strip from noise to image
+    }
+
+
 def _dequantizer() -> dict:
     """The Flow++ dequantizer of CIFAR-10, trained with a faster average than the score."""
     return {
@@ -145,17 +168,7 @@ def default(network: str = "ncsnpp") -> ml_collections.ConfigDict:
             "optim": _optim(lr=2e-4, warmup=5_000, ema=0.9999),
             "eval": _eval(),
             "dequantizer": _dequantizer(),
-            "sampling": {
-                "num_images": 64,
-                "batch_size": 64,
-                "seed": 0,
-                "smallest_time": config_dict.placeholder(float),  # None: 1e-3
-                "denoise_last": True,
-                "method": "dopri5",
-                "rtol": 1e-3,
-                "atol": 1e-3,
-                "fixed_steps": 0,  # 0: step control
-            },
+            "sampling": _sampling(),
         }
     ).lock()
 

@@ -10,7 +10,7 @@ from typing import Any
 import optax
 from ml_collections import ConfigDict
 
-from sbml import networks, sdes
+from sbml import networks, samplers, sdes
 from sbml.data import imagenet32
 from sbml.ode import Solver
 from sbml.runtime import optim
@@ -56,6 +56,27 @@ def solver(section: ConfigDict) -> Solver:
     fixed_steps = section.fixed_steps or None
     tolerances = {"rtol": section.rtol, "atol": section.atol}
     return Solver(method=section.method, fixed_steps=fixed_steps, **tolerances)
+
+
+def sampler(section: ConfigDict) -> samplers.Sampler:
+    """The sampler of ``config.sampling``, those of its fields that it has."""
+    kind = samplers.SAMPLERS[check_choice("sampling.sampler", section.sampler, samplers.SAMPLERS)]
+    name = check_choice("sampling.corrector", section.corrector, samplers.CORRECTORS)
+    follows = samplers.CORRECTORS[name]
+    options = {"steps": section.corrector_steps, "snr": section.snr}
+    fields = {
+        "solver": solver(section),
+        "steps": section.steps,
+        "eta": section.eta,
+        "corrector": follows() if name == "none" else follows(**options),
+        **({"spacing": section.spacing} if section.spacing else {}),
+    }
+    known = {f.name for f in dataclasses.fields(kind)}
+    if section.sampler == "ancestral":
+        known -= {"eta"}  # It is ddim with eta = 1.
+    if name != "none" and "corrector" not in known:
+        raise ValueError(f"sampling.corrector={name}: sampler {section.sampler} takes no corrector")
+    return kind(**{field: value for field, value in fields.items() if field in known})
 
 
 def network(config: ConfigDict) -> Any:

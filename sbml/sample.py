@@ -1,10 +1,17 @@
-"""Samples of a trained model, each a function of (seed, id): the batch size changes nothing."""
+"""Samples of a trained model, each a function of (seed, id) alone.
 
+Image 17 is the same whatever the batch size, the number of devices, or how many are wanted. They
+stream to disk batch by batch: a killed run resumes, and a larger ``sampling.num_images`` adds to
+what is there.
+"""
+
+import dataclasses
 import functools
 import math
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
@@ -12,98 +19,180 @@ from ml_collections import ConfigDict
 from sbml import bits, sampling, summary
 from sbml.build import Experiment
 from sbml.data import eval_batches
-from sbml.ode import Solver
 from sbml.runtime import progress, report, sharding
-from sbml.runtime.parts import write_npz
+from sbml.runtime.checkpoint import Restored, tree_crc32
+from sbml.runtime.parts import Parts, write_npz
+from sbml.samplers import Sampler
 from sbml.sdes import SDE
-from sbml.types import Array, Score
+from sbml.types import Array, Key, Score
 
 
-@functools.partial(
-    jax.jit, static_argnames=("sde", "shape", "levels", "eps", "solver", "denoise_last")
-)
-def _sample_batch(
-    score: Score,
-    ids: Array,
-    seed: Array,
-    *,
-    sde: SDE,
-    shape: tuple[int, ...],
-    levels: int,
-    eps: float,
-    solver: Solver,
-    denoise_last: bool,
-) -> tuple[Array, Array]:
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """How an image is made of its latent and noise; static under ``jit``."""
+
+    sde: SDE
+    shape: tuple[int, ...]
+    levels: int
+    eps: float
+    sampler: Sampler
+    denoise_last: bool
+
+    @classmethod
+    def of(cls, experiment: Experiment) -> "Recipe":
+        """What ``config.sampling`` says."""
+        return cls(
+            experiment.sde,
+            experiment.shape,
+            experiment.levels,
+            experiment.sampling_eps,
+            experiment.sampler,
+            experiment.config.sampling.denoise_last,
+        )
+
+
+def _latent(seed: Array, i: Array, how: Recipe) -> tuple[Array, Key]:
+    """The latent of image ``i`` and the key of its noise."""
+    latent_key, key = jax.random.split(jax.random.fold_in(jax.random.key(seed), i))
+    return how.sde.prior_sample(latent_key, how.shape), key
+
+
+@functools.partial(jax.jit, static_argnames="how")
+def _sample_batch(score: Score, ids: Array, seed: Array, how: Recipe) -> tuple[Array, Array]:
     """uint8 images ``(n, *shape)`` of ``ids (n,)``, and each one's network evaluations."""
 
-    key = jax.random.key(seed)
-
     def one(i: Array) -> tuple[Array, Array]:
-        x, stats = sampling.ode_sample(
-            score,
-            sde,
-            shape,
-            jax.random.fold_in(key, i),
-            eps=eps,
-            solver=solver,
-            denoise_last=denoise_last,
-        )
-        return bits.to_pixels(x, levels), stats.nfe
+        z, key = _latent(seed, i, how)
+        x, stats = how.sampler(score, how.sde, z, key, eps=how.eps)
+        if how.denoise_last:
+            x = sampling.denoise(score, how.sde, x, jnp.asarray(how.eps, x.dtype))
+        return bits.to_pixels(x, how.levels), stats.nfe + how.denoise_last
 
     return jax.vmap(one)(ids)
 
 
-def generate(
-    experiment: Experiment, params: Any, count: int, *, quiet: bool = False
-) -> tuple[np.ndarray, np.ndarray]:
-    """Samples 0 .. count - 1 over all devices: uint8 ``(count, *shape)`` and evaluations."""
-    config, mesh = experiment.config.sampling, sharding.data_mesh()
-    size = sharding.round_up(min(config.batch_size, count))
+@functools.partial(jax.jit, static_argnames=("how", "frames"))
+def _path_batch(score: Score, ids: Array, seed: Array, how: Recipe, frames: int) -> Array:
+    """uint8 ``(n, frames, *shape)``: the way of each image of ``ids (n,)`` from noise.
+
+    A frame shows x_t over hypot(alpha, sigma), so that noise fits into the data's range.
+    """
+
+    def one(i: Array) -> Array:
+        z, key = _latent(seed, i, how)
+        path, times = how.sampler.path(score, how.sde, z, key, eps=how.eps, frames=frames)
+        if how.denoise_last:
+            last = sampling.denoise(score, how.sde, path[-1], times[-1].astype(path.dtype))
+            path = path.at[-1].set(last)
+        size = jax.vmap(lambda t: jnp.hypot(how.sde.mean_coef(t), how.sde.std(t)))(times)
+        return jax.vmap(lambda x, s: bits.to_pixels(x / s, how.levels))(path, size)
+
+    return jax.vmap(one)(ids)
+
+
+def _draw(experiment: Experiment, params: Any, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Images and evaluations of ``ids``, over all devices."""
+    batch = sharding.put(ids.astype(np.int32), sharding.batched(sharding.data_mesh()))
+    seed = np.uint32(experiment.config.sampling.seed)
     score = experiment.adapter(params)
+    return sharding.to_host(_sample_batch(score, batch, seed, Recipe.of(experiment)))
+
+
+def preview(experiment: Experiment, params: Any) -> np.ndarray:
+    """Samples 0 .. ``sampling.num_images`` - 1, uint8 ``(n, *shape)``, kept nowhere."""
+    count = experiment.config.sampling.num_images
+    size = sharding.round_up(min(experiment.config.sampling.batch_size, count))
     images = np.zeros((count, *experiment.shape), np.uint8)
-    nfe = np.zeros(count, np.int32)
-    with progress.bar("sample", "image", count, quiet=quiet) as bar:
-        for ids, mask in eval_batches(count, size):
-            batch = _sample_batch(
-                score,
-                sharding.put(ids.astype(np.int32), sharding.batched(mesh)),
-                np.uint32(config.seed),
-                sde=experiment.sde,
-                shape=experiment.shape,
-                levels=experiment.levels,
-                eps=experiment.sampling_eps,
-                solver=experiment.sampling_solver,
-                denoise_last=config.denoise_last,
-            )
-            x, evaluations = sharding.to_host(batch)
-            images[ids[mask]], nfe[ids[mask]] = x[mask], evaluations[mask]
+    for ids, mask in eval_batches(count, size):
+        images[ids[mask]] = _draw(experiment, params, ids)[0][mask]
+    return images
+
+
+def _identity(experiment: Experiment, restored: Restored) -> dict[str, Any]:
+    """What an image depends on."""
+    config = experiment.to_plain()
+    return {
+        "step": restored.step,
+        "parameters_crc32": tree_crc32(restored.state.ema_params),
+        "seed": config["sampling"]["seed"],
+        "recipe": repr(Recipe.of(experiment)),
+        "score": config["score"],
+    }
+
+
+def generate(
+    experiment: Experiment, restored: Restored, workdir: epath.Path
+) -> tuple[np.ndarray, np.ndarray]:
+    """Samples 0 .. num_images - 1: uint8 ``(n, *shape)`` and evaluations; those on disk are read.
+
+    Raises:
+      ValueError: ``sampling.num_images`` or ``sampling.batch_size`` below one.
+    """
+    config = experiment.config.sampling
+    for field in ("num_images", "batch_size"):
+        if config[field] < 1:
+            raise ValueError(f"sampling.{field}={config[field]}: need at least one")
+    parts = Parts.addressed(workdir / "sampling", _identity(experiment, restored))
+    done = parts.read()
+    wanted = np.arange(config.num_images)
+    missing = np.setdiff1d(wanted, done.get("id", []))
+    size = sharding.round_up(min(config.batch_size, config.num_images))
+    with progress.bar("sample", "image", len(wanted), len(wanted) - len(missing)) as bar:
+        for rows, mask in eval_batches(len(missing), size) if missing.size else ():
+            ids = missing[rows]
+            images, nfe = _draw(experiment, restored.state.ema_params, ids)
+            if jax.process_index() == 0:
+                columns = {"id": ids, "sweep": np.zeros_like(ids), "image": images, "nfe": nfe}
+                parts.write({name: column[mask] for name, column in columns.items()})
             bar.update(int(mask.sum()))
-    return images, nfe
+    sharding.barrier("sampled")
+    done = parts.read()
+    chosen = np.isin(done["id"], wanted)
+    return done["image"][chosen], done["nfe"][chosen]
 
 
-def grid(experiment: Experiment, images: np.ndarray) -> np.ndarray:
-    """A near-square grid of ``images``, small ones enlarged, as uint8 for a PNG."""
+def grid(experiment: Experiment, images: np.ndarray, columns: int | None = None) -> np.ndarray:
+    """A grid of ``images``, near-square unless ``columns`` are given, as uint8 for a PNG."""
     scale = max(1, 64 // experiment.shape[0])
-    columns = math.ceil(math.sqrt(len(images)))
+    columns = columns or math.ceil(math.sqrt(len(images)))
     return report.image_grid(images, experiment.levels, columns=columns, scale=scale)
+
+
+def strip(experiment: Experiment, params: Any, count: int) -> np.ndarray:
+    """Rows of images 0 .. count - 1, each from noise on the left to the sample on the right."""
+    frames = experiment.config.sampling.frames
+    score, ids = experiment.adapter(params), np.arange(count, dtype=np.int32)
+    seed = np.uint32(experiment.config.sampling.seed)
+    paths = np.asarray(_path_batch(score, ids, seed, Recipe.of(experiment), frames))
+    return grid(experiment, paths.reshape(-1, *experiment.shape), columns=frames)
 
 
 def run(config: ConfigDict, workdir: epath.PathLike) -> None:
     """Draw ``sampling.num_images`` from the newest checkpoint's averaged parameters.
 
-    Writes ``samples.npz`` and ``samples.png``, and the report anew where there is an evaluation.
+    Writes ``samples.npz``, ``samples.png``, ``samples_strip.png``, and the report anew where there
+    is an evaluation. A killed run resumes and ends in the same images.
 
     Raises:
       ValueError: without a checkpoint, or with one of another model.
     """
     experiment, workdir = Experiment(config), epath.Path(workdir)
     restored = experiment.restore(workdir)
-    images, nfe = generate(experiment, restored.state.ema_params, config.sampling.num_images)
+    images, nfe = generate(experiment, restored, workdir)
     if jax.process_index() > 0:
         return
-    step = np.asarray(restored.step)
-    write_npz(workdir / summary.SAMPLES, {"images": images, "nfe": nfe, "step": step})
-    report.write_png(workdir / "samples.png", grid(experiment, images))
+    how = np.asarray(repr(experiment.sampler))
+    columns = {"images": images, "nfe": nfe, "step": np.asarray(restored.step), "sampler": how}
+    write_npz(workdir / summary.SAMPLES, columns)
+    shown = images[:256]  # A picture of more is not looked at; samples.npz has all.
+    report.write_png(workdir / "samples.png", grid(experiment, shown))
+    if config.sampling.frames > 1:
+        rows = min(4, len(images))
+        drawn = strip(experiment, restored.state.ema_params, rows)
+        report.write_png(workdir / "samples_strip.png", drawn)
     if (workdir / summary.EVALUATION).exists():
         summary.write(workdir, experiment.images(config.eval.split))
-    print(f"{len(images)} samples, {nfe.mean():.0f} evaluations each: {workdir / 'samples.png'}")
+    print(
+        f"{len(images)} samples by {config.sampling.sampler}, {nfe.mean():.0f} evaluations each "
+        f"({how}): {workdir / 'samples.png'}"
+    )

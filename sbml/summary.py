@@ -34,6 +34,7 @@ def write(workdir: epath.PathLike, images: ImageSet) -> None:
             "count": len(drawn["images"]),
             "nfe_mean": float(drawn["nfe"].mean()),
             "nfe_max": int(drawn["nfe"].max()),
+            "sampler": str(drawn["sampler"]),
         }
     evaluation["command"] = " ".join(["python -m sbml.main", *sys.argv[1:]])
     report.write(

@@ -109,9 +109,7 @@ def task(experiment: Experiment, workdir: epath.Path) -> loop.Task:
     config, images = experiment.config, experiment.images("train")
 
     def picture(state: TrainState) -> np.ndarray:
-        count = config.sampling.num_images
-        drawn, _ = sample.generate(experiment, state.ema_params, count, quiet=True)
-        return sample.grid(experiment, drawn)
+        return sample.grid(experiment, sample.preview(experiment, state.ema_params))
 
     return loop.Task(
         name="train",

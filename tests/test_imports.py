@@ -53,7 +53,7 @@ ALLOWED: dict[str, set[str]] = {
     | {"bits", "bound", "dequantizers", "discrete", "likelihood", "losses", "ode", "oracle"},
     "verify": {"sdes", "checks"},
     "config": {"networks"},
-    "from_config": {"data", "networks", "ode", "runtime", "sdes"},
+    "from_config": {"data", "networks", "ode", "runtime", "samplers", "sdes"},
     "runtime": {"bits"},
     "runtime.ncsnpp_options": {"networks", "trees"},
     "architecture": set(),

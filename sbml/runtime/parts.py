@@ -4,6 +4,7 @@ One ``.npz`` a batch, renamed into place when complete. A later run reads what i
 the rows that are missing, and the finished table is the same bytes as without interruption.
 """
 
+import hashlib
 import io
 import json
 import zipfile
@@ -45,6 +46,12 @@ class Parts:
         elif marker.read_text() != text:
             raise ValueError(f"{self.directory} belongs to another computation: move it away")
 
+    @classmethod
+    def addressed(cls, root: epath.PathLike, identity: dict[str, Any]) -> "Parts":
+        """In a folder of ``root`` named by ``identity``: another computation has another."""
+        digest = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:12]
+        return cls(epath.Path(root) / digest, identity)
+
     def write(self, columns: dict[str, np.ndarray]) -> None:
         """Add rows; the columns ``sweep`` and ``id`` name them."""
         first = f"{columns['sweep'][0]:04d}_{columns['id'][0]:08d}"
@@ -61,7 +68,7 @@ class Parts:
             try:
                 tables.append(read_npz(path))
             except (ValueError, OSError, zipfile.BadZipFile) as error:
-                logging.warning("%s is damaged (%s): its images are evaluated again", path, error)
+                logging.warning("%s is damaged (%s): its images are made again", path, error)
         if not tables:
             return {}
         table = {k: np.concatenate([t[k] for t in tables]) for k in tables[0]}
@@ -69,5 +76,5 @@ class Parts:
         table = {k: v[order] for k, v in table.items()}
         rows = np.stack([table["sweep"], table["id"]])
         if np.any(np.all(rows[:, 1:] == rows[:, :-1], axis=0)):
-            raise ValueError(f"{self.directory} holds an image twice: remove it and evaluate again")
+            raise ValueError(f"{self.directory} holds an image twice: remove it and run again")
         return table

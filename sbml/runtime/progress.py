@@ -6,9 +6,7 @@ import jax
 from tqdm.auto import tqdm
 
 
-def bar(
-    name: str, unit: str, total: int, done: int = 0, *, quiet: bool = False, leave: bool = True
-) -> tqdm:
+def bar(name: str, unit: str, total: int, done: int = 0, *, leave: bool = True) -> tqdm:
     """A bar that starts at ``done`` of ``total``; use it as a context manager.
 
     ``leave=False`` wipes it off when done, for one of many alike.
@@ -20,5 +18,5 @@ def bar(
         unit=unit,
         leave=leave,
         mininterval=0.1 if sys.stderr.isatty() else 10,
-        disable=quiet or jax.process_index() > 0,
+        disable=jax.process_index() > 0,
     )

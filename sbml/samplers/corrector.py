@@ -8,8 +8,8 @@
 a = alpha_s / alpha_t is the decay of the predictor's step: 1 for VE, and for VP the sqrt(alpha_i)
 of the discrete chain, written so that every linear SDE has one. Norms are of one image: a batch
 does not couple its images. The first step depends on x through |score|, which biases its law: on
-Gaussian data of variances v_j, variance i by about 2 (1/v_i) / sum_j 1/v_j of itself. Negligible for
-large images, not in few dimensions or where few directions are narrow; the second has no such bias.
+Gaussian data of variances v_j, variance i by about 2 (1/v_i) / sum_j 1/v_j of itself. Negligible
+for large images, not in few dimensions or where few directions are narrow; the second has none.
 """
 
 import dataclasses

@@ -1,0 +1,113 @@
+"""Samples are functions of (seed, id), whatever the batch, the devices or the kills."""
+
+import signal
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+import tiny
+from etils import epath
+from PIL import Image
+
+import runs
+from sbml import build, sample, train
+from sbml.runtime.parts import read_npz
+
+STOCHASTIC = ("--config.sampling.sampler=ancestral", "--config.sampling.steps=20")
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    config = tiny.get_config()
+    config.training.num_steps = 20
+    workdir = tmp_path_factory.mktemp("trained")
+    train.run(config, workdir)
+    return workdir
+
+
+def images(workdir: Path, **options: object) -> np.ndarray:
+    config = tiny.get_config()
+    config.sampling.update(sampler="ancestral", steps=20, num_images=20, batch_size=20)
+    config.sampling.update(options)
+    experiment = build.Experiment(config)
+    return sample.generate(experiment, experiment.restore(workdir), epath.Path(workdir))[0]
+
+
+def fresh(workdir: Path) -> Path:
+    """The same checkpoint, no samples."""
+    for part in workdir.glob("sampling/*/*"):
+        part.unlink()
+    return workdir
+
+
+@pytest.mark.parametrize("sampler", ["ancestral", "ode"])
+def test_an_image_does_not_depend_on_its_batch(trained: Path, sampler: str) -> None:
+    whole = images(fresh(trained), sampler=sampler)
+    assert len({image.tobytes() for image in whole}) == 20
+    single = images(fresh(trained), sampler=sampler, batch_size=3)
+    # Rounding to a level may fall to either side where a batch sums in another order.
+    assert np.abs(whole.astype(int) - single).max() <= 1 and (whole != single).mean() < 1e-3
+
+
+def test_more_images_are_added_to_those_there_are(trained: Path) -> None:
+    few = images(fresh(trained), num_images=7)
+    before = {p: p.stat().st_mtime_ns for p in trained.glob("sampling/*/part_*")}
+    more = images(trained, num_images=20)
+    np.testing.assert_array_equal(more[:7], few)
+    assert all(path.stat().st_mtime_ns == when for path, when in before.items())
+    np.testing.assert_array_equal(images(trained, num_images=5), few[:5])
+
+
+def test_another_seed_or_sampler_is_another_set(trained: Path) -> None:
+    one = images(fresh(trained))
+    assert (images(trained, seed=1) != one).mean() > 0.1
+    assert (images(trained, sampler="ddim") != one).mean() > 0.1
+    np.testing.assert_array_equal(images(trained), one)
+
+
+@pytest.mark.slow
+def test_killed_and_on_eight_devices_the_images_are_the_same(trained: Path) -> None:
+    whole = images(fresh(trained), num_images=48, batch_size=8)
+    flags = (*STOCHASTIC, "--mode=sample", "--config.sampling.num_images=48")
+    flags = (*flags, "--config.sampling.batch_size=8", "--config.training.num_steps=20")
+    process = runs.start(fresh(trained), *flags)
+    while not list(trained.glob("sampling/*/part_*")) and process.poll() is None:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    runs.run(trained, *flags, devices=8)
+    done = read_npz(trained / "samples.npz")
+    assert np.abs(done["images"].astype(int) - whole).max() <= 1
+    assert (done["images"] != whole).mean() < 1e-3
+    assert np.all(done["nfe"] == 21)  # 20 steps and the denoising one
+    strip = np.asarray(Image.open(trained / "samples_strip.png"))
+    assert strip.shape == (4 * 66 - 2, 8 * 66 - 2)
+    # From noise to image: the last frame of a row is the sample, enlarged eight times.
+    last = strip[:64, 7 * 66 : 7 * 66 + 64][::8, ::8]
+    shown = np.rint(done["images"][0, ..., 0] * (255 / 16))
+    assert np.abs(last - shown).max() <= 16
+
+
+def test_wrong_choices_are_named(trained: Path) -> None:
+    for options, message in (
+        ({"sampler": "heun"}, "sampling.sampler='heun' is unknown; choose from"),
+        ({"corrector": "mala"}, "sampling.corrector='mala' is unknown"),
+        ({"sampler": "ode", "corrector": "langevin"}, "sampler ode takes no corrector"),
+        ({"num_images": 0}, "sampling.num_images=0: need at least one"),
+        ({"spacing": "cosine"}, "unknown spacing 'cosine'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            images(trained, **options)
+
+
+def test_every_sampler_can_be_asked_for(trained: Path) -> None:
+    config = tiny.get_config()
+    config.sampling.update(corrector="annealed_langevin", steps=3, num_images=2)
+    for name in ("euler_maruyama", "reverse_diffusion", "ancestral", "ddim", "dpm_solver"):
+        config.sampling.sampler = name
+        experiment = build.Experiment(config)
+        drawn = sample.preview(experiment, experiment.restore(trained).state.ema_params)
+        assert drawn.shape == (2, 8, 8, 1) and experiment.sampler.nfe == 6
+    jax.clear_caches()

@@ -16,7 +16,7 @@ from sbml.config import default
 def get_config() -> ConfigDict:
     """Trains, evaluates and samples; 17 grey levels."""
     config = default("mlp")
-    config.mode = ("train", "eval", "sample")
+    config.mode = ("train", "eval", "sample", "quality")
     config.data.update(source="digits", shape=(8, 8, 1), levels=17, flip=False)
     config.model.update(width=256, depth=3)
     config.score.update(parameterization="preconditioned", label="log_snr", data_std=0.7)
@@ -24,7 +24,7 @@ def get_config() -> ConfigDict:
         batch_size=128, num_steps=2_500, log_every=100, checkpoint_every=2_500, sample_every=0
     )
     config.optim.update(lr=2e-3, warmup=200, schedule="cosine", ema=0.999)
-    config.eval.update(batch_size=90)
+    config.eval.update(batch_size=90, features="digits_classifier")
     config.dequantizer.model.update(filters=32, components=8, blocks=1)
     config.dequantizer.training.update(
         batch_size=64, num_steps=500, log_every=20, checkpoint_every=250

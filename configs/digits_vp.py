@@ -11,7 +11,7 @@ from sbml.config import default
 def get_config() -> ConfigDict:
     """Trains, evaluates and samples; 17 grey levels."""
     config = default()
-    config.mode = ("train", "eval", "sample")
+    config.mode = ("train", "eval", "sample", "quality")
     config.data.update(source="digits", shape=(8, 8, 1), levels=17, flip=False)
     config.model.update(nf=32, ch_mult=(1, 2), num_res_blocks=2, attn_resolutions=(4,), dropout=0.0)
     config.score.update(parameterization="preconditioned", label="log_snr", data_std=0.7)
@@ -19,7 +19,7 @@ def get_config() -> ConfigDict:
         batch_size=64, num_steps=900, log_every=20, checkpoint_every=300, sample_every=450
     )
     config.optim.update(lr=2e-3, warmup=100, schedule="cosine", ema=0.99)
-    config.eval.update(batch_size=36, subset=36)
+    config.eval.update(batch_size=36, subset=36, features="digits_classifier")
     config.dequantizer.model.update(filters=32, components=8, blocks=1)
     config.dequantizer.training.update(
         batch_size=64, num_steps=500, log_every=20, checkpoint_every=250

@@ -76,6 +76,9 @@ def _eval() -> dict:
         "fixed_steps": 0,  # 0: step control
         # images for the solver's error and the noise of ode; 0: all; a Kth where K > 1
         "subset": 32,
+        "features": "inception",  # of the samples' quality; or digits_classifier
+        "inception_weights": "",  # pytorch-fid's state dict, a file
+        "inception_sha256": "6726825d",  # that its hash begins with
         "solver_budget": 1e-3,  # bits/dim; a larger solver error marks the number
     }
 

@@ -1,7 +1,7 @@
 """The report of a work directory, from what the modes left there.
 
 ``eval`` leaves ``evaluation.json`` and ``per_image.npz``, ``sample`` leaves ``samples.npz``,
-``train`` leaves ``metrics.jsonl``; whichever comes last makes ``report.json`` and ``report.html``.
+``quality`` leaves ``quality.json`` and ``neighbours.png``, ``train`` leaves ``metrics.jsonl``; whichever comes last makes ``report.json`` and ``report.html``.
 """
 
 import json
@@ -18,6 +18,9 @@ from sbml.runtime.parts import read_npz
 EVALUATION = "evaluation.json"
 PER_IMAGE = "per_image.npz"
 SAMPLES = "samples.npz"
+QUALITY = "quality.json"
+NEIGHBOURS = "neighbours.png"
+NEIGHBOURS_CAPTION = "The first samples, and below each the training image nearest to it."
 
 
 def write(workdir: epath.PathLike, images: ImageSet) -> None:
@@ -36,6 +39,13 @@ def write(workdir: epath.PathLike, images: ImageSet) -> None:
             "nfe_max": int(drawn["nfe"].max()),
             "sampler": str(drawn["sampler"]),
         }
+    pictures = []
+    quality = workdir / QUALITY
+    if drawn is not None and quality.exists():
+        found = json.loads(quality.read_text())
+        if found["step"] == evaluation["checkpoint"]["step"]:
+            evaluation["quality"] = found["values"]
+            pictures = [(NEIGHBOURS_CAPTION, (workdir / NEIGHBOURS).read_bytes())]
     evaluation["command"] = " ".join(["python -m sbml.main", *sys.argv[1:]])
     report.write(
         workdir,
@@ -45,4 +55,5 @@ def write(workdir: epath.PathLike, images: ImageSet) -> None:
         levels=images.levels,
         curves=metrics.read(workdir),
         samples=None if drawn is None else drawn["images"],
+        pictures=pictures,
     )

@@ -8,7 +8,7 @@ import numpy as np
 
 from sbml.data._image_set import ImageSet, Options, check_split
 
-TEST_COUNT = 360
+TEST_COUNT, LEVELS = 360, 17
 
 
 class Digits:
@@ -23,7 +23,7 @@ class Digits:
 
         images = load_digits().images[..., None].astype(np.uint8)
         part = images[:-TEST_COUNT] if split == "train" else images[-TEST_COUNT:]
-        return ImageSet("digits", "1", split, part, levels=17)
+        return ImageSet("digits", "1", split, part, levels=LEVELS)
 
 
 SOURCE = Digits()

@@ -49,6 +49,7 @@ def render(
     levels: int,
     curves: Sequence[Mapping[str, Any]],
     samples: np.ndarray | None,
+    pictures: Sequence[tuple[str, bytes]],
 ) -> str:
     """The page: one HTML file. Arguments as of ``report.write``, with a strict ``report``."""
     bits = ending(table, "bits_per_dim")
@@ -86,6 +87,8 @@ def render(
         worst=worst,
         training=_training(curves),
         samples=None if samples is None else _samples(samples, levels),
+        quality={name: _text(value, ".4g") for name, value in report.get("quality", {}).items()},
+        pictures=[{"png": _png_url(png), "alt": caption} for caption, png in pictures],
         command=report.get("command"),
         details=_details(report),
     )
@@ -273,7 +276,11 @@ def _training(curves: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
 
 
 def _data_url(array: np.ndarray) -> str:
-    return f"data:image/png;base64,{base64.b64encode(_images.png(array)).decode()}"
+    return _png_url(_images.png(array))
+
+
+def _png_url(png: bytes) -> str:
+    return f"data:image/png;base64,{base64.b64encode(png).decode()}"
 
 
 def _extremes(

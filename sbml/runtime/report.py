@@ -27,6 +27,7 @@ def write(
     levels: int,
     curves: Sequence[Mapping[str, Any]],
     samples: np.ndarray | None,
+    pictures: Sequence[tuple[str, bytes]] = (),
 ) -> None:
     """Write ``report.json`` and ``report.html`` into ``directory``, each whole or not at all.
 
@@ -34,7 +35,7 @@ def write(
       directory: anything etils can open, gs:// included; made if missing.
       report: ``title``, ``results`` (a list of mappings with ``bits_per_dim``, ``interval``,
         ``n`` …; the first is the headline), and optionally ``baselines``, ``warnings``,
-        ``command``, ``model``, ``checkpoint``; whatever else it has is listed under its own name.
+        ``command``, ``model``, ``checkpoint``, ``quality`` (names to numbers); whatever else it has is listed under its own name.
       table: columns (n,), one row an image: ``id``, at least one whose name ends in
         ``bits_per_dim``, and any that end in ``nfe``, network evaluations. What precedes the ending
         names the figure.
@@ -43,6 +44,7 @@ def write(
       curves: rows with ``step``, ``loss`` and perhaps ``images_per_s`` and ``seconds`` since
         training began. Where a step occurs twice, the later row counts.
       samples: uint8 (m, h, w, c), or None.
+      pictures: captions and the bytes of PNGs, shown after the samples.
 
     Raises:
       ValueError: a missing result or column, columns of unequal length, or a value that JSON
@@ -50,7 +52,7 @@ def write(
     """
     plain: dict[str, Any] = strict(report)
     _check(plain, table)
-    page = _page.render(plain, table, images, levels, curves, samples)
+    page = _page.render(plain, table, images, levels, curves, samples, pictures)
     directory = epath.Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     text = json.dumps(plain, indent=2, allow_nan=False, ensure_ascii=False)

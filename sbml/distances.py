@@ -1,0 +1,88 @@
+"""Distances between two sets of images by their features, and the score of one. NumPy, float64.
+
+With means m, covariances C of features, and the kernel k(x, y) = (x.y / d + 1)^3,
+
+    Frechet     |m_1 - m_2|^2 + tr(C_1 + C_2 - 2 (C_1^1/2 C_2 C_1^1/2)^1/2)    (Heusel 2017)
+    kernel      mean k(x, x') + mean k(y, y') - 2 mean k(x, y), x != x', y != y'  (Binkowski 2018)
+    inception   exp mean KL(p(c|x) || mean p(c|x))                             (Salimans 2016)
+
+The Frechet distance is biased upwards by a part that falls as 1 / n, so it means nothing without
+its n; the kernel distance is unbiased. With Inception-v3's features these are FID, KID and IS.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+
+
+class Moments(NamedTuple):
+    """Mean ``(d,)`` and covariance ``(d, d)`` (divided by n - 1) of ``size`` features."""
+
+    mean: np.ndarray
+    cov: np.ndarray
+    size: int
+
+    @classmethod
+    def of(cls, features: np.ndarray) -> "Moments":
+        """Of ``features (n, d)``.
+
+        Raises:
+          ValueError: fewer than two.
+        """
+        if len(features) < 2:
+            raise ValueError(f"{len(features)} features: a covariance needs two at least")
+        features = np.asarray(features, np.float64)
+        return cls(features.mean(axis=0), np.cov(features, rowvar=False), len(features))
+
+
+def frechet(one: Moments, other: Moments) -> float:
+    """The squared Frechet distance of two Gaussians with these moments; at least 0."""
+    values, vectors = np.linalg.eigh(one.cov)
+    root = vectors * np.sqrt(np.maximum(values, 0))[None] @ vectors.T
+    # The product's eigenvalues are those of C_1 C_2, but of a symmetric matrix.
+    product = np.linalg.eigvalsh(root @ other.cov @ root)
+    cross = np.sum(np.sqrt(np.maximum(product, 0)))
+    shift = np.sum((one.mean - other.mean) ** 2)
+    return float(shift + np.trace(one.cov) + np.trace(other.cov) - 2 * cross)
+
+
+def kernel(x: np.ndarray, y: np.ndarray) -> float:
+    """The unbiased squared maximum mean discrepancy of ``x (n, d)`` and ``y (m, d)``.
+
+    May be negative: it is about 0 for two samples of one distribution.
+
+    Raises:
+      ValueError: fewer than two of either.
+    """
+    if min(len(x), len(y)) < 2:
+        raise ValueError(f"{len(x)} and {len(y)} features: the unbiased estimate needs two of each")
+    x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
+
+    def k(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+        return (a @ b.T / a.shape[1] + 1) ** 3
+
+    def off_diagonal(a: np.ndarray) -> float:
+        gram = k(a, a)
+        return (gram.sum() - np.trace(gram)) / (len(a) * (len(a) - 1))
+
+    return float(off_diagonal(x) + off_diagonal(y) - 2 * k(x, y).mean())
+
+
+def inception_score(probabilities: np.ndarray) -> float:
+    """exp of the mean KL of each row of ``(n, classes)`` from the mean row; 1 to ``classes``."""
+    p = np.asarray(probabilities, np.float64)
+    marginal = np.broadcast_to(p.mean(axis=0), p.shape)
+    safe = np.where(p > 0, p, 1)  # 0 log 0 = 0
+    return float(np.exp(np.mean(np.sum(p * (np.log(safe) - np.log(marginal)), axis=1))))
+
+
+def nearest(x: np.ndarray, others: np.ndarray, chunk: int = 256) -> tuple[np.ndarray, np.ndarray]:
+    """Index of the nearest of ``others (m, d)`` to each of ``x (n, d)``, and distance / sqrt(d)."""
+    others = np.asarray(others, np.float64)
+    norms = np.sum(others**2, axis=1)
+    index = np.zeros(len(x), np.int64)
+    for start in range(0, len(x), chunk):
+        part = np.asarray(x[start : start + chunk], np.float64)
+        index[start : start + chunk] = np.argmin(norms[None] - 2 * part @ others.T, axis=1)
+    gap = np.asarray(x, np.float64) - others[index]
+    return index, np.sqrt(np.mean(gap**2, axis=1))

@@ -1,0 +1,100 @@
+"""Reads a PyTorch state dict without PyTorch, and without running anything in the file.
+
+Both formats are pickles whose tensors point at raw storages: the older one a row of pickles with
+the storages after them, the newer a zip. Only the few names that a state dict needs are resolved;
+any other is refused.
+"""
+
+import io
+import pickle
+import zipfile
+from collections import OrderedDict
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+DTYPES = {
+    "FloatStorage": np.dtype("<f4"),
+    "DoubleStorage": np.dtype("<f8"),
+    "HalfStorage": np.dtype("<f2"),
+    "LongStorage": np.dtype("<i8"),
+    "IntStorage": np.dtype("<i4"),
+}
+
+
+def read_state_dict(path: str | Path) -> dict[str, np.ndarray]:
+    """The arrays of the state dict in ``path``, by name.
+
+    Raises:
+      ValueError: it is not one, or wants code that a state dict does not need.
+    """
+    path = Path(path)
+    try:
+        with path.open("rb") as file:
+            read = _zipped if zipfile.is_zipfile(path) else _legacy
+            found = read(file)
+        return {str(name): np.array(array) for name, array in found.items()}
+    except (pickle.UnpicklingError, EOFError, KeyError, AttributeError, TypeError) as error:
+        raise ValueError(f"{path} is not a PyTorch state dict: {error}") from error
+
+
+class _Reader(pickle.Unpickler):
+    """Resolves a state dict's names only; ``storages`` gives a tensor's flat array by its key."""
+
+    def __init__(self, file: Any, storages: Any) -> None:
+        super().__init__(file)
+        self.storages = storages
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) == ("collections", "OrderedDict"):
+            return OrderedDict
+        if (module, name) in (
+            ("torch._utils", "_rebuild_tensor_v2"),
+            ("torch._utils", "_rebuild_parameter"),
+        ):
+            return _tensor if name.endswith("_v2") else lambda data, *_: data
+        if module == "torch" and name in DTYPES:
+            return DTYPES[name]
+        raise pickle.UnpicklingError(f"it wants {module}.{name}")
+
+    def persistent_load(self, saved: Any) -> Any:
+        _, dtype, key, _, count, *_ = saved
+        return self.storages(str(key), dtype, int(count))
+
+
+def _tensor(storage: np.ndarray, offset: int, size: Any, stride: Any, *_: Any) -> np.ndarray:
+    strides = [step * storage.itemsize for step in stride]
+    return np.lib.stride_tricks.as_strided(storage[offset:], size, strides, writeable=False)
+
+
+def _zipped(file: BinaryIO) -> dict[str, np.ndarray]:
+    with zipfile.ZipFile(file) as archive:
+        [index] = [name for name in archive.namelist() if name.endswith("/data.pkl")]
+        folder = index.removesuffix("data.pkl")
+
+        def storage(key: str, dtype: np.dtype, count: int) -> np.ndarray:
+            return np.frombuffer(archive.read(f"{folder}data/{key}"), dtype, count)
+
+        return _Reader(io.BytesIO(archive.read(index)), storage).load()
+
+
+def _legacy(file: BinaryIO) -> dict[str, np.ndarray]:
+    def none(*_: Any) -> Any:
+        raise pickle.UnpicklingError("a header refers to a tensor")
+
+    for _ in range(3):  # magic number, protocol, about the system
+        _Reader(file, none).load()
+    storages: dict[str, np.ndarray] = {}
+
+    def storage(key: str, dtype: np.dtype, count: int) -> np.ndarray:
+        return storages.setdefault(key, np.zeros(count, dtype))
+
+    found = _Reader(file, storage).load()
+    for key in _Reader(file, none).load():
+        array = storages[str(key)]
+        count = int(np.frombuffer(file.read(8), "<i8")[0])
+        if count != array.size:
+            raise pickle.UnpicklingError(f"a storage of {count} numbers instead of {array.size}")
+        array[:] = np.frombuffer(file.read(array.nbytes), array.dtype)
+    return found

@@ -1,0 +1,241 @@
+"""Inception-v3 as FID, KID and the Inception Score know it (Szegedy et al. 2015; Heusel et al. 2017).
+
+The network is the one TensorFlow published in 2015, whose weights pytorch-fid distributes as a
+PyTorch state dict. Weights are a user's own file: nothing is downloaded. It is read once, checked
+by its SHA-256, its batch normalisations folded into the convolutions, and cached as arrays.
+
+    images -> [0, 1] -> 299x299, bilinear -> [-1, 1] -> features (2048), class probabilities (1008)
+"""
+
+import functools
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from sbml.data import Options
+from sbml.features._extractor import Extractor
+from sbml.features._torch_file import read_state_dict
+from sbml.trees import differences
+from sbml.types import Array
+
+FILE = "pt_inception-2015-12-05-6726825d.pth"
+SHA256 = (
+    "6726825d"  # By PyTorch's custom the name of a weights file ends in its hash's first digits.
+)
+SIZE, BATCH, EPSILON = 299, 50, 1e-3
+
+average = functools.partial(nn.avg_pool, window_shape=(3, 3), padding="SAME")
+halve = functools.partial(nn.max_pool, window_shape=(3, 3), strides=(2, 2))
+# A branch is a list of convolutions, each (name, channels, kernel) or (..., stride).
+
+
+class _Block(nn.Module):
+    """Branches side by side, and one of pooled inputs; results joined along the channels.
+
+    Several convolutions in place of one step of a branch read the same input.
+    """
+
+    branches: Any
+    pool: Any
+    pooled: int = 0
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        results = []
+        for branch in self.branches:
+            h = x
+            for step in branch:
+                forks = [step] if isinstance(step[0], str) else step
+                h = jnp.concatenate([_conv(h, *fork) for fork in forks], axis=-1)
+            results.append(h)
+        h = self.pool(x)
+        results.append(_conv(h, "branch_pool", self.pooled, (1, 1)) if self.pooled else h)
+        return jnp.concatenate(results, axis=-1)
+
+
+def _conv(x: Array, name: str, features: int, kernel: tuple[int, int], stride: int = 1) -> Array:
+    """relu(convolution + bias): no padding with a stride, else as much as keeps the size."""
+    padding = "VALID" if stride > 1 or name in ("Conv2d_2a_3x3", "Conv2d_4a_3x3") else "SAME"
+    return nn.relu(nn.Conv(features, kernel, stride, padding=padding, name=name)(x))
+
+
+class Model(nn.Module):
+    """Features ``(n, 2048)`` and logits ``(n, classes)`` of ``x (n, 299, 299, 3)`` in [-1, 1].
+
+    Attributes:
+      classes: 1008 in the weights of FID.
+      fid: pool as TensorFlow's network of 2015 does: averages that leave the padding out, and the
+        greatest value in the last block. False: as torchvision's.
+    """
+
+    classes: int = 1008
+    fid: bool = True
+
+    @nn.compact
+    def __call__(self, x: Array) -> tuple[Array, Array]:
+        pool = functools.partial(average, count_include_pad=not self.fid)
+        last = functools.partial(nn.max_pool, window_shape=(3, 3), padding="SAME")
+        x = _conv(x, "Conv2d_1a_3x3", 32, (3, 3), 2)
+        x = _conv(x, "Conv2d_2a_3x3", 32, (3, 3))
+        x = halve(_conv(x, "Conv2d_2b_3x3", 64, (3, 3)))
+        x = _conv(x, "Conv2d_3b_1x1", 80, (1, 1))
+        x = halve(_conv(x, "Conv2d_4a_3x3", 192, (3, 3)))
+        for name, pooled in (("Mixed_5b", 32), ("Mixed_5c", 64), ("Mixed_5d", 64)):
+            x = _Block(_A, pool, pooled, name=name)(x)
+        x = _Block(_B, halve, name="Mixed_6a")(x)
+        for name, width in zip("bcde", (128, 160, 160, 192), strict=True):
+            x = _Block(_c(width), pool, 192, name=f"Mixed_6{name}")(x)
+        x = _Block(_D, halve, name="Mixed_7a")(x)
+        x = _Block(_E, pool, 192, name="Mixed_7b")(x)
+        x = _Block(_E, last if self.fid else pool, 192, name="Mixed_7c")(x)
+        features = x.mean((1, 2))
+        return features, nn.Dense(self.classes, name="fc")(features)
+
+
+ONE, THREE, FIVE = (1, 1), (3, 3), (5, 5)
+WIDE, TALL = (1, 7), (7, 1)
+_A: Any = [
+    [("branch1x1", 64, ONE)],
+    [("branch5x5_1", 48, ONE), ("branch5x5_2", 64, FIVE)],
+    [("branch3x3dbl_1", 64, ONE), ("branch3x3dbl_2", 96, THREE), ("branch3x3dbl_3", 96, THREE)],
+]
+_B: Any = [
+    [("branch3x3", 384, THREE, 2)],
+    [("branch3x3dbl_1", 64, ONE), ("branch3x3dbl_2", 96, THREE), ("branch3x3dbl_3", 96, THREE, 2)],
+]
+_D: Any = [
+    [("branch3x3_1", 192, ONE), ("branch3x3_2", 320, THREE, 2)],
+    [
+        ("branch7x7x3_1", 192, ONE),
+        ("branch7x7x3_2", 192, WIDE),
+        ("branch7x7x3_3", 192, TALL),
+        ("branch7x7x3_4", 192, THREE, 2),
+    ],
+]
+_E: Any = [
+    [("branch1x1", 320, ONE)],
+    [
+        ("branch3x3_1", 384, ONE),
+        [("branch3x3_2a", 384, (1, 3)), ("branch3x3_2b", 384, (3, 1))],
+    ],
+    [
+        ("branch3x3dbl_1", 448, ONE),
+        ("branch3x3dbl_2", 384, THREE),
+        [("branch3x3dbl_3a", 384, (1, 3)), ("branch3x3dbl_3b", 384, (3, 1))],
+    ],
+]
+
+
+def _c(width: int) -> Any:
+    return [
+        [("branch1x1", 192, ONE)],
+        [("branch7x7_1", width, ONE), ("branch7x7_2", width, WIDE), ("branch7x7_3", 192, TALL)],
+        [
+            ("branch7x7dbl_1", width, ONE),
+            ("branch7x7dbl_2", width, TALL),
+            ("branch7x7dbl_3", width, WIDE),
+            ("branch7x7dbl_4", width, TALL),
+            ("branch7x7dbl_5", 192, WIDE),
+        ],
+    ]
+
+
+def from_state_dict(state: dict[str, np.ndarray]) -> Any:
+    """Parameters of :class:`Model` from torchvision's or pytorch-fid's names and layouts.
+
+    conv, then scale (y - mean) / sqrt(var + 1e-3) + shift, becomes one convolution with a bias.
+    Auxiliary heads and counters are left out.
+
+    Raises:
+      ValueError: naming the leaves that are missing, extra or misshapen.
+    """
+    modules: dict[str, dict[str, np.ndarray]] = {}
+    for name, value in state.items():
+        if not name.startswith("AuxLogits"):
+            module, _, leaf = name.rpartition(".")
+            modules.setdefault(module, {})[leaf] = np.asarray(value)
+    flat: dict[tuple[str, ...], np.ndarray] = {}
+    for module, leaves in modules.items():
+        if module.endswith(".conv"):
+            path, bn = module.removesuffix(".conv"), modules[f"{module[:-5]}.bn"]
+            scale = bn["weight"] / np.sqrt(bn["running_var"] + EPSILON)
+            kernel = leaves["weight"].transpose(2, 3, 1, 0) * scale
+            flat[(*path.split("."), "kernel")] = kernel
+            flat[(*path.split("."), "bias")] = bn["bias"] - bn["running_mean"] * scale
+        elif module == "fc":
+            flat[("fc", "kernel")], flat[("fc", "bias")] = leaves["weight"].T, leaves["bias"]
+    params = unflatten_dict(flat)
+    classes = len(params["fc"]["bias"]) if "fc" in params else 1008
+    image = jnp.zeros((1, SIZE, SIZE, 3))
+    expected = jax.eval_shape(Model(classes).init, jax.random.key(0), image)["params"]
+    if found := differences(params, expected):
+        raise ValueError("these are not the weights of Inception-v3:\n  " + "\n  ".join(found))
+    return jax.tree.map(lambda a: np.asarray(a, np.float32), params)
+
+
+@functools.partial(jax.jit, static_argnames="model")
+def look(params: Any, images: Array, model: Model) -> tuple[Array, Array]:
+    """Features and class probabilities of uint8 ``images (n, h, w, c)``; grey counts as RGB."""
+    x = jnp.broadcast_to(images, (*images.shape[:3], 3)) / 255.0
+    x = jax.image.resize(x, (len(x), SIZE, SIZE, 3), "bilinear", antialias=False)
+    result: Any = model.apply({"params": params}, 2 * x - 1)
+    return result[0], jax.nn.softmax(result[1])
+
+
+def load(path: str | Path, sha256: str, cache: Path) -> tuple[Any, str]:
+    """Parameters from the file ``path``, and its SHA-256; converted once into ``cache``.
+
+    Raises:
+      ValueError: no such file, with where to get it; one whose hash does not begin with ``sha256``;
+        or not Inception's weights.
+    """
+    path = Path(path).expanduser()
+    if not str(path).strip(".") or not path.is_file():
+        raise ValueError(
+            f"FID, KID and IS need Inception's weights: download {FILE} from the releases of "
+            "https://github.com/mseitzer/pytorch-fid and set --config.eval.inception_weights to "
+            f"it (now {str(path)!r}), or use another eval.features"
+        )
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    if not digest.startswith(sha256):
+        raise ValueError(
+            f"{path} has the SHA-256 {digest}, not {sha256}...: download it again; or, if other "
+            "weights are meant, set eval.inception_sha256"
+        )
+    kept = cache / "features" / f"inception-{digest[:16]}.npz"
+    if not kept.exists():
+        params = from_state_dict(read_state_dict(path))
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        partial = kept.with_suffix(".partial.npz")
+        np.savez(partial, **flatten_dict(params, sep="/"))
+        partial.replace(kept)
+    with np.load(kept) as file:
+        return unflatten_dict({name: file[name] for name in file}, sep="/"), digest
+
+
+def extractor(*, weights: str, sha256: str, levels: int, cache: str | None) -> Extractor:
+    """The extractor of FID, KID and IS, with the weights of the file ``weights``; see :func:`load`."""
+    params, digest = load(weights, sha256, Options(cache_dir=cache or None).cache)
+    model = Model(len(params["fc"]["bias"]))
+
+    def features(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        pixels = np.rint(images * (255 / (levels - 1))).astype(np.uint8)
+        pad = -len(pixels) % BATCH  # One compiled shape; the padding is dropped.
+        padded = np.concatenate([pixels, np.zeros((pad, *pixels.shape[1:]), np.uint8)])
+        batches = np.split(padded, len(padded) // BATCH)
+        found = [jax.device_get(look(params, batch, model)) for batch in batches]
+        joined = (np.concatenate(part)[: len(pixels)] for part in zip(*found, strict=True))
+        return next(joined), next(joined)
+
+    # Other weights than the published ones make other numbers: never under these names.
+    published = digest.startswith(SHA256)
+    names = ("FID", "KID", "IS")
+    said = names if published else tuple(f"{n} (weights {digest[:8]})" for n in names)
+    return Extractor(f"inception_{digest[:16]}", said, features)  # type: ignore[arg-type]

@@ -1,0 +1,149 @@
+"""How good the samples are, beside how likely the test images: modes ``stats`` and ``quality``.
+
+``stats`` passes the training images through the extractor ``eval.features`` and keeps what the
+distances need, under the data's fingerprint. ``quality`` holds the samples of a work directory
+against it, n in every metric's name, and against the training images themselves: a model that
+remembers draws samples much nearer to one of them than test images are.
+"""
+
+import json
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from absl import logging
+from etils import epath
+from ml_collections import ConfigDict
+
+from sbml import distances, sample, summary
+from sbml.build import Experiment
+from sbml.data import ImageSet, Options
+from sbml.distances import Moments
+from sbml.features import EXTRACTORS, Extractor
+from sbml.from_config import check_choice
+from sbml.runtime import progress, report
+from sbml.runtime.files import write_whole
+from sbml.runtime.parts import read_npz, write_npz
+
+KEPT = 10_000  # features for the kernel distance, whose cost is quadratic
+SHOWN = 8  # samples with their nearest training images
+CHUNK = 500
+
+
+class Reference(NamedTuple):
+    """What a data set looks like to an extractor."""
+
+    moments: Moments
+    features: np.ndarray
+
+
+def extractor(config: ConfigDict) -> Extractor:
+    """The extractor ``eval.features``.
+
+    Raises:
+      ValueError: unknown, without its weights, or not for this data.
+    """
+    e = config.eval
+    kind = EXTRACTORS[check_choice("eval.features", e.features, EXTRACTORS)]
+    return kind(
+        weights=e.inception_weights,
+        sha256=e.inception_sha256,
+        levels=config.data.levels,
+        cache=config.data.cache_dir,
+    )
+
+
+def _features(extract: Extractor, images: np.ndarray, name: str) -> tuple[np.ndarray, np.ndarray]:
+    """Features and probabilities of all ``images``, some at a time."""
+    found = []
+    with progress.bar(f"features of {name}", "image", len(images)) as bar:
+        for start in range(0, len(images), CHUNK):
+            found.append(extract(np.asarray(images[start : start + CHUNK])))
+            bar.update(len(found[-1][0]))
+    features, probabilities = (np.concatenate(part) for part in zip(*found, strict=True))
+    return features, probabilities
+
+
+def reference(experiment: Experiment, extract: Extractor, images: ImageSet) -> Reference:
+    """The statistics of ``images``, computed once for their fingerprint and this extractor."""
+    cache = Options(cache_dir=experiment.config.data.cache_dir or None).cache
+    name = f"{extract.identity}-{images.fingerprint['id']}.npz"
+    path = epath.Path(cache) / "stats" / name
+    if not path.exists():
+        features, _ = _features(extract, images.images, f"{images.name} {images.split}")
+        moments = Moments.of(features)
+        chosen = np.linspace(0, len(features) - 1, min(KEPT, len(features))).astype(np.int64)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        columns = {"mean": moments.mean, "cov": moments.cov, "count": np.asarray(moments.count)}
+        write_npz(path, {**columns, "features": features[chosen].astype(np.float32)})
+        print(f"statistics of {images.name} {images.split}, n={len(features)}: {path}")
+    kept = read_npz(path)
+    moments = Moments(kept["mean"], kept["cov"], int(kept["count"]))
+    return Reference(moments, kept["features"])
+
+
+def stats(config: ConfigDict, workdir: epath.PathLike) -> None:
+    """Compute and keep the statistics of the training images; ``workdir`` is not touched."""
+    experiment = Experiment(config)
+    reference(experiment, extractor(config), experiment.images("train"))
+
+
+def _flat(images: np.ndarray, levels: int) -> np.ndarray:
+    return np.reshape(images, (len(images), -1)) / (levels - 1)
+
+
+def _memory(
+    drawn: np.ndarray, train: ImageSet, test: ImageSet
+) -> tuple[dict[str, Any], np.ndarray]:
+    """Distances to the nearest training images, and those of the first samples, beside them."""
+    others = _flat(train.images, train.levels)
+    index, distance = distances.nearest(_flat(drawn, train.levels), others)
+    held_out = test.images[: max(len(drawn), 100)]
+    _, usual = distances.nearest(_flat(held_out, train.levels), others)
+    shown = drawn[:SHOWN]
+    rows = np.concatenate([shown, train.images[index[: len(shown)]]])
+    values = {
+        "nearest training image, median root mean square distance of samples": float(
+            np.median(distance)
+        ),
+        "the same of test images": float(np.median(usual)),
+    }
+    return values, rows
+
+
+def run(config: ConfigDict, workdir: epath.PathLike) -> None:
+    """Hold ``samples.npz`` of ``workdir`` against the training images.
+
+    Writes ``quality.json``, ``neighbours.png``, and the report anew where there is an evaluation.
+
+    Raises:
+      ValueError: without samples, fewer than two of them, or without the extractor's weights.
+    """
+    experiment, workdir = Experiment(config), epath.Path(workdir)
+    extract = extractor(config)
+    if not (workdir / summary.SAMPLES).exists():
+        raise ValueError(f"no {summary.SAMPLES} in {workdir}: draw some first (--mode=sample)")
+    drawn = read_npz(workdir / summary.SAMPLES)
+    train, test = experiment.images("train"), experiment.images("test")
+    known = reference(experiment, extract, train)
+    features, probabilities = _features(extract, drawn["images"], "samples")
+    n = len(features)
+    if n < features.shape[1]:
+        logging.warning("%d samples for %d features: a distance of so few says little", n, n)
+    frechet, kernel, score = extract.names
+    values = {
+        f"{frechet} n={n}": distances.frechet(Moments.of(features), known.moments),
+        f"{kernel} n={n}": distances.kernel(features, known.features),
+        f"{score} n={n}": distances.inception_score(probabilities),
+    }
+    memory, rows = _memory(drawn["images"], train, test)
+    if jax.process_index() > 0:
+        return
+    result = {"step": int(drawn["step"]), "values": {**values, **memory}}
+    write_whole(workdir / summary.QUALITY, json.dumps(report.strict(result), indent=1).encode())
+    picture = sample.grid(experiment, rows, columns=len(rows) // 2)
+    report.write_png(workdir / summary.NEIGHBOURS, picture)
+    if (workdir / summary.EVALUATION).exists():
+        summary.write(workdir, experiment.images(config.eval.split))
+    for name, value in result["values"].items():
+        print(f"{name}: {value:.4g}")

@@ -1,0 +1,77 @@
+"""The distances against SciPy, closed forms and direct sums."""
+
+import numpy as np
+import pytest
+from scipy import linalg
+from scipy.spatial import distance
+from scipy.stats import entropy
+
+from sbml import distances
+from sbml.distances import Moments
+
+RNG = np.random.default_rng(0)
+
+
+def features(n: int, d: int = 5, shift: float = 0.0, seed: int = 0) -> np.ndarray:
+    rng = np.random.default_rng(seed)
+    return shift + rng.normal(size=(n, d)) @ rng.normal(size=(d, d))
+
+
+def test_frechet_is_scipys_matrix_root() -> None:
+    one, other = Moments.of(features(200)), Moments.of(features(300, shift=0.5, seed=1))
+    root = linalg.sqrtm(one.cov @ other.cov).real
+    expected = np.sum((one.mean - other.mean) ** 2) + np.trace(one.cov + other.cov - 2 * root)
+    np.testing.assert_allclose(distances.frechet(one, other), expected, rtol=1e-9)
+    np.testing.assert_allclose(distances.frechet(other, one), expected, rtol=1e-9)
+
+
+def test_frechet_of_commuting_covariances_is_that_of_standard_deviations() -> None:
+    a, b, m = np.array([1.0, 4.0]), np.array([9.0, 0.25]), np.array([0.5, -1.0])
+    found = distances.frechet(Moments(0 * m, np.diag(a), 9), Moments(m, np.diag(b), 9))
+    np.testing.assert_allclose(found, np.sum(m**2) + np.sum((np.sqrt(a) - np.sqrt(b)) ** 2))
+
+
+def test_frechet_of_rank_deficient_features() -> None:
+    """Fewer features than dimensions, where a matrix root of the product fails or turns complex."""
+    one = Moments.of(features(4, 16))
+    np.testing.assert_allclose(distances.frechet(one, one), 0, atol=1e-6 * np.trace(one.cov))
+
+
+def test_kernel_is_the_sum_over_pairs() -> None:
+    x, y = features(7), features(9, seed=2)
+    k = lambda a, b: (a @ b / 5 + 1) ** 3  # noqa: E731
+    xx = np.mean([k(a, b) for i, a in enumerate(x) for j, b in enumerate(x) if i != j])
+    yy = np.mean([k(a, b) for i, a in enumerate(y) for j, b in enumerate(y) if i != j])
+    xy = np.mean([k(a, b) for a in x for b in y])
+    np.testing.assert_allclose(distances.kernel(x, y), xx + yy - 2 * xy, rtol=1e-12)
+
+
+def test_kernel_is_unbiased() -> None:
+    """Samples of one distribution: its mean over many is 0 within 3 standard errors."""
+    draws = RNG.normal(size=(400, 2, 12, 3))
+    values = np.array([distances.kernel(x, y) for x, y in draws])
+    assert abs(values.mean()) < 3 * values.std() / 20
+    assert (values < 0).mean() > 0.2  # As only an unbiased estimate can be.
+
+
+def test_inception_score() -> None:
+    p = RNG.dirichlet(np.ones(4), size=50)
+    expected = np.exp(np.mean([entropy(row, p.mean(axis=0)) for row in p]))
+    np.testing.assert_allclose(distances.inception_score(p), expected, rtol=1e-12)
+    np.testing.assert_allclose(distances.inception_score(np.eye(4)), 4)
+    np.testing.assert_allclose(distances.inception_score(np.full((9, 4), 0.25)), 1)
+
+
+def test_nearest() -> None:
+    x, others = features(30), features(700, seed=3)
+    index, found = distances.nearest(x, others, chunk=8)
+    every = distance.cdist(x, others)
+    np.testing.assert_array_equal(index, every.argmin(axis=1))
+    np.testing.assert_allclose(found, every.min(axis=1) / np.sqrt(5), rtol=1e-12)
+
+
+def test_too_few_are_refused() -> None:
+    with pytest.raises(ValueError, match="1 features: a covariance needs two"):
+        Moments.of(np.zeros((1, 3)))
+    with pytest.raises(ValueError, match="1 and 5 features"):
+        distances.kernel(np.zeros((1, 3)), np.zeros((5, 3)))

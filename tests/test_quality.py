@@ -1,0 +1,91 @@
+"""Statistics of a data set are kept under its fingerprint, and samples are held against them."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny
+from ml_collections import ConfigDict
+
+from sbml import data, distances, quality, summary
+from sbml.features import digits_classifier
+from sbml.runtime.parts import write_npz
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> ConfigDict:
+    chosen = tiny.get_config()
+    chosen.data.cache_dir = str(tmp_path / "cache")
+    chosen.eval.features = "digits_classifier"
+    return chosen
+
+
+def samples(workdir: Path, images: np.ndarray) -> Path:
+    workdir.mkdir(exist_ok=True)
+    columns = {"images": images, "nfe": np.ones(len(images)), "step": np.asarray(3)}
+    write_npz(workdir / summary.SAMPLES, {**columns, "sampler": np.asarray("s")})
+    return workdir
+
+
+def values(config: ConfigDict, workdir: Path) -> dict[str, float]:
+    quality.run(config, workdir)
+    found = json.loads((workdir / summary.QUALITY).read_text())
+    assert found["step"] == 3
+    return found["values"]
+
+
+def test_real_images_are_near_and_noise_is_far(config: ConfigDict, tmp_path: Path) -> None:
+    real = data.load("digits", "test").images
+    noise = np.random.default_rng(0).integers(0, 17, real.shape, np.uint8)
+    near = values(config, samples(tmp_path / "real", real))
+    far = values(config, samples(tmp_path / "noise", noise))
+    assert near.keys() == far.keys()
+    distance, kernel, score, nearest, usual = near
+    assert "n=360" in distance and "digits classifier" in distance and "FID" not in distance
+    assert near[distance] < far[distance] / 10 and near[kernel] < far[kernel] / 10
+    assert near[score] > 5 and near[score] > far[score]
+    assert near[nearest] == near[usual] and far[nearest] > 2 * far[usual]
+    assert (tmp_path / "real" / summary.NEIGHBOURS).exists()
+
+
+def test_the_numbers_are_those_of_the_features(config: ConfigDict, tmp_path: Path) -> None:
+    real = data.load("digits", "test").images[:50]
+    found = values(config, samples(tmp_path / "w", real))
+    extract = digits_classifier.extractor(weights="", sha256="", levels=17, cache=None)
+    known, _ = extract(data.load("digits", "train").images)
+    features, probabilities = extract(real)
+    moments = [distances.Moments.of(f) for f in (features, known)]
+    expected = [
+        distances.frechet(*moments),
+        distances.kernel(features, known),
+        distances.inception_score(probabilities),
+    ]
+    np.testing.assert_allclose(list(found.values())[:3], expected, rtol=1e-4)
+
+
+def test_memory_is_seen(config: ConfigDict, tmp_path: Path) -> None:
+    copies = data.load("digits", "train").images[:40]
+    found = list(values(config, samples(tmp_path / "w", copies)).values())
+    assert found[3] == 0 < found[4]
+
+
+def test_statistics_are_computed_once_a_fingerprint(config: ConfigDict, tmp_path: Path) -> None:
+    quality.stats(config, tmp_path)
+    [kept] = (tmp_path / "cache" / "stats").iterdir()
+    identity = data.load("digits", "train").fingerprint["id"]
+    assert kept.name == f"digits_classifier_64-{identity}.npz"
+    written = kept.stat().st_mtime_ns
+    values(config, samples(tmp_path / "w", data.load("digits", "test").images[:9]))
+    assert kept.stat().st_mtime_ns == written
+
+
+def test_what_is_missing_is_named(config: ConfigDict, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"no samples.npz in .*--mode=sample"):
+        quality.run(config, tmp_path)
+    config.eval.features = "inception"
+    with pytest.raises(ValueError, match="download pt_inception"):
+        quality.stats(config, tmp_path)
+    config.eval.features = "vgg"
+    with pytest.raises(ValueError, match="eval.features='vgg' is unknown; choose from"):
+        quality.stats(config, tmp_path)

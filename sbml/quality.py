@@ -74,7 +74,7 @@ def reference(experiment: Experiment, extract: Extractor, images: ImageSet) -> R
         moments = Moments.of(features)
         chosen = np.linspace(0, len(features) - 1, min(KEPT, len(features))).astype(np.int64)
         path.parent.mkdir(parents=True, exist_ok=True)
-        columns = {"mean": moments.mean, "cov": moments.cov, "count": np.asarray(moments.count)}
+        columns = {"mean": moments.mean, "cov": moments.cov, "count": np.asarray(moments.size)}
         write_npz(path, {**columns, "features": features[chosen].astype(np.float32)})
         print(f"statistics of {images.name} {images.split}, n={len(features)}: {path}")
     kept = read_npz(path)
@@ -139,11 +139,12 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
     memory, rows = _memory(drawn["images"], train, test)
     if jax.process_index() > 0:
         return
-    result = {"step": int(drawn["step"]), "values": {**values, **memory}}
+    values |= memory
+    result = {"step": int(drawn["step"]), "values": values}
     write_whole(workdir / summary.QUALITY, json.dumps(report.strict(result), indent=1).encode())
     picture = sample.grid(experiment, rows, columns=len(rows) // 2)
     report.write_png(workdir / summary.NEIGHBOURS, picture)
     if (workdir / summary.EVALUATION).exists():
         summary.write(workdir, experiment.images(config.eval.split))
-    for name, value in result["values"].items():
+    for name, value in values.items():
         print(f"{name}: {value:.4g}")

@@ -1,7 +1,8 @@
 """The report of a work directory, from what the modes left there.
 
 ``eval`` leaves ``evaluation.json`` and ``per_image.npz``, ``sample`` leaves ``samples.npz``,
-``quality`` leaves ``quality.json`` and ``neighbours.png``, ``train`` leaves ``metrics.jsonl``; whichever comes last makes ``report.json`` and ``report.html``.
+``quality`` leaves ``quality.json`` and ``neighbours.png``, ``train`` leaves ``metrics.jsonl``;
+whichever comes last makes ``report.json`` and ``report.html``.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""Inception-v3 as FID, KID and the Inception Score know it (Szegedy et al. 2015; Heusel et al. 2017).
+"""Inception-v3 (Szegedy et al. 2015) as FID, KID and the Inception Score know it.
 
 The network is the one TensorFlow published in 2015, whose weights pytorch-fid distributes as a
 PyTorch state dict. Weights are a user's own file: nothing is downloaded. It is read once, checked
@@ -221,7 +221,7 @@ def load(path: str | Path, sha256: str, cache: Path) -> tuple[Any, str]:
 
 
 def extractor(*, weights: str, sha256: str, levels: int, cache: str | None) -> Extractor:
-    """The extractor of FID, KID and IS, with the weights of the file ``weights``; see :func:`load`."""
+    """The extractor of FID, KID and IS, with the weights of a file; see :func:`load`."""
     params, digest = load(weights, sha256, Options(cache_dir=cache or None).cache)
     model = Model(len(params["fc"]["bias"]))
 

@@ -35,7 +35,8 @@ def write(
       directory: anything etils can open, gs:// included; made if missing.
       report: ``title``, ``results`` (a list of mappings with ``bits_per_dim``, ``interval``,
         ``n`` …; the first is the headline), and optionally ``baselines``, ``warnings``,
-        ``command``, ``model``, ``checkpoint``, ``quality`` (names to numbers); whatever else it has is listed under its own name.
+        ``command``, ``model``, ``checkpoint``, ``quality`` (names to numbers);
+        whatever else it has is listed under its own name.
       table: columns (n,), one row an image: ``id``, at least one whose name ends in
         ``bits_per_dim``, and any that end in ``nfe``, network evaluations. What precedes the ending
         names the figure.

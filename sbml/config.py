@@ -172,6 +172,13 @@ def default(network: str = "ncsnpp") -> ml_collections.ConfigDict:
             "eval": _eval(),
             "dequantizer": _dequantizer(),
             "sampling": _sampling(),
+            "latents": {
+                "count": 8,  # test images
+                "frames": 8,  # of an interpolation
+                "steps": 200,  # of a completion, by reverse diffusion
+                "corrector_steps": 2,  # by annealed Langevin, after each
+                "snr": 0.16,
+            },
         }
     ).lock()
 

@@ -10,7 +10,17 @@ from absl import app, flags, logging
 from etils import epath
 from ml_collections import config_flags
 
-from sbml import architecture, convert, evaluate, quality, sample, train, train_dequantizer, verify
+from sbml import (
+    architecture,
+    convert,
+    evaluate,
+    latents,
+    quality,
+    sample,
+    train,
+    train_dequantizer,
+    verify,
+)
 from sbml.config import check_overrides
 
 MODES: dict[str, Callable[..., None]] = {
@@ -18,6 +28,7 @@ MODES: dict[str, Callable[..., None]] = {
     "train_dequantizer": train_dequantizer.run,
     "eval": evaluate.run,
     "sample": sample.run,
+    "latents": latents.run,
     "stats": quality.stats,
     "quality": quality.run,
     "convert": lambda config, workdir: convert.run(config, workdir, SOURCE.value),

@@ -34,7 +34,16 @@ BELOW_BUILD = (
         "estimators",
     }
 )
-MODES = {"train", "train_dequantizer", "evaluate", "sample", "quality", "convert", "verify"}
+MODES = {
+    "train",
+    "train_dequantizer",
+    "evaluate",
+    "sample",
+    "latents",
+    "quality",
+    "convert",
+    "verify",
+}
 
 # What a module may import from the package, beside ``types`` and the files of its own folder.
 # The longest matching name decides; a new module at the top needs a row of its own.
@@ -61,6 +70,7 @@ ALLOWED: dict[str, set[str]] = {
     "summary": {"data", "runtime"},
     **dict.fromkeys(("loop", "cells"), BELOW_BUILD | {"build"}),
     "sample": BELOW_BUILD | {"build", "summary"},
+    "latents": BELOW_BUILD | {"build", "sample"},
     "distances": set(),
     "features": {"data", "trees"},
     "quality": BELOW_BUILD | {"build", "distances", "features", "sample", "summary"},

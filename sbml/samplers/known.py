@@ -1,0 +1,100 @@
+"""Samples of which a part is known: inpainting and colourisation by the score alone.
+
+After every step the known part is replaced by what the forward process makes of it at that time,
+
+    u = B^T x over the channels,   u <- m (alpha_t y + sigma_t z) + (1 - m) u,   x <- B u
+
+with y the known values, m their mask, B orthonormal. The unknown part follows the score, which sees
+the known one, but the replacement does not look back: the law is that of p(unknown | known) only
+in the limit of many corrector steps at each time (Song et al. 2021a, appendix I). Known parts are
+noised anew each time.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from sbml.samplers._grid import FixedSteps
+from sbml.samplers.corrector import NoCorrector
+from sbml.sampling import denoise
+from sbml.sdes import SDE
+from sbml.types import Array, Key, Score
+
+# Grey first: the first column is the mean over red, green and blue, up to a factor.
+GREY_FIRST = np.linalg.qr(np.array([[1.0, 1, 0], [1, 0, 1], [1, 0, 0]]))[0]
+
+
+@dataclasses.dataclass(frozen=True)
+class Known:
+    """A corrector: ``corrector``'s steps, the known part replaced after each of them too.
+
+    Attributes:
+      x_0: ``(h, w, c)``, where known the truth, elsewhere anything.
+      mask: 1 where known, 0 elsewhere, in the channels' basis, broadcastable to x_0.
+      basis: ``(c, c)``, orthonormal columns.
+      corrector: what moves the whole image.
+    """
+
+    x_0: Array
+    mask: Array
+    basis: Array
+    corrector: Any = NoCorrector()
+
+    @property
+    def nfe(self) -> int:
+        """Network evaluations after each step of the sampler."""
+        return self.corrector.nfe
+
+    def replaced(self, x: Array, known: Array) -> Array:
+        """``x`` with its known part taken from ``known``, an image too."""
+        mask = jnp.broadcast_to(self.mask, x.shape)
+        u = mask * (known @ self.basis) + (1 - mask) * (x @ self.basis)
+        return u @ self.basis.T
+
+    def __call__(self, score: Score, sde: SDE, x: Array, s: Array, t: Array, key: Key) -> Array:
+        mean, std = sde.marginal(self.x_0, t)
+
+        def known(key: Key) -> Array:
+            return mean + std * jax.random.normal(key, x.shape, x.dtype)
+
+        def one(x: Array, keys: Key) -> tuple[Array, None]:
+            moved = single(score, sde, x, s, t, keys[0])
+            return self.replaced(moved, known(keys[1])), None
+
+        first, rest = jax.random.split(key)
+        x = self.replaced(x, known(first))
+        if not self.nfe:
+            return x
+        single = dataclasses.replace(self.corrector, steps=1)
+        return jax.lax.scan(one, x, jax.random.split(rest, (self.nfe, 2)))[0]
+
+
+def complete(
+    score: Score,
+    sde: SDE,
+    x_0: Array,
+    mask: Array,
+    key: Key,
+    *,
+    eps: float,
+    sampler: FixedSteps,
+    basis: Array | None = None,
+) -> Array:
+    """One image ``(h, w, c)`` that agrees with ``x_0`` exactly where ``mask`` is 1.
+
+    Args:
+      score, sde: the model.
+      x_0, mask, basis: as of :class:`Known`; None for the basis: the channels as they are.
+      key: draws the latent and all noise.
+      eps: the smallest time; the last x is denoised.
+      sampler: any with fixed steps; its corrector's steps make the parts fit each other.
+    """
+    basis = jnp.eye(x_0.shape[-1], dtype=x_0.dtype) if basis is None else basis
+    known = Known(x_0, mask, basis, sampler.corrector)
+    latent_key, key = jax.random.split(key)
+    z = sde.prior_sample(latent_key, x_0.shape).astype(x_0.dtype)
+    x, _ = dataclasses.replace(sampler, corrector=known)(score, sde, z, key, eps=eps)
+    return known.replaced(denoise(score, sde, x, jnp.asarray(eps, x.dtype)), x_0)

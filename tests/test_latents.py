@@ -1,0 +1,90 @@
+"""Latents lead back to their images; what is known of an image stays, the rest fits it."""
+
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+from PIL import Image
+
+from sbml import latents, oracle, train
+from sbml.ode import Solver
+from sbml.runtime.parts import read_npz
+from sbml.samplers import AnnealedLangevin, ReverseDiffusion
+from sbml.samplers.known import GREY_FIRST, complete
+from sbml.sdes import SDES, VP
+
+EPS = 1e-3
+
+
+def test_encoding_and_decoding_a_gaussian_are_its_closed_form_maps() -> None:
+    with jax.enable_x64(True):
+        data = oracle.gaussian(VP())
+        x = jax.random.normal(jax.random.key(0), (5, 3))
+        how = {"sde": VP(), "eps": EPS, "solver": Solver(rtol=1e-8, atol=1e-8)}
+        score = jax.tree_util.Partial(data.score)
+        z = latents.encode(score, x, **how)
+        truth = jax.vmap(data.flow, (0, None, None))(x, jnp.asarray(EPS), jnp.asarray(1.0))
+        np.testing.assert_allclose(z, truth, atol=1e-5)
+        np.testing.assert_allclose(latents.decode(score, z, **how), x, atol=1e-5)
+
+
+def test_interpolations_keep_the_priors_variance() -> None:
+    z = jax.random.normal(jax.random.key(0), (3, 4000))
+    between = latents.interpolate(z, 5)
+    np.testing.assert_allclose(between[0, 0], z[0])
+    np.testing.assert_allclose(between[1, -1], z[2], atol=1e-6)
+    np.testing.assert_allclose(between.std(axis=-1), 1, atol=0.06)
+
+
+@pytest.mark.parametrize("name", SDES)
+def test_the_unknown_follows_the_known(name: str) -> None:
+    """Two correlated pixels: given one, the other has the conditional's mean and variance, up to
+    what 40 corrector steps a time leave of the replacement's bias."""
+    sde, rho, n = SDES[name](), 0.8, 1500
+    values, vectors = np.linalg.eigh(np.array([[1.0, rho], [rho, 1.0]]) * 0.25)
+    data = oracle.Gaussian(sde, jnp.zeros(2), jnp.asarray(values), jnp.asarray(vectors))
+    x_0, mask = jnp.asarray([0.6, 0.0]).reshape(1, 2, 1), jnp.asarray([1.0, 0]).reshape(1, 2, 1)
+    corrector = AnnealedLangevin(steps=40, snr=0.3)
+    sampler = ReverseDiffusion(steps=100, spacing="log_snr", corrector=corrector)
+
+    def one(key: jax.Array) -> jax.Array:
+        return complete(data.score, sde, x_0, mask, key, eps=EPS, sampler=sampler)
+
+    x = np.asarray(jax.jit(jax.vmap(one))(jax.random.split(jax.random.key(0), n)))[:, 0, :, 0]
+    np.testing.assert_array_equal(x[:, 0], np.float32(0.6))
+    conditional_std = 0.5 * np.sqrt(1 - rho**2)
+    assert abs(x[:, 1].mean() - rho * 0.6) < 4 * conditional_std / np.sqrt(n) + 0.03
+    np.testing.assert_allclose(x[:, 1].std(), conditional_std, rtol=0.15)
+
+
+def test_colours_change_and_grey_stays() -> None:
+    np.testing.assert_allclose(GREY_FIRST.T @ GREY_FIRST, np.eye(3), atol=1e-12)
+    assert np.ptp(GREY_FIRST[:, 0]) < 1e-12
+    x = jax.random.uniform(jax.random.key(0), (2, 4, 4, 3), minval=-1)
+    how = {"sde": VP(), "eps": EPS, "sampler": ReverseDiffusion(steps=20)}
+    score = jax.tree_util.Partial(lambda x, t, key: -x)
+    drawn = latents.completed(score, x, **how, colours=True)
+    np.testing.assert_allclose(drawn.mean(-1), jnp.repeat(x.mean(-1)[:, None], 4, 1), atol=1e-5)
+    assert (jnp.abs(drawn - x[:, None]).max((2, 3, 4)) > 0.1).all()
+    halves = latents.completed(score, x, **how, colours=False)
+    np.testing.assert_allclose(halves[:, :, :, :2], jnp.repeat(x[:, None, :, :2], 4, 1), atol=1e-6)
+
+
+@pytest.mark.slow
+def test_a_model_of_digits_reconstructs(tmp_path: Path) -> None:
+    config = tiny.get_config()
+    config.latents.update(count=3, frames=4, steps=10)
+    train.run(config, tmp_path)
+    latents.run(config, tmp_path)
+    found = read_npz(tmp_path / "latents.npz")
+    assert found["latent"].shape == (3, 8, 8, 1) and found["id"].tolist() == [0, 179, 359]
+    assert found["reconstruction_error"].max() < 1e-2
+    for name, cells in (("reconstruction", 3), ("interpolation", 4), ("inpainting", 6)):
+        assert Image.open(tmp_path / f"{name}.png").width == cells * 66 - 2
+    assert not (tmp_path / "colourisation.png").exists()
+    config.latents.count = 1
+    with pytest.raises(ValueError, match="latents.count=1"):
+        latents.run(config, tmp_path)

@@ -90,7 +90,7 @@ def _path_batch(score: Score, ids: Array, seed: Array, how: Recipe, frames: int)
     return jax.vmap(one)(ids)
 
 
-def _draw(experiment: Experiment, params: Any, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def draw(experiment: Experiment, params: Any, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Images and evaluations of ``ids``, over all devices."""
     batch = sharding.put(ids.astype(np.int32), sharding.batched(sharding.data_mesh()))
     seed = np.uint32(experiment.config.sampling.seed)
@@ -104,7 +104,7 @@ def preview(experiment: Experiment, params: Any) -> np.ndarray:
     size = sharding.round_up(min(experiment.config.sampling.batch_size, count))
     images = np.zeros((count, *experiment.shape), np.uint8)
     for ids, mask in eval_batches(count, size):
-        images[ids[mask]] = _draw(experiment, params, ids)[0][mask]
+        images[ids[mask]] = draw(experiment, params, ids)[0][mask]
     return images
 
 
@@ -140,7 +140,7 @@ def generate(
     with progress.bar("sample", "image", len(wanted), len(wanted) - len(missing)) as bar:
         for rows, mask in eval_batches(len(missing), size) if missing.size else ():
             ids = missing[rows]
-            images, nfe = _draw(experiment, restored.state.ema_params, ids)
+            images, nfe = draw(experiment, restored.state.ema_params, ids)
             if jax.process_index() == 0:
                 columns = {"id": ids, "sweep": np.zeros_like(ids), "image": images, "nfe": nfe}
                 parts.write({name: column[mask] for name, column in columns.items()})

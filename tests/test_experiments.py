@@ -5,8 +5,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tiny
 
-from experiments import schedule, table2, toy2d
+from experiments import samplers, schedule, table2, toy2d
+from sbml import train
+
+FEATURES = '    config.eval.features = "digits_classifier"\n'
 
 
 def evaluation(folder: Path, data: str = "tfds:cifar10", **results: float) -> Path:
@@ -82,3 +86,18 @@ def test_toy2d(tmp_path: Path) -> None:
     # No model has a better mean likelihood than the data's own, up to the noise of 200 points.
     assert all(row.exact > row.data - 0.2 for row in rows)
     assert all(row.bound > row.data - 3 * row.gap_se - 0.2 for row in rows)
+
+
+def test_samplers(tmp_path: Path) -> None:
+    config = tiny.get_config()
+    train.run(config, tmp_path / "w")
+    path = tmp_path / "config.py"
+    text = Path(tiny.__file__).read_text()
+    path.write_text(text.replace("    return config", FEATURES + "    return config"))
+    points = samplers.main(str(path), str(tmp_path / "w"), str(tmp_path / "out"), 30, [4])
+    assert {p.name for p in points} == {*samplers.SAMPLERS, "ode"}
+    # Of 4 evaluations each, as asked, and the one that denoises.
+    assert all(p.nfe == 5 for p in points if p.name != "ode")
+    assert all(np.isfinite(p.distance) and p.distance > 0 for p in points)
+    drawn = sorted(p.name for p in (tmp_path / "out").iterdir())
+    assert drawn == sorted(["distance.png", *(f"{name}.png" for name in samplers.SAMPLERS)])

@@ -3,8 +3,9 @@
     python -m experiments.samplers --config=configs/digits_vp.py --workdir=runs/digits_vp
 
 writes, into ``--out``, one picture a sampler (a row of samples for each number of steps, the same
-latents in every row) and ``distance.png``: the feature distance of ``--images`` samples to the
-training images against network evaluations. The extractor is the config's ``eval.features``.
+latents in every row) and ``distance.png``: Frechet distances of ``--images`` samples to the
+training images against network evaluations, in the config's ``eval.features`` and in pixels.
+A classifier's features see what a sample shows, and hardly the noise that few steps leave in it.
 """
 
 import argparse
@@ -15,6 +16,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from matplotlib.ticker import FixedLocator, NullLocator, ScalarFormatter
 
 from experiments import figures
 from sbml import architecture, distances, quality, sample
@@ -31,7 +33,9 @@ SAMPLERS = {
     "ode_heun": {"sampler": "ode", "method": "heun"},
 }
 TOLERANCES = (1e-1, 1e-2, 1e-3)
-SHOWN = 12
+SHOWN, TEST = 12, "test images"
+MARKS = "osD^vP*X"
+TICKS = (0.1, 0.2, 0.3, 0.5, 1, 2, 3, 4, 5, 6, 8, 10, 12, 20, 30, 50, 100, 200)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,7 +45,8 @@ class Point:
     name: str
     setting: str
     nfe: float
-    distance: float
+    feature: float
+    pixel: float
 
 
 def drawn(config: Any, params: Any, changes: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
@@ -71,42 +76,62 @@ def main(path: str, workdir: str, out: str, images: int, steps: Sequence[int]) -
     config.sampling.update(num_images=images, batch_size=min(images, 100))
     experiment, extract = Experiment(config), quality.extractor(config)
     params = experiment.restore(workdir).state.ema_params
-    known = quality.reference(experiment, extract, experiment.images("train"))
+    train = experiment.images("train")
+    known = quality.reference(experiment, extract, train).moments
+    known_pixels = pixel_moments(train.images, train.levels)
     folder, points = pathlib.Path(out), []
 
-    def measure(name: str, setting: str, options: dict[str, Any]) -> np.ndarray:
+    def measure(name: str, setting: str, pictures: np.ndarray, nfe: float) -> None:
+        feature = distances.frechet(distances.Moments.of(extract(pictures)[0]), known)
+        pixel = distances.frechet(pixel_moments(pictures, train.levels), known_pixels)
+        points.append(Point(name, setting, nfe, feature, pixel))
+        print(f"{name:28s} {setting:10s} {nfe:6.1f} {feature:9.3f} {pixel:9.3f}", flush=True)
+
+    def run(name: str, setting: str, options: dict[str, Any]) -> np.ndarray:
         pictures, nfe = drawn(config, params, options)
-        found = distances.Moments.of(extract(pictures)[0])
-        points.append(Point(name, setting, nfe.mean(), distances.frechet(found, known.moments)))
-        print(f"{name:28s} {setting:10s} {points[-1].nfe:6.1f} {points[-1].distance:10.3f}")
+        measure(name, setting, pictures, nfe.mean())
         return pictures[:SHOWN]
 
     folder.mkdir(parents=True, exist_ok=True)
-    print(f"{'sampler':28s} {'setting':10s} {'NFE':>6s} {'distance':>10s}   n={images}")
+    print(f"{'sampler':28s} {'setting':10s} {'NFE':>6s} {'feature':>9s} {'pixel':>9s}   n={images}")
     for name in SAMPLERS:
-        rows = [measure(name, f"{count} steps", changes(name, count)) for count in steps]
+        rows = [run(name, f"{count} steps", changes(name, count)) for count in steps]
         grid = sample.grid(experiment, np.concatenate(rows), columns=len(rows[0]))
         report.write_png(folder / f"{name}.png", grid)
     for tolerance in TOLERANCES:
         options = {"sampler": "ode", "rtol": tolerance, "atol": tolerance}
-        measure("ode", f"{tolerance:.0e}", options)
-    real = experiment.images("test").images[:images]
-    floor = distances.frechet(distances.Moments.of(extract(real)[0]), known.moments)
-    print(f"{'test images':28s} {'':10s} {'':6s} {floor:10.3f}   n={len(real)}")
-    draw(points, floor, f"{extract.names[0]}, n={images}", folder / "distance.png")
+        run("ode", f"{tolerance:.0e}", options)
+    measure(TEST, "", experiment.images("test").images[:images], 0)
+    draw(points, f"{extract.names[0]}, n={images}", f"pixels, n={images}", folder / "distance.png")
     return points
 
 
-def draw(points: Sequence[Point], floor: float, label: str, path: pathlib.Path) -> None:
-    """Distance against evaluations, a line a sampler."""
-    figure, axis = figures.axes(1, width=6.4, height=3.6)
-    marks = "osD^vP*X"
-    for mark, name in zip(marks, dict.fromkeys(point.name for point in points), strict=True):
-        line = [(p.nfe, p.distance) for p in points if p.name == name]
-        axis.plot(*zip(*line, strict=True), marker=mark, markersize=4, label=name)
-    axis.axhline(floor, color=figures.MUTED, linestyle=":", label="test images")
-    axis.set(xscale="log", yscale="log", xlabel="network evaluations", ylabel=label)
-    axis.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
+def pixel_moments(images: np.ndarray, levels: int) -> distances.Moments:
+    """Moments of the images themselves, in [0, 1]."""
+    return distances.Moments.of(images.reshape(len(images), -1) / (levels - 1))
+
+
+def draw(points: Sequence[Point], feature: str, pixel: str, path: pathlib.Path) -> None:
+    """Both distances against evaluations, a line a sampler."""
+    figure, (left, right) = figures.axes(2, width=4.2, height=3.4)
+    names = list(dict.fromkeys(point.name for point in points if point.name != TEST))
+    floor = points[-1]
+    for axis, kind, label in ((left, "feature", feature), (right, "pixel", pixel)):
+        for i, name in enumerate(names):
+            line = [(p.nfe, getattr(p, kind)) for p in points if p.name == name]
+            colour = figures.COLOURS[i % len(figures.COLOURS)]
+            dash = "-" if i < len(figures.COLOURS) else "--"
+            axis.plot(
+                *zip(*line, strict=True), dash, color=colour, marker=MARKS[i], ms=4, label=name
+            )
+        axis.axhline(getattr(floor, kind), color=figures.MUTED, linestyle=":", label=TEST)
+        axis.set(xscale="log", yscale="log", xlabel="network evaluations", title=label)
+        axis.title.set_fontsize(8)
+        for side in (axis.xaxis, axis.yaxis):
+            side.set_major_locator(FixedLocator(TICKS))
+            side.set_major_formatter(ScalarFormatter())
+            side.set_minor_locator(NullLocator())
+    right.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
     figures.save(figure, path)
 
 

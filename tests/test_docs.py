@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-DOCS = ("README.md", "docs/library.md")
+DOCS = ("README.md", "docs/library.md", "docs/samplers.md")
 
 
 def blocks(text: str) -> list[tuple[int, str]]:

@@ -95,9 +95,9 @@ def test_samplers(tmp_path: Path) -> None:
     text = Path(tiny.__file__).read_text()
     path.write_text(text.replace("    return config", FEATURES + "    return config"))
     points = samplers.main(str(path), str(tmp_path / "w"), str(tmp_path / "out"), 30, [4])
-    assert {p.name for p in points} == {*samplers.SAMPLERS, "ode"}
+    assert {p.name for p in points} == {*samplers.SAMPLERS, "ode", samplers.TEST}
     # Of 4 evaluations each, as asked, and the one that denoises.
-    assert all(p.nfe == 5 for p in points if p.name != "ode")
-    assert all(np.isfinite(p.distance) and p.distance > 0 for p in points)
+    assert all(p.nfe == 5 for p in points if p.name in samplers.SAMPLERS)
+    assert all(p.feature > 0 and p.pixel > 0 for p in points)
     drawn = sorted(p.name for p in (tmp_path / "out").iterdir())
     assert drawn == sorted(["distance.png", *(f"{name}.png" for name in samplers.SAMPLERS)])

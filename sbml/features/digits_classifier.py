@@ -31,7 +31,7 @@ def extractor(*, weights: str, sha256: str, levels: int, cache: str | None) -> E
         )
     x, labels = load_digits(return_X_y=True)
     train = slice(0, len(x) - digits.TEST_COUNT)
-    model = MLPClassifier((HIDDEN,), alpha=1e-2, max_iter=60, random_state=0)
+    model = MLPClassifier((HIDDEN,), alpha=1e-2, max_iter=300, random_state=0)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)  # It need not be the best one.
         model.fit(x[train] / (levels - 1), labels[train])

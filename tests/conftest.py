@@ -7,10 +7,19 @@ from collections.abc import Iterator
 # Loading from the cache below, XLA lists the processor's features at length, as an error.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
+# Most of the suite's time is compilation of small functions: compile them with less optimization.
+# What a training step asks for itself (``runtime.state.compiler_options``) is left as it is.
+os.environ["XLA_FLAGS"] = " ".join(
+    [
+        "--xla_backend_optimization_level=1 --xla_llvm_disable_expensive_passes=true",
+        os.environ.get("XLA_FLAGS", ""),
+    ]
+)
+
 import jax
 import pytest
 
-# Most of the suite's time is compilation, often of one function in several processes: compile once.
+# And often of one function in several processes: compile it once.
 # The folder lasts as long as the test process; its children find it in the environment.
 _compiled = tempfile.TemporaryDirectory(prefix="sbml-compiled-")
 os.environ["JAX_COMPILATION_CACHE_DIR"] = _compiled.name

@@ -19,7 +19,7 @@ def start(workdir, *flags, devices=1, env=(), config="tests/tiny.py"):
     environment = {
         **os.environ,
         "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={devices}",
         **dict(env),
     }
     pipe = subprocess.PIPE

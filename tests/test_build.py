@@ -114,7 +114,7 @@ def test_data_of_another_shape_is_refused():
 def test_unknown_fields_modes_and_arguments_list_the_choices(tmp_path):
     for flag, expected in [
         ("--config.optim.learning_rate=1", "beta1, beta2, ema, eps, grad_clip, lr"),
-        ("--config.optimizer.lr=1", "data, dequantizer, eval, mode, model, optim"),
+        ("--config.optimizer.lr=1", "data, dequantizer, eval, latents, mode, model, optim"),
         ("--mode=trian", "train, train_dequantizer, eval, sample"),
         ("lr=1", "set fields as --config.field=value"),
     ]:

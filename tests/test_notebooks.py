@@ -17,7 +17,8 @@ TINY = (
     "--config.data.source=photos --config.model.nf=8 --config.model.ch_mult=1,1 "
     "--config.model.num_res_blocks=1 --config.training.batch_size=8 --config.eval.max_images=2 "
     "--config.eval.batch_size=2 --config.eval.sweeps=2 "
-    "--config.eval.estimators=bound --config.sampling.num_images=2 "
+    "--config.eval.estimators=bound --config.sampling.num_images=2 --config.sampling.frames=1 "
+    "--config.sampling.sampler=dpm_solver --config.sampling.steps=4 "
     "--config.score.parameterization=preconditioned --config.score.label=log_snr"
 )
 
@@ -34,7 +35,7 @@ def reduced(name: str, folder: Path) -> dict[str, Any]:
     }[name]
 
 
-@pytest.mark.slow
+@pytest.mark.notebook
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
 def test_notebook_runs(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     notebook = nbformat.read(path, as_version=4)

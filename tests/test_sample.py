@@ -7,11 +7,11 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+import runs
 import tiny
 from etils import epath
 from PIL import Image
 
-import runs
 from sbml import build, sample, train
 from sbml.runtime.parts import read_npz
 

@@ -195,12 +195,12 @@ def load(path: str | Path, sha256: str, cache: Path) -> tuple[Any, str]:
       ValueError: no such file, with where to get it; one whose hash does not begin with ``sha256``;
         or not Inception's weights.
     """
-    path = Path(path).expanduser()
-    if not str(path).strip(".") or not path.is_file():
+    given, path = str(path), Path(path).expanduser()
+    if not path.is_file():
         raise ValueError(
             f"FID, KID and IS need Inception's weights: download {FILE} from the releases of "
             "https://github.com/mseitzer/pytorch-fid and set --config.eval.inception_weights to "
-            f"it (now {str(path)!r}), or use another eval.features"
+            f"it (now {given!r}), or use another eval.features"
         )
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()

@@ -129,7 +129,7 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
     features, probabilities = _features(extract, drawn["images"], "samples")
     n = len(features)
     if n < features.shape[1]:
-        logging.warning("%d samples for %d features: a distance of so few says little", n, n)
+        logging.warning("%d samples for %d features: a distance of so few says little", n, features.shape[1])
     frechet, kernel, score = extract.names
     values = {
         f"{frechet} n={n}": distances.frechet(Moments.of(features), known.moments),

@@ -1,9 +1,11 @@
 """What the latents of a model are good for: mode ``latents``, pictures and ``latents.npz``.
 
-encode          the ODE from eps to T: one latent an image, about N(0, s^2 I)
-decode          back; how far the image comes back from where it was is the solver's error
-interpolate     cos(a) z_1 + sin(a) z_2, a in [0, pi / 2]: as normal as its ends
-complete        the right half of an image, or its colours, by the score (``samplers.known``)
+    encode          the ODE from eps to T: one latent an image, about N(0, s^2 I)
+    decode          back; how far the image comes back from where it was is the solver's error
+    interpolate     cos(a) z_1 + sin(a) z_2, a in [0, pi / 2]: as normal as its ends
+    complete        the right half of an image, or its colours, by the score (``samplers.known``)
+
+All are maps of one model; nothing is trained.
 """
 
 import functools

@@ -7,7 +7,7 @@ remembers draws samples much nearer to one of them than test images are.
 """
 
 import json
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -94,8 +94,8 @@ def _flat(images: np.ndarray, levels: int) -> np.ndarray:
 
 def _memory(
     drawn: np.ndarray, train: ImageSet, test: ImageSet
-) -> tuple[dict[str, Any], np.ndarray]:
-    """Distances to the nearest training images, and those of the first samples, beside them."""
+) -> tuple[dict[str, float], np.ndarray]:
+    """Distances to the nearest training images, and the first samples, those images after them."""
     others = _flat(train.images, train.levels)
     index, distance = distances.nearest(_flat(drawn, train.levels), others)
     held_out = test.images[: max(len(drawn), 100)]
@@ -129,7 +129,9 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
     features, probabilities = _features(extract, drawn["images"], "samples")
     n = len(features)
     if n < features.shape[1]:
-        logging.warning("%d samples for %d features: a distance of so few says little", n, features.shape[1])
+        logging.warning(
+            "%d samples for %d features: a distance of so few says little", n, features.shape[1]
+        )
     frechet, kernel, score = extract.names
     values = {
         f"{frechet} n={n}": distances.frechet(Moments.of(features), known.moments),

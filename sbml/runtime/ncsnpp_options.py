@@ -39,7 +39,7 @@ def read_options(params: Tree, given: Mapping[str, Any], height: int) -> dict[st
         misshapen in the nearest one; or several do, naming the field to set.
     """
     found = []
-    for shape in _encoders(params, given):
+    for shape in _encoders(params):
         fields = {**given, **_layers(params, given, **shape)}
         fields["attn_resolutions"] = _attention(params, given, height, **shape)
         found.append(differences(params, _parameters(fields, params, height)))
@@ -85,7 +85,7 @@ def _kernels(params: Tree) -> tuple[str, list[tuple[int, ...]]]:
     return "", []
 
 
-def _encoders(params: Tree, given: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+def _encoders(params: Tree) -> Iterator[dict[str, Any]]:
     """(levels' widths, blocks a level) of every U-Net with blocks of these widths in this order."""
     kind, kernels = _kernels(params)
     if not kernels or "Conv_0" not in params:

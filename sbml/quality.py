@@ -22,6 +22,7 @@ from sbml.distances import Moments
 from sbml.features import EXTRACTORS, Extractor
 from sbml.from_config import check_choice
 from sbml.runtime import progress, report
+from sbml.runtime.checkpoint import tree_crc32
 from sbml.runtime.files import write_whole
 from sbml.runtime.parts import read_npz, write_npz
 
@@ -142,7 +143,8 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
     if jax.process_index() > 0:
         return
     values |= memory
-    result = {"step": int(drawn["step"]), "values": values}
+    images_crc32 = tree_crc32(drawn["images"])
+    result = {"step": int(drawn["step"]), "images_crc32": images_crc32, "values": values}
     write_whole(workdir / summary.QUALITY, json.dumps(report.strict(result), indent=1).encode())
     picture = sample.grid(experiment, rows, columns=len(rows) // 2)
     report.write_png(workdir / summary.NEIGHBOURS, picture)

@@ -14,6 +14,7 @@ from etils import epath
 
 from sbml.data import ImageSet
 from sbml.runtime import metrics, report
+from sbml.runtime.checkpoint import tree_crc32
 from sbml.runtime.parts import read_npz
 
 EVALUATION = "evaluation.json"
@@ -44,9 +45,11 @@ def write(workdir: epath.PathLike, images: ImageSet) -> None:
     quality = workdir / QUALITY
     if drawn is not None and quality.exists():
         found = json.loads(quality.read_text())
-        if found["step"] == evaluation["checkpoint"]["step"]:
+        if found["images_crc32"] == tree_crc32(drawn["images"]):
             evaluation["quality"] = found["values"]
             pictures = [(NEIGHBOURS_CAPTION, (workdir / NEIGHBOURS).read_bytes())]
+        else:
+            logging.warning("quality.json is of other samples: left out of the report")
     evaluation["command"] = " ".join(["python -m sbml.main", *sys.argv[1:]])
     report.write(
         workdir,

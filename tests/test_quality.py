@@ -89,3 +89,20 @@ def test_what_is_missing_is_named(config: ConfigDict, tmp_path: Path) -> None:
     config.eval.features = "vgg"
     with pytest.raises(ValueError, match="eval.features='vgg' is unknown; choose from"):
         quality.stats(config, tmp_path)
+
+
+def test_the_report_shows_the_quality_of_its_own_samples(
+    config: ConfigDict, tmp_path: Path
+) -> None:
+    """Samples drawn anew have no quality until it is computed anew."""
+    real = data.load("digits", "test")
+    workdir = samples(tmp_path / "w", real.images[:20])
+    result = {"bits_per_dim": 2.0, "interval": [1.9, 2.1], "n": 2, "terms": {}}
+    evaluation = {"title": "w", "results": [result], "checkpoint": {"step": 3}}
+    (workdir / summary.EVALUATION).write_text(json.dumps(evaluation))
+    columns = {"id": np.arange(2), "bits_per_dim": np.ones(2), "nfe": np.ones(2)}
+    write_npz(workdir / summary.PER_IMAGE, columns)
+    found = values(config, workdir)
+    assert json.loads((workdir / "report.json").read_text())["quality"] == found
+    summary.write(samples(workdir, real.images[20:40]), real)
+    assert "quality" not in json.loads((workdir / "report.json").read_text())

@@ -63,6 +63,11 @@ def parse(arguments: list[str]) -> list[str]:
         raise
 
 
+def run_name(config: str) -> str:
+    """configs/a.py is the run ``a``, configs/a.py:b, a config with an argument, ``a_b``."""
+    return pathlib.Path(config).name.replace(".py", "").replace(":", "_")
+
+
 def main(arguments: Sequence[str]) -> None:
     """Run the modes in order."""
     if len(arguments) > 1:
@@ -82,8 +87,7 @@ def main(arguments: Sequence[str]) -> None:
         jax.distributed.initialize(address, PROCESSES.value, PROCESS.value)
     if not flags.FLAGS["verbosity"].present:
         logging.set_verbosity(logging.WARNING)  # The libraries' own chatter drowns the bars.
-    file = pathlib.Path(config_flags.get_config_filename(flags.FLAGS["config"])).name
-    name = file.replace(".py", "").replace(":", "_")
+    name = run_name(config_flags.get_config_filename(flags.FLAGS["config"]))
     workdir = epath.Path(WORKDIR.value or f"runs/{name}")
     workdir.mkdir(parents=True, exist_ok=True)
     print(f"{', '.join(modes)} in {workdir}")

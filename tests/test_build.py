@@ -9,7 +9,7 @@ import pytest
 import runs
 import tiny
 
-from sbml import build, from_config
+from sbml import build, from_config, main
 
 CONFIGS = sorted((runs.ROOT / "configs").glob("*.py"))
 
@@ -149,7 +149,9 @@ def test_parity_changes_any_config_to_the_authors() -> None:
         get_config("cifar")
 
 
-def test_a_config_with_an_argument_has_a_work_directory_of_its_own(tmp_path: pathlib.Path) -> None:
+def test_a_config_with_an_argument_has_its_own_run_and_fields(tmp_path: pathlib.Path) -> None:
+    assert main.run_name("configs/parity.py:digits_vp") == "parity_digits_vp"
+    assert main.run_name("configs/digits_vp.py") == "digits_vp"
     flag = "--config.optim.learning_rate=1"
     err = runs.run(tmp_path, flag, config="configs/parity.py:digits_vp", expect=1)
     assert "beta1, beta2, ema, eps, grad_clip, lr" in err

@@ -16,9 +16,9 @@ import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
 
-from sbml import bits, sampling
+from sbml import bits
 from sbml.build import Experiment
-from sbml.ode import Solver, solve, velocity
+from sbml.ode import Solver, transport
 from sbml.runtime import report
 from sbml.runtime.parts import write_npz
 from sbml.sample import grid
@@ -35,18 +35,13 @@ STATIC = ("sde", "eps", "solver")
 @functools.partial(jax.jit, static_argnames=STATIC)
 def encode(score: Score, x: Array, *, sde: SDE, eps: float, solver: Solver) -> Array:
     """The latents ``(n, *s)`` at T of ``x (n, *s)`` at eps."""
-
-    def one(x: Array) -> Array:
-        return solve(lambda t, x: velocity(score, sde, x, t), x, eps, sde.T, solver)[0]
-
-    return jax.vmap(one)(x)
+    return jax.vmap(lambda x: transport(score, sde, x, eps, sde.T, solver)[0])(x)
 
 
 @functools.partial(jax.jit, static_argnames=STATIC)
 def decode(score: Score, z: Array, *, sde: SDE, eps: float, solver: Solver) -> Array:
     """The images ``(n, *s)`` at eps of latents ``z (n, *s)`` at T."""
-    one = functools.partial(sampling.decode, score, sde, eps=eps, solver=solver)
-    return jax.vmap(lambda z: one(z)[0])(z)
+    return jax.vmap(lambda z: transport(score, sde, z, sde.T, eps, solver)[0])(z)
 
 
 def interpolate(z: Array, frames: int) -> Array:

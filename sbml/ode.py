@@ -110,6 +110,13 @@ def velocity(score: Score, sde: SDE, x: Array, t: Array) -> Array:
     return sde.drift(x, t) - 0.5 * sde.diffusion(t) ** 2 * score(x, t, None)
 
 
+def transport(
+    score: Score, sde: SDE, x: Array, t0: float, t1: float, solver: Solver
+) -> tuple[Array, Stats]:
+    """Where the ODE carries ``x (*s)`` from ``t0`` to ``t1``, in either direction, and stats."""
+    return solve(lambda t, x: velocity(score, sde, x, t), x, t0, t1, solver)
+
+
 def solve(
     field: Callable[[Array, Any], Any], y: Any, t0: float, t1: float, solver: Solver
 ) -> tuple[Any, Stats]:

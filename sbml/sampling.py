@@ -7,7 +7,7 @@ The map from latent to sample is the inverse of ``likelihood.ode_logp``'s.
 
 import jax.numpy as jnp
 
-from sbml.ode import Solver, Stats, solve, velocity
+from sbml.ode import Solver, Stats, transport
 from sbml.sdes import SDE
 from sbml.types import Array, Key, Score
 
@@ -34,7 +34,7 @@ def decode(
 ) -> tuple[Array, Stats]:
     """The sample whose latent is ``z (*s)``: one example, in the data's scale."""
     sde.check_time(eps)
-    x, stats = solve(lambda t, x: velocity(score, sde, x, t), z, sde.T, eps, solver)
+    x, stats = transport(score, sde, z, sde.T, eps, solver)
     return (denoise(score, sde, x, jnp.asarray(eps, x.dtype)) if denoise_last else x), stats
 
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sbml import sampling
-from sbml.ode import Solver, Stats, solve, velocity
+from sbml.ode import Solver, Stats, transport
 from sbml.sdes import SDE
 from sbml.types import Array, Key, Score
 
@@ -32,8 +32,5 @@ class ODE:
         times = np.linspace(sde.T ** (1 / power), eps ** (1 / power), frames) ** power
         path = [z]
         for start, stop in itertools.pairwise(times.tolist()):
-            x, _ = solve(
-                lambda t, x: velocity(score, sde, x, t), path[-1], start, stop, self.solver
-            )
-            path.append(x)
+            path.append(transport(score, sde, path[-1], start, stop, self.solver)[0])
         return jnp.stack(path), jnp.asarray(times)

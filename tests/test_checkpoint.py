@@ -1,30 +1,26 @@
-"""Checkpoints come back bit for bit, or are named as damaged. Kills and broken files are real."""
+"""Checkpoints come back bit for bit, or are named as damaged. Kills are real."""
 
 import functools
-import json
 import multiprocessing
 import socket
 import time
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
-from absl import logging
+from checkpoints import BROKEN_READS, abstract, make_state, same_bits, save_steps, truncate_data
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
-from orbax.checkpoint import v1 as ocp
 
-from sbml.runtime.checkpoint import Checkpoints, DamagedCheckpointError, OtherModelError
+from sbml.runtime.checkpoint import Checkpoints
 
 # When one read of a broken checkpoint fails, orbax drops the others, which then complain to nobody.
-pytestmark = pytest.mark.filterwarnings(
-    "ignore::pytest.PytestUnraisableExceptionWarning", "ignore:coroutine .* was never awaited"
-)
+pytestmark = pytest.mark.filterwarnings(*BROKEN_READS)
+
 
 # Children are forked from a server that has imported the libraries but started no device: each is a
 # fresh process in which XLA can still be told how many devices to make, ready at once.
@@ -32,57 +28,9 @@ FRESH = multiprocessing.get_context("forkserver")
 FRESH.set_forkserver_preload(["jax", "optax", "orbax.checkpoint"])
 
 
-class State(NamedTuple):
-    step: jax.Array
-    params: Any
-    opt_state: Any
-
-
-def make_state(seed: int) -> State:
-    kernel = jax.random.normal(jax.random.key(seed), (5, 33))
-    odd = jnp.array([jnp.nan, -0.0, 1e-42, jnp.inf], jnp.float32)
-    params = {
-        "kernel": kernel,
-        "noise": jax.random.bits(jax.random.key(seed), (64, 33)),  # stored as is: incompressible
-        "odd": odd,
-        "half": kernel[0].astype(jnp.bfloat16),
-        "bytes": jnp.arange(256, dtype=jnp.uint8),
-        "mask": kernel[0] > 0,
-    }
-    floats = {name: params[name] for name in ("kernel", "half")}
-    optimiser = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(1e-3))
-    _, opt_state = optimiser.update(floats, optimiser.init(floats))
-    return State(jnp.asarray(seed, jnp.int32), params, opt_state)
-
-
-def abstract(tree: Any) -> Any:
-    return jax.eval_shape(lambda: tree)
-
-
-def same_bits(left: Any, right: Any) -> bool:
-    def bits(leaf: jax.Array) -> tuple[str, tuple[int, ...], bytes]:
-        return str(leaf.dtype), leaf.shape, np.asarray(leaf).tobytes()
-
-    return jax.tree.map(bits, left) == jax.tree.map(bits, right)
-
-
-def save_steps(directory: Path, *steps: int, **choices: Any) -> None:
-    with Checkpoints(directory, **choices) as checkpoints:
-        for step in steps:
-            checkpoints.save(step, make_state(step), {"seed": step})
-
-
 def in_fresh_process(function: Any, *arguments: Any) -> Any:
     with ProcessPoolExecutor(1, mp_context=FRESH) as pool:
         return pool.submit(function, *arguments).result(timeout=120)
-
-
-@pytest.fixture
-def errors(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """What was logged as an error."""
-    said: list[str] = []
-    monkeypatch.setattr(logging, "error", lambda text, *values: said.append(text % values))
-    return said
 
 
 def test_round_trip_is_bitwise(tmp_path: Path) -> None:
@@ -130,182 +78,6 @@ def test_state_may_be_donated_while_it_is_being_saved(tmp_path: Path) -> None:
         jax.block_until_ready(spoil(state))
         restored = checkpoints.restore(abstract(expected))
     assert restored is not None and same_bits(restored.state, expected)
-
-
-# Each of these breaks a checkpoint as a failing disk or a careless hand would.
-
-
-def _data_files(checkpoint: Path) -> list[Path]:
-    return [f for f in checkpoint.rglob("d/*") if f.is_file()]
-
-
-def overwrite_bytes(checkpoint: Path) -> None:
-    """Flips one bit of ``params/noise`` where orbax keeps it."""
-    needle = np.asarray(make_state(int(checkpoint.name)).params["noise"]).tobytes()[:64]
-    hits = [(f, at) for f in _data_files(checkpoint) if (at := f.read_bytes().find(needle)) >= 0]
-    assert hits, "the noise's bytes are not in any data file: look for another place to break"
-    for file, at in hits:
-        content = bytearray(file.read_bytes())
-        content[at + 5] ^= 1
-        file.write_bytes(content)
-
-
-def truncate_data(checkpoint: Path) -> None:
-    for file in _data_files(checkpoint):
-        file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
-
-
-def delete_data(checkpoint: Path) -> None:
-    for file in _data_files(checkpoint):
-        file.unlink()
-
-
-def delete_index(checkpoint: Path) -> None:
-    (checkpoint / "state" / "manifest.ocdbt").unlink()
-
-
-def delete_metadata(checkpoint: Path) -> None:
-    (checkpoint / "_CHECKPOINT_METADATA").unlink()
-
-
-def garble_metadata(checkpoint: Path) -> None:
-    file = checkpoint / "_CHECKPOINT_METADATA"
-    file.write_bytes(b"\x00\xff" + file.read_bytes()[:-20])
-
-
-def alter_metadata(checkpoint: Path) -> None:
-    """Another shape: taken at its word, this would be a checkpoint of another model."""
-    file = checkpoint / "_CHECKPOINT_METADATA"
-    text = file.read_text()
-    assert text.count("[64, 33]") > 0
-    file.write_text(text.replace("[64, 33]", "[64, 35]"))
-
-
-def forget_manifest(checkpoint: Path) -> None:
-    file = checkpoint / "_CHECKPOINT_METADATA"
-    file.write_text(json.dumps(json.loads(file.read_text()) | {"custom_metadata": {}}))
-
-
-BREAKAGES = [
-    overwrite_bytes,
-    truncate_data,
-    delete_data,
-    delete_index,
-    delete_metadata,
-    garble_metadata,
-    alter_metadata,
-    forget_manifest,
-]
-
-
-@pytest.mark.parametrize("breakage", BREAKAGES)
-def test_damage_is_reported_and_the_one_before_used(
-    breakage: Any, tmp_path: Path, errors: list[str]
-) -> None:
-    run = tmp_path / "run"
-    save_steps(run, 1, 2)
-    breakage(run / "2")
-    files = sorted(run.rglob("*"))
-    with Checkpoints(run) as checkpoints:
-        restored = checkpoints.restore(abstract(make_state(0)))
-        assert restored is not None and restored.step == 1
-        assert same_bits(restored.state, make_state(1))
-        ours = [text for text in errors if text.startswith("Damaged checkpoint")]
-        assert len(ours) == 1 and str(run) in ours[0] and "step 2: " in ours[0]
-        assert sorted(run.rglob("*")) == files, "reading must change nothing"
-        with pytest.raises(DamagedCheckpointError, match="step 2: "):
-            checkpoints.restore(abstract(make_state(0)), step=2)
-        # Going on from step 1, the run comes to step 2 again.
-        checkpoints.save(2, make_state(2), {})
-        again = checkpoints.restore(abstract(make_state(0)))
-        assert again is not None and again.step == 2 and same_bits(again.state, make_state(2))
-    assert checkpoints.steps() == [1, 2]
-    (aside,) = (tmp_path / "run.damaged").iterdir()
-    assert aside.name.startswith("2-") and (aside / "state").is_dir()
-
-
-def test_orbax_alone_takes_overwritten_bytes_for_good(tmp_path: Path) -> None:
-    """Why the CRC32s are there. If this fails, orbax has learnt to check and they may go."""
-    save_steps(tmp_path, 2)
-    overwrite_bytes(tmp_path / "2")
-    template = jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding),
-        make_state(0),
-    )
-    assert not same_bits(ocp.load(tmp_path / "2", template), make_state(2))
-
-
-def test_the_machines_own_troubles_are_not_taken_for_damage(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def no_memory(*_: Any, **__: Any) -> None:
-        raise MemoryError
-
-    save_steps(tmp_path, 1, 2)
-    monkeypatch.setattr(ocp, "load", no_memory)
-    with pytest.raises(MemoryError):
-        Checkpoints(tmp_path).restore(abstract(make_state(0)))
-
-
-def test_damaged_ones_do_not_count_as_kept(tmp_path: Path) -> None:
-    run = tmp_path / "run"
-    save_steps(run, 1, 2, 3, keep_last=3)
-    truncate_data(run / "3")
-    with Checkpoints(run, keep_last=2) as checkpoints:
-        restored = checkpoints.restore(abstract(make_state(0)))
-        assert restored is not None and restored.step == 2
-        checkpoints.save(4, make_state(4), {})
-    assert checkpoints.steps() == [2, 4]
-
-
-def test_when_all_are_damaged_the_run_does_not_start_anew(tmp_path: Path) -> None:
-    save_steps(tmp_path, 1, 2)
-    truncate_data(tmp_path / "1")
-    overwrite_bytes(tmp_path / "2")
-    with pytest.raises(DamagedCheckpointError) as raised:
-        Checkpoints(tmp_path).restore(abstract(make_state(0)))
-    lines = str(raised.value).splitlines()
-    assert lines[1].strip().startswith("step 2: ")
-    assert lines[1].endswith("params/noise uint32[64, 33] fails its CRC32")
-    assert lines[2].strip().startswith("step 1: ")
-    assert "Put a copy back" in lines[3]
-    assert Checkpoints(tmp_path).steps() == [1, 2]
-
-
-def _without_bytes(state: State) -> State:
-    return state._replace(params={k: v for k, v in state.params.items() if k != "bytes"})
-
-
-@pytest.mark.parametrize(
-    ("change", "stored", "expected"),
-    [
-        (
-            lambda s: s._replace(params=s.params | {"kernel": jnp.zeros((5, 32))}),
-            "params/kernel float32[5, 33]",
-            "params/kernel float32[5, 32]",
-        ),
-        (
-            lambda s: s._replace(step=s.step.astype(jnp.int16)),
-            "step int32[]",
-            "step int16[]",
-        ),
-        (_without_bytes, "params/bytes uint8[256]", "params/half bfloat16[33]"),
-        (
-            lambda s: s._replace(opt_state=(s.opt_state, {"more": jnp.zeros(3)})),
-            "opt_state/1/0/count int32[]",
-            "opt_state/0/1/0/count int32[]",
-        ),
-        (lambda s: s._replace(opt_state=()), "opt_state/1/0/count int32[]", "no further leaf"),
-    ],
-)
-def test_another_model_is_named_by_its_first_leaf(
-    change: Any, stored: str, expected: str, tmp_path: Path
-) -> None:
-    save_steps(tmp_path, 1)
-    overwrite_bytes(tmp_path / "1")  # decided before the arrays are read
-    with pytest.raises(OtherModelError) as raised:
-        Checkpoints(tmp_path).restore(abstract(change(make_state(0))))
-    assert f"it holds {stored}, this model has {expected}." in str(raised.value)
 
 
 def test_bad_requests_are_refused(tmp_path: Path) -> None:

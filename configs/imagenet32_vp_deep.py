@@ -19,4 +19,5 @@ def get_config() -> ConfigDict:
     config = default()
     config.data.update(source="imagenet32:old", flip=False)
     config.model.update(num_res_blocks=8, dropout=0.0)
+    config.dequantizer.model.update(design="imagenet32", filters=128, blocks=8)
     return config

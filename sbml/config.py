@@ -111,6 +111,7 @@ def _dequantizer() -> dict:
     return {
         "name": "variational",
         "model": {
+            "design": "cifar10",  # or imagenet32
             "filters": 96,
             "components": 32,
             "blocks": 2,

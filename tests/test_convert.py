@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+import flowpp_numpy
 import jax
 import numpy as np
 import pytest
@@ -216,28 +217,14 @@ def test_sources_that_are_none(tmp_path: Path) -> None:
         convert.run(other, tmp_path / "ours", save(tmp_path, theirs(), step=5))
 
 
-def foreign(params: Any) -> dict[str, Any]:
-    """Flow++ parameters under the authors' names: the inverse of ``from_reference``."""
-    letters = {ours: letter for letter, ours in variational.LEAVES.items()}
-    names: dict[str, Any] = {}
-    for path, value in jax.tree_util.tree_leaves_with_path(params):
-        module, *inner, leaf = (key.key for key in path)
-        if leaf in letters and inner:
-            value = np.asarray(value)
-            if leaf == "kernel" and value.ndim == 4:
-                value = value.transpose(1, 0, 2, 3)
-            leaf = "_".join([*inner, letters[leaf]])
-        names.setdefault(module, {})[leaf] = np.asarray(value)
-    return names
-
-
-def test_the_dequantizer_comes_along(tmp_path: Path) -> None:
-    model = variational.Model(filters=8, components=3, blocks=2, heads=2)
+@pytest.mark.parametrize("design", list(variational.DESIGNS))
+def test_the_dequantizer_comes_along(design: str, tmp_path: Path) -> None:
+    model = variational.Model(design, filters=8, components=3, blocks=2, heads=2)
     shapes = jax.eval_shape(model.init, jax.random.key(0), np.zeros((2, *SHAPE), np.uint8))
     rng = np.random.default_rng(0)
     params = jax.tree.map(lambda s: rng.normal(size=s.shape).astype(np.float32), shapes)
     tree = theirs()
-    names = foreign(params)
+    names = flowpp_numpy.foreign(params)
     flow = {
         "step": 11,
         "params_ema": {"params": names},

@@ -1,9 +1,9 @@
 """The flow of Flow++'s dequantizer, from Gaussian noise to the logits of u, given an image.
 
-The noise is split into even and odd columns (a, b). Four times:
+The noise is split into even and odd columns (a, b). As often as the design has couplings:
 
     normalise     a, b <- scale x + bias, elementwise
-    mix channels  a, b <- x W at every pixel
+    mix channels  a, b <- x W at every pixel, where the design has it
     couple        b <- exp(s) logit F(b) + t, elementwise; s, t, F are read off a and the image
     exchange      (a, b) <- (b, a)
 
@@ -22,10 +22,10 @@ from jax import lax
 
 from sbml.dequantizers import _flowpp_layers as layers
 from sbml.dequantizers import _mixture_logistic as mixture_logistic
+from sbml.dequantizers._flowpp_design import Design
 from sbml.types import Array, Key
 
 Pair = tuple[Array, Array]  # even columns and odd columns, (n, h, w / 2, c) each
-FLOWS, CONTEXT_FILTERS, CONTEXT_DEPTH = 4, 32, 3
 
 
 def split(x: Array) -> Pair:
@@ -105,6 +105,7 @@ class MixLogisticAttnCoupling(nn.Module):
     heads: int
     dropout: float
     clipped: bool
+    design: Design
 
     @nn.compact
     def __call__(
@@ -125,9 +126,8 @@ class MixLogisticAttnCoupling(nn.Module):
         self, a: Array, context: Array, train: bool
     ) -> tuple[Array, Array, mixture_logistic.Mixture]:
         per_channel = 2 + 3 * self.components
-        network = layers.CouplingNetwork(
-            a.shape[-1] * per_channel, self.filters, self.blocks, self.heads, self.dropout
-        )
+        sizes = (a.shape[-1] * per_channel, self.filters, self.blocks, self.heads)
+        network = layers.CouplingNetwork(*sizes, self.dropout, self.design)
         nn.share_scope(self, network)
         out = network(a, context, train=train).reshape(*a.shape, per_channel)
         mixture = mixture_logistic.Mixture(*jnp.split(out[..., 2:], 3, axis=-1))
@@ -143,6 +143,7 @@ class Flow(nn.Module):
     heads: int
     dropout: float
     clipped: bool
+    design: Design
 
     @nn.compact
     def __call__(
@@ -150,17 +151,18 @@ class Flow(nn.Module):
     ) -> tuple[Array, Array]:
         """What ``x`` becomes, and log |det d logits / d noise| ``(n,)`` whatever the direction."""
         processor = layers.ContextProcessor(
-            CONTEXT_FILTERS, CONTEXT_DEPTH, self.dropout, name="ShallowProcessor_0"
+            self.heads, self.dropout, self.design, name=self.design.context
         )
         context = processor(jnp.concatenate(split(image), axis=-1), train=train)
         options = (
             *(self.filters, self.components, self.blocks, self.heads),
-            *(self.dropout, self.clipped),
+            *(self.dropout, self.clipped, self.design),
         )
         steps: list[Any] = []
-        for _ in range(FLOWS):
+        for _ in range(self.design.couplings):
             coupling = partial(MixLogisticAttnCoupling(*options), context=context, train=train)
-            steps += [Norm(), Pointwise(), coupling]
+            mixing = [Pointwise()] if self.design.mixes_channels else []
+            steps += [Norm(), *mixing, coupling]
         halves, log_det = split(x), jnp.zeros(len(x), x.dtype)
         for step in reversed(steps) if inverse else steps:
             halves, change = step(halves, inverse)

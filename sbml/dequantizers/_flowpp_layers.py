@@ -3,8 +3,8 @@
 Images are ``(n, h, w, c)``. Every affine map starts such that its outputs on the batch that it is
 initialised with have mean 0 and a chosen deviation (Salimans & Kingma 2016). A layer draws its
 kernel, rescales it by what it does to that batch, and centres the result with its bias. Linen's own
-``Conv`` and ``Dense`` show their initialisers a shape, not data, so the map itself is written here;
-normalisation, dropout, activations and attention are flax's.
+``Conv``, ``Dense`` and ``WeightNorm`` show their initialisers a shape, not data, so the map itself
+is written here; normalisation, dropout, activations and attention are flax's.
 
 Reference: Ho et al. 2019 (Flow++), section 3.3.
 """
@@ -14,9 +14,11 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax import lax
 
+from sbml.dequantizers._flowpp_design import Design
 from sbml.types import Array, Key
 
 VARIANCE_FLOOR = 1e-8
+CONTEXT_FILTERS = 32
 NARROW = 0.1  # deviation at initialisation of what enters a gate or the coupling: nearly identity
 
 
@@ -28,26 +30,44 @@ def concat_elu(x: Array) -> Array:
 class Affine(nn.Module):
     """y = x * kernel + bias: a convolution, or with ``kernel_size=()`` a linear map a pixel.
 
-    At initialisation each channel of y has mean 0 and standard deviation ``deviation``.
+    At initialisation each channel of y has mean 0 and standard deviation ``deviation``. A
+    convolution may be weight-normalised: its kernel is then scale * direction / |direction|, the
+    norm that of one output channel.
     """
 
     features: int
     kernel_size: tuple[int, ...] = ()
     deviation: float = 1.0
+    weight_norm: bool = False
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
         shape = (*self.kernel_size, x.shape[-1], self.features)
+        draw = nn.initializers.normal(0.05)
 
         def fitted(key: Key) -> Array:
-            kernel = nn.initializers.normal(0.05)(key, shape, x.dtype)
-            variance = self._linear(x, kernel).var((0, 1, 2))
-            gain = self.deviation * lax.rsqrt(variance + VARIANCE_FLOOR)
-            return kernel * jnp.broadcast_to(gain, shape)
+            kernel = draw(key, shape, x.dtype)
+            return self._scaled(kernel, self._gain(x, kernel))
 
-        y = self._linear(x, self.param("kernel", fitted))
+        if self.weight_norm and self.kernel_size:
+            direction = self.param("direction", draw, shape, x.dtype)
+            length = jnp.sqrt(jnp.square(direction).sum(range(len(shape) - 1)))
+            unit = self._scaled(direction, 1 / length)
+            kernel = self._scaled(unit, self.param("scale", lambda _: self._gain(x, unit)))
+        else:
+            kernel = self.param("kernel", fitted)
+        y = self._linear(x, kernel)
         bias = self.param("bias", lambda _: -y.mean((0, 1, 2)))
         return y + jnp.broadcast_to(bias, y.shape)
+
+    def _gain(self, x: Array, kernel: Array) -> Array:
+        """What brings each channel of x * kernel to ``deviation``, ``(features,)``."""
+        variance = self._linear(x, kernel).var((0, 1, 2))
+        return self.deviation * lax.rsqrt(variance + VARIANCE_FLOOR)
+
+    @staticmethod
+    def _scaled(kernel: Array, gain: Array) -> Array:
+        return kernel * jnp.broadcast_to(gain, kernel.shape)
 
     def _linear(self, x: Array, kernel: Array) -> Array:
         if not self.kernel_size:
@@ -62,15 +82,17 @@ class GatedConv(nn.Module):
 
     second_kernel: tuple[int, ...] = (3, 3)
     dropout: float = 0.0
+    weight_norm: bool = False
 
     @nn.compact
     def __call__(self, x: Array, context: Array | None = None, *, train: bool = False) -> Array:
-        channels = x.shape[-1]
-        h = Affine(channels, (3, 3), name="c1")(concat_elu(x))
+        channels, weight_norm = x.shape[-1], self.weight_norm
+        h = Affine(channels, (3, 3), weight_norm=weight_norm, name="c1")(concat_elu(x))
         if context is not None:
             h = h + Affine(channels, name="a_proj")(concat_elu(context))
         h = nn.Dropout(self.dropout, deterministic=not train)(concat_elu(h))
-        return x + nn.glu(Affine(2 * channels, self.second_kernel, NARROW, name="c2")(h))
+        second = Affine(2 * channels, self.second_kernel, NARROW, weight_norm, name="c2")
+        return x + nn.glu(second(h))
 
 
 class GatedAttention(nn.Module):
@@ -87,6 +109,16 @@ class GatedAttention(nn.Module):
         return x + nn.glu(Affine(2 * c, deviation=NARROW, name="proj2")(attended))
 
 
+def layer_norm(name: str) -> nn.LayerNorm:
+    """Normalises the channels of each pixel."""
+    return nn.LayerNorm(epsilon=1e-5, use_fast_variance=False, name=name)
+
+
+def position_embedding(key: Key, x: Array, channels: int) -> Array:
+    """An initial vector for each pixel of ``x (n, h, w, c)``, ``(h, w, channels)``."""
+    return nn.initializers.normal(0.01)(key, (*x.shape[1:3], channels), x.dtype)
+
+
 class CouplingNetwork(nn.Module):
     """What one half of the image and the context say about the other half, ``features`` a pixel."""
 
@@ -95,33 +127,42 @@ class CouplingNetwork(nn.Module):
     blocks: int
     heads: int
     dropout: float
+    design: Design
 
     @nn.compact
     def __call__(self, x: Array, context: Array, *, train: bool = False) -> Array:
-        positions = self.param(
-            "pos_emb", nn.initializers.normal(0.01), (*x.shape[1:3], self.filters), x.dtype
-        )
-        x = Affine(self.filters, (3, 3), name="proj_in")(x)
+        weight_norm = self.design.weight_norm
+        positions = self.param("pos_emb", position_embedding, x, self.filters)
+        x = Affine(self.filters, (3, 3), weight_norm=weight_norm, name="proj_in")(x)
         for i in range(self.blocks):
-            conv = GatedConv((), self.dropout, name=f"block{i}_conv")
-            x = conv(x, context, train=train)
-            x = nn.LayerNorm(epsilon=1e-5, use_fast_variance=False, name=f"block{i}_ln1")(x)
-            x = GatedAttention(self.heads, name=f"block{i}_attn")(x, positions)
-            x = nn.LayerNorm(epsilon=1e-5, use_fast_variance=False, name=f"block{i}_ln2")(x)
+            conv = GatedConv((), self.dropout, weight_norm, name=f"block{i}_conv")
+            x = layer_norm(f"block{i}_ln1")(conv(x, context, train=train))
+            attended = GatedAttention(self.heads, name=f"block{i}_attn")(x, positions)
+            x = layer_norm(f"block{i}_ln2")(attended)
+        if self.design.ends_in_elu:
+            x = concat_elu(x)
         last = f"block{self.blocks - 1}_proj_out"
-        return Affine(self.features, (3, 3), NARROW, name=last)(x)
+        return Affine(self.features, (3, 3), NARROW, weight_norm, name=last)(x)
 
 
 class ContextProcessor(nn.Module):
-    """The image, as the couplings are shown it: a convolution and ``depth`` gated ones."""
+    """The image, as the couplings are shown it: a convolution and gated ones."""
 
-    features: int
-    depth: int
+    heads: int
     dropout: float
+    design: Design
 
     @nn.compact
     def __call__(self, x: Array, *, train: bool = False) -> Array:
-        x = Affine(self.features, (3, 3), name="proj")(x)
-        for i in range(self.depth):
-            x = GatedConv(dropout=self.dropout, name=f"c{i}")(x, train=train)
+        weight_norm = self.design.weight_norm
+        x = Affine(CONTEXT_FILTERS, (3, 3), weight_norm=weight_norm, name="proj")(x)
+        if self.design.context_attends:
+            positions = self.param("pos_emb_dq", position_embedding, x, CONTEXT_FILTERS)
+        for i in range(self.design.context_blocks):
+            conv = GatedConv(dropout=self.dropout, weight_norm=weight_norm, name=f"c{i}")
+            x = conv(x, train=train)
+            if self.design.context_attends:
+                x = layer_norm(f"dqln{i}")(x)
+                x = GatedAttention(self.heads, name=f"dqattn{i}")(x, positions)
+                x = layer_norm(f"ln{i}")(x)
         return x

@@ -22,6 +22,7 @@ import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.nn import log_sigmoid
 
+from sbml.dequantizers._flowpp_design import DESIGNS
 from sbml.dequantizers._flowpp_flow import Flow, per_image
 from sbml.types import Array, Key
 
@@ -30,7 +31,10 @@ from sbml.types import Array, Key
 class Model:
     """The Flow++ dequantizer; the default is that of CIFAR-10, 3,466,976 parameters at 32x32x3.
 
+    That of ImageNet 32x32 is ``Model("imagenet32", filters=128, blocks=8)``: 35,482,720.
+
     Attributes:
+      design: ``cifar10`` or ``imagenet32``, see ``_flowpp_design``.
       filters, blocks, heads: width, depth and attention heads of each coupling's network.
       components: logistics in the mixture of every element.
       dropout: rate in training.
@@ -45,6 +49,7 @@ class Model:
 
     at_noise: ClassVar[bool] = False
 
+    design: str = "cifar10"
     filters: int = 96
     components: int = 32
     blocks: int = 2
@@ -54,6 +59,8 @@ class Model:
     clipped: bool = False
 
     def __post_init__(self) -> None:
+        if self.design not in DESIGNS:
+            raise ValueError(f"design={self.design!r}: choose from {', '.join(DESIGNS)}.")
         for name in ("filters", "components", "blocks", "heads"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: choose a positive integer.")
@@ -70,7 +77,8 @@ class Model:
     def network(self) -> Flow:
         """The Linen module; its arguments are the image as the networks see it, and the noise."""
         return Flow(
-            *(self.filters, self.components, self.blocks, self.heads, self.dropout, self.clipped)
+            *(self.filters, self.components, self.blocks, self.heads),
+            *(self.dropout, self.clipped, DESIGNS[self.design]),
         )
 
     def image(self, pixels: Array, dtype: Any = jnp.float32) -> Array:
@@ -170,18 +178,20 @@ def log_density(eps: Array, logits: Array, log_det: Array) -> Array:
     return per_image(log_normal - log_sigmoid(logits) - log_sigmoid(-logits)) - log_det
 
 
-LEAVES = {"W": "kernel", "b": "bias", "g": "scale"}
-LAYER = re.compile(
-    r"(?P<block>(?:block\d+_(?:conv|attn)|c\d+)(?=_))?_?(?P<layer>\w+)_(?P<leaf>[Wbg])"
-)
+LEAVES = {"W": "kernel", "V": "direction", "b": "bias", "g": "scale"}
+BLOCK = r"block\d+_(?:conv|attn)|c\d+|dqattn\d+"
+LAYER = re.compile(rf"(?:(?P<block>{BLOCK})_)?(?P<layer>\w+)_(?P<leaf>[WVbg])")
+# The ends of a coupling's network, which they name otherwise in ImageNet's flow.
+ENDS = ((r"c1", "proj_in"), (r"(block\d+)_c2", r"\1_proj_out"))
 
 
 def from_reference(params: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """Parameters of this flow from those of Song et al.'s Flow++ dequantizer for CIFAR-10.
+    """Parameters of this flow from those of Song et al.'s Flow++ dequantizers.
 
-    Modules bear the same names; inside, ``block0_conv_c1_W`` is ``block0_conv/c1/kernel``, ``_b`` a
-    bias and ``_g`` a scale. Spatial kernels are transposed (theirs read images as NWHC), and layer
-    normalisations lose axes of size 1. The rest keeps its shape. Names and shapes are not checked.
+    Modules bear the same names; inside, ``block0_conv_c1_W`` is ``block0_conv/c1/kernel``, ``_V`` a
+    direction, ``_b`` a bias and ``_g`` a scale. Spatial kernels ``_W`` are transposed (they are
+    CIFAR-10's, whose images are read as NWHC), and layer normalisations lose axes of size 1. The
+    rest keeps its shape. Names and shapes are not checked.
 
     Args:
       params: two levels of names, as in ``params_ema/params`` of their checkpoint.
@@ -191,12 +201,16 @@ def from_reference(params: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
         match = LAYER.fullmatch(name)
         if match is None:
             return (module, name), value
+        layer = match["layer"]
         if match["leaf"] == "W" and value.ndim == 4:
             value = value.transpose(1, 0, 2, 3)
-        if re.search(r"_ln\d$", match["layer"]):
+        if re.search(r"ln\d+$", layer):
             value = value.reshape(-1)
-        block = (match["block"],) if match["block"] else ()
-        return (module, *block, match["layer"], LEAVES[match["leaf"]]), value
+        if match["block"]:
+            return (module, match["block"], layer, LEAVES[match["leaf"]]), value
+        for theirs, ours in ENDS:
+            layer = re.sub(f"^{theirs}$", ours, layer)
+        return (module, layer, LEAVES[match["leaf"]]), value
 
     return unflatten_dict(
         dict(renamed(module, name, v) for (module, name), v in flatten_dict(dict(params)).items())
@@ -209,16 +223,18 @@ def read_options(params: Mapping[str, Any], given: Mapping[str, Any]) -> dict[st
     The number of heads leaves no trace in them: it is that of ``given``.
 
     Raises:
-      ValueError: there is no coupling among them.
+      ValueError: there is no coupling among them, or no context network.
     """
-    if "MixLogisticAttnCoupling_0" not in params:
+    found = [name for name, design in DESIGNS.items() if design.context in params]
+    if "MixLogisticAttnCoupling_0" not in params or not found:
         raise ValueError(f"no Flow++ dequantizer has the parameters {', '.join(sorted(params))}")
     coupling, (_, _, channels) = params["MixLogisticAttnCoupling_0"], image_shape(params)
     blocks = sum(name.endswith("_conv") for name in coupling)
-    outputs = coupling[f"block{blocks - 1}_proj_out"]["kernel"].shape[-1]
+    outputs = coupling[f"block{blocks - 1}_proj_out"]["bias"].shape[-1]
     return {
+        "design": found[0],
         "heads": given["heads"],
-        "filters": coupling["proj_in"]["kernel"].shape[-1],
+        "filters": coupling["proj_in"]["bias"].shape[-1],
         "components": (outputs // channels - 2) // 3,
         "blocks": blocks,
     }

@@ -69,7 +69,7 @@ def _eval() -> dict:
         "max_sweeps": 256,
         "control": True,  # Gaussian control variate of the bound
         "proposal_bins": 32,  # of a learned density of the bound's times; 0: uniform
-        "method": "dopri5",  # tsit5, heun, euler
+        "method": "tsit5",  # dopri5, heun, euler
         # At 1e-4 rounding alone, as of another batch size, can move an image by as much.
         "rtol": 1e-5,
         "atol": 1e-5,

@@ -18,6 +18,7 @@ import diffrax
 import jax
 import jax.numpy as jnp
 
+from sbml.quadrature import Integrand, WithIntegral, beside_integral, of_solution
 from sbml.sdes import SDE
 from sbml.types import Array, Score
 
@@ -60,13 +61,14 @@ class Solver:
       first_step: the first step, in u.
       pcoeff, icoeff: the proportional-integral controller's coefficients.
       fixed_steps: this many equal steps in u instead of step control.
+      nodes: points of each step over which an integral along the solution is summed.
       max_steps: give up (result NaN, ``success`` False) after this many.
 
     Raises:
       ValueError: for an unknown method, or step control on a method without an error estimate.
     """
 
-    method: str = _static("dopri5")
+    method: str = _static("tsit5")
     rtol: float = 1e-4
     atol: float = 1e-4
     power: float = _static(2.0)
@@ -75,17 +77,18 @@ class Solver:
     icoeff: float = _static(0.4)
     fixed_steps: int | None = _static(None)
     max_steps: int = _static(10_000)
+    nodes: int = _static(2)
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:
             raise ValueError(f"unknown ODE method {self.method!r}; choose from {sorted(METHODS)}")
         if self.method == "euler" and self.fixed_steps is None:
-            raise ValueError("euler has no error estimate: set fixed_steps, or choose dopri5")
+            raise ValueError("euler has no error estimate: set fixed_steps, or choose tsit5")
         for name in ("rtol", "atol", "power", "first_step"):
             value = getattr(self, name)
             if isinstance(value, int | float) and not value > 0:
                 raise ValueError(f"{name}={getattr(self, name)}: must be positive")
-        for name in ("fixed_steps", "max_steps"):
+        for name in ("fixed_steps", "max_steps", "nodes"):
             steps = getattr(self, name)
             if steps is not None and steps < 1:
                 raise ValueError(f"{name}={steps}: need at least one")
@@ -95,14 +98,9 @@ class Solver:
         return dataclasses.replace(self, rtol=self.rtol / factor, atol=self.atol / factor)
 
 
-def rms_norm(tree: Any) -> Array:
-    """The root mean square over leaves of each leaf's root mean square.
-
-    Every leaf weighs the same: the log-determinant, one number beside d pixels, is controlled as
-    strictly as the whole image. In one flat norm of d + 1 numbers it would hardly be controlled.
-    """
-    squares = [jnp.mean(leaf**2) for leaf in jax.tree.leaves(tree)]
-    return jnp.sqrt(sum(squares) / len(squares))
+def rms(y: Array) -> Array:
+    """The root mean square of all entries: how large the error of a step is."""
+    return jnp.sqrt(jnp.mean(y**2))
 
 
 def velocity(score: Score, sde: SDE, x: Array, t: Array) -> Array:
@@ -118,41 +116,64 @@ def transport(
 
 
 def solve(
-    field: Callable[[Array, Any], Any], y: Any, t0: float, t1: float, solver: Solver
+    field: Callable[[Array, Array], Array],
+    y: Array,
+    t0: float,
+    t1: float,
+    solver: Solver,
+    integrand: Integrand | None = None,
 ) -> tuple[Any, Stats]:
     """Solve dy/dt = field(t, y) from ``t0`` to ``t1`` (either order, both positive).
 
+    Args:
+      field: of scalar ``t`` and ``y (*s)``, of the shape of ``y``.
+      y: at ``t0``.
+      t0, t1, solver: from where to where, and how.
+      integrand: a scalar h(t, y) whose integral along the solution is wanted (``sbml.quadrature``).
+
     Returns:
-      y(t1), NaN if the solver gave up (one image's failure must not stop the others), and stats.
+      y(t1), or (y(t1), integral), NaN if the solver gave up (one image's failure must not stop the
+      others), and stats.
     """
 
-    def in_u(u: Any, y: Any, args: Any) -> Any:
-        scale = solver.power * u ** (solver.power - 1)
-        return jax.tree.map(lambda dy: scale * dy, field(u**solver.power, y))
+    def slope(u: Array) -> Array:
+        return solver.power * u ** (solver.power - 1)
+
+    def in_u(u: Array, y: Array, args: Any) -> Array:
+        return slope(u) * field(u**solver.power, y)
 
     u0, u1 = t0 ** (1 / solver.power), t1 ** (1 / solver.power)
-    direction = 1.0 if u1 > u0 else -1.0
-    method, per_step, once = METHODS[solver.method]
+    kind, per_step, once = METHODS[solver.method]
+    method: diffrax.AbstractSolver = kind()
+    rates: Callable[..., Any] = in_u
+    norm: Callable[[Any], Array] = rms
+    start: Any = y
+    if integrand is not None:
+        h: Integrand = integrand
+        nodes = solver.nodes
+        method = WithIntegral(method, lambda u, y: slope(u) * h(u**solver.power, y), nodes)
+        rates, norm = beside_integral(in_u), of_solution(rms)
+        start, per_step = (y, jnp.zeros((), y.dtype)), per_step + nodes
     if solver.fixed_steps is None:
-        first = direction * min(solver.first_step, abs(u1 - u0))
+        first = min(solver.first_step, abs(u1 - u0)) * (1.0 if u1 > u0 else -1.0)
         controller: diffrax.AbstractStepSizeController = diffrax.PIDController(
             rtol=solver.rtol,
             atol=solver.atol,
             pcoeff=solver.pcoeff,
             icoeff=solver.icoeff,
-            norm=rms_norm,
+            norm=norm,
         )
         max_steps = solver.max_steps
     else:
         first = (u1 - u0) / solver.fixed_steps
         controller, max_steps = diffrax.ConstantStepSize(), solver.fixed_steps + 1
     solution = diffrax.diffeqsolve(
-        diffrax.ODETerm(in_u),
-        method(),
+        diffrax.ODETerm(rates),
+        method,
         t0=u0,
         t1=u1,
         dt0=first,
-        y0=y,
+        y0=start,
         stepsize_controller=controller,
         max_steps=max_steps,
         adjoint=diffrax.DirectAdjoint() if solver.fixed_steps else diffrax.ForwardMode(),

@@ -50,7 +50,9 @@ MODES = {
 ALLOWED: dict[str, set[str]] = {
     **dict.fromkeys(("types", "sdes", "divergence", "bits", "intervals", "trees"), set()),
     **dict.fromkeys(("networks", "dequantizers", "data"), set()),
-    **dict.fromkeys(("times", "adapters", "ode", "oracle"), {"sdes"}),
+    "quadrature": set(),
+    **dict.fromkeys(("times", "adapters", "oracle"), {"sdes"}),
+    "ode": {"quadrature", "sdes"},
     "losses": MATHEMATICS,
     "bound": MATHEMATICS | {"losses"},
     "discrete": MATHEMATICS | {"bits", "bound", "dequantizers"},
@@ -83,7 +85,7 @@ ALLOWED: dict[str, set[str]] = {
 }
 PURE = (
     *("types", "sdes", "times", "divergence", "bits", "ode", "losses", "likelihood", "sampling"),
-    "oracle",
+    *("oracle", "quadrature"),
 )
 NETWORK_LIBRARIES = {"flax", "equinox", "haiku", "optax", "orbax", "grain", "ml_collections"}
 

@@ -18,7 +18,7 @@ from sbml.types import Array, Key
 pytestmark = pytest.mark.usefixtures("x64")
 
 EPS = 1e-5
-TIGHT = Solver(rtol=1e-8, atol=1e-8)
+TIGHT = Solver(rtol=1e-8, atol=1e-8, nodes=3)
 EXACT = Trace("exact")
 SHAPE = (1, 3)
 
@@ -254,10 +254,6 @@ def test_a_likelihood_calls_the_score_as_often_as_it_says() -> None:
     )
     jax.effects_barrier()
     assert result.stats.nfe == len(calls)
-
-
-def test_the_log_determinant_weighs_as_much_as_the_image() -> None:
-    assert ode.rms_norm((jnp.full((8, 8, 3), 3.0), jnp.asarray(4.0))) == pytest.approx(12.5**0.5)
 
 
 @pytest.mark.parametrize(

@@ -40,7 +40,7 @@ SETTINGS = {
     "dopri5 t^(1/2) PI 1e-4": Solver(method="dopri5"),
     "dopri5 t^(1/2) PI 1e-5": Solver(method="dopri5", rtol=1e-5, atol=1e-5),
 }
-RK45 = {f"scipy RK45 t, batch, {tol:.0e}": tol for tol in (1e-5, 1e-4, 1e-3)}
+RK45 = {f"scipy RK45 t, batch, {tol:.0e}": tol for tol in (1e-5, 1e-4)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,9 +103,9 @@ class Cost(NamedTuple):
 
 
 def timed(run: Callable[[], Any]) -> tuple[Any, float]:
-    """What ``run`` returns, and the least of three times it takes."""
-    seconds = []
-    for _ in range(3):
+    """What ``run`` returns, and the least of its times: of three, or of one if that is long."""
+    seconds: list[float] = []
+    while len(seconds) < 3 and sum(seconds) < 10:
         start = time.perf_counter()
         found = jax.block_until_ready(run())
         seconds.append(time.perf_counter() - start)

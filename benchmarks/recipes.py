@@ -53,6 +53,9 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--images", type=int, default=360)
     parser.add_argument("--mlp", type=int, default=0, help="an MLP of this width as the network")
+    parser.add_argument(
+        "--nf", type=int, default=0, help="a net of so many channels, one block a level"
+    )
     parser.add_argument("--recipes", default=",".join(str(i) for i in range(len(RECIPES))))
     parser.add_argument("--manual_dir", default="")
     args = parser.parse_args()
@@ -69,9 +72,13 @@ def main() -> None:
                 num_steps=args.steps, sample_every=0, checkpoint_every=args.steps
             )
             config.optim.warmup = min(config.optim.warmup, args.steps // 10)
+            # A long average of a short run would be made of its initial parameters.
+            config.optim.ema = min(config.optim.ema, 1 - 6.5 / args.steps)
             if args.mlp:
                 config.model = default("mlp").model
                 config.model.width = args.mlp
+            if args.nf:
+                config.model.update(nf=args.nf, num_res_blocks=1)
             with tempfile.TemporaryDirectory() as folder:
                 found = run(config, RECIPES[name], pathlib.Path(folder), args.images)
             values[name].append(found[0])

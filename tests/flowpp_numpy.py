@@ -88,6 +88,7 @@ def coupling(
     x = x.reshape(*a.shape, x.shape[-1] // a.shape[-1])
     log_scale, shift = np.tanh(x[..., 0]), x[..., 1]
     logits, means, log_scales = np.split(x[..., 2:], 3, axis=-1)
+    log_scales = np.maximum(log_scales, -7)
     log_w = logits - log_sum_exp(logits)[..., None]
     z = (b[..., None] - means) * np.exp(-log_scales)
     below, above = -np.logaddexp(0, -z), -np.logaddexp(0, z)

@@ -130,7 +130,9 @@ class MixLogisticAttnCoupling(nn.Module):
         network = layers.CouplingNetwork(*sizes, self.dropout, self.design)
         nn.share_scope(self, network)
         out = network(a, context, train=train).reshape(*a.shape, per_channel)
-        mixture = mixture_logistic.Mixture(*jnp.split(out[..., 2:], 3, axis=-1))
+        logits, means, log_scales = jnp.split(out[..., 2:], 3, axis=-1)
+        log_scales = jnp.maximum(log_scales, mixture_logistic.LEAST_LOG_SCALE)
+        mixture = mixture_logistic.Mixture(logits, means, log_scales)
         return jnp.tanh(out[..., 0]), out[..., 1], mixture
 
 

@@ -16,6 +16,7 @@ from sbml.types import Array
 
 BISECTIONS = 64  # halvings of the bracket: below the spacing of float64 in any bracket of use
 CLIP = 1e-7
+LEAST_LOG_SCALE = -7.0  # of a component: narrower ones would be spikes
 
 
 class Mixture(NamedTuple):
@@ -45,11 +46,11 @@ def clipped_logit_cdf(x: Array, mixture: Mixture) -> tuple[Array, Array]:
     """``logit_cdf`` through the float value of F, clipped at 1e-7 in y and in log dy/dx.
 
     So Song et al. have it. In float32, y above 10 moves in visible steps and ends at 16, and
-    log dy/dx is off by |y| - 16 in both tails: not injective, and for parity only. Their F carries
-    rounding of a few units in the last place; here it is the nearest float.
+    log dy/dx is off by |y| - 16 in both tails: not injective, and for parity only. As theirs, F is
+    the exponential of its logarithm and rounded as that: near 1 by a few units in the last place.
     """
-    log_f, log_1mf, log_density = _log_cdf(x, mixture)
-    f = jnp.where(log_f < log_1mf, jnp.exp(log_f), -jnp.expm1(log_1mf))
+    log_f, _, log_density = _log_cdf(x, mixture)
+    f = jnp.exp(log_f)
     y = -jnp.log(jnp.maximum(1.0 / f - 1.0, CLIP))
     return y, log_density - jnp.log(jnp.maximum(f, CLIP)) - jnp.log(jnp.maximum(1.0 - f, CLIP))
 

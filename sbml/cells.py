@@ -222,7 +222,7 @@ class CellRun:
         return table, {**self._this_set(table, stderr, freedom), **guard}
 
     def _guard(self, solver: Solver) -> dict[str, Any]:
-        """b(tol) - b(tol / 10) on the subset, by the same draws; fixed steps against dopri5."""
+        """b(tol) - b(tol / 10) on the subset, by the same draws; fixed steps against control."""
         reference = solver.tighter(10) if solver.fixed_steps is None else Solver().tighter(10)
         ours = self.rows(self.subset, 0, solver)["bits_per_dim"]
         gap = intervals.mean_interval(ours - self.rows(self.subset, 0, reference)["bits_per_dim"])

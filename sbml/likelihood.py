@@ -5,8 +5,8 @@ Along dx/dt = v(x, t) from t = eps to T (instantaneous change of variables, Chen
     log p_eps(x) = log pi(z) + integral_eps^T div v(x(t), t) dt,      z = x(T).
 
 The path x(t) does not ask for the divergence: it is solved by itself, at one network call an
-evaluation, and the integral is summed over two points of every step (``sbml.quadrature``). So the
-divergence, the dear part, is wanted at a third of the times.
+evaluation, and the integral is a sum over its steps (``sbml.quadrature``). So the divergence, the
+dear part, is wanted at two of a step's eight evaluations.
 
 The divergence is exact, or Hutchinson's with probes drawn once per solve. Fresh noise at every
 point would average out along the path, but ties the result to where rounding puts the steps.
@@ -51,6 +51,10 @@ class Trace:
         if key is None:
             raise ValueError(f"a {self.kind} trace draws probes: pass a key, or use kind='exact'")
         return divergence.probes(key, shape, self.probes, self.kind)
+
+    def combined(self, forms: Array) -> Array:
+        """The divergence ``()`` that the quadratic forms ``(k,)`` tell."""
+        return jnp.sum(forms) if self.kind == "exact" else jnp.mean(forms)
 
 
 class Likelihood(NamedTuple):
@@ -100,7 +104,7 @@ def ode_logp(
 
     def divergence_at(t: Array, x: Array) -> Array:
         _, forms = divergence.quadratic_forms(lambda x: field(t, x), x, vs)
-        return jnp.sum(forms) if trace.kind == "exact" else jnp.mean(forms)
+        return trace.combined(forms)
 
     (z, integral), stats = ode.solve(field, x, eps, sde.T, solver, divergence_at)
     prior = sde.prior_logp(z)

@@ -11,6 +11,7 @@ does not depend on its batch-mates.
 """
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -18,7 +19,8 @@ import diffrax
 import jax
 import jax.numpy as jnp
 
-from sbml.quadrature import Integrand, WithIntegral, beside_integral, of_solution
+from sbml import quadrature
+from sbml.quadrature import Integrand, WithIntegral, beside_integral
 from sbml.sdes import SDE
 from sbml.types import Array, Score
 
@@ -56,12 +58,11 @@ class Solver:
 
     Attributes:
       method: ``dopri5``, ``tsit5``, ``heun`` or ``euler``.
-      rtol, atol: tolerances of the adaptive step control, in units of x and nats.
+      rtol, atol: tolerances of the adaptive step control, in units of y and of its integral.
       power: t = u^power; 2 solves in sqrt(t), 1 in t.
       first_step: the first step, in u.
       pcoeff, icoeff: the proportional-integral controller's coefficients.
       fixed_steps: this many equal steps in u instead of step control.
-      nodes: points of each step over which an integral along the solution is summed.
       max_steps: give up (result NaN, ``success`` False) after this many.
 
     Raises:
@@ -77,7 +78,6 @@ class Solver:
     icoeff: float = _static(0.4)
     fixed_steps: int | None = _static(None)
     max_steps: int = _static(10_000)
-    nodes: int = _static(2)
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:
@@ -88,7 +88,7 @@ class Solver:
             value = getattr(self, name)
             if isinstance(value, int | float) and not value > 0:
                 raise ValueError(f"{name}={getattr(self, name)}: must be positive")
-        for name in ("fixed_steps", "max_steps", "nodes"):
+        for name in ("fixed_steps", "max_steps"):
             steps = getattr(self, name)
             if steps is not None and steps < 1:
                 raise ValueError(f"{name}={steps}: need at least one")
@@ -98,9 +98,14 @@ class Solver:
         return dataclasses.replace(self, rtol=self.rtol / factor, atol=self.atol / factor)
 
 
-def rms(y: Array) -> Array:
-    """The root mean square of all entries: how large the error of a step is."""
-    return jnp.sqrt(jnp.mean(y**2))
+def rms_norm(tree: Any) -> Array:
+    """The root mean square over leaves of each leaf's root mean square.
+
+    Every leaf weighs the same: an integral beside the solution, the log-determinant, is controlled
+    as strictly as the whole image. In one flat norm of d + 1 numbers it would hardly be controlled.
+    """
+    squares = [jnp.mean(leaf**2) for leaf in jax.tree.leaves(tree)]
+    return jnp.sqrt(sum(squares) / len(squares))
 
 
 def velocity(score: Score, sde: SDE, x: Array, t: Array) -> Array:
@@ -129,12 +134,18 @@ def solve(
       field: of scalar ``t`` and ``y (*s)``, of the shape of ``y``.
       y: at ``t0``.
       t0, t1, solver: from where to where, and how.
-      integrand: a scalar h(t, y) whose integral along the solution is wanted (``sbml.quadrature``).
+      integrand: a scalar h(t, y) whose integral along the solution is wanted (``sbml.quadrature``),
+        where ``t0`` < ``t1``.
 
     Returns:
       y(t1), or (y(t1), integral), NaN if the solver gave up (one image's failure must not stop the
       others), and stats.
+
+    Raises:
+      ValueError: an integral backwards in time.
     """
+    if integrand is not None and t1 < t0:
+        raise ValueError(f"from t={t0} to {t1}: integrals are taken forwards only, swap the ends")
 
     def slope(u: Array) -> Array:
         return solver.power * u ** (solver.power - 1)
@@ -143,30 +154,15 @@ def solve(
         return slope(u) * field(u**solver.power, y)
 
     u0, u1 = t0 ** (1 / solver.power), t1 ** (1 / solver.power)
-    kind, per_step, once = METHODS[solver.method]
-    method: diffrax.AbstractSolver = kind()
+    method, per_step, once = _method(solver)
     rates: Callable[..., Any] = in_u
-    norm: Callable[[Any], Array] = rms
     start: Any = y
     if integrand is not None:
         h: Integrand = integrand
-        nodes = solver.nodes
-        method = WithIntegral(method, lambda u, y: slope(u) * h(u**solver.power, y), nodes)
-        rates, norm = beside_integral(in_u), of_solution(rms)
-        start, per_step = (y, jnp.zeros((), y.dtype)), per_step + nodes
-    if solver.fixed_steps is None:
-        first = min(solver.first_step, abs(u1 - u0)) * (1.0 if u1 > u0 else -1.0)
-        controller: diffrax.AbstractStepSizeController = diffrax.PIDController(
-            rtol=solver.rtol,
-            atol=solver.atol,
-            pcoeff=solver.pcoeff,
-            icoeff=solver.icoeff,
-            norm=norm,
-        )
-        max_steps = solver.max_steps
-    else:
-        first = (u1 - u0) / solver.fixed_steps
-        controller, max_steps = diffrax.ConstantStepSize(), solver.fixed_steps + 1
+        method = WithIntegral(method, lambda u, y: slope(u) * h(u**solver.power, y))
+        rates, start = beside_integral(in_u), (y, jnp.zeros((), y.dtype))
+        per_step, once = per_step + quadrature.PER_STEP, once + quadrature.ONCE
+    first, controller, max_steps = _steps(solver, u1 - u0)
     solution = diffrax.diffeqsolve(
         diffrax.ODETerm(rates),
         method,
@@ -188,3 +184,26 @@ def solve(
         rejected=solution.stats["num_rejected_steps"],
         success=success,
     )
+
+
+def _method(solver: Solver) -> tuple[diffrax.AbstractSolver, int, int]:
+    """The method, its evaluations a step and once."""
+    kind, per_step, once = METHODS[solver.method]
+    if not issubclass(kind, diffrax.AbstractRungeKutta):
+        return kind(), per_step, once
+    # What diffrax chooses for forward mode, where it sees the method itself and no integral's.
+    return kind(scan_kind="bounded" if solver.fixed_steps else "lax"), per_step, once
+
+
+def _steps(solver: Solver, length: float) -> tuple[float, Any, int]:
+    """The first step in u, the step control, and the most steps."""
+    if solver.fixed_steps is not None:
+        return length / solver.fixed_steps, diffrax.ConstantStepSize(), solver.fixed_steps + 1
+    controller = diffrax.PIDController(
+        rtol=solver.rtol,
+        atol=solver.atol,
+        pcoeff=solver.pcoeff,
+        icoeff=solver.icoeff,
+        norm=rms_norm,
+    )
+    return math.copysign(min(solver.first_step, abs(length)), length), controller, solver.max_steps

@@ -190,7 +190,7 @@ def bound_rows(name: str, sde: SDE, case: Case) -> Iterator[Row]:
 @functools.partial(jit, static_argnames="sde")
 def _solved(data: oracle.Mixture, x: Array, *, sde: SDE) -> tuple[Likelihood, Array, Array]:
     """The likelihoods of ``x (n, d)``, log p_eps of them and log p_T of their latents."""
-    solver = ode.Solver(rtol=1e-8, atol=1e-8, nodes=3)
+    solver = ode.Solver(rtol=1e-8, atol=1e-8)
 
     def one(x: Array) -> tuple[Likelihood, Array, Array]:
         result = ode_logp(data.score, sde, x, None, eps=EPS, trace=Trace("exact"), solver=solver)

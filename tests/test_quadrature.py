@@ -39,22 +39,42 @@ def integral(solver: Solver) -> tuple[float, ode.Stats]:
 @pytest.mark.parametrize("method", ["tsit5", "dopri5", "heun"])
 @pytest.mark.parametrize("power", [1.0, 2.0])
 def test_the_integral_is_the_truth(method: str, power: float) -> None:
-    found, stats = integral(Solver(method=method, power=power, rtol=1e-8, atol=1e-8))
+    found, stats = integral(
+        Solver(method=method, power=power, rtol=1e-9, atol=1e-9, max_steps=100_000)
+    )
     assert stats.success
     np.testing.assert_allclose(found, TRUTH, rtol=1e-7)
 
 
-def test_fixed_steps_converge_at_the_order_of_simpsons_rule() -> None:
+def test_fixed_steps_converge_at_the_order_of_the_corrected_rule() -> None:
+    """Local errors are O(h^7) between two neighbours and O(h^6) at the two ends."""
+
     def error(steps: int) -> float:
         return abs(integral(Solver(method="dopri5", fixed_steps=steps, power=1.0))[0] - TRUTH)
 
-    assert np.log2(error(5) / error(10)) == pytest.approx(4, abs=0.5)
+    assert np.log2(error(10) / error(20)) > 4.5
 
 
-def test_the_fourth_difference_of_a_quartic_is_its_leading_coefficient() -> None:
+@pytest.mark.parametrize("steps", [2, 3, 7, None])
+def test_quartics_of_time_are_exact(steps: int | None) -> None:
+    """With equal steps, and with the uneven ones that a decaying y asks for."""
+    solver = Solver(fixed_steps=steps, power=1.0, rtol=1e-6, atol=1e-6, pcoeff=0.0, icoeff=1.0)
+
+    def quartic(t: Array, y: Array) -> Array:
+        return 3 * t**4 - 2 * t**3 + t - 1
+
+    solve = jax.jit(lambda y: ode.solve(lambda t, y: -y / (0.05 + t), y, T0, T1, solver, quartic))
+    (_, found), stats = solve(jnp.ones(()))
+    truth = np.diff(np.polyval([3 / 5, -2 / 4, 0, 1 / 2, -1, 0], [T0, T1]))[0]
+    np.testing.assert_allclose(found, truth, atol=1e-12)
+    assert steps is None or stats.accepted == steps
+
+
+def test_simpsons_error_of_a_quartic() -> None:
     t = jnp.asarray([-0.3, -0.1, 0.0, 0.4, 1.1])
     quartic = 3.0 * t**4 - 2.0 * t**3 + t
-    assert float(quadrature.fourth_difference(t, quartic)) == pytest.approx(3.0)
+    expected = 0.5**5 / 2880 * (3.0 * 24)
+    assert float(quadrature.simpson_error(jnp.asarray(0.5), t, quartic)) == pytest.approx(expected)
 
 
 def bump(t: Array, y: Array) -> Array:
@@ -64,7 +84,7 @@ def bump(t: Array, y: Array) -> Array:
 
 def test_steps_are_short_where_only_the_integrand_is_rough() -> None:
     """dy/dt = 0 lets every step be as long as it likes: the integral's own error does not."""
-    solver = Solver(rtol=1e-6, atol=1e-6, power=1.0)
+    solver = Solver(rtol=1e-7, atol=1e-7, power=1.0)
     still = jax.jit(lambda y: ode.solve(lambda t, y: 0 * y, y, T0, T1, solver, bump))
     (y, found), stats = still(jnp.ones(2))
     np.testing.assert_array_equal(y, 1.0)

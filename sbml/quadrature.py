@@ -9,8 +9,7 @@ less that error, with h''''/24 as the divided difference of five values of h: th
 the nearest of its neighbours. Until the next step has been made, the step before stands in for it.
 
 y does not ask for l, so h is evaluated twice a step, where f is evaluated six times. The step
-control sees the error of y, and of l Simpson's, of which the correction leaves about a tenth where
-h is smooth.
+control sees the error of y and, of l, Simpson's before the correction.
 """
 
 from collections.abc import Callable

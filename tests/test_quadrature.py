@@ -107,7 +107,7 @@ def test_evaluations_are_counted(method: str) -> None:
         jax.debug.callback(lambda: count("integrand"))
         return jnp.sum(y)
 
-    solver = Solver(method=method, rtol=1e-5, atol=1e-5)
+    solver = Solver(method=method, rtol=1e-5, atol=1e-5, pcoeff=0.0, icoeff=1.0)
     _, stats = jax.jit(lambda y: ode.solve(field, y, T0, T1, solver, integrand))(jnp.ones(3))
     jax.effects_barrier()
     assert stats.rejected > 0

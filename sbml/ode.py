@@ -11,7 +11,6 @@ does not depend on its batch-mates.
 """
 
 import dataclasses
-import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -119,7 +118,7 @@ def velocity(score: Score, sde: SDE, x: Array, t: Array) -> Array:
 
 
 def transport(
-    score: Score, sde: SDE, x: Array, t0: float, t1: float, solver: Solver
+    score: Score, sde: SDE, x: Array, t0: float | Array, t1: float | Array, solver: Solver
 ) -> tuple[Array, Stats]:
     """Where the ODE carries ``x (*s)`` from ``t0`` to ``t1``, in either direction, and stats."""
     return solve(lambda t, x: velocity(score, sde, x, t), x, t0, t1, solver)
@@ -128,8 +127,8 @@ def transport(
 def solve(
     field: Callable[[Array, Array], Array],
     y: Array,
-    t0: float,
-    t1: float,
+    t0: float | Array,
+    t1: float | Array,
     solver: Solver,
     integrand: Integrand | None = None,
 ) -> tuple[Any, Stats]:
@@ -203,7 +202,7 @@ def _method(solver: Solver) -> tuple[diffrax.AbstractSolver, int, int]:
     return kind(scan_kind="bounded" if solver.fixed_steps else "lax"), per_step, once
 
 
-def _steps(solver: Solver, length: float) -> tuple[float, Any, int]:
+def _steps(solver: Solver, length: float | Array) -> tuple[float | Array, Any, int]:
     """The first step in u, the step control, and the most steps."""
     if solver.fixed_steps is not None:
         return length / solver.fixed_steps, diffrax.ConstantStepSize(), solver.fixed_steps + 1
@@ -214,4 +213,5 @@ def _steps(solver: Solver, length: float) -> tuple[float, Any, int]:
         icoeff=solver.icoeff,
         norm=rms_norm,
     )
-    return math.copysign(min(solver.first_step, abs(length)), length), controller, solver.max_steps
+    first = jnp.sign(length) * jnp.minimum(solver.first_step, jnp.abs(length))
+    return first, controller, solver.max_steps

@@ -1,10 +1,9 @@
 """The probability-flow ODE with step control: the inverse of ``likelihood.ode_logp``'s map."""
 
 import dataclasses
-import itertools
 
+import jax
 import jax.numpy as jnp
-import numpy as np
 
 from sbml import sampling
 from sbml.ode import Solver, Stats, transport
@@ -29,8 +28,11 @@ class ODE:
     ) -> tuple[Array, Array]:
         """See ``Sampler``; the frames are evenly spaced in the solver's coordinate."""
         power = self.solver.power
-        times = np.linspace(sde.T ** (1 / power), eps ** (1 / power), frames) ** power
-        path = [z]
-        for start, stop in itertools.pairwise(times.tolist()):
-            path.append(transport(score, sde, path[-1], start, stop, self.solver)[0])
-        return jnp.stack(path), jnp.asarray(times)
+        times = jnp.linspace(sde.T ** (1 / power), eps ** (1 / power), frames) ** power
+
+        def piece(x: Array, ends: tuple[Array, Array]) -> tuple[Array, Array]:
+            x, _ = transport(score, sde, x, *ends, self.solver)
+            return x, x
+
+        _, path = jax.lax.scan(piece, z, (times[:-1], times[1:]))
+        return jnp.concatenate([z[None], path]), times

@@ -59,6 +59,8 @@ def main() -> None:
     parser.add_argument("--recipes", default=",".join(str(i) for i in range(len(RECIPES))))
     parser.add_argument("--manual_dir", default="")
     args = parser.parse_args()
+    if args.mlp and args.nf:
+        parser.error("--mlp and --nf each choose a network: give one")
     chosen = [list(RECIPES)[int(i)] for i in args.recipes.split(",")]
 
     values = {name: [] for name in chosen}

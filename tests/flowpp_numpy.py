@@ -110,7 +110,7 @@ def flow(
         context = gated_conv(p, f"c{i}", context, None, conv)
         if deep is not None:
             context = layer_norm(p, f"dqln{i}", context)
-            context = attention(p, f"dqattn{i}", context, p["pos_emb_dq"], heads)
+            context = attention(p, f"dqattn{i}", context, p["pos_emb_dq"], 4)
             context = layer_norm(p, f"ln{i}", context)
     a, b = eps[:, :, 0::2], eps[:, :, 1::2]
     log_det = np.zeros(len(eps))
@@ -143,6 +143,8 @@ def foreign(params: Any) -> dict[str, Params]:
                 name = "c1" if name == "proj_in" else name.replace("_proj_out", "_c2")
             if name:
                 name = f"{name}_{letters[path[-1]]}"
+            if "ln" in name:
+                value = value.reshape(1, 1, 1, -1)
             if path[-1] == "kernel" and value.ndim == 4:
                 value = value.transpose(1, 0, 2, 3)
             names.setdefault(module, {})[name or path[-1]] = value

@@ -5,7 +5,7 @@
     channels            mixed after each normalisation   not mixed
     convolutions        a kernel                         weight-normalised, g V / |V|
     a network's end     a convolution                    concat_elu and a convolution
-    the image           3 gated convolutions             8, normalised and with attention
+    the image           3 gated convolutions             8, normalised and with 4 heads' attention
     filters, blocks     96, 2                            128, 8
     parameters, 32x32   3,466,976                        35,482,720
 
@@ -19,7 +19,8 @@ class Design(NamedTuple):
     """The shape of a flow, and how the networks in it are built.
 
     ``context`` is the name, in the parameters, of the network that shows the image to the
-    couplings; it has ``context_blocks`` gated convolutions, with attention after each or without.
+    couplings; it has ``context_blocks`` gated convolutions, each with attention of
+    ``context_heads`` heads after it, or without where they are 0.
     """
 
     couplings: int
@@ -28,7 +29,7 @@ class Design(NamedTuple):
     ends_in_elu: bool
     context: str
     context_blocks: int
-    context_attends: bool
+    context_heads: int
 
 
 DESIGNS = {
@@ -39,7 +40,7 @@ DESIGNS = {
         ends_in_elu=False,
         context="ShallowProcessor_0",
         context_blocks=3,
-        context_attends=False,
+        context_heads=0,
     ),
     "imagenet32": Design(
         couplings=8,
@@ -48,6 +49,6 @@ DESIGNS = {
         ends_in_elu=True,
         context="DeepProcessor_0",
         context_blocks=8,
-        context_attends=True,
+        context_heads=4,
     ),
 }

@@ -152,9 +152,7 @@ class Flow(nn.Module):
         self, image: Array, x: Array, *, inverse: bool = False, train: bool = False
     ) -> tuple[Array, Array]:
         """What ``x`` becomes, and log |det d logits / d noise| ``(n,)`` whatever the direction."""
-        processor = layers.ContextProcessor(
-            self.heads, self.dropout, self.design, name=self.design.context
-        )
+        processor = layers.ContextProcessor(self.dropout, self.design, name=self.design.context)
         context = processor(jnp.concatenate(split(image), axis=-1), train=train)
         options = (
             *(self.filters, self.components, self.blocks, self.heads),

@@ -148,7 +148,6 @@ class CouplingNetwork(nn.Module):
 class ContextProcessor(nn.Module):
     """The image, as the couplings are shown it: a convolution and gated ones."""
 
-    heads: int
     dropout: float
     design: Design
 
@@ -156,13 +155,14 @@ class ContextProcessor(nn.Module):
     def __call__(self, x: Array, *, train: bool = False) -> Array:
         weight_norm = self.design.weight_norm
         x = Affine(CONTEXT_FILTERS, (3, 3), weight_norm=weight_norm, name="proj")(x)
-        if self.design.context_attends:
+        heads = self.design.context_heads
+        if heads:
             positions = self.param("pos_emb_dq", position_embedding, x, CONTEXT_FILTERS)
         for i in range(self.design.context_blocks):
             conv = GatedConv(dropout=self.dropout, weight_norm=weight_norm, name=f"c{i}")
             x = conv(x, train=train)
-            if self.design.context_attends:
+            if heads:
                 x = layer_norm(f"dqln{i}")(x)
-                x = GatedAttention(self.heads, name=f"dqattn{i}")(x, positions)
+                x = GatedAttention(heads, name=f"dqattn{i}")(x, positions)
                 x = layer_norm(f"ln{i}")(x)
         return x

@@ -35,7 +35,8 @@ class Model:
 
     Attributes:
       design: ``cifar10`` or ``imagenet32``, see ``_flowpp_design``.
-      filters, blocks, heads: width, depth and attention heads of each coupling's network.
+      filters, blocks, heads: width, depth and attention heads of each coupling's network; the one
+        that shows them the image is the design's.
       components: logistics in the mixture of every element.
       dropout: rate in training.
       levels: of the integer data; the image is shown to the networks as k / (levels - 1) - 1/2.

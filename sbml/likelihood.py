@@ -5,8 +5,9 @@ Along dx/dt = v(x, t) from t = eps to T (instantaneous change of variables, Chen
     log p_eps(x) = log pi(z) + integral_eps^T div v(x(t), t) dt,      z = x(T).
 
 The path x(t) does not ask for the divergence: it is solved by itself, at one network call an
-evaluation, and the integral is a sum over its steps (``sbml.quadrature``). So the divergence, the
-dear part, is wanted at two of a step's eight evaluations.
+evaluation, and the integral is a sum over its steps with an error estimate of its own
+(``sbml.quadrature``). So the divergence, the dear part, is wanted at two of a step's eight
+evaluations.
 
 The divergence is exact, or Hutchinson's with probes drawn once per solve. Fresh noise at every
 point would average out along the path, but ties the result to where rounding puts the steps.

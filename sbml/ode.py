@@ -41,8 +41,8 @@ INTEGRAL_UNIT = 3.0
 class Stats(NamedTuple):
     """What a solve cost and whether it arrived: scalars.
 
-    ``nfe``, evaluations of the field, is exact where the first step is accepted; each rejection
-    before that costs one more than it counts.
+    ``nfe``, evaluations of the field and of an integrand, is exact where the first step is
+    accepted; each rejection before that costs one more than it counts.
     """
 
     nfe: Array

@@ -15,7 +15,7 @@ from sbml.types import Array, Key, Score
 class ODE:
     """Deterministic given the latent; ``solver`` says how exact."""
 
-    solver: Solver = Solver(rtol=1e-3, atol=1e-3)
+    solver: Solver = Solver("dopri5", rtol=1e-3, atol=1e-3)
 
     def __call__(
         self, score: Score, sde: SDE, z: Array, key: Key, *, eps: float

@@ -7,10 +7,15 @@ compiled with ``losses.dsm_batch``, with the same loss written for the batch by 
 network called one example at a time under ``vmap``, and with ``dsm_batch`` and XLA's own options in
 the place of ``runtime.state.compiler_options``. Rounds are interleaved and start with another step
 each time, so the ratios hold on a noisy machine.
+
+For comparison between machines, a step's rate of arithmetic is shown as a share of the rate that a
+large convolution reaches, measured between the rounds.
 """
 
 import argparse
 import time
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -60,6 +65,17 @@ def one_by_one(e: build.Experiment):
     return loss
 
 
+def convolution() -> tuple[Callable[[], Any], float]:
+    """3x3, 128 channels, 32 images of 32x32: to run it, and its GFLOP."""
+    key = jax.random.key(0)
+    x, kernel = jax.random.normal(key, (32, 32, 32, 128)), jax.random.normal(key, (3, 3, 128, 128))
+    layout = ("NHWC", "HWIO", "NHWC")
+    run = jax.jit(
+        lambda x, k: jax.lax.conv_general_dilated(x, k, (1, 1), "SAME", dimension_numbers=layout)
+    )
+    return lambda: run(x, kernel), 2 * x.size * 9 * 128 / 1e9
+
+
 def main() -> None:
     """Print CPU-seconds a step, compile CPU-seconds, and ratios to the hand-batched step."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -91,6 +107,9 @@ def main() -> None:
     assert np.isclose(values["dsm_batch"], values["by hand"], rtol=1e-5), values
 
     cost: dict[str, list[float]] = {name: [] for name in kinds}
+    rates: list[float] = []
+    convolve, gflop = convolution()
+    jax.block_until_ready(convolve())
     for i in range(args.rounds):
         names = list(steps)
         for name in names[i % len(names) :] + names[: i % len(names)]:
@@ -102,9 +121,17 @@ def main() -> None:
                 state, _ = step(state, pixels, key, ())
             jax.block_until_ready(state)
             cost[name].append((time.process_time() - start) / args.steps)
+        start = time.process_time()
+        jax.block_until_ready([convolve() for _ in range(8)])
+        rates.append(8 * gflop / (time.process_time() - start))
+    print(f"a convolution: {np.median(rates):.0f} GFLOP a CPU-s")
     for name, seconds in cost.items():
         ratio = np.median(np.array(seconds) / np.array(cost["by hand"]))
-        print(f"{name:13s} {np.median(seconds):.3f} CPU-s a step, {ratio:.3f} of by hand")
+        rate = steps[name].cost_analysis()["flops"] / 1e9 / np.median(seconds)
+        print(
+            f"{name:13s} {np.median(seconds):.3f} CPU-s a step, {ratio:.3f} of by hand, "
+            f"{rate / np.median(rates):.2f} of a convolution's rate"
+        )
 
 
 if __name__ == "__main__":

@@ -32,11 +32,6 @@ METHODS: dict[str, tuple[type[diffrax.AbstractSolver], int, int]] = {
     "euler": (diffrax.Euler, 1, 0),
 }
 
-# An integral beside y is solved in this unit for each number of y: its tolerance is one of the
-# log-determinant per dimension, and for what Simpson's correction leaves of the estimate: a tenth
-# of it on a Gaussian, half on a trained network.
-INTEGRAL_UNIT = 3.0
-
 
 class Stats(NamedTuple):
     """What a solve cost and whether it arrived: scalars.
@@ -62,7 +57,8 @@ class Solver:
 
     Attributes:
       method: ``dopri5``, ``tsit5``, ``heun`` or ``euler``.
-      rtol, atol: tolerances of the adaptive step control, in units of y and of its integral.
+      rtol, atol: tolerances of the adaptive step control, of y and of its integral for each number
+        of y: of a log-determinant in nats per dimension.
       power: t = u^power; 2 solves in sqrt(t), 1 in t.
       first_step: the first step, in u.
       pcoeff, icoeff: the proportional-integral controller's coefficients.
@@ -105,8 +101,8 @@ class Solver:
 def rms_norm(tree: Any) -> Array:
     """The root mean square over leaves of each leaf's root mean square.
 
-    Every leaf weighs the same: an integral beside the solution, the log-determinant, is controlled
-    as strictly as the whole image. In one flat norm of d + 1 numbers it would hardly be controlled.
+    Every leaf weighs the same: an integral beside the solution, the log-determinant, as much as the
+    whole image. In one flat norm of d + 1 numbers it would hardly be controlled.
     """
     squares = [jnp.mean(leaf**2) for leaf in jax.tree.leaves(tree)]
     return jnp.sqrt(sum(squares) / len(squares))
@@ -137,7 +133,7 @@ def solve(
     Args:
       field: of scalar ``t`` and ``y (*s)``, of the shape of ``y``.
       y: at ``t0``.
-      t0, t1, solver: from where to where, and how.
+      t0, t1, solver: from where to where, and how; not traced where there is an integrand.
       integrand: a scalar h(t, y) whose integral along the solution is wanted (``sbml.quadrature``),
         where ``t0`` < ``t1``.
 
@@ -148,7 +144,7 @@ def solve(
     Raises:
       ValueError: an integral backwards in time.
     """
-    if integrand is not None and t1 < t0:
+    if integrand is not None and t1 < t0:  # diffrax would solve in -u, where h is not known.
         raise ValueError(f"from t={t0} to {t1}: integrals are taken forwards only, swap the ends")
 
     def slope(u: Array) -> Array:
@@ -163,8 +159,7 @@ def solve(
     start: Any = y
     if integrand is not None:
         h: Integrand = integrand
-        unit = INTEGRAL_UNIT * y.size
-        method = WithIntegral(method, lambda u, y: slope(u) * h(u**solver.power, y) / unit)
+        method = WithIntegral(method, lambda u, y: slope(u) * h(u**solver.power, y) / y.size)
         rates, start = beside_integral(in_u), (y, jnp.zeros((), y.dtype))
         per_step, once = per_step + quadrature.PER_STEP, once + quadrature.ONCE
     first, controller, max_steps = _steps(solver, u1 - u0)
@@ -183,7 +178,7 @@ def solve(
     success = solution.result == diffrax.RESULTS.successful
     end = jax.tree.map(lambda ys: jnp.where(success, ys[0], jnp.nan), solution.ys)
     if integrand is not None:
-        end = (end[0], unit * end[1])
+        end = (end[0], y.size * end[1])
     steps = solution.stats["num_steps"]
     return end, Stats(
         nfe=per_step * steps + once,
@@ -198,7 +193,7 @@ def _method(solver: Solver) -> tuple[diffrax.AbstractSolver, int, int]:
     kind, per_step, once = METHODS[solver.method]
     if not issubclass(kind, diffrax.AbstractRungeKutta):
         return kind(), per_step, once
-    # What diffrax chooses for forward mode, where it sees the method itself and no integral's.
+    # What diffrax chooses by itself for these adjoints, but not inside of WithIntegral.
     return kind(scan_kind="bounded" if solver.fixed_steps else "lax"), per_step, once
 
 

@@ -115,22 +115,39 @@ def test_every_adaptive_method_finds_the_truth(method: str) -> None:
 
 
 @pytest.mark.oracle
-@pytest.mark.parametrize("width", [0.0, 1e-3, 1.0])
-def test_an_easy_path_does_not_hide_a_rough_divergence(width: float) -> None:
+@pytest.mark.parametrize(
+    ("width", "eps", "first_step"),
+    [(0.0, EPS, 1e-3), (1e-3, EPS, 1e-3), (1.0, EPS, 1e-3), (0.0, EPS, 0.1), (0.0, 1e-7, 1e-3)],
+)
+def test_an_easy_path_does_not_hide_a_rough_divergence(
+    width: float, eps: float, first_step: float
+) -> None:
     """At the mode of a narrow Gaussian x hardly moves: steps that x alone chose would be long."""
-    sde, var = SDES["vp"](), 0.05**2
+    sde, var = SDES["vp"](), 0.05**2 if eps == EPS else 0.0
 
     def variance(t: Array) -> Array:
         return sde.mean_coef(t) ** 2 * var + sde.std(t) ** 2
 
     x = jnp.asarray([1.0, -1.0, 1.0, -1.0]) * width * 0.05
-    solver = Solver(rtol=1e-6, atol=1e-6)
+    solver = Solver(rtol=1e-6, atol=1e-6, first_step=first_step)
     score = lambda x, t, key: -x / variance(t)  # noqa: E731
-    result = jax.jit(lambda x: ode_logp(score, sde, x, None, eps=EPS, trace=EXACT, solver=solver))(
+    result = jax.jit(lambda x: ode_logp(score, sde, x, None, eps=eps, trace=EXACT, solver=solver))(
         x
     )
-    first, last = (variance(jnp.asarray(t)) for t in (EPS, 1.0))
+    first, last = (variance(jnp.asarray(t)) for t in (eps, 1.0))
     np.testing.assert_allclose(result.divergence, 2 * jnp.log(last / first), atol=2e-5)
+
+
+def test_tolerances_are_those_of_a_dimension() -> None:
+    """Three hundred dimensions like one another ask for no more steps than one."""
+
+    def steps(d: int) -> int:
+        sde, x = SDES["vp"](), jnp.full((d,), 0.02)
+        score = lambda x, t, key: -x / (sde.mean_coef(t) ** 2 * 1e-3 + sde.std(t) ** 2)  # noqa: E731
+        solve = jax.jit(lambda x, v: ode_logp(score, sde, x, v, eps=EPS, solver=Solver()))
+        return int(solve(x, jax.random.key(0)).stats.accepted)
+
+    assert steps(300) == steps(1)
 
 
 @pytest.mark.oracle

@@ -162,19 +162,7 @@ def solve(
         method = WithIntegral(method, lambda u, y: slope(u) * h(u**solver.power, y) / y.size)
         rates, start = beside_integral(in_u), (y, jnp.zeros((), y.dtype))
         per_step, once = per_step + quadrature.PER_STEP, once + quadrature.ONCE
-    first, controller, max_steps = _steps(solver, u1 - u0)
-    solution = diffrax.diffeqsolve(
-        diffrax.ODETerm(rates),
-        method,
-        t0=u0,
-        t1=u1,
-        dt0=first,
-        y0=start,
-        stepsize_controller=controller,
-        max_steps=max_steps,
-        adjoint=diffrax.DirectAdjoint() if solver.fixed_steps else diffrax.ForwardMode(),
-        throw=False,
-    )
+    solution = _solution(rates, method, u0, u1, start, solver)
     success = solution.result == diffrax.RESULTS.successful
     end = jax.tree.map(lambda ys: jnp.where(success, ys[0], jnp.nan), solution.ys)
     if integrand is not None:
@@ -195,6 +183,30 @@ def _method(solver: Solver) -> tuple[diffrax.AbstractSolver, int, int]:
         return kind(), per_step, once
     # What diffrax chooses by itself for these adjoints, but not inside of WithIntegral.
     return kind(scan_kind="bounded" if solver.fixed_steps else "lax"), per_step, once
+
+
+def _solution(
+    rates: Callable[..., Any],
+    method: diffrax.AbstractSolver,
+    u0: float | Array,
+    u1: float | Array,
+    start: Any,
+    solver: Solver,
+) -> Any:
+    """diffrax's solution of d(state)/du = rates from ``start``, arrived or not."""
+    first, controller, max_steps = _steps(solver, u1 - u0)
+    return diffrax.diffeqsolve(
+        diffrax.ODETerm(rates),
+        method,
+        t0=u0,
+        t1=u1,
+        dt0=first,
+        y0=start,
+        stepsize_controller=controller,
+        max_steps=max_steps,
+        adjoint=diffrax.DirectAdjoint() if solver.fixed_steps else diffrax.ForwardMode(),
+        throw=False,
+    )
 
 
 def _steps(solver: Solver, length: float | Array) -> tuple[float | Array, Any, int]:

@@ -17,7 +17,6 @@ import tempfile
 import numpy as np
 
 from sbml import build, cells, evaluate, train
-from sbml.config import default
 from sbml.estimators import Cell
 from sbml.intervals import mean_interval
 from sbml.runtime import metrics
@@ -52,15 +51,12 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=650)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--images", type=int, default=360)
-    parser.add_argument("--mlp", type=int, default=0, help="an MLP of this width as the network")
     parser.add_argument(
         "--nf", type=int, default=0, help="a net of so many channels, one block a level"
     )
     parser.add_argument("--recipes", default=",".join(str(i) for i in range(len(RECIPES))))
     parser.add_argument("--manual_dir", default="")
     args = parser.parse_args()
-    if args.mlp and args.nf:
-        parser.error("--mlp and --nf each choose a network: give one")
     chosen = [list(RECIPES)[int(i)] for i in args.recipes.split(",")]
 
     values = {name: [] for name in chosen}
@@ -76,9 +72,6 @@ def main() -> None:
             config.optim.warmup = min(config.optim.warmup, args.steps // 10)
             # A long average of a short run would be made of its initial parameters.
             config.optim.ema = min(config.optim.ema, 1 - 6.5 / args.steps)
-            if args.mlp:
-                config.model = default("mlp").model
-                config.model.width = args.mlp
             if args.nf:
                 config.model.update(nf=args.nf, num_res_blocks=1)
             with tempfile.TemporaryDirectory() as folder:

@@ -18,7 +18,7 @@ import math
 from typing import NamedTuple
 
 import numpy as np
-from scipy import stats
+from scipy import special
 
 
 class Interval(NamedTuple):
@@ -53,7 +53,7 @@ def mean_interval(values: np.ndarray) -> Interval:
 
 def half_width(stderr: float, freedom: int) -> float:
     """Student's 97.5% quantile times ``stderr``; infinite without a degree of freedom."""
-    return float(stats.t.ppf(0.975, freedom)) * stderr if freedom > 0 else math.inf
+    return float(special.stdtrit(freedom, 0.975)) * stderr if freedom > 0 else math.inf
 
 
 def repeated_stderr(first: np.ndarray, second: np.ndarray, n: int) -> tuple[float, int]:

@@ -1,38 +1,30 @@
 """python -m sbml.main --config=configs/digits_vp.py [--mode=train,eval,sample] [--workdir=DIR]"""
 
 import pathlib
+import pkgutil
 import runpy
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import jax
 from absl import app, flags, logging
 from etils import epath
 from ml_collections import config_flags
 
-from sbml import (
-    architecture,
-    convert,
-    evaluate,
-    latents,
-    quality,
-    sample,
-    train,
-    train_dequantizer,
-    verify,
-)
+from sbml import architecture
 from sbml.config import check_overrides
 
-MODES: dict[str, Callable[..., None]] = {
-    "train": train.run,
-    "train_dequantizer": train_dequantizer.run,
-    "eval": evaluate.run,
-    "sample": sample.run,
-    "latents": latents.run,
-    "stats": quality.stats,
-    "quality": quality.run,
-    "convert": lambda config, workdir: convert.run(config, workdir, SOURCE.value),
-    "verify": verify.run,
+# Resolved when their turn comes: a wrong flag is told of at once, not after all imports.
+MODES = {
+    "train": "sbml.train:run",
+    "train_dequantizer": "sbml.train_dequantizer:run",
+    "eval": "sbml.evaluate:run",
+    "sample": "sbml.sample:run",
+    "latents": "sbml.latents:run",
+    "stats": "sbml.quality:stats",
+    "quality": "sbml.quality:run",
+    "convert": "sbml.convert:run",
+    "verify": "sbml.verify:run",
 }
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "Config file; any field of it can be set.")
@@ -68,12 +60,17 @@ def run_name(config: str) -> str:
     return pathlib.Path(config).name.replace(".py", "").replace(":", "_")
 
 
+def run_mode(mode: str, *arguments: object) -> None:
+    """Import what ``mode`` needs, and run it."""
+    pkgutil.resolve_name(MODES[mode])(*arguments)
+
+
 def main(arguments: Sequence[str]) -> None:
     """Run the modes in order."""
     if len(arguments) > 1:
         raise app.UsageError(f"unknown: {arguments[1:]}; set fields as --config.field=value")
     if MODE.value == ["verify"]:  # The one mode that no config changes.
-        return verify.run()
+        return run_mode("verify")
     if CONFIG.value is None:
         raise app.UsageError(
             "--config=configs/<name>.py says what to run; without it, --mode=verify"
@@ -92,7 +89,8 @@ def main(arguments: Sequence[str]) -> None:
     workdir.mkdir(parents=True, exist_ok=True)
     print(f"{', '.join(modes)} in {workdir}")
     for mode in modes:
-        MODES[mode](architecture.of_workdir(CONFIG.value, workdir), workdir)
+        source = (SOURCE.value,) if mode == "convert" else ()
+        run_mode(mode, architecture.of_workdir(CONFIG.value, workdir), workdir, *source)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import importlib.util
 import pathlib
+import pkgutil
 import re
 import runpy
 
@@ -134,6 +135,11 @@ def test_discrete_levels_are_trained_and_the_sde_is_evaluated() -> None:
     config.sde.name = "subvp"
     with pytest.raises(ValueError, match="limit of no discrete-time model"):
         build.Experiment(config)
+
+
+def test_every_mode_is_there_to_be_called() -> None:
+    for what in main.MODES.values():
+        assert callable(pkgutil.resolve_name(what))
 
 
 def test_parity_changes_any_config_to_the_authors() -> None:

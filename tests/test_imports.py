@@ -81,7 +81,7 @@ ALLOWED: dict[str, set[str]] = {
     # Training draws the sample grids of its logs.
     "train": BELOW_BUILD | {"build", "loop", "sample"},
     "convert": BELOW_BUILD | {"architecture", "build", "trees"},
-    "main": MODES | {"architecture", "config"},
+    "main": {"architecture", "config"},
 }
 PURE = (
     *("types", "sdes", "times", "divergence", "bits", "ode", "losses", "likelihood", "sampling"),

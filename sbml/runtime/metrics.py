@@ -5,7 +5,6 @@ from typing import Any
 
 import numpy as np
 from etils import epath
-from tensorboardX import SummaryWriter
 
 from sbml.runtime.files import write_whole
 
@@ -35,6 +34,9 @@ class MetricsWriter:
     """
 
     def __init__(self, workdir: epath.PathLike, start: int) -> None:
+        # Here, for it imports torch where there is one: seconds, for who only reads metrics.
+        from tensorboardX import SummaryWriter
+
         self._path = epath.Path(workdir) / FILE
         self._path.parent.mkdir(parents=True, exist_ok=True)
         self._rows = [row for row in read(workdir) if row["step"] <= start]

@@ -309,8 +309,10 @@ class Experiment:
         Raises:
           ValueError: if there is none, or it is another model's.
         """
+        mesh = sharding.data_mesh()
+        wanted = sharding.abstract(lambda mesh: self.init_dequantizer(mesh, images), mesh)
         with self.dequantizer_checkpoints(workdir) as checkpoints:
-            restored = checkpoints.restore(self.init_dequantizer(sharding.data_mesh(), images))
+            restored = checkpoints.restore(wanted)
         if restored is None:
             raise ValueError(
                 f"no dequantizer in {checkpoints.directory}: train it first "
@@ -325,13 +327,13 @@ class Experiment:
           ValueError: if there is none, or it is another model's.
         """
         with self.checkpoints(workdir) as checkpoints:
-            restored = checkpoints.restore(self.init_state(sharding.data_mesh()))
-            if restored is None:
-                raise ValueError(
-                    f"no checkpoint in {checkpoints.directory}: train first (--mode=train), or "
-                    "name the run's --workdir"
-                )
-            return restored
+            restored = checkpoints.restore(sharding.abstract(self.init_state, sharding.data_mesh()))
+        if restored is None:
+            raise ValueError(
+                f"no checkpoint in {checkpoints.directory}: train first (--mode=train), or "
+                "name the run's --workdir"
+            )
+        return restored
 
     def provenance(self, images: data.ImageSet) -> dict:
         """What a checkpoint says of its origin: config, training data, versions."""

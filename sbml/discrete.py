@@ -46,8 +46,9 @@ def smallest_time(sde: SDE, levels: int, eps: float) -> float:
 
     Below ``eps`` the network was never trained; above, tau is less than 3 and the bound holds too.
     """
-    target = jnp.asarray(truncated_normal.log_snr(levels))
-    return max(float(sde.time(target)), eps)
+    with jax.ensure_compile_time_eval():
+        target = jnp.asarray(truncated_normal.log_snr(levels))
+        return max(float(sde.time(target)), eps)
 
 
 def tau(sde: SDE, levels: int, eps: float) -> float:

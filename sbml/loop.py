@@ -140,10 +140,9 @@ class _Trainer:
         self.writer = MetricsWriter(task.directory, self.start) if first else None
 
     def _restore(self) -> tuple[TrainState, int]:
-        fresh = self.task.init(self.mesh)
-        restored = self.checkpoints.restore(fresh)
+        restored = self.checkpoints.restore(sharding.abstract(self.task.init, self.mesh))
         if restored is None:
-            return fresh, 0
+            return self.task.init(self.mesh), 0
         logging.info("Resuming from step %d of %s", restored.step, self.checkpoints.directory)
         build.warn_if_other_data(restored.metadata, self.task.images)
         for name in self.task.fixed:

@@ -4,6 +4,7 @@ Under ``jit`` with these shardings a computation means what it says about the *g
 device or many, in one process or many; the mathematics knows no axis name.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -28,6 +29,15 @@ def replicated(mesh: Mesh) -> NamedSharding:
 def batched(mesh: Mesh, axis: int = 0) -> NamedSharding:
     """Split along ``axis``, the batch's."""
     return NamedSharding(mesh, PartitionSpec(*[None] * axis, "data"))
+
+
+def abstract(init: Callable[[Mesh], Any], mesh: Mesh) -> Any:
+    """The shapes of what ``init(mesh)`` would return, replicated: what to restore, at no cost."""
+    same = replicated(mesh)
+    return jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=same),
+        jax.eval_shape(lambda: init(mesh)),
+    )
 
 
 def check_divides(name: str, size: int, parts_each: int = 1) -> None:

@@ -74,8 +74,8 @@ def test_loss_is_the_reported_bound(whole):
     params = state(whole).ema_params
     pixels = jax.numpy.asarray(experiment.images("test").images)
     prepare, loss = train_dequantizer.prepare_fn(experiment), train_dequantizer.loss_fn(experiment)
-    one = jax.jit(lambda key: loss(params, prepare(pixels, key, ()), frozen))
-    losses = np.mean([one(jax.random.key(i)) for i in range(32)], axis=0)
+    one = jax.jit(lambda key, params, frozen: loss(params, prepare(pixels, key, ()), frozen))
+    losses = np.mean([one(jax.random.key(i), params, frozen) for i in range(32)], axis=0)
     bits = losses / math.log(2) + math.log2(17 / 2)
     error = math.hypot(bits.std(), found.std()) / math.sqrt(len(bits))
     assert abs(bits.mean() - found.mean()) < 4 * error < 1.0

@@ -6,7 +6,7 @@ Along dx/dt = v(x, t) from t = eps to T (instantaneous change of variables, Chen
 
 The path x(t) does not ask for the divergence: it is solved by itself, at one network call an
 evaluation, and the integral is a sum over its steps with an error estimate of its own
-(``sbml.quadrature``). So the divergence, the dear part, is wanted at two of a step's eight
+(``sbml.quadrature``). So the divergence, the dear part, is wanted at three of a step's eight
 evaluations.
 
 The divergence is exact, or Hutchinson's with probes drawn once per solve. Fresh noise at every
@@ -103,10 +103,10 @@ def ode_logp(
 
     vs = trace.directions(key, x.shape).astype(x.dtype)
 
-    def divergence_at(t: Array, x: Array) -> Array:
-        _, forms = divergence.quadratic_forms(lambda x: field(t, x), x, vs)
-        return trace.combined(forms)
+    def with_divergence(t: Array, x: Array) -> tuple[Array, Array]:
+        v, forms = divergence.quadratic_forms(lambda x: field(t, x), x, vs)
+        return v, trace.combined(forms)
 
-    (z, integral), stats = ode.solve(field, x, eps, sde.T, solver, divergence_at)
+    (z, integral), stats = ode.solve(field, x, eps, sde.T, solver, with_divergence)
     prior = sde.prior_logp(z)
     return Likelihood(prior + integral, prior, integral, z, stats)

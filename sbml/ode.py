@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 
 from sbml import quadrature
-from sbml.quadrature import Integrand, WithIntegral, beside_integral
+from sbml.quadrature import Joint, WithIntegral, beside_integral
 from sbml.sdes import SDE
 from sbml.types import Array, Score
 
@@ -36,8 +36,8 @@ METHODS: dict[str, tuple[type[diffrax.AbstractSolver], int, int]] = {
 class Stats(NamedTuple):
     """What a solve cost and whether it arrived: scalars.
 
-    ``nfe``, evaluations of the field and of an integrand, is exact where the first step is
-    accepted; each rejection before that costs one more than it counts.
+    ``nfe``, evaluations of the field, alone or with an integrand, is exact where the first step is
+    accepted; without an integrand, each rejection before that costs one more than it counts.
     """
 
     nfe: Array
@@ -73,7 +73,7 @@ class Solver:
     rtol: float = 1e-4
     atol: float = 1e-4
     power: float = _static(2.0)
-    first_step: float = _static(1e-3)
+    first_step: float = _static(1e-2)
     pcoeff: float = _static(0.3)
     icoeff: float = _static(0.4)
     fixed_steps: int | None = _static(None)
@@ -126,7 +126,7 @@ def solve(
     t0: float | Array,
     t1: float | Array,
     solver: Solver,
-    integrand: Integrand | None = None,
+    joint: Joint | None = None,
 ) -> tuple[Any, Stats]:
     """Solve dy/dt = field(t, y) from ``t0`` to ``t1`` (either order, both positive).
 
@@ -134,8 +134,8 @@ def solve(
       field: of scalar ``t`` and ``y (*s)``, of the shape of ``y``.
       y: at ``t0``.
       t0, t1, solver: from where to where, and how; not traced where there is an integrand.
-      integrand: a scalar h(t, y) whose integral along the solution is wanted (``sbml.quadrature``),
-        where ``t0`` < ``t1``.
+      joint: (t, y) -> (field, h), where the integral of a scalar h(t, y) along the solution is
+        wanted (``sbml.quadrature``) and ``t0`` < ``t1``.
 
     Returns:
       y(t1), or (y(t1), integral), NaN if the solver gave up (one image's failure must not stop the
@@ -144,7 +144,7 @@ def solve(
     Raises:
       ValueError: an integral backwards in time.
     """
-    if integrand is not None and t1 < t0:  # diffrax would solve in -u, where h is not known.
+    if joint is not None and t1 < t0:  # diffrax would solve in -u, where h is not known.
         raise ValueError(f"from t={t0} to {t1}: integrals are taken forwards only, swap the ends")
 
     def slope(u: Array) -> Array:
@@ -157,15 +157,20 @@ def solve(
     method, per_step, once = _method(solver)
     rates: Callable[..., Any] = in_u
     start: Any = y
-    if integrand is not None:
-        h: Integrand = integrand
-        method = WithIntegral(method, lambda u, y: slope(u) * h(u**solver.power, y) / y.size)
+    if joint is not None:
+        both: Joint = joint
+
+        def joint_in_u(u: Array, y: Array) -> tuple[Array, Array]:
+            v, h = both(u**solver.power, y)
+            return slope(u) * v, slope(u) * h / y.size
+
+        method = WithIntegral(method, joint_in_u)
         rates, start = beside_integral(in_u), (y, jnp.zeros((), y.dtype))
-        per_step, once = per_step + quadrature.PER_STEP, once + quadrature.ONCE
+        per_step, once = per_step - 1 + quadrature.PER_STEP, quadrature.ONCE
     solution = _solution(rates, method, u0, u1, start, solver)
     success = solution.result == diffrax.RESULTS.successful
     end = jax.tree.map(lambda ys: jnp.where(success, ys[0], jnp.nan), solution.ys)
-    if integrand is not None:
+    if joint is not None:
         end = (end[0], y.size * end[1])
     steps = solution.stats["num_steps"]
     return end, Stats(

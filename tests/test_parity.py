@@ -7,6 +7,7 @@ agree to about a hundredth here, however right both are.
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,11 +18,13 @@ import reference
 from sbml import adapters, bits, bound, likelihood, sdes
 from sbml.networks import ncsnpp
 from sbml.ode import Solver
+from sbml.runtime.state import compiler_options
 
 SDE = sdes.VP()
 LEVELS = 256
 GIVEN = reference.load()
-SCORE = adapters.Adapter(ncsnpp.Model(**reference.OPTIONS), SDE)(GIVEN.params)
+score_of = adapters.Adapter(ncsnpp.Model(**reference.OPTIONS), SDE)
+SCORE = score_of(GIVEN.params)
 EPS = float(GIVEN.ode_eps)
 
 
@@ -42,8 +45,13 @@ def within_noise(ours: np.ndarray, theirs: np.ndarray, draws: int) -> None:
 @pytest.mark.slow
 def test_ode_latents_and_bits() -> None:
     solver = Solver(rtol=1e-6, atol=1e-6)
-    solve = functools.partial(likelihood.ode_logp, SCORE, SDE, eps=EPS, solver=solver)
-    result = jax.jit(jax.vmap(solve))(GIVEN.image, jax.random.split(jax.random.key(0), 4))
+
+    @functools.partial(jax.jit, compiler_options=compiler_options())
+    @functools.partial(jax.vmap, in_axes=(None, 0, 0))
+    def solve(params: Any, x: jax.Array, key: jax.Array) -> likelihood.Likelihood:
+        return likelihood.ode_logp(score_of(params), SDE, x, key, eps=EPS, solver=solver)
+
+    result = solve(GIVEN.params, GIVEN.image, jax.random.split(jax.random.key(0), 4))
     np.testing.assert_allclose(result.z, GIVEN.ode_z, atol=0.03)
     nll = bits.bits_per_dim(-result.logp, GIVEN.image.shape[1:], LEVELS)
     within_noise(np.asarray(nll), GIVEN.ode_bpd, draws=1)

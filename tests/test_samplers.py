@@ -11,6 +11,7 @@ import pytest
 
 from sbml import oracle, samplers
 from sbml.ode import Solver
+from sbml.runtime.state import compiler_options
 from sbml.samplers import _grid
 from sbml.samplers.corrector import NoCorrector
 from sbml.sdes import SDE, SDES
@@ -36,7 +37,7 @@ def moments(data: oracle.Gaussian, t: float) -> tuple[np.ndarray, np.ndarray]:
     return np.asarray(mean), np.asarray(cov)
 
 
-@partial(jax.jit, static_argnames=("sampler", "sde"))
+@partial(jax.jit, static_argnames=("sampler", "sde"), compiler_options=compiler_options())
 def drawn(sampler: Any, sde: SDE) -> tuple[Array, Any]:
     """N samples, from latents of the prior."""
     keys = jax.random.split(jax.random.key(0), N)
@@ -97,7 +98,8 @@ def test_langevin_keeps_the_moments_of_the_data(name: str) -> None:
         latent_key, key = jax.random.split(key)
         return chosen(score, sde, sde.prior_sample(latent_key, (d,)), key, eps=EPS)[0]
 
-    x = np.asarray(jax.jit(jax.vmap(one))(jax.random.split(jax.random.key(0), n)))
+    draw = jax.jit(jax.vmap(one), compiler_options=compiler_options())
+    x = np.asarray(draw(jax.random.split(jax.random.key(0), n)))
     t = jnp.asarray(EPS)
     ratio = x.var(axis=0) / (sde.mean_coef(t) ** 2 * variances + sde.std(t) ** 2)
     # Each variance lies within 4 standard errors; their mean within its own and the bias 2/d.

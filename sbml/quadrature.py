@@ -142,16 +142,19 @@ class WithIntegral(diffrax.AbstractAdaptiveSolver):
             nodes = jnp.arange(1, len(k)), rows, jnp.asarray(c, y.dtype)
             k, _ = jax.lax.scan(stage, k, nodes)
         end = y + length * jnp.tensordot(jnp.asarray(b[: len(k)], y.dtype), k, 1)
-        slope, h_end = self.joint(t1, end)
-        if len(b) > len(k):
-            k = jnp.concatenate([k, slope[None]])
+        new = jnp.append(t0 + length * jnp.asarray(INSIDE), t1).astype(past.t.dtype)
 
-        dense = {} if isinstance(self.method, diffrax.Euler) else {"k": length * k}
-        path = self.method.interpolation_cls(t0=t0, t1=t1, y0=y, y1=end, **dense)
-        inside = t0 + length * jnp.asarray(INSIDE, past.t.dtype)
-        h_inside = jax.lax.map(lambda t: self.joint(t, path.evaluate(t))[1], inside)
-        t = jnp.concatenate([past.t, inside, jnp.reshape(t1, 1).astype(past.t.dtype)])
-        h = jnp.concatenate([past.h, h_inside, jnp.reshape(h_end, 1)])
+        def look(slope: Array, t: Array) -> tuple[Array, Array]:
+            """h on the path, which wants f at its end: there, f is looked up too."""
+            values = length * jnp.concatenate([k, slope[None]])[: len(b)]
+            dense = {} if isinstance(self.method, diffrax.Euler) else {"k": values}
+            path = self.method.interpolation_cls(t0=t0, t1=t1, y0=y, y1=end, **dense)
+            f, h = self.joint(t, jnp.where(t == new[-1], end, path.evaluate(t)))
+            return jnp.where(t == new[-1], f, slope), h
+
+        slope, h = jax.lax.scan(look, jnp.zeros_like(y), jnp.roll(new, 1))
+        k = jnp.concatenate([k, slope[None]])[: len(b)]
+        t, h = jnp.append(past.t, new), jnp.append(past.h, jnp.roll(h, -1))
 
         error = None
         if b_error is not None:

@@ -21,6 +21,9 @@ from sbml.data._image_set import ImageSet, Options, check_split
 # set, set/config, set:1.2.3 or set/config:1.2.3
 _NAME = re.compile(r"\w+(/[\w+-][\w.+-]*)?(:\d+\.\d+\.\d+)?")
 
+# Examples read in one call: single reads took a third of the decoding's time.
+_AT_ONCE = 1000
+
 
 class Tfds:
     """The feature ``image`` of a TFDS set, uint8, 256 levels, in TFDS's order."""
@@ -118,6 +121,9 @@ def _decode(builder: Any, split: str, add: Add) -> dict[str, str]:
         features = ", ".join(builder.info.features)
         raise ValueError(f"{builder.name} has no feature 'image', only {features}.")
     source = builder.as_data_source(chosen)
-    for i in tqdm(range(len(source)), desc=f"Decoding {builder.name} {chosen}", unit=" images"):
-        add(source[i]["image"])
+    with tqdm(total=len(source), desc=f"Decoding {builder.name} {chosen}", unit=" images") as bar:
+        for start in range(0, len(source), _AT_ONCE):
+            for example in source.__getitems__(range(start, min(start + _AT_ONCE, len(source)))):
+                add(example["image"])
+                bar.update()
     return {"version": str(builder.info.version), "split": chosen}

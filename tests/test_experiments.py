@@ -79,11 +79,11 @@ def test_schedule(name: str) -> None:
 
 
 def test_toy2d(tmp_path: Path) -> None:
-    rows = toy2d.main(steps=60, points=200, resolution=8, out=str(tmp_path / "toy.png"))
+    rows = toy2d.main(steps=60, points=100, resolution=8, out=str(tmp_path / "toy.png"))
     assert (tmp_path / "toy.png").stat().st_size > 10_000
     first, last = rows[0], rows[-1]
     assert last.step == 60 and last.exact < first.exact - 0.1 and last.bound < first.bound
-    # No model has a better mean likelihood than the data's own, up to the noise of 200 points.
+    # No model has a better mean likelihood than the data's own, up to the noise of 100 points.
     assert all(row.exact > row.data - 0.2 for row in rows)
     assert all(row.bound > row.data - 3 * row.gap_se - 0.2 for row in rows)
 

@@ -106,7 +106,10 @@ def test_nothing_in_a_weights_file_is_run(tmp_path: Path, monkeypatch: pytest.Mo
         read_state_dict(tmp_path / "text.pth")
 
 
-def test_the_file_is_checked_and_converted_once(tmp_path: Path) -> None:
+def test_the_file_is_checked_and_converted_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(inception, "BATCH", 3)
     file = tmp_path / "weights.pth"
     torch.save(network(True).state_dict(), file)
     digest = hashlib.sha256(file.read_bytes()).hexdigest()

@@ -204,7 +204,7 @@ def test_outliers_are_found_and_nothing_else():
 
 def test_solver_guard_measures_the_solvers_error(trained, tmp_path):
     """Within its budget by default; a loose tolerance is off by what the guard says, and marked."""
-    few = {"subset": 16, "max_images": 16}
+    few = {"subset": 16, "max_images": 16, "batch_size": 16}
     _, tight = cell_run(trained, tmp_path, ODE, **few).finish()
     assert tight["converged"] and abs(tight["solver_error"]) < 1e-4
     run = cell_run(trained, tmp_path, ODE, rtol=3.0, atol=3.0, solver_budget=1e-5, **few)
@@ -217,7 +217,8 @@ def test_solver_guard_measures_the_solvers_error(trained, tmp_path):
 
 
 def test_eight_euler_steps_are_refused(trained, tmp_path):
-    run = cell_run(trained, tmp_path, ODE, subset=8, method="euler", fixed_steps=8)
+    fields = {"subset": 8, "batch_size": 8, "method": "euler", "fixed_steps": 8}
+    run = cell_run(trained, tmp_path, ODE, **fields)
     with pytest.raises(cells.Unconverged, match="8 euler steps are off by .* refused"):
         run.finish()
 
@@ -252,8 +253,9 @@ def test_score_matching_form_has_the_same_mean(trained, tmp_path):
 def test_several_samples_tighten_and_their_terms_add_up(trained, tmp_path, table):
     """K = 4 with the exact trace, against the same densities put together by hand."""
     count = 6
-    one = cell_run(trained, tmp_path, ODE, trace="exact", max_images=count, subset=2)
-    four = cell_run(trained, tmp_path, Cell("ode", "uniform", 4), max_images=count, subset=2)
+    few = {"max_images": count, "subset": 2}
+    one = cell_run(trained, tmp_path, ODE, trace="exact", batch_size=count, **few)
+    four = cell_run(trained, tmp_path, Cell("ode", "uniform", 4), batch_size=4 * count, **few)
     rows = four.rows(np.arange(count), 0)
     total = sum(rows[name] for name in four.cell.terms)
     np.testing.assert_allclose(total, rows["bits_per_dim"], rtol=0, atol=1e-6)

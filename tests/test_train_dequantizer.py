@@ -109,7 +109,8 @@ def test_another_score_is_refused_for_resuming_and_warned_of(whole, tmp_path):
     train.run(config, tmp_path)
     with pytest.raises(ValueError, match="was trained with score .* now it is"):
         train_dequantizer.run(config, tmp_path)
-    config.eval.update(estimators=("bound",), dequantizers=("variational",), max_images=8, sweeps=2)
+    config.eval.update(estimators=("bound",), dequantizers=("variational",), sweeps=2)
+    config.eval.update(max_images=8, batch_size=8)
     evaluate.run(config, tmp_path)
     warnings = json.loads((tmp_path / "report.json").read_text())["warnings"]
     assert any("trained against another score" in warning for warning in warnings)

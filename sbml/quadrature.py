@@ -31,7 +31,6 @@ PER_STEP, ONCE = 3, 1  # joint evaluations
 
 INSIDE = (0.5 - 1 / math.sqrt(20), 0.5 + 1 / math.sqrt(20))  # p and q of [0, 1]
 
-
 # What the divided difference is multiplied by: at trained networks the true error was mostly one to
 # eight times as large, at a Gaussian no larger.
 SAFETY = 3

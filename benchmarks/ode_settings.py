@@ -37,7 +37,6 @@ def _solver(tolerance: float, **fields: Any) -> Solver:
 
 
 THIRD = {"power": 3.0, "first_step": 0.02}
-I_ONLY = {"pcoeff": 0.0, "icoeff": 1.0}
 SETTINGS = {
     "tsit5 t^(1/3) PI 1e-2": _solver(1e-2, **THIRD),
     "tsit5 t^(1/3) PI 1e-4": _solver(1e-4, **THIRD),
@@ -47,7 +46,7 @@ SETTINGS = {
     "tsit5 t^(1/2) PI 1e-4": _solver(1e-4),
     "tsit5 t^(1/2) PI 3e-5 (default)": _solver(3e-5),
     "tsit5 t^(1/2) PI 1e-5": _solver(1e-5),
-    "tsit5 t^(1/2) I 3e-5": _solver(3e-5, **I_ONLY),
+    "tsit5 t^(1/2) I 3e-5": _solver(3e-5, pcoeff=0.0, icoeff=1.0),
     "dopri5 t^(1/2) PI 3e-5": _solver(3e-5, method="dopri5"),
 }
 # name: (tolerance, whether the divergence is taken backwards)
@@ -219,9 +218,9 @@ def main() -> None:
     names = list(SETTINGS)
     chosen = names if args.settings is None else [names[i] for i in args.settings]
     base: Cost | None = None
-    for name in (*RK45, *chosen):
-        if trace.kind == "exact" and RK45.get(name, (0, False))[1]:
-            continue  # One probe's way.
+    one_probe = trace.kind != "exact"
+    ways = [name for name, (_, backwards) in RK45.items() if one_probe or not backwards]
+    for name in (*ways, *chosen):
         if name in RK45:
             nll, cost = rk45(problem, *RK45[name], trace)
         else:

@@ -8,7 +8,8 @@ Runge-Kutta method for y adds Lobatto's rule of four points,
 with y(p) and y(q) by the method's own interpolant. Its error is (b - a)^7 / 1,512,000 h^(6), where
 h^(6) / 720 is about the divided difference of seven values of h: those of the step and of the one
 before. The first step has a coarser estimate, ``lone_step_error``. The step control sees the error
-of y and that of l.
+of y and that of l; not what h does between its points while y stands still: over [0, 1] a peak of
+standard deviation 0.05 is found, one of 0.02 is missed.
 
 y does not ask for l, so a step evaluates h three times, f alone five times (``tsit5``, ``dopri5``):
 at b both are wanted, f for the next step's first stage, and come of one evaluation.

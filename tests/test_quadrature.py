@@ -125,8 +125,8 @@ def test_a_lone_step_knows_its_error_from_above() -> None:
 
 
 def bump(t: Array, y: Array) -> Array:
-    """A peak of area 1 and width 0.1 at t = 0.5."""
-    return jnp.exp(-0.5 * ((t - 0.5) / 0.1) ** 2) / (0.1 * np.sqrt(2 * np.pi)) + 0 * jnp.sum(y)
+    """A peak of area 1 and width 0.05 at t = 0.5."""
+    return jnp.exp(-0.5 * ((t - 0.5) / 0.05) ** 2) / (0.05 * np.sqrt(2 * np.pi)) + 0 * jnp.sum(y)
 
 
 @pytest.mark.parametrize("first_step", [1e-3, 1.0])

@@ -27,7 +27,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from sbml.sdes import Kernel
+from sbml.sdes import SDE, Kernel
 from sbml.types import Array, Key
 
 PARAMETERIZATIONS = ("noise", "score", "preconditioned")
@@ -45,6 +45,8 @@ class Adapter:
       label: ``time``, ``log_snr`` or ``sigma``.
       data_std: the data's standard deviation in [-1, 1], for ``preconditioned``.
       eps: the smallest time, where the ``log_snr`` label is 0.
+      labels: the SDE that is evaluated, where ``sde`` are the noise levels that are trained: a
+        noise then has one label in both, that of its time in the SDE.
 
     Raises:
       ValueError: for an unknown parameterization or label.
@@ -56,6 +58,7 @@ class Adapter:
     label: str = "time"
     data_std: float = 0.5
     eps: float = 1e-5
+    labels: SDE | None = None
 
     def __post_init__(self) -> None:
         if self.parameterization not in PARAMETERIZATIONS:
@@ -78,11 +81,14 @@ class Adapter:
 
     def label_of(self, t: Array) -> Array:
         """What the network is told of the times ``t (n,)``."""
+        sde = self.labels or self.sde
+        if self.labels:
+            t = self.labels.time(self.sde.log_snr(t))
         if self.label == "time":
             return 999.0 * t
         if self.label == "sigma":
-            return self.sde.std(t)
-        return self.sde.log_snr(jnp.asarray(self.eps, t.dtype)) - self.sde.log_snr(t)
+            return sde.std(t)
+        return sde.log_snr(jnp.asarray(self.eps, t.dtype)) - sde.log_snr(t)
 
     def coefficients(self, t: Array) -> tuple[Array, Array, Array]:
         """c_in, c_skip, c_out at times ``t``: the noise is c_skip x + c_out F(c_in x)."""

@@ -1,11 +1,14 @@
-"""The architecture a work directory carries: what its checkpoint decides, whatever the config says.
+"""What a checkpoint decides, whatever the config says.
 
 A converted checkpoint need not fit any config here. ``architecture.json`` beside it holds the
 sections of a config that do fit, and ``main`` lays them over the config it was given.
+
+Any checkpoint says what config it was trained with. Parameters mean nothing under another process
+or nonlinearity, and their shapes would not show it: :func:`check` does.
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from etils import epath
@@ -58,6 +61,36 @@ def _update(node: ConfigDict, fields: dict[str, Any]) -> Iterator[str]:
         if node[field] != value:
             yield f"{field} is {node[field]!r}, the checkpoint's is {value!r}"
             node[field] = value
+
+
+def check(config: ConfigDict, trained: dict[str, Any], sections: Iterable[str]) -> None:
+    """Refuse a ``config`` that differs from the checkpoint's, ``trained``, in ``sections``.
+
+    A field that only one of the two has is of another version, and left alone.
+
+    Raises:
+      ValueError: naming the fields, their values and the checkpoint's.
+    """
+    differing = []
+    for name in sections:
+        ours, theirs = config.to_dict(), trained
+        for part in name.split("."):
+            ours, theirs = ours[part], theirs.get(part, {})
+        differing += [
+            f"config.{name}.{field} is {ours[field]!r}, the checkpoint's is {value!r}"
+            for field, value in theirs.items()
+            if field in ours and field not in FREE and not _same(ours[field], value)
+        ]
+    if differing:
+        raise ValueError(
+            f"the checkpoint is of another model: {'; '.join(differing)}. Take its own --config, "
+            "or set these fields"
+        )
+
+
+def _same(ours: Any, theirs: Any) -> bool:
+    """Equality, but for JSON's lists in the place of tuples."""
+    return (list(ours) if isinstance(ours, tuple) else ours) == theirs
 
 
 def of_workdir(config: ConfigDict, workdir: epath.PathLike) -> ConfigDict:

@@ -17,7 +17,18 @@ from absl import logging
 from etils import epath
 from ml_collections import ConfigDict
 
-from sbml import adapters, data, dequantizers, discrete, estimators, losses, samplers, sdes, times
+from sbml import (
+    adapters,
+    architecture,
+    data,
+    dequantizers,
+    discrete,
+    estimators,
+    losses,
+    samplers,
+    sdes,
+    times,
+)
 from sbml.discrete import CATEGORICAL
 from sbml.estimators import Cell
 from sbml.from_config import (
@@ -110,7 +121,7 @@ class Experiment:
     @property
     def trained_adapter(self) -> adapters.Adapter:
         """From parameters to the score that the loss sees, of the same network."""
-        return dataclasses.replace(self.adapter, sde=self.trained_kernel)
+        return dataclasses.replace(self.adapter, sde=self.trained_kernel, labels=self.sde)
 
     @cached_property
     def proposal(self) -> times.Proposal | times.Grid:
@@ -262,13 +273,16 @@ class Experiment:
         shapes = jax.eval_shape(lambda k: self.adapter.init(k, self.shape), jax.random.key(0))
         return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes))
 
-    def init_state(self, mesh: jax.sharding.Mesh) -> TrainState:
-        """The state before the first step, replicated over ``mesh``."""
+    def init_state(self, mesh: jax.sharding.Mesh, bins: int | None = None) -> TrainState:
+        """The state before the first step, replicated over ``mesh``.
+
+        ``bins`` of times' statistics are in it, by default ``training.proposal_bins``.
+        """
+        bins = self.config.training.proposal_bins if bins is None else bins
 
         def init() -> TrainState:
             key = jax.random.fold_in(jax.random.key(self.config.seed), jnp.iinfo(jnp.int32).max)
-            bins = self.config.training.proposal_bins
-            statistics = jnp.zeros((2, bins)) if self.adapts else ()
+            statistics = jnp.zeros((2, bins)) if bins else ()
             return TrainState.create(self.adapter.init(key, self.shape), self.optimizer, statistics)
 
         return jax.jit(init, out_shardings=sharding.replicated(mesh))()
@@ -318,22 +332,55 @@ class Experiment:
                 f"no dequantizer in {checkpoints.directory}: train it first "
                 "(--mode=train_dequantizer)"
             )
+        architecture.check(self.config, restored.metadata["config"], ("dequantizer.model",))
         return restored
 
     def restore(self, workdir: epath.PathLike) -> Restored:
-        """The newest whole checkpoint of ``workdir``.
+        """The newest whole checkpoint of ``workdir``, to evaluate or sample: how it was trained
+        is free, what its parameters mean is not.
 
         Raises:
           ValueError: if there is none, or it is another model's.
         """
+
+        def template(metadata: dict) -> TrainState:
+            bins = metadata["config"]["training"].get("proposal_bins", 0)
+            return sharding.abstract(lambda m: self.init_state(m, bins), sharding.data_mesh())
+
         with self.checkpoints(workdir) as checkpoints:
-            restored = checkpoints.restore(sharding.abstract(self.init_state, sharding.data_mesh()))
+            restored = checkpoints.restore(template)
         if restored is None:
             raise ValueError(
                 f"no checkpoint in {checkpoints.directory}: train first (--mode=train), or "
                 "name the run's --workdir"
             )
+        self.check_trained(restored.metadata)
         return restored
+
+    def check_trained(self, metadata: dict) -> None:
+        """Refuse a checkpoint's ``metadata`` whose parameters are another score's here.
+
+        Raises:
+          ValueError: naming what differs.
+        """
+        trained = metadata["config"]
+        architecture.check(self.config, trained, ("sde", "score", "model"))
+        ours, theirs = smallest_time(self.config), smallest_time(ConfigDict(trained))
+        if ours != theirs:
+            raise ValueError(
+                f"the checkpoint's smallest time is {theirs}, here it is {ours}: set "
+                f"--config.training.smallest_time={theirs}; eval.smallest_time and "
+                "sampling.smallest_time are free"
+            )
+
+    @property
+    def score_identity(self) -> dict[str, Any]:
+        """What a score depends on beside its parameters, as plain JSON values."""
+        config = self.to_plain()
+        free = ("dropout", "init_scale")
+        model = {field: v for field, v in config["model"].items() if field not in free}
+        sections = {"sde": config["sde"], "score": config["score"], "model": model}
+        return {**sections, "label_eps": self.adapter.eps}
 
     def provenance(self, images: data.ImageSet) -> dict:
         """What a checkpoint says of its origin: config, training data, versions."""

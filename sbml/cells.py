@@ -201,8 +201,7 @@ class CellRun:
             "seed": self.config.seed,
             "eps": self.eps,
             **own,
-            "score": config["score"],
-            "sde": config["sde"],
+            **shared.experiment.score_identity,
             "data": shared.images.fingerprint,
         }
 

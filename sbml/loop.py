@@ -59,7 +59,7 @@ class Task:
       repeats: rows that ``prepare`` makes of one image; ``batch_size`` counts rows.
       frozen: arrays that the loss needs and nothing changes.
       provenance: what a checkpoint says of its origin.
-      fixed: names in it that must not change when a run resumes.
+      check: raises where a checkpoint's metadata forbid to go on from it.
       directory: where ``metrics.jsonl`` and ``samples/`` go.
       picture: a grid of images to look at, from the state; None for nothing to look at.
     """
@@ -76,8 +76,8 @@ class Task:
     optimizer: Any
     frozen: Any
     provenance: dict[str, Any]
+    check: Callable[[dict[str, Any]], None]
     directory: epath.Path
-    fixed: tuple[str, ...] = ()
     picture: Callable[[TrainState], np.ndarray] | None = None
     observe: Observe | None = None
     repeats: int = 1
@@ -145,13 +145,7 @@ class _Trainer:
             return self.task.init(self.mesh), 0
         logging.info("Resuming from step %d of %s", restored.step, self.checkpoints.directory)
         build.warn_if_other_data(restored.metadata, self.task.images)
-        for name in self.task.fixed:
-            theirs, ours = restored.metadata[name], self.task.provenance[name]
-            if theirs != ours:
-                raise ValueError(
-                    f"{self.checkpoints.directory} was trained with {name} {theirs}, now it is "
-                    f"{ours}: move the directory away to start anew, or restore that {name}"
-                )
+        self.task.check(restored.metadata)
         return restored.state, restored.step
 
     def batch(self, step: int) -> Array:

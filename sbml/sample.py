@@ -110,13 +110,12 @@ def preview(experiment: Experiment, params: Any) -> np.ndarray:
 
 def _identity(experiment: Experiment, restored: Restored) -> dict[str, Any]:
     """What an image depends on."""
-    config = experiment.to_plain()
     return {
         "step": restored.step,
         "parameters_crc32": tree_crc32(restored.state.ema_params),
-        "seed": config["sampling"]["seed"],
+        "seed": experiment.config.sampling.seed,
         "recipe": repr(Recipe.of(experiment)),
-        "score": config["score"],
+        **experiment.score_identity,
     }
 
 

@@ -126,6 +126,7 @@ def task(experiment: Experiment, workdir: epath.Path) -> loop.Task:
         optimizer=experiment.optimizer,
         frozen=(),
         provenance=experiment.provenance(images),
+        check=experiment.check_trained,
         directory=workdir,
         picture=picture,
     )

@@ -16,7 +16,7 @@ import jax
 from etils import epath
 from ml_collections import ConfigDict
 
-from sbml import bits, bound, loop, times
+from sbml import architecture, bits, bound, loop, times
 from sbml.build import Experiment
 from sbml.runtime.checkpoint import tree_crc32
 from sbml.runtime.state import Loss, Prepare
@@ -70,6 +70,16 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
     experiment, workdir = Experiment(config), epath.Path(workdir)
     images, restored = experiment.images("train"), experiment.restore(workdir)
     against = {"step": restored.step, "crc32": tree_crc32(restored.state.ema_params)}
+    checkpoints = experiment.dequantizer_checkpoints(workdir)
+
+    def check(metadata: dict[str, Any]) -> None:
+        if metadata["score"] != against:
+            raise ValueError(
+                f"{checkpoints.directory} was trained with score {metadata['score']}, now it is "
+                f"{against}: move the directory away to start anew, or restore that score"
+            )
+        architecture.check(config, metadata["config"], ("dequantizer.model",))
+
     task = loop.Task(
         name="train dequantizer",
         section=config.dequantizer,
@@ -83,7 +93,7 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
         optimizer=experiment.dequantizer_optimizer,
         frozen=restored.state.ema_params,
         provenance={**experiment.provenance(images), "score": against},
-        fixed=("score",),
+        check=check,
         directory=workdir / "dequantizer",
     )
-    loop.run(task, experiment.dequantizer_checkpoints(workdir))
+    loop.run(task, checkpoints)

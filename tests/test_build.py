@@ -1,16 +1,19 @@
 """Every config builds, and every wrong field is named before any work."""
 
+import functools
 import importlib.util
 import pathlib
 import pkgutil
 import re
 import runpy
 
+import jax.numpy as jnp
+import numpy as np
 import pytest
 import runs
 import tiny
 
-from sbml import build, from_config, main
+from sbml import adapters, build, from_config, main
 
 CONFIGS = sorted((runs.ROOT / "configs").glob("*.py"))
 
@@ -22,10 +25,15 @@ def load(path):
     return module.get_config()
 
 
+@functools.cache
+def parameter_count(path):
+    """Of the network, whose tracing takes seconds."""
+    return build.Experiment(load(path)).parameter_count()
+
+
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
 def test_every_config_builds_and_says_how_to_run_it(path):
-    experiment = build.Experiment(load(path))
-    assert experiment.parameter_count() > 1e5
+    assert parameter_count(path) > 1e5
     assert f"--config=configs/{path.name}" in pathlib.Path(path).read_text()
 
 
@@ -33,9 +41,9 @@ def test_every_config_builds_and_says_how_to_run_it(path):
 @pytest.mark.parametrize("sde", ["vp", "subvp"])
 @pytest.mark.parametrize("size, count", [("", 61_804_419), ("_deep", 106_632_579)])
 def test_papers_settings(data, sde, size, count):
-    config = load(runs.ROOT / "configs" / f"{data}_{sde}{size}.py")
-    experiment = build.Experiment(config)
-    assert experiment.parameter_count() == count
+    path = runs.ROOT / "configs" / f"{data}_{sde}{size}.py"
+    assert parameter_count(path) == count
+    config = load(path)
     imagenet = data == "imagenet32"
     assert from_config.smallest_time(config) == (
         1e-2 if sde == "subvp" else 5e-5 if imagenet else 1e-5
@@ -132,6 +140,15 @@ def test_discrete_levels_are_trained_and_the_sde_is_evaluated() -> None:
     experiment = build.Experiment(config)
     assert experiment.trained_adapter.sde == experiment.sde.levels(1000)
     assert experiment.adapter.sde == experiment.sde
+    # A noise has one label in training and evaluation, whatever time either gives it.
+    levels, i = experiment.trained_kernel, jnp.asarray([0.0, 1.0, 10.0, 500.0, 999.0]) / 999
+    t = experiment.sde.time(levels.log_snr(i))
+    assert not np.allclose(i, t, atol=1e-4)
+    for label in adapters.LABELS:
+        config.score.label = label
+        experiment = build.Experiment(config)
+        trained, evaluated = experiment.trained_adapter.label_of(i), experiment.adapter.label_of(t)
+        np.testing.assert_allclose(trained, evaluated, rtol=1e-5, atol=1e-4)
     config.sde.name = "subvp"
     with pytest.raises(ValueError, match="limit of no discrete-time model"):
         build.Experiment(config)

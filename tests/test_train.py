@@ -246,6 +246,34 @@ def test_wrong_batch_and_other_model_are_refused(whole, tmp_path):
         train.run(config, whole)
 
 
+@pytest.mark.parametrize(
+    ("section", "field", "value", "message"),
+    [
+        ("sde", "beta_max", 2.0, r"config.sde.beta_max is 2.0, the checkpoint's is 20.0"),
+        ("score", "parameterization", "noise", r"the checkpoint's is 'preconditioned'"),
+        ("score", "data_std", 0.1, r"config.score.data_std is 0.1, the checkpoint's is 0.7"),
+        ("model", "fourier_scale", 2.0, r"config.model.fourier_scale is 2.0"),
+        ("training", "smallest_time", 1e-3, r"set --config.training.smallest_time=1e-05"),
+    ],
+)
+def test_a_checkpoint_of_the_same_shapes_and_another_meaning_is_refused(
+    whole, section, field, value, message
+):
+    config = tiny.get_config()
+    config[section][field] = value
+    with pytest.raises(ValueError, match=message):
+        build.Experiment(config).restore(whole)
+    with pytest.raises(ValueError, match=message):
+        train.run(config, whole)
+
+
+def test_how_a_model_was_trained_is_free_where_it_is_only_evaluated(whole):
+    config = tiny.get_config()
+    config.training.update(proposal_bins=0, noises="independent", times="iid")
+    config.optim.update(lr=1.0, schedule="cosine")
+    assert build.Experiment(config).restore(whole).step == 40
+
+
 def test_other_data_warns(whole, caplog):
     experiment = build.Experiment(tiny.get_config())
     restored = experiment.restore(epath.Path(whole))

@@ -18,6 +18,7 @@ import json
 import textwrap
 import time
 import zlib
+from collections.abc import Callable
 from typing import Any, NamedTuple, Self
 
 import jax
@@ -31,6 +32,7 @@ from orbax.checkpoint.metadata import get_step_metadata
 from orbax.checkpoint.path import step as step_lib
 
 PyTree = Any
+Template = Callable[[dict[str, Any]], PyTree]  # of a checkpoint's metadata
 
 
 class Restored(NamedTuple):
@@ -111,12 +113,13 @@ class Checkpoints:
             )
         self._writer.save_async(step, state, force=True, custom_metadata=manifest)
 
-    def restore(self, template: PyTree, step: int | None = None) -> Restored | None:
+    def restore(self, template: PyTree | Template, step: int | None = None) -> Restored | None:
         """Reads a checkpoint back.
 
         Args:
           template: the state's pytree, of arrays or ``jax.ShapeDtypeStruct``; the state takes its
-            shardings (this process's first device where a leaf has none).
+            shardings (this process's first device where a leaf has none). Or what gives it, all
+            shardings included, of a checkpoint's metadata.
           step: which one; ``None`` for the newest whole one.
 
         Returns:
@@ -131,10 +134,10 @@ class Checkpoints:
         steps = self.steps()
         if step is not None and step not in steps:
             raise ValueError(f"no step {step} in {self.directory}: choose one of {steps}")
-        wanted = jax.tree.map(_abstract, template)
+        fixed = None if callable(template) else jax.tree.map(_abstract, template)
         reasons = []
         for candidate in reversed(steps) if step is None else [step]:
-            restored, damage = self._read(candidate, wanted)
+            restored, damage = self._read(candidate, fixed or template)
             if restored is not None:
                 return restored
             reasons.append(f"step {candidate}: {damage}")
@@ -166,12 +169,13 @@ class Checkpoints:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _read(self, step: int, wanted: PyTree) -> tuple[Restored | None, str]:
+    def _read(self, step: int, template: PyTree | Template) -> tuple[Restored | None, str]:
         """The checkpoint, or ``None`` and its damage: the same verdict on every process."""
         path = self.directory / str(step)
         restored, damage = None, "another process could not read it"
         try:
             stored = _opened(get_step_metadata(path).custom_metadata)
+            wanted = template(stored["metadata"]) if callable(template) else template
             _check_same_model(path, stored["leaves"], _described(wanted))
             state = ocp.load(path, wanted, checkpointable_name="state")
             _check_crc32s(stored, state)

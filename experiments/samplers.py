@@ -59,8 +59,7 @@ def drawn(config: Any, params: Any, changes: dict[str, Any]) -> tuple[np.ndarray
         sample.draw(experiment, params, np.arange(start, start + size))
         for start in range(0, config.sampling.num_images, size)
     ]
-    images, nfe = (np.concatenate(column) for column in zip(*parts, strict=True))
-    return images, nfe
+    return tuple(np.concatenate([part[i] for part in parts]) for i in range(2))
 
 
 def changes(name: str, steps: int) -> dict[str, Any]:

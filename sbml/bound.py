@@ -33,7 +33,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sbml import divergence, times
+from sbml import divergence, moments, times
 from sbml.losses import perturb
 from sbml.sdes import SDE
 from sbml.times import Importance
@@ -74,19 +74,18 @@ class GaussianControl:
     def fit(
         cls, x: np.ndarray, *, noise_variance: float = 0.0, full: bool | None = None
     ) -> "GaussianControl":
-        """Fit ``x (n, *s)`` in the model's scale; full covariance up to 256 dimensions.
+        """Fit ``x (n, *s)``, of any size and type; full covariance up to 256 dimensions.
 
         ``noise_variance`` is added to every variance: that of the dequantization noise where ``x``
-        are bin centres, (2 / L)^2 / 12 for uniform noise. Without it a constant pixel would have
+        are bin centres, (2 / L)^2 / 12 in the model's scale. Without it a constant pixel would have
         none, and the control would be far off at small times, where it matters most.
         """
-        flat = np.reshape(x, (len(x), -1)).astype(np.float64)
-        mean, basis = flat.mean(axis=0), None
-        if full if full is not None else flat.shape[1] <= 256:
-            variances, vectors = np.linalg.eigh(np.atleast_2d(np.cov(flat, rowvar=False)))
+        mean, basis = moments.mean(x), None
+        if full if full is not None else mean.size <= 256:
+            variances, vectors = np.linalg.eigh(moments.covariance(x, mean))
             basis = jnp.asarray(vectors)
         else:
-            variances = flat.var(axis=0)
+            variances = moments.variances(x, mean)
         # Rounding can leave the variance of a constant pixel a hair below zero.
         variances = np.maximum(variances, 0.0) + noise_variance
         return cls(jnp.asarray(mean), jnp.asarray(variances), basis)
@@ -217,8 +216,11 @@ def pilot(
     draws: int = 8,
     bins: int = 32,
     floor: float = 0.1,
+    batch_size: int | None = None,
 ) -> Array:
     """A density ``(bins,)`` of times for :func:`elbo`, from ``draws`` of each of ``x (n, *s)``.
+
+    The network sees about ``batch_size`` examples at a time, or all at once.
 
     It follows the standard deviation, bin by bin, of what :func:`elbo` averages, with a part
     ``floor`` left uniform. Take other draws than those it is then used for.
@@ -232,7 +234,12 @@ def pilot(
         z = jax.random.normal(key, x.shape, x.dtype)
         return diffusion_dsm(score, sde, x, t, z, control)
 
-    values = jax.vmap(lambda x, t, k: jax.vmap(lambda t, k: one(x, t, k))(t, k))(x, t, keys)
+    def image(drawn: tuple[Array, Array, Key]) -> Array:
+        x, t, keys = drawn
+        return jax.vmap(lambda t, key: one(x, t, key))(t, keys)
+
+    images = len(x) if batch_size is None else max(1, batch_size // draws)
+    values = jax.lax.map(image, (x, t, keys), batch_size=images)
     empty = jnp.zeros((2, bins), values.dtype)
     first = times.tally(empty, v.ravel(), values.ravel(), 1.0)
     mean = (first[1] / first[0])[jnp.floor(v * bins).astype(int)]

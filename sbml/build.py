@@ -69,7 +69,10 @@ class Experiment:
             self.cells,
         )
         _ = (self.cells, self.eval_solver, self.sampler, self.sampling_eps, self.eval_eps)
-        _ = (self.dequantizer(self.config.dequantizer.name), self.dequantizer_optimizer)
+        _ = self.dequantizer_optimizer
+        name = self.config.dequantizer.name
+        if not dequantizers.is_trained(self.dequantizer(name)):
+            raise ValueError(f"dequantizer.name={name} has nothing to train; choose variational")
         check_choice("eval.times", self.config.eval.times, times.DRAWS)
         check_choice("training.times", self.config.training.times, times.DRAWS)
         check_choice("data.dequantization", self.config.data.dequantization, DEQUANTIZATIONS)
@@ -264,7 +267,8 @@ class Experiment:
             raise ValueError(
                 f"{d.source} has images of shape {images.shape} with {images.levels} levels, the "
                 f"config says {self.shape} with {self.levels}; "
-                f"set --config.data.shape={images.shape} --config.data.levels={images.levels}"
+                f"set --config.data.shape={','.join(map(str, images.shape))} "
+                f"--config.data.levels={images.levels}"
             )
         return images
 

@@ -92,22 +92,22 @@ class CellRun:
         # With K solves an image, smaller batches: less padding where few images are wanted.
         self.batch_size = sharding.round_up(max(1, self.config.batch_size // cell.num_importance))
         self.score = experiment.adapter(shared.restored.state.ema_params)
+        self._known: dict[Solver, Parts] = {}
 
     def rows(self, ids: np.ndarray, sweep: int, solver: Solver | None = None) -> Table:
         """The rows of ``ids`` in ``sweep``, those not on disk computed now."""
         solver = solver or self.shared.experiment.eval_solver
         parts = self._parts(solver)
-        done = parts.read()
-        there = done["id"][done["sweep"] == sweep] if done else np.zeros(0, np.int64)
-        missing = np.setdiff1d(ids, there)
+        done = parts.read(sweep)
+        missing = np.setdiff1d(ids, done.get("id", []))
         if missing.size:
             if missing.size < ids.size:
                 logging.info(
                     "%d of %d images were evaluated before", ids.size - missing.size, ids.size
                 )
             self._fill(parts, missing, ids.size, sweep, solver)
-            done = parts.read()
-        chosen = (done["sweep"] == sweep) & np.isin(done["id"], ids)
+            done = parts.read(sweep)
+        chosen = np.isin(done["id"], ids)
         return {name: column[chosen] for name, column in done.items()}
 
     def _fill(
@@ -180,7 +180,10 @@ class CellRun:
         )
 
     def _parts(self, solver: Solver) -> Parts:
-        return Parts.addressed(self.shared.workdir / "eval", self._identity(solver))
+        if solver not in self._known:  # A sum over all parameters: once.
+            where = self.shared.workdir / "eval"
+            self._known[solver] = Parts.addressed(where, self._identity(solver))
+        return self._known[solver]
 
     def _identity(self, solver: Solver) -> dict[str, Any]:
         """What a row depends on: not the batch size, nor how many images or sweeps are wanted."""
@@ -259,7 +262,9 @@ class CellRun:
             ratio = _sweep_stderr(tables) / config.target_se
             if not ratio > 1:
                 return
-            yield min(config.max_sweeps, max(len(tables) + 1, math.ceil(len(tables) * ratio**2)))
+            # Of one sweep nothing is known yet.
+            wanted = math.ceil(len(tables) * ratio**2) if math.isfinite(ratio) else 2
+            yield min(config.max_sweeps, max(len(tables) + 1, wanted))
 
     def _this_set(self, table: Table, stderr: float, freedom: int) -> dict[str, Any]:
         mean, half = float(np.mean(table["bits_per_dim"])), intervals.half_width(stderr, freedom)

@@ -46,7 +46,7 @@ def frechet(one: Moments, other: Moments) -> float:
     return float(shift + np.trace(one.cov) + np.trace(other.cov) - 2 * cross)
 
 
-def kernel(x: np.ndarray, y: np.ndarray) -> float:
+def kernel(x: np.ndarray, y: np.ndarray, chunk: int = 1000) -> float:
     """The unbiased squared maximum mean discrepancy of ``x (n, d)`` and ``y (m, d)``.
 
     May be negative: it is about 0 for two samples of one distribution.
@@ -58,14 +58,16 @@ def kernel(x: np.ndarray, y: np.ndarray) -> float:
         raise ValueError(f"{len(x)} and {len(y)} features: the unbiased estimate needs two of each")
     x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
 
-    def k(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-        return (a @ b.T / a.shape[1] + 1) ** 3
+    def total(a: np.ndarray, b: np.ndarray) -> float:
+        """The sum of k over all pairs, some rows at a time."""
+        parts = (a[start : start + chunk] for start in range(0, len(a), chunk))
+        return sum(((part @ b.T / a.shape[1] + 1) ** 3).sum() for part in parts)
 
     def off_diagonal(a: np.ndarray) -> float:
-        gram = k(a, a)
-        return (gram.sum() - np.trace(gram)) / (len(a) * (len(a) - 1))
+        diagonal = ((np.sum(a**2, axis=1) / a.shape[1] + 1) ** 3).sum()
+        return (total(a, a) - diagonal) / (len(a) * (len(a) - 1))
 
-    return float(off_diagonal(x) + off_diagonal(y) - 2 * k(x, y).mean())
+    return float(off_diagonal(x) + off_diagonal(y) - 2 * total(x, y) / (len(x) * len(y)))
 
 
 def inception_score(probabilities: np.ndarray) -> float:

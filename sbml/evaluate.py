@@ -4,8 +4,10 @@ A cell is one estimator with one dequantizer and K draws of it (``sbml.estimator
 checkpoint. How a cell's rows are made, resumed and given their error bars is in ``sbml.cells``.
 """
 
+import dataclasses
 import functools
 import json
+import sys
 import time
 from collections.abc import Callable
 from typing import Any
@@ -16,7 +18,7 @@ from absl import logging
 from etils import epath
 from ml_collections import ConfigDict
 
-from sbml import baselines, bits, bound, cells, summary
+from sbml import baselines, bits, bound, cells, dequantizers, summary
 from sbml.bound import GaussianControl
 from sbml.build import Experiment, warn_if_other_data
 from sbml.cells import CellRun, Dequantization, Evaluation
@@ -35,9 +37,13 @@ def control_variate(experiment: Experiment, train: ImageSet) -> GaussianControl 
     """The Gaussian fitted to the training images' bin centres, where ``eval.control`` asks."""
     if not experiment.config.eval.control:
         return None
-    centres = np.asarray(bits.to_model(jax.numpy.asarray(train.images), 0.5, train.levels))
-    fitted = GaussianControl.fit(centres, noise_variance=(2 / train.levels) ** 2 / 12)
-    return jax.tree.map(lambda a: np.asarray(a, np.float32), fitted)
+    fitted = GaussianControl.fit(train.images, noise_variance=1 / 12)
+    in_scale = dataclasses.replace(
+        fitted,
+        mean=bits.to_model(fitted.mean, 0.5, train.levels),
+        variances=(2 / train.levels) ** 2 * fitted.variances,
+    )
+    return jax.tree.map(lambda a: np.asarray(a, np.float32), in_scale)
 
 
 def time_density(
@@ -52,7 +58,10 @@ def time_density(
         if not config.proposal_bins:
             return None
         x = bits.to_model(jax.numpy.asarray(train.images[chosen]), 0.5, train.levels)
-        options = {"eps": eps, "control": control, "bins": config.proposal_bins}
+        options = {
+            **{"eps": eps, "control": control, "bins": config.proposal_bins},
+            "batch_size": config.batch_size,
+        }
         find = jax.jit(lambda score, x, key: bound.pilot(score, experiment.sde, x, key, **options))
         score = experiment.adapter(restored.state.ema_params)
         return np.asarray(find(score, x, jax.random.key(config.seed)))
@@ -71,18 +80,14 @@ def dequantization(
     if name == CATEGORICAL:
         return Dequantization(None, {})
     model = experiment.dequantizer(name)
-    if name != experiment.config.dequantizer.name:
+    if not dequantizers.is_trained(model):
         return Dequantization(model, model.init(jax.random.key(0), train.images[:1]))
     restored = experiment.restore_dequantizer(workdir, train)
     return Dequantization(model, restored.state.ema_params, restored)
 
 
 def _baselines(train: ImageSet, images: ImageSet, ids: np.ndarray) -> list[dict[str, Any]]:
-    chosen = images.images[ids]
-    values = {
-        "per-pixel histogram": baselines.histogram(train.images, chosen, train.levels),
-        "full-covariance Gaussian": baselines.gaussian(train.images, chosen),
-    }
+    values = baselines.all_of(train.images, images.images[ids], train.levels)
     intervals = {name: mean_interval(v) for name, v in values.items()}
     return [
         {"name": name, "bits_per_dim": i.mean, "ci95": i.ci95, "interval": list(i.bounds)}
@@ -173,8 +178,9 @@ def _fill(
     """
     tables: cells.Table = {}
     results = []
-    for cell in defined:
-        cell_run = CellRun(shared, cell, found[cell.dequantizer])
+    # All are set up before the first is computed: what cannot be must not cost hours first.
+    cell_runs = [CellRun(shared, cell, found[cell.dequantizer]) for cell in defined]
+    for cell, cell_run in zip(defined, cell_runs, strict=True):
         rows, noise = cell_run.finish()
         results.append(cell_run.result(rows, noise))
         print(_line(results[-1]))
@@ -233,6 +239,7 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
         "checkpoint": {"step": restored.step},
         "data": {"train": train.fingerprint, config.eval.split: images.fingerprint},
         "config": experiment.to_plain(),
+        "command": " ".join(["python -m sbml.main", *sys.argv[1:]]),
         "versions": versions(),
         "timing": {"evaluation_seconds": round(time.perf_counter() - start, 1)},
     }
@@ -240,5 +247,5 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
         write_npz(workdir / summary.PER_IMAGE, tables)
         text = json.dumps(report.strict(evaluation), indent=1)
         write_whole(workdir / summary.EVALUATION, text.encode())
-        summary.write(workdir, images)
+        summary.write(workdir, lambda _: images)
     print(f"report: {workdir / 'report.html'}")

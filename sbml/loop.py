@@ -113,6 +113,12 @@ class _Trainer:
         field = f"{task.field}training"
         parts = training.accumulate * task.repeats
         sharding.check_divides(f"{field}.batch_size", training.batch_size, parts)
+        if training.batch_size > (most := len(task.images) * task.repeats):
+            raise ValueError(
+                f"{field}.batch_size={training.batch_size} takes "
+                f"{training.batch_size // task.repeats} different images a step, "
+                f"{task.images.name} has {len(task.images)}: use at most {most}"
+            )
         self.task, self.training, self.checkpoints = task, training, checkpoints
         self.batches = train_batches(
             task.images,
@@ -194,7 +200,7 @@ class _Trainer:
     def log(self, step: int, rows: list[tuple[float, float]], seconds: float) -> float:
         """Write the mean of ``rows`` of (loss, grad_norm); returns images/s."""
         loss, norm = np.mean(np.asarray(rows), axis=0)
-        rate = len(rows) * self.training.batch_size / seconds
+        rate = len(rows) * self.training.batch_size / self.task.repeats / seconds
         if self.writer:
             total = self.writer.seconds + seconds
             self.writer.scalars(
@@ -262,7 +268,7 @@ def _loop(trainer: _Trainer, preemption: Preemption) -> None:
         for i, batch in batches:
             trainer.advance(starts[i], batch)
             done = starts[i] + stride
-            stop = preemption.requested(done)
+            stop = preemption.requested()
             save = stop or done == total or _crossed(done, stride, training.checkpoint_every)
             look = _crossed(done, stride, training.sample_every)
             settle(0 if save or look else IN_FLIGHT)

@@ -125,6 +125,8 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
     if not (workdir / summary.SAMPLES).exists():
         raise ValueError(f"no {summary.SAMPLES} in {workdir}: draw some first (--mode=sample)")
     drawn = read_npz(workdir / summary.SAMPLES)
+    if drawn["failed"].any():
+        logging.warning("%d of the samples are not finite", drawn["failed"].sum())
     train, test = experiment.images("train"), experiment.images("test")
     known = reference(experiment, extract, train)
     features, probabilities = _features(extract, drawn["images"], "samples")
@@ -148,7 +150,6 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
     write_whole(workdir / summary.QUALITY, json.dumps(report.strict(result), indent=1).encode())
     picture = sample.grid(experiment, rows, columns=len(rows) // 2)
     report.write_png(workdir / summary.NEIGHBOURS, picture)
-    if (workdir / summary.EVALUATION).exists():
-        summary.write(workdir, experiment.images(config.eval.split))
+    summary.write(workdir, experiment.images)
     for name, value in values.items():
         print(f"{name}: {value:.4g}")

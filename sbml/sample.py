@@ -8,11 +8,12 @@ what is there.
 import dataclasses
 import functools
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from absl import logging
 from etils import epath
 from ml_collections import ConfigDict
 
@@ -57,16 +58,24 @@ def _latent(seed: Array, i: Array, how: Recipe) -> tuple[Array, Key]:
     return how.sde.prior_sample(latent_key, how.shape), key
 
 
-@functools.partial(jax.jit, static_argnames="how")
-def _sample_batch(score: Score, ids: Array, seed: Array, how: Recipe) -> tuple[Array, Array]:
-    """uint8 images ``(n, *shape)`` of ``ids (n,)``, and each one's network evaluations."""
+class Drawn(NamedTuple):
+    """Samples: uint8 ``images (n, *shape)``, the network evaluations ``nfe (n,)`` of each, and
+    whether it ``failed (n,)``: a number that is not finite has no grey level."""
 
-    def one(i: Array) -> tuple[Array, Array]:
+    images: Any
+    nfe: Any
+    failed: Any
+
+
+@functools.partial(jax.jit, static_argnames="how")
+def _sample_batch(score: Score, ids: Array, seed: Array, how: Recipe) -> Drawn:
+    def one(i: Array) -> Drawn:
         z, key = _latent(seed, i, how)
         x, stats = how.sampler(score, how.sde, z, key, eps=how.eps)
         if how.denoise_last:
             x = sampling.denoise(score, how.sde, x, jnp.asarray(how.eps, x.dtype))
-        return bits.to_pixels(x, how.levels), stats.nfe + how.denoise_last
+        failed = ~(stats.success & jnp.all(jnp.isfinite(x)))
+        return Drawn(bits.to_pixels(x, how.levels), stats.nfe + how.denoise_last, failed)
 
     return jax.vmap(one)(ids)
 
@@ -90,8 +99,8 @@ def _path_batch(score: Score, ids: Array, seed: Array, how: Recipe, frames: int)
     return jax.vmap(one)(ids)
 
 
-def draw(experiment: Experiment, params: Any, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Images and evaluations of ``ids``, over all devices."""
+def draw(experiment: Experiment, params: Any, ids: np.ndarray) -> Drawn:
+    """The samples ``ids (n,)``, over all devices."""
     batch = sharding.put(ids.astype(np.int32), sharding.batched(sharding.data_mesh()))
     seed = np.uint32(experiment.config.sampling.seed)
     score = experiment.adapter(params)
@@ -104,7 +113,7 @@ def preview(experiment: Experiment, params: Any) -> np.ndarray:
     size = sharding.round_up(min(experiment.config.sampling.batch_size, count))
     images = np.zeros((count, *experiment.shape), np.uint8)
     for ids, mask in eval_batches(count, size):
-        images[ids[mask]] = draw(experiment, params, ids)[0][mask]
+        images[ids[mask]] = draw(experiment, params, ids).images[mask]
     return images
 
 
@@ -119,10 +128,8 @@ def _identity(experiment: Experiment, restored: Restored) -> dict[str, Any]:
     }
 
 
-def generate(
-    experiment: Experiment, restored: Restored, workdir: epath.Path
-) -> tuple[np.ndarray, np.ndarray]:
-    """Samples 0 .. num_images - 1: uint8 ``(n, *shape)`` and evaluations; those on disk are read.
+def generate(experiment: Experiment, restored: Restored, workdir: epath.Path) -> Drawn:
+    """Samples 0 .. num_images - 1; those on disk are read. Failed ones are counted aloud.
 
     Raises:
       ValueError: ``sampling.num_images`` or ``sampling.batch_size`` below one.
@@ -139,15 +146,21 @@ def generate(
     with progress.bar("sample", "image", len(wanted), len(wanted) - len(missing)) as bar:
         for rows, mask in eval_batches(len(missing), size) if missing.size else ():
             ids = missing[rows]
-            images, nfe = draw(experiment, restored.state.ema_params, ids)
+            drawn = draw(experiment, restored.state.ema_params, ids)
             if jax.process_index() == 0:
-                columns = {"id": ids, "sweep": np.zeros_like(ids), "image": images, "nfe": nfe}
+                columns = {"id": ids, "sweep": np.zeros_like(ids), **drawn._asdict()}
                 parts.write({name: column[mask] for name, column in columns.items()})
             bar.update(int(mask.sum()))
     sharding.barrier("sampled")
     done = parts.read()
     chosen = np.isin(done["id"], wanted)
-    return done["image"][chosen], done["nfe"][chosen]
+    drawn = Drawn(*(done[name][chosen] for name in Drawn._fields))
+    if drawn.failed.any():
+        logging.warning(
+            "%d of %d samples are not finite, first %s: a sampler gave up, or the network did",
+            *(drawn.failed.sum(), len(drawn.failed), np.flatnonzero(drawn.failed)[:5]),
+        )
+    return drawn
 
 
 def grid(experiment: Experiment, images: np.ndarray, columns: int | None = None) -> np.ndarray:
@@ -177,21 +190,20 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
     """
     experiment, workdir = Experiment(config), epath.Path(workdir)
     restored = experiment.restore(workdir)
-    images, nfe = generate(experiment, restored, workdir)
+    drawn = generate(experiment, restored, workdir)
     if jax.process_index() > 0:
         return
     how = np.asarray(repr(experiment.sampler))
-    columns = {"images": images, "nfe": nfe, "step": np.asarray(restored.step), "sampler": how}
+    columns = {**drawn._asdict(), "step": np.asarray(restored.step), "sampler": how}
     write_npz(workdir / summary.SAMPLES, columns)
-    shown = images[:256]  # A picture of more is not looked at; samples.npz has all.
+    shown = drawn.images[:256]  # A picture of more is not looked at; samples.npz has all.
     report.write_png(workdir / "samples.png", grid(experiment, shown))
     if config.sampling.frames > 1:
-        rows = min(4, len(images))
-        drawn = strip(experiment, restored.state.ema_params, rows)
-        report.write_png(workdir / "samples_strip.png", drawn)
-    if (workdir / summary.EVALUATION).exists():
-        summary.write(workdir, experiment.images(config.eval.split))
+        rows = min(4, len(drawn.images))
+        picture = strip(experiment, restored.state.ema_params, rows)
+        report.write_png(workdir / "samples_strip.png", picture)
+    summary.write(workdir, experiment.images)
     print(
-        f"{len(images)} samples by {config.sampling.sampler}, {nfe.mean():.0f} evaluations each "
-        f"({how}): {workdir / 'samples.png'}"
+        f"{len(drawn.images)} samples by {config.sampling.sampler}, {drawn.nfe.mean():.0f} "
+        f"evaluations each ({how}): {workdir / 'samples.png'}"
     )

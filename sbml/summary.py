@@ -6,7 +6,7 @@ whichever comes last makes ``report.json`` and ``report.html``.
 """
 
 import json
-import sys
+from collections.abc import Callable
 from typing import Any
 
 from absl import logging
@@ -25,10 +25,24 @@ NEIGHBOURS = "neighbours.png"
 NEIGHBOURS_CAPTION = "The first samples, and below each the training image nearest to it."
 
 
-def write(workdir: epath.PathLike, images: ImageSet) -> None:
-    """Write ``report.json`` and ``report.html``; ``images`` are those that were evaluated."""
+def write(workdir: epath.PathLike, load: Callable[[str], ImageSet]) -> None:
+    """Write ``report.json`` and ``report.html``, if there is an evaluation.
+
+    ``load`` gives the images of a split. If they are not those that were evaluated, a warning says
+    so and the report stays as it is.
+    """
     workdir = epath.Path(workdir)
+    if not (workdir / EVALUATION).exists():
+        return
     evaluation: dict[str, Any] = json.loads((workdir / EVALUATION).read_text())
+    split = evaluation["results"][0]["split"]
+    images, evaluated = load(split), evaluation["data"][split]
+    if images.fingerprint != evaluated:
+        logging.warning(
+            "%s is of %s, this config has %s: the report stays as it is",
+            *(workdir / EVALUATION, evaluated, images.fingerprint),
+        )
+        return
     samples = workdir / SAMPLES
     drawn = read_npz(samples) if samples.exists() else None
     if drawn is not None and int(drawn["step"]) != evaluation["checkpoint"]["step"]:
@@ -41,6 +55,9 @@ def write(workdir: epath.PathLike, images: ImageSet) -> None:
             "nfe_max": int(drawn["nfe"].max()),
             "sampler": str(drawn["sampler"]),
         }
+        if failed := int(drawn["failed"].sum()):
+            warning = f"{failed} of {len(drawn['images'])} samples are not finite"
+            evaluation["warnings"] = [*evaluation["warnings"], warning]
     pictures = []
     quality = workdir / QUALITY
     if drawn is not None and quality.exists():
@@ -50,7 +67,6 @@ def write(workdir: epath.PathLike, images: ImageSet) -> None:
             pictures = [(NEIGHBOURS_CAPTION, (workdir / NEIGHBOURS).read_bytes())]
         else:
             logging.warning("quality.json is of other samples: left out of the report")
-    evaluation["command"] = " ".join(["python -m sbml.main", *sys.argv[1:]])
     report.write(
         workdir,
         evaluation,

@@ -39,10 +39,7 @@ def prepare_fn(experiment: Experiment) -> Prepare:
 def loss_fn(experiment: Experiment) -> Loss:
     """Per-example losses (n,) in nats/dim; ``frozen`` are the score network's parameters."""
     sde, levels, dims = experiment.sde, experiment.levels, math.prod(experiment.shape)
-    name = experiment.config.dequantizer.name
-    model = experiment.dequantizer(name)
-    if not hasattr(model, "sample_batch"):
-        raise ValueError(f"dequantizer.name={name} has nothing to train; choose variational")
+    model = experiment.dequantizer(experiment.config.dequantizer.name)
 
     def loss(params: Any, draws: tuple[Array, Array, Key, Key], frozen: Any) -> Array:
         pixels, u, flow_keys, bound_keys = draws

@@ -43,7 +43,7 @@ def test_kernel_is_the_sum_over_pairs() -> None:
     xx = np.mean([k(a, b) for i, a in enumerate(x) for j, b in enumerate(x) if i != j])
     yy = np.mean([k(a, b) for i, a in enumerate(y) for j, b in enumerate(y) if i != j])
     xy = np.mean([k(a, b) for a in x for b in y])
-    np.testing.assert_allclose(distances.kernel(x, y), xx + yy - 2 * xy, rtol=1e-12)
+    np.testing.assert_allclose(distances.kernel(x, y, chunk=3), xx + yy - 2 * xy, rtol=1e-12)
 
 
 def test_kernel_is_unbiased() -> None:

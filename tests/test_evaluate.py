@@ -3,6 +3,7 @@
 import json
 import math
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ import tiny
 from scipy import stats
 from sklearn.datasets import load_digits
 
-from sbml import baselines, build, cells, evaluate, summary
+from sbml import baselines, build, cells, evaluate, moments, summary
 from sbml.estimators import Cell
 from sbml.intervals import mean_interval, outliers, repeated_stderr
 from sbml.runtime.parts import Parts, read_npz
@@ -149,6 +150,13 @@ def test_parts_report_damage_and_refuse_strangers(tmp_path, caplog):
         parts.read()
 
 
+def test_several_processes_may_set_up_the_same_table_at_once(tmp_path):
+    with ThreadPoolExecutor(8) as pool:
+        for i in range(50):
+            list(pool.map(lambda _, i=i: Parts(tmp_path / str(i), {"step": 1}), range(8)))
+    assert not list(tmp_path.rglob("*.partial"))
+
+
 def test_evaluating_without_a_checkpoint_says_so(tmp_path):
     with pytest.raises(ValueError, match="no checkpoint in .*train first"):
         evaluate.run(tiny.get_config(), tmp_path)
@@ -170,6 +178,28 @@ def test_gaussian_baseline_against_scipy():
     u = stats.qmc.Sobol(6, seed=0).random(2**14)[:, None]
     bits = -model.logpdf(test + u).mean(0) / 6 / math.log(2)
     np.testing.assert_allclose(baselines.gaussian(train, test), bits, atol=1e-4)
+
+
+def test_diagonal_gaussian_baseline_is_the_full_one_of_uncorrelated_pixels():
+    signs = np.array([[1, 1], [1, -1], [-1, 1], [-1, -1]])
+    train = (100 + signs * [10, 40]).astype(np.uint8)
+    test = np.array([[90, 100], [200, 30]], np.uint8)
+    var = np.array([100, 1600]) + 1 / 12
+    r2 = (np.array([[90, 100], [200, 30]]) - 100.0) ** 2 + 1 / 12
+    expected = (0.5 * (r2 / var + np.log(2 * np.pi * var))).mean(1) / math.log(2)
+    np.testing.assert_allclose(baselines.diagonal_gaussian(train, test), expected)
+    many = np.zeros((3, 65, 64, 1), np.uint8)
+    assert list(baselines.all_of(many, many, 2)) == ["per-pixel histogram", "diagonal Gaussian"]
+
+
+def test_moments_are_the_same_in_parts(monkeypatch):
+    monkeypatch.setattr(moments, "CHUNK", 10)
+    x = np.random.default_rng(0).integers(0, 256, (17, 2, 2), np.uint8)
+    flat = x.reshape(17, 4)
+    mean = moments.mean(x)
+    np.testing.assert_allclose(mean, flat.mean(0))
+    np.testing.assert_allclose(moments.variances(x, mean), flat.var(0))
+    np.testing.assert_allclose(moments.covariance(x, mean), np.cov(flat, rowvar=False))
 
 
 def test_interval_is_students():
@@ -238,6 +268,12 @@ def test_target_se_sweeps_until_it_is_reached(trained, tmp_path):
     rows, few = short.finish()
     (warning,) = evaluate.result_warnings(short.result(rows, few))
     assert few["sweeps"] == 4 and "after 4 sweeps" in warning and "target_se=1e-09" in warning
+
+
+def test_target_se_needs_no_sweeps_to_start_from(trained, tmp_path):
+    run = cell_run(trained, tmp_path, BOUND, sweeps=1, target_se=10.0, max_images=20, n_times=4)
+    _, noise = run.finish()
+    assert noise["sweeps"] == 2 and 0 < noise["this_set_stderr"] < 10
 
 
 def test_score_matching_form_has_the_same_mean(trained, tmp_path):

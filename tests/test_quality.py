@@ -23,7 +23,9 @@ def config(tmp_path: Path) -> ConfigDict:
 
 def samples(workdir: Path, images: np.ndarray) -> Path:
     workdir.mkdir(exist_ok=True)
-    columns = {"images": images, "nfe": np.ones(len(images)), "step": np.asarray(3)}
+    n = len(images)
+    columns = {"images": images, "nfe": np.ones(n), "failed": np.zeros(n, bool)}
+    columns["step"] = np.asarray(3)
     write_npz(workdir / summary.SAMPLES, {**columns, "sampler": np.asarray("s")})
     return workdir
 
@@ -74,7 +76,8 @@ def test_statistics_are_computed_once_a_fingerprint(config: ConfigDict, tmp_path
     quality.stats(config, tmp_path)
     [kept] = (tmp_path / "cache" / "stats").iterdir()
     identity = data.load("digits", "train").fingerprint["id"]
-    assert kept.name == f"digits_classifier_64-{identity}.npz"
+    extract = digits_classifier.extractor(weights="", sha256="", levels=17, cache=None)
+    assert kept.name == f"{extract.identity}-{identity}.npz"
     written = kept.stat().st_mtime_ns
     values(config, samples(tmp_path / "w", data.load("digits", "test").images[:9]))
     assert kept.stat().st_mtime_ns == written
@@ -97,12 +100,31 @@ def test_the_report_shows_the_quality_of_its_own_samples(
     """Samples drawn anew have no quality until it is computed anew."""
     real = data.load("digits", "test")
     workdir = samples(tmp_path / "w", real.images[:20])
-    result = {"bits_per_dim": 2.0, "interval": [1.9, 2.1], "n": 2, "terms": {}}
+    result = {"bits_per_dim": 2.0, "interval": [1.9, 2.1], "n": 2, "terms": {}, "split": "test"}
     evaluation = {"title": "w", "results": [result], "checkpoint": {"step": 3}}
+    evaluation |= {"data": {"test": real.fingerprint}, "warnings": [], "command": "eval"}
     (workdir / summary.EVALUATION).write_text(json.dumps(evaluation))
     columns = {"id": np.arange(2), "bits_per_dim": np.ones(2), "nfe": np.ones(2)}
     write_npz(workdir / summary.PER_IMAGE, columns)
     found = values(config, workdir)
     assert json.loads((workdir / "report.json").read_text())["quality"] == found
-    summary.write(samples(workdir, real.images[20:40]), real)
+    summary.write(samples(workdir, real.images[20:40]), lambda split: real)
     assert "quality" not in json.loads((workdir / "report.json").read_text())
+
+
+def test_a_report_is_never_shown_with_the_images_of_another_split(
+    config: ConfigDict, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Whatever the config of a later mode says: the evaluation knows what it is of."""
+    sets = {split: data.load("digits", split) for split in ("train", "test")}
+    result = {"bits_per_dim": 2.0, "interval": [1.9, 2.1], "n": 1, "terms": {}, "split": "train"}
+    evaluation = {"title": "w", "results": [result], "checkpoint": {"step": 3}}
+    evaluation |= {"data": {"train": sets["train"].fingerprint}, "warnings": []}
+    (tmp_path / summary.EVALUATION).write_text(json.dumps(evaluation))
+    columns = {"id": np.array([1400]), "bits_per_dim": np.ones(1), "nfe": np.ones(1)}
+    write_npz(tmp_path / summary.PER_IMAGE, columns)
+    summary.write(tmp_path, lambda split: sets["test"])
+    assert "the report stays as it is" in caplog.text
+    assert not (tmp_path / "report.html").exists()
+    summary.write(tmp_path, sets.__getitem__)  # Image 1400, of which the test set has none.
+    assert (tmp_path / "report.html").exists()

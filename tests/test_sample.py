@@ -51,6 +51,24 @@ def test_an_image_does_not_depend_on_its_batch(trained: Path, sampler: str) -> N
     assert np.abs(whole.astype(int) - single).max() <= 1 and (whole != single).mean() < 1e-3
 
 
+def test_a_sample_without_numbers_is_counted(
+    trained: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its grey levels would be white, and nobody would know."""
+    config = tiny.get_config()
+    config.sampling.update(sampler="ancestral", steps=3, num_images=2)
+    experiment = build.Experiment(config)
+    restored = experiment.restore(trained)
+    params = restored.state.ema_params
+    drawn = sample.draw(experiment, params, np.arange(2))
+    assert not drawn.failed.any()
+    broken = restored._replace(
+        state=restored.state.replace(ema_params=jax.tree.map(lambda a: a * np.nan, params))
+    )
+    drawn = sample.generate(experiment, broken, epath.Path(trained) / "broken")
+    assert drawn.failed.all() and "2 of 2 samples are not finite" in caplog.text
+
+
 def test_more_images_are_added_to_those_there_are(trained: Path) -> None:
     few = images(fresh(trained), num_images=7)
     before = {p: p.stat().st_mtime_ns for p in trained.glob("sampling/*/part_*")}

@@ -13,9 +13,10 @@ import pytest
 import runs
 import tiny
 from etils import epath
+from jax.experimental import multihost_utils
 
 from sbml import build, loop, train
-from sbml.runtime import metrics, sharding
+from sbml.runtime import metrics, preemption, sharding
 
 
 @pytest.fixture(scope="module")
@@ -45,6 +46,21 @@ def wait_for(process, happened):
             return True
         time.sleep(0.0005)
     return False
+
+
+def test_images_are_counted_once_though_twins_take_two_rows(whole):
+    rows = metrics.read(whole)
+    seconds = np.diff([row["seconds"] for row in rows])
+    images = [row["images_per_s"] for row in rows[1:]] * seconds
+    np.testing.assert_allclose(images, 32, rtol=1e-6)
+
+
+def test_several_processes_agree_to_stop_whatever_a_dispatch_takes(monkeypatch):
+    """jax's service answers yes at one number only, the next after the last that was asked."""
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(multihost_utils, "reached_preemption_sync_point", lambda step: step == 3)
+    with preemption.Preemption() as asked:
+        assert [asked.requested() for _ in range(4)] == [False, False, True, False]
 
 
 def test_kills_change_nothing(whole, tmp_path):

@@ -36,3 +36,8 @@ def get(name: str) -> type[Any]:
         known = ", ".join(sorted(DEQUANTIZERS))
         raise ValueError(f"Unknown dequantizer {name!r}: choose one of {known}.")
     return DEQUANTIZERS[name]
+
+
+def is_trained(model: Any) -> bool:
+    """Whether ``model``, or a model of that type, has parameters to train (``sample_batch``)."""
+    return hasattr(model, "sample_batch")

@@ -57,14 +57,17 @@ class Parts:
         first = f"{columns['sweep'][0]:04d}_{columns['id'][0]:08d}"
         write_npz(self.directory / f"part_{first}.npz", columns)
 
-    def read(self) -> dict[str, np.ndarray]:
-        """All rows so far, by sweep, then id; empty if none. Damaged parts are named and redone.
+    def read(self, sweep: int | None = None) -> dict[str, np.ndarray]:
+        """The rows so far, of ``sweep`` or all, by sweep, then id; empty if none.
+
+        Damaged parts are named and redone.
 
         Raises:
           ValueError: if a row stands twice, as after two runs at once.
         """
         tables = []
-        for path in sorted(self.directory.glob("part_*.npz")):
+        of_sweep = "" if sweep is None else f"{sweep:04d}_"
+        for path in sorted(self.directory.glob(f"part_{of_sweep}*.npz")):
             try:
                 tables.append(read_npz(path))
             except (ValueError, OSError, zipfile.BadZipFile) as error:

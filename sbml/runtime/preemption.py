@@ -17,7 +17,7 @@ class Preemption:
     """
 
     def __init__(self) -> None:
-        self._received = False
+        self._received, self._asked = False, 0
 
     def __enter__(self) -> "Preemption":
         if jax.process_count() == 1:
@@ -36,8 +36,14 @@ class Preemption:
     def _receive(self, signum: int, frame: FrameType | None) -> None:
         self._received = True
 
-    def requested(self, step: int) -> bool:
-        """Whether to stop after ``step``; every process must ask, at every step."""
+    def requested(self) -> bool:
+        """Whether to stop now; every process must ask, after every dispatch.
+
+        The service answers yes at one number only, the one after the last that any process has
+        reached, so it is told how often was asked: steps, of which a dispatch takes several, would
+        pass it by.
+        """
         if jax.process_count() == 1:
             return self._received
-        return multihost_utils.reached_preemption_sync_point(step)
+        self._asked += 1
+        return multihost_utils.reached_preemption_sync_point(self._asked)

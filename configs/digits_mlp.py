@@ -10,7 +10,7 @@ A weak model (2.77 bits/dim measured), for trying out the whole table:
 
 from ml_collections import ConfigDict
 
-from sbml.config import default
+from sbml.config import default, small_dequantizer
 
 
 def get_config() -> ConfigDict:
@@ -25,9 +25,5 @@ def get_config() -> ConfigDict:
     )
     config.optim.update(lr=2e-3, warmup=200, schedule="cosine", ema=0.999)
     config.eval.update(batch_size=90, features="digits_classifier")
-    config.dequantizer.model.update(filters=32, components=8, blocks=1)
-    config.dequantizer.training.update(
-        batch_size=64, num_steps=500, log_every=20, checkpoint_every=250
-    )
-    config.dequantizer.optim.update(lr=2e-3, warmup=50)
+    small_dequantizer(config, num_steps=500)
     return config

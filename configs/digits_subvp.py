@@ -5,7 +5,7 @@ python -m sbml.main --config=configs/digits_subvp.py
 
 from ml_collections import ConfigDict
 
-from sbml.config import default
+from sbml.config import default, small_dequantizer
 
 
 def get_config() -> ConfigDict:
@@ -21,4 +21,5 @@ def get_config() -> ConfigDict:
     )
     config.optim.update(lr=2e-3, warmup=100, schedule="cosine", ema=0.99)
     config.eval.update(batch_size=36, subset=36, features="digits_classifier")
+    small_dequantizer(config, num_steps=500)
     return config

@@ -5,7 +5,7 @@ python -m sbml.main --config=configs/digits_vp.py
 
 from ml_collections import ConfigDict
 
-from sbml.config import default
+from sbml.config import default, small_dequantizer
 
 
 def get_config() -> ConfigDict:
@@ -20,9 +20,5 @@ def get_config() -> ConfigDict:
     )
     config.optim.update(lr=2e-3, warmup=100, schedule="cosine", ema=0.99)
     config.eval.update(batch_size=36, subset=36, features="digits_classifier")
-    config.dequantizer.model.update(filters=32, components=8, blocks=1)
-    config.dequantizer.training.update(
-        batch_size=64, num_steps=500, log_every=20, checkpoint_every=250
-    )
-    config.dequantizer.optim.update(lr=2e-3, warmup=50)
+    small_dequantizer(config, num_steps=500)
     return config

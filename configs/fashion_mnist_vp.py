@@ -8,7 +8,7 @@ Offline, from Debian's package dataset-fashion-mnist:
 
 from ml_collections import ConfigDict
 
-from sbml.config import default
+from sbml.config import default, small_dequantizer
 
 
 def get_config() -> ConfigDict:
@@ -24,4 +24,5 @@ def get_config() -> ConfigDict:
         batch_size=64, num_steps=20_000, log_every=50, checkpoint_every=1_000, sample_every=5_000
     )
     config.optim.update(lr=1e-3, warmup=500, schedule="cosine", ema=0.999)
+    small_dequantizer(config, num_steps=2000)
     return config

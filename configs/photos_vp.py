@@ -7,7 +7,7 @@ A reduced network, to try everything that CIFAR-10 would use on a CPU.
 
 from ml_collections import ConfigDict
 
-from sbml.config import default
+from sbml.config import default, small_dequantizer
 
 
 def get_config() -> ConfigDict:
@@ -23,4 +23,5 @@ def get_config() -> ConfigDict:
     config.optim.update(lr=1e-3, warmup=200, schedule="cosine", ema=0.995)
     config.eval.update(batch_size=32, max_images=64)
     config.sampling.update(num_images=16, batch_size=16)
+    small_dequantizer(config, num_steps=500)
     return config

@@ -88,7 +88,7 @@ def _sampling() -> dict:
         "num_images": 64,
         "batch_size": 64,
         "seed": 0,
-        "smallest_time": config_dict.placeholder(float),  # None: 1e-3
+        "smallest_time": config_dict.placeholder(float),  # None: 1e-3, or training's if larger
         "denoise_last": True,
         # ode, euler_maruyama, reverse_diffusion, ancestral, ddim, dpm_solver
         "sampler": "ode",
@@ -129,7 +129,7 @@ def default(network: str = "ncsnpp") -> ml_collections.ConfigDict:
     return ml_collections.ConfigDict(
         {
             "seed": 0,
-            "mode": ("train",),  # what to run, in order: train, eval, sample
+            "mode": ("train",),  # any of --mode's, in order
             "data": {
                 # digits, photos, tfds:<set>, imagenet32:old, imagenet32:new, image_folder
                 "source": "tfds:cifar10",
@@ -139,7 +139,7 @@ def default(network: str = "ncsnpp") -> ml_collections.ConfigDict:
                 # centre: of the bin, fits truncated_normal; none: k / (levels - 1), as the authors
                 "dequantization": "uniform",
                 "cache_dir": "",  # prepared arrays; empty: ~/.cache/sbml
-                "manual_dir": "",  # archives already on disk, for tfds
+                "manual_dir": "",  # archives already on disk, for tfds and imagenet32
                 "path": "",  # folder of image_folder
                 "test_fraction": 0.1,  # of image_folder without train/ and test/ subfolders
             },
@@ -174,7 +174,7 @@ def default(network: str = "ncsnpp") -> ml_collections.ConfigDict:
             "dequantizer": _dequantizer(),
             "sampling": _sampling(),
             "latents": {
-                "count": 8,  # test images
+                "count": 8,  # images of eval.split
                 "frames": 8,  # of an interpolation
                 "steps": 200,  # of a completion, by reverse diffusion
                 "corrector_steps": 2,  # by annealed Langevin, after each
@@ -199,3 +199,12 @@ def check_overrides(config: ml_collections.ConfigDict, arguments: Sequence[str])
                     f"unknown field config.{name}: {known} has {', '.join(fields) or 'no fields'}"
                 )
             node, known = node[part], f"{known}.{part}"
+
+
+def small_dequantizer(config: ml_collections.ConfigDict, *, num_steps: int) -> None:
+    """Give ``config`` a Flow++ that a CPU trains in minutes."""
+    config.dequantizer.model.update(filters=32, components=8, blocks=1)
+    config.dequantizer.training.update(
+        batch_size=64, num_steps=num_steps, log_every=20, checkpoint_every=num_steps // 2
+    )
+    config.dequantizer.optim.update(lr=2e-3, warmup=50)

@@ -64,7 +64,8 @@ def run(config: ConfigDict, workdir: epath.PathLike, source: epath.PathLike | No
         written.append(_write_flow(experiment, workdir, flow, metadata, score))
     if jax.process_index() == 0:
         architecture.write(workdir, sections)
-    print("\n".join([*lines, *written]))
+    told = f"the parameters do not tell the SDE: sde.name={fitted.sde.name} is --config's"
+    print("\n".join([*lines, told, *written]))
 
 
 def _renamed(theirs: AuthorsState) -> AuthorsState:

@@ -45,14 +45,22 @@ def parse(arguments: list[str]) -> list[str]:
     try:
         return app.parse_flags_with_usage(arguments)
     except (AttributeError, KeyError):
-        given = next(a.partition("=")[2] for a in arguments if a.startswith("--config="))
-        path, _, argument = given.partition(":")
+        path, _, argument = _config_file(arguments).partition(":")
         try:
             get_config = runpy.run_path(path)["get_config"]
             check_overrides(get_config(argument) if argument else get_config(), arguments)
         except ValueError as error:
             sys.exit(str(error))
         raise
+
+
+def _config_file(arguments: list[str]) -> str:
+    """The value of --config, after "=" or as the argument that follows."""
+    for i, argument in enumerate(arguments):
+        name, equals, value = argument.partition("=")
+        if name.lstrip("-") == "config" and argument.startswith("-"):
+            return value if equals else (arguments[i + 1 : i + 2] or [""])[0]
+    return ""
 
 
 def run_name(config: str) -> str:

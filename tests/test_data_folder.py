@@ -144,7 +144,7 @@ def test_downscaling_averages(two_splits: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"path": None}, "set the option path"),
+        ({"path": None}, "set --config.data.path=DIR"),
         ({"path": "/nowhere/at/all"}, "/nowhere/at/all is not a folder"),
         ({"image_size": 0}, "image_size=0"),
         ({"channels": 4}, "channels=4"),

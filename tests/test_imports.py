@@ -32,6 +32,8 @@ BELOW_BUILD = (
         "intervals",
         "discrete",
         "estimators",
+        "architecture",
+        "moments",
     }
 )
 MODES = {
@@ -50,15 +52,15 @@ MODES = {
 ALLOWED: dict[str, set[str]] = {
     **dict.fromkeys(("types", "sdes", "divergence", "bits", "intervals", "trees"), set()),
     **dict.fromkeys(("networks", "dequantizers", "data"), set()),
-    "quadrature": set(),
+    **dict.fromkeys(("quadrature", "moments"), set()),
     **dict.fromkeys(("times", "adapters", "oracle"), {"sdes"}),
     "ode": {"quadrature", "sdes"},
     "losses": MATHEMATICS,
-    "bound": MATHEMATICS | {"losses"},
+    "bound": MATHEMATICS | {"losses", "moments"},
     "discrete": MATHEMATICS | {"bits", "bound", "dequantizers"},
     **dict.fromkeys(("likelihood", "sampling"), MATHEMATICS | {"ode"}),
     "samplers": MATHEMATICS | {"ode", "sampling"},
-    "baselines": {"bits"},
+    "baselines": {"bits", "moments"},
     "estimators": MATHEMATICS | {"bits", "bound", "discrete", "likelihood", "ode"},
     "checks": MATHEMATICS
     | {"bits", "bound", "dequantizers", "discrete", "likelihood", "losses", "ode", "oracle"},
@@ -80,7 +82,7 @@ ALLOWED: dict[str, set[str]] = {
     "train_dequantizer": BELOW_BUILD | {"build", "loop"},
     # Training draws the sample grids of its logs.
     "train": BELOW_BUILD | {"build", "loop", "sample"},
-    "convert": BELOW_BUILD | {"architecture", "build", "trees"},
+    "convert": BELOW_BUILD | {"build", "trees"},
     "main": {"architecture", "config"},
 }
 PURE = (

@@ -61,10 +61,10 @@ SOURCE = ImageFolder()
 def _check(options: Options) -> Path:
     """The folder, once every option is known to be in range."""
     if options.path is None:
-        raise ValueError("image_folder needs a folder: set the option path.")
+        raise ValueError("image_folder needs a folder: set --config.data.path=DIR.")
     root = Path(options.path).expanduser().absolute()
     if not root.is_dir():
-        raise ValueError(f"path={root} is not a folder: set path to a folder of images.")
+        raise ValueError(f"data.path={root} is not a folder: set it to a folder of images.")
     if options.image_size < 1:
         raise ValueError(f"image_size={options.image_size}: use at least 1 pixel.")
     if options.channels not in MODES:
@@ -72,7 +72,9 @@ def _check(options: Options) -> Path:
     if options.crop not in CROPS:
         raise ValueError(f"crop={options.crop!r}: choose one of {', '.join(CROPS)}.")
     if not 0 < options.test_fraction < 1:
-        raise ValueError(f"test_fraction={options.test_fraction}: use a number between 0 and 1.")
+        raise ValueError(
+            f"data.test_fraction={options.test_fraction}: use a number between 0 and 1."
+        )
     return root
 
 
@@ -83,8 +85,8 @@ def _members(root: Path, split: str, options: Options) -> list[str]:
     own = [s for s in ("train", "test") if (root / s).is_dir()]
     if len(own) == 1:
         raise ValueError(
-            f"path={root} has a subfolder {own[0]} only: add the other of train and test, or set "
-            f"path={root / own[0]} to have its images split."
+            f"data.path={root} has a subfolder {own[0]} only: add the other of train and test, or "
+            f"set data.path={root / own[0]} to have its images split."
         )
     if own:
         members = [n for n in names if n.startswith(f"{split}/")]
@@ -94,8 +96,8 @@ def _members(root: Path, split: str, options: Options) -> list[str]:
         members = [n for n in names if _held_out(n, options) == (split == "test")]
     if not members:
         raise ValueError(
-            f"path={root} has {len(names)} images, none of them for {split!r}: add some, make "
-            f"subfolders train and test, or change test_fraction={options.test_fraction}."
+            f"data.path={root} has {len(names)} images, none of them for {split!r}: add some, "
+            f"make subfolders train and test, or change data.test_fraction={options.test_fraction}."
         )
     return members
 

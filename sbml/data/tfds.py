@@ -84,8 +84,8 @@ def _archives(builder: Any, options: Options) -> Path:
     wanted = {info.filename for info in builder.url_infos.values() if info.filename}
     if wanted and not any((folder / file).exists() for file in wanted):
         raise ValueError(
-            f"manual_dir={folder} holds no archive of {builder.name}: put "
-            f"{' or '.join(sorted(wanted))} there, or leave manual_dir out to download."
+            f"data.manual_dir={folder} holds no archive of {builder.name}: put "
+            f"{' or '.join(sorted(wanted))} there, or leave data.manual_dir out to download."
         )
     if builder.name != "fashion_mnist":
         return folder

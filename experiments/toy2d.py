@@ -63,11 +63,18 @@ class Row(NamedTuple):
 
 
 @jax.jit
-def nlls(params: Any, x: Array, key: Key) -> tuple[Array, Array, Array]:
-    """-log p of each point by the ODE, its bound, and of the data's own density, nats."""
+def exact_logp(params: Any, x: Array) -> Array:
+    """log p of the model at each of ``x (n, 2)`` by the ODE, nats."""
+    score, trace = ADAPTER(params), likelihood.Trace("exact")
+    return jax.vmap(lambda x: likelihood.ode_logp(score, SDE, x, None, eps=EPS, trace=trace).logp)(
+        x
+    )
+
+
+@jax.jit
+def bounds(params: Any, x: Array, key: Key) -> tuple[Array, Array]:
+    """The bound on -log p of each point of ``x (n, 2)``, and -log p of the data's own density."""
     score = ADAPTER(params)
-    solve = partial(likelihood.ode_logp, score, SDE, eps=EPS, trace=likelihood.Trace("exact"))
-    exact = -jax.vmap(lambda x: solve(x, None).logp)(x)
 
     def upper_bound(x: Array, key: Key, u: Array) -> Array:
         return bound.elbo(score, SDE, x, key, eps=EPS, u=u).total
@@ -78,7 +85,7 @@ def nlls(params: Any, x: Array, key: Key) -> tuple[Array, Array, Array]:
 
     upper = jnp.mean(jax.lax.map(draw, jax.random.split(key, DRAWS)), axis=0)
     truth = -jax.vmap(lambda x: data().logp(x, jnp.asarray(EPS)))(x)
-    return exact, upper, truth
+    return upper, truth
 
 
 def optimizer(steps: int) -> optax.GradientTransformation:
@@ -110,21 +117,13 @@ def train(steps: int, points: int) -> tuple[Any, list[Row]]:
     rows = []
     for step in trange(steps + 1, desc="train", unit="step"):
         if step in looked_at:
-            values = nlls(params, test, jax.random.key(2))
+            values = (-exact_logp(params, test), *bounds(params, test, jax.random.key(2)))
             exact, upper, truth = (np.asarray(v, float) for v in values)
             se = (upper - exact).std(ddof=1) / np.sqrt(points)
             rows.append(Row(step, exact.mean(), upper.mean(), truth.mean(), se))
         if step < steps:
             params, state = update(params, state, jax.random.fold_in(key, step), steps)
     return params, rows
-
-
-@jax.jit
-def density(params: Any, x: Array) -> Array:
-    """The model's density at ``x (n, 2)``."""
-    score = ADAPTER(params)
-    solve = partial(likelihood.ode_logp, score, SDE, eps=EPS, trace=likelihood.Trace("exact"))
-    return jnp.exp(jax.vmap(lambda x: solve(x, None).logp)(x))
 
 
 def draw(params: Any, rows: list[Row], out: str, resolution: int) -> None:
@@ -134,7 +133,10 @@ def draw(params: Any, rows: list[Row], out: str, resolution: int) -> None:
     grid = jnp.stack(jnp.meshgrid(side, side), -1).reshape(-1, 2)
     truth = jnp.exp(jax.vmap(lambda x: data().logp(x, jnp.asarray(EPS)))(grid))
     top = float(truth.max())
-    for axis, values, name in ((left, truth, "data"), (middle, density(params, grid), "model")):
+    for axis, values, name in (
+        (left, truth, "data"),
+        (middle, jnp.exp(exact_logp(params, grid)), "model"),
+    ):
         picture = np.asarray(values).reshape(resolution, resolution)
         axis.imshow(picture, origin="lower", extent=(-1.5, 1.5) * 2, cmap="Blues", vmin=0, vmax=top)
         axis.set(title=f"density of the {name}")

@@ -8,7 +8,6 @@ from collections.abc import Iterator
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 # Most of the suite's time is compilation of small functions: compile them with less optimization.
-# What a training step asks for itself (``runtime.state.compiler_options``) is left as it is.
 os.environ["XLA_FLAGS"] = " ".join(
     [
         "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true",
@@ -24,6 +23,19 @@ import pytest
 _compiled = tempfile.TemporaryDirectory(prefix="sbml-compiled-")
 os.environ["JAX_COMPILATION_CACHE_DIR"] = _compiled.name
 jax.config.update("jax_compilation_cache_dir", _compiled.name)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def steps_compile_fast() -> Iterator[None]:
+    """No options of their own for training steps in this process: a test takes a dozen of them.
+
+    Those that the tests start as programs have theirs (``runtime.state.compiler_options``).
+    """
+    from sbml import loop
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "compiler_options", dict)
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 
 import jax
 import numpy as np
@@ -13,7 +14,7 @@ from sbml.dequantizers import variational
 from sbml.runtime import metrics, sharding
 from sbml.runtime.parts import read_npz
 
-STEPS = 12
+STEPS, IMAGES = 12, 120
 
 
 def config_of(**training):
@@ -47,8 +48,11 @@ def state(workdir):
 
 
 def test_resumed_training_is_the_uninterrupted_one(whole, tmp_path):
+    """What the uninterrupted run had left on disk after step 8, and went on to 12 from there."""
     (tmp_path / "checkpoints").symlink_to(whole / "checkpoints")
-    train_dequantizer.run(config_of(num_steps=8), tmp_path)
+    shutil.copytree(whole / "dequantizer", tmp_path / "dequantizer")
+    shutil.rmtree(tmp_path / "dequantizer" / "checkpoints" / str(STEPS))
+    assert state(tmp_path).step == 8
     train_dequantizer.run(config_of(), tmp_path)
     jax.tree.map(np.testing.assert_array_equal, state(tmp_path), state(whole))
     rows = [row["step"] for row in metrics.read(tmp_path / "dequantizer")]
@@ -56,7 +60,7 @@ def test_resumed_training_is_the_uninterrupted_one(whole, tmp_path):
 
 
 def test_loss_is_the_reported_bound(whole):
-    """The mean loss over many batches of the test images, with ``scale``, against the table."""
+    """The mean loss over many draws of the same images, with ``scale``, against the table."""
     config = config_of()
     config.eval.update(
         estimators=("bound",),
@@ -65,6 +69,7 @@ def test_loss_is_the_reported_bound(whole):
         proposal_bins=0,
         n_times=4,
         sweeps=8,
+        max_images=IMAGES,
     )
     evaluate.run(config, whole)
     table = read_npz(whole / summary.PER_IMAGE)
@@ -72,13 +77,13 @@ def test_loss_is_the_reported_bound(whole):
     experiment = build.Experiment(config)
     frozen = experiment.restore(whole).state.ema_params
     params = state(whole).ema_params
-    pixels = jax.numpy.asarray(experiment.images("test").images)
+    pixels = jax.numpy.asarray(experiment.images("test").images[:IMAGES])
     prepare, loss = train_dequantizer.prepare_fn(experiment), train_dequantizer.loss_fn(experiment)
     one = jax.jit(lambda key, params, frozen: loss(params, prepare(pixels, key, ()), frozen))
     losses = np.mean([one(jax.random.key(i), params, frozen) for i in range(32)], axis=0)
     bits = losses / math.log(2) + math.log2(17 / 2)
-    error = math.hypot(bits.std(), found.std()) / math.sqrt(len(bits))
-    assert abs(bits.mean() - found.mean()) < 4 * error < 1.0
+    error = (bits - found).std() / math.sqrt(IMAGES)
+    assert abs((bits - found).mean()) < 4 * error < 0.5
     terms = [table[f"bound_variational_{name}"] for name in ("dequantization", "scale")]
     assert np.abs(terms[0]).mean() > 1e-3 and np.all(terms[1] == terms[1][0])
 

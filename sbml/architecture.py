@@ -15,8 +15,8 @@ from etils import epath
 from ml_collections import ConfigDict
 
 FILE = "architecture.json"
-# Of a network's fields, those that any checkpoint may be used with.
-FREE = ("dropout", "dtype", "init_scale")
+# Of a network's or dequantizer's fields, those that any checkpoint may be used with.
+FREE = ("clipped", "dropout", "dtype", "init_scale")
 
 Sections = dict[str, dict[str, Any]]
 

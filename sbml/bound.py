@@ -216,11 +216,10 @@ def pilot(
     draws: int = 8,
     bins: int = 32,
     floor: float = 0.1,
-    batch_size: int | None = None,
 ) -> Array:
     """A density ``(bins,)`` of times for :func:`elbo`, from ``draws`` of each of ``x (n, *s)``.
 
-    The network sees about ``batch_size`` examples at a time, or all at once.
+    The network sees the draws of one image at a time, whatever batches it is then evaluated in.
 
     It follows the standard deviation, bin by bin, of what :func:`elbo` averages, with a part
     ``floor`` left uniform. Take other draws than those it is then used for.
@@ -238,8 +237,7 @@ def pilot(
         x, t, keys = drawn
         return jax.vmap(lambda t, key: one(x, t, key))(t, keys)
 
-    images = len(x) if batch_size is None else max(1, batch_size // draws)
-    values = jax.lax.map(image, (x, t, keys), batch_size=images)
+    values = jax.lax.map(image, (x, t, keys))
     empty = jnp.zeros((2, bins), values.dtype)
     first = times.tally(empty, v.ravel(), values.ravel(), 1.0)
     mean = (first[1] / first[0])[jnp.floor(v * bins).astype(int)]

@@ -124,6 +124,8 @@ class Experiment:
     @property
     def trained_adapter(self) -> adapters.Adapter:
         """From parameters to the score that the loss sees, of the same network."""
+        if self.trained_kernel is self.sde:
+            return self.adapter
         return dataclasses.replace(self.adapter, sde=self.trained_kernel, labels=self.sde)
 
     @cached_property
@@ -277,16 +279,13 @@ class Experiment:
         shapes = jax.eval_shape(lambda k: self.adapter.init(k, self.shape), jax.random.key(0))
         return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes))
 
-    def init_state(self, mesh: jax.sharding.Mesh, bins: int | None = None) -> TrainState:
-        """The state before the first step, replicated over ``mesh``.
-
-        ``bins`` of times' statistics are in it, by default ``training.proposal_bins``.
-        """
-        bins = self.config.training.proposal_bins if bins is None else bins
+    def init_state(self, mesh: jax.sharding.Mesh) -> TrainState:
+        """The state before the first step, replicated over ``mesh``."""
 
         def init() -> TrainState:
             key = jax.random.fold_in(jax.random.key(self.config.seed), jnp.iinfo(jnp.int32).max)
-            statistics = jnp.zeros((2, bins)) if bins else ()
+            bins = self.config.training.proposal_bins
+            statistics = jnp.zeros((2, bins)) if self.adapts else ()
             return TrainState.create(self.adapter.init(key, self.shape), self.optimizer, statistics)
 
         return jax.jit(init, out_shardings=sharding.replicated(mesh))()
@@ -346,10 +345,15 @@ class Experiment:
         Raises:
           ValueError: if there is none, or it is another model's.
         """
+        mesh = sharding.data_mesh()
+        # Here, not in the reader: an error of the config's is not a damaged checkpoint.
+        wanted = sharding.abstract(self.init_state, mesh)
 
         def template(metadata: dict) -> TrainState:
             bins = metadata["config"]["training"].get("proposal_bins", 0)
-            return sharding.abstract(lambda m: self.init_state(m, bins), sharding.data_mesh())
+            same = sharding.replicated(mesh)
+            statistics = jax.ShapeDtypeStruct((2, bins), jnp.float32, sharding=same)
+            return wanted.replace(statistics=statistics if bins else ())
 
         with self.checkpoints(workdir) as checkpoints:
             restored = checkpoints.restore(template)

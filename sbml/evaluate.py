@@ -58,10 +58,7 @@ def time_density(
         if not config.proposal_bins:
             return None
         x = bits.to_model(jax.numpy.asarray(train.images[chosen]), 0.5, train.levels)
-        options = {
-            **{"eps": eps, "control": control, "bins": config.proposal_bins},
-            "batch_size": config.batch_size,
-        }
+        options = {"eps": eps, "control": control, "bins": config.proposal_bins}
         find = jax.jit(lambda score, x, key: bound.pilot(score, experiment.sde, x, key, **options))
         score = experiment.adapter(restored.state.ema_params)
         return np.asarray(find(score, x, jax.random.key(config.seed)))

@@ -125,8 +125,8 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
     if not (workdir / summary.SAMPLES).exists():
         raise ValueError(f"no {summary.SAMPLES} in {workdir}: draw some first (--mode=sample)")
     drawn = read_npz(workdir / summary.SAMPLES)
-    if drawn["failed"].any():
-        logging.warning("%d of the samples are not finite", drawn["failed"].sum())
+    if failed := int(np.sum(drawn.get("failed", False))):  # Not in files of earlier versions.
+        logging.warning("%d of %d samples are not finite", failed, len(drawn["images"]))
     train, test = experiment.images("train"), experiment.images("test")
     known = reference(experiment, extract, train)
     features, probabilities = _features(extract, drawn["images"], "samples")

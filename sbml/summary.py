@@ -9,6 +9,7 @@ import json
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 from absl import logging
 from etils import epath
 
@@ -55,7 +56,7 @@ def write(workdir: epath.PathLike, load: Callable[[str], ImageSet]) -> None:
             "nfe_max": int(drawn["nfe"].max()),
             "sampler": str(drawn["sampler"]),
         }
-        if failed := int(drawn["failed"].sum()):
+        if failed := int(np.sum(drawn.get("failed", False))):  # Not in files of earlier versions.
             warning = f"{failed} of {len(drawn['images'])} samples are not finite"
             evaluation["warnings"] = [*evaluation["warnings"], warning]
     pictures = []

@@ -44,6 +44,8 @@ def test_papers_settings(data, sde, size, count):
     path = runs.ROOT / "configs" / f"{data}_{sde}{size}.py"
     assert parameter_count(path) == count
     config = load(path)
+    experiment = build.Experiment(config)
+    assert experiment.trained_adapter == experiment.adapter
     imagenet = data == "imagenet32"
     assert from_config.smallest_time(config) == (
         1e-2 if sde == "subvp" else 5e-5 if imagenet else 1e-5
@@ -129,6 +131,11 @@ def test_unknown_fields_modes_and_arguments_list_the_choices(tmp_path):
     ]:
         err = runs.run(tmp_path, flag, expect=1)
         assert expected in err, err
+
+
+def test_the_config_file_is_found_however_it_is_given():
+    for given in (["--config=a.py:b"], ["--config", "a.py:b"], ["-config", "a.py:b"]):
+        assert main._config_file(["main", "--mode=eval", *given, "--config.seed=1"]) == "a.py:b"
 
 
 def test_discrete_levels_are_trained_and_the_sde_is_evaluated() -> None:

@@ -15,6 +15,7 @@ import tiny
 from etils import epath
 from jax.experimental import multihost_utils
 
+from configs import digits_vp
 from sbml import build, loop, train
 from sbml.runtime import metrics, preemption, sharding
 
@@ -288,6 +289,13 @@ def test_how_a_model_was_trained_is_free_where_it_is_only_evaluated(whole):
     config.training.update(proposal_bins=0, noises="independent", times="iid")
     config.optim.update(lr=1.0, schedule="cosine")
     assert build.Experiment(config).restore(whole).step == 40
+
+
+def test_a_wrong_config_is_not_a_damaged_checkpoint(whole):
+    config = digits_vp.get_config()
+    config.model.attn_resolutions = (5,)
+    with pytest.raises(ValueError, match="attn_resolutions"):
+        build.Experiment(config).restore(whole)
 
 
 def test_other_data_warns(whole, caplog):

@@ -107,6 +107,16 @@ def test_only_the_dequantizer_learns(whole):
     assert experiment.dequantizer("variational").levels == 17
 
 
+def test_another_flow_of_the_same_shapes_is_refused_and_other_arithmetic_is_not(whole):
+    config = config_of()
+    config.dequantizer.model.clipped = True
+    experiment = build.Experiment(config)
+    assert experiment.restore_dequantizer(whole, experiment.images("train")).step == STEPS
+    config.dequantizer.model.heads = 4
+    with pytest.raises(ValueError, match="config.dequantizer.model.heads is 4, the checkpoint's"):
+        build.Experiment(config).restore_dequantizer(whole, experiment.images("train"))
+
+
 def test_another_score_is_refused_for_resuming_and_warned_of(whole, tmp_path):
     (tmp_path / "dequantizer").symlink_to(whole / "dequantizer")
     config = config_of(num_steps=STEPS + 4)

@@ -137,7 +137,7 @@ class Checkpoints:
         fixed = None if callable(template) else jax.tree.map(_abstract, template)
         reasons = []
         for candidate in reversed(steps) if step is None else [step]:
-            restored, damage = self._read(candidate, fixed or template)
+            restored, damage = self._read(candidate, template if fixed is None else fixed)
             if restored is not None:
                 return restored
             reasons.append(f"step {candidate}: {damage}")

@@ -13,13 +13,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from absl import logging
 from etils import epath
 from ml_collections import ConfigDict
 
 from sbml import (
     adapters,
-    architecture,
     data,
     dequantizers,
     discrete,
@@ -28,6 +26,7 @@ from sbml import (
     samplers,
     sdes,
     times,
+    trained,
 )
 from sbml.discrete import CATEGORICAL
 from sbml.estimators import Cell
@@ -335,7 +334,7 @@ class Experiment:
                 f"no dequantizer in {checkpoints.directory}: train it first "
                 "(--mode=train_dequantizer)"
             )
-        architecture.check(self.config, restored.metadata["config"], ("dequantizer.model",))
+        trained.check_dequantizer(self.config, restored.metadata)
         return restored
 
     def restore(self, workdir: epath.PathLike) -> Restored:
@@ -362,24 +361,8 @@ class Experiment:
                 f"no checkpoint in {checkpoints.directory}: train first (--mode=train), or "
                 "name the run's --workdir"
             )
-        self.check_trained(restored.metadata)
+        trained.check_score(self.config, restored.metadata)
         return restored
-
-    def check_trained(self, metadata: dict) -> None:
-        """Refuse a checkpoint's ``metadata`` whose parameters are another score's here.
-
-        Raises:
-          ValueError: naming what differs.
-        """
-        trained = metadata["config"]
-        architecture.check(self.config, trained, ("sde", "score", "model"))
-        ours, theirs = smallest_time(self.config), smallest_time(ConfigDict(trained))
-        if ours != theirs:
-            raise ValueError(
-                f"the checkpoint's smallest time is {theirs}, here it is {ours}: set "
-                f"--config.training.smallest_time={theirs}; eval.smallest_time and "
-                "sampling.smallest_time are free"
-            )
 
     @property
     def score_identity(self) -> dict[str, Any]:
@@ -397,28 +380,6 @@ class Experiment:
     def to_plain(self) -> dict:
         """The config as plain JSON values."""
         return _plain(self.config.to_dict())
-
-
-def warn_if_other_data(metadata: dict, images: data.ImageSet) -> list[str]:
-    """Compare the training data in a checkpoint's ``metadata`` with ``images``, loudly.
-
-    Returns:
-      The warnings, for a report; none if they are the same.
-
-    Raises:
-      ValueError: for the two versions of ImageNet 32x32, whose numbers must not be mixed.
-    """
-    theirs = metadata["data"]
-    if theirs is None:
-        return ["the checkpoint was converted: what data the model was trained on is not known"]
-    ours = images.fingerprint
-    data.imagenet32.check_comparable(theirs["name"], ours["name"])
-    if theirs["sha256"] == ours["sha256"]:
-        return []
-    changed = {k: (theirs.get(k), v) for k, v in ours.items() if theirs.get(k) != v}
-    message = f"the model was trained on other data than this: {changed}"
-    logging.warning("%s\n  %s\n%s", "!" * 80, message, "!" * 80)
-    return [message]
 
 
 def _plain(value: Any) -> Any:

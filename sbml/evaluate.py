@@ -18,9 +18,9 @@ from absl import logging
 from etils import epath
 from ml_collections import ConfigDict
 
-from sbml import baselines, bits, bound, cells, dequantizers, summary
+from sbml import baselines, bits, bound, cells, dequantizers, summary, trained
 from sbml.bound import GaussianControl
-from sbml.build import Experiment, warn_if_other_data
+from sbml.build import Experiment
 from sbml.cells import CellRun, Dequantization, Evaluation
 from sbml.data import ImageSet
 from sbml.discrete import CATEGORICAL
@@ -94,7 +94,7 @@ def _baselines(train: ImageSet, images: ImageSet, ids: np.ndarray) -> list[dict[
 
 def _training_mismatch(restored: Restored, train: ImageSet) -> list[str]:
     """Warnings of a model trained on other data, or otherwise than it is evaluated."""
-    warnings = warn_if_other_data(restored.metadata, train)
+    warnings = trained.warn_if_other_data(restored.metadata, train)
     if restored.metadata["config"]["data"]["dequantization"] == "none":
         warnings.append(
             "the model was trained on k / (levels - 1) without dequantization, and is evaluated "

@@ -18,7 +18,7 @@ from absl import logging
 from etils import epath
 from ml_collections import ConfigDict
 
-from sbml import build
+from sbml import trained
 from sbml.data import ImageSet, prefetch, train_batches
 from sbml.runtime import progress, report, sharding
 from sbml.runtime.checkpoint import Checkpoints
@@ -150,7 +150,7 @@ class _Trainer:
         if restored is None:
             return self.task.init(self.mesh), 0
         logging.info("Resuming from step %d of %s", restored.step, self.checkpoints.directory)
-        build.warn_if_other_data(restored.metadata, self.task.images)
+        trained.warn_if_other_data(restored.metadata, self.task.images)
         self.task.check(restored.metadata)
         return restored.state, restored.step
 

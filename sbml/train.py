@@ -14,7 +14,7 @@ import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
 
-from sbml import bits, loop, losses, sample, times
+from sbml import bits, loop, losses, sample, times, trained
 from sbml.build import Experiment
 from sbml.runtime.state import Loss, Observe, Prepare, TrainState
 from sbml.types import Array, Key
@@ -126,7 +126,7 @@ def task(experiment: Experiment, workdir: epath.Path) -> loop.Task:
         optimizer=experiment.optimizer,
         frozen=(),
         provenance=experiment.provenance(images),
-        check=experiment.check_trained,
+        check=lambda metadata: trained.check_score(config, metadata),
         directory=workdir,
         picture=picture,
     )

@@ -16,7 +16,7 @@ import jax
 from etils import epath
 from ml_collections import ConfigDict
 
-from sbml import architecture, bits, bound, loop, times
+from sbml import bits, bound, loop, times, trained
 from sbml.build import Experiment
 from sbml.runtime.checkpoint import tree_crc32
 from sbml.runtime.state import Loss, Prepare
@@ -75,7 +75,7 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
                 f"{checkpoints.directory} was trained with score {metadata['score']}, now it is "
                 f"{against}: move the directory away to start anew, or restore that score"
             )
-        architecture.check(config, metadata["config"], ("dequantizer.model",))
+        trained.check_dequantizer(config, metadata)
 
     task = loop.Task(
         name="train dequantizer",

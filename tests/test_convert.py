@@ -11,7 +11,7 @@ import reference
 from flax import serialization
 from ml_collections import ConfigDict
 
-from sbml import architecture, build, convert
+from sbml import architecture, build, convert, trained
 from sbml.config import default, model_fields
 from sbml.dequantizers import variational
 from sbml.networks import ncsnpp
@@ -101,7 +101,7 @@ def test_what_is_not_known_of_the_training_is_said(converted: Path) -> None:
     fitted = architecture.of_workdir(config(), converted)
     metadata = build.Experiment(fitted).restore(converted).metadata
     assert metadata["config"]["data"]["dequantization"] == "none"
-    assert "not known" in build.warn_if_other_data(metadata, None)[0]
+    assert "not known" in trained.warn_if_other_data(metadata, None)[0]
 
 
 def test_a_second_conversion_is_refused(converted: Path, tmp_path: Path) -> None:

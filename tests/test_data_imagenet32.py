@@ -10,7 +10,7 @@ import pytest
 from pictures import pixels
 from PIL import Image
 
-from sbml import build, data
+from sbml import data, trained
 from sbml.data import imagenet32
 
 IMAGES = np.stack([pixels(32, 32, seed=i) for i in range(5)])
@@ -80,7 +80,7 @@ def test_the_two_are_never_compared(one: str, other: str, archives: data.Options
         imagenet32.check_comparable(one, "digits", other)
     images = data.load("imagenet32:new", "test", archives)
     with pytest.raises(ValueError, match="must not be compared"):
-        build.warn_if_other_data({"data": {"name": "imagenet32:old", "sha256": ""}}, images)
+        trained.warn_if_other_data({"data": {"name": "imagenet32:old", "sha256": ""}}, images)
 
 
 def test_what_may_be_compared() -> None:

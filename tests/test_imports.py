@@ -33,6 +33,7 @@ BELOW_BUILD = (
         "discrete",
         "estimators",
         "architecture",
+        "trained",
         "moments",
     }
 )
@@ -70,6 +71,7 @@ ALLOWED: dict[str, set[str]] = {
     "runtime": {"bits"},
     "runtime.ncsnpp_options": {"networks", "trees"},
     "architecture": set(),
+    "trained": {"architecture", "data", "from_config"},
     "build": BELOW_BUILD,
     "summary": {"data", "runtime"},
     **dict.fromkeys(("loop", "cells"), BELOW_BUILD | {"build"}),
@@ -136,7 +138,8 @@ def test_the_mathematics_knows_no_network_library(module: str) -> None:
 @pytest.mark.parametrize("module", MODULES)
 def test_configs_are_read_above_the_building_blocks(module: str) -> None:
     if any(name.split(".")[0] == "ml_collections" for name in imports(tree_of(module))):
-        assert module in {"architecture", "config", "from_config", "build", "loop", "main"} | MODES
+        readers = {"architecture", "trained", "config", "from_config", "build", "loop", "main"}
+        assert module in readers | MODES
 
 
 def sde_branches(tree: ast.Module) -> Iterator[str]:

@@ -16,7 +16,7 @@ from etils import epath
 from jax.experimental import multihost_utils
 
 from configs import digits_vp
-from sbml import build, loop, train
+from sbml import build, loop, train, trained
 from sbml.runtime import metrics, preemption, sharding
 
 
@@ -302,9 +302,9 @@ def test_other_data_warns(whole, caplog):
     experiment = build.Experiment(tiny.get_config())
     restored = experiment.restore(epath.Path(whole))
     train_set = experiment.images("train")
-    assert build.warn_if_other_data(restored.metadata, train_set) == []
+    assert trained.warn_if_other_data(restored.metadata, train_set) == []
     with caplog.at_level(logging.WARNING, logger="absl"):
-        (warning,) = build.warn_if_other_data(restored.metadata, experiment.images("test"))
+        (warning,) = trained.warn_if_other_data(restored.metadata, experiment.images("test"))
     assert "sha256" in warning and warning in caplog.text
 
 

@@ -1,0 +1,55 @@
+"""What a checkpoint says of its training, held against the config and the data of now."""
+
+from typing import Any
+
+from absl import logging
+from ml_collections import ConfigDict
+
+from sbml import architecture, data
+from sbml.from_config import smallest_time
+
+Metadata = dict[str, Any]
+
+
+def check_score(config: ConfigDict, metadata: Metadata) -> None:
+    """Refuse a checkpoint whose parameters are another score's under ``config``.
+
+    Raises:
+      ValueError: naming what differs.
+    """
+    trained = metadata["config"]
+    architecture.check(config, trained, ("sde", "score", "model"))
+    ours, theirs = smallest_time(config), smallest_time(ConfigDict(trained))
+    if ours != theirs:
+        raise ValueError(
+            f"the checkpoint's smallest time is {theirs}, here it is {ours}: set "
+            f"--config.training.smallest_time={theirs}; eval.smallest_time and "
+            "sampling.smallest_time are free"
+        )
+
+
+def check_dequantizer(config: ConfigDict, metadata: Metadata) -> None:
+    """The same of a dequantizer's."""
+    architecture.check(config, metadata["config"], ("dequantizer.model",))
+
+
+def warn_if_other_data(metadata: Metadata, images: data.ImageSet) -> list[str]:
+    """Compare the training data in a checkpoint's ``metadata`` with ``images``, loudly.
+
+    Returns:
+      The warnings, for a report; none if they are the same.
+
+    Raises:
+      ValueError: for the two versions of ImageNet 32x32, whose numbers must not be mixed.
+    """
+    theirs = metadata["data"]
+    if theirs is None:
+        return ["the checkpoint was converted: what data the model was trained on is not known"]
+    ours = images.fingerprint
+    data.imagenet32.check_comparable(theirs["name"], ours["name"])
+    if theirs["sha256"] == ours["sha256"]:
+        return []
+    changed = {k: (theirs.get(k), v) for k, v in ours.items() if theirs.get(k) != v}
+    message = f"the model was trained on other data than this: {changed}"
+    logging.warning("%s\n  %s\n%s", "!" * 80, message, "!" * 80)
+    return [message]

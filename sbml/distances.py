@@ -14,6 +14,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from sbml import moments
+
 
 class Moments(NamedTuple):
     """Mean ``(d,)`` and covariance ``(d, d)`` (divided by n - 1) of ``size`` features."""
@@ -31,8 +33,8 @@ class Moments(NamedTuple):
         """
         if len(features) < 2:
             raise ValueError(f"{len(features)} features: a covariance needs two at least")
-        features = np.asarray(features, np.float64)
-        return cls(features.mean(axis=0), np.cov(features, rowvar=False), len(features))
+        mean = moments.mean(features)
+        return cls(mean, moments.covariance(features, mean), len(features))
 
 
 def frechet(one: Moments, other: Moments) -> float:
@@ -58,14 +60,15 @@ def kernel(x: np.ndarray, y: np.ndarray, chunk: int = 1000) -> float:
         raise ValueError(f"{len(x)} and {len(y)} features: the unbiased estimate needs two of each")
     x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
 
+    def k(products: np.ndarray) -> np.ndarray:
+        return (products / x.shape[1] + 1) ** 3
+
     def total(a: np.ndarray, b: np.ndarray) -> float:
         """The sum of k over all pairs, some rows at a time."""
-        parts = (a[start : start + chunk] for start in range(0, len(a), chunk))
-        return sum(((part @ b.T / a.shape[1] + 1) ** 3).sum() for part in parts)
+        return sum(k(a[i : i + chunk] @ b.T).sum() for i in range(0, len(a), chunk))
 
     def off_diagonal(a: np.ndarray) -> float:
-        diagonal = ((np.sum(a**2, axis=1) / a.shape[1] + 1) ** 3).sum()
-        return (total(a, a) - diagonal) / (len(a) * (len(a) - 1))
+        return (total(a, a) - k(np.sum(a**2, axis=1)).sum()) / (len(a) * (len(a) - 1))
 
     return float(off_diagonal(x) + off_diagonal(y) - 2 * total(x, y) / (len(x) * len(y)))
 

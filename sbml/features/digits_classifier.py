@@ -6,13 +6,13 @@ second or so. Distances in its features compare models of digits with each other
 
 import functools
 import warnings
-import zlib
 from typing import Any
 
 import numpy as np
 
 from sbml.data import digits
 from sbml.features._extractor import Extractor
+from sbml.runtime.checkpoint import tree_crc32
 
 HIDDEN = 64
 
@@ -39,13 +39,9 @@ def extractor(*, weights: str, sha256: str, levels: int, cache: str | None) -> E
 
     names = ("feature distance", "feature kernel distance", "class score")
     said = tuple(f"{name} (digits classifier, {accuracy:.0%} right)" for name in names)
-    crc32 = functools.reduce(lambda c, a: zlib.crc32(a.tobytes(), c), _weights(model), 0)
-    identity = f"digits_classifier_{HIDDEN}_{crc32:08x}"  # Other libraries may fit another one.
+    # Other libraries may fit another one.
+    identity = f"digits_classifier_{HIDDEN}_{tree_crc32((model.coefs_, model.intercepts_)):08x}"
     return Extractor(identity, said, look)  # type: ignore[arg-type]
-
-
-def _weights(model: Any) -> list[np.ndarray]:
-    return [*model.coefs_, *model.intercepts_]
 
 
 @functools.cache

@@ -59,7 +59,7 @@ def drawn(config: Any, params: Any, changes: dict[str, Any]) -> tuple[np.ndarray
         sample.draw(experiment, params, np.arange(start, start + size))
         for start in range(0, config.sampling.num_images, size)
     ]
-    return tuple(np.concatenate([part[i] for part in parts]) for i in range(2))
+    return np.concatenate([p.images for p in parts]), np.concatenate([p.nfe for p in parts])
 
 
 def changes(name: str, steps: int) -> dict[str, Any]:

@@ -53,7 +53,7 @@ def apply(config: ConfigDict, sections: Sections) -> tuple[ConfigDict, list[str]
 
 def _update(node: ConfigDict, fields: dict[str, Any]) -> Iterator[str]:
     for field, value in fields.items():
-        value = tuple(value) if isinstance(value, list) else value
+        value = _tupled(value)
         if field not in node:
             raise ValueError(
                 f"the config has no field {field!r}: was it written by a newer version?"
@@ -79,7 +79,7 @@ def check(config: ConfigDict, trained: dict[str, Any], sections: Iterable[str]) 
         differing += [
             f"config.{name}.{field} is {ours[field]!r}, the checkpoint's is {value!r}"
             for field, value in theirs.items()
-            if field in ours and field not in FREE and not _same(ours[field], value)
+            if field in ours and field not in FREE and ours[field] != _tupled(value)
         ]
     if differing:
         raise ValueError(
@@ -88,9 +88,9 @@ def check(config: ConfigDict, trained: dict[str, Any], sections: Iterable[str]) 
         )
 
 
-def _same(ours: Any, theirs: Any) -> bool:
-    """Equality, but for JSON's lists in the place of tuples."""
-    return (list(ours) if isinstance(ours, tuple) else ours) == theirs
+def _tupled(value: Any) -> Any:
+    """``value``, but a tuple where JSON made a list of it."""
+    return tuple(value) if isinstance(value, list) else value
 
 
 def of_workdir(config: ConfigDict, workdir: epath.PathLike) -> ConfigDict:

@@ -1,6 +1,7 @@
 """Layers of the networks against their definitions, computed in float64 by NumPy and SciPy."""
 
 from collections.abc import Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 import scipy.signal
 from flax import linen as nn
-from linen import KEY, normal, same
+from linen import KEY, normal, random_params, same
 
 from sbml.networks import _layers as layers
 from sbml.networks import ncsnpp
@@ -39,6 +40,38 @@ def test_group_norm_of_bfloat16_keeps_float32_statistics() -> None:
     out = layers.GroupNorm().apply({"params": params}, x)
     assert out.dtype == jnp.bfloat16
     np.testing.assert_allclose(out.astype(jnp.float32), expected, atol=1e-3, rtol=2**-8)
+
+
+def test_materialise_changes_no_value_and_no_derivative() -> None:
+    x, v = normal(1, 2, 3, 4, 8), normal(2, 2, 3, 4, 8)
+    y, dy = jax.jvp(lambda x: jnp.sin(layers.materialise(x)), (x,), (v,))
+    np.testing.assert_array_equal(y, jnp.sin(x))
+    np.testing.assert_array_equal(dy, v * jnp.cos(x))
+    gradient = jax.jit(jax.grad(lambda x: jnp.sum(v * layers.materialise(x))))
+    np.testing.assert_array_equal(gradient(x), v)
+    assert np.isnan(gradient(x.at[0, 0, 0, 0].set(jnp.nan))).all()
+    one_by_one = jax.vmap(jax.grad(lambda x, v: jnp.sum(v * layers.materialise(x))))
+    np.testing.assert_array_equal(one_by_one(x, v), v)
+
+
+def test_a_residual_gradient_is_computed_once() -> None:
+    """In the step that XLA compiles, no fusion holds the gradients of many blocks."""
+    model = ncsnpp.Model(nf=8, ch_mult=(1,), num_res_blocks=4, attn_resolutions=(), dropout=0.0)
+    x, label = normal(1, 2, 4, 4, 1), jnp.ones(2)
+    params = random_params(model, x.shape)
+
+    def largest_fusion() -> int:
+        def loss(params: Any) -> jax.Array:
+            return jnp.sum(model.apply(params, x, label, train=True) ** 2)
+
+        text = jax.jit(jax.grad(loss)).lower(params).compile().as_text()
+        return max(body.count("\n") for body in text.split("\n\n") if "%fused" in body[:60])
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ncsnpp, "one_cpu", lambda: False)
+        recomputed = largest_fusion()
+    several = largest_fusion()
+    assert several < recomputed / 2
 
 
 def test_attention_equals_the_definition() -> None:

@@ -13,11 +13,13 @@ import math
 from collections.abc import Callable, Sequence
 from functools import partial
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 from jax import lax
 
+from sbml.convolution import convolve
 from sbml.types import Array
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
@@ -52,8 +54,8 @@ def pixelwise(x: Array, w: Array) -> Array:
     return (x.reshape(-1, x.shape[-1]) @ w).reshape(*x.shape[:-1], -1)
 
 
-def _pixelwise_conv(x: Array, kernel: Array, *_: object, **__: object) -> Array:
-    return pixelwise(x, kernel[0, 0])
+def _convolve(x: Array, kernel: Array, *_: object, **__: object) -> Array:
+    return pixelwise(x, kernel[0, 0]) if len(kernel) == 1 else convolve(x, kernel)
 
 
 def conv(
@@ -66,13 +68,31 @@ def conv(
         stride,
         dtype=x.dtype,
         kernel_init=fan_avg(init_scale),
-        conv_general_dilated=_pixelwise_conv if size == stride == 1 else None,
+        conv_general_dilated=_convolve if stride == 1 else None,
     )(x)
 
 
 def dense(x: Array, features: int) -> Array:
     """A linear map of ``x (n, c)``."""
     return nn.Dense(features, dtype=x.dtype, kernel_init=fan_avg())(x)
+
+
+@jax.custom_jvp
+def materialise(x: Array) -> Array:
+    """``x``, whose gradient is computed once and then read by all that use it.
+
+    On CPU, XLA recomputes what is cheap for each of its uses. The gradient of a residual sum is
+    cheap, given the one of the next sum: all the sums down to the output were recomputed at each.
+    It recomputes nothing across a condition, so here is one: a NaN in ``x`` makes its gradient NaN.
+    """
+    return x
+
+
+@materialise.defjvp
+def _(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
+    (x,), (dx,) = primals, tangents
+    nan = jnp.isnan(x[(0,) * x.ndim])
+    return x, lax.cond(nan, lambda dx: jnp.nan * dx, lambda dx: dx, dx)
 
 
 class GroupNorm(nn.Module):

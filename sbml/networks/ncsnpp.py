@@ -19,6 +19,7 @@ from functools import partial
 import jax.numpy as jnp
 from flax import linen as nn
 
+from sbml.convolution import one_cpu
 from sbml.networks import _layers as layers
 from sbml.types import Array
 
@@ -266,8 +267,10 @@ class Model(nn.Module):
     ) -> Array:
         options = (self._act, self.dropout, self.init_scale, self.skip_rescale, features)
         if self.resblock_type == "ddpm":
-            return ResnetBlockDDPMpp(*options)(h, temb, train)
-        return ResnetBlockBigGANpp(*options, resample)(h, temb, train)
+            h = ResnetBlockDDPMpp(*options)(h, temb, train)
+        else:
+            h = ResnetBlockBigGANpp(*options, resample)(h, temb, train)
+        return layers.materialise(h) if train and one_cpu() else h
 
     @nn.nowrap
     def _resize(self, h: Array, block: Block, *, up: bool) -> Array:

@@ -1,0 +1,90 @@
+"""The convolution and its derivatives against XLA's own, in float64."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+
+from sbml import convolution
+
+pytestmark = pytest.mark.usefixtures("x64", "small_images_too")
+
+
+@pytest.fixture
+def small_images_too(monkeypatch) -> None:
+    monkeypatch.setattr(convolution, "LARGE", 1)
+
+
+def xla(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    layout = ("NHWC", "HWIO", "NHWC")
+    return lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=layout)
+
+
+def draw(seed: int, *shape: int) -> jax.Array:
+    return jax.random.normal(jax.random.key(seed), shape)
+
+
+@pytest.mark.parametrize("block", [1, 60, 10000], ids="block of {} pixels".format)
+@pytest.mark.parametrize("side", [1, 3, 5])
+def test_gradients_equal_those_of_the_convolution(monkeypatch, block: int, side: int) -> None:
+    """Seven images of 5x6: blocks of one, of two with one left over, and all in one."""
+    monkeypatch.setattr(convolution, "BLOCK", block)
+    x, kernel, dy = draw(1, 7, 5, 6, 2), draw(2, side, side, 2, 4), draw(3, 7, 5, 6, 4)
+    y, pullback = jax.vjp(convolution.convolve, x, kernel)
+    expected, expected_pullback = jax.vjp(xla, x, kernel)
+    np.testing.assert_allclose(y, expected, atol=1e-12)
+    for ours, theirs in zip(pullback(dy), expected_pullback(dy), strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=1e-12)
+
+
+def test_the_kernel_gradient_is_the_sum_of_products() -> None:
+    x, dy = np.asarray(draw(1, 3, 4, 5, 2)), np.asarray(draw(3, 3, 4, 5, 6))
+    (gradient,) = jax.vjp(lambda k: convolution.convolve(x, k), jnp.zeros((3, 3, 2, 6)))[1](dy)
+    padded = np.pad(x, [(0, 0), (1, 1), (1, 1), (0, 0)])
+    for a in range(3):
+        for b in range(3):
+            shifted = padded[:, a : a + 4, b : b + 5]
+            expected = np.tensordot(shifted, dy, ((0, 1, 2), (0, 1, 2)))
+            np.testing.assert_allclose(gradient[a, b], expected, atol=1e-12)
+
+
+def test_other_modes_of_differentiation_equal_those_of_the_convolution() -> None:
+    """Forward, forward then reverse (sliced score matching), under vmap, and twice in reverse."""
+    x, v, kernel = draw(1, 3, 4, 5, 2), draw(2, 3, 4, 5, 2), draw(3, 3, 3, 2, 2)
+
+    def forms(conv):
+        def field(kernel, x):
+            return jnp.tanh(conv(jnp.tanh(conv(x, kernel)), kernel))
+
+        def form(kernel, x, v):
+            return jnp.sum(v * jax.jvp(lambda x: field(kernel, x), (x,), (v,))[1])
+
+        def one(kernel, x):
+            return jnp.sum(field(kernel, x[None]) ** 3)
+
+        def norm(kernel):
+            return jnp.sum(jax.grad(lambda k: jnp.sum(field(k, x) ** 2))(kernel) ** 2)
+
+        return [
+            jax.jvp(field, (kernel, x), (jnp.ones_like(kernel), v))[1],
+            jax.grad(form, argnums=(0, 1))(kernel, x, v),
+            jax.vmap(jax.grad(one), (None, 0))(kernel, x),
+            jax.grad(norm)(kernel),
+        ]
+
+    jax.tree.map(
+        lambda ours, theirs: np.testing.assert_allclose(ours, theirs, rtol=1e-10, atol=1e-10),
+        forms(convolution.convolve),
+        forms(xla),
+    )
+
+
+def test_a_divergence_does_not_pay_for_the_kernel() -> None:
+    x, kernel = draw(1, 3, 4, 5, 2), draw(3, 3, 3, 2, 2)
+    forward = jax.make_jaxpr(
+        lambda x: jax.jvp(lambda x: convolution.convolve(x, kernel), (x,), (x,))
+    )
+    assert "scan" not in str(forward(x))
+    reverse = jax.make_jaxpr(jax.grad(lambda k: jnp.sum(convolution.convolve(x, k))))
+    assert "scan" in str(reverse(kernel))

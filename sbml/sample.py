@@ -205,5 +205,5 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
     summary.write(workdir, experiment.images)
     print(
         f"{len(drawn.images)} samples by {config.sampling.sampler}, {drawn.nfe.mean():.0f} "
-        f"evaluations each ({how}): {workdir / 'samples.png'}"
+        f"evaluations each: {workdir / 'samples.png'}"
     )

@@ -113,7 +113,17 @@ def main() -> None:
         values[name] = float(steps[name](initial, pixels, key, ())[1]["loss"])
     assert np.isclose(values["dsm_batch"], values["by hand"], rtol=1e-5), values
 
-    cost: dict[str, list[float]] = {name: [] for name in kinds}
+    measure(steps, lambda step, state: step(state, pixels, key, ())[0], initial, args)
+
+
+def measure(
+    steps: dict[str, Any],
+    advance: Callable[[Any, Any], Any],
+    initial: Any,
+    args: argparse.Namespace,
+) -> None:
+    """Time the compiled ``steps`` and a large convolution in turns, and print the medians."""
+    cost: dict[str, list[float]] = {name: [] for name in steps}
     rates: list[float] = []
     convolve, gflop = large_convolution()
     jax.block_until_ready(convolve())
@@ -124,7 +134,7 @@ def main() -> None:
             state = initial
             start = time.process_time()
             for _ in range(args.steps):
-                state, _ = step(state, pixels, key, ())
+                state = advance(step, state)
             jax.block_until_ready(state)
             cost[name].append((time.process_time() - start) / args.steps)
         start = time.process_time()

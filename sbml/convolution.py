@@ -26,7 +26,7 @@ LARGE = 256
 
 
 def one_cpu() -> bool:
-    """Whether all is computed by one CPU device, for which some gradients are written twice."""
+    """Whether all is computed by one CPU device, for which some gradients are written anew."""
     return jax.default_backend() == "cpu" and jax.device_count() == 1
 
 

@@ -46,6 +46,7 @@ from sbml.runtime import sharding
 from sbml.runtime.checkpoint import Checkpoints, Restored
 from sbml.runtime.state import TrainState
 from sbml.runtime.versions import versions
+from sbml.types import Key
 
 DEQUANTIZATIONS = ("uniform", "centre", "none")
 NOISES = ("independent", "twins")
@@ -278,16 +279,15 @@ class Experiment:
         shapes = jax.eval_shape(lambda k: self.adapter.init(k, self.shape), jax.random.key(0))
         return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes))
 
-    def init_state(self, mesh: jax.sharding.Mesh) -> TrainState:
-        """The state before the first step, replicated over ``mesh``."""
+    def init_state(self) -> TrainState:
+        """The state before the first step; compiled and put on devices by ``sharding.made``."""
+        bins = self.config.training.proposal_bins
+        statistics = jnp.zeros((2, bins)) if self.adapts else ()
+        params = self.adapter.init(self._init_key(), self.shape)
+        return TrainState.create(params, self.optimizer, statistics)
 
-        def init() -> TrainState:
-            key = jax.random.fold_in(jax.random.key(self.config.seed), jnp.iinfo(jnp.int32).max)
-            bins = self.config.training.proposal_bins
-            statistics = jnp.zeros((2, bins)) if self.adapts else ()
-            return TrainState.create(self.adapter.init(key, self.shape), self.optimizer, statistics)
-
-        return jax.jit(init, out_shardings=sharding.replicated(mesh))()
+    def _init_key(self) -> Key:
+        return jax.random.fold_in(jax.random.key(self.config.seed), jnp.iinfo(jnp.int32).max)
 
     def checkpoints(self, workdir: epath.PathLike) -> Checkpoints:
         """The checkpoints of the run in ``workdir``."""
@@ -307,17 +307,13 @@ class Experiment:
             keep_every=training.keep_every or None,
         )
 
-    def init_dequantizer(self, mesh: jax.sharding.Mesh, images: data.ImageSet) -> TrainState:
+    def init_dequantizer(self, images: data.ImageSet) -> TrainState:
         """The state before the first step, fitted to a batch from all over ``images``."""
         model = self.dequantizer(self.config.dequantizer.name)
         size = min(len(images), self.config.dequantizer.training.batch_size)
         pixels = images.images[np.linspace(0, len(images) - 1, size).astype(np.int64)]
-
-        def init(pixels: jax.Array) -> TrainState:
-            key = jax.random.fold_in(jax.random.key(self.config.seed), jnp.iinfo(jnp.int32).max)
-            return TrainState.create(model.init(key, pixels), self.dequantizer_optimizer)
-
-        return jax.jit(init, out_shardings=sharding.replicated(mesh))(pixels)
+        params = model.init(self._init_key(), jnp.asarray(pixels))
+        return TrainState.create(params, self.dequantizer_optimizer)
 
     def restore_dequantizer(self, workdir: epath.PathLike, images: data.ImageSet) -> Restored:
         """The newest whole checkpoint of the dequantizer trained in ``workdir``.
@@ -326,7 +322,7 @@ class Experiment:
           ValueError: if there is none, or it is another model's.
         """
         mesh = sharding.data_mesh()
-        wanted = sharding.abstract(lambda mesh: self.init_dequantizer(mesh, images), mesh)
+        wanted = sharding.abstract(lambda: self.init_dequantizer(images), mesh)
         with self.dequantizer_checkpoints(workdir) as checkpoints:
             restored = checkpoints.restore(wanted)
         if restored is None:

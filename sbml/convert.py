@@ -130,7 +130,7 @@ def _write_score(
     experiment: Experiment, workdir: epath.Path, theirs: AuthorsState, metadata: dict[str, Any]
 ) -> str:
     mesh = sharding.data_mesh()
-    state = _state(experiment.init_state(mesh), theirs)
+    state = _state(sharding.made(experiment.init_state, mesh), theirs)
     state = jax.device_put(state, sharding.replicated(mesh))
     with experiment.checkpoints(workdir) as checkpoints:
         checkpoints.save(theirs.step, state, metadata)

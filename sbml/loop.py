@@ -54,7 +54,7 @@ class Task:
         ``config.dequantizer``.
       field: what precedes those fields on the command line.
       images, seed, flip: where batches come from.
-      init: the state before the first step, replicated over a mesh.
+      init: the state before the first step.
       prepare, loss, optimizer, observe: of the update (see ``runtime.state``).
       repeats: rows that ``prepare`` makes of one image; ``batch_size`` counts rows.
       frozen: arrays that the loss needs and nothing changes.
@@ -70,7 +70,7 @@ class Task:
     images: ImageSet
     seed: int
     flip: bool
-    init: Callable[[jax.sharding.Mesh], TrainState]
+    init: Callable[[], TrainState]
     prepare: Prepare
     loss: Loss
     optimizer: Any
@@ -148,7 +148,7 @@ class _Trainer:
     def _restore(self) -> tuple[TrainState, int]:
         restored = self.checkpoints.restore(sharding.abstract(self.task.init, self.mesh))
         if restored is None:
-            return self.task.init(self.mesh), 0
+            return sharding.made(self.task.init, self.mesh), 0
         logging.info("Resuming from step %d of %s", restored.step, self.checkpoints.directory)
         trained.warn_if_other_data(restored.metadata, self.task.images)
         self.task.check(restored.metadata)

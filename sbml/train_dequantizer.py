@@ -84,7 +84,7 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
         images=images,
         seed=config.seed,
         flip=config.data.flip,
-        init=lambda mesh: experiment.init_dequantizer(mesh, images),
+        init=lambda: experiment.init_dequantizer(images),
         prepare=prepare_fn(experiment),
         loss=loss_fn(experiment),
         optimizer=experiment.dequantizer_optimizer,

@@ -45,4 +45,4 @@ def state(config, workdir):
     """The newest checkpoint's state, in this process."""
     experiment = build.Experiment(config)
     with experiment.checkpoints(epath.Path(workdir)) as checkpoints:
-        return checkpoints.restore(experiment.init_state(sharding.data_mesh()))
+        return checkpoints.restore(sharding.abstract(experiment.init_state, sharding.data_mesh()))

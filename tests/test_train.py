@@ -136,7 +136,7 @@ def one_step(**training):
     config.training.update(training)
     experiment, mesh = build.Experiment(config), sharding.data_mesh()
     pixels = experiment.images("train").images[:64].reshape(2, 32, 8, 8, 1)
-    state, step = experiment.init_state(mesh), compiled(experiment, mesh)
+    state, step = sharding.made(experiment.init_state, mesh), compiled(experiment, mesh)
     key = jax.random.key(0)
     if config.training.steps_per_dispatch == 2:
         return step(state, pixels, key, ())
@@ -190,7 +190,7 @@ def test_twins_and_density_leave_the_expected_loss_as_it_is():
     experiment = build.Experiment(variance_reducing())
     plain = build.Experiment(plain_draws())
     pixels = jnp.asarray(experiment.images("train").images[:64])
-    params = plain.init_state(sharding.data_mesh()).params
+    params = sharding.made(plain.init_state, sharding.data_mesh()).params
     statistics = jnp.stack([jnp.ones(8), jnp.linspace(9.0, 0.1, 8)])
     means = []
     for e, s in ((plain, ()), (experiment, statistics)):
@@ -229,7 +229,7 @@ def test_resumed_training_with_statistics_is_bitwise_the_same(tmp_path):
 def test_average_is_exponential_and_warmup_starts_at_zero(plain_step):
     """The first learning rate is 0, the second 1/10 of the peak; ema = .9 ema + .1 params."""
     config = tiny.get_config()
-    fresh = build.Experiment(config).init_state(sharding.data_mesh())
+    fresh = sharding.made(build.Experiment(config).init_state, sharding.data_mesh())
     state, _ = plain_step
     moved = jax.tree.map(lambda a, b: np.abs(a - b).max(), fresh.params, state.params)
     # One Adam step moves each parameter by at most the learning rate, 1e-4 here.

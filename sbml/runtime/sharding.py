@@ -31,12 +31,22 @@ def batched(mesh: Mesh, axis: int = 0) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(*[None] * axis, "data"))
 
 
-def abstract(init: Callable[[Mesh], Any], mesh: Mesh) -> Any:
-    """The shapes of what ``init(mesh)`` would return, replicated: what to restore, at no cost."""
+def made(init: Callable[[], Any], mesh: Mesh) -> Any:
+    """What ``init()`` returns, replicated.
+
+    On CPU without LLVM's optimizations: it runs once, so most of its time is compilation.
+    """
+    cpu = jax.default_backend() == "cpu"
+    options = {"xla_backend_optimization_level": 0} if cpu else {}
+    return jax.jit(init, out_shardings=replicated(mesh), compiler_options=options)()
+
+
+def abstract(init: Callable[[], Any], mesh: Mesh) -> Any:
+    """The shapes of what ``init()`` would return, replicated: what to restore, at no cost."""
     same = replicated(mesh)
     return jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=same),
-        jax.eval_shape(lambda: init(mesh)),
+        jax.eval_shape(init),
     )
 
 

@@ -16,9 +16,9 @@ def get_config() -> ConfigDict:
     config.model.update(nf=32, ch_mult=(1, 2), num_res_blocks=2, attn_resolutions=(4,), dropout=0.0)
     config.score.update(parameterization="preconditioned", label="log_snr", data_std=0.7)
     config.training.update(
-        batch_size=64, num_steps=900, log_every=20, checkpoint_every=300, sample_every=450
+        batch_size=64, num_steps=700, log_every=20, checkpoint_every=250, sample_every=400
     )
-    config.optim.update(lr=2e-3, warmup=100, schedule="cosine", ema=0.99)
+    config.optim.update(lr=4e-3, warmup=100, schedule="cosine", ema=0.99)
     config.eval.update(batch_size=36, subset=36, features="digits_classifier")
     small_dequantizer(config, num_steps=500)
     return config

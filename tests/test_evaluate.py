@@ -119,7 +119,7 @@ def test_killed_evaluation_ends_in_the_same_bytes(trained, tmp_path):
 
     process = runs.start(tmp_path, "--mode=eval")
     while process.poll() is None and not parts():
-        time.sleep(0.0005)
+        time.sleep(0.003)  # More often would take the time it waits for.
     process.kill()
     process.communicate()
     before = {path: path.stat().st_mtime_ns for path in parts()}

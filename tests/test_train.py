@@ -45,7 +45,7 @@ def wait_for(process, happened):
     while process.poll() is None:
         if happened():
             return True
-        time.sleep(0.0005)
+        time.sleep(0.003)  # More often would take the time it waits for.
     return False
 
 

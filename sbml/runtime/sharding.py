@@ -12,6 +12,8 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from sbml.runtime.state import compiler_options
+
 
 def data_mesh() -> Mesh:
     """All devices of all processes along one axis, ``data``.
@@ -34,11 +36,9 @@ def batched(mesh: Mesh, axis: int = 0) -> NamedSharding:
 def made(init: Callable[[], Any], mesh: Mesh) -> Any:
     """What ``init()`` returns, replicated.
 
-    On CPU without LLVM's optimizations: it runs once, so most of its time is compilation.
+    It runs once: on CPU, optimization by LLVM would not pay for itself.
     """
-    cpu = jax.default_backend() == "cpu"
-    options = {"xla_backend_optimization_level": 0} if cpu else {}
-    return jax.jit(init, out_shardings=replicated(mesh), compiler_options=options)()
+    return jax.jit(init, out_shardings=replicated(mesh), compiler_options=compiler_options(0))()
 
 
 def abstract(init: Callable[[], Any], mesh: Mesh) -> Any:

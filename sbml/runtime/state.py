@@ -122,12 +122,13 @@ def make_step(
     return step
 
 
-def compiler_options() -> dict[str, int]:
-    """For ``jit`` of a step: on CPU, LLVM's last level of optimization is left off.
+def compiler_options(level: int = 2) -> dict[str, int]:
+    """For ``jit`` on CPU: LLVM's level of optimization, by default that of a step.
 
-    It took a quarter of the compile time and made steps no faster (benchmarks/training_step.py).
+    The last one, 3, took a quarter of a step's compile time and made it no faster
+    (benchmarks/training_step.py).
     """
-    return {"xla_backend_optimization_level": 2} if jax.default_backend() == "cpu" else {}
+    return {"xla_backend_optimization_level": level} if jax.default_backend() == "cpu" else {}
 
 
 def several(step: Step) -> Step:

@@ -1,5 +1,6 @@
 """What the tests share: float64 and strict ranks for the mathematics, and compiled functions."""
 
+import gc
 import os
 import tempfile
 from collections.abc import Iterator
@@ -8,7 +9,8 @@ from collections.abc import Iterator
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 # Most of the suite's time is compilation of small functions: compile them with less optimization,
-# and by XLA's older way of emitting fusions, which takes half as long at that level.
+# and by XLA's older way of emitting fusions, which takes half as long at that level; in one thread,
+# for the other core has tests of its own.
 os.environ["XLA_FLAGS"] = " ".join(
     [
         "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true",
@@ -16,8 +18,6 @@ os.environ["XLA_FLAGS"] = " ".join(
         os.environ.get("XLA_FLAGS", ""),
     ]
 )
-
-import gc
 
 import jax
 import pytest

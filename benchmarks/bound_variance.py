@@ -18,6 +18,7 @@ import numpy as np
 from etils import epath
 
 from sbml import bits, bound, build, evaluate, losses, times
+from sbml.runtime import cpu
 
 # name: (times, proposal, control variate, density)
 WAYS = {
@@ -97,4 +98,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    cpu.settle()
     main()

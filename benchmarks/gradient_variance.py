@@ -39,6 +39,7 @@ from jax.flatten_util import ravel_pytree
 from sbml import bits, losses, times
 from sbml.build import Experiment
 from sbml.config import default
+from sbml.runtime import cpu
 from sbml.types import Array, Key, batched
 
 BATCH, BINS = 64, 32
@@ -237,4 +238,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    cpu.settle()
     main()

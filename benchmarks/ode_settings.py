@@ -30,6 +30,7 @@ from scipy import integrate
 from sbml import bits, build, data, divergence, likelihood, sdes
 from sbml.ode import Solver, velocity
 from sbml.quadrature import ONCE, PER_STEP
+from sbml.runtime import cpu
 
 
 def _solver(tolerance: float, **fields: Any) -> Solver:
@@ -236,4 +237,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    cpu.settle()
     main()

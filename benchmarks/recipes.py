@@ -19,7 +19,7 @@ import numpy as np
 from sbml import build, cells, evaluate, train
 from sbml.estimators import Cell
 from sbml.intervals import mean_interval
-from sbml.runtime import metrics
+from sbml.runtime import cpu, metrics
 
 RECIPES = {
     "paper: iid": {"times": "iid", "noises": "independent", "proposal_bins": 0},
@@ -94,4 +94,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    cpu.settle()
     main()

@@ -25,7 +25,7 @@ import numpy as np
 from sbml import build, convolution, losses, train
 from sbml.config import default
 from sbml.networks import ncsnpp
-from sbml.runtime import sharding
+from sbml.runtime import cpu, sharding
 from sbml.runtime.state import compiler_options, make_step
 
 
@@ -153,4 +153,5 @@ def measure(
 
 
 if __name__ == "__main__":
+    cpu.settle()
     main()

@@ -13,6 +13,7 @@ from ml_collections import config_flags
 
 from sbml import architecture
 from sbml.config import check_overrides
+from sbml.runtime import cpu
 
 # Resolved when their turn comes: a wrong flag is told of at once, not after all imports.
 MODES = {
@@ -90,6 +91,7 @@ def main(arguments: Sequence[str]) -> None:
     if COORDINATOR.value:
         address = None if COORDINATOR.value == "auto" else COORDINATOR.value
         jax.distributed.initialize(address, PROCESSES.value, PROCESS.value)
+    cpu.settle()
     if not flags.FLAGS["verbosity"].present:
         logging.set_verbosity(logging.WARNING)  # The libraries' own chatter drowns the bars.
     name = run_name(config_flags.get_config_filename(flags.FLAGS["config"]))

@@ -86,7 +86,7 @@ ALLOWED: dict[str, set[str]] = {
     # Training draws the sample grids of its logs.
     "train": BELOW_BUILD | {"build", "loop", "sample"},
     "convert": BELOW_BUILD | {"build", "trees"},
-    "main": {"architecture", "config"},
+    "main": {"architecture", "config", "runtime"},
 }
 PURE = (
     *("types", "sdes", "times", "divergence", "bits", "ode", "losses", "likelihood", "sampling"),

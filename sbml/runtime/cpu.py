@@ -17,7 +17,7 @@ M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
 
 
 def settle() -> None:
-    """Compute in the calling thread, and keep freed memory: the process stays as large as it was.
+    """Compute in the calling thread and keep freed memory: the process never gets smaller.
 
     To be called once jax knows of all processes. Memory is left alone where an accelerator computes
     or the C library is not glibc.

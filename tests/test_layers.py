@@ -42,6 +42,25 @@ def test_group_norm_of_bfloat16_keeps_float32_statistics() -> None:
     np.testing.assert_allclose(out.astype(jnp.float32), expected, atol=1e-3, rtol=2**-8)
 
 
+@pytest.mark.parametrize("channels", [1, 6, 7])
+def test_dropout_drops_at_its_rate_and_keeps_the_mean(channels: int) -> None:
+    n, rate = 60_000 // channels, 0.3
+    x = np.tile(1 + np.arange(channels), (n, 1)).astype(np.float32)
+    out = np.asarray(layers.dropout(KEY, x, rate))
+    kept = out != 0
+    np.testing.assert_allclose(out[kept], x[kept] / (1 - rate), rtol=2e-5)
+    assert (np.abs(kept.mean(0) - (1 - rate)) < 5 * np.sqrt(rate * (1 - rate) / n)).all()
+    if channels > 1:  # Elements that share a word are independent too.
+        noise = np.corrcoef(kept, rowvar=False) - np.eye(channels)
+        assert np.abs(noise).max() < 5 / np.sqrt(n)
+
+
+def test_dropout_scales_by_the_rate_that_it_has() -> None:
+    assert layers.dropout(KEY, jnp.ones(1000), 1 - 2**-20).max() in (0, 2**16)
+    np.testing.assert_array_equal(layers.dropout(KEY, jnp.ones(1000), 2**-20), 1)
+    assert layers.dropout(KEY, jnp.ones(8, jnp.bfloat16), 0.1).dtype == jnp.bfloat16
+
+
 def test_materialise_changes_no_value_and_no_derivative() -> None:
     x, v = normal(1, 2, 3, 4, 8), normal(2, 2, 3, 4, 8)
     y, dy = jax.jvp(lambda x: jnp.sin(layers.materialise(x)), (x,), (v,))
@@ -116,7 +135,7 @@ def test_pixelwise_convolution_is_a_convolution() -> None:
     class One(nn.Module):
         @nn.compact
         def __call__(self, x: jax.Array) -> jax.Array:
-            return layers.conv(x, 5, 1)
+            return layers.Conv(5, 1)(x)
 
     x = normal(1, 2, 3, 4, 8)
     variables = One().init(KEY, x)

@@ -58,12 +58,13 @@ class _ResnetBlock(nn.Module):
     def branch(self, x: Array, temb: Array | None, train: bool, resample: Map) -> Array:
         """conv(dropout(act(norm(conv(resample(act(norm(x)))) + dense(act(temb))))))."""
         features = self.features or x.shape[-1]
-        h = layers.conv(resample(self.act(layers.GroupNorm()(x))), features)
+        h = layers.Conv(features)(resample(self.act(layers.GroupNorm()(x))))
         if temb is not None:
             h = h + layers.dense(self.act(temb), features)[:, None, None, :]
         h = self.act(layers.GroupNorm()(h))
-        h = nn.Dropout(self.dropout)(h, deterministic=not train)
-        return layers.conv(h, features, init_scale=self.init_scale)
+        if train and self.dropout:
+            h = layers.dropout(self.make_rng("dropout"), h, self.dropout)
+        return layers.Conv(features, init_scale=self.init_scale)(h)
 
 
 class ResnetBlockDDPMpp(_ResnetBlock):
@@ -87,7 +88,7 @@ class ResnetBlockBigGANpp(_ResnetBlock):
         resample = self.resample or (lambda h: h)
         h = self.branch(x, temb, train, resample)
         if x.shape != h.shape:
-            x = layers.conv(resample(x), h.shape[-1], 1)
+            x = layers.Conv(h.shape[-1], 1)(resample(x))
         return add(x, h, self.skip_rescale)
 
 
@@ -98,7 +99,7 @@ class AttnBlockpp(nn.Module):
     skip_rescale: bool
 
     @nn.compact
-    def __call__(self, x: Array) -> Array:
+    def __call__(self, x: Array, train: bool = False) -> Array:
         n, h, w, c = x.shape
         normed = layers.GroupNorm()(x)
         query, key, value = (layers.NIN(c)(normed).reshape(n, h * w, c) for _ in range(3))
@@ -108,7 +109,8 @@ class AttnBlockpp(nn.Module):
         )
         weights = nn.softmax(logits).astype(x.dtype)
         mixed = jnp.einsum("nqk,nkc->nqc", weights, value).reshape(x.shape)
-        return add(x, layers.NIN(c, self.init_scale)(mixed), self.skip_rescale)
+        y = add(x, layers.NIN(c, self.init_scale)(mixed), self.skip_rescale)
+        return layers.materialise(y) if train and one_cpu() else y
 
 
 class Combine(nn.Module):
@@ -118,7 +120,7 @@ class Combine(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array, y: Array) -> Array:
-        x = layers.conv(x, y.shape[-1], 1)
+        x = layers.Conv(y.shape[-1], 1)(x)
         return x + y if self.method == "sum" else jnp.concatenate([x, y], axis=-1)
 
 
@@ -191,33 +193,36 @@ class Model(nn.Module):
         if self.conditional:
             temb = layers.dense(self._act(layers.dense(temb, 4 * self.nf)), 4 * self.nf)
         block = partial(self._block, temb=temb if self.conditional else None, train=train)
-        skips = self._encode(x.astype(dtype), block)
+        attend = partial(self._attend, train=train)
+        skips = self._encode(x.astype(dtype), block, attend)
         h = block(skips[-1])
-        h = AttnBlockpp(self.init_scale, self.skip_rescale)(h)
+        h = AttnBlockpp(self.init_scale, self.skip_rescale)(h, train)
         h = block(h)
-        return self._decode(h, skips, block, channels).astype(jnp.float32)
+        return self._decode(h, skips, block, attend, channels).astype(jnp.float32)
 
     @nn.nowrap
-    def _encode(self, x: Array, block: Block) -> list[Array]:
+    def _encode(self, x: Array, block: Block, attend: Map) -> list[Array]:
         """Features of every block and every halving, in order."""
-        skips, pyramid = [layers.conv(x, self.nf)], x
+        skips, pyramid = [layers.Conv(self.nf)(x)], x
         for level, mult in enumerate(self.ch_mult):
             for _ in range(self.num_res_blocks):
-                skips.append(self._attend(block(skips[-1], self.nf * mult)))
+                skips.append(attend(block(skips[-1], self.nf * mult)))
             if level < len(self.ch_mult) - 1:
                 pyramid, h = self._join_input(pyramid, self._resize(skips[-1], block, up=False))
                 skips.append(h)
         return skips
 
     @nn.nowrap
-    def _decode(self, h: Array, skips: list[Array], block: Block, channels: int) -> Array:
+    def _decode(
+        self, h: Array, skips: list[Array], block: Block, attend: Map, channels: int
+    ) -> Array:
         """The output image, from the features and ``skips``, which this empties."""
         pyramid = None
         for level in reversed(range(len(self.ch_mult))):
             for _ in range(self.num_res_blocks + 1):
                 joined = jnp.concatenate([h, skips.pop()], axis=-1)
                 h = block(joined, self.nf * self.ch_mult[level])
-            pyramid, h = self._join_output(pyramid, self._attend(h), channels)
+            pyramid, h = self._join_output(pyramid, attend(h), channels)
             if level > 0:
                 h = self._resize(h, block, up=True)
         assert not skips
@@ -282,14 +287,14 @@ class Model(nn.Module):
         return layer(self.resamp_with_conv, self._fir)(h)
 
     @nn.nowrap
-    def _attend(self, h: Array) -> Array:
+    def _attend(self, h: Array, *, train: bool) -> Array:
         if h.shape[1] not in self.attn_resolutions:
             return h
-        return AttnBlockpp(self.init_scale, self.skip_rescale)(h)
+        return AttnBlockpp(self.init_scale, self.skip_rescale)(h, train)
 
     @nn.nowrap
     def _head(self, h: Array, features: int, init_scale: float) -> Array:
-        return layers.conv(self._act(layers.GroupNorm()(h)), features, init_scale=init_scale)
+        return layers.Conv(features, init_scale=init_scale)(self._act(layers.GroupNorm()(h)))
 
     @property
     def _act(self) -> Map:

@@ -3,7 +3,10 @@
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
+
+from sbml.types import Array
 
 SCHEDULES = ("constant", "cosine")
 
@@ -30,6 +33,28 @@ def _kernels(params: Any) -> Any:
     return jax.tree.map(lambda p: p.ndim > 1, params)
 
 
+def norm(tree: Any) -> Array:
+    """sqrt(sum of squares) over all leaves of ``tree``.
+
+    A product of each leaf with itself: a call for XLA on CPU, where the sum of squares of
+    ``optax.tree.norm`` is three loops to compile, a tenth of a step's compile time in all.
+    """
+    flat = [leaf.ravel() for leaf in jax.tree.leaves(tree)]
+    return jnp.sqrt(sum(jnp.dot(x, x, precision="highest") for x in flat))
+
+
+def clip(limit: float) -> optax.GradientTransformation:
+    """``optax.clip_by_global_norm`` by :func:`norm`: gradients of norm ``limit`` at most."""
+
+    def scaled(updates: Any, params: Any) -> Any:
+        del params
+        size = norm(updates)
+        factor = jnp.where(size < limit, 1.0, limit / size)
+        return jax.tree.map(lambda u: u * factor, updates)
+
+    return optax.stateless(scaled)
+
+
 def adam(
     schedule: optax.Schedule,
     *,
@@ -44,7 +69,7 @@ def adam(
     Only matrices and kernels decay: not biases, norms' scales, nor the fixed Fourier frequencies.
     """
     return optax.chain(
-        optax.clip_by_global_norm(grad_clip) if grad_clip else optax.identity(),
+        clip(grad_clip) if grad_clip else optax.identity(),
         optax.scale_by_adam(beta1, beta2, eps),
         optax.add_decayed_weights(weight_decay, _kernels) if weight_decay else optax.identity(),
         optax.scale_by_learning_rate(schedule),

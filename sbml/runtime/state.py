@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import optax
 from flax import struct
 
+from sbml.runtime.optim import norm
 from sbml.types import Array, Key
 
 # prepare(batch, key, statistics) -> per-example draws (leading axis n), once for the whole batch
@@ -117,7 +118,7 @@ def make_step(
             opt_state=opt_state,
             statistics=observe(state.statistics, draws, losses) if observe else state.statistics,
         )
-        return new, {"loss": jnp.mean(losses), "grad_norm": optax.tree.norm(grads)}
+        return new, {"loss": jnp.mean(losses), "grad_norm": norm(grads)}
 
     return step
 

@@ -61,18 +61,6 @@ def test_dropout_scales_by_the_rate_that_it_has() -> None:
     assert layers.dropout(KEY, jnp.ones(8, jnp.bfloat16), 0.1).dtype == jnp.bfloat16
 
 
-def test_materialise_changes_no_value_and_no_derivative() -> None:
-    x, v = normal(1, 2, 3, 4, 8), normal(2, 2, 3, 4, 8)
-    y, dy = jax.jvp(lambda x: jnp.sin(layers.materialise(x)), (x,), (v,))
-    np.testing.assert_array_equal(y, jnp.sin(x))
-    np.testing.assert_array_equal(dy, v * jnp.cos(x))
-    gradient = jax.jit(jax.grad(lambda x: jnp.sum(v * layers.materialise(x))))
-    np.testing.assert_array_equal(gradient(x), v)
-    assert np.isnan(gradient(x.at[0, 0, 0, 0].set(jnp.nan))).all()
-    one_by_one = jax.vmap(jax.grad(lambda x, v: jnp.sum(v * layers.materialise(x))))
-    np.testing.assert_array_equal(one_by_one(x, v), v)
-
-
 def test_a_residual_gradient_is_computed_once() -> None:
     """In the step that XLA compiles, no fusion holds the gradients of many blocks."""
     model = ncsnpp.Model(nf=8, ch_mult=(1,), num_res_blocks=4, attn_resolutions=(), dropout=0.0)

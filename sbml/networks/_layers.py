@@ -20,6 +20,7 @@ from flax import linen as nn
 from jax import lax
 
 from sbml.convolution import add_bias, convolve
+from sbml.networks._pixel_sums import affine, moments
 from sbml.types import Array, Key
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
@@ -90,24 +91,6 @@ def dropout(key: Key, x: Array, rate: float) -> Array:
     return jnp.where(halves < kept, x * (2**16 / kept), 0).astype(x.dtype)
 
 
-@jax.custom_jvp
-def materialise(x: Array) -> Array:
-    """``x``, whose gradient is computed once and then read by all that use it.
-
-    On CPU, XLA recomputes what is cheap for each of its uses. The gradient of a residual sum is
-    cheap, given the one of the next sum: all the sums down to the output were recomputed at each.
-    It recomputes nothing across a condition, so here is one: a NaN in ``x`` makes its gradient NaN.
-    """
-    return x
-
-
-@materialise.defjvp
-def _(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
-    (x,), (dx,) = primals, tangents
-    nan = jnp.isnan(x[(0,) * x.ndim])
-    return x, lax.cond(nan, lambda dx: jnp.nan * dx, lambda dx: dx, dx)
-
-
 class GroupNorm(nn.Module):
     """Group normalisation (Wu & He 2018) with min(c // 4, 32) groups, over pixels and a group.
 
@@ -122,7 +105,7 @@ class GroupNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        n, _, _, c = x.shape
+        c = x.shape[-1]
         groups = min(c // 4, 32)
         if groups == 0 or c % groups:
             raise ValueError(
@@ -135,13 +118,13 @@ class GroupNorm(nn.Module):
         shares = np.kron(np.eye(groups), np.full((c // groups, c // groups), groups / c))
         average = partial(jnp.matmul, b=jnp.asarray(shares, jnp.float32), precision="highest")
         x32 = x.astype(jnp.float32)
-        mean = x32.mean((1, 2))
-        channel_var = jnp.maximum(jnp.square(x32).mean((1, 2)) - jnp.square(mean), 0.0)
+        mean, mean_square = moments(x32)
+        channel_var = jnp.maximum(mean_square - jnp.square(mean), 0.0)
         group_mean = average(mean)
         group_var = average(channel_var + jnp.square(mean - group_mean))
         a = lax.rsqrt(group_var + self.epsilon) * scale
         b = bias - group_mean * a
-        return (x32 * a.reshape(n, 1, 1, c) + b.reshape(n, 1, 1, c)).astype(x.dtype)
+        return affine(x32, a, b).astype(x.dtype)
 
 
 class NIN(nn.Module):

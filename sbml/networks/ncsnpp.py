@@ -21,6 +21,7 @@ from flax import linen as nn
 
 from sbml.convolution import one_cpu
 from sbml.networks import _layers as layers
+from sbml.networks._pixel_sums import materialise
 from sbml.types import Array
 
 CHOICES = {
@@ -110,7 +111,7 @@ class AttnBlockpp(nn.Module):
         weights = nn.softmax(logits).astype(x.dtype)
         mixed = jnp.einsum("nqk,nkc->nqc", weights, value).reshape(x.shape)
         y = add(x, layers.NIN(c, self.init_scale)(mixed), self.skip_rescale)
-        return layers.materialise(y) if train and one_cpu() else y
+        return materialise(y) if train and one_cpu() else y
 
 
 class Combine(nn.Module):
@@ -275,7 +276,7 @@ class Model(nn.Module):
             h = ResnetBlockDDPMpp(*options)(h, temb, train)
         else:
             h = ResnetBlockBigGANpp(*options, resample)(h, temb, train)
-        return layers.materialise(h) if train and one_cpu() else h
+        return materialise(h) if train and one_cpu() else h
 
     @nn.nowrap
     def _resize(self, h: Array, block: Block, *, up: bool) -> Array:

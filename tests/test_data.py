@@ -1,5 +1,6 @@
 """Image sets are what they claim to be, and arrays on disk are whole or absent."""
 
+import contextlib
 import dataclasses
 import gzip
 import hashlib
@@ -8,7 +9,6 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -218,27 +218,42 @@ def test_killed_preparation_leaves_no_array(tmp_path: Path) -> None:
     assert {p.name for p in tmp_path.iterdir()} <= {".lock", "train.npy", "train.json"}
 
 
-def test_one_prepares_and_the_others_wait(tmp_path: Path) -> None:
-    built, results = [], []
-    together = threading.Barrier(4)
+ALL_AT_ONCE = """
+import sys
+from pathlib import Path
+import numpy as np
+from sbml.data._cache import prepared
 
-    def build(add: _cache.Add) -> dict:
-        built.append(1)
-        for i in range(200):
-            add(np.full((8, 8, 1), i, np.uint8))
-        return {}
+def build(add):
+    with open(sys.argv[2], "a") as file:
+        file.write("built")
+    for i in range(200):
+        add(np.full((8, 8, 1), i, np.uint8))
+    return {}
 
-    def work() -> None:
-        together.wait()
-        results.append(_cache.prepared(tmp_path / "train.npy", build)[0].sum())
+print("ready", flush=True)
+input()
+print(prepared(Path(sys.argv[1]), build)[0].sum())
+"""
 
-    threads = [threading.Thread(target=work) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert built == [1]
-    assert results == [64 * 199 * 200 // 2] * 4
+
+def test_one_process_prepares_and_the_others_wait(tmp_path: Path) -> None:
+    built, pipe = tmp_path / "built", subprocess.PIPE
+    command = [sys.executable, "-c", ALL_AT_ONCE, str(tmp_path / "train.npy"), str(built)]
+    with contextlib.ExitStack() as stack:
+        processes = [
+            stack.enter_context(subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True))
+            for _ in range(4)
+        ]
+        for process in processes:
+            assert process.stdout and process.stdout.readline() == "ready\n"
+        for process in processes:
+            assert process.stdin
+            process.stdin.write("\n")
+            process.stdin.flush()
+        sums = [int(process.communicate()[0]) for process in processes]
+    assert built.read_text() == "built"
+    assert sums == [64 * 199 * 200 // 2] * 4
 
 
 def test_content_key_depends_on_bytes_order_and_choices(tmp_path: Path) -> None:

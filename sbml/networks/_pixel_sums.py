@@ -14,10 +14,13 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from sbml.convolution import LARGE, one_cpu
+from sbml.convolution import one_cpu
 from sbml.types import Array
 
 Shape = tuple[int, ...]
+
+# Pixels of an image from where on parts gain: at 16x16 they cost as much, and time to compile.
+LARGE = 1024
 
 
 def moments(x: Array) -> tuple[Array, Array]:

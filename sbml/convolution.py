@@ -9,6 +9,7 @@ row of the kernel. JAX transposes ``_by_rows`` to it: the products are written a
 dy, and every mode of differentiation stands.
 """
 
+import math
 from functools import partial
 
 import jax
@@ -17,6 +18,9 @@ from jax import lax
 from jax.custom_derivatives import SymbolicZero
 
 from sbml.types import Array
+
+Pair = tuple[Array, Array]
+Tangents = tuple[Array | SymbolicZero, Array | SymbolicZero]
 
 # Pixels of an image from where on products gain: at 8x8 they cost as much, and time to compile.
 LARGE = 256
@@ -51,9 +55,7 @@ def _convolve(x: Array, kernel: Array) -> Array:
 
 
 @partial(_convolve.defjvp, symbolic_zeros=True)
-def _(
-    primals: tuple[Array, Array], tangents: tuple[Array | SymbolicZero, Array | SymbolicZero]
-) -> tuple[Array, Array]:
+def _(primals: Pair, tangents: Tangents) -> Pair:
     (x, kernel), (dx, dkernel) = primals, tangents
     y = _convolve(x, kernel)
     dy = jnp.zeros_like(y) if isinstance(dx, SymbolicZero) else _convolve(dx, kernel)
@@ -98,13 +100,14 @@ def _add_bias(x: Array, bias: Array) -> Array:
 
 
 @partial(_add_bias.defjvp, symbolic_zeros=True)
-def _(
-    primals: tuple[Array, Array], tangents: tuple[Array | SymbolicZero, Array | SymbolicZero]
-) -> tuple[Array, Array]:
+def _(primals: Pair, tangents: Tangents) -> Pair:
     (x, bias), (dx, dbias) = primals, tangents
     y = _plus(x, bias)
     dy = jnp.zeros_like(x) if isinstance(dx, SymbolicZero) else dx
-    if isinstance(dbias, SymbolicZero):
-        return y, dy
-    ones = jnp.ones((x.size // x.shape[-1], 1), x.dtype)
-    return y, dy + (ones @ dbias[None]).reshape(x.shape)
+    return y, dy if isinstance(dbias, SymbolicZero) else dy + _by_ones(x.shape, dbias)
+
+
+def _by_ones(shape: tuple[int, ...], bias: Array) -> Array:
+    """``bias (c,)`` everywhere in ``shape (..., c)``, as a product."""
+    ones = jnp.ones((math.prod(shape[:-1]), 1), bias.dtype)
+    return (ones @ bias[None]).reshape(shape)

@@ -39,16 +39,15 @@ def _solver(tolerance: float, **fields: Any) -> Solver:
 
 THIRD = {"power": 3.0, "first_step": 0.02}
 SETTINGS = {
-    "tsit5 t^(1/3) PI 1e-2": _solver(1e-2, **THIRD),
-    "tsit5 t^(1/3) PI 1e-4": _solver(1e-4, **THIRD),
-    "tsit5 t^(1/3) PI 3e-5": _solver(3e-5, **THIRD),
-    "tsit5 t^(1/2) PI 1e-3": _solver(1e-3),
-    "tsit5 t^(1/2) PI 3e-4": _solver(3e-4),
-    "tsit5 t^(1/2) PI 1e-4": _solver(1e-4),
-    "tsit5 t^(1/2) PI 3e-5 (default)": _solver(3e-5),
-    "tsit5 t^(1/2) PI 1e-5": _solver(1e-5),
-    "tsit5 t^(1/2) I 3e-5": _solver(3e-5, pcoeff=0.0, icoeff=1.0),
-    "dopri5 t^(1/2) PI 3e-5": _solver(3e-5, method="dopri5"),
+    "tsit5 t^(1/3) 1e-2": _solver(1e-2, **THIRD),
+    "tsit5 t^(1/3) 1e-3": _solver(1e-3, **THIRD),
+    "tsit5 t^(1/3) 2e-4": _solver(2e-4, **THIRD),
+    "tsit5 t^(1/2) 1e-3": _solver(1e-3),
+    "tsit5 t^(1/2) 2e-4": _solver(2e-4),
+    "tsit5 t^(1/2) 1e-4 (default)": _solver(1e-4),
+    "tsit5 t^(1/2) 1e-5": _solver(1e-5),
+    "tsit5 t^(1/2) 1e-4, I control": _solver(1e-4, pcoeff=0.0, icoeff=1.0),
+    "dopri5 t^(1/2) 1e-4": _solver(1e-4, method="dopri5"),
 }
 # name: (tolerance, whether the divergence is taken backwards)
 RK45 = {

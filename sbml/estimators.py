@@ -36,7 +36,7 @@ from sbml.types import Array, Key, Score
 
 # The terms of each estimator, in bits/dim; ``scale`` is added on the host, in float64.
 TERMS = {
-    "ode": ("prior", "divergence", "dequantization", "importance", "scale"),
+    "ode": ("prior", "divergence", "correction", "dequantization", "importance", "scale"),
     "bound": ("prior", "diffusion", "reconstruction", "dequantization", "scale"),
     "bound_ssm": ("prior", "diffusion", "reconstruction", "dequantization", "scale"),
 }
@@ -142,7 +142,8 @@ def ode(
         if dequantizer.at_noise:
             x = sde.mean_coef(jnp.asarray(eps)) * x
         found = likelihood.ode_logp(score, sde, x, trace_key, eps=eps, trace=trace, solver=solver)
-        terms = {"prior": -found.prior, "divergence": -found.divergence, "dequantization": log_q}
+        terms = {name: -getattr(found, name) for name in ("prior", "divergence", "correction")}
+        terms["dequantization"] = log_q
         return terms, found.stats.nfe
 
     def one(pixels: Array, i: Array, sweep: Array) -> dict[str, Array]:

@@ -4,10 +4,17 @@ Along dx/dt = v(x, t) from t = eps to T (instantaneous change of variables, Chen
 
     log p_eps(x) = log pi(z) + integral_eps^T div v(x(t), t) dt,      z = x(T).
 
-The path x(t) does not ask for the divergence: it is solved by itself, at one network call an
-evaluation, and the integral is a sum over its steps with an error estimate of its own
-(``sbml.quadrature``). So the divergence, the dear part, is wanted at three of a step's eight
-evaluations.
+Along any other curve c from x the same stands with one term more, for there d/dt log p_t(c) =
+-div v + (dc/dt - v) . grad log p_t(c):
+
+    log p_eps(x) = log pi(c(T)) + integral div v(c, t) dt - integral (dc/dt - v(c, t)) . s(c, t) dt.
+
+The solver's path is such a curve, and the score the gradient that takes the path's own error out:
+exactly for the score of the ODE's density, to first order for one about right.
+
+The path does not ask for the divergence: it is solved by itself, at one network call an evaluation,
+and the integrals are sums over its steps with error estimates of their own (``sbml.quadrature``).
+So the divergence, the dear part, is wanted at three of a step's eight evaluations.
 
 The divergence is exact, or Hutchinson's with probes drawn once per solve. Fresh noise at every
 point would average out along the path, but ties the result to where rounding puts the steps.
@@ -59,11 +66,21 @@ class Trace:
 
 
 class Likelihood(NamedTuple):
-    """log p = prior + divergence in nats, the latent z ``(*s)`` and the solver's stats."""
+    """log p = prior + divergence + correction in nats, the latent and the solver's stats.
+
+    Attributes:
+      logp: the sum.
+      prior: log pi(z).
+      divergence: the integral of div v along the solver's path.
+      correction: what that path's own error is worth, about.
+      z: the latent ``(*s)``, where that path ends.
+      stats: the solver's.
+    """
 
     logp: Array
     prior: Array
     divergence: Array
+    correction: Array
     z: Array
     stats: Stats
 
@@ -89,7 +106,7 @@ def ode_logp(
       trace, solver: how the divergence is computed and the ODE solved.
 
     Returns:
-      The log-likelihood and its two terms. NaN where the solver gave up.
+      The log-likelihood and its terms. NaN where the solver gave up.
 
     Raises:
       ValueError: if eps is not in (0, T), or probes are wanted and there is no key.
@@ -103,10 +120,10 @@ def ode_logp(
 
     vs = trace.directions(key, x.shape).astype(x.dtype)
 
-    def with_divergence(t: Array, x: Array) -> tuple[Array, Array]:
+    def with_divergence(t: Array, x: Array) -> tuple[Array, Array, Array]:
         v, forms = divergence.quadratic_forms(lambda x: field(t, x), x, vs)
-        return v, trace.combined(forms)
+        return v, trace.combined(forms), 2 * (sde.drift(x, t) - v) / sde.diffusion(t) ** 2
 
-    (z, integral), stats = ode.solve(field, x, eps, sde.T, solver, with_divergence)
+    (z, integral, correction), stats = ode.solve(field, x, eps, sde.T, solver, with_divergence)
     prior = sde.prior_logp(z)
-    return Likelihood(prior + integral, prior, integral, z, stats)
+    return Likelihood(prior + integral + correction, prior, integral, correction, z, stats)

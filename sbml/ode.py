@@ -134,12 +134,12 @@ def solve(
       field: of scalar ``t`` and ``y (*s)``, of the shape of ``y``.
       y: at ``t0``.
       t0, t1, solver: from where to where, and how; not traced where there is an integrand.
-      joint: (t, y) -> (field, h), where the integral of a scalar h(t, y) along the solution is
+      joint: (t, y) -> (field, h, w), where the integral of a scalar h(t, y) along the solution is
         wanted (``sbml.quadrature``) and ``t0`` < ``t1``.
 
     Returns:
-      y(t1), or (y(t1), integral), NaN if the solver gave up (one image's failure must not stop the
-      others), and stats.
+      y(t1), or (y(t1), the integral of h, its correction by w), NaN if the solver gave up (one
+      image's failure must not stop the others), and stats.
 
     Raises:
       ValueError: an integral backwards in time.
@@ -160,18 +160,18 @@ def solve(
     if joint is not None:
         both: Joint = joint
 
-        def joint_in_u(u: Array, y: Array) -> tuple[Array, Array]:
-            v, h = both(u**solver.power, y)
-            return slope(u) * v, slope(u) * h / y.size
+        def joint_in_u(u: Array, y: Array) -> tuple[Array, Array, Array]:
+            v, h, w = both(u**solver.power, y)
+            return slope(u) * v, slope(u) * h / y.size, w / y.size
 
         method = WithIntegral(method, joint_in_u)
-        rates, start = beside_integral(in_u), (y, jnp.zeros((), y.dtype))
+        rates, start = beside_integral(in_u), (y, jnp.zeros((2,), y.dtype))
         per_step, once = per_step - 1 + quadrature.PER_STEP, quadrature.ONCE
     solution = _solution(rates, method, u0, u1, start, solver)
     success = solution.result == diffrax.RESULTS.successful
     end = jax.tree.map(lambda ys: jnp.where(success, ys[0], jnp.nan), solution.ys)
     if joint is not None:
-        end = (end[0], y.size * end[1])
+        end = (end[0], *(y.size * end[1]))
     steps = solution.stats["num_steps"]
     return end, Stats(
         nfe=per_step * steps + once,

@@ -197,6 +197,7 @@ class CellRun:
             own["density_crc32"] = tree_crc32(self.density)
         return {
             "cell": dataclasses.asdict(self.cell),
+            "terms": estimators.TERMS[self.cell.estimator],
             "dequantizer": repr(self.dequantization.model),
             "dequantizer_crc32": tree_crc32(self.dequantization.params),
             "step": shared.restored.step,

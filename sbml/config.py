@@ -70,8 +70,8 @@ def _eval() -> dict:
         "control": True,  # Gaussian control variate of the bound
         "proposal_bins": 32,  # of a learned density of the bound's times; 0: uniform
         "method": "tsit5",  # dopri5, heun, euler
-        "rtol": 1e-4,
-        "atol": 1e-4,
+        "rtol": 2e-4,
+        "atol": 2e-4,
         "fixed_steps": 0,  # 0: step control
         # images for the solver's error and the noise of ode; 0: all; a Kth where K > 1
         "subset": 32,

@@ -9,8 +9,9 @@ Along any other curve c from x the same stands with one term more, for there d/d
 
     log p_eps(x) = log pi(c(T)) + integral div v(c, t) dt - integral (dc/dt - v(c, t)) . s(c, t) dt.
 
-The solver's path is such a curve, and the score the gradient that takes the path's own error out:
-exactly for the score of the ODE's density, to first order for one about right.
+The solver's path is such a curve. The last term, the correction, takes its own error out: wholly
+where s is the gradient of log p_t, else but for the share by which s is wrong. It costs nothing,
+for v and s are wanted at the same points as div v.
 
 The path does not ask for the divergence: it is solved by itself, at one network call an evaluation,
 and the integrals are sums over its steps with error estimates of their own (``sbml.quadrature``).

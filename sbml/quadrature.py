@@ -52,7 +52,7 @@ SAFETY = 3
 # How many times larger than the tolerance the correction may be. Strict control by it makes steps
 # hang on where it changes its sign, and so on rounding: at 1, another batch size moved a tenth of a
 # trained network's images by more than 2e-4 bits/dim, at 10 by more than 3e-5. Without any, far
-# outliers of a mixture are wrong by bits.
+# outliers of a mixture are wrong by up to 0.3.
 SLACK = 10
 
 

@@ -123,7 +123,10 @@ def ode_logp(
 
     def with_divergence(t: Array, x: Array) -> tuple[Array, Array, Array]:
         v, forms = divergence.quadratic_forms(lambda x: field(t, x), x, vs)
-        return v, trace.combined(forms), 2 * (sde.drift(x, t) - v) / sde.diffusion(t) ** 2
+        s = (
+            2 * (sde.drift(x, t) - v) / sde.diffusion(t) ** 2
+        )  # v's, not another call of the network
+        return v, trace.combined(forms), s
 
     (z, integral, correction), stats = ode.solve(field, x, eps, sde.T, solver, with_divergence)
     prior = sde.prior_logp(z)

@@ -123,9 +123,8 @@ def ode_logp(
 
     def with_divergence(t: Array, x: Array) -> tuple[Array, Array, Array]:
         v, forms = divergence.quadratic_forms(lambda x: field(t, x), x, vs)
-        s = (
-            2 * (sde.drift(x, t) - v) / sde.diffusion(t) ** 2
-        )  # v's, not another call of the network
+        # The score that v is made of, without another call of the network.
+        s = 2 * (sde.drift(x, t) - v) / sde.diffusion(t) ** 2
         return v, trace.combined(forms), s
 
     (z, integral, correction), stats = ode.solve(field, x, eps, sde.T, solver, with_divergence)

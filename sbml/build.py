@@ -233,6 +233,11 @@ class Experiment:
         return solver(self.config.eval)
 
     @property
+    def path_solver(self) -> Solver:
+        """Evaluation's, ten times as strict: for a path alone, whose error no score takes out."""
+        return self.eval_solver.tighter(10)
+
+    @property
     def sampler(self) -> samplers.Sampler:
         return sampler(self.config.sampling)
 

@@ -90,9 +90,7 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
     score = experiment.adapter(restored.state.ema_params)
     ids = np.unique(np.linspace(0, len(images) - 1, options.count).astype(np.int64))
     x = bits.to_model(jnp.asarray(images.images[ids]), 0.5, images.levels)
-    # A path by itself has no correction: it is solved more strictly than a likelihood.
-    solver = experiment.eval_solver.tighter(10)
-    exact = {"sde": experiment.sde, "eps": experiment.eval_eps, "solver": solver}
+    exact = {"sde": experiment.sde, "eps": experiment.eval_eps, "solver": experiment.path_solver}
     z = encode(score, x, **exact)
     back = decode(score, z, **exact)
     error = np.asarray(jnp.abs(back - x).reshape(len(x), -1).max(axis=1))

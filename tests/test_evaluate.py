@@ -12,7 +12,7 @@ import tiny
 from scipy import stats
 from sklearn.datasets import load_digits
 
-from sbml import baselines, build, cells, evaluate, moments, summary
+from sbml import baselines, build, cells, estimators, evaluate, moments, summary
 from sbml.estimators import Cell
 from sbml.intervals import mean_interval, outliers, repeated_stderr
 from sbml.runtime.parts import Parts, read_npz
@@ -155,6 +155,18 @@ def test_several_processes_may_set_up_the_same_table_at_once(tmp_path):
         for i in range(50):
             list(pool.map(lambda _, i=i: Parts(tmp_path / str(i), {"step": 1}), range(8)))
     assert not list(tmp_path.rglob("*.partial"))
+
+
+def test_rows_of_other_terms_are_not_taken(trained, tmp_path, monkeypatch):
+    ids = np.arange(2)
+    fresh = cell_run(trained, tmp_path / "fresh", ODE).rows(ids, 0)
+    with monkeypatch.context() as older:
+        terms = tuple(name for name in ODE.terms if name != "correction")
+        older.setitem(estimators.TERMS, "ode", terms)
+        kept = cell_run(trained, tmp_path / "rows", ODE).rows(ids, 0)
+    assert "correction" not in kept
+    again = cell_run(trained, tmp_path / "rows", ODE).rows(ids, 0)
+    np.testing.assert_array_equal(again["correction"], fresh["correction"])
 
 
 def test_evaluating_without_a_checkpoint_says_so(tmp_path):

@@ -9,7 +9,8 @@ import pytest
 import tiny
 from PIL import Image
 
-from sbml import latents, oracle, train
+from sbml import bits, latents, oracle, train
+from sbml.build import Experiment
 from sbml.ode import Solver
 from sbml.runtime.parts import read_npz
 from sbml.runtime.state import compiler_options
@@ -84,6 +85,13 @@ def test_a_model_of_digits_reconstructs(tmp_path: Path) -> None:
     found = read_npz(tmp_path / "latents.npz")
     assert found["latent"].shape == (3, 8, 8, 1) and found["id"].tolist() == [0, 179, 359]
     assert found["reconstruction_error"].max() < 1e-2
+    experiment = Experiment(config)  # A path alone is solved ten times more strictly.
+    assert experiment.path_solver.rtol == pytest.approx(config.eval.rtol / 10)
+    score = experiment.adapter(experiment.restore(tmp_path).state.ema_params)
+    images = experiment.images("test")
+    x = bits.to_model(jnp.asarray(images.images[found["id"]]), 0.5, images.levels)
+    how = {"sde": experiment.sde, "eps": experiment.eval_eps, "solver": experiment.path_solver}
+    np.testing.assert_array_equal(found["latent"], latents.encode(score, x, **how))
     for name, cells in (("reconstruction", 3), ("interpolation", 4), ("inpainting", 6)):
         assert Image.open(tmp_path / f"{name}.png").width == cells * 66 - 2
     assert not (tmp_path / "colourisation.png").exists()

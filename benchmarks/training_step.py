@@ -5,10 +5,10 @@
 The reduced network: nf 32, ch_mult (1, 2, 2), 2 blocks, attention at 16, images 32x32x3. Steps are
 compiled with ``losses.dsm_batch``, with the same loss written for the batch by hand, with the
 network called one example at a time under ``vmap``, and with ``dsm_batch`` but XLA's own gradients
-in the place of ``convolution`` and ``materialise``; last, "XLA alone", with its options too in the
-place of ``runtime.state.compiler_options``: what a plain implementation costs, on this machine and
-today. Rounds are interleaved and start with another step each time, so the ratios hold on a noisy
-machine.
+in the place of ``convolution``, ``materialise`` and ``_pixel_sums``; last, "XLA alone", with its
+options too in the place of ``runtime.state.compiler_options``: what a plain implementation costs,
+on this machine and today. Rounds are interleaved and start with another step each time, so the
+ratios hold on a noisy machine.
 
 For comparison between machines, a step's rate of arithmetic is shown as a share of the rate that a
 large convolution reaches, measured between the rounds.
@@ -25,7 +25,7 @@ import numpy as np
 
 from sbml import build, convolution, losses, train
 from sbml.config import default
-from sbml.networks import ncsnpp
+from sbml.networks import _pixel_sums, ncsnpp
 from sbml.runtime import cpu, sharding
 from sbml.runtime.state import compiler_options, make_step
 
@@ -102,7 +102,8 @@ def main() -> None:
     steps, values = {}, {}
     for name, loss in kinds.items():
         plain = name in ("XLA's gradients", "XLA alone")
-        convolution.one_cpu = ncsnpp.one_cpu = (lambda: False) if plain else one_cpu
+        for module in (convolution, ncsnpp, _pixel_sums):
+            module.one_cpu = (lambda: False) if plain else one_cpu
         step = jax.jit(
             make_step(train.prepare_fn(e), loss, e.optimizer, ema=0.9999),
             compiler_options={} if name == "XLA alone" else compiler_options(),

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
-from sbml import bits, bound, build, evaluate, losses, times
+from sbml import bits, bound, build, evaluate, times
 from sbml.runtime import cpu
 
 # name: (times, proposal, control variate, density)
@@ -63,8 +63,9 @@ def main() -> None:
     e = build.Experiment(runpy.run_path(args.config)["get_config"]())
     restored, train = e.restore(epath.Path(args.workdir)), e.images("train")
     e.config.eval.proposal_bins = 32
-    fitted = evaluate.control_variate(e, train)
-    density = evaluate.time_density(e, restored, train, fitted)(e.eval_eps)
+    workdir = epath.Path(args.workdir)
+    fitted = evaluate.control_variate(e, train, workdir)
+    density = evaluate.time_density(e, restored, train, fitted, workdir)(e.eval_eps)
     images = e.images("test")
     count = min(args.images, len(images))
     pixels = jnp.asarray(images.images[np.linspace(0, len(images) - 1, count).astype(int)])
@@ -76,17 +77,16 @@ def main() -> None:
         draw, proposal, controlled, dense = WAYS[way]
         u_key, z_key = jax.random.split(key)
         u = times.DRAWS[draw](u_key, count, args.draws)
-        v, inverse = times.warp(u, jnp.asarray(density)) if dense else (u, jnp.ones_like(u))
-        t, weight = times.PROPOSALS[proposal](e.sde, e.eval_eps).at(v)
+        where = times.PROPOSALS[proposal](e.sde, e.eval_eps)
+        t, weight = where.over_log_snr(u, jnp.asarray(density) if dense else None)
         control = fitted if controlled else None
 
         def one(x, t, w, key):
             z = jax.random.normal(key, x.shape)
-            value = bound.diffusion_dsm(score, e.sde, x, t, z, control)
-            return w * losses.weight(e.sde, t, "likelihood") * value
+            return w * bound.diffusion_dsm(score, e.sde, x, t, z, control)
 
         keys = jax.random.split(z_key, (count, args.draws))
-        each = jax.vmap(jax.vmap(one, (None, 0, 0, 0)))(x, t, weight * inverse, keys)
+        each = jax.vmap(jax.vmap(one, (None, 0, 0, 0)))(x, t, weight, keys)
         return bits.nats_to_bits(jnp.mean(each, axis=1), x.shape[1:])
 
     values = {}

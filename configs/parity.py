@@ -25,6 +25,6 @@ def get_config(name: str = "cifar10_vp") -> ConfigDict:
     config.training.update(times="iid", noises="independent", proposal_bins=0)
     config.score.update(label="time", parameterization="noise")
     config.eval.update(times="iid", control=False, proposal_bins=0, n_times=1, sweeps=5)
-    config.eval.max_images = WHOLE_BATCHES.get(config.data.source, 0)
+    config.eval.update(max_images=WHOLE_BATCHES.get(config.data.source, 0), in_order=True)
     config.dequantizer.model.clipped = True
     return config

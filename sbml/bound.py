@@ -34,9 +34,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from sbml import divergence, moments, times
+from sbml.divergence import Trace
 from sbml.losses import perturb
 from sbml.sdes import SDE
-from sbml.times import Importance
+from sbml.times import PROPOSALS, Importance
 from sbml.types import Array, Key, Score
 
 FORMS = ("dsm", "ssm")
@@ -156,7 +157,8 @@ def elbo(
     form: str = "dsm",
     control: GaussianControl | None = None,
     density: Array | None = None,
-    probes: int = 0,
+    proposal: str = "importance",
+    trace: Trace = Trace("exact"),
 ) -> Bound:
     """The bound for one example ``x (*s)``; vmap over examples, keys and rows of ``u``.
 
@@ -170,8 +172,9 @@ def elbo(
         over a data set have the least variance.
       form: ``dsm`` or ``ssm``.
       control: reduces the variance of ``dsm``.
-      density: of the draws in log-SNR, in equal bins (``times.warp``); None for uniform.
-      probes: Rademacher probes of ``ssm``; 0 for the exact divergence.
+      density: of the draws of u, in equal bins (``times.warp``); None for uniform.
+      proposal: of ``times.PROPOSALS``, where u lies in time: evenly in log-SNR or in t.
+      trace: the divergence of ``ssm``.
 
     Returns:
       The three terms in nats. Their expectation bounds -log p(x).
@@ -185,17 +188,16 @@ def elbo(
         raise ValueError("the Gaussian control is of the dsm form: use form='dsm' or no control")
     if not jnp.issubdtype(x.dtype, jnp.floating):
         raise ValueError(f"x is {x.dtype}: dequantize integers first (sbml.bits.to_model)")
-    proposal = Importance(sde, eps)
-    v, inverse = (u, 1.0) if density is None else times.warp(u, density)
-    t, _ = proposal.at(v)
+    t, weight = PROPOSALS[proposal](sde, eps).over_log_snr(u, density)
     time_key, last_key, probe_key = jax.random.split(key, 3)
     zs = jax.random.normal(time_key, (u.size, *x.shape), x.dtype)
     if form == "dsm":
         draws = jax.vmap(lambda t, z: diffusion_dsm(score, sde, x, t, z, control))(t, zs)
     else:
-        vs = divergence.probes(probe_key, x.shape, probes).astype(x.dtype) if probes else None
+        exact = trace.kind == "exact"
+        vs = None if exact else trace.directions(probe_key, x.shape).astype(x.dtype)
         draws = jax.vmap(lambda t, z: diffusion_ssm(score, sde, x, t, z, vs))(t, zs)
-    diffusion = proposal.normaliser * jnp.mean(inverse * draws)
+    diffusion = jnp.mean(weight * draws)
     if control is not None:
         diffusion = diffusion + control.integral(sde, x, eps)
     last = jnp.asarray(eps, x.dtype)

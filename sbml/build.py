@@ -29,6 +29,7 @@ from sbml import (
     trained,
 )
 from sbml.discrete import CATEGORICAL
+from sbml.divergence import Trace
 from sbml.estimators import Cell
 from sbml.from_config import (
     check_choice,
@@ -40,7 +41,6 @@ from sbml.from_config import (
     smallest_time,
     solver,
 )
-from sbml.likelihood import Trace
 from sbml.ode import Solver
 from sbml.runtime import sharding
 from sbml.runtime.checkpoint import Checkpoints, Restored
@@ -68,7 +68,7 @@ class Experiment:
             self.twins,
             self.cells,
         )
-        _ = (self.cells, self.eval_solver, self.sampler, self.sampling_eps, self.eval_eps)
+        _ = (self.eval_proposal, self.eval_solver, self.sampler, self.sampling_eps, self.eval_eps)
         _ = self.dequantizer_optimizer
         name = self.config.dequantizer.name
         if not dequantizers.is_trained(self.dequantizer(name)):
@@ -132,8 +132,9 @@ class Experiment:
     def proposal(self) -> times.Proposal | times.Grid:
         if levels := self.config.training.discrete_levels:
             return times.Grid(levels)
-        kind = "importance" if self.config.training.importance_sampling else "uniform"
-        return times.PROPOSALS[kind](self.sde, smallest_time(self.config))
+        return times.PROPOSALS[_proposal(self.config.training)](
+            self.sde, smallest_time(self.config)
+        )
 
     @property
     def twins(self) -> bool:
@@ -227,6 +228,20 @@ class Experiment:
     @cached_property
     def dequantizer_optimizer(self) -> optax.GradientTransformation:
         return optimizer(self.config.dequantizer)
+
+    @property
+    def eval_proposal(self) -> str:
+        """Where the bound's times are drawn, of ``times.PROPOSALS``.
+
+        Raises:
+          ValueError: for times uniform in t with a density, which is learned in log-SNR.
+        """
+        if not self.config.eval.importance_sampling and (bins := self.config.eval.proposal_bins):
+            raise ValueError(
+                f"eval.importance_sampling=False with eval.proposal_bins={bins}: the density of "
+                "the bound's times is one of log-SNR; set --config.eval.proposal_bins=0"
+            )
+        return _proposal(self.config.eval)
 
     @property
     def eval_solver(self) -> Solver:
@@ -381,6 +396,10 @@ class Experiment:
     def to_plain(self) -> dict:
         """The config as plain JSON values."""
         return _plain(self.config.to_dict())
+
+
+def _proposal(section: ConfigDict) -> str:
+    return "importance" if section.importance_sampling else "uniform"
 
 
 def _plain(value: Any) -> Any:

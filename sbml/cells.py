@@ -34,6 +34,11 @@ from sbml.runtime.parts import Parts
 Table = dict[str, np.ndarray]
 
 
+# Before a standard error is believed enough to stop by. Of 2 or 3 sweeps it is often far too small
+# by chance: stopping there, a 95% interval held the truth in 90% of 6,000 trials, of 8 in 93%.
+FIRST_SWEEPS = 8
+
+
 class Unconverged(ValueError):
     """A fixed-step solve too coarse for the budget: no number is made of it."""
 
@@ -62,10 +67,16 @@ class Evaluation:
     density: Callable[[float], np.ndarray | None]  # of the bound's times, by their eps
     workdir: epath.Path
 
-    @property
-    def count(self) -> int:
-        """How many images are wanted."""
-        return min(self.experiment.config.eval.max_images or len(self.images), len(self.images))
+    def ids(self, count: int = 0) -> np.ndarray:
+        """The images wanted, of these ``count`` at most if it is not 0: a sorted random sample.
+
+        One permutation decides, the same for every seed: a larger sample holds the smaller ones, so
+        their rows serve for it. Files lie by class, crops by photo: the first are no sample.
+        """
+        size, config = len(self.images), self.experiment.config.eval
+        wanted = min(config.max_images or size, count or size, size)
+        order = np.arange(size) if config.in_order else np.random.RandomState(0).permutation(size)
+        return np.sort(order[:wanted])
 
 
 class CellRun:
@@ -81,14 +92,12 @@ class CellRun:
         self.trace = experiment.trace(cell.num_importance)
         # The density is of the dsm form's noise.
         self.density = shared.density(self.eps) if cell.estimator == "bound" else None
-        self.count = shared.count
-        if cell.num_importance > 1 and self.config.importance_images:
-            self.count = min(self.count, self.config.importance_images)
+        self.ids = shared.ids(self.config.importance_images if cell.num_importance > 1 else 0)
         # Where K > 1 an image costs K solves: about as many in all, but four images at least.
-        size = self.config.subset or self.count
-        size = min(max(4, size // cell.num_importance), self.count)
-        # Evenly spread ids: no random draw, and the same whatever the seed.
-        self.subset = np.unique(np.linspace(0, self.count - 1, size).astype(np.int64))
+        size = self.config.subset or len(self.ids)
+        size = min(max(4, size // cell.num_importance), len(self.ids))
+        # Evenly spread: no random draw, and the same whatever the seed.
+        self.subset = self.ids[np.linspace(0, len(self.ids) - 1, size).astype(np.int64)]
         # With K solves an image, smaller batches: less padding where few images are wanted.
         self.batch_size = sharding.round_up(max(1, self.config.batch_size // cell.num_importance))
         self.score = experiment.adapter(shared.restored.state.ema_params)
@@ -163,7 +172,11 @@ class CellRun:
             form = estimators.FORMS[self.cell.estimator]
             control = self.shared.control if form == "dsm" else None
             reduced = (u, control, self.density)
-            draws = {"form": form, "probes": self.config.probes}
+            draws = {
+                "form": form,
+                "proposal": self.shared.experiment.eval_proposal,
+                "trace": self.trace,
+            }
             found = estimators.evidence_bound(*batch, *reduced, **common, **draws)
         found = sharding.to_host(found)
         rows = {k: np.asarray(found[k], np.float64) for k in self.cell.terms if k != "scale"}
@@ -192,9 +205,11 @@ class CellRun:
         if self.cell.estimator == "ode":
             own = {"solver": dataclasses.asdict(solver), "trace": dataclasses.asdict(self.trace)}
         else:
-            own = {k: config["eval"][k] for k in ("n_times", "times", "probes")}
+            own = {k: config["eval"][k] for k in ("n_times", "times", "importance_sampling")}
             own["control_crc32"] = tree_crc32(shared.control)
             own["density_crc32"] = tree_crc32(self.density)
+            if self.cell.estimator == "bound_ssm":
+                own["trace"] = dataclasses.asdict(self.trace)
         return {
             "cell": dataclasses.asdict(self.cell),
             "terms": estimators.TERMS[self.cell.estimator],
@@ -218,10 +233,10 @@ class CellRun:
     def _solved(self) -> tuple[Table, dict[str, Any]]:
         solver = self.shared.experiment.eval_solver
         guard = self._guard(solver)  # First: a solve too coarse costs a subset, not the split.
-        table = self.rows(np.arange(self.count), 0)
+        table = self.rows(self.ids, 0)
         again = self.rows(self.subset, 1)
-        first = table["bits_per_dim"][self.subset]
-        stderr, freedom = intervals.repeated_stderr(first, again["bits_per_dim"], self.count)
+        first = table["bits_per_dim"][np.isin(table["id"], self.subset)]
+        stderr, freedom = intervals.repeated_stderr(first, again["bits_per_dim"], len(self.ids))
         return table, {**self._this_set(table, stderr, freedom), **guard}
 
     def _guard(self, solver: Solver) -> dict[str, Any]:
@@ -244,10 +259,10 @@ class CellRun:
         }
 
     def _swept(self) -> tuple[Table, dict[str, Any]]:
-        ids, tables = np.arange(self.count), list[Table]()
+        tables: list[Table] = []
         for sweeps in self._wanted(tables):
             while len(tables) < sweeps:
-                tables.append(self.rows(ids, len(tables)))
+                tables.append(self.rows(self.ids, len(tables)))
         stderr = _sweep_stderr(tables)
         averaged = {k: np.mean([t[k] for t in tables], axis=0) for k in tables[0]}
         averaged["id"], averaged["sweep"] = tables[0]["id"], tables[0]["sweep"]
@@ -258,14 +273,14 @@ class CellRun:
     def _wanted(self, tables: list[Table]) -> Iterator[int]:
         """How many sweeps to have: ``eval.sweeps``, then what ``eval.target_se`` still needs."""
         config = self.config
-        yield config.sweeps
+        first = min(FIRST_SWEEPS, config.max_sweeps) if config.target_se else 1
+        yield max(config.sweeps, first)
         while config.target_se and len(tables) < config.max_sweeps:
             ratio = _sweep_stderr(tables) / config.target_se
             if not ratio > 1:
                 return
-            # Of one sweep nothing is known yet.
-            wanted = math.ceil(len(tables) * ratio**2) if math.isfinite(ratio) else 2
-            yield min(config.max_sweeps, max(len(tables) + 1, wanted))
+            wanted = max(len(tables) + 1, len(tables) * ratio**2)
+            yield math.ceil(min(config.max_sweeps, wanted))
 
     def _this_set(self, table: Table, stderr: float, freedom: int) -> dict[str, Any]:
         mean, half = float(np.mean(table["bits_per_dim"])), intervals.half_width(stderr, freedom)
@@ -320,8 +335,8 @@ def check_first_batch(shared: Evaluation, dequantization: Dequantization) -> Non
     """Refuse a dequantizer that leaves the integers where they are (``bits.check_dequantized``)."""
     if dequantization.model is None:
         return
-    size = min(shared.count, shared.experiment.config.eval.batch_size)
-    pixels = jax.numpy.asarray(shared.images.images[np.arange(size)])
+    ids = shared.ids(shared.experiment.config.eval.batch_size)
+    size, pixels = len(ids), jax.numpy.asarray(shared.images.images[ids])
     keys = jax.random.split(jax.random.key(0), size)
     draw = jax.jit(jax.vmap(lambda p, k: dequantization.model.sample(dequantization.params, p, k)))
     u, _ = draw(pixels, keys)

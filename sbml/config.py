@@ -57,15 +57,17 @@ def _eval() -> dict:
         "num_importance": (1,),  # K draws of the dequantizer in one logarithm
         "importance_images": 0,  # where K > 1, on this many images; 0: max_images
         "batch_size": 128,
-        "max_images": 0,  # 0: all
+        "max_images": 0,  # drawn from the split once and for all; 0: all
+        "in_order": False,  # max_images are the first of the split instead
         "seed": 0,
         "smallest_time": config_dict.placeholder(float),  # None: the training's
         "trace": config_dict.placeholder(str),  # None: rademacher, exact where K > 1
         "probes": 1,  # of a Hutchinson trace, ode's or bound_ssm's
         "n_times": 2,  # of the bound, draws an image in one sweep
         "times": "lattice",  # of the bound; or iid
+        "importance_sampling": True,  # its times uniform in log-SNR; or in t
         "sweeps": 8,  # of the bound, each over all images
-        "target_se": 0.0,  # sweep until this standard error in bits/dim; 0: just sweeps
+        "target_se": 0.0,  # sweep, 8 times at least, to this standard error in bits/dim; 0: off
         "max_sweeps": 256,
         "control": True,  # Gaussian control variate of the bound
         "proposal_bins": 32,  # of a learned density of the bound's times; 0: uniform

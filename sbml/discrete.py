@@ -30,11 +30,11 @@ import jax.numpy as jnp
 from jax.scipy.special import log_ndtr
 from jax.scipy.stats import norm
 
-from sbml import bits, times
+from sbml import bits
 from sbml.bound import Bound, GaussianControl, prior_kl
 from sbml.dequantizers import truncated_normal
 from sbml.sdes import SDE
-from sbml.times import Importance
+from sbml.times import PROPOSALS
 from sbml.types import Array, Key, Score
 
 # The first is a dequantizer; the second stands where one's name does, for it needs none.
@@ -142,6 +142,7 @@ def elbo(
     u: Array,
     control: GaussianControl | None = None,
     density: Array | None = None,
+    proposal: str = "importance",
 ) -> Bound:
     """The bound on -log P(pixels) for one example; its terms in nats need no further ``scale``.
 
@@ -154,7 +155,7 @@ def elbo(
       levels: L.
       eps: the smallest time, for which :func:`smallest_time` is a good choice.
       u: points ``(n,)`` in [0, 1), each a draw of the diffusion term.
-      control, density: reduce the variance, as in ``bound.elbo``.
+      control, density, proposal: make the variance what it is, as in ``bound.elbo``.
 
     Returns:
       prior, diffusion and reconstruction (the decoder; zero for ``truncated_normal``), in nats.
@@ -164,9 +165,7 @@ def elbo(
     """
     if kind not in KINDS:
         raise ValueError(f"unknown discrete bound {kind!r}; choose from {KINDS}")
-    proposal = Importance(sde, eps)
-    v, inverse = (u, 1.0) if density is None else times.warp(u, density)
-    t, _ = proposal.at(v)
+    t, weight = PROPOSALS[proposal](sde, eps).over_log_snr(u, density)
     centre = bits.to_model(pixels, 0.5, levels)
     truncated = kind == TRUNCATED_NORMAL
     width = tau(sde, levels, eps)
@@ -176,7 +175,7 @@ def elbo(
         return _draw(score, sde, centre, t, key, first, width if truncated else None, control)
 
     keys = jax.random.split(key, u.size + 1)
-    diffusion = proposal.normaliser * jnp.mean(inverse * jax.vmap(draw)(t, keys[:-1]))
+    diffusion = jnp.mean(weight * jax.vmap(draw)(t, keys[:-1]))
     if control is not None:
         diffusion = diffusion + control.integral(sde, centre, eps)
     if truncated:

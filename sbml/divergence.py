@@ -6,6 +6,7 @@ gives J v beside f(x) in one pass; inside a solver's loop reverse mode is 6 time
 References: Hutchinson 1989; Grathwohl et al., FFJORD, ICLR 2019.
 """
 
+import dataclasses
 from collections.abc import Callable
 
 import jax
@@ -68,3 +69,35 @@ def hutchinson(f: Callable[[Array], Array], x: Array, vs: Array) -> tuple[Array,
     """f(x) and the mean of v^T J(x) v over the probes ``vs (k, *s)``."""
     y, forms = quadratic_forms(f, x, vs)
     return y, jnp.mean(forms)
+
+
+@dataclasses.dataclass(frozen=True)
+class Trace:
+    """How the divergence is computed.
+
+    Attributes:
+      kind: ``rademacher`` or ``gaussian`` probes, or ``exact``.
+      probes: how many, for one solve (not used by ``exact``).
+    """
+
+    kind: str = "rademacher"
+    probes: int = 1
+
+    def __post_init__(self) -> None:
+        choices = (*PROBES, "exact")
+        if self.kind not in choices:
+            raise ValueError(f"unknown trace {self.kind!r}; choose from {choices}")
+        if self.probes < 1:
+            raise ValueError(f"{self.probes} probes: need at least one")
+
+    def directions(self, key: Key | None, shape: tuple[int, ...]) -> Array:
+        """The directions ``(k, *shape)`` whose quadratic forms are summed."""
+        if self.kind == "exact":
+            return basis(shape)
+        if key is None:
+            raise ValueError(f"a {self.kind} trace draws probes: pass a key, or use kind='exact'")
+        return probes(key, shape, self.probes, self.kind)
+
+    def combined(self, forms: Array) -> Array:
+        """The divergence ``()`` that the quadratic forms ``(k,)`` tell."""
+        return jnp.sum(forms) if self.kind == "exact" else jnp.mean(forms)

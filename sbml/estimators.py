@@ -29,7 +29,7 @@ import jax.numpy as jnp
 from sbml import bits, bound, discrete, likelihood
 from sbml.bound import GaussianControl
 from sbml.discrete import CATEGORICAL, TRUNCATED_NORMAL
-from sbml.likelihood import Trace
+from sbml.divergence import Trace
 from sbml.ode import Solver
 from sbml.sdes import SDE
 from sbml.types import Array, Key, Score
@@ -83,12 +83,18 @@ class Cell:
 
 
 def _averaged(each: dict[str, Array]) -> dict[str, Array]:
-    """The W-average of K draws' terms ``(K,)`` and ``importance``, log K + sum W log W; nats."""
+    """The W-average of K draws' terms ``(K,)`` and ``importance``, log K + sum W log W; nats.
+
+    A draw of no weight, as one of density 0, adds nothing, though a term of it is infinite.
+    """
     log_weights = jax.nn.log_softmax(-sum(each.values()))
     weights = jnp.exp(log_weights)
-    importance = jnp.sum(weights * log_weights) + math.log(len(weights))
-    terms = {name: jnp.sum(weights * term) for name, term in each.items()}
-    return {**terms, "importance": importance}
+
+    def average(term: Array) -> Array:
+        return jnp.sum(jnp.where(weights == 0, 0, weights * term))
+
+    terms = {name: average(term) for name, term in each.items()}
+    return {**terms, "importance": average(log_weights) + math.log(len(weights))}
 
 
 def _key(seed: Array, sweep: Array, i: Array) -> Key:
@@ -161,7 +167,7 @@ def ode(
 
 
 @functools.partial(
-    jax.jit, static_argnames=("dequantizer", "sde", "levels", "eps", "form", "probes")
+    jax.jit, static_argnames=("dequantizer", "sde", "levels", "eps", "form", "proposal", "trace")
 )
 def evidence_bound(
     score: Score,
@@ -179,17 +185,20 @@ def evidence_bound(
     levels: int,
     eps: float,
     form: str = "dsm",
-    probes: int = 1,
+    proposal: str = "importance",
+    trace: Trace = Trace(),
 ) -> dict[str, Array]:
     """Terms ``(n,)`` in bits/dim, and ``nfe``; times are at ``u (n, draws)`` in [0, 1).
 
     ``dequantizer`` is a ``Model`` of ``sbml.dequantizers`` or None for the categorical decoder;
-    ``control`` and ``density`` are those of ``bound.elbo``, the others those of :func:`ode`.
+    ``control``, ``density``, ``form``, ``proposal`` and ``trace`` are those of ``bound.elbo``, the
+    others those of :func:`ode`.
     """
 
     def one(pixels: Array, i: Array, sweep: Array, u: Array) -> dict[str, Array]:
         u_key, key = jax.random.split(_key(seed, sweep, i))
-        sampled: dict[str, Any] = {"eps": eps, "u": u, "control": control, "density": density}
+        drawn = {"control": control, "density": density, "proposal": proposal}
+        sampled: dict[str, Any] = {"eps": eps, "u": u, **drawn}
         if dequantizer is None or dequantizer.at_noise:
             kind = CATEGORICAL if dequantizer is None else TRUNCATED_NORMAL
             terms = discrete.elbo(score, sde, pixels, key, kind=kind, levels=levels, **sampled)
@@ -197,7 +206,7 @@ def evidence_bound(
         else:
             v, log_q = dequantizer.sample(params, pixels, u_key)
             x = bits.to_model(pixels, v, levels)
-            terms = bound.elbo(score, sde, x, key, form=form, probes=probes, **sampled)
+            terms = bound.elbo(score, sde, x, key, form=form, trace=trace, **sampled)
             nfe = u.size + 1
         named = {**terms._asdict(), "dequantization": log_q}
         return {**_in_bits(named, pixels), "nfe": jnp.asarray(nfe)}

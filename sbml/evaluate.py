@@ -4,7 +4,6 @@ A cell is one estimator with one dequantizer and K draws of it (``sbml.estimator
 checkpoint. How a cell's rows are made, resumed and given their error bars is in ``sbml.cells``.
 """
 
-import dataclasses
 import functools
 import json
 import sys
@@ -29,39 +28,68 @@ from sbml.intervals import mean_interval
 from sbml.runtime import report
 from sbml.runtime.checkpoint import Restored, tree_crc32
 from sbml.runtime.files import write_whole
-from sbml.runtime.parts import write_npz
+from sbml.runtime.parts import kept, write_npz
 from sbml.runtime.versions import versions
 
 
-def control_variate(experiment: Experiment, train: ImageSet) -> GaussianControl | None:
-    """The Gaussian fitted to the training images' bin centres, where ``eval.control`` asks."""
+def control_variate(
+    experiment: Experiment, train: ImageSet, workdir: epath.Path
+) -> GaussianControl | None:
+    """The Gaussian fitted to the training images' bin centres, where ``eval.control`` asks.
+
+    Fitted once, and then read from ``workdir``.
+    """
     if not experiment.config.eval.control:
         return None
-    fitted = GaussianControl.fit(train.images, noise_variance=1 / 12)
-    in_scale = dataclasses.replace(
-        fitted,
-        mean=bits.to_model(fitted.mean, 0.5, train.levels),
-        variances=(2 / train.levels) ** 2 * fitted.variances,
-    )
-    return jax.tree.map(lambda a: np.asarray(a, np.float32), in_scale)
+
+    def fit() -> dict[str, np.ndarray]:
+        fitted = GaussianControl.fit(train.images, noise_variance=1 / 12)
+        in_scale = {
+            "mean": bits.to_model(fitted.mean, 0.5, train.levels),
+            "variances": (2 / train.levels) ** 2 * fitted.variances,
+            **({} if fitted.basis is None else {"basis": fitted.basis}),
+        }
+        return {name: np.asarray(value, np.float32) for name, value in in_scale.items()}
+
+    found: dict[str, Any] = kept(workdir / "eval", "control", train.fingerprint, fit)
+    return GaussianControl(**{"basis": None, **found})
 
 
 def time_density(
-    experiment: Experiment, restored: Restored, train: ImageSet, control: GaussianControl | None
+    experiment: Experiment,
+    restored: Restored,
+    train: ImageSet,
+    control: GaussianControl | None,
+    workdir: epath.Path,
 ) -> Callable[[float], np.ndarray | None]:
-    """Where the bound's draws are wanted most, from training images, if ``eval.proposal_bins``."""
+    """Where the bound's draws are wanted most, from training images, if ``eval.proposal_bins``.
+
+    Found once for each smallest time, and then read from ``workdir``.
+    """
     config = experiment.config.eval
-    chosen = np.linspace(0, len(train) - 1, min(len(train), 256)).astype(np.int64)
+    identity = {
+        "data": train.fingerprint,
+        "parameters_crc32": tree_crc32(restored.state.ema_params),
+        "control_crc32": tree_crc32(control),
+        "seed": config.seed,
+        "bins": config.proposal_bins,
+        **experiment.score_identity,
+    }
+
+    def pilot(eps: float) -> dict[str, np.ndarray]:
+        chosen = np.linspace(0, len(train) - 1, min(len(train), 256)).astype(np.int64)
+        x = bits.to_model(jax.numpy.asarray(train.images[chosen]), 0.5, train.levels)
+        options = {"eps": eps, "control": control, "bins": config.proposal_bins}
+        find = jax.jit(lambda score, x, key: bound.pilot(score, experiment.sde, x, key, **options))
+        score = experiment.adapter(restored.state.ema_params)
+        return {"density": np.asarray(find(score, x, jax.random.key(config.seed)))}
 
     @functools.cache
     def density(eps: float) -> np.ndarray | None:
         if not config.proposal_bins:
             return None
-        x = bits.to_model(jax.numpy.asarray(train.images[chosen]), 0.5, train.levels)
-        options = {"eps": eps, "control": control, "bins": config.proposal_bins}
-        find = jax.jit(lambda score, x, key: bound.pilot(score, experiment.sde, x, key, **options))
-        score = experiment.adapter(restored.state.ema_params)
-        return np.asarray(find(score, x, jax.random.key(config.seed)))
+        at = {"eps": eps, **identity}
+        return kept(workdir / "eval", "density", at, lambda: pilot(eps))["density"]
 
     return density
 
@@ -171,18 +199,17 @@ def _fill(
 ) -> tuple[cells.Table, list[dict[str, Any]]]:
     """Every cell's columns in one per-image table, and its result.
 
-    A cell of other images than the first's, as where K > 1, has a table of its own on disk.
+    A cell of fewer images than others, as where K > 1, has a table of its own on disk.
     """
-    tables: cells.Table = {}
     results = []
     # All are set up before the first is computed: what cannot be must not cost hours first.
     cell_runs = [CellRun(shared, cell, found[cell.dequantizer]) for cell in defined]
+    tables: cells.Table = {"id": max((run.ids for run in cell_runs), key=len)}
     for cell, cell_run in zip(defined, cell_runs, strict=True):
         rows, noise = cell_run.finish()
         results.append(cell_run.result(rows, noise))
         print(_line(results[-1]))
         named = {f"{cell.name}_{c}": rows[c] for c in (*cell.terms, "bits_per_dim", "nfe")}
-        tables = tables or {"id": rows["id"]}
         if np.array_equal(rows["id"], tables["id"]):
             tables.update(named)
         elif jax.process_index() == 0:
@@ -211,8 +238,8 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
     }
     start = time.perf_counter()
     wants_control = any(cell.is_bound for cell in defined)
-    control = control_variate(experiment, train) if wants_control else None
-    density = time_density(experiment, restored, train, control)
+    control = control_variate(experiment, train, workdir) if wants_control else None
+    density = time_density(experiment, restored, train, control, workdir)
     shared = Evaluation(experiment, restored, images, control, density, workdir)
     warnings = _training_mismatch(restored, train)
     for name, dequantizer in found.items():
@@ -220,8 +247,11 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
         cells.check_first_batch(shared, dequantizer)
     if images.skipped:
         warnings.append(f"{len(images.skipped)} unreadable files: {'; '.join(images.skipped)}")
-    if shared.count < len(images):
-        warnings.append(f"only {shared.count} of {len(images)} images (eval.max_images)")
+    if (count := len(shared.ids())) < len(images):
+        how = "the first" if config.eval.in_order else "a random sample of"
+        warnings.append(f"{how} {count} of {len(images)} images (eval.max_images)")
+    if images.caution:
+        warnings.append(images.caution)
     tables, results = _fill(shared, defined, found)
     warnings += [warning for result in results for warning in result_warnings(result)]
     for warning in warnings:

@@ -67,9 +67,14 @@ def repeated_stderr(first: np.ndarray, second: np.ndarray, n: int) -> tuple[floa
 def outliers(values: np.ndarray, width: float = 6.0) -> np.ndarray:
     """Indices of values further than ``width`` robust standard deviations from the median.
 
-    The robust deviation is 1.4826 times the median absolute deviation. Nothing is trimmed for it:
-    whoever reads the mean should know what carries it.
+    The robust deviation is 1.4826 times the median absolute deviation, both of the finite values;
+    those that are not finite are outliers. Nothing is trimmed for it: whoever reads the mean should
+    know what carries it.
     """
     values = np.asarray(values, np.float64)
-    distance = np.abs(values - np.median(values))
-    return np.flatnonzero(~(distance <= width * 1.4826 * np.median(distance)))
+    finite = np.isfinite(values)
+    if not finite.any():
+        return np.arange(len(values))
+    distance = np.abs(values - np.median(values[finite]))
+    near = distance <= width * 1.4826 * np.median(distance[finite])
+    return np.flatnonzero(~(finite & near))

@@ -23,47 +23,15 @@ point would average out along the path, but ties the result to where rounding pu
 Reference: Song et al., "Score-Based Generative Modeling through SDEs", ICLR 2021, appendix D.2.
 """
 
-import dataclasses
 from typing import NamedTuple
 
 import jax.numpy as jnp
 
 from sbml import divergence, ode
+from sbml.divergence import Trace
 from sbml.ode import Solver, Stats, velocity
 from sbml.sdes import SDE
 from sbml.types import Array, Key, Score
-
-
-@dataclasses.dataclass(frozen=True)
-class Trace:
-    """How the divergence is computed.
-
-    Attributes:
-      kind: ``rademacher`` or ``gaussian`` probes, or ``exact``.
-      probes: how many, for one solve (not used by ``exact``).
-    """
-
-    kind: str = "rademacher"
-    probes: int = 1
-
-    def __post_init__(self) -> None:
-        choices = (*divergence.PROBES, "exact")
-        if self.kind not in choices:
-            raise ValueError(f"unknown trace {self.kind!r}; choose from {choices}")
-        if self.probes < 1:
-            raise ValueError(f"{self.probes} probes: need at least one")
-
-    def directions(self, key: Key | None, shape: tuple[int, ...]) -> Array:
-        """The directions ``(k, *shape)`` whose quadratic forms are summed."""
-        if self.kind == "exact":
-            return divergence.basis(shape)
-        if key is None:
-            raise ValueError(f"a {self.kind} trace draws probes: pass a key, or use kind='exact'")
-        return divergence.probes(key, shape, self.probes, self.kind)
-
-    def combined(self, forms: Array) -> Array:
-        """The divergence ``()`` that the quadratic forms ``(k,)`` tell."""
-        return jnp.sum(forms) if self.kind == "exact" else jnp.mean(forms)
 
 
 class Likelihood(NamedTuple):

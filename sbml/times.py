@@ -142,6 +142,17 @@ class Proposal(abc.ABC):
     def at(self, u: Array) -> tuple[Array, Array]:
         """Times and weights (1 / density), each of the shape of ``u`` in [0, 1)."""
 
+    def over_log_snr(self, u: Array, density: Array | None = None) -> tuple[Array, Array]:
+        """Times and weights for an integral over lambda = log-SNR, of the shape of ``u``:
+
+            E_u[ weight h(t) ] = integral h dlambda from lambda(T) to lambda(eps).
+
+        ``density`` moves the points first (:func:`warp`).
+        """
+        v, inverse = (u, 1.0) if density is None else warp(u, density)
+        t, weight = self.at(v)
+        return t, inverse * weight * self.sde.rate(t)
+
 
 @dataclasses.dataclass(frozen=True)
 class Uniform(Proposal):

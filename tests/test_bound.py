@@ -102,6 +102,15 @@ def test_plain_draws_average_to_the_integral(case):
     assert abs(values.mean() - expected) < 4 * values.std() / np.sqrt(len(values))
 
 
+@pytest.mark.parametrize("control", [False, True])
+def test_times_uniform_in_t_do_not_bias(case, control):
+    sde, data = case
+    wrong = bound.GaussianControl(data.mean + 0.1, jnp.full_like(data.mean, 0.3), None)
+    x, values = draws(data, sde, control=wrong if control else None, proposal="uniform")
+    expected = control_of(data).integral(sde, x, EPS)
+    assert abs(values.mean() - expected) < 4 * values.std() / np.sqrt(len(values))
+
+
 def test_a_wrong_control_does_not_bias(case):
     sde, data = case
     wrong = bound.GaussianControl(data.mean + 0.1, jnp.full_like(data.mean, 0.3), None)

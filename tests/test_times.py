@@ -75,6 +75,16 @@ def test_estimates_are_unbiased(proposal: Proposal, draw: str) -> None:
     assert abs(error) < 3 * np.std(values) / np.sqrt(len(values))
 
 
+@pytest.mark.parametrize("density", [None, (1.0, 3.0, 2.0)])
+def test_weights_over_log_snr(proposal: Proposal, density: tuple[float, ...] | None) -> None:
+    """dlambda = (g / sigma)^2 dt, whichever way the times are drawn."""
+    s = (jnp.arange(100_000) + 0.5) / 100_000  # u = s^3: closely where uniform times have a spike.
+    t, weight = proposal.over_log_snr(s**3, None if density is None else jnp.asarray(density))
+    sde = proposal.sde
+    expected = _integral(lambda t: (sde.diffusion(t) / sde.std(t)) ** 2 * _integrand(t))
+    np.testing.assert_allclose(jnp.mean(3 * s**2 * weight * _integrand(t)), expected, rtol=1e-5)
+
+
 @pytest.mark.oracle
 def test_normaliser_is_the_integral(sde: SDE) -> None:
     expected = _integral(lambda t: (sde.diffusion(t) / sde.std(t)) ** 2)

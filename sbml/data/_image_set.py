@@ -72,6 +72,7 @@ class ImageSet:
       levels: number of values a channel can take, 2 .. 256.
       ids: a readable name for each image, or None.
       skipped: "file: reason" for each file that should be in the set and could not be read.
+      caution: what a reader of a mean over these images must know; empty if nothing.
 
     Raises:
       ValueError: pixels of another type or rank, none at all, or a value of ``levels`` or more.
@@ -84,6 +85,7 @@ class ImageSet:
     levels: int = 256
     ids: tuple[str, ...] | None = field(default=None, repr=False)
     skipped: tuple[str, ...] = field(default=(), repr=False)
+    caution: str = ""
 
     def __post_init__(self) -> None:
         images, what = self.images, f"{self.name} ({self.split})"

@@ -86,7 +86,11 @@ class Photos:
         version = content_key(files, PHOTOS, SIZE, SPACING, SCALES)
         path = options.cache / "photos" / version / f"{split}.npy"
         images, notes = prepared(path, lambda add: _build(names, add))
-        return ImageSet("photos", version, split, images, ids=tuple(notes["ids"]))
+        caution = (
+            f"overlapping crops of {len(names)} photos: the interval is for more crops of these, "
+            "not of others"
+        )
+        return ImageSet("photos", version, split, images, ids=tuple(notes["ids"]), caution=caution)
 
 
 SOURCE = Photos()

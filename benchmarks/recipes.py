@@ -40,8 +40,8 @@ def run(config, recipe: dict, folder: pathlib.Path, images: int) -> tuple[np.nda
     restored, test = experiment.restore(folder), experiment.images("test")
     shared = cells.Evaluation(experiment, restored, test, None, lambda eps: None, folder)
     dequantization = evaluate.dequantization(experiment, "uniform", folder, test)
-    rows = cells.CellRun(shared, Cell("ode", "uniform"), dequantization).rows(np.arange(images), 0)
-    return rows["bits_per_dim"], seconds
+    cell_run = cells.CellRun(shared, Cell("ode", "uniform"), dequantization)
+    return cell_run.rows(cell_run.ids, 0)["bits_per_dim"], seconds
 
 
 def main() -> None:

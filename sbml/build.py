@@ -28,12 +28,12 @@ from sbml import (
     times,
     trained,
 )
+from sbml.config import check_ranges, choices_in
 from sbml.discrete import CATEGORICAL
 from sbml.divergence import Trace
 from sbml.estimators import Cell
 from sbml.from_config import (
     check_choice,
-    choices_in,
     network,
     optimizer,
     sampler,
@@ -60,6 +60,7 @@ class Experiment:
 
     def __post_init__(self) -> None:
         # Touch every part now: a bad field must not surface after an hour of training.
+        check_ranges(self.config)
         _ = (
             self.trained_adapter,
             self.proposal,
@@ -179,9 +180,6 @@ class Experiment:
                 )
             for name in chosen[field]:
                 check_choice(f"eval.{field}", name, choices)
-        for field in ("n_times", "sweeps", "batch_size"):
-            if e[field] < 1:
-                raise ValueError(f"eval.{field}={e[field]}: need at least one")
         if not e.num_importance or min(e.num_importance) < 1:
             raise ValueError(f"eval.num_importance={e.num_importance}: need integers from 1 up")
         cells = [
@@ -282,7 +280,9 @@ class Experiment:
             path=d.path or None,
             image_size=self.shape[0],
             channels=self.shape[-1],
+            crop=d.crop,
             test_fraction=d.test_fraction,
+            seed=d.split_seed,
         )
         images = data.load(d.source, split, options)
         if images.shape != self.shape or images.levels != self.levels:

@@ -5,13 +5,57 @@ is derived from several of them is computed in ``sbml.build``, after command-lin
 """
 
 import dataclasses
+import math
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import ml_collections
 from ml_collections import config_dict
 
 from sbml import networks
+
+# The least that a number may be, by section; the dequantizer's sections are as the score's.
+LEAST = {
+    "training": {
+        **dict.fromkeys(("batch_size", "num_steps", "accumulate", "steps_per_dispatch"), 1),
+        **dict.fromkeys(("log_every", "checkpoint_every", "keep_last"), 1),
+        **dict.fromkeys(("keep_every", "sample_every", "proposal_bins", "discrete_levels"), 0),
+    },
+    "optim": dict.fromkeys(
+        ("lr", "warmup", "beta1", "beta2", "eps", "weight_decay", "grad_clip", "ema"), 0
+    ),
+    "eval": {
+        **dict.fromkeys(("batch_size", "n_times", "sweeps", "max_sweeps", "probes"), 1),
+        **dict.fromkeys(("max_images", "importance_images", "seed", "target_se"), 0),
+        **dict.fromkeys(("proposal_bins", "fixed_steps", "subset", "solver_budget"), 0),
+    },
+    "sampling": {**dict.fromkeys(("num_images", "batch_size"), 1), "seed": 0},
+}
+BELOW_ONE = {"optim": ("beta1", "beta2", "ema")}
+
+
+def check_ranges(config: ml_collections.ConfigDict) -> None:
+    """Refuse numbers that cannot work, before any work is begun.
+
+    Raises:
+      ValueError: naming the field, its value and what it may be.
+    """
+    for part, where in ((config, ""), (config.dequantizer, "dequantizer.")):
+        for section, fields in LEAST.items():
+            for field, least in fields.items():
+                if field not in part.get(section, ()):
+                    continue
+                value, small = part[section][field], field in BELOW_ONE.get(section, ())
+                if not least <= value < (1 if small else math.inf):
+                    upper = " and below 1" if small else ""
+                    raise ValueError(
+                        f"{where}{section}.{field}={value}: need at least {least}{upper}"
+                    )
+
+
+def choices_in(value: Collection[str]) -> list[str]:
+    """The names in a field such as ``eval.estimators``; the command line's "a,b" is one string."""
+    return [name.strip() for item in value for name in item.split(",") if name.strip()]
 
 
 def model_fields(name: str) -> dict:
@@ -142,7 +186,9 @@ def default(network: str = "ncsnpp") -> ml_collections.ConfigDict:
                 "cache_dir": "",  # prepared arrays; empty: ~/.cache/sbml
                 "manual_dir": "",  # archives already on disk, for tfds and imagenet32
                 "path": "",  # folder of image_folder
+                "crop": "center",  # of image_folder; random, squash (both sides scaled)
                 "test_fraction": 0.1,  # of image_folder without train/ and test/ subfolders
+                "split_seed": 0,  # of image_folder: which images are held out, random crops
             },
             "sde": {
                 "name": "vp",  # vp, subvp, ve, linear_ve

@@ -6,6 +6,7 @@ checkpoint. How a cell's rows are made, resumed and given their error bars is in
 
 import functools
 import json
+import shlex
 import sys
 import time
 from collections.abc import Callable
@@ -155,6 +156,16 @@ def _dequantizer_mismatch(restored: Restored, name: str, found: Dequantization) 
     return []
 
 
+def as_trained(asked: dict[str, Any], trained: dict[str, Any]) -> dict[str, Any]:
+    """The config of this evaluation, with what its checkpoint says of the training in its place.
+
+    An evaluation needs no flag of how its model was trained, so ``asked`` may say anything of it.
+    """
+    data = {name: trained["data"][name] for name in ("dequantization", "flip")}
+    sections = {name: trained[name] for name in ("seed", "training", "optim")}
+    return {**asked, **sections, "data": {**asked["data"], **data}}
+
+
 def result_warnings(result: dict[str, Any]) -> list[str]:
     """What a reader of the number must know: non-finite or outlying images, no convergence."""
     name = f"{result['estimator']} {result['dequantizer']} K={result['num_importance']}"
@@ -241,12 +252,15 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
     control = control_variate(experiment, train, workdir) if wants_control else None
     density = time_density(experiment, restored, train, control, workdir)
     shared = Evaluation(experiment, restored, images, control, density, workdir)
-    warnings = _training_mismatch(restored, train)
+    warnings = [f"damaged, so an older checkpoint was taken: {r}" for r in restored.damaged]
+    warnings += _training_mismatch(restored, train)
     for name, dequantizer in found.items():
         warnings += _dequantizer_mismatch(restored, name, dequantizer)
         cells.check_first_batch(shared, dequantizer)
-    if images.skipped:
-        warnings.append(f"{len(images.skipped)} unreadable files: {'; '.join(images.skipped)}")
+    for split in (images, train):
+        if split.skipped:
+            named = "; ".join(split.skipped)
+            warnings.append(f"{len(split.skipped)} unreadable {split.split} files: {named}")
     if (count := len(shared.ids())) < len(images):
         how = "the first" if config.eval.in_order else "a random sample of"
         warnings.append(f"{how} {count} of {len(images)} images (eval.max_images)")
@@ -263,10 +277,13 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
         "baselines": _baselines(train, images, tables["id"]),
         "warnings": warnings,
         "model": {"name": config.model.name, "parameters": experiment.parameter_count()},
-        "checkpoint": {"step": restored.step},
+        "checkpoint": {
+            "step": restored.step,
+            "parameters_crc32": tree_crc32(restored.state.ema_params),
+        },
         "data": {"train": train.fingerprint, config.eval.split: images.fingerprint},
-        "config": experiment.to_plain(),
-        "command": " ".join(["python -m sbml.main", *sys.argv[1:]]),
+        "config": as_trained(experiment.to_plain(), restored.metadata["config"]),
+        "command": shlex.join(["python", "-m", "sbml.main", *sys.argv[1:]]),
         "versions": versions(),
         "timing": {"evaluation_seconds": round(time.perf_counter() - start, 1)},
     }

@@ -27,11 +27,6 @@ def check_choice(field: str, name: str, choices: Collection[str]) -> str:
     return name
 
 
-def choices_in(value: Collection[str]) -> list[str]:
-    """The names in a field such as ``eval.estimators``; the command line's "a,b" is one string."""
-    return [name.strip() for item in value for name in item.split(",") if name.strip()]
-
-
 def sde(config: ConfigDict) -> sdes.SDE:
     """The forward process, from those fields of ``config.sde`` that it has."""
     kind = sdes.SDES[check_choice("sde.name", config.sde.name, sdes.SDES)]

@@ -152,6 +152,12 @@ class _Trainer:
         logging.info("Resuming from step %d of %s", restored.step, self.checkpoints.directory)
         trained.warn_if_other_data(restored.metadata, self.task.images)
         self.task.check(restored.metadata)
+        trained.warn_if_trained_otherwise(restored.metadata, self.task.provenance, self.task.field)
+        if restored.step > (wanted := self.training.num_steps):
+            logging.warning(
+                "step %d is past %straining.num_steps=%d: nothing is trained",
+                *(restored.step, self.task.field, wanted),
+            )
         return restored.state, restored.step
 
     def batch(self, step: int) -> Array:
@@ -234,16 +240,22 @@ def run(task: Task, checkpoints: Checkpoints) -> None:
       NonFiniteLoss: naming the step, the loss and the last good checkpoint.
       SystemExit: with status 143 after SIGTERM, once everything is saved.
     """
-    with checkpoints, Preemption() as preemption:
-        trainer = _Trainer(task, checkpoints)
-        try:
-            _loop(trainer, preemption)
-        finally:
-            if trainer.writer:
-                trainer.writer.close()
+    with Preemption() as preemption:
+        with checkpoints:  # Left with the last save on disk.
+            trainer = _Trainer(task, checkpoints)
+            try:
+                done = _loop(trainer, preemption)
+            finally:
+                if trainer.writer:
+                    trainer.writer.close()
+        # Whenever it came, in the last save too: what follows in this process is not begun.
+        if preemption.requested():
+            logging.warning("SIGTERM: step %d is saved; the same command resumes from it", done)
+            raise SystemExit(EXIT_CODE)
 
 
-def _loop(trainer: _Trainer, preemption: Preemption) -> None:
+def _loop(trainer: _Trainer, preemption: Preemption) -> int:
+    """Train until done, or asked to stop; the number of steps made and saved."""
     training = trainer.training
     stride, total = training.steps_per_dispatch, training.num_steps
     rows: list[tuple[float, float]] = []
@@ -255,9 +267,12 @@ def _loop(trainer: _Trainer, preemption: Preemption) -> None:
         for step, loss, norm in trainer.settle(leave):
             rows.append((loss, norm))
             bar.update()
-            if (step + 1) % training.log_every == 0 or step + 1 == total:
+            end = step + 1
+            # The steps of one dispatch end together: only at its end is there a time to tell.
+            whole = (end - trainer.start) % stride == 0
+            if whole and (_crossed(end, stride, training.log_every) or end == total):
                 now = time.perf_counter()
-                rate = trainer.log(step + 1, rows, now - since)
+                rate = trainer.log(end, rows, now - since)
                 mean = np.mean([r[0] for r in rows])
                 bar.set_postfix_str(f"loss {mean:.4f}, {rate:.0f} images/s", refresh=False)
                 rows, since = [], now
@@ -277,9 +292,8 @@ def _loop(trainer: _Trainer, preemption: Preemption) -> None:
             if look:
                 trainer.picture(done)
             if stop:
-                trainer.checkpoints.wait()
-                logging.warning("SIGTERM: saved step %d; the same command resumes from it", done)
-                raise SystemExit(EXIT_CODE)
+                return done
+    return max(trainer.start, total)
 
 
 def _crossed(done: int, stride: int, every: int) -> bool:

@@ -12,7 +12,7 @@ from etils import epath
 from ml_collections import config_flags
 
 from sbml import architecture
-from sbml.config import check_overrides
+from sbml.config import check_overrides, choices_in
 from sbml.runtime import cpu
 
 # Resolved when their turn comes: a wrong flag is told of at once, not after all imports.
@@ -84,10 +84,15 @@ def main(arguments: Sequence[str]) -> None:
         raise app.UsageError(
             "--config=configs/<name>.py says what to run; without it, --mode=verify"
         )
-    modes = MODE.value or list(CONFIG.value.mode)
+    modes = MODE.value or choices_in(CONFIG.value.mode)
     unknown = [mode for mode in modes if mode not in MODES]
     if unknown:
         raise app.UsageError(f"unknown mode {unknown}; choose from {', '.join(MODES)}")
+    if not COORDINATOR.value and (PROCESSES.value, PROCESS.value) != (None, None):
+        raise app.UsageError(
+            f"--num_processes={PROCESSES.value} --process_id={PROCESS.value} want a --coordinator: "
+            "HOST:PORT of process 0; or leave both out for one process"
+        )
     if COORDINATOR.value:
         address = None if COORDINATOR.value == "auto" else COORDINATOR.value
         jax.distributed.initialize(address, PROCESSES.value, PROCESS.value)
@@ -95,7 +100,8 @@ def main(arguments: Sequence[str]) -> None:
     if not flags.FLAGS["verbosity"].present:
         logging.set_verbosity(logging.WARNING)  # The libraries' own chatter drowns the bars.
     name = run_name(config_flags.get_config_filename(flags.FLAGS["config"]))
-    workdir = epath.Path(WORKDIR.value or f"runs/{name}")
+    # A shell leaves the ~ of --workdir=~/runs alone.
+    workdir = epath.Path(WORKDIR.value or f"runs/{name}").expanduser()
     workdir.mkdir(parents=True, exist_ok=True)
     print(f"{', '.join(modes)} in {workdir}")
     for mode in modes:

@@ -129,15 +129,8 @@ def _identity(experiment: Experiment, restored: Restored) -> dict[str, Any]:
 
 
 def generate(experiment: Experiment, restored: Restored, workdir: epath.Path) -> Drawn:
-    """Samples 0 .. num_images - 1; those on disk are read. Failed ones are counted aloud.
-
-    Raises:
-      ValueError: ``sampling.num_images`` or ``sampling.batch_size`` below one.
-    """
+    """Samples 0 .. num_images - 1; those on disk are read. Failed ones are counted aloud."""
     config = experiment.config.sampling
-    for field in ("num_images", "batch_size"):
-        if config[field] < 1:
-            raise ValueError(f"sampling.{field}={config[field]}: need at least one")
     parts = Parts.addressed(workdir / "sampling", _identity(experiment, restored))
     done = parts.read()
     wanted = np.arange(config.num_images)
@@ -194,7 +187,9 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
     if jax.process_index() > 0:
         return
     how = np.asarray(repr(experiment.sampler))
-    columns = {**drawn._asdict(), "step": np.asarray(restored.step), "sampler": how}
+    crc32 = np.asarray(tree_crc32(restored.state.ema_params))
+    origin = {"step": np.asarray(restored.step), "parameters_crc32": crc32, "sampler": how}
+    columns = {**drawn._asdict(), **origin}
     write_npz(workdir / summary.SAMPLES, columns)
     shown = drawn.images[:256]  # A picture of more is not looked at; samples.npz has all.
     report.write_png(workdir / "samples.png", grid(experiment, shown))

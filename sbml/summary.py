@@ -46,8 +46,13 @@ def write(workdir: epath.PathLike, load: Callable[[str], ImageSet]) -> None:
         return
     samples = workdir / SAMPLES
     drawn = read_npz(samples) if samples.exists() else None
-    if drawn is not None and int(drawn["step"]) != evaluation["checkpoint"]["step"]:
-        logging.warning("samples.npz is of step %d: left out of the report", int(drawn["step"]))
+    if drawn is not None and any(
+        int(drawn[name]) != value
+        for name, value in evaluation["checkpoint"].items()
+        if name in drawn  # Files of earlier versions have the step only.
+    ):
+        step = int(drawn["step"])
+        logging.warning("samples.npz, of step %d, is of another model: not in the report", step)
         drawn = None
     if drawn is not None:
         evaluation["samples"] = {

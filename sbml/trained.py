@@ -33,6 +33,31 @@ def check_dequantizer(config: ConfigDict, metadata: Metadata) -> None:
     architecture.check(config, metadata["config"], ("dequantizer.model",))
 
 
+# What a run may change without training otherwise.
+FREE = {"num_steps", "steps_per_dispatch", "log_every", "checkpoint_every", "sample_every"}
+FREE |= {"keep_last", "keep_every"}
+
+
+def warn_if_trained_otherwise(metadata: Metadata, ours: Metadata, field: str) -> None:
+    """Compare how a checkpoint was trained with how it is to go on, by ``ours`` of its provenance.
+
+    ``field`` precedes the names of ``training`` and ``optim``: empty, or ``dequantizer.``. To go on
+    otherwise is allowed, but later checkpoints will only tell of the new settings.
+    """
+
+    def settings(config: dict[str, Any]) -> dict[str, Any]:
+        part = config[field.rstrip(".")] if field else config
+        found = {f"{field}{s}.{k}": v for s in ("training", "optim") for k, v in part[s].items()}
+        found = {name: v for name, v in found.items() if name.rpartition(".")[2] not in FREE}
+        data = {f"data.{k}": config["data"][k] for k in ("dequantization", "flip")}
+        return {"seed": config["seed"], **data, **found}
+
+    before, now = settings(metadata["config"]), settings(ours["config"])
+    changed = [f"{k} {before.get(k)} -> {v}" for k, v in now.items() if before.get(k) != v]
+    if changed:
+        logging.warning("training goes on otherwise than it began: %s", ", ".join(changed))
+
+
 def warn_if_other_data(metadata: Metadata, images: data.ImageSet) -> list[str]:
     """Compare the training data in a checkpoint's ``metadata`` with ``images``, loudly.
 

@@ -2,6 +2,7 @@
 
 import functools
 import importlib.util
+import math
 import pathlib
 import pkgutil
 import re
@@ -72,7 +73,13 @@ def test_papers_settings(data, sde, size, count):
         ("eval", "dequantizers", ("none",), "eval.dequantizers=none is refused: integers have no"),
         ("eval", "num_importance", (0,), "eval.num_importance=(0,): need integers from 1 up"),
         ("eval", "times", "grid", "eval.times='grid' is unknown"),
-        ("eval", "sweeps", 0, "eval.sweeps=0: need at least one"),
+        ("eval", "sweeps", 0, "eval.sweeps=0: need at least 1"),
+        ("eval", "max_images", -5, "eval.max_images=-5: need at least 0"),
+        ("eval", "seed", -1, "eval.seed=-1: need at least 0"),
+        ("training", "log_every", 0, "training.log_every=0: need at least 1"),
+        ("training", "proposal_bins", -1, "training.proposal_bins=-1: need at least 0"),
+        ("optim", "lr", math.nan, "optim.lr=nan: need at least 0"),
+        ("optim", "ema", 1.5, "optim.ema=1.5: need at least 0 and below 1"),
         ("eval", "method", "rk4", "unknown ODE method 'rk4'"),
         ("eval", "trace", "guess", "unknown trace 'guess'"),
         ("training", "smallest_time", 0.0, "smallest time eps=0.0"),
@@ -127,6 +134,8 @@ def test_unknown_fields_modes_and_arguments_list_the_choices(tmp_path):
         ("--config.optim.learning_rate=1", "beta1, beta2, ema, eps, grad_clip, lr"),
         ("--config.optimizer.lr=1", "data, dequantizer, eval, latents, mode, model, optim"),
         ("--mode=trian", "train, train_dequantizer, eval, sample"),
+        ("--config.mode=train,evil", "unknown mode ['evil']"),
+        ("--process_id=1", "--process_id=1 want a --coordinator"),
         ("lr=1", "set fields as --config.field=value"),
     ]:
         err = runs.run(tmp_path, flag, expect=1)

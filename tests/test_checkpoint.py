@@ -69,6 +69,11 @@ def test_keeps_the_last_and_every_mth(tmp_path: Path) -> None:
     assert Checkpoints(tmp_path).steps() == [8]
 
 
+def test_keeps_the_first_past_each_multiple_where_saves_miss_it(tmp_path: Path) -> None:
+    save_steps(tmp_path, 2, 4, 5, 8, 9, 12, 13, keep_last=1, keep_every=3)
+    assert Checkpoints(tmp_path).steps() == [4, 8, 9, 12, 13]
+
+
 def test_state_may_be_donated_while_it_is_being_saved(tmp_path: Path) -> None:
     state = {"a": jax.random.normal(jax.random.key(0), (2048, 1024)), "b": jnp.arange(99)}
     expected = jax.tree.map(np.array, state)

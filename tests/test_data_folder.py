@@ -3,6 +3,7 @@
 import dataclasses
 import logging
 import math
+import os
 from pathlib import Path
 
 import numpy as np
@@ -73,6 +74,25 @@ def test_unreadable_files_are_named_and_counted(
         assert "transparent" in images.skipped[0] and "32-bit" in images.skipped[4]
         assert "6 of 7 train files not used" in caplog.text
         assert all(name in caplog.text for name in bad)
+
+
+def test_nothing_is_passed_over_in_silence(
+    two_splits: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Other suffixes are counted, links are followed once, and any name of a file will do."""
+    train, elsewhere = two_splits / "images" / "train", two_splits / "elsewhere"
+    save(train / "a.png", pixels(8, 8))
+    os.rename(train / "a.png", os.path.join(os.fsencode(train), b"caf\xe9.jfif"))
+    save(elsewhere / "b.png", pixels(8, 8, seed=1))
+    (train / "linked").symlink_to(elsewhere)
+    (elsewhere / "round").symlink_to(train)
+    for name in ("labels.csv", "x.heic", "y.heic", ".hidden.png"):
+        (train / name).touch()
+    assert load_split(two_splits).ids == ("train/caf\\xe9.jfif", "train/linked/b.png")
+    assert "3 files" in caplog.text and ".csv (1), .heic (2)" in caplog.text
+    train.rename(train.with_name("Train"))
+    with pytest.raises(ValueError, match="a subfolder Train: call it train"):
+        load_split(two_splits)
 
 
 def test_no_usable_image_is_an_error(two_splits: Path) -> None:

@@ -13,10 +13,11 @@ import tiny
 from scipy import stats
 from sklearn.datasets import load_digits
 
+from experiments import table2
 from sbml import baselines, bound, build, cells, estimators, evaluate, moments, summary
 from sbml.estimators import Cell
 from sbml.intervals import mean_interval, outliers, repeated_stderr
-from sbml.runtime.parts import Parts, kept, read_npz
+from sbml.runtime.parts import Parts, kept, read_npz, write_npz
 
 
 @pytest.fixture(scope="module")
@@ -403,6 +404,24 @@ def test_integers_left_alone_are_refused(trained, tmp_path):
     with pytest.raises(ValueError, match="dequantize them before a density"):
         cells.check_first_batch(run.shared, cells.Dequantization(Nothing(), {}))
     cells.check_first_batch(run.shared, run.dequantization)
+
+
+def test_the_report_tells_how_its_model_was_trained(trained, tmp_path):
+    """Not what the command of the evaluation says of it; samples of another model are left out."""
+    (tmp_path / "checkpoints").symlink_to(trained / "checkpoints")
+    samples = read_npz(trained / "samples.npz")
+    write_npz(tmp_path / "samples.npz", {**samples, "parameters_crc32": np.asarray(1)})
+    config = tiny.get_config()
+    config.training.update(likelihood_weighting=False, importance_sampling=False)
+    config.update({"optim": {"lr": 1.0}, "data": {"dequantization": "none"}})
+    config.eval.update(max_images=2, subset=2, sweeps=1, estimators=("bound",))
+    evaluate.run(config, tmp_path)
+    report, ours = json.loads((tmp_path / "report.json").read_text()), tiny.get_config()
+    told = report["config"]
+    assert told["training"]["likelihood_weighting"] and told["optim"]["lr"] == ours.optim.lr
+    assert told["data"]["dequantization"] == "uniform" and told["eval"]["max_images"] == 2
+    assert "samples" not in report
+    assert table2.read(tmp_path)["model"].endswith("(LW + IS)")
 
 
 def test_every_cell_of_the_table_from_one_checkpoint(trained, tmp_path):

@@ -113,7 +113,7 @@ def test_wrong_choices_are_named(trained: Path) -> None:
         ({"sampler": "heun"}, "sampling.sampler='heun' is unknown; choose from"),
         ({"corrector": "mala"}, "sampling.corrector='mala' is unknown"),
         ({"sampler": "ode", "corrector": "langevin"}, "sampler ode takes no corrector"),
-        ({"num_images": 0}, "sampling.num_images=0: need at least one"),
+        ({"num_images": 0}, "sampling.num_images=0: need at least 1"),
         ({"spacing": "cosine"}, "unknown spacing 'cosine'"),
     ):
         with pytest.raises(ValueError, match=message):

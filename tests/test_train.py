@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import signal
 import socket
 import time
@@ -18,6 +19,7 @@ from jax.experimental import multihost_utils
 from configs import digits_vp
 from sbml import build, loop, train, trained
 from sbml.runtime import metrics, preemption, sharding
+from sbml.runtime.checkpoint import Checkpoints
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +63,7 @@ def test_several_processes_agree_to_stop_whatever_a_dispatch_takes(monkeypatch):
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     monkeypatch.setattr(multihost_utils, "reached_preemption_sync_point", lambda step: step == 3)
     with preemption.Preemption() as asked:
-        assert [asked.requested() for _ in range(4)] == [False, False, True, False]
+        assert [asked.requested() for _ in range(4)] == [False, False, True, True]
 
 
 def test_kills_change_nothing(whole, tmp_path):
@@ -102,6 +104,47 @@ def test_sigterm_saves_and_leaves(whole, tmp_path):
     assert not (tmp_path / "report.html").exists()  # The modes that follow did not run.
     runs.run(tmp_path, "--mode=train")
     assert_same_state(whole, tmp_path)
+
+
+def test_sigterm_in_the_last_save_is_heard(tmp_path, monkeypatch):
+    """No step is left to ask after; the save must not be killed, nor the next mode begun."""
+    closed = Checkpoints.close
+
+    def close(self):
+        if self._writer is not None:
+            os.kill(os.getpid(), signal.SIGTERM)
+        closed(self)
+
+    monkeypatch.setattr(Checkpoints, "close", close)
+    config = tiny.get_config()
+    config.training.num_steps = 4
+    with pytest.raises(SystemExit) as left:
+        train.run(config, tmp_path)
+    assert left.value.code == 143
+    assert runs.state(config, tmp_path).step == 4
+
+
+def test_going_on_otherwise_is_said(tmp_path, caplog):
+    config = tiny.get_config()
+    config.training.num_steps = 4
+    train.run(config, tmp_path)
+    assert "goes on" not in caplog.text
+    config.update({"seed": 3, "optim": {"lr": 1e-5}, "training": {"num_steps": 8, "log_every": 2}})
+    train.run(config, tmp_path)
+    (said,) = [r.getMessage() for r in caplog.records if "goes on otherwise" in r.getMessage()]
+    lr = tiny.get_config().optim.lr
+    assert said.endswith(f"began: seed 0 -> 3, optim.lr {lr} -> 1e-05")
+    config.training.num_steps = 6
+    train.run(config, tmp_path)
+    assert "step 8 is past training.num_steps=6" in caplog.text
+
+
+def test_a_dispatch_of_many_steps_has_one_speed(tmp_path):
+    config = tiny.get_config()
+    config.training.update(num_steps=24, steps_per_dispatch=8, log_every=2)
+    train.run(config, tmp_path)
+    rows = metrics.read(tmp_path)
+    assert [row["step"] for row in rows] == [8, 16, 24]
 
 
 def test_eight_devices_give_the_same_losses(whole, tmp_path):

@@ -1,12 +1,16 @@
 """A folder of the user's own images, brought to one size.
 
-Every image file under the folder, however deep, belongs to exactly one split: that of its ``train``
-or ``test`` subfolder, or else the one a hash of its relative path draws, so that adding files moves
-none of the others. A file that cannot be used is named, with the reason.
+Every image file under the folder, however deep and through links, belongs to exactly one split:
+that of its ``train`` or ``test`` subfolder, or else the one a hash of its relative path draws, so
+that adding files moves none of the others. A file that cannot be used is named, with the reason;
+files of other suffixes are counted. Only names that begin with a dot are passed over.
 """
 
 import hashlib
 import logging
+import os
+from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +21,10 @@ from tqdm import tqdm
 from sbml.data._cache import Add, content_key, prepared
 from sbml.data._image_set import ImageSet, Options, check_split
 
-SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
+SUFFIXES = frozenset(
+    (".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".jp2", ".webp", ".avif", ".bmp", ".gif")
+    + (".tif", ".tiff", ".ppm", ".pgm", ".pnm")
+)
 CROPS = ("center", "random", "squash")
 MODES = {1: "L", 3: "RGB"}
 _NAMED_AT_MOST = 10
@@ -50,7 +57,7 @@ class ImageFolder:
         path = options.cache / "image_folder" / version / f"{split}.npy"
         images, notes = prepared(path, lambda add: _build(root, names, options, add))
         if skipped := tuple(notes["skipped"]):
-            _warn(split, skipped, len(names))
+            _warn(split, skipped, len(names), path.with_suffix(".json"))
         ids = tuple(notes["ids"])
         return ImageSet("image_folder", version, split, images, ids=ids, skipped=skipped)
 
@@ -78,11 +85,36 @@ def _check(options: Options) -> Path:
     return root
 
 
+def _files(root: Path) -> Iterator[Path]:
+    """Every file under ``root``, through links too; a folder that is met again is left alone."""
+    seen = set()
+    for folder, subfolders, files in os.walk(root, followlinks=True):
+        subfolders[:] = [s for s in subfolders if not s.startswith(".")]
+        if (real := os.path.realpath(folder)) in seen:
+            subfolders.clear()
+            continue
+        seen.add(real)
+        yield from (Path(folder, file) for file in files if not file.startswith("."))
+
+
 def _members(root: Path, split: str, options: Options) -> list[str]:
     """Paths relative to ``root`` of the image files of ``split``, sorted."""
-    found = (p for p in root.rglob("*") if p.suffix.lower() in SUFFIXES and not p.is_dir())
-    names = sorted(p.relative_to(root).as_posix() for p in found)
-    own = [s for s in ("train", "test") if (root / s).is_dir()]
+    files = sorted(_files(root))
+    names = [p.relative_to(root).as_posix() for p in files if p.suffix.lower() in SUFFIXES]
+    others = Counter(p.suffix.lower() or "none" for p in files)
+    if unused := {suffix: n for suffix, n in others.items() if suffix not in SUFFIXES}:
+        listed = ", ".join(f"{suffix} ({n})" for suffix, n in sorted(unused.items()))
+        log.warning(
+            "%d files of %s are no images by their suffix, and not used: %s",
+            *(sum(unused.values()), root, listed),
+        )
+    folders = sorted(p.name for p in root.iterdir() if p.is_dir())
+    own = [f for f in folders if f.lower() in ("train", "test")]
+    if wrong := [f for f in own if f != f.lower()]:
+        raise ValueError(
+            f"data.path={root} has a subfolder {wrong[0]}: call it {wrong[0].lower()} to have its "
+            "images used as that split, or otherwise to have them split."
+        )
     if len(own) == 1:
         raise ValueError(
             f"data.path={root} has a subfolder {own[0]} only: add the other of train and test, or "
@@ -104,12 +136,17 @@ def _members(root: Path, split: str, options: Options) -> list[str]:
 
 def _uniform(*key: object) -> float:
     """A number in [0, 1) that depends on ``key`` alone, on every machine."""
-    digest = hashlib.sha256("/".join(map(str, key)).encode()).digest()
+    digest = hashlib.sha256(os.fsencode("/".join(map(str, key)))).digest()
     return int.from_bytes(digest[:6]) / 2**48
 
 
 def _held_out(name: str, options: Options) -> bool:
     return _uniform("split", options.seed, name) < options.test_fraction
+
+
+def _shown(name: str) -> str:
+    """``name`` as text that every file and terminal takes, whatever its bytes."""
+    return os.fsencode(name).decode("utf-8", "backslashreplace")
 
 
 def _build(root: Path, names: list[str], options: Options, add: Add) -> dict[str, Any]:
@@ -118,10 +155,10 @@ def _build(root: Path, names: list[str], options: Options, add: Add) -> dict[str
         try:
             image = _square(_decode(root / name, options.channels), name, options)
         except Exception as error:  # Pillow's decoders raise many kinds on broken files
-            skipped.append(f"{name}: {error}")
+            skipped.append(f"{_shown(name)}: {_shown(str(error))}")
             continue
         add(np.asarray(image).reshape(image.height, image.width, options.channels))
-        ids.append(name)
+        ids.append(_shown(name))
     if not ids:
         raise ValueError(f"None of {len(names)} images is usable. The first: {skipped[0]}")
     return {"ids": ids, "skipped": skipped}
@@ -152,8 +189,8 @@ def _square(image: Image.Image, name: str, options: Options) -> Image.Image:
     return ImageOps.fit(image, size, Image.Resampling.LANCZOS, centering=where)
 
 
-def _warn(split: str, skipped: tuple[str, ...], count: int) -> None:
+def _warn(split: str, skipped: tuple[str, ...], count: int, notes: Path) -> None:
     named = "\n  ".join(skipped[:_NAMED_AT_MOST])
     more = len(skipped) - _NAMED_AT_MOST
-    rest = f"\n  and {more} more, all in ImageSet.skipped" if more > 0 else ""
+    rest = f"\n  and {more} more, all in {notes}" if more > 0 else ""
     log.warning("%d of %d %s files not used:\n  %s%s", len(skipped), count, split, named, rest)

@@ -13,12 +13,13 @@ Damage leads to the checkpoint before it and a loud message, another model to an
 deletes anything.
 """
 
+import dataclasses
 import itertools
 import json
 import textwrap
 import time
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Self
 
 import jax
@@ -36,11 +37,27 @@ Template = Callable[[dict[str, Any]], PyTree]  # of a checkpoint's metadata
 
 
 class Restored(NamedTuple):
-    """A checkpoint read back: its step, the state bit for bit, the metadata saved beside it."""
+    """A checkpoint read back: its step, the state bit for bit, the metadata saved beside it.
+
+    ``damaged`` says why newer ones were passed over.
+    """
 
     step: int
     state: PyTree
     metadata: dict[str, Any]
+    damaged: tuple[str, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class _FirstPastEach:
+    """Preserves the first checkpoint at or past each multiple of ``interval`` steps."""
+
+    interval: int
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> Sequence[bool]:
+        """Of ``checkpoints``, in ascending order."""
+        passed = [c.step // self.interval for c in checkpoints]
+        return [n > 0 and n not in passed[:i] for i, n in enumerate(passed)]
 
 
 class DamagedCheckpointError(RuntimeError):
@@ -61,7 +78,7 @@ class Checkpoints:
       directory: a folder that holds nothing else, local or any that etils understands
         (``gs://...``). The first save makes it and removes what killed saves have left in it.
       keep_last: how many of the newest to keep. With 1, damage to that one loses the run.
-      keep_every: also keep, for ever, each step that is a multiple of this.
+      keep_every: also keep, for ever, the first save at or past each multiple of this many steps.
     """
 
     def __init__(
@@ -71,7 +88,7 @@ class Checkpoints:
             if value is not None and value < 1:
                 raise ValueError(f"{name}={value}: give a number of at least 1")
         policies = ocp.training.preservation_policies
-        every = [] if keep_every is None else [policies.EveryNSteps(keep_every)]
+        every = [] if keep_every is None else [_FirstPastEach(keep_every)]
         self._kept = policies.AnyPreservationPolicy([policies.LatestN(keep_last), *every])
         directory = epath.Path(directory).expanduser()
         # An object store's path is absolute as it stands, and resolve() would garble it.
@@ -135,11 +152,11 @@ class Checkpoints:
         if step is not None and step not in steps:
             raise ValueError(f"no step {step} in {self.directory}: choose one of {steps}")
         fixed = None if callable(template) else jax.tree.map(_abstract, template)
-        reasons = []
+        reasons: list[str] = []
         for candidate in reversed(steps) if step is None else [step]:
             restored, damage = self._read(candidate, template if fixed is None else fixed)
             if restored is not None:
-                return restored
+                return restored._replace(damaged=tuple(reasons))
             reasons.append(f"step {candidate}: {damage}")
             logging.error("Damaged checkpoint in %s, %s", self.directory, reasons[-1])
             if step is None:

@@ -4,6 +4,7 @@ import json
 from typing import Any
 
 import numpy as np
+from absl import logging
 from etils import epath
 
 from sbml.runtime.files import write_whole
@@ -41,7 +42,12 @@ class MetricsWriter:
         self._path.parent.mkdir(parents=True, exist_ok=True)
         self._rows = [row for row in read(workdir) if row["step"] <= start]
         self._rewrite()
-        self._board = SummaryWriter(str(epath.Path(workdir) / "tensorboard"), purge_step=start + 1)
+        where = str(epath.Path(workdir) / "tensorboard")
+        store, remote, _ = where.partition("://")
+        # It would take another store's address for the name of a local folder.
+        if not (known := not remote or store in ("gs", "s3")):
+            logging.warning("tensorboard cannot write to %s: see %s", where, self._path)
+        self._board = SummaryWriter(where, purge_step=start + 1, write_to_disk=known)
 
     @property
     def seconds(self) -> float:

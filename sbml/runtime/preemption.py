@@ -37,13 +37,13 @@ class Preemption:
         self._received = True
 
     def requested(self) -> bool:
-        """Whether to stop now; every process must ask, after every dispatch.
+        """Whether to stop now, and ever after; every process must ask, after every dispatch.
 
         The service answers yes at one number only, the one after the last that any process has
         reached, so it is told how often was asked: steps, of which a dispatch takes several, would
         pass it by.
         """
-        if jax.process_count() == 1:
-            return self._received
-        self._asked += 1
-        return multihost_utils.reached_preemption_sync_point(self._asked)
+        if jax.process_count() > 1 and not self._received:
+            self._asked += 1
+            self._received = multihost_utils.reached_preemption_sync_point(self._asked)
+        return self._received

@@ -25,12 +25,18 @@ COLUMNS = {
     "bound variational": ("bound", "variational"),
 }
 FID = "FID"
-# Song et al., NeurIPS 2021, abstract: the best over their models. The table's other cells are not
-# quoted there; give them by --published.
+# Song et al., NeurIPS 2021, abstract: the best over their models, without data augmentation; taken
+# to be by variational dequantization, which the abstract does not say. The table's other cells are
+# not quoted there; give them by --published.
 PUBLISHED = [
     {"data": "tfds:cifar10", "model": "best of Song et al. 2021", "NLL variational": 2.83},
     {"data": "imagenet32:old", "model": "best of Song et al. 2021", "NLL variational": 3.76},
 ]
+ESCAPED = {c: rf"\{c}" for c in "_&%#${}"} | {
+    "~": r"\textasciitilde{}",
+    "^": r"\textasciicircum{}",
+    "\\": r"\textbackslash{}",
+}
 Row = dict[str, Any]
 
 
@@ -38,13 +44,15 @@ def read(workdir: str | pathlib.Path) -> Row:
     """One row from a work directory's report.
 
     Raises:
-      ValueError: it was not evaluated.
+      ValueError: it was not evaluated, or its file is not what --mode=eval wrote.
     """
     path = pathlib.Path(workdir) / "evaluation.json"
     if not path.exists():
         raise ValueError(f"{workdir} has no evaluation.json: run --mode=eval there first")
-    report = json.loads(path.read_text())
+    report = _loaded(path)
     config, results = report["config"], report["results"]
+    if not results:
+        raise ValueError(f"{path} has no results: run --mode=eval there again")
     row: Row = {
         "data": results[0]["data"],
         "split": results[0]["split"],
@@ -63,6 +71,31 @@ def read(workdir: str | pathlib.Path) -> Row:
     return row
 
 
+def _loaded(path: pathlib.Path) -> Any:
+    try:
+        return json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is no JSON ({error}): is the file whole?") from error
+
+
+def published_rows(path: str | pathlib.Path) -> list[Row]:
+    """The rows of a file of published values.
+
+    Raises:
+      ValueError: for a row without data or model, or with a name that is no column.
+    """
+    known = {"data", "model", "sde", "n", FID, *COLUMNS}
+    rows = _loaded(pathlib.Path(path))
+    for row in rows:
+        lacking, unknown = {"data", "model"} - set(row), set(row) - known
+        if lacking or unknown:
+            raise ValueError(
+                f"{path}: the row {row} lacks {sorted(lacking)} and has the unknown "
+                f"{sorted(unknown)}; a row has data, model and any of {sorted(known)}"
+            )
+    return rows
+
+
 def _variant(config: dict[str, Any], title: str) -> str:
     """The title, and what the paper's rows differ in."""
     training = config["training"]
@@ -73,6 +106,8 @@ def _variant(config: dict[str, Any], title: str) -> str:
 
 def _cell(result: dict[str, Any]) -> str:
     """The mean with half its 95% interval for the population, marked if it did not converge."""
+    if result["bits_per_dim"] is None:  # JSON has no infinity: what is not finite is null there.
+        return "not finite"
     mark = "" if result.get("converged", True) else " (unconverged)"
     return f"{result['bits_per_dim']:.3f} ± {result['ci95']:.3f}{mark}"
 
@@ -104,8 +139,12 @@ def markdown(found: dict[str, list[list[str]]]) -> str:
     for name, (header, *rows) in found.items():
         lines = [f"### {name}, bits/dim", "", "| " + " | ".join(header) + " |"]
         lines.append("|---|---|" + "---:|" * (len(header) - 2))
-        parts.append("\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows]))
+        parts.append("\n".join(lines + [_line(row) for row in rows]))
     return "\n\n".join(parts) + "\n"
+
+
+def _line(row: Sequence[str]) -> str:
+    return "| " + " | ".join(text.replace("|", r"\|") for text in row) + " |"
 
 
 def latex(found: dict[str, list[list[str]]]) -> str:
@@ -131,14 +170,13 @@ def latex(found: dict[str, list[list[str]]]) -> str:
 
 
 def _tex(text: str) -> str:
-    for plain, escaped in (("_", r"\_"), ("&", r"\&"), ("%", r"\%")):
-        text = text.replace(plain, escaped)
+    text = "".join(ESCAPED.get(c, c) for c in text)
     return text.replace(" ± ", r" $\pm$ ").replace("—", "--")
 
 
 def main(workdirs: Sequence[str], out: str, published: str | None) -> None:
     """Write ``out``.md and ``out``.tex and print the first."""
-    extra = json.loads(pathlib.Path(published).read_text()) if published else []
+    extra = published_rows(published) if published else []
     found = tables([read(workdir) for workdir in workdirs], [*PUBLISHED, *extra])
     pathlib.Path(out).parent.mkdir(parents=True, exist_ok=True)
     for suffix, text in ((".md", markdown(found)), (".tex", latex(found))):

@@ -145,7 +145,8 @@ def draw(params: Any, rows: list[Row], out: str, resolution: int) -> None:
     right.plot(steps, [row.bound for row in rows], marker="o", markersize=3, label="bound")
     right.plot(steps, [row.exact for row in rows], marker="o", markersize=3, label="exact (ODE)")
     right.axhline(rows[0].data, color=figures.MUTED, linestyle=":", label="the data's own")
-    low, high = min(r.exact for r in rows), max(r.bound for r in rows[1:])
+    low = min(min(r.exact, r.bound, r.data) for r in rows)
+    high = max(r.bound for r in rows[1:])  # Before training it is far above.
     margin = 0.08 * (high - low)
     right.set(
         xscale="log", xlabel="step", ylabel="-log p, nats", ylim=(low - margin, high + margin)

@@ -3,7 +3,8 @@
 A network F sees an input and a label of the time; what it returns becomes the score by one of
 
     noise            s = -F / sigma       F predicts the noise z (the authors' VP and subVP)
-    score            s =  F / sigma       (the authors' VE)
+    score            s =  F / sigma       (the authors' VE with model.scale_by_sigma)
+    unscaled         s =  F               (the authors' VE without)
     preconditioned   s = -(c_skip x + c_out F) / sigma
 
 with, for data of standard deviation d and v = alpha^2 d^2 + sigma^2,
@@ -30,7 +31,7 @@ import jax.numpy as jnp
 from sbml.sdes import SDE, Kernel
 from sbml.types import Array, Key
 
-PARAMETERIZATIONS = ("noise", "score", "preconditioned")
+PARAMETERIZATIONS = ("noise", "score", "unscaled", "preconditioned")
 LABELS = ("time", "log_snr", "sigma")
 
 
@@ -41,7 +42,7 @@ class Adapter:
     Attributes:
       model: a Linen module called as ``model(x (n, *s), label (n,), train=...)``.
       sde: the forward process, an SDE or the noise levels of a discrete-time one.
-      parameterization: ``noise``, ``score`` or ``preconditioned``.
+      parameterization: ``noise``, ``score``, ``unscaled`` or ``preconditioned``.
       label: ``time``, ``log_snr`` or ``sigma``.
       data_std: the data's standard deviation in [-1, 1], for ``preconditioned``.
       eps: the smallest time, where the ``log_snr`` label is 0.
@@ -96,8 +97,12 @@ class Adapter:
             alpha, sigma = self.sde.mean_coef(t), self.sde.std(t)
             v = (alpha * self.data_std) ** 2 + sigma**2
             return 1 / jnp.sqrt(v), sigma / v, alpha * self.data_std / jnp.sqrt(v)
-        sign = 1.0 if self.parameterization == "noise" else -1.0
-        return jnp.ones_like(t), jnp.zeros_like(t), jnp.full_like(t, sign)
+        noise = {
+            "noise": jnp.ones_like(t),
+            "score": -jnp.ones_like(t),
+            "unscaled": -self.sde.std(t),
+        }
+        return jnp.ones_like(t), jnp.zeros_like(t), noise[self.parameterization]
 
 
 @jax.tree_util.register_dataclass

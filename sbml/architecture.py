@@ -27,7 +27,9 @@ def write(workdir: epath.PathLike, sections: Sections) -> None:
         name: {field: value for field, value in fields.items() if field not in FREE}
         for name, fields in sections.items()
     }
-    (epath.Path(workdir) / FILE).write_text(json.dumps(bound, indent=1))
+    workdir = epath.Path(workdir)
+    workdir.mkdir(parents=True, exist_ok=True)
+    (workdir / FILE).write_text(json.dumps(bound, indent=1))
 
 
 def apply(config: ConfigDict, sections: Sections) -> tuple[ConfigDict, list[str]]:

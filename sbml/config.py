@@ -199,7 +199,7 @@ def default(network: str = "ncsnpp") -> ml_collections.ConfigDict:
             },
             "model": {"name": network, **model_fields(network)},
             "score": {
-                "parameterization": "noise",  # noise, score, preconditioned
+                "parameterization": "noise",  # noise, score, unscaled, preconditioned
                 "label": "time",  # time (999 t), log_snr, sigma
                 "data_std": 0.5,  # in [-1, 1], for preconditioned
             },

@@ -3,9 +3,10 @@
 Everything that the parameters tell of the architecture is read from them, the rest is the config's;
 the work directory then carries the architecture, and is evaluated, sampled or trained on like any.
 
-Their conventions: the network sees 999 t and predicts the noise (VP, sub-VP), or sees sigma and
-predicts sigma times the score (VE); it was trained on k / 255, and without knowledge of ours about
-its data. The dequantizer's parameters are renamed by ``dequantizers.variational``.
+Their conventions: the network sees 999 t and predicts the noise (VP, sub-VP, linear VE), or sees
+sigma, or its logarithm in Fourier features, and predicts the score (VE); it was trained on k / 255,
+and without knowledge of ours about its data. The dequantizer's parameters are renamed by
+``dequantizers.variational``.
 """
 
 from typing import Any
@@ -20,16 +21,25 @@ from ml_collections import ConfigDict
 from sbml import architecture
 from sbml.build import Experiment
 from sbml.dequantizers import variational
+from sbml.from_config import smallest_time
 from sbml.runtime import authors, ncsnpp_options, sharding
 from sbml.runtime.authors import AuthorsState
-from sbml.runtime.checkpoint import tree_crc32
+from sbml.runtime.checkpoint import Checkpoints, tree_crc32
 from sbml.runtime.state import TrainState
 from sbml.runtime.versions import versions
 from sbml.trees import differences
 
-_NOISE = {"parameterization": "noise", "label": "time"}
-_SIGMA = {"parameterization": "score", "label": "sigma"}
-CONVENTIONS = {"vp": _NOISE, "subvp": _NOISE, "ve": _SIGMA, "linear_ve": _SIGMA}
+
+def conventions(config: ConfigDict) -> tuple[dict[str, str], str]:
+    """The fields of ``config.score`` and the Fourier embedding, if any, of their networks.
+
+    Their VE network divides by sigma itself where ``model.scale_by_sigma`` is set, which none of
+    their configs does; ``--config.score.parameterization=score`` says that it is.
+    """
+    if config.sde.name != "ve":
+        return {"parameterization": "noise", "label": "time"}, "fourier_linear"
+    divides = config.score.parameterization == "score"
+    return {"parameterization": "score" if divides else "unscaled", "label": "sigma"}, "fourier"
 
 
 def run(config: ConfigDict, workdir: epath.PathLike, source: epath.PathLike | None) -> None:
@@ -58,14 +68,34 @@ def run(config: ConfigDict, workdir: epath.PathLike, source: epath.PathLike | No
     experiment = Experiment(fitted)
     if experiment.checkpoints(workdir).steps():
         raise ValueError(f"{workdir} has checkpoints already: convert into a new --workdir")
+    # All is checked before anything is written: half a conversion could not be made whole.
+    score_state = _score_state(experiment, score)
+    flow_state = None if flow is None else _flow_state(experiment, flow)
     metadata = _metadata(experiment, score)
-    written = [_write_score(experiment, workdir, score, metadata)]
-    if flow is not None:
-        written.append(_write_flow(experiment, workdir, flow, metadata, score))
     if jax.process_index() == 0:
         architecture.write(workdir, sections)
-    told = f"the parameters do not tell the SDE: sde.name={fitted.sde.name} is --config's"
-    print("\n".join([*lines, told, *written]))
+    with experiment.checkpoints(workdir) as checkpoints:
+        checkpoints.save(score.step, score_state, metadata)
+        written = [_line(score, checkpoints)]
+    if flow is not None:
+        against = {"step": score.step, "crc32": tree_crc32(score.ema_params)}
+        with experiment.dequantizer_checkpoints(workdir) as checkpoints:
+            checkpoints.save(flow.step, flow_state, {**metadata, "score": against})
+            written.append(_line(flow, checkpoints))
+        if (shape := variational.image_shape(flow.ema_params)) != experiment.shape:
+            written.append(f"{flow.path} is for images of {shape} alone")
+    print("\n".join([*lines, _untold(fitted), *written]))
+
+
+def _untold(fitted: ConfigDict) -> str:
+    """What the parameters do not tell, and stands as ``--config`` has it."""
+    fields = ["sde.name", "training.smallest_time"]
+    if fitted.sde.name == "ve":
+        fields.append("score.parameterization")
+    fields += [f"model.{name}" for name in ("nonlinearity", "skip_rescale", "fir", "fir_kernel")]
+    parts = [name.split(".") for name in fields]
+    said = ", ".join(f"{section}.{field}={fitted[section][field]}" for section, field in parts)
+    return f"the parameters do not tell these, they are --config's: {said}"
 
 
 def _renamed(theirs: AuthorsState) -> AuthorsState:
@@ -78,19 +108,26 @@ def _sections(
     config: ConfigDict, score: AuthorsState, flow: AuthorsState | None
 ) -> architecture.Sections:
     """The sections of a config that fit the checkpoints."""
+    scored, fourier = conventions(config)
     given = {k: v for k, v in config.model.items() if k != "name"}
     height, channels = config.data.shape[0], config.data.shape[-1]
-    options = ncsnpp_options.read_options(score.ema_params, given, height)
+    try:
+        options = ncsnpp_options.read_options(score.ema_params, given, height, channels)
+    except ValueError as error:
+        raise ValueError(f"{score.path}: {error}") from error
     found = np.shape(score.ema_params["Conv_0"]["kernel"])[2]
     if found != channels:
         raise ValueError(
             f"{score.path} is of images with {found} channels, "
             f"config.data.shape={config.data.shape}"
         )
+    if options["embedding_type"] != "positional":
+        options["embedding_type"] = fourier
     sections = {
         "model": {"name": "ncsnpp", **options},
-        "score": CONVENTIONS[config.sde.name],
+        "score": scored,
         "sde": dict(config.sde),
+        "training": {"smallest_time": smallest_time(config)},
     }
     if flow is not None:
         sections["dequantizer.model"] = variational.read_options(
@@ -126,38 +163,23 @@ def _state(template: TrainState, theirs: AuthorsState) -> TrainState:
     )
 
 
-def _write_score(
-    experiment: Experiment, workdir: epath.Path, theirs: AuthorsState, metadata: dict[str, Any]
-) -> str:
+def _score_state(experiment: Experiment, theirs: AuthorsState) -> TrainState:
     mesh = sharding.data_mesh()
     state = _state(sharding.made(experiment.init_state, mesh), theirs)
-    state = jax.device_put(state, sharding.replicated(mesh))
-    with experiment.checkpoints(workdir) as checkpoints:
-        checkpoints.save(theirs.step, state, metadata)
-    count = experiment.parameter_count()
-    return f"{theirs.path}: step {theirs.step}, {count:,} parameters -> {checkpoints.directory}"
+    return jax.device_put(state, sharding.replicated(mesh))
 
 
-def _write_flow(
-    experiment: Experiment,
-    workdir: epath.Path,
-    theirs: AuthorsState,
-    metadata: dict[str, Any],
-    score: AuthorsState,
-) -> str:
-    mesh = sharding.data_mesh()
+def _flow_state(experiment: Experiment, theirs: AuthorsState) -> TrainState:
     shape = variational.image_shape(theirs.ema_params)
     model = experiment.dequantizer("variational")
     params = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((2, *shape), jnp.uint8))
     template = jax.eval_shape(
         lambda p: TrainState.create(p, experiment.dequantizer_optimizer), params
     )
-    state = jax.device_put(_state(template, theirs), sharding.replicated(mesh))
-    against = {"step": score.step, "crc32": tree_crc32(score.ema_params)}
-    with experiment.dequantizer_checkpoints(workdir) as checkpoints:
-        checkpoints.save(theirs.step, state, {**metadata, "score": against})
+    return jax.device_put(_state(template, theirs), sharding.replicated(sharding.data_mesh()))
+
+
+def _line(theirs: AuthorsState, checkpoints: Checkpoints) -> str:
     count = sum(leaf.size for leaf in jax.tree.leaves(theirs.ema_params))
-    note = "" if shape == experiment.shape else f", for images of {shape} alone"
-    return (
-        f"{theirs.path}: step {theirs.step}, {count:,} parameters{note} -> {checkpoints.directory}"
-    )
+    where = checkpoints.directory
+    return f"{theirs.path}: step {theirs.step}, {count:,} parameters -> {where}"

@@ -60,6 +60,8 @@ def by_hand(sde: SDE, parameterization: str, label: str) -> np.ndarray:
         return -(0.7 * X + 0.01 * told) / sigma
     if parameterization == "score":
         return (0.7 * X + 0.01 * told) / sigma
+    if parameterization == "unscaled":
+        return 0.7 * X + 0.01 * told
     variance = alpha**2 * 0.5**2 + sigma**2
     network = 0.7 * X / np.sqrt(variance) + 0.01 * told
     return -(sigma / variance * X + alpha * 0.5 / np.sqrt(variance) * network) / sigma

@@ -163,6 +163,56 @@ def test_options_are_read_from_the_parameters(options: dict[str, Any]) -> None:
     assert read_options(params, {**GIVEN, **untold}, 16) == fields
 
 
+@pytest.mark.parametrize(
+    ("name", "embedding"),
+    [
+        *(
+            (name, kind)
+            for name in ("vp", "subvp", "linear_ve")
+            for kind in ("positional", "fourier")
+        ),
+        ("ve", "fourier"),  # Theirs has no other for VE.
+    ],
+)
+def test_scores_follow_their_conventions(name: str, embedding: str, tmp_path: Path) -> None:
+    """Label 999 t and -F / std, by Fourier features of the label itself; for VE sigma, by those of
+    its logarithm, and F, which scale_by_sigma divides by sigma."""
+    tree = theirs()
+    if embedding == "fourier":
+        w, names = np.random.default_rng(0).normal(size=16).astype(np.float32), ("", "_sq")
+        for part in (tree["params_ema"], tree["optimizer"]["target"]):
+            part["GaussianFourierProjection_0"] = {"W": w}
+            part["Dense_0"]["kernel"] = np.tile(part["Dense_0"]["kernel"], (2, 1))
+        moments = tree["optimizer"]["state"]["param_states"]
+        moments["GaussianFourierProjection_0"] = {"W": {f"grad{n}_ema": 0 * w for n in names}}
+        twice = {k: np.tile(v, (2, 1)) for k, v in moments["Dense_0"]["kernel"].items()}
+        moments["Dense_0"]["kernel"] = twice
+    save(tmp_path, tree)
+    x, t = (
+        np.random.default_rng(1).normal(size=(2, *SHAPE)).astype(np.float32),
+        np.array([0.1, 0.7]),
+    )
+    for divides in (False, True)[: 1 + (name == "ve")]:
+        chosen = config()
+        chosen.sde.name = name
+        if divides:
+            chosen.score.parameterization = "score"
+        convert.run(chosen, tmp_path / f"ours{divides}", tmp_path)
+        fitted = architecture.of_workdir(chosen, tmp_path / f"ours{divides}")
+        experiment = build.Experiment(fitted)
+        params = experiment.restore(tmp_path / f"ours{divides}").state.ema_params
+        ours = experiment.adapter(params).batch(x, t, None)
+        std = np.asarray(experiment.sde.std(t))
+        seen = np.log(std) if name == "ve" else 999 * t
+        # The same network told features that are made here.
+        kind = "fourier_linear" if embedding == "fourier" else "positional"
+        network = ncsnpp.Model(**{**reference.OPTIONS, "embedding_type": kind})
+        out = np.asarray(network.apply({"params": params}, x, np.float32(seen), train=False))
+        scale = (1 / std if divides else np.ones(2)) if name == "ve" else -1 / std
+        expected = out * scale[:, None, None, None]
+        np.testing.assert_allclose(ours, expected, rtol=2e-4, atol=2e-5 * np.abs(expected).max())
+
+
 def test_what_the_parameters_leave_open_must_be_said() -> None:
     fields = {"nf": 8, "ch_mult": (1, 1), "num_res_blocks": 1, "attn_resolutions": (16,)}
     params = shapes(fields)
@@ -180,7 +230,18 @@ def test_what_the_parameters_leave_open_must_be_said() -> None:
             lambda p: p["Conv_1"].update(bias=np.zeros(4)),
             r"misshapen: Conv_1/bias is \(4,\), should be \(3,\)",
         ),
-        (lambda p: p.pop("ResnetBlockBigGANpp_5"), "do not make a U-Net"),
+        (
+            lambda p: p.pop("ResnetBlockBigGANpp_5"),
+            r"nearest:\s+missing: ResnetBlockBigGANpp_5/Conv_0/bias \(32,\)",
+        ),
+        (
+            lambda p: p["ResnetBlockBigGANpp_2"]["Conv_0"].update(kernel=np.zeros((3, 3, 16, 7))),
+            r"nearest:\s+misshapen: ResnetBlockBigGANpp_2/Conv_0/kernel is \(3, 3, 16, 7\)",
+        ),
+        (lambda p: p["Conv_0"].pop("kernel"), r"nearest:\s+missing: Conv_0/kernel \(3, 3, 3, 16\)"),
+        (lambda p: p["AttnBlockpp_0"].pop("NIN_0"), r"nearest:\s+missing: AttnBlockpp_0/NIN_0/W"),
+        (lambda p: p.pop("Dense_0"), r"nearest:\s+missing: Dense_0/bias \(64,\)"),
+        (lambda p: p.update(Conv_x={"a": np.zeros(2)}), r"nearest:\s+extra: Conv_x/a \(2,\)"),
     ],
 )
 def test_leaves_that_do_not_fit_are_named(change: Any, message: str, tmp_path: Path) -> None:
@@ -195,6 +256,27 @@ def test_parameters_are_checked_too(tmp_path: Path) -> None:
     tree["optimizer"]["target"]["Conv_1"]["bias"] = np.zeros(5)
     with pytest.raises(ValueError, match=r"params:\s+misshapen: Conv_1/bias is \(5,\)"):
         convert.run(config(), tmp_path / "ours", save(tmp_path, tree))
+    assert not (tmp_path / "ours").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda p: p["MixLogisticAttnCoupling_0"].pop("proj_in_b"), "missing: .*proj_in/bias"),
+        (lambda p: p["Norm_0"].update(norm0_b=np.zeros((2, 3))), "misshapen: Norm_0/norm0/bias"),
+        (lambda p: p.pop("Norm_0"), "missing: Norm_0/norm0/bias"),
+        (lambda p: p.update(Foo={"x": np.zeros(2)}), r"extra: Foo/x \(2,\)"),
+        (lambda p: p.update(foo=np.zeros(2)), r"extra: foo \(2,\)"),
+    ],
+)
+def test_leaves_of_a_dequantizer_are_named_before_anything_is_written(
+    change: Any, message: str, tmp_path: Path
+) -> None:
+    tree = flow_of(variational.Model("cifar10", filters=8, components=3, blocks=2, heads=2))[0]
+    change(tree["params_ema"]["params"])
+    save(save(tmp_path, theirs()), tree, step=6, kind=authors.DEQUANTIZER)
+    with pytest.raises(ValueError, match=message):
+        convert.run(config(), tmp_path / "ours", tmp_path)
     assert not (tmp_path / "ours").exists()
 
 
@@ -217,13 +299,11 @@ def test_sources_that_are_none(tmp_path: Path) -> None:
         convert.run(other, tmp_path / "ours", save(tmp_path, theirs(), step=5))
 
 
-@pytest.mark.parametrize("design", list(variational.DESIGNS))
-def test_the_dequantizer_comes_along(design: str, tmp_path: Path) -> None:
-    model = variational.Model(design, filters=8, components=3, blocks=2, heads=2)
+def flow_of(model: variational.Model) -> tuple[dict[str, Any], Any]:
+    """Their checkpoint of the dequantizer ``model`` with random parameters, and these."""
     shapes = jax.eval_shape(model.init, jax.random.key(0), np.zeros((2, *SHAPE), np.uint8))
     rng = np.random.default_rng(0)
     params = jax.tree.map(lambda s: rng.normal(size=s.shape).astype(np.float32), shapes)
-    tree = theirs()
     names = flowpp_numpy.foreign(params)
     flow = {
         "step": 11,
@@ -239,7 +319,14 @@ def test_the_dequantizer_comes_along(design: str, tmp_path: Path) -> None:
             },
         },
     }
-    save(save(tmp_path, tree), flow, step=6, kind=authors.DEQUANTIZER)
+    return flow, params
+
+
+@pytest.mark.parametrize("design", list(variational.DESIGNS))
+def test_the_dequantizer_comes_along(design: str, tmp_path: Path) -> None:
+    model = variational.Model(design, filters=8, components=3, blocks=2, heads=2)
+    flow, params = flow_of(model)
+    save(save(tmp_path, theirs()), flow, step=6, kind=authors.DEQUANTIZER)
     chosen = config()
     chosen.dequantizer.model.heads = 2
     convert.run(chosen, tmp_path / "ours", tmp_path)
@@ -249,7 +336,7 @@ def test_the_dequantizer_comes_along(design: str, tmp_path: Path) -> None:
     with experiment.dequantizer_checkpoints(tmp_path / "ours") as checkpoints:
         assert checkpoints.steps() == [11]
         template = jax.eval_shape(
-            lambda p: convert.TrainState.create(p, experiment.dequantizer_optimizer), shapes
+            lambda p: convert.TrainState.create(p, experiment.dequantizer_optimizer), params
         )
         restored = checkpoints.restore(template)
     jax.tree.map(np.testing.assert_array_equal, restored.state.ema_params, params)

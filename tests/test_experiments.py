@@ -70,6 +70,25 @@ def test_table2_refuses_what_it_cannot_compare(tmp_path: Path) -> None:
         table2.read(tmp_path)
 
 
+def test_table2_names_what_it_cannot_read(tmp_path: Path) -> None:
+    folder = evaluation(tmp_path / "a|b_$", ode_uniform=2.9)
+    report = json.loads((folder / "evaluation.json").read_text())
+    report["results"][0]["bits_per_dim"] = None
+    (folder / "evaluation.json").write_text(json.dumps(report))
+    found = table2.tables([table2.read(folder)], [])
+    assert r"| a\|b_$ (LW) | subvp | not finite |" in table2.markdown(found)
+    assert r"a|b\_\$ (LW) & subvp & not finite &" in table2.latex(found)
+    (folder / "evaluation.json").write_text(json.dumps({**report, "results": []}))
+    with pytest.raises(ValueError, match="has no results"):
+        table2.read(folder)
+    (folder / "evaluation.json").write_text("{")
+    with pytest.raises(ValueError, match="is the file whole"):
+        table2.read(folder)
+    (tmp_path / "p.json").write_text(json.dumps([{"data": "x", "NLL": 3.0}]))
+    with pytest.raises(ValueError, match=r"lacks \['model'\] and has the unknown \['NLL'\]"):
+        table2.published_rows(tmp_path / "p.json")
+
+
 @pytest.mark.parametrize("name", schedule.NAMES)
 def test_schedule(name: str) -> None:
     c = schedule.curves(name)

@@ -10,10 +10,12 @@ Reference: Ho et al. 2019 (Flow++), sections 3.1 to 3.3; Song et al. 2021 train 
 score model. Parameters bear the names of Song et al.'s checkpoints: ``from_reference`` reads those.
 """
 
+import contextlib
 import dataclasses
 import math
 import re
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, ClassVar
 
@@ -213,9 +215,9 @@ def from_reference(params: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
             layer = re.sub(f"^{theirs}$", ours, layer)
         return (module, layer, LEAVES[match["leaf"]]), value
 
-    return unflatten_dict(
-        dict(renamed(module, name, v) for (module, name), v in flatten_dict(dict(params)).items())
-    )
+    # Of other than two levels, it is no parameter of theirs: left for the check of names to name.
+    flat = flatten_dict(dict(params)).items()
+    return unflatten_dict(dict(renamed(p[0], p[1], v) if len(p) == 2 else (p, v) for p, v in flat))
 
 
 def read_options(params: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
@@ -229,19 +231,46 @@ def read_options(params: Mapping[str, Any], given: Mapping[str, Any]) -> dict[st
     found = [name for name, design in DESIGNS.items() if design.context in params]
     if "MixLogisticAttnCoupling_0" not in params or not found:
         raise ValueError(f"no Flow++ dequantizer has the parameters {', '.join(sorted(params))}")
-    coupling, (_, _, channels) = params["MixLogisticAttnCoupling_0"], image_shape(params)
-    blocks = sum(name.endswith("_conv") for name in coupling)
-    outputs = coupling[f"block{blocks - 1}_proj_out"]["bias"].shape[-1]
+    channels = image_shape(params)[-1]
+
+    def sizes(coupling: Mapping[str, Any]) -> tuple[int, int, int]:
+        blocks = sum(name.endswith("_conv") for name in coupling)
+        outputs = coupling[f"block{blocks - 1}_proj_out"]["bias"].shape[-1]
+        return coupling["proj_in"]["bias"].shape[-1], (outputs // channels - 2) // 3, blocks
+
+    filters, components, blocks = _most_say(params, "MixLogisticAttnCoupling", sizes)
     return {
         "design": found[0],
         "heads": given["heads"],
-        "filters": coupling["proj_in"]["bias"].shape[-1],
-        "components": (outputs // channels - 2) // 3,
+        "filters": filters,
+        "components": components,
         "blocks": blocks,
     }
 
 
+def _most_say(
+    params: Mapping[str, Any], kind: str, read: Callable[[Mapping[str, Any]], tuple[int, int, int]]
+) -> tuple[int, int, int]:
+    """What ``read`` gives of most modules ``kind_i``: a damaged one is left for the others to show.
+
+    Raises:
+      ValueError: it can read none.
+    """
+    readings: Counter[tuple[int, int, int]] = Counter()
+    for name in sorted(params):
+        if name.startswith(f"{kind}_"):
+            with contextlib.suppress(KeyError, IndexError, ValueError, AttributeError):
+                readings[read(params[name])] += 1
+    if not readings:
+        raise ValueError(f"no {kind} of a Flow++ dequantizer in {', '.join(sorted(params))}")
+    return readings.most_common(1)[0][0]
+
+
 def image_shape(params: Mapping[str, Any]) -> tuple[int, int, int]:
     """(h, w, c) of the only images that ``params`` fit: they hold a bias for every pixel."""
-    h, half, c = params["Norm_0"]["norm0"]["bias"].shape
-    return h, 2 * half, c
+
+    def shape(module: Mapping[str, Any]) -> tuple[int, int, int]:
+        h, half, c = module["norm0"]["bias"].shape
+        return h, 2 * half, c
+
+    return _most_say(params, "Norm", shape)

@@ -29,7 +29,7 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "relu": nn.relu,
     "lrelu": partial(nn.leaky_relu, negative_slope=0.2),
 }
-EMBEDDINGS = ("positional", "fourier")
+EMBEDDINGS = ("positional", "fourier", "fourier_linear")
 DTYPES = ("float32", "bfloat16")
 
 
@@ -168,11 +168,15 @@ class GaussianFourierProjection(nn.Module):
 
 
 def embed(label: Array, size: int, kind: str, fourier_scale: float) -> Array:
-    """Features of the noise label, in float32: ``positional`` of it or ``fourier`` of its log."""
+    """Features of the noise label, in float32, of one of ``EMBEDDINGS``.
+
+    ``positional`` and ``fourier_linear`` of the label itself, ``fourier`` of its logarithm.
+    """
     label = label.astype(jnp.float32)
     if kind == "positional":
         return positional(label, size)
-    return GaussianFourierProjection(size, fourier_scale)(jnp.log(label))
+    seen = jnp.log(label) if kind == "fourier" else label
+    return GaussianFourierProjection(size, fourier_scale)(seen)
 
 
 # ---- resampling by two --------------------------------------------------------------------------

@@ -19,7 +19,7 @@ class Model(nn.Module):
       width: hidden units.
       depth: residual blocks.
       embedding_size: sinusoids of the label, an even number.
-      embedding_type: "positional" takes the label as it is, "fourier" its logarithm.
+      embedding_type: "positional" and "fourier_linear" take the label, "fourier" its log.
       fourier_scale: standard deviation of the Fourier features' frequencies.
       dtype: "float32" or "bfloat16" arithmetic; parameters and output stay float32.
 

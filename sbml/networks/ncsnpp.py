@@ -134,8 +134,8 @@ class Model(nn.Module):
       attn_resolutions: image heights at which attention follows the blocks.
       dropout: rate, inside every residual block.
       conditional: whether blocks are told the label.
-      embedding_type: "positional" takes the label as it is (Song et al.: 999 t), "fourier" its
-        logarithm (Song et al.: the label is sigma).
+      embedding_type: "positional" and "fourier_linear" take the label as it is (Song et al.:
+        999 t), "fourier" its logarithm (Song et al., VE: the label is sigma).
       fourier_scale: standard deviation of the Fourier features' frequencies.
       resblock_type: "ddpm" resamples between blocks, "biggan" inside blocks.
       resamp_with_conv: whether resampling between "ddpm" blocks includes a convolution.

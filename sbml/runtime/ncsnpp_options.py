@@ -9,7 +9,9 @@ What leaves no parameters (dropout, rescaling, nonlinearity, the filter's taps, 
 There the given options stand. The answer is checked leaf by leaf against the network it describes.
 """
 
+import contextlib
 import itertools
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -21,42 +23,51 @@ from sbml.networks.ncsnpp import Model
 from sbml.trees import differences
 
 BLOCKS = {"ResnetBlockBigGANpp": "biggan", "ResnetBlockDDPMpp": "ddpm"}
+SHOWN = 30  # differences, in an error
 MOST_LEVELS = 12  # An image of 4096 pixels halves no more often.
 
 Tree = Mapping[str, Any]
 
 
-def read_options(params: Tree, given: Mapping[str, Any], height: int) -> dict[str, Any]:
+def read_options(
+    params: Tree, given: Mapping[str, Any], height: int, channels: int = 3
+) -> dict[str, Any]:
     """Every field of the NCSN++ whose parameters are ``params``.
 
     Args:
       params: names to arrays, nested, as ``Model.init`` makes them.
       given: fields of ``Model``, for what the parameters do not tell.
       height: of the images, in pixels; it turns levels into ``attn_resolutions``.
+      channels: of the images, where the first convolution does not tell.
 
     Raises:
       ValueError: no NCSN++ has these parameters, naming the leaves that are missing, left over or
-        misshapen in the nearest one; or several do, naming the field to set.
+        misshapen in the nearest one, be it that of ``given``; or several do, naming the field to
+        set.
     """
-    found = []
-    for shape in _encoders(params):
-        fields = {**given, **_layers(params, given, **shape)}
-        fields["attn_resolutions"] = _attention(params, given, height, **shape)
-        found.append(differences(params, _parameters(fields, params, height)))
-        if not found[-1]:
-            return fields
-    if not found:
-        raise ValueError(
-            "these are not the parameters of an NCSN++ or DDPM++: their residual blocks "
-            f"({', '.join(BLOCKS)}) do not make a U-Net; there are {', '.join(sorted(params))}"
-        )
+    found: list[list[str]] = []
+    with contextlib.suppress(KeyError, IndexError):  # Without a leaf that tells options none fits.
+        channels = np.shape(params["Conv_0"]["kernel"])[2]
+        for shape in _encoders(params):
+            fields: dict[str, Any] = {**given, **_layers(params, given, **shape)}
+            fields["attn_resolutions"] = _attention(params, given, height, **shape)
+            found.append(differences(params, _parameters(fields, height, channels)))
+            if not found[-1]:
+                return fields
+    for near in ({}, *_nearby(params, height)):
+        with contextlib.suppress(ValueError):  # No network has these fields.
+            found.append(differences(params, _parameters({**given, **near}, height, channels)))
     nearest = min(found, key=len)
-    raise ValueError("no NCSN++ has these parameters; of the nearest:\n  " + "\n  ".join(nearest))
+    more = [f"and {len(nearest) - SHOWN} more"] if len(nearest) > SHOWN else []
+    raise ValueError(
+        "no NCSN++ or DDPM++ has these parameters; against the nearest:\n  "
+        + "\n  ".join(nearest[:SHOWN] + more)
+    )
 
 
-def _parameters(fields: Mapping[str, Any], params: Tree, height: int) -> Tree:
+def _parameters(fields: Mapping[str, Any], height: int, channels: int) -> Tree:
     """Shapes of the parameters of the network that ``fields`` describe."""
-    x = jnp.zeros((1, height, height, params["Conv_0"]["kernel"].shape[2]))
+    x = jnp.zeros((1, height, height, channels))
     options: dict[str, Any] = {
         name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()
     }
@@ -69,7 +80,8 @@ def _parameters(fields: Mapping[str, Any], params: Tree, height: int) -> Tree:
 
 def _named(params: Tree, kind: str) -> list[Tree]:
     """The modules ``kind_0``, ``kind_1`` ... in order."""
-    found = {int(name.rpartition("_")[2]): m for name, m in params.items() if _kind(name) == kind}
+    numbers = {name: name.rpartition("_")[2] for name in params if _kind(name) == kind}
+    found = {int(number): params[name] for name, number in numbers.items() if number.isdecimal()}
     return [found[i] for i in sorted(found)]
 
 
@@ -107,6 +119,32 @@ def _encoders(params: Tree) -> Iterator[dict[str, Any]]:
             yield {"nf": nf, "ch_mult": tuple(w // nf for w in wide), "num_res_blocks": blocks}
 
 
+def _nearby(params: Tree, height: int) -> Iterator[dict[str, Any]]:
+    """Fields of the U-Nets with about as many blocks, for parameters that are no U-Net's."""
+    kind = next((k for k in BLOCKS if _named(params, k)), "")
+    leaves = (("Conv_0", "kernel"), ("Conv_0", "bias"), ("GroupNorm_1", "scale"))
+    widths = []
+    for block in _named(params, kind):
+        found = [np.shape(block[m][leaf])[-1] for m, leaf in leaves if leaf in block.get(m, ())]
+        widths += [width for width, _ in Counter(found).most_common(1)]
+    if not widths:
+        return
+    nf, between = min(widths), BLOCKS[kind] == "biggan"
+    steps = range(1, 1 + height.bit_length())
+    for levels, blocks in itertools.product(steps, range(1, len(widths))):
+        count = levels * (2 * blocks + 1) + 2 + 2 * between * (levels - 1)
+        if abs(count - len(widths)) > 1:
+            continue
+        wide = [widths[min(i * (blocks + between), len(widths) - 1)] for i in range(levels)]
+        shape = {"nf": nf, "ch_mult": tuple(w // nf for w in wide), "num_res_blocks": blocks}
+        near = {"resblock_type": BLOCKS[kind], **shape, "conditional": "Dense_1" in params}
+        with contextlib.suppress(KeyError, IndexError):
+            near = _layers(params, {"progressive_combine": "sum", **near}, **shape)
+        heights = [height >> level for level in range(levels)]
+        for attending in ((), *((h,) for h in heights)):
+            yield {**near, "attn_resolutions": attending}
+
+
 def _layers(
     params: Tree,
     given: Mapping[str, Any],
@@ -134,7 +172,7 @@ def _layers(
         "nf": nf,
         "ch_mult": ch_mult,
         "num_res_blocks": num_res_blocks,
-        "conditional": "Dense_0" in params,
+        "conditional": "Dense_0" in params or "Dense_1" in params,
         "embedding_type": "fourier" if fourier else "positional",
         "resblock_type": BLOCKS[kind],
         "resamp_with_conv": with_conv if between else given["resamp_with_conv"],

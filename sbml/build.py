@@ -138,6 +138,17 @@ class Experiment:
         )
 
     @property
+    def loss_unit(self) -> float:
+        """Our loss, nats/dim, where the paper's is 1: it leaves constants out, mean |z - F|^2.
+
+        Z / 2 where importance sampling makes the likelihood's weights equal, else 1 / 2.
+        """
+        training = self.config.training
+        if not (training.likelihood_weighting and training.importance_sampling):
+            return 0.5
+        return float(times.Importance(self.sde, smallest_time(self.config)).normaliser) / 2
+
+    @property
     def twins(self) -> bool:
         """Whether every image of a batch is called twice, with noises z and -z."""
         return check_choice("training.noises", self.config.training.noises, NOISES) == "twins"
@@ -155,7 +166,7 @@ class Experiment:
 
     @cached_property
     def optimizer(self) -> optax.GradientTransformation:
-        return optimizer(self.config)
+        return optimizer(self.config, self.loss_unit)
 
     @property
     def cells(self) -> list[Cell]:
@@ -225,7 +236,8 @@ class Experiment:
 
     @cached_property
     def dequantizer_optimizer(self) -> optax.GradientTransformation:
-        return optimizer(self.config.dequantizer)
+        # The paper's is in nats, ours in nats/dim.
+        return optimizer(self.config.dequantizer, 1 / math.prod(self.shape))
 
     @property
     def eval_proposal(self) -> str:

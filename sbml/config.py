@@ -87,7 +87,7 @@ def _optim(lr: float, warmup: int, ema: float) -> dict:
         "beta2": 0.999,
         "eps": 1e-8,
         "weight_decay": 0.0,
-        "grad_clip": 1.0,  # global norm; 0: off
+        "grad_clip": 1.0,  # global norm, in the unit of the paper's loss; 0: off
         "ema": ema,
     }
 

@@ -85,8 +85,11 @@ def network(config: ConfigDict) -> Any:
     return module(**{k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()})
 
 
-def optimizer(section: ConfigDict) -> optax.GradientTransformation:
-    """The optimizer of ``section.optim``, of ``config`` itself or ``config.dequantizer``."""
+def optimizer(section: ConfigDict, unit: float) -> optax.GradientTransformation:
+    """The optimizer of ``section.optim``, of ``config`` itself or ``config.dequantizer``.
+
+    ``unit`` is what our loss is where the paper's is 1: clipping at ``grad_clip`` is then theirs.
+    """
     o = section.optim
     rate = optim.learning_rate(o.lr, o.warmup, o.schedule, section.training.num_steps)
     return optim.adam(
@@ -95,5 +98,5 @@ def optimizer(section: ConfigDict) -> optax.GradientTransformation:
         beta2=o.beta2,
         eps=o.eps,
         weight_decay=o.weight_decay,
-        grad_clip=o.grad_clip,
+        grad_clip=o.grad_clip * unit,
     )

@@ -19,7 +19,7 @@ def get_config() -> ConfigDict:
     config.training.update(
         batch_size=64, num_steps=900, log_every=20, checkpoint_every=300, sample_every=450
     )
-    config.optim.update(lr=2e-3, warmup=100, schedule="cosine", ema=0.99)
+    config.optim.update(lr=2e-3, warmup=100, schedule="cosine", ema=0.99, grad_clip=1 / 12)
     config.eval.update(batch_size=36, subset=36, features="digits_classifier")
     small_dequantizer(config, num_steps=500)
     return config

@@ -23,6 +23,6 @@ def get_config() -> ConfigDict:
     config.training.update(
         batch_size=64, num_steps=20_000, log_every=50, checkpoint_every=1_000, sample_every=5_000
     )
-    config.optim.update(lr=1e-3, warmup=500, schedule="cosine", ema=0.999)
+    config.optim.update(lr=1e-3, warmup=500, schedule="cosine", ema=0.999, grad_clip=1 / 12)
     small_dequantizer(config, num_steps=2000)
     return config

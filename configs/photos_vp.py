@@ -20,7 +20,7 @@ def get_config() -> ConfigDict:
     config.training.update(
         batch_size=32, num_steps=2_000, log_every=20, checkpoint_every=200, sample_every=1_000
     )
-    config.optim.update(lr=1e-3, warmup=200, schedule="cosine", ema=0.995)
+    config.optim.update(lr=1e-3, warmup=200, schedule="cosine", ema=0.995, grad_clip=1 / 12)
     config.eval.update(batch_size=32, max_images=64)
     config.sampling.update(num_images=16, batch_size=16)
     small_dequantizer(config, num_steps=500)

@@ -254,4 +254,5 @@ def small_dequantizer(config: ml_collections.ConfigDict, *, num_steps: int) -> N
     config.dequantizer.training.update(
         batch_size=64, num_steps=num_steps, log_every=20, checkpoint_every=num_steps // 2
     )
-    config.dequantizer.optim.update(lr=2e-3, warmup=50)
+    nats = float(math.prod(config.data.shape))  # Clips at 1 in nats/dim.
+    config.dequantizer.optim.update(lr=2e-3, warmup=50, grad_clip=nats)

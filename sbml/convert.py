@@ -95,7 +95,7 @@ def _untold(fitted: ConfigDict) -> str:
     fields += [f"model.{name}" for name in ("nonlinearity", "skip_rescale", "fir", "fir_kernel")]
     parts = [name.split(".") for name in fields]
     said = ", ".join(f"{section}.{field}={fitted[section][field]}" for section, field in parts)
-    return f"the parameters do not tell these, they are --config's: {said}"
+    return f"where the parameters do not tell, as --config has it: {said}"
 
 
 def _renamed(theirs: AuthorsState) -> AuthorsState:

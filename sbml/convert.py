@@ -9,7 +9,7 @@ and without knowledge of ours about its data. The dequantizer's parameters are r
 ``dequantizers.variational``.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -30,16 +30,25 @@ from sbml.runtime.versions import versions
 from sbml.trees import differences
 
 
-def conventions(config: ConfigDict) -> tuple[dict[str, str], str]:
-    """The fields of ``config.score`` and the Fourier embedding, if any, of their networks.
+class Convention(NamedTuple):
+    """How a score was made of their networks.
 
-    Their VE network divides by sigma itself where ``model.scale_by_sigma`` is set, which none of
-    their configs does; ``--config.score.parameterization=score`` says that it is.
+    Attributes:
+      parameterizations: of ``config.score``. Of several the parameters do not tell which: it is
+        the config's if that is among them, else the first.
+      label: of ``config.score``.
+      fourier: the embedding, where it is one by Fourier features.
     """
-    if config.sde.name != "ve":
-        return {"parameterization": "noise", "label": "time"}, "fourier_linear"
-    divides = config.score.parameterization == "score"
-    return {"parameterization": "score" if divides else "unscaled", "label": "sigma"}, "fourier"
+
+    parameterizations: tuple[str, ...]
+    label: str
+    fourier: str
+
+
+_NOISE = Convention(("noise",), "time", "fourier_linear")
+# The network itself divides by sigma where model.scale_by_sigma is set, as in none of their configs.
+_SCORE = Convention(("unscaled", "score"), "sigma", "fourier")
+CONVENTIONS = {"vp": _NOISE, "subvp": _NOISE, "ve": _SCORE, "linear_ve": _NOISE}
 
 
 def run(config: ConfigDict, workdir: epath.PathLike, source: epath.PathLike | None) -> None:
@@ -89,9 +98,7 @@ def run(config: ConfigDict, workdir: epath.PathLike, source: epath.PathLike | No
 
 def _untold(fitted: ConfigDict) -> str:
     """What the parameters do not tell, and stands as ``--config`` has it."""
-    fields = ["sde.name", "training.smallest_time"]
-    if fitted.sde.name == "ve":
-        fields.append("score.parameterization")
+    fields = ["sde.name", "training.smallest_time", "score.parameterization"]
     fields += [f"model.{name}" for name in ("nonlinearity", "skip_rescale", "fir", "fir_kernel")]
     parts = [name.split(".") for name in fields]
     said = ", ".join(f"{section}.{field}={fitted[section][field]}" for section, field in parts)
@@ -108,7 +115,7 @@ def _sections(
     config: ConfigDict, score: AuthorsState, flow: AuthorsState | None
 ) -> architecture.Sections:
     """The sections of a config that fit the checkpoints."""
-    scored, fourier = conventions(config)
+    convention = CONVENTIONS[config.sde.name]
     given = {k: v for k, v in config.model.items() if k != "name"}
     height, channels = config.data.shape[0], config.data.shape[-1]
     try:
@@ -122,7 +129,12 @@ def _sections(
             f"config.data.shape={config.data.shape}"
         )
     if options["embedding_type"] != "positional":
-        options["embedding_type"] = fourier
+        options["embedding_type"] = convention.fourier
+    asked, known = config.score.parameterization, convention.parameterizations
+    scored = {
+        "parameterization": asked if asked in known else known[0],
+        "label": convention.label,
+    }
     sections = {
         "model": {"name": "ncsnpp", **options},
         "score": scored,

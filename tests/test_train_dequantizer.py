@@ -70,6 +70,7 @@ def test_loss_is_the_reported_bound(whole):
         n_times=4,
         sweeps=8,
         max_images=IMAGES,
+        in_order=True,
     )
     evaluate.run(config, whole)
     table = read_npz(whole / summary.PER_IMAGE)

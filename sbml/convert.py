@@ -46,7 +46,7 @@ class Convention(NamedTuple):
 
 
 _NOISE = Convention(("noise",), "time", "fourier_linear")
-# The network itself divides by sigma where model.scale_by_sigma is set, as in none of their configs.
+# The network divides by sigma itself where model.scale_by_sigma is set, in no config of theirs.
 _SCORE = Convention(("unscaled", "score"), "sigma", "fourier")
 CONVENTIONS = {"vp": _NOISE, "subvp": _NOISE, "ve": _SCORE, "linear_ve": _NOISE}
 

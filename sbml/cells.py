@@ -30,6 +30,7 @@ from sbml.ode import Solver
 from sbml.runtime import progress, sharding
 from sbml.runtime.checkpoint import Restored, tree_crc32
 from sbml.runtime.parts import Parts
+from sbml.runtime.preemption import Preemption
 
 Table = dict[str, np.ndarray]
 
@@ -125,6 +126,7 @@ class CellRun:
         label = f"{self.cell.name}" + (f" sweep {sweep + 1}" if sweep else "")
         lattice = self._lattice(sweep) if self.cell.is_bound else None
         bar = progress.bar(label, "image", total, total - len(missing), leave=sweep == 0)
+        preemption = Preemption()
         with bar:
             for rows, mask in eval_batches(len(missing), self.batch_size):
                 ids = missing[rows]
@@ -135,6 +137,7 @@ class CellRun:
                 bar.update(int(mask.sum()))
                 mean = np.mean(columns["bits_per_dim"])
                 bar.set_postfix_str(f"{mean:.3f} bits/dim", refresh=False)
+                preemption.leave_if_requested("the images so far are stored")
         sharding.barrier("evaluated")
 
     def _lattice(self, sweep: int) -> np.ndarray:

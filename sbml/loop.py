@@ -23,7 +23,7 @@ from sbml.data import ImageSet, prefetch, train_batches
 from sbml.runtime import progress, report, sharding
 from sbml.runtime.checkpoint import Checkpoints
 from sbml.runtime.metrics import MetricsWriter
-from sbml.runtime.preemption import EXIT_CODE, Preemption
+from sbml.runtime.preemption import Preemption
 from sbml.runtime.state import (
     Loss,
     Observe,
@@ -249,9 +249,7 @@ def run(task: Task, checkpoints: Checkpoints) -> None:
                 if trainer.writer:
                     trainer.writer.close()
         # Whenever it came, in the last save too: what follows in this process is not begun.
-        if preemption.requested():
-            logging.warning("SIGTERM: step %d is saved; the same command resumes from it", done)
-            raise SystemExit(EXIT_CODE)
+        preemption.leave_if_requested(f"step {done} is saved")
 
 
 def _loop(trainer: _Trainer, preemption: Preemption) -> int:

@@ -23,6 +23,7 @@ from sbml.data import eval_batches
 from sbml.runtime import progress, report, sharding
 from sbml.runtime.checkpoint import Restored, tree_crc32
 from sbml.runtime.parts import Parts, write_npz
+from sbml.runtime.preemption import Preemption
 from sbml.samplers import Sampler
 from sbml.sdes import SDE
 from sbml.types import Array, Key, Score
@@ -136,6 +137,7 @@ def generate(experiment: Experiment, restored: Restored, workdir: epath.Path) ->
     wanted = np.arange(config.num_images)
     missing = np.setdiff1d(wanted, done.get("id", []))
     size = sharding.round_up(min(config.batch_size, config.num_images))
+    preemption = Preemption()
     with progress.bar("sample", "image", len(wanted), len(wanted) - len(missing)) as bar:
         for rows, mask in eval_batches(len(missing), size) if missing.size else ():
             ids = missing[rows]
@@ -144,6 +146,7 @@ def generate(experiment: Experiment, restored: Restored, workdir: epath.Path) ->
                 columns = {"id": ids, "sweep": np.zeros_like(ids), **drawn._asdict()}
                 parts.write({name: column[mask] for name, column in columns.items()})
             bar.update(int(mask.sum()))
+            preemption.leave_if_requested("the samples so far are stored")
     sharding.barrier("sampled")
     done = parts.read()
     chosen = np.isin(done["id"], wanted)

@@ -60,12 +60,18 @@ def test_images_are_counted_once_though_twins_take_two_rows(whole):
     np.testing.assert_allclose(images, 32, rtol=1e-6)
 
 
-def test_several_processes_agree_to_stop_whatever_a_dispatch_takes(monkeypatch):
+def test_several_processes_agree_to_stop_whatever_a_dispatch_takes(monkeypatch, caplog):
     """jax's service answers yes at one number only, the next after the last that was asked."""
     monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(preemption.Preemption, "_asked", 0)
     monkeypatch.setattr(multihost_utils, "reached_preemption_sync_point", lambda step: step == 3)
     with preemption.Preemption() as asked:
-        assert [asked.requested() for _ in range(4)] == [False, False, True, True]
+        assert [asked.requested() for _ in range(2)] == [False, False]
+    later = preemption.Preemption()  # Another mode: the count goes on.
+    with pytest.raises(SystemExit) as left:
+        later.leave_if_requested("half is stored")
+    assert left.value.code == 143 and later.requested()
+    assert "SIGTERM: half is stored" in caplog.text
 
 
 def test_kills_change_nothing(whole, tmp_path):
@@ -181,19 +187,34 @@ def test_eight_devices_give_the_same_losses(whole, tmp_path):
         assert loss == pytest.approx(expected[step], rel=1e-5)
 
 
-def test_two_processes_give_the_same_losses(whole, tmp_path):
+def two_processes(workdir, *flags):
+    """The program, running as processes 0 and 1 of two."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    common = ("--mode=train", "--config.training.num_steps=10", "--num_processes=2")
-    common = (*common, f"--coordinator=127.0.0.1:{port}")
-    processes = [runs.start(tmp_path, *common, f"--process_id={i}") for i in range(2)]
-    for process in processes:
+    common = (*flags, "--num_processes=2", f"--coordinator=127.0.0.1:{port}")
+    return [runs.start(workdir, *common, f"--process_id={i}") for i in range(2)]
+
+
+def test_two_processes_give_the_same_losses(whole, tmp_path):
+    for process in two_processes(tmp_path, "--mode=train", "--config.training.num_steps=10"):
         runs.finish(process)
     expected = losses(whole)
     assert set(losses(tmp_path)) == set(range(1, 11))
     for step, loss in losses(tmp_path).items():
         assert loss == pytest.approx(expected[step], rel=1e-5)
+
+
+def test_sigterm_stops_an_evaluation_by_several_processes(whole, tmp_path):
+    """jax's service takes the signal of all of them: it must be heard there too."""
+    (tmp_path / "checkpoints").symlink_to(whole / "checkpoints")
+    long = ("--config.eval.estimators=bound", "--config.eval.sweeps=2000")
+    processes = two_processes(tmp_path, "--mode=eval,sample", *long)
+    assert wait_for(processes[0], lambda: any(tmp_path.glob("eval/*/part_0003*")))
+    processes[1].send_signal(signal.SIGTERM)
+    for process in processes:
+        runs.finish(process, expect=143)
+    assert not (tmp_path / "samples.npz").exists()
 
 
 def compiled(experiment, mesh):

@@ -36,7 +36,7 @@ Table = dict[str, np.ndarray]
 
 
 # Before a standard error is believed enough to stop by. Of 2 or 3 sweeps it is often far too small
-# by chance: stopping there, a 95% interval held the truth in 90% of 6,000 trials, of 8 in 93%.
+# by chance: stopping there, a 95% interval held the truth in 90% of 4,000 trials, of 8 in 93%.
 FIRST_SWEEPS = 8
 
 

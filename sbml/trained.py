@@ -34,8 +34,10 @@ def check_dequantizer(config: ConfigDict, metadata: Metadata) -> None:
 
 
 # What a run may change without training otherwise.
-FREE = {"num_steps", "steps_per_dispatch", "log_every", "checkpoint_every", "sample_every"}
-FREE |= {"keep_last", "keep_every"}
+FREE = {
+    *("num_steps", "steps_per_dispatch", "log_every"),
+    *("checkpoint_every", "keep_last", "keep_every", "sample_every"),
+}
 
 
 def warn_if_trained_otherwise(metadata: Metadata, ours: Metadata, field: str) -> None:

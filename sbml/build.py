@@ -34,8 +34,11 @@ from sbml.divergence import Trace
 from sbml.estimators import Cell
 from sbml.from_config import (
     check_choice,
+    data_options,
+    loss_unit,
     network,
     optimizer,
+    proposal,
     sampler,
     sde,
     smallest_time,
@@ -133,20 +136,7 @@ class Experiment:
     def proposal(self) -> times.Proposal | times.Grid:
         if levels := self.config.training.discrete_levels:
             return times.Grid(levels)
-        return times.PROPOSALS[_proposal(self.config.training)](
-            self.sde, smallest_time(self.config)
-        )
-
-    @property
-    def loss_unit(self) -> float:
-        """Our loss, nats/dim, where the paper's is 1: it leaves constants out, mean |z - F|^2.
-
-        Z / 2 where importance sampling makes the likelihood's weights equal, else 1 / 2.
-        """
-        training = self.config.training
-        if not (training.likelihood_weighting and training.importance_sampling):
-            return 0.5
-        return float(times.Importance(self.sde, smallest_time(self.config)).normaliser) / 2
+        return times.PROPOSALS[proposal(self.config.training)](self.sde, smallest_time(self.config))
 
     @property
     def twins(self) -> bool:
@@ -166,7 +156,7 @@ class Experiment:
 
     @cached_property
     def optimizer(self) -> optax.GradientTransformation:
-        return optimizer(self.config, self.loss_unit)
+        return optimizer(self.config, loss_unit(self.config))
 
     @property
     def cells(self) -> list[Cell]:
@@ -251,7 +241,7 @@ class Experiment:
                 f"eval.importance_sampling=False with eval.proposal_bins={bins}: the density of "
                 "the bound's times is one of log-SNR; set --config.eval.proposal_bins=0"
             )
-        return _proposal(self.config.eval)
+        return proposal(self.config.eval)
 
     @property
     def eval_solver(self) -> Solver:
@@ -286,17 +276,7 @@ class Experiment:
           ValueError: if they are not what ``config.data`` says they are.
         """
         d = self.config.data
-        options = data.Options(
-            cache_dir=d.cache_dir or None,
-            manual_dir=d.manual_dir or None,
-            path=d.path or None,
-            image_size=self.shape[0],
-            channels=self.shape[-1],
-            crop=d.crop,
-            test_fraction=d.test_fraction,
-            seed=d.split_seed,
-        )
-        images = data.load(d.source, split, options)
+        images = data.load(d.source, split, data_options(d))
         if images.shape != self.shape or images.levels != self.levels:
             raise ValueError(
                 f"{d.source} has images of shape {images.shape} with {images.levels} levels, the "
@@ -408,10 +388,6 @@ class Experiment:
     def to_plain(self) -> dict:
         """The config as plain JSON values."""
         return _plain(self.config.to_dict())
-
-
-def _proposal(section: ConfigDict) -> str:
-    return "importance" if section.importance_sampling else "uniform"
 
 
 def _plain(value: Any) -> Any:

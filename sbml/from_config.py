@@ -1,4 +1,4 @@
-"""One part each from a config: the process, the network, the optimizer, a solver.
+"""One part each from a config: the process, the network, the optimizer, a solver, the data.
 
 What a run needs of them together is in ``sbml.build``.
 """
@@ -10,8 +10,8 @@ from typing import Any
 import optax
 from ml_collections import ConfigDict
 
-from sbml import networks, samplers, sdes
-from sbml.data import imagenet32
+from sbml import networks, samplers, sdes, times
+from sbml.data import Options, imagenet32
 from sbml.ode import Solver
 from sbml.runtime import optim
 
@@ -83,6 +83,36 @@ def network(config: ConfigDict) -> Any:
     if unknown:
         raise ValueError(f"config.model has fields {unknown} that {config.model.name!r} lacks")
     return module(**{k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()})
+
+
+def proposal(section: ConfigDict) -> str:
+    """Where times are drawn, of ``times.PROPOSALS``, by ``config.training`` or ``config.eval``."""
+    return "importance" if section.importance_sampling else "uniform"
+
+
+def loss_unit(config: ConfigDict) -> float:
+    """Our loss, nats/dim, where the paper's is 1: it leaves constants out, mean |z - F|^2.
+
+    Z / 2 where importance sampling makes the likelihood's weights equal, else 1 / 2.
+    """
+    training = config.training
+    if not (training.likelihood_weighting and training.importance_sampling):
+        return 0.5
+    return float(times.Importance(sde(config), smallest_time(config)).normaliser) / 2
+
+
+def data_options(section: ConfigDict) -> Options:
+    """How to find and cut images, from ``config.data``."""
+    return Options(
+        cache_dir=section.cache_dir or None,
+        manual_dir=section.manual_dir or None,
+        path=section.path or None,
+        image_size=section.shape[0],
+        channels=section.shape[-1],
+        crop=section.crop,
+        test_fraction=section.test_fraction,
+        seed=section.split_seed,
+    )
 
 
 def optimizer(section: ConfigDict, unit: float) -> optax.GradientTransformation:

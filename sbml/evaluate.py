@@ -156,6 +156,23 @@ def _dequantizer_mismatch(restored: Restored, name: str, found: Dequantization) 
     return []
 
 
+def _warnings(shared: Evaluation, train: ImageSet, found: dict[str, Dequantization]) -> list[str]:
+    """What is known of the model, its dequantizers and the images before anything is computed."""
+    restored, images = shared.restored, shared.images
+    warnings = [f"damaged, so an older checkpoint was taken: {r}" for r in restored.damaged]
+    warnings += _training_mismatch(restored, train)
+    for name, dequantizer in found.items():
+        warnings += _dequantizer_mismatch(restored, name, dequantizer)
+    for split in (images, train):
+        if split.skipped:
+            named = "; ".join(split.skipped)
+            warnings.append(f"{len(split.skipped)} unreadable {split.split} files: {named}")
+    if (count := len(shared.ids())) < len(images):
+        how = "the first" if shared.experiment.config.eval.in_order else "a random sample of"
+        warnings.append(f"{how} {count} of {len(images)} images (eval.max_images)")
+    return [*warnings, images.caution] if images.caution else warnings
+
+
 def as_trained(asked: dict[str, Any], trained: dict[str, Any]) -> dict[str, Any]:
     """The config of this evaluation, with what its checkpoint says of the training in its place.
 
@@ -252,20 +269,9 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
     control = control_variate(experiment, train, workdir) if wants_control else None
     density = time_density(experiment, restored, train, control, workdir)
     shared = Evaluation(experiment, restored, images, control, density, workdir)
-    warnings = [f"damaged, so an older checkpoint was taken: {r}" for r in restored.damaged]
-    warnings += _training_mismatch(restored, train)
-    for name, dequantizer in found.items():
-        warnings += _dequantizer_mismatch(restored, name, dequantizer)
+    for dequantizer in found.values():
         cells.check_first_batch(shared, dequantizer)
-    for split in (images, train):
-        if split.skipped:
-            named = "; ".join(split.skipped)
-            warnings.append(f"{len(split.skipped)} unreadable {split.split} files: {named}")
-    if (count := len(shared.ids())) < len(images):
-        how = "the first" if config.eval.in_order else "a random sample of"
-        warnings.append(f"{how} {count} of {len(images)} images (eval.max_images)")
-    if images.caution:
-        warnings.append(images.caution)
+    warnings = _warnings(shared, train, found)
     tables, results = _fill(shared, defined, found)
     warnings += [warning for result in results for warning in result_warnings(result)]
     for warning in warnings:

@@ -68,7 +68,7 @@ ALLOWED: dict[str, set[str]] = {
     | {"bits", "bound", "dequantizers", "discrete", "likelihood", "losses", "ode", "oracle"},
     "verify": {"sdes", "checks"},
     "config": {"networks"},
-    "from_config": {"data", "networks", "ode", "runtime", "samplers", "sdes"},
+    "from_config": {"data", "networks", "ode", "runtime", "samplers", "sdes", "times"},
     "runtime": {"bits"},
     "runtime.ncsnpp_options": {"networks", "trees"},
     "architecture": set(),

@@ -3,7 +3,6 @@
 import json
 import math
 import time
-from concurrent.futures import ThreadPoolExecutor
 
 import jax.numpy as jnp
 import numpy as np
@@ -11,13 +10,11 @@ import pytest
 import runs
 import tiny
 from scipy import stats
-from sklearn.datasets import load_digits
 
 from experiments import table2
-from sbml import baselines, bound, build, cells, estimators, evaluate, moments, summary
+from sbml import bound, build, cells, estimators, evaluate, summary
 from sbml.estimators import Cell
-from sbml.intervals import mean_interval, outliers, repeated_stderr
-from sbml.runtime.parts import Parts, kept, read_npz, write_npz
+from sbml.runtime.parts import read_npz, write_npz
 
 
 @pytest.fixture(scope="module")
@@ -134,33 +131,6 @@ def test_killed_evaluation_ends_in_the_same_bytes(trained, tmp_path):
     assert (tmp_path / name).read_bytes() == (trained / name).read_bytes()
 
 
-def rows(sweep, ids):
-    return {"sweep": np.full(len(ids), sweep), "id": ids, "value": np.zeros(len(ids))}
-
-
-def test_parts_report_damage_and_refuse_strangers(tmp_path, caplog):
-    parts = Parts(tmp_path, {"step": 1})
-    parts.write(rows(0, np.arange(3)))
-    parts.write(rows(0, np.arange(3, 5)))
-    parts.write(rows(1, np.arange(2)))
-    (tmp_path / "part_0000_00000000.npz").write_bytes(b"not a table")
-    np.testing.assert_array_equal(parts.read()["id"], [3, 4, 0, 1])
-    np.testing.assert_array_equal(parts.read()["sweep"], [0, 0, 1, 1])
-    assert "part_0000_00000000.npz is damaged" in caplog.text
-    with pytest.raises(ValueError, match="another computation"):
-        Parts(tmp_path, {"step": 2})
-    parts.write(rows(0, np.arange(4)))
-    with pytest.raises(ValueError, match="an image twice"):
-        parts.read()
-
-
-def test_several_processes_may_set_up_the_same_table_at_once(tmp_path):
-    with ThreadPoolExecutor(8) as pool:
-        for i in range(50):
-            list(pool.map(lambda _, i=i: Parts(tmp_path / str(i), {"step": 1}), range(8)))
-    assert not list(tmp_path.rglob("*.partial"))
-
-
 def test_rows_of_other_terms_are_not_taken(trained, tmp_path, monkeypatch):
     ids = np.arange(2)
     fresh = cell_run(trained, tmp_path / "fresh", ODE).rows(ids, 0)
@@ -176,76 +146,6 @@ def test_rows_of_other_terms_are_not_taken(trained, tmp_path, monkeypatch):
 def test_evaluating_without_a_checkpoint_says_so(tmp_path):
     with pytest.raises(ValueError, match="no checkpoint in .*train first"):
         evaluate.run(tiny.get_config(), tmp_path)
-
-
-def test_histogram_baseline_on_a_hand_count():
-    """Two pixels, two levels, three training images: add-one probabilities by hand."""
-    train = np.array([[0, 1], [0, 1], [0, 0]], np.uint8)
-    test = np.array([[0, 1], [1, 0]], np.uint8)
-    expected = -np.log2([[4 / 5, 3 / 5], [1 / 5, 2 / 5]]).mean(axis=1)
-    np.testing.assert_allclose(baselines.histogram(train, test, 2), expected)
-
-
-def test_gaussian_baseline_against_scipy():
-    """The closed form over u against scipy's density averaged over a Sobol sequence."""
-    digits = load_digits().images.astype(np.uint8)[:, 2:5, 2:4].reshape(-1, 6)
-    train, test = digits[:1400], digits[1400:1410]
-    model = stats.multivariate_normal(train.mean(0) + 0.5, np.cov(train.T) + np.eye(6) / 12)
-    u = stats.qmc.Sobol(6, seed=0).random(2**14)[:, None]
-    bits = -model.logpdf(test + u).mean(0) / 6 / math.log(2)
-    np.testing.assert_allclose(baselines.gaussian(train, test), bits, atol=1e-4)
-
-
-def test_diagonal_gaussian_baseline_is_the_full_one_of_uncorrelated_pixels():
-    signs = np.array([[1, 1], [1, -1], [-1, 1], [-1, -1]])
-    train = (100 + signs * [10, 40]).astype(np.uint8)
-    test = np.array([[90, 100], [200, 30]], np.uint8)
-    var = np.array([100, 1600]) + 1 / 12
-    r2 = (np.array([[90, 100], [200, 30]]) - 100.0) ** 2 + 1 / 12
-    expected = (0.5 * (r2 / var + np.log(2 * np.pi * var))).mean(1) / math.log(2)
-    np.testing.assert_allclose(baselines.diagonal_gaussian(train, test), expected)
-    many = np.zeros((3, 65, 64, 1), np.uint8)
-    assert list(baselines.all_of(many, many, 2)) == ["per-pixel histogram", "diagonal Gaussian"]
-
-
-def test_moments_are_the_same_in_parts(monkeypatch):
-    monkeypatch.setattr(moments, "CHUNK", 10)
-    x = np.random.default_rng(0).integers(0, 256, (17, 2, 2), np.uint8)
-    flat = x.reshape(17, 4)
-    mean = moments.mean(x)
-    np.testing.assert_allclose(mean, flat.mean(0))
-    np.testing.assert_allclose(moments.variances(x, mean), flat.var(0))
-    np.testing.assert_allclose(moments.covariance(x, mean), np.cov(flat, rowvar=False))
-
-
-def test_interval_is_students():
-    """Against scipy's own interval, and its coverage of the true mean."""
-    values = np.random.default_rng(0).normal(2.0, 3.0, 12)
-    low, high = stats.t.interval(0.95, 11, loc=values.mean(), scale=stats.sem(values))
-    np.testing.assert_allclose(mean_interval(values).bounds, (low, high))
-    broken = mean_interval(np.array([1.0, np.nan]))
-    assert broken.nonfinite == 1 and math.isnan(broken.mean)
-    with pytest.raises(ValueError, match="no values"):
-        mean_interval(np.array([]))
-
-
-def test_noise_of_a_repeated_draw():
-    """The standard error of a mean of independently noisy values, from a second draw of some."""
-    rng = np.random.default_rng(0)
-    sd = rng.uniform(0.5, 2.0, 400)
-    first, second = rng.normal(0, sd), rng.normal(0, sd)
-    stderr, freedom = repeated_stderr(first, second, 1000)
-    assert freedom == 400
-    assert stderr == pytest.approx(math.sqrt(np.mean(sd**2) / 1000), rel=0.15)
-    assert repeated_stderr([], [], 10) == (math.inf, 0)
-
-
-def test_outliers_are_found_and_nothing_else():
-    values = np.random.default_rng(0).normal(2.0, 0.1, 500)
-    assert len(outliers(values)) == 0
-    values[[3, 77, 200]] = 5.0, np.nan, np.inf
-    np.testing.assert_array_equal(outliers(values), [3, 77, 200])
-    np.testing.assert_array_equal(outliers(np.full(2, np.nan)), [0, 1])
 
 
 def test_solver_guard_measures_the_solvers_error(trained, tmp_path):
@@ -344,19 +244,6 @@ def test_fewer_images_are_a_sample_and_of_one_order(trained, tmp_path):
     np.testing.assert_array_equal(ids(20, in_order=True), np.arange(20))
     fewer = ids(100, Cell("ode", "uniform", 2), importance_images=20)
     np.testing.assert_array_equal(fewer, few)
-
-
-def test_what_is_made_once_is_read_back(tmp_path, caplog):
-    def once(name, identity, value):
-        return kept(tmp_path, name, identity, lambda: {"a": np.full(2, value)})["a"]
-
-    np.testing.assert_array_equal(once("x", {"n": 1}, 1.5), [1.5, 1.5])
-    np.testing.assert_array_equal(once("x", {"n": 1}, 2.5), [1.5, 1.5])
-    np.testing.assert_array_equal(once("x", {"n": 2}, 2.5), [2.5, 2.5])
-    for path in tmp_path.iterdir():
-        path.write_bytes(b"not arrays")
-    np.testing.assert_array_equal(once("x", {"n": 1}, 3.5), [3.5, 3.5])
-    assert "is damaged" in caplog.text
 
 
 def test_control_and_density_are_stored_with_the_evaluation(trained, tmp_path, monkeypatch):

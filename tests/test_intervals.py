@@ -1,0 +1,81 @@
+"""Error bars, outliers, and the two baselines beside a number, against SciPy and by hand."""
+
+import math
+
+import numpy as np
+import pytest
+from scipy import stats
+from sklearn.datasets import load_digits
+
+from sbml import baselines, moments
+from sbml.intervals import mean_interval, outliers, repeated_stderr
+
+
+def test_histogram_baseline_on_a_hand_count():
+    """Two pixels, two levels, three training images: add-one probabilities by hand."""
+    train = np.array([[0, 1], [0, 1], [0, 0]], np.uint8)
+    test = np.array([[0, 1], [1, 0]], np.uint8)
+    expected = -np.log2([[4 / 5, 3 / 5], [1 / 5, 2 / 5]]).mean(axis=1)
+    np.testing.assert_allclose(baselines.histogram(train, test, 2), expected)
+
+
+def test_gaussian_baseline_against_scipy():
+    """The closed form over u against scipy's density averaged over a Sobol sequence."""
+    digits = load_digits().images.astype(np.uint8)[:, 2:5, 2:4].reshape(-1, 6)
+    train, test = digits[:1400], digits[1400:1410]
+    model = stats.multivariate_normal(train.mean(0) + 0.5, np.cov(train.T) + np.eye(6) / 12)
+    u = stats.qmc.Sobol(6, seed=0).random(2**14)[:, None]
+    bits = -model.logpdf(test + u).mean(0) / 6 / math.log(2)
+    np.testing.assert_allclose(baselines.gaussian(train, test), bits, atol=1e-4)
+
+
+def test_diagonal_gaussian_baseline_is_the_full_one_of_uncorrelated_pixels():
+    signs = np.array([[1, 1], [1, -1], [-1, 1], [-1, -1]])
+    train = (100 + signs * [10, 40]).astype(np.uint8)
+    test = np.array([[90, 100], [200, 30]], np.uint8)
+    var = np.array([100, 1600]) + 1 / 12
+    r2 = (np.array([[90, 100], [200, 30]]) - 100.0) ** 2 + 1 / 12
+    expected = (0.5 * (r2 / var + np.log(2 * np.pi * var))).mean(1) / math.log(2)
+    np.testing.assert_allclose(baselines.diagonal_gaussian(train, test), expected)
+    many = np.zeros((3, 65, 64, 1), np.uint8)
+    assert list(baselines.all_of(many, many, 2)) == ["per-pixel histogram", "diagonal Gaussian"]
+
+
+def test_moments_are_the_same_in_parts(monkeypatch):
+    monkeypatch.setattr(moments, "CHUNK", 10)
+    x = np.random.default_rng(0).integers(0, 256, (17, 2, 2), np.uint8)
+    flat = x.reshape(17, 4)
+    mean = moments.mean(x)
+    np.testing.assert_allclose(mean, flat.mean(0))
+    np.testing.assert_allclose(moments.variances(x, mean), flat.var(0))
+    np.testing.assert_allclose(moments.covariance(x, mean), np.cov(flat, rowvar=False))
+
+
+def test_interval_is_students():
+    """Against scipy's own interval, and its coverage of the true mean."""
+    values = np.random.default_rng(0).normal(2.0, 3.0, 12)
+    low, high = stats.t.interval(0.95, 11, loc=values.mean(), scale=stats.sem(values))
+    np.testing.assert_allclose(mean_interval(values).bounds, (low, high))
+    broken = mean_interval(np.array([1.0, np.nan]))
+    assert broken.nonfinite == 1 and math.isnan(broken.mean)
+    with pytest.raises(ValueError, match="no values"):
+        mean_interval(np.array([]))
+
+
+def test_noise_of_a_repeated_draw():
+    """The standard error of a mean of independently noisy values, from a second draw of some."""
+    rng = np.random.default_rng(0)
+    sd = rng.uniform(0.5, 2.0, 400)
+    first, second = rng.normal(0, sd), rng.normal(0, sd)
+    stderr, freedom = repeated_stderr(first, second, 1000)
+    assert freedom == 400
+    assert stderr == pytest.approx(math.sqrt(np.mean(sd**2) / 1000), rel=0.15)
+    assert repeated_stderr([], [], 10) == (math.inf, 0)
+
+
+def test_outliers_are_found_and_nothing_else():
+    values = np.random.default_rng(0).normal(2.0, 0.1, 500)
+    assert len(outliers(values)) == 0
+    values[[3, 77, 200]] = 5.0, np.nan, np.inf
+    np.testing.assert_array_equal(outliers(values), [3, 77, 200])
+    np.testing.assert_array_equal(outliers(np.full(2, np.nan)), [0, 1])

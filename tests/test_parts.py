@@ -1,0 +1,48 @@
+"""A table in parts, and arrays made once: damage is reported, strangers are refused."""
+
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+
+from sbml.runtime.parts import Parts, kept
+
+
+def rows(sweep, ids):
+    return {"sweep": np.full(len(ids), sweep), "id": ids, "value": np.zeros(len(ids))}
+
+
+def test_parts_report_damage_and_refuse_strangers(tmp_path, caplog):
+    parts = Parts(tmp_path, {"step": 1})
+    parts.write(rows(0, np.arange(3)))
+    parts.write(rows(0, np.arange(3, 5)))
+    parts.write(rows(1, np.arange(2)))
+    (tmp_path / "part_0000_00000000.npz").write_bytes(b"not a table")
+    np.testing.assert_array_equal(parts.read()["id"], [3, 4, 0, 1])
+    np.testing.assert_array_equal(parts.read()["sweep"], [0, 0, 1, 1])
+    assert "part_0000_00000000.npz is damaged" in caplog.text
+    with pytest.raises(ValueError, match="another computation"):
+        Parts(tmp_path, {"step": 2})
+    parts.write(rows(0, np.arange(4)))
+    with pytest.raises(ValueError, match="an image twice"):
+        parts.read()
+
+
+def test_several_processes_may_set_up_the_same_table_at_once(tmp_path):
+    with ThreadPoolExecutor(8) as pool:
+        for i in range(50):
+            list(pool.map(lambda _, i=i: Parts(tmp_path / str(i), {"step": 1}), range(8)))
+    assert not list(tmp_path.rglob("*.partial"))
+
+
+def test_what_is_made_once_is_read_back(tmp_path, caplog):
+    def once(name, identity, value):
+        return kept(tmp_path, name, identity, lambda: {"a": np.full(2, value)})["a"]
+
+    np.testing.assert_array_equal(once("x", {"n": 1}, 1.5), [1.5, 1.5])
+    np.testing.assert_array_equal(once("x", {"n": 1}, 2.5), [1.5, 1.5])
+    np.testing.assert_array_equal(once("x", {"n": 2}, 2.5), [2.5, 2.5])
+    for path in tmp_path.iterdir():
+        path.write_bytes(b"not arrays")
+    np.testing.assert_array_equal(once("x", {"n": 1}, 3.5), [3.5, 3.5])
+    assert "is damaged" in caplog.text

@@ -7,7 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import tiny
 
+from sbml import build, from_config, losses
 from sbml.runtime import optim
 
 
@@ -73,3 +75,28 @@ def test_schedules():
 def test_impossible_schedules_are_refused(schedule, warmup, message):
     with pytest.raises(ValueError, match=message):
         optim.learning_rate(1.0, warmup, schedule, 10)
+
+
+@pytest.mark.parametrize(
+    ("flags", "theirs"),
+    [((True, True), 1.0), ((False, False), 1.0), ((True, False), None)],
+)
+def test_gradients_are_clipped_in_the_unit_of_the_papers_loss(flags, theirs):
+    """Where the score is 0 theirs is mean |z|^2, or g^2 / std^2 of it; ours loss_unit times it."""
+    config = tiny.get_config()
+    config.training.update(likelihood_weighting=flags[0], importance_sampling=flags[1])
+    experiment, unit = build.Experiment(config), from_config.loss_unit(config)
+    t, weight = experiment.proposal.at((jnp.arange(64) + 0.5) / 64)
+    x, keys = jnp.zeros((64, 4096)), jax.random.split(jax.random.key(0), 64)
+    zero = jax.tree_util.Partial(lambda x, t, key: 0 * x)
+    terms = losses.dsm_batch(zero, experiment.sde, x, t, keys, weighting=experiment.weighting)
+    ours = weight * terms / 4096
+    if theirs is None:
+        theirs = (experiment.sde.diffusion(t) / experiment.sde.std(t)) ** 2
+    np.testing.assert_allclose(ours / theirs, unit, rtol=0.1)
+    np.testing.assert_allclose(jnp.mean(ours / theirs), unit, rtol=0.01)
+    clipped = experiment.optimizer.update  # Adam's first mean is a tenth of what it is given.
+    params, gradient = {"w": jnp.zeros(4)}, {"w": jnp.full(4, 50.0)}
+    _, state = clipped(gradient, experiment.optimizer.init(params), params)
+    (mu,) = optax.tree.get_all_with_path(state, "mu")[0][1:]
+    assert np.linalg.norm(mu["w"]) == pytest.approx(0.1 * unit, rel=1e-5)

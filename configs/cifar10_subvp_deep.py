@@ -16,8 +16,9 @@ from sbml.config import default
 
 
 def get_config() -> ConfigDict:
-    """1.3 million steps of batch 128: days on one accelerator."""
+    """950,000 steps of batch 128: days on one accelerator."""
     config = default()
     config.sde.name = "subvp"
     config.model.update(num_res_blocks=8)
+    config.training.num_steps = 950_000
     return config

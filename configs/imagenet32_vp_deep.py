@@ -15,9 +15,10 @@ from sbml.config import default
 
 
 def get_config() -> ConfigDict:
-    """1.3 million steps of batch 128: days on one accelerator."""
+    """950,000 steps of batch 128: days on one accelerator."""
     config = default()
     config.data.update(source="imagenet32:old", flip=False)
     config.model.update(num_res_blocks=8, dropout=0.0)
     config.dequantizer.model.update(design="imagenet32", filters=128, blocks=8)
+    config.training.num_steps = 950_000
     return config

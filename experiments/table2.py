@@ -12,6 +12,7 @@ The two versions of ImageNet 32x32 are never put side by side.
 
 import argparse
 import json
+import math
 import pathlib
 from collections.abc import Sequence
 from typing import Any
@@ -46,9 +47,9 @@ def read(workdir: str | pathlib.Path) -> Row:
     Raises:
       ValueError: it was not evaluated, or its file is not what --mode=eval wrote.
     """
-    path = pathlib.Path(workdir) / "evaluation.json"
+    path = pathlib.Path(workdir) / "report.json"
     if not path.exists():
-        raise ValueError(f"{workdir} has no evaluation.json: run --mode=eval there first")
+        raise ValueError(f"{workdir} has no report.json: run --mode=eval there first")
     report = _loaded(path)
     config, results = report["config"], report["results"]
     if not results:
@@ -67,7 +68,7 @@ def read(workdir: str | pathlib.Path) -> Row:
                 row[column] = _cell(result)
     for name, value in report.get("quality", {}).items():
         if name.startswith("FID"):
-            row[FID] = f"{value:.2f} ({name})"
+            row[FID] = f"{float(value):.2f} ({name})"
     return row
 
 
@@ -101,15 +102,17 @@ def _variant(config: dict[str, Any], title: str) -> str:
     training = config["training"]
     flags = {"likelihood_weighting": "LW", "importance_sampling": "IS"}
     words = [word for flag, word in flags.items() if training[flag]]
+    words += ["flip"] if config["data"]["flip"] else []  # The published best are without.
     return f"{title} ({' + '.join(words) or 'baseline'})"
 
 
 def _cell(result: dict[str, Any]) -> str:
     """The mean with half its 95% interval for the population, marked if it did not converge."""
-    if result["bits_per_dim"] is None:  # JSON has no infinity: what is not finite is null there.
+    value, half = float(result["bits_per_dim"]), float(result["ci95"])  # "NaN" where not finite
+    if not math.isfinite(value):
         return "not finite"
     mark = "" if result.get("converged", True) else " (unconverged)"
-    return f"{result['bits_per_dim']:.3f} ± {result['ci95']:.3f}{mark}"
+    return f"{value:.3f} ± {half:.3f}{mark}" if math.isfinite(half) else f"{value:.3f}{mark}"
 
 
 def tables(rows: Sequence[Row], published: Sequence[Row]) -> dict[str, list[list[str]]]:

@@ -43,6 +43,7 @@ from sbml.from_config import (
     sde,
     smallest_time,
     solver,
+    trained_from,
 )
 from sbml.ode import Solver
 from sbml.runtime import sharding
@@ -51,6 +52,7 @@ from sbml.runtime.state import TrainState
 from sbml.runtime.versions import versions
 from sbml.types import Key
 
+PRECISIONS = ("default", "high", "highest")
 DEQUANTIZATIONS = ("uniform", "centre", "none")
 NOISES = ("independent", "twins")
 
@@ -79,6 +81,7 @@ class Experiment:
             raise ValueError(f"dequantizer.name={name} has nothing to train; choose variational")
         check_choice("eval.times", self.config.eval.times, times.DRAWS)
         check_choice("training.times", self.config.training.times, times.DRAWS)
+        check_choice("eval.precision", self.config.eval.precision, PRECISIONS)
         check_choice("data.dequantization", self.config.data.dequantization, DEQUANTIZATIONS)
 
     @property
@@ -258,11 +261,11 @@ class Experiment:
 
     @property
     def eval_eps(self) -> float:
-        return self._time("eval", smallest_time(self.config))
+        return self._time("eval", trained_from(self.config))
 
     @property
     def sampling_eps(self) -> float:
-        return self._time("sampling", max(1e-3, smallest_time(self.config)))
+        return self._time("sampling", max(1e-3, trained_from(self.config)))
 
     def _time(self, section: str, otherwise: float) -> float:
         given = self.config[section].smallest_time

@@ -222,6 +222,7 @@ class CellRun:
             "parameters_crc32": tree_crc32(shared.restored.state.ema_params),
             "seed": self.config.seed,
             "eps": self.eps,
+            "precision": self.config.precision,
             **own,
             **shared.experiment.score_identity,
             "data": shared.images.fingerprint,

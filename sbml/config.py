@@ -29,7 +29,11 @@ LEAST = {
         **dict.fromkeys(("max_images", "importance_images", "seed", "target_se"), 0),
         **dict.fromkeys(("proposal_bins", "fixed_steps", "subset", "solver_budget"), 0),
     },
-    "sampling": {**dict.fromkeys(("num_images", "batch_size"), 1), "seed": 0},
+    "sampling": {
+        **dict.fromkeys(("num_images", "batch_size"), 1),
+        **dict.fromkeys(("seed", "frames", "fixed_steps"), 0),
+    },
+    "latents": {**dict.fromkeys(("frames", "steps", "corrector_steps"), 1), "count": 2, "snr": 0},
 }
 BELOW_ONE = {"optim": ("beta1", "beta2", "ema")}
 
@@ -119,6 +123,8 @@ def _eval() -> dict:
         "rtol": 2e-4,
         "atol": 2e-4,
         "fixed_steps": 0,  # 0: step control
+        # of products in float32: accelerators' own, "default", is TF32 or bfloat16; or high
+        "precision": "highest",
         # images for the solver's error and the noise of ode; 0: all; a Kth where K > 1
         "subset": 32,
         "features": "inception",  # of the samples' quality; or digits_classifier

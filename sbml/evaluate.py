@@ -121,9 +121,10 @@ def _baselines(train: ImageSet, images: ImageSet, ids: np.ndarray) -> list[dict[
     ]
 
 
-def _training_mismatch(restored: Restored, train: ImageSet) -> list[str]:
-    """Warnings of a model trained on other data, or otherwise than it is evaluated."""
+def _training_mismatch(restored: Restored, train: ImageSet, eps: float) -> list[str]:
+    """Warnings of a model trained on other data, or otherwise than it is evaluated from ``eps``."""
     warnings = trained.warn_if_other_data(restored.metadata, train)
+    warnings += trained.unseen_times(restored.metadata, eps)
     if restored.metadata["config"]["data"]["dequantization"] == "none":
         warnings.append(
             "the model was trained on k / (levels - 1) without dequantization, and is evaluated "
@@ -160,7 +161,7 @@ def _warnings(shared: Evaluation, train: ImageSet, found: dict[str, Dequantizati
     """What is known of the model, its dequantizers and the images before anything is computed."""
     restored, images = shared.restored, shared.images
     warnings = [f"damaged, so an older checkpoint was taken: {r}" for r in restored.damaged]
-    warnings += _training_mismatch(restored, train)
+    warnings += _training_mismatch(restored, train, shared.experiment.eval_eps)
     for name, dequantizer in found.items():
         warnings += _dequantizer_mismatch(restored, name, dequantizer)
     for split in (images, train):
@@ -255,7 +256,13 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
       ValueError: without a checkpoint or a trained dequantizer, or with one of another model; and
         ``cells.Unconverged`` where fixed steps are too coarse.
     """
-    experiment, workdir = Experiment(config), epath.Path(workdir)
+    experiment = Experiment(config)
+    with jax.default_matmul_precision(config.eval.precision):
+        _run(experiment, epath.Path(workdir))
+
+
+def _run(experiment: Experiment, workdir: epath.Path) -> None:
+    config = experiment.config
     restored = experiment.restore(workdir)
     images, train = experiment.images(config.eval.split), experiment.images("train")
     defined = [cell for cell in experiment.cells if not cell.undefined]
@@ -273,6 +280,8 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
         cells.check_first_batch(shared, dequantizer)
     warnings = _warnings(shared, train, found)
     tables, results = _fill(shared, defined, found)
+    if images.ids:
+        tables["name"] = np.asarray(images.ids)[tables["id"]]
     warnings += [warning for result in results for warning in result_warnings(result)]
     for warning in warnings:
         logging.warning(warning)
@@ -291,11 +300,11 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
         "config": as_trained(experiment.to_plain(), restored.metadata["config"]),
         "command": shlex.join(["python", "-m", "sbml.main", *sys.argv[1:]]),
         "versions": versions(),
-        "timing": {"evaluation_seconds": round(time.perf_counter() - start, 1)},
     }
     if jax.process_index() == 0:
         write_npz(workdir / summary.PER_IMAGE, tables)
         text = json.dumps(report.strict(evaluation), indent=1)
         write_whole(workdir / summary.EVALUATION, text.encode())
         summary.write(workdir, lambda _: images)
-    print(f"report: {workdir / 'report.html'}")
+    # Printed only: what is written of an evaluation is the same bytes, killed and resumed or not.
+    print(f"report: {workdir / 'report.html'}, in {time.perf_counter() - start:.0f} s")

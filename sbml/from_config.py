@@ -7,6 +7,7 @@ import dataclasses
 from collections.abc import Collection
 from typing import Any
 
+import jax.numpy as jnp
 import optax
 from ml_collections import ConfigDict
 
@@ -46,6 +47,15 @@ def smallest_time(config: ConfigDict) -> float:
     return max(sde(config).smallest_time, 5e-5 if imagenet and both else 0.0)
 
 
+def trained_from(config: ConfigDict) -> float:
+    """The smallest time whose noise training shows: in discrete time, that of the first level."""
+    eps, levels = smallest_time(config), config.training.get("discrete_levels", 0)
+    if not levels:
+        return eps
+    process = sde(config)
+    return max(eps, float(process.time(process.levels(levels).log_snr(jnp.zeros(())))))
+
+
 def solver(section: ConfigDict) -> Solver:
     """The ODE solver of ``config.eval`` or ``config.sampling``."""
     fixed_steps = section.fixed_steps or None
@@ -69,8 +79,17 @@ def sampler(section: ConfigDict) -> samplers.Sampler:
     known = {f.name for f in dataclasses.fields(kind)}
     if section.sampler == "ancestral":
         known -= {"eta"}  # It is ddim with eta = 1.
-    if name != "none" and "corrector" not in known:
-        raise ValueError(f"sampling.corrector={name}: sampler {section.sampler} takes no corrector")
+    if section.spacing:
+        check_choice("sampling.spacing", section.spacing, samplers.SPACINGS)
+    asked = {"corrector": name != "none", "spacing": section.spacing, "eta": section.eta}
+    asked |= {"solver": section.fixed_steps}
+    for field, value in asked.items():
+        if value and field not in known:
+            flag = "fixed_steps" if field == "solver" else field
+            raise ValueError(
+                f"sampling.{flag}={section[flag]}: sampler {section.sampler} takes no {flag} "
+                "(docs/samplers.md)"
+            )
     return kind(**{field: value for field, value in fields.items() if field in known})
 
 

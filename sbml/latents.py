@@ -82,12 +82,21 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
     Raises:
       ValueError: without a checkpoint, or for fewer than two images.
     """
-    experiment, workdir = Experiment(config), epath.Path(workdir)
+    experiment = Experiment(config)
+    with jax.default_matmul_precision(config.eval.precision):
+        _run(experiment, epath.Path(workdir))
+
+
+def _run(experiment: Experiment, workdir: epath.Path) -> None:
+    config = experiment.config
     options = config.latents
-    if options.count < 2:
-        raise ValueError(f"latents.count={options.count}: an interpolation needs two images")
+    sampler = ReverseDiffusion(
+        options.steps, corrector=AnnealedLangevin(options.corrector_steps, options.snr)
+    )
     restored, images = experiment.restore(workdir), experiment.images(config.eval.split)
     score = experiment.adapter(restored.state.ema_params)
+    if len(images) < 2:
+        raise ValueError(f"{images.name} {images.split} has one image: an interpolation needs two")
     ids = np.unique(np.linspace(0, len(images) - 1, options.count).astype(np.int64))
     x = bits.to_model(jnp.asarray(images.images[ids]), 0.5, images.levels)
     exact = {"sde": experiment.sde, "eps": experiment.eval_eps, "solver": experiment.path_solver}
@@ -100,9 +109,6 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
         "reconstruction": (jnp.concatenate([x, back]), len(x)),
         "interpolation": (decode(score, between, **loose), options.frames),
     }
-    sampler = ReverseDiffusion(
-        options.steps, corrector=AnnealedLangevin(options.corrector_steps, options.snr)
-    )
     how = {"sde": experiment.sde, "eps": experiment.sampling_eps, "sampler": sampler}
     tasks = {"inpainting": False, **({"colourisation": True} if x.shape[-1] == 3 else {})}
     for name, colours in tasks.items():

@@ -11,6 +11,7 @@ does not depend on its batch-mates.
 """
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -94,8 +95,10 @@ class Solver:
                 raise ValueError(f"{name}={steps}: need at least one")
 
     def tighter(self, factor: float) -> "Solver":
-        """The same with both tolerances divided by ``factor``."""
-        return dataclasses.replace(self, rtol=self.rtol / factor, atol=self.atol / factor)
+        """The same with both tolerances divided by ``factor``, or that many times the steps."""
+        steps = self.fixed_steps and math.ceil(self.fixed_steps * factor)
+        rtol, atol = self.rtol / factor, self.atol / factor
+        return dataclasses.replace(self, fixed_steps=steps, rtol=rtol, atol=atol)
 
 
 def rms_norm(tree: Any) -> Array:

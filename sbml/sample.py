@@ -108,14 +108,13 @@ def draw(experiment: Experiment, params: Any, ids: np.ndarray) -> Drawn:
     return sharding.to_host(_sample_batch(score, batch, seed, Recipe.of(experiment)))
 
 
-def preview(experiment: Experiment, params: Any) -> np.ndarray:
-    """Samples 0 .. ``sampling.num_images`` - 1, uint8 ``(n, *shape)``, kept nowhere."""
+def preview(experiment: Experiment, params: Any) -> Drawn:
+    """Samples 0 .. ``sampling.num_images`` - 1, kept nowhere."""
     count = experiment.config.sampling.num_images
     size = sharding.round_up(min(experiment.config.sampling.batch_size, count))
-    images = np.zeros((count, *experiment.shape), np.uint8)
-    for ids, mask in eval_batches(count, size):
-        images[ids[mask]] = draw(experiment, params, ids).images[mask]
-    return images
+    batches = [(draw(experiment, params, ids), mask) for ids, mask in eval_batches(count, size)]
+    columns = zip(*([column[mask] for column in drawn] for drawn, mask in batches), strict=True)
+    return Drawn(*map(np.concatenate, columns))
 
 
 def _identity(experiment: Experiment, restored: Restored) -> dict[str, Any]:
@@ -187,6 +186,9 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
     experiment, workdir = Experiment(config), epath.Path(workdir)
     restored = experiment.restore(workdir)
     drawn = generate(experiment, restored, workdir)
+    # By all processes, whose devices hold the parameters together; written by one.
+    rows = min(4, len(drawn.images)) if config.sampling.frames > 1 else 0
+    picture = strip(experiment, restored.state.ema_params, rows) if rows else None
     if jax.process_index() > 0:
         return
     how = np.asarray(repr(experiment.sampler))
@@ -196,9 +198,7 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
     write_npz(workdir / summary.SAMPLES, columns)
     shown = drawn.images[:256]  # A picture of more is not looked at; samples.npz has all.
     report.write_png(workdir / "samples.png", grid(experiment, shown))
-    if config.sampling.frames > 1:
-        rows = min(4, len(drawn.images))
-        picture = strip(experiment, restored.state.ema_params, rows)
+    if picture is not None:
         report.write_png(workdir / "samples_strip.png", picture)
     summary.write(workdir, experiment.images)
     print(

@@ -169,6 +169,11 @@ class VP(_LinearBeta):
 
     def levels(self, n: int) -> "Levels":
         """DDPM's (Ho et al. 2020): alpha_i^2 = prod_{j <= i} (1 - beta_j), beta_j linear in j."""
+        if 2 <= n <= self.beta_max:
+            raise ValueError(
+                f"{n} noise levels with beta_max={self.beta_max}: the last beta is "
+                f"{self.beta_max / n:g}, need more than {self.beta_max:g} levels"
+            )
         betas = np.linspace(self.beta_min / n, self.beta_max / n, n)
         log_mean = 0.5 * np.cumsum(np.log1p(-betas))
         return Levels(tuple(np.exp(log_mean)), tuple(np.sqrt(-np.expm1(2 * log_mean))))

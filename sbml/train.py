@@ -109,7 +109,7 @@ def task(experiment: Experiment, workdir: epath.Path) -> loop.Task:
     config, images = experiment.config, experiment.images("train")
 
     def picture(state: TrainState) -> np.ndarray:
-        return sample.grid(experiment, sample.preview(experiment, state.ema_params))
+        return sample.grid(experiment, sample.preview(experiment, state.ema_params).images)
 
     return loop.Task(
         name="train",

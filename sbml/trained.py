@@ -6,7 +6,7 @@ from absl import logging
 from ml_collections import ConfigDict
 
 from sbml import architecture, data
-from sbml.from_config import smallest_time
+from sbml.from_config import smallest_time, trained_from
 
 Metadata = dict[str, Any]
 
@@ -28,12 +28,23 @@ def check_score(config: ConfigDict, metadata: Metadata) -> None:
         )
 
 
+def unseen_times(metadata: Metadata, eps: float) -> list[str]:
+    """A warning if times from ``eps`` on have noise that the training never showed."""
+    first = trained_from(ConfigDict(metadata["config"]))
+    if eps >= 0.99 * first:  # A little less is rounding.
+        return []
+    return [
+        f"evaluated from t={eps:.3g} on, but training showed no noise of before t={first:.3g}: "
+        f"what the network says there is a guess (--config.eval.smallest_time={first:.3g})"
+    ]
+
+
 def check_dequantizer(config: ConfigDict, metadata: Metadata) -> None:
     """The same of a dequantizer's."""
     architecture.check(config, metadata["config"], ("dequantizer.model",))
 
 
-# What a run may change without training otherwise.
+# What a run may change without training otherwise; under a cosine, the number of steps is none.
 FREE = {
     *("num_steps", "steps_per_dispatch", "log_every"),
     *("checkpoint_every", "keep_last", "keep_every", "sample_every"),
@@ -47,10 +58,16 @@ def warn_if_trained_otherwise(metadata: Metadata, ours: Metadata, field: str) ->
     otherwise is allowed, but later checkpoints will only tell of the new settings.
     """
 
+    def part(config: dict[str, Any]) -> dict[str, Any]:
+        return config[field.rstrip(".")] if field else config
+
+    cosine = part(ours["config"])["optim"]["schedule"] == "cosine"
+    free = FREE - ({"num_steps"} if cosine else set())
+
     def settings(config: dict[str, Any]) -> dict[str, Any]:
-        part = config[field.rstrip(".")] if field else config
-        found = {f"{field}{s}.{k}": v for s in ("training", "optim") for k, v in part[s].items()}
-        found = {name: v for name, v in found.items() if name.rpartition(".")[2] not in FREE}
+        sections = {s: part(config)[s] for s in ("training", "optim")}
+        found = {f"{field}{s}.{k}": v for s, fields in sections.items() for k, v in fields.items()}
+        found = {name: v for name, v in found.items() if name.rpartition(".")[2] not in free}
         data = {f"data.{k}": config["data"][k] for k in ("dequantization", "flip")}
         return {"seed": config["seed"], **data, **found}
 

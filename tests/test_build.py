@@ -15,6 +15,7 @@ import runs
 import tiny
 
 from sbml import adapters, build, from_config, main
+from sbml.trained import unseen_times
 
 CONFIGS = sorted((runs.ROOT / "configs").glob("*.py"))
 
@@ -47,6 +48,7 @@ def test_papers_settings(data, sde, size, count):
     config = load(path)
     experiment = build.Experiment(config)
     assert experiment.trained_adapter == experiment.adapter
+    assert config.training.num_steps == (950_000 if size else 1_300_000)
     imagenet = data == "imagenet32"
     assert from_config.smallest_time(config) == (
         1e-2 if sde == "subvp" else 5e-5 if imagenet else 1e-5
@@ -160,6 +162,12 @@ def test_discrete_levels_are_trained_and_the_sde_is_evaluated() -> None:
     levels, i = experiment.trained_kernel, jnp.asarray([0.0, 1.0, 10.0, 500.0, 999.0]) / 999
     t = experiment.sde.time(levels.log_snr(i))
     assert not np.allclose(i, t, atol=1e-4)
+    # DDPM's first level has variance beta_min / 1000: below, there is nothing it was trained on.
+    first = 0.0009164769655  # beta_min t + (beta_max - beta_min) t^2 / 2 = -log(1 - 1e-4)
+    assert experiment.eval_eps == pytest.approx(first) and experiment.sampling_eps == 1e-3
+    assert not unseen_times({"config": config.to_dict()}, experiment.eval_eps)
+    (warning,) = unseen_times({"config": config.to_dict()}, 1e-5)
+    assert "--config.eval.smallest_time=0.000916" in warning
     for label in adapters.LABELS:
         config.score.label = label
         experiment = build.Experiment(config)

@@ -4,6 +4,7 @@ import json
 import math
 import time
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from scipy import stats
 from experiments import table2
 from sbml import bound, build, cells, estimators, evaluate, summary
 from sbml.estimators import Cell
+from sbml.runtime.checkpoint import tree_crc32
 from sbml.runtime.parts import read_npz, write_npz
 
 
@@ -129,6 +131,10 @@ def test_killed_evaluation_ends_in_the_same_bytes(trained, tmp_path):
     assert all(path.stat().st_mtime_ns == made for path, made in before.items())
     name = summary.PER_IMAGE
     assert (tmp_path / name).read_bytes() == (trained / name).read_bytes()
+    written = [json.loads((path / summary.EVALUATION).read_text()) for path in (tmp_path, trained)]
+    for report in written:
+        del report["title"], report["command"]  # They name the work directory.
+    assert written[0] == written[1]
 
 
 def test_rows_of_other_terms_are_not_taken(trained, tmp_path, monkeypatch):
@@ -309,6 +315,42 @@ def test_the_report_tells_how_its_model_was_trained(trained, tmp_path):
     assert told["data"]["dequantization"] == "uniform" and told["eval"]["max_images"] == 2
     assert "samples" not in report
     assert table2.read(tmp_path)["model"].endswith("(LW + IS)")
+
+
+def test_products_are_of_all_digits_unless_asked_otherwise(trained, tmp_path, monkeypatch):
+    """Accelerators' own precision is TF32 or bfloat16; other precision is another row."""
+    seen = []
+    monkeypatch.setattr(
+        evaluate, "_run", lambda *_: seen.append(jax.config.jax_default_matmul_precision)
+    )
+    config = tiny.get_config()
+    for precision in ("highest", "default"):
+        config.eval.precision = precision
+        evaluate.run(config, tmp_path)
+    assert seen == ["highest", "default"] and jax.config.jax_default_matmul_precision is None
+    runs_of = [cell_run(trained, tmp_path, ODE, precision=p) for p in seen]
+    solver = runs_of[0].shared.experiment.eval_solver
+    first, second = (run._identity(solver) for run in runs_of)
+    assert {name for name in first if first[name] != second[name]} == {"precision"}
+    config.eval.precision = "half"
+    with pytest.raises(ValueError, match="eval.precision='half' is unknown; choose from"):
+        evaluate.run(config, tmp_path)
+
+
+def test_table2_reads_what_the_modes_wrote(trained, tmp_path):
+    """Likelihood and FID of one work directory, the FID only while it is of its own samples."""
+    for name in (summary.EVALUATION, summary.PER_IMAGE, summary.SAMPLES):
+        (tmp_path / name).write_bytes((trained / name).read_bytes())
+    images = read_npz(tmp_path / summary.SAMPLES)["images"]
+    (tmp_path / summary.NEIGHBOURS).write_bytes((trained / "samples.png").read_bytes())
+    for crc32, expected in ((tree_crc32(images), "12.50 (FID n=4)"), (1, None)):
+        quality = {"step": 40, "images_crc32": crc32, "values": {"FID n=4": 12.5}}
+        (tmp_path / summary.QUALITY).write_text(json.dumps(quality))
+        summary.write(tmp_path, build.Experiment(tiny.get_config()).images)
+        row = table2.read(tmp_path)
+        assert row.get(table2.FID) == expected
+    result = json.loads((trained / summary.EVALUATION).read_text())["results"][0]
+    assert row["NLL uniform"] == f"{result['bits_per_dim']:.3f} ± {result['ci95']:.3f}"
 
 
 def test_every_cell_of_the_table_from_one_checkpoint(trained, tmp_path):

@@ -9,11 +9,19 @@ import tiny
 
 from experiments import samplers, schedule, table2, toy2d
 from sbml import train
+from sbml.runtime.report import strict
 
 FEATURES = '    config.eval.features = "digits_classifier"\n'
 
 
-def evaluation(folder: Path, data: str = "tfds:cifar10", **results: float) -> Path:
+def evaluation(
+    folder: Path,
+    data: str = "tfds:cifar10",
+    *,
+    interval: float = 0.0125,
+    flip: bool = False,
+    **results: float,
+) -> Path:
     folder.mkdir()
     training = {"likelihood_weighting": True, "importance_sampling": False}
     rows = [
@@ -24,18 +32,18 @@ def evaluation(folder: Path, data: str = "tfds:cifar10", **results: float) -> Pa
             "split": "test",
             "n": 10_000,
             "bits_per_dim": value,
-            "ci95": 0.0125,
+            "ci95": interval,
             "converged": value < 3,
         }
         for name, value in results.items()
     ]
     report = {
         "title": folder.name,
-        "config": {"sde": {"name": "subvp"}, "training": training},
+        "config": {"sde": {"name": "subvp"}, "training": training, "data": {"flip": flip}},
         "results": rows,
         "quality": {"FID n=50000": 2.5},
     }
-    (folder / "evaluation.json").write_text(json.dumps(report))
+    (folder / "report.json").write_text(json.dumps(strict(report)))
     return folder
 
 
@@ -72,18 +80,21 @@ def test_table2_refuses_what_it_cannot_compare(tmp_path: Path) -> None:
 
 def test_table2_names_what_it_cannot_read(tmp_path: Path) -> None:
     folder = evaluation(tmp_path / "a|b_$", ode_uniform=2.9)
-    report = json.loads((folder / "evaluation.json").read_text())
-    report["results"][0]["bits_per_dim"] = None
-    (folder / "evaluation.json").write_text(json.dumps(report))
+    report = json.loads((folder / "report.json").read_text())
+    report["results"][0]["bits_per_dim"] = float("nan")
+    (folder / "report.json").write_text(json.dumps(strict(report)))
     found = table2.tables([table2.read(folder)], [])
     assert r"| a\|b_$ (LW) | subvp | not finite |" in table2.markdown(found)
     assert r"a|b\_\$ (LW) & subvp & not finite &" in table2.latex(found)
-    (folder / "evaluation.json").write_text(json.dumps({**report, "results": []}))
+    (folder / "report.json").write_text(json.dumps({**report, "results": []}))
     with pytest.raises(ValueError, match="has no results"):
         table2.read(folder)
-    (folder / "evaluation.json").write_text("{")
+    (folder / "report.json").write_text("{")
     with pytest.raises(ValueError, match="is the file whole"):
         table2.read(folder)
+    one_image = evaluation(tmp_path / "one_image", ode_uniform=2.9, interval=np.inf, flip=True)
+    row = table2.read(one_image)
+    assert row["NLL uniform"] == "2.900" and row["model"] == "one_image (LW + flip)"
     (tmp_path / "p.json").write_text(json.dumps([{"data": "x", "NLL": 3.0}]))
     with pytest.raises(ValueError, match=r"lacks \['model'\] and has the unknown \['NLL'\]"):
         table2.published_rows(tmp_path / "p.json")

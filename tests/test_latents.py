@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
+from ml_collections import ConfigDict
 from PIL import Image
 
 from sbml import bits, latents, oracle, train
@@ -76,6 +77,12 @@ def test_colours_change_and_grey_stays() -> None:
     np.testing.assert_allclose(halves[:, :, :, :2], jnp.repeat(x[:, None, :, :2], 4, 1), atol=1e-6)
 
 
+def tiny_with(**fields: int) -> ConfigDict:
+    config = tiny.get_config()
+    config.latents.update(fields)
+    return config
+
+
 @pytest.mark.slow
 def test_a_model_of_digits_reconstructs(tmp_path: Path) -> None:
     config = tiny.get_config()
@@ -95,6 +102,8 @@ def test_a_model_of_digits_reconstructs(tmp_path: Path) -> None:
     for name, cells in (("reconstruction", 3), ("interpolation", 4), ("inpainting", 6)):
         assert Image.open(tmp_path / f"{name}.png").width == cells * 66 - 2
     assert not (tmp_path / "colourisation.png").exists()
-    config.latents.count = 1
-    with pytest.raises(ValueError, match="latents.count=1"):
-        latents.run(config, tmp_path)
+    config.eval.update(method="heun", fixed_steps=3)
+    assert Experiment(config).path_solver.fixed_steps == 30
+    for field, value in (("count", 1), ("frames", 0), ("steps", 0), ("corrector_steps", 0)):
+        with pytest.raises(ValueError, match=f"latents.{field}={value}: need at least"):
+            latents.run(tiny_with(**{field: value}), tmp_path)

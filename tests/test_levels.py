@@ -70,5 +70,8 @@ def test_refusals() -> None:
     for kind in (sdes.SubVP(), sdes.LinearVE()):
         with pytest.raises(ValueError, match="limit of no discrete-time model"):
             kind.levels(N)
-    with pytest.raises(ValueError, match="1 noise levels: need at least two"):
-        sdes.VE().levels(1)
+    for kind in (sdes.VE(), sdes.VP()):
+        with pytest.raises(ValueError, match="1 noise levels: need at least two"):
+            kind.levels(1)
+    with pytest.raises(ValueError, match=r"20 noise levels with beta_max=20.0.*more than 20"):
+        sdes.VP().levels(20)

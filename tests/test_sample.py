@@ -113,8 +113,12 @@ def test_wrong_choices_are_named(trained: Path) -> None:
         ({"sampler": "heun"}, "sampling.sampler='heun' is unknown; choose from"),
         ({"corrector": "mala"}, "sampling.corrector='mala' is unknown"),
         ({"sampler": "ode", "corrector": "langevin"}, "sampler ode takes no corrector"),
+        ({"sampler": "ancestral", "eta": 0.5}, "sampling.eta=0.5: sampler ancestral takes no eta"),
+        ({"sampler": "ddim", "fixed_steps": 9}, "fixed_steps=9: sampler ddim takes no fixed_steps"),
+        ({"sampler": "ode", "spacing": "time"}, "sampling.spacing=time: sampler ode takes no"),
+        ({"frames": -1}, "sampling.frames=-1: need at least 0"),
         ({"num_images": 0}, "sampling.num_images=0: need at least 1"),
-        ({"spacing": "cosine"}, "unknown spacing 'cosine'"),
+        ({"spacing": "cosine"}, "sampling.spacing='cosine' is unknown"),
     ):
         with pytest.raises(ValueError, match=message):
             images(trained, **options)
@@ -126,6 +130,7 @@ def test_every_sampler_can_be_asked_for(trained: Path) -> None:
     for name in ("euler_maruyama", "reverse_diffusion", "ancestral", "ddim", "dpm_solver"):
         config.sampling.sampler = name
         experiment = build.Experiment(config)
-        drawn = sample.preview(experiment, experiment.restore(trained).state.ema_params)
+        params = experiment.restore(trained).state.ema_params
+        drawn = sample.preview(experiment, params).images
         assert drawn.shape == (2, 8, 8, 1) and experiment.sampler.nfe == 6
     jax.clear_caches()

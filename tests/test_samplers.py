@@ -192,13 +192,15 @@ def test_reverse_diffusion_of_vp_is_the_papers() -> None:
     np.testing.assert_allclose(found, expected, rtol=1e-10)
 
 
-@pytest.mark.parametrize("name", samplers.SAMPLERS)
+@pytest.mark.parametrize("name", [*samplers.SAMPLERS, "ode, fixed"])
 def test_a_path_leads_from_the_latent_to_the_sample(name: str) -> None:
+    """The sample itself, of fixed steps too, however many frames there are."""
     sde = SDES["subvp"]()
     data, key = oracle.gaussian(sde), jax.random.key(1)
     z = sde.prior_sample(jax.random.key(2), (D,))
-    tight = samplers.ODE(Solver(rtol=1e-9, atol=1e-9))
-    chosen = tight if name == "ode" else samplers.SAMPLERS[name](steps=7)
+    solvers = {"ode": Solver(rtol=1e-9, atol=1e-9), "ode, fixed": Solver("heun", fixed_steps=7)}
+    known = {name: samplers.ODE(solver) for name, solver in solvers.items()}
+    chosen = known[name] if name in known else samplers.SAMPLERS[name](steps=7)
     x, _ = jax.jit(lambda z: chosen(data.score, sde, z, key, eps=EPS))(z)
     path, times = jax.jit(lambda z: chosen.path(data.score, sde, z, key, eps=EPS, frames=5))(z)
     np.testing.assert_array_equal(path[0], z)
@@ -226,6 +228,19 @@ def test_grids_fall_from_T_to_eps(spacing: str, name: str) -> None:
     with jax.enable_x64(False):
         times = np.asarray(_grid.grid(SDES[name](), EPS, 1000, spacing))
     assert times[0] == 1 and times[-1] == np.float32(EPS) and (np.diff(times) < 0).all()
+
+
+@pytest.mark.parametrize("name", SDES)
+def test_the_longest_steps_are_finite_in_float32(name: str) -> None:
+    """sigma_t^2 - c^2 as a difference is less than nothing after a fall of 15 in log-SNR."""
+    sde = SDES[name]()
+    with jax.enable_x64(False):
+        for steps in range(1, 40):
+            for kind in (samplers.Ancestral(), samplers.DDIM(eta=0.5)):
+                s, t = 1e-5 + (1 - 1e-5) / steps, 1e-5
+                times = jnp.asarray([1.0, s, t])
+                x, _ = kind.step(lambda x, t, k: -x, sde, jnp.ones(2), (), times, jnp.ones(2))
+                assert np.isfinite(x).all(), (steps, kind)
 
 
 def test_refusals() -> None:

@@ -145,6 +145,18 @@ def test_going_on_otherwise_is_said(tmp_path, caplog):
     assert "step 8 is past training.num_steps=6" in caplog.text
 
 
+@pytest.mark.parametrize("schedule", ["constant", "cosine"])
+def test_more_steps_train_otherwise_under_a_cosine(schedule, caplog):
+    """Where the learning rate has come to zero, it is back near its peak for more steps."""
+    told = []
+    for steps in (40, 400):
+        config = tiny.get_config()
+        config.update({"optim": {"schedule": schedule}, "training": {"num_steps": steps}})
+        told.append({"config": build.Experiment(config).to_plain()})
+    trained.warn_if_trained_otherwise(*told, "")
+    assert ("training.num_steps 40 -> 400" in caplog.text) == (schedule == "cosine")
+
+
 def test_a_dispatch_of_many_steps_has_one_speed(tmp_path):
     config = tiny.get_config()
     config.training.update(num_steps=24, steps_per_dispatch=8, log_every=2)

@@ -11,7 +11,8 @@ With the forward kernel p(x_s | x_t) = N(a x_t, b^2 I),
     DDIM                alpha_t x_0 + sqrt(sigma_t^2 - c^2) noise + c z,
                         c = eta b sigma_t / sigma_s                   (Song, Meng & Ermon 2021)
 
-With eta = 1, DDIM is ancestral sampling; with 0 it is deterministic, of first order in log-SNR.
+where b sigma_t / sigma_s = sigma_t sqrt(1 - r), r = exp(lambda_s - lambda_t). With eta = 1, DDIM is
+ancestral sampling; with 0 it is deterministic, of first order in log-SNR.
 """
 
 import dataclasses
@@ -73,9 +74,11 @@ class DDIM(FixedSteps):
     ) -> tuple[Array, Any]:
         _, s, t = times
         x_0, noise = predictions(score, sde, x, s)
-        _, b = forward(sde, t, s)
-        c = self.eta * b * sde.std(t) / sde.std(s)
-        return sde.mean_coef(t) * x_0 + jnp.sqrt(sde.std(t) ** 2 - c**2) * noise + c * z, carry
+        drop = sde.log_snr(s) - sde.log_snr(t)
+        c = self.eta * sde.std(t) * jnp.sqrt(-jnp.expm1(drop))
+        # sigma_t^2 - c^2 as a sum: the difference is less than nothing where a step is long.
+        kept = sde.std(t) * jnp.sqrt(1 - self.eta**2 + self.eta**2 * jnp.exp(drop))
+        return sde.mean_coef(t) * x_0 + kept * noise + c * z, carry
 
 
 @dataclasses.dataclass(frozen=True)

@@ -26,13 +26,17 @@ class ODE:
     def path(
         self, score: Score, sde: SDE, z: Array, key: Key, *, eps: float, frames: int
     ) -> tuple[Array, Array]:
-        """See ``Sampler``; the frames are evenly spaced in the solver's coordinate."""
-        power = self.solver.power
-        times = jnp.linspace(sde.T ** (1 / power), eps ** (1 / power), frames) ** power
+        """See ``Sampler``; the frames are evenly spaced in the solver's coordinate, and of fixed
+        steps are the nearest of those."""
+        power, steps = self.solver.power, self.solver.fixed_steps
+        pieces = steps or frames - 1
+        times = jnp.linspace(sde.T ** (1 / power), eps ** (1 / power), pieces + 1) ** power
+        solver = dataclasses.replace(self.solver, fixed_steps=steps and 1)
 
         def piece(x: Array, ends: tuple[Array, Array]) -> tuple[Array, Array]:
-            x, _ = transport(score, sde, x, *ends, self.solver)
+            x, _ = transport(score, sde, x, *ends, solver)
             return x, x
 
         _, path = jax.lax.scan(piece, z, (times[:-1], times[1:]))
-        return jnp.concatenate([z[None], path]), times
+        chosen = jnp.round(jnp.linspace(0, pieces, frames)).astype(int)
+        return jnp.concatenate([z[None], path])[chosen], times[chosen]

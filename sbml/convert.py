@@ -99,6 +99,7 @@ def run(config: ConfigDict, workdir: epath.PathLike, source: epath.PathLike | No
 def _untold(fitted: ConfigDict) -> str:
     """What the parameters do not tell, and stands as ``--config`` has it."""
     fields = ["sde.name", "training.smallest_time", "score.parameterization"]
+    fields += ["training.likelihood_weighting", "training.importance_sampling", "data.flip"]
     fields += [f"model.{name}" for name in ("nonlinearity", "skip_rescale", "fir", "fir_kernel")]
     parts = [name.split(".") for name in fields]
     said = ", ".join(f"{section}.{field}={fitted[section][field]}" for section, field in parts)

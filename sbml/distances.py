@@ -10,6 +10,7 @@ The Frechet distance is biased upwards by a part that falls as 1 / n, so it mean
 its n; the kernel distance is unbiased. With Inception-v3's features these are FID, KID and IS.
 """
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import numpy as np
@@ -31,10 +32,30 @@ class Moments(NamedTuple):
         Raises:
           ValueError: fewer than two.
         """
-        if len(features) < 2:
-            raise ValueError(f"{len(features)} features: a covariance needs two at least")
-        mean = moments.mean(features)
-        return cls(mean, moments.covariance(features, mean), len(features))
+        return cls.of_parts([features])
+
+    @classmethod
+    def of_parts(cls, parts: Iterable[np.ndarray]) -> "Moments":
+        """Of features that come ``(m, d)`` at a time, each part looked at once.
+
+        Sums are taken around the first part's mean, so that nothing cancels in the covariance.
+
+        Raises:
+          ValueError: fewer than two features in all.
+        """
+        size, centre, total, products = 0, 0.0, 0.0, 0.0
+        for part in parts:
+            part = np.asarray(part, np.float64)
+            if not size:
+                centre = part.mean(axis=0)
+            for rows in moments.rows(part - centre):
+                total, products = total + rows.sum(axis=0), products + rows.T @ rows
+            size += len(part)
+        if size < 2:
+            raise ValueError(f"{size} features: a covariance needs two at least")
+        shift = np.asarray(total / size)
+        cov = (products - size * np.outer(shift, shift)) / (size - 1)
+        return cls(centre + shift, np.asarray(cov), size)
 
 
 def frechet(one: Moments, other: Moments) -> float:
@@ -45,7 +66,7 @@ def frechet(one: Moments, other: Moments) -> float:
     product = np.linalg.eigvalsh(root @ other.cov @ root)
     cross = np.sum(np.sqrt(np.maximum(product, 0)))
     shift = np.sum((one.mean - other.mean) ** 2)
-    return float(shift + np.trace(one.cov) + np.trace(other.cov) - 2 * cross)
+    return float(max(0.0, shift + np.trace(one.cov) + np.trace(other.cov) - 2 * cross))
 
 
 def kernel(x: np.ndarray, y: np.ndarray, chunk: int = 1000) -> float:
@@ -76,18 +97,29 @@ def kernel(x: np.ndarray, y: np.ndarray, chunk: int = 1000) -> float:
 def inception_score(probabilities: np.ndarray) -> float:
     """exp of the mean KL of each row of ``(n, classes)`` from the mean row; 1 to ``classes``."""
     p = np.asarray(probabilities, np.float64)
-    marginal = np.broadcast_to(p.mean(axis=0), p.shape)
-    safe = np.where(p > 0, p, 1)  # 0 log 0 = 0
-    return float(np.exp(np.mean(np.sum(p * (np.log(safe) - np.log(marginal)), axis=1))))
+    ratio = np.divide(p, p.mean(axis=0), out=np.ones_like(p), where=p > 0)  # 0 log 0 = 0
+    return float(np.exp(np.mean(np.sum(p * np.log(ratio), axis=1))))
 
 
-def nearest(x: np.ndarray, others: np.ndarray, chunk: int = 256) -> tuple[np.ndarray, np.ndarray]:
-    """Index of the nearest of ``others (m, d)`` to each of ``x (n, d)``, and distance / sqrt(d)."""
-    others = np.asarray(others, np.float64)
-    norms = np.sum(others**2, axis=1)
-    index = np.zeros(len(x), np.int64)
-    for start in range(0, len(x), chunk):
-        part = np.asarray(x[start : start + chunk], np.float64)
-        index[start : start + chunk] = np.argmin(norms[None] - 2 * part @ others.T, axis=1)
-    gap = np.asarray(x, np.float64) - others[index]
-    return index, np.sqrt(np.mean(gap**2, axis=1))
+def nearest(x: np.ndarray, others: np.ndarray, chunk: int = 1024) -> tuple[np.ndarray, np.ndarray]:
+    """Index of the nearest of ``others (m, *s)`` to each of ``x (n, *s)``, and distance / sqrt(d).
+
+    Both may be integers, too many to hold in float64: some rows of each are, at a time.
+    """
+    flat = np.reshape(x, (len(x), -1))
+    index, least = np.zeros(len(x), np.int64), np.full(len(x), np.inf)
+    first = 0
+    for part in moments.rows(others):
+        norms = np.sum(part**2, axis=1)
+        for start in range(0, len(x), chunk):
+            rows = slice(start, start + chunk)
+            found = norms - 2 * np.asarray(flat[rows], np.float64) @ part.T  # less |x|^2
+            best = found.argmin(axis=1)
+            value = found[np.arange(len(best)), best]
+            better = value < least[rows]
+            index[rows] = np.where(better, first + best, index[rows])
+            least[rows] = np.where(better, value, least[rows])
+        first += len(part)
+    pairs = zip(flat, others[index].reshape(flat.shape), strict=True)
+    gaps = [np.asarray(a, np.float64) - b for a, b in pairs]
+    return index, np.array([np.sqrt(np.mean(gap**2)) for gap in gaps])

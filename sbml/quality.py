@@ -7,6 +7,7 @@ remembers draws samples much nearer to one of them than test images are.
 """
 
 import json
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import jax
@@ -54,15 +55,14 @@ def extractor(config: ConfigDict) -> Extractor:
     )
 
 
-def _features(extract: Extractor, images: np.ndarray, name: str) -> tuple[np.ndarray, np.ndarray]:
+def _features(
+    extract: Extractor, images: np.ndarray, name: str
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Features and probabilities of all ``images``, some at a time."""
-    found = []
     with progress.bar(f"features of {name}", "image", len(images)) as bar:
         for start in range(0, len(images), CHUNK):
-            found.append(extract(np.asarray(images[start : start + CHUNK])))
-            bar.update(len(found[-1][0]))
-    features, probabilities = (np.concatenate(part) for part in zip(*found, strict=True))
-    return features, probabilities
+            yield extract(np.asarray(images[start : start + CHUNK]))
+            bar.update(min(CHUNK, len(images) - start))
 
 
 def reference(experiment: Experiment, extract: Extractor, images: ImageSet) -> Reference:
@@ -71,13 +71,23 @@ def reference(experiment: Experiment, extract: Extractor, images: ImageSet) -> R
     name = f"{extract.identity}-{images.fingerprint['id']}.npz"
     path = epath.Path(cache) / "stats" / name
     if not path.exists():
-        features, _ = _features(extract, images.images, f"{images.name} {images.split}")
-        moments = Moments.of(features)
-        chosen = np.linspace(0, len(features) - 1, min(KEPT, len(features))).astype(np.int64)
+        chosen = _spread(len(images), KEPT)
+        some: list[np.ndarray] = []
+
+        def parts() -> Iterator[np.ndarray]:
+            """All features once, not all at once: of a million images they are 10 GB."""
+            start = 0
+            for features, _ in _features(extract, images.images, f"{images.name} {images.split}"):
+                here = chosen[(chosen >= start) & (chosen < start + len(features))] - start
+                some.append(np.asarray(features[here], np.float32))
+                start += len(features)
+                yield features
+
+        moments = Moments.of_parts(parts())
         path.parent.mkdir(parents=True, exist_ok=True)
         columns = {"mean": moments.mean, "cov": moments.cov, "count": np.asarray(moments.size)}
-        write_npz(path, {**columns, "features": features[chosen].astype(np.float32)})
-        print(f"statistics of {images.name} {images.split}, n={len(features)}: {path}")
+        write_npz(path, {**columns, "features": np.concatenate(some)})
+        print(f"statistics of {images.name} {images.split}, n={moments.size}: {path}")
     kept = read_npz(path)
     moments = Moments(kept["mean"], kept["cov"], int(kept["count"]))
     return Reference(moments, kept["features"])
@@ -89,20 +99,32 @@ def stats(config: ConfigDict, workdir: epath.PathLike) -> None:
     reference(experiment, extractor(config), experiment.images("train"))
 
 
-def _flat(images: np.ndarray, levels: int) -> np.ndarray:
-    return np.reshape(images, (len(images), -1)) / (levels - 1)
+def _spread(size: int, count: int) -> np.ndarray:
+    """At most ``count`` of ``size`` indices, evenly spread."""
+    return np.linspace(0, size - 1, min(size, count)).astype(np.int64)
+
+
+def _nearest(x: np.ndarray, train: ImageSet, flip: bool) -> tuple[np.ndarray, np.ndarray]:
+    """The training image nearest to each of ``x``, mirrored where that is nearer and ``flip``, and
+    the root mean square distance, of pixels in [0, 1]."""
+    index, distance = distances.nearest(x, train.images)
+    found = train.images[index]
+    if flip:  # As it was shown in training.
+        index, mirrored = distances.nearest(x[:, :, ::-1], train.images)
+        nearer = mirrored < distance
+        found[nearer] = train.images[index[nearer]][:, :, ::-1]
+        distance = np.minimum(distance, mirrored)
+    return found, distance / (train.levels - 1)
 
 
 def _memory(
-    drawn: np.ndarray, train: ImageSet, test: ImageSet
+    drawn: np.ndarray, train: ImageSet, test: ImageSet, flip: bool
 ) -> tuple[dict[str, float], np.ndarray]:
     """Distances to the nearest training images, and the first samples, those images after them."""
-    others = _flat(train.images, train.levels)
-    index, distance = distances.nearest(_flat(drawn, train.levels), others)
-    held_out = test.images[: max(len(drawn), 100)]
-    _, usual = distances.nearest(_flat(held_out, train.levels), others)
-    shown = drawn[:SHOWN]
-    rows = np.concatenate([shown, train.images[index[: len(shown)]]])
+    found, distance = _nearest(drawn, train, flip)
+    held_out = test.images[_spread(len(test), max(len(drawn), 100))]
+    _, usual = _nearest(held_out, train, flip)
+    rows = np.concatenate([drawn[:SHOWN], found[:SHOWN]])
     values = {
         "nearest training image, median root mean square distance of samples": float(
             np.median(distance)
@@ -129,7 +151,8 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
         logging.warning("%d of %d samples are not finite", failed, len(drawn["images"]))
     train, test = experiment.images("train"), experiment.images("test")
     known = reference(experiment, extract, train)
-    features, probabilities = _features(extract, drawn["images"], "samples")
+    looks = zip(*_features(extract, drawn["images"], "samples"), strict=True)
+    features, probabilities = (np.concatenate(part) for part in looks)
     n = len(features)
     if n < features.shape[1]:
         logging.warning(
@@ -141,7 +164,7 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
         f"{kernel} n={n}": distances.kernel(features, known.features),
         f"{score} n={n}": distances.inception_score(probabilities),
     }
-    memory, rows = _memory(drawn["images"], train, test)
+    memory, rows = _memory(drawn["images"], train, test, config.data.flip)
     if jax.process_index() > 0:
         return
     values |= memory

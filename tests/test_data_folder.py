@@ -161,6 +161,17 @@ def test_downscaling_averages(two_splits: Path) -> None:
     )
 
 
+def test_enlarged_images_are_counted(two_splits: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """What lies between two pixels costs few bits: a number of such images is not one of photos."""
+    for name, shape in (("a", (8, 8)), ("b", (9, 7)), ("c", (4, 30)), ("d", (20, 8))):
+        save(two_splits / "images" / "train" / f"{name}.png", pixels(*shape))
+    for _ in range(2):  # cached, it must be said again
+        caplog.clear()
+        assert load_split(two_splits).caution.startswith("2 of 4 train images are smaller")
+        assert "2 of 4 train images are smaller" in caplog.text
+    assert load_split(two_splits, "test").caution == ""
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

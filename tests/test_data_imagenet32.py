@@ -73,6 +73,7 @@ def test_what_to_do_without_an_archive(tmp_path: Path) -> None:
         ("imagenet32:old", "imagenet32:new"),
         ("tfds:downsampled_imagenet/32x32", "imagenet32:new"),
         ("tfds:imagenet_resized/32x32", "tfds:downsampled_imagenet/32x32"),
+        ("tfds:imagenet_resized/32x32:0.1.0", "tfds:downsampled_imagenet:2.0.0"),
     ],
 )
 def test_the_two_are_never_compared(one: str, other: str, archives: data.Options) -> None:

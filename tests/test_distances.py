@@ -6,7 +6,7 @@ from scipy import linalg
 from scipy.spatial import distance
 from scipy.stats import entropy
 
-from sbml import distances
+from sbml import distances, moments
 from sbml.distances import Moments
 
 RNG = np.random.default_rng(0)
@@ -62,12 +62,30 @@ def test_inception_score() -> None:
     np.testing.assert_allclose(distances.inception_score(np.full((9, 4), 0.25)), 1)
 
 
-def test_nearest() -> None:
+def test_inception_score_where_a_class_is_never_seen() -> None:
+    np.testing.assert_allclose(distances.inception_score(np.eye(4)[[0, 0, 2, 2], :]), 2)
+
+
+def test_nearest(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some rows at a time, of features or of images in whole numbers."""
+    monkeypatch.setattr(moments, "CHUNK", 300)
     x, others = features(30), features(700, seed=3)
-    index, found = distances.nearest(x, others, chunk=8)
-    every = distance.cdist(x, others)
-    np.testing.assert_array_equal(index, every.argmin(axis=1))
-    np.testing.assert_allclose(found, every.min(axis=1) / np.sqrt(5), rtol=1e-12)
+    images = [RNG.integers(0, 256, (n, 4, 4, 3), np.uint8) for n in (30, 700)]
+    for a, b in ((x, others), images):
+        index, found = distances.nearest(a, b, chunk=8)
+        every = distance.cdist(a.reshape(30, -1), b.reshape(700, -1))
+        np.testing.assert_array_equal(index, every.argmin(axis=1))
+        expected = every.min(axis=1) / np.sqrt(a[0].size)
+        np.testing.assert_allclose(found, expected, rtol=1e-12)
+
+
+def test_moments_of_parts_are_those_of_the_whole() -> None:
+    """Of features far from 0, where sums of squares would cancel."""
+    x = features(50, shift=1e5)
+    found = Moments.of_parts([x[:1], x[1:40], x[40:]])
+    np.testing.assert_allclose(found.mean, x.mean(axis=0), rtol=1e-14)
+    np.testing.assert_allclose(found.cov, np.cov(x.T), rtol=1e-8, atol=1e-8)
+    assert found.size == 50 and distances.frechet(found, found) >= 0
 
 
 def test_too_few_are_refused() -> None:

@@ -14,7 +14,7 @@ from torchvision.models import inception_v3
 
 from sbml import data
 from sbml.features import EXTRACTORS, digits_classifier, inception
-from sbml.features._torch_file import read_state_dict
+from sbml.features._torch_file import _tensor, read_state_dict
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (2, 32, 32, 3), np.uint8)
 
@@ -161,5 +161,22 @@ def test_the_digits_classifier_classifies() -> None:
 
 def test_pickles_that_are_no_state_dict(tmp_path: Path) -> None:
     (tmp_path / "list.pkl").write_bytes(pickle.dumps([1, 2]) * 5)
-    with pytest.raises(ValueError, match="not a PyTorch state dict"):
-        read_state_dict(tmp_path / "list.pkl")
+    np.savez(tmp_path / "arrays.npz", a=np.ones(3))
+    for name in ("list.pkl", "arrays.npz"):
+        with pytest.raises(ValueError, match="not a PyTorch state dict"):
+            read_state_dict(tmp_path / name)
+
+
+def test_a_tensor_beyond_its_storage_is_refused() -> None:
+    """Whatever lies behind it in memory would be read."""
+    storage = np.arange(6.0)
+    np.testing.assert_array_equal(_tensor(storage, 1, (2, 2), (3, 1)), [[1, 2], [4, 5]])
+    assert _tensor(storage, 6, (0, 4), (4, 1)).size == 0
+    for offset, size, stride in (
+        (2, (2, 2), (3, 1)),
+        (0, (7,), (1,)),
+        (3, (2,), (-1,)),
+        (-1, (1,), (1,)),
+    ):
+        with pytest.raises(pickle.UnpicklingError, match="goes beyond its storage"):
+            _tensor(storage, offset, size, stride)

@@ -72,6 +72,26 @@ def test_memory_is_seen(config: ConfigDict, tmp_path: Path) -> None:
     assert found[3] == 0 < found[4]
 
 
+def test_memory_is_seen_in_a_mirror(config: ConfigDict, tmp_path: Path) -> None:
+    """Where training flips: what it was shown is the mirror image too."""
+    mirrored = data.load("digits", "train").images[:40, :, ::-1]
+    for flip in (True, False):
+        config.data.flip = flip
+        found = list(values(config, samples(tmp_path / str(flip), mirrored)).values())
+        assert (found[3] == 0) == flip and found[4] > 0
+
+
+def test_held_out_images_are_of_all_the_split(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first lie by class or by photo, and are no sample."""
+    train, test = data.load("digits", "train"), data.load("digits", "test")
+    looked = []
+    nearest = distances.nearest
+    monkeypatch.setattr(distances, "nearest", lambda x, y: looked.append(x) or nearest(x, y))
+    quality._memory(test.images[:5], train, test, flip=False)
+    np.testing.assert_array_equal(looked[1][[0, -1]], test.images[[0, -1]])
+    assert len(looked[1]) == 100
+
+
 def test_statistics_are_computed_once_a_fingerprint(config: ConfigDict, tmp_path: Path) -> None:
     quality.stats(config, tmp_path)
     [kept] = (tmp_path / "cache" / "stats").iterdir()

@@ -44,7 +44,7 @@ class ImageFolder:
         and ``cache_dir`` apply. The EXIF orientation is applied, 16-bit grey keeps its upper 8
         bits, CMYK becomes RGB by Pillow's formula, and of an animation the first frame is taken.
         Files that Pillow cannot read, with transparent pixels, or with 32-bit pixels are logged as
-        a warning and listed in the set's ``skipped``.
+        a warning and listed in the set's ``skipped``; that images were enlarged is its ``caution``.
 
         Raises:
           ValueError: an option out of range, no such folder, or no usable image in the split.
@@ -58,10 +58,19 @@ class ImageFolder:
         images, notes = prepared(path, lambda add: _build(root, names, options, add))
         if skipped := tuple(notes["skipped"]):
             _warn(split, skipped, len(names), path.with_suffix(".json"))
-        ids = tuple(notes["ids"])
-        return ImageSet("image_folder", version, split, images, ids=ids, skipped=skipped)
+        ids, enlarged = tuple(notes["ids"]), notes.get("enlarged", 0)
+        caution = ENLARGED.format(enlarged, len(ids), split) if enlarged else ""
+        if caution:
+            log.warning(caution)
+        return ImageSet(
+            "image_folder", version, split, images, ids=ids, skipped=skipped, caution=caution
+        )
 
 
+ENLARGED = (
+    "{} of {} {} images are smaller than data.shape and were enlarged: pixels between others are "
+    "easy to tell, so bits/dim are lower than of images of that size"
+)
 SOURCE = ImageFolder()
 
 
@@ -150,18 +159,20 @@ def _shown(name: str) -> str:
 
 
 def _build(root: Path, names: list[str], options: Options, add: Add) -> dict[str, Any]:
-    ids, skipped = [], []
+    ids, skipped, enlarged = [], [], 0
     for name in tqdm(names, desc="Decoding images", unit=" images"):
         try:
-            image = _square(_decode(root / name, options.channels), name, options)
+            decoded = _decode(root / name, options.channels)
+            image = _square(decoded, name, options)
         except Exception as error:  # Pillow's decoders raise many kinds on broken files
             skipped.append(f"{_shown(name)}: {_shown(str(error))}")
             continue
         add(np.asarray(image).reshape(image.height, image.width, options.channels))
         ids.append(_shown(name))
+        enlarged += min(decoded.size) < options.image_size
     if not ids:
         raise ValueError(f"None of {len(names)} images is usable. The first: {skipped[0]}")
-    return {"ids": ids, "skipped": skipped}
+    return {"ids": ids, "skipped": skipped, "enlarged": enlarged}
 
 
 def _decode(path: Path, channels: int) -> Image.Image:

@@ -10,6 +10,7 @@
 """
 
 import io
+import re
 import tarfile
 import zipfile
 from collections.abc import Iterator
@@ -32,7 +33,8 @@ COUNTS = {
     "new": {"train": 1_281_167, "test": 50_000},
 }
 
-SAME = {
+SAME = {  # A builder's first config is what its bare name means.
+    "tfds:downsampled_imagenet": "imagenet32:old",
     "tfds:downsampled_imagenet/32x32": "imagenet32:old",
     "tfds:imagenet_resized/32x32": "imagenet32:new",
 }
@@ -40,7 +42,8 @@ SAME = {
 
 def version(name: str) -> str | None:
     """ "imagenet32:old" or "imagenet32:new", if that is what the data set ``name`` is."""
-    name = SAME.get(name, name)
+    pinned = re.sub(r":\d+\.\d+\.\d+$", "", name)  # tfds:<set>:<version>
+    name = SAME.get(pinned, name)
     return name if name.startswith("imagenet32:") else None
 
 

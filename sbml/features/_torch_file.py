@@ -22,6 +22,12 @@ DTYPES = {
     "IntStorage": np.dtype("<i4"),
 }
 
+# What reading another kind of file, or a damaged one, raises.
+NO_STATE_DICT = (
+    *(pickle.UnpicklingError, EOFError, KeyError, AttributeError, TypeError, ValueError),
+    *(IndexError, zipfile.BadZipFile),
+)
+
 
 def read_state_dict(path: str | Path) -> dict[str, np.ndarray]:
     """The arrays of the state dict in ``path``, by name.
@@ -35,7 +41,7 @@ def read_state_dict(path: str | Path) -> dict[str, np.ndarray]:
             read = _zipped if zipfile.is_zipfile(path) else _legacy
             found = read(file)
         return {str(name): np.array(array) for name, array in found.items()}
-    except (pickle.UnpicklingError, EOFError, KeyError, AttributeError, TypeError) as error:
+    except NO_STATE_DICT as error:
         raise ValueError(f"{path} is not a PyTorch state dict: {error}") from error
 
 
@@ -64,13 +70,18 @@ class _Reader(pickle.Unpickler):
 
 
 def _tensor(storage: np.ndarray, offset: int, size: Any, stride: Any, *_: Any) -> np.ndarray:
+    last = offset + sum((n - 1) * step for n, step in zip(size, stride, strict=True))
+    if min(offset, 0, *size, *stride) < 0 or (0 not in size and last >= storage.size):
+        raise pickle.UnpicklingError(f"a tensor {tuple(size)} goes beyond its storage")
     strides = [step * storage.itemsize for step in stride]
     return np.lib.stride_tricks.as_strided(storage[offset:], size, strides, writeable=False)
 
 
 def _zipped(file: BinaryIO) -> dict[str, np.ndarray]:
     with zipfile.ZipFile(file) as archive:
-        [index] = [name for name in archive.namelist() if name.endswith("/data.pkl")]
+        index = next((n for n in archive.namelist() if n.endswith("/data.pkl")), "")
+        if not index:
+            raise pickle.UnpicklingError("a zip without data.pkl")
         folder = index.removesuffix("data.pkl")
 
         def storage(key: str, dtype: np.dtype, count: int) -> np.ndarray:

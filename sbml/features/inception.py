@@ -15,12 +15,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from etils import epath
 from flax import linen as nn
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from sbml.data import Options
 from sbml.features._extractor import Extractor
 from sbml.features._torch_file import read_state_dict
+from sbml.runtime.parts import read_npz, write_npz
 from sbml.trees import differences
 from sbml.types import Array
 
@@ -182,9 +184,11 @@ def from_state_dict(state: dict[str, np.ndarray]) -> Any:
 @functools.partial(jax.jit, static_argnames="model")
 def look(params: Any, images: Array, model: Model) -> tuple[Array, Array]:
     """Features and class probabilities of uint8 ``images (n, h, w, c)``; grey counts as RGB."""
-    x = jnp.broadcast_to(images, (*images.shape[:3], 3)) / 255.0
-    x = jax.image.resize(x, (len(x), SIZE, SIZE, 3), "bilinear", antialias=False)
-    result: Any = model.apply({"params": params}, 2 * x - 1)
+    # Accelerators would take fewer digits for products, and FID would be another number there.
+    with jax.default_matmul_precision("highest"):
+        x = jnp.broadcast_to(images, (*images.shape[:3], 3)) / 255.0
+        x = jax.image.resize(x, (len(x), SIZE, SIZE, 3), "bilinear", antialias=False)
+        result: Any = model.apply({"params": params}, 2 * x - 1)
     return result[0], jax.nn.softmax(result[1])
 
 
@@ -209,21 +213,18 @@ def load(path: str | Path, sha256: str, cache: Path) -> tuple[Any, str]:
             f"{path} has the SHA-256 {digest}, not {sha256}...: download it again; or, if other "
             "weights are meant, set eval.inception_sha256"
         )
-    kept = cache / "features" / f"inception-{digest[:16]}.npz"
+    kept = epath.Path(cache) / "features" / f"inception-{digest[:16]}.npz"
     if not kept.exists():
         params = from_state_dict(read_state_dict(path))
         kept.parent.mkdir(parents=True, exist_ok=True)
-        partial = kept.with_suffix(".partial.npz")
-        np.savez(partial, **flatten_dict(params, sep="/"))
-        partial.replace(kept)
-    with np.load(kept) as file:
-        return unflatten_dict({name: file[name] for name in file}, sep="/"), digest
+        write_npz(kept, flatten_dict(params, sep="/"))
+    return unflatten_dict(read_npz(kept), sep="/"), digest
 
 
 def extractor(*, weights: str, sha256: str, levels: int, cache: str | None) -> Extractor:
     """The extractor of FID, KID and IS, with the weights of a file; see :func:`load`."""
     params, digest = load(weights, sha256, Options(cache_dir=cache or None).cache)
-    model = Model(len(params["fc"]["bias"]))
+    model, params = Model(len(params["fc"]["bias"])), jax.device_put(params)
 
     def features(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         pixels = np.rint(images * (255 / (levels - 1))).astype(np.uint8)

@@ -10,7 +10,7 @@ import runpy
 
 from ml_collections import ConfigDict
 
-# Their evaluation takes whole batches of 1,024 images and leaves the rest of the split out.
+# Their evaluation takes whole batches of 1,024 shuffled images and leaves the rest of the split out.
 WHOLE_BATCHES = {"tfds:cifar10": 9_216, "imagenet32:old": 49_152}
 
 
@@ -25,6 +25,6 @@ def get_config(name: str = "cifar10_vp") -> ConfigDict:
     config.training.update(times="iid", noises="independent", proposal_bins=0)
     config.score.update(label="time", parameterization="noise")
     config.eval.update(times="iid", control=False, proposal_bins=0, n_times=1, sweeps=5)
-    config.eval.update(max_images=WHOLE_BATCHES.get(config.data.source, 0), in_order=True)
+    config.eval.max_images = WHOLE_BATCHES.get(config.data.source, 0)
     config.dequantizer.model.clipped = True
     return config

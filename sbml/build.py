@@ -1,4 +1,4 @@
-"""From a config to objects: the only place that makes them.
+"""From a config to objects: what several sections make together (one alone: ``from_config``).
 
 Everything derived from several fields is computed here, after command-line overrides. A wrong value
 is a ValueError that names the field, before any work is done.

@@ -100,7 +100,10 @@ def network(config: ConfigDict) -> Any:
     known = {f.name for f in dataclasses.fields(module)}
     unknown = sorted(set(fields) - known)
     if unknown:
-        raise ValueError(f"config.model has fields {unknown} that {config.model.name!r} lacks")
+        raise ValueError(
+            f"config.model has fields {unknown} that {config.model.name!r} lacks: begin the config "
+            f"with sbml.config.default({config.model.name!r})"
+        )
     return module(**{k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()})
 
 

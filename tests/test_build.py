@@ -191,7 +191,7 @@ def test_parity_changes_any_config_to_the_authors() -> None:
         **{"times": "iid", "noises": "independent", "proposal_bins": 0},
     }
     assert config.data.dequantization == "none" and config.eval.max_images == 9_216
-    assert config.eval.in_order
+    assert not config.eval.in_order
     assert config.dequantizer.model.clipped
     with pytest.raises(ValueError, match="parity:cifar: no such config; choose from cifar10_subvp"):
         get_config("cifar")

@@ -5,6 +5,9 @@ PyTorch state dict. Weights are a user's own file: nothing is downloaded. It is 
 by its SHA-256, its batch normalisations folded into the convolutions, and cached as arrays.
 
     images -> [0, 1] -> 299x299, bilinear -> [-1, 1] -> features (2048), class probabilities (1008)
+
+The score is of all images at once, by the network's own probabilities. That of Salimans et al. is
+the mean over ten tenths of the images, of probabilities without the last layer's bias.
 """
 
 import functools

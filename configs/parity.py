@@ -10,7 +10,7 @@ import runpy
 
 from ml_collections import ConfigDict
 
-# Their evaluation takes whole batches of 1,024 shuffled images and leaves the rest of the split out.
+# Their evaluation takes whole batches of 1,024 shuffled images; the rest of the split is left out.
 WHOLE_BATCHES = {"tfds:cifar10": 9_216, "imagenet32:old": 49_152}
 
 

@@ -35,10 +35,10 @@ import numpy as np
 
 from sbml import divergence, moments, times
 from sbml.divergence import Trace
-from sbml.losses import perturb
+from sbml.losses import perturb, residual
 from sbml.sdes import SDE
-from sbml.times import PROPOSALS, Importance
-from sbml.types import Array, Key, Score
+from sbml.times import Importance
+from sbml.types import Array, Key, Score, deterministic
 
 FORMS = ("dsm", "ssm")
 
@@ -122,7 +122,7 @@ def prior_kl(sde: SDE, x: Array, variance: float = 1.0) -> Array:
 
 def noise_error(score: Score, sde: SDE, x: Array, t: Array, z: Array) -> Array:
     """1/2 |z - e(x_t, t)|^2 of one draw, in nats, a scalar."""
-    return 0.5 * jnp.sum((z + sde.std(t) * score(perturb(sde, x, t, z), t, None)) ** 2)
+    return residual(sde, deterministic(score, perturb(sde, x, t, z), t), t, z, "original")
 
 
 def diffusion_dsm(
@@ -140,7 +140,7 @@ def diffusion_ssm(score: Score, sde: SDE, x: Array, t: Array, z: Array, vs: Arra
     x_t = perturb(sde, x, t, z)
 
     def field(x: Array) -> Array:
-        return score(x, t, None)
+        return deterministic(score, x, t)
 
     s, div = divergence.exact(field, x_t) if vs is None else divergence.hutchinson(field, x_t, vs)
     return 0.5 * x.size + 0.5 * sde.std(t) ** 2 * (jnp.sum(s**2) + 2 * div)
@@ -180,7 +180,8 @@ def elbo(
       The three terms in nats. Their expectation bounds -log p(x).
 
     Raises:
-      ValueError: for an unknown form, integer ``x``, eps outside (0, T), or a control with ``ssm``.
+      ValueError: for an unknown form or proposal, ``u`` of another rank, integer ``x``, eps outside
+        (0, T), a control with ``ssm``, or a score whose shape is not that of ``x``.
     """
     if form not in FORMS:
         raise ValueError(f"unknown form {form!r} of the bound; choose from {FORMS}")
@@ -188,7 +189,7 @@ def elbo(
         raise ValueError("the Gaussian control is of the dsm form: use form='dsm' or no control")
     if not jnp.issubdtype(x.dtype, jnp.floating):
         raise ValueError(f"x is {x.dtype}: dequantize integers first (sbml.bits.to_model)")
-    t, weight = PROPOSALS[proposal](sde, eps).over_log_snr(u, density)
+    t, weight = times.drawn(sde, eps, u, density, proposal)
     time_key, last_key, probe_key = jax.random.split(key, 3)
     zs = jax.random.normal(time_key, (u.size, *x.shape), x.dtype)
     if form == "dsm":

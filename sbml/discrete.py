@@ -30,12 +30,11 @@ import jax.numpy as jnp
 from jax.scipy.special import log_ndtr
 from jax.scipy.stats import norm
 
-from sbml import bits
+from sbml import bits, times
 from sbml.bound import Bound, GaussianControl, prior_kl
 from sbml.dequantizers import truncated_normal
 from sbml.sdes import SDE
-from sbml.times import PROPOSALS
-from sbml.types import Array, Key, Score
+from sbml.types import Array, Key, Score, deterministic
 
 # The first is a dequantizer; the second stands where one's name does, for it needs none.
 TRUNCATED_NORMAL, CATEGORICAL = KINDS = ("truncated_normal", "categorical")
@@ -120,7 +119,7 @@ def _draw(
     mean, std = sde.marginal(centre, t)
     plain = a * z0 + b * z
     n = plain if tau is None else a * truncated_normal.truncated_normal(z0, tau) + b * z
-    noise = -std * score(mean + std * n, t, None)
+    noise = -std * deterministic(score, mean + std * n, t)
     error = 0.5 * jnp.sum((n - noise) ** 2)
     if tau is not None:
         error = error - jnp.sum(edge_score(n, a, b, tau) * noise)
@@ -144,7 +143,9 @@ def elbo(
     density: Array | None = None,
     proposal: str = "importance",
 ) -> Bound:
-    """The bound on -log P(pixels) for one example; its terms in nats need no further ``scale``.
+    """The bound on -log P(pixels) for one example, of the integers' own probability.
+
+    Its terms, in nats, need no change of variables to be added.
 
     Args:
       score: a score of one example, called deterministically.
@@ -155,17 +156,23 @@ def elbo(
       levels: L.
       eps: the smallest time, for which :func:`smallest_time` is a good choice.
       u: points ``(n,)`` in [0, 1), each a draw of the diffusion term.
-      control, density, proposal: make the variance what it is, as in ``bound.elbo``.
+      control, density, proposal: as in ``bound.elbo``; they change the variance only.
 
     Returns:
       prior, diffusion and reconstruction (the decoder; zero for ``truncated_normal``), in nats.
 
     Raises:
-      ValueError: for an unknown kind, or eps outside (0, T).
+      ValueError: for an unknown kind or proposal, ``u`` of another rank, pixels that are no
+        integers, eps outside (0, T), or a score whose shape is not that of ``pixels``.
     """
     if kind not in KINDS:
         raise ValueError(f"unknown discrete bound {kind!r}; choose from {KINDS}")
-    t, weight = PROPOSALS[proposal](sde, eps).over_log_snr(u, density)
+    if not jnp.issubdtype(pixels.dtype, jnp.integer):
+        raise ValueError(
+            f"pixels are {pixels.dtype}: give integers 0 .. levels - 1; of continuous x it is "
+            "bound.elbo"
+        )
+    t, weight = times.drawn(sde, eps, u, density, proposal)
     centre = bits.to_model(pixels, 0.5, levels)
     truncated = kind == TRUNCATED_NORMAL
     width = tau(sde, levels, eps)

@@ -77,8 +77,6 @@ def sampler(section: ConfigDict) -> samplers.Sampler:
         **({"spacing": section.spacing} if section.spacing else {}),
     }
     known = {f.name for f in dataclasses.fields(kind)}
-    if section.sampler == "ancestral":
-        known -= {"eta"}  # It is ddim with eta = 1.
     if section.spacing:
         check_choice("sampling.spacing", section.spacing, samplers.SPACINGS)
     asked = {"corrector": name != "none", "spacing": section.spacing, "eta": section.eta}

@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 
 from sbml.sdes import Kernel
-from sbml.types import Array, Key, Score, batched
+from sbml.types import Array, Key, Score, batched, of_shape
 
 WEIGHTINGS = ("likelihood", "original")
 
@@ -48,11 +48,10 @@ def residual(sde: Kernel, score_xt: Array, t: Array, z: Array, weighting: str) -
     """1/2 w(t) ||sigma(t) score + z||^2 in nats, a scalar.
 
     Raises:
-      ValueError: if the score's shape is not that of ``z`` (broadcasting would hide it).
+      ValueError: if the score's shape is not that of ``z``.
     """
-    if score_xt.shape != z.shape:
-        raise ValueError(f"the score returned shape {score_xt.shape} for an input of {z.shape}")
-    return 0.5 * weight(sde, t, weighting) * jnp.sum((sde.std(t) * score_xt + z) ** 2)
+    error = sde.std(t) * of_shape(score_xt, z) + z
+    return 0.5 * weight(sde, t, weighting) * jnp.sum(error**2)
 
 
 def dsm(

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from sbml import quadrature
 from sbml.quadrature import Joint, WithIntegral, beside_integral
 from sbml.sdes import SDE
-from sbml.types import Array, Score
+from sbml.types import Array, Score, deterministic
 
 # method: (solver, field evaluations a step, evaluations once); a first-same-as-last pair starts
 # with one evaluation and then needs one less than its stages.
@@ -113,7 +113,7 @@ def rms_norm(tree: Any) -> Array:
 
 def velocity(score: Score, sde: SDE, x: Array, t: Array) -> Array:
     """v(x, t) = f(t) x - 1/2 g(t)^2 s(x, t), shape ``(*s)``."""
-    return sde.drift(x, t) - 0.5 * sde.diffusion(t) ** 2 * score(x, t, None)
+    return sde.drift(x, t) - 0.5 * sde.diffusion(t) ** 2 * deterministic(score, x, t)
 
 
 def transport(

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from sbml.ode import Solver, Stats, transport
 from sbml.sdes import SDE
-from sbml.types import Array, Key, Score
+from sbml.types import Array, Key, Score, deterministic
 
 
 def denoise(score: Score, sde: SDE, x: Array, t: Array) -> Array:
@@ -19,7 +19,7 @@ def denoise(score: Score, sde: SDE, x: Array, t: Array) -> Array:
 
 def predictions(score: Score, sde: SDE, x: Array, t: Array) -> tuple[Array, Array]:
     """E[x_0 | x_t] and E[z | x_t] = -sigma s(x_t, t) of x_t = alpha x_0 + sigma z, by one score."""
-    noise = -sde.std(t) * score(x, t, None)
+    noise = -sde.std(t) * deterministic(score, x, t)
     return (x - sde.std(t) * noise) / sde.mean_coef(t), noise
 
 

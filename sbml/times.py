@@ -194,3 +194,21 @@ class Grid:
 
 
 PROPOSALS: dict[str, type[Proposal]] = {"uniform": Uniform, "importance": Importance}
+
+
+def drawn(
+    sde: SDE, eps: float, u: Array, density: Array | None, proposal: str
+) -> tuple[Array, Array]:
+    """Times and weights of one example's draws ``u (n,)``, over log-SNR.
+
+    Raises:
+      ValueError: for an unknown proposal, or ``u`` of another rank (broadcasting would hide it).
+    """
+    if proposal not in PROPOSALS:
+        raise ValueError(f"unknown proposal {proposal!r}; choose from {sorted(PROPOSALS)}")
+    if u.ndim != 1:
+        raise ValueError(
+            f"u has shape {u.shape}: give one example's (n,), a row of "
+            "times.lattice(key, examples, n), and vmap over rows"
+        )
+    return PROPOSALS[proposal](sde, eps).over_log_snr(u, density)

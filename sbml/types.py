@@ -19,6 +19,26 @@ Key = jax.Array
 Score = Callable[[Array, Array, Key | None], Array]
 
 
+def of_shape(found: Array, x: Array) -> Array:
+    """``found``, what a score returned for ``x``.
+
+    Raises:
+      ValueError: its shape is not that of ``x``; broadcasting would hide it.
+    """
+    if found.shape != x.shape:
+        raise ValueError(f"the score returned shape {found.shape} for an input of {x.shape}")
+    return found
+
+
+def deterministic(score: Score, x: Array, t: Array) -> Array:
+    """``score(x, t, None)``, shape ``(*s)``.
+
+    Raises:
+      ValueError: the score's shape is not that of ``x``.
+    """
+    return of_shape(score(x, t, None), x)
+
+
 def batched(score: Score) -> Score:
     """``score`` for a batch: its own ``batch`` form, or ``vmap`` where it has none.
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import scipy.integrate
 
-from sbml import losses, oracle, times
+from sbml import bound, discrete, likelihood, losses, oracle, samplers, times
 from sbml.sdes import SDE, SDES
 from sbml.types import Array, Key, Score
 
@@ -299,10 +299,23 @@ def test_a_score_of_the_wrong_shape_is_refused(shape: tuple[int, ...]) -> None:
         return jnp.zeros(shape)
 
     sde, x = SDES["vp"](), jnp.ones((2, 3))
-    with pytest.raises(ValueError, match=r"score returned shape .* for an input of \(2, 3\)"):
-        losses.dsm(wrong, sde, x, T, jax.random.key(0))
-    with pytest.raises(ValueError, match=r"score returned shape .* for an input of \(2, 3\)"):
-        losses.dsm_batch(wrong, sde, x[None], T[None], jax.random.key(0)[None])
+    key, u, pixels = jax.random.key(0), jnp.asarray([0.5]), jnp.ones((2, 3), int)
+    steps = {"eps": EPS, "u": u}
+    sampler = samplers.Ancestral(steps=1, corrector=samplers.Langevin())
+    for call in (
+        lambda: losses.dsm(wrong, sde, x, T, key),
+        lambda: losses.dsm_batch(wrong, sde, x[None], T[None], key[None]),
+        lambda: bound.elbo(wrong, sde, x, key, **steps),
+        lambda: bound.elbo(wrong, sde, x, key, **steps, form="ssm"),
+        lambda: discrete.elbo(wrong, sde, pixels, key, kind="categorical", levels=4, **steps),
+        lambda: likelihood.ode_logp(wrong, sde, x, key, eps=EPS),
+        lambda: sampler(wrong, sde, x, key, eps=EPS),
+        lambda: samplers.EulerMaruyama(steps=1)(wrong, sde, x, key, eps=EPS),
+        lambda: samplers.ReverseDiffusion(steps=1)(wrong, sde, x, key, eps=EPS),
+        lambda: sampler.corrector(wrong, sde, x, T, T, key),
+    ):
+        with pytest.raises(ValueError, match=r"score returned shape .* for an input of \(2, 3\)"):
+            call()
 
 
 def test_unknown_weightings_are_refused() -> None:

@@ -1,5 +1,6 @@
 """Training survives kills bitwise, and does not depend on how many devices or processes it has."""
 
+import dataclasses
 import json
 import logging
 import os
@@ -17,7 +18,7 @@ from etils import epath
 from jax.experimental import multihost_utils
 
 from configs import digits_vp
-from sbml import build, loop, train, trained
+from sbml import build, loop, losses, train, trained
 from sbml.runtime import metrics, preemption, sharding
 from sbml.runtime.checkpoint import Checkpoints
 
@@ -389,3 +390,36 @@ def test_provenance_is_in_the_checkpoint(whole):
     metadata = experiment.restore(whole).metadata
     assert metadata["config"] == json.loads(json.dumps(experiment.to_plain()))
     assert metadata["data"] == experiment.images("train").fingerprint
+
+
+def test_what_the_network_is_trained_on():
+    """The whole bin, its centre, or the authors' integers, in [-1, 1]."""
+    pixels = jnp.tile(jnp.arange(17, dtype=jnp.uint8), 40)
+    made = {
+        kind: np.asarray(train.dequantized(pixels, jax.random.key(0), kind, 17))
+        for kind in ("uniform", "centre", "none")
+    }
+    k = np.asarray(pixels, np.float64)
+    np.testing.assert_allclose(made["centre"], 2 * (k + 0.5) / 17 - 1, atol=1e-6)
+    np.testing.assert_allclose(made["none"], 2 * k / 16 - 1, atol=1e-6)
+    u = (made["uniform"] + 1) * 17 / 2 - k
+    assert u.min() > -1e-5 and u.max() < 1 + 1e-5 and len(np.unique(made["uniform"])) > 600
+    assert abs(u.mean() - 0.5) < 4 / np.sqrt(12 * len(u))
+
+
+def test_in_discrete_time_the_loss_is_that_of_the_levels():
+    config = tiny.get_config()
+    config.training.update(discrete_levels=25, noises="independent", proposal_bins=0)
+    config.training.update(likelihood_weighting=False, importance_sampling=False)
+    experiment = build.Experiment(config)
+    params = experiment.adapter.init(jax.random.key(1), experiment.shape)
+    params = jax.tree.map(lambda p: p + 0.1, params)  # The last layer begins at zero.
+    pixels = jnp.asarray(experiment.images("train").images[:6])
+    draws = train.prepare_fn(experiment)(pixels, jax.random.key(0), ())
+    level = draws.t * 24
+    np.testing.assert_allclose(level, np.round(level), atol=1e-5)
+    levels = experiment.sde.levels(25)
+    score = dataclasses.replace(experiment.adapter, sde=levels, labels=experiment.sde)(params)
+    how = {"weighting": "original"}
+    expected = losses.dsm_batch(score, levels, draws.x, draws.t, draws.keys, **how) / 64
+    np.testing.assert_allclose(train.loss_fn(experiment)(params, draws, ()), expected, rtol=1e-5)

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from sbml.sdes import SDE
-from sbml.types import Array, Key, Score
+from sbml.types import Array, Key, Score, deterministic
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,7 +58,7 @@ class Langevin:
 
     def __call__(self, score: Score, sde: SDE, x: Array, s: Array, t: Array, key: Key) -> Array:
         def one(x: Array, key: Key) -> tuple[Array, None]:
-            z, grad = jax.random.normal(key, x.shape, x.dtype), score(x, t, None)
+            z, grad = jax.random.normal(key, x.shape, x.dtype), deterministic(score, x, t)
             e = self.size(sde, s, t, grad, z)
             return x + e * grad + jnp.sqrt(2 * e) * z, None
 

@@ -16,14 +16,14 @@ ancestral sampling; with 0 it is deterministic, of first order in log-SNR.
 """
 
 import dataclasses
-from typing import Any
+from typing import Any, ClassVar
 
 import jax.numpy as jnp
 
 from sbml.samplers._grid import FixedSteps
 from sbml.sampling import predictions
 from sbml.sdes import SDE
-from sbml.types import Array, Score
+from sbml.types import Array, Score, deterministic
 
 
 def forward(sde: SDE, t: Array, s: Array) -> tuple[Array, Array]:
@@ -43,7 +43,7 @@ class EulerMaruyama(FixedSteps):
     ) -> tuple[Array, Any]:
         s, h = times[1], times[1] - times[2]
         g = sde.diffusion(s)
-        drift = sde.drift(x, s) - g**2 * score(x, s, None)
+        drift = sde.drift(x, s) - g**2 * deterministic(score, x, s)
         return x - h * drift + g * jnp.sqrt(h) * z, carry
 
 
@@ -54,7 +54,7 @@ class ReverseDiffusion(FixedSteps):
         self, score: Score, sde: SDE, x: Array, carry: Any, times: Array, z: Array
     ) -> tuple[Array, Any]:
         a, b = forward(sde, times[2], times[1])
-        return (2 - a) * x + b**2 * score(x, times[1], None) + b * z, carry
+        return (2 - a) * x + b**2 * deterministic(score, x, times[1]) + b * z, carry
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,4 +86,4 @@ class Ancestral(DDIM):
     """The posterior of the forward chain given x_0: DDIM with all of the noise fresh."""
 
     spacing: str = "time"
-    eta: float = 1.0
+    eta: ClassVar[float] = 1.0  # type: ignore[misc]

@@ -64,9 +64,15 @@ def test_every_image_counts_once(trained, table):
 
 @pytest.mark.parametrize("cell", [ODE, BOUND], ids=lambda c: c.name)
 def test_terms_add_up(table, cell):
+    """As the file says; that they are the right terms is in ``test_estimators``."""
     total = sum(table[f"{cell.name}_{term}"] for term in cell.terms)
     np.testing.assert_allclose(total, table[f"{cell.name}_bits_per_dim"], rtol=0, atol=1e-6)
     np.testing.assert_allclose(table[f"{cell.name}_scale"], math.log2(17 / 2))
+
+
+def test_evaluations_of_all_sweeps_count(table):
+    """Eight sweeps of two times, and one for the reconstruction in each."""
+    np.testing.assert_array_equal(table["bound_uniform_nfe"], 8 * (2 + 1))
 
 
 def test_bound_without_control_or_lattice_has_the_same_mean(trained, table, tmp_path):
@@ -135,6 +141,24 @@ def test_killed_evaluation_ends_in_the_same_bytes(trained, tmp_path):
     for report in written:
         del report["title"], report["command"]  # They name the work directory.
     assert written[0] == written[1]
+
+
+@pytest.mark.parametrize(
+    ("name", "trained_on", "said"),
+    [
+        ("truncated_normal", "uniform", "around bin centres"),
+        ("uniform", "centre", "all over the bins"),
+        ("uniform", "uniform", ""),
+        ("truncated_normal", "centre", ""),
+    ],
+)
+def test_a_dequantizer_other_than_the_trainings_is_said(trained, name, trained_on, said):
+    experiment = build.Experiment(tiny.get_config())
+    restored = experiment.restore(trained)
+    restored.metadata["config"]["data"]["dequantization"] = trained_on
+    found = cells.Dequantization(experiment.dequantizer(name), {})
+    warnings = evaluate._dequantizer_mismatch(restored, name, found)
+    assert [said in w for w in warnings] == ([True] if said else [])
 
 
 def test_rows_of_other_terms_are_not_taken(trained, tmp_path, monkeypatch):

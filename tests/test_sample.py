@@ -12,8 +12,9 @@ import tiny
 from etils import epath
 from PIL import Image
 
-from sbml import build, sample, train
+from sbml import bits, build, sample, samplers, train
 from sbml.runtime.parts import read_npz
+from sbml.sdes import VE
 
 STOCHASTIC = ("--config.sampling.sampler=ancestral", "--config.sampling.steps=20")
 
@@ -106,6 +107,17 @@ def test_killed_and_on_eight_devices_the_images_are_the_same(trained: Path) -> N
     last = strip[:64, 7 * 66 : 7 * 66 + 64][::8, ::8]
     shown = np.rint(done["images"][0, ..., 0] * (255 / 16))
     assert np.abs(last - shown).max() <= 16
+
+
+def test_the_frames_of_a_strip_have_the_datas_range() -> None:
+    """x_t of a variance-exploding process is up to 50: its sign alone would show."""
+    how = sample.Recipe(VE(), (8, 8, 1), 17, 1e-3, samplers.DDIM(steps=3), False)
+    score = jax.tree_util.Partial(lambda x, t, key: -x / (1 + VE().std(t) ** 2))
+    frames = sample._path_batch(score, np.arange(1), np.uint32(0), how, 2)
+    z, _ = sample._latent(np.uint32(0), np.int32(0), how)
+    shown = bits.to_pixels(z / np.hypot(1, 50), 17)
+    np.testing.assert_array_equal(frames[0, 0], shown)
+    assert len(np.unique(shown)) > 10
 
 
 def test_wrong_choices_are_named(trained: Path) -> None:

@@ -18,7 +18,8 @@ from etils import epath
 from jax.experimental import multihost_utils
 
 from configs import digits_vp
-from sbml import build, loop, losses, train, trained
+from sbml import build, loop, train, trained
+from sbml.losses import dsm_batch
 from sbml.runtime import metrics, preemption, sharding
 from sbml.runtime.checkpoint import Checkpoints
 
@@ -421,5 +422,5 @@ def test_in_discrete_time_the_loss_is_that_of_the_levels():
     levels = experiment.sde.levels(25)
     score = dataclasses.replace(experiment.adapter, sde=levels, labels=experiment.sde)(params)
     how = {"weighting": "original"}
-    expected = losses.dsm_batch(score, levels, draws.x, draws.t, draws.keys, **how) / 64
+    expected = dsm_batch(score, levels, draws.x, draws.t, draws.keys, **how) / 64
     np.testing.assert_allclose(train.loss_fn(experiment)(params, draws, ()), expected, rtol=1e-5)

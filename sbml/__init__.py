@@ -1,0 +1,36 @@
+"""Maximum likelihood training and exact likelihoods of score-based diffusion models.
+
+The mathematics is for one example and a scalar time; callers ``vmap``. A score is any callable
+s(x, t, key), see ``sbml.types``.
+
+    sdes, times, divergence     forward processes; times and their weights; tr J
+    losses                      denoising score matching
+    bound, discrete             evidence bounds on -log p(x), and on -log P(k) of integers
+    ode, quadrature, likelihood the probability-flow ODE and its log-likelihood
+    sampling, samplers          from a latent to a sample
+    bits, intervals, distances  bits/dim, error bars, distances between sets of images
+    networks, adapters          score networks; from a network to a score
+    dequantizers, data          from integers to numbers; image sets
+
+``python -m sbml.main`` trains, evaluates and samples by a config: see the README.
+"""
+
+import importlib
+from typing import Any
+
+LIBRARY = (
+    *("adapters", "bits", "bound", "data", "dequantizers", "discrete", "distances", "divergence"),
+    *("intervals", "likelihood", "losses", "networks", "ode", "quadrature", "samplers"),
+    *("sampling", "sdes", "times", "types"),
+)
+
+
+def __getattr__(name: str) -> Any:
+    """A module of the library, imported when it is first asked for: ``sbml.losses``."""
+    if name in LIBRARY:
+        return importlib.import_module(f"sbml.{name}")
+    raise AttributeError(f"module 'sbml' has no attribute {name!r}; it has {', '.join(LIBRARY)}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *LIBRARY])

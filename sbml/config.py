@@ -123,7 +123,7 @@ def _eval() -> dict:
         "rtol": 2e-4,
         "atol": 2e-4,
         "fixed_steps": 0,  # 0: step control
-        # of products in float32: accelerators' own, "default", is TF32 or bfloat16; or high
+        # of float32 products: highest, high, or default, the accelerator's own (TF32, bfloat16)
         "precision": "highest",
         # images for the solver's error and the noise of ode; 0: all; a Kth where K > 1
         "subset": 32,

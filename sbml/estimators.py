@@ -1,8 +1,8 @@
 """From uint8 images to itemised bits/dim: the estimators an evaluation chooses from.
 
-    ode         -log p_eps(x) by the probability-flow ODE:  prior + divergence
+    ode         -log p_eps(x) by the probability-flow ODE:  prior + divergence + correction
     bound       the evidence bound on -log p(x):            prior + diffusion + reconstruction
-    bound_ssm   the same bound, its diffusion term by score matching with a Hutchinson divergence
+    bound_ssm   the same bound, its diffusion term by sliced or exact score matching (eval.trace)
 
 All of x = 2 (k + u) / L - 1, so all also hold ``dequantization`` (log q of u) and ``scale``
 (log2(L / 2), the change of variables); the terms add up to the bits/dim of the integers k. With K
@@ -222,7 +222,7 @@ def scale(
     cell: Cell, sde: SDE, eps: float, at_noise: bool, shape: tuple[int, ...], levels: int
 ) -> float:
     """The term ``scale`` in bits/dim: log2(L / 2), less log2 alpha(eps) where x is scaled by it."""
-    if cell.is_bound and (at_noise or cell.dequantizer == CATEGORICAL):
+    if cell.is_bound and at_noise:
         return 0.0
     nats = bits.scale_nats(shape, levels)
     if at_noise:

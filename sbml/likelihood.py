@@ -9,13 +9,13 @@ Along any other curve c from x the same stands with one term more, for there d/d
 
     log p_eps(x) = log pi(c(T)) + integral div v(c, t) dt - integral (dc/dt - v(c, t)) . s(c, t) dt.
 
-The solver's path is such a curve. The last term, the correction, takes its own error out: wholly
-where s is the gradient of log p_t, else but for the share by which s is wrong. It costs nothing,
-for v and s are wanted at the same points as div v.
+The solver's path is such a curve. The last term, the correction, takes its own error out: exactly
+if s is the gradient of log p_t, otherwise up to the relative error of s. It costs nothing, since v
+and s are wanted at the same points as div v.
 
 The path does not ask for the divergence: it is solved by itself, at one network call an evaluation,
 and the integrals are sums over its steps with error estimates of their own (``sbml.quadrature``).
-So the divergence, the dear part, is wanted at three of a step's eight evaluations.
+So the divergence, the expensive part, is wanted at three of a step's eight evaluations.
 
 The divergence is exact, or Hutchinson's with probes drawn once per solve. Fresh noise at every
 point would average out along the path, but ties the result to where rounding puts the steps.
@@ -41,7 +41,7 @@ class Likelihood(NamedTuple):
       logp: the sum.
       prior: log pi(z).
       divergence: the integral of div v along the solver's path.
-      correction: what that path's own error is worth, about.
+      correction: first-order estimate of the error that the path causes, already in ``logp``.
       z: the latent ``(*s)``, where that path ends.
       stats: the solver's.
     """

@@ -3,8 +3,8 @@
     dx/dt = v(x, t) = f(t) x - 1/2 g(t)^2 s(x, t)
 
 has the marginals of the SDE. It is solved by diffrax in the coordinate u = t^(1/power), in which
-the field is smooth near t = 0 where g^2 / sigma dominates; du has no adaptive step to guess there:
-``first_step`` is explicit, for diffrax's own choice accepts a step far too long.
+the field is smooth near t = 0 where g^2 / sigma dominates. The first step is given
+(``first_step``): the one that diffrax would choose is far too long, and is accepted.
 
 Every solve is of one example. Under ``vmap`` each keeps its own step sizes, so an image's result
 does not depend on its batch-mates.
@@ -37,8 +37,9 @@ METHODS: dict[str, tuple[type[diffrax.AbstractSolver], int, int]] = {
 class Stats(NamedTuple):
     """What a solve cost and whether it arrived: scalars.
 
-    ``nfe``, evaluations of the field, alone or with an integrand, is exact where the first step is
-    accepted; without an integrand, each rejection before that costs one more than it counts.
+    ``nfe`` counts evaluations of the field, alone or with an integrand. It is exact if no step is
+    rejected before the first accepted one; without an integrand, each such rejection costs one
+    evaluation more than is counted.
     """
 
     nfe: Array
@@ -58,8 +59,8 @@ class Solver:
 
     Attributes:
       method: ``dopri5``, ``tsit5``, ``heun`` or ``euler``.
-      rtol, atol: tolerances of the adaptive step control, of y and of its integral for each number
-        of y: of a log-determinant in nats per dimension.
+      rtol, atol: tolerances of the step control, for each entry of y, and for the integral divided
+        by the number of entries (a log-determinant: nats per dimension).
       power: t = u^power; 2 solves in sqrt(t), 1 in t.
       first_step: the first step, in u.
       pcoeff, icoeff: the proportional-integral controller's coefficients.
@@ -136,7 +137,8 @@ def solve(
     Args:
       field: of scalar ``t`` and ``y (*s)``, of the shape of ``y``.
       y: at ``t0``.
-      t0, t1, solver: from where to where, and how; not traced where there is an integrand.
+      t0, t1, solver: the ends and the solver; the ends concrete, not traced, if there is an
+        integrand.
       joint: (t, y) -> (field, h, w), where the integral of a scalar h(t, y) along the solution is
         wanted (``sbml.quadrature``) and ``t0`` < ``t1``.
 

@@ -1,6 +1,6 @@
 """Training a variational dequantizer against a frozen score model.
 
-    loss = 1/d  mean over the batch of  -log p(x) bound + log q(u | k),   x = 2 (k + u) / L - 1
+    loss = 1/d  mean over the batch of  bound(-log p(x)) + log q(u | k),   x = 2 (k + u) / L - 1
 
 with u drawn from q and the evidence bound of ``sbml.bound``, all its terms and factors included
 (the range Z of log-SNR; T - eps would stand there were times uniform): up to ``scale`` it is the

@@ -1,6 +1,8 @@
 """The layout, enforced on the syntax tree: who imports whom, and where an SDE's type is known."""
 
 import ast
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -57,19 +59,20 @@ ALLOWED: dict[str, set[str]] = {
     **dict.fromkeys(("quadrature", "moments"), set()),
     **dict.fromkeys(("times", "adapters", "oracle"), {"sdes"}),
     "ode": {"quadrature", "sdes"},
-    "losses": MATHEMATICS,
+    "losses": {"sdes"},
     "bound": MATHEMATICS | {"losses", "moments"},
-    "discrete": MATHEMATICS | {"bits", "bound", "dequantizers"},
-    **dict.fromkeys(("likelihood", "sampling"), MATHEMATICS | {"ode"}),
-    "samplers": MATHEMATICS | {"ode", "sampling"},
+    "discrete": {"bits", "bound", "dequantizers", "sdes", "times"},
+    "likelihood": {"divergence", "ode", "sdes"},
+    "sampling": {"ode", "sdes"},
+    "samplers": {"ode", "sampling", "sdes"},
     "baselines": {"bits", "moments"},
-    "estimators": MATHEMATICS | {"bits", "bound", "discrete", "likelihood", "ode"},
+    "estimators": {"bits", "bound", "discrete", "divergence", "likelihood", "ode", "sdes"},
     "checks": MATHEMATICS
     | {"bits", "bound", "dequantizers", "discrete", "likelihood", "losses", "ode", "oracle"},
     "verify": {"sdes", "checks"},
     "config": {"networks"},
     "from_config": {"data", "networks", "ode", "runtime", "samplers", "sdes", "times"},
-    "runtime": {"bits"},
+    "runtime": set(),
     "runtime.ncsnpp_options": {"networks", "trees"},
     "architecture": set(),
     "trained": {"architecture", "data", "from_config"},
@@ -123,6 +126,14 @@ def test_the_table_of_imports(module: str) -> None:
     allowed = row(module) | {"types", module.split(".")[0]}
     inside = {name.split(".")[1] for name in imports(tree_of(module)) if name.startswith("sbml.")}
     assert inside <= allowed, f"sbml.{module} must not import {sorted(inside - allowed)}"
+
+
+@pytest.mark.parametrize("name", [name for name, row in ALLOWED.items() if not row >= BELOW_BUILD])
+def test_the_table_allows_nothing_that_nobody_does(name: str) -> None:
+    """Or it would not show the architecture. What stands on ``build`` has one row for all."""
+    own = [m for m in MODULES if row(m) is ALLOWED[name]]
+    used = {n.split(".")[1] for m in own for n in imports(tree_of(m)) if n.startswith("sbml.")}
+    assert ALLOWED[name] <= used, f"{name}: {sorted(ALLOWED[name] - used)} is not imported"
 
 
 @pytest.mark.parametrize("module", MODULES)
@@ -190,3 +201,12 @@ def test_no_branch_on_the_type_of_an_sde(module: str) -> None:
 )
 def test_branches_are_recognised(source: str) -> None:
     assert list(sde_branches(ast.parse(source)))
+
+
+def test_the_library_is_there_once_the_package_is_imported() -> None:
+    """As users of such libraries expect; and nothing of it is imported before it is asked for."""
+    code = "import sys, sbml; assert 'jax' not in sys.modules; sbml.losses.dsm; sbml.samplers.ODE"
+    subprocess.run([sys.executable, "-c", code], check=True)
+    assert all(hasattr(sbml, name) for name in sbml.LIBRARY)
+    with pytest.raises(AttributeError, match="no attribute 'loses'; it has adapters, bits"):
+        sbml.loses  # noqa: B018

@@ -68,31 +68,26 @@ def train_batches(
     return order.batch(batch_size).random_map(draw).map(read)
 
 
-def eval_batches(
-    n: int, batch_size: int, *, process_index: int = 0, process_count: int = 1
-) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Image numbers 0 .. n - 1 in order, each exactly once over all batches and processes.
+def eval_batches(n: int, batch_size: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Image numbers 0 .. n - 1 in order, each exactly once over all batches.
 
     Every batch has the same size, so one compiled function serves all: the last is filled up with
-    image numbers from 0 on, whose mask is False. All processes yield equally many batches.
+    image numbers from 0 on, whose mask is False.
 
     Args:
       n: images in the set.
-      batch_size: images in the batch of all processes together.
-      process_index: of this process, 0 .. process_count - 1.
-      process_count: processes that share each batch.
+      batch_size: images in a batch.
 
     Returns:
-      An iterator of ids, int64 (batch_size / process_count,), and mask, bool of the same shape:
-      whether the id counts.
+      An iterator of ids, int64 (batch_size,), and mask, bool of the same shape: whether the id
+      counts.
 
     Raises:
-      ValueError: the processes do not divide the batch, or there is no image.
+      ValueError: there is no image, or none in a batch.
     """
-    mine = _share(batch_size, process_index, process_count)
-    if n < 1:
-        raise ValueError(f"n={n}: there is no image to evaluate; use a set with at least one.")
-    places = (np.arange(batch_size)[mine] + start for start in range(0, n, batch_size))
+    if n < 1 or batch_size < 1:
+        raise ValueError(f"n={n} images in batches of batch_size={batch_size}: need one at least.")
+    places = (np.arange(batch_size) + start for start in range(0, n, batch_size))
     return ((place % n, place < n) for place in places)
 
 

@@ -56,6 +56,12 @@ def grid(sde: SDE, eps: float, steps: int, spacing: str) -> Array:
     return times.at[0].set(ends[0]).at[-1].set(ends[1])  # Whatever the rounding.
 
 
+def frames_of(z: Array, path: Array, times: Array, frames: int) -> tuple[Array, Array]:
+    """Some of z and the points ``path (n, *s)`` after it, evenly spread, and their times."""
+    chosen = jnp.round(jnp.linspace(0, len(path), frames)).astype(int)
+    return jnp.concatenate([z[None], path])[chosen], times[chosen]
+
+
 @dataclasses.dataclass(frozen=True)
 class FixedSteps(abc.ABC):
     """``steps`` steps of one score evaluation each, each followed by ``corrector``'s.
@@ -123,5 +129,4 @@ class FixedSteps(abc.ABC):
         """See :class:`Sampler`; the frames are evenly spaced among the steps."""
         sde.check_time(eps)
         _, path, times = self._scan(score, sde, z, key, eps, keep=True)
-        chosen = jnp.round(jnp.linspace(0, self.steps, frames)).astype(int)
-        return jnp.concatenate([z[None], path])[chosen], times[chosen]
+        return frames_of(z, path, times, frames)

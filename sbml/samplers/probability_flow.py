@@ -7,6 +7,7 @@ import jax.numpy as jnp
 
 from sbml import sampling
 from sbml.ode import Solver, Stats, transport
+from sbml.samplers._grid import frames_of
 from sbml.sdes import SDE
 from sbml.types import Array, Key, Score
 
@@ -38,5 +39,4 @@ class ODE:
             return x, x
 
         _, path = jax.lax.scan(piece, z, (times[:-1], times[1:]))
-        chosen = jnp.round(jnp.linspace(0, pieces, frames)).astype(int)
-        return jnp.concatenate([z[None], path])[chosen], times[chosen]
+        return frames_of(z, path, times, frames)

@@ -13,7 +13,7 @@ bootstrapped batches. Every way sees the same batches. Times are uniform in the 
 
     independent   one for each image
     neighbours    z and -z for the images 2i and 2i + 1, which share a time
-    twins         z and -z for one image and time: half the images, each called twice
+    antithetic    z and -z for one image and time: half the images, each called twice
 
 and times may have a density q in v instead (``times.warp`` and ``times.floored``), proportional to
 a statistic in bins of v: *gradient*, the standard deviation of the gradient of an example (of a
@@ -56,13 +56,13 @@ class Way(NamedTuple):
         return f"{self.draw}, {self.noises}" + f", q ~ {self.statistic}" * bool(self.statistic)
 
 
-NOISES = ("independent", "neighbours", "twins")
+NOISES = ("independent", "neighbours", "antithetic")
 REFERENCE = Way("iid")
 WAYS = [
     REFERENCE,
     *(Way("lattice", noises, s) for noises in NOISES for s in ("", "gradient", "difference")),
     Way(statistic="residual"),
-    Way(noises="twins", statistic="residual"),
+    Way(noises="antithetic", statistic="residual"),
 ]
 
 
@@ -106,7 +106,7 @@ def paired(x: Array, u: Array, key: Key, noises: str) -> tuple[Array, Array, Arr
     z = jax.random.normal(key, (len(u), *x.shape[1:]))
     if noises != "independent":
         u, z = jnp.repeat(u, 2), jnp.stack([z, -z], axis=1).reshape(x.shape)
-    return jnp.repeat(x[: len(x) // 2], 2, axis=0) if noises == "twins" else x, u, z
+    return jnp.repeat(x[: len(x) // 2], 2, axis=0) if noises == "antithetic" else x, u, z
 
 
 def draws(way: Way, x: Array, key: Key) -> tuple[Array, Array, Array]:

@@ -25,8 +25,8 @@ RECIPES = {
     "paper: iid": {"times": "iid", "noises": "independent", "proposal_bins": 0},
     "lattice": {"noises": "independent", "proposal_bins": 0},
     "lattice, density": {"noises": "independent"},
-    "lattice, twins": {"proposal_bins": 0},
-    "lattice, twins, density (default)": {},
+    "lattice, antithetic": {"proposal_bins": 0},
+    "lattice, antithetic, density (default)": {},
 }
 
 

@@ -54,7 +54,7 @@ from sbml.types import Key
 
 PRECISIONS = ("default", "high", "highest")
 DEQUANTIZATIONS = ("uniform", "centre", "none")
-NOISES = ("independent", "twins")
+NOISES = ("independent", "antithetic")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,7 +71,7 @@ class Experiment:
             self.proposal,
             self.optimizer,
             self.weighting,
-            self.twins,
+            self.antithetic,
             self.cells,
         )
         _ = (self.eval_proposal, self.eval_solver, self.sampler, self.sampling_eps, self.eval_eps)
@@ -142,9 +142,9 @@ class Experiment:
         return times.PROPOSALS[proposal(self.config.training)](self.sde, smallest_time(self.config))
 
     @property
-    def twins(self) -> bool:
+    def antithetic(self) -> bool:
         """Whether every image of a batch is called twice, with noises z and -z."""
-        return check_choice("training.noises", self.config.training.noises, NOISES) == "twins"
+        return check_choice("training.noises", self.config.training.noises, NOISES) == "antithetic"
 
     @property
     def adapts(self) -> bool:

@@ -216,7 +216,7 @@ def default(network: str = "ncsnpp") -> ml_collections.ConfigDict:
                 # N: the discrete-time loss on N noise levels, DDPM's (vp) or SMLD's (ve); 0: off
                 "discrete_levels": 0,
                 "times": "lattice",  # or iid
-                "noises": "twins",  # half the images, each with z and -z; or independent
+                "noises": "antithetic",  # half the images, each with z and -z; or independent
                 "proposal_bins": 32,  # of a density of times that follows the noise; 0: off
                 # None: 1e-5, sub-VP 1e-2, ImageNet with both flags above 5e-5 (the paper's)
                 "smallest_time": config_dict.placeholder(float),

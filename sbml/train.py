@@ -47,9 +47,9 @@ class Draws(NamedTuple):
 
 
 def prepare_fn(experiment: Experiment) -> Prepare:
-    """The draws of a batch of uint8 images, each image once, or twice where noises are twins."""
+    """The draws of a batch of uint8 images, each once, or twice where noises are antithetic."""
     config, levels = experiment.config, experiment.levels
-    draw, twins = times.DRAWS[config.training.times], experiment.twins
+    draw, antithetic = times.DRAWS[config.training.times], experiment.antithetic
 
     def prepare(pixels: Array, key: Key, statistics: Array) -> Draws:
         u_key, time_key, loss_key = jax.random.split(key, 3)
@@ -61,7 +61,7 @@ def prepare_fn(experiment: Experiment) -> Prepare:
             v, inverse = times.warp(v, times.floored(scale))
         t, weight = experiment.proposal.at(v)
         draws = Draws(x, t, weight, jax.random.split(loss_key, n), jnp.ones(n), v, inverse)
-        if not twins:
+        if not antithetic:
             return draws
         # Row by row, so that every device keeps its own.
         doubled = jax.tree.map(lambda a: jnp.repeat(a, 2, axis=0), draws)
@@ -75,7 +75,8 @@ def loss_fn(experiment: Experiment) -> Loss:
     kernel, dims = experiment.trained_kernel, math.prod(experiment.shape)
 
     def loss(params: Any, draws: Draws, frozen: Any) -> Array:
-        score, signs = experiment.trained_adapter(params), draws.signs if experiment.twins else None
+        score = experiment.trained_adapter(params)
+        signs = draws.signs if experiment.antithetic else None
         terms = losses.dsm_batch(
             *(score, kernel, draws.x, draws.t, draws.keys),
             weighting=experiment.weighting,
@@ -89,15 +90,15 @@ def loss_fn(experiment: Experiment) -> Loss:
 def observe_fn(experiment: Experiment) -> Observe | None:
     """What a step tells the next ones about where its noise is (``times.tally``).
 
-    The half squared difference of twins' losses, which is what is left of the noise in their mean;
-    without twins the loss itself, whose root follows the size of the gradient.
+    The half squared difference of a pair's losses, what is left of the noise in their mean; without
+    pairs the loss itself, whose root follows the size of the gradient.
     """
     if not experiment.adapts:
         return None
 
     def observe(statistics: Array, draws: Draws, losses: Array) -> Array:
         values, v = losses / draws.inverse, draws.v
-        if experiment.twins:
+        if experiment.antithetic:
             values, v = 0.5 * (values[::2] - values[1::2]) ** 2, v[::2]
         return times.tally(statistics, v, values, decay=0.99)
 
@@ -122,7 +123,7 @@ def task(experiment: Experiment, workdir: epath.Path) -> loop.Task:
         prepare=prepare_fn(experiment),
         loss=loss_fn(experiment),
         observe=observe_fn(experiment),
-        repeats=2 if experiment.twins else 1,
+        repeats=2 if experiment.antithetic else 1,
         optimizer=experiment.optimizer,
         frozen=(),
         provenance=experiment.provenance(images),

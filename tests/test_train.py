@@ -53,7 +53,7 @@ def wait_for(process, happened):
     return False
 
 
-def test_images_are_counted_once_though_twins_take_two_rows(whole):
+def test_images_are_counted_once_though_antithetic_pairs_take_two_rows(whole):
     rows = metrics.read(whole)
     seconds = np.diff([row["seconds"] for row in rows])
     images = [row["images_per_s"] for row in rows[1:]] * seconds
@@ -235,20 +235,20 @@ def test_accumulation_and_dispatch_change_nothing(plain_step, option):
 
 
 def variance_reducing():
-    """The tiny config, shorter; twins and a density of times are its default."""
+    """The tiny config, shorter; antithetic pairs and a density of times are its default."""
     config = tiny.get_config()
     config.training.update(proposal_bins=8, num_steps=12, checkpoint_every=4)
     return config
 
 
 def plain_draws():
-    """The tiny config without twins and density."""
+    """The tiny config without pairs and density."""
     config = tiny.get_config()
     config.training.update(noises="independent", proposal_bins=0)
     return config
 
 
-def test_twins_are_one_image_and_time_with_opposite_noise():
+def test_antithetic_pairs_are_one_image_and_time_with_opposite_noise():
     experiment = build.Experiment(variance_reducing())
     pixels = jnp.asarray(experiment.images("train").images[:32])
     prepare = train.prepare_fn(experiment)
@@ -263,7 +263,7 @@ def test_twins_are_one_image_and_time_with_opposite_noise():
     assert dense.v.mean() > 0.55 and np.ptp(dense.inverse) > 0.5
 
 
-def test_twins_and_density_leave_the_expected_loss_as_it_is():
+def test_antithetic_pairs_and_density_leave_the_expected_loss_as_it_is():
     """Mean losses over many draws, of each recipe on the same images."""
     experiment = build.Experiment(variance_reducing())
     plain = build.Experiment(plain_draws())
@@ -279,7 +279,7 @@ def test_twins_and_density_leave_the_expected_loss_as_it_is():
     assert abs(means[0].mean() - means[1].mean()) < 4 * error < 0.1 * means[0].mean()
 
 
-def test_statistics_are_those_of_the_twins():
+def test_statistics_are_those_of_the_pairs():
     experiment = build.Experiment(variance_reducing())
     draws = train.prepare_fn(experiment)(
         jnp.asarray(experiment.images("train").images[:32]), jax.random.key(0), jnp.zeros((2, 8))

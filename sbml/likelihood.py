@@ -95,6 +95,8 @@ def ode_logp(
         s = 2 * (sde.drift(x, t) - v) / sde.diffusion(t) ** 2
         return v, trace.combined(forms), s
 
-    (z, integral, correction), stats = ode.solve(field, x, eps, sde.T, solver, with_divergence)
+    (z, integral, correction), stats = ode.solve_with_integral(
+        field, with_divergence, x, eps, sde.T, solver
+    )
     prior = sde.prior_logp(z)
     return Likelihood(prior + integral + correction, prior, integral, correction, z, stats)

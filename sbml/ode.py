@@ -130,60 +130,67 @@ def solve(
     t0: float | Array,
     t1: float | Array,
     solver: Solver,
-    joint: Joint | None = None,
-) -> tuple[Any, Stats]:
+) -> tuple[Array, Stats]:
     """Solve dy/dt = field(t, y) from ``t0`` to ``t1`` (either order, both positive).
 
     Args:
       field: of scalar ``t`` and ``y (*s)``, of the shape of ``y``.
       y: at ``t0``.
-      t0, t1, solver: the ends and the solver; the ends concrete, not traced, if there is an
-        integrand.
-      joint: (t, y) -> (field, h, w), where the integral of a scalar h(t, y) along the solution is
-        wanted (``sbml.quadrature``) and ``t0`` < ``t1``.
+      t0, t1, solver: the ends and the solver.
 
     Returns:
-      y(t1), or (y(t1), the integral of h, its correction by w), NaN if the solver gave up (one
-      image's failure must not stop the others), and stats.
+      y(t1), NaN if the solver gave up (one image's failure must not stop the others), and stats.
+    """
+    method, per_step, once = _method(solver)
+    end, steps = _solved(_in_u(field, solver), method, t0, t1, y, solver)
+    return end, steps(per_step, once)
+
+
+def solve_with_integral(
+    field: Callable[[Array, Array], Array],
+    joint: Joint,
+    y: Array,
+    t0: float,
+    t1: float,
+    solver: Solver,
+) -> tuple[tuple[Array, Array, Array], Stats]:
+    """:func:`solve`, and the integral of a scalar h(t, y) along the solution (``sbml.quadrature``).
+
+    Args:
+      field, y, solver: as of :func:`solve`.
+      joint: (t, y) -> (field, h, w).
+      t0, t1: the ends, ``t0`` < ``t1``; not traced.
+
+    Returns:
+      y(t1), the integral of h and its correction by w, NaN if the solver gave up, and stats.
 
     Raises:
       ValueError: an integral backwards in time.
     """
-    if joint is not None and t1 < t0:  # diffrax would solve in -u, where h is not known.
+    if t1 < t0:  # diffrax would solve in -u, where h is not known.
         raise ValueError(f"from t={t0} to {t1}: integrals are taken forwards only, swap the ends")
 
-    def slope(u: Array) -> Array:
-        return solver.power * u ** (solver.power - 1)
+    def joint_in_u(u: Array, y: Array) -> tuple[Array, Array, Array]:
+        v, h, w = joint(u**solver.power, y)
+        return _slope(u, solver) * v, _slope(u, solver) * h / y.size, w / y.size
 
-    def in_u(u: Array, y: Array, args: Any) -> Array:
-        return slope(u) * field(u**solver.power, y)
-
-    u0, u1 = t0 ** (1 / solver.power), t1 ** (1 / solver.power)
-    method, per_step, once = _method(solver)
-    rates: Callable[..., Any] = in_u
-    start: Any = y
-    if joint is not None:
-        both: Joint = joint
-
-        def joint_in_u(u: Array, y: Array) -> tuple[Array, Array, Array]:
-            v, h, w = both(u**solver.power, y)
-            return slope(u) * v, slope(u) * h / y.size, w / y.size
-
-        method = WithIntegral(method, joint_in_u)
-        rates, start = beside_integral(in_u), (y, jnp.zeros((2,), y.dtype))
-        per_step, once = per_step - 1 + quadrature.PER_STEP, quadrature.ONCE
-    solution = _solution(rates, method, u0, u1, start, solver)
-    success = solution.result == diffrax.RESULTS.successful
-    end = jax.tree.map(lambda ys: jnp.where(success, ys[0], jnp.nan), solution.ys)
-    if joint is not None:
-        end = (end[0], *(y.size * end[1]))
-    steps = solution.stats["num_steps"]
-    return end, Stats(
-        nfe=per_step * steps + once,
-        accepted=solution.stats["num_accepted_steps"],
-        rejected=solution.stats["num_rejected_steps"],
-        success=success,
+    method, per_step, _ = _method(solver)
+    rates, start = beside_integral(_in_u(field, solver)), (y, jnp.zeros((2,), y.dtype))
+    (end, integrals), steps = _solved(
+        rates, WithIntegral(method, joint_in_u), t0, t1, start, solver
     )
+    integral, correction = y.size * integrals
+    return (end, integral, correction), steps(per_step - 1 + quadrature.PER_STEP, quadrature.ONCE)
+
+
+def _slope(u: Array, solver: Solver) -> Array:
+    """dt/du."""
+    return solver.power * u ** (solver.power - 1)
+
+
+def _in_u(field: Callable[[Array, Array], Array], solver: Solver) -> Callable[..., Array]:
+    """dy/du as diffrax wants it."""
+    return lambda u, y, args: _slope(u, solver) * field(u**solver.power, y)
 
 
 def _method(solver: Solver) -> tuple[diffrax.AbstractSolver, int, int]:
@@ -195,17 +202,18 @@ def _method(solver: Solver) -> tuple[diffrax.AbstractSolver, int, int]:
     return kind(scan_kind="bounded" if solver.fixed_steps else "lax"), per_step, once
 
 
-def _solution(
+def _solved(
     rates: Callable[..., Any],
     method: diffrax.AbstractSolver,
-    u0: float | Array,
-    u1: float | Array,
+    t0: float | Array,
+    t1: float | Array,
     start: Any,
     solver: Solver,
-) -> Any:
-    """diffrax's solution of d(state)/du = rates from ``start``, arrived or not."""
+) -> tuple[Any, Callable[[int, int], Stats]]:
+    """Where d(state)/du = rates leads from ``start``; stats, given evaluations a step and once."""
+    u0, u1 = t0 ** (1 / solver.power), t1 ** (1 / solver.power)
     first, controller, max_steps = _steps(solver, u1 - u0)
-    return diffrax.diffeqsolve(
+    solution = diffrax.diffeqsolve(
         diffrax.ODETerm(rates),
         method,
         t0=u0,
@@ -217,6 +225,14 @@ def _solution(
         adjoint=diffrax.DirectAdjoint() if solver.fixed_steps else diffrax.ForwardMode(),
         throw=False,
     )
+    success, made = solution.result == diffrax.RESULTS.successful, solution.stats
+    end = jax.tree.map(lambda ys: jnp.where(success, ys[0], jnp.nan), solution.ys)
+
+    def stats(per_step: int, once: int) -> Stats:
+        nfe = per_step * made["num_steps"] + once
+        return Stats(nfe, made["num_accepted_steps"], made["num_rejected_steps"], success)
+
+    return end, stats
 
 
 def _steps(solver: Solver, length: float | Array) -> tuple[float | Array, Any, int]:

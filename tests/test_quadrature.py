@@ -47,7 +47,9 @@ TRUTH = 0.25 * (1 - np.exp(2 * (T0**2 - T1**2)))
 
 @functools.cache
 def integral(solver: Solver) -> tuple[float, ode.Stats]:
-    solve = jax.jit(lambda y: ode.solve(decay, y, T0, T1, solver, both(decay, square)))
+    solve = jax.jit(
+        lambda y: ode.solve_with_integral(decay, both(decay, square), y, T0, T1, solver)
+    )
     (_, found, correction), stats = solve(jnp.ones(()))
     assert correction == 0.0
     return float(found), stats
@@ -80,7 +82,9 @@ def corrected(method: str, steps: int, share: float) -> float:
 
     solver = Solver(method=method, fixed_steps=steps, power=1.0)
     joint = both(decay, square, some)
-    (_, *parts), _ = jax.jit(lambda y: ode.solve(decay, y, T0, T1, solver, joint))(jnp.ones(()))
+    (_, *parts), _ = jax.jit(lambda y: ode.solve_with_integral(decay, joint, y, T0, T1, solver))(
+        jnp.ones(())
+    )
     return float(sum(parts)) - TRUTH
 
 
@@ -102,7 +106,9 @@ def test_steps_are_short_where_only_the_correction_is_large() -> None:
     def steps(scale: float) -> int:
         solver = Solver(rtol=1e-4, atol=1e-4, power=1.0)
         joint = both(decay, square, lambda t, y: scale * to_come(t, y))
-        _, stats = jax.jit(lambda y: ode.solve(decay, y, T0, T1, solver, joint))(jnp.ones(()))
+        _, stats = jax.jit(lambda y: ode.solve_with_integral(decay, joint, y, T0, T1, solver))(
+            jnp.ones(())
+        )
         return int(stats.accepted)
 
     assert steps(1e8) > 2 * steps(1.0)
@@ -121,7 +127,9 @@ def test_quintics_of_time_are_exact(steps: int | None) -> None:
     def quintic(t: Array, y: Array) -> Array:
         return 6 * t**5 + 3 * t**4 - 2 * t**3 + t - 1
 
-    solve = jax.jit(lambda y: ode.solve(stumble, y, T0, T1, solver, both(stumble, quintic)))
+    solve = jax.jit(
+        lambda y: ode.solve_with_integral(stumble, both(stumble, quintic), y, T0, T1, solver)
+    )
     (_, found, _), stats = solve(jnp.ones(()))
     truth = np.diff(np.polyval([1, 3 / 5, -2 / 4, 0, 1 / 2, -1, 0], [T0, T1]))[0]
     np.testing.assert_allclose(found, truth, atol=1e-12)
@@ -180,7 +188,7 @@ def test_steps_are_short_where_only_the_integrand_is_rough(first_step: float) ->
     """dy/dt = 0 lets every step be as long as it likes: the integral's own error does not."""
     solver = Solver(rtol=1e-7, atol=1e-7, power=1.0, first_step=first_step)
     joint = both(lambda t, y: 0 * y, bump)
-    still = jax.jit(lambda y: ode.solve(lambda t, y: 0 * y, y, T0, T1, solver, joint))
+    still = jax.jit(lambda y: ode.solve_with_integral(lambda t, y: 0 * y, joint, y, T0, T1, solver))
     (y, found, _), stats = still(jnp.ones(2))
     np.testing.assert_array_equal(y, 1.0)
     np.testing.assert_allclose(found, 1.0, atol=1e-5)
@@ -203,7 +211,9 @@ def test_evaluations_are_counted(method: str) -> None:
         return stumble(t, y), jnp.sum(y), zero(t, y)
 
     solver = Solver(method=method, rtol=1e-5, atol=1e-5, pcoeff=0.0, icoeff=1.0)
-    _, stats = jax.jit(lambda y: ode.solve(field, y, T0, T1, solver, joint))(jnp.ones(3))
+    _, stats = jax.jit(lambda y: ode.solve_with_integral(field, joint, y, T0, T1, solver))(
+        jnp.ones(3)
+    )
     jax.effects_barrier()
     assert stats.rejected > 0
     assert stats.nfe == calls["field"] + calls["joint"]
@@ -212,4 +222,4 @@ def test_evaluations_are_counted(method: str) -> None:
 
 def test_integrals_backwards_are_refused() -> None:
     with pytest.raises(ValueError, match="forwards only"):
-        ode.solve(decay, jnp.ones(()), T1, T0, Solver(), both(decay, square))
+        ode.solve_with_integral(decay, both(decay, square), jnp.ones(()), T1, T0, Solver())

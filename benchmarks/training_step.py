@@ -25,7 +25,7 @@ import numpy as np
 
 from sbml import build, convolution, losses, train
 from sbml.config import default
-from sbml.networks import _pixel_sums, ncsnpp
+from sbml.networks import _layers, _pixel_sums, ncsnpp
 from sbml.runtime import cpu, sharding
 from sbml.runtime.state import compiler_options, make_step
 
@@ -102,7 +102,7 @@ def main() -> None:
     steps, values = {}, {}
     for name, loss in kinds.items():
         plain = name in ("XLA's gradients", "XLA alone")
-        for module in (convolution, ncsnpp, _pixel_sums):
+        for module in (convolution, ncsnpp, _layers, _pixel_sums):
             module.one_cpu = (lambda: False) if plain else one_cpu
         step = jax.jit(
             make_step(train.prepare_fn(e), loss, e.optimizer, ema=0.9999),

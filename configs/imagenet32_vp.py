@@ -20,4 +20,5 @@ def get_config() -> ConfigDict:
     config.data.update(source="imagenet32:old", flip=False)
     config.model.update(dropout=0.0)
     config.dequantizer.model.update(design="imagenet32", filters=128, blocks=8)
+    config.dequantizer.training.accumulate = 4  # 1.3 GB of activations an image
     return config

@@ -20,5 +20,6 @@ def get_config() -> ConfigDict:
     config.data.update(source="imagenet32:old", flip=False)
     config.model.update(num_res_blocks=8, dropout=0.0)
     config.dequantizer.model.update(design="imagenet32", filters=128, blocks=8)
+    config.dequantizer.training.accumulate = 4  # 1.3 GB of activations an image
     config.training.num_steps = 950_000
     return config

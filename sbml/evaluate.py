@@ -82,7 +82,7 @@ def time_density(
         x = bits.to_model(jax.numpy.asarray(train.images[chosen]), 0.5, train.levels)
         options = {"eps": eps, "control": control, "bins": config.proposal_bins}
         find = jax.jit(lambda score, x, key: bound.pilot(score, experiment.sde, x, key, **options))
-        score = experiment.adapter(restored.state.ema_params)
+        score = experiment.exact_adapter(restored.state.ema_params)
         return {"density": np.asarray(find(score, x, jax.random.key(config.seed)))}
 
     @functools.cache

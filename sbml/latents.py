@@ -19,7 +19,7 @@ from ml_collections import ConfigDict
 from sbml import bits
 from sbml.build import Experiment
 from sbml.ode import Solver, transport
-from sbml.runtime import report
+from sbml.runtime import report, sharding
 from sbml.runtime.parts import write_npz
 from sbml.sample import grid
 from sbml.samplers import FixedSteps, ReverseDiffusion
@@ -94,7 +94,7 @@ def _run(experiment: Experiment, workdir: epath.Path) -> None:
         options.steps, corrector=AnnealedLangevin(options.corrector_steps, options.snr)
     )
     restored, images = experiment.restore(workdir), experiment.images(config.eval.split)
-    score = experiment.adapter(restored.state.ema_params)
+    score = experiment.exact_adapter(restored.state.ema_params)
     if len(images) < 2:
         raise ValueError(f"{images.name} {images.split} has one image: an interpolation needs two")
     ids = np.unique(np.linspace(0, len(images) - 1, options.count).astype(np.int64))
@@ -102,7 +102,7 @@ def _run(experiment: Experiment, workdir: epath.Path) -> None:
     exact = {"sde": experiment.sde, "eps": experiment.eval_eps, "solver": experiment.path_solver}
     z = encode(score, x, **exact)
     back = decode(score, z, **exact)
-    error = np.asarray(jnp.abs(back - x).reshape(len(x), -1).max(axis=1))
+    error = sharding.to_host(jnp.abs(back - x).reshape(len(x), -1).max(axis=1))
     loose = {**exact, "eps": experiment.sampling_eps}
     between = interpolate(z, options.frames).reshape(-1, *experiment.shape)
     pictures = {
@@ -115,12 +115,13 @@ def _run(experiment: Experiment, workdir: epath.Path) -> None:
         filled = completed(score, x, **how, colours=colours)
         rows = jnp.concatenate([_shown(x, colours)[:, None], filled, x[:, None]], axis=1)
         pictures[name] = rows.reshape(-1, *experiment.shape), rows.shape[1]
-    if jax.process_index() > 0:
+    shown = {name: (bits.to_pixels(x, images.levels), n) for name, (x, n) in pictures.items()}
+    shown, z = sharding.to_host((shown, z))
+    if jax.process_index() > 0:  # From here on no process computes.
         return
-    columns = {"id": ids, "latent": np.asarray(z), "reconstruction_error": error}
+    columns = {"id": ids, "latent": z, "reconstruction_error": error}
     write_npz(workdir / "latents.npz", {**columns, "step": np.asarray(restored.step)})
-    for name, (values, width) in pictures.items():
-        pixels = np.asarray(bits.to_pixels(values, images.levels))
+    for name, (pixels, width) in shown.items():
         report.write_png(workdir / f"{name}.png", grid(experiment, pixels, columns=width))
         print(f"{name}: {workdir / f'{name}.png'}")
     print(

@@ -13,7 +13,7 @@ from ml_collections import config_flags
 
 from sbml import architecture
 from sbml.config import check_overrides, choices_in
-from sbml.runtime import cpu
+from sbml.runtime import cpu, sharding
 
 # Resolved when their turn comes: a wrong flag is told of at once, not after all imports.
 MODES = {
@@ -103,6 +103,7 @@ def main(arguments: Sequence[str]) -> None:
     # A shell leaves the ~ of --workdir=~/runs alone.
     workdir = epath.Path(WORKDIR.value or f"runs/{name}").expanduser()
     workdir.mkdir(parents=True, exist_ok=True)
+    sharding.check_shared(workdir)
     print(f"{', '.join(modes)} in {workdir}")
     for mode in modes:
         source = (SOURCE.value,) if mode == "convert" else ()

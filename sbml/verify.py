@@ -20,7 +20,9 @@ from sbml.sdes import SDES
 
 
 def _in_float64(rows: Callable[[], Iterable[Row]]) -> list[Row]:
-    with jax.enable_x64(True), jax.numpy_rank_promotion("raise"):
+    # On the CPU: TPUs have no float64, and what is held against the truth are the formulas.
+    cpu = jax.default_device(jax.local_devices(backend="cpu")[0])
+    with cpu, jax.enable_x64(True), jax.numpy_rank_promotion("raise"):
         return list(rows())
 
 

@@ -361,6 +361,27 @@ def test_products_are_of_all_digits_unless_asked_otherwise(trained, tmp_path, mo
         evaluate.run(config, tmp_path)
 
 
+def test_bfloat16_networks_are_evaluated_in_float32(trained, tmp_path):
+    """Their rounding is noise to the step control."""
+    given = cell_run(trained, tmp_path, ODE)
+    config = tiny.get_config()
+    config.model.dtype = "bfloat16"
+    experiment = build.Experiment(config)
+    assert experiment.adapter.model.dtype == "bfloat16"
+    assert experiment.exact_adapter.model == given.shared.experiment.adapter.model
+    assert experiment.score_identity == given.shared.experiment.score_identity
+
+
+def test_an_exact_trace_takes_few_images_at_once(trained, tmp_path):
+    """64 directions of each: 32 images have as many as fit. Rows do not depend on it."""
+    sizes = [
+        cell_run(trained, tmp_path, cell, trace=trace).batch_size
+        for cell in (ODE, BOUND)
+        for trace in ("exact", "rademacher")
+    ]
+    assert sizes == [32, 120, 120, 120]
+
+
 def test_table2_reads_what_the_modes_wrote(trained, tmp_path):
     """Likelihood and FID of one work directory, the FID only while it is of its own samples."""
     for name in (summary.EVALUATION, summary.PER_IMAGE, summary.SAMPLES):

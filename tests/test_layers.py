@@ -187,3 +187,12 @@ def test_fir_resampling_keeps_a_constant_image_away_from_the_border() -> None:
     x = jnp.full((1, 8, 8, 1), 0.7)
     same(layers.upsample(x, (1, 3, 3, 1))[:, 2:-2, 2:-2], jnp.full((1, 12, 12, 1), 0.7))
     same(layers.downsample(x, (1, 3, 3, 1))[:, 1:-1, 1:-1], jnp.full((1, 2, 2, 1), 0.7))
+
+
+def test_group_means_are_the_same_on_a_cpu_and_elsewhere(monkeypatch):
+    """There a product, here a mean: of float32 to its last digits."""
+    v = np.random.default_rng(0).normal(size=(5, 48)).astype(np.float32)
+    expected = v.astype(float).reshape(5, 12, 4).mean(-1).repeat(4, axis=1)
+    for one_cpu in (True, False):
+        monkeypatch.setattr(layers, "one_cpu", lambda one_cpu=one_cpu: one_cpu)
+        np.testing.assert_allclose(layers._group_means(48, 12)(v), expected, rtol=2e-6, atol=1e-7)

@@ -174,13 +174,14 @@ def test_eight_devices_give_the_same_losses(whole, tmp_path):
         assert loss == pytest.approx(expected[step], rel=1e-5)
 
 
-def two_processes(workdir, *flags):
-    """The program, running as processes 0 and 1 of two."""
+def two_processes(workdir, *flags, other=None):
+    """The program, running as processes 0 and 1 of two, the second perhaps in ``other``."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
     common = (*flags, "--num_processes=2", f"--coordinator=127.0.0.1:{port}")
-    return [runs.start(workdir, *common, f"--process_id={i}") for i in range(2)]
+    folders = (workdir, other or workdir)
+    return [runs.start(w, *common, f"--process_id={i}") for i, w in enumerate(folders)]
 
 
 def test_two_processes_give_the_same_losses(whole, tmp_path):
@@ -190,6 +191,14 @@ def test_two_processes_give_the_same_losses(whole, tmp_path):
     assert set(losses(tmp_path)) == set(range(1, 11))
     for step, loss in losses(tmp_path).items():
         assert loss == pytest.approx(expected[step], rel=1e-5)
+
+
+def test_processes_that_see_other_folders_are_refused(tmp_path):
+    """They would hang at the first save, each waiting for what the other never writes."""
+    for process in two_processes(tmp_path / "a", "--mode=train", other=tmp_path / "b"):
+        err = runs.finish(process, expect=1)
+        assert "processes [1] do not see what process 0 writes to" in err
+    assert not [path for folder in "ab" for path in (tmp_path / folder).iterdir()]
 
 
 def test_sigterm_stops_an_evaluation_by_several_processes(whole, tmp_path):

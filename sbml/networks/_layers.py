@@ -19,7 +19,7 @@ import numpy as np
 from flax import linen as nn
 from jax import lax
 
-from sbml.convolution import add_bias, convolve
+from sbml.convolution import add_bias, convolve, one_cpu
 from sbml.networks._pixel_sums import affine, moments
 from sbml.types import Array, Key
 
@@ -97,8 +97,8 @@ class GroupNorm(nn.Module):
     y = a x + b. The per-channel mean and mean square are averaged over groups and folded into one
     multiply-add a pixel, which costs half of normalising group by group. Statistics are float32
     whatever the dtype of ``x``. The group's variance is the mean of its channel variances plus the
-    variance of its channel means, so channels far from zero do not cancel it. Averaging is a
-    product with the matrix of who shares a group: a program of many norms is smaller so.
+    variance of its channel means, so channels far from zero do not cancel it. On a CPU averaging
+    is a product with the matrix of who shares a group: a program of many norms is smaller so.
     """
 
     epsilon: float = 1e-6
@@ -115,8 +115,7 @@ class GroupNorm(nn.Module):
             )
         scale = self.param("scale", nn.initializers.ones, (c,)).reshape(1, c)
         bias = self.param("bias", nn.initializers.zeros, (c,)).reshape(1, c)
-        shares = np.kron(np.eye(groups), np.full((c // groups, c // groups), groups / c))
-        average = partial(jnp.matmul, b=jnp.asarray(shares, jnp.float32), precision="highest")
+        average = _group_means(c, groups)
         x32 = x.astype(jnp.float32)
         mean, mean_square = moments(x32)
         channel_var = jnp.maximum(mean_square - jnp.square(mean), 0.0)
@@ -125,6 +124,15 @@ class GroupNorm(nn.Module):
         a = lax.rsqrt(group_var + self.epsilon) * scale
         b = bias - group_mean * a
         return affine(x32, a, b).astype(x.dtype)
+
+
+def _group_means(c: int, groups: int) -> Callable[[Array], Array]:
+    """From ``(n, c)`` to the mean of each channel's group, ``(n, c)``."""
+    if not one_cpu():
+        means = lambda v: v.reshape(len(v), groups, -1).mean(-1)  # noqa: E731
+        return lambda v: jnp.repeat(means(v), c // groups, axis=-1)
+    shares = np.kron(np.eye(groups), np.full((c // groups, c // groups), groups / c))
+    return partial(jnp.matmul, b=jnp.asarray(shares, jnp.float32), precision="highest")
 
 
 class NIN(nn.Module):

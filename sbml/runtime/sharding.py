@@ -4,11 +4,13 @@ Under ``jit`` with these shardings a computation means what it says about the *g
 device or many, in one process or many; the mathematics knows no axis name.
 """
 
+import time
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import numpy as np
+from etils import epath
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
@@ -18,9 +20,12 @@ from sbml.runtime.state import compiler_options
 def data_mesh() -> Mesh:
     """All devices of all processes along one axis, ``data``.
 
-    Axis type Auto: with jax's default, Explicit, a vmapped loss over a sharded batch fails.
+    Axis type Auto: with jax's default, Explicit, a vmapped loss over a sharded batch fails. In the
+    order of processes, so that their rows, one process after another, make up the batch:
+    ``jax.make_mesh`` would order a TPU's devices by its topology.
     """
-    return jax.make_mesh((jax.device_count(),), ("data",), axis_types=(AxisType.Auto,))
+    devices = sorted(jax.devices(), key=lambda device: (device.process_index, device.id))
+    return Mesh(np.array(devices), ("data",), axis_types=(AxisType.Auto,))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -96,4 +101,34 @@ def to_host(tree: Any) -> Any:
     """Global arrays as whole numpy arrays, in every process."""
     if jax.process_count() == 1:
         return jax.device_get(tree)
-    return multihost_utils.process_allgather(tree, tiled=True)
+
+    def whole(leaf: Any) -> Any:
+        # To gather is a computation, which would wait for all that was dispatched before it.
+        if isinstance(leaf, jax.Array) and leaf.is_fully_replicated:
+            return np.asarray(leaf.addressable_data(0))
+        return multihost_utils.process_allgather(leaf, tiled=True)
+
+    return jax.tree.map(whole, tree)
+
+
+def check_shared(folder: epath.Path) -> None:
+    """Refuse a folder that some processes do not see: the first of them writes what all read.
+
+    Raises:
+      ValueError: naming those processes, in all of them.
+    """
+    if jax.process_count() == 1:
+        return
+    stamp = multihost_utils.broadcast_one_to_all(np.asarray(time.time_ns() % 2**31, np.int32))
+    token = folder / f".seen_{int(stamp)}"
+    if jax.process_index() == 0:
+        token.write_text("")
+    barrier("written")
+    seen = multihost_utils.process_allgather(np.asarray(token.exists()))
+    if jax.process_index() == 0:
+        token.unlink()
+    if not seen.all():
+        raise ValueError(
+            f"processes {np.flatnonzero(~seen).tolist()} do not see what process 0 writes to "
+            f"{folder}: set --workdir to a folder that all share, on a network disk or gs://"
+        )

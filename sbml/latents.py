@@ -115,13 +115,14 @@ def _run(experiment: Experiment, workdir: epath.Path) -> None:
         filled = completed(score, x, **how, colours=colours)
         rows = jnp.concatenate([_shown(x, colours)[:, None], filled, x[:, None]], axis=1)
         pictures[name] = rows.reshape(-1, *experiment.shape), rows.shape[1]
-    shown = {name: (bits.to_pixels(x, images.levels), n) for name, (x, n) in pictures.items()}
+    shown = {name: bits.to_pixels(values, images.levels) for name, (values, _) in pictures.items()}
     shown, z = sharding.to_host((shown, z))
     if jax.process_index() > 0:  # From here on no process computes.
         return
     columns = {"id": ids, "latent": z, "reconstruction_error": error}
     write_npz(workdir / "latents.npz", {**columns, "step": np.asarray(restored.step)})
-    for name, (pixels, width) in shown.items():
+    for name, pixels in shown.items():
+        width = pictures[name][1]
         report.write_png(workdir / f"{name}.png", grid(experiment, pixels, columns=width))
         print(f"{name}: {workdir / f'{name}.png'}")
     print(

@@ -162,16 +162,12 @@ def elbo(
       prior, diffusion and reconstruction (the decoder; zero for ``truncated_normal``), in nats.
 
     Raises:
-      ValueError: for an unknown kind or proposal, ``u`` of another rank, pixels that are no
-        integers, eps outside (0, T), or a score whose shape is not that of ``pixels``.
+      ValueError: as ``bound.elbo``; for an unknown kind, or pixels that are no integers.
     """
     if kind not in KINDS:
         raise ValueError(f"unknown discrete bound {kind!r}; choose from {KINDS}")
     if not jnp.issubdtype(pixels.dtype, jnp.integer):
-        raise ValueError(
-            f"pixels are {pixels.dtype}: give integers 0 .. levels - 1; of continuous x it is "
-            "bound.elbo"
-        )
+        raise ValueError(f"pixels are {pixels.dtype}: give integers; bound.elbo is of real x")
     t, weight = times.drawn(sde, eps, u, density, proposal)
     centre = bits.to_model(pixels, 0.5, levels)
     truncated = kind == TRUNCATED_NORMAL

@@ -154,6 +154,9 @@ def test_wrong_kinds_and_times_are_refused(case):
     pixels, key = jnp.array([K]), jax.random.key(0)
     with pytest.raises(ValueError, match="unknown discrete bound 'uniform'"):
         discrete.elbo(data.score, sde, pixels, key, kind="uniform", eps=1e-2, **arguments)
+    with pytest.raises(ValueError, match="pixels are float64: give integers"):
+        real = pixels.astype(float)
+        discrete.elbo(data.score, sde, real, key, kind="categorical", eps=1e-2, **arguments)
     with pytest.raises(ValueError, match="must lie in"):
         discrete.elbo(data.score, sde, pixels, key, kind="categorical", eps=2.0, **arguments)
 

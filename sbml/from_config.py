@@ -49,7 +49,7 @@ def smallest_time(config: ConfigDict) -> float:
 
 def trained_from(config: ConfigDict) -> float:
     """The smallest time whose noise training shows: in discrete time, that of the first level."""
-    eps, levels = smallest_time(config), config.training.get("discrete_levels", 0)
+    eps, levels = smallest_time(config), config.training.discrete_levels
     if not levels:
         return eps
     process = sde(config)

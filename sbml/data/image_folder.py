@@ -54,11 +54,11 @@ class ImageFolder:
         names = _members(root, split, options)
         choices = (names, split, options.image_size, options.channels, options.crop, options.seed)
         version = content_key(tqdm([root / n for n in names], desc="Reading files"), *choices)
-        path = options.cache / "image_folder" / version / f"{split}.npy"
+        path = options.cache / "image_folder" / version / f"{split}_counted.npy"
         images, notes = prepared(path, lambda add: _build(root, names, options, add))
         if skipped := tuple(notes["skipped"]):
             _warn(split, skipped, len(names), path.with_suffix(".json"))
-        ids, enlarged = tuple(notes["ids"]), notes.get("enlarged", 0)
+        ids, enlarged = tuple(notes["ids"]), notes["enlarged"]
         caution = ENLARGED.format(enlarged, len(ids), split) if enlarged else ""
         if caution:
             log.warning(caution)

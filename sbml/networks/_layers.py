@@ -129,8 +129,7 @@ class GroupNorm(nn.Module):
 def _group_means(c: int, groups: int) -> Callable[[Array], Array]:
     """From ``(n, c)`` to the mean of each channel's group, ``(n, c)``."""
     if not one_cpu():
-        means = lambda v: v.reshape(len(v), groups, -1).mean(-1)  # noqa: E731
-        return lambda v: jnp.repeat(means(v), c // groups, axis=-1)
+        return lambda v: jnp.repeat(v.reshape(len(v), groups, -1).mean(-1), c // groups, axis=-1)
     shares = np.kron(np.eye(groups), np.full((c // groups, c // groups), groups / c))
     return partial(jnp.matmul, b=jnp.asarray(shares, jnp.float32), precision="highest")
 

@@ -38,6 +38,7 @@ from sbml.from_config import (
     loss_unit,
     network,
     optimizer,
+    plain,
     proposal,
     sampler,
     sde,
@@ -398,12 +399,4 @@ class Experiment:
 
     def to_plain(self) -> dict:
         """The config as plain JSON values."""
-        return _plain(self.config.to_dict())
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {k: _plain(v) for k, v in value.items()}
-    if isinstance(value, (tuple, list)):
-        return [_plain(v) for v in value]
-    return value
+        return plain(self.config.to_dict())

@@ -28,6 +28,15 @@ def check_choice(field: str, name: str, choices: Collection[str]) -> str:
     return name
 
 
+def plain(value: Any) -> Any:
+    """``value`` of dicts, tuples and lists as JSON has them: tuples become lists."""
+    if isinstance(value, dict):
+        return {k: plain(v) for k, v in value.items()}
+    if isinstance(value, (tuple, list)):
+        return [plain(v) for v in value]
+    return value
+
+
 def sde(config: ConfigDict) -> sdes.SDE:
     """The forward process, from those fields of ``config.sde`` that it has."""
     kind = sdes.SDES[check_choice("sde.name", config.sde.name, sdes.SDES)]

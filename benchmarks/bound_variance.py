@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
-from sbml import bits, bound, build, evaluate, times
+from sbml import bits, bound, build, data, evaluate, times
 from sbml.runtime import cpu
 
 # name: (times, proposal, control variate, density)
@@ -67,8 +67,8 @@ def main() -> None:
     fitted = evaluate.control_variate(e, train, workdir)
     density = evaluate.time_density(e, restored, train, fitted, workdir)(e.eval_eps)
     images = e.images("test")
-    count = min(args.images, len(images))
-    pixels = jnp.asarray(images.images[np.linspace(0, len(images) - 1, count).astype(int)])
+    pixels = jnp.asarray(images.images[data.spread(len(images), args.images)])
+    count = len(pixels)
     x = bits.to_model(pixels, jax.random.uniform(jax.random.key(9), pixels.shape), images.levels)
     score = e.adapter(restored.state.ema_params)
 

@@ -101,7 +101,7 @@ def network(config: str, workdir: str, n: int) -> Problem:
     """A trained network on its test images, uniformly dequantized."""
     experiment = build.Experiment(runpy.run_path(config)["get_config"]())
     images = experiment.images("test")
-    pixels = jnp.asarray(images.images[np.linspace(0, len(images) - 1, n).astype(int)])
+    pixels = jnp.asarray(images.images[data.spread(len(images), n)])
     x = bits.to_model(pixels, jax.random.uniform(jax.random.key(0), pixels.shape), images.levels)
     score = experiment.adapter(experiment.restore(epath.Path(workdir)).state.ema_params)
     keys = jax.random.split(jax.random.key(1), n)

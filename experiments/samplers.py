@@ -21,6 +21,7 @@ from matplotlib.ticker import FixedLocator, NullLocator, ScalarFormatter
 from experiments import figures
 from sbml import architecture, distances, quality, sample
 from sbml.build import Experiment
+from sbml.data import spread
 from sbml.runtime import report
 
 SAMPLERS = {
@@ -96,8 +97,8 @@ def main(path: str, workdir: str, out: str, images: int, steps: Sequence[int]) -
         options = {"sampler": "ode", "rtol": tolerance, "atol": tolerance}
         run("ode", f"{tolerance:.0e}", options)
     test = experiment.images("test").images
-    # As many as there are of the samples, if so many there are: a Frechet distance hangs on n.
-    rows = np.linspace(0, len(test) - 1, min(images, len(test))).astype(int)
+    # As many as there are samples, if so many there are: a Frechet distance depends on n.
+    rows = spread(len(test), images)
     measure(TEST, f"n={len(rows)}", test[rows], 0)
     draw(points, f"{extract.names[0]}, n={images}", f"pixels, n={images}", folder / "distance.png")
     return points

@@ -11,7 +11,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from etils import epath
 from ml_collections import ConfigDict
@@ -67,14 +66,8 @@ class Experiment:
     def __post_init__(self) -> None:
         # Touch every part now: a bad field must not surface after an hour of training.
         check_ranges(self.config)
-        _ = (
-            self.trained_adapter,
-            self.proposal,
-            self.optimizer,
-            self.weighting,
-            self.antithetic,
-            self.cells,
-        )
+        _ = (self.trained_adapter, self.proposal, self.optimizer, self.weighting)
+        _ = (self.antithetic, self.cells)
         _ = (self.eval_proposal, self.eval_solver, self.sampler, self.sampling_eps, self.eval_eps)
         _ = self.dequantizer_optimizer
         name = self.config.dequantizer.name
@@ -334,8 +327,8 @@ class Experiment:
     def init_dequantizer(self, images: data.ImageSet) -> TrainState:
         """The state before the first step, fitted to a batch from all over ``images``."""
         model = self.dequantizer(self.config.dequantizer.name)
-        size = min(len(images), self.config.dequantizer.training.batch_size)
-        pixels = images.images[np.linspace(0, len(images) - 1, size).astype(np.int64)]
+        size = self.config.dequantizer.training.batch_size
+        pixels = images.images[data.spread(len(images), size)]
         params = model.init(self._init_key(), jnp.asarray(pixels))
         return TrainState.create(params, self.dequantizer_optimizer)
 

@@ -24,7 +24,7 @@ from etils import epath
 from sbml import bits, discrete, divergence, estimators, intervals, times
 from sbml.bound import GaussianControl
 from sbml.build import Experiment
-from sbml.data import ImageSet, eval_batches
+from sbml.data import ImageSet, eval_batches, spread
 from sbml.estimators import Cell
 from sbml.ode import Solver
 from sbml.runtime import progress, sharding
@@ -100,9 +100,8 @@ class CellRun:
         self.ids = shared.ids(self.config.importance_images if cell.num_importance > 1 else 0)
         # Where K > 1 an image costs K solves: about as many in all, but four images at least.
         size = self.config.subset or len(self.ids)
-        size = min(max(4, size // cell.num_importance), len(self.ids))
         # Evenly spread: no random draw, and the same whatever the seed.
-        self.subset = self.ids[np.linspace(0, len(self.ids) - 1, size).astype(np.int64)]
+        self.subset = self.ids[spread(len(self.ids), max(4, size // cell.num_importance))]
         # With K solves an image, smaller batches: less padding where few images are wanted.
         size = max(1, self.config.batch_size // cell.num_importance)
         if self.trace.kind == "exact" and cell.estimator != "bound":

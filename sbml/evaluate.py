@@ -22,7 +22,7 @@ from sbml import baselines, bits, bound, cells, dequantizers, summary, trained
 from sbml.bound import GaussianControl
 from sbml.build import Experiment
 from sbml.cells import CellRun, Dequantization, Evaluation
-from sbml.data import ImageSet
+from sbml.data import ImageSet, spread
 from sbml.discrete import CATEGORICAL
 from sbml.estimators import Cell
 from sbml.intervals import mean_interval
@@ -78,8 +78,8 @@ def time_density(
     }
 
     def pilot(eps: float) -> dict[str, np.ndarray]:
-        chosen = np.linspace(0, len(train) - 1, min(len(train), 256)).astype(np.int64)
-        x = bits.to_model(jax.numpy.asarray(train.images[chosen]), 0.5, train.levels)
+        pixels = jax.numpy.asarray(train.images[spread(len(train), 256)])
+        x = bits.to_model(pixels, 0.5, train.levels)
         options = {"eps": eps, "control": control, "bins": config.proposal_bins}
         find = jax.jit(lambda score, x, key: bound.pilot(score, experiment.sde, x, key, **options))
         score = experiment.exact_adapter(restored.state.ema_params)

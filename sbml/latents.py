@@ -18,6 +18,7 @@ from ml_collections import ConfigDict
 
 from sbml import bits
 from sbml.build import Experiment
+from sbml.data import spread
 from sbml.ode import Solver, transport
 from sbml.runtime import report, sharding
 from sbml.runtime.parts import write_npz
@@ -97,7 +98,7 @@ def _run(experiment: Experiment, workdir: epath.Path) -> None:
     score = experiment.exact_adapter(restored.state.ema_params)
     if len(images) < 2:
         raise ValueError(f"{images.name} {images.split} has one image: an interpolation needs two")
-    ids = np.unique(np.linspace(0, len(images) - 1, options.count).astype(np.int64))
+    ids = spread(len(images), options.count)
     x = bits.to_model(jnp.asarray(images.images[ids]), 0.5, images.levels)
     exact = {"sde": experiment.sde, "eps": experiment.eval_eps, "solver": experiment.path_solver}
     z = encode(score, x, **exact)

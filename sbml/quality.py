@@ -18,7 +18,7 @@ from ml_collections import ConfigDict
 
 from sbml import distances, sample, summary
 from sbml.build import Experiment
-from sbml.data import ImageSet, Options
+from sbml.data import ImageSet, Options, spread
 from sbml.distances import Moments
 from sbml.features import EXTRACTORS, Extractor
 from sbml.from_config import check_choice
@@ -71,7 +71,7 @@ def reference(experiment: Experiment, extract: Extractor, images: ImageSet) -> R
     name = f"{extract.identity}-{images.fingerprint['id']}.npz"
     path = epath.Path(cache) / "stats" / name
     if not path.exists():
-        chosen = _spread(len(images), KEPT)
+        chosen = spread(len(images), KEPT)
         some: list[np.ndarray] = []
 
         def parts() -> Iterator[np.ndarray]:
@@ -99,11 +99,6 @@ def stats(config: ConfigDict, workdir: epath.PathLike) -> None:
     reference(experiment, extractor(config), experiment.images("train"))
 
 
-def _spread(size: int, count: int) -> np.ndarray:
-    """At most ``count`` of ``size`` indices, evenly spread."""
-    return np.linspace(0, size - 1, min(size, count)).astype(np.int64)
-
-
 def _nearest(x: np.ndarray, train: ImageSet, flip: bool) -> tuple[np.ndarray, np.ndarray]:
     """The training image nearest to each of ``x``, mirrored where that is nearer and ``flip``, and
     the root mean square distance, of pixels in [0, 1]."""
@@ -122,7 +117,7 @@ def _memory(
 ) -> tuple[dict[str, float], np.ndarray]:
     """Distances to the nearest training images, and the first samples, those images after them."""
     found, distance = _nearest(drawn, train, flip)
-    held_out = test.images[_spread(len(test), max(len(drawn), 100))]
+    held_out = test.images[spread(len(test), max(len(drawn), 100))]
     _, usual = _nearest(held_out, train, flip)
     rows = np.concatenate([drawn[:SHOWN], found[:SHOWN]])
     values = {

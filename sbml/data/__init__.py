@@ -14,7 +14,7 @@ from pkgutil import iter_modules
 
 from sbml.data import imagenet32
 from sbml.data._image_set import SPLITS, ImageSet, Options, Source
-from sbml.data._pipeline import eval_batches, prefetch, train_batches
+from sbml.data._pipeline import eval_batches, prefetch, spread, train_batches
 
 __all__ = [
     "SOURCES",
@@ -26,6 +26,7 @@ __all__ = [
     "imagenet32",
     "load",
     "prefetch",
+    "spread",
     "train_batches",
 ]
 

@@ -68,6 +68,11 @@ def train_batches(
     return order.batch(batch_size).random_map(draw).map(read)
 
 
+def spread(size: int, count: int) -> np.ndarray:
+    """At most ``count`` of ``size`` indices, evenly spread: the first are often no sample."""
+    return np.linspace(0, size - 1, min(size, count)).astype(np.int64)
+
+
 def eval_batches(n: int, batch_size: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Image numbers 0 .. n - 1 in order, each exactly once over all batches.
 

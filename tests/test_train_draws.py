@@ -1,0 +1,103 @@
+"""What a training step draws of a batch, and the loss it makes of it."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tiny
+
+from sbml import build, train
+from sbml.losses import dsm_batch
+from sbml.runtime import sharding
+
+
+def variance_reducing():
+    """The tiny config, shorter; antithetic pairs and a density of times are its default."""
+    config = tiny.get_config()
+    config.training.update(proposal_bins=8, num_steps=12, checkpoint_every=4)
+    return config
+
+
+def plain_draws():
+    """The tiny config without pairs and density."""
+    config = tiny.get_config()
+    config.training.update(noises="independent", proposal_bins=0)
+    return config
+
+
+def test_antithetic_pairs_are_one_image_and_time_with_opposite_noise():
+    experiment = build.Experiment(variance_reducing())
+    pixels = jnp.asarray(experiment.images("train").images[:32])
+    prepare = train.prepare_fn(experiment)
+    draws = prepare(pixels, jax.random.key(0), jnp.zeros((2, 8)))
+    assert draws.x.shape == (64, 8, 8, 1)
+    for field in (draws.x, draws.t, draws.weight, jax.random.key_data(draws.keys)):
+        np.testing.assert_array_equal(field[::2], field[1::2])
+    np.testing.assert_array_equal(draws.signs[::2], -draws.signs[1::2])
+    np.testing.assert_array_equal(draws.inverse, 1.0)  # Nothing is known of the noise yet.
+    statistics = jnp.stack([jnp.ones(8), jnp.arange(8.0)])
+    dense = prepare(pixels, jax.random.key(0), statistics)
+    assert dense.v.mean() > 0.55 and np.ptp(dense.inverse) > 0.5
+
+
+def test_antithetic_pairs_and_density_leave_the_expected_loss_as_it_is():
+    """Mean losses over many draws, of each recipe on the same images."""
+    experiment = build.Experiment(variance_reducing())
+    plain = build.Experiment(plain_draws())
+    pixels = jnp.asarray(experiment.images("train").images[:64])
+    params = sharding.made(plain.init_state, sharding.data_mesh()).params
+    statistics = jnp.stack([jnp.ones(8), jnp.linspace(9.0, 0.1, 8)])
+    means = []
+    for e, s in ((plain, ()), (experiment, statistics)):
+        prepare, loss = train.prepare_fn(e), train.loss_fn(e)
+        one = jax.jit(lambda k, f=prepare, g=loss, s=s: g(params, f(pixels, k, s), ()).mean())
+        means.append(np.array([one(jax.random.key(i)) for i in range(300)]))
+    error = np.hypot(*(m.std() / np.sqrt(len(m)) for m in means))
+    assert abs(means[0].mean() - means[1].mean()) < 4 * error < 0.1 * means[0].mean()
+
+
+def test_statistics_are_those_of_the_pairs():
+    experiment = build.Experiment(variance_reducing())
+    draws = train.prepare_fn(experiment)(
+        jnp.asarray(experiment.images("train").images[:32]), jax.random.key(0), jnp.zeros((2, 8))
+    )
+    losses = jnp.arange(64.0) ** 2
+    counts, sums = train.observe_fn(experiment)(jnp.ones((2, 8)), draws, losses)
+    bins = np.floor(np.asarray(draws.v[::2]) * 8).astype(int)
+    halves = 0.5 * (losses[::2] - losses[1::2]) ** 2
+    np.testing.assert_allclose(counts, 0.99 + np.bincount(bins, minlength=8))
+    np.testing.assert_allclose(sums, 0.99 + np.bincount(bins, halves, 8), rtol=1e-5)
+
+
+def test_what_the_network_is_trained_on():
+    """The whole bin, its centre, or the authors' integers, in [-1, 1]."""
+    pixels = jnp.tile(jnp.arange(17, dtype=jnp.uint8), 40)
+    made = {
+        kind: np.asarray(train.dequantized(pixels, jax.random.key(0), kind, 17))
+        for kind in ("uniform", "centre", "none")
+    }
+    k = np.asarray(pixels, np.float64)
+    np.testing.assert_allclose(made["centre"], 2 * (k + 0.5) / 17 - 1, atol=1e-6)
+    np.testing.assert_allclose(made["none"], 2 * k / 16 - 1, atol=1e-6)
+    u = (made["uniform"] + 1) * 17 / 2 - k
+    assert u.min() > -1e-5 and u.max() < 1 + 1e-5 and len(np.unique(made["uniform"])) > 600
+    assert abs(u.mean() - 0.5) < 4 / np.sqrt(12 * len(u))
+
+
+def test_in_discrete_time_the_loss_is_that_of_the_levels():
+    config = tiny.get_config()
+    config.training.update(discrete_levels=25, noises="independent", proposal_bins=0)
+    config.training.update(likelihood_weighting=False, importance_sampling=False)
+    experiment = build.Experiment(config)
+    params = experiment.adapter.init(jax.random.key(1), experiment.shape)
+    params = jax.tree.map(lambda p: p + 0.1, params)  # The last layer begins at zero.
+    pixels = jnp.asarray(experiment.images("train").images[:6])
+    draws = train.prepare_fn(experiment)(pixels, jax.random.key(0), ())
+    level = draws.t * 24
+    np.testing.assert_allclose(level, np.round(level), atol=1e-5)
+    levels = experiment.sde.levels(25)
+    score = dataclasses.replace(experiment.adapter, sde=levels, labels=experiment.sde)(params)
+    how = {"weighting": "original"}
+    expected = dsm_batch(score, levels, draws.x, draws.t, draws.keys, **how) / 64
+    np.testing.assert_allclose(train.loss_fn(experiment)(params, draws, ()), expected, rtol=1e-5)

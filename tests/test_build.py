@@ -203,3 +203,13 @@ def test_a_config_with_an_argument_has_its_own_run_and_fields(tmp_path: pathlib.
     flag = "--config.optim.learning_rate=1"
     err = runs.run(tmp_path, flag, config="configs/parity.py:digits_vp", expect=1)
     assert "beta1, beta2, ema, eps, grad_clip, lr" in err
+
+
+def test_bfloat16_networks_are_evaluated_in_float32():
+    """Their rounding is noise to the step control."""
+    given, config = build.Experiment(tiny.get_config()), tiny.get_config()
+    config.model.dtype = "bfloat16"
+    rounded = build.Experiment(config)
+    assert rounded.adapter.model.dtype == "bfloat16"
+    assert rounded.exact_adapter.model == given.adapter.model
+    assert rounded.score_identity == given.score_identity

@@ -83,3 +83,12 @@ def test_the_bounds_row_is_the_librarys_bound(name):
             nats = got.total
         assert got.prior > 1e-3
         np.testing.assert_allclose(found[i], nats / (2 * math.log(2)), rtol=1e-9)
+
+
+def test_a_draw_of_no_density_leaves_the_others_theirs():
+    each = {"prior": jnp.array([jnp.inf, 1.0, 2.0]), "divergence": jnp.zeros(3)}
+    found = estimators._averaged(each)
+    expected = -np.log(np.exp([-1.0, -2.0]).sum() / 3)
+    assert sum(found.values()) == pytest.approx(expected, rel=1e-6)
+    each["prior"] = each["prior"].at[1].set(jnp.nan)
+    assert np.isnan(sum(estimators._averaged(each).values()))

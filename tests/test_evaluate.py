@@ -5,7 +5,6 @@ import math
 import time
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 import runs
@@ -42,9 +41,7 @@ def cell_run(workdir, directory, cell, **fields):
     control = evaluate.control_variate(experiment, train, directory) if wants else None
     restored = experiment.restore(workdir)
     density = evaluate.time_density(experiment, restored, train, control, directory)
-    shared = cells.Evaluation(
-        experiment, experiment.restore(workdir), images, control, density, directory
-    )  # fmt: skip
+    shared = cells.Evaluation(experiment, restored, images, control, density, directory)
     found = evaluate.dequantization(experiment, cell.dequantizer, workdir, train)
     return cells.CellRun(shared, cell, found)
 
@@ -252,15 +249,6 @@ def test_times_uniform_in_t_are_for_comparison(trained, tmp_path):
         cell_run(trained, tmp_path, BOUND, importance_sampling=False, proposal_bins=32)
 
 
-def test_a_draw_of_no_density_leaves_the_others_theirs():
-    each = {"prior": jnp.array([jnp.inf, 1.0, 2.0]), "divergence": jnp.zeros(3)}
-    found = estimators._averaged(each)
-    expected = -np.log(np.exp([-1.0, -2.0]).sum() / 3)
-    assert sum(found.values()) == pytest.approx(expected, rel=1e-6)
-    each["prior"] = each["prior"].at[1].set(jnp.nan)
-    assert np.isnan(sum(estimators._averaged(each).values()))
-
-
 def test_fewer_images_are_a_sample_and_of_one_order(trained, tmp_path):
     def ids(count, cell=ODE, **fields):
         return cell_run(trained, tmp_path, cell, max_images=count, **fields).ids
@@ -359,17 +347,6 @@ def test_products_are_of_all_digits_unless_asked_otherwise(trained, tmp_path, mo
     config.eval.precision = "half"
     with pytest.raises(ValueError, match="eval.precision='half' is unknown; choose from"):
         evaluate.run(config, tmp_path)
-
-
-def test_bfloat16_networks_are_evaluated_in_float32(trained, tmp_path):
-    """Their rounding is noise to the step control."""
-    given = cell_run(trained, tmp_path, ODE)
-    config = tiny.get_config()
-    config.model.dtype = "bfloat16"
-    experiment = build.Experiment(config)
-    assert experiment.adapter.model.dtype == "bfloat16"
-    assert experiment.exact_adapter.model == given.shared.experiment.adapter.model
-    assert experiment.score_identity == given.shared.experiment.score_identity
 
 
 def test_an_exact_trace_takes_few_images_at_once(trained, tmp_path):

@@ -13,6 +13,7 @@ from linen import KEY, normal, random_params, same
 
 from sbml.networks import _layers as layers
 from sbml.networks import ncsnpp
+from sbml.networks._dropout import BLOCK, dropout, random_words
 
 
 @pytest.fixture(autouse=True)
@@ -46,7 +47,7 @@ def test_group_norm_of_bfloat16_keeps_float32_statistics() -> None:
 def test_dropout_drops_at_its_rate_and_keeps_the_mean(channels: int) -> None:
     n, rate = 60_000 // channels, 0.3
     x = np.tile(1 + np.arange(channels), (n, 1)).astype(np.float32)
-    out = np.asarray(layers.dropout(KEY, x, rate))
+    out = np.asarray(dropout(KEY, x, rate))
     kept = out != 0
     np.testing.assert_allclose(out[kept], x[kept] / (1 - rate), rtol=2e-5)
     assert (np.abs(kept.mean(0) - (1 - rate)) < 5 * np.sqrt(rate * (1 - rate) / n)).all()
@@ -55,10 +56,17 @@ def test_dropout_drops_at_its_rate_and_keeps_the_mean(channels: int) -> None:
         assert np.abs(noise).max() < 5 / np.sqrt(n)
 
 
+@pytest.mark.parametrize("shape", [(3,), (2, 5, 7, 3), (BLOCK,), (3, 90, 100, 2)])
+def test_the_words_of_dropout_are_those_of_jax(shape: tuple[int, ...]) -> None:
+    """One after the other, and on one CPU device in blocks: the same masks on every machine."""
+    words = jax.jit(random_words, static_argnums=1)(KEY, shape)
+    np.testing.assert_array_equal(words, jax.random.bits(KEY, shape, jnp.uint32))
+
+
 def test_dropout_scales_by_the_rate_that_it_has() -> None:
-    assert layers.dropout(KEY, jnp.ones(1000), 1 - 2**-20).max() in (0, 2**16)
-    np.testing.assert_array_equal(layers.dropout(KEY, jnp.ones(1000), 2**-20), 1)
-    assert layers.dropout(KEY, jnp.ones(8, jnp.bfloat16), 0.1).dtype == jnp.bfloat16
+    assert dropout(KEY, jnp.ones(1000), 1 - 2**-20).max() in (0, 2**16)
+    np.testing.assert_array_equal(dropout(KEY, jnp.ones(1000), 2**-20), 1)
+    assert dropout(KEY, jnp.ones(8, jnp.bfloat16), 0.1).dtype == jnp.bfloat16
 
 
 def test_a_residual_gradient_is_computed_once() -> None:

@@ -21,7 +21,7 @@ from jax import lax
 
 from sbml.convolution import add_bias, convolve, one_cpu
 from sbml.networks._pixel_sums import affine, moments
-from sbml.types import Array, Key
+from sbml.types import Array
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "swish": nn.swish,
@@ -76,19 +76,6 @@ class Conv(nn.Module):
 def dense(x: Array, features: int) -> Array:
     """A linear map of ``x (n, c)``."""
     return nn.Dense(features, dtype=x.dtype, kernel_init=fan_avg())(x)
-
-
-def dropout(key: Key, x: Array, rate: float) -> Array:
-    """``x`` with each element at 0 with probability ``rate``, scaled to keep the mean.
-
-    A random word decides two elements, since on CPU the words were a tenth of a training step: the
-    rate is rounded to a multiple of 2^-16, and the scale is that of the rounded rate.
-    """
-    channels = x.shape[-1]
-    kept = max(1, round((1 - rate) * 2**16))
-    words = jax.random.bits(key, (*x.shape[:-1], -(-channels // 2)), jnp.uint32)
-    halves = jnp.concatenate([words & 0xFFFF, words >> 16], axis=-1)[..., :channels]
-    return jnp.where(halves < kept, x * (2**16 / kept), 0).astype(x.dtype)
 
 
 class GroupNorm(nn.Module):

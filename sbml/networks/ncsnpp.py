@@ -21,6 +21,7 @@ from flax import linen as nn
 
 from sbml.convolution import one_cpu
 from sbml.networks import _layers as layers
+from sbml.networks._dropout import dropout
 from sbml.networks._pixel_sums import materialise
 from sbml.types import Array
 
@@ -64,7 +65,7 @@ class _ResnetBlock(nn.Module):
             h = h + layers.dense(self.act(temb), features)[:, None, None, :]
         h = self.act(layers.GroupNorm()(h))
         if train and self.dropout:
-            h = layers.dropout(self.make_rng("dropout"), h, self.dropout)
+            h = dropout(self.make_rng("dropout"), h, self.dropout)
         return layers.Conv(features, init_scale=self.init_scale)(h)
 
 

@@ -36,11 +36,11 @@ def _kernels(params: Any) -> Any:
 def norm(tree: Any) -> Array:
     """sqrt(sum of squares) over all leaves of ``tree``.
 
-    A product of each leaf with itself: a call for XLA on CPU, where the sum of squares of
-    ``optax.tree.norm`` is three loops to compile, a tenth of a step's compile time in all.
+    One product of all numbers with themselves: a call for XLA on CPU, where the sum of squares of
+    ``optax.tree.norm`` is three loops a leaf to compile, a tenth of a step's compile time in all.
     """
-    flat = [leaf.ravel() for leaf in jax.tree.leaves(tree)]
-    return jnp.sqrt(sum(jnp.dot(x, x, precision="highest") for x in flat))
+    numbers = jnp.concatenate([leaf.ravel() for leaf in jax.tree.leaves(tree)])
+    return jnp.sqrt(jnp.dot(numbers, numbers, precision="highest"))
 
 
 def clip(limit: float) -> optax.GradientTransformation:

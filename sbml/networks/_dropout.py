@@ -19,7 +19,7 @@ from sbml.types import Array, Key
 
 BLOCK = 2**14
 
-# Threefry's rotations, for even and odd groups of four rounds, and the constant of its key schedule.
+# Rotations of even and odd groups of four rounds, and the constant of the key schedule.
 ROTATIONS = (13, 15, 26, 6), (17, 29, 16, 24)
 PARITY = 0x1BD11BDA
 
@@ -38,15 +38,15 @@ def dropout(key: Key, x: Array, rate: float) -> Array:
 
 
 def random_words(key: Key, shape: tuple[int, ...]) -> Array:
-    """``jax.random.bits(key, shape, uint32)``."""
-    words = jax.random.key_data(key)
-    if not (one_cpu() and words.shape == (2,) and jax.config.jax_threefry_partitionable):
+    """``jax.random.bits(key, shape, uint32)``, with jax_threefry_partitionable as by default."""
+    seed = jax.random.key_data(key)
+    if not (one_cpu() and seed.shape == (2,)):  # or another generator's key
         return jax.random.bits(key, shape, jnp.uint32)
     count = math.prod(shape)
     size = min(BLOCK, count)
     place = lax.iota(jnp.uint32, size)
     starts = jnp.arange(0, count, size, dtype=jnp.uint32)
-    blocks = lax.map(lambda start: _threefry(words, start + place), starts)
+    blocks = lax.map(lambda start: _threefry(seed, start + place), starts)
     return blocks.reshape(-1)[:count].reshape(shape)
 
 

@@ -63,6 +63,8 @@ class _ResnetBlock(nn.Module):
         h = layers.Conv(features)(resample(self.act(layers.GroupNorm()(x))))
         if temb is not None:
             h = h + layers.dense(self.act(temb), features)[:, None, None, :]
+        if train and one_cpu():  # The kernel's gradient reads this one once for each column.
+            h = materialise(h)
         h = self.act(layers.GroupNorm()(h))
         if train and self.dropout:
             h = dropout(self.make_rng("dropout"), h, self.dropout)

@@ -266,6 +266,23 @@ def test_average_is_exponential_and_warmup_starts_at_zero(plain_step):
                  state.ema_params)  # fmt: skip
 
 
+def test_losses_read_late_as_on_accelerators_change_nothing(tmp_path, monkeypatch):
+    for late in (0, 2):
+        monkeypatch.setattr(loop, "_in_flight", lambda late=late: late)
+        train.run(tiny.get_config(), tmp_path / str(late))
+    assert losses(tmp_path / "0") == losses(tmp_path / "2")
+    assert_same_state(tmp_path / "0", tmp_path / "2")
+
+
+def test_a_non_finite_loss_read_late_is_named_and_never_saved(tmp_path, monkeypatch):
+    monkeypatch.setattr(loop, "_in_flight", lambda: 2)
+    config = tiny.get_config()
+    config.optim.update(lr=1e30, warmup=0, grad_clip=0.0)
+    config.training.checkpoint_every = 4
+    with pytest.raises(loop.NonFiniteLoss, match=r"step 1: .*Last good checkpoint: none was saved"):
+        train.run(config, tmp_path)
+
+
 def test_non_finite_loss_stops_and_names_the_last_checkpoint(tmp_path):
     config = tiny.get_config()
     config.optim.update(lr=1e30, warmup=0, grad_clip=0.0)

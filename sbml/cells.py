@@ -293,7 +293,7 @@ class CellRun:
             wanted = max(len(tables) + 1, len(tables) * ratio**2)
             yield math.ceil(min(config.max_sweeps, wanted))
 
-    def _this_set(self, table: Table, stderr: float, freedom: int) -> dict[str, Any]:
+    def _this_set(self, table: Table, stderr: float, freedom: float) -> dict[str, Any]:
         mean, half = float(np.mean(table["bits_per_dim"])), intervals.half_width(stderr, freedom)
         return {
             "this_set_stderr": stderr,

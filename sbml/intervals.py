@@ -11,7 +11,11 @@ the mean non-finite, and their count is reported.
 For *this* data set only the random draws are noise. R independent sweeps over all its images have
 means m_r, and mean +- t_{R-1} sd(m_r) / sqrt(R) holds it. Where images draw independently a second
 draw of some m of them serves as well: with differences D_i of the two draws the noise of the mean
-over n images has variance mean(D_i^2) / (2 n), on m degrees of freedom.
+over n images has variance mean(D_i^2) / (2 n). Were every image as noisy as the next, that estimate
+would have m degrees of freedom; it has about (sum of variances)^2 / (sum of their squares), as
+Satterthwaite (Biometrics Bulletin 1946) has it, whose own estimate from the D_i is
+
+    3 (sum D_i^2)^2 / sum D_i^4 - 2,      kept within [1, m].
 """
 
 import math
@@ -51,17 +55,23 @@ def mean_interval(values: np.ndarray) -> Interval:
     return Interval(float(np.mean(values)), stderr, half_width(stderr, n - 1), n, nonfinite)
 
 
-def half_width(stderr: float, freedom: int) -> float:
+def half_width(stderr: float, freedom: float) -> float:
     """Student's 97.5% quantile times ``stderr``; infinite without a degree of freedom."""
     return float(special.stdtrit(freedom, 0.975)) * stderr if freedom > 0 else math.inf
 
 
-def repeated_stderr(first: np.ndarray, second: np.ndarray, n: int) -> tuple[float, int]:
+def repeated_stderr(first: np.ndarray, second: np.ndarray, n: int) -> tuple[float, float]:
     """Noise of the mean over ``n`` images from two draws ``(m,)`` of some: (stderr, freedom)."""
-    differences = np.asarray(first, np.float64) - np.asarray(second, np.float64)
-    if not len(differences):
-        return math.inf, 0
-    return math.sqrt(float(np.mean(differences**2)) / (2 * n)), len(differences)
+    squares = (np.asarray(first, np.float64) - np.asarray(second, np.float64)) ** 2
+    m = len(squares)
+    if not m:
+        return math.inf, 0.0
+    scale = float(np.max(squares))
+    freedom = float(m)
+    if 0 < scale < math.inf:
+        shares = squares / scale  # whose squares neither overflow nor vanish
+        freedom = 3 * float(np.sum(shares)) ** 2 / float(np.sum(shares**2)) - 2
+    return math.sqrt(float(np.mean(squares)) / (2 * n)), min(max(freedom, 1.0), m)
 
 
 def outliers(values: np.ndarray, width: float = 6.0) -> np.ndarray:

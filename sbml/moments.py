@@ -26,7 +26,13 @@ def variances(x: np.ndarray, centre: np.ndarray) -> np.ndarray:
 
 
 def covariance(x: np.ndarray, centre: np.ndarray) -> np.ndarray:
-    """``(d, d)``, of ``x (n, *s)`` around its mean ``centre (d,)``, divided by n - 1."""
+    """``(d, d)``, of ``x (n, *s)`` around its mean ``centre (d,)``, divided by n - 1.
+
+    Raises:
+      ValueError: for fewer than two rows.
+    """
+    if len(x) < 2:
+        raise ValueError(f"no covariance of {len(x)} images: need at least two to train on")
     total = np.zeros((centre.size, centre.size))
     for part in rows(x):
         total += (part - centre).T @ (part - centre)

@@ -9,7 +9,8 @@ holds exactly: the maximum-likelihood importance distribution p(t) ~ g^2 / sigma
 log-SNR*, so an SDE needs only lambda(t) and its inverse to sample from it.
 
 Every form below keeps its relative accuracy in float32 down to t = 1e-6, where the textbook ones
-(1 - exp(-B), log(1 + e^l)) lose up to a third.
+(1 - exp(-B), log(1 + e^l)) lose up to a third. (Of VE's ``time`` it is the absolute one, 1e-7: near
+t = 0 its log-SNR is a number of 9 that hardly moves.)
 
 Reference: Song et al., "Score-Based Generative Modeling through SDEs", ICLR 2021, appendices B-C.
 """

@@ -25,14 +25,22 @@ def draw(seed: int, *shape: int) -> jax.Array:
     return jax.random.normal(jax.random.key(seed), shape)
 
 
-@pytest.mark.parametrize("side", [1, 3, 5])
-def test_gradients_equal_those_of_the_convolution(side: int) -> None:
-    x, kernel, dy = draw(1, 7, 5, 6, 2), draw(2, side, side, 2, 4), draw(3, 7, 5, 6, 4)
+@pytest.mark.parametrize(("side", "images"), [(1, 7), (3, 8), (3, 12), (5, 7)])
+def test_gradients_equal_those_of_the_convolution(side: int, images: int) -> None:
+    """Of batches that one, four and all eight parts divide."""
+    x, dy = draw(1, images, 5, 6, 2), draw(3, images, 5, 6, 4)
+    kernel = draw(2, side, side, 2, 4)
     y, pullback = jax.vjp(convolution.convolve, x, kernel)
     expected, expected_pullback = jax.vjp(xla, x, kernel)
     np.testing.assert_allclose(y, expected, atol=1e-12)
     for ours, theirs in zip(pullback(dy), expected_pullback(dy), strict=True):
         np.testing.assert_allclose(ours, theirs, atol=1e-12)
+
+
+def test_a_stride_takes_every_other_pixel() -> None:
+    x, kernel = draw(1, 2, 8, 8, 2), draw(2, 3, 3, 2, 4)
+    every = convolution.convolve(x, kernel)  # Of an even side, "SAME" begins at the second one.
+    np.testing.assert_allclose(convolution.convolve(x, kernel, 2), every[:, 1::2, 1::2], atol=1e-12)
 
 
 def test_the_kernel_gradient_is_the_sum_of_products() -> None:

@@ -196,6 +196,19 @@ def test_eight_euler_steps_are_refused(trained, tmp_path):
         run.finish()
 
 
+def test_noise_of_a_solved_cell_is_that_of_a_second_draw_of_some(trained, tmp_path):
+    run = cell_run(trained, tmp_path, ODE, max_images=40, subset=8)
+    _, noise = run.finish()
+    one, other = (run.rows(run.subset, draw)["bits_per_dim"] for draw in (0, 1))
+    variance = np.mean((one - other) ** 2) / 2  # of one image's noise
+    assert noise["this_set_stderr"] == pytest.approx(np.sqrt(variance / 40), rel=1e-5)
+
+
+def test_sweeps_draw_times_of_their_own(trained, tmp_path):
+    run = cell_run(trained, tmp_path, BOUND)
+    assert not np.isin(run._lattice(0), run._lattice(1)).any()
+
+
 def test_target_se_sweeps_until_it_is_reached(trained, tmp_path):
     first = cell_run(trained, tmp_path, BOUND, sweeps=3)
     _, noise = first.finish()

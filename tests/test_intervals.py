@@ -49,6 +49,8 @@ def test_moments_are_the_same_in_parts(monkeypatch):
     np.testing.assert_allclose(mean, flat.mean(0))
     np.testing.assert_allclose(moments.variances(x, mean), flat.var(0))
     np.testing.assert_allclose(moments.covariance(x, mean), np.cov(flat, rowvar=False))
+    with pytest.raises(ValueError, match="no covariance of 1 images"):
+        moments.covariance(x[:1], mean)
 
 
 def test_interval_is_students():

@@ -321,3 +321,15 @@ def test_a_score_of_the_wrong_shape_is_refused(shape: tuple[int, ...]) -> None:
 def test_unknown_weightings_are_refused() -> None:
     with pytest.raises(ValueError, match="unknown weighting 'vlb'"):
         losses.dsm(_echo, SDES["vp"](), jnp.ones(2), T, jax.random.key(0), weighting="vlb")
+
+
+def test_signs_turn_the_noise(sde: SDE) -> None:
+    """At x = 0 the loss of a constant score c under -z is that of -c under z."""
+    x, t, keys = jnp.zeros((2, 3)), jnp.full(2, T), jnp.stack([jax.random.key(0)] * 2)
+    signs = jnp.asarray([1.0, -1.0])
+    up, down = (
+        losses.dsm_batch(lambda x, t, key, c=c: c + 0 * x, sde, x, t, keys, signs=signs)
+        for c in (0.5, -0.5)
+    )
+    np.testing.assert_allclose(up, down[::-1], rtol=1e-12)
+    assert abs(up[0] - up[1]) > 1e-3

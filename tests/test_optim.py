@@ -59,6 +59,13 @@ def test_only_kernels_decay():
     np.testing.assert_array_equal(got["W"], params["W"])
 
 
+def test_what_is_an_image_and_no_kernel_does_not_decay():
+    """Flow++'s elementwise scale and bias, and its embedding of positions, have several axes."""
+    params = {name: jnp.ones((2, 1, 3)) for name in ("scale", "bias", "pos_emb", "pos_emb_dq")}
+    got = step(adam(weight_decay=0.1), params, jax.tree.map(jnp.zeros_like, params))
+    jax.tree.map(np.testing.assert_array_equal, got, params)
+
+
 def test_schedules():
     constant = optim.learning_rate(2e-4, 5_000, "constant", 10_000)
     steps = [0, 1, 2_500, 5_000, 9_999]

@@ -30,7 +30,13 @@ def learning_rate(lr: float, warmup: int, schedule: str, num_steps: int) -> opta
 
 
 def _kernels(params: Any) -> Any:
-    return jax.tree.map(lambda p: p.ndim > 1, params)
+    """Which leaves decay: by shape, and by name where a scale, bias or embedding is an image."""
+
+    def is_kernel(path: Any, leaf: Array) -> bool:
+        name = str(getattr(path[-1], "key", ""))
+        return leaf.ndim > 1 and not name.startswith(("scale", "bias", "pos_emb"))
+
+    return jax.tree_util.tree_map_with_path(is_kernel, params)
 
 
 def norm(tree: Any) -> Array:
@@ -66,7 +72,8 @@ def adam(
 ) -> optax.GradientTransformation:
     """Clip to global norm ``grad_clip`` (0: off), Adam, decoupled weight decay (0: off).
 
-    Only matrices and kernels decay: not biases, norms' scales, nor the fixed Fourier frequencies.
+    Only matrices and kernels decay: not biases, norms' scales, embeddings of positions, nor the
+    fixed Fourier frequencies.
     """
     return optax.chain(
         clip(grad_clip) if grad_clip else optax.identity(),

@@ -75,6 +75,7 @@ class Experiment:
             raise ValueError(f"dequantizer.name={name} has nothing to train; choose variational")
         check_choice("eval.times", self.config.eval.times, times.DRAWS)
         check_choice("training.times", self.config.training.times, times.DRAWS)
+        check_choice("eval.split", self.config.eval.split, data.SPLITS)
         check_choice("eval.precision", self.config.eval.precision, PRECISIONS)
         check_choice("data.dequantization", self.config.data.dequantization, DEQUANTIZATIONS)
 

@@ -33,6 +33,7 @@ LEAST = {
         **dict.fromkeys(("num_images", "batch_size"), 1),
         **dict.fromkeys(("seed", "frames", "fixed_steps"), 0),
     },
+    "data": {"levels": 2},
     "latents": {**dict.fromkeys(("frames", "steps", "corrector_steps"), 1), "count": 2, "snr": 0},
 }
 BELOW_ONE = {"optim": ("beta1", "beta2", "ema")}
@@ -44,6 +45,8 @@ def check_ranges(config: ml_collections.ConfigDict) -> None:
     Raises:
       ValueError: naming the field, its value and what it may be.
     """
+    if config.seed < 0:
+        raise ValueError(f"seed={config.seed}: need at least 0")
     for part, where in ((config, ""), (config.dequantizer, "dequantizer.")):
         for section, fields in LEAST.items():
             for field, least in fields.items():

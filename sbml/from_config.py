@@ -131,7 +131,18 @@ def loss_unit(config: ConfigDict) -> float:
 
 
 def data_options(section: ConfigDict) -> Options:
-    """How to find and cut images, from ``config.data``."""
+    """How to find and cut images, from ``config.data``.
+
+    Raises:
+      ValueError: for a folder's images with a shape or levels that they are not given.
+    """
+    height, width, channels = section.shape
+    if section.source == "image_folder" and (height != width or section.levels != 256):
+        raise ValueError(
+            f"data.shape={height},{width},{channels} with data.levels={section.levels}: images of "
+            "a folder are made square, of 256 levels; set --config.data.shape=SIZE,SIZE,CHANNELS "
+            "--config.data.levels=256"
+        )
     return Options(
         cache_dir=section.cache_dir or None,
         manual_dir=section.manual_dir or None,

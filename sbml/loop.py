@@ -132,10 +132,11 @@ class _Trainer:
         self.state, self.start = self._restore()
         self.step = compiled_step(task, self.mesh)
         self.saved = self.start
-        if (training.num_steps - self.start) % training.steps_per_dispatch:
+        left = max(0, training.num_steps - self.start)
+        if left % training.steps_per_dispatch:
             raise ValueError(
                 f"{field}.steps_per_dispatch={training.steps_per_dispatch} does not divide the "
-                f"{training.num_steps - self.start} steps from {self.start} to "
+                f"{left} steps from {self.start} to "
                 f"{field}.num_steps={training.num_steps}; change either"
             )
         self.pending: deque[tuple[int, dict[str, Array]]] = deque()
@@ -235,7 +236,7 @@ def run(task: Task, checkpoints: Checkpoints) -> None:
     Raises:
       ValueError: for a config that cannot work, or a checkpoint of another model.
       NonFiniteLoss: naming the step, the loss and the last good checkpoint.
-      SystemExit: with status 143 after SIGTERM, once everything is saved.
+      SystemExit: with status 143 after SIGTERM, 130 after Ctrl-C, once everything is saved.
     """
     with Preemption() as preemption:
         with checkpoints:  # Left with the last save on disk.
@@ -296,6 +297,8 @@ def _loop(trainer: _Trainer, preemption: Preemption) -> int:
             if look:
                 trainer.picture(done)
             if stop:
+                if rows:  # The part of a row: no step's loss or time is lost.
+                    trainer.log(done, rows, time.perf_counter() - since)
                 return done
     return max(trainer.start, total)
 

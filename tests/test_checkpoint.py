@@ -2,6 +2,7 @@
 
 import functools
 import multiprocessing
+import resource
 import socket
 import time
 from concurrent.futures import ProcessPoolExecutor
@@ -245,3 +246,24 @@ def test_a_kill_in_the_middle_of_a_save_loses_only_that_save(tmp_path: Path) -> 
     restored = Checkpoints(run).restore(abstract(_large_state(0)))
     assert restored is not None and same_bits(restored.state, _large_state(newest))
     assert not (tmp_path / "run.damaged").exists()
+
+
+def test_a_save_that_failed_does_not_take_the_next_with_it(tmp_path: Path, caplog: Any) -> None:
+    """Files of a process at its limit cannot grow: as on a full disk, until there is room again."""
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with Checkpoints(tmp_path) as checkpoints:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limit[1]))
+        try:
+            checkpoints.save(1, make_state(1), {})
+            ends = time.monotonic() + 60
+            while "save_finalize) failed" not in caplog.text and time.monotonic() < ends:
+                time.sleep(0.05)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+        checkpoints.save(2, make_state(2), {})
+        checkpoints.wait()
+        assert "File too large" in caplog.text
+        assert checkpoints.steps() == [2]
+        assert "The save before that of step 2 failed" in caplog.text
+        restored = checkpoints.restore(abstract(make_state(0)))
+    assert restored is not None and same_bits(restored.state, make_state(2))

@@ -99,11 +99,12 @@ def test_kills_change_nothing(whole, tmp_path):
     assert [row["step"] for row in metrics.read(tmp_path)] == list(range(1, 41))
 
 
-def test_sigterm_saves_and_leaves(whole, tmp_path):
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_request_to_stop_saves_and_leaves(whole, tmp_path, number, status):
     process = runs.start(tmp_path, "--mode=train,eval")
     assert wait_for(process, lambda: max(losses(tmp_path), default=0) >= 5)
-    process.send_signal(signal.SIGTERM)
-    runs.finish(process, expect=143)
+    process.send_signal(number)
+    runs.finish(process, expect=status)
     saved = runs.state(tiny.get_config(), tmp_path).step
     assert saved >= 5 and saved == max(losses(tmp_path))
     assert not (tmp_path / "report.html").exists()  # The modes that follow did not run.

@@ -27,6 +27,8 @@ def image_grid(
         )
     if columns < 1 or scale < 1 or gap < 0:
         raise ValueError(f"Got {columns=}, {scale=}, {gap=}: columns and scale start at 1, gap 0.")
+    if images.shape[-1] not in (1, 3):
+        images = images[..., :1]  # Neither grey nor red, green and blue: the first is shown.
     count, height, width, channels = images.shape
     rows = -(-count // columns)
     height, width = height * scale, width * scale

@@ -106,10 +106,11 @@ class Checkpoints:
         """Saves ``state`` in the background; it may be donated as soon as this returns.
 
         What blocks: an earlier save still under way, the copy to the host, and the CRC32s (a second
-        or less for a gigabyte). A failure in the background is raised by the next ``save``,
-        ``wait`` or ``close``. Checkpoints that ``restore`` found damaged first move to
-        ``<directory>.damaged/<step>-<time>``: they no longer count as kept, and their steps can be
-        saved again.
+        or less for a gigabyte). A failure in the background is raised by the next ``wait`` or
+        ``close``; the next ``save`` logs it and saves its own state, for a disk may have room
+        again, but under several processes raises it too. Checkpoints that ``restore`` found damaged
+        first move to ``<directory>.damaged/<step>-<time>``: they no longer count as kept, and their
+        steps can be saved again.
 
         Args:
           step: larger than every step already there, else ``ValueError``.
@@ -117,12 +118,13 @@ class Checkpoints:
           metadata: plain JSON values; tuples come back as lists.
         """
         manifest = _manifest(state, metadata)
-        self.wait()
+        self._after_earlier_save(step)
         self._set_damaged_aside()
         if (steps := self.steps()) and step <= steps[-1]:
             raise ValueError(
                 f"step {step} is not beyond step {steps[-1]}, the newest checkpoint of "
-                f"{self.directory}: take another directory, or move the newer ones away"
+                f"{self.directory}: is another process at work there? If not, take another "
+                "directory, or move the newer ones away"
             )
         if self._writer is None:
             self._writer = ocp.training.Checkpointer(
@@ -168,6 +170,15 @@ class Checkpoints:
             + "\nNothing was deleted. Put a copy back, choose another step or directory, or move "
             "the directory away to start anew."
         )
+
+    def _after_earlier_save(self, step: int) -> None:
+        """Wait for it; if it failed, say so."""
+        try:
+            self.wait()
+        except Exception as error:  # Whatever stopped the writer, this state may be saved.
+            if jax.process_count() > 1:
+                raise
+            logging.error("The save before that of step %d failed: %s", step, error)
 
     def wait(self) -> None:
         """Blocks until the save under way, if any, is on disk; raises if it failed."""

@@ -75,6 +75,8 @@ def test_papers_settings(data, sde, size, count):
         ("eval", "dequantizers", ("none",), "eval.dequantizers=none is refused: integers have no"),
         ("eval", "num_importance", (0,), "eval.num_importance=(0,): need integers from 1 up"),
         ("eval", "times", "grid", "eval.times='grid' is unknown"),
+        ("eval", "split", "tset", "eval.split='tset' is unknown"),
+        ("data", "levels", 1, "data.levels=1: need at least 2"),
         ("eval", "sweeps", 0, "eval.sweeps=0: need at least 1"),
         ("eval", "max_images", -5, "eval.max_images=-5: need at least 0"),
         ("eval", "seed", -1, "eval.seed=-1: need at least 0"),
@@ -122,6 +124,13 @@ def test_hutchinson_with_several_samples_is_refused_with_the_reason():
     config.eval.trace = "rademacher"
     with pytest.raises(ValueError, match="logarithm of a mean of K likelihoods too good"):
         build.Experiment(config)
+
+
+def test_what_a_folder_cannot_give_is_refused_before_it_is_read():
+    config = tiny.get_config()
+    config.data.update(source="image_folder", path="nowhere", levels=256, shape=(8, 12, 3))
+    with pytest.raises(ValueError, match="data.shape=8,12,3 .* are made square, of 256 levels"):
+        build.Experiment(config).images("train")
 
 
 def test_data_of_another_shape_is_refused():

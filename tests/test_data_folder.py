@@ -64,7 +64,9 @@ def test_unreadable_files_are_named_and_counted(
     (train / "dangling.png").symlink_to(train / "nowhere.png")
     save(train / "clear.png", pixels(8, 8, 4))
     Image.new("F", (8, 8)).save(train / "float.tif")
+    save(train / "twelve.png", 16 * pixels(8, 8)[..., 0].astype(np.uint16))
     bad = ["clear.png", "cut.png", "dangling.png", "empty.png", "float.tif", "text.jpg"]
+    bad.append("twelve.png")
     for _ in range(2):  # cached, it must be said again
         caplog.clear()
         with caplog.at_level(logging.WARNING):
@@ -72,7 +74,8 @@ def test_unreadable_files_are_named_and_counted(
         assert images.ids == ("train/good.png",)
         assert [s.split(":")[0] for s in images.skipped] == [f"train/{name}" for name in bad]
         assert "transparent" in images.skipped[0] and "32-bit" in images.skipped[4]
-        assert "6 of 7 train files not used" in caplog.text
+        assert "16-bit pixels, none above" in images.skipped[6]
+        assert "7 of 8 train files not used" in caplog.text
         assert all(name in caplog.text for name in bad)
 
 

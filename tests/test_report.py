@@ -294,6 +294,12 @@ def test_grid_is_pixel_exact() -> None:
     np.testing.assert_array_equal(tight[..., 0], [[0, 255, 85, 170, 255, 255]])
 
 
+def test_grid_of_neither_grey_nor_coloured_images_shows_the_first_channel() -> None:
+    images = np.arange(16, dtype=np.uint8).reshape(2, 2, 2, 2)
+    grids = [report.image_grid(some, levels=16) for some in (images, images[..., :1])]
+    np.testing.assert_array_equal(*grids)
+
+
 def test_grid_shows_every_level_of_256_as_it_is() -> None:
     image = np.arange(256, dtype=np.uint8).reshape(1, 16, 16, 1).repeat(3, axis=3)
     np.testing.assert_array_equal(report.image_grid(image, 256, columns=1), image[0])

@@ -43,8 +43,9 @@ class ImageFolder:
         Needs ``options.path``; ``image_size``, ``channels``, ``crop``, ``test_fraction``, ``seed``
         and ``cache_dir`` apply. The EXIF orientation is applied, 16-bit grey keeps its upper 8
         bits, CMYK becomes RGB by Pillow's formula, and of an animation the first frame is taken.
-        Files that Pillow cannot read, with transparent pixels, or with 32-bit pixels are logged as
-        a warning and listed in the set's ``skipped``; that images were enlarged is its ``caution``.
+        Files that Pillow cannot read, with transparent pixels, with 32-bit pixels, or with 16-bit
+        ones below 2^12, which a camera of 12 bits leaves, are logged as a warning and listed in the
+        set's ``skipped``; that images were enlarged is its ``caution``.
 
         Raises:
           ValueError: an option out of range, no such folder, or no usable image in the split.
@@ -54,7 +55,7 @@ class ImageFolder:
         names = _members(root, split, options)
         choices = (names, split, options.image_size, options.channels, options.crop, options.seed)
         version = content_key(tqdm([root / n for n in names], desc="Reading files"), *choices)
-        path = options.cache / "image_folder" / version / f"{split}_counted.npy"
+        path = options.cache / "image_folder" / version / f"{split}_checked.npy"
         images, notes = prepared(path, lambda add: _build(root, names, options, add))
         if skipped := tuple(notes["skipped"]):
             _warn(split, skipped, len(names), path.with_suffix(".json"))
@@ -182,7 +183,13 @@ def _decode(path: Path, channels: int) -> Image.Image:
     if image.mode in ("I", "F"):
         raise ValueError(f"32-bit pixels (mode {image.mode}): save the image with 8 bits a channel")
     if image.mode.startswith("I;16"):  # Pillow would clip at 255
-        image = Image.fromarray((np.asarray(image).astype(np.uint16) >> 8).astype(np.uint8))
+        deep = np.asarray(image).astype(np.uint16)
+        if 0 < (most := deep.max()) < 2**12:
+            raise ValueError(
+                f"16-bit pixels, none above {most}: at 8 bits nearly black. If these are 12 bits "
+                "of a camera, scale them to 0 ... 65535"
+            )
+        image = Image.fromarray((deep >> 8).astype(np.uint8))
     if image.has_transparency_data:
         alpha = np.asarray(image.convert("RGBA"))[..., 3]
         if alpha.min() < 255:

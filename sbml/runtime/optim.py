@@ -5,6 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from absl import logging
 
 from sbml.types import Array
 
@@ -14,19 +15,21 @@ SCHEDULES = ("constant", "cosine")
 def learning_rate(lr: float, warmup: int, schedule: str, num_steps: int) -> optax.Schedule:
     """lr min(step / warmup, 1), then constant (the paper) or a cosine to zero at ``num_steps``.
 
+    A run that is over before its warm-up never comes to the cosine: a warning says so.
+
     Raises:
-      ValueError: for an unknown schedule, or a warm-up longer than a cosine run.
+      ValueError: for an unknown schedule.
     """
     if schedule not in SCHEDULES:
         raise ValueError(f"unknown optim.schedule {schedule!r}; choose from {SCHEDULES}")
-    if schedule == "constant":
-        return optax.linear_schedule(0.0, lr, warmup) if warmup else optax.constant_schedule(lr)
-    if warmup >= num_steps:
-        raise ValueError(
-            f"optim.warmup={warmup} must be below training.num_steps={num_steps} "
-            "for the cosine schedule"
+    if schedule == "cosine" and warmup < num_steps:
+        return optax.warmup_cosine_decay_schedule(0.0, lr, warmup, num_steps)
+    if schedule == "cosine":
+        logging.warning(
+            "a warm-up of %d steps in a run of %d: the learning rate only rises, to %g",
+            *(warmup, num_steps, lr * num_steps / warmup),
         )
-    return optax.warmup_cosine_decay_schedule(0.0, lr, warmup, num_steps)
+    return optax.linear_schedule(0.0, lr, warmup) if warmup else optax.constant_schedule(lr)
 
 
 def _kernels(params: Any) -> Any:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import runs
 import tiny
+from cell_runs import BOUND, ODE, cell_run
 from scipy import stats
 
 from experiments import table2
@@ -29,24 +30,6 @@ def trained(tmp_path_factory):
 @pytest.fixture(scope="module")
 def table(trained):
     return read_npz(trained / summary.PER_IMAGE)
-
-
-def cell_run(workdir, directory, cell, **fields):
-    """The run of one cell on the checkpoint of ``workdir``, its rows kept in ``directory``."""
-    config = tiny.get_config()
-    config.eval.update(fields)
-    experiment = build.Experiment(config)
-    images, train = experiment.images("test"), experiment.images("train")
-    wants = cell.estimator == "bound"
-    control = evaluate.control_variate(experiment, train, directory) if wants else None
-    restored = experiment.restore(workdir)
-    density = evaluate.time_density(experiment, restored, train, control, directory)
-    shared = cells.Evaluation(experiment, restored, images, control, density, directory)
-    found = evaluate.dequantization(experiment, cell.dequantizer, workdir, train)
-    return cells.CellRun(shared, cell, found)
-
-
-ODE, BOUND = Cell("ode", "uniform"), Cell("bound", "uniform")
 
 
 def test_every_image_counts_once(trained, table):

@@ -24,6 +24,8 @@ Tangents = tuple[Array | SymbolicZero, Array | SymbolicZero]
 
 # Pixels of an image from where on products gain: at 8x8 they cost as much, and time to compile.
 LARGE = 256
+
+# Parts of a batch whose products are summed in a kernel's gradient.
 BLOCKS = 8
 
 

@@ -4,8 +4,8 @@
 
 These are the words of ``jax.random.bits``, which on CPU goes once through memory for every four of
 the twenty rounds. Here all rounds of a word follow each other, on a block of words that stays in
-the cache, at a third of the cost. Blocks are the turns of a loop, since XLA computes again what it
-finds cheap, for each use and in the gradient as well, but not across a loop.
+the cache, at less than half of the cost. Blocks are the turns of a loop, since XLA computes again
+what it finds cheap, for each use and in the gradient as well, but not across a loop.
 """
 
 import math

@@ -63,7 +63,7 @@ class _ResnetBlock(nn.Module):
         h = layers.Conv(features)(resample(self.act(layers.GroupNorm()(x))))
         if temb is not None:
             h = h + layers.dense(self.act(temb), features)[:, None, None, :]
-        if train and one_cpu():  # The kernel's gradient reads this one once for each column.
+        if train and one_cpu():  # Its gradient: the kernel's reads it for each column.
             h = materialise(h)
         h = self.act(layers.GroupNorm()(h))
         if train and self.dropout:

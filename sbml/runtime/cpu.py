@@ -6,8 +6,8 @@ every page of it anew for the next call: 149,000 pages a training step of ``conf
 In the calling thread, and from memory that is kept, that step takes 1.05 s for 1.16, one of
 ``configs/digits_vp.py`` .101 for .117 (2 cores); neither alone does it for both.
 
-Python's collector looks for cycles after every 700 new objects, and through all there are now and
-then: a quarter of the time that tracing a network takes.
+Python's collector looks for cycles after every few hundred new objects, and through all there are
+now and then: a quarter of the time that tracing and lowering a network's step takes.
 """
 
 import ctypes

@@ -22,9 +22,9 @@ def learning_rate(lr: float, warmup: int, schedule: str, num_steps: int) -> opta
     """
     if schedule not in SCHEDULES:
         raise ValueError(f"unknown optim.schedule {schedule!r}; choose from {SCHEDULES}")
-    if schedule == "cosine" and warmup < num_steps:
-        return optax.warmup_cosine_decay_schedule(0.0, lr, warmup, num_steps)
     if schedule == "cosine":
+        if warmup < num_steps:
+            return optax.warmup_cosine_decay_schedule(0.0, lr, warmup, num_steps)
         logging.warning(
             "a warm-up of %d steps in a run of %d: the learning rate only rises, to %g",
             *(warmup, num_steps, lr * num_steps / warmup),

@@ -112,6 +112,28 @@ def test_a_request_to_stop_saves_and_leaves(whole, tmp_path, number, status):
     assert_same_state(whole, tmp_path)
 
 
+def test_a_row_that_a_stop_cuts_short_is_logged(tmp_path, monkeypatch):
+    advance = loop._Trainer.advance
+
+    def stopped(self, step, batch):
+        advance(self, step, batch)
+        if step == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    config = tiny.get_config()
+    config.training.update(num_steps=6, log_every=4)
+    monkeypatch.setattr(loop._Trainer, "advance", stopped)
+    with pytest.raises(SystemExit):
+        train.run(config, tmp_path)
+    monkeypatch.undo()
+    train.run(config, tmp_path)
+    rows = metrics.read(tmp_path)
+    assert [row["step"] for row in rows] == [3, 4, 6]
+    batch = config.training.batch_size / 2  # antithetic pairs
+    images = [row["images_per_s"] for row in rows] * np.diff([0, *(r["seconds"] for r in rows)])
+    np.testing.assert_allclose(images, batch * np.array([3, 1, 2]), rtol=1e-6)
+
+
 def test_sigterm_in_the_last_save_is_heard(tmp_path, monkeypatch):
     """No step is left to ask after; the save must not be killed, nor the next mode begun."""
     closed = Checkpoints.close

@@ -1,11 +1,13 @@
 """Exact and estimated divergence against the closed form of a nonlinear field's trace."""
 
+import math
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.linalg
 
 from sbml import divergence
 from sbml.types import Array
@@ -27,6 +29,12 @@ def field(x: Array) -> Array:
 def jacobian() -> np.ndarray:
     flat = X.ravel()
     return np.cos(A @ flat)[:, None] * A + np.diag(B @ flat) + flat[:, None] * B
+
+
+def independent(seed: int, n: int, kind: str) -> Array:
+    """(n, *SHAPE) probes of n keys."""
+    keys = jax.random.split(jax.random.key(seed), n)
+    return jax.vmap(lambda key: divergence.probes(key, SHAPE, 1, kind)[0])(keys)
 
 
 def test_exact_divergence_is_the_trace() -> None:
@@ -59,7 +67,7 @@ def test_hutchinson_is_unbiased_with_the_known_variance(kind: str) -> None:
     """With S the symmetric part of J: 2 |S|^2 for a Gaussian probe, less the diagonal's share
     for a Rademacher one."""
     n = 20_000
-    vs = divergence.probes(jax.random.key(1), SHAPE, n, kind)
+    vs = independent(1, n, kind)
     _, forms = divergence.quadratic_forms(field, jnp.asarray(X), vs)
     symmetric = 0.5 * (jacobian() + jacobian().T)
     variance = 2 * np.sum(symmetric**2)
@@ -89,9 +97,49 @@ def test_one_rademacher_probe_is_exact_for_a_diagonal_jacobian() -> None:
         assert abs(estimate - expected) > 1e-3
 
 
+@pytest.mark.parametrize("count", [2, 3, 4, 8])
+@pytest.mark.parametrize("shape", [(4, 4, 2), (32,)])
+def test_several_probes_leave_what_their_colours_share(shape: tuple[int, ...], count: int) -> None:
+    """The mean's variance is 2 sum_{i != l} S_il^2 r_il^2, with r of SciPy's Hadamard matrix."""
+    d, n = math.prod(shape), 4000
+    J = np.random.default_rng(4).normal(size=(d, d))
+    keys = jax.random.split(jax.random.key(5), n)
+    vs = jax.vmap(lambda key: divergence.probes(key, shape, count))(keys).reshape(n, count, d)
+    means = np.mean(np.einsum("nki,il,nkl->nk", vs, J, vs, optimize=True), axis=1)
+    rows = scipy.linalg.hadamard(64)[:count, divergence.colours(shape).ravel() % 64]
+    shared = (rows.T @ rows / count) ** 2
+    np.fill_diagonal(shared, 0)
+    variance = 2 * np.sum((0.5 * (J + J.T)) ** 2 * shared)
+    assert abs(np.mean(means) - np.trace(J)) < 3 * np.sqrt(variance / n)
+    np.testing.assert_allclose(np.var(means), variance, rtol=0.1)
+    single = 2 * np.sum((0.5 * (J + J.T)) ** 2 * (1 - np.eye(d)))
+    assert variance < 1.15 * single / count  # as many independent ones, where no J_il is larger
+
+
+def test_enough_probes_leave_nothing() -> None:
+    """8 probes see each of 6 entries alone, whatever the signs."""
+    vs = divergence.probes(jax.random.key(6), SHAPE, 8)
+    _, estimate = divergence.hutchinson(field, jnp.asarray(X), vs)
+    np.testing.assert_allclose(estimate, np.trace(jacobian()), rtol=1e-12)
+
+
+def test_neighbours_have_different_colours() -> None:
+    """By one bit all pixels side by side and channels 0 and 1 of one; by two all of 2x2, and all
+    channels; by four all of 4x4. And no two entries of an image have the same number."""
+    colours = divergence.colours((16, 8, 3))
+    assert len(np.unique(colours)) == colours.size
+    one, two = colours % 2, colours % 4
+    assert np.all(np.diff(one, axis=0) != 0) and np.all(np.diff(one, axis=1) != 0)
+    assert np.all(one[..., 0] != one[..., 1])
+    assert all(len(set(pixel)) == 3 for pixel in two.reshape(-1, 3))
+    for size, numbers in ((2, two), (4, colours % 16)):
+        for block in (numbers[y : y + size, x : x + size, 0] for y in (0, 8) for x in (0, 4)):
+            assert len(np.unique(block)) == size**2
+    np.testing.assert_array_equal(divergence.colours((2, 3)), [[0, 1, 2], [3, 4, 5]])
+
+
 def test_probes_have_the_distribution_they_are_named_after() -> None:
-    signs = np.asarray(divergence.probes(jax.random.key(3), SHAPE, 2000, "rademacher"))
-    normal = np.asarray(divergence.probes(jax.random.key(3), SHAPE, 2000, "gaussian"))
+    signs, normal = (np.asarray(independent(3, 2000, kind)) for kind in divergence.PROBES)
     assert signs.shape == normal.shape == (2000, *SHAPE)
     assert set(np.unique(signs)) == {-1.0, 1.0}
     for values, fourth_moment in ((signs, 1), (normal, 3)):

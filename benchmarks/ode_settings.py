@@ -175,7 +175,8 @@ def rk45(
         def one(x: jax.Array, v: jax.Array) -> jax.Array:
             return jnp.sum(jax.grad(lambda x: jnp.sum(at(t)(x) * v))(x) * v)
 
-        return jax.vmap(one)(x, vs[:, 0])
+        forms = jax.vmap(jax.vmap(one, in_axes=(None, 0)))(x, vs)
+        return jax.vmap(trace.combined)(forms)
 
     def field(t: jax.Array, x: jax.Array) -> tuple[jax.Array, jax.Array]:
         return (alone(t, x), gradient(t, x)) if backwards else both(t, x)
@@ -203,16 +204,17 @@ def main() -> None:
     parser.add_argument("--workdir", default="runs/digits_vp")
     parser.add_argument("--images", type=int, default=16)
     parser.add_argument("--trace", choices=("rademacher", "exact"), default="rademacher")
+    parser.add_argument("--probes", type=int, default=1)
     parser.add_argument("--settings", type=int, nargs="*", help="of ours, by number; default all")
     args = parser.parse_args()
     if args.problem == "gaussian":
         problem = gaussian(args.images)
     else:
         problem = network(args.config, args.workdir, args.images)
-    trace, truth = likelihood.Trace(args.trace), problem.truth
+    trace, truth = likelihood.Trace(args.trace, args.probes), problem.truth
     if truth is None:
         truth, _ = ours(problem, Solver(rtol=1e-6, atol=1e-6), trace)
-    print(f"{problem.name}, {len(problem.x)} images, {args.trace} trace")
+    print(f"{problem.name}, {len(problem.x)} images, {args.trace} trace, {args.probes} probes")
     head = ("", "nfe", "ratio", "with div", "max error", "mean", "s", "ratio")
     print("{:33s} {:>6s} {:>6s} {:>8s} {:>10s} {:>9s} {:>7s} {:>6s}".format(*head))
     names = list(SETTINGS)

@@ -113,7 +113,7 @@ def _eval() -> dict:
         "seed": 0,
         "smallest_time": config_dict.placeholder(float),  # None: the training's
         "trace": config_dict.placeholder(str),  # None: rademacher, exact where K > 1
-        "probes": 1,  # of a Hutchinson trace, ode's or bound_ssm's
+        "probes": 2,  # of a Hutchinson trace, ode's or bound_ssm's; a power of two serves best
         "n_times": 2,  # of the bound, draws an image in one sweep
         "times": "lattice",  # of the bound; or iid
         "importance_sampling": True,  # its times uniform in log-SNR; or in t

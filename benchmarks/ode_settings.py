@@ -215,8 +215,8 @@ def main() -> None:
     if truth is None:
         truth, _ = ours(problem, Solver(rtol=1e-6, atol=1e-6), trace)
     print(f"{problem.name}, {len(problem.x)} images, {args.trace} trace, {args.probes} probes")
-    head = ("", "nfe", "ratio", "with div", "max error", "mean", "s", "ratio")
-    print("{:33s} {:>6s} {:>6s} {:>8s} {:>10s} {:>9s} {:>7s} {:>6s}".format(*head))
+    head = ("", "nfe", "ratio", "with div", "max error", "rms", "mean", "s", "ratio")
+    print("{:33s} {:>6s} {:>6s} {:>8s} {:>10s} {:>8s} {:>9s} {:>7s} {:>6s}".format(*head))
     names = list(SETTINGS)
     chosen = names if args.settings is None else [names[i] for i in args.settings]
     base: Cost | None = None
@@ -231,8 +231,8 @@ def main() -> None:
         error = problem.nats_to_bits(nll - truth)
         print(
             f"{name:33s} {cost.nfe:6.1f} {cost.nfe / base.nfe:6.2f} {cost.divergences:8.1f} "
-            f"{np.abs(error).max():10.1e} {error.mean():9.1e} {cost.seconds:7.2f} "
-            f"{cost.seconds / base.seconds:6.2f}",
+            f"{np.abs(error).max():10.1e} {np.sqrt(np.mean(error**2)):8.1e} {error.mean():9.1e} "
+            f"{cost.seconds:7.2f} {cost.seconds / base.seconds:6.2f}",
             flush=True,
         )
 

@@ -191,9 +191,9 @@ class Experiment:
             raise ValueError(f"eval.num_importance={e.num_importance}: need integers from 1 up")
         cells = [
             Cell(estimator, dequantizer, count)
-            for estimator in chosen["estimators"]
-            for dequantizer in chosen["dequantizers"]
-            for count in e.num_importance
+            for estimator in dict.fromkeys(chosen["estimators"])  # Each once, in order.
+            for dequantizer in dict.fromkeys(chosen["dequantizers"])
+            for count in dict.fromkeys(e.num_importance)
         ]
         if all(cell.undefined for cell in cells):
             raise ValueError(f"no number to compute: {cells[0].name}: {cells[0].undefined}")
@@ -214,8 +214,8 @@ class Experiment:
                 "Hutchinson's trace makes the logarithm of a mean of K likelihoods too good "
                 "(0.15 bits/dim at K = 20 in one measurement); set --config.eval.trace=exact"
             )
-        default = "exact" if num_importance > 1 else "rademacher"
-        return Trace(kind or default, self.config.eval.probes)
+        kind = kind or ("exact" if num_importance > 1 else "rademacher")
+        return Trace(kind) if kind == "exact" else Trace(kind, self.config.eval.probes)
 
     def dequantizer(self, name: str) -> Any:
         """The dequantizer called ``name``, for these levels and this SDE."""

@@ -26,12 +26,12 @@ LEAST = {
     ),
     "eval": {
         **dict.fromkeys(("batch_size", "n_times", "sweeps", "max_sweeps", "probes"), 1),
-        **dict.fromkeys(("max_images", "importance_images", "seed", "target_se"), 0),
+        **dict.fromkeys(("max_images", "importance_images", "target_se"), 0),
         **dict.fromkeys(("proposal_bins", "fixed_steps", "subset", "solver_budget"), 0),
     },
     "sampling": {
         **dict.fromkeys(("num_images", "batch_size"), 1),
-        **dict.fromkeys(("seed", "frames", "fixed_steps"), 0),
+        **dict.fromkeys(("frames", "fixed_steps"), 0),
     },
     "data": {"levels": 2},
     "latents": {**dict.fromkeys(("frames", "steps", "corrector_steps"), 1), "count": 2, "snr": 0},
@@ -45,8 +45,17 @@ def check_ranges(config: ml_collections.ConfigDict) -> None:
     Raises:
       ValueError: naming the field, its value and what it may be.
     """
-    if config.seed < 0:
-        raise ValueError(f"seed={config.seed}: need at least 0")
+    for name, seed in (
+        ("seed", config.seed),
+        ("eval.seed", config.eval.seed),
+        ("sampling.seed", config.sampling.seed),
+    ):
+        if not 0 <= seed < 2**32:
+            raise ValueError(f"{name}={seed}: need at least 0 and below 2^32")
+    shape = config.data.shape
+    if len(shape) != 3 or min(shape) < 1:
+        given = ",".join(map(str, shape))
+        raise ValueError(f"data.shape={given}: need height,width,channels, as in 32,32,3")
     for part, where in ((config, ""), (config.dequantizer, "dequantizer.")):
         for section, fields in LEAST.items():
             for field, least in fields.items():

@@ -205,7 +205,8 @@ def result_warnings(result: dict[str, Any]) -> list[str]:
     if not result.get("converged", True):
         warnings.append(
             f"{name}: UNCONVERGED, a tenth of the tolerance moves it by "
-            f"{result['solver_error']:.2g} bits/dim: lower eval.rtol and eval.atol"
+            f"{result['solver_error']:.2g} +- {result['solver_error_ci95']:.2g} bits/dim on "
+            f"{result['solver_images']} images: lower eval.rtol and eval.atol, or raise eval.subset"
         )
     return warnings
 
@@ -230,7 +231,7 @@ def _fill(
 
     A cell of fewer images than others, as where K > 1, has a table of its own on disk.
     """
-    results = []
+    results, written = [], {summary.PER_IMAGE}
     # All are set up before the first is computed: what cannot be must not cost hours first.
     cell_runs = [CellRun(shared, cell, found[cell.dequantizer]) for cell in defined]
     tables: cells.Table = {"id": max((run.ids for run in cell_runs), key=len)}
@@ -241,8 +242,14 @@ def _fill(
         named = {f"{cell.name}_{c}": rows[c] for c in (*cell.terms, "bits_per_dim", "nfe")}
         if np.array_equal(rows["id"], tables["id"]):
             tables.update(named)
-        elif jax.process_index() == 0:
+            continue
+        written.add(f"per_image_{cell.name}.npz")
+        if jax.process_index() == 0:
             write_npz(shared.workdir / f"per_image_{cell.name}.npz", {"id": rows["id"], **named})
+    if jax.process_index() == 0:  # Those of an earlier evaluation belong to no result any more.
+        for path in shared.workdir.glob("per_image*.npz"):
+            if path.name not in written:
+                path.unlink()
     return tables, results
 
 

@@ -188,11 +188,16 @@ class _Trainer:
     def _epitaph(self, step: int, loss: float, norm: float) -> str:
         self.checkpoints.wait()
         steps = self.checkpoints.steps()
-        last = self.checkpoints.directory / str(steps[-1]) if steps else "none was saved"
+        if steps:
+            last = (
+                f"{self.checkpoints.directory / str(steps[-1])}. The same command resumes from it"
+            )
+        else:
+            last = "none was saved. The same command starts again"
         return (
             f"step {step}: loss {loss}, gradient norm {norm}; training stopped. Last good "
-            f"checkpoint: {last}. The same command resumes from it; the same batch follows, so "
-            f"lower {self.task.field}optim.lr or {self.task.field}optim.grad_clip first"
+            f"checkpoint: {last}; the same batch follows, so lower {self.task.field}optim.lr or "
+            f"{self.task.field}optim.grad_clip first"
         )
 
     def save(self, step: int) -> None:

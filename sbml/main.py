@@ -42,7 +42,12 @@ PROCESS = flags.DEFINE_integer("process_id", None, "Which this is, unless --coor
 
 
 def parse(arguments: list[str]) -> list[str]:
-    """Parse the command line; an unknown field of the config is an error that lists the fields."""
+    """Parse the command line; an unknown field of the config is an error that lists the fields.
+
+    Of a field given twice as --config.field=value the last counts; absl joins those of tuples.
+    """
+    last = {a.partition("=")[0]: i for i, a in enumerate(arguments) if a.startswith("--config.")}
+    arguments = [a for i, a in enumerate(arguments) if last.get(a.partition("=")[0], i) == i]
     try:
         return app.parse_flags_with_usage(arguments)
     except (AttributeError, KeyError):

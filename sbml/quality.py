@@ -144,6 +144,11 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
     drawn = read_npz(workdir / summary.SAMPLES)
     if failed := int(np.sum(drawn.get("failed", False))):  # Not in files of earlier versions.
         logging.warning("%d of %d samples are not finite", failed, len(drawn["images"]))
+    if len(drawn["images"]) < 2:
+        raise ValueError(
+            f"{workdir / summary.SAMPLES} has one image: distances need two at least; draw more "
+            "(--mode=sample,quality --config.sampling.num_images=1000)"
+        )
     train, test = experiment.images("train"), experiment.images("test")
     known = reference(experiment, extract, train)
     looks = zip(*_features(extract, drawn["images"], "samples"), strict=True)

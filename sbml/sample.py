@@ -17,7 +17,7 @@ from absl import logging
 from etils import epath
 from ml_collections import ConfigDict
 
-from sbml import bits, sampling, summary
+from sbml import bits, sampling, summary, trained
 from sbml.build import Experiment
 from sbml.data import eval_batches
 from sbml.runtime import progress, report, sharding
@@ -186,6 +186,8 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
     """
     experiment, workdir = Experiment(config), epath.Path(workdir)
     restored = experiment.restore(workdir)
+    for warning in trained.unseen_times(restored.metadata, experiment.sampling_eps, "sampling"):
+        logging.warning(warning)
     drawn = generate(experiment, restored, workdir)
     # By all processes, whose devices hold the parameters together; written by one.
     rows = min(4, len(drawn.images)) if config.sampling.frames > 1 else 0
@@ -201,6 +203,8 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
     report.write_png(workdir / "samples.png", grid(experiment, shown))
     if picture is not None:
         report.write_png(workdir / "samples_strip.png", picture)
+    else:  # One there may be is of earlier samples.
+        (workdir / "samples_strip.png").unlink(missing_ok=True)
     summary.write(workdir, experiment.images)
     print(
         f"{len(drawn.images)} samples by {config.sampling.sampler}, {drawn.nfe.mean():.0f} "

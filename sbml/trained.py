@@ -28,14 +28,18 @@ def check_score(config: ConfigDict, metadata: Metadata) -> None:
         )
 
 
-def unseen_times(metadata: Metadata, eps: float) -> list[str]:
-    """A warning if times from ``eps`` on have noise that the training never showed."""
+def unseen_times(metadata: Metadata, eps: float, section: str = "eval") -> list[str]:
+    """A warning if times from ``eps`` on have noise that the training never showed.
+
+    ``section`` is whose ``smallest_time`` it is: eval's or sampling's.
+    """
     first = trained_from(ConfigDict(metadata["config"]))
     if eps >= 0.99 * first:  # A little less is rounding.
         return []
     return [
-        f"evaluated from t={eps:.3g} on, but training showed no noise of before t={first:.3g}: "
-        f"what the network says there is a guess (--config.eval.smallest_time={first:.3g})"
+        f"{section}: times from t={eps:.3g} on, but training showed no noise of before "
+        f"t={first:.3g}: what the network says there is a guess "
+        f"(--config.{section}.smallest_time={first:.3g})"
     ]
 
 

@@ -15,6 +15,7 @@ import runs
 import tiny
 
 from sbml import adapters, build, from_config, main
+from sbml.divergence import Trace
 from sbml.trained import unseen_times
 
 CONFIGS = sorted((runs.ROOT / "configs").glob("*.py"))
@@ -80,6 +81,9 @@ def test_papers_settings(data, sde, size, count):
         ("eval", "sweeps", 0, "eval.sweeps=0: need at least 1"),
         ("eval", "max_images", -5, "eval.max_images=-5: need at least 0"),
         ("eval", "seed", -1, "eval.seed=-1: need at least 0"),
+        ("sampling", "seed", 2**32, "sampling.seed=4294967296: need at least 0 and below 2^32"),
+        ("data", "shape", (8, 8), "data.shape=8,8: need height,width,channels"),
+        ("data", "shape", (8, 0, 1), "data.shape=8,0,1: need height,width,channels"),
         ("training", "log_every", 0, "training.log_every=0: need at least 1"),
         ("training", "proposal_bins", -1, "training.proposal_bins=-1: need at least 0"),
         ("optim", "lr", math.nan, "optim.lr=nan: need at least 0"),
@@ -109,6 +113,9 @@ def test_the_table_of_an_evaluation():
     assert [name for name, reason in cells.items() if not reason] == [
         "ode_uniform", "ode_uniform_k20", "bound_uniform", "bound_categorical",
     ]  # fmt: skip
+    twice = build.Experiment(config).cells
+    config.eval.update(estimators=("ode", "bound,ode"), num_importance=(1, 20, 1))
+    assert build.Experiment(config).cells == twice
     assert "expectation" in cells["bound_uniform_k20"] and "density" in cells["ode_categorical"]
     config.eval.estimators = ("bound",)
     config.eval.num_importance = (20,)
@@ -120,7 +127,10 @@ def test_hutchinson_with_several_samples_is_refused_with_the_reason():
     config = tiny.get_config()
     config.eval.num_importance = (1, 20)
     assert build.Experiment(config).trace(20).kind == "exact"
-    assert build.Experiment(config).trace(1).kind == "rademacher"
+    assert build.Experiment(config).trace(1) == Trace("rademacher", 2)
+    rows_of_old = build.Experiment(config).trace(20)
+    config.eval.probes = 3  # An exact trace has none: the same rows.
+    assert build.Experiment(config).trace(20) == rows_of_old
     config.eval.trace = "rademacher"
     with pytest.raises(ValueError, match="logarithm of a mean of K likelihoods too good"):
         build.Experiment(config)
@@ -176,7 +186,7 @@ def test_discrete_levels_are_trained_and_the_sde_is_evaluated() -> None:
     assert experiment.eval_eps == pytest.approx(first) and experiment.sampling_eps == 1e-3
     assert not unseen_times({"config": config.to_dict()}, experiment.eval_eps)
     (warning,) = unseen_times({"config": config.to_dict()}, 1e-5)
-    assert "--config.eval.smallest_time=0.000916" in warning
+    assert warning.startswith("eval: ") and "--config.eval.smallest_time=0.000916" in warning
     for label in adapters.LABELS:
         config.score.label = label
         experiment = build.Experiment(config)

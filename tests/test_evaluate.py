@@ -172,10 +172,26 @@ def test_solver_guard_measures_the_solvers_error(trained, tmp_path):
     assert any("UNCONVERGED" in w for w in evaluate.result_warnings(run.result(rows, noise)))
 
 
+def test_errors_of_either_sign_do_not_pass_for_none(trained, tmp_path, monkeypatch):
+    """Four images off by 4e-3 in the mean 0: not within 1e-3; by 1e-4: within."""
+    run, signs = cell_run(trained, tmp_path, ODE, subset=4), np.asarray([1, -1, 1, -1])
+    solver = run.shared.experiment.eval_solver
+    for size, converged in ((4e-3, False), (1e-4, True)):
+        monkeypatch.setattr(
+            run,
+            "rows",
+            lambda ids, sweep, s, size=size: {"bits_per_dim": size * signs * (s == solver)},
+        )
+        found = run._guard(solver)
+        assert found["converged"] == converged and found["solver_error"] == 0
+        assert found["solver_error_ci95"] == pytest.approx(3.182446 * size / np.sqrt(3))
+
+
 def test_eight_euler_steps_are_refused(trained, tmp_path):
     fields = {"subset": 8, "batch_size": 8, "method": "euler", "fixed_steps": 8}
     run = cell_run(trained, tmp_path, ODE, **fields)
-    with pytest.raises(cells.Unconverged, match="8 euler steps are off by .* refused"):
+    refused = "8 euler steps are off by .* refused.*eval.fixed_steps=0 and eval.method=tsit5"
+    with pytest.raises(cells.Unconverged, match=refused):
         run.finish()
 
 
@@ -312,6 +328,7 @@ def test_the_report_tells_how_its_model_was_trained(trained, tmp_path):
     (tmp_path / "checkpoints").symlink_to(trained / "checkpoints")
     samples = read_npz(trained / "samples.npz")
     write_npz(tmp_path / "samples.npz", {**samples, "parameters_crc32": np.asarray(1)})
+    write_npz(tmp_path / "per_image_ode_uniform_k3.npz", {"id": np.arange(2)})  # of an earlier one
     config = tiny.get_config()
     config.training.update(likelihood_weighting=False, importance_sampling=False)
     config.update({"optim": {"lr": 1.0}, "data": {"dequantization": "none"}})
@@ -322,6 +339,7 @@ def test_the_report_tells_how_its_model_was_trained(trained, tmp_path):
     assert told["training"]["likelihood_weighting"] and told["optim"]["lr"] == ours.optim.lr
     assert told["data"]["dequantization"] == "uniform" and told["eval"]["max_images"] == 2
     assert "samples" not in report
+    assert [path.name for path in tmp_path.glob("per_image*")] == [summary.PER_IMAGE]
     assert table2.read(tmp_path)["model"].endswith("(LW + IS)")
 
 

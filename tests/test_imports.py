@@ -79,7 +79,7 @@ ALLOWED: dict[str, set[str]] = {
     "build": BELOW_BUILD,
     "summary": {"data", "runtime"},
     **dict.fromkeys(("loop", "cells"), BELOW_BUILD | {"build"}),
-    "sample": BELOW_BUILD | {"build", "summary"},
+    "sample": BELOW_BUILD | {"build", "summary", "trained"},
     "latents": BELOW_BUILD | {"build", "sample"},
     "distances": {"moments"},
     "features": {"data", "runtime", "trees"},

@@ -106,6 +106,9 @@ def test_statistics_are_computed_once_a_fingerprint(config: ConfigDict, tmp_path
 def test_what_is_missing_is_named(config: ConfigDict, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"no samples.npz in .*--mode=sample"):
         quality.run(config, tmp_path)
+    samples(tmp_path, data.load("digits", "test", data.Options()).images[:1])
+    with pytest.raises(ValueError, match="samples.npz has one image: .*sampling.num_images"):
+        quality.run(config, tmp_path)
     config.eval.features = "inception"
     with pytest.raises(ValueError, match="download pt_inception"):
         quality.stats(config, tmp_path)

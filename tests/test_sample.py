@@ -120,6 +120,18 @@ def test_the_frames_of_a_strip_have_the_datas_range() -> None:
     assert len(np.unique(shown)) > 10
 
 
+def test_a_strip_goes_with_its_samples(trained: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Samples without one leave no strip of others; times before the training's are said to be."""
+    (trained / "samples_strip.png").touch()
+    config = tiny.get_config()
+    config.sampling.update(
+        sampler="ddim", steps=2, num_images=2, batch_size=2, frames=1, smallest_time=1e-9
+    )
+    sample.run(config, trained)
+    assert not (trained / "samples_strip.png").exists() and (trained / "samples.png").exists()
+    assert "--config.sampling.smallest_time=" in caplog.text
+
+
 def test_wrong_choices_are_named(trained: Path) -> None:
     for options, message in (
         ({"sampler": "heun"}, "sampling.sampler='heun' is unknown; choose from"),

@@ -31,6 +31,7 @@ COLUMNS = {
     "interval": ("95% interval", "bits"),
     "this_set_ci95": ("± these images", ".2g"),
     "solver_error": ("solver error", ".1g"),
+    "solver_error_ci95": ("± of it", ".1g"),
     "converged": ("converged", "word"),
     "min": ("least", "bits"),
     "max": ("greatest", "bits"),

@@ -197,6 +197,11 @@ class Experiment:
         ]
         if all(cell.undefined for cell in cells):
             raise ValueError(f"no number to compute: {cells[0].name}: {cells[0].undefined}")
+        if e.target_se and not any(cell.is_bound and not cell.undefined for cell in cells):
+            raise ValueError(
+                f"eval.target_se={e.target_se}: only a bound is swept until it is reached; add "
+                "bound to eval.estimators"
+            )
         for cell in cells:
             self.trace(cell.num_importance)
         return cells

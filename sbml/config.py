@@ -159,7 +159,7 @@ def _sampling() -> dict:
         "rtol": 1e-3,
         "atol": 1e-3,
         "fixed_steps": 0,  # of ode; 0: step control
-        "steps": 500,  # of all others
+        "steps": config_dict.placeholder(int),  # of all others; None: 500
         "spacing": "",  # time, quadratic, log_snr; empty: the sampler's own
         "eta": 0.0,  # of ddim: share of fresh noise
         "corrector": "none",  # after every step: langevin, annealed_langevin

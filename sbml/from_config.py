@@ -80,7 +80,7 @@ def sampler(section: ConfigDict) -> samplers.Sampler:
     options = {"steps": section.corrector_steps, "snr": section.snr}
     fields = {
         "solver": solver(section),
-        "steps": section.steps,
+        "steps": 500 if section.steps is None else section.steps,
         "eta": section.eta,
         "corrector": follows() if name == "none" else follows(**options),
         **({"spacing": section.spacing} if section.spacing else {}),
@@ -89,7 +89,7 @@ def sampler(section: ConfigDict) -> samplers.Sampler:
     if section.spacing:
         check_choice("sampling.spacing", section.spacing, samplers.SPACINGS)
     asked = {"corrector": name != "none", "spacing": section.spacing, "eta": section.eta}
-    asked |= {"solver": section.fixed_steps}
+    asked |= {"solver": section.fixed_steps, "steps": section.steps is not None}
     for field, value in asked.items():
         if value and field not in known:
             flag = "fixed_steps" if field == "solver" else field

@@ -117,8 +117,10 @@ def test_the_table_of_an_evaluation():
     config.eval.update(estimators=("ode", "bound,ode"), num_importance=(1, 20, 1))
     assert build.Experiment(config).cells == twice
     assert "expectation" in cells["bound_uniform_k20"] and "density" in cells["ode_categorical"]
-    config.eval.estimators = ("bound",)
-    config.eval.num_importance = (20,)
+    config.eval.update(estimators=("ode",), num_importance=(1,), target_se=1e-3)
+    with pytest.raises(ValueError, match=r"eval.target_se=0.001: only a bound is swept"):
+        build.Experiment(config)
+    config.eval.update(estimators=("bound",), num_importance=(20,), target_se=0.0)
     with pytest.raises(ValueError, match="no number to compute: bound_uniform_k20"):
         build.Experiment(config)
 

@@ -169,7 +169,8 @@ class Experiment:
         """The table that ``config.eval`` asks for, undefined cells included.
 
         Raises:
-          ValueError: for an unknown choice, an empty table, or K > 1 with a Hutchinson trace.
+          ValueError: for an unknown choice, an empty table, K > 1 with a Hutchinson trace, or a
+            ``target_se`` without a bound.
         """
         e = self.config.eval
         known = {

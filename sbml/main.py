@@ -46,8 +46,10 @@ def parse(arguments: list[str]) -> list[str]:
 
     Of a field given twice as --config.field=value the last counts; absl joins those of tuples.
     """
-    last = {a.partition("=")[0]: i for i, a in enumerate(arguments) if a.startswith("--config.")}
-    arguments = [a for i, a in enumerate(arguments) if last.get(a.partition("=")[0], i) == i]
+    given = [(i, a.partition("=")[0]) for i, a in enumerate(arguments) if "=" in a]
+    last = {name: i for i, name in given if name.startswith("--config.")}
+    earlier = {i for i, name in given if last.get(name, i) != i}
+    arguments = [a for i, a in enumerate(arguments) if i not in earlier]
     try:
         return app.parse_flags_with_usage(arguments)
     except (AttributeError, KeyError):

@@ -12,3 +12,5 @@ def test_of_a_field_given_twice_the_last_counts(monkeypatch: pytest.MonkeyPatch)
     again = [*given, "--config.eval.seed=3", "--config.data.shape=32,32,3", "--noconfig.data.flip"]
     assert main.parse(again) == [a for a in again if a != "--config.data.shape=8,8,1"]
     assert main.parse(given) == given
+    apart = ["main", "--config.data.source", "digits", "--config.data.source", "photos"]
+    assert main.parse(apart) == apart  # A name without its value would be left.

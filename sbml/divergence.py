@@ -57,9 +57,8 @@ def colours(shape: tuple[int, ...]) -> np.ndarray:
 
     The last bit of pixel (y, x) makes a checkerboard; the last two differ within 2x2 pixels, four
     within 4x4: bit 2 i is that of x ^ y's bit i, bit 2 i + 1 that of y's. 7 times the channel is
-    added bit by bit (exclusive or), so the last two differ within a pixel too; of 128 odd factors 7
-    was among the best for photos and for a network trained on them. Entries of other shapes are
-    counted.
+    added bit by bit (exclusive or), so the last two differ within a pixel too, and four in
+    all channels of pixels side by side. Entries of other shapes are counted.
     """
     if len(shape) != 3:
         return np.arange(math.prod(shape)).reshape(shape)

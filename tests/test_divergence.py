@@ -125,7 +125,7 @@ def test_enough_probes_leave_nothing() -> None:
 
 def test_neighbours_have_different_colours() -> None:
     """By one bit all pixels side by side and channels 0 and 1 of one; by two all of 2x2, and all
-    channels; by four all of 4x4. And no two entries of an image have the same number."""
+    channels; by four all pixels of 4x4. No two entries of an image have the same number."""
     colours = divergence.colours((16, 8, 3))
     assert len(np.unique(colours)) == colours.size
     one, two = colours % 2, colours % 4
@@ -135,6 +135,9 @@ def test_neighbours_have_different_colours() -> None:
     for size, numbers in ((2, two), (4, colours % 16)):
         for block in (numbers[y : y + size, x : x + size, 0] for y in (0, 8) for x in (0, 4)):
             assert len(np.unique(block)) == size**2
+    for y, x in ((1, 0), (0, 1)):  # By four bits, all channels of pixels side by side.
+        one, other = colours[: 16 - y, : 8 - x] % 16, colours[y:, x:] % 16
+        assert not np.any(one[..., :, None] == other[..., None, :])
     np.testing.assert_array_equal(divergence.colours((2, 3)), [[0, 1, 2], [3, 4, 5]])
 
 

@@ -20,18 +20,17 @@ from sbml import (
     data,
     dequantizers,
     discrete,
-    estimators,
     losses,
     samplers,
     sdes,
     times,
     trained,
 )
-from sbml.config import check_ranges, choices_in
-from sbml.discrete import CATEGORICAL
+from sbml.config import check_ranges
 from sbml.divergence import Trace
 from sbml.estimators import Cell
 from sbml.from_config import (
+    cells,
     check_choice,
     data_options,
     loss_unit,
@@ -43,6 +42,7 @@ from sbml.from_config import (
     sde,
     smallest_time,
     solver,
+    trace,
     trained_from,
 )
 from sbml.ode import Solver
@@ -166,62 +166,12 @@ class Experiment:
 
     @property
     def cells(self) -> list[Cell]:
-        """The table that ``config.eval`` asks for, undefined cells included.
-
-        Raises:
-          ValueError: for an unknown choice, an empty table, K > 1 with a Hutchinson trace, or a
-            ``target_se`` without a bound.
-        """
-        e = self.config.eval
-        known = {
-            "estimators": estimators.TERMS,
-            "dequantizers": (*dequantizers.DEQUANTIZERS, CATEGORICAL),
-        }
-        chosen = {field: choices_in(e[field]) for field in known}
-        for field, choices in known.items():
-            if not chosen[field]:
-                raise ValueError(f"eval.{field} is empty: choose from {sorted(choices)}")
-            if field == "dequantizers" and "none" in chosen[field]:
-                raise ValueError(
-                    "eval.dequantizers=none is refused: integers have no density, an estimate of "
-                    f"one is without bound; choose from {sorted(choices)}"
-                )
-            for name in chosen[field]:
-                check_choice(f"eval.{field}", name, choices)
-        if not e.num_importance or min(e.num_importance) < 1:
-            raise ValueError(f"eval.num_importance={e.num_importance}: need integers from 1 up")
-        cells = [
-            Cell(estimator, dequantizer, count)
-            for estimator in dict.fromkeys(chosen["estimators"])  # Each once, in order.
-            for dequantizer in dict.fromkeys(chosen["dequantizers"])
-            for count in dict.fromkeys(e.num_importance)
-        ]
-        if all(cell.undefined for cell in cells):
-            raise ValueError(f"no number to compute: {cells[0].name}: {cells[0].undefined}")
-        if e.target_se and not any(cell.is_bound and not cell.undefined for cell in cells):
-            raise ValueError(
-                f"eval.target_se={e.target_se}: only a bound is swept until it is reached; add "
-                "bound to eval.estimators"
-            )
-        for cell in cells:
-            self.trace(cell.num_importance)
-        return cells
+        """The table that ``config.eval`` asks for, undefined cells included."""
+        return cells(self.config.eval)
 
     def trace(self, num_importance: int = 1) -> Trace:
-        """How the divergence is computed: ``eval.trace``, else Rademacher, exact where K > 1.
-
-        Raises:
-          ValueError: for K > 1 with a trace that is not exact.
-        """
-        kind = self.config.eval.trace
-        if num_importance > 1 and kind not in (None, "exact"):
-            raise ValueError(
-                f"eval.trace={kind} with eval.num_importance={num_importance}: the noise of "
-                "Hutchinson's trace makes the logarithm of a mean of K likelihoods too good "
-                "(0.15 bits/dim at K = 20 in one measurement); set --config.eval.trace=exact"
-            )
-        kind = kind or ("exact" if num_importance > 1 else "rademacher")
-        return Trace(kind) if kind == "exact" else Trace(kind, self.config.eval.probes)
+        """How the divergence is computed with K draws of the dequantizer."""
+        return trace(self.config.eval, num_importance)
 
     def dequantizer(self, name: str) -> Any:
         """The dequantizer called ``name``, for these levels and this SDE."""

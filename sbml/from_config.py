@@ -1,4 +1,5 @@
-"""One part each from a config: the process, the network, the optimizer, a solver, the data.
+"""One part each from a config: the process, the network, the optimizer, a solver, the data, and
+which numbers an evaluation is of.
 
 What a run needs of them together is in ``sbml.build``.
 """
@@ -11,8 +12,12 @@ import jax.numpy as jnp
 import optax
 from ml_collections import ConfigDict
 
-from sbml import networks, samplers, sdes, times
+from sbml import dequantizers, estimators, networks, samplers, sdes, times
+from sbml.config import choices_in
 from sbml.data import Options, imagenet32
+from sbml.discrete import CATEGORICAL
+from sbml.divergence import Trace
+from sbml.estimators import Cell
 from sbml.ode import Solver
 from sbml.runtime import optim
 
@@ -98,6 +103,65 @@ def sampler(section: ConfigDict) -> samplers.Sampler:
                 "(docs/samplers.md)"
             )
     return kind(**{field: value for field, value in fields.items() if field in known})
+
+
+def cells(section: ConfigDict) -> list[Cell]:
+    """The table that ``config.eval`` asks for, undefined cells included.
+
+    Raises:
+      ValueError: for an unknown choice, an empty table, K > 1 with a Hutchinson trace, or a
+        ``target_se`` without a bound.
+    """
+    known = {
+        "estimators": estimators.TERMS,
+        "dequantizers": (*dequantizers.DEQUANTIZERS, CATEGORICAL),
+    }
+    chosen = {field: choices_in(section[field]) for field in known}
+    for field, choices in known.items():
+        if not chosen[field]:
+            raise ValueError(f"eval.{field} is empty: choose from {sorted(choices)}")
+        if field == "dequantizers" and "none" in chosen[field]:
+            raise ValueError(
+                "eval.dequantizers=none is refused: integers have no density, an estimate of "
+                f"one is without bound; choose from {sorted(choices)}"
+            )
+        for name in chosen[field]:
+            check_choice(f"eval.{field}", name, choices)
+    if not section.num_importance or min(section.num_importance) < 1:
+        raise ValueError(f"eval.num_importance={section.num_importance}: need integers from 1 up")
+    cells = [
+        Cell(estimator, dequantizer, count)
+        for estimator in dict.fromkeys(chosen["estimators"])  # Each once, in order.
+        for dequantizer in dict.fromkeys(chosen["dequantizers"])
+        for count in dict.fromkeys(section.num_importance)
+    ]
+    if all(cell.undefined for cell in cells):
+        raise ValueError(f"no number to compute: {cells[0].name}: {cells[0].undefined}")
+    if section.target_se and not any(cell.is_bound and not cell.undefined for cell in cells):
+        raise ValueError(
+            f"eval.target_se={section.target_se}: only a bound is swept until it is reached; add "
+            "bound to eval.estimators"
+        )
+    for cell in cells:
+        trace(section, cell.num_importance)
+    return cells
+
+
+def trace(section: ConfigDict, num_importance: int = 1) -> Trace:
+    """How the divergence is computed: ``eval.trace``, else Rademacher, exact where K > 1.
+
+    Raises:
+      ValueError: for K > 1 with a trace that is not exact.
+    """
+    kind = section.trace
+    if num_importance > 1 and kind not in (None, "exact"):
+        raise ValueError(
+            f"eval.trace={kind} with eval.num_importance={num_importance}: the noise of "
+            "Hutchinson's trace makes the logarithm of a mean of K likelihoods too good "
+            "(0.15 bits/dim at K = 20 in one measurement); set --config.eval.trace=exact"
+        )
+    kind = kind or ("exact" if num_importance > 1 else "rademacher")
+    return Trace(kind) if kind == "exact" else Trace(kind, section.probes)
 
 
 def network(config: ConfigDict) -> Any:

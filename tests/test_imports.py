@@ -71,7 +71,8 @@ ALLOWED: dict[str, set[str]] = {
     | {"bits", "bound", "dequantizers", "discrete", "likelihood", "losses", "ode", "oracle"},
     "verify": {"sdes", "checks"},
     "config": {"networks"},
-    "from_config": {"data", "networks", "ode", "runtime", "samplers", "sdes", "times"},
+    "from_config": {"data", "networks", "ode", "runtime", "samplers", "sdes", "times"}
+    | {"config", "dequantizers", "discrete", "divergence", "estimators"},
     "runtime": set(),
     "runtime.ncsnpp_options": {"networks", "trees"},
     "architecture": set(),

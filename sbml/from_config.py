@@ -129,22 +129,22 @@ def cells(section: ConfigDict) -> list[Cell]:
             check_choice(f"eval.{field}", name, choices)
     if not section.num_importance or min(section.num_importance) < 1:
         raise ValueError(f"eval.num_importance={section.num_importance}: need integers from 1 up")
-    cells = [
+    table = [
         Cell(estimator, dequantizer, count)
         for estimator in dict.fromkeys(chosen["estimators"])  # Each once, in order.
         for dequantizer in dict.fromkeys(chosen["dequantizers"])
         for count in dict.fromkeys(section.num_importance)
     ]
-    if all(cell.undefined for cell in cells):
-        raise ValueError(f"no number to compute: {cells[0].name}: {cells[0].undefined}")
-    if section.target_se and not any(cell.is_bound and not cell.undefined for cell in cells):
+    if all(cell.undefined for cell in table):
+        raise ValueError(f"no number to compute: {table[0].name}: {table[0].undefined}")
+    if section.target_se and not any(cell.is_bound and not cell.undefined for cell in table):
         raise ValueError(
             f"eval.target_se={section.target_se}: only a bound is swept until it is reached; add "
             "bound to eval.estimators"
         )
-    for cell in cells:
+    for cell in table:
         trace(section, cell.num_importance)
-    return cells
+    return table
 
 
 def trace(section: ConfigDict, num_importance: int = 1) -> Trace:

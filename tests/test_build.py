@@ -213,6 +213,7 @@ def test_parity_changes_any_config_to_the_authors() -> None:
     }
     assert config.data.dequantization == "none" and config.eval.max_images == 9_216
     assert not config.eval.in_order
+    assert (config.eval.times, config.eval.sweeps, config.eval.probes) == ("iid", 5, 1)
     assert config.dequantizer.model.clipped
     with pytest.raises(ValueError, match="parity:cifar: no such config; choose from cifar10_subvp"):
         get_config("cifar")

@@ -6,7 +6,7 @@ The reduced network: nf 32, ch_mult (1, 2, 2), 2 blocks, attention at 16, images
 compiled with ``losses.dsm_batch``, with the same loss written for the batch by hand, with the
 network called one example at a time under ``vmap``, and with ``dsm_batch`` but XLA's own gradients
 in the place of ``convolution``, ``materialise`` and ``_pixel_sums``; last, "XLA alone", with its
-options too in the place of ``runtime.state.compiler_options``: what a plain implementation costs,
+options too in the place of ``platform.compiler_options``: what a plain implementation costs,
 on this machine and today. Rounds are interleaved and start with another step each time, so the
 ratios hold on a noisy machine.
 
@@ -23,11 +23,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sbml import build, convolution, losses, train
+from sbml import build, convolution, losses, platform, train
 from sbml.config import default
 from sbml.networks import _layers, _pixel_sums, ncsnpp
+from sbml.platform import compiler_options
 from sbml.runtime import cpu, sharding
-from sbml.runtime.state import compiler_options, make_step
+from sbml.runtime.state import Update, make_step
 
 
 def experiment() -> build.Experiment:
@@ -91,7 +92,7 @@ def main() -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (args.batch, *e.shape), np.uint8)
     key = jax.random.key(0)
     initial = jax.block_until_ready(sharding.made(e.init_state, mesh))
-    one_cpu = convolution.one_cpu
+    one_cpu = platform.one_cpu
     kinds = {
         "dsm_batch": train.loss_fn(e),
         "by hand": by_hand(e),
@@ -105,7 +106,7 @@ def main() -> None:
         for module in (convolution, ncsnpp, _layers, _pixel_sums):
             module.one_cpu = (lambda: False) if plain else one_cpu
         step = jax.jit(
-            make_step(train.prepare_fn(e), loss, e.optimizer, ema=0.9999),
+            make_step(Update(train.prepare_fn(e), loss, e.optimizer, ema=0.9999)),
             compiler_options={} if name == "XLA alone" else compiler_options(),
         )
         start = time.process_time()

@@ -10,6 +10,7 @@ s(x, t, key), see ``sbml.types``.
     sampling, samplers          from a latent to a sample
     bits, intervals, distances  bits/dim, error bars, distances between sets of images
     networks, adapters          score networks; from a network to a score
+    compiler                    the check that XLA's sums are right
     dequantizers, data          from integers to numbers; image sets
 
 ``python -m sbml.main`` trains, evaluates and samples by a config: see the README.
@@ -18,10 +19,14 @@ s(x, t, key), see ``sbml.types``.
 import importlib
 from typing import Any
 
+from sbml import compiler
+
+compiler.cure()
+
 LIBRARY = (
-    *("adapters", "bits", "bound", "data", "dequantizers", "discrete", "distances", "divergence"),
-    *("intervals", "likelihood", "losses", "networks", "ode", "quadrature", "samplers"),
-    *("sampling", "sdes", "times", "types"),
+    *("adapters", "bits", "bound", "compiler", "data", "dequantizers", "discrete", "distances"),
+    *("divergence", "intervals", "likelihood", "losses", "networks", "ode", "quadrature"),
+    *("samplers", "sampling", "sdes", "times", "types"),
 )
 
 

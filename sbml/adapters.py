@@ -28,6 +28,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from sbml import compiler
 from sbml.sdes import SDE, Kernel
 from sbml.types import Array, Key
 
@@ -118,6 +119,7 @@ class LinenScore:
 
     def batch(self, x: Array, t: Array, key: Key | None) -> Array:
         """Scores of ``x (n, *s)`` at ``t (n,)``; one key for the whole batch."""
+        compiler.check()
         a = self.adapter
 
         def per_example(c: Array) -> Array:

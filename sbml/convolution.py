@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.custom_derivatives import SymbolicZero
 
+from sbml.platform import one_cpu
 from sbml.types import Array
 
 Pair = tuple[Array, Array]
@@ -27,11 +28,6 @@ LARGE = 256
 
 # Parts of a batch whose products are summed in a kernel's gradient.
 BLOCKS = 8
-
-
-def one_cpu() -> bool:
-    """Whether all is computed by one CPU device, for which some gradients are written anew."""
-    return jax.default_backend() == "cpu" and jax.device_count() == 1
 
 
 def convolve(x: Array, kernel: Array, stride: int = 1) -> Array:

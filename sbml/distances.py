@@ -43,7 +43,10 @@ class Moments(NamedTuple):
         Raises:
           ValueError: fewer than two features in all.
         """
-        size, centre, total, products = 0, 0.0, 0.0, 0.0
+        size = 0
+        centre: np.ndarray = np.zeros(())
+        total: np.ndarray = np.zeros(())
+        products: np.ndarray = np.zeros(())
         for part in parts:
             part = np.asarray(part, np.float64)
             if not size:
@@ -53,9 +56,9 @@ class Moments(NamedTuple):
             size += len(part)
         if size < 2:
             raise ValueError(f"{size} features: a covariance needs two at least")
-        shift = np.asarray(total / size)
+        shift = total / size
         cov = (products - size * np.outer(shift, shift)) / (size - 1)
-        return cls(centre + shift, np.asarray(cov), size)
+        return cls(centre + shift, cov, size)
 
 
 def frechet(one: Moments, other: Moments) -> float:

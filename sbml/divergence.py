@@ -25,6 +25,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from sbml import compiler
 from sbml.types import Array, Key
 
 PROBES = ("rademacher", "gaussian")
@@ -87,6 +88,7 @@ def basis(shape: tuple[int, ...]) -> Array:
 
 def quadratic_forms(f: Callable[[Array], Array], x: Array, vs: Array) -> tuple[Array, Array]:
     """f(x) of shape ``(*s)`` and v^T J(x) v for each v of ``vs (k, *s)``, shape ``(k,)``."""
+    compiler.check()
 
     def one(v: Array) -> tuple[Array, Array]:
         y, jv = jax.jvp(f, (x,), (v,))

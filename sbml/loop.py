@@ -20,17 +20,14 @@ from ml_collections import ConfigDict
 
 from sbml import trained
 from sbml.data import ImageSet, prefetch, train_batches
+from sbml.platform import compiler_options, platform
 from sbml.runtime import progress, report, sharding
 from sbml.runtime.checkpoint import Checkpoints
 from sbml.runtime.metrics import MetricsWriter
 from sbml.runtime.preemption import Preemption
 from sbml.runtime.state import (
-    Loss,
-    Observe,
-    Prepare,
-    Step,
     TrainState,
-    compiler_options,
+    Update,
     make_step,
     several,
 )
@@ -52,8 +49,8 @@ class Task:
       field: what precedes those fields on the command line.
       images, seed, flip: where batches come from.
       init: the state before the first step.
-      prepare, loss, optimizer, observe: of the update (see ``runtime.state``).
-      repeats: rows that ``prepare`` makes of one image; ``batch_size`` counts rows.
+      update: what a step computes.
+      repeats: rows that ``update.prepare`` makes of one image; ``batch_size`` counts rows.
       frozen: arrays that the loss needs and nothing changes.
       provenance: what a checkpoint says of its origin.
       check: raises where a checkpoint's metadata forbid to go on from it.
@@ -68,30 +65,18 @@ class Task:
     seed: int
     flip: bool
     init: Callable[[], TrainState]
-    prepare: Prepare
-    loss: Loss
-    optimizer: Any
+    update: Update
     frozen: Any
     provenance: dict[str, Any]
     check: Callable[[dict[str, Any]], None]
     directory: epath.Path
     picture: Callable[[TrainState], np.ndarray] | None = None
-    observe: Observe | None = None
     repeats: int = 1
 
 
-def compiled_step(task: Task, mesh: jax.sharding.Mesh) -> Step:
-    """The update, jitted over ``mesh`` with the state donated."""
-    training = task.section.training
-    step = make_step(
-        task.prepare,
-        task.loss,
-        task.optimizer,
-        ema=task.section.optim.ema,
-        accumulate=training.accumulate,
-        observe=task.observe,
-    )
-    stacked = training.steps_per_dispatch > 1
+def compiled_step(update: Update, mesh: jax.sharding.Mesh, steps_per_dispatch: int = 1) -> Any:
+    """``update`` jitted over ``mesh``, with the state donated."""
+    step, stacked = make_step(update), steps_per_dispatch > 1
     same, split = sharding.replicated(mesh), sharding.batched(mesh, axis=int(stacked))
     return jax.jit(
         several(step) if stacked else step,
@@ -130,7 +115,7 @@ class _Trainer:
         self.key = jax.jit(lambda: jax.random.key(task.seed), out_shardings=same)()
         self.frozen = jax.device_put(task.frozen, same)
         self.state, self.start = self._restore()
-        self.step = compiled_step(task, self.mesh)
+        self.step = compiled_step(task.update, self.mesh, training.steps_per_dispatch)
         self.saved = self.start
         left = max(0, training.num_steps - self.start)
         if left % training.steps_per_dispatch:
@@ -260,7 +245,7 @@ def _in_flight() -> int:
 
     On CPU dispatch itself computes (``runtime.cpu``): read later, steps would seem to take no time.
     """
-    return 0 if jax.default_backend() == "cpu" else 2
+    return 0 if platform().name == "cpu" else 2
 
 
 def _loop(trainer: _Trainer, preemption: Preemption) -> int:

@@ -11,7 +11,7 @@ from absl import app, flags, logging
 from etils import epath
 from ml_collections import config_flags
 
-from sbml import architecture
+from sbml import architecture, compiler
 from sbml.config import check_overrides, choices_in
 from sbml.runtime import cpu, sharding
 
@@ -104,6 +104,7 @@ def main(arguments: Sequence[str]) -> None:
         address = None if COORDINATOR.value == "auto" else COORDINATOR.value
         jax.distributed.initialize(address, PROCESSES.value, PROCESS.value)
     cpu.settle()
+    compiler.check()
     if not flags.FLAGS["verbosity"].present:
         logging.set_verbosity(logging.WARNING)  # The libraries' own chatter drowns the bars.
     name = run_name(config_flags.get_config_filename(flags.FLAGS["config"]))

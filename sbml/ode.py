@@ -19,7 +19,7 @@ import diffrax
 import jax
 import jax.numpy as jnp
 
-from sbml import quadrature
+from sbml import compiler, quadrature
 from sbml.quadrature import Joint, WithIntegral, beside_integral
 from sbml.sdes import SDE
 from sbml.types import Array, Score, deterministic
@@ -211,6 +211,7 @@ def _solved(
     solver: Solver,
 ) -> tuple[Any, Callable[[int, int], Stats]]:
     """Where d(state)/du = rates leads from ``start``; stats, given evaluations a step and once."""
+    compiler.check()
     u0, u1 = t0 ** (1 / solver.power), t1 ** (1 / solver.power)
     first, controller, max_steps = _steps(solver, u1 - u0)
     solution = diffrax.diffeqsolve(

@@ -24,6 +24,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from sbml import compiler
 from sbml.types import Array, Key
 
 
@@ -111,6 +112,7 @@ class SDE(Kernel):
 
     def prior_logp(self, z: Array) -> Array:
         """log N(z; 0, s^2 I) in nats, a scalar."""
+        compiler.check()
         s = self.prior_std
         return -0.5 * jnp.sum((z / s) ** 2) - z.size * (math.log(s) + 0.5 * math.log(2 * math.pi))
 

@@ -25,6 +25,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from sbml import compiler
 from sbml.sdes import SDE
 from sbml.types import Array, Key
 
@@ -66,6 +67,7 @@ def warp(u: Array, density: Array) -> tuple[Array, Array]:
     Returns:
       v in [0, 1) and 1/q(v), of the shape of ``u``.
     """
+    compiler.check()
     bins = density.size
     below = jnp.cumsum(density / jnp.sum(density))
     # Summed in pieces, the rounded sums might fall or end beside 1: u < 1 must lie in a bin.
@@ -94,6 +96,7 @@ def floored(scale: Array, floor: float = 0.1) -> Array:
     """
     if not 0 < floor <= 1:
         raise ValueError(f"floor={floor}: must lie in (0, 1]")
+    compiler.check()
     known = jnp.isfinite(scale) & (scale >= 0)
     largest = jnp.max(jnp.where(known, scale, 0))
     # Relative to the largest first: their sum could overflow.
@@ -117,6 +120,7 @@ def tally(counts: Array, v: Array, values: Array, decay: float) -> Array:
       values: what to average at each point, ``(n,)``, without the weight 1/q(v).
       decay: weight of the past; the memory is 1 / (1 - decay) batches.
     """
+    compiler.check()
     bins = counts.shape[1]
     inside = jnp.floor(v * bins)[:, None] == jnp.arange(bins)[None]
     # Masked sums keep one order of addition, a scatter need not: a resumed run stays bitwise equal.

@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 
 from sbml import bits, loop, losses, sample, times, trained
 from sbml.build import Experiment
-from sbml.runtime.state import Loss, Observe, Prepare, TrainState
+from sbml.runtime.state import Loss, Observe, Prepare, TrainState, Update
 from sbml.types import Array, Key
 
 
@@ -105,6 +105,18 @@ def observe_fn(experiment: Experiment) -> Observe | None:
     return observe
 
 
+def update(experiment: Experiment) -> Update:
+    """What one step of the training of ``experiment``'s network computes."""
+    return Update(
+        prepare_fn(experiment),
+        loss_fn(experiment),
+        experiment.optimizer,
+        ema=experiment.config.optim.ema,
+        accumulate=experiment.config.training.accumulate,
+        observe=observe_fn(experiment),
+    )
+
+
 def task(experiment: Experiment, workdir: epath.Path) -> loop.Task:
     """The training of ``experiment``'s network."""
     config, images = experiment.config, experiment.images("train")
@@ -120,11 +132,8 @@ def task(experiment: Experiment, workdir: epath.Path) -> loop.Task:
         seed=config.seed,
         flip=config.data.flip,
         init=experiment.init_state,
-        prepare=prepare_fn(experiment),
-        loss=loss_fn(experiment),
-        observe=observe_fn(experiment),
+        update=update(experiment),
         repeats=2 if experiment.antithetic else 1,
-        optimizer=experiment.optimizer,
         frozen=(),
         provenance=experiment.provenance(images),
         check=lambda metadata: trained.check_score(config, metadata),

@@ -19,7 +19,7 @@ from ml_collections import ConfigDict
 from sbml import bits, bound, loop, times, trained
 from sbml.build import Experiment
 from sbml.runtime.checkpoint import tree_crc32
-from sbml.runtime.state import Loss, Prepare
+from sbml.runtime.state import Loss, Prepare, Update
 from sbml.types import Array, Key
 
 
@@ -85,9 +85,13 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
         seed=config.seed,
         flip=config.data.flip,
         init=lambda: experiment.init_dequantizer(images),
-        prepare=prepare_fn(experiment),
-        loss=loss_fn(experiment),
-        optimizer=experiment.dequantizer_optimizer,
+        update=Update(
+            prepare_fn(experiment),
+            loss_fn(experiment),
+            experiment.dequantizer_optimizer,
+            ema=config.dequantizer.optim.ema,
+            accumulate=config.dequantizer.training.accumulate,
+        ),
         frozen=restored.state.ema_params,
         provenance={**experiment.provenance(images), "score": against},
         check=check,

@@ -14,6 +14,8 @@ from collections.abc import Callable
 
 import jax
 
+from sbml import compiler
+
 Array = jax.Array
 Key = jax.Array
 Score = Callable[[Array, Array, Key | None], Array]
@@ -24,7 +26,9 @@ def of_shape(found: Array, x: Array) -> Array:
 
     Raises:
       ValueError: its shape is not that of ``x``; broadcasting would hide it.
+      MiscompilationError: XLA for CPU computes sums wrongly (``sbml.compiler``).
     """
+    compiler.check()
     if found.shape != x.shape:
         raise ValueError(f"the score returned shape {found.shape} for an input of {x.shape}")
     return found
@@ -45,6 +49,7 @@ def batched(score: Score) -> Score:
     Returns:
       A function of ``x (n, *s)``, ``t (n,)`` and a key or ``None``, with result ``(n, *s)``.
     """
+    compiler.check()
     if hasattr(score, "batch"):
         return score.batch
 

@@ -13,9 +13,11 @@ from typing import Any
 
 import jax
 
+from sbml import compiler
 from sbml.checks.continuous import continuous_checks
 from sbml.checks.integers import discrete_checks
 from sbml.checks.row import Row
+from sbml.runtime.versions import versions
 from sbml.sdes import SDES
 
 
@@ -23,6 +25,7 @@ def _in_float64(rows: Callable[[], Iterable[Row]]) -> list[Row]:
     # On the CPU: TPUs have no float64, and what is held against the truth are the formulas.
     cpu = jax.default_device(jax.local_devices(backend="cpu")[0])
     with cpu, jax.enable_x64(True), jax.numpy_rank_promotion("raise"):
+        compiler.check()
         return list(rows())
 
 
@@ -56,6 +59,7 @@ def run(config: Any = None, workdir: Any = None) -> None:
       SystemExit: with status 1, if a row fails.
     """
     start = time.perf_counter()
+    print(f"jax {versions()['jax']}, XLA {versions()['xla']}\n")
     rows = checks()
     print(table(rows))
     failed = [row for row in rows if not row.ok]

@@ -8,15 +8,17 @@ from collections.abc import Iterator
 # Loading from the cache below, XLA lists the processor's features at length, as an error.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
+from sbml import compiler
+
 # Most of the suite's time is compilation of small functions: compile them with less optimization,
 # and by XLA's older way of emitting fusions, which takes half as long at that level; in one thread,
-# for the other core has tests of its own.
-os.environ["XLA_FLAGS"] = " ".join(
-    [
-        "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true",
-        "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1",
-        os.environ.get("XLA_FLAGS", ""),
-    ]
+# for the other core has tests of its own. Newer versions of XLA do not have all of these flags.
+os.environ["XLA_FLAGS"] = compiler.with_flags(
+    os.environ.get("XLA_FLAGS", ""),
+    "--xla_backend_optimization_level=0",
+    "--xla_llvm_disable_expensive_passes=true",
+    "--xla_cpu_use_fusion_emitters=false",
+    "--xla_cpu_parallel_codegen_split_count=1",
 )
 
 import jax
@@ -36,7 +38,7 @@ jax.config.update("jax_compilation_cache_dir", _compiled.name)
 def steps_compile_fast() -> Iterator[None]:
     """No options of their own for training steps in this process: a test takes a dozen of them.
 
-    Those that the tests start as programs have theirs (``runtime.state.compiler_options``).
+    Those that the tests start as programs have theirs (``platform.compiler_options``).
     """
     from sbml import loop
 

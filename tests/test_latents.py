@@ -13,8 +13,8 @@ from PIL import Image
 from sbml import bits, latents, oracle, train
 from sbml.build import Experiment
 from sbml.ode import Solver
+from sbml.platform import compiler_options
 from sbml.runtime.parts import read_npz
-from sbml.runtime.state import compiler_options
 from sbml.samplers import AnnealedLangevin, ReverseDiffusion
 from sbml.samplers.known import GREY_FIRST, complete
 from sbml.sdes import SDES, VP

@@ -18,7 +18,7 @@ import reference
 from sbml import adapters, bits, bound, likelihood, sdes
 from sbml.networks import ncsnpp
 from sbml.ode import Solver
-from sbml.runtime.state import compiler_options
+from sbml.platform import compiler_options
 
 SDE = sdes.VP()
 LEVELS = 256

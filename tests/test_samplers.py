@@ -11,7 +11,7 @@ import pytest
 
 from sbml import oracle, samplers
 from sbml.ode import Solver
-from sbml.runtime.state import compiler_options
+from sbml.platform import compiler_options
 from sbml.samplers import _grid
 from sbml.samplers.corrector import NoCorrector
 from sbml.sdes import SDE, SDES

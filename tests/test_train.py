@@ -234,7 +234,7 @@ def test_sigterm_stops_an_evaluation_by_several_processes(whole, tmp_path):
 
 
 def compiled(experiment, mesh):
-    return loop.compiled_step(train.task(experiment, epath.Path("unused")), mesh)
+    return loop.compiled_step(train.update(experiment), mesh)
 
 
 def one_step(**training):

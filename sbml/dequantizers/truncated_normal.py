@@ -22,6 +22,7 @@ import jax
 import jax.numpy as jnp
 from jax.scipy.special import ndtri
 
+from sbml import compiler
 from sbml.types import Array, Key
 
 TAU = 3.0
@@ -68,6 +69,7 @@ class Model:
 
     def sample(self, params: Any, pixels: Array, key: Key) -> tuple[Array, Array]:
         """u of the shape of one example ``pixels (*s)``, and log q(u | pixels) in nats."""
+        compiler.check()
         e = truncated_normal(jax.random.normal(key, pixels.shape), self.tau)
         u = jnp.clip(0.5 + e / (2 * self.tau), 0.0, 1 - jnp.finfo(e.dtype).epsneg)
         return u, e.size * self._log_normaliser - 0.5 * jnp.sum(e**2)

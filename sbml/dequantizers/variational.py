@@ -24,6 +24,7 @@ import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.nn import log_sigmoid
 
+from sbml import compiler
 from sbml.dequantizers._flowpp_design import DESIGNS
 from sbml.dequantizers._flowpp_flow import Flow, per_image
 from sbml.types import Array, Key
@@ -119,6 +120,7 @@ class Model:
         Returns:
           u ``(n, h, w, c)`` and log q ``(n,)``. u that rounds to 1 becomes the number before it.
         """
+        compiler.check()
         flow = partial(self._apply, params, self.image(pixels, eps.dtype), eps)
         if dropout_key is None:
             logits, log_det = flow()

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from sbml.convolution import one_cpu
+from sbml.platform import one_cpu
 from sbml.types import Array, Key
 
 BLOCK = 2**14

@@ -18,8 +18,9 @@ import numpy as np
 from flax import linen as nn
 from jax import lax
 
-from sbml.convolution import add_bias, convolve, one_cpu
+from sbml.convolution import add_bias, convolve
 from sbml.networks._pixel_sums import affine, moments
+from sbml.platform import one_cpu
 from sbml.types import Array
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {

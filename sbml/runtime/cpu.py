@@ -16,6 +16,8 @@ import sys
 
 import jax
 
+from sbml.platform import platform
+
 # Parameters of glibc's mallopt (malloc.h).
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
 
@@ -27,7 +29,7 @@ def settle() -> None:
     collector are left alone where an accelerator computes or the C library is not glibc.
     """
     jax.config.update("jax_cpu_enable_async_dispatch", False)
-    if jax.default_backend() != "cpu" or sys.platform != "linux":
+    if platform().name != "cpu" or sys.platform != "linux":
         return
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:

@@ -14,7 +14,7 @@ from etils import epath
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from sbml.runtime.state import compiler_options
+from sbml.platform import compiler_options
 
 
 def data_mesh() -> Mesh:

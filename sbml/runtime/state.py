@@ -9,6 +9,7 @@ function of (seed, step), so a run resumes from one integer, bitwise. ``statisti
 step learns for the draws of the next: a step's own draws never enter them before its loss.
 """
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -17,6 +18,7 @@ import jax.numpy as jnp
 import optax
 from flax import struct
 
+from sbml.platform import platform
 from sbml.runtime.optim import norm
 from sbml.types import Array, Key
 
@@ -82,20 +84,33 @@ def value_and_grad(
 
     zero = jax.tree.map(jnp.zeros_like, params)
     parts = _micro_batches(draws, accumulate)
-    unroll = accumulate if jax.default_backend() == "cpu" else 1
+    unroll = accumulate if platform().name == "cpu" else 1
     grads, losses = jax.lax.scan(add, zero, parts, unroll=unroll)
     return losses.swapaxes(0, 1).reshape(-1), grads
 
 
-def make_step(
-    prepare: Prepare,
-    loss: Loss,
-    optimizer: optax.GradientTransformation,
-    *,
-    ema: float,
-    accumulate: int = 1,
-    observe: Observe | None = None,
-) -> Step:
+@dataclasses.dataclass(frozen=True)
+class Update:
+    """What one training step computes.
+
+    Attributes:
+      prepare: the draws of a batch.
+      loss: the losses of the draws.
+      optimizer: from gradients to updates of the parameters.
+      ema: the decay of the parameters' average.
+      accumulate: the number of micro-batches whose gradients are averaged.
+      observe: the next statistics, from the draws and their losses; None keeps them as they are.
+    """
+
+    prepare: Prepare
+    loss: Loss
+    optimizer: optax.GradientTransformation
+    ema: float
+    accumulate: int = 1
+    observe: Observe | None = None
+
+
+def make_step(update: Update) -> Step:
     """One update, ``(state, batch, base_key, frozen) -> (state, metrics)``, to be jitted.
 
     The metrics are ``loss`` and ``grad_norm``, scalars.
@@ -105,31 +120,25 @@ def make_step(
         state: TrainState, batch: Array, base_key: Key, frozen: Any
     ) -> tuple[TrainState, dict[str, Array]]:
         key = jax.random.fold_in(base_key, state.step)
-        draws = prepare(batch, key, state.statistics)
+        draws = update.prepare(batch, key, state.statistics)
         losses, grads = value_and_grad(
-            lambda p, d: loss(p, d, frozen), state.params, draws, accumulate
+            lambda p, d: update.loss(p, d, frozen), state.params, draws, update.accumulate
         )
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        updates, opt_state = update.optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
+        statistics = state.statistics
+        if update.observe:
+            statistics = update.observe(statistics, draws, losses)
         new = TrainState(
             step=state.step + 1,
             params=params,
-            ema_params=optax.incremental_update(params, state.ema_params, 1 - ema),
+            ema_params=optax.incremental_update(params, state.ema_params, 1 - update.ema),
             opt_state=opt_state,
-            statistics=observe(state.statistics, draws, losses) if observe else state.statistics,
+            statistics=statistics,
         )
         return new, {"loss": jnp.mean(losses), "grad_norm": norm(grads)}
 
     return step
-
-
-def compiler_options(level: int = 2) -> dict[str, int]:
-    """For ``jit`` on CPU: LLVM's level of optimization, by default that of a step.
-
-    The last one, 3, took a quarter of a step's compile time and made it no faster
-    (benchmarks/training_step.py).
-    """
-    return {"xla_backend_optimization_level": level} if jax.default_backend() == "cpu" else {}
 
 
 def several(step: Step) -> Step:

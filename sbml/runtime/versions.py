@@ -1,15 +1,27 @@
-"""What made a number: package versions and the machine."""
+"""What made a number: versions of the packages and of XLA, and the machine."""
 
 import importlib.metadata
 import platform
 
 import jax
 
-PACKAGES = ("sbml", "jax", "flax", "optax", "diffrax", "orbax-checkpoint", "grain", "numpy")
+from sbml import compiler
+
+PACKAGES = (
+    *("sbml", "jax", "jaxlib", "flax", "optax", "diffrax"),
+    *("orbax-checkpoint", "grain", "numpy"),
+)
 
 
 def versions() -> dict[str, str]:
-    """Versions of the packages that take part in a number, of Python, and the device kind."""
+    """Versions of the packages that take part in a number, of Python, and the device kind.
+
+    ``xla`` says what compiled the number and, on CPU, that its sums were checked.
+    """
     found = {name: importlib.metadata.version(name) for name in PACKAGES}
     devices = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
-    return {**found, "python": platform.python_version(), "devices": devices}
+    backend = jax.devices()[0].client.platform_version.splitlines()[0]
+    xla = f"of jaxlib {found['jaxlib']}, for {backend}"
+    if compiler.check():
+        xla += ", its sums agree with NumPy's"
+    return {**found, "xla": xla, "python": platform.python_version(), "devices": devices}

@@ -1,0 +1,118 @@
+"""XLA's compiler for CPU, which sums wrongly in some versions: the cure, and a check that it works.
+
+    jit(sum(f(x) + f(2 x)))        f = expm1, log1p, log
+
+is wrong by 25 to 90% where XLA hands reductions to its YNNPACK library (jaxlib from 0.10.2 on, by
+default). An XLA flag keeps reductions out of that library. ``import sbml`` sets the flag, which
+works as long as no computation has started XLA. Before this package computes anything on a CPU,
+:func:`check` compares the three sums with NumPy's, whatever the version and the flags.
+"""
+
+import functools
+import mmap
+import os
+import pathlib
+from importlib import metadata
+
+FLAG = "xla_cpu_experimental_ynn_fusion_type"
+CURE = f"--{FLAG}=-reduce"
+FIRST_WRONG = (0, 10, 2)  # of jaxlib
+
+
+class MiscompilationError(RuntimeError):
+    """XLA for CPU computes a sum wrongly, so no number of this process can be trusted."""
+
+
+def version() -> str:
+    """The version of jaxlib, which holds XLA."""
+    return metadata.version("jaxlib")
+
+
+def knows(flag: str) -> bool:
+    """Whether the installed XLA knows ``flag``; it ends the process at one that it does not know.
+
+    The names of its flags stand in jaxlib's library, each between two zero bytes.
+    """
+    import jaxlib
+
+    name = b"\0" + flag.encode() + b"\0"
+    for path in pathlib.Path(jaxlib.__file__).parent.glob("*.so"):
+        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as text:
+            if text.find(name) >= 0:
+                return True
+    return False
+
+
+def with_flags(flags: str, *wanted: str) -> str:
+    """``flags``, a value of XLA_FLAGS, with those ``wanted`` that XLA knows and ``flags`` lacks."""
+    for option in wanted:
+        name = option.partition("=")[0]
+        given = {flag.partition("=")[0] for flag in flags.split()}
+        if name not in given and knows(name.removeprefix("--")):
+            flags = f"{flags} {option}".strip()
+    return flags
+
+
+def cure() -> None:
+    """Add the cure to XLA_FLAGS, where this version needs and knows it.
+
+    A value that the user gave the same flag stays, and so does XLA_FLAGS where it names a file. The
+    flag has no effect once XLA has started: :func:`check` tells whether the sums are right.
+    """
+    platforms, flags = os.environ.get("JAX_PLATFORMS", ""), os.environ.get("XLA_FLAGS", "").strip()
+    if (platforms and "cpu" not in platforms) or (flags and not flags.startswith("-")):
+        return
+    if tuple(int(n) for n in version().split(".")[:3]) >= FIRST_WRONG:
+        os.environ["XLA_FLAGS"] = with_flags(flags, CURE)
+
+
+def check() -> bool:
+    """Compare three sums on this process's CPU with NumPy's, once in a process.
+
+    It may be called while JAX traces.
+
+    Returns:
+      True if the sums are right; False where an accelerator computes, which needs no check.
+
+    Raises:
+      MiscompilationError: naming jaxlib's version and the remedy.
+    """
+    import jax
+
+    device = jax.config.jax_default_device
+    platform = getattr(device, "platform", device) or jax.default_backend()
+    if platform != "cpu":
+        return False
+    _check_cpu()
+    return True
+
+
+@functools.cache
+def _check_cpu() -> None:
+    error = _largest_error()
+    if error < 1e-5:
+        return
+    raise MiscompilationError(
+        f"XLA for CPU, in jaxlib {version()} with XLA_FLAGS={os.environ.get('XLA_FLAGS', '')!r}, "
+        f"computes sums that are wrong by {100 * error:.0f}%. Import sbml before anything computes "
+        f"with JAX, without {FLAG} in XLA_FLAGS; or start the process with XLA_FLAGS={CURE}. If it "
+        "still fails, install another version of jax and jaxlib"
+    )
+
+
+def _largest_error() -> float:
+    """Of the three sums, as a share of the sum."""
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+
+    # The cheapest size at which reductions go to YNNPACK; three programs, for in one they do not.
+    x = np.linspace(0.1, 1.0, 4096, dtype=np.float32)
+    errors = []
+    with jax.ensure_compile_time_eval():  # Not a part of what is traced now.
+        for name in ("expm1", "log1p", "log"):
+            ours, theirs = getattr(jnp, name), getattr(np, name)
+            total = jax.jit(lambda x, f=ours: jnp.sum(f(x) + f(2 * x)))(x)
+            exact = np.sum(theirs(x.astype(float)) + theirs(2 * x.astype(float)))
+            errors.append(abs(float(total) / exact - 1))
+    return max(errors)

@@ -1,0 +1,149 @@
+"""Sums that XLA for CPU computes wrongly are cured, or an error: in processes of their own, since a
+process starts XLA once."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import runs
+
+from sbml import compiler
+
+BROKEN = f"--{compiler.FLAG}=+reduce"  # YNNPACK for reductions, the default of some versions
+
+# Whether this version is wrong under the flags that it is started with, by JAX alone.
+WRONG = """
+import jax, jax.numpy as jnp, numpy as np
+x = np.random.default_rng(0).uniform(0.1, 1, 10_000).astype(np.float32)
+total = jax.jit(lambda x: jnp.sum(jnp.log(x) + jnp.log(2 * x)))(x)
+wrong = not np.isclose(total, np.sum(2 * np.log(x.astype(float)) + np.log(2)), rtol=1e-4)
+"""
+
+# What each entrance of the library does: its error, or its value.
+CALLS = """
+import jax, jax.numpy as jnp
+from sbml import adapters, bound, compiler, dequantizers, discrete, divergence, likelihood, losses
+from sbml import networks, ode, samplers, sampling, sdes, times
+sde, key, x = sdes.VP(), jax.random.key(0), jnp.ones((4, 4, 1))
+t, k = jnp.asarray(0.5), jnp.zeros((4, 4, 1), jnp.uint8)
+score = lambda x, t, key: -x
+flow = dequantizers.get("variational")(filters=4, components=2, blocks=1, heads=1)
+network = networks.get("mlp")(width=4, depth=1)
+scored = adapters.Adapter(network, sde)
+shapes = jax.eval_shape(lambda: scored.init(key, x.shape))
+zeros = jax.tree.map(lambda a: jnp.zeros(a.shape), shapes)
+calls = {
+    "losses.dsm": lambda: losses.dsm(score, sde, x, t, key),
+    "losses.dsm_batch": lambda: losses.dsm_batch(score, sde, x[None], t[None], key[None]),
+    "bound.elbo": lambda: bound.elbo(score, sde, x, key, eps=1e-3, u=t[None]),
+    "discrete.elbo": lambda: discrete.elbo(score, sde, k, key, kind="categorical", levels=2, eps=1e-3, u=t[None]),
+    "likelihood.ode_logp": lambda: likelihood.ode_logp(score, sde, x, key, eps=1e-3),
+    "ode.transport": lambda: ode.transport(score, sde, x, 1e-3, 1.0, ode.Solver()),
+    "ode.solve": lambda: ode.solve(lambda t, x: x, x, 0.1, 1.0, ode.Solver()),
+    "samplers.DDIM": lambda: samplers.DDIM(steps=2)(score, sde, x, key, eps=1e-3),
+    "sampling.denoise": lambda: sampling.denoise(score, sde, x, t),
+    "divergence.exact": lambda: divergence.exact(lambda x: x, x),
+    "sde.prior_logp": lambda: sde.prior_logp(x),
+    "truncated_normal": lambda: dequantizers.get("truncated_normal")().sample({}, k, key),
+    "variational": lambda: flow.sample(flow.init(key, k[None]), k, key),
+    "times.warp": lambda: times.warp(jnp.zeros(3), jnp.ones(4)),
+    "times.floored": lambda: times.floored(jnp.ones(4)),
+    "times.tally": lambda: times.tally(jnp.zeros((2, 4)), jnp.zeros(3), jnp.ones(3), 0.9),
+    "adapters.Adapter": lambda: scored(zeros)(x, t, None),
+}
+silent = []
+for name, call in calls.items():
+    for wrapped in (call, lambda: jax.jit(call)()):
+        try:
+            wrapped()
+            silent.append(name)
+        except compiler.MiscompilationError as error:
+            message = str(error)
+if wrong:
+    assert not silent, f"computed in silence: {silent}"
+    assert "jaxlib " + compiler.version() in message and compiler.CURE in message
+    assert "wrong by 8" in message  # 86%, of the logarithm
+else:
+    assert len(silent) == 2 * len(calls)
+    assert compiler.check()
+"""
+
+
+def in_process(code: str, flags: str = "") -> None:
+    """Run ``code``, started with XLA_FLAGS=``flags``."""
+    environment = {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
+    environment.pop("JAX_COMPILATION_CACHE_DIR", None)
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True)
+    assert done.returncode == 0, done.stderr.decode()[-4000:]
+
+
+def needs_cure() -> bool:
+    return tuple(int(n) for n in compiler.version().split(".")[:3]) >= compiler.FIRST_WRONG
+
+
+def test_no_entrance_of_the_library_computes_on_a_broken_compiler() -> None:
+    """The user's own flag stays, so nothing is cured: every entrance is an error."""
+    in_process(WRONG + f"assert wrong or not {needs_cure()}\n" + CALLS, BROKEN)
+
+
+def test_sums_are_right_once_the_package_is_imported() -> None:
+    in_process("import sbml\n" + WRONG + "assert not wrong\n" + CALLS)
+
+
+def test_a_computation_before_the_import_is_noticed() -> None:
+    """The default of the installed version, right or wrong."""
+    in_process(WRONG + CALLS)
+
+
+@pytest.mark.parametrize("flags", [("--mode=verify",), ("--mode=train",)])
+def test_the_program_stops_before_any_work(flags: tuple[str, ...], tmp_path) -> None:
+    process = runs.start(tmp_path / "run", *flags, env={"XLA_FLAGS": BROKEN})
+    out, err = process.communicate(timeout=300)
+    if needs_cure():
+        assert process.returncode == 1
+        assert "MiscompilationError" in err and compiler.CURE in err
+        assert not list(tmp_path.rglob("checkpoints"))
+        assert "agree" not in out
+    else:
+        assert process.returncode == 0
+
+
+def test_the_cure_keeps_what_the_user_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("JAX_PLATFORMS", raising=False)
+
+    def cured(flags: str | None) -> str | None:
+        monkeypatch.delenv("XLA_FLAGS", raising=False)
+        if flags is not None:
+            monkeypatch.setenv("XLA_FLAGS", flags)
+        compiler.cure()
+        return os.environ.get("XLA_FLAGS")
+
+    monkeypatch.setattr(compiler, "version", lambda: "0.12.0.1")
+    assert cured(None) == cured("") == compiler.CURE
+    other = "--xla_force_host_platform_device_count=2"
+    assert cured(other) == f"{other} {compiler.CURE}"
+    assert cured(f"{BROKEN} {other}") == f"{BROKEN} {other}"
+    assert cured("flags.txt") == "flags.txt"  # XLA reads its flags from this file.
+    monkeypatch.setenv("JAX_PLATFORMS", "tpu")
+    assert cured(other) == other
+    monkeypatch.setenv("JAX_PLATFORMS", "tpu,cpu")
+    assert cured(None) == compiler.CURE
+    monkeypatch.setattr(compiler, "version", lambda: "0.10.1")
+    assert cured(other) == other
+    monkeypatch.setattr(compiler, "version", lambda: "0.13.0")
+    monkeypatch.setattr(compiler, "knows", lambda flag: False)
+    assert cured(other) == other
+
+
+def test_flags_that_xla_does_not_know_are_left_out() -> None:
+    """XLA ends a process that is started with such a flag."""
+    unknown = "--xla_cpu_fuse_everything=true"
+    assert compiler.with_flags("", unknown, compiler.CURE) == compiler.CURE
+    for flag in (unknown, "--xla_cpu_use_fusion_emitters=false", compiler.CURE):
+        environment = {**os.environ, "XLA_FLAGS": flag, "JAX_PLATFORMS": "cpu"}
+        code = "import jax; jax.devices()"
+        done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True)
+        knows = compiler.knows(flag.removeprefix("--").partition("=")[0])
+        assert knows == (done.returncode == 0), flag
+        assert knows or b"Unknown flag" in done.stderr

@@ -86,6 +86,8 @@ def _training(batch_size: int, num_steps: int) -> dict:
         "num_steps": num_steps,
         "accumulate": 1,  # micro-batches a step
         "steps_per_dispatch": 1,  # more can help accelerators; slow on CPU
+        # optimizer's state and average spread over the devices: less memory, one more gathering
+        "shard_state": False,
         "log_every": 100,
         "checkpoint_every": 5_000,
         "keep_last": 2,

@@ -74,14 +74,33 @@ class Task:
     repeats: int = 1
 
 
-def compiled_step(update: Update, mesh: jax.sharding.Mesh, steps_per_dispatch: int = 1) -> Any:
-    """``update`` jitted over ``mesh``, with the state donated."""
+def compiled_step(
+    update: Update,
+    mesh: jax.sharding.Mesh,
+    state: TrainState,
+    *,
+    steps_per_dispatch: int = 1,
+    shard_state: bool = False,
+) -> Any:
+    """``update`` jitted over ``mesh``, with the state donated.
+
+    Args:
+      update: what a step computes.
+      mesh: the devices.
+      state: arrays or shapes; the new state is placed as they are.
+      steps_per_dispatch: with more than one, the batches are stacked on a leading axis.
+      shard_state: whether ``state`` is spread over the devices (``sharding.placement``).
+    """
+    if shard_state:
+        optimizer = sharding.partitioned(update.optimizer, mesh)
+        update = dataclasses.replace(update, optimizer=optimizer)
     step, stacked = make_step(update), steps_per_dispatch > 1
+    placement = jax.tree.map(lambda leaf: leaf.sharding, state)
     same, split = sharding.replicated(mesh), sharding.batched(mesh, axis=int(stacked))
     return jax.jit(
         several(step) if stacked else step,
-        in_shardings=(same, split, same, same),
-        out_shardings=(same, same),
+        in_shardings=(placement, split, same, same),
+        out_shardings=(placement, same),
         donate_argnums=0,
         compiler_options=compiler_options(),
     )
@@ -115,7 +134,8 @@ class _Trainer:
         self.key = jax.jit(lambda: jax.random.key(task.seed), out_shardings=same)()
         self.frozen = jax.device_put(task.frozen, same)
         self.state, self.start = self._restore()
-        self.step = compiled_step(task.update, self.mesh, training.steps_per_dispatch)
+        options = {k: training[k] for k in ("steps_per_dispatch", "shard_state")}
+        self.step = compiled_step(task.update, self.mesh, self.state, **options)
         self.saved = self.start
         left = max(0, training.num_steps - self.start)
         if left % training.steps_per_dispatch:
@@ -129,9 +149,11 @@ class _Trainer:
         self.writer = MetricsWriter(task.directory, self.start) if first else None
 
     def _restore(self) -> tuple[TrainState, int]:
-        restored = self.checkpoints.restore(sharding.abstract(self.task.init, self.mesh))
+        shard_state = self.training.shard_state
+        wanted = sharding.abstract(self.task.init, self.mesh, shard_state=shard_state)
+        restored = self.checkpoints.restore(wanted)
         if restored is None:
-            return sharding.made(self.task.init, self.mesh), 0
+            return sharding.made(self.task.init, self.mesh, shard_state=shard_state), 0
         logging.info("Resuming from step %d of %s", restored.step, self.checkpoints.directory)
         trained.warn_if_other_data(restored.metadata, self.task.images)
         self.task.check(restored.metadata)

@@ -50,7 +50,7 @@ def check_dequantizer(config: ConfigDict, metadata: Metadata) -> None:
 
 # What a run may change without training otherwise; under a cosine, the number of steps is none.
 FREE = {
-    *("num_steps", "steps_per_dispatch", "log_every"),
+    *("num_steps", "steps_per_dispatch", "shard_state", "log_every"),
     *("checkpoint_every", "keep_last", "keep_every", "sample_every"),
 }
 

@@ -233,19 +233,16 @@ def test_sigterm_stops_an_evaluation_by_several_processes(whole, tmp_path):
     assert not (tmp_path / "samples.npz").exists()
 
 
-def compiled(experiment, mesh):
-    return loop.compiled_step(train.update(experiment), mesh)
-
-
 def one_step(**training):
     """State and metrics of two updates from the start, with ``training`` fields overridden."""
     config = tiny.get_config()
     config.training.update(training)
     experiment, mesh = build.Experiment(config), sharding.data_mesh()
     pixels = experiment.images("train").images[:64].reshape(2, 32, 8, 8, 1)
-    state, step = sharding.made(experiment.init_state, mesh), compiled(experiment, mesh)
-    key = jax.random.key(0)
-    if config.training.steps_per_dispatch == 2:
+    state, key = sharding.made(experiment.init_state, mesh), jax.random.key(0)
+    dispatch = config.training.steps_per_dispatch
+    step = loop.compiled_step(train.update(experiment), mesh, state, steps_per_dispatch=dispatch)
+    if dispatch == 2:
         return step(state, pixels, key, ())
     state, first = step(state, pixels[0], key, ())
     state, second = step(state, pixels[1], key, ())

@@ -1,4 +1,4 @@
-"""Batches split over a one-axis device mesh, everything else replicated.
+"""Batches split over a one-axis device mesh; the rest replicated, or parts of the state spread.
 
 Under ``jit`` with these shardings a computation means what it says about the *global* batch, on one
 device or many, in one process or many; the mathematics knows no axis name.
@@ -10,11 +10,13 @@ from typing import Any
 
 import jax
 import numpy as np
+import optax
 from etils import epath
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from sbml.platform import compiler_options
+from sbml.runtime.state import TrainState
 
 
 def data_mesh() -> Mesh:
@@ -38,20 +40,68 @@ def batched(mesh: Mesh, axis: int = 0) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(*[None] * axis, "data"))
 
 
-def made(init: Callable[[], Any], mesh: Mesh) -> Any:
-    """What ``init()`` returns, replicated.
+def spread(mesh: Mesh, shape: tuple[int, ...]) -> NamedSharding:
+    """Split along the longest axis that the devices divide; replicated if they divide none."""
+    divided = [axis for axis, size in enumerate(shape) if size and size % mesh.size == 0]
+    if not divided:
+        return replicated(mesh)
+    return batched(mesh, axis=max(divided, key=lambda axis: shape[axis]))
+
+
+def placement(state: TrainState, mesh: Mesh, *, shard_state: bool = False) -> TrainState:
+    """The sharding of every leaf of ``state``: everything is replicated, but with ``shard_state``
+    the optimizer's state and the average of the parameters are spread over the devices.
+
+    Each device then updates its part of them and of the parameters, and gathers the parameters
+    (ZeRO-1, Rajbhandari et al. 2020).
+    """
+    same = jax.tree.map(lambda leaf: replicated(mesh), state)
+    if not shard_state:
+        return same
+    parts = {
+        name: jax.tree.map(lambda leaf: spread(mesh, leaf.shape), getattr(state, name))
+        for name in ("opt_state", "ema_params")
+    }
+    return same.replace(**parts)
+
+
+def partitioned(
+    optimizer: optax.GradientTransformation, mesh: Mesh
+) -> optax.GradientTransformation:
+    """``optimizer``, every device computing the part of the updates whose state it holds."""
+
+    def parts(tree: Any) -> Any:
+        return jax.tree.map(
+            lambda leaf: jax.lax.with_sharding_constraint(leaf, spread(mesh, leaf.shape)), tree
+        )
+
+    def update(grads: Any, state: Any, params: Any) -> tuple[Any, Any]:
+        # First summed whole: XLA might else gather activations for its part of a kernel's gradient.
+        grads = jax.lax.with_sharding_constraint(grads, replicated(mesh))
+        updates, state = optimizer.update(parts(grads), state, parts(params))
+        return parts(updates), state
+
+    return optax.GradientTransformation(optimizer.init, update)
+
+
+def made(init: Callable[[], TrainState], mesh: Mesh, *, shard_state: bool = False) -> TrainState:
+    """The state that ``init()`` returns, placed on the devices by :func:`placement`.
 
     It runs once: on CPU, optimization by LLVM would not pay for itself.
     """
-    return jax.jit(init, out_shardings=replicated(mesh), compiler_options=compiler_options(0))()
+    where = placement(jax.eval_shape(init), mesh, shard_state=shard_state)
+    return jax.jit(init, out_shardings=where, compiler_options=compiler_options(0))()
 
 
-def abstract(init: Callable[[], Any], mesh: Mesh) -> Any:
-    """The shapes of what ``init()`` would return, replicated: what to restore, at no cost."""
-    same = replicated(mesh)
+def abstract(
+    init: Callable[[], TrainState], mesh: Mesh, *, shard_state: bool = False
+) -> TrainState:
+    """The shapes of :func:`made`, with their shardings: what to restore, at no cost."""
+    shapes = jax.eval_shape(init)
     return jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=same),
-        jax.eval_shape(init),
+        lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
+        shapes,
+        placement(shapes, mesh, shard_state=shard_state),
     )
 
 

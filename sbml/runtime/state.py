@@ -19,7 +19,6 @@ import optax
 from flax import struct
 
 from sbml.platform import platform
-from sbml.runtime.optim import norm
 from sbml.types import Array, Key
 
 # prepare(batch, key, statistics) -> per-example draws (leading axis n), once for the whole batch
@@ -136,7 +135,7 @@ def make_step(update: Update) -> Step:
             opt_state=opt_state,
             statistics=statistics,
         )
-        return new, {"loss": jnp.mean(losses), "grad_norm": norm(grads)}
+        return new, {"loss": jnp.mean(losses), "grad_norm": optax.tree.norm(grads)}
 
     return step
 

@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 
 FILE = "architecture.json"
 # Of a network's or dequantizer's fields, those that any checkpoint may be used with.
-FREE = ("clipped", "dropout", "dtype", "init_scale")
+FREE = ("clipped", "dropout", "dtype", "init_scale", "remat")
 
 Sections = dict[str, dict[str, Any]]
 

@@ -338,7 +338,7 @@ class Experiment:
     def score_identity(self) -> dict[str, Any]:
         """What a score depends on beside its parameters, as plain JSON values."""
         config = self.to_plain()
-        free = ("dropout", "init_scale", "dtype")
+        free = ("dropout", "init_scale", "dtype", "remat")
         model = {field: v for field, v in config["model"].items() if field not in free}
         sections = {"sde": config["sde"], "score": config["score"], "model": model}
         return {**sections, "label_eps": self.adapter.eps}

@@ -37,7 +37,9 @@ calls = {
     "losses.dsm": lambda: losses.dsm(score, sde, x, t, key),
     "losses.dsm_batch": lambda: losses.dsm_batch(score, sde, x[None], t[None], key[None]),
     "bound.elbo": lambda: bound.elbo(score, sde, x, key, eps=1e-3, u=t[None]),
-    "discrete.elbo": lambda: discrete.elbo(score, sde, k, key, kind="categorical", levels=2, eps=1e-3, u=t[None]),
+    "discrete.elbo": lambda: discrete.elbo(
+        score, sde, k, key, kind="categorical", levels=2, eps=1e-3, u=t[None]
+    ),
     "likelihood.ode_logp": lambda: likelihood.ode_logp(score, sde, x, key, eps=1e-3),
     "ode.transport": lambda: ode.transport(score, sde, x, 1e-3, 1.0, ode.Solver()),
     "ode.solve": lambda: ode.solve(lambda t, x: x, x, 0.1, 1.0, ode.Solver()),

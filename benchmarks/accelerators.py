@@ -1,0 +1,282 @@
+"""Memory, arithmetic and traffic of a config's programs on accelerators that need not be here.
+
+    JAX_PLATFORMS=cpu python -m benchmarks.accelerators --config=configs/digits_vp.py \
+        --topology=v5e:2x2 [--programs=training,ode,bound,sampling] [--config.model.dtype=bfloat16]
+
+Lowers and compiles the programs from shapes alone, for the devices of a TPU topology (this needs
+libtpu, the extra ``tpu``, and no TPU) or, with --topology=local, for the devices of this machine.
+Nothing is run. Each program prints one line of JSON:
+
+    parameters      number of the network's parameters
+    state_gib       parameters, their average and the optimizer's moments, for each chip
+    peak_gib        arguments, results and temporaries at their peak, for each chip; ``fits`` tells
+                    whether the chip's memory holds them and the code
+    tflop, gb       arithmetic and bytes accessed, for each chip and call: XLA's figures, with the
+                    turns of loops over blocks (``hlo_cost``); loops whose turns depend on the data
+                    count once, so those of ``ode`` and ``sampling`` are of one solver step or less
+    roofline_ms     max(arithmetic / peak rate, bytes / bandwidth), with the chip's published rates;
+                    ``arithmetic`` is the share of the first in it
+    collectives     of each kind, the number and the MB that one chip holds of their operands
+    low_precision   products of float32 numbers at less than full precision
+    code_mib, compile_cpu_s     size of the program; CPU time of lowering and compilation
+"""
+
+import contextlib
+import dataclasses
+import json
+import math
+import re
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import app, flags
+from jax.sharding import AxisType, Mesh
+from ml_collections import config_flags
+
+from benchmarks.hlo_cost import Program
+from sbml import estimators, loop, sample, train
+from sbml.bound import GaussianControl
+from sbml.build import Experiment
+from sbml.platform import compiling_for
+from sbml.runtime import sharding
+from sbml.runtime.state import TrainState
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """Published figures: bfloat16 FLOP/s, bytes/s and bytes of its memory."""
+
+    peak: float
+    bandwidth: float
+    memory: float
+
+
+# https://cloud.google.com/tpu/docs/system-architecture-tpu-vm, nvidia.com/en-us/data-center/h100
+CHIPS = {
+    "TPU v4": Chip(275e12, 1228e9, 32 * 2**30),
+    "TPU v5 lite": Chip(197e12, 819e9, 16 * 2**30),
+    "TPU v5": Chip(459e12, 2765e9, 95 * 2**30),
+    "TPU v6 lite": Chip(918e12, 1640e9, 32 * 2**30),
+    "NVIDIA H100 80GB HBM3": Chip(989e12, 3350e9, 80 * 2**30),
+}
+PROGRAMS: dict[str, Callable[[Experiment, Mesh], Any]] = {}
+
+
+def devices_of(topology: str) -> list[Any]:
+    """The devices of a TPU topology such as ``v5e:2x2``, or of this machine (``local``)."""
+    if topology == "local":
+        return jax.devices()
+    from jax.experimental import topologies
+
+    return topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
+
+
+@contextlib.contextmanager
+def target(devices: Sequence[Any]) -> Iterator[Mesh]:
+    """A data mesh of ``devices``, which everything in the context is compiled for."""
+    platform = devices[0].platform
+    with compiling_for(platform, len(devices)):
+        yield Mesh(np.array(devices), ("data",), axis_types=(AxisType.Auto,))
+
+
+def shaped(tree: Any, where: jax.sharding.Sharding) -> Any:
+    """The shapes of ``tree``, of arrays or shapes, placed as ``where`` says."""
+    return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=where), tree)
+
+
+def program(lower: Callable[[Experiment, Mesh], Any]) -> Callable[[Experiment, Mesh], Any]:
+    """Enter ``lower`` in PROGRAMS under its name."""
+    PROGRAMS[lower.__name__] = lower
+    return lower
+
+
+def _state(experiment: Experiment, mesh: Mesh) -> TrainState:
+    shard_state = experiment.config.training.shard_state
+    return sharding.abstract(experiment.init_state, mesh, shard_state=shard_state)
+
+
+@program
+def training(experiment: Experiment, mesh: Mesh) -> Any:
+    """One training step."""
+    same, split = sharding.replicated(mesh), sharding.batched(mesh)
+    update = train.update(experiment)
+    size = experiment.config.training.batch_size // (2 if experiment.antithetic else 1)
+    pixels = jax.ShapeDtypeStruct((size, *experiment.shape), jnp.uint8, sharding=split)
+    state = _state(experiment, mesh)
+    key = shaped(jax.eval_shape(lambda: jax.random.key(0)), same)
+    shard_state = experiment.config.training.shard_state
+    step = loop.compiled_step(update, mesh, state, shard_state=shard_state)
+    return step.lower(state, pixels, key, ())
+
+
+def _batch(experiment: Experiment, mesh: Mesh) -> tuple[Any, ...]:
+    """The arguments that the estimators share: score, dequantizer's parameters, rows and seed."""
+    same, split = sharding.replicated(mesh), sharding.batched(mesh)
+    size = -(-experiment.config.eval.batch_size // mesh.size) * mesh.size
+    params = sharding.abstract(experiment.init_state, mesh).ema_params
+    pixels = jax.ShapeDtypeStruct((size, *experiment.shape), jnp.uint8, sharding=split)
+    rows = jax.ShapeDtypeStruct((size,), jnp.int32, sharding=split)
+    seed = jax.ShapeDtypeStruct((), jnp.uint32, sharding=same)
+    return experiment.exact_adapter(params), {}, pixels, rows, rows, seed
+
+
+def _common(experiment: Experiment) -> dict[str, Any]:
+    return {
+        "dequantizer": experiment.dequantizer("uniform"),
+        "sde": experiment.sde,
+        "levels": experiment.levels,
+        "eps": experiment.eval_eps,
+    }
+
+
+@program
+def ode(experiment: Experiment, mesh: Mesh) -> Any:
+    """A batch of the ODE estimator, with uniform dequantization."""
+    with jax.default_matmul_precision(experiment.config.eval.precision):
+        return estimators.ode.lower(
+            *_batch(experiment, mesh),
+            experiment.eval_solver,
+            **_common(experiment),
+            trace=experiment.trace(),
+        )
+
+
+@program
+def bound(experiment: Experiment, mesh: Mesh) -> Any:
+    """A batch of the bound, with control variate and density of times, uniformly dequantized."""
+    same, split = sharding.replicated(mesh), sharding.batched(mesh)
+    config, batch = experiment.config.eval, _batch(experiment, mesh)
+    u = jax.ShapeDtypeStruct((len(batch[2]), config.n_times), jnp.float32, sharding=split)
+    pixels = math.prod(experiment.shape)
+    vector = jax.ShapeDtypeStruct((pixels,), jnp.float32, sharding=same)
+    matrix = jax.ShapeDtypeStruct((pixels, pixels), jnp.float32, sharding=same)
+    control = GaussianControl(vector, vector, matrix) if config.control else None
+    density = jax.ShapeDtypeStruct((config.proposal_bins,), jnp.float32, sharding=same)
+    with jax.default_matmul_precision(config.precision):
+        return estimators.evidence_bound.lower(
+            *batch,
+            u,
+            control,
+            density if config.proposal_bins else None,
+            **_common(experiment),
+            proposal=experiment.eval_proposal,
+        )
+
+
+@program
+def sampling(experiment: Experiment, mesh: Mesh) -> Any:
+    """A batch of the configured sampler."""
+    same, split = sharding.replicated(mesh), sharding.batched(mesh)
+    size = -(-experiment.config.sampling.batch_size // mesh.size) * mesh.size
+    params = sharding.abstract(experiment.init_state, mesh).ema_params
+    ids = jax.ShapeDtypeStruct((size,), jnp.int32, sharding=split)
+    seed = jax.ShapeDtypeStruct((), jnp.uint32, sharding=same)
+    how = sample.Recipe.of(experiment)
+    return sample._sample_batch.lower(experiment.adapter(params), ids, seed, how)
+
+
+ITEMSIZE = {"pred": 1, "u8": 1, "s8": 1, "bf16": 2, "f16": 2, "f32": 4, "s32": 4, "u32": 4}
+COLLECTIVE = re.compile(
+    r"= (.*?) (all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)(?:-start)?\("
+)
+
+
+def collectives(text: str) -> dict[str, list[float]]:
+    """Of each kind of collective in a compiled program: its number, and the MB of its results."""
+    found: dict[str, list[float]] = {}
+    for shapes, kind in COLLECTIVE.findall(text):
+        arrays = re.findall(r"(\w+)\[([\d,]*)\]", shapes)
+        size = sum(
+            ITEMSIZE.get(dtype, 4) * math.prod(int(n) for n in dims.split(",") if n)
+            for dtype, dims in arrays
+        )
+        count, total = found.get(kind, [0, 0.0])
+        found[kind] = [count + 1, round(total + size / 1e6, 3)]
+    return found
+
+
+def low_precision(lowered: Any) -> int:
+    """The number of float32 products that are asked for at less than full precision."""
+    products = re.findall(r"stablehlo\.(?:dot_general|convolution|dot)\b.*", lowered.as_text())
+    float32 = [p for p in products if re.search(r"-> tensor<[\dx]*f32>", p)]
+    return sum(p.count("HIGHEST") < 2 for p in float32)
+
+
+def measured(name: str, lower: Callable[[], Any], chip: Chip | None) -> dict[str, Any]:
+    """Lower and compile one program; its line of the table."""
+    start = time.process_time()
+    lowered = lower()
+    compiled = lowered.compile()
+    seconds = time.process_time() - start
+    memory, cost, text = compiled.memory_analysis(), compiled.cost_analysis(), compiled.as_text()
+    more_flops, more_traffic = Program(text).loop_factors
+    flops, traffic = more_flops * cost["flops"], more_traffic * cost["bytes accessed"]
+    live = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
+    peak = live + memory.temp_size_in_bytes
+    row: dict[str, Any] = {
+        "program": name,
+        "peak_gib": round(peak / 2**30, 3),
+        "tflop": round(flops / 1e12, 4),
+        "gb": round(traffic / 1e9, 3),
+    }
+    if chip is not None:
+        seconds_of = flops / chip.peak, traffic / chip.bandwidth
+        row |= {
+            "fits": peak + memory.generated_code_size_in_bytes <= chip.memory,
+            "roofline_ms": round(1e3 * max(seconds_of), 3),
+            "arithmetic": round(seconds_of[0] / max(seconds_of), 3),
+        }
+    opcodes = Counter(re.findall(r" = [^=]*? ([a-z][\w-]*)\(", text))
+    return row | {
+        "collectives": collectives(text),
+        "low_precision": low_precision(lowered),
+        "operations": sum(opcodes.values()),
+        "bitcasts": opcodes["bitcast"],
+        "code_mib": round(memory.generated_code_size_in_bytes / 2**20, 1),
+        "compile_cpu_s": round(seconds, 1),
+    }
+
+
+def state_bytes(experiment: Experiment, mesh: Mesh) -> int:
+    """Of the training state on one chip."""
+    leaves = jax.tree.leaves(_state(experiment, mesh))
+    return sum(
+        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves
+    )
+
+
+CONFIG = config_flags.DEFINE_config_file("config", None, "Config file; any field can be set.")
+TOPOLOGY = flags.DEFINE_string("topology", "v5e:1x1", "A TPU topology, or local.")
+CHOSEN = flags.DEFINE_list("programs", list(PROGRAMS), f"Of {', '.join(PROGRAMS)}.")
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Print a line for each program."""
+    del arguments
+    devices = devices_of(TOPOLOGY.value)
+    experiment = Experiment(CONFIG.value)
+    name = config_flags.get_config_filename(flags.FLAGS["config"])
+    chip = CHIPS.get(devices[0].device_kind)
+    with target(devices) as mesh:
+        head = {
+            "config": name,
+            "topology": TOPOLOGY.value,
+            "chip": devices[0].device_kind,
+            "chips": len(devices),
+            "batch": experiment.config.training.batch_size,
+            "dtype": experiment.config.model.dtype,
+            "parameters": experiment.parameter_count(),
+            "state_gib": round(state_bytes(experiment, mesh) / 2**30, 3),
+        }
+        for choice in CHOSEN.value:
+            row = measured(choice, lambda: PROGRAMS[choice](experiment, mesh), chip)  # noqa: B023
+            print(json.dumps(head | row), flush=True)
+
+
+if __name__ == "__main__":
+    app.run(main)

@@ -97,7 +97,8 @@ def test_loops_over_equal_blocks_and_recomputation_change_nothing(
     *expected, unrolled = results(model)
     with compiling_for("tpu", 1):
         *found, looped = results(model.clone(remat=remat))
-    assert looped.count("stablehlo.convolution") < 0.9 * unrolled.count("stablehlo.convolution")
+    convolutions = [text.count("stablehlo.convolution") for text in (looped, unrolled)]
+    assert convolutions[0] < (1.2 if remat else 0.9) * convolutions[1]
     largest = max(float(jnp.abs(g).max()) for g in expected[0])
     for ours, theirs in zip(found[0], expected[0], strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-5 * largest)

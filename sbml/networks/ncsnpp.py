@@ -26,7 +26,7 @@ from sbml.networks import _layers as layers
 from sbml.networks._dropout import dropout
 from sbml.networks._pixel_sums import materialise
 from sbml.networks._repeat import repeat
-from sbml.platform import one_cpu
+from sbml.platform import one_cpu, platform
 from sbml.types import Array, Key
 
 CHOICES = {
@@ -157,10 +157,10 @@ class _Blocks:
           resample: of the block's image.
         """
         calls = [self._made(features, attend, resample) for _ in skips]
-        if self.model.is_initializing():
+        if self.model.is_initializing() or (platform().name == "cpu" and not self.model.remat):
             outputs = []
             for (block, attention), skip in zip(calls, skips, strict=True):
-                h = self._one(h, block, attention, skip, None)
+                h = self._one(h, block, attention, skip, self._key(block))
                 outputs.append(h)
             return outputs
         each = [
@@ -168,7 +168,7 @@ class _Blocks:
                 "block": block.variables["params"],
                 "attention": attention.variables["params"] if attention else None,
                 "skip": skip,
-                "key": block.make_rng("dropout") if self.train and block.dropout else None,
+                "key": self._key(block),
             }
             for (block, attention), skip in zip(calls, skips, strict=True)
         ]
@@ -190,6 +190,10 @@ class _Blocks:
         if self.train and one_cpu():
             h = materialise(h)
         return attention(h, self.train) if attention else h
+
+    def _key(self, block: _ResnetBlock) -> Key | None:
+        """The key of the block's dropout; None means no dropout."""
+        return block.make_rng("dropout") if self.train and block.dropout else None
 
     def _made(
         self, features: int | None, attend: bool, resample: Map | None

@@ -1,6 +1,6 @@
 """Memory, arithmetic and traffic of a config's programs on accelerators that need not be here.
 
-    JAX_PLATFORMS=cpu python -m benchmarks.accelerators --config=configs/digits_vp.py \
+    JAX_PLATFORMS=cpu python benchmarks/accelerators.py --config=configs/digits_vp.py \
         --topology=v5e:2x2 [--programs=training,ode,bound,sampling] [--config.model.dtype=bfloat16]
 
 Lowers and compiles the programs from shapes alone, for the devices of a TPU topology (this needs
@@ -11,9 +11,8 @@ Nothing is run. Each program prints one line of JSON:
     state_gib       parameters, their average and the optimizer's moments, for each chip
     peak_gib        arguments, results and temporaries at their peak, for each chip; ``fits`` tells
                     whether the chip's memory holds them and the code
-    tflop, gb       arithmetic and bytes accessed, for each chip and call: XLA's figures, with the
-                    turns of loops over blocks (``hlo_cost``); loops whose turns depend on the data
-                    count once, so those of ``ode`` and ``sampling`` are of one solver step or less
+    tflop, gb       arithmetic and bytes accessed, for each chip and call; XLA counts the body of a
+                    loop once, so those of ``ode`` and ``sampling`` are about one solver step
     roofline_ms     max(arithmetic / peak rate, bytes / bandwidth), with the chip's published rates;
                     ``arithmetic`` is the share of the first in it
     collectives     of each kind, the number and the MB that one chip holds of their operands
@@ -38,7 +37,6 @@ from absl import app, flags
 from jax.sharding import AxisType, Mesh
 from ml_collections import config_flags
 
-from benchmarks.hlo_cost import Program
 from sbml import estimators, loop, sample, train
 from sbml.bound import GaussianControl
 from sbml.build import Experiment
@@ -214,8 +212,7 @@ def measured(name: str, lower: Callable[[], Any], chip: Chip | None) -> dict[str
     compiled = lowered.compile()
     seconds = time.process_time() - start
     memory, cost, text = compiled.memory_analysis(), compiled.cost_analysis(), compiled.as_text()
-    more_flops, more_traffic = Program(text).loop_factors
-    flops, traffic = more_flops * cost["flops"], more_traffic * cost["bytes accessed"]
+    flops, traffic = cost["flops"], cost["bytes accessed"]
     live = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
     peak = live + memory.temp_size_in_bytes
     row: dict[str, Any] = {

@@ -12,10 +12,8 @@ The defaults are the CIFAR-10 DDPM++ of "Maximum Likelihood Training of Score-Ba
 Models". Parameters are named as in the JAX checkpoints of Song et al., which load unchanged.
 """
 
-import dataclasses
 import math
-from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -25,9 +23,8 @@ from flax import linen as nn
 from sbml.networks import _layers as layers
 from sbml.networks._dropout import dropout
 from sbml.networks._pixel_sums import materialise
-from sbml.networks._repeat import repeat
-from sbml.platform import one_cpu, platform
-from sbml.types import Array, Key
+from sbml.platform import one_cpu
+from sbml.types import Array
 
 CHOICES = {
     "embedding_type": layers.EMBEDDINGS,
@@ -61,9 +58,7 @@ class _ResnetBlock(nn.Module):
     features: int | None = None
 
     @nn.nowrap
-    def branch(
-        self, x: Array, temb: Array | None, train: bool, key: Key | None, resample: Map
-    ) -> Array:
+    def branch(self, x: Array, temb: Array | None, train: bool, resample: Map) -> Array:
         """conv(dropout(act(norm(conv(resample(act(norm(x)))) + dense(act(temb))))))."""
         features = self.features or x.shape[-1]
         h = layers.Conv(features)(resample(self.act(layers.GroupNorm()(x))))
@@ -72,8 +67,8 @@ class _ResnetBlock(nn.Module):
         if train and one_cpu():  # Its gradient: the kernel's reads it for each column.
             h = materialise(h)
         h = self.act(layers.GroupNorm()(h))
-        if key is not None:
-            h = dropout(key, h, self.dropout)
+        if train and self.dropout:
+            h = dropout(self.make_rng("dropout"), h, self.dropout)
         return layers.Conv(features, init_scale=self.init_scale)(h)
 
 
@@ -81,8 +76,8 @@ class ResnetBlockDDPMpp(_ResnetBlock):
     """x + branch(x, temb); where the channels change, ``x`` goes through a linear map."""
 
     @nn.compact
-    def __call__(self, x: Array, temb: Array | None, train: bool, key: Key | None) -> Array:
-        h = self.branch(x, temb, train, key, lambda h: h)
+    def __call__(self, x: Array, temb: Array | None, train: bool) -> Array:
+        h = self.branch(x, temb, train, lambda h: h)
         if x.shape != h.shape:
             x = layers.NIN(h.shape[-1])(x)
         return add(x, h, self.skip_rescale)
@@ -94,9 +89,9 @@ class ResnetBlockBigGANpp(_ResnetBlock):
     resample: Map | None = None
 
     @nn.compact
-    def __call__(self, x: Array, temb: Array | None, train: bool, key: Key | None) -> Array:
+    def __call__(self, x: Array, temb: Array | None, train: bool) -> Array:
         resample = self.resample or (lambda h: h)
-        h = self.branch(x, temb, train, key, resample)
+        h = self.branch(x, temb, train, resample)
         if x.shape != h.shape:
             x = layers.Conv(h.shape[-1], 1)(resample(x))
         return add(x, h, self.skip_rescale)
@@ -121,106 +116,6 @@ class AttnBlockpp(nn.Module):
         mixed = jnp.einsum("nqk,nkc->nqc", weights, value).reshape(x.shape)
         y = add(x, layers.NIN(c, self.init_scale)(mixed), self.skip_rescale)
         return materialise(y) if train and one_cpu() else y
-
-
-@dataclasses.dataclass
-class _Blocks:
-    """All residual blocks of one evaluation of ``model``, each named by its place in the order.
-
-    Attributes:
-      model: whose blocks they are.
-      temb: features of the noise level ``(n, c)``, or None.
-      train: whether dropout is on.
-    """
-
-    model: "Model"
-    temb: Array | None
-    train: bool
-    count: Counter[str] = dataclasses.field(default_factory=Counter)
-
-    def __call__(
-        self,
-        h: Array,
-        skips: Sequence[Array | None] = (None,),
-        features: int | None = None,
-        *,
-        attend: bool = False,
-        resample: Map | None = None,
-    ) -> list[Array]:
-        """The outputs of one block for each of ``skips``, which it reads beside the last output.
-
-        Args:
-          h: the first block's input.
-          skips: encoder's features to be joined to each block's input, or None.
-          features: channels of the outputs, None for those of ``h``.
-          attend: whether attention follows each block.
-          resample: of the block's image.
-        """
-        calls = [self._made(features, attend, resample) for _ in skips]
-        if self.model.is_initializing() or (platform().name == "cpu" and not self.model.remat):
-            outputs = []
-            for (block, attention), skip in zip(calls, skips, strict=True):
-                h = self._one(h, block, attention, skip, self._key(block))
-                outputs.append(h)
-            return outputs
-        each = [
-            {
-                "block": block.variables["params"],
-                "attention": attention.variables["params"] if attention else None,
-                "skip": skip,
-                "key": self._key(block),
-            }
-            for (block, attention), skip in zip(calls, skips, strict=True)
-        ]
-        like, follows = calls[0]
-        like, follows = like.clone(parent=None), follows and follows.clone(parent=None)
-
-        def step(h: Array, a: dict[str, Any]) -> Array:
-            block = _applied(like, a["block"])
-            attention = _applied(follows, a["attention"]) if follows else None
-            return self._one(h, block, attention, a["skip"], a["key"])
-
-        return repeat(step, h, each, remat=self.model.remat)
-
-    def _one(
-        self, h: Array, block: Block, attention: Block | None, skip: Array | None, key: Key | None
-    ) -> Array:
-        h = h if skip is None else jnp.concatenate([h, skip], axis=-1)
-        h = block(h, self.temb, self.train, key)
-        if self.train and one_cpu():
-            h = materialise(h)
-        return attention(h, self.train) if attention else h
-
-    def _key(self, block: _ResnetBlock) -> Key | None:
-        """The key of the block's dropout; None means no dropout."""
-        return block.make_rng("dropout") if self.train and block.dropout else None
-
-    def _made(
-        self, features: int | None, attend: bool, resample: Map | None
-    ) -> tuple[_ResnetBlock, AttnBlockpp | None]:
-        """The next block and the attention that follows it, bound to the model."""
-        model = self.model
-        options = (model._act, model.dropout, model.init_scale, model.skip_rescale, features)
-        if model.resblock_type == "ddpm":
-            block: _ResnetBlock = ResnetBlockDDPMpp(*options, name=self._name(ResnetBlockDDPMpp))
-        else:
-            name = self._name(ResnetBlockBigGANpp)
-            block = ResnetBlockBigGANpp(*options, resample, name=name)
-        return block, self.attention() if attend else None
-
-    def attention(self) -> AttnBlockpp:
-        """The next attention, bound to the model."""
-        model = self.model
-        return AttnBlockpp(model.init_scale, model.skip_rescale, name=self._name(AttnBlockpp))
-
-    def _name(self, kind: type) -> str:
-        self.count[kind.__name__] += 1
-        return f"{kind.__name__}_{self.count[kind.__name__] - 1}"
-
-
-def _applied(module: nn.Module, params: Any) -> Block:
-    """The function of ``module`` with ``params``."""
-    return lambda *arguments: module.apply({"params": params}, *arguments)  # type: ignore
 
 
 class Combine(nn.Module):
@@ -258,7 +153,8 @@ class Model(nn.Module):
       nonlinearity: "swish", "elu", "relu" or "lrelu" (slope 0.2).
       init_scale: variance scale of each branch's last layer; 0 starts every block as its shortcut.
       dtype: "float32" or "bfloat16" arithmetic; parameters, statistics and output stay float32.
-      remat: compute each block again for its gradient: less memory for a third more arithmetic.
+      remat: compute each residual block again for its gradient instead of storing what is inside of
+        it: less memory for a third more arithmetic.
 
     Raises:
       ValueError: an option outside its range, or an input that the options do not fit.
@@ -304,37 +200,39 @@ class Model(nn.Module):
         temb = layers.embed(label, self.nf, self.embedding_type, self.fourier_scale).astype(dtype)
         if self.conditional:
             temb = layers.dense(self._act(layers.dense(temb, 4 * self.nf)), 4 * self.nf)
-        blocks = _Blocks(self, temb if self.conditional else None, train)
-        skips = self._encode(x.astype(dtype), blocks)
-        [h] = blocks(skips[-1], attend=True)
-        [h] = blocks(h)
-        return self._decode(h, skips, blocks, channels).astype(jnp.float32)
+        block = partial(self._block, temb=temb if self.conditional else None, train=train)
+        attend = partial(self._attend, train=train)
+        skips = self._encode(x.astype(dtype), block, attend)
+        h = block(skips[-1])
+        h = AttnBlockpp(self.init_scale, self.skip_rescale)(h, train)
+        h = block(h)
+        return self._decode(h, skips, block, attend, channels).astype(jnp.float32)
 
     @nn.nowrap
-    def _encode(self, x: Array, blocks: _Blocks) -> list[Array]:
+    def _encode(self, x: Array, block: Block, attend: Map) -> list[Array]:
         """Features of every block and every halving, in order."""
         skips, pyramid = [layers.Conv(self.nf)(x)], x
         for level, mult in enumerate(self.ch_mult):
-            attend = skips[-1].shape[1] in self.attn_resolutions
-            none = [None] * self.num_res_blocks
-            skips += blocks(skips[-1], none, self.nf * mult, attend=attend)
+            for _ in range(self.num_res_blocks):
+                skips.append(attend(block(skips[-1], self.nf * mult)))
             if level < len(self.ch_mult) - 1:
-                pyramid, h = self._join_input(pyramid, self._resize(skips[-1], blocks, up=False))
+                pyramid, h = self._join_input(pyramid, self._resize(skips[-1], block, up=False))
                 skips.append(h)
         return skips
 
     @nn.nowrap
-    def _decode(self, h: Array, skips: list[Array], blocks: _Blocks, channels: int) -> Array:
+    def _decode(
+        self, h: Array, skips: list[Array], block: Block, attend: Map, channels: int
+    ) -> Array:
         """The output image, from the features and ``skips``, which this empties."""
         pyramid = None
         for level in reversed(range(len(self.ch_mult))):
-            joined = [skips.pop() for _ in range(self.num_res_blocks + 1)]
-            h = blocks(h, joined, self.nf * self.ch_mult[level])[-1]
-            if h.shape[1] in self.attn_resolutions:
-                h = blocks.attention()(h, blocks.train)
-            pyramid, h = self._join_output(pyramid, h, channels)
+            for _ in range(self.num_res_blocks + 1):
+                joined = jnp.concatenate([h, skips.pop()], axis=-1)
+                h = block(joined, self.nf * self.ch_mult[level])
+            pyramid, h = self._join_output(pyramid, attend(h), channels)
             if level > 0:
-                h = self._resize(h, blocks, up=True)
+                h = self._resize(h, block, up=True)
         assert not skips
         if self.progressive == "output_skip":
             assert pyramid is not None
@@ -371,13 +269,45 @@ class Model(nn.Module):
         return joined, joined
 
     @nn.nowrap
-    def _resize(self, h: Array, blocks: _Blocks, *, up: bool) -> Array:
+    def _block(
+        self,
+        h: Array,
+        features: int | None = None,
+        resample: Map | None = None,
+        *,
+        temb: Array | None,
+        train: bool,
+    ) -> Array:
+        options = (self._act, self.dropout, self.init_scale, self.skip_rescale, features)
+        if self.resblock_type == "ddpm":
+            h = self._kind(ResnetBlockDDPMpp)(*options)(h, temb, train)
+        else:
+            h = self._kind(ResnetBlockBigGANpp)(*options, resample)(h, temb, train)
+        return materialise(h) if train and one_cpu() else h
+
+    @nn.nowrap
+    def _kind(self, block: type[_ResnetBlock]) -> type[Any]:
+        """``block``, recomputed for its gradient with ``remat``; parameters keep their names."""
+        if not self.remat:
+            return block
+        recomputed = nn.remat(block, static_argnums=(3,))  # train
+        recomputed.__name__ = block.__name__
+        return recomputed
+
+    @nn.nowrap
+    def _resize(self, h: Array, block: Block, *, up: bool) -> Array:
         """``h`` at twice or half its size, between blocks (ddpm) or inside one (biggan)."""
         if self.resblock_type == "biggan":
             resample = layers.upsample if up else layers.downsample
-            return blocks(h, resample=partial(resample, fir_kernel=self._fir))[0]
+            return block(h, resample=lambda x: resample(x, self._fir))
         layer = layers.Upsample if up else layers.Downsample
         return layer(self.resamp_with_conv, self._fir)(h)
+
+    @nn.nowrap
+    def _attend(self, h: Array, *, train: bool) -> Array:
+        if h.shape[1] not in self.attn_resolutions:
+            return h
+        return AttnBlockpp(self.init_scale, self.skip_rescale)(h, train)
 
     @nn.nowrap
     def _head(self, h: Array, features: int, init_scale: float) -> Array:

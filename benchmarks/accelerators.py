@@ -247,22 +247,18 @@ def state_bytes(experiment: Experiment, mesh: Mesh) -> int:
     )
 
 
-CONFIG = config_flags.DEFINE_config_file("config", None, "Config file; any field can be set.")
-TOPOLOGY = flags.DEFINE_string("topology", "v5e:1x1", "A TPU topology, or local.")
-CHOSEN = flags.DEFINE_list("programs", list(PROGRAMS), f"Of {', '.join(PROGRAMS)}.")
-
-
 def main(arguments: Sequence[str]) -> None:
     """Print a line for each program."""
     del arguments
-    devices = devices_of(TOPOLOGY.value)
-    experiment = Experiment(CONFIG.value)
-    name = config_flags.get_config_filename(flags.FLAGS["config"])
+    given = flags.FLAGS
+    devices = devices_of(given.topology)
+    experiment = Experiment(given.config)
+    name = config_flags.get_config_filename(given["config"])
     chip = CHIPS.get(devices[0].device_kind)
     with target(devices) as mesh:
         head = {
             "config": name,
-            "topology": TOPOLOGY.value,
+            "topology": given.topology,
             "chip": devices[0].device_kind,
             "chips": len(devices),
             "batch": experiment.config.training.batch_size,
@@ -270,10 +266,13 @@ def main(arguments: Sequence[str]) -> None:
             "parameters": experiment.parameter_count(),
             "state_gib": round(state_bytes(experiment, mesh) / 2**30, 3),
         }
-        for choice in CHOSEN.value:
+        for choice in given.programs:
             row = measured(choice, lambda: PROGRAMS[choice](experiment, mesh), chip)  # noqa: B023
             print(json.dumps(head | row), flush=True)
 
 
 if __name__ == "__main__":
+    config_flags.DEFINE_config_file("config", None, "Config file; any field can be set.")
+    flags.DEFINE_string("topology", "v5e:1x1", "A TPU topology, or local.")
+    flags.DEFINE_list("programs", list(PROGRAMS), f"Of {', '.join(PROGRAMS)}.")
     app.run(main)

@@ -11,13 +11,22 @@ import pytest
 import runs
 import tiny
 
-SHARDED = "--config.training.shard_state=True"
+# Trains six steps at once, and again with the state spread in the middle.
+TRAINED = """
+import pathlib, tiny
+from sbml import train
+
+config, folder = tiny.get_config(), pathlib.Path(sys.argv[1])
+config.training.update(num_steps=6, checkpoint_every=2)
+train.run(config, folder / "whole")
+for steps, shard_state in ((2, False), (4, True), (6, False)):
+    config.training.update(num_steps=steps, shard_state=shard_state)
+    train.run(config, folder / "mixed")
+"""
 
 # Prints the collectives of a step and the bytes of the state on one device, without and with it.
 COMPILED = """
-import json, sys
-sys.path[:0] = ["tests", "."]
-import jax, tiny
+import json, tiny
 from benchmarks import accelerators
 from sbml.build import Experiment
 from sbml.runtime import sharding
@@ -40,30 +49,33 @@ def losses(workdir) -> dict[int, float]:
     return {row["step"]: row["loss"] for row in rows}
 
 
+def on_eight_devices(code: str, *arguments: str) -> list[str]:
+    """The lines that ``code`` prints, in a process of eight fake devices."""
+    flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=8"
+    done = subprocess.run(
+        [sys.executable, "-c", f"import sys; sys.path[:0] = ['tests', '.']\n{code}", *arguments],
+        cwd=runs.ROOT,
+        env={**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout.splitlines()
+
+
 def test_sharded_training_has_the_same_losses_and_checkpoints(tmp_path) -> None:
     """Begun without, gone on with, and back again."""
-    whole, mixed = tmp_path / "whole", tmp_path / "mixed"
-    runs.run(whole, "--mode=train", "--config.training.num_steps=12", devices=8)
-    for steps, flags in ((4, ()), (8, (SHARDED,)), (12, ())):
-        number = f"--config.training.num_steps={steps}"
-        err = runs.run(mixed, "--mode=train", number, *flags, devices=8)
-        assert "otherwise than it began" not in err
-    expected, got = losses(whole), losses(mixed)
-    assert set(expected) == set(got) == set(range(1, 13))
+    on_eight_devices(TRAINED, str(tmp_path))
+    expected, got = losses(tmp_path / "whole"), losses(tmp_path / "mixed")
+    assert set(expected) == set(got) == set(range(1, 7))
     for step, loss in expected.items():
         assert got[step] == pytest.approx(loss, rel=1e-6)
-    states = [runs.state(tiny.get_config(), workdir).state for workdir in (whole, mixed)]
+    states = [runs.state(tiny.get_config(), tmp_path / name).state for name in ("whole", "mixed")]
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, 1e-5, 1e-6), *states)
 
 
 def test_gradients_are_reduced_once_and_a_device_holds_its_part() -> None:
-    flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=8"
-    environment = {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
-    done = subprocess.run(
-        [sys.executable, "-c", COMPILED], cwd=runs.ROOT, env=environment, capture_output=True
-    )
-    assert done.returncode == 0, done.stderr.decode()[-2000:]
-    plain, sharded = (json.loads(line) for line in done.stdout.splitlines())
+    plain, sharded = map(json.loads, on_eight_devices(COMPILED))
     size = 4 * plain["parameters"]  # bytes
     # Without: every gradient once, the loss and the statistics, and nothing is gathered.
     assert set(plain["collectives"]) == {"all-reduce"}

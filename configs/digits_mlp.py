@@ -10,7 +10,7 @@ A weak model (2.77 bits/dim measured), for trying out the whole table:
 
 from ml_collections import ConfigDict
 
-from sbml.config import default, small_dequantizer
+from sbml.experiment.config import default, small_dequantizer
 
 
 def get_config() -> ConfigDict:

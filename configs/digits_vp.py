@@ -5,7 +5,7 @@ python -m sbml.main --config=configs/digits_vp.py
 
 from ml_collections import ConfigDict
 
-from sbml.config import default, small_dequantizer
+from sbml.experiment.config import default, small_dequantizer
 
 
 def get_config() -> ConfigDict:

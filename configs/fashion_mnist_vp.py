@@ -8,7 +8,7 @@ Offline, from Debian's package dataset-fashion-mnist:
 
 from ml_collections import ConfigDict
 
-from sbml.config import default, small_dequantizer
+from sbml.experiment.config import default, small_dequantizer
 
 
 def get_config() -> ConfigDict:

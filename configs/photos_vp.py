@@ -7,7 +7,7 @@ A reduced network, to try everything that CIFAR-10 would use on a CPU.
 
 from ml_collections import ConfigDict
 
-from sbml.config import default, small_dequantizer
+from sbml.experiment.config import default, small_dequantizer
 
 
 def get_config() -> ConfigDict:

@@ -4,7 +4,6 @@ import functools
 import importlib.util
 import math
 import pathlib
-import pkgutil
 import re
 import runpy
 
@@ -14,9 +13,11 @@ import pytest
 import runs
 import tiny
 
-from sbml import adapters, build, from_config, main
+from sbml import adapters, main
 from sbml.divergence import Trace
-from sbml.trained import unseen_times
+from sbml.experiment import build
+from sbml.experiment import sections as from_config
+from sbml.experiment.trained import unseen_times
 
 CONFIGS = sorted((runs.ROOT / "configs").glob("*.py"))
 
@@ -61,6 +62,34 @@ def test_papers_settings(data, sde, size, count):
     assert config.optim.ema == 0.9999
     config.training.importance_sampling = False
     assert from_config.smallest_time(config) == (1e-2 if sde == "subvp" else 1e-5)
+
+
+def test_the_papers_variants_change_what_they_are_named_after() -> None:
+    get_config = runpy.run_path(str(runs.ROOT / "configs" / "paper.py"))["get_config"]
+    plain = get_config("cifar10_vp").to_dict()
+    changes = {
+        "noflip": {"data.flip": False},
+        "original": {
+            "training.likelihood_weighting": False,
+            "training.importance_sampling": False,
+        },
+        "weighted": {"training.importance_sampling": False},
+        "deep": {"model.num_res_blocks": 8, "training.num_steps": 950_000},
+    }
+    for word, expected in changes.items():
+        other = get_config(f"cifar10_vp_{word}").to_dict()
+        found = {
+            f"{section}.{field}": value
+            for section, fields in other.items()
+            if isinstance(fields, dict)
+            for field, value in fields.items()
+            if value != plain[section][field]
+        }
+        assert found == expected
+    assert get_config("imagenet32_subvp_flip").data.flip
+    for wrong in ("cifar", "cifar10", "cifar10_ve", "cifar10_vp_shallow", "vp_cifar10"):
+        with pytest.raises(ValueError, match=f"paper:{wrong}: no such model; give cifar10"):
+            get_config(wrong)
 
 
 @pytest.mark.parametrize(
@@ -200,8 +229,9 @@ def test_discrete_levels_are_trained_and_the_sde_is_evaluated() -> None:
 
 
 def test_every_mode_is_there_to_be_called() -> None:
-    for what in main.MODES.values():
-        assert callable(pkgutil.resolve_name(what))
+    assert {"train", "eval", "sample", "verify"} < set(main.MODES)
+    for mode in main.MODES:
+        assert callable(main.module_of(mode).run)
 
 
 def test_parity_changes_any_config_to_the_authors() -> None:

@@ -1,4 +1,4 @@
-"""Memory, arithmetic and traffic of a config's programs on accelerators that need not be here.
+"""Memory, arithmetic and traffic of a config's programs on accelerators, without access to one.
 
     JAX_PLATFORMS=cpu python benchmarks/accelerators.py --config=configs/digits_vp.py \
         --topology=v5e:2x2 [--programs=training,ode,bound,sampling] [--config.model.dtype=bfloat16]
@@ -14,10 +14,15 @@ Nothing is run. Each program prints one line of JSON:
     tflop, gb       arithmetic and bytes accessed, for each chip and call; XLA counts the body of a
                     loop once, so those of ``ode`` and ``sampling`` are about one solver step
     roofline_ms     max(arithmetic / peak rate, bytes / bandwidth), with the chip's published rates;
-                    ``arithmetic`` is the share of the first in it
-    collectives     of each kind, the number and the MB that one chip holds of their operands
+                    ``arithmetic`` is the share of the first in it. The peak is that of bfloat16:
+                    products of float32 at full precision, as in evaluation, take several times that
+    collectives     of each kind, the number and the MB of their results on one chip
     low_precision   products of float32 numbers at less than full precision
+    operations, bitcasts        instructions of the compiled program, and those that move nothing
     code_mib, compile_cpu_s     size of the program; CPU time of lowering and compilation
+
+``batch`` and ``dtype`` are the config's. A program takes one step, whatever the config says of
+``training.steps_per_dispatch``.
 """
 
 import contextlib
@@ -37,9 +42,12 @@ from absl import app, flags
 from jax.sharding import AxisType, Mesh
 from ml_collections import config_flags
 
-from sbml import estimators, loop, sample, train
+from sbml import estimators
 from sbml.bound import GaussianControl
-from sbml.build import Experiment
+from sbml.evaluation import samples
+from sbml.experiment.build import Experiment
+from sbml.modes import _loop as loop
+from sbml.modes import train
 from sbml.platform import compiling_for
 from sbml.runtime import sharding
 from sbml.runtime.state import TrainState
@@ -174,23 +182,30 @@ def sampling(experiment: Experiment, mesh: Mesh) -> Any:
     params = sharding.abstract(experiment.init_state, mesh).ema_params
     ids = jax.ShapeDtypeStruct((size,), jnp.int32, sharding=split)
     seed = jax.ShapeDtypeStruct((), jnp.uint32, sharding=same)
-    how = sample.Recipe.of(experiment)
-    return sample._sample_batch.lower(experiment.adapter(params), ids, seed, how)
+    how = samples.Recipe.of(experiment)
+    return samples._sample_batch.lower(experiment.adapter(params), ids, seed, how)
 
 
-ITEMSIZE = {"pred": 1, "u8": 1, "s8": 1, "bf16": 2, "f16": 2, "f32": 4, "s32": 4, "u32": 4}
+ITEMSIZE = {
+    **dict.fromkeys(("pred", "u8", "s8"), 1),
+    **dict.fromkeys(("bf16", "f16", "u16", "s16"), 2),
+    **dict.fromkeys(("f32", "s32", "u32"), 4),
+    **dict.fromkeys(("f64", "s64", "u64"), 8),
+}
 COLLECTIVE = re.compile(
-    r"= (.*?) (all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)(?:-start)?\("
+    r"= (.*?) (all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)(-start)?\("
 )
 
 
 def collectives(text: str) -> dict[str, list[float]]:
     """Of each kind of collective in a compiled program: its number, and the MB of its results."""
     found: dict[str, list[float]] = {}
-    for shapes, kind in COLLECTIVE.findall(text):
+    for shapes, kind, start in COLLECTIVE.findall(text):
         arrays = re.findall(r"(\w+)\[([\d,]*)\]", shapes)
+        if start and kind != "all-reduce":
+            arrays = arrays[len(arrays) // 2 :]  # The operands stand before the results.
         size = sum(
-            ITEMSIZE.get(dtype, 4) * math.prod(int(n) for n in dims.split(",") if n)
+            ITEMSIZE[dtype] * math.prod(int(n) for n in dims.split(",") if n)
             for dtype, dims in arrays
         )
         count, total = found.get(kind, [0, 0.0])
@@ -251,6 +266,8 @@ def main(arguments: Sequence[str]) -> None:
     """Print a line for each program."""
     del arguments
     given = flags.FLAGS
+    if unknown := sorted(set(given.programs) - set(PROGRAMS)):
+        raise app.UsageError(f"unknown programs {unknown}; choose from {', '.join(PROGRAMS)}")
     devices = devices_of(given.topology)
     experiment = Experiment(given.config)
     name = config_flags.get_config_filename(given["config"])
@@ -273,6 +290,7 @@ def main(arguments: Sequence[str]) -> None:
 
 if __name__ == "__main__":
     config_flags.DEFINE_config_file("config", None, "Config file; any field can be set.")
+    flags.mark_flag_as_required("config")
     flags.DEFINE_string("topology", "v5e:1x1", "A TPU topology, or local.")
     flags.DEFINE_list("programs", list(PROGRAMS), f"Of {', '.join(PROGRAMS)}.")
     app.run(main)

@@ -17,7 +17,9 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
-from sbml import bits, bound, build, data, evaluate, times
+from sbml import bits, bound, data, times
+from sbml.experiment import build
+from sbml.modes import eval as evaluate
 from sbml.runtime import cpu
 
 # name: (times, proposal, control variate, density)

@@ -37,8 +37,8 @@ import numpy as np
 from jax.flatten_util import ravel_pytree
 
 from sbml import bits, losses, times
-from sbml.build import Experiment
-from sbml.config import default
+from sbml.experiment.build import Experiment
+from sbml.experiment.config import default
 from sbml.runtime import cpu
 from sbml.types import Array, Key, batched
 

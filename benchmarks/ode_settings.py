@@ -27,7 +27,8 @@ import numpy as np
 from etils import epath
 from scipy import integrate
 
-from sbml import bits, build, data, divergence, likelihood, sdes
+from sbml import bits, data, divergence, likelihood, sdes
+from sbml.experiment import build
 from sbml.ode import Solver, velocity
 from sbml.quadrature import ONCE, PER_STEP
 from sbml.runtime import cpu

@@ -16,9 +16,12 @@ import tempfile
 
 import numpy as np
 
-from sbml import build, cells, evaluate, train
 from sbml.estimators import Cell
+from sbml.evaluation import cells
+from sbml.experiment import build
 from sbml.intervals import mean_interval
+from sbml.modes import eval as evaluate
+from sbml.modes import train
 from sbml.runtime import cpu, metrics
 
 RECIPES = {

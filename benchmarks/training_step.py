@@ -23,8 +23,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sbml import build, convolution, losses, platform, train
-from sbml.config import default
+from sbml import convolution, losses, platform
+from sbml.experiment import build
+from sbml.experiment.config import default
+from sbml.modes import train
 from sbml.networks import _layers, _pixel_sums, ncsnpp
 from sbml.platform import compiler_options
 from sbml.runtime import cpu, sharding

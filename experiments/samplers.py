@@ -19,10 +19,11 @@ import numpy as np
 from matplotlib.ticker import FixedLocator, NullLocator, ScalarFormatter
 
 from experiments import figures
-from sbml import architecture, distances, quality, sample
-from sbml.build import Experiment
+from sbml import distances, report
 from sbml.data import spread
-from sbml.runtime import report
+from sbml.evaluation import quality, samples
+from sbml.experiment import architecture
+from sbml.experiment.build import Experiment
 
 SAMPLERS = {
     "euler_maruyama": {},
@@ -50,11 +51,11 @@ class Point:
     pixel: float
 
 
-def drawn(config: Any, params: Any, changes: dict[str, Any]) -> sample.Drawn:
+def drawn(config: Any, params: Any, changes: dict[str, Any]) -> samples.Drawn:
     """Samples with ``config.sampling`` changed."""
     config = config.copy_and_resolve_references()
     config.sampling.update(changes)
-    return sample.preview(Experiment(config), params)
+    return samples.preview(Experiment(config), params)
 
 
 def changes(name: str, steps: int) -> dict[str, Any]:
@@ -91,7 +92,7 @@ def main(path: str, workdir: str, out: str, images: int, steps: Sequence[int]) -
     print(f"{'sampler':28s} {'setting':10s} {'NFE':>6s} {'feature':>9s} {'pixel':>9s}   n={images}")
     for name in SAMPLERS:
         rows = [run(name, f"{count} steps", changes(name, count)) for count in steps]
-        grid = sample.grid(experiment, np.concatenate(rows), columns=len(rows[0]))
+        grid = samples.grid(experiment, np.concatenate(rows), columns=len(rows[0]))
         report.write_png(folder / f"{name}.png", grid)
     for tolerance in TOLERANCES:
         options = {"sampler": "ode", "rtol": tolerance, "atol": tolerance}

@@ -23,9 +23,10 @@ import optax
 from tqdm import trange
 
 from experiments import figures
-from sbml import adapters, bound, likelihood, losses, oracle, sdes, times
+from sbml import adapters, bound, likelihood, losses, sdes, times
 from sbml.networks import mlp
 from sbml.types import Array, Key
+from sbml.verify import oracle
 
 SDE, EPS = sdes.VP(), 1e-4
 CENTRES = 0.9 * np.array([[np.cos(a), np.sin(a)] for a in 2 * np.pi * np.arange(5) / 5])

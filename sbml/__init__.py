@@ -3,6 +3,7 @@
 The mathematics is for one example and a scalar time; callers ``vmap``. A score is any callable
 s(x, t, key), see ``sbml.types``.
 
+    Density                     likelihoods, bits/dim, samples and latents under any score
     sdes, times, divergence     forward processes; times and their weights; tr J
     losses                      denoising score matching
     bound, discrete             evidence bounds on -log p(x), and on -log P(k) of integers
@@ -24,18 +25,25 @@ from sbml import compiler
 compiler.cure()
 
 LIBRARY = (
-    *("adapters", "bits", "bound", "compiler", "data", "dequantizers", "discrete", "distances"),
-    *("divergence", "intervals", "likelihood", "losses", "networks", "ode", "quadrature"),
-    *("samplers", "sampling", "sdes", "times", "types"),
+    *("adapters", "bits", "bound", "compiler", "data", "density", "dequantizers", "discrete"),
+    *("distances", "divergence", "intervals", "likelihood", "losses", "networks", "ode"),
+    *("quadrature", "samplers", "sampling", "sdes", "times", "types"),
 )
 
 
+# Classes that people use by the package's name, and their modules.
+NAMES = {"Density": "density", **dict.fromkeys(("VP", "SubVP", "VE", "LinearVE"), "sdes")}
+
+
 def __getattr__(name: str) -> Any:
-    """A module of the library, imported when it is first asked for: ``sbml.losses``."""
+    """A module or class of the library, imported when it is first asked for: ``sbml.losses``."""
+    if name in NAMES:
+        return getattr(importlib.import_module(f"sbml.{NAMES[name]}"), name)
     if name in LIBRARY:
         return importlib.import_module(f"sbml.{name}")
-    raise AttributeError(f"module 'sbml' has no attribute {name!r}; it has {', '.join(LIBRARY)}")
+    known = ", ".join((*NAMES, *LIBRARY))
+    raise AttributeError(f"module 'sbml' has no attribute {name!r}; it has {known}")
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *LIBRARY])
+    return sorted([*globals(), *NAMES, *LIBRARY])

@@ -33,7 +33,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sbml import divergence, moments, times
+from sbml import compiler, divergence, moments, times
 from sbml.divergence import Trace
 from sbml.losses import perturb, residual
 from sbml.sdes import SDE
@@ -103,6 +103,7 @@ class GaussianControl:
 
     def integral(self, sde: SDE, x: Array, eps: float) -> Array:
         """Z / 2 E |z - E[z | x_t]|^2 over lambda uniform and z, in closed form, nats."""
+        compiler.check()
         c2 = self._to_basis(x.reshape(-1) - self.mean) ** 2
 
         def antiderivative(t: float) -> Array:
@@ -115,6 +116,7 @@ class GaussianControl:
 
 def prior_kl(sde: SDE, x: Array, variance: float = 1.0) -> Array:
     """KL(N(alpha_T x, variance sigma_T^2) || prior) in nats, a scalar; 1 is that of p_T(.|x)."""
+    compiler.check()
     mean, std = sde.marginal(x, jnp.asarray(sde.T, x.dtype))
     r = variance * (std / sde.prior_std) ** 2
     return 0.5 * (jnp.sum((mean / sde.prior_std) ** 2) + x.size * (r - 1 - jnp.log(r)))

@@ -12,7 +12,10 @@ import functools
 import mmap
 import os
 import pathlib
+import re
+from concurrent.futures import ThreadPoolExecutor
 from importlib import metadata
+from typing import Any
 
 FLAG = "xla_cpu_experimental_ynn_fusion_type"
 CURE = f"--{FLAG}=-reduce"
@@ -28,19 +31,25 @@ def version() -> str:
     return metadata.version("jaxlib")
 
 
-def knows(flag: str) -> bool:
-    """Whether the installed XLA knows ``flag``; it ends the process at one that it does not know.
+def needs_cure(version: str) -> bool:
+    """Whether the jaxlib of this ``version`` sums wrongly without the flag, as far as is known."""
+    numbers = re.match(r"(\d+)\.(\d+)\.(\d+)", version)
+    return numbers is not None and tuple(map(int, numbers.groups())) >= FIRST_WRONG
 
-    The names of its flags stand in jaxlib's library, each between two zero bytes.
+
+@functools.cache
+def knows(flag: str) -> bool:
+    """Whether the installed XLA knows ``flag``: XLA aborts the process when it meets another.
+
+    The names of its flags stand in jaxlib's largest library, each between two zero bytes.
     """
     import jaxlib
 
-    name = b"\0" + flag.encode() + b"\0"
-    for path in pathlib.Path(jaxlib.__file__).parent.glob("*.so"):
-        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as text:
-            if text.find(name) >= 0:
-                return True
-    return False
+    files = pathlib.Path(jaxlib.__file__).parent.iterdir()
+    libraries = [path for path in files if path.suffix in (".so", ".dylib", ".pyd", ".dll")]
+    largest = max(libraries, key=lambda path: path.stat().st_size)
+    with largest.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as text:
+        return text.find(b"\0" + flag.encode() + b"\0") >= 0
 
 
 def with_flags(flags: str, *wanted: str) -> str:
@@ -62,14 +71,15 @@ def cure() -> None:
     platforms, flags = os.environ.get("JAX_PLATFORMS", ""), os.environ.get("XLA_FLAGS", "").strip()
     if (platforms and "cpu" not in platforms) or (flags and not flags.startswith("-")):
         return
-    if tuple(int(n) for n in version().split(".")[:3]) >= FIRST_WRONG:
+    if needs_cure(version()):
         os.environ["XLA_FLAGS"] = with_flags(flags, CURE)
 
 
 def check() -> bool:
     """Compare three sums on this process's CPU with NumPy's, once in a process.
 
-    It may be called while JAX traces.
+    It may be called anywhere, also while JAX traces. It looks at the platform of JAX's default
+    device: where that is an accelerator, arrays that were put on the CPU by hand are not checked.
 
     Returns:
       True if the sums are right; False where an accelerator computes, which needs no check.
@@ -89,7 +99,12 @@ def check() -> bool:
 
 @functools.cache
 def _check_cpu() -> None:
-    error = _largest_error()
+    import jax
+
+    cpu = jax.local_devices(backend="cpu")[0]
+    # JAX's contexts, such as a trace, disable_jit or a transfer guard, belong to their thread.
+    with ThreadPoolExecutor(1) as thread:
+        error = thread.submit(_largest_error, cpu).result()
     if error < 1e-5:
         return
     raise MiscompilationError(
@@ -100,19 +115,19 @@ def _check_cpu() -> None:
     )
 
 
-def _largest_error() -> float:
-    """Of the three sums, as a share of the sum."""
+def _largest_error(device: Any) -> float:
+    """Of the three sums, as a share of the sum; NaN if one is."""
     import jax
     import jax.numpy as jnp
     import numpy as np
 
-    # The cheapest size at which reductions go to YNNPACK; three programs, for in one they do not.
+    # The smallest size at which reductions go to YNNPACK; three programs, for in one they do not.
     x = np.linspace(0.1, 1.0, 4096, dtype=np.float32)
     errors = []
-    with jax.ensure_compile_time_eval():  # Not a part of what is traced now.
+    with jax.default_device(device):
         for name in ("expm1", "log1p", "log"):
             ours, theirs = getattr(jnp, name), getattr(np, name)
             total = jax.jit(lambda x, f=ours: jnp.sum(f(x) + f(2 * x)))(x)
             exact = np.sum(theirs(x.astype(float)) + theirs(2 * x.astype(float)))
             errors.append(abs(float(total) / exact - 1))
-    return max(errors)
+    return float(np.max(errors))

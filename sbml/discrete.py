@@ -30,7 +30,7 @@ import jax.numpy as jnp
 from jax.scipy.special import log_ndtr
 from jax.scipy.stats import norm
 
-from sbml import bits, times
+from sbml import bits, compiler, times
 from sbml.bound import Bound, GaussianControl, prior_kl
 from sbml.dequantizers import truncated_normal
 from sbml.sdes import SDE
@@ -96,6 +96,7 @@ def _snr_range(sde: SDE, eps: float) -> float:
 
 def decoder_nats(x: Array, pixels: Array, levels: int, rho: Array) -> Array:
     """-log P(k | x) of noisy data x = c + rho z, shape ``(*s)``, summed: nats, a scalar."""
+    compiler.check()
     centres = bits.to_model(jnp.arange(levels), 0.5, levels)
     logits = -0.5 * ((x[..., None] - centres.reshape((1,) * x.ndim + (-1,))) / rho) ** 2
     chosen = jnp.take_along_axis(logits, pixels[..., None].astype(jnp.int32), -1)[..., 0]

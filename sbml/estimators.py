@@ -97,7 +97,8 @@ def _averaged(each: dict[str, Array]) -> dict[str, Array]:
     return {**terms, "importance": average(log_weights) + math.log(len(weights))}
 
 
-def _key(seed: Array, sweep: Array, i: Array) -> Key:
+def draw_key(seed: Array, sweep: Array, i: Array) -> Key:
+    """The key of all draws of example ``i`` in one sweep."""
     return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), sweep), i)
 
 
@@ -153,7 +154,7 @@ def ode(
         return terms, found.stats.nfe
 
     def one(pixels: Array, i: Array, sweep: Array) -> dict[str, Array]:
-        key = _key(seed, sweep, i)
+        key = draw_key(seed, sweep, i)
         if num_importance == 1:
             terms, nfe = draw(pixels, key)
             terms["importance"] = jnp.zeros(())
@@ -196,7 +197,7 @@ def evidence_bound(
     """
 
     def one(pixels: Array, i: Array, sweep: Array, u: Array) -> dict[str, Array]:
-        u_key, key = jax.random.split(_key(seed, sweep, i))
+        u_key, key = jax.random.split(draw_key(seed, sweep, i))
         drawn = {"control": control, "density": density, "proposal": proposal}
         sampled: dict[str, Any] = {"eps": eps, "u": u, **drawn}
         if dequantizer is None or dequantizer.at_noise:

@@ -1,32 +1,25 @@
 """python -m sbml.main --config=configs/digits_vp.py [--mode=train,eval,sample] [--workdir=DIR]"""
 
+import importlib
 import pathlib
 import pkgutil
 import runpy
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 from absl import app, flags, logging
 from etils import epath
 from ml_collections import config_flags
 
-from sbml import architecture, compiler
-from sbml.config import check_overrides, choices_in
+from sbml import compiler, modes
+from sbml.experiment import architecture
+from sbml.experiment.config import check_overrides, choices_in
 from sbml.runtime import cpu, sharding
 
-# Resolved when their turn comes: a wrong flag is told of at once, not after all imports.
-MODES = {
-    "train": "sbml.train:run",
-    "train_dequantizer": "sbml.train_dequantizer:run",
-    "eval": "sbml.evaluate:run",
-    "sample": "sbml.sample:run",
-    "latents": "sbml.latents:run",
-    "stats": "sbml.quality:stats",
-    "quality": "sbml.quality:run",
-    "convert": "sbml.convert:run",
-    "verify": "sbml.verify:run",
-}
+# Found by folder, and imported when their turn comes: a wrong flag is told of before all imports.
+MODES = sorted(m.name for m in pkgutil.iter_modules(modes.__path__) if m.name[0] != "_")
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "Config file; any field of it can be set.")
 MODE = flags.DEFINE_list("mode", None, f"What to run, in order: {', '.join(MODES)}.")
@@ -76,23 +69,28 @@ def run_name(config: str) -> str:
     return pathlib.Path(config).name.replace(".py", "").replace(":", "_")
 
 
-def run_mode(mode: str, *arguments: object) -> None:
-    """Import what ``mode`` needs, and run it."""
-    pkgutil.resolve_name(MODES[mode])(*arguments)
+def module_of(mode: str) -> Any:
+    """The file of ``mode``, imported."""
+    return importlib.import_module(f"{modes.__name__}.{mode}")
 
 
 def main(arguments: Sequence[str]) -> None:
     """Run the modes in order."""
     if len(arguments) > 1:
         raise app.UsageError(f"unknown: {arguments[1:]}; set fields as --config.field=value")
-    if MODE.value == ["verify"]:  # The one mode that no config changes.
-        return run_mode("verify")
+    unknown = [mode for mode in MODE.value or () if mode not in MODES]
+    if unknown:
+        raise app.UsageError(f"unknown mode {unknown}; choose from {', '.join(MODES)}")
+    if MODE.value and not any(getattr(module_of(m), "NEEDS_CONFIG", True) for m in MODE.value):
+        for mode in MODE.value:
+            module_of(mode).run()
+        return
     if CONFIG.value is None:
         raise app.UsageError(
             "--config=configs/<name>.py says what to run; without it, --mode=verify"
         )
-    modes = MODE.value or choices_in(CONFIG.value.mode)
-    unknown = [mode for mode in modes if mode not in MODES]
+    chosen = MODE.value or choices_in(CONFIG.value.mode)
+    unknown = [mode for mode in chosen if mode not in MODES]
     if unknown:
         raise app.UsageError(f"unknown mode {unknown}; choose from {', '.join(MODES)}")
     if not COORDINATOR.value and (PROCESSES.value, PROCESS.value) != (None, None):
@@ -112,10 +110,11 @@ def main(arguments: Sequence[str]) -> None:
     workdir = epath.Path(WORKDIR.value or f"runs/{name}").expanduser()
     workdir.mkdir(parents=True, exist_ok=True)
     sharding.check_shared(workdir)
-    print(f"{', '.join(modes)} in {workdir}")
-    for mode in modes:
-        source = (SOURCE.value,) if mode == "convert" else ()
-        run_mode(mode, architecture.of_workdir(CONFIG.value, workdir), workdir, *source)
+    print(f"{', '.join(chosen)} in {workdir}")
+    for mode in chosen:
+        module = module_of(mode)
+        given = {name: flags.FLAGS[name].value for name in getattr(module, "FLAGS", ())}
+        module.run(architecture.of_workdir(CONFIG.value, workdir), workdir, **given)
 
 
 if __name__ == "__main__":

@@ -139,10 +139,12 @@ class _LinearBeta(SDE):
 
     def _integral(self, t: Array) -> Array:
         """B(t), the integral of beta over [0, t]."""
+        compiler.check()
         return t * (self.beta_min + 0.5 * (self.beta_max - self.beta_min) * t)
 
     def _time(self, integral: Array) -> Array:
         """The inverse of B; this root of the quadratic has no cancellation."""
+        compiler.check()
         slope = self.beta_max - self.beta_min
         return 2 * integral / (self.beta_min + jnp.sqrt(self.beta_min**2 + 2 * slope * integral))
 
@@ -219,6 +221,7 @@ class _Exploding(SDE):
         return jnp.ones_like(t)
 
     def log_snr(self, t: Array) -> Array:
+        compiler.check()
         return -2 * jnp.log(self.std(t))
 
 
@@ -300,6 +303,7 @@ class Levels(Kernel):
         return self._at(self.stds, t)
 
     def log_snr(self, t: Array) -> Array:
+        compiler.check()
         return 2 * (jnp.log(self.mean_coef(t)) - jnp.log(self.std(t)))
 
     def rate(self, t: Array) -> Array:

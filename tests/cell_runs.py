@@ -2,8 +2,10 @@
 
 import tiny
 
-from sbml import build, cells, evaluate
 from sbml.estimators import Cell
+from sbml.evaluation import cells
+from sbml.experiment import build
+from sbml.modes import eval as evaluate
 
 ODE, BOUND = Cell("ode", "uniform"), Cell("bound", "uniform")
 

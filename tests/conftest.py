@@ -40,7 +40,7 @@ def steps_compile_fast() -> Iterator[None]:
 
     Those that the tests start as programs have theirs (``platform.compiler_options``).
     """
-    from sbml import loop
+    from sbml.modes import _loop as loop
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loop, "compiler_options", dict)

@@ -7,7 +7,7 @@ import sys
 
 from etils import epath
 
-from sbml import build
+from sbml.experiment import build
 from sbml.runtime import sharding
 
 ROOT = pathlib.Path(__file__).parents[1]

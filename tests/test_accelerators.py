@@ -9,8 +9,8 @@ from ml_collections import ConfigDict
 
 from benchmarks import accelerators
 from sbml import convolution
-from sbml.build import Experiment
-from sbml.config import default
+from sbml.experiment.build import Experiment
+from sbml.experiment.config import default
 from sbml.networks import _dropout, _pixel_sums, ncsnpp
 from sbml.platform import compiling_for, platform
 from sbml.runtime import sharding
@@ -100,7 +100,8 @@ def test_remat_keeps_parameters_outputs_and_gradients(kind: str) -> None:
 def test_collectives_are_read_from_a_program() -> None:
     text = """
       %all-reduce.1 = (f32[128,4]{1,0}, f32[8]{0}) all-reduce(%a, %b), channel_id=1
-      %ag = bf16[1000]{0} all-gather(%c), channel_id=2
+      %ag = (bf16[125]{0}, bf16[1000]{0}) all-gather-start(%c), channel_id=2
+      %done = bf16[1000]{0} all-gather-done(%ag)
       %x = f32[3]{0} add(%all-reduce.1, %ag)
     """
     assert accelerators.collectives(text) == {

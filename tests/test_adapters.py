@@ -8,10 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sbml import losses, oracle, times
+from sbml import losses, times
 from sbml.adapters import LABELS, PARAMETERIZATIONS, Adapter, LinenScore
 from sbml.sdes import SDE, SDES, VP
 from sbml.types import Array, Key, batched
+from sbml.verify import oracle
 
 pytestmark = pytest.mark.usefixtures("x64")
 

@@ -7,8 +7,9 @@ import pytest
 from jax.scipy.stats import norm
 from scipy import integrate
 
-from sbml import bound, oracle, sampling, times
+from sbml import bound, sampling, times
 from sbml.sdes import SDES
+from sbml.verify import oracle
 
 pytestmark = [pytest.mark.usefixtures("x64"), pytest.mark.oracle]
 EPS = 1e-5

@@ -6,7 +6,9 @@ import tiny
 from cell_runs import BOUND, ODE, cell_run
 from scipy import stats
 
-from sbml import cells, evaluate, train
+from sbml.evaluation import cells
+from sbml.modes import eval as evaluate
+from sbml.modes import train
 
 
 @pytest.fixture(scope="module")

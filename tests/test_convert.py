@@ -11,12 +11,14 @@ import reference
 from flax import serialization
 from ml_collections import ConfigDict
 
-from sbml import architecture, build, convert, trained
-from sbml.config import default, model_fields
+from sbml.convert import _score_flow_file as authors
+from sbml.convert._ncsnpp_options import read_options
 from sbml.dequantizers import variational
+from sbml.experiment import architecture, build, trained
+from sbml.experiment.config import default, model_fields
+from sbml.modes import convert
 from sbml.networks import ncsnpp
-from sbml.runtime import authors
-from sbml.runtime.ncsnpp_options import read_options
+from sbml.runtime.state import TrainState
 
 SHAPE = (16, 16, 3)
 
@@ -336,7 +338,7 @@ def test_the_dequantizer_comes_along(design: str, tmp_path: Path) -> None:
     with experiment.dequantizer_checkpoints(tmp_path / "ours") as checkpoints:
         assert checkpoints.steps() == [11]
         template = jax.eval_shape(
-            lambda p: convert.TrainState.create(p, experiment.dequantizer_optimizer), params
+            lambda p: TrainState.create(p, experiment.dequantizer_optimizer), params
         )
         restored = checkpoints.restore(template)
     jax.tree.map(np.testing.assert_array_equal, restored.state.ema_params, params)

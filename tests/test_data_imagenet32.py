@@ -10,8 +10,9 @@ import pytest
 from pictures import pixels
 from PIL import Image
 
-from sbml import data, trained
+from sbml import data
 from sbml.data import imagenet32
+from sbml.experiment import trained
 
 IMAGES = np.stack([pixels(32, 32, seed=i) for i in range(5)])
 

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from scipy import integrate, stats
 
-from sbml import bits, bound, discrete, oracle, sdes, times
+from sbml import bits, bound, discrete, sdes, times
 from sbml.dequantizers import truncated_normal
+from sbml.verify import oracle
 
 pytestmark = [pytest.mark.usefixtures("x64"), pytest.mark.oracle]
 LEVELS, K, MEAN, VARIANCE, N = 8, 5, 0.1, 0.09, 40_000

@@ -11,11 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sbml import bound, dequantizers, discrete, estimators, likelihood, oracle, times
+from sbml import bound, dequantizers, discrete, estimators, likelihood, times
 from sbml.divergence import Trace
 from sbml.estimators import Cell
 from sbml.ode import Solver
 from sbml.sdes import VP
+from sbml.verify import oracle
 
 pytestmark = pytest.mark.usefixtures("x64")
 

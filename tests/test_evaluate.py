@@ -13,8 +13,12 @@ from cell_runs import BOUND, ODE, cell_run
 from scipy import stats
 
 from experiments import table2
-from sbml import bound, build, cells, estimators, evaluate, summary
+from sbml import bound, estimators
 from sbml.estimators import Cell
+from sbml.evaluation import cells
+from sbml.experiment import build
+from sbml.modes import eval as evaluate
+from sbml.report import summary
 from sbml.runtime.checkpoint import tree_crc32
 from sbml.runtime.parts import read_npz, write_npz
 

@@ -8,8 +8,8 @@ import pytest
 import tiny
 
 from experiments import samplers, schedule, table2, toy2d
-from sbml import train
-from sbml.runtime.report import strict
+from sbml.modes import train
+from sbml.report import strict
 
 FEATURES = '    config.eval.features = "digits_classifier"\n'
 

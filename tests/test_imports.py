@@ -1,6 +1,7 @@
 """The layout, enforced on the syntax tree: who imports whom, and where an SDE's type is known."""
 
 import ast
+import graphlib
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -18,86 +19,27 @@ MODULES = {
     if path != ROOT / "__init__.py"
 }
 
-MATHEMATICS = {"sdes", "times", "divergence"}
-BELOW_BUILD = (
-    MATHEMATICS
-    | {"bits", "ode", "losses", "bound", "likelihood", "sampling", "adapters"}
-    | {
-        "networks",
-        "dequantizers",
-        "samplers",
-        "data",
-        "runtime",
-        "config",
-        "from_config",
-        "baselines",
-        "intervals",
-        "discrete",
-        "estimators",
-        "architecture",
-        "trained",
-        "moments",
-    }
-)
-MODES = {
-    "train",
-    "train_dequantizer",
-    "evaluate",
-    "sample",
-    "latents",
-    "quality",
-    "convert",
-    "verify",
-}
-
-# What every module may import: names, the platform, and the check of XLA's sums.
-VOCABULARY = {"types", "platform", "compiler"}
-
-# What a module may import from the package, beside VOCABULARY and the files of its own folder.
-# The longest matching name decides; a new module at the top needs a row of its own.
-ALLOWED: dict[str, set[str]] = {
-    **dict.fromkeys(("types", "sdes", "divergence", "bits", "intervals", "trees"), set()),
-    **dict.fromkeys(("convolution", "data", "platform", "compiler"), set()),
-    **dict.fromkeys(("networks", "dequantizers"), {"convolution"}),
-    **dict.fromkeys(("quadrature", "moments"), set()),
-    **dict.fromkeys(("times", "adapters", "oracle"), {"sdes"}),
-    "ode": {"quadrature", "sdes"},
-    "losses": {"sdes"},
-    "bound": MATHEMATICS | {"losses", "moments"},
-    "discrete": {"bits", "bound", "dequantizers", "sdes", "times"},
-    "likelihood": {"divergence", "ode", "sdes"},
-    "sampling": {"ode", "sdes"},
-    "samplers": {"ode", "sampling", "sdes"},
-    "baselines": {"bits", "moments"},
-    "estimators": {"bits", "bound", "discrete", "divergence", "likelihood", "ode", "sdes"},
-    "checks": MATHEMATICS
-    | {"bits", "bound", "dequantizers", "discrete", "likelihood", "losses", "ode", "oracle"},
-    "verify": {"sdes", "checks", "runtime"},
-    "config": {"networks"},
-    "from_config": {"data", "networks", "ode", "runtime", "samplers", "sdes", "times"}
-    | {"config", "dequantizers", "discrete", "divergence", "estimators"},
+# What each folder may import, beside itself and the library: the files at the top but ``main``, and
+# the folders of its kinds. Each row names folders of rows above it only, so no import goes in a
+# circle. A new folder needs a row here.
+LAYERS: dict[str, set[str]] = {
+    "library": {"networks", "dequantizers", "samplers"},
+    **dict.fromkeys(("networks", "dequantizers", "samplers"), set()),
+    "data": set(),
     "runtime": set(),
-    "runtime.ncsnpp_options": {"networks", "trees"},
-    "architecture": set(),
-    "trained": {"architecture", "data", "from_config"},
-    "build": BELOW_BUILD,
-    "summary": {"data", "runtime"},
-    **dict.fromkeys(("loop", "cells"), BELOW_BUILD | {"build"}),
-    "sample": BELOW_BUILD | {"build", "summary", "trained"},
-    "latents": BELOW_BUILD | {"build", "sample"},
-    "distances": {"moments"},
-    "features": {"data", "runtime", "trees"},
-    "quality": BELOW_BUILD | {"build", "distances", "features", "sample", "summary"},
-    "evaluate": BELOW_BUILD | {"build", "cells", "summary"},
-    "train_dequantizer": BELOW_BUILD | {"build", "loop"},
-    # Training draws the sample grids of its logs.
-    "train": BELOW_BUILD | {"build", "loop", "sample"},
-    "convert": BELOW_BUILD | {"build", "trees"},
-    "main": {"architecture", "config", "runtime"},
+    "verify": {"dequantizers"},
+    "features": {"data", "runtime"},
+    "report": {"data", "runtime"},
+    "experiment": {"data", "dequantizers", "networks", "runtime", "samplers"},
+    "evaluation": {"data", "experiment", "features", "report", "runtime", "samplers"},
+    "convert": {"dequantizers", "experiment", "networks", "runtime"},
+    "modes": {"convert", "data", "dequantizers", "evaluation", "experiment", "report"}
+    | {"runtime", "samplers", "verify"},
+    "main": {"experiment", "modes", "runtime"},
 }
 PURE = (
     *("types", "sdes", "times", "divergence", "bits", "ode", "losses", "likelihood", "sampling"),
-    *("oracle", "quadrature"),
+    *("verify.oracle", "quadrature"),
 )
 NETWORK_LIBRARIES = {"flax", "equinox", "haiku", "optax", "orbax", "grain", "ml_collections"}
 
@@ -116,28 +58,47 @@ def imports(tree: ast.Module) -> Iterator[str]:
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
 
-def row(module: str) -> set[str]:
-    """The row of the table for ``module``, by its longest prefix there."""
-    parts = module.split(".")
-    for n in range(len(parts), 0, -1):
-        if (name := ".".join(parts[:n])) in ALLOWED:
-            return ALLOWED[name]
-    raise AssertionError(f"{module} has no row in the table of imports: place it in the layout")
+def layer(module: str) -> str:
+    """The row of ``module``, given without the package's name: its folder, ``main``, or library."""
+    first = module.split(".")[0]
+    return first if (ROOT / first).is_dir() or first == "main" else "library"
 
 
-@pytest.mark.parametrize("module", MODULES)
-def test_the_table_of_imports(module: str) -> None:
-    allowed = row(module) | VOCABULARY | {module.split(".")[0]}
-    inside = {name.split(".")[1] for name in imports(tree_of(module)) if name.startswith("sbml.")}
-    assert inside <= allowed, f"sbml.{module} must not import {sorted(inside - allowed)}"
+def uses(name: str) -> set[str]:
+    """The other layers that the files of layer ``name`` import."""
+    found = {
+        layer(imported.removeprefix("sbml."))
+        for module in MODULES
+        if layer(module) == name
+        for imported in imports(tree_of(module))
+        if imported.startswith("sbml.")
+    }
+    return found - {name}
 
 
-@pytest.mark.parametrize("name", [name for name, row in ALLOWED.items() if not row >= BELOW_BUILD])
-def test_the_table_allows_nothing_that_nobody_does(name: str) -> None:
-    """Or it would not show the architecture. What stands on ``build`` has one row for all."""
-    own = [m for m in MODULES if row(m) is ALLOWED[name]]
-    used = {n.split(".")[1] for m in own for n in imports(tree_of(m)) if n.startswith("sbml.")}
-    assert ALLOWED[name] <= used, f"{name}: {sorted(ALLOWED[name] - used)} is not imported"
+@pytest.mark.parametrize("name", LAYERS)
+def test_imports_go_down_the_layers_only(name: str) -> None:
+    assert uses(name) - {"library"} <= LAYERS[name]
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_the_rules_allow_nothing_that_nobody_does(name: str) -> None:
+    """Or they would not show the architecture."""
+    assert LAYERS[name] - {"networks", "samplers"} <= uses(name) | {"library"}
+
+
+def test_every_folder_is_a_layer() -> None:
+    assert {layer(module) for module in MODULES} == set(LAYERS)
+
+
+def test_the_files_of_the_library_import_each_other_in_one_order() -> None:
+    """Files at the top, and the kinds' folders as one file each: no circle."""
+    library = {"library", "networks", "dequantizers", "samplers"}
+    arrows: dict[str, set[str]] = {}
+    for module in (m for m in MODULES if layer(m) in library):
+        targets = {name.split(".")[1] for name in imports(tree_of(module)) if "sbml." in name}
+        arrows.setdefault(module.split(".")[0], set()).update(targets - {module.split(".")[0]})
+    tuple(graphlib.TopologicalSorter(arrows).static_order())  # CycleError names the circle.
 
 
 @pytest.mark.parametrize("module", MODULES)
@@ -154,8 +115,7 @@ def test_the_mathematics_knows_no_network_library(module: str) -> None:
 @pytest.mark.parametrize("module", MODULES)
 def test_configs_are_read_above_the_building_blocks(module: str) -> None:
     if any(name.split(".")[0] == "ml_collections" for name in imports(tree_of(module))):
-        readers = {"architecture", "trained", "config", "from_config", "build", "loop", "main"}
-        assert module in readers | MODES
+        assert layer(module) in {"experiment", "evaluation", "convert", "modes", "main"}
 
 
 def sde_branches(tree: ast.Module) -> Iterator[str]:
@@ -209,8 +169,8 @@ def test_branches_are_recognised(source: str) -> None:
 
 def test_the_library_is_there_once_the_package_is_imported() -> None:
     """As users of such libraries expect; and nothing of it is imported before it is asked for."""
-    code = "import sys, sbml; assert 'jax' not in sys.modules; sbml.losses.dsm; sbml.samplers.ODE"
+    code = "import sys, sbml; assert 'jax' not in sys.modules; sbml.losses.dsm; sbml.Density"
     subprocess.run([sys.executable, "-c", code], check=True)
-    assert all(hasattr(sbml, name) for name in sbml.LIBRARY)
-    with pytest.raises(AttributeError, match="no attribute 'loses'; it has adapters, bits"):
+    assert all(hasattr(sbml, name) for name in (*sbml.LIBRARY, *sbml.NAMES))
+    with pytest.raises(AttributeError, match="no attribute 'loses'; it has Density, VP"):
         sbml.loses  # noqa: B018

@@ -7,7 +7,8 @@ import pytest
 from scipy import special, stats
 from sklearn.datasets import load_digits
 
-from sbml import baselines, moments
+from sbml import moments
+from sbml.evaluation import baselines
 from sbml.intervals import half_width, mean_interval, outliers, repeated_stderr
 
 

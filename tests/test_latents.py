@@ -10,14 +10,16 @@ import tiny
 from ml_collections import ConfigDict
 from PIL import Image
 
-from sbml import bits, latents, oracle, train
-from sbml.build import Experiment
+from sbml import bits
+from sbml.experiment.build import Experiment
+from sbml.modes import latents, train
 from sbml.ode import Solver
 from sbml.platform import compiler_options
 from sbml.runtime.parts import read_npz
 from sbml.samplers import AnnealedLangevin, ReverseDiffusion
 from sbml.samplers.known import GREY_FIRST, complete
 from sbml.sdes import SDES, VP
+from sbml.verify import oracle
 
 EPS = 1e-3
 

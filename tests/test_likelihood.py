@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from sbml import ode, oracle
+from sbml import ode
 from sbml.likelihood import Likelihood, Trace, ode_logp
 from sbml.ode import Solver
 from sbml.sdes import SDES
 from sbml.types import Array, Key
+from sbml.verify import oracle
 
 pytestmark = pytest.mark.usefixtures("x64")
 

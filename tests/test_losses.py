@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 import scipy.integrate
 
-from sbml import bound, discrete, likelihood, losses, oracle, samplers, times
+from sbml import bound, discrete, likelihood, losses, samplers, times
 from sbml.sdes import SDE, SDES
 from sbml.types import Array, Key, Score
+from sbml.verify import oracle
 
 pytestmark = pytest.mark.usefixtures("x64")
 

@@ -7,7 +7,9 @@ import optax
 import pytest
 import tiny
 
-from sbml import build, from_config, losses
+from sbml import losses
+from sbml.experiment import build
+from sbml.experiment import sections as from_config
 from sbml.runtime import optim
 
 

@@ -8,8 +8,11 @@ import pytest
 import tiny
 from ml_collections import ConfigDict
 
-from sbml import data, distances, quality, summary
+from sbml import data, distances
+from sbml.evaluation.quality import memory
 from sbml.features import digits_classifier
+from sbml.modes import quality, stats
+from sbml.report import summary
 from sbml.runtime.parts import write_npz
 
 
@@ -87,13 +90,13 @@ def test_held_out_images_are_of_all_the_split(monkeypatch: pytest.MonkeyPatch) -
     looked = []
     nearest = distances.nearest
     monkeypatch.setattr(distances, "nearest", lambda x, y: looked.append(x) or nearest(x, y))
-    quality._memory(test.images[:5], train, test, flip=False)
+    memory(test.images[:5], train, test, flip=False)
     np.testing.assert_array_equal(looked[1][[0, -1]], test.images[[0, -1]])
     assert len(looked[1]) == 100
 
 
 def test_statistics_are_computed_once_a_fingerprint(config: ConfigDict, tmp_path: Path) -> None:
-    quality.stats(config, tmp_path)
+    stats.run(config, tmp_path)
     [kept] = (tmp_path / "cache" / "stats").iterdir()
     identity = data.load("digits", "train").fingerprint["id"]
     extract = digits_classifier.extractor(weights="", sha256="", levels=17, cache=None)
@@ -111,10 +114,10 @@ def test_what_is_missing_is_named(config: ConfigDict, tmp_path: Path) -> None:
         quality.run(config, tmp_path)
     config.eval.features = "inception"
     with pytest.raises(ValueError, match="download pt_inception"):
-        quality.stats(config, tmp_path)
+        stats.run(config, tmp_path)
     config.eval.features = "vgg"
     with pytest.raises(ValueError, match="eval.features='vgg' is unknown; choose from"):
-        quality.stats(config, tmp_path)
+        stats.run(config, tmp_path)
 
 
 def test_the_report_shows_the_quality_of_its_own_samples(

@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sbml.runtime import _plots, report
+from sbml import report
+from sbml.report import plots as _plots
 
 N, LEVELS = 40, 17
 ATTACK = '<script>alert("x")</script> $\\frac{'

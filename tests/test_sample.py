@@ -12,7 +12,10 @@ import tiny
 from etils import epath
 from PIL import Image
 
-from sbml import bits, build, sample, samplers, train
+from sbml import bits, samplers
+from sbml.evaluation import samples
+from sbml.experiment import build
+from sbml.modes import sample, train
 from sbml.runtime.parts import read_npz
 from sbml.sdes import VE
 
@@ -33,7 +36,7 @@ def images(workdir: Path, **options: object) -> np.ndarray:
     config.sampling.update(sampler="ancestral", steps=20, num_images=20, batch_size=20)
     config.sampling.update(options)
     experiment = build.Experiment(config)
-    return sample.generate(experiment, experiment.restore(workdir), epath.Path(workdir))[0]
+    return samples.generate(experiment, experiment.restore(workdir), epath.Path(workdir))[0]
 
 
 def fresh(workdir: Path) -> Path:
@@ -63,12 +66,12 @@ def test_a_sample_without_numbers_is_counted(
     experiment = build.Experiment(config)
     restored = experiment.restore(trained)
     params = restored.state.ema_params
-    drawn = sample.draw(experiment, params, np.arange(2))
+    drawn = samples.draw(experiment, params, np.arange(2))
     assert not drawn.failed.any()
     broken = restored._replace(
         state=restored.state.replace(ema_params=jax.tree.map(lambda a: a * np.nan, params))
     )
-    drawn = sample.generate(experiment, broken, epath.Path(trained) / "broken")
+    drawn = samples.generate(experiment, broken, epath.Path(trained) / "broken")
     assert drawn.failed.all() and "2 of 2 samples are not finite" in caplog.text
 
 
@@ -113,10 +116,10 @@ def test_killed_and_on_eight_devices_the_images_are_the_same(trained: Path) -> N
 
 def test_the_frames_of_a_strip_have_the_datas_range() -> None:
     """x_t of a variance-exploding process is up to 50: its sign alone would show."""
-    how = sample.Recipe(VE(), (8, 8, 1), 17, 1e-3, samplers.DDIM(steps=3), False)
+    how = samples.Recipe(VE(), (8, 8, 1), 17, 1e-3, samplers.DDIM(steps=3), False)
     score = jax.tree_util.Partial(lambda x, t, key: -x / (1 + VE().std(t) ** 2))
-    frames = sample._path_batch(score, np.arange(1), np.uint32(0), how, 2)
-    z, _ = sample._latent(np.uint32(0), np.int32(0), how)
+    frames = samples._path_batch(score, np.arange(1), np.uint32(0), how, 2)
+    z, _ = samples._latent(np.uint32(0), np.int32(0), how)
     shown = bits.to_pixels(z / np.hypot(1, 50), 17)
     np.testing.assert_array_equal(frames[0, 0], shown)
     assert len(np.unique(shown)) > 10
@@ -158,6 +161,6 @@ def test_every_sampler_can_be_asked_for(trained: Path) -> None:
         config.sampling.sampler = name
         experiment = build.Experiment(config)
         params = experiment.restore(trained).state.ema_params
-        drawn = sample.preview(experiment, params).images
+        drawn = samples.preview(experiment, params).images
         assert drawn.shape == (2, 8, 8, 1) and experiment.sampler.nfe == 6
     jax.clear_caches()

@@ -9,13 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sbml import oracle, samplers
+from sbml import samplers
 from sbml.ode import Solver
 from sbml.platform import compiler_options
 from sbml.samplers import _grid
 from sbml.samplers.corrector import NoCorrector
 from sbml.sdes import SDE, SDES
 from sbml.types import Array
+from sbml.verify import oracle
 
 pytestmark = pytest.mark.usefixtures("x64")
 

@@ -7,12 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sbml import oracle
 from sbml.likelihood import Trace, ode_logp
 from sbml.ode import Solver
 from sbml.sampling import decode, denoise, ode_sample
 from sbml.sdes import SDES
 from sbml.types import Array
+from sbml.verify import oracle
 
 pytestmark = pytest.mark.usefixtures("x64")
 

@@ -16,7 +16,9 @@ from etils import epath
 from jax.experimental import multihost_utils
 
 from configs import digits_vp
-from sbml import build, loop, train, trained
+from sbml.experiment import build, trained
+from sbml.modes import _loop as loop
+from sbml.modes import train
 from sbml.runtime import metrics, preemption, sharding
 from sbml.runtime.checkpoint import Checkpoints
 

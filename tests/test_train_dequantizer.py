@@ -9,8 +9,11 @@ import numpy as np
 import pytest
 import tiny
 
-from sbml import build, evaluate, summary, train, train_dequantizer
 from sbml.dequantizers import variational
+from sbml.experiment import build
+from sbml.modes import eval as evaluate
+from sbml.modes import train, train_dequantizer
+from sbml.report import summary
 from sbml.runtime import metrics, sharding
 from sbml.runtime.parts import read_npz
 

@@ -7,8 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import tiny
 
-from sbml import build, train
+from sbml.experiment import build
 from sbml.losses import dsm_batch
+from sbml.modes import train
 from sbml.runtime import sharding
 
 

@@ -8,12 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sbml import oracle, verify
-from sbml.checks import continuous, integers
-from sbml.checks.row import Row, bounding, row
 from sbml.dequantizers import DEQUANTIZERS, uniform
+from sbml.modes import verify
 from sbml.sdes import SDES
 from sbml.types import Array, Key
+from sbml.verify import checks, continuous, integers, oracle
+from sbml.verify.row import Row, bounding, row
 
 pytestmark = pytest.mark.oracle
 
@@ -50,7 +50,7 @@ ABSENT = {(f"epsilon-correction, {kind}", "ve") for kind in ("Gaussian", "mixtur
 @functools.cache
 def rows() -> dict[tuple[str, str], Row]:
     """Made in float32's session: the table takes care of its own precision."""
-    found = verify.checks()
+    found = checks.checks()
     assert len(found) == len({(row.name, row.sde) for row in found})
     return {(row.name, row.sde): row for row in found}
 

@@ -2,7 +2,7 @@
 
 from ml_collections import ConfigDict
 
-from sbml.config import default
+from sbml.experiment.config import default
 
 
 def get_config() -> ConfigDict:

@@ -26,7 +26,7 @@ from sbml.data import Options
 from sbml.features._extractor import Extractor
 from sbml.features._torch_file import read_state_dict
 from sbml.runtime.parts import read_npz, write_npz
-from sbml.trees import differences
+from sbml.runtime.trees import differences
 from sbml.types import Array
 
 FILE = "pt_inception-2015-12-05-6726825d.pth"

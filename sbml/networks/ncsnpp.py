@@ -153,8 +153,8 @@ class Model(nn.Module):
       nonlinearity: "swish", "elu", "relu" or "lrelu" (slope 0.2).
       init_scale: variance scale of each branch's last layer; 0 starts every block as its shortcut.
       dtype: "float32" or "bfloat16" arithmetic; parameters, statistics and output stay float32.
-      remat: compute each residual block again for its gradient instead of storing what is inside of
-        it: less memory for a third more arithmetic.
+      remat: compute each residual block again for its gradient instead of storing its intermediate
+        results: less memory, up to a third more arithmetic.
 
     Raises:
       ValueError: an option outside its range, or an input that the options do not fit.

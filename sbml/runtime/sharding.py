@@ -1,4 +1,4 @@
-"""Batches split over a one-axis device mesh; the rest replicated, or parts of the state spread.
+"""Batches split over a one-axis device mesh; the state replicated or, in part, split too.
 
 Under ``jit`` with these shardings a computation means what it says about the *global* batch, on one
 device or many, in one process or many; the mathematics knows no axis name.
@@ -76,7 +76,7 @@ def partitioned(
         )
 
     def update(grads: Any, state: Any, params: Any) -> tuple[Any, Any]:
-        # First summed whole: XLA might else gather activations for its part of a kernel's gradient.
+        # Sum over all devices first: otherwise XLA may gather activations to compute each part.
         grads = jax.lax.with_sharding_constraint(grads, replicated(mesh))
         updates, state = optimizer.update(parts(grads), state, parts(params))
         return parts(updates), state

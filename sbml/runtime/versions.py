@@ -20,8 +20,8 @@ def versions() -> dict[str, str]:
     """
     found = {name: importlib.metadata.version(name) for name in PACKAGES}
     devices = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
-    backend = jax.devices()[0].client.platform_version.splitlines()[0]
-    xla = f"of jaxlib {found['jaxlib']}, for {backend}"
+    backend = jax.devices()[0].client.platform_version.split()
+    xla = f"of jaxlib {found['jaxlib']}, for {' '.join(backend) or jax.default_backend()}"
     if compiler.check():
         xla += ", its sums agree with NumPy's"
     return {**found, "xla": xla, "python": platform.python_version(), "devices": devices}

@@ -1,4 +1,4 @@
-"""Writes the files of PyTorch's that ``tests/test_features.py`` reads.
+"""Writes the PyTorch files that ``tests/test_features.py`` reads.
 
     PYTHONPATH=tests python tests/data/make_inception.py
 

@@ -13,8 +13,9 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from sbml.runtime import _images, _page
-from sbml.runtime._images import image_grid as image_grid
+from sbml.report import images as _images
+from sbml.report import page as _page
+from sbml.report.images import image_grid as image_grid
 from sbml.runtime.files import write_whole
 
 

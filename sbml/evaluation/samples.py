@@ -15,14 +15,13 @@ import jax.numpy as jnp
 import numpy as np
 from absl import logging
 from etils import epath
-from ml_collections import ConfigDict
 
-from sbml import bits, sampling, summary, trained
-from sbml.build import Experiment
+from sbml import bits, report, sampling
 from sbml.data import eval_batches
-from sbml.runtime import progress, report, sharding
+from sbml.experiment.build import Experiment
+from sbml.runtime import progress, sharding
 from sbml.runtime.checkpoint import Restored, tree_crc32
-from sbml.runtime.parts import Parts, write_npz
+from sbml.runtime.parts import Parts
 from sbml.runtime.preemption import Preemption
 from sbml.samplers import Sampler
 from sbml.sdes import SDE
@@ -173,40 +172,3 @@ def strip(experiment: Experiment, params: Any, count: int) -> np.ndarray:
     seed = np.uint32(experiment.config.sampling.seed)
     paths = np.asarray(_path_batch(score, ids, seed, Recipe.of(experiment), frames))
     return grid(experiment, paths.reshape(-1, *experiment.shape), columns=frames)
-
-
-def run(config: ConfigDict, workdir: epath.PathLike) -> None:
-    """Draw ``sampling.num_images`` from the newest checkpoint's averaged parameters.
-
-    Writes ``samples.npz``, ``samples.png``, ``samples_strip.png``, and the report anew where there
-    is an evaluation. A killed run resumes and ends in the same images.
-
-    Raises:
-      ValueError: without a checkpoint, or with one of another model.
-    """
-    experiment, workdir = Experiment(config), epath.Path(workdir)
-    restored = experiment.restore(workdir)
-    for warning in trained.unseen_times(restored.metadata, experiment.sampling_eps, "sampling"):
-        logging.warning(warning)
-    drawn = generate(experiment, restored, workdir)
-    # By all processes, whose devices hold the parameters together; written by one.
-    rows = min(4, len(drawn.images)) if config.sampling.frames > 1 else 0
-    picture = strip(experiment, restored.state.ema_params, rows) if rows else None
-    if jax.process_index() > 0:
-        return
-    how = np.asarray(repr(experiment.sampler))
-    crc32 = np.asarray(tree_crc32(restored.state.ema_params))
-    origin = {"step": np.asarray(restored.step), "parameters_crc32": crc32, "sampler": how}
-    columns = {**drawn._asdict(), **origin}
-    write_npz(workdir / summary.SAMPLES, columns)
-    shown = drawn.images[:256]  # A picture of more is not looked at; samples.npz has all.
-    report.write_png(workdir / "samples.png", grid(experiment, shown))
-    if picture is not None:
-        report.write_png(workdir / "samples_strip.png", picture)
-    else:  # One there may be is of earlier samples.
-        (workdir / "samples_strip.png").unlink(missing_ok=True)
-    summary.write(workdir, experiment.images)
-    print(
-        f"{len(drawn.images)} samples by {config.sampling.sampler}, {drawn.nfe.mean():.0f} "
-        f"evaluations each: {workdir / 'samples.png'}"
-    )

@@ -1,7 +1,7 @@
 """One part each from a config: the process, the network, the optimizer, a solver, the data, and
 which numbers an evaluation is of.
 
-What a run needs of them together is in ``sbml.build``.
+What a run needs of them together is in ``sbml.experiment.build``.
 """
 
 import dataclasses
@@ -13,11 +13,11 @@ import optax
 from ml_collections import ConfigDict
 
 from sbml import dequantizers, estimators, networks, samplers, sdes, times
-from sbml.config import choices_in
 from sbml.data import Options, imagenet32
 from sbml.discrete import CATEGORICAL
 from sbml.divergence import Trace
 from sbml.estimators import Cell
+from sbml.experiment.config import choices_in
 from sbml.ode import Solver
 from sbml.runtime import optim
 
@@ -173,7 +173,7 @@ def network(config: ConfigDict) -> Any:
     if unknown:
         raise ValueError(
             f"config.model has fields {unknown} that {config.model.name!r} lacks: begin the config "
-            f"with sbml.config.default({config.model.name!r})"
+            f"with sbml.experiment.config.default({config.model.name!r})"
         )
     return module(**{k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()})
 

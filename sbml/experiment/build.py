@@ -1,4 +1,4 @@
-"""From a config to objects: what several sections make together (one alone: ``from_config``).
+"""From a config to objects: what several sections make together (one alone: ``sections``).
 
 Everything derived from several fields is computed here, after command-line overrides. A wrong value
 is a ValueError that names the field, before any work is done.
@@ -15,21 +15,12 @@ import optax
 from etils import epath
 from ml_collections import ConfigDict
 
-from sbml import (
-    adapters,
-    data,
-    dequantizers,
-    discrete,
-    losses,
-    samplers,
-    sdes,
-    times,
-    trained,
-)
-from sbml.config import check_ranges
+from sbml import adapters, data, dequantizers, discrete, losses, samplers, sdes, times
 from sbml.divergence import Trace
 from sbml.estimators import Cell
-from sbml.from_config import (
+from sbml.experiment import trained
+from sbml.experiment.config import check_ranges
+from sbml.experiment.sections import (
     cells,
     check_choice,
     data_options,

@@ -18,10 +18,11 @@ from absl import logging
 from etils import epath
 from ml_collections import ConfigDict
 
-from sbml import trained
+from sbml import report
 from sbml.data import ImageSet, prefetch, train_batches
+from sbml.experiment import trained
 from sbml.platform import compiler_options, platform
-from sbml.runtime import progress, report, sharding
+from sbml.runtime import progress, sharding
 from sbml.runtime.checkpoint import Checkpoints
 from sbml.runtime.metrics import MetricsWriter
 from sbml.runtime.preemption import Preemption
@@ -136,6 +137,7 @@ class _Trainer:
         self.state, self.start = self._restore()
         options = {k: training[k] for k in ("steps_per_dispatch", "shard_state")}
         self.step = compiled_step(task.update, self.mesh, self.state, **options)
+        self.gathered = jax.jit(lambda tree: tree, out_shardings=same)
         self.saved = self.start
         left = max(0, training.num_steps - self.start)
         if left % training.steps_per_dispatch:
@@ -234,7 +236,9 @@ class _Trainer:
         """The task's picture, to disk and to tensorboard."""
         if self.task.picture is None:
             return
-        grid = self.task.picture(self.state)
+        # Whole on every device: a sampler would gather each layer again at each of its steps.
+        average = self.gathered(self.state.ema_params)
+        grid = self.task.picture(self.state.replace(ema_params=average))
         if self.writer:
             folder = self.task.directory / "samples"
             folder.mkdir(parents=True, exist_ok=True)

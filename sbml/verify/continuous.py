@@ -1,9 +1,9 @@
 """Estimators of continuous data against the truth, without noise: rows of ``--mode=verify``.
 
 For x_0 Gaussian or a mixture of Gaussians the score and density at every time are known
-(``sbml.oracle``). What an estimator expects is computed over (x_0, z) by points whose weighted mean
-is exact and over time by Gauss-Legendre nodes in log-SNR, where the integrands are smooth. With h
-and J the entropy and Fisher information of x_t, rho = sigma / alpha, and the exact score,
+(``verify.oracle``). What an estimator expects is computed over (x_0, z) by points whose weighted
+mean is exact and over time by Gauss-Legendre nodes in log-SNR, where the integrands are smooth.
+With h and J the entropy and Fisher information of x_t, rho = sigma / alpha, and the exact score,
 
     E prior           = 1/2 E|x_T|^2 / s^2 + d/2 log(s^2 / sigma_T^2) - d/2
     E diffusion       = h_eps - h_T + d log(sigma_T / sigma_eps)
@@ -27,11 +27,12 @@ import jax.numpy as jnp
 import numpy as np
 from scipy import integrate, special, stats
 
-from sbml import bound, divergence, losses, ode, oracle, times
-from sbml.checks.row import EPS, Row, coefficients, jit, row
+from sbml import bound, divergence, losses, ode, times
 from sbml.likelihood import Likelihood, Trace, ode_logp
 from sbml.sdes import SDE
 from sbml.types import Array, Key, Score
+from sbml.verify import oracle
+from sbml.verify.row import EPS, Row, coefficients, jit, row
 
 NODES = 96  # Gauss-Legendre nodes over the range of log-SNR.
 

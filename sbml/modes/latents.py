@@ -16,13 +16,13 @@ import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
 
-from sbml import bits
-from sbml.build import Experiment
+from sbml import bits, report
 from sbml.data import spread
+from sbml.evaluation.samples import grid
+from sbml.experiment.build import Experiment
 from sbml.ode import Solver, transport
-from sbml.runtime import report, sharding
+from sbml.runtime import sharding
 from sbml.runtime.parts import write_npz
-from sbml.sample import grid
 from sbml.samplers import FixedSteps, ReverseDiffusion
 from sbml.samplers.corrector import AnnealedLangevin
 from sbml.samplers.known import GREY_FIRST, complete

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sbml.networks.ncsnpp import Model
-from sbml.trees import differences
+from sbml.runtime.trees import differences
 
 BLOCKS = {"ResnetBlockBigGANpp": "biggan", "ResnetBlockDDPMpp": "ddpm"}
 SHOWN = 30  # differences, in an error

@@ -18,16 +18,18 @@ import optax
 from etils import epath
 from ml_collections import ConfigDict
 
-from sbml import architecture
-from sbml.build import Experiment
+from sbml.convert import _ncsnpp_options
+from sbml.convert import _score_flow_file as files
+from sbml.convert._score_flow_file import AuthorsState
 from sbml.dequantizers import variational
-from sbml.from_config import smallest_time
-from sbml.runtime import authors, ncsnpp_options, sharding
-from sbml.runtime.authors import AuthorsState
+from sbml.experiment import architecture
+from sbml.experiment.build import Experiment
+from sbml.experiment.sections import smallest_time
+from sbml.runtime import sharding
 from sbml.runtime.checkpoint import Checkpoints, tree_crc32
 from sbml.runtime.state import TrainState
+from sbml.runtime.trees import differences
 from sbml.runtime.versions import versions
-from sbml.trees import differences
 
 
 class Convention(NamedTuple):
@@ -51,27 +53,22 @@ _SCORE = Convention(("unscaled", "score"), "sigma", "fourier")
 CONVENTIONS = {"vp": _NOISE, "subvp": _NOISE, "ve": _SCORE, "linear_ve": _NOISE}
 
 
-def run(config: ConfigDict, workdir: epath.PathLike, source: epath.PathLike | None) -> None:
+def convert(config: ConfigDict, workdir: epath.Path, source: epath.Path) -> None:
     """Convert the newest checkpoints in ``source`` to ``workdir``.
 
     Raises:
       ValueError: no checkpoint there, one that is no network of ours (its missing, extra or
         misshapen leaves are named), or a ``workdir`` that has checkpoints already.
     """
-    workdir = epath.Path(workdir)
-    if not source:
-        raise ValueError(
-            "--mode=convert reads --source=DIR, a work directory of Song et al.'s code"
-        )
-    score_file = authors.newest(epath.Path(source) / authors.SCORE)
+    score_file = files.newest(source / files.SCORE)
     if score_file is None:
         raise ValueError(
-            f"no {authors.PREFIX}N in {epath.Path(source) / authors.SCORE}: --source is the folder "
-            f"that holds {authors.SCORE}/"
+            f"no {files.PREFIX}N in {source / files.SCORE}: --source is the folder that holds "
+            f"{files.SCORE}/"
         )
-    score = authors.read(score_file)
-    flow_file = authors.newest(epath.Path(source) / authors.DEQUANTIZER)
-    flow = None if flow_file is None else _renamed(authors.read(flow_file))
+    score = files.read(score_file)
+    flow_file = files.newest(source / files.DEQUANTIZER)
+    flow = None if flow_file is None else _renamed(files.read(flow_file))
     sections = _sections(config, score, flow)
     fitted, lines = architecture.apply(config, sections)
     experiment = Experiment(fitted)
@@ -120,7 +117,7 @@ def _sections(
     given = {k: v for k, v in config.model.items() if k != "name"}
     height, channels = config.data.shape[0], config.data.shape[-1]
     try:
-        options = ncsnpp_options.read_options(score.ema_params, given, height, channels)
+        options = _ncsnpp_options.read_options(score.ema_params, given, height, channels)
     except ValueError as error:
         raise ValueError(f"{score.path}: {error}") from error
     found = np.shape(score.ema_params["Conv_0"]["kernel"])[2]

@@ -1,30 +1,24 @@
-"""How good the samples are, beside how likely the test images: modes ``stats`` and ``quality``.
+"""How good the samples are, beside how likely the test images.
 
-``stats`` passes the training images through the extractor ``eval.features`` and keeps what the
-distances need, under the data's fingerprint. ``quality`` holds the samples of a work directory
-against it, n in every metric's name, and against the training images themselves: a model that
-remembers draws samples much nearer to one of them than test images are.
+The training images pass through an extractor of features once, and what the distances need is kept
+under the data's fingerprint. Samples are compared with it, and with the training images themselves:
+a model that remembers draws samples much nearer to one of them than test images are.
 """
 
-import json
 from collections.abc import Iterator
 from typing import NamedTuple
 
-import jax
 import numpy as np
-from absl import logging
 from etils import epath
 from ml_collections import ConfigDict
 
-from sbml import distances, sample, summary
-from sbml.build import Experiment
+from sbml import distances
 from sbml.data import ImageSet, Options, spread
 from sbml.distances import Moments
+from sbml.experiment.build import Experiment
+from sbml.experiment.sections import check_choice
 from sbml.features import EXTRACTORS, Extractor
-from sbml.from_config import check_choice
-from sbml.runtime import progress, report
-from sbml.runtime.checkpoint import tree_crc32
-from sbml.runtime.files import write_whole
+from sbml.runtime import progress
 from sbml.runtime.parts import read_npz, write_npz
 
 KEPT = 10_000  # features for the kernel distance, whose cost is quadratic
@@ -55,7 +49,7 @@ def extractor(config: ConfigDict) -> Extractor:
     )
 
 
-def _features(
+def features_of(
     extract: Extractor, images: np.ndarray, name: str
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Features and probabilities of all ``images``, some at a time."""
@@ -77,7 +71,7 @@ def reference(experiment: Experiment, extract: Extractor, images: ImageSet) -> R
         def parts() -> Iterator[np.ndarray]:
             """All features once, not all at once: of a million images they are 10 GB."""
             start = 0
-            for features, _ in _features(extract, images.images, f"{images.name} {images.split}"):
+            for features, _ in features_of(extract, images.images, f"{images.name} {images.split}"):
                 here = chosen[(chosen >= start) & (chosen < start + len(features))] - start
                 some.append(np.asarray(features[here], np.float32))
                 start += len(features)
@@ -93,12 +87,6 @@ def reference(experiment: Experiment, extract: Extractor, images: ImageSet) -> R
     return Reference(moments, kept["features"])
 
 
-def stats(config: ConfigDict, workdir: epath.PathLike) -> None:
-    """Compute and keep the statistics of the training images; ``workdir`` is not touched."""
-    experiment = Experiment(config)
-    reference(experiment, extractor(config), experiment.images("train"))
-
-
 def _nearest(x: np.ndarray, train: ImageSet, flip: bool) -> tuple[np.ndarray, np.ndarray]:
     """The training image nearest to each of ``x``, mirrored where that is nearer and ``flip``, and
     the root mean square distance, of pixels in [0, 1]."""
@@ -112,7 +100,7 @@ def _nearest(x: np.ndarray, train: ImageSet, flip: bool) -> tuple[np.ndarray, np
     return found, distance / (train.levels - 1)
 
 
-def _memory(
+def memory(
     drawn: np.ndarray, train: ImageSet, test: ImageSet, flip: bool
 ) -> tuple[dict[str, float], np.ndarray]:
     """Distances to the nearest training images, and the first samples, those images after them."""
@@ -127,52 +115,3 @@ def _memory(
         "the same of test images": float(np.median(usual)),
     }
     return values, rows
-
-
-def run(config: ConfigDict, workdir: epath.PathLike) -> None:
-    """Hold ``samples.npz`` of ``workdir`` against the training images.
-
-    Writes ``quality.json``, ``neighbours.png``, and the report anew where there is an evaluation.
-
-    Raises:
-      ValueError: without samples, fewer than two of them, or without the extractor's weights.
-    """
-    experiment, workdir = Experiment(config), epath.Path(workdir)
-    extract = extractor(config)
-    if not (workdir / summary.SAMPLES).exists():
-        raise ValueError(f"no {summary.SAMPLES} in {workdir}: draw some first (--mode=sample)")
-    drawn = read_npz(workdir / summary.SAMPLES)
-    if failed := int(np.sum(drawn.get("failed", False))):  # Not in files of earlier versions.
-        logging.warning("%d of %d samples are not finite", failed, len(drawn["images"]))
-    if len(drawn["images"]) < 2:
-        raise ValueError(
-            f"{workdir / summary.SAMPLES} has one image: distances need two at least; draw more "
-            "(--mode=sample,quality --config.sampling.num_images=1000)"
-        )
-    train, test = experiment.images("train"), experiment.images("test")
-    known = reference(experiment, extract, train)
-    looks = zip(*_features(extract, drawn["images"], "samples"), strict=True)
-    features, probabilities = (np.concatenate(part) for part in looks)
-    n = len(features)
-    if n < features.shape[1]:
-        logging.warning(
-            "%d samples for %d features: a distance of so few says little", n, features.shape[1]
-        )
-    frechet, kernel, score = extract.names
-    values = {
-        f"{frechet} n={n}": distances.frechet(Moments.of(features), known.moments),
-        f"{kernel} n={n}": distances.kernel(features, known.features),
-        f"{score} n={n}": distances.inception_score(probabilities),
-    }
-    memory, rows = _memory(drawn["images"], train, test, config.data.flip)
-    if jax.process_index() > 0:
-        return
-    values |= memory
-    images_crc32 = tree_crc32(drawn["images"])
-    result = {"step": int(drawn["step"]), "images_crc32": images_crc32, "values": values}
-    write_whole(workdir / summary.QUALITY, json.dumps(report.strict(result), indent=1).encode())
-    picture = sample.grid(experiment, rows, columns=len(rows) // 2)
-    report.write_png(workdir / summary.NEIGHBOURS, picture)
-    summary.write(workdir, experiment.images)
-    for name, value in values.items():
-        print(f"{name}: {value:.4g}")

@@ -23,9 +23,9 @@ from etils import epath
 
 from sbml import bits, discrete, divergence, estimators, intervals, times
 from sbml.bound import GaussianControl
-from sbml.build import Experiment
 from sbml.data import ImageSet, eval_batches, spread
 from sbml.estimators import Cell
+from sbml.experiment.build import Experiment
 from sbml.ode import Solver
 from sbml.runtime import progress, sharding
 from sbml.runtime.checkpoint import Restored, tree_crc32

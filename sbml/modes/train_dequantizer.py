@@ -16,8 +16,10 @@ import jax
 from etils import epath
 from ml_collections import ConfigDict
 
-from sbml import bits, bound, loop, times, trained
-from sbml.build import Experiment
+from sbml import bits, bound, times
+from sbml.experiment import trained
+from sbml.experiment.build import Experiment
+from sbml.modes import _loop as loop
 from sbml.runtime.checkpoint import tree_crc32
 from sbml.runtime.state import Loss, Prepare, Update
 from sbml.types import Array, Key

@@ -14,8 +14,11 @@ import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
 
-from sbml import bits, loop, losses, sample, times, trained
-from sbml.build import Experiment
+from sbml import bits, losses, times
+from sbml.evaluation import samples
+from sbml.experiment import trained
+from sbml.experiment.build import Experiment
+from sbml.modes import _loop as loop
 from sbml.runtime.state import Loss, Observe, Prepare, TrainState, Update
 from sbml.types import Array, Key
 
@@ -122,7 +125,7 @@ def task(experiment: Experiment, workdir: epath.Path) -> loop.Task:
     config, images = experiment.config, experiment.images("train")
 
     def picture(state: TrainState) -> np.ndarray:
-        return sample.grid(experiment, sample.preview(experiment, state.ema_params).images)
+        return samples.grid(experiment, samples.preview(experiment, state.ema_params).images)
 
     return loop.Task(
         name="train",

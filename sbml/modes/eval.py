@@ -1,7 +1,7 @@
 """Evaluation: every image of a split through a table of cells, to a report.
 
 A cell is one estimator with one dequantizer and K draws of it (``sbml.estimators``); all are of one
-checkpoint. How a cell's rows are made, resumed and given their error bars is in ``sbml.cells``.
+checkpoint. ``evaluation.cells`` makes a cell's rows, resumes them and gives them error bars.
 """
 
 import functools
@@ -18,15 +18,17 @@ from absl import logging
 from etils import epath
 from ml_collections import ConfigDict
 
-from sbml import baselines, bits, bound, cells, dequantizers, summary, trained
+from sbml import bits, bound, dequantizers, report
 from sbml.bound import GaussianControl
-from sbml.build import Experiment
-from sbml.cells import CellRun, Dequantization, Evaluation
 from sbml.data import ImageSet, spread
 from sbml.discrete import CATEGORICAL
 from sbml.estimators import Cell
+from sbml.evaluation import baselines, cells
+from sbml.evaluation.cells import CellRun, Dequantization, Evaluation
+from sbml.experiment import trained
+from sbml.experiment.build import Experiment
 from sbml.intervals import mean_interval
-from sbml.runtime import report
+from sbml.report import summary
 from sbml.runtime.checkpoint import Restored, tree_crc32
 from sbml.runtime.files import write_whole
 from sbml.runtime.parts import kept, write_npz

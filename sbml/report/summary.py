@@ -13,8 +13,9 @@ import numpy as np
 from absl import logging
 from etils import epath
 
+from sbml import report
 from sbml.data import ImageSet
-from sbml.runtime import metrics, report
+from sbml.runtime import metrics
 from sbml.runtime.checkpoint import tree_crc32
 from sbml.runtime.parts import read_npz
 

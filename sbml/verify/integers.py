@@ -24,11 +24,12 @@ import jax.numpy as jnp
 import numpy as np
 from scipy import integrate, special, stats
 
-from sbml import bits, bound, discrete, oracle, times
-from sbml.checks.row import EPS, Row, bounding, coefficients, jit, row
+from sbml import bits, bound, discrete, times
 from sbml.dequantizers import DEQUANTIZERS, truncated_normal
 from sbml.sdes import SDE, SDES
 from sbml.types import Array, Key
+from sbml.verify import oracle
+from sbml.verify.row import EPS, Row, bounding, coefficients, jit, row
 
 LEVELS, SHAPE, IMAGES, DRAWS = 8, (1, 2, 1), 4, 16_384
 SIZE = math.prod(SHAPE)

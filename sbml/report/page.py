@@ -12,7 +12,8 @@ import jinja2
 import numpy as np
 from markupsafe import Markup
 
-from sbml.runtime import _images, _plots
+from sbml.report import images as _images
+from sbml.report import plots as _plots
 
 Fetch = Callable[[Sequence[int]], np.ndarray]
 
@@ -57,7 +58,7 @@ def render(
     best, worst = _extremes(np.asarray(table["id"]), next(iter(bits.values())), images, levels)
     columns = _columns(report["results"])
     environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("sbml", "runtime"),
+        loader=jinja2.PackageLoader("sbml", "report"),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,

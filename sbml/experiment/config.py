@@ -1,7 +1,7 @@
 """Every field of a config, with its default and meaning.
 
 A config file calls :func:`default` and sets what differs. Fields hold plain values only; whatever
-is derived from several of them is computed in ``sbml.build``, after command-line overrides.
+is derived from several of them is computed in ``experiment.build``, after command-line overrides.
 """
 
 import dataclasses
@@ -86,7 +86,8 @@ def _training(batch_size: int, num_steps: int) -> dict:
         "num_steps": num_steps,
         "accumulate": 1,  # micro-batches a step
         "steps_per_dispatch": 1,  # more can help accelerators; slow on CPU
-        # optimizer's state and average spread over the devices: less memory, one more gathering
+        # optimizer's state and average split over the devices: less memory of each, and a step
+        # gathers all parameters once more
         "shard_state": False,
         "log_every": 100,
         "checkpoint_every": 5_000,

@@ -5,8 +5,9 @@ from typing import Any
 from absl import logging
 from ml_collections import ConfigDict
 
-from sbml import architecture, data
-from sbml.from_config import smallest_time, trained_from
+from sbml import data
+from sbml.experiment import architecture
+from sbml.experiment.sections import smallest_time, trained_from
 
 Metadata = dict[str, Any]
 

@@ -6,7 +6,6 @@ have five standard errors as their tolerance.
 """
 
 import functools
-import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -14,17 +13,20 @@ from typing import Any
 import jax
 
 from sbml import compiler
-from sbml.checks.continuous import continuous_checks
-from sbml.checks.integers import discrete_checks
-from sbml.checks.row import Row
-from sbml.runtime.versions import versions
 from sbml.sdes import SDES
+from sbml.verify.continuous import continuous_checks
+from sbml.verify.integers import discrete_checks
+from sbml.verify.row import Row
+
+
+def on_cpu() -> Any:
+    """A context of computations on the CPU: TPUs have no float64, and it is formulas that are
+    compared with the truth."""
+    return jax.default_device(jax.local_devices(backend="cpu")[0])
 
 
 def _in_float64(rows: Callable[[], Iterable[Row]]) -> list[Row]:
-    # On the CPU: TPUs have no float64, and what is held against the truth are the formulas.
-    cpu = jax.default_device(jax.local_devices(backend="cpu")[0])
-    with cpu, jax.enable_x64(True), jax.numpy_rank_promotion("raise"):
+    with on_cpu(), jax.enable_x64(True), jax.numpy_rank_promotion("raise"):
         compiler.check()
         return list(rows())
 
@@ -50,21 +52,3 @@ def table(rows: list[Row]) -> str:
         numbers = f"{row.got:.10g}", f"{row.truth:.10g}", f"{row.error:.1e}", f"{row.tolerance:.1e}"
         lines.append(line.format(row.name, row.sde, *numbers, "" if row.ok else "FAILS"))
     return "\n".join(text.rstrip() for text in lines)
-
-
-def run(config: Any = None, workdir: Any = None) -> None:
-    """Print the table; it depends on nothing of ``config`` and writes nothing to ``workdir``.
-
-    Raises:
-      SystemExit: with status 1, if a row fails.
-    """
-    start = time.perf_counter()
-    print(f"jax {versions()['jax']}, XLA {versions()['xla']}\n")
-    rows = checks()
-    print(table(rows))
-    failed = [row for row in rows if not row.ok]
-    agree = f"{len(rows) - len(failed)} of {len(rows)} rows agree with the truth"
-    print(f"\n{agree}, in {time.perf_counter() - start:.0f} s")
-    if failed:
-        print("failed: " + "; ".join(f"{row.name} ({row.sde})" for row in failed))
-        raise SystemExit(1)

@@ -1,0 +1,28 @@
+"""Comparing every estimator with closed-form truth: ``--mode=verify``."""
+
+import time
+from typing import Any
+
+from sbml.runtime.versions import versions
+from sbml.verify.checks import checks, on_cpu, table
+
+NEEDS_CONFIG = False  # The one mode that no config changes.
+
+
+def run(config: Any = None, workdir: Any = None) -> None:
+    """Print the table; it depends on nothing of ``config`` and writes nothing to ``workdir``.
+
+    Raises:
+      SystemExit: with status 1, if a row fails.
+    """
+    start = time.perf_counter()
+    with on_cpu():
+        print(f"jax {versions()['jax']}, XLA {versions()['xla']}\n")
+    rows = checks()
+    print(table(rows))
+    failed = [row for row in rows if not row.ok]
+    agree = f"{len(rows) - len(failed)} of {len(rows)} rows agree with the truth"
+    print(f"\n{agree}, in {time.perf_counter() - start:.0f} s")
+    if failed:
+        print("failed: " + "; ".join(f"{row.name} ({row.sde})" for row in failed))
+        raise SystemExit(1)

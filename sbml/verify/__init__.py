@@ -1,0 +1,1 @@
+"""Every estimator compared with data whose truth is known in closed form."""

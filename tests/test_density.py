@@ -1,0 +1,127 @@
+"""The front door: any score's likelihood, bound, bits/dim, samples and latents, with error bars."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import sbml
+from sbml.divergence import Trace
+from sbml.ode import Solver
+from sbml.sdes import SDE, SDES, VP
+from sbml.verify import oracle
+
+pytestmark = pytest.mark.usefixtures("x64")
+
+EPS, SDE_VP = 1e-3, VP()
+MEAN = jnp.array([0.3, -0.2, 0.1, 0.0])
+EIGENVALUES = jnp.array([0.5, 0.2, 0.1, 0.02])
+
+
+def gaussian(sde: SDE = SDE_VP) -> oracle.Gaussian:
+    basis, _ = np.linalg.qr(np.random.default_rng(0).normal(size=(4, 4)))
+    return oracle.Gaussian(sde, MEAN, EIGENVALUES, jnp.asarray(basis))
+
+
+def density(sde: SDE = SDE_VP, **options) -> sbml.Density:
+    return sbml.Density(gaussian(sde).score, sde, (2, 2), **{"eps": EPS, **options})
+
+
+def data(n: int) -> np.ndarray:
+    """Of the Gaussian itself."""
+    normal = np.random.default_rng(1).normal(size=(n, 4)) * np.sqrt(EIGENVALUES)
+    return (np.asarray(MEAN) + normal @ np.asarray(gaussian().basis).T).reshape(n, 2, 2)
+
+
+@pytest.mark.parametrize("name", SDES)
+def test_log_likelihoods_are_those_of_the_closed_form(name: str) -> None:
+    sde, x = SDES[name](), data(6)
+    found = density(sde).logp(x)
+    exact = [gaussian(sde).logp(jnp.asarray(row), jnp.asarray(EPS)) for row in x]
+    # What is left is the prior's mismatch at T, and the solver's error.
+    np.testing.assert_allclose(found.values, exact, atol=2e-2)
+    np.testing.assert_allclose(found.values, np.sum([*found.terms.values()], axis=0), rtol=1e-14)
+    assert found.converged and found.unit == "nats" and (found.nfe > 10).all()
+    assert found.this_set_ci95 < 1e-9  # An exact trace draws nothing.
+    assert found.population.mean == pytest.approx(found.values.mean())
+
+
+def test_the_batch_size_changes_nothing() -> None:
+    x, options = data(7), {"trace": Trace("rademacher", 2)}
+    one, other = (density(batch_size=size, **options).logp(x) for size in (3, 7))
+    np.testing.assert_allclose(one.values, other.values, rtol=1e-12)
+    assert one.this_set_ci95 == pytest.approx(other.this_set_ci95) and one.this_set_ci95 > 0
+
+
+def test_the_bound_is_tight_for_the_exact_score() -> None:
+    x = data(40)
+    bound, logp = density().bound(x, sweeps=8), density().logp(x)
+    assert bound.solver_error is None and bound.converged
+    difference = bound.population.mean + logp.population.mean
+    assert abs(difference) < 2 * bound.this_set_ci95 + 2e-2
+    np.testing.assert_allclose(bound.values, np.sum([*bound.terms.values()], axis=0), rtol=1e-14)
+    # A wrong score has a looser bound.
+    wrong = sbml.Density(lambda x, t, key: -x, VP(), (2, 2), eps=EPS).bound(x)
+    assert wrong.population.mean > bound.population.mean + 0.5
+
+
+def test_bits_per_dim_are_of_the_integers() -> None:
+    """By the definition: -log2 of the mean density over a bin's inside, for each dimension."""
+    levels, k = 8, np.random.default_rng(2).integers(2, 6, (12, 2, 2))
+    found = density(levels=levels, trace=Trace("exact")).bits_per_dim(k)
+    u = np.random.default_rng(3).random((4000, 1, 2, 2))
+    x = 2 * (k + u) / levels - 1
+    logp = jax.vmap(jax.vmap(lambda x: gaussian().logp(x, jnp.asarray(EPS))))(jnp.asarray(x))
+    expected = (-logp.mean(axis=0) + 4 * math.log(levels / 2)) / (4 * math.log(2))
+    # Ours draws one u for each example: its own error bar says how far off the mean may be.
+    assert abs(found.population.mean - expected.mean()) < 2 * found.this_set_ci95 + 0.01
+    assert 0.01 < found.this_set_ci95 < 0.5 and found.unit == "bits/dim"
+    assert set(found.terms) >= {"prior", "divergence", "dequantization", "scale"}
+    assert "bits/dim, 95% interval [" in str(found) and "n=12" in str(found)
+
+
+def test_latents_lead_back_and_samples_follow_the_density() -> None:
+    strict = {"solver": Solver(rtol=1e-7, atol=1e-7)}
+    x, d = data(5), density(**strict)
+    z = d.latent(x)
+    flow = gaussian().flow
+    exact = [flow(jnp.asarray(row), jnp.asarray(EPS), jnp.asarray(1.0)) for row in x]
+    np.testing.assert_allclose(z, exact, atol=1e-5)
+    np.testing.assert_allclose(d.decode(z), x, atol=1e-5)
+    drawn = density().sample(jax.random.key(0), 400)
+    assert drawn.shape == (400, 2, 2)
+    errors = 4 * np.sqrt(np.diag(gaussian().cov) / 400)
+    assert (np.abs(drawn.mean(0).ravel() - MEAN) < errors).all()
+    np.testing.assert_allclose(np.cov(drawn.reshape(400, 4).T), gaussian().cov, atol=0.12)
+    integers = density(levels=8).sample(jax.random.key(0), 3)
+    assert integers.dtype == np.uint8 and integers.max() < 8
+
+
+def test_a_number_that_has_not_converged_says_so() -> None:
+    loose = density(solver=Solver("heun", fixed_steps=3), budget=1e-6)
+    found = loose.logp(data(4))
+    assert not found.converged and "NOT CONVERGED" in str(found)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: density().logp(data(3)[:, 0]), r"data of shape \(3, 2\): give \(n, 2, 2\)"),
+        (lambda: density().logp(np.zeros((0, 2, 2))), "n at least 1"),
+        (lambda: density().logp(np.zeros((1, 2, 2), int)), "x is of int64: give floating-point"),
+        (lambda: density().bits_per_dim(np.zeros((1, 2, 2), int)), "the number of their levels"),
+        (lambda: density(levels=4).bits_per_dim(data(1)), "pixels are of float64: give integers"),
+        (lambda: density(levels=4).bits_per_dim(np.full((1, 2, 2), 4)), r"lie in 4 .. 4: .*0 .. 3"),
+        (lambda: density(levels=1), "levels=1: need at least 2"),
+        (lambda: density(batch_size=0), "batch_size=0"),
+        (lambda: density(eps=2.0), r"must lie in \(0, 1.0\)"),
+        (lambda: sbml.Density(gaussian().score, VP(), (2, 0)), r"shape=\(2, 0\)"),
+        (lambda: density().bound(data(2), sweeps=1), "sweeps=1"),
+        (lambda: density().sample(jax.random.key(0), 0), "n=0: draw at least one"),
+    ],
+)
+def test_what_cannot_be_is_refused(call, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        call()

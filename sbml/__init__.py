@@ -11,6 +11,7 @@ s(x, t, key), see ``sbml.types``.
     sampling, samplers          from a latent to a sample
     bits, intervals, distances  bits/dim, error bars, distances between sets of images
     networks, adapters          score networks; from a network to a score
+    predictions                 from what a network predicts (noise, velocity ...) to a score
     compiler                    the check that XLA's sums are right
     dequantizers, data          from integers to numbers; image sets
 
@@ -27,7 +28,7 @@ compiler.cure()
 LIBRARY = (
     *("adapters", "bits", "bound", "compiler", "data", "density", "dequantizers", "discrete"),
     *("distances", "divergence", "intervals", "likelihood", "losses", "networks", "ode"),
-    *("quadrature", "samplers", "sampling", "sdes", "times", "types"),
+    *("predictions", "quadrature", "samplers", "sampling", "sdes", "times", "types"),
 )
 
 

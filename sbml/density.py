@@ -23,14 +23,12 @@ import numpy as np
 
 from sbml import bits, bound, estimators, intervals, likelihood, ode, sampling, times
 from sbml.dequantizers import uniform
-from sbml.divergence import CHUNK, Trace
+from sbml.divergence import Trace, exact_batch
 from sbml.intervals import Interval
 from sbml.ode import Solver
 from sbml.sdes import SDE
 from sbml.types import Array, Key, Score
 
-# Tangents of an exact trace that are computed at once.
-TANGENTS = 2048
 # Examples that are solved again, for the solver's error and the noise of the draws.
 SUBSET = 32
 
@@ -323,7 +321,7 @@ class Density:
         """The columns of ``rows`` for all ``ids``, some at a time; the last batch is padded."""
         size = min(self.batch_size, len(ids))
         if self._trace.kind == "exact":
-            size = min(size, max(1, TANGENTS // min(CHUNK, self.dims)))
+            size = min(size, exact_batch(self.dims))
         parts = []
         for start in range(0, len(ids), size):
             batch = ids[start : start + size]

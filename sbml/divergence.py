@@ -33,6 +33,9 @@ PROBES = ("rademacher", "gaussian")
 # Directions at once: the exact trace of a 32x32x3 image has 3,072, too many to hold together.
 CHUNK = 256
 
+# Tangents of an exact trace that are held at once: of networks for 32x32 images 8 MB each.
+TANGENTS = 2048
+
 
 def probes(key: Key, shape: tuple[int, ...], count: int, kind: str = "rademacher") -> Array:
     """``(count, *shape)`` random probes: Rademacher's of one draw of signs, Gaussian independent.
@@ -98,6 +101,11 @@ def quadratic_forms(f: Callable[[Array], Array], x: Array, vs: Array) -> tuple[A
         return jax.vmap(one, out_axes=(None, 0))(vs)
     forms = jax.lax.map(lambda v: one(v)[1], vs, batch_size=CHUNK)
     return f(x), forms
+
+
+def exact_batch(dims: int) -> int:
+    """How many examples of ``dims`` dimensions an exact trace takes at once on one device."""
+    return max(1, TANGENTS // min(CHUNK, dims))
 
 
 def exact(f: Callable[[Array], Array], x: Array) -> tuple[Array, Array]:

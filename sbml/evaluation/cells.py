@@ -40,10 +40,6 @@ Table = dict[str, np.ndarray]
 FIRST_SWEEPS = 8
 
 
-# Of an exact trace, on one device: of networks for 32x32 images 8 MB each.
-TANGENTS = 2048
-
-
 class Unconverged(ValueError):
     """A fixed-step solve too coarse for the budget: no number is made of it."""
 
@@ -105,8 +101,8 @@ class CellRun:
         # With K solves an image, smaller batches: less padding where few images are wanted.
         size = max(1, self.config.batch_size // cell.num_importance)
         if self.trace.kind == "exact" and cell.estimator != "bound":
-            at_once = min(divergence.CHUNK, math.prod(experiment.shape))
-            size = min(size, max(1, TANGENTS // at_once) * jax.device_count())
+            exact = divergence.exact_batch(math.prod(experiment.shape))
+            size = min(size, exact * jax.device_count())
         self.batch_size = sharding.round_up(size)
         self.score = experiment.exact_adapter(shared.restored.state.ema_params)
         self._known: dict[Solver, Parts] = {}

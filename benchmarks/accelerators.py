@@ -44,7 +44,8 @@ from ml_collections import config_flags
 
 from sbml import estimators
 from sbml.bound import GaussianControl
-from sbml.evaluation import samples
+from sbml.estimators import Cell, Reduction, Rows, Target
+from sbml.evaluation import cells, samples
 from sbml.experiment.build import Experiment
 from sbml.modes import _loop as loop
 from sbml.modes import train
@@ -120,58 +121,47 @@ def training(experiment: Experiment, mesh: Mesh) -> Any:
     return step.lower(state, pixels, key, ())
 
 
-def _batch(experiment: Experiment, mesh: Mesh) -> tuple[Any, ...]:
-    """The arguments that the estimators share: score, dequantizer's parameters, rows and seed."""
+def _lowered(experiment: Experiment, mesh: Mesh, name: str, u: Any, given: Any) -> Any:
+    """A batch of the estimator ``name`` with uniform dequantization."""
     same, split = sharding.replicated(mesh), sharding.batched(mesh)
     size = -(-experiment.config.eval.batch_size // mesh.size) * mesh.size
+    row = jax.ShapeDtypeStruct((size,), jnp.int32, sharding=split)
+    batch = Rows(
+        data=jax.ShapeDtypeStruct((size, *experiment.shape), jnp.uint8, sharding=split),
+        ids=row,
+        sweeps=row,
+        seed=jax.ShapeDtypeStruct((), jnp.uint32, sharding=same),
+    )
+    if u:
+        u = jax.ShapeDtypeStruct((size, u), jnp.float32, sharding=split)
     params = sharding.abstract(experiment.init_state, mesh).ema_params
-    pixels = jax.ShapeDtypeStruct((size, *experiment.shape), jnp.uint8, sharding=split)
-    rows = jax.ShapeDtypeStruct((size,), jnp.int32, sharding=split)
-    seed = jax.ShapeDtypeStruct((), jnp.uint32, sharding=same)
-    return experiment.exact_adapter(params), {}, pixels, rows, rows, seed
-
-
-def _common(experiment: Experiment) -> dict[str, Any]:
-    return {
-        "dequantizer": experiment.dequantizer("uniform"),
-        "sde": experiment.sde,
-        "levels": experiment.levels,
-        "eps": experiment.eval_eps,
-    }
+    uniform = experiment.dequantizer("uniform")
+    target = Target(experiment.sde, experiment.eval_eps, experiment.levels, uniform)
+    estimator = cells.estimator(experiment, Cell(name, "uniform"))
+    with jax.default_matmul_precision(experiment.config.eval.precision):
+        score = experiment.exact_adapter(params)
+        return estimators.rows.lower(estimator, target, score, {}, batch, u, given)
 
 
 @program
 def ode(experiment: Experiment, mesh: Mesh) -> Any:
     """A batch of the ODE estimator, with uniform dequantization."""
-    with jax.default_matmul_precision(experiment.config.eval.precision):
-        return estimators.ode.lower(
-            *_batch(experiment, mesh),
-            experiment.eval_solver,
-            **_common(experiment),
-            trace=experiment.trace(),
-        )
+    return _lowered(experiment, mesh, "ode", None, experiment.eval_solver)
 
 
 @program
 def bound(experiment: Experiment, mesh: Mesh) -> Any:
     """A batch of the bound, with control variate and density of times, uniformly dequantized."""
-    same, split = sharding.replicated(mesh), sharding.batched(mesh)
-    config, batch = experiment.config.eval, _batch(experiment, mesh)
-    u = jax.ShapeDtypeStruct((len(batch[2]), config.n_times), jnp.float32, sharding=split)
+    same, config = sharding.replicated(mesh), experiment.config.eval
     pixels = math.prod(experiment.shape)
     vector = jax.ShapeDtypeStruct((pixels,), jnp.float32, sharding=same)
     matrix = jax.ShapeDtypeStruct((pixels, pixels), jnp.float32, sharding=same)
-    control = GaussianControl(vector, vector, matrix) if config.control else None
     density = jax.ShapeDtypeStruct((config.proposal_bins,), jnp.float32, sharding=same)
-    with jax.default_matmul_precision(config.precision):
-        return estimators.evidence_bound.lower(
-            *batch,
-            u,
-            control,
-            density if config.proposal_bins else None,
-            **_common(experiment),
-            proposal=experiment.eval_proposal,
-        )
+    reduction = Reduction(
+        GaussianControl(vector, vector, matrix) if config.control else None,
+        density if config.proposal_bins else None,
+    )
+    return _lowered(experiment, mesh, "bound", config.n_times, reduction)
 
 
 @program

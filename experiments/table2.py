@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from sbml.data import imagenet32
+from sbml.report.result import Result
 
 COLUMNS = {
     "NLL uniform": ("ode", "uniform"),
@@ -51,19 +52,19 @@ def read(workdir: str | pathlib.Path) -> Row:
     if not path.exists():
         raise ValueError(f"{workdir} has no report.json: run --mode=eval there first")
     report = _loaded(path)
-    config, results = report["config"], report["results"]
+    config, results = report["config"], [Result.read(row) for row in report["results"]]
     if not results:
         raise ValueError(f"{path} has no results: run --mode=eval there again")
     row: Row = {
-        "data": results[0]["data"],
-        "split": results[0]["split"],
+        "data": results[0].data,
+        "split": results[0].split,
         "model": _variant(config, report["title"]),
         "sde": config["sde"]["name"],
-        "n": results[0]["n"],
+        "n": results[0].n,
     }
     for column, (estimator, dequantizer) in COLUMNS.items():
         for result in results:
-            found = result["estimator"], result["dequantizer"], result["num_importance"]
+            found = result.estimator, result.dequantizer, result.num_importance
             if found == (estimator, dequantizer, 1):
                 row[column] = _cell(result)
     for name, value in report.get("quality", {}).items():
@@ -106,12 +107,12 @@ def _variant(config: dict[str, Any], title: str) -> str:
     return f"{title} ({' + '.join(words) or 'baseline'})"
 
 
-def _cell(result: dict[str, Any]) -> str:
+def _cell(result: Result) -> str:
     """The mean with half its 95% interval for the population, marked if it did not converge."""
-    value, half = float(result["bits_per_dim"]), float(result["ci95"])  # "NaN" where not finite
+    value, half = result.bits_per_dim, result.ci95
     if not math.isfinite(value):
         return "not finite"
-    mark = "" if result.get("converged", True) else " (unconverged)"
+    mark = " (unconverged)" if result.converged is False else ""
     return f"{value:.3f} ± {half:.3f}{mark}" if math.isfinite(half) else f"{value:.3f}{mark}"
 
 

@@ -21,59 +21,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sbml import bits, bound, estimators, intervals, likelihood, ode, sampling, times
+from sbml import bits, estimate, ode, sampling, times
 from sbml.dequantizers import uniform
 from sbml.divergence import Trace, exact_batch
-from sbml.intervals import Interval
+from sbml.estimate import Columns, Estimate
+from sbml.estimators import Reduction, Rows, Target, bound, rows
+from sbml.estimators import ode as ode_estimator
+from sbml.estimators.base import Estimator
 from sbml.ode import Solver
 from sbml.sdes import SDE
 from sbml.types import Array, Key, Score
 
 # Examples that are solved again, for the solver's error and the noise of the draws.
 SUBSET = 32
-
-Columns = dict[str, np.ndarray]
-
-
-@dataclasses.dataclass(frozen=True)
-class Estimate:
-    """A number for every example, and what its mean is worth.
-
-    Attributes:
-      values: of each example, ``(n,)``, in ``unit``.
-      terms: the parts that add up to ``values``, each ``(n,)``.
-      unit: "nats" or "bits/dim".
-      nfe: evaluations of the score for each example, ``(n,)``.
-      population: mean of ``values`` and its 95% interval for data like these.
-      this_set_ci95: half-width of the 95% interval for these very examples: the noise of probes,
-        times and dequantization. 0 where nothing is drawn.
-      solver_error: mean difference to a solve with a tenth of the tolerances, on some examples;
-        None for a bound, which solves no ODE.
-      budget: the largest ``solver_error`` of a number that counts as converged.
-    """
-
-    values: np.ndarray
-    terms: Columns
-    unit: str
-    nfe: np.ndarray
-    population: Interval
-    this_set_ci95: float
-    solver_error: Interval | None = None
-    budget: float = math.inf
-
-    @property
-    def converged(self) -> bool:
-        """Whether the solver's error, its own 95% interval included, is within the budget."""
-        gap = self.solver_error
-        return gap is None or abs(gap.mean) + gap.ci95 <= self.budget
-
-    def __str__(self) -> str:
-        low, high = self.population.bounds
-        mark = "" if self.converged else f", NOT CONVERGED: solver error {self.solver_error}"
-        return (
-            f"{self.population.mean:.4f} {self.unit}, 95% interval [{low:.4f}, {high:.4f}], for "
-            f"these examples +-{self.this_set_ci95:.4f}, n={self.population.n}{mark}"
-        )
+CONTINUOUS = ("dequantization", "importance", "scale")  # terms that continuous data do not have
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,15 +90,7 @@ class Density:
         Terms: ``prior``, ``divergence`` and ``correction``, see ``likelihood.Likelihood``. They
         belong to the prior N(0, s^2 I) at t = T, which stands for p_T.
         """
-        x = self._continuous(x)
-
-        def rows(ids: np.ndarray, sweep: int, solver: Solver) -> Columns:
-            return _logp(
-                *(self._partial, x[ids], ids, sweep, self.seed, solver),
-                **{"sde": self.sde, "eps": self._eps, "trace": self._trace},
-            )
-
-        return self._solved(rows, len(x), "nats", ("prior", "divergence", "correction"), self.dims)
+        return -self._solved(self._continuous(x), Target(self.sde, self._eps), "nats", self.dims)
 
     def bits_per_dim(self, pixels: Any) -> Estimate:
         """Bits/dim of integers ``pixels (n, *shape)``, by the ODE and uniform dequantization.
@@ -146,18 +99,8 @@ class Density:
         those of the estimator ``ode``, see ``sbml.estimators``.
         """
         k, levels = self._integers(pixels)
-        cell, eps = estimators.Cell("ode", "uniform"), self._eps
-        fixed = {"dequantizer": uniform.Model(), "sde": self.sde, "levels": levels, "eps": eps}
-        scale = estimators.scale(cell, self.sde, eps, False, self.shape, levels)
-
-        def rows(ids: np.ndarray, sweep: int, solver: Solver) -> Columns:
-            sweeps, seed = np.full(len(ids), sweep, np.int32), np.uint32(self.seed)
-            found = estimators.ode(
-                *(self._partial, {}, k[ids], ids, sweeps, seed, solver), **fixed, trace=self._trace
-            )
-            return {**found, "scale": np.full(len(ids), scale)}
-
-        return self._solved(rows, len(k), "bits/dim", cell.terms, 1)
+        target = Target(self.sde, self._eps, levels, uniform.Model())
+        return self._solved(k, target, "bits/dim", 1)
 
     def bound(self, x: Any, *, sweeps: int = 8, times_each: int = 2) -> Estimate:
         """The evidence bound on -log p(x), in nats, of ``x (n, *shape)``.
@@ -170,35 +113,25 @@ class Density:
           times_each: draws of the diffusion term for an example in one sweep.
         """
         x = self._continuous(x)
-        names = ("prior", "diffusion", "reconstruction")
         if sweeps < 2 or times_each < 1:
             raise ValueError(
                 f"sweeps={sweeps}, times_each={times_each}: need at least 2 sweeps, for an error "
                 "bar, and 1 time"
             )
+        estimator, target = bound.Estimator(), Target(self.sde, self._eps)
 
         def swept(sweep: int) -> Columns:
             key = jax.random.fold_in(jax.random.key(self.seed), sweep)
             u = np.asarray(times.lattice(key, len(x), times_each))
 
-            def rows(ids: np.ndarray) -> Columns:
-                fixed = {"sde": self.sde, "eps": self._eps}
-                return _bound(self._partial, x[ids], ids, sweep, self.seed, u[ids], **fixed)
+            def batch(ids: np.ndarray) -> Columns:
+                given = Reduction(), u[ids].astype(x.dtype)
+                return self._rows(estimator, target, x, ids, sweep, *given)
 
-            return self._batched(rows, np.arange(len(x)))
+            return self._batched(batch, np.arange(len(x)))
 
-        tables = [swept(sweep) for sweep in range(sweeps)]
-        terms = {name: np.mean([t[name] for t in tables], axis=0) for name in names}
-        values = np.sum([terms[name] for name in names], axis=0)
-        means = [np.sum([t[name] for name in names]) / len(x) for t in tables]
-        stderr = float(np.std(means, ddof=1)) / math.sqrt(sweeps)
-        return Estimate(
-            values=values,
-            terms=terms,
-            unit="nats",
-            nfe=np.full(len(x), sweeps * (times_each + 1)),
-            population=intervals.mean_interval(values),
-            this_set_ci95=intervals.half_width(stderr, sweeps - 1),
+        return estimate.swept(
+            [swept(sweep) for sweep in range(sweeps)], _terms(estimator, target), "nats"
         )
 
     def sample(self, key: Key, n: int) -> np.ndarray:
@@ -206,7 +139,7 @@ class Density:
         if n < 1:
             raise ValueError(f"n={n}: draw at least one sample")
         keys = jax.random.split(key, n)
-        rows = self._batched(
+        columns = self._batched(
             lambda ids: {
                 "x": _sample(
                     self._partial,
@@ -220,8 +153,8 @@ class Density:
             np.arange(n),
         )
         if self.levels is None:
-            return rows["x"]
-        return np.asarray(bits.to_pixels(jnp.asarray(rows["x"]), self.levels))
+            return columns["x"]
+        return np.asarray(bits.to_pixels(jnp.asarray(columns["x"]), self.levels))
 
     def latent(self, x: Any) -> np.ndarray:
         """Where the ODE carries ``x (n, *shape)`` from t = eps to T."""
@@ -278,47 +211,46 @@ class Density:
             )
         return found
 
-    def _solved(
+    def _rows(
         self,
-        rows: Callable[[np.ndarray, int, Solver], Columns],
-        n: int,
-        unit: str,
-        names: tuple[str, ...],
-        dims: int,
-    ) -> Estimate:
-        """All examples by the ODE; some again, by other draws and by smaller tolerances."""
-        some = np.unique(np.linspace(0, n - 1, min(n, SUBSET)).astype(int))
+        estimator: Estimator,
+        target: Target,
+        data: np.ndarray,
+        ids: np.ndarray,
+        sweep: int,
+        given: Solver | Reduction,
+        u: np.ndarray | None = None,
+    ) -> Columns:
+        """The terms of ``data[ids]``, every term of the estimator that ``target`` has."""
+        sweeps = np.full(len(ids), sweep, np.int32)
+        batch = Rows(data[ids], ids, sweeps, np.uint32(self.seed))
+        found = rows(estimator, target, self._partial, {}, batch, u, given)
+        scale = bits.nats_to_bits(estimator.scale_nats(target, self.shape), self.shape)
+        return {**found, "scale": np.full(len(ids), scale)}
+
+    def _solved(self, data: np.ndarray, target: Target, unit: str, dims: int) -> Estimate:
+        """All examples by the ODE; some again, by other draws and by a stricter solver."""
+        estimator = ode_estimator.Estimator(self._trace)
+        ids, terms = np.arange(len(data)), _terms(estimator, target)
+        subset = np.unique(np.linspace(0, len(data) - 1, min(len(data), SUBSET)).astype(int))
 
         def table(ids: np.ndarray, sweep: int, solver: Solver) -> Columns:
-            return self._batched(lambda ids: rows(ids, sweep, solver), ids)
+            return self._batched(
+                lambda ids: self._rows(estimator, target, data, ids, sweep, solver), ids
+            )
 
-        def total(columns: Columns) -> np.ndarray:
-            return np.sum([columns[name] for name in names], axis=0)
-
-        found = table(np.arange(n), 0, self.solver)
-        values = total(found)
-        strict = total(table(some, 0, self.solver.tighter(10)))
-        again = total(table(some, 1, self.solver))
-        stderr, freedom = intervals.repeated_stderr(values[some], again, n)
-        return Estimate(
-            values=values,
-            terms={name: found[name] for name in names},
-            unit=unit,
-            nfe=found["nfe"].astype(int),
-            population=intervals.mean_interval(values),
-            this_set_ci95=intervals.half_width(stderr, freedom),
-            solver_error=intervals.mean_interval(values[some] - strict),
-            budget=self.budget * dims,
-        )
+        gap = estimate.solver_error(table, subset, self.solver, terms)
+        budget = self.budget * dims
+        return estimate.solved(table, ids, subset, self.solver, terms, unit, gap, budget)
 
     def _carried(self, x: np.ndarray, t0: float, t1: float) -> np.ndarray:
-        def rows(ids: np.ndarray) -> Columns:
+        def batch(ids: np.ndarray) -> Columns:
             return {"x": _carry(self._partial, x[ids], self.solver, sde=self.sde, t0=t0, t1=t1)}
 
-        return self._batched(rows, np.arange(len(x)))["x"]
+        return self._batched(batch, np.arange(len(x)))["x"]
 
-    def _batched(self, rows: Callable[[np.ndarray], Any], ids: np.ndarray) -> Columns:
-        """The columns of ``rows`` for all ``ids``, some at a time; the last batch is padded."""
+    def _batched(self, batches: Callable[[np.ndarray], Any], ids: np.ndarray) -> Columns:
+        """The columns of ``batches`` for all ``ids``, some at a time; the last batch is padded."""
         size = min(self.batch_size, len(ids))
         if self._trace.kind == "exact":
             size = min(size, exact_batch(self.dims))
@@ -326,7 +258,7 @@ class Density:
         for start in range(0, len(ids), size):
             batch = ids[start : start + size]
             padded = np.concatenate([batch, np.full(size - len(batch), batch[0])])
-            found = jax.device_get(rows(padded.astype(np.int32)))
+            found = jax.device_get(batches(padded.astype(np.int32)))
             parts.append({name: np.asarray(v)[: len(batch)] for name, v in found.items()})
         columns = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
         return {
@@ -339,37 +271,10 @@ def _jit(*static: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     return lambda f: jax.jit(f, static_argnames=static)
 
 
-@_jit("sde", "eps", "trace")
-def _logp(
-    score: Score,
-    x: Array,
-    ids: Array,
-    sweep: Array,
-    seed: Array,
-    solver: Solver,
-    *,
-    sde: SDE,
-    eps: float,
-    trace: Trace,
-) -> Columns:
-    def one(x: Array, i: Array) -> Columns:
-        key = estimators.draw_key(seed, sweep, i)
-        found = likelihood.ode_logp(score, sde, x, key, eps=eps, trace=trace, solver=solver)
-        terms = {name: getattr(found, name) for name in ("prior", "divergence", "correction")}
-        return {**terms, "nfe": found.stats.nfe}
-
-    return jax.vmap(one)(x, ids)
-
-
-@_jit("sde", "eps")
-def _bound(
-    score: Score, x: Array, ids: Array, sweep: Array, seed: Array, u: Array, *, sde: SDE, eps: float
-) -> Columns:
-    def one(x: Array, i: Array, u: Array) -> Columns:
-        key = estimators.draw_key(seed, sweep, i)
-        return bound.elbo(score, sde, x, key, eps=eps, u=u)._asdict()
-
-    return jax.vmap(one)(x, ids, u.astype(x.dtype))
+def _terms(estimator: Estimator, target: Target) -> tuple[str, ...]:
+    """The terms of the estimator that data of this kind have."""
+    none = CONTINUOUS if target.levels is None else ()
+    return tuple(name for name in estimator.terms if name not in none)
 
 
 @_jit("sde", "eps", "shape")

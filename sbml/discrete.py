@@ -27,17 +27,30 @@ import math
 
 import jax
 import jax.numpy as jnp
-from jax.scipy.special import log_ndtr
+from jax.scipy.special import log_ndtr, ndtri
 from jax.scipy.stats import norm
 
 from sbml import bits, compiler, times
 from sbml.bound import Bound, GaussianControl, prior_kl
-from sbml.dequantizers import truncated_normal
 from sbml.sdes import SDE
 from sbml.types import Array, Key, Score, deterministic
 
-# The first is a dequantizer; the second stands where one's name does, for it needs none.
 TRUNCATED_NORMAL, CATEGORICAL = KINDS = ("truncated_normal", "categorical")
+
+TAU = 3.0  # standard deviations of the noise in half a bin, at the smallest time
+
+
+def bin_log_snr(levels: int, tau: float = TAU) -> float:
+    """lambda(eps) at which the noise's ``tau`` standard deviations fill half a bin."""
+    return -2 * math.log(1 / (levels * tau))
+
+
+def truncated_normal(e: Array, tau: float) -> Array:
+    """N(0, 1) truncated to [-tau, tau] by a monotone map of standard normal ``e``, any shape."""
+    low = 0.5 * math.erfc(tau / math.sqrt(2))
+    # Halves are mapped by symmetry: a probability near 1 has lost its digits.
+    magnitude = -ndtri(low + (1 - 2 * low) * jax.scipy.special.ndtr(-jnp.abs(e)))
+    return jnp.clip(jnp.sign(e) * magnitude, -tau, tau)
 
 
 def smallest_time(sde: SDE, levels: int, eps: float) -> float:
@@ -46,7 +59,7 @@ def smallest_time(sde: SDE, levels: int, eps: float) -> float:
     Below ``eps`` the network was never trained; above, tau is less than 3 and the bound holds too.
     """
     with jax.ensure_compile_time_eval():
-        target = jnp.asarray(truncated_normal.log_snr(levels))
+        target = jnp.asarray(bin_log_snr(levels))
         return max(float(sde.time(target)), eps)
 
 
@@ -119,7 +132,7 @@ def _draw(
     a, b = jnp.exp(0.5 * gap), jnp.sqrt(-jnp.expm1(gap))
     mean, std = sde.marginal(centre, t)
     plain = a * z0 + b * z
-    n = plain if tau is None else a * truncated_normal.truncated_normal(z0, tau) + b * z
+    n = plain if tau is None else a * truncated_normal(z0, tau) + b * z
     noise = -std * deterministic(score, mean + std * n, t)
     error = 0.5 * jnp.sum((n - noise) ** 2)
     if tau is not None:

@@ -16,7 +16,7 @@ def cell_run(workdir, directory, cell, **fields):
     config.eval.update(fields)
     experiment = build.Experiment(config)
     images, train = experiment.images("test"), experiment.images("train")
-    wants = cell.estimator == "bound"
+    wants = cell.kind.reducible
     control = evaluate.control_variate(experiment, train, directory) if wants else None
     restored = experiment.restore(workdir)
     density = evaluate.time_density(experiment, restored, train, control, directory)

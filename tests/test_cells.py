@@ -6,9 +6,10 @@ import tiny
 from cell_runs import BOUND, ODE, cell_run
 from scipy import stats
 
+from sbml import estimate
 from sbml.evaluation import cells
-from sbml.modes import eval as evaluate
 from sbml.modes import train
+from sbml.ode import Solver
 
 
 @pytest.fixture(scope="module")
@@ -22,30 +23,28 @@ def trained(tmp_path_factory):
 def test_solver_guard_measures_the_solvers_error(trained, tmp_path):
     """Within its budget by default; a loose tolerance is off by what the guard says, and marked."""
     few = {"subset": 16, "max_images": 16, "batch_size": 16}
-    _, tight = cell_run(trained, tmp_path, ODE, **few).finish()
-    assert tight["converged"] and abs(tight["solver_error"]) < 3e-5
+    tight = cell_run(trained, tmp_path, ODE, **few).finish()
+    assert tight.converged and abs(tight.solver_error.mean) < 3e-5
     run = cell_run(trained, tmp_path, ODE, rtol=3.0, atol=3.0, solver_budget=1e-5, **few)
-    rows, noise = run.finish()
+    found = run.finish()
     finer = cell_run(trained, tmp_path, ODE, rtol=0.3, atol=0.3, **few).rows(run.ids, 0)
-    error = np.mean(rows["bits_per_dim"] - finer["bits_per_dim"])
-    assert noise["solver_error"] == pytest.approx(error) and abs(error) > 1e-5
-    assert not noise["converged"]
-    assert any("UNCONVERGED" in w for w in evaluate.result_warnings(run.result(rows, noise)))
+    error = np.mean(found.values - finer["bits_per_dim"])
+    assert found.solver_error.mean == pytest.approx(error) and abs(error) > 1e-5
+    assert not found.converged
+    assert any("UNCONVERGED" in w for w in run.result(found).warnings)
 
 
-def test_errors_of_either_sign_do_not_pass_for_none(trained, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("size", "converged"), [(4e-3, False), (1e-4, True)])
+def test_errors_of_either_sign_do_not_pass_for_none(size, converged):
     """Four images off by 4e-3 in the mean 0: not within 1e-3; by 1e-4: within."""
-    run, signs = cell_run(trained, tmp_path, ODE, subset=4), np.asarray([1, -1, 1, -1])
-    solver = run.shared.experiment.eval_solver
-    for size, converged in ((4e-3, False), (1e-4, True)):
-        monkeypatch.setattr(
-            run,
-            "rows",
-            lambda ids, sweep, s, size=size: {"bits_per_dim": size * signs * (s == solver)},
-        )
-        found = run._guard(solver)
-        assert found["converged"] == converged and found["solver_error"] == 0
-        assert found["solver_error_ci95"] == pytest.approx(3.182446 * size / np.sqrt(3))
+    signs, solver = np.asarray([1, -1, 1, -1]), Solver()
+
+    def rows(ids, sweep, how):
+        return {"prior": size * signs * (how == solver)}
+
+    gap = estimate.solver_error(rows, np.arange(4), solver, ("prior",))
+    assert gap.mean == 0 and gap.ci95 == pytest.approx(3.182446 * size / np.sqrt(3))
+    assert estimate.within(gap, 1e-3) == converged
 
 
 def test_eight_euler_steps_are_refused(trained, tmp_path):
@@ -58,10 +57,10 @@ def test_eight_euler_steps_are_refused(trained, tmp_path):
 
 def test_noise_of_a_solved_cell_is_that_of_a_second_draw_of_some(trained, tmp_path):
     run = cell_run(trained, tmp_path, ODE, max_images=40, subset=8)
-    _, noise = run.finish()
+    found = run.finish()
     one, other = (run.rows(run.subset, draw)["bits_per_dim"] for draw in (0, 1))
     variance = np.mean((one - other) ** 2) / 2  # of one image's noise
-    assert noise["this_set_stderr"] == pytest.approx(np.sqrt(variance / 40), rel=1e-5)
+    assert found.this_set.stderr == pytest.approx(np.sqrt(variance / 40), rel=1e-5)
 
 
 def test_sweeps_draw_times_of_their_own(trained, tmp_path):
@@ -71,22 +70,21 @@ def test_sweeps_draw_times_of_their_own(trained, tmp_path):
 
 def test_target_se_sweeps_until_it_is_reached(trained, tmp_path):
     first = cell_run(trained, tmp_path, BOUND, sweeps=3)
-    _, noise = first.finish()
-    target = noise["this_set_stderr"] / 1.5
-    table, more = cell_run(trained, tmp_path, BOUND, sweeps=3, target_se=target).finish()
-    assert more["sweeps"] > 3 and more["this_set_stderr"] <= target
-    means = [first.rows(np.arange(360), r)["bits_per_dim"].mean() for r in range(more["sweeps"])]
-    assert more["this_set_stderr"] == pytest.approx(stats.sem(means))
+    target = first.finish().this_set.stderr / 1.5
+    more = cell_run(trained, tmp_path, BOUND, sweeps=3, target_se=target).finish()
+    assert more.sweeps > 3 and more.this_set.stderr <= target
+    means = [first.rows(np.arange(360), r)["bits_per_dim"].mean() for r in range(more.sweeps)]
+    assert more.this_set.stderr == pytest.approx(stats.sem(means))
     half = stats.t.ppf(0.975, len(means) - 1) * stats.sem(means)
-    assert more["this_set_ci95"] == pytest.approx(half)
-    assert table["bits_per_dim"].mean() == pytest.approx(np.mean(means))
+    assert more.this_set_ci95 == pytest.approx(half)
+    assert more.values.mean() == pytest.approx(np.mean(means))
     short = cell_run(trained, tmp_path, BOUND, sweeps=3, max_sweeps=4, target_se=1e-9)
-    rows, few = short.finish()
-    (warning,) = evaluate.result_warnings(short.result(rows, few))
-    assert few["sweeps"] == 4 and "after 4 sweeps" in warning and "target_se=1e-09" in warning
+    few = short.finish()
+    (warning,) = short.result(few).warnings
+    assert few.sweeps == 4 and "after 4 sweeps" in warning and "target_se=1e-09" in warning
 
 
 def test_a_target_is_not_judged_by_few_sweeps(trained, tmp_path):
     run = cell_run(trained, tmp_path, BOUND, sweeps=1, target_se=10.0, max_images=20, n_times=4)
-    _, noise = run.finish()
-    assert noise["sweeps"] == 8 and 0 < noise["this_set_stderr"] < 10
+    found = run.finish()
+    assert found.sweeps == 8 and 0 < found.this_set.stderr < 10

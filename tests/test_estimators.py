@@ -11,9 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sbml import bound, dequantizers, discrete, estimators, likelihood, times
+from sbml import bits, bound, dequantizers, discrete, estimators, likelihood, times
 from sbml.divergence import Trace
-from sbml.estimators import Cell
+from sbml.estimators import Reduction, Rows, Target, ode
 from sbml.ode import Solver
 from sbml.sdes import VP
 from sbml.verify import oracle
@@ -27,21 +27,20 @@ SDE = VP(beta_max=1.0)
 DATA = oracle.Gaussian(SDE, jnp.array([-0.4, 0.3]), jnp.array([0.02, 0.1]), jnp.eye(2))
 SCORE = jax.tree_util.Partial(DATA.score)
 EPS = discrete.smallest_time(SDE, LEVELS, 1e-5)
-ROWS = (PIXELS, jnp.arange(2), jnp.full(2, SWEEP), np.uint32(SEED))
+ROWS = Rows(PIXELS, jnp.arange(2), jnp.full(2, SWEEP), np.uint32(SEED))
 
 
 def model_of(name):
-    if name == "categorical":
-        return None
     fields = {"tau": discrete.tau(SDE, LEVELS, EPS)} if name == "truncated_normal" else {}
     return dequantizers.get(name)(**fields)
 
 
-def bits_per_dim(cell, found):
-    """The sum of the terms that the cell says it has."""
-    at_noise = cell.dequantizer != "uniform"
-    scale = estimators.scale(cell, SDE, EPS, at_noise, SHAPE, LEVELS)
-    return sum(np.asarray(found[term]) for term in cell.terms if term != "scale") + scale
+def bits_per_dim(estimator, model, u, given):
+    """The sum of the terms that the estimator says it has."""
+    target = Target(SDE, EPS, LEVELS, model)
+    found = estimators.rows(estimator, target, SCORE, {}, ROWS, u, given)
+    found["scale"] = bits.nats_to_bits(estimator.scale_nats(target, SHAPE), SHAPE)
+    return sum(np.asarray(found[term]) for term in estimator.terms)
 
 
 def keys_of(i):
@@ -53,8 +52,7 @@ def keys_of(i):
 @pytest.mark.parametrize("name", ["uniform", "truncated_normal"])
 def test_the_odes_row_is_the_librarys_likelihood(name):
     model = model_of(name)
-    how = {"dequantizer": model, "sde": SDE, "levels": LEVELS, "eps": EPS, "trace": EXACT}
-    found = bits_per_dim(Cell("ode", name), estimators.ode(SCORE, {}, *ROWS, LOOSE, **how))
+    found = bits_per_dim(ode.Estimator(EXACT), model, None, LOOSE)
     for i, pixels in enumerate(PIXELS):
         u, log_q = model.sample({}, pixels, keys_of(i)[0])
         # Noise around a bin's centre is of the image as it is at eps, alpha times the data's.
@@ -69,9 +67,7 @@ def test_the_odes_row_is_the_librarys_likelihood(name):
 @pytest.mark.parametrize("name", ["uniform", "truncated_normal", "categorical"])
 def test_the_bounds_row_is_the_librarys_bound(name):
     model, u = model_of(name), times.lattice(jax.random.key(1), 2, 3)
-    how = {"dequantizer": model, "sde": SDE, "levels": LEVELS, "eps": EPS}
-    terms = estimators.evidence_bound(SCORE, {}, *ROWS, u, None, None, **how)
-    found = bits_per_dim(Cell("bound", name), terms)
+    found = bits_per_dim(estimators.ESTIMATORS["bound"](), model, u, Reduction())
     for i, pixels in enumerate(PIXELS):
         u_key, key = keys_of(i)
         if name == "uniform":
@@ -88,8 +84,41 @@ def test_the_bounds_row_is_the_librarys_bound(name):
 
 def test_a_draw_of_no_density_leaves_the_others_theirs():
     each = {"prior": jnp.array([jnp.inf, 1.0, 2.0]), "divergence": jnp.zeros(3)}
-    found = estimators._averaged(each)
+    found = ode.averaged(each)
     expected = -np.log(np.exp([-1.0, -2.0]).sum() / 3)
     assert sum(found.values()) == pytest.approx(expected, rel=1e-6)
     each["prior"] = each["prior"].at[1].set(jnp.nan)
-    assert np.isnan(sum(estimators._averaged(each).values()))
+    assert np.isnan(sum(ode.averaged(each).values()))
+
+
+class AtNoise:
+    """A dequantizer whose draws are at noise, and that has no bound of its own."""
+
+    at_noise = True
+    sample = staticmethod(lambda params, pixels, key: (jnp.full(pixels.shape, 0.5), jnp.zeros(())))
+
+
+def test_a_foreign_dequantizer_at_noise_has_no_bound_of_another():
+    """It must not be taken for the truncated normal, whose bound is another number."""
+    with pytest.raises(
+        ValueError, match="has no bound of its own .* give its Model a method bound"
+    ):
+        bits_per_dim(estimators.ESTIMATORS["bound"](), AtNoise(), jnp.ones((2, 1)) / 2, Reduction())
+
+
+@pytest.mark.parametrize(
+    ("estimator", "dequantizer", "count", "reason"),
+    [
+        ("ode", "categorical", 1, "no density to solve for"),
+        ("bound_ssm", "categorical", 1, "dsm form only"),
+        ("bound_ssm", "truncated_normal", 1, "dsm form only"),
+        ("bound", "uniform", 2, "K noisy draws of it bounds nothing"),
+        ("bound_ssm", "uniform", 2, "K noisy draws of it bounds nothing"),
+        ("ode", "truncated_normal", 4, ""),
+        ("bound", "categorical", 1, ""),
+        ("bound_ssm", "variational", 1, ""),
+    ],
+)
+def test_numbers_that_do_not_exist_say_why(estimator, dequantizer, count, reason):
+    found = estimators.Cell(estimator, dequantizer, count).undefined
+    assert (reason in found) if reason else found == ""

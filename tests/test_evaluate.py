@@ -13,7 +13,7 @@ from cell_runs import BOUND, ODE, cell_run
 from scipy import stats
 
 from experiments import table2
-from sbml import bound, estimators
+from sbml import bound
 from sbml.estimators import Cell
 from sbml.evaluation import cells
 from sbml.experiment import build
@@ -73,8 +73,9 @@ def test_a_density_of_times_has_the_same_mean_with_less_noise(trained, table, tm
     ids = np.arange(360)
     plain = cell_run(trained, tmp_path, BOUND, n_times=8, proposal_bins=0)
     dense = cell_run(trained, tmp_path, BOUND, n_times=8, proposal_bins=16)
-    assert plain.density is None
-    assert dense.density.shape == (16,) and np.ptp(dense.density) > 0.5
+    assert plain.reduction.density is None
+    density = dense.reduction.density
+    assert density.shape == (16,) and np.ptp(density) > 0.5
     sweeps = [[run.rows(ids, r)["bits_per_dim"] for r in range(6)] for run in (plain, dense)]
     gap = np.mean(sweeps[1]) - table["bound_uniform_bits_per_dim"].mean()
     noise = np.array([np.var(s, axis=0, ddof=1).mean() for s in sweeps])
@@ -150,7 +151,7 @@ def test_rows_of_other_terms_are_not_taken(trained, tmp_path, monkeypatch):
     fresh = cell_run(trained, tmp_path / "fresh", ODE).rows(ids, 0)
     with monkeypatch.context() as older:
         terms = tuple(name for name in ODE.terms if name != "correction")
-        older.setitem(estimators.TERMS, "ode", terms)
+        older.setattr(ODE.kind, "terms", terms)
         kept = cell_run(trained, tmp_path / "rows", ODE).rows(ids, 0)
     assert "correction" not in kept
     again = cell_run(trained, tmp_path / "rows", ODE).rows(ids, 0)
@@ -166,10 +167,10 @@ def test_score_matching_form_has_the_same_mean(trained, tmp_path):
     """Two forms of one expectation, on the same images; the dsm form with its control variate."""
     runs_of = [cell_run(trained, tmp_path, Cell(name, "uniform"), sweeps=8, n_times=8)
                for name in ("bound", "bound_ssm")]  # fmt: skip
-    (dsm, _), (ssm, noise) = (run.finish() for run in runs_of)
-    gap = dsm["bits_per_dim"] - ssm["bits_per_dim"]
+    dsm, ssm = (run.finish() for run in runs_of)
+    gap = dsm.values - ssm.values
     assert abs(gap.mean()) < 4 * gap.std() / np.sqrt(len(gap)) < 0.2
-    assert noise["this_set_stderr"] > 0
+    assert ssm.this_set.stderr > 0
 
 
 def test_score_matching_form_takes_the_exact_trace(trained, tmp_path):
@@ -214,7 +215,7 @@ def test_control_and_density_are_stored_with_the_evaluation(trained, tmp_path, m
     monkeypatch.setattr(bound.GaussianControl, "fit", None)
     monkeypatch.setattr(bound, "pilot", None)
     again = cell_run(trained, tmp_path, BOUND)
-    np.testing.assert_array_equal(first.density, again.density)
+    np.testing.assert_array_equal(first.reduction.density, again.reduction.density)
     for name in ("mean", "variances", "basis"):
         ours, theirs = (getattr(run.shared.control, name) for run in (first, again))
         np.testing.assert_array_equal(ours, theirs)

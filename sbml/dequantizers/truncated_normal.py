@@ -20,25 +20,11 @@ from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
-from jax.scipy.special import ndtri
 
-from sbml import compiler
-from sbml.types import Array, Key
-
-TAU = 3.0
-
-
-def log_snr(levels: int, tau: float = TAU) -> float:
-    """lambda(eps) at which the noise's ``tau`` standard deviations fill half a bin."""
-    return -2 * math.log(1 / (levels * tau))
-
-
-def truncated_normal(e: Array, tau: float) -> Array:
-    """N(0, 1) truncated to [-tau, tau] by a monotone map of standard normal ``e``, any shape."""
-    low = 0.5 * math.erfc(tau / math.sqrt(2))
-    # Halves are mapped by symmetry: a probability near 1 has lost its digits.
-    magnitude = -ndtri(low + (1 - 2 * low) * jax.scipy.special.ndtr(-jnp.abs(e)))
-    return jnp.clip(jnp.sign(e) * magnitude, -tau, tau)
+from sbml import compiler, discrete
+from sbml.bound import Bound
+from sbml.sdes import SDE
+from sbml.types import Array, Key, Score
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,8 +36,9 @@ class Model:
     """
 
     at_noise: ClassVar[bool] = True
+    calls: ClassVar[int] = 0
 
-    tau: float = TAU
+    tau: float = discrete.TAU
 
     def __post_init__(self) -> None:
         if not self.tau > 0:
@@ -70,6 +57,21 @@ class Model:
     def sample(self, params: Any, pixels: Array, key: Key) -> tuple[Array, Array]:
         """u of the shape of one example ``pixels (*s)``, and log q(u | pixels) in nats."""
         compiler.check()
-        e = truncated_normal(jax.random.normal(key, pixels.shape), self.tau)
+        e = discrete.truncated_normal(jax.random.normal(key, pixels.shape), self.tau)
         u = jnp.clip(0.5 + e / (2 * self.tau), 0.0, 1 - jnp.finfo(e.dtype).epsneg)
         return u, e.size * self._log_normaliser - 0.5 * jnp.sum(e**2)
+
+    def bound(
+        self,
+        params: Any,
+        score: Score,
+        sde: SDE,
+        pixels: Array,
+        key: Key,
+        levels: int,
+        **draws: Any,
+    ) -> Bound:
+        """The bound on -log P(pixels) from noise kept in the bin: ``discrete.elbo``."""
+        return discrete.elbo(
+            score, sde, pixels, key, kind=discrete.TRUNCATED_NORMAL, levels=levels, **draws
+        )

@@ -21,12 +21,16 @@ import numpy as np
 from absl import logging
 from etils import epath
 
-from sbml import bits, discrete, divergence, estimators, intervals, times
+from sbml import bits, discrete, divergence, estimate, estimators, times
 from sbml.bound import GaussianControl
 from sbml.data import ImageSet, eval_batches, spread
-from sbml.estimators import Cell
+from sbml.dequantizers import has_density
+from sbml.estimate import Estimate
+from sbml.estimators import Cell, Reduction, Rows, Target
+from sbml.estimators.base import Estimator
 from sbml.experiment.build import Experiment
 from sbml.ode import Solver
+from sbml.report.result import Result
 from sbml.runtime import progress, sharding
 from sbml.runtime.checkpoint import Restored, tree_crc32
 from sbml.runtime.parts import Parts
@@ -46,15 +50,11 @@ class Unconverged(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class Dequantization:
-    """A dequantizer and its parameters; ``model`` is None for the categorical decoder."""
+    """A dequantizer and its parameters."""
 
     model: Any
     params: Any
     restored: Restored | None = None  # its checkpoint, where it was trained
-
-    @property
-    def at_noise(self) -> bool:
-        return self.model is None or self.model.at_noise
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,14 +85,16 @@ class CellRun:
 
     def __init__(self, shared: Evaluation, cell: Cell, dequantization: Dequantization) -> None:
         self.shared, self.cell, self.dequantization = shared, cell, dequantization
-        self.config = shared.experiment.config.eval
         experiment = shared.experiment
-        self.eps = experiment.eval_eps
-        if dequantization.at_noise:
-            self.eps = discrete.smallest_time(experiment.sde, experiment.levels, self.eps)
-        self.trace = experiment.trace(cell.num_importance)
-        # The density is of the dsm form's noise.
-        self.density = shared.density(self.eps) if cell.estimator == "bound" else None
+        self.config = experiment.config.eval
+        eps, model = experiment.eval_eps, dequantization.model
+        if model.at_noise:
+            eps = discrete.smallest_time(experiment.sde, experiment.levels, eps)
+        self.target = Target(experiment.sde, eps, experiment.levels, model)
+        self.estimator = estimator(experiment, cell)
+        self.reduction = Reduction()
+        if self.estimator.reducible:
+            self.reduction = Reduction(shared.control, shared.density(eps))
         self.ids = shared.ids(self.config.importance_images if cell.num_importance > 1 else 0)
         # Where K > 1 an image costs K solves: about as many in all, but four images at least.
         size = self.config.subset or len(self.ids)
@@ -100,7 +102,7 @@ class CellRun:
         self.subset = self.ids[spread(len(self.ids), max(4, size // cell.num_importance))]
         # With K solves an image, smaller batches: less padding where few images are wanted.
         size = max(1, self.config.batch_size // cell.num_importance)
-        if self.trace.kind == "exact" and cell.estimator != "bound":
+        if self.estimator.exact:
             exact = divergence.exact_batch(math.prod(experiment.shape))
             size = min(size, exact * jax.device_count())
         self.batch_size = sharding.round_up(size)
@@ -154,49 +156,27 @@ class CellRun:
         self, ids: np.ndarray, sweep: int, solver: Solver, lattice: np.ndarray | None
     ) -> Table:
         """The rows on the host; totals in float64 so that the terms add up."""
-        experiment, images = self.shared.experiment, self.shared.images
-        split = sharding.batched(sharding.data_mesh())
-        batch = (
-            self.score,
-            self.dequantization.params,
-            sharding.put(images.images[ids], split),
-            sharding.put(ids.astype(np.int32), split),
-            sharding.put(np.full(len(ids), sweep, np.int32), split),
-            np.uint32(self.config.seed),
+        images, split = self.shared.images, sharding.batched(sharding.data_mesh())
+        batch = Rows(
+            data=sharding.put(images.images[ids], split),
+            ids=sharding.put(ids.astype(np.int32), split),
+            sweeps=sharding.put(np.full(len(ids), sweep, np.int32), split),
+            seed=np.uint32(self.config.seed),
         )
-        common = {
-            "dequantizer": self.dequantization.model,
-            "sde": experiment.sde,
-            "levels": experiment.levels,
-            "eps": self.eps,
-        }
-        if lattice is None:
-            draws = {"trace": self.trace, "num_importance": self.cell.num_importance}
-            found = estimators.ode(*batch, solver, **common, **draws)
-        else:
-            u = sharding.put(lattice[ids], split)
-            form = estimators.FORMS[self.cell.estimator]
-            control = self.shared.control if form == "dsm" else None
-            reduced = (u, control, self.density)
-            draws = {
-                "form": form,
-                "proposal": self.shared.experiment.eval_proposal,
-                "trace": self.trace,
-            }
-            found = estimators.evidence_bound(*batch, *reduced, **common, **draws)
-        found = sharding.to_host(found)
+        u = None if lattice is None else sharding.put(lattice[ids], split)
+        given = solver if lattice is None else self.reduction
+        found = sharding.to_host(
+            estimators.rows(
+                *(self.estimator, self.target, self.score),
+                *(self.dequantization.params, batch, u, given),
+            )
+        )
         rows = {k: np.asarray(found[k], np.float64) for k in self.cell.terms if k != "scale"}
-        rows["scale"] = np.full(len(ids), self._scale())
-        rows["bits_per_dim"] = np.sum([rows[name] for name in self.cell.terms], axis=0)
+        scale = self.estimator.scale_nats(self.target, images.shape)
+        rows["scale"] = np.full(len(ids), bits.nats_to_bits(scale, images.shape))
+        rows["bits_per_dim"] = estimate.total(rows, self.cell.terms)
         where = {"id": np.asarray(ids, np.int64), "sweep": np.full(len(ids), sweep, np.int64)}
         return {**where, **rows, "nfe": np.asarray(found["nfe"], np.int64)}
-
-    def _scale(self) -> float:
-        experiment, images = self.shared.experiment, self.shared.images
-        at_noise = self.dequantization.at_noise
-        return estimators.scale(
-            self.cell, experiment.sde, self.eps, at_noise, images.shape, images.levels
-        )
 
     def _parts(self, solver: Solver) -> Parts:
         if solver not in self._known:  # A sum over all parameters: once.
@@ -206,79 +186,54 @@ class CellRun:
 
     def _identity(self, solver: Solver) -> dict[str, Any]:
         """What a row depends on: not the batch size, nor how many images or sweeps are wanted."""
-        shared, config = self.shared, self.shared.experiment.to_plain()
-        own: dict[str, Any]
-        if self.cell.estimator == "ode":
-            own = {"solver": dataclasses.asdict(solver), "trace": dataclasses.asdict(self.trace)}
-        else:
-            own = {k: config["eval"][k] for k in ("n_times", "times", "importance_sampling")}
-            own["control_crc32"] = tree_crc32(shared.control)
-            own["density_crc32"] = tree_crc32(self.density)
-            if self.cell.estimator == "bound_ssm":
-                own["trace"] = dataclasses.asdict(self.trace)
+        shared, config = self.shared, self.config
+        own: dict[str, Any] = {"solver": dataclasses.asdict(solver)}
+        if self.cell.is_bound:
+            own = {"n_times": config.n_times, "times": config.times}
+            own["reduction_crc32"] = tree_crc32(self.reduction)
         return {
             "cell": dataclasses.asdict(self.cell),
-            "terms": estimators.TERMS[self.cell.estimator],
+            "estimator": dataclasses.asdict(self.estimator),
+            "terms": self.cell.terms,
             "dequantizer": repr(self.dequantization.model),
             "dequantizer_crc32": tree_crc32(self.dequantization.params),
             "step": shared.restored.step,
             "parameters_crc32": tree_crc32(shared.restored.state.ema_params),
-            "seed": self.config.seed,
-            "eps": self.eps,
-            "precision": self.config.precision,
+            "seed": config.seed,
+            "eps": self.target.eps,
+            "precision": config.precision,
             **own,
             **shared.experiment.score_identity,
             "data": shared.images.fingerprint,
         }
 
-    def finish(self) -> tuple[Table, dict[str, Any]]:
-        """One row an image, and what the report says of the cell beside it."""
-        if self.cell.is_bound:
-            return self._swept()
-        return self._solved()
+    def finish(self) -> Estimate:
+        """The number of every image in ``ids``, with its error bars."""
+        return self._swept() if self.cell.is_bound else self._solved()
 
-    def _solved(self) -> tuple[Table, dict[str, Any]]:
-        solver = self.shared.experiment.eval_solver
-        guard = self._guard(solver)  # First: a solve too coarse costs a subset, not the split.
-        table = self.rows(self.ids, 0)
-        again = self.rows(self.subset, 1)
-        first = table["bits_per_dim"][np.isin(table["id"], self.subset)]
-        stderr, freedom = intervals.repeated_stderr(first, again["bits_per_dim"], len(self.ids))
-        return table, {**self._this_set(table, stderr, freedom), **guard}
-
-    def _guard(self, solver: Solver) -> dict[str, Any]:
-        """b(tol) - b(tol / 10) on the subset, by the same draws; fixed steps against control."""
-        reference = solver.tighter(10) if solver.fixed_steps is None else Solver().tighter(10)
-        ours = self.rows(self.subset, 0, solver)["bits_per_dim"]
-        gap = intervals.mean_interval(ours - self.rows(self.subset, 0, reference)["bits_per_dim"])
-        # With its error: large errors of either sign must not pass for none. False if not finite.
-        converged = abs(gap.mean) + gap.ci95 <= self.config.solver_budget
-        if solver.fixed_steps is not None and not converged:
+    def _solved(self) -> Estimate:
+        solver, terms = self.shared.experiment.eval_solver, self.cell.terms
+        # First: a solve too coarse costs a subset, not the split.
+        gap = estimate.solver_error(self.rows, self.subset, solver, terms)
+        budget = self.config.solver_budget
+        if solver.fixed_steps is not None and not estimate.within(gap, budget):
             method = " and eval.method=tsit5" if solver.method == "euler" else ""
             raise Unconverged(
                 f"{solver.fixed_steps} {solver.method} steps are off by {gap.mean:.4f} +- "
                 f"{gap.ci95:.4f} bits/dim on {gap.n} images, more than eval.solver_budget="
-                f"{self.config.solver_budget}: refused. Set eval.fixed_steps=0{method} for step "
-                "control, or take many more steps"
+                f"{budget}: refused. Set eval.fixed_steps=0{method} for step control, or take many "
+                "more steps"
             )
-        return {
-            "converged": converged,
-            "solver_error": gap.mean,
-            "solver_error_ci95": gap.ci95,
-            "solver_images": gap.n,
-        }
+        return estimate.solved(
+            self.rows, self.ids, self.subset, solver, terms, "bits/dim", gap, budget
+        )
 
-    def _swept(self) -> tuple[Table, dict[str, Any]]:
+    def _swept(self) -> Estimate:
         tables: list[Table] = []
         for sweeps in self._wanted(tables):
             while len(tables) < sweeps:
                 tables.append(self.rows(self.ids, len(tables)))
-        stderr = _sweep_stderr(tables)
-        averaged = {k: np.mean([t[k] for t in tables], axis=0) for k in tables[0]}
-        averaged["id"], averaged["sweep"] = tables[0]["id"], tables[0]["sweep"]
-        averaged["nfe"] = np.sum([t["nfe"] for t in tables], axis=0)
-        this_set = self._this_set(averaged, stderr, len(tables) - 1)
-        return averaged, {**this_set, "sweeps": len(tables), "target_se": self.config.target_se}
+        return estimate.swept(tables, self.cell.terms, "bits/dim")
 
     def _wanted(self, tables: list[Table]) -> Iterator[int]:
         """How many sweeps to have: ``eval.sweeps``, then what ``eval.target_se`` still needs."""
@@ -286,64 +241,47 @@ class CellRun:
         first = min(FIRST_SWEEPS, config.max_sweeps) if config.target_se else 1
         yield max(config.sweeps, first)
         while config.target_se and len(tables) < config.max_sweeps:
-            ratio = _sweep_stderr(tables) / config.target_se
+            ratio = estimate.sweep_stderr(tables, self.cell.terms) / config.target_se
             if not ratio > 1:
                 return
             wanted = max(len(tables) + 1, len(tables) * ratio**2)
             yield math.ceil(min(config.max_sweeps, wanted))
 
-    def _this_set(self, table: Table, stderr: float, freedom: float) -> dict[str, Any]:
-        mean, half = float(np.mean(table["bits_per_dim"])), intervals.half_width(stderr, freedom)
-        return {
-            "this_set_stderr": stderr,
-            "this_set_ci95": half,
-            "this_set_interval": [mean - half, mean + half],
-        }
-
-    def result(self, table: Table, noise: dict[str, Any]) -> dict[str, Any]:
-        """The cell in the report; ``noise`` is what :meth:`finish` found beside the table."""
-        values = table["bits_per_dim"]
-        interval = intervals.mean_interval(values)
-        trained = self.dequantization.restored
-        far = intervals.outliers(values)
-        far = far[np.argsort(-values[far])]
-        return {
-            "estimator": self.cell.estimator,
-            "dequantizer": self.cell.dequantizer,
-            "num_importance": self.cell.num_importance,
-            "data": self.shared.images.name,
-            "split": self.config.split,
-            "n": interval.n,
-            "split_size": len(self.shared.images),
-            "bits_per_dim": interval.mean,
-            "stderr": interval.stderr,
-            "ci95": interval.ci95,
-            "interval": list(interval.bounds),
-            **noise,
-            "nonfinite": interval.nonfinite,
-            "min": float(values.min()),
-            "max": float(values.max()),
-            "outliers": [[int(table["id"][i]), float(values[i])] for i in far],
-            "terms": {name: float(table[name].mean()) for name in self.cell.terms},
-            "smallest_time": self.eps,
-            "trace": dataclasses.asdict(self.trace) if self.cell.estimator == "ode" else None,
-            "dequantizer_step": trained.step if trained else None,
-            "nfe_mean": float(table["nfe"].mean()),
-            "nfe_max": int(table["nfe"].max()),
-        }
+    def result(self, found: Estimate) -> Result:
+        """The number as a report shows it; ``found`` is what :meth:`finish` returned."""
+        trained, trace = self.dequantization.restored, getattr(self.estimator, "trace", None)
+        if self.cell.is_bound:
+            trace = None
+        return Result.of(
+            found,
+            self.ids,
+            estimator=self.cell.estimator,
+            dequantizer=self.cell.dequantizer,
+            num_importance=self.cell.num_importance,
+            data=self.shared.images.name,
+            split=self.config.split,
+            split_size=len(self.shared.images),
+            target_se=self.config.target_se if self.cell.is_bound else None,
+            smallest_time=self.target.eps,
+            trace=dataclasses.asdict(trace) if trace else None,
+            dequantizer_step=trained.step if trained else None,
+        )
 
 
-def _sweep_stderr(tables: list[Table]) -> float:
-    """Of the mean over sweeps of the data set's mean."""
-    if len(tables) < 2:
-        return math.inf
-    means = [float(np.mean(t["bits_per_dim"])) for t in tables]
-    return float(np.std(means, ddof=1)) / math.sqrt(len(means))
+def estimator(experiment: Experiment, cell: Cell) -> Estimator:
+    """The estimator of ``cell``, with those settings of the config that it has a field for."""
+    settings = {
+        "trace": experiment.trace(cell.num_importance),
+        "num_importance": cell.num_importance,
+        "proposal": experiment.eval_proposal,
+    }
+    known = {field.name for field in dataclasses.fields(cell.kind)}
+    return cell.kind(**{name: value for name, value in settings.items() if name in known})
 
 
 def check_first_batch(shared: Evaluation, dequantization: Dequantization) -> None:
     """Refuse a dequantizer that leaves the integers where they are (``bits.check_dequantized``)."""
-    if dequantization.model is None:
+    if not has_density(dequantization.model):
         return
     ids = shared.ids(shared.experiment.config.eval.batch_size)
     size, pixels = len(ids), jax.numpy.asarray(shared.images.images[ids])

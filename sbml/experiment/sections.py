@@ -14,7 +14,6 @@ from ml_collections import ConfigDict
 
 from sbml import dequantizers, estimators, networks, samplers, sdes, times
 from sbml.data import Options, imagenet32
-from sbml.discrete import CATEGORICAL
 from sbml.divergence import Trace
 from sbml.estimators import Cell
 from sbml.experiment.config import choices_in
@@ -113,8 +112,8 @@ def cells(section: ConfigDict) -> list[Cell]:
         ``target_se`` without a bound.
     """
     known = {
-        "estimators": estimators.TERMS,
-        "dequantizers": (*dequantizers.DEQUANTIZERS, CATEGORICAL),
+        "estimators": estimators.ESTIMATORS,
+        "dequantizers": dequantizers.DEQUANTIZERS,
     }
     chosen = {field: choices_in(section[field]) for field in known}
     for field, choices in known.items():

@@ -21,7 +21,6 @@ from ml_collections import ConfigDict
 from sbml import bits, bound, dequantizers, report
 from sbml.bound import GaussianControl
 from sbml.data import ImageSet, spread
-from sbml.discrete import CATEGORICAL
 from sbml.estimators import Cell
 from sbml.evaluation import baselines, cells
 from sbml.evaluation.cells import CellRun, Dequantization, Evaluation
@@ -29,6 +28,7 @@ from sbml.experiment import trained
 from sbml.experiment.build import Experiment
 from sbml.intervals import mean_interval
 from sbml.report import summary
+from sbml.report.result import Result
 from sbml.runtime.checkpoint import Restored, tree_crc32
 from sbml.runtime.files import write_whole
 from sbml.runtime.parts import kept, write_npz
@@ -105,8 +105,6 @@ def dequantization(
     Raises:
       ValueError: if it was to be trained and was not.
     """
-    if name == CATEGORICAL:
-        return Dequantization(None, {})
     model = experiment.dequantizer(name)
     if not dequantizers.is_trained(model):
         return Dequantization(model, model.init(jax.random.key(0), train.images[:1]))
@@ -139,12 +137,12 @@ def _training_mismatch(restored: Restored, train: ImageSet, eps: float) -> list[
 def _dequantizer_mismatch(restored: Restored, name: str, found: Dequantization) -> list[str]:
     """Warnings of a dequantizer made for another score, or other than the score was trained on."""
     trained_on = restored.metadata["config"]["data"]["dequantization"]
-    if found.at_noise and trained_on == "uniform":
+    if found.model.at_noise and trained_on == "uniform":
         return [
             f"{name}: the model was trained on uniformly dequantized images, this asks for noise "
             "around bin centres: still a bound, but a loose one (data.dequantization=centre)"
         ]
-    if not found.at_noise and trained_on == "centre":
+    if not found.model.at_noise and trained_on == "centre":
         return [
             f"{name}: the model was trained on bin centres, this asks for its density all over the "
             "bins: still a bound, but a loose one (data.dequantization=uniform)"
@@ -186,49 +184,9 @@ def as_trained(asked: dict[str, Any], trained: dict[str, Any]) -> dict[str, Any]
     return {**asked, **sections, "data": {**asked["data"], **data}}
 
 
-def result_warnings(result: dict[str, Any]) -> list[str]:
-    """What a reader of the number must know: non-finite or outlying images, no convergence."""
-    name = f"{result['estimator']} {result['dequantizer']} K={result['num_importance']}"
-    warnings = []
-    if result["nonfinite"]:
-        warnings.append(f"{name}: {result['nonfinite']} images have a non-finite result")
-    if result["outliers"]:
-        shown = ", ".join(f"{i} ({value:.3f})" for i, value in result["outliers"][:5])
-        warnings.append(
-            f"{name}: over 6 robust standard deviations from the median, and counted like all "
-            f"others: {len(result['outliers'])} of {result['n']} images, {shown}"
-        )
-    target = result.get("target_se")
-    if target and not result["this_set_stderr"] <= target:
-        warnings.append(
-            f"{name}: standard error {result['this_set_stderr']:.2g} after {result['sweeps']} "
-            f"sweeps (eval.max_sweeps), above eval.target_se={target}"
-        )
-    if not result.get("converged", True):
-        warnings.append(
-            f"{name}: UNCONVERGED, a tenth of the tolerance moves it by "
-            f"{result['solver_error']:.2g} +- {result['solver_error_ci95']:.2g} bits/dim on "
-            f"{result['solver_images']} images: lower eval.rtol and eval.atol, or raise eval.subset"
-        )
-    return warnings
-
-
-def _line(result: dict[str, Any]) -> str:
-    low, high = result["interval"]
-    draws = f" K={result['num_importance']}" if result["num_importance"] > 1 else ""
-    name = f"{result['estimator']} {result['dequantizer']}{draws}"
-    split = f"{result['data']} {result['split']}"
-    mark = "" if result.get("converged", True) else " UNCONVERGED"
-    return (
-        f"{name:24s} {result['bits_per_dim']:.4f} bits/dim{mark} on {split}, 95% interval "
-        f"[{low:.4f}, {high:.4f}], for these images +-{result['this_set_ci95']:.4f}, "
-        f"n={result['n']}"
-    )
-
-
 def _fill(
     shared: Evaluation, defined: list[Cell], found: dict[str, Dequantization]
-) -> tuple[cells.Table, list[dict[str, Any]]]:
+) -> tuple[cells.Table, list[Result]]:
     """Every cell's columns in one per-image table, and its result.
 
     A cell of fewer images than others, as where K > 1, has a table of its own on disk.
@@ -238,16 +196,18 @@ def _fill(
     cell_runs = [CellRun(shared, cell, found[cell.dequantizer]) for cell in defined]
     tables: cells.Table = {"id": max((run.ids for run in cell_runs), key=len)}
     for cell, cell_run in zip(defined, cell_runs, strict=True):
-        rows, noise = cell_run.finish()
-        results.append(cell_run.result(rows, noise))
-        print(_line(results[-1]))
-        named = {f"{cell.name}_{c}": rows[c] for c in (*cell.terms, "bits_per_dim", "nfe")}
-        if np.array_equal(rows["id"], tables["id"]):
+        number = cell_run.finish()
+        results.append(cell_run.result(number))
+        print(results[-1].line)
+        columns = {**number.terms, "bits_per_dim": number.values, "nfe": number.nfe}
+        named = {f"{cell.name}_{name}": column for name, column in columns.items()}
+        if np.array_equal(cell_run.ids, tables["id"]):
             tables.update(named)
             continue
         written.add(f"per_image_{cell.name}.npz")
         if jax.process_index() == 0:
-            write_npz(shared.workdir / f"per_image_{cell.name}.npz", {"id": rows["id"], **named})
+            path = shared.workdir / f"per_image_{cell.name}.npz"
+            write_npz(path, {"id": cell_run.ids, **named})
     if jax.process_index() == 0:  # Those of an earlier evaluation belong to no result any more.
         for path in shared.workdir.glob("per_image*.npz"):
             if path.name not in written:
@@ -291,12 +251,12 @@ def _run(experiment: Experiment, workdir: epath.Path) -> None:
     tables, results = _fill(shared, defined, found)
     if images.ids:
         tables["name"] = np.asarray(images.ids)[tables["id"]]
-    warnings += [warning for result in results for warning in result_warnings(result)]
+    warnings += [warning for result in results for warning in result.warnings]
     for warning in warnings:
         logging.warning(warning)
     evaluation = {
         "title": workdir.name,
-        "results": results,
+        "results": [result.plain() for result in results],
         **({"undefined": undefined} if undefined else {}),
         "baselines": _baselines(train, images, tables["id"]),
         "warnings": warnings,

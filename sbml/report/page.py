@@ -14,6 +14,7 @@ from markupsafe import Markup
 
 from sbml.report import images as _images
 from sbml.report import plots as _plots
+from sbml.report.result import COLUMNS
 
 Fetch = Callable[[Sequence[int]], np.ndarray]
 
@@ -21,25 +22,6 @@ PAGE_WIDTH = 1056  # pixels, as in report.css
 STRIP_IMAGES, SAMPLE_COLUMNS, SAMPLE_ROWS = 10, 16, 8
 PIXEL_BUDGET = 150_000  # bytes before compression, for each strip and half the sample grid
 
-# key of a result: (heading, format of a float)
-COLUMNS = {
-    "estimator": ("estimator", "word"),
-    "dequantizer": ("dequantizer", "word"),
-    "num_importance": ("K", ""),
-    "n": ("images", ""),
-    "bits_per_dim": ("bits/dim", "bits"),
-    "ci95": ("±\u00a095%", "bits"),
-    "interval": ("95% interval", "bits"),
-    "this_set_ci95": ("± these images", ".2g"),
-    "solver_error": ("solver error", ".1g"),
-    "solver_error_ci95": ("± of it", ".1g"),
-    "converged": ("converged", "word"),
-    "min": ("least", "bits"),
-    "max": ("greatest", "bits"),
-    "nonfinite": ("not finite", ""),
-    "nfe_mean": ("evaluations, mean", ".1f"),
-    "nfe_max": ("evaluations, max", ".6g"),
-}
 DETAILS = {"data": "Data fingerprints", "config": "Configuration"}
 SHOWN_ELSEWHERE = {"title", "results", "baselines", "warnings", "command"}
 

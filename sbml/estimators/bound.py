@@ -1,0 +1,69 @@
+"""The evidence bound in its denoising form, on -log p(x) or on -log P(k) of integers themselves.
+
+    -log p(x) <= prior + diffusion + reconstruction        (``sbml.bound``)
+
+A dequantizer that has a bound of its own (``sbml.dequantizers``) gives these terms for the integers
+at once: nothing is then paid for dequantization or for the change of variables.
+"""
+
+import dataclasses
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+
+from sbml import bound, dequantizers
+from sbml.estimators import base
+from sbml.estimators.base import Reduction, Target
+from sbml.types import Array, Key, Score
+
+
+@dataclasses.dataclass(frozen=True)
+class Estimator(base.Estimator):
+    """The evidence bound."""
+
+    terms: ClassVar[tuple[str, ...]] = (
+        *("prior", "diffusion", "reconstruction", "dequantization", "scale"),
+    )
+    is_bound: ClassVar[bool] = True
+    reducible: ClassVar[bool] = True
+
+    proposal: str = "importance"
+
+    @classmethod
+    def undefined(cls, dequantizer: type[Any], num_importance: int) -> str:
+        if num_importance > 1:
+            return (
+                "a bound is itself an expectation: the logarithm of a mean of K noisy draws of it "
+                "bounds nothing (use the ode estimator with the exact trace)"
+            )
+        if dequantizer.at_noise and not dequantizers.has_bound(dequantizer):
+            return (
+                "it draws noise around bin centres (at_noise) and has no bound of its own for the "
+                "integers: give its Model a method bound (sbml.dequantizers)"
+            )
+        return ""
+
+    def one(
+        self,
+        score: Score,
+        params: Any,
+        data: Array,
+        key: Key,
+        u: Any,
+        given: Reduction,
+        target: Target,
+    ) -> tuple[dict[str, Array], Array | int]:
+        u_key, key = jax.random.split(key)
+        draws: dict[str, Any] = {"eps": target.eps, "u": u, "proposal": self.proposal}
+        draws |= {"control": given.control, "density": given.density}
+        model = target.dequantizer
+        if dequantizers.has_bound(model):
+            found = model.bound(params, score, target.sde, data, key, target.levels, **draws)
+            return {**found._asdict(), "dequantization": jnp.zeros(())}, u.size + model.calls
+        x, log_q = target.sample(params, data, u_key)
+        found = bound.elbo(score, target.sde, x, key, form="dsm", **draws)
+        return {**found._asdict(), "dequantization": log_q}, u.size + 1
+
+    def scale_nats(self, target: Target, shape: tuple[int, ...]) -> float:
+        return 0.0 if dequantizers.has_bound(target.dequantizer) else target.scale_nats(shape)

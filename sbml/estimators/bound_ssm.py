@@ -1,0 +1,49 @@
+"""The evidence bound with its diffusion term by sliced or exact score matching.
+
+    diffusion = Z d / 2 + Z E [1/2 sigma^2 (|s|^2 + 2 div s)]        (``sbml.bound``)
+
+It has the expectation of the denoising form, more noise, and no Gaussian control.
+"""
+
+import dataclasses
+from typing import Any, ClassVar
+
+import jax
+
+from sbml import bound, dequantizers
+from sbml.divergence import Trace
+from sbml.estimators import bound as dsm
+from sbml.estimators.base import Reduction, Target
+from sbml.types import Array, Key, Score
+
+
+@dataclasses.dataclass(frozen=True)
+class Estimator(dsm.Estimator):
+    """The evidence bound in its score-matching form."""
+
+    reducible: ClassVar[bool] = False
+
+    trace: Trace = Trace()
+
+    @classmethod
+    def undefined(cls, dequantizer: type[Any], num_importance: int) -> str:
+        if dequantizers.has_bound(dequantizer):
+            return "the bounds on integers themselves are in the dsm form only"
+        return super().undefined(dequantizer, num_importance)
+
+    def one(
+        self,
+        score: Score,
+        params: Any,
+        data: Array,
+        key: Key,
+        u: Any,
+        given: Reduction,
+        target: Target,
+    ) -> tuple[dict[str, Array], Array | int]:
+        u_key, key = jax.random.split(key)
+        x, log_q = target.sample(params, data, u_key)
+        draws: dict[str, Any] = {"eps": target.eps, "u": u, "proposal": self.proposal}
+        draws |= {"form": "ssm", "trace": self.trace, "density": given.density}
+        found = bound.elbo(score, target.sde, x, key, **draws)
+        return {**found._asdict(), "dequantization": log_q}, u.size + 1

@@ -1,0 +1,95 @@
+"""-log p_eps(x) by the probability-flow ODE, with K draws of the dequantizer.
+
+    -log p_eps(x) = prior + divergence + correction        (``sbml.likelihood``)
+
+With K draws of u, w_i = log p(x_i) - log q(u_i) and normalised weights W_i ~ exp(w_i),
+
+    -log (1/K) sum_i exp(w_i) = sum_i W_i (-w_i) + [log K + sum_i W_i log W_i],
+
+so every term is the W-average of the draws' terms, and the bracket is the term ``importance`` (a
+divergence of W from 1/K, at least 0). It needs exact densities: noise in w makes the logarithm of
+the mean too good by half of the noise's variance.
+"""
+
+import dataclasses
+import math
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+
+from sbml import dequantizers, likelihood
+from sbml.divergence import Trace
+from sbml.estimators import base
+from sbml.estimators.base import Target
+from sbml.ode import Solver
+from sbml.types import Array, Key, Score
+
+
+@dataclasses.dataclass(frozen=True)
+class Estimator(base.Estimator):
+    """The likelihood of the ODE.
+
+    Raises:
+      ValueError: for K > 1 without the exact trace.
+    """
+
+    terms: ClassVar[tuple[str, ...]] = (
+        *("prior", "divergence", "correction", "dequantization", "importance", "scale"),
+    )
+    is_bound: ClassVar[bool] = False
+
+    trace: Trace = Trace()
+    num_importance: int = 1
+
+    def __post_init__(self) -> None:
+        if self.num_importance > 1 and self.trace.kind != "exact":
+            raise ValueError(
+                f"num_importance={self.num_importance} with a {self.trace.kind} trace: the noise "
+                "of the probes makes the logarithm of the mean too good; use the exact trace"
+            )
+
+    @classmethod
+    def undefined(cls, dequantizer: type[Any], num_importance: int) -> str:
+        if dequantizers.has_density(dequantizer):
+            return ""
+        return "this dequantizer has a bound only: there is no density to solve for"
+
+    def one(
+        self,
+        score: Score,
+        params: Any,
+        data: Array,
+        key: Key,
+        u: Any,
+        given: Solver,
+        target: Target,
+    ) -> tuple[dict[str, Array], Array | int]:
+        def draw(key: Key) -> tuple[dict[str, Array], Array]:
+            u_key, trace_key = jax.random.split(key)
+            x, log_q = target.sample(params, data, u_key)
+            how: dict[str, Any] = {"eps": target.eps, "trace": self.trace, "solver": given}
+            found = likelihood.ode_logp(score, target.sde, x, trace_key, **how)
+            terms = {name: -getattr(found, name) for name in ("prior", "divergence", "correction")}
+            return {**terms, "dequantization": log_q}, found.stats.nfe
+
+        if self.num_importance == 1:
+            terms, nfe = draw(key)
+            return {**terms, "importance": jnp.zeros(())}, nfe
+        each, evaluations = jax.lax.map(draw, jax.random.split(key, self.num_importance))
+        return averaged(each), jnp.sum(evaluations)
+
+
+def averaged(each: dict[str, Array]) -> dict[str, Array]:
+    """The W-average of K draws' terms ``(K,)`` and ``importance``, log K + sum W log W; nats.
+
+    A draw of no weight, as one of density 0, adds nothing, though a term of it is infinite.
+    """
+    log_weights = jax.nn.log_softmax(-sum(each.values()))
+    weights = jnp.exp(log_weights)
+
+    def average(term: Array) -> Array:
+        return jnp.sum(jnp.where(weights == 0, 0, weights * term))
+
+    terms = {name: average(term) for name, term in each.items()}
+    return {**terms, "importance": average(log_weights) + math.log(len(weights))}

@@ -8,8 +8,11 @@ import pytest
 import tiny
 
 from experiments import samplers, schedule, table2, toy2d
+from sbml.estimate import Estimate
+from sbml.intervals import Interval
 from sbml.modes import train
 from sbml.report import strict
+from sbml.report.result import Result
 
 FEATURES = '    config.eval.features = "digits_classifier"\n'
 
@@ -24,19 +27,25 @@ def evaluation(
 ) -> Path:
     folder.mkdir()
     training = {"likelihood_weighting": True, "importance_sampling": False}
-    rows = [
-        {
-            **dict(zip(("estimator", "dequantizer"), name.split("_"), strict=True)),
-            "num_importance": 1,
-            "data": data,
-            "split": "test",
-            "n": 10_000,
-            "bits_per_dim": value,
-            "ci95": interval,
-            "converged": value < 3,
-        }
-        for name, value in results.items()
-    ]
+    same = Interval(0.0, interval / 1.96, interval, 10_000, 0)
+    rows = []
+    for name, value in results.items():
+        estimator, dequantizer = name.split("_")
+        interval_of = same._replace(mean=value)
+        found = Estimate(
+            values=np.full(10_000, value),
+            terms={"prior": np.full(10_000, value)},
+            unit="bits/dim",
+            nfe=np.ones(10_000),
+            population=interval_of,
+            this_set=interval_of,
+            solver_error=interval_of._replace(mean=0.0, ci95=0.0 if value < 3 else 1.0),
+            budget=0.1,
+        )
+        origin = {"num_importance": 1, "data": data, "split": "test", "split_size": 10_000}
+        origin |= {"smallest_time": 1e-5, "trace": None, "dequantizer_step": None}
+        kind = {"estimator": estimator, "dequantizer": dequantizer}
+        rows.append(Result.of(found, np.arange(10_000), **kind, **origin).plain())
     report = {
         "title": folder.name,
         "config": {"sde": {"name": "subvp"}, "training": training, "data": {"flip": flip}},

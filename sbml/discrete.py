@@ -40,13 +40,17 @@ from sbml.types import Array, Key, Score, deterministic
 TRUNCATED_NORMAL, CATEGORICAL = KINDS = ("truncated_normal", "categorical")
 
 
-def smallest_time(sde: SDE, levels: int, eps: float) -> float:
-    """Where three standard deviations of the noise fill half a bin, but not below ``eps``.
+def smallest_time(sde: SDE, levels: int, eps: float, tau: float = truncated_normal.TAU) -> float:
+    """Where ``tau`` standard deviations of the noise fill half a bin, but not below ``eps``.
 
-    Below ``eps`` the network was never trained; above, tau is less than 3 and the bound holds too.
+    Below ``eps`` the network was never trained; where ``eps`` is the later one, less than ``tau``
+    of them do, and the bound holds too. With ``tau`` infinite it is ``eps`` itself: the bound of a
+    model that was trained with its decoder at ``eps``, as VDM is.
     """
+    if math.isinf(tau):
+        return eps
     with jax.ensure_compile_time_eval():
-        target = jnp.asarray(truncated_normal.log_snr(levels))
+        target = jnp.asarray(truncated_normal.log_snr(levels, tau))
         return max(float(sde.time(target)), eps)
 
 

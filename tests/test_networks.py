@@ -114,11 +114,32 @@ def test_mlp_width_depth_and_precision() -> None:
         ({"width": 0}, "width=0"),
         ({"depth": -1}, "depth=-1"),
         ({"fourier_scale": 0.0}, "fourier_scale=0.0"),
+        ({"fourier": (-1.0,)}, r"fourier=\(-1.0,\)"),
     ],
 )
 def test_bad_mlp_option_is_an_error_at_once(options: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         mlp.Model(**options)
+
+
+def test_mlp_reads_fourier_features_of_its_input() -> None:
+    """A change of x by a period of the features moves the output as if there were none."""
+    plain, model = mlp.Model(width=16, depth=0), mlp.Model(width=16, depth=0, fourier=(8.0, 16.0))
+    x, label = normal(1, 3, 4), jnp.array([0.1, 0.4, 5.0])
+    variables = random_params(model, x.shape)
+    first = variables["params"]["Dense_1"]["kernel"]
+    assert first.shape == (4 * 5, 16)
+    without = {**variables["params"], "Dense_1": {**variables["params"]["Dense_1"]}}
+    without["Dense_1"]["kernel"] = first[:4]
+
+    def moved(model: mlp.Model, params: dict, shift: float) -> jax.Array:
+        outs = [model.apply({"params": params}, x + s, label, train=False) for s in (0.0, shift)]
+        return outs[1] - outs[0]
+
+    expected = moved(plain, without, 0.25)
+    np.testing.assert_allclose(moved(model, variables["params"], 0.25), expected, atol=1e-4)
+    gap = moved(model, variables["params"], 0.1) - moved(plain, without, 0.1)
+    assert jnp.abs(gap).max() > 0.1
 
 
 def test_mlp_wants_a_label_an_example() -> None:

@@ -21,7 +21,7 @@ import numpy as np
 from absl import logging
 from etils import epath
 
-from sbml import bits, discrete, divergence, estimators, intervals, times
+from sbml import bits, divergence, estimators, intervals, times
 from sbml.bound import GaussianControl
 from sbml.data import ImageSet, eval_batches, spread
 from sbml.estimators import Cell
@@ -89,7 +89,7 @@ class CellRun:
         experiment = shared.experiment
         self.eps = experiment.eval_eps
         if dequantization.at_noise:
-            self.eps = discrete.smallest_time(experiment.sde, experiment.levels, self.eps)
+            self.eps = experiment.discrete_eps
         self.trace = experiment.trace(cell.num_importance)
         # The density is of the dsm form's noise.
         self.density = shared.density(self.eps) if cell.estimator == "bound" else None

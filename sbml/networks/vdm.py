@@ -103,7 +103,7 @@ class Model(nn.Module):
       dropout: rate, inside every block.
       groups: of group norm, a divisor of ``width``; 0: as many as leave two channels a group, at
         most 32. Published models have 32 whatever their width.
-      fourier: frequencies in units of pi of features of the input (``_fourier.frequencies``).
+      fourier: frequencies in units of pi of features of the input (``networks.frequencies``).
       dtype: "float32", "bfloat16" or "float64" arithmetic; the output is float32 or float64.
       remat: compute each block again for its gradient instead of storing its intermediate results.
 

@@ -12,6 +12,7 @@ from flax.traverse_util import flatten_dict
 
 from sbml import bits, discrete, samplers, vdm_schedule
 from sbml.adapters import Adapter, LinenScore
+from sbml.convert import vdm as vdm_checkpoint
 from sbml.networks import vdm
 from sbml.sdes import SDE
 from sbml.types import Array
@@ -59,7 +60,7 @@ def noises(params: dict[str, Any], sde: SDE, x: Array, t: Array) -> Array:
 def _case(request: pytest.FixtureRequest, params: dict[str, Any]) -> tuple[str, SDE]:
     w, b = (GIVEN[f"scalar/params/gamma/{name}"] for name in "wb")
     gamma = {"w": w, "b": b} if request.param == "scalar" else params["gamma"]
-    return request.param, reference.schedule(gamma)
+    return request.param, vdm_checkpoint.schedule(gamma)
 
 
 def test_gamma_and_its_derivative(case: tuple[str, Any]) -> None:
@@ -84,7 +85,7 @@ def test_schedules_keep_the_contract_of_an_sde(case: tuple[str, Any]) -> None:
 
 
 def test_times_beyond_the_monotone_network_are_its_ends(params: dict[str, Any]) -> None:
-    sde = reference.schedule(params["gamma"])
+    sde = vdm_checkpoint.schedule(params["gamma"])
     np.testing.assert_array_equal(sde.time(jnp.asarray([1e3, -1e3])), [0.0, 1.0])
     assert sde.time(jnp.asarray(0.0, jnp.float32)).dtype == jnp.float32
 
@@ -112,7 +113,7 @@ def test_time_zero_is_allowed_and_one_is_not() -> None:
 
 def test_network(params: dict[str, Any]) -> None:
     """With its label, its class and the input added to its output, by the adapter."""
-    sde = reference.schedule(params["gamma"])
+    sde = vdm_checkpoint.schedule(params["gamma"])
     t = sde.time(-jnp.asarray(GIVEN["wide/network/gamma_t"]))
     found = noises(params, sde, jnp.asarray(GIVEN["wide/network/z_t"]), t)
     close(found, GIVEN["wide/network/eps_hat"], atol=1e-9)
@@ -133,7 +134,7 @@ def test_network_in_float32() -> None:
 
 
 def test_decoder_of_every_value(params: dict[str, Any]) -> None:
-    sde = reference.schedule(params["gamma"])
+    sde = vdm_checkpoint.schedule(params["gamma"])
     rho = jnp.exp(-0.5 * sde.log_snr(jnp.zeros(())))
     z = jnp.asarray(GIVEN["wide/decoder/z_of_log_prob"])
 
@@ -199,7 +200,7 @@ def bounds(score: Any, sde: SDE, variant: str, monkeypatch: pytest.MonkeyPatch) 
 def test_every_term_of_the_bound(
     variant: str, params: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    sde = reference.schedule(params["gamma"])
+    sde = vdm_checkpoint.schedule(params["gamma"])
 
     @jax.jit
     def found() -> discrete.Bound:
@@ -216,7 +217,7 @@ def test_every_term_of_the_bound(
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_noise_at_the_times_of_the_losses(variant: str, params: dict[str, Any]) -> None:
     """Those of the discrete-time loss too, whose weight is that of ten steps."""
-    sde = reference.schedule(params["gamma"])
+    sde = vdm_checkpoint.schedule(params["gamma"])
     t, eps = jnp.asarray(GIVEN[f"loss/{variant}/t"]), jnp.asarray(GIVEN["loss/eps"])
     centres = bits.to_model(jnp.asarray(IMAGES), 0.5, reference.LEVELS)
     z = jax.vmap(lambda x, t, e: sde.mean_coef(t) * x + sde.std(t) * e)(centres, t, eps)
@@ -230,7 +231,7 @@ def test_noise_at_the_times_of_the_losses(variant: str, params: dict[str, Any]) 
 
 def test_the_way_between_the_ends_changes_no_bound(params: dict[str, Any]) -> None:
     """At equal log-SNR: the schedule linear between the ends of a network's has its bound."""
-    learned = reference.schedule(params["gamma"])
+    learned = vdm_checkpoint.schedule(params["gamma"])
     ends = [float(learned.gamma(jnp.asarray(t))) for t in (0.0, 1.0)]
     linear = vdm_schedule.LinearGamma(*ends)
 
@@ -253,7 +254,7 @@ def test_gradient_of_the_bound(params: dict[str, Any], monkeypatch: pytest.Monke
     @jax.jit
     @jax.grad
     def gradient(params: dict[str, Any]) -> Array:
-        sde = reference.schedule(params["gamma"])
+        sde = vdm_checkpoint.schedule(params["gamma"])
         found = bounds(lambda c: score_of(params, sde, c), sde, "continuous", monkeypatch)
         return found.total.mean() / (DIMS * math.log(2))
 
@@ -272,7 +273,7 @@ def test_gradient_of_the_bound(params: dict[str, Any], monkeypatch: pytest.Monke
 
 def test_steps_of_the_sampler(params: dict[str, Any]) -> None:
     """Theirs is ancestral sampling at equal steps in t; the image is each pixel's nearest value."""
-    sde = reference.schedule(params["gamma"])
+    sde = vdm_checkpoint.schedule(params["gamma"])
     states = np.concatenate([GIVEN["wide/sample/z_1"][None], GIVEN["wide/sample/z_s"]])
     sampler, times = samplers.SAMPLERS["ancestral"](steps=5), np.linspace(1, 0, 6)
 

@@ -13,8 +13,6 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import unflatten_dict
 
-from sbml import vdm_schedule
-
 DATA = Path(__file__).parent / "data"
 LEVELS = 256
 LOG_SNR_RANGE = (-5.0, 13.3)
@@ -34,14 +32,19 @@ def wide_params() -> dict[str, Any]:
         return unflatten_dict(dict(file), sep="/")
 
 
-def schedule(gamma: dict[str, Any]) -> vdm_schedule.LinearGamma | vdm_schedule.MonotoneGamma:
-    """The schedule with parameters ``gamma``, differentiable in them."""
-    if "w" in gamma:
-        w, b = gamma["w"][0], gamma["b"][0]
-        return vdm_schedule.LinearGamma(b, b + jnp.abs(w))
-    l1, l2, l3 = (gamma[name] for name in ("l1", "l2", "l3"))
-    units = l2["kernel"][0], l2["bias"], l3["kernel"][:, 0]
-    return vdm_schedule.MonotoneGamma(l1["kernel"][0, 0], l1["bias"][0], *units)
+def train_state(params: dict[str, Any]) -> dict[str, Any]:
+    """Their checkpoint whose average is ``params``, with parameters and moments of other values."""
+
+    def like(value: float) -> dict[str, Any]:
+        return jax.tree.map(lambda leaf: np.full_like(leaf, value), params)
+
+    adam = {"count": np.int32(6), "mu": like(0.25), "nu": like(0.5)}
+    return {
+        "step": np.int32(7),
+        "params": jax.tree.map(lambda leaf: leaf + 1, params),
+        "ema_params": params,
+        "opt_state": {"0": adam, "1": {"inner_state": {}}, "2": {}},
+    }
 
 
 def exact(tree: Any) -> Any:

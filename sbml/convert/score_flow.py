@@ -106,8 +106,8 @@ def _sections(
 ) -> architecture.Sections:
     """The sections of a config that fit the checkpoints."""
     if config.sde.name not in CONVENTIONS:
-        known = ", ".join(CONVENTIONS)
-        raise ValueError(f"config.sde.name={config.sde.name!r}: their models have one of {known}")
+        names = ", ".join(CONVENTIONS)
+        raise ValueError(f"config.sde.name={config.sde.name!r}: their models have one of {names}")
     convention = CONVENTIONS[config.sde.name]
     given = {k: v for k, v in config.model.items() if k != "name"}
     height, channels = config.data.shape[0], config.data.shape[-1]

@@ -46,6 +46,7 @@ BAD_OPTIONS = [
     ({"num_res_blocks": 0}, "num_res_blocks=0"),
     ({"fir_kernel": (1, -1)}, r"fir_kernel=\(1, -1\)"),
     ({"fourier_scale": 0.0}, "fourier_scale=0.0"),
+    ({"fourier": (0.0,)}, r"fourier=\(0.0,\)"),
 ]
 BAD_INPUTS: list[tuple[dict, tuple[int, ...], str]] = [
     ({}, (2, 9, 8, 3), "9x8.*multiple of 2"),
@@ -65,6 +66,25 @@ def test_bad_option_is_an_error_at_once(options: dict, message: str) -> None:
 def test_bad_input_is_an_error(options: dict, shape: tuple[int, ...], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         shapes(ncsnpp.Model(**SMALL | options), shape)
+
+
+def test_fourier_features_are_read_by_the_first_convolution_alone() -> None:
+    """With no weight on them the network is the one without; the input pyramid has none."""
+    options = {**SMALL, "progressive_input": "residual"}
+    plain, model = ncsnpp.Model(**options), ncsnpp.Model(**options, fourier=(8.0, 16.0))
+    params = random_params(model, (1, 8, 8, 3))["params"]
+    kernel = params["Conv_0"]["kernel"]
+    assert kernel.shape == (3, 3, 15, 8)
+    x, label = normal(1, 2, 8, 8, 3), jnp.array([3.0, 40.0])
+
+    def out(model: ncsnpp.Model, kernel: jax.Array) -> jax.Array:
+        variables = {"params": {**params, "Conv_0": {**params["Conv_0"], "kernel": kernel}}}
+        return model.apply(variables, x, label, train=False)
+
+    unweighted = np.concatenate([kernel[:, :, :3], 0 * kernel[:, :, 3:]], axis=2)
+    expected = out(plain, kernel[:, :, :3])
+    np.testing.assert_allclose(out(model, unweighted), expected, rtol=1e-4, atol=1e-5)
+    assert jnp.abs(out(model, kernel) - expected).max() > 1e-2
 
 
 def test_input_unlike_the_parameters_is_an_error() -> None:

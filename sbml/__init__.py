@@ -5,6 +5,7 @@ s(x, t, key), see ``sbml.types``.
 
     Density                     likelihoods, bits/dim, samples and latents under any score
     sdes, times, divergence     forward processes; times and their weights; tr J
+    vdm_schedule                the forward processes of "Variational Diffusion Models"
     losses                      denoising score matching
     bound, discrete             evidence bounds on -log p(x), and on -log P(k) of integers
     ode, quadrature, likelihood the probability-flow ODE and its log-likelihood
@@ -29,6 +30,7 @@ LIBRARY = (
     *("adapters", "bits", "bound", "compiler", "data", "density", "dequantizers", "discrete"),
     *("distances", "divergence", "intervals", "likelihood", "losses", "networks", "ode"),
     *("predictions", "quadrature", "samplers", "sampling", "sdes", "times", "types"),
+    "vdm_schedule",
 )
 
 

@@ -6,6 +6,7 @@ A network F sees an input and a label of the time; what it returns becomes the s
     score            s =  F / sigma       (the authors' VE with model.scale_by_sigma)
     unscaled         s =  F               (the authors' VE without)
     preconditioned   s = -(c_skip x + c_out F) / sigma
+    residual         s = -(x + F) / sigma    F predicts what the noise is more than x (VDM)
 
 with, for data of standard deviation d and v = alpha^2 d^2 + sigma^2,
 
@@ -17,8 +18,10 @@ network has no such floor and can blow up on a test image.
 
 Labels: ``time`` is 999 t (the authors'; it hardly moves below t = 1e-3, where a fifth of the
 importance draws fall), ``log_snr`` is lambda(eps) - lambda(t), ``sigma`` is sigma(t) (for Fourier
-embeddings of log sigma). Embeddings have frequencies up to one radian a unit: a label that runs
-faster than the log-SNR makes the network turn fast in time, and the probability-flow ODE stiff.
+embeddings of log sigma), ``scaled_log_snr`` is 1000 (l_1 - lambda(t)) / (l_1 - l_0) for two fixed
+numbers l_0 < l_1, which need not be the ends of lambda (VDM). Embeddings have frequencies up to one
+radian a unit: a label that runs faster than the log-SNR makes the network turn fast in time, and
+the probability-flow ODE stiff.
 """
 
 import dataclasses
@@ -32,8 +35,8 @@ from sbml import compiler
 from sbml.sdes import SDE, Kernel
 from sbml.types import Array, Key
 
-PARAMETERIZATIONS = ("noise", "score", "unscaled", "preconditioned")
-LABELS = ("time", "log_snr", "sigma")
+PARAMETERIZATIONS = ("noise", "score", "unscaled", "preconditioned", "residual")
+LABELS = ("time", "log_snr", "sigma", "scaled_log_snr")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,15 +46,16 @@ class Adapter:
     Attributes:
       model: a Linen module called as ``model(x (n, *s), label (n,), train=...)``.
       sde: the forward process, an SDE or the noise levels of a discrete-time one.
-      parameterization: ``noise``, ``score``, ``unscaled`` or ``preconditioned``.
-      label: ``time``, ``log_snr`` or ``sigma``.
+      parameterization: ``noise``, ``score``, ``unscaled``, ``preconditioned`` or ``residual``.
+      label: ``time``, ``log_snr``, ``sigma`` or ``scaled_log_snr``.
       data_std: the data's standard deviation in [-1, 1], for ``preconditioned``.
       eps: the smallest time, where the ``log_snr`` label is 0.
       labels: the SDE that is evaluated, where ``sde`` are the noise levels that are trained: a
         noise then has one label in both, that of its time in the SDE.
+      log_snr_range: (l_0, l_1), for ``scaled_log_snr``; the default is VDM's.
 
     Raises:
-      ValueError: for an unknown parameterization or label.
+      ValueError: for an unknown parameterization or label, or l_0 >= l_1.
     """
 
     model: nn.Module
@@ -61,6 +65,7 @@ class Adapter:
     data_std: float = 0.5
     eps: float = 1e-5
     labels: SDE | None = None
+    log_snr_range: tuple[float, float] = (-5.0, 13.3)
 
     def __post_init__(self) -> None:
         if self.parameterization not in PARAMETERIZATIONS:
@@ -72,14 +77,18 @@ class Adapter:
             raise ValueError(f"unknown time label {self.label!r}; choose from {LABELS}")
         if not self.data_std > 0:
             raise ValueError(f"data_std={self.data_std}: must be positive")
+        least, largest = self.log_snr_range
+        if not least < largest:
+            raise ValueError(f"log_snr_range={self.log_snr_range}: the first must be the smaller")
         self.sde.check_time(self.eps)
 
     def init(self, key: Key, shape: tuple[int, ...]) -> Any:
         """Parameters for examples of shape ``shape``."""
         return self.model.init(key, jnp.zeros((1, *shape)), jnp.ones((1,)), train=False)["params"]
 
-    def __call__(self, params: Any) -> "LinenScore":
-        return LinenScore(self, params)
+    def __call__(self, params: Any, condition: Array | None = None) -> "LinenScore":
+        """The score; ``condition``, a scalar, is the class it is told, where the model has one."""
+        return LinenScore(self, params, condition)
 
     def label_of(self, t: Array) -> Array:
         """What the network is told of the times ``t (n,)``."""
@@ -90,6 +99,9 @@ class Adapter:
             return 999.0 * t
         if self.label == "sigma":
             return sde.std(t)
+        if self.label == "scaled_log_snr":
+            least, largest = self.log_snr_range
+            return 1000.0 * (largest - sde.log_snr(t)) / (largest - least)
         return sde.log_snr(jnp.asarray(self.eps, t.dtype)) - sde.log_snr(t)
 
     def coefficients(self, t: Array) -> tuple[Array, Array, Array]:
@@ -98,6 +110,8 @@ class Adapter:
             alpha, sigma = self.sde.mean_coef(t), self.sde.std(t)
             v = (alpha * self.data_std) ** 2 + sigma**2
             return 1 / jnp.sqrt(v), sigma / v, alpha * self.data_std / jnp.sqrt(v)
+        if self.parameterization == "residual":
+            return jnp.ones_like(t), jnp.ones_like(t), jnp.ones_like(t)
         noise = {
             "noise": jnp.ones_like(t),
             "score": -jnp.ones_like(t),
@@ -113,6 +127,7 @@ class LinenScore:
 
     adapter: Adapter = dataclasses.field(metadata={"static": True})
     params: Any
+    condition: Array | None = None
 
     def __call__(self, x: Array, t: Array, key: Key | None) -> Array:
         return self.batch(x[None], t[None], key)[0]
@@ -126,12 +141,16 @@ class LinenScore:
             return c.reshape(c.shape + (1,) * (x.ndim - 1))
 
         c_in, c_skip, c_out = map(per_example, a.coefficients(t))
+        told: dict[str, Any] = {}
+        if self.condition is not None:
+            told["condition"] = jnp.broadcast_to(self.condition, t.shape)
         out: Any = a.model.apply(
             {"params": self.params},
             c_in * x,
             a.label_of(t),
             train=key is not None,
             rngs=None if key is None else {"dropout": key},
+            **told,
         )
         if out.shape != x.shape:
             raise ValueError(f"the network returned shape {out.shape} for an input of {x.shape}")

@@ -53,13 +53,17 @@ def truncated_normal(e: Array, tau: float) -> Array:
     return jnp.clip(jnp.sign(e) * magnitude, -tau, tau)
 
 
-def smallest_time(sde: SDE, levels: int, eps: float) -> float:
-    """Where three standard deviations of the noise fill half a bin, but not below ``eps``.
+def smallest_time(sde: SDE, levels: int, eps: float, tau: float = TAU) -> float:
+    """Where ``tau`` standard deviations of the noise fill half a bin, but not below ``eps``.
 
-    Below ``eps`` the network was never trained; above, tau is less than 3 and the bound holds too.
+    Below ``eps`` the network was never trained; where ``eps`` is the later one, less than ``tau``
+    of them do, and the bound holds too. With ``tau`` infinite it is ``eps`` itself: the bound of a
+    model that was trained with its decoder at ``eps``, as VDM is.
     """
+    if math.isinf(tau):
+        return eps
     with jax.ensure_compile_time_eval():
-        target = jnp.asarray(bin_log_snr(levels))
+        target = jnp.asarray(bin_log_snr(levels, tau))
         return max(float(sde.time(target)), eps)
 
 
@@ -116,18 +120,25 @@ def decoder_nats(x: Array, pixels: Array, levels: int, rho: Array) -> Array:
     return jnp.sum(jax.nn.logsumexp(logits, axis=-1) - chosen)
 
 
+def _normals(key: Key, n: int, centre: Array) -> tuple[Array, Array]:
+    """Standard normal draws: two for each of ``n`` times ``(n, 2, *s)``, and the decoder's."""
+    keys = jax.random.split(key, n + 1)
+    pairs = jax.vmap(lambda key: jax.random.normal(key, (2, *centre.shape), centre.dtype))
+    return pairs(keys[:-1]), jax.random.normal(keys[-1], centre.shape, centre.dtype)
+
+
 def _draw(
     score: Score,
     sde: SDE,
     centre: Array,
     t: Array,
-    key: Key,
+    normals: Array,
     first: Array,
     tau: float | None,
     control: GaussianControl | None,
 ) -> Array:
     """1/2 |n - e|^2 - r e at one time, less the control's; ``tau`` None for the normal, r = 0."""
-    z0, z = jax.random.normal(key, (2, *centre.shape), centre.dtype)
+    z0, z = normals
     gap = jnp.minimum(sde.log_snr(t) - first, -1e-12)
     a, b = jnp.exp(0.5 * gap), jnp.sqrt(-jnp.expm1(gap))
     mean, std = sde.marginal(centre, t)
@@ -184,21 +195,20 @@ def elbo(
         raise ValueError(f"pixels are {pixels.dtype}: give integers; bound.elbo is of real x")
     t, weight = times.drawn(sde, eps, u, density, proposal)
     centre = bits.to_model(pixels, 0.5, levels)
-    truncated = kind == TRUNCATED_NORMAL
-    width = tau(sde, levels, eps)
+    width = tau(sde, levels, eps) if kind == TRUNCATED_NORMAL else None
     first = sde.log_snr(jnp.asarray(eps, centre.dtype))
 
-    def draw(t: Array, key: Key) -> Array:
-        return _draw(score, sde, centre, t, key, first, width if truncated else None, control)
+    def draw(t: Array, normals: Array) -> Array:
+        return _draw(score, sde, centre, t, normals, first, width, control)
 
-    keys = jax.random.split(key, u.size + 1)
-    diffusion = jnp.mean(weight * jax.vmap(draw)(t, keys[:-1]))
+    pairs, last = _normals(key, u.size, centre)
+    diffusion = jnp.mean(weight * jax.vmap(draw)(t, pairs))
     if control is not None:
         diffusion = diffusion + control.integral(sde, centre, eps)
-    if truncated:
+    if width is not None:
         diffusion = diffusion + centre.size * edge_constant(sde, eps, width)
         variance = 1 - math.exp(-_snr_range(sde, eps)) * (1 - _variance(width))
         return Bound(prior_kl(sde, centre, variance), diffusion, jnp.zeros((), centre.dtype))
     rho = jnp.exp(-0.5 * first)
-    x = centre + rho * jax.random.normal(keys[-1], centre.shape, centre.dtype)
-    return Bound(prior_kl(sde, centre), diffusion, decoder_nats(x, pixels, levels, rho))
+    reconstruction = decoder_nats(centre + rho * last, pixels, levels, rho)
+    return Bound(prior_kl(sde, centre), diffusion, reconstruction)

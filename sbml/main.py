@@ -25,7 +25,7 @@ CONFIG = config_flags.DEFINE_config_file("config", None, "Config file; any field
 MODE = flags.DEFINE_list("mode", None, f"What to run, in order: {', '.join(MODES)}.")
 WORKDIR = flags.DEFINE_string("workdir", None, "Where results go; default runs/<config's name>.")
 SOURCE: flags.FlagHolder[str | None] = flags.DEFINE_string(
-    "source", None, "What --mode=convert reads: a folder of the authors'."
+    "source", None, "What --mode=convert reads: a checkpoint or work directory of others' code."
 )
 COORDINATOR = flags.DEFINE_string(
     "coordinator", None, "Several processes: process 0's host:port, or auto (TPU pods, Slurm ...)."

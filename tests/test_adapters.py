@@ -54,7 +54,9 @@ def by_hand(sde: SDE, parameterization: str, label: str) -> np.ndarray:
     t = jnp.asarray(T)
     alpha, sigma, log_snr = (np.asarray(f(t)) for f in (sde.mean_coef, sde.std, sde.log_snr))
     at_eps = float(sde.log_snr(jnp.asarray(1e-5)))
-    told = {"time": 999 * T, "log_snr": at_eps - log_snr, "sigma": sigma}[label]
+    scaled = 1000 * (13.3 - log_snr) / 18.3
+    told = {"time": 999 * T, "log_snr": at_eps - log_snr, "sigma": sigma, "scaled_log_snr": scaled}
+    told = told[label]
     told = told.reshape(-1, 1, 1, 1)
     alpha, sigma = alpha.reshape(-1, 1, 1, 1), sigma.reshape(-1, 1, 1, 1)
     if parameterization == "noise":
@@ -63,6 +65,8 @@ def by_hand(sde: SDE, parameterization: str, label: str) -> np.ndarray:
         return (0.7 * X + 0.01 * told) / sigma
     if parameterization == "unscaled":
         return 0.7 * X + 0.01 * told
+    if parameterization == "residual":
+        return -(X + 0.7 * X + 0.01 * told) / sigma
     variance = alpha**2 * 0.5**2 + sigma**2
     network = 0.7 * X / np.sqrt(variance) + 0.01 * told
     return -(sigma / variance * X + alpha * 0.5 / np.sqrt(variance) * network) / sigma
@@ -113,6 +117,29 @@ def test_the_log_snr_label_is_a_unit_speed_clock_of_the_log_snr(sde: SDE) -> Non
     np.testing.assert_allclose(
         label(times.Importance(sde, 1e-3).at(u)[0]), normaliser * u, atol=1e-6
     )
+
+
+def test_the_ends_of_the_scaled_label_are_the_adapters() -> None:
+    """They need not be those of the process: the network is told 1000 at l_0 and 0 at l_1."""
+    label = Adapter(Net(), VP(), label="scaled_log_snr", log_snr_range=(-4.0, 6.0)).label_of
+    told = label(VP().time(jnp.asarray([-4.0, 1.0, 6.0, 8.0])))
+    np.testing.assert_allclose(told, [1000, 500, 0, -200], atol=1e-9)
+
+
+def test_a_class_is_told_to_every_example_of_a_batch() -> None:
+    class Conditional(nn.Module):
+        @nn.compact
+        def __call__(self, x: Array, label: Array, *, train: bool, condition: Array) -> Array:
+            return x * condition.reshape(-1, 1, 1, 1)
+
+    sde, x, t = VP(), jnp.asarray(X), jnp.asarray(T)
+    score = Adapter(Conditional(), sde)({}, jnp.asarray(3.0))
+    expected = -3 * X / np.asarray(sde.std(t)).reshape(-1, 1, 1, 1)
+    np.testing.assert_allclose(score.batch(x, t, None), expected, rtol=1e-12)
+    each = jax.vmap(lambda c, x, t: Adapter(Conditional(), sde)({}, c)(x, t, None))
+    classes = np.arange(4.0)
+    found = each(jnp.asarray(classes), x, t)
+    np.testing.assert_allclose(found, expected / 3 * classes.reshape(-1, 1, 1, 1), rtol=1e-12)
 
 
 def test_init_gives_the_networks_parameters() -> None:
@@ -183,6 +210,7 @@ def test_a_network_of_the_wrong_shape_is_refused() -> None:
         ({"data_std": float("nan")}, "data_std=nan"),
         ({"eps": 0.0}, "eps=0.0"),
         ({"eps": 1.0}, "eps=1.0"),
+        ({"log_snr_range": (5.0, 5.0)}, r"log_snr_range=\(5.0, 5.0\)"),
     ],
 )
 def test_impossible_adapters_are_refused(arguments: dict[str, Any], message: str) -> None:

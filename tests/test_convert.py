@@ -285,7 +285,7 @@ def test_leaves_of_a_dequantizer_are_named_before_anything_is_written(
 def test_sources_that_are_none(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="--source=DIR"):
         convert.run(config(), tmp_path, None)
-    with pytest.raises(ValueError, match="no checkpoint_N in"):
+    with pytest.raises(ValueError, match=r"no checkpoint_N or ckpt-N.flax in"):
         convert.run(config(), tmp_path, tmp_path)
     folder = tmp_path / authors.SCORE
     folder.mkdir()
@@ -293,12 +293,24 @@ def test_sources_that_are_none(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="checkpoint_3 is not a flax msgpack file"):
         convert.run(config(), tmp_path, tmp_path)
     save(tmp_path, {"weights": np.zeros(2)}, step=4)
-    with pytest.raises(ValueError, match=r"no 'optimizer' in \['weights'\]"):
+    with pytest.raises(ValueError, match=r"no known code: it has \['weights'\]; known are Song"):
         convert.run(config(), tmp_path, tmp_path)
+    save(tmp_path, {"optimizer": {"target": {}, "state": {"param_states": {}}}}, step=5)
+    with pytest.raises(ValueError, match=r"no 'params_ema' in \['optimizer'\]"):
+        convert.run(config(), tmp_path, tmp_path)
+    (folder / "checkpoint_6").write_bytes(serialization.msgpack_serialize(np.zeros(2)))
+    with pytest.raises(ValueError, match="checkpoint_6 holds a ndarray, no training state"):
+        convert.run(config(), tmp_path, tmp_path)
+    with pytest.raises(ValueError, match="model.name='mlp', .* is of a 'ncsnpp': take a config"):
+        convert.run(default("mlp"), tmp_path, save(tmp_path, theirs(), step=7))
+    gamma = config()
+    gamma.sde.name = "linear_gamma"
+    with pytest.raises(ValueError, match="sde.name='linear_gamma': their models have one of vp"):
+        convert.run(gamma, tmp_path, tmp_path)
     other = config()
     other.data.shape = (16, 16, 1)
     with pytest.raises(ValueError, match="images with 3 channels"):
-        convert.run(other, tmp_path / "ours", save(tmp_path, theirs(), step=5))
+        convert.run(other, tmp_path / "ours", save(tmp_path, theirs(), step=8))
 
 
 def flow_of(model: variational.Model) -> tuple[dict[str, Any], Any]:

@@ -41,7 +41,7 @@ LAYERS: dict[str, set[str]] = {
 }
 PURE = (
     *("types", "sdes", "times", "divergence", "bits", "ode", "losses", "likelihood", "sampling"),
-    *("verify.oracle", "quadrature"),
+    *("verify.oracle", "quadrature", "vdm_schedule"),
 )
 NETWORK_LIBRARIES = {"flax", "equinox", "haiku", "optax", "orbax", "grain", "ml_collections"}
 

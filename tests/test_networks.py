@@ -46,6 +46,7 @@ BAD_OPTIONS = [
     ({"num_res_blocks": 0}, "num_res_blocks=0"),
     ({"fir_kernel": (1, -1)}, r"fir_kernel=\(1, -1\)"),
     ({"fourier_scale": 0.0}, "fourier_scale=0.0"),
+    ({"fourier": (0.0,)}, r"fourier=\(0.0,\)"),
 ]
 BAD_INPUTS: list[tuple[dict, tuple[int, ...], str]] = [
     ({}, (2, 9, 8, 3), "9x8.*multiple of 2"),
@@ -65,6 +66,25 @@ def test_bad_option_is_an_error_at_once(options: dict, message: str) -> None:
 def test_bad_input_is_an_error(options: dict, shape: tuple[int, ...], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         shapes(ncsnpp.Model(**SMALL | options), shape)
+
+
+def test_fourier_features_are_read_by_the_first_convolution_alone() -> None:
+    """With no weight on them the network is the one without; the input pyramid has none."""
+    options = {**SMALL, "progressive_input": "residual"}
+    plain, model = ncsnpp.Model(**options), ncsnpp.Model(**options, fourier=(8.0, 16.0))
+    params = random_params(model, (1, 8, 8, 3))["params"]
+    kernel = params["Conv_0"]["kernel"]
+    assert kernel.shape == (3, 3, 15, 8)
+    x, label = normal(1, 2, 8, 8, 3), jnp.array([3.0, 40.0])
+
+    def out(model: ncsnpp.Model, kernel: jax.Array) -> jax.Array:
+        variables = {"params": {**params, "Conv_0": {**params["Conv_0"], "kernel": kernel}}}
+        return model.apply(variables, x, label, train=False)
+
+    unweighted = np.concatenate([kernel[:, :, :3], 0 * kernel[:, :, 3:]], axis=2)
+    expected = out(plain, kernel[:, :, :3])
+    np.testing.assert_allclose(out(model, unweighted), expected, rtol=1e-4, atol=1e-5)
+    assert jnp.abs(out(model, kernel) - expected).max() > 1e-2
 
 
 def test_input_unlike_the_parameters_is_an_error() -> None:
@@ -114,11 +134,32 @@ def test_mlp_width_depth_and_precision() -> None:
         ({"width": 0}, "width=0"),
         ({"depth": -1}, "depth=-1"),
         ({"fourier_scale": 0.0}, "fourier_scale=0.0"),
+        ({"fourier": (-1.0,)}, r"fourier=\(-1.0,\)"),
     ],
 )
 def test_bad_mlp_option_is_an_error_at_once(options: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         mlp.Model(**options)
+
+
+def test_mlp_reads_fourier_features_of_its_input() -> None:
+    """A change of x by a period of the features moves the output as if there were none."""
+    plain, model = mlp.Model(width=16, depth=0), mlp.Model(width=16, depth=0, fourier=(8.0, 16.0))
+    x, label = normal(1, 3, 4), jnp.array([0.1, 0.4, 5.0])
+    variables = random_params(model, x.shape)
+    first = variables["params"]["Dense_1"]["kernel"]
+    assert first.shape == (4 * 5, 16)
+    without = {**variables["params"], "Dense_1": {**variables["params"]["Dense_1"]}}
+    without["Dense_1"]["kernel"] = first[:4]
+
+    def moved(model: mlp.Model, params: dict, shift: float) -> jax.Array:
+        outs = [model.apply({"params": params}, x + s, label, train=False) for s in (0.0, shift)]
+        return outs[1] - outs[0]
+
+    expected = moved(plain, without, 0.25)
+    np.testing.assert_allclose(moved(model, variables["params"], 0.25), expected, atol=1e-4)
+    gap = moved(model, variables["params"], 0.1) - moved(plain, without, 0.1)
+    assert jnp.abs(gap).max() > 0.1
 
 
 def test_mlp_wants_a_label_an_example() -> None:

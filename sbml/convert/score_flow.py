@@ -9,27 +9,28 @@ and without knowledge of ours about its data. The dequantizer's parameters are r
 ``dequantizers.variational``.
 """
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from etils import epath
 from ml_collections import ConfigDict
 
-from sbml.convert import _ncsnpp_options
-from sbml.convert import _score_flow_file as files
-from sbml.convert._score_flow_file import AuthorsState
+from sbml.convert import _ncsnpp_options, _writing
+from sbml.convert import _score_flow_file as authors
+from sbml.convert._files import ForeignState, newest
 from sbml.dequantizers import variational
 from sbml.experiment import architecture
 from sbml.experiment.build import Experiment
 from sbml.experiment.sections import smallest_time
 from sbml.runtime import sharding
-from sbml.runtime.checkpoint import Checkpoints, tree_crc32
+from sbml.runtime.checkpoint import tree_crc32
 from sbml.runtime.state import TrainState
-from sbml.runtime.trees import differences
-from sbml.runtime.versions import versions
+
+NETWORK = "ncsnpp"
+CODE = "Song et al.'s (optimizer, params_ema)"
 
 
 class Convention(NamedTuple):
@@ -53,66 +54,60 @@ _SCORE = Convention(("unscaled", "score"), "sigma", "fourier")
 CONVENTIONS = {"vp": _NOISE, "subvp": _NOISE, "ve": _SCORE, "linear_ve": _NOISE}
 
 
-def convert(config: ConfigDict, workdir: epath.Path, source: epath.Path) -> None:
-    """Convert the newest checkpoints in ``source`` to ``workdir``.
+def recognises(tree: Mapping[str, Any]) -> bool:
+    """Whether a file of this content is theirs."""
+    return "optimizer" in tree
+
+
+def convert(
+    config: ConfigDict, workdir: epath.Path, path: epath.Path, tree: Mapping[str, Any]
+) -> None:
+    """Convert the checkpoint ``tree`` in the file ``path``, and the dequantizer's, to ``workdir``.
 
     Raises:
-      ValueError: no checkpoint there, one that is no network of ours (its missing, extra or
-        misshapen leaves are named), or a ``workdir`` that has checkpoints already.
+      ValueError: a checkpoint that is no network of ours (its missing, extra or misshapen leaves
+        are named), or a ``workdir`` that has checkpoints already.
     """
-    score_file = files.newest(source / files.SCORE)
-    if score_file is None:
-        raise ValueError(
-            f"no {files.PREFIX}N in {source / files.SCORE}: --source is the folder that holds "
-            f"{files.SCORE}/"
-        )
-    score = files.read(score_file)
-    flow_file = files.newest(source / files.DEQUANTIZER)
-    flow = None if flow_file is None else _renamed(files.read(flow_file))
+    score = authors.read(path, tree)
+    flow_file = newest(path.parent.parent / authors.DEQUANTIZER)
+    flow = None if flow_file is None else _renamed(authors.read(flow_file))
     sections = _sections(config, score, flow)
-    fitted, lines = architecture.apply(config, sections)
-    experiment = Experiment(fitted)
-    if experiment.checkpoints(workdir).steps():
-        raise ValueError(f"{workdir} has checkpoints already: convert into a new --workdir")
+    experiment, lines = _writing.fit(config, sections, workdir)
     # All is checked before anything is written: half a conversion could not be made whole.
-    score_state = _score_state(experiment, score)
+    score_state = _writing.score_state(experiment, score)
     flow_state = None if flow is None else _flow_state(experiment, flow)
-    metadata = _metadata(experiment, score)
+    metadata = _writing.metadata(experiment, score, "none")
     if jax.process_index() == 0:
         architecture.write(workdir, sections)
     with experiment.checkpoints(workdir) as checkpoints:
         checkpoints.save(score.step, score_state, metadata)
-        written = [_line(score, checkpoints)]
+        written = [_writing.line(score, checkpoints)]
     if flow is not None:
         against = {"step": score.step, "crc32": tree_crc32(score.ema_params)}
         with experiment.dequantizer_checkpoints(workdir) as checkpoints:
             checkpoints.save(flow.step, flow_state, {**metadata, "score": against})
-            written.append(_line(flow, checkpoints))
+            written.append(_writing.line(flow, checkpoints))
         if (shape := variational.image_shape(flow.ema_params)) != experiment.shape:
             written.append(f"{flow.path} is for images of {shape} alone")
-    print("\n".join([*lines, _untold(fitted), *written]))
-
-
-def _untold(fitted: ConfigDict) -> str:
-    """What the parameters do not tell, and stands as ``--config`` has it."""
     fields = ["sde.name", "training.smallest_time", "score.parameterization"]
     fields += ["training.likelihood_weighting", "training.importance_sampling", "data.flip"]
     fields += [f"model.{name}" for name in ("nonlinearity", "skip_rescale", "fir", "fir_kernel")]
-    parts = [name.split(".") for name in fields]
-    said = ", ".join(f"{section}.{field}={fitted[section][field]}" for section, field in parts)
-    return f"where the parameters do not tell, as --config has it: {said}"
+    print("\n".join([*lines, _writing.untold(experiment.config, fields), *written]))
 
 
-def _renamed(theirs: AuthorsState) -> AuthorsState:
+def _renamed(theirs: ForeignState) -> ForeignState:
     """A dequantizer's state with its trees under our names and in our layout."""
     renamed = {name: variational.from_reference(tree) for name, tree in theirs.trees.items()}
     return theirs._replace(trees=renamed)
 
 
 def _sections(
-    config: ConfigDict, score: AuthorsState, flow: AuthorsState | None
+    config: ConfigDict, score: ForeignState, flow: ForeignState | None
 ) -> architecture.Sections:
     """The sections of a config that fit the checkpoints."""
+    if config.sde.name not in CONVENTIONS:
+        names = ", ".join(CONVENTIONS)
+        raise ValueError(f"config.sde.name={config.sde.name!r}: their models have one of {names}")
     convention = CONVENTIONS[config.sde.name]
     given = {k: v for k, v in config.model.items() if k != "name"}
     height, channels = config.data.shape[0], config.data.shape[-1]
@@ -146,50 +141,13 @@ def _sections(
     return sections
 
 
-def _metadata(experiment: Experiment, score: AuthorsState) -> dict[str, Any]:
-    """What the checkpoint says of its origin; of its data it knows only how they were scaled."""
-    config = experiment.to_plain()
-    config["data"]["dequantization"] = "none"
-    origin = {"file": str(score.path), "step": score.step}
-    return {"config": config, "data": None, "versions": versions(), "converted_from": origin}
-
-
-def _state(template: TrainState, theirs: AuthorsState) -> TrainState:
-    """``template`` with every array of theirs, after checking that each fits.
-
-    Raises:
-      ValueError: naming the leaves that are missing, extra or misshapen.
-    """
-    for name, tree in theirs.trees.items():
-        if found := differences(tree, template.params):
-            raise ValueError(f"{theirs.path}, {name}:\n  " + "\n  ".join(found))
-    arrays = jax.tree.map(lambda a: jnp.asarray(a, jnp.float32), theirs.trees)
-    count = jnp.asarray(theirs.updates, jnp.int32)
-    return template.replace(
-        step=jnp.asarray(theirs.step, jnp.int32),
-        params=arrays["params"],
-        ema_params=arrays["ema_params"],
-        opt_state=optax.tree.set(template.opt_state, mu=arrays["mu"], nu=arrays["nu"], count=count),
-    )
-
-
-def _score_state(experiment: Experiment, theirs: AuthorsState) -> TrainState:
-    mesh = sharding.data_mesh()
-    state = _state(sharding.made(experiment.init_state, mesh), theirs)
-    return jax.device_put(state, sharding.replicated(mesh))
-
-
-def _flow_state(experiment: Experiment, theirs: AuthorsState) -> TrainState:
+def _flow_state(experiment: Experiment, theirs: ForeignState) -> TrainState:
     shape = variational.image_shape(theirs.ema_params)
     model = experiment.dequantizer("variational")
     params = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((2, *shape), jnp.uint8))
     template = jax.eval_shape(
         lambda p: TrainState.create(p, experiment.dequantizer_optimizer), params
     )
-    return jax.device_put(_state(template, theirs), sharding.replicated(sharding.data_mesh()))
-
-
-def _line(theirs: AuthorsState, checkpoints: Checkpoints) -> str:
-    count = sum(leaf.size for leaf in jax.tree.leaves(theirs.ema_params))
-    where = checkpoints.directory
-    return f"{theirs.path}: step {theirs.step}, {count:,} parameters -> {where}"
+    return jax.device_put(
+        _writing.state(template, theirs), sharding.replicated(sharding.data_mesh())
+    )

@@ -21,7 +21,7 @@ import numpy as np
 from absl import logging
 from etils import epath
 
-from sbml import bits, discrete, divergence, estimate, estimators, times
+from sbml import bits, divergence, estimate, estimators, times
 from sbml.bound import GaussianControl
 from sbml.data import ImageSet, eval_batches, spread
 from sbml.dequantizers import has_density
@@ -87,9 +87,8 @@ class CellRun:
         self.shared, self.cell, self.dequantization = shared, cell, dequantization
         experiment = shared.experiment
         self.config = experiment.config.eval
-        eps, model = experiment.eval_eps, dequantization.model
-        if model.at_noise:
-            eps = discrete.smallest_time(experiment.sde, experiment.levels, eps)
+        model = dequantization.model
+        eps = experiment.discrete_eps if model.at_noise else experiment.eval_eps
         self.target = Target(experiment.sde, eps, experiment.levels, model)
         self.estimator = estimator(experiment, cell)
         self.reduction = Reduction()

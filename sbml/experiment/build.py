@@ -94,6 +94,7 @@ class Experiment:
             label=score.label,
             data_std=score.data_std,
             eps=smallest_time(self.config),
+            log_snr_range=tuple(score.log_snr_range),
         )
 
     @property
@@ -167,11 +168,10 @@ class Experiment:
     def dequantizer(self, name: str) -> Any:
         """The dequantizer called ``name``, for these levels and this SDE."""
         kind = dequantizers.get(check_choice("dequantizer", name, dequantizers.DEQUANTIZERS))
-        eps = discrete.smallest_time(self.sde, self.levels, self.eval_eps)
         fields = {
             **self.config.dequantizer.model,
             "levels": self.levels,
-            "tau": discrete.tau(self.sde, self.levels, eps),
+            "tau": discrete.tau(self.sde, self.levels, self.discrete_eps),
         }
         return kind(
             **{f.name: fields[f.name] for f in dataclasses.fields(kind) if f.name in fields}
@@ -212,6 +212,12 @@ class Experiment:
     @property
     def eval_eps(self) -> float:
         return self._time("eval", trained_from(self.config))
+
+    @property
+    def discrete_eps(self) -> float:
+        """The smallest time of what is of the integers themselves, by ``eval.tau``."""
+        tau = self.config.eval.tau or math.inf
+        return discrete.smallest_time(self.sde, self.levels, self.eval_eps, tau)
 
     @property
     def sampling_eps(self) -> float:

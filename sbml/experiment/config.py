@@ -26,7 +26,7 @@ LEAST = {
     ),
     "eval": {
         **dict.fromkeys(("batch_size", "n_times", "sweeps", "max_sweeps", "probes"), 1),
-        **dict.fromkeys(("max_images", "importance_images", "target_se"), 0),
+        **dict.fromkeys(("max_images", "importance_images", "target_se", "tau"), 0),
         **dict.fromkeys(("proposal_bins", "fixed_steps", "subset", "solver_budget"), 0),
     },
     "sampling": {
@@ -124,6 +124,9 @@ def _eval() -> dict:
         "in_order": False,  # max_images are the first of the split instead
         "seed": 0,
         "smallest_time": config_dict.placeholder(float),  # None: the training's
+        # truncated_normal, categorical: the smallest time is where so many standard deviations of
+        # the noise fill half a bin, if it is the later one; 0: never
+        "tau": 3.0,
         "trace": config_dict.placeholder(str),  # None: rademacher, exact where K > 1
         "probes": 2,  # of a Hutchinson trace, ode's or bound_ssm's; a power of two serves best
         "n_times": 2,  # of the bound, draws an image in one sweep
@@ -212,17 +215,21 @@ def default(network: str = "ncsnpp") -> ml_collections.ConfigDict:
                 "split_seed": 0,  # of image_folder: which images are held out, random crops
             },
             "sde": {
-                "name": "vp",  # vp, subvp, ve, linear_ve
+                "name": "vp",  # vp, subvp, ve, linear_ve, linear_gamma
                 "beta_min": 0.1,  # vp, subvp
                 "beta_max": 20.0,  # vp, subvp
                 "sigma_min": 0.01,  # ve
                 "sigma_max": 50.0,  # ve, linear_ve
+                "gamma_0": -13.3,  # linear_gamma: -log SNR at t = 0
+                "gamma_1": 5.0,  # linear_gamma: -log SNR at t = 1
             },
             "model": {"name": network, **model_fields(network)},
             "score": {
-                "parameterization": "noise",  # noise, score, unscaled, preconditioned
-                "label": "time",  # time (999 t), log_snr, sigma
+                # noise, score, unscaled, preconditioned, residual
+                "parameterization": "noise",
+                "label": "time",  # time (999 t), log_snr, sigma, scaled_log_snr
                 "data_std": 0.5,  # in [-1, 1], for preconditioned
+                "log_snr_range": (-5.0, 13.3),  # where the label scaled_log_snr is 1000 and 0
             },
             "training": {
                 **_training(batch_size=128, num_steps=1_300_000),

@@ -12,13 +12,15 @@ import jax.numpy as jnp
 import optax
 from ml_collections import ConfigDict
 
-from sbml import dequantizers, estimators, networks, samplers, sdes, times
+from sbml import dequantizers, estimators, networks, samplers, sdes, times, vdm_schedule
 from sbml.data import Options, imagenet32
 from sbml.divergence import Trace
 from sbml.estimators import Cell
 from sbml.experiment.config import choices_in
 from sbml.ode import Solver
 from sbml.runtime import optim
+
+SDES: dict[str, type[sdes.SDE]] = {**sdes.SDES, "linear_gamma": vdm_schedule.LinearGamma}
 
 
 def check_choice(field: str, name: str, choices: Collection[str]) -> str:
@@ -43,7 +45,7 @@ def plain(value: Any) -> Any:
 
 def sde(config: ConfigDict) -> sdes.SDE:
     """The forward process, from those fields of ``config.sde`` that it has."""
-    kind = sdes.SDES[check_choice("sde.name", config.sde.name, sdes.SDES)]
+    kind = SDES[check_choice("sde.name", config.sde.name, SDES)]
     return kind(**{f.name: config.sde[f.name] for f in dataclasses.fields(kind)})
 
 

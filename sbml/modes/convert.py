@@ -3,19 +3,38 @@
 from etils import epath
 from ml_collections import ConfigDict
 
-from sbml.convert import score_flow
+from sbml.convert import _files, score_flow, vdm
 
 FLAGS = ("source",)
+SOURCES = (score_flow, vdm)
 
 
 def run(config: ConfigDict, workdir: epath.PathLike, source: epath.PathLike | None) -> None:
-    """Convert the newest checkpoints in ``source``, a work directory of Song et al.'s code.
+    """Convert the newest checkpoint in ``source``, a file or a work directory of a known code.
+
+    Which code it is, its content tells.
 
     Raises:
-      ValueError: without a ``source``, or what ``score_flow.convert`` raises.
+      ValueError: without a ``source``, for one of no known code, for a ``config`` of another
+        network, or what the source's ``convert`` raises.
     """
     if not source:
         raise ValueError(
-            "--mode=convert reads --source=DIR, a work directory of Song et al.'s code"
+            "--mode=convert reads --source=DIR, a work directory of Song et al.'s or VDM's code"
         )
-    score_flow.convert(config, epath.Path(workdir), epath.Path(source))
+    path = _files.find(source)
+    tree = _files.load(path)
+    for kind in SOURCES:
+        if not kind.recognises(tree):
+            continue
+        if config.model.name != kind.NETWORK:
+            raise ValueError(
+                f"config.model.name={config.model.name!r}, {path} is of a {kind.NETWORK!r}: take a "
+                "config of that network"
+            )
+        kind.convert(config, epath.Path(workdir), path, tree)
+        return
+    raise ValueError(
+        f"{path} is a checkpoint of no known code: it has {sorted(tree)}; known are "
+        + " and ".join(kind.CODE for kind in SOURCES)
+    )

@@ -14,6 +14,8 @@ from pkgutil import iter_modules
 
 from flax import linen as nn
 
+from sbml.networks._fourier import frequencies as frequencies
+
 NETWORKS: dict[str, type[nn.Module]] = {
     found.name: import_module(f"{__name__}.{found.name}").Model
     for found in iter_modules(__path__)

@@ -8,6 +8,7 @@ The last map starts at zero, so the untrained network predicts zero noise.
 import jax.numpy as jnp
 from flax import linen as nn
 
+from sbml.networks import _fourier
 from sbml.networks import _layers as layers
 from sbml.types import Array
 
@@ -21,6 +22,7 @@ class Model(nn.Module):
       embedding_size: sinusoids of the label, an even number.
       embedding_type: "positional" and "fourier_linear" take the label, "fourier" its log.
       fourier_scale: standard deviation of the Fourier features' frequencies.
+      fourier: frequencies in units of pi of features of the input (``networks.frequencies``).
       dtype: "float32" or "bfloat16" arithmetic; parameters and output stay float32.
 
     Raises:
@@ -32,6 +34,7 @@ class Model(nn.Module):
     embedding_size: int = 32
     embedding_type: str = "positional"
     fourier_scale: float = 1.0
+    fourier: tuple[float, ...] = ()
     dtype: str = "float32"
 
     def __post_init__(self) -> None:
@@ -40,6 +43,7 @@ class Model(nn.Module):
         size = self.embedding_size
         layers.check_range("embedding_size", size, size >= 4 and size % 2 == 0, "4, 6, 8 …")
         layers.check_range("fourier_scale", self.fourier_scale, self.fourier_scale > 0, "above 0")
+        _fourier.check("fourier", self.fourier)
         layers.check_range("width", self.width, self.width >= 1, "1, 2 …")
         layers.check_range("depth", self.depth, self.depth >= 0, "0, 1 …")
         super().__post_init__()
@@ -53,8 +57,8 @@ class Model(nn.Module):
         dtype = jnp.dtype(self.dtype)
         temb = layers.embed(label, self.embedding_size, self.embedding_type, self.fourier_scale)
         temb = nn.swish(layers.dense(temb.astype(dtype), self.width))
-        flat = x.reshape(len(x), -1).astype(dtype)
-        h = layers.dense(flat, self.width)
+        flat = x.reshape(len(x), -1)
+        h = layers.dense(_fourier.features(flat, self.fourier).astype(dtype), self.width)
         for _ in range(self.depth):
             inner = layers.dense(nn.LayerNorm(dtype=dtype)(h), self.width)
             h = h + layers.dense(nn.swish(inner + layers.dense(temb, self.width)), self.width)

@@ -20,6 +20,7 @@ from typing import Any
 import jax.numpy as jnp
 from flax import linen as nn
 
+from sbml.networks import _fourier
 from sbml.networks import _layers as layers
 from sbml.networks._dropout import dropout
 from sbml.networks._pixel_sums import materialise
@@ -152,6 +153,7 @@ class Model(nn.Module):
       skip_rescale: divide each residual sum by √2.
       nonlinearity: "swish", "elu", "relu" or "lrelu" (slope 0.2).
       init_scale: variance scale of each branch's last layer; 0 starts every block as its shortcut.
+      fourier: frequencies in units of pi of features of the input (``networks.frequencies``).
       dtype: "float32" or "bfloat16" arithmetic; parameters, statistics and output stay float32.
       remat: compute each residual block again for its gradient instead of storing its intermediate
         results: less memory, up to a third more arithmetic.
@@ -178,6 +180,7 @@ class Model(nn.Module):
     skip_rescale: bool = True
     nonlinearity: str = "swish"
     init_scale: float = 0.0
+    fourier: tuple[float, ...] = ()
     dtype: str = "float32"
     remat: bool = False
 
@@ -190,6 +193,7 @@ class Model(nn.Module):
         layers.check_range("ch_mult", mults, len(mults) > 0 and min(mults) > 0, "1, 2 … a level")
         layers.check_range("dropout", self.dropout, 0 <= self.dropout < 1, "in [0, 1)")
         layers.check_range("fourier_scale", self.fourier_scale, self.fourier_scale > 0, "above 0")
+        _fourier.check("fourier", self.fourier)
         layers.check_range("fir_kernel", self.fir_kernel, sum(self.fir_kernel) > 0, "of sum > 0")
         super().__post_init__()
 
@@ -202,7 +206,7 @@ class Model(nn.Module):
             temb = layers.dense(self._act(layers.dense(temb, 4 * self.nf)), 4 * self.nf)
         block = partial(self._block, temb=temb if self.conditional else None, train=train)
         attend = partial(self._attend, train=train)
-        skips = self._encode(x.astype(dtype), block, attend)
+        skips = self._encode(x, block, attend)
         h = block(skips[-1])
         h = AttnBlockpp(self.init_scale, self.skip_rescale)(h, train)
         h = block(h)
@@ -211,7 +215,9 @@ class Model(nn.Module):
     @nn.nowrap
     def _encode(self, x: Array, block: Block, attend: Map) -> list[Array]:
         """Features of every block and every halving, in order."""
-        skips, pyramid = [layers.Conv(self.nf)(x)], x
+        dtype = jnp.dtype(self.dtype)
+        seen, pyramid = _fourier.features(x, self.fourier).astype(dtype), x.astype(dtype)
+        skips = [layers.Conv(self.nf)(seen)]
         for level, mult in enumerate(self.ch_mult):
             for _ in range(self.num_res_blocks):
                 skips.append(attend(block(skips[-1], self.nf * mult)))
@@ -343,7 +349,8 @@ class Model(nn.Module):
                 f"the heights {heights}; choose among them."
             )
         if self.has_variable("params", "Conv_0"):
-            expected = self.variables["params"]["Conv_0"]["kernel"].shape[2]
+            read = self.variables["params"]["Conv_0"]["kernel"].shape[2]
+            expected = read // (1 + 2 * len(self.fourier))
             if x.shape[3] != expected:
                 raise ValueError(
                     f"Images of {x.shape[3]} channels: these parameters were made for {expected}."

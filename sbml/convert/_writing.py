@@ -1,0 +1,81 @@
+"""What every conversion shares: the config that fits, the state, and what is said of its origin."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from etils import epath
+from ml_collections import ConfigDict
+
+from sbml.convert._files import ForeignState
+from sbml.experiment import architecture
+from sbml.experiment.build import Experiment
+from sbml.runtime import sharding
+from sbml.runtime.checkpoint import Checkpoints
+from sbml.runtime.state import TrainState
+from sbml.runtime.trees import differences
+from sbml.runtime.versions import versions
+
+
+def fit(
+    config: ConfigDict, sections: architecture.Sections, workdir: epath.Path
+) -> tuple[Experiment, list[str]]:
+    """The experiment of ``config`` with ``sections`` laid over it, and a line for each change.
+
+    Raises:
+      ValueError: for a ``workdir`` that has checkpoints already.
+    """
+    fitted, lines = architecture.apply(config, sections)
+    experiment = Experiment(fitted)
+    if experiment.checkpoints(workdir).steps():
+        raise ValueError(f"{workdir} has checkpoints already: convert into a new --workdir")
+    return experiment, lines
+
+
+def state(template: TrainState, theirs: ForeignState) -> TrainState:
+    """``template`` with every array of theirs, after checking that each fits.
+
+    Raises:
+      ValueError: naming the leaves that are missing, extra or misshapen.
+    """
+    for name, tree in theirs.trees.items():
+        if found := differences(tree, template.params):
+            raise ValueError(f"{theirs.path}, {name}:\n  " + "\n  ".join(found))
+    arrays = jax.tree.map(lambda a: jnp.asarray(a, jnp.float32), theirs.trees)
+    count = jnp.asarray(theirs.updates, jnp.int32)
+    return template.replace(
+        step=jnp.asarray(theirs.step, jnp.int32),
+        params=arrays["params"],
+        ema_params=arrays["ema_params"],
+        opt_state=optax.tree.set(template.opt_state, mu=arrays["mu"], nu=arrays["nu"], count=count),
+    )
+
+
+def score_state(experiment: Experiment, theirs: ForeignState) -> TrainState:
+    """The state of the score network, on the devices."""
+    mesh = sharding.data_mesh()
+    made = state(sharding.made(experiment.init_state, mesh), theirs)
+    return jax.device_put(made, sharding.replicated(mesh))
+
+
+def metadata(experiment: Experiment, score: ForeignState, dequantization: str) -> dict[str, Any]:
+    """What the checkpoint says of its origin; of its data it knows only how they were scaled."""
+    config = experiment.to_plain()
+    config["data"]["dequantization"] = dequantization
+    origin = {"file": str(score.path), "step": score.step}
+    return {"config": config, "data": None, "versions": versions(), "converted_from": origin}
+
+
+def untold(config: ConfigDict, fields: list[str]) -> str:
+    """The line that says what the parameters do not tell, and stands as ``--config`` has it."""
+    parts = [name.split(".") for name in fields]
+    said = ", ".join(f"{section}.{field}={config[section][field]}" for section, field in parts)
+    return f"where the parameters do not tell, as --config has it: {said}"
+
+
+def line(theirs: ForeignState, checkpoints: Checkpoints) -> str:
+    """The line that says what was written where."""
+    count = sum(leaf.size for leaf in jax.tree.leaves(theirs.ema_params))
+    where = checkpoints.directory
+    return f"{theirs.path}: step {theirs.step}, {count:,} parameters -> {where}"

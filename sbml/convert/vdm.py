@@ -1,0 +1,154 @@
+"""A checkpoint of the code of "Variational Diffusion Models" becomes one of ours.
+
+The file holds ``step``, ``params``, ``ema_params`` and ``opt_state`` (of AdamW); parameters are
+``score_model``, the network, and ``gamma``, the noise schedule, absent where that is fixed. Network
+and schedule are read from the parameters. What these do not tell is the range of log SNR that the
+time label is scaled by, two constants of their config: ``config.score.log_snr_range``, whose
+default is that of all published configs.
+
+Of a learned schedule its values at t = 0 and 1 are kept, and it becomes linear between: in
+continuous time no bound, likelihood or sample depends on more (``sbml.vdm_schedule``). A training
+that goes on does not learn it any further. A model of classes is evaluated as told class 0.
+
+Their conventions: the network predicts the noise less its input, images are the centres of their
+bins, and times begin at 0, where the decoder is.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+from ml_collections import ConfigDict
+
+from sbml import networks
+from sbml.convert import _writing
+from sbml.convert._files import ForeignState, unwrapped
+from sbml.experiment import architecture
+from sbml.networks.vdm import GROUPS
+from sbml.vdm_schedule import LinearGamma, MonotoneGamma
+
+NETWORK = "vdm"
+CODE = "VDM's (opt_state, ema_params)"
+FOURIER = networks.frequencies(256)  # theirs, whatever the levels
+
+
+def recognises(tree: Mapping[str, Any]) -> bool:
+    """Whether a file of this content is theirs."""
+    return "opt_state" in tree
+
+
+def convert(
+    config: ConfigDict, workdir: epath.Path, path: epath.Path, tree: Mapping[str, Any]
+) -> None:
+    """Convert the checkpoint ``tree`` in the file ``path`` to ``workdir``.
+
+    Raises:
+      ValueError: a checkpoint that is no network of ours (its missing, extra or misshapen leaves
+        are named), or a ``workdir`` that has checkpoints already.
+    """
+    whole = read(path, tree)
+    score = whole._replace(trees={k: v["score_model"] for k, v in whole.trees.items()})
+    sections = {
+        "model": {"name": NETWORK, **network_fields(score, config.data.shape[-1])},
+        "score": {
+            "parameterization": "residual",
+            "label": "scaled_log_snr",
+            "log_snr_range": tuple(config.score.log_snr_range),
+        },
+        "sde": {"name": "linear_gamma", **_ends(whole, config.score.log_snr_range)},
+        "training": {"smallest_time": LinearGamma.smallest_time},
+    }
+    experiment, lines = _writing.fit(config, sections, workdir)
+    state = _writing.score_state(experiment, score)
+    if jax.process_index() == 0:
+        architecture.write(workdir, sections)
+    with experiment.checkpoints(workdir) as checkpoints:
+        checkpoints.save(score.step, state, _writing.metadata(experiment, score, "centre"))
+        lines.append(_writing.untold(experiment.config, ["score.log_snr_range", "data.flip"]))
+        lines.append(_writing.line(score, checkpoints))
+    print("\n".join(lines))
+
+
+def read(path: epath.Path, tree: Mapping[str, Any]) -> ForeignState:
+    """The checkpoint ``tree`` in the file ``path``, its schedule included.
+
+    Raises:
+      ValueError: it is none of theirs; the message says what it lacks.
+    """
+    try:
+        adam = tree["opt_state"]["0"]
+        trees = {name: tree[name] for name in ("params", "ema_params")}
+        trees = {k: unwrapped(v) for k, v in {**trees, "mu": adam["mu"], "nu": adam["nu"]}.items()}
+        for name, part in trees.items():
+            if "score_model" not in part:
+                raise ValueError(f"{path}: no score_model in {name}, which has {sorted(part)}")
+        return ForeignState(path, int(tree["step"]), int(adam["count"]), trees)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"{path} is not a training state of VDM's code: no {error} in {sorted(tree)}"
+        ) from error
+
+
+def network_fields(score: ForeignState, channels: int) -> dict[str, Any]:
+    """The fields of the network that its parameters tell.
+
+    Raises:
+      ValueError: a leaf is missing that tells them, or images have other channels than the config
+        says.
+    """
+    params = score.ema_params
+    try:
+        seen, width = np.shape(params["conv_in"]["kernel"])[2:]
+        found = np.shape(params["conv_out"]["kernel"])[-1]
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{score.path} is no network of VDM: conv_in/kernel or conv_out/kernel is missing or "
+            f"misshapen in {sorted(params)}"
+        ) from error
+    if found != channels:
+        raise ValueError(
+            f"{score.path} is of images with {found} channels, config.data.shape has {channels}"
+        )
+    fourier = {found: (), found * (1 + 2 * len(FOURIER)): FOURIER}
+    if seen not in fourier:
+        raise ValueError(
+            f"{score.path}: conv_in reads {seen} channels of images with {found}, where VDM's "
+            f"networks read {' or '.join(map(str, fourier))}"
+        )
+    return {
+        "width": width,
+        "depth": sum(name.startswith("down.block_") for name in params),
+        "attention": "up.attn_0" in params,
+        "groups": GROUPS,
+        "fourier": fourier[seen],
+    }
+
+
+def schedule(gamma: Mapping[str, Any]) -> LinearGamma | MonotoneGamma:
+    """The learned schedule with parameters ``gamma``, differentiable in them.
+
+    Raises:
+      ValueError: for parameters of no schedule of theirs.
+    """
+    if set(gamma) == {"w", "b"}:
+        w, b = gamma["w"][0], gamma["b"][0]
+        return LinearGamma(b, b + jnp.abs(w))
+    if set(gamma) == {"l1", "l2", "l3"}:
+        l1, l2, l3 = gamma["l1"], gamma["l2"], gamma["l3"]
+        units = l2["kernel"][0], l2["bias"], l3["kernel"][:, 0]
+        return MonotoneGamma(l1["kernel"][0, 0], l1["bias"][0], *units)
+    raise ValueError(f"gamma has {sorted(gamma)}: VDM's schedules have w, b or l1, l2, l3")
+
+
+def _ends(whole: ForeignState, log_snr_range: tuple[float, float]) -> dict[str, float]:
+    """gamma(0) and gamma(1), in float64."""
+    if "gamma" not in whole.ema_params:  # fixed: the range of the time label
+        least, largest = log_snr_range
+        return {"gamma_0": -largest, "gamma_1": -least}
+    with jax.enable_x64(True):
+        exact = jax.tree.map(lambda a: jnp.asarray(a, float), whole.ema_params["gamma"])
+        ends = schedule(exact).gamma(jnp.asarray([0.0, 1.0]))
+        return {"gamma_0": float(ends[0]), "gamma_1": float(ends[1])}

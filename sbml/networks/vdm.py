@@ -1,0 +1,186 @@
+"""The network of "Variational Diffusion Models": residual blocks at one resolution.
+
+    [x, sin, cos] ─ conv ─▶ block ─▶ ... ─▶ block ─▶ block, attention, block
+                      │ skips                            │
+    F ◀─ conv ◀─ norm ◀─ block ◀─ ... ◀─ block ◀─────────┘
+
+The image is never made smaller. The blocks on the way back read the skips beside their own input,
+last in, first out. Every block is told the noise level and a class by one vector,
+
+    cond = swish(dense(swish(dense([sinusoids(label), class]))))
+
+The published models predict the noise e = x + F (``score.parameterization=residual``). Parameters
+are named as in their checkpoints, whose score model loads unchanged.
+
+Reference: Kingma, Salimans, Poole, Ho, "Variational Diffusion Models", NeurIPS 2021, appendix B.
+"""
+
+import math
+
+import jax.numpy as jnp
+from flax import linen as nn
+
+from sbml.networks import _fourier
+from sbml.networks import _layers as layers
+from sbml.types import Array
+
+GROUPS = 32  # of group norm, in the published models
+DTYPES = (*layers.DTYPES, "float64")
+ZEROS = nn.initializers.zeros
+
+
+def sinusoids(label: Array, size: int) -> Array:
+    """Sines, then cosines of ``label (n,)``, periods 2 pi to 20000 pi: ``(n, size)``, its dtype."""
+    half = size // 2
+    frequency = jnp.exp(-math.log(10000) / (half - 1) * jnp.arange(half, dtype=label.dtype))
+    angle = label[:, None] * frequency[None]
+    return jnp.concatenate([jnp.sin(angle), jnp.cos(angle)], axis=-1)
+
+
+def default_groups(width: int) -> int:
+    """The most groups up to 32 that divide ``width`` into two channels a group or more.
+
+    In a group of one channel the norm takes away what the condition adds to that channel, and the
+    network does not depend on the noise level at all.
+    """
+    return max(g for g in range(1, GROUPS + 1) if width % g == 0 and width // g >= 2)
+
+
+class Block(nn.Module):
+    """x + conv(dropout(swish(norm(conv(swish(norm(x))) + W cond)))); x is mapped if it is wider."""
+
+    features: int
+    groups: int
+    dropout: float
+
+    @nn.compact
+    def __call__(self, x: Array, cond: Array, train: bool) -> Array:
+        h = layers.Conv(self.features, name="conv1")(nn.swish(_norm(x, self.groups)))
+        project = nn.Dense(
+            self.features, use_bias=False, dtype=x.dtype, kernel_init=ZEROS, name="cond_proj"
+        )
+        h = nn.swish(_norm(h + project(cond)[:, None, None, :], self.groups))
+        h = nn.Dropout(self.dropout, deterministic=not train)(h)
+        h = layers.Conv(self.features, init_scale=0.0, name="conv2")(h)
+        if x.shape != h.shape:
+            x = nn.Dense(self.features, dtype=x.dtype, name="nin_shortcut")(x)
+        return x + h
+
+
+class Attention(nn.Module):
+    """x + W softmax(q kᵀ / √c) v: one head over all pixels of an image."""
+
+    groups: int
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        n, h, w, c = x.shape
+        normed = _norm(x, self.groups).reshape(n, h * w, c)
+        q, k, v = (nn.Dense(c, dtype=x.dtype, name=name)(normed) for name in "qkv")
+        logits = jnp.einsum(
+            "nqc,nkc->nqk", q * c**-0.5, k, preferred_element_type=_at_least_float32(x.dtype)
+        )
+        mixed = jnp.einsum("nqk,nkc->nqc", nn.softmax(logits).astype(x.dtype), v)
+        out = nn.Dense(c, dtype=x.dtype, kernel_init=ZEROS, name="proj_out")(mixed)
+        return x + out.reshape(x.shape)
+
+
+def _norm(x: Array, groups: int) -> Array:
+    return nn.GroupNorm(groups, epsilon=1e-6, dtype=x.dtype, use_fast_variance=False)(x)
+
+
+def _at_least_float32(dtype: jnp.dtype) -> jnp.dtype:
+    return jnp.promote_types(dtype, jnp.float32)
+
+
+class Model(nn.Module):
+    """``F (n, h, w, c)`` of ``x (n, h, w, c)`` at noise label ``label (n,)``.
+
+    Attributes:
+      width: channels, an even number.
+      depth: blocks before the middle; behind it there is one more.
+      attention: attention after every block; without it there is one in the middle.
+      dropout: rate, inside every block.
+      groups: of group norm, a divisor of ``width``; 0: as many as leave two channels a group, at
+        most 32. Published models have 32 whatever their width.
+      fourier: frequencies in units of pi of features of the input (``networks.frequencies``).
+      dtype: "float32", "bfloat16" or "float64" arithmetic; the output is float32 or float64.
+      remat: compute each block again for its gradient instead of storing its intermediate results.
+
+    Raises:
+      ValueError: an option outside its range, or an input that is not a batch of images, one label
+        an image.
+    """
+
+    width: int = 128
+    depth: int = 32
+    attention: bool = False
+    dropout: float = 0.1
+    groups: int = 0
+    fourier: tuple[float, ...] = ()
+    dtype: str = "float32"
+    remat: bool = False
+
+    def __post_init__(self) -> None:
+        width = self.width
+        layers.check_range("width", width, width >= 4 and width % 2 == 0, "4, 6, 8 …")
+        layers.check_range("depth", self.depth, self.depth >= 0, "0, 1 …")
+        layers.check_range("dropout", self.dropout, 0 <= self.dropout < 1, "in [0, 1)")
+        divides = self.groups >= 0 and (self.groups == 0 or width % self.groups == 0)
+        layers.check_range("groups", self.groups, divides, f"that divides width={width}, or 0")
+        layers.check_choice("dtype", self.dtype, DTYPES)
+        _fourier.check("fourier", self.fourier)
+        super().__post_init__()
+
+    @nn.compact
+    def __call__(
+        self, x: Array, label: Array, *, train: bool, condition: Array | None = None
+    ) -> Array:
+        """``condition (n,)`` is a class as a plain number; None is class 0, the published default
+        of a model without classes."""
+        _check_input(x, label, condition)
+        dtype = jnp.dtype(self.dtype)
+        cond = self._cond(label, jnp.zeros_like(label) if condition is None else condition)
+        groups = self.groups or default_groups(self.width)
+        kind = nn.remat(Block, static_argnums=(3,)) if self.remat else Block
+
+        def block(h: Array, name: str) -> Array:
+            return kind(self.width, groups, self.dropout, name=name)(h, cond, train)
+
+        def attend(h: Array, name: str, wanted: bool = self.attention) -> Array:
+            return Attention(groups, name=name)(h) if wanted else h
+
+        seen = _fourier.features(x, self.fourier).astype(dtype)
+        skips = [layers.Conv(self.width, name="conv_in")(seen)]
+        for i in range(self.depth):
+            skips.append(attend(block(skips[-1], f"down.block_{i}"), f"down.attn_{i}"))
+        h = attend(block(skips[-1], "mid.block_1"), "mid.attn_1", wanted=True)
+        h = block(h, "mid.block_2")
+        for i in range(self.depth + 1):
+            joined = jnp.concatenate([h, skips.pop()], axis=-1)
+            h = attend(block(joined, f"up.block_{i}"), f"up.attn_{i}")
+        out = layers.Conv(x.shape[-1], init_scale=0.0, name="conv_out")
+        return out(nn.swish(_norm(h, groups))).astype(_at_least_float32(dtype))
+
+    @nn.nowrap
+    def _cond(self, label: Array, condition: Array) -> Array:
+        """The vector ``(n, 4 width)`` that tells the blocks the noise level and the class."""
+        dtype = jnp.dtype(self.dtype)
+        label = label.astype(_at_least_float32(dtype))
+        told = [sinusoids(label, self.width), condition.astype(label.dtype)[:, None]]
+        h = jnp.concatenate(told, axis=-1).astype(dtype)
+        for name in ("dense0", "dense1"):
+            h = nn.swish(nn.Dense(4 * self.width, dtype=dtype, name=name)(h))
+        return h
+
+
+def _check_input(x: Array, label: Array, condition: Array | None) -> None:
+    if x.ndim != 4 or label.shape != x.shape[:1]:
+        raise ValueError(
+            f"x of shape {x.shape} and label of shape {label.shape}: give images (n, h, w, c) "
+            "and one label an image, (n,)."
+        )
+    if condition is not None and condition.shape != label.shape:
+        raise ValueError(
+            f"condition of shape {condition.shape}: give one class an image, {label.shape}."
+        )

@@ -1,0 +1,138 @@
+"""The noise schedules of "Variational Diffusion Models", as SDEs.
+
+    gamma(t) = -log SNR,      alpha^2 = sigmoid(-gamma),      sigma^2 = sigmoid(gamma)
+
+so alpha^2 + sigma^2 = 1, and any increasing gamma makes a variance-preserving SDE with
+
+    f = -1/2 sigma^2 gamma',      g^2 = sigma^2 gamma',      g^2 / sigma^2 = gamma'.
+
+    linear     gamma = gamma_0 + (gamma_1 - gamma_0) t        fixed, or with learned ends
+    monotone   gamma = |k1| t + b1 + mean_j |k3_j| (2 sigmoid(|k2_j| (2 t - 1) + b2_j) - 1)
+
+gamma(0) is finite: there is some noise at t = 0 already, and nothing diverges there. So times are
+in [0, 1], unlike those of the other SDEs, and eps = 0 is allowed and the default. The bounds and
+the likelihood in continuous time depend on gamma(0) and gamma(1) alone, not on the way between.
+
+Reference: Kingma, Salimans, Poole, Ho, "Variational Diffusion Models", NeurIPS 2021, section 3.
+"""
+
+import abc
+import dataclasses
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+
+from sbml.sdes import SDE
+from sbml.types import Array
+
+
+@dataclasses.dataclass(frozen=True)
+class _Gamma(SDE):
+    """A variance-preserving SDE by its gamma; all methods are elementwise in t."""
+
+    smallest_time: ClassVar[float] = 0.0
+
+    @abc.abstractmethod
+    def gamma(self, t: Array) -> Array:
+        """-log SNR, increasing in t."""
+
+    def check_time(self, eps: float, name: str = "smallest time eps") -> float:
+        """``eps`` itself.
+
+        Raises:
+          ValueError: if it is not in [0, T).
+        """
+        if not 0 <= eps < self.T:
+            raise ValueError(f"{name}={eps}: must lie in [0, {self.T})")
+        return eps
+
+    def mean_coef(self, t: Array) -> Array:
+        return jnp.sqrt(jax.nn.sigmoid(-self.gamma(t)))
+
+    def std(self, t: Array) -> Array:
+        return jnp.sqrt(jax.nn.sigmoid(self.gamma(t)))
+
+    def log_snr(self, t: Array) -> Array:
+        return -self.gamma(t)
+
+    def drift_coef(self, t: Array) -> Array:
+        return -0.5 * jax.nn.sigmoid(self.gamma(t)) * self.rate(t)
+
+    def diffusion(self, t: Array) -> Array:
+        return jnp.sqrt(jax.nn.sigmoid(self.gamma(t)) * self.rate(t))
+
+
+@dataclasses.dataclass(frozen=True)
+class LinearGamma(_Gamma):
+    """gamma linear in t from ``gamma_0`` to ``gamma_1``; the defaults are the published ones.
+
+    Raises:
+      ValueError: unless gamma_0 < gamma_1.
+    """
+
+    gamma_0: float = -13.3
+    gamma_1: float = 5.0
+
+    def __post_init__(self) -> None:
+        ends = (self.gamma_0, self.gamma_1)
+        if all(isinstance(end, float | int) for end in ends) and not ends[0] < ends[1]:
+            raise ValueError(
+                f"gamma_0={self.gamma_0}, gamma_1={self.gamma_1}: need gamma_0 < gamma_1"
+            )
+
+    def gamma(self, t: Array) -> Array:
+        return self.gamma_0 + (self.gamma_1 - self.gamma_0) * t
+
+    def rate(self, t: Array) -> Array:
+        return (self.gamma_1 - self.gamma_0) * jnp.ones_like(t)
+
+    def time(self, log_snr: Array) -> Array:
+        return (-log_snr - self.gamma_0) / (self.gamma_1 - self.gamma_0)
+
+
+@dataclasses.dataclass(frozen=True)
+class MonotoneGamma(_Gamma):
+    """gamma by a network that is monotone, since only the absolute values of its kernels count.
+
+    Attributes:
+      k1, b1: slope and value at 0 of the linear part, scalars.
+      k2, b2, k3: of the sigmoids, ``(m,)`` each: arrays, or tuples where the SDE is to be static.
+    """
+
+    k1: float | Array
+    b1: float | Array
+    k2: tuple[float, ...] | Array
+    b2: tuple[float, ...] | Array
+    k3: tuple[float, ...] | Array
+
+    def _units(self, t: Array) -> tuple[Array, Array, Array]:
+        """Slopes and heights of the sigmoids, and their values at ``t``, along a new last axis."""
+        shape = (1,) * jnp.ndim(t) + (-1,)
+        k2, b2, k3 = (
+            jnp.reshape(jnp.asarray(p, t.dtype), shape) for p in (self.k2, self.b2, self.k3)
+        )
+        slope, height = jnp.abs(k2), jnp.abs(k3)
+        return slope, height, jax.nn.sigmoid(slope * (2 * t[..., None] - 1) + b2)
+
+    def gamma(self, t: Array) -> Array:
+        _, height, s = self._units(t)
+        return jnp.abs(self.k1) * t + self.b1 + jnp.mean(height * (2 * s - 1), axis=-1)
+
+    def rate(self, t: Array) -> Array:
+        slope, height, s = self._units(t)
+        return jnp.abs(self.k1) + jnp.mean(4 * height * slope * s * (1 - s), axis=-1)
+
+    def time(self, log_snr: Array) -> Array:
+        """By bisection in [0, 1]; what lies outside is moved to the end."""
+
+        def halve(_: int, ends: tuple[Array, Array]) -> tuple[Array, Array]:
+            low, high = ends
+            middle = 0.5 * (low + high)
+            early = self.gamma(middle) < -log_snr
+            return jnp.where(early, middle, low), jnp.where(early, high, middle)
+
+        steps = jnp.finfo(log_snr.dtype).nmant + 2
+        ends = jnp.zeros_like(log_snr), jnp.ones_like(log_snr)
+        low, high = jax.lax.fori_loop(0, steps, halve, ends)
+        return jnp.where(high == 1, high, low)

@@ -1,0 +1,142 @@
+"""VDM's network by itself: parameters, group norm, dropout, refusals; and Fourier features."""
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import vdm_reference as reference
+from flax.traverse_util import flatten_dict
+from linen import normal, random_params, shapes, size
+
+from sbml import bits
+from sbml.networks import _fourier, vdm
+from sbml.types import Array
+
+
+@pytest.fixture(autouse=True)
+def strict_ranks() -> Iterator[None]:
+    with jax.numpy_rank_promotion("raise"):
+        yield
+
+
+def test_parameters_are_named_as_in_their_checkpoints() -> None:
+    found = shapes(vdm.Model(**reference.OPTIONS), (1, 8, 8, 3))
+    theirs = flatten_dict(reference.wide_params()["score_model"], sep="/")
+    assert found == {name: leaf.shape for name, leaf in theirs.items()}
+    everywhere = shapes(vdm.Model(**reference.OPTIONS, attention=True), (1, 8, 8, 3))
+    added = {name.split("/")[0] for name in set(everywhere) - set(found)}
+    assert added == {"down.attn_0", "up.attn_0", "up.attn_1"}
+    plain = shapes(vdm.Model(width=64, depth=1), (1, 8, 8, 3))
+    assert size(found) - size(plain) == 9 * 12 * 64
+
+
+def test_an_untrained_network_predicts_the_input() -> None:
+    model = vdm.Model(width=8, depth=0)
+    x, label = normal(0, 2, 4, 4, 3), jnp.asarray([0.0, 700.0])
+    out, _ = model.init_with_output(jax.random.key(1), x, label, train=False)
+    assert jnp.abs(out).max() < 1e-3
+
+
+@pytest.mark.parametrize(("groups", "depends"), [(32, False), (0, True)])
+def test_group_norm_of_one_channel_erases_the_condition(groups: int, depends: bool) -> None:
+    """With 32 groups of 32 channels neither the noise level nor the class has any effect."""
+    model = vdm.Model(width=32, depth=1, groups=groups, dropout=0.0)
+    variables = random_params(model, (1, 4, 4, 3))
+    x = normal(0, 1, 4, 4, 3)
+
+    def out(label: float, condition: float) -> Array:
+        told = jnp.asarray([condition])
+        return model.apply(variables, x, jnp.asarray([label]), train=False, condition=told)
+
+    first = out(10.0, 0.0)
+    for other in (out(700.0, 0.0), out(10.0, 3.0)):
+        change = jnp.abs(other - first).max() / jnp.abs(first).max()
+        assert change > 1e-2 if depends else change < 1e-5
+
+
+def test_default_groups_leave_two_channels_each() -> None:
+    found = [vdm.default_groups(width) for width in (4, 32, 48, 64, 80, 128, 256)]
+    assert found == [2, 16, 24, 32, 20, 32, 32]
+
+
+def test_dropout_acts_in_training_alone_and_remat_changes_nothing() -> None:
+    model = vdm.Model(width=8, depth=0, dropout=0.5)
+    variables = random_params(model, (1, 4, 4, 3))
+    x, label = normal(0, 2, 4, 4, 3), jnp.asarray([10.0, 20.0])
+
+    def out(model: vdm.Model, key: int | None) -> Array:
+        rngs = None if key is None else {"dropout": jax.random.key(key)}
+        return model.apply(variables, x, label, train=key is not None, rngs=rngs)
+
+    np.testing.assert_array_equal(out(model, None), out(model.clone(dropout=0.0), 0))
+    assert jnp.abs(out(model, 0) - out(model, 1)).max() > 1e-3
+
+    def loss(model: vdm.Model, x: Array) -> Array:
+        rngs = {"dropout": jax.random.key(0)}
+        return jnp.sum(model.apply(variables, x, label, train=True, rngs=rngs) ** 2)
+
+    gradients = [jax.grad(loss, 1)(model.clone(remat=remat), x) for remat in (False, True)]
+    np.testing.assert_allclose(*gradients, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"width": 7}, "width=7"),
+        ({"depth": -1}, "depth=-1"),
+        ({"dropout": 1.0}, r"dropout=1.0.*\[0, 1\)"),
+        ({"groups": 3}, "groups=3: choose a value that divides width=128"),
+        ({"dtype": "float16"}, "dtype='float16'.*float32, bfloat16, float64"),
+        ({"fourier": (1.0, 0.0)}, r"fourier=\(1.0, 0.0\)"),
+    ],
+)
+def test_bad_options_are_errors(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        vdm.Model(**options)
+
+
+def test_bad_inputs_are_errors() -> None:
+    model = vdm.Model(width=8, depth=0)
+    with pytest.raises(ValueError, match=r"x of shape \(2, 8, 8\)"):
+        shapes(model, (2, 8, 8))
+    x, one = jnp.zeros((2, 4, 4, 3)), jnp.ones(1)
+    with pytest.raises(ValueError, match=r"label of shape \(1,\)"):
+        model.init(jax.random.key(0), x, one, train=False)
+    with pytest.raises(ValueError, match=r"condition of shape \(1,\): give .* \(2,\)"):
+        model.init(jax.random.key(0), x, jnp.ones(2), train=False, condition=one)
+
+
+# ---- Fourier features ---------------------------------------------------------------------------
+
+
+def test_features_are_those_of_vdm() -> None:
+    """sin and cos of 2 pi 2^n x for n = 6, 7; x first, then sines, then cosines, by channel."""
+    x = np.random.default_rng(0).uniform(-1, 1, (2, 4, 3))
+    angles = [2 * math.pi * 2**n * x[..., c] for c in range(3) for n in (6, 7)]
+    waves = [f(angle)[..., None] for f in (np.sin, np.cos) for angle in angles]
+    expected = np.concatenate([x, *waves], axis=-1)
+    with jax.enable_x64(True):
+        found = _fourier.features(jnp.asarray(x), _fourier.frequencies(256))
+        np.testing.assert_allclose(found, expected, atol=1e-11)
+        np.testing.assert_array_equal(_fourier.features(jnp.asarray(x), ()), x)
+
+
+def test_frequencies_are_aligned_to_the_levels() -> None:
+    """Of L the features are the same at all bins' centres, of L / 2 at every second one."""
+    assert _fourier.frequencies(256) == (128, 256)
+    assert _fourier.frequencies(17, 3) == (4.25, 8.5, 17)
+    assert _fourier.frequencies(17, 2, scale=0.5) == (4.25, 8.5)
+    with jax.enable_x64(True):
+        centres = bits.to_model(jnp.arange(17), 0.5, 17)[:, None]
+        found = np.asarray(_fourier.features(centres, _fourier.frequencies(17)))[:, 1:]
+    half, whole = found[:, [0, 2]], found[:, [1, 3]]
+    np.testing.assert_allclose(whole - whole[:1], 0, atol=1e-12)
+    np.testing.assert_allclose(half[2:] - half[:-2], 0, atol=1e-12)
+    assert np.abs(half[1:] - half[:-1]).max(axis=1).min() > 1
+    for wrong in ((1, 2), (17, 0)):
+        with pytest.raises(ValueError, match=f"levels={wrong[0]}, count={wrong[1]}"):
+            _fourier.frequencies(*wrong)

@@ -189,6 +189,19 @@ def test_other_constants_of_the_label_are_a_flag(tmp_path: Path) -> None:
     np.testing.assert_allclose(experiment.adapter.label_of(np.float32([0.0, 1.0])), [0, 1000])
 
 
+def test_the_decoder_stays_where_it_was_trained() -> None:
+    """At t = 0 half a bin holds 3.02 standard deviations of noise; by default it would be 3."""
+    assert build.Experiment(config()).discrete_eps == 0.0
+    moved = config()
+    moved.eval.tau = 3.0
+    experiment = build.Experiment(moved)
+    assert experiment.discrete_eps == pytest.approx((13.3 - 2 * math.log(768)) / 18.3, rel=1e-4)
+    assert experiment.dequantizer("truncated_normal").tau == pytest.approx(3.0)
+    moved.eval.tau = -1.0
+    with pytest.raises(ValueError, match="eval.tau=-1.0: need at least 0"):
+        build.Experiment(moved)
+
+
 def change(tree: dict[str, Any], path: str, leaf: Any) -> None:
     """Set or, with None, remove a leaf or branch of the averaged parameters."""
     flat = flatten_dict(tree["ema_params"], sep="/")

@@ -134,6 +134,9 @@ def test_smallest_time_is_the_designs_and_never_below_the_trained():
     assert discrete.smallest_time(vp, 17, 1e-5) == pytest.approx(2.968e-3, rel=1e-3)
     assert discrete.smallest_time(vp, 256, 1e-5) == pytest.approx(1.693e-5, rel=1e-3)
     assert discrete.smallest_time(vp, 256, 5e-5) == 5e-5
+    assert discrete.smallest_time(vp, 17, 1e-5, math.inf) == 1e-5
+    eps = discrete.smallest_time(vp, 17, 1e-5, 5.0)
+    assert discrete.tau(vp, 17, eps) == pytest.approx(5.0)
     assert discrete.tau(vp, 17, discrete.smallest_time(vp, 17, 1e-5)) == pytest.approx(3.0)
     assert discrete.tau(vp, 256, 5e-5) < 3
 

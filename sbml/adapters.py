@@ -7,6 +7,9 @@ A network F sees an input and a label of the time; what it returns becomes the s
     unscaled         s =  F               (the authors' VE without)
     preconditioned   s = -(c_skip x + c_out F) / sigma
     residual         s = -(x + F) / sigma    F predicts what the noise is more than x (VDM)
+    x0               s = -(x - alpha F) / sigma^2
+    velocity         s = -(sigma x + alpha F) / (sigma (alpha^2 + sigma^2))
+    levels           s = -(x / alpha - x^) / (rho sigma),  x^ by Bayes' rule (``sbml.integers``)
 
 with, for data of standard deviation d and v = alpha^2 d^2 + sigma^2,
 
@@ -31,11 +34,14 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from sbml import compiler
+from sbml import compiler, integers
 from sbml.sdes import SDE, Kernel
 from sbml.types import Array, Key
 
-PARAMETERIZATIONS = ("noise", "score", "unscaled", "preconditioned", "residual")
+LEVELS = "levels"
+PARAMETERIZATIONS = (
+    *("noise", "score", "unscaled", "preconditioned", "residual", "x0", "velocity", LEVELS),
+)
 LABELS = ("time", "log_snr", "sigma", "scaled_log_snr")
 
 
@@ -46,13 +52,16 @@ class Adapter:
     Attributes:
       model: a Linen module called as ``model(x (n, *s), label (n,), train=...)``.
       sde: the forward process, an SDE or the noise levels of a discrete-time one.
-      parameterization: ``noise``, ``score``, ``unscaled``, ``preconditioned`` or ``residual``.
+      parameterization: one of the above.
       label: ``time``, ``log_snr``, ``sigma`` or ``scaled_log_snr``.
-      data_std: the data's standard deviation in [-1, 1], for ``preconditioned``.
+      data_std: the data's standard deviation in [-1, 1]. The network of ``preconditioned``, ``x0``,
+        ``velocity`` and ``levels`` sees x / sqrt(v).
       eps: the smallest time, where the ``log_snr`` label is 0.
       labels: the SDE that is evaluated, where ``sde`` are the noise levels that are trained: a
         noise then has one label in both, that of its time in the SDE.
       log_snr_range: (l_0, l_1), for ``scaled_log_snr``; the default is VDM's.
+      levels, data: of ``levels``, L and what the numbers are: bin ``centre``s or ``uniform`` in
+        their bins. The model then gives ``integers.outputs(L)`` numbers an entry.
 
     Raises:
       ValueError: for an unknown parameterization or label, or l_0 >= l_1.
@@ -66,6 +75,8 @@ class Adapter:
     eps: float = 1e-5
     labels: SDE | None = None
     log_snr_range: tuple[float, float] = (-5.0, 13.3)
+    levels: int = 0
+    data: str = "uniform"
 
     def __post_init__(self) -> None:
         if self.parameterization not in PARAMETERIZATIONS:
@@ -77,6 +88,17 @@ class Adapter:
             raise ValueError(f"unknown time label {self.label!r}; choose from {LABELS}")
         if not self.data_std > 0:
             raise ValueError(f"data_std={self.data_std}: must be positive")
+        if self.parameterization == LEVELS:
+            if self.levels < 2 or self.data not in integers.DATA:
+                raise ValueError(
+                    f"levels={self.levels}, data={self.data!r}: an integer denoiser needs 2 levels "
+                    f"or more, and data of {integers.DATA}"
+                )
+            if getattr(self.model, "outputs", None) is None:
+                raise ValueError(
+                    f"{type(self.model).__name__} has no field outputs: an integer denoiser needs "
+                    "a network that gives several numbers for every entry"
+                )
         least, largest = self.log_snr_range
         if not least < largest:
             raise ValueError(f"log_snr_range={self.log_snr_range}: the first must be the smaller")
@@ -105,11 +127,19 @@ class Adapter:
         return sde.log_snr(jnp.asarray(self.eps, t.dtype)) - sde.log_snr(t)
 
     def coefficients(self, t: Array) -> tuple[Array, Array, Array]:
-        """c_in, c_skip, c_out at times ``t``: the noise is c_skip x + c_out F(c_in x)."""
+        """c_in, c_skip, c_out at times ``t``: the noise is c_skip x + c_out F(c_in x).
+
+        For ``levels``, which is not linear in F, only the first of them is meant.
+        """
+        alpha, sigma = self.sde.mean_coef(t), self.sde.std(t)
+        v = (alpha * self.data_std) ** 2 + sigma**2
         if self.parameterization == "preconditioned":
-            alpha, sigma = self.sde.mean_coef(t), self.sde.std(t)
-            v = (alpha * self.data_std) ** 2 + sigma**2
             return 1 / jnp.sqrt(v), sigma / v, alpha * self.data_std / jnp.sqrt(v)
+        if self.parameterization in ("x0", LEVELS):
+            return 1 / jnp.sqrt(v), 1 / sigma, -alpha / sigma
+        if self.parameterization == "velocity":
+            whole = alpha**2 + sigma**2
+            return 1 / jnp.sqrt(v), sigma / whole, alpha / whole
         if self.parameterization == "residual":
             return jnp.ones_like(t), jnp.ones_like(t), jnp.ones_like(t)
         noise = {
@@ -134,13 +164,40 @@ class LinenScore:
 
     def batch(self, x: Array, t: Array, key: Key | None) -> Array:
         """Scores of ``x (n, *s)`` at ``t (n,)``; one key for the whole batch."""
+        a = self.adapter
+        out = self._network(x, t, key)
+        sigma = _per_example(a.sde.std(t), x)
+        if a.parameterization == LEVELS:
+            alpha = _per_example(a.sde.mean_coef(t), x)
+            y, rho = x / alpha, sigma / alpha
+            return (integers.denoised(out, y, rho, a.levels, a.data) - y) / (rho * sigma)
+        if out.shape != x.shape:
+            raise ValueError(f"the network returned shape {out.shape} for an input of {x.shape}")
+        _, c_skip, c_out = (_per_example(c, x) for c in a.coefficients(t))
+        return -(c_skip * x + c_out * out) / sigma
+
+    def decoder_nats(self, y: Array, t: Array, pixels: Array) -> Array:
+        """-log p(pixels | x_t) of one example, x_t = alpha y: nats, a scalar.
+
+        Raises:
+          ValueError: it is no integer denoiser, or one of data that are not bin centres.
+        """
+        a = self.adapter
+        if a.parameterization != LEVELS or a.data != "centre":
+            raise ValueError(
+                f"a score with parameterization={a.parameterization!r} of data={a.data!r} has no "
+                "learned decoder: train with score.parameterization=levels and "
+                "data.dequantization=centre, or evaluate another dequantizer"
+            )
+        alpha = a.sde.mean_coef(t)
+        out = self._network((alpha * y)[None], t[None], None)[0]
+        return integers.decoder_nats(out, y, a.sde.std(t) / alpha, pixels, a.levels)
+
+    def _network(self, x: Array, t: Array, key: Key | None) -> Array:
+        """F, of the network's input and label."""
         compiler.check()
         a = self.adapter
-
-        def per_example(c: Array) -> Array:
-            return c.reshape(c.shape + (1,) * (x.ndim - 1))
-
-        c_in, c_skip, c_out = map(per_example, a.coefficients(t))
+        c_in = _per_example(a.coefficients(t)[0], x)
         told: dict[str, Any] = {}
         if self.condition is not None:
             told["condition"] = jnp.broadcast_to(self.condition, t.shape)
@@ -152,6 +209,9 @@ class LinenScore:
             rngs=None if key is None else {"dropout": key},
             **told,
         )
-        if out.shape != x.shape:
-            raise ValueError(f"the network returned shape {out.shape} for an input of {x.shape}")
-        return -(c_skip * x + c_out * out) / per_example(a.sde.std(t))
+        return out
+
+
+def _per_example(c: Array, x: Array) -> Array:
+    """``c (n,)`` with axes of 1, to be multiplied with ``x (n, *s)``."""
+    return c.reshape(c.shape + (1,) * (x.ndim - 1))

@@ -24,6 +24,7 @@ References: Song et al. 2021, appendix on dequantization; Kingma et al., VDM, 20
 """
 
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -167,6 +168,7 @@ def elbo(
     control: GaussianControl | None = None,
     density: Array | None = None,
     proposal: str = "importance",
+    decoder: Callable[[Array, Array, Array], Array] | None = None,
 ) -> Bound:
     """The bound on -log P(pixels) for one example, of the integers' own probability.
 
@@ -182,6 +184,8 @@ def elbo(
       eps: the smallest time, for which :func:`smallest_time` is a good choice.
       u: points ``(n,)`` in [0, 1), each a draw of the diffusion term.
       control, density, proposal: as in ``bound.elbo``; they change the variance only.
+      decoder: of ``categorical``, -log P(pixels | y) in nats of (y, eps, pixels) with
+        y = x_eps / alpha; None for that of the noise alone.
 
     Returns:
       prior, diffusion and reconstruction (the decoder; zero for ``truncated_normal``), in nats.
@@ -210,5 +214,9 @@ def elbo(
         variance = 1 - math.exp(-_snr_range(sde, eps)) * (1 - _variance(width))
         return Bound(prior_kl(sde, centre, variance), diffusion, jnp.zeros((), centre.dtype))
     rho = jnp.exp(-0.5 * first)
-    reconstruction = decoder_nats(centre + rho * last, pixels, levels, rho)
+    y = centre + rho * last
+    if decoder is None:
+        reconstruction = decoder_nats(y, pixels, levels, rho)
+    else:
+        reconstruction = decoder(y, jnp.asarray(eps, centre.dtype), pixels)
     return Bound(prior_kl(sde, centre), diffusion, reconstruction)

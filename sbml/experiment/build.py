@@ -15,7 +15,7 @@ import optax
 from etils import epath
 from ml_collections import ConfigDict
 
-from sbml import adapters, data, dequantizers, discrete, losses, samplers, sdes, times
+from sbml import adapters, data, dequantizers, discrete, integers, losses, samplers, sdes, times
 from sbml.divergence import Trace
 from sbml.estimators import Cell
 from sbml.experiment import trained
@@ -87,14 +87,20 @@ class Experiment:
     def adapter(self) -> adapters.Adapter:
         """From parameters to the score that is evaluated and sampled."""
         score = self.config.score
+        data = self.config.data
+        model = network(self.config)
+        if score.parameterization == adapters.LEVELS:
+            model = model.clone(outputs=integers.outputs(data.levels))
         return adapters.Adapter(
-            network(self.config),
+            model,
             self.sde,
             parameterization=score.parameterization,
             label=score.label,
             data_std=score.data_std,
             eps=smallest_time(self.config),
             log_snr_range=tuple(score.log_snr_range),
+            levels=data.levels,
+            data="centre" if data.dequantization == "centre" else "uniform",
         )
 
     @property

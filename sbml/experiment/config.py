@@ -76,7 +76,8 @@ def choices_in(value: Collection[str]) -> list[str]:
 
 def model_fields(name: str) -> dict:
     """The fields of network ``name`` with their defaults, as plain values."""
-    skip = ("parent", "name")  # Every Linen module has these two, set by flax.
+    # flax sets the first two of every Linen module, the score's parameterization the third.
+    skip = ("parent", "name", "outputs")
     return {f.name: f.default for f in dataclasses.fields(networks.get(name)) if f.name not in skip}
 
 
@@ -225,7 +226,7 @@ def default(network: str = "ncsnpp") -> ml_collections.ConfigDict:
             },
             "model": {"name": network, **model_fields(network)},
             "score": {
-                # noise, score, unscaled, preconditioned, residual
+                # noise, score, unscaled, preconditioned, residual, x0, velocity, levels
                 "parameterization": "noise",
                 "label": "time",  # time (999 t), log_snr, sigma, scaled_log_snr
                 "data_std": 0.5,  # in [-1, 1], for preconditioned

@@ -283,3 +283,8 @@ class Downsample(nn.Module):
         if self.fir_kernel is None:
             return Conv(features, stride=2)(x)
         return Conv2d(features, self.fir_kernel, up=False)(x)
+
+
+def per_entry(out: Array, shape: tuple[int, ...], outputs: int) -> Array:
+    """The last layer's ``out`` as ``shape``, or ``(*shape, outputs)`` where there are several."""
+    return out.reshape((*shape, outputs) if outputs else shape)

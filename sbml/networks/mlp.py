@@ -23,6 +23,7 @@ class Model(nn.Module):
       embedding_type: "positional" and "fourier_linear" take the label, "fourier" its log.
       fourier_scale: standard deviation of the Fourier features' frequencies.
       fourier: frequencies in units of pi of features of the input (``networks.frequencies``).
+      outputs: numbers for every entry of x, along a last axis; 0: one, in the shape of x.
       dtype: "float32" or "bfloat16" arithmetic; parameters and output stay float32.
 
     Raises:
@@ -35,6 +36,7 @@ class Model(nn.Module):
     embedding_type: str = "positional"
     fourier_scale: float = 1.0
     fourier: tuple[float, ...] = ()
+    outputs: int = 0
     dtype: str = "float32"
 
     def __post_init__(self) -> None:
@@ -62,5 +64,6 @@ class Model(nn.Module):
         for _ in range(self.depth):
             inner = layers.dense(nn.LayerNorm(dtype=dtype)(h), self.width)
             h = h + layers.dense(nn.swish(inner + layers.dense(temb, self.width)), self.width)
-        out = nn.Dense(flat.shape[1], dtype=dtype, kernel_init=nn.initializers.zeros)(h)
-        return out.reshape(x.shape).astype(jnp.float32)
+        size = flat.shape[1] * max(1, self.outputs)
+        out = nn.Dense(size, dtype=dtype, kernel_init=nn.initializers.zeros)(h)
+        return layers.per_entry(out, x.shape, self.outputs).astype(jnp.float32)

@@ -154,6 +154,7 @@ class Model(nn.Module):
       nonlinearity: "swish", "elu", "relu" or "lrelu" (slope 0.2).
       init_scale: variance scale of each branch's last layer; 0 starts every block as its shortcut.
       fourier: frequencies in units of pi of features of the input (``networks.frequencies``).
+      outputs: numbers for every entry of x, along a last axis; 0: one, in the shape of x.
       dtype: "float32" or "bfloat16" arithmetic; parameters, statistics and output stay float32.
       remat: compute each residual block again for its gradient instead of storing its intermediate
         results: less memory, up to a third more arithmetic.
@@ -181,6 +182,7 @@ class Model(nn.Module):
     nonlinearity: str = "swish"
     init_scale: float = 0.0
     fourier: tuple[float, ...] = ()
+    outputs: int = 0
     dtype: str = "float32"
     remat: bool = False
 
@@ -200,7 +202,7 @@ class Model(nn.Module):
     @nn.compact
     def __call__(self, x: Array, label: Array, *, train: bool) -> Array:
         self._check_input(x, label)
-        dtype, channels = jnp.dtype(self.dtype), x.shape[-1]
+        dtype, channels = jnp.dtype(self.dtype), x.shape[-1] * max(1, self.outputs)
         temb = layers.embed(label, self.nf, self.embedding_type, self.fourier_scale).astype(dtype)
         if self.conditional:
             temb = layers.dense(self._act(layers.dense(temb, 4 * self.nf)), 4 * self.nf)
@@ -210,7 +212,8 @@ class Model(nn.Module):
         h = block(skips[-1])
         h = AttnBlockpp(self.init_scale, self.skip_rescale)(h, train)
         h = block(h)
-        return self._decode(h, skips, block, attend, channels).astype(jnp.float32)
+        out = self._decode(h, skips, block, attend, channels)
+        return layers.per_entry(out, x.shape, self.outputs).astype(jnp.float32)
 
     @nn.nowrap
     def _encode(self, x: Array, block: Block, attend: Map) -> list[Array]:

@@ -104,6 +104,7 @@ class Model(nn.Module):
       groups: of group norm, a divisor of ``width``; 0: as many as leave two channels a group, at
         most 32. Published models have 32 whatever their width.
       fourier: frequencies in units of pi of features of the input (``networks.frequencies``).
+      outputs: numbers for every entry of x, along a last axis; 0: one, in the shape of x.
       dtype: "float32", "bfloat16" or "float64" arithmetic; the output is float32 or float64.
       remat: compute each block again for its gradient instead of storing its intermediate results.
 
@@ -118,6 +119,7 @@ class Model(nn.Module):
     dropout: float = 0.1
     groups: int = 0
     fourier: tuple[float, ...] = ()
+    outputs: int = 0
     dtype: str = "float32"
     remat: bool = False
 
@@ -159,8 +161,9 @@ class Model(nn.Module):
         for i in range(self.depth + 1):
             joined = jnp.concatenate([h, skips.pop()], axis=-1)
             h = attend(block(joined, f"up.block_{i}"), f"up.attn_{i}")
-        out = layers.Conv(x.shape[-1], init_scale=0.0, name="conv_out")
-        return out(nn.swish(_norm(h, groups))).astype(_at_least_float32(dtype))
+        size = x.shape[-1] * max(1, self.outputs)
+        out = layers.Conv(size, init_scale=0.0, name="conv_out")(nn.swish(_norm(h, groups)))
+        return layers.per_entry(out, x.shape, self.outputs).astype(_at_least_float32(dtype))
 
     @nn.nowrap
     def _cond(self, label: Array, condition: Array) -> Array:

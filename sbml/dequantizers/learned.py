@@ -1,0 +1,53 @@
+"""A learned decoder: P(k | x_eps) as the integer denoiser itself has it (``sbml.integers``).
+
+    -log P(k) <= prior + diffusion + E[-log p(k | x_eps)],    x_eps = alpha c_k + sigma z
+
+where the categorical decoder takes the noise's likelihood alone, this one weighs it with what the
+network knows from the other entries. It needs a score with ``score.parameterization=levels`` that
+was trained on bin centres.
+"""
+
+import dataclasses
+from typing import Any, ClassVar
+
+from sbml import discrete
+from sbml.bound import Bound
+from sbml.sdes import SDE
+from sbml.types import Array, Key, Score
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """A decoder whose parameters are the score's."""
+
+    at_noise: ClassVar[bool] = True
+    calls: ClassVar[int] = 1
+
+    def init(self, key: Key, pixels: Array) -> Any:
+        """No parameters."""
+        return {}
+
+    def bound(
+        self,
+        params: Any,
+        score: Score,
+        sde: SDE,
+        pixels: Array,
+        key: Key,
+        levels: int,
+        **draws: Any,
+    ) -> Bound:
+        """The bound on -log P(pixels) with the score's decoder: ``discrete.elbo``.
+
+        Raises:
+          ValueError: the score has no decoder.
+        """
+        if not hasattr(score, "decoder_nats"):
+            raise ValueError(
+                "the score has no decoder_nats(y, t, pixels): the learned decoder is an integer "
+                "denoiser's (score.parameterization=levels)"
+            )
+        kind, decoder = discrete.CATEGORICAL, score.decoder_nats
+        return discrete.elbo(
+            score, sde, pixels, key, kind=kind, levels=levels, decoder=decoder, **draws
+        )

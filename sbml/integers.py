@@ -1,0 +1,199 @@
+"""Integer denoising: from what a network says of the L levels to the noise, by Bayes' rule.
+
+An entry of an image is an integer k with bin centre c_k = (2 k + 1) / L - 1 and half-width
+h = 1 / L. At time t the model sees y = x_t / alpha = x + rho z, rho = sigma / alpha. A network
+gives log-weights l_k of the levels, from all the other entries; the likelihood of y is known, so
+
+    p(k | y) = softmax_k [ l_k + log p(y | k) ],    x^ = sum_k p(k | y) m_k,    e^ = (y - x^) / rho.
+
+For data at bin centres (``centre``), and for data spread evenly over their bins (``uniform``),
+
+    centre     log p(y | k) = -(c_k - y)^2 / (2 rho^2)                      m_k = c_k
+    uniform    log p(y | k) = log [Phi(b_k) - Phi(a_k)]                     m_k = y + rho r_k,
+               a_k, b_k = (c_k -+ h - y) / rho,
+               r_k = [phi(a_k) - phi(b_k)] / [Phi(b_k) - Phi(a_k)]
+
+up to constants: m_k is the mean of N(y, rho^2) kept inside the bin. Where the noise is far below a
+bin, p(k | y) is one level whatever the network says, so the loss vanishes as fast as it can; where
+it is far above, the network decides. At the smallest time p(k | y) is a decoder.
+
+The network's outputs are, for few levels, l_k themselves. For many they are the weights, means and
+scales of a few normal distributions, l_k = log sum_j w_j N(c_k; mu_j, s_j^2): where the noise is
+below a bin only the levels around y count, and where rho is above a bin the sum over k is an
+integral in closed form. The memory for it does not grow with L.
+
+Reference: Kingma et al., "Variational Diffusion Models", NeurIPS 2021, for the decoder without l_k.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from jax.scipy.special import log_ndtr
+
+from sbml import bits, compiler
+from sbml.types import Array
+
+DATA = ("centre", "uniform")
+
+# Width of a bin in standard deviations of the noise below which the bin's mass is a series in it:
+# a difference of distribution functions would have lost its digits.
+NARROW = 0.05
+
+# So many levels have logits of their own, more have a mixture; the mixture's components.
+FEW, COMPONENTS = 32, 5
+
+# Levels on either side of y that the mixture sums over, and the noise in half bins from where on
+# its integral stands for the sum.
+NEAR, WIDE = 4, 2.0
+
+
+def outputs(levels: int) -> int:
+    """How many numbers the network gives for every entry of an image."""
+    return levels if levels <= FEW else 3 * COMPONENTS
+
+
+def denoised(out: Array, y: Array, rho: Array, levels: int, data: str) -> Array:
+    """x^ = E[x | y], shape ``(*s)``.
+
+    Args:
+      out: of the network, ``(*s, outputs(levels))``.
+      y: x_t / alpha, ``(*s)``.
+      rho: sigma / alpha, broadcasting to ``y``.
+      levels: L.
+      data: ``centre`` or ``uniform``.
+
+    Raises:
+      ValueError: for unknown ``data``, or ``out`` of another shape.
+    """
+    _check(out, y, levels, data)
+    if levels <= FEW:
+        log_p, means = _of_all(out, y, rho, levels, data)
+        return jnp.sum(jnp.exp(log_p) * means, axis=-1)
+    log_p, means, _ = _of_near(out, y, rho, levels, data)
+    near = jnp.sum(jnp.exp(log_p) * means, axis=-1)
+    return jnp.where(rho < WIDE / levels, near, _integral(out, y, rho))
+
+
+def decoder_nats(out: Array, y: Array, rho: Array, pixels: Array, levels: int) -> Array:
+    """-log p(k | y) of integers ``pixels (*s)`` at bin centres, summed: nats, a scalar.
+
+    Arguments are those of :func:`denoised`. For the mixture the noise must be below a bin, and a
+    level further than ``NEAR`` from y has no probability.
+    """
+    _check(out, y, levels, "centre")
+    if levels <= FEW:
+        log_p, _ = _of_all(out, y, rho, levels, "centre")
+        chosen = jnp.take_along_axis(log_p, pixels[..., None].astype(jnp.int32), -1)[..., 0]
+        return -jnp.sum(chosen)
+    log_p, _, k = _of_near(out, y, rho, levels, "centre")
+    same = k == pixels[..., None]
+    return -jnp.sum(jax.nn.logsumexp(jnp.where(same, log_p, -jnp.inf), axis=-1))
+
+
+def _check(out: Array, y: Array, levels: int, data: str) -> None:
+    compiler.check()
+    if data not in DATA:
+        raise ValueError(f"unknown data {data!r} of an integer denoiser; choose from {DATA}")
+    expected = (*y.shape, outputs(levels))
+    if out.shape != expected:
+        raise ValueError(
+            f"the network returned shape {out.shape}: an integer denoiser of {levels} levels needs "
+            f"{expected}, that is outputs={outputs(levels)}"
+        )
+
+
+def _of_all(out: Array, y: Array, rho: Array, levels: int, data: str) -> tuple[Array, Array]:
+    """log p(k | y) and m_k for all levels, each ``(*s, levels)``."""
+    centre = bits.to_model(_along_last(jnp.arange(levels, dtype=y.dtype), y), 0.5, levels)
+    log_likelihood, means = bin_moments(centre, y[..., None], _last(rho, y), levels, data)
+    return jax.nn.log_softmax(out + log_likelihood, axis=-1), means
+
+
+def _of_near(
+    out: Array, y: Array, rho: Array, levels: int, data: str
+) -> tuple[Array, Array, Array]:
+    """log p(k | y), m_k and k for the levels k around y, each ``(*s, 2 NEAR + 1)``."""
+    nearest = jnp.round(((jax.lax.stop_gradient(y) + 1) * levels - 1) / 2)
+    nearest = jnp.clip(nearest, NEAR, levels - 1 - NEAR)
+    k = nearest[..., None] + _along_last(jnp.arange(-NEAR, NEAR + 1, dtype=y.dtype), y)
+    centre = bits.to_model(k, 0.5, levels)
+    log_likelihood, means = bin_moments(centre, y[..., None], _last(rho, y), levels, data)
+    log_w, mu, scale = _components(out)
+    each = (centre[..., None] - mu[..., None, :]) / scale[..., None, :]
+    log_prior = jax.nn.logsumexp((log_w - jnp.log(scale))[..., None, :] - 0.5 * each**2, axis=-1)
+    return jax.nn.log_softmax(log_prior + log_likelihood, axis=-1), means, k
+
+
+def _integral(out: Array, y: Array, rho: Array) -> Array:
+    """E[x | y] for a density sum_j w_j N(mu_j, s_j^2) of x on [-1, 1], ``(*s)``."""
+    log_w, mu, scale = _components(out)
+    y, noise = y[..., None], _last(rho, y) ** 2
+    variance = scale**2 + noise
+    means, stds = (mu * noise + y * scale**2) / variance, scale * jnp.sqrt(noise / variance)
+    # [-1, 1] is the one bin of one level.
+    log_mass, means = bin_moments(jnp.zeros_like(means), means, stds, 1, "uniform")
+    log_p = log_w - 0.5 * jnp.log(variance) - 0.5 * (y - mu) ** 2 / variance + log_mass
+    return jnp.sum(jax.nn.softmax(log_p, axis=-1) * means, axis=-1)
+
+
+def _components(out: Array) -> tuple[Array, Array, Array]:
+    """log-weights (up to a constant), means and scales, each ``(*s, COMPONENTS)``.
+
+    Outputs of 0, an untrained network's, are normal distributions spread over [-1, 1].
+    """
+    log_w, mu, log_scale = jnp.split(out, 3, axis=-1)
+    start = jnp.linspace(-0.8, 0.8, COMPONENTS, dtype=out.dtype)
+    # A component is no narrower than a bin of 256 levels, lest the sum over levels miss it.
+    scale = 1 / 128 + 0.4 * jax.nn.softplus(log_scale + 0.5)
+    return log_w, mu + _along_last(start, mu[..., 0]), scale
+
+
+def _along_last(v: Array, y: Array) -> Array:
+    """``v (m,)`` as a last axis after those of ``y (*s)``."""
+    return v.reshape((1,) * y.ndim + (-1,))
+
+
+def _last(rho: Array, y: Array) -> Array:
+    """``rho`` broadcast to ``y (*s)``, with a last axis of 1."""
+    return jnp.broadcast_to(rho, y.shape)[..., None]
+
+
+def bin_moments(centre: Array, y: Array, rho: Array, levels: int, data: str) -> tuple[Array, Array]:
+    """log p(y | k) up to a constant, and m_k, of bins at ``centre``; shapes broadcast."""
+    if data == "centre":
+        return -0.5 * ((centre - y) / rho) ** 2, jnp.broadcast_to(centre, (centre - y).shape)
+    middle, width = (centre - y) / rho, 2 / (levels * rho)
+    narrow = width < NARROW
+    log_mass, mean = _narrow(middle, jnp.where(narrow, width, NARROW))
+    wide_mass, wide_mean = _wide(middle, jnp.where(narrow, NARROW, width))
+    return (
+        jnp.where(narrow, log_mass, wide_mass),
+        y + rho * jnp.where(narrow, mean, wide_mean),
+    )
+
+
+def _log_phi(z: Array) -> Array:
+    return -0.5 * (z**2 + math.log(2 * math.pi))
+
+
+def _narrow(m: Array, w: Array) -> tuple[Array, Array]:
+    """log mass and mean of N(0, 1) on [m - w / 2, m + w / 2], by Taylor's series at m:
+
+    mass = phi(m) w [1 + w^2 / 24 He_2(m) + w^4 / 1920 He_4(m)],
+    mean = m - [w^2 / 12 m + w^4 / 480 (m^3 - 3 m)] phi(m) w / mass
+    """
+    v = w**2
+    mass = 1 + v / 24 * (m**2 - 1) + v**2 / 1920 * (m**4 - 6 * m**2 + 3)
+    slope = v / 12 * m + v**2 / 480 * (m**3 - 3 * m)
+    return _log_phi(m) + jnp.log(w) + jnp.log(mass), m - slope / mass
+
+
+def _wide(m: Array, w: Array) -> tuple[Array, Array]:
+    """The same from distribution functions, on the side of 0 where they are small."""
+    sign = jnp.where(m > 0, -1.0, 1.0).astype(m.dtype)
+    a, b = sign * m - w / 2, sign * m + w / 2
+    log_a, log_b = log_ndtr(a), log_ndtr(b)
+    log_mass = log_b + jnp.log(-jnp.expm1(log_a - log_b))
+    mean = jnp.exp(_log_phi(a) - log_mass) - jnp.exp(_log_phi(b) - log_mass)
+    return log_mass, sign * mean

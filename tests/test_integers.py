@@ -1,0 +1,205 @@
+"""The integer denoiser is Bayes' rule: against sums over levels and quadrature in each bin."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy import integrate, special, stats
+
+from sbml import discrete, integers, times
+from sbml.sdes import SDES, VP
+
+pytestmark = pytest.mark.usefixtures("x64")
+
+FEW, MANY = 5, 256
+
+
+def prior_of(out, levels):
+    """log P(k) ``(levels,)`` of one entry's outputs, up to a constant."""
+    if levels <= integers.FEW:
+        return np.asarray(out)
+    log_w, mu, scale = map(np.asarray, integers._components(jnp.asarray(out)))
+    c = (2 * np.arange(levels) + 1) / levels - 1
+    return special.logsumexp(log_w + stats.norm.logpdf(c[:, None], mu, scale), axis=-1)
+
+
+def bayes(out, y, rho, levels, data):
+    """P(k | y) ``(levels,)`` and E[x | y], by quadrature over x in every bin."""
+    c = (2 * np.arange(levels) + 1) / levels - 1
+    if data == "centre":
+        log_mass, means = -0.5 * ((y - c) / rho) ** 2, c
+    else:
+        # A shift of the exponent keeps far bins from vanishing.
+        nodes, weights = np.polynomial.legendre.leggauss(80)
+        x = c[:, None] + nodes / levels
+        log_p = -0.5 * ((y - x) / rho) ** 2
+        log_mass = special.logsumexp(log_p, b=weights / 2, axis=1)
+        means = np.sum(np.exp(log_p - log_mass[:, None]) * weights / 2 * x, axis=1)
+    log_p = prior_of(out, levels) + log_mass
+    p = np.exp(log_p - special.logsumexp(log_p))
+    return p, np.sum(p * means)
+
+
+@pytest.mark.parametrize("data", integers.DATA)
+@pytest.mark.parametrize("rho", [0.02, 0.1, 0.3, 1.5, 7.9, 8.1, 150.0])
+def test_few_levels_are_summed_by_bayes_rule(rho, data):
+    rng = np.random.default_rng(0)
+    out, y = rng.normal(size=(4, FEW)), np.array([-0.93, 0.05, 0.4, 1.1]) * max(1, rho)
+    found = integers.denoised(jnp.asarray(out), jnp.asarray(y), jnp.asarray(rho), FEW, data)
+    expected = [bayes(o, at, rho, FEW, data)[1] for o, at in zip(out, y, strict=True)]
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("data", integers.DATA)
+@pytest.mark.parametrize(
+    ("rho", "tolerance"),
+    [(1e-3, 1e-9), (3e-3, 1e-8), (7.5e-3, 1e-5), (8e-3, 3e-5), (0.1, 3e-5), (3.0, 3e-5)],
+)
+def test_many_levels_are_summed_near_the_number(rho, tolerance, data):
+    """By a window and by an integral; both meet where the noise is two half bins.
+
+    The integral stands for the sum up to the square of a bin's width.
+    """
+    rng = np.random.default_rng(1)
+    out = rng.normal(size=(3, integers.outputs(MANY)))
+    y = np.array([-0.3, 0.013, 0.999])
+    found = integers.denoised(jnp.asarray(out), jnp.asarray(y), jnp.asarray(rho), MANY, data)
+    expected = [bayes(o, at, rho, MANY, data)[1] for o, at in zip(out, y, strict=True)]
+    np.testing.assert_allclose(found, expected, rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize("levels", [FEW, 17, MANY])
+@pytest.mark.parametrize("data", integers.DATA)
+def test_float32_keeps_its_digits_from_the_smallest_noise_to_the_largest(levels, data):
+    rng = np.random.default_rng(2)
+    out = rng.normal(size=(40, integers.outputs(levels)))
+    for rho in 10.0 ** np.linspace(-3.5, 2, 12):
+        k = rng.integers(0, levels, 40)
+        y = (2 * k + 1) / levels - 1 + rho * rng.normal(size=40)
+        wide = integers.denoised(jnp.asarray(out), jnp.asarray(y), jnp.asarray(rho), levels, data)
+        with jax.enable_x64(False):
+            args = (jnp.asarray(a, jnp.float32) for a in (out, y, rho))
+            narrow = integers.denoised(*args, levels, data)
+        assert narrow.dtype == jnp.float32
+        # What the noise prediction loses by it; y itself is rounded to 6e-8.
+        error = np.abs((np.asarray(narrow, float) - wide) / rho)
+        assert error.max() < 2e-3
+
+
+@pytest.mark.parametrize("levels", [FEW, MANY])
+def test_the_decoder_is_the_posterior_of_the_level(levels):
+    rng, rho = np.random.default_rng(3), 1 / (3 * levels)
+    out, k = rng.normal(size=(6, integers.outputs(levels))), rng.integers(0, levels, 6)
+    y = (2 * k + 1) / levels - 1 + rho * rng.normal(size=6)
+    found = integers.decoder_nats(*map(jnp.asarray, (out, y, rho, k)), levels)
+    each = [
+        -np.log(bayes(o, at, rho, levels, "centre")[0][i])
+        for o, at, i in zip(out, y, k, strict=True)
+    ]
+    assert found == pytest.approx(sum(each), abs=1e-8)
+
+
+class Exact:
+    """The exact score of one integer with probabilities ``p``, by the integer denoiser."""
+
+    def __init__(self, sde, p, data):
+        self.sde, self.p, self.data = sde, jnp.asarray(p), data
+
+    def __call__(self, x, t, key=None):
+        alpha, sigma = self.sde.mean_coef(t), self.sde.std(t)
+        y, rho = x / alpha, sigma / alpha
+        out = self.outputs(x)
+        return (integers.denoised(out, y, rho, len(self.p), self.data) - y) / (rho * sigma)
+
+    def outputs(self, x):
+        return jnp.broadcast_to(
+            jnp.log(self.p).reshape((1,) * x.ndim + (-1,)), (*x.shape, self.p.size)
+        )
+
+    def decoder_nats(self, y, t, pixels):
+        out = self.outputs(y)
+        rho = self.sde.std(t) / self.sde.mean_coef(t)
+        return integers.decoder_nats(out, y, rho, pixels, len(self.p))
+
+
+@pytest.mark.oracle
+@pytest.mark.parametrize("name", ["vp", "ve"])
+def test_the_learned_decoders_bound_is_the_entropy(name):
+    """With the exact posterior: E bound = H(k) + E log p_T / pi, every expectation by quadrature.
+
+    By the trapezoid rule over the noise, by Gauss and Legendre over log-SNR.
+    """
+    sde, p = SDES[name](), np.array([0.5, 0.1, 0.3, 0.1])
+    levels, eps = len(p), 1e-3 if name == "vp" else 1e-5
+    score = Exact(sde, p, "centre")
+    c = (2 * np.arange(levels) + 1) / levels - 1
+    z = np.linspace(-10, 10, 801)
+    weights = stats.norm.pdf(z) * (z[1] - z[0])
+    ends = [float(sde.log_snr(jnp.asarray(t))) for t in (sde.T, eps)]
+    nodes, lengths = np.polynomial.legendre.leggauss(200)
+    log_snrs = (ends[1] - ends[0]) / 2 * (nodes + 1) + ends[0]
+    lengths = lengths * (ends[1] - ends[0]) / 2
+
+    @jax.jit
+    @jax.vmap
+    def error(log_snr):
+        t = sde.time(log_snr)
+        alpha, sigma = sde.mean_coef(t), sde.std(t)
+        noise = jnp.asarray(z)[None]
+        x = alpha * jnp.asarray(c)[:, None] + sigma * noise
+        return jnp.sum(jnp.asarray(p[:, None] * weights) * (noise + sigma * score(x, t)) ** 2)
+
+    diffusion = 0.5 * np.sum(lengths * np.asarray(error(jnp.asarray(log_snrs))))
+    last = jnp.asarray(eps)
+    rho = float(sde.std(last) / sde.mean_coef(last))
+    decode = jax.jit(jax.vmap(lambda y, k: score.decoder_nats(y, last, k), (0, None)))
+    decoder = sum(
+        p[k] * np.sum(weights * np.asarray(decode(jnp.asarray(c[k] + rho * z), jnp.asarray(k))))
+        for k in range(levels)
+    )
+    prior = sum(p[k] * discrete.prior_kl(sde, jnp.asarray([c[k]])) for k in range(levels))
+    entropy = -np.sum(p * np.log(p))
+    # The prior stands for p_T: KL(p_T || pi), by quadrature.
+    alpha, sigma = float(sde.mean_coef(jnp.asarray(1.0))), float(sde.std(jnp.asarray(1.0)))
+
+    def mismatch(x):
+        density = np.sum(p * stats.norm.pdf(x, alpha * c, sigma))
+        return density * (np.log(density) - stats.norm.logpdf(x, 0, sde.prior_std))
+
+    width = 12 * sigma
+    gap = integrate.quad(mismatch, -width, width, epsabs=1e-13, epsrel=1e-12, limit=400)[0]
+    assert diffusion + decoder + prior == pytest.approx(entropy + gap, abs=1e-8)
+
+
+def test_the_librarys_bound_takes_the_decoder():
+    """``discrete.elbo`` with the score's decoder, by many draws; without it, a looser bound."""
+    sde, p = VP(), np.array([0.5, 0.1, 0.3, 0.1])
+    score, eps, n = Exact(sde, p, "centre"), 1e-2, 40_000
+    u = times.lattice(jax.random.key(0), n, 4)
+    keys = jax.random.split(jax.random.key(1), n)
+
+    @jax.jit
+    def totals(pixels):
+        def one(key, u, decoder):
+            how = {"kind": "categorical", "levels": len(p), "eps": eps, "u": u}
+            return discrete.elbo(score, sde, pixels, key, decoder=decoder, **how).total
+
+        draw = jax.vmap(one, (0, 0, None))
+        return draw(keys, u, score.decoder_nats), draw(keys, u, None)
+
+    found = [totals(jnp.asarray([k])) for k in range(len(p))]
+    learned, plain = (
+        sum(w * np.mean(values[i]) for w, values in zip(p, found, strict=True)) for i in (0, 1)
+    )
+    error = np.sqrt(sum(w**2 * np.var(v[0]) / n for w, v in zip(p, found, strict=True)))
+    entropy = -np.sum(p * np.log(p))
+    assert error < 0.01 and abs(learned - entropy) < 4 * error + 1e-3
+    assert plain > learned
+
+
+def test_wrong_outputs_and_data_are_refused():
+    out, y = jnp.zeros((3, 4)), jnp.zeros(3)
+    with pytest.raises(ValueError, match=r"needs \(3, 5\), that is outputs=5"):
+        integers.denoised(out, y, jnp.asarray(1.0), 5, "centre")
+    with pytest.raises(ValueError, match="unknown data 'bins'"):
+        integers.denoised(out, y, jnp.asarray(1.0), 4, "bins")

@@ -53,7 +53,7 @@ def test_few_levels_are_summed_by_bayes_rule(rho, data):
 @pytest.mark.parametrize("data", integers.DATA)
 @pytest.mark.parametrize(
     ("rho", "tolerance"),
-    [(1e-3, 1e-9), (3e-3, 1e-8), (7.5e-3, 1e-5), (8e-3, 3e-5), (0.1, 3e-5), (3.0, 3e-5)],
+    [(1e-3, 1e-9), (3e-3, 1e-8), (7.5e-3, 1e-5), (8e-3, 3e-4), (0.1, 3e-5), (3.0, 3e-5)],
 )
 def test_many_levels_are_summed_near_the_number(rho, tolerance, data):
     """By a window and by an integral; both meet where the noise is two half bins.

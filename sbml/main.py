@@ -15,7 +15,8 @@ from ml_collections import config_flags
 
 from sbml import compiler, modes
 from sbml.experiment import architecture
-from sbml.experiment.config import check_overrides, choices_in
+from sbml.experiment.config import check_overrides
+from sbml.experiment.fields import choices_in
 from sbml.runtime import cpu, sharding
 
 # Found by folder, and imported when their turn comes: a wrong flag is told of before all imports.

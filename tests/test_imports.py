@@ -30,7 +30,7 @@ LAYERS: dict[str, set[str]] = {
     "verify": {"dequantizers"},
     "features": {"data", "runtime"},
     "report": {"data", "runtime"},
-    "experiment": {"data", "dequantizers", "networks", "runtime", "samplers"},
+    "experiment": {"data", "dequantizers", "features", "networks", "runtime", "samplers"},
     "evaluation": {"data", "experiment", "features", "report", "runtime", "samplers"},
     "convert": {"dequantizers", "experiment", "networks", "runtime"},
     "modes": {"convert", "data", "dequantizers", "evaluation", "experiment", "report"}

@@ -24,7 +24,8 @@ from sbml.convert._score_flow_file import AuthorsState
 from sbml.dequantizers import variational
 from sbml.experiment import architecture
 from sbml.experiment.build import Experiment
-from sbml.experiment.sections import smallest_time
+from sbml.experiment.config import Config
+from sbml.experiment.noise import smallest_time
 from sbml.runtime import sharding
 from sbml.runtime.checkpoint import Checkpoints, tree_crc32
 from sbml.runtime.state import TrainState
@@ -72,7 +73,8 @@ def convert(config: ConfigDict, workdir: epath.Path, source: epath.Path) -> None
     sections = _sections(config, score, flow)
     fitted, lines = architecture.apply(config, sections)
     experiment = Experiment(fitted)
-    if experiment.checkpoints(workdir).steps():
+    checkpoints = experiment.config.training.checkpoints(workdir)
+    if checkpoints.steps():
         raise ValueError(f"{workdir} has checkpoints already: convert into a new --workdir")
     # All is checked before anything is written: half a conversion could not be made whole.
     score_state = _score_state(experiment, score)
@@ -80,15 +82,15 @@ def convert(config: ConfigDict, workdir: epath.Path, source: epath.Path) -> None
     metadata = _metadata(experiment, score)
     if jax.process_index() == 0:
         architecture.write(workdir, sections)
-    with experiment.checkpoints(workdir) as checkpoints:
+    with checkpoints:
         checkpoints.save(score.step, score_state, metadata)
         written = [_line(score, checkpoints)]
     if flow is not None:
         against = {"step": score.step, "crc32": tree_crc32(score.ema_params)}
-        with experiment.dequantizer_checkpoints(workdir) as checkpoints:
+        with experiment.config.dequantizer.training.checkpoints(workdir) as checkpoints:
             checkpoints.save(flow.step, flow_state, {**metadata, "score": against})
             written.append(_line(flow, checkpoints))
-        if (shape := variational.image_shape(flow.ema_params)) != experiment.shape:
+        if (shape := variational.image_shape(flow.ema_params)) != experiment.config.data.shape:
             written.append(f"{flow.path} is for images of {shape} alone")
     print("\n".join([*lines, _untold(fitted), *written]))
 
@@ -113,6 +115,8 @@ def _sections(
     config: ConfigDict, score: AuthorsState, flow: AuthorsState | None
 ) -> architecture.Sections:
     """The sections of a config that fit the checkpoints."""
+    ours = Config.read(config)
+    eps = smallest_time(ours.sde.build(), ours.training, ours.data)
     convention = CONVENTIONS[config.sde.name]
     given = {k: v for k, v in config.model.items() if k != "name"}
     height, channels = config.data.shape[0], config.data.shape[-1]
@@ -137,7 +141,7 @@ def _sections(
         "model": {"name": "ncsnpp", **options},
         "score": scored,
         "sde": dict(config.sde),
-        "training": {"smallest_time": smallest_time(config)},
+        "training": {"smallest_time": eps},
     }
     if flow is not None:
         sections["dequantizer.model"] = variational.read_options(

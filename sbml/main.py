@@ -92,7 +92,7 @@ def main(arguments: Sequence[str]) -> None:
         )
     chosen = MODE.value or choices_in(CONFIG.value.mode)
     unknown = [mode for mode in chosen if mode not in MODES]
-    if unknown:
+    if unknown or not chosen:
         raise app.UsageError(f"unknown mode {unknown}; choose from {', '.join(MODES)}")
     if not COORDINATOR.value and (PROCESSES.value, PROCESS.value) != (None, None):
         raise app.UsageError(

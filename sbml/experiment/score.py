@@ -13,6 +13,7 @@ from sbml import adapters, networks, sdes
 from sbml.adapters import Adapter
 from sbml.experiment.fields import (
     Section,
+    check_choice,
     check_fields,
     check_finite,
     choice,
@@ -77,6 +78,7 @@ class Network(Section):
 
     def check(self) -> None:
         """The fields are those of the network."""
+        check_choice(self.name_of("name"), self.name, networks.NETWORKS)
         check_fields(self.section, self.values, model_fields(self.name))
         check_finite(self.section, self.values)
 
@@ -89,7 +91,7 @@ class Network(Section):
     def of(cls, values: Mapping[str, Any], *, complete: bool = True) -> Self:
         """Of the name and the network's fields side by side; they are always complete."""
         fields = {field: tupled(value) for field, value in values.items() if field != "name"}
-        return cls(values["name"], fields)
+        return cls(values.get("name", ""), fields)
 
     def to_dict(self) -> dict[str, Any]:
         """The name and the network's fields side by side."""

@@ -112,7 +112,8 @@ def training(experiment: Experiment, mesh: Mesh) -> Any:
     """One training step."""
     same, split = sharding.replicated(mesh), sharding.batched(mesh)
     update = train.update(experiment)
-    size = experiment.config.training.batch_size // (2 if experiment.antithetic else 1)
+    options = experiment.config.training
+    size = options.batch_size // (2 if options.antithetic else 1)
     pixels = jax.ShapeDtypeStruct((size, *experiment.shape), jnp.uint8, sharding=split)
     state = _state(experiment, mesh)
     key = shaped(jax.eval_shape(lambda: jax.random.key(0)), same)
@@ -269,7 +270,7 @@ def main(arguments: Sequence[str]) -> None:
             "chip": devices[0].device_kind,
             "chips": len(devices),
             "batch": experiment.config.training.batch_size,
-            "dtype": experiment.config.model.dtype,
+            "dtype": experiment.adapter.model.dtype,
             "parameters": experiment.parameter_count(),
             "state_gib": round(state_bytes(experiment, mesh) / 2**30, 3),
         }

@@ -62,9 +62,10 @@ def main() -> None:
     parser.add_argument("--sweeps", type=int, default=16)
     args = parser.parse_args()
 
-    e = build.Experiment(runpy.run_path(args.config)["get_config"]())
+    config = runpy.run_path(args.config)["get_config"]()
+    config.eval.proposal_bins = 32
+    e = build.Experiment(config)
     restored, train = e.restore(epath.Path(args.workdir)), e.images("train")
-    e.config.eval.proposal_bins = 32
     workdir = epath.Path(args.workdir)
     fitted = evaluate.control_variate(e, train, workdir)
     density = evaluate.time_density(e, restored, train, fitted, workdir)(e.eval_eps)

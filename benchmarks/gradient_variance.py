@@ -74,11 +74,12 @@ class Problem:
         self.levels = e.levels
         self.images = e.images("train").images
         self.params = params
+        weighting = e.config.training.weighting
 
         def loss(params: Any, x: Array, t: Array, weight: Array, z: Array) -> tuple[Array, Array]:
             x_t = jax.vmap(lambda x, t, z: losses.perturb(e.sde, x, t, z))(x, t, z)
             scores = batched(e.adapter(params))(x_t, t, None)
-            terms = jax.vmap(lambda *a: losses.residual(e.sde, *a, e.weighting))(scores, t, z)
+            terms = jax.vmap(lambda *a: losses.residual(e.sde, *a, weighting))(scores, t, z)
             each = weight * terms / x[0].size
             return jnp.mean(each), each
 

@@ -15,7 +15,8 @@ from ml_collections import config_flags
 
 from sbml import compiler, modes
 from sbml.experiment import architecture
-from sbml.experiment.config import check_overrides, choices_in
+from sbml.experiment.config import check_overrides
+from sbml.experiment.fields import choices_in
 from sbml.runtime import cpu, sharding
 
 # Found by folder, and imported when their turn comes: a wrong flag is told of before all imports.
@@ -91,7 +92,7 @@ def main(arguments: Sequence[str]) -> None:
         )
     chosen = MODE.value or choices_in(CONFIG.value.mode)
     unknown = [mode for mode in chosen if mode not in MODES]
-    if unknown:
+    if unknown or not chosen:
         raise app.UsageError(f"unknown mode {unknown}; choose from {', '.join(MODES)}")
     if not COORDINATOR.value and (PROCESSES.value, PROCESS.value) != (None, None):
         raise app.UsageError(

@@ -5,8 +5,6 @@ import pathlib
 import subprocess
 import sys
 
-from etils import epath
-
 from sbml.experiment import build
 from sbml.runtime import sharding
 
@@ -44,5 +42,5 @@ def run(workdir, *flags, **kwargs):
 def state(config, workdir):
     """The newest checkpoint's state, in this process."""
     experiment = build.Experiment(config)
-    with experiment.checkpoints(epath.Path(workdir)) as checkpoints:
+    with experiment.config.training.checkpoints(workdir) as checkpoints:
         return checkpoints.restore(sharding.abstract(experiment.init_state, sharding.data_mesh()))

@@ -16,7 +16,6 @@ import tiny
 from sbml import adapters, main
 from sbml.divergence import Trace
 from sbml.experiment import build
-from sbml.experiment import sections as from_config
 from sbml.experiment.trained import unseen_times
 
 CONFIGS = sorted((runs.ROOT / "configs").glob("*.py"))
@@ -52,16 +51,14 @@ def test_papers_settings(data, sde, size, count):
     assert experiment.trained_adapter == experiment.adapter
     assert config.training.num_steps == (950_000 if size else 1_300_000)
     imagenet = data == "imagenet32"
-    assert from_config.smallest_time(config) == (
-        1e-2 if sde == "subvp" else 5e-5 if imagenet else 1e-5
-    )
+    assert experiment.adapter.eps == (1e-2 if sde == "subvp" else 5e-5 if imagenet else 1e-5)
     assert config.model.dropout == (0.0 if imagenet else 0.1)
     assert config.data.flip == (not imagenet)
     assert config.training.batch_size == 128
     assert (config.optim.lr, config.optim.warmup, config.optim.grad_clip) == (2e-4, 5_000, 1.0)
     assert config.optim.ema == 0.9999
     config.training.importance_sampling = False
-    assert from_config.smallest_time(config) == (1e-2 if sde == "subvp" else 1e-5)
+    assert build.Experiment(config).adapter.eps == (1e-2 if sde == "subvp" else 1e-5)
 
 
 def test_the_papers_variants_change_what_they_are_named_after() -> None:
@@ -95,34 +92,34 @@ def test_the_papers_variants_change_what_they_are_named_after() -> None:
 @pytest.mark.parametrize(
     "section, field, value, message",
     [
-        ("sde", "name", "vpp", "sde.name='vpp' is unknown; choose from"),
-        ("training", "times", "grid", "training.times='grid' is unknown"),
-        ("data", "dequantization", "flow", "data.dequantization='flow' is unknown"),
-        ("optim", "schedule", "step", "unknown optim.schedule 'step'"),
-        ("eval", "estimators", ("ode", "elbo"), "eval.estimators='elbo' is unknown"),
-        ("eval", "estimators", (), "eval.estimators is empty: choose from"),
-        ("eval", "dequantizers", ("uniform", "flow"), "eval.dequantizers='flow' is unknown"),
+        ("sde", "name", "vpp", "sde.name=vpp: need one of linear_ve, subvp, ve, vp"),
+        ("training", "times", "grid", "training.times=grid: need one of iid, lattice"),
+        ("data", "dequantization", "flow", "data.dequantization=flow: need one of centre, none"),
+        ("optim", "schedule", "step", "optim.schedule=step: need one of constant, cosine"),
+        ("eval", "estimators", ("ode", "elbo"), "eval.estimators=elbo: need one of bound"),
+        ("eval", "estimators", (), "eval.estimators=(): need one or more names"),
+        ("eval", "dequantizers", ("uniform", "flow"), "eval.dequantizers=flow: need one of"),
         ("eval", "dequantizers", ("none",), "eval.dequantizers=none is refused: integers have no"),
-        ("eval", "num_importance", (0,), "eval.num_importance=(0,): need integers from 1 up"),
-        ("eval", "times", "grid", "eval.times='grid' is unknown"),
-        ("eval", "split", "tset", "eval.split='tset' is unknown"),
-        ("data", "levels", 1, "data.levels=1: need at least 2"),
-        ("eval", "sweeps", 0, "eval.sweeps=0: need at least 1"),
-        ("eval", "max_images", -5, "eval.max_images=-5: need at least 0"),
-        ("eval", "seed", -1, "eval.seed=-1: need at least 0"),
-        ("sampling", "seed", 2**32, "sampling.seed=4294967296: need at least 0 and below 2^32"),
-        ("data", "shape", (8, 8), "data.shape=8,8: need height,width,channels"),
-        ("data", "shape", (8, 0, 1), "data.shape=8,0,1: need height,width,channels"),
-        ("training", "log_every", 0, "training.log_every=0: need at least 1"),
-        ("training", "proposal_bins", -1, "training.proposal_bins=-1: need at least 0"),
-        ("optim", "lr", math.nan, "optim.lr=nan: need at least 0"),
-        ("optim", "ema", 1.5, "optim.ema=1.5: need at least 0 and below 1"),
-        ("eval", "method", "rk4", "unknown ODE method 'rk4'"),
-        ("eval", "trace", "guess", "unknown trace 'guess'"),
-        ("training", "smallest_time", 0.0, "smallest time eps=0.0"),
-        ("score", "label", "index", "unknown time label 'index'"),
-        ("score", "parameterization", "v", "unknown parameterization 'v'"),
-        ("model", "name", "unet", "unet"),
+        ("eval", "num_importance", (0,), "eval.num_importance=(0,): need one or more integers of"),
+        ("eval", "times", "grid", "eval.times=grid: need one of iid, lattice"),
+        ("eval", "split", "tset", "eval.split=tset: need one of test, train"),
+        ("data", "levels", 1, "data.levels=1: need an integer of at least 2"),
+        ("eval", "sweeps", 0, "eval.sweeps=0: need an integer of at least 1"),
+        ("eval", "max_images", -5, "eval.max_images=-5: need an integer of at least 0"),
+        ("eval", "seed", -1, "eval.seed=-1: need an integer of at least 0"),
+        ("sampling", "seed", 2**32, "need an integer of at least 0 and below 2^32"),
+        ("data", "shape", (8, 8), "data.shape=(8, 8): need 3 integers"),
+        ("data", "shape", (8, 0, 1), "data.shape=(8, 0, 1): need 3 integers"),
+        ("training", "log_every", 0, "training.log_every=0: need an integer of at least 1"),
+        ("training", "proposal_bins", -1, "training.proposal_bins=-1: need an integer"),
+        ("optim", "lr", math.nan, "optim.lr=nan: need a number above 0 and at most 1"),
+        ("optim", "ema", 1.5, "optim.ema=1.5: need a number of at least 0 and below 1"),
+        ("eval", "method", "rk4", "eval.method=rk4: need one of dopri5, euler, heun, tsit5"),
+        ("eval", "trace", "guess", "eval.trace=guess: need one of exact, gaussian, rademacher"),
+        ("training", "smallest_time", 0.0, "training.smallest_time=0.0: need a number above 0"),
+        ("score", "label", "index", "score.label=index: need one of log_snr, sigma, time"),
+        ("score", "parameterization", "v", "score.parameterization=v: need one of noise"),
+        ("model", "name", "unet", "model.name=unet: need one of mlp, ncsnpp"),
     ],
 )
 def test_a_wrong_value_is_named(section, field, value, message):

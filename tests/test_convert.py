@@ -15,7 +15,8 @@ from sbml.convert import _score_flow_file as authors
 from sbml.convert._ncsnpp_options import read_options
 from sbml.dequantizers import variational
 from sbml.experiment import architecture, build, trained
-from sbml.experiment.config import default, model_fields
+from sbml.experiment.config import default
+from sbml.experiment.score import model_fields
 from sbml.modes import convert
 from sbml.networks import ncsnpp
 from sbml.runtime.state import TrainState
@@ -347,7 +348,7 @@ def test_the_dequantizer_comes_along(design: str, tmp_path: Path) -> None:
     fitted = architecture.of_workdir(chosen, tmp_path / "ours")
     experiment = build.Experiment(fitted)
     assert experiment.dequantizer("variational") == model
-    with experiment.dequantizer_checkpoints(tmp_path / "ours") as checkpoints:
+    with experiment.config.dequantizer.training.checkpoints(tmp_path / "ours") as checkpoints:
         assert checkpoints.steps() == [11]
         template = jax.eval_shape(
             lambda p: TrainState.create(p, experiment.dequantizer_optimizer), params

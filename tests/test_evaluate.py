@@ -291,7 +291,7 @@ def test_products_are_of_all_digits_unless_asked_otherwise(trained, tmp_path, mo
     first, second = (run._identity(solver) for run in runs_of)
     assert {name for name in first if first[name] != second[name]} == {"precision"}
     config.eval.precision = "half"
-    with pytest.raises(ValueError, match="eval.precision='half' is unknown; choose from"):
+    with pytest.raises(ValueError, match="eval.precision=half: need one of default, high, highest"):
         evaluate.run(config, tmp_path)
 
 

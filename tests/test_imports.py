@@ -31,7 +31,8 @@ LAYERS: dict[str, set[str]] = {
     "verify": {"dequantizers"},
     "features": {"data", "runtime"},
     "report": {"data", "runtime"},
-    "experiment": {"data", "dequantizers", "estimators", "networks", "runtime", "samplers"},
+    "experiment": {"data", "dequantizers", "estimators", "features", "networks", "runtime"}
+    | {"samplers"},
     "evaluation": {"data", "dequantizers", "estimators", "experiment", "features", "report"}
     | {"runtime", "samplers"},
     "convert": {"dequantizers", "experiment", "networks", "runtime"},

@@ -95,17 +95,18 @@ def test_a_model_of_digits_reconstructs(tmp_path: Path) -> None:
     assert found["latent"].shape == (3, 8, 8, 1) and found["id"].tolist() == [0, 179, 359]
     assert found["reconstruction_error"].max() < 1e-2
     experiment = Experiment(config)  # A path alone is solved ten times more strictly.
-    assert experiment.path_solver.rtol == pytest.approx(config.eval.rtol / 10)
+    solver = experiment.eval_solver.tighter(10)
+    assert solver.rtol == pytest.approx(config.eval.rtol / 10)
     score = experiment.adapter(experiment.restore(tmp_path).state.ema_params)
     images = experiment.images("test")
     x = bits.to_model(jnp.asarray(images.images[found["id"]]), 0.5, images.levels)
-    how = {"sde": experiment.sde, "eps": experiment.eval_eps, "solver": experiment.path_solver}
+    how = {"sde": experiment.sde, "eps": experiment.eval_eps, "solver": solver}
     np.testing.assert_array_equal(found["latent"], latents.encode(score, x, **how))
     for name, cells in (("reconstruction", 3), ("interpolation", 4), ("inpainting", 6)):
         assert Image.open(tmp_path / f"{name}.png").width == cells * 66 - 2
     assert not (tmp_path / "colourisation.png").exists()
     config.eval.update(method="heun", fixed_steps=3)
-    assert Experiment(config).path_solver.fixed_steps == 30
+    assert Experiment(config).eval_solver.tighter(10).fixed_steps == 30
     for field, value in (("count", 1), ("frames", 0), ("steps", 0), ("corrector_steps", 0)):
-        with pytest.raises(ValueError, match=f"latents.{field}={value}: need at least"):
+        with pytest.raises(ValueError, match=f"latents.{field}={value}: need an integer of"):
             latents.run(tiny_with(**{field: value}), tmp_path)

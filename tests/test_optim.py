@@ -9,7 +9,7 @@ import tiny
 
 from sbml import losses
 from sbml.experiment import build
-from sbml.experiment import sections as from_config
+from sbml.experiment.noise import loss_unit
 from sbml.runtime import optim
 
 
@@ -84,11 +84,14 @@ def test_gradients_are_clipped_in_the_unit_of_the_papers_loss(flags, theirs):
     """Where the score is 0 theirs is mean |z|^2, or g^2 / std^2 of it; ours loss_unit times it."""
     config = tiny.get_config()
     config.training.update(likelihood_weighting=flags[0], importance_sampling=flags[1])
-    experiment, unit = build.Experiment(config), from_config.loss_unit(config)
+    experiment = build.Experiment(config)
+    unit = loss_unit(experiment.sde, experiment.config.training, experiment.adapter.eps)
     t, weight = experiment.proposal.at((jnp.arange(64) + 0.5) / 64)
     x, keys = jnp.zeros((64, 4096)), jax.random.split(jax.random.key(0), 64)
     zero = jax.tree_util.Partial(lambda x, t, key: 0 * x)
-    terms = losses.dsm_batch(zero, experiment.sde, x, t, keys, weighting=experiment.weighting)
+    terms = losses.dsm_batch(
+        zero, experiment.sde, x, t, keys, weighting=experiment.config.training.weighting
+    )
     ours = weight * terms / 4096
     if theirs is None:
         theirs = (experiment.sde.diffusion(t) / experiment.sde.std(t)) ** 2

@@ -1,4 +1,4 @@
-"""A new variant of each kind is one file: eight of them, each in the folder of its kind, end to end.
+"""A new variant of each kind is one file in the folder of its kind: eight of them, end to end.
 
 The package is copied, the files below are put into its folders, and the program runs as it is. The
 numbers of the report are compared with what these variants are by definition.
@@ -19,7 +19,7 @@ import sbml
 
 FILES = {
     # The variance-preserving SDE by nothing but alpha and sigma.
-    "sdes/two_methods.py": '''
+    "sdes/two_methods.py": """
 import dataclasses
 import jax.numpy as jnp
 from sbml.sdes._kernel import SDE
@@ -33,9 +33,9 @@ class TwoMethods(SDE):
         return jnp.sqrt(-jnp.expm1(-(0.1 * t + 9.95 * t**2)))
 
 SDES = {"two_methods": TwoMethods}
-''',
+""",
     # A network of plain Linen: no dtype, no dropout, and a linear map.
-    "networks/linear.py": '''
+    "networks/linear.py": """
 import jax.numpy as jnp
 from flax import linen as nn
 
@@ -47,9 +47,9 @@ class Model(nn.Module):
         h = jnp.concatenate([x.reshape(len(x), -1), label[:, None]], axis=-1)
         h = nn.tanh(nn.Dense(self.width)(h))
         return nn.Dense(x[0].size, kernel_init=nn.initializers.zeros)(h).reshape(x.shape)
-''',
+""",
     # u is the mean of two uniform numbers: a triangle on [0, 1).
-    "dequantizers/triangle.py": '''
+    "dequantizers/triangle.py": """
 import dataclasses
 from typing import ClassVar
 import jax
@@ -65,9 +65,9 @@ class Model:
     def sample(self, params, pixels, key):
         u = jax.random.uniform(key, (2, *pixels.shape)).mean(0)
         return u, jnp.sum(jnp.log(4 * jnp.minimum(u, 1 - u)))
-''',
+""",
     # Noise of a kind for which nobody has a bound: it must not be given another one's.
-    "dequantizers/at_noise.py": '''
+    "dequantizers/at_noise.py": """
 import dataclasses
 from typing import ClassVar
 from sbml.dequantizers import uniform
@@ -75,9 +75,9 @@ from sbml.dequantizers import uniform
 @dataclasses.dataclass(frozen=True)
 class Model(uniform.Model):
     at_noise: ClassVar[bool] = True
-''',
+""",
     # -log N(x; 0, I), whatever the score is.
-    "estimators/standard_normal.py": '''
+    "estimators/standard_normal.py": """
 import dataclasses
 from typing import ClassVar
 import jax.numpy as jnp
@@ -92,9 +92,9 @@ class Estimator(base.Estimator):
         x, log_q = target.sample(params, data, key)
         prior = 0.5 * jnp.sum(x**2) + 0.5 * x.size * jnp.log(2 * jnp.pi)
         return {"prior": prior, "dequantization": log_q}, 0
-''',
+""",
     # A step halves x: from the latent z to z / 2^steps.
-    "samplers/halving.py": '''
+    "samplers/halving.py": """
 from sbml.samplers._grid import FixedSteps
 
 class Halving(FixedSteps):
@@ -102,8 +102,8 @@ class Halving(FixedSteps):
         return x / 2, carry
 
 SAMPLERS = {"halving": Halving}
-''',
-    "data/dice.py": '''
+""",
+    "data/dice.py": """
 import numpy as np
 from sbml.data._image_set import ImageSet, check_split
 
@@ -117,15 +117,15 @@ class Dice:
         return ImageSet("dice", "1", split, pixels, levels=6)
 
 SOURCE = Dice()
-''',
-    "modes/count.py": '''
+""",
+    "modes/count.py": """
 from sbml.experiment.build import Experiment
 
 def run(config, workdir):
     (workdir / "count.txt").write_text(str(Experiment(config).parameter_count()))
-''',
+""",
     # Checkpoints of a code that saves one JSON-like tree.
-    "convert/tiny_code.py": '''
+    "convert/tiny_code.py": """
 NETWORK = "linear"
 CODE = "a tiny code"
 
@@ -134,10 +134,10 @@ def recognises(tree):
 
 def convert(config, workdir, path, tree):
     (workdir / "converted.txt").write_text(str(int(tree["tiny"].sum())))
-''',
+""",
 }
 
-CONFIG = '''
+CONFIG = """
 from sbml.experiment.config import default
 
 def get_config():
@@ -158,7 +158,7 @@ def get_config():
         num_images=64, batch_size=64, sampler="halving", steps=3, denoise_last=False, frames=1
     )
     return config
-'''
+"""
 
 
 @pytest.fixture(scope="module")

@@ -116,7 +116,7 @@ def test_what_is_missing_is_named(config: ConfigDict, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="download pt_inception"):
         stats.run(config, tmp_path)
     config.eval.features = "vgg"
-    with pytest.raises(ValueError, match="eval.features='vgg' is unknown; choose from"):
+    with pytest.raises(ValueError, match="eval.features=vgg: need one of digits_classifier"):
         stats.run(config, tmp_path)
 
 

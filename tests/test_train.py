@@ -9,6 +9,7 @@ import time
 
 import jax
 import numpy as np
+import optax
 import pytest
 import runs
 import tiny
@@ -19,7 +20,7 @@ from configs import digits_vp
 from sbml.experiment import build, trained
 from sbml.modes import _loop as loop
 from sbml.modes import train
-from sbml.runtime import metrics, preemption, sharding
+from sbml.runtime import metrics, optim, preemption, sharding
 from sbml.runtime.checkpoint import Checkpoints
 
 
@@ -298,10 +299,17 @@ def test_losses_read_late_as_on_accelerators_change_nothing(tmp_path, monkeypatc
     assert_same_state(tmp_path / "0", tmp_path / "2")
 
 
+def diverge(monkeypatch):
+    """Train at a learning rate that no config may have, from the first step."""
+    rate = optax.constant_schedule(1e30)
+    monkeypatch.setattr(optim, "learning_rate", lambda *given: rate)
+
+
 def test_a_non_finite_loss_read_late_is_named_and_never_saved(tmp_path, monkeypatch):
     monkeypatch.setattr(loop, "_in_flight", lambda: 2)
+    diverge(monkeypatch)
     config = tiny.get_config()
-    config.optim.update(lr=1e30, warmup=0, grad_clip=0.0)
+    config.optim.grad_clip = 0.0
     config.training.checkpoint_every = 4
     with pytest.raises(
         loop.NonFiniteLoss, match=r"step 1: .*Last good checkpoint: none was saved.*starts again"
@@ -309,9 +317,10 @@ def test_a_non_finite_loss_read_late_is_named_and_never_saved(tmp_path, monkeypa
         train.run(config, tmp_path)
 
 
-def test_non_finite_loss_stops_and_names_the_last_checkpoint(tmp_path):
+def test_non_finite_loss_stops_and_names_the_last_checkpoint(tmp_path, monkeypatch):
+    diverge(monkeypatch)
     config = tiny.get_config()
-    config.optim.update(lr=1e30, warmup=0, grad_clip=0.0)
+    config.optim.grad_clip = 0.0
     config.training.checkpoint_every = 1
     with pytest.raises(loop.NonFiniteLoss, match=r"step \d+: loss .*Last good checkpoint"):
         train.run(config, tmp_path)

@@ -28,7 +28,7 @@ def fit(
     """
     fitted, lines = architecture.apply(config, sections)
     experiment = Experiment(fitted)
-    if experiment.checkpoints(workdir).steps():
+    if experiment.config.training.checkpoints(workdir).steps():
         raise ValueError(f"{workdir} has checkpoints already: convert into a new --workdir")
     return experiment, lines
 

@@ -24,7 +24,8 @@ from sbml.convert._files import ForeignState, newest
 from sbml.dequantizers import variational
 from sbml.experiment import architecture
 from sbml.experiment.build import Experiment
-from sbml.experiment.sections import smallest_time
+from sbml.experiment.config import Config
+from sbml.experiment.noise import smallest_time
 from sbml.runtime import sharding
 from sbml.runtime.checkpoint import tree_crc32
 from sbml.runtime.state import TrainState
@@ -79,15 +80,15 @@ def convert(
     metadata = _writing.metadata(experiment, score, "none")
     if jax.process_index() == 0:
         architecture.write(workdir, sections)
-    with experiment.checkpoints(workdir) as checkpoints:
+    with experiment.config.training.checkpoints(workdir) as checkpoints:
         checkpoints.save(score.step, score_state, metadata)
         written = [_writing.line(score, checkpoints)]
     if flow is not None:
         against = {"step": score.step, "crc32": tree_crc32(score.ema_params)}
-        with experiment.dequantizer_checkpoints(workdir) as checkpoints:
+        with experiment.config.dequantizer.training.checkpoints(workdir) as checkpoints:
             checkpoints.save(flow.step, flow_state, {**metadata, "score": against})
             written.append(_writing.line(flow, checkpoints))
-        if (shape := variational.image_shape(flow.ema_params)) != experiment.shape:
+        if (shape := variational.image_shape(flow.ema_params)) != experiment.config.data.shape:
             written.append(f"{flow.path} is for images of {shape} alone")
     fields = ["sde.name", "training.smallest_time", "score.parameterization"]
     fields += ["training.likelihood_weighting", "training.importance_sampling", "data.flip"]
@@ -108,6 +109,8 @@ def _sections(
     if config.sde.name not in CONVENTIONS:
         names = ", ".join(CONVENTIONS)
         raise ValueError(f"config.sde.name={config.sde.name!r}: their models have one of {names}")
+    ours = Config.read(config)
+    eps = smallest_time(ours.sde.build(), ours.training, ours.data)
     convention = CONVENTIONS[config.sde.name]
     given = {k: v for k, v in config.model.items() if k != "name"}
     height, channels = config.data.shape[0], config.data.shape[-1]
@@ -132,7 +135,7 @@ def _sections(
         "model": {"name": "ncsnpp", **options},
         "score": scored,
         "sde": dict(config.sde),
-        "training": {"smallest_time": smallest_time(config)},
+        "training": {"smallest_time": eps},
     }
     if flow is not None:
         sections["dequantizer.model"] = variational.read_options(

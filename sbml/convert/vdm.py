@@ -65,7 +65,7 @@ def convert(
     state = _writing.score_state(experiment, score)
     if jax.process_index() == 0:
         architecture.write(workdir, sections)
-    with experiment.checkpoints(workdir) as checkpoints:
+    with experiment.config.training.checkpoints(workdir) as checkpoints:
         checkpoints.save(score.step, state, _writing.metadata(experiment, score, "centre"))
         lines.append(_writing.untold(experiment.config, ["score.log_snr_range", "data.flip"]))
         lines.append(_writing.line(score, checkpoints))

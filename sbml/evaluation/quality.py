@@ -16,7 +16,7 @@ from sbml import distances
 from sbml.data import ImageSet, Options, spread
 from sbml.distances import Moments
 from sbml.experiment.build import Experiment
-from sbml.experiment.sections import check_choice
+from sbml.experiment.fields import check_choice
 from sbml.features import EXTRACTORS, Extractor
 from sbml.runtime import progress
 from sbml.runtime.parts import read_npz, write_npz

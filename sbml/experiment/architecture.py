@@ -14,6 +14,8 @@ from typing import Any
 from etils import epath
 from ml_collections import ConfigDict
 
+from sbml.experiment.fields import plain, tupled
+
 FILE = "architecture.json"
 # Of a network's or dequantizer's fields, those that any checkpoint may be used with.
 FREE = ("clipped", "dropout", "dtype", "init_scale", "remat")
@@ -55,7 +57,7 @@ def apply(config: ConfigDict, sections: Sections) -> tuple[ConfigDict, list[str]
 
 def _update(node: ConfigDict, fields: dict[str, Any]) -> Iterator[str]:
     for field, value in fields.items():
-        value = _tupled(value)
+        value = tupled(value)
         if field not in node:
             raise ValueError(
                 f"the config has no field {field!r}: was it written by a newer version?"
@@ -65,34 +67,30 @@ def _update(node: ConfigDict, fields: dict[str, Any]) -> Iterator[str]:
             node[field] = value
 
 
-def check(config: ConfigDict, trained: dict[str, Any], sections: Iterable[str]) -> None:
+def check(config: dict[str, Any], trained: dict[str, Any], sections: Iterable[str]) -> None:
     """Refuse a ``config`` that differs from the checkpoint's, ``trained``, in ``sections``.
 
-    A field that only one of the two has is of another version, and left alone.
+    Both are plain JSON values. A field that only one of the two has is of another version, and left
+    alone.
 
     Raises:
       ValueError: naming the fields, their values and the checkpoint's.
     """
     differing = []
     for name in sections:
-        ours, theirs = config.to_dict(), trained
+        ours, theirs = config, trained
         for part in name.split("."):
             ours, theirs = ours[part], theirs.get(part, {})
         differing += [
             f"config.{name}.{field} is {ours[field]!r}, the checkpoint's is {value!r}"
             for field, value in theirs.items()
-            if field in ours and field not in FREE and ours[field] != _tupled(value)
+            if field in ours and field not in FREE and ours[field] != plain(value)
         ]
     if differing:
         raise ValueError(
             f"the checkpoint is of another model: {'; '.join(differing)}. Take its own --config, "
             "or set these fields"
         )
-
-
-def _tupled(value: Any) -> Any:
-    """``value``, but a tuple where JSON made a list of it."""
-    return tuple(value) if isinstance(value, list) else value
 
 
 def of_workdir(config: ConfigDict, workdir: epath.PathLike) -> ConfigDict:

@@ -1,26 +1,37 @@
-"""What a checkpoint says of its training, held against the config and the data of now."""
+"""Compares what a checkpoint says of its training with the config and the data of now."""
 
 from typing import Any
 
 from absl import logging
-from ml_collections import ConfigDict
 
 from sbml import data
-from sbml.experiment import architecture
-from sbml.experiment.sections import smallest_time, trained_from
+from sbml.experiment import architecture, noise
+from sbml.experiment.config import Config
+from sbml.experiment.data import Data
+from sbml.experiment.score import Process
+from sbml.experiment.training import Training
+from sbml.sdes import SDE
 
 Metadata = dict[str, Any]
 
 
-def check_score(config: ConfigDict, metadata: Metadata) -> None:
+def _parts(metadata: Metadata) -> tuple[SDE, Training, Data]:
+    """What decides the noise of a checkpoint's training, as any version has stored it."""
+    stored = metadata["config"]
+    process = Process.of(stored["sde"], complete=False)
+    training = Training.of(stored["training"], complete=False)
+    return process.build(), training, Data.of(stored["data"], complete=False)
+
+
+def check_score(config: Config, metadata: Metadata) -> None:
     """Refuse a checkpoint whose parameters are another score's under ``config``.
 
     Raises:
       ValueError: naming what differs.
     """
-    trained = metadata["config"]
-    architecture.check(config, trained, ("sde", "score", "model"))
-    ours, theirs = smallest_time(config), smallest_time(ConfigDict(trained))
+    architecture.check(config.plain(), metadata["config"], ("sde", "score", "model"))
+    ours = noise.smallest_time(config.sde.build(), config.training, config.data)
+    theirs = noise.smallest_time(*_parts(metadata))
     if ours != theirs:
         raise ValueError(
             f"the checkpoint's smallest time is {theirs}, here it is {ours}: set "
@@ -34,7 +45,7 @@ def unseen_times(metadata: Metadata, eps: float, section: str = "eval") -> list[
 
     ``section`` is whose ``smallest_time`` it is: eval's or sampling's.
     """
-    first = trained_from(ConfigDict(metadata["config"]))
+    first = noise.trained_from(*_parts(metadata))
     if eps >= 0.99 * first:  # A little less is rounding.
         return []
     return [
@@ -44,9 +55,9 @@ def unseen_times(metadata: Metadata, eps: float, section: str = "eval") -> list[
     ]
 
 
-def check_dequantizer(config: ConfigDict, metadata: Metadata) -> None:
+def check_dequantizer(config: Config, metadata: Metadata) -> None:
     """The same of a dequantizer's."""
-    architecture.check(config, metadata["config"], ("dequantizer.model",))
+    architecture.check(config.plain(), metadata["config"], ("dequantizer.model",))
 
 
 # What a run may change without training otherwise; under a cosine, the number of steps is none.

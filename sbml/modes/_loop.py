@@ -16,11 +16,11 @@ import jax
 import numpy as np
 from absl import logging
 from etils import epath
-from ml_collections import ConfigDict
 
 from sbml import report
 from sbml.data import ImageSet, prefetch, train_batches
 from sbml.experiment import trained
+from sbml.experiment.training import Loop
 from sbml.platform import compiler_options, platform
 from sbml.runtime import progress, sharding
 from sbml.runtime.checkpoint import Checkpoints
@@ -45,9 +45,8 @@ class Task:
 
     Attributes:
       name: of the progress bar.
-      section: the config's ``training`` and ``optim`` fields: ``config`` itself, or
-        ``config.dequantizer``.
-      field: what precedes those fields on the command line.
+      training: how, of the config.
+      field: what precedes ``training`` and ``optim`` on the command line.
       images, seed, flip: where batches come from.
       init: the state before the first step.
       update: what a step computes.
@@ -60,7 +59,7 @@ class Task:
     """
 
     name: str
-    section: ConfigDict
+    training: Loop
     field: str
     images: ImageSet
     seed: int
@@ -111,7 +110,7 @@ class _Trainer:
     """The state of one training run in one process."""
 
     def __init__(self, task: Task, checkpoints: Checkpoints) -> None:
-        training = task.section.training
+        training = task.training
         field = f"{task.field}training"
         parts = training.accumulate * task.repeats
         sharding.check_divides(f"{field}.batch_size", training.batch_size, parts)
@@ -135,8 +134,13 @@ class _Trainer:
         self.key = jax.jit(lambda: jax.random.key(task.seed), out_shardings=same)()
         self.frozen = jax.device_put(task.frozen, same)
         self.state, self.start = self._restore()
-        options = {k: training[k] for k in ("steps_per_dispatch", "shard_state")}
-        self.step = compiled_step(task.update, self.mesh, self.state, **options)
+        self.step = compiled_step(
+            task.update,
+            self.mesh,
+            self.state,
+            steps_per_dispatch=training.steps_per_dispatch,
+            shard_state=training.shard_state,
+        )
         self.gathered = jax.jit(lambda tree: tree, out_shardings=same)
         self.saved = self.start
         left = max(0, training.num_steps - self.start)
@@ -160,10 +164,10 @@ class _Trainer:
         trained.warn_if_other_data(restored.metadata, self.task.images)
         self.task.check(restored.metadata)
         trained.warn_if_trained_otherwise(restored.metadata, self.task.provenance, self.task.field)
-        if restored.step > (wanted := self.training.num_steps):
+        if restored.step > self.training.num_steps:
             logging.warning(
                 "step %d is past %straining.num_steps=%d: nothing is trained",
-                *(restored.step, self.task.field, wanted),
+                *(restored.step, self.task.field, self.training.num_steps),
             )
         return restored.state, restored.step
 

@@ -82,7 +82,7 @@ def time_density(
     def pilot(eps: float) -> dict[str, np.ndarray]:
         pixels = jax.numpy.asarray(train.images[spread(len(train), 256)])
         x = bits.to_model(pixels, 0.5, train.levels)
-        options = {"eps": eps, "control": control, "bins": config.proposal_bins}
+        options: dict[str, Any] = {"eps": eps, "control": control, "bins": config.proposal_bins}
         find = jax.jit(lambda score, x, key: bound.pilot(score, experiment.sde, x, key, **options))
         score = experiment.exact_adapter(restored.state.ema_params)
         return {"density": np.asarray(find(score, x, jax.random.key(config.seed)))}

@@ -23,8 +23,7 @@ from sbml.experiment.build import Experiment
 from sbml.ode import Solver, transport
 from sbml.runtime import sharding
 from sbml.runtime.parts import write_npz
-from sbml.samplers import FixedSteps, ReverseDiffusion
-from sbml.samplers.corrector import AnnealedLangevin
+from sbml.samplers import FixedSteps
 from sbml.samplers.known import GREY_FIRST, complete
 from sbml.sdes import SDE
 from sbml.types import Array, Score
@@ -91,31 +90,30 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
 def _run(experiment: Experiment, workdir: epath.Path) -> None:
     config = experiment.config
     options = config.latents
-    sampler = ReverseDiffusion(
-        options.steps, corrector=AnnealedLangevin(options.corrector_steps, options.snr)
-    )
     restored, images = experiment.restore(workdir), experiment.images(config.eval.split)
     score = experiment.exact_adapter(restored.state.ema_params)
     if len(images) < 2:
         raise ValueError(f"{images.name} {images.split} has one image: an interpolation needs two")
     ids = spread(len(images), options.count)
     x = bits.to_model(jnp.asarray(images.images[ids]), 0.5, images.levels)
-    exact = {"sde": experiment.sde, "eps": experiment.eval_eps, "solver": experiment.path_solver}
+    # Ten times as strict as for likelihoods: no score takes the error of a path alone out.
+    solver = experiment.eval_solver.tighter(10)
+    exact = {"sde": experiment.sde, "eps": experiment.eval_eps, "solver": solver}
     z = encode(score, x, **exact)
     back = decode(score, z, **exact)
     error = sharding.to_host(jnp.abs(back - x).reshape(len(x), -1).max(axis=1))
     loose = {**exact, "eps": experiment.sampling_eps}
-    between = interpolate(z, options.frames).reshape(-1, *experiment.shape)
+    between = interpolate(z, options.frames).reshape(-1, *config.data.shape)
     pictures = {
         "reconstruction": (jnp.concatenate([x, back]), len(x)),
         "interpolation": (decode(score, between, **loose), options.frames),
     }
-    how = {"sde": experiment.sde, "eps": experiment.sampling_eps, "sampler": sampler}
+    how = {"sde": experiment.sde, "eps": experiment.sampling_eps, "sampler": options.sampler()}
     tasks = {"inpainting": False, **({"colourisation": True} if x.shape[-1] == 3 else {})}
     for name, colours in tasks.items():
         filled = completed(score, x, **how, colours=colours)
         rows = jnp.concatenate([_shown(x, colours)[:, None], filled, x[:, None]], axis=1)
-        pictures[name] = rows.reshape(-1, *experiment.shape), rows.shape[1]
+        pictures[name] = rows.reshape(-1, *config.data.shape), rows.shape[1]
     shown = {name: bits.to_pixels(values, images.levels) for name, (values, _) in pictures.items()}
     shown, z = sharding.to_host((shown, z))
     if jax.process_index() > 0:  # From here on no process computes.

@@ -51,15 +51,15 @@ class Draws(NamedTuple):
 
 def prepare_fn(experiment: Experiment) -> Prepare:
     """The draws of a batch of uint8 images, each once, or twice where noises are antithetic."""
-    config, levels = experiment.config, experiment.levels
-    draw, antithetic = times.DRAWS[config.training.times], experiment.antithetic
+    config, levels = experiment.config, experiment.config.data.levels
+    draw, antithetic = times.DRAWS[config.training.times], config.training.antithetic
 
     def prepare(pixels: Array, key: Key, statistics: Array) -> Draws:
         u_key, time_key, loss_key = jax.random.split(key, 3)
         n = len(pixels)
         x = dequantized(pixels, u_key, config.data.dequantization, levels)
         v, inverse = draw(time_key, n)[:, 0], jnp.ones(n)
-        if experiment.adapts:
+        if config.training.adapts:
             scale = jnp.sqrt(statistics[1] / statistics[0])
             v, inverse = times.warp(v, times.floored(scale))
         t, weight = experiment.proposal.at(v)
@@ -75,14 +75,15 @@ def prepare_fn(experiment: Experiment) -> Prepare:
 
 def loss_fn(experiment: Experiment) -> Loss:
     """Per-example losses (n,) in nats/dim."""
-    kernel, dims = experiment.trained_kernel, math.prod(experiment.shape)
+    config, kernel = experiment.config, experiment.trained_kernel
+    dims = math.prod(config.data.shape)
 
     def loss(params: Any, draws: Draws, frozen: Any) -> Array:
         score = experiment.trained_adapter(params)
-        signs = draws.signs if experiment.antithetic else None
+        signs = draws.signs if config.training.antithetic else None
         terms = losses.dsm_batch(
             *(score, kernel, draws.x, draws.t, draws.keys),
-            weighting=experiment.weighting,
+            weighting=config.training.weighting,
             signs=signs,
         )
         return draws.weight * draws.inverse * terms / dims
@@ -96,12 +97,13 @@ def observe_fn(experiment: Experiment) -> Observe | None:
     The half squared difference of a pair's losses, what is left of the noise in their mean; without
     pairs the loss itself, whose root follows the size of the gradient.
     """
-    if not experiment.adapts:
+    training = experiment.config.training
+    if not training.adapts:
         return None
 
     def observe(statistics: Array, draws: Draws, losses: Array) -> Array:
         values, v = losses / draws.inverse, draws.v
-        if experiment.antithetic:
+        if training.antithetic:
             values, v = 0.5 * (values[::2] - values[1::2]) ** 2, v[::2]
         return times.tally(statistics, v, values, decay=0.99)
 
@@ -129,14 +131,14 @@ def task(experiment: Experiment, workdir: epath.Path) -> loop.Task:
 
     return loop.Task(
         name="train",
-        section=config,
+        training=config.training,
         field="",
         images=images,
         seed=config.seed,
         flip=config.data.flip,
         init=experiment.init_state,
         update=update(experiment),
-        repeats=2 if experiment.antithetic else 1,
+        repeats=2 if config.training.antithetic else 1,
         frozen=(),
         provenance=experiment.provenance(images),
         check=lambda metadata: trained.check_score(config, metadata),
@@ -152,4 +154,4 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
     ``loop.run`` does.
     """
     experiment, workdir = Experiment(config), epath.Path(workdir)
-    loop.run(task(experiment, workdir), experiment.checkpoints(workdir))
+    loop.run(task(experiment, workdir), experiment.config.training.checkpoints(workdir))

@@ -40,8 +40,8 @@ def prepare_fn(experiment: Experiment) -> Prepare:
 
 def loss_fn(experiment: Experiment) -> Loss:
     """Per-example losses (n,) in nats/dim; ``frozen`` are the score network's parameters."""
-    sde, levels, dims = experiment.sde, experiment.levels, math.prod(experiment.shape)
-    model = experiment.dequantizer(experiment.config.dequantizer.name)
+    sde, data, model = experiment.sde, experiment.config.data, experiment.trained_dequantizer
+    levels, dims = data.levels, math.prod(data.shape)
 
     def loss(params: Any, draws: tuple[Array, Array, Key, Key], frozen: Any) -> Array:
         pixels, u, flow_keys, bound_keys = draws
@@ -67,9 +67,10 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
         and what ``loop.run`` raises.
     """
     experiment, workdir = Experiment(config), epath.Path(workdir)
+    section = experiment.config.dequantizer
     images, restored = experiment.images("train"), experiment.restore(workdir)
     against = {"step": restored.step, "crc32": tree_crc32(restored.state.ema_params)}
-    checkpoints = experiment.dequantizer_checkpoints(workdir)
+    checkpoints = section.training.checkpoints(workdir)
 
     def check(metadata: dict[str, Any]) -> None:
         if metadata["score"] != against:
@@ -77,11 +78,11 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
                 f"{checkpoints.directory} was trained with score {metadata['score']}, now it is "
                 f"{against}: move the directory away to start anew, or restore that score"
             )
-        trained.check_dequantizer(config, metadata)
+        trained.check_dequantizer(experiment.config, metadata)
 
     task = loop.Task(
         name="train dequantizer",
-        section=config.dequantizer,
+        training=section.training,
         field="dequantizer.",
         images=images,
         seed=config.seed,
@@ -91,8 +92,8 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
             prepare_fn(experiment),
             loss_fn(experiment),
             experiment.dequantizer_optimizer,
-            ema=config.dequantizer.optim.ema,
-            accumulate=config.dequantizer.training.accumulate,
+            ema=section.optim.ema,
+            accumulate=section.training.accumulate,
         ),
         frozen=restored.state.ema_params,
         provenance={**experiment.provenance(images), "score": against},

@@ -1,0 +1,39 @@
+"""Where the noise of a training begins, and the unit of its loss: of sde, training and data."""
+
+import jax.numpy as jnp
+
+from sbml import times
+from sbml.data import imagenet32
+from sbml.experiment.data import Data
+from sbml.experiment.training import Training
+from sbml.sdes import SDE
+
+
+def smallest_time(sde: SDE, training: Training, data: Data) -> float:
+    """The paper's, unless ``training.smallest_time`` says otherwise.
+
+    The SDE's own, but for VP on ImageNet with likelihood weighting and importance sampling 5e-5.
+    """
+    if training.smallest_time is not None:
+        return training.smallest_time
+    both = training.likelihood_weighting and training.importance_sampling
+    imagenet = imagenet32.version(data.source) is not None
+    return max(sde.smallest_time, 5e-5 if imagenet and both else 0.0)
+
+
+def trained_from(sde: SDE, training: Training, data: Data) -> float:
+    """The smallest time whose noise training shows: in discrete time, that of the first level."""
+    eps, levels = smallest_time(sde, training, data), training.discrete_levels
+    if not levels:
+        return eps
+    return max(eps, float(sde.time(sde.levels(levels).log_snr(jnp.zeros(())))))
+
+
+def loss_unit(sde: SDE, training: Training, eps: float) -> float:
+    """Our loss, nats/dim, where the paper's is 1: it leaves constants out, mean |z - F|^2.
+
+    Z / 2 where importance sampling makes the likelihood's weights equal, else 1 / 2.
+    """
+    if not (training.likelihood_weighting and training.importance_sampling):
+        return 0.5
+    return float(times.Importance(sde, eps).normaliser) / 2

@@ -1,0 +1,50 @@
+"""What ``config.eval`` and ``config.sampling`` share: an ODE solver, and where time is cut."""
+
+import dataclasses
+from typing import Any
+
+from sbml.experiment.fields import Section, choice, integer, named, real
+from sbml.ode import METHODS, Solver
+from sbml.sdes import SDE
+
+
+def method(default: str) -> Any:
+    """A field: a method of ``ode.Solver``."""
+    return choice(default, METHODS)
+
+
+def tolerance(default: float) -> Any:
+    """A field: a tolerance of ``ode.Solver``. Beyond a tenth no step would ever be rejected."""
+    return real(default, above=0, most=0.1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Solving(Section):
+    """The defaults are those of ``Eval`` and ``Sampling``."""
+
+    method: str
+    rtol: float
+    atol: float
+    fixed_steps: int = integer(0)  # equal steps; 0: step control
+    smallest_time: float | None = real(None, least=0, below=1)
+
+    def solver(self) -> Solver:
+        """The ODE solver.
+
+        Raises:
+          ValueError: for step control on a method without an error estimate.
+        """
+        fixed_steps = self.fixed_steps or None
+        with named(self.section):
+            return Solver(
+                method=self.method, rtol=self.rtol, atol=self.atol, fixed_steps=fixed_steps
+            )
+
+    def eps(self, sde: SDE, otherwise: float) -> float:
+        """``smallest_time``, or ``otherwise`` where it is None.
+
+        Raises:
+          ValueError: if it does not lie in (0, T).
+        """
+        eps = otherwise if self.smallest_time is None else self.smallest_time
+        return sde.check_time(eps, self.name_of("smallest_time"))

@@ -1,0 +1,121 @@
+"""``config.training`` and ``config.dequantizer.training``: the steps, the loss, the checkpoints."""
+
+import dataclasses
+from typing import ClassVar
+
+from etils import epath
+
+from sbml.experiment.fields import Section, choice, flag, integer, real
+from sbml.runtime.checkpoint import Checkpoints
+from sbml.sdes import SDE, Kernel
+from sbml.times import DRAWS, PROPOSALS, Grid, Proposal
+
+NOISES = ("independent", "antithetic")
+
+
+@dataclasses.dataclass(frozen=True)
+class Loop(Section):
+    """What a training loop needs, whatever it trains. Counts are of optimizer steps.
+
+    Raises:
+      ValueError: naming a field, its value and what it may be.
+    """
+
+    folder: ClassVar[str]  # of the checkpoints, within a work directory
+
+    batch_size: int = integer(128, least=1)  # rows a step
+    num_steps: int = integer(1_300_000, least=1)
+    accumulate: int = integer(1, least=1)  # micro-batches a step
+    steps_per_dispatch: int = integer(1, least=1)  # more can help accelerators; slow on CPU
+    # optimizer's state and average split over the devices: less memory of each, and a step
+    # gathers all parameters once more
+    shard_state: bool = flag(False)
+    log_every: int = integer(100, least=1)
+    checkpoint_every: int = integer(5_000, least=1)
+    keep_last: int = integer(2, least=1)  # checkpoints
+    keep_every: int = integer(50_000)  # keep the first checkpoint past each multiple; 0: none
+    sample_every: int = integer(0)  # a grid of samples; 0: none during training
+
+    def checkpoints(self, workdir: epath.PathLike) -> Checkpoints:
+        """The checkpoints of the run in ``workdir``."""
+        return Checkpoints(
+            epath.Path(workdir) / self.folder,
+            keep_last=self.keep_last,
+            keep_every=self.keep_every or None,
+        )
+
+
+def proposal_name(importance_sampling: bool) -> str:
+    """Where times are drawn, of ``times.PROPOSALS``."""
+    return "importance" if importance_sampling else "uniform"
+
+
+@dataclasses.dataclass(frozen=True)
+class Training(Loop):
+    """The training of the score.
+
+    Raises:
+      ValueError: naming a field, its value and what it may be.
+    """
+
+    section: ClassVar[str] = "training"
+    folder: ClassVar[str] = "checkpoints"
+
+    likelihood_weighting: bool = flag(True)
+    importance_sampling: bool = flag(True)  # times uniform in log-SNR; or in t
+    # N: the discrete-time loss on N noise levels, DDPM's (vp) or SMLD's (ve); 0: off
+    discrete_levels: int = integer(0, below=2**20)
+    times: str = choice("lattice", DRAWS)
+    noises: str = choice("antithetic", NOISES)  # half the images, each with z and -z
+    proposal_bins: int = integer(32, below=2**16)  # of a density of times that follows the noise
+    # None: 1e-5, sub-VP 1e-2, ImageNet with both flags above 5e-5 (the paper's)
+    smallest_time: float | None = real(None, least=0, below=1)
+    sample_every: int = integer(50_000)  # a grid of samples; 0: none during training
+
+    def check(self) -> None:
+        """A discrete-time loss has neither of the two flags."""
+        for name in ("likelihood_weighting", "importance_sampling"):
+            if self.discrete_levels and getattr(self, name):
+                raise ValueError(
+                    f"training.discrete_levels={self.discrete_levels} with training.{name}: "
+                    f"the discrete-time losses have neither; set --config.training.{name}=False"
+                )
+
+    @property
+    def antithetic(self) -> bool:
+        """Whether every image of a batch is called twice, with noises z and -z."""
+        return self.noises == "antithetic"
+
+    @property
+    def adapts(self) -> bool:
+        """Whether the times' density follows the noise that training meets."""
+        return self.proposal_bins > 0
+
+    @property
+    def weighting(self) -> str:
+        """Of ``losses.WEIGHTINGS``."""
+        return "likelihood" if self.likelihood_weighting else "original"
+
+    def kernel(self, sde: SDE) -> Kernel:
+        """What noises the images in training: ``sde``, or ``discrete_levels`` of it."""
+        return sde.levels(self.discrete_levels) if self.discrete_levels else sde
+
+    def proposal(self, sde: SDE, eps: float) -> Proposal | Grid:
+        """Where the times of training are drawn, from ``eps`` on."""
+        if self.discrete_levels:
+            return Grid(self.discrete_levels)
+        return PROPOSALS[proposal_name(self.importance_sampling)](sde, eps)
+
+
+@dataclasses.dataclass(frozen=True)
+class DequantizerTraining(Loop):
+    """The training of the dequantizer.
+
+    Raises:
+      ValueError: naming a field, its value and what it may be.
+    """
+
+    section: ClassVar[str] = "dequantizer.training"
+    folder: ClassVar[str] = "dequantizer/checkpoints"
+
+    num_steps: int = integer(300_000, least=1)

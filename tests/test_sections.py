@@ -1,0 +1,271 @@
+"""Every field of a config is checked when the config is read, and an error names it."""
+
+import dataclasses
+import json
+import math
+import re
+import typing
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import tiny
+from ml_collections import ConfigDict
+
+from sbml import sdes
+from sbml.experiment import build, trained
+from sbml.experiment.config import Config, default
+from sbml.experiment.data import Data
+from sbml.experiment.fields import Section
+from sbml.experiment.optim import DequantizerOptim
+from sbml.experiment.score import Process
+from sbml.experiment.training import DequantizerTraining, Training
+
+OWNED_ELSEWHERE = ("model", "dequantizer.model")  # Their fields are a network's or a dequantizer's.
+
+
+def sections(section: Section) -> Iterator[Section]:
+    """``section`` and all within."""
+    yield section
+    for field in dataclasses.fields(section):
+        if isinstance(value := getattr(section, field.name), Section):
+            yield from sections(value)
+
+
+def parts_of(kind: Any) -> set[Any]:
+    """The types that an annotation such as ``tuple[int, ...] | None`` is made of."""
+    return set().union(*map(parts_of, typing.get_args(kind))) or {kind}
+
+
+# Every field as its class annotates it: one that is added later is tested too.
+FIELDS: dict[str, set[Any]] = {
+    section.name_of(field.name): parts_of(typing.get_type_hints(type(section))[field.name])
+    for section in sections(Config())
+    for field in dataclasses.fields(section)
+    if not isinstance(getattr(section, field.name), Section)
+    and section.section not in OWNED_ELSEWHERE
+}
+NUMBERS = [name for name, kinds in FIELDS.items() if kinds & {int, float}]
+SEVERAL = {"data.shape": (8, 8, 1), "eval.num_importance": (1,)}
+
+
+def node_of(values: dict[str, Any], name: str) -> tuple[dict[str, Any], str]:
+    """The innermost mapping of ``values`` that field ``name`` is in, and its own name."""
+    *path, field = name.split(".")
+    for part in path:
+        values = values[part]
+    assert field in values
+    return values, field
+
+
+def changed(name: str, value: Any) -> dict[str, Any]:
+    """The values of a config with field ``name`` set to ``value``, whatever its type."""
+    values = tiny.get_config().to_dict()
+    node, field = node_of(values, name)
+    node[field] = value
+    return values
+
+
+def refused(name: str, value: Any) -> str:
+    """The error of a config with field ``name`` set to ``value``."""
+    with pytest.raises(ValueError) as caught:
+        Config.of(changed(name, value))
+    return str(caught.value)
+
+
+def test_the_table_has_all_numbers() -> None:
+    assert len(NUMBERS) > 60
+    for name in ("seed", "optim.lr", "dequantizer.optim.ema", "sampling.steps", "latents.snr"):
+        assert name in NUMBERS
+    assert {name for name in NUMBERS if tuple in FIELDS[name]} <= set(SEVERAL) | {Ellipsis}
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf, -1, 10**30, True, "1"], ids=repr)
+@pytest.mark.parametrize("name", NUMBERS)
+def test_every_number_is_finite_and_within_its_range(name: str, bad: Any) -> None:
+    value = (*SEVERAL[name][:-1], bad) if name in SEVERAL else bad
+    assert refused(name, value).startswith(f"{name}={value}: need ")
+
+
+@pytest.mark.parametrize("name", FIELDS)
+def test_no_field_takes_a_value_of_another_type(name: str) -> None:
+    for bad in (object(), (object(),), {"a": 1}):
+        assert refused(name, bad).startswith(f"{name}={bad}: need ")
+
+
+@pytest.mark.parametrize("name", [name for name, kinds in FIELDS.items() if type(None) in kinds])
+def test_what_may_be_left_open_may_be_set(name: str) -> None:
+    """The command line knows the type of a field without a value by its placeholder."""
+    config = default("mlp")
+    node, field = node_of(config, name)
+    assert node[field] is None
+    with pytest.raises(TypeError):
+        node[field] = (1, "2")
+    if float in FIELDS[name]:
+        node[field] = 0.5
+        assert Config.read(config).plain() != Config(model=Config.read(config).model).plain()
+
+
+def test_an_empty_choice_is_refused_but_where_it_is_the_default() -> None:
+    for name in ("sde.name", "data.crop", "training.noises", "eval.trace", "sampling.corrector"):
+        assert refused(name, "").startswith(f"{name}=: need one of ")
+    assert Config.of(changed("sampling.spacing", "")).sampling.spacing == ""
+
+
+@pytest.mark.parametrize(
+    ("name", "fits", "too_much"),
+    [
+        ("seed", 2**32 - 1, 2**32),
+        ("data.levels", 256, 257),
+        ("data.levels", 2, 1),
+        ("data.test_fraction", 0.99, 1.0),
+        ("sde.beta_max", 1000.0, 1000.1),
+        ("sde.sigma_max", 1e6, 1.1e6),
+        ("score.data_std", 1.0, 1.01),
+        ("training.num_steps", 2**31 - 1, 2**31),
+        ("training.smallest_time", 0.5, 1.0),
+        ("optim.lr", 1.0, 1.01),
+        ("optim.lr", 1e-12, 0.0),
+        ("optim.beta1", 0.0, 1.0),
+        ("optim.ema", 0.999999, 1.0),
+        ("optim.grad_clip", 0.0, -0.1),
+        ("eval.rtol", 0.1, 0.11),
+        ("eval.atol", 1e-12, 0.0),
+        ("eval.sweeps", 1, 0),
+        ("eval.solver_budget", 0.0, 1.1),
+        ("sampling.eta", 0.0, 1.1),
+        ("sampling.snr", 1.0, 0.0),
+        ("latents.snr", 1.0, 0.0),
+        ("latents.count", 2, 1),
+        ("dequantizer.training.keep_last", 1, 0),
+    ],
+)
+def test_the_ends_of_ranges(name: str, fits: float, too_much: float) -> None:
+    values = Config.of(changed(name, fits)).plain()
+    node, field = node_of(values, name)
+    assert node[field] == fits
+    assert refused(name, too_much).startswith(f"{name}={too_much}: need ")
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("eval.num_importance", (), "eval.num_importance=(): need one or more integers of at"),
+        ("eval.num_importance", ("a",), "eval.num_importance=('a',): need one or more integers"),
+        ("eval.estimators", (), "eval.estimators=(): need one or more names"),
+        ("eval.dequantizers", (" ",), "eval.dequantizers=(' ',): need one or more names"),
+        ("mode", (), "mode=(): need one or more names"),
+        (
+            "data.shape",
+            (8, 8),
+            "data.shape=(8, 8): need 3 integers of at least 1 and below 2^16: height,width",
+        ),
+        ("data.crop", "left", "data.crop=left: need one of center, random, squash"),
+        ("data.flip", 1, "data.flip=1: need True or False"),
+        ("sampling.spacing", "even", "need one of log_snr, quadratic, time, or nothing"),
+        ("eval.trace", "none", "need one of exact, gaussian, rademacher, or None"),
+        ("eval.features", "vgg", "eval.features=vgg: need one of digits_classifier, inception"),
+        ("sampling.steps", 2.5, "sampling.steps=2.5: need an integer of at least 1 and below 2^31"),
+        ("eval.importance_sampling", False, "set --config.eval.proposal_bins=0"),
+        ("dequantizer.name", "uniform", "dequantizer.name=uniform has nothing to train"),
+    ],
+)
+def test_what_a_message_says(name: str, value: Any, message: str) -> None:
+    assert message in refused(name, value)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf], ids=repr)
+@pytest.mark.parametrize("section", OWNED_ELSEWHERE)
+def test_numbers_of_networks_and_dequantizers_are_finite(section: str, bad: float) -> None:
+    node, name = node_of(tiny.get_config().to_dict(), section)
+    fields = [field for field, value in node[name].items() if type(value) in (int, float)]
+    assert len(fields) > 3
+    for field in fields:
+        message = refused(f"{section}.{field}", bad)
+        assert message == f"{section}.{field}={bad}: need finite numbers"
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("model.width", 0, "config.model: width=0"),
+        ("dequantizer.model.filters", 0, "config.dequantizer.model: filters=0"),
+        ("sde.beta_min", 30.0, "config.sde: beta_min=30.0, beta_max=20.0: need 0 < beta_min <="),
+        ("eval.method", "euler", "config.eval: euler has no error estimate"),
+        ("sampling.method", "euler", "config.sampling: euler has no error estimate"),
+    ],
+)
+def test_what_a_section_makes_checks_it_further(name: str, value: Any, message: str) -> None:
+    config = tiny.get_config()
+    node, field = node_of(config, name)
+    node[field] = value
+    with pytest.raises(ValueError, match=re.escape(message)):
+        build.Experiment(config)
+
+
+def test_unknown_and_missing_fields_are_named() -> None:
+    for section in ("", "optim", "dequantizer.training", "dequantizer.model", "model"):
+        values = tiny.get_config().to_dict()
+        node, field = node_of(values, section) if section else ({"": values}, "")
+        node[field]["nothing"] = 1
+        where = f"config.{section}".rstrip(".")
+        with pytest.raises(ValueError, match=f"^{where} has the unknown fields nothing: it may"):
+            Config.of(values)
+    for name in ("latents", "optim.lr", "dequantizer.optim.lr", "model.width", "dequantizer.name"):
+        values = tiny.get_config().to_dict()
+        node, field = node_of(values, name)
+        del node[field]
+        where = f"config.{name.rpartition('.')[0]}".rstrip(".")
+        with pytest.raises(ValueError, match=f"^{where} lacks the fields {field}: begin"):
+            Config.of(values)
+
+
+def test_what_is_read_is_what_was_written() -> None:
+    """As a checkpoint's metadata has it, field by field and in order."""
+    config = tiny.get_config()
+    config.training.smallest_time = 1e-3
+    expected = json.dumps(config.to_dict())
+    assert json.dumps(Config.read(config).plain()) == expected
+    assert Config.of(json.loads(expected)) == Config.read(config)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        Config.read(config).seed = 1  # type: ignore[misc]
+
+
+def test_the_defaults_of_a_config_are_those_of_its_sections() -> None:
+    assert Config.read(default()) == Config()
+    assert default().is_locked
+    assert DequantizerTraining().num_steps == 300_000 and DequantizerOptim().ema == 0.99
+    assert default().dequantizer.training.num_steps == 300_000
+
+
+def test_every_field_of_an_sde_can_be_set() -> None:
+    """And begins as the class has it."""
+    ours = Process()
+    for kind in sdes.SDES.values():
+        for field in dataclasses.fields(kind):
+            assert getattr(ours, field.name) == field.default
+    process = dataclasses.replace(ours, name="ve", sigma_min=0.02, sigma_max=np.float32(30)).build()
+    assert process == sdes.SDES["ve"](sigma_min=0.02, sigma_max=30.0)
+
+
+def test_checkpoints_of_other_versions_are_read_with_the_fields_they_have() -> None:
+    stored: dict[str, Any] = {
+        "sde": {"name": "subvp", "beta_min": 0.1, "beta_max": 20.0, "forgotten": 3},
+        "training": {"likelihood_weighting": True, "importance_sampling": True, "forgotten": [1]},
+        "data": {"source": "imagenet32:old", "shape": [32, 32, 3]},
+    }
+    assert trained.unseen_times({"config": stored}, 1e-2) == []
+    (warning,) = trained.unseen_times({"config": stored}, 1e-3)
+    assert "before t=0.01" in warning
+    assert Training.of(stored["training"], complete=False) == Training()
+    assert Data.of(stored["data"], complete=False).shape == (32, 32, 3)
+    with pytest.raises(ValueError, match="has the unknown fields forgotten: it may have accum"):
+        Training.of(stored["training"])
+
+
+def test_an_experiment_does_not_follow_its_config() -> None:
+    config: ConfigDict = tiny.get_config()
+    experiment = build.Experiment(config)
+    config.eval.seed = 7
+    assert experiment.config.eval.seed == 0

@@ -18,7 +18,7 @@ from sbml.density import Density
 from sbml.divergence import Trace
 from sbml.predictions import KINDS, PAIRS, from_prediction
 from sbml.sdes import SDE, SDES, AlphaBarTable, Schedule
-from sbml.types import Array, Key, Score
+from sbml.types import Array, Key
 from sbml.verify import continuous, oracle
 
 pytestmark = pytest.mark.usefixtures("x64")
@@ -30,11 +30,11 @@ OTHERS = tuple(kind for kind in KINDS if kind not in PAIRS)
 # is derived. The signal of the second one vanishes.
 SCHEDULES: dict[str, SDE] = {
     **{name: kind() for name, kind in SDES.items()},
-    "table": AlphaBarTable(np.cumprod(1 - np.linspace(1e-3, 0.2, 100))),
+    "table": AlphaBarTable(np.cumprod(1 - np.linspace(0.01, 0.9, 8))),
     "pair": Schedule(lambda t: 1 / (1 + 3 * t**2), lambda t: jnp.sqrt(t * (2 + t))),
     "vanishing_pair": Schedule(lambda t: (1 - t) * (1 + t), lambda t: 2 * t),
 }
-VANISHING = ("rectified_flow", "cosine", "vanishing_pair")
+VANISHING = ("rectified_flow", "cosine_vp", "vanishing_pair")
 
 # The Gaussian is a mixture too, of equal parts: both kinds of data share compiled functions.
 DATA: dict[str, Callable[[SDE], oracle.Mixture]] = {
@@ -122,14 +122,12 @@ def _scores(name: str) -> Callable[..., dict[str, Array]]:
 
     @jax.jit
     def scores(data: oracle.Mixture, x: Array, t: Array) -> dict[str, Array]:
-        def of(score: Score) -> Array:
-            return jax.vmap(lambda x, t: score(x, t, None))(x, t)
+        def of(chosen: Array) -> dict[str, Array]:
+            score = OneOf(KINDS, chosen, sde, data)
+            return {"found": jax.lax.map(lambda xt: score(*xt, None), (x, t))}
 
-        found = {
-            kind: of(from_prediction(ideal(kind, sde, data), kind, sde, data_std=DATA_STD))
-            for kind in KINDS
-        }
-        return {**found, "exact": of(lambda x, t, key: data.score(x, t))}
+        found = {kind: values["found"] for kind, values in each_kind(KINDS, of).items()}
+        return {**found, "exact": jax.vmap(data.score)(x, t)}
 
     return scores
 
@@ -156,7 +154,7 @@ def test_every_prediction_is_the_same_score(name: str, kind: str) -> None:
 
 @functools.cache
 def _likelihoods(name: str) -> Callable[..., dict[str, dict[str, Array]]]:
-    sde, solver = SCHEDULES[name], ode.Solver("dopri5", rtol=1e-9, atol=1e-9)
+    sde, solver = SCHEDULES[name], ode.Solver("dopri5", rtol=1e-8, atol=1e-8)
 
     @jax.jit
     def likelihoods(data: oracle.Mixture, x: Array) -> dict[str, dict[str, Array]]:
@@ -194,7 +192,9 @@ def test_every_likelihood_is_the_datas(name: str, kind: str) -> None:
             last, stretch = sde.largest_time, float(sde.stretch)
         end = jax.vmap(lambda z: data.logp(z / stretch, jnp.asarray(last)))(found["z"])  # noqa: B023
         total = found["logp"] - found["prior"] + end - D * math.log(stretch)
-        np.testing.assert_allclose(total, exact, atol=1e-6, err_msg=prediction)
+        # Steps across a table's levels, where the rate has kinks, are less exact.
+        tolerance = 1e-5 if name == "table" else 1e-6
+        np.testing.assert_allclose(total, exact, atol=tolerance, err_msg=prediction)
 
 
 # Bounds.
@@ -219,7 +219,9 @@ def _bounds(name: str) -> Callable[..., dict[str, dict[str, Array]]]:
                 return errors @ each
 
             diffusion = (weights * at) @ jax.lax.map(mean, t)
-            return {"total": diffusion + mean(jnp.asarray(EPS))}
+            last = jnp.asarray(EPS)
+            constant = 0.5 * x_0.shape[1] * (math.log(2 * math.pi) - sde.log_snr(last))
+            return {"total": diffusion + mean(last) + constant}
 
         prior = jax.vmap(lambda x: bound.prior_kl(sde, x))(x_0) @ each
         return {kind: prior + v["total"] for kind, v in each_kind(KINDS, of).items()}
@@ -235,10 +237,11 @@ def test_every_bound_is_the_one_of_the_exact_score(name: str, kind: str) -> None
         case = continuous.gaussian_case(sde)
         data = oracle.as_mixture(case.data)
     else:
-        case = continuous.mixture_case(sde, np.linspace(-7.5, 7.5, 31))
+        case = continuous.mixture_case(sde, np.linspace(-7.8, 7.8, 41))
         data = case.data
     # A table's rate has kinks at the levels, which 64 nodes do not see.
-    tolerance = 1e-3 if name == "table" else 1e-7
+    # Lattices of a mixture are exact to 3e-7.
+    tolerance = 1e-3 if name == "table" else 1e-7 if kind == "Gaussian" else 1e-6
     _, exact = continuous.expected_bound(case, sde, EPS)
     for prediction, found in _bounds(name)(data, case.points).items():
         assert float(found) == pytest.approx(exact, abs=tolerance), prediction
@@ -253,10 +256,10 @@ def test_the_velocity_of_pairs_is_regular_where_there_is_no_signal(name: str) ->
     sde, t, z = SCHEDULES[name], jnp.asarray(1.0), jnp.array([0.3, -1.0, 2.0])
     data = oracle.gaussian(sde)
     mixture = oracle.as_mixture(data)
-    alpha_slope = {"rectified_flow": -1.0, "cosine": -math.pi / 2, "vanishing_pair": -2.0}[name]
+    alpha_slope = {"rectified_flow": -1.0, "cosine_vp": -math.pi / 2, "vanishing_pair": -2.0}[name]
     sigma, sigma_slope = {
         "rectified_flow": (1.0, 1.0),
-        "cosine": (1.0, 0.0),
+        "cosine_vp": (1.0, 0.0),
         "vanishing_pair": (2.0, 2.0),
     }[name]
     for kind in PAIRS:
@@ -285,8 +288,8 @@ def test_samples_from_noise_alone(kind: str) -> None:
     x = density.decode(z)
     np.testing.assert_allclose(x, expected, atol=1e-6)
     np.testing.assert_allclose(density.latent(x), z, atol=1e-6)
-    for name, sampler in samplers.SAMPLERS.items():
-        made = sampler() if name == "ode" else sampler(steps=60)
+    for name in samplers.SAMPLERS if kind == "noise" else ("ddim", "dpm_solver"):
+        made = samplers.SAMPLERS[name](**({} if name == "ode" else {"steps": 60}))
         draw = jax.jit(functools.partial(made, eps=EPS), static_argnums=1)
         x, stats = draw(score, sde, jnp.asarray(z[0]), jax.random.key(0))
         assert stats.success and np.isfinite(x).all(), name

@@ -14,7 +14,7 @@ from sbml.sdes import SDE, SDES, VE, VP, LinearVE, SubVP
 pytestmark = pytest.mark.usefixtures("x64")
 
 TIMES = np.array([1e-6, 1e-5, 1e-3, 0.03, 0.2, 0.5, 0.9, 1.0])
-VANISHING = ("rectified_flow", "cosine")  # alpha(T) = 0
+VANISHING = ("rectified_flow", "cosine_vp")  # alpha(T) = 0
 
 
 def times_of(sde: SDE) -> np.ndarray:

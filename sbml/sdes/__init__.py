@@ -51,5 +51,5 @@ SDES: dict[str, type[SDE]] = {
     "ve": VE,
     "linear_ve": LinearVE,
     "rectified_flow": RectifiedFlow,
-    "cosine": Cosine,
+    "cosine_vp": Cosine,
 }

@@ -33,7 +33,11 @@ LIBRARY = (
 
 
 # Classes that people use by the package's name, and their modules.
-NAMES = {"Density": "density", **dict.fromkeys(("VP", "SubVP", "VE", "LinearVE"), "sdes")}
+PROCESSES = (
+    *("VP", "SubVP", "VE", "LinearVE", "EDM", "RectifiedFlow", "Cosine"),
+    *("AlphaBarTable", "Schedule"),
+)
+NAMES = {"Density": "density", **dict.fromkeys(PROCESSES, "sdes")}
 
 
 def __getattr__(name: str) -> Any:

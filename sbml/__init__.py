@@ -5,14 +5,15 @@ s(x, t, key), see ``sbml.types``.
 
     Density                     likelihoods, bits/dim, samples and latents under any score
     sdes, times, divergence     forward processes; times and their weights; tr J
-    vdm_schedule                the forward processes of "Variational Diffusion Models"
     losses                      denoising score matching
     bound, discrete             evidence bounds on -log p(x), and on -log P(k) of integers
     ode, quadrature, likelihood the probability-flow ODE and its log-likelihood
     sampling, samplers          from a latent to a sample
-    bits, intervals, distances  bits/dim, error bars, distances between sets of images
+    bits, estimators            bits/dim and the numbers that an evaluation is of
+    estimate, intervals         error bars
+    distances                   distances between sets of images
     networks, adapters          score networks; from a network to a score
-    predictions                 from what a network predicts (noise, velocity ...) to a score
+    predictions, integers       from what a network predicts (noise, velocity, levels) to a score
     compiler                    the check that XLA's sums are right
     dequantizers, data          from integers to numbers; image sets
 
@@ -28,14 +29,18 @@ compiler.cure()
 
 LIBRARY = (
     *("adapters", "bits", "bound", "compiler", "data", "density", "dequantizers", "discrete"),
-    *("distances", "divergence", "intervals", "likelihood", "losses", "networks", "ode"),
+    *("distances", "divergence", "estimate", "estimators", "integers", "intervals"),
+    *("likelihood", "losses", "networks", "ode"),
     *("predictions", "quadrature", "samplers", "sampling", "sdes", "times", "types"),
-    "vdm_schedule",
 )
 
 
 # Classes that people use by the package's name, and their modules.
-NAMES = {"Density": "density", **dict.fromkeys(("VP", "SubVP", "VE", "LinearVE"), "sdes")}
+PROCESSES = (
+    *("VP", "SubVP", "VE", "LinearVE", "EDM", "RectifiedFlow", "Cosine"),
+    *("AlphaBarTable", "Schedule"),
+)
+NAMES = {"Density": "density", **dict.fromkeys(PROCESSES, "sdes")}
 
 
 def __getattr__(name: str) -> Any:

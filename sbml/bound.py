@@ -9,6 +9,7 @@ the noise prediction e(x_t, t) = -sigma s(x_t, t):
                     ssm:  Z d / 2 + Z E [1/2 sigma^2 (|s|^2 + 2 div s)]
     reconstruction  1/2 E |z - e(x_eps, eps)|^2 + d / 2 log(2 pi rho_eps^2)
 
+T is the SDE's ``largest_time``: the bound holds at any end, for the prior's KL is taken there.
 All constants of the paper's theorem 3 collapse into these: only the network's terms are sampled.
 The two forms of the diffusion term have the same expectation.
 
@@ -36,6 +37,7 @@ import numpy as np
 from sbml import compiler, divergence, moments, times
 from sbml.divergence import Trace
 from sbml.losses import perturb, residual
+from sbml.scalars import Number
 from sbml.sdes import SDE
 from sbml.times import Importance
 from sbml.types import Array, Key, Score, deterministic
@@ -106,18 +108,22 @@ class GaussianControl:
         compiler.check()
         c2 = self._to_basis(x.reshape(-1) - self.mean) ** 2
 
-        def antiderivative(t: float) -> Array:
+        def antiderivative(t: Number) -> Array:
             v = jnp.exp(-sde.log_snr(jnp.asarray(t, x.dtype)))
             ratio = (self.variances - c2) / (self.variances + v)
             return jnp.sum(ratio - jnp.log1p(self.variances / v))
 
-        return 0.5 * (antiderivative(sde.T) - antiderivative(eps))
+        return 0.5 * (antiderivative(sde.largest_time) - antiderivative(eps))
 
 
 def prior_kl(sde: SDE, x: Array, variance: float = 1.0) -> Array:
-    """KL(N(alpha_T x, variance sigma_T^2) || prior) in nats, a scalar; 1 is that of p_T(.|x)."""
+    """KL(N(alpha_T x, variance sigma_T^2) || prior) in nats, a scalar; 1 is that of p_T(.|x).
+
+    Where the signal vanishes at T, it is that of x at ``sde.largest_time``, stretched to T.
+    """
     compiler.check()
-    mean, std = sde.marginal(x, jnp.asarray(sde.T, x.dtype))
+    mean, std = sde.marginal(x, jnp.asarray(sde.largest_time, x.dtype))
+    mean, std = sde.stretch * mean, sde.stretch * std
     r = variance * (std / sde.prior_std) ** 2
     return 0.5 * (jnp.sum((mean / sde.prior_std) ** 2) + x.size * (r - 1 - jnp.log(r)))
 

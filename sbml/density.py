@@ -56,7 +56,7 @@ class Density:
         dimension: bits/dim, or nats per dimension.
 
     Raises:
-      ValueError: a shape, levels, batch size or smallest time that cannot be.
+      ValueError: a shape, levels, batch size or smallest time that cannot be, or an SDE of arrays.
     """
 
     score: Score
@@ -77,6 +77,13 @@ class Density:
             raise ValueError(f"levels={self.levels}: need at least 2, or None for continuous data")
         if self.batch_size < 1:
             raise ValueError(f"batch_size={self.batch_size}: need at least 1")
+        try:
+            hash(self.sde)
+        except TypeError:
+            raise ValueError(
+                f"sde={self.sde} is of arrays, which cannot be a constant of compiled functions: "
+                "give jax.tree.map(float, sde)"
+            ) from None
         self.sde.check_time(self._eps)
 
     @property

@@ -31,8 +31,9 @@ import jax.numpy as jnp
 from jax.scipy.special import log_ndtr, ndtri
 from jax.scipy.stats import norm
 
-from sbml import bits, compiler, times
+from sbml import bits, compiler, scalars, times
 from sbml.bound import Bound, GaussianControl, prior_kl
+from sbml.scalars import Number
 from sbml.sdes import SDE
 from sbml.types import Array, Key, Score, deterministic
 
@@ -54,7 +55,7 @@ def truncated_normal(e: Array, tau: float) -> Array:
     return jnp.clip(jnp.sign(e) * magnitude, -tau, tau)
 
 
-def smallest_time(sde: SDE, levels: int, eps: float, tau: float = TAU) -> float:
+def smallest_time(sde: SDE, levels: int, eps: float, tau: float = TAU) -> Number:
     """Where ``tau`` standard deviations of the noise fill half a bin, but not below ``eps``.
 
     Below ``eps`` the network was never trained; where ``eps`` is the later one, less than ``tau``
@@ -63,17 +64,17 @@ def smallest_time(sde: SDE, levels: int, eps: float, tau: float = TAU) -> float:
     """
     if math.isinf(tau):
         return eps
-    with jax.ensure_compile_time_eval():
-        target = jnp.asarray(bin_log_snr(levels, tau))
-        return max(float(sde.time(target)), eps)
+    target = bin_log_snr(levels, tau)
+    found = scalars.evaluated(lambda: sde.time(jnp.asarray(target)))
+    return jnp.maximum(found, eps) if scalars.traced(found) else max(found, eps)
 
 
-def tau(sde: SDE, levels: int, eps: float) -> float:
+def tau(sde: SDE, levels: int, eps: float) -> Number:
     """Half a bin in standard deviations of the noise at ``eps``: h / rho."""
-    return math.exp(0.5 * _log_snr(sde, eps)) / levels
+    return scalars.exp(0.5 * _log_snr(sde, eps)) / levels
 
 
-def edge_score(n: Array, a: Array, b: Array, tau: float) -> Array:
+def edge_score(n: Array, a: Array, b: Array, tau: Number) -> Array:
     """r, what truncation adds to the normal's z*, elementwise; zero far inside the bin."""
     m = jnp.abs(a * n)
     near, far = (tau - m) / b, (tau + m) / b
@@ -83,33 +84,32 @@ def edge_score(n: Array, a: Array, b: Array, tau: float) -> Array:
     return jnp.sign(n) * (a / b) * hazard * both / (1 - opposite)
 
 
-def _variance(tau: float) -> float:
+def _variance(tau: Number) -> Number:
     """The variance of N(0, 1) truncated to [-tau, tau]."""
-    z = math.erf(tau / math.sqrt(2))
-    return 1 - 2 * tau * math.exp(-(tau**2) / 2) / (math.sqrt(2 * math.pi) * z)
+    z = scalars.erf(tau / math.sqrt(2))
+    return 1 - 2 * tau * scalars.exp(-(tau**2) / 2) / (math.sqrt(2 * math.pi) * z)
 
 
-def edge_constant(sde: SDE, eps: float, tau: float) -> float:
+def edge_constant(sde: SDE, eps: float, tau: Number) -> Number:
     """1/2 int (E |z*|^2 - E |n|^2) dlambda of one dimension, in nats."""
     snr_range = _snr_range(sde, eps)
-    ratio = math.exp(-snr_range)  # a^2 at T
+    ratio = scalars.exp(-snr_range)  # a^2 at T
     v = _variance(tau)
-    z = math.erf(tau / math.sqrt(2))
+    z = scalars.erf(tau / math.sqrt(2))
     # Entropies of n at T and of e at eps; at T, n is normal to within a^8.
-    last = 0.5 * math.log(2 * math.pi * math.e * (1 - ratio * (1 - v)))
-    first = math.log(z) + 0.5 * math.log(2 * math.pi) + 0.5 * v
+    last = 0.5 * scalars.log(2 * math.pi * math.e * (1 - ratio * (1 - v)))
+    first = scalars.log(z) + 0.5 * math.log(2 * math.pi) + 0.5 * v
     # H(x_T) - H(x_eps) less the drift's d log(alpha_T / alpha_eps) leaves log(rho_T / rho_eps).
     fisher = last - first + 0.5 * snr_range
     return fisher - 0.5 * (snr_range - (1 - v) * (1 - ratio))
 
 
-def _log_snr(sde: SDE, t: float) -> float:
-    with jax.ensure_compile_time_eval():  # A number, under ``jit`` too.
-        return float(sde.log_snr(jnp.asarray(t)))
+def _log_snr(sde: SDE, t: Number) -> Number:
+    return scalars.evaluated(lambda: sde.log_snr(jnp.asarray(t)))
 
 
-def _snr_range(sde: SDE, eps: float) -> float:
-    return _log_snr(sde, eps) - _log_snr(sde, sde.T)
+def _snr_range(sde: SDE, eps: float) -> Number:
+    return _log_snr(sde, eps) - _log_snr(sde, sde.largest_time)
 
 
 def decoder_nats(x: Array, pixels: Array, levels: int, rho: Array) -> Array:
@@ -135,7 +135,7 @@ def _draw(
     t: Array,
     normals: Array,
     first: Array,
-    tau: float | None,
+    tau: Number | None,
     control: GaussianControl | None,
 ) -> Array:
     """1/2 |n - e|^2 - r e at one time, less the control's; ``tau`` None for the normal, r = 0."""
@@ -211,7 +211,7 @@ def elbo(
         diffusion = diffusion + control.integral(sde, centre, eps)
     if width is not None:
         diffusion = diffusion + centre.size * edge_constant(sde, eps, width)
-        variance = 1 - math.exp(-_snr_range(sde, eps)) * (1 - _variance(width))
+        variance = 1 - scalars.exp(-_snr_range(sde, eps)) * (1 - _variance(width))
         return Bound(prior_kl(sde, centre, variance), diffusion, jnp.zeros((), centre.dtype))
     rho = jnp.exp(-0.5 * first)
     y = centre + rho * last

@@ -17,6 +17,9 @@ The path does not ask for the divergence: it is solved by itself, at one network
 and the integrals are sums over its steps with error estimates of their own (``sbml.quadrature``).
 So the divergence, the expensive part, is wanted at three of a step's eight evaluations.
 
+Where the signal vanishes at T, the prior is exact there, and a score that offers ``predictions`` is
+solved up to T. With any other score x is stretched from ``largest_time`` to T (``sbml.ode``).
+
 The divergence is exact, or Hutchinson's with probes drawn once per solve. Fresh noise at every
 point would average out along the path, but ties the result to where rounding puts the steps.
 
@@ -27,7 +30,7 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 
-from sbml import divergence, ode
+from sbml import divergence, ode, scalars
 from sbml.divergence import Trace
 from sbml.ode import Solver, Stats, velocity
 from sbml.sdes import SDE
@@ -91,12 +94,14 @@ def ode_logp(
 
     def with_divergence(t: Array, x: Array) -> tuple[Array, Array, Array]:
         v, forms = divergence.quadratic_forms(lambda x: field(t, x), x, vs)
-        # The score that v is made of, without another call of the network.
-        s = 2 * (sde.drift(x, t) - v) / sde.diffusion(t) ** 2
-        return v, trace.combined(forms), s
+        return v, trace.combined(forms), ode.score_of(v, score, sde, x, t)
 
+    last = ode.last_time(score, sde)
     (z, integral, correction), stats = ode.solve_with_integral(
-        field, with_divergence, x, eps, sde.T, solver
+        field, with_divergence, x, eps, last, solver
     )
+    if scalars.traced(last) or last < sde.T:
+        # From there to T only the scale changes, of divergence d (log sigma)'.
+        z, integral = sde.stretch * z, integral + x.size * scalars.log(sde.stretch)
     prior = sde.prior_logp(z)
     return Likelihood(prior + integral + correction, prior, integral, correction, z, stats)

@@ -1,8 +1,11 @@
 """The probability-flow ODE and the one place that solves it.
 
-    dx/dt = v(x, t) = f(t) x - 1/2 g(t)^2 s(x, t)
+    dx/dt = v(x, t) = f(t) x - 1/2 g(t)^2 s(x, t) = alpha'(t) E[x_0 | x] + sigma'(t) E[z | x]
 
-has the marginals of the SDE. It is solved by diffrax in the coordinate u = t^(1/power), in which
+has the marginals of the SDE. The second form is regular where alpha = 0: it serves scores that know
+both expectations (``score.predictions``, see ``sbml.types``), whose ODE always ends at T. Where the
+signal vanishes at T, the ODE of other scores ends at the SDE's ``largest_time``, and from there on
+x grows with sigma. It is solved by diffrax in the coordinate u = t^(1/power), in which
 the field is smooth near t = 0 where g^2 / sigma dominates. The first step is given
 (``first_step``): the one that diffrax would choose is far too long, and is accepted.
 
@@ -19,10 +22,11 @@ import diffrax
 import jax
 import jax.numpy as jnp
 
-from sbml import compiler, quadrature
+from sbml import compiler, quadrature, scalars
 from sbml.quadrature import Joint, WithIntegral, beside_integral
+from sbml.scalars import Number
 from sbml.sdes import SDE
-from sbml.types import Array, Score, deterministic
+from sbml.types import Array, Score, deterministic, predictor
 
 # method: (solver, field evaluations a step, evaluations once); a first-same-as-last pair starts
 # with one evaluation and then needs one less than its stages.
@@ -113,15 +117,50 @@ def rms_norm(tree: Any) -> Array:
 
 
 def velocity(score: Score, sde: SDE, x: Array, t: Array) -> Array:
-    """v(x, t) = f(t) x - 1/2 g(t)^2 s(x, t), shape ``(*s)``."""
-    return sde.drift(x, t) - 0.5 * sde.diffusion(t) ** 2 * deterministic(score, x, t)
+    """v(x, t), shape ``(*s)``, from the score's predictions where it offers them."""
+    both = predictor(score)
+    if both is None:
+        return sde.drift(x, t) - 0.5 * sde.diffusion(t) ** 2 * deterministic(score, x, t)
+    (x_0, noise), (mean_slope, std_slope) = both(x, t), sde.slopes(t)
+    return mean_slope * x_0 + std_slope * noise
+
+
+def score_of(v: Array, score: Score, sde: SDE, x: Array, t: Array) -> Array:
+    """The value s(x, t) that the velocity ``v`` was made of, without calling ``score``.
+
+    Of predictions it is -E[z | x] / sigma, by the two equations of x and v.
+    """
+    if predictor(score) is None:
+        return 2 * (sde.drift(x, t) - v) / sde.diffusion(t) ** 2
+    (alpha, sigma), (mean_slope, std_slope) = (sde.mean_coef(t), sde.std(t)), sde.slopes(t)
+    noise = (alpha * v - mean_slope * x) / (alpha * std_slope - mean_slope * sigma)
+    return -noise / sigma
+
+
+def last_time(score: Score, sde: SDE) -> Number:
+    """Where the ODE of ``score`` ends: T, or the SDE's ``largest_time``."""
+    return sde.largest_time if predictor(score) is None else sde.T
 
 
 def transport(
     score: Score, sde: SDE, x: Array, t0: float | Array, t1: float | Array, solver: Solver
 ) -> tuple[Array, Stats]:
     """Where the ODE carries ``x (*s)`` from ``t0`` to ``t1``, in either direction, and stats."""
-    return solve(lambda t, x: velocity(score, sde, x, t), x, t0, t1, solver)
+
+    def field(t: Array, x: Array) -> Array:
+        return velocity(score, sde, x, t)
+
+    last = last_time(score, sde)
+    if not scalars.traced(last) and last == sde.T:
+        return solve(field, x, t0, t1, solver)
+    start, end = scalars.minimum(t0, last), scalars.minimum(t1, last)
+    y, stats = solve(field, _growth(sde, t0, start, x) * x, start, end, solver)
+    return _growth(sde, end, t1, x) * y, stats
+
+
+def _growth(sde: SDE, t0: Number, t1: Number, x: Array) -> Array:
+    """sigma(t1) / sigma(t0) in the precision of ``x``."""
+    return sde.std(jnp.asarray(t1, x.dtype)) / sde.std(jnp.asarray(t0, x.dtype))
 
 
 def solve(
@@ -150,8 +189,8 @@ def solve_with_integral(
     field: Callable[[Array, Array], Array],
     joint: Joint,
     y: Array,
-    t0: float,
-    t1: float,
+    t0: Number,
+    t1: Number,
     solver: Solver,
 ) -> tuple[tuple[Array, Array, Array], Stats]:
     """:func:`solve`, and the integral of a scalar h(t, y) along the solution (``sbml.quadrature``).
@@ -159,7 +198,7 @@ def solve_with_integral(
     Args:
       field, y, solver: as of :func:`solve`.
       joint: (t, y) -> (field, h, w).
-      t0, t1: the ends, ``t0`` < ``t1``; not traced.
+      t0, t1: the ends, ``t0`` < ``t1``.
 
     Returns:
       y(t1), the integral of h and its correction by w, NaN if the solver gave up, and stats.
@@ -167,7 +206,7 @@ def solve_with_integral(
     Raises:
       ValueError: an integral backwards in time.
     """
-    if t1 < t0:  # diffrax would solve in -u, where h is not known.
+    if not scalars.traced(t0, t1) and t1 < t0:  # diffrax would solve in -u, where h is not known.
         raise ValueError(f"from t={t0} to {t1}: integrals are taken forwards only, swap the ends")
 
     def joint_in_u(u: Array, y: Array) -> tuple[Array, Array, Array]:

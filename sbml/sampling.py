@@ -1,6 +1,6 @@
 """Samples by the probability-flow ODE, from t = T down to eps.
 
-    x(T) ~ N(0, s^2 I),      dx/dt = f(t) x - 1/2 g(t)^2 s(x, t)
+    x(T) ~ N(0, s^2 I),      dx/dt = v(x, t)
 
 The map from latent to sample is the inverse of ``likelihood.ode_logp``'s.
 """
@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from sbml.ode import Solver, Stats, transport
 from sbml.sdes import SDE
-from sbml.types import Array, Key, Score, deterministic
+from sbml.types import Array, Key, Score, deterministic, predictor
 
 
 def denoise(score: Score, sde: SDE, x: Array, t: Array) -> Array:
@@ -19,6 +19,9 @@ def denoise(score: Score, sde: SDE, x: Array, t: Array) -> Array:
 
 def predictions(score: Score, sde: SDE, x: Array, t: Array) -> tuple[Array, Array]:
     """E[x_0 | x_t] and E[z | x_t] = -sigma s(x_t, t) of x_t = alpha x_0 + sigma z, by one score."""
+    both = predictor(score)
+    if both is not None:
+        return both(x, t)
     noise = -sde.std(t) * deterministic(score, x, t)
     return (x - sde.std(t) * noise) / sde.mean_coef(t), noise
 

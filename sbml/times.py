@@ -1,5 +1,7 @@
 """How diffusion times are drawn to estimate an integral over t in [eps, T].
 
+T stands for ``sde.largest_time``, which is less than ``sde.T`` where the signal vanishes there.
+
 Three independent choices. *Where*: a proposal maps u in [0, 1) to a time and a weight with
 
     E_u[ weight(u) h(t(u)) ] = integral_eps^T h(t) dt      for every h,
@@ -160,10 +162,10 @@ class Proposal(abc.ABC):
 
 @dataclasses.dataclass(frozen=True)
 class Uniform(Proposal):
-    """t uniform on [eps, T]; every weight is T - eps."""
+    """t uniform on [eps, T]; every weight is T - eps. T is ``sde.largest_time``."""
 
     def at(self, u: Array) -> tuple[Array, Array]:
-        length = self.sde.T - self.eps
+        length = self.sde.largest_time - self.eps
         return self.eps + length * u, jnp.full_like(u, length)
 
 
@@ -174,14 +176,14 @@ class Importance(Proposal):
     @property
     def normaliser(self) -> Array:
         """Z, the integral of g^2 / sigma^2 over [eps, T]."""
-        ends = jnp.asarray([self.eps, self.sde.T], float)
+        ends = jnp.asarray([self.eps, self.sde.largest_time], float)
         return -jnp.diff(jax.vmap(self.sde.log_snr)(ends))[0]
 
     def at(self, u: Array) -> tuple[Array, Array]:
         largest = self.sde.log_snr(jnp.asarray(self.eps, u.dtype))
         t = self.sde.time(largest - self.normaliser * u)
         # The inverse may leave the interval by a rounding error.
-        t = jnp.clip(t, self.eps, self.sde.T)
+        t = jnp.clip(t, self.eps, self.sde.largest_time)
         return t, self.normaliser / self.sde.rate(t)
 
 

@@ -10,7 +10,7 @@ import pytest
 import vdm_reference as reference
 from flax.traverse_util import flatten_dict
 
-from sbml import bits, discrete, samplers, vdm_schedule
+from sbml import bits, discrete, samplers, sdes
 from sbml.adapters import Adapter, LinenScore
 from sbml.convert import vdm as vdm_checkpoint
 from sbml.networks import vdm
@@ -91,21 +91,21 @@ def test_times_beyond_the_monotone_network_are_its_ends(params: dict[str, Any]) 
 
 
 def test_a_schedule_in_float32_keeps_its_accuracy() -> None:
-    sde, t = vdm_schedule.LinearGamma(), jnp.linspace(0, 1, 21, dtype=jnp.float32)
+    sde, t = sdes.LinearGamma(), jnp.linspace(0, 1, 21, dtype=jnp.float32)
     for f in (sde.mean_coef, sde.std, sde.log_snr, sde.rate, sde.drift_coef, sde.diffusion):
         assert f(t).dtype == jnp.float32
         close(f(t), f(t.astype(float)), rtol=2e-6, atol=2e-6 * (f == sde.log_snr))
 
 
 def test_time_zero_is_allowed_and_one_is_not() -> None:
-    sde = vdm_schedule.LinearGamma()
+    sde = sdes.LinearGamma()
     assert sde.check_time(0.0) == sde.smallest_time == 0.0
     for eps in (-1e-9, 1.0, math.nan):
         with pytest.raises(ValueError, match=r"must lie in \[0, 1.0\)"):
             sde.check_time(eps)
     with pytest.raises(ValueError, match=r"gamma_0=5.0, gamma_1=-13.3: need"):
-        vdm_schedule.LinearGamma(5.0, -13.3)
-    assert hash(sde) == hash(vdm_schedule.LinearGamma())
+        sdes.LinearGamma(5.0, -13.3)
+    assert hash(sde) == hash(sdes.LinearGamma())
 
 
 # ---- the network --------------------------------------------------------------------------------
@@ -233,7 +233,7 @@ def test_the_way_between_the_ends_changes_no_bound(params: dict[str, Any]) -> No
     """At equal log-SNR: the schedule linear between the ends of a network's has its bound."""
     learned = vdm_checkpoint.schedule(params["gamma"])
     ends = [float(learned.gamma(jnp.asarray(t))) for t in (0.0, 1.0)]
-    linear = vdm_schedule.LinearGamma(*ends)
+    linear = sdes.LinearGamma(*ends)
 
     def totals(sde: SDE) -> list[Array]:
         score, pixels = score_of(params, sde, 2.0), jnp.asarray(IMAGES[2])

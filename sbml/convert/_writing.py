@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 from sbml.convert._files import ForeignState
 from sbml.experiment import architecture
 from sbml.experiment.build import Experiment
+from sbml.experiment.config import Config
 from sbml.runtime import sharding
 from sbml.runtime.checkpoint import Checkpoints
 from sbml.runtime.state import TrainState
@@ -67,10 +68,11 @@ def metadata(experiment: Experiment, score: ForeignState, dequantization: str) -
     return {"config": config, "data": None, "versions": versions(), "converted_from": origin}
 
 
-def untold(config: ConfigDict, fields: list[str]) -> str:
+def untold(config: Config, fields: list[str]) -> str:
     """The line that says what the parameters do not tell, and stands as ``--config`` has it."""
     parts = [name.split(".") for name in fields]
-    said = ", ".join(f"{section}.{field}={config[section][field]}" for section, field in parts)
+    sections = {section: getattr(config, section).to_dict() for section, _ in parts}
+    said = ", ".join(f"{section}.{field}={sections[section][field]}" for section, field in parts)
     return f"where the parameters do not tell, as --config has it: {said}"
 
 

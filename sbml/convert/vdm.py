@@ -7,7 +7,7 @@ time label is scaled by, two constants of their config: ``config.score.log_snr_r
 default is that of all published configs.
 
 Of a learned schedule its values at t = 0 and 1 are kept, and it becomes linear between: in
-continuous time no bound, likelihood or sample depends on more (``sbml.vdm_schedule``). A training
+continuous time no bound, likelihood or sample depends on more (``sbml.sdes.vdm``). A training
 that goes on does not learn it any further. A model of classes is evaluated as told class 0.
 
 Their conventions: the network predicts the noise less its input, images are the centres of their
@@ -28,7 +28,7 @@ from sbml.convert import _writing
 from sbml.convert._files import ForeignState, unwrapped
 from sbml.experiment import architecture
 from sbml.networks.vdm import GROUPS
-from sbml.vdm_schedule import LinearGamma, MonotoneGamma
+from sbml.sdes import LinearGamma, MonotoneGamma
 
 NETWORK = "vdm"
 CODE = "VDM's (opt_state, ema_params)"

@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Self
 
 from flax import linen as nn
 
-from sbml import adapters, integers, networks, sdes, vdm_schedule
+from sbml import adapters, integers, networks
 from sbml.adapters import Adapter
 from sbml.experiment.data import Data
 from sbml.experiment.fields import (
@@ -24,9 +24,7 @@ from sbml.experiment.fields import (
     refusal,
     tupled,
 )
-from sbml.sdes import SDE
-
-SDES: dict[str, type[SDE]] = {**sdes.SDES, "linear_gamma": vdm_schedule.LinearGamma}
+from sbml.sdes import SDE, SDES
 
 
 @dataclasses.dataclass(frozen=True)

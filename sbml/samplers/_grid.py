@@ -2,6 +2,8 @@
 
     T = t_0 > t_1 > ... > t_n = eps,      x_{i+1} = step(x_i, t_i, t_{i+1}, z_i),  z_i ~ N(0, I)
 
+T is the SDE's ``largest_time``: a step from where the signal has vanished has no finite drift.
+
 Spacings: ``time`` even in t (Song et al.), ``quadratic`` even in sqrt(t), ``log_snr`` even in
 log-SNR, where the score of few steps changes least.
 """
@@ -38,16 +40,16 @@ class Sampler(Protocol):
 
 
 def grid(sde: SDE, eps: float, steps: int, spacing: str) -> Array:
-    """``(steps + 1,)`` times from T down to ``eps``.
+    """``(steps + 1,)`` times from ``sde.largest_time`` down to ``eps``.
 
     Raises:
       ValueError: for an unknown spacing.
     """
-    ends = jnp.asarray([sde.T, eps], float)
+    ends = jnp.asarray([sde.largest_time, eps], float)
     if spacing == "time":
         times = jnp.linspace(ends[0], ends[1], steps + 1)
     elif spacing == "quadratic":
-        times = jnp.linspace(sde.T**0.5, eps**0.5, steps + 1) ** 2
+        times = jnp.linspace(sde.largest_time**0.5, eps**0.5, steps + 1) ** 2
     elif spacing == "log_snr":
         least, largest = jax.vmap(sde.log_snr)(ends)
         times = sde.time(jnp.linspace(least, largest, steps + 1))
@@ -111,7 +113,9 @@ class FixedSteps(abc.ABC):
             x = self.corrector(score, sde, x, times[0], times[1], corrector_key)
             return (x, carry), x if keep else None
 
-        (x, _), path = jax.lax.scan(one, (z, self.init(z)), (jnp.arange(self.steps), triples))
+        start = z / sde.stretch  # At the largest time, where noise alone is so much smaller.
+        inputs = jnp.arange(self.steps), triples
+        (x, _), path = jax.lax.scan(one, (start, self.init(z)), inputs)
         return x, path, times
 
     def __call__(

@@ -77,13 +77,15 @@ def gaussian_case(sde: SDE) -> Case:
     return Case("Gaussian", data, points, np.asarray(data.mean), np.asarray(data.cov), information)
 
 
-def mixture_case(sde: SDE) -> Case:
+LINE = np.linspace(-9, 9, 73)
+
+
+def mixture_case(sde: SDE, line: np.ndarray = LINE) -> Case:
     """Three Gaussians on a line; trapezoids over the plane of (x_0, z) converge exponentially."""
     data = oracle.mixture(sde, 1)
     weights, means, variances = (
         np.asarray(a).ravel() for a in (data.weights, data.parts.mean, data.parts.eigenvalues)
     )
-    line = np.linspace(-9, 9, 73)
     a, z = (axis.ravel() for axis in np.meshgrid(line, line))
     density = np.exp(-0.5 * (a**2 + z**2))
     x = np.concatenate([m + math.sqrt(v) * a for m, v in zip(means, variances, strict=True)])
@@ -159,7 +161,25 @@ def _gap(case: Case, sde: SDE, a: np.ndarray, b: np.ndarray) -> float:
         squared = np.trace(a @ cov @ a.T) + np.sum((alpha * a @ case.mean + b) ** 2)
         return 0.5 * float(g(t)) ** 2 * float(squared)
 
-    return integrate.quad(rate, EPS, sde.T, epsabs=1e-12, epsrel=1e-12)[0]
+    return integrate.quad(rate, EPS, sde.largest_time, epsabs=1e-12, epsrel=1e-12)[0]
+
+
+def expected_bound(case: Case, sde: SDE, eps: float) -> tuple[float, float]:
+    """What the prior term and the whole bound expect, by the formulas above.
+
+    T is the SDE's largest time; from there to its own T x is stretched as sigma is.
+    """
+    d = len(case.mean)
+    (alpha_0, sigma_0), (alpha_1, sigma_1), (_, sigma) = (
+        coefficients(sde, t) for t in (eps, sde.largest_time, sde.T)
+    )
+    (h_0, fisher), (h_1, _) = (case.information(t) for t in (eps, sde.largest_time))
+    s2 = (sde.prior_std * sigma_1 / sigma) ** 2
+    second = alpha_1**2 * (np.trace(case.cov) + np.sum(case.mean**2)) + d * sigma_1**2
+    prior = 0.5 * (second / s2 + d * math.log(s2 / sigma_1**2) - d)
+    constant = 0.5 * d * math.log(2 * math.pi * (sigma_0 / alpha_0) ** 2)
+    diffusion = h_0 - h_1 + d * math.log(sigma_1 / sigma_0)
+    return prior, prior + diffusion + 0.5 * (d - sigma_0**2 * fisher) + constant
 
 
 def bound_rows(name: str, sde: SDE, case: Case) -> Iterator[Row]:
@@ -167,14 +187,9 @@ def bound_rows(name: str, sde: SDE, case: Case) -> Iterator[Row]:
     d, rng = len(case.mean), np.random.default_rng(0)
     a, b = 0.3 * rng.normal(size=(d, d)), 0.3 * rng.normal(size=d)
     got = _expectations(case.data, case.points, jnp.asarray(a), jnp.asarray(b), sde=sde)
-    (alpha_0, sigma_0), (alpha_1, sigma_1) = (coefficients(sde, t) for t in (EPS, sde.T))
-    (h_0, fisher), (h_1, _) = (case.information(t) for t in (EPS, sde.T))
-    s2 = sde.prior_std**2
-    second = alpha_1**2 * (np.trace(case.cov) + np.sum(case.mean**2)) + d * sigma_1**2
-    prior = 0.5 * (second / s2 + d * math.log(s2 / sigma_1**2) - d)
+    alpha_0, sigma_0 = coefficients(sde, EPS)
+    prior, truth = expected_bound(case, sde, EPS)
     constant = 0.5 * d * math.log(2 * math.pi * (sigma_0 / alpha_0) ** 2)
-    truth = prior + h_0 - h_1 + d * math.log(sigma_1 / sigma_0)
-    truth += 0.5 * (d - sigma_0**2 * fisher) + constant
 
     yield row(f"prior KL, {case.kind}", name, got["prior"], prior, 1e-8)
     for form in bound.FORMS:
@@ -195,7 +210,8 @@ def _solved(data: oracle.Mixture, x: Array, *, sde: SDE) -> tuple[Likelihood, Ar
 
     def one(x: Array) -> tuple[Likelihood, Array, Array]:
         result = ode_logp(data.score, sde, x, None, eps=EPS, trace=Trace("exact"), solver=solver)
-        last = data.logp(result.z, jnp.asarray(sde.T, float))
+        last = data.logp(result.z / sde.stretch, jnp.asarray(sde.largest_time, float))
+        last = last - x.size * jnp.log(sde.stretch)
         return result, data.logp(x, jnp.asarray(EPS)), last
 
     return jax.vmap(one)(x)
@@ -208,9 +224,10 @@ def likelihood_rows(name: str, sde: SDE) -> Iterator[Row]:
     x = np.random.default_rng(0).normal(size=(4, 3)) * 0.5
     data = oracle.gaussian(sde)
     mean, basis = np.asarray(data.mean), np.asarray(data.basis)
-    (alpha_0, v_0), (alpha_1, v_1) = (_spectrum(data, t) for t in (EPS, sde.T))
-    stretch = np.sqrt(v_1 / v_0)
-    z = alpha_1 * mean + (x - alpha_0 * mean) @ basis * stretch @ basis.T
+    (alpha_0, v_0), (alpha_1, v_1) = (_spectrum(data, t) for t in (EPS, sde.largest_time))
+    sigma_1, sigma = (coefficients(sde, t)[1] for t in (sde.largest_time, sde.T))
+    stretch = sigma / sigma_1 * np.sqrt(v_1 / v_0)
+    z = sigma / sigma_1 * alpha_1 * mean + (x - alpha_0 * mean) @ basis * stretch @ basis.T
     truth = stats.norm(0, sde.prior_std).logpdf(z).sum(1) + np.log(stretch).sum()
     result, _, _ = _solved(oracle.as_mixture(data), jnp.asarray(x), sde=sde)
     yield row("ODE log p, Gaussian", name, result.logp, truth, 1e-5)
@@ -224,7 +241,7 @@ def probe_rows(name: str, sde: SDE) -> Iterator[Row]:
     d f + 1/2 g^2 sum_i 1 / (alpha^2 l_i + sigma^2)."""
     data = oracle.diagonal(sde)
     x = jnp.asarray(np.random.default_rng(1).normal(size=3))
-    grid = np.array([EPS, 0.01, 0.3, 1.0])
+    grid = np.array([EPS, 0.01, 0.3, sde.largest_time])
     keys = jax.random.split(jax.random.key(0), len(grid))
 
     @jit

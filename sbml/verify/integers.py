@@ -171,10 +171,11 @@ def _bounds(data: oracle.Gaussian, pixels: Array, *, sde: SDE, eps: float) -> di
 
 def _expected_bound(data: oracle.Gaussian, sde: SDE, eps: float, noise: Any) -> np.ndarray:
     """KL(q_eps || p_eps) + E_{q_T} log(p_T / pi), x_eps = alpha c + sigma e, e ~ ``noise``."""
-    (a0, s0), (a1, s1) = (coefficients(sde, t) for t in (eps, sde.T))
+    ends = (eps, sde.largest_time, sde.T)
+    (a0, s0), (a1, s1), (_, s) = (coefficients(sde, t) for t in ends)
     m, values = np.asarray(data.mean), np.asarray(data.eigenvalues)
     c = (2 * _pixels().reshape(IMAGES, SIZE) + 1) / LEVELS - 1
-    v0, v1, prior = a0**2 * values + s0**2, a1**2 * values + s1**2, sde.prior_std**2
+    v0, v1, prior = a0**2 * values + s0**2, a1**2 * values + s1**2, (sde.prior_std * s1 / s) ** 2
     left = s1**2 - (a1 / a0 * s0) ** 2 * (1 - noise.var())
     first = -math.log(s0) - noise.entropy() + 0.5 * np.log(2 * np.pi * v0)
     first = first + (a0**2 * (c - m) ** 2 + s0**2 * noise.var()) / (2 * v0)

@@ -23,12 +23,13 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 
-from sbml.sdes import SDE
+from sbml import scalars
+from sbml.sdes._kernel import ClosedForm
 from sbml.types import Array
 
 
 @dataclasses.dataclass(frozen=True)
-class _Gamma(SDE):
+class _Gamma(ClosedForm):
     """A variance-preserving SDE by its gamma; all methods are elementwise in t."""
 
     smallest_time: ClassVar[float] = 0.0
@@ -76,7 +77,7 @@ class LinearGamma(_Gamma):
 
     def __post_init__(self) -> None:
         ends = (self.gamma_0, self.gamma_1)
-        if all(isinstance(end, float | int) for end in ends) and not ends[0] < ends[1]:
+        if not scalars.traced(*ends) and not ends[0] < ends[1]:
             raise ValueError(
                 f"gamma_0={self.gamma_0}, gamma_1={self.gamma_1}: need gamma_0 < gamma_1"
             )
@@ -123,16 +124,5 @@ class MonotoneGamma(_Gamma):
         slope, height, s = self._units(t)
         return jnp.abs(self.k1) + jnp.mean(4 * height * slope * s * (1 - s), axis=-1)
 
-    def time(self, log_snr: Array) -> Array:
-        """By bisection in [0, 1]; what lies outside is moved to the end."""
 
-        def halve(_: int, ends: tuple[Array, Array]) -> tuple[Array, Array]:
-            low, high = ends
-            middle = 0.5 * (low + high)
-            early = self.gamma(middle) < -log_snr
-            return jnp.where(early, middle, low), jnp.where(early, high, middle)
-
-        steps = jnp.finfo(log_snr.dtype).nmant + 2
-        ends = jnp.zeros_like(log_snr), jnp.ones_like(log_snr)
-        low, high = jax.lax.fori_loop(0, steps, halve, ends)
-        return jnp.where(high == 1, high, low)
+SDES = {"linear_gamma": LinearGamma}

@@ -1,0 +1,62 @@
+"""Dataclasses as pytrees: fields of numbers are leaves, all others are static.
+
+A field is static if its value holds no number (a function, a string, a truth value), or if it is
+declared so, ``dataclasses.field(metadata={"static": True})``. Numbers in a pytree count: a function
+of parameters, ``jax.tree_util.Partial(f, params)`` or an Equinox module, has its leaves.
+
+The rule is of the values that ``__init__`` was given. A copy that JAX makes keeps the division of
+the object that it was made from, whatever its leaves are: tracers, None or axes of ``vmap``.
+"""
+
+import dataclasses
+from typing import Any, TypeVar
+
+import jax
+import numpy as np
+
+Class = TypeVar("Class", bound=type)
+
+_LEAVES = "_names_of_leaves"
+
+
+def register(cls: Class) -> Class:
+    """``cls``, a dataclass or about to become one, made a pytree; also a class decorator."""
+    jax.tree_util.register_pytree_with_keys(
+        cls, _flatten_with_keys, lambda static, leaves: _unflatten(cls, static, leaves), _flatten
+    )
+    return cls
+
+
+def _is_number(value: Any) -> bool:
+    if isinstance(value, bool):
+        return False
+    kinds = (int, float, complex, np.generic, np.ndarray, jax.Array, jax.ShapeDtypeStruct)
+    return isinstance(value, kinds)
+
+
+def _is_leaf(field: dataclasses.Field, value: Any) -> bool:
+    parts = jax.tree.leaves(value)
+    return not field.metadata.get("static") and (not parts or any(map(_is_number, parts)))
+
+
+def _flatten(node: Any) -> tuple[tuple[Any, ...], Any]:
+    fields = dataclasses.fields(node)
+    names = vars(node).get(_LEAVES)
+    if names is None:
+        names = tuple(f.name for f in fields if _is_leaf(f, getattr(node, f.name)))
+    rest = tuple((f.name, getattr(node, f.name)) for f in fields if f.name not in names)
+    return tuple(getattr(node, name) for name in names), (names, rest)
+
+
+def _flatten_with_keys(node: Any) -> tuple[tuple[Any, ...], Any]:
+    leaves, static = _flatten(node)
+    keys = map(jax.tree_util.GetAttrKey, static[0])
+    return tuple(zip(keys, leaves, strict=True)), static
+
+
+def _unflatten(cls: type, static: Any, leaves: Any) -> Any:
+    names, rest = static
+    node: Any = object.__new__(cls)  # Not by __init__, which would refuse what are no numbers.
+    for name, value in (*zip(names, leaves, strict=True), *rest, (_LEAVES, names)):
+        object.__setattr__(node, name, value)
+    return node

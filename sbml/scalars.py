@@ -1,0 +1,42 @@
+"""Functions of a schedule's own numbers, which are floats, or tracers under ``jit`` and ``grad``.
+
+A float stays a float, of Python's precision and known to the compiler; a tracer goes through JAX.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+Number = Any  # A float, or a scalar array.
+
+
+def traced(*values: Number) -> bool:
+    """Whether one of ``values`` is a tracer, so that Python cannot compare it."""
+    return any(isinstance(value, jax.core.Tracer) for value in values)
+
+
+def _either(
+    of_float: Callable[[float], float], of_tracer: Callable[..., Any]
+) -> Callable[[Number], Number]:
+    return lambda x: of_tracer(x) if traced(x) else of_float(x)
+
+
+exp = _either(math.exp, jnp.exp)
+log = _either(math.log, jnp.log)
+sqrt = _either(math.sqrt, jnp.sqrt)
+erf = _either(math.erf, jax.scipy.special.erf)
+
+
+def minimum(x: Number, y: Number) -> Number:
+    """The smaller of two numbers."""
+    return jnp.minimum(x, y) if traced(x, y) else min(x, y)
+
+
+def evaluated(f: Callable[[], Any]) -> Number:
+    """``f()`` as a float, also inside ``jit``; a tracer where it depends on one."""
+    with jax.ensure_compile_time_eval():
+        value = f()
+    return value if traced(value) else float(value)

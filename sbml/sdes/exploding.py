@@ -1,0 +1,120 @@
+"""The variance-exploding SDEs: alpha = 1, and sigma grows geometrically or linearly."""
+
+import dataclasses
+
+import jax.numpy as jnp
+import numpy as np
+
+from sbml import compiler, scalars
+from sbml.scalars import Number
+from sbml.sdes._kernel import ClosedForm
+from sbml.sdes.levels import Levels
+from sbml.types import Array
+
+
+@dataclasses.dataclass(frozen=True)
+class _Exploding(ClosedForm):
+    """What the variance-exploding SDEs share: no drift, a prior as wide as sigma_max."""
+
+    sigma_max: float = 50.0
+
+    @property
+    def prior_std(self) -> Number:
+        return self.sigma_max
+
+    def drift_coef(self, t: Array) -> Array:
+        return jnp.zeros_like(t)
+
+    def mean_coef(self, t: Array) -> Array:
+        return jnp.ones_like(t)
+
+    def log_snr(self, t: Array) -> Array:
+        compiler.check()
+        return -2 * jnp.log(self.std(t))
+
+
+@dataclasses.dataclass(frozen=True)
+class VE(_Exploding):
+    """Variance exploding, geometric: sigma(t) = sigma_min (sigma_max / sigma_min)^t (SMLD)."""
+
+    sigma_min: float = 0.01
+
+    def __post_init__(self) -> None:
+        known = not scalars.traced(self.sigma_min, self.sigma_max)
+        if known and not 0 < self.sigma_min < self.sigma_max:
+            raise ValueError(
+                f"sigma_min={self.sigma_min}, sigma_max={self.sigma_max}: "
+                "need 0 < sigma_min < sigma_max"
+            )
+
+    @property
+    def _log_ratio(self) -> Number:
+        return scalars.log(self.sigma_max / self.sigma_min)
+
+    def diffusion(self, t: Array) -> Array:
+        return scalars.sqrt(2 * self._log_ratio) * self.std(t)
+
+    def std(self, t: Array) -> Array:
+        return self.sigma_min * jnp.exp(self._log_ratio * t)
+
+    def log_snr(self, t: Array) -> Array:
+        return -2 * (scalars.log(self.sigma_min) + self._log_ratio * t)
+
+    def time(self, log_snr: Array) -> Array:
+        return (-0.5 * log_snr - scalars.log(self.sigma_min)) / self._log_ratio
+
+    def levels(self, n: int) -> Levels:
+        """SMLD's (Song & Ermon 2019): alpha_i = 1, sigma_i geometric from sigma_min to sigma_max.
+
+        Their index runs from the largest sigma down, this one up.
+        """
+        stds = np.geomspace(self.sigma_min, self.sigma_max, n)
+        return Levels((1.0,) * n, tuple(stds))
+
+
+@dataclasses.dataclass(frozen=True)
+class LinearVE(_Exploding):
+    """Variance exploding, linear: sigma(t) = sigma_max t (the schedule of EDM and DDIM's sigma)."""
+
+    def __post_init__(self) -> None:
+        if not scalars.traced(self.sigma_max) and not self.sigma_max > 0:
+            raise ValueError(f"sigma_max={self.sigma_max}: need sigma_max > 0")
+
+    def diffusion(self, t: Array) -> Array:
+        return self.sigma_max * jnp.sqrt(2 * t)
+
+    def std(self, t: Array) -> Array:
+        return self.sigma_max * t
+
+    def time(self, log_snr: Array) -> Array:
+        return jnp.exp(-0.5 * log_snr) / self.sigma_max
+
+
+@dataclasses.dataclass(frozen=True)
+class EDM(LinearVE):
+    """EDM's noise levels: ``LinearVE`` from ``sigma_min``, at the smallest time, to ``sigma_max``.
+
+    EDM's network is told the noise level: ``from_prediction(network, "edm", EDM(), data_std=0.5)``.
+
+    Reference: Karras et al., "Elucidating the Design Space of Diffusion-Based Generative Models",
+    NeurIPS 2022.
+    """
+
+    sigma_max: float = 80.0
+    sigma_min: float = 0.002
+
+    def __post_init__(self) -> None:
+        known = not scalars.traced(self.sigma_min, self.sigma_max)
+        if known and not 0 < self.sigma_min < self.sigma_max:
+            raise ValueError(
+                f"sigma_min={self.sigma_min}, sigma_max={self.sigma_max}: "
+                "need 0 < sigma_min < sigma_max"
+            )
+
+    @property
+    def smallest_time(self) -> Number:  # type: ignore[override]
+        """Where sigma is ``sigma_min``."""
+        return self.sigma_min / self.sigma_max
+
+
+SDES = {"ve": VE, "linear_ve": LinearVE}

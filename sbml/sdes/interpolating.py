@@ -1,0 +1,102 @@
+"""Two schedules that lead from the data to noise alone: alpha(1) = 0, sigma(1) = 1.
+
+    rectified flow   alpha = 1 - t             sigma = t                 (flow matching)
+    cosine           alpha = cos(pi t / 2)     sigma = sin(pi t / 2)     (VP: alpha^2 + sigma^2 = 1)
+
+References: Liu et al. 2023, Lipman et al. 2023; Nichol & Dhariwal 2021, without their offset.
+"""
+
+import dataclasses
+import math
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+
+from sbml import compiler
+from sbml.sdes._kernel import LEAST_LOG_SNR, SDE
+from sbml.types import Array
+
+
+@dataclasses.dataclass(frozen=True)
+class RectifiedFlow(SDE):
+    """The straight line from x_0 to noise: the path of rectified flow and flow matching.
+
+    Its noise at ``smallest_time`` is that of VP at VP's: sigma = 1e-3.
+    """
+
+    smallest_time: ClassVar[float] = 1e-3
+
+    def mean_coef(self, t: Array) -> Array:
+        return 1 - t
+
+    def std(self, t: Array) -> Array:
+        return t
+
+    def drift_coef(self, t: Array) -> Array:
+        return -1 / (1 - t)
+
+    def diffusion(self, t: Array) -> Array:
+        return jnp.sqrt(2 * t / (1 - t))
+
+    def log_snr(self, t: Array) -> Array:
+        compiler.check()
+        return 2 * (jnp.log1p(-t) - jnp.log(t))
+
+    def rate(self, t: Array) -> Array:
+        return 2 / (t * (1 - t))
+
+    def time(self, log_snr: Array) -> Array:
+        return jax.nn.sigmoid(-0.5 * log_snr)
+
+    @property
+    def largest_time(self) -> float:
+        return 1 / (1 + math.exp(0.5 * LEAST_LOG_SNR))
+
+    @property
+    def prior_std(self) -> float:
+        return 1.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Cosine(SDE):
+    """The cosine schedule, variance preserving; alpha is written so that it is exactly 0 at 1."""
+
+    smallest_time: ClassVar[float] = 1e-3
+
+    def mean_coef(self, t: Array) -> Array:
+        return jnp.sin(0.5 * math.pi * (1 - t))
+
+    def std(self, t: Array) -> Array:
+        return jnp.sin(0.5 * math.pi * t)
+
+    def drift_coef(self, t: Array) -> Array:
+        return -0.5 * math.pi * self._ratio(t)
+
+    def diffusion(self, t: Array) -> Array:
+        return jnp.sqrt(math.pi * self._ratio(t))
+
+    def log_snr(self, t: Array) -> Array:
+        compiler.check()
+        return -2 * jnp.log(self._ratio(t))
+
+    def rate(self, t: Array) -> Array:
+        return math.pi / (self.mean_coef(t) * self.std(t))
+
+    def time(self, log_snr: Array) -> Array:
+        return 2 / math.pi * jnp.arctan(jnp.exp(-0.5 * log_snr))
+
+    @property
+    def largest_time(self) -> float:
+        return 2 / math.pi * math.atan(math.exp(-0.5 * LEAST_LOG_SNR))
+
+    @property
+    def prior_std(self) -> float:
+        return 1.0
+
+    def _ratio(self, t: Array) -> Array:
+        """sigma / alpha, the tangent."""
+        return self.std(t) / self.mean_coef(t)
+
+
+SDES = {"rectified_flow": RectifiedFlow, "cosine_vp": Cosine}

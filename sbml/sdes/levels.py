@@ -1,0 +1,42 @@
+"""The noise levels of a discrete-time model, such as DDPM or SMLD."""
+
+import dataclasses
+
+import jax.numpy as jnp
+
+from sbml import compiler
+from sbml.sdes._kernel import Kernel
+from sbml.types import Array
+
+
+@dataclasses.dataclass(frozen=True)
+class Levels(Kernel):
+    """Finitely many noise levels: level i of n stands at time t_i = i / (n - 1) in [0, T].
+
+    Between the t_i, which the discrete-time losses never ask for, the nearest level counts. With
+    ``losses.dsm`` in its original weighting and i uniform these are the losses of DDPM and SMLD.
+    """
+
+    mean_coefs: tuple[float, ...] = dataclasses.field(metadata={"static": True})
+    stds: tuple[float, ...] = dataclasses.field(metadata={"static": True})
+
+    def __post_init__(self) -> None:
+        if len(self.stds) < 2:
+            raise ValueError(f"{len(self.stds)} noise levels: need at least two")
+
+    def mean_coef(self, t: Array) -> Array:
+        return self._at(self.mean_coefs, t)
+
+    def std(self, t: Array) -> Array:
+        return self._at(self.stds, t)
+
+    def log_snr(self, t: Array) -> Array:
+        compiler.check()
+        return 2 * (jnp.log(self.mean_coef(t)) - jnp.log(self.std(t)))
+
+    def rate(self, t: Array) -> Array:
+        raise ValueError("noise levels in discrete time have the original weighting only")
+
+    def _at(self, values: tuple[float, ...], t: Array) -> Array:
+        last = len(values) - 1
+        return jnp.asarray(values, t.dtype)[jnp.round(t * last).astype(jnp.int32)]

@@ -1,0 +1,103 @@
+"""VP and subVP: beta(t) is linear, and B(t) its integral.
+
+alpha = exp(-B / 2),      sigma^2 = 1 - exp(-B) (VP),      sigma = 1 - exp(-B) (subVP)
+"""
+
+import dataclasses
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from sbml import compiler, scalars
+from sbml.sdes._kernel import ClosedForm
+from sbml.sdes.levels import Levels
+from sbml.types import Array
+
+
+@dataclasses.dataclass(frozen=True)
+class _LinearBeta(ClosedForm):
+    """VP and subVP share beta(t) = beta_min + (beta_max - beta_min) t and its integral B(t)."""
+
+    beta_min: float = 0.1
+    beta_max: float = 20.0
+
+    def __post_init__(self) -> None:
+        known = not scalars.traced(self.beta_min, self.beta_max)
+        if known and not 0 < self.beta_min <= self.beta_max:
+            raise ValueError(
+                f"beta_min={self.beta_min}, beta_max={self.beta_max}: need 0 < beta_min <= beta_max"
+            )
+
+    def _beta(self, t: Array) -> Array:
+        return self.beta_min + (self.beta_max - self.beta_min) * t
+
+    def _integral(self, t: Array) -> Array:
+        """B(t), the integral of beta over [0, t]."""
+        compiler.check()
+        return t * (self.beta_min + 0.5 * (self.beta_max - self.beta_min) * t)
+
+    def _time(self, integral: Array) -> Array:
+        """The inverse of B; this root of the quadratic has no cancellation."""
+        compiler.check()
+        slope = self.beta_max - self.beta_min
+        return 2 * integral / (self.beta_min + jnp.sqrt(self.beta_min**2 + 2 * slope * integral))
+
+    def drift_coef(self, t: Array) -> Array:
+        return -0.5 * self._beta(t)
+
+    def mean_coef(self, t: Array) -> Array:
+        return jnp.exp(-0.5 * self._integral(t))
+
+
+@dataclasses.dataclass(frozen=True)
+class VP(_LinearBeta):
+    """Variance preserving: alpha^2 + sigma^2 = 1, the continuous limit of DDPM."""
+
+    def diffusion(self, t: Array) -> Array:
+        return jnp.sqrt(self._beta(t))
+
+    def std(self, t: Array) -> Array:
+        return jnp.sqrt(-jnp.expm1(-self._integral(t)))
+
+    def log_snr(self, t: Array) -> Array:
+        integral = self._integral(t)
+        return -(integral + jnp.log(-jnp.expm1(-integral)))
+
+    def time(self, log_snr: Array) -> Array:
+        return self._time(jax.nn.softplus(-log_snr))
+
+    def levels(self, n: int) -> Levels:
+        """DDPM's (Ho et al. 2020): alpha_i^2 = prod_{j <= i} (1 - beta_j), beta_j linear in j."""
+        if 2 <= n <= self.beta_max:
+            raise ValueError(
+                f"{n} noise levels with beta_max={self.beta_max}: the last beta is "
+                f"{self.beta_max / n:g}, need more than {self.beta_max:g} levels"
+            )
+        betas = np.linspace(self.beta_min / n, self.beta_max / n, n)
+        log_mean = 0.5 * np.cumsum(np.log1p(-betas))
+        return Levels(tuple(np.exp(log_mean)), tuple(np.sqrt(-np.expm1(2 * log_mean))))
+
+
+@dataclasses.dataclass(frozen=True)
+class SubVP(_LinearBeta):
+    """sub-VP: the mean of VP with sigma = 1 - alpha^2, never more noise than VP."""
+
+    smallest_time: ClassVar[float] = 1e-2  # Below, sigma is so small that training is unstable.
+
+    def diffusion(self, t: Array) -> Array:
+        return jnp.sqrt(-self._beta(t) * jnp.expm1(-2 * self._integral(t)))
+
+    def std(self, t: Array) -> Array:
+        return -jnp.expm1(-self._integral(t))
+
+    def log_snr(self, t: Array) -> Array:
+        integral = self._integral(t)
+        return -(integral + 2 * jnp.log(-jnp.expm1(-integral)))
+
+    def time(self, log_snr: Array) -> Array:
+        return self._time(2 * jnp.arcsinh(0.5 * jnp.exp(-0.5 * log_snr)))
+
+
+SDES = {"vp": VP, "subvp": SubVP}

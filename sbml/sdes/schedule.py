@@ -1,0 +1,45 @@
+"""An SDE of any two functions alpha(t) and sigma(t)."""
+
+import dataclasses
+from collections.abc import Callable
+
+import jax.numpy as jnp
+
+from sbml.sdes._kernel import SDE
+from sbml.types import Array
+
+
+@dataclasses.dataclass(frozen=True)
+class Schedule(SDE):
+    """x_t = alpha(t) x_0 + sigma(t) z, everything else derived.
+
+        sde = Schedule(lambda t: 1 - t**2, lambda t: t)
+
+    Two schedules are equal, and share what is compiled, if they are of the same function objects: a
+    schedule is made once. A function with parameters, such as ``jax.tree_util.Partial(f, params)``,
+    brings them as leaves.
+
+    Attributes:
+      alpha: elementwise, positive and not increasing on (0, 1); alpha(1) = 0 is allowed.
+      sigma: elementwise, positive on (0, 1], and such that alpha / sigma decreases.
+      smallest_time: where integrals over time and the ODE start.
+
+    Raises:
+      ValueError: if ``smallest_time`` is not in (0, 1).
+    """
+
+    alpha: Callable[[Array], Array]
+    sigma: Callable[[Array], Array]
+    smallest_time: float = dataclasses.field(  # type: ignore[misc]
+        default=1e-5, kw_only=True, metadata={"static": True}
+    )
+
+    def __post_init__(self) -> None:
+        if not 0 < self.smallest_time < self.T:
+            raise ValueError(f"smallest_time={self.smallest_time}: must lie in (0, {self.T})")
+
+    def mean_coef(self, t: Array) -> Array:
+        return jnp.broadcast_to(self.alpha(t), jnp.shape(t))
+
+    def std(self, t: Array) -> Array:
+        return jnp.broadcast_to(self.sigma(t), jnp.shape(t))

@@ -1,0 +1,90 @@
+"""The schedule of a discrete-time model, given by its alpha-bars.
+
+DDPM and its descendants know n noise levels, x_i = sqrt(a_i) x_0 + sqrt(1 - a_i) z with a falling
+a_i ("alpha bar"). Level i stands at t = i / (n - 1), and between the levels
+
+    lambda(t) = logit a_i, interpolated by a monotone cubic,      alpha^2 = a, sigma^2 = 1 - a:
+
+a network that was trained at the levels is asked in between, as it is by every ODE solver.
+
+Reference: Fritsch & Butland 1984 (the slopes, those of scipy's ``PchipInterpolator``).
+"""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from scipy import interpolate, special
+
+from sbml import compiler
+from sbml.sdes._kernel import SDE
+from sbml.types import Array
+
+
+@dataclasses.dataclass(frozen=True)
+class AlphaBarTable(SDE):
+    """VP through the levels of a discrete-time model.
+
+        table = AlphaBarTable(np.cumprod(1 - betas))
+        score = from_prediction(lambda x, t: net(x, table.step(t)), "noise", table)
+
+    Attributes:
+      alpha_bars: a_0 > a_1 > ... > a_{n-1}, in (0, 1); any sequence of float64, kept as a tuple.
+
+    Raises:
+      ValueError: for fewer than two levels, numbers outside (0, 1), or not decreasing ones.
+    """
+
+    alpha_bars: Sequence[float] = dataclasses.field(metadata={"static": True})
+
+    def __post_init__(self) -> None:
+        values = np.asarray(self.alpha_bars, np.float64)
+        if values.ndim != 1 or len(values) < 2:
+            raise ValueError(f"alpha_bars of shape {values.shape}: need a list of two or more")
+        if not (np.all(values > 0) and np.all(values < 1)):
+            raise ValueError(
+                f"alpha_bars lie in [{values.min()}, {values.max()}]: need numbers in (0, 1). A "
+                "last level without signal, alpha bar 0, has no log-SNR: leave it out"
+            )
+        if not np.all(np.diff(values) < 0):
+            i = int(np.argmax(np.diff(values) >= 0))
+            raise ValueError(
+                f"alpha_bars[{i}]={values[i]}, alpha_bars[{i + 1}]={values[i + 1]}: need falling "
+                "numbers, level 0 with the least noise"
+            )
+        object.__setattr__(self, "alpha_bars", tuple(map(float, values)))
+
+    def step(self, t: Array) -> Array:
+        """(n - 1) t, the index of the level at ``t``: what the model's network calls its time."""
+        return (len(self.alpha_bars) - 1) * t
+
+    def log_snr(self, t: Array) -> Array:
+        compiler.check()
+        cubics = _cubics(tuple(self.alpha_bars))
+        t = jnp.asarray(t)
+        step = self.step(t)
+        i = jnp.clip(jnp.floor(step).astype(int), 0, cubics.shape[1] - 1)
+        third, second, first, value = (jnp.asarray(c, t.dtype)[i] for c in cubics)
+        s = step - i.astype(t.dtype)
+        return value + s * (first + s * (second + s * third))
+
+    def mean_coef(self, t: Array) -> Array:
+        return jnp.exp(0.5 * jax.nn.log_sigmoid(self.log_snr(t)))
+
+    def std(self, t: Array) -> Array:
+        return jnp.exp(0.5 * jax.nn.log_sigmoid(-self.log_snr(t)))
+
+    @property
+    def prior_std(self) -> float:
+        """1, what such models start from."""
+        return 1.0
+
+
+@functools.lru_cache(maxsize=8)
+def _cubics(alpha_bars: tuple[float, ...]) -> np.ndarray:
+    """Coefficients ``(4, n - 1)`` of powers 3 to 0 of the distance to level i, in float64."""
+    log_snr = special.logit(np.asarray(alpha_bars))
+    return interpolate.PchipInterpolator(np.arange(len(log_snr)), log_snr).c

@@ -1,0 +1,299 @@
+"""What follows from alpha and sigma alone, against closed forms; SDEs as pytrees; the table."""
+
+import dataclasses
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import scipy.interpolate
+import scipy.special
+
+import sbml
+from sbml import bound, discrete, likelihood, losses, ode, times
+from sbml.divergence import Trace
+from sbml.sdes import EDM, SDE, SDES, VE, VP, AlphaBarTable, LinearVE, Schedule
+from sbml.types import Array, Key
+from sbml.verify import oracle
+
+pytestmark = pytest.mark.usefixtures("x64")
+
+TIMES = np.array([1e-5, 1e-4, 1e-3, 0.03, 0.2, 0.5, 0.9])
+DERIVED = ("drift_coef", "diffusion", "log_snr", "rate")
+
+
+@dataclasses.dataclass(frozen=True)
+class Derived(SDE):
+    """An SDE of which only alpha and sigma are known."""
+
+    known: SDE
+
+    def mean_coef(self, t: Array) -> Array:
+        return self.known.mean_coef(t)
+
+    def std(self, t: Array) -> Array:
+        return self.known.std(t)
+
+
+@pytest.fixture(params=SDES, name="sde")
+def _sde(request: pytest.FixtureRequest) -> SDE:
+    return SDES[request.param]()
+
+
+@pytest.mark.parametrize("name", DERIVED)
+def test_coefficients_that_are_derived_are_those_in_closed_form(name: str, sde: SDE) -> None:
+    t = jnp.asarray(np.append(TIMES, sde.largest_time))
+    expected = np.asarray(getattr(sde, name)(t))
+    scale = np.abs(expected) + 1e-14 * np.abs(expected).max()
+    assert (np.abs(getattr(Derived(sde), name)(t) - expected) <= 2e-12 * scale).all()
+    single = getattr(Derived(sde), name)(t.astype(jnp.float32))
+    assert single.dtype == jnp.float32
+    exact = np.asarray(getattr(sde, name)(t.astype(jnp.float32).astype(float)))
+    np.testing.assert_allclose(single, exact, rtol=3e-5, atol=2e-6)
+
+
+def test_the_inverse_is_exact_at_every_scale_and_of_every_shape(sde: SDE) -> None:
+    derived = Derived(sde)
+    t = jnp.asarray(np.append(np.geomspace(1e-9, 0.9, 14), sde.largest_time)).reshape(3, 5)
+    found = derived.time(derived.log_snr(t))
+    # An error of one unit in lambda's last place moves t by so much.
+    unit = 4e-16 * (1 + np.abs(derived.log_snr(t)) / (t * derived.rate(t)))
+    assert found.shape == (3, 5) and (np.abs(found - t) <= 2 * unit * t).all()
+    assert derived.time(jnp.asarray(1.0)).shape == ()
+    # Outside of what alpha and sigma reach, the ends.
+    assert 1 - 2e-16 < derived.time(jnp.asarray(-1e4)) <= 1
+    assert derived.time(jnp.asarray(1e4)) < 1e-300
+
+
+def test_the_inverse_in_float32(sde: SDE) -> None:
+    derived, t = Derived(sde), jnp.asarray(np.geomspace(1e-5, 0.9, 50), jnp.float32)
+    log_snr = derived.log_snr(t)
+    found = derived.time(log_snr)
+    assert found.dtype == jnp.float32
+    again = np.asarray(sde.log_snr(found.astype(float)))
+    np.testing.assert_allclose(again, log_snr.astype(float), rtol=4e-7, atol=4e-6)
+
+
+def test_the_ends_of_derived_sdes(sde: SDE) -> None:
+    derived = Derived(sde)
+    assert derived.largest_time == pytest.approx(sde.largest_time, rel=1e-14)
+    assert derived.prior_std == pytest.approx(float(sde.std(jnp.asarray(1.0))), rel=1e-14)
+    last = jnp.asarray(sde.largest_time)
+    ratio = float(sde.std(jnp.asarray(1.0)) / sde.std(last))
+    assert derived.stretch == pytest.approx(ratio, rel=1e-12)
+    assert sde.stretch == pytest.approx(ratio, rel=1e-12)
+    if sde.largest_time < 1:
+        assert float(sde.mean_coef(last) / sde.std(last)) == pytest.approx(1e-3, rel=1e-10)
+    with jax.enable_x64(False):
+        assert derived.largest_time == pytest.approx(sde.largest_time, rel=1e-6)
+        assert derived.stretch == pytest.approx(ratio, rel=1e-6)
+
+
+@pytest.mark.parametrize("alpha_1", [0.0, 1e-9, -4e-8, math.nan])
+def test_a_signal_that_rounding_hides_has_vanished(alpha_1: float) -> None:
+    """float32's cos(pi / 2) is -4e-8: no logarithm of it."""
+    sde = Schedule(lambda t: jnp.where(t == 1, alpha_1, 1 - t), lambda t: t)
+    assert sde.largest_time == pytest.approx(1 / 1.001, rel=1e-12)
+
+
+def test_constant_functions_are_functions() -> None:
+    sde, t = Schedule(lambda t: 1.0, lambda t: 80.0 * t, smallest_time=2e-3), jnp.asarray(TIMES)
+    known = LinearVE(80.0)
+    for name in (*DERIVED, "mean_coef", "std"):
+        np.testing.assert_allclose(getattr(sde, name)(t), getattr(known, name)(t), rtol=1e-12)
+    assert (sde.largest_time, sde.prior_std, sde.smallest_time) == (1.0, 80.0, 2e-3)
+    with pytest.raises(ValueError, match=r"smallest_time=0.0: must lie in \(0, 1.0\)"):
+        Schedule(lambda t: 1.0, lambda t: t, smallest_time=0.0)
+
+
+def test_edm_runs_from_its_least_to_its_largest_noise() -> None:
+    sde = EDM(sigma_min=0.01, sigma_max=50.0)
+    assert float(sde.std(jnp.asarray(sde.smallest_time))) == pytest.approx(0.01)
+    assert float(sde.std(jnp.asarray(1.0))) == sde.prior_std == 50.0
+    with pytest.raises(ValueError, match="sigma_min=2.0, sigma_max=1.0: need"):
+        EDM(sigma_min=2.0, sigma_max=1.0)
+
+
+# Pytrees.
+
+
+def test_numbers_are_leaves_and_all_else_is_static() -> None:
+    assert jax.tree.leaves(VP(0.2, 10)) == [0.2, 10]
+    keys = [jax.tree_util.keystr(path) for path, _ in jax.tree.leaves_with_path(VE())]
+    assert keys == [".sigma_max", ".sigma_min"]
+    sde = Schedule(jnp.cos, jax.tree_util.Partial(jnp.multiply, jnp.asarray(2.0)))
+    assert jax.tree.leaves(sde) == [2.0]
+    doubled = jax.tree.map(lambda a: 2 * a, sde)
+    assert doubled.std(jnp.asarray(0.1)) == 0.4 and doubled.alpha is jnp.cos
+    assert jax.tree.leaves(VP().levels(100)) == []
+    # What JAX puts in the place of leaves changes nothing.
+    empty = jax.tree.map(lambda _: object(), VP())
+    assert jax.tree.structure(empty) == jax.tree.structure(VP())
+    many = jax.tree.map(lambda *leaves: jnp.stack(leaves), VP(), VP(beta_max=5.0))
+    stds = jax.vmap(lambda sde, t: sde.std(t), in_axes=(0, None))(many, 0.5)
+    each = [float(sde.std(jnp.asarray(0.5))) for sde in (VP(), VP(beta_max=5.0))]
+    np.testing.assert_allclose(stds, each, rtol=1e-14)
+
+
+def _score(x: Array, t: Array, key: Key | None) -> Array:
+    return -x / (0.3 + t) + 0.2 * jnp.sin(x + t)
+
+
+def _numbers(sde: SDE, x: Array) -> dict[str, Array]:
+    """One of each kind of number, each a smooth function of the SDE's leaves."""
+    key, eps, u = jax.random.key(0), 1e-2, times.lattice(jax.random.key(1), 1, 4)[0]
+    solver = ode.Solver("heun", fixed_steps=6)
+    solved = likelihood.ode_logp(_score, sde, x, None, eps=eps, trace=Trace("exact"), solver=solver)
+    control = bound.GaussianControl(jnp.zeros(2), jnp.ones(2), None)
+    elbo = functools.partial(bound.elbo, _score, sde, x, key, eps=eps, u=u)
+    pixels = jnp.asarray([1, 2])
+    how = {"kind": "categorical", "levels": 4, "eps": eps, "u": u}
+    return {
+        "logp": solved.logp,
+        "importance": elbo(control=control).total,
+        "uniform": elbo(proposal="uniform").total,
+        "integers": discrete.elbo(_score, sde, pixels, key, **how).total,
+        "loss": losses.dsm(_score, sde, x, jnp.asarray(0.3), key),
+        "prior": sde.prior_logp(x),
+    }
+
+
+@pytest.mark.parametrize("kind", [VP(0.1, 8.0), Derived(VE(1.0, 0.1))])
+def test_traced_sdes_give_the_numbers_of_static_ones_and_their_derivatives(kind: SDE) -> None:
+    x = jnp.asarray([0.3, -0.5])
+    static = jax.jit(_numbers, static_argnums=0)(kind, x)
+
+    def along(h: float) -> SDE:
+        return jax.tree.map(lambda leaf: leaf + h * leaf, kind)
+
+    moved = jax.jit(lambda h: _numbers(along(h), x))
+    traced = moved(0.0)
+    for name, value in static.items():
+        np.testing.assert_allclose(traced[name], value, rtol=1e-9, err_msg=name)
+    slopes = jax.jit(jax.jacfwd(lambda h: _numbers(along(h), x)))(0.0)
+    h = 1e-5
+    up, down = moved(h), moved(-h)
+    for name in static:
+        expected = (up[name] - down[name]) / (2 * h)
+        np.testing.assert_allclose(slopes[name], expected, rtol=1e-6, atol=1e-8, err_msg=name)
+    gradient = jax.grad(lambda sde: bound.prior_kl(sde, x) + sde.time(jnp.asarray(0.5)))(kind)
+    assert all(np.isfinite(leaf) for leaf in jax.tree.leaves(gradient))
+
+
+def test_the_gradient_of_the_bound_with_respect_to_beta_max() -> None:
+    x, u = jnp.asarray([0.3, -0.5]), times.lattice(jax.random.key(1), 1, 4)[0]
+
+    @jax.jit
+    def total(sde: SDE) -> Array:
+        return bound.elbo(_score, sde, x, jax.random.key(0), eps=1e-2, u=u).total
+
+    gradient = jax.jit(jax.grad(total))(VP(0.1, 8.0))
+    h = 1e-5
+    expected = (total(VP(0.1, 8.0 + h)) - total(VP(0.1, 8.0 - h))) / (2 * h)
+    assert float(gradient.beta_max) == pytest.approx(float(expected), rel=1e-7)
+
+
+# The table of a discrete-time model.
+
+BETAS = np.linspace(1e-4, 0.02, 1000)
+TABLE = AlphaBarTable(np.cumprod(1 - BETAS))
+
+
+def test_the_table_has_its_levels_at_their_times() -> None:
+    i = np.arange(1000)
+    t = jnp.asarray(i / 999)
+    np.testing.assert_allclose(TABLE.step(t), i, rtol=1e-14)
+    np.testing.assert_allclose(TABLE.mean_coef(t) ** 2, TABLE.alpha_bars, rtol=1e-11)
+    np.testing.assert_allclose(TABLE.std(t) ** 2, 1 - np.asarray(TABLE.alpha_bars), rtol=1e-11)
+    np.testing.assert_allclose(TABLE.time(TABLE.log_snr(t[1:])), t[1:], rtol=1e-12)
+    assert TABLE.prior_std == TABLE.largest_time == 1.0
+    assert hash(TABLE) == hash(AlphaBarTable(list(TABLE.alpha_bars)))
+
+
+def test_between_its_levels_the_table_is_the_monotone_cubic() -> None:
+    few = AlphaBarTable([0.99, 0.9, 0.899, 0.2, 0.01])
+    t = np.linspace(0, 1, 401)
+    cubic = scipy.interpolate.PchipInterpolator(
+        np.arange(5) / 4, scipy.special.logit(few.alpha_bars)
+    )
+    np.testing.assert_allclose(few.log_snr(jnp.asarray(t)), cubic(t), rtol=1e-12, atol=1e-13)
+    inside = t[1:-1] + 1e-4
+    np.testing.assert_allclose(few.rate(jnp.asarray(inside)), -cubic(inside, 1), rtol=1e-9)
+    assert (np.diff(few.log_snr(jnp.asarray(t))) < 0).all()
+    single = few.log_snr(jnp.asarray(t, jnp.float32))
+    assert single.dtype == jnp.float32
+    np.testing.assert_allclose(single, cubic(t), rtol=2e-6, atol=4e-6)
+
+
+def test_the_table_of_ddpm_is_near_its_limit() -> None:
+    t = jnp.linspace(0.05, 1, 50)
+    difference = np.abs(TABLE.log_snr(t) - VP().log_snr((TABLE.step(t) + 1) / 1000))
+    assert difference.max() < 0.2 and difference.max() > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ([0.9], "two or more"),
+        ([0.9, 0.5, 0.0], "leave it out"),
+        ([1.0, 0.5], r"numbers in \(0, 1\)"),
+        ([0.9, math.nan], r"numbers in \(0, 1\)"),
+        ([0.9, 0.5, 0.5], r"alpha_bars\[1\]=0.5, alpha_bars\[2\]=0.5: need falling"),
+    ],
+)
+def test_impossible_tables_are_refused(values: list[float], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        AlphaBarTable(values)
+
+
+# A user's own class, through the front door.
+
+
+@dataclasses.dataclass(frozen=True)
+class Mine(SDE):
+    """alpha(1) = 0, and nothing but the two methods."""
+
+    power: float = 2.0
+
+    def mean_coef(self, t: Array) -> Array:
+        return 1 - t**self.power
+
+    def std(self, t: Array) -> Array:
+        return t
+
+
+def _data(sde: SDE) -> oracle.Gaussian:
+    basis = np.array([[0.6, -0.8], [0.8, 0.6]])
+    return oracle.Gaussian(sde, jnp.array([0.3, -0.2]), jnp.array([0.5, 0.1]), jnp.asarray(basis))
+
+
+def test_a_class_of_two_methods_goes_through_the_front_door() -> None:
+    sde, eps = Mine(), 1e-2
+    data = _data(sde)
+    x = np.asarray(data.mean) + np.random.default_rng(1).normal(size=(6, 2)) * 0.5
+    solver = ode.Solver(rtol=1e-6, atol=1e-6)
+    density = sbml.Density(data.score, sde, (2,), eps=eps, solver=solver)
+    exact = np.asarray([data.logp(jnp.asarray(row), jnp.asarray(eps)) for row in x])
+    found = density.logp(x)
+    # The signal that is left at the largest time: 1e-3 |m| |z|, see ``predictions``.
+    np.testing.assert_allclose(found.values, exact, atol=2e-3)
+    assert found.converged
+    elbo = density.bound(x, sweeps=4, times_each=16)
+    assert abs(elbo.population.mean + exact.mean()) < 2 * elbo.this_set_ci95 + 1e-3
+    z = density.latent(x)
+    at = [jnp.asarray(t) for t in (eps, sde.largest_time)]
+    expected = [sde.stretch * data.flow(jnp.asarray(row), *at) for row in x]
+    np.testing.assert_allclose(z, expected, atol=1e-4)
+    np.testing.assert_allclose(density.decode(z), x, atol=1e-4)
+    drawn = density.sample(jax.random.key(0), 500)
+    np.testing.assert_allclose(drawn.mean(0), data.mean, atol=4 * np.sqrt(0.5 / 500))
+    np.testing.assert_allclose(np.cov(drawn.T), data.cov, atol=0.12)
+
+
+def test_an_sde_of_arrays_is_told_to_become_floats() -> None:
+    sde = jax.tree.map(jnp.asarray, VP())
+    with pytest.raises(ValueError, match=r"jax.tree.map\(float, sde\)"):
+        sbml.Density(_score, sde, (2,), eps=1e-3)
+    assert hash(jax.tree.map(float, sde)) == hash(VP())

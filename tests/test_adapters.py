@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sbml import losses, times
-from sbml.adapters import LABELS, PARAMETERIZATIONS, Adapter, LinenScore
+from sbml import integers, losses, times
+from sbml.adapters import LABELS, LEVELS, PARAMETERIZATIONS, Adapter, LinenScore
 from sbml.sdes import SDE, SDES, VP
 from sbml.types import Array, Key, batched
 from sbml.verify import oracle
@@ -69,15 +69,65 @@ def by_hand(sde: SDE, parameterization: str, label: str) -> np.ndarray:
         return -(X + 0.7 * X + 0.01 * told) / sigma
     variance = alpha**2 * 0.5**2 + sigma**2
     network = 0.7 * X / np.sqrt(variance) + 0.01 * told
+    if parameterization == "x0":
+        return -(X - alpha * network) / sigma**2
+    if parameterization == "velocity":
+        return -(sigma * X + alpha * network) / (alpha**2 + sigma**2) / sigma
     return -(sigma / variance * X + alpha * 0.5 / np.sqrt(variance) * network) / sigma
 
 
 @pytest.mark.parametrize("label", LABELS)
-@pytest.mark.parametrize("parameterization", PARAMETERIZATIONS)
+@pytest.mark.parametrize("parameterization", sorted(set(PARAMETERIZATIONS) - {LEVELS}))
 def test_scores_by_hand(sde: SDE, parameterization: str, label: str) -> None:
     score = Adapter(Net(), sde, parameterization, label)(PARAMS)
     values = jax.jit(score.batch)(X, T, None)
     np.testing.assert_allclose(values, by_hand(sde, parameterization, label), rtol=1e-10)
+
+
+class Logits(nn.Module):
+    """Logits of ``outputs`` levels that tell what the network sees."""
+
+    outputs: int = 0
+
+    @nn.compact
+    def __call__(self, x: Array, label: Array, *, train: bool) -> Array:
+        each = jnp.arange(self.outputs, dtype=x.dtype).reshape((1,) * x.ndim + (-1,))
+        return jnp.sin(each * x[..., None] + 0.01 * label.reshape(-1, 1, 1, 1, 1))
+
+
+@pytest.mark.parametrize("data", ["centre", "uniform"])
+def test_an_integer_denoisers_score_is_bayes_rule(data: str) -> None:
+    """The formula of ``sbml.integers`` at what the network sees, x / sqrt(v) and the label."""
+    sde, t = VP(), jnp.asarray(T[:3])
+    adapter = Adapter(
+        Logits(5), sde, "levels", "log_snr", data_std=0.7, levels=5, data=data, eps=1e-5
+    )
+    found = adapter({}).batch(jnp.asarray(X[:3]), t, None)
+    for x, at, score in zip(X[:3], T[:3], found, strict=True):
+        alpha, sigma = (float(f(jnp.asarray(at))) for f in (sde.mean_coef, sde.std))
+        label = float(sde.log_snr(jnp.asarray(1e-5)) - sde.log_snr(jnp.asarray(at)))
+        seen = x / np.hypot(0.7 * alpha, sigma)
+        out = np.sin(np.arange(5) * seen[..., None] + 0.01 * label)
+        y, rho = jnp.asarray(x / alpha), jnp.asarray(sigma / alpha)
+        x_0 = integers.denoised(jnp.asarray(out), y, rho, 5, data)
+        np.testing.assert_allclose(score, (alpha * x_0 - x) / sigma**2, rtol=1e-9)
+
+
+def test_only_an_integer_denoiser_of_bin_centres_decodes() -> None:
+    t, y, k = jnp.asarray(0.01), jnp.asarray(X[0]), jnp.zeros(SHAPE, int)
+    options = {"levels": 5, "data_std": 0.7}
+    score = Adapter(Logits(5), VP(), "levels", data="centre", **options)({})
+    assert score.decoder_nats(y, t, k) > 0
+    for other in (
+        Adapter(Logits(5), VP(), "levels", data="uniform", **options)({}),
+        Adapter(Net(), VP())(PARAMS),
+    ):
+        with pytest.raises(ValueError, match="has no learned decoder: train with"):
+            other.decoder_nats(y, t, k)
+    with pytest.raises(ValueError, match="Net has no field outputs"):
+        Adapter(Net(), VP(), "levels", levels=5)
+    with pytest.raises(ValueError, match="levels=0"):
+        Adapter(Logits(5), VP(), "levels")
 
 
 def test_one_example_is_a_batch_of_one(sde: SDE) -> None:
@@ -112,7 +162,8 @@ def test_the_log_snr_label_is_a_unit_speed_clock_of_the_log_snr(sde: SDE) -> Non
     """From 0 at eps to the normaliser of the importance distribution at T."""
     label = Adapter(Net(), sde, label="log_snr", eps=1e-3).label_of
     normaliser = times.Importance(sde, 1e-3).normaliser
-    np.testing.assert_allclose(label(jnp.asarray([1e-3, 1.0])), [0, normaliser], atol=1e-9)
+    ends = jnp.asarray([1e-3, sde.largest_time])
+    np.testing.assert_allclose(label(ends), [0, normaliser], atol=1e-9)
     u = jnp.linspace(0, 1, 20)
     np.testing.assert_allclose(
         label(times.Importance(sde, 1e-3).at(u)[0]), normaliser * u, atol=1e-6
@@ -204,7 +255,7 @@ def test_a_network_of_the_wrong_shape_is_refused() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"parameterization": "velocity"}, "unknown parameterization 'velocity'"),
+        ({"parameterization": "speed"}, "unknown parameterization 'speed'"),
         ({"label": "beta"}, "unknown time label 'beta'"),
         ({"data_std": 0.0}, "data_std=0.0"),
         ({"data_std": float("nan")}, "data_std=nan"),

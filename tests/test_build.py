@@ -92,7 +92,7 @@ def test_the_papers_variants_change_what_they_are_named_after() -> None:
 @pytest.mark.parametrize(
     "section, field, value, message",
     [
-        ("sde", "name", "vpp", "sde.name=vpp: need one of linear_ve, subvp, ve, vp"),
+        ("sde", "name", "vpp", "sde.name=vpp: need one of cosine_vp, linear_gamma, linear_ve"),
         ("training", "times", "grid", "training.times=grid: need one of iid, lattice"),
         ("data", "dequantization", "flow", "data.dequantization=flow: need one of centre, none"),
         ("optim", "schedule", "step", "optim.schedule=step: need one of constant, cosine"),
@@ -116,9 +116,9 @@ def test_the_papers_variants_change_what_they_are_named_after() -> None:
         ("optim", "ema", 1.5, "optim.ema=1.5: need a number of at least 0 and below 1"),
         ("eval", "method", "rk4", "eval.method=rk4: need one of dopri5, euler, heun, tsit5"),
         ("eval", "trace", "guess", "eval.trace=guess: need one of exact, gaussian, rademacher"),
-        ("training", "smallest_time", 0.0, "training.smallest_time=0.0: need a number above 0"),
-        ("score", "label", "index", "score.label=index: need one of log_snr, sigma, time"),
-        ("score", "parameterization", "v", "score.parameterization=v: need one of noise"),
+        ("training", "smallest_time", -0.1, "training.smallest_time=-0.1: need a number of at"),
+        ("score", "label", "index", "score.label=index: need one of log_snr, scaled_log_snr"),
+        ("score", "parameterization", "v", "score.parameterization=v: need one of levels, noise"),
         ("model", "name", "unet", "model.name=unet: need one of mlp, ncsnpp"),
     ],
 )

@@ -151,7 +151,11 @@ def sde_branches(tree: ast.Module) -> Iterator[str]:
             yield from (f"{line}: compared with {name!r}" for name in constants & set(SDES))
 
 
-@pytest.mark.parametrize("module", sorted(m for m in MODULES if m.split(".")[0] != "sdes"))
+# Of ``sdes`` itself, and of the reader that makes the schedule which a file of VDM's code holds.
+MAKES_SDES = {m for m in MODULES if m.split(".")[0] == "sdes"} | {"convert.vdm"}
+
+
+@pytest.mark.parametrize("module", sorted(set(MODULES) - MAKES_SDES))
 def test_no_branch_on_the_type_of_an_sde(module: str) -> None:
     assert not list(sde_branches(tree_of(module)))
 

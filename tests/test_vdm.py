@@ -86,7 +86,7 @@ def test_schedules_keep_the_contract_of_an_sde(case: tuple[str, Any]) -> None:
 
 def test_times_beyond_the_monotone_network_are_its_ends(params: dict[str, Any]) -> None:
     sde = vdm_checkpoint.schedule(params["gamma"])
-    np.testing.assert_array_equal(sde.time(jnp.asarray([1e3, -1e3])), [0.0, 1.0])
+    np.testing.assert_allclose(sde.time(jnp.asarray([1e3, -1e3])), [0.0, 1.0], atol=1e-300)
     assert sde.time(jnp.asarray(0.0, jnp.float32)).dtype == jnp.float32
 
 

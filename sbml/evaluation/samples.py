@@ -124,7 +124,7 @@ def _identity(experiment: Experiment, restored: Restored) -> dict[str, Any]:
         "seed": experiment.config.sampling.seed,
         "recipe": repr(Recipe.of(experiment)),
         **experiment.score_identity,
-        "dtype": experiment.adapter.model.dtype,
+        "dtype": getattr(experiment.adapter.model, "dtype", "float32"),
     }
 
 

@@ -23,7 +23,7 @@ class Sampling(Solving):
     batch_size: int = integer(64, least=1)
     seed: int = integer(0, below=2**32)
     # None: 1e-3, or training's if larger
-    smallest_time: float | None = real(None, above=0, below=1)
+    smallest_time: float | None = real(None, least=0, below=1)
     denoise_last: bool = flag(True)
     sampler: str = choice("ode", samplers.SAMPLERS)
     method: str = method("dopri5")  # of ode

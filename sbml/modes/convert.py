@@ -3,10 +3,9 @@
 from etils import epath
 from ml_collections import ConfigDict
 
-from sbml.convert import _files, score_flow, vdm
+from sbml.convert import SOURCES, _files
 
 FLAGS = ("source",)
-SOURCES = (score_flow, vdm)
 
 
 def run(config: ConfigDict, workdir: epath.PathLike, source: epath.PathLike | None) -> None:
@@ -24,7 +23,7 @@ def run(config: ConfigDict, workdir: epath.PathLike, source: epath.PathLike | No
         )
     path = _files.find(source)
     tree = _files.load(path)
-    for kind in SOURCES:
+    for kind in SOURCES.values():
         if not kind.recognises(tree):
             continue
         if config.model.name != kind.NETWORK:
@@ -36,5 +35,5 @@ def run(config: ConfigDict, workdir: epath.PathLike, source: epath.PathLike | No
         return
     raise ValueError(
         f"{path} is a checkpoint of no known code: it has {sorted(tree)}; known are "
-        + " and ".join(kind.CODE for kind in SOURCES)
+        + " and ".join(kind.CODE for kind in SOURCES.values())
     )

@@ -6,10 +6,13 @@
 t = T down to eps, on a grid of times; each step is one formula, ``step``. All are frozen
 dataclasses, hashable, so static under ``jit``.
 
-A new sampler is a class with an entry here. The file ``_grid`` holds what all with fixed steps
-share, ``one_step`` and ``multistep`` the formulas, ``corrector`` what can follow each step.
+A new sampler is a new file here that exports ``SAMPLERS``, the names by which configs know its
+classes; all of one family share a file. The file ``_grid`` holds what all with fixed steps share,
+``one_step`` and ``multistep`` the formulas, ``corrector`` what can follow each step.
 """
 
+from importlib import import_module
+from pkgutil import iter_modules
 from typing import Any
 
 from sbml.samplers._grid import SPACINGS, FixedSteps, Sampler
@@ -35,10 +38,7 @@ __all__ = [
 ]
 
 SAMPLERS: dict[str, type[Any]] = {
-    "ode": ODE,
-    "euler_maruyama": EulerMaruyama,
-    "reverse_diffusion": ReverseDiffusion,
-    "ancestral": Ancestral,
-    "ddim": DDIM,
-    "dpm_solver": DPMSolver,
+    name: kind
+    for found in iter_modules(__path__)
+    for name, kind in getattr(import_module(f"{__name__}.{found.name}"), "SAMPLERS", {}).items()
 }

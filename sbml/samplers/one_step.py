@@ -87,3 +87,11 @@ class Ancestral(DDIM):
 
     spacing: str = "time"
     eta: ClassVar[float] = 1.0  # type: ignore[misc]
+
+
+SAMPLERS = {
+    "euler_maruyama": EulerMaruyama,
+    "reverse_diffusion": ReverseDiffusion,
+    "ancestral": Ancestral,
+    "ddim": DDIM,
+}

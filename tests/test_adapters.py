@@ -17,7 +17,7 @@ from sbml.verify import oracle
 pytestmark = pytest.mark.usefixtures("x64")
 
 SHAPE = (2, 2, 1)
-T = np.array([1e-4, 0.1, 0.5, 1.0])
+T = np.array([1e-4, 0.1, 0.5, 0.99])  # At 1 some SDEs have no signal, and no finite label.
 X = np.random.default_rng(0).normal(size=(4, *SHAPE))
 
 

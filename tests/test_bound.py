@@ -58,11 +58,13 @@ def test_prior_is_the_kl_by_quadrature(case):
     """Per dimension, integrate p log p/q."""
     sde, data = case
     x = x_points(data)[1]
-    alpha, std = float(sde.mean_coef(1.0)), float(sde.std(1.0))
+    last = jnp.asarray(sde.largest_time)
+    alpha, std = float(sde.mean_coef(last)), float(sde.std(last))
+    prior_std = sde.prior_std * std / float(sde.std(jnp.asarray(1.0)))
     total = 0.0
     for m in alpha * np.asarray(x):
         grid = m + std * np.linspace(-12, 12, 20_001)
-        log_p, log_q = norm.logpdf(grid, m, std), norm.logpdf(grid, 0.0, sde.prior_std)
+        log_p, log_q = norm.logpdf(grid, m, std), norm.logpdf(grid, 0.0, prior_std)
         total += integrate.simpson(np.exp(log_p) * (log_p - log_q), x=grid)
     np.testing.assert_allclose(bound.prior_kl(sde, x), total, atol=1e-9)
 
@@ -83,7 +85,7 @@ def test_control_integral_is_the_quadrature_of_its_error(case):
 
         return jnp.mean(jax.vmap(one)(zs))
 
-    ends = [float(sde.log_snr(jnp.asarray(t))) for t in (1.0, EPS)]
+    ends = [float(sde.log_snr(jnp.asarray(t))) for t in (sde.largest_time, EPS)]
     expected, _ = integrate.quad(
         lambda log_snr: float(error(log_snr)), *ends, epsabs=1e-10, epsrel=1e-10
     )
@@ -186,8 +188,9 @@ def test_the_bound_is_tight_for_the_true_score(case):
     d = data.mean.size
     total = prior + diffusion + error + d / 2 * (jnp.log(2 * jnp.pi) - sde.log_snr(t))
     entropy = 0.5 * jnp.sum(jnp.log(2 * jnp.pi * jnp.e * data.eigenvalues))
-    v, s2 = data.variances(jnp.asarray(1.0)), sde.prior_std**2
-    mean = sde.mean_coef(jnp.asarray(1.0)) * data.mean
+    last = jnp.asarray(sde.largest_time)
+    v, s2 = data.variances(last), (sde.prior_std * sde.std(last) / sde.std(jnp.asarray(1.0))) ** 2
+    mean = sde.mean_coef(last) * data.mean
     kl = 0.5 * (jnp.sum(v / s2 - 1 - jnp.log(v / s2)) + jnp.sum(mean**2) / s2)
     rho2 = float((sde.std(t) / sde.mean_coef(t)) ** 2)
     gap = float(total - entropy - kl)

@@ -49,14 +49,15 @@ def bounds(case, kind, control):
 def prior_mismatch(case, variance):
     """E [log p_T - log pi] under N(alpha_T c, variance): what the prior in p_T's place costs."""
     sde, data, *_ = case
-    last = jnp.asarray(sde.T)
+    last = jnp.asarray(sde.largest_time)
+    prior_std = sde.prior_std * float(sde.std(last) / sde.std(jnp.asarray(sde.T)))
     mean, variance = float(sde.mean_coef(last)) * CENTRE, variance * float(sde.std(last)) ** 2
 
     def expected(m, v):
         return -0.5 * math.log(2 * math.pi * v) - 0.5 * (variance + (mean - m) ** 2) / v
 
     marginal = float(sde.mean_coef(last)) * MEAN, float(data.variances(last)[0])
-    return expected(*marginal) - expected(0.0, sde.prior_std**2)
+    return expected(*marginal) - expected(0.0, prior_std**2)
 
 
 @pytest.mark.parametrize("control", [False, True])

@@ -85,10 +85,15 @@ def test_the_oracles_density_is_scipys() -> None:
 @pytest.mark.parametrize("kind", ["gaussian", "mixture"])
 @pytest.mark.parametrize("name", SDES)
 def test_log_likelihood_is_the_truth(name: str, kind: str) -> None:
-    """The prior stands for p_T; with the true p_T in its place nothing but solver error is left."""
-    result, data = solved(kind, name), data_of(kind, name)
+    """The prior stands for p_T; with the true p_T in its place nothing but solver error is left.
+
+    Where the signal vanishes, that of the stretched x of the largest time."""
+    result, data, sde = solved(kind, name), data_of(kind, name), SDES[name]()
     logp = jax.jit(jax.vmap(data.logp, (0, None)))
-    error = result.divergence + result.correction + logp(result.z, 1.0) - logp(examples(), EPS)
+    last = jnp.asarray(sde.largest_time)
+    stretch = sde.std(jnp.asarray(1.0)) / sde.std(last)
+    end = logp(result.z / stretch, last) - 3 * jnp.log(stretch)
+    error = result.divergence + result.correction + end - logp(examples(), EPS)
     np.testing.assert_allclose(error, 0, atol=1e-5)
     prior = scipy.stats.norm(0, SDES[name]().prior_std).logpdf(result.z).sum((1, 2))
     np.testing.assert_allclose(result.prior, prior, rtol=1e-10)
@@ -117,9 +122,10 @@ def test_far_outliers_are_right_at_the_default_tolerance() -> None:
 @pytest.mark.parametrize("name", SDES)
 def test_latents_of_a_gaussian_are_closed_form(name: str) -> None:
     flow = jax.jit(jax.vmap(oracle.gaussian(SDES[name]()).flow, (0, None, None)))
-    z = solved("gaussian", name).z
+    z, sde = solved("gaussian", name).z, SDES[name]()
     assert z.shape == (5, *SHAPE)
-    expected = flow(examples(), EPS, 1.0)
+    last = jnp.asarray(sde.largest_time)
+    expected = sde.std(jnp.asarray(1.0)) / sde.std(last) * flow(examples(), EPS, last)
     np.testing.assert_allclose(z, expected, atol=1e-6 * SDES[name]().prior_std)
 
 

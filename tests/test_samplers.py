@@ -110,9 +110,11 @@ def test_langevin_keeps_the_moments_of_the_data(name: str) -> None:
 
 @partial(jax.jit, static_argnames=("sampler", "sde"))
 def exact_moments(sampler: samplers.FixedSteps, sde: SDE) -> tuple[Array, Array]:
-    """Mean and covariance of the sampler's law from that of x_T on: its steps are affine here."""
+    """Mean and covariance of the sampler's law from that of x_T on: its steps are affine here.
+
+    T is the largest time."""
     data = oracle.gaussian(sde)
-    t = jnp.asarray(sde.T)
+    t = jnp.asarray(sde.largest_time)
     mean, cov = sde.mean_coef(t) * data.mean, data.basis * data.variances(t)[None] @ data.basis.T
     times = _grid.grid(sde, EPS, sampler.steps, sampler.spacing)
     zero = jnp.zeros(D)
@@ -155,7 +157,9 @@ def test_order_of_the_deterministic_maps(sampler: str, order: int, name: str) ->
     sde = SDES[name]()
     data = oracle.gaussian(sde)
     z = jax.vmap(lambda k: sde.prior_sample(k, (D,)))(jax.random.split(jax.random.key(0), 16))
-    truth = jax.vmap(data.flow, (0, None, None))(z, jnp.asarray(sde.T), jnp.asarray(EPS))
+    first, last = jnp.asarray(EPS), jnp.asarray(sde.largest_time)
+    start = sde.std(last) / sde.std(jnp.asarray(sde.T)) * z
+    truth = jax.vmap(data.flow, (0, None, None))(start, last, first)
     keys, errors = jax.random.split(jax.random.key(0), 16), []  # Of noise that these do not add.
     for steps in (100, 200):
         options = {"lower_order_final": False} if sampler == "dpm_solver" else {}
@@ -228,7 +232,11 @@ def test_evaluations_are_counted(name: str) -> None:
 def test_grids_fall_from_T_to_eps(spacing: str, name: str) -> None:
     with jax.enable_x64(False):
         times = np.asarray(_grid.grid(SDES[name](), EPS, 1000, spacing))
-    assert times[0] == 1 and times[-1] == np.float32(EPS) and (np.diff(times) < 0).all()
+    assert (
+        times[0] == np.float32(SDES[name]().largest_time)
+        and times[-1] == np.float32(EPS)
+        and (np.diff(times) < 0).all()
+    )
 
 
 @pytest.mark.parametrize("name", SDES)
@@ -238,7 +246,7 @@ def test_the_longest_steps_are_finite_in_float32(name: str) -> None:
     with jax.enable_x64(False):
         for steps in range(1, 40):
             for kind in (samplers.Ancestral(), samplers.DDIM(eta=0.5)):
-                s, t = 1e-5 + (1 - 1e-5) / steps, 1e-5
+                s, t = 1e-5 + (sde.largest_time - 1e-5) / steps, 1e-5
                 times = jnp.asarray([1.0, s, t])
                 x, _ = kind.step(lambda x, t, k: -x, sde, jnp.ones(2), (), times, jnp.ones(2))
                 assert np.isfinite(x).all(), (steps, kind)

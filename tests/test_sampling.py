@@ -37,9 +37,11 @@ def decoded(name: str) -> tuple[Array, Array]:
 @pytest.mark.oracle
 @pytest.mark.parametrize("name", SDES)
 def test_decoding_a_gaussian_is_its_closed_form_map(name: str) -> None:
-    z, samples = decoded(name)
-    flow = jax.jit(jax.vmap(oracle.gaussian(SDES[name]()).flow, (0, None, None)))
-    np.testing.assert_allclose(samples, flow(z, 1.0, EPS), atol=1e-5)
+    (z, samples), sde = decoded(name), SDES[name]()
+    flow = jax.jit(jax.vmap(oracle.gaussian(sde).flow, (0, None, None)))
+    last = jnp.asarray(sde.largest_time)
+    start = z * sde.std(last) / sde.std(jnp.asarray(1.0))
+    np.testing.assert_allclose(samples, flow(start, last, EPS), atol=1e-5)
 
 
 @pytest.mark.oracle
@@ -80,7 +82,7 @@ def test_decoding_inverts_the_likelihoods_latent_of_a_mixture() -> None:
 @pytest.mark.parametrize("name", SDES)
 def test_denoising_is_the_posterior_mean(name: str) -> None:
     sde, x = SDES[name](), jnp.asarray(X[0])
-    data, t = oracle.gaussian(sde), jnp.asarray([1e-3, 0.1, 1.0])
+    data, t = oracle.gaussian(sde), jnp.asarray([1e-3, 0.1, sde.largest_time])
     estimate = jax.jit(jax.vmap(lambda t: denoise(data.score, sde, x, t)))(t)
     expected = jax.jit(jax.vmap(lambda t: data.posterior_mean(x, t)))(t)
     np.testing.assert_allclose(estimate, expected, atol=1e-8 * sde.prior_std)

@@ -42,7 +42,10 @@ from sbml.sdes import SDE
 from sbml.times import Importance
 from sbml.types import Array, Key, Score, deterministic
 
-FORMS = ("dsm", "ssm")
+# The two forms of the diffusion term, by the ``trace`` that :func:`elbo` takes.
+FORMS: dict[str, Trace | None] = {"dsm": None, "ssm": Trace("exact")}
+
+PILOT_DRAWS = 8  # times for an example, of which the density of times is learned
 
 
 class Bound(NamedTuple):
@@ -116,6 +119,22 @@ class GaussianControl:
         return 0.5 * (antiderivative(sde.largest_time) - antiderivative(eps))
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Reduction:
+    """What lowers the variance of a bound without changing its expectation.
+
+    Attributes:
+      control: the Gaussian control variate of the denoising form, or None.
+      density: ``(bins,)``, of the draws of u, in equal bins (``times.warp``), or None for uniform.
+      proposal: of ``times.PROPOSALS``, where u lies in time: evenly in log-SNR or in t.
+    """
+
+    control: GaussianControl | None = None
+    density: Array | None = None
+    proposal: str = dataclasses.field(default="importance", metadata={"static": True})
+
+
 def prior_kl(sde: SDE, x: Array, variance: float = 1.0) -> Array:
     """KL(N(alpha_T x, variance sigma_T^2) || prior) in nats, a scalar; 1 is that of p_T(.|x).
 
@@ -162,11 +181,8 @@ def elbo(
     *,
     eps: float,
     u: Array,
-    form: str = "dsm",
-    control: GaussianControl | None = None,
-    density: Array | None = None,
-    proposal: str = "importance",
-    trace: Trace = Trace("exact"),
+    trace: Trace | None = None,
+    reduction: Reduction = Reduction(),
 ) -> Bound:
     """The bound for one example ``x (*s)``; vmap over examples, keys and rows of ``u``.
 
@@ -178,29 +194,28 @@ def elbo(
       eps: the smallest time.
       u: points ``(n,)`` in [0, 1), each a draw of the diffusion term; rows of ``times.lattice``
         over a data set have the least variance.
-      form: ``dsm`` or ``ssm``.
-      control: reduces the variance of ``dsm``.
-      density: of the draws of u, in equal bins (``times.warp``); None for uniform.
-      proposal: of ``times.PROPOSALS``, where u lies in time: evenly in log-SNR or in t.
-      trace: the divergence of ``ssm``.
+      trace: None for the denoising form (dsm); of the score-matching form (ssm), how its
+        divergence is computed.
+      reduction: of the variance.
 
     Returns:
       The three terms in nats. Their expectation bounds -log p(x).
 
     Raises:
-      ValueError: for an unknown form or proposal, ``u`` of another rank, integer ``x``, eps outside
-        (0, T), a control with ``ssm``, or a score whose shape is not that of ``x``.
+      ValueError: for an unknown proposal, ``u`` of another rank, integer ``x``, eps outside (0, T),
+        a control with the score-matching form, or a score whose shape is not that of ``x``.
     """
-    if form not in FORMS:
-        raise ValueError(f"unknown form {form!r} of the bound; choose from {FORMS}")
-    if form == "ssm" and control is not None:
-        raise ValueError("the Gaussian control is of the dsm form: use form='dsm' or no control")
+    control = reduction.control
+    if trace is not None and control is not None:
+        raise ValueError(
+            "the Gaussian control is of the denoising form: give no trace, or no control"
+        )
     if not jnp.issubdtype(x.dtype, jnp.floating):
         raise ValueError(f"x is {x.dtype}: dequantize integers first (sbml.bits.to_model)")
-    t, weight = times.drawn(sde, eps, u, density, proposal)
+    t, weight = times.drawn(sde, eps, u, reduction.density, reduction.proposal)
     time_key, last_key, probe_key = jax.random.split(key, 3)
     zs = jax.random.normal(time_key, (u.size, *x.shape), x.dtype)
-    if form == "dsm":
+    if trace is None:
         draws = jax.vmap(lambda t, z: diffusion_dsm(score, sde, x, t, z, control))(t, zs)
     else:
         exact = trace.kind == "exact"
@@ -224,11 +239,10 @@ def pilot(
     *,
     eps: float,
     control: GaussianControl | None = None,
-    draws: int = 8,
     bins: int = 32,
     floor: float = 0.1,
 ) -> Array:
-    """A density ``(bins,)`` of times for :func:`elbo`, from ``draws`` of each of ``x (n, *s)``.
+    """A density ``(bins,)`` of times for :func:`elbo`, from 8 draws of each of ``x (n, *s)``.
 
     The network sees the draws of one image at a time, whatever batches it is then evaluated in.
 
@@ -236,9 +250,9 @@ def pilot(
     ``floor`` left uniform. Take other draws than those it is then used for.
     """
     u_key, z_key = jax.random.split(key)
-    v = times.lattice(u_key, len(x), draws)
+    v = times.lattice(u_key, len(x), PILOT_DRAWS)
     t, _ = Importance(sde, eps).at(v)
-    keys = jax.random.split(z_key, (len(x), draws))
+    keys = jax.random.split(z_key, (len(x), PILOT_DRAWS))
 
     def one(x: Array, t: Array, key: Key) -> Array:
         z = jax.random.normal(key, x.shape, x.dtype)

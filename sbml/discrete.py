@@ -23,6 +23,7 @@ integral of 1/2 E |z*|^2 dlambda is an entropy difference. So only |n - e|^2 / 2
 References: Song et al. 2021, appendix on dequantization; Kingma et al., VDM, 2021, section 3.3.
 """
 
+import dataclasses
 import math
 from collections.abc import Callable
 
@@ -32,12 +33,13 @@ from jax.scipy.special import log_ndtr, ndtri
 from jax.scipy.stats import norm
 
 from sbml import bits, compiler, scalars, times
-from sbml.bound import Bound, GaussianControl, prior_kl
+from sbml.bound import Bound, GaussianControl, Reduction, prior_kl
 from sbml.scalars import Number
 from sbml.sdes import SDE
 from sbml.types import Array, Key, Score, deterministic
 
-TRUNCATED_NORMAL, CATEGORICAL = KINDS = ("truncated_normal", "categorical")
+Decoder = Callable[[Array, Array, Array], Array]
+
 
 TAU = 3.0  # standard deviations of the noise in half a bin, at the smallest time
 
@@ -155,20 +157,43 @@ def _draw(
     return error - 0.5 * jnp.sum((plain - control.noise(sde, mean + std * plain, t)) ** 2)
 
 
+@dataclasses.dataclass(frozen=True)
+class TruncatedNormal:
+    """Noise kept inside the bin: of ``levels`` levels."""
+
+    levels: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Categorical:
+    """Noise around the bin's centre, and a decoder.
+
+    Attributes:
+      levels: L.
+      decoder: -log P(pixels | y) in nats of (y, eps, pixels) with y = x_eps / alpha; None for that
+        of the noise alone, :func:`decoder_nats`.
+    """
+
+    levels: int
+    decoder: Decoder | None = None
+
+    def nats(self, y: Array, eps: Array, pixels: Array, rho: Array) -> Array:
+        """-log P(pixels | y), nats, a scalar."""
+        if self.decoder is None:
+            return decoder_nats(y, pixels, self.levels, rho)
+        return self.decoder(y, eps, pixels)
+
+
 def elbo(
     score: Score,
     sde: SDE,
     pixels: Array,
     key: Key,
     *,
-    kind: str,
-    levels: int,
     eps: float,
     u: Array,
-    control: GaussianControl | None = None,
-    density: Array | None = None,
-    proposal: str = "importance",
-    decoder: Callable[[Array, Array, Array], Array] | None = None,
+    noise: TruncatedNormal | Categorical,
+    reduction: Reduction = Reduction(),
 ) -> Bound:
     """The bound on -log P(pixels) for one example, of the integers' own probability.
 
@@ -179,27 +204,23 @@ def elbo(
       sde: the forward process.
       pixels: integers ``(*s)`` in 0 .. levels - 1.
       key: draws all noise.
-      kind: ``truncated_normal`` or ``categorical``.
-      levels: L.
       eps: the smallest time, for which :func:`smallest_time` is a good choice.
       u: points ``(n,)`` in [0, 1), each a draw of the diffusion term.
-      control, density, proposal: as in ``bound.elbo``; they change the variance only.
-      decoder: of ``categorical``, -log P(pixels | y) in nats of (y, eps, pixels) with
-        y = x_eps / alpha; None for that of the noise alone.
+      noise: what the integers look like at eps, and their number of levels.
+      reduction: as in ``bound.elbo``; it changes the variance only.
 
     Returns:
-      prior, diffusion and reconstruction (the decoder; zero for ``truncated_normal``), in nats.
+      prior, diffusion and reconstruction (the decoder; zero for the truncated normal), in nats.
 
     Raises:
-      ValueError: as ``bound.elbo``; for an unknown kind, or pixels that are no integers.
+      ValueError: as ``bound.elbo``; for pixels that are no integers.
     """
-    if kind not in KINDS:
-        raise ValueError(f"unknown discrete bound {kind!r}; choose from {KINDS}")
     if not jnp.issubdtype(pixels.dtype, jnp.integer):
         raise ValueError(f"pixels are {pixels.dtype}: give integers; bound.elbo is of real x")
-    t, weight = times.drawn(sde, eps, u, density, proposal)
-    centre = bits.to_model(pixels, 0.5, levels)
-    width = tau(sde, levels, eps) if kind == TRUNCATED_NORMAL else None
+    control = reduction.control
+    t, weight = times.drawn(sde, eps, u, reduction.density, reduction.proposal)
+    centre = bits.to_model(pixels, 0.5, noise.levels)
+    width = tau(sde, noise.levels, eps) if isinstance(noise, TruncatedNormal) else None
     first = sde.log_snr(jnp.asarray(eps, centre.dtype))
 
     def draw(t: Array, normals: Array) -> Array:
@@ -209,14 +230,11 @@ def elbo(
     diffusion = jnp.mean(weight * jax.vmap(draw)(t, pairs))
     if control is not None:
         diffusion = diffusion + control.integral(sde, centre, eps)
-    if width is not None:
+    if isinstance(noise, TruncatedNormal):
+        width = tau(sde, noise.levels, eps)
         diffusion = diffusion + centre.size * edge_constant(sde, eps, width)
         variance = 1 - scalars.exp(-_snr_range(sde, eps)) * (1 - _variance(width))
         return Bound(prior_kl(sde, centre, variance), diffusion, jnp.zeros((), centre.dtype))
     rho = jnp.exp(-0.5 * first)
-    y = centre + rho * last
-    if decoder is None:
-        reconstruction = decoder_nats(y, pixels, levels, rho)
-    else:
-        reconstruction = decoder(y, jnp.asarray(eps, centre.dtype), pixels)
+    reconstruction = noise.nats(centre + rho * last, jnp.asarray(eps, centre.dtype), pixels, rho)
     return Bound(prior_kl(sde, centre), diffusion, reconstruction)

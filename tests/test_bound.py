@@ -8,6 +8,8 @@ from jax.scipy.stats import norm
 from scipy import integrate
 
 from sbml import bound, sampling, times
+from sbml.bound import Reduction
+from sbml.divergence import Trace
 from sbml.sdes import SDES
 from sbml.verify import oracle
 
@@ -94,7 +96,7 @@ def test_control_integral_is_the_quadrature_of_its_error(case):
 
 def test_control_of_the_truth_leaves_no_variance(case):
     sde, data = case
-    x, values = draws(data, sde, n=50, control=control_of(data))
+    x, values = draws(data, sde, n=50, reduction=Reduction(control_of(data)))
     np.testing.assert_allclose(values, control_of(data).integral(sde, x, EPS), rtol=1e-10)
 
 
@@ -109,7 +111,7 @@ def test_times_uniform_in_t_do_not_bias(case):
     """With a control, though of another Gaussian: without, the noise would hide a bias of half."""
     sde, data = case
     wrong = bound.GaussianControl(data.mean + 0.1, jnp.full_like(data.mean, 0.3), None)
-    x, values = draws(data, sde, control=wrong, proposal="uniform")
+    x, values = draws(data, sde, reduction=Reduction(wrong, proposal="uniform"))
     expected = control_of(data).integral(sde, x, EPS)
     assert abs(values.mean() - expected) < 4 * values.std() / np.sqrt(len(values))
 
@@ -117,7 +119,7 @@ def test_times_uniform_in_t_do_not_bias(case):
 def test_a_wrong_control_does_not_bias(case):
     sde, data = case
     wrong = bound.GaussianControl(data.mean + 0.1, jnp.full_like(data.mean, 0.3), None)
-    x, values = draws(data, sde, control=wrong)
+    x, values = draws(data, sde, reduction=Reduction(wrong))
     expected = control_of(data).integral(sde, x, EPS)
     assert abs(values.mean() - expected) < 4 * values.std() / np.sqrt(len(values))
 
@@ -145,7 +147,7 @@ def test_a_density_of_times_does_not_bias(case):
     """However uneven, the mean is the closed integral."""
     sde, data = case
     density = times.floored(jnp.arange(8.0) ** 2)
-    x, values = draws(data, sde, density=density)
+    x, values = draws(data, sde, reduction=Reduction(density=density))
     truth = control_of(data).integral(sde, x, EPS)
     assert abs(values.mean() - truth) < 4 * values.std() / np.sqrt(len(values))
 
@@ -153,9 +155,9 @@ def test_a_density_of_times_does_not_bias(case):
 def test_pilot_follows_the_noise(case):
     """Bin by bin the standard deviation of the draws, against fresh draws of bins of its own."""
     sde, data = case
-    x = jnp.stack([x_points(data)[0]] * 64)
+    x = jnp.stack([x_points(data)[0]] * 512)
     options = {"eps": EPS, "bins": 4, "floor": 1e-6}
-    density = bound.pilot(data.score, sde, x, jax.random.key(0), draws=64, **options)
+    density = bound.pilot(data.score, sde, x, jax.random.key(0), **options)
     u = jax.random.uniform(jax.random.key(1), (4, 2000), minval=jnp.arange(4.0)[:, None] / 4,
                            maxval=jnp.arange(1.0, 5.0)[:, None] / 4)  # fmt: skip
     t, _ = times.Importance(sde, EPS).at(u)
@@ -236,11 +238,13 @@ def test_fit_recovers_mean_and_covariance():
 @pytest.mark.parametrize(
     "kwargs, message",
     [
-        ({"form": "elbo"}, "unknown form 'elbo'"),
-        ({"form": "ssm", "control": 1}, "control is of the dsm form"),
+        (
+            {"trace": Trace("exact"), "reduction": Reduction(control=1)},
+            "control is of the denoising form",
+        ),
         ({"eps": 0.0}, "smallest time eps=0.0"),
         ({"x": np.zeros(3, np.uint8)}, "uint8: dequantize"),
-        ({"proposal": "lattice"}, "unknown proposal 'lattice'; choose from"),
+        ({"reduction": Reduction(proposal="lattice")}, "unknown proposal 'lattice'; choose from"),
         # It would broadcast against n draws in silence, to a bound far too low.
         ({"u": jnp.full((4, 1), 0.5)}, r"u has shape \(4, 1\): give one example's \(n,\)"),
         ({"u": jnp.asarray(0.5)}, r"u has shape \(\): give one example's \(n,\)"),

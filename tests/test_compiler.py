@@ -40,7 +40,7 @@ calls = {
     "losses.dsm_batch": lambda: losses.dsm_batch(score, sde, x[None], t[None], key[None]),
     "bound.elbo": lambda: bound.elbo(score, sde, x, key, eps=1e-3, u=t[None]),
     "discrete.elbo": lambda: discrete.elbo(
-        score, sde, k, key, kind="categorical", levels=2, eps=1e-3, u=t[None]
+        score, sde, k, key, noise=discrete.Categorical(2), eps=1e-3, u=t[None]
     ),
     "likelihood.ode_logp": lambda: likelihood.ode_logp(score, sde, x, key, eps=1e-3),
     "ode.transport": lambda: ode.transport(score, sde, x, 1e-3, 1.0, ode.Solver()),

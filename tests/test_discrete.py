@@ -14,6 +14,10 @@ from sbml.verify import oracle
 
 pytestmark = [pytest.mark.usefixtures("x64"), pytest.mark.oracle]
 LEVELS, K, MEAN, VARIANCE, N = 8, 5, 0.1, 0.09, 40_000
+NOISES = {
+    "truncated_normal": discrete.TruncatedNormal(LEVELS),
+    "categorical": discrete.Categorical(LEVELS),
+}
 CENTRE, HALF = 2 * (K + 0.5) / LEVELS - 1, 1 / LEVELS
 
 
@@ -40,7 +44,7 @@ def bounds(case, kind, control):
     def draw(key, u):
         return discrete.elbo(
             data.score, sde, jnp.array([K]), key,
-            kind=kind, levels=LEVELS, eps=eps, u=u, control=fitted,
+            noise=NOISES[kind], eps=eps, u=u, reduction=bound.Reduction(fitted),
         )  # fmt: skip
 
     return draw(keys, u)
@@ -155,15 +159,13 @@ def test_decoder_sums_over_levels_and_pixels():
 
 def test_wrong_kinds_and_times_are_refused(case):
     sde, data, *_ = case
-    arguments = {"levels": LEVELS, "u": jnp.array([0.5])}
+    arguments = {"noise": discrete.Categorical(LEVELS), "u": jnp.array([0.5])}
     pixels, key = jnp.array([K]), jax.random.key(0)
-    with pytest.raises(ValueError, match="unknown discrete bound 'uniform'"):
-        discrete.elbo(data.score, sde, pixels, key, kind="uniform", eps=1e-2, **arguments)
     with pytest.raises(ValueError, match="pixels are float64: give integers"):
         real = pixels.astype(float)
-        discrete.elbo(data.score, sde, real, key, kind="categorical", eps=1e-2, **arguments)
+        discrete.elbo(data.score, sde, real, key, eps=1e-2, **arguments)
     with pytest.raises(ValueError, match="must lie in"):
-        discrete.elbo(data.score, sde, pixels, key, kind="categorical", eps=2.0, **arguments)
+        discrete.elbo(data.score, sde, pixels, key, eps=2.0, **arguments)
 
 
 def test_uniform_noise_in_the_bin_is_the_same_integer():

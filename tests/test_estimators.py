@@ -27,6 +27,7 @@ SDE = VP(beta_max=1.0)
 DATA = oracle.Gaussian(SDE, jnp.array([-0.4, 0.3]), jnp.array([0.02, 0.1]), jnp.eye(2))
 SCORE = jax.tree_util.Partial(DATA.score)
 EPS = discrete.smallest_time(SDE, LEVELS, 1e-5)
+NOISES = {"truncated_normal": discrete.TruncatedNormal, "categorical": discrete.Categorical}
 ROWS = Rows(PIXELS, jnp.arange(2), jnp.full(2, SWEEP), np.uint32(SEED))
 
 
@@ -75,7 +76,7 @@ def test_the_bounds_row_is_the_librarys_bound(name):
             got = bound.elbo(SCORE, SDE, x, key, eps=EPS, u=u[i])
             nats = got.total + 2 * math.log(LEVELS / 2)
         else:
-            how = {"kind": name, "levels": LEVELS, "eps": EPS, "u": u[i]}
+            how = {"noise": NOISES[name](LEVELS), "eps": EPS, "u": u[i]}
             got = discrete.elbo(SCORE, SDE, pixels, key, **how)
             nats = got.total
         assert got.prior > 1e-3

@@ -181,11 +181,13 @@ def test_the_librarys_bound_takes_the_decoder():
     @jax.jit
     def totals(pixels):
         def one(key, u, decoder):
-            how = {"kind": "categorical", "levels": len(p), "eps": eps, "u": u}
-            return discrete.elbo(score, sde, pixels, key, decoder=decoder, **how).total
+            how = {"noise": discrete.Categorical(len(p), decoder), "eps": eps, "u": u}
+            return discrete.elbo(score, sde, pixels, key, **how).total
 
-        draw = jax.vmap(one, (0, 0, None))
-        return draw(keys, u, score.decoder_nats), draw(keys, u, None)
+        def draw(decoder):
+            return jax.vmap(lambda key, u: one(key, u, decoder))(keys, u)
+
+        return draw(score.decoder_nats), draw(None)
 
     found = [totals(jnp.asarray([k])) for k in range(len(p))]
     learned, plain = (

@@ -24,6 +24,7 @@ import pytest
 from flax import nnx
 
 from sbml import bound, likelihood, losses, times
+from sbml.divergence import Trace
 from sbml.runtime import sharding
 from sbml.sdes import SDES
 from sbml.types import Array, Key, Score
@@ -166,15 +167,15 @@ def loss(score: Score, x: Array, keys: Array, u: Array) -> Array:
     return weight * losses.dsm_batch(score, SDE, x, t, keys)
 
 
-def elbo(score: Score, x: Array, key: Key, u: Array, form: str) -> bound.Bound:
-    return bound.elbo(score, SDE, x, key, eps=EPS, u=u, form=form)
+def elbo(score: Score, x: Array, key: Key, u: Array, trace: Trace | None) -> bound.Bound:
+    return bound.elbo(score, SDE, x, key, eps=EPS, u=u, trace=trace)
 
 
 def numbers(score: Score, x: Array, keys: Array, u: Array) -> dict[str, Array]:
     """The losses and the terms of both forms of the bound, ``(n,)`` each, in nats."""
     found = {"loss": loss(score, x, keys, u)}
-    for form in bound.FORMS:
-        terms = jax.vmap(functools.partial(elbo, score, form=form))(x, keys, u)
+    for form, trace in bound.FORMS.items():
+        terms = jax.vmap(functools.partial(elbo, score, trace=trace))(x, keys, u)
         found |= {f"{form}_{name}": term for name, term in terms._asdict().items()}
     return found
 

@@ -7,6 +7,7 @@ import pytest
 import scipy.integrate
 
 from sbml import bound, discrete, likelihood, losses, samplers, times
+from sbml.divergence import Trace
 from sbml.sdes import SDE, SDES
 from sbml.types import Array, Key, Score
 from sbml.verify import oracle
@@ -307,8 +308,8 @@ def test_a_score_of_the_wrong_shape_is_refused(shape: tuple[int, ...]) -> None:
         lambda: losses.dsm(wrong, sde, x, T, key),
         lambda: losses.dsm_batch(wrong, sde, x[None], T[None], key[None]),
         lambda: bound.elbo(wrong, sde, x, key, **steps),
-        lambda: bound.elbo(wrong, sde, x, key, **steps, form="ssm"),
-        lambda: discrete.elbo(wrong, sde, pixels, key, kind="categorical", levels=4, **steps),
+        lambda: bound.elbo(wrong, sde, x, key, **steps, trace=Trace("exact")),
+        lambda: discrete.elbo(wrong, sde, pixels, key, noise=discrete.Categorical(4), **steps),
         lambda: likelihood.ode_logp(wrong, sde, x, key, eps=EPS),
         lambda: sampler(wrong, sde, x, key, eps=EPS),
         lambda: samplers.EulerMaruyama(steps=1)(wrong, sde, x, key, eps=EPS),

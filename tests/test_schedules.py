@@ -149,11 +149,11 @@ def _numbers(sde: SDE, x: Array) -> dict[str, Array]:
     control = bound.GaussianControl(jnp.zeros(2), jnp.ones(2), None)
     elbo = functools.partial(bound.elbo, _score, sde, x, key, eps=eps, u=u)
     pixels = jnp.asarray([1, 2])
-    how = {"kind": "categorical", "levels": 4, "eps": eps, "u": u}
+    how = {"noise": discrete.Categorical(4), "eps": eps, "u": u}
     return {
         "logp": solved.logp,
-        "importance": elbo(control=control).total,
-        "uniform": elbo(proposal="uniform").total,
+        "importance": elbo(reduction=bound.Reduction(control)).total,
+        "uniform": elbo(reduction=bound.Reduction(proposal="uniform")).total,
         "integers": discrete.elbo(_score, sde, pixels, key, **how).total,
         "loss": losses.dsm(_score, sde, x, jnp.asarray(0.3), key),
         "prior": sde.prior_logp(x),

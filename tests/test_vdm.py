@@ -12,6 +12,7 @@ from flax.traverse_util import flatten_dict
 
 from sbml import bits, discrete, samplers, sdes
 from sbml.adapters import Adapter, LinenScore
+from sbml.bound import Reduction
 from sbml.convert import vdm as vdm_checkpoint
 from sbml.networks import vdm
 from sbml.sdes import SDE
@@ -185,11 +186,10 @@ def bounds(score: Any, sde: SDE, variant: str, monkeypatch: pytest.MonkeyPatch) 
         monkeypatch.setattr(discrete, "_normals", lambda *_: (pair[None], eps_0))
         return discrete.elbo(
             *(score(condition), sde, pixels, jax.random.key(0)),
-            kind=discrete.CATEGORICAL,
-            levels=reference.LEVELS,
+            noise=discrete.Categorical(reference.LEVELS),
             eps=0.0,
             u=t[None],
-            proposal="uniform",
+            reduction=Reduction(proposal="uniform"),
         )
 
     t, eps, eps_0 = (GIVEN[f"loss/{name}"] for name in (f"{variant}/t", "eps", "eps_0"))
@@ -237,10 +237,12 @@ def test_the_way_between_the_ends_changes_no_bound(params: dict[str, Any]) -> No
 
     def totals(sde: SDE) -> list[Array]:
         score, pixels = score_of(params, sde, 2.0), jnp.asarray(IMAGES[2])
-        draws = {"levels": reference.LEVELS, "eps": 0.0, "u": jnp.asarray([0.3, 0.8])}
+        draws = {"eps": 0.0, "u": jnp.asarray([0.3, 0.8])}
+        kinds = discrete.TruncatedNormal, discrete.Categorical
         key = jax.random.key(0)
         return [
-            discrete.elbo(score, sde, pixels, key, kind=k, **draws).total for k in discrete.KINDS
+            discrete.elbo(score, sde, pixels, key, noise=kind(reference.LEVELS), **draws).total
+            for kind in kinds
         ]
 
     found = jax.jit(lambda: totals(learned))(), jax.jit(lambda: totals(linear))()

@@ -8,7 +8,7 @@ A new dequantizer is a new file here that exports a frozen dataclass ``Model``, 
 and one of the next two methods, or both:
 
     sample(params, pixels (*s), key) -> u, log_q  u (*s) in [0, 1), log q(u | pixels) in nats
-    bound(params, score, sde, pixels (*s), key, levels, *, eps, u, control, density, proposal)
+    bound(params, score, sde, pixels (*s), key, levels, *, eps, u, reduction) -> bound.Bound
                                                   its own bound on -log P(pixels)
 
 With ``sample``, x = 2 (pixels + u) / L - 1 is data, which the density model sees as it is

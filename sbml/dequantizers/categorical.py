@@ -39,6 +39,4 @@ class Model:
         **draws: Any,
     ) -> Bound:
         """The bound on -log P(pixels) with its decoder: ``discrete.elbo``."""
-        return discrete.elbo(
-            score, sde, pixels, key, kind=discrete.CATEGORICAL, levels=levels, **draws
-        )
+        return discrete.elbo(score, sde, pixels, key, noise=discrete.Categorical(levels), **draws)

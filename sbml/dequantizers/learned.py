@@ -47,7 +47,5 @@ class Model:
                 "the score has no decoder_nats(y, t, pixels): the learned decoder is an integer "
                 "denoiser's (score.parameterization=levels)"
             )
-        kind, decoder = discrete.CATEGORICAL, score.decoder_nats
-        return discrete.elbo(
-            score, sde, pixels, key, kind=kind, levels=levels, decoder=decoder, **draws
-        )
+        noise = discrete.Categorical(levels, score.decoder_nats)
+        return discrete.elbo(score, sde, pixels, key, noise=noise, **draws)

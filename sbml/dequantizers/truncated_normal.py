@@ -72,6 +72,5 @@ class Model:
         **draws: Any,
     ) -> Bound:
         """The bound on -log P(pixels) from noise kept in the bin: ``discrete.elbo``."""
-        return discrete.elbo(
-            score, sde, pixels, key, kind=discrete.TRUNCATED_NORMAL, levels=levels, **draws
-        )
+        noise = discrete.TruncatedNormal(levels)
+        return discrete.elbo(score, sde, pixels, key, noise=noise, **draws)

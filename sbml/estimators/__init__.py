@@ -18,8 +18,8 @@ from importlib import import_module
 from pkgutil import iter_modules
 
 from sbml import dequantizers
+from sbml.bound import Reduction as Reduction
 from sbml.estimators import base
-from sbml.estimators.base import Reduction as Reduction
 from sbml.estimators.base import Rows as Rows
 from sbml.estimators.base import Target as Target
 from sbml.estimators.base import rows as rows

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from sbml import bits
-from sbml.bound import GaussianControl
+from sbml.bound import Reduction
 from sbml.ode import Solver
 from sbml.sdes import SDE
 from sbml.types import Array, Key, Score
@@ -84,20 +84,6 @@ def draw_key(seed: ArrayLike, sweep: ArrayLike, i: ArrayLike) -> Key:
     return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), sweep), i)
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Reduction:
-    """What lowers the variance of a bound without changing its expectation.
-
-    Attributes:
-      control: the Gaussian control variate, or None.
-      density: ``(bins,)``, of the times' draws (``times.warp``), or None for uniform.
-    """
-
-    control: GaussianControl | None = None
-    density: ArrayLike | None = None
-
-
 @dataclasses.dataclass(frozen=True)
 class Estimator(abc.ABC):
     """A sum of named terms that equals or bounds -log p of one example.
@@ -107,14 +93,13 @@ class Estimator(abc.ABC):
 
         trace           how a divergence is computed, ``sbml.divergence.Trace``
         num_importance  K, the draws of the dequantizer in one logarithm
-        proposal        where the times of a bound are drawn, of ``times.PROPOSALS``
 
     Attributes:
       terms: the names of its terms; ``scale`` is added by the caller, in float64.
       is_bound: whether it is an expectation over times. Such a number is estimated by independent
         sweeps over the data set, whose spread is its noise; any other solves an ODE, whose error is
         measured by a stricter solve.
-      reducible: whether a ``Reduction`` applies to it.
+      reducible: whether a ``Reduction`` with a control and a density applies to it.
     """
 
     terms: ClassVar[tuple[str, ...]]

@@ -13,8 +13,9 @@ import jax
 import jax.numpy as jnp
 
 from sbml import bound, dequantizers
+from sbml.bound import Reduction
 from sbml.estimators import base
-from sbml.estimators.base import Reduction, Target
+from sbml.estimators.base import Target
 from sbml.types import Array, Key, Score
 
 
@@ -27,8 +28,6 @@ class Estimator(base.Estimator):
     )
     is_bound: ClassVar[bool] = True
     reducible: ClassVar[bool] = True
-
-    proposal: str = "importance"
 
     @classmethod
     def undefined(cls, dequantizer: type[Any], num_importance: int) -> str:
@@ -55,14 +54,13 @@ class Estimator(base.Estimator):
         target: Target,
     ) -> tuple[dict[str, Array], Array | int]:
         u_key, key = jax.random.split(key)
-        draws: dict[str, Any] = {"eps": target.eps, "u": u, "proposal": self.proposal}
-        draws |= {"control": given.control, "density": given.density}
+        draws: dict[str, Any] = {"eps": target.eps, "u": u, "reduction": given}
         model = target.dequantizer
         if dequantizers.has_bound(model):
             found = model.bound(params, score, target.sde, data, key, target.levels, **draws)
             return {**found._asdict(), "dequantization": jnp.zeros(())}, u.size + model.calls
         x, log_q = target.sample(params, data, u_key)
-        found = bound.elbo(score, target.sde, x, key, form="dsm", **draws)
+        found = bound.elbo(score, target.sde, x, key, **draws)
         return {**found._asdict(), "dequantization": log_q}, u.size + 1
 
     def scale_nats(self, target: Target, shape: tuple[int, ...]) -> float:

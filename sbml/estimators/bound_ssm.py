@@ -11,9 +11,10 @@ from typing import Any, ClassVar
 import jax
 
 from sbml import bound, dequantizers
+from sbml.bound import Reduction
 from sbml.divergence import Trace
 from sbml.estimators import bound as dsm
-from sbml.estimators.base import Reduction, Target
+from sbml.estimators.base import Target
 from sbml.types import Array, Key, Score
 
 
@@ -43,7 +44,6 @@ class Estimator(dsm.Estimator):
     ) -> tuple[dict[str, Array], Array | int]:
         u_key, key = jax.random.split(key)
         x, log_q = target.sample(params, data, u_key)
-        draws: dict[str, Any] = {"eps": target.eps, "u": u, "proposal": self.proposal}
-        draws |= {"form": "ssm", "trace": self.trace, "density": given.density}
-        found = bound.elbo(score, target.sde, x, key, **draws)
+        draws: dict[str, Any] = {"eps": target.eps, "u": u, "reduction": given}
+        found = bound.elbo(score, target.sde, x, key, trace=self.trace, **draws)
         return {**found._asdict(), "dequantization": log_q}, u.size + 1

@@ -91,9 +91,12 @@ class CellRun:
         eps = experiment.discrete_eps if model.at_noise else experiment.eval_eps
         self.target = Target(experiment.sde, eps, experiment.levels, model)
         self.estimator = estimator(experiment, cell)
-        self.reduction = Reduction()
+        self.reduction = Reduction(proposal=experiment.eval_proposal)
         if self.estimator.reducible:
-            self.reduction = Reduction(shared.control, shared.density(eps))
+            density: Any = shared.density(eps)
+            self.reduction = dataclasses.replace(
+                self.reduction, control=shared.control, density=density
+            )
         self.ids = shared.ids(self.config.importance_images if cell.num_importance > 1 else 0)
         # Where K > 1 an image costs K solves: about as many in all, but four images at least.
         size = self.config.subset or len(self.ids)
@@ -189,6 +192,7 @@ class CellRun:
         own: dict[str, Any] = {"solver": dataclasses.asdict(solver)}
         if self.cell.is_bound:
             own = {"n_times": config.n_times, "times": config.times}
+            own["proposal"] = self.reduction.proposal
             own["reduction_crc32"] = tree_crc32(self.reduction)
         return {
             "cell": dataclasses.asdict(self.cell),
@@ -272,7 +276,6 @@ def estimator(experiment: Experiment, cell: Cell) -> Estimator:
     settings = {
         "trace": experiment.trace(cell.num_importance),
         "num_importance": cell.num_importance,
-        "proposal": experiment.eval_proposal,
     }
     known = {field.name for field in dataclasses.fields(cell.kind)}
     return cell.kind(**{name: value for name, value in settings.items() if name in known})

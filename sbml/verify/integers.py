@@ -148,7 +148,12 @@ def quadrature_rows(name: str, sde: SDE) -> Iterator[Row]:
     )
 
 
-# Bounds that have no dequantizer.
+# Bounds of the integers themselves.
+
+NOISES = {
+    "truncated_normal": discrete.TruncatedNormal(LEVELS),
+    "categorical": discrete.Categorical(LEVELS),
+}
 
 
 @functools.partial(jit, static_argnames=("sde", "eps"))
@@ -159,13 +164,13 @@ def _bounds(data: oracle.Gaussian, pixels: Array, *, sde: SDE, eps: float) -> di
     keys = jax.random.split(jax.random.key(2), (IMAGES, 256))
 
     def one(pixels: Array, key: Key, u: Array, kind: str) -> Array:
-        settings: dict[str, Any] = {"kind": kind, "levels": LEVELS, "eps": eps}
-        terms = discrete.elbo(data.score, sde, pixels, key, u=u, control=control, **settings)
+        settings: dict[str, Any] = {"noise": NOISES[kind], "reduction": bound.Reduction(control)}
+        terms = discrete.elbo(data.score, sde, pixels, key, eps=eps, u=u, **settings)
         return terms.total
 
     return {
         kind: jax.vmap(jax.vmap(functools.partial(one, kind=kind), (None, 0, 0)))(pixels, keys, u)
-        for kind in discrete.KINDS
+        for kind in NOISES
     }
 
 

@@ -51,7 +51,7 @@ def bin_log_snr(levels: int, tau: float = TAU) -> float:
 
 def truncated_normal(e: Array, tau: float) -> Array:
     """N(0, 1) truncated to [-tau, tau] by a monotone map of standard normal ``e``, any shape."""
-    low = 0.5 * math.erfc(tau / math.sqrt(2))
+    low = 0.5 * scalars.erfc(tau / math.sqrt(2))
     # Halves are mapped by symmetry: a probability near 1 has lost its digits.
     magnitude = -ndtri(low + (1 - 2 * low) * jax.scipy.special.ndtr(-jnp.abs(e)))
     return jnp.clip(jnp.sign(e) * magnitude, -tau, tau)

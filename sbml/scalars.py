@@ -28,6 +28,7 @@ exp = _either(math.exp, jnp.exp)
 log = _either(math.log, jnp.log)
 sqrt = _either(math.sqrt, jnp.sqrt)
 erf = _either(math.erf, jax.scipy.special.erf)
+erfc = _either(math.erfc, jax.scipy.special.erfc)
 
 
 def minimum(x: Number, y: Number) -> Number:

@@ -155,13 +155,13 @@ def test_a_density_of_times_does_not_bias(case):
 def test_pilot_follows_the_noise(case):
     """Bin by bin the standard deviation of the draws, against fresh draws of bins of its own."""
     sde, data = case
-    x = jnp.stack([x_points(data)[0]] * 512)
+    x = jnp.stack([x_points(data)[0]] * 4096)
     options = {"eps": EPS, "bins": 4, "floor": 1e-6}
     density = bound.pilot(data.score, sde, x, jax.random.key(0), **options)
-    u = jax.random.uniform(jax.random.key(1), (4, 2000), minval=jnp.arange(4.0)[:, None] / 4,
+    u = jax.random.uniform(jax.random.key(1), (4, 8000), minval=jnp.arange(4.0)[:, None] / 4,
                            maxval=jnp.arange(1.0, 5.0)[:, None] / 4)  # fmt: skip
     t, _ = times.Importance(sde, EPS).at(u)
-    z = jax.random.normal(jax.random.key(2), (4, 2000, *x[0].shape))
+    z = jax.random.normal(jax.random.key(2), (4, 8000, *x[0].shape))
     draw = jax.vmap(jax.vmap(lambda t, z: bound.diffusion_dsm(data.score, sde, x[0], t, z, None)))
     spread = draw(t, z).std(axis=1)
     np.testing.assert_allclose(density, spread / spread.mean(), rtol=0.15)

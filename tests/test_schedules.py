@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -141,17 +142,21 @@ def _score(x: Array, t: Array, key: Key | None) -> Array:
     return -x / (0.3 + t) + 0.2 * jnp.sin(x + t)
 
 
-def _numbers(sde: SDE, x: Array) -> dict[str, Array]:
-    """One of each kind of number, each a smooth function of the SDE's leaves."""
+def _solved(sde: SDE, x: Array) -> dict[str, Array]:
+    """A log-likelihood and its terms."""
+    how = {"trace": Trace("exact"), "solver": ode.Solver("heun", fixed_steps=6)}
+    found = likelihood.ode_logp(_score, sde, x, None, eps=1e-2, **how)
+    return {"logp": found.logp, "divergence": found.divergence, "correction": found.correction}
+
+
+def _sampled(sde: SDE, x: Array) -> dict[str, Array]:
+    """One of each kind of other number, each a smooth function of the SDE's leaves."""
     key, eps, u = jax.random.key(0), 1e-2, times.lattice(jax.random.key(1), 1, 4)[0]
-    solver = ode.Solver("heun", fixed_steps=6)
-    solved = likelihood.ode_logp(_score, sde, x, None, eps=eps, trace=Trace("exact"), solver=solver)
     control = bound.GaussianControl(jnp.zeros(2), jnp.ones(2), None)
     elbo = functools.partial(bound.elbo, _score, sde, x, key, eps=eps, u=u)
     pixels = jnp.asarray([1, 2])
     how = {"noise": discrete.Categorical(4), "eps": eps, "u": u}
     return {
-        "logp": solved.logp,
         "importance": elbo(reduction=bound.Reduction(control)).total,
         "uniform": elbo(reduction=bound.Reduction(proposal="uniform")).total,
         "integers": discrete.elbo(_score, sde, pixels, key, **how).total,
@@ -160,10 +165,19 @@ def _numbers(sde: SDE, x: Array) -> dict[str, Array]:
     }
 
 
-@pytest.mark.parametrize("kind", [VE(1.0, 0.1), Derived(VP(0.1, 8.0))])
-def test_traced_sdes_give_the_numbers_of_static_ones_and_their_derivatives(kind: SDE) -> None:
+@pytest.mark.parametrize(
+    ("kind", "numbers"),
+    [
+        (VE(1.0, 0.1), _sampled),
+        (Derived(VP(0.1, 8.0)), _sampled),
+        (Derived(VP(0.1, 8.0)), _solved),
+    ],
+)
+def test_traced_sdes_give_the_numbers_of_static_ones_and_their_derivatives(
+    kind: SDE, numbers: Callable[[SDE, Array], dict[str, Array]]
+) -> None:
     x = jnp.asarray([0.3, -0.5])
-    static = jax.jit(_numbers, static_argnums=0)(kind, x)
+    static = jax.jit(numbers, static_argnums=0)(kind, x)
 
     leaves, tree = jax.tree.flatten(kind)
 
@@ -171,11 +185,11 @@ def test_traced_sdes_give_the_numbers_of_static_ones_and_their_derivatives(kind:
         # Each leaf by another share: if both grew alike, some numbers would stay as they are.
         return jax.tree.unflatten(tree, [(1 + i * h) * leaf for i, leaf in enumerate(leaves, 1)])
 
-    moved = jax.jit(lambda h: _numbers(along(h), x))
+    moved = jax.jit(lambda h: numbers(along(h), x))
     traced = moved(0.0)
     for name, value in static.items():
         np.testing.assert_allclose(traced[name], value, rtol=1e-9, err_msg=name)
-    slopes = jax.jit(jax.jacfwd(lambda h: _numbers(along(h), x)))(0.0)
+    slopes = jax.jit(jax.jacfwd(lambda h: numbers(along(h), x)))(0.0)
     h = 1e-5
     up, down = moved(h), moved(-h)
     for name in static:

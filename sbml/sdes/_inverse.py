@@ -35,7 +35,8 @@ def inverse(f: Callable[[Array], Array], y: Array, last: float) -> Array:
     known = jnp.isfinite(gap) & jnp.isfinite(rate) & (rate != 0)
     gap = jnp.where(known, gap, 0)
     # Nothing is added to t but its derivative.
-    return t - (gap - jax.lax.stop_gradient(gap)) / jnp.where(known, rate, 1)
+    step = (gap - jax.lax.stop_gradient(gap)) / jnp.where(known, rate, 1)
+    return t - step.astype(y.dtype)  # An SDE's own numbers may be more precise than the argument.
 
 
 def _bisected(f: Callable[[Array], Array], y: Array, last: float) -> Array:

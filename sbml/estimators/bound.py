@@ -14,8 +14,8 @@ import jax.numpy as jnp
 
 from sbml import bound, dequantizers
 from sbml.estimators import base
-from sbml.estimators.base import Reduction, Target
-from sbml.types import Array, Key, Score
+from sbml.estimators.base import Count, Data, Reduction, Target
+from sbml.types import Key, Scalar, Score
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,12 +48,12 @@ class Estimator(base.Estimator):
         self,
         score: Score,
         params: Any,
-        data: Array,
+        data: Data,
         key: Key,
         u: Any,
         given: Reduction,
         target: Target,
-    ) -> tuple[dict[str, Array], Array | int]:
+    ) -> tuple[dict[str, Scalar], Count]:
         u_key, key = jax.random.split(key)
         draws: dict[str, Any] = {"eps": target.eps, "u": u, "proposal": self.proposal}
         draws |= {"control": given.control, "density": given.density}

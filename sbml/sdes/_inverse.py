@@ -13,16 +13,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sbml.types import Array
+from sbml.types import Array, Elementwise
+
+Function = Callable[[Elementwise], Elementwise]
 
 
-def slope(f: Callable[[Array], Array], t: Array) -> Array:
+def slope(f: Function, t: Elementwise) -> Elementwise:
     """df/dt of an elementwise ``f``, of the shape of ``t``."""
     t = jnp.asarray(t)
     return jax.jvp(f, (t,), (jnp.ones_like(t),))[1]
 
 
-def inverse(f: Callable[[Array], Array], y: Array, last: float) -> Array:
+def inverse(f: Function, y: Elementwise, last: float) -> Elementwise:
     """The largest float t in (0, ``last``] with f(t) >= y, elementwise, of the shape of ``y``.
 
     ``f`` is elementwise and decreasing. Above f's range the result is the smallest normal float,
@@ -38,7 +40,7 @@ def inverse(f: Callable[[Array], Array], y: Array, last: float) -> Array:
     return t - (gap - jax.lax.stop_gradient(gap)) / jnp.where(known, rate, 1)
 
 
-def _bisected(f: Callable[[Array], Array], y: Array, last: float) -> Array:
+def _bisected(f: Function, y: Elementwise, last: float) -> Elementwise:
     integer = jnp.dtype(f"int{8 * y.dtype.itemsize}")
     ends = np.asarray([jnp.finfo(y.dtype).tiny, last]).astype(y.dtype).view(integer)
     # Of each interval, f >= y at the lower end and not at the upper one.

@@ -9,7 +9,7 @@ from sbml import compiler, scalars
 from sbml.scalars import Number
 from sbml.sdes._kernel import ClosedForm
 from sbml.sdes.levels import Levels
-from sbml.types import Array
+from sbml.types import Elementwise
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,13 +22,13 @@ class _Exploding(ClosedForm):
     def prior_std(self) -> Number:
         return self.sigma_max
 
-    def drift_coef(self, t: Array) -> Array:
+    def drift_coef(self, t: Elementwise) -> Elementwise:
         return jnp.zeros_like(t)
 
-    def mean_coef(self, t: Array) -> Array:
+    def mean_coef(self, t: Elementwise) -> Elementwise:
         return jnp.ones_like(t)
 
-    def log_snr(self, t: Array) -> Array:
+    def log_snr(self, t: Elementwise) -> Elementwise:
         compiler.check()
         return -2 * jnp.log(self.std(t))
 
@@ -51,16 +51,16 @@ class VE(_Exploding):
     def _log_ratio(self) -> Number:
         return scalars.log(self.sigma_max / self.sigma_min)
 
-    def diffusion(self, t: Array) -> Array:
+    def diffusion(self, t: Elementwise) -> Elementwise:
         return scalars.sqrt(2 * self._log_ratio) * self.std(t)
 
-    def std(self, t: Array) -> Array:
+    def std(self, t: Elementwise) -> Elementwise:
         return self.sigma_min * jnp.exp(self._log_ratio * t)
 
-    def log_snr(self, t: Array) -> Array:
+    def log_snr(self, t: Elementwise) -> Elementwise:
         return -2 * (scalars.log(self.sigma_min) + self._log_ratio * t)
 
-    def time(self, log_snr: Array) -> Array:
+    def time(self, log_snr: Elementwise) -> Elementwise:
         return (-0.5 * log_snr - scalars.log(self.sigma_min)) / self._log_ratio
 
     def levels(self, n: int) -> Levels:
@@ -80,13 +80,13 @@ class LinearVE(_Exploding):
         if not scalars.traced(self.sigma_max) and not self.sigma_max > 0:
             raise ValueError(f"sigma_max={self.sigma_max}: need sigma_max > 0")
 
-    def diffusion(self, t: Array) -> Array:
+    def diffusion(self, t: Elementwise) -> Elementwise:
         return self.sigma_max * jnp.sqrt(2 * t)
 
-    def std(self, t: Array) -> Array:
+    def std(self, t: Elementwise) -> Elementwise:
         return self.sigma_max * t
 
-    def time(self, log_snr: Array) -> Array:
+    def time(self, log_snr: Elementwise) -> Elementwise:
         return jnp.exp(-0.5 * log_snr) / self.sigma_max
 
 

@@ -39,7 +39,7 @@ class Moments(NamedTuple):
         return cls.of_parts([features])
 
     @classmethod
-    def of_parts(cls, parts: Iterable[Features]) -> "Moments":
+    def of_parts(cls, parts: Iterable[Num[np.ndarray, "_ d"]]) -> "Moments":
         """Of features that come ``(m, d)`` at a time, each part looked at once.
 
         Sums are taken around the first part's mean, so that nothing cancels in the covariance.

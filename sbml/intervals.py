@@ -19,13 +19,14 @@ Satterthwaite (Biometrics Bulletin 1946) has it, whose own estimate from the D_i
 """
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Integer, Num
 from scipy import special
 
-Values = Num[np.ndarray, "n"]
+Values = Num[np.ndarray, "n"] | Sequence[float]
 
 
 class Interval(NamedTuple):

@@ -107,7 +107,7 @@ def beside_integral(field: Callable[..., Any]) -> Callable[..., Any]:
     return lambda t, state, args: (field(t, state[0], args), jnp.zeros_like(state[1]))
 
 
-def _coefficients(method: Any) -> tuple[list[Any], Any, Any, Any]:
+def _coefficients(method: Any) -> tuple[Any, Any, Any, Any]:
     """Of stages but the first and, where it is the end, the last: a, c; then b and b's error."""
     if isinstance(method, diffrax.Euler):
         return [], [], [1.0], None

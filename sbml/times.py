@@ -26,6 +26,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Float
 
 from sbml import compiler, scalars
@@ -69,7 +70,7 @@ def check_points(u: Elementwise) -> None:
         raise ValueError(f"u is {u.dtype}: give points in [0, 1), as of times.lattice")
     if scalars.traced(u) or not u.size:
         return
-    least, largest = float(jnp.min(u)), float(jnp.max(u))
+    least, largest = np.min(u), np.max(u)  # By NumPy: JAX would trace them inside ``jit``.
     if not (least >= 0 and largest < 1):
         raise ValueError(
             f"u lies in [{least:g}, {largest:g}]: give points in [0, 1), as of times.lattice"

@@ -21,16 +21,16 @@ Signatures name the shapes of their arrays (by jaxtyping):
     Batch         (n, *s)     n examples
     Elementwise   any         a function of each number by itself: the result has the same shape
     Pixels        (*s)        one example of integers
-    Numbers       any         numbers of any type and shape, of JAX or NumPy
+    Numbers       any         integers or real numbers
 
 In one signature a letter stands for one size, or for one shape s, wherever it occurs. A ``Key`` is
 one typed random key, ``jax.random.key(seed)``, and ``Keys`` are ``(n,)`` of them; arrays of
-numbers, such as the older ``jax.random.PRNGKey(seed)``, are no keys. Shapes and types are checked
-in the tests only.
+numbers, such as the older ``jax.random.PRNGKey(seed)``, are no keys. NumPy's arrays pass for JAX's.
+Shapes and types are checked in the tests only.
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -41,19 +41,24 @@ from jaxtyping import Float, Integer, Num, Shaped
 from sbml import compiler
 
 Array = jax.Array
+if TYPE_CHECKING:
+    _Array = Array
+else:
+    _Array = Array | np.ndarray | np.number  # NumPy's arrays pass for JAX's, as they do in JAX.
+
 Key = jaxtyping.Key[Array, ""]
 Keys = jaxtyping.Key[Array, "n"]
 
-Scalar = Float[Array, ""]
-Example = Float[Array, "*s"]
-Vector = Float[Array, "n"]
-Batch = Float[Array, "n *s"]
-Elementwise = Float[Array, "*any"]
-Pixels = Integer[Array, "*s"]
-PixelBatch = Integer[Array, "n *s"]
+Scalar = Float[_Array, ""]
+Example = Float[_Array, "*s"]
+Vector = Float[_Array, "n"]
+Batch = Float[_Array, "n *s"]
+Elementwise = Float[_Array, "*any"]
+Pixels = Integer[_Array, "*s"]
+PixelBatch = Integer[_Array, "n *s"]
 
-Numbers = Num[Array | np.ndarray, "..."]  # of any type and shape, of JAX or NumPy
-Anything = Shaped[Array, "..."]  # the same of JAX, keys too: the function itself checks it
+Numbers = Num[_Array, "..."]
+Anything = Shaped[_Array, "..."]  # numbers or keys: the function itself checks them
 
 Score = Callable[[Example, Scalar, Key | None], Example]
 BatchScore = Callable[[Batch, Vector, Key | None], Batch]

@@ -8,6 +8,7 @@ lose it near 0.
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -46,7 +47,7 @@ def _bisected(f: Function, y: Elementwise, last: float) -> Elementwise:
     # Of each interval, f >= y at the lower end and not at the upper one.
     low, high = (jnp.full(y.shape, end, integer) for end in (ends[0], ends[1] + 1))
 
-    def halve(_: int, ends: tuple[Array, Array]) -> tuple[Array, Array]:
+    def halve(_: Any, ends: tuple[Array, Array]) -> tuple[Array, Array]:
         low, high = ends
         middle = low + (high - low) // 2
         before = f(jax.lax.bitcast_convert_type(middle, y.dtype)) >= y

@@ -16,7 +16,7 @@ from sbml.types import Elementwise
 class _Exploding(ClosedForm):
     """What the variance-exploding SDEs share: no drift, a prior as wide as sigma_max."""
 
-    sigma_max: float = 50.0
+    sigma_max: Number = 50.0
 
     @property
     def prior_std(self) -> Number:
@@ -37,7 +37,7 @@ class _Exploding(ClosedForm):
 class VE(_Exploding):
     """Variance exploding, geometric: sigma(t) = sigma_min (sigma_max / sigma_min)^t (SMLD)."""
 
-    sigma_min: float = 0.01
+    sigma_min: Number = 0.01
 
     def __post_init__(self) -> None:
         known = not scalars.traced(self.sigma_min, self.sigma_max)
@@ -100,8 +100,8 @@ class EDM(LinearVE):
     NeurIPS 2022.
     """
 
-    sigma_max: float = 80.0
-    sigma_min: float = 0.002
+    sigma_max: Number = 80.0
+    sigma_min: Number = 0.002
 
     def __post_init__(self) -> None:
         known = not scalars.traced(self.sigma_min, self.sigma_max)

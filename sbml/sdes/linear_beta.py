@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sbml import compiler, scalars
+from sbml.scalars import Number
 from sbml.sdes._kernel import ClosedForm
 from sbml.sdes.levels import Levels
 from sbml.types import Elementwise
@@ -20,8 +21,8 @@ from sbml.types import Elementwise
 class _LinearBeta(ClosedForm):
     """VP and subVP share beta(t) = beta_min + (beta_max - beta_min) t and its integral B(t)."""
 
-    beta_min: float = 0.1
-    beta_max: float = 20.0
+    beta_min: Number = 0.1
+    beta_max: Number = 20.0
 
     def __post_init__(self) -> None:
         known = not scalars.traced(self.beta_min, self.beta_max)

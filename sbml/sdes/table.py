@@ -38,7 +38,7 @@ class AlphaBarTable(SDE):
       ValueError: for fewer than two levels, numbers outside (0, 1), or not decreasing ones.
     """
 
-    alpha_bars: Sequence[float] = dataclasses.field(metadata={"static": True})
+    alpha_bars: Sequence[float] | np.ndarray = dataclasses.field(metadata={"static": True})
 
     def __post_init__(self) -> None:
         values = np.asarray(self.alpha_bars, np.float64)

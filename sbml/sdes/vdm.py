@@ -73,8 +73,8 @@ class LinearGamma(_Gamma):
       ValueError: unless gamma_0 < gamma_1.
     """
 
-    gamma_0: float = -13.3
-    gamma_1: float = 5.0
+    gamma_0: Number = -13.3
+    gamma_1: Number = 5.0
 
     def __post_init__(self) -> None:
         ends = (self.gamma_0, self.gamma_1)

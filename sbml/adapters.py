@@ -33,10 +33,13 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jaxtyping import Integer
 
 from sbml import compiler, integers
 from sbml.sdes import SDE, Kernel
-from sbml.types import Array, Key
+from sbml.types import Array, Batch, Example, Key, Pixels, Scalar, Vector
+
+Condition = Integer[Array, ""] | int
 
 LEVELS = "levels"
 PARAMETERIZATIONS = (
@@ -108,11 +111,11 @@ class Adapter:
         """Parameters for examples of shape ``shape``."""
         return self.model.init(key, jnp.zeros((1, *shape)), jnp.ones((1,)), train=False)["params"]
 
-    def __call__(self, params: Any, condition: Array | None = None) -> "LinenScore":
+    def __call__(self, params: Any, condition: Condition | None = None) -> "LinenScore":
         """The score; ``condition``, a scalar, is the class it is told, where the model has one."""
         return LinenScore(self, params, condition)
 
-    def label_of(self, t: Array) -> Array:
+    def label_of(self, t: Vector) -> Vector:
         """What the network is told of the times ``t (n,)``."""
         sde = self.labels or self.sde
         if self.labels:
@@ -126,7 +129,7 @@ class Adapter:
             return 1000.0 * (largest - sde.log_snr(t)) / (largest - least)
         return sde.log_snr(jnp.asarray(self.eps, t.dtype)) - sde.log_snr(t)
 
-    def coefficients(self, t: Array) -> tuple[Array, Array, Array]:
+    def coefficients(self, t: Vector) -> tuple[Vector, Vector, Vector]:
         """c_in, c_skip, c_out at times ``t``: the noise is c_skip x + c_out F(c_in x).
 
         For ``levels``, which is not linear in F, only the first of them is meant.
@@ -157,12 +160,12 @@ class LinenScore:
 
     adapter: Adapter = dataclasses.field(metadata={"static": True})
     params: Any
-    condition: Array | None = None
+    condition: Condition | None = None
 
-    def __call__(self, x: Array, t: Array, key: Key | None) -> Array:
+    def __call__(self, x: Example, t: Scalar, key: Key | None) -> Example:
         return self.batch(x[None], t[None], key)[0]
 
-    def batch(self, x: Array, t: Array, key: Key | None) -> Array:
+    def batch(self, x: Batch, t: Vector, key: Key | None) -> Batch:
         """Scores of ``x (n, *s)`` at ``t (n,)``; one key for the whole batch."""
         a = self.adapter
         out = self._network(x, t, key)
@@ -176,7 +179,7 @@ class LinenScore:
         _, c_skip, c_out = (_per_example(c, x) for c in a.coefficients(t))
         return -(c_skip * x + c_out * out) / sigma
 
-    def decoder_nats(self, y: Array, t: Array, pixels: Array) -> Array:
+    def decoder_nats(self, y: Example, t: Scalar, pixels: Pixels) -> Scalar:
         """-log p(pixels | x_t) of one example, x_t = alpha y: nats, a scalar.
 
         Raises:
@@ -193,7 +196,7 @@ class LinenScore:
         out = self._network((alpha * y)[None], t[None], None)[0]
         return integers.decoder_nats(out, y, a.sde.std(t) / alpha, pixels, a.levels)
 
-    def _network(self, x: Array, t: Array, key: Key | None) -> Array:
+    def _network(self, x: Batch, t: Vector, key: Key | None) -> Array:
         """F, of the network's input and label."""
         compiler.check()
         a = self.adapter
@@ -212,6 +215,6 @@ class LinenScore:
         return out
 
 
-def _per_example(c: Array, x: Array) -> Array:
+def _per_example(c: Vector, x: Batch) -> Array:
     """``c (n,)`` with axes of 1, to be multiplied with ``x (n, *s)``."""
     return c.reshape(c.shape + (1,) * (x.ndim - 1))

@@ -14,21 +14,24 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Float, UInt8
 
-from sbml.types import Array
+from sbml.types import Array, Elementwise, Numbers
+
+Real = Float[Array, "..."]
 
 LOG2 = math.log(2.0)
 
 
-def to_model(pixels: Array, u: Array | float, levels: int) -> Array:
-    """x = 2 (pixels + u) / levels - 1 in [-1, 1), any shape, for ``u`` in [0, 1).
+def to_model(pixels: Numbers, u: Numbers | float, levels: int) -> Real:
+    """x = 2 (pixels + u) / levels - 1 in [-1, 1), for ``u`` in [0, 1); any shapes that broadcast.
 
     ``u`` is held below 1 - 2^-15: nearer to 1, float32 would round k + u into the next bin.
     """
-    return (2.0 / levels) * (pixels + jnp.minimum(u, 1 - 2.0**-15)) - 1.0
+    return (2.0 / levels) * (jnp.asarray(pixels) + jnp.minimum(u, 1 - 2.0**-15)) - 1.0
 
 
-def to_pixels(x: Array, levels: int) -> Array:
+def to_pixels(x: Numbers, levels: int) -> UInt8[Array, "..."]:
     """The uint8 level whose bin holds ``x``; values outside [-1, 1) go to the nearest level."""
     edges = to_model(jnp.arange(1, levels), 0.0, levels)
     return jnp.searchsorted(edges, x, side="right").astype(jnp.uint8)
@@ -39,17 +42,17 @@ def scale_nats(shape: tuple[int, ...], levels: int) -> float:
     return math.prod(shape) * math.log(levels / 2)
 
 
-def bits_per_dim(nll: Array, shape: tuple[int, ...], levels: int) -> Array:
+def bits_per_dim(nll: Elementwise, shape: tuple[int, ...], levels: int) -> Elementwise:
     """Bits/dim of integers from ``nll`` = -log p(x) in nats, for one example's ``shape``."""
     return (nll + scale_nats(shape, levels)) / (math.prod(shape) * LOG2)
 
 
-def nats_to_bits(nats: Array | float, shape: tuple[int, ...]) -> Any:
+def nats_to_bits(nats: Numbers | float, shape: tuple[int, ...]) -> Any:
     """Nats of a whole example to bits/dim, with no change of scale."""
     return nats / (math.prod(shape) * LOG2)
 
 
-def check_dequantized(x: Array, levels: int) -> None:
+def check_dequantized(x: Numbers, levels: int) -> None:
     """Refuse integers that were not dequantized: their density is a spike, not a bits/dim.
 
     Raises:

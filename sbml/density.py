@@ -20,6 +20,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Num
 
 from sbml import bits, estimate, ode, sampling, times
 from sbml.dequantizers import uniform
@@ -30,7 +31,9 @@ from sbml.estimators import ode as ode_estimator
 from sbml.estimators.base import Estimator
 from sbml.ode import Solver
 from sbml.sdes import SDE
-from sbml.types import Array, Key, Score
+from sbml.types import Array, Batch, Example, Key, Keys, Score
+
+Examples = Num[np.ndarray, "n *s"]
 
 # Examples that are solved again, for the solver's error and the noise of the draws.
 SUBSET = 32
@@ -131,7 +134,7 @@ class Density:
             key = jax.random.fold_in(jax.random.key(self.seed), sweep)
             u = np.asarray(times.lattice(key, len(x), times_each))
 
-            def batch(ids: np.ndarray) -> Columns:
+            def batch(ids: np.ndarray) -> Any:
                 given = Reduction(), u[ids].astype(x.dtype)
                 return self._rows(estimator, target, x, ids, sweep, *given)
 
@@ -141,7 +144,7 @@ class Density:
             [swept(sweep) for sweep in range(sweeps)], _terms(estimator, target), "nats"
         )
 
-    def sample(self, key: Key, n: int) -> np.ndarray:
+    def sample(self, key: Key, n: int) -> Examples:
         """``n`` samples ``(n, *shape)``: integers if there are ``levels``, otherwise numbers."""
         if n < 1:
             raise ValueError(f"n={n}: draw at least one sample")
@@ -163,11 +166,11 @@ class Density:
             return columns["x"]
         return np.asarray(bits.to_pixels(jnp.asarray(columns["x"]), self.levels))
 
-    def latent(self, x: Any) -> np.ndarray:
+    def latent(self, x: Any) -> Examples:
         """Where the ODE carries ``x (n, *shape)`` from t = eps to T."""
         return self._carried(self._continuous(x), self._eps, self.sde.T)
 
-    def decode(self, z: Any) -> np.ndarray:
+    def decode(self, z: Any) -> Examples:
         """Where the ODE carries ``z (n, *shape)`` from t = T to eps: the inverse of ``latent``."""
         return self._carried(self._continuous(z), self.sde.T, self._eps)
 
@@ -187,7 +190,7 @@ class Density:
         plain = jax.tree_util.all_leaves([self.score])
         return jax.tree_util.Partial(self.score) if plain else self.score
 
-    def _continuous(self, x: Any) -> np.ndarray:
+    def _continuous(self, x: Any) -> Examples:
         found = np.asarray(x)
         if not np.issubdtype(found.dtype, np.floating):
             raise ValueError(
@@ -196,7 +199,7 @@ class Density:
             )
         return self._shaped(found)
 
-    def _integers(self, pixels: Any) -> tuple[np.ndarray, int]:
+    def _integers(self, pixels: Any) -> tuple[Examples, int]:
         found = np.asarray(pixels)
         if self.levels is None:
             raise ValueError("bits/dim are of integers: give Density the number of their levels")
@@ -210,7 +213,7 @@ class Density:
             )
         return found, self.levels
 
-    def _shaped(self, found: np.ndarray) -> np.ndarray:
+    def _shaped(self, found: np.ndarray) -> Examples:
         if found.shape[1:] != self.shape or not len(found):
             raise ValueError(
                 f"data of shape {found.shape}: give (n, {', '.join(map(str, self.shape))}) with n "
@@ -222,12 +225,12 @@ class Density:
         self,
         estimator: Estimator,
         target: Target,
-        data: np.ndarray,
+        data: Examples,
         ids: np.ndarray,
         sweep: int,
         given: Solver | Reduction,
         u: np.ndarray | None = None,
-    ) -> Columns:
+    ) -> dict[str, Num[Array | np.ndarray, " n"]]:
         """The terms of ``data[ids]``, every term of the estimator that ``target`` has."""
         sweeps = np.full(len(ids), sweep, np.int32)
         batch = Rows(data[ids], ids, sweeps, np.uint32(self.seed))
@@ -235,7 +238,7 @@ class Density:
         scale = bits.nats_to_bits(estimator.scale_nats(target, self.shape), self.shape)
         return {**found, "scale": np.full(len(ids), scale)}
 
-    def _solved(self, data: np.ndarray, target: Target, unit: str, dims: int) -> Estimate:
+    def _solved(self, data: Examples, target: Target, unit: str, dims: int) -> Estimate:
         """All examples by the ODE; some again, by other draws and by a stricter solver."""
         estimator = ode_estimator.Estimator(self._trace)
         ids, terms = np.arange(len(data)), _terms(estimator, target)
@@ -250,13 +253,15 @@ class Density:
         budget = self.budget * dims
         return estimate.solved(table, ids, subset, self.solver, terms, unit, gap, budget)
 
-    def _carried(self, x: np.ndarray, t0: float, t1: float) -> np.ndarray:
-        def batch(ids: np.ndarray) -> Columns:
+    def _carried(self, x: Examples, t0: float, t1: float) -> Examples:
+        def batch(ids: np.ndarray) -> Any:
             return {"x": _carry(self._partial, x[ids], self.solver, sde=self.sde, t0=t0, t1=t1)}
 
         return self._batched(batch, np.arange(len(x)))["x"]
 
-    def _batched(self, batches: Callable[[np.ndarray], Any], ids: np.ndarray) -> Columns:
+    def _batched(
+        self, batches: Callable[[np.ndarray], Any], ids: np.ndarray
+    ) -> dict[str, np.ndarray]:
         """The columns of ``batches`` for all ``ids``, some at a time; the last batch is padded."""
         size = min(self.batch_size, len(ids))
         if self._trace.kind == "exact":
@@ -286,9 +291,9 @@ def _terms(estimator: Estimator, target: Target) -> tuple[str, ...]:
 
 @_jit("sde", "eps", "shape")
 def _sample(
-    score: Score, keys: Key, solver: Solver, *, sde: SDE, eps: float, shape: tuple[int, ...]
-) -> Array:
-    def one(key: Key) -> Array:
+    score: Score, keys: Keys, solver: Solver, *, sde: SDE, eps: float, shape: tuple[int, ...]
+) -> Batch:
+    def one(key: Key) -> Example:
         x, _ = sampling.ode_sample(
             score, sde, shape, key, eps=eps, solver=solver, denoise_last=True
         )
@@ -298,5 +303,5 @@ def _sample(
 
 
 @_jit("sde", "t0", "t1")
-def _carry(score: Score, x: Array, solver: Solver, *, sde: SDE, t0: float, t1: float) -> Array:
+def _carry(score: Score, x: Batch, solver: Solver, *, sde: SDE, t0: float, t1: float) -> Batch:
     return jax.vmap(lambda x: ode.transport(score, sde, x, t0, t1, solver)[0])(x)

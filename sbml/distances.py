@@ -14,19 +14,23 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 import numpy as np
+from jaxtyping import Float, Integer, Num
 
 from sbml import moments
+
+Features = Num[np.ndarray, "n d"]
+Images = Num[np.ndarray, "n *s"]
 
 
 class Moments(NamedTuple):
     """Mean ``(d,)`` and covariance ``(d, d)`` (divided by n - 1) of ``size`` features."""
 
-    mean: np.ndarray
-    cov: np.ndarray
+    mean: Float[np.ndarray, " d"]
+    cov: Float[np.ndarray, " d d"]
     size: int
 
     @classmethod
-    def of(cls, features: np.ndarray) -> "Moments":
+    def of(cls, features: Features) -> "Moments":
         """Of ``features (n, d)``.
 
         Raises:
@@ -35,7 +39,7 @@ class Moments(NamedTuple):
         return cls.of_parts([features])
 
     @classmethod
-    def of_parts(cls, parts: Iterable[np.ndarray]) -> "Moments":
+    def of_parts(cls, parts: Iterable[Num[np.ndarray, "_ d"]]) -> "Moments":
         """Of features that come ``(m, d)`` at a time, each part looked at once.
 
         Sums are taken around the first part's mean, so that nothing cancels in the covariance.
@@ -72,7 +76,7 @@ def frechet(one: Moments, other: Moments) -> float:
     return float(max(0.0, shift + np.trace(one.cov) + np.trace(other.cov) - 2 * cross))
 
 
-def kernel(x: np.ndarray, y: np.ndarray, chunk: int = 1000) -> float:
+def kernel(x: Features, y: Num[np.ndarray, "m d"], chunk: int = 1000) -> float:
     """The unbiased squared maximum mean discrepancy of ``x (n, d)`` and ``y (m, d)``.
 
     May be negative: it is about 0 for two samples of one distribution.
@@ -97,14 +101,16 @@ def kernel(x: np.ndarray, y: np.ndarray, chunk: int = 1000) -> float:
     return float(off_diagonal(x) + off_diagonal(y) - 2 * total(x, y) / (len(x) * len(y)))
 
 
-def inception_score(probabilities: np.ndarray) -> float:
+def inception_score(probabilities: Float[np.ndarray, "n classes"]) -> float:
     """exp of the mean KL of each row of ``(n, classes)`` from the mean row; 1 to ``classes``."""
     p = np.asarray(probabilities, np.float64)
     ratio = np.divide(p, p.mean(axis=0), out=np.ones_like(p), where=p > 0)  # 0 log 0 = 0
     return float(np.exp(np.mean(np.sum(p * np.log(ratio), axis=1))))
 
 
-def nearest(x: np.ndarray, others: np.ndarray, chunk: int = 1024) -> tuple[np.ndarray, np.ndarray]:
+def nearest(
+    x: Images, others: Num[np.ndarray, " m *s"], chunk: int = 1024
+) -> tuple[Integer[np.ndarray, " n"], Float[np.ndarray, " n"]]:
     """Index of the nearest of ``others (m, *s)`` to each of ``x (n, *s)``, and distance / sqrt(d).
 
     Both may be integers, too many to hold in float64: some rows of each are, at a time.

@@ -24,9 +24,15 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Float, Integer
 
 from sbml import compiler
-from sbml.types import Array, Key
+from sbml.types import Array, Example, Key, Scalar
+
+Field = Callable[[Example], Example]
+Probes = Float[Array, "k *s"]
+Signs = Integer[Array, "k *s"]
+Forms = Float[Array, "k"]
 
 PROBES = ("rademacher", "gaussian")
 
@@ -37,7 +43,7 @@ CHUNK = 256
 TANGENTS = 2048
 
 
-def probes(key: Key, shape: tuple[int, ...], count: int, kind: str = "rademacher") -> Array:
+def probes(key: Key, shape: tuple[int, ...], count: int, kind: str = "rademacher") -> Probes:
     """``(count, *shape)`` random probes: Rademacher's of one draw of signs, Gaussian independent.
 
     Rademacher has the least variance of all: none at all for a diagonal J, where a Gaussian probe's
@@ -75,13 +81,13 @@ def colours(shape: tuple[int, ...]) -> np.ndarray:
     return colour
 
 
-def hadamard(rows: int, columns: np.ndarray) -> Array:
+def hadamard(rows: int, columns: np.ndarray) -> Signs:
     """The first ``rows`` of Sylvester's matrix at ``columns``: (-1)^(ones of j & c), (rows, *s)."""
     j = jnp.arange(rows).reshape(-1, *(1,) * columns.ndim)
     return 1 - 2 * (jax.lax.population_count(j & columns[None]) & 1)
 
 
-def basis(shape: tuple[int, ...]) -> Array:
+def basis(shape: tuple[int, ...]) -> Probes:
     """The d unit vectors of ``shape``, as ``(d, *shape)``: with them the trace is exact."""
     size = 1
     for n in shape:
@@ -89,12 +95,26 @@ def basis(shape: tuple[int, ...]) -> Array:
     return jnp.eye(size).reshape(size, *shape)
 
 
-def quadratic_forms(f: Callable[[Array], Array], x: Array, vs: Array) -> tuple[Array, Array]:
-    """f(x) of shape ``(*s)`` and v^T J(x) v for each v of ``vs (k, *s)``, shape ``(k,)``."""
+def quadratic_forms(f: Field, x: Example, vs: Probes) -> tuple[Example, Forms]:
+    """f(x) of shape ``(*s)`` and v^T J(x) v for each v of ``vs (k, *s)``, shape ``(k,)``.
+
+    Raises:
+      ValueError: ``vs`` are not directions of ``x``, or f(x) has another shape than ``x``.
+    """
     compiler.check()
+    if not vs.ndim or vs.shape[1:] != x.shape:
+        raise ValueError(
+            f"directions of shape {vs.shape} for x of shape {x.shape}: give (k, *x.shape), as of "
+            "divergence.probes"
+        )
 
     def one(v: Array) -> tuple[Array, Array]:
         y, jv = jax.jvp(f, (x,), (v,))
+        if y.shape != x.shape:
+            raise ValueError(
+                f"f(x) has shape {y.shape} for x of shape {x.shape}: a vector field has the shape "
+                "of x"
+            )
         return y, jnp.sum(v * jv)
 
     if len(vs) <= CHUNK:
@@ -108,13 +128,13 @@ def exact_batch(dims: int) -> int:
     return max(1, TANGENTS // min(CHUNK, dims))
 
 
-def exact(f: Callable[[Array], Array], x: Array) -> tuple[Array, Array]:
+def exact(f: Field, x: Example) -> tuple[Example, Scalar]:
     """f(x) and tr J(x), at the price of d Jacobian-vector products."""
     y, forms = quadratic_forms(f, x, basis(x.shape).astype(x.dtype))
     return y, jnp.sum(forms)
 
 
-def hutchinson(f: Callable[[Array], Array], x: Array, vs: Array) -> tuple[Array, Array]:
+def hutchinson(f: Field, x: Example, vs: Probes) -> tuple[Example, Scalar]:
     """f(x) and the mean of v^T J(x) v over the probes ``vs (k, *s)``."""
     y, forms = quadratic_forms(f, x, vs)
     return y, jnp.mean(forms)
@@ -139,7 +159,7 @@ class Trace:
         if self.probes < 1:
             raise ValueError(f"{self.probes} probes: need at least one")
 
-    def directions(self, key: Key | None, shape: tuple[int, ...]) -> Array:
+    def directions(self, key: Key | None, shape: tuple[int, ...]) -> Probes:
         """The directions ``(k, *shape)`` whose quadratic forms are summed."""
         if self.kind == "exact":
             return basis(shape)
@@ -147,6 +167,6 @@ class Trace:
             raise ValueError(f"a {self.kind} trace draws probes: pass a key, or use kind='exact'")
         return probes(key, shape, self.probes, self.kind)
 
-    def combined(self, forms: Array) -> Array:
+    def combined(self, forms: Forms) -> Scalar:
         """The divergence ``()`` that the quadratic forms ``(k,)`` tell."""
         return jnp.sum(forms) if self.kind == "exact" else jnp.mean(forms)

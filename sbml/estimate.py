@@ -14,13 +14,16 @@ import math
 from collections.abc import Callable, Sequence
 
 import numpy as np
+from jaxtyping import Integer, Num
 
 from sbml import intervals
 from sbml.intervals import Interval
 from sbml.ode import Solver
 
-Columns = dict[str, np.ndarray]
-Rows = Callable[[np.ndarray, int, Solver], Columns]
+Ids = Integer[np.ndarray, "n"]
+Values = Num[np.ndarray, "n"]
+Columns = dict[str, Values]
+Rows = Callable[[Ids, int, Solver], Columns]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,10 +44,10 @@ class Estimate:
       budget: the largest ``solver_error`` of a number that counts as converged.
     """
 
-    values: np.ndarray
+    values: Values
     terms: Columns
     unit: str
-    nfe: np.ndarray
+    nfe: Values
     population: Interval
     this_set: Interval
     sweeps: int = 1
@@ -93,12 +96,12 @@ def within(gap: Interval, budget: float) -> bool:
     return abs(gap.mean) + gap.ci95 <= budget
 
 
-def total(columns: Columns, terms: Sequence[str]) -> np.ndarray:
+def total(columns: Columns, terms: Sequence[str]) -> Values:
     """The sum of the terms, ``(n,)``."""
     return np.sum([columns[name] for name in terms], axis=0)
 
 
-def solver_error(rows: Rows, subset: np.ndarray, solver: Solver, terms: Sequence[str]) -> Interval:
+def solver_error(rows: Rows, subset: Ids, solver: Solver, terms: Sequence[str]) -> Interval:
     """The mean of ``solver``'s values less those of a stricter solve by the same draws."""
     strict = solver.tighter(10) if solver.fixed_steps is None else Solver().tighter(10)
     ours, reference = (total(rows(subset, 0, how), terms) for how in (solver, strict))
@@ -107,8 +110,8 @@ def solver_error(rows: Rows, subset: np.ndarray, solver: Solver, terms: Sequence
 
 def solved(
     rows: Rows,
-    ids: np.ndarray,
-    subset: np.ndarray,
+    ids: Ids,
+    subset: Integer[np.ndarray, " m"],
     solver: Solver,
     terms: Sequence[str],
     unit: str,
@@ -162,7 +165,7 @@ def sweep_stderr(tables: Sequence[Columns], terms: Sequence[str]) -> float:
     return float(np.std(means, ddof=1)) / math.sqrt(len(means))
 
 
-def _this_set(values: np.ndarray, stderr: float, freedom: float) -> Interval:
+def _this_set(values: Values, stderr: float, freedom: float) -> Interval:
     nonfinite = int(np.sum(~np.isfinite(values)))
     half = intervals.half_width(stderr, freedom)
     return Interval(float(np.mean(values)), stderr, half, len(values), nonfinite)

@@ -30,9 +30,13 @@ import math
 import jax
 import jax.numpy as jnp
 from jax.scipy.special import log_ndtr
+from jaxtyping import Float
 
 from sbml import bits, compiler
-from sbml.types import Array
+from sbml.types import Array, Example, Pixels, Scalar
+
+Real = Float[Array, "..."]
+Outputs = Float[Array, "*s outputs"]
 
 DATA = ("centre", "uniform")
 
@@ -53,7 +57,7 @@ def outputs(levels: int) -> int:
     return levels if levels <= FEW else 3 * COMPONENTS
 
 
-def denoised(out: Array, y: Array, rho: Array, levels: int, data: str) -> Array:
+def denoised(out: Outputs, y: Example, rho: Real, levels: int, data: str) -> Example:
     """x^ = E[x | y], shape ``(*s)``.
 
     Args:
@@ -75,7 +79,7 @@ def denoised(out: Array, y: Array, rho: Array, levels: int, data: str) -> Array:
     return jnp.where(rho < WIDE / levels, near, _integral(out, y, rho))
 
 
-def decoder_nats(out: Array, y: Array, rho: Array, pixels: Array, levels: int) -> Array:
+def decoder_nats(out: Outputs, y: Example, rho: Real, pixels: Pixels, levels: int) -> Scalar:
     """-log p(k | y) of integers ``pixels (*s)`` at bin centres, summed: nats, a scalar.
 
     Arguments are those of :func:`denoised`. For the mixture the noise must be below a bin, and a
@@ -159,7 +163,7 @@ def _last(rho: Array, y: Array) -> Array:
     return jnp.broadcast_to(rho, y.shape)[..., None]
 
 
-def bin_moments(centre: Array, y: Array, rho: Array, levels: int, data: str) -> tuple[Array, Array]:
+def bin_moments(centre: Real, y: Real, rho: Real, levels: int, data: str) -> tuple[Real, Real]:
     """log p(y | k) up to a constant, and m_k, of bins at ``centre``; shapes broadcast."""
     if data == "centre":
         return -0.5 * ((centre - y) / rho) ** 2, jnp.broadcast_to(centre, (centre - y).shape)

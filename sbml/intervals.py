@@ -19,10 +19,14 @@ Satterthwaite (Biometrics Bulletin 1946) has it, whose own estimate from the D_i
 """
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
+from jaxtyping import Integer, Num
 from scipy import special
+
+Values = Num[np.ndarray, "n"] | Sequence[float]
 
 
 class Interval(NamedTuple):
@@ -40,7 +44,7 @@ class Interval(NamedTuple):
         return self.mean - self.ci95, self.mean + self.ci95
 
 
-def mean_interval(values: np.ndarray) -> Interval:
+def mean_interval(values: Values) -> Interval:
     """The interval of the mean of ``values (n,)``; infinite half-width for fewer than two.
 
     Raises:
@@ -60,7 +64,7 @@ def half_width(stderr: float, freedom: float) -> float:
     return float(special.stdtrit(freedom, 0.975)) * stderr if freedom > 0 else math.inf
 
 
-def repeated_stderr(first: np.ndarray, second: np.ndarray, n: int) -> tuple[float, float]:
+def repeated_stderr(first: Values, second: Values, n: int) -> tuple[float, float]:
     """Noise of the mean over ``n`` images from two draws ``(m,)`` of some: (stderr, freedom)."""
     squares = (np.asarray(first, np.float64) - np.asarray(second, np.float64)) ** 2
     m = len(squares)
@@ -74,7 +78,7 @@ def repeated_stderr(first: np.ndarray, second: np.ndarray, n: int) -> tuple[floa
     return math.sqrt(float(np.mean(squares)) / (2 * n)), min(max(freedom, 1.0), m)
 
 
-def outliers(values: np.ndarray, width: float = 6.0) -> np.ndarray:
+def outliers(values: Values, width: float = 6.0) -> Integer[np.ndarray, " m"]:
     """Indices of values further than ``width`` robust standard deviations from the median.
 
     The robust deviation is 1.4826 times the median absolute deviation, both of the finite values;

@@ -33,8 +33,9 @@ import jax.numpy as jnp
 from sbml import divergence, ode, scalars
 from sbml.divergence import Trace
 from sbml.ode import Solver, Stats, velocity
+from sbml.scalars import Number
 from sbml.sdes import SDE
-from sbml.types import Array, Key, Score
+from sbml.types import Example, Key, Scalar, Score
 
 
 class Likelihood(NamedTuple):
@@ -49,21 +50,21 @@ class Likelihood(NamedTuple):
       stats: the solver's.
     """
 
-    logp: Array
-    prior: Array
-    divergence: Array
-    correction: Array
-    z: Array
+    logp: Scalar
+    prior: Scalar
+    divergence: Scalar
+    correction: Scalar
+    z: Example
     stats: Stats
 
 
 def ode_logp(
     score: Score,
     sde: SDE,
-    x: Array,
+    x: Example,
     key: Key | None,
     *,
-    eps: float,
+    eps: Number,
     trace: Trace = Trace(),
     solver: Solver = Solver(),
 ) -> Likelihood:
@@ -81,18 +82,19 @@ def ode_logp(
       The log-likelihood and its terms. NaN where the solver gave up.
 
     Raises:
-      ValueError: if eps is not in (0, T), or probes are wanted and there is no key.
+      ValueError: if eps is not in (0, T), x is not of floating-point numbers, the score's result is
+        of another shape or type than x, or probes are wanted and there is no key.
     """
     sde.check_time(eps)
     if not jnp.issubdtype(x.dtype, jnp.floating):
         raise ValueError(f"x is {x.dtype}: dequantize integers first (sbml.bits.to_model)")
 
-    def field(t: Array, x: Array) -> Array:
+    def field(t: Scalar, x: Example) -> Example:
         return velocity(score, sde, x, t)
 
     vs = trace.directions(key, x.shape).astype(x.dtype)
 
-    def with_divergence(t: Array, x: Array) -> tuple[Array, Array, Array]:
+    def with_divergence(t: Scalar, x: Example) -> tuple[Example, Scalar, Example]:
         v, forms = divergence.quadratic_forms(lambda x: field(t, x), x, vs)
         return v, trace.combined(forms), ode.score_of(v, score, sde, x, t)
 

@@ -20,13 +20,25 @@ import jax
 import jax.numpy as jnp
 
 from sbml.sdes import Kernel
-from sbml.types import Array, Key, Score, batched, of_shape
+from sbml.types import (
+    Anything,
+    Batch,
+    Elementwise,
+    Example,
+    Key,
+    Keys,
+    Scalar,
+    Score,
+    Vector,
+    batched,
+    of_shape,
+)
 
 WEIGHTINGS = ("likelihood", "original")
 
 
-def weight(sde: Kernel, t: Array, weighting: str) -> Array:
-    """w(t) of the noise-prediction error, a scalar.
+def weight(sde: Kernel, t: Elementwise, weighting: str) -> Elementwise:
+    """w(t) of the noise-prediction error, elementwise.
 
     Raises:
       ValueError: for an unknown ``weighting``, or one that discrete noise levels do not have.
@@ -38,13 +50,13 @@ def weight(sde: Kernel, t: Array, weighting: str) -> Array:
     raise ValueError(f"unknown weighting {weighting!r}; choose from {WEIGHTINGS}")
 
 
-def perturb(sde: Kernel, x: Array, t: Array, z: Array) -> Array:
+def perturb(sde: Kernel, x: Example, t: Scalar, z: Example) -> Example:
     """x_t = alpha(t) x + sigma(t) z for one example, shape ``(*s)``."""
     mean, std = sde.marginal(x, t)
     return mean + std * z
 
 
-def residual(sde: Kernel, score_xt: Array, t: Array, z: Array, weighting: str) -> Array:
+def residual(sde: Kernel, score_xt: Anything, t: Scalar, z: Example, weighting: str) -> Scalar:
     """1/2 w(t) ||sigma(t) score + z||^2 in nats, a scalar.
 
     Raises:
@@ -55,8 +67,8 @@ def residual(sde: Kernel, score_xt: Array, t: Array, z: Array, weighting: str) -
 
 
 def dsm(
-    score: Score, sde: Kernel, x: Array, t: Array, key: Key, *, weighting: str = "likelihood"
-) -> Array:
+    score: Score, sde: Kernel, x: Example, t: Scalar, key: Key, *, weighting: str = "likelihood"
+) -> Scalar:
     """The denoising score matching loss of one example at one time.
 
     Args:
@@ -70,7 +82,12 @@ def dsm(
 
     Returns:
       1/2 w(t) ||sigma s(x_t, t) + z||^2, summed over dimensions, in nats.
+
+    Raises:
+      ValueError: ``t`` is no scalar, where broadcasting would give as many wrong losses.
     """
+    if t.ndim:
+        raise ValueError(f"t has shape {t.shape}: give one example's scalar time, vmap over more")
     noise_key, score_key = jax.random.split(key)
     z = jax.random.normal(noise_key, x.shape, x.dtype)
     return residual(sde, score(perturb(sde, x, t, z), t, score_key), t, z, weighting)
@@ -79,13 +96,13 @@ def dsm(
 def dsm_batch(
     score: Score,
     sde: Kernel,
-    x: Array,
-    t: Array,
-    keys: Key,
+    x: Batch,
+    t: Vector,
+    keys: Keys,
     *,
     weighting: str = "likelihood",
-    signs: Array | None = None,
-) -> Array:
+    signs: Vector | None = None,
+) -> Vector:
     """:func:`dsm` for ``x (n, *s)``, ``t (n,)``, ``keys (n,)``: n losses, one call of the score.
 
     The mathematics stays per example (vmapped), each with the noise its own key draws; only the
@@ -94,7 +111,11 @@ def dsm_batch(
 
     ``signs (n,)`` of +1 and -1 multiply the noises: two rows that are the same but for their sign
     are antithetic, and the gradient of their mean has less variance than of independent ones.
+
+    Raises:
+      ValueError: there is not one scalar time, one key or one sign for each example.
     """
+    _check_rows(x, t, keys, signs)
     pairs = jax.vmap(jax.random.split)(keys)
     noise_keys, score_keys = pairs[:, 0], pairs[:, 1]
     z = jax.vmap(lambda key, x: jax.random.normal(key, x.shape, x.dtype))(noise_keys, x)
@@ -103,3 +124,24 @@ def dsm_batch(
     x_t = jax.vmap(lambda x, t, z: perturb(sde, x, t, z))(x, t, z)
     scores = batched(score)(x_t, t, score_keys[0])
     return jax.vmap(lambda s, t, z: residual(sde, s, t, z, weighting))(scores, t, z)
+
+
+def _check_rows(x: Batch, t: Anything, keys: Anything, signs: Anything | None) -> None:
+    """One time, one key and one sign for each of ``x (n, *s)``; ``vmap`` would map other axes too.
+
+    Raises:
+      ValueError: naming the shape received.
+    """
+    if not x.ndim or t.shape != (len(x),):
+        raise ValueError(
+            f"x has shape {x.shape}, t {t.shape}: give a batch (n, *s) and its times (n,)"
+        )
+    if not jnp.issubdtype(keys.dtype, jax.dtypes.prng_key) or keys.shape != (len(x),):
+        raise ValueError(
+            f"keys are {keys.dtype} of shape {keys.shape} for {len(x)} examples: give "
+            f"jax.random.split(jax.random.key(seed), {len(x)})"
+        )
+    if signs is not None and signs.shape != (len(x),):
+        raise ValueError(
+            f"signs have shape {signs.shape} for {len(x)} examples: give ({len(x)},) of +1 and -1"
+        )

@@ -21,12 +21,16 @@ from typing import Any, NamedTuple
 import diffrax
 import jax
 import jax.numpy as jnp
+from jaxtyping import Bool, Integer
 
 from sbml import compiler, quadrature, scalars
 from sbml.quadrature import Joint, WithIntegral, beside_integral
 from sbml.scalars import Number
 from sbml.sdes import SDE
-from sbml.types import Array, Score, deterministic, predictor
+from sbml.types import Array, Example, Scalar, Score, deterministic, predictor
+
+Count = Integer[Array, ""]
+Field = Callable[[Scalar, Example], Example]  # (t, y) -> dy/dt
 
 # method: (solver, field evaluations a step, evaluations once); a first-same-as-last pair starts
 # with one evaluation and then needs one less than its stages.
@@ -46,10 +50,10 @@ class Stats(NamedTuple):
     evaluation more than is counted.
     """
 
-    nfe: Array
-    accepted: Array
-    rejected: Array
-    success: Array
+    nfe: Count
+    accepted: Count
+    rejected: Count
+    success: Bool[Array, ""]
 
 
 def _static(default: Any) -> Any:
@@ -76,8 +80,8 @@ class Solver:
     """
 
     method: str = _static("tsit5")
-    rtol: float = 1e-4
-    atol: float = 1e-4
+    rtol: Number = 1e-4
+    atol: Number = 1e-4
     power: float = _static(2.0)
     first_step: float = _static(1e-2)
     pcoeff: float = _static(0.3)
@@ -106,7 +110,7 @@ class Solver:
         return dataclasses.replace(self, fixed_steps=steps, rtol=rtol, atol=atol)
 
 
-def rms_norm(tree: Any) -> Array:
+def rms_norm(tree: Any) -> Scalar:
     """The root mean square over leaves of each leaf's root mean square.
 
     Every leaf weighs the same: an integral beside the solution, the log-determinant, as much as the
@@ -116,7 +120,7 @@ def rms_norm(tree: Any) -> Array:
     return jnp.sqrt(sum(squares) / len(squares))
 
 
-def velocity(score: Score, sde: SDE, x: Array, t: Array) -> Array:
+def velocity(score: Score, sde: SDE, x: Example, t: Scalar) -> Example:
     """v(x, t), shape ``(*s)``, from the score's predictions where it offers them."""
     both = predictor(score)
     if both is None:
@@ -125,7 +129,7 @@ def velocity(score: Score, sde: SDE, x: Array, t: Array) -> Array:
     return mean_slope * x_0 + std_slope * noise
 
 
-def score_of(v: Array, score: Score, sde: SDE, x: Array, t: Array) -> Array:
+def score_of(v: Example, score: Score, sde: SDE, x: Example, t: Scalar) -> Example:
     """The value s(x, t) that the velocity ``v`` was made of, without calling ``score``.
 
     Of predictions it is -E[z | x] / sigma, by the two equations of x and v.
@@ -143,11 +147,11 @@ def last_time(score: Score, sde: SDE) -> Number:
 
 
 def transport(
-    score: Score, sde: SDE, x: Array, t0: float | Array, t1: float | Array, solver: Solver
-) -> tuple[Array, Stats]:
+    score: Score, sde: SDE, x: Example, t0: Number, t1: Number, solver: Solver
+) -> tuple[Example, Stats]:
     """Where the ODE carries ``x (*s)`` from ``t0`` to ``t1``, in either direction, and stats."""
 
-    def field(t: Array, x: Array) -> Array:
+    def field(t: Scalar, x: Example) -> Example:
         return velocity(score, sde, x, t)
 
     last = last_time(score, sde)
@@ -158,18 +162,18 @@ def transport(
     return _growth(sde, end, t1, x) * y, stats
 
 
-def _growth(sde: SDE, t0: Number, t1: Number, x: Array) -> Array:
+def _growth(sde: SDE, t0: Number, t1: Number, x: Example) -> Scalar:
     """sigma(t1) / sigma(t0) in the precision of ``x``."""
     return sde.std(jnp.asarray(t1, x.dtype)) / sde.std(jnp.asarray(t0, x.dtype))
 
 
 def solve(
-    field: Callable[[Array, Array], Array],
-    y: Array,
-    t0: float | Array,
-    t1: float | Array,
+    field: Field,
+    y: Example,
+    t0: Number,
+    t1: Number,
     solver: Solver,
-) -> tuple[Array, Stats]:
+) -> tuple[Example, Stats]:
     """Solve dy/dt = field(t, y) from ``t0`` to ``t1`` (either order, both positive).
 
     Args:
@@ -186,13 +190,13 @@ def solve(
 
 
 def solve_with_integral(
-    field: Callable[[Array, Array], Array],
+    field: Field,
     joint: Joint,
-    y: Array,
+    y: Example,
     t0: Number,
     t1: Number,
     solver: Solver,
-) -> tuple[tuple[Array, Array, Array], Stats]:
+) -> tuple[tuple[Example, Scalar, Scalar], Stats]:
     """:func:`solve`, and the integral of a scalar h(t, y) along the solution (``sbml.quadrature``).
 
     Args:
@@ -227,7 +231,7 @@ def _slope(u: Array, solver: Solver) -> Array:
     return solver.power * u ** (solver.power - 1)
 
 
-def _in_u(field: Callable[[Array, Array], Array], solver: Solver) -> Callable[..., Array]:
+def _in_u(field: Field, solver: Solver) -> Callable[..., Array]:
     """dy/du as diffrax wants it."""
     return lambda u, y, args: _slope(u, solver) * field(u**solver.power, y)
 
@@ -244,8 +248,8 @@ def _method(solver: Solver) -> tuple[diffrax.AbstractSolver, int, int]:
 def _solved(
     rates: Callable[..., Any],
     method: diffrax.AbstractSolver,
-    t0: float | Array,
-    t1: float | Array,
+    t0: Number,
+    t1: Number,
     start: Any,
     solver: Solver,
 ) -> tuple[Any, Callable[[int, int], Stats]]:
@@ -275,7 +279,7 @@ def _solved(
     return end, stats
 
 
-def _steps(solver: Solver, length: float | Array) -> tuple[float | Array, Any, int]:
+def _steps(solver: Solver, length: Number) -> tuple[Number, Any, int]:
     """The first step in u, the step control, and the most steps."""
     if solver.fixed_steps is not None:
         return length / solver.fixed_steps, diffrax.ConstantStepSize(), solver.fixed_steps + 1

@@ -32,12 +32,12 @@ import jax.numpy as jnp
 
 from sbml import pytrees
 from sbml.sdes import Kernel
-from sbml.types import Array, Key, of_shape
+from sbml.types import Example, Key, Scalar, of_shape
 
-Network = Callable[[Array, Array], Array]
+Network = Callable[[Example, Scalar], Example]
 
 # x_0 and the noise, of the prediction F, x_t, alpha and sigma.
-PAIRS: dict[str, Callable[[Array, Array, Array, Array], tuple[Array, Array]]] = {
+PAIRS: dict[str, Callable[[Example, Example, Scalar, Scalar], tuple[Example, Example]]] = {
     "x0": lambda f, x, alpha, sigma: (f, (x - alpha * f) / sigma),
     "velocity": lambda f, x, alpha, sigma: (
         (alpha * x - sigma * f) / (alpha**2 + sigma**2),
@@ -64,11 +64,11 @@ class PredictionScore:
     sde: Kernel
     data_std: float
 
-    def __call__(self, x: Array, t: Array, key: Key | None = None) -> Array:
+    def __call__(self, x: Example, t: Scalar, key: Key | None = None) -> Example:
         """grad_x log p_t(x) of one example, shape ``(*s)``; there is no dropout, so no key."""
         return -self.noise(x, t) / self.sde.std(t)
 
-    def noise(self, x: Array, t: Array) -> Array:
+    def noise(self, x: Example, t: Scalar) -> Example:
         """E[e | x_t], shape ``(*s)``."""
         alpha, sigma = self.sde.mean_coef(t), self.sde.std(t)
         if self.kind == "edm":
@@ -76,7 +76,7 @@ class PredictionScore:
         found = of_shape(self.network(x, t), x)
         return found if self.kind == "noise" else -sigma * found
 
-    def _edm(self, y: Array, rho: Array) -> Array:
+    def _edm(self, y: Example, rho: Scalar) -> Example:
         c_in = 1 / jnp.hypot(rho, self.data_std)
         out = of_shape(self.network(c_in * y, 0.25 * jnp.log(rho)), y)
         c_skip, c_out = (self.data_std * c_in) ** 2, rho * self.data_std * c_in
@@ -88,12 +88,12 @@ class PredictionScore:
 class PairScore(PredictionScore):
     """The score of a network whose prediction gives x_0 and the noise alike, whatever alpha is."""
 
-    def predictions(self, x: Array, t: Array) -> tuple[Array, Array]:
+    def predictions(self, x: Example, t: Scalar) -> tuple[Example, Example]:
         """E[x_0 | x_t] and E[e | x_t], each ``(*s)``, by one call of the network."""
         found = of_shape(self.network(x, t), x)
         return PAIRS[self.kind](found, x, self.sde.mean_coef(t), self.sde.std(t))
 
-    def noise(self, x: Array, t: Array) -> Array:
+    def noise(self, x: Example, t: Scalar) -> Example:
         """E[e | x_t], shape ``(*s)``."""
         return self.predictions(x, t)[1]
 

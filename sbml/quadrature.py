@@ -35,11 +35,15 @@ from typing import Any, NamedTuple
 import diffrax
 import jax
 import jax.numpy as jnp
+from jaxtyping import Bool, Float
 
-from sbml.types import Array
+from sbml.types import Array, Example, Scalar
+
+Four = Float[Array, "4"]
+Seven = Float[Array, "7"]
 
 # (t, y) -> f(t, y), h(t, y) and w(t, y), of y's shape or a scalar 0 where none is known
-Joint = Callable[[Array, Array], tuple[Array, Array, Array]]
+Joint = Callable[[Scalar, Example], tuple[Example, Scalar, Example]]
 
 PER_STEP, ONCE = 3, 1  # joint evaluations
 
@@ -65,17 +69,17 @@ class Past(NamedTuple):
       real: () whether there was one: before the first step all but the last of these is made up.
     """
 
-    t: Array
-    h: Array
-    real: Array
+    t: Four
+    h: Four
+    real: Bool[Array, ""]
 
 
-def lobatto(length: Array, h: Array) -> Array:
+def lobatto(length: Scalar, h: Four) -> Scalar:
     """The rule, of h (4,) at a, p, q and b; exact for polynomials of degree 5."""
     return length / 12 * (h[0] + 5 * (h[1] + h[2]) + h[3])
 
 
-def lobatto_error(length: Array, t: Array, h: Array) -> Array:
+def lobatto_error(length: Scalar, t: Seven, h: Seven) -> Scalar:
     """(b - a)^7 / 2100 h[t_0, ..., t_6] for a step of this length, exact for degree 6.
 
     h[t_0, ..., t_6], the divided difference of h (7,) at t (7,), is h^(6) / 720.
@@ -85,7 +89,7 @@ def lobatto_error(length: Array, t: Array, h: Array) -> Array:
     return length**7 / 2100 * h[0]
 
 
-def lone_step_error(length: Array, h: Array) -> Array:
+def lone_step_error(length: Scalar, h: Four) -> Scalar:
     """(C^2 |C| / A^2 + D^2 / A) / 10, O((b - a)^7) like Lobatto's, from h (4,) at a, p, q and b.
 
     C = (b - a) [h(a) - h(p) - h(q) + h(b)], D = (b - a) [h(b) - h(a) - sqrt(5) (h(q) - h(p))] and
@@ -103,7 +107,7 @@ def beside_integral(field: Callable[..., Any]) -> Callable[..., Any]:
     return lambda t, state, args: (field(t, state[0], args), jnp.zeros_like(state[1]))
 
 
-def _coefficients(method: Any) -> tuple[list[Any], Any, Any, Any]:
+def _coefficients(method: Any) -> tuple[Any, Any, Any, Any]:
     """Of stages but the first and, where it is the end, the last: a, c; then b and b's error."""
     if isinstance(method, diffrax.Euler):
         return [], [], [1.0], None

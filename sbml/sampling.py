@@ -9,15 +9,15 @@ import jax.numpy as jnp
 
 from sbml.ode import Solver, Stats, transport
 from sbml.sdes import SDE
-from sbml.types import Array, Key, Score, deterministic, predictor
+from sbml.types import Example, Key, Scalar, Score, deterministic, predictor
 
 
-def denoise(score: Score, sde: SDE, x: Array, t: Array) -> Array:
+def denoise(score: Score, sde: SDE, x: Example, t: Scalar) -> Example:
     """Tweedie's E[x_0 | x_t] = (x_t + sigma^2 s(x_t, t)) / alpha, shape ``(*s)``."""
     return predictions(score, sde, x, t)[0]
 
 
-def predictions(score: Score, sde: SDE, x: Array, t: Array) -> tuple[Array, Array]:
+def predictions(score: Score, sde: SDE, x: Example, t: Scalar) -> tuple[Example, Example]:
     """E[x_0 | x_t] and E[z | x_t] = -sigma s(x_t, t) of x_t = alpha x_0 + sigma z, by one score."""
     both = predictor(score)
     if both is not None:
@@ -29,12 +29,12 @@ def predictions(score: Score, sde: SDE, x: Array, t: Array) -> tuple[Array, Arra
 def decode(
     score: Score,
     sde: SDE,
-    z: Array,
+    z: Example,
     *,
     eps: float,
     solver: Solver = Solver(),
     denoise_last: bool = False,
-) -> tuple[Array, Stats]:
+) -> tuple[Example, Stats]:
     """The sample whose latent is ``z (*s)``: one example, in the data's scale."""
     sde.check_time(eps)
     x, stats = transport(score, sde, z, sde.T, eps, solver)
@@ -50,7 +50,7 @@ def ode_sample(
     eps: float,
     solver: Solver = Solver(),
     denoise_last: bool = False,
-) -> tuple[Array, Stats]:
+) -> tuple[Example, Stats]:
     """One sample of shape ``shape``; vmap over keys. See :func:`decode`."""
     z = sde.prior_sample(key, shape)
     return decode(score, sde, z, eps=eps, solver=solver, denoise_last=denoise_last)

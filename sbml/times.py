@@ -26,18 +26,24 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Float
 
-from sbml import compiler
+from sbml import compiler, scalars
 from sbml.sdes import SDE
-from sbml.types import Array, Key
+from sbml.types import Array, Elementwise, Key, Scalar, Vector
+
+Bins = Float[Array, "bins"]
+Counts = Float[Array, "2 bins"]
+Draws = Float[Array, "n draws"]
 
 
-def iid(key: Key, n: int, draws: int = 1) -> Array:
+def iid(key: Key, n: int, draws: int = 1) -> Draws:
     """``(n, draws)`` independent uniform points in [0, 1)."""
     return jax.random.uniform(key, (n, draws))
 
 
-def lattice(key: Key, n: int, draws: int = 1) -> Array:
+def lattice(key: Key, n: int, draws: int = 1) -> Draws:
     """``(n, draws)`` points u_ij = (j + (pi(i) + U) / n) / draws in [0, 1).
 
     Column j is uniform on [j, j + 1) / draws, so a row's mean estimates an integral without bias.
@@ -54,7 +60,24 @@ def lattice(key: Key, n: int, draws: int = 1) -> Array:
 DRAWS = {"iid": iid, "lattice": lattice}
 
 
-def warp(u: Array, density: Array) -> tuple[Array, Array]:
+def check_points(u: Elementwise) -> None:
+    """Refuse points outside [0, 1), where they are known: not so inside ``jit`` and ``vmap``.
+
+    Raises:
+      ValueError: naming the ends of the points' range, or their type if it is not floating.
+    """
+    if not jnp.issubdtype(u.dtype, jnp.floating):
+        raise ValueError(f"u is {u.dtype}: give points in [0, 1), as of times.lattice")
+    if scalars.traced(u) or not u.size:
+        return
+    least, largest = np.min(u), np.max(u)  # By NumPy: JAX would trace them inside ``jit``.
+    if not (least >= 0 and largest < 1):
+        raise ValueError(
+            f"u lies in [{least:g}, {largest:g}]: give points in [0, 1), as of times.lattice"
+        )
+
+
+def warp(u: Elementwise, density: Bins) -> tuple[Elementwise, Elementwise]:
     """Points v of a piecewise-constant density q on [0, 1), and 1/q(v), so that
 
         E_u[ h(v) / q(v) ] = integral_0^1 h(v) dv      for u uniform and every h.
@@ -68,8 +91,14 @@ def warp(u: Array, density: Array) -> tuple[Array, Array]:
 
     Returns:
       v in [0, 1) and 1/q(v), of the shape of ``u``.
+
+    Raises:
+      ValueError: ``u`` is known and outside [0, 1), or ``density`` of another rank.
     """
     compiler.check()
+    check_points(u)
+    if density.ndim != 1:
+        raise ValueError(f"density has shape {density.shape}: give one number a bin, (bins,)")
     bins = density.size
     below = jnp.cumsum(density / jnp.sum(density))
     # Summed in pieces, the rounded sums might fall or end beside 1: u < 1 must lie in a bin.
@@ -82,7 +111,7 @@ def warp(u: Array, density: Array) -> tuple[Array, Array]:
     return jnp.clip(v, 0, 1 - jnp.finfo(v.dtype).epsneg), 1 / (bins * mass[k])
 
 
-def floored(scale: Array, floor: float = 0.1) -> Array:
+def floored(scale: Bins, floor: float = 0.1) -> Bins:
     """A density q = (1 - floor) scale / mean(scale) + floor of mean 1, for :func:`warp`.
 
     No weight 1/q exceeds 1 / floor, so however wrong ``scale`` is, the second moment is at most
@@ -108,7 +137,7 @@ def floored(scale: Array, floor: float = 0.1) -> Array:
     return (1 - floor) * jnp.where(mean > 0, shape / mean, 1) + floor
 
 
-def tally(counts: Array, v: Array, values: Array, decay: float) -> Array:
+def tally(counts: Counts, v: Vector, values: Vector, decay: float) -> Counts:
     """Running sums over bins of v, from which ``counts[1] / counts[0]`` are means in each bin.
 
         counts <- decay counts + sum over the batch of (1, value) in the bin of v
@@ -121,8 +150,17 @@ def tally(counts: Array, v: Array, values: Array, decay: float) -> Array:
       v: points in [0, 1), ``(n,)``, from :func:`warp`.
       values: what to average at each point, ``(n,)``, without the weight 1/q(v).
       decay: weight of the past; the memory is 1 / (1 - decay) batches.
+
+    Raises:
+      ValueError: ``v`` and ``values`` are not of one shape ``(n,)``, or ``v`` is known and outside
+        [0, 1).
     """
     compiler.check()
+    check_points(v)
+    if v.ndim != 1 or values.shape != v.shape:
+        raise ValueError(
+            f"v has shape {v.shape}, values {values.shape}: give both as (n,), as by ravel()"
+        )
     bins = counts.shape[1]
     inside = jnp.floor(v * bins)[:, None] == jnp.arange(bins)[None]
     # Masked sums keep one order of addition, a scatter need not: a resumed run stays bitwise equal.
@@ -145,10 +183,12 @@ class Proposal(abc.ABC):
         self.sde.check_time(self.eps)
 
     @abc.abstractmethod
-    def at(self, u: Array) -> tuple[Array, Array]:
+    def at(self, u: Elementwise) -> tuple[Elementwise, Elementwise]:
         """Times and weights (1 / density), each of the shape of ``u`` in [0, 1)."""
 
-    def over_log_snr(self, u: Array, density: Array | None = None) -> tuple[Array, Array]:
+    def over_log_snr(
+        self, u: Elementwise, density: Bins | None = None
+    ) -> tuple[Elementwise, Elementwise]:
         """Times and weights for an integral over lambda = log-SNR, of the shape of ``u``:
 
             E_u[ weight h(t) ] = integral h dlambda from lambda(T) to lambda(eps).
@@ -164,7 +204,8 @@ class Proposal(abc.ABC):
 class Uniform(Proposal):
     """t uniform on [eps, T]; every weight is T - eps. T is ``sde.largest_time``."""
 
-    def at(self, u: Array) -> tuple[Array, Array]:
+    def at(self, u: Elementwise) -> tuple[Elementwise, Elementwise]:
+        check_points(u)
         length = self.sde.largest_time - self.eps
         return self.eps + length * u, jnp.full_like(u, length)
 
@@ -174,12 +215,13 @@ class Importance(Proposal):
     """Uniform in log-SNR: p(t) = g^2 / (Z sigma^2), Z = lambda(eps) - lambda(T)."""
 
     @property
-    def normaliser(self) -> Array:
+    def normaliser(self) -> Scalar:
         """Z, the integral of g^2 / sigma^2 over [eps, T]."""
         ends = jnp.asarray([self.eps, self.sde.largest_time], float)
         return -jnp.diff(jax.vmap(self.sde.log_snr)(ends))[0]
 
-    def at(self, u: Array) -> tuple[Array, Array]:
+    def at(self, u: Elementwise) -> tuple[Elementwise, Elementwise]:
+        check_points(u)
         largest = self.sde.log_snr(jnp.asarray(self.eps, u.dtype))
         t = self.sde.time(largest - self.normaliser * u)
         # The inverse may leave the interval by a rounding error.
@@ -193,8 +235,9 @@ class Grid:
 
     n: int
 
-    def at(self, u: Array) -> tuple[Array, Array]:
+    def at(self, u: Elementwise) -> tuple[Elementwise, Elementwise]:
         """Times and weights, each of the shape of ``u`` in [0, 1)."""
+        check_points(u)
         level = jnp.minimum(jnp.floor(u * self.n), self.n - 1)
         return level / (self.n - 1), jnp.ones_like(u)
 
@@ -203,8 +246,8 @@ PROPOSALS: dict[str, type[Proposal]] = {"uniform": Uniform, "importance": Import
 
 
 def drawn(
-    sde: SDE, eps: float, u: Array, density: Array | None, proposal: str
-) -> tuple[Array, Array]:
+    sde: SDE, eps: float, u: Vector, density: Bins | None, proposal: str
+) -> tuple[Vector, Vector]:
     """Times and weights of one example's draws ``u (n,)``, over log-SNR.
 
     Raises:

@@ -22,7 +22,11 @@ os.environ["XLA_FLAGS"] = compiler.with_flags(
 )
 
 import jax
+import jaxtyping
 import pytest
+import shapes
+
+jaxtyping.install_import_hook(shapes.CHECKED, "shapes.check")
 
 # Tracing makes millions of objects that stay: look through them for garbage less often.
 gc.set_threshold(100_000, 50, 50)
@@ -45,6 +49,12 @@ def steps_compile_fast() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loop, "compiler_options", dict)
         yield
+
+
+@pytest.fixture
+def unchecked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The functions as users call them, without the checks of ``shapes``."""
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
 
 
 @pytest.fixture(scope="module")

@@ -235,6 +235,7 @@ def test_fit_recovers_mean_and_covariance():
     np.testing.assert_allclose(noisy.variances, 0.25)
 
 
+@pytest.mark.usefixtures("unchecked")
 @pytest.mark.parametrize(
     "kwargs, message",
     [

@@ -18,6 +18,13 @@ EPS = 1e-5
 T = np.asarray(0.3)  # float64, also before the module's tests enable it in JAX
 
 
+class OnlyBatches:
+    """A score that is to be called in its batch form."""
+
+    def __call__(self, x: Array, t: Array, key: Key | None) -> Array:
+        raise AssertionError("called for one example, though it has a batch form")
+
+
 @pytest.fixture(params=SDES, name="sde")
 def _sde(request: pytest.FixtureRequest) -> SDE:
     return SDES[request.param]()
@@ -193,7 +200,7 @@ def test_the_scores_key_is_not_the_noises() -> None:
     def noisy(x: Array, t: Array, key: Key | None) -> Array:
         return jax.random.normal(key, x.shape) / sde.std(t)
 
-    class NoisyBatch:
+    class NoisyBatch(OnlyBatches):
         def batch(self, x: Array, t: Array, key: Key | None) -> Array:
             return jax.random.normal(key, x.shape) / sde.std(t)[:, None]
 
@@ -218,7 +225,7 @@ def test_batch_loss_is_the_residual_of_its_noise(weighting: str) -> None:
     t, keys = jnp.linspace(0.1, 0.9, 5), jax.random.split(jax.random.key(4), 5)
     seen = []
 
-    class Recorder:
+    class Recorder(OnlyBatches):
         def batch(self, x: Array, t: Array, key: Key | None) -> Array:
             seen.append((x, t))
             return jnp.sin(x)
@@ -258,7 +265,7 @@ def test_batch_loss_is_the_loss_of_each_example() -> None:
     x, t = jnp.ones((4, 3)), jnp.full(4, 0.4)
     keys = jax.random.split(jax.random.key(7), 4)
 
-    class Batched:
+    class Batched(OnlyBatches):
         def batch(self, x: Array, t: Array, key: Key | None) -> Array:
             return -x * t[:, None]
 
@@ -335,3 +342,49 @@ def test_signs_turn_the_noise(sde: SDE) -> None:
     )
     np.testing.assert_allclose(up, down[::-1], rtol=1e-12)
     assert abs(up[0] - up[1]) > 1e-3
+
+
+def rows_of(**wrong: Array) -> dict[str, Array]:
+    """Arguments of ``dsm_batch`` for four examples of three dimensions."""
+    keys = jax.random.split(jax.random.key(0), 4)
+    return {"x": jnp.ones((4, 3)), "t": jnp.full((4,), 0.5), "keys": keys, **wrong}
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        # A loss for each dimension, where vmap maps the rows of t and the mathematics broadcasts.
+        ({"t": np.full((4, 3), 0.5)}, r"x has shape \(4, 3\), t \(4, 3\): give a batch"),
+        ({"t": np.full((), 0.5)}, r"t \(\): give a batch \(n, \*s\) and its times \(n,\)"),
+        ({"x": np.ones(())}, r"x has shape \(\), t \(4,\)"),
+        (
+            {"keys": np.zeros((4, 2), np.uint32)},
+            r"keys are uint32 of shape \(4, 2\) for 4 ",
+        ),
+        ({"keys": np.zeros(4)}, "keys are float64"),
+        ({"signs": np.ones((4, 3))}, r"signs have shape \(4, 3\) for 4 examples: give \(4,\)"),
+    ],
+)
+def test_rows_that_do_not_belong_to_one_example_each_are_refused(
+    wrong: dict[str, np.ndarray], message: str
+) -> None:
+    arguments = rows_of(**{name: jnp.asarray(value) for name, value in wrong.items()})
+    with pytest.raises(ValueError, match=message):
+        losses.dsm_batch(lambda x, t, key: -x, SDES["vp"](), **arguments)
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_a_batch_has_a_key_for_each_example() -> None:
+    keys = jax.random.split(jax.random.key(0), 5)
+    for wrong, shape in ((keys[:3], r"\(3,\)"), (keys[0], r"\(\)"), (keys[None, :4], r"\(1, 4\)")):
+        with pytest.raises(ValueError, match=rf"keys are key<fry> of shape {shape} for 4 examples"):
+            losses.dsm_batch(lambda x, t, key: -x, SDES["vp"](), **rows_of(keys=wrong))
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_the_time_of_one_example_is_a_scalar() -> None:
+    with pytest.raises(ValueError, match=r"t has shape \(3,\): give one example's scalar time"):
+        losses.dsm(
+            lambda x, t, key: -x, SDES["vp"](), jnp.ones(3), jnp.full((3,), 0.5), jax.random.key(0)
+        )

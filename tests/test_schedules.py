@@ -133,7 +133,7 @@ def test_numbers_are_leaves_and_all_else_is_static() -> None:
     empty = jax.tree.map(lambda _: object(), VP())
     assert jax.tree.structure(empty) == jax.tree.structure(VP())
     many = jax.tree.map(lambda *leaves: jnp.stack(leaves), VP(), VP(beta_max=5.0))
-    stds = jax.vmap(lambda sde, t: sde.std(t), in_axes=(0, None))(many, 0.5)
+    stds = jax.vmap(lambda sde, t: sde.std(t), in_axes=(0, None))(many, jnp.asarray(0.5))
     each = [float(sde.std(jnp.asarray(0.5))) for sde in (VP(), VP(beta_max=5.0))]
     np.testing.assert_allclose(stds, each, rtol=1e-14)
 

@@ -14,6 +14,7 @@ from sbml.sdes import SDE, SDES
 from sbml.times import (
     DRAWS,
     PROPOSALS,
+    Grid,
     Importance,
     Proposal,
     floored,
@@ -123,7 +124,7 @@ def test_times_stay_in_the_interval(proposal: Proposal) -> None:
 
 
 def test_float32_times_are_as_good_as_their_points(proposal: Proposal) -> None:
-    u = jnp.linspace(0, 1, 333, dtype=jnp.float32)
+    u = jnp.minimum(jnp.linspace(0, 1, 333, dtype=jnp.float32), np.float32(1 - 2.0**-24))
     t, weight = proposal.at(u.astype(float))
     with jax.enable_x64(False):
         t32, weight32 = proposal.at(np.asarray(u))
@@ -349,3 +350,35 @@ def test_a_tally_learns_the_density() -> None:
 def test_impossible_smallest_times_are_refused(name: str, eps: float) -> None:
     with pytest.raises(ValueError, match="smallest time eps="):
         PROPOSALS[name](SDES["vp"](), eps)
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize(
+    ("u", "message"),
+    [
+        ([0.5, 1.0], r"u lies in \[0.5, 1\]: give points in \[0, 1\)"),
+        ([-1e-9, 0.5], r"u lies in \[-1e-09, 0.5\]"),
+        ([0.5, float("nan")], r"u lies in \[nan, nan\]"),
+        ([5], "u is int"),
+    ],
+)
+def test_points_outside_the_unit_interval_are_refused(u: list[float], message: str) -> None:
+    """Weighted as if they were inside, they would give a wrong integral in silence."""
+    points, vp = jnp.asarray(u), SDES["vp"]()
+    for proposal in (*(kind(vp, EPS) for kind in PROPOSALS.values()), Grid(10)):
+        with pytest.raises(ValueError, match=message):
+            proposal.at(points)
+    with pytest.raises(ValueError, match=message):
+        warp(points, jnp.ones(4))
+    with pytest.raises(ValueError, match=message):
+        tally(jnp.zeros((2, 4)), points, jnp.ones(points.shape), 0.5)
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_shapes_that_would_broadcast_are_refused() -> None:
+    v = jnp.full((3,), 0.5)
+    for wrong, values in ((v[:, None], v[:, None]), (v, v[:, None]), (v, v[:1])):
+        with pytest.raises(ValueError, match=r"give both as \(n,\)"):
+            tally(jnp.zeros((2, 4)), wrong, values, 0.5)
+    with pytest.raises(ValueError, match=r"density has shape \(2, 4\): give one number a bin"):
+        warp(v, jnp.ones((2, 4)))

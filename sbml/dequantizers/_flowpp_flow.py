@@ -23,7 +23,7 @@ from jax import lax
 from sbml.dequantizers import _flowpp_layers as layers
 from sbml.dequantizers import _mixture_logistic as mixture_logistic
 from sbml.dequantizers._flowpp_design import Design
-from sbml.types import Array, Key
+from sbml.types import Array, Batch, Key, Vector
 
 Pair = tuple[Array, Array]  # even columns and odd columns, (n, h, w / 2, c) each
 
@@ -40,7 +40,7 @@ def merge(halves: Pair) -> Array:
     return jnp.stack([even, odd], axis=3).reshape(n, h, 2 * w, c)
 
 
-def per_image(x: Array) -> Array:
+def per_image(x: Batch) -> Vector:
     """Sum of ``x (n, ...)`` over all but the first axis."""
     return x.reshape(len(x), -1).sum(-1)
 

@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 from sbml import discrete
 from sbml.bound import Bound
 from sbml.sdes import SDE
-from sbml.types import Array, Key, Score
+from sbml.types import Key, PixelBatch, Pixels, Score
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,7 +23,7 @@ class Model:
     at_noise: ClassVar[bool] = True
     calls: ClassVar[int] = 1
 
-    def init(self, key: Key, pixels: Array) -> Any:
+    def init(self, key: Key, pixels: PixelBatch) -> Any:
         """No parameters."""
         return {}
 
@@ -32,7 +32,7 @@ class Model:
         params: Any,
         score: Score,
         sde: SDE,
-        pixels: Array,
+        pixels: Pixels,
         key: Key,
         levels: int,
         **draws: Any,

@@ -24,7 +24,7 @@ import jax.numpy as jnp
 from sbml import compiler, discrete
 from sbml.bound import Bound
 from sbml.sdes import SDE
-from sbml.types import Array, Key, Score
+from sbml.types import Example, Key, PixelBatch, Pixels, Scalar, Score
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,11 +50,11 @@ class Model:
         z = math.erf(self.tau / math.sqrt(2))
         return math.log(2 * self.tau / z) - 0.5 * math.log(2 * math.pi)
 
-    def init(self, key: Key, pixels: Array) -> Any:
+    def init(self, key: Key, pixels: PixelBatch) -> Any:
         """No parameters."""
         return {}
 
-    def sample(self, params: Any, pixels: Array, key: Key) -> tuple[Array, Array]:
+    def sample(self, params: Any, pixels: Pixels, key: Key) -> tuple[Example, Scalar]:
         """u of the shape of one example ``pixels (*s)``, and log q(u | pixels) in nats."""
         compiler.check()
         e = discrete.truncated_normal(jax.random.normal(key, pixels.shape), self.tau)
@@ -66,7 +66,7 @@ class Model:
         params: Any,
         score: Score,
         sde: SDE,
-        pixels: Array,
+        pixels: Pixels,
         key: Key,
         levels: int,
         **draws: Any,

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 
-from sbml.types import Array, Key
+from sbml.types import Example, Key, PixelBatch, Pixels, Scalar
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,11 +19,11 @@ class Model:
 
     at_noise: ClassVar[bool] = False
 
-    def init(self, key: Key, pixels: Array) -> Any:
+    def init(self, key: Key, pixels: PixelBatch) -> Any:
         """No parameters."""
         return {}
 
-    def sample(self, params: Any, pixels: Array, key: Key) -> tuple[Array, Array]:
+    def sample(self, params: Any, pixels: Pixels, key: Key) -> tuple[Example, Scalar]:
         """u of the shape of one example ``pixels (*s)``, and log q(u | pixels) = 0 in nats."""
         u = jax.random.uniform(key, pixels.shape)
         return u, jnp.zeros(())

@@ -23,11 +23,15 @@ import jax
 import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.nn import log_sigmoid
+from jaxtyping import Float, Integer
 
 from sbml import compiler
 from sbml.dequantizers._flowpp_design import DESIGNS
 from sbml.dequantizers._flowpp_flow import Flow, per_image
-from sbml.types import Array, Key
+from sbml.types import Array, Key, Keys, Numbers, Scalar, Vector
+
+Pixels = Integer[Array, "n h w c"]
+Images = Float[Array, "n h w c"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,11 +89,11 @@ class Model:
             *(self.dropout, self.clipped, DESIGNS[self.design]),
         )
 
-    def image(self, pixels: Array, dtype: Any = jnp.float32) -> Array:
+    def image(self, pixels: Numbers, dtype: Any = jnp.float32) -> Float[Array, "..."]:
         """Integers 0 ... levels - 1 as the networks see them, in [-1/2, 1/2]."""
         return jnp.asarray(pixels, dtype) / (self.levels - 1) - 0.5
 
-    def init(self, key: Key, pixels: Array) -> Any:
+    def init(self, key: Key, pixels: Numbers) -> Any:
         """Parameters fitted to the batch ``pixels (n, h, w, c)`` and one draw of noise for it.
 
         After every activation normalisation each channel of that batch has mean 0 and variance 1.
@@ -107,8 +111,8 @@ class Model:
         return self.network().init(parameter_key, self.image(pixels), noise)["params"]
 
     def forward(
-        self, params: Any, pixels: Array, eps: Array, dropout_key: Key | None = None
-    ) -> tuple[Array, Array]:
+        self, params: Any, pixels: Pixels, eps: Images, dropout_key: Key | None = None
+    ) -> tuple[Images, Vector]:
         """u in [0, 1) and log q(u | pixels) in nats, of noise.
 
         Args:
@@ -129,7 +133,7 @@ class Model:
         u = jnp.minimum(jax.nn.sigmoid(logits), 1.0 - jnp.finfo(eps.dtype).epsneg)
         return u, log_density(eps, logits, log_det)
 
-    def inverse(self, params: Any, pixels: Array, u: Array) -> tuple[Array, Array]:
+    def inverse(self, params: Any, pixels: Pixels, u: Images) -> tuple[Images, Vector]:
         """The noise that ``forward`` turns into u, and log q(u | pixels) in nats.
 
         The logit of u is only as good as u: in float32 a u within 1e-5 of 1 has lost it.
@@ -153,20 +157,22 @@ class Model:
         eps, log_det = self._apply(params, self.image(pixels, u.dtype), logits, inverse=True)
         return eps, log_density(eps, logits, log_det)
 
-    def _apply(self, params: Any, image: Array, x: Array, **options: Any) -> tuple[Array, Array]:
+    def _apply(
+        self, params: Any, image: Images, x: Images, **options: Any
+    ) -> tuple[Images, Vector]:
         result: Any = self.network().apply({"params": params}, image, x, **options)
         return result
 
     def sample(
-        self, params: Any, pixels: Array, key: Key, *, train: bool = False
-    ) -> tuple[Array, Array]:
+        self, params: Any, pixels: Integer[Array, "h w c"], key: Key, *, train: bool = False
+    ) -> tuple[Float[Array, "h w c"], Scalar]:
         """u of the shape of one example ``pixels (h, w, c)``, and log q(u | pixels) () in nats."""
         u, log_q = self.sample_batch(params, pixels[None], key[None], train=train)
         return u[0], log_q[0]
 
     def sample_batch(
-        self, params: Any, pixels: Array, keys: Key, *, train: bool = False
-    ) -> tuple[Array, Array]:
+        self, params: Any, pixels: Pixels, keys: Keys, *, train: bool = False
+    ) -> tuple[Images, Vector]:
         """``sample`` for ``pixels (n, h, w, c)`` with a key ``keys (n,)`` each, in one call.
 
         Without dropout an image's u does not depend on its batch-mates. Returns u
@@ -177,7 +183,7 @@ class Model:
         return self.forward(params, pixels, eps, dropout_keys[0] if train else None)
 
 
-def log_density(eps: Array, logits: Array, log_det: Array) -> Array:
+def log_density(eps: Images, logits: Images, log_det: Vector) -> Vector:
     """log q ``(n,)`` of u = sigmoid(logits): log N(eps) - log_det - sum log sigmoid'(logits)."""
     log_normal = -0.5 * (jnp.square(eps) + math.log(2 * math.pi))
     return per_image(log_normal - log_sigmoid(logits) - log_sigmoid(-logits)) - log_det

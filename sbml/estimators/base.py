@@ -13,12 +13,17 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
+from jaxtyping import Integer, Num
 
 from sbml import bits
 from sbml.bound import Reduction
 from sbml.ode import Solver
+from sbml.scalars import Number
 from sbml.sdes import SDE
-from sbml.types import Array, Key, Score
+from sbml.types import Array, Example, Key, Keys, Scalar, Score
+
+Count = Integer[Array, ""] | int
+Data = Num[Array, "*s"]  # one example of integers or, without levels, of numbers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,11 +38,11 @@ class Target:
     """
 
     sde: SDE
-    eps: float
+    eps: Number
     levels: int | None = None
     dequantizer: Any = None
 
-    def sample(self, params: Any, data: Array, key: Key) -> tuple[Array, Array]:
+    def sample(self, params: Any, data: Data, key: Key) -> tuple[Example, Scalar]:
         """x ``(*s)`` of one example, as the score at eps sees it, and log q(u) in nats."""
         if self.levels is None:
             return data, jnp.zeros((), data.dtype)
@@ -74,7 +79,7 @@ class Rows:
     sweeps: ArrayLike
     seed: ArrayLike
 
-    def keys(self) -> Key:
+    def keys(self) -> Keys:
         """A key for each row, ``(n,)``."""
         return jax.vmap(functools.partial(draw_key, self.seed))(self.sweeps, self.ids)
 
@@ -122,12 +127,12 @@ class Estimator(abc.ABC):
         self,
         score: Score,
         params: Any,
-        data: Array,
+        data: Data,
         key: Key,
         u: Any,
         given: Any,
         target: Target,
-    ) -> tuple[dict[str, Array], Array | int]:
+    ) -> tuple[dict[str, Scalar], Count]:
         """The terms ``()`` in nats of one example but ``scale``, and evaluations of the score.
 
         Args:
@@ -154,7 +159,7 @@ def rows(
     batch: Rows,
     u: ArrayLike | None,
     given: Solver | Reduction,
-) -> dict[str, Array]:
+) -> dict[str, Num[Array, " n"]]:
     """The terms ``(n,)`` of a batch and ``nfe``: in bits/dim of integers, else in nats.
 
     Args:

@@ -15,8 +15,8 @@ import jax.numpy as jnp
 from sbml import bound, dequantizers
 from sbml.bound import Reduction
 from sbml.estimators import base
-from sbml.estimators.base import Target
-from sbml.types import Array, Key, Score
+from sbml.estimators.base import Count, Data, Target
+from sbml.types import Key, Scalar, Score
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,12 +47,12 @@ class Estimator(base.Estimator):
         self,
         score: Score,
         params: Any,
-        data: Array,
+        data: Data,
         key: Key,
         u: Any,
         given: Reduction,
         target: Target,
-    ) -> tuple[dict[str, Array], Array | int]:
+    ) -> tuple[dict[str, Scalar], Count]:
         u_key, key = jax.random.split(key)
         draws: dict[str, Any] = {"eps": target.eps, "u": u, "reduction": given}
         model = target.dequantizer

@@ -14,8 +14,8 @@ from sbml import bound, dequantizers
 from sbml.bound import Reduction
 from sbml.divergence import Trace
 from sbml.estimators import bound as dsm
-from sbml.estimators.base import Target
-from sbml.types import Array, Key, Score
+from sbml.estimators.base import Count, Data, Target
+from sbml.types import Key, Scalar, Score
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,12 +36,12 @@ class Estimator(dsm.Estimator):
         self,
         score: Score,
         params: Any,
-        data: Array,
+        data: Data,
         key: Key,
         u: Any,
         given: Reduction,
         target: Target,
-    ) -> tuple[dict[str, Array], Array | int]:
+    ) -> tuple[dict[str, Scalar], Count]:
         u_key, key = jax.random.split(key)
         x, log_q = target.sample(params, data, u_key)
         draws: dict[str, Any] = {"eps": target.eps, "u": u, "reduction": given}

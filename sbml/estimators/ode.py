@@ -17,13 +17,16 @@ from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Float
 
 from sbml import dequantizers, likelihood
 from sbml.divergence import Trace
 from sbml.estimators import base
-from sbml.estimators.base import Target
+from sbml.estimators.base import Count, Data, Target
 from sbml.ode import Solver
-from sbml.types import Array, Key, Score
+from sbml.types import Array, Key, Scalar, Score
+
+Draws = Float[Array, "k"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,13 +62,13 @@ class Estimator(base.Estimator):
         self,
         score: Score,
         params: Any,
-        data: Array,
+        data: Data,
         key: Key,
         u: Any,
         given: Solver,
         target: Target,
-    ) -> tuple[dict[str, Array], Array | int]:
-        def draw(key: Key) -> tuple[dict[str, Array], Array]:
+    ) -> tuple[dict[str, Scalar], Count]:
+        def draw(key: Key) -> tuple[dict[str, Scalar], Count]:
             u_key, trace_key = jax.random.split(key)
             x, log_q = target.sample(params, data, u_key)
             how: dict[str, Any] = {"eps": target.eps, "trace": self.trace, "solver": given}
@@ -80,7 +83,7 @@ class Estimator(base.Estimator):
         return averaged(each), jnp.sum(evaluations)
 
 
-def averaged(each: dict[str, Array]) -> dict[str, Array]:
+def averaged(each: dict[str, Draws]) -> dict[str, Scalar]:
     """The W-average of K draws' terms ``(K,)`` and ``importance``, log K + sum W log W; nats.
 
     A draw of no weight, as one of density 0, adds nothing, though a term of it is infinite.
@@ -88,7 +91,7 @@ def averaged(each: dict[str, Array]) -> dict[str, Array]:
     log_weights = jax.nn.log_softmax(-sum(each.values()))
     weights = jnp.exp(log_weights)
 
-    def average(term: Array) -> Array:
+    def average(term: Draws) -> Scalar:
         return jnp.sum(jnp.where(weights == 0, 0, weights * term))
 
     terms = {name: average(term) for name, term in each.items()}

@@ -14,11 +14,17 @@ from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Float
 
 from sbml.ode import Stats
 from sbml.samplers.corrector import NoCorrector
+from sbml.scalars import Number
 from sbml.sdes import SDE
-from sbml.types import Array, Key, Score
+from sbml.types import Array, Example, Key, Score
+
+Path = Float[Array, "frames *s"]
+Times = Float[Array, "frames"]
+Triple = Float[Array, "3"]
 
 SPACINGS = ("time", "quadratic", "log_snr")
 
@@ -27,19 +33,19 @@ class Sampler(Protocol):
     """What every sampler can do."""
 
     def __call__(
-        self, score: Score, sde: SDE, z: Array, key: Key, *, eps: float
-    ) -> tuple[Array, Stats]:
+        self, score: Score, sde: SDE, z: Example, key: Key, *, eps: Number
+    ) -> tuple[Example, Stats]:
         """The sample ``(*s)`` at time ``eps`` of the latent ``z (*s)`` at T, and what it cost."""
         ...
 
     def path(
-        self, score: Score, sde: SDE, z: Array, key: Key, *, eps: float, frames: int
-    ) -> tuple[Array, Array]:
+        self, score: Score, sde: SDE, z: Example, key: Key, *, eps: Number, frames: int
+    ) -> tuple[Path, Times]:
         """x at ``frames`` times on the way ``(frames, *s)``, first the latent, and the times."""
         ...
 
 
-def grid(sde: SDE, eps: float, steps: int, spacing: str) -> Array:
+def grid(sde: SDE, eps: Number, steps: int, spacing: str) -> Times:
     """``(steps + 1,)`` times from ``sde.largest_time`` down to ``eps``.
 
     Raises:
@@ -58,7 +64,9 @@ def grid(sde: SDE, eps: float, steps: int, spacing: str) -> Array:
     return times.at[0].set(ends[0]).at[-1].set(ends[1])  # Whatever the rounding.
 
 
-def frames_of(z: Array, path: Array, times: Array, frames: int) -> tuple[Array, Array]:
+def frames_of(
+    z: Example, path: Float[Array, " steps *s"], times: Float[Array, " steps+1"], frames: int
+) -> tuple[Path, Times]:
     """Some of z and the points ``path (n, *s)`` after it, evenly spread, and their times."""
     chosen = jnp.round(jnp.linspace(0, len(path), frames)).astype(int)
     return jnp.concatenate([z[None], path])[chosen], times[chosen]
@@ -87,17 +95,17 @@ class FixedSteps(abc.ABC):
         """Network evaluations."""
         return self.steps * (1 + self.corrector.nfe)
 
-    def init(self, z: Array) -> Any:
+    def init(self, z: Example) -> Any:
         """What is carried from step to step beside x."""
         return ()
 
     @abc.abstractmethod
     def step(
-        self, score: Score, sde: SDE, x: Array, carry: Any, times: Array, z: Array
-    ) -> tuple[Array, Any]:
+        self, score: Score, sde: SDE, x: Example, carry: Any, times: Triple, z: Example
+    ) -> tuple[Example, Any]:
         """x at ``times[2]`` from x at ``times[1]``, with noise ``z``; ``times[0]`` came before."""
 
-    def _scan(self, score: Score, sde: SDE, z: Array, key: Key, eps: float, keep: bool) -> Any:
+    def _scan(self, score: Score, sde: SDE, z: Example, key: Key, eps: Number, keep: bool) -> Any:
         times = grid(sde, eps, self.steps, self.spacing)
         # Before the first step there was none: a time beyond T, never the divisor of anything.
         before = jnp.concatenate([2 * times[:1] - times[1:2], times[:-2]])
@@ -119,8 +127,8 @@ class FixedSteps(abc.ABC):
         return x, path, times
 
     def __call__(
-        self, score: Score, sde: SDE, z: Array, key: Key, *, eps: float
-    ) -> tuple[Array, Stats]:
+        self, score: Score, sde: SDE, z: Example, key: Key, *, eps: Number
+    ) -> tuple[Example, Stats]:
         """See :class:`Sampler`."""
         sde.check_time(eps)
         x, _, _ = self._scan(score, sde, z, key, eps, keep=False)
@@ -128,8 +136,8 @@ class FixedSteps(abc.ABC):
         return x, Stats(jnp.asarray(self.nfe), jnp.asarray(self.steps), jnp.asarray(0), finite)
 
     def path(
-        self, score: Score, sde: SDE, z: Array, key: Key, *, eps: float, frames: int
-    ) -> tuple[Array, Array]:
+        self, score: Score, sde: SDE, z: Example, key: Key, *, eps: Number, frames: int
+    ) -> tuple[Path, Times]:
         """See :class:`Sampler`; the frames are evenly spaced among the steps."""
         sde.check_time(eps)
         _, path, times = self._scan(score, sde, z, key, eps, keep=True)

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from sbml.sdes import SDE
-from sbml.types import Array, Key, Score, deterministic
+from sbml.types import Example, Key, Scalar, Score, deterministic
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,7 +27,9 @@ class NoCorrector:
 
     nfe = 0
 
-    def __call__(self, score: Score, sde: SDE, x: Array, s: Array, t: Array, key: Key) -> Array:
+    def __call__(
+        self, score: Score, sde: SDE, x: Example, s: Scalar, t: Scalar, key: Key
+    ) -> Example:
         return x
 
 
@@ -51,13 +53,15 @@ class Langevin:
         """Network evaluations after each step of the predictor."""
         return self.steps
 
-    def size(self, sde: SDE, s: Array, t: Array, grad: Array, z: Array) -> Array:
+    def size(self, sde: SDE, s: Scalar, t: Scalar, grad: Example, z: Example) -> Scalar:
         """e of one step."""
         ratio = jnp.linalg.norm(z.ravel()) / jnp.linalg.norm(grad.ravel())
         return 2 * (sde.mean_coef(s) / sde.mean_coef(t) * self.snr * ratio) ** 2
 
-    def __call__(self, score: Score, sde: SDE, x: Array, s: Array, t: Array, key: Key) -> Array:
-        def one(x: Array, key: Key) -> tuple[Array, None]:
+    def __call__(
+        self, score: Score, sde: SDE, x: Example, s: Scalar, t: Scalar, key: Key
+    ) -> Example:
+        def one(x: Example, key: Key) -> tuple[Example, None]:
             z, grad = jax.random.normal(key, x.shape, x.dtype), deterministic(score, x, t)
             e = self.size(sde, s, t, grad, z)
             return x + e * grad + jnp.sqrt(2 * e) * z, None
@@ -69,7 +73,7 @@ class Langevin:
 class AnnealedLangevin(Langevin):
     """``steps`` steps whose size is a share of the noise's variance at t."""
 
-    def size(self, sde: SDE, s: Array, t: Array, grad: Array, z: Array) -> Array:
+    def size(self, sde: SDE, s: Scalar, t: Scalar, grad: Example, z: Example) -> Scalar:
         return 2 * (sde.mean_coef(s) / sde.mean_coef(t) * self.snr * sde.std(t)) ** 2
 
 

@@ -17,12 +17,18 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Float, Num
 
 from sbml.samplers._grid import FixedSteps
 from sbml.samplers.corrector import NoCorrector
 from sbml.sampling import denoise
+from sbml.scalars import Number
 from sbml.sdes import SDE
-from sbml.types import Array, Key, Score
+from sbml.types import Array, Key, Keys, Scalar, Score
+
+Image = Float[Array, "h w c"]
+Mask = Num[Array, "..."]
+Basis = Float[Array, "c c"]
 
 # Grey first: the first column is the mean over red, green and blue, up to a factor.
 GREY_FIRST = np.linalg.qr(np.array([[1.0, 1, 0], [1, 0, 1], [1, 0, 0]]))[0]
@@ -39,9 +45,9 @@ class Known:
       corrector: what moves the whole image.
     """
 
-    x_0: Array
-    mask: Array
-    basis: Array | None
+    x_0: Image
+    mask: Mask
+    basis: Basis | None
     corrector: Any = NoCorrector()
 
     @property
@@ -49,7 +55,7 @@ class Known:
         """Network evaluations after each step of the sampler."""
         return self.corrector.nfe
 
-    def replaced(self, x: Array, known: Array) -> Array:
+    def replaced(self, x: Image, known: Image) -> Image:
         """``x`` with its known part taken from ``known``, an image too."""
         mask = jnp.broadcast_to(self.mask, x.shape)
         if self.basis is None:
@@ -59,13 +65,13 @@ class Known:
         u = mask * product(known, self.basis) + (1 - mask) * product(x, self.basis)
         return product(u, self.basis.T)
 
-    def __call__(self, score: Score, sde: SDE, x: Array, s: Array, t: Array, key: Key) -> Array:
+    def __call__(self, score: Score, sde: SDE, x: Image, s: Scalar, t: Scalar, key: Key) -> Image:
         mean, std = sde.marginal(self.x_0, t)
 
-        def known(key: Key) -> Array:
+        def known(key: Key) -> Image:
             return mean + std * jax.random.normal(key, x.shape, x.dtype)
 
-        def one(x: Array, keys: Key) -> tuple[Array, None]:
+        def one(x: Image, keys: Keys) -> tuple[Image, None]:
             moved = single(score, sde, x, s, t, keys[0])
             return self.replaced(moved, known(keys[1])), None
 
@@ -80,14 +86,14 @@ class Known:
 def complete(
     score: Score,
     sde: SDE,
-    x_0: Array,
-    mask: Array,
+    x_0: Image,
+    mask: Mask,
     key: Key,
     *,
-    eps: float,
+    eps: Number,
     sampler: FixedSteps,
-    basis: Array | None = None,
-) -> Array:
+    basis: Basis | None = None,
+) -> Image:
     """One image ``(h, w, c)`` that agrees with ``x_0`` exactly where ``mask`` is 1.
 
     Args:

@@ -13,10 +13,10 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from sbml.samplers._grid import FixedSteps
+from sbml.samplers._grid import FixedSteps, Triple
 from sbml.sampling import denoise
 from sbml.sdes import SDE
-from sbml.types import Array, Score
+from sbml.types import Example, Score
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,12 +27,12 @@ class DPMSolver(FixedSteps):
     spacing: str = "log_snr"
     lower_order_final: bool = True
 
-    def init(self, z: Array) -> Any:
+    def init(self, z: Example) -> Any:
         return jnp.zeros_like(z), jnp.asarray(0)
 
     def step(
-        self, score: Score, sde: SDE, x: Array, carry: Any, times: Array, z: Array
-    ) -> tuple[Array, Any]:
+        self, score: Score, sde: SDE, x: Example, carry: Any, times: Triple, z: Example
+    ) -> tuple[Example, Any]:
         (last, i), (before, s, t) = carry, times
         x_0 = denoise(score, sde, x, s)
         # Before the first step there is no time; any other keeps the unused branch finite.

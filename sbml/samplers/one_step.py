@@ -20,13 +20,13 @@ from typing import Any, ClassVar
 
 import jax.numpy as jnp
 
-from sbml.samplers._grid import FixedSteps
+from sbml.samplers._grid import FixedSteps, Triple
 from sbml.sampling import predictions
 from sbml.sdes import SDE
-from sbml.types import Array, Score, deterministic
+from sbml.types import Example, Scalar, Score, deterministic
 
 
-def forward(sde: SDE, t: Array, s: Array) -> tuple[Array, Array]:
+def forward(sde: SDE, t: Scalar, s: Scalar) -> tuple[Scalar, Scalar]:
     """a and b of p(x_s | x_t), t < s; b by rates that do not cancel for small steps.
 
     b^2 = sigma_s^2 (1 - exp(lambda_s - lambda_t)).
@@ -39,8 +39,8 @@ class EulerMaruyama(FixedSteps):
     """The reverse SDE by Euler and Maruyama."""
 
     def step(
-        self, score: Score, sde: SDE, x: Array, carry: Any, times: Array, z: Array
-    ) -> tuple[Array, Any]:
+        self, score: Score, sde: SDE, x: Example, carry: Any, times: Triple, z: Example
+    ) -> tuple[Example, Any]:
         s, h = times[1], times[1] - times[2]
         g = sde.diffusion(s)
         drift = sde.drift(x, s) - g**2 * deterministic(score, x, s)
@@ -51,8 +51,8 @@ class ReverseDiffusion(FixedSteps):
     """The forward chain's own discretisation, reversed."""
 
     def step(
-        self, score: Score, sde: SDE, x: Array, carry: Any, times: Array, z: Array
-    ) -> tuple[Array, Any]:
+        self, score: Score, sde: SDE, x: Example, carry: Any, times: Triple, z: Example
+    ) -> tuple[Example, Any]:
         a, b = forward(sde, times[2], times[1])
         return (2 - a) * x + b**2 * deterministic(score, x, times[1]) + b * z, carry
 
@@ -70,8 +70,8 @@ class DDIM(FixedSteps):
             raise ValueError(f"eta={self.eta}: must lie in [0, 1]")
 
     def step(
-        self, score: Score, sde: SDE, x: Array, carry: Any, times: Array, z: Array
-    ) -> tuple[Array, Any]:
+        self, score: Score, sde: SDE, x: Example, carry: Any, times: Triple, z: Example
+    ) -> tuple[Example, Any]:
         _, s, t = times
         x_0, noise = predictions(score, sde, x, s)
         drop = sde.log_snr(s) - sde.log_snr(t)

@@ -8,21 +8,24 @@ lose it near 0.
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sbml.types import Array
+from sbml.types import Array, Elementwise
+
+Function = Callable[[Elementwise], Elementwise]
 
 
-def slope(f: Callable[[Array], Array], t: Array) -> Array:
+def slope(f: Function, t: Elementwise) -> Elementwise:
     """df/dt of an elementwise ``f``, of the shape of ``t``."""
     t = jnp.asarray(t)
     return jax.jvp(f, (t,), (jnp.ones_like(t),))[1]
 
 
-def inverse(f: Callable[[Array], Array], y: Array, last: float) -> Array:
+def inverse(f: Function, y: Elementwise, last: float) -> Elementwise:
     """The largest float t in (0, ``last``] with f(t) >= y, elementwise, of the shape of ``y``.
 
     ``f`` is elementwise and decreasing. Above f's range the result is the smallest normal float,
@@ -39,13 +42,13 @@ def inverse(f: Callable[[Array], Array], y: Array, last: float) -> Array:
     return t - step.astype(y.dtype)  # An SDE's own numbers may be more precise than the argument.
 
 
-def _bisected(f: Callable[[Array], Array], y: Array, last: float) -> Array:
+def _bisected(f: Function, y: Elementwise, last: float) -> Elementwise:
     integer = jnp.dtype(f"int{8 * y.dtype.itemsize}")
     ends = np.asarray([jnp.finfo(y.dtype).tiny, last]).astype(y.dtype).view(integer)
     # Of each interval, f >= y at the lower end and not at the upper one.
     low, high = (jnp.full(y.shape, end, integer) for end in (ends[0], ends[1] + 1))
 
-    def halve(_: int, ends: tuple[Array, Array]) -> tuple[Array, Array]:
+    def halve(_: Any, ends: tuple[Array, Array]) -> tuple[Array, Array]:
         low, high = ends
         middle = low + (high - low) // 2
         before = f(jax.lax.bitcast_convert_type(middle, y.dtype)) >= y

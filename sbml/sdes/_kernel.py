@@ -27,7 +27,7 @@ import jax.numpy as jnp
 from sbml import compiler, pytrees, scalars
 from sbml.scalars import Number
 from sbml.sdes._inverse import inverse, slope
-from sbml.types import Array, Key
+from sbml.types import Array, Elementwise, Example, Key, Scalar
 
 if TYPE_CHECKING:
     from sbml.sdes.levels import Levels
@@ -55,19 +55,19 @@ class Kernel(abc.ABC):
         pytrees.register(cls)
 
     @abc.abstractmethod
-    def mean_coef(self, t: Array) -> Array:
+    def mean_coef(self, t: Elementwise) -> Elementwise:
         """alpha(t): the mean of p(x_t | x_0) is alpha(t) x_0."""
 
     @abc.abstractmethod
-    def std(self, t: Array) -> Array:
+    def std(self, t: Elementwise) -> Elementwise:
         """sigma(t), the standard deviation of p(x_t | x_0)."""
 
-    def log_snr(self, t: Array) -> Array:
+    def log_snr(self, t: Elementwise) -> Elementwise:
         """lambda(t) = 2 log(alpha(t) / sigma(t)), strictly decreasing."""
         compiler.check()
         return 2 * (jnp.log(self.mean_coef(t)) - jnp.log(self.std(t)))
 
-    def rate(self, t: Array) -> Array:
+    def rate(self, t: Elementwise) -> Elementwise:
         """-dlambda/dt, how fast the signal is lost: g^2 / sigma^2 of an SDE."""
         return -slope(self.log_snr, t)
 
@@ -76,11 +76,11 @@ class Kernel(abc.ABC):
         """Where integrals over time end: T, if the log-SNR is finite there."""
         return self.T
 
-    def marginal(self, x: Array, t: Array) -> tuple[Array, Array]:
+    def marginal(self, x: Example, t: Scalar) -> tuple[Example, Scalar]:
         """Mean ``(*s)`` and standard deviation ``()`` of p(x_t | x_0 = x)."""
         return self.mean_coef(t) * x, self.std(t)
 
-    def check_time(self, eps: float, name: str = "smallest time eps") -> float:
+    def check_time(self, eps: Number, name: str = "smallest time eps") -> Number:
         """``eps`` itself, where the integral over time is cut.
 
         Raises:
@@ -102,16 +102,16 @@ class SDE(Kernel):
 
     smallest_time: ClassVar[float] = 1e-5  # Where the paper cuts the integral over time.
 
-    def drift_coef(self, t: Array) -> Array:
+    def drift_coef(self, t: Elementwise) -> Elementwise:
         """f(t) = d log alpha / dt, a scalar."""
         compiler.check()
         return slope(lambda t: jnp.log(self.mean_coef(t)), t)
 
-    def diffusion(self, t: Array) -> Array:
+    def diffusion(self, t: Elementwise) -> Elementwise:
         """g(t) = sigma sqrt(-dlambda/dt), a scalar."""
         return self.std(t) * jnp.sqrt(self.rate(t))
 
-    def time(self, log_snr: Array) -> Array:
+    def time(self, log_snr: Elementwise) -> Elementwise:
         """The inverse of :meth:`log_snr`, elementwise."""
         return inverse(self.log_snr, log_snr, self.T)
 
@@ -149,26 +149,26 @@ class SDE(Kernel):
             "VE of SMLD"
         )
 
-    def drift(self, x: Array, t: Array) -> Array:
+    def drift(self, x: Example, t: Scalar) -> Example:
         """f(t) x, shape ``(*s)``."""
         return self.drift_coef(t) * x
 
-    def slopes(self, t: Array) -> tuple[Array, Array]:
+    def slopes(self, t: Elementwise) -> tuple[Elementwise, Elementwise]:
         """alpha'(t) and sigma'(t), finite also where alpha(t) = 0."""
         return slope(self.mean_coef, t), slope(self.std, t)
 
-    def prior_logp(self, z: Array) -> Array:
+    def prior_logp(self, z: Example) -> Scalar:
         """log N(z; 0, s^2 I) in nats, a scalar."""
         compiler.check()
         s = self.prior_std
         log_s = scalars.log(s)
         return -0.5 * jnp.sum((z / s) ** 2) - z.size * (log_s + 0.5 * math.log(2 * math.pi))
 
-    def prior_sample(self, key: Key, shape: tuple[int, ...]) -> Array:
+    def prior_sample(self, key: Key, shape: tuple[int, ...]) -> Example:
         """One draw of shape ``shape`` from N(0, s^2 I)."""
         return self.prior_std * jax.random.normal(key, shape)
 
-    def _std_at(self, t: Number) -> Array:
+    def _std_at(self, t: Number) -> Scalar:
         return self.std(jnp.asarray(t, float))
 
 
@@ -191,14 +191,14 @@ class ClosedForm(SDE):
     """An SDE that is given by f and g too, and still has a signal at T."""
 
     @abc.abstractmethod
-    def drift_coef(self, t: Array) -> Array:
+    def drift_coef(self, t: Elementwise) -> Elementwise:
         """f(t), a scalar."""
 
     @abc.abstractmethod
-    def diffusion(self, t: Array) -> Array:
+    def diffusion(self, t: Elementwise) -> Elementwise:
         """g(t), a scalar."""
 
-    def rate(self, t: Array) -> Array:
+    def rate(self, t: Elementwise) -> Elementwise:
         return (self.diffusion(t) / self.std(t)) ** 2
 
     @property

@@ -9,26 +9,26 @@ from sbml import compiler, scalars
 from sbml.scalars import Number
 from sbml.sdes._kernel import ClosedForm
 from sbml.sdes.levels import Levels
-from sbml.types import Array
+from sbml.types import Elementwise
 
 
 @dataclasses.dataclass(frozen=True)
 class _Exploding(ClosedForm):
     """What the variance-exploding SDEs share: no drift, a prior as wide as sigma_max."""
 
-    sigma_max: float = 50.0
+    sigma_max: Number = 50.0
 
     @property
     def prior_std(self) -> Number:
         return self.sigma_max
 
-    def drift_coef(self, t: Array) -> Array:
+    def drift_coef(self, t: Elementwise) -> Elementwise:
         return jnp.zeros_like(t)
 
-    def mean_coef(self, t: Array) -> Array:
+    def mean_coef(self, t: Elementwise) -> Elementwise:
         return jnp.ones_like(t)
 
-    def log_snr(self, t: Array) -> Array:
+    def log_snr(self, t: Elementwise) -> Elementwise:
         compiler.check()
         return -2 * jnp.log(self.std(t))
 
@@ -37,7 +37,7 @@ class _Exploding(ClosedForm):
 class VE(_Exploding):
     """Variance exploding, geometric: sigma(t) = sigma_min (sigma_max / sigma_min)^t (SMLD)."""
 
-    sigma_min: float = 0.01
+    sigma_min: Number = 0.01
 
     def __post_init__(self) -> None:
         known = not scalars.traced(self.sigma_min, self.sigma_max)
@@ -51,16 +51,16 @@ class VE(_Exploding):
     def _log_ratio(self) -> Number:
         return scalars.log(self.sigma_max / self.sigma_min)
 
-    def diffusion(self, t: Array) -> Array:
+    def diffusion(self, t: Elementwise) -> Elementwise:
         return scalars.sqrt(2 * self._log_ratio) * self.std(t)
 
-    def std(self, t: Array) -> Array:
+    def std(self, t: Elementwise) -> Elementwise:
         return self.sigma_min * jnp.exp(self._log_ratio * t)
 
-    def log_snr(self, t: Array) -> Array:
+    def log_snr(self, t: Elementwise) -> Elementwise:
         return -2 * (scalars.log(self.sigma_min) + self._log_ratio * t)
 
-    def time(self, log_snr: Array) -> Array:
+    def time(self, log_snr: Elementwise) -> Elementwise:
         return (-0.5 * log_snr - scalars.log(self.sigma_min)) / self._log_ratio
 
     def levels(self, n: int) -> Levels:
@@ -80,13 +80,13 @@ class LinearVE(_Exploding):
         if not scalars.traced(self.sigma_max) and not self.sigma_max > 0:
             raise ValueError(f"sigma_max={self.sigma_max}: need sigma_max > 0")
 
-    def diffusion(self, t: Array) -> Array:
+    def diffusion(self, t: Elementwise) -> Elementwise:
         return self.sigma_max * jnp.sqrt(2 * t)
 
-    def std(self, t: Array) -> Array:
+    def std(self, t: Elementwise) -> Elementwise:
         return self.sigma_max * t
 
-    def time(self, log_snr: Array) -> Array:
+    def time(self, log_snr: Elementwise) -> Elementwise:
         return jnp.exp(-0.5 * log_snr) / self.sigma_max
 
 
@@ -100,8 +100,8 @@ class EDM(LinearVE):
     NeurIPS 2022.
     """
 
-    sigma_max: float = 80.0
-    sigma_min: float = 0.002
+    sigma_max: Number = 80.0
+    sigma_min: Number = 0.002
 
     def __post_init__(self) -> None:
         known = not scalars.traced(self.sigma_min, self.sigma_max)

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from sbml import compiler
 from sbml.sdes._kernel import LEAST_LOG_SNR, SDE
-from sbml.types import Array
+from sbml.types import Elementwise
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,26 +27,26 @@ class RectifiedFlow(SDE):
 
     smallest_time: ClassVar[float] = 1e-3
 
-    def mean_coef(self, t: Array) -> Array:
+    def mean_coef(self, t: Elementwise) -> Elementwise:
         return 1 - t
 
-    def std(self, t: Array) -> Array:
+    def std(self, t: Elementwise) -> Elementwise:
         return t
 
-    def drift_coef(self, t: Array) -> Array:
+    def drift_coef(self, t: Elementwise) -> Elementwise:
         return -1 / (1 - t)
 
-    def diffusion(self, t: Array) -> Array:
+    def diffusion(self, t: Elementwise) -> Elementwise:
         return jnp.sqrt(2 * t / (1 - t))
 
-    def log_snr(self, t: Array) -> Array:
+    def log_snr(self, t: Elementwise) -> Elementwise:
         compiler.check()
         return 2 * (jnp.log1p(-t) - jnp.log(t))
 
-    def rate(self, t: Array) -> Array:
+    def rate(self, t: Elementwise) -> Elementwise:
         return 2 / (t * (1 - t))
 
-    def time(self, log_snr: Array) -> Array:
+    def time(self, log_snr: Elementwise) -> Elementwise:
         return jax.nn.sigmoid(-0.5 * log_snr)
 
     @property
@@ -64,26 +64,26 @@ class Cosine(SDE):
 
     smallest_time: ClassVar[float] = 1e-3
 
-    def mean_coef(self, t: Array) -> Array:
+    def mean_coef(self, t: Elementwise) -> Elementwise:
         return jnp.sin(0.5 * math.pi * (1 - t))
 
-    def std(self, t: Array) -> Array:
+    def std(self, t: Elementwise) -> Elementwise:
         return jnp.sin(0.5 * math.pi * t)
 
-    def drift_coef(self, t: Array) -> Array:
+    def drift_coef(self, t: Elementwise) -> Elementwise:
         return -0.5 * math.pi * self._ratio(t)
 
-    def diffusion(self, t: Array) -> Array:
+    def diffusion(self, t: Elementwise) -> Elementwise:
         return jnp.sqrt(math.pi * self._ratio(t))
 
-    def log_snr(self, t: Array) -> Array:
+    def log_snr(self, t: Elementwise) -> Elementwise:
         compiler.check()
         return -2 * jnp.log(self._ratio(t))
 
-    def rate(self, t: Array) -> Array:
+    def rate(self, t: Elementwise) -> Elementwise:
         return math.pi / (self.mean_coef(t) * self.std(t))
 
-    def time(self, log_snr: Array) -> Array:
+    def time(self, log_snr: Elementwise) -> Elementwise:
         return 2 / math.pi * jnp.arctan(jnp.exp(-0.5 * log_snr))
 
     @property
@@ -94,7 +94,7 @@ class Cosine(SDE):
     def prior_std(self) -> float:
         return 1.0
 
-    def _ratio(self, t: Array) -> Array:
+    def _ratio(self, t: Elementwise) -> Elementwise:
         """sigma / alpha, the tangent."""
         return self.std(t) / self.mean_coef(t)
 

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 
 from sbml import compiler
 from sbml.sdes._kernel import Kernel
-from sbml.types import Array
+from sbml.types import Elementwise
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,19 +24,19 @@ class Levels(Kernel):
         if len(self.stds) < 2:
             raise ValueError(f"{len(self.stds)} noise levels: need at least two")
 
-    def mean_coef(self, t: Array) -> Array:
+    def mean_coef(self, t: Elementwise) -> Elementwise:
         return self._at(self.mean_coefs, t)
 
-    def std(self, t: Array) -> Array:
+    def std(self, t: Elementwise) -> Elementwise:
         return self._at(self.stds, t)
 
-    def log_snr(self, t: Array) -> Array:
+    def log_snr(self, t: Elementwise) -> Elementwise:
         compiler.check()
         return 2 * (jnp.log(self.mean_coef(t)) - jnp.log(self.std(t)))
 
-    def rate(self, t: Array) -> Array:
+    def rate(self, t: Elementwise) -> Elementwise:
         raise ValueError("noise levels in discrete time have the original weighting only")
 
-    def _at(self, values: tuple[float, ...], t: Array) -> Array:
+    def _at(self, values: tuple[float, ...], t: Elementwise) -> Elementwise:
         last = len(values) - 1
         return jnp.asarray(values, t.dtype)[jnp.round(t * last).astype(jnp.int32)]

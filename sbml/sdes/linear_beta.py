@@ -11,17 +11,18 @@ import jax.numpy as jnp
 import numpy as np
 
 from sbml import compiler, scalars
+from sbml.scalars import Number
 from sbml.sdes._kernel import ClosedForm
 from sbml.sdes.levels import Levels
-from sbml.types import Array
+from sbml.types import Elementwise
 
 
 @dataclasses.dataclass(frozen=True)
 class _LinearBeta(ClosedForm):
     """VP and subVP share beta(t) = beta_min + (beta_max - beta_min) t and its integral B(t)."""
 
-    beta_min: float = 0.1
-    beta_max: float = 20.0
+    beta_min: Number = 0.1
+    beta_max: Number = 20.0
 
     def __post_init__(self) -> None:
         known = not scalars.traced(self.beta_min, self.beta_max)
@@ -30,24 +31,24 @@ class _LinearBeta(ClosedForm):
                 f"beta_min={self.beta_min}, beta_max={self.beta_max}: need 0 < beta_min <= beta_max"
             )
 
-    def _beta(self, t: Array) -> Array:
+    def _beta(self, t: Elementwise) -> Elementwise:
         return self.beta_min + (self.beta_max - self.beta_min) * t
 
-    def _integral(self, t: Array) -> Array:
+    def _integral(self, t: Elementwise) -> Elementwise:
         """B(t), the integral of beta over [0, t]."""
         compiler.check()
         return t * (self.beta_min + 0.5 * (self.beta_max - self.beta_min) * t)
 
-    def _time(self, integral: Array) -> Array:
+    def _time(self, integral: Elementwise) -> Elementwise:
         """The inverse of B; this root of the quadratic has no cancellation."""
         compiler.check()
         slope = self.beta_max - self.beta_min
         return 2 * integral / (self.beta_min + jnp.sqrt(self.beta_min**2 + 2 * slope * integral))
 
-    def drift_coef(self, t: Array) -> Array:
+    def drift_coef(self, t: Elementwise) -> Elementwise:
         return -0.5 * self._beta(t)
 
-    def mean_coef(self, t: Array) -> Array:
+    def mean_coef(self, t: Elementwise) -> Elementwise:
         return jnp.exp(-0.5 * self._integral(t))
 
 
@@ -55,17 +56,17 @@ class _LinearBeta(ClosedForm):
 class VP(_LinearBeta):
     """Variance preserving: alpha^2 + sigma^2 = 1, the continuous limit of DDPM."""
 
-    def diffusion(self, t: Array) -> Array:
+    def diffusion(self, t: Elementwise) -> Elementwise:
         return jnp.sqrt(self._beta(t))
 
-    def std(self, t: Array) -> Array:
+    def std(self, t: Elementwise) -> Elementwise:
         return jnp.sqrt(-jnp.expm1(-self._integral(t)))
 
-    def log_snr(self, t: Array) -> Array:
+    def log_snr(self, t: Elementwise) -> Elementwise:
         integral = self._integral(t)
         return -(integral + jnp.log(-jnp.expm1(-integral)))
 
-    def time(self, log_snr: Array) -> Array:
+    def time(self, log_snr: Elementwise) -> Elementwise:
         return self._time(jax.nn.softplus(-log_snr))
 
     def levels(self, n: int) -> Levels:
@@ -86,17 +87,17 @@ class SubVP(_LinearBeta):
 
     smallest_time: ClassVar[float] = 1e-2  # Below, sigma is so small that training is unstable.
 
-    def diffusion(self, t: Array) -> Array:
+    def diffusion(self, t: Elementwise) -> Elementwise:
         return jnp.sqrt(-self._beta(t) * jnp.expm1(-2 * self._integral(t)))
 
-    def std(self, t: Array) -> Array:
+    def std(self, t: Elementwise) -> Elementwise:
         return -jnp.expm1(-self._integral(t))
 
-    def log_snr(self, t: Array) -> Array:
+    def log_snr(self, t: Elementwise) -> Elementwise:
         integral = self._integral(t)
         return -(integral + 2 * jnp.log(-jnp.expm1(-integral)))
 
-    def time(self, log_snr: Array) -> Array:
+    def time(self, log_snr: Elementwise) -> Elementwise:
         return self._time(2 * jnp.arcsinh(0.5 * jnp.exp(-0.5 * log_snr)))
 
 

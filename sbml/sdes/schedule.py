@@ -6,7 +6,7 @@ from collections.abc import Callable
 import jax.numpy as jnp
 
 from sbml.sdes._kernel import SDE
-from sbml.types import Array
+from sbml.types import Elementwise
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,8 +28,8 @@ class Schedule(SDE):
       ValueError: if ``smallest_time`` is not in (0, 1).
     """
 
-    alpha: Callable[[Array], Array]
-    sigma: Callable[[Array], Array]
+    alpha: Callable[[Elementwise], Elementwise]
+    sigma: Callable[[Elementwise], Elementwise]
     smallest_time: float = dataclasses.field(  # type: ignore[misc]
         default=1e-5, kw_only=True, metadata={"static": True}
     )
@@ -38,8 +38,8 @@ class Schedule(SDE):
         if not 0 < self.smallest_time < self.T:
             raise ValueError(f"smallest_time={self.smallest_time}: must lie in (0, {self.T})")
 
-    def mean_coef(self, t: Array) -> Array:
+    def mean_coef(self, t: Elementwise) -> Elementwise:
         return jnp.broadcast_to(self.alpha(t), jnp.shape(t))
 
-    def std(self, t: Array) -> Array:
+    def std(self, t: Elementwise) -> Elementwise:
         return jnp.broadcast_to(self.sigma(t), jnp.shape(t))

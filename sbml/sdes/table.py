@@ -21,7 +21,7 @@ from scipy import interpolate, special
 
 from sbml import compiler
 from sbml.sdes._kernel import SDE
-from sbml.types import Array
+from sbml.types import Elementwise
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,7 +38,7 @@ class AlphaBarTable(SDE):
       ValueError: for fewer than two levels, numbers outside (0, 1), or not decreasing ones.
     """
 
-    alpha_bars: Sequence[float] = dataclasses.field(metadata={"static": True})
+    alpha_bars: Sequence[float] | np.ndarray = dataclasses.field(metadata={"static": True})
 
     def __post_init__(self) -> None:
         values = np.asarray(self.alpha_bars, np.float64)
@@ -57,11 +57,11 @@ class AlphaBarTable(SDE):
             )
         object.__setattr__(self, "alpha_bars", tuple(map(float, values)))
 
-    def step(self, t: Array) -> Array:
+    def step(self, t: Elementwise) -> Elementwise:
         """(n - 1) t, the index of the level at ``t``: what the model's network calls its time."""
         return (len(self.alpha_bars) - 1) * t
 
-    def log_snr(self, t: Array) -> Array:
+    def log_snr(self, t: Elementwise) -> Elementwise:
         compiler.check()
         cubics = _cubics(tuple(self.alpha_bars))
         t = jnp.asarray(t)
@@ -71,10 +71,10 @@ class AlphaBarTable(SDE):
         s = step - i.astype(t.dtype)
         return value + s * (first + s * (second + s * third))
 
-    def mean_coef(self, t: Array) -> Array:
+    def mean_coef(self, t: Elementwise) -> Elementwise:
         return jnp.exp(0.5 * jax.nn.log_sigmoid(self.log_snr(t)))
 
-    def std(self, t: Array) -> Array:
+    def std(self, t: Elementwise) -> Elementwise:
         return jnp.exp(0.5 * jax.nn.log_sigmoid(-self.log_snr(t)))
 
     @property

@@ -24,8 +24,9 @@ import jax
 import jax.numpy as jnp
 
 from sbml import scalars
+from sbml.scalars import Number
 from sbml.sdes._kernel import ClosedForm
-from sbml.types import Array
+from sbml.types import Array, Elementwise
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,10 +36,10 @@ class _Gamma(ClosedForm):
     smallest_time: ClassVar[float] = 0.0
 
     @abc.abstractmethod
-    def gamma(self, t: Array) -> Array:
+    def gamma(self, t: Elementwise) -> Elementwise:
         """-log SNR, increasing in t."""
 
-    def check_time(self, eps: float, name: str = "smallest time eps") -> float:
+    def check_time(self, eps: Number, name: str = "smallest time eps") -> Number:
         """``eps`` itself.
 
         Raises:
@@ -48,19 +49,19 @@ class _Gamma(ClosedForm):
             raise ValueError(f"{name}={eps}: must lie in [0, {self.T})")
         return eps
 
-    def mean_coef(self, t: Array) -> Array:
+    def mean_coef(self, t: Elementwise) -> Elementwise:
         return jnp.sqrt(jax.nn.sigmoid(-self.gamma(t)))
 
-    def std(self, t: Array) -> Array:
+    def std(self, t: Elementwise) -> Elementwise:
         return jnp.sqrt(jax.nn.sigmoid(self.gamma(t)))
 
-    def log_snr(self, t: Array) -> Array:
+    def log_snr(self, t: Elementwise) -> Elementwise:
         return -self.gamma(t)
 
-    def drift_coef(self, t: Array) -> Array:
+    def drift_coef(self, t: Elementwise) -> Elementwise:
         return -0.5 * jax.nn.sigmoid(self.gamma(t)) * self.rate(t)
 
-    def diffusion(self, t: Array) -> Array:
+    def diffusion(self, t: Elementwise) -> Elementwise:
         return jnp.sqrt(jax.nn.sigmoid(self.gamma(t)) * self.rate(t))
 
 
@@ -72,8 +73,8 @@ class LinearGamma(_Gamma):
       ValueError: unless gamma_0 < gamma_1.
     """
 
-    gamma_0: float = -13.3
-    gamma_1: float = 5.0
+    gamma_0: Number = -13.3
+    gamma_1: Number = 5.0
 
     def __post_init__(self) -> None:
         ends = (self.gamma_0, self.gamma_1)
@@ -82,13 +83,13 @@ class LinearGamma(_Gamma):
                 f"gamma_0={self.gamma_0}, gamma_1={self.gamma_1}: need gamma_0 < gamma_1"
             )
 
-    def gamma(self, t: Array) -> Array:
+    def gamma(self, t: Elementwise) -> Elementwise:
         return self.gamma_0 + (self.gamma_1 - self.gamma_0) * t
 
-    def rate(self, t: Array) -> Array:
+    def rate(self, t: Elementwise) -> Elementwise:
         return (self.gamma_1 - self.gamma_0) * jnp.ones_like(t)
 
-    def time(self, log_snr: Array) -> Array:
+    def time(self, log_snr: Elementwise) -> Elementwise:
         return (-log_snr - self.gamma_0) / (self.gamma_1 - self.gamma_0)
 
 
@@ -107,7 +108,7 @@ class MonotoneGamma(_Gamma):
     b2: tuple[float, ...] | Array
     k3: tuple[float, ...] | Array
 
-    def _units(self, t: Array) -> tuple[Array, Array, Array]:
+    def _units(self, t: Elementwise) -> tuple[Array, Array, Array]:
         """Slopes and heights of the sigmoids, and their values at ``t``, along a new last axis."""
         shape = (1,) * jnp.ndim(t) + (-1,)
         k2, b2, k3 = (
@@ -116,11 +117,11 @@ class MonotoneGamma(_Gamma):
         slope, height = jnp.abs(k2), jnp.abs(k3)
         return slope, height, jax.nn.sigmoid(slope * (2 * t[..., None] - 1) + b2)
 
-    def gamma(self, t: Array) -> Array:
+    def gamma(self, t: Elementwise) -> Elementwise:
         _, height, s = self._units(t)
         return jnp.abs(self.k1) * t + self.b1 + jnp.mean(height * (2 * s - 1), axis=-1)
 
-    def rate(self, t: Array) -> Array:
+    def rate(self, t: Elementwise) -> Elementwise:
         slope, height, s = self._units(t)
         return jnp.abs(self.k1) + jnp.mean(4 * height * slope * s * (1 - s), axis=-1)
 

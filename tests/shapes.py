@@ -1,0 +1,26 @@
+"""The checks of shapes and types while tests run: jaxtyping's, by beartype.
+
+``conftest`` installs them for the modules below before anything imports these. Programs that a test
+starts run without them, as users do.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+from beartype import BeartypeConf, beartype
+
+CHECKED = tuple(
+    f"sbml.{name}"
+    for name in (
+        *("types", "sdes", "times", "losses", "divergence", "quadrature", "ode", "likelihood"),
+        *("bits", "distances", "intervals", "predictions", "adapters", "sampling", "integers"),
+        *("density", "estimate", "bound", "discrete", "samplers", "estimators", "dequantizers"),
+    )
+)
+
+_beartype = beartype(conf=BeartypeConf(is_pep484_tower=True))  # An int is a float, as for mypy.
+
+
+def check(function: Callable[..., Any]) -> Callable[..., Any]:
+    """``function``, checked at every call."""
+    return _beartype(function)

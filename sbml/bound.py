@@ -28,7 +28,7 @@ Reference: Song, Durkan, Murray, Ermon, NeurIPS 2021, theorem 3 and appendix; Ki
 
 import dataclasses
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -131,7 +131,7 @@ class Reduction:
     """
 
     control: GaussianControl | None = None
-    density: Array | None = None
+    density: Any = None  # an array, or the shape of one where a program is only compiled
     proposal: str = dataclasses.field(default="importance", metadata={"static": True})
 
 

@@ -27,6 +27,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 from jaxtyping import Float
 
 from sbml import compiler, scalars
@@ -61,7 +62,9 @@ DRAWS = {"iid": iid, "lattice": lattice}
 
 
 def check_points(u: Elementwise) -> None:
-    """Refuse points outside [0, 1), where they are known: not so inside ``jit`` and ``vmap``.
+    """Refuse points outside [0, 1], where they are known: not so inside ``jit`` and ``vmap``.
+
+    A draw is below 1, where no bin of a density is; the end itself may be asked for.
 
     Raises:
       ValueError: naming the ends of the points' range, or their type if it is not floating.
@@ -71,7 +74,7 @@ def check_points(u: Elementwise) -> None:
     if scalars.traced(u) or not u.size:
         return
     least, largest = np.min(u), np.max(u)  # By NumPy: JAX would trace them inside ``jit``.
-    if not (least >= 0 and largest < 1):
+    if not (least >= 0 and largest <= 1):
         raise ValueError(
             f"u lies in [{least:g}, {largest:g}]: give points in [0, 1), as of times.lattice"
         )
@@ -246,7 +249,7 @@ PROPOSALS: dict[str, type[Proposal]] = {"uniform": Uniform, "importance": Import
 
 
 def drawn(
-    sde: SDE, eps: float, u: Vector, density: Bins | None, proposal: str
+    sde: SDE, eps: float, u: Vector, density: ArrayLike | None, proposal: str
 ) -> tuple[Vector, Vector]:
     """Times and weights of one example's draws ``u (n,)``, over log-SNR.
 
@@ -260,4 +263,5 @@ def drawn(
             f"u has shape {u.shape}: give one example's (n,), a row of "
             "times.lattice(key, examples, n), and vmap over rows"
         )
-    return PROPOSALS[proposal](sde, eps).over_log_snr(u, density)
+    bins = None if density is None else jnp.asarray(density)
+    return PROPOSALS[proposal](sde, eps).over_log_snr(u, bins)

@@ -65,7 +65,7 @@ class Target:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Rows:
-    """The examples of a batch and what keys their draws.
+    """The examples of a batch and what keys their draws: arrays, or the shapes of a compilation.
 
     Attributes:
       data: ``(n, *s)`` integers, or numbers if the target has no levels.
@@ -74,10 +74,10 @@ class Rows:
       seed: ``()``, of all draws.
     """
 
-    data: ArrayLike
-    ids: ArrayLike
-    sweeps: ArrayLike
-    seed: ArrayLike
+    data: Any
+    ids: Any
+    sweeps: Any
+    seed: Any
 
     def keys(self) -> Keys:
         """A key for each row, ``(n,)``."""

@@ -4,11 +4,10 @@
 
 The reduced network: nf 32, ch_mult (1, 2, 2), 2 blocks, attention at 16, images 32x32x3. Steps are
 compiled with ``losses.dsm_batch``, with the same loss written for the batch by hand, with the
-network called one example at a time under ``vmap``, and with ``dsm_batch`` but XLA's own gradients
-in the place of ``convolution``, ``materialise`` and ``_pixel_sums``; last, "XLA alone", with its
-options too in the place of ``platform.compiler_options``: what a plain implementation costs,
-on this machine and today. Rounds are interleaved and start with another step each time, so the
-ratios hold on a noisy machine.
+network called one example at a time under ``vmap``, and with ``dsm_batch`` but without
+``networks._cpu`` ("XLA's gradients"); last, "XLA alone", which lacks the options of
+``platform.compiler_options`` too: what a plain implementation costs, on this machine and today.
+Rounds are interleaved and start with another step each time, so the ratios hold on a noisy machine.
 
 For comparison between machines, a step's rate of arithmetic is shown as a share of the rate that a
 large convolution reaches, measured between the rounds.
@@ -23,12 +22,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sbml import convolution, losses, platform
+from sbml import losses
 from sbml.experiment import build
 from sbml.experiment.config import default
 from sbml.modes import train
-from sbml.networks import _layers, _pixel_sums, ncsnpp
-from sbml.platform import compiler_options
+from sbml.networks import _cpu
+from sbml.platform import compiler_options, one_cpu
 from sbml.runtime import cpu, sharding
 from sbml.runtime.state import Update, make_step
 
@@ -94,7 +93,6 @@ def main() -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (args.batch, *e.shape), np.uint8)
     key = jax.random.key(0)
     initial = jax.block_until_ready(sharding.made(e.init_state, mesh))
-    one_cpu = platform.one_cpu
     kinds = {
         "dsm_batch": train.loss_fn(e),
         "by hand": by_hand(e),
@@ -105,8 +103,7 @@ def main() -> None:
     steps, values = {}, {}
     for name, loss in kinds.items():
         plain = name in ("XLA's gradients", "XLA alone")
-        for module in (convolution, ncsnpp, _layers, _pixel_sums):
-            module.one_cpu = (lambda: False) if plain else one_cpu
+        _cpu.one_cpu = (lambda: False) if plain else one_cpu
         step = jax.jit(
             make_step(Update(train.prepare_fn(e), loss, e.optimizer, ema=0.9999)),
             compiler_options={} if name == "XLA alone" else compiler_options(),
@@ -145,7 +142,7 @@ def measure(
         jax.block_until_ready([convolve() for _ in range(8)])
         rates.append(8 * gflop / (time.process_time() - start))
     print(f"a convolution: {np.median(rates):.0f} GFLOP a CPU-s")
-    # The body of a loop is counted once, so the count is taken from the step without loops.
+    # A condition counts as its costlier branch, so the count is taken from the step without any.
     work = steps["XLA's gradients"].cost_analysis()["flops"]
     for name, seconds in cost.items():
         ratio = np.median(np.array(seconds) / np.array(cost["by hand"]))

@@ -47,7 +47,7 @@ def compiling_for(name: str, devices: int) -> Iterator[None]:
 
 
 def one_cpu() -> bool:
-    """Whether one CPU device computes everything: some gradients are written differently for it."""
+    """Whether one CPU device computes everything (``networks._cpu`` asks it)."""
     return platform() == ("cpu", 1)
 
 

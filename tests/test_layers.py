@@ -1,6 +1,6 @@
 """Layers of the networks against their definitions, computed in float64 by NumPy and SciPy."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -11,9 +11,8 @@ import scipy.signal
 from flax import linen as nn
 from linen import KEY, normal, random_params, same
 
+from sbml.networks import _cpu, ncsnpp
 from sbml.networks import _layers as layers
-from sbml.networks import ncsnpp
-from sbml.networks._dropout import BLOCK, dropout, random_words
 
 
 @pytest.fixture(autouse=True)
@@ -47,7 +46,7 @@ def test_group_norm_of_bfloat16_keeps_float32_statistics() -> None:
 def test_dropout_drops_at_its_rate_and_keeps_the_mean(channels: int) -> None:
     n, rate = 60_000 // channels, 0.3
     x = np.tile(1 + np.arange(channels), (n, 1)).astype(np.float32)
-    out = np.asarray(dropout(KEY, x, rate))
+    out = np.asarray(layers.dropout(KEY, x, rate))
     kept = out != 0
     np.testing.assert_allclose(out[kept], x[kept] / (1 - rate), rtol=2e-5)
     assert (np.abs(kept.mean(0) - (1 - rate)) < 5 * np.sqrt(rate * (1 - rate) / n)).all()
@@ -56,17 +55,10 @@ def test_dropout_drops_at_its_rate_and_keeps_the_mean(channels: int) -> None:
         assert np.abs(noise).max() < 5 / np.sqrt(n)
 
 
-@pytest.mark.parametrize("shape", [(3,), (2, 5, 7, 3), (BLOCK,), (3, 90, 100, 2)])
-def test_the_words_of_dropout_are_those_of_jax(shape: tuple[int, ...]) -> None:
-    """One after the other, and on one CPU device in blocks: the same masks on every machine."""
-    words = jax.jit(random_words, static_argnums=1)(KEY, shape)
-    np.testing.assert_array_equal(words, jax.random.bits(KEY, shape, jnp.uint32))
-
-
 def test_dropout_scales_by_the_rate_that_it_has() -> None:
-    assert dropout(KEY, jnp.ones(1000), 1 - 2**-20).max() in (0, 2**16)
-    np.testing.assert_array_equal(dropout(KEY, jnp.ones(1000), 2**-20), 1)
-    assert dropout(KEY, jnp.ones(8, jnp.bfloat16), 0.1).dtype == jnp.bfloat16
+    assert layers.dropout(KEY, jnp.ones(1000), 1 - 2**-20).max() in (0, 2**16)
+    np.testing.assert_array_equal(layers.dropout(KEY, jnp.ones(1000), 2**-20), 1)
+    assert layers.dropout(KEY, jnp.ones(8, jnp.bfloat16), 0.1).dtype == jnp.bfloat16
 
 
 def test_a_residual_gradient_is_computed_once() -> None:
@@ -83,10 +75,48 @@ def test_a_residual_gradient_is_computed_once() -> None:
         return max(body.count("\n") for body in text.split("\n\n") if "%fused" in body[:60])
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ncsnpp, "one_cpu", lambda: False)
+        patch.setattr(_cpu, "one_cpu", lambda: False)
         recomputed = largest_fusion()
     several = largest_fusion()
     assert several < recomputed / 2
+
+
+@pytest.mark.usefixtures("x64")
+def test_materialise_changes_no_value_and_no_derivative() -> None:
+    """Forward, in reverse, one by one, twice in both orders, and recomputed for the gradient."""
+    x, v, a = normal(1, 2, 3, 4), normal(2, 2, 3, 4), normal(3, 1, 1, 4)
+
+    def forms(materialise: Callable[[jax.Array], jax.Array]) -> list[Any]:
+        def field(a: jax.Array, x: jax.Array) -> jax.Array:
+            h = materialise(jnp.tanh(x) * a)
+            return materialise(h + jnp.sin(materialise(h * a)))
+
+        def total(a: jax.Array, x: jax.Array) -> jax.Array:
+            return jnp.sum(v[: len(x)] * field(a, x) ** 2)
+
+        def directional(a: jax.Array) -> jax.Array:
+            return jnp.sum(v * jax.jvp(lambda x: field(a, x), (x,), (v,))[1])
+
+        return [
+            field(a, x),
+            jax.jvp(field, (a, x), (2 * a, v)),
+            jax.grad(total, argnums=(0, 1))(a, x),
+            jax.vmap(jax.grad(lambda a, x: total(a, x[None])), (None, 0))(a, x),
+            jax.vmap(lambda v: jax.jvp(lambda x: field(a, x), (x,), (v,)))(jnp.stack([v, x])),
+            jax.grad(directional)(a),
+            jax.hessian(total)(a, x),
+            jax.jacrev(jax.jacrev(total))(a, x),
+            jax.jit(jax.grad(jax.checkpoint(total)))(a, x),
+        ]
+
+    jax.tree.map(
+        lambda ours, theirs: np.testing.assert_allclose(ours, theirs, rtol=1e-12, atol=1e-12),
+        forms(_cpu.materialise),
+        forms(lambda x: x),
+    )
+    gradient = jax.jit(jax.grad(lambda x: jnp.sum(v * _cpu.materialise(x))))
+    np.testing.assert_array_equal(gradient(x), v)
+    assert np.isnan(gradient(x.at[0, 0, 0].set(jnp.nan))).all()
 
 
 def test_attention_equals_the_definition() -> None:
@@ -127,17 +157,19 @@ def test_initial_weights_have_variance_scale_over_average_fan() -> None:
     assert 0 < jnp.abs(layers.fan_avg(0.0)(KEY, (8, 8))).max() < 1e-5
 
 
-def test_pixelwise_convolution_is_a_convolution() -> None:
-    class One(nn.Module):
-        @nn.compact
-        def __call__(self, x: jax.Array) -> jax.Array:
-            return layers.Conv(5, 1)(x)
-
-    x = normal(1, 2, 3, 4, 8)
-    variables = One().init(KEY, x)
-    same(
-        One().apply(variables, x),
-        nn.Conv(5, (1, 1)).apply({"params": variables["params"]["Conv_0"]}, x),
+@pytest.mark.parametrize(("side", "stride"), [(1, 1), (3, 1), (3, 2), (5, 1)])
+def test_a_convolution_and_its_gradients_equal_flax_s(side: int, stride: int) -> None:
+    x, shape = normal(1, 2, 6, 8, 8), (side, side, 8, 5)
+    params = {"kernel": normal(2, *shape) / (8 * side), "bias": normal(3, 5)}
+    ours, theirs = layers.Conv(5, side, stride), nn.Conv(5, (side, side), stride)
+    y, pullback = jax.vjp(lambda p, x: ours.apply({"params": p}, x), params, x)
+    expected, expected_pullback = jax.vjp(lambda p, x: theirs.apply({"params": p}, x), params, x)
+    same(y, expected)
+    dy = normal(4, *y.shape)
+    jax.tree.map(
+        lambda ours, theirs: np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-4),
+        pullback(dy),
+        expected_pullback(dy),
     )
 
 
@@ -195,12 +227,3 @@ def test_fir_resampling_keeps_a_constant_image_away_from_the_border() -> None:
     x = jnp.full((1, 8, 8, 1), 0.7)
     same(layers.upsample(x, (1, 3, 3, 1))[:, 2:-2, 2:-2], jnp.full((1, 12, 12, 1), 0.7))
     same(layers.downsample(x, (1, 3, 3, 1))[:, 1:-1, 1:-1], jnp.full((1, 2, 2, 1), 0.7))
-
-
-def test_group_means_are_the_same_on_a_cpu_and_elsewhere(monkeypatch):
-    """There a product, here a mean: of float32 to its last digits."""
-    v = np.random.default_rng(0).normal(size=(5, 48)).astype(np.float32)
-    expected = v.astype(float).reshape(5, 12, 4).mean(-1).repeat(4, axis=1)
-    for one_cpu in (True, False):
-        monkeypatch.setattr(layers, "one_cpu", lambda one_cpu=one_cpu: one_cpu)
-        np.testing.assert_allclose(layers._group_means(48, 12)(v), expected, rtol=2e-6, atol=1e-7)

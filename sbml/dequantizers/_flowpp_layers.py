@@ -14,7 +14,6 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax import lax
 
-from sbml.convolution import convolve
 from sbml.dequantizers._flowpp_design import Design
 from sbml.types import Array, Key
 
@@ -73,7 +72,8 @@ class Affine(nn.Module):
     def _linear(self, x: Array, kernel: Array) -> Array:
         if not self.kernel_size:
             return x @ kernel
-        return convolve(x, kernel)
+        layout = ("NHWC", "HWIO", "NHWC")
+        return lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=layout)
 
 
 class GatedConv(nn.Module):

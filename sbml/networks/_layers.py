@@ -13,15 +13,14 @@ import math
 from collections.abc import Callable, Sequence
 from functools import partial
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 from jax import lax
 
-from sbml.convolution import add_bias, convolve
-from sbml.networks._pixel_sums import affine, moments
-from sbml.platform import one_cpu
-from sbml.types import Array
+from sbml.networks._cpu import materialise
+from sbml.types import Array, Key
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "swish": nn.swish,
@@ -50,9 +49,34 @@ def fan_avg(scale: float = 1.0) -> nn.initializers.Initializer:
     return nn.initializers.variance_scaling(scale or 1e-10, "fan_avg", "uniform")
 
 
+def dropout(key: Key, x: Array, rate: float) -> Array:
+    """``x`` with each element at 0 with probability ``rate``, scaled to keep the mean.
+
+    A random word decides two elements, which halves the cost of the words: the rate is rounded to a
+    multiple of 2^-16, and the scale is that of the rounded rate.
+    """
+    channels = x.shape[-1]
+    kept = max(1, round((1 - rate) * 2**16))
+    words = jax.random.bits(key, (*x.shape[:-1], -(-channels // 2)), jnp.uint32)
+    halves = jnp.concatenate([words & 0xFFFF, words >> 16], axis=-1)[..., :channels]
+    return jnp.where(halves < kept, x * (2**16 / kept), 0).astype(x.dtype)
+
+
+def convolution(x: Array, kernel: Array, stride: int = 1, padding: str = "SAME") -> Array:
+    """``x (n, h, w, c)`` with ``kernel (k, k, c, c_out)``; "SAME" pads with zeros."""
+    return lax.conv_general_dilated(
+        x, kernel, (stride, stride), padding, dimension_numbers=("NHWC", "HWIO", "NHWC")
+    )
+
+
 def pixelwise(x: Array, w: Array) -> Array:
-    """``x w`` at every pixel, as one matrix product: on CPU half the cost of a 1x1 convolution."""
+    """``x w`` at every pixel, as one matrix product."""
     return (x.reshape(-1, x.shape[-1]) @ w).reshape(*x.shape[:-1], -1)
+
+
+def add_bias(x: Array, bias: Array) -> Array:
+    """``x (n, h, w, c) + bias (c,)``."""
+    return x + bias.reshape(1, 1, 1, -1)
 
 
 class Conv(nn.Module):
@@ -70,7 +94,7 @@ class Conv(nn.Module):
         bias = self.param("bias", nn.initializers.zeros, (self.features,)).astype(x.dtype)
         if self.size == self.stride == 1:
             return add_bias(pixelwise(x, kernel[0, 0]), bias)
-        return add_bias(convolve(x, kernel, self.stride), bias)
+        return add_bias(convolution(x, kernel, self.stride), bias)
 
 
 def dense(x: Array, features: int) -> Array:
@@ -84,8 +108,7 @@ class GroupNorm(nn.Module):
     y = a x + b. The per-channel mean and mean square are averaged over groups and folded into one
     multiply-add a pixel, which costs half of normalising group by group. Statistics are float32
     whatever the dtype of ``x``. The group's variance is the mean of its channel variances plus the
-    variance of its channel means, so channels far from zero do not cancel it. On a CPU averaging
-    is a product with the matrix of who shares a group: a program of many norms is smaller so.
+    variance of its channel means, so channels far from zero do not cancel it.
     """
 
     epsilon: float = 1e-6
@@ -102,23 +125,20 @@ class GroupNorm(nn.Module):
             )
         scale = self.param("scale", nn.initializers.ones, (c,)).reshape(1, c)
         bias = self.param("bias", nn.initializers.zeros, (c,)).reshape(1, c)
-        average = _group_means(c, groups)
         x32 = x.astype(jnp.float32)
-        mean, mean_square = moments(x32)
+        mean, mean_square = x32.mean((1, 2)), jnp.square(x32).mean((1, 2))
         channel_var = jnp.maximum(mean_square - jnp.square(mean), 0.0)
-        group_mean = average(mean)
-        group_var = average(channel_var + jnp.square(mean - group_mean))
+        group_mean = _group_means(mean, groups)
+        group_var = _group_means(channel_var + jnp.square(mean - group_mean), groups)
         a = lax.rsqrt(group_var + self.epsilon) * scale
         b = bias - group_mean * a
-        return affine(x32, a, b).astype(x.dtype)
+        return materialise(x32 * a[:, None, None] + b[:, None, None]).astype(x.dtype)
 
 
-def _group_means(c: int, groups: int) -> Callable[[Array], Array]:
-    """From ``(n, c)`` to the mean of each channel's group, ``(n, c)``."""
-    if not one_cpu():
-        return lambda v: jnp.repeat(v.reshape(len(v), groups, -1).mean(-1), c // groups, axis=-1)
-    shares = np.kron(np.eye(groups), np.full((c // groups, c // groups), groups / c))
-    return partial(jnp.matmul, b=jnp.asarray(shares, jnp.float32), precision="highest")
+def _group_means(v: Array, groups: int) -> Array:
+    """The mean of each channel's group, from ``(n, c)`` to ``(n, c)``."""
+    n, c = v.shape
+    return jnp.repeat(v.reshape(n, groups, -1).mean(-1), c // groups, axis=-1)
 
 
 class NIN(nn.Module):
@@ -202,10 +222,7 @@ def upfirdn(
 def upsample(x: Array, fir_kernel: Sequence[float] | None, *, border: int = 0) -> Array:
     """Twice the size: nearest neighbour (``None``), or FIR interpolation and ``border`` pixels."""
     if fir_kernel is None:
-        # Joins, since XLA's code for CPU sums the gradient of repeat at 1 to 2 GB a second.
-        n, h, w, c = x.shape
-        x = jnp.concatenate([x, x], axis=-1).reshape(n, h, 2 * w * c)
-        return jnp.concatenate([x, x], axis=-1).reshape(n, 2 * h, 2 * w, c)
+        return jnp.repeat(jnp.repeat(x, 2, axis=1), 2, axis=2)
     k = len(fir_kernel)
     return upfirdn(x, fir_kernel, up=2, pad=((k - 1) // 2 + 1 + border, (k - 2) // 2 + border))
 
@@ -214,9 +231,7 @@ def downsample(x: Array, fir_kernel: Sequence[float] | None) -> Array:
     """Half the size: mean of 2x2 pixels (``None``), or an FIR filter and every second pixel."""
     if fir_kernel is None:
         n, h, w, c = x.shape
-        top, bottom = jnp.split(x.reshape(n, h // 2, 2 * w, c), 2, axis=2)
-        left, right = jnp.split((top + bottom).reshape(n, h // 2, w // 2, 2 * c), 2, axis=-1)
-        return (left + right) / 4
+        return x.reshape(n, h // 2, 2, w // 2, 2, c).mean((2, 4))
     k = len(fir_kernel)
     return upfirdn(x, fir_kernel, down=2, pad=((k - 1) // 2, (k - 2) // 2))
 
@@ -241,14 +256,8 @@ class Conv2d(nn.Module):
         else:
             k = len(self.fir_kernel)
             x, stride = upfirdn(x, self.fir_kernel, pad=((k + 1) // 2, k // 2)), 2
-        y = lax.conv_general_dilated(
-            x,
-            weight.astype(x.dtype),
-            (stride, stride),
-            "VALID",
-            dimension_numbers=("NHWC", "HWIO", "NHWC"),
-        )
-        return y + bias.astype(x.dtype).reshape(1, 1, 1, -1)
+        y = convolution(x, weight.astype(x.dtype), stride, "VALID")
+        return add_bias(y, bias.astype(x.dtype))
 
 
 class Upsample(nn.Module):

@@ -22,9 +22,7 @@ from flax import linen as nn
 
 from sbml.networks import _fourier
 from sbml.networks import _layers as layers
-from sbml.networks._dropout import dropout
-from sbml.networks._pixel_sums import materialise
-from sbml.platform import one_cpu
+from sbml.networks._cpu import materialise
 from sbml.types import Array
 
 CHOICES = {
@@ -42,7 +40,7 @@ Block = Callable[..., Array]
 
 def add(x: Array, y: Array, rescale: bool) -> Array:
     """x + y, divided by √2 if ``rescale`` so that two signals of unit variance stay so."""
-    return (x + y) / math.sqrt(2) if rescale else x + y
+    return materialise((x + y) / math.sqrt(2) if rescale else x + y)
 
 
 class _ResnetBlock(nn.Module):
@@ -65,11 +63,9 @@ class _ResnetBlock(nn.Module):
         h = layers.Conv(features)(resample(self.act(layers.GroupNorm()(x))))
         if temb is not None:
             h = h + layers.dense(self.act(temb), features)[:, None, None, :]
-        if train and one_cpu():  # Its gradient: the kernel's reads it for each column.
-            h = materialise(h)
         h = self.act(layers.GroupNorm()(h))
         if train and self.dropout:
-            h = dropout(self.make_rng("dropout"), h, self.dropout)
+            h = layers.dropout(self.make_rng("dropout"), h, self.dropout)
         return layers.Conv(features, init_scale=self.init_scale)(h)
 
 
@@ -105,7 +101,7 @@ class AttnBlockpp(nn.Module):
     skip_rescale: bool
 
     @nn.compact
-    def __call__(self, x: Array, train: bool = False) -> Array:
+    def __call__(self, x: Array) -> Array:
         n, h, w, c = x.shape
         normed = layers.GroupNorm()(x)
         query, key, value = (layers.NIN(c)(normed).reshape(n, h * w, c) for _ in range(3))
@@ -115,8 +111,7 @@ class AttnBlockpp(nn.Module):
         )
         weights = nn.softmax(logits).astype(x.dtype)
         mixed = jnp.einsum("nqk,nkc->nqc", weights, value).reshape(x.shape)
-        y = add(x, layers.NIN(c, self.init_scale)(mixed), self.skip_rescale)
-        return materialise(y) if train and one_cpu() else y
+        return add(x, layers.NIN(c, self.init_scale)(mixed), self.skip_rescale)
 
 
 class Combine(nn.Module):
@@ -207,39 +202,36 @@ class Model(nn.Module):
         if self.conditional:
             temb = layers.dense(self._act(layers.dense(temb, 4 * self.nf)), 4 * self.nf)
         block = partial(self._block, temb=temb if self.conditional else None, train=train)
-        attend = partial(self._attend, train=train)
-        skips = self._encode(x, block, attend)
+        skips = self._encode(x, block)
         h = block(skips[-1])
-        h = AttnBlockpp(self.init_scale, self.skip_rescale)(h, train)
+        h = AttnBlockpp(self.init_scale, self.skip_rescale)(h)
         h = block(h)
-        out = self._decode(h, skips, block, attend, channels)
+        out = self._decode(h, skips, block, channels)
         return layers.per_entry(out, x.shape, self.outputs).astype(jnp.float32)
 
     @nn.nowrap
-    def _encode(self, x: Array, block: Block, attend: Map) -> list[Array]:
+    def _encode(self, x: Array, block: Block) -> list[Array]:
         """Features of every block and every halving, in order."""
         dtype = jnp.dtype(self.dtype)
         seen, pyramid = _fourier.features(x, self.fourier).astype(dtype), x.astype(dtype)
         skips = [layers.Conv(self.nf)(seen)]
         for level, mult in enumerate(self.ch_mult):
             for _ in range(self.num_res_blocks):
-                skips.append(attend(block(skips[-1], self.nf * mult)))
+                skips.append(self._attend(block(skips[-1], self.nf * mult)))
             if level < len(self.ch_mult) - 1:
                 pyramid, h = self._join_input(pyramid, self._resize(skips[-1], block, up=False))
                 skips.append(h)
         return skips
 
     @nn.nowrap
-    def _decode(
-        self, h: Array, skips: list[Array], block: Block, attend: Map, channels: int
-    ) -> Array:
+    def _decode(self, h: Array, skips: list[Array], block: Block, channels: int) -> Array:
         """The output image, from the features and ``skips``, which this empties."""
         pyramid = None
         for level in reversed(range(len(self.ch_mult))):
             for _ in range(self.num_res_blocks + 1):
                 joined = jnp.concatenate([h, skips.pop()], axis=-1)
                 h = block(joined, self.nf * self.ch_mult[level])
-            pyramid, h = self._join_output(pyramid, attend(h), channels)
+            pyramid, h = self._join_output(pyramid, self._attend(h), channels)
             if level > 0:
                 h = self._resize(h, block, up=True)
         assert not skips
@@ -289,10 +281,8 @@ class Model(nn.Module):
     ) -> Array:
         options = (self._act, self.dropout, self.init_scale, self.skip_rescale, features)
         if self.resblock_type == "ddpm":
-            h = self._kind(ResnetBlockDDPMpp)(*options)(h, temb, train)
-        else:
-            h = self._kind(ResnetBlockBigGANpp)(*options, resample)(h, temb, train)
-        return materialise(h) if train and one_cpu() else h
+            return self._kind(ResnetBlockDDPMpp)(*options)(h, temb, train)
+        return self._kind(ResnetBlockBigGANpp)(*options, resample)(h, temb, train)
 
     @nn.nowrap
     def _kind(self, block: type[_ResnetBlock]) -> type[Any]:
@@ -313,10 +303,10 @@ class Model(nn.Module):
         return layer(self.resamp_with_conv, self._fir)(h)
 
     @nn.nowrap
-    def _attend(self, h: Array, *, train: bool) -> Array:
+    def _attend(self, h: Array) -> Array:
         if h.shape[1] not in self.attn_resolutions:
             return h
-        return AttnBlockpp(self.init_scale, self.skip_rescale)(h, train)
+        return AttnBlockpp(self.init_scale, self.skip_rescale)(h)
 
     @nn.nowrap
     def _head(self, h: Array, features: int, init_scale: float) -> Array:

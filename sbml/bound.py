@@ -33,14 +33,17 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Float, Num
 
 from sbml import compiler, divergence, moments, times
-from sbml.divergence import Trace
+from sbml.divergence import Probes, Trace
 from sbml.losses import perturb, residual
 from sbml.scalars import Number
 from sbml.sdes import SDE
 from sbml.times import Importance
-from sbml.types import Array, Key, Score, deterministic
+from sbml.types import Array, Elementwise, Example, Key, Keys, Scalar, Score, deterministic
+
+Flat = Float[Array, "d"]
 
 # The two forms of the diffusion term, by the ``trace`` that :func:`elbo` takes.
 FORMS: dict[str, Trace | None] = {"dsm": None, "ssm": Trace("exact")}
@@ -51,12 +54,12 @@ PILOT_DRAWS = 8  # times for an example, of which the density of times is learne
 class Bound(NamedTuple):
     """The terms of the bound on -log p(x) for one example, nats, scalars."""
 
-    prior: Array
-    diffusion: Array
-    reconstruction: Array
+    prior: Scalar
+    diffusion: Scalar
+    reconstruction: Scalar
 
     @property
-    def total(self) -> Array:
+    def total(self) -> Elementwise:
         """Their sum, an upper bound on -log p(x) in expectation."""
         return self.prior + self.diffusion + self.reconstruction
 
@@ -78,7 +81,7 @@ class GaussianControl:
 
     @classmethod
     def fit(
-        cls, x: np.ndarray, *, noise_variance: float = 0.0, full: bool | None = None
+        cls, x: Num[np.ndarray, " n *s"], *, noise_variance: float = 0.0, full: bool | None = None
     ) -> "GaussianControl":
         """Fit ``x (n, *s)``, of any size and type; full covariance up to 256 dimensions.
 
@@ -96,22 +99,22 @@ class GaussianControl:
         variances = np.maximum(variances, 0.0) + noise_variance
         return cls(jnp.asarray(mean), jnp.asarray(variances), basis)
 
-    def _to_basis(self, flat: Array) -> Array:
+    def _to_basis(self, flat: Flat) -> Flat:
         return flat if self.basis is None else self.basis.T @ flat
 
-    def noise(self, sde: SDE, x_t: Array, t: Array) -> Array:
+    def noise(self, sde: SDE, x_t: Example, t: Scalar) -> Example:
         """E[z | x_t] = rho (C + rho^2)^-1 (x_t / alpha - m), shape ``(*s)``."""
         alpha, rho = sde.mean_coef(t), sde.std(t) / sde.mean_coef(t)
         y = self._to_basis(x_t.reshape(-1) / alpha - self.mean)
         y = rho / (self.variances + rho**2) * y
         return (y if self.basis is None else self.basis @ y).reshape(x_t.shape)
 
-    def integral(self, sde: SDE, x: Array, eps: float) -> Array:
+    def integral(self, sde: SDE, x: Example, eps: Number) -> Scalar:
         """Z / 2 E |z - E[z | x_t]|^2 over lambda uniform and z, in closed form, nats."""
         compiler.check()
         c2 = self._to_basis(x.reshape(-1) - self.mean) ** 2
 
-        def antiderivative(t: Number) -> Array:
+        def antiderivative(t: Number) -> Scalar:
             v = jnp.exp(-sde.log_snr(jnp.asarray(t, x.dtype)))
             ratio = (self.variances - c2) / (self.variances + v)
             return jnp.sum(ratio - jnp.log1p(self.variances / v))
@@ -135,7 +138,7 @@ class Reduction:
     proposal: str = dataclasses.field(default="importance", metadata={"static": True})
 
 
-def prior_kl(sde: SDE, x: Array, variance: float = 1.0) -> Array:
+def prior_kl(sde: SDE, x: Example, variance: Number = 1.0) -> Scalar:
     """KL(N(alpha_T x, variance sigma_T^2) || prior) in nats, a scalar; 1 is that of p_T(.|x).
 
     Where the signal vanishes at T, it is that of x at ``sde.largest_time``, stretched to T.
@@ -147,14 +150,14 @@ def prior_kl(sde: SDE, x: Array, variance: float = 1.0) -> Array:
     return 0.5 * (jnp.sum((mean / sde.prior_std) ** 2) + x.size * (r - 1 - jnp.log(r)))
 
 
-def noise_error(score: Score, sde: SDE, x: Array, t: Array, z: Array) -> Array:
+def noise_error(score: Score, sde: SDE, x: Example, t: Scalar, z: Example) -> Scalar:
     """1/2 |z - e(x_t, t)|^2 of one draw, in nats, a scalar."""
     return residual(sde, deterministic(score, perturb(sde, x, t, z), t), t, z, "original")
 
 
 def diffusion_dsm(
-    score: Score, sde: SDE, x: Array, t: Array, z: Array, control: GaussianControl | None
-) -> Array:
+    score: Score, sde: SDE, x: Example, t: Scalar, z: Example, control: GaussianControl | None
+) -> Scalar:
     """1/2 |z - e|^2, less the control's 1/2 |z - E[z | x_t]|^2 where there is one."""
     error = noise_error(score, sde, x, t, z)
     if control is None:
@@ -162,11 +165,13 @@ def diffusion_dsm(
     return error - 0.5 * jnp.sum((z - control.noise(sde, perturb(sde, x, t, z), t)) ** 2)
 
 
-def diffusion_ssm(score: Score, sde: SDE, x: Array, t: Array, z: Array, vs: Array | None) -> Array:
+def diffusion_ssm(
+    score: Score, sde: SDE, x: Example, t: Scalar, z: Example, vs: Probes | None
+) -> Scalar:
     """d / 2 + 1/2 sigma^2 (|s|^2 + 2 div s); exact divergence without probes ``vs (k, *s)``."""
     x_t = perturb(sde, x, t, z)
 
-    def field(x: Array) -> Array:
+    def field(x: Example) -> Example:
         return deterministic(score, x, t)
 
     s, div = divergence.exact(field, x_t) if vs is None else divergence.hutchinson(field, x_t, vs)
@@ -258,7 +263,7 @@ def pilot(
         z = jax.random.normal(key, x.shape, x.dtype)
         return diffusion_dsm(score, sde, x, t, z, control)
 
-    def image(drawn: tuple[Array, Array, Key]) -> Array:
+    def image(drawn: tuple[Array, Array, Keys]) -> Array:
         x, t, keys = drawn
         return jax.vmap(lambda t, key: one(x, t, key))(t, keys)
 

@@ -31,12 +31,15 @@ import jax
 import jax.numpy as jnp
 from jax.scipy.special import log_ndtr, ndtri
 from jax.scipy.stats import norm
+from jaxtyping import Float
 
 from sbml import bits, compiler, scalars, times
 from sbml.bound import Bound, GaussianControl, Reduction, prior_kl
 from sbml.scalars import Number
 from sbml.sdes import SDE
-from sbml.types import Array, Key, Score, deterministic
+from sbml.types import Array, Elementwise, Example, Key, Pixels, Scalar, Score, deterministic
+
+Real = Float[Array, "..."]
 
 Decoder = Callable[[Array, Array, Array], Array]
 
@@ -49,7 +52,7 @@ def bin_log_snr(levels: int, tau: float = TAU) -> float:
     return -2 * math.log(1 / (levels * tau))
 
 
-def truncated_normal(e: Array, tau: float) -> Array:
+def truncated_normal(e: Elementwise, tau: Number) -> Elementwise:
     """N(0, 1) truncated to [-tau, tau] by a monotone map of standard normal ``e``, any shape."""
     low = 0.5 * scalars.erfc(tau / math.sqrt(2))
     # Halves are mapped by symmetry: a probability near 1 has lost its digits.
@@ -57,7 +60,7 @@ def truncated_normal(e: Array, tau: float) -> Array:
     return jnp.clip(jnp.sign(e) * magnitude, -tau, tau)
 
 
-def smallest_time(sde: SDE, levels: int, eps: float, tau: float = TAU) -> Number:
+def smallest_time(sde: SDE, levels: int, eps: Number, tau: float = TAU) -> Number:
     """Where ``tau`` standard deviations of the noise fill half a bin, but not below ``eps``.
 
     Below ``eps`` the network was never trained; where ``eps`` is the later one, less than ``tau``
@@ -71,12 +74,12 @@ def smallest_time(sde: SDE, levels: int, eps: float, tau: float = TAU) -> Number
     return jnp.maximum(found, eps) if scalars.traced(found) else max(found, eps)
 
 
-def tau(sde: SDE, levels: int, eps: float) -> Number:
+def tau(sde: SDE, levels: int, eps: Number) -> Number:
     """Half a bin in standard deviations of the noise at ``eps``: h / rho."""
     return scalars.exp(0.5 * _log_snr(sde, eps)) / levels
 
 
-def edge_score(n: Array, a: Array, b: Array, tau: Number) -> Array:
+def edge_score(n: Elementwise, a: Real, b: Real, tau: Number) -> Elementwise:
     """r, what truncation adds to the normal's z*, elementwise; zero far inside the bin."""
     m = jnp.abs(a * n)
     near, far = (tau - m) / b, (tau + m) / b
@@ -92,7 +95,7 @@ def _variance(tau: Number) -> Number:
     return 1 - 2 * tau * scalars.exp(-(tau**2) / 2) / (math.sqrt(2 * math.pi) * z)
 
 
-def edge_constant(sde: SDE, eps: float, tau: Number) -> Number:
+def edge_constant(sde: SDE, eps: Number, tau: Number) -> Number:
     """1/2 int (E |z*|^2 - E |n|^2) dlambda of one dimension, in nats."""
     snr_range = _snr_range(sde, eps)
     ratio = scalars.exp(-snr_range)  # a^2 at T
@@ -110,11 +113,11 @@ def _log_snr(sde: SDE, t: Number) -> Number:
     return scalars.evaluated(lambda: sde.log_snr(jnp.asarray(t)))
 
 
-def _snr_range(sde: SDE, eps: float) -> Number:
+def _snr_range(sde: SDE, eps: Number) -> Number:
     return _log_snr(sde, eps) - _log_snr(sde, sde.largest_time)
 
 
-def decoder_nats(x: Array, pixels: Array, levels: int, rho: Array) -> Array:
+def decoder_nats(x: Example, pixels: Pixels, levels: int, rho: Scalar) -> Scalar:
     """-log P(k | x) of noisy data x = c + rho z, shape ``(*s)``, summed: nats, a scalar."""
     compiler.check()
     centres = bits.to_model(jnp.arange(levels), 0.5, levels)
@@ -123,7 +126,7 @@ def decoder_nats(x: Array, pixels: Array, levels: int, rho: Array) -> Array:
     return jnp.sum(jax.nn.logsumexp(logits, axis=-1) - chosen)
 
 
-def _normals(key: Key, n: int, centre: Array) -> tuple[Array, Array]:
+def _normals(key: Key, n: int, centre: Example) -> tuple[Float[Array, " n 2 *s"], Example]:
     """Standard normal draws: two for each of ``n`` times ``(n, 2, *s)``, and the decoder's."""
     keys = jax.random.split(key, n + 1)
     pairs = jax.vmap(lambda key: jax.random.normal(key, (2, *centre.shape), centre.dtype))
@@ -133,13 +136,13 @@ def _normals(key: Key, n: int, centre: Array) -> tuple[Array, Array]:
 def _draw(
     score: Score,
     sde: SDE,
-    centre: Array,
-    t: Array,
-    normals: Array,
-    first: Array,
+    centre: Example,
+    t: Scalar,
+    normals: Float[Array, " 2 *s"],
+    first: Scalar,
     tau: Number | None,
     control: GaussianControl | None,
-) -> Array:
+) -> Scalar:
     """1/2 |n - e|^2 - r e at one time, less the control's; ``tau`` None for the normal, r = 0."""
     z0, z = normals
     gap = jnp.minimum(sde.log_snr(t) - first, -1e-12)

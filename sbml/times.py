@@ -73,7 +73,8 @@ def check_points(u: Elementwise) -> None:
         raise ValueError(f"u is {u.dtype}: give points in [0, 1), as of times.lattice")
     if scalars.traced(u) or not u.size:
         return
-    least, largest = np.min(u), np.max(u)  # By NumPy: JAX would trace them inside ``jit``.
+    points = np.asarray(u)  # By NumPy: JAX would trace its operations inside ``jit``.
+    least, largest = points.min(), points.max()
     if not (least >= 0 and largest <= 1):
         raise ValueError(
             f"u lies in [{least:g}, {largest:g}]: give points in [0, 1), as of times.lattice"
@@ -258,9 +259,9 @@ def drawn(
     """
     if proposal not in PROPOSALS:
         raise ValueError(f"unknown proposal {proposal!r}; choose from {sorted(PROPOSALS)}")
-    if u.ndim != 1:
+    if jnp.ndim(u) != 1:
         raise ValueError(
-            f"u has shape {u.shape}: give one example's (n,), a row of "
+            f"u has shape {jnp.shape(u)}: give one example's (n,), a row of "
             "times.lattice(key, examples, n), and vmap over rows"
         )
     bins = None if density is None else jnp.asarray(density)

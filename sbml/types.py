@@ -121,7 +121,7 @@ def batched(score: Score) -> BatchScore:
     if hasattr(score, "batch"):
         return score.batch
 
-    def by_vmap(x: Batch, t: Vector, key: Key | None) -> Batch:
+    def by_vmap(x: Batch, t: Vector, key: Key | None) -> Anything:
         if key is None:
             return jax.vmap(lambda x, t: score(x, t, None))(x, t)
         return jax.vmap(score)(x, t, jax.random.split(key, len(x)))

@@ -20,13 +20,13 @@ class ODE:
     solver: Solver = Solver("dopri5", rtol=1e-3, atol=1e-3)
 
     def __call__(
-        self, score: Score, sde: SDE, z: Example, key: Key, *, eps: Number
+        self, score: Score, sde: SDE, z: Example, key: Key | None, *, eps: Number
     ) -> tuple[Example, Stats]:
         """See ``Sampler``."""
         return sampling.decode(score, sde, z, eps=eps, solver=self.solver)
 
     def path(
-        self, score: Score, sde: SDE, z: Example, key: Key, *, eps: Number, frames: int
+        self, score: Score, sde: SDE, z: Example, key: Key | None, *, eps: Number, frames: int
     ) -> tuple[Path, Times]:
         """See ``Sampler``; the frames are evenly spaced in the solver's coordinate, and of fixed
         steps are the nearest of those."""

@@ -75,9 +75,10 @@ class GaussianControl:
       basis: ``(d, d)``, its eigenvectors in columns; None for a diagonal covariance.
     """
 
-    mean: Array
-    variances: Array
-    basis: Array | None
+    # Arrays of JAX or NumPy, or the shapes of a compilation ahead of time.
+    mean: Any
+    variances: Any
+    basis: Any
 
     @classmethod
     def fit(

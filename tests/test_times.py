@@ -356,7 +356,7 @@ def test_impossible_smallest_times_are_refused(name: str, eps: float) -> None:
 @pytest.mark.parametrize(
     ("u", "message"),
     [
-        ([0.5, 1.0], r"u lies in \[0.5, 1\]: give points in \[0, 1\)"),
+        ([0.5, 1.5], r"u lies in \[0.5, 1.5\]: give points in \[0, 1\)"),
         ([-1e-9, 0.5], r"u lies in \[-1e-09, 0.5\]"),
         ([0.5, float("nan")], r"u lies in \[nan, nan\]"),
         ([5], "u is int"),

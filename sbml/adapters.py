@@ -33,13 +33,13 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Integer
+from jaxtyping import Num
 
 from sbml import compiler, integers
 from sbml.sdes import SDE, Kernel
 from sbml.types import Array, Batch, Example, Key, Pixels, Scalar, Vector
 
-Condition = Integer[Array, ""] | int
+Condition = Num[Array, ""] | int
 
 LEVELS = "levels"
 PARAMETERIZATIONS = (

@@ -40,8 +40,8 @@ def test_log_likelihoods_are_those_of_the_closed_form(name: str) -> None:
     sde, x = SDES[name](), data(6)
     found = density(sde).logp(x)
     exact = [gaussian(sde).logp(jnp.asarray(row), jnp.asarray(EPS)) for row in x]
-    # What is left is the prior's mismatch at T, and the solver's error.
-    np.testing.assert_allclose(found.values, exact, atol=2e-2)
+    # What is left is the prior's mismatch at T, and the solver's error. VDM's schedule ends earlier.
+    np.testing.assert_allclose(found.values, exact, atol=4e-2 if name == "linear_gamma" else 2e-2)
     np.testing.assert_allclose(found.values, np.sum([*found.terms.values()], axis=0), rtol=1e-14)
     assert found.converged and found.unit == "nats" and (found.nfe > 10).all()
     assert found.this_set_ci95 < 1e-9  # An exact trace draws nothing.

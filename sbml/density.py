@@ -230,7 +230,7 @@ class Density:
         sweep: int,
         given: Solver | Reduction,
         u: np.ndarray | None = None,
-    ) -> dict[str, Num[Array | np.ndarray, " n"]]:
+    ) -> dict[str, Num[Array | np.ndarray, " k"]]:
         """The terms of ``data[ids]``, every term of the estimator that ``target`` has."""
         sweeps = np.full(len(ids), sweep, np.int32)
         batch = Rows(data[ids], ids, sweeps, np.uint32(self.seed))

@@ -230,8 +230,8 @@ class Density:
         sweep: int,
         given: Solver | Reduction,
         u: np.ndarray | None = None,
-    ) -> dict[str, Num[Array | np.ndarray, " m"]]:
-        """The terms of the m rows ``data[ids]``, every term of the estimator that ``target`` has."""
+    ) -> dict[str, Num[Array | np.ndarray, " k"]]:
+        """The terms of ``data[ids]``, every term of the estimator that ``target`` has."""
         sweeps = np.full(len(ids), sweep, np.int32)
         batch = Rows(data[ids], ids, sweeps, np.uint32(self.seed))
         found = rows(estimator, target, self._partial, {}, batch, u, given)

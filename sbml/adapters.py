@@ -217,4 +217,4 @@ class LinenScore:
 
 def _per_example(c: Vector, x: Batch) -> Array:
     """``c (n,)`` with axes of 1, to be multiplied with ``x (n, *s)``."""
-    return jnp.reshape(c, jnp.shape(c) + (1,) * (x.ndim - 1))
+    return jnp.asarray(c).reshape(*jnp.shape(c), *(1,) * (x.ndim - 1))

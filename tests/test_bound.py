@@ -240,7 +240,7 @@ def test_fit_recovers_mean_and_covariance():
     "kwargs, message",
     [
         (
-            {"trace": Trace("exact"), "reduction": Reduction(control=1)},
+            {"trace": Trace("exact"), "reduction": Reduction(bound.GaussianControl(0, 1, None))},
             "control is of the denoising form",
         ),
         ({"eps": 0.0}, "smallest time eps=0.0"),

@@ -67,7 +67,9 @@ def test_models_are_hashable_and_say_what_they_are(name):
 
 
 def test_an_unknown_name_lists_the_choices():
-    with pytest.raises(ValueError, match="categorical, learned, truncated_normal, uniform, variational"):
+    with pytest.raises(
+        ValueError, match="categorical, learned, truncated_normal, uniform, variational"
+    ):
         dequantizers.get("logistic")
 
 

@@ -43,8 +43,12 @@ OF_INTEGERS = [
     ),
 ]
 NAMES = OF_THE_PRIOR + OF_THE_SCORE + OF_INTEGERS
-# VE never has so little noise.
-ABSENT = {(f"epsilon-correction, {kind}", "ve") for kind in ("Gaussian", "mixture")}
+# VE and VDM's schedule never have so little noise.
+ABSENT = {
+    (f"epsilon-correction, {kind}", name)
+    for kind in ("Gaussian", "mixture")
+    for name in ("ve", "linear_gamma")
+}
 
 
 @functools.cache

@@ -121,14 +121,14 @@ def test_network(params: dict[str, Any]) -> None:
 
 
 def test_network_in_float32() -> None:
-    """The Fourier features' angles reach thousands, so float32 is as far away as 3e-5."""
+    """The Fourier features' angles reach thousands, so float32 is as far away as 5e-5."""
     low, high = reference.LOG_SNR_RANGE
     z, gamma = (np.float32(GIVEN[f"wide/network/{name}"]) for name in ("z_t", "gamma_t"))
     label, told = 1000 * (high + gamma) / np.float32(high - low), np.float32(CLASSES)
     model, params = vdm.Model(**reference.OPTIONS), reference.wide_params()["score_model"]
     out = model.apply({"params": params}, z, label, train=False, condition=told)
     assert out.dtype == jnp.float32
-    close(z + out, GIVEN["wide/network/eps_hat"], atol=5e-5)
+    close(z + out, GIVEN["wide/network/eps_hat"], atol=1e-4)
 
 
 # ---- decoder and bound --------------------------------------------------------------------------

@@ -15,12 +15,12 @@ import runpy
 import jax
 import jax.numpy as jnp
 import numpy as np
-from etils import epath
 
 from sbml import bits, bound, data, times
 from sbml.experiment import build
 from sbml.modes import eval as evaluate
 from sbml.runtime import cpu
+from sbml.runtime.workdir import Workdir
 
 # name: (times, proposal, control variate, density)
 WAYS = {
@@ -65,8 +65,8 @@ def main() -> None:
     config = runpy.run_path(args.config)["get_config"]()
     config.eval.proposal_bins = 32
     e = build.Experiment(config)
-    restored, train = e.restore(epath.Path(args.workdir)), e.images("train")
-    workdir = epath.Path(args.workdir)
+    workdir = Workdir(args.workdir)
+    restored, train = e.restore(workdir), e.images("train")
     fitted = evaluate.control_variate(e, train, workdir)
     density = evaluate.time_density(e, restored, train, fitted, workdir)(e.eval_eps)
     images = e.images("test")

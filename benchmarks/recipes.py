@@ -23,6 +23,7 @@ from sbml.intervals import mean_interval
 from sbml.modes import eval as evaluate
 from sbml.modes import train
 from sbml.runtime import cpu, metrics
+from sbml.runtime.workdir import Workdir
 
 RECIPES = {
     "paper: iid": {"times": "iid", "noises": "independent", "proposal_bins": 0},
@@ -41,7 +42,7 @@ def run(config, recipe: dict, folder: pathlib.Path, images: int) -> tuple[np.nda
     seconds = metrics.read(folder)[-1]["seconds"]
     experiment = build.Experiment(config)
     restored, test = experiment.restore(folder), experiment.images("test")
-    shared = cells.Evaluation(experiment, restored, test, None, lambda eps: None, folder)
+    shared = cells.Evaluation(experiment, restored, test, None, lambda eps: None, Workdir(folder))
     dequantization = evaluate.dequantization(experiment, "uniform", folder, test)
     cell_run = cells.CellRun(shared, Cell("ode", "uniform"), dequantization)
     return cell_run.rows(cell_run.ids, 0)["bits_per_dim"], seconds

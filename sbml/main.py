@@ -1,4 +1,7 @@
-"""python -m sbml.main --config=configs/digits_vp.py [--mode=train,eval,sample] [--workdir=DIR]"""
+"""python -m sbml.main --config=configs/digits_vp.py [--mode=train,eval,sample] [--workdir=DIR]
+
+Of a run that has a checkpoint, --workdir=DIR alone is enough: its config is in the checkpoint.
+"""
 
 import importlib
 import pathlib
@@ -10,14 +13,15 @@ from typing import Any
 
 import jax
 from absl import app, flags, logging
-from etils import epath
 from ml_collections import config_flags
 
 from sbml import compiler, modes
-from sbml.experiment import architecture
+from sbml.experiment import architecture, stored
 from sbml.experiment.config import check_overrides
 from sbml.experiment.fields import choices_in
+from sbml.experiment.training import Training
 from sbml.runtime import cpu, sharding
+from sbml.runtime.workdir import Workdir
 
 # Found by folder, and imported when their turn comes: a wrong flag is told of before all imports.
 MODES = sorted(m.name for m in pkgutil.iter_modules(modes.__path__) if m.name[0] != "_")
@@ -44,10 +48,14 @@ def parse(arguments: list[str]) -> list[str]:
     last = {name: i for i, name in given if name.startswith("--config.")}
     earlier = {i for i, name in given if last.get(name, i) != i}
     arguments = [a for i, a in enumerate(arguments) if i not in earlier]
+    workdir = _value(arguments, "workdir")
+    if workdir and not _value(arguments, "config") and Workdir(workdir).has(Training.folder):
+        # First, for absl knows the fields of a config only once it has read it.
+        arguments.insert(1, f"--config={stored.__file__}:{workdir}")
     try:
         return app.parse_flags_with_usage(arguments)
     except (AttributeError, KeyError):
-        path, _, argument = _config_file(arguments).partition(":")
+        path, _, argument = _value(arguments, "config").partition(":")
         try:
             get_config = runpy.run_path(path)["get_config"]
             check_overrides(get_config(argument) if argument else get_config(), arguments)
@@ -56,11 +64,11 @@ def parse(arguments: list[str]) -> list[str]:
         raise
 
 
-def _config_file(arguments: list[str]) -> str:
-    """The value of --config, after "=" or as the argument that follows."""
+def _value(arguments: list[str], flag: str) -> str:
+    """The value of ``flag``, after "=" or as the argument that follows; empty without it."""
     for i, argument in enumerate(arguments):
         name, equals, value = argument.partition("=")
-        if name.lstrip("-") == "config" and argument.startswith("-"):
+        if name.lstrip("-") == flag and argument.startswith("-"):
             return value if equals else (arguments[i + 1 : i + 2] or [""])[0]
     return ""
 
@@ -88,7 +96,8 @@ def main(arguments: Sequence[str]) -> None:
         return
     if CONFIG.value is None:
         raise app.UsageError(
-            "--config=configs/<name>.py says what to run; without it, --mode=verify"
+            "--config=configs/<name>.py says what to run, or --workdir of a run that has a "
+            "checkpoint; without either, --mode=verify"
         )
     chosen = MODE.value or choices_in(CONFIG.value.mode)
     unknown = [mode for mode in chosen if mode not in MODES]
@@ -108,9 +117,9 @@ def main(arguments: Sequence[str]) -> None:
         logging.set_verbosity(logging.WARNING)  # The libraries' own chatter drowns the bars.
     name = run_name(config_flags.get_config_filename(flags.FLAGS["config"]))
     # A shell leaves the ~ of --workdir=~/runs alone.
-    workdir = epath.Path(WORKDIR.value or f"runs/{name}").expanduser()
-    workdir.mkdir(parents=True, exist_ok=True)
-    sharding.check_shared(workdir)
+    workdir = Workdir(WORKDIR.value or f"runs/{name}")
+    workdir.path.mkdir(parents=True, exist_ok=True)
+    sharding.check_shared(workdir.path)
     print(f"{', '.join(chosen)} in {workdir}")
     for mode in chosen:
         module = module_of(mode)

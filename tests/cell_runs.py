@@ -6,13 +6,14 @@ from sbml.estimators import Cell
 from sbml.evaluation import cells
 from sbml.experiment import build
 from sbml.modes import eval as evaluate
+from sbml.runtime.workdir import Workdir
 
 ODE, BOUND = Cell("ode", "uniform"), Cell("bound", "uniform")
 
 
 def cell_run(workdir, directory, cell, **fields):
     """The run of one cell on the checkpoint of ``workdir``, its rows kept in ``directory``."""
-    config = tiny.get_config()
+    config, directory = tiny.get_config(), Workdir(directory)
     config.eval.update(fields)
     experiment = build.Experiment(config)
     images, train = experiment.images("test"), experiment.images("train")

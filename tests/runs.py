@@ -13,7 +13,8 @@ ROOT = pathlib.Path(__file__).parents[1]
 
 def start(workdir, *flags, devices=1, env=(), config="tests/tiny.py"):
     """``python -m sbml.main`` in the background, on ``devices`` fake devices."""
-    command = [sys.executable, "-m", "sbml.main", f"--config={config}", f"--workdir={workdir}"]
+    command = [sys.executable, "-m", "sbml.main", f"--workdir={workdir}"]
+    command += [f"--config={config}"] if config else []  # Or the one in its checkpoint.
     environment = {
         **os.environ,
         "JAX_PLATFORMS": "cpu",

@@ -118,6 +118,16 @@ def test_damage_is_reported_and_the_one_before_used(
     assert aside.name.startswith("2-") and (aside / "state").is_dir()
 
 
+def test_a_renamed_folder_is_not_taken_for_its_step(tmp_path: Path, errors: list[str]) -> None:
+    save_steps(tmp_path, 1, 2, keep_last=2)
+    (tmp_path / "2").rename(tmp_path / "9")
+    checkpoints = Checkpoints(tmp_path)
+    assert checkpoints.metadata() == {"seed": 1} and "9" in errors[0]
+    restored = checkpoints.restore(abstract(make_state(0)))
+    assert restored is not None and restored.step == 1
+    assert "it was saved as step 2" in restored.damaged[0]
+
+
 def test_orbax_alone_takes_overwritten_bytes_for_good(tmp_path: Path) -> None:
     """Why the CRC32s are there. If this fails, orbax has learnt to check and they may go."""
     save_steps(tmp_path, 2)

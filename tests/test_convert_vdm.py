@@ -22,7 +22,7 @@ from sbml.experiment.config import default
 from sbml.modes import convert
 from sbml.modes import eval as evaluate
 from sbml.networks import vdm
-from sbml.runtime.parts import read_npz
+from sbml.runtime.files import read_npz
 
 GIVEN = reference.numbers()
 SHAPE = (8, 8, 3)

@@ -20,7 +20,8 @@ from sbml.experiment import build
 from sbml.modes import eval as evaluate
 from sbml.report import summary
 from sbml.runtime.checkpoint import tree_crc32
-from sbml.runtime.parts import read_npz, write_npz
+from sbml.runtime.files import read_json, read_npz, write_json, write_npz
+from sbml.runtime.workdir import EVALUATION, NEIGHBOURS, PER_IMAGE, QUALITY, SAMPLES
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +34,7 @@ def trained(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def table(trained):
-    return read_npz(trained / summary.PER_IMAGE)
+    return read_npz(trained / PER_IMAGE)
 
 
 def test_every_image_counts_once(trained, table):
@@ -98,7 +99,7 @@ def test_batch_size_changes_nothing(trained, table, tmp_path, batch_size):
 def test_eight_devices_change_nothing(trained, table, tmp_path):
     (tmp_path / "checkpoints").symlink_to(trained / "checkpoints")
     runs.run(tmp_path, "--mode=eval", "--config.eval.batch_size=100", devices=8)
-    got = read_npz(tmp_path / summary.PER_IMAGE)
+    got = read_npz(tmp_path / PER_IMAGE)
     np.testing.assert_array_equal(got["id"], np.arange(360))
     for column in ("ode_uniform_bits_per_dim", "bound_uniform_bits_per_dim"):
         np.testing.assert_allclose(got[column], table[column], rtol=0, atol=1e-4)
@@ -118,11 +119,11 @@ def test_killed_evaluation_ends_in_the_same_bytes(trained, tmp_path):
     process.communicate()
     before = {path: path.stat().st_mtime_ns for path in parts()}
     assert 0 < len(before) < 20
-    runs.run(tmp_path, "--mode=eval")
+    runs.run(tmp_path, "--mode=eval", config=None)
     assert all(path.stat().st_mtime_ns == made for path, made in before.items())
-    name = summary.PER_IMAGE
+    name = PER_IMAGE
     assert (tmp_path / name).read_bytes() == (trained / name).read_bytes()
-    written = [json.loads((path / summary.EVALUATION).read_text()) for path in (tmp_path, trained)]
+    written = [read_json(path / EVALUATION) for path in (tmp_path, trained)]
     for report in written:
         del report["title"], report["command"]  # They name the work directory.
     assert written[0] == written[1]
@@ -271,7 +272,7 @@ def test_the_report_tells_how_its_model_was_trained(trained, tmp_path):
     assert told["training"]["likelihood_weighting"] and told["optim"]["lr"] == ours.optim.lr
     assert told["data"]["dequantization"] == "uniform" and told["eval"]["max_images"] == 2
     assert "samples" not in report
-    assert [path.name for path in tmp_path.glob("per_image*")] == [summary.PER_IMAGE]
+    assert [path.name for path in tmp_path.glob("per_image*")] == [PER_IMAGE]
     assert table2.read(tmp_path)["model"].endswith("(LW + IS)")
 
 
@@ -307,17 +308,17 @@ def test_an_exact_trace_takes_few_images_at_once(trained, tmp_path):
 
 def test_table2_reads_what_the_modes_wrote(trained, tmp_path):
     """Likelihood and FID of one work directory, the FID only while it is of its own samples."""
-    for name in (summary.EVALUATION, summary.PER_IMAGE, summary.SAMPLES):
+    for name in (EVALUATION, PER_IMAGE, SAMPLES):
         (tmp_path / name).write_bytes((trained / name).read_bytes())
-    images = read_npz(tmp_path / summary.SAMPLES)["images"]
-    (tmp_path / summary.NEIGHBOURS).write_bytes((trained / "samples.png").read_bytes())
+    images = read_npz(tmp_path / SAMPLES)["images"]
+    (tmp_path / NEIGHBOURS).write_bytes((trained / "samples.png").read_bytes())
     for crc32, expected in ((tree_crc32(images), "12.50 (FID n=4)"), (1, None)):
         quality = {"step": 40, "images_crc32": crc32, "values": {"FID n=4": 12.5}}
-        (tmp_path / summary.QUALITY).write_text(json.dumps(quality))
+        write_json(tmp_path / QUALITY, quality)
         summary.write(tmp_path, build.Experiment(tiny.get_config()).images)
         row = table2.read(tmp_path)
         assert row.get(table2.FID) == expected
-    result = json.loads((trained / summary.EVALUATION).read_text())["results"][0]
+    result = read_json(trained / EVALUATION)["results"][0]
     assert row["NLL uniform"] == f"{result['bits_per_dim']:.3f} ± {result['ci95']:.3f}"
 
 

@@ -15,7 +15,7 @@ from sbml.experiment.build import Experiment
 from sbml.modes import latents, train
 from sbml.ode import Solver
 from sbml.platform import compiler_options
-from sbml.runtime.parts import read_npz
+from sbml.runtime.files import read_npz
 from sbml.samplers import AnnealedLangevin, ReverseDiffusion
 from sbml.samplers.known import GREY_FIRST, complete
 from sbml.sdes import SDES, VP

@@ -17,10 +17,16 @@ def test_parts_report_damage_and_refuse_strangers(tmp_path, caplog):
     parts.write(rows(0, np.arange(3)))
     parts.write(rows(0, np.arange(3, 5)))
     parts.write(rows(1, np.arange(2)))
-    (tmp_path / "part_0000_00000000.npz").write_bytes(b"not a table")
+    (parts.directory / "part_0000_00000000.npz").write_bytes(b"not a table")
     np.testing.assert_array_equal(parts.read()["id"], [3, 4, 0, 1])
     np.testing.assert_array_equal(parts.read()["sweep"], [0, 0, 1, 1])
     assert "part_0000_00000000.npz is damaged" in caplog.text
+    other = Parts(tmp_path, {"step": 2})
+    assert other.directory != parts.directory and not other.read()
+    marker = other.directory / "identity.json"
+    marker.write_text("damaged")
+    assert not Parts(tmp_path, {"step": 2}).read() and "identity.json is damaged" in caplog.text
+    parts.directory.joinpath("identity.json").replace(marker)  # As in a folder renamed by hand.
     with pytest.raises(ValueError, match="another computation"):
         Parts(tmp_path, {"step": 2})
     parts.write(rows(0, np.arange(4)))

@@ -13,7 +13,8 @@ from sbml.evaluation.quality import memory
 from sbml.features import digits_classifier
 from sbml.modes import quality, stats
 from sbml.report import summary
-from sbml.runtime.parts import write_npz
+from sbml.runtime.files import read_json, write_json, write_npz
+from sbml.runtime.workdir import EVALUATION, NEIGHBOURS, PER_IMAGE, QUALITY, SAMPLES
 
 
 @pytest.fixture
@@ -29,13 +30,13 @@ def samples(workdir: Path, images: np.ndarray) -> Path:
     n = len(images)
     columns = {"images": images, "nfe": np.ones(n), "failed": np.zeros(n, bool)}
     columns["step"] = np.asarray(3)
-    write_npz(workdir / summary.SAMPLES, {**columns, "sampler": np.asarray("s")})
+    write_npz(workdir / SAMPLES, {**columns, "sampler": np.asarray("s")})
     return workdir
 
 
 def values(config: ConfigDict, workdir: Path) -> dict[str, float]:
     quality.run(config, workdir)
-    found = json.loads((workdir / summary.QUALITY).read_text())
+    found = read_json(workdir / QUALITY)
     assert found["step"] == 3
     return found["values"]
 
@@ -51,7 +52,7 @@ def test_real_images_are_near_and_noise_is_far(config: ConfigDict, tmp_path: Pat
     assert near[distance] < far[distance] / 10 and near[kernel] < far[kernel] / 10
     assert near[score] > 5 and near[score] > far[score]
     assert near[nearest] == near[usual] and far[nearest] > 2 * far[usual]
-    assert (tmp_path / "real" / summary.NEIGHBOURS).exists()
+    assert (tmp_path / "real" / NEIGHBOURS).exists()
 
 
 def test_the_numbers_are_those_of_the_features(config: ConfigDict, tmp_path: Path) -> None:
@@ -129,9 +130,9 @@ def test_the_report_shows_the_quality_of_its_own_samples(
     result = {"bits_per_dim": 2.0, "interval": [1.9, 2.1], "n": 2, "terms": {}, "split": "test"}
     evaluation = {"title": "w", "results": [result], "checkpoint": {"step": 3}}
     evaluation |= {"data": {"test": real.fingerprint}, "warnings": [], "command": "eval"}
-    (workdir / summary.EVALUATION).write_text(json.dumps(evaluation))
+    write_json(workdir / EVALUATION, evaluation)
     columns = {"id": np.arange(2), "bits_per_dim": np.ones(2), "nfe": np.ones(2)}
-    write_npz(workdir / summary.PER_IMAGE, columns)
+    write_npz(workdir / PER_IMAGE, columns)
     found = values(config, workdir)
     assert json.loads((workdir / "report.json").read_text())["quality"] == found
     summary.write(samples(workdir, real.images[20:40]), lambda split: real)
@@ -146,9 +147,9 @@ def test_a_report_is_never_shown_with_the_images_of_another_split(
     result = {"bits_per_dim": 2.0, "interval": [1.9, 2.1], "n": 1, "terms": {}, "split": "train"}
     evaluation = {"title": "w", "results": [result], "checkpoint": {"step": 3}}
     evaluation |= {"data": {"train": sets["train"].fingerprint}, "warnings": []}
-    (tmp_path / summary.EVALUATION).write_text(json.dumps(evaluation))
+    write_json(tmp_path / EVALUATION, evaluation)
     columns = {"id": np.array([1400]), "bits_per_dim": np.ones(1), "nfe": np.ones(1)}
-    write_npz(tmp_path / summary.PER_IMAGE, columns)
+    write_npz(tmp_path / PER_IMAGE, columns)
     summary.write(tmp_path, lambda split: sets["test"])
     assert "the report stays as it is" in caplog.text
     assert not (tmp_path / "report.html").exists()

@@ -9,14 +9,14 @@ import numpy as np
 import pytest
 import runs
 import tiny
-from etils import epath
 from PIL import Image
 
 from sbml import bits, samplers
 from sbml.evaluation import samples
 from sbml.experiment import build
 from sbml.modes import sample, train
-from sbml.runtime.parts import read_npz
+from sbml.runtime.files import read_npz
+from sbml.runtime.workdir import Workdir
 from sbml.sdes import VE
 
 STOCHASTIC = ("--config.sampling.sampler=ancestral", "--config.sampling.steps=20")
@@ -36,7 +36,7 @@ def images(workdir: Path, **options: object) -> np.ndarray:
     config.sampling.update(sampler="ancestral", steps=20, num_images=20, batch_size=20)
     config.sampling.update(options)
     experiment = build.Experiment(config)
-    return samples.generate(experiment, experiment.restore(workdir), epath.Path(workdir))[0]
+    return samples.generate(experiment, experiment.restore(workdir), Workdir(workdir))[0]
 
 
 def fresh(workdir: Path) -> Path:
@@ -71,7 +71,7 @@ def test_a_sample_without_numbers_is_counted(
     broken = restored._replace(
         state=restored.state.replace(ema_params=jax.tree.map(lambda a: a * np.nan, params))
     )
-    drawn = samples.generate(experiment, broken, epath.Path(trained) / "broken")
+    drawn = samples.generate(experiment, broken, Workdir(trained / "broken"))
     assert drawn.failed.all() and "2 of 2 samples are not finite" in caplog.text
 
 

@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import shutil
 import signal
 import socket
 import time
@@ -22,6 +23,8 @@ from sbml.modes import _loop as loop
 from sbml.modes import train
 from sbml.runtime import metrics, optim, preemption, sharding
 from sbml.runtime.checkpoint import Checkpoints
+from sbml.runtime.lock import BusyError
+from sbml.runtime.workdir import Workdir
 
 
 @pytest.fixture(scope="module")
@@ -72,6 +75,23 @@ def test_several_processes_agree_to_stop_whatever_a_dispatch_takes(monkeypatch, 
         later.leave_if_requested("half is stored")
     assert left.value.code == 143 and later.requested()
     assert "SIGTERM: half is stored" in caplog.text
+
+
+def test_a_second_training_in_a_work_directory_is_refused(whole):
+    before = sorted(whole.rglob("*"))
+    with Workdir(whole).lock("train"), pytest.raises(BusyError, match="does --mode=train here"):
+        train.run(tiny.get_config(), whole)
+    assert {*whole.rglob("*")} - {*before} <= {whole / ".train.lock"}
+
+
+def test_a_training_that_lost_its_checkpoints_begins_again_aloud(tmp_path, caplog):
+    config = tiny.get_config()
+    config.training.update(num_steps=4)
+    train.run(config, tmp_path)
+    assert "begins again" not in caplog.text
+    shutil.rmtree(tmp_path / "checkpoints")
+    train.run(config, tmp_path)
+    assert "has no checkpoint, but metrics.jsonl reaches step 4: training begins" in caplog.text
 
 
 def test_kills_change_nothing(whole, tmp_path):

@@ -13,9 +13,9 @@ from sbml.dequantizers import variational
 from sbml.experiment import build
 from sbml.modes import eval as evaluate
 from sbml.modes import train, train_dequantizer
-from sbml.report import summary
 from sbml.runtime import metrics, sharding
-from sbml.runtime.parts import read_npz
+from sbml.runtime.files import read_npz
+from sbml.runtime.workdir import PER_IMAGE
 
 STEPS, IMAGES = 12, 120
 
@@ -76,7 +76,7 @@ def test_loss_is_the_reported_bound(whole):
         in_order=True,
     )
     evaluate.run(config, whole)
-    table = read_npz(whole / summary.PER_IMAGE)
+    table = read_npz(whole / PER_IMAGE)
     found = table["bound_variational_bits_per_dim"]
     experiment = build.Experiment(config)
     frozen = experiment.restore(whole).state.ema_params

@@ -2,18 +2,23 @@
 
 An array gets its name only when it is whole. Images stream into ``train.part``, which becomes
 ``train.npy`` in one rename, so a kill at any moment leaves no half array to be mistaken for a whole
-one. A lock makes other processes wait for the one that prepares; it ends with its owner.
+one. A lock makes other processes wait for the one that prepares; it ends with its owner. The notes
+beside an array hold its CRC32, which every opening compares with the file: a damaged array is
+prepared again.
 """
 
 import hashlib
-import json
 import os
+import zlib
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
+from absl import logging
 from filelock import FileLock
+
+from sbml.runtime.files import DamagedFileError, read_json, write_json
 
 Add = Callable[[np.ndarray], None]
 
@@ -49,12 +54,39 @@ def prepared(
     Raises:
       ValueError: images of several sizes, of another type, or none at all.
     """
-    if not path.exists():
+    found = _opened(path)
+    if found is None:
         path.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(path.parent / ".lock"):
-            if not path.exists():  # another process may have prepared it meanwhile
+            found = _opened(path)  # another process may have prepared it meanwhile
+            if found is None:
                 _write(path, build)
-    return np.load(path, mmap_mode="r"), json.loads(path.with_suffix(".json").read_text())
+                found = _opened(path)
+    assert found is not None
+    return found
+
+
+def _opened(path: Path) -> tuple[np.ndarray, dict[str, Any]] | None:
+    """The array and its notes, or None if it is missing or, with a warning, damaged."""
+    if not path.exists():
+        return None
+    again = "the images are prepared again"
+    try:
+        notes = read_json(path.with_suffix(".json"), again)
+        if notes.pop("array_crc32", None) != _crc32(path):
+            raise DamagedFileError(path, "it fails its CRC32", again)
+    except (DamagedFileError, FileNotFoundError) as error:
+        logging.warning("%s", error)
+        return None
+    return np.load(path, mmap_mode="r"), notes
+
+
+def _crc32(path: Path) -> int:
+    crc32 = 0
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 24):
+            crc32 = zlib.crc32(chunk, crc32)
+    return crc32
 
 
 def _write(path: Path, build: Callable[[Add], dict[str, Any]]) -> None:
@@ -64,7 +96,7 @@ def _write(path: Path, build: Callable[[Add], dict[str, Any]]) -> None:
             rows = _Rows(file)
             kept = build(rows.add)
             rows.close()
-        notes.write_text(json.dumps(kept))
+        write_json(notes, {**kept, "array_crc32": _crc32(part)})
         os.replace(part, path)  # last: where the array is, the notes are too
     finally:
         part.unlink(missing_ok=True)

@@ -19,7 +19,6 @@ from typing import Any
 import jax
 import numpy as np
 from absl import logging
-from etils import epath
 
 from sbml import bits, divergence, estimate, estimators, times
 from sbml.bound import GaussianControl
@@ -35,6 +34,7 @@ from sbml.runtime import progress, sharding
 from sbml.runtime.checkpoint import Restored, tree_crc32
 from sbml.runtime.parts import Parts
 from sbml.runtime.preemption import Preemption
+from sbml.runtime.workdir import Workdir
 
 Table = dict[str, np.ndarray]
 
@@ -66,7 +66,7 @@ class Evaluation:
     images: ImageSet
     control: GaussianControl | None
     density: Callable[[float], np.ndarray | None]  # of the bound's times, by their eps
-    workdir: epath.Path
+    workdir: Workdir
 
     def ids(self, count: int = 0) -> np.ndarray:
         """The images wanted, of these ``count`` at most if it is not 0: a sorted random sample.
@@ -182,8 +182,7 @@ class CellRun:
 
     def _parts(self, solver: Solver) -> Parts:
         if solver not in self._known:  # A sum over all parameters: once.
-            where = self.shared.workdir / "eval"
-            self._known[solver] = Parts.addressed(where, self._identity(solver))
+            self._known[solver] = self.shared.workdir.parts("eval", self._identity(solver))
         return self._known[solver]
 
     def _identity(self, solver: Solver) -> dict[str, Any]:

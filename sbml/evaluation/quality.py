@@ -19,7 +19,7 @@ from sbml.experiment.build import Experiment
 from sbml.experiment.fields import check_choice
 from sbml.features import EXTRACTORS, Extractor
 from sbml.runtime import progress
-from sbml.runtime.parts import read_npz, write_npz
+from sbml.runtime.files import intact_npz, read_npz, write_npz
 
 KEPT = 10_000  # features for the kernel distance, whose cost is quadratic
 SHOWN = 8  # samples with their nearest training images
@@ -64,7 +64,8 @@ def reference(experiment: Experiment, extract: Extractor, images: ImageSet) -> R
     cache = Options(cache_dir=experiment.config.data.cache_dir or None).cache
     name = f"{extract.identity}-{images.fingerprint['id']}.npz"
     path = epath.Path(cache) / "stats" / name
-    if not path.exists():
+    kept = intact_npz(path)
+    if kept is None:
         chosen = spread(len(images), KEPT)
         some: list[np.ndarray] = []
 
@@ -82,7 +83,7 @@ def reference(experiment: Experiment, extract: Extractor, images: ImageSet) -> R
         columns = {"mean": moments.mean, "cov": moments.cov, "count": np.asarray(moments.size)}
         write_npz(path, {**columns, "features": np.concatenate(some)})
         print(f"statistics of {images.name} {images.split}, n={moments.size}: {path}")
-    kept = read_npz(path)
+        kept = read_npz(path)
     moments = Moments(kept["mean"], kept["cov"], int(kept["count"]))
     return Reference(moments, kept["features"])
 

@@ -14,15 +14,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import logging
-from etils import epath
 
 from sbml import bits, report, sampling
 from sbml.data import eval_batches
 from sbml.experiment.build import Experiment
 from sbml.runtime import progress, sharding
 from sbml.runtime.checkpoint import Restored, tree_crc32
-from sbml.runtime.parts import Parts
 from sbml.runtime.preemption import Preemption
+from sbml.runtime.workdir import Workdir
 from sbml.samplers import Sampler
 from sbml.sdes import SDE
 from sbml.types import Array, Key, Score
@@ -128,10 +127,10 @@ def _identity(experiment: Experiment, restored: Restored) -> dict[str, Any]:
     }
 
 
-def generate(experiment: Experiment, restored: Restored, workdir: epath.Path) -> Drawn:
+def generate(experiment: Experiment, restored: Restored, workdir: Workdir) -> Drawn:
     """Samples 0 .. num_images - 1; those on disk are read. Failed ones are counted aloud."""
     config = experiment.config.sampling
-    parts = Parts.addressed(workdir / "sampling", _identity(experiment, restored))
+    parts = workdir.parts("sampling", _identity(experiment, restored))
     done = parts.read()
     wanted = np.arange(config.num_images)
     missing = np.setdiff1d(wanted, done.get("id", []))

@@ -7,7 +7,6 @@ Any checkpoint says what config it was trained with. Parameters mean nothing und
 or nonlinearity, and their shapes would not show it: :func:`check` does.
 """
 
-import json
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -15,8 +14,8 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from sbml.experiment.fields import plain, tupled
+from sbml.runtime.workdir import ARCHITECTURE, Workdir
 
-FILE = "architecture.json"
 # Of a network's or dequantizer's fields, those that any checkpoint may be used with.
 FREE = ("clipped", "dropout", "dtype", "init_scale", "remat")
 
@@ -29,9 +28,7 @@ def write(workdir: epath.PathLike, sections: Sections) -> None:
         name: {field: value for field, value in fields.items() if field not in FREE}
         for name, fields in sections.items()
     }
-    workdir = epath.Path(workdir)
-    workdir.mkdir(parents=True, exist_ok=True)
-    (workdir / FILE).write_text(json.dumps(bound, indent=1))
+    Workdir(workdir).write(ARCHITECTURE, bound)
 
 
 def apply(config: ConfigDict, sections: Sections) -> tuple[ConfigDict, list[str]]:
@@ -95,10 +92,10 @@ def check(config: dict[str, Any], trained: dict[str, Any], sections: Iterable[st
 
 def of_workdir(config: ConfigDict, workdir: epath.PathLike) -> ConfigDict:
     """``config`` with the architecture that ``workdir`` carries, if any; says what that changes."""
-    path = epath.Path(workdir) / FILE
-    if not path.exists():
+    workdir = Workdir(workdir)
+    if not workdir.has(ARCHITECTURE):
         return config
-    fitted, lines = apply(config, json.loads(path.read_text()))
+    fitted, lines = apply(config, workdir.read(ARCHITECTURE))
     for line in lines:
-        print(f"{path}: {line}")
+        print(f"{workdir / ARCHITECTURE}: {line}")
     return fitted

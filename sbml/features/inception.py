@@ -25,7 +25,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from sbml.data import Options
 from sbml.features._extractor import Extractor
 from sbml.features._torch_file import read_state_dict
-from sbml.runtime.parts import read_npz, write_npz
+from sbml.runtime.files import intact_npz, write_npz
 from sbml.runtime.trees import differences
 from sbml.types import Array
 
@@ -217,11 +217,12 @@ def load(path: str | Path, sha256: str, cache: Path) -> tuple[Any, str]:
             "weights are meant, set eval.inception_sha256"
         )
     kept = epath.Path(cache) / "features" / f"inception-{digest[:16]}.npz"
-    if not kept.exists():
-        params = from_state_dict(read_state_dict(path))
+    params = intact_npz(kept)
+    if params is None:
+        params = flatten_dict(from_state_dict(read_state_dict(path)), sep="/")
         kept.parent.mkdir(parents=True, exist_ok=True)
-        write_npz(kept, flatten_dict(params, sep="/"))
-    return unflatten_dict(read_npz(kept), sep="/"), digest
+        write_npz(kept, params)
+    return unflatten_dict(params, sep="/"), digest
 
 
 def extractor(*, weights: str, sha256: str, levels: int, cache: str | None) -> Extractor:

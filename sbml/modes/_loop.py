@@ -22,9 +22,8 @@ from sbml.data import ImageSet, prefetch, train_batches
 from sbml.experiment import trained
 from sbml.experiment.training import Loop
 from sbml.platform import compiler_options, platform
-from sbml.runtime import progress, sharding
+from sbml.runtime import metrics, progress, sharding
 from sbml.runtime.checkpoint import Checkpoints
-from sbml.runtime.metrics import MetricsWriter
 from sbml.runtime.preemption import Preemption
 from sbml.runtime.state import (
     TrainState,
@@ -152,13 +151,19 @@ class _Trainer:
             )
         self.pending: deque[tuple[int, dict[str, Array]]] = deque()
         first = jax.process_index() == 0
-        self.writer = MetricsWriter(task.directory, self.start) if first else None
+        self.writer = metrics.MetricsWriter(task.directory, self.start) if first else None
 
     def _restore(self) -> tuple[TrainState, int]:
         shard_state = self.training.shard_state
         wanted = sharding.abstract(self.task.init, self.mesh, shard_state=shard_state)
         restored = self.checkpoints.restore(wanted)
         if restored is None:
+            if rows := metrics.read(self.task.directory):
+                logging.warning(
+                    "%s has no checkpoint, but %s reaches step %d: training begins again at step "
+                    "0. If there were checkpoints, stop it now and put them back",
+                    *(self.checkpoints.directory, metrics.FILE, rows[-1]["step"]),
+                )
             return sharding.made(self.task.init, self.mesh, shard_state=shard_state), 0
         logging.info("Resuming from step %d of %s", restored.step, self.checkpoints.directory)
         trained.warn_if_other_data(restored.metadata, self.task.images)

@@ -5,7 +5,6 @@ checkpoint. ``evaluation.cells`` makes a cell's rows, resumes them and gives the
 """
 
 import functools
-import json
 import shlex
 import sys
 import time
@@ -30,13 +29,12 @@ from sbml.intervals import mean_interval
 from sbml.report import summary
 from sbml.report.result import Result
 from sbml.runtime.checkpoint import Restored, tree_crc32
-from sbml.runtime.files import write_whole
-from sbml.runtime.parts import kept, write_npz
 from sbml.runtime.versions import versions
+from sbml.runtime.workdir import EVALUATION, PER_IMAGE, Workdir
 
 
 def control_variate(
-    experiment: Experiment, train: ImageSet, workdir: epath.Path
+    experiment: Experiment, train: ImageSet, workdir: Workdir
 ) -> GaussianControl | None:
     """The Gaussian fitted to the training images' bin centres, where ``eval.control`` asks.
 
@@ -54,7 +52,7 @@ def control_variate(
         }
         return {name: np.asarray(value, np.float32) for name, value in in_scale.items()}
 
-    found: dict[str, Any] = kept(workdir / "eval", "control", train.fingerprint, fit)
+    found: dict[str, Any] = workdir.kept("control", train.fingerprint, fit)
     return GaussianControl(**{"basis": None, **found})
 
 
@@ -63,7 +61,7 @@ def time_density(
     restored: Restored,
     train: ImageSet,
     control: GaussianControl | None,
-    workdir: epath.Path,
+    workdir: Workdir,
 ) -> Callable[[float], np.ndarray | None]:
     """Where the bound's draws are wanted most, from training images, if ``eval.proposal_bins``.
 
@@ -92,13 +90,13 @@ def time_density(
         if not config.proposal_bins:
             return None
         at = {"eps": eps, **identity}
-        return kept(workdir / "eval", "density", at, lambda: pilot(eps))["density"]
+        return workdir.kept("density", at, lambda: pilot(eps))["density"]
 
     return density
 
 
 def dequantization(
-    experiment: Experiment, name: str, workdir: epath.Path, train: ImageSet
+    experiment: Experiment, name: str, workdir: Workdir, train: ImageSet
 ) -> Dequantization:
     """The dequantizer called ``name``, with the averaged parameters of its training if it has any.
 
@@ -191,7 +189,7 @@ def _fill(
 
     A cell of fewer images than others, as where K > 1, has a table of its own on disk.
     """
-    results, written = [], {summary.PER_IMAGE}
+    results, written = [], {PER_IMAGE}
     # All are set up before the first is computed: what cannot be must not cost hours first.
     cell_runs = [CellRun(shared, cell, found[cell.dequantizer]) for cell in defined]
     tables: cells.Table = {"id": max((run.ids for run in cell_runs), key=len)}
@@ -206,10 +204,9 @@ def _fill(
             continue
         written.add(f"per_image_{cell.name}.npz")
         if jax.process_index() == 0:
-            path = shared.workdir / f"per_image_{cell.name}.npz"
-            write_npz(path, {"id": cell_run.ids, **named})
+            shared.workdir.write(f"per_image_{cell.name}.npz", {"id": cell_run.ids, **named})
     if jax.process_index() == 0:  # Those of an earlier evaluation belong to no result any more.
-        for path in shared.workdir.glob("per_image*.npz"):
+        for path in shared.workdir.path.glob("per_image*.npz"):
             if path.name not in written:
                 path.unlink()
     return tables, results
@@ -225,12 +222,12 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
       ValueError: without a checkpoint or a trained dequantizer, or with one of another model; and
         ``cells.Unconverged`` where fixed steps are too coarse.
     """
-    experiment = Experiment(config)
-    with jax.default_matmul_precision(config.eval.precision):
-        _run(experiment, epath.Path(workdir))
+    experiment, workdir = Experiment(config), Workdir(workdir)
+    with workdir.lock("eval"), jax.default_matmul_precision(config.eval.precision):
+        _run(experiment, workdir)
 
 
-def _run(experiment: Experiment, workdir: epath.Path) -> None:
+def _run(experiment: Experiment, workdir: Workdir) -> None:
     config = experiment.config
     restored = experiment.restore(workdir)
     images, train = experiment.images(config.eval.split), experiment.images("train")
@@ -271,9 +268,8 @@ def _run(experiment: Experiment, workdir: epath.Path) -> None:
         "versions": versions(),
     }
     if jax.process_index() == 0:
-        write_npz(workdir / summary.PER_IMAGE, tables)
-        text = json.dumps(report.strict(evaluation), indent=1)
-        write_whole(workdir / summary.EVALUATION, text.encode())
+        workdir.write(PER_IMAGE, tables)
+        workdir.write(EVALUATION, report.strict(evaluation))
         summary.write(workdir, lambda _: images)
     # Printed only: what is written of an evaluation is the same bytes, killed and resumed or not.
     print(f"report: {workdir / 'report.html'}, in {time.perf_counter() - start:.0f} s")

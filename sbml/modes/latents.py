@@ -22,7 +22,7 @@ from sbml.evaluation.samples import grid
 from sbml.experiment.build import Experiment
 from sbml.ode import Solver, transport
 from sbml.runtime import sharding
-from sbml.runtime.parts import write_npz
+from sbml.runtime.workdir import LATENTS, Workdir
 from sbml.samplers import FixedSteps
 from sbml.samplers.known import GREY_FIRST, complete
 from sbml.sdes import SDE
@@ -84,10 +84,10 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
     """
     experiment = Experiment(config)
     with jax.default_matmul_precision(config.eval.precision):
-        _run(experiment, epath.Path(workdir))
+        _run(experiment, Workdir(workdir))
 
 
-def _run(experiment: Experiment, workdir: epath.Path) -> None:
+def _run(experiment: Experiment, workdir: Workdir) -> None:
     config = experiment.config
     options = config.latents
     restored, images = experiment.restore(workdir), experiment.images(config.eval.split)
@@ -119,7 +119,7 @@ def _run(experiment: Experiment, workdir: epath.Path) -> None:
     if jax.process_index() > 0:  # From here on no process computes.
         return
     columns = {"id": ids, "latent": z, "reconstruction_error": error}
-    write_npz(workdir / "latents.npz", {**columns, "step": np.asarray(restored.step)})
+    workdir.write(LATENTS, {**columns, "step": np.asarray(restored.step)})
     for name, pixels in shown.items():
         width = pictures[name][1]
         report.write_png(workdir / f"{name}.png", grid(experiment, pixels, columns=width))

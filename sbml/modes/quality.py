@@ -1,7 +1,5 @@
 """Comparing the samples with the training images: ``--mode=quality``."""
 
-import json
-
 import jax
 import numpy as np
 from absl import logging
@@ -15,8 +13,7 @@ from sbml.evaluation.quality import extractor, features_of, memory, reference
 from sbml.experiment.build import Experiment
 from sbml.report import summary
 from sbml.runtime.checkpoint import tree_crc32
-from sbml.runtime.files import write_whole
-from sbml.runtime.parts import read_npz
+from sbml.runtime.workdir import NEIGHBOURS, QUALITY, SAMPLES, Workdir
 
 
 def run(config: ConfigDict, workdir: epath.PathLike) -> None:
@@ -27,16 +24,14 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
     Raises:
       ValueError: without samples, fewer than two of them, or without the extractor's weights.
     """
-    experiment, workdir = Experiment(config), epath.Path(workdir)
+    experiment, workdir = Experiment(config), Workdir(workdir)
     extract = extractor(config)
-    if not (workdir / summary.SAMPLES).exists():
-        raise ValueError(f"no {summary.SAMPLES} in {workdir}: draw some first (--mode=sample)")
-    drawn = read_npz(workdir / summary.SAMPLES)
-    if failed := int(np.sum(drawn.get("failed", False))):  # Not in files of earlier versions.
+    drawn = workdir.read(SAMPLES)
+    if failed := int(np.sum(drawn["failed"])):
         logging.warning("%d of %d samples are not finite", failed, len(drawn["images"]))
     if len(drawn["images"]) < 2:
         raise ValueError(
-            f"{workdir / summary.SAMPLES} has one image: distances need two at least; draw more "
+            f"{workdir / SAMPLES} has one image: distances need two at least; draw more "
             "(--mode=sample,quality --config.sampling.num_images=1000)"
         )
     train, test = experiment.images("train"), experiment.images("test")
@@ -60,9 +55,9 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
     values |= distances_to_training
     images_crc32 = tree_crc32(drawn["images"])
     result = {"step": int(drawn["step"]), "images_crc32": images_crc32, "values": values}
-    write_whole(workdir / summary.QUALITY, json.dumps(report.strict(result), indent=1).encode())
+    workdir.write(QUALITY, report.strict(result))
     picture = samples.grid(experiment, rows, columns=len(rows) // 2)
-    report.write_png(workdir / summary.NEIGHBOURS, picture)
+    report.write_png(workdir / NEIGHBOURS, picture)
     summary.write(workdir, experiment.images)
     for name, value in values.items():
         print(f"{name}: {value:.4g}")

@@ -12,7 +12,7 @@ from sbml.experiment import trained
 from sbml.experiment.build import Experiment
 from sbml.report import summary
 from sbml.runtime.checkpoint import tree_crc32
-from sbml.runtime.parts import write_npz
+from sbml.runtime.workdir import SAMPLES, Workdir
 
 
 def run(config: ConfigDict, workdir: epath.PathLike) -> None:
@@ -24,7 +24,13 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
     Raises:
       ValueError: without a checkpoint, or with one of another model.
     """
-    experiment, workdir = Experiment(config), epath.Path(workdir)
+    experiment, workdir = Experiment(config), Workdir(workdir)
+    with workdir.lock("sample"):
+        _run(experiment, workdir)
+
+
+def _run(experiment: Experiment, workdir: Workdir) -> None:
+    config = experiment.config
     restored = experiment.restore(workdir)
     for warning in trained.unseen_times(restored.metadata, experiment.sampling_eps, "sampling"):
         logging.warning(warning)
@@ -38,7 +44,7 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
     crc32 = np.asarray(tree_crc32(restored.state.ema_params))
     origin = {"step": np.asarray(restored.step), "parameters_crc32": crc32, "sampler": how}
     columns = {**drawn._asdict(), **origin}
-    write_npz(workdir / summary.SAMPLES, columns)
+    workdir.write(SAMPLES, columns)
     shown = drawn.images[:256]  # A picture of more is not looked at; samples.npz has all.
     report.write_png(workdir / "samples.png", grid(experiment, shown))
     if picture is not None:

@@ -20,6 +20,7 @@ from sbml.experiment import trained
 from sbml.experiment.build import Experiment
 from sbml.modes import _loop as loop
 from sbml.runtime.state import Loss, Observe, Prepare, TrainState, Update
+from sbml.runtime.workdir import Workdir
 from sbml.types import Array, Key
 
 
@@ -122,7 +123,7 @@ def update(experiment: Experiment) -> Update:
     )
 
 
-def task(experiment: Experiment, workdir: epath.Path) -> loop.Task:
+def task(experiment: Experiment, workdir: Workdir) -> loop.Task:
     """The training of ``experiment``'s network."""
     config, images = experiment.config, experiment.images("train")
 
@@ -142,7 +143,7 @@ def task(experiment: Experiment, workdir: epath.Path) -> loop.Task:
         frozen=(),
         provenance=experiment.provenance(images),
         check=lambda metadata: trained.check_score(config, metadata),
-        directory=workdir,
+        directory=workdir.path,
         picture=picture,
     )
 
@@ -153,5 +154,6 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
     Writes ``checkpoints/``, ``metrics.jsonl``, ``tensorboard/`` and ``samples/``. Raises what
     ``loop.run`` does.
     """
-    experiment, workdir = Experiment(config), epath.Path(workdir)
-    loop.run(task(experiment, workdir), experiment.config.training.checkpoints(workdir))
+    experiment, workdir = Experiment(config), Workdir(workdir)
+    with workdir.lock("train"):
+        loop.run(task(experiment, workdir), experiment.config.training.checkpoints(workdir))

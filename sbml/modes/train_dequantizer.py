@@ -22,6 +22,7 @@ from sbml.experiment.build import Experiment
 from sbml.modes import _loop as loop
 from sbml.runtime.checkpoint import tree_crc32
 from sbml.runtime.state import Loss, Prepare, Update
+from sbml.runtime.workdir import Workdir
 from sbml.types import Array, Key
 
 
@@ -66,7 +67,7 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
       ValueError: without a score checkpoint, or where the dequantizer was trained against another;
         and what ``loop.run`` raises.
     """
-    experiment, workdir = Experiment(config), epath.Path(workdir)
+    experiment, workdir = Experiment(config), Workdir(workdir)
     section = experiment.config.dequantizer
     images, restored = experiment.images("train"), experiment.restore(workdir)
     against = {"step": restored.step, "crc32": tree_crc32(restored.state.ema_params)}
@@ -100,4 +101,5 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
         check=check,
         directory=workdir / "dequantizer",
     )
-    loop.run(task, checkpoints)
+    with workdir.lock("train_dequantizer"):
+        loop.run(task, checkpoints)

@@ -5,9 +5,7 @@
 whichever comes last makes ``report.json`` and ``report.html``.
 """
 
-import json
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 from absl import logging
@@ -17,13 +15,15 @@ from sbml import report
 from sbml.data import ImageSet
 from sbml.runtime import metrics
 from sbml.runtime.checkpoint import tree_crc32
-from sbml.runtime.parts import read_npz
+from sbml.runtime.workdir import (
+    EVALUATION,
+    NEIGHBOURS,
+    PER_IMAGE,
+    QUALITY,
+    SAMPLES,
+    Workdir,
+)
 
-EVALUATION = "evaluation.json"
-PER_IMAGE = "per_image.npz"
-SAMPLES = "samples.npz"
-QUALITY = "quality.json"
-NEIGHBOURS = "neighbours.png"
 NEIGHBOURS_CAPTION = "The first samples, and below each the training image nearest to it."
 
 
@@ -33,10 +33,10 @@ def write(workdir: epath.PathLike, load: Callable[[str], ImageSet]) -> None:
     ``load`` gives the images of a split. If they are not those that were evaluated, a warning says
     so and the report stays as it is.
     """
-    workdir = epath.Path(workdir)
-    if not (workdir / EVALUATION).exists():
+    workdir = Workdir(workdir)
+    if not workdir.has(EVALUATION):
         return
-    evaluation: dict[str, Any] = json.loads((workdir / EVALUATION).read_text())
+    evaluation = workdir.read(EVALUATION)
     split = evaluation["results"][0]["split"]
     images, evaluated = load(split), evaluation["data"][split]
     if images.fingerprint != evaluated:
@@ -45,12 +45,9 @@ def write(workdir: epath.PathLike, load: Callable[[str], ImageSet]) -> None:
             *(workdir / EVALUATION, evaluated, images.fingerprint),
         )
         return
-    samples = workdir / SAMPLES
-    drawn = read_npz(samples) if samples.exists() else None
+    drawn = workdir.read(SAMPLES) if workdir.has(SAMPLES) else None
     if drawn is not None and any(
-        int(drawn[name]) != value
-        for name, value in evaluation["checkpoint"].items()
-        if name in drawn  # Files of earlier versions have the step only.
+        int(drawn[name]) != value for name, value in evaluation["checkpoint"].items()
     ):
         step = int(drawn["step"])
         logging.warning("samples.npz, of step %d, is of another model: not in the report", step)
@@ -62,13 +59,12 @@ def write(workdir: epath.PathLike, load: Callable[[str], ImageSet]) -> None:
             "nfe_max": int(drawn["nfe"].max()),
             "sampler": str(drawn["sampler"]),
         }
-        if failed := int(np.sum(drawn.get("failed", False))):  # Not in files of earlier versions.
+        if failed := int(np.sum(drawn["failed"])):
             warning = f"{failed} of {len(drawn['images'])} samples are not finite"
             evaluation["warnings"] = [*evaluation["warnings"], warning]
     pictures = []
-    quality = workdir / QUALITY
-    if drawn is not None and quality.exists():
-        found = json.loads(quality.read_text())
+    if drawn is not None and workdir.has(QUALITY):
+        found = workdir.read(QUALITY)
         if found["images_crc32"] == tree_crc32(drawn["images"]):
             evaluation["quality"] = found["values"]
             pictures = [(NEIGHBOURS_CAPTION, (workdir / NEIGHBOURS).read_bytes())]
@@ -77,7 +73,7 @@ def write(workdir: epath.PathLike, load: Callable[[str], ImageSet]) -> None:
     report.write(
         workdir,
         evaluation,
-        table=read_npz(workdir / PER_IMAGE),
+        table=workdir.read(PER_IMAGE),
         images=lambda ids: images.images[ids],
         levels=images.levels,
         curves=metrics.read(workdir),

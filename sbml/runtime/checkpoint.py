@@ -2,8 +2,8 @@
 
 Orbax writes a save into a temporary folder and renames the folder once every byte is there, so a
 save killed half-way is never taken for a checkpoint. It does not notice bytes that change later.
-Hence each checkpoint carries a *manifest*: path, shape, dtype and CRC32 of every leaf, under a
-CRC32 of its own. Reading checks, in this order,
+Hence each checkpoint carries a *manifest*: its step, and the path, shape, dtype and CRC32 of every
+leaf, under a CRC32 of its own. Reading checks, in this order,
 
 1. the manifest: unreadable means a damaged checkpoint;
 2. its leaves against the template's: a difference means a checkpoint of another model;
@@ -102,6 +102,19 @@ class Checkpoints:
             return []
         return sorted(d.step for d in step_lib.standard_name_format().find_all(self.directory))
 
+    def metadata(self) -> dict[str, Any] | None:
+        """The metadata saved with the newest checkpoint whose manifest is whole; None without one.
+
+        Reads no array.
+        """
+        for step in reversed(self.steps()):
+            try:
+                found = get_step_metadata(self.directory / str(step)).custom_metadata
+                return _opened(found, step)["metadata"]
+            except Exception as error:  # Whatever the reader raises: it could not read the bytes.
+                logging.error("Damaged checkpoint %s/%d: %s", self.directory, step, error)
+        return None
+
     def save(self, step: int, state: PyTree, metadata: dict[str, Any]) -> None:
         """Saves ``state`` in the background; it may be donated as soon as this returns.
 
@@ -117,7 +130,7 @@ class Checkpoints:
           state: any pytree of ``jax.Array``; under several processes, of global arrays.
           metadata: plain JSON values; tuples come back as lists.
         """
-        manifest = _manifest(state, metadata)
+        manifest = _manifest(step, state, metadata)
         self._after_earlier_save(step)
         self._set_damaged_aside()
         if (steps := self.steps()) and step <= steps[-1]:
@@ -202,7 +215,7 @@ class Checkpoints:
         path = self.directory / str(step)
         restored, damage = None, "another process could not read it"
         try:
-            stored = _opened(get_step_metadata(path).custom_metadata)
+            stored = _opened(get_step_metadata(path).custom_metadata, step)
             wanted = template(stored["metadata"]) if callable(template) else template
             _check_same_model(path, stored["leaves"], _described(wanted))
             state = ocp.load(path, wanted, checkpointable_name="state")
@@ -233,7 +246,7 @@ class Checkpoints:
         self._damaged.clear()
 
 
-def _manifest(state: PyTree, metadata: dict[str, Any]) -> dict[str, Any]:
+def _manifest(step: int, state: PyTree, metadata: dict[str, Any]) -> dict[str, Any]:
     for path, leaf in tree_leaves_with_path(state):
         if not isinstance(leaf, jax.Array) or jax.numpy.issubdtype(leaf.dtype, jax.dtypes.extended):
             raise ValueError(
@@ -241,7 +254,7 @@ def _manifest(state: PyTree, metadata: dict[str, Any]) -> dict[str, Any]:
                 "(jax.numpy.asarray of it, or jax.random.key_data of a key)"
             )
     crc32s = [_crc32(leaf) for leaf in jax.tree.leaves(state)]
-    body = {"leaves": _described(state), "crc32s": crc32s, "metadata": metadata}
+    body = {"step": step, "leaves": _described(state), "crc32s": crc32s, "metadata": metadata}
     try:
         body = json.loads(json.dumps(body, allow_nan=False))
     except (TypeError, ValueError) as error:
@@ -249,11 +262,13 @@ def _manifest(state: PyTree, metadata: dict[str, Any]) -> dict[str, Any]:
     return {"manifest": body, "crc32": _text_crc32(body)}
 
 
-def _opened(manifest: Any) -> dict[str, Any]:
+def _opened(manifest: Any, step: int) -> dict[str, Any]:
     if not manifest:
         raise DamagedCheckpointError("its metadata holds no manifest")
     if _text_crc32(manifest["manifest"]) != manifest["crc32"]:
         raise DamagedCheckpointError("its metadata fails its CRC32")
+    if (saved := manifest["manifest"].get("step", step)) != step:  # Earlier versions have none.
+        raise DamagedCheckpointError(f"it was saved as step {saved}: name its folder so again")
     return manifest["manifest"]
 
 

@@ -7,7 +7,7 @@ import numpy as np
 from absl import logging
 from etils import epath
 
-from sbml.runtime.files import write_whole
+from sbml.runtime.files import stamped, unstamped, write_whole
 
 FILE = "metrics.jsonl"
 
@@ -15,18 +15,29 @@ FILE = "metrics.jsonl"
 def read(workdir: epath.PathLike) -> list[dict[str, Any]]:
     """The rows of ``metrics.jsonl``, in order; none if there is no file.
 
-    A process killed while writing leaves at most one partial line, the last: it is left out.
+    A damaged line is named and left out. A process killed while writing leaves at most one line
+    without its end, the last, which is left out without a word.
     """
-    path = epath.Path(workdir) / FILE
+    return _parsed(epath.Path(workdir) / FILE)[0]
+
+
+def _parsed(path: epath.Path) -> tuple[list[dict[str, Any]], list[str]]:
+    """The rows of ``path``, and its damaged lines."""
     if not path.exists():
-        return []
-    rows = []
-    for line in path.read_text().splitlines():
+        return [], []
+    rows, damaged = [], []
+    *lines, _ = path.read_bytes().split(b"\n")
+    for number, line in enumerate(lines, 1):
         try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
-    return rows
+            rows.append(unstamped(line))
+        except (ValueError, RecursionError) as error:
+            logging.warning("line %d of %s is damaged (%s): left out", number, path, error)
+            damaged.append(line.decode(errors="backslashreplace"))
+    return rows, damaged
+
+
+def _line(row: dict[str, Any]) -> str:
+    return json.dumps(stamped(row)) + "\n"
 
 
 class MetricsWriter:
@@ -40,7 +51,12 @@ class MetricsWriter:
 
         self._path = epath.Path(workdir) / FILE
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        self._rows = [row for row in read(workdir) if row["step"] <= start]
+        rows, damaged = _parsed(self._path)
+        if damaged:  # Kept beside, for people: the file is about to be written again.
+            aside = self._path.parent / f"{FILE}.damaged"
+            before = aside.read_text() if aside.exists() else ""
+            aside.write_text(before + "\n".join(damaged) + "\n")
+        self._rows = [row for row in rows if row["step"] <= start]
         self._rewrite()
         where = str(epath.Path(workdir) / "tensorboard")
         store, remote, _ = where.partition("://")
@@ -61,12 +77,12 @@ class MetricsWriter:
             self._rewrite()
         else:
             with open(self._path, "a") as file:
-                file.write(json.dumps(self._rows[-1]) + "\n")
+                file.write(_line(self._rows[-1]))
         for name, value in values.items():
             self._board.add_scalar(name, value, step)
 
     def _rewrite(self) -> None:
-        write_whole(self._path, "".join(json.dumps(r) + "\n" for r in self._rows).encode())
+        write_whole(self._path, "".join(map(_line, self._rows)).encode())
 
     def image(self, step: int, name: str, image: np.ndarray) -> None:
         """An image ``(h, w, c)`` of uint8, for tensorboard."""

@@ -6,9 +6,7 @@ the rows that are missing, and the finished table is the same bytes as without i
 """
 
 import hashlib
-import io
 import json
-import zipfile
 from collections.abc import Callable
 from typing import Any
 
@@ -18,23 +16,14 @@ from absl import logging
 from etils import epath
 
 from sbml.runtime import sharding
-from sbml.runtime.files import write_whole
-
-# What reading a file that is not a whole ``.npz`` raises.
-DAMAGE = (ValueError, OSError, zipfile.BadZipFile)
-
-
-def write_npz(path: epath.Path, columns: dict[str, np.ndarray]) -> None:
-    """Write atomically; the same columns give the same bytes (numpy stores no time stamp)."""
-    buffer = io.BytesIO()
-    np.savez(buffer, **columns)  # type: ignore[arg-type]
-    write_whole(path, buffer.getvalue())
-
-
-def read_npz(path: epath.PathLike) -> dict[str, np.ndarray]:
-    """The columns of a file that :func:`write_npz` wrote."""
-    with np.load(io.BytesIO(epath.Path(path).read_bytes())) as file:
-        return {name: file[name] for name in file.files}
+from sbml.runtime.files import (
+    DamagedFileError,
+    intact_npz,
+    read_json,
+    read_npz,
+    write_json,
+    write_npz,
+)
 
 
 def _digest(identity: dict[str, Any]) -> str:
@@ -51,12 +40,7 @@ def kept(
     """
     path = epath.Path(root) / f"{name}_{_digest(identity)}.npz"
     sharding.barrier(f"{name} sought")
-    try:
-        found = read_npz(path) if path.exists() else None
-    except DAMAGE as error:
-        logging.warning("%s is damaged (%s): it is made again", path, error)
-        found = None
-    if found is None:
+    if intact_npz(path) is None:
         made = make()
         if jax.process_index() == 0:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -66,25 +50,28 @@ def kept(
 
 
 class Parts:
-    """The parts of one table, in ``directory``, for the computation that ``identity`` describes.
+    """The parts of one table, of the computation that ``identity`` describes in plain JSON values.
+
+    They lie in a folder of ``root`` named by ``identity``, so another computation has another.
 
     Raises:
-      ValueError: if the directory holds parts of another computation.
+      ValueError: if the folder says that it is another computation's.
     """
 
-    def __init__(self, directory: epath.PathLike, identity: dict[str, Any]) -> None:
-        self.directory = epath.Path(directory)
+    def __init__(self, root: epath.PathLike, identity: dict[str, Any]) -> None:
+        self.directory = epath.Path(root) / _digest(identity)
         self.directory.mkdir(parents=True, exist_ok=True)
-        marker, text = self.directory / "identity.json", json.dumps(identity, indent=1)
-        if not marker.exists():
-            write_whole(marker, text.encode())
-        elif marker.read_text() != text:
+        marker = self.directory / "identity.json"
+        known = None
+        if marker.exists():
+            try:
+                known = read_json(marker, "it is written again")
+            except DamagedFileError as error:
+                logging.warning("%s", error)
+        if known is None:
+            write_json(marker, identity)
+        elif known != json.loads(json.dumps(identity)):
             raise ValueError(f"{self.directory} belongs to another computation: move it away")
-
-    @classmethod
-    def addressed(cls, root: epath.PathLike, identity: dict[str, Any]) -> "Parts":
-        """In a folder of ``root`` named by ``identity``: another computation has another."""
-        return cls(epath.Path(root) / _digest(identity), identity)
 
     def write(self, columns: dict[str, np.ndarray]) -> None:
         """Add rows; the columns ``sweep`` and ``id`` name them."""
@@ -99,13 +86,9 @@ class Parts:
         Raises:
           ValueError: if a row stands twice, as after two runs at once.
         """
-        tables = []
         of_sweep = "" if sweep is None else f"{sweep:04d}_"
-        for path in sorted(self.directory.glob(f"part_{of_sweep}*.npz")):
-            try:
-                tables.append(read_npz(path))
-            except DAMAGE as error:
-                logging.warning("%s is damaged (%s): its images are made again", path, error)
+        paths = sorted(self.directory.glob(f"part_{of_sweep}*.npz"))
+        tables = [table for path in paths if (table := intact_npz(path)) is not None]
         if not tables:
             return {}
         table = {k: np.concatenate([t[k] for t in tables]) for k in tables[0]}

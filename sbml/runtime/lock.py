@@ -1,0 +1,166 @@
+"""At most one process at a time does a thing in a work directory: trains, evaluates or samples.
+
+On a disk the operating system's lock decides. It ends with its owner, however the owner ends. An
+object store has no such lock: there a file says who works, and its owner renews it every 20
+seconds. It is taken over when it has not been renewed for 90 seconds, or when its owner is known to
+be dead. Two processes that start within the same second can both get it; the one that is
+overwritten says so when it renews.
+
+Beside the lock a file tells who works there and since when, for the error of a second process.
+"""
+
+import datetime
+import json
+import os
+import shlex
+import socket
+import sys
+import threading
+import time
+from typing import Any, Self
+
+import jax
+import numpy as np
+from absl import logging
+from etils import epath
+from filelock import FileLock, Timeout
+from jax.experimental import multihost_utils
+
+from sbml.runtime.files import write_whole
+
+RENEWED_EVERY = 20.0  # seconds
+STALE_AFTER = 90.0
+
+
+class BusyError(ValueError):
+    """Another process does the same in this folder."""
+
+
+class Lock:
+    """A context manager: the only one to ``purpose`` ("train" ...) in ``folder``.
+
+    All processes of one run enter it together; the first of them holds it for all.
+
+    Raises:
+      BusyError: on entering, saying which process holds it and what to do.
+    """
+
+    def __init__(self, folder: epath.PathLike, purpose: str) -> None:
+        self._folder, self._purpose = epath.Path(folder), purpose
+        self._note = self._folder / f".{purpose}.json"
+        self._lock: FileLock | _Lease | None = None
+
+    def __enter__(self) -> Self:
+        error = self._acquire() if jax.process_index() == 0 else None
+        if jax.process_count() > 1:
+            failed = multihost_utils.broadcast_one_to_all(np.asarray(error is not None))
+            if failed and error is None:
+                error = BusyError(f"process 0 does not hold the lock of {self._folder}")
+        if error is not None:
+            raise error
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        lock, self._lock = self._lock, None
+        if lock is not None:
+            self._note.unlink(missing_ok=True)
+            lock.release()
+
+    def _acquire(self) -> BusyError | None:
+        self._folder.mkdir(parents=True, exist_ok=True)
+        remote = "://" in str(self._folder)
+        path = self._folder / f".{self._purpose}.lock"
+        lock = _Lease(path) if remote else FileLock(os.fspath(path), timeout=0)
+        try:
+            lock.acquire()
+        except Timeout:
+            return BusyError(
+                f"{self._folder}: {_described(self._note)} does --mode={self._purpose} here. Wait "
+                "for it, stop it, or take another --workdir"
+            )
+        self._lock = lock
+        write_whole(self._note, json.dumps(_owner(), indent=1).encode())
+        return None
+
+
+def _owner() -> dict[str, Any]:
+    """Who this process is."""
+    now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    command = shlex.join([os.path.basename(sys.argv[0]), *sys.argv[1:]])
+    return {"host": socket.gethostname(), "process": os.getpid(), "since": now, "command": command}
+
+
+def _described(note: epath.Path) -> str:
+    """Who holds the lock, as far as ``note`` tells."""
+    try:
+        owner = json.loads(note.read_text())
+        return "process {process} on {host}, since {since} ({command!r})".format(**owner)
+    except (OSError, ValueError, KeyError):  # It is only just being written.
+        return "another process"
+
+
+class _Lease:
+    """A lock in an object store, with the interface of ``FileLock``."""
+
+    _held: set[str] = set()  # by this process
+
+    def __init__(self, path: epath.Path) -> None:
+        self._path, self._stop = path, threading.Event()
+        self._token = f"{socket.gethostname()}:{os.getpid()}:{time.time_ns()}"
+        self._renewal = threading.Thread(target=self._renew, daemon=True)
+
+    def acquire(self) -> None:
+        """Raises ``Timeout`` where another process holds it."""
+        owner = self._read()
+        if owner is not None and not self._ended(owner):
+            raise Timeout(str(self._path))
+        self._write()
+        self._held.add(str(self._path))
+        self._renewal.start()
+
+    def release(self) -> None:
+        self._stop.set()
+        self._renewal.join()
+        self._held.discard(str(self._path))
+        self._path.unlink(missing_ok=True)
+
+    def _ended(self, owner: dict[str, Any]) -> bool:
+        """Whether it was not renewed, or is of a process of this host that is no more.
+
+        A process with this one's own number is a former one: containers count from 1.
+        """
+        if time.time() - owner["renewed"] > STALE_AFTER:
+            return True
+        host, process, _ = owner["token"].split(":")
+        if host != socket.gethostname():
+            return False
+        if int(process) == os.getpid():
+            return str(self._path) not in self._held
+        try:
+            os.kill(int(process), 0)
+        except ProcessLookupError:
+            return True
+        except PermissionError:  # It is there, and another user's.
+            return False
+        return False
+
+    def _read(self) -> dict[str, Any] | None:
+        try:
+            return json.loads(self._path.read_text())
+        except (FileNotFoundError, ValueError):
+            return None
+
+    def _write(self) -> None:
+        content = {"token": self._token, "renewed": time.time()}
+        self._path.write_text(json.dumps(content))
+
+    def _renew(self) -> None:
+        while not self._stop.wait(RENEWED_EVERY):
+            try:
+                owner = self._read()
+                if owner is not None and owner["token"] != self._token:
+                    logging.error("%s was taken over: stop one of the two processes", self._path)
+                    return
+                self._write()
+            except OSError as error:  # The next renewal may reach the store.
+                logging.warning("%s could not be renewed: %s", self._path, error)

@@ -1,0 +1,100 @@
+"""The work directory of a run: its lock, checkpoints, tables in parts, and the files beside them.
+
+    checkpoints/, dequantizer/checkpoints/      (sbml.runtime.checkpoint)
+    metrics.jsonl, tensorboard/                 (sbml.runtime.metrics)
+    architecture.json                           of a converted checkpoint
+    eval/, sampling/                            tables in parts (sbml.runtime.parts)
+    evaluation.json, per_image.npz, samples.npz, quality.json, latents.npz, pictures, report.*
+
+Each file that a mode leaves for another is read back through :meth:`Workdir.read`, which compares
+its CRC32 and, where it is damaged, says which mode makes it again.
+"""
+
+import os
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+from etils import epath
+
+from sbml.runtime.files import read_json, read_npz, write_json, write_npz, write_whole
+from sbml.runtime.lock import Lock
+from sbml.runtime.parts import Parts, kept
+
+ARCHITECTURE = "architecture.json"
+EVALUATION = "evaluation.json"
+LATENTS = "latents.npz"
+NEIGHBOURS = "neighbours.png"
+PER_IMAGE = "per_image.npz"
+QUALITY = "quality.json"
+SAMPLES = "samples.npz"
+MADE_BY = {
+    ARCHITECTURE: "convert",
+    EVALUATION: "eval",
+    LATENTS: "latents",
+    PER_IMAGE: "eval",
+    QUALITY: "quality",
+    SAMPLES: "sample",
+}
+
+
+class Workdir(os.PathLike):
+    """The folder ``path`` of one run, local or any that etils understands (``gs://...``)."""
+
+    def __init__(self, path: epath.PathLike) -> None:
+        self.path = epath.Path(path).expanduser()  # A shell leaves the ~ of --workdir=~/runs.
+
+    def __fspath__(self) -> str:
+        return os.fspath(self.path)
+
+    def __str__(self) -> str:
+        return str(self.path)
+
+    def __truediv__(self, name: str) -> epath.Path:
+        return self.path / name
+
+    @property
+    def name(self) -> str:
+        """The last part of the path, which is the run's name."""
+        return self.path.name
+
+    def lock(self, purpose: str) -> Lock:
+        """A context manager: no other process does ``purpose``, a mode's name, here meanwhile."""
+        return Lock(self.path, purpose)
+
+    def has(self, name: str) -> bool:
+        """Whether the file ``name`` is there."""
+        return (self / name).exists()
+
+    def read(self, name: str) -> dict[str, Any]:
+        """What :meth:`write` wrote to ``name``: arrays of an .npz, an object of a .json.
+
+        Raises:
+          ValueError: it is not there; the message names the mode that makes it.
+          DamagedFileError: its content is not what was written.
+        """
+        mode = MADE_BY[name]
+        if not self.has(name):
+            raise ValueError(f"no {name} in {self}: make it first (--mode={mode})")
+        read: Callable[..., dict[str, Any]] = read_npz if name.endswith(".npz") else read_json
+        return read(self / name, f"remove it, and make it again by --mode={mode}")
+
+    def write(self, name: str, content: Mapping[str, Any]) -> None:
+        """Write arrays to an .npz, plain JSON values to a .json, whole or not at all."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        write: Callable[..., None] = write_npz if name.endswith(".npz") else write_json
+        write(self / name, content)
+
+    def write_bytes(self, name: str, content: bytes) -> None:
+        """Write a picture or page, whole or not at all."""
+        write_whole(self / name, content)
+
+    def parts(self, folder: str, identity: dict[str, Any]) -> Parts:
+        """The table in parts of the computation ``identity``, in ``folder``."""
+        return Parts(self / folder, identity)
+
+    def kept(
+        self, name: str, identity: dict[str, Any], make: Callable[[], Any]
+    ) -> dict[str, np.ndarray]:
+        """Arrays of an evaluation that are made once (:func:`sbml.runtime.parts.kept`)."""
+        return kept(self / "eval", name, identity, make)

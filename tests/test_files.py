@@ -1,0 +1,130 @@
+"""Side files: what is read is what was written, or an error that names the file."""
+
+import json
+
+import numpy as np
+import pytest
+
+from sbml.data import _cache
+from sbml.runtime import files, metrics
+from sbml.runtime.files import DamagedFileError
+from sbml.runtime.workdir import EVALUATION, SAMPLES, Workdir
+
+ARRAYS = {"id": np.arange(3), "value": np.array([1.5, np.nan, -np.inf]), "name": np.asarray("ä")}
+VALUES = {"a": [1, 0.1, 1e-300], "b": {"c": None, "ä": "NaN"}}
+
+
+def flips(content: bytes, count: int = 400):
+    """``content`` with one bit changed, at ``count`` places drawn by a fixed seed."""
+    places = np.random.default_rng(0).integers(0, 8 * len(content), count)
+    for place in map(int, places):
+        changed = bytearray(content)
+        changed[place // 8] ^= 1 << place % 8
+        yield bytes(changed)
+
+
+def damages(content: bytes):
+    """``content`` cut short, empty, longer, of another kind, or with one bit changed."""
+    yield from (b"", content[:1], content[: len(content) // 2], content[:-1], content + b"\0")
+    yield from (b"not arrays", b"[1]", b"{}", b"\xff\xfe", b"[" * 10_000)
+    yield from flips(content)
+
+
+def test_arrays_come_back_bit_for_bit_and_others_read_them(tmp_path):
+    path = tmp_path / "x.npz"
+    files.write_npz(path, ARRAYS)
+    first = path.read_bytes()
+    for found in (files.read_npz(path), dict(np.load(path))):
+        assert found.keys() == ARRAYS.keys()
+        assert all(found[name].tobytes() == value.tobytes() for name, value in ARRAYS.items())
+    files.write_npz(path, ARRAYS)
+    assert path.read_bytes() == first
+
+
+def test_every_damage_of_arrays_is_an_error_that_names_the_file(tmp_path):
+    path = tmp_path / "x.npz"
+    files.write_npz(path, ARRAYS)
+    for content in damages(path.read_bytes()):
+        path.write_bytes(content)
+        with pytest.raises(DamagedFileError, match=r"x\.npz is damaged .*: throw it away"):
+            files.read_npz(path, "throw it away")
+        assert files.intact_npz(path) is None
+
+
+def test_damaged_json_is_an_error_or_the_same_values(tmp_path):
+    """A space or an escape can change and leave the value as it is."""
+    path = tmp_path / "x.json"
+    files.write_json(path, VALUES)
+    assert files.read_json(path) == VALUES
+    assert {**json.loads(path.read_text())}.keys() == {*VALUES, "crc32"}
+    refused = 0
+    for content in damages(path.read_bytes()):
+        path.write_bytes(content)
+        try:
+            assert files.read_json(path) == VALUES
+        except DamagedFileError as error:
+            assert "x.json is damaged" in str(error)
+            refused += 1
+    assert refused > 300
+
+
+def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path, monkeypatch):
+    path = tmp_path / "x.json"
+    files.write_json(path, VALUES)
+
+    def full(self, content):
+        self.touch()
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(type(files.epath.Path(path)), "write_bytes", full)
+    with pytest.raises(OSError, match="No space"):
+        files.write_json(path, {})
+    assert files.read_json(path) == VALUES
+    assert [p.name for p in tmp_path.iterdir()] == ["x.json"]
+
+
+def test_the_work_directory_says_which_mode_makes_a_file(tmp_path):
+    workdir = Workdir(tmp_path)
+    with pytest.raises(ValueError, match=r"no samples\.npz in .*--mode=sample"):
+        workdir.read(SAMPLES)
+    (tmp_path / EVALUATION).write_text("{}")
+    with pytest.raises(DamagedFileError, match=r"evaluation\.json is damaged .*--mode=eval"):
+        workdir.read(EVALUATION)
+    workdir.write(EVALUATION, VALUES)
+    assert workdir.read(EVALUATION) == VALUES and workdir.name == tmp_path.name
+
+
+def test_a_damaged_line_of_metrics_costs_no_other(tmp_path, caplog):
+    path = tmp_path / metrics.FILE
+    writer = metrics.MetricsWriter(tmp_path, 0)
+    for step in range(1, 6):
+        writer.scalars(step, {"loss": 1 / step, "seconds": float(step)})
+    writer.close()
+    lines = path.read_text().splitlines(keepends=True)
+    assert metrics.read(tmp_path)[2] == {"step": 3, "loss": 1 / 3, "seconds": 3.0}
+    lines[1] = lines[1].replace('"loss": 0.5', '"loss": 0.7')
+    path.write_text("".join(lines) + '{"step": 6, "lo')  # Killed while writing the last.
+    assert [row["step"] for row in metrics.read(tmp_path)] == [1, 3, 4, 5]
+    assert f"line 2 of {path} is damaged" in caplog.text and "line 6" not in caplog.text
+    writer = metrics.MetricsWriter(tmp_path, 4)  # A run that goes on from step 4.
+    writer.scalars(5, {"loss": 0.3, "seconds": 5.5})
+    writer.close()
+    assert [row["step"] for row in metrics.read(tmp_path)] == [1, 3, 4, 5]
+    assert metrics.read(tmp_path)[-1]["loss"] == 0.3
+    assert (tmp_path / "metrics.jsonl.damaged").read_text() == lines[1]
+
+
+def test_a_changed_pixel_or_note_prepares_the_images_again(tmp_path, caplog):
+    images, path = np.arange(12, dtype=np.uint8).reshape(3, 2, 2, 1), tmp_path / "train.npy"
+
+    def prepare():
+        return _cache.prepared(path, lambda add: [add(image) for image in images] and {"n": 3})
+
+    for name in ("train.npy", "train.json"):
+        whole = prepare()[0] is not None and (tmp_path / name).read_bytes()
+        for content in (b"", whole[: len(whole) // 2], *flips(whole, 40)):
+            (tmp_path / name).write_bytes(content)
+            found, notes = prepare()
+            np.testing.assert_array_equal(found, images)
+            assert notes == {"n": 3}
+    assert "train.npy is damaged" in caplog.text and "train.json is damaged" in caplog.text

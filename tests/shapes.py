@@ -15,9 +15,8 @@ CHECKED = tuple(
         *("types", "sdes", "times", "losses", "divergence", "quadrature", "ode", "likelihood"),
         *("bits", "distances", "intervals", "predictions", "adapters", "sampling", "integers"),
         *("density", "estimate", "bound", "discrete", "samplers", "estimators"),
-        # Of the dequantizers those without a network.
         *("dequantizers.uniform", "dequantizers.truncated_normal"),
-        *("dequantizers.categorical", "dequantizers.learned"),
+        *("dequantizers.categorical", "dequantizers.learned", "dequantizers.variational"),
     )
 )
 

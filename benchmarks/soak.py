@@ -1,0 +1,158 @@
+"""Kills a run at random and damages its files at random, and compares how it ends.
+
+    python benchmarks/soak.py [--trials=20] [--seed=0] [--kills=2] [--damages=1] [--store=FILE]
+
+A trial trains, evaluates and samples ``tests/tiny.py``. The process is killed (SIGKILL) at random
+moments, and after each kill random files of the work directory lose a bit, their end, or all their
+bytes. The same command follows until it ends by itself; where it refuses, the file that its message
+names is removed, as the message says. What a trial can end in:
+
+    same        bit for bit the parameters, per-image table and samples of an undisturbed run
+    refused     it ended in the same, after one or more errors that named the file
+    unclear     an error that named no file of the work directory
+    different   it ended, with other numbers: a silent difference
+    hung        it did not end within ten minutes
+
+Prints a line for each trial and the table of counts; the exit status is 1 if any was not "same" or
+"refused". Lines are kept as JSON in ``--store``, if given.
+"""
+
+import argparse
+import json
+import os
+import pathlib
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+
+import numpy as np
+
+ROOT = pathlib.Path(__file__).parents[1]
+COMMAND = [sys.executable, "-m", "sbml.main", "--config=tests/tiny.py"]
+FAST = ("--config.eval.max_images=60", "--config.eval.subset=12", "--config.eval.batch_size=12")
+HANG = 600  # seconds
+
+
+def start(workdir: pathlib.Path) -> subprocess.Popen[str]:
+    """The whole job on ``workdir``, in the background."""
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
+    command = [*COMMAND, *FAST, f"--workdir={workdir}"]
+    return subprocess.Popen(
+        command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+        text=True,
+    )  # fmt: skip
+
+
+def files(workdir: pathlib.Path) -> list[pathlib.Path]:
+    """What can be damaged: every file but those that are only written, for people."""
+    shown = {".html", ".png", ".lock"}
+    found = [p for p in workdir.rglob("*") if p.is_file() and "tensorboard" not in p.parts]
+    return sorted(p for p in found if p.suffix not in shown and p.name != "report.json")
+
+
+def damage(path: pathlib.Path, rng: np.random.Generator) -> str:
+    """Change a bit of ``path``, cut it, or empty it; what was done."""
+    content = bytearray(path.read_bytes())
+    kind = str(rng.choice(["bit", "cut", "empty"], p=[0.6, 0.25, 0.15])) if content else "empty"
+    if kind == "bit":
+        place = int(rng.integers(8 * len(content)))
+        content[place // 8] ^= 1 << place % 8
+    else:
+        del content[0 if kind == "empty" else int(rng.integers(len(content))) :]
+    path.write_bytes(bytes(content))
+    return kind
+
+
+def ending(workdir: pathlib.Path) -> dict[str, bytes]:
+    """What a run ends in: per-image table, samples, and the newest checkpoint's parameters."""
+    tables = {name: (workdir / name).read_bytes() for name in ("per_image.npz", "samples.npz")}
+    evaluation = json.loads((workdir / "evaluation.json").read_text())
+    return {**tables, "checkpoint": json.dumps(evaluation["checkpoint"]).encode()}
+
+
+def remedy(workdir: pathlib.Path, message: str) -> str | None:
+    """Remove the file or folder of ``workdir`` that ``message`` names; its name, None without."""
+    for name in re.findall(rf"{re.escape(str(workdir))}/([\w./-]*\w)", message):
+        target = workdir / name
+        if target.is_dir():
+            shutil.rmtree(target)
+        elif target.exists():
+            target.unlink()
+        else:
+            continue
+        return name
+    return None
+
+
+def trial(workdir: pathlib.Path, seconds: float, args: argparse.Namespace, seed: int) -> dict:
+    """One run, killed and damaged; what happened."""
+    rng = np.random.default_rng(seed)
+    done: list[str] = []
+    for _ in range(args.kills):
+        process = start(workdir)
+        try:
+            process.communicate(timeout=float(rng.uniform(0.1, 1.0)) * seconds)
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGKILL)
+            process.communicate()
+            done.append("killed")
+        for path in rng.permutation(np.asarray(files(workdir), object))[: args.damages]:
+            done.append(f"{damage(path, rng)} {path.relative_to(workdir)}")
+    result = "same"
+    for _ in range(6):
+        process = start(workdir)
+        try:
+            _, err = process.communicate(timeout=HANG)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            return {"result": "hung", "done": done}
+        if process.returncode == 0:
+            return {"result": result, "done": done}
+        removed = remedy(workdir, err)
+        last = err.strip().splitlines()[-1][:300] if err.strip() else f"{process.returncode}"
+        if removed is None:
+            return {"result": "unclear", "done": done, "message": last}
+        done.append(f"removed {removed}")
+        result = "refused"
+    return {"result": "unclear", "done": done, "message": last}
+
+
+def main() -> None:
+    """Print each trial and the counts."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--trials", type=int, default=20)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--kills", type=int, default=2)
+    parser.add_argument("--damages", type=int, default=1, help="of files, after each kill")
+    parser.add_argument("--store", type=pathlib.Path)
+    args = parser.parse_args()
+    counts: Counter[str] = Counter()
+    with tempfile.TemporaryDirectory() as scratch:
+        whole = pathlib.Path(scratch) / "whole"
+        began = time.monotonic()
+        _, err = (process := start(whole)).communicate()
+        assert process.returncode == 0, err
+        seconds, expected = time.monotonic() - began, ending(whole)
+        for number in range(args.trials):
+            workdir = pathlib.Path(scratch) / f"trial{number}"
+            found = trial(workdir, seconds, args, args.seed + number)
+            if found["result"] in ("same", "refused") and ending(workdir) != expected:
+                found["result"] = "different"
+            counts[found["result"]] += 1
+            line = json.dumps({"seed": args.seed + number, **found})
+            print(line, flush=True)
+            if args.store:
+                with args.store.open("a") as store:
+                    store.write(line + "\n")
+            shutil.rmtree(workdir, ignore_errors=True)
+    print(", ".join(f"{name} {count}" for name, count in counts.most_common()))
+    sys.exit(bool({*counts} - {"same", "refused"}))
+
+
+if __name__ == "__main__":
+    main()

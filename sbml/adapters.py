@@ -28,6 +28,7 @@ the probability-flow ODE stiff.
 """
 
 import dataclasses
+import math
 from typing import Any
 
 import flax.linen as nn
@@ -89,8 +90,8 @@ class Adapter:
             )
         if self.label not in LABELS:
             raise ValueError(f"unknown time label {self.label!r}; choose from {LABELS}")
-        if not self.data_std > 0:
-            raise ValueError(f"data_std={self.data_std}: must be positive")
+        if not 0 < self.data_std < math.inf:
+            raise ValueError(f"data_std={self.data_std}: must be positive and finite")
         if self.parameterization == LEVELS:
             if self.levels < 2 or self.data not in integers.DATA:
                 raise ValueError(

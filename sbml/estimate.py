@@ -4,7 +4,7 @@ Rows of numbers are asked for by (ids, sweep): sweep 0 covers all examples, and 
 draws the randomness of an example anew.
 
     solved      -log p by an ODE. Some examples in sweep 1 tell the noise of the draws; some again,
-                by a stricter solver and the same draws, tell the solver's error.
+                by the same draws and a reference solver, tell the solver's error.
     swept       a bound, an expectation over times. Every sweep covers all examples; a value is the
                 mean over sweeps, and the spread of the sweeps' means tells the noise.
 """
@@ -39,8 +39,8 @@ class Estimate:
       this_set: the same mean with its 95% interval for these very examples: the noise of probes,
         times and dequantization. 0 where nothing is drawn.
       sweeps: how many draws of every example, of a bound; otherwise 1.
-      solver_error: mean difference to a stricter solve, on some examples; None for a bound, which
-        solves no ODE.
+      solver_error: mean difference to the solve of :func:`reference`, on some examples; None for a
+        bound, which solves no ODE.
       budget: the largest ``solver_error`` of a number that counts as converged.
     """
 
@@ -101,11 +101,27 @@ def total(columns: Columns, terms: Sequence[str]) -> Values:
     return np.sum([columns[name] for name in terms], axis=0)
 
 
+# Tolerance of a solve that counts as exact, however loose the one that is compared with it. The
+# errors of float32 are below those that it leaves.
+STRICT = 2e-5
+
+
+def reference(solver: Solver) -> Solver:
+    """What ``solver`` is compared with: a solve by a tenth of its tolerances, ``STRICT`` at most.
+
+    All else is the default: a method, a coordinate or a first step that lets errors pass must not
+    be compared with itself. Beside fixed steps, the default's own tenth.
+    """
+    if solver.fixed_steps is not None:
+        return Solver().tighter(10)
+    strict = solver.tighter(10)
+    return Solver(rtol=min(strict.rtol, STRICT), atol=min(strict.atol, STRICT))
+
+
 def solver_error(rows: Rows, subset: Ids, solver: Solver, terms: Sequence[str]) -> Interval:
-    """The mean of ``solver``'s values less those of a stricter solve by the same draws."""
-    strict = solver.tighter(10) if solver.fixed_steps is None else Solver().tighter(10)
-    ours, reference = (total(rows(subset, 0, how), terms) for how in (solver, strict))
-    return intervals.mean_interval(ours - reference)
+    """The mean of ``solver``'s values less those of its :func:`reference`, by the same draws."""
+    ours, exact = (total(rows(subset, 0, how), terms) for how in (solver, reference(solver)))
+    return intervals.mean_interval(ours - exact)
 
 
 def solved(

@@ -76,7 +76,8 @@ class Solver:
       max_steps: give up (result NaN, ``success`` False) after this many.
 
     Raises:
-      ValueError: for an unknown method, or step control on a method without an error estimate.
+      ValueError: for an unknown method, step control on a method without an error estimate, or a
+        number that is not positive and finite.
     """
 
     method: str = _static("tsit5")
@@ -96,8 +97,8 @@ class Solver:
             raise ValueError("euler has no error estimate: set fixed_steps, or choose tsit5")
         for name in ("rtol", "atol", "power", "first_step"):
             value = getattr(self, name)
-            if isinstance(value, int | float) and not value > 0:
-                raise ValueError(f"{name}={getattr(self, name)}: must be positive")
+            if isinstance(value, int | float) and not 0 < value < math.inf:
+                raise ValueError(f"{name}={value}: must be positive and finite")
         for name in ("fixed_steps", "max_steps"):
             steps = getattr(self, name)
             if steps is not None and steps < 1:

@@ -26,6 +26,7 @@ Karras et al. 2022 (EDM).
 """
 
 import dataclasses
+import math
 from collections.abc import Callable
 
 import jax.numpy as jnp
@@ -119,11 +120,11 @@ def from_prediction(
       batched: whether ``network`` takes batches, ``x_t (n, *s)`` and ``t (n,)``.
 
     Raises:
-      ValueError: an unknown kind, or a ``data_std`` that is not positive.
+      ValueError: an unknown kind, or a ``data_std`` that is not positive and finite.
     """
     if kind not in KINDS:
         raise ValueError(f"unknown prediction {kind!r}; choose from {', '.join(KINDS)}")
-    if not data_std > 0:
-        raise ValueError(f"data_std={data_std}: must be positive")
+    if not 0 < data_std < math.inf:
+        raise ValueError(f"data_std={data_std}: must be positive and finite")
     one = (lambda x, t: network(x[None], jnp.asarray(t)[None])[0]) if batched else network
     return (PairScore if kind in PAIRS else PredictionScore)(one, kind, sde, data_std)

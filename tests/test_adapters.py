@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sbml import integers, losses, times
+from sbml import integers, losses, predictions, times
 from sbml.adapters import LABELS, LEVELS, PARAMETERIZATIONS, Adapter, LinenScore
 from sbml.sdes import SDE, SDES, VP
 from sbml.types import Array, Key, batched
@@ -267,3 +267,13 @@ def test_a_network_of_the_wrong_shape_is_refused() -> None:
 def test_impossible_adapters_are_refused(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Adapter(Net(), VP(), **arguments)
+
+
+@pytest.mark.parametrize("bad", [0.0, -1.0, float("inf"), float("nan")])
+def test_a_standard_deviation_that_cannot_be(bad: float) -> None:
+    """An infinite one gives infinite scores, and a training that lowering its rate cannot save."""
+    message = f"data_std={bad}: must be positive and finite"
+    with pytest.raises(ValueError, match=message):
+        Adapter(Net(), VP(), data_std=bad)
+    with pytest.raises(ValueError, match=message):
+        predictions.from_prediction(lambda x, t: x, "edm", VP(), data_std=bad)

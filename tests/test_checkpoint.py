@@ -1,12 +1,14 @@
 """Checkpoints come back bit for bit, or are named as damaged. Kills are real."""
 
 import functools
+import logging
 import multiprocessing
 import resource
 import socket
 import time
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -17,7 +19,8 @@ from checkpoints import BROKEN_READS, abstract, make_state, same_bits, save_step
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from sbml.runtime.checkpoint import Checkpoints
+from sbml.runtime import disk
+from sbml.runtime.checkpoint import Checkpoints, UnsavedCheckpointError
 
 # When one read of a broken checkpoint fails, orbax drops the others, which then complain to nobody.
 pytestmark = pytest.mark.filterwarnings(*BROKEN_READS)
@@ -248,22 +251,60 @@ def test_a_kill_in_the_middle_of_a_save_loses_only_that_save(tmp_path: Path) -> 
     assert not (tmp_path / "run.damaged").exists()
 
 
-def test_a_save_that_failed_does_not_take_the_next_with_it(tmp_path: Path, caplog: Any) -> None:
-    """Files of a process at its limit cannot grow: as on a full disk, until there is room again."""
-    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
-    with Checkpoints(tmp_path) as checkpoints:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limit[1]))
-        try:
-            checkpoints.save(1, make_state(1), {})
-            ends = time.monotonic() + 60
-            while "save_finalize) failed" not in caplog.text and time.monotonic() < ends:
-                time.sleep(0.05)
-        finally:
-            resource.setrlimit(resource.RLIMIT_FSIZE, limit)
-        checkpoints.save(2, make_state(2), {})
+def _limited(size: int) -> None:
+    """Files of this process cannot grow beyond ``size``: writing fails as on a full disk."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+
+
+def _full_for_a_while(directory: Path) -> None:
+    said: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger().addHandler(handler)
+    with Checkpoints(directory) as checkpoints:
+        checkpoints.save(1, make_state(1), {})
         checkpoints.wait()
-        assert "File too large" in caplog.text
-        assert checkpoints.steps() == [2]
-        assert "The save before that of step 2 failed" in caplog.text
+        unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)[0]
+        _limited(1000)
+        for step in range(2, 7):
+            assert checkpoints.save(step, make_state(step), {})
+        with pytest.raises(Exception, match="File too large"):
+            checkpoints.wait()
+        _limited(unlimited)
+        assert [p.name for p in directory.iterdir()] == ["1"]
+        checkpoints.save(7, make_state(7), {})
+        checkpoints.wait()
+        assert sorted(p.name for p in directory.iterdir()) == ["1", "7"], [*directory.rglob("*")]
         restored = checkpoints.restore(abstract(make_state(0)))
-    assert restored is not None and same_bits(restored.state, make_state(2))
+    assert restored is not None and same_bits(restored.state, make_state(7))
+    ours = [line for line in said if "heckpoint" in line or "room" in line]
+    assert len(ours) == 2 and len(said) < 5, said
+    assert ours[0].startswith(f"The checkpoint of step 2 was not saved in {directory}: ")
+    assert "File too large" in ours[0]
+    assert ours[1] == f"There is room again: step 7 is saved in {directory}"
+
+
+def test_a_disk_that_is_full_for_a_while_is_named_once(tmp_path: Path) -> None:
+    """What failed saves have written is removed, and the first after them is whole."""
+    in_fresh_process(_full_for_a_while, tmp_path)
+
+
+def test_without_room_nothing_is_written(tmp_path: Path, monkeypatch: Any, caplog: Any) -> None:
+    free = [10**9]
+    monkeypatch.setattr(disk.shutil, "disk_usage", lambda path: SimpleNamespace(free=free[0]))
+    checkpoints = Checkpoints(tmp_path / "run")
+    assert checkpoints.save(1, make_state(1), {})
+    size = sum(leaf.nbytes for leaf in jax.tree.leaves(make_state(1)))
+    free[0] = size + disk.OVERHEAD - 1
+    assert not checkpoints.save(2, make_state(2), {}) and not checkpoints.save(3, make_state(3), {})
+    checkpoints.wait()
+    assert [p.name for p in (tmp_path / "run").iterdir()] == ["1"]
+    (said,) = [r.getMessage() for r in caplog.records if "was not saved" in r.getMessage()]
+    assert f"the disk of {tmp_path / 'run'} is full: 1.1 MB are free, 1.1 needed" in said
+    assert "step 2" in said and "Training goes on" in said
+    with pytest.raises(UnsavedCheckpointError, match=r"step 3 .* is full.* goes on .*, step 1$"):
+        checkpoints.close()
+    free[0] += 1
+    assert checkpoints.save(4, make_state(4), {})
+    checkpoints.close()
+    assert checkpoints.steps() == [1, 4]

@@ -13,8 +13,8 @@ import pytest
 import tiny
 from ml_collections import ConfigDict
 
-from sbml import sdes
-from sbml.experiment import build, trained
+from sbml import dequantizers, networks, sdes
+from sbml.experiment import build, dequantizer, score, trained
 from sbml.experiment.config import Config, default
 from sbml.experiment.data import Data
 from sbml.experiment.fields import Section
@@ -193,6 +193,52 @@ def test_numbers_of_networks_and_dequantizers_are_finite(section: str, bad: floa
     for field in fields:
         message = refused(f"{section}.{field}", bad)
         assert message == f"{section}.{field}={bad}: need finite numbers"
+
+
+OWNERS = {f"model {name}": networks.get(name) for name in networks.NETWORKS}
+OWNERS |= {"dequantizer.model variational": dequantizers.get("variational")}
+NO_INTEGER = (math.nan, math.inf, -math.inf, -1, 10**30, True, "1", 2.5, None, object())
+NO_VALUES = {
+    int: NO_INTEGER,
+    float: (math.nan, math.inf, -math.inf, -1, -1e-9, 1e30, True, "1", None, object()),
+    bool: (math.nan, 0, 1, "True", None, object()),
+    str: (math.nan, 1, True, "", "nothing", None, object()),
+    tuple: (math.nan, 1, True, "1", None, object(), *((bad,) for bad in NO_INTEGER)),
+}
+
+
+def owned_fields() -> list[tuple[str, str, Any]]:
+    """Section, its owner's name, and the field, of all networks and of the dequantizer."""
+    found = []
+    for owner, kind in OWNERS.items():
+        section, name = owner.split()
+        known = score.model_fields(name) if section == "model" else dequantizer.options(name)
+        found += [(section, name, f) for f in dataclasses.fields(kind) if f.name in known]
+    return found
+
+
+@pytest.mark.parametrize(
+    ("section", "name", "field"), owned_fields(), ids=lambda a: getattr(a, "name", a)
+)
+def test_no_field_of_a_network_or_dequantizer_takes_what_it_cannot_be(
+    section: str, name: str, field: Any
+) -> None:
+    """Refused by name before any parameter is made, whatever the value."""
+    for bad in NO_VALUES[typing.get_origin(field.type) or field.type]:
+        if typing.get_args(field.type)[:1] == (float,) and bad == (2.5,):
+            continue
+        values = tiny.get_config().to_dict()
+        if section == "model":
+            values["model"] = {"name": name, **score.model_fields(name)}
+        node, last = node_of(values, f"{section}.{field.name}")
+        node[last] = bad
+        with pytest.raises(ValueError) as caught:
+            read = Config.of(values)
+            read.model.build()
+            read.dequantizer.build("variational", levels=17, tau=3.0)
+        message = str(caught.value)
+        named = (f"{section}.{field.name}=", f"config.{section}: {field.name}=")
+        assert message.startswith(named), message
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """Training survives kills bitwise, and does not depend on how many devices or processes it has."""
 
+import errno
 import json
 import logging
 import os
@@ -21,8 +22,8 @@ from configs import digits_vp
 from sbml.experiment import build, trained
 from sbml.modes import _loop as loop
 from sbml.modes import train
-from sbml.runtime import metrics, optim, preemption, sharding
-from sbml.runtime.checkpoint import Checkpoints
+from sbml.runtime import disk, metrics, optim, preemption, sharding
+from sbml.runtime.checkpoint import Checkpoints, UnsavedCheckpointError
 from sbml.runtime.lock import BusyError
 from sbml.runtime.workdir import Workdir
 
@@ -412,3 +413,40 @@ def test_provenance_is_in_the_checkpoint(whole):
     metadata = experiment.restore(whole).metadata
     assert metadata["config"] == json.loads(json.dumps(experiment.to_plain()))
     assert metadata["data"] == experiment.images("train").fingerprint
+
+
+def test_a_full_disk_does_not_stop_the_training(tmp_path, monkeypatch, caplog):
+    """Steps 8 to 31 find no room, nor do some rows; the end is that of a run with a free disk."""
+    config = tiny.get_config()
+    train.run(config, tmp_path / "free")
+    scalars = metrics.MetricsWriter.scalars
+
+    def written(self, step, values):
+        if step in (9, 10):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        scalars(self, step, values)
+
+    steps = iter(range(4, 44, 4))
+    monkeypatch.setattr(metrics.MetricsWriter, "scalars", written)
+    monkeypatch.setattr(disk, "shortage", lambda *_: "full" if 8 <= next(steps) < 32 else "")
+    train.run(config, tmp_path / "full")
+    states = [runs.state(config, tmp_path / name) for name in ("free", "full")]
+    assert all(jax.tree.leaves(jax.tree.map(np.array_equal, *(s.state for s in states))))
+    said = [r.getMessage() for r in caplog.records if r.levelname in ("WARNING", "ERROR")]
+    assert [line for line in said if "not saved" in line] == [
+        f"The checkpoint of step 8 was not saved in {tmp_path / 'full' / 'checkpoints'}: full. "
+        "Training goes on, and later checkpoints are saved once there is room"
+    ]
+    assert sum("goes on without this file" in line for line in said) == 1
+    rows = metrics.read(tmp_path / "full")
+    assert [row["step"] for row in rows] == [s for s in range(1, 41) if s not in (9, 10)]
+
+
+def test_a_disk_without_room_for_the_last_checkpoint_is_an_error(tmp_path, monkeypatch):
+    config = tiny.get_config()
+    config.training.num_steps = 8
+    steps = iter((4, 8))
+    monkeypatch.setattr(disk, "shortage", lambda *_: "full" if next(steps) == 8 else "")
+    with pytest.raises(UnsavedCheckpointError, match=r"step 8 .*: full\. Make room .* step 4$"):
+        train.run(config, tmp_path)
+    assert runs.state(config, tmp_path).step == 4

@@ -4,8 +4,8 @@ A row is of (sweep, image id), and every draw in it is keyed by the two. Sweep 0
 
     bound   every sweep covers all images, its times one lattice over them; a row of the result is
             the mean over sweeps, and the sweeps' means tell the noise
-    ode     sweep 1 covers a subset, whose two draws tell the noise; the subset solved again at a
-            tenth of the tolerance tells the solver's error
+    ode     sweep 1 covers a subset, whose two draws tell the noise; the subset solved again by
+            ``estimate.reference`` tells the solver's error
 
 Batches are padded and the padding dropped: every image counts exactly once, and neither the batch
 size nor the number of devices changes a result.

@@ -9,7 +9,7 @@ from sbml.experiment.fields import (
     Section,
     check_choice,
     check_fields,
-    check_finite,
+    check_owned,
     choice,
     named,
     tupled,
@@ -31,16 +31,12 @@ def options(name: str) -> dict[str, Any]:
 class Options(Section):
     """``config.dequantizer.model``: the dequantizer's own fields, which its class explains.
 
-    The class checks their ranges when the dequantizer is built; here they need to be finite.
+    The class checks their ranges when the dequantizer is built, the section around it their types.
     """
 
     section: ClassVar[str] = "dequantizer.model"
 
     values: Mapping[str, Any]
-
-    def check(self) -> None:
-        """All numbers are finite."""
-        check_finite(self.section, self.values)
 
     @classmethod
     def of(cls, values: Mapping[str, Any], *, complete: bool = True) -> Self:
@@ -73,7 +69,9 @@ class Dequantizer(Section):
             raise ValueError(
                 f"dequantizer.name={self.name} has nothing to train; choose variational"
             )
-        check_fields(self.model.section, self.model.values, options(self.name))
+        section, values = self.model.section, self.model.values
+        check_fields(section, values, options(self.name))
+        check_owned(section, values, dequantizers.get(self.name))
 
     def build(self, name: str, *, levels: int, tau: float) -> Any:
         """The dequantizer ``name``, from those fields that it has.

@@ -17,6 +17,7 @@ import dataclasses
 import math
 import numbers
 import operator
+import typing
 from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any, ClassVar, NamedTuple, Self
 
@@ -176,6 +177,45 @@ def check_finite(section: str, values: Mapping[str, Any]) -> None:
         for number in value if isinstance(value, tuple) else (value,):
             if isinstance(number, numbers.Real) and not math.isfinite(number):
                 raise refusal(f"{section}.{name}", value, "finite numbers")
+
+
+# No network or dequantizer is so large, nor are the numbers that it needs.
+SIZE, MAGNITUDE = 2**16, 1e6
+_OWNED: dict[Any, Rule] = {
+    bool: Rule(bool, lambda v: isinstance(v, bool), "True or False"),
+    str: Rule(str, lambda v: isinstance(v, str), "text"),
+    int: Rule(int, lambda v: _is_integer(v) and abs(v) < SIZE, "an integer below 2^16"),
+    float: Rule(float, lambda v: _is_real(v) and abs(v) <= MAGNITUDE, "a number up to 1e6"),
+}
+
+
+def _owned_rule(annotation: Any) -> Rule | None:
+    """The rule of a field with this annotation; None where there is none."""
+    kinds = typing.get_args(annotation)
+    each = _OWNED.get(kinds[0] if kinds[1:] == (...,) else annotation)
+    if each is None or not kinds:
+        return each
+
+    def holds(value: Any) -> bool:
+        return isinstance(value, tuple) and all(map(each.holds, value))
+
+    return Rule(tuple, holds, f"none or more values, each {each.needs}")
+
+
+def check_owned(section: str, values: Mapping[str, Any], owner: type[Any]) -> None:
+    """Refuse values of another type than the fields of dataclass ``owner``, or beyond all use.
+
+    Integers are below 2^16 and numbers at most 1e6, in magnitude; what narrower range a field has
+    is for ``owner`` to check when it is built. Fields of further types are left to it altogether.
+
+    Raises:
+      ValueError: naming the field, its value and what it must be.
+    """
+    check_finite(section, values)
+    for field in dataclasses.fields(owner):
+        rule = _owned_rule(field.type)
+        if rule and field.name in values and not rule.holds(values[field.name]):
+            raise refusal(f"{section}.{field.name}", values[field.name], rule.needs)
 
 
 def tupled(value: Any) -> Any:

@@ -16,7 +16,7 @@ from sbml.experiment.fields import (
     Section,
     check_choice,
     check_fields,
-    check_finite,
+    check_owned,
     choice,
     named,
     real,
@@ -71,10 +71,11 @@ def model_fields(name: str) -> dict[str, Any]:
 class Network(Section):
     """``config.model``: a network's name beside its own fields, which its class explains.
 
-    The class checks them when the network is built; here they need to be there and finite.
+    The class checks them when the network is built; here they need to be there, of their types,
+    and neither infinite nor beyond all use (``fields.check_owned``).
 
     Raises:
-      ValueError: an unknown network; an unknown, missing or non-finite field.
+      ValueError: an unknown network; an unknown or missing field, or one that cannot be.
     """
 
     section: ClassVar[str] = "model"
@@ -86,7 +87,7 @@ class Network(Section):
         """The fields are those of the network."""
         check_choice(self.name_of("name"), self.name, networks.NETWORKS)
         check_fields(self.section, self.values, model_fields(self.name))
-        check_finite(self.section, self.values)
+        check_owned(self.section, self.values, networks.get(self.name))
 
     @classmethod
     def default(cls, name: str) -> Self:

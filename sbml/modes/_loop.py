@@ -142,6 +142,7 @@ class _Trainer:
         )
         self.gathered = jax.jit(lambda tree: tree, out_shardings=same)
         self.saved = self.start
+        self.unwritten = 0  # files that could not be written
         left = max(0, training.num_steps - self.start)
         if left % training.steps_per_dispatch:
             raise ValueError(
@@ -222,7 +223,7 @@ class _Trainer:
         """Checkpoint after ``step`` updates; only ever called once every loss so far was finite."""
         if step > self.saved:
             self.checkpoints.save(step, self.state, self.task.provenance)
-            self.saved = step
+            self.saved = step  # Or tried to: at the end the checkpoints say whether it is.
 
     def log(self, step: int, rows: list[tuple[float, float]], seconds: float) -> float:
         """Write the mean of ``rows`` of (loss, grad_norm); returns images/s."""
@@ -230,16 +231,27 @@ class _Trainer:
         rate = len(rows) * self.training.batch_size / self.task.repeats / seconds
         if self.writer:
             total = self.writer.seconds + seconds
-            self.writer.scalars(
-                step,
-                {
-                    "loss": float(loss),
-                    "grad_norm": float(norm),
-                    "images_per_s": rate,
-                    "seconds": total,
-                },
-            )
+            with self._despite_the_disk(step):
+                self.writer.scalars(
+                    step,
+                    {
+                        "loss": float(loss),
+                        "grad_norm": float(norm),
+                        "images_per_s": rate,
+                        "seconds": total,
+                    },
+                )
         return rate
+
+    @contextlib.contextmanager
+    def _despite_the_disk(self, step: int) -> Iterator[None]:
+        """A file that cannot be written costs itself, not the training; the first is logged."""
+        try:
+            yield
+        except OSError as error:
+            if not self.unwritten:
+                logging.error("step %d: %s. Training goes on without this file", step, error)
+            self.unwritten += 1
 
     def picture(self, step: int) -> None:
         """The task's picture, to disk and to tensorboard."""
@@ -250,9 +262,10 @@ class _Trainer:
         grid = self.task.picture(self.state.replace(ema_params=average))
         if self.writer:
             folder = self.task.directory / "samples"
-            folder.mkdir(parents=True, exist_ok=True)
-            report.write_png(folder / f"step_{step:08d}.png", grid)
-            self.writer.image(step, "samples", grid)
+            with self._despite_the_disk(step):
+                folder.mkdir(parents=True, exist_ok=True)
+                report.write_png(folder / f"step_{step:08d}.png", grid)
+                self.writer.image(step, "samples", grid)
 
 
 def run(task: Task, checkpoints: Checkpoints) -> None:
@@ -261,6 +274,7 @@ def run(task: Task, checkpoints: Checkpoints) -> None:
     Raises:
       ValueError: for a config that cannot work, or a checkpoint of another model.
       NonFiniteLoss: naming the step, the loss and the last good checkpoint.
+      UnsavedCheckpointError: the disk has no room for the last checkpoint.
       SystemExit: with status 143 after SIGTERM, 130 after Ctrl-C, once everything is saved.
     """
     with Preemption() as preemption:

@@ -191,6 +191,11 @@ class Model(nn.Module):
         layers.check_range("dropout", self.dropout, 0 <= self.dropout < 1, "in [0, 1)")
         layers.check_range("fourier_scale", self.fourier_scale, self.fourier_scale > 0, "above 0")
         _fourier.check("fourier", self.fourier)
+        layers.check_range("init_scale", self.init_scale, self.init_scale >= 0, "of at least 0")
+        resolutions = self.attn_resolutions
+        layers.check_range(
+            "attn_resolutions", resolutions, all(r > 0 for r in resolutions), "1, 2 …"
+        )
         layers.check_range("fir_kernel", self.fir_kernel, sum(self.fir_kernel) > 0, "of sum > 0")
         super().__post_init__()
 

@@ -13,9 +13,12 @@ Damage leads to the checkpoint before it and a loud message, another model to an
 deletes anything.
 """
 
+import contextlib
 import dataclasses
 import itertools
 import json
+import logging as stdlib_logging
+import re
 import textwrap
 import time
 import zlib
@@ -31,6 +34,8 @@ from jax.tree_util import keystr, tree_leaves_with_path
 from orbax.checkpoint import v1 as ocp
 from orbax.checkpoint.metadata import get_step_metadata
 from orbax.checkpoint.path import step as step_lib
+
+from sbml.runtime import disk
 
 PyTree = Any
 Template = Callable[[dict[str, Any]], PyTree]  # of a checkpoint's metadata
@@ -68,6 +73,10 @@ class OtherModelError(ValueError):
     """A checkpoint whose leaves are not those of the model at hand."""
 
 
+class UnsavedCheckpointError(OSError):
+    """The newest state is in no checkpoint: the last attempt to save it failed."""
+
+
 class Checkpoints:
     """The checkpoints of one run, ``<directory>/<step>`` each. Use it as a context manager.
 
@@ -94,6 +103,8 @@ class Checkpoints:
         # An object store's path is absolute as it stands, and resolve() would garble it.
         self.directory = directory if directory.is_absolute() else directory.resolve()
         self._writer: ocp.training.Checkpointer | None = None
+        self._saving: int | None = None  # the step whose save was begun last
+        self._missed: str = ""  # why the last save came to nothing
         self._damaged: set[int] = set()
 
     def steps(self) -> list[int]:
@@ -115,23 +126,29 @@ class Checkpoints:
                 logging.error("Damaged checkpoint %s/%d: %s", self.directory, step, error)
         return None
 
-    def save(self, step: int, state: PyTree, metadata: dict[str, Any]) -> None:
+    def save(self, step: int, state: PyTree, metadata: dict[str, Any]) -> bool:
         """Saves ``state`` in the background; it may be donated as soon as this returns.
 
         What blocks: an earlier save still under way, the copy to the host, and the CRC32s (a second
-        or less for a gigabyte). A failure in the background is raised by the next ``wait`` or
-        ``close``; the next ``save`` logs it and saves its own state, for a disk may have room
-        again, but under several processes raises it too. Checkpoints that ``restore`` found damaged
-        first move to ``<directory>.damaged/<step>-<time>``: they no longer count as kept, and their
-        steps can be saved again.
+        or less for a gigabyte). A full disk must not end a training, for it may have room again:
+        without room nothing is written, and what a failed save has written is removed. The first
+        such save is logged as an error, the next ones try in silence, until one succeeds.
+        :meth:`close` raises where the last one did not. A failure in the background is seen by the
+        next ``save``, ``wait`` or ``close``; under several processes ``save`` raises it too.
+        Checkpoints that ``restore`` found damaged first move to
+        ``<directory>.damaged/<step>-<time>``: they no longer count as kept, and their steps can be
+        saved again.
 
         Args:
           step: larger than every step already there, else ``ValueError``.
           state: any pytree of ``jax.Array``; under several processes, of global arrays.
           metadata: plain JSON values; tuples come back as lists.
+
+        Returns:
+          Whether there was room, so that the save was begun.
         """
         manifest = _manifest(step, state, metadata)
-        self._after_earlier_save(step)
+        self._after_earlier_save()
         self._set_damaged_aside()
         if (steps := self.steps()) and step <= steps[-1]:
             raise ValueError(
@@ -139,11 +156,18 @@ class Checkpoints:
                 f"{self.directory}: is another process at work there? If not, take another "
                 "directory, or move the newer ones away"
             )
+        reason = disk.shortage(self.directory, sum(leaf.nbytes for leaf in jax.tree.leaves(state)))
+        if multihost_utils.process_allgather(np.array(bool(reason))).any():
+            self._miss(step, reason or "another process has no room")
+            return False
         if self._writer is None:
+            logging.get_absl_logger().addFilter(_not_of_orbax)
             self._writer = ocp.training.Checkpointer(
                 self.directory, preservation_policy=self._kept, cleanup_tmp_directories=True
             )
+        self._saving = step
         self._writer.save_async(step, state, force=True, custom_metadata=manifest)
+        return True
 
     def restore(self, template: PyTree | Template, step: int | None = None) -> Restored | None:
         """Reads a checkpoint back.
@@ -184,25 +208,74 @@ class Checkpoints:
             "the directory away to start anew."
         )
 
-    def _after_earlier_save(self, step: int) -> None:
+    def _after_earlier_save(self) -> None:
         """Wait for it; if it failed, say so."""
+        step = self._saving
         try:
             self.wait()
         except Exception as error:  # Whatever stopped the writer, this state may be saved.
-            if jax.process_count() > 1:
+            if jax.process_count() > 1 or step is None:
                 raise
-            logging.error("The save before that of step %d failed: %s", step, error)
+            # Without the names of Orbax's temporary files, which are long and gone.
+            self._miss(step, textwrap.shorten(re.sub('"[^"]*": ', "", str(error)), 200))
+
+    def _miss(self, step: int, reason: str) -> None:
+        """Note that there is no checkpoint of ``step``; say so if there was one of the last."""
+        if not self._missed:
+            logging.error(
+                "The checkpoint of step %d was not saved in %s: %s. Training goes on, and later "
+                "checkpoints are saved once there is room",
+                *(step, self.directory, reason),
+            )
+        self._missed = f"no checkpoint of step {step} could be saved in {self.directory}: {reason}"
 
     def wait(self) -> None:
         """Blocks until the save under way, if any, is on disk; raises if it failed."""
-        if self._writer is not None:
+        if self._writer is None:
+            return
+        step, self._saving = self._saving, None
+        try:
             self._writer.wait()
+        except BaseException:
+            self._drop_writer()
+            raise
+        if step is not None and self._missed:
+            logging.warning("There is room again: step %d is saved in %s", step, self.directory)
+            self._missed = ""
+
+    def _drop_writer(self) -> None:
+        """Forget a writer whose save failed, and remove what it has written of it.
+
+        Orbax's own threads and locks are in no state to save again.
+        """
+        writer, self._writer = self._writer, None
+        with contextlib.suppress(Exception):  # It raises the failure once more.
+            if writer is not None:
+                writer.close()
+        self._remove_partial()
+
+    def _remove_partial(self) -> None:
+        if jax.process_index() == 0:
+            disk.remove_partial(self.directory, "*.orbax-checkpoint-tmp*")
 
     def close(self) -> None:
-        """Waits, then frees what saving holds."""
+        """Waits, then frees what saving holds.
+
+        Raises:
+          UnsavedCheckpointError: the last save came to nothing.
+        """
+        self._after_earlier_save()
         writer, self._writer = self._writer, None
         if writer is not None:
             writer.close()
+        missed, self._missed = self._missed, ""
+        if missed:
+            self._remove_partial()  # Writes that were still under way have come back by now.
+            steps = self.steps()
+            last = f"from the newest checkpoint, step {steps[-1]}" if steps else "from the start"
+            raise UnsavedCheckpointError(
+                f"{missed}. Make room and run the same command again: it goes on {last}"
+            )
 
     def __enter__(self) -> Self:
         return self
@@ -232,7 +305,9 @@ class Checkpoints:
     def _set_damaged_aside(self) -> None:
         if not self._damaged:
             return
-        self.close()
+        writer, self._writer = self._writer, None
+        if writer is not None:
+            writer.close()
         if jax.process_index() == 0:
             aside = self.directory.parent / f"{self.directory.name}.damaged"
             aside.mkdir(parents=True, exist_ok=True)
@@ -244,6 +319,11 @@ class Checkpoints:
                 logging.warning("Moved the damaged checkpoint of step %d to %s", step, target)
         multihost_utils.sync_global_devices("damaged checkpoints set aside")
         self._damaged.clear()
+
+
+def _not_of_orbax(record: stdlib_logging.LogRecord) -> bool:
+    """False for Orbax's errors: each is raised as well, and told of here in one line."""
+    return record.levelno < stdlib_logging.ERROR or "orbax" not in record.pathname
 
 
 def _manifest(step: int, state: PyTree, metadata: dict[str, Any]) -> dict[str, Any]:

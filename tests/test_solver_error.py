@@ -1,0 +1,131 @@
+"""A number that is called converged is right: the guard against the truth, for any tolerance.
+
+The truth is a solve in float64 with tolerances of 1e-9. What is said of a number is that the mean
+of its error is within the budget, and that it is the printed solver error within that one's 95%
+interval.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import sbml
+from sbml import estimate, ode
+from sbml.ode import Solver
+from sbml.sdes import VP
+from sbml.types import Array, Key, Score
+
+SDE, EPS, N, DIMS = VP(), 1e-3, 16, 2
+TOLERANCES = [10.0**power for power in range(4, -10, -1)]
+
+
+def gaussian(x: Array, t: Array, key: Key | None) -> Array:
+    """The exact score of N(0.3, diag(0.25, 0.01))."""
+    alpha, sigma = SDE.mean_coef(t), SDE.std(t)
+    return -(x - 0.3 * alpha) / (alpha**2 * jnp.asarray([0.25, 0.01], x.dtype) + sigma**2)
+
+
+def mixture(x: Array, t: Array, key: Key | None) -> Array:
+    """The exact score of four narrow Gaussians."""
+    alpha, sigma = SDE.mean_coef(t), SDE.std(t)
+    centres = alpha * jnp.asarray([[0.6, 0.6], [-0.6, 0.5], [0.4, -0.7], [-0.5, -0.4]], x.dtype)
+    away, variance = x[None] - centres, alpha**2 * 0.05**2 + sigma**2
+    weights = jax.nn.softmax(-0.5 * jnp.sum(away**2, axis=1) / variance)
+    return -weights @ away / variance
+
+
+def network(x: Array, t: Array, key: Key | None) -> Array:
+    """A random network that predicts the noise, and is the gradient of nothing."""
+    rng = np.random.default_rng(0)
+    w1, w2 = (jnp.asarray(rng.normal(0, 0.7, s), x.dtype) for s in ((32, 3), (2, 32)))
+    hidden = jnp.tanh(w1 @ jnp.append(x, 0.3 * SDE.log_snr(t)))
+    return -(w2 @ hidden) / SDE.std(t)
+
+
+SCORES = {score.__name__: score for score in (gaussian, mixture, network)}
+
+
+def data() -> np.ndarray:
+    return np.random.default_rng(1).uniform(-0.9, 0.9, (N, DIMS)).astype(np.float32)
+
+
+def density(score: Score, solver: Solver) -> sbml.Density:
+    return sbml.Density(score, SDE, (DIMS,), eps=EPS, solver=solver)
+
+
+@pytest.fixture(scope="module", params=SCORES)
+def case(request: pytest.FixtureRequest) -> tuple[Score, np.ndarray]:
+    """A score and the true log p of the data."""
+    score = SCORES[request.param]
+    with jax.enable_x64(True):
+        exact = density(score, Solver(rtol=1e-9, atol=1e-9)).logp(data().astype(np.float64))
+    assert np.isfinite(exact.values).all()
+    return score, exact.values
+
+
+def assert_honest(found: estimate.Estimate, truth: np.ndarray) -> None:
+    """What is called converged is within the budget, and its error is the one that is printed."""
+    assert found.solver_error is not None
+    if found.converged:
+        error = np.mean(found.values - truth)
+        assert abs(error) <= found.budget
+        assert abs(error - found.solver_error.mean) <= found.solver_error.ci95 + 0.1 * found.budget
+
+
+def test_converged_is_right_over_fourteen_decades(case: tuple[Score, np.ndarray]) -> None:
+    score, truth = case
+    verdicts = []
+    for tolerance in TOLERANCES:
+        found = density(score, Solver(rtol=tolerance, atol=tolerance)).logp(data())
+        assert_honest(found, truth)
+        verdicts.append(found.converged)
+    assert not any(verdicts[:5])  # Of tolerances of 1 and more no step is ever rejected.
+    assert all(verdicts[TOLERANCES.index(1e-5) : TOLERANCES.index(1e-6) + 1])
+
+
+def test_a_first_step_or_a_coordinate_that_lets_errors_pass(case: tuple[Score, np.ndarray]) -> None:
+    score, truth = case
+    for fields in ({"first_step": 1.0}, {"power": 1.0}, {"power": 6.0}, {"method": "heun"}):
+        for tolerance in (1e-1, 1e-2, 1e-3):
+            solver = Solver(**{"rtol": tolerance, "atol": tolerance, **fields})
+            assert_honest(density(score, solver).logp(data()), truth)
+
+
+def test_a_solver_that_ignores_its_tolerance(
+    case: tuple[Score, np.ndarray], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ten Euler steps whatever the tolerance: with its own tenth, the error would be 0."""
+    score, truth = case
+    controlled = ode._steps
+
+    def steps(solver: Solver, length: float) -> object:
+        if solver.method == "heun":
+            solver = dataclasses.replace(solver, method="euler", fixed_steps=10)
+        return controlled(solver, length)
+
+    monkeypatch.setattr(ode, "_steps", steps)
+    monkeypatch.setitem(ode.METHODS, "heun", ode.METHODS["euler"])
+    for tolerance in (1e-1, 1e-3, 1e-5):
+        # Another budget, another density: nothing compiled without the patch is used again.
+        found = dataclasses.replace(
+            density(score, Solver("heun", rtol=tolerance, atol=tolerance)), eps=1.01 * EPS
+        ).logp(data())
+        assert abs(np.mean(found.values - truth)) > found.budget
+        assert not found.converged
+
+
+@pytest.mark.parametrize("bad", [float("inf"), float("nan"), 0.0, -1.0])
+@pytest.mark.parametrize("name", ["rtol", "atol", "first_step", "power"])
+def test_numbers_of_a_solver_are_positive_and_finite(name: str, bad: float) -> None:
+    with pytest.raises(ValueError, match=f"{name}={bad}: must be positive and finite"):
+        Solver(**{name: bad})
+
+
+def test_the_reference_of_the_default_is_its_tenth() -> None:
+    ours = Solver(rtol=2e-4, atol=2e-4)
+    assert estimate.reference(ours) == ours.tighter(10)
+    assert estimate.reference(Solver(rtol=1e-6, atol=0.1)) == Solver(rtol=1e-7, atol=2e-5)
+    assert estimate.reference(Solver(fixed_steps=4)) == Solver(rtol=1e-5, atol=1e-5)

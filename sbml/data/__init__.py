@@ -13,12 +13,14 @@ from importlib import import_module
 from pkgutil import iter_modules
 
 from sbml.data import imagenet32
-from sbml.data._image_set import SPLITS, ImageSet, Options, Source
+from sbml.data._image_set import SPLITS, VALIDATION, ImageSet, Options, Source
 from sbml.data._pipeline import eval_batches, prefetch, spread, train_batches
+from sbml.data._validation import part
 
 __all__ = [
     "SOURCES",
     "SPLITS",
+    "VALIDATION",
     "ImageSet",
     "Options",
     "Source",
@@ -32,6 +34,11 @@ __all__ = [
 
 _DEFAULT = Options()
 
+NO_VALIDATION = (
+    "{} with data.validation=0: no training images are held out; set --config.data.validation to "
+    "their fraction or number, as the training had it"
+)
+
 SOURCES: dict[str, Source] = {
     found.name: import_module(f"{__name__}.{found.name}").SOURCE
     for found in iter_modules(__path__)
@@ -40,19 +47,27 @@ SOURCES: dict[str, Source] = {
 
 
 def load(name: str, split: str, options: Options = _DEFAULT) -> ImageSet:
-    """The images of ``split``, "train" or "test".
+    """The images of ``split``.
 
     Args:
       name: a source, or ``source:set`` where the source is a collection, as ``tfds:cifar10``.
-      split: "train" or "test".
+      split: "train", "test" or, with ``options.validation``, "validation": a part of the training
+        images that "train" is then without.
       options: where to look and how to cut; its ``dataset`` is taken from ``name``.
 
     Raises:
-      ValueError: no such name or split; the message lists those there are.
+      ValueError: no such name or split, where the message lists those there are; no images in the
+        validation part, or none beside it.
     """
     key, colon, dataset = name.partition(":")
     source = SOURCES.get(key)
     if source is None or source.collection != bool(dataset) or bool(colon) != bool(dataset):
         choices = (f"{k}:<set>" if s.collection else k for k, s in sorted(SOURCES.items()))
         raise ValueError(f"Unknown data set {name!r}: choose one of {', '.join(choices)}.")
-    return source.load(split, replace(options, dataset=dataset))
+    options = replace(options, dataset=dataset)
+    if split == VALIDATION and not options.validation:
+        raise ValueError(NO_VALIDATION.format(f"split {split!r} of {name}"))
+    if split == "test" or not options.validation:
+        return source.load(split, options)
+    held = split == VALIDATION
+    return part(source.load("train" if held else split, options), options.validation, held)

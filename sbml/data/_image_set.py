@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import numpy as np
 
 SPLITS = ("train", "test")
+VALIDATION = "validation"  # of the training images, where some are held out
 
 
 def check_split(split: str) -> str:
@@ -41,6 +42,8 @@ class Options:
       test_fraction: expected fraction of held-out images, in (0, 1), where the folder has no
         ``train`` and ``test`` of its own (image_folder).
       seed: decides which images are held out and where random crops fall (image_folder).
+      validation: training images to hold out for the split "validation", of any source: how many,
+        or below 1 their fraction; 0: none. ``load`` does it; sources know two splits.
     """
 
     cache_dir: str | os.PathLike[str] | None = None
@@ -52,6 +55,7 @@ class Options:
     crop: str = "center"
     test_fraction: float = 0.1
     seed: int = 0
+    validation: float = 0.0
 
     @property
     def cache(self) -> Path:
@@ -67,10 +71,13 @@ class ImageSet:
     Attributes:
       name: as given to ``load``, for instance ``tfds:cifar10``.
       version: the source's own, or a hash of the files the images were cut from.
-      split: as the source calls it (the test split of ImageNet is its "validation").
+      split: as the source calls it (the test split of ImageNet is its "validation"), and which part
+        of it where some training images are held out.
       images: uint8 (n, height, width, channels); may be memory-mapped.
       levels: number of values a channel can take, 2 .. 256.
       ids: a readable name for each image, or None.
+      scenes: what each image shows, or None: images of one scene, as crops of one photo, are held
+        out together.
       skipped: "file: reason" for each file that should be in the set and could not be read.
       caution: what a reader of a mean over these images must know; empty if nothing.
 
@@ -84,6 +91,7 @@ class ImageSet:
     images: np.ndarray = field(repr=False)
     levels: int = 256
     ids: tuple[str, ...] | None = field(default=None, repr=False)
+    scenes: tuple[str, ...] | None = field(default=None, repr=False)
     skipped: tuple[str, ...] = field(default=(), repr=False)
     caution: str = ""
 
@@ -97,8 +105,9 @@ class ImageSet:
             raise ValueError(f"{what}: levels={self.levels} does not fit uint8; use 2 .. 256.")
         if self.levels < 256 and (largest := images.max()) >= self.levels:
             raise ValueError(f"{what} has a pixel {largest}: use more than {self.levels} levels.")
-        if self.ids is not None and len(self.ids) != len(images):
-            raise ValueError(f"{what} has {len(self.ids)} ids for {len(images)} images.")
+        for kind, names in (("ids", self.ids), ("scenes", self.scenes)):
+            if names is not None and len(names) != len(images):
+                raise ValueError(f"{what} has {len(names)} {kind} for {len(images)} images.")
 
     def __len__(self) -> int:
         return len(self.images)

@@ -1,9 +1,9 @@
 """32x32 RGB crops of the photos inside the scikit-learn and scikit-image wheels.
 
 Windows of 32, 64 and 128 pixels are laid every 32 pixels over each photo and averaged down to
-32x32: detail, part and whole at one shape, CIFAR-10's. Whole photos are held out, so no pixel of a
-test photo is ever trained on. The wheels' grey, drawn, microscope and telescope images are left
-out. Nothing is downloaded.
+32x32: detail, part and whole at one shape, CIFAR-10's. Whole photos are held out, for the test and
+for validation, so no pixel of a test photo is ever trained on. The wheels' grey, drawn, microscope
+and telescope images are left out. Nothing is downloaded.
 """
 
 from collections.abc import Iterator
@@ -74,6 +74,12 @@ def _build(names: tuple[str, ...], add: Add) -> dict[str, list[str]]:
     return {"ids": ids}
 
 
+def scene(crop_id: str) -> str:
+    """What a crop shows: its photo, or both views of one scene."""
+    photo = Path(crop_id.rpartition("@")[0])
+    return photo.stem.removesuffix("_left").removesuffix("_right")
+
+
 class Photos:
     """32x32x3 crops, 256 levels; ids read ``photo@top,left/scale``, in the photo's pixels."""
 
@@ -90,7 +96,9 @@ class Photos:
             f"overlapping crops of {len(names)} photos: the interval is for more crops of these, "
             "not of others"
         )
-        return ImageSet("photos", version, split, images, ids=tuple(notes["ids"]), caution=caution)
+        ids = tuple(notes["ids"])
+        scenes = tuple(map(scene, ids))
+        return ImageSet("photos", version, split, images, ids=ids, scenes=scenes, caution=caution)
 
 
 SOURCE = Photos()

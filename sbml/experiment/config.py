@@ -14,6 +14,7 @@ from typing import Any, Self
 
 from ml_collections import ConfigDict, config_dict
 
+from sbml import data
 from sbml.experiment.data import Data
 from sbml.experiment.dequantizer import Dequantizer
 from sbml.experiment.evaluation import Eval
@@ -45,6 +46,11 @@ class Config(Section):
     dequantizer: Dequantizer = Dequantizer()
     sampling: Sampling = Sampling()
     latents: Latents = Latents()
+
+    def check(self) -> None:
+        """What is evaluated is held out."""
+        if self.eval.split == data.VALIDATION and not self.data.validation:
+            raise ValueError(data.NO_VALIDATION.format(f"eval.split={self.eval.split}"))
 
     @classmethod
     def read(cls, config: ConfigDict) -> Self:

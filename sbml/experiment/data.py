@@ -6,7 +6,17 @@ from typing import ClassVar
 from sbml import data
 from sbml.data import ImageSet, Options
 from sbml.data.image_folder import CROPS
-from sbml.experiment.fields import Section, choice, flag, integer, integers, real, text
+from sbml.experiment.fields import (
+    COUNT,
+    Section,
+    choice,
+    flag,
+    integer,
+    integers,
+    real,
+    refusal,
+    text,
+)
 
 DEQUANTIZATIONS = ("uniform", "centre", "none")
 
@@ -39,9 +49,11 @@ class Data(Section):
     test_fraction: float = real(0.1, above=0, below=1)
     # of image_folder: which images are held out, random crops
     split_seed: int = integer(0, below=2**32)
+    # training images held out, of crops whole photos: a fraction, or a number of them; 0: none
+    validation: float = real(0.0, least=0, below=COUNT)
 
     def check(self) -> None:
-        """A folder's images are square and have 256 levels."""
+        """A folder's images are square and have 256 levels; a number of images is whole."""
         height, width, channels = self.shape
         if self.source == "image_folder" and (height != width or self.levels != 256):
             raise ValueError(
@@ -49,6 +61,10 @@ class Data(Section):
                 "a folder are made square, of 256 levels; set "
                 "--config.data.shape=SIZE,SIZE,CHANNELS --config.data.levels=256"
             )
+
+        if self.validation >= 1 and self.validation % 1:
+            needs = "a fraction below 1 or a whole number of images"
+            raise refusal(self.name_of("validation"), self.validation, needs)
 
     @property
     def options(self) -> Options:
@@ -62,6 +78,7 @@ class Data(Section):
             crop=self.crop,
             test_fraction=self.test_fraction,
             seed=self.split_seed,
+            validation=self.validation,
         )
 
     def images(self, split: str) -> ImageSet:

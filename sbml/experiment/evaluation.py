@@ -35,7 +35,7 @@ class Eval(Solving):
 
     section: ClassVar[str] = "eval"
 
-    split: str = choice("test", data.SPLITS)
+    split: str = choice("test", (*data.SPLITS, data.VALIDATION))  # validation: data.validation
     # Every estimator with every dequantizer and every K; the first is the headline.
     estimators: tuple[str, ...] = names(("ode", "bound"))  # bound_ssm
     # truncated_normal, variational, categorical, learned

@@ -1,0 +1,139 @@
+"""Training images held out for validation: apart from the rest, from the test set, and by name."""
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny
+from pictures import numbered, pixels, save
+from test_data import full_name
+
+from sbml import data
+from sbml.data import _cache
+from sbml.data._validation import held_out, part
+from sbml.experiment import build, trained
+
+IMAGES = 20
+
+
+@pytest.fixture
+def options(tmp_path: Path) -> data.Options:
+    """Options with which every source loads, a fraction of its training images held out."""
+    for i in range(IMAGES):
+        save(tmp_path / "folder" / f"{i}.png", pixels(6, 6, seed=i))
+    for name in (full_name(k) for k, source in data.SOURCES.items() if source.collection):
+        for seed, split in enumerate(data.SPLITS):
+            path = tmp_path / "cache" / name.replace(":", "/") / f"{split}.npy"
+            rows = np.random.default_rng(seed).integers(0, 256, (IMAGES, 6, 6, 3), np.uint8)
+
+            def build_set(add: _cache.Add, rows: np.ndarray = rows, split: str = split) -> dict:
+                for row in rows:
+                    add(row)
+                return {"version": "1.0.0", "split": split}
+
+            _cache.prepared(path, build_set)
+    return data.Options(
+        cache_dir=tmp_path / "cache", path=tmp_path / "folder", image_size=6, validation=0.2
+    )
+
+
+def rows_of(images: data.ImageSet) -> list[bytes]:
+    return [image.tobytes() for image in images.images]
+
+
+@pytest.mark.parametrize("source", data.SOURCES)
+def test_every_source_has_it(source: str, options: data.Options) -> None:
+    """The two parts are the training set, in its order; the test set stays as it was."""
+    name, plain = full_name(source), dataclasses.replace(options, validation=0.0)
+    whole, test = data.load(name, "train", plain), data.load(name, "test", plain)
+    held, rest = data.load(name, data.VALIDATION, options), data.load(name, "train", options)
+    mask = held_out(whole, options.validation)
+    assert len(held) == mask.sum() >= 0.2 * len(whole) - 0.5 and len(held) + len(rest) == len(whole)
+    for found, chosen in ((held, mask), (rest, ~mask)):
+        np.testing.assert_array_equal(found.images, whole.images[chosen])
+        assert (found.name, found.version, found.levels) == (name, whole.version, whole.levels)
+        for names, all_names in ((found.ids, whole.ids), (found.scenes, whole.scenes)):
+            expected = all_names and tuple(np.asarray(all_names)[chosen])
+            assert names == expected
+    assert not set(rows_of(held)) & set(rows_of(test))
+    assert not set(rows_of(held)) & set(rows_of(rest))
+    assert data.load(name, "test", options).fingerprint == test.fingerprint
+    prints = [images.fingerprint for images in (whole, test, held, rest)]
+    assert len({p["id"] for p in prints}) == len({p["sha256"] for p in prints}) == 4
+
+
+def test_the_order_is_pinned() -> None:
+    """Another one would put images that a stored model was trained on into the validation part."""
+    mask = held_out(numbered(10), 3)
+    np.testing.assert_array_equal(np.flatnonzero(mask), [2, 4, 8])
+    for more in range(4, 10):  # A larger part contains a smaller one.
+        assert held_out(numbered(10), more)[mask].all()
+        assert held_out(numbered(10), more).sum() == more
+    np.testing.assert_array_equal(held_out(numbered(10), 0.3), mask)
+
+
+def test_scenes_are_held_out_whole() -> None:
+    """As many as there need to be; crops of one photo are on one side."""
+    scenes = tuple("aaaabbccd")
+    images = dataclasses.replace(numbered(9), scenes=scenes)
+    for size in range(1, 9):
+        try:
+            held = part(images, size, held=True)
+        except ValueError as error:
+            assert "9 training images of 4 scenes" in str(error)
+            continue
+        rest = part(images, size, held=False)
+        assert held.scenes and rest.scenes and not set(held.scenes) & set(rest.scenes)
+        assert len(held) >= size and len(held) + len(rest) == 9
+        order = np.random.RandomState(0).permutation(4)
+        expected = {"abcd"[i] for i in order[: len(set(held.scenes))]}
+        assert set(held.scenes) == expected
+        last = "abcd"[order[len(expected) - 1]]
+        assert len(held) - scenes.count(last) < size
+
+
+def test_both_views_of_a_photo_are_on_one_side() -> None:
+    for size in (0.1, 0.2, 0.5):
+        options = data.Options(validation=size)
+        held = data.load("photos", data.VALIDATION, options)
+        rest = data.load("photos", "train", options)
+        assert (
+            held.ids and rest.ids and held.caution.startswith(f"{len(set(held.scenes or ()))} of 5")
+        )
+        views = ["motorcycle" in found for found in (str(set(held.ids)), str(set(rest.ids)))]
+        assert views.count(True) == 1
+
+
+@pytest.mark.parametrize("size", [1437.0, 2000.0, 0.9999, 1e-9])
+def test_a_part_that_leaves_nothing_is_refused(size: float) -> None:
+    with pytest.raises(ValueError, match=f"data.validation={size:g}: digits has 1437 training"):
+        data.load("digits", "train", data.Options(validation=size))
+
+
+def test_without_images_held_out_there_is_no_such_split() -> None:
+    with pytest.raises(ValueError, match=r"of digits with data.validation=0: .*set --config.data"):
+        data.load("digits", data.VALIDATION)
+    config = tiny.get_config()
+    config.eval.split = data.VALIDATION
+    with pytest.raises(ValueError, match=r"eval.split=validation with data.validation=0: "):
+        build.Experiment(config)
+    config.data.validation = 1.5
+    with pytest.raises(
+        ValueError, match=r"data.validation=1.5: need a fraction below 1 or a whole"
+    ):
+        build.Experiment(config)
+
+
+def test_a_checkpoint_knows_what_was_held_out(caplog: pytest.LogCaptureFixture) -> None:
+    """A model that saw the validation images is not evaluated on them without a warning."""
+    config = tiny.get_config()
+    seen = build.Experiment(config)
+    metadata = seen.provenance(seen.images("train"))
+    config.data.validation = 100
+    experiment = build.Experiment(config)
+    rest = experiment.images("train")
+    assert (len(rest), len(experiment.images(data.VALIDATION))) == (1337, 100)
+    assert trained.warn_if_other_data(experiment.provenance(rest), rest) == []
+    (warning,) = trained.warn_if_other_data(metadata, rest)
+    assert "other data" in warning and "1337" in warning

@@ -7,7 +7,9 @@ Three independent choices. *Where*: a proposal maps u in [0, 1) to a time and a 
     E_u[ weight(u) h(t(u)) ] = integral_eps^T h(t) dt      for every h,
 
 so any proposal gives an unbiased loss; ``importance`` is uniform in log-SNR, which for the
-likelihood weighting g^2/sigma^2 makes every weight equal (Song et al. 2021, section 5).
+likelihood weighting g^2/sigma^2 makes every weight equal (Song et al. 2021, section 5);
+``velocity`` makes the weights of the velocity's error equal, not those of the noise's (Zheng et
+al., "Improved Techniques for Maximum Likelihood Estimation for Diffusion ODEs", ICML 2023).
 *How*: the points u are independent (``iid``) or a randomly shifted lattice over the whole batch
 (``lattice``), each point uniform by itself, the set evenly spread (Kingma et al., VDM, 2021).
 *How many where*: :func:`warp` moves the points first, u -> (v, 1/q(v)), so that they have the
@@ -234,6 +236,42 @@ class Importance(Proposal):
 
 
 @dataclasses.dataclass(frozen=True)
+class Velocity(Importance):
+    """Density proportional to sigmoid(lambda) over lambda = log-SNR; uniform in softplus(lambda):
+
+        p(t) = sigmoid(lambda) g^2 / (Z sigma^2),  Z = softplus(lambda(eps)) - softplus(lambda(T)).
+
+    Where alpha^2 + sigma^2 = 1, alpha^2 = sigmoid(lambda), and the errors of a prediction of the
+    noise z and of the velocity F = alpha z - sigma x are |dz|^2 = alpha^2 |dF|^2. The likelihood's
+    integral of 1/2 |dz|^2 over lambda is then Z / 2 times the mean of |dF|^2 over these times. For
+    other processes it is the same density over lambda, that of the variance-preserving process of
+    equal signal-to-noise ratio.
+    """
+
+    @property
+    def normaliser(self) -> Scalar:
+        """Z, the integral of sigmoid(lambda) g^2 / sigma^2 over [eps, T]."""
+        first, last = self._ends()
+        return first - last
+
+    def _ends(self) -> tuple[Scalar, Scalar]:
+        """softplus(lambda) at eps and at T."""
+        ends = jnp.asarray([self.eps, self.sde.largest_time], float)
+        first, last = jax.nn.softplus(jax.vmap(self.sde.log_snr)(ends))
+        return first, last
+
+    def at(self, u: Elementwise) -> tuple[Elementwise, Elementwise]:
+        check_points(u)
+        first, last = self._ends()
+        # From T on, where softplus is small and a difference from its value at eps has no digits.
+        s = last + (first - last) * (1 - u)
+        alpha2 = -jnp.expm1(-s)  # sigmoid(lambda)
+        t = self.sde.time(s + jnp.log(alpha2))
+        t = jnp.clip(t, self.eps, self.sde.largest_time)
+        return t, (first - last) / (alpha2 * self.sde.rate(t))
+
+
+@dataclasses.dataclass(frozen=True)
 class Grid:
     """The times i / (n - 1) of ``n`` noise levels, each as likely: with weight 1 a mean over i."""
 
@@ -246,7 +284,11 @@ class Grid:
         return level / (self.n - 1), jnp.ones_like(u)
 
 
-PROPOSALS: dict[str, type[Proposal]] = {"uniform": Uniform, "importance": Importance}
+PROPOSALS: dict[str, type[Proposal]] = {
+    "uniform": Uniform,
+    "importance": Importance,
+    "velocity": Velocity,
+}
 
 
 def drawn(

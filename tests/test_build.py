@@ -13,7 +13,7 @@ import pytest
 import runs
 import tiny
 
-from sbml import adapters, main
+from sbml import adapters, main, times
 from sbml.divergence import Trace
 from sbml.experiment import build
 from sbml.experiment.trained import unseen_times
@@ -57,7 +57,9 @@ def test_papers_settings(data, sde, size, count):
     assert config.training.batch_size == 128
     assert (config.optim.lr, config.optim.warmup, config.optim.grad_clip) == (2e-4, 5_000, 1.0)
     assert config.optim.ema == 0.9999
-    config.training.importance_sampling = False
+    config.training.importance = "velocity"
+    assert build.Experiment(config).adapter.eps == experiment.adapter.eps
+    config.training.update(importance_sampling=False, importance="noise")
     assert build.Experiment(config).adapter.eps == (1e-2 if sde == "subvp" else 1e-5)
 
 
@@ -126,6 +128,21 @@ def test_a_wrong_value_is_named(section, field, value, message):
     config = tiny.get_config()
     config[section][field] = value
     with pytest.raises(ValueError, match=re.escape(message)):
+        build.Experiment(config)
+
+
+def test_importance_names_the_proposal_of_times() -> None:
+    config = tiny.get_config()
+    for importance, proposal in (("noise", times.Importance), ("velocity", times.Velocity)):
+        config.training.importance = importance
+        experiment = build.Experiment(config)
+        assert type(experiment.proposal) is proposal
+        assert experiment.proposal.eps == experiment.adapter.eps
+    assert experiment.eval_proposal == "importance"
+    config.eval.update(importance="velocity", proposal_bins=0)
+    assert build.Experiment(config).eval_proposal == "velocity"
+    config.training.importance_sampling = False
+    with pytest.raises(ValueError, match=r"training.importance=velocity with training.importance_"):
         build.Experiment(config)
 
 

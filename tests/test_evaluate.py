@@ -194,6 +194,16 @@ def test_times_uniform_in_t_are_for_comparison(trained, tmp_path):
         cell_run(trained, tmp_path, BOUND, importance_sampling=False, proposal_bins=32)
 
 
+def test_times_by_the_velocitys_error_change_only_the_draws(trained, tmp_path):
+    fields = {"n_times": 32, "proposal_bins": 0}
+    ways = [cell_run(trained, tmp_path, BOUND, importance=way, **fields)
+            for way in ("noise", "velocity")]  # fmt: skip
+    found = [way.rows(np.arange(360), 0)["bits_per_dim"] for way in ways]
+    assert np.abs(found[1] - found[0]).max() > 0.01
+    error = np.hypot(*(f.std() for f in found)) / np.sqrt(360)
+    assert abs(found[0].mean() - found[1].mean()) < 4 * error < 0.1
+
+
 def test_fewer_images_are_a_sample_and_of_one_order(trained, tmp_path):
     def ids(count, cell=ODE, **fields):
         return cell_run(trained, tmp_path, cell, max_images=count, **fields).ids

@@ -77,13 +77,24 @@ def test_a_cosine_run_shorter_than_its_warmup_only_rises(warmup, caplog):
 
 
 @pytest.mark.parametrize(
-    ("flags", "theirs"),
-    [((True, True), 1.0), ((False, False), 1.0), ((True, False), None)],
+    ("flags", "importance", "theirs"),
+    [
+        ((True, True), "noise", 1.0),
+        ((False, False), "noise", 1.0),
+        ((True, False), "noise", lambda sde, t: (sde.diffusion(t) / sde.std(t)) ** 2),
+        ((True, True), "velocity", lambda sde, t: 1 / sde.mean_coef(t) ** 2),
+        ((False, True), "velocity", None),
+    ],
 )
-def test_gradients_are_clipped_in_the_unit_of_the_papers_loss(flags, theirs):
-    """Where the score is 0 theirs is mean |z|^2, or g^2 / std^2 of it; ours loss_unit times it."""
+def test_gradients_are_clipped_in_the_unit_of_the_papers_loss(flags, importance, theirs):
+    """Where the score is 0 theirs is mean |z|^2, or g^2 / std^2 of it; ours loss_unit times it.
+
+    i-DODE's is mean |F - F^|^2 = |z - z^|^2 / alpha^2.
+    """
     config = tiny.get_config()
-    config.training.update(likelihood_weighting=flags[0], importance_sampling=flags[1])
+    config.training.update(
+        likelihood_weighting=flags[0], importance_sampling=flags[1], importance=importance
+    )
     experiment = build.Experiment(config)
     unit = loss_unit(experiment.sde, experiment.config.training, experiment.adapter.eps)
     t, weight = experiment.proposal.at((jnp.arange(64) + 0.5) / 64)
@@ -93,8 +104,10 @@ def test_gradients_are_clipped_in_the_unit_of_the_papers_loss(flags, theirs):
         zero, experiment.sde, x, t, keys, weighting=experiment.config.training.weighting
     )
     ours = weight * terms / 4096
-    if theirs is None:
-        theirs = (experiment.sde.diffusion(t) / experiment.sde.std(t)) ** 2
+    if theirs is None:  # Only the weight of the times is left.
+        theirs = weight
+    elif callable(theirs):
+        theirs = theirs(experiment.sde, t)
     np.testing.assert_allclose(ours / theirs, unit, rtol=0.1)
     np.testing.assert_allclose(jnp.mean(ours / theirs), unit, rtol=0.01)
     clipped = experiment.optimizer.update  # Adam's first mean is a tenth of what it is given.

@@ -17,6 +17,7 @@ from sbml.times import (
     Grid,
     Importance,
     Proposal,
+    Velocity,
     floored,
     iid,
     lattice,
@@ -45,6 +46,18 @@ def _integrand(t: Array) -> Array:
     return 1 + t * jnp.cos(5 * t)
 
 
+def _drawn_integrand(proposal: Proposal, t: Array) -> Array:
+    """One that random draws can average: what velocity's times are for falls with the signal."""
+    if not isinstance(proposal, Velocity):
+        return _integrand(t)
+    return _integrand(t) * jax.nn.sigmoid(proposal.sde.log_snr(t))
+
+
+def _towards_one(s: Array) -> tuple[Array, Array]:
+    """u(s) on [0, 1] and du/ds, as dense in log(1 - u) near 1 as velocity's times need."""
+    return jnp.expm1(-16 * s) / jnp.expm1(-16.0), 16 * jnp.exp(-16 * s) / -jnp.expm1(-16.0)
+
+
 def _integral(f: Callable[[Array], Array], end: float, start: float = EPS) -> float:
     """Adaptive quadrature in log t."""
     value, _ = scipy.integrate.quad(
@@ -55,8 +68,9 @@ def _integral(f: Callable[[Array], Array], end: float, start: float = EPS) -> fl
 
 @pytest.mark.oracle
 def test_weighted_times_integrate_over_t(proposal: Proposal) -> None:
-    t, weight = proposal.at(jnp.asarray(0.5 * (NODES + 1)))
-    estimate = np.sum(0.5 * WEIGHTS * weight * _integrand(t))
+    u, du = _towards_one(jnp.asarray(0.5 * (NODES + 1)))
+    t, weight = proposal.at(u)
+    estimate = np.sum(0.5 * WEIGHTS * du * weight * _integrand(t))
     expected = _integral(_integrand, proposal.sde.largest_time)
     np.testing.assert_allclose(estimate, expected, rtol=1e-8)
 
@@ -72,21 +86,24 @@ def _points(draw: str, n: int, draws: int) -> Array:
 @pytest.mark.parametrize("draw", DRAWS)
 def test_estimates_are_unbiased(proposal: Proposal, draw: str) -> None:
     t, weight = proposal.at(_points(draw, 3, 4))
-    values = jnp.mean(weight * _integrand(t), axis=(1, 2))
-    error = np.mean(values) - _integral(_integrand, proposal.sde.largest_time)
+    values = jnp.mean(weight * _drawn_integrand(proposal, t), axis=(1, 2))
+    end = proposal.sde.largest_time
+    error = np.mean(values) - _integral(lambda t: _drawn_integrand(proposal, t), end)
     assert abs(error) < 3 * np.std(values) / np.sqrt(len(values))
 
 
 @pytest.mark.parametrize("density", [None, (1.0, 3.0, 2.0)])
 def test_weights_over_log_snr(proposal: Proposal, density: tuple[float, ...] | None) -> None:
     """dlambda = (g / sigma)^2 dt, whichever way the times are drawn."""
-    s = (jnp.arange(100_000) + 0.5) / 100_000  # u = s^3: closely where uniform times have a spike.
-    t, weight = proposal.over_log_snr(s**3, None if density is None else jnp.asarray(density))
+    s = (jnp.arange(400_000) + 0.5) / 400_000  # s^3: closely where uniform times have a spike.
+    u, du = _towards_one(s**3)
+    t, weight = proposal.over_log_snr(u, None if density is None else jnp.asarray(density))
     sde = proposal.sde
     expected = _integral(
         lambda t: (sde.diffusion(t) / sde.std(t)) ** 2 * _integrand(t), sde.largest_time
     )
-    np.testing.assert_allclose(jnp.mean(3 * s**2 * weight * _integrand(t)), expected, rtol=1e-5)
+    estimate = jnp.mean(3 * s**2 * du * weight * _integrand(t))
+    np.testing.assert_allclose(estimate, expected, rtol=1e-5)
 
 
 @pytest.mark.oracle
@@ -114,6 +131,41 @@ def test_importance_density_is_proportional_to_the_weighting(sde: SDE) -> None:
         np.testing.assert_allclose(weight * density, 1, rtol=1e-12)
 
 
+def _log_one_plus_snr(sde: SDE, t: Array) -> np.longdouble:
+    """log(1 + alpha^2 / sigma^2), in extended precision from alpha and sigma alone."""
+    alpha, sigma = (np.longdouble(float(c(jnp.asarray(t)))) for c in (sde.mean_coef, sde.std))
+    return np.log1p((alpha / sigma) ** 2)
+
+
+@pytest.mark.oracle
+def test_velocity_times_follow_i_dodes_formula(sde: SDE) -> None:
+    """1 + e^-gamma = e^(-Z u) (1 + e^-gamma_0), and the density is the signal's part of it."""
+    velocity = Velocity(sde, EPS)
+    first, last = (_log_one_plus_snr(sde, t) for t in (EPS, sde.largest_time))
+    np.testing.assert_allclose(float(velocity.normaliser), float(first - last), rtol=1e-11)
+    u = jnp.asarray([0.0, 0.1, 0.37, 0.9, 1 - 2.0**-20, 1.0])
+    ts, weights = velocity.at(u)
+    for k, (t, weight) in enumerate(zip(ts, weights, strict=True)):
+        # Near T the left side is small, and there it must be right to its own digits.
+        expected = last + (first - last) * (1 - np.longdouble(u[k]))
+        np.testing.assert_allclose(float(_log_one_plus_snr(sde, t)), float(expected), rtol=1e-9)
+        alpha, sigma = float(sde.mean_coef(t)), float(sde.std(t))
+        density = alpha**2 / (alpha**2 + sigma**2) * float(sde.rate(t)) / float(first - last)
+        np.testing.assert_allclose(weight * density, 1, rtol=1e-9)
+
+
+@pytest.mark.oracle
+@pytest.mark.parametrize("name", ["vp", "cosine_vp", "linear_gamma"])
+def test_weights_of_the_velocitys_error_are_equal(name: str) -> None:
+    """alpha^2 + sigma^2 = 1: weight 1/2 g^2/sigma^2 |dz|^2 is Z/2 |dF|^2, dz = alpha dF."""
+    velocity = Velocity(SDES[name](), EPS)
+    t, weight = velocity.at(jnp.linspace(0, 1, 50))
+    of_noise = 0.5 * weight * velocity.sde.rate(t)
+    of_velocity = of_noise * velocity.sde.mean_coef(t) ** 2
+    np.testing.assert_allclose(of_velocity, velocity.normaliser / 2, rtol=1e-9)
+    assert np.ptp(of_noise) > 10
+
+
 def test_times_stay_in_the_interval(proposal: Proposal) -> None:
     u = jnp.asarray([0.0, 1e-7, 0.5, 1 - 2.0**-24, 1 - 2.0**-53])
     t, weight = jax.jit(proposal.at)(u)
@@ -137,6 +189,8 @@ def test_float32_times_are_as_good_as_their_points(proposal: Proposal) -> None:
     # weights near 1 are Z (1 - t), Z = 37 at most, where 1 - t is known to 2^-24.
     rtol, unit = (1e-5, 0.0) if last == 1 else (3e-5, 37 * 2.0**-24)
     np.testing.assert_allclose(t32, t, rtol=rtol, atol=1e-7)
+    if isinstance(proposal, Velocity) and last != 1:  # 1 / alpha^2, and 1 - t = 1e-3 to 2^-24.
+        rtol = 1.2e-4
     np.testing.assert_allclose(weight32, weight, rtol=rtol, atol=1e-7 + unit)
 
 
@@ -244,8 +298,9 @@ def test_the_best_density_makes_a_step_function_exact() -> None:
 def test_warped_estimates_are_unbiased(proposal: Proposal, draw: str) -> None:
     v, inverse = warp(_points(draw, 3, 4), floored(jnp.asarray(SCALE)))
     t, weight = proposal.at(v)
-    values = jnp.mean(inverse * weight * _integrand(t), axis=(1, 2))
-    error = np.mean(values) - _integral(_integrand, proposal.sde.largest_time)
+    values = jnp.mean(inverse * weight * _drawn_integrand(proposal, t), axis=(1, 2))
+    end = proposal.sde.largest_time
+    error = np.mean(values) - _integral(lambda t: _drawn_integrand(proposal, t), end)
     assert abs(error) < 3 * np.std(values) / np.sqrt(len(values))
 
 

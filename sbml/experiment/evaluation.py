@@ -19,7 +19,7 @@ from sbml.experiment.fields import (
     text,
 )
 from sbml.experiment.solving import Solving, method, tolerance
-from sbml.experiment.training import proposal_name
+from sbml.experiment.training import IMPORTANCE, check_importance, proposal_name
 from sbml.features import EXTRACTORS
 
 PRECISIONS = ("default", "high", "highest")
@@ -57,7 +57,8 @@ class Eval(Solving):
     probes: int = integer(2, least=1, below=2**20)
     n_times: int = integer(2, least=1, below=2**20)  # of the bound, draws an image in one sweep
     times: str = choice("lattice", times.DRAWS)  # of the bound
-    importance_sampling: bool = flag(True)  # its times uniform in log-SNR; or in t
+    importance_sampling: bool = flag(True)  # its times by importance; or uniform in t
+    importance: str = choice("noise", IMPORTANCE)  # as in training
     sweeps: int = integer(8, least=1)  # of the bound, each over all images
     # sweep, 8 times at least, to this standard error in bits/dim; 0: off
     target_se: float = real(0.0, least=0, most=1)
@@ -82,16 +83,18 @@ class Eval(Solving):
     def check(self) -> None:
         """The table is not empty, and a learned density of times has its proposal."""
         cells(self)
-        if not self.importance_sampling and self.proposal_bins:
+        check_importance(self.section, self.importance_sampling, self.importance)
+        if self.proposal != "importance" and self.proposal_bins:
             raise ValueError(
-                f"eval.importance_sampling=False with eval.proposal_bins={self.proposal_bins}: the "
+                f"eval.importance={self.importance}, eval.importance_sampling="
+                f"{self.importance_sampling} with eval.proposal_bins={self.proposal_bins}: the "
                 "density of the bound's times is one of log-SNR; set --config.eval.proposal_bins=0"
             )
 
     @property
     def proposal(self) -> str:
         """Where the bound's times are drawn, of ``times.PROPOSALS``."""
-        return proposal_name(self.importance_sampling)
+        return proposal_name(self.importance_sampling, self.importance)
 
 
 def cells(section: Eval) -> list[Cell]:

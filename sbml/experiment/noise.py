@@ -12,7 +12,8 @@ from sbml.sdes import SDE
 def smallest_time(sde: SDE, training: Training, data: Data) -> float:
     """The paper's, unless ``training.smallest_time`` says otherwise.
 
-    The SDE's own, but for VP on ImageNet with likelihood weighting and importance sampling 5e-5.
+    The SDE's own, but for VP on ImageNet with likelihood weighting and importance sampling, of
+    either kind, 5e-5.
     """
     if training.smallest_time is not None:
         return training.smallest_time
@@ -32,8 +33,10 @@ def trained_from(sde: SDE, training: Training, data: Data) -> float:
 def loss_unit(sde: SDE, training: Training, eps: float) -> float:
     """Our loss, nats/dim, where the paper's is 1: it leaves constants out, mean |z - F|^2.
 
-    Z / 2 where importance sampling makes the likelihood's weights equal, else 1 / 2.
+    Z / 2 where importance sampling makes the likelihood's weights equal, those of the noise's or of
+    the velocity's error; else 1 / 2.
     """
-    if not (training.likelihood_weighting and training.importance_sampling):
+    proposal = training.proposal(sde, eps)
+    if not (training.likelihood_weighting and isinstance(proposal, times.Importance)):
         return 0.5
-    return float(times.Importance(sde, eps).normaliser) / 2
+    return float(proposal.normaliser) / 2

@@ -12,6 +12,9 @@ from sbml.times import DRAWS, PROPOSALS, Grid, Proposal
 
 NOISES = ("independent", "antithetic")
 
+# The error whose likelihood weights importance sampling makes equal, and the proposal of its times.
+IMPORTANCE = {"noise": "importance", "velocity": "velocity"}
+
 
 @dataclasses.dataclass(frozen=True)
 class Loop(Section):
@@ -45,9 +48,22 @@ class Loop(Section):
         )
 
 
-def proposal_name(importance_sampling: bool) -> str:
+def proposal_name(importance_sampling: bool, importance: str) -> str:
     """Where times are drawn, of ``times.PROPOSALS``."""
-    return "importance" if importance_sampling else "uniform"
+    return IMPORTANCE[importance] if importance_sampling else "uniform"
+
+
+def check_importance(section: str, importance_sampling: bool, importance: str) -> None:
+    """Refuse a kind of importance where times are uniform.
+
+    Raises:
+      ValueError: naming the fields of ``section`` and their values.
+    """
+    if not importance_sampling and importance != "noise":
+        raise ValueError(
+            f"{section}.importance={importance} with {section}.importance_sampling=False: times "
+            f"are uniform, of no importance; set --config.{section}.importance_sampling=True"
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,7 +78,9 @@ class Training(Loop):
     folder: ClassVar[str] = "checkpoints"
 
     likelihood_weighting: bool = flag(True)
-    importance_sampling: bool = flag(True)  # times uniform in log-SNR; or in t
+    importance_sampling: bool = flag(True)  # times by importance; or uniform in t
+    # noise: uniform in log-SNR, the paper's; velocity: density proportional to alpha^2 in log-SNR
+    importance: str = choice("noise", IMPORTANCE)
     # N: the discrete-time loss on N noise levels, DDPM's (vp) or SMLD's (ve); 0: off
     discrete_levels: int = integer(0, below=2**20)
     times: str = choice("lattice", DRAWS)
@@ -73,13 +91,14 @@ class Training(Loop):
     sample_every: int = integer(50_000)  # a grid of samples; 0: none during training
 
     def check(self) -> None:
-        """A discrete-time loss has neither of the two flags."""
+        """A discrete-time loss has neither of the two flags; a kind of importance has its flag."""
         for name in ("likelihood_weighting", "importance_sampling"):
             if self.discrete_levels and getattr(self, name):
                 raise ValueError(
                     f"training.discrete_levels={self.discrete_levels} with training.{name}: "
                     f"the discrete-time losses have neither; set --config.training.{name}=False"
                 )
+        check_importance(self.section, self.importance_sampling, self.importance)
 
     @property
     def antithetic(self) -> bool:
@@ -104,7 +123,7 @@ class Training(Loop):
         """Where the times of training are drawn, from ``eps`` on."""
         if self.discrete_levels:
             return Grid(self.discrete_levels)
-        return PROPOSALS[proposal_name(self.importance_sampling)](sde, eps)
+        return PROPOSALS[proposal_name(self.importance_sampling, self.importance)](sde, eps)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -32,6 +32,7 @@ WORKDIR = flags.DEFINE_string("workdir", None, "Where results go; default runs/<
 SOURCE: flags.FlagHolder[str | None] = flags.DEFINE_string(
     "source", None, "What --mode=convert reads: a checkpoint or work directory of others' code."
 )
+RUNS = flags.DEFINE_list("runs", None, "What --mode=compare reads: evaluated work directories.")
 COORDINATOR = flags.DEFINE_string(
     "coordinator", None, "Several processes: process 0's host:port, or auto (TPU pods, Slurm ...)."
 )
@@ -92,7 +93,8 @@ def main(arguments: Sequence[str]) -> None:
         raise app.UsageError(f"unknown mode {unknown}; choose from {', '.join(MODES)}")
     if MODE.value and not any(getattr(module_of(m), "NEEDS_CONFIG", True) for m in MODE.value):
         for mode in MODE.value:
-            module_of(mode).run()
+            module = module_of(mode)
+            module.run(None, WORKDIR.value, **_flags_of(module))
         return
     if CONFIG.value is None:
         raise app.UsageError(
@@ -123,8 +125,13 @@ def main(arguments: Sequence[str]) -> None:
     print(f"{', '.join(chosen)} in {workdir}")
     for mode in chosen:
         module = module_of(mode)
-        given = {name: flags.FLAGS[name].value for name in getattr(module, "FLAGS", ())}
-        module.run(architecture.of_workdir(CONFIG.value, workdir), workdir, **given)
+        config = architecture.of_workdir(CONFIG.value, workdir)
+        module.run(config, workdir, **_flags_of(module))
+
+
+def _flags_of(module: Any) -> dict[str, Any]:
+    """The flags that a mode takes beside config and work directory."""
+    return {name: flags.FLAGS[name].value for name in getattr(module, "FLAGS", ())}
 
 
 if __name__ == "__main__":

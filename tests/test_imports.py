@@ -30,7 +30,7 @@ LAYERS: dict[str, set[str]] = {
     "data": {"runtime"},
     "verify": {"dequantizers"},
     "features": {"data", "runtime"},
-    "report": {"data", "runtime"},
+    "report": {"data", "estimators", "runtime"},
     "experiment": {"data", "dequantizers", "estimators", "features", "networks", "runtime"}
     | {"samplers"},
     "evaluation": {"data", "dequantizers", "estimators", "experiment", "features", "report"}

@@ -39,53 +39,64 @@ def render(
     bits = ending(table, "bits_per_dim")
     best, worst = _extremes(np.asarray(table["id"]), next(iter(bits.values())), images, levels)
     columns = _columns(report["results"])
-    environment = jinja2.Environment(
+    return (
+        environment()
+        .get_template("report.html")
+        .render(
+            title=report.get("title", "Evaluation"),
+            warnings=[*report.get("warnings", []), *_uncounted(report, bits)],
+            headline=_headline(report["results"][0]),
+            versus=_versus(report["results"][0], report.get("baselines", [])),
+            comparison=_comparison(report["results"], report.get("baselines", [])),
+            facts=_facts(report),
+            columns=columns,
+            rows=[
+                {
+                    column["key"]: text(row.get(column["key"]), column["format"])
+                    for column in columns
+                }
+                for row in report["results"]
+            ],
+            ledger=_ledger(report["results"]),
+            histograms=[
+                *(_histogram(f"{name} bits/dim".strip(), column) for name, column in bits.items()),
+                *(
+                    _histogram(f"{name} network evaluations".strip(), column)
+                    for name, column in ending(table, "nfe").items()
+                    if np.ptp(column) > 0
+                ),
+            ],
+            best=best,
+            worst=worst,
+            training=_training(curves),
+            samples=None if samples is None else _samples(samples, levels),
+            quality={name: text(value, ".4g") for name, value in report.get("quality", {}).items()},
+            pictures=[{"png": _png_url(png), "alt": caption} for caption, png in pictures],
+            command=report.get("command"),
+            details=_details(report),
+        )
+    )
+
+
+def environment() -> jinja2.Environment:
+    """Where the templates of this folder are found; everything that they show is escaped."""
+    return jinja2.Environment(
         loader=jinja2.PackageLoader("sbml", "report"),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    return environment.get_template("report.html").render(
-        title=report.get("title", "Evaluation"),
-        warnings=[*report.get("warnings", []), *_uncounted(report, bits)],
-        headline=_headline(report["results"][0]),
-        versus=_versus(report["results"][0], report.get("baselines", [])),
-        comparison=_comparison(report["results"], report.get("baselines", [])),
-        facts=_facts(report),
-        columns=columns,
-        rows=[
-            {column["key"]: _text(row.get(column["key"]), column["format"]) for column in columns}
-            for row in report["results"]
-        ],
-        ledger=_ledger(report["results"]),
-        histograms=[
-            *(_histogram(f"{name} bits/dim".strip(), column) for name, column in bits.items()),
-            *(
-                _histogram(f"{name} network evaluations".strip(), column)
-                for name, column in ending(table, "nfe").items()
-                if np.ptp(column) > 0
-            ),
-        ],
-        best=best,
-        worst=worst,
-        training=_training(curves),
-        samples=None if samples is None else _samples(samples, levels),
-        quality={name: _text(value, ".4g") for name, value in report.get("quality", {}).items()},
-        pictures=[{"png": _png_url(png), "alt": caption} for caption, png in pictures],
-        command=report.get("command"),
-        details=_details(report),
-    )
 
 
-def _text(value: Any, form: str = "") -> str:
+def text(value: Any, form: str = "") -> str:
     """A value of the report as the page shows it; ``form`` is for floats, "bits" for bits/dim."""
     if value is None:
         return "–"
     if isinstance(value, bool):
         return "yes" if value else "NO"
     if isinstance(value, list):
-        return " to ".join(_text(item, form) for item in value)
+        return " to ".join(text(item, form) for item in value)
     if isinstance(value, float):
         if not math.isfinite(value):
             return json.dumps(value)
@@ -96,16 +107,17 @@ def _text(value: Any, form: str = "") -> str:
     return str(value)
 
 
-def _flat(value: Mapping[str, Any], top: str = "") -> dict[str, Any]:
+def flat(value: Mapping[str, Any], top: str = "") -> dict[str, Any]:
     """{"a": {"b": 1}} as {"a.b": 1}; lists stay whole, and the name ``top`` is left off."""
-    flat: dict[str, Any] = {}
+    leaves: dict[str, Any] = {}
     for key, item in value.items():
         if isinstance(item, Mapping) and item:
-            below = _flat(item)
-            flat |= below if key == top else {f"{key}.{name}": leaf for name, leaf in below.items()}
+            below = flat(item)
+            named = {f"{key}.{name}": leaf for name, leaf in below.items()}
+            leaves |= below if key == top else named
         else:
-            flat[key] = item
-    return flat
+            leaves[key] = item
+    return leaves
 
 
 def _columns(results: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -127,8 +139,8 @@ def _ledger(results: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
         return None
     rows = [
         [_label(row)]
-        + [_text(row.get("terms", {}).get(name), ".4f") for name in names]
-        + [_text(row["bits_per_dim"], ".4f")]
+        + [text(row.get("terms", {}).get(name), ".4f") for name in names]
+        + [text(row["bits_per_dim"], ".4f")]
         for row in results
     ]
     return {"names": names, "rows": rows}
@@ -144,11 +156,11 @@ def _label(result: Mapping[str, Any]) -> str:
 
 def _headline(result: Mapping[str, Any]) -> dict[str, Any]:
     return {
-        "bits_per_dim": _text(result["bits_per_dim"], "bits"),
+        "bits_per_dim": text(result["bits_per_dim"], "bits"),
         "finite": math.isfinite(float(result["bits_per_dim"])),
-        "interval": _text(result.get("interval"), "bits"),
+        "interval": text(result.get("interval"), "bits"),
         "label": _label(result),
-        "n": _text(result.get("n")),
+        "n": text(result.get("n")),
     }
 
 
@@ -175,7 +187,7 @@ def _facts(report: Mapping[str, Any]) -> dict[str, str]:
         "Evaluations, max": result.get("nfe_max"),
         "Images not finite": result.get("nonfinite"),
     }
-    return {name: _text(value, ".4g") for name, value in facts.items() if value is not None}
+    return {name: text(value, ".4g") for name, value in facts.items() if value is not None}
 
 
 def _uncounted(report: Mapping[str, Any], bits: Mapping[str, np.ndarray]) -> list[str]:
@@ -192,15 +204,16 @@ def _uncounted(report: Mapping[str, Any], bits: Mapping[str, np.ndarray]) -> lis
 def _details(report: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """What the page shows nowhere else, by heading, every value exact."""
     results = {f"{row}. {_label(r)}": r for row, r in enumerate(report["results"], 1)}
-    details = {"Every figure of the results": _flat(results)}
+    details = {"Every figure of the results": flat(results)}
     for name, value in report.items():
         if name not in SHOWN_ELSEWHERE:
             heading = DETAILS.get(name, name.replace("_", " ").capitalize())
-            details[heading] = _flat({name: value}, name)
+            details[heading] = flat({name: value}, name)
     return details
 
 
-def _figure(name: str, draw: Callable, width: float, height: float, caption: str) -> dict[str, Any]:
+def figure(name: str, draw: Callable, width: float, height: float, caption: str) -> dict[str, Any]:
+    """A figure of ``width`` x ``height`` inches with its caption, as the templates show it."""
     svg = Markup(_plots.svg(name, draw, width, height))
     return {"svg": svg, "alt": f"{name}. {caption}", "caption": caption}
 
@@ -208,20 +221,21 @@ def _figure(name: str, draw: Callable, width: float, height: float, caption: str
 def _comparison(
     results: Sequence[Mapping[str, Any]], baselines: Sequence[Mapping[str, Any]]
 ) -> dict[str, Any]:
-    estimates = [_estimate(_label(row), row, ours=True) for row in results]
-    estimates += [_estimate(row["name"], row, ours=False) for row in baselines]
+    estimates = [estimate(_label(row), row, ours=True) for row in results]
+    estimates += [estimate(row["name"], row, ours=False) for row in baselines]
     values = "; ".join(f"{row.label} {row.value:.3f}" for row in estimates)
-    figure = _figure(
+    shown = figure(
         "Comparison",
         partial(_plots.comparison, estimates=estimates),
         5.8,
         0.6 + 0.36 * len(estimates),
         "Bars: 95% intervals. Blue: this model; grey: baselines.",
     )
-    return figure | {"alt": f"Comparison in bits/dim: {values}."}
+    return shown | {"alt": f"Comparison in bits/dim: {values}."}
 
 
-def _estimate(label: str, row: Mapping[str, Any], ours: bool) -> _plots.Estimate:
+def estimate(label: str, row: Mapping[str, Any], ours: bool) -> _plots.Estimate:
+    """A result or baseline with its interval, as the figures show it."""
     value, half = float(row["bits_per_dim"]), float(row.get("ci95") or 0)
     low, high = row.get("interval") or (value - half, value + half)
     return _plots.Estimate(label, value, float(low), float(high), ours)
@@ -238,7 +252,7 @@ def _histogram(name: str, values: np.ndarray) -> dict[str, Any]:
     if 0 < finite.size < values.size:
         caption += f" {values.size - finite.size:,} not finite, outside this mean."
     draw = partial(_plots.histogram, values=values, label=name)
-    return _figure(name, draw, 5, 2.6, caption)
+    return figure(name, draw, 5, 2.6, caption)
 
 
 def _training(curves: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
@@ -256,10 +270,11 @@ def _training(curves: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
     if seconds := rows[max(rows)].get("seconds"):
         caption += f" Training time {timedelta(seconds=round(seconds))}."
     draw = partial(_plots.training, step=step, loss=loss, window=window)
-    return _figure("Training loss", draw, 10.6, 3, caption)
+    return figure("Training loss", draw, 10.6, 3, caption)
 
 
-def _data_url(array: np.ndarray) -> str:
+def data_url(array: np.ndarray) -> str:
+    """An image, uint8 (h, w, c), as the address of an ``img``."""
     return _png_url(_images.png(array))
 
 
@@ -279,9 +294,9 @@ def _extremes(
     def strip(rows: np.ndarray) -> list[dict[str, Any]]:
         return [
             {
-                "png": _data_url(_images.image_grid(pixels[None], levels, 1, _scale(pixels, 96))),
+                "png": data_url(_images.image_grid(pixels[None], levels, 1, _scale(pixels, 96))),
                 "id": ids[row],
-                "bits_per_dim": _text(float(bits[row]), "bits"),
+                "bits_per_dim": text(float(bits[row]), "bits"),
                 "finite": math.isfinite(bits[row]),
             }
             for row, pixels in zip(rows, fetch([int(ids[row]) for row in rows]), strict=True)
@@ -298,7 +313,7 @@ def _samples(samples: np.ndarray, levels: int) -> dict[str, str]:
     grid = _images.image_grid(shown, levels, min(columns, len(shown)), scale)
     left_off = f" of {len(samples):,}" if len(shown) < len(samples) else ""
     alt = f"{len(shown):,}{left_off} samples from the model, not selected."
-    return {"png": _data_url(grid), "alt": alt}
+    return {"png": data_url(grid), "alt": alt}
 
 
 def _scale(image: np.ndarray, width: int) -> int:

@@ -8,6 +8,7 @@ import numpy as np
 
 from sbml import intervals
 from sbml.estimate import Estimate
+from sbml.estimators import Cell
 
 
 def _shown(heading: str, form: str, **options: Any) -> Any:
@@ -130,6 +131,11 @@ class Result:
         """As messages call it."""
         draws = f" K={self.num_importance}" if self.num_importance > 1 else ""
         return f"{self.estimator} {self.dequantizer}{draws}"
+
+    @property
+    def column(self) -> str:
+        """What precedes the names of its columns in the per-image table."""
+        return Cell(self.estimator, self.dequantizer, self.num_importance).name
 
     @property
     def line(self) -> str:

@@ -32,7 +32,6 @@ MADE_BY = {
     ARCHITECTURE: "convert",
     EVALUATION: "eval",
     LATENTS: "latents",
-    PER_IMAGE: "eval",
     QUALITY: "quality",
     SAMPLES: "sample",
 }
@@ -73,7 +72,7 @@ class Workdir(os.PathLike):
           ValueError: it is not there; the message names the mode that makes it.
           DamagedFileError: its content is not what was written.
         """
-        mode = MADE_BY[name]
+        mode = "eval" if name.startswith("per_image") else MADE_BY[name]
         if not self.has(name):
             raise ValueError(f"no {name} in {self}: make it first (--mode={mode})")
         read: Callable[..., dict[str, Any]] = read_npz if name.endswith(".npz") else read_json

@@ -1,0 +1,40 @@
+"""Comparing evaluated runs on one page: ``--mode=compare --runs=runs/a,runs/b``."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from etils import epath
+
+from sbml import report
+from sbml.report import comparison
+from sbml.report.comparison import Run
+from sbml.runtime.workdir import Workdir
+
+NEEDS_CONFIG = False
+FLAGS = ("runs",)
+
+
+def run(config: Any, workdir: epath.PathLike | None, runs: Sequence[str] | None) -> None:
+    """Write ``comparison.html`` and ``comparison.json`` to ``workdir`` (None: ``runs/comparison``).
+
+    Prints the paired differences of every number that the runs share. ``config`` changes nothing.
+
+    Raises:
+      ValueError: what ``comparison.Run.read`` and ``comparison.compared`` raise.
+    """
+    if not runs:
+        raise ValueError("--mode=compare reads --runs=DIR,DIR: evaluated work directories")
+    found = [Run.read(Workdir(path)) for path in runs]
+    numbers = comparison.compared(found)
+    workdir = Workdir(workdir or "runs/comparison")
+    workdir.write("comparison.json", report.strict(numbers))
+    workdir.write_bytes("comparison.html", comparison.render(found, numbers).encode())
+    for cell in numbers["cells"]:
+        print(cell["name"])
+        for row in cell["rows"]:
+            line = f"  {row['run']:24s} {row['bits_per_dim']:.4f} bits/dim"
+            if "difference" in row:
+                low, high = row["difference_interval"]
+                line += f", {row['difference']:+.4f} [{low:+.4f}, {high:+.4f}], n={row['pairs']}"
+            print(line)
+    print(f"page: {workdir / 'comparison.html'}")

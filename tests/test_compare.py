@@ -1,0 +1,102 @@
+"""Runs side by side: paired differences by their definition, of the same images only."""
+
+import json
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from sbml.modes import compare
+from sbml.report import comparison
+from sbml.report.comparison import Run
+from sbml.report.result import Result
+from sbml.runtime.workdir import EVALUATION, PER_IMAGE, SAMPLES, Workdir
+
+IMAGES = {"name": "digits", "split": "test", "count": 50, "shape": [2, 2, 1], "levels": 17}
+HARDNESS = np.random.default_rng(0).normal(2, 0.5, 50)  # of each image, the same for all models
+
+
+def result(bits: np.ndarray, draws: int = 1, estimator: str = "ode") -> dict:
+    """A result of ``report.json`` with what a comparison reads."""
+    interval = [float(bits.mean() - 0.1), float(bits.mean() + 0.1)]
+    unread = dict.fromkeys(("stderr", "this_set_stderr", "this_set_ci95", "min", "max"), 0.0)
+    return Result(
+        **{"estimator": estimator, "dequantizer": "uniform", "num_importance": draws, **unread},
+        **{"data": "digits", "split": "test", "n": len(bits), "split_size": 50, "ci95": 0.1},
+        **{"bits_per_dim": float(bits.mean()), "interval": interval, "this_set_interval": interval},
+        **{"nonfinite": 0, "outliers": [], "terms": {}, "smallest_time": 1e-5, "trace": None},
+        **{"dequantizer_step": None, "nfe_mean": 70.0, "nfe_max": 80, "converged": True},
+    ).plain()
+
+
+def write(path, ids: np.ndarray, bits: np.ndarray, sha: str = "a", **extra) -> Workdir:
+    """An evaluated work directory."""
+    workdir = Workdir(path)
+    config = {"seed": len(path.name), "model": {"name": "mlp", "width": 32}}
+    about = {"model": {"name": "mlp", "parameters": 8480}, "checkpoint": {"step": 40}}
+    data = {"test": {**IMAGES, "id": sha}}
+    results = [result(bits)]
+    columns = {"id": ids, "ode_uniform_bits_per_dim": bits}
+    if extra.get("few") is not None:  # K = 3 of few images, in a table of its own.
+        few = extra["few"]
+        results.append(result(bits[few] - 0.1, draws=3))
+        column = {"ode_uniform_k3_bits_per_dim": bits[few] - 0.1}
+        workdir.write("per_image_ode_uniform_k3.npz", {"id": ids[few], **column})
+    workdir.write(PER_IMAGE, columns)
+    evaluation = {"results": results, "data": data, "config": config, "warnings": [], **about}
+    workdir.write(EVALUATION, evaluation)
+    return workdir
+
+
+def test_differences_are_those_of_the_images_in_both(tmp_path):
+    noise = np.random.default_rng(1).normal(0, 0.02, 50)
+    few = np.arange(0, 40, 2)
+    first = write(tmp_path / "first", np.arange(50), HARDNESS, few=few)
+    second = write(tmp_path / "second", np.arange(10, 50), (HARDNESS + 0.03 + noise)[10:], few=few)
+    numbers = comparison.compared([Run.read(first), Run.read(second)])
+    assert [cell["name"] for cell in numbers["cells"]] == ["ode uniform", "ode uniform K=3"]
+    row = numbers["cells"][0]["rows"][1]
+    gap = 0.03 + noise[10:]
+    expected = stats.t.interval(0.95, 39, gap.mean(), stats.sem(gap))
+    assert row["pairs"] == 40 and row["difference"] == pytest.approx(gap.mean())
+    np.testing.assert_allclose(row["difference_interval"], expected)
+    assert np.diff(expected) < 0.1 * np.diff(row["interval"])  # The point of pairing.
+    pairs = numbers["cells"][1]["rows"][1]["pairs"]
+    assert pairs == len({*few} & {*(few + 10)})
+    assert "difference" not in numbers["cells"][0]["rows"][0]
+
+
+def test_the_mode_writes_a_page_and_its_numbers(tmp_path, capsys):
+    for name in ("a", "bb"):
+        workdir = write(tmp_path / name, np.arange(50), HARDNESS)
+        workdir.write(SAMPLES, {"images": np.zeros((5, 2, 2, 1), np.uint8)})
+    compare.run(None, tmp_path / "out", [str(tmp_path / "a"), str(tmp_path / "bb")])
+    page = (tmp_path / "out" / "comparison.html").read_text()
+    assert "Comparison of a, bb" in page and page.count("data:image/png") == 2
+    assert '<th scope="row">seed</th><td>1</td><td>2</td>' in page
+    assert "model.width" not in page  # Equal in both.
+    numbers = json.loads((tmp_path / "out" / "comparison.json").read_text())
+    assert numbers["cells"][0]["rows"][1]["difference"] == 0.0
+    assert "+0.0000 [+0.0000, +0.0000], n=50" in capsys.readouterr().out
+
+
+def test_what_cannot_be_compared_is_refused(tmp_path):
+    first = write(tmp_path / "first", np.arange(50), HARDNESS)
+    other = write(tmp_path / "other", np.arange(50), HARDNESS, sha="b")
+    with pytest.raises(ValueError, match="other was evaluated on other images than first"):
+        comparison.compared([Run.read(first), Run.read(other)])
+    with pytest.raises(ValueError, match="two evaluated runs at least"):
+        comparison.compared([Run.read(first)])
+    with pytest.raises(ValueError, match="two of the runs have one name"):
+        comparison.compared([Run.read(first)] * 2)
+    with pytest.raises(ValueError, match=r"no evaluation\.json in .*--mode=eval"):
+        compare.run(None, None, [str(tmp_path / "first"), str(tmp_path)])
+    with pytest.raises(ValueError, match="--runs=DIR,DIR"):
+        compare.run(None, None, None)
+    bound = write(tmp_path / "bound", np.arange(50), HARDNESS)
+    content = bound.read(EVALUATION)
+    content["results"] = [result(HARDNESS, estimator="bound")]
+    bound.write(EVALUATION, content)
+    bound.write(PER_IMAGE, {"id": np.arange(50), "bound_uniform_bits_per_dim": HARDNESS})
+    with pytest.raises(ValueError, match="no number in common: first has ode uniform; bound has"):
+        comparison.compared([Run.read(first), Run.read(bound)])

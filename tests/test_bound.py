@@ -241,10 +241,10 @@ def test_fit_recovers_mean_and_covariance():
     [
         (
             {"trace": Trace("exact"), "reduction": Reduction(bound.GaussianControl(0, 1, None))},
-            "control is of the denoising form",
+            r"trace=Trace\(kind='exact', .* control belongs to the denoising form only",
         ),
         ({"eps": 0.0}, "smallest time eps=0.0"),
-        ({"x": np.zeros(3, np.uint8)}, "uint8: dequantize"),
+        ({"x": np.zeros(3, np.uint8)}, "x is of uint8: dequantize"),
         ({"reduction": Reduction(proposal="lattice")}, "unknown proposal 'lattice'; choose from"),
         # It would broadcast against n draws in silence, to a bound far too low.
         ({"u": jnp.full((4, 1), 0.5)}, r"u has shape \(4, 1\): give one example's \(n,\)"),

@@ -50,7 +50,7 @@ def test_moments_are_the_same_in_parts(monkeypatch):
     np.testing.assert_allclose(mean, flat.mean(0))
     np.testing.assert_allclose(moments.variances(x, mean), flat.var(0))
     np.testing.assert_allclose(moments.covariance(x, mean), np.cov(flat, rowvar=False))
-    with pytest.raises(ValueError, match="no covariance of 1 images"):
+    with pytest.raises(ValueError, match="1 examples: a covariance needs at least two"):
         moments.covariance(x[:1], mean)
 
 
@@ -61,7 +61,7 @@ def test_interval_is_students():
     np.testing.assert_allclose(mean_interval(values).bounds, (low, high))
     broken = mean_interval(np.array([1.0, np.nan]))
     assert broken.nonfinite == 1 and math.isnan(broken.mean)
-    with pytest.raises(ValueError, match="no values"):
+    with pytest.raises(ValueError, match=r"values of shape \(0,\): a mean needs at least one"):
         mean_interval(np.array([]))
 
 

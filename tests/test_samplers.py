@@ -259,7 +259,7 @@ def test_refusals() -> None:
         samplers.EulerMaruyama(spacing="cosine")
     with pytest.raises(ValueError, match=r"eta=2: must lie in \[0, 1\]"):
         samplers.DDIM(eta=2)
-    with pytest.raises(ValueError, match="need one step, a positive snr"):
+    with pytest.raises(ValueError, match="snr=0.0: need at least one step and a positive snr"):
         samplers.Langevin(snr=0.0)
 
 

@@ -258,7 +258,7 @@ def test_the_table_of_ddpm_is_near_its_limit() -> None:
         ([0.9, 0.5, 0.0], "leave it out"),
         ([1.0, 0.5], r"numbers in \(0, 1\)"),
         ([0.9, math.nan], r"numbers in \(0, 1\)"),
-        ([0.9, 0.5, 0.5], r"alpha_bars\[1\]=0.5, alpha_bars\[2\]=0.5: need falling"),
+        ([0.9, 0.5, 0.5], r"alpha_bars\[1\]=0.5, alpha_bars\[2\]=0.5: need decreasing"),
     ],
 )
 def test_impossible_tables_are_refused(values: list[float], message: str) -> None:

@@ -1,4 +1,4 @@
-"""Samples by the ODE: the inverse of the likelihood's map, with the data's own moments."""
+"""Samples by the ODE: the inverse of the likelihood's map, with the moments of the data."""
 
 import functools
 
@@ -24,7 +24,7 @@ X = np.random.default_rng(0).normal(size=(4, *SHAPE)) * 0.5
 
 @functools.cache
 def decoded(name: str) -> tuple[Array, Array]:
-    """Latents ``(N, *SHAPE)`` drawn from the prior and what they decode to."""
+    """Latents ``(N, *SHAPE)`` from the prior, and their samples ``(N, *SHAPE)``."""
     sde = SDES[name]()
     data, keys = oracle.gaussian(sde), jax.random.split(jax.random.key(0), N)
     z = jax.vmap(lambda key: sde.prior_sample(key, SHAPE))(keys)
@@ -47,7 +47,7 @@ def test_decoding_a_gaussian_is_its_closed_form_map(name: str) -> None:
 @pytest.mark.oracle
 @pytest.mark.parametrize("name", SDES)
 def test_samples_have_the_moments_of_the_data(name: str) -> None:
-    """Within 4 standard errors; a covariance entry's variance is (c_ii c_jj + c_ij^2) / n."""
+    """They agree within 4 standard errors, sqrt((c_ii c_jj + c_ij^2) / n) for a covariance."""
     data = oracle.gaussian(SDES[name]())
     cov, samples = np.asarray(data.cov), np.asarray(decoded(name)[1]).reshape(N, 3)
     variances = np.diag(cov)
@@ -57,7 +57,7 @@ def test_samples_have_the_moments_of_the_data(name: str) -> None:
 
 
 def test_a_sample_is_a_decoded_prior_draw() -> None:
-    """Two keys give two samples, each the map of its own latent."""
+    """Two keys give two samples, each from its own latent."""
     sde = SDES["vp"]()
     data, keys = oracle.gaussian(sde), jax.random.split(jax.random.key(0), N)[:2]
     draw = jax.vmap(lambda key: ode_sample(data.score, sde, SHAPE, key, eps=EPS, solver=TIGHT))
@@ -88,7 +88,7 @@ def test_denoising_is_the_posterior_mean(name: str) -> None:
     np.testing.assert_allclose(estimate, expected, atol=1e-8 * sde.prior_std)
 
 
-def test_a_last_denoising_step_is_tweedies_at_eps() -> None:
+def test_the_last_denoising_step_is_the_posterior_mean_at_eps() -> None:
     sde, eps, z = SDES["vp"](), 1e-2, jnp.asarray(X[0])
     data = oracle.gaussian(sde)
     last, _ = jax.jit(

@@ -33,8 +33,8 @@ class Estimator(base.Estimator):
     def undefined(cls, dequantizer: type[Any], num_importance: int) -> str:
         if num_importance > 1:
             return (
-                "a bound is itself an expectation, so the logarithm of a mean of K noisy draws of it"
-                f" bounds nothing (K={num_importance}): use the ode estimator with the exact trace"
+                "a bound is an expectation: the logarithm of a mean of K noisy draws of it bounds "
+                f"nothing (K={num_importance}); use the ode estimator with the exact trace"
             )
         if dequantizer.at_noise and not dequantizers.has_bound(dequantizer):
             return (

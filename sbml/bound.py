@@ -106,7 +106,7 @@ class GaussianControl:
             basis = jnp.asarray(vectors)
         else:
             variances = moments.variances(x, mean)
-        # Rounding can leave the variance of a constant pixel a hair below zero.
+        # Rounding can leave the variance of a constant pixel slightly below zero.
         variances = np.maximum(variances, 0.0) + noise_variance
         return cls(jnp.asarray(mean), jnp.asarray(variances), basis)
 

@@ -140,8 +140,8 @@ class Density:
         x = self._continuous(x)
         if sweeps < 2 or times_each < 1:
             raise ValueError(
-                f"sweeps={sweeps}, times_each={times_each}: need at least 2 sweeps, for an error "
-                "bar, and 1 time"
+                f"sweeps={sweeps}, times_each={times_each}: need at least 2 sweeps (for an error "
+                "bar) and 1 time for each example"
             )
         estimator, target = bound.Estimator(), Target(self.sde, self._eps)
 

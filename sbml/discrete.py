@@ -180,7 +180,7 @@ class Categorical:
     Attributes:
       levels: the number of levels L.
       decoder: a function of (y, eps, pixels) with y = x_eps / alpha that gives -log P(pixels | y)
-        in nats; None for :func:`decoder_nats`, which knows the noise but no network.
+        in nats; None for :func:`decoder_nats`, which needs no network.
     """
 
     levels: int
@@ -206,7 +206,7 @@ def elbo(
 ) -> Bound:
     """The bound on -log P(pixels), a probability of integers, for one example; vmap over more.
 
-    No change of variables has to be added to its terms.
+    The sum of its terms bounds -log P(pixels) itself, without a change of variables.
 
     Args:
       score: a score of one example, called deterministically.

@@ -9,7 +9,7 @@ there to T x is scaled in proportion to sigma.
 
 diffrax solves the ODE in the coordinate u = t^(1/power), in which the field is smooth near t = 0,
 where g^2 / sigma dominates. The first step is set (``first_step``), because the one that diffrax
-chooses by itself is far too long, and its error estimate accepts it.
+chooses by itself is far too long, and the error estimate does not reject it.
 
 Every solve is of one example. Under ``vmap`` each example keeps its own step sizes, so the result
 for an image does not depend on the other images of its batch.
@@ -51,7 +51,7 @@ class Stats(NamedTuple):
       nfe: evaluations of the field, alone or with an integrand. The count is exact if no step is
         rejected before the first accepted one. Without an integrand, each such rejection costs one
         evaluation that is not counted.
-      accepted, rejected: steps of the step control.
+      accepted, rejected: the numbers of accepted and of rejected steps.
       success: whether the solver reached the end in at most ``max_steps`` steps.
     """
 

@@ -20,10 +20,11 @@ which is exact for the first terms of the residual too. Its error is (b - a)^7 /
 where h^(6) / 720 is about the divided difference of seven values of h: those of this step and of
 the step before. The first step has a coarser estimate, ``lone_step_error``.
 
-The step control sees three errors: that of y, that of the rule, and the correction divided by
-``SLACK``, because the correction is partly wrong where w is. So steps are also short where the
-error of y is small but that of V is not. The control does not see what h does between its points
-while y is constant: over [0, 1] it finds a peak of standard deviation 0.05 and misses one of 0.02.
+The step control limits three errors: the error of y, the error of the rule, and the correction
+divided by ``SLACK``, since a part of the correction is wrong if w is approximate. So steps are also
+short where the error of y is small but that of V is not. The control cannot detect changes of h
+between its points while y is constant: over [0, 1] it finds a peak of standard deviation 0.05 and
+misses one of 0.02.
 
 The stages of y do not need h. So a step evaluates f with h three times, and f alone five times for
 ``tsit5`` and ``dopri5``. At b, one evaluation gives h(b) and also f(b), the first stage of the next

@@ -30,7 +30,7 @@ Data = Num[Array, "*s"]  # one example of integers or, without levels, of real n
 
 @dataclasses.dataclass(frozen=True)
 class Target:
-    """The quantity that is estimated: -log p of which data, under which SDE.
+    """The quantity that is estimated: -log p_eps of continuous data, or of dequantized integers.
 
     It is hashable, so it can be static under ``jit``.
 
@@ -101,7 +101,7 @@ class Estimator(abc.ABC):
     """A sum of named terms that estimates, or bounds from above, -log p of one example.
 
     A subclass is a frozen dataclass with a default for each field. So it is hashable, and can be
-    static under ``jit``. It may have these fields, which are set by their names:
+    static under ``jit``. It may have these fields, which callers set by name:
 
         trace           how a divergence is computed, ``sbml.divergence.Trace``
         num_importance  K, the number of draws of the dequantizer in one logarithm

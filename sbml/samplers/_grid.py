@@ -5,7 +5,7 @@
 T is the SDE's ``largest_time``, because the drift is infinite where the signal has vanished.
 
 The spacing of the times is ``time``, even in t (Song et al.), ``quadratic``, even in sqrt(t), or
-``log_snr``, even in log-SNR, which is best for samplers with few steps.
+``log_snr``, even in log-SNR, which suits samplers with few steps.
 """
 
 import abc
@@ -116,7 +116,7 @@ class FixedSteps(abc.ABC):
 
     def _scan(self, score: Score, sde: SDE, z: Example, key: Key, eps: Number, keep: bool) -> Any:
         times = grid(sde, eps, self.steps, self.spacing)
-        # No time precedes the first: a fictitious one beyond T makes no divisor 0.
+        # No time precedes the first step: a fictitious one beyond T keeps divisors from being 0.
         before = jnp.concatenate([2 * times[:1] - times[1:2], times[:-2]])
         triples = jnp.stack([before, times[:-1], times[1:]], axis=1)
 

@@ -12,7 +12,7 @@ With the forward kernel p(x_s | x_t) = N(a x_t, b^2 I),
                         c = eta b sigma_t / sigma_s                   (Song, Meng & Ermon 2021)
 
 where b sigma_t / sigma_s = sigma_t sqrt(1 - r), r = exp(lambda_s - lambda_t). With eta = 1, DDIM is
-ancestral sampling; with 0 it is deterministic, of first order in log-SNR.
+ancestral sampling; with eta = 0 it is deterministic and of first order in log-SNR.
 """
 
 import dataclasses

@@ -52,9 +52,9 @@ def knows(flag: str) -> bool:
         return text.find(b"\0" + flag.encode() + b"\0") >= 0
 
 
-def with_flags(flags: str, *wanted: str) -> str:
-    """``flags``, a value of XLA_FLAGS, plus the ``wanted`` flags that XLA knows and it lacks."""
-    for option in wanted:
+def with_flags(flags: str, *extra: str) -> str:
+    """``flags``, a value of XLA_FLAGS, plus the ``extra`` flags that XLA knows and it lacks."""
+    for option in extra:
         name = option.partition("=")[0]
         names = {flag.partition("=")[0] for flag in flags.split()}
         if name not in names and knows(name.removeprefix("--")):

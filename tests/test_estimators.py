@@ -53,7 +53,7 @@ def keys_of(i):
 @pytest.mark.parametrize("name", ["uniform", "truncated_normal"])
 def test_the_odes_row_is_the_librarys_likelihood(name):
     model = model_of(name)
-    found = bits_per_dim(ode.Estimator(EXACT), model, None, LOOSE)
+    values = bits_per_dim(ode.Estimator(EXACT), model, None, LOOSE)
     for i, pixels in enumerate(PIXELS):
         u, log_q = model.sample({}, pixels, keys_of(i)[0])
         # With noise around a bin's centre, x is the image at eps, which is scaled by alpha.
@@ -62,13 +62,13 @@ def test_the_odes_row_is_the_librarys_likelihood(name):
         solved = likelihood.ode_logp(SCORE, SDE, x, None, eps=EPS, trace=EXACT, solver=LOOSE)
         assert abs(solved.correction) > 1e-6
         nats = -solved.logp + log_q + 2 * math.log(LEVELS / 2) - 2 * np.log(alpha)
-        np.testing.assert_allclose(found[i], nats / (2 * math.log(2)), rtol=1e-9)
+        np.testing.assert_allclose(values[i], nats / (2 * math.log(2)), rtol=1e-9)
 
 
 @pytest.mark.parametrize("name", ["uniform", "truncated_normal", "categorical"])
 def test_the_bounds_row_is_the_librarys_bound(name):
     model, u = model_of(name), times.lattice(jax.random.key(1), 2, 3)
-    found = bits_per_dim(estimators.ESTIMATORS["bound"](), model, u, Reduction())
+    values = bits_per_dim(estimators.ESTIMATORS["bound"](), model, u, Reduction())
     for i, pixels in enumerate(PIXELS):
         u_key, key = keys_of(i)
         if name == "uniform":
@@ -80,14 +80,14 @@ def test_the_bounds_row_is_the_librarys_bound(name):
             got = discrete.elbo(SCORE, SDE, pixels, key, **how)
             nats = got.total
         assert got.prior > 1e-3
-        np.testing.assert_allclose(found[i], nats / (2 * math.log(2)), rtol=1e-9)
+        np.testing.assert_allclose(values[i], nats / (2 * math.log(2)), rtol=1e-9)
 
 
 def test_a_draw_of_density_0_has_weight_0():
     each = {"prior": jnp.array([jnp.inf, 1.0, 2.0]), "divergence": jnp.zeros(3)}
-    found = ode.averaged(each)
+    terms = ode.averaged(each)
     expected = -np.log(np.exp([-1.0, -2.0]).sum() / 3)
-    assert sum(found.values()) == pytest.approx(expected, rel=1e-6)
+    assert sum(terms.values()) == pytest.approx(expected, rel=1e-6)
     each["prior"] = each["prior"].at[1].set(jnp.nan)
     assert np.isnan(sum(ode.averaged(each).values()))
 

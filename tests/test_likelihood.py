@@ -39,7 +39,7 @@ def examples() -> Array:
 
 
 @functools.cache
-def compiled(name: str, trace: Trace, solver: Solver) -> Callable[..., Likelihood]:
+def likelihood_function(name: str, trace: Trace, solver: Solver) -> Callable[..., Likelihood]:
     """The likelihood as a compiled function of data, example and key."""
 
     def call(data: oracle.Mixture, x: Array, key: Key | None) -> Likelihood:
@@ -50,9 +50,11 @@ def compiled(name: str, trace: Trace, solver: Solver) -> Callable[..., Likelihoo
 
 
 @functools.cache
-def solved(kind: str, name: str = "vp", trace: Trace = EXACT, solver: Solver = TIGHT) -> Likelihood:
+def likelihoods(
+    kind: str, name: str = "vp", trace: Trace = EXACT, solver: Solver = TIGHT
+) -> Likelihood:
     """The likelihood of every example; with random probes, of the first one with 400 keys."""
-    call, data = compiled(name, trace, solver), data_of(kind, name)
+    call, data = likelihood_function(name, trace, solver), data_of(kind, name)
     if trace == EXACT:
         return call(data, examples(), None)
     return call(data, examples()[0], jax.random.split(jax.random.key(0), 400))
@@ -88,7 +90,7 @@ def test_log_likelihood_is_the_truth(name: str, kind: str) -> None:
     """With the true p_T in the place of the prior, only the error of the solver is left.
 
     If the signal vanishes at T, p_T is the distribution of x at the largest time, scaled to T."""
-    result, data, sde = solved(kind, name), data_of(kind, name), SDES[name]()
+    result, data, sde = likelihoods(kind, name), data_of(kind, name), SDES[name]()
     logp = jax.jit(jax.vmap(data.logp, (0, None)))
     last = jnp.asarray(sde.largest_time)
     stretch = sde.std(jnp.asarray(1.0)) / sde.std(last)
@@ -108,7 +110,7 @@ def test_far_outliers_are_right_at_the_default_tolerance() -> None:
     the correction, the error at this tolerance would be 0.3 bits/dim, with the correction in the
     sum or without it."""
     x, data = 2.5 * jax.random.normal(jax.random.key(0), (200, *SHAPE)), data_of("mixture")
-    result = compiled("vp", EXACT, Solver())(data, x, None)
+    result = likelihood_function("vp", EXACT, Solver())(data, x, None)
     logp = jax.jit(jax.vmap(data.logp, (0, None)))
     plain = result.divergence + logp(result.z, 1.0) - logp(x, EPS)
     error, uncorrected = (
@@ -123,7 +125,7 @@ def test_far_outliers_are_right_at_the_default_tolerance() -> None:
 @pytest.mark.parametrize("name", SDES)
 def test_latents_of_a_gaussian_are_closed_form(name: str) -> None:
     flow = jax.jit(jax.vmap(oracle.gaussian(SDES[name]()).flow, (0, None, None)))
-    z, sde = solved("gaussian", name).z, SDES[name]()
+    z, sde = likelihoods("gaussian", name).z, SDES[name]()
     assert z.shape == (5, *SHAPE)
     last = jnp.asarray(sde.largest_time)
     expected = sde.std(jnp.asarray(1.0)) / sde.std(last) * flow(examples(), EPS, last)
@@ -135,7 +137,10 @@ def test_latents_of_a_gaussian_are_closed_form(name: str) -> None:
 def test_every_adaptive_method_has_the_same_result(method: str) -> None:
     solver = Solver(method=method, rtol=3e-7, atol=3e-7)
     np.testing.assert_allclose(
-        solved("mixture", solver=solver).logp, solved("mixture").logp, rtol=1e-6, atol=1e-4
+        likelihoods("mixture", solver=solver).logp,
+        likelihoods("mixture").logp,
+        rtol=1e-6,
+        atol=1e-4,
     )
 
 
@@ -198,7 +203,7 @@ def test_the_likelihood_is_differentiable_forwards_and_by_fixed_steps_backwards(
 
 @pytest.mark.oracle
 def test_default_tolerances_trade_a_little_exactness_for_speed() -> None:
-    tight, loose = solved("mixture"), solved("mixture", solver=Solver())
+    tight, loose = likelihoods("mixture"), likelihoods("mixture", solver=Solver())
     error = np.abs(loose.logp - tight.logp)[:4]
     assert 1e-7 < error.max() < 5e-3
     assert np.all(loose.stats.nfe < 0.5 * tight.stats.nfe)
@@ -207,24 +212,24 @@ def test_default_tolerances_trade_a_little_exactness_for_speed() -> None:
 @pytest.mark.oracle
 @pytest.mark.parametrize("trace", [Trace("rademacher", 2), Trace("gaussian")])
 def test_hutchinson_is_unbiased(trace: Trace) -> None:
-    logp = solved("mixture", trace=trace).logp
+    logp = likelihoods("mixture", trace=trace).logp
     error = np.std(logp) / np.sqrt(len(logp))
     assert error > 1e-3
-    assert abs(np.mean(logp) - solved("mixture").logp[0]) < 3 * error
+    assert abs(np.mean(logp) - likelihoods("mixture").logp[0]) < 3 * error
 
 
 @pytest.mark.oracle
 def test_rademacher_probes_are_exact_for_a_diagonal_covariance() -> None:
-    exact = solved("diagonal").logp[0]
+    exact = likelihoods("diagonal").logp[0]
     np.testing.assert_allclose(
-        solved("diagonal", trace=Trace("rademacher", 2)).logp, exact, atol=1e-5
+        likelihoods("diagonal", trace=Trace("rademacher", 2)).logp, exact, atol=1e-5
     )
-    assert np.std(solved("diagonal", trace=Trace("gaussian")).logp) > 0.1
+    assert np.std(likelihoods("diagonal", trace=Trace("gaussian")).logp) > 0.1
 
 
 def test_results_do_not_depend_on_batch_mates() -> None:
     """At loose tolerances a shared step control would show: the last example needs more steps."""
-    together, data = solved("mixture", solver=Solver()), data_of("mixture")
+    together, data = likelihoods("mixture", solver=Solver()), data_of("mixture")
     alone = jax.jit(lambda x: ode_logp(data.score, SDES["vp"](), x, None, eps=EPS, trace=EXACT))
     for i, x in enumerate(examples()):
         single = alone(x)
@@ -238,7 +243,7 @@ def test_results_do_not_depend_on_batch_mates() -> None:
 def test_a_solver_that_gives_up_returns_nan_for_that_example_only() -> None:
     """One example needs too many steps, and one, of NaN, cannot be solved at all."""
     x = examples().at[3].set(jnp.nan)
-    result = compiled("vp", EXACT, Solver(max_steps=20))(data_of("mixture"), x, None)
+    result = likelihood_function("vp", EXACT, Solver(max_steps=20))(data_of("mixture"), x, None)
     np.testing.assert_array_equal(result.stats.success, [True, True, True, False, False])
     for leaf in (result.logp, result.prior, result.divergence, result.z):
         assert np.all(np.isfinite(leaf[:3])) and np.all(np.isnan(leaf[3:]))
@@ -246,12 +251,12 @@ def test_a_solver_that_gives_up_returns_nan_for_that_example_only() -> None:
 
 
 def test_float32_reaches_its_precision() -> None:
-    truth = solved("mixture").logp[0]
+    truth = likelihoods("mixture").logp[0]
     with jax.enable_x64(False):
         data, x = jax.tree.map(
             lambda a: jnp.asarray(np.float32(a)), (data_of("mixture"), examples())
         )
-        result = compiled("vp", EXACT, Solver(rtol=1e-5, atol=1e-5))(data, x, None)
+        result = likelihood_function("vp", EXACT, Solver(rtol=1e-5, atol=1e-5))(data, x, None)
     assert result.logp.dtype == result.z.dtype == jnp.float32
     np.testing.assert_allclose(result.logp[0], truth, atol=1e-3)
 

@@ -40,7 +40,7 @@ def expected_loss(score: Score, data: oracle.Gaussian, t: Array, weighting: str)
     return jnp.mean(jax.vmap(one)(*data.sigma_points()))
 
 
-def perturbed(data: oracle.Gaussian, a: Array, b: Array) -> Score:
+def score_with_error(data: oracle.Gaussian, a: Array, b: Array) -> Score:
     """The true score plus A x + b."""
     return lambda x, t, key: data.score(x, t) + a @ x + b
 
@@ -74,7 +74,7 @@ def test_the_true_score_is_a_stationary_point(sde: SDE, weighting: str) -> None:
     data = oracle.gaussian(sde)
 
     def loss(a: Array, b: Array, t: Array) -> Array:
-        return expected_loss(perturbed(data, a, b), data, t, weighting)
+        return expected_loss(score_with_error(data, a, b), data, t, weighting)
 
     gradient = jax.jit(jax.grad(loss, argnums=(0, 1)))
     for t in (1e-3, 0.1, 0.5, sde.largest_time):
@@ -93,7 +93,7 @@ def test_the_gap_of_a_wrong_score_is_its_squared_error(sde: SDE, weighting: str)
     alpha, sigma = float(sde.mean_coef(T)), float(sde.std(T))
     mean = alpha * np.asarray(data.mean)
     cov = alpha**2 * np.asarray(data.cov) + sigma**2 * np.eye(3)
-    loss = jax.jit(lambda a, b: expected_loss(perturbed(data, a, b), data, T, weighting))
+    loss = jax.jit(lambda a, b: expected_loss(score_with_error(data, a, b), data, T, weighting))
     best = expected_loss(data.score, data, T, weighting)
     for _ in range(5):
         a, b = rng.normal(size=(3, 3)), rng.normal(size=3)

@@ -74,7 +74,7 @@ def test_fixed_steps_converge_at_the_order_of_the_method() -> None:
     assert np.log2(error(10) / error(20)) > 4.8
 
 
-def corrected(method: str, steps: int, share: float) -> float:
+def corrected_error(method: str, steps: int, share: float) -> float:
     """The error of the corrected integral in equal steps, with w = ``share`` times the gradient."""
 
     def some(t: Array, y: Array) -> Array:
@@ -91,13 +91,15 @@ def corrected(method: str, steps: int, share: float) -> float:
 @pytest.mark.parametrize("method", ["euler", "heun", "tsit5", "dopri5"])
 def test_along_any_curve_the_gradient_makes_the_value_exact(method: str) -> None:
     """This holds also along Euler's broken line: only the rule's error, O(h^6) in all, is left."""
-    assert abs(corrected(method, 10, 0.0)) > 20 * abs(corrected(method, 10, 1.0))
-    assert np.log2(abs(corrected(method, 5, 1.0) / corrected(method, 10, 1.0))) > 5.3
+    assert abs(corrected_error(method, 10, 0.0)) > 20 * abs(corrected_error(method, 10, 1.0))
+    assert np.log2(abs(corrected_error(method, 5, 1.0) / corrected_error(method, 10, 1.0))) > 5.3
 
 
 @pytest.mark.parametrize("method", ["euler", "heun"])
 def test_a_gradient_with_an_error_of_a_tenth_leaves_a_tenth_of_the_error(method: str) -> None:
-    assert corrected(method, 10, 0.9) == pytest.approx(corrected(method, 10, 0.0) / 10, rel=1e-2)
+    assert corrected_error(method, 10, 0.9) == pytest.approx(
+        corrected_error(method, 10, 0.0) / 10, rel=1e-2
+    )
 
 
 def test_steps_are_short_where_only_the_correction_is_large() -> None:

@@ -1,6 +1,6 @@
-"""Nats to bits/dim for integers of L levels: the one home of log 2, L and [-1, 1].
+"""From nats to bits/dim, for integers of L levels: the only file that uses log 2, L and [-1, 1].
 
-An integer k in {0, ..., L-1} owns the bin [k, k+1) / L, stretched to [-1, 1]:
+An integer k in {0, ..., L-1} has the bin [k, k+1) / L, which is scaled to [-1, 1]:
 
     x = 2 (k + u) / L - 1,    u in [0, 1).
 
@@ -26,7 +26,7 @@ LOG2 = math.log(2.0)
 def to_model(pixels: Numbers, u: Numbers | float, levels: int) -> Real:
     """x = 2 (pixels + u) / levels - 1 in [-1, 1), for ``u`` in [0, 1); any shapes that broadcast.
 
-    ``u`` is held below 1 - 2^-15: nearer to 1, float32 would round k + u into the next bin.
+    ``u`` is limited to at most 1 - 2^-15: nearer to 1, float32 would round k + u into the next bin.
     """
     return (2.0 / levels) * (jnp.asarray(pixels) + jnp.minimum(u, 1 - 2.0**-15)) - 1.0
 
@@ -38,7 +38,7 @@ def to_pixels(x: Numbers, levels: int) -> UInt8[Array, "..."]:
 
 
 def scale_nats(shape: tuple[int, ...], levels: int) -> float:
-    """d log(L / 2): what the change of variables from x to k + u adds to -log p, in nats."""
+    """d log(L / 2), which the change of variables from x to k + u adds to -log p, in nats."""
     return math.prod(shape) * math.log(levels / 2)
 
 
@@ -48,12 +48,12 @@ def bits_per_dim(nll: Elementwise, shape: tuple[int, ...], levels: int) -> Eleme
 
 
 def nats_to_bits(nats: Numbers | float, shape: tuple[int, ...]) -> Any:
-    """Nats of a whole example to bits/dim, with no change of scale."""
+    """Bits/dim of ``nats`` for one example of ``shape``, without a change of scale."""
     return nats / (math.prod(shape) * LOG2)
 
 
 def check_dequantized(x: Numbers, levels: int) -> None:
-    """Refuse integers that were not dequantized: their density is a spike, not a bits/dim.
+    """Raise if ``x`` are integers without dequantization, whose density can be arbitrarily large.
 
     Raises:
       ValueError: if every entry of ``x`` lies on the grid 2 k / levels - 1 or 2 k / (levels-1) - 1.

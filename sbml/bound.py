@@ -1,4 +1,6 @@
-"""The evidence bound: -log p(x) <= prior + diffusion + reconstruction, in nats.
+"""The evidence bound on -log p(x) of continuous data x: a sum of three terms, in nats.
+
+    -log p(x) <= prior + diffusion + reconstruction
 
 With lambda = log SNR, Z = lambda(eps) - lambda(T), rho = sigma / alpha, x_t = alpha x + sigma z and
 the noise prediction e(x_t, t) = -sigma s(x_t, t):
@@ -9,18 +11,21 @@ the noise prediction e(x_t, t) = -sigma s(x_t, t):
                     ssm:  Z d / 2 + Z E [1/2 sigma^2 (|s|^2 + 2 div s)]
     reconstruction  1/2 E |z - e(x_eps, eps)|^2 + d / 2 log(2 pi rho_eps^2)
 
-T is the SDE's ``largest_time``: the bound holds at any end, for the prior's KL is taken there.
-All constants of the paper's theorem 3 collapse into these: only the network's terms are sampled.
-The two forms of the diffusion term have the same expectation.
+T is the SDE's ``largest_time``. The bound holds for any end T, since the prior's KL is taken at T.
+These terms contain all constants of the paper's theorem 3, so only the expectations, which need the
+network, are estimated by random draws. The two forms of the diffusion term have the same
+expectation.
 
-*Control variate.* For N(m, C) fitted to training data the optimal denoiser is linear and its term
-has a closed integral: subtracting it draw by draw and adding the integral leaves the expectation
-as it is and removes nearly all variance. With c = U^T (x - m) in C's eigenbasis, v = rho^2:
+*Control variate.* For a Gaussian N(m, C) that was fitted to training data, the optimal denoiser is
+linear and the integral of its error has a closed form. Subtracting its error from every draw and
+adding the integral leaves the expectation unchanged and removes nearly all of the variance. With
+c = U^T (x - m) in C's eigenbasis and v = rho^2:
 
     integral = 1/2 sum_i [-log1p(l_i / v) + l_i / (l_i + v) - c_i^2 / (l_i + v)]  from v_eps to v_T
 
-*Density.* What noise is left depends on the time: draws with a density in log-SNR that follows its
-standard deviation, each weighted by the density's inverse, have less of it (:func:`pilot`).
+*Density of the times.* The variance that remains depends on the time. It becomes smaller if times
+are drawn with a density in log-SNR that is proportional to the standard deviation at that time, and
+each draw is weighted by the inverse of the density (:func:`pilot`).
 
 Reference: Song, Durkan, Murray, Ermon, NeurIPS 2021, theorem 3 and appendix; Kingma et al., VDM,
 2021, for the uniform log-SNR form.
@@ -45,14 +50,14 @@ from sbml.types import Array, Elementwise, Example, Key, Keys, Scalar, Score, de
 
 Flat = Float[Array, "d"]
 
-# The two forms of the diffusion term, by the ``trace`` that :func:`elbo` takes.
+# The two forms of the diffusion term, each with the argument ``trace`` of :func:`elbo`.
 FORMS: dict[str, Trace | None] = {"dsm": None, "ssm": Trace("exact")}
 
-PILOT_DRAWS = 8  # times for an example, of which the density of times is learned
+PILOT_DRAWS = 8  # times for each example, from which :func:`pilot` estimates the density
 
 
 class Bound(NamedTuple):
-    """The terms of the bound on -log p(x) for one example, nats, scalars."""
+    """The terms of the bound on -log p(x) for one example: scalars, in nats."""
 
     prior: Scalar
     diffusion: Scalar
@@ -60,14 +65,14 @@ class Bound(NamedTuple):
 
     @property
     def total(self) -> Elementwise:
-        """Their sum, an upper bound on -log p(x) in expectation."""
+        """The sum of the terms in nats; its expectation is an upper bound on -log p(x)."""
         return self.prior + self.diffusion + self.reconstruction
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class GaussianControl:
-    """The optimal denoiser of N(mean, U diag(variances) U^T), the control variate.
+    """The control variate: the optimal denoiser of N(mean, U diag(variances) U^T).
 
     Attributes:
       mean: ``(d,)``.
@@ -75,7 +80,7 @@ class GaussianControl:
       basis: ``(d, d)``, its eigenvectors in columns; None for a diagonal covariance.
     """
 
-    # Arrays of JAX or NumPy, or the shapes of a compilation ahead of time.
+    # Arrays of JAX or NumPy, or only their shapes where a program is compiled ahead of time.
     mean: Any
     variances: Any
     basis: Any
@@ -84,11 +89,16 @@ class GaussianControl:
     def fit(
         cls, x: Num[np.ndarray, " n *s"], *, noise_variance: float = 0.0, full: bool | None = None
     ) -> "GaussianControl":
-        """Fit ``x (n, *s)``, of any size and type; full covariance up to 256 dimensions.
+        """Fit a Gaussian to ``x (n, *s)``, numbers of any type.
 
-        ``noise_variance`` is added to every variance: that of the dequantization noise where ``x``
-        are bin centres, (2 / L)^2 / 12 in the model's scale. Without it a constant pixel would have
-        none, and the control would be far off at small times, where it matters most.
+        Args:
+          x: the training data, in the model's scale.
+          noise_variance: added to every variance. Where ``x`` are bin centres, give the variance
+            of the dequantization noise, (2 / L)^2 / 12 in the model's scale. Without it the
+            variance of a constant pixel would be 0, and the control would be far off at small
+            times, where it matters most.
+          full: whether to fit the full covariance or its diagonal only; None for the full one up to
+            256 dimensions.
         """
         mean, basis = moments.mean(x), None
         if full if full is not None else mean.size <= 256:
@@ -96,7 +106,7 @@ class GaussianControl:
             basis = jnp.asarray(vectors)
         else:
             variances = moments.variances(x, mean)
-        # Rounding can leave the variance of a constant pixel a hair below zero.
+        # Rounding can leave the variance of a constant pixel slightly below zero.
         variances = np.maximum(variances, 0.0) + noise_variance
         return cls(jnp.asarray(mean), jnp.asarray(variances), basis)
 
@@ -126,23 +136,26 @@ class GaussianControl:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Reduction:
-    """What lowers the variance of a bound without changing its expectation.
+    """Choices that lower the variance of a bound without changing its expectation.
 
     Attributes:
-      control: the Gaussian control variate of the denoising form, or None.
-      density: ``(bins,)``, of the draws of u, in equal bins (``times.warp``), or None for uniform.
-      proposal: of ``times.PROPOSALS``, where u lies in time: evenly in log-SNR or in t.
+      control: the Gaussian control variate, for the denoising form only, or None.
+      density: ``(bins,)``, the density of the points u in equal bins of [0, 1) (``times.warp``), or
+        None for uniform points.
+      proposal: a name in ``times.PROPOSALS``, which maps points u to times: evenly in log-SNR or
+        evenly in t.
     """
 
     control: GaussianControl | None = None
-    density: Any = None  # an array, or the shape of one where a program is only compiled
+    density: Any = None  # an array, or its shape where a program is only compiled
     proposal: str = dataclasses.field(default="importance", metadata={"static": True})
 
 
 def prior_kl(sde: SDE, x: Example, variance: Number = 1.0) -> Scalar:
-    """KL(N(alpha_T x, variance sigma_T^2) || prior) in nats, a scalar; 1 is that of p_T(.|x).
+    """KL(N(alpha_T x, variance sigma_T^2) || prior) in nats, a scalar.
 
-    Where the signal vanishes at T, it is that of x at ``sde.largest_time``, stretched to T.
+    With ``variance`` 1 it is the divergence of p_T(.|x) from the prior. If the signal vanishes at
+    T, it is the divergence of x_t at t = ``sde.largest_time``, scaled to T by ``sde.stretch``.
     """
     compiler.check()
     mean, std = sde.marginal(x, jnp.asarray(sde.largest_time, x.dtype))
@@ -152,14 +165,14 @@ def prior_kl(sde: SDE, x: Example, variance: Number = 1.0) -> Scalar:
 
 
 def noise_error(score: Score, sde: SDE, x: Example, t: Scalar, z: Example) -> Scalar:
-    """1/2 |z - e(x_t, t)|^2 of one draw, in nats, a scalar."""
+    """1/2 |z - e(x_t, t)|^2 for one draw, in nats, a scalar."""
     return residual(sde, deterministic(score, perturb(sde, x, t, z), t), t, z, "original")
 
 
 def diffusion_dsm(
     score: Score, sde: SDE, x: Example, t: Scalar, z: Example, control: GaussianControl | None
 ) -> Scalar:
-    """1/2 |z - e|^2, less the control's 1/2 |z - E[z | x_t]|^2 where there is one."""
+    """1/2 |z - e|^2, minus the control's 1/2 |z - E[z | x_t]|^2 if there is a control; nats."""
     error = noise_error(score, sde, x, t, z)
     if control is None:
         return error
@@ -169,7 +182,10 @@ def diffusion_dsm(
 def diffusion_ssm(
     score: Score, sde: SDE, x: Example, t: Scalar, z: Example, vs: Probes | None
 ) -> Scalar:
-    """d / 2 + 1/2 sigma^2 (|s|^2 + 2 div s); exact divergence without probes ``vs (k, *s)``."""
+    """d / 2 + 1/2 sigma^2 (|s|^2 + 2 div s) in nats, a scalar.
+
+    The divergence is estimated with the probes ``vs (k, *s)``, or exact if ``vs`` is None.
+    """
     x_t = perturb(sde, x, t, z)
 
     def field(x: Example) -> Example:
@@ -196,28 +212,30 @@ def elbo(
       score: a score of one example, called deterministically.
       sde: the forward process.
       x: one example of continuous data (dequantize integers first).
-      key: draws z at every time, at eps, and the probes.
+      key: for the random draws of z at every time and at eps, and of the probes.
       eps: the smallest time.
-      u: points ``(n,)`` in [0, 1), each a draw of the diffusion term; rows of ``times.lattice``
-        over a data set have the least variance.
-      trace: None for the denoising form (dsm); of the score-matching form (ssm), how its
+      u: points ``(n,)`` in [0, 1), one for each draw of the diffusion term. The rows of
+        ``times.lattice`` give the least variance over a data set.
+      trace: None for the denoising form (dsm). For the score-matching form (ssm), how the
         divergence is computed.
-      reduction: of the variance.
+      reduction: how the variance is reduced.
 
     Returns:
       The three terms in nats. Their expectation bounds -log p(x).
 
     Raises:
-      ValueError: for an unknown proposal, ``u`` of another rank, integer ``x``, eps outside (0, T),
-        a control with the score-matching form, or a score whose shape is not that of ``x``.
+      ValueError: for an unknown proposal, ``u`` that is not of shape ``(n,)``, integer ``x``, eps
+        outside (0, T), a control with the score-matching form, or a score whose shape is not that
+        of ``x``.
     """
     control = reduction.control
     if trace is not None and control is not None:
         raise ValueError(
-            "the Gaussian control is of the denoising form: give no trace, or no control"
+            f"trace={trace} with a Gaussian control: the control belongs to the denoising form "
+            "only; give no trace, or no control"
         )
     if not jnp.issubdtype(x.dtype, jnp.floating):
-        raise ValueError(f"x is {x.dtype}: dequantize integers first (sbml.bits.to_model)")
+        raise ValueError(f"x is of {x.dtype}: dequantize integers first (sbml.bits.to_model)")
     t, weight = times.drawn(sde, eps, u, reduction.density, reduction.proposal)
     time_key, last_key, probe_key = jax.random.split(key, 3)
     zs = jax.random.normal(time_key, (u.size, *x.shape), x.dtype)
@@ -248,12 +266,15 @@ def pilot(
     bins: int = 32,
     floor: float = 0.1,
 ) -> Array:
-    """A density ``(bins,)`` of times for :func:`elbo`, from 8 draws of each of ``x (n, *s)``.
+    """Estimate a density ``(bins,)`` of the points u for :func:`elbo` from examples ``x (n, *s)``.
 
-    The network sees the draws of one image at a time, whatever batches it is then evaluated in.
+    In each bin the density is proportional to the standard deviation of the draws that
+    :func:`elbo` averages, mixed with a share ``floor`` of the uniform density. It is estimated from
+    8 draws for each example, which must be independent of the draws that it is then used for: give
+    another key.
 
-    It follows the standard deviation, bin by bin, of what :func:`elbo` averages, with a part
-    ``floor`` left uniform. Take other draws than those it is then used for.
+    The network is called on the 8 draws of one example at a time, so the result does not depend on
+    the batch size of the evaluation.
     """
     u_key, z_key = jax.random.split(key)
     v = times.lattice(u_key, len(x), PILOT_DRAWS)
@@ -264,8 +285,8 @@ def pilot(
         z = jax.random.normal(key, x.shape, x.dtype)
         return diffusion_dsm(score, sde, x, t, z, control)
 
-    def image(drawn: tuple[Array, Array, Keys]) -> Array:
-        x, t, keys = drawn
+    def image(row: tuple[Array, Array, Keys]) -> Array:
+        x, t, keys = row
         return jax.vmap(lambda t, key: one(x, t, key))(t, keys)
 
     values = jax.lax.map(image, (x, t, keys))

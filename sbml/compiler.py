@@ -1,11 +1,11 @@
-"""XLA's compiler for CPU, which sums wrongly in some versions: the cure, and a check that it works.
+"""XLA for CPU computes sums wrongly in some versions: a flag that prevents this, and a check.
 
     jit(sum(f(x) + f(2 x)))        f = expm1, log1p, log
 
-is wrong by 25 to 90% where XLA hands reductions to its YNNPACK library (jaxlib from 0.10.2 on, by
-default). An XLA flag keeps reductions out of that library. ``import sbml`` sets the flag, which
-works as long as no computation has started XLA. Before this package computes anything on a CPU,
-:func:`check` compares the three sums with NumPy's, whatever the version and the flags.
+is wrong by 25 to 90% if XLA computes reductions with its YNNPACK library (the default in jaxlib
+from 0.10.2 on). An XLA flag excludes reductions from that library. ``import sbml`` sets the flag,
+which has an effect as long as no computation has started XLA. Before this package computes anything
+on a CPU, :func:`check` compares the three sums with NumPy's, for every version and all flags.
 """
 
 import functools
@@ -39,9 +39,9 @@ def needs_cure(version: str) -> bool:
 
 @functools.cache
 def knows(flag: str) -> bool:
-    """Whether the installed XLA knows ``flag``: XLA aborts the process when it meets another.
+    """Whether the installed XLA knows ``flag``; XLA aborts the process if it does not.
 
-    The names of its flags stand in jaxlib's largest library, each between two zero bytes.
+    jaxlib's largest library contains the names of the flags, each between two zero bytes.
     """
     import jaxlib
 
@@ -52,21 +52,21 @@ def knows(flag: str) -> bool:
         return text.find(b"\0" + flag.encode() + b"\0") >= 0
 
 
-def with_flags(flags: str, *wanted: str) -> str:
-    """``flags``, a value of XLA_FLAGS, with those ``wanted`` that XLA knows and ``flags`` lacks."""
-    for option in wanted:
+def with_flags(flags: str, *extra: str) -> str:
+    """``flags``, a value of XLA_FLAGS, plus the ``extra`` flags that XLA knows and it lacks."""
+    for option in extra:
         name = option.partition("=")[0]
-        given = {flag.partition("=")[0] for flag in flags.split()}
-        if name not in given and knows(name.removeprefix("--")):
+        names = {flag.partition("=")[0] for flag in flags.split()}
+        if name not in names and knows(name.removeprefix("--")):
             flags = f"{flags} {option}".strip()
     return flags
 
 
 def cure() -> None:
-    """Add the cure to XLA_FLAGS, where this version needs and knows it.
+    """Add the flag to XLA_FLAGS if this version of jaxlib needs it and knows it.
 
-    A value that the user gave the same flag stays, and so does XLA_FLAGS where it names a file. The
-    flag has no effect once XLA has started: :func:`check` tells whether the sums are right.
+    XLA_FLAGS is not changed if the user has set the same flag, or if it names a file. The flag has
+    no effect if XLA has already started: :func:`check` finds out whether the sums are right.
     """
     platforms, flags = os.environ.get("JAX_PLATFORMS", ""), os.environ.get("XLA_FLAGS", "").strip()
     if (platforms and "cpu" not in platforms) or (flags and not flags.startswith("-")):
@@ -78,14 +78,15 @@ def cure() -> None:
 def check() -> bool:
     """Compare three sums on this process's CPU with NumPy's, once in a process.
 
-    It may be called anywhere, also while JAX traces. It looks at the platform of JAX's default
-    device: where that is an accelerator, arrays that were put on the CPU by hand are not checked.
+    It may be called anywhere, also while JAX traces. It depends on the platform of JAX's default
+    device: if that is an accelerator, computations with arrays that the user places on the CPU are
+    not checked.
 
     Returns:
-      True if the sums are right; False where an accelerator computes, which needs no check.
+      True if the sums are right; False on an accelerator, which needs no check.
 
     Raises:
-      MiscompilationError: naming jaxlib's version and the remedy.
+      MiscompilationError: if a sum is wrong, with jaxlib's version and the remedy.
     """
     import jax
 
@@ -102,7 +103,7 @@ def _check_cpu() -> None:
     import jax
 
     cpu = jax.local_devices(backend="cpu")[0]
-    # JAX's contexts, such as a trace, disable_jit or a transfer guard, belong to their thread.
+    # A new thread has none of JAX's contexts, such as a trace, disable_jit or a transfer guard.
     with ThreadPoolExecutor(1) as thread:
         error = thread.submit(_largest_error, cpu).result()
     if error < 1e-5:
@@ -116,18 +117,19 @@ def _check_cpu() -> None:
 
 
 def _largest_error(device: Any) -> float:
-    """Of the three sums, as a share of the sum; NaN if one is."""
+    """The largest relative error of the three sums; NaN if one of them is NaN."""
     import jax
     import jax.numpy as jnp
     import numpy as np
 
-    # The smallest size at which reductions go to YNNPACK; three programs, for in one they do not.
+    # 4,096 is the smallest size at which YNNPACK computes reductions. There are three programs,
+    # because it does not compute them in one program of all three.
     x = np.linspace(0.1, 1.0, 4096, dtype=np.float32)
     errors = []
     with jax.default_device(device):
         for name in ("expm1", "log1p", "log"):
-            ours, theirs = getattr(jnp, name), getattr(np, name)
-            total = jax.jit(lambda x, f=ours: jnp.sum(f(x) + f(2 * x)))(x)
-            exact = np.sum(theirs(x.astype(float)) + theirs(2 * x.astype(float)))
+            of_jax, of_numpy = getattr(jnp, name), getattr(np, name)
+            total = jax.jit(lambda x, f=of_jax: jnp.sum(f(x) + f(2 * x)))(x)
+            exact = np.sum(of_numpy(x.astype(float)) + of_numpy(2 * x.astype(float)))
             errors.append(abs(float(total) / exact - 1))
     return float(np.max(errors))

@@ -6,10 +6,11 @@
     density.logp(x)                log p_eps(x) of continuous data in nats, by the ODE
     density.bound(x)               the evidence bound on -log p(x) in nats
     density.sample(key, n)         n samples by the ODE
-    density.latent(x)              where the ODE carries x to;  density.decode(z): and back
+    density.latent(x)              the ODE's solution at T from x;  density.decode(z): the inverse
 
-Numbers come with their error bars (:class:`Estimate`). Draws are keyed by an example's place in the
-data set, so neither the batch size nor the number of calls changes a result.
+Numbers have error bars (:class:`Estimate`). The keys of an example's random draws depend on its
+place in the data set only, so a result depends neither on the batch size nor on how often a method
+is called.
 """
 
 import dataclasses
@@ -35,7 +36,7 @@ from sbml.types import Array, Batch, Example, Key, Keys, Score
 
 Examples = Num[np.ndarray, "n *s"]
 
-# Examples that are solved again, for the solver's error and the noise of the draws.
+# The number of examples that are solved again to measure the solver's error and the noise of draws.
 SUBSET = 32
 CONTINUOUS = ("dequantization", "importance", "scale")  # terms that continuous data do not have
 
@@ -47,19 +48,21 @@ class Density:
     Attributes:
       score: a score of one example (``sbml.types``); it is called without a key.
       sde: the forward process that the score belongs to.
-      shape: of one example.
-      levels: of integer data, for ``bits_per_dim`` and ``sample``; None for continuous data.
-      eps: the smallest time; None for the SDE's own.
+      shape: the shape of one example.
+      levels: the number of levels of integer data, for ``bits_per_dim`` and ``sample``; None for
+        continuous data.
+      eps: the smallest time; None for the SDE's ``smallest_time``.
       trace: how the divergence is computed; None for the exact trace up to 64 dimensions, and two
         Rademacher probes above.
-      solver: of the ODE.
-      batch_size: examples that are computed at once.
-      seed: of all draws but those of ``sample``.
-      budget: the largest solver error of a converged number, in the number's unit for each
-        dimension: bits/dim, or nats per dimension.
+      solver: how the ODE is solved.
+      batch_size: the number of examples that are computed at once.
+      seed: the seed of all random draws but those of ``sample``.
+      budget: the largest solver error that counts as converged, in bits/dim or in nats per
+        dimension.
 
     Raises:
-      ValueError: a shape, levels, batch size or smallest time that cannot be, or an SDE of arrays.
+      ValueError: for an impossible shape, number of levels, batch size or smallest time, or an SDE
+        of arrays.
     """
 
     score: Score
@@ -84,8 +87,8 @@ class Density:
             hash(self.sde)
         except TypeError:
             raise ValueError(
-                f"sde={self.sde} is of arrays, which cannot be a constant of compiled functions: "
-                "give jax.tree.map(float, sde)"
+                f"sde={self.sde} contains arrays, so it cannot be a constant of compiled "
+                "functions: give jax.tree.map(float, sde)"
             ) from None
         self.sde.check_time(self._eps)
 
@@ -97,59 +100,71 @@ class Density:
     def logp(self, x: Any) -> Estimate:
         """log p_eps(x) in nats of ``x (n, *shape)``, by the probability-flow ODE.
 
-        Terms: ``prior``, ``divergence`` and ``correction``, see ``likelihood.Likelihood``. They
-        belong to the prior N(0, s^2 I) at t = T, which stands for p_T.
+        The terms are ``prior``, ``divergence`` and ``correction``, see ``likelihood.Likelihood``.
+        The prior N(0, s^2 I) is used in the place of p_T.
+
+        Raises:
+          ValueError: if ``x`` are not floating-point numbers of that shape.
         """
-        return -self._solved(self._continuous(x), Target(self.sde, self._eps), "nats", self.dims)
+        return -self._solve(self._continuous(x), Target(self.sde, self._eps), "nats", self.dims)
 
     def bits_per_dim(self, pixels: Any) -> Estimate:
         """Bits/dim of integers ``pixels (n, *shape)``, by the ODE and uniform dequantization.
 
-        The score is of x = 2 (k + u) / levels - 1 with u in [0, 1), see ``sbml.bits``. Terms are
-        those of the estimator ``ode``, see ``sbml.estimators``.
+        The score belongs to x = 2 (k + u) / levels - 1 with u in [0, 1), see ``sbml.bits``. The
+        terms are those of the estimator ``ode``, see ``sbml.estimators``.
+
+        Raises:
+          ValueError: if ``pixels`` are not integers 0 .. levels - 1 of that shape, or ``levels`` is
+            None.
         """
         k, levels = self._integers(pixels)
         target = Target(self.sde, self._eps, levels, uniform.Model())
-        return self._solved(k, target, "bits/dim", 1)
+        return self._solve(k, target, "bits/dim", 1)
 
     def bound(self, x: Any, *, sweeps: int = 8, times_each: int = 2) -> Estimate:
         """The evidence bound on -log p(x), in nats, of ``x (n, *shape)``.
 
-        Terms: ``prior``, ``diffusion`` and ``reconstruction``, see ``sbml.bound``.
+        The terms are ``prior``, ``diffusion`` and ``reconstruction``, see ``sbml.bound``.
 
         Args:
           x: continuous data.
-          sweeps: independent passes over the data; the spread of their means is the noise.
-          times_each: draws of the diffusion term for an example in one sweep.
+          sweeps: the number of independent passes over the data. The error bar of the random draws
+            is estimated from the spread of their means.
+          times_each: the number of draws of the diffusion term for one example in one sweep.
+
+        Raises:
+          ValueError: if ``x`` are not floating-point numbers of that shape, for fewer than two
+            sweeps, or for no draw.
         """
         x = self._continuous(x)
         if sweeps < 2 or times_each < 1:
             raise ValueError(
-                f"sweeps={sweeps}, times_each={times_each}: need at least 2 sweeps, for an error "
-                "bar, and 1 time"
+                f"sweeps={sweeps}, times_each={times_each}: need at least 2 sweeps (for an error "
+                "bar) and 1 time for each example"
             )
         estimator, target = bound.Estimator(), Target(self.sde, self._eps)
 
-        def swept(sweep: int) -> Columns:
+        def columns(sweep: int) -> Columns:
             key = jax.random.fold_in(jax.random.key(self.seed), sweep)
             u = np.asarray(times.lattice(key, len(x), times_each))
 
             def batch(ids: np.ndarray) -> Any:
-                given = Reduction(), u[ids].astype(x.dtype)
-                return self._rows(estimator, target, x, ids, sweep, *given)
+                points = u[ids].astype(x.dtype)
+                return self._rows(estimator, target, x, ids, sweep, Reduction(), points)
 
-            return self._batched(batch, np.arange(len(x)))
+            return self._in_batches(batch, np.arange(len(x)))
 
         return estimate.swept(
-            [swept(sweep) for sweep in range(sweeps)], _terms(estimator, target), "nats"
+            [columns(sweep) for sweep in range(sweeps)], _terms(estimator, target), "nats"
         )
 
     def sample(self, key: Key, n: int) -> Examples:
-        """``n`` samples ``(n, *shape)``: integers if there are ``levels``, otherwise numbers."""
+        """``n`` samples ``(n, *shape)``: uint8 integers if there are ``levels``, else floats."""
         if n < 1:
             raise ValueError(f"n={n}: draw at least one sample")
         keys = jax.random.split(key, n)
-        columns = self._batched(
+        columns = self._in_batches(
             lambda ids: {
                 "x": _sample(
                     self._partial,
@@ -167,12 +182,12 @@ class Density:
         return np.asarray(bits.to_pixels(jnp.asarray(columns["x"]), self.levels))
 
     def latent(self, x: Any) -> Examples:
-        """Where the ODE carries ``x (n, *shape)`` from t = eps to T."""
-        return self._carried(self._continuous(x), self._eps, self.sde.T)
+        """The latents ``(n, *shape)``: the ODE's solutions at T from ``x`` at t = eps."""
+        return self._transport(self._continuous(x), self._eps, self.sde.T)
 
     def decode(self, z: Any) -> Examples:
-        """Where the ODE carries ``z (n, *shape)`` from t = T to eps: the inverse of ``latent``."""
-        return self._carried(self._continuous(z), self.sde.T, self._eps)
+        """The data ``(n, *shape)`` of latents ``z`` at T, at t = eps: the inverse of ``latent``."""
+        return self._transport(self._continuous(z), self.sde.T, self._eps)
 
     @property
     def _eps(self) -> float:
@@ -186,40 +201,43 @@ class Density:
 
     @property
     def _partial(self) -> Score:
-        """The score as a pytree that ``jit`` knows again."""
+        """The score as a pytree, for which ``jit`` compiles once."""
         plain = jax.tree_util.all_leaves([self.score])
         return jax.tree_util.Partial(self.score) if plain else self.score
 
     def _continuous(self, x: Any) -> Examples:
-        found = np.asarray(x)
-        if not np.issubdtype(found.dtype, np.floating):
+        data = np.asarray(x)
+        if not np.issubdtype(data.dtype, np.floating):
             raise ValueError(
-                f"x is of {found.dtype}: give floating-point numbers in the scale of the score, or "
+                f"x is of {data.dtype}: give floating-point numbers in the scale of the score, or "
                 "integers to bits_per_dim"
             )
-        return self._shaped(found)
+        self._check_shape(data)
+        return data
 
     def _integers(self, pixels: Any) -> tuple[Examples, int]:
-        found = np.asarray(pixels)
+        data = np.asarray(pixels)
         if self.levels is None:
-            raise ValueError("bits/dim are of integers: give Density the number of their levels")
-        if not np.issubdtype(found.dtype, np.integer):
-            raise ValueError(f"pixels are of {found.dtype}: give integers 0 .. {self.levels - 1}")
-        found = self._shaped(found)
-        if found.min() < 0 or found.max() >= self.levels:
             raise ValueError(
-                f"pixels lie in {found.min()} .. {found.max()}: give integers 0 .. "
+                "levels=None: bits/dim are defined for integers only; give Density the number of "
+                "their levels"
+            )
+        if not np.issubdtype(data.dtype, np.integer):
+            raise ValueError(f"pixels are of {data.dtype}: give integers 0 .. {self.levels - 1}")
+        self._check_shape(data)
+        if data.min() < 0 or data.max() >= self.levels:
+            raise ValueError(
+                f"pixels lie in {data.min()} .. {data.max()}: give integers 0 .. "
                 f"{self.levels - 1}, or another number of levels"
             )
-        return found, self.levels
+        return data, self.levels
 
-    def _shaped(self, found: np.ndarray) -> Examples:
-        if found.shape[1:] != self.shape or not len(found):
+    def _check_shape(self, data: np.ndarray) -> None:
+        if data.shape[1:] != self.shape or not len(data):
             raise ValueError(
-                f"data of shape {found.shape}: give (n, {', '.join(map(str, self.shape))}) with n "
+                f"data of shape {data.shape}: give (n, {', '.join(map(str, self.shape))}) with n "
                 "at least 1"
             )
-        return found
 
     def _rows(
         self,
@@ -228,24 +246,24 @@ class Density:
         data: Examples,
         ids: np.ndarray,
         sweep: int,
-        given: Solver | Reduction,
+        options: Solver | Reduction,
         u: np.ndarray | None = None,
     ) -> dict[str, Num[Array | np.ndarray, " k"]]:
-        """The terms of ``data[ids]``, every term of the estimator that ``target`` has."""
+        """All terms of the estimator for the examples ``data[ids]``, with the term ``scale``."""
         sweeps = np.full(len(ids), sweep, np.int32)
         batch = Rows(data[ids], ids, sweeps, np.uint32(self.seed))
-        found = rows(estimator, target, self._partial, {}, batch, u, given)
+        columns = rows(estimator, target, self._partial, {}, batch, u, options)
         scale = bits.nats_to_bits(estimator.scale_nats(target, self.shape), self.shape)
-        return {**found, "scale": np.full(len(ids), scale)}
+        return {**columns, "scale": np.full(len(ids), scale)}
 
-    def _solved(self, data: Examples, target: Target, unit: str, dims: int) -> Estimate:
-        """All examples by the ODE; some again, by other draws and by a stricter solver."""
+    def _solve(self, data: Examples, target: Target, unit: str, dims: int) -> Estimate:
+        """Solve all examples, and some of them again with other draws and a stricter solver."""
         estimator = ode_estimator.Estimator(self._trace)
         ids, terms = np.arange(len(data)), _terms(estimator, target)
         subset = np.unique(np.linspace(0, len(data) - 1, min(len(data), SUBSET)).astype(int))
 
         def table(ids: np.ndarray, sweep: int, solver: Solver) -> Columns:
-            return self._batched(
+            return self._in_batches(
                 lambda ids: self._rows(estimator, target, data, ids, sweep, solver), ids
             )
 
@@ -253,16 +271,16 @@ class Density:
         budget = self.budget * dims
         return estimate.solved(table, ids, subset, self.solver, terms, unit, gap, budget)
 
-    def _carried(self, x: Examples, t0: float, t1: float) -> Examples:
+    def _transport(self, x: Examples, t0: float, t1: float) -> Examples:
         def batch(ids: np.ndarray) -> Any:
-            return {"x": _carry(self._partial, x[ids], self.solver, sde=self.sde, t0=t0, t1=t1)}
+            return {"x": _transport(self._partial, x[ids], self.solver, sde=self.sde, t0=t0, t1=t1)}
 
-        return self._batched(batch, np.arange(len(x)))["x"]
+        return self._in_batches(batch, np.arange(len(x)))["x"]
 
-    def _batched(
+    def _in_batches(
         self, batches: Callable[[np.ndarray], Any], ids: np.ndarray
     ) -> dict[str, np.ndarray]:
-        """The columns of ``batches`` for all ``ids``, some at a time; the last batch is padded."""
+        """The columns of all ``ids``, computed in batches; the last batch is padded."""
         size = min(self.batch_size, len(ids))
         if self._trace.kind == "exact":
             size = min(size, exact_batch(self.dims))
@@ -270,8 +288,8 @@ class Density:
         for start in range(0, len(ids), size):
             batch = ids[start : start + size]
             padded = np.concatenate([batch, np.full(size - len(batch), batch[0])])
-            found = jax.device_get(batches(padded.astype(np.int32)))
-            parts.append({name: np.asarray(v)[: len(batch)] for name, v in found.items()})
+            values = jax.device_get(batches(padded.astype(np.int32)))
+            parts.append({name: np.asarray(v)[: len(batch)] for name, v in values.items()})
         columns = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
         return {
             name: column.astype(np.float64) if np.issubdtype(column.dtype, np.floating) else column
@@ -284,7 +302,7 @@ def _jit(*static: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
 
 
 def _terms(estimator: Estimator, target: Target) -> tuple[str, ...]:
-    """The terms of the estimator that data of this kind have."""
+    """The estimator's terms for data of this kind, continuous or of integers."""
     none = CONTINUOUS if target.levels is None else ()
     return tuple(name for name in estimator.terms if name not in none)
 
@@ -303,5 +321,5 @@ def _sample(
 
 
 @_jit("sde", "t0", "t1")
-def _carry(score: Score, x: Batch, solver: Solver, *, sde: SDE, t0: float, t1: float) -> Batch:
+def _transport(score: Score, x: Batch, solver: Solver, *, sde: SDE, t0: float, t1: float) -> Batch:
     return jax.vmap(lambda x: ode.transport(score, sde, x, t0, t1, solver)[0])(x)

@@ -1,24 +1,27 @@
-"""The evidence bound on -log P(k) of integers k themselves, from noise at the smallest time eps.
+"""The evidence bound on -log P(k) of the integers k themselves, in nats.
 
-Let q_eps(.|k) be what the bin of k looks like at time eps, in the model's scale with c = 2 (k +
-1/2) / L - 1, q_t its diffusion, and s any score. With x_t = alpha c + sigma n, n ~ q_t, and the
-noise prediction e = -sigma s,
+Let c = 2 (k + 1/2) / L - 1 be the centre of k's bin in the model's scale, q_eps(.|k) a distribution
+of noise around alpha c at the smallest time eps, q_t its diffusion to time t, and s any score. With
+x_t = alpha c + sigma n distributed as q_t, and the noise prediction e = -sigma s,
 
     -log P(k) <= KL(q_T || pi) + 1/2 int E |z* - e(x_t, t)|^2 dlambda  [+ decoder],
     z* = -sigma grad log q_t(x_t | k).
 
-    truncated_normal   q_eps = N(alpha c, sigma^2) kept inside the bin: P(k) is the integral of
-                       p_eps over the bin, nothing else is paid
-    categorical        q_eps = N(alpha c, sigma^2), and a decoder, -E log P(k | x_eps), where
-                       P(k | x_eps) ~ N(x_eps; alpha c_k, sigma^2) over the L levels (VDM)
+    truncated_normal   q_eps = N(alpha c, sigma^2) truncated to the bin. P(k) is the integral of
+                       p_eps over the bin, so there is no further term.
+    categorical        q_eps = N(alpha c, sigma^2). The further term is the decoder's,
+                       -E log P(k | x_eps), where P(k | x_eps) is proportional to
+                       N(x_eps; alpha c_k, sigma^2) over the L levels, as in VDM.
 
 For the normal, n = z* ~ N(0, I). For the truncated normal e ~ TN(-tau, tau) and z ~ N(0, I) give
 
     n = a e + b z,    a^2 = exp(lambda(t) - lambda(eps)),    b^2 = 1 - a^2,
     z* = n + r,       r = a / b [phi((tau - a n) / b) - phi((tau + a n) / b)] / [Phi(..) - Phi(..)].
 
-|r|^2 has infinite variance near eps, but its mean is closed form: by de Bruijn's identity the
-integral of 1/2 E |z*|^2 dlambda is an entropy difference. So only |n - e|^2 / 2 - r e is sampled.
+|r|^2 has infinite variance near eps, but its mean has a closed form: by de Bruijn's identity the
+integral of 1/2 E |z*|^2 dlambda is a difference of two entropies. So the integral of
+1/2 (|z*|^2 - |n|^2) is added as a constant (:func:`edge_constant`), and only the rest of
+1/2 |z* - e|^2, which is 1/2 |n - e|^2 - r e, is sampled.
 
 References: Song et al. 2021, appendix on dequantization; Kingma et al., VDM, 2021, section 3.3.
 """
@@ -43,44 +46,44 @@ Real = Float[Array, "..."]
 
 Decoder = Callable[[Array, Array, Array], Array]
 
-
-TAU = 3.0  # standard deviations of the noise in half a bin, at the smallest time
+TAU = 3.0  # half a bin at the smallest time, in standard deviations of the noise
 
 
 def bin_log_snr(levels: int, tau: float = TAU) -> float:
-    """lambda(eps) at which the noise's ``tau`` standard deviations fill half a bin."""
+    """The log-SNR at which half a bin is ``tau`` standard deviations of the noise wide."""
     return -2 * math.log(1 / (levels * tau))
 
 
 def truncated_normal(e: Elementwise, tau: Number) -> Elementwise:
-    """N(0, 1) truncated to [-tau, tau] by a monotone map of standard normal ``e``, any shape."""
+    """Map standard normal ``e`` monotonically to N(0, 1) truncated to [-tau, tau]; any shape."""
     low = 0.5 * scalars.erfc(tau / math.sqrt(2))
-    # Halves are mapped by symmetry: a probability near 1 has lost its digits.
+    # The positive half is mapped by symmetry, since a probability near 1 has lost its digits.
     magnitude = -ndtri(low + (1 - 2 * low) * jax.scipy.special.ndtr(-jnp.abs(e)))
     return jnp.clip(jnp.sign(e) * magnitude, -tau, tau)
 
 
 def smallest_time(sde: SDE, levels: int, eps: Number, tau: float = TAU) -> Number:
-    """Where ``tau`` standard deviations of the noise fill half a bin, but not below ``eps``.
+    """The time at which half a bin is ``tau`` standard deviations of the noise, at least ``eps``.
 
-    Below ``eps`` the network was never trained; where ``eps`` is the later one, less than ``tau``
-    of them do, and the bound holds too. With ``tau`` infinite it is ``eps`` itself: the bound of a
-    model that was trained with its decoder at ``eps``, as VDM is.
+    Below ``eps`` the network was not trained. If ``eps`` is the larger of the two times, half a bin
+    is narrower than ``tau`` standard deviations, and the bound holds as well. With infinite ``tau``
+    the result is ``eps`` itself, for a model that was trained with its decoder at ``eps``, as VDM
+    is.
     """
     if math.isinf(tau):
         return eps
     target = bin_log_snr(levels, tau)
-    found = scalars.evaluated(lambda: sde.time(jnp.asarray(target)))
-    return jnp.maximum(found, eps) if scalars.traced(found) else max(found, eps)
+    time = scalars.evaluated(lambda: sde.time(jnp.asarray(target)))
+    return jnp.maximum(time, eps) if scalars.traced(time) else max(time, eps)
 
 
 def tau(sde: SDE, levels: int, eps: Number) -> Number:
-    """Half a bin in standard deviations of the noise at ``eps``: h / rho."""
+    """The width of half a bin in standard deviations of the noise at ``eps``: h / rho."""
     return scalars.exp(0.5 * _log_snr(sde, eps)) / levels
 
 
 def edge_score(n: Elementwise, a: Real, b: Real, tau: Number) -> Elementwise:
-    """r, what truncation adds to the normal's z*, elementwise; zero far inside the bin."""
+    """r = z* - n, the part of z* that truncation causes, elementwise; 0 far inside the bin."""
     m = jnp.abs(a * n)
     near, far = (tau - m) / b, (tau + m) / b
     hazard = jnp.exp(norm.logpdf(near) - log_ndtr(near))
@@ -96,15 +99,15 @@ def _variance(tau: Number) -> Number:
 
 
 def edge_constant(sde: SDE, eps: Number, tau: Number) -> Number:
-    """1/2 int (E |z*|^2 - E |n|^2) dlambda of one dimension, in nats."""
+    """1/2 int (E |z*|^2 - E |n|^2) dlambda for one dimension, in nats."""
     snr_range = _snr_range(sde, eps)
     ratio = scalars.exp(-snr_range)  # a^2 at T
     v = _variance(tau)
     z = scalars.erf(tau / math.sqrt(2))
-    # Entropies of n at T and of e at eps; at T, n is normal to within a^8.
+    # The entropies of n at T and of e at eps. At T, n is normal up to a term of order a^8.
     last = 0.5 * scalars.log(2 * math.pi * math.e * (1 - ratio * (1 - v)))
     first = scalars.log(z) + 0.5 * math.log(2 * math.pi) + 0.5 * v
-    # H(x_T) - H(x_eps) less the drift's d log(alpha_T / alpha_eps) leaves log(rho_T / rho_eps).
+    # H(x_T) - H(x_eps) minus the drift's log(alpha_T / alpha_eps) leaves log(rho_T / rho_eps).
     fisher = last - first + 0.5 * snr_range
     return fisher - 0.5 * (snr_range - (1 - v) * (1 - ratio))
 
@@ -118,7 +121,7 @@ def _snr_range(sde: SDE, eps: Number) -> Number:
 
 
 def decoder_nats(x: Example, pixels: Pixels, levels: int, rho: Scalar) -> Scalar:
-    """-log P(k | x) of noisy data x = c + rho z, shape ``(*s)``, summed: nats, a scalar."""
+    """-log P(k | x) for noisy data x = c + rho z ``(*s)``, summed over pixels: nats, a scalar."""
     compiler.check()
     centres = bits.to_model(jnp.arange(levels), 0.5, levels)
     logits = -0.5 * ((x[..., None] - centres.reshape((1,) * x.ndim + (-1,))) / rho) ** 2
@@ -127,7 +130,7 @@ def decoder_nats(x: Example, pixels: Pixels, levels: int, rho: Scalar) -> Scalar
 
 
 def _normals(key: Key, n: int, centre: Example) -> tuple[Float[Array, " n 2 *s"], Example]:
-    """Standard normal draws: two for each of ``n`` times ``(n, 2, *s)``, and the decoder's."""
+    """Standard normal draws: two for each of ``n`` times ``(n, 2, *s)``, one for the decoder."""
     keys = jax.random.split(key, n + 1)
     pairs = jax.vmap(lambda key: jax.random.normal(key, (2, *centre.shape), centre.dtype))
     return pairs(keys[:-1]), jax.random.normal(keys[-1], centre.shape, centre.dtype)
@@ -143,7 +146,10 @@ def _draw(
     tau: Number | None,
     control: GaussianControl | None,
 ) -> Scalar:
-    """1/2 |n - e|^2 - r e at one time, less the control's; ``tau`` None for the normal, r = 0."""
+    """1/2 |n - e|^2 - r e at one time in nats, minus the control's error if there is a control.
+
+    ``tau`` is None for the normal that is not truncated, where r = 0.
+    """
     z0, z = normals
     gap = jnp.minimum(sde.log_snr(t) - first, -1e-12)
     a, b = jnp.exp(0.5 * gap), jnp.sqrt(-jnp.expm1(gap))
@@ -156,32 +162,32 @@ def _draw(
         error = error - jnp.sum(edge_score(n, a, b, tau) * noise)
     if control is None:
         return error
-    # The control sees the noise before truncation, for which its integral is exact.
+    # The control takes the noise before truncation, for which its integral is exact.
     return error - 0.5 * jnp.sum((plain - control.noise(sde, mean + std * plain, t)) ** 2)
 
 
 @dataclasses.dataclass(frozen=True)
 class TruncatedNormal:
-    """Noise kept inside the bin: of ``levels`` levels."""
+    """Normal noise truncated to the bin of an integer that has ``levels`` levels."""
 
     levels: int
 
 
 @dataclasses.dataclass(frozen=True)
 class Categorical:
-    """Noise around the bin's centre, and a decoder.
+    """Normal noise around the bin's centre, and a decoder.
 
     Attributes:
-      levels: L.
-      decoder: -log P(pixels | y) in nats of (y, eps, pixels) with y = x_eps / alpha; None for that
-        of the noise alone, :func:`decoder_nats`.
+      levels: the number of levels L.
+      decoder: a function of (y, eps, pixels) with y = x_eps / alpha that gives -log P(pixels | y)
+        in nats; None for :func:`decoder_nats`, which needs no network.
     """
 
     levels: int
     decoder: Decoder | None = None
 
     def nats(self, y: Array, eps: Array, pixels: Array, rho: Array) -> Array:
-        """-log P(pixels | y), nats, a scalar."""
+        """-log P(pixels | y) in nats, a scalar."""
         if self.decoder is None:
             return decoder_nats(y, pixels, self.levels, rho)
         return self.decoder(y, eps, pixels)
@@ -198,28 +204,30 @@ def elbo(
     noise: TruncatedNormal | Categorical,
     reduction: Reduction = Reduction(),
 ) -> Bound:
-    """The bound on -log P(pixels) for one example, of the integers' own probability.
+    """The bound on -log P(pixels), a probability of integers, for one example; vmap over more.
 
-    Its terms, in nats, need no change of variables to be added.
+    The sum of its terms bounds -log P(pixels) itself, without a change of variables.
 
     Args:
       score: a score of one example, called deterministically.
       sde: the forward process.
       pixels: integers ``(*s)`` in 0 .. levels - 1.
-      key: draws all noise.
+      key: for all random draws.
       eps: the smallest time, for which :func:`smallest_time` is a good choice.
-      u: points ``(n,)`` in [0, 1), each a draw of the diffusion term.
-      noise: what the integers look like at eps, and their number of levels.
+      u: points ``(n,)`` in [0, 1), one for each draw of the diffusion term.
+      noise: the distribution q_eps of the noise at eps, and the number of levels.
       reduction: as in ``bound.elbo``; it changes the variance only.
 
     Returns:
       prior, diffusion and reconstruction (the decoder; zero for the truncated normal), in nats.
 
     Raises:
-      ValueError: as ``bound.elbo``; for pixels that are no integers.
+      ValueError: as in ``bound.elbo``, or if the pixels are not integers.
     """
     if not jnp.issubdtype(pixels.dtype, jnp.integer):
-        raise ValueError(f"pixels are {pixels.dtype}: give integers; bound.elbo is of real x")
+        raise ValueError(
+            f"pixels are of {pixels.dtype}: give integers here, and real numbers to bound.elbo"
+        )
     control = reduction.control
     t, weight = times.drawn(sde, eps, u, reduction.density, reduction.proposal)
     centre = bits.to_model(pixels, 0.5, noise.levels)

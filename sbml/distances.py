@@ -1,4 +1,4 @@
-"""Distances between two sets of images by their features, and the score of one. NumPy, float64.
+"""Distances between two sets of images, by their features, and the inception score of one set.
 
 With means m, covariances C of features, and the kernel k(x, y) = (x.y / d + 1)^3,
 
@@ -6,8 +6,9 @@ With means m, covariances C of features, and the kernel k(x, y) = (x.y / d + 1)^
     kernel      mean k(x, x') + mean k(y, y') - 2 mean k(x, y), x != x', y != y'  (Binkowski 2018)
     inception   exp mean KL(p(c|x) || mean p(c|x))                             (Salimans 2016)
 
-The Frechet distance is biased upwards by a part that falls as 1 / n, so it means nothing without
-its n; the kernel distance is unbiased. With Inception-v3's features these are FID, KID and IS.
+The Frechet distance has an upward bias that decreases as 1 / n, so it can only be compared at the
+same n; the kernel distance is unbiased. With the features of Inception-v3 the three are FID, KID
+and IS. All are computed by NumPy in float64.
 """
 
 from collections.abc import Iterable
@@ -31,21 +32,22 @@ class Moments(NamedTuple):
 
     @classmethod
     def of(cls, features: Features) -> "Moments":
-        """Of ``features (n, d)``.
+        """The moments of ``features (n, d)``.
 
         Raises:
-          ValueError: fewer than two.
+          ValueError: for fewer than two features.
         """
         return cls.of_parts([features])
 
     @classmethod
     def of_parts(cls, parts: Iterable[Num[np.ndarray, "_ d"]]) -> "Moments":
-        """Of features that come ``(m, d)`` at a time, each part looked at once.
+        """The moments of features that come in parts ``(m, d)``, each of which is read once.
 
-        Sums are taken around the first part's mean, so that nothing cancels in the covariance.
+        The sums are of distances from the first part's mean, so that the covariance loses no digits
+        by cancellation.
 
         Raises:
-          ValueError: fewer than two features in all.
+          ValueError: for fewer than two features in all.
         """
         size = 0
         centre: np.ndarray = np.zeros(())
@@ -59,7 +61,7 @@ class Moments(NamedTuple):
                 total, products = total + rows.sum(axis=0), products + rows.T @ rows
             size += len(part)
         if size < 2:
-            raise ValueError(f"{size} features: a covariance needs two at least")
+            raise ValueError(f"{size} features: a covariance needs at least two")
         shift = total / size
         cov = (products - size * np.outer(shift, shift)) / (size - 1)
         return cls(centre + shift, cov, size)
@@ -69,7 +71,7 @@ def frechet(one: Moments, other: Moments) -> float:
     """The squared Frechet distance of two Gaussians with these moments; at least 0."""
     values, vectors = np.linalg.eigh(one.cov)
     root = vectors * np.sqrt(np.maximum(values, 0))[None] @ vectors.T
-    # The product's eigenvalues are those of C_1 C_2, but of a symmetric matrix.
+    # This product has the eigenvalues of C_1 C_2, but it is symmetric.
     product = np.linalg.eigvalsh(root @ other.cov @ root)
     cross = np.sum(np.sqrt(np.maximum(product, 0)))
     shift = np.sum((one.mean - other.mean) ** 2)
@@ -79,10 +81,11 @@ def frechet(one: Moments, other: Moments) -> float:
 def kernel(x: Features, y: Num[np.ndarray, "m d"], chunk: int = 1000) -> float:
     """The unbiased squared maximum mean discrepancy of ``x (n, d)`` and ``y (m, d)``.
 
-    May be negative: it is about 0 for two samples of one distribution.
+    It may be negative: for two samples of one distribution its expectation is 0. ``chunk`` is the
+    number of rows whose kernels are in memory at once.
 
     Raises:
-      ValueError: fewer than two of either.
+      ValueError: for fewer than two features in either sample.
     """
     if min(len(x), len(y)) < 2:
         raise ValueError(f"{len(x)} and {len(y)} features: the unbiased estimate needs two of each")
@@ -92,7 +95,7 @@ def kernel(x: Features, y: Num[np.ndarray, "m d"], chunk: int = 1000) -> float:
         return (products / x.shape[1] + 1) ** 3
 
     def total(a: np.ndarray, b: np.ndarray) -> float:
-        """The sum of k over all pairs, some rows at a time."""
+        """The sum of k over all pairs, ``chunk`` rows at a time."""
         return sum(k(a[i : i + chunk] @ b.T).sum() for i in range(0, len(a), chunk))
 
     def off_diagonal(a: np.ndarray) -> float:
@@ -102,7 +105,7 @@ def kernel(x: Features, y: Num[np.ndarray, "m d"], chunk: int = 1000) -> float:
 
 
 def inception_score(probabilities: Float[np.ndarray, "n classes"]) -> float:
-    """exp of the mean KL of each row of ``(n, classes)`` from the mean row; 1 to ``classes``."""
+    """exp of the mean KL of the rows of ``(n, classes)`` from their mean; in [1, ``classes``]."""
     p = np.asarray(probabilities, np.float64)
     ratio = np.divide(p, p.mean(axis=0), out=np.ones_like(p), where=p > 0)  # 0 log 0 = 0
     return float(np.exp(np.mean(np.sum(p * np.log(ratio), axis=1))))
@@ -111,9 +114,12 @@ def inception_score(probabilities: Float[np.ndarray, "n classes"]) -> float:
 def nearest(
     x: Images, others: Num[np.ndarray, " m *s"], chunk: int = 1024
 ) -> tuple[Integer[np.ndarray, " n"], Float[np.ndarray, " n"]]:
-    """Index of the nearest of ``others (m, *s)`` to each of ``x (n, *s)``, and distance / sqrt(d).
+    """The nearest of ``others (m, *s)`` to each of ``x (n, *s)``, by Euclidean distance.
 
-    Both may be integers, too many to hold in float64: some rows of each are, at a time.
+    Only parts of the two sets are held in float64 at a time, so they may be large sets of integers.
+
+    Returns:
+      Indices ``(n,)`` into ``others``, and the distances ``(n,)`` divided by sqrt(d).
     """
     flat = np.reshape(x, (len(x), -1))
     index, least = np.zeros(len(x), np.int64), np.full(len(x), np.inf)
@@ -122,9 +128,9 @@ def nearest(
         norms = np.sum(part**2, axis=1)
         for start in range(0, len(x), chunk):
             rows = slice(start, start + chunk)
-            found = norms - 2 * np.asarray(flat[rows], np.float64) @ part.T  # less |x|^2
-            best = found.argmin(axis=1)
-            value = found[np.arange(len(best)), best]
+            squares = norms - 2 * np.asarray(flat[rows], np.float64) @ part.T  # minus |x|^2
+            best = squares.argmin(axis=1)
+            value = squares[np.arange(len(best)), best]
             better = value < least[rows]
             index[rows] = np.where(better, first + best, index[rows])
             least[rows] = np.where(better, value, least[rows])

@@ -1,17 +1,19 @@
 """The divergence of a vector field, div f(x) = tr J(x), exactly or by random probes.
 
 Hutchinson's estimator v^T J v is unbiased for probes v with E[v v^T] = I. Forward mode (``jvp``)
-gives J v beside f(x) in one pass; inside a solver's loop reverse mode is 6 times slower on CPU.
+gives J v together with f(x) in one pass. Inside a solver's loop, reverse mode is 6 times slower on
+CPU.
 
-Several Rademacher probes are one vector of random signs e, seen through the rows of a Hadamard
-matrix H, each entry i of x by the column of its colour c_i:
+Several Rademacher probes are made from one vector of random signs e and the rows of a Hadamard
+matrix H. Every entry i of x has a colour c_i, which chooses a column of H:
 
     v_j = e * H[j, c],      1/k sum_j v_j^T J v_j = tr J + sum_{i != l} J_il e_i e_l r_k(c_i, c_l)
 
-where r_k(a, b) = 1/k sum_{j < k} H[j, a] H[j, b] is 1 for the same colour and, if k is a power of
-two, 0 for two of k colours: entries of different colours cancel, where independent probes leave
-1 / k of all pairs' variance. Each v_j by itself is Rademacher's, so the mean is unbiased. In an
-image neighbours, whose J_il are the largest, have different colours.
+where r_k(a, b) = 1/k sum_{j < k} H[j, a] H[j, b] is 1 for a = b and, if k is a power of two, 0 for
+two different colours out of k. So pairs of entries with different colours add no variance, while k
+independent probes leave 1 / k of the variance of every pair. Each v_j by itself is a Rademacher
+probe, so the mean is unbiased. In an image, neighbours have different colours, because their J_il
+are the largest.
 
 References: Hutchinson 1989; Grathwohl et al., FFJORD, ICLR 2019; Stathopoulos, Laeuchli, Orginos,
 "Hierarchical probing for estimating the trace of the matrix inverse on toroidal lattices", 2013.
@@ -36,18 +38,22 @@ Forms = Float[Array, "k"]
 
 PROBES = ("rademacher", "gaussian")
 
-# Directions at once: the exact trace of a 32x32x3 image has 3,072, too many to hold together.
+# Directions that are computed at once. The exact trace of a 32x32x3 image has 3,072, which is too
+# many for the memory.
 CHUNK = 256
 
-# Tangents of an exact trace that are held at once: of networks for 32x32 images 8 MB each.
+# Tangents of an exact trace that are in memory at once, over all examples of a batch. For networks
+# of 32x32 images a tangent takes 8 MB.
 TANGENTS = 2048
 
 
 def probes(key: Key, shape: tuple[int, ...], count: int, kind: str = "rademacher") -> Probes:
-    """``(count, *shape)`` random probes: Rademacher's of one draw of signs, Gaussian independent.
+    """``(count, *shape)`` random probes.
 
-    Rademacher has the least variance of all: none at all for a diagonal J, where a Gaussian probe's
-    is 2 |J|^2; and none for any J with a power of two of probes above the largest colour.
+    Rademacher probes share one draw of signs; Gaussian probes are independent. One Rademacher probe
+    has the least variance of all probes with independent entries. For a diagonal J its variance is
+    0, and that of a Gaussian probe 2 |J|^2. For any J the variance is 0 if ``count`` is a power of
+    two that is larger than the largest colour.
 
     Raises:
       ValueError: for an unknown ``kind`` or a ``count`` below one.
@@ -63,18 +69,20 @@ def probes(key: Key, shape: tuple[int, ...], count: int, kind: str = "rademacher
 
 
 def colours(shape: tuple[int, ...]) -> np.ndarray:
-    """A number for each entry: in an image (h, w, c), one whose last bits tell neighbours apart.
+    """A colour, an integer, for each entry of ``shape``, as an array of that shape.
 
-    The last bit of pixel (y, x) makes a checkerboard; the last two differ within 2x2 pixels, four
-    within 4x4: bit 2 i is that of x ^ y's bit i, bit 2 i + 1 that of y's. 7 times the channel is
-    added bit by bit (exclusive or), so the last two differ within a pixel too, and four in
-    all channels of pixels side by side. Entries of other shapes are counted.
+    In an image (h, w, c), the last bits of the colours of neighbours differ. The last bit of the
+    pixels (y, x) is a checkerboard, the last two bits differ between all pixels of a 2x2 block, and
+    the last four between all pixels of a 4x4 block: bit 2 i is bit i of x ^ y, and bit 2 i + 1 is
+    bit i of y. The exclusive or with 7 times the channel makes the last two bits differ between
+    the channels of a pixel too, and the last four between all channels of adjacent pixels. In any
+    other shape, the colours are 0, 1, 2, ...
     """
     if len(shape) != 3:
         return np.arange(math.prod(shape)).reshape(shape)
     y, x, channel = np.indices(shape)
     bits = max(shape[:2]).bit_length()
-    # Once more above the pixel's bits: no two entries have one number.
+    # The channel stands once more above the pixel's bits, so all entries have different colours.
     colour = 7 * channel % 4**bits ^ channel << 2 * bits
     for bit in range(bits):
         colour ^= ((x ^ y) >> bit & 1) << 2 * bit | (y >> bit & 1) << 2 * bit + 1
@@ -82,13 +90,16 @@ def colours(shape: tuple[int, ...]) -> np.ndarray:
 
 
 def hadamard(rows: int, columns: np.ndarray) -> Signs:
-    """The first ``rows`` of Sylvester's matrix at ``columns``: (-1)^(ones of j & c), (rows, *s)."""
+    """The first ``rows`` rows of Sylvester's matrix at ``columns (*s)``, shape ``(rows, *s)``.
+
+    Its entry in row j and column c is (-1)^n, where n is the number of ones in the bits of j & c.
+    """
     j = jnp.arange(rows).reshape(-1, *(1,) * columns.ndim)
     return 1 - 2 * (jax.lax.population_count(j & columns[None]) & 1)
 
 
 def basis(shape: tuple[int, ...]) -> Probes:
-    """The d unit vectors of ``shape``, as ``(d, *shape)``: with them the trace is exact."""
+    """The d unit vectors of ``shape``, as ``(d, *shape)``; as probes they give the exact trace."""
     size = 1
     for n in shape:
         size *= n
@@ -96,16 +107,16 @@ def basis(shape: tuple[int, ...]) -> Probes:
 
 
 def quadratic_forms(f: Field, x: Example, vs: Probes) -> tuple[Example, Forms]:
-    """f(x) of shape ``(*s)`` and v^T J(x) v for each v of ``vs (k, *s)``, shape ``(k,)``.
+    """f(x), shape ``(*s)``, and v^T J(x) v for each probe v in ``vs (k, *s)``, shape ``(k,)``.
 
     Raises:
-      ValueError: ``vs`` are not directions of ``x``, or f(x) has another shape than ``x``.
+      ValueError: if ``vs`` are not of shape ``(k, *s)``, or f(x) has another shape than ``x``.
     """
     compiler.check()
     if not vs.ndim or vs.shape[1:] != x.shape:
         raise ValueError(
-            f"directions of shape {vs.shape} for x of shape {x.shape}: give (k, *x.shape), as of "
-            "divergence.probes"
+            f"directions of shape {vs.shape} for x of shape {x.shape}: give (k, *x.shape), as "
+            "divergence.probes does"
         )
 
     def one(v: Array) -> tuple[Array, Array]:
@@ -124,18 +135,18 @@ def quadratic_forms(f: Field, x: Example, vs: Probes) -> tuple[Example, Forms]:
 
 
 def exact_batch(dims: int) -> int:
-    """How many examples of ``dims`` dimensions an exact trace takes at once on one device."""
+    """The number of examples of ``dims`` dimensions for one exact trace on one device at once."""
     return max(1, TANGENTS // min(CHUNK, dims))
 
 
 def exact(f: Field, x: Example) -> tuple[Example, Scalar]:
-    """f(x) and tr J(x), at the price of d Jacobian-vector products."""
+    """f(x), shape ``(*s)``, and tr J(x), a scalar, at the cost of d Jacobian-vector products."""
     y, forms = quadratic_forms(f, x, basis(x.shape).astype(x.dtype))
     return y, jnp.sum(forms)
 
 
 def hutchinson(f: Field, x: Example, vs: Probes) -> tuple[Example, Scalar]:
-    """f(x) and the mean of v^T J(x) v over the probes ``vs (k, *s)``."""
+    """f(x), shape ``(*s)``, and the mean of v^T J(x) v over the probes ``vs (k, *s)``, a scalar."""
     y, forms = quadratic_forms(f, x, vs)
     return y, jnp.mean(forms)
 
@@ -146,7 +157,10 @@ class Trace:
 
     Attributes:
       kind: ``rademacher`` or ``gaussian`` probes, or ``exact``.
-      probes: how many, for one solve (not used by ``exact``).
+      probes: the number of probes for one solve (not used by ``exact``).
+
+    Raises:
+      ValueError: for an unknown kind, or fewer than one probe.
     """
 
     kind: str = "rademacher"
@@ -160,13 +174,20 @@ class Trace:
             raise ValueError(f"{self.probes} probes: need at least one")
 
     def directions(self, key: Key | None, shape: tuple[int, ...]) -> Probes:
-        """The directions ``(k, *shape)`` whose quadratic forms are summed."""
+        """The directions ``(k, *shape)`` whose quadratic forms give the divergence.
+
+        Raises:
+          ValueError: if there is no key and the probes are random.
+        """
         if self.kind == "exact":
             return basis(shape)
         if key is None:
-            raise ValueError(f"a {self.kind} trace draws probes: pass a key, or use kind='exact'")
+            raise ValueError(
+                f"key=None with a {self.kind} trace, which draws probes: pass a key, or use "
+                "kind='exact'"
+            )
         return probes(key, shape, self.probes, self.kind)
 
     def combined(self, forms: Forms) -> Scalar:
-        """The divergence ``()`` that the quadratic forms ``(k,)`` tell."""
+        """The divergence ``()``: the sum of the forms ``(k,)`` if exact, otherwise their mean."""
         return jnp.sum(forms) if self.kind == "exact" else jnp.mean(forms)

@@ -4,18 +4,19 @@ For n values b_i with sample standard deviation S,
 
     mean +- t_{n-1, 0.975} S / sqrt(n)
 
-is the 95% confidence interval of the expectation: over images it holds all noise, of the images and
-of every random draw that went into their values. Non-finite values are never trimmed: they make
-the mean non-finite, and their count is reported.
+is the 95% confidence interval of the expectation. If each value belongs to an image, it covers all
+noise: that of the choice of images and that of every random draw that is part of the values.
+Non-finite values are never trimmed: they make the mean non-finite, and their count is reported.
 
 For *this* data set only the random draws are noise. R independent sweeps over all its images have
-means m_r, and mean +- t_{R-1} sd(m_r) / sqrt(R) holds it. Where images draw independently a second
-draw of some m of them serves as well: with differences D_i of the two draws the noise of the mean
-over n images has variance mean(D_i^2) / (2 n). Were every image as noisy as the next, that estimate
-would have m degrees of freedom; it has about (sum of variances)^2 / (sum of their squares), as
-Satterthwaite (Biometrics Bulletin 1946) has it, whose own estimate from the D_i is
+means m_r, and mean +- t_{R-1} sd(m_r) / sqrt(R) covers that noise. If images draw independently,
+a second draw for m of the images is enough: with the differences D_i of the two draws, the noise of
+the mean over n images has variance mean(D_i^2) / (2 n). If all images were equally noisy, that
+estimate would have m degrees of freedom. In general it has about
+(sum of variances)^2 / (sum of their squares) (Satterthwaite, Biometrics Bulletin 1946), and its
+estimate from the D_i is
 
-    3 (sum D_i^2)^2 / sum D_i^4 - 2,      kept within [1, m].
+    3 (sum D_i^2)^2 / sum D_i^4 - 2,      limited to [1, m].
 """
 
 import math
@@ -30,7 +31,15 @@ Values = Num[np.ndarray, "n"] | Sequence[float]
 
 
 class Interval(NamedTuple):
-    """A mean, its standard error, and the half-width of its 95% confidence interval."""
+    """A mean with its 95% confidence interval, in the unit of the values.
+
+    Attributes:
+      mean: the mean of the values.
+      stderr: its standard error.
+      ci95: the half-width of its 95% confidence interval.
+      n: the number of values.
+      nonfinite: the number of values that are not finite.
+    """
 
     mean: float
     stderr: float
@@ -40,32 +49,37 @@ class Interval(NamedTuple):
 
     @property
     def bounds(self) -> tuple[float, float]:
-        """The two ends of the interval."""
+        """The lower and the upper end of the interval."""
         return self.mean - self.ci95, self.mean + self.ci95
 
 
 def mean_interval(values: Values) -> Interval:
-    """The interval of the mean of ``values (n,)``; infinite half-width for fewer than two.
+    """The interval of the mean of ``values (n,)``; its half-width is infinite for one value.
 
     Raises:
-      ValueError: for no values at all.
+      ValueError: if there are no values.
     """
     values = np.asarray(values, np.float64)
     n = len(values)
     if not n:
-        raise ValueError("no values to average")
+        raise ValueError(f"values of shape {values.shape}: a mean needs at least one value")
     stderr = float(np.std(values, ddof=1)) / math.sqrt(n) if n > 1 else math.inf
     nonfinite = int(np.sum(~np.isfinite(values)))
     return Interval(float(np.mean(values)), stderr, half_width(stderr, n - 1), n, nonfinite)
 
 
 def half_width(stderr: float, freedom: float) -> float:
-    """Student's 97.5% quantile times ``stderr``; infinite without a degree of freedom."""
+    """Student's 97.5% quantile times ``stderr``; infinite if ``freedom`` is 0."""
     return float(special.stdtrit(freedom, 0.975)) * stderr if freedom > 0 else math.inf
 
 
 def repeated_stderr(first: Values, second: Values, n: int) -> tuple[float, float]:
-    """Noise of the mean over ``n`` images from two draws ``(m,)`` of some: (stderr, freedom)."""
+    """The noise of the mean over ``n`` images, from two independent draws ``(m,)`` for m of them.
+
+    Returns:
+      The standard error in the unit of the draws, and its degrees of freedom in [1, m]; infinity
+      and 0 if m = 0.
+    """
     squares = (np.asarray(first, np.float64) - np.asarray(second, np.float64)) ** 2
     m = len(squares)
     if not m:
@@ -73,7 +87,7 @@ def repeated_stderr(first: Values, second: Values, n: int) -> tuple[float, float
     scale = float(np.max(squares))
     freedom = float(m)
     if 0 < scale < math.inf:
-        shares = squares / scale  # whose squares neither overflow nor vanish
+        shares = squares / scale  # the squares of these neither overflow nor vanish
         freedom = 3 * float(np.sum(shares)) ** 2 / float(np.sum(shares**2)) - 2
     return math.sqrt(float(np.mean(squares)) / (2 * n)), min(max(freedom, 1.0), m)
 
@@ -81,9 +95,9 @@ def repeated_stderr(first: Values, second: Values, n: int) -> tuple[float, float
 def outliers(values: Values, width: float = 6.0) -> Integer[np.ndarray, " m"]:
     """Indices of values further than ``width`` robust standard deviations from the median.
 
-    The robust deviation is 1.4826 times the median absolute deviation, both of the finite values;
-    those that are not finite are outliers. Nothing is trimmed for it: whoever reads the mean should
-    know what carries it.
+    The robust standard deviation is 1.4826 times the median absolute deviation. It and the median
+    are those of the finite values; values that are not finite are outliers. Outliers stay in the
+    mean: they are listed so that the reader knows which values dominate it.
     """
     values = np.asarray(values, np.float64)
     finite = np.isfinite(values)

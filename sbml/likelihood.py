@@ -1,27 +1,28 @@
-"""The log-likelihood of the probability-flow ODE.
+"""The log-likelihood of the probability-flow ODE, in nats.
 
 Along dx/dt = v(x, t) from t = eps to T (instantaneous change of variables, Chen et al. 2018),
 
     log p_eps(x) = log pi(z) + integral_eps^T div v(x(t), t) dt,      z = x(T).
 
-Along any other curve c from x the same stands with one term more, for there d/dt log p_t(c) =
--div v + (dc/dt - v) . grad log p_t(c):
+Along any other curve c from x, d/dt log p_t(c) = -div v + (dc/dt - v) . grad log p_t(c), so there
+is one more term:
 
     log p_eps(x) = log pi(c(T)) + integral div v(c, t) dt - integral (dc/dt - v(c, t)) . s(c, t) dt.
 
-The solver's path is such a curve. The last term, the correction, takes its own error out: exactly
-if s is the gradient of log p_t, otherwise up to the relative error of s. It costs nothing, since v
-and s are wanted at the same points as div v.
+The path that the solver computes is such a curve. The last term, the correction, removes the error
+of this path: exactly if s is the gradient of log p_t, otherwise up to the relative error of s. It
+costs nothing, since v and s are evaluated at the same points as div v.
 
-The path does not ask for the divergence: it is solved by itself, at one network call an evaluation,
-and the integrals are sums over its steps with error estimates of their own (``sbml.quadrature``).
-So the divergence, the expensive part, is wanted at three of a step's eight evaluations.
+The steps of the path do not need the divergence. So the path is solved with one network call for
+each evaluation, and the integrals are sums over its steps with error estimates of their own
+(``sbml.quadrature``). The divergence, the expensive part, is evaluated three times in eight.
 
-Where the signal vanishes at T, the prior is exact there, and a score that offers ``predictions`` is
-solved up to T. With any other score x is stretched from ``largest_time`` to T (``sbml.ode``).
+If the signal vanishes at T, the prior is exact at T. A score with ``predictions`` is then solved up
+to T. With any other score, x is scaled from ``largest_time`` to T (``sbml.ode``).
 
-The divergence is exact, or Hutchinson's with probes drawn once per solve. Fresh noise at every
-point would average out along the path, but ties the result to where rounding puts the steps.
+The divergence is exact, or Hutchinson's estimate with probes that are drawn once for each solve.
+Fresh probes at every point would average out along the path, but then the result would depend on
+where rounding places the steps.
 
 Reference: Song et al., "Score-Based Generative Modeling through SDEs", ICLR 2021, appendix D.2.
 """
@@ -42,12 +43,12 @@ class Likelihood(NamedTuple):
     """log p = prior + divergence + correction in nats, the latent and the solver's stats.
 
     Attributes:
-      logp: the sum.
+      logp: the sum of the three terms.
       prior: log pi(z).
       divergence: the integral of div v along the solver's path.
-      correction: first-order estimate of the error that the path causes, already in ``logp``.
-      z: the latent ``(*s)``, where that path ends.
-      stats: the solver's.
+      correction: the first-order estimate that removes the path's error; ``logp`` contains it.
+      z: the latent ``(*s)``, the end of the path.
+      stats: the cost of the solve, and whether it succeeded.
     """
 
     logp: Scalar
@@ -71,23 +72,24 @@ def ode_logp(
     """log p_eps(x) in nats for one example ``x`` of shape ``(*s)``; vmap over examples and keys.
 
     Args:
-      score: a score of one example; called with key None, so deterministically.
+      score: a score of one example, called deterministically (with key None).
       sde: the forward process.
       x: one example of continuous data (dequantize integers first).
-      key: draws the probes; not needed by an exact trace.
+      key: for the random probes; None for an exact trace.
       eps: the smallest time, where the solve starts.
-      trace, solver: how the divergence is computed and the ODE solved.
+      trace: how the divergence is computed.
+      solver: how the ODE is solved.
 
     Returns:
-      The log-likelihood and its terms. NaN where the solver gave up.
+      The log-likelihood and its terms. They are NaN if the solver gave up.
 
     Raises:
-      ValueError: if eps is not in (0, T), x is not of floating-point numbers, the score's result is
-        of another shape or type than x, or probes are wanted and there is no key.
+      ValueError: if eps is not in (0, T), x is not of floating-point numbers, the score's result
+        has another shape or type than x, or there is no key to draw the probes.
     """
     sde.check_time(eps)
     if not jnp.issubdtype(x.dtype, jnp.floating):
-        raise ValueError(f"x is {x.dtype}: dequantize integers first (sbml.bits.to_model)")
+        raise ValueError(f"x is of {x.dtype}: dequantize integers first (sbml.bits.to_model)")
 
     def field(t: Scalar, x: Example) -> Example:
         return velocity(score, sde, x, t)
@@ -103,7 +105,7 @@ def ode_logp(
         field, with_divergence, x, eps, last, solver
     )
     if scalars.traced(last) or last < sde.T:
-        # From there to T only the scale changes, of divergence d (log sigma)'.
+        # From there to T only the scale changes, with divergence d (log sigma)'.
         z, integral = sde.stretch * z, integral + x.size * scalars.log(sde.stretch)
     prior = sde.prior_logp(z)
     return Likelihood(prior + integral + correction, prior, integral, correction, z, stats)

@@ -4,7 +4,7 @@ With x_t = alpha x + sigma z, z ~ N(0, I), a score s defines a noise prediction 
 
     loss(x, t, z) = 1/2 w(t) || sigma(t) s(x_t, t) + z ||^2
 
-summed over dimensions, in nats. Weightings:
+is summed over dimensions, in nats. The weightings are
 
     likelihood   w = g^2 / sigma^2    (lambda = g^2): the integral over t bounds -log p(x) up to
                                       terms that do not depend on the score
@@ -38,7 +38,7 @@ WEIGHTINGS = ("likelihood", "original")
 
 
 def weight(sde: Kernel, t: Elementwise, weighting: str) -> Elementwise:
-    """w(t) of the noise-prediction error, elementwise.
+    """The weight w(t) of the squared noise-prediction error, elementwise.
 
     Raises:
       ValueError: for an unknown ``weighting``, or one that discrete noise levels do not have.
@@ -73,18 +73,19 @@ def dsm(
 
     Args:
       score: any score of one example.
-      sde: the forward process; with ``sde.levels(n)`` and the original weighting this is the loss
+      sde: the forward process. With ``sde.levels(n)`` and the original weighting this is the loss
         of DDPM or SMLD at level i = (n - 1) t.
       x: one example, ``(*s)``.
       t: scalar time.
-      key: draws z and, split off, what the score's stochastic layers need.
+      key: for the draw of z; a key split from it goes to the score's stochastic layers.
       weighting: ``likelihood`` or ``original``.
 
     Returns:
       1/2 w(t) ||sigma s(x_t, t) + z||^2, summed over dimensions, in nats.
 
     Raises:
-      ValueError: ``t`` is no scalar, where broadcasting would give as many wrong losses.
+      ValueError: if ``t`` is not a scalar, which would give wrong losses by broadcasting, if the
+        weighting is unknown, or if the score's shape is not that of ``x``.
     """
     if t.ndim:
         raise ValueError(f"t has shape {t.shape}: give one example's scalar time, vmap over more")
@@ -105,15 +106,16 @@ def dsm_batch(
 ) -> Vector:
     """:func:`dsm` for ``x (n, *s)``, ``t (n,)``, ``keys (n,)``: n losses, one call of the score.
 
-    The mathematics stays per example (vmapped), each with the noise its own key draws; only the
-    network sees the batch, which in reverse mode is cheaper than a vmapped network (see
-    ``sbml.types``). Without stochastic layers the result is that of ``vmap(dsm)``.
+    The mathematics is written for one example and vmapped, and every example draws its noise from
+    its own key. Only the network gets the whole batch, which in reverse mode is cheaper than a
+    vmapped network (see ``sbml.types``). Without stochastic layers the result is that of
+    ``vmap(dsm)``.
 
-    ``signs (n,)`` of +1 and -1 multiply the noises: two rows that are the same but for their sign
-    are antithetic, and the gradient of their mean has less variance than of independent ones.
+    ``signs (n,)`` of +1 and -1 multiply the noises. Two rows that differ in the sign only are
+    antithetic: the gradient of their mean has less variance than that of two independent rows.
 
     Raises:
-      ValueError: there is not one scalar time, one key or one sign for each example.
+      ValueError: if there is not one scalar time, one key and one sign for each example.
     """
     _check_rows(x, t, keys, signs)
     pairs = jax.vmap(jax.random.split)(keys)
@@ -127,10 +129,10 @@ def dsm_batch(
 
 
 def _check_rows(x: Batch, t: Anything, keys: Anything, signs: Anything | None) -> None:
-    """One time, one key and one sign for each of ``x (n, *s)``; ``vmap`` would map other axes too.
+    """Check that each of ``x (n, *s)`` has one time, key and sign; ``vmap`` would accept more axes.
 
     Raises:
-      ValueError: naming the shape received.
+      ValueError: if one of them has another shape.
     """
     if not x.ndim or t.shape != (len(x),):
         raise ValueError(

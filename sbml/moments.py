@@ -1,14 +1,22 @@
-"""Mean and covariance of a set too large to hold in float64: two passes, some rows at a time."""
+"""Mean, variances and covariance of a data set that is too large to hold in float64.
+
+    mean = sum_i x_i / n,      covariance = sum_i (x_i - mean) (x_i - mean)^T / (n - 1)
+
+Each is one pass over the data, a part of the rows at a time.
+"""
 
 from collections.abc import Iterator
 
 import numpy as np
 
-CHUNK = 2**23  # numbers at a time: 64 MiB of float64
+CHUNK = 2**23  # numbers in one part: 64 MiB of float64
 
 
 def rows(x: np.ndarray) -> Iterator[np.ndarray]:
-    """``x (n, *s)`` as float64 ``(m, d)``, in order, at most ``CHUNK`` numbers or one row each."""
+    """The rows of ``x (n, *s)`` in order, as float64 parts ``(m, d)``.
+
+    A part has at most ``CHUNK`` numbers, or one row if a row is longer.
+    """
     size = int(np.prod(x.shape[1:]))
     step = max(1, CHUNK // size)
     for start in range(0, len(x), step):
@@ -16,23 +24,23 @@ def rows(x: np.ndarray) -> Iterator[np.ndarray]:
 
 
 def mean(x: np.ndarray) -> np.ndarray:
-    """``(d,)`` of ``x (n, *s)``."""
+    """The mean ``(d,)`` of ``x (n, *s)``."""
     return np.sum([part.sum(axis=0) for part in rows(x)], axis=0) / len(x)
 
 
 def variances(x: np.ndarray, centre: np.ndarray) -> np.ndarray:
-    """``(d,)``, of ``x (n, *s)`` around its mean ``centre (d,)``, divided by n."""
+    """The variances ``(d,)`` of ``x (n, *s)`` with mean ``centre (d,)``; the divisor is n."""
     return np.sum([((part - centre) ** 2).sum(axis=0) for part in rows(x)], axis=0) / len(x)
 
 
 def covariance(x: np.ndarray, centre: np.ndarray) -> np.ndarray:
-    """``(d, d)``, of ``x (n, *s)`` around its mean ``centre (d,)``, divided by n - 1.
+    """The covariance ``(d, d)`` of ``x (n, *s)`` with mean ``centre (d,)``; the divisor is n - 1.
 
     Raises:
       ValueError: for fewer than two rows.
     """
     if len(x) < 2:
-        raise ValueError(f"no covariance of {len(x)} images: need at least two to train on")
+        raise ValueError(f"{len(x)} examples: a covariance needs at least two")
     total = np.zeros((centre.size, centre.size))
     for part in rows(x):
         total += (part - centre).T @ (part - centre)

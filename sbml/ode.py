@@ -1,16 +1,18 @@
-"""The probability-flow ODE and the one place that solves it.
+"""The probability-flow ODE and its solver.
 
     dx/dt = v(x, t) = f(t) x - 1/2 g(t)^2 s(x, t) = alpha'(t) E[x_0 | x] + sigma'(t) E[z | x]
 
-has the marginals of the SDE. The second form is regular where alpha = 0: it serves scores that know
-both expectations (``score.predictions``, see ``sbml.types``), whose ODE always ends at T. Where the
-signal vanishes at T, the ODE of other scores ends at the SDE's ``largest_time``, and from there on
-x grows with sigma. It is solved by diffrax in the coordinate u = t^(1/power), in which
-the field is smooth near t = 0 where g^2 / sigma dominates. The first step is given
-(``first_step``): the one that diffrax would choose is far too long, and is accepted.
+has the same marginals as the SDE. The second form is regular where alpha = 0. It is used for scores
+that know both expectations (``score.predictions``, see ``sbml.types``); their ODE always ends at T.
+If the signal vanishes at T, the ODE of other scores ends at the SDE's ``largest_time``, and from
+there to T x is scaled in proportion to sigma.
 
-Every solve is of one example. Under ``vmap`` each keeps its own step sizes, so an image's result
-does not depend on its batch-mates.
+diffrax solves the ODE in the coordinate u = t^(1/power), in which the field is smooth near t = 0,
+where g^2 / sigma dominates. The first step is set (``first_step``), because the one that diffrax
+chooses by itself is far too long, and the error estimate does not reject it.
+
+Every solve is of one example. Under ``vmap`` each example keeps its own step sizes, so the result
+for an image does not depend on the other images of its batch.
 """
 
 import dataclasses
@@ -32,8 +34,8 @@ from sbml.types import Array, Example, Scalar, Score, deterministic, predictor
 Count = Integer[Array, ""]
 Field = Callable[[Scalar, Example], Example]  # (t, y) -> dy/dt
 
-# method: (solver, field evaluations a step, evaluations once); a first-same-as-last pair starts
-# with one evaluation and then needs one less than its stages.
+# method: (solver, evaluations of the field in a step, evaluations at the start). A method whose
+# last stage is the first of the next step evaluates once at the start, and once less in each step.
 METHODS: dict[str, tuple[type[diffrax.AbstractSolver], int, int]] = {
     "dopri5": (diffrax.Dopri5, 6, 1),
     "tsit5": (diffrax.Tsit5, 6, 1),
@@ -43,11 +45,14 @@ METHODS: dict[str, tuple[type[diffrax.AbstractSolver], int, int]] = {
 
 
 class Stats(NamedTuple):
-    """What a solve cost and whether it arrived: scalars.
+    """The cost of a solve and whether it reached its end: scalars.
 
-    ``nfe`` counts evaluations of the field, alone or with an integrand. It is exact if no step is
-    rejected before the first accepted one; without an integrand, each such rejection costs one
-    evaluation more than is counted.
+    Attributes:
+      nfe: evaluations of the field, alone or with an integrand. The count is exact if no step is
+        rejected before the first accepted one. Without an integrand, each such rejection costs one
+        evaluation that is not counted.
+      accepted, rejected: the numbers of accepted and of rejected steps.
+      success: whether the solver reached the end in at most ``max_steps`` steps.
     """
 
     nfe: Count
@@ -63,21 +68,26 @@ def _static(default: Any) -> Any:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Solver:
-    """How to solve: hashable, so static under ``jit``; or an argument, with traced tolerances.
+    """How an ODE is solved.
+
+    It is hashable, so it can be static under ``jit``. It can also be an argument of a compiled
+    function; its tolerances are then traced.
 
     Attributes:
       method: ``dopri5``, ``tsit5``, ``heun`` or ``euler``.
-      rtol, atol: tolerances of the step control, for each entry of y, and for the integral divided
-        by the number of entries (a log-determinant: nats per dimension).
-      power: t = u^power; 2 solves in sqrt(t), 1 in t.
-      first_step: the first step, in u.
-      pcoeff, icoeff: the proportional-integral controller's coefficients.
-      fixed_steps: this many equal steps in u instead of step control.
-      max_steps: give up (result NaN, ``success`` False) after this many.
+      rtol, atol: the relative and absolute tolerance of the step control, for each entry of y, and
+        for the integral divided by the number of entries (for a log-determinant: nats per
+        dimension).
+      power: the coordinate u with t = u^power: 2 solves in sqrt(t), 1 in t.
+      first_step: the length of the first step, in u.
+      pcoeff, icoeff: coefficients of the proportional-integral step control.
+      fixed_steps: the number of equal steps in u; None for step control.
+      max_steps: the number of steps after which the solver gives up, with NaN as the result and
+        ``success`` False.
 
     Raises:
       ValueError: for an unknown method, step control on a method without an error estimate, or a
-        number that is not positive and finite.
+        tolerance, power or number of steps that is not positive and finite.
     """
 
     method: str = _static("tsit5")
@@ -105,24 +115,25 @@ class Solver:
                 raise ValueError(f"{name}={steps}: need at least one")
 
     def tighter(self, factor: float) -> "Solver":
-        """The same with both tolerances divided by ``factor``, or that many times the steps."""
+        """This solver with tolerances divided, and ``fixed_steps`` multiplied, by ``factor``."""
         steps = self.fixed_steps and math.ceil(self.fixed_steps * factor)
         rtol, atol = self.rtol / factor, self.atol / factor
         return dataclasses.replace(self, fixed_steps=steps, rtol=rtol, atol=atol)
 
 
 def rms_norm(tree: Any) -> Scalar:
-    """The root mean square over leaves of each leaf's root mean square.
+    """The root mean square, over the leaves, of the root mean square of each leaf; a scalar.
 
-    Every leaf weighs the same: an integral beside the solution, the log-determinant, as much as the
-    whole image. In one flat norm of d + 1 numbers it would hardly be controlled.
+    All leaves have the same weight. So an integral that is solved together with an image, such as
+    the log-determinant, counts as much as the whole image. In a flat norm of all d + 1 numbers its
+    error would hardly be controlled.
     """
     squares = [jnp.mean(leaf**2) for leaf in jax.tree.leaves(tree)]
     return jnp.sqrt(sum(squares) / len(squares))
 
 
 def velocity(score: Score, sde: SDE, x: Example, t: Scalar) -> Example:
-    """v(x, t), shape ``(*s)``, from the score's predictions where it offers them."""
+    """v(x, t), shape ``(*s)``, computed from the score's predictions if it has them."""
     both = predictor(score)
     if both is None:
         return sde.drift(x, t) - 0.5 * sde.diffusion(t) ** 2 * deterministic(score, x, t)
@@ -131,9 +142,10 @@ def velocity(score: Score, sde: SDE, x: Example, t: Scalar) -> Example:
 
 
 def score_of(v: Example, score: Score, sde: SDE, x: Example, t: Scalar) -> Example:
-    """The value s(x, t) that the velocity ``v`` was made of, without calling ``score``.
+    """s(x, t), shape ``(*s)``, recovered from its velocity ``v`` without a call of ``score``.
 
-    Of predictions it is -E[z | x] / sigma, by the two equations of x and v.
+    For a score with predictions it is -E[z | x] / sigma, which solves x = alpha E[x_0 | x] +
+    sigma E[z | x] and the equation of v.
     """
     if predictor(score) is None:
         return 2 * (sde.drift(x, t) - v) / sde.diffusion(t) ** 2
@@ -143,14 +155,14 @@ def score_of(v: Example, score: Score, sde: SDE, x: Example, t: Scalar) -> Examp
 
 
 def last_time(score: Score, sde: SDE) -> Number:
-    """Where the ODE of ``score`` ends: T, or the SDE's ``largest_time``."""
+    """The time at which the ODE of ``score`` ends: T, or the SDE's ``largest_time``."""
     return sde.largest_time if predictor(score) is None else sde.T
 
 
 def transport(
     score: Score, sde: SDE, x: Example, t0: Number, t1: Number, solver: Solver
 ) -> tuple[Example, Stats]:
-    """Where the ODE carries ``x (*s)`` from ``t0`` to ``t1``, in either direction, and stats."""
+    """x(t1), shape ``(*s)``, of the ODE from ``x`` at ``t0``, in either direction, and stats."""
 
     def field(t: Scalar, x: Example) -> Example:
         return velocity(score, sde, x, t)
@@ -164,7 +176,7 @@ def transport(
 
 
 def _growth(sde: SDE, t0: Number, t1: Number, x: Example) -> Scalar:
-    """sigma(t1) / sigma(t0) in the precision of ``x``."""
+    """sigma(t1) / sigma(t0), a scalar, in the precision of ``x``."""
     return sde.std(jnp.asarray(t1, x.dtype)) / sde.std(jnp.asarray(t0, x.dtype))
 
 
@@ -178,16 +190,18 @@ def solve(
     """Solve dy/dt = field(t, y) from ``t0`` to ``t1`` (either order, both positive).
 
     Args:
-      field: of scalar ``t`` and ``y (*s)``, of the shape of ``y``.
-      y: at ``t0``.
-      t0, t1, solver: the ends and the solver.
+      field: a function of scalar ``t`` and ``y (*s)`` with a result of the shape of ``y``.
+      y: the value at ``t0``.
+      t0, t1: the two ends.
+      solver: how to solve.
 
     Returns:
-      y(t1), NaN if the solver gave up (one image's failure must not stop the others), and stats.
+      y(t1) and stats. y(t1) is NaN if the solver gave up; an error would stop the other images of
+      the batch.
     """
     method, per_step, once = _method(solver)
-    end, steps = _solved(_in_u(field, solver), method, t0, t1, y, solver)
-    return end, steps(per_step, once)
+    end, stats = _integrate(_in_u(field, solver), method, t0, t1, y, solver)
+    return end, stats(per_step, once)
 
 
 def solve_with_integral(
@@ -198,20 +212,21 @@ def solve_with_integral(
     t1: Number,
     solver: Solver,
 ) -> tuple[tuple[Example, Scalar, Scalar], Stats]:
-    """:func:`solve`, and the integral of a scalar h(t, y) along the solution (``sbml.quadrature``).
+    """Solve an ODE as :func:`solve` does, and integrate a scalar h(t, y) along the solution.
 
     Args:
-      field, y, solver: as of :func:`solve`.
-      joint: (t, y) -> (field, h, w).
+      field, y, solver: as in :func:`solve`.
+      joint: the function (t, y) -> (field, h, w), see ``sbml.quadrature``.
       t0, t1: the ends, ``t0`` < ``t1``.
 
     Returns:
-      y(t1), the integral of h and its correction by w, NaN if the solver gave up, and stats.
+      (y(t1), the integral of h, its correction by w) and stats. The three are NaN if the solver
+      gave up.
 
     Raises:
-      ValueError: an integral backwards in time.
+      ValueError: if ``t1`` < ``t0``.
     """
-    if not scalars.traced(t0, t1) and t1 < t0:  # diffrax would solve in -u, where h is not known.
+    if not scalars.traced(t0, t1) and t1 < t0:  # diffrax would solve in -u, where h is not defined.
         raise ValueError(f"from t={t0} to {t1}: integrals are taken forwards only, swap the ends")
 
     def joint_in_u(u: Array, y: Array) -> tuple[Array, Array, Array]:
@@ -220,11 +235,11 @@ def solve_with_integral(
 
     method, per_step, _ = _method(solver)
     rates, start = beside_integral(_in_u(field, solver)), (y, jnp.zeros((2,), y.dtype))
-    (end, integrals), steps = _solved(
+    (end, integrals), stats = _integrate(
         rates, WithIntegral(method, joint_in_u), t0, t1, start, solver
     )
     integral, correction = y.size * integrals
-    return (end, integral, correction), steps(per_step - 1 + quadrature.PER_STEP, quadrature.ONCE)
+    return (end, integral, correction), stats(per_step - 1 + quadrature.PER_STEP, quadrature.ONCE)
 
 
 def _slope(u: Array, solver: Solver) -> Array:
@@ -233,20 +248,20 @@ def _slope(u: Array, solver: Solver) -> Array:
 
 
 def _in_u(field: Field, solver: Solver) -> Callable[..., Array]:
-    """dy/du as diffrax wants it."""
+    """dy/du, with the arguments that diffrax passes."""
     return lambda u, y, args: _slope(u, solver) * field(u**solver.power, y)
 
 
 def _method(solver: Solver) -> tuple[diffrax.AbstractSolver, int, int]:
-    """The method, its evaluations a step and once."""
+    """The method, its evaluations in a step, and those at the start."""
     kind, per_step, once = METHODS[solver.method]
     if not issubclass(kind, diffrax.AbstractRungeKutta):
         return kind(), per_step, once
-    # What diffrax chooses by itself for these adjoints, but not inside of WithIntegral.
+    # diffrax chooses the same for these adjoints by itself, but not for a method in WithIntegral.
     return kind(scan_kind="bounded" if solver.fixed_steps else "lax"), per_step, once
 
 
-def _solved(
+def _integrate(
     rates: Callable[..., Any],
     method: diffrax.AbstractSolver,
     t0: Number,
@@ -254,7 +269,12 @@ def _solved(
     start: Any,
     solver: Solver,
 ) -> tuple[Any, Callable[[int, int], Stats]]:
-    """Where d(state)/du = rates leads from ``start``; stats, given evaluations a step and once."""
+    """Solve d(state)/du = rates from ``start`` at ``t0`` to ``t1``.
+
+    Returns:
+      The state at ``t1``, and a function that makes the stats from the numbers of evaluations in a
+      step and at the start.
+    """
     compiler.check()
     u0, u1 = t0 ** (1 / solver.power), t1 ** (1 / solver.power)
     first, controller, max_steps = _steps(solver, u1 - u0)
@@ -270,18 +290,18 @@ def _solved(
         adjoint=diffrax.DirectAdjoint() if solver.fixed_steps else diffrax.ForwardMode(),
         throw=False,
     )
-    success, made = solution.result == diffrax.RESULTS.successful, solution.stats
+    success, counts = solution.result == diffrax.RESULTS.successful, solution.stats
     end = jax.tree.map(lambda ys: jnp.where(success, ys[0], jnp.nan), solution.ys)
 
     def stats(per_step: int, once: int) -> Stats:
-        nfe = per_step * made["num_steps"] + once
-        return Stats(nfe, made["num_accepted_steps"], made["num_rejected_steps"], success)
+        nfe = per_step * counts["num_steps"] + once
+        return Stats(nfe, counts["num_accepted_steps"], counts["num_rejected_steps"], success)
 
     return end, stats
 
 
 def _steps(solver: Solver, length: Number) -> tuple[Number, Any, int]:
-    """The first step in u, the step control, and the most steps."""
+    """The first step in u, the step control, and the largest number of steps."""
     if solver.fixed_steps is not None:
         return length / solver.fixed_steps, diffrax.ConstantStepSize(), solver.fixed_steps + 1
     controller = diffrax.PIDController(

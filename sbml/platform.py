@@ -1,6 +1,8 @@
-"""The platform that a computation is compiled for: every choice that depends on it asks here.
+"""The platform that a computation is compiled for.
 
-By default it is JAX's default backend with all of its devices. A compilation ahead of time for
+All code that depends on the platform calls one of these functions.
+
+By default it is JAX's default backend with all of its devices. Code that compiles ahead of time for
 other devices declares them with :func:`compiling_for`, since JAX's default backend is then not the
 platform that will run the program.
 """
@@ -14,7 +16,7 @@ import jax
 
 
 class Platform(NamedTuple):
-    """``name`` as JAX has it ("cpu", "gpu", "tpu"), and the number of ``devices`` of a program."""
+    """JAX's name of a platform ("cpu", "gpu", "tpu") and the number of devices of a program."""
 
     name: str
     devices: int
@@ -26,7 +28,7 @@ _declared: contextvars.ContextVar[Platform | None] = contextvars.ContextVar(
 
 
 def platform() -> Platform:
-    """What is compiled for now: the declared platform, or else JAX's default backend."""
+    """The declared platform, or JAX's default backend if none is declared."""
     return _declared.get() or Platform(jax.default_backend(), jax.device_count())
 
 
@@ -34,7 +36,7 @@ def platform() -> Platform:
 def compiling_for(name: str, devices: int) -> Iterator[None]:
     """Declare the platform of everything that is traced in this context.
 
-    JAX's caches of traced functions do not know of the declaration, so they are cleared on entry
+    JAX's caches of traced functions do not depend on the declaration, so they are cleared on entry
     and on exit.
     """
     jax.clear_caches()
@@ -47,14 +49,14 @@ def compiling_for(name: str, devices: int) -> Iterator[None]:
 
 
 def one_cpu() -> bool:
-    """Whether one CPU device computes everything (``networks._cpu`` asks it)."""
+    """Whether one CPU device computes everything (used by ``networks._cpu``)."""
     return platform() == ("cpu", 1)
 
 
 def compiler_options(level: int = 2) -> dict[str, int]:
-    """Options of ``jit``: on CPU, LLVM's level of optimization, by default that of a training step.
+    """Options of ``jit``: on CPU LLVM's level of optimization, elsewhere none.
 
-    Level 3 takes a third more time to compile a step and makes it no faster
-    (benchmarks/training_step.py).
+    The default level is for a training step. Level 3 takes a third more time to compile the step
+    and does not make it faster (benchmarks/training_step.py).
     """
     return {"xla_backend_optimization_level": level} if platform().name == "cpu" else {}

@@ -1,11 +1,13 @@
 """Dataclasses as pytrees: fields of numbers are leaves, all others are static.
 
-A field is static if its value holds no number (a function, a string, a truth value), or if it is
-declared so, ``dataclasses.field(metadata={"static": True})``. Numbers in a pytree count: a function
-of parameters, ``jax.tree_util.Partial(f, params)`` or an Equinox module, has its leaves.
+A field is static if its value contains no number (a function, a string, a boolean), or if it is
+declared static by ``dataclasses.field(metadata={"static": True})``. A value that is itself a pytree
+with numbers is not static: a function with parameters, such as
+``jax.tree_util.Partial(f, params)`` or an Equinox module, contributes its leaves.
 
-The rule is of the values that ``__init__`` was given. A copy that JAX makes keeps the division of
-the object that it was made from, whatever its leaves are: tracers, None or axes of ``vmap``.
+The rule is applied to the values that ``__init__`` receives. A copy that JAX makes has the same
+leaves and static fields as the original object, even if its leaves are tracers, None or axes of
+``vmap``.
 """
 
 import dataclasses
@@ -20,7 +22,7 @@ _LEAVES = "_names_of_leaves"
 
 
 def register(cls: Class) -> Class:
-    """``cls``, a dataclass or about to become one, made a pytree; also a class decorator."""
+    """Register ``cls``, which is or will be a dataclass, as a pytree; also a class decorator."""
     jax.tree_util.register_pytree_with_keys(
         cls, _flatten_with_keys, lambda static, leaves: _unflatten(cls, static, leaves), _flatten
     )
@@ -56,7 +58,7 @@ def _flatten_with_keys(node: Any) -> tuple[tuple[Any, ...], Any]:
 
 def _unflatten(cls: type, static: Any, leaves: Any) -> Any:
     names, rest = static
-    node: Any = object.__new__(cls)  # Not by __init__, which would refuse what are no numbers.
+    node: Any = object.__new__(cls)  # __init__ would refuse leaves that are not numbers.
     for name, value in (*zip(names, leaves, strict=True), *rest, (_LEAVES, names)):
         object.__setattr__(node, name, value)
     return node

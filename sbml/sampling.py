@@ -1,8 +1,8 @@
-"""Samples by the probability-flow ODE, from t = T down to eps.
+"""Samples by the probability-flow ODE, solved from t = T down to eps.
 
     x(T) ~ N(0, s^2 I),      dx/dt = v(x, t)
 
-The map from latent to sample is the inverse of ``likelihood.ode_logp``'s.
+The map from latent to sample is the inverse of the map of ``likelihood.ode_logp``.
 """
 
 import jax.numpy as jnp
@@ -18,7 +18,10 @@ def denoise(score: Score, sde: SDE, x: Example, t: Scalar) -> Example:
 
 
 def predictions(score: Score, sde: SDE, x: Example, t: Scalar) -> tuple[Example, Example]:
-    """E[x_0 | x_t] and E[z | x_t] = -sigma s(x_t, t) of x_t = alpha x_0 + sigma z, by one score."""
+    """E[x_0 | x_t] and E[z | x_t] = -sigma s(x_t, t) for x_t = alpha x_0 + sigma z.
+
+    Both have shape ``(*s)``; the score is called once.
+    """
     both = predictor(score)
     if both is not None:
         return both(x, t)
@@ -35,7 +38,22 @@ def decode(
     solver: Solver = Solver(),
     denoise_last: bool = False,
 ) -> tuple[Example, Stats]:
-    """The sample whose latent is ``z (*s)``: one example, in the data's scale."""
+    """The sample ``(*s)`` of the latent ``z (*s)``: one example, in the scale of the data.
+
+    Args:
+      score: a score of one example, called deterministically.
+      sde: the forward process.
+      z: the latent at T.
+      eps: the smallest time, where the solve ends.
+      solver: how the ODE is solved.
+      denoise_last: whether the sample is E[x_0 | x_eps] (:func:`denoise`) instead of x_eps.
+
+    Returns:
+      The sample, NaN if the solver gave up, and the solver's stats.
+
+    Raises:
+      ValueError: if eps is not in (0, T), or the score's shape is not that of ``z``.
+    """
     sde.check_time(eps)
     x, stats = transport(score, sde, z, sde.T, eps, solver)
     return (denoise(score, sde, x, jnp.asarray(eps, x.dtype)) if denoise_last else x), stats
@@ -51,6 +69,6 @@ def ode_sample(
     solver: Solver = Solver(),
     denoise_last: bool = False,
 ) -> tuple[Example, Stats]:
-    """One sample of shape ``shape``; vmap over keys. See :func:`decode`."""
+    """One sample of shape ``shape`` (:func:`decode`); ``key`` draws its latent. vmap over keys."""
     z = sde.prior_sample(key, shape)
     return decode(score, sde, z, eps=eps, solver=solver, denoise_last=denoise_last)

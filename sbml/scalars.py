@@ -1,6 +1,7 @@
-"""Functions of a schedule's own numbers, which are floats, or tracers under ``jit`` and ``grad``.
+"""Functions of a schedule's parameters, which are floats, or tracers under ``jit`` and ``grad``.
 
-A float stays a float, of Python's precision and known to the compiler; a tracer goes through JAX.
+The result for a float is a float in Python's precision, which is a constant for the compiler. The
+result for a tracer is computed by JAX.
 """
 
 import math
@@ -37,7 +38,7 @@ def minimum(x: Number, y: Number) -> Number:
 
 
 def evaluated(f: Callable[[], Any]) -> Number:
-    """``f()`` as a float, also inside ``jit``; a tracer where it depends on one."""
+    """``f()`` as a float, also inside ``jit``; a tracer if it depends on a tracer."""
     with jax.ensure_compile_time_eval():
         value = f()
     return value if traced(value) else float(value)

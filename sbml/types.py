@@ -1,17 +1,18 @@
-"""The vocabulary every module shares.
+"""The types that all modules share: scores, keys, and arrays with the names of their shapes.
 
-A *score* is any callable s(x, t, key) ~ grad_x log p_t(x) for **one** example: ``x`` of shape
-``(*s)``, scalar ``t``, a key for stochastic layers (``None`` means deterministic), result of shape
-``(*s)``. The mathematics asks for nothing else, so a Linen, NNX or Equinox module or a plain
-function serves equally.
+A *score* is any callable s(x, t, key) ~ grad_x log p_t(x) for **one** example: ``x`` has shape
+``(*s)``, ``t`` is a scalar, ``key`` is for stochastic layers (``None`` means deterministic), and
+the result has shape ``(*s)``. The mathematics needs nothing else, so a score can be a plain
+function or a Linen, NNX or Equinox module.
 
 A score may also offer ``score.batch(x, t, key)`` for ``x`` of shape ``(n, *s)`` and ``t`` of shape
-``(n,)``: the same function, evaluated on a batch at once. Reverse mode through a network called one
-example at a time under ``vmap`` costs 1.2 to 1.3 times the batched call on CPU: training uses it.
+``(n,)``: the same function, evaluated on a batch at once. Training uses it, because reverse mode
+through a network that is called for one example at a time under ``vmap`` costs 1.2 to 1.3 times the
+batched call on CPU.
 
-A score may also offer ``score.predictions(x, t)``, the pair E[x_0 | x_t] and E[z | x_t] of x_t =
-alpha x_0 + sigma z, each of shape ``(*s)``, if it knows both without dividing by alpha. The
-probability-flow ODE of such a score is regular where alpha = 0.
+A score may also offer ``score.predictions(x, t)``, the pair E[x_0 | x_t] and E[z | x_t] for
+x_t = alpha x_0 + sigma z, each of shape ``(*s)``, if it computes both without a division by alpha.
+The probability-flow ODE of such a score is regular where alpha = 0.
 
 Signatures name the shapes of their arrays (by jaxtyping):
 
@@ -23,10 +24,10 @@ Signatures name the shapes of their arrays (by jaxtyping):
     Pixels        (*s)        one example of integers
     Numbers       any         integers or real numbers
 
-In one signature a letter stands for one size, or for one shape s, wherever it occurs. A ``Key`` is
-one typed random key, ``jax.random.key(seed)``, and ``Keys`` are ``(n,)`` of them; arrays of
-numbers, such as the older ``jax.random.PRNGKey(seed)``, are no keys. NumPy's arrays pass for JAX's.
-Shapes and types are checked in the tests only.
+Within one signature, a letter is the same size, or the same shape s, wherever it occurs. A ``Key``
+is one typed random key, ``jax.random.key(seed)``, and ``Keys`` are ``(n,)`` of them; arrays of
+numbers, such as the older ``jax.random.PRNGKey(seed)``, are not keys. NumPy's arrays are accepted
+like JAX's. Shapes and types are checked in the tests only.
 """
 
 from collections.abc import Callable
@@ -44,7 +45,7 @@ Array = jax.Array
 if TYPE_CHECKING:
     _Array = Array
 else:
-    _Array = Array | np.ndarray | np.number  # NumPy's arrays pass for JAX's, as they do in JAX.
+    _Array = Array | np.ndarray | np.number  # NumPy's arrays are accepted, as in JAX.
 
 Key = jaxtyping.Key[Array, ""]
 Keys = jaxtyping.Key[Array, "n"]
@@ -65,11 +66,11 @@ BatchScore = Callable[[Batch, Vector, Key | None], Batch]
 
 
 def of_shape(found: Anything, x: Example) -> Example:
-    """``found``, what a score returned for ``x``.
+    """Check ``found``, the value that a score returned for ``x``, and return it.
 
     Raises:
-      ValueError: its shape is not that of ``x``, where broadcasting would hide it, or it is not of
-        floating-point numbers.
+      ValueError: if its shape is not that of ``x``, which broadcasting would hide, or if it is not
+        of floating-point numbers.
       MiscompilationError: XLA for CPU computes sums wrongly (``sbml.compiler``).
     """
     compiler.check()
@@ -90,16 +91,16 @@ def deterministic(score: Score, x: Example, t: Scalar) -> Example:
     """``score(x, t, None)``, shape ``(*s)``.
 
     Raises:
-      ValueError: the score's shape is not that of ``x``.
+      ValueError: if the result's shape is not that of ``x``.
     """
     return of_shape(score(x, t, None), x)
 
 
 def predictor(score: Score) -> Callable[[Example, Scalar], tuple[Example, Example]] | None:
-    """``score.predictions``, with shapes checked, or None where the score does not offer it."""
+    """``score.predictions`` with a check of its shapes, or None if the score does not have it."""
     inner: Any = score
     if isinstance(score, jax.tree_util.Partial) and not (score.args or score.keywords):
-        inner = score.func  # A score that was wrapped only to be an argument of ``jit``.
+        inner = score.func  # The score is wrapped only to be an argument of ``jit``.
     predictions = getattr(inner, "predictions", None)
     if predictions is None:
         return None
@@ -112,7 +113,7 @@ def predictor(score: Score) -> Callable[[Example, Scalar], tuple[Example, Exampl
 
 
 def batched(score: Score) -> BatchScore:
-    """``score`` for a batch: its own ``batch`` form, or ``vmap`` where it has none.
+    """``score`` for a batch: its own ``batch`` form, or ``vmap`` if it has none.
 
     Returns:
       A function of ``x (n, *s)``, ``t (n,)`` and a key or ``None``, with result ``(n, *s)``.

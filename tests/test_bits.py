@@ -1,4 +1,4 @@
-"""Bits/dim against numbers worked out by hand, and pixels that survive the way to x and back."""
+"""Bits/dim compared with numbers computed by hand, and the map from pixels to x and back."""
 
 import math
 
@@ -13,7 +13,7 @@ LEVELS = (2, 17, 256)
 
 @pytest.mark.parametrize("levels", LEVELS)
 def test_the_uniform_density_costs_log2_of_the_levels(levels: int) -> None:
-    """Density (1/2)^d on [-1, 1]^d: every one of the levels is as likely as the others."""
+    """With the density (1/2)^d on [-1, 1]^d all levels have the same probability."""
     shape = (4, 4, 3)
     nll = jnp.asarray(48 * math.log(2))
     np.testing.assert_allclose(bits.bits_per_dim(nll, shape, levels), math.log2(levels), rtol=1e-6)
@@ -27,8 +27,8 @@ def test_bits_per_dim_by_hand() -> None:
     assert bits.scale_nats((2, 2), 256) == pytest.approx(4 * math.log(128))
 
 
-def test_a_gaussian_narrow_within_a_bin_is_worth_its_own_entropy() -> None:
-    """The density of k + u, not of x, is what counts: N(0, s^2) in x is N(., (s L / 2)^2) in k."""
+def test_bits_per_dim_of_a_gaussian_are_its_entropy_in_the_scale_of_integers() -> None:
+    """The density is that of k + u: N(0, s^2) in x is N(., (s L / 2)^2) in k."""
     s, levels, d = 0.3, 17, 5
     nll = d * 0.5 * math.log(2 * math.pi * math.e * s**2)
     expected = 0.5 * math.log2(2 * math.pi * math.e * (s * levels / 2) ** 2)
@@ -45,7 +45,7 @@ def test_bits_per_dim_maps_over_a_batch() -> None:
 @pytest.mark.parametrize("levels", LEVELS)
 @pytest.mark.parametrize("dtype", [np.uint8, np.float32])
 @pytest.mark.parametrize("u", [0.0, 2.0**-24, 0.5, 1 - 2.0**-10, 1 - 2.0**-23, 1 - 2.0**-24])
-def test_every_level_survives_the_way_to_the_model_and_back(
+def test_every_level_is_restored_from_its_value_in_the_model(
     levels: int, dtype: type, u: float
 ) -> None:
     k = np.arange(levels).astype(dtype)
@@ -58,7 +58,7 @@ def test_every_level_survives_the_way_to_the_model_and_back(
 
 @pytest.mark.parametrize("levels", LEVELS)
 def test_bins_tile_the_interval(levels: int) -> None:
-    """The left ends are -1, -1 + 2/L, ...; the middles are half a width 1/L further on."""
+    """The left ends are -1, -1 + 2/L, ...; the middles are half a width, 1/L, further right."""
     k = jnp.arange(levels, dtype=jnp.uint8)
     left = np.asarray(bits.to_model(k, jnp.zeros(levels), levels), np.float64)
     middle = np.asarray(bits.to_model(k, 0.5, levels), np.float64)

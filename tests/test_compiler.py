@@ -1,5 +1,7 @@
-"""Sums that XLA for CPU computes wrongly are cured, or an error: in processes of their own, since a
-process starts XLA once."""
+"""Sums that XLA for CPU computes wrongly are corrected by a flag, or they are an error.
+
+The tests start processes of their own, since a process starts XLA only once.
+"""
 
 import os
 import subprocess
@@ -12,7 +14,7 @@ from sbml import compiler
 
 BROKEN = f"--{compiler.FLAG}=+reduce"  # YNNPACK for reductions, the default of some versions
 
-# Whether this version is wrong under the flags that it is started with, by JAX alone.
+# Whether this version is wrong with the flags of the process, found by JAX alone.
 WRONG = """
 import re
 import jax, jax.numpy as jnp, numpy as np
@@ -21,7 +23,7 @@ total = jax.jit(lambda x: jnp.sum(jnp.log(x) + jnp.log(2 * x)))(x)
 wrong = not np.isclose(total, np.sum(2 * np.log(x.astype(float)) + np.log(2)), rtol=1e-4)
 """
 
-# What each entry point of the library does: an error, or a value.
+# Every entry point of the library, which raises an error or returns a value.
 CALLS = """
 import jax, jax.numpy as jnp, numpy as np, sbml
 from sbml import adapters, bound, compiler, dequantizers, discrete, divergence, likelihood, losses
@@ -134,7 +136,7 @@ can_break = pytest.mark.skipif(
 
 @can_break
 def test_no_entry_point_of_the_library_computes_on_a_broken_compiler() -> None:
-    """The user's own flag stays, so nothing is cured: every entry point is an error."""
+    """The flag is not changed if the user sets it: every entry point raises an error."""
     in_process(WRONG + CALLS + CONTEXTS, BROKEN)
 
 
@@ -143,7 +145,7 @@ def test_sums_are_right_once_the_package_is_imported() -> None:
 
 
 def test_a_computation_before_the_import_is_noticed() -> None:
-    """The default of the installed version, right or wrong."""
+    """The installed version runs with its default flags, right or wrong."""
     in_process(WRONG + CALLS)
 
 
@@ -161,7 +163,7 @@ def test_the_program_stops_before_any_work(flags: tuple[str, ...], tmp_path) -> 
         assert process.returncode == 0
 
 
-def test_the_cure_keeps_what_the_user_says(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_cure_keeps_the_flags_of_the_user(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("JAX_PLATFORMS", raising=False)
 
     def cured(flags: str | None) -> str | None:
@@ -193,7 +195,7 @@ def test_the_cure_keeps_what_the_user_says(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_flags_that_xla_does_not_know_are_left_out() -> None:
-    """XLA ends a process that is started with such a flag."""
+    """XLA aborts a process that starts with such a flag."""
     unknown = "--xla_cpu_fuse_everything=true"
     assert compiler.with_flags("", unknown, compiler.CURE) == compiler.CURE
     for flag in (unknown, "--xla_cpu_use_fusion_emitters=false", compiler.CURE):

@@ -1,4 +1,4 @@
-"""The front door: any score's likelihood, bound, bits/dim, samples and latents, with error bars."""
+"""``Density``: a score's likelihood, bound, bits/dim, samples and latents, with error bars."""
 
 import math
 
@@ -31,13 +31,13 @@ def density(sde: SDE = SDE_VP, **options) -> sbml.Density:
 
 
 def data(n: int) -> np.ndarray:
-    """Of the Gaussian itself."""
+    """``n`` draws of the Gaussian."""
     normal = np.random.default_rng(1).normal(size=(n, 4)) * np.sqrt(EIGENVALUES)
     return (np.asarray(MEAN) + normal @ np.asarray(gaussian().basis).T).reshape(n, 2, 2)
 
 
 def assert_sum_of_terms(estimate: Estimate) -> None:
-    """To the rounding of a sum in any order, which is relative to the sum of magnitudes."""
+    """Compare up to the rounding of a sum in any order, relative to the sum of magnitudes."""
     terms = np.stack([*estimate.terms.values()])
     rounding = 4 * np.finfo(float).eps * np.abs(terms).sum(axis=0)
     assert np.all(np.abs(estimate.values - terms.sum(axis=0)) <= rounding)
@@ -46,14 +46,16 @@ def assert_sum_of_terms(estimate: Estimate) -> None:
 @pytest.mark.parametrize("name", SDES)
 def test_log_likelihoods_are_those_of_the_closed_form(name: str) -> None:
     sde, x = SDES[name](), data(6)
-    found = density(sde, solver=Solver(rtol=1e-5, atol=1e-5)).logp(x)
+    estimate = density(sde, solver=Solver(rtol=1e-5, atol=1e-5)).logp(x)
     exact = [gaussian(sde).logp(jnp.asarray(row), jnp.asarray(EPS)) for row in x]
-    # What is left is the solver's error and the prior's mismatch at T, where VDM has more signal.
-    np.testing.assert_allclose(found.values, exact, atol=4e-2 if name == "linear_gamma" else 2e-2)
-    assert_sum_of_terms(found)
-    assert found.converged and found.unit == "nats" and (found.nfe > 10).all()
-    assert found.this_set_ci95 < 1e-9  # An exact trace draws nothing.
-    assert found.population.mean == pytest.approx(found.values.mean())
+    # The difference is the solver's error and the prior's mismatch at T, where VDM has more signal.
+    np.testing.assert_allclose(
+        estimate.values, exact, atol=4e-2 if name == "linear_gamma" else 2e-2
+    )
+    assert_sum_of_terms(estimate)
+    assert estimate.converged and estimate.unit == "nats" and (estimate.nfe > 10).all()
+    assert estimate.this_set_ci95 < 1e-9  # An exact trace draws nothing.
+    assert estimate.population.mean == pytest.approx(estimate.values.mean())
 
 
 def test_the_batch_size_changes_nothing() -> None:
@@ -76,21 +78,21 @@ def test_the_bound_is_tight_for_the_exact_score() -> None:
 
 
 def test_bits_per_dim_are_of_the_integers() -> None:
-    """By the definition: -log2 of the mean density over a bin's inside, for each dimension."""
+    """By definition they are -log2 of the mean density in the bin, divided by the dimensions."""
     levels, k = 8, np.random.default_rng(2).integers(2, 6, (12, 2, 2))
-    found = density(levels=levels, trace=Trace("exact")).bits_per_dim(k)
+    estimate = density(levels=levels, trace=Trace("exact")).bits_per_dim(k)
     u = np.random.default_rng(3).random((4000, 1, 2, 2))
     x = 2 * (k + u) / levels - 1
     logp = jax.vmap(jax.vmap(lambda x: gaussian().logp(x, jnp.asarray(EPS))))(jnp.asarray(x))
     expected = (-logp.mean(axis=0) + 4 * math.log(levels / 2)) / (4 * math.log(2))
-    # Ours draws one u for each example: its own error bar says how far off the mean may be.
-    assert abs(found.population.mean - expected.mean()) < 2 * found.this_set_ci95 + 0.01
-    assert 0.01 < found.this_set_ci95 < 0.5 and found.unit == "bits/dim"
-    assert set(found.terms) >= {"prior", "divergence", "dequantization", "scale"}
-    assert "bits/dim, 95% interval [" in str(found) and "n=12" in str(found)
+    # Density draws one u for each example: its error bar limits the difference of the means.
+    assert abs(estimate.population.mean - expected.mean()) < 2 * estimate.this_set_ci95 + 0.01
+    assert 0.01 < estimate.this_set_ci95 < 0.5 and estimate.unit == "bits/dim"
+    assert set(estimate.terms) >= {"prior", "divergence", "dequantization", "scale"}
+    assert "bits/dim, 95% interval [" in str(estimate) and "n=12" in str(estimate)
 
 
-def test_latents_lead_back_and_samples_follow_the_density() -> None:
+def test_latents_decode_to_the_data_and_samples_have_the_datas_moments() -> None:
     strict = {"solver": Solver(rtol=1e-7, atol=1e-7)}
     x, d = data(5), density(**strict)
     z = d.latent(x)
@@ -98,19 +100,19 @@ def test_latents_lead_back_and_samples_follow_the_density() -> None:
     exact = [flow(jnp.asarray(row), jnp.asarray(EPS), jnp.asarray(1.0)) for row in x]
     np.testing.assert_allclose(z, exact, atol=1e-5)
     np.testing.assert_allclose(d.decode(z), x, atol=1e-5)
-    drawn = density().sample(jax.random.key(0), 400)
-    assert drawn.shape == (400, 2, 2)
+    samples = density().sample(jax.random.key(0), 400)
+    assert samples.shape == (400, 2, 2)
     errors = 4 * np.sqrt(np.diag(gaussian().cov) / 400)
-    assert (np.abs(drawn.mean(0).ravel() - MEAN) < errors).all()
-    np.testing.assert_allclose(np.cov(drawn.reshape(400, 4).T), gaussian().cov, atol=0.12)
+    assert (np.abs(samples.mean(0).ravel() - MEAN) < errors).all()
+    np.testing.assert_allclose(np.cov(samples.reshape(400, 4).T), gaussian().cov, atol=0.12)
     integers = density(levels=8).sample(jax.random.key(0), 3)
     assert integers.dtype == np.uint8 and integers.max() < 8
 
 
 def test_a_number_that_has_not_converged_says_so() -> None:
     loose = density(solver=Solver("heun", fixed_steps=3), budget=1e-6)
-    found = loose.logp(data(4))
-    assert not found.converged and "NOT CONVERGED" in str(found)
+    estimate = loose.logp(data(4))
+    assert not estimate.converged and "NOT CONVERGED" in str(estimate)
 
 
 @pytest.mark.parametrize(
@@ -130,6 +132,6 @@ def test_a_number_that_has_not_converged_says_so() -> None:
         (lambda: density().sample(jax.random.key(0), 0), "n=0: draw at least one"),
     ],
 )
-def test_what_cannot_be_is_refused(call, message: str) -> None:
+def test_invalid_arguments_are_refused(call, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         call()

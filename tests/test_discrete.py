@@ -1,4 +1,4 @@
-"""The bounds on integers of Gaussian data, where P(k) and every term are known."""
+"""The bounds on integers of Gaussian data, where P(k) and every term are known exactly."""
 
 import math
 
@@ -23,7 +23,7 @@ CENTRE, HALF = 2 * (K + 0.5) / LEVELS - 1, 1 / LEVELS
 
 @pytest.fixture(scope="module", params=sorted(sdes.SDES))
 def case(request):
-    """One pixel whose data are N(0.1, 0.09), its exact score, eps and p_eps."""
+    """One pixel with data N(0.1, 0.09): the SDE, the exact score, eps, alpha, sigma and p_eps."""
     sde = sdes.SDES[request.param]()
     eps = discrete.smallest_time(sde, LEVELS, 1e-5)
     data = oracle.Gaussian(sde, jnp.array([MEAN]), jnp.array([VARIANCE]), jnp.eye(1))
@@ -34,7 +34,7 @@ def case(request):
 
 
 def bounds(case, kind, control):
-    """Many draws of the three terms, as arrays."""
+    """N draws of the three terms, as arrays."""
     sde, data, eps, *_ = case
     fitted = bound.GaussianControl(data.mean, data.eigenvalues, None) if control else None
     keys, u = jax.random.split(jax.random.key(0), N), times.lattice(jax.random.key(1), N)
@@ -51,7 +51,7 @@ def bounds(case, kind, control):
 
 
 def prior_mismatch(case, variance):
-    """E [log p_T - log pi] under N(alpha_T c, variance): what the prior in p_T's place costs."""
+    """E [log p_T - log pi] under N(alpha_T c, variance): the nats that the prior costs."""
     sde, data, *_ = case
     last = jnp.asarray(sde.largest_time)
     prior_std = sde.prior_std * float(sde.std(last) / sde.std(jnp.asarray(sde.T)))
@@ -65,9 +65,9 @@ def prior_mismatch(case, variance):
 
 
 @pytest.mark.parametrize("control", [False, True])
-def test_truncated_normal_bound_is_the_densitys(case, control):
-    """With the true score the diffusion loses nothing: the bound is E_q [log q - log p_eps], by
-    quadrature in the bin, plus what the prior costs."""
+def test_the_truncated_normal_bound_is_a_kl_divergence(case, control):
+    """With the true score, the bound is E_q [log q - log p_eps], here by quadrature in the bin,
+    plus the cost of the prior."""
     sde, _, eps, alpha, sigma, marginal = case
     tau = discrete.tau(sde, LEVELS, eps)
     q = stats.truncnorm(-tau, tau, loc=alpha * CENTRE, scale=sigma)
@@ -82,8 +82,8 @@ def test_truncated_normal_bound_is_the_densitys(case, control):
     assert total.mean() > -math.log(marginal.cdf(ends[1]) - marginal.cdf(ends[0])) - 4 * error
 
 
-def test_categorical_bound_is_the_normals_and_the_decoders(case):
-    """E [log q - log p_eps] of the whole normal, closed form, and the decoder by quadrature."""
+def test_the_categorical_bound_is_a_kl_divergence_and_the_decoder(case):
+    """E_q [log q - log p_eps] has a closed form for the normal; the decoder is by quadrature."""
     _, _, _, alpha, sigma, marginal = case
     variance = float(marginal.var())
     kl = -0.5 * math.log(sigma**2 / variance) - 0.5
@@ -96,17 +96,17 @@ def test_categorical_bound_is_the_normals_and_the_decoders(case):
         return stats.norm.pdf(z) * (np.logaddexp.reduce(logits) - logits[K])
 
     expected = integrate.quad(decoder, -9, 9, epsabs=1e-12, limit=200)[0]
-    found = bounds(case, "categorical", True)
-    error = np.asarray(found.reconstruction).std() / math.sqrt(N)
-    assert abs(found.reconstruction.mean() - expected) < 4 * error
-    error = np.asarray(found.total).std() / math.sqrt(N)
+    terms = bounds(case, "categorical", True)
+    error = np.asarray(terms.reconstruction).std() / math.sqrt(N)
+    assert abs(terms.reconstruction.mean() - expected) < 4 * error
+    error = np.asarray(terms.total).std() / math.sqrt(N)
     truth = kl + expected + prior_mismatch(case, 1.0)
-    assert abs(found.total.mean() - truth) < 4 * error + 1e-6
+    assert abs(terms.total.mean() - truth) < 4 * error + 1e-6
 
 
 @pytest.mark.parametrize("share", [0.01, 0.5, 0.999])
 def test_edge_score_is_the_derivative_of_the_convolution(share):
-    """z* = -grad log of the density of a e + b z, that density by quadrature."""
+    """z* is minus the gradient of the log-density of a e + b z, here computed by quadrature."""
     tau, a = 1.5, math.sqrt(share)
     b = math.sqrt(1 - share)
     q = stats.truncnorm(-tau, tau)
@@ -128,13 +128,13 @@ def test_float32_near_the_edge_is_finite():
         n = jnp.linspace(-3.2, 3.2, 4001)
         for b in (1e-4, 1e-2, 0.5, 1.0):
             a = jnp.sqrt(jnp.asarray(1 - b**2))
-            n_there = jnp.clip(n, -3 - 3 * b, 3 + 3 * b)  # Further out nothing is drawn.
+            n_there = jnp.clip(n, -3 - 3 * b, 3 + 3 * b)  # No draw lies further out.
             r = discrete.edge_score(n_there, a, jnp.asarray(b), 3.0)
             assert r.dtype == jnp.float32 and np.isfinite(r).all()
             assert np.all(r * jnp.sign(n_there) >= 0)
 
 
-def test_smallest_time_is_the_designs_and_never_below_the_trained():
+def test_smallest_time_fits_the_bin_and_is_at_least_eps():
     vp = sdes.VP()
     assert discrete.smallest_time(vp, 17, 1e-5) == pytest.approx(2.968e-3, rel=1e-3)
     assert discrete.smallest_time(vp, 256, 1e-5) == pytest.approx(1.693e-5, rel=1e-3)
@@ -161,15 +161,15 @@ def test_wrong_kinds_and_times_are_refused(case):
     sde, data, *_ = case
     arguments = {"noise": discrete.Categorical(LEVELS), "u": jnp.array([0.5])}
     pixels, key = jnp.array([K]), jax.random.key(0)
-    with pytest.raises(ValueError, match="pixels are float64: give integers"):
+    with pytest.raises(ValueError, match="pixels are of float64: give integers"):
         real = pixels.astype(float)
         discrete.elbo(data.score, sde, real, key, eps=1e-2, **arguments)
     with pytest.raises(ValueError, match="must lie in"):
         discrete.elbo(data.score, sde, pixels, key, eps=2.0, **arguments)
 
 
-def test_uniform_noise_in_the_bin_is_the_same_integer():
-    """The bin that truncated noise stays in is the one ``bits`` gives back."""
+def test_truncated_noise_stays_in_the_bin_of_its_integer():
+    """The bin is the one that ``bits`` maps to the integer."""
     pixels = jnp.arange(LEVELS)
     u, _ = truncated_normal.Model().sample({}, pixels, jax.random.key(0))
     np.testing.assert_array_equal(

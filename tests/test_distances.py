@@ -1,4 +1,4 @@
-"""The distances against SciPy, closed forms and direct sums."""
+"""The distances compared with SciPy, closed forms and direct sums."""
 
 import numpy as np
 import pytest
@@ -25,14 +25,14 @@ def test_frechet_is_scipys_matrix_root() -> None:
     np.testing.assert_allclose(distances.frechet(other, one), expected, rtol=1e-9)
 
 
-def test_frechet_of_commuting_covariances_is_that_of_standard_deviations() -> None:
+def test_frechet_of_diagonal_covariances_is_a_distance_of_standard_deviations() -> None:
     a, b, m = np.array([1.0, 4.0]), np.array([9.0, 0.25]), np.array([0.5, -1.0])
-    found = distances.frechet(Moments(0 * m, np.diag(a), 9), Moments(m, np.diag(b), 9))
-    np.testing.assert_allclose(found, np.sum(m**2) + np.sum((np.sqrt(a) - np.sqrt(b)) ** 2))
+    value = distances.frechet(Moments(0 * m, np.diag(a), 9), Moments(m, np.diag(b), 9))
+    np.testing.assert_allclose(value, np.sum(m**2) + np.sum((np.sqrt(a) - np.sqrt(b)) ** 2))
 
 
 def test_frechet_of_rank_deficient_features() -> None:
-    """Fewer features than dimensions, where a matrix root of the product fails or turns complex."""
+    """With fewer features than dimensions, a matrix root of the product fails or is complex."""
     one = Moments.of(features(4, 16))
     np.testing.assert_allclose(distances.frechet(one, one), 0, atol=1e-6 * np.trace(one.cov))
 
@@ -47,11 +47,11 @@ def test_kernel_is_the_sum_over_pairs() -> None:
 
 
 def test_kernel_is_unbiased() -> None:
-    """Samples of one distribution: its mean over many is 0 within 3 standard errors."""
+    """For samples of one distribution, the mean of many values is 0 within 3 standard errors."""
     draws = RNG.normal(size=(400, 2, 12, 3))
     values = np.array([distances.kernel(x, y) for x, y in draws])
     assert abs(values.mean()) < 3 * values.std() / 20
-    assert (values < 0).mean() > 0.2  # As only an unbiased estimate can be.
+    assert (values < 0).mean() > 0.2  # The biased estimate, a squared norm, is never negative.
 
 
 def test_inception_score() -> None:
@@ -67,29 +67,29 @@ def test_inception_score_where_a_class_is_never_seen() -> None:
 
 
 def test_nearest(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Some rows at a time, of features or of images in whole numbers."""
+    """In parts of the rows, for features and for images of integers."""
     monkeypatch.setattr(moments, "CHUNK", 300)
     x, others = features(30), features(700, seed=3)
     images = [RNG.integers(0, 256, (n, 4, 4, 3), np.uint8) for n in (30, 700)]
     for a, b in ((x, others), images):
-        index, found = distances.nearest(a, b, chunk=8)
+        index, gaps = distances.nearest(a, b, chunk=8)
         every = distance.cdist(a.reshape(30, -1), b.reshape(700, -1))
         np.testing.assert_array_equal(index, every.argmin(axis=1))
         expected = every.min(axis=1) / np.sqrt(a[0].size)
-        np.testing.assert_allclose(found, expected, rtol=1e-12)
+        np.testing.assert_allclose(gaps, expected, rtol=1e-12)
 
 
 def test_moments_of_parts_are_those_of_the_whole() -> None:
-    """Of features far from 0, where sums of squares would cancel."""
+    """The features are far from 0, where a difference of sums of squares would lose its digits."""
     x = features(50, shift=1e5)
-    found = Moments.of_parts([x[:1], x[1:40], x[40:]])
-    np.testing.assert_allclose(found.mean, x.mean(axis=0), rtol=1e-14)
-    np.testing.assert_allclose(found.cov, np.cov(x.T), rtol=1e-8, atol=1e-8)
-    assert found.size == 50 and distances.frechet(found, found) >= 0
+    whole = Moments.of_parts([x[:1], x[1:40], x[40:]])
+    np.testing.assert_allclose(whole.mean, x.mean(axis=0), rtol=1e-14)
+    np.testing.assert_allclose(whole.cov, np.cov(x.T), rtol=1e-8, atol=1e-8)
+    assert whole.size == 50 and distances.frechet(whole, whole) >= 0
 
 
-def test_too_few_are_refused() -> None:
-    with pytest.raises(ValueError, match="1 features: a covariance needs two"):
+def test_too_few_features_are_refused() -> None:
+    with pytest.raises(ValueError, match="1 features: a covariance needs at least two"):
         Moments.of(np.zeros((1, 3)))
     with pytest.raises(ValueError, match="1 and 5 features"):
         distances.kernel(np.zeros((1, 3)), np.zeros((5, 3)))

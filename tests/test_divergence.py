@@ -1,4 +1,4 @@
-"""Exact and estimated divergence against the closed form of a nonlinear field's trace."""
+"""Exact and estimated divergence of a nonlinear field, compared with its trace in closed form."""
 
 import math
 from collections.abc import Callable
@@ -32,7 +32,7 @@ def jacobian() -> np.ndarray:
 
 
 def independent(seed: int, n: int, kind: str) -> Array:
-    """(n, *SHAPE) probes of n keys."""
+    """n probes ``(n, *SHAPE)`` from n keys."""
     keys = jax.random.split(jax.random.key(seed), n)
     return jax.vmap(lambda key: divergence.probes(key, SHAPE, 1, kind)[0])(keys)
 
@@ -64,8 +64,8 @@ def test_basis() -> None:
 @pytest.mark.oracle
 @pytest.mark.parametrize("kind", divergence.PROBES)
 def test_hutchinson_is_unbiased_with_the_known_variance(kind: str) -> None:
-    """With S the symmetric part of J: 2 |S|^2 for a Gaussian probe, less the diagonal's share
-    for a Rademacher one."""
+    """With S the symmetric part of J, the variance is 2 |S|^2 for a Gaussian probe; for a
+    Rademacher probe, the diagonal does not contribute."""
     n = 20_000
     vs = independent(1, n, kind)
     _, forms = divergence.quadratic_forms(field, jnp.asarray(X), vs)
@@ -99,7 +99,9 @@ def test_one_rademacher_probe_is_exact_for_a_diagonal_jacobian() -> None:
 
 @pytest.mark.parametrize("count", [2, 3, 4, 8])
 @pytest.mark.parametrize("shape", [(4, 4, 2), (32,)])
-def test_several_probes_leave_what_their_colours_share(shape: tuple[int, ...], count: int) -> None:
+def test_the_variance_of_several_probes_comes_from_entries_of_one_colour(
+    shape: tuple[int, ...], count: int
+) -> None:
     """The mean's variance is 2 sum_{i != l} S_il^2 r_il^2, with r of SciPy's Hadamard matrix."""
     d, n = math.prod(shape), 4000
     J = np.random.default_rng(4).normal(size=(d, d))
@@ -113,19 +115,20 @@ def test_several_probes_leave_what_their_colours_share(shape: tuple[int, ...], c
     assert abs(np.mean(means) - np.trace(J)) < 3 * np.sqrt(variance / n)
     np.testing.assert_allclose(np.var(means), variance, rtol=0.1)
     single = 2 * np.sum((0.5 * (J + J.T)) ** 2 * (1 - np.eye(d)))
-    assert variance < 1.15 * single / count  # as many independent ones, where no J_il is larger
+    assert variance < 1.15 * single / count  # that of independent probes, for a J without structure
 
 
-def test_enough_probes_leave_nothing() -> None:
-    """8 probes see each of 6 entries alone, whatever the signs."""
+def test_as_many_probes_as_colours_give_the_exact_trace() -> None:
+    """With 8 probes, the 6 entries all have different colours, so all cross terms cancel."""
     vs = divergence.probes(jax.random.key(6), SHAPE, 8)
     _, estimate = divergence.hutchinson(field, jnp.asarray(X), vs)
     np.testing.assert_allclose(estimate, np.trace(jacobian()), rtol=1e-12)
 
 
 def test_neighbours_have_different_colours() -> None:
-    """By one bit all pixels side by side and channels 0 and 1 of one; by two all of 2x2, and all
-    channels; by four all pixels of 4x4. No two entries of an image have the same number."""
+    """One bit differs between adjacent pixels, and between channels 0 and 1 of a pixel; two bits
+    between the pixels of a 2x2 block, and between all channels; four bits between the pixels of a
+    4x4 block. All entries of an image have different colours."""
     colours = divergence.colours((16, 8, 3))
     assert len(np.unique(colours)) == colours.size
     one, two = colours % 2, colours % 4
@@ -135,7 +138,7 @@ def test_neighbours_have_different_colours() -> None:
     for size, numbers in ((2, two), (4, colours % 16)):
         for block in (numbers[y : y + size, x : x + size, 0] for y in (0, 8) for x in (0, 4)):
             assert len(np.unique(block)) == size**2
-    for y, x in ((1, 0), (0, 1)):  # By four bits, all channels of pixels side by side.
+    for y, x in ((1, 0), (0, 1)):  # Four bits differ between all channels of adjacent pixels.
         one, other = colours[: 16 - y, : 8 - x] % 16, colours[y:, x:] % 16
         assert not np.any(one[..., :, None] == other[..., None, :])
     np.testing.assert_array_equal(divergence.colours((2, 3)), [[0, 1, 2], [3, 4, 5]])
@@ -158,7 +161,7 @@ def test_float32_examples_keep_their_dtype() -> None:
     np.testing.assert_allclose(trace, np.trace(jacobian()), rtol=1e-5)
 
 
-def test_unknown_probes_are_refused() -> None:
+def test_unknown_and_too_few_probes_are_refused() -> None:
     with pytest.raises(ValueError, match="unknown probe distribution 'sobol'"):
         divergence.probes(jax.random.key(0), SHAPE, 1, "sobol")
     with pytest.raises(ValueError, match="0 probes"):

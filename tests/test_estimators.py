@@ -1,7 +1,7 @@
-"""What an evaluation adds up, row by row, is what the library gives for the same draws.
+"""The terms of an estimator add up to the library's result for the same draws, for every example.
 
-Data are a Gaussian of two numbers in four levels, under a VP that leaves much signal at T and a
-solver that is loose, so that no term is too small to be missed.
+The data are a Gaussian of two numbers in four levels. The VP leaves much signal at T and the solver
+is loose, so that every term is large enough for an error in it to show.
 """
 
 import math
@@ -37,15 +37,15 @@ def model_of(name):
 
 
 def bits_per_dim(estimator, model, u, given):
-    """The sum of the terms that the estimator says it has."""
+    """The sum of the terms that the estimator names."""
     target = Target(SDE, EPS, LEVELS, model)
-    found = estimators.rows(estimator, target, SCORE, {}, ROWS, u, given)
-    found["scale"] = bits.nats_to_bits(estimator.scale_nats(target, SHAPE), SHAPE)
-    return sum(np.asarray(found[term]) for term in estimator.terms)
+    columns = estimators.rows(estimator, target, SCORE, {}, ROWS, u, given)
+    columns["scale"] = bits.nats_to_bits(estimator.scale_nats(target, SHAPE), SHAPE)
+    return sum(np.asarray(columns[term]) for term in estimator.terms)
 
 
 def keys_of(i):
-    """Of row i: of its dequantization, and of the rest."""
+    """The keys of row i: for its dequantization, and for all other draws."""
     key = jax.random.fold_in(jax.random.fold_in(jax.random.key(SEED), SWEEP), i)
     return jax.random.split(key)
 
@@ -53,22 +53,22 @@ def keys_of(i):
 @pytest.mark.parametrize("name", ["uniform", "truncated_normal"])
 def test_the_odes_row_is_the_librarys_likelihood(name):
     model = model_of(name)
-    found = bits_per_dim(ode.Estimator(EXACT), model, None, LOOSE)
+    values = bits_per_dim(ode.Estimator(EXACT), model, None, LOOSE)
     for i, pixels in enumerate(PIXELS):
         u, log_q = model.sample({}, pixels, keys_of(i)[0])
-        # Noise around a bin's centre is of the image as it is at eps, alpha times the data's.
+        # With noise around a bin's centre, x is the image at eps, which is scaled by alpha.
         alpha = SDE.mean_coef(jnp.asarray(EPS)) if name == "truncated_normal" else 1.0
         x = alpha * (2 * (pixels + u) / LEVELS - 1)
         solved = likelihood.ode_logp(SCORE, SDE, x, None, eps=EPS, trace=EXACT, solver=LOOSE)
         assert abs(solved.correction) > 1e-6
         nats = -solved.logp + log_q + 2 * math.log(LEVELS / 2) - 2 * np.log(alpha)
-        np.testing.assert_allclose(found[i], nats / (2 * math.log(2)), rtol=1e-9)
+        np.testing.assert_allclose(values[i], nats / (2 * math.log(2)), rtol=1e-9)
 
 
 @pytest.mark.parametrize("name", ["uniform", "truncated_normal", "categorical"])
 def test_the_bounds_row_is_the_librarys_bound(name):
     model, u = model_of(name), times.lattice(jax.random.key(1), 2, 3)
-    found = bits_per_dim(estimators.ESTIMATORS["bound"](), model, u, Reduction())
+    values = bits_per_dim(estimators.ESTIMATORS["bound"](), model, u, Reduction())
     for i, pixels in enumerate(PIXELS):
         u_key, key = keys_of(i)
         if name == "uniform":
@@ -80,27 +80,27 @@ def test_the_bounds_row_is_the_librarys_bound(name):
             got = discrete.elbo(SCORE, SDE, pixels, key, **how)
             nats = got.total
         assert got.prior > 1e-3
-        np.testing.assert_allclose(found[i], nats / (2 * math.log(2)), rtol=1e-9)
+        np.testing.assert_allclose(values[i], nats / (2 * math.log(2)), rtol=1e-9)
 
 
-def test_a_draw_of_no_density_leaves_the_others_theirs():
+def test_a_draw_of_density_0_has_weight_0():
     each = {"prior": jnp.array([jnp.inf, 1.0, 2.0]), "divergence": jnp.zeros(3)}
-    found = ode.averaged(each)
+    terms = ode.averaged(each)
     expected = -np.log(np.exp([-1.0, -2.0]).sum() / 3)
-    assert sum(found.values()) == pytest.approx(expected, rel=1e-6)
+    assert sum(terms.values()) == pytest.approx(expected, rel=1e-6)
     each["prior"] = each["prior"].at[1].set(jnp.nan)
     assert np.isnan(sum(ode.averaged(each).values()))
 
 
 class AtNoise:
-    """A dequantizer whose draws are at noise, and that has no bound of its own."""
+    """A dequantizer that draws noise around bin centres, and has no bound of its own."""
 
     at_noise = True
     sample = staticmethod(lambda params, pixels, key: (jnp.full(pixels.shape, 0.5), jnp.zeros(())))
 
 
-def test_a_foreign_dequantizer_at_noise_has_no_bound_of_another():
-    """It must not be taken for the truncated normal, whose bound is another number."""
+def test_a_dequantizer_at_noise_without_a_bound_is_refused():
+    """It must not get the bound of the truncated normal, which is another number."""
     with pytest.raises(
         ValueError, match="has no bound of its own .* give its Model a method bound"
     ):
@@ -120,6 +120,6 @@ def test_a_foreign_dequantizer_at_noise_has_no_bound_of_another():
         ("bound_ssm", "variational", 1, ""),
     ],
 )
-def test_numbers_that_do_not_exist_say_why(estimator, dequantizer, count, reason):
-    found = estimators.Cell(estimator, dequantizer, count).undefined
-    assert (reason in found) if reason else found == ""
+def test_undefined_numbers_have_a_reason(estimator, dequantizer, count, reason):
+    undefined = estimators.Cell(estimator, dequantizer, count).undefined
+    assert (reason in undefined) if reason else undefined == ""

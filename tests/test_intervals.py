@@ -1,4 +1,4 @@
-"""Error bars, outliers, and the two baselines beside a number, against SciPy and by hand."""
+"""Error bars, outliers and the baselines of a report, compared with SciPy and with hand counts."""
 
 import math
 
@@ -13,7 +13,7 @@ from sbml.intervals import half_width, mean_interval, outliers, repeated_stderr
 
 
 def test_histogram_baseline_on_a_hand_count():
-    """Two pixels, two levels, three training images: add-one probabilities by hand."""
+    """The add-one probabilities of two pixels with two levels and three training images."""
     train = np.array([[0, 1], [0, 1], [0, 0]], np.uint8)
     test = np.array([[0, 1], [1, 0]], np.uint8)
     expected = -np.log2([[4 / 5, 3 / 5], [1 / 5, 2 / 5]]).mean(axis=1)
@@ -21,7 +21,7 @@ def test_histogram_baseline_on_a_hand_count():
 
 
 def test_gaussian_baseline_against_scipy():
-    """The closed form over u against scipy's density averaged over a Sobol sequence."""
+    """The closed form of the mean over u, and SciPy's density averaged over a Sobol sequence."""
     digits = load_digits().images.astype(np.uint8)[:, 2:5, 2:4].reshape(-1, 6)
     train, test = digits[:1400], digits[1400:1410]
     model = stats.multivariate_normal(train.mean(0) + 0.5, np.cov(train.T) + np.eye(6) / 12)
@@ -50,18 +50,18 @@ def test_moments_are_the_same_in_parts(monkeypatch):
     np.testing.assert_allclose(mean, flat.mean(0))
     np.testing.assert_allclose(moments.variances(x, mean), flat.var(0))
     np.testing.assert_allclose(moments.covariance(x, mean), np.cov(flat, rowvar=False))
-    with pytest.raises(ValueError, match="no covariance of 1 images"):
+    with pytest.raises(ValueError, match="1 examples: a covariance needs at least two"):
         moments.covariance(x[:1], mean)
 
 
 def test_interval_is_students():
-    """Against scipy's own interval, and its coverage of the true mean."""
+    """The interval is SciPy's; with a value of NaN the mean is NaN."""
     values = np.random.default_rng(0).normal(2.0, 3.0, 12)
     low, high = stats.t.interval(0.95, 11, loc=values.mean(), scale=stats.sem(values))
     np.testing.assert_allclose(mean_interval(values).bounds, (low, high))
     broken = mean_interval(np.array([1.0, np.nan]))
     assert broken.nonfinite == 1 and math.isnan(broken.mean)
-    with pytest.raises(ValueError, match="no values"):
+    with pytest.raises(ValueError, match=r"values of shape \(0,\): a mean needs at least one"):
         mean_interval(np.array([]))
 
 
@@ -74,36 +74,37 @@ def test_noise_of_a_repeated_draw():
     assert freedom == pytest.approx(np.sum(sd**2) ** 2 / np.sum(sd**4), rel=0.25)
     assert stderr == pytest.approx(math.sqrt(np.mean(sd**2) / 1000), rel=0.15)
     assert repeated_stderr([], [], 10) == (math.inf, 0)
-    assert repeated_stderr([1, 2, 3], [0, 2, 3], 3)[1] == 1  # one image has all the noise
-    assert repeated_stderr([1.0, 2.0], [2.0, 1.0], 2)[1] == 2  # no more than there are
+    assert repeated_stderr([1, 2, 3], [0, 2, 3], 3)[1] == 1  # only one image is noisy
+    assert repeated_stderr([1.0, 2.0], [2.0, 1.0], 2)[1] == 2  # not more than the number of pairs
     assert repeated_stderr([1e-200, 0.0], [0.0, 1e-200], 2)[1] == 2
     assert repeated_stderr([1.0, np.inf], [2.0, 1.0], 2) == (math.inf, 2)
 
 
 def test_fewer_degrees_of_freedom_where_noise_differs_between_images():
-    """Coverage over 4,000 sets: exact where it does not differ, nearer to 95% than m's where so."""
+    """The coverage over 4,000 sets is 95% for equal noise. For unequal noise it is nearer to 95%
+    than with m degrees of freedom."""
     rng = np.random.default_rng(0)
     n, m, trials = 200, 16, 4000
-    held = {spread: np.zeros(2) for spread in (0.0, 1.0)}
-    for spread, count in held.items():
+    counts = {spread: np.zeros(2) for spread in (0.0, 1.0)}
+    for spread, count in counts.items():
         for _ in range(trials):
             sd = np.exp(spread * rng.normal(size=n))
             first, second = rng.normal(0, sd), rng.normal(0, sd[:m])
             stderr, freedom = repeated_stderr(first[:m], second, n)
             for i, f in enumerate((freedom, m)):
                 count[i] += abs(first.mean()) < half_width(stderr, f)
-    same, other = (count / trials for count in held.values())
-    assert 0.94 < same[0] < 0.965
-    assert other[1] + 0.02 < other[0] < 0.95
+    equal, unequal = (count / trials for count in counts.values())
+    assert 0.94 < equal[0] < 0.965
+    assert unequal[1] + 0.02 < unequal[0] < 0.95
 
 
-def test_outliers_are_found_and_nothing_else():
+def test_outliers_are_those_beyond_six_deviations_and_non_finite_values():
     values = np.random.default_rng(0).normal(2.0, 0.1, 500)
     assert len(outliers(values)) == 0
     values[[3, 77, 200]] = 5.0, np.nan, np.inf
     np.testing.assert_array_equal(outliers(values), [3, 77, 200])
-    # 6 standard deviations of a normal sample, of which the median deviation is 0.6745
+    # The median deviation of a normal sample is 0.6745 standard deviations.
     quantiles = special.ndtri((np.arange(999) + 0.5) / 999)
-    for far, found in ((5.9, []), (6.1, [999])):
-        np.testing.assert_array_equal(outliers(np.append(quantiles, far)), found)
+    for far, expected in ((5.9, []), (6.1, [999])):
+        np.testing.assert_array_equal(outliers(np.append(quantiles, far)), expected)
     np.testing.assert_array_equal(outliers(np.full(2, np.nan)), [0, 1])

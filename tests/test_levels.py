@@ -65,7 +65,7 @@ def test_the_loss_is_that_of_their_papers(levels: sdes.Levels) -> None:
 
 
 def test_refusals() -> None:
-    with pytest.raises(ValueError, match="original weighting only"):
+    with pytest.raises(ValueError, match="no likelihood weighting: choose the original"):
         losses.weight(DDPM, jnp.asarray(0.5), "likelihood")
     for kind in (sdes.SubVP(), sdes.LinearVE()):
         with pytest.raises(ValueError, match="limit of no discrete-time model"):

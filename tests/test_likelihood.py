@@ -1,4 +1,4 @@
-"""The ODE likelihood of Gaussians and mixtures against the truth, and the solver beneath it."""
+"""The ODE likelihood of Gaussians and mixtures, compared with the exact one, and the ODE solver."""
 
 import functools
 from collections.abc import Callable
@@ -25,7 +25,7 @@ SHAPE = (1, 3)
 
 
 def data_of(kind: str, name: str = "vp") -> oracle.Mixture:
-    """A mixture, or a Gaussian written as one, so that all share what is compiled."""
+    """A mixture, or a Gaussian as a mixture of one, so that all share compiled functions."""
     sde = SDES[name]()
     if kind == "mixture":
         return oracle.mixture(sde)
@@ -33,14 +33,14 @@ def data_of(kind: str, name: str = "vp") -> oracle.Mixture:
 
 
 def examples() -> Array:
-    """Five examples; the last lies far out, where steps must be many times smaller."""
+    """Five examples; the last one is an outlier, whose steps must be many times smaller."""
     x = np.random.default_rng(0).normal(size=(5, *SHAPE)) * 0.5
     return jnp.asarray(x).at[4].multiply(5)
 
 
 @functools.cache
-def compiled(name: str, trace: Trace, solver: Solver) -> Callable[..., Likelihood]:
-    """A function of data, example and key."""
+def likelihood_function(name: str, trace: Trace, solver: Solver) -> Callable[..., Likelihood]:
+    """The likelihood as a compiled function of data, example and key."""
 
     def call(data: oracle.Mixture, x: Array, key: Key | None) -> Likelihood:
         return ode_logp(data.score, SDES[name](), x, key, eps=EPS, trace=trace, solver=solver)
@@ -50,9 +50,11 @@ def compiled(name: str, trace: Trace, solver: Solver) -> Callable[..., Likelihoo
 
 
 @functools.cache
-def solved(kind: str, name: str = "vp", trace: Trace = EXACT, solver: Solver = TIGHT) -> Likelihood:
-    """The likelihood of every example; where the trace is drawn, of the first under 400 keys."""
-    call, data = compiled(name, trace, solver), data_of(kind, name)
+def likelihoods(
+    kind: str, name: str = "vp", trace: Trace = EXACT, solver: Solver = TIGHT
+) -> Likelihood:
+    """The likelihood of every example; with random probes, of the first one with 400 keys."""
+    call, data = likelihood_function(name, trace, solver), data_of(kind, name)
     if trace == EXACT:
         return call(data, examples(), None)
     return call(data, examples()[0], jax.random.split(jax.random.key(0), 400))
@@ -85,10 +87,10 @@ def test_the_oracles_density_is_scipys() -> None:
 @pytest.mark.parametrize("kind", ["gaussian", "mixture"])
 @pytest.mark.parametrize("name", SDES)
 def test_log_likelihood_is_the_truth(name: str, kind: str) -> None:
-    """The prior stands for p_T; with the true p_T in its place nothing but solver error is left.
+    """With the true p_T in the place of the prior, only the error of the solver is left.
 
-    Where the signal vanishes, that of the stretched x of the largest time."""
-    result, data, sde = solved(kind, name), data_of(kind, name), SDES[name]()
+    If the signal vanishes at T, p_T is the distribution of x at the largest time, scaled to T."""
+    result, data, sde = likelihoods(kind, name), data_of(kind, name), SDES[name]()
     logp = jax.jit(jax.vmap(data.logp, (0, None)))
     last = jnp.asarray(sde.largest_time)
     stretch = sde.std(jnp.asarray(1.0)) / sde.std(last)
@@ -104,10 +106,11 @@ def test_log_likelihood_is_the_truth(name: str, kind: str) -> None:
 
 @pytest.mark.oracle
 def test_far_outliers_are_right_at_the_default_tolerance() -> None:
-    """Their paths turn sharply between the parts of a mixture. Steps chosen without a look at the
-    correction leave 0.3 bits/dim at this tolerance, with it in the sum or not."""
+    """Their paths turn sharply between the components of a mixture. If the step control ignored
+    the correction, the error at this tolerance would be 0.3 bits/dim, with the correction in the
+    sum or without it."""
     x, data = 2.5 * jax.random.normal(jax.random.key(0), (200, *SHAPE)), data_of("mixture")
-    result = compiled("vp", EXACT, Solver())(data, x, None)
+    result = likelihood_function("vp", EXACT, Solver())(data, x, None)
     logp = jax.jit(jax.vmap(data.logp, (0, None)))
     plain = result.divergence + logp(result.z, 1.0) - logp(x, EPS)
     error, uncorrected = (
@@ -122,7 +125,7 @@ def test_far_outliers_are_right_at_the_default_tolerance() -> None:
 @pytest.mark.parametrize("name", SDES)
 def test_latents_of_a_gaussian_are_closed_form(name: str) -> None:
     flow = jax.jit(jax.vmap(oracle.gaussian(SDES[name]()).flow, (0, None, None)))
-    z, sde = solved("gaussian", name).z, SDES[name]()
+    z, sde = likelihoods("gaussian", name).z, SDES[name]()
     assert z.shape == (5, *SHAPE)
     last = jnp.asarray(sde.largest_time)
     expected = sde.std(jnp.asarray(1.0)) / sde.std(last) * flow(examples(), EPS, last)
@@ -131,10 +134,13 @@ def test_latents_of_a_gaussian_are_closed_form(name: str) -> None:
 
 @pytest.mark.oracle
 @pytest.mark.parametrize("method", ["dopri5", "heun"])
-def test_every_adaptive_method_finds_the_truth(method: str) -> None:
+def test_every_adaptive_method_has_the_same_result(method: str) -> None:
     solver = Solver(method=method, rtol=3e-7, atol=3e-7)
     np.testing.assert_allclose(
-        solved("mixture", solver=solver).logp, solved("mixture").logp, rtol=1e-6, atol=1e-4
+        likelihoods("mixture", solver=solver).logp,
+        likelihoods("mixture").logp,
+        rtol=1e-6,
+        atol=1e-4,
     )
 
 
@@ -146,7 +152,7 @@ def test_every_adaptive_method_finds_the_truth(method: str) -> None:
 def test_an_easy_path_does_not_hide_a_rough_divergence(
     width: float, eps: float, first_step: float
 ) -> None:
-    """At the mode of a narrow Gaussian x hardly moves: steps that x alone chose would be long."""
+    """At the mode of a narrow Gaussian x hardly moves: control by x alone allows long steps."""
     sde, var = SDES["vp"](), 0.05**2 if eps == EPS else 0.0
 
     def variance(t: Array) -> Array:
@@ -163,8 +169,8 @@ def test_an_easy_path_does_not_hide_a_rough_divergence(
     np.testing.assert_allclose(total, 2 * jnp.log(last / first), atol=2e-5)
 
 
-def test_tolerances_are_those_of_a_dimension() -> None:
-    """Three hundred dimensions like one another ask for no more steps than one."""
+def test_tolerances_are_per_dimension() -> None:
+    """Three hundred equal dimensions need as many steps as one dimension."""
 
     def steps(d: int) -> int:
         sde, x = SDES["vp"](), jnp.full((d,), 0.02)
@@ -197,7 +203,7 @@ def test_the_likelihood_is_differentiable_forwards_and_by_fixed_steps_backwards(
 
 @pytest.mark.oracle
 def test_default_tolerances_trade_a_little_exactness_for_speed() -> None:
-    tight, loose = solved("mixture"), solved("mixture", solver=Solver())
+    tight, loose = likelihoods("mixture"), likelihoods("mixture", solver=Solver())
     error = np.abs(loose.logp - tight.logp)[:4]
     assert 1e-7 < error.max() < 5e-3
     assert np.all(loose.stats.nfe < 0.5 * tight.stats.nfe)
@@ -206,38 +212,38 @@ def test_default_tolerances_trade_a_little_exactness_for_speed() -> None:
 @pytest.mark.oracle
 @pytest.mark.parametrize("trace", [Trace("rademacher", 2), Trace("gaussian")])
 def test_hutchinson_is_unbiased(trace: Trace) -> None:
-    logp = solved("mixture", trace=trace).logp
+    logp = likelihoods("mixture", trace=trace).logp
     error = np.std(logp) / np.sqrt(len(logp))
     assert error > 1e-3
-    assert abs(np.mean(logp) - solved("mixture").logp[0]) < 3 * error
+    assert abs(np.mean(logp) - likelihoods("mixture").logp[0]) < 3 * error
 
 
 @pytest.mark.oracle
 def test_rademacher_probes_are_exact_for_a_diagonal_covariance() -> None:
-    exact = solved("diagonal").logp[0]
+    exact = likelihoods("diagonal").logp[0]
     np.testing.assert_allclose(
-        solved("diagonal", trace=Trace("rademacher", 2)).logp, exact, atol=1e-5
+        likelihoods("diagonal", trace=Trace("rademacher", 2)).logp, exact, atol=1e-5
     )
-    assert np.std(solved("diagonal", trace=Trace("gaussian")).logp) > 0.1
+    assert np.std(likelihoods("diagonal", trace=Trace("gaussian")).logp) > 0.1
 
 
 def test_results_do_not_depend_on_batch_mates() -> None:
-    """Loose steps would show a shared step control: the last example needs far smaller ones."""
-    together, data = solved("mixture", solver=Solver()), data_of("mixture")
+    """At loose tolerances a shared step control would show: the last example needs more steps."""
+    together, data = likelihoods("mixture", solver=Solver()), data_of("mixture")
     alone = jax.jit(lambda x: ode_logp(data.score, SDES["vp"](), x, None, eps=EPS, trace=EXACT))
     for i, x in enumerate(examples()):
         single = alone(x)
         np.testing.assert_allclose(together.logp[i], single.logp, rtol=1e-6)
         np.testing.assert_allclose(together.z[i], single.z, rtol=1e-6)
-        for mine, its in zip(together.stats, single.stats, strict=True):
-            assert mine[i] == its
+        for in_batch, alone_stat in zip(together.stats, single.stats, strict=True):
+            assert in_batch[i] == alone_stat
     assert together.stats.nfe[4] > 1.5 * together.stats.nfe[:4].max()
 
 
-def test_giving_up_is_nan_and_spares_the_others() -> None:
-    """One example that needs too many steps, and one that no number of steps would help."""
+def test_a_solver_that_gives_up_returns_nan_for_that_example_only() -> None:
+    """One example needs too many steps, and one, of NaN, cannot be solved at all."""
     x = examples().at[3].set(jnp.nan)
-    result = compiled("vp", EXACT, Solver(max_steps=20))(data_of("mixture"), x, None)
+    result = likelihood_function("vp", EXACT, Solver(max_steps=20))(data_of("mixture"), x, None)
     np.testing.assert_array_equal(result.stats.success, [True, True, True, False, False])
     for leaf in (result.logp, result.prior, result.divergence, result.z):
         assert np.all(np.isfinite(leaf[:3])) and np.all(np.isnan(leaf[3:]))
@@ -245,17 +251,17 @@ def test_giving_up_is_nan_and_spares_the_others() -> None:
 
 
 def test_float32_reaches_its_precision() -> None:
-    truth = solved("mixture").logp[0]
+    truth = likelihoods("mixture").logp[0]
     with jax.enable_x64(False):
         data, x = jax.tree.map(
             lambda a: jnp.asarray(np.float32(a)), (data_of("mixture"), examples())
         )
-        result = compiled("vp", EXACT, Solver(rtol=1e-5, atol=1e-5))(data, x, None)
+        result = likelihood_function("vp", EXACT, Solver(rtol=1e-5, atol=1e-5))(data, x, None)
     assert result.logp.dtype == result.z.dtype == jnp.float32
     np.testing.assert_allclose(result.logp[0], truth, atol=1e-3)
 
 
-# The solver beneath.
+# The ODE solver.
 
 
 def test_velocity_by_hand() -> None:
@@ -307,7 +313,7 @@ def test_a_right_hand_side_that_is_nan_is_not_hidden() -> None:
     ("method", "fixed_steps"),
     [(m, s) for m in ode.METHODS for s in (None, 18) if (m, s) != ("euler", None)],
 )
-def test_evaluations_are_counted_honestly(method: str, fixed_steps: int | None) -> None:
+def test_evaluations_of_the_field_are_counted(method: str, fixed_steps: int | None) -> None:
     calls: list[int] = []
 
     def field(t: Array, y: Array) -> Array:
@@ -322,7 +328,7 @@ def test_evaluations_are_counted_honestly(method: str, fixed_steps: int | None) 
     assert fixed_steps is None or stats.accepted == fixed_steps
 
 
-def test_a_likelihood_calls_the_score_as_often_as_it_says() -> None:
+def test_evaluations_of_the_score_are_counted() -> None:
     """All directions of the trace share one evaluation of the score."""
     calls: list[int] = []
 
@@ -370,12 +376,13 @@ def test_impossible_smallest_times_are_refused(eps: float) -> None:
 
 
 def test_probes_need_a_key() -> None:
-    with pytest.raises(ValueError, match="pass a key, or use kind='exact'"):
+    message = "key=None with a rademacher trace.*pass a key, or use kind='exact'"
+    with pytest.raises(ValueError, match=message):
         ode_logp(data_of("gaussian").score, SDES["vp"](), examples()[0], None, eps=EPS)
 
 
 @pytest.mark.usefixtures("unchecked")
 def test_integers_are_refused() -> None:
     x = jnp.zeros(SHAPE, jnp.uint8)
-    with pytest.raises(ValueError, match="uint8"):
+    with pytest.raises(ValueError, match="x is of uint8: dequantize integers first"):
         ode_logp(data_of("gaussian").score, SDES["vp"](), x, None, eps=EPS, trace=EXACT)

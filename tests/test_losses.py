@@ -19,7 +19,7 @@ T = np.asarray(0.3)  # float64, also before the module's tests enable it in JAX
 
 
 class OnlyBatches:
-    """A score that is to be called in its batch form."""
+    """A score that must be called in its batch form."""
 
     def __call__(self, x: Array, t: Array, key: Key | None) -> Array:
         raise AssertionError("called for one example, though it has a batch form")
@@ -40,7 +40,7 @@ def expected_loss(score: Score, data: oracle.Gaussian, t: Array, weighting: str)
     return jnp.mean(jax.vmap(one)(*data.sigma_points()))
 
 
-def perturbed(data: oracle.Gaussian, a: Array, b: Array) -> Score:
+def score_with_error(data: oracle.Gaussian, a: Array, b: Array) -> Score:
     """The true score plus A x + b."""
     return lambda x, t, key: data.score(x, t) + a @ x + b
 
@@ -74,11 +74,11 @@ def test_the_true_score_is_a_stationary_point(sde: SDE, weighting: str) -> None:
     data = oracle.gaussian(sde)
 
     def loss(a: Array, b: Array, t: Array) -> Array:
-        return expected_loss(perturbed(data, a, b), data, t, weighting)
+        return expected_loss(score_with_error(data, a, b), data, t, weighting)
 
     gradient = jax.jit(jax.grad(loss, argnums=(0, 1)))
     for t in (1e-3, 0.1, 0.5, sde.largest_time):
-        # The gradient at a score wrong by delta is lambda E[delta x_t^T]: its unit.
+        # The gradient for a score with error delta is lambda E[delta x_t^T], which sets the scale.
         unit = max(1.0, float(losses.weight(sde, jnp.asarray(t), weighting)) * sde.prior_std**2)
         for leaf in gradient(jnp.zeros((3, 3)), jnp.zeros(3), jnp.asarray(t)):
             np.testing.assert_allclose(leaf, 0, atol=1e-8 * unit)
@@ -87,13 +87,13 @@ def test_the_true_score_is_a_stationary_point(sde: SDE, weighting: str) -> None:
 @pytest.mark.oracle
 @pytest.mark.parametrize("weighting", losses.WEIGHTINGS)
 def test_the_gap_of_a_wrong_score_is_its_squared_error(sde: SDE, weighting: str) -> None:
-    """E loss(s + delta) - E loss(s) = 1/2 w sigma^2 E|delta(x_t)|^2, for an affine delta: positive
-    in every direction, so the true score is the minimum."""
+    """E loss(s + delta) - E loss(s) = 1/2 w sigma^2 E|delta(x_t)|^2 for an affine delta. It is
+    positive in every direction, so the true score is the minimum."""
     data, rng = oracle.gaussian(sde), np.random.default_rng(5)
     alpha, sigma = float(sde.mean_coef(T)), float(sde.std(T))
     mean = alpha * np.asarray(data.mean)
     cov = alpha**2 * np.asarray(data.cov) + sigma**2 * np.eye(3)
-    loss = jax.jit(lambda a, b: expected_loss(perturbed(data, a, b), data, T, weighting))
+    loss = jax.jit(lambda a, b: expected_loss(score_with_error(data, a, b), data, T, weighting))
     best = expected_loss(data.score, data, T, weighting)
     for _ in range(5):
         a, b = rng.normal(size=(3, 3)), rng.normal(size=3)
@@ -104,7 +104,7 @@ def test_the_gap_of_a_wrong_score_is_its_squared_error(sde: SDE, weighting: str)
 
 @pytest.mark.oracle
 def test_the_true_score_of_a_mixture_beats_its_neighbours(sde: SDE) -> None:
-    """On common random numbers, beyond noise, in random directions of function space."""
+    """In random directions of function space, on the same draws, by more than 3 standard errors."""
     data, n = oracle.mixture(sde), 2000
     rng = np.random.default_rng(6)
     choice = rng.choice(3, n, p=data.weights)
@@ -141,7 +141,8 @@ def test_likelihood_weighting_cancels_importance_weights(sde: SDE) -> None:
 
 @pytest.mark.oracle
 def test_the_integral_of_the_loss_is_closed_form(sde: SDE) -> None:
-    """Of the true score, under every proposal. With rho = sigma / alpha and the data's variances c:
+    """The integral for the true score, with every proposal. With rho = sigma / alpha and the
+    variances c of the data:
 
     likelihood   integral 1/2 g^2/sigma^2 E|sigma s + z|^2 dt = 1/2 sum_i [-log1p(c_i / rho^2)]
     original     integral 1/2 sum_i alpha^2 c_i / (alpha^2 c_i + sigma^2) dt, by quadrature
@@ -166,7 +167,7 @@ def test_the_integral_of_the_loss_is_closed_form(sde: SDE) -> None:
     for weighting, value in expected.items():
         loss = jax.jit(jax.vmap(lambda t, w=weighting: expected_loss(data.score, data, t, w)))
         for name, proposal in times.PROPOSALS.items():
-            # Uniform times leave the loss a spike near eps: the quadrature substitutes u = v^8.
+            # With uniform times the loss has a peak near eps: the quadrature substitutes u = v^8.
             v, power = 0.5 * (nodes + 1), 8 if name == "uniform" else 1
             t, weight = proposal(sde, EPS).at(jnp.asarray(v**power))
             estimate = np.sum(0.5 * weights * power * v ** (power - 1) * weight * loss(t))
@@ -193,8 +194,8 @@ def test_dsm_draws_standard_normal_noise() -> None:
     np.testing.assert_allclose(np.var(loss), 3, rtol=0.15)
 
 
-def test_the_scores_key_is_not_the_noises() -> None:
-    """Were z drawn from the key the score gets, a score that adds noise would double or cancel."""
+def test_the_key_of_the_score_differs_from_the_key_of_the_noise() -> None:
+    """With the same key, the noise of a stochastic score would double z or cancel it."""
     sde, n = SDES["vp"](), 4000
 
     def noisy(x: Array, t: Array, key: Key | None) -> Array:
@@ -220,7 +221,7 @@ def test_the_scores_key_is_not_the_noises() -> None:
 
 @pytest.mark.parametrize("weighting", losses.WEIGHTINGS)
 def test_batch_loss_is_the_residual_of_its_noise(weighting: str) -> None:
-    """Recomputed from the noise that the score's input reveals; one call for the whole batch."""
+    """The noise is computed from the score's input; there is one call for the whole batch."""
     sde, x = SDES["subvp"](), jax.random.normal(jax.random.key(3), (5, 2, 3))
     t, keys = jnp.linspace(0.1, 0.9, 5), jax.random.split(jax.random.key(4), 5)
     seen = []
@@ -260,7 +261,7 @@ def test_single_loss_is_the_residual_of_its_noise(sde: SDE) -> None:
 
 
 def test_batch_loss_is_the_loss_of_each_example() -> None:
-    """With and without a batch form of the score; each example has its own noise."""
+    """The score has a batch form or not; each example has its own noise."""
     sde = SDES["vp"]()
     x, t = jnp.ones((4, 3)), jnp.full(4, 0.4)
     keys = jax.random.split(jax.random.key(7), 4)
@@ -280,7 +281,7 @@ def test_batch_loss_is_the_loss_of_each_example() -> None:
 
 
 def test_losses_compose_with_jit_vmap_and_grad() -> None:
-    """The loss of -theta x in theta is a parabola: its gradient from three values."""
+    """The loss of the score -theta x is a parabola in theta: three values give its gradient."""
     sde = SDES["subvp"]()
     x, t = jax.random.normal(jax.random.key(8), (4, 3)), jnp.linspace(0.1, 0.9, 4)
     keys = jax.random.split(jax.random.key(9), 4)
@@ -302,7 +303,7 @@ def test_losses_compose_with_jit_vmap_and_grad() -> None:
 
 @pytest.mark.parametrize("shape", [(1, 3), (3,), (2, 1), ()])
 def test_a_score_of_the_wrong_shape_is_refused(shape: tuple[int, ...]) -> None:
-    """Each of these would broadcast against (2, 3) in silence."""
+    """Each of these shapes would broadcast against (2, 3) without an error."""
 
     def wrong(x: Array, t: Array, key: Key | None) -> Array:
         return jnp.zeros(shape)
@@ -332,8 +333,8 @@ def test_unknown_weightings_are_refused() -> None:
         losses.dsm(_echo, SDES["vp"](), jnp.ones(2), T, jax.random.key(0), weighting="vlb")
 
 
-def test_signs_turn_the_noise(sde: SDE) -> None:
-    """At x = 0 the loss of a constant score c under -z is that of -c under z."""
+def test_signs_multiply_the_noise(sde: SDE) -> None:
+    """At x = 0 the loss of a constant score c with noise -z is that of -c with noise z."""
     x, t, keys = jnp.zeros((2, 3)), jnp.full(2, T), jnp.stack([jax.random.key(0)] * 2)
     signs = jnp.asarray([1.0, -1.0])
     up, down = (
@@ -354,7 +355,7 @@ def rows_of(**wrong: Array) -> dict[str, Array]:
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        # A loss for each dimension, where vmap maps the rows of t and the mathematics broadcasts.
+        # vmap would map the rows of t, and broadcasting would give a loss for each dimension.
         ({"t": np.full((4, 3), 0.5)}, r"x has shape \(4, 3\), t \(4, 3\): give a batch"),
         ({"t": np.full((), 0.5)}, r"t \(\): give a batch \(n, \*s\) and its times \(n,\)"),
         ({"x": np.ones(())}, r"x has shape \(\), t \(4,\)"),

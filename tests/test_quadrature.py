@@ -1,4 +1,4 @@
-"""Integrals along solutions: closed forms, their order, and the steps they make short."""
+"""Integrals along ODE solutions: closed forms, order of convergence, and step control."""
 
 import functools
 from collections.abc import Callable
@@ -50,23 +50,23 @@ def integral(solver: Solver) -> tuple[float, ode.Stats]:
     solve = jax.jit(
         lambda y: ode.solve_with_integral(decay, both(decay, square), y, T0, T1, solver)
     )
-    (_, found, correction), stats = solve(jnp.ones(()))
+    (_, value, correction), stats = solve(jnp.ones(()))
     assert correction == 0.0
-    return float(found), stats
+    return float(value), stats
 
 
 @pytest.mark.parametrize("method", ["tsit5", "dopri5", "heun"])
 @pytest.mark.parametrize("power", [1.0, 2.0])
 def test_the_integral_is_the_truth(method: str, power: float) -> None:
-    found, stats = integral(
+    value, stats = integral(
         Solver(method=method, power=power, rtol=1e-9, atol=1e-9, max_steps=100_000)
     )
     assert stats.success
-    np.testing.assert_allclose(found, TRUTH, rtol=1e-7)
+    np.testing.assert_allclose(value, TRUTH, rtol=1e-7)
 
 
 def test_fixed_steps_converge_at_the_order_of_the_method() -> None:
-    """The rule's own errors are O(h^7) a step; those of y inside of it O(h^5), so h^6 in all."""
+    """In each step the rule's error is O(h^7), and the error of y at its points O(h^5)."""
 
     def error(steps: int) -> float:
         return abs(integral(Solver(method="dopri5", fixed_steps=steps, power=1.0))[0] - TRUTH)
@@ -74,8 +74,8 @@ def test_fixed_steps_converge_at_the_order_of_the_method() -> None:
     assert np.log2(error(10) / error(20)) > 4.8
 
 
-def corrected(method: str, steps: int, share: float) -> float:
-    """The error with so much of the gradient, in equal steps."""
+def corrected_error(method: str, steps: int, share: float) -> float:
+    """The error of the corrected integral in equal steps, with w = ``share`` times the gradient."""
 
     def some(t: Array, y: Array) -> Array:
         return share * to_come(t, y)
@@ -90,18 +90,20 @@ def corrected(method: str, steps: int, share: float) -> float:
 
 @pytest.mark.parametrize("method", ["euler", "heun", "tsit5", "dopri5"])
 def test_along_any_curve_the_gradient_makes_the_value_exact(method: str) -> None:
-    """Also along Euler's broken line: what is left is the rule's, O(h^6) over all."""
-    assert abs(corrected(method, 10, 0.0)) > 20 * abs(corrected(method, 10, 1.0))
-    assert np.log2(abs(corrected(method, 5, 1.0) / corrected(method, 10, 1.0))) > 5.3
+    """This holds also along Euler's broken line: only the rule's error, O(h^6) in all, is left."""
+    assert abs(corrected_error(method, 10, 0.0)) > 20 * abs(corrected_error(method, 10, 1.0))
+    assert np.log2(abs(corrected_error(method, 5, 1.0) / corrected_error(method, 10, 1.0))) > 5.3
 
 
 @pytest.mark.parametrize("method", ["euler", "heun"])
-def test_of_a_gradient_that_is_a_tenth_off_a_tenth_of_the_error_is_left(method: str) -> None:
-    assert corrected(method, 10, 0.9) == pytest.approx(corrected(method, 10, 0.0) / 10, rel=1e-2)
+def test_a_gradient_with_an_error_of_a_tenth_leaves_a_tenth_of_the_error(method: str) -> None:
+    assert corrected_error(method, 10, 0.9) == pytest.approx(
+        corrected_error(method, 10, 0.0) / 10, rel=1e-2
+    )
 
 
 def test_steps_are_short_where_only_the_correction_is_large() -> None:
-    """The same field and integrand, but of a value that hangs on y 1e8 times as much."""
+    """The field and the integrand are the same, but w is 1e8 times as large."""
 
     def steps(scale: float) -> int:
         solver = Solver(rtol=1e-4, atol=1e-4, power=1.0)
@@ -115,13 +117,13 @@ def test_steps_are_short_where_only_the_correction_is_large() -> None:
 
 
 def stumble(t: Array, y: Array) -> Array:
-    """A decay that is sudden at t = 0.5: steps before it are rejected."""
+    """A sudden decay at t = 0.5, because of which steps are rejected."""
     return -y * (1 + 30 * jnp.exp(-(((t - 0.5) / 0.02) ** 2)))
 
 
 @pytest.mark.parametrize("steps", [1, 2, 7, None])
 def test_quintics_of_time_are_exact(steps: int | None) -> None:
-    """With equal steps, and with uneven and rejected ones."""
+    """The steps are equal, or uneven with some rejected."""
     solver = Solver(fixed_steps=steps, power=1.0, rtol=1e-7, atol=1e-7, pcoeff=0.0, icoeff=1.0)
 
     def quintic(t: Array, y: Array) -> Array:
@@ -130,9 +132,9 @@ def test_quintics_of_time_are_exact(steps: int | None) -> None:
     solve = jax.jit(
         lambda y: ode.solve_with_integral(stumble, both(stumble, quintic), y, T0, T1, solver)
     )
-    (_, found, _), stats = solve(jnp.ones(()))
+    (_, value, _), stats = solve(jnp.ones(()))
     truth = np.diff(np.polyval([1, 3 / 5, -2 / 4, 0, 1 / 2, -1, 0], [T0, T1]))[0]
-    np.testing.assert_allclose(found, truth, atol=1e-12)
+    np.testing.assert_allclose(value, truth, atol=1e-12)
     assert stats.accepted == steps if steps else stats.rejected > 0
 
 
@@ -147,16 +149,16 @@ def test_lobattos_error_of_a_sextic_is_exact() -> None:
         return 3.0 * t**6 - 2.0 * t**5 + t
 
     truth = np.diff(np.polyval([3 / 7, -2 / 6, 0, 0, 0, 1 / 2, 0, 0], now[[0, 3]]))[0]
-    found = quadrature.lobatto(jnp.asarray(0.7), jnp.asarray(sextic(now)))
+    value = quadrature.lobatto(jnp.asarray(0.7), jnp.asarray(sextic(now)))
     t = jnp.asarray([*before, *now[1:]])
     error = quadrature.lobatto_error(jnp.asarray(0.7), t, sextic(t))
-    assert float(found - error) == pytest.approx(truth, abs=1e-13)
+    assert float(value - error) == pytest.approx(truth, abs=1e-13)
     assert abs(float(error)) > 1e-4
 
 
 @pytest.mark.parametrize("length, most", [(3e-3, 1e-6), (0.3, 1e-6), (3.0, 100e-6)])
 def test_the_error_estimate_does_not_magnify_rounding(length: float, most: float) -> None:
-    """Noise of 1e-6 in h beside a step of 0.3: only a tenfold growth lets more through."""
+    """Noise of 1e-6 in h after a step of 0.3. Only a ten times longer step may amplify it."""
     rng = np.random.default_rng(0)
     t = jnp.asarray([*nodes(-0.3, 0.0), *nodes(0.0, length)[1:]])
     errors = [
@@ -166,8 +168,9 @@ def test_the_error_estimate_does_not_magnify_rounding(length: float, most: float
     assert np.std(errors) < most * length
 
 
-def test_a_lone_step_knows_its_error_from_above() -> None:
-    """Within three decades, where h is 1 / (1 + t^2), also around its peak; and zero for a line."""
+def test_the_error_estimate_of_a_lone_step_is_an_upper_bound() -> None:
+    """For h = 1 / (1 + t^2), also around its peak, it is less than 1,000 times the error; it is 0
+    for a line."""
     for start, length in ((0.2, 0.25), (0.2, 0.5), (0.2, 1.0), (-0.5, 1.0)):
         t = nodes(start, start + length)
         h = jnp.asarray(1 / (1 + t**2))
@@ -185,13 +188,13 @@ def bump(t: Array, y: Array) -> Array:
 
 @pytest.mark.parametrize("first_step", [1e-3, 1.0])
 def test_steps_are_short_where_only_the_integrand_is_rough(first_step: float) -> None:
-    """dy/dt = 0 lets every step be as long as it likes: the integral's own error does not."""
+    """With dy/dt = 0, only the error of the integral limits the steps."""
     solver = Solver(rtol=1e-7, atol=1e-7, power=1.0, first_step=first_step)
     joint = both(lambda t, y: 0 * y, bump)
     still = jax.jit(lambda y: ode.solve_with_integral(lambda t, y: 0 * y, joint, y, T0, T1, solver))
-    (y, found, _), stats = still(jnp.ones(2))
+    (y, value, _), stats = still(jnp.ones(2))
     np.testing.assert_array_equal(y, 1.0)
-    np.testing.assert_allclose(found, 1.0, atol=1e-5)
+    np.testing.assert_allclose(value, 1.0, atol=1e-5)
     assert stats.rejected > 0
 
 

@@ -1,4 +1,4 @@
-"""Every sampler against Gaussian data, whose score and moments are closed form at every time."""
+"""Every sampler on Gaussian data, whose score and moments have closed forms at every time."""
 
 import dataclasses
 from functools import partial
@@ -22,7 +22,7 @@ pytestmark = pytest.mark.usefixtures("x64")
 
 EPS, D, N = 1e-3, 3, 4000
 STEPS = [name for name in samplers.SAMPLERS if name != "ode"]
-# Of first order in the spacing that suits them; their errors are those of the moments.
+# Samplers of first order, and the spacing in which their moments converge at that order.
 ONE_STEP = {
     "euler_maruyama": "time",
     "reverse_diffusion": "time",
@@ -39,8 +39,8 @@ def moments(data: oracle.Gaussian, t: float) -> tuple[np.ndarray, np.ndarray]:
 
 
 @partial(jax.jit, static_argnames=("sampler", "sde"), compiler_options=compiler_options())
-def drawn(sampler: Any, sde: SDE) -> tuple[Array, Any]:
-    """N samples, from latents of the prior."""
+def draw_samples(sampler: Any, sde: SDE) -> tuple[Array, Any]:
+    """N samples from latents of the prior, and the stats."""
     keys = jax.random.split(jax.random.key(0), N)
     score = oracle.gaussian(sde).score
 
@@ -52,7 +52,7 @@ def drawn(sampler: Any, sde: SDE) -> tuple[Array, Any]:
 
 
 def check_moments(x: Array, sde: SDE, bias: float) -> None:
-    """Within 4 standard errors of N draws, and ``bias`` of the largest variance."""
+    """Compare up to 4 standard errors of N draws plus ``bias`` times the largest variance."""
     mean, cov = moments(oracle.gaussian(sde), EPS)
     variances = np.diag(cov)
     slack = bias * variances.max()
@@ -67,7 +67,7 @@ def check_moments(x: Array, sde: SDE, bias: float) -> None:
 def test_samples_have_the_moments_of_the_data(sampler: str, name: str) -> None:
     kind = samplers.SAMPLERS[sampler]
     chosen = kind() if sampler == "ode" else kind(steps=800, spacing="log_snr")
-    x, stats = drawn(chosen, SDES[name]())
+    x, stats = draw_samples(chosen, SDES[name]())
     assert np.all(stats.success)
     check_moments(x, SDES[name](), bias=0.01)
 
@@ -75,10 +75,10 @@ def test_samples_have_the_moments_of_the_data(sampler: str, name: str) -> None:
 @pytest.mark.oracle
 @pytest.mark.parametrize("name", SDES)
 def test_annealed_langevin_keeps_the_moments_of_the_data(name: str) -> None:
-    """Sub-VP too. A Langevin step has a bias of the order of its size: small steps."""
+    """Also for sub-VP. The steps are small, since their bias is of the order of their size."""
     follows = samplers.AnnealedLangevin(steps=1, snr=0.05)
     chosen = samplers.ReverseDiffusion(steps=800, spacing="log_snr", corrector=follows)
-    x, stats = drawn(chosen, SDES[name]())
+    x, stats = draw_samples(chosen, SDES[name]())
     assert np.all(stats.nfe == 1600)
     check_moments(x, SDES[name](), bias=0.02)
 
@@ -86,7 +86,7 @@ def test_annealed_langevin_keeps_the_moments_of_the_data(name: str) -> None:
 @pytest.mark.oracle
 @pytest.mark.parametrize("name", SDES)
 def test_langevin_keeps_the_moments_of_the_data(name: str) -> None:
-    """In 192 dimensions, where the norm of the score hardly depends on the image."""
+    """There are 192 dimensions, so that the norm of the score hardly depends on the image."""
     sde, d, n = SDES[name](), 192, 1000
     variances = jnp.linspace(0.5, 1.0, d)
     follows = samplers.Langevin(steps=1, snr=0.05)
@@ -110,7 +110,7 @@ def test_langevin_keeps_the_moments_of_the_data(name: str) -> None:
 
 @partial(jax.jit, static_argnames=("sampler", "sde"))
 def exact_moments(sampler: samplers.FixedSteps, sde: SDE) -> tuple[Array, Array]:
-    """Mean and covariance of the sampler's law from that of x_T on: its steps are affine here.
+    """Mean and covariance of the result for Gaussian x_T, since the steps are affine here.
 
     T is the largest time."""
     data = oracle.gaussian(sde)
@@ -136,16 +136,16 @@ def exact_moments(sampler: samplers.FixedSteps, sde: SDE) -> tuple[Array, Array]
 @pytest.mark.oracle
 @pytest.mark.parametrize("name", SDES)
 @pytest.mark.parametrize("sampler", ONE_STEP)
-def test_first_order_in_law(sampler: str, name: str) -> None:
-    """The error of mean and covariance halves with the step, to a tenth."""
+def test_moments_converge_at_first_order(sampler: str, name: str) -> None:
+    """With twice the steps, the error of mean and covariance falls to a half, up to a tenth."""
     sde = SDES[name]()
     mean, cov = moments(oracle.gaussian(sde), EPS)
     errors = []
     for steps in (1600, 3200):
         kind = samplers.SAMPLERS[sampler](steps=steps, spacing=ONE_STEP[sampler])
-        found = exact_moments(kind, sde)
-        errors.append(np.abs(found[0] - mean).max() + np.abs(found[1] - cov).max())
-    # At least: what is deterministic and linear can cancel to more.
+        result = exact_moments(kind, sde)
+        errors.append(np.abs(result[0] - mean).max() + np.abs(result[1] - cov).max())
+    # The ratio may be larger, because errors of a deterministic linear map can cancel.
     assert errors[0] / errors[1] > 1.9, errors
 
 
@@ -153,14 +153,17 @@ def test_first_order_in_law(sampler: str, name: str) -> None:
 @pytest.mark.parametrize("name", SDES)
 @pytest.mark.parametrize(("sampler", "order"), [("ddim", 1), ("dpm_solver", 2)])
 def test_order_of_the_deterministic_maps(sampler: str, order: int, name: str) -> None:
-    """Against the ODE's closed-form map, latent by latent."""
+    """The map of every latent is compared with the closed form of the ODE's map."""
     sde = SDES[name]()
     data = oracle.gaussian(sde)
     z = jax.vmap(lambda k: sde.prior_sample(k, (D,)))(jax.random.split(jax.random.key(0), 16))
     first, last = jnp.asarray(EPS), jnp.asarray(sde.largest_time)
     start = sde.std(last) / sde.std(jnp.asarray(sde.T)) * z
     truth = jax.vmap(data.flow, (0, None, None))(start, last, first)
-    keys, errors = jax.random.split(jax.random.key(0), 16), []  # Of noise that these do not add.
+    keys, errors = (
+        jax.random.split(jax.random.key(0), 16),
+        [],
+    )  # These samplers do not use the keys.
     for steps in (100, 200):
         options = {"lower_order_final": False} if sampler == "dpm_solver" else {}
         chosen = samplers.SAMPLERS[sampler](steps=steps, spacing="log_snr", **options)
@@ -190,22 +193,22 @@ def test_reverse_diffusion_of_vp_is_the_papers() -> None:
     sde, s, x = SDES["vp"](), jnp.asarray(0.5), jnp.asarray([0.3, -1.0])
     t = s - 1e-3
     step = samplers.ReverseDiffusion(steps=1000).step
-    found = step(lambda x, s, k: -2 * x, sde, x, (), jnp.stack([s, s, t]), jnp.ones(2))[0]
+    result = step(lambda x, s, k: -2 * x, sde, x, (), jnp.stack([s, s, t]), jnp.ones(2))[0]
     integral = 0.1 * 1e-3 + 19.9 * (s**2 - t**2) / 2
     b = -jnp.expm1(-integral)
     expected = (2 - jnp.sqrt(1 - b)) * x - 2 * b * x + jnp.sqrt(b)
-    np.testing.assert_allclose(found, expected, rtol=1e-10)
+    np.testing.assert_allclose(result, expected, rtol=1e-10)
 
 
 @pytest.mark.parametrize("name", [*samplers.SAMPLERS, "ode, fixed"])
 def test_a_path_leads_from_the_latent_to_the_sample(name: str) -> None:
-    """The sample itself, of fixed steps too, however many frames there are."""
+    """The path ends at the sample, also with fixed steps and another number of frames."""
     sde = SDES["subvp"]()
     data, key = oracle.gaussian(sde), jax.random.key(1)
     z = sde.prior_sample(jax.random.key(2), (D,))
     solvers = {"ode": Solver(rtol=1e-9, atol=1e-9), "ode, fixed": Solver("heun", fixed_steps=7)}
-    known = {name: samplers.ODE(solver) for name, solver in solvers.items()}
-    chosen = known[name] if name in known else samplers.SAMPLERS[name](steps=7)
+    odes = {name: samplers.ODE(solver) for name, solver in solvers.items()}
+    chosen = odes[name] if name in odes else samplers.SAMPLERS[name](steps=7)
     x, _ = jax.jit(lambda z: chosen(data.score, sde, z, key, eps=EPS))(z)
     path, times = jax.jit(lambda z: chosen.path(data.score, sde, z, key, eps=EPS, frames=5))(z)
     np.testing.assert_array_equal(path[0], z)
@@ -241,7 +244,7 @@ def test_grids_fall_from_T_to_eps(spacing: str, name: str) -> None:
 
 @pytest.mark.parametrize("name", SDES)
 def test_the_longest_steps_are_finite_in_float32(name: str) -> None:
-    """sigma_t^2 - c^2 as a difference is less than nothing after a fall of 15 in log-SNR."""
+    """Computed as a difference, sigma_t^2 - c^2 is negative after a fall of 15 in log-SNR."""
     sde = SDES[name]()
     with jax.enable_x64(False):
         for steps in range(1, 40):
@@ -252,14 +255,14 @@ def test_the_longest_steps_are_finite_in_float32(name: str) -> None:
                 assert np.isfinite(x).all(), (steps, kind)
 
 
-def test_refusals() -> None:
+def test_invalid_options_are_refused() -> None:
     with pytest.raises(ValueError, match="steps=0: need at least one"):
         samplers.DDIM(steps=0)
     with pytest.raises(ValueError, match="'cosine'.*time.*log_snr"):
         samplers.EulerMaruyama(spacing="cosine")
     with pytest.raises(ValueError, match=r"eta=2: must lie in \[0, 1\]"):
         samplers.DDIM(eta=2)
-    with pytest.raises(ValueError, match="need one step, a positive snr"):
+    with pytest.raises(ValueError, match="snr=0.0: need at least one step and a positive snr"):
         samplers.Langevin(snr=0.0)
 
 

@@ -1,4 +1,4 @@
-"""Samples by the ODE: the inverse of the likelihood's map, with the data's own moments."""
+"""Samples by the ODE: the inverse of the likelihood's map, with the moments of the data."""
 
 import functools
 
@@ -23,8 +23,8 @@ X = np.random.default_rng(0).normal(size=(4, *SHAPE)) * 0.5
 
 
 @functools.cache
-def decoded(name: str) -> tuple[Array, Array]:
-    """Latents ``(N, *SHAPE)`` drawn from the prior and what they decode to."""
+def decode_latents(name: str) -> tuple[Array, Array]:
+    """Latents ``(N, *SHAPE)`` from the prior, and their samples ``(N, *SHAPE)``."""
     sde = SDES[name]()
     data, keys = oracle.gaussian(sde), jax.random.split(jax.random.key(0), N)
     z = jax.vmap(lambda key: sde.prior_sample(key, SHAPE))(keys)
@@ -37,7 +37,7 @@ def decoded(name: str) -> tuple[Array, Array]:
 @pytest.mark.oracle
 @pytest.mark.parametrize("name", SDES)
 def test_decoding_a_gaussian_is_its_closed_form_map(name: str) -> None:
-    (z, samples), sde = decoded(name), SDES[name]()
+    (z, samples), sde = decode_latents(name), SDES[name]()
     flow = jax.jit(jax.vmap(oracle.gaussian(sde).flow, (0, None, None)))
     last = jnp.asarray(sde.largest_time)
     start = z * sde.std(last) / sde.std(jnp.asarray(1.0))
@@ -47,9 +47,9 @@ def test_decoding_a_gaussian_is_its_closed_form_map(name: str) -> None:
 @pytest.mark.oracle
 @pytest.mark.parametrize("name", SDES)
 def test_samples_have_the_moments_of_the_data(name: str) -> None:
-    """Within 4 standard errors; a covariance entry's variance is (c_ii c_jj + c_ij^2) / n."""
+    """They agree within 4 standard errors, sqrt((c_ii c_jj + c_ij^2) / n) for a covariance."""
     data = oracle.gaussian(SDES[name]())
-    cov, samples = np.asarray(data.cov), np.asarray(decoded(name)[1]).reshape(N, 3)
+    cov, samples = np.asarray(data.cov), np.asarray(decode_latents(name)[1]).reshape(N, 3)
     variances = np.diag(cov)
     assert np.all(np.abs(samples.mean(0) - data.mean) < 4 * np.sqrt(variances / N))
     spread = np.sqrt((np.outer(variances, variances) + cov**2) / N)
@@ -57,12 +57,12 @@ def test_samples_have_the_moments_of_the_data(name: str) -> None:
 
 
 def test_a_sample_is_a_decoded_prior_draw() -> None:
-    """Two keys give two samples, each the map of its own latent."""
+    """Two keys give two samples, each from its own latent."""
     sde = SDES["vp"]()
     data, keys = oracle.gaussian(sde), jax.random.split(jax.random.key(0), N)[:2]
     draw = jax.vmap(lambda key: ode_sample(data.score, sde, SHAPE, key, eps=EPS, solver=TIGHT))
     samples, stats = jax.jit(draw)(keys)
-    np.testing.assert_allclose(samples, decoded("vp")[1][:2], atol=1e-6)
+    np.testing.assert_allclose(samples, decode_latents("vp")[1][:2], atol=1e-6)
     assert np.all(stats.success)
 
 
@@ -88,7 +88,7 @@ def test_denoising_is_the_posterior_mean(name: str) -> None:
     np.testing.assert_allclose(estimate, expected, atol=1e-8 * sde.prior_std)
 
 
-def test_a_last_denoising_step_is_tweedies_at_eps() -> None:
+def test_the_last_denoising_step_is_the_posterior_mean_at_eps() -> None:
     sde, eps, z = SDES["vp"](), 1e-2, jnp.asarray(X[0])
     data = oracle.gaussian(sde)
     last, _ = jax.jit(

@@ -1,4 +1,4 @@
-"""What follows from alpha and sigma alone, against closed forms; SDEs as pytrees; the table."""
+"""SDEs derived from alpha and sigma, compared with closed forms; SDEs as pytrees; the table."""
 
 import dataclasses
 import functools
@@ -27,15 +27,15 @@ DERIVED = ("drift_coef", "diffusion", "log_snr", "rate")
 
 @dataclasses.dataclass(frozen=True)
 class Derived(SDE):
-    """An SDE of which only alpha and sigma are known."""
+    """An SDE that has only alpha and sigma of another SDE."""
 
-    known: SDE
+    original: SDE
 
     def mean_coef(self, t: Array) -> Array:
-        return self.known.mean_coef(t)
+        return self.original.mean_coef(t)
 
     def std(self, t: Array) -> Array:
-        return self.known.std(t)
+        return self.original.std(t)
 
 
 @pytest.fixture(params=SDES, name="sde")
@@ -44,12 +44,12 @@ def _sde(request: pytest.FixtureRequest) -> SDE:
 
 
 @pytest.mark.parametrize("name", DERIVED)
-def test_coefficients_that_are_derived_are_those_in_closed_form(name: str, sde: SDE) -> None:
+def test_derived_coefficients_equal_the_closed_forms(name: str, sde: SDE) -> None:
     t = jnp.asarray(np.append(TIMES, sde.largest_time))
     expected = np.asarray(getattr(sde, name)(t))
     scale = np.abs(expected) + 1e-14 * np.abs(expected).max()
     error = np.abs(getattr(Derived(sde), name)(t) - expected)
-    assert (error <= 2e-12 * scale + 1e-15).all()  # alpha itself is known to 1e-16.
+    assert (error <= 2e-12 * scale + 1e-15).all()  # alpha itself has a rounding error of 1e-16.
     single = getattr(Derived(sde), name)(t.astype(jnp.float32))
     assert single.dtype == jnp.float32
     exact = np.asarray(getattr(sde, name)(t.astype(jnp.float32).astype(float)))
@@ -59,12 +59,12 @@ def test_coefficients_that_are_derived_are_those_in_closed_form(name: str, sde: 
 def test_the_inverse_is_exact_at_every_scale_and_of_every_shape(sde: SDE) -> None:
     derived = Derived(sde)
     t = jnp.asarray(np.append(np.geomspace(1e-9, 0.9, 14), sde.largest_time)).reshape(3, 5)
-    found = derived.time(derived.log_snr(t))
-    # An error of one unit in lambda's last place moves t by so much.
+    inverse = derived.time(derived.log_snr(t))
+    # An error of one unit in lambda's last place changes t by this share.
     unit = 4e-16 * (1 + np.abs(derived.log_snr(t)) / (t * derived.rate(t)))
-    assert found.shape == (3, 5) and (np.abs(found - t) <= 2 * unit * t).all()
+    assert inverse.shape == (3, 5) and (np.abs(inverse - t) <= 2 * unit * t).all()
     assert derived.time(jnp.asarray(1.0)).shape == ()
-    # Outside of what alpha and sigma reach, the ends.
+    # Outside the range of the log-SNR, the result is an end of the interval.
     assert 1 - 2e-16 < derived.time(jnp.asarray(-1e4)) <= 1
     assert derived.time(jnp.asarray(1e4)) < 1e-300
 
@@ -72,9 +72,9 @@ def test_the_inverse_is_exact_at_every_scale_and_of_every_shape(sde: SDE) -> Non
 def test_the_inverse_in_float32(sde: SDE) -> None:
     derived, t = Derived(sde), jnp.asarray(np.geomspace(1e-5, 0.9, 50), jnp.float32)
     log_snr = derived.log_snr(t)
-    found = derived.time(log_snr)
-    assert found.dtype == jnp.float32
-    again = np.asarray(sde.log_snr(found.astype(float)))
+    inverse = derived.time(log_snr)
+    assert inverse.dtype == jnp.float32
+    again = np.asarray(sde.log_snr(inverse.astype(float)))
     np.testing.assert_allclose(again, log_snr.astype(float), rtol=4e-7, atol=4e-6)
 
 
@@ -94,17 +94,17 @@ def test_the_ends_of_derived_sdes(sde: SDE) -> None:
 
 
 @pytest.mark.parametrize("alpha_1", [0.0, 1e-9, -4e-8, math.nan])
-def test_a_signal_that_rounding_hides_has_vanished(alpha_1: float) -> None:
-    """float32's cos(pi / 2) is -4e-8: no logarithm of it."""
+def test_a_signal_below_rounding_counts_as_vanished(alpha_1: float) -> None:
+    """In float32 cos(pi / 2) is -4e-8, which has no logarithm."""
     sde = Schedule(lambda t: jnp.where(t == 1, alpha_1, 1 - t), lambda t: t)
     assert sde.largest_time == pytest.approx(1 / 1.001, rel=1e-12)
 
 
-def test_constant_functions_are_functions() -> None:
+def test_a_schedule_may_have_constant_functions() -> None:
     sde, t = Schedule(lambda t: 1.0, lambda t: 80.0 * t, smallest_time=2e-3), jnp.asarray(TIMES)
-    known = LinearVE(80.0)
+    expected = LinearVE(80.0)
     for name in (*DERIVED, "mean_coef", "std"):
-        np.testing.assert_allclose(getattr(sde, name)(t), getattr(known, name)(t), rtol=1e-12)
+        np.testing.assert_allclose(getattr(sde, name)(t), getattr(expected, name)(t), rtol=1e-12)
     assert (sde.largest_time, sde.prior_std, sde.smallest_time) == (1.0, 80.0, 2e-3)
     with pytest.raises(ValueError, match=r"smallest_time=0.0: must lie in \(0, 1.0\)"):
         Schedule(lambda t: 1.0, lambda t: t, smallest_time=0.0)
@@ -118,7 +118,7 @@ def test_edm_runs_from_its_least_to_its_largest_noise() -> None:
         EDM(sigma_min=2.0, sigma_max=1.0)
 
 
-# Pytrees.
+# SDEs as pytrees.
 
 
 def test_numbers_are_leaves_and_all_else_is_static() -> None:
@@ -130,7 +130,7 @@ def test_numbers_are_leaves_and_all_else_is_static() -> None:
     doubled = jax.tree.map(lambda a: 2 * a, sde)
     assert doubled.std(jnp.asarray(0.1)) == 0.4 and doubled.alpha is jnp.cos
     assert jax.tree.leaves(VP().levels(100)) == []
-    # What JAX puts in the place of leaves changes nothing.
+    # Other objects in the place of leaves do not change the structure.
     empty = jax.tree.map(lambda _: object(), VP())
     assert jax.tree.structure(empty) == jax.tree.structure(VP())
     many = jax.tree.map(lambda *leaves: jnp.stack(leaves), VP(), VP(beta_max=5.0))
@@ -146,12 +146,13 @@ def _score(x: Array, t: Array, key: Key | None) -> Array:
 def _solved(sde: SDE, x: Array) -> dict[str, Array]:
     """A log-likelihood and its terms."""
     how = {"trace": Trace("exact"), "solver": ode.Solver("heun", fixed_steps=6)}
-    found = likelihood.ode_logp(_score, sde, x, None, eps=1e-2, **how)
-    return {"logp": found.logp, "divergence": found.divergence, "correction": found.correction}
+    result = likelihood.ode_logp(_score, sde, x, None, eps=1e-2, **how)
+    names = "logp", "divergence", "correction"
+    return {name: getattr(result, name) for name in names}
 
 
 def _sampled(sde: SDE, x: Array) -> dict[str, Array]:
-    """One of each kind of other number, each a smooth function of the SDE's leaves."""
+    """The bounds, a loss and the prior, each a smooth function of the SDE's leaves."""
     key, eps, u = jax.random.key(0), 1e-2, times.lattice(jax.random.key(1), 1, 4)[0]
     control = bound.GaussianControl(jnp.zeros(2), jnp.ones(2), None)
     elbo = functools.partial(bound.elbo, _score, sde, x, key, eps=eps, u=u)
@@ -183,16 +184,16 @@ def test_traced_sdes_give_the_numbers_of_static_ones_and_their_derivatives(
     leaves, tree = jax.tree.flatten(kind)
 
     def along(h: float) -> SDE:
-        # Each leaf by another share: if both grew alike, some numbers would stay as they are.
+        # Each leaf changes by another share: some numbers do not change if both grow alike.
         return jax.tree.unflatten(tree, [(1 + i * h) * leaf for i, leaf in enumerate(leaves, 1)])
 
-    moved = jax.jit(lambda h: numbers(along(h), x))
-    traced = moved(0.0)
+    at = jax.jit(lambda h: numbers(along(h), x))
+    traced = at(0.0)
     for name, value in static.items():
         np.testing.assert_allclose(traced[name], value, rtol=1e-9, err_msg=name)
     slopes = jax.jit(jax.jacfwd(lambda h: numbers(along(h), x)))(0.0)
     h = 1e-5
-    up, down = moved(h), moved(-h)
+    up, down = at(h), at(-h)
     for name in static:
         expected = (up[name] - down[name]) / (2 * h)
         np.testing.assert_allclose(slopes[name], expected, rtol=1e-6, atol=1e-8, err_msg=name)
@@ -258,20 +259,20 @@ def test_the_table_of_ddpm_is_near_its_limit() -> None:
         ([0.9, 0.5, 0.0], "leave it out"),
         ([1.0, 0.5], r"numbers in \(0, 1\)"),
         ([0.9, math.nan], r"numbers in \(0, 1\)"),
-        ([0.9, 0.5, 0.5], r"alpha_bars\[1\]=0.5, alpha_bars\[2\]=0.5: need falling"),
+        ([0.9, 0.5, 0.5], r"alpha_bars\[1\]=0.5, alpha_bars\[2\]=0.5: need decreasing"),
     ],
 )
-def test_impossible_tables_are_refused(values: list[float], message: str) -> None:
+def test_invalid_tables_are_refused(values: list[float], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         AlphaBarTable(values)
 
 
-# A user's own class, through the front door.
+# A user's own SDE in ``Density``.
 
 
 @dataclasses.dataclass(frozen=True)
 class Mine(SDE):
-    """alpha(1) = 0, and nothing but the two methods."""
+    """An SDE with the two required methods only, and alpha(1) = 0."""
 
     power: float = 2.0
 
@@ -287,17 +288,17 @@ def _data(sde: SDE) -> oracle.Gaussian:
     return oracle.Gaussian(sde, jnp.array([0.3, -0.2]), jnp.array([0.5, 0.1]), jnp.asarray(basis))
 
 
-def test_a_class_of_two_methods_goes_through_the_front_door() -> None:
+def test_density_accepts_an_sde_of_two_methods() -> None:
     sde, eps = Mine(), 1e-2
     data = _data(sde)
     x = np.asarray(data.mean) + np.random.default_rng(1).normal(size=(6, 2)) * 0.5
     solver = ode.Solver(rtol=1e-6, atol=1e-6)
     density = sbml.Density(data.score, sde, (2,), eps=eps, solver=solver)
     exact = np.asarray([data.logp(jnp.asarray(row), jnp.asarray(eps)) for row in x])
-    found = density.logp(x)
-    # The signal that is left at the largest time: 1e-3 |m| |z|, see ``predictions``.
-    np.testing.assert_allclose(found.values, exact, atol=2e-3)
-    assert found.converged
+    logp = density.logp(x)
+    # The neglected signal at the largest time is 1e-3 |m| |z|, see ``predictions``.
+    np.testing.assert_allclose(logp.values, exact, atol=2e-3)
+    assert logp.converged
     elbo = density.bound(x, sweeps=4, times_each=16)
     assert abs(elbo.population.mean + exact.mean()) < 2 * elbo.this_set_ci95 + 1e-3
     z = density.latent(x)
@@ -305,12 +306,12 @@ def test_a_class_of_two_methods_goes_through_the_front_door() -> None:
     expected = [sde.stretch * data.flow(jnp.asarray(row), *at) for row in x]
     np.testing.assert_allclose(z, expected, atol=1e-4)
     np.testing.assert_allclose(density.decode(z), x, atol=1e-4)
-    drawn = density.sample(jax.random.key(0), 500)
-    np.testing.assert_allclose(drawn.mean(0), data.mean, atol=4 * np.sqrt(0.5 / 500))
-    np.testing.assert_allclose(np.cov(drawn.T), data.cov, atol=0.12)
+    samples = density.sample(jax.random.key(0), 500)
+    np.testing.assert_allclose(samples.mean(0), data.mean, atol=4 * np.sqrt(0.5 / 500))
+    np.testing.assert_allclose(np.cov(samples.T), data.cov, atol=0.12)
 
 
-def test_an_sde_of_arrays_is_told_to_become_floats() -> None:
+def test_density_refuses_an_sde_of_arrays() -> None:
     sde = jax.tree.map(jnp.asarray, VP())
     with pytest.raises(ValueError, match=r"jax.tree.map\(float, sde\)"):
         sbml.Density(_score, sde, (2,), eps=1e-3)

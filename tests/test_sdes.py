@@ -1,4 +1,4 @@
-"""The contract of every SDE, by automatic differentiation, and the paper's formulas."""
+"""The contract of every SDE, by automatic differentiation and by the paper's formulas."""
 
 import dataclasses
 import math
@@ -18,7 +18,7 @@ VANISHING = ("rectified_flow", "cosine_vp")  # alpha(T) = 0
 
 
 def times_of(sde: SDE) -> np.ndarray:
-    """``TIMES``, the last one where the log-SNR is still finite."""
+    """``TIMES`` with the largest time as the last one, where the log-SNR is still finite."""
     return np.append(TIMES[:-1], sde.largest_time)
 
 
@@ -28,7 +28,7 @@ def _sde(request: pytest.FixtureRequest) -> SDE:
 
 
 def _textbook(name: str, t: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """f, g^2, alpha and sigma as Song et al. print them, in extended precision."""
+    """f, g^2, alpha and sigma by the textbook formulas, in extended precision."""
     t = t.astype(np.longdouble)
     beta, integral = 0.1 + 19.9 * t, 0.1 * t + 19.9 * t**2 / 2
     decay = np.exp(-integral)
@@ -119,9 +119,9 @@ def test_float32_keeps_its_relative_accuracy(sde: SDE) -> None:
 
 
 def test_float32_inverse_is_as_good_as_its_argument(sde: SDE) -> None:
-    """Measured in log-SNR, where one float32 argument near 30 is itself known to 2e-6.
+    """The error is measured in log-SNR, where a float32 argument near 30 has a rounding of 2e-6.
 
-    Near T a float32 time is known to 2^-25 only, which counts where the log-SNR falls steeply.
+    Near T the rounding of a float32 time is 2^-25, which matters where the log-SNR falls steeply.
     """
     times = np.geomspace(1e-6, sde.largest_time, 200)
     log_snr = sde.log_snr(jnp.asarray(times)).astype(jnp.float32)
@@ -153,7 +153,7 @@ def test_sde_is_a_static_argument(sde: SDE) -> None:
         (LinearVE, {"sigma_max": math.nan}),
     ],
 )
-def test_impossible_schedules_are_refused(kind: type[SDE], arguments: dict[str, float]) -> None:
+def test_invalid_parameters_are_refused(kind: type[SDE], arguments: dict[str, float]) -> None:
     with pytest.raises(ValueError, match=f"{next(iter(arguments))}=.*need"):
         kind(**arguments)
 

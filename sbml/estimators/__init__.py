@@ -1,16 +1,16 @@
-"""Estimators of a model's bits/dim, by name: one file each, found from this folder.
+"""Estimators of a model's bits/dim, by name: one file for each estimator in this folder.
 
     ode         -log p_eps(x) by the probability-flow ODE:  prior + divergence + correction
     bound       the evidence bound on -log p(x):            prior + diffusion + reconstruction
     bound_ssm   the same bound, its diffusion term by sliced or exact score matching
 
 For integers k of L levels, x = 2 (k + u) / L - 1, and there are two more terms: ``dequantization``
-(log q of u) and ``scale`` (log2(L / 2), the change of variables). The terms add up to the bits/dim
-of the integers.
+(log q of u) and ``scale`` (log2(L / 2), the change of variables). The sum of the terms is the
+bits/dim of the integers.
 
-A new estimator is a new file here that exports a frozen dataclass ``Estimator``, derived from
-``sbml.estimators.base.Estimator``, which says what to define. Files that open with an underscore
-are parts.
+A new estimator is a new file in this folder that exports a frozen dataclass ``Estimator``, derived
+from ``sbml.estimators.base.Estimator``, whose docstring says what to define. Files whose names
+begin with an underscore are not estimators.
 """
 
 import dataclasses
@@ -25,15 +25,21 @@ from sbml.estimators.base import Target as Target
 from sbml.estimators.base import rows as rows
 
 ESTIMATORS: dict[str, type[base.Estimator]] = {
-    found.name: import_module(f"{__name__}.{found.name}").Estimator
-    for found in iter_modules(__path__)
-    if not found.name.startswith("_") and found.name != "base"
+    module.name: import_module(f"{__name__}.{module.name}").Estimator
+    for module in iter_modules(__path__)
+    if not module.name.startswith("_") and module.name != "base"
 }
 
 
 @dataclasses.dataclass(frozen=True)
 class Cell:
-    """One number of the table: an estimator, a dequantizer and K draws of it, by their names."""
+    """One number of the results table: an estimator, a dequantizer, and K draws of it.
+
+    Attributes:
+      estimator: its name.
+      dequantizer: its name.
+      num_importance: K, the number of draws of the dequantizer in one logarithm.
+    """
 
     estimator: str
     dequantizer: str
@@ -41,7 +47,7 @@ class Cell:
 
     @property
     def name(self) -> str:
-        """The name in columns and progress bars."""
+        """The cell's name, used in columns and progress bars."""
         draws = f"_k{self.num_importance}" if self.num_importance > 1 else ""
         return f"{self.estimator}_{self.dequantizer}{draws}"
 
@@ -52,15 +58,15 @@ class Cell:
 
     @property
     def terms(self) -> tuple[str, ...]:
-        """The names of the terms of its bits/dim."""
+        """The names of the terms whose sum is its bits/dim."""
         return self.kind.terms
 
     @property
     def is_bound(self) -> bool:
-        """Whether it is an expectation over times, which sweeps estimate."""
+        """Whether it is an expectation over times, which is estimated by sweeps."""
         return self.kind.is_bound
 
     @property
     def undefined(self) -> str:
-        """Why there is no such number; empty if there is."""
+        """The reason why this number does not exist, or an empty string if it exists."""
         return self.kind.undefined(dequantizers.get(self.dequantizer), self.num_importance)

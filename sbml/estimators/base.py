@@ -1,7 +1,9 @@
-"""What an estimator is, and the one place where its rows are computed.
+"""The base class of estimators, and the function that computes their terms for a batch.
 
-Every draw of a row is keyed by (seed, sweep, id of the example): neither the batch nor the order of
-the examples changes a row.
+    bits/dim = sum of the named terms of one example / (d log 2)
+
+The key of every random draw for an example depends on (seed, sweep, id of the example) only. So its
+terms depend neither on the batch nor on the order of the examples.
 """
 
 import abc
@@ -23,17 +25,20 @@ from sbml.sdes import SDE
 from sbml.types import Array, Example, Key, Keys, Scalar, Score
 
 Count = Integer[Array, ""] | int
-Data = Num[Array, "*s"]  # one example of integers or, without levels, of numbers
+Data = Num[Array, "*s"]  # one example of integers or, without levels, of real numbers
 
 
 @dataclasses.dataclass(frozen=True)
 class Target:
-    """What a number is of. Hashable: static under ``jit``.
+    """The quantity that is estimated: -log p_eps of continuous data, or of dequantized integers.
+
+    It is hashable, so it can be static under ``jit``.
 
     Attributes:
       sde: the forward process of the score.
       eps: the smallest time.
-      levels: L of integer data; None for continuous data x, which are taken as they are.
+      levels: the number of levels L of integer data; None for continuous data x, which are used
+        unchanged.
       dequantizer: a ``Model`` of ``sbml.dequantizers``, for integers.
     """
 
@@ -43,7 +48,7 @@ class Target:
     dequantizer: Any = None
 
     def sample(self, params: Any, data: Data, key: Key) -> tuple[Example, Scalar]:
-        """x ``(*s)`` of one example, as the score at eps sees it, and log q(u) in nats."""
+        """One example x ``(*s)``, in the scale of the score at eps, and log q(u) in nats."""
         if self.levels is None:
             return data, jnp.zeros((), data.dtype)
         u, log_q = self.dequantizer.sample(params, data, key)
@@ -53,7 +58,7 @@ class Target:
         return x, log_q
 
     def scale_nats(self, shape: tuple[int, ...]) -> float:
-        """What the change of variables from x to k + u adds to -log p(x), in nats."""
+        """The nats that the change of variables from x to k + u adds to -log p(x)."""
         if self.levels is None:
             return 0.0
         nats = bits.scale_nats(shape, self.levels)
@@ -65,13 +70,15 @@ class Target:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Rows:
-    """The examples of a batch and what keys their draws: arrays, or the shapes of a compilation.
+    """The examples of a batch, and the numbers that determine the keys of their random draws.
+
+    The fields are arrays, or only their shapes where a program is compiled ahead of time.
 
     Attributes:
-      data: ``(n, *s)`` integers, or numbers if the target has no levels.
-      ids: ``(n,)``, a number that belongs to the example wherever it stands.
-      sweeps: ``(n,)``, which of the independent draws of an example this is.
-      seed: ``()``, of all draws.
+      data: ``(n, *s)`` integers, or real numbers if the target has no levels.
+      ids: ``(n,)``, a number for each example that does not depend on its place in the batch.
+      sweeps: ``(n,)``, the number of the sweep: an example has independent draws in each sweep.
+      seed: ``()``, the seed of all draws.
     """
 
     data: Any
@@ -91,20 +98,20 @@ def draw_key(seed: ArrayLike, sweep: ArrayLike, i: ArrayLike) -> Key:
 
 @dataclasses.dataclass(frozen=True)
 class Estimator(abc.ABC):
-    """A sum of named terms that equals or bounds -log p of one example.
+    """A sum of named terms that estimates, or bounds from above, -log p of one example.
 
-    A subclass is a frozen dataclass (so hashable, static under ``jit``) with a default for each
-    field. Its fields are filled, by name, from
+    A subclass is a frozen dataclass with a default for each field. So it is hashable, and can be
+    static under ``jit``. It may have these fields, which callers set by name:
 
         trace           how a divergence is computed, ``sbml.divergence.Trace``
-        num_importance  K, the draws of the dequantizer in one logarithm
+        num_importance  K, the number of draws of the dequantizer in one logarithm
 
     Attributes:
       terms: the names of its terms; ``scale`` is added by the caller, in float64.
       is_bound: whether it is an expectation over times. Such a number is estimated by independent
-        sweeps over the data set, whose spread is its noise; any other solves an ODE, whose error is
-        measured by a stricter solve.
-      reducible: whether a ``Reduction`` with a control and a density applies to it.
+        sweeps over the data set, and their spread gives its error bar. Any other number is computed
+        by an ODE solver, whose error is measured by a stricter solve.
+      reducible: whether a ``Reduction`` with a control and a density can be used.
     """
 
     terms: ClassVar[tuple[str, ...]]
@@ -113,13 +120,13 @@ class Estimator(abc.ABC):
 
     @property
     def exact(self) -> bool:
-        """Whether it takes an exact trace, which holds many tangents of an example at once."""
+        """Whether its trace is exact, which needs memory for many tangents of one example."""
         trace = getattr(self, "trace", None)
         return trace is not None and trace.kind == "exact"
 
     @classmethod
     def undefined(cls, dequantizer: type[Any], num_importance: int) -> str:
-        """Why there is no number with this kind of dequantizer; empty if there is."""
+        """The reason why this kind of dequantizer gives no number, or "" if it gives one."""
         return ""
 
     @abc.abstractmethod
@@ -133,16 +140,16 @@ class Estimator(abc.ABC):
         given: Any,
         target: Target,
     ) -> tuple[dict[str, Scalar], Count]:
-        """The terms ``()`` in nats of one example but ``scale``, and evaluations of the score.
+        """The terms ``()`` in nats of one example, without ``scale``, and the score evaluations.
 
         Args:
           score: a score of one example.
-          params: the dequantizer's.
+          params: the parameters of the dequantizer.
           data: one example ``(*s)``.
-          key: of all its draws.
-          u: of a bound, points ``(draws,)`` in [0, 1), one for each time; otherwise None.
-          given: of a bound, a ``Reduction``; otherwise the ``Solver``.
-          target: what the number is of.
+          key: for all its random draws.
+          u: for a bound, points ``(draws,)`` in [0, 1), one for each time; otherwise None.
+          given: for a bound, a ``Reduction``; otherwise the ``Solver``.
+          target: the quantity that is estimated.
         """
 
     def scale_nats(self, target: Target, shape: tuple[int, ...]) -> float:
@@ -160,17 +167,21 @@ def rows(
     u: ArrayLike | None,
     given: Solver | Reduction,
 ) -> dict[str, Num[Array, " n"]]:
-    """The terms ``(n,)`` of a batch and ``nfe``: in bits/dim of integers, else in nats.
+    """The terms ``(n,)`` of a batch, and the score evaluations ``nfe``.
+
+    The terms are in bits/dim for integers, and in nats for continuous data.
 
     Args:
-      estimator, target: which number, and of what.
-      score, params, given: as of ``Estimator.one``. A solver's tolerances may change without
-        another compilation.
+      estimator: the estimator.
+      target: the quantity that is estimated.
+      score, params, given: as in ``Estimator.one``. Other tolerances of a solver need no further
+        compilation.
       batch: the examples.
-      u: of a bound, ``(n, draws)`` in [0, 1); otherwise None.
+      u: for a bound, ``(n, draws)`` in [0, 1); otherwise None.
 
     Raises:
-      ValueError: the target's dequantizer has no such number (``Estimator.undefined``).
+      ValueError: if the number does not exist for the target's dequantizer
+        (``Estimator.undefined``).
     """
     if target.levels is not None:
         reason = estimator.undefined(

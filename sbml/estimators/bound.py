@@ -1,9 +1,9 @@
-"""The evidence bound in its denoising form, on -log p(x) or on -log P(k) of integers themselves.
+"""The evidence bound in its denoising form, on -log p(x), or on -log P(k) of the integers k.
 
     -log p(x) <= prior + diffusion + reconstruction        (``sbml.bound``)
 
-A dequantizer that has a bound of its own (``sbml.dequantizers``) gives these terms for the integers
-at once: nothing is then paid for dequantization or for the change of variables.
+A dequantizer that has its own bound (``sbml.dequantizers``) gives these terms directly for the
+integers. The terms for dequantization and for the change of variables are then 0.
 """
 
 import dataclasses
@@ -21,7 +21,7 @@ from sbml.types import Key, Scalar, Score
 
 @dataclasses.dataclass(frozen=True)
 class Estimator(base.Estimator):
-    """The evidence bound."""
+    """The evidence bound in its denoising form."""
 
     terms: ClassVar[tuple[str, ...]] = (
         *("prior", "diffusion", "reconstruction", "dequantization", "scale"),
@@ -33,13 +33,13 @@ class Estimator(base.Estimator):
     def undefined(cls, dequantizer: type[Any], num_importance: int) -> str:
         if num_importance > 1:
             return (
-                "a bound is itself an expectation: the logarithm of a mean of K noisy draws of it "
-                "bounds nothing (use the ode estimator with the exact trace)"
+                "a bound is an expectation: the logarithm of a mean of K noisy draws of it bounds "
+                f"nothing (K={num_importance}); use the ode estimator with the exact trace"
             )
         if dequantizer.at_noise and not dequantizers.has_bound(dequantizer):
             return (
-                "it draws noise around bin centres (at_noise) and has no bound of its own for the "
-                "integers: give its Model a method bound (sbml.dequantizers)"
+                "this dequantizer draws noise around bin centres (at_noise) and has no bound of "
+                "its own for the integers: give its Model a method bound (sbml.dequantizers)"
             )
         return ""
 
@@ -57,11 +57,11 @@ class Estimator(base.Estimator):
         draws: dict[str, Any] = {"eps": target.eps, "u": u, "reduction": given}
         model = target.dequantizer
         if dequantizers.has_bound(model):
-            found = model.bound(params, score, target.sde, data, key, target.levels, **draws)
-            return {**found._asdict(), "dequantization": jnp.zeros(())}, u.size + model.calls
+            terms = model.bound(params, score, target.sde, data, key, target.levels, **draws)
+            return {**terms._asdict(), "dequantization": jnp.zeros(())}, u.size + model.calls
         x, log_q = target.sample(params, data, u_key)
-        found = bound.elbo(score, target.sde, x, key, **draws)
-        return {**found._asdict(), "dequantization": log_q}, u.size + 1
+        terms = bound.elbo(score, target.sde, x, key, **draws)
+        return {**terms._asdict(), "dequantization": log_q}, u.size + 1
 
     def scale_nats(self, target: Target, shape: tuple[int, ...]) -> float:
         return 0.0 if dequantizers.has_bound(target.dequantizer) else target.scale_nats(shape)

@@ -1,8 +1,8 @@
-"""The evidence bound with its diffusion term by sliced or exact score matching.
+"""The evidence bound whose diffusion term is estimated by sliced or exact score matching.
 
     diffusion = Z d / 2 + Z E [1/2 sigma^2 (|s|^2 + 2 div s)]        (``sbml.bound``)
 
-It has the expectation of the denoising form, more noise, and no Gaussian control.
+It has the same expectation as the denoising form, but more noise, and no Gaussian control.
 """
 
 import dataclasses
@@ -29,7 +29,10 @@ class Estimator(dsm.Estimator):
     @classmethod
     def undefined(cls, dequantizer: type[Any], num_importance: int) -> str:
         if dequantizers.has_bound(dequantizer):
-            return "the bounds on integers themselves are in the dsm form only"
+            return (
+                "the bound of this dequantizer for the integers is in the dsm form only: use the "
+                "estimator bound"
+            )
         return super().undefined(dequantizer, num_importance)
 
     def one(
@@ -45,5 +48,5 @@ class Estimator(dsm.Estimator):
         u_key, key = jax.random.split(key)
         x, log_q = target.sample(params, data, u_key)
         draws: dict[str, Any] = {"eps": target.eps, "u": u, "reduction": given}
-        found = bound.elbo(score, target.sde, x, key, trace=self.trace, **draws)
-        return {**found._asdict(), "dequantization": log_q}, u.size + 1
+        terms = bound.elbo(score, target.sde, x, key, trace=self.trace, **draws)
+        return {**terms._asdict(), "dequantization": log_q}, u.size + 1

@@ -6,9 +6,9 @@ With K draws of u, w_i = log p(x_i) - log q(u_i) and normalised weights W_i ~ ex
 
     -log (1/K) sum_i exp(w_i) = sum_i W_i (-w_i) + [log K + sum_i W_i log W_i],
 
-so every term is the W-average of the draws' terms, and the bracket is the term ``importance`` (a
-divergence of W from 1/K, at least 0). It needs exact densities: noise in w makes the logarithm of
-the mean too good by half of the noise's variance.
+so every term is the average of the draws' terms with weights W, and the bracket is the term
+``importance``, the KL divergence of W from the uniform weights 1/K, which is at least 0. With K > 1
+the densities must be exact: noise in w makes the result too small by half of its variance.
 """
 
 import dataclasses
@@ -31,7 +31,11 @@ Draws = Float[Array, "k"]
 
 @dataclasses.dataclass(frozen=True)
 class Estimator(base.Estimator):
-    """The likelihood of the ODE.
+    """The likelihood of the probability-flow ODE.
+
+    Attributes:
+      trace: how the divergence is computed.
+      num_importance: K, the number of draws of the dequantizer.
 
     Raises:
       ValueError: for K > 1 without the exact trace.
@@ -56,7 +60,7 @@ class Estimator(base.Estimator):
     def undefined(cls, dequantizer: type[Any], num_importance: int) -> str:
         if dequantizers.has_density(dequantizer):
             return ""
-        return "this dequantizer has a bound only: there is no density to solve for"
+        return "this dequantizer has a bound only, so there is no density to solve for"
 
     def one(
         self,
@@ -72,9 +76,10 @@ class Estimator(base.Estimator):
             u_key, trace_key = jax.random.split(key)
             x, log_q = target.sample(params, data, u_key)
             how: dict[str, Any] = {"eps": target.eps, "trace": self.trace, "solver": given}
-            found = likelihood.ode_logp(score, target.sde, x, trace_key, **how)
-            terms = {name: -getattr(found, name) for name in ("prior", "divergence", "correction")}
-            return {**terms, "dequantization": log_q}, found.stats.nfe
+            result = likelihood.ode_logp(score, target.sde, x, trace_key, **how)
+            names = "prior", "divergence", "correction"
+            terms = {name: -getattr(result, name) for name in names}
+            return {**terms, "dequantization": log_q}, result.stats.nfe
 
         if self.num_importance == 1:
             terms, nfe = draw(key)
@@ -84,9 +89,11 @@ class Estimator(base.Estimator):
 
 
 def averaged(each: dict[str, Draws]) -> dict[str, Scalar]:
-    """The W-average of K draws' terms ``(K,)`` and ``importance``, log K + sum W log W; nats.
+    """The W-averages of the terms ``(K,)`` of K draws, and ``importance``, in nats.
 
-    A draw of no weight, as one of density 0, adds nothing, though a term of it is infinite.
+    ``importance`` is log K + sum_i W_i log W_i.
+
+    A draw of weight 0, such as one of density 0, adds 0, although one of its terms is infinite.
     """
     log_weights = jax.nn.log_softmax(-sum(each.values()))
     weights = jnp.exp(log_weights)

@@ -1,14 +1,15 @@
-"""From a latent to a sample, by name: samplers of one interface, for any score and any linear SDE.
+"""Samplers, by name: from a latent to a sample, for any score and any linear SDE.
 
     x, stats = sampler(score, sde, z, key, eps=eps)        z (*s) ~ prior, x (*s); vmap over both
 
 ``ode`` is the probability-flow ODE with step control. The others take a fixed number of steps from
 t = T down to eps, on a grid of times; each step is one formula, ``step``. All are frozen
-dataclasses, hashable, so static under ``jit``.
+dataclasses and hashable, so they can be static under ``jit``.
 
-A new sampler is a new file here that exports ``SAMPLERS``, the names by which configs know its
-classes; all of one family share a file. The file ``_grid`` holds what all with fixed steps share,
-``one_step`` and ``multistep`` the formulas, ``corrector`` what can follow each step.
+A new sampler is a new file in this folder that exports ``SAMPLERS``, a dictionary from the names in
+configs to its classes; the samplers of one family share a file. The file ``_grid`` has what all
+samplers with fixed steps share, ``one_step`` and ``multistep`` have the formulas, and ``corrector``
+has the correctors that can follow each step.
 """
 
 from importlib import import_module
@@ -39,6 +40,6 @@ __all__ = [
 
 SAMPLERS: dict[str, type[Any]] = {
     name: kind
-    for found in iter_modules(__path__)
-    for name, kind in getattr(import_module(f"{__name__}.{found.name}"), "SAMPLERS", {}).items()
+    for module in iter_modules(__path__)
+    for name, kind in getattr(import_module(f"{__name__}.{module.name}"), "SAMPLERS", {}).items()
 }

@@ -1,11 +1,11 @@
-"""What samplers with a fixed number of steps share: the grid of times, and the loop over it.
+"""The base of samplers with a fixed number of steps: the grid of times, and the loop over it.
 
     T = t_0 > t_1 > ... > t_n = eps,      x_{i+1} = step(x_i, t_i, t_{i+1}, z_i),  z_i ~ N(0, I)
 
-T is the SDE's ``largest_time``: a step from where the signal has vanished has no finite drift.
+T is the SDE's ``largest_time``, because the drift is infinite where the signal has vanished.
 
-Spacings: ``time`` even in t (Song et al.), ``quadratic`` even in sqrt(t), ``log_snr`` even in
-log-SNR, where the score of few steps changes least.
+The spacing of the times is ``time``, even in t (Song et al.), ``quadratic``, even in sqrt(t), or
+``log_snr``, even in log-SNR, which suits samplers with few steps.
 """
 
 import abc
@@ -30,18 +30,18 @@ SPACINGS = ("time", "quadratic", "log_snr")
 
 
 class Sampler(Protocol):
-    """What every sampler can do."""
+    """The interface of every sampler."""
 
     def __call__(
         self, score: Score, sde: SDE, z: Example, key: Key, *, eps: Number
     ) -> tuple[Example, Stats]:
-        """The sample ``(*s)`` at time ``eps`` of the latent ``z (*s)`` at T, and what it cost."""
+        """The sample ``(*s)`` at time ``eps`` from the latent ``z (*s)`` at T, and its cost."""
         ...
 
     def path(
         self, score: Score, sde: SDE, z: Example, key: Key, *, eps: Number, frames: int
     ) -> tuple[Path, Times]:
-        """x at ``frames`` times on the way ``(frames, *s)``, first the latent, and the times."""
+        """x ``(frames, *s)`` at times ``(frames,)`` from T to ``eps``; the first is the latent."""
         ...
 
 
@@ -61,20 +61,25 @@ def grid(sde: SDE, eps: Number, steps: int, spacing: str) -> Times:
         times = sde.time(jnp.linspace(least, largest, steps + 1))
     else:
         raise ValueError(f"unknown spacing {spacing!r}; choose from {SPACINGS}")
-    return times.at[0].set(ends[0]).at[-1].set(ends[1])  # Whatever the rounding.
+    return times.at[0].set(ends[0]).at[-1].set(ends[1])  # Exact, without rounding.
 
 
 def frames_of(
     z: Example, path: Float[Array, " steps *s"], times: Float[Array, " steps+1"], frames: int
 ) -> tuple[Path, Times]:
-    """Some of z and the points ``path (n, *s)`` after it, evenly spread, and their times."""
-    chosen = jnp.round(jnp.linspace(0, len(path), frames)).astype(int)
-    return jnp.concatenate([z[None], path])[chosen], times[chosen]
+    """``frames`` evenly spaced points of z followed by ``path (n, *s)``, and their times."""
+    index = jnp.round(jnp.linspace(0, len(path), frames)).astype(int)
+    return jnp.concatenate([z[None], path])[index], times[index]
 
 
 @dataclasses.dataclass(frozen=True)
 class FixedSteps(abc.ABC):
-    """``steps`` steps of one score evaluation each, each followed by ``corrector``'s.
+    """``steps`` steps with one score evaluation each; ``corrector`` follows each step.
+
+    Attributes:
+      steps: the number of steps.
+      spacing: the spacing of their times, of ``SPACINGS``.
+      corrector: one of ``CORRECTORS``, applied after each step.
 
     Raises:
       ValueError: for fewer than one step, or an unknown spacing.
@@ -92,22 +97,26 @@ class FixedSteps(abc.ABC):
 
     @property
     def nfe(self) -> int:
-        """Network evaluations."""
+        """The number of network evaluations for one sample."""
         return self.steps * (1 + self.corrector.nfe)
 
     def init(self, z: Example) -> Any:
-        """What is carried from step to step beside x."""
+        """The state that is passed from step to step together with x."""
         return ()
 
     @abc.abstractmethod
     def step(
         self, score: Score, sde: SDE, x: Example, carry: Any, times: Triple, z: Example
     ) -> tuple[Example, Any]:
-        """x at ``times[2]`` from x at ``times[1]``, with noise ``z``; ``times[0]`` came before."""
+        """x at ``times[2]`` from x at ``times[1]`` with noise ``z``; ``times[0]`` is before it.
+
+        Returns:
+          x ``(*s)`` and the new state.
+        """
 
     def _scan(self, score: Score, sde: SDE, z: Example, key: Key, eps: Number, keep: bool) -> Any:
         times = grid(sde, eps, self.steps, self.spacing)
-        # Before the first step there was none: a time beyond T, never the divisor of anything.
+        # No time precedes the first step: a fictitious one beyond T keeps divisors from being 0.
         before = jnp.concatenate([2 * times[:1] - times[1:2], times[:-2]])
         triples = jnp.stack([before, times[:-1], times[1:]], axis=1)
 
@@ -121,7 +130,7 @@ class FixedSteps(abc.ABC):
             x = self.corrector(score, sde, x, times[0], times[1], corrector_key)
             return (x, carry), x if keep else None
 
-        start = z / sde.stretch  # At the largest time, where noise alone is so much smaller.
+        start = z / sde.stretch  # From T to the largest time.
         inputs = jnp.arange(self.steps), triples
         (x, _), path = jax.lax.scan(one, (start, self.init(z)), inputs)
         return x, path, times

@@ -1,15 +1,18 @@
-"""Correctors: a few steps of Langevin dynamics at time t after each step of a sampler from s to t.
+"""Correctors: steps of Langevin dynamics at time t, after each step of a sampler from s to t.
 
     x <- x + e score(x, t) + sqrt(2 e) z
 
     langevin            e = 2 a^2 (snr |z| / |score|)^2     per image (Song et al. 2021a, alg. 4, 5)
     annealed_langevin   e = 2 a^2 (snr sigma_t)^2           (Song & Ermon 2019, 2020)
 
-a = alpha_s / alpha_t is the decay of the predictor's step: 1 for VE, and for VP the sqrt(alpha_i)
-of the discrete chain, written so that every linear SDE has one. Norms are of one image: a batch
-does not couple its images. The first step depends on x through |score|, which biases its law: on
-Gaussian data of variances v_j, variance i by about 2 (1/v_i) / sum_j 1/v_j of itself. Negligible
-for large images, not in few dimensions or where few directions are narrow; the second has none.
+a = alpha_s / alpha_t is the decay of the signal in the sampler's step: 1 for VE, and sqrt(alpha_i)
+of the discrete chain for VP. In this form it is defined for every linear SDE. Norms are those of
+one image, so the images of a batch do not influence each other.
+
+The step size of ``langevin`` depends on x through |score|, which biases the distribution. For
+Gaussian data with variances v_j, the relative bias of variance i is about
+2 (1/v_i) / sum_j 1/v_j. It is negligible for large images, but not in few dimensions or if few
+directions are narrow. ``annealed_langevin`` does not have this bias.
 """
 
 import dataclasses
@@ -23,7 +26,7 @@ from sbml.types import Example, Key, Scalar, Score, deterministic
 
 @dataclasses.dataclass(frozen=True)
 class NoCorrector:
-    """Nothing."""
+    """The corrector that returns x unchanged."""
 
     nfe = 0
 
@@ -35,10 +38,14 @@ class NoCorrector:
 
 @dataclasses.dataclass(frozen=True)
 class Langevin:
-    """``steps`` steps whose size follows the ratio of the norms of noise and score.
+    """``steps`` steps of size e = 2 a^2 (snr |z| / |score|)^2.
+
+    Attributes:
+      steps: the number of steps after each step of the sampler.
+      snr: the signal-to-noise ratio that sets the size.
 
     Raises:
-      ValueError: for fewer than one step, or a ratio that is not positive.
+      ValueError: for fewer than one step, or an ``snr`` that is not positive.
     """
 
     steps: int = 1
@@ -46,15 +53,17 @@ class Langevin:
 
     def __post_init__(self) -> None:
         if self.steps < 1 or not self.snr > 0:
-            raise ValueError(f"steps={self.steps}, snr={self.snr}: need one step, a positive snr")
+            raise ValueError(
+                f"steps={self.steps}, snr={self.snr}: need at least one step and a positive snr"
+            )
 
     @property
     def nfe(self) -> int:
-        """Network evaluations after each step of the predictor."""
+        """The number of network evaluations after each step of the sampler."""
         return self.steps
 
     def size(self, sde: SDE, s: Scalar, t: Scalar, grad: Example, z: Example) -> Scalar:
-        """e of one step."""
+        """The size e of one step, a scalar."""
         ratio = jnp.linalg.norm(z.ravel()) / jnp.linalg.norm(grad.ravel())
         return 2 * (sde.mean_coef(s) / sde.mean_coef(t) * self.snr * ratio) ** 2
 
@@ -71,7 +80,7 @@ class Langevin:
 
 @dataclasses.dataclass(frozen=True)
 class AnnealedLangevin(Langevin):
-    """``steps`` steps whose size is a share of the noise's variance at t."""
+    """``steps`` steps of size e = 2 a^2 (snr sigma_t)^2."""
 
     def size(self, sde: SDE, s: Scalar, t: Scalar, grad: Example, z: Example) -> Scalar:
         return 2 * (sde.mean_coef(s) / sde.mean_coef(t) * self.snr * sde.std(t)) ** 2

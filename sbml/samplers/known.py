@@ -1,13 +1,13 @@
-"""Samples of which a part is known: inpainting and colourisation by the score alone.
+"""Samples with a known part: inpainting and colourisation by the score alone.
 
-After every step the known part is replaced by what the forward process makes of it at that time,
+After every step, the known part is replaced by what the forward process makes of it at that time:
 
     u = B^T x over the channels,   u <- m (alpha_t y + sigma_t z) + (1 - m) u,   x <- B u
 
-with y the known values, m their mask, B orthonormal. The unknown part follows the score, which sees
-the known one, but the replacement does not look back: the law is that of p(unknown | known) only
-in the limit of many corrector steps at each time (Song et al. 2021a, appendix I). Known parts are
-noised anew each time.
+with the known values y, their mask m, and an orthonormal B. The noise z is new in every step. The
+unknown part follows the score, which depends on the known part. But the replacement does not depend
+on the unknown part, so the distribution is p(unknown | known) only in the limit of many corrector
+steps at each time (Song et al. 2021a, appendix I).
 """
 
 import dataclasses
@@ -30,19 +30,21 @@ Image = Float[Array, "h w c"]
 Mask = Num[Array, "..."]
 Basis = Float[Array, "c c"]
 
-# Grey first: the first column is the mean over red, green and blue, up to a factor.
+# The first column gives grey, the mean over red, green and blue, up to a factor.
 GREY_FIRST = np.linalg.qr(np.array([[1.0, 1, 0], [1, 0, 1], [1, 0, 0]]))[0]
 
 
 @dataclasses.dataclass(frozen=True)
 class Known:
-    """A corrector: ``corrector``'s steps, the known part replaced after each of them too.
+    """A corrector that replaces the known part after each step of another corrector.
 
     Attributes:
-      x_0: ``(h, w, c)``, where known the truth, elsewhere anything.
-      mask: 1 where known, 0 elsewhere, in the channels' basis, broadcastable to x_0.
-      basis: ``(c, c)``, orthonormal columns; None: the channels as they are.
-      corrector: what moves the whole image.
+      x_0: ``(h, w, c)``, the image; its unknown part can have any values.
+      mask: 1 for known and 0 for unknown values, in the basis of the channels; broadcastable to
+        x_0.
+      basis: ``(c, c)``, a basis of the channels in orthonormal columns; None for the channels
+        themselves.
+      corrector: the other corrector, which changes the whole image.
     """
 
     x_0: Image
@@ -52,15 +54,15 @@ class Known:
 
     @property
     def nfe(self) -> int:
-        """Network evaluations after each step of the sampler."""
+        """The number of network evaluations after each step of the sampler."""
         return self.corrector.nfe
 
     def replaced(self, x: Image, known: Image) -> Image:
-        """``x`` with its known part taken from ``known``, an image too."""
+        """``x`` with its known part taken from the image ``known``."""
         mask = jnp.broadcast_to(self.mask, x.shape)
         if self.basis is None:
             return mask * known + (1 - mask) * x
-        # Not in the fewer digits that accelerators take for products unless asked.
+        # By default, accelerators compute products with fewer digits.
         product = functools.partial(jnp.matmul, precision="highest")
         u = mask * product(known, self.basis) + (1 - mask) * product(x, self.basis)
         return product(u, self.basis.T)
@@ -68,15 +70,15 @@ class Known:
     def __call__(self, score: Score, sde: SDE, x: Image, s: Scalar, t: Scalar, key: Key) -> Image:
         mean, std = sde.marginal(self.x_0, t)
 
-        def known(key: Key) -> Image:
+        def noisy(key: Key) -> Image:
             return mean + std * jax.random.normal(key, x.shape, x.dtype)
 
         def one(x: Image, keys: Keys) -> tuple[Image, None]:
-            moved = single(score, sde, x, s, t, keys[0])
-            return self.replaced(moved, known(keys[1])), None
+            x = single(score, sde, x, s, t, keys[0])
+            return self.replaced(x, noisy(keys[1])), None
 
         first, rest = jax.random.split(key)
-        x = self.replaced(x, known(first))
+        x = self.replaced(x, noisy(first))
         if not self.nfe:
             return x
         single = dataclasses.replace(self.corrector, steps=1)
@@ -94,17 +96,18 @@ def complete(
     sampler: FixedSteps,
     basis: Basis | None = None,
 ) -> Image:
-    """One image ``(h, w, c)`` that agrees with ``x_0`` exactly where ``mask`` is 1.
+    """One image ``(h, w, c)`` that equals ``x_0`` exactly where ``mask`` is 1.
 
     Args:
       score, sde: the model.
-      x_0, mask, basis: as of :class:`Known`.
-      key: draws the latent and all noise.
-      eps: the smallest time; the last x is denoised.
-      sampler: any with fixed steps; its corrector's steps make the parts fit each other.
+      x_0, mask, basis: as in :class:`Known`.
+      key: for the random draws of the latent and all noise.
+      eps: the smallest time, at which the image is denoised.
+      sampler: any sampler with fixed steps. The steps of its corrector make the known and the
+        unknown part consistent.
     """
-    known = Known(x_0, mask, basis, sampler.corrector)
+    corrector = Known(x_0, mask, basis, sampler.corrector)
     latent_key, key = jax.random.split(key)
     z = sde.prior_sample(latent_key, x_0.shape).astype(x_0.dtype)
-    x, _ = dataclasses.replace(sampler, corrector=known)(score, sde, z, key, eps=eps)
-    return known.replaced(denoise(score, sde, x, jnp.asarray(eps, x.dtype)), x_0)
+    x, _ = dataclasses.replace(sampler, corrector=corrector)(score, sde, z, key, eps=eps)
+    return corrector.replaced(denoise(score, sde, x, jnp.asarray(eps, x.dtype)), x_0)

@@ -4,8 +4,10 @@
     x_t = (sigma_t / sigma_s) x_s - alpha_t (e^-h - 1) D,
     D   = x_0(s) + (x_0(s) - x_0(before)) / (2 r)
 
-of second order for one evaluation a step; the first step, and with ``lower_order_final`` the last,
-take D = x_0(s). Reference: Lu et al. 2022, "DPM-Solver++", algorithm 2.
+It is of second order with one evaluation in each step. The first step, and with
+``lower_order_final`` the last, use D = x_0(s).
+
+Reference: Lu et al. 2022, "DPM-Solver++", algorithm 2.
 """
 
 import dataclasses
@@ -21,7 +23,7 @@ from sbml.types import Example, Score
 
 @dataclasses.dataclass(frozen=True)
 class DPMSolver(FixedSteps):
-    """Deterministic, for 10 to 50 steps."""
+    """A deterministic sampler for 10 to 50 steps."""
 
     steps: int = 20
     spacing: str = "log_snr"
@@ -35,7 +37,7 @@ class DPMSolver(FixedSteps):
     ) -> tuple[Example, Any]:
         (last, i), (before, s, t) = carry, times
         x_0 = denoise(score, sde, x, s)
-        # Before the first step there is no time; any other keeps the unused branch finite.
+        # No time precedes the first step. This value keeps the branch that is not used finite.
         before = jnp.where(i == 0, 0.5 * (s + t), before)
         half_s, half_t = 0.5 * sde.log_snr(s), 0.5 * sde.log_snr(t)
         h = half_t - half_s

@@ -1,4 +1,4 @@
-"""Samplers whose step sees one time: x at t from x at s > t, noise z, by the score at s.
+"""One-step samplers: x at time t from x at time s > t, the score at s, and noise z.
 
 With the forward kernel p(x_s | x_t) = N(a x_t, b^2 I),
 
@@ -12,7 +12,7 @@ With the forward kernel p(x_s | x_t) = N(a x_t, b^2 I),
                         c = eta b sigma_t / sigma_s                   (Song, Meng & Ermon 2021)
 
 where b sigma_t / sigma_s = sigma_t sqrt(1 - r), r = exp(lambda_s - lambda_t). With eta = 1, DDIM is
-ancestral sampling; with 0 it is deterministic, of first order in log-SNR.
+ancestral sampling; with eta = 0 it is deterministic and of first order in log-SNR.
 """
 
 import dataclasses
@@ -27,16 +27,16 @@ from sbml.types import Example, Scalar, Score, deterministic
 
 
 def forward(sde: SDE, t: Scalar, s: Scalar) -> tuple[Scalar, Scalar]:
-    """a and b of p(x_s | x_t), t < s; b by rates that do not cancel for small steps.
+    """The scalars a and b of p(x_s | x_t) = N(a x_t, b^2 I), t < s.
 
-    b^2 = sigma_s^2 (1 - exp(lambda_s - lambda_t)).
+    b^2 = sigma_s^2 (1 - exp(lambda_s - lambda_t)), which does not cancel for small steps.
     """
     drop = sde.log_snr(s) - sde.log_snr(t)
     return sde.mean_coef(s) / sde.mean_coef(t), sde.std(s) * jnp.sqrt(-jnp.expm1(drop))
 
 
 class EulerMaruyama(FixedSteps):
-    """The reverse SDE by Euler and Maruyama."""
+    """The Euler-Maruyama method for the reverse SDE."""
 
     def step(
         self, score: Score, sde: SDE, x: Example, carry: Any, times: Triple, z: Example
@@ -48,7 +48,7 @@ class EulerMaruyama(FixedSteps):
 
 
 class ReverseDiffusion(FixedSteps):
-    """The forward chain's own discretisation, reversed."""
+    """The discretisation of the reverse SDE that matches the forward chain (eq. 46)."""
 
     def step(
         self, score: Score, sde: SDE, x: Example, carry: Any, times: Triple, z: Example
@@ -59,7 +59,11 @@ class ReverseDiffusion(FixedSteps):
 
 @dataclasses.dataclass(frozen=True)
 class DDIM(FixedSteps):
-    """Along the line through x_0 and the noise; ``eta`` in [0, 1] is the share of fresh noise."""
+    """Denoising diffusion implicit models; ``eta`` in [0, 1] is the share of fresh noise.
+
+    Raises:
+      ValueError: if ``eta`` is not in [0, 1].
+    """
 
     spacing: str = "log_snr"
     eta: float = 0.0
@@ -76,14 +80,14 @@ class DDIM(FixedSteps):
         x_0, noise = predictions(score, sde, x, s)
         drop = sde.log_snr(s) - sde.log_snr(t)
         c = self.eta * sde.std(t) * jnp.sqrt(-jnp.expm1(drop))
-        # sigma_t^2 - c^2 as a sum: the difference is less than nothing where a step is long.
-        kept = sde.std(t) * jnp.sqrt(1 - self.eta**2 + self.eta**2 * jnp.exp(drop))
-        return sde.mean_coef(t) * x_0 + kept * noise + c * z, carry
+        # sqrt(sigma_t^2 - c^2) as a sum: in a long step, rounding can make the difference negative.
+        rest = sde.std(t) * jnp.sqrt(1 - self.eta**2 + self.eta**2 * jnp.exp(drop))
+        return sde.mean_coef(t) * x_0 + rest * noise + c * z, carry
 
 
 @dataclasses.dataclass(frozen=True)
 class Ancestral(DDIM):
-    """The posterior of the forward chain given x_0: DDIM with all of the noise fresh."""
+    """A draw from the forward chain's posterior given x_0: DDIM with eta = 1."""
 
     spacing: str = "time"
     eta: ClassVar[float] = 1.0  # type: ignore[misc]

@@ -1,4 +1,7 @@
-"""The probability-flow ODE with step control: the inverse of ``likelihood.ode_logp``'s map."""
+"""The probability-flow ODE as a sampler: the inverse of the map of ``likelihood.ode_logp``.
+
+x(T) = z,      dx/dt = v(x, t)      from t = T down to eps      (``sbml.ode``)
+"""
 
 import dataclasses
 
@@ -15,7 +18,7 @@ from sbml.types import Example, Key, Scalar, Score
 
 @dataclasses.dataclass(frozen=True)
 class ODE:
-    """Deterministic given the latent; ``solver`` says how exact."""
+    """The solution of the ODE by ``solver``; it is deterministic, so ``key`` may be None."""
 
     solver: Solver = Solver("dopri5", rtol=1e-3, atol=1e-3)
 
@@ -28,8 +31,8 @@ class ODE:
     def path(
         self, score: Score, sde: SDE, z: Example, key: Key | None, *, eps: Number, frames: int
     ) -> tuple[Path, Times]:
-        """See ``Sampler``; the frames are evenly spaced in the solver's coordinate, and of fixed
-        steps are the nearest of those."""
+        """See ``Sampler``. The frames are evenly spaced in the coordinate of the solver. If it has
+        fixed steps, the frames are the nearest of these steps."""
         power, steps = self.solver.power, self.solver.fixed_steps
         pieces = steps or frames - 1
         times = jnp.linspace(sde.T ** (1 / power), eps ** (1 / power), pieces + 1) ** power

@@ -5,19 +5,19 @@ The transition kernel is p(x_t | x_0) = N(alpha(t) x_0, sigma(t)^2 I) with
     alpha' = f alpha,      (sigma^2)' = 2 f sigma^2 + g^2.
 
 With the log signal-to-noise ratio lambda(t) = 2 log(alpha / sigma), g^2 / sigma^2 = -dlambda/dt
-holds exactly: the maximum-likelihood importance distribution p(t) ~ g^2 / sigma^2 is *uniform in
-log-SNR*, so an SDE needs only lambda(t) and its inverse to sample from it.
+holds exactly. So the importance distribution of maximum likelihood, p(t) ~ g^2 / sigma^2, is
+*uniform in log-SNR*, and sampling from it needs only lambda(t) and its inverse.
 
 A new SDE is a frozen dataclass with two methods, ``mean_coef`` (alpha) and ``std`` (sigma);
-everything else follows from them (:class:`SDE`). ``Schedule(alpha, sigma)`` makes one of two
-functions. A file here may export ``SDES``, the names by which configs know its classes. The file
-``_kernel`` holds what all share; ``linear_beta`` (VP, subVP), ``exploding`` (VE), ``interpolating``
-(rectified flow, cosine) and ``vdm`` the closed forms, ``table`` the schedule of a discrete-time
-model.
+everything else is derived from them (:class:`SDE`). ``Schedule(alpha, sigma)`` makes an SDE from
+two functions. A file in this folder may export ``SDES``, a dictionary from the names in configs to
+its classes. The file ``_kernel`` has what all SDEs share. ``linear_beta`` (VP, subVP),
+``exploding`` (VE), ``interpolating`` (rectified flow, cosine) and ``vdm`` have closed forms, and
+``table`` has the schedule of a discrete-time model.
 
-Every closed form keeps its relative accuracy in float32 down to t = 1e-6, where the textbook ones
-(1 - exp(-B), log(1 + e^l)) lose up to a third. (Of VE's ``time`` it is the absolute one, 1e-7: near
-t = 0 its log-SNR is a number of 9 that hardly moves.)
+Every closed form keeps its relative accuracy in float32 down to t = 1e-6, where the textbook
+formulas (1 - exp(-B), log(1 + e^l)) lose up to a third of the value. An exception is VE's ``time``:
+its absolute accuracy is 1e-7, because near t = 0 its log-SNR is about 9 and hardly changes with t.
 
 Reference: Song et al., "Score-Based Generative Modeling through SDEs", ICLR 2021, appendices B-C.
 """
@@ -54,6 +54,6 @@ __all__ = [
 
 SDES: dict[str, type[SDE]] = {
     name: kind
-    for found in iter_modules(__path__)
-    for name, kind in getattr(import_module(f"{__name__}.{found.name}"), "SDES", {}).items()
+    for module in iter_modules(__path__)
+    for name, kind in getattr(import_module(f"{__name__}.{module.name}"), "SDES", {}).items()
 }

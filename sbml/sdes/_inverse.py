@@ -1,9 +1,9 @@
 """The inverse of a decreasing function of time, by bisection over floating-point numbers.
 
-The bits of positive floats, read as integers, are in the order of the floats. Halving intervals of
-these integers therefore ends, after 31 steps in float32 and 63 in float64, at two neighbouring
-floats: the result has full relative accuracy at every scale, where halving intervals of t would
-lose it near 0.
+Read as integers, the bits of positive floats have the same order as the floats. So halving
+intervals of these integers ends at two neighbouring floats, after 31 steps in float32 and 63 in
+float64. The result has full relative accuracy at every scale; halving intervals of t would lose it
+near 0.
 """
 
 import math
@@ -20,39 +20,39 @@ Function = Callable[[Elementwise], Elementwise]
 
 
 def slope(f: Function, t: Elementwise) -> Elementwise:
-    """df/dt of an elementwise ``f``, of the shape of ``t``."""
+    """df/dt of an elementwise function ``f``, with the shape of ``t``."""
     t = jnp.asarray(t)
     return jax.jvp(f, (t,), (jnp.ones_like(t),))[1]
 
 
 def inverse(f: Function, y: Elementwise, last: float) -> Elementwise:
-    """The largest float t in (0, ``last``] with f(t) >= y, elementwise, of the shape of ``y``.
+    """The largest float t in (0, ``last``] with f(t) >= y, elementwise, with the shape of ``y``.
 
-    ``f`` is elementwise and decreasing. Above f's range the result is the smallest normal float,
-    below it ``last``. The derivative is that of the inverse function: with y = f(t; theta),
-    dt = (dy - df/dtheta dtheta) / (df/dt).
+    ``f`` is elementwise and decreasing. For y above f's range the result is the smallest normal
+    float, and for y below it ``last``. The derivative is that of the inverse function: with
+    y = f(t; theta), dt = (dy - df/dtheta dtheta) / (df/dt).
     """
     y = jnp.asarray(y)
-    t = jax.lax.stop_gradient(_bisected(f, y, last))
+    t = jax.lax.stop_gradient(_bisect(f, y, last))
     gap, rate = f(t) - y, jax.lax.stop_gradient(slope(f, t))
-    known = jnp.isfinite(gap) & jnp.isfinite(rate) & (rate != 0)
-    gap = jnp.where(known, gap, 0)
-    # Nothing is added to t but its derivative.
-    step = (gap - jax.lax.stop_gradient(gap)) / jnp.where(known, rate, 1)
-    return t - step.astype(y.dtype)  # An SDE's own numbers may be more precise than the argument.
+    regular = jnp.isfinite(gap) & jnp.isfinite(rate) & (rate != 0)
+    gap = jnp.where(regular, gap, 0)
+    # The value of this step is 0: it gives t its derivative only.
+    step = (gap - jax.lax.stop_gradient(gap)) / jnp.where(regular, rate, 1)
+    return t - step.astype(y.dtype)  # The SDE's parameters may be more precise than the argument.
 
 
-def _bisected(f: Function, y: Elementwise, last: float) -> Elementwise:
+def _bisect(f: Function, y: Elementwise, last: float) -> Elementwise:
     integer = jnp.dtype(f"int{8 * y.dtype.itemsize}")
     ends = np.asarray([jnp.finfo(y.dtype).tiny, last]).astype(y.dtype).view(integer)
-    # Of each interval, f >= y at the lower end and not at the upper one.
+    # In each interval, f >= y at the lower end and f < y at the upper end.
     low, high = (jnp.full(y.shape, end, integer) for end in (ends[0], ends[1] + 1))
 
     def halve(_: Any, ends: tuple[Array, Array]) -> tuple[Array, Array]:
         low, high = ends
         middle = low + (high - low) // 2
-        before = f(jax.lax.bitcast_convert_type(middle, y.dtype)) >= y
-        return jnp.where(before, middle, low), jnp.where(before, high, middle)
+        above = f(jax.lax.bitcast_convert_type(middle, y.dtype)) >= y
+        return jnp.where(above, middle, low), jnp.where(above, high, middle)
 
     steps = math.ceil(math.log2(int(ends[1]) + 1 - int(ends[0])))
     low, _ = jax.lax.fori_loop(0, steps, halve, (low, high))

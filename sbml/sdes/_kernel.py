@@ -1,18 +1,19 @@
-"""What every SDE is: alpha and sigma, and all that follows from them.
+"""The base classes of SDEs: alpha and sigma, and everything that is derived from them.
 
     lambda = 2 (log alpha - log sigma)      f = (log alpha)'      -lambda' = g^2 / sigma^2
 
-Derivatives are by forward-mode automatic differentiation, the inverse of lambda by bisection.
+Derivatives are computed by forward-mode automatic differentiation, and the inverse of lambda by
+bisection.
 
-*Where the signal vanishes.* If alpha(T) = 0, lambda is -infinity and f infinite at T. What needs
-them, such as an integral over log-SNR, ends at ``largest_time`` < T instead, where alpha is still
-a thousandth of sigma. A bound with its prior there is as valid as one at T. From there to T the
-signal is left out, so that only the scale of the noise changes:
+*Schedules whose signal vanishes.* If alpha(T) = 0, lambda is -infinity and f is infinite at T. So
+whatever needs them, such as an integral over log-SNR, ends at ``largest_time`` < T, where alpha is
+still a thousandth of sigma. A bound whose prior is taken there is as valid as one with the prior
+at T. From there to T the signal is neglected, so that only the scale of the noise changes:
 
-    x_T = sigma(T) / sigma(t) x_t,      t = largest_time,
+    x_T = sigma(T) / sigma(t) x_t,      t = largest_time.
 
-which the KL divergence to the prior feels in second order of alpha, by d (1e-3)^2 / 2 nats or less
-for data of unit mean square.
+The neglected signal changes the KL divergence to the prior in second order of alpha only, by
+d (1e-3)^2 / 2 nats or less for data of unit mean square.
 """
 
 import abc
@@ -32,20 +33,21 @@ from sbml.types import Array, Elementwise, Example, Key, Scalar
 if TYPE_CHECKING:
     from sbml.sdes.levels import Levels
 
-# The log-SNR at ``largest_time`` where the signal vanishes at T: alpha / sigma = 1e-3.
+# The log-SNR at ``largest_time`` if the signal vanishes at T: alpha / sigma = 1e-3.
 LEAST_LOG_SNR = 2 * math.log(1e-3)
-# The signal vanishes where the log-SNR is lower: alpha / sigma is float32's rounding, 3e-7.
+# The signal counts as vanished below this log-SNR, where alpha / sigma is 3e-7, float32's rounding.
 VANISHED = -30.0
 
 
 @dataclasses.dataclass(frozen=True)
 class Kernel(abc.ABC):
-    """p(x_t | x_0) = N(alpha(t) x_0, sigma(t)^2 I), all that denoising score matching asks for.
+    """p(x_t | x_0) = N(alpha(t) x_0, sigma(t)^2 I), which is all that a denoising loss needs.
 
-    A frozen dataclass. With floats it is hashable, so static under ``jit``. It is also a pytree,
-    whose numbers are leaves (``sbml.pytrees``), so an argument of ``jit`` and ``grad`` too. Methods
-    are elementwise in the time ``t`` in (0, ``T``], of any shape; a single example ``x`` has any
-    shape ``(*s)``, and its time is a scalar.
+    A kernel is a frozen dataclass. If its fields are floats it is hashable, so it can be static
+    under ``jit``. It is also a pytree whose numbers are leaves (``sbml.pytrees``), so it can be an
+    argument of ``jit`` and ``grad`` too. Its methods are elementwise in the time ``t`` in
+    (0, ``T``], of any shape. A single example ``x`` has any shape ``(*s)``, and its time is a
+    scalar.
     """
 
     T: ClassVar[float] = 1.0
@@ -68,12 +70,12 @@ class Kernel(abc.ABC):
         return 2 * (jnp.log(self.mean_coef(t)) - jnp.log(self.std(t)))
 
     def rate(self, t: Elementwise) -> Elementwise:
-        """-dlambda/dt, how fast the signal is lost: g^2 / sigma^2 of an SDE."""
+        """-dlambda/dt, the rate at which log-SNR falls; for an SDE, g^2 / sigma^2."""
         return -slope(self.log_snr, t)
 
     @property
     def largest_time(self) -> Number:
-        """Where integrals over time end: T, if the log-SNR is finite there."""
+        """The time at which integrals over time end: T."""
         return self.T
 
     def marginal(self, x: Example, t: Scalar) -> tuple[Example, Scalar]:
@@ -81,7 +83,7 @@ class Kernel(abc.ABC):
         return self.mean_coef(t) * x, self.std(t)
 
     def check_time(self, eps: Number, name: str = "smallest time eps") -> Number:
-        """``eps`` itself, where the integral over time is cut.
+        """Check ``eps``, the lower end of the integral over time, and return it.
 
         Raises:
           ValueError: if it is not in (0, largest_time).
@@ -94,13 +96,13 @@ class Kernel(abc.ABC):
 
 @dataclasses.dataclass(frozen=True)
 class SDE(Kernel):
-    """A linear SDE with scalar coefficients, derived from alpha and sigma.
+    """A linear SDE whose scalar coefficients are derived from alpha and sigma.
 
-    A subclass with ``mean_coef`` and ``std`` is complete. It may override anything else by a closed
+    A subclass needs ``mean_coef`` and ``std`` only. It may override any other method by a closed
     form that is faster, or more exact in float32, and ``smallest_time`` by a class attribute.
     """
 
-    smallest_time: ClassVar[float] = 1e-5  # Where the paper cuts the integral over time.
+    smallest_time: ClassVar[float] = 1e-5  # The lower end of the integral over time in the paper.
 
     def drift_coef(self, t: Elementwise) -> Elementwise:
         """f(t) = d log alpha / dt, a scalar."""
@@ -112,19 +114,19 @@ class SDE(Kernel):
         return self.std(t) * jnp.sqrt(self.rate(t))
 
     def time(self, log_snr: Elementwise) -> Elementwise:
-        """The inverse of :meth:`log_snr`, elementwise."""
+        """t of a log-SNR: the inverse of :meth:`log_snr`, elementwise."""
         return inverse(self.log_snr, log_snr, self.T)
 
     @property
     def largest_time(self) -> Number:
-        """T, or, where alpha(T) = 0, the time at which alpha / sigma is 1e-3."""
+        """T, or the time at which alpha / sigma is 1e-3 if alpha(T) = 0."""
         if all(isinstance(leaf, float | int) for leaf in jax.tree.leaves(self)):
-            return _known_largest_time(self, jnp.dtype(float))
+            return _cached_largest_time(self, jnp.dtype(float))
         return _largest_time(self)
 
     @property
     def stretch(self) -> Number:
-        """sigma(T) / sigma(largest_time), what noise grows by after ``largest_time``."""
+        """sigma(T) / sigma(largest_time), the factor from x at ``largest_time`` to x at T."""
         last = self.largest_time
         if not scalars.traced(last) and last == self.T:
             return 1.0
@@ -132,9 +134,9 @@ class SDE(Kernel):
 
     @property
     def prior_std(self) -> Number:
-        """The standard deviation s of the prior N(0, s^2 I) that stands for p_T: sigma(T).
+        """The standard deviation s = sigma(T) of the prior N(0, s^2 I), which is used for p_T.
 
-        It is exact where alpha(T) = 0, and what is usual for data of mean 0 otherwise.
+        The prior equals p_T if alpha(T) = 0; otherwise it is the usual choice for data of mean 0.
         """
         return scalars.evaluated(lambda: self._std_at(self.T))
 
@@ -142,11 +144,11 @@ class SDE(Kernel):
         """The ``n`` noise levels of the discrete-time model that this SDE is the limit of.
 
         Raises:
-          ValueError: there is no such model, or fewer than two levels.
+          ValueError: if there is no such model, or for fewer than two levels.
         """
         raise ValueError(
-            f"{type(self).__name__} is the limit of no discrete-time model: VP is that of DDPM, "
-            "VE of SMLD"
+            f"{type(self).__name__} is the limit of no discrete-time model: use VP, the limit of "
+            "DDPM, or VE, the limit of SMLD"
         )
 
     def drift(self, x: Example, t: Scalar) -> Example:
@@ -181,14 +183,14 @@ def _largest_time(sde: SDE) -> Number:
 
 
 @functools.lru_cache(maxsize=256)
-def _known_largest_time(sde: SDE, dtype: jnp.dtype) -> float:
-    """:func:`_largest_time` of floats, once for each precision ``dtype``."""
+def _cached_largest_time(sde: SDE, dtype: jnp.dtype) -> float:
+    """:func:`_largest_time` of an SDE of floats, computed once for each precision ``dtype``."""
     return _largest_time(sde)
 
 
 @dataclasses.dataclass(frozen=True)
 class ClosedForm(SDE):
-    """An SDE that is given by f and g too, and still has a signal at T."""
+    """An SDE with closed forms of f and g too, whose signal does not vanish at T."""
 
     @abc.abstractmethod
     def drift_coef(self, t: Elementwise) -> Elementwise:
@@ -207,5 +209,5 @@ class ClosedForm(SDE):
 
     @property
     def prior_std(self) -> Number:
-        """The standard deviation s of the prior N(0, s^2 I) that stands for p_T."""
+        """The standard deviation s of the prior N(0, s^2 I), which is used for p_T."""
         return 1.0

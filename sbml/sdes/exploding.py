@@ -1,4 +1,8 @@
-"""The variance-exploding SDEs: alpha = 1, and sigma grows geometrically or linearly."""
+"""The variance-exploding SDEs: alpha = 1, and sigma grows geometrically or linearly.
+
+VE          sigma = sigma_min (sigma_max / sigma_min)^t
+linear VE   sigma = sigma_max t
+"""
 
 import dataclasses
 
@@ -14,7 +18,7 @@ from sbml.types import Elementwise
 
 @dataclasses.dataclass(frozen=True)
 class _Exploding(ClosedForm):
-    """What the variance-exploding SDEs share: no drift, a prior as wide as sigma_max."""
+    """The base of variance-exploding SDEs: f = 0, and a prior of standard deviation sigma_max."""
 
     sigma_max: Number = 50.0
 
@@ -35,13 +39,17 @@ class _Exploding(ClosedForm):
 
 @dataclasses.dataclass(frozen=True)
 class VE(_Exploding):
-    """Variance exploding, geometric: sigma(t) = sigma_min (sigma_max / sigma_min)^t (SMLD)."""
+    """Variance exploding, geometric: sigma(t) = sigma_min (sigma_max / sigma_min)^t (SMLD).
+
+    Raises:
+      ValueError: unless 0 < sigma_min < sigma_max.
+    """
 
     sigma_min: Number = 0.01
 
     def __post_init__(self) -> None:
-        known = not scalars.traced(self.sigma_min, self.sigma_max)
-        if known and not 0 < self.sigma_min < self.sigma_max:
+        concrete = not scalars.traced(self.sigma_min, self.sigma_max)
+        if concrete and not 0 < self.sigma_min < self.sigma_max:
             raise ValueError(
                 f"sigma_min={self.sigma_min}, sigma_max={self.sigma_max}: "
                 "need 0 < sigma_min < sigma_max"
@@ -64,9 +72,9 @@ class VE(_Exploding):
         return (-0.5 * log_snr - scalars.log(self.sigma_min)) / self._log_ratio
 
     def levels(self, n: int) -> Levels:
-        """SMLD's (Song & Ermon 2019): alpha_i = 1, sigma_i geometric from sigma_min to sigma_max.
+        """SMLD's levels: alpha_i = 1, and sigma_i geometric from sigma_min to sigma_max.
 
-        Their index runs from the largest sigma down, this one up.
+        Here sigma increases with the index; in the paper (Song & Ermon 2019) it decreases.
         """
         stds = np.geomspace(self.sigma_min, self.sigma_max, n)
         return Levels((1.0,) * n, tuple(stds))
@@ -74,7 +82,11 @@ class VE(_Exploding):
 
 @dataclasses.dataclass(frozen=True)
 class LinearVE(_Exploding):
-    """Variance exploding, linear: sigma(t) = sigma_max t (the schedule of EDM and DDIM's sigma)."""
+    """Variance exploding, linear: sigma(t) = sigma_max t (the schedule of EDM and DDIM's sigma).
+
+    Raises:
+      ValueError: unless sigma_max > 0.
+    """
 
     def __post_init__(self) -> None:
         if not scalars.traced(self.sigma_max) and not self.sigma_max > 0:
@@ -94,18 +106,22 @@ class LinearVE(_Exploding):
 class EDM(LinearVE):
     """EDM's noise levels: ``LinearVE`` from ``sigma_min``, at the smallest time, to ``sigma_max``.
 
-    EDM's network is told the noise level: ``from_prediction(network, "edm", EDM(), data_std=0.5)``.
+    EDM's network gets the noise level, as by
+    ``from_prediction(network, "edm", EDM(), data_std=0.5)``.
 
     Reference: Karras et al., "Elucidating the Design Space of Diffusion-Based Generative Models",
     NeurIPS 2022.
+
+    Raises:
+      ValueError: unless 0 < sigma_min < sigma_max.
     """
 
     sigma_max: Number = 80.0
     sigma_min: Number = 0.002
 
     def __post_init__(self) -> None:
-        known = not scalars.traced(self.sigma_min, self.sigma_max)
-        if known and not 0 < self.sigma_min < self.sigma_max:
+        concrete = not scalars.traced(self.sigma_min, self.sigma_max)
+        if concrete and not 0 < self.sigma_min < self.sigma_max:
             raise ValueError(
                 f"sigma_min={self.sigma_min}, sigma_max={self.sigma_max}: "
                 "need 0 < sigma_min < sigma_max"
@@ -113,7 +129,7 @@ class EDM(LinearVE):
 
     @property
     def smallest_time(self) -> Number:  # type: ignore[override]
-        """Where sigma is ``sigma_min``."""
+        """The time at which sigma is ``sigma_min``."""
         return self.sigma_min / self.sigma_max
 
 

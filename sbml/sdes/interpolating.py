@@ -1,4 +1,4 @@
-"""Two schedules that lead from the data to noise alone: alpha(1) = 0, sigma(1) = 1.
+"""Two schedules from the data to pure noise: alpha(1) = 0, sigma(1) = 1.
 
     rectified flow   alpha = 1 - t             sigma = t                 (flow matching)
     cosine           alpha = cos(pi t / 2)     sigma = sin(pi t / 2)     (VP: alpha^2 + sigma^2 = 1)
@@ -22,7 +22,7 @@ from sbml.types import Elementwise
 class RectifiedFlow(SDE):
     """The straight line from x_0 to noise: the path of rectified flow and flow matching.
 
-    Its noise at ``smallest_time`` is that of VP at VP's: sigma = 1e-3.
+    Its noise at ``smallest_time`` is the same as VP's at VP's ``smallest_time``: sigma = 1e-3.
     """
 
     smallest_time: ClassVar[float] = 1e-3
@@ -95,7 +95,7 @@ class Cosine(SDE):
         return 1.0
 
     def _ratio(self, t: Elementwise) -> Elementwise:
-        """sigma / alpha, the tangent."""
+        """sigma / alpha = tan(pi t / 2)."""
         return self.std(t) / self.mean_coef(t)
 
 

@@ -1,4 +1,7 @@
-"""The noise levels of a discrete-time model, such as DDPM or SMLD."""
+"""The noise levels of a discrete-time model, such as DDPM or SMLD.
+
+x_i = alpha_i x_0 + sigma_i z,      t_i = i / (n - 1),      i = 0, ..., n - 1
+"""
 
 import dataclasses
 
@@ -11,10 +14,17 @@ from sbml.types import Elementwise
 
 @dataclasses.dataclass(frozen=True)
 class Levels(Kernel):
-    """Finitely many noise levels: level i of n stands at time t_i = i / (n - 1) in [0, T].
+    """Finitely many noise levels: level i of n has the time t_i = i / (n - 1) in [0, T].
 
-    Between the t_i, which the discrete-time losses never ask for, the nearest level counts. With
-    ``losses.dsm`` in its original weighting and i uniform these are the losses of DDPM and SMLD.
+    At any other time, which the discrete-time losses do not use, the nearest level applies. With
+    ``losses.dsm`` in its original weighting and uniform i, the losses are those of DDPM and SMLD.
+
+    Attributes:
+      mean_coefs: alpha_i of the n levels.
+      stds: sigma_i of the n levels.
+
+    Raises:
+      ValueError: for fewer than two levels.
     """
 
     mean_coefs: tuple[float, ...] = dataclasses.field(metadata={"static": True})
@@ -35,7 +45,9 @@ class Levels(Kernel):
         return 2 * (jnp.log(self.mean_coef(t)) - jnp.log(self.std(t)))
 
     def rate(self, t: Elementwise) -> Elementwise:
-        raise ValueError("noise levels in discrete time have the original weighting only")
+        raise ValueError(
+            "discrete noise levels have no likelihood weighting: choose the original weighting"
+        )
 
     def _at(self, values: tuple[float, ...], t: Elementwise) -> Elementwise:
         last = len(values) - 1

@@ -1,6 +1,6 @@
-"""VP and subVP: beta(t) is linear, and B(t) its integral.
+"""VP and subVP, whose beta(t) is linear. With its integral B(t),
 
-alpha = exp(-B / 2),      sigma^2 = 1 - exp(-B) (VP),      sigma = 1 - exp(-B) (subVP)
+alpha = exp(-B / 2),      sigma^2 = 1 - exp(-B) (VP),      sigma = 1 - exp(-B) (subVP).
 """
 
 import dataclasses
@@ -19,14 +19,18 @@ from sbml.types import Elementwise
 
 @dataclasses.dataclass(frozen=True)
 class _LinearBeta(ClosedForm):
-    """VP and subVP share beta(t) = beta_min + (beta_max - beta_min) t and its integral B(t)."""
+    """The base of VP and subVP: beta(t) = beta_min + (beta_max - beta_min) t, its integral B(t).
+
+    Raises:
+      ValueError: unless 0 < beta_min <= beta_max.
+    """
 
     beta_min: Number = 0.1
     beta_max: Number = 20.0
 
     def __post_init__(self) -> None:
-        known = not scalars.traced(self.beta_min, self.beta_max)
-        if known and not 0 < self.beta_min <= self.beta_max:
+        concrete = not scalars.traced(self.beta_min, self.beta_max)
+        if concrete and not 0 < self.beta_min <= self.beta_max:
             raise ValueError(
                 f"beta_min={self.beta_min}, beta_max={self.beta_max}: need 0 < beta_min <= beta_max"
             )
@@ -40,7 +44,7 @@ class _LinearBeta(ClosedForm):
         return t * (self.beta_min + 0.5 * (self.beta_max - self.beta_min) * t)
 
     def _time(self, integral: Elementwise) -> Elementwise:
-        """The inverse of B; this root of the quadratic has no cancellation."""
+        """The inverse of B; this form of the quadratic's root has no cancellation."""
         compiler.check()
         slope = self.beta_max - self.beta_min
         return 2 * integral / (self.beta_min + jnp.sqrt(self.beta_min**2 + 2 * slope * integral))
@@ -70,11 +74,17 @@ class VP(_LinearBeta):
         return self._time(jax.nn.softplus(-log_snr))
 
     def levels(self, n: int) -> Levels:
-        """DDPM's (Ho et al. 2020): alpha_i^2 = prod_{j <= i} (1 - beta_j), beta_j linear in j."""
+        """DDPM's levels (Ho et al. 2020).
+
+        alpha_i^2 = prod_{j <= i} (1 - beta_j) with beta_j linear in j; sigma_i^2 = 1 - alpha_i^2.
+
+        Raises:
+          ValueError: for fewer than two levels, or so few that the last beta is 1 or more.
+        """
         if 2 <= n <= self.beta_max:
             raise ValueError(
                 f"{n} noise levels with beta_max={self.beta_max}: the last beta is "
-                f"{self.beta_max / n:g}, need more than {self.beta_max:g} levels"
+                f"{self.beta_max / n:g}, not below 1; need more than {self.beta_max:g} levels"
             )
         betas = np.linspace(self.beta_min / n, self.beta_max / n, n)
         log_mean = 0.5 * np.cumsum(np.log1p(-betas))
@@ -83,9 +93,9 @@ class VP(_LinearBeta):
 
 @dataclasses.dataclass(frozen=True)
 class SubVP(_LinearBeta):
-    """sub-VP: the mean of VP with sigma = 1 - alpha^2, never more noise than VP."""
+    """sub-VP: the same alpha as VP, and sigma = 1 - alpha^2, which is at most VP's sigma."""
 
-    smallest_time: ClassVar[float] = 1e-2  # Below, sigma is so small that training is unstable.
+    smallest_time: ClassVar[float] = 1e-2  # Below it, sigma is so small that training is unstable.
 
     def diffusion(self, t: Elementwise) -> Elementwise:
         return jnp.sqrt(-self._beta(t) * jnp.expm1(-2 * self._integral(t)))

@@ -1,4 +1,4 @@
-"""An SDE of any two functions alpha(t) and sigma(t)."""
+"""An SDE from any two functions: x_t = alpha(t) x_0 + sigma(t) z."""
 
 import dataclasses
 from collections.abc import Callable
@@ -11,18 +11,19 @@ from sbml.types import Elementwise
 
 @dataclasses.dataclass(frozen=True)
 class Schedule(SDE):
-    """x_t = alpha(t) x_0 + sigma(t) z, everything else derived.
+    """The SDE with x_t = alpha(t) x_0 + sigma(t) z; everything else is derived.
 
         sde = Schedule(lambda t: 1 - t**2, lambda t: t)
 
-    Two schedules are equal, and share what is compiled, if they are of the same function objects: a
-    schedule is made once. A function with parameters, such as ``jax.tree_util.Partial(f, params)``,
-    brings them as leaves.
+    Two schedules are equal, and share compiled functions, only if they have the same function
+    objects. So make a schedule once and keep it. The parameters of a function, such as
+    ``jax.tree_util.Partial(f, params)``, are leaves of the schedule.
 
     Attributes:
-      alpha: elementwise, positive and not increasing on (0, 1); alpha(1) = 0 is allowed.
-      sigma: elementwise, positive on (0, 1], and such that alpha / sigma decreases.
-      smallest_time: where integrals over time and the ODE start.
+      alpha: an elementwise function, positive and not increasing on (0, 1); alpha(1) = 0 is
+        allowed.
+      sigma: an elementwise function, positive on (0, 1]; alpha / sigma must decrease.
+      smallest_time: the time at which integrals over time and the ODE start.
 
     Raises:
       ValueError: if ``smallest_time`` is not in (0, 1).

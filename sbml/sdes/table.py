@@ -1,13 +1,14 @@
-"""The schedule of a discrete-time model, given by its alpha-bars.
+"""The schedule of a discrete-time model, from its table of alpha-bars.
 
-DDPM and its descendants know n noise levels, x_i = sqrt(a_i) x_0 + sqrt(1 - a_i) z with a falling
-a_i ("alpha bar"). Level i stands at t = i / (n - 1), and between the levels
+DDPM and its descendants have n noise levels, x_i = sqrt(a_i) x_0 + sqrt(1 - a_i) z with decreasing
+a_i ("alpha bar"). Level i has the time t = i / (n - 1), and between the levels
 
-    lambda(t) = logit a_i, interpolated by a monotone cubic,      alpha^2 = a, sigma^2 = 1 - a:
+    lambda(t) = logit a_i, interpolated by a monotone cubic,      alpha^2 = a, sigma^2 = 1 - a.
 
-a network that was trained at the levels is asked in between, as it is by every ODE solver.
+An ODE solver evaluates the network between the levels that it was trained at.
 
-Reference: Fritsch & Butland 1984 (the slopes, those of scipy's ``PchipInterpolator``).
+Reference: Fritsch & Butland 1984 (for the slopes, which are those of scipy's
+``PchipInterpolator``).
 """
 
 import dataclasses
@@ -26,16 +27,16 @@ from sbml.types import Elementwise
 
 @dataclasses.dataclass(frozen=True)
 class AlphaBarTable(SDE):
-    """VP through the levels of a discrete-time model.
+    """A variance-preserving SDE through the noise levels of a discrete-time model.
 
         table = AlphaBarTable(np.cumprod(1 - betas))
         score = from_prediction(lambda x, t: net(x, table.step(t)), "noise", table)
 
     Attributes:
-      alpha_bars: a_0 > a_1 > ... > a_{n-1}, in (0, 1); any sequence of float64, kept as a tuple.
+      alpha_bars: a_0 > a_1 > ... > a_{n-1} in (0, 1): any sequence of float64, stored as a tuple.
 
     Raises:
-      ValueError: for fewer than two levels, numbers outside (0, 1), or not decreasing ones.
+      ValueError: for fewer than two levels, or numbers that are not in (0, 1) or not decreasing.
     """
 
     alpha_bars: Sequence[float] | np.ndarray = dataclasses.field(metadata={"static": True})
@@ -52,13 +53,13 @@ class AlphaBarTable(SDE):
         if not np.all(np.diff(values) < 0):
             i = int(np.argmax(np.diff(values) >= 0))
             raise ValueError(
-                f"alpha_bars[{i}]={values[i]}, alpha_bars[{i + 1}]={values[i + 1]}: need falling "
-                "numbers, level 0 with the least noise"
+                f"alpha_bars[{i}]={values[i]}, alpha_bars[{i + 1}]={values[i + 1]}: need "
+                "decreasing numbers, where level 0 has the least noise"
             )
         object.__setattr__(self, "alpha_bars", tuple(map(float, values)))
 
     def step(self, t: Elementwise) -> Elementwise:
-        """(n - 1) t, the index of the level at ``t``: what the model's network calls its time."""
+        """(n - 1) t, the index of the level at ``t``; the model's network takes it as its time."""
         return (len(self.alpha_bars) - 1) * t
 
     def log_snr(self, t: Elementwise) -> Elementwise:
@@ -79,12 +80,12 @@ class AlphaBarTable(SDE):
 
     @property
     def prior_std(self) -> float:
-        """1, what such models start from."""
+        """1: such models start sampling from N(0, I)."""
         return 1.0
 
 
 @functools.lru_cache(maxsize=8)
 def _cubics(alpha_bars: tuple[float, ...]) -> np.ndarray:
-    """Coefficients ``(4, n - 1)`` of powers 3 to 0 of the distance to level i, in float64."""
+    """Coefficients ``(4, n - 1)`` of the powers 3 to 0 of the distance to level i, in float64."""
     log_snr = special.logit(np.asarray(alpha_bars))
     return interpolate.PchipInterpolator(np.arange(len(log_snr)), log_snr).c

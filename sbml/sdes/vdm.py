@@ -2,16 +2,16 @@
 
     gamma(t) = -log SNR,      alpha^2 = sigmoid(-gamma),      sigma^2 = sigmoid(gamma)
 
-so alpha^2 + sigma^2 = 1, and any increasing gamma makes a variance-preserving SDE with
+So alpha^2 + sigma^2 = 1, and every increasing gamma makes a variance-preserving SDE with
 
     f = -1/2 sigma^2 gamma',      g^2 = sigma^2 gamma',      g^2 / sigma^2 = gamma'.
 
     linear     gamma = gamma_0 + (gamma_1 - gamma_0) t        fixed, or with learned ends
     monotone   gamma = |k1| t + b1 + mean_j |k3_j| (2 sigmoid(|k2_j| (2 t - 1) + b2_j) - 1)
 
-gamma(0) is finite: there is some noise at t = 0 already, and nothing diverges there. So times are
-in [0, 1], unlike those of the other SDEs, and eps = 0 is allowed and the default. The bounds and
-the likelihood in continuous time depend on gamma(0) and gamma(1) alone, not on the way between.
+gamma(0) is finite: there is some noise at t = 0 already, and nothing diverges there. So the times
+of these SDEs are in [0, 1]; eps = 0 is allowed, and it is the default. The bounds and the
+likelihood in continuous time depend on gamma(0) and gamma(1) only, not on gamma between them.
 
 Reference: Kingma, Salimans, Poole, Ho, "Variational Diffusion Models", NeurIPS 2021, section 3.
 """
@@ -31,7 +31,7 @@ from sbml.types import Array, Elementwise
 
 @dataclasses.dataclass(frozen=True)
 class _Gamma(ClosedForm):
-    """A variance-preserving SDE by its gamma; all methods are elementwise in t."""
+    """A variance-preserving SDE, defined by its gamma; all methods are elementwise in t."""
 
     smallest_time: ClassVar[float] = 0.0
 
@@ -40,7 +40,7 @@ class _Gamma(ClosedForm):
         """-log SNR, increasing in t."""
 
     def check_time(self, eps: Number, name: str = "smallest time eps") -> Number:
-        """``eps`` itself.
+        """Check ``eps``, the lower end of the integral over time, and return it.
 
         Raises:
           ValueError: if it is not in [0, T).
@@ -67,7 +67,7 @@ class _Gamma(ClosedForm):
 
 @dataclasses.dataclass(frozen=True)
 class LinearGamma(_Gamma):
-    """gamma linear in t from ``gamma_0`` to ``gamma_1``; the defaults are the published ones.
+    """gamma = gamma_0 + (gamma_1 - gamma_0) t; the defaults are the published values.
 
     Raises:
       ValueError: unless gamma_0 < gamma_1.
@@ -95,11 +95,12 @@ class LinearGamma(_Gamma):
 
 @dataclasses.dataclass(frozen=True)
 class MonotoneGamma(_Gamma):
-    """gamma by a network that is monotone, since only the absolute values of its kernels count.
+    """gamma from a network, which is monotone because it uses the absolute values of its kernels.
 
     Attributes:
-      k1, b1: slope and value at 0 of the linear part, scalars.
-      k2, b2, k3: of the sigmoids, ``(m,)`` each: arrays, or tuples where the SDE is to be static.
+      k1, b1: the slope of the linear part and its value at 0, scalars.
+      k2, b2, k3: slopes, offsets and heights of the m sigmoids, ``(m,)`` each: arrays, or tuples
+        if the SDE has to be hashable.
     """
 
     k1: float | Array

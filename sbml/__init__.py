@@ -4,6 +4,7 @@ The mathematics is for one example and a scalar time; callers ``vmap``. A score 
 s(x, t, key), see ``sbml.types``.
 
     Density                     likelihoods, bits/dim, samples and latents under any score
+    Estimate                    what these likelihoods are: values, terms, intervals
     sdes, times, divergence     forward processes; times and their weights; tr J
     losses                      denoising score matching
     bound, discrete             evidence bounds on -log p(x), and on -log P(k) of integers
@@ -17,13 +18,15 @@ s(x, t, key), see ``sbml.types``.
     compiler                    the check that XLA's sums are right
     dequantizers, data          from integers to numbers; image sets
 
-``python -m sbml.main`` trains, evaluates and samples by a config: see the README.
+The command ``sbml`` trains, evaluates and samples by a config: see the README.
 """
 
 import importlib
 from typing import Any
 
 from sbml import compiler
+
+__version__ = "0.1.0"
 
 compiler.cure()
 
@@ -40,7 +43,7 @@ PROCESSES = (
     *("VP", "SubVP", "VE", "LinearVE", "EDM", "RectifiedFlow", "Cosine"),
     *("AlphaBarTable", "Schedule"),
 )
-NAMES = {"Density": "density", **dict.fromkeys(PROCESSES, "sdes")}
+NAMES = {"Density": "density", "Estimate": "estimate", **dict.fromkeys(PROCESSES, "sdes")}
 
 
 def __getattr__(name: str) -> Any:

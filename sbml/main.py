@@ -1,5 +1,6 @@
-"""python -m sbml.main --config=configs/digits_vp.py [--mode=train,eval,sample] [--workdir=DIR]
+"""sbml --config=digits_vp [--mode=train,eval,sample] [--workdir=DIR]
 
+Also as python -m sbml.main. A config is one of those in configs/, by its name, or any config file.
 Of a run that has a checkpoint, --workdir=DIR alone is enough: its config is in the checkpoint.
 """
 
@@ -16,7 +17,7 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from sbml import compiler, modes
-from sbml.experiment import architecture, stored
+from sbml.experiment import architecture, catalogue, stored
 from sbml.experiment.config import check_overrides
 from sbml.experiment.fields import choices_in
 from sbml.experiment.training import Training
@@ -26,7 +27,9 @@ from sbml.runtime.workdir import Workdir
 # Found by folder, and imported when their turn comes: a wrong flag is told of before all imports.
 MODES = sorted(m.name for m in pkgutil.iter_modules(modes.__path__) if m.name[0] != "_")
 
-CONFIG = config_flags.DEFINE_config_file("config", None, "Config file; any field of it can be set.")
+CONFIG = config_flags.DEFINE_config_file(
+    "config", None, "Config, by name or file; any field can be set."
+)
 MODE = flags.DEFINE_list("mode", None, f"What to run, in order: {', '.join(MODES)}.")
 WORKDIR = flags.DEFINE_string("workdir", None, "Where results go; default runs/<config's name>.")
 SOURCE: flags.FlagHolder[str | None] = flags.DEFINE_string(
@@ -54,6 +57,10 @@ def parse(arguments: list[str]) -> list[str]:
         # First, for absl knows the fields of a config only once it has read it.
         arguments.insert(1, f"--config={stored.__file__}:{workdir}")
     try:
+        _locate_configs(arguments)
+    except ValueError as error:
+        sys.exit(str(error))
+    try:
         return app.parse_flags_with_usage(arguments)
     except (AttributeError, KeyError):
         path, _, argument = _value(arguments, "config").partition(":")
@@ -72,6 +79,17 @@ def _value(arguments: list[str], flag: str) -> str:
         if name.lstrip("-") == flag and argument.startswith("-"):
             return value if equals else (arguments[i + 1 : i + 2] or [""])[0]
     return ""
+
+
+def _locate_configs(arguments: list[str]) -> None:
+    """Replace the name of a config by its path, after "=" or in the argument that follows."""
+    for i, argument in enumerate(arguments):
+        flag, equals, value = argument.partition("=")
+        if flag in ("-config", "--config"):
+            if equals:
+                arguments[i] = f"{flag}={catalogue.located(value)}"
+            elif i + 1 < len(arguments):
+                arguments[i + 1] = catalogue.located(arguments[i + 1])
 
 
 def run_name(config: str) -> str:

@@ -181,5 +181,28 @@ def test_the_library_is_there_once_the_package_is_imported() -> None:
     code = "import sys, sbml; assert 'jax' not in sys.modules; sbml.losses.dsm; sbml.Density"
     subprocess.run([sys.executable, "-c", code], check=True)
     assert all(hasattr(sbml, name) for name in (*sbml.LIBRARY, *sbml.NAMES))
-    with pytest.raises(AttributeError, match="no attribute 'loses'; it has Density, VP"):
+    with pytest.raises(AttributeError, match="no attribute 'loses'; it has Density, Estimate, VP"):
         sbml.loses  # noqa: B018
+
+
+# Packages that read image sets, store checkpoints, draw and write: of the program, not the library.
+OF_THE_PROGRAM = {
+    *("tensorflow", "tensorflow_datasets", "skimage", "sklearn", "matplotlib", "PIL", "orbax"),
+    *("grain", "tensorboardX", "jinja2", "optax", "ml_collections"),
+}
+# Packages of networks and solvers, and the slow part of SciPy: not of a loss.
+OF_DENSITIES = {"flax", "equinox", "diffrax", "scipy.interpolate"}
+
+
+@pytest.mark.parametrize(
+    ("names", "unneeded"),
+    [("losses", OF_THE_PROGRAM | OF_DENSITIES), ("Density, sbml.Estimate", OF_THE_PROGRAM)],
+)
+def test_the_library_imports_only_what_it_needs(names: str, unneeded: set[str]) -> None:
+    code = f"import sys, sbml; sbml.{names}; print(*sys.modules)"
+    result = subprocess.run(
+        [sys.executable, "-c", code], check=True, text=True, capture_output=True
+    )
+    imported = set(result.stdout.split())
+    assert {"jax", "sbml.losses"} <= imported
+    assert not unneeded & imported

@@ -5,10 +5,10 @@ import platform
 
 import jax
 
-from sbml import compiler
+from sbml import __version__, compiler
 
 PACKAGES = (
-    *("sbml", "jax", "jaxlib", "flax", "optax", "diffrax"),
+    *("jax", "jaxlib", "flax", "optax", "diffrax"),
     *("orbax-checkpoint", "grain", "numpy"),
 )
 
@@ -18,7 +18,8 @@ def versions() -> dict[str, str]:
 
     ``xla`` says what compiled the number and, on CPU, that its sums were checked.
     """
-    found = {name: importlib.metadata.version(name) for name in PACKAGES}
+    found = {"sbml": __version__}
+    found.update({name: importlib.metadata.version(name) for name in PACKAGES})
     devices = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
     backend = jax.devices()[0].client.platform_version.split()
     xla = f"of jaxlib {found['jaxlib']}, for {' '.join(backend) or jax.default_backend()}"

@@ -18,7 +18,6 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
-from scipy import interpolate, special
 
 from sbml import compiler
 from sbml.sdes._kernel import SDE
@@ -87,5 +86,7 @@ class AlphaBarTable(SDE):
 @functools.lru_cache(maxsize=8)
 def _cubics(alpha_bars: tuple[float, ...]) -> np.ndarray:
     """Coefficients ``(4, n - 1)`` of the powers 3 to 0 of the distance to level i, in float64."""
+    from scipy import interpolate, special  # They would be a third of the import of sbml.sdes.
+
     log_snr = special.logit(np.asarray(alpha_bars))
     return interpolate.PchipInterpolator(np.arange(len(log_snr)), log_snr).c

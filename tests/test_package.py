@@ -1,0 +1,104 @@
+"""What an installed package adds to a checkout: configs by name, the command, one version."""
+
+import configparser
+import importlib
+import os
+import pathlib
+import re
+import subprocess
+import sys
+
+import pytest
+import runs
+
+import sbml
+from sbml import main
+from sbml.experiment import catalogue
+from sbml.runtime.versions import versions
+
+CONFIGS = runs.ROOT / "configs"
+
+
+@pytest.mark.parametrize("file", sorted(CONFIGS.glob("*.py")), ids=lambda file: file.stem)
+def test_every_config_has_a_name(file: pathlib.Path) -> None:
+    assert catalogue.located(file.stem) == str(file)
+    assert catalogue.located(f"{file.stem}:a:b") == f"{file}:a:b"
+
+
+@pytest.mark.parametrize(
+    "config", ["configs/digits_vp.py", "digits_vp.py", "none/digits_vp", "./digits_vp", "a.py:b"]
+)
+def test_a_path_stays(config: str, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """There or not: absl opens it, or says that it cannot."""
+    for folder in (tmp_path, runs.ROOT):
+        monkeypatch.chdir(folder)
+        assert catalogue.located(config) == config
+
+
+def test_a_file_comes_before_a_name(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "digits_vp").touch()
+    (tmp_path / "digits_mlp").mkdir()  # As the work directory of that config may be called.
+    assert catalogue.located("digits_vp:small") == "digits_vp:small"
+    assert catalogue.located("digits_mlp") == str(CONFIGS / "digits_mlp.py")
+
+
+def test_in_an_installed_package_the_configs_are_inside_it(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(catalogue, "_PACKAGE", tmp_path / "sbml")
+    (tmp_path / "sbml" / "configs").mkdir(parents=True)
+    (tmp_path / "configs").mkdir()  # Of another package in the same site-packages.
+    (tmp_path / "configs" / "theirs.py").touch()
+    (tmp_path / "sbml" / "configs" / "ours.py").touch()
+    assert catalogue.located("ours") == str(tmp_path / "sbml" / "configs" / "ours.py")
+    with pytest.raises(ValueError, match="choose from ours,"):
+        catalogue.located("theirs")
+
+
+def test_the_names_are_listed_where_none_is_meant(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ValueError, match="'digits'; choose from cifar10_subvp, .*, photos_vp, or"):
+        catalogue.located("digits")
+    monkeypatch.setattr(main.app, "parse_flags_with_usage", lambda arguments: arguments)
+    with pytest.raises(SystemExit, match=r"--config=digits:a: no config .* 'digits'; choose from"):
+        main.parse(["main", "--config=digits:a"])
+
+
+def test_the_program_reads_a_config_by_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(main.app, "parse_flags_with_usage", lambda arguments: arguments)
+    path = str(CONFIGS / "digits_vp.py")
+    rest = ["--config.seed=3", "--mode=eval"]
+    assert main.parse(["main", "--config=digits_vp", *rest]) == ["main", f"--config={path}", *rest]
+    assert main.parse(["main", "--config", "digits_vp", *rest]) == ["main", "--config", path, *rest]
+    parsed = main.parse(["main", "--config=paper:cifar10_vp_deep"])
+    assert main.run_name(parsed[1].partition("=")[2]) == "paper_cifar10_vp_deep"
+
+
+def test_the_command_is_the_program(tmp_path: pathlib.Path) -> None:
+    """In a folder of the user's; a wrong field is an error that names those of this config."""
+    setup = configparser.ConfigParser()
+    setup.read(runs.ROOT / "setup.cfg")
+    entry = setup["options.entry_points"]["console_scripts"]
+    module, function = re.fullmatch(r"\s*sbml = (\S+):(\w+)", entry).groups()
+    assert callable(getattr(importlib.import_module(module), function))
+
+    def run(*flags: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "sbml", *flags]
+        env = {**os.environ, "PYTHONPATH": str(runs.ROOT), "JAX_PLATFORMS": "cpu"}
+        return subprocess.run(command, cwd=tmp_path, env=env, text=True, capture_output=True)
+
+    wrong = run("--config=paper:imagenet32_vp_deep", "--config.optim.learning_rate=1")
+    assert wrong.returncode == 1 and "beta1, beta2, ema, eps, grad_clip, lr" in wrong.stderr
+    shown = run("--help")
+    assert main.__doc__ in shown.stdout and "--workdir" in shown.stdout
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_version_has_one_place() -> None:
+    setup = configparser.ConfigParser()
+    setup.read(runs.ROOT / "setup.cfg")
+    assert setup["metadata"]["version"] == "attr: sbml.__version__"
+    assert re.fullmatch(r"\d+\.\d+\.\d+", sbml.__version__)
+    assert versions()["sbml"] == sbml.__version__

@@ -46,7 +46,7 @@ def write_state_dict(path: Path, state: Mapping[str, np.ndarray]) -> None:
         for key, (name, value) in enumerate(state.items()):
             value = np.asarray(value, order="C")
             archive.writestr(f"weights/data/{key}", value.tobytes())
-            entries.append(_text(name) + _tensor(str(key), value))
+            entries.append(text(name) + _tensor(str(key), value))
         # The opcodes are written out, for pickle would import the names of PyTorch to write them.
         opcodes = [pickle.PROTO + b"\x02", pickle.EMPTY_DICT, pickle.MARK, *entries]
         archive.writestr("weights/data.pkl", b"".join([*opcodes, pickle.SETITEMS, pickle.STOP]))
@@ -55,10 +55,21 @@ def write_state_dict(path: Path, state: Mapping[str, np.ndarray]) -> None:
 
 
 def _tensor(key: str, value: np.ndarray) -> bytes:
-    kind = _named("torch", STORAGES[value.dtype])
-    storage = _tuple(_text("storage"), kind, _text(key), _text("cpu"), _integer(value.size))
-    size = _tuple(*map(_integer, value.shape))
-    stride = _tuple(*(_integer(step // value.itemsize) for step in value.strides))
+    stride = tuple(step // value.itemsize for step in value.strides)
+    return tensor(key, value.size, value.shape, stride, STORAGES[value.dtype])
+
+
+def tensor(
+    key: str,
+    count: int,
+    shape: tuple[int, ...],
+    strides: tuple[int, ...],
+    storage_type: str = "FloatStorage",
+) -> bytes:
+    """The opcodes of a tensor in storage ``key``, which claims ``count`` numbers."""
+    kind = _named("torch", storage_type)
+    storage = _tuple(text("storage"), kind, text(key), text("cpu"), _integer(count))
+    size, stride = _tuple(*map(_integer, shape)), _tuple(*map(_integer, strides))
     hooks = _named("collections", "OrderedDict") + pickle.EMPTY_TUPLE + pickle.REDUCE
     options = (storage + pickle.BINPERSID, _integer(0), size, stride, pickle.NEWFALSE, hooks)
     return _named("torch._utils", "_rebuild_tensor_v2") + _tuple(*options) + pickle.REDUCE
@@ -68,12 +79,12 @@ def _named(module: str, name: str) -> bytes:
     return pickle.GLOBAL + f"{module}\n{name}\n".encode()
 
 
-def _text(text: str) -> bytes:
+def text(text: str) -> bytes:
     return pickle.BINUNICODE + struct.pack("<I", len(text.encode())) + text.encode()
 
 
 def _integer(number: int) -> bytes:
-    return pickle.BININT + struct.pack("<i", number)
+    return pickle.LONG1 + b"\x08" + struct.pack("<q", number)
 
 
 def _tuple(*items: bytes) -> bytes:

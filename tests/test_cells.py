@@ -31,7 +31,7 @@ def test_solver_guard_measures_the_solvers_error(trained, tmp_path):
     error = np.mean(found.values - finer["bits_per_dim"])
     assert found.solver_error.mean == pytest.approx(error) and abs(error) > 1e-5
     assert not found.converged
-    assert any("UNCONVERGED" in w for w in run.result(found).warnings)
+    assert any("UNCONVERGED" in w for w in run.result(found).warnings())
 
 
 @pytest.mark.parametrize(("size", "converged"), [(4e-3, False), (1e-4, True)])
@@ -80,7 +80,7 @@ def test_target_se_sweeps_until_it_is_reached(trained, tmp_path):
     assert more.values.mean() == pytest.approx(np.mean(means))
     short = cell_run(trained, tmp_path, BOUND, sweeps=3, max_sweeps=4, target_se=1e-9)
     few = short.finish()
-    (warning,) = short.result(few).warnings
+    (warning,) = short.result(few).warnings()
     assert few.sweeps == 4 and "after 4 sweeps" in warning and "target_se=1e-09" in warning
 
 

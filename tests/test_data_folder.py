@@ -4,6 +4,8 @@ import dataclasses
 import logging
 import math
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -233,3 +235,61 @@ def test_folder_is_decoded_once_per_content(
     assert len(decoded) == 1
     assert changed.version != first.version
     np.testing.assert_array_equal(changed.images[0], pixels(8, 8, seed=1))
+
+
+def test_what_could_be_waited_for_for_ever_is_named(
+    two_splits: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """In a process of its own: opening a FIFO that nobody writes to would not return."""
+    train = two_splits / "images" / "train"
+    save(train / "good.png", pixels(8, 8))
+    os.mkfifo(train / "pipe.png")
+    (train / "zero.jpg").symlink_to("/dev/zero")
+    code = (
+        "import sys; sys.path.insert(0, 'tests'); import pathlib, test_data_folder as t; "
+        f"print(t.load_split(pathlib.Path({str(two_splits)!r})).skipped)"
+    )
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
+    root = Path(__file__).parents[1]
+    found = subprocess.run(
+        [sys.executable, "-c", code],
+        **{"cwd": root, "env": environment, "capture_output": True, "text": True, "timeout": 120},
+    )
+    reason = "a FIFO, device or socket: put the image itself there"
+    assert f"('train/pipe.png: {reason}', 'train/zero.jpg: {reason}')" in found.stdout, found.stderr
+
+
+def test_names_reach_no_terminal_as_they_are(
+    two_splits: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    train = two_splits / "images" / "train"
+    save(train / "a\x1b[2J\n.png", pixels(8, 8))
+    (train / "b\x1b]0;owned\x07.png").write_text("no image")
+    (train / "c.\x1b[31m").write_text("other")
+    (train / os.fsdecode(b"d\xff\r.jpg")).write_text("no image")
+    images = load_split(two_splits)
+    assert images.ids == ("train/a\\x1b[2J\\n.png",)
+    assert [s.partition(": ")[0] for s in images.skipped] == [
+        "train/b\\x1b]0;owned\\x07.png",
+        "train/d\\xff\\r.jpg",
+    ]
+    said = "".join(r.getMessage() for r in caplog.records)
+    assert all(c.isprintable() or c == "\n" for c in said) and ".\\x1b[31m (1)" in said
+
+
+def test_colours_that_change_are_said(two_splits: Path, caplog: pytest.LogCaptureFixture) -> None:
+    train, grey = two_splits / "images" / "train", pixels(8, 8, 1)
+    save(train / "colour.png", pixels(8, 8))
+    save(train / "grey.png", grey)
+    save(train / "threefold.png", np.repeat(grey[..., None], 3, axis=2))
+    as_colour = load_split(two_splits).caution
+    assert as_colour.startswith("2 of 3 train images are grey and were made RGB")
+    assert as_colour in caplog.text
+    assert load_split(two_splits, channels=1).caution.startswith(
+        "1 of 3 train images are in colour"
+    )
+    small = load_split(two_splits, image_size=16).caution
+    assert "3 of 3 train images are smaller" in small and "; 2 of 3 train images are grey" in small
+    (train / "grey.png").unlink()
+    (train / "threefold.png").unlink()
+    assert load_split(two_splits).caution == ""

@@ -88,3 +88,24 @@ def test_the_two_are_never_compared(one: str, other: str, archives: data.Options
 def test_what_may_be_compared() -> None:
     imagenet32.check_comparable("imagenet32:old", "tfds:downsampled_imagenet/32x32", "tfds:cifar10")
     imagenet32.check_comparable("tfds:imagenet_resized/32x32", "imagenet32:new")
+
+
+@pytest.mark.parametrize("version", ["old", "new"])
+def test_a_damaged_archive_is_named(version: str, archives: data.Options) -> None:
+    path = Path(archives.manual_dir) / imagenet32.ARCHIVES[version]["test"]
+    whole = path.read_bytes()
+    for content in (whole[: len(whole) // 2], b"", b"no archive" * 100):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=rf"{path.name} (is damaged|holds . images)"):
+            data.load(f"imagenet32:{version}", "test", archives)
+
+
+def test_an_array_that_claims_too_much_is_refused() -> None:
+    file = io.BytesIO()
+    header = {"descr": "|u1", "fortran_order": False, "shape": (9 * 10**12, 3072)}
+    np.lib.format.write_array_header_1_0(file, header)
+    with pytest.raises(ValueError, match=r"uint8\(9000000000000, 3072\) of 6 bytes"):
+        imagenet32._array(file.getvalue() + b"pixels")
+    file = io.BytesIO()
+    np.save(file, IMAGES)
+    np.testing.assert_array_equal(imagenet32._array(file.getvalue()), IMAGES)

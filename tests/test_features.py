@@ -5,11 +5,14 @@ What PyTorch makes of the weights is stored: ``data/make_inception.py`` writes i
 
 import functools
 import hashlib
+import io
 import json
 import pickle
+import struct
 import zipfile
 from pathlib import Path
 
+import inception_weights
 import numpy as np
 import pytest
 from inception_weights import random_weights, write_state_dict
@@ -155,3 +158,38 @@ def test_a_tensor_beyond_its_storage_is_refused() -> None:
     ):
         with pytest.raises(pickle.UnpicklingError, match="goes beyond its storage"):
             _tensor(storage, offset, size, stride)
+
+
+def _claims(kind: str, count: int, size: int, stride: int) -> bytes:
+    """A state dict of one tensor, (size,) with this stride, in a storage of ``count`` numbers."""
+    opcodes = inception_weights.tensor("0", count, (size,), (stride,))
+    state = pickle.PROTO + b"\x02" + pickle.EMPTY_DICT + pickle.MARK
+    state += inception_weights.text("a") + opcodes + pickle.SETITEMS + pickle.STOP
+    if kind == "legacy":
+        header = b"".join(pickle.dumps(part, 2) for part in (0x1950A86A20F9469CFC6C, 1001, {}))
+        data = struct.pack("<q", count) + bytes(16)
+        return header + state + pickle.dumps(["0"], 2) + data
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w") as archive:
+        archive.writestr("w/data/0", bytes(16))
+        archive.writestr("w/data.pkl", state)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("kind", ["zip", "legacy"])
+def test_more_numbers_than_the_file_holds_are_refused(tmp_path: Path, kind: str) -> None:
+    """By what is claimed: no memory is asked for."""
+    path, trillions = tmp_path / "w.pth", 10**13
+    path.write_bytes(_claims(kind, 4, 4, 1))
+    assert read_state_dict(path)["a"].tolist() == [0, 0, 0, 0]
+    for count, size, stride in ((trillions, 4, 1), (trillions, trillions, 1), (4, trillions, 0)):
+        path.write_bytes(_claims(kind, count, size, stride))
+        with pytest.raises(
+            ValueError, match=r"w\.pth is not a PyTorch state dict: .*(claims|more)"
+        ):
+            read_state_dict(path)
+    # A pickle of one string of 10^13 bytes, and one that puts it at place 2^31 of its memory.
+    for opcodes in (b"\x80\x04\x8e" + struct.pack("<Q", trillions), b"]r\xff\xff\xff\x7f."):
+        path.write_bytes(opcodes)
+        with pytest.raises(ValueError, match=r"w\.pth is not a PyTorch state dict: "):
+            read_state_dict(path)

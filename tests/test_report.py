@@ -15,6 +15,7 @@ from PIL import Image
 
 from sbml import report
 from sbml.report import plots as _plots
+from sbml.report.result import Result
 
 N, LEVELS = 40, 17
 ATTACK = '<script>alert("x")</script> $\\frac{'
@@ -356,3 +357,42 @@ def test_each_value_falls_in_a_bin() -> None:
     for values in (np.arange(38, 90, 6), np.full(5, 2.5), np.array([3]), np.linspace(0, 1, 300)):
         edges = _plots._bins(values)
         assert np.histogram(values, edges)[0].sum() == values.size
+
+
+def test_images_are_called_by_their_files(tmp_path: Path) -> None:
+    names = np.array([f"train/{i}.png" for i in range(N)])
+    page = write(tmp_path, numbers(), table={**columns(), "name": names})
+    shown = [alt for alt in page.images if alt.startswith("Image ")]
+    assert len(shown) == 20 and all(alt.startswith("Image train/") for alt in shown)
+    outlying = Result(**{**RESULT, "outliers": [[7, 9.5], [2, 8.0]]})
+    (told,) = outlying.warnings(names.tolist())
+    assert told.endswith("train/7.png (9.500), train/2.png (8.000)")
+    assert outlying.warnings()[0].endswith("7 (9.500), 2 (8.000)")
+
+
+def test_a_chart_of_one_point_is_not_drawn(tmp_path: Path) -> None:
+    """Nor an empty heading in its place."""
+    one = {"id": np.array([0]), "bits_per_dim": np.array([1.0])}
+    curves = [{"step": 1, "loss": 2.0}]
+    report = {**numbers(), "baselines": []}
+    page = write(tmp_path, report, table=one, curves=curves)
+    assert "svg" not in page.tags and "Image by image" not in page.text
+    assert "No training curve" in page.text
+    two = {"id": np.arange(2), "bits_per_dim": np.array([1.0, 2.0])}
+    page = write(tmp_path, numbers(), table=two, curves=[*curves, {"step": 2, "loss": 1.0}])
+    assert "svg" in page.tags and "Image by image" in page.text
+    assert "2 logged steps" in page.text
+
+
+def test_a_baseline_that_is_left_out_has_its_reason(tmp_path: Path) -> None:
+    report = {**numbers(), "baselines_left_out": {"full-covariance Gaussian": "9 are too few"}}
+    assert "Left out: full-covariance Gaussian, for 9 are too few." in write(tmp_path, report).text
+
+
+RESULT: dict[str, Any] = {
+    **{"estimator": "ode", "dequantizer": "uniform", "num_importance": 1, "data": "image_folder"},
+    **{"split": "test", "n": N, "split_size": N, "bits_per_dim": 2.0, "stderr": 0.1, "ci95": 0.2},
+    **{"interval": [1.8, 2.2], "this_set_stderr": 0.0, "this_set_ci95": 0.0, "nonfinite": 0},
+    **{"this_set_interval": [2.0, 2.0], "min": 1.0, "max": 9.5, "outliers": [], "terms": {}},
+    **{"smallest_time": 1e-3, "trace": None, "dequantizer_step": None, "nfe_mean": 9, "nfe_max": 9},
+}

@@ -74,7 +74,8 @@ def load(path: epath.PathLike) -> dict[str, Any]:
     try:
         tree = serialization.msgpack_restore(path.read_bytes())
     except Exception as error:  # msgpack has many ways to say that bytes are not its own.
-        message = f"{path} is not a flax msgpack file ({error}): is the copy whole?"
+        reason = str(error) or type(error).__name__
+        message = f"{path} is not a flax msgpack file ({reason}): is the copy whole?"
         raise ValueError(message) from error
     if not isinstance(tree, dict):
         raise ValueError(f"{path} holds a {type(tree).__name__}, no training state")

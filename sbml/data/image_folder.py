@@ -9,6 +9,7 @@ files of other suffixes are counted. Only names that begin with a dot are passed
 import hashlib
 import logging
 import os
+import stat
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,6 +21,7 @@ from tqdm import tqdm
 
 from sbml.data._cache import Add, content_key, prepared
 from sbml.data._image_set import ImageSet, Options, check_split
+from sbml.data._names import shown
 
 SUFFIXES = frozenset(
     (".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".jp2", ".webp", ".avif", ".bmp", ".gif")
@@ -43,9 +45,10 @@ class ImageFolder:
         Needs ``options.path``; ``image_size``, ``channels``, ``crop``, ``test_fraction``, ``seed``
         and ``cache_dir`` apply. The EXIF orientation is applied, 16-bit grey keeps its upper 8
         bits, CMYK becomes RGB by Pillow's formula, and of an animation the first frame is taken.
-        Files that Pillow cannot read, with transparent pixels, with 32-bit pixels, or with 16-bit
-        ones below 2^12, which a camera of 12 bits leaves, are logged as a warning and listed in the
-        set's ``skipped``; that images were enlarged is its ``caution``.
+        Files that Pillow cannot read, FIFOs and devices, files with transparent pixels, with 32-bit
+        pixels, or with 16-bit ones below 2^12, which a camera of 12 bits leaves, are logged as a
+        warning and listed in the set's ``skipped``; that images were enlarged, or of other colours
+        than ``channels`` says, is its ``caution``.
 
         Raises:
           ValueError: an option out of range, no such folder, or no usable image in the split.
@@ -54,14 +57,16 @@ class ImageFolder:
         root = _check(options)
         names = _members(root, split, options)
         choices = (names, split, options.image_size, options.channels, options.crop, options.seed)
-        version = content_key(tqdm([root / n for n in names], desc="Reading files"), *choices)
-        path = options.cache / "image_folder" / version / f"{split}_checked.npy"
+        read = [root / n for n in names if not _special(root / n)]
+        version = content_key(tqdm(read, desc="Reading files"), *choices)
+        path = options.cache / "image_folder" / version / f"{split}_counted.npy"
         images, notes = prepared(path, lambda add: _build(root, names, options, add))
         if skipped := tuple(notes["skipped"]):
             _warn(split, skipped, len(names), path.with_suffix(".json"))
-        ids, enlarged = tuple(notes["ids"]), notes["enlarged"]
-        caution = ENLARGED.format(enlarged, len(ids), split) if enlarged else ""
-        if caution:
+        ids = tuple(notes["ids"])
+        cautions = {ENLARGED: notes["enlarged"], RECOLOURED[options.channels]: notes["recoloured"]}
+        said = [text.format(n, len(ids), split) for text, n in cautions.items() if n]
+        if caution := "; ".join(said):
             log.warning(caution)
         return ImageSet(
             "image_folder", version, split, images, ids=ids, skipped=skipped, caution=caution
@@ -72,6 +77,11 @@ ENLARGED = (
     "{} of {} {} images are smaller than data.shape and were enlarged: pixels between others are "
     "easy to tell, so bits/dim are lower than of images of that size"
 )
+RECOLOURED = {
+    3: "{} of {} {} images are grey and were made RGB: their three channels are equal, so bits/dim "
+    "are lower than of colour images",
+    1: "{} of {} {} images are in colour and were made grey: the numbers are of their luma",
+}
 SOURCE = ImageFolder()
 
 
@@ -111,12 +121,12 @@ def _members(root: Path, split: str, options: Options) -> list[str]:
     """Paths relative to ``root`` of the image files of ``split``, sorted."""
     files = sorted(_files(root))
     names = [p.relative_to(root).as_posix() for p in files if p.suffix.lower() in SUFFIXES]
-    others = Counter(p.suffix.lower() or "none" for p in files)
+    others = Counter(shown(p.suffix.lower()) or "none" for p in files)
     if unused := {suffix: n for suffix, n in others.items() if suffix not in SUFFIXES}:
         listed = ", ".join(f"{suffix} ({n})" for suffix, n in sorted(unused.items()))
         log.warning(
             "%d files of %s are no images by their suffix, and not used: %s",
-            *(sum(unused.values()), root, listed),
+            *(sum(unused.values()), shown(str(root)), listed),
         )
     folders = sorted(p.name for p in root.iterdir() if p.is_dir())
     own = [f for f in folders if f.lower() in ("train", "test")]
@@ -133,7 +143,8 @@ def _members(root: Path, split: str, options: Options) -> list[str]:
     if own:
         members = [n for n in names if n.startswith(f"{split}/")]
         if outside := sum(not n.startswith(("train/", "test/")) for n in names):
-            log.warning("%d images of %s lie outside train and test: not used", outside, root)
+            where = shown(str(root))
+            log.warning("%d images of %s lie outside train and test: not used", outside, where)
     else:
         members = [n for n in names if _held_out(n, options) == (split == "test")]
     if not members:
@@ -154,30 +165,43 @@ def _held_out(name: str, options: Options) -> bool:
     return _uniform("split", options.seed, name) < options.test_fraction
 
 
-def _shown(name: str) -> str:
-    """``name`` as text that every file and terminal takes, whatever its bytes."""
-    return os.fsencode(name).decode("utf-8", "backslashreplace")
-
-
 def _build(root: Path, names: list[str], options: Options, add: Add) -> dict[str, Any]:
-    ids, skipped, enlarged = [], [], 0
+    ids, skipped, enlarged, recoloured = [], [], 0, 0
     for name in tqdm(names, desc="Decoding images", unit=" images"):
         try:
-            decoded = _decode(root / name, options.channels)
-            image = _square(decoded, name, options)
+            decoded = _decode(root / name)
+            image = _square(decoded.convert(MODES[options.channels]), name, options)
         except Exception as error:  # Pillow's decoders raise many kinds on broken files
-            skipped.append(f"{_shown(name)}: {_shown(str(error))}")
+            skipped.append(f"{shown(name)}: {shown(str(error))}")
             continue
         add(np.asarray(image).reshape(image.height, image.width, options.channels))
-        ids.append(_shown(name))
+        ids.append(shown(name))
         enlarged += min(decoded.size) < options.image_size
+        recoloured += _is_grey(decoded) == (options.channels == 3)
     if not ids:
         raise ValueError(f"None of {len(names)} images is usable. The first: {skipped[0]}")
-    return {"ids": ids, "skipped": skipped, "enlarged": enlarged}
+    return {"ids": ids, "skipped": skipped, "enlarged": enlarged, "recoloured": recoloured}
 
 
-def _decode(path: Path, channels: int) -> Image.Image:
-    """The first frame, upright, 8 bits a channel, grey or RGB."""
+def _special(path: Path) -> bool:
+    """Whether ``path`` is a FIFO, a device or a socket, which reading could wait for for ever."""
+    try:
+        return not stat.S_ISREG(path.stat().st_mode)
+    except OSError:  # As of a link to nowhere: opening it says why.
+        return False
+
+
+def _is_grey(image: Image.Image) -> bool:
+    """Whether no pixel has a colour, whatever the file's mode."""
+    if image.mode in ("1", "L", "LA"):
+        return True
+    return not np.ptp(np.asarray(image.convert("RGB")), axis=-1).any()
+
+
+def _decode(path: Path) -> Image.Image:
+    """The first frame, upright, 8 bits a channel."""
+    if _special(path):
+        raise ValueError("a FIFO, device or socket: put the image itself there")
     with Image.open(path) as opened:
         image = ImageOps.exif_transpose(opened)
     if image.mode in ("I", "F"):
@@ -194,7 +218,7 @@ def _decode(path: Path, channels: int) -> Image.Image:
         alpha = np.asarray(image.convert("RGBA"))[..., 3]
         if alpha.min() < 255:
             raise ValueError("transparent pixels: flatten the image onto a background")
-    return image.convert(MODES[channels])
+    return image
 
 
 def _square(image: Image.Image, name: str, options: Options) -> Image.Image:

@@ -10,10 +10,14 @@
 """
 
 import io
+import lzma
+import math
 import re
+import struct
 import tarfile
 import zipfile
-from collections.abc import Iterator
+import zlib
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -101,12 +105,43 @@ def _decode(which: str, split: str, options: Options, add: Add) -> dict[str, Any
         )
     count, read = 0, {"old": _tar, "new": _zip}[which]
     wanted = COUNTS[which][split]
-    for image in tqdm(read(archive), total=wanted, desc=f"Decoding {file}", unit=" images"):
+    images = _whole(archive, read)
+    for image in tqdm(images, total=wanted, desc=f"Decoding {file}", unit=" images"):
         add(image)
         count += 1
     if count != wanted:
         raise ValueError(f"{archive} holds {count} images instead of {wanted}: copy it again")
     return {}
+
+
+# What reading a damaged archive raises.
+DAMAGED = (
+    *(tarfile.TarError, zipfile.BadZipFile, zlib.error, lzma.LZMAError, OSError, EOFError),
+    *(ValueError, KeyError, SyntaxError, struct.error, NotImplementedError, RuntimeError),
+    *(MemoryError, OverflowError, Image.DecompressionBombError),
+)
+
+
+def _whole(archive: Path, read: Callable[[Path], Iterator[np.ndarray]]) -> Iterator[np.ndarray]:
+    """What ``read`` gives, a damaged archive named."""
+    try:
+        yield from read(archive)
+    except DAMAGED as error:
+        reason = str(error) or type(error).__name__
+        raise ValueError(f"{archive} is damaged ({reason}): copy it again") from error
+
+
+def _array(content: bytes) -> np.ndarray:
+    """The array of an .npy file; NumPy would first make room for whatever its header claims."""
+    file = io.BytesIO(content)
+    version = np.lib.format.read_magic(file)
+    headers = {(1, 0): np.lib.format.read_array_header_1_0}
+    headers[(2, 0)] = np.lib.format.read_array_header_2_0
+    shape, _, dtype = headers[version](file)
+    there = len(content) - file.tell()
+    if dtype.itemsize * math.prod(shape) != there:
+        raise ValueError(f"an array {dtype}{shape} of {there} bytes")
+    return np.load(io.BytesIO(content), allow_pickle=False)
 
 
 def _tar(archive: Path) -> Iterator[np.ndarray]:
@@ -122,6 +157,6 @@ def _zip(archive: Path) -> Iterator[np.ndarray]:
     """The rows of the newer version, each the three planes of an image."""
     with zipfile.ZipFile(archive) as files:
         for name in sorted(n for n in files.namelist() if n.endswith(".npz")):
-            with np.load(io.BytesIO(files.read(name)), allow_pickle=False) as arrays:
-                rows = arrays["data"]
+            with zipfile.ZipFile(io.BytesIO(files.read(name))) as arrays:
+                rows = _array(arrays.read("data.npy"))
             yield from rows.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)

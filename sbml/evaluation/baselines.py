@@ -4,8 +4,10 @@
     Gaussian    k + u ~ N(m, C), u ~ U[0, 1)^d:
                 E_u -log p = 1/2 [r^T C^-1 r + tr(C^-1) / 12 + log det(2 pi C)],  r = k + 1/2 - m
 
-C is the full covariance up to ``FULL`` dimensions, whose cost grows as their cube, and beyond them
-the variances. All are exact per image: no noise enters.
+C is the full covariance up to ``FULL`` dimensions, whose cost grows as their cube, and otherwise
+the variances. Of no more images than dimensions the covariance is singular but for the 1/12 of the
+dequantization: the number would say nothing of the data, and is left out. All are exact per image:
+no noise enters.
 """
 
 import math
@@ -20,11 +22,24 @@ FULL = 4096
 
 
 def all_of(train: np.ndarray, test: np.ndarray, levels: int) -> dict[str, np.ndarray]:
-    """Bits/dim ``(m,)`` of uint8 ``test (m, *s)`` under each, by name."""
-    full = math.prod(train.shape[1:]) <= FULL
-    name, kind = ("full-covariance", gaussian) if full else ("diagonal", diagonal_gaussian)
-    histograms = histogram(train, test, levels)
-    return {"per-pixel histogram": histograms, f"{name} Gaussian": kind(train, test)}
+    """Bits/dim ``(m,)`` of uint8 ``test (m, *s)`` under each that means something, by name."""
+    found = {"per-pixel histogram": histogram(train, test, levels)}
+    if left_out(train):
+        return found
+    if math.prod(train.shape[1:]) <= FULL:
+        return {**found, "full-covariance Gaussian": gaussian(train, test)}
+    return {**found, "diagonal Gaussian": diagonal_gaussian(train, test)}
+
+
+def left_out(train: np.ndarray) -> dict[str, str]:
+    """Why a baseline means nothing for ``train (n, *s)``, by name."""
+    size = math.prod(train.shape[1:])
+    if size > FULL or len(train) > size:
+        return {}
+    return {
+        "full-covariance Gaussian": f"{len(train):,} training images are no more than their "
+        f"{size:,} dimensions: their covariance is singular"
+    }
 
 
 def histogram(train: np.ndarray, test: np.ndarray, levels: int) -> np.ndarray:

@@ -6,8 +6,12 @@ any other is refused.
 """
 
 import io
+import math
+import os
 import pickle
+import struct
 import zipfile
+import zlib
 from collections import OrderedDict
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -22,10 +26,12 @@ DTYPES = {
     "IntStorage": np.dtype("<i4"),
 }
 
-# What reading another kind of file, or a damaged one, raises.
+# What reading another kind of file, or a damaged one, raises. A pickle may claim any size: the
+# memory for it is never there.
 NO_STATE_DICT = (
     *(pickle.UnpicklingError, EOFError, KeyError, AttributeError, TypeError, ValueError),
-    *(IndexError, zipfile.BadZipFile),
+    *(IndexError, zipfile.BadZipFile, zlib.error, struct.error, NotImplementedError),
+    *(MemoryError, OverflowError, RecursionError, RuntimeError, AssertionError),
 )
 
 
@@ -33,7 +39,8 @@ def read_state_dict(path: str | Path) -> dict[str, np.ndarray]:
     """The arrays of the state dict in ``path``, by name.
 
     Raises:
-      ValueError: it is not one, or wants code that a state dict does not need.
+      ValueError: it is not one, claims more numbers than the file holds, or wants code that a
+        state dict does not need.
     """
     path = Path(path)
     try:
@@ -42,7 +49,8 @@ def read_state_dict(path: str | Path) -> dict[str, np.ndarray]:
             found = read(file)
         return {str(name): np.array(array) for name, array in found.items()}
     except NO_STATE_DICT as error:
-        raise ValueError(f"{path} is not a PyTorch state dict: {error}") from error
+        reason = str(error) or type(error).__name__
+        raise ValueError(f"{path} is not a PyTorch state dict: {reason}") from error
 
 
 class _Reader(pickle.Unpickler):
@@ -73,8 +81,19 @@ def _tensor(storage: np.ndarray, offset: int, size: Any, stride: Any, *_: Any) -
     last = offset + sum((n - 1) * step for n, step in zip(size, stride, strict=True))
     if min(offset, 0, *size, *stride) < 0 or (0 not in size and last >= storage.size):
         raise pickle.UnpicklingError(f"a tensor {tuple(size)} goes beyond its storage")
+    if math.prod(size) > storage.size:
+        raise pickle.UnpicklingError(
+            f"a tensor {tuple(size)} of more numbers than its storage, {storage.size}"
+        )
     strides = [step * storage.itemsize for step in stride]
     return np.lib.stride_tricks.as_strided(storage[offset:], size, strides, writeable=False)
+
+
+def _check_size(what: str, size: int, file: BinaryIO) -> None:
+    """Refuse what claims more bytes than the file has: all is stored as it is."""
+    most = os.fstat(file.fileno()).st_size
+    if not 0 <= size <= most:
+        raise pickle.UnpicklingError(f"{what} claims {size} bytes, the file has {most}")
 
 
 def _zipped(file: BinaryIO) -> dict[str, np.ndarray]:
@@ -85,8 +104,11 @@ def _zipped(file: BinaryIO) -> dict[str, np.ndarray]:
         folder = index.removesuffix("data.pkl")
 
         def storage(key: str, dtype: np.dtype, count: int) -> np.ndarray:
+            _check_size(f"storage {key}", count * dtype.itemsize, file)
             return np.frombuffer(archive.read(f"{folder}data/{key}"), dtype, count)
 
+        for member in archive.infolist():
+            _check_size(member.filename, member.file_size, file)
         return _Reader(io.BytesIO(archive.read(index)), storage).load()
 
 
@@ -99,6 +121,8 @@ def _legacy(file: BinaryIO) -> dict[str, np.ndarray]:
     storages: dict[str, np.ndarray] = {}
 
     def storage(key: str, dtype: np.dtype, count: int) -> np.ndarray:
+        others = sum(array.nbytes for name, array in storages.items() if name != key)
+        _check_size(f"storage {key}", others + count * dtype.itemsize, file)
         return storages.setdefault(key, np.zeros(count, dtype))
 
     found = _Reader(file, storage).load()

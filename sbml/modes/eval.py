@@ -165,7 +165,7 @@ def _warnings(shared: Evaluation, train: ImageSet, found: dict[str, Dequantizati
     for split in (images, train):
         if split.skipped:
             named = "; ".join(split.skipped)
-            warnings.append(f"{len(split.skipped)} unreadable {split.split} files: {named}")
+            warnings.append(f"{len(split.skipped)} {split.split} files are not used: {named}")
     if (count := len(shared.ids())) < len(images):
         how = "the first" if shared.experiment.config.eval.in_order else "a random sample of"
         warnings.append(f"{how} {count} of {len(images)} images (eval.max_images)")
@@ -248,14 +248,16 @@ def _run(experiment: Experiment, workdir: Workdir) -> None:
     tables, results = _fill(shared, defined, found)
     if images.ids:
         tables["name"] = np.asarray(images.ids)[tables["id"]]
-    warnings += [warning for result in results for warning in result.warnings]
+    warnings += [warning for result in results for warning in result.warnings(images.ids)]
     for warning in warnings:
         logging.warning(warning)
+    left_out = baselines.left_out(train.images)
     evaluation = {
         "title": workdir.name,
         "results": [result.plain() for result in results],
         **({"undefined": undefined} if undefined else {}),
         "baselines": _baselines(train, images, tables["id"]),
+        **({"baselines_left_out": left_out} if left_out else {}),
         "warnings": warnings,
         "model": {"name": config.model.name, "parameters": experiment.parameter_count()},
         "checkpoint": {

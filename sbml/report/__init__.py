@@ -36,11 +36,12 @@ def write(
       directory: anything etils can open, gs:// included; made if missing.
       report: ``title``, ``results`` (a list of mappings with ``bits_per_dim``, ``interval``,
         ``n`` …; the first is the headline), and optionally ``baselines``, ``warnings``,
-        ``command``, ``model``, ``checkpoint``, ``quality`` (names to numbers);
+        ``command``, ``model``, ``checkpoint``, ``quality`` (names to numbers),
+        ``baselines_left_out`` (names to reasons);
         whatever else it has is listed under its own name.
       table: columns (n,), one row an image: ``id``, at least one whose name ends in
         ``bits_per_dim``, and any that end in ``nfe``, network evaluations. What precedes the ending
-        names the figure.
+        names the figure. ``name``, if there is one, is shown in place of the id.
       images: uint8 (n, h, w, c) indexed by id, or a function from ids to such an array.
       levels: grey levels L; pixels are 0 … L - 1.
       curves: rows with ``step``, ``loss`` and perhaps ``images_per_s`` and ``seconds`` since

@@ -23,7 +23,7 @@ STRIP_IMAGES, SAMPLE_COLUMNS, SAMPLE_ROWS = 10, 16, 8
 PIXEL_BUDGET = 150_000  # bytes before compression, for each strip and half the sample grid
 
 DETAILS = {"data": "Data fingerprints", "config": "Configuration"}
-SHOWN_ELSEWHERE = {"title", "results", "baselines", "warnings", "command"}
+SHOWN_ELSEWHERE = {"title", "results", "baselines", "baselines_left_out", "warnings", "command"}
 
 
 def render(
@@ -37,44 +37,45 @@ def render(
 ) -> str:
     """The page: one HTML file. Arguments as of ``report.write``, with a strict ``report``."""
     bits = ending(table, "bits_per_dim")
-    best, worst = _extremes(np.asarray(table["id"]), next(iter(bits.values())), images, levels)
+    ids, names = np.asarray(table["id"]), table.get("name")
+    best, worst = _extremes(ids, names, next(iter(bits.values())), images, levels)
     columns = _columns(report["results"])
-    return (
-        environment()
-        .get_template("report.html")
-        .render(
-            title=report.get("title", "Evaluation"),
-            warnings=[*report.get("warnings", []), *_uncounted(report, bits)],
-            headline=_headline(report["results"][0]),
-            versus=_versus(report["results"][0], report.get("baselines", [])),
-            comparison=_comparison(report["results"], report.get("baselines", [])),
-            facts=_facts(report),
-            columns=columns,
-            rows=[
-                {
-                    column["key"]: text(row.get(column["key"]), column["format"])
-                    for column in columns
-                }
-                for row in report["results"]
-            ],
-            ledger=_ledger(report["results"]),
-            histograms=[
-                *(_histogram(f"{name} bits/dim".strip(), column) for name, column in bits.items()),
-                *(
-                    _histogram(f"{name} network evaluations".strip(), column)
-                    for name, column in ending(table, "nfe").items()
-                    if np.ptp(column) > 0
-                ),
-            ],
-            best=best,
-            worst=worst,
-            training=_training(curves),
-            samples=None if samples is None else _samples(samples, levels),
-            quality={name: text(value, ".4g") for name, value in report.get("quality", {}).items()},
-            pictures=[{"png": _png_url(png), "alt": caption} for caption, png in pictures],
-            command=report.get("command"),
-            details=_details(report),
-        )
+    template = environment().get_template("report.html")
+    return template.render(
+        title=report.get("title", "Evaluation"),
+        warnings=[*report.get("warnings", []), *_uncounted(report, bits)],
+        headline=_headline(report["results"][0]),
+        versus=_versus(report["results"][0], report.get("baselines", [])),
+        comparison=_comparison(
+            report["results"], report.get("baselines", []), report.get("baselines_left_out", {})
+        ),
+        facts=_facts(report),
+        columns=columns,
+        rows=[
+            {column["key"]: text(row.get(column["key"]), column["format"]) for column in columns}
+            for row in report["results"]
+        ],
+        ledger=_ledger(report["results"]),
+        histograms=[
+            *(
+                _histogram(f"{name} bits/dim".strip(), column)
+                for name, column in bits.items()
+                if column.size > 1
+            ),
+            *(
+                _histogram(f"{name} network evaluations".strip(), column)
+                for name, column in ending(table, "nfe").items()
+                if np.ptp(column) > 0
+            ),
+        ],
+        best=best,
+        worst=worst,
+        training=_training(curves),
+        samples=None if samples is None else _samples(samples, levels),
+        quality={name: text(value, ".4g") for name, value in report.get("quality", {}).items()},
+        pictures=[{"png": _png_url(png), "alt": caption} for caption, png in pictures],
+        command=report.get("command"),
+        details=_details(report),
     )
 
 
@@ -219,17 +220,27 @@ def figure(name: str, draw: Callable, width: float, height: float, caption: str)
 
 
 def _comparison(
-    results: Sequence[Mapping[str, Any]], baselines: Sequence[Mapping[str, Any]]
-) -> dict[str, Any]:
+    results: Sequence[Mapping[str, Any]],
+    baselines: Sequence[Mapping[str, Any]],
+    left_out: Mapping[str, str],
+) -> dict[str, Any] | None:
+    """The numbers beside each other; None where there is one alone."""
     estimates = [estimate(_label(row), row, ours=True) for row in results]
     estimates += [estimate(row["name"], row, ours=False) for row in baselines]
+    if len(estimates) < 2:
+        return None
     values = "; ".join(f"{row.label} {row.value:.3f}" for row in estimates)
     shown = figure(
         "Comparison",
         partial(_plots.comparison, estimates=estimates),
         5.8,
         0.6 + 0.36 * len(estimates),
-        "Bars: 95% intervals. Blue: this model; grey: baselines.",
+        " ".join(
+            [
+                "Bars: 95% intervals. Blue: this model; grey: baselines.",
+                *(f"Left out: {name}, for {reason}." for name, reason in left_out.items()),
+            ]
+        ),
     )
     return shown | {"alt": f"Comparison in bits/dim: {values}."}
 
@@ -257,7 +268,7 @@ def _histogram(name: str, values: np.ndarray) -> dict[str, Any]:
 
 def _training(curves: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
     rows = {row["step"]: row for row in curves if "loss" in row}
-    if not rows:
+    if len(rows) < 2:
         return None
     step = np.array(sorted(rows))
     loss = np.array([rows[at]["loss"] for at in step], np.float64)
@@ -283,7 +294,11 @@ def _png_url(png: bytes) -> str:
 
 
 def _extremes(
-    ids: np.ndarray, bits: np.ndarray, images: Fetch | np.ndarray, levels: int
+    ids: np.ndarray,
+    names: np.ndarray | None,
+    bits: np.ndarray,
+    images: Fetch | np.ndarray,
+    levels: int,
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """The images of least bits/dim, best first, and of most, worst first (not finite: worst)."""
     order = np.argsort(np.where(np.isfinite(bits), bits, np.inf), kind="stable")
@@ -295,7 +310,8 @@ def _extremes(
         return [
             {
                 "png": data_url(_images.image_grid(pixels[None], levels, 1, _scale(pixels, 96))),
-                "id": ids[row],
+                "name": str(ids[row] if names is None else names[row]),
+                "caption": f"id {ids[row]}" if names is None else str(names[row]),
                 "bits_per_dim": text(float(bits[row]), "bits"),
                 "finite": math.isfinite(bits[row]),
             }

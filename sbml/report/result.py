@@ -1,7 +1,7 @@
 """One number of an evaluation: the one place that spells what ``report.json`` says of it."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -148,14 +148,17 @@ class Result:
             f"n={self.n}"
         )
 
-    @property
-    def warnings(self) -> list[str]:
-        """What a reader of the number must know: non-finite or outlying images, no convergence."""
+    def warnings(self, names: Sequence[str] | None = None) -> list[str]:
+        """What a reader of the number must know: non-finite or outlying images, no convergence.
+
+        ``names`` are those of all images of the split, by id, where they have any.
+        """
         found = []
         if self.nonfinite:
             found.append(f"{self.name}: {self.nonfinite} images have a non-finite result")
         if self.outliers:
-            shown = ", ".join(f"{i} ({value:.3f})" for i, value in self.outliers[:5])
+            far = [(names[int(i)] if names else i, value) for i, value in self.outliers[:5]]
+            shown = ", ".join(f"{name} ({value:.3f})" for name, value in far)
             found.append(
                 f"{self.name}: over 6 robust standard deviations from the median, and counted like "
                 f"all others: {len(self.outliers)} of {self.n} images, {shown}"

@@ -1,23 +1,19 @@
 """From a network to a score: the only bridge between Flax and the mathematics.
 
-A network F sees an input and a label of the time; what it returns becomes the score by one of
+A network F sees an input and a label of the time; what it returns is a prediction of the noise e by
+``sbml.predictions``, and the score is -e / sigma. The names of a config are
 
-    noise            s = -F / sigma       F predicts the noise z (the authors' VP and subVP)
-    score            s =  F / sigma       (the authors' VE with model.scale_by_sigma)
-    unscaled         s =  F               (the authors' VE without)
-    preconditioned   s = -(c_skip x + c_out F) / sigma
-    residual         s = -(x + F) / sigma    F predicts what the noise is more than x (VDM)
-    x0               s = -(x - alpha F) / sigma^2
-    velocity         s = -(sigma x + alpha F) / (sigma (alpha^2 + sigma^2))
-    levels           s = -(x / alpha - x^) / (rho sigma),  x^ by Bayes' rule (``sbml.integers``)
+    noise            F predicts the noise (the authors' VP and subVP)
+    score            s = F / sigma (the authors' VE with model.scale_by_sigma): ``scaled_score``
+    unscaled         s = F (the authors' VE without): ``score``
+    preconditioned   e = c_skip x + c_out F (Karras et al., EDM, NeurIPS 2022, for any linear SDE)
+    residual         F predicts what the noise is more than x (VDM)
+    x0, velocity     F predicts x_0 or alpha e - sigma x_0
+    levels           F tells x_0 by Bayes' rule (``sbml.integers``)
 
-with, for data of standard deviation d and v = alpha^2 d^2 + sigma^2,
-
-    c_skip = sigma / v,    c_out = alpha d / sqrt(v),    F sees x / sqrt(v)
-
-so that F = 0 is already the best linear denoiser of white data, and F's target has unit variance at
-every noise level (Karras et al., EDM, NeurIPS 2022, for any linear SDE). An unpreconditioned
-network has no such floor and can blow up on a test image.
+The network of ``preconditioned``, ``x0``, ``velocity`` and ``levels`` sees x / sqrt(v), which has
+unit variance at every noise level: v = alpha^2 d^2 + sigma^2 for data of standard deviation d. An
+unpreconditioned network has no floor such as the linear denoiser, and can blow up on a test image.
 
 Labels: ``time`` is 999 t (the authors'; it hardly moves below t = 1e-3, where a fifth of the
 importance draws fall), ``log_snr`` is lambda(eps) - lambda(t), ``sigma`` is sigma(t) (for Fourier
@@ -37,15 +33,25 @@ import jax.numpy as jnp
 from jaxtyping import Float, Integer
 
 from sbml import compiler, integers
+from sbml.predictions import NOISE
 from sbml.sdes import SDE, Kernel
 from sbml.types import Array, Batch, Example, Key, Pixels, Scalar, Vector
 
 Condition = Integer[Array, ""] | Float[Array, ""] | int
 
 LEVELS = "levels"
-PARAMETERIZATIONS = (
-    *("noise", "score", "unscaled", "preconditioned", "residual", "x0", "velocity", LEVELS),
-)
+# Which of ``predictions.NOISE`` each is.
+PARAMETERIZATIONS = {
+    "noise": "noise",
+    "score": "scaled_score",
+    "unscaled": "score",
+    "preconditioned": "preconditioned",
+    "residual": "residual",
+    "x0": "x0",
+    "velocity": "velocity",
+    LEVELS: "x0",  # of x / alpha
+}
+SCALED = ("preconditioned", "x0", "velocity", LEVELS)  # Their networks see x / sqrt(v).
 LABELS = ("time", "log_snr", "sigma", "scaled_log_snr")
 
 
@@ -58,8 +64,7 @@ class Adapter:
       sde: the forward process, an SDE or the noise levels of a discrete-time one.
       parameterization: one of the above.
       label: ``time``, ``log_snr``, ``sigma`` or ``scaled_log_snr``.
-      data_std: the data's standard deviation in [-1, 1]. The network of ``preconditioned``, ``x0``,
-        ``velocity`` and ``levels`` sees x / sqrt(v).
+      data_std: d, the data's standard deviation in [-1, 1].
       eps: the smallest time, where the ``log_snr`` label is 0.
       labels: the SDE that is evaluated, where ``sde`` are the noise levels that are trained: a
         noise then has one label in both, that of its time in the SDE.
@@ -86,7 +91,7 @@ class Adapter:
         if self.parameterization not in PARAMETERIZATIONS:
             raise ValueError(
                 f"unknown parameterization {self.parameterization!r}; "
-                f"choose from {PARAMETERIZATIONS}"
+                f"choose from {tuple(PARAMETERIZATIONS)}"
             )
         if self.label not in LABELS:
             raise ValueError(f"unknown time label {self.label!r}; choose from {LABELS}")
@@ -130,28 +135,24 @@ class Adapter:
             return 1000.0 * (largest - sde.log_snr(t)) / (largest - least)
         return sde.log_snr(jnp.asarray(self.eps, t.dtype)) - sde.log_snr(t)
 
-    def coefficients(self, t: Vector) -> tuple[Vector, Vector, Vector]:
-        """c_in, c_skip, c_out at times ``t``: the noise is c_skip x + c_out F(c_in x).
+    def seen(self, x: Batch, t: Vector) -> Batch:
+        """The network's input for ``x (n, *s)`` at ``t (n,)``."""
+        if self.parameterization not in SCALED:
+            return x
+        v = (self.sde.mean_coef(t) * self.data_std) ** 2 + self.sde.std(t) ** 2
+        return _per_example(1 / jnp.sqrt(v), x) * x
 
-        For ``levels``, which is not linear in F, only the first of them is meant.
-        """
-        alpha, sigma = self.sde.mean_coef(t), self.sde.std(t)
-        v = (alpha * self.data_std) ** 2 + sigma**2
-        if self.parameterization == "preconditioned":
-            return 1 / jnp.sqrt(v), sigma / v, alpha * self.data_std / jnp.sqrt(v)
-        if self.parameterization in ("x0", LEVELS):
-            return 1 / jnp.sqrt(v), 1 / sigma, -alpha / sigma
-        if self.parameterization == "velocity":
-            whole = alpha**2 + sigma**2
-            return 1 / jnp.sqrt(v), sigma / whole, alpha / whole
-        if self.parameterization == "residual":
-            return jnp.ones_like(t), jnp.ones_like(t), jnp.ones_like(t)
-        noise = {
-            "noise": jnp.ones_like(t),
-            "score": -jnp.ones_like(t),
-            "unscaled": -self.sde.std(t),
-        }
-        return jnp.ones_like(t), jnp.zeros_like(t), noise[self.parameterization]
+    def noise(self, out: Array, x: Batch, t: Vector) -> Batch:
+        """E[e | x_t] from the network's outputs, ``(n, *s)``."""
+        alpha, sigma = (_per_example(c, x) for c in (self.sde.mean_coef(t), self.sde.std(t)))
+        if self.parameterization == LEVELS:
+            y, rho = x / alpha, sigma / alpha
+            x_0 = integers.denoised(out, y, rho, self.levels, self.data)
+            return NOISE["x0"](x_0, y, jnp.ones_like(alpha), rho, self.data_std)
+        if out.shape != x.shape:
+            raise ValueError(f"the network returned shape {out.shape} for an input of {x.shape}")
+        kind = PARAMETERIZATIONS[self.parameterization]
+        return NOISE[kind](out, x, alpha, sigma, self.data_std)
 
 
 @jax.tree_util.register_dataclass
@@ -168,17 +169,8 @@ class LinenScore:
 
     def batch(self, x: Batch, t: Vector, key: Key | None) -> Batch:
         """Scores of ``x (n, *s)`` at ``t (n,)``; one key for the whole batch."""
-        a = self.adapter
-        out = self._network(x, t, key)
-        sigma = _per_example(a.sde.std(t), x)
-        if a.parameterization == LEVELS:
-            alpha = _per_example(a.sde.mean_coef(t), x)
-            y, rho = x / alpha, sigma / alpha
-            return (integers.denoised(out, y, rho, a.levels, a.data) - y) / (rho * sigma)
-        if out.shape != x.shape:
-            raise ValueError(f"the network returned shape {out.shape} for an input of {x.shape}")
-        _, c_skip, c_out = (_per_example(c, x) for c in a.coefficients(t))
-        return -(c_skip * x + c_out * out) / sigma
+        noise = self.adapter.noise(self._network(x, t, key), x, t)
+        return -noise / _per_example(self.adapter.sde.std(t), x)
 
     def decoder_nats(self, y: Example, t: Scalar, pixels: Pixels) -> Scalar:
         """-log p(pixels | x_t) of one example, x_t = alpha y: nats, a scalar.
@@ -201,13 +193,12 @@ class LinenScore:
         """F, of the network's input and label."""
         compiler.check()
         a = self.adapter
-        c_in = _per_example(a.coefficients(t)[0], x)
         told: dict[str, Any] = {}
         if self.condition is not None:
             told["condition"] = jnp.broadcast_to(self.condition, t.shape)
         out: Any = a.model.apply(
             {"params": self.params},
-            c_in * x,
+            a.seen(x, t),
             a.label_of(t),
             train=key is not None,
             rngs=None if key is None else {"dropout": key},

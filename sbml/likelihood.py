@@ -38,6 +38,8 @@ Reference: Song et al., "Score-Based Generative Modeling through SDEs", ICLR 202
 
 from typing import NamedTuple
 
+import jax.numpy as jnp
+
 from sbml import divergence, ode, scalars
 from sbml.divergence import Trace
 from sbml.ode import Solver, Stats, velocity

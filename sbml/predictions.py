@@ -1,23 +1,29 @@
-"""From what a network predicts to a score, for networks that were trained elsewhere.
+"""From what a network predicts to a score.
 
 With x_t = alpha x_0 + sigma e, every prediction F of a network is one of the noise e:
 
-    noise      F ~ e                        e = F
-    score      F ~ -e / sigma               e = -sigma F
-    x0         F ~ x_0                      e = (x_t - alpha F) / sigma
-    velocity   F ~ alpha e - sigma x_0      e = (sigma x_t + alpha F) / (alpha^2 + sigma^2)
-    flow       F ~ e - x_0                  e = (x_t + alpha F) / (alpha + sigma)
+    noise            F ~ e                        e = F
+    score            F ~ -e / sigma               e = -sigma F
+    x0               F ~ x_0                      e = (x_t - alpha F) / sigma
+    velocity         F ~ alpha e - sigma x_0      e = (sigma x_t + alpha F) / (alpha^2 + sigma^2)
+    flow             F ~ e - x_0                  e = (x_t + alpha F) / (alpha + sigma)
+    residual         F ~ e - x_t                  e = x_t + F
+    scaled_score     F ~ -e                       e = -F
+    preconditioned                                e = c_skip x_t + c_out F
+    edm                                           e = c_skip x_t - c_out F
 
-and the score is -e / sigma. The network of EDM sees y = x_t / alpha, whose noise is rho = sigma /
-alpha, scaled, and the noise level as log(rho) / 4; with d the data's standard deviation,
+and the score is -e / sigma. With d the data's standard deviation and v = alpha^2 d^2 + sigma^2,
 
-    edm        x_0 ~ c_skip y + c_out F(c_in y, log(rho) / 4),      e = (y - x_0) / rho
-               c_skip = d^2 / (rho^2 + d^2),  c_out = rho d c_in,  c_in = 1 / sqrt(rho^2 + d^2)
+    c_skip = sigma / v,    c_out = alpha d / sqrt(v),    F sees x_t / sqrt(v)
 
-Where alpha = 0, x_t is noise alone: noise, score and EDM's network say nothing of x_0 there. The
-other three do, and so offer x_0 and e as ``predictions`` (``sbml.types``), without a division by
-alpha:
+so that F = 0 is already the best linear denoiser of white data, and F's target has unit variance at
+every noise level. EDM's network is of this kind with the other sign, and sees the noise level as
+log(sigma / alpha) / 4.
 
+Where alpha = 0, x_t is noise alone, and most of these say nothing of x_0. Three do, and so offer
+x_0 and e as ``predictions`` (``sbml.types``), without a division by alpha:
+
+    x0         x_0 = F
     velocity   x_0 = (alpha x_t - sigma F) / (alpha^2 + sigma^2)
     flow       x_0 = (x_t - sigma F) / (alpha + sigma)
 
@@ -27,29 +33,46 @@ Karras et al. 2022 (EDM).
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax.numpy as jnp
+from jaxtyping import Float
 
 from sbml import pytrees
 from sbml.sdes import Kernel
-from sbml.types import Example, Key, Scalar, of_shape
+from sbml.types import Array, Example, Key, Scalar, of_shape
 
 Network = Callable[[Example, Scalar], Example]
 
-# x_0 and the noise, of the prediction F, x_t, alpha and sigma.
-PAIRS: dict[str, Callable[[Example, Example, Scalar, Scalar], tuple[Example, Example]]] = {
-    "x0": lambda f, x, alpha, sigma: (f, (x - alpha * f) / sigma),
-    "velocity": lambda f, x, alpha, sigma: (
-        (alpha * x - sigma * f) / (alpha**2 + sigma**2),
-        (sigma * x + alpha * f) / (alpha**2 + sigma**2),
-    ),
-    "flow": lambda f, x, alpha, sigma: (
-        (x - sigma * f) / (alpha + sigma),
-        (x + alpha * f) / (alpha + sigma),
-    ),
+Real = Float[Array, "..."]
+Prediction = Callable[[Real, Real, Real, Real, float], Real]
+
+
+def _preconditioned(f: Real, x: Real, alpha: Real, sigma: Real, data_std: float) -> Real:
+    v = (alpha * data_std) ** 2 + sigma**2
+    return sigma / v * x + alpha * data_std / jnp.sqrt(v) * f
+
+
+# The noise e of (F, x_t, alpha, sigma, d), elementwise.
+NOISE: dict[str, Prediction] = {
+    "noise": lambda f, x, alpha, sigma, d: f,
+    "score": lambda f, x, alpha, sigma, d: -sigma * f,
+    "x0": lambda f, x, alpha, sigma, d: (x - alpha * f) / sigma,
+    "velocity": lambda f, x, alpha, sigma, d: (sigma * x + alpha * f) / (alpha**2 + sigma**2),
+    "flow": lambda f, x, alpha, sigma, d: (x + alpha * f) / (alpha + sigma),
+    "edm": lambda f, x, alpha, sigma, d: _preconditioned(-f, x, alpha, sigma, d),
+    "preconditioned": _preconditioned,
+    "residual": lambda f, x, alpha, sigma, d: x + f,
+    "scaled_score": lambda f, x, alpha, sigma, d: -f,
 }
-KINDS = ("noise", "score", *PAIRS, "edm")
+SCALED = ("preconditioned", "edm")  # Their networks see x_t / sqrt(v).
+
+# x_0 of the same, of those that need no division by alpha for it.
+DENOISED: dict[str, Prediction] = {
+    "x0": lambda f, x, alpha, sigma, d: f,
+    "velocity": lambda f, x, alpha, sigma, d: (alpha * x - sigma * f) / (alpha**2 + sigma**2),
+    "flow": lambda f, x, alpha, sigma, d: (x - sigma * f) / (alpha + sigma),
+}
 
 
 @pytrees.register
@@ -71,17 +94,19 @@ class PredictionScore:
 
     def noise(self, x: Example, t: Scalar) -> Example:
         """E[e | x_t], shape ``(*s)``."""
-        alpha, sigma = self.sde.mean_coef(t), self.sde.std(t)
-        if self.kind == "edm":
-            return self._edm(x / alpha, sigma / alpha)
-        found = of_shape(self.network(x, t), x)
-        return found if self.kind == "noise" else -sigma * found
+        return self._of((NOISE,), x, t)[0]
 
-    def _edm(self, y: Example, rho: Scalar) -> Example:
-        c_in = 1 / jnp.hypot(rho, self.data_std)
-        out = of_shape(self.network(c_in * y, 0.25 * jnp.log(rho)), y)
-        c_skip, c_out = (self.data_std * c_in) ** 2, rho * self.data_std * c_in
-        return (y - c_skip * y - c_out * out) / rho
+    def _of(
+        self, tables: Sequence[dict[str, Prediction]], x: Example, t: Scalar
+    ) -> tuple[Example, ...]:
+        """What each of ``tables`` makes of one call of the network, each ``(*s)``."""
+        alpha, sigma, seen, label = self.sde.mean_coef(t), self.sde.std(t), x, t
+        if self.kind in SCALED:
+            seen = x / jnp.hypot(alpha * self.data_std, sigma)
+        if self.kind == "edm":
+            label = 0.25 * jnp.log(sigma / alpha)
+        found = of_shape(self.network(seen, label), x)
+        return tuple(table[self.kind](found, x, alpha, sigma, self.data_std) for table in tables)
 
 
 @pytrees.register
@@ -91,12 +116,8 @@ class PairScore(PredictionScore):
 
     def predictions(self, x: Example, t: Scalar) -> tuple[Example, Example]:
         """E[x_0 | x_t] and E[e | x_t], each ``(*s)``, by one call of the network."""
-        found = of_shape(self.network(x, t), x)
-        return PAIRS[self.kind](found, x, self.sde.mean_coef(t), self.sde.std(t))
-
-    def noise(self, x: Example, t: Scalar) -> Example:
-        """E[e | x_t], shape ``(*s)``."""
-        return self.predictions(x, t)[1]
+        x_0, noise = self._of((DENOISED, NOISE), x, t)
+        return x_0, noise
 
 
 def from_prediction(
@@ -105,26 +126,26 @@ def from_prediction(
     """A score (``sbml.types``) of a function that predicts ``kind``.
 
     Where alpha(T) = 0, as for ``RectifiedFlow`` and ``Cosine``, the probability-flow ODE of ``x0``,
-    ``velocity`` and ``flow`` runs up to T and its prior is exact. That of ``noise``, ``score`` and
-    ``edm`` ends at ``sde.largest_time``, where alpha / sigma = 1e-3, and the signal that is left
-    counts as none: with the data's mean m, the mean of log p is too small by 1e-6 |m|^2 / 2 nats,
-    that of one example off by about 1e-3 |m| nats of either sign.
+    ``velocity`` and ``flow`` runs up to T and its prior is exact. That of the others ends at
+    ``sde.largest_time``, where alpha / sigma = 1e-3, and the signal that is left counts as none:
+    with the data's mean m, the mean of log p is too small by 1e-6 |m|^2 / 2 nats, that of one
+    example off by about 1e-3 |m| nats of either sign.
 
     Args:
       network: ``network(x_t, t)`` of one example ``(*s)`` and its time ``()``, shape ``(*s)``. A
         network that was trained with another label than t is wrapped: ``lambda x, t: net(x, 1000 *
-        t)``. For ``edm`` it is called with what EDM's network sees, as above.
-      kind: ``noise``, ``score``, ``x0``, ``velocity``, ``flow`` or ``edm``.
+        t)``. For ``edm`` and ``preconditioned`` it is called with what such a network sees, above.
+      kind: one of the above.
       sde: the forward process that the network was trained on.
-      data_std: of the data, for ``edm``.
+      data_std: of the data, for ``edm`` and ``preconditioned``.
       batched: whether ``network`` takes batches, ``x_t (n, *s)`` and ``t (n,)``.
 
     Raises:
       ValueError: an unknown kind, or a ``data_std`` that is not positive and finite.
     """
-    if kind not in KINDS:
-        raise ValueError(f"unknown prediction {kind!r}; choose from {', '.join(KINDS)}")
+    if kind not in NOISE:
+        raise ValueError(f"unknown prediction {kind!r}; choose from {', '.join(NOISE)}")
     if not 0 < data_std < math.inf:
         raise ValueError(f"data_std={data_std}: must be positive and finite")
     one = (lambda x, t: network(x[None], jnp.asarray(t)[None])[0]) if batched else network
-    return (PairScore if kind in PAIRS else PredictionScore)(one, kind, sde, data_std)
+    return (PairScore if kind in DENOISED else PredictionScore)(one, kind, sde, data_std)

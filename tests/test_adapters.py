@@ -149,7 +149,15 @@ def test_a_preconditioned_zero_network_is_the_score_of_white_data(sde: SDE) -> N
 @pytest.mark.oracle
 def test_a_preconditioned_network_sees_and_predicts_unit_variance(sde: SDE) -> None:
     """For white data: Var(c_in x_t) = 1, and Var(z - c_skip x_t) = c_out^2, the target's scale."""
-    c_in, c_skip, c_out = Adapter(Net(), sde, "preconditioned").coefficients(jnp.asarray(T))
+    adapter, t, one = Adapter(Net(), sde, "preconditioned"), jnp.asarray(T), jnp.ones((len(T), 1))
+    c_in, c_skip, c_out = (
+        np.asarray(c)[:, 0]
+        for c in (
+            adapter.seen(one, t),
+            adapter.noise(0 * one, one, t),
+            adapter.noise(one, 0 * one, t),
+        )
+    )
     alpha, sigma = np.asarray(sde.mean_coef(jnp.asarray(T))), np.asarray(sde.std(jnp.asarray(T)))
     variance = alpha**2 * 0.25 + sigma**2
     np.testing.assert_allclose(c_in**2 * variance, 1, rtol=1e-12)

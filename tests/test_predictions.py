@@ -16,7 +16,7 @@ import pytest
 from sbml import bound, likelihood, ode, predictions, samplers, sampling, times
 from sbml.density import Density
 from sbml.divergence import Trace
-from sbml.predictions import KINDS, PAIRS, from_prediction
+from sbml.predictions import DENOISED, NOISE, SCALED, from_prediction
 from sbml.sdes import SDE, SDES, AlphaBarTable, Schedule
 from sbml.types import Array, Key
 from sbml.verify import continuous, oracle
@@ -24,7 +24,9 @@ from sbml.verify import continuous, oracle
 pytestmark = pytest.mark.usefixtures("x64")
 
 EPS, DATA_STD, D = 1e-2, 0.5, 3
-OTHERS = tuple(kind for kind in KINDS if kind not in PAIRS)
+KINDS = tuple(NOISE)
+# Whose ODE is solved beside those: the scores of all are compared without a solver's error.
+OTHERS = ("noise", "score", "edm")
 
 # Those with closed forms, a discrete-time model's, and two pairs of functions from which all else
 # is derived. The signal of the second one vanishes.
@@ -56,6 +58,8 @@ def ideal(kind: str, sde: SDE, data: oracle.Mixture) -> predictions.Network:
 
     def network(x: Array, t: Array) -> Array:
         alpha, sigma = sde.mean_coef(t), sde.std(t)
+        v = sigma**2 + (alpha * DATA_STD) ** 2
+        x = x * jnp.sqrt(v) if kind in SCALED else x
         x_0, noise = moments(data, x, t)
         return {
             "noise": noise,
@@ -63,6 +67,10 @@ def ideal(kind: str, sde: SDE, data: oracle.Mixture) -> predictions.Network:
             "x0": x_0,
             "velocity": alpha * noise - sigma * x_0,
             "flow": noise - x_0,
+            "residual": noise - x,
+            "scaled_score": -noise,
+            # What is left of x_0 after the best linear denoiser of white data, sign reversed.
+            "preconditioned": (alpha * DATA_STD**2 * x / v - x_0) * v**0.5 / (sigma * DATA_STD),
         }[kind]
 
     def edm(scaled: Array, label: Array) -> Array:
@@ -96,7 +104,7 @@ class OneOfPairs(OneOf):
 
 
 GROUPS: tuple[tuple[type[OneOf], tuple[str, ...]], ...] = (
-    (OneOfPairs, tuple(PAIRS)),
+    (OneOfPairs, tuple(DENOISED)),
     (OneOf, OTHERS),
 )
 
@@ -143,7 +151,7 @@ def test_every_prediction_is_the_same_score(name: str, kind: str) -> None:
     expected = np.asarray(found.pop("exact"))
     for prediction, score in found.items():
         # Where there is no signal, only pairs are defined; EDM's label of the time loses digits.
-        rows = slice(None) if prediction in PAIRS or name not in VANISHING else slice(-1)
+        rows = slice(None) if prediction in DENOISED or name not in VANISHING else slice(-1)
         tolerance = 1e-8 if prediction == "edm" else 1e-10
         error = np.abs(score - expected).max(1) / np.abs(expected).max(1)
         assert (error[rows] < tolerance).all(), (prediction, error)
@@ -184,7 +192,7 @@ def test_every_likelihood_is_the_datas(name: str, kind: str) -> None:
     exact = jax.vmap(lambda x: data.logp(x, jnp.asarray(EPS)))(x)
     for prediction, found in _likelihoods(name)(data, x).items():
         last, stretch = sde.T, 1.0
-        if name in VANISHING and prediction in PAIRS:
+        if name in VANISHING and prediction in DENOISED:
             np.testing.assert_allclose(found["logp"], exact, atol=1e-6, err_msg=prediction)
         elif name in VANISHING:
             # The signal at the largest time: 1e-3 of the data's mean, times z.
@@ -262,7 +270,7 @@ def test_the_velocity_of_pairs_is_regular_where_there_is_no_signal(name: str) ->
         "cosine_vp": (1.0, 0.0),
         "vanishing_pair": (2.0, 2.0),
     }[name]
-    for kind in PAIRS:
+    for kind in DENOISED:
         score = from_prediction(ideal(kind, sde, mixture), kind, sde)
         v = jax.jit(lambda x, score=score: ode.velocity(score, sde, x, t))(sigma * z)
         expected = alpha_slope * np.asarray(data.mean) + sigma_slope * z
@@ -282,8 +290,8 @@ def test_samples_from_noise_alone(kind: str) -> None:
     score = from_prediction(ideal(kind, sde, oracle.as_mixture(data)), kind, sde)
     z = np.random.default_rng(0).normal(size=(5, 3))
     density = Density(score, sde, (3,), eps=EPS, solver=ode.Solver(rtol=1e-8, atol=1e-8))
-    first, last = jnp.asarray(EPS), jnp.asarray(1.0 if kind in PAIRS else sde.largest_time)
-    stretch = 1.0 if kind in PAIRS else sde.stretch
+    first, last = jnp.asarray(EPS), jnp.asarray(1.0 if kind in DENOISED else sde.largest_time)
+    stretch = 1.0 if kind in DENOISED else sde.stretch
     expected = [data.flow(jnp.asarray(row) / stretch, last, first) for row in z]
     x = density.decode(z)
     np.testing.assert_allclose(x, expected, atol=1e-6)

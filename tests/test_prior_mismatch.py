@@ -1,4 +1,4 @@
-"""The error of an exact score's log p_eps: the prior in place of p_T, as ``sbml.likelihood`` says."""
+"""The error that the prior in place of p_T leaves in an exact score's log p_eps."""
 
 import jax
 import jax.numpy as jnp

@@ -177,7 +177,7 @@ def test_the_ends_of_ranges(name: str, fits: float, too_much: float) -> None:
         ("eval.features", "vgg", "eval.features=vgg: need one of digits_classifier, inception"),
         ("sampling.steps", 2.5, "sampling.steps=2.5: need an integer of at least 1 and below 2^31"),
         ("eval.importance_sampling", False, "set --config.eval.proposal_bins=0"),
-        ("dequantizer.name", "uniform", "dequantizer.name=uniform has nothing to train"),
+        ("dequantizer.name", "uniform", "dequantizer.name=uniform has no parameters to train"),
     ],
 )
 def test_what_a_message_says(name: str, value: Any, message: str) -> None:

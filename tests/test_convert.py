@@ -300,7 +300,7 @@ def test_sources_that_are_none(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"no 'params_ema' in \['optimizer'\]"):
         convert.run(config(), tmp_path, tmp_path)
     (folder / "checkpoint_6").write_bytes(serialization.msgpack_serialize(np.zeros(2)))
-    with pytest.raises(ValueError, match="checkpoint_6 holds a ndarray, no training state"):
+    with pytest.raises(ValueError, match="checkpoint_6 holds a ndarray, not a training state"):
         convert.run(config(), tmp_path, tmp_path)
     with pytest.raises(ValueError, match="model.name='mlp', .* is of a 'ncsnpp': take a config"):
         convert.run(default("mlp"), tmp_path, save(tmp_path, theirs(), step=7))

@@ -215,7 +215,7 @@ def change(tree: dict[str, Any], path: str, leaf: Any) -> None:
         ("score_model/dense0/bias", None, r"ema_params:\s+missing: dense0/bias \(128,\)"),
         ("score_model/extra", np.zeros(2), r"ema_params:\s+extra: extra \(2,\)"),
         ("score_model/dense0/bias", np.zeros(3), r"misshapen: dense0/bias is \(3,\)"),
-        ("score_model/conv_in", None, "is no network of VDM: conv_in/kernel or conv_out/kernel"),
+        ("score_model/conv_in", None, "not hold a network of VDM: conv_in/kernel or conv_out/k"),
         ("score_model/conv_in/kernel", np.zeros((3, 3, 9, 32)), "reads 9 channels.*3 or 15"),
         ("score_model/conv_out/kernel", np.zeros((3, 3, 32, 1)), "images with 1 channels"),
         ("gamma/w", None, r"gamma has \['b'\]: VDM's schedules have w, b or l1, l2, l3"),

@@ -359,7 +359,7 @@ def test_logits_of_magnitude_66_still_lead_back_to_the_noise(reference: Any) -> 
         ({"design": "mnist"}, "design='mnist': choose from cifar10, imagenet32"),
         ({"filters": 0}, "filters=0: choose a positive"),
         ({"components": 0}, "components=0: choose a positive"),
-        ({"filters": 10, "heads": 4}, "filters=10 does not divide into heads=4"),
+        ({"filters": 10, "heads": 4}, "filters=10 is not a multiple of heads=4"),
         ({"dropout": 1.0}, "dropout=1.0: choose a rate"),
         ({"levels": 1}, "levels=1: choose at least 2"),
     ],

@@ -179,7 +179,7 @@ def test_the_ends_of_ranges(name: str, fits: float, too_much: float) -> None:
         ("eval.importance_sampling", False, "set --config.eval.proposal_bins=0"),
         ("eval.importance", "velocity", "set --config.eval.proposal_bins=0"),
         ("training.importance", "x0", "training.importance=x0: need one of noise, velocity"),
-        ("dequantizer.name", "uniform", "dequantizer.name=uniform has nothing to train"),
+        ("dequantizer.name", "uniform", "dequantizer.name=uniform has no parameters to train"),
     ],
 )
 def test_what_a_message_says(name: str, value: Any, message: str) -> None:

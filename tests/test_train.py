@@ -180,12 +180,12 @@ def test_going_on_otherwise_is_said(tmp_path, caplog):
     config = tiny.get_config()
     config.training.num_steps = 4
     train.run(config, tmp_path)
-    assert "goes on" not in caplog.text
+    assert "training continues" not in caplog.text
     config.update({"seed": 3, "optim": {"lr": 1e-5}, "training": {"num_steps": 8, "log_every": 2}})
     train.run(config, tmp_path)
-    (said,) = [r.getMessage() for r in caplog.records if "goes on otherwise" in r.getMessage()]
+    (said,) = [r.getMessage() for r in caplog.records if "training continues" in r.getMessage()]
     lr = tiny.get_config().optim.lr
-    assert said.endswith(f"began: seed 0 -> 3, optim.lr {lr} -> 1e-05")
+    assert said.endswith(f"began with: seed 0 -> 3, optim.lr {lr} -> 1e-05")
     config.training.num_steps = 6
     train.run(config, tmp_path)
     assert "step 8 is past training.num_steps=6" in caplog.text

@@ -98,7 +98,7 @@ def test_a_wrong_score_fails_every_row_that_knows_the_score(
 )
 def test_a_wrong_log_q_fails(error: float, failing: set[str]) -> None:
     pixels = jnp.asarray(integers._pixels())
-    u, log_q = integers._drawn(uniform.Model(), {}, pixels, jax.random.key(0))
+    u, log_q = integers._samples(uniform.Model(), {}, pixels, jax.random.key(0))
     found = integers.weight_rows("vp", SDES["vp"](), "any", uniform.Model(), u, log_q + error)
     assert {row.name.removeprefix("any, ") for row in found if not row.ok} == failing
 

@@ -1,11 +1,11 @@
-"""Checkpoints of others' published code: one file for each source, found from this folder.
+"""Conversion of checkpoints of other published code: one file in this folder for each source.
 
-A new source is a new file here that exports
+To add a source, add a file here that exports
 
-NETWORK                              the network that its checkpoints are of
-CODE                                 what messages call it
-recognises(tree)                     whether a file of this content is one of its checkpoints
-convert(config, workdir, path, tree) writes the checkpoint to ``workdir``
+NETWORK                              the name of the network in its checkpoints
+CODE                                 the name of the code in messages
+recognises(tree)                     whether a file with the content ``tree`` is such a checkpoint
+convert(config, workdir, path, tree) converts the checkpoint and writes it to ``workdir``
 """
 
 from importlib import import_module
@@ -13,7 +13,7 @@ from pkgutil import iter_modules
 from typing import Any
 
 SOURCES: dict[str, Any] = {
-    found.name: import_module(f"{__name__}.{found.name}")
-    for found in iter_modules(__path__)
-    if not found.name.startswith("_")
+    file.name: import_module(f"{__name__}.{file.name}")
+    for file in iter_modules(__path__)
+    if not file.name.startswith("_")
 }

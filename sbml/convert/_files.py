@@ -1,9 +1,9 @@
-"""Checkpoint files of others' code, read as plain data: nothing is unpickled.
+"""Reads checkpoint files of other code as plain data, without pickle.
 
-    DIR/checkpoints*/checkpoint_N        Song et al.'s
-    DIR/checkpoints*/ckpt-N.flax         VDM's
+    DIR/checkpoints*/checkpoint_N        written by Song et al.'s code
+    DIR/checkpoints*/ckpt-N.flax         written by VDM's code
 
-Each is one msgpack file of flax: nested dictionaries of arrays, a whole training state.
+Each is one msgpack file of flax that holds a whole training state as nested dictionaries of arrays.
 """
 
 import re
@@ -20,11 +20,11 @@ _NUMBER = re.compile(r"(?:checkpoint_(\d+)|ckpt-(\d+)\.flax)")
 
 
 class ForeignState(NamedTuple):
-    """One checkpoint of theirs.
+    """The training state in one checkpoint of other code.
 
-    ``trees`` are four nested dictionaries of arrays under their names: ``params``, ``ema_params``,
-    and Adam's running means ``mu`` of the gradient and ``nu`` of its square after so many
-    ``updates``.
+    ``trees`` holds four nested dictionaries of arrays: the parameters ``params``, their average
+    ``ema_params``, and Adam's running means after ``updates`` updates, ``mu`` of the gradient and
+    ``nu`` of its square.
     """
 
     path: epath.Path
@@ -38,7 +38,7 @@ class ForeignState(NamedTuple):
 
 
 def newest(folder: epath.PathLike) -> epath.Path | None:
-    """The checkpoint of the largest N in ``folder``; None where there is none."""
+    """The checkpoint with the largest N in ``folder``; None if there is none."""
     folder = epath.Path(folder).expanduser()
     matches = [(_NUMBER.fullmatch(p.name), p) for p in folder.iterdir()] if folder.is_dir() else []
     numbered = {int(m[1] or m[2]): p for m, p in matches if m}
@@ -46,10 +46,11 @@ def newest(folder: epath.PathLike) -> epath.Path | None:
 
 
 def find(source: epath.PathLike) -> epath.Path:
-    """The file ``source`` itself, or the newest checkpoint in a folder or its ``checkpoints*/``.
+    """The file ``source`` itself, or the newest checkpoint in the folder ``source`` or in a folder
+    ``checkpoints*/`` of it.
 
     Raises:
-      ValueError: there is none.
+      ValueError: there is no checkpoint.
     """
     source = epath.Path(source).expanduser()
     if source.is_file():
@@ -59,8 +60,8 @@ def find(source: epath.PathLike) -> epath.Path:
         if path := newest(folder):
             return path
     raise ValueError(
-        f"no {NAMES} in {source} or a folder checkpoints* of it: --source is such a file, or the "
-        "work directory that holds checkpoints/"
+        f"no {NAMES} in {source} or in a folder checkpoints* of it: set --source to such a file, "
+        "or to the work directory that holds checkpoints/"
     )
 
 
@@ -68,25 +69,29 @@ def load(path: epath.PathLike) -> dict[str, Any]:
     """The nested dictionaries in the file ``path``.
 
     Raises:
-      ValueError: it is no msgpack of flax, or holds something else.
+      ValueError: it is not a msgpack file of flax, or it holds something other than a dictionary.
     """
     path = epath.Path(path)
     try:
         tree = serialization.msgpack_restore(path.read_bytes())
-    except Exception as error:  # msgpack has many ways to say that bytes are not its own.
+    except Exception as error:  # msgpack raises many kinds of errors for bytes of other formats.
         reason = str(error) or type(error).__name__
-        message = f"{path} is not a flax msgpack file ({reason}): is the copy whole?"
-        raise ValueError(message) from error
+        raise ValueError(
+            f"{path} is not a flax msgpack file ({reason}): check that the whole file was copied"
+        ) from error
     if not isinstance(tree, dict):
-        raise ValueError(f"{path} holds a {type(tree).__name__}, no training state")
+        raise ValueError(
+            f"{path} holds a {type(tree).__name__}, not a training state: give a checkpoint file"
+        )
     return tree
 
 
 def flat(tree: Mapping[str, Any]) -> dict[tuple[str, ...], Any]:
+    """The leaves of ``tree`` by their paths, tuples of names."""
     return flatten_dict(dict(tree))
 
 
 def unwrapped(tree: Mapping[str, Any]) -> dict[str, Any]:
-    """Without the level "params" that some of their trees have, leaves as NumPy arrays."""
+    """``tree`` with NumPy arrays as leaves and without the outer level "params" if it has one."""
     inner = tree["params"] if set(tree) == {"params"} else tree
     return unflatten_dict({path: np.asarray(leaf) for path, leaf in flat(inner).items()})

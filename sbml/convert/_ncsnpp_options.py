@@ -1,12 +1,13 @@
-"""The options of an NCSN++ that its parameters tell: the inverse of building one.
+"""Reads the options of an NCSN++ from its parameters: the inverse of building the network.
 
     widths, levels, blocks     from the residual blocks' kernels, in call order
-    attention                  from how many attention blocks there are, and how wide
-    resblock type, embedding, conditioning, pyramids, FIR      from which layers there are
+    attention                  from the number of attention blocks and their widths
+    resblock type, embedding, conditioning, pyramids, FIR      from the layers that are present
 
-What leaves no parameters (dropout, rescaling, nonlinearity, the filter's taps, resampling inside
-"biggan" blocks) the tree cannot tell; nor, where levels are equally wide, which of them attend.
-There the given options stand. The answer is checked leaf by leaf against the network it describes.
+Some options do not change the parameters: dropout, rescaling, nonlinearity, the filter's taps,
+resampling inside "biggan" blocks. The parameters also do not show at which of several equally wide
+levels the attention is. For these options the given values are used. At the end, the parameters are
+compared leaf by leaf with those of the network that the options describe.
 """
 
 import contextlib
@@ -23,8 +24,8 @@ from sbml.networks.ncsnpp import Model
 from sbml.runtime.trees import differences
 
 BLOCKS = {"ResnetBlockBigGANpp": "biggan", "ResnetBlockDDPMpp": "ddpm"}
-SHOWN = 30  # differences, in an error
-MOST_LEVELS = 12  # An image of 4096 pixels halves no more often.
+SHOWN = 30  # At most so many differences are listed in an error message.
+MOST_LEVELS = 12  # An image of 4096 x 4096 pixels cannot be halved more often.
 
 Tree = Mapping[str, Any]
 
@@ -35,38 +36,38 @@ def read_options(
     """Every field of the NCSN++ whose parameters are ``params``.
 
     Args:
-      params: names to arrays, nested, as ``Model.init`` makes them.
-      given: fields of ``Model``, for what the parameters do not tell.
-      height: of the images, in pixels; it turns levels into ``attn_resolutions``.
-      channels: of the images, where the first convolution does not tell.
+      params: nested dictionaries of arrays, as ``Model.init`` returns them.
+      given: fields of ``Model``, used for options that the parameters do not show.
+      height: height of the images in pixels; it turns levels into ``attn_resolutions``.
+      channels: channels of the images, used if the parameters have no first convolution.
 
     Raises:
-      ValueError: no NCSN++ has these parameters, naming the leaves that are missing, left over or
-        misshapen in the nearest one, be it that of ``given``; or several do, naming the field to
-        set.
+      ValueError: no NCSN++ has these parameters; the message lists the leaves that are missing,
+        left over or misshapen in comparison with the nearest network. Or several networks have
+        them; the message names the field to set.
     """
-    found: list[list[str]] = []
-    with contextlib.suppress(KeyError, IndexError):  # Without a leaf that tells options none fits.
+    mismatches: list[list[str]] = []
+    with contextlib.suppress(KeyError, IndexError):  # A leaf that options are read from is missing.
         channels = np.shape(params["Conv_0"]["kernel"])[2]
         for shape in _encoders(params):
             fields: dict[str, Any] = {**given, **_layers(params, given, **shape)}
             fields["attn_resolutions"] = _attention(params, given, height, **shape)
-            found.append(differences(params, _parameters(fields, height, channels)))
-            if not found[-1]:
+            mismatches.append(differences(params, _parameters(fields, height, channels)))
+            if not mismatches[-1]:
                 return fields
     for near in ({}, *_nearby(params, height)):
         with contextlib.suppress(ValueError):  # No network has these fields.
-            found.append(differences(params, _parameters({**given, **near}, height, channels)))
-    nearest = min(found, key=len)
+            mismatches.append(differences(params, _parameters({**given, **near}, height, channels)))
+    nearest = min(mismatches, key=len)
     more = [f"and {len(nearest) - SHOWN} more"] if len(nearest) > SHOWN else []
     raise ValueError(
-        "no NCSN++ or DDPM++ has these parameters; against the nearest:\n  "
+        "no NCSN++ or DDPM++ has these parameters. Differences from the nearest:\n  "
         + "\n  ".join(nearest[:SHOWN] + more)
     )
 
 
 def _parameters(fields: Mapping[str, Any], height: int, channels: int) -> Tree:
-    """Shapes of the parameters of the network that ``fields`` describe."""
+    """Shapes of the parameters of the network with these ``fields``."""
     x = jnp.zeros((1, height, height, channels))
     options: dict[str, Any] = {
         name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()
@@ -81,8 +82,8 @@ def _parameters(fields: Mapping[str, Any], height: int, channels: int) -> Tree:
 def _named(params: Tree, kind: str) -> list[Tree]:
     """The modules ``kind_0``, ``kind_1`` ... in order."""
     numbers = {name: name.rpartition("_")[2] for name in params if _kind(name) == kind}
-    found = {int(number): params[name] for name, number in numbers.items() if number.isdecimal()}
-    return [found[i] for i in sorted(found)]
+    modules = {int(number): params[name] for name, number in numbers.items() if number.isdecimal()}
+    return [modules[i] for i in sorted(modules)]
 
 
 def _kind(name: str) -> str:
@@ -98,15 +99,16 @@ def _kernels(params: Tree) -> tuple[str, list[tuple[int, ...]]]:
 
 
 def _encoders(params: Tree) -> Iterator[dict[str, Any]]:
-    """(levels' widths, blocks a level) of every U-Net with blocks of these widths in this order."""
+    """``nf``, ``ch_mult`` and ``num_res_blocks`` of every U-Net whose blocks, in the order of their
+    calls, have the widths of the blocks in ``params``."""
     kind, kernels = _kernels(params)
     if not kernels or "Conv_0" not in params:
         return
     nf = np.shape(params["Conv_0"]["kernel"])[-1]
-    between = BLOCKS[kind] == "biggan"  # Resampling is a block of its own.
+    between = BLOCKS[kind] == "biggan"  # One more block between two levels resamples.
     widths = [kernel[-1] for kernel in kernels]
     for levels in range(1, MOST_LEVELS):
-        # levels (2 blocks + 1) + 2, and 2 (levels - 1) that resample.
+        # There are levels (2 blocks + 1) + 2 blocks, and 2 (levels - 1) more that resample.
         rest = len(widths) - 2 - levels - 2 * between * (levels - 1)
         blocks, odd = divmod(rest, 2 * levels)
         if odd or blocks < 1:
@@ -120,13 +122,13 @@ def _encoders(params: Tree) -> Iterator[dict[str, Any]]:
 
 
 def _nearby(params: Tree, height: int) -> Iterator[dict[str, Any]]:
-    """Fields of the U-Nets with about as many blocks, for parameters that are no U-Net's."""
+    """Fields of U-Nets with about as many blocks as ``params``, for the message that none fits."""
     kind = next((k for k in BLOCKS if _named(params, k)), "")
     leaves = (("Conv_0", "kernel"), ("Conv_0", "bias"), ("GroupNorm_1", "scale"))
     widths = []
     for block in _named(params, kind):
-        found = [np.shape(block[m][leaf])[-1] for m, leaf in leaves if leaf in block.get(m, ())]
-        widths += [width for width, _ in Counter(found).most_common(1)]
+        sizes = [np.shape(block[m][leaf])[-1] for m, leaf in leaves if leaf in block.get(m, ())]
+        widths += [width for width, _ in Counter(sizes).most_common(1)]
     if not widths:
         return
     nf, between = min(widths), BLOCKS[kind] == "biggan"
@@ -152,19 +154,19 @@ def _layers(
     ch_mult: tuple[int, ...],
     num_res_blocks: int,
 ) -> dict[str, Any]:
-    """What the kinds and numbers of layers tell."""
+    """The options that follow from which layers there are and how many of each kind."""
     kind, kernels = _kernels(params)
-    between = BLOCKS[kind] == "ddpm" and len(ch_mult) > 1  # Layers of their own resample.
+    between = BLOCKS[kind] == "ddpm" and len(ch_mult) > 1  # Layers between the blocks resample.
     progressive = _progressive(params)
-    # Those with parameters: between "ddpm" blocks, and along residual pyramids.
+    # Resampling layers have parameters between "ddpm" blocks and along residual pyramids.
     down, up = (_named(params, side) for side in ("Downsample", "Upsample"))
     halvings = max(len(ch_mult) - 1, 1)
     with_conv = between and len(up) // halvings > (progressive == "residual")
     progressive_input, combine = "none", given["progressive_combine"]
     if joined := _named(params, "Combine"):
         progressive_input = "input_skip"
-        reads = kernels[num_res_blocks + (BLOCKS[kind] == "biggan")][2]
-        combine = "cat" if reads == 2 * joined[0]["Conv_0"]["kernel"].shape[-1] else "sum"
+        inputs = kernels[num_res_blocks + (BLOCKS[kind] == "biggan")][2]
+        combine = "cat" if inputs == 2 * joined[0]["Conv_0"]["kernel"].shape[-1] else "sum"
     elif len(down) // halvings > with_conv:
         progressive_input = "residual"
     fourier = _named(params, "GaussianFourierProjection")
@@ -184,7 +186,11 @@ def _layers(
 
 
 def _progressive(params: Tree) -> str:
-    """One head: none. One for each level: summed images. Two, one of them of an image: residual."""
+    """The option ``progressive``, from the output heads (a norm and a convolution).
+
+    "none" has one head; "output_skip" has one for each level, all of which give images; "residual"
+    has two, one of which gives an image.
+    """
     channels = params["Conv_0"]["kernel"].shape[2]
     heads = len(_named(params, "GroupNorm"))
     images = sum(conv["kernel"].shape[-1] == channels for conv in _named(params, "Conv"))
@@ -203,19 +209,20 @@ def _attention(
 ) -> tuple[int, ...]:
     """The heights at which attention follows the blocks."""
     widths = [np.shape(block["NIN_0"]["W"])[0] for block in _named(params, "AttnBlockpp")]
-    # Every level that attends has one after each of its encoder's blocks and one in the decoder.
+    # A level with attention has it after each of its encoder's blocks and once in the decoder; one
+    # more attention block is in the middle.
     count = (len(widths) - 1) // (num_res_blocks + 1)
-    wanted = [widths[i * num_res_blocks] // nf for i in range(count)]
+    multipliers = [widths[i * num_res_blocks] // nf for i in range(count)]
     heights = [height >> level for level in range(len(ch_mult))]
     fitting = [
         tuple(heights[level] for level in levels)
         for levels in itertools.combinations(range(len(ch_mult)), count)
-        if [ch_mult[level] for level in levels] == wanted
+        if [ch_mult[level] for level in levels] == multipliers
     ]
     named = tuple(h for h in heights if h in given["attn_resolutions"])
     if named in fitting or len(fitting) == 1:
         return named if named in fitting else fitting[0]
     raise ValueError(
-        f"the parameters have attention on {count} of the heights {heights} and do not tell which: "
+        f"the parameters have attention at {count} of the heights {heights} and do not tell which: "
         f"set attn_resolutions to one of {fitting or 'none'}"
     )

@@ -1,10 +1,10 @@
-"""The checkpoints of Song et al. (2021).
+"""Reads the checkpoints of Song et al.'s code (2021).
 
     DIR/checkpoints/checkpoint_N                       the score network
     DIR/flowpp_dequantizer/checkpoints/checkpoint_M    the Flow++ dequantizer, if it was trained
 
-Each holds ``step``, ``optimizer/target`` (the parameters), ``optimizer/state`` (of Adam),
-``params_ema`` (their average), and numbers not needed here.
+Each holds ``step``, ``optimizer/target`` (the parameters), ``optimizer/state`` (Adam's state),
+``params_ema`` (the average of the parameters), and numbers that are not needed here.
 """
 
 from collections.abc import Mapping
@@ -20,10 +20,10 @@ DEQUANTIZER = "flowpp_dequantizer/checkpoints"
 
 
 def read(path: epath.Path, tree: Mapping[str, Any] | None = None) -> ForeignState:
-    """The checkpoint in the file ``path``, whose content is ``tree`` where it was loaded before.
+    """The checkpoint in the file ``path``; ``tree`` is its content if it is already loaded.
 
     Raises:
-      ValueError: it is none of theirs; the message says what it is or lacks.
+      ValueError: it is not a checkpoint of their code; the message says what is missing.
     """
     tree = load(path) if tree is None else tree
     try:
@@ -39,7 +39,8 @@ def read(path: epath.Path, tree: Mapping[str, Any] | None = None) -> ForeignStat
         return ForeignState(path, int(tree["step"]), int(state["step"]), trees)
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(
-            f"{path} is not a training state of Song et al.'s code: no {error} in {sorted(tree)}"
+            f"{path} is not a training state of Song et al.'s code: no {error} in {sorted(tree)}; "
+            "give a file checkpoint_N that their code wrote"
         ) from error
 
 

@@ -1,4 +1,4 @@
-"""What every conversion shares: the config that fits, the state, and what is said of its origin."""
+"""Steps of every conversion: adapt the config, build the state, and record its origin."""
 
 from typing import Any
 
@@ -22,10 +22,11 @@ from sbml.runtime.versions import versions
 def fit(
     config: ConfigDict, sections: architecture.Sections, workdir: epath.Path
 ) -> tuple[Experiment, list[str]]:
-    """The experiment of ``config`` with ``sections`` laid over it, and a line for each change.
+    """The experiment of ``config`` with the fields of ``sections`` replaced, and a line for each
+    change.
 
     Raises:
-      ValueError: for a ``workdir`` that has checkpoints already.
+      ValueError: ``workdir`` has checkpoints already.
     """
     fitted, lines = architecture.apply(config, sections)
     experiment = Experiment(fitted)
@@ -35,14 +36,15 @@ def fit(
 
 
 def state(template: TrainState, theirs: ForeignState) -> TrainState:
-    """``template`` with every array of theirs, after checking that each fits.
+    """``template`` with its arrays replaced by those of the checkpoint ``theirs``.
 
     Raises:
-      ValueError: naming the leaves that are missing, extra or misshapen.
+      ValueError: the trees do not fit; the message lists the leaves that are missing, extra or
+        misshapen.
     """
     for name, tree in theirs.trees.items():
-        if found := differences(tree, template.params):
-            raise ValueError(f"{theirs.path}, {name}:\n  " + "\n  ".join(found))
+        if mismatch := differences(tree, template.params):
+            raise ValueError(f"{theirs.path}, {name}:\n  " + "\n  ".join(mismatch))
     arrays = jax.tree.map(lambda a: jnp.asarray(a, jnp.float32), theirs.trees)
     count = jnp.asarray(theirs.updates, jnp.int32)
     return template.replace(
@@ -56,12 +58,13 @@ def state(template: TrainState, theirs: ForeignState) -> TrainState:
 def score_state(experiment: Experiment, theirs: ForeignState) -> TrainState:
     """The state of the score network, on the devices."""
     mesh = sharding.data_mesh()
-    made = state(sharding.made(experiment.init_state, mesh), theirs)
-    return jax.device_put(made, sharding.replicated(mesh))
+    converted = state(sharding.made(experiment.init_state, mesh), theirs)
+    return jax.device_put(converted, sharding.replicated(mesh))
 
 
 def metadata(experiment: Experiment, score: ForeignState, dequantization: str) -> dict[str, Any]:
-    """What the checkpoint says of its origin; of its data it knows only how they were scaled."""
+    """Metadata of the converted checkpoint: its config and origin. Its training data are not known,
+    only how they were scaled (``dequantization``)."""
     config = experiment.to_plain()
     config["data"]["dequantization"] = dequantization
     origin = {"file": str(score.path), "step": score.step}
@@ -69,15 +72,16 @@ def metadata(experiment: Experiment, score: ForeignState, dequantization: str) -
 
 
 def untold(config: Config, fields: list[str]) -> str:
-    """The line that says what the parameters do not tell, and stands as ``--config`` has it."""
+    """The line that lists the ``fields`` which the checkpoint does not determine, with the values
+    that ``--config`` gives them."""
     parts = [name.split(".") for name in fields]
     sections = {section: getattr(config, section).to_dict() for section, _ in parts}
-    said = ", ".join(f"{section}.{field}={sections[section][field]}" for section, field in parts)
-    return f"where the parameters do not tell, as --config has it: {said}"
+    values = ", ".join(f"{section}.{field}={sections[section][field]}" for section, field in parts)
+    return f"not stored in the checkpoint, therefore taken from --config: {values}"
 
 
 def line(theirs: ForeignState, checkpoints: Checkpoints) -> str:
-    """The line that says what was written where."""
+    """The line that names the file, its step and size, and the folder it was written to."""
     count = sum(leaf.size for leaf in jax.tree.leaves(theirs.ema_params))
     where = checkpoints.directory
     return f"{theirs.path}: step {theirs.step}, {count:,} parameters -> {where}"

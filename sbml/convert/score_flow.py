@@ -1,12 +1,16 @@
-"""A work directory of Song et al.'s code becomes one of ours: parameters, averages, optimizer.
+"""Converts a work directory of Song et al.'s code: parameters, their average, optimizer state.
 
-Everything that the parameters tell of the architecture is read from them, the rest is the config's;
-the work directory then carries the architecture, and is evaluated, sampled or trained on like any.
+The architecture is read from the parameters as far as they determine it; the config gives the rest.
+The new work directory stores the architecture, so the model can be evaluated, sampled or trained
+further like any other.
 
-Their conventions: the network sees 999 t and predicts the noise (VP, sub-VP, linear VE), or sees
-sigma, or its logarithm in Fourier features, and predicts the score (VE); it was trained on k / 255,
-and without knowledge of ours about its data. The dequantizer's parameters are renamed by
-``dequantizers.variational``.
+Conventions of their networks:
+
+    VP, sub-VP, linear VE   the network sees 999 t and predicts the noise
+    VE                      it sees sigma, or log sigma in Fourier features, and predicts the score
+
+All were trained on pixels scaled as k / 255; which data set it was, the checkpoint does not say.
+``dequantizers.variational`` renames the dequantizer's parameters.
 """
 
 from collections.abc import Mapping
@@ -35,13 +39,13 @@ CODE = "Song et al.'s (optimizer, params_ema)"
 
 
 class Convention(NamedTuple):
-    """How a score was made of their networks.
+    """How their code computes a score from a network.
 
     Attributes:
-      parameterizations: of ``config.score``. Of several the parameters do not tell which: it is
-        the config's if that is among them, else the first.
-      label: of ``config.score``.
-      fourier: the embedding, where it is one by Fourier features.
+      parameterizations: possible values of ``config.score.parameterization``. The parameters do not
+        show which one it is: it is the config's value if that is among them, else the first.
+      label: the value of ``config.score.label``.
+      fourier: the embedding type of a network that embeds the label by Fourier features.
     """
 
     parameterizations: tuple[str, ...]
@@ -50,31 +54,33 @@ class Convention(NamedTuple):
 
 
 _NOISE = Convention(("noise",), "time", "fourier_linear")
-# The network divides by sigma itself where model.scale_by_sigma is set, in no config of theirs.
+# "score" is for networks that divide by sigma themselves (model.scale_by_sigma of their code, which
+# none of their configs sets).
 _SCORE = Convention(("unscaled", "score"), "sigma", "fourier")
 CONVENTIONS = {"vp": _NOISE, "subvp": _NOISE, "ve": _SCORE, "linear_ve": _NOISE}
 
 
 def recognises(tree: Mapping[str, Any]) -> bool:
-    """Whether a file of this content is theirs."""
+    """Whether a file with the content ``tree`` was written by their code."""
     return "optimizer" in tree
 
 
 def convert(
     config: ConfigDict, workdir: epath.Path, path: epath.Path, tree: Mapping[str, Any]
 ) -> None:
-    """Convert the checkpoint ``tree`` in the file ``path``, and the dequantizer's, to ``workdir``.
+    """Convert the checkpoint ``tree`` in the file ``path``, and that of the dequantizer if there is
+    one, to ``workdir``.
 
     Raises:
-      ValueError: a checkpoint that is no network of ours (its missing, extra or misshapen leaves
-        are named), or a ``workdir`` that has checkpoints already.
+      ValueError: the checkpoint fits no network of this package (the message lists its missing,
+        extra or misshapen leaves), or ``workdir`` has checkpoints already.
     """
     score = authors.read(path, tree)
     flow_file = newest(path.parent.parent / authors.DEQUANTIZER)
     flow = None if flow_file is None else _renamed(authors.read(flow_file))
     sections = _sections(config, score, flow)
     experiment, lines = _writing.fit(config, sections, workdir)
-    # All is checked before anything is written: half a conversion could not be made whole.
+    # Everything is checked before anything is written, so that no half conversion is left behind.
     score_state = _writing.score_state(experiment, score)
     flow_state = None if flow is None else _flow_state(experiment, flow)
     metadata = _writing.metadata(experiment, score, "none")
@@ -84,12 +90,12 @@ def convert(
         checkpoints.save(score.step, score_state, metadata)
         written = [_writing.line(score, checkpoints)]
     if flow is not None:
-        against = {"step": score.step, "crc32": tree_crc32(score.ema_params)}
+        trained_for = {"step": score.step, "crc32": tree_crc32(score.ema_params)}
         with experiment.config.dequantizer.training.checkpoints(workdir) as checkpoints:
-            checkpoints.save(flow.step, flow_state, {**metadata, "score": against})
+            checkpoints.save(flow.step, flow_state, {**metadata, "score": trained_for})
             written.append(_writing.line(flow, checkpoints))
         if (shape := variational.image_shape(flow.ema_params)) != experiment.config.data.shape:
-            written.append(f"{flow.path} is for images of {shape} alone")
+            written.append(f"{flow.path} fits only images of shape {shape}")
     fields = ["sde.name", "training.smallest_time", "score.parameterization"]
     fields += ["training.likelihood_weighting", "training.importance_sampling", "data.flip"]
     fields += [f"model.{name}" for name in ("nonlinearity", "skip_rescale", "fir", "fir_kernel")]
@@ -97,7 +103,7 @@ def convert(
 
 
 def _renamed(theirs: ForeignState) -> ForeignState:
-    """A dequantizer's state with its trees under our names and in our layout."""
+    """A dequantizer's state with the names and layout of this package."""
     renamed = {name: variational.from_reference(tree) for name, tree in theirs.trees.items()}
     return theirs._replace(trees=renamed)
 
@@ -105,7 +111,7 @@ def _renamed(theirs: ForeignState) -> ForeignState:
 def _sections(
     config: ConfigDict, score: ForeignState, flow: ForeignState | None
 ) -> architecture.Sections:
-    """The sections of a config that fit the checkpoints."""
+    """The fields of the config, by section, that describe the checkpoints."""
     if config.sde.name not in CONVENTIONS:
         names = ", ".join(CONVENTIONS)
         raise ValueError(f"config.sde.name={config.sde.name!r}: their models have one of {names}")
@@ -118,22 +124,21 @@ def _sections(
         options = _ncsnpp_options.read_options(score.ema_params, given, height, channels)
     except ValueError as error:
         raise ValueError(f"{score.path}: {error}") from error
-    found = np.shape(score.ema_params["Conv_0"]["kernel"])[2]
-    if found != channels:
+    inputs = np.shape(score.ema_params["Conv_0"]["kernel"])[2]
+    if inputs != channels:
         raise ValueError(
-            f"{score.path} is of images with {found} channels, "
-            f"config.data.shape={config.data.shape}"
+            f"{score.path} is for images with {inputs} channels, but config.data.shape is "
+            f"{config.data.shape}: take a config of that data"
         )
     if options["embedding_type"] != "positional":
         options["embedding_type"] = convention.fourier
-    asked, known = config.score.parameterization, convention.parameterizations
-    scored = {
-        "parameterization": asked if asked in known else known[0],
-        "label": convention.label,
-    }
+    choice, possible = config.score.parameterization, convention.parameterizations
     sections = {
         "model": {"name": "ncsnpp", **options},
-        "score": scored,
+        "score": {
+            "parameterization": choice if choice in possible else possible[0],
+            "label": convention.label,
+        },
         "sde": dict(config.sde),
         "training": {"smallest_time": eps},
     }

@@ -1,17 +1,17 @@
-"""A checkpoint of the code of "Variational Diffusion Models" becomes one of ours.
+"""Converts a checkpoint of the code of "Variational Diffusion Models".
 
-The file holds ``step``, ``params``, ``ema_params`` and ``opt_state`` (of AdamW); parameters are
-``score_model``, the network, and ``gamma``, the noise schedule, absent where that is fixed. Network
-and schedule are read from the parameters. What these do not tell is the range of log SNR that the
-time label is scaled by, two constants of their config: ``config.score.log_snr_range``, whose
-default is that of all published configs.
+The file holds ``step``, ``params``, ``ema_params`` and ``opt_state`` (of AdamW). The parameters are
+``score_model``, the network, and ``gamma``, the noise schedule, which is absent if the schedule is
+fixed. The options of the network and the schedule are read from the parameters. The range of log
+SNR that scales the time label is not among them: it is two constants of their config, here
+``config.score.log_snr_range``, whose default is the range of all published configs.
 
-Of a learned schedule its values at t = 0 and 1 are kept, and it becomes linear between: in
-continuous time no bound, likelihood or sample depends on more (``sbml.sdes.vdm``). A training
-that goes on does not learn it any further. A model of classes is evaluated as told class 0.
+The values of a learned schedule at t = 0 and t = 1 are kept, and gamma becomes linear between them:
+in continuous time no bound, likelihood or sample depends on more (``sbml.sdes.vdm``). If training
+continues, the schedule is not learned further. A class-conditional model is evaluated with class 0.
 
-Their conventions: the network predicts the noise less its input, images are the centres of their
-bins, and times begin at 0, where the decoder is.
+Conventions of their models: the network predicts the noise minus its input, pixels are represented
+by the centres of their bins, and the decoder is at time 0.
 """
 
 from collections.abc import Mapping
@@ -32,7 +32,7 @@ from sbml.sdes import LinearGamma, MonotoneGamma
 
 NETWORK = "vdm"
 CODE = "VDM's (opt_state, ema_params)"
-FOURIER = networks.frequencies(256)  # theirs, whatever the levels
+FOURIER = networks.frequencies(256)  # Their networks use these for every number of levels.
 
 
 def recognises(tree: Mapping[str, Any]) -> bool:
@@ -46,8 +46,8 @@ def convert(
     """Convert the checkpoint ``tree`` in the file ``path`` to ``workdir``.
 
     Raises:
-      ValueError: a checkpoint that is no network of ours (its missing, extra or misshapen leaves
-        are named), or a ``workdir`` that has checkpoints already.
+      ValueError: the checkpoint fits no network of this package (the message lists its missing,
+        extra or misshapen leaves), or ``workdir`` has checkpoints already.
     """
     whole = read(path, tree)
     score = whole._replace(trees={k: v["score_model"] for k, v in whole.trees.items()})
@@ -73,10 +73,10 @@ def convert(
 
 
 def read(path: epath.Path, tree: Mapping[str, Any]) -> ForeignState:
-    """The checkpoint ``tree`` in the file ``path``, its schedule included.
+    """The checkpoint ``tree`` in the file ``path``, including its schedule.
 
     Raises:
-      ValueError: it is none of theirs; the message says what it lacks.
+      ValueError: it is not a checkpoint of their code; the message says what is missing.
     """
     try:
         adam = tree["opt_state"]["0"]
@@ -84,38 +84,43 @@ def read(path: epath.Path, tree: Mapping[str, Any]) -> ForeignState:
         trees = {k: unwrapped(v) for k, v in {**trees, "mu": adam["mu"], "nu": adam["nu"]}.items()}
         for name, part in trees.items():
             if "score_model" not in part:
-                raise ValueError(f"{path}: no score_model in {name}, which has {sorted(part)}")
+                raise ValueError(
+                    f"{path}: no score_model in {name}, which has {sorted(part)}; give a file "
+                    "ckpt-N.flax that VDM's code wrote"
+                )
         return ForeignState(path, int(tree["step"]), int(adam["count"]), trees)
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(
-            f"{path} is not a training state of VDM's code: no {error} in {sorted(tree)}"
+            f"{path} is not a training state of VDM's code: no {error} in {sorted(tree)}; give a "
+            "file ckpt-N.flax that their code wrote"
         ) from error
 
 
 def network_fields(score: ForeignState, channels: int) -> dict[str, Any]:
-    """The fields of the network that its parameters tell.
+    """The fields of the network, read from the shapes of its parameters.
 
     Raises:
-      ValueError: a leaf is missing that tells them, or images have other channels than the config
-        says.
+      ValueError: a leaf from which fields are read is missing, or the network is for images with
+        another number of channels than ``channels``.
     """
     params = score.ema_params
     try:
-        seen, width = np.shape(params["conv_in"]["kernel"])[2:]
-        found = np.shape(params["conv_out"]["kernel"])[-1]
+        inputs, width = np.shape(params["conv_in"]["kernel"])[2:]
+        outputs = np.shape(params["conv_out"]["kernel"])[-1]
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(
-            f"{score.path} is no network of VDM: conv_in/kernel or conv_out/kernel is missing or "
-            f"misshapen in {sorted(params)}"
+            f"{score.path} does not hold a network of VDM: conv_in/kernel or conv_out/kernel is "
+            f"missing or misshapen in {sorted(params)}"
         ) from error
-    if found != channels:
+    if outputs != channels:
         raise ValueError(
-            f"{score.path} is of images with {found} channels, config.data.shape has {channels}"
+            f"{score.path} is for images with {outputs} channels, but config.data.shape has "
+            f"{channels}: take a config of that data"
         )
-    fourier = {found: (), found * (1 + 2 * len(FOURIER)): FOURIER}
-    if seen not in fourier:
+    fourier = {outputs: (), outputs * (1 + 2 * len(FOURIER)): FOURIER}
+    if inputs not in fourier:
         raise ValueError(
-            f"{score.path}: conv_in reads {seen} channels of images with {found}, where VDM's "
+            f"{score.path}: conv_in reads {inputs} channels for images with {outputs}, but VDM's "
             f"networks read {' or '.join(map(str, fourier))}"
         )
     return {
@@ -123,7 +128,7 @@ def network_fields(score: ForeignState, channels: int) -> dict[str, Any]:
         "depth": sum(name.startswith("down.block_") for name in params),
         "attention": "up.attn_0" in params,
         "groups": GROUPS,
-        "fourier": fourier[seen],
+        "fourier": fourier[inputs],
     }
 
 
@@ -131,7 +136,7 @@ def schedule(gamma: Mapping[str, Any]) -> LinearGamma | MonotoneGamma:
     """The learned schedule with parameters ``gamma``, differentiable in them.
 
     Raises:
-      ValueError: for parameters of no schedule of theirs.
+      ValueError: ``gamma`` are not the parameters of one of VDM's schedules.
     """
     if set(gamma) == {"w", "b"}:
         w, b = gamma["w"][0], gamma["b"][0]
@@ -144,8 +149,8 @@ def schedule(gamma: Mapping[str, Any]) -> LinearGamma | MonotoneGamma:
 
 
 def _ends(whole: ForeignState, log_snr_range: tuple[float, float]) -> dict[str, float]:
-    """gamma(0) and gamma(1), in float64."""
-    if "gamma" not in whole.ema_params:  # fixed: the range of the time label
+    """gamma(0) and gamma(1), computed in float64."""
+    if "gamma" not in whole.ema_params:  # A fixed schedule spans the range of the time label.
         least, largest = log_snr_range
         return {"gamma_0": -largest, "gamma_1": -least}
     with jax.enable_x64(True):

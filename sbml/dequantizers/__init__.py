@@ -1,9 +1,13 @@
-"""How integers become continuous, by name: one file each, found from this folder.
+"""Registry of the dequantizers, which make integers continuous: one file in this folder per name.
 
-A new dequantizer is a new file here that exports a frozen dataclass ``Model``, hashable, with
+For any density p of x = 2 (pixels + u) / L - 1 and any q(u | pixels) on the bin [0, 1)^d,
 
-    init(key, pixels (n, *s)) -> params           {} where there is nothing to learn
-    at_noise: bool                                what x is a sample of, see below
+    -log P(pixels) <= E_q [-log p(x) + log q(u | pixels)] + d log(L / 2).
+
+To add a dequantizer, add a file here that exports ``Model``, a frozen and hashable dataclass with
+
+    init(key, pixels (n, *s)) -> params           {} if there is nothing to learn
+    at_noise: bool                                which distribution x belongs to, see below
 
 and one of the next two methods, or both:
 
@@ -11,18 +15,19 @@ and one of the next two methods, or both:
     bound(params, score, sde, pixels (*s), key, levels, *, eps, u, reduction) -> bound.Bound
                                                   its own bound on -log P(pixels)
 
-With ``sample``, x = 2 (pixels + u) / L - 1 is data, which the density model sees as it is
-(``at_noise`` False), or alpha(eps) x is already a sample of the diffusion at its smallest time eps
-(True). For any density p of x, -log P(pixels) <= E_q [-log p(x) + log q(u | pixels)] + d log(L/2).
-The ODE estimator needs it.
+``sample`` is what the ODE estimator needs. If ``at_noise`` is False, x is data, and the density
+model takes it as it is; if True, alpha(eps) x is a sample of the diffusion at its smallest time
+eps.
 
-With ``bound``, the evidence bound is that of the integers themselves: it returns the three terms of
-``sbml.bound.Bound`` in nats, and ``calls`` says how many evaluations of the score it needs beside
-the one for each time in ``u``. A dequantizer at noise has an evidence bound by this method only.
+``bound`` gives an evidence bound on the probability of the integers themselves: the three terms of
+``sbml.bound.Bound`` in nats. A model with this method has an attribute ``calls``, the number of
+score evaluations that the bound needs in addition to one for each time in ``u``. A dequantizer with
+``at_noise`` has an evidence bound by this method only.
 
-One with something to learn also has ``sample_batch``, the same for a batch, and ``dropout``.
+A dequantizer with parameters to learn also has ``sample_batch``, which is ``sample`` for a batch,
+and ``dropout``.
 
-Files that open with an underscore are parts.
+Files whose names begin with an underscore hold parts of dequantizers and are not in the registry.
 """
 
 from importlib import import_module
@@ -30,9 +35,9 @@ from pkgutil import iter_modules
 from typing import Any
 
 DEQUANTIZERS: dict[str, type[Any]] = {
-    found.name: import_module(f"{__name__}.{found.name}").Model
-    for found in iter_modules(__path__)
-    if not found.name.startswith("_")
+    file.name: import_module(f"{__name__}.{file.name}").Model
+    for file in iter_modules(__path__)
+    if not file.name.startswith("_")
 }
 
 
@@ -40,24 +45,26 @@ def get(name: str) -> type[Any]:
     """The ``Model`` of the dequantizer called ``name``.
 
     Raises:
-      ValueError: no such dequantizer; the message lists those there are.
+      ValueError: there is no dequantizer of this name; the message lists the names.
     """
     if name not in DEQUANTIZERS:
-        known = ", ".join(sorted(DEQUANTIZERS))
-        raise ValueError(f"Unknown dequantizer {name!r}: choose one of {known}.")
+        names = ", ".join(sorted(DEQUANTIZERS))
+        raise ValueError(f"Unknown dequantizer {name!r}: choose one of {names}.")
     return DEQUANTIZERS[name]
 
 
 def has_density(model: Any) -> bool:
-    """Whether ``model``, or a model of that type, makes integers numbers with a density."""
+    """Whether ``model``, an instance or a class, turns integers into x with a density (``sample``).
+
+    The ODE estimator can use it only then."""
     return hasattr(model, "sample")
 
 
 def has_bound(model: Any) -> bool:
-    """Whether ``model``, or a model of that type, has a bound of its own for the integers."""
+    """Whether ``model``, an instance or a class, has its own evidence bound for the integers."""
     return hasattr(model, "bound")
 
 
 def is_trained(model: Any) -> bool:
-    """Whether ``model``, or a model of that type, has parameters to train (``sample_batch``)."""
+    """Whether ``model``, an instance or a class, has parameters to train (``sample_batch``)."""
     return hasattr(model, "sample_batch")

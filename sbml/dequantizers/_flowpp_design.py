@@ -1,13 +1,16 @@
-"""What tells the published flows of Flow++'s dequantizer from one another, beside their sizes.
+"""Differences between the two published flows of the Flow++ dequantizer.
 
                         CIFAR-10                         ImageNet 32x32
     couplings           4                                8
     channels            mixed after each normalisation   not mixed
-    convolutions        a kernel                         weight-normalised, g V / |V|
-    a network's end     a convolution                    concat_elu and a convolution
-    the image           3 gated convolutions             8, normalised and with 4 heads' attention
+    convolutions        with a plain kernel              weight-normalised, g V / |V|
+    end of a network    a convolution                    concat_elu and a convolution
+    context network     3 gated convolutions             8, each with normalisation and attention
+                                                         of 4 heads
     filters, blocks     96, 2                            128, 8
     parameters, 32x32   3,466,976                        35,482,720
+
+The context network reads the image and passes its features to the couplings.
 
 Reference: Ho et al. 2019 (Flow++); Song et al. 2021 use both.
 """
@@ -16,11 +19,11 @@ from typing import NamedTuple
 
 
 class Design(NamedTuple):
-    """The shape of a flow, and how the networks in it are built.
+    """The layers of a flow, and how the networks in it are built.
 
-    ``context`` is the name, in the parameters, of the network that shows the image to the
-    couplings; it has ``context_blocks`` gated convolutions, each with attention of
-    ``context_heads`` heads after it, or without where they are 0.
+    ``context`` is the name of the context network in the parameters. It has ``context_blocks``
+    gated convolutions, each followed by attention with ``context_heads`` heads, or by none if
+    ``context_heads`` is 0.
     """
 
     couplings: int

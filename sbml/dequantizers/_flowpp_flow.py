@@ -1,14 +1,14 @@
-"""The flow of Flow++'s dequantizer, from Gaussian noise to the logits of u, given an image.
+"""The flow of the Flow++ dequantizer, from Gaussian noise to the logits of u, given an image.
 
-The noise is split into even and odd columns (a, b). As often as the design has couplings:
+The noise is split into even and odd columns (a, b). These steps are repeated once per coupling:
 
-    normalise     a, b <- scale x + bias, elementwise
-    mix channels  a, b <- x W at every pixel, where the design has it
-    couple        b <- exp(s) logit F(b) + t, elementwise; s, t, F are read off a and the image
+    normalise     a <- scale a + bias, elementwise, and the same for b
+    mix channels  a <- a W at every pixel, and the same for b, if the design mixes channels
+    couple        b <- exp(s) logit F(b) + t, elementwise; s, t, F are functions of a and the image
     exchange      (a, b) <- (b, a)
 
-Every layer maps ``(halves, inverse)`` to the new halves and the log-determinant of the forward
-direction, in nats: a scalar where all images share it, else ``(n,)``.
+Every layer maps ``(halves, inverse)`` to the new halves and to the log-determinant of the forward
+direction in nats, which is a scalar if it is the same for all images and else ``(n,)``.
 
 Reference: Ho et al. 2019 (Flow++), sections 3.1 to 3.3.
 """
@@ -48,7 +48,8 @@ def per_image(x: Batch) -> Vector:
 class ElementwiseAffine(nn.Module):
     """y = scale x + bias, with a scale and a bias for every pixel and channel.
 
-    Starts such that every channel of the batch it is initialised with has mean 0 and variance 1.
+    The initial parameters give every channel of y mean 0 and variance 1 over the batch used for
+    initialisation.
     """
 
     @nn.compact
@@ -94,9 +95,9 @@ class Pointwise(nn.Module):
 
 
 class MixLogisticAttnCoupling(nn.Module):
-    """b -> exp(s) logit F(b) + t, where s, t and the mixture F are functions of a and the context.
+    """(a, b) -> (exp(s) logit F(b) + t, a), with s, t and F functions of a and the context.
 
-    From (a, b) it goes to (b', a): the halves change places. The log-determinant is ``(n,)``.
+    F is a mixture of logistics. The halves exchange places. The log-determinant is ``(n,)``.
     """
 
     filters: int
@@ -137,7 +138,7 @@ class MixLogisticAttnCoupling(nn.Module):
 
 
 class Flow(nn.Module):
-    """The flow from noise ``(n, h, w, c)`` to the logits of u, given the image, or back."""
+    """The flow from noise ``(n, h, w, c)`` to the logits of u, given the image, and its inverse."""
 
     filters: int
     components: int
@@ -151,7 +152,8 @@ class Flow(nn.Module):
     def __call__(
         self, image: Array, x: Array, *, inverse: bool = False, train: bool = False
     ) -> tuple[Array, Array]:
-        """What ``x`` becomes, and log |det d logits / d noise| ``(n,)`` whatever the direction."""
+        """Logits of the noise ``x`` (inverse: noise of the logits ``x``), and log |det d logits / d
+        noise| ``(n,)``, in both directions."""
         processor = layers.ContextProcessor(self.dropout, self.design, name=self.design.context)
         context = processor(jnp.concatenate(split(image), axis=-1), train=train)
         options = (

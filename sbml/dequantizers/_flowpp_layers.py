@@ -1,10 +1,13 @@
-"""The networks of Flow++: convolutions with data-dependent initialisation, gated, with attention.
+"""Networks of Flow++: gated convolutions and attention with data-dependent initialisation.
 
-Images are ``(n, h, w, c)``. Every affine map starts such that its outputs on the batch that it is
-initialised with have mean 0 and a chosen deviation (Salimans & Kingma 2016). A layer draws its
-kernel, rescales it by what it does to that batch, and centres the result with its bias. Linen's own
-``Conv``, ``Dense`` and ``WeightNorm`` show their initialisers a shape, not data, so the map itself
-is written here; normalisation, dropout, activations and attention are flax's.
+    y = x * kernel + bias,    initially with mean 0 and a chosen deviation over a batch
+
+Images are ``(n, h, w, c)``. The initial outputs of every affine map, over the batch used for
+initialisation, have mean 0 and a chosen standard deviation (Salimans & Kingma 2016): a layer draws
+its kernel, divides it by the standard deviation of its outputs on that batch, and sets its bias so
+that the mean is 0. The initialisers of Linen's ``Conv``, ``Dense`` and ``WeightNorm`` receive a
+shape and no data, so the affine map is written here; normalisation, dropout, activations and
+attention are flax's.
 
 Reference: Ho et al. 2019 (Flow++), section 3.3.
 """
@@ -19,20 +22,20 @@ from sbml.types import Array, Key
 
 VARIANCE_FLOOR = 1e-8
 CONTEXT_FILTERS = 32
-NARROW = 0.1  # deviation at initialisation of what enters a gate or the coupling: nearly identity
+NARROW = 0.1  # initial deviation of inputs to gates and couplings, which then start near identity
 
 
 def concat_elu(x: Array) -> Array:
-    """elu(x) beside elu(-x) (Shang et al. 2016): twice the channels."""
+    """[elu(x), elu(-x)] along the channels (Shang et al. 2016), which doubles their number."""
     return nn.elu(jnp.concatenate([x, -x], axis=-1))
 
 
 class Affine(nn.Module):
-    """y = x * kernel + bias: a convolution, or with ``kernel_size=()`` a linear map a pixel.
+    """y = x * kernel + bias: a convolution, or with ``kernel_size=()`` one map at every pixel.
 
-    At initialisation each channel of y has mean 0 and standard deviation ``deviation``. A
-    convolution may be weight-normalised: its kernel is then scale * direction / |direction|, the
-    norm that of one output channel.
+    At initialisation each channel of y has mean 0 and standard deviation ``deviation``. With
+    ``weight_norm`` the kernel of a convolution is scale * direction / |direction|, with one norm
+    and one scale per output channel.
     """
 
     features: int
@@ -61,7 +64,7 @@ class Affine(nn.Module):
         return y + jnp.broadcast_to(bias, y.shape)
 
     def _gain(self, x: Array, kernel: Array) -> Array:
-        """What brings each channel of x * kernel to ``deviation``, ``(features,)``."""
+        """Factors ``(features,)`` that give each channel of x * kernel the chosen ``deviation``."""
         variance = self._linear(x, kernel).var((0, 1, 2))
         return self.deviation * lax.rsqrt(variance + VARIANCE_FLOOR)
 
@@ -95,7 +98,8 @@ class GatedConv(nn.Module):
 
 
 class GatedAttention(nn.Module):
-    """x + GLU(proj2(attention(proj1(x + positions)))), over all pixels, ``heads`` at a time."""
+    """x + GLU(proj2(attention(proj1(x + positions)))): attention over all pixels with ``heads``
+    heads."""
 
     heads: int
 
@@ -109,17 +113,18 @@ class GatedAttention(nn.Module):
 
 
 def layer_norm(name: str) -> nn.LayerNorm:
-    """Normalises the channels of each pixel."""
+    """Layer normalisation over the channels of each pixel."""
     return nn.LayerNorm(epsilon=1e-5, use_fast_variance=False, name=name)
 
 
 def position_embedding(key: Key, x: Array, channels: int) -> Array:
-    """An initial vector for each pixel of ``x (n, h, w, c)``, ``(h, w, channels)``."""
+    """Initial position embedding ``(h, w, channels)`` for the pixels of ``x (n, h, w, c)``."""
     return nn.initializers.normal(0.01)(key, (*x.shape[1:3], channels), x.dtype)
 
 
 class CouplingNetwork(nn.Module):
-    """What one half of the image and the context say about the other half, ``features`` a pixel."""
+    """Parameters of a coupling, ``features`` per pixel, from one half of the image and the
+    context."""
 
     features: int
     filters: int
@@ -145,7 +150,7 @@ class CouplingNetwork(nn.Module):
 
 
 class ContextProcessor(nn.Module):
-    """The image, as the couplings are shown it: a convolution and gated ones."""
+    """Features of the image for the couplings: a convolution, then gated convolutions."""
 
     dropout: float
     design: Design

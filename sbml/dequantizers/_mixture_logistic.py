@@ -2,8 +2,10 @@
 
     y = logit F(x),   F(x) = sum_k w_k sigmoid((x - m_k) / s_k),   dy/dx = f / (F (1 - F))
 
-F, 1 - F and the density f are formed in logarithms, so tails keep their digits: with one component
-the map is exactly (x - m) / s, however far out. Reference: Ho et al. 2019 (Flow++), section 3.2.
+F, 1 - F and the density f are computed as logarithms, so the tails keep their digits: with one
+component the map is (x - m) / s for every x, however large.
+
+Reference: Ho et al. 2019 (Flow++), section 3.2.
 """
 
 from typing import NamedTuple
@@ -14,9 +16,9 @@ from jax.nn import log_sigmoid, log_softmax, logsumexp
 
 from sbml.types import Array
 
-BISECTIONS = 64  # halvings of the bracket: below the spacing of float64 in any bracket of use
+BISECTIONS = 64  # After so many halvings a bracket of practical width is below float64 spacing.
 CLIP = 1e-7
-LEAST_LOG_SCALE = -7.0  # of a component: narrower ones would be spikes
+LEAST_LOG_SCALE = -7.0  # The flow keeps components at least this wide: narrower ones are spikes.
 
 
 class Mixture(NamedTuple):
@@ -28,7 +30,7 @@ class Mixture(NamedTuple):
 
 
 def _log_cdf(x: Array, mixture: Mixture) -> tuple[Array, Array, Array]:
-    """log F, log(1 - F) and log f of ``x (*s)``, each of shape ``(*s)``."""
+    """log F(x), log(1 - F(x)) and log f(x) for ``x (*s)``, each of shape ``(*s)``."""
     log_w = log_softmax(mixture.logits)
     z = (x[..., None] - mixture.means) * jnp.exp(-mixture.log_scales)
     below, above = log_w + log_sigmoid(z), log_w + log_sigmoid(-z)
@@ -43,11 +45,12 @@ def logit_cdf(x: Array, mixture: Mixture) -> tuple[Array, Array]:
 
 
 def clipped_logit_cdf(x: Array, mixture: Mixture) -> tuple[Array, Array]:
-    """``logit_cdf`` through the float value of F, clipped at 1e-7 in y and in log dy/dx.
+    """``logit_cdf`` computed from F instead of log F, and clipped at 1e-7, as Song et al. do.
 
-    So Song et al. have it. In float32, y above 10 moves in visible steps and ends at 16, and
-    log dy/dx is off by |y| - 16 in both tails: not injective, and for parity only. As theirs, F is
-    the exponential of its logarithm and rounded as that: near 1 by a few units in the last place.
+    This form is for parity with their numbers only, because it is not injective. In float32, y
+    above 10 changes in visible steps and does not exceed 16, and log dy/dx is wrong by |y| - 16 in
+    both tails. As in their code, F is the exponential of log F, with that rounding: near 1 its
+    error is a few units in the last place.
     """
     log_f, _, log_density = _log_cdf(x, mixture)
     f = jnp.exp(log_f)
@@ -58,8 +61,8 @@ def clipped_logit_cdf(x: Array, mixture: Mixture) -> tuple[Array, Array]:
 def inverse_logit_cdf(y: Array, mixture: Mixture) -> Array:
     """x with logit F(x) = y, by bisection, elementwise, of the shape of ``y``.
 
-    Component k alone would give m_k + s_k y. F lies between its components' distribution
-    functions, so the least and the greatest of these bracket the root.
+    If component k were the only one, the root would be m_k + s_k y. F lies between the distribution
+    functions of its components, so the smallest and the largest of these roots bracket its root.
     """
     alone = mixture.means + jnp.exp(mixture.log_scales) * y[..., None]
 

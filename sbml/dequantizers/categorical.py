@@ -1,9 +1,10 @@
-"""Categorical decoding: noise around bin centres at eps, and Bayes' rule for the level.
+"""Categorical decoding: Bayes' rule gives the level from a bin centre with noise of time eps.
 
-    P(k | x_eps) ~ N(x_eps; alpha c_k, sigma^2) over the L levels, c_k the bins' centres
+    P(k | x_eps) = N(x_eps; alpha c_k, sigma^2) / sum_j N(x_eps; alpha c_j, sigma^2),
 
-It has no density of the numbers, but a bound on -log P(k) of the integers (``sbml.discrete``). It
-fits a model trained on bin centres (``data.dequantization=centre``).
+where c_k is the centre of the bin of level k. This decoder gives no density of real numbers, only
+an evidence bound on -log P(k) for integers (``sbml.discrete``). It fits a model that was trained on
+bin centres (``data.dequantization=centre``).
 
 Reference: Kingma et al., VDM, 2021, section 3.3.
 """
@@ -38,5 +39,5 @@ class Model:
         levels: int,
         **draws: Any,
     ) -> Bound:
-        """The bound on -log P(pixels) with its decoder: ``discrete.elbo``."""
+        """The bound on -log P(pixels) with this decoder, in nats: ``discrete.elbo``."""
         return discrete.elbo(score, sde, pixels, key, noise=discrete.Categorical(levels), **draws)

@@ -1,10 +1,10 @@
-"""A learned decoder: P(k | x_eps) as the integer denoiser itself has it (``sbml.integers``).
+"""A learned decoder: P(k | x_eps) is the integer denoiser's own prediction (``sbml.integers``).
 
     -log P(k) <= prior + diffusion + E[-log p(k | x_eps)],    x_eps = alpha c_k + sigma z
 
-where the categorical decoder takes the noise's likelihood alone, this one weighs it with what the
-network knows from the other entries. It needs a score with ``score.parameterization=levels`` that
-was trained on bin centres.
+The categorical decoder uses the likelihood of the noise alone. This decoder multiplies that
+likelihood by a weight for each level, which the network computes from all entries of x_eps. It
+needs a score with ``score.parameterization=levels`` that was trained on bin centres.
 """
 
 import dataclasses
@@ -18,7 +18,7 @@ from sbml.types import Key, PixelBatch, Pixels, Score
 
 @dataclasses.dataclass(frozen=True)
 class Model:
-    """A decoder whose parameters are the score's."""
+    """A decoder without parameters of its own: it uses those of the score."""
 
     at_noise: ClassVar[bool] = True
     calls: ClassVar[int] = 1
@@ -37,15 +37,15 @@ class Model:
         levels: int,
         **draws: Any,
     ) -> Bound:
-        """The bound on -log P(pixels) with the score's decoder: ``discrete.elbo``.
+        """The bound on -log P(pixels) with the score's decoder, in nats: ``discrete.elbo``.
 
         Raises:
           ValueError: the score has no decoder.
         """
         if not hasattr(score, "decoder_nats"):
             raise ValueError(
-                "the score has no decoder_nats(y, t, pixels): the learned decoder is an integer "
-                "denoiser's (score.parameterization=levels)"
+                "the score has no method decoder_nats(y, t, pixels), which the learned decoder "
+                "needs: train an integer denoiser (score.parameterization=levels)"
             )
         noise = discrete.Categorical(levels, score.decoder_nats)
         return discrete.elbo(score, sde, pixels, key, noise=noise, **draws)

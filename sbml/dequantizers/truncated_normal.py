@@ -1,17 +1,19 @@
 """Truncated-normal dequantization: the diffusion's own noise at time eps, kept inside the bin.
 
-With c = 2 (k + 1/2) / L - 1 the bin's centre, h = 1 / L its half-width, rho = sigma / alpha at eps,
+Let c = 2 (k + 1/2) / L - 1 be the bin's centre, h = 1 / L its half-width and rho = sigma / alpha at
+eps. Then
 
-    x = c + rho e,    e ~ N(0, 1) truncated to [-tau, tau],    tau = h / rho,
+    x = c + rho e,    e ~ N(0, 1) truncated to [-tau, tau],    tau = h / rho.
 
-so that alpha x is nearly what diffusing c to time eps gives, and the density to ask is p_eps. As u
-in the bin, u = 1/2 + e / (2 tau) and, per dimension, with Z = erf(tau / sqrt 2),
+The distribution of alpha x is nearly that of c diffused to time eps, so the density to evaluate is
+p_eps. The position in the bin is u = 1/2 + e / (2 tau), and per dimension, with
+Z = erf(tau / sqrt 2),
 
     log q(u) = log(2 tau) - e^2 / 2 - log(2 pi) / 2 - log Z,
     E log q(u) = log(2 tau) - (1 + log 2 pi) / 2 - log Z + tau exp(-tau^2 / 2) / (sqrt(2 pi) Z).
 
-Nothing is learned: eps follows from the number of levels by tau = 3. It fits a model trained on bin
-centres (``data.dequantization=centre``).
+This dequantizer has no parameters: tau = 3 and the number of levels determine eps. It fits a model
+that was trained on bin centres (``data.dequantization=centre``).
 """
 
 import dataclasses
@@ -29,10 +31,10 @@ from sbml.types import Example, Key, PixelBatch, Pixels, Scalar, Score
 
 @dataclasses.dataclass(frozen=True)
 class Model:
-    """A dequantizer with nothing to learn; ``tau`` is half a bin in standard deviations of noise.
+    """The dequantizer; ``tau`` is half the bin's width in standard deviations of the noise.
 
     Raises:
-      ValueError: if ``tau`` is not positive.
+      ValueError: ``tau`` is not positive.
     """
 
     at_noise: ClassVar[bool] = True
@@ -46,7 +48,7 @@ class Model:
 
     @property
     def _log_normaliser(self) -> float:
-        """log of the density of u at the bin's centre."""
+        """log q(u) at the bin's centre, in nats per dimension."""
         z = math.erf(self.tau / math.sqrt(2))
         return math.log(2 * self.tau / z) - 0.5 * math.log(2 * math.pi)
 
@@ -71,6 +73,6 @@ class Model:
         levels: int,
         **draws: Any,
     ) -> Bound:
-        """The bound on -log P(pixels) from noise kept in the bin: ``discrete.elbo``."""
+        """The bound on -log P(pixels) in nats, with noise that stays in the bin."""
         noise = discrete.TruncatedNormal(levels)
         return discrete.elbo(score, sde, pixels, key, noise=noise, **draws)

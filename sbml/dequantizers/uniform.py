@@ -1,7 +1,8 @@
 """Uniform dequantization: u ~ U[0, 1)^d, log q(u | pixels) = 0.
 
-Jensen's inequality makes any density estimate of pixels + u a bound on the integers' likelihood
-(Theis et al. 2016).
+For any density p of pixels + u, by Jensen's inequality (Theis et al. 2016),
+
+    -log P(pixels) = -log E_u p(pixels + u) <= E_u [-log p(pixels + u)].
 """
 
 import dataclasses
@@ -15,7 +16,7 @@ from sbml.types import Example, Key, PixelBatch, Pixels, Scalar
 
 @dataclasses.dataclass(frozen=True)
 class Model:
-    """A dequantizer with nothing to learn."""
+    """The uniform dequantizer, which has no parameters."""
 
     at_noise: ClassVar[bool] = False
 

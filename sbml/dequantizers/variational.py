@@ -2,12 +2,12 @@
 
 log q(u | pixels) = log N(eps; 0, I) - log |det du/deps|, both in nats, so that for any density p
 
-    -log P(pixels) <= E_q [-log p(pixels + u) + log q(u | pixels)]
+    -log P(pixels) <= E_q [-log p(pixels + u) + log q(u | pixels)].
 
-The flow is invertible, so log q of any u can be asked for too.
+The flow is invertible, so log q can be computed for any u.
 
-Reference: Ho et al. 2019 (Flow++), sections 3.1 to 3.3; Song et al. 2021 train it against a fixed
-score model. Parameters bear the names of Song et al.'s checkpoints: ``from_reference`` reads those.
+Reference: Ho et al. 2019 (Flow++), sections 3.1 to 3.3; Song et al. 2021 train it for a fixed score
+model. ``from_reference`` reads the parameters in Song et al.'s checkpoints.
 """
 
 import contextlib
@@ -36,23 +36,24 @@ Images = Float[Array, "n h w c"]
 
 @dataclasses.dataclass(frozen=True)
 class Model:
-    """The Flow++ dequantizer; the default is that of CIFAR-10, 3,466,976 parameters at 32x32x3.
+    """The Flow++ dequantizer; the defaults are those for CIFAR-10, with 3,466,976 parameters.
 
-    That of ImageNet 32x32 is ``Model("imagenet32", filters=128, blocks=8)``: 35,482,720.
+    For ImageNet 32x32 it is ``Model("imagenet32", filters=128, blocks=8)``, with 35,482,720
+    parameters. Both counts are for images of 32x32x3.
 
     Attributes:
       design: ``cifar10`` or ``imagenet32``, see ``_flowpp_design``.
-      filters, blocks, heads: width, depth and attention heads of each coupling's network; the one
-        that shows them the image is the design's.
-      components: logistics in the mixture of every element.
-      dropout: rate in training.
-      levels: of the integer data; the image is shown to the networks as k / (levels - 1) - 1/2.
-      clipped: pass the mixture's distribution function through its float32 value, clipped at 1e-7,
-        as Song et al. do: for parity with their numbers. log q is then wrong where a logit exceeds
-        16 in magnitude, and the flow has no inverse.
+      filters, blocks, heads: width, depth and attention heads of each coupling's network. The
+        design determines the size of the context network.
+      components: number of logistics in the mixture of every element.
+      dropout: rate of dropout in training.
+      levels: number of levels L of the integers k; the networks see k / (L - 1) - 1/2.
+      clipped: compute the mixture's distribution function in float32 and clip it at 1e-7, as Song
+        et al. do, for parity with their numbers. log q is then wrong where a logit exceeds 16 in
+        magnitude, and the flow has no inverse.
 
     Raises:
-      ValueError: an option that no such flow can have.
+      ValueError: an option is outside its range.
     """
 
     at_noise: ClassVar[bool] = False
@@ -74,8 +75,8 @@ class Model:
                 raise ValueError(f"{name}={getattr(self, name)}: choose a positive integer.")
         if self.filters % self.heads:
             raise ValueError(
-                f"filters={self.filters} does not divide into heads={self.heads}: choose filters a "
-                "multiple of heads."
+                f"filters={self.filters} is not a multiple of heads={self.heads}: choose filters "
+                "that are."
             )
         if not 0.0 <= self.dropout < 1.0:
             raise ValueError(f"dropout={self.dropout}: choose a rate in [0, 1).")
@@ -83,20 +84,21 @@ class Model:
             raise ValueError(f"levels={self.levels}: choose at least 2.")
 
     def network(self) -> Flow:
-        """The Linen module; its arguments are the image as the networks see it, and the noise."""
+        """The Linen module; its arguments are the result of ``image(pixels)`` and the noise."""
         return Flow(
             *(self.filters, self.components, self.blocks, self.heads),
             *(self.dropout, self.clipped, DESIGNS[self.design]),
         )
 
     def image(self, pixels: Numbers, dtype: Any = jnp.float32) -> Float[Array, "..."]:
-        """Integers 0 ... levels - 1 as the networks see them, in [-1/2, 1/2]."""
+        """The input of the networks: ``pixels``, 0 ... levels - 1, scaled to [-1/2, 1/2]."""
         return jnp.asarray(pixels, dtype) / (self.levels - 1) - 0.5
 
     def init(self, key: Key, pixels: Numbers) -> Any:
-        """Parameters fitted to the batch ``pixels (n, h, w, c)`` and one draw of noise for it.
+        """Initial parameters, from the batch ``pixels (n, h, w, c)`` and one draw of noise for it.
 
-        After every activation normalisation each channel of that batch has mean 0 and variance 1.
+        For that batch and noise, each channel has mean 0 and variance 1 after every activation
+        normalisation.
 
         Raises:
           ValueError: ``pixels`` is not a batch of images of even width.
@@ -104,7 +106,7 @@ class Model:
         if pixels.ndim != 4 or pixels.shape[2] % 2:
             raise ValueError(
                 f"pixels of shape {pixels.shape}: initialise with a batch (n, h, w, c) of images "
-                "whose width w is even, the flow splits it into even and odd columns."
+                "whose width w is even, because the flow splits them into even and odd columns."
             )
         parameter_key, noise_key = jax.random.split(key)
         noise = jax.random.normal(noise_key, pixels.shape)
@@ -113,16 +115,17 @@ class Model:
     def forward(
         self, params: Any, pixels: Pixels, eps: Images, dropout_key: Key | None = None
     ) -> tuple[Images, Vector]:
-        """u in [0, 1) and log q(u | pixels) in nats, of noise.
+        """The u in [0, 1) that the flow makes of the noise ``eps``, and log q(u | pixels) in nats.
 
         Args:
           params: from ``init``, training or ``from_reference``.
           pixels: integers ``(n, h, w, c)``.
-          eps: standard normal noise of that shape; its dtype is that of the computation.
+          eps: standard normal noise of that shape; the computation is in its dtype.
           dropout_key: for training; None means no dropout.
 
         Returns:
-          u ``(n, h, w, c)`` and log q ``(n,)``. u that rounds to 1 becomes the number before it.
+          u ``(n, h, w, c)`` and log q ``(n,)``. A u that rounds to 1 is replaced by the largest
+          floating-point number below 1.
         """
         compiler.check()
         flow = partial(self._apply, params, self.image(pixels, eps.dtype), eps)
@@ -136,21 +139,24 @@ class Model:
     def inverse(self, params: Any, pixels: Pixels, u: Images) -> tuple[Images, Vector]:
         """The noise that ``forward`` turns into u, and log q(u | pixels) in nats.
 
-        The logit of u is only as good as u: in float32 a u within 1e-5 of 1 has lost it.
+        The result is only as accurate as the logit of u: in float32, a u within 1e-5 of 1 no longer
+        determines its logit.
 
         Args:
           params: as in ``forward``.
           pixels: integers ``(n, h, w, c)``.
-          u: in [0, 1), of that shape. 0 is read as the smallest positive number.
+          u: in [0, 1), of that shape. 0 is replaced by the smallest positive normal number.
 
         Returns:
           eps ``(n, h, w, c)`` and log q ``(n,)``.
 
         Raises:
-          ValueError: the model is clipped, thus not invertible.
+          ValueError: the model is clipped, and therefore not invertible.
         """
         if self.clipped:
-            raise ValueError("clipped=True has no inverse: use the same parameters without it.")
+            raise ValueError(
+                "clipped=True has no inverse: use the same parameters with clipped=False."
+            )
         limits = jnp.finfo(u.dtype)
         u = jnp.clip(u, limits.tiny, 1.0 - limits.epsneg)
         logits = jnp.log(u) - jnp.log1p(-u)
@@ -173,9 +179,9 @@ class Model:
     def sample_batch(
         self, params: Any, pixels: Pixels, keys: Keys, *, train: bool = False
     ) -> tuple[Images, Vector]:
-        """``sample`` for ``pixels (n, h, w, c)`` with a key ``keys (n,)`` each, in one call.
+        """``sample`` for ``pixels (n, h, w, c)`` with ``keys (n,)``, one per image, in one call.
 
-        Without dropout an image's u does not depend on its batch-mates. Returns u
+        Without dropout, the u of an image does not depend on the other images. Returns u
         ``(n, h, w, c)`` and log q ``(n,)``.
         """
         noise_keys, dropout_keys = jax.vmap(jax.random.split, out_axes=1)(keys)
@@ -184,7 +190,7 @@ class Model:
 
 
 def log_density(eps: Images, logits: Images, log_det: Vector) -> Vector:
-    """log q ``(n,)`` of u = sigmoid(logits): log N(eps) - log_det - sum log sigmoid'(logits)."""
+    """log q ``(n,)`` in nats: log N(eps; 0, I) - log_det - sum log sigmoid'(logits)."""
     log_normal = -0.5 * (jnp.square(eps) + math.log(2 * math.pi))
     return per_image(log_normal - log_sigmoid(logits) - log_sigmoid(-logits)) - log_det
 
@@ -192,23 +198,24 @@ def log_density(eps: Images, logits: Images, log_det: Vector) -> Vector:
 LEAVES = {"W": "kernel", "V": "direction", "b": "bias", "g": "scale"}
 BLOCK = r"block\d+_(?:conv|attn)|c\d+|dqattn\d+"
 LAYER = re.compile(rf"(?:(?P<block>{BLOCK})_)?(?P<layer>\w+)_(?P<leaf>[WVbg])")
-# The ends of a coupling's network, which they name otherwise in ImageNet's flow.
+# First and last layers of a coupling's network: (name in their ImageNet flow, name here).
 ENDS = ((r"c1", "proj_in"), (r"(block\d+)_c2", r"\1_proj_out"))
 
 
 def from_reference(params: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     """Parameters of this flow from those of Song et al.'s Flow++ dequantizers.
 
-    Modules bear the same names; inside, ``block0_conv_c1_W`` is ``block0_conv/c1/kernel``, ``_V`` a
-    direction, ``_b`` a bias and ``_g`` a scale. Spatial kernels ``_W`` are transposed (they are
-    CIFAR-10's, whose images are read as NWHC), and layer normalisations lose axes of size 1. The
-    rest keeps its shape. Names and shapes are not checked.
+    Modules have the same names. Inside a module, ``block0_conv_c1_W`` becomes
+    ``block0_conv/c1/kernel``, ``_V`` becomes a direction, ``_b`` a bias and ``_g`` a scale. Spatial
+    kernels ``_W`` are transposed (only the CIFAR-10 flow has them, and its code reads images as
+    NWHC), and the parameters of layer normalisations lose their axes of size 1. All other
+    parameters keep their shape. Names and shapes are not checked.
 
     Args:
       params: two levels of names, as in ``params_ema/params`` of their checkpoint.
     """
 
-    def renamed(module: str, name: str, value: Any) -> tuple[tuple[str, ...], Any]:
+    def translate(module: str, name: str, value: Any) -> tuple[tuple[str, ...], Any]:
         match = LAYER.fullmatch(name)
         if match is None:
             return (module, name), value
@@ -223,21 +230,23 @@ def from_reference(params: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
             layer = re.sub(f"^{theirs}$", ours, layer)
         return (module, layer, LEAVES[match["leaf"]]), value
 
-    # Of other than two levels, it is no parameter of theirs: left for the check of names to name.
+    # A leaf that is not two levels deep keeps its path; the check of names reports it later.
     flat = flatten_dict(dict(params)).items()
-    return unflatten_dict(dict(renamed(p[0], p[1], v) if len(p) == 2 else (p, v) for p, v in flat))
+    return unflatten_dict(
+        dict(translate(p[0], p[1], v) if len(p) == 2 else (p, v) for p, v in flat)
+    )
 
 
 def read_options(params: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields of :class:`Model` whose parameters are ``params``, under our names.
+    """The fields of the :class:`Model` whose parameters, under the names used here, are ``params``.
 
-    The number of heads leaves no trace in them: it is that of ``given``.
+    The parameters do not show the number of heads, so it is taken from ``given``.
 
     Raises:
-      ValueError: there is no coupling among them, or no context network.
+      ValueError: ``params`` have no coupling or no context network.
     """
-    found = [name for name, design in DESIGNS.items() if design.context in params]
-    if "MixLogisticAttnCoupling_0" not in params or not found:
+    designs = [name for name, design in DESIGNS.items() if design.context in params]
+    if "MixLogisticAttnCoupling_0" not in params or not designs:
         raise ValueError(f"no Flow++ dequantizer has the parameters {', '.join(sorted(params))}")
     channels = image_shape(params)[-1]
 
@@ -246,9 +255,9 @@ def read_options(params: Mapping[str, Any], given: Mapping[str, Any]) -> dict[st
         outputs = coupling[f"block{blocks - 1}_proj_out"]["bias"].shape[-1]
         return coupling["proj_in"]["bias"].shape[-1], (outputs // channels - 2) // 3, blocks
 
-    filters, components, blocks = _most_say(params, "MixLogisticAttnCoupling", sizes)
+    filters, components, blocks = _majority(params, "MixLogisticAttnCoupling", sizes)
     return {
-        "design": found[0],
+        "design": designs[0],
         "heads": given["heads"],
         "filters": filters,
         "components": components,
@@ -256,13 +265,15 @@ def read_options(params: Mapping[str, Any], given: Mapping[str, Any]) -> dict[st
     }
 
 
-def _most_say(
+def _majority(
     params: Mapping[str, Any], kind: str, read: Callable[[Mapping[str, Any]], tuple[int, int, int]]
 ) -> tuple[int, int, int]:
-    """What ``read`` gives of most modules ``kind_i``: a damaged one is left for the others to show.
+    """The most frequent result of ``read`` over the modules ``kind_i``.
+
+    A damaged module then does not decide; the later comparison of all leaves reports it.
 
     Raises:
-      ValueError: it can read none.
+      ValueError: ``read`` fails for every module.
     """
     readings: Counter[tuple[int, int, int]] = Counter()
     for name in sorted(params):
@@ -275,10 +286,10 @@ def _most_say(
 
 
 def image_shape(params: Mapping[str, Any]) -> tuple[int, int, int]:
-    """(h, w, c) of the only images that ``params`` fit: they hold a bias for every pixel."""
+    """(h, w, c) of the images that ``params`` fit: they hold a bias for every pixel."""
 
     def shape(module: Mapping[str, Any]) -> tuple[int, int, int]:
         h, half, c = module["norm0"]["bias"].shape
         return h, 2 * half, c
 
-    return _most_say(params, "Norm", shape)
+    return _majority(params, "Norm", shape)

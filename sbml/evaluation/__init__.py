@@ -1,1 +1,1 @@
-"""Numbers of a trained model: cells of the table, baselines, samples and their quality."""
+"""Evaluation of a trained model: likelihood table, baselines, samples and their quality."""

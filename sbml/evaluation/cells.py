@@ -1,14 +1,15 @@
-"""One cell of an evaluation: every image's row, made once, streamed to disk, with its error bars.
+"""One cell of an evaluation: bits/dim of every image by one estimator, with error bars.
 
-A row is of (sweep, image id), and every draw in it is keyed by the two. Sweep 0 covers all images.
+A row belongs to one (sweep, image id), which also determine its random keys. Each row is computed
+once and written to disk. Sweep 0 covers all images.
 
-    bound   every sweep covers all images, its times one lattice over them; a row of the result is
-            the mean over sweeps, and the sweeps' means tell the noise
-    ode     sweep 1 covers a subset, whose two draws tell the noise; the subset solved again by
-            ``estimate.reference`` tells the solver's error
+    bound   every sweep covers all images, with one lattice of times over them; the result of an
+            image is its mean over sweeps, and the spread of the sweeps' means measures the noise
+    ode     sweep 1 covers a subset, whose two draws measure the noise; the subset is solved again
+            by ``estimate.reference``, and the difference measures the solver's error
 
-Batches are padded and the padding dropped: every image counts exactly once, and neither the batch
-size nor the number of devices changes a result.
+Batches are padded and the padding is dropped: every image counts exactly once, and neither the
+batch size nor the number of devices changes a result.
 """
 
 import dataclasses
@@ -39,13 +40,14 @@ from sbml.runtime.workdir import Workdir
 Table = dict[str, np.ndarray]
 
 
-# Before a standard error is believed enough to stop by. Of 2 or 3 sweeps it is often far too small
-# by chance: stopping there, a 95% interval held the truth in 90% of 4,000 trials, of 8 in 93%.
+# The least number of sweeps before ``eval.target_se`` may stop an evaluation. With 2 or 3 sweeps
+# the standard error is often far too small by chance: in 4,000 trials that stopped there, 90% of
+# the 95% intervals held the true value, and 93% with 8 sweeps.
 FIRST_SWEEPS = 8
 
 
 class Unconverged(ValueError):
-    """A fixed-step solve too coarse for the budget: no number is made of it."""
+    """The error of a fixed-step solve exceeds ``eval.solver_budget``, so there is no result."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,34 +56,41 @@ class Dequantization:
 
     model: Any
     params: Any
-    restored: Restored | None = None  # its checkpoint, where it was trained
+    restored: Restored | None = None  # its checkpoint, if it was trained
 
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
-    """What all cells share: one checkpoint, one split."""
+    """The inputs that all cells share: one checkpoint and one split.
+
+    Attributes:
+      control: the Gaussian of the control variate; None without it.
+      density: from eps to the density of the bound's times; None for the default density.
+    """
 
     experiment: Experiment
     restored: Restored
     images: ImageSet
     control: GaussianControl | None
-    density: Callable[[float], np.ndarray | None]  # of the bound's times, by their eps
+    density: Callable[[float], np.ndarray | None]
     workdir: Workdir
 
     def ids(self, count: int = 0) -> np.ndarray:
-        """The images wanted, of these ``count`` at most if it is not 0: a sorted random sample.
+        """The sorted ids of the images to evaluate, a random sample if they are not all.
 
-        One permutation decides, the same for every seed: a larger sample holds the smaller ones, so
-        their rows serve for it. Files lie by class, crops by photo: the first are no sample.
+        There are at most ``eval.max_images`` and, if ``count`` is not 0, at most ``count``. The
+        sample comes from one permutation that does not depend on the seed: a larger sample contains
+        the smaller ones, so that their rows can be used again. The first images would not be a
+        random sample, because files are often sorted by class and crops by photo.
         """
         size, config = len(self.images), self.experiment.config.eval
-        wanted = min(config.max_images or size, count or size, size)
+        number = min(config.max_images or size, count or size, size)
         order = np.arange(size) if config.in_order else np.random.RandomState(0).permutation(size)
-        return np.sort(order[:wanted])
+        return np.sort(order[:number])
 
 
 class CellRun:
-    """The rows of ``cell``, made or read back from an earlier, interrupted evaluation."""
+    """The rows of ``cell``, computed or read from an earlier, interrupted evaluation."""
 
     def __init__(self, shared: Evaluation, cell: Cell, dequantization: Dequantization) -> None:
         self.shared, self.cell, self.dequantization = shared, cell, dequantization
@@ -98,34 +107,34 @@ class CellRun:
                 self.reduction, control=shared.control, density=density
             )
         self.ids = shared.ids(self.config.importance_images if cell.num_importance > 1 else 0)
-        # Where K > 1 an image costs K solves: about as many in all, but four images at least.
+        # Each image costs K solves: the subset is smaller by K, but has at least four images.
         size = self.config.subset or len(self.ids)
-        # Evenly spread: no random draw, and the same whatever the seed.
+        # The subset is evenly spread, without a random draw, so it does not depend on the seed.
         self.subset = self.ids[spread(len(self.ids), max(4, size // cell.num_importance))]
-        # With K solves an image, smaller batches: less padding where few images are wanted.
+        # Batches are smaller by K too, so that a few images need less padding.
         size = max(1, self.config.batch_size // cell.num_importance)
         if self.estimator.exact:
             exact = divergence.exact_batch(math.prod(experiment.shape))
             size = min(size, exact * jax.device_count())
         self.batch_size = sharding.round_up(size)
         self.score = experiment.exact_adapter(shared.restored.state.ema_params)
-        self._known: dict[Solver, Parts] = {}
+        self._parts_of: dict[Solver, Parts] = {}
 
     def rows(self, ids: np.ndarray, sweep: int, solver: Solver | None = None) -> Table:
-        """The rows of ``ids`` in ``sweep``, those not on disk computed now."""
+        """The rows of ``ids`` in ``sweep``; those that are not on disk are computed."""
         solver = solver or self.shared.experiment.eval_solver
         parts = self._parts(solver)
-        done = parts.read(sweep)
-        missing = np.setdiff1d(ids, done.get("id", []))
+        stored = parts.read(sweep)
+        missing = np.setdiff1d(ids, stored.get("id", []))
         if missing.size:
             if missing.size < ids.size:
                 logging.info(
                     "%d of %d images were evaluated before", ids.size - missing.size, ids.size
                 )
             self._fill(parts, missing, ids.size, sweep, solver)
-            done = parts.read(sweep)
-        chosen = np.isin(done["id"], ids)
-        return {name: column[chosen] for name, column in done.items()}
+            stored = parts.read(sweep)
+        chosen = np.isin(stored["id"], ids)
+        return {name: column[chosen] for name, column in stored.items()}
 
     def _fill(
         self, parts: Parts, missing: np.ndarray, total: int, sweep: int, solver: Solver
@@ -148,7 +157,7 @@ class CellRun:
         sharding.barrier("evaluated")
 
     def _lattice(self, sweep: int) -> np.ndarray:
-        """The times' u ``(images, n_times)`` of one sweep over the whole split."""
+        """The numbers u in [0, 1) ``(images, n_times)`` that give the times of one sweep."""
         key = jax.random.fold_in(jax.random.key(self.config.seed), len(self.shared.images))
         draw = times.DRAWS[self.config.times]
         key = jax.random.fold_in(key, sweep)
@@ -157,7 +166,7 @@ class CellRun:
     def _columns(
         self, ids: np.ndarray, sweep: int, solver: Solver, lattice: np.ndarray | None
     ) -> Table:
-        """The rows on the host; totals in float64 so that the terms add up."""
+        """The rows of one batch, on the host; in float64, so that the terms add up to the total."""
         images, split = self.shared.images, sharding.batched(sharding.data_mesh())
         batch = Rows(
             data=sharding.put(images.images[ids], split),
@@ -166,27 +175,28 @@ class CellRun:
             seed=np.uint32(self.config.seed),
         )
         u = None if lattice is None else sharding.put(lattice[ids], split)
-        given = solver if lattice is None else self.reduction
-        found = sharding.to_host(
+        method = solver if lattice is None else self.reduction
+        terms = sharding.to_host(
             estimators.rows(
                 *(self.estimator, self.target, self.score),
-                *(self.dequantization.params, batch, u, given),
+                *(self.dequantization.params, batch, u, method),
             )
         )
-        rows = {k: np.asarray(found[k], np.float64) for k in self.cell.terms if k != "scale"}
+        rows = {k: np.asarray(terms[k], np.float64) for k in self.cell.terms if k != "scale"}
         scale = self.estimator.scale_nats(self.target, images.shape)
         rows["scale"] = np.full(len(ids), bits.nats_to_bits(scale, images.shape))
         rows["bits_per_dim"] = estimate.total(rows, self.cell.terms)
         where = {"id": np.asarray(ids, np.int64), "sweep": np.full(len(ids), sweep, np.int64)}
-        return {**where, **rows, "nfe": np.asarray(found["nfe"], np.int64)}
+        return {**where, **rows, "nfe": np.asarray(terms["nfe"], np.int64)}
 
     def _parts(self, solver: Solver) -> Parts:
-        if solver not in self._known:  # A sum over all parameters: once.
-            self._known[solver] = self.shared.workdir.parts("eval", self._identity(solver))
-        return self._known[solver]
+        if solver not in self._parts_of:  # The identity has checksums of all parameters: once.
+            self._parts_of[solver] = self.shared.workdir.parts("eval", self._identity(solver))
+        return self._parts_of[solver]
 
     def _identity(self, solver: Solver) -> dict[str, Any]:
-        """What a row depends on: not the batch size, nor how many images or sweeps are wanted."""
+        """Everything that a row depends on. The batch size and the numbers of images and sweeps are
+        not among it."""
         shared, config = self.shared, self.config
         own: dict[str, Any] = {"solver": dataclasses.asdict(solver)}
         if self.cell.is_bound:
@@ -210,12 +220,12 @@ class CellRun:
         }
 
     def finish(self) -> Estimate:
-        """The number of every image in ``ids``, with its error bars."""
+        """The estimate over all images in ``ids``, with its error bars."""
         return self._swept() if self.cell.is_bound else self._solved()
 
     def _solved(self) -> Estimate:
         solver, terms = self.shared.experiment.eval_solver, self.cell.terms
-        # First: a solve too coarse costs a subset, not the split.
+        # This comes first: if the steps are too coarse, only the subset has been solved.
         gap = estimate.solver_error(self.rows, self.subset, solver, terms)
         budget = self.config.solver_budget
         if solver.fixed_steps is not None and not estimate.within(gap, budget):
@@ -223,8 +233,8 @@ class CellRun:
             raise Unconverged(
                 f"{solver.fixed_steps} {solver.method} steps are off by {gap.mean:.4f} +- "
                 f"{gap.ci95:.4f} bits/dim on {gap.n} images, more than eval.solver_budget="
-                f"{budget}: refused. Set eval.fixed_steps=0{method} for step control, or take many "
-                "more steps"
+                f"{budget}: refused. Set eval.fixed_steps=0{method} for adaptive steps, or set "
+                "eval.fixed_steps much higher"
             )
         return estimate.solved(
             self.rows, self.ids, self.subset, solver, terms, "bits/dim", gap, budget
@@ -232,13 +242,14 @@ class CellRun:
 
     def _swept(self) -> Estimate:
         tables: list[Table] = []
-        for sweeps in self._wanted(tables):
+        for sweeps in self._sweep_counts(tables):
             while len(tables) < sweeps:
                 tables.append(self.rows(self.ids, len(tables)))
         return estimate.swept(tables, self.cell.terms, "bits/dim")
 
-    def _wanted(self, tables: list[Table]) -> Iterator[int]:
-        """How many sweeps to have: ``eval.sweeps``, then what ``eval.target_se`` still needs."""
+    def _sweep_counts(self, tables: list[Table]) -> Iterator[int]:
+        """The number of sweeps to reach: ``eval.sweeps``, then more while the standard error over
+        ``tables`` exceeds ``eval.target_se``, up to ``eval.max_sweeps``."""
         config = self.config
         first = min(FIRST_SWEEPS, config.max_sweeps) if config.target_se else 1
         yield max(config.sweeps, first)
@@ -246,11 +257,11 @@ class CellRun:
             ratio = estimate.sweep_stderr(tables, self.cell.terms) / config.target_se
             if not ratio > 1:
                 return
-            wanted = max(len(tables) + 1, len(tables) * ratio**2)
-            yield math.ceil(min(config.max_sweeps, wanted))
+            needed = max(len(tables) + 1, len(tables) * ratio**2)
+            yield math.ceil(min(config.max_sweeps, needed))
 
     def result(self, found: Estimate) -> Result:
-        """The number as a report shows it; ``found`` is what :meth:`finish` returned."""
+        """The result as a report shows it; ``found`` is the estimate from :meth:`finish`."""
         trained, trace = self.dequantization.restored, getattr(self.estimator, "trace", None)
         if self.cell.is_bound:
             trace = None
@@ -271,17 +282,18 @@ class CellRun:
 
 
 def estimator(experiment: Experiment, cell: Cell) -> Estimator:
-    """The estimator of ``cell``, with those settings of the config that it has a field for."""
+    """The estimator of ``cell``, with the settings of the config that its class has fields for."""
     settings = {
         "trace": experiment.trace(cell.num_importance),
         "num_importance": cell.num_importance,
     }
-    known = {field.name for field in dataclasses.fields(cell.kind)}
-    return cell.kind(**{name: value for name, value in settings.items() if name in known})
+    fields = {field.name for field in dataclasses.fields(cell.kind)}
+    return cell.kind(**{name: value for name, value in settings.items() if name in fields})
 
 
 def check_first_batch(shared: Evaluation, dequantization: Dequantization) -> None:
-    """Refuse a dequantizer that leaves the integers where they are (``bits.check_dequantized``)."""
+    """Raise a ValueError if the dequantizer adds no noise to the integers
+    (``bits.check_dequantized``)."""
     if not has_density(dequantization.model):
         return
     ids = shared.ids(shared.experiment.config.eval.batch_size)

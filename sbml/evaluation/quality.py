@@ -1,8 +1,9 @@
-"""How good the samples are, beside how likely the test images.
+"""Quality of samples: their distance to the training images, in features and in pixels.
 
-The training images pass through an extractor of features once, and what the distances need is kept
-under the data's fingerprint. Samples are compared with it, and with the training images themselves:
-a model that remembers draws samples much nearer to one of them than test images are.
+The features of the training images are computed once; their statistics are stored under the data's
+fingerprint and compared with those of the samples (FID and similar metrics). In pixels, each sample
+is compared with its nearest training image: if the model has memorised training images, samples are
+much nearer to them than test images are.
 """
 
 from collections.abc import Iterator
@@ -21,23 +22,23 @@ from sbml.features import EXTRACTORS, Extractor
 from sbml.runtime import progress
 from sbml.runtime.files import intact_npz, read_npz, write_npz
 
-KEPT = 10_000  # features for the kernel distance, whose cost is quadratic
-SHOWN = 8  # samples with their nearest training images
-CHUNK = 500
+KEPT = 10_000  # images whose features are stored for the kernel distance, whose cost is quadratic
+SHOWN = 8  # samples that are shown with their nearest training images
+CHUNK = 500  # images per call of an extractor
 
 
 class Reference(NamedTuple):
-    """What a data set looks like to an extractor."""
+    """Statistics of a data set's features: moments of all, and the features of ``KEPT`` images."""
 
     moments: Moments
     features: np.ndarray
 
 
 def extractor(config: ConfigDict) -> Extractor:
-    """The extractor ``eval.features``.
+    """The extractor that ``eval.features`` names.
 
     Raises:
-      ValueError: unknown, without its weights, or not for this data.
+      ValueError: the extractor is unknown, its weights are missing, or it does not fit this data.
     """
     e = config.eval
     kind = EXTRACTORS[check_choice("eval.features", e.features, EXTRACTORS)]
@@ -52,7 +53,7 @@ def extractor(config: ConfigDict) -> Extractor:
 def features_of(
     extract: Extractor, images: np.ndarray, name: str
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Features and probabilities of all ``images``, some at a time."""
+    """Features and class probabilities of all ``images``, ``CHUNK`` images at a time."""
     with progress.bar(f"features of {name}", "image", len(images)) as bar:
         for start in range(0, len(images), CHUNK):
             yield extract(np.asarray(images[start : start + CHUNK]))
@@ -60,17 +61,17 @@ def features_of(
 
 
 def reference(experiment: Experiment, extract: Extractor, images: ImageSet) -> Reference:
-    """The statistics of ``images``, computed once for their fingerprint and this extractor."""
+    """The statistics of ``images``, computed once for each fingerprint and extractor."""
     cache = Options(cache_dir=experiment.config.data.cache_dir or None).cache
     name = f"{extract.identity}-{images.fingerprint['id']}.npz"
     path = epath.Path(cache) / "stats" / name
-    kept = intact_npz(path)
-    if kept is None:
+    stored = intact_npz(path)
+    if stored is None:
         chosen = spread(len(images), KEPT)
         some: list[np.ndarray] = []
 
         def parts() -> Iterator[np.ndarray]:
-            """All features once, not all at once: of a million images they are 10 GB."""
+            """The features chunk by chunk: those of a million images together need 10 GB."""
             start = 0
             for features, _ in features_of(extract, images.images, f"{images.name} {images.split}"):
                 here = chosen[(chosen >= start) & (chosen < start + len(features))] - start
@@ -83,32 +84,33 @@ def reference(experiment: Experiment, extract: Extractor, images: ImageSet) -> R
         columns = {"mean": moments.mean, "cov": moments.cov, "count": np.asarray(moments.size)}
         write_npz(path, {**columns, "features": np.concatenate(some)})
         print(f"statistics of {images.name} {images.split}, n={moments.size}: {path}")
-        kept = read_npz(path)
-    moments = Moments(kept["mean"], kept["cov"], int(kept["count"]))
-    return Reference(moments, kept["features"])
+        stored = read_npz(path)
+    moments = Moments(stored["mean"], stored["cov"], int(stored["count"]))
+    return Reference(moments, stored["features"])
 
 
 def _nearest(x: np.ndarray, train: ImageSet, flip: bool) -> tuple[np.ndarray, np.ndarray]:
-    """The training image nearest to each of ``x``, mirrored where that is nearer and ``flip``, and
-    the root mean square distance, of pixels in [0, 1]."""
+    """The training image nearest to each of ``x``, and their root mean square distance in pixels in
+    [0, 1]. With ``flip`` the mirrored training images are compared too."""
     index, distance = distances.nearest(x, train.images)
-    found = train.images[index]
-    if flip:  # As it was shown in training.
+    neighbours = train.images[index]
+    if flip:  # Training showed mirrored images too.
         index, mirrored = distances.nearest(x[:, :, ::-1], train.images)
         nearer = mirrored < distance
-        found[nearer] = train.images[index[nearer]][:, :, ::-1]
+        neighbours[nearer] = train.images[index[nearer]][:, :, ::-1]
         distance = np.minimum(distance, mirrored)
-    return found, distance / (train.levels - 1)
+    return neighbours, distance / (train.levels - 1)
 
 
 def memory(
     drawn: np.ndarray, train: ImageSet, test: ImageSet, flip: bool
 ) -> tuple[dict[str, float], np.ndarray]:
-    """Distances to the nearest training images, and the first samples, those images after them."""
-    found, distance = _nearest(drawn, train, flip)
+    """Median distances of samples and of test images to their nearest training images, and a stack
+    of the first ``SHOWN`` samples followed by their nearest training images."""
+    neighbours, distance = _nearest(drawn, train, flip)
     held_out = test.images[spread(len(test), max(len(drawn), 100))]
     _, usual = _nearest(held_out, train, flip)
-    rows = np.concatenate([drawn[:SHOWN], found[:SHOWN]])
+    rows = np.concatenate([drawn[:SHOWN], neighbours[:SHOWN]])
     values = {
         "nearest training image, median root mean square distance of samples": float(
             np.median(distance)

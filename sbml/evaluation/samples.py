@@ -1,8 +1,8 @@
-"""Samples of a trained model, each a function of (seed, id) alone.
+"""Samples of a trained model: image i depends only on the seed, i and the sampler's settings.
 
-Image 17 is the same whatever the batch size, the number of devices, or how many are wanted. They
-stream to disk batch by batch: a killed run resumes, and a larger ``sampling.num_images`` adds to
-what is there.
+Image 17 is the same for every batch size, number of devices and number of images. Samples are
+written to disk batch by batch: a killed run resumes, and a run with a larger
+``sampling.num_images`` adds to the stored samples.
 """
 
 import dataclasses
@@ -29,7 +29,7 @@ from sbml.types import Array, Key, Score
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """How an image is made of its latent and noise; static under ``jit``."""
+    """How an image is computed from its latent and noise; static under ``jit``."""
 
     sde: SDE
     shape: tuple[int, ...]
@@ -40,7 +40,7 @@ class Recipe:
 
     @classmethod
     def of(cls, experiment: Experiment) -> "Recipe":
-        """What ``config.sampling`` says."""
+        """The recipe that ``config.sampling`` describes."""
         return cls(
             experiment.sde,
             experiment.shape,
@@ -58,8 +58,8 @@ def _latent(seed: Array, i: Array, how: Recipe) -> tuple[Array, Key]:
 
 
 class Drawn(NamedTuple):
-    """Samples: uint8 ``images (n, *shape)``, the network evaluations ``nfe (n,)`` of each, and
-    whether it ``failed (n,)``: a number that is not finite has no grey level."""
+    """Samples: uint8 ``images (n, *shape)``, their numbers of network evaluations ``nfe (n,)``, and
+    ``failed (n,)``: whether the sampler failed or a pixel is not finite."""
 
     images: Any
     nfe: Any
@@ -81,9 +81,9 @@ def _sample_batch(score: Score, ids: Array, seed: Array, how: Recipe) -> Drawn:
 
 @functools.partial(jax.jit, static_argnames=("how", "frames"))
 def _path_batch(score: Score, ids: Array, seed: Array, how: Recipe, frames: int) -> Array:
-    """uint8 ``(n, frames, *shape)``: the way of each image of ``ids (n,)`` from noise.
+    """uint8 ``(n, frames, *shape)``: the path of each image of ``ids (n,)`` from noise to data.
 
-    A frame shows x_t over hypot(alpha, sigma), so that noise fits into the data's range.
+    A frame shows x_t / hypot(alpha, sigma), so that noise fits into the data's range.
     """
 
     def one(i: Array) -> Array:
@@ -99,7 +99,7 @@ def _path_batch(score: Score, ids: Array, seed: Array, how: Recipe, frames: int)
 
 
 def draw(experiment: Experiment, params: Any, ids: np.ndarray) -> Drawn:
-    """The samples ``ids (n,)``, over all devices."""
+    """The samples with ids ``ids (n,)``, computed on all devices."""
     batch = sharding.put(ids.astype(np.int32), sharding.batched(sharding.data_mesh()))
     seed = np.uint32(experiment.config.sampling.seed)
     score = experiment.adapter(params)
@@ -107,7 +107,7 @@ def draw(experiment: Experiment, params: Any, ids: np.ndarray) -> Drawn:
 
 
 def preview(experiment: Experiment, params: Any) -> Drawn:
-    """Samples 0 .. ``sampling.num_images`` - 1, kept nowhere."""
+    """Samples 0 .. ``sampling.num_images`` - 1, without writing them to disk."""
     count = experiment.config.sampling.num_images
     size = sharding.round_up(min(experiment.config.sampling.batch_size, count))
     batches = [(draw(experiment, params, ids), mask) for ids, mask in eval_batches(count, size)]
@@ -116,7 +116,7 @@ def preview(experiment: Experiment, params: Any) -> Drawn:
 
 
 def _identity(experiment: Experiment, restored: Restored) -> dict[str, Any]:
-    """What an image depends on."""
+    """Everything that an image depends on, apart from its id."""
     return {
         "step": restored.step,
         "parameters_crc32": tree_crc32(restored.state.ema_params),
@@ -128,15 +128,15 @@ def _identity(experiment: Experiment, restored: Restored) -> dict[str, Any]:
 
 
 def generate(experiment: Experiment, restored: Restored, workdir: Workdir) -> Drawn:
-    """Samples 0 .. num_images - 1; those on disk are read. Failed ones are counted aloud."""
+    """Samples 0 .. num_images - 1; those on disk are read. A warning counts the failed ones."""
     config = experiment.config.sampling
     parts = workdir.parts("sampling", _identity(experiment, restored))
-    done = parts.read()
-    wanted = np.arange(config.num_images)
-    missing = np.setdiff1d(wanted, done.get("id", []))
+    stored = parts.read()
+    numbers = np.arange(config.num_images)
+    missing = np.setdiff1d(numbers, stored.get("id", []))
     size = sharding.round_up(min(config.batch_size, config.num_images))
     preemption = Preemption()
-    with progress.bar("sample", "image", len(wanted), len(wanted) - len(missing)) as bar:
+    with progress.bar("sample", "image", len(numbers), len(numbers) - len(missing)) as bar:
         for rows, mask in eval_batches(len(missing), size) if missing.size else ():
             ids = missing[rows]
             drawn = draw(experiment, restored.state.ema_params, ids)
@@ -146,19 +146,20 @@ def generate(experiment: Experiment, restored: Restored, workdir: Workdir) -> Dr
             bar.update(int(mask.sum()))
             preemption.leave_if_requested("the samples so far are stored")
     sharding.barrier("sampled")
-    done = parts.read()
-    chosen = np.isin(done["id"], wanted)
-    drawn = Drawn(*(done[name][chosen] for name in Drawn._fields))
+    stored = parts.read()
+    chosen = np.isin(stored["id"], numbers)
+    drawn = Drawn(*(stored[name][chosen] for name in Drawn._fields))
     if drawn.failed.any():
         logging.warning(
-            "%d of %d samples are not finite, first %s: a sampler gave up, or the network did",
+            "%d of %d samples are not finite or not solved; the first are %s. Try smaller "
+            "tolerances or more steps, or a network that was trained longer",
             *(drawn.failed.sum(), len(drawn.failed), np.flatnonzero(drawn.failed)[:5]),
         )
     return drawn
 
 
 def grid(experiment: Experiment, images: np.ndarray, columns: int | None = None) -> np.ndarray:
-    """A grid of ``images``, near-square unless ``columns`` are given, as uint8 for a PNG."""
+    """A grid of ``images`` as uint8 for a PNG, nearly square unless ``columns`` is given."""
     scale = max(1, 64 // experiment.shape[0])
     columns = columns or math.ceil(math.sqrt(len(images)))
     return report.image_grid(images, experiment.levels, columns=columns, scale=scale)

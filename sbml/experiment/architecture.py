@@ -1,10 +1,10 @@
-"""What a checkpoint decides, whatever the config says.
+"""Fields of the config that the checkpoint decides, such as the network and the SDE.
 
-A converted checkpoint need not fit any config here. ``architecture.json`` beside it holds the
-sections of a config that do fit, and ``main`` lays them over the config it was given.
+A converted checkpoint may fit no config of this package. Then ``architecture.json`` in its work
+directory holds the fields that fit, and ``main`` puts them into its config (:func:`apply`).
 
-Any checkpoint says what config it was trained with. Parameters mean nothing under another process
-or nonlinearity, and their shapes would not show it: :func:`check` does.
+Every checkpoint stores the config of its training. With another SDE or nonlinearity its parameters
+would give wrong results, which their shapes do not show; :func:`check` compares the two configs.
 """
 
 from collections.abc import Iterable, Iterator
@@ -16,26 +16,27 @@ from ml_collections import ConfigDict
 from sbml.experiment.fields import plain, tupled
 from sbml.runtime.workdir import ARCHITECTURE, Workdir
 
-# Of a network's or dequantizer's fields, those that any checkpoint may be used with.
+# Fields of a network or dequantizer that may differ from those of the checkpoint's training.
 FREE = ("clipped", "dropout", "dtype", "init_scale", "remat")
 
 Sections = dict[str, dict[str, Any]]
 
 
 def write(workdir: epath.PathLike, sections: Sections) -> None:
-    """Write ``sections`` ("model", "dequantizer.model" ...) to ``workdir``."""
-    bound = {
+    """Write ``sections`` ("model", "dequantizer.model" ...) to ``workdir``, without ``FREE``
+    fields."""
+    fixed = {
         name: {field: value for field, value in fields.items() if field not in FREE}
         for name, fields in sections.items()
     }
-    Workdir(workdir).write(ARCHITECTURE, bound)
+    Workdir(workdir).write(ARCHITECTURE, fixed)
 
 
 def apply(config: ConfigDict, sections: Sections) -> tuple[ConfigDict, list[str]]:
-    """A copy of ``config`` with ``sections`` laid over it, and a line for each field that changed.
+    """A copy of ``config`` with the fields in ``sections`` replaced, and a line for each change.
 
     Raises:
-      ValueError: a section or field that the config does not have.
+      ValueError: the config has another network, or lacks a field of ``sections``.
     """
     config = config.copy_and_resolve_references()
     lines = []
@@ -45,8 +46,8 @@ def apply(config: ConfigDict, sections: Sections) -> tuple[ConfigDict, list[str]
             node = node[part]
         if fields.get("name", node.get("name")) != node.get("name"):
             raise ValueError(
-                f"config.{name}.name={node.name!r}, the checkpoint's is {fields['name']!r}: take a "
-                "config of that network"
+                f"config.{name}.name={node.name!r}, but the checkpoint's is {fields['name']!r}: "
+                "take a config of that network"
             )
         lines += [f"config.{name}.{line}" for line in _update(node, fields)]
     return config, lines
@@ -57,7 +58,8 @@ def _update(node: ConfigDict, fields: dict[str, Any]) -> Iterator[str]:
         value = tupled(value)
         if field not in node:
             raise ValueError(
-                f"the config has no field {field!r}: was it written by a newer version?"
+                f"the config has no field {field!r}, but {ARCHITECTURE} has: if a newer version "
+                "wrote it, use that version"
             )
         if node[field] != value:
             yield f"{field} is {node[field]!r}, the checkpoint's is {value!r}"
@@ -65,13 +67,13 @@ def _update(node: ConfigDict, fields: dict[str, Any]) -> Iterator[str]:
 
 
 def check(config: dict[str, Any], trained: dict[str, Any], sections: Iterable[str]) -> None:
-    """Refuse a ``config`` that differs from the checkpoint's, ``trained``, in ``sections``.
+    """Compare ``config`` with ``trained``, the config of the checkpoint, in ``sections``.
 
-    Both are plain JSON values. A field that only one of the two has is of another version, and left
-    alone.
+    Both are plain JSON values. A field that only one of the two has comes from another version of
+    the package and is ignored.
 
     Raises:
-      ValueError: naming the fields, their values and the checkpoint's.
+      ValueError: they differ; the message names the fields with both values.
     """
     differing = []
     for name in sections:
@@ -85,13 +87,14 @@ def check(config: dict[str, Any], trained: dict[str, Any], sections: Iterable[st
         ]
     if differing:
         raise ValueError(
-            f"the checkpoint is of another model: {'; '.join(differing)}. Take its own --config, "
-            "or set these fields"
+            f"the checkpoint is of another model: {'; '.join(differing)}. Use the --config of its "
+            "training, or set these fields"
         )
 
 
 def of_workdir(config: ConfigDict, workdir: epath.PathLike) -> ConfigDict:
-    """``config`` with the architecture that ``workdir`` carries, if any; says what that changes."""
+    """``config`` with the architecture stored in ``workdir``, if there is one; prints the
+    changes."""
     workdir = Workdir(workdir)
     if not workdir.has(ARCHITECTURE):
         return config

@@ -1,7 +1,7 @@
-"""From a config to objects: what several of its sections make together.
+"""Builds the objects that a config describes: SDE, score, optimizer, estimators, sampler.
 
-What one section makes alone is a method of it. All that can be wrong is a ValueError before any
-work is done.
+Objects that depend on one section only are built by a method of that section; this file combines
+several sections. Every error in a config is a ValueError that is raised before any work is done.
 """
 
 import dataclasses
@@ -27,30 +27,31 @@ from sbml.types import Key
 
 
 class Experiment:
-    """What a config describes. Building one reads no data and makes no parameters.
+    """The objects that a config describes. The constructor reads no data and makes no parameters.
 
     Attributes:
-      config: the config, checked; its sections are ``config.data``, ``config.training`` ...
-      shape: of the data, (height, width, channels).
-      levels: of the data.
+      config: the checked config; its sections are ``config.data``, ``config.training`` ...
+      shape: shape of an image, (height, width, channels).
+      levels: number of levels of the integer data.
       sde: the forward process.
-      adapter: from parameters to the score that is evaluated and sampled.
-      exact_adapter: the same in float32 whatever ``model.dtype`` is, as likelihoods are computed.
-        bfloat16 is as noise to the step control: three times the evaluations, no convergence.
-      trained_kernel: what noises the images in training: the SDE, or discrete levels of it.
-      trained_adapter: from parameters to the score that the loss sees, of the same network.
-      proposal: where the times of training are drawn.
-      optimizer, dequantizer_optimizer: of the score and the dequantizer.
-      eval_eps, sampling_eps: the smallest time of an evaluation, and of samples.
-      discrete_eps: the smallest time of what is of the integers themselves, by ``eval.tau``.
-      eval_proposal: where the times of the bound are drawn, of ``times.PROPOSALS``.
-      eval_solver: of the ODE of an evaluation.
+      adapter: maps parameters to the score that is evaluated and sampled.
+      exact_adapter: the same in float32 whatever ``model.dtype`` is, for likelihoods. The rounding
+        of bfloat16 acts as noise on the step control of the ODE: it took three times the
+        evaluations and did not converge.
+      trained_kernel: the process that noises images in training: the SDE, or discrete times of it.
+      trained_adapter: maps parameters to the score in the training loss, of the same network.
+      proposal: the distribution of the times in training.
+      optimizer, dequantizer_optimizer: the optimizers of the score and of the dequantizer.
+      eval_eps, sampling_eps: the smallest times of an evaluation and of samples.
+      discrete_eps: the smallest time of bounds on the integers themselves, set by ``eval.tau``.
+      eval_proposal: the distribution of the bound's times, a key of ``times.PROPOSALS``.
+      eval_solver: the ODE solver of an evaluation.
       cells: the table of an evaluation, undefined cells included.
-      sampler: of ``config.sampling``.
+      sampler: the sampler of ``config.sampling``.
       trained_dequantizer: the dequantizer that ``--mode=train_dequantizer`` trains.
 
     Raises:
-      ValueError: for a config that cannot work, naming its field.
+      ValueError: the config cannot work; the message names the field.
     """
 
     def __init__(self, config: ConfigDict) -> None:
@@ -64,7 +65,7 @@ class Experiment:
         first = trained_from(self.sde, c.training, c.data)
         self.adapter: Final = c.score.adapter(c.model.build(), self.sde, eps, c.data)
         exact = self.adapter.model
-        if hasattr(exact, "dtype"):  # A network without it computes in float32 alone.
+        if hasattr(exact, "dtype"):  # A network without this field always computes in float32.
             exact = exact.clone(dtype="float32")
         self.exact_adapter: Final = dataclasses.replace(self.adapter, model=exact)
 
@@ -88,7 +89,7 @@ class Experiment:
         self.sampler: Final = c.sampling.build()
 
         self.trained_dequantizer: Final = self.dequantizer(c.dequantizer.name)
-        # The paper's loss is in nats, ours in nats/dim.
+        # The norm for clipping refers to the paper's loss in nats; the loss here is in nats/dim.
         self.dequantizer_optimizer: Final = c.dequantizer.optim.transformation(
             c.dequantizer.training.num_steps, 1 / math.prod(self.shape)
         )
@@ -106,24 +107,26 @@ class Experiment:
         """The images of ``split``.
 
         Raises:
-          ValueError: if they are not what ``config.data`` says they are.
+          ValueError: the images do not have the shape or levels that ``config.data`` states.
         """
         return self.config.data.images(split)
 
     def parameter_count(self) -> int:
-        """How many parameters the network has."""
+        """The number of the network's parameters."""
         shapes = jax.eval_shape(lambda k: self.adapter.init(k, self.shape), jax.random.key(0))
         return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes))
 
     def init_state(self) -> TrainState:
-        """The state before the first step; compiled and put on devices by ``sharding.made``."""
+        """The state before the first step; ``sharding.made`` compiles this and places the result on
+        the devices."""
         training = self.config.training
         statistics = jnp.zeros((2, training.proposal_bins)) if training.adapts else ()
         params = self.adapter.init(self._init_key(), self.shape)
         return TrainState.create(params, self.optimizer, statistics)
 
     def init_dequantizer(self, images: data.ImageSet) -> TrainState:
-        """The state before the first step, fitted to a batch from all over ``images``."""
+        """The state before the first step, whose initialisation uses a batch spread evenly over
+        ``images``."""
         size = self.config.dequantizer.training.batch_size
         pixels = images.images[data.spread(len(images), size)]
         params = self.trained_dequantizer.init(self._init_key(), jnp.asarray(pixels))
@@ -133,21 +136,23 @@ class Experiment:
         return jax.random.fold_in(jax.random.key(self.config.seed), jnp.iinfo(jnp.int32).max)
 
     def restore(self, workdir: epath.PathLike) -> Restored:
-        """The newest whole checkpoint of ``workdir``, to evaluate or sample: how it was trained
-        is free, what its parameters mean is not.
+        """The newest undamaged checkpoint of ``workdir``, for evaluation or sampling.
+
+        Settings that only affect the training may differ from those of the checkpoint; settings
+        that affect the score may not.
 
         Raises:
-          ValueError: if there is none, or it is another model's.
+          ValueError: there is no checkpoint, or it belongs to another model.
         """
         mesh = sharding.data_mesh()
-        # Here, not in the reader: an error of the config's is not a damaged checkpoint.
-        wanted = sharding.abstract(self.init_state, mesh)
+        # Outside of ``template``, so that an error in the config is not taken for a damaged file.
+        expected = sharding.abstract(self.init_state, mesh)
 
         def template(metadata: dict) -> TrainState:
             bins = metadata["config"]["training"].get("proposal_bins", 0)
             same = sharding.replicated(mesh)
             statistics = jax.ShapeDtypeStruct((2, bins), jnp.float32, sharding=same)
-            return wanted.replace(statistics=statistics if bins else ())
+            return expected.replace(statistics=statistics if bins else ())
 
         restored = _newest(
             self.config.training.checkpoints(workdir),
@@ -158,15 +163,15 @@ class Experiment:
         return restored
 
     def restore_dequantizer(self, workdir: epath.PathLike, images: data.ImageSet) -> Restored:
-        """The newest whole checkpoint of the dequantizer trained in ``workdir``.
+        """The newest undamaged checkpoint of the dequantizer trained in ``workdir``.
 
         Raises:
-          ValueError: if there is none, or it is another model's.
+          ValueError: there is no checkpoint, or it belongs to another model.
         """
-        wanted = sharding.abstract(lambda: self.init_dequantizer(images), sharding.data_mesh())
+        expected = sharding.abstract(lambda: self.init_dequantizer(images), sharding.data_mesh())
         restored = _newest(
             self.config.dequantizer.training.checkpoints(workdir),
-            wanted,
+            expected,
             missing="no dequantizer in {}: train it first (--mode=train_dequantizer)",
         )
         trained.check_dequantizer(self.config, restored.metadata)
@@ -174,7 +179,7 @@ class Experiment:
 
     @property
     def score_identity(self) -> dict[str, Any]:
-        """What a score depends on beside its parameters, as plain JSON values."""
+        """Everything that a score depends on apart from its parameters, as plain JSON values."""
         config = self.to_plain()
         free = ("dropout", "init_scale", "dtype", "remat")
         model = {field: v for field, v in config["model"].items() if field not in free}
@@ -182,7 +187,7 @@ class Experiment:
         return {**sections, "label_eps": self.adapter.eps}
 
     def provenance(self, images: data.ImageSet) -> dict:
-        """What a checkpoint says of its origin: config, training data, versions."""
+        """The origin of a checkpoint, stored as its metadata: config, training data, versions."""
         return {"config": self.to_plain(), "data": images.fingerprint, "versions": versions()}
 
     def to_plain(self) -> dict[str, Any]:
@@ -193,7 +198,11 @@ class Experiment:
 def _newest(
     checkpoints: Checkpoints, template: TrainState | Callable[[dict], TrainState], missing: str
 ) -> Restored:
-    """The newest whole one of ``checkpoints``; the error where there is none names their folder."""
+    """The newest undamaged one of ``checkpoints``.
+
+    Raises:
+      ValueError: there is none; the message is ``missing`` with the folder filled in.
+    """
     with checkpoints:
         restored = checkpoints.restore(template)
     if restored is None:

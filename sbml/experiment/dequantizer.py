@@ -1,4 +1,4 @@
-"""``config.dequantizer``: the dequantizer that is trained, beside those with nothing to learn."""
+"""``config.dequantizer``: the dequantizer that ``--mode=train_dequantizer`` trains."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -17,7 +17,7 @@ from sbml.experiment.fields import (
 from sbml.experiment.optim import DequantizerOptim
 from sbml.experiment.training import DequantizerTraining
 
-# What a run gives a dequantizer, and no config.
+# Fields of a dequantizer that the data and the SDE determine; a config cannot set them.
 OF_THE_RUN = ("levels", "tau")
 
 
@@ -29,7 +29,7 @@ def options(name: str) -> dict[str, Any]:
 
 @dataclasses.dataclass(frozen=True)
 class Options(Section):
-    """``config.dequantizer.model``: the dequantizer's own fields, which its class explains.
+    """``config.dequantizer.model``: the fields of the dequantizer, which its class describes.
 
     The class checks their ranges when the dequantizer is built, the section around it their types.
     """
@@ -40,7 +40,7 @@ class Options(Section):
 
     @classmethod
     def of(cls, values: Mapping[str, Any], *, complete: bool = True) -> Self:
-        """Of the fields; the section around it knows which there must be."""
+        """The section with these fields; :class:`Dequantizer` checks that their names are right."""
         return cls({field: tupled(value) for field, value in values.items()})
 
     def to_dict(self) -> dict[str, Any]:
@@ -53,7 +53,7 @@ class Dequantizer(Section):
     """The Flow++ dequantizer of CIFAR-10.
 
     Raises:
-      ValueError: naming a field, its value and what it may be.
+      ValueError: a field is invalid; the message gives its name, value and range.
     """
 
     section: ClassVar[str] = "dequantizer"
@@ -64,28 +64,28 @@ class Dequantizer(Section):
     optim: DequantizerOptim = DequantizerOptim()
 
     def check(self) -> None:
-        """There is something to train, and the fields are its own."""
+        """Check that the dequantizer has parameters to train, and that ``model`` has its fields."""
         if not dequantizers.is_trained(dequantizers.get(self.name)):
             raise ValueError(
-                f"dequantizer.name={self.name} has nothing to train; choose variational"
+                f"dequantizer.name={self.name} has no parameters to train; choose variational"
             )
         section, values = self.model.section, self.model.values
         check_fields(section, values, options(self.name))
         check_owned(section, values, dequantizers.get(self.name))
 
     def build(self, name: str, *, levels: int, tau: float) -> Any:
-        """The dequantizer ``name``, from those fields that it has.
+        """The dequantizer ``name``, with those of the section's fields that its class has.
 
         Args:
-          name: of ``dequantizers.DEQUANTIZERS``; need not be the one that is trained.
-          levels: of the data.
-          tau: half a bin in standard deviations of the noise at the smallest time.
+          name: a key of ``dequantizers.DEQUANTIZERS``; it need not be the one that is trained.
+          levels: number of levels of the data.
+          tau: half a bin's width in standard deviations of the noise at the smallest time.
 
         Raises:
-          ValueError: for an unknown name, or fields outside their ranges.
+          ValueError: the name is unknown, or a field is outside its range.
         """
         kind = dequantizers.get(check_choice("dequantizer", name, dequantizers.DEQUANTIZERS))
         fields = {**self.model.values, "levels": levels, "tau": tau}
-        known = {field.name for field in dataclasses.fields(kind)}
+        names = {field.name for field in dataclasses.fields(kind)}
         with named(self.model.section):
-            return kind(**{field: value for field, value in fields.items() if field in known})
+            return kind(**{field: value for field, value in fields.items() if field in names})

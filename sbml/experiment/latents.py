@@ -1,4 +1,4 @@
-"""``config.latents``: what ``--mode=latents`` encodes, interpolates and completes."""
+"""``config.latents``: settings of ``--mode=latents``, which encodes, interpolates and completes."""
 
 import dataclasses
 from typing import ClassVar
@@ -9,21 +9,21 @@ from sbml.samplers import AnnealedLangevin, ReverseDiffusion
 
 @dataclasses.dataclass(frozen=True)
 class Latents(Section):
-    """The pictures of a model's latents.
+    """Settings of the pictures that ``--mode=latents`` makes.
 
     Raises:
-      ValueError: naming a field, its value and what it may be.
+      ValueError: a field is invalid; the message gives its name, value and range.
     """
 
     section: ClassVar[str] = "latents"
 
-    count: int = integer(8, least=2, below=2**16)  # images of eval.split
-    frames: int = integer(8, least=1, below=2**16)  # of an interpolation
-    steps: int = integer(200, least=1)  # of a completion, by reverse diffusion
-    corrector_steps: int = integer(2, least=1)  # by annealed Langevin, after each
-    snr: float = real(0.16, above=0, most=1)  # of a corrector's step: noise to score
+    count: int = integer(8, least=2, below=2**16)  # number of images of eval.split
+    frames: int = integer(8, least=1, below=2**16)  # number of images of an interpolation
+    steps: int = integer(200, least=1)  # steps of reverse diffusion for a completion
+    corrector_steps: int = integer(2, least=1)  # steps of annealed Langevin after each of them
+    snr: float = real(0.16, above=0, most=1)  # ratio of noise to score in a corrector's step
 
     def sampler(self) -> ReverseDiffusion:
-        """What draws a completion."""
+        """The sampler of a completion."""
         corrector = AnnealedLangevin(self.corrector_steps, self.snr)
         return ReverseDiffusion(self.steps, corrector=corrector)

@@ -13,31 +13,32 @@ from sbml.runtime import optim
 class Optim(Section):
     """The optimizer of the score, and the average of its parameters.
 
-    An update of Adam is about as large as the learning rate, for each parameter: of rates above 1
-    nothing can be learned.
+    Adam changes each parameter by about the learning rate in a step, so rates above 1 are of no use
+    and not allowed.
 
     Raises:
-      ValueError: naming a field, its value and what it may be.
+      ValueError: a field is invalid; the message gives its name, value and range.
     """
 
     section: ClassVar[str] = "optim"
 
     lr: float = real(2e-4, above=0, most=1)  # largest learning rate
-    warmup: int = integer(5_000)  # steps in which the rate rises from 0
-    schedule: str = choice("constant", optim.SCHEDULES)  # or cosine, to zero at num_steps
+    warmup: int = integer(5_000)  # number of steps in which the rate rises from 0 to lr
+    schedule: str = choice("constant", optim.SCHEDULES)  # cosine: falls to zero at num_steps
     beta1: float = real(0.9, least=0, below=1)
     beta2: float = real(0.999, least=0, below=1)
-    eps: float = real(1e-8, above=0, most=1)  # beside the root of the second moment
-    weight_decay: float = real(0.0, least=0, most=10)  # decoupled: times the rate, a step; 0: off
-    # global norm, in the unit of the paper's loss, a sum over the image; 0: off
+    eps: float = real(1e-8, above=0, most=1)  # added to the root of the second moment
+    # Decoupled: each step subtracts rate * weight_decay * parameter. 0: off.
+    weight_decay: float = real(0.0, least=0, most=10)
+    # Largest global norm, in units of the paper's loss, which is a sum over the image. 0: off.
     grad_clip: float = real(1.0, least=0, most=1e9)
-    ema: float = real(0.9999, least=0, below=1)  # decay of the parameters' average, a step
+    ema: float = real(0.9999, least=0, below=1)  # decay of the parameters' average per step
 
     def transformation(self, num_steps: int, unit: float) -> optax.GradientTransformation:
         """The optimizer of a run of ``num_steps``.
 
-        ``unit`` is what our loss is where the paper's is 1: clipping at ``grad_clip`` is then
-        theirs.
+        ``unit`` is the value of the loss here when the paper's loss is 1. The norm is clipped at
+        ``grad_clip * unit``, which equals clipping the paper's gradient at ``grad_clip``.
         """
         return optim.adam(
             optim.learning_rate(self.lr, self.warmup, self.schedule, num_steps),
@@ -55,4 +56,4 @@ class DequantizerOptim(Optim):
 
     section: ClassVar[str] = "dequantizer.optim"
 
-    ema: float = real(0.99, least=0, below=1)  # decay of the parameters' average, a step
+    ema: float = real(0.99, least=0, below=1)  # decay of the parameters' average per step

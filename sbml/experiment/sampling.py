@@ -1,4 +1,4 @@
-"""``config.sampling``: how samples are drawn."""
+"""``config.sampling``: settings of the samples and their sampler."""
 
 import dataclasses
 from typing import ClassVar
@@ -11,10 +11,10 @@ from sbml.samplers import Sampler
 
 @dataclasses.dataclass(frozen=True)
 class Sampling(Solving):
-    """The samples of a run.
+    """Settings of a run's samples.
 
     Raises:
-      ValueError: naming a field, its value and what it may be.
+      ValueError: a field is invalid; the message gives its name, value and range.
     """
 
     section: ClassVar[str] = "sampling"
@@ -22,51 +22,52 @@ class Sampling(Solving):
     num_images: int = integer(64, least=1)
     batch_size: int = integer(64, least=1)
     seed: int = integer(0, below=2**32)
-    # None: 1e-3, or training's if larger
+    # Smallest time; None: 1e-3, or the smallest time of training if that is larger.
     smallest_time: float | None = real(None, least=0, below=1)
-    denoise_last: bool = flag(True)
+    denoise_last: bool = flag(True)  # replace x at the smallest time by its denoised value
     sampler: str = choice("ode", samplers.SAMPLERS)
-    method: str = method("dopri5")  # of ode
-    rtol: float = tolerance(1e-3)  # of ode
-    atol: float = tolerance(1e-3)  # of ode, for data in [-1, 1]
-    fixed_steps: int = integer(0)  # of ode; 0: step control
-    steps: int | None = integer(None, least=1)  # of all other samplers; None: 500
-    # of the times of steps; empty: the sampler's own
+    method: str = method("dopri5")  # solver of the sampler ode
+    rtol: float = tolerance(1e-3)  # relative tolerance of ode
+    atol: float = tolerance(1e-3)  # absolute tolerance of ode, for data in [-1, 1]
+    fixed_steps: int = integer(0)  # number of steps of ode; 0: adaptive steps
+    steps: int | None = integer(None, least=1)  # number of steps of other samplers; None: 500
+    # Spacing of the times of the steps; empty: the default of the sampler.
     spacing: str = choice("", samplers.SPACINGS)
-    eta: float = real(0.0, least=0, most=1)  # of ddim: share of fresh noise
-    corrector: str = choice("none", samplers.CORRECTORS)  # after every step
-    corrector_steps: int = integer(1, least=1)  # of the corrector, after every step
-    snr: float = real(0.16, above=0, most=1)  # of a corrector's step: noise to score
-    frames: int = integer(8, below=2**16)  # of the strip from noise to image
+    eta: float = real(0.0, least=0, most=1)  # share of fresh noise in the steps of ddim
+    corrector: str = choice("none", samplers.CORRECTORS)  # corrector after every step
+    corrector_steps: int = integer(1, least=1)  # number of its steps after every step
+    snr: float = real(0.16, above=0, most=1)  # ratio of noise to score in a corrector's step
+    frames: int = integer(8, below=2**16)  # number of frames of the strip from noise to image
 
     def check(self) -> None:
-        """A sampler ignores no field that was set."""
-        known = {f.name for f in dataclasses.fields(samplers.SAMPLERS[self.sampler])}
-        asked = {
+        """Check that the sampler uses every field that is set."""
+        options = {f.name for f in dataclasses.fields(samplers.SAMPLERS[self.sampler])}
+        settings = {
             "corrector": ("corrector", self.corrector != "none"),
             "spacing": ("spacing", bool(self.spacing)),
             "eta": ("eta", self.eta > 0),
             "fixed_steps": ("solver", self.fixed_steps > 0),
             "steps": ("steps", self.steps is not None),
         }
-        for field, (option, given) in asked.items():
-            if given and option not in known:
+        for field, (option, is_set) in settings.items():
+            if is_set and option not in options:
                 raise ValueError(
                     f"sampling.{field}={getattr(self, field)}: sampler {self.sampler} takes no "
-                    f"{field} (docs/samplers.md)"
+                    f"{field}; leave it at its default or choose another sampler "
+                    "(docs/samplers.md)"
                 )
 
     def build(self) -> Sampler:
-        """The sampler, from those fields that it has."""
-        kind, follows = samplers.SAMPLERS[self.sampler], samplers.CORRECTORS[self.corrector]
+        """The sampler, with those of the section's fields that its class has."""
+        kind, corrector = samplers.SAMPLERS[self.sampler], samplers.CORRECTORS[self.corrector]
         options = {"steps": self.corrector_steps, "snr": self.snr}
-        known = {f.name for f in dataclasses.fields(kind)}
+        names = {f.name for f in dataclasses.fields(kind)}
         with named(self.section):
             fields = {
                 "solver": self.solver(),
                 "steps": 500 if self.steps is None else self.steps,
                 "eta": self.eta,
-                "corrector": follows() if self.corrector == "none" else follows(**options),
+                "corrector": corrector() if self.corrector == "none" else corrector(**options),
                 **({"spacing": self.spacing} if self.spacing else {}),
             }
-            return kind(**{field: value for field, value in fields.items() if field in known})
+            return kind(**{field: value for field, value in fields.items() if field in names})

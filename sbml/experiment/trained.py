@@ -1,4 +1,4 @@
-"""Compares what a checkpoint says of its training with the config and the data of now."""
+"""Compares the config and data stored in a checkpoint with the present config and data."""
 
 from typing import Any
 
@@ -16,7 +16,7 @@ Metadata = dict[str, Any]
 
 
 def _parts(metadata: Metadata) -> tuple[SDE, Training, Data]:
-    """What decides the noise of a checkpoint's training, as any version has stored it."""
+    """The SDE, training and data settings of a checkpoint, written by this or an older version."""
     stored = metadata["config"]
     process = Process.of(stored["sde"], complete=False)
     training = Training.of(stored["training"], complete=False)
@@ -24,43 +24,49 @@ def _parts(metadata: Metadata) -> tuple[SDE, Training, Data]:
 
 
 def check_score(config: Config, metadata: Metadata) -> None:
-    """Refuse a checkpoint whose parameters are another score's under ``config``.
+    """Check that the parameters of a checkpoint give the same score with ``config``.
 
     Raises:
-      ValueError: naming what differs.
+      ValueError: they do not; the message names the fields that differ.
     """
     architecture.check(config.plain(), metadata["config"], ("sde", "score", "model"))
     ours = noise.smallest_time(config.sde.build(), config.training, config.data)
     theirs = noise.smallest_time(*_parts(metadata))
     if ours != theirs:
         raise ValueError(
-            f"the checkpoint's smallest time is {theirs}, here it is {ours}: set "
+            f"the checkpoint's smallest time is {theirs}, but the config's is {ours}: set "
             f"--config.training.smallest_time={theirs}; eval.smallest_time and "
-            "sampling.smallest_time are free"
+            "sampling.smallest_time may differ"
         )
 
 
 def unseen_times(metadata: Metadata, eps: float, section: str = "eval") -> list[str]:
-    """A warning if times from ``eps`` on have noise that the training never showed.
+    """A warning if ``eps`` is below the smallest time of the checkpoint's training.
 
-    ``section`` is whose ``smallest_time`` it is: eval's or sampling's.
+    ``section`` is the section of the config whose ``smallest_time`` is ``eps``: "eval" or
+    "sampling".
     """
     first = noise.trained_from(*_parts(metadata))
-    if eps >= 0.99 * first:  # A little less is rounding.
+    if eps >= 0.99 * first:  # A smaller difference may be rounding.
         return []
     return [
-        f"{section}: times from t={eps:.3g} on, but training showed no noise of before "
-        f"t={first:.3g}: what the network says there is a guess "
+        f"{section}: times begin at t={eps:.3g}, but the network was trained only from "
+        f"t={first:.3g} on: its output before that is a guess "
         f"(--config.{section}.smallest_time={first:.3g})"
     ]
 
 
 def check_dequantizer(config: Config, metadata: Metadata) -> None:
-    """The same of a dequantizer's."""
+    """Check that the parameters of a dequantizer's checkpoint fit ``config``.
+
+    Raises:
+      ValueError: they do not; the message names the fields that differ.
+    """
     architecture.check(config.plain(), metadata["config"], ("dequantizer.model",))
 
 
-# What a run may change without training otherwise; under a cosine, the number of steps is none.
+# Settings that do not change the training. The number of steps does change it under a cosine
+# schedule.
 FREE = {
     *("num_steps", "steps_per_dispatch", "shard_state", "log_every"),
     *("checkpoint_every", "keep_last", "keep_every", "sample_every"),
@@ -68,10 +74,11 @@ FREE = {
 
 
 def warn_if_trained_otherwise(metadata: Metadata, ours: Metadata, field: str) -> None:
-    """Compare how a checkpoint was trained with how it is to go on, by ``ours`` of its provenance.
+    """Warn if training continues with other settings than those in the checkpoint's ``metadata``.
 
-    ``field`` precedes the names of ``training`` and ``optim``: empty, or ``dequantizer.``. To go on
-    otherwise is allowed, but later checkpoints will only tell of the new settings.
+    ``ours`` is the metadata of the continued run. ``field`` is the prefix of the sections
+    ``training`` and ``optim``: empty or ``dequantizer.``. Other settings are allowed, but later
+    checkpoints record only the new ones.
     """
 
     def part(config: dict[str, Any]) -> dict[str, Any]:
@@ -82,29 +89,31 @@ def warn_if_trained_otherwise(metadata: Metadata, ours: Metadata, field: str) ->
 
     def settings(config: dict[str, Any]) -> dict[str, Any]:
         sections = {s: part(config)[s] for s in ("training", "optim")}
-        found = {f"{field}{s}.{k}": v for s, fields in sections.items() for k, v in fields.items()}
-        found = {name: v for name, v in found.items() if name.rpartition(".")[2] not in free}
+        values = {f"{field}{s}.{k}": v for s, fields in sections.items() for k, v in fields.items()}
+        values = {name: v for name, v in values.items() if name.rpartition(".")[2] not in free}
         data = {f"data.{k}": config["data"][k] for k in ("dequantization", "flip")}
-        return {"seed": config["seed"], **data, **found}
+        return {"seed": config["seed"], **data, **values}
 
     before, now = settings(metadata["config"]), settings(ours["config"])
     changed = [f"{k} {before.get(k)} -> {v}" for k, v in now.items() if before.get(k) != v]
     if changed:
-        logging.warning("training goes on otherwise than it began: %s", ", ".join(changed))
+        logging.warning(
+            "training continues with other settings than it began with: %s", ", ".join(changed)
+        )
 
 
 def warn_if_other_data(metadata: Metadata, images: data.ImageSet) -> list[str]:
-    """Compare the training data in a checkpoint's ``metadata`` with ``images``, loudly.
+    """Log a conspicuous warning if a checkpoint was trained on other data than ``images``.
 
     Returns:
-      The warnings, for a report; none if they are the same.
+      The warnings, for a report; an empty list if the data are the same.
 
     Raises:
-      ValueError: for the two versions of ImageNet 32x32, whose numbers must not be mixed.
+      ValueError: the data are the two versions of ImageNet 32x32, which must not be compared.
     """
     theirs = metadata["data"]
     if theirs is None:
-        return ["the checkpoint was converted: what data the model was trained on is not known"]
+        return ["the checkpoint was converted: the model's training data are not known"]
     ours = images.fingerprint
     data.imagenet32.check_comparable(theirs["name"], ours["name"])
     if theirs["sha256"] == ours["sha256"]:

@@ -1,10 +1,11 @@
-"""What looks at images for the quality metrics, by name: one file each.
+"""Feature extractors for the metrics of sample quality, by name: one file each.
 
     extractor = EXTRACTORS[name](weights="...", sha256="...", levels=..., cache=...)
     features, probabilities = extractor(images)       uint8 (n, h, w, c) -> (n, d), (n, classes)
 
-``inception`` gives FID, KID and the Inception Score. ``digits_classifier`` is trained here, in
-a second, on the embedded digits; its distances are never called by those names.
+``inception`` gives FID, KID and the Inception Score. ``digits_classifier`` is fitted here, in about
+a second, to the digits of scikit-learn; its distances have other names, because they are not
+comparable with FID and KID.
 """
 
 from sbml.features import digits_classifier, inception

@@ -1,4 +1,4 @@
-"""What every extractor is."""
+"""Interface of the feature extractors: images -> features and class probabilities."""
 
 import dataclasses
 from collections.abc import Callable
@@ -11,12 +11,13 @@ Look = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
 
 @dataclasses.dataclass(frozen=True)
 class Extractor:
-    """Features of images, and what the metrics made of them are called.
+    """A function from images to features, with the names of the metrics that use it.
 
     Attributes:
-      identity: changes with anything that changes the features.
-      names: of the Frechet and the kernel distance and the score of probabilities.
-      look: the features themselves.
+      identity: a string that is different for extractors with different features.
+      names: names of three metrics: the Frechet distance and the kernel distance between features,
+        and the score of the class probabilities.
+      look: the function from images to features and class probabilities.
     """
 
     identity: str

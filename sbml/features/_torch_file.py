@@ -1,8 +1,8 @@
-"""Reads a PyTorch state dict without PyTorch, and without running anything in the file.
+"""Reads a PyTorch state dict without PyTorch, and without running any code in the file.
 
-Both formats are pickles whose tensors point at raw storages: the older one a row of pickles with
-the storages after them, the newer a zip. Only the few names that a state dict needs are resolved;
-any other is refused.
+There are two formats. In both, pickled tensors refer to raw storages: the older format is a
+sequence of pickles followed by the storages, the newer one a zip archive. Only the few names that a
+state dict needs are resolved; any other name is an error.
 """
 
 import io
@@ -26,8 +26,8 @@ DTYPES = {
     "IntStorage": np.dtype("<i4"),
 }
 
-# What reading another kind of file, or a damaged one, raises. A pickle may claim any size: the
-# memory for it is never there.
+# Errors that occur when a file of another kind, or a damaged file, is read. A pickle may claim any
+# size, for which there is no memory.
 NO_STATE_DICT = (
     *(pickle.UnpicklingError, EOFError, KeyError, AttributeError, TypeError, ValueError),
     *(IndexError, zipfile.BadZipFile, zlib.error, struct.error, NotImplementedError),
@@ -39,22 +39,23 @@ def read_state_dict(path: str | Path) -> dict[str, np.ndarray]:
     """The arrays of the state dict in ``path``, by name.
 
     Raises:
-      ValueError: it is not one, claims more numbers than the file holds, or wants code that a
-        state dict does not need.
+      ValueError: the file is not a state dict, claims more numbers than it holds, or refers to code
+        that no state dict needs.
     """
     path = Path(path)
     try:
         with path.open("rb") as file:
             read = _zipped if zipfile.is_zipfile(path) else _legacy
-            found = read(file)
-        return {str(name): np.array(array) for name, array in found.items()}
+            arrays = read(file)
+        return {str(name): np.array(array) for name, array in arrays.items()}
     except NO_STATE_DICT as error:
         reason = str(error) or type(error).__name__
         raise ValueError(f"{path} is not a PyTorch state dict: {reason}") from error
 
 
 class _Reader(pickle.Unpickler):
-    """Resolves a state dict's names only; ``storages`` gives a tensor's flat array by its key."""
+    """An unpickler that resolves only the names of a state dict; ``storages(key, dtype, count)``
+    returns the flat array of a storage."""
 
     def __init__(self, file: Any, storages: Any) -> None:
         super().__init__(file)
@@ -70,7 +71,7 @@ class _Reader(pickle.Unpickler):
             return _tensor if name.endswith("_v2") else lambda data, *_: data
         if module == "torch" and name in DTYPES:
             return DTYPES[name]
-        raise pickle.UnpicklingError(f"it wants {module}.{name}")
+        raise pickle.UnpicklingError(f"it refers to {module}.{name}")
 
     def persistent_load(self, saved: Any) -> Any:
         _, dtype, key, _, count, *_ = saved
@@ -116,7 +117,7 @@ def _legacy(file: BinaryIO) -> dict[str, np.ndarray]:
     def none(*_: Any) -> Any:
         raise pickle.UnpicklingError("a header refers to a tensor")
 
-    for _ in range(3):  # magic number, protocol, about the system
+    for _ in range(3):  # The magic number, the protocol and the description of the system.
         _Reader(file, none).load()
     storages: dict[str, np.ndarray] = {}
 
@@ -125,11 +126,11 @@ def _legacy(file: BinaryIO) -> dict[str, np.ndarray]:
         _check_size(f"storage {key}", others + count * dtype.itemsize, file)
         return storages.setdefault(key, np.zeros(count, dtype))
 
-    found = _Reader(file, storage).load()
+    tensors = _Reader(file, storage).load()
     for key in _Reader(file, none).load():
         array = storages[str(key)]
         count = int(np.frombuffer(file.read(8), "<i8")[0])
         if count != array.size:
             raise pickle.UnpicklingError(f"a storage of {count} numbers instead of {array.size}")
         array[:] = np.frombuffer(file.read(array.nbytes), array.dtype)
-    return found
+    return tensors

@@ -1,7 +1,8 @@
-"""A small classifier of the embedded digits: the features are its hidden layer.
+"""A small classifier of scikit-learn's digits; its hidden layer gives the features.
 
-scikit-learn's multilayer perceptron, fitted to the 1,437 training digits with a fixed seed, in a
-second or so. Distances in its features compare models of digits with each other, and nothing else.
+It is scikit-learn's multilayer perceptron, fitted to the 1,437 training digits with a fixed seed,
+which takes about a second. Distances between its features only compare models of these digits with
+each other.
 """
 
 import functools
@@ -18,38 +19,41 @@ HIDDEN = 64
 
 
 def extractor(*, weights: str, sha256: str, levels: int, cache: str | None) -> Extractor:
-    """The classifier, fitted now. ``weights`` and ``cache`` are not needed.
+    """The extractor with the classifier, which this fits. ``weights`` and ``cache`` are not used.
 
     Raises:
-      ValueError: ``levels`` are not the digits'.
+      ValueError: ``levels`` is not the number of grey levels of the digits.
     """
     if levels != digits.LEVELS:
         raise ValueError(
-            f"the digits classifier knows {digits.LEVELS} grey levels, these images have {levels}: "
-            "set eval.features=inception"
+            f"the digits classifier is for {digits.LEVELS} grey levels, but these images have "
+            f"{levels}: set eval.features=inception"
         )
     model, accuracy = _fitted()
 
     def look(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         if images.shape[1:] != (8, 8, 1):
-            raise ValueError(f"images of shape {images.shape[1:]}: the digits' are (8, 8, 1)")
+            raise ValueError(
+                f"images of shape {images.shape[1:]}: the digits classifier needs (8, 8, 1); set "
+                "eval.features=inception"
+            )
         flat = images.reshape(len(images), -1) / (digits.LEVELS - 1)
         hidden = np.maximum(flat @ model.coefs_[0] + model.intercepts_[0], 0)
         return hidden, model.predict_proba(flat)
 
     names = ("feature distance", "feature kernel distance", "class score")
-    said = tuple(f"{name} (digits classifier, {accuracy:.0%} right)" for name in names)
-    # Other libraries may fit another one.
+    labels = tuple(f"{name} (digits classifier, {accuracy:.0%} right)" for name in names)
+    # Other versions of the libraries may fit other weights.
     identity = f"digits_classifier_{HIDDEN}_{tree_crc32((model.coefs_, model.intercepts_)):08x}"
-    return Extractor(identity, said, look)  # type: ignore[arg-type]
+    return Extractor(identity, labels, look)  # type: ignore[arg-type]
 
 
 @functools.cache
 def _fitted() -> tuple[Any, float]:
     """The classifier, and its accuracy on the test digits.
 
-    On one thread: the products are too small to share out, and two processes that each did so on
-    two cores took ten times as long.
+    The fit runs on one thread: the matrix products are too small to gain from more, and two
+    processes with two threads each took ten times as long on two cores.
     """
     from sklearn.datasets import load_digits
     from sklearn.exceptions import ConvergenceWarning
@@ -61,6 +65,6 @@ def _fitted() -> tuple[Any, float]:
     count = len(x) - digits.TEST_COUNT
     model = MLPClassifier((HIDDEN,), alpha=1e-2, max_iter=300, random_state=0)
     with warnings.catch_warnings(), threadpool_limits(1):
-        warnings.simplefilter("ignore", ConvergenceWarning)  # It need not be the best one.
+        warnings.simplefilter("ignore", ConvergenceWarning)  # The fit need not be exact.
         model.fit(x[:count], labels[:count])
     return model, model.score(x[count:], labels[count:])

@@ -1,13 +1,15 @@
-"""Inception-v3 (Szegedy et al. 2015) as FID, KID and the Inception Score know it.
-
-The network is the one TensorFlow published in 2015, whose weights pytorch-fid distributes as a
-PyTorch state dict. Weights are a user's own file: nothing is downloaded. It is read once, checked
-by its SHA-256, its batch normalisations folded into the convolutions, and cached as arrays.
+"""Inception-v3 (Szegedy et al. 2015), the network of FID, KID and the Inception Score.
 
     images -> [0, 1] -> 299x299, bilinear -> [-1, 1] -> features (2048), class probabilities (1008)
 
-The score is of all images at once, by the network's own probabilities. That of Salimans et al. is
-the mean over ten tenths of the images, of probabilities without the last layer's bias.
+The network is the one that TensorFlow published in 2015; pytorch-fid distributes its weights as a
+PyTorch state dict. The user provides this file: nothing is downloaded. The file is checked by its
+SHA-256 and read once; its batch normalisations are folded into the convolutions, and the resulting
+arrays are cached.
+
+The Inception Score here is computed over all images at once, from the network's probabilities.
+Salimans et al. instead average it over ten tenths of the images and leave out the bias of the last
+layer.
 """
 
 import functools
@@ -30,9 +32,7 @@ from sbml.runtime.trees import differences
 from sbml.types import Array
 
 FILE = "pt_inception-2015-12-05-6726825d.pth"
-SHA256 = (
-    "6726825d"  # By PyTorch's custom the name of a weights file ends in its hash's first digits.
-)
+SHA256 = "6726825d"  # The first digits: PyTorch puts them at the end of the name of a weights file.
 SIZE, BATCH, EPSILON = 299, 50, 1e-3
 
 average = functools.partial(nn.avg_pool, window_shape=(3, 3), padding="SAME")
@@ -41,9 +41,9 @@ halve = functools.partial(nn.max_pool, window_shape=(3, 3), strides=(2, 2))
 
 
 class _Block(nn.Module):
-    """Branches side by side, and one of pooled inputs; results joined along the channels.
+    """Parallel branches and one branch of pooled inputs, concatenated along the channels.
 
-    Several convolutions in place of one step of a branch read the same input.
+    A step of a branch is one convolution, or a list of convolutions that read the same input.
     """
 
     branches: Any
@@ -65,7 +65,8 @@ class _Block(nn.Module):
 
 
 def _conv(x: Array, name: str, features: int, kernel: tuple[int, int], stride: int = 1) -> Array:
-    """relu(convolution + bias): no padding with a stride, else as much as keeps the size."""
+    """relu(convolution + bias). Strided convolutions and two others have no padding; the rest are
+    padded so that the size stays the same."""
     padding = "VALID" if stride > 1 or name in ("Conv2d_2a_3x3", "Conv2d_4a_3x3") else "SAME"
     return nn.relu(nn.Conv(features, kernel, stride, padding=padding, name=name)(x))
 
@@ -74,9 +75,9 @@ class Model(nn.Module):
     """Features ``(n, 2048)`` and logits ``(n, classes)`` of ``x (n, 299, 299, 3)`` in [-1, 1].
 
     Attributes:
-      classes: 1008 in the weights of FID.
-      fid: pool as TensorFlow's network of 2015 does: averages that leave the padding out, and the
-        greatest value in the last block. False: as torchvision's.
+      classes: number of classes; 1008 in the weights of FID.
+      fid: pool as TensorFlow's network of 2015: averages do not count the padding, and the last
+        block takes the maximum. False: pool as torchvision's network.
     """
 
     classes: int = 1008
@@ -154,11 +155,12 @@ def _c(width: int) -> Any:
 def from_state_dict(state: dict[str, np.ndarray]) -> Any:
     """Parameters of :class:`Model` from torchvision's or pytorch-fid's names and layouts.
 
-    conv, then scale (y - mean) / sqrt(var + 1e-3) + shift, becomes one convolution with a bias.
-    Auxiliary heads and counters are left out.
+    A convolution y followed by scale (y - mean) / sqrt(var + 1e-3) + shift becomes one convolution
+    with a bias. Auxiliary heads and counters are left out.
 
     Raises:
-      ValueError: naming the leaves that are missing, extra or misshapen.
+      ValueError: the weights do not fit; the message lists the leaves that are missing, extra or
+        misshapen.
     """
     modules: dict[str, dict[str, np.ndarray]] = {}
     for name, value in state.items():
@@ -179,15 +181,16 @@ def from_state_dict(state: dict[str, np.ndarray]) -> Any:
     classes = len(params["fc"]["bias"]) if "fc" in params else 1008
     image = jnp.zeros((1, SIZE, SIZE, 3))
     expected = jax.eval_shape(Model(classes).init, jax.random.key(0), image)["params"]
-    if found := differences(params, expected):
-        raise ValueError("these are not the weights of Inception-v3:\n  " + "\n  ".join(found))
+    if mismatch := differences(params, expected):
+        raise ValueError("these are not the weights of Inception-v3:\n  " + "\n  ".join(mismatch))
     return jax.tree.map(lambda a: np.asarray(a, np.float32), params)
 
 
 @functools.partial(jax.jit, static_argnames="model")
 def look(params: Any, images: Array, model: Model) -> tuple[Array, Array]:
-    """Features and class probabilities of uint8 ``images (n, h, w, c)``; grey counts as RGB."""
-    # Accelerators would take fewer digits for products, and FID would be another number there.
+    """Features ``(n, 2048)`` and class probabilities ``(n, classes)`` of uint8 ``images (n, h, w,
+    c)``; a grey channel is repeated as red, green and blue."""
+    # With the default precision of accelerators, matrix products have fewer digits and FID differs.
     with jax.default_matmul_precision("highest"):
         x = jnp.broadcast_to(images, (*images.shape[:3], 3)) / 255.0
         x = jax.image.resize(x, (len(x), SIZE, SIZE, 3), "bilinear", antialias=False)
@@ -196,51 +199,51 @@ def look(params: Any, images: Array, model: Model) -> tuple[Array, Array]:
 
 
 def load(path: str | Path, sha256: str, cache: Path) -> tuple[Any, str]:
-    """Parameters from the file ``path``, and its SHA-256; converted once into ``cache``.
+    """Parameters from the file ``path``, and its SHA-256; the conversion is cached in ``cache``.
 
     Raises:
-      ValueError: no such file, with where to get it; one whose hash does not begin with ``sha256``;
-        or not Inception's weights.
+      ValueError: there is no such file (the message says where to get it), its hash does not begin
+        with ``sha256``, or it does not hold the weights of Inception-v3.
     """
-    given, path = str(path), Path(path).expanduser()
+    setting, path = str(path), Path(path).expanduser()
     if not path.is_file():
         raise ValueError(
             f"FID, KID and IS need Inception's weights: download {FILE} from the releases of "
             "https://github.com/mseitzer/pytorch-fid and set --config.eval.inception_weights to "
-            f"it (now {given!r}), or use another eval.features"
+            f"it (now {setting!r}), or use another eval.features"
         )
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     if not digest.startswith(sha256):
         raise ValueError(
-            f"{path} has the SHA-256 {digest}, not {sha256}...: download it again; or, if other "
-            "weights are meant, set eval.inception_sha256"
+            f"{path} has the SHA-256 {digest}, not {sha256}...: download it again, or set "
+            "eval.inception_sha256 if you want to use other weights"
         )
-    kept = epath.Path(cache) / "features" / f"inception-{digest[:16]}.npz"
-    params = intact_npz(kept)
+    cached = epath.Path(cache) / "features" / f"inception-{digest[:16]}.npz"
+    params = intact_npz(cached)
     if params is None:
         params = flatten_dict(from_state_dict(read_state_dict(path)), sep="/")
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        write_npz(kept, params)
+        cached.parent.mkdir(parents=True, exist_ok=True)
+        write_npz(cached, params)
     return unflatten_dict(params, sep="/"), digest
 
 
 def extractor(*, weights: str, sha256: str, levels: int, cache: str | None) -> Extractor:
-    """The extractor of FID, KID and IS, with the weights of a file; see :func:`load`."""
+    """The extractor of FID, KID and IS; the file ``weights`` is read by :func:`load`."""
     params, digest = load(weights, sha256, Options(cache_dir=cache or None).cache)
     model, params = Model(len(params["fc"]["bias"])), jax.device_put(params)
 
     def features(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         pixels = np.rint(images * (255 / (levels - 1))).astype(np.uint8)
-        pad = -len(pixels) % BATCH  # One compiled shape; the padding is dropped.
+        pad = -len(pixels) % BATCH  # All batches have one compiled shape; the padding is dropped.
         padded = np.concatenate([pixels, np.zeros((pad, *pixels.shape[1:]), np.uint8)])
         batches = np.split(padded, len(padded) // BATCH)
-        found = [jax.device_get(look(params, batch, model)) for batch in batches]
-        joined = (np.concatenate(part)[: len(pixels)] for part in zip(*found, strict=True))
+        results = [jax.device_get(look(params, batch, model)) for batch in batches]
+        joined = (np.concatenate(part)[: len(pixels)] for part in zip(*results, strict=True))
         return next(joined), next(joined)
 
-    # Other weights than the published ones make other numbers: never under these names.
+    # Only numbers from the published weights are called FID, KID and IS without an addition.
     published = digest.startswith(SHA256)
     names = ("FID", "KID", "IS")
-    said = names if published else tuple(f"{n} (weights {digest[:8]})" for n in names)
-    return Extractor(f"inception_{digest[:16]}", said, features)  # type: ignore[arg-type]
+    labels = names if published else tuple(f"{n} (weights {digest[:8]})" for n in names)
+    return Extractor(f"inception_{digest[:16]}", labels, features)  # type: ignore[arg-type]

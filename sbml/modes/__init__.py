@@ -1,7 +1,8 @@
-"""What the program can be asked to do: one file for each mode, which exports
+"""The modes of the program (``--mode``): one file for each mode, which exports
 
-    run(config, workdir)      and may have FLAGS, names of flags that ``run`` takes as keywords, and
-                              NEEDS_CONFIG, False where no config changes it
+    run(config, workdir)      executes the mode
+    FLAGS                     optional: names of flags that ``run`` takes as keyword arguments
+    NEEDS_CONFIG              optional: False if ``run`` does not depend on a config
 
-A file whose name starts with an underscore is a part of others.
+Files whose names begin with an underscore are shared parts of modes.
 """

@@ -1,4 +1,4 @@
-"""Converting a checkpoint of others' published code: ``--mode=convert --source=DIR``."""
+"""Converts a checkpoint of other published code: ``--mode=convert --source=DIR``."""
 
 from etils import epath
 from ml_collections import ConfigDict
@@ -11,15 +11,15 @@ FLAGS = ("source",)
 def run(config: ConfigDict, workdir: epath.PathLike, source: epath.PathLike | None) -> None:
     """Convert the newest checkpoint in ``source``, a file or a work directory of a known code.
 
-    Which code it is, its content tells.
+    The content of the file shows which code wrote it.
 
     Raises:
-      ValueError: without a ``source``, for one of no known code, for a ``config`` of another
-        network, or what the source's ``convert`` raises.
+      ValueError: there is no ``source``, no known code wrote it, ``config`` has another network, or
+        the conversion fails.
     """
     if not source:
         raise ValueError(
-            "--mode=convert reads --source=DIR, a work directory of Song et al.'s or VDM's code"
+            "--mode=convert needs --source=DIR, a work directory of Song et al.'s or VDM's code"
         )
     path = _files.find(source)
     tree = _files.load(path)
@@ -28,8 +28,8 @@ def run(config: ConfigDict, workdir: epath.PathLike, source: epath.PathLike | No
             continue
         if config.model.name != kind.NETWORK:
             raise ValueError(
-                f"config.model.name={config.model.name!r}, {path} is of a {kind.NETWORK!r}: take a "
-                "config of that network"
+                f"config.model.name={config.model.name!r}, but {path} is of a {kind.NETWORK!r}: "
+                "take a config of that network"
             )
         kind.convert(config, epath.Path(workdir), path, tree)
         return

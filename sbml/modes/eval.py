@@ -1,7 +1,7 @@
-"""Evaluation: every image of a split through a table of cells, to a report.
+"""Evaluates a checkpoint on every image of a split by a table of cells, and writes a report.
 
-A cell is one estimator with one dequantizer and K draws of it (``sbml.estimators``); all are of one
-checkpoint. ``evaluation.cells`` makes a cell's rows, resumes them and gives them error bars.
+A cell is one estimator with one dequantizer and K draws of it (``sbml.estimators``).
+``evaluation.cells`` computes the rows of a cell, can resume them, and adds error bars.
 """
 
 import functools
@@ -36,9 +36,9 @@ from sbml.runtime.workdir import EVALUATION, PER_IMAGE, Workdir
 def control_variate(
     experiment: Experiment, train: ImageSet, workdir: Workdir
 ) -> GaussianControl | None:
-    """The Gaussian fitted to the training images' bin centres, where ``eval.control`` asks.
+    """The Gaussian fitted to the bin centres of the training images; None without ``eval.control``.
 
-    Fitted once, and then read from ``workdir``.
+    It is fitted once and then read from ``workdir``.
     """
     if not experiment.config.eval.control:
         return None
@@ -52,8 +52,8 @@ def control_variate(
         }
         return {name: np.asarray(value, np.float32) for name, value in in_scale.items()}
 
-    found: dict[str, Any] = workdir.kept("control", train.fingerprint, fit)
-    return GaussianControl(**{"basis": None, **found})
+    arrays: dict[str, Any] = workdir.kept("control", train.fingerprint, fit)
+    return GaussianControl(**{"basis": None, **arrays})
 
 
 def time_density(
@@ -63,9 +63,10 @@ def time_density(
     control: GaussianControl | None,
     workdir: Workdir,
 ) -> Callable[[float], np.ndarray | None]:
-    """Where the bound's draws are wanted most, from training images, if ``eval.proposal_bins``.
+    """A function from eps to the density of the bound's times, estimated on training images; the
+    function returns None if ``eval.proposal_bins`` is 0.
 
-    Found once for each smallest time, and then read from ``workdir``.
+    The density is computed once for each smallest time eps and then read from ``workdir``.
     """
     config = experiment.config.eval
     identity = {
@@ -98,10 +99,11 @@ def time_density(
 def dequantization(
     experiment: Experiment, name: str, workdir: Workdir, train: ImageSet
 ) -> Dequantization:
-    """The dequantizer called ``name``, with the averaged parameters of its training if it has any.
+    """The dequantizer called ``name``, with the averaged parameters of its training if it has
+    parameters.
 
     Raises:
-      ValueError: if it was to be trained and was not.
+      ValueError: it has parameters and was not trained.
     """
     model = experiment.dequantizer(name)
     if not dequantizers.is_trained(model):
@@ -120,52 +122,56 @@ def _baselines(train: ImageSet, images: ImageSet, ids: np.ndarray) -> list[dict[
 
 
 def _training_mismatch(restored: Restored, train: ImageSet, eps: float) -> list[str]:
-    """Warnings of a model trained on other data, or otherwise than it is evaluated from ``eps``."""
+    """Warnings if the model was trained on other data, or in another way than it is evaluated."""
     warnings = trained.warn_if_other_data(restored.metadata, train)
     warnings += trained.unseen_times(restored.metadata, eps)
     if restored.metadata["config"]["data"]["dequantization"] == "none":
         warnings.append(
             "the model was trained on k / (levels - 1) without dequantization, and is evaluated "
-            "on (k + u) / levels: the mismatch costs bits (data.dequantization=uniform trains on "
-            "what is evaluated)"
+            "on (k + u) / levels: this mismatch increases bits/dim "
+            "(data.dequantization=uniform trains on the data that are evaluated)"
         )
     return warnings
 
 
-def _dequantizer_mismatch(restored: Restored, name: str, found: Dequantization) -> list[str]:
-    """Warnings of a dequantizer made for another score, or other than the score was trained on."""
+def _dequantizer_mismatch(restored: Restored, name: str, dequantizer: Dequantization) -> list[str]:
+    """Warnings if the dequantizer does not fit the score's training data, or was trained for
+    another score."""
     trained_on = restored.metadata["config"]["data"]["dequantization"]
-    if found.model.at_noise and trained_on == "uniform":
+    if dequantizer.model.at_noise and trained_on == "uniform":
         return [
-            f"{name}: the model was trained on uniformly dequantized images, this asks for noise "
-            "around bin centres: still a bound, but a loose one (data.dequantization=centre)"
+            f"{name}: the model was trained on uniformly dequantized images, but this dequantizer "
+            "puts noise around bin centres: still a bound, but a loose one "
+            "(data.dequantization=centre)"
         ]
-    if not found.model.at_noise and trained_on == "centre":
+    if not dequantizer.model.at_noise and trained_on == "centre":
         return [
-            f"{name}: the model was trained on bin centres, this asks for its density all over the "
-            "bins: still a bound, but a loose one (data.dequantization=uniform)"
+            f"{name}: the model was trained on bin centres, but this dequantizer needs its density "
+            "in the whole bins: still a bound, but a loose one (data.dequantization=uniform)"
         ]
-    if found.restored is not None:
-        against = found.restored.metadata["score"]["crc32"]
-        if against != tree_crc32(restored.state.ema_params):
+    if dequantizer.restored is not None:
+        score = dequantizer.restored.metadata["score"]
+        if score["crc32"] != tree_crc32(restored.state.ema_params):
             return [
-                f"{name}: trained against another score (step "
-                f"{found.restored.metadata['score']['step']}): still a bound, but a loose one"
+                f"{name}: trained for another score (step {score['step']}): still a bound, but a "
+                "loose one (train it again: --mode=train_dequantizer)"
             ]
     return []
 
 
-def _warnings(shared: Evaluation, train: ImageSet, found: dict[str, Dequantization]) -> list[str]:
-    """What is known of the model, its dequantizers and the images before anything is computed."""
+def _warnings(
+    shared: Evaluation, train: ImageSet, dequantizations: dict[str, Dequantization]
+) -> list[str]:
+    """Warnings about the model, its dequantizers and the images, before anything is computed."""
     restored, images = shared.restored, shared.images
     warnings = [f"damaged, so an older checkpoint was taken: {r}" for r in restored.damaged]
     warnings += _training_mismatch(restored, train, shared.experiment.eval_eps)
-    for name, dequantizer in found.items():
+    for name, dequantizer in dequantizations.items():
         warnings += _dequantizer_mismatch(restored, name, dequantizer)
     for split in (images, train):
         if split.skipped:
-            named = "; ".join(split.skipped)
-            warnings.append(f"{len(split.skipped)} {split.split} files are not used: {named}")
+            paths = "; ".join(split.skipped)
+            warnings.append(f"{len(split.skipped)} {split.split} files are not used: {paths}")
     if (count := len(shared.ids())) < len(images):
         how = "the first" if shared.experiment.config.eval.in_order else "a random sample of"
         warnings.append(f"{how} {count} of {len(images)} images (eval.max_images)")
@@ -173,9 +179,10 @@ def _warnings(shared: Evaluation, train: ImageSet, found: dict[str, Dequantizati
 
 
 def as_trained(asked: dict[str, Any], trained: dict[str, Any]) -> dict[str, Any]:
-    """The config of this evaluation, with what its checkpoint says of the training in its place.
+    """The config ``asked`` of this evaluation, with the settings of the training replaced by those
+    in the checkpoint's config ``trained``.
 
-    An evaluation needs no flag of how its model was trained, so ``asked`` may say anything of it.
+    An evaluation does not need the settings of the training, so those in ``asked`` may be any.
     """
     data = {name: trained["data"][name] for name in ("dequantization", "flip")}
     sections = {name: trained[name] for name in ("seed", "training", "optim")}
@@ -183,15 +190,15 @@ def as_trained(asked: dict[str, Any], trained: dict[str, Any]) -> dict[str, Any]
 
 
 def _fill(
-    shared: Evaluation, defined: list[Cell], found: dict[str, Dequantization]
+    shared: Evaluation, defined: list[Cell], dequantizations: dict[str, Dequantization]
 ) -> tuple[cells.Table, list[Result]]:
-    """Every cell's columns in one per-image table, and its result.
+    """One per-image table with the columns of all cells, and the result of each cell.
 
-    A cell of fewer images than others, as where K > 1, has a table of its own on disk.
+    A cell with fewer images than others, as those with K > 1, has its own table on disk.
     """
     results, written = [], {PER_IMAGE}
-    # All are set up before the first is computed: what cannot be must not cost hours first.
-    cell_runs = [CellRun(shared, cell, found[cell.dequantizer]) for cell in defined]
+    # All cells are set up before the first is computed, so that errors appear within seconds.
+    cell_runs = [CellRun(shared, cell, dequantizations[cell.dequantizer]) for cell in defined]
     tables: cells.Table = {"id": max((run.ids for run in cell_runs), key=len)}
     for cell, cell_run in zip(defined, cell_runs, strict=True):
         number = cell_run.finish()
@@ -205,7 +212,7 @@ def _fill(
         written.add(f"per_image_{cell.name}.npz")
         if jax.process_index() == 0:
             shared.workdir.write(f"per_image_{cell.name}.npz", {"id": cell_run.ids, **named})
-    if jax.process_index() == 0:  # Those of an earlier evaluation belong to no result any more.
+    if jax.process_index() == 0:  # Tables of earlier evaluations do not belong to these results.
         for path in shared.workdir.path.glob("per_image*.npz"):
             if path.name not in written:
                 path.unlink()
@@ -216,11 +223,11 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
     """Evaluate the newest checkpoint of ``workdir`` on ``eval.split``, with averaged parameters.
 
     Writes ``per_image.npz``, ``evaluation.json``, ``report.json`` and ``report.html``. A killed
-    evaluation resumes where it was.
+    evaluation resumes where it stopped.
 
     Raises:
-      ValueError: without a checkpoint or a trained dequantizer, or with one of another model; and
-        ``cells.Unconverged`` where fixed steps are too coarse.
+      ValueError: there is no checkpoint or no trained dequantizer, or it belongs to another model.
+      cells.Unconverged: fixed steps are too coarse.
     """
     experiment, workdir = Experiment(config), Workdir(workdir)
     with workdir.lock("eval"), jax.default_matmul_precision(config.eval.precision):
@@ -233,7 +240,7 @@ def _run(experiment: Experiment, workdir: Workdir) -> None:
     images, train = experiment.images(config.eval.split), experiment.images("train")
     defined = [cell for cell in experiment.cells if not cell.undefined]
     undefined = {cell.name: cell.undefined for cell in experiment.cells if cell.undefined}
-    found = {
+    dequantizations = {
         name: dequantization(experiment, name, workdir, train)
         for name in {cell.dequantizer: None for cell in defined}
     }
@@ -242,10 +249,10 @@ def _run(experiment: Experiment, workdir: Workdir) -> None:
     control = control_variate(experiment, train, workdir) if wants_control else None
     density = time_density(experiment, restored, train, control, workdir)
     shared = Evaluation(experiment, restored, images, control, density, workdir)
-    for dequantizer in found.values():
+    for dequantizer in dequantizations.values():
         cells.check_first_batch(shared, dequantizer)
-    warnings = _warnings(shared, train, found)
-    tables, results = _fill(shared, defined, found)
+    warnings = _warnings(shared, train, dequantizations)
+    tables, results = _fill(shared, defined, dequantizations)
     if images.ids:
         tables["name"] = np.asarray(images.ids)[tables["id"]]
     warnings += [warning for result in results for warning in result.warnings(images.ids)]
@@ -273,5 +280,5 @@ def _run(experiment: Experiment, workdir: Workdir) -> None:
         workdir.write(PER_IMAGE, tables)
         workdir.write(EVALUATION, report.strict(evaluation))
         summary.write(workdir, lambda _: images)
-    # Printed only: what is written of an evaluation is the same bytes, killed and resumed or not.
+    # The time is printed and not written: a resumed evaluation writes the same bytes as another.
     print(f"report: {workdir / 'report.html'}, in {time.perf_counter() - start:.0f} s")

@@ -1,11 +1,11 @@
-"""What the latents of a model are good for: mode ``latents``, pictures and ``latents.npz``.
+"""Encoding, decoding, interpolating and inpainting with a trained model: ``--mode=latents``.
 
-    encode          the ODE from eps to T: one latent an image, about N(0, s^2 I)
-    decode          back; how far the image comes back from where it was is the solver's error
-    interpolate     cos(a) z_1 + sin(a) z_2, a in [0, pi / 2]: as normal as its ends
-    complete        the right half of an image, or its colours, by the score (``samplers.known``)
+    encode          the probability-flow ODE from eps to T: a latent z per image, about N(0, s^2 I)
+    decode          the ODE from T to eps; the distance to the original image is the solver's error
+    interpolate     cos(a) z_1 + sin(a) z_2, a in [0, pi / 2]: normal if z_1 and z_2 are
+    complete        a new right half of an image, or new colours, by the score (``samplers.known``)
 
-All are maps of one model; nothing is trained.
+Nothing is trained here.
 """
 
 import functools
@@ -45,7 +45,7 @@ def decode(score: Score, z: Array, *, sde: SDE, eps: float, solver: Solver) -> A
 
 
 def interpolate(z: Array, frames: int) -> Array:
-    """``(n - 1, frames, *s)`` latents from each of ``z (n, *s)`` to the next."""
+    """Latents ``(n - 1, frames, *s)`` on arcs from each of ``z (n, *s)`` to the next."""
     angle = jnp.linspace(0, jnp.pi / 2, frames).reshape(1, frames, *[1] * (z.ndim - 1))
     return jnp.cos(angle) * z[:-1, None] + jnp.sin(angle) * z[1:, None]
 
@@ -54,7 +54,7 @@ def interpolate(z: Array, frames: int) -> Array:
 def completed(
     score: Score, x: Array, *, sde: SDE, eps: float, sampler: FixedSteps, colours: bool
 ) -> Array:
-    """``(n, COMPLETIONS, h, w, c)``: ``x (n, h, w, c)`` with new right halves, or new colours."""
+    """``x (n, h, w, c)`` with new right halves, or with new colours: (n, COMPLETIONS, h, w, c)."""
     _, _, w, c = x.shape
     if colours:
         mask, basis = jnp.eye(c)[0][None, None], jnp.asarray(GREY_FIRST, x.dtype)
@@ -66,7 +66,7 @@ def completed(
 
 
 def _shown(x: Array, colours: bool) -> Array:
-    """What a completion was shown of ``x (n, h, w, c)``; the rest mid-grey."""
+    """The part of ``x (n, h, w, c)`` that a completion sees; the rest is mid-grey."""
     if colours:
         return jnp.broadcast_to(jnp.mean(x, axis=-1, keepdims=True), x.shape)
     half = x.shape[2] // 2
@@ -74,13 +74,13 @@ def _shown(x: Array, colours: bool) -> Array:
 
 
 def run(config: ConfigDict, workdir: epath.PathLike) -> None:
-    """Encode ``latents.count`` test images, and make a picture of each use.
+    """Encode ``latents.count`` images of ``eval.split``, and make a picture of each operation.
 
     Writes ``latents.npz`` (ids, latents, reconstruction errors), ``reconstruction.png``,
     ``interpolation.png``, ``inpainting.png`` and, for colour images, ``colourisation.png``.
 
     Raises:
-      ValueError: without a checkpoint, or for fewer than two images.
+      ValueError: there is no checkpoint, or there are fewer than two images.
     """
     experiment = Experiment(config)
     with jax.default_matmul_precision(config.eval.precision):
@@ -93,10 +93,14 @@ def _run(experiment: Experiment, workdir: Workdir) -> None:
     restored, images = experiment.restore(workdir), experiment.images(config.eval.split)
     score = experiment.exact_adapter(restored.state.ema_params)
     if len(images) < 2:
-        raise ValueError(f"{images.name} {images.split} has one image: an interpolation needs two")
+        raise ValueError(
+            f"{images.name} {images.split} has one image, but an interpolation needs two: choose "
+            "another eval.split"
+        )
     ids = spread(len(images), options.count)
     x = bits.to_model(jnp.asarray(images.images[ids]), 0.5, images.levels)
-    # Ten times as strict as for likelihoods: no score takes the error of a path alone out.
+    # A likelihood corrects the error of its path by the score; here nothing does, so the tolerance
+    # is ten times smaller.
     solver = experiment.eval_solver.tighter(10)
     exact = {"sde": experiment.sde, "eps": experiment.eval_eps, "solver": solver}
     z = encode(score, x, **exact)
@@ -116,7 +120,7 @@ def _run(experiment: Experiment, workdir: Workdir) -> None:
         pictures[name] = rows.reshape(-1, *config.data.shape), rows.shape[1]
     shown = {name: bits.to_pixels(values, images.levels) for name, (values, _) in pictures.items()}
     shown, z = sharding.to_host((shown, z))
-    if jax.process_index() > 0:  # From here on no process computes.
+    if jax.process_index() > 0:  # The rest is output, which only process 0 writes.
         return
     columns = {"id": ids, "latent": z, "reconstruction_error": error}
     workdir.write(LATENTS, {**columns, "step": np.asarray(restored.step)})

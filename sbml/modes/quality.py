@@ -1,4 +1,4 @@
-"""Comparing the samples with the training images: ``--mode=quality``."""
+"""Compares the samples with the training images: ``--mode=quality``."""
 
 import jax
 import numpy as np
@@ -17,12 +17,12 @@ from sbml.runtime.workdir import NEIGHBOURS, QUALITY, SAMPLES, Workdir
 
 
 def run(config: ConfigDict, workdir: epath.PathLike) -> None:
-    """Hold ``samples.npz`` of ``workdir`` against the training images.
+    """Compare ``samples.npz`` of ``workdir`` with the training images.
 
-    Writes ``quality.json``, ``neighbours.png``, and the report anew where there is an evaluation.
+    Writes ``quality.json`` and ``neighbours.png``, and the report again if there is an evaluation.
 
     Raises:
-      ValueError: without samples, fewer than two of them, or without the extractor's weights.
+      ValueError: there are fewer than two samples, or the extractor's weights are missing.
     """
     experiment, workdir = Experiment(config), Workdir(workdir)
     extract = extractor(config)
@@ -31,22 +31,24 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
         logging.warning("%d of %d samples are not finite", failed, len(drawn["images"]))
     if len(drawn["images"]) < 2:
         raise ValueError(
-            f"{workdir / SAMPLES} has one image: distances need two at least; draw more "
+            f"{workdir / SAMPLES} has one image: distances need at least two; draw more "
             "(--mode=sample,quality --config.sampling.num_images=1000)"
         )
     train, test = experiment.images("train"), experiment.images("test")
-    known = reference(experiment, extract, train)
-    looks = zip(*features_of(extract, drawn["images"], "samples"), strict=True)
-    features, probabilities = (np.concatenate(part) for part in looks)
+    training = reference(experiment, extract, train)
+    chunks = zip(*features_of(extract, drawn["images"], "samples"), strict=True)
+    features, probabilities = (np.concatenate(part) for part in chunks)
     n = len(features)
     if n < features.shape[1]:
         logging.warning(
-            "%d samples for %d features: a distance of so few says little", n, features.shape[1]
+            "%d samples for %d features: distances of so few samples are unreliable; draw more "
+            "(sampling.num_images)",
+            *(n, features.shape[1]),
         )
     frechet, kernel, score = extract.names
     values = {
-        f"{frechet} n={n}": distances.frechet(Moments.of(features), known.moments),
-        f"{kernel} n={n}": distances.kernel(features, known.features),
+        f"{frechet} n={n}": distances.frechet(Moments.of(features), training.moments),
+        f"{kernel} n={n}": distances.kernel(features, training.features),
         f"{score} n={n}": distances.inception_score(probabilities),
     }
     distances_to_training, rows = memory(drawn["images"], train, test, config.data.flip)

@@ -1,4 +1,4 @@
-"""Drawing samples of a trained model: ``--mode=sample``."""
+"""Draws samples of a trained model: ``--mode=sample``."""
 
 import jax
 import numpy as np
@@ -16,13 +16,13 @@ from sbml.runtime.workdir import SAMPLES, Workdir
 
 
 def run(config: ConfigDict, workdir: epath.PathLike) -> None:
-    """Draw ``sampling.num_images`` from the newest checkpoint's averaged parameters.
+    """Draw ``sampling.num_images`` samples with the averaged parameters of the newest checkpoint.
 
-    Writes ``samples.npz``, ``samples.png``, ``samples_strip.png``, and the report anew where there
-    is an evaluation. A killed run resumes and ends in the same images.
+    Writes ``samples.npz``, ``samples.png`` and ``samples_strip.png``, and the report again if there
+    is an evaluation. A killed run resumes and gives the same images.
 
     Raises:
-      ValueError: without a checkpoint, or with one of another model.
+      ValueError: there is no checkpoint, or it belongs to another model.
     """
     experiment, workdir = Experiment(config), Workdir(workdir)
     with workdir.lock("sample"):
@@ -35,7 +35,7 @@ def _run(experiment: Experiment, workdir: Workdir) -> None:
     for warning in trained.unseen_times(restored.metadata, experiment.sampling_eps, "sampling"):
         logging.warning(warning)
     drawn = generate(experiment, restored, workdir)
-    # By all processes, whose devices hold the parameters together; written by one.
+    # All processes compute the strip, because their devices hold the parameters together.
     rows = min(4, len(drawn.images)) if config.sampling.frames > 1 else 0
     picture = strip(experiment, restored.state.ema_params, rows) if rows else None
     if jax.process_index() > 0:
@@ -45,11 +45,11 @@ def _run(experiment: Experiment, workdir: Workdir) -> None:
     origin = {"step": np.asarray(restored.step), "parameters_crc32": crc32, "sampler": how}
     columns = {**drawn._asdict(), **origin}
     workdir.write(SAMPLES, columns)
-    shown = drawn.images[:256]  # A picture of more is not looked at; samples.npz has all.
+    shown = drawn.images[:256]  # A picture of more would be too large; samples.npz has all.
     report.write_png(workdir / "samples.png", grid(experiment, shown))
     if picture is not None:
         report.write_png(workdir / "samples_strip.png", picture)
-    else:  # One there may be is of earlier samples.
+    else:  # If there is a strip, it shows earlier samples.
         (workdir / "samples_strip.png").unlink(missing_ok=True)
     summary.write(workdir, experiment.images)
     print(

@@ -1,4 +1,4 @@
-"""Statistics of the training images, which ``--mode=quality`` needs: ``--mode=stats``."""
+"""Computes the statistics of the training images for ``--mode=quality``: ``--mode=stats``."""
 
 from etils import epath
 from ml_collections import ConfigDict
@@ -8,6 +8,7 @@ from sbml.experiment.build import Experiment
 
 
 def run(config: ConfigDict, workdir: epath.PathLike) -> None:
-    """Compute and keep the statistics of the training images; ``workdir`` is not touched."""
+    """Compute the statistics of the training images and store them in the cache; ``workdir`` is not
+    used."""
     experiment = Experiment(config)
     reference(experiment, extractor(config), experiment.images("train"))

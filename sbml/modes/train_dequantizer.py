@@ -1,10 +1,10 @@
-"""Training a variational dequantizer against a frozen score model.
+"""Trains a variational dequantizer for a fixed score model: ``--mode=train_dequantizer``.
 
     loss = 1/d  mean over the batch of  bound(-log p(x)) + log q(u | k),   x = 2 (k + u) / L - 1
 
-with u drawn from q and the evidence bound of ``sbml.bound``, all its terms and factors included
-(the range Z of log-SNR; T - eps would stand there were times uniform): up to ``scale`` it is the
-bits/dim that the evaluation reports, in nats/dim, and the gradient flows through u alone.
+Here u is drawn from q, and the bound is the evidence bound of ``sbml.bound`` with all its terms and
+factors (such as the range Z of log-SNR). The loss is in nats/dim; except for the constant ``scale``
+it is the bits/dim that the evaluation reports, in other units. The gradient flows through u only.
 
 Reference: Ho et al. 2019 (Flow++); Song et al. 2021, section 6 and appendix.
 """
@@ -27,7 +27,8 @@ from sbml.types import Array, Key
 
 
 def prepare_fn(experiment: Experiment) -> Prepare:
-    """The draws of a batch: pixels (n, *s), one time's u (n, 1), keys of flow and bound."""
+    """The draws of a batch: pixels (n, *s), u (n, 1) in [0, 1) for one time each, and keys (n,) of
+    the flow and of the bound."""
     draw = times.DRAWS[experiment.config.training.times]
 
     def prepare(pixels: Array, key: Key, statistics: Any) -> tuple[Array, Array, Key, Key]:
@@ -59,25 +60,27 @@ def loss_fn(experiment: Experiment) -> Loss:
 
 
 def run(config: ConfigDict, workdir: epath.PathLike) -> None:
-    """Train the dequantizer of ``config.dequantizer`` against the newest score checkpoint.
+    """Train the dequantizer of ``config.dequantizer`` for the newest checkpoint of the score.
 
-    Writes ``dequantizer/`` in ``workdir``: checkpoints, metrics, tensorboard. Resumes as ``train``.
+    Writes ``dequantizer/`` in ``workdir``: checkpoints, metrics and tensorboard. A killed run
+    resumes, as in ``train``.
 
     Raises:
-      ValueError: without a score checkpoint, or where the dequantizer was trained against another;
-        and what ``loop.run`` raises.
+      ValueError: there is no checkpoint of the score, the dequantizer was trained for another
+        score, or ``loop.run`` raises it.
     """
     experiment, workdir = Experiment(config), Workdir(workdir)
     section = experiment.config.dequantizer
     images, restored = experiment.images("train"), experiment.restore(workdir)
-    against = {"step": restored.step, "crc32": tree_crc32(restored.state.ema_params)}
+    score = {"step": restored.step, "crc32": tree_crc32(restored.state.ema_params)}
     checkpoints = section.training.checkpoints(workdir)
 
     def check(metadata: dict[str, Any]) -> None:
-        if metadata["score"] != against:
+        if metadata["score"] != score:
             raise ValueError(
-                f"{checkpoints.directory} was trained with score {metadata['score']}, now it is "
-                f"{against}: move the directory away to start anew, or restore that score"
+                f"{checkpoints.directory} was trained with score {metadata['score']}, but the "
+                f"newest checkpoint is {score}: move the directory away to start again, or restore "
+                "that score"
             )
         trained.check_dequantizer(experiment.config, metadata)
 
@@ -97,7 +100,7 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
             accumulate=section.training.accumulate,
         ),
         frozen=restored.state.ema_params,
-        provenance={**experiment.provenance(images), "score": against},
+        provenance={**experiment.provenance(images), "score": score},
         check=check,
         directory=workdir / "dequantizer",
     )

@@ -1,4 +1,4 @@
-"""Comparing every estimator with closed-form truth: ``--mode=verify``."""
+"""Compares every estimator with closed-form values: ``--mode=verify``."""
 
 import time
 from typing import Any
@@ -6,14 +6,14 @@ from typing import Any
 from sbml.runtime.versions import versions
 from sbml.verify.checks import checks, on_cpu, table
 
-NEEDS_CONFIG = False  # The one mode that no config changes.
+NEEDS_CONFIG = False
 
 
 def run(config: Any = None, workdir: Any = None) -> None:
-    """Print the table; it depends on nothing of ``config`` and writes nothing to ``workdir``.
+    """Print the table of comparisons; ``config`` and ``workdir`` are not used.
 
     Raises:
-      SystemExit: with status 1, if a row fails.
+      SystemExit: with status 1 if a row fails.
     """
     start = time.perf_counter()
     with on_cpu():

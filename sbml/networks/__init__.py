@@ -1,12 +1,13 @@
-"""The networks that can learn a score, by name: one file each, found from this folder.
+"""Registry of the networks that can learn a score: one file in this folder for each name.
 
-A new network is a new file here that exports a Linen module ``Model``: its dataclass fields are
+To add a network, add a file here that exports a Linen module ``Model``. Its dataclass fields are
 plain values with defaults, and its call is
 
     Model(**fields)(x, label, *, train) -> Array (n, *s), float32
 
-for ``x (n, *s)`` in [-1, 1] and one number ``label (n,)`` that tells the noise level. Dropout draws
-from the rng collection "dropout", only if ``train``. Files that open with an underscore are parts.
+for ``x (n, *s)`` in [-1, 1] and ``label (n,)``, one number per example that gives its noise level.
+Dropout draws from the rng collection "dropout", only if ``train``. Files whose names begin with an
+underscore hold parts of networks and are not in the registry.
 """
 
 from importlib import import_module
@@ -17,9 +18,9 @@ from flax import linen as nn
 from sbml.networks._fourier import frequencies as frequencies
 
 NETWORKS: dict[str, type[nn.Module]] = {
-    found.name: import_module(f"{__name__}.{found.name}").Model
-    for found in iter_modules(__path__)
-    if not found.name.startswith("_")
+    file.name: import_module(f"{__name__}.{file.name}").Model
+    for file in iter_modules(__path__)
+    if not file.name.startswith("_")
 }
 
 
@@ -27,7 +28,7 @@ def get(name: str) -> type[nn.Module]:
     """The ``Model`` of the network called ``name``.
 
     Raises:
-      ValueError: no such network; the message lists those there are.
+      ValueError: there is no network of this name; the message lists the names.
     """
     if name not in NETWORKS:
         raise ValueError(f"Unknown network {name!r}: choose one of {', '.join(sorted(NETWORKS))}.")

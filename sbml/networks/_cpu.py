@@ -1,10 +1,10 @@
-"""What the networks do for a single CPU device only: gradients that are stored, not recomputed.
+"""A speed-up for a single CPU device: gradients at residual sums are stored, not recomputed.
 
-XLA's code for CPU computes a cheap result again in each operation that reads it. The gradient at a
-residual sum is cheap, given the one at the next sum, so every block's gradient would recompute all
-sums between itself and the output. XLA recomputes nothing across a condition, so the gradient goes
-through one: without it a training step of ``configs/photos_vp.py`` takes 1.9 times as long
-(benchmarks/README.md).
+On CPU, XLA computes a cheap result again in each operation that reads it. The gradient at a
+residual sum follows cheaply from the gradient at the next sum, so XLA would recompute, in the
+gradient of every block, all sums between that block and the output. XLA recomputes nothing across a
+conditional (``lax.cond``), so the gradient is passed through one. Without it a training step of
+``configs/photos_vp.py`` takes 1.9 times as long (benchmarks/README.md).
 """
 
 import jax
@@ -16,7 +16,7 @@ from sbml.types import Array
 
 
 def materialise(x: Array) -> Array:
-    """``x``, whose gradient is computed once for all operations that read it."""
+    """Return ``x`` unchanged; its gradient is computed once for all operations that read it."""
     return _materialise(x) if one_cpu() else x
 
 
@@ -27,7 +27,8 @@ def _materialise(x: Array) -> Array:
 
 @_materialise.defjvp
 def _(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
-    """The condition must be one that XLA cannot decide: where ``x`` is NaN, so is its gradient."""
+    """The condition must depend on ``x``, or XLA would remove it: if the first entry of ``x`` is
+    NaN, the whole gradient becomes NaN."""
     (x,), (dx,) = primals, tangents
     nan = jnp.isnan(x[(0,) * x.ndim])
     return _materialise(x), lax.cond(nan, lambda dx: jnp.nan * dx, lambda dx: dx, dx)

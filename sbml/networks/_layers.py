@@ -1,8 +1,8 @@
-"""Building blocks of the score networks: normalise, activate, convolve, add back.
+"""Layers of the score networks: normalisation, convolution, noise embedding and resampling.
 
-Every block works on images ``(n, h, w, c)`` in the dtype of its input; parameters are float32.
-The classes and their parameters bear the names of Song et al.'s JAX checkpoints, which Linen
-derives from class names and call order, so both are part of the format.
+Every layer works on images ``(n, h, w, c)`` in the dtype of its input; parameters are float32.
+Class names and the order of calls must not change: Linen derives the parameters' names from them,
+and these are the names in Song et al.'s JAX checkpoints.
 
 References: Ho et al. 2020 (DDPM), Brock et al. 2019 (BigGAN blocks), Karras et al. 2020 (FIR
 resampling), Zhang 2019 (why to filter before striding), Tancik et al. 2020 (Fourier features),
@@ -38,32 +38,32 @@ def check_choice(field: str, value: object, choices: Sequence[str]) -> None:
         raise ValueError(f"{field}={value!r}: choose one of {', '.join(choices)}.")
 
 
-def check_range(field: str, value: object, holds: bool, wanted: str) -> None:
-    """Raise a ValueError that names the wanted range unless it ``holds``."""
+def check_range(field: str, value: object, holds: bool, requirement: str) -> None:
+    """Raise a ValueError that states the ``requirement`` on ``value`` unless it ``holds``."""
     if not holds:
-        raise ValueError(f"{field}={value!r}: choose a value {wanted}.")
+        raise ValueError(f"{field}={value!r}: choose a value {requirement}.")
 
 
 def fan_avg(scale: float = 1.0) -> nn.initializers.Initializer:
-    """Uniform of variance ``scale / fan_avg``; 0 means 1e-10, near enough to a zero layer."""
+    """Uniform initialiser of variance ``scale / fan_avg``; a scale of 0 is replaced by 1e-10."""
     return nn.initializers.variance_scaling(scale or 1e-10, "fan_avg", "uniform")
 
 
 def dropout(key: Key, x: Array, rate: float) -> Array:
-    """``x`` with each element at 0 with probability ``rate``, scaled to keep the mean.
+    """Set each element of ``x`` to 0 with probability ``rate`` and scale the rest: E[result] = x.
 
-    A random word decides two elements, which halves the cost of the words: the rate is rounded to a
-    multiple of 2^-16, and the scale is that of the rounded rate.
+    One random 32-bit word decides two elements, which halves the number of words to draw. The rate
+    is therefore rounded to a multiple of 2^-16, and the scale is that of the rounded rate.
     """
     channels = x.shape[-1]
-    kept = max(1, round((1 - rate) * 2**16))
+    threshold = max(1, round((1 - rate) * 2**16))
     words = jax.random.bits(key, (*x.shape[:-1], -(-channels // 2)), jnp.uint32)
     halves = jnp.concatenate([words & 0xFFFF, words >> 16], axis=-1)[..., :channels]
-    return jnp.where(halves < kept, x * (2**16 / kept), 0).astype(x.dtype)
+    return jnp.where(halves < threshold, x * (2**16 / threshold), 0).astype(x.dtype)
 
 
 def convolution(x: Array, kernel: Array, stride: int = 1, padding: str = "SAME") -> Array:
-    """``x (n, h, w, c)`` with ``kernel (k, k, c, c_out)``; "SAME" pads with zeros."""
+    """Convolve ``x (n, h, w, c)`` with ``kernel (k, k, c, c_out)``; "SAME" pads with zeros."""
     return lax.conv_general_dilated(
         x, kernel, (stride, stride), padding, dimension_numbers=("NHWC", "HWIO", "NHWC")
     )
@@ -80,7 +80,8 @@ def add_bias(x: Array, bias: Array) -> Array:
 
 
 class Conv(nn.Module):
-    """A ``size x size`` convolution that keeps the image's size, up to ``stride``."""
+    """A ``size x size`` convolution with bias; it divides the image's height and width by
+    ``stride``."""
 
     features: int
     size: int = 3
@@ -98,17 +99,19 @@ class Conv(nn.Module):
 
 
 def dense(x: Array, features: int) -> Array:
-    """A linear map of ``x (n, c)``."""
+    """An affine map of ``x (n, c)`` to ``(n, features)``."""
     return nn.Dense(features, dtype=x.dtype, kernel_init=fan_avg())(x)
 
 
 class GroupNorm(nn.Module):
-    """Group normalisation (Wu & He 2018) with min(c // 4, 32) groups, over pixels and a group.
+    """Group normalisation (Wu & He 2018) with min(c // 4, 32) groups of channels.
 
-    y = a x + b. The per-channel mean and mean square are averaged over groups and folded into one
-    multiply-add a pixel, which costs half of normalising group by group. Statistics are float32
-    whatever the dtype of ``x``. The group's variance is the mean of its channel variances plus the
-    variance of its channel means, so channels far from zero do not cancel it.
+    y = (x - mean) / sqrt(variance + epsilon) * scale + bias = a x + b, where mean and variance are
+    those of all pixels and channels of a group. They are averages of statistics per channel, so
+    that one multiplication and one addition per entry remain: this costs half as much as to
+    normalise group by group. Statistics are float32 whatever the dtype of ``x``. The variance of a
+    group is the mean of its channels' variances plus the variance of its channels' means, so that
+    channels with different means do not make it lose digits.
     """
 
     epsilon: float = 1e-6
@@ -119,9 +122,10 @@ class GroupNorm(nn.Module):
         groups = min(c // 4, 32)
         if groups == 0 or c % groups:
             raise ValueError(
-                f"GroupNorm wants min(c // 4, 32) groups of equal size and got c={c} channels: "
-                "choose nf and ch_mult so that widths, and the sums of two that the decoder joins, "
-                "are multiples of their number of groups (nf a multiple of 32 always is)."
+                f"GroupNorm needs min(c // 4, 32) groups of equal size and got c={c} channels: "
+                "choose nf and ch_mult so that every width, and every sum of two widths that the "
+                "decoder joins, is a multiple of its number of groups. If nf is a multiple of 32, "
+                "this always holds."
             )
         scale = self.param("scale", nn.initializers.ones, (c,)).reshape(1, c)
         bias = self.param("bias", nn.initializers.zeros, (c,)).reshape(1, c)
@@ -142,7 +146,7 @@ def _group_means(v: Array, groups: int) -> Array:
 
 
 class NIN(nn.Module):
-    """Network in network (Lin et al. 2014): one linear map ``x W + b`` at every pixel."""
+    """Network in network (Lin et al. 2014): the same affine map ``x W + b`` at every pixel."""
 
     features: int
     init_scale: float = 0.1
@@ -154,11 +158,11 @@ class NIN(nn.Module):
         return add_bias(pixelwise(x, w.astype(x.dtype)), b.astype(x.dtype))
 
 
-# ---- the noise level ----------------------------------------------------------------------------
+# ---- embedding of the noise level ---------------------------------------------------------------
 
 
 def positional(label: Array, size: int) -> Array:
-    """Sinusoids of ``label (n,)``, sin then cos, periods 2 pi to 20000 pi: ``(n, size)``."""
+    """Sines, then cosines of ``label (n,)`` with periods from 2 pi to 20000 pi: ``(n, size)``."""
     half = size // 2
     frequency = jnp.exp(-math.log(10000) / (half - 1) * jnp.arange(half, dtype=jnp.float32))
     angle = label[:, None] * frequency[None]
@@ -166,9 +170,9 @@ def positional(label: Array, size: int) -> Array:
 
 
 class GaussianFourierProjection(nn.Module):
-    """Random Fourier features: sin, cos of 2 pi W x with fixed W ~ N(0, scale²); ``(n, 2 size)``.
+    """Random Fourier features sin(2 pi W x), cos(2 pi W x), fixed W ~ N(0, scale²): (n, 2 size).
 
-    W sits among the parameters, as in the checkpoints, but gets no gradient.
+    W is one of the parameters because the checkpoints hold it there, but its gradient is zero.
     """
 
     size: int
@@ -182,28 +186,29 @@ class GaussianFourierProjection(nn.Module):
 
 
 def embed(label: Array, size: int, kind: str, fourier_scale: float) -> Array:
-    """Features of the noise label, in float32, of one of ``EMBEDDINGS``.
+    """Features of ``label (n,)`` in float32; ``kind`` is one of ``EMBEDDINGS``.
 
-    ``positional`` and ``fourier_linear`` of the label itself, ``fourier`` of its logarithm.
+    ``positional`` and ``fourier_linear`` embed the label itself, ``fourier`` embeds its logarithm.
     """
     label = label.astype(jnp.float32)
     if kind == "positional":
         return positional(label, size)
-    seen = jnp.log(label) if kind == "fourier" else label
-    return GaussianFourierProjection(size, fourier_scale)(seen)
+    argument = jnp.log(label) if kind == "fourier" else label
+    return GaussianFourierProjection(size, fourier_scale)(argument)
 
 
-# ---- resampling by two --------------------------------------------------------------------------
+# ---- resampling by a factor of two --------------------------------------------------------------
 
 
 def upfirdn(
     x: Array, kernel: Sequence[float], *, up: int = 1, down: int = 1, pad: tuple[int, int]
 ) -> Array:
-    """Zero-stuff by ``up``, pad with zeros, convolve with the FIR ``kernel``, keep every ``down``.
+    """Upsample with zeros, convolve with the FIR ``kernel``, and keep every ``down``-th pixel.
 
-    y[m] = Σ_j kernel[j] v[m down + K - 1 - j], along height and then width, where v is ``x`` with
-    ``up - 1`` zeros after each pixel and ``pad`` zeros before and after all. The K taps are scaled
-    to sum ``up``, so a constant image keeps its value away from the border.
+    y[m] = Σ_j kernel[j] v[m down + K - 1 - j], along the height and then along the width, where v
+    is ``x`` with ``up - 1`` zeros after each pixel, ``pad[0]`` zeros before the first pixel and
+    ``pad[1]`` zeros after the last. The K taps are scaled to the sum ``up``, so that a constant
+    image keeps its value away from the border.
     """
     taps = up * np.asarray(kernel, float) / np.sum(kernel)
     for axis in (1, 2):
@@ -220,7 +225,8 @@ def upfirdn(
 
 
 def upsample(x: Array, fir_kernel: Sequence[float] | None, *, border: int = 0) -> Array:
-    """Twice the size: nearest neighbour (``None``), or FIR interpolation and ``border`` pixels."""
+    """``x`` at twice its height and width, by nearest neighbours (``None``) or by FIR interpolation
+    with ``border`` more pixels on each side."""
     if fir_kernel is None:
         return jnp.repeat(jnp.repeat(x, 2, axis=1), 2, axis=2)
     k = len(fir_kernel)
@@ -228,7 +234,8 @@ def upsample(x: Array, fir_kernel: Sequence[float] | None, *, border: int = 0) -
 
 
 def downsample(x: Array, fir_kernel: Sequence[float] | None) -> Array:
-    """Half the size: mean of 2x2 pixels (``None``), or an FIR filter and every second pixel."""
+    """``x`` at half its height and width: means of 2x2 pixels (``None``), or every second pixel
+    after the FIR filter."""
     if fir_kernel is None:
         n, h, w, c = x.shape
         return x.reshape(n, h // 2, 2, w // 2, 2, c).mean((2, 4))
@@ -237,10 +244,10 @@ def downsample(x: Array, fir_kernel: Sequence[float] | None) -> Array:
 
 
 class Conv2d(nn.Module):
-    """3x3 convolution joined to FIR resampling by two (Karras et al. 2020).
+    """3x3 convolution combined with FIR resampling by two (Karras et al. 2020).
 
-    Unlike resampling and then padding for the convolution, the filter runs one pixel over the
-    border, where its tail is not zero.
+    This differs from a resampling followed by a convolution with zero padding: here the convolution
+    reads the filter's result one pixel beyond the border, where it is not zero.
     """
 
     features: int
@@ -261,7 +268,8 @@ class Conv2d(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Twice the size, plain or with a 3x3 convolution to ``features`` channels (``None``: keep)."""
+    """Doubles height and width, if ``with_conv`` with a 3x3 convolution to ``features`` channels
+    (``None``: as many as the input)."""
 
     with_conv: bool
     fir_kernel: tuple[float, ...] | None
@@ -278,7 +286,8 @@ class Upsample(nn.Module):
 
 
 class Downsample(nn.Module):
-    """Half the size, plain or by a strided 3x3 convolution to ``features`` channels."""
+    """Halves height and width, if ``with_conv`` by a strided 3x3 convolution to ``features``
+    channels (``None``: as many as the input)."""
 
     with_conv: bool
     fir_kernel: tuple[float, ...] | None
@@ -295,5 +304,6 @@ class Downsample(nn.Module):
 
 
 def per_entry(out: Array, shape: tuple[int, ...], outputs: int) -> Array:
-    """The last layer's ``out`` as ``shape``, or ``(*shape, outputs)`` where there are several."""
+    """The last layer's ``out`` in the shape ``shape`` if ``outputs`` is 0, else with one more axis:
+    ``(*shape, outputs)``."""
     return out.reshape((*shape, outputs) if outputs else shape)

@@ -1,8 +1,9 @@
 """A residual multilayer perceptron for toy data of any shape.
 
-    h ← h + W₂ act(W₁ norm(h) + V temb),   depth times, between two linear maps
+    h ← h + W₂ swish(W₁ norm(h) + V temb),   ``depth`` times, between two linear maps
 
-The last map starts at zero, so the untrained network predicts zero noise.
+``temb`` is an embedding of the noise label. The weights of the last map start at zero, so the
+network before training predicts zero noise.
 """
 
 import jax.numpy as jnp
@@ -17,17 +18,18 @@ class Model(nn.Module):
     """Noise prediction of ``x (n, *s)`` at noise label ``label (n,)``; ``train`` changes nothing.
 
     Attributes:
-      width: hidden units.
-      depth: residual blocks.
-      embedding_size: sinusoids of the label, an even number.
-      embedding_type: "positional" and "fourier_linear" take the label, "fourier" its log.
-      fourier_scale: standard deviation of the Fourier features' frequencies.
-      fourier: frequencies in units of pi of features of the input (``networks.frequencies``).
-      outputs: numbers for every entry of x, along a last axis; 0: one, in the shape of x.
+      width: number of hidden units.
+      depth: number of residual blocks.
+      embedding_size: number of sinusoids of the label, even and at least 4.
+      embedding_type: "positional" and "fourier_linear" embed the label, "fourier" its logarithm.
+      fourier_scale: standard deviation of the random frequencies of the label's Fourier features.
+      fourier: frequencies, in units of pi, of the input's features (``networks.frequencies``).
+      outputs: how many numbers the network gives for every entry of x, along a new last axis; 0
+        means one number, in the shape of x.
       dtype: "float32" or "bfloat16" arithmetic; parameters and output stay float32.
 
     Raises:
-      ValueError: an option outside its range, or a label that is not one number an example.
+      ValueError: an option is outside its range, or the label is not one number per example.
     """
 
     width: int = 128
@@ -43,11 +45,11 @@ class Model(nn.Module):
         layers.check_choice("embedding_type", self.embedding_type, layers.EMBEDDINGS)
         layers.check_choice("dtype", self.dtype, layers.DTYPES)
         size = self.embedding_size
-        layers.check_range("embedding_size", size, size >= 4 and size % 2 == 0, "4, 6, 8 …")
+        layers.check_range("embedding_size", size, size >= 4 and size % 2 == 0, "among 4, 6, 8 …")
         layers.check_range("fourier_scale", self.fourier_scale, self.fourier_scale > 0, "above 0")
         _fourier.check("fourier", self.fourier)
-        layers.check_range("width", self.width, self.width >= 1, "1, 2 …")
-        layers.check_range("depth", self.depth, self.depth >= 0, "0, 1 …")
+        layers.check_range("width", self.width, self.width >= 1, "of at least 1")
+        layers.check_range("depth", self.depth, self.depth >= 0, "of at least 0")
         super().__post_init__()
 
     @nn.compact

@@ -1,15 +1,17 @@
-"""NCSN++ and DDPM++: a U-Net of residual blocks told the noise level (Song et al. 2021).
+"""NCSN++ and DDPM++: a U-Net of residual blocks conditioned on the noise level (Song et al. 2021).
 
     x ─ conv ─▶ blocks ─▶ ½ ─▶ blocks ─▶ ½ ─▶ blocks ─▶ block
                   │ skips        │              │     attention
     y ◀─ conv ◀─ blocks ◀─ 2 ◀─ blocks ◀─ 2 ◀─ blocks ◀─ block
 
-Every block adds a function of its input and the noise level to its input. The decoder's blocks read
-the encoder's features beside their own, last in, first out. Optional pyramids bring the halved
-input to every level of the encoder, and sum an output over the levels of the decoder.
+Every block adds a function of its input and the noise level to its input. A block of the decoder
+also reads features of the encoder (the skips), the last ones first. With optional pyramids, every
+level of the encoder also reads the input at its own size, and the output is a sum over the levels
+of the decoder.
 
 The defaults are the CIFAR-10 DDPM++ of "Maximum Likelihood Training of Score-Based Diffusion
-Models". Parameters are named as in the JAX checkpoints of Song et al., which load unchanged.
+Models" (Song et al. 2021). Parameters are named as in the JAX checkpoints of Song et al., so these
+load unchanged.
 """
 
 import math
@@ -39,15 +41,15 @@ Block = Callable[..., Array]
 
 
 def add(x: Array, y: Array, rescale: bool) -> Array:
-    """x + y, divided by √2 if ``rescale`` so that two signals of unit variance stay so."""
+    """x + y, divided by √2 if ``rescale``; so a sum of signals of variance 1 has variance 1."""
     return materialise((x + y) / math.sqrt(2) if rescale else x + y)
 
 
 class _ResnetBlock(nn.Module):
-    """What both kinds of block share: their options and the branch that is added to the input.
+    """Options that both kinds of block share, and the branch that both add to their input.
 
     Attributes:
-      features: channels of the result, ``None`` for those of the input.
+      features: number of channels of the result; ``None`` means as many as the input has.
     """
 
     act: Map
@@ -70,7 +72,7 @@ class _ResnetBlock(nn.Module):
 
 
 class ResnetBlockDDPMpp(_ResnetBlock):
-    """x + branch(x, temb); where the channels change, ``x`` goes through a linear map."""
+    """x + branch(x, temb); if the number of channels changes, ``x`` goes through a linear map."""
 
     @nn.compact
     def __call__(self, x: Array, temb: Array | None, train: bool) -> Array:
@@ -81,7 +83,8 @@ class ResnetBlockDDPMpp(_ResnetBlock):
 
 
 class ResnetBlockBigGANpp(_ResnetBlock):
-    """x + branch(x, temb), both resampled if ``resample`` is given, ``x`` then mapped linearly."""
+    """x + branch(x, temb), both resampled if ``resample`` is given; if the shape changes, ``x``
+    also goes through a linear map."""
 
     resample: Map | None = None
 
@@ -105,7 +108,7 @@ class AttnBlockpp(nn.Module):
         n, h, w, c = x.shape
         normed = layers.GroupNorm()(x)
         query, key, value = (layers.NIN(c)(normed).reshape(n, h * w, c) for _ in range(3))
-        # Written out: on CPU half the cost of jax.nn.dot_product_attention, gradient included.
+        # On CPU this costs half as much as jax.nn.dot_product_attention, gradient included.
         logits = jnp.einsum(
             "nqc,nkc->nqk", query * c**-0.5, key, preferred_element_type=jnp.float32
         )
@@ -115,7 +118,8 @@ class AttnBlockpp(nn.Module):
 
 
 class Combine(nn.Module):
-    """The input pyramid ``x``, mapped to the channels of ``y``, summed with ``y`` or beside it."""
+    """The input pyramid ``x`` is mapped to the channels of ``y`` and then added to ``y`` ("sum") or
+    concatenated with it ("cat")."""
 
     method: str
 
@@ -129,33 +133,36 @@ class Model(nn.Module):
     """Noise prediction of ``x (n, h, w, c)`` in [-1, 1] at noise label ``label (n,)``.
 
     Attributes:
-      nf, ch_mult: channels of level i are ``nf * ch_mult[i]``; each level halves the image.
-      num_res_blocks: residual blocks a level of the encoder; the decoder has one more.
+      nf, ch_mult: level i has ``nf * ch_mult[i]`` channels; the image is halved between levels.
+      num_res_blocks: number of residual blocks per level of the encoder; the decoder has one more.
       attn_resolutions: image heights at which attention follows the blocks.
-      dropout: rate, inside every residual block.
-      conditional: whether blocks are told the label.
-      embedding_type: "positional" and "fourier_linear" take the label as it is (Song et al.:
-        999 t), "fourier" its logarithm (Song et al., VE: the label is sigma).
-      fourier_scale: standard deviation of the Fourier features' frequencies.
+      dropout: rate of dropout inside every residual block.
+      conditional: whether the blocks read the label.
+      embedding_type: "positional" and "fourier_linear" embed the label itself (in Song et al.'s
+        models 999 t), "fourier" its logarithm (in their VE models the label is sigma).
+      fourier_scale: standard deviation of the random frequencies of the label's Fourier features.
       resblock_type: "ddpm" resamples between blocks, "biggan" inside blocks.
       resamp_with_conv: whether resampling between "ddpm" blocks includes a convolution.
-      fir, fir_kernel: resample with this filter, instead of nearest neighbours and 2x2 means.
-      progressive: outputs of the decoder's levels: "none", summed ("output_skip"), or carried as
-        features ("residual").
-      progressive_input: the halved input at the encoder's levels: "none", joined ("input_skip"), or
-        carried as features ("residual").
-      progressive_combine: how "input_skip" joins: "sum" or "cat".
+      fir, fir_kernel: if ``fir``, resample with this filter instead of nearest neighbours (up) and
+        means of 2x2 pixels (down).
+      progressive: the output pyramid: "none"; "output_skip", a sum of images, one per level; or
+        "residual", features that each level adds to and the last level maps to an image.
+      progressive_input: the input pyramid: "none"; "input_skip", the halved image joins each
+        level's features; or "residual", features that each level adds to and passes on.
+      progressive_combine: how "input_skip" joins the image to the features: "sum" or "cat".
       skip_rescale: divide each residual sum by √2.
       nonlinearity: "swish", "elu", "relu" or "lrelu" (slope 0.2).
-      init_scale: variance scale of each branch's last layer; 0 starts every block as its shortcut.
-      fourier: frequencies in units of pi of features of the input (``networks.frequencies``).
-      outputs: numbers for every entry of x, along a last axis; 0: one, in the shape of x.
+      init_scale: variance scale of the last layer of each branch; with 0 every branch starts at
+        (nearly) zero.
+      fourier: frequencies, in units of pi, of the input's features (``networks.frequencies``).
+      outputs: how many numbers the network gives for every entry of x, along a new last axis; 0
+        means one number, in the shape of x.
       dtype: "float32" or "bfloat16" arithmetic; parameters, statistics and output stay float32.
       remat: compute each residual block again for its gradient instead of storing its intermediate
         results: less memory, up to a third more arithmetic.
 
     Raises:
-      ValueError: an option outside its range, or an input that the options do not fit.
+      ValueError: an option is outside its range, or the input does not fit the options.
     """
 
     nf: int = 128
@@ -184,10 +191,11 @@ class Model(nn.Module):
     def __post_init__(self) -> None:
         for field, choices in CHOICES.items():
             layers.check_choice(field, getattr(self, field), choices)
-        layers.check_range("nf", self.nf, self.nf >= 4, "at least 4")
+        layers.check_range("nf", self.nf, self.nf >= 4, "of at least 4")
         blocks, mults = self.num_res_blocks, self.ch_mult
-        layers.check_range("num_res_blocks", blocks, blocks >= 1, "1, 2 …")
-        layers.check_range("ch_mult", mults, len(mults) > 0 and min(mults) > 0, "1, 2 … a level")
+        layers.check_range("num_res_blocks", blocks, blocks >= 1, "of at least 1")
+        positive = len(mults) > 0 and min(mults) > 0
+        layers.check_range("ch_mult", mults, positive, "with one positive integer per level")
         layers.check_range("dropout", self.dropout, 0 <= self.dropout < 1, "in [0, 1)")
         layers.check_range("fourier_scale", self.fourier_scale, self.fourier_scale > 0, "above 0")
         _fourier.check("fourier", self.fourier)
@@ -196,7 +204,8 @@ class Model(nn.Module):
         layers.check_range(
             "attn_resolutions", resolutions, all(r > 0 for r in resolutions), "1, 2 …"
         )
-        layers.check_range("fir_kernel", self.fir_kernel, sum(self.fir_kernel) > 0, "of sum > 0")
+        positive = sum(self.fir_kernel) > 0
+        layers.check_range("fir_kernel", self.fir_kernel, positive, "whose sum is above 0")
         super().__post_init__()
 
     @nn.compact
@@ -216,10 +225,10 @@ class Model(nn.Module):
 
     @nn.nowrap
     def _encode(self, x: Array, block: Block) -> list[Array]:
-        """Features of every block and every halving, in order."""
+        """The features after the first convolution, every block and every halving, in order."""
         dtype = jnp.dtype(self.dtype)
-        seen, pyramid = _fourier.features(x, self.fourier).astype(dtype), x.astype(dtype)
-        skips = [layers.Conv(self.nf)(seen)]
+        features, pyramid = _fourier.features(x, self.fourier).astype(dtype), x.astype(dtype)
+        skips = [layers.Conv(self.nf)(features)]
         for level, mult in enumerate(self.ch_mult):
             for _ in range(self.num_res_blocks):
                 skips.append(self._attend(block(skips[-1], self.nf * mult)))
@@ -230,7 +239,7 @@ class Model(nn.Module):
 
     @nn.nowrap
     def _decode(self, h: Array, skips: list[Array], block: Block, channels: int) -> Array:
-        """The output image, from the features and ``skips``, which this empties."""
+        """The output image, from the features ``h`` and ``skips``; this empties ``skips``."""
         pyramid = None
         for level in reversed(range(len(self.ch_mult))):
             for _ in range(self.num_res_blocks + 1):
@@ -247,7 +256,7 @@ class Model(nn.Module):
 
     @nn.nowrap
     def _join_input(self, pyramid: Array, h: Array) -> tuple[Array, Array]:
-        """The input pyramid one level further down, and ``h`` with the pyramid joined to it."""
+        """The input pyramid at the next smaller size, and ``h`` with the pyramid joined to it."""
         if self.progressive_input == "none":
             return pyramid, h
         if self.progressive_input == "input_skip":
@@ -261,7 +270,7 @@ class Model(nn.Module):
     def _join_output(
         self, pyramid: Array | None, h: Array, channels: int
     ) -> tuple[Array | None, Array]:
-        """The output pyramid one level further up (``None`` before the first), and features."""
+        """The output pyramid at the next larger size (``None`` before the first), and features."""
         if self.progressive == "none":
             return None, h
         if self.progressive == "output_skip":
@@ -291,7 +300,8 @@ class Model(nn.Module):
 
     @nn.nowrap
     def _kind(self, block: type[_ResnetBlock]) -> type[Any]:
-        """``block``, recomputed for its gradient with ``remat``; parameters keep their names."""
+        """``block``, or with ``remat`` the same block that is computed again for its gradient; the
+        class keeps its name, because the parameters' names depend on it."""
         if not self.remat:
             return block
         recomputed = nn.remat(block, static_argnums=(3,))  # train
@@ -330,7 +340,7 @@ class Model(nn.Module):
         if x.ndim != 4 or label.shape != x.shape[:1]:
             raise ValueError(
                 f"x of shape {x.shape} and label of shape {label.shape}: give images (n, h, w, c) "
-                "and one label an image, (n,)."
+                "and one label per image, (n,)."
             )
         if not jnp.issubdtype(x.dtype, jnp.floating):
             raise ValueError(f"x of dtype {x.dtype}: scale the pixels to floats in [-1, 1].")
@@ -338,18 +348,20 @@ class Model(nn.Module):
         if x.shape[1] % 2 ** (levels - 1) or x.shape[2] % 2 ** (levels - 1):
             raise ValueError(
                 f"Images of {x.shape[1]}x{x.shape[2]} cannot be halved {levels - 1} times: crop or "
-                f"pad to a multiple of {2 ** (levels - 1)}, or shorten ch_mult={self.ch_mult}."
+                f"pad height and width to a multiple of {2 ** (levels - 1)}, or shorten "
+                f"ch_mult={self.ch_mult}."
             )
         heights = [x.shape[1] // 2**level for level in range(levels)]
         if not set(self.attn_resolutions) <= set(heights):
             raise ValueError(
-                f"attn_resolutions={self.attn_resolutions}: these images and this ch_mult have "
-                f"the heights {heights}; choose among them."
+                f"attn_resolutions={self.attn_resolutions}: with these images and this ch_mult the "
+                f"levels have the heights {heights}; choose among them."
             )
         if self.has_variable("params", "Conv_0"):
-            read = self.variables["params"]["Conv_0"]["kernel"].shape[2]
-            expected = read // (1 + 2 * len(self.fourier))
+            inputs = self.variables["params"]["Conv_0"]["kernel"].shape[2]
+            expected = inputs // (1 + 2 * len(self.fourier))
             if x.shape[3] != expected:
                 raise ValueError(
-                    f"Images of {x.shape[3]} channels: these parameters were made for {expected}."
+                    f"Images of {x.shape[3]} channels: these parameters were made for {expected}; "
+                    "give images with that many channels or other parameters."
                 )

@@ -4,13 +4,13 @@
                       │ skips                            │
     F ◀─ conv ◀─ norm ◀─ block ◀─ ... ◀─ block ◀─────────┘
 
-The image is never made smaller. The blocks on the way back read the skips beside their own input,
-last in, first out. Every block is told the noise level and a class by one vector,
+The image keeps its size throughout. The blocks in the lower row also read the skips, the last ones
+first. Every block reads the noise level and a class through one vector,
 
     cond = swish(dense(swish(dense([sinusoids(label), class]))))
 
 The published models predict the noise e = x + F (``score.parameterization=residual``). Parameters
-are named as in their checkpoints, whose score model loads unchanged.
+are named as in the published checkpoints, so that their score model loads unchanged.
 
 Reference: Kingma, Salimans, Poole, Ho, "Variational Diffusion Models", NeurIPS 2021, appendix B.
 """
@@ -30,7 +30,8 @@ ZEROS = nn.initializers.zeros
 
 
 def sinusoids(label: Array, size: int) -> Array:
-    """Sines, then cosines of ``label (n,)``, periods 2 pi to 20000 pi: ``(n, size)``, its dtype."""
+    """Sines, then cosines of ``label (n,)`` with periods from 2 pi to 20000 pi: ``(n, size)``, in
+    the dtype of the label."""
     half = size // 2
     frequency = jnp.exp(-math.log(10000) / (half - 1) * jnp.arange(half, dtype=label.dtype))
     angle = label[:, None] * frequency[None]
@@ -38,16 +39,17 @@ def sinusoids(label: Array, size: int) -> Array:
 
 
 def default_groups(width: int) -> int:
-    """The most groups up to 32 that divide ``width`` into two channels a group or more.
+    """The largest number of groups, at most 32, that leaves two or more channels in each group.
 
-    In a group of one channel the norm takes away what the condition adds to that channel, and the
-    network does not depend on the noise level at all.
+    If a group had one channel, the norm would remove the constant that the condition adds to that
+    channel, and the network would not depend on the noise level at all.
     """
     return max(g for g in range(1, GROUPS + 1) if width % g == 0 and width // g >= 2)
 
 
 class Block(nn.Module):
-    """x + conv(dropout(swish(norm(conv(swish(norm(x))) + W cond)))); x is mapped if it is wider."""
+    """x + conv(dropout(swish(norm(conv(swish(norm(x))) + W cond)))); if x has another number of
+    channels than the result, x goes through a linear map."""
 
     features: int
     groups: int
@@ -97,20 +99,21 @@ class Model(nn.Module):
     """``F (n, h, w, c)`` of ``x (n, h, w, c)`` at noise label ``label (n,)``.
 
     Attributes:
-      width: channels, an even number.
-      depth: blocks before the middle; behind it there is one more.
-      attention: attention after every block; without it there is one in the middle.
-      dropout: rate, inside every block.
-      groups: of group norm, a divisor of ``width``; 0: as many as leave two channels a group, at
-        most 32. Published models have 32 whatever their width.
-      fourier: frequencies in units of pi of features of the input (``networks.frequencies``).
-      outputs: numbers for every entry of x, along a last axis; 0: one, in the shape of x.
+      width: number of channels, even and at least 4.
+      depth: number of blocks before the middle; after it there is one more.
+      attention: whether attention follows every block; otherwise there is one in the middle only.
+      dropout: rate of dropout inside every block.
+      groups: number of groups of the group norm, a divisor of ``width``; 0 means
+        ``default_groups(width)``. Published models have 32 whatever their width.
+      fourier: frequencies, in units of pi, of the input's features (``networks.frequencies``).
+      outputs: how many numbers the network gives for every entry of x, along a new last axis; 0
+        means one number, in the shape of x.
       dtype: "float32", "bfloat16" or "float64" arithmetic; the output is float32 or float64.
       remat: compute each block again for its gradient instead of storing its intermediate results.
 
     Raises:
-      ValueError: an option outside its range, or an input that is not a batch of images, one label
-        an image.
+      ValueError: an option is outside its range, or the input is not a batch of images with one
+        label per image.
     """
 
     width: int = 128
@@ -125,8 +128,8 @@ class Model(nn.Module):
 
     def __post_init__(self) -> None:
         width = self.width
-        layers.check_range("width", width, width >= 4 and width % 2 == 0, "4, 6, 8 …")
-        layers.check_range("depth", self.depth, self.depth >= 0, "0, 1 …")
+        layers.check_range("width", width, width >= 4 and width % 2 == 0, "among 4, 6, 8 …")
+        layers.check_range("depth", self.depth, self.depth >= 0, "of at least 0")
         layers.check_range("dropout", self.dropout, 0 <= self.dropout < 1, "in [0, 1)")
         divides = self.groups >= 0 and (self.groups == 0 or width % self.groups == 0)
         layers.check_range("groups", self.groups, divides, f"that divides width={width}, or 0")
@@ -138,8 +141,8 @@ class Model(nn.Module):
     def __call__(
         self, x: Array, label: Array, *, train: bool, condition: Array | None = None
     ) -> Array:
-        """``condition (n,)`` is a class as a plain number; None is class 0, the published default
-        of a model without classes."""
+        """``condition (n,)`` is the class of each image, as a number. None means class 0, which
+        the published models without classes also use."""
         _check_input(x, label, condition)
         dtype = jnp.dtype(self.dtype)
         cond = self._cond(label, jnp.zeros_like(label) if condition is None else condition)
@@ -149,14 +152,14 @@ class Model(nn.Module):
         def block(h: Array, name: str) -> Array:
             return kind(self.width, groups, self.dropout, name=name)(h, cond, train)
 
-        def attend(h: Array, name: str, wanted: bool = self.attention) -> Array:
-            return Attention(groups, name=name)(h) if wanted else h
+        def attend(h: Array, name: str, attention: bool = self.attention) -> Array:
+            return Attention(groups, name=name)(h) if attention else h
 
-        seen = _fourier.features(x, self.fourier).astype(dtype)
-        skips = [layers.Conv(self.width, name="conv_in")(seen)]
+        features = _fourier.features(x, self.fourier).astype(dtype)
+        skips = [layers.Conv(self.width, name="conv_in")(features)]
         for i in range(self.depth):
             skips.append(attend(block(skips[-1], f"down.block_{i}"), f"down.attn_{i}"))
-        h = attend(block(skips[-1], "mid.block_1"), "mid.attn_1", wanted=True)
+        h = attend(block(skips[-1], "mid.block_1"), "mid.attn_1", attention=True)
         h = block(h, "mid.block_2")
         for i in range(self.depth + 1):
             joined = jnp.concatenate([h, skips.pop()], axis=-1)
@@ -167,11 +170,11 @@ class Model(nn.Module):
 
     @nn.nowrap
     def _cond(self, label: Array, condition: Array) -> Array:
-        """The vector ``(n, 4 width)`` that tells the blocks the noise level and the class."""
+        """The vector ``(n, 4 width)`` by which the blocks read the noise level and the class."""
         dtype = jnp.dtype(self.dtype)
         label = label.astype(_at_least_float32(dtype))
-        told = [sinusoids(label, self.width), condition.astype(label.dtype)[:, None]]
-        h = jnp.concatenate(told, axis=-1).astype(dtype)
+        inputs = [sinusoids(label, self.width), condition.astype(label.dtype)[:, None]]
+        h = jnp.concatenate(inputs, axis=-1).astype(dtype)
         for name in ("dense0", "dense1"):
             h = nn.swish(nn.Dense(4 * self.width, dtype=dtype, name=name)(h))
         return h
@@ -181,9 +184,9 @@ def _check_input(x: Array, label: Array, condition: Array | None) -> None:
     if x.ndim != 4 or label.shape != x.shape[:1]:
         raise ValueError(
             f"x of shape {x.shape} and label of shape {label.shape}: give images (n, h, w, c) "
-            "and one label an image, (n,)."
+            "and one label per image, (n,)."
         )
     if condition is not None and condition.shape != label.shape:
         raise ValueError(
-            f"condition of shape {condition.shape}: give one class an image, {label.shape}."
+            f"condition of shape {condition.shape}: give one class per image, {label.shape}."
         )

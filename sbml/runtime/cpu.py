@@ -1,13 +1,15 @@
-"""How a program uses a CPU, to be settled before its first computation.
+"""Settings for fast computation on a CPU, made before the first computation.
 
-jax hands a computation to a thread of its own, and its block of intermediate results is that
-thread's. glibc gives such a block back to the system as soon as it is free, and the system clears
-every page of it anew for the next call: 149,000 pages a training step of ``configs/photos_vp.py``.
-In the calling thread, and from memory that is kept, that step takes 1.05 s for 1.16, one of
-``configs/digits_vp.py`` .101 for .117 (2 cores); neither alone does it for both.
+By default jax computes in a thread of its own, which allocates a block for intermediate results.
+glibc returns this block to the system as soon as it is free, and the system must clear all its
+pages again for the next call: 149,000 pages in a training step of ``configs/photos_vp.py``. If the
+calling thread computes and freed memory is kept, this step takes 1.05 s instead of 1.16 s, and a
+step of ``configs/digits_vp.py`` 0.101 s instead of 0.117 s (2 cores). Neither setting alone speeds
+up both configs.
 
-Python's collector looks for cycles after every few hundred new objects, and through all there are
-now and then: a quarter of the time that tracing and lowering a network's step takes.
+Python's garbage collector searches for reference cycles after every few hundred new objects, and
+from time to time among all objects. This takes a quarter of the time of tracing and lowering a
+network's training step.
 """
 
 import ctypes
@@ -23,10 +25,11 @@ M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
 
 
 def settle() -> None:
-    """Compute in the calling thread, keep freed memory, and look for cycles less often.
+    """Compute in the calling thread, keep freed memory, and collect garbage less often.
 
-    The process never gets smaller. To be called once jax knows of all processes. Memory and the
-    collector are left alone where an accelerator computes or the C library is not glibc.
+    The memory of the process then never shrinks. Call this after ``jax.distributed`` is
+    initialised. The settings of memory and garbage collection are not changed if an accelerator
+    computes or the C library is not glibc.
     """
     jax.config.update("jax_cpu_enable_async_dispatch", False)
     if platform().name != "cpu" or sys.platform != "linux":
@@ -35,5 +38,5 @@ def settle() -> None:
     if mallopt is not None:
         gc.freeze()
         gc.set_threshold(100_000, 50, 100)
-        mallopt(M_MMAP_MAX, 0)  # Every block from the heap,
-        mallopt(M_TRIM_THRESHOLD, 2**31 - 1)  # whose free end stays, however long.
+        mallopt(M_MMAP_MAX, 0)  # Allocate every block from the heap,
+        mallopt(M_TRIM_THRESHOLD, 2**31 - 1)  # and do not return the heap's free end.

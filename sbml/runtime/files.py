@@ -1,10 +1,10 @@
-"""Files that are whole or not there, and that tell when their bytes have changed.
+"""Files that are written completely or not at all, with checksums that reveal damage.
 
-Writing goes beside the file's place and then renames. Everything that the program reads back
-carries a CRC32 of its own content: an ``.npz`` in the comment of its archive, a JSON object in a
-last member ``crc32``, and a file of JSON lines in one of each line. Other programs read all three
-as usual. Reading compares; a difference is a :class:`DamagedFileError`, which names the file, what
-is wrong and what to do.
+A file is first written under a temporary name in the same folder and then renamed. Every file that
+the program reads again contains a CRC32 of its own content: an ``.npz`` in the comment of its
+archive, a JSON object in a last member ``crc32``, and a file of JSON lines in such a member of each
+line. Other programs can read all three formats as usual. Reading a file compares its checksum; a
+difference raises a :class:`DamagedFileError`, which names the file, what is wrong and what to do.
 """
 
 import io
@@ -23,7 +23,7 @@ CRC32 = "crc32"
 
 
 class DamagedFileError(ValueError):
-    """A file whose content is not what was written, or that was written by something else.
+    """The content of a file has changed since it was written, or another program wrote the file.
 
     Attributes:
       path: the file.
@@ -36,12 +36,13 @@ class DamagedFileError(ValueError):
 
 
 def write_whole(path: epath.PathLike, content: bytes) -> None:
-    """Write ``content`` to ``path``; a process killed meanwhile leaves the old file, if any."""
+    """Write ``content`` to ``path``. If the process is killed meanwhile, an old file stays as it
+    is."""
     path = epath.Path(path)
-    if "://" in str(path):  # An object store shows only whole writes; its rename is a copy.
+    if "://" in str(path):  # Object stores show only complete writes, and a rename would copy.
         path.write_bytes(content)
         return
-    # Several processes may write the same file at once: each beside it, under a name of its own.
+    # Several processes may write the same file at once: each uses its own temporary name.
     partial = path.parent / f".{path.name}.{uuid.uuid4().hex}.partial"
     try:
         partial.write_bytes(content)
@@ -51,7 +52,7 @@ def write_whole(path: epath.PathLike, content: bytes) -> None:
 
 
 def write_npz(path: epath.PathLike, columns: Mapping[str, np.ndarray]) -> None:
-    """Write arrays; the same arrays give the same bytes, for NumPy stores no time stamp."""
+    """Write arrays. The same arrays give the same bytes, because NumPy stores no time stamp."""
     buffer = io.BytesIO()
     np.savez(buffer, **columns)  # type: ignore[arg-type]
     with zipfile.ZipFile(buffer, "a") as archive:
@@ -66,10 +67,10 @@ def read_npz(path: epath.PathLike, remedy: str = "remove it") -> dict[str, np.nd
 
     Args:
       path: the file.
-      remedy: what the message of an error tells the user to do.
+      remedy: what an error message tells the user to do.
 
     Raises:
-      DamagedFileError: for any other content.
+      DamagedFileError: the content is anything else.
     """
     content = epath.Path(path).read_bytes()
     end = len(content) - len(_comment(0))
@@ -80,8 +81,9 @@ def read_npz(path: epath.PathLike, remedy: str = "remove it") -> dict[str, np.nd
 
 
 def intact_npz(path: epath.PathLike) -> dict[str, np.ndarray] | None:
-    """The arrays of a file that can be made again: None if it is missing, or damaged with a
-    warning that names it."""
+    """The arrays of a file that can be computed again; None if the file is missing or damaged.
+
+    A warning names a damaged file."""
     path = epath.Path(path)
     if not path.exists():
         return None
@@ -97,23 +99,23 @@ def _comment(crc32: int) -> bytes:
 
 
 def stamped(value: Mapping[str, Any]) -> dict[str, Any]:
-    """``value`` with the CRC32 of its JSON, whose floats Python writes to the last digit."""
+    """``value`` with the CRC32 of its JSON text, in which Python writes all digits of floats."""
     return {**value, CRC32: zlib.crc32(json.dumps(value, sort_keys=True).encode())}
 
 
 def unstamped(text: str | bytes) -> dict[str, Any]:
-    """The JSON object that :func:`stamped` made.
+    """The object that :func:`stamped` received, from its JSON text.
 
     Raises:
-      ValueError: saying what is wrong with ``text``.
+      ValueError: ``text`` has no checksum or another one; the message says which.
     """
-    found = json.loads(text)
-    if not isinstance(found, dict) or CRC32 not in found:
+    value = json.loads(text)
+    if not isinstance(value, dict) or CRC32 not in value:
         raise ValueError(f"it has no {CRC32}")
-    crc32 = found.pop(CRC32)
-    if stamped(found)[CRC32] != crc32:
+    crc32 = value.pop(CRC32)
+    if stamped(value)[CRC32] != crc32:
         raise ValueError("it fails its CRC32")
-    return found
+    return value
 
 
 def write_json(path: epath.PathLike, value: Mapping[str, Any]) -> None:
@@ -126,10 +128,10 @@ def read_json(path: epath.PathLike, remedy: str = "remove it") -> dict[str, Any]
 
     Args:
       path: the file.
-      remedy: what the message of an error tells the user to do.
+      remedy: what an error message tells the user to do.
 
     Raises:
-      DamagedFileError: for any other content.
+      DamagedFileError: the content is anything else.
     """
     content = epath.Path(path).read_bytes()
     try:

@@ -1,12 +1,12 @@
-"""At most one process at a time does a thing in a work directory: trains, evaluates or samples.
+"""Locks of a work directory: only one process at a time trains, evaluates or samples in it.
 
-On a disk the operating system's lock decides. It ends with its owner, however the owner ends. An
-object store has no such lock: there a file says who works, and its owner renews it every 20
-seconds. It is taken over when it has not been renewed for 90 seconds, or when its owner is known to
-be dead. Two processes that start within the same second can both get it; the one that is
-overwritten says so when it renews.
+On a disk this is a file lock of the operating system, which is released when its owner ends for any
+reason. An object store has no such locks. There the lock is a file that names its owner, who renews
+it every 20 seconds. Another process may take it over if it has not been renewed for 90 seconds, or
+if the owner is known to be dead. Two processes that start within the same second can both acquire
+it; the first of them logs an error when it tries to renew the lock and finds another owner.
 
-Beside the lock a file tells who works there and since when, for the error of a second process.
+Next to the lock, a file records the owner and the time, for the error message of a second process.
 """
 
 import datetime
@@ -33,16 +33,17 @@ STALE_AFTER = 90.0
 
 
 class BusyError(ValueError):
-    """Another process does the same in this folder."""
+    """Another process holds the lock of this folder for the same purpose."""
 
 
 class Lock:
-    """A context manager: the only one to ``purpose`` ("train" ...) in ``folder``.
+    """A context manager that holds the lock of ``folder`` for ``purpose``, a mode ("train" ...).
 
-    All processes of one run enter it together; the first of them holds it for all.
+    All processes of one run enter it together; process 0 holds the lock for all of them.
 
     Raises:
-      BusyError: on entering, saying which process holds it and what to do.
+      BusyError: on entering, if another process holds the lock; the message says which one and
+        what to do.
     """
 
     def __init__(self, folder: epath.PathLike, purpose: str) -> None:
@@ -55,7 +56,7 @@ class Lock:
         if jax.process_count() > 1:
             failed = multihost_utils.broadcast_one_to_all(np.asarray(error is not None))
             if failed and error is None:
-                error = BusyError(f"process 0 does not hold the lock of {self._folder}")
+                error = BusyError(f"process 0 could not lock {self._folder}: see its error message")
         if error is not None:
             raise error
         return self
@@ -75,8 +76,8 @@ class Lock:
             lock.acquire()
         except Timeout:
             return BusyError(
-                f"{self._folder}: {_described(self._note)} does --mode={self._purpose} here. Wait "
-                "for it, stop it, or take another --workdir"
+                f"{self._folder}: {_description(self._note)} does --mode={self._purpose} here. "
+                "Wait for it, stop it, or take another --workdir"
             )
         self._lock = lock
         write_whole(self._note, json.dumps(_owner(), indent=1).encode())
@@ -84,18 +85,18 @@ class Lock:
 
 
 def _owner() -> dict[str, Any]:
-    """Who this process is."""
+    """A description of this process for :func:`_description`."""
     now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     command = shlex.join([os.path.basename(sys.argv[0]), *sys.argv[1:]])
     return {"host": socket.gethostname(), "process": os.getpid(), "since": now, "command": command}
 
 
-def _described(note: epath.Path) -> str:
-    """Who holds the lock, as far as ``note`` tells."""
+def _description(note: epath.Path) -> str:
+    """The process that holds the lock, in words, from the file ``note``."""
     try:
         owner = json.loads(note.read_text())
         return "process {process} on {host}, since {since} ({command!r})".format(**owner)
-    except (OSError, ValueError, KeyError):  # It is only just being written.
+    except (OSError, ValueError, KeyError):  # The file is being written at this moment.
         return "another process"
 
 
@@ -110,7 +111,7 @@ class _Lease:
         self._renewal = threading.Thread(target=self._renew, daemon=True)
 
     def acquire(self) -> None:
-        """Raises ``Timeout`` where another process holds it."""
+        """Acquire the lock. Raises ``Timeout`` if another process holds it."""
         owner = self._read()
         if owner is not None and not self._ended(owner):
             raise Timeout(str(self._path))
@@ -125,9 +126,11 @@ class _Lease:
         self._path.unlink(missing_ok=True)
 
     def _ended(self, owner: dict[str, Any]) -> bool:
-        """Whether it was not renewed, or is of a process of this host that is no more.
+        """Whether the lock was not renewed in time, or its owner was a process of this host that
+        does not exist any more.
 
-        A process with this one's own number is a former one: containers count from 1.
+        An owner with the number of this process is an earlier process: in containers process
+        numbers start at 1 and repeat.
         """
         if time.time() - owner["renewed"] > STALE_AFTER:
             return True
@@ -140,7 +143,7 @@ class _Lease:
             os.kill(int(process), 0)
         except ProcessLookupError:
             return True
-        except PermissionError:  # It is there, and another user's.
+        except PermissionError:  # The process exists and belongs to another user.
             return False
         return False
 

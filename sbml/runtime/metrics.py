@@ -1,4 +1,4 @@
-"""Training metrics: ``metrics.jsonl`` for programs, tensorboardX for people; both append."""
+"""Training metrics by step: ``metrics.jsonl`` for programs, tensorboard for people."""
 
 import json
 from typing import Any
@@ -13,15 +13,15 @@ FILE = "metrics.jsonl"
 
 
 def read(workdir: epath.PathLike) -> list[dict[str, Any]]:
-    """The rows of ``metrics.jsonl``, in order; none if there is no file.
+    """The rows of ``metrics.jsonl``, in order; an empty list if there is no file.
 
-    A damaged line is named and left out. A process killed while writing leaves at most one line
-    without its end, the last, which is left out without a word.
+    A damaged line is left out with a warning that names it. A process that is killed while writing
+    leaves at most one incomplete line, the last one; this line is left out without a warning.
     """
-    return _parsed(epath.Path(workdir) / FILE)[0]
+    return _parse(epath.Path(workdir) / FILE)[0]
 
 
-def _parsed(path: epath.Path) -> tuple[list[dict[str, Any]], list[str]]:
+def _parse(path: epath.Path) -> tuple[list[dict[str, Any]], list[str]]:
     """The rows of ``path``, and its damaged lines."""
     if not path.exists():
         return [], []
@@ -31,7 +31,7 @@ def _parsed(path: epath.Path) -> tuple[list[dict[str, Any]], list[str]]:
         try:
             rows.append(unstamped(line))
         except (ValueError, RecursionError) as error:
-            logging.warning("line %d of %s is damaged (%s): left out", number, path, error)
+            logging.warning("line %d of %s is damaged (%s): it is left out", number, path, error)
             damaged.append(line.decode(errors="backslashreplace"))
     return rows, damaged
 
@@ -41,18 +41,21 @@ def _line(row: dict[str, Any]) -> str:
 
 
 class MetricsWriter:
-    """Appends scalars by step. Rows beyond ``start``, where a run resumes, are taken back first:
-    the resumed run makes the same steps again, and a step must not stand twice.
+    """Appends rows of scalars.
+
+    Rows of steps after ``start``, the step from which a run resumes, are removed first: the resumed
+    run repeats these steps, and the file must not list a step twice.
     """
 
     def __init__(self, workdir: epath.PathLike, start: int) -> None:
-        # Here, for it imports torch where there is one: seconds, for who only reads metrics.
+        # Imported here because it imports torch if that is installed, which takes seconds that
+        # programs which only read metrics should not spend.
         from tensorboardX import SummaryWriter
 
         self._path = epath.Path(workdir) / FILE
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        rows, damaged = _parsed(self._path)
-        if damaged:  # Kept beside, for people: the file is about to be written again.
+        rows, damaged = _parse(self._path)
+        if damaged:  # The file is rewritten below, so its damaged lines are saved for people.
             aside = self._path.parent / f"{FILE}.damaged"
             before = aside.read_text() if aside.exists() else ""
             aside.write_text(before + "\n".join(damaged) + "\n")
@@ -60,18 +63,18 @@ class MetricsWriter:
         self._rewrite()
         where = str(epath.Path(workdir) / "tensorboard")
         store, remote, _ = where.partition("://")
-        # It would take another store's address for the name of a local folder.
-        if not (known := not remote or store in ("gs", "s3")):
+        # tensorboardX would treat the address of another store as the name of a local folder.
+        if not (supported := not remote or store in ("gs", "s3")):
             logging.warning("tensorboard cannot write to %s: see %s", where, self._path)
-        self._board = SummaryWriter(where, purge_step=start + 1, write_to_disk=known)
+        self._board = SummaryWriter(where, purge_step=start + 1, write_to_disk=supported)
 
     @property
     def seconds(self) -> float:
-        """Training time up to the last row."""
+        """Training time in seconds up to the last row."""
         return self._rows[-1]["seconds"] if self._rows else 0.0
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
-        """One row."""
+        """Append the row of one step."""
         self._rows.append({"step": step, **values})
         if "://" in str(self._path):  # Object stores cannot append.
             self._rewrite()
@@ -85,9 +88,9 @@ class MetricsWriter:
         write_whole(self._path, "".join(map(_line, self._rows)).encode())
 
     def image(self, step: int, name: str, image: np.ndarray) -> None:
-        """An image ``(h, w, c)`` of uint8, for tensorboard."""
+        """Write an image ``(h, w, c)`` of uint8 to tensorboard."""
         self._board.add_image(name, image, step, dataformats="HWC")
 
     def close(self) -> None:
-        """Flushes."""
+        """Write what is buffered and close the files."""
         self._board.close()

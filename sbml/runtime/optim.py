@@ -1,4 +1,7 @@
-"""The paper's optimizer: Adam, linear warm-up, clipping by global norm."""
+"""The paper's optimizer: Adam with linear warm-up and clipping by the global norm.
+
+learning rate at step n = lr min(n / warmup, 1)
+"""
 
 from typing import Any
 
@@ -14,10 +17,11 @@ SCHEDULES = ("constant", "cosine")
 def learning_rate(lr: float, warmup: int, schedule: str, num_steps: int) -> optax.Schedule:
     """lr min(step / warmup, 1), then constant (the paper) or a cosine to zero at ``num_steps``.
 
-    A run that is over before its warm-up never comes to the cosine: a warning says so.
+    If ``num_steps`` is not above ``warmup``, the run ends before the cosine begins, and a warning
+    says so.
 
     Raises:
-      ValueError: for an unknown schedule.
+      ValueError: ``schedule`` is not one of ``SCHEDULES``.
     """
     if schedule not in SCHEDULES:
         raise ValueError(f"unknown optim.schedule {schedule!r}; choose from {SCHEDULES}")
@@ -25,14 +29,16 @@ def learning_rate(lr: float, warmup: int, schedule: str, num_steps: int) -> opta
         if warmup < num_steps:
             return optax.warmup_cosine_decay_schedule(0.0, lr, warmup, num_steps)
         logging.warning(
-            "a warm-up of %d steps in a run of %d: the learning rate only rises, to %g",
+            "a warm-up of %d steps in a run of %d: the learning rate only rises, to %g; for a "
+            "cosine choose a warm-up shorter than the run",
             *(warmup, num_steps, lr * num_steps / warmup),
         )
     return optax.linear_schedule(0.0, lr, warmup) if warmup else optax.constant_schedule(lr)
 
 
 def _kernels(params: Any) -> Any:
-    """Which leaves decay: by shape, and by name where a scale, bias or embedding is an image."""
+    """Whether each leaf decays: if it has two or more axes and is not, by its name, a scale, bias
+    or position embedding (these may have as many axes as an image)."""
 
     def is_kernel(path: Any, leaf: Array) -> bool:
         name = str(getattr(path[-1], "key", ""))
@@ -50,10 +56,10 @@ def adam(
     weight_decay: float,
     grad_clip: float,
 ) -> optax.GradientTransformation:
-    """Clip to global norm ``grad_clip`` (0: off), Adam, decoupled weight decay (0: off).
+    """Clipping to the global norm ``grad_clip``, Adam, then decoupled weight decay.
 
-    Only matrices and kernels decay: not biases, norms' scales, embeddings of positions, nor the
-    fixed Fourier frequencies.
+    ``grad_clip=0`` and ``weight_decay=0`` turn these off. Only matrices and kernels decay; biases,
+    scales of norms, position embeddings and the fixed Fourier frequencies do not.
     """
     return optax.chain(
         optax.clip_by_global_norm(grad_clip) if grad_clip else optax.identity(),

@@ -1,8 +1,8 @@
-"""A table that survives being killed: written in parts, each whole or not there.
+"""A table that is written to disk in parts, so that an interrupted computation can resume.
 
-One ``.npz`` a batch, renamed into place when complete. A later run reads what is there, makes only
-the rows that are missing, and the finished table is the same bytes as without interruption.
-:func:`kept` does the same for arrays that are made once.
+Each batch of rows is one ``.npz``, which is complete or absent. A later run reads the parts on disk
+and computes only the missing rows; the finished table has the same bytes as without interruption.
+:func:`kept` does the same for arrays that are computed once.
 """
 
 import hashlib
@@ -33,58 +33,61 @@ def _digest(identity: dict[str, Any]) -> str:
 def kept(
     root: epath.PathLike, name: str, identity: dict[str, Any], make: Callable[[], Any]
 ) -> dict[str, np.ndarray]:
-    """The arrays that ``make`` gave when they were first asked for, from a file of ``root``.
+    """The result of the first call of ``make`` for this ``identity``, stored in a file of ``root``.
 
-    Made anew on another machine they could differ in their last digits, and all that was computed
-    with them would be of no use to a resumed run. All processes call it, and make, together.
+    Computed again on another machine, the arrays could differ in their last digits, and a resumed
+    run could not use the results that depend on the first arrays. All processes call this function,
+    and therefore ``make``, together.
     """
     path = epath.Path(root) / f"{name}_{_digest(identity)}.npz"
     sharding.barrier(f"{name} sought")
     if intact_npz(path) is None:
-        made = make()
+        arrays = make()
         if jax.process_index() == 0:
             path.parent.mkdir(parents=True, exist_ok=True)
-            write_npz(path, made)
+            write_npz(path, arrays)
     sharding.barrier(f"{name} made")
     return read_npz(path)
 
 
 class Parts:
-    """The parts of one table, of the computation that ``identity`` describes in plain JSON values.
+    """The parts of one table; ``identity`` describes its computation in plain JSON values.
 
-    They lie in a folder of ``root`` named by ``identity``, so another computation has another.
+    The parts lie in a folder of ``root`` whose name is a hash of ``identity``, so that different
+    computations use different folders.
 
     Raises:
-      ValueError: if the folder says that it is another computation's.
+      ValueError: the folder holds the parts of another computation.
     """
 
     def __init__(self, root: epath.PathLike, identity: dict[str, Any]) -> None:
         self.directory = epath.Path(root) / _digest(identity)
         self.directory.mkdir(parents=True, exist_ok=True)
         marker = self.directory / "identity.json"
-        known = None
+        stored = None
         if marker.exists():
             try:
-                known = read_json(marker, "it is written again")
+                stored = read_json(marker, "it is written again")
             except DamagedFileError as error:
                 logging.warning("%s", error)
-        if known is None:
+        if stored is None:
             write_json(marker, identity)
-        elif known != json.loads(json.dumps(identity)):
+        elif stored != json.loads(json.dumps(identity)):
             raise ValueError(f"{self.directory} belongs to another computation: move it away")
 
     def write(self, columns: dict[str, np.ndarray]) -> None:
-        """Add rows; the columns ``sweep`` and ``id`` name them."""
+        """Add the rows ``columns``, of which ``sweep`` and ``id`` identify a row."""
         first = f"{columns['sweep'][0]:04d}_{columns['id'][0]:08d}"
         write_npz(self.directory / f"part_{first}.npz", columns)
 
     def read(self, sweep: int | None = None) -> dict[str, np.ndarray]:
-        """The rows so far, of ``sweep`` or all, by sweep, then id; empty if none.
+        """The rows on disk, of ``sweep`` or of all sweeps, sorted by sweep and then by id; an empty
+        dictionary if there are none.
 
-        Damaged parts are named and redone.
+        Damaged parts are left out with a warning that names them; their rows are computed again.
 
         Raises:
-          ValueError: if a row stands twice, as after two runs at once.
+          ValueError: a row is there twice, which happens if two runs wrote at the same time.
         """
         of_sweep = "" if sweep is None else f"{sweep:04d}_"
         paths = sorted(self.directory.glob(f"part_{of_sweep}*.npz"))

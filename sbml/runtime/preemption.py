@@ -1,4 +1,4 @@
-"""SIGTERM and Ctrl-C as a request to save and stop, agreed on by all processes."""
+"""SIGTERM and Ctrl-C as requests to save and stop, at the same step in all processes."""
 
 import signal
 from types import FrameType, TracebackType
@@ -11,14 +11,16 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 class Preemption:
-    """A context in which SIGTERM or Ctrl-C sets a flag instead of killing; a second Ctrl-C kills.
+    """A context in which SIGTERM or Ctrl-C sets a flag; a second Ctrl-C ends the process at once.
 
-    With several processes jax's own preemption service takes the signal for as long as they run,
-    and decides at which step all of them stop, so that none waits in a collective for one that has
-    left: whatever takes long must ask, outside such a context too.
+    If there are several processes, jax's preemption service receives the signal as long as they
+    run, and decides at which step all of them stop, so that no process waits in a collective
+    operation for one that has already stopped. Therefore every long computation must call
+    :meth:`requested`, even outside such a context.
     """
 
-    _asked = 0  # by this process, whatever it did: the service counts on, from mode to mode
+    # Calls of ``requested`` in this process. The service continues to count from mode to mode.
+    _asked = 0
 
     def __init__(self) -> None:
         self._received: signal.Signals | None = None
@@ -43,14 +45,15 @@ class Preemption:
             raise KeyboardInterrupt
         self._received = signal.Signals(signum)
         if signum == signal.SIGINT:
-            logging.warning("stopping as soon as all is saved; Ctrl-C once more stops at once")
+            logging.warning("stopping after the next save; press Ctrl-C again to stop at once")
 
     def requested(self) -> bool:
-        """Whether to stop now, and ever after; every process must ask, after every dispatch.
+        """Whether to stop now; once true, it stays true. Every process must call this after every
+        dispatch.
 
-        The service answers yes at one number only, the one after the last that any process has
-        reached, so it is told how often was asked: steps, of which a dispatch takes several, would
-        pass it by.
+        The service answers yes only for one count: the one after the largest that any process has
+        reached. It is therefore given the number of calls; with the number of steps, of which a
+        dispatch takes several, this count could be skipped.
         """
         if jax.process_count() > 1 and not self._received:
             Preemption._asked += 1
@@ -59,11 +62,11 @@ class Preemption:
         return self._received is not None
 
     def leave_if_requested(self, done: str) -> None:
-        """Raise ``SystemExit`` if it is time to stop, saying what is ``done``.
+        """Raise ``SystemExit`` if it is time to stop, after a warning that says what is ``done``.
 
-        Its status is 128 and the signal's number: 143 after SIGTERM, 130 after Ctrl-C.
+        The exit status is 128 plus the signal's number: 143 after SIGTERM, 130 after Ctrl-C.
         """
         if self.requested() and self._received:
             name = self._received.name
-            logging.warning("%s: %s; the same command goes on from there", name, done)
+            logging.warning("%s: %s; the same command continues from there", name, done)
             raise SystemExit(128 + self._received)

@@ -1,4 +1,4 @@
-"""Progress bars: live at a terminal, a line now and then in a log, and on process 0 alone."""
+"""Progress bars, on process 0 only: live in a terminal, one line every ten seconds in a log."""
 
 import sys
 
@@ -9,7 +9,7 @@ from tqdm.auto import tqdm
 def bar(name: str, unit: str, total: int, done: int = 0, *, leave: bool = True) -> tqdm:
     """A bar that starts at ``done`` of ``total``; use it as a context manager.
 
-    ``leave=False`` wipes it off when done, for one of many alike.
+    With ``leave=False`` the finished bar is removed, for one of many similar bars.
     """
     return tqdm(
         total=total,

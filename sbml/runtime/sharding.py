@@ -1,7 +1,8 @@
-"""Batches split over a one-axis device mesh; the state replicated or, in part, split too.
+"""Placement of arrays on devices: batches are split along one mesh axis, the state is replicated.
 
-Under ``jit`` with these shardings a computation means what it says about the *global* batch, on one
-device or many, in one process or many; the mathematics knows no axis name.
+Parts of the state may be split too (:func:`placement`). Under ``jit`` with these shardings a
+computation is written for the *global* batch and gives the same result on one device or many, in
+one process or many; the mathematics contains no axis name.
 """
 
 import time
@@ -22,9 +23,10 @@ from sbml.runtime.state import TrainState
 def data_mesh() -> Mesh:
     """All devices of all processes along one axis, ``data``.
 
-    Axis type Auto: with jax's default, Explicit, a vmapped loss over a sharded batch fails. In the
-    order of processes, so that their rows, one process after another, make up the batch:
-    ``jax.make_mesh`` would order a TPU's devices by its topology.
+    The axis type is Auto, because with jax's default, Explicit, a vmapped loss over a sharded batch
+    fails. Devices are in the order of their processes, so that the batch consists of the rows of
+    process 0, then those of process 1 and so on; ``jax.make_mesh`` would order the devices of a TPU
+    by its topology.
     """
     devices = sorted(jax.devices(), key=lambda device: (device.process_index, device.id))
     return Mesh(np.array(devices), ("data",), axis_types=(AxisType.Auto,))
@@ -36,12 +38,13 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def batched(mesh: Mesh, axis: int = 0) -> NamedSharding:
-    """Split along ``axis``, the batch's."""
+    """Devices hold equal parts of the array, split along ``axis``, the axis of the batch."""
     return NamedSharding(mesh, PartitionSpec(*[None] * axis, "data"))
 
 
 def spread(mesh: Mesh, shape: tuple[int, ...]) -> NamedSharding:
-    """Split along the longest axis that the devices divide; replicated if they divide none."""
+    """Split along the longest axis whose size is a multiple of the number of devices; replicated if
+    there is no such axis."""
     divided = [axis for axis, size in enumerate(shape) if size and size % mesh.size == 0]
     if not divided:
         return replicated(mesh)
@@ -49,11 +52,11 @@ def spread(mesh: Mesh, shape: tuple[int, ...]) -> NamedSharding:
 
 
 def placement(state: TrainState, mesh: Mesh, *, shard_state: bool = False) -> TrainState:
-    """The sharding of every leaf of ``state``: everything is replicated, but with ``shard_state``
-    the optimizer's state and the average of the parameters are spread over the devices.
+    """The sharding of every leaf of ``state``.
 
-    Each device then updates its part of them and of the parameters, and gathers the parameters
-    (ZeRO-1, Rajbhandari et al. 2020).
+    Every leaf is replicated, but with ``shard_state`` the optimizer's state and the average of the
+    parameters are spread over the devices. Each device then updates its part of these and of the
+    parameters, and the parameters are gathered (ZeRO-1, Rajbhandari et al. 2020).
     """
     same = jax.tree.map(lambda leaf: replicated(mesh), state)
     if not shard_state:
@@ -68,7 +71,8 @@ def placement(state: TrainState, mesh: Mesh, *, shard_state: bool = False) -> Tr
 def partitioned(
     optimizer: optax.GradientTransformation, mesh: Mesh
 ) -> optax.GradientTransformation:
-    """``optimizer``, every device computing the part of the updates whose state it holds."""
+    """``optimizer``, computed in parts: each device updates the parameters whose optimizer state it
+    holds."""
 
     def parts(tree: Any) -> Any:
         return jax.tree.map(
@@ -76,7 +80,7 @@ def partitioned(
         )
 
     def update(grads: Any, state: Any, params: Any) -> tuple[Any, Any]:
-        # Sum over all devices first: otherwise XLA may gather activations to compute each part.
+        # Sum the gradients over all devices first: otherwise XLA may gather activations instead.
         grads = jax.lax.with_sharding_constraint(grads, replicated(mesh))
         updates, state = optimizer.update(parts(grads), state, parts(params))
         return parts(updates), state
@@ -87,7 +91,8 @@ def partitioned(
 def made(init: Callable[[], TrainState], mesh: Mesh, *, shard_state: bool = False) -> TrainState:
     """The state that ``init()`` returns, placed on the devices by :func:`placement`.
 
-    It runs once: on CPU, optimization by LLVM would not pay for itself.
+    ``init`` runs only once, so on CPU it is compiled without LLVM's optimization, which would take
+    longer than it saves.
     """
     where = placement(jax.eval_shape(init), mesh, shard_state=shard_state)
     return jax.jit(init, out_shardings=where, compiler_options=compiler_options(0))()
@@ -96,7 +101,8 @@ def made(init: Callable[[], TrainState], mesh: Mesh, *, shard_state: bool = Fals
 def abstract(
     init: Callable[[], TrainState], mesh: Mesh, *, shard_state: bool = False
 ) -> TrainState:
-    """The shapes of :func:`made`, with their shardings: what to restore, at no cost."""
+    """The shapes and shardings of the state from :func:`made`, without computing it; a template for
+    restoring a checkpoint."""
     shapes = jax.eval_shape(init)
     return jax.tree.map(
         lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
@@ -106,10 +112,10 @@ def abstract(
 
 
 def check_divides(name: str, size: int, parts_each: int = 1) -> None:
-    """Refuse a batch that the devices, times ``parts_each`` parts of it on each, do not divide.
+    """Check that a batch of ``size`` divides into ``parts_each`` equal parts on each device.
 
     Raises:
-      ValueError: naming the sizes on either side that do.
+      ValueError: it does not; the message names the nearest possible sizes.
     """
     parts = jax.device_count() * parts_each
     if size < 1 or size % parts:
@@ -122,20 +128,20 @@ def check_divides(name: str, size: int, parts_each: int = 1) -> None:
 
 
 def to_global(local: Any, sharding: NamedSharding) -> Any:
-    """Each process's rows of a batch as one global array per leaf."""
+    """One global array per leaf, from the rows of the batch that each process holds."""
     return jax.tree.map(lambda a: jax.make_array_from_process_local_data(sharding, a), local)
 
 
 def put(array: np.ndarray, sharding: NamedSharding) -> jax.Array:
-    """An array that every process holds whole, as a global one."""
+    """A global array from ``array``, of which every process holds a whole copy."""
     return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
 
 
 def round_up(size: int) -> int:
-    """The least multiple of the device count that is at least ``size``, for padded batches.
+    """The smallest multiple of the device count that is at least ``size``, for padded batches.
 
     Raises:
-      ValueError: if ``size`` is not positive.
+      ValueError: ``size`` is not positive.
     """
     if size < 1:
         raise ValueError(f"batch size {size}: must be positive")
@@ -143,7 +149,7 @@ def round_up(size: int) -> int:
 
 
 def barrier(name: str) -> None:
-    """Wait for all processes."""
+    """Wait until all processes have called this with the same ``name``."""
     multihost_utils.sync_global_devices(name)
 
 
@@ -153,7 +159,7 @@ def to_host(tree: Any) -> Any:
         return jax.device_get(tree)
 
     def whole(leaf: Any) -> Any:
-        # To gather is a computation, which would wait for all that was dispatched before it.
+        # Gathering would wait for all computations that were dispatched before; this does not.
         if isinstance(leaf, jax.Array) and leaf.is_fully_replicated:
             return np.asarray(leaf.addressable_data(0))
         return multihost_utils.process_allgather(leaf, tiled=True)
@@ -162,10 +168,11 @@ def to_host(tree: Any) -> Any:
 
 
 def check_shared(folder: epath.Path) -> None:
-    """Refuse a folder that some processes do not see: the first of them writes what all read.
+    """Check that all processes see ``folder``, in which process 0 writes files that all read.
 
     Raises:
-      ValueError: naming those processes, in all of them.
+      ValueError: some processes do not see it; every process raises, and the message names those
+        that do not.
     """
     if jax.process_count() == 1:
         return

@@ -1,12 +1,13 @@
-"""The training state and the one update that serves every trained model.
+"""The training state, and the training step that all trained models share.
 
     value, g = mean over the batch of loss(params), its gradient
     params  <- params + optimizer(g)
     ema     <- decay ema + (1 - decay) params          in float32
 
 The state holds arrays only. Keys are ``fold_in(base_key, step)`` and the batch of a step is a pure
-function of (seed, step), so a run resumes from one integer, bitwise. ``statistics`` are whatever a
-step learns for the draws of the next: a step's own draws never enter them before its loss.
+function of (seed, step), so a run resumes from the step number alone, with bitwise the same result.
+``statistics`` are quantities that one step estimates and the next steps use for their draws. A step
+draws before it updates them, so its loss stays unbiased.
 """
 
 import dataclasses
@@ -25,13 +26,14 @@ from sbml.types import Array, Key
 Prepare = Callable[[Array, Key, Any], Any]
 # observe(statistics, draws, losses (n,)) -> statistics
 Observe = Callable[[Any, Any, Array], Any]
-# loss(params, draws, frozen) -> per-example losses (n,); frozen are arrays that nothing trains
+# loss(params, draws, frozen) -> per-example losses (n,); frozen are arrays that are not trained
 Loss = Callable[[Any, Any, Any], Array]
 Step = Callable[["TrainState", Array, Key, Any], tuple["TrainState", dict[str, Array]]]
 
 
 class TrainState(struct.PyTreeNode):
-    """Everything training needs to go on: step (), parameters, their average, optimizer state."""
+    """Everything needed to continue training: step (), parameters, their average, optimizer
+    state."""
 
     step: Array
     params: Any
@@ -141,9 +143,10 @@ def make_step(update: Update) -> Step:
 
 
 def several(step: Step) -> Step:
-    """``step`` over batches stacked on a leading axis, in one dispatch; metrics stacked too.
+    """``step`` over batches that are stacked along a leading axis, in one dispatch; the metrics are
+    stacked in the same way.
 
-    Saves dispatch overhead on accelerators; slower on CPU (see :func:`value_and_grad`).
+    This saves dispatch overhead on accelerators and is slower on CPU (see :func:`value_and_grad`).
     """
 
     def steps(state: TrainState, batches: Array, base_key: Key, frozen: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Two parameter trees, leaf by leaf: what one lacks, has besides, or has in another shape."""
+"""Comparison of two parameter trees: leaves that are missing, extra or of another shape."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -14,7 +14,7 @@ def differences(found: Tree, expected: Tree) -> list[str]:
 
     Compares names and shapes; the leaves may be ``jax.ShapeDtypeStruct``.
     """
-    ours, theirs = (
+    ours, theirs = (  # expected, found
         {path: np.shape(leaf) for path, leaf in flatten_dict(dict(tree), sep="/").items()}
         for tree in (expected, found)
     )

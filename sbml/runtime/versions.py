@@ -1,4 +1,4 @@
-"""What made a number: versions of the packages and of XLA, and the machine."""
+"""Versions of the packages, XLA, Python and the devices that produced a result."""
 
 import importlib.metadata
 import platform
@@ -14,15 +14,15 @@ PACKAGES = (
 
 
 def versions() -> dict[str, str]:
-    """Versions of the packages that take part in a number, of Python, and the device kind.
+    """Versions of the packages that a result depends on, of Python, and the kind of device.
 
-    ``xla`` says what compiled the number and, on CPU, that its sums were checked.
+    ``xla`` names the compiler and, on CPU, says that its sums were checked.
     """
-    found = {"sbml": __version__}
-    found.update({name: importlib.metadata.version(name) for name in PACKAGES})
+    packages = {"sbml": __version__}
+    packages.update({name: importlib.metadata.version(name) for name in PACKAGES})
     devices = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
     backend = jax.devices()[0].client.platform_version.split()
-    xla = f"of jaxlib {found['jaxlib']}, for {' '.join(backend) or jax.default_backend()}"
+    xla = f"of jaxlib {packages['jaxlib']}, for {' '.join(backend) or jax.default_backend()}"
     if compiler.check():
         xla += ", its sums agree with NumPy's"
-    return {**found, "xla": xla, "python": platform.python_version(), "devices": devices}
+    return {**packages, "xla": xla, "python": platform.python_version(), "devices": devices}

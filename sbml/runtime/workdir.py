@@ -1,13 +1,13 @@
-"""The work directory of a run: its lock, checkpoints, tables in parts, and the files beside them.
+"""The work directory of a run: its lock, checkpoints, tables in parts, and result files.
 
     checkpoints/, dequantizer/checkpoints/      (sbml.runtime.checkpoint)
     metrics.jsonl, tensorboard/                 (sbml.runtime.metrics)
-    architecture.json                           of a converted checkpoint
+    architecture.json                           only for a converted checkpoint
     eval/, sampling/                            tables in parts (sbml.runtime.parts)
     evaluation.json, per_image.npz, samples.npz, quality.json, latents.npz, pictures, report.*
 
-Each file that a mode leaves for another is read back through :meth:`Workdir.read`, which compares
-its CRC32 and, where it is damaged, says which mode makes it again.
+A file that one mode writes for another is read with :meth:`Workdir.read`, which compares its CRC32;
+if the file is damaged, the error names the mode that makes it again.
 """
 
 import os
@@ -41,7 +41,7 @@ class Workdir(os.PathLike):
     """The folder ``path`` of one run, local or any that etils understands (``gs://...``)."""
 
     def __init__(self, path: epath.PathLike) -> None:
-        self.path = epath.Path(path).expanduser()  # A shell leaves the ~ of --workdir=~/runs.
+        self.path = epath.Path(path).expanduser()  # Shells do not expand the ~ in --workdir=~/runs.
 
     def __fspath__(self) -> str:
         return os.fspath(self.path)
@@ -58,7 +58,7 @@ class Workdir(os.PathLike):
         return self.path.name
 
     def lock(self, purpose: str) -> Lock:
-        """A context manager: no other process does ``purpose``, a mode's name, here meanwhile."""
+        """A context manager that keeps other processes from running the mode ``purpose`` here."""
         return Lock(self.path, purpose)
 
     def has(self, name: str) -> bool:
@@ -66,11 +66,11 @@ class Workdir(os.PathLike):
         return (self / name).exists()
 
     def read(self, name: str) -> dict[str, Any]:
-        """What :meth:`write` wrote to ``name``: arrays of an .npz, an object of a .json.
+        """What :meth:`write` wrote to ``name``: the arrays of an .npz or the object of a .json.
 
         Raises:
-          ValueError: it is not there; the message names the mode that makes it.
-          DamagedFileError: its content is not what was written.
+          ValueError: there is no such file; the message names the mode that makes it.
+          DamagedFileError: the content is not what was written.
         """
         mode = "eval" if name.startswith("per_image") else MADE_BY[name]
         if not self.has(name):
@@ -79,21 +79,21 @@ class Workdir(os.PathLike):
         return read(self / name, f"remove it, and make it again by --mode={mode}")
 
     def write(self, name: str, content: Mapping[str, Any]) -> None:
-        """Write arrays to an .npz, plain JSON values to a .json, whole or not at all."""
+        """Write arrays to an .npz or plain JSON values to a .json, completely or not at all."""
         self.path.mkdir(parents=True, exist_ok=True)
         write: Callable[..., None] = write_npz if name.endswith(".npz") else write_json
         write(self / name, content)
 
     def write_bytes(self, name: str, content: bytes) -> None:
-        """Write a picture or page, whole or not at all."""
+        """Write a picture or page, completely or not at all."""
         write_whole(self / name, content)
 
     def parts(self, folder: str, identity: dict[str, Any]) -> Parts:
-        """The table in parts of the computation ``identity``, in ``folder``."""
+        """The table of the computation ``identity``, stored in parts in ``folder``."""
         return Parts(self / folder, identity)
 
     def kept(
         self, name: str, identity: dict[str, Any], make: Callable[[], Any]
     ) -> dict[str, np.ndarray]:
-        """Arrays of an evaluation that are made once (:func:`sbml.runtime.parts.kept`)."""
+        """Arrays of an evaluation that are computed once (:func:`sbml.runtime.parts.kept`)."""
         return kept(self / "eval", name, identity, make)

@@ -1,1 +1,1 @@
-"""Every estimator compared with data whose truth is known in closed form."""
+"""Comparison of every estimator with data whose likelihood and score have a closed form."""

@@ -1,8 +1,10 @@
-"""Every estimator against data whose truth is closed form, in float64: ``--mode=verify``.
+"""Compares every estimator with closed-form values in float64: ``--mode=verify``.
 
-The truth uses alpha, sigma, f and g of the SDE and nothing else of the package. An error is
-|got - truth| / max(1, |truth|); of a row with >= only what is missing to it. Rows by Monte Carlo
-have five standard errors as their tolerance.
+    error = |got - truth| / max(1, |truth|)
+
+The true values use alpha, sigma, f and g of the SDE and nothing else of the package. In a row with
+>= the error is the amount by which the inequality fails, divided in the same way. The tolerance of
+a Monte Carlo row is five standard errors.
 """
 
 import functools
@@ -20,8 +22,8 @@ from sbml.verify.row import Row
 
 
 def on_cpu() -> Any:
-    """A context of computations on the CPU: TPUs have no float64, and it is formulas that are
-    compared with the truth."""
+    """A context in which computations run on the CPU: the comparison tests formulas, not the
+    device, and TPUs have no float64."""
     return jax.default_device(jax.local_devices(backend="cpu")[0])
 
 
@@ -32,9 +34,9 @@ def _in_float64(rows: Callable[[], Iterable[Row]]) -> list[Row]:
 
 
 def checks() -> list[Row]:
-    """Every row, SDE by SDE, in float64 whatever the caller's setting."""
+    """Every row, ordered by SDE, computed in float64 whatever the caller's setting."""
     jobs = [functools.partial(continuous_checks, name, kind()) for name, kind in SDES.items()]
-    with ThreadPoolExecutor() as pool:  # Most of the time is compilation, which threads share.
+    with ThreadPoolExecutor() as pool:  # Most of the time is compilation, which runs in parallel.
         parts = pool.map(_in_float64, [discrete_checks, *jobs])
         discrete, *continuous = parts
     rows = [row for part in (*continuous, discrete) for row in part]
@@ -42,7 +44,7 @@ def checks() -> list[Row]:
 
 
 def table(rows: list[Row]) -> str:
-    """Aligned text, a line a row and a block an SDE."""
+    """The rows as aligned text, one line per row, with an empty line between SDEs."""
     width = max(len(row.name) for row in rows)
     line = f"{{:{width}}}  {{:9}}  {{:>16}}  {{:>16}}  {{:>8}}  {{:>9}}  {{}}"
     lines = [line.format("estimator", "SDE", "got", "truth", "error", "tolerance", "")]

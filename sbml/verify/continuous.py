@@ -1,18 +1,19 @@
-"""Estimators of continuous data against the truth, without noise: rows of ``--mode=verify``.
+"""Checks of the estimators for continuous data, without Monte Carlo noise: ``--mode=verify``.
 
 For x_0 Gaussian or a mixture of Gaussians the score and density at every time are known
-(``verify.oracle``). What an estimator expects is computed over (x_0, z) by points whose weighted
-mean is exact and over time by Gauss-Legendre nodes in log-SNR, where the integrands are smooth.
-With h and J the entropy and Fisher information of x_t, rho = sigma / alpha, and the exact score,
+(``verify.oracle``). The expectation of an estimator is computed over (x_0, z) with points whose
+weighted mean is exact, and over time with Gauss-Legendre nodes in log-SNR, in which the integrands
+are smooth. Let h and J be the entropy and Fisher information of x_t, and rho = sigma / alpha. With
+the exact score,
 
     E prior           = 1/2 E|x_T|^2 / s^2 + d/2 log(s^2 / sigma_T^2) - d/2
     E diffusion       = h_eps - h_T + d log(sigma_T / sigma_eps)
     E reconstruction  = 1/2 (d - sigma_eps^2 J_eps) + d/2 log(2 pi rho_eps^2)
 
-and a score wrong by delta adds 1/2 integral g^2 E|delta(x_t)|^2 dt to the diffusion term. The loss
-has its minimum at the true score: its slope along delta is zero (in units of what delta adds to
-it). Near t = 0, p_0 follows from p_eps by the heat equation in rho^2: with y = x_eps / alpha, of
-score s_y(y) = alpha s(alpha y, eps),
+If delta is added to the score, the diffusion term increases by 1/2 integral g^2 E|delta(x_t)|^2 dt.
+The loss has its minimum at the true score, so its slope along delta is zero there; the slope is
+measured in units of the loss that delta adds. Near t = 0, p_0 follows from p_eps by the heat
+equation in rho^2: with y = x_eps / alpha, whose score is s_y(y) = alpha s(alpha y, eps),
 
     log p_0(y) = log p_eps(alpha y) + d log alpha - 1/2 rho^2 (div s_y + |s_y|^2) + O(rho^4).
 """
@@ -38,13 +39,16 @@ NODES = 96  # Gauss-Legendre nodes over the range of log-SNR.
 
 
 class Case(NamedTuple):
-    """Data, and what is known of it.
+    """A distribution of x_0 with its known properties.
 
     Attributes:
-      kind: its name in the table.
-      points: x_0 ``(n, d)``, z ``(n, d)`` and weights ``(n,)`` whose weighted sum is E over both.
-      mean, cov: of x_0, ``(d,)`` and ``(d, d)``.
-      information: t -> entropy h (nats) and Fisher information J of x_t.
+      kind: the name of the distribution in the table.
+      data: its score and density at every time (``verify.oracle``).
+      points: x_0 ``(n, d)``, z ``(n, d)`` and weights ``(n,)``; sums over them with these weights
+        give expectations over x_0 and z.
+      mean, cov: mean ``(d,)`` and covariance ``(d, d)`` of x_0.
+      information: a function of t that returns the entropy h (nats) and the Fisher information J
+        of x_t.
     """
 
     kind: str
@@ -55,7 +59,7 @@ class Case(NamedTuple):
     information: Callable[[float], tuple[float, float]]
 
 
-# Data.
+# Distributions of x_0.
 
 
 def _spectrum(data: oracle.Gaussian, t: float) -> tuple[float, np.ndarray]:
@@ -106,7 +110,7 @@ def mixture_case(sde: SDE, line: np.ndarray = LINE) -> Case:
     return Case("mixture", data, points, mean[None], cov[None, None], information)
 
 
-# Bound and loss.
+# Checks of the bound and the loss.
 
 
 @functools.partial(jit, static_argnames="sde")
@@ -165,9 +169,10 @@ def _gap(case: Case, sde: SDE, a: np.ndarray, b: np.ndarray) -> float:
 
 
 def expected_bound(case: Case, sde: SDE, eps: float) -> tuple[float, float]:
-    """What the prior term and the whole bound expect, by the formulas above.
+    """Expectations of the prior term and of the whole bound, by the formulas above.
 
-    T is the SDE's largest time; from there to its own T x is stretched as sigma is.
+    The diffusion ends at the SDE's largest time; from there to ``sde.T``, x is scaled by the ratio
+    of the two sigmas.
     """
     d = len(case.mean)
     (alpha_0, sigma_0), (alpha_1, sigma_1), (_, sigma) = (
@@ -204,8 +209,8 @@ def bound_rows(name: str, sde: SDE, case: Case) -> Iterator[Row]:
 
 
 @functools.partial(jit, static_argnames="sde")
-def _solved(data: oracle.Mixture, x: Array, *, sde: SDE) -> tuple[Likelihood, Array, Array]:
-    """The likelihoods of ``x (n, d)``, log p_eps of them and log p_T of their latents."""
+def _likelihoods(data: oracle.Mixture, x: Array, *, sde: SDE) -> tuple[Likelihood, Array, Array]:
+    """ODE likelihoods of ``x (n, d)``, exact log p_eps of x, and exact log p_T of its latents."""
     solver = ode.Solver(rtol=1e-8, atol=1e-8)
 
     def one(x: Array) -> tuple[Likelihood, Array, Array]:
@@ -218,9 +223,11 @@ def _solved(data: oracle.Mixture, x: Array, *, sde: SDE) -> tuple[Likelihood, Ar
 
 
 def likelihood_rows(name: str, sde: SDE) -> Iterator[Row]:
-    """The probability-flow ODE. On a Gaussian every eigencoordinate keeps its number of standard
-    deviations, which gives the latent and with it log p, the prior in the place of p_T; on a
-    mixture, the change of the density along the solution."""
+    """Checks of the probability-flow ODE.
+
+    For a Gaussian, the ODE keeps each eigencoordinate at the same number of standard deviations
+    from the mean. This gives the latent and then log p, with the prior in place of p_T. For a
+    mixture, the check is that the density changes along the solution as the ODE says."""
     x = np.random.default_rng(0).normal(size=(4, 3)) * 0.5
     data = oracle.gaussian(sde)
     mean, basis = np.asarray(data.mean), np.asarray(data.basis)
@@ -229,16 +236,16 @@ def likelihood_rows(name: str, sde: SDE) -> Iterator[Row]:
     stretch = sigma / sigma_1 * np.sqrt(v_1 / v_0)
     z = sigma / sigma_1 * alpha_1 * mean + (x - alpha_0 * mean) @ basis * stretch @ basis.T
     truth = stats.norm(0, sde.prior_std).logpdf(z).sum(1) + np.log(stretch).sum()
-    result, _, _ = _solved(oracle.as_mixture(data), jnp.asarray(x), sde=sde)
+    result, _, _ = _likelihoods(oracle.as_mixture(data), jnp.asarray(x), sde=sde)
     yield row("ODE log p, Gaussian", name, result.logp, truth, 1e-5)
-    result, log_p, log_p_latent = _solved(oracle.mixture(sde), jnp.asarray(x), sde=sde)
-    found = result.divergence + result.correction + log_p_latent
-    yield row("ODE log p, mixture", name, found, log_p, 1e-5)
+    result, log_p, log_p_latent = _likelihoods(oracle.mixture(sde), jnp.asarray(x), sde=sde)
+    got = result.divergence + result.correction + log_p_latent
+    yield row("ODE log p, mixture", name, got, log_p, 1e-5)
 
 
 def probe_rows(name: str, sde: SDE) -> Iterator[Row]:
-    """One Rademacher probe of a diagonal Gaussian's field against its divergence in closed form,
-    d f + 1/2 g^2 sum_i 1 / (alpha^2 l_i + sigma^2)."""
+    """One Rademacher probe of the ODE's velocity for a diagonal Gaussian, where a single probe
+    gives the exact divergence d f + 1/2 g^2 sum_i 1 / (alpha^2 l_i + sigma^2)."""
     data = oracle.diagonal(sde)
     x = jnp.asarray(np.random.default_rng(1).normal(size=3))
     grid = np.array([EPS, 0.01, 0.3, sde.largest_time])
@@ -260,7 +267,7 @@ def probe_rows(name: str, sde: SDE) -> Iterator[Row]:
 
 
 def correction_rows(name: str, sde: SDE, case: Case) -> Iterator[Row]:
-    """log p_0 from p_eps where rho = 1e-3. An SDE that never has so little noise has no row."""
+    """log p_0 from p_eps at rho = 1e-3; no row for an SDE whose noise is never that small."""
     t = sde.time(-2 * jnp.log(jnp.asarray(1e-3)))
     if not t > 0:
         return

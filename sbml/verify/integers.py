@@ -1,13 +1,14 @@
-"""Estimators of integers k of L levels against P(k): rows of ``--mode=verify``.
+"""Checks of the estimators for integers k of L levels against the exact P(k): ``--mode=verify``.
 
-The model's density p of x is a diagonal Gaussian, so P(k) is a product of normal probabilities of
-bins. With x = 2 (k + u) / L - 1 and any dequantizer q, the weights and bounds
+The model's density p of x is a diagonal Gaussian, so P(k) is a product of the normal probabilities
+of bins. With x = 2 (k + u) / L - 1 and any dequantizer q, weights and bounds are
 
     w = p(x) (2 / L)^d / q(u | k),    E_q w 1(u in A) = P(k + u, u in A),
-    -log P(k) <= E[-log (1/K) sum_i w_i],    the tighter the larger K,
+    -log P(k) <= E[-log (1/K) sum_i w_i],    tighter for larger K,
 
-where p(x) = p_eps(x), or alpha^d p_eps(alpha x) where the dequantizer's noise is the diffusion's.
-The bounds of ``sbml.discrete`` have no dequantizer. With q_t from the bin of k and the exact score,
+where p(x) = p_eps(x), or alpha^d p_eps(alpha x) if x and the dequantizer's noise are those of the
+diffusion at time eps (``at_noise``). The bounds of ``sbml.discrete`` need no dequantizer. With q_t,
+the diffusion of a point or of noise inside the bin of k, and with the exact score,
 
     E bound = KL(q_eps || p_eps) + E_{q_T} log(p_T / pi) [- E log P(k | x_eps)].
 
@@ -34,7 +35,7 @@ from sbml.verify.row import EPS, Row, bounding, coefficients, jit, row
 LEVELS, SHAPE, IMAGES, DRAWS = 8, (1, 2, 1), 4, 16_384
 SIZE = math.prod(SHAPE)
 SAMPLES = (1, 4, 16)
-# Of dequantizers that are not used as they come: the smallest network.
+# Fields of dequantizers that differ from the defaults: here the smallest network.
 OPTIONS = {
     "variational": {"filters": 4, "components": 2, "blocks": 1, "heads": 1, "levels": LEVELS}
 }
@@ -46,13 +47,13 @@ def _data(sde: SDE) -> oracle.Gaussian:
 
 
 def _pixels() -> np.ndarray:
-    """``(IMAGES, *SHAPE)``, not far from what the data would give."""
+    """Integers ``(IMAGES, *SHAPE)`` that are probable under the data."""
     return np.array([[2, 6], [1, 4], [3, 5], [2, 2]]).reshape(-1, *SHAPE)
 
 
 def _log_probability(mean: np.ndarray, variances: np.ndarray, edge: float = 0.0) -> np.ndarray:
-    """log P of k + u, u in [edge, 1 - edge]^d, for every image, if x ~ N(mean, diag(variances)):
-    ``(IMAGES,)``."""
+    """log P(k + u with u in [edge, 1 - edge]^d) under x ~ N(mean, diag(variances)), for every
+    image: ``(IMAGES,)``."""
     k = _pixels().reshape(IMAGES, SIZE)
     ends = (k + edge, k + 1 - edge)
     low, high = ((2 * end / LEVELS - 1 - mean) / np.sqrt(variances) for end in ends)
@@ -69,7 +70,8 @@ def _log_density(data: oracle.Gaussian, x: Array, alpha: Array, t: Array) -> Arr
 
 
 def _parameters(model: Any) -> Any:
-    """Random, and no layer far from the identity; the initialisers take longer to compile."""
+    """Random parameters that keep every layer close to the identity. They replace the model's
+    initialisers, which take longer to compile."""
     rng = np.random.default_rng(0)
     shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.asarray(_pixels()))
 
@@ -81,7 +83,7 @@ def _parameters(model: Any) -> Any:
 
 
 @functools.partial(jit, static_argnames="model")
-def _drawn(model: Any, params: Any, pixels: Array, key: Key) -> tuple[Array, Array]:
+def _samples(model: Any, params: Any, pixels: Array, key: Key) -> tuple[Array, Array]:
     """u ``(IMAGES, DRAWS, *SHAPE)`` and log q ``(IMAGES, DRAWS)``."""
     keys = jax.random.split(key, (IMAGES, DRAWS))
     return jax.vmap(jax.vmap(functools.partial(model.sample, params), (None, 0)))(pixels, keys)
@@ -96,8 +98,10 @@ def _tolerance(draws: np.ndarray, truth: float) -> float:
 def weight_rows(
     name: str, sde: SDE, label: str, model: Any, u: Array, log_q: Array
 ) -> Iterator[Row]:
-    """The mean of the weights of u in the middle of the bin (at its edges a dequantizer may be so
-    unlikely that their variance is infinite), and the bounds of K weights."""
+    """The mean weight of u in the middle of the bin, and the bounds with K weights.
+
+    At the edges of the bin q(u | k) may be so small that the variance of the weights is infinite.
+    """
     data, pixels = _data(sde), jnp.asarray(_pixels())
     eps, scale = EPS, 1.0
     if model.at_noise:
@@ -127,9 +131,11 @@ def weight_rows(
 
 
 def quadrature_rows(name: str, sde: SDE) -> Iterator[Row]:
-    """The uniform dequantizer's bound without noise: a line of nodes u (1, ..., 1) integrates each
-    dimension's term. In closed form 1/2 log(2 pi v) + ((c - m)^2 + h^2 / 3) / (2 v) + log(L / 2)
-    with the bin's centre c and half-width h = 1 / L."""
+    """The uniform dequantizer's bound without Monte Carlo noise.
+
+    Quadrature nodes on the line u (1, ..., 1) integrate the term of each dimension. In closed form
+    the term is 1/2 log(2 pi v) + ((c - m)^2 + h^2 / 3) / (2 v) + log(L / 2), with the bin's centre
+    c and half-width h = 1 / L."""
     data = _data(sde)
     alpha, sigma = coefficients(sde, EPS)
     m, v = alpha * np.asarray(data.mean), alpha**2 * np.asarray(data.eigenvalues) + sigma**2
@@ -148,7 +154,7 @@ def quadrature_rows(name: str, sde: SDE) -> Iterator[Row]:
     )
 
 
-# Bounds of the integers themselves.
+# Evidence bounds on the probability of the integers, without a dequantizer.
 
 NOISES = {
     "truncated_normal": discrete.TruncatedNormal(LEVELS),
@@ -198,14 +204,14 @@ def _expected_decoder(rho: float) -> np.ndarray:
 
 
 def integer_bound_rows(name: str, sde: SDE) -> Iterator[Row]:
-    """Both bounds against what they expect; that of the truncated normal also against P(k)."""
+    """Both bounds compared with their expectations; the truncated normal's also with P(k)."""
     data = _data(sde)
     eps = discrete.smallest_time(sde, LEVELS, EPS)
     alpha, sigma = coefficients(sde, eps)
     rho = sigma / alpha
     tau = 1 / (LEVELS * rho)
-    found = _bounds(data, jnp.asarray(_pixels()), sde=sde, eps=eps)
-    draws = {kind: np.asarray(values) for kind, values in found.items()}
+    bounds = _bounds(data, jnp.asarray(_pixels()), sde=sde, eps=eps)
+    draws = {kind: np.asarray(values) for kind, values in bounds.items()}
     truths = {
         "truncated_normal": _expected_bound(data, sde, eps, stats.truncnorm(-tau, tau)),
         "categorical": _expected_bound(data, sde, eps, stats.norm()) + _expected_decoder(rho),
@@ -222,13 +228,13 @@ def integer_bound_rows(name: str, sde: SDE) -> Iterator[Row]:
 
 
 def discrete_checks() -> list[Row]:
-    """All rows of integers: every dequantizer and every SDE."""
+    """All rows for integers, for every dequantizer and every SDE."""
     rows: list[Row] = []
     for label, kind in DEQUANTIZERS.items():
         if not has_density(kind):
             continue
         model = kind(**OPTIONS.get(label, {}))
-        u, log_q = _drawn(model, _parameters(model), jnp.asarray(_pixels()), jax.random.key(0))
+        u, log_q = _samples(model, _parameters(model), jnp.asarray(_pixels()), jax.random.key(0))
         for name, sde in SDES.items():
             rows += weight_rows(name, sde(), label, model, u, log_q)
     for name, sde in SDES.items():

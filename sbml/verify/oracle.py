@@ -1,10 +1,12 @@
-"""Data whose score and likelihood are closed form at every time of every linear SDE.
+"""Data whose score and likelihood have a closed form at every time of every linear SDE.
 
-If x_0 ~ N(m, C), then x_t ~ N(alpha m, alpha^2 C + sigma^2 I); a mixture stays a mixture of the
-same weights. In the eigenbasis of C everything is a sum over dimensions. Only ``mean_coef`` and
-``std`` of the SDE are used, nothing else of the package, so that agreement means something.
+    x_0 ~ N(m, C)   =>   x_t ~ N(alpha m, alpha^2 C + sigma^2 I),
 
-Both kinds of data are pytrees: one compiled function serves all data of one shape.
+and a mixture of Gaussians stays a mixture with the same weights. In the eigenbasis of C everything
+is a sum over dimensions. Of the package, only ``mean_coef`` and ``std`` of the SDE are used, so
+that the values are independent of the code under test.
+
+Both kinds of data are pytrees, so one compiled function serves all data of one shape.
 """
 
 import dataclasses
@@ -20,7 +22,8 @@ from sbml.types import Array, Key
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Gaussian:
-    """x_0 ~ N(mean, basis diag(eigenvalues) basis^T); an example has any shape of d entries."""
+    """x_0 ~ N(mean, basis diag(eigenvalues) basis^T); an example may have any shape with d
+    entries."""
 
     sde: SDE = dataclasses.field(metadata={"static": True})
     mean: Array
@@ -29,6 +32,7 @@ class Gaussian:
 
     @property
     def cov(self) -> Array:
+        """Cov x_0, ``(d, d)``."""
         return self.basis * self.eigenvalues[None] @ self.basis.T
 
     def variances(self, t: Array) -> Array:
@@ -54,8 +58,8 @@ class Gaussian:
         return (self.mean + self.basis @ (gain * self.centred(x, t))).reshape(x.shape)
 
     def flow(self, x: Array, t0: Array, t1: Array) -> Array:
-        """Where the probability-flow ODE carries x from t0 to t1: each centred eigencoordinate
-        keeps its number of standard deviations."""
+        """The solution at t1 of the probability-flow ODE that starts at x at t0: each centred
+        eigencoordinate keeps its number of standard deviations."""
         ratio = jnp.sqrt(self.variances(t1) / self.variances(t0))
         mean = self.sde.mean_coef(t1) * self.mean
         return (mean + self.basis @ (ratio * self.centred(x, t0))).reshape(x.shape)
@@ -72,7 +76,8 @@ class Gaussian:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Mixture:
-    """x_0 from part i with probability ``weights[i]``; the parts are stacked on a first axis."""
+    """x_0 comes from part i with probability ``weights[i]``; the parts are stacked along the first
+    axis of each array."""
 
     weights: Array
     parts: Gaussian
@@ -92,7 +97,7 @@ class Mixture:
 
 
 def gaussian(sde: SDE, d: int = 3, seed: int = 0, scale: float = 0.5) -> Gaussian:
-    """Some Gaussian with correlations, about ``scale`` wide."""
+    """A Gaussian with correlated coordinates, whose standard deviations are about ``scale``."""
     rng = np.random.default_rng(seed)
     root = scale * (np.eye(d) + 0.5 * rng.normal(size=(d, d)))
     values, vectors = np.linalg.eigh(root @ root.T)
@@ -100,18 +105,19 @@ def gaussian(sde: SDE, d: int = 3, seed: int = 0, scale: float = 0.5) -> Gaussia
 
 
 def diagonal(sde: SDE) -> Gaussian:
-    """A Gaussian of independent, unequal coordinates."""
+    """A Gaussian with independent coordinates of unequal variances."""
     values = np.array([0.05, 0.3, 1.0])
     return Gaussian(sde, *map(jnp.asarray, (np.array([0.1, -0.2, 0.0]), values, np.eye(3))))
 
 
 def mixture(sde: SDE, d: int = 3) -> Mixture:
-    """Some mixture of three separated Gaussians."""
+    """A mixture of three separated Gaussians."""
     return _stack([0.5, 0.3, 0.2], [gaussian(sde, d, seed, 0.2) for seed in (1, 2, 3)])
 
 
 def as_mixture(data: Gaussian) -> Mixture:
-    """The same distribution as a mixture of three, to share its compiled functions."""
+    """The same distribution, written as a mixture of three equal parts, so that the functions
+    compiled for mixtures serve it too."""
     return _stack([0.5, 0.3, 0.2], [data] * 3)
 
 

@@ -1,4 +1,4 @@
-"""One line of the table of ``--mode=verify``: an estimate and the truth, and how far they may be.
+"""One line of the table of ``--mode=verify``: an estimate, the truth, the error and its tolerance.
 
 error = |got - truth| / max(1, |truth|)
 """
@@ -14,12 +14,12 @@ from sbml.sdes import SDE
 
 EPS = 1e-5
 
-# Everything here runs once: time goes to compiling, not to what is compiled.
+# Every function here runs once, so most of the time is compilation: compile without optimization.
 jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 
 class Row(NamedTuple):
-    """One comparison, in nats where ``name`` says nothing else."""
+    """One comparison, in nats unless ``name`` says otherwise."""
 
     name: str
     sde: str
@@ -31,7 +31,8 @@ class Row(NamedTuple):
 
 
 def row(name: str, sde: str, got: Any, truth: Any, tolerance: float) -> Row:
-    """The worst of all entries; an error that is not a number is the worst there is."""
+    """The comparison of ``got`` with ``truth`` at the entry of the largest error; NaN counts as the
+    largest error."""
     got, truth = np.broadcast_arrays(np.float64(got), np.float64(truth))
     error = (np.abs(got - truth) / np.maximum(1, np.abs(truth))).ravel()
     worst = int(np.argmax(np.where(np.isnan(error), np.inf, error)))
@@ -40,13 +41,13 @@ def row(name: str, sde: str, got: Any, truth: Any, tolerance: float) -> Row:
 
 
 def bounding(name: str, sde: str, got: float, truth: float, looser: float, tolerance: float) -> Row:
-    """``got`` is to bound ``truth`` from above, no worse than the ``looser`` bound: the error is
-    how far it lies outside."""
+    """The comparison truth <= got <= looser, where ``looser`` is a looser bound: the error is the
+    distance of ``got`` from this interval, divided by max(1, |truth|)."""
     error = float(np.maximum(np.maximum(truth - got, got - looser), 0.0) / max(1.0, abs(truth)))
     return Row(name, sde, float(got), float(truth), error, tolerance, bool(error <= tolerance))
 
 
 def coefficients(sde: SDE, t: float) -> tuple[float, float]:
-    """alpha and sigma."""
+    """alpha(t) and sigma(t)."""
     time = jnp.asarray(t, float)
     return float(sde.mean_coef(time)), float(sde.std(time))

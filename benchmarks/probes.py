@@ -35,7 +35,7 @@ def main() -> None:
     parser.add_argument("--rk45", type=int, nargs="*", default=(1, 4), help="numbers of its probes")
     args = parser.parse_args()
     one = network(args.config, args.workdir, args.images)
-    # Each draw is a copy of the images with its own keys. The solver's error is far below the noise.
+    # Each draw is a copy of the images with its own keys. The noise is far above the solver error.
     n = args.images * args.draws
     repeated = dataclasses.replace(
         one,

@@ -3,26 +3,27 @@
     JAX_PLATFORMS=cpu python benchmarks/accelerators.py --config=configs/digits_vp.py \
         --topology=v5e:2x2 [--programs=training,ode,bound,sampling] [--config.model.dtype=bfloat16]
 
-Lowers and compiles the programs from shapes alone, for the devices of a TPU topology (this needs
-libtpu, the extra ``tpu``, and no TPU) or, with --topology=local, for the devices of this machine.
-Nothing is run. Each program prints one line of JSON:
+The programs are lowered and compiled from shapes alone, for the devices of a TPU topology (this
+needs libtpu, the extra ``tpu``, and no TPU) or, with --topology=local, for the devices of this
+machine. No program is run. For each program one line of JSON is printed:
 
     parameters      number of the network's parameters
-    state_gib       parameters, their average and the optimizer's moments, for each chip
-    peak_gib        arguments, results and temporaries at their peak, for each chip; ``fits`` tells
-                    whether the chip's memory holds them and the code
+    state_gib       size of the parameters, their average and the optimizer's moments, on each chip
+    peak_gib        peak size of arguments, results and temporaries on each chip; ``fits`` tells
+                    whether they and the code fit into the chip's memory
     tflop, gb       arithmetic and bytes accessed, for each chip and call; XLA counts the body of a
-                    loop once, so those of ``ode`` and ``sampling`` are about one solver step
+                    loop once, so for ``ode`` and ``sampling`` they are about one solver step
     roofline_ms     max(arithmetic / peak rate, bytes / bandwidth), with the chip's published rates;
-                    ``arithmetic`` is the share of the first in it. The peak is that of bfloat16:
-                    products of float32 at full precision, as in evaluation, take several times that
-    collectives     of each kind, the number and the MB of their results on one chip
-    low_precision   products of float32 numbers at less than full precision
-    operations, bitcasts        instructions of the compiled program, and those that move nothing
+                    ``arithmetic`` is the first of the two as a share of this maximum. The peak rate
+                    is that of bfloat16: products of float32 at full precision, as in evaluation,
+                    take several times as long
+    collectives     for each kind, their number and the MB of their results on one chip
+    low_precision   number of products of float32 numbers at less than full precision
+    operations, bitcasts        instructions of the compiled program, and those that move no data
     code_mib, compile_cpu_s     size of the program; CPU time of lowering and compilation
 
-``batch`` and ``dtype`` are the config's. A program takes one step, whatever the config says of
-``training.steps_per_dispatch``.
+``batch`` and ``dtype`` are those of the config. The training program takes one step, whatever
+``training.steps_per_dispatch`` is.
 """
 
 import contextlib
@@ -56,7 +57,7 @@ from sbml.runtime.state import TrainState
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """Published figures: bfloat16 FLOP/s, bytes/s and bytes of its memory."""
+    """Published figures of a chip: bfloat16 FLOP/s, memory bandwidth (bytes/s), memory (bytes)."""
 
     peak: float
     bandwidth: float
@@ -85,19 +86,19 @@ def devices_of(topology: str) -> list[Any]:
 
 @contextlib.contextmanager
 def target(devices: Sequence[Any]) -> Iterator[Mesh]:
-    """A data mesh of ``devices``, which everything in the context is compiled for."""
+    """A data mesh of ``devices``; in this context, programs are compiled for these devices."""
     platform = devices[0].platform
     with compiling_for(platform, len(devices)):
         yield Mesh(np.array(devices), ("data",), axis_types=(AxisType.Auto,))
 
 
 def shaped(tree: Any, where: jax.sharding.Sharding) -> Any:
-    """The shapes of ``tree``, of arrays or shapes, placed as ``where`` says."""
+    """The shapes of the arrays or shapes in ``tree``, with the sharding ``where``."""
     return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=where), tree)
 
 
 def program(lower: Callable[[Experiment, Mesh], Any]) -> Callable[[Experiment, Mesh], Any]:
-    """Enter ``lower`` in PROGRAMS under its name."""
+    """A decorator that adds ``lower`` to PROGRAMS under its name."""
     PROGRAMS[lower.__name__] = lower
     return lower
 
@@ -122,7 +123,7 @@ def training(experiment: Experiment, mesh: Mesh) -> Any:
     return step.lower(state, pixels, key, ())
 
 
-def _lowered(experiment: Experiment, mesh: Mesh, name: str, u: Any, given: Any) -> Any:
+def _lowered(experiment: Experiment, mesh: Mesh, name: str, u: Any, method: Any) -> Any:
     """A batch of the estimator ``name`` with uniform dequantization."""
     same, split = sharding.replicated(mesh), sharding.batched(mesh)
     size = -(-experiment.config.eval.batch_size // mesh.size) * mesh.size
@@ -141,7 +142,7 @@ def _lowered(experiment: Experiment, mesh: Mesh, name: str, u: Any, given: Any) 
     estimator = cells.estimator(experiment, Cell(name, "uniform"))
     with jax.default_matmul_precision(experiment.config.eval.precision):
         score = experiment.exact_adapter(params)
-        return estimators.rows.lower(estimator, target, score, {}, batch, u, given)
+        return estimators.rows.lower(estimator, target, score, {}, batch, u, method)
 
 
 @program
@@ -152,7 +153,7 @@ def ode(experiment: Experiment, mesh: Mesh) -> Any:
 
 @program
 def bound(experiment: Experiment, mesh: Mesh) -> Any:
-    """A batch of the bound, with control variate and density of times, uniformly dequantized."""
+    """A batch of the bound with uniform dequantization, control variate and density of times."""
     same, config = sharding.replicated(mesh), experiment.config.eval
     pixels = math.prod(experiment.shape)
     vector = jax.ShapeDtypeStruct((pixels,), jnp.float32, sharding=same)
@@ -189,30 +190,30 @@ COLLECTIVE = re.compile(
 
 
 def collectives(text: str) -> dict[str, list[float]]:
-    """Of each kind of collective in a compiled program: its number, and the MB of its results."""
-    found: dict[str, list[float]] = {}
+    """For each kind of collective in a compiled program: the number, and the MB of the results."""
+    table: dict[str, list[float]] = {}
     for shapes, kind, start in COLLECTIVE.findall(text):
         arrays = re.findall(r"(\w+)\[([\d,]*)\]", shapes)
         if start and kind != "all-reduce":
-            arrays = arrays[len(arrays) // 2 :]  # The operands stand before the results.
+            arrays = arrays[len(arrays) // 2 :]  # The list has the operands, then the results.
         size = sum(
             ITEMSIZE[dtype] * math.prod(int(n) for n in dims.split(",") if n)
             for dtype, dims in arrays
         )
-        count, total = found.get(kind, [0, 0.0])
-        found[kind] = [count + 1, round(total + size / 1e6, 3)]
-    return found
+        count, total = table.get(kind, [0, 0.0])
+        table[kind] = [count + 1, round(total + size / 1e6, 3)]
+    return table
 
 
 def low_precision(lowered: Any) -> int:
-    """The number of float32 products that are asked for at less than full precision."""
+    """The number of float32 products that the program requests at less than full precision."""
     products = re.findall(r"stablehlo\.(?:dot_general|convolution|dot)\b.*", lowered.as_text())
     float32 = [p for p in products if re.search(r"-> tensor<[\dx]*f32>", p)]
     return sum(p.count("HIGHEST") < 2 for p in float32)
 
 
 def measured(name: str, lower: Callable[[], Any], chip: Chip | None) -> dict[str, Any]:
-    """Lower and compile one program; its line of the table."""
+    """Lower and compile one program, and return its line of the table."""
     start = time.process_time()
     lowered = lower()
     compiled = lowered.compile()
@@ -246,7 +247,7 @@ def measured(name: str, lower: Callable[[], Any], chip: Chip | None) -> dict[str
 
 
 def state_bytes(experiment: Experiment, mesh: Mesh) -> int:
-    """Of the training state on one chip."""
+    """The size in bytes of the training state on one chip."""
     leaves = jax.tree.leaves(_state(experiment, mesh))
     return sum(
         math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves
@@ -256,17 +257,17 @@ def state_bytes(experiment: Experiment, mesh: Mesh) -> int:
 def main(arguments: Sequence[str]) -> None:
     """Print a line for each program."""
     del arguments
-    given = flags.FLAGS
-    if unknown := sorted(set(given.programs) - set(PROGRAMS)):
+    options = flags.FLAGS
+    if unknown := sorted(set(options.programs) - set(PROGRAMS)):
         raise app.UsageError(f"unknown programs {unknown}; choose from {', '.join(PROGRAMS)}")
-    devices = devices_of(given.topology)
-    experiment = Experiment(given.config)
-    name = config_flags.get_config_filename(given["config"])
+    devices = devices_of(options.topology)
+    experiment = Experiment(options.config)
+    name = config_flags.get_config_filename(options["config"])
     chip = CHIPS.get(devices[0].device_kind)
     with target(devices) as mesh:
         head = {
             "config": name,
-            "topology": given.topology,
+            "topology": options.topology,
             "chip": devices[0].device_kind,
             "chips": len(devices),
             "batch": experiment.config.training.batch_size,
@@ -274,7 +275,7 @@ def main(arguments: Sequence[str]) -> None:
             "parameters": experiment.parameter_count(),
             "state_gib": round(state_bytes(experiment, mesh) / 2**30, 3),
         }
-        for choice in given.programs:
+        for choice in options.programs:
             row = measured(choice, lambda: PROGRAMS[choice](experiment, mesh), chip)  # noqa: B023
             print(json.dumps(head | row), flush=True)
 
@@ -283,5 +284,5 @@ if __name__ == "__main__":
     config_flags.DEFINE_config_file("config", None, "Config file; any field can be set.")
     flags.mark_flag_as_required("config")
     flags.DEFINE_string("topology", "v5e:1x1", "A TPU topology, or local.")
-    flags.DEFINE_list("programs", list(PROGRAMS), f"Of {', '.join(PROGRAMS)}.")
+    flags.DEFINE_list("programs", list(PROGRAMS), f"A list of {', '.join(PROGRAMS)}.")
     app.run(main)

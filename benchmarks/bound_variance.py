@@ -2,10 +2,11 @@
 
     python benchmarks/bound_variance.py [--config=configs/digits_vp.py] [--workdir=runs/digits_vp]
 
-Of a trained model on its test images: the variance of one image's diffusion term, averaged over
-images, and that of the data set's mean, each over independent sweeps and relative to independent
-importance-sampled times, with the standard deviation of the ratio over bootstrapped sweeps. The
-dequantized images stay the same: nothing but the bound's own draws varies.
+The model is a trained one, on its test images. Two variances over independent sweeps are printed:
+that of the diffusion term of one image, averaged over images, and that of its mean over the data
+set. Each is divided by its value for independent importance-sampled times; the standard deviation
+of this ratio is over bootstrapped sweeps. The dequantized images stay the same, so only the draws
+of the bound vary.
 """
 
 import argparse
@@ -32,23 +33,24 @@ WAYS = {
 }
 
 
-def ratios(found: np.ndarray, base: np.ndarray) -> tuple[float, float]:
-    """Variances of ``found (sweeps, images)`` over those of ``base``: per image, data set."""
-    per_image = found.var(0, ddof=1).mean() / base.var(0, ddof=1).mean()
-    # The data set's mean of independent draws: its variance follows from the images'.
+def ratios(values: np.ndarray, base: np.ndarray) -> tuple[float, float]:
+    """Variances of ``values (sweeps, images)`` divided by those of ``base``: per image, and of the
+    mean over images."""
+    per_image = values.var(0, ddof=1).mean() / base.var(0, ddof=1).mean()
+    # The draws of ``base`` are independent, so the variance of its mean follows from the images'.
     expected = base.var(0, ddof=1).mean() / base.shape[1]
-    return per_image, found.mean(1).var(ddof=1) / expected
+    return per_image, values.mean(1).var(ddof=1) / expected
 
 
 def report(values: dict[str, np.ndarray]) -> None:
-    """Print the ratios of every way, with their deviation over bootstrapped sweeps."""
+    """Print the ratios of every way, with their standard deviations over bootstrapped sweeps."""
     base, rng = values["iid, importance"], np.random.default_rng(0)
     sweeps = len(base)
     print(f"{'variance, relative':32s} {'per image':>20s} {'data set':>20s}")
-    for way, found in values.items():
+    for way, table in values.items():
         picks = rng.integers(0, sweeps, (400, 2, sweeps))
-        spread = np.std([ratios(found[i], base[j]) for i, j in picks], axis=0)
-        image, data_set = ratios(found, base)
+        spread = np.std([ratios(table[i], base[j]) for i, j in picks], axis=0)
+        image, data_set = ratios(table, base)
         print(f"{way:32s} {image:10.4f} +- {spread[0]:.4f} {data_set:10.4f} +- {spread[1]:.4f}")
 
 
@@ -94,9 +96,9 @@ def main() -> None:
 
     values = {}
     for way in WAYS:
-        found = [np.asarray(sweep(score, jax.random.key(r), way)) for r in range(args.sweeps)]
-        values[way] = np.asarray(found, np.float64)
-    print(f"{count} images, {args.draws} draws an image, {args.sweeps} sweeps")
+        rows = [np.asarray(sweep(score, jax.random.key(r), way)) for r in range(args.sweeps)]
+        values[way] = np.asarray(rows, np.float64)
+    print(f"{count} images, {args.draws} draws per image, {args.sweeps} sweeps")
     report(values)
 
 

@@ -2,27 +2,29 @@
 
     python benchmarks/gradient_variance.py [--workdir=runs/digits_vp] [--batches=50] [--quick]
 
-With g the gradient of the mean loss of a batch of 64 network calls, summed over parameters,
+Let g be the gradient of the mean loss over a batch of 64 network calls. Two variances, summed over
+the parameters, are estimated from two draws g, g' for each batch of images:
 
-    fixed images:   E over batches of  Var(g | images)      two draws a batch: 1/2 ||g - g'||^2
-    random images:  Var(g)                                  E ||g||^2 - ||E g||^2
+    fixed images:   E over batches of  Var(g | images)      by 1/2 ||g - g'||^2
+    random images:  Var(g)                                  by E ||g||^2 - ||E g||^2
 
-each divided by that of independent importance times, with the standard deviation of the ratio over
-bootstrapped batches. Every way sees the same batches. Times are uniform in the log-SNR v
-(``times.Importance``), independent or on a lattice; noises are
+Each is divided by its value for independent importance times; the standard deviation of this ratio
+is over bootstrapped batches. All ways use the same batches. Times are uniform in the log-SNR v
+(``times.Importance``), independent or on a lattice. Noises are
 
     independent   one for each image
     neighbours    z and -z for the images 2i and 2i + 1, which share a time
-    antithetic    z and -z for one image and time: half the images, each called twice
+    antithetic    z and -z for one image and time: half the images, each used in two calls
 
-and times may have a density q in v instead (``times.warp`` and ``times.floored``), proportional to
-a statistic in bins of v: *gradient*, the standard deviation of the gradient of an example (of a
-pair, where there are pairs); *residual*, the root of the mean loss; *difference*, the root mean
-square of the difference of two losses, those of a pair where there are pairs. The last two need
-losses only, which training has.
+Times may also have a density q in v (``times.warp`` and ``times.floored``) that is proportional to
+a statistic in bins of v: *gradient*, the standard deviation of the gradient of an example, or of a
+pair if there are pairs; *residual*, the root of the mean loss; *difference*, the root mean square
+of the difference of two losses, of the same pair if there are pairs. The last two need only losses,
+which training computes anyway.
 
-Independent t uniform on [eps, T] is not drawn: its variance sits in times near eps that one draw in
-10^4 or fewer meets. It comes from the gradient's variance in bins, good to a factor of two.
+Independent t uniform on [eps, T] is not drawn: its variance comes from times near eps, which occur
+in one of 10^4 draws or fewer. It is computed from the gradient's variance in bins, with an error of
+up to a factor of two.
 """
 
 import argparse
@@ -67,7 +69,7 @@ WAYS = [
 
 
 class Problem:
-    """A model's gradients on its training images, dropout off."""
+    """A model's gradients on its training images, without dropout."""
 
     def __init__(self, e: Experiment, params: Any) -> None:
         self.proposal = times.Importance(e.sde, e.proposal.eps)
@@ -103,7 +105,8 @@ class Problem:
 
 
 def paired(x: Array, u: Array, key: Key, noises: str) -> tuple[Array, Array, Array]:
-    """Images, points and noises of n network calls, from n images and n points (n / 2 in pairs)."""
+    """Images, points u and noises of n network calls, from n images and n points; n / 2 points if
+    the noises are in pairs."""
     z = jax.random.normal(key, (len(u), *x.shape[1:]))
     if noises != "independent":
         u, z = jnp.repeat(u, 2), jnp.stack([z, -z], axis=1).reshape(x.shape)
@@ -118,10 +121,11 @@ def draws(way: Way, x: Array, key: Key) -> tuple[Array, Array, Array]:
 
 
 def statistics(problem: Problem, repeats: int = 2) -> dict[tuple[str, str], Array]:
-    """(noises, statistic) -> its values in bins of the log-SNR, ``(BINS,)``.
+    """(noises, statistic) -> values of the statistic in bins of the log-SNR, ``(BINS,)``.
 
-    From batches that lie in one bin. The gradient's variance in a bin is that of their mean
-    gradients, times a constant that a density does not need.
+    They are estimated from batches whose times lie in one bin. The variance of the gradient in a
+    bin is the variance of the batches' mean gradients, up to a factor that does not change a
+    density.
     """
     rows: dict[tuple[str, str], list[float]] = {}
     for noises in NOISES:
@@ -134,21 +138,22 @@ def statistics(problem: Problem, repeats: int = 2) -> dict[tuple[str, str], Arra
                 gradients.append(flat)
                 values.append(each.reshape(-1, 2))
             plus, minus = np.concatenate(values).T
-            found = {
+            squares = {
                 "gradient": jnp.sum(jnp.var(jnp.stack(gradients), axis=0)),
                 "residual": np.mean(plus + minus),
                 "difference": np.mean((plus - minus) ** 2),
                 "": 1.0,
             }
-            for name, square in found.items():
+            for name, square in squares.items():
                 rows.setdefault((noises, name), []).append(float(square))
     return {name: jnp.sqrt(jnp.asarray(row)) for name, row in rows.items()}
 
 
 def uniform_times(problem: Problem, deviation: Array) -> float:
-    """Variance with independent uniform t relative to importance times.
+    """Variance with independent uniform t, divided by the variance with importance times.
 
-    The mean over v of sd(v)^2 / q(v), over that of sd(v)^2, for the density q(v) of uniform t.
+    It is the mean over v of sd(v)^2 / q(v), divided by the mean of sd(v)^2, where q(v) is the
+    density of v for uniform t.
     """
     v = (jnp.arange(100 * BINS) + 0.5) / (100 * BINS)
     uniform = times.Uniform(problem.proposal.sde, problem.proposal.eps)
@@ -158,7 +163,7 @@ def uniform_times(problem: Problem, deviation: Array) -> float:
 
 
 def measure(problem: Problem, way: Way, density: Array, batches: int) -> tuple[np.ndarray, float]:
-    """For each batch 1/2 ||g - g'||^2 and the mean of ||g||^2 and ||g'||^2; of all, ||E g||^2."""
+    """For each batch 1/2 ||g - g'||^2 and the mean of ||g||^2 and ||g'||^2; over all ||E g||^2."""
 
     def gradient(x: Array, key: Key) -> Array:
         x, u, z = draws(way, x, key)
@@ -174,13 +179,14 @@ def measure(problem: Problem, way: Way, density: Array, batches: int) -> tuple[n
         rows.append((2 * half @ half, mean @ mean + half @ half, mean @ mean))
         total += mean
     table = np.asarray(rows, np.float64)
-    # Without the diagonal of the double sum over batches, the square of the mean is unbiased.
+    # The diagonal of the double sum over batches is left out, so the squared mean is unbiased.
     square = (float(total @ total) - table[:, 2].sum()) / (batches * (batches - 1))
     return table[:, :2], square
 
 
 def ratios(table: dict[Way, tuple[np.ndarray, float]]) -> dict[Way, tuple[np.ndarray, np.ndarray]]:
-    """Variances relative to the reference's for fixed and random images, and their errors."""
+    """Variances divided by the reference's, for fixed and random images, and their standard
+    deviations."""
     n = len(table[REFERENCE][0])
     again = np.random.default_rng(0).integers(0, n, (1000, n))
 
@@ -210,7 +216,7 @@ def load(args: argparse.Namespace) -> tuple[Experiment, Any]:
         return e, e.restore(args.workdir).state.params
     except ValueError as error:
         command = f"python -m sbml.main --config={args.config} --mode=train"
-        sys.exit(f"{error}\nMake it by: {command} --workdir={args.workdir}")
+        sys.exit(f"{error}\nTrain the model with: {command} --workdir={args.workdir}")
 
 
 def main() -> None:
@@ -219,19 +225,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--config", default=str(configs / "digits_vp.py"))
     parser.add_argument("--workdir", default="runs/digits_vp")
-    parser.add_argument("--batches", type=int, default=50, help="two gradients each")
-    parser.add_argument("--quick", action="store_true", help="an untrained MLP, 4 batches")
+    parser.add_argument("--batches", type=int, default=50, help="batches, two gradients each")
+    parser.add_argument("--quick", action="store_true", help="use an untrained MLP and 4 batches")
     args = parser.parse_args()
 
     e, params = load(args)
     problem = Problem(e, params)
-    found, table = statistics(problem), {}
+    deviations, table = statistics(problem), {}
     for way in WAYS:
-        density = times.floored(found[way.noises, way.statistic])
+        density = times.floored(deviations[way.noises, way.statistic])
         table[way] = measure(problem, way, density, 4 if args.quick else args.batches)
         print(".", end="", flush=True)
     print(f"\n{'variance of the gradient, relative':45s} fixed images    random images")
-    about = uniform_times(problem, found["independent", "gradient"])
+    about = uniform_times(problem, deviations["independent", "gradient"])
     print(f"{'iid, independent, uniform t':45s}   about {about:.0f}          about {about:.0f}")
     for way, (ratio, error) in ratios(table).items():
         columns = (f"{r:8.3f} +- {s:.3f}" for r, s in zip(ratio, error, strict=True))

@@ -1,17 +1,19 @@
-"""What an ODE likelihood costs and how wrong it is, beside scipy's RK45 on the whole batch.
+"""Cost and error of ODE likelihoods, compared with scipy's RK45 on the whole batch.
 
     python benchmarks/ode_settings.py gaussian
     python benchmarks/ode_settings.py network --config=configs/digits_vp.py --workdir=runs/digits_vp
     python benchmarks/ode_settings.py network --config=configs/photos_vp.py --workdir=runs/photos_vp
 
-Problems: a Gaussian with the spectrum of 32x32 photo crops (d = 3,072), whose likelihood is closed
-form and whose trace one Rademacher probe gives exactly; and trained networks, whose truth is our
-solve at a tolerance of 1e-6 and the same probes. Errors are the greatest |difference| over images,
-in bits/dim of 256 levels (17 for digits). RK45 in t, one step control for all images and a flat
-error norm, is how the paper's authors solve, at 1e-5; their divergence is taken backwards.
+There are two kinds of problems. One is a Gaussian with the spectrum of 32x32 photo crops
+(d = 3,072): its likelihood has a closed form, and one Rademacher probe gives its exact trace. The
+others are trained networks, whose solve at a tolerance of 1e-6 with the same probes is taken as the
+truth. Errors are differences in bits/dim for 256 levels (17 for digits); the largest over images is
+printed first. The paper's authors solve with RK45 in t at 1e-5, with one step control and one flat
+error norm for all images, and compute the divergence in reverse mode ("backwards").
 
-Beside the evaluations of the network: of how many the divergence was wanted too, at about twice the
-price (all of RK45's). ``--trace=exact`` compares exact traces, where that price is d times higher.
+The table shows the number of network evaluations, and how many of them also compute the divergence,
+which about doubles their cost (in RK45 all do). ``--trace=exact`` compares exact traces, for which
+such an evaluation costs about d times as much.
 """
 
 import argparse
@@ -50,7 +52,7 @@ SETTINGS = {
     "tsit5 t^(1/2) 1e-4, I control": _solver(1e-4, pcoeff=0.0, icoeff=1.0),
     "dopri5 t^(1/2) 1e-4": _solver(1e-4, method="dopri5"),
 }
-# name: (tolerance, whether the divergence is taken backwards)
+# name: (tolerance, whether the divergence is computed in reverse mode)
 RK45 = {
     "scipy RK45 t, batch, 1e-5": (1e-5, False),
     "scipy RK45 t, batch, 1e-4": (1e-4, False),
@@ -60,7 +62,7 @@ RK45 = {
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
-    """A score, images x (n, *s) and what is needed to call an error bits/dim."""
+    """A score, images x (n, *s), and what the solvers and the unit bits/dim need."""
 
     name: str
     score: object
@@ -71,11 +73,12 @@ class Problem:
     truth: np.ndarray | None  # -log p in nats, (n,)
 
     def nats_to_bits(self, nats: np.ndarray) -> np.ndarray:
+        """``nats`` per image as bits/dim."""
         return np.asarray(bits.nats_to_bits(nats, self.x.shape[1:]))
 
 
 def gaussian(n: int) -> Problem:
-    """N(0, diag(spectrum of the photos' crops)): every solver here is blind to rotations."""
+    """N(0, diag(spectrum of the photos' crops)); a rotation would change no result of a solver."""
     crops = data.load("photos", "train", data.Options()).images[:]
     flat = bits.to_model(crops.reshape(len(crops), -1).astype(np.float64), 0.5, 256)
     spectrum = np.linalg.eigvalsh(np.cov(np.asarray(flat, np.float64), rowvar=False))
@@ -86,7 +89,7 @@ def gaussian(n: int) -> Problem:
     def score(x: jax.Array, t: jax.Array, key: object) -> jax.Array:
         return -x / (sde.mean_coef(t) ** 2 * values + sde.std(t) ** 2)
 
-    # The solver's log p is of x at eps, with the prior where p_T stands: so is the truth.
+    # Like the solver's log p, the truth is that of x at eps with the prior in place of p_T.
     at, last = (
         np.asarray(sde.mean_coef(t) ** 2 * values + sde.std(t) ** 2, np.float64)
         for t in (jnp.asarray(eps), jnp.asarray(1.0))
@@ -99,7 +102,7 @@ def gaussian(n: int) -> Problem:
 
 
 def network(config: str, workdir: str, n: int) -> Problem:
-    """A trained network on its test images, uniformly dequantized."""
+    """A trained network on its test images with uniform dequantization."""
     experiment = build.Experiment(runpy.run_path(config)["get_config"]())
     images = experiment.images("test")
     pixels = jnp.asarray(images.images[data.spread(len(images), n)])
@@ -110,7 +113,8 @@ def network(config: str, workdir: str, n: int) -> Problem:
 
 
 class Cost(NamedTuple):
-    """Mean evaluations an image, how many with a divergence, and seconds (compiled)."""
+    """Mean number of evaluations per image, the number of those with a divergence, and the seconds
+    of a compiled solve."""
 
     nfe: float
     divergences: float
@@ -118,17 +122,18 @@ class Cost(NamedTuple):
 
 
 def timed(run: Callable[[], Any]) -> tuple[Any, float]:
-    """What ``run`` returns, and the least of its times: of three, or of fewer if they are long."""
+    """The result of ``run`` and its shortest time in seconds, of three runs or of as many as start
+    within ten seconds."""
     seconds: list[float] = []
     while len(seconds) < 3 and sum(seconds) < 10:
         start = time.perf_counter()
-        found = jax.block_until_ready(run())
+        result = jax.block_until_ready(run())
         seconds.append(time.perf_counter() - start)
-    return found, min(seconds)
+    return result, min(seconds)
 
 
 def ours(problem: Problem, solver: Solver, trace: likelihood.Trace) -> tuple[np.ndarray, Cost]:
-    """-log p (n,) in nats, and its cost."""
+    """-log p (n,) in nats by this package's solver, and its cost."""
 
     @jax.jit
     @jax.vmap
@@ -137,10 +142,10 @@ def ours(problem: Problem, solver: Solver, trace: likelihood.Trace) -> tuple[np.
         return likelihood.ode_logp(p.score, p.sde, x, key, eps=p.eps, trace=trace, solver=solver)
 
     jax.block_until_ready(solve(problem.x, problem.keys))
-    found, seconds = timed(lambda: solve(problem.x, problem.keys))
-    stats = found.stats
+    result, seconds = timed(lambda: solve(problem.x, problem.keys))
+    stats = result.stats
     divergences = ONCE + PER_STEP * float(np.mean(stats.accepted + stats.rejected))
-    return -np.asarray(found.logp, np.float64), Cost(
+    return -np.asarray(result.logp, np.float64), Cost(
         float(np.mean(stats.nfe)), divergences, seconds
     )
 
@@ -148,10 +153,12 @@ def ours(problem: Problem, solver: Solver, trace: likelihood.Trace) -> tuple[np.
 def rk45(
     problem: Problem, tolerance: float, backwards: bool, trace: likelihood.Trace
 ) -> tuple[np.ndarray, Cost]:
-    """The same by scipy: one solve, in t, of all images and log-determinants as one flat vector.
+    """-log p (n,) in nats by scipy, and its cost: one solve in t, whose state is a flat vector of
+    all images and log-determinants.
 
-    The divergence comes with the velocity in one forward-mode pass, as in ours, or ``backwards``,
-    beside it, by the gradient of v . probe: the way of the paper's authors, for one probe.
+    The divergence is computed with the velocity in one forward-mode pass, as in ``ours``, or, if
+    ``backwards``, separately by the gradient of velocity . probe, as the paper's authors do with
+    one probe.
     """
     p, shape = problem, problem.x.shape
     vs = jax.vmap(lambda key: trace.directions(key, shape[1:]))(p.keys)
@@ -198,7 +205,7 @@ def rk45(
 
 
 def main() -> None:
-    """Print evaluations, errors and times, and their ratios to RK45's at 1e-5."""
+    """Print evaluations, errors and times, with ratios to those of RK45 at 1e-5."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("problem", choices=("gaussian", "network"))
     parser.add_argument("--config", default="configs/digits_vp.py")
@@ -206,7 +213,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=16)
     parser.add_argument("--trace", choices=("rademacher", "exact"), default="rademacher")
     parser.add_argument("--probes", type=int, default=1)
-    parser.add_argument("--settings", type=int, nargs="*", help="of ours, by number; default all")
+    parser.add_argument("--settings", type=int, nargs="*", help="numbers of SETTINGS; default: all")
     args = parser.parse_args()
     if args.problem == "gaussian":
         problem = gaussian(args.images)

@@ -1,12 +1,13 @@
-"""What the probes of a divergence leave of noise in an ODE likelihood, and what they cost.
+"""Noise of ODE likelihoods with k probes of the divergence, and the time that they take.
 
     python benchmarks/probes.py --config=configs/digits_vp.py --workdir=runs/digits_vp
     python benchmarks/probes.py --config=configs/photos_vp.py --workdir=runs/photos_vp --images=4
 
-For k probes, over draws of them for the same images: the standard deviation of one image's bits/dim
-(of 256 levels; 17 for digits), the variance as a share of one probe's, beside the 1 / k that
-independent probes would leave, and the time of the solves as a multiple of one probe's. Then
-scipy's RK45 at 1e-5 on the whole batch, with k independent probes, divergences by forward mode.
+The probes are drawn several times for the same images. For each k are printed: the standard
+deviation of one image's bits/dim (for 256 levels; 17 for digits), its variance relative to one
+probe's, the value 1 / k which independent probes would give, and the time of the solves relative to
+one probe's. For comparison, scipy's RK45 at 1e-5 solves the whole batch, with k independent probes
+and the divergence by forward mode.
 """
 
 import argparse
@@ -31,10 +32,10 @@ def main() -> None:
     parser.add_argument("--draws", type=int, default=8)
     parser.add_argument("--probes", type=int, nargs="+", default=(1, 2, 4, 8))
     parser.add_argument("--tolerance", type=float, default=2e-4)
-    parser.add_argument("--rk45", type=int, nargs="*", default=(1, 4), help="its probes")
+    parser.add_argument("--rk45", type=int, nargs="*", default=(1, 4), help="numbers of its probes")
     args = parser.parse_args()
     one = network(args.config, args.workdir, args.images)
-    # Each draw is a copy of the images with keys of its own; the solver's error is far below.
+    # Each draw is a copy of the images with its own keys. The noise is far above the solver error.
     n = args.images * args.draws
     repeated = dataclasses.replace(
         one,
@@ -58,7 +59,7 @@ def main() -> None:
             flush=True,
         )
     print("scipy RK45 t, batch, 1e-5")
-    for k in args.rk45:  # As many signs as independent ones: the time is the same.
+    for k in args.rk45:  # Only the time is measured, which is the same for independent probes.
         _, cost = rk45(repeated, 1e-5, False, Trace("rademacher", k))
         seconds = f"{cost.seconds:6.1f} {cost.seconds / base[1]:5.2f}"
         print(f"{k:6d} {'':10s} {1 / k:9.3f} {1 / k:6.3f} {seconds}", flush=True)

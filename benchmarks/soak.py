@@ -1,20 +1,23 @@
-"""Kills a run at random and damages its files at random, and compares how it ends.
+"""Kills a run at random and damages its files at random, and compares its final results.
 
     python benchmarks/soak.py [--trials=20] [--seed=0] [--kills=2] [--damages=1] [--store=FILE]
 
 A trial trains, evaluates and samples ``tests/tiny.py``. The process is killed (SIGKILL) at random
-moments, and after each kill random files of the work directory lose a bit, their end, or all their
-bytes. The same command follows until it ends by itself; where it refuses, the file that its message
-names is removed, as the message says. What a trial can end in:
+moments, and after each kill random files of the work directory are damaged: a bit is changed, the
+end is cut off, or the file is emptied. The same command is repeated until it succeeds. If it stops
+with an error, the file that the message names is removed, as the message says. The results of a
+trial are
 
-    same        bit for bit the parameters, per-image table and samples of an undisturbed run
-    refused     it ended in the same, after one or more errors that named the file
-    unclear     an error that named no file of the work directory
-    different   it ended, with other numbers: a silent difference
-    hung        it did not end within ten minutes
+    same        the parameters, per-image table and samples are those of an undisturbed run, bit for
+                bit
+    refused     the same, after one or more errors that named the damaged file
+    unclear     an error named no file of the work directory
+    different   the run succeeded with other numbers, that is, damage was not noticed
+    hung        the run did not end within ten minutes
 
-Prints a line for each trial and the table of counts; the exit status is 1 if any was not "same" or
-"refused". Lines are kept as JSON in ``--store``, if given.
+A line is printed for each trial, and then the number of trials with each result. The exit status is
+1 if any result was not "same" or "refused". With ``--store`` the lines are also added to that file,
+as JSON.
 """
 
 import argparse
@@ -39,7 +42,7 @@ HANG = 600  # seconds
 
 
 def start(workdir: pathlib.Path) -> subprocess.Popen[str]:
-    """The whole job on ``workdir``, in the background."""
+    """Start the whole run on ``workdir`` in the background."""
     environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
     command = [*COMMAND, *FAST, f"--workdir={workdir}"]
     return subprocess.Popen(
@@ -49,14 +52,14 @@ def start(workdir: pathlib.Path) -> subprocess.Popen[str]:
 
 
 def files(workdir: pathlib.Path) -> list[pathlib.Path]:
-    """What can be damaged: every file but those that are only written, for people."""
-    shown = {".html", ".png", ".lock"}
-    found = [p for p in workdir.rglob("*") if p.is_file() and "tensorboard" not in p.parts]
-    return sorted(p for p in found if p.suffix not in shown and p.name != "report.json")
+    """The files to damage: all except locks and those that the program never reads again."""
+    ignored = {".html", ".png", ".lock"}
+    paths = [p for p in workdir.rglob("*") if p.is_file() and "tensorboard" not in p.parts]
+    return sorted(p for p in paths if p.suffix not in ignored and p.name != "report.json")
 
 
 def damage(path: pathlib.Path, rng: np.random.Generator) -> str:
-    """Change a bit of ``path``, cut it, or empty it; what was done."""
+    """Change a bit of ``path``, cut off its end, or empty it; returns which of them."""
     content = bytearray(path.read_bytes())
     kind = str(rng.choice(["bit", "cut", "empty"], p=[0.6, 0.25, 0.15])) if content else "empty"
     if kind == "bit":
@@ -69,14 +72,16 @@ def damage(path: pathlib.Path, rng: np.random.Generator) -> str:
 
 
 def ending(workdir: pathlib.Path) -> dict[str, bytes]:
-    """What a run ends in: per-image table, samples, and the newest checkpoint's parameters."""
+    """The final results of a run: per-image table, samples, and the evaluated checkpoint's step and
+    checksum."""
     tables = {name: (workdir / name).read_bytes() for name in ("per_image.npz", "samples.npz")}
     evaluation = json.loads((workdir / "evaluation.json").read_text())
     return {**tables, "checkpoint": json.dumps(evaluation["checkpoint"]).encode()}
 
 
 def remedy(workdir: pathlib.Path, message: str) -> str | None:
-    """Remove the file or folder of ``workdir`` that ``message`` names; its name, None without."""
+    """Remove the file or folder of ``workdir`` that ``message`` names, and return its name; None if
+    it names none."""
     for name in re.findall(rf"{re.escape(str(workdir))}/([\w./-]*\w)", message):
         target = workdir / name
         if target.is_dir():
@@ -90,7 +95,7 @@ def remedy(workdir: pathlib.Path, message: str) -> str | None:
 
 
 def trial(workdir: pathlib.Path, seconds: float, args: argparse.Namespace, seed: int) -> dict:
-    """One run, killed and damaged; what happened."""
+    """One run that is killed and damaged; returns its result and the events."""
     rng = np.random.default_rng(seed)
     done: list[str] = []
     for _ in range(args.kills):
@@ -128,7 +133,7 @@ def main() -> None:
     parser.add_argument("--trials", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--kills", type=int, default=2)
-    parser.add_argument("--damages", type=int, default=1, help="of files, after each kill")
+    parser.add_argument("--damages", type=int, default=1, help="damaged files after each kill")
     parser.add_argument("--store", type=pathlib.Path)
     args = parser.parse_args()
     counts: Counter[str] = Counter()
@@ -140,11 +145,11 @@ def main() -> None:
         seconds, expected = time.monotonic() - began, ending(whole)
         for number in range(args.trials):
             workdir = pathlib.Path(scratch) / f"trial{number}"
-            found = trial(workdir, seconds, args, args.seed + number)
-            if found["result"] in ("same", "refused") and ending(workdir) != expected:
-                found["result"] = "different"
-            counts[found["result"]] += 1
-            line = json.dumps({"seed": args.seed + number, **found})
+            record = trial(workdir, seconds, args, args.seed + number)
+            if record["result"] in ("same", "refused") and ending(workdir) != expected:
+                record["result"] = "different"
+            counts[record["result"]] += 1
+            line = json.dumps({"seed": args.seed + number, **record})
             print(line, flush=True)
             if args.store:
                 with args.store.open("a") as store:

@@ -1,16 +1,22 @@
-"""What one training step costs, and what per-example mathematics adds to it.
+"""CPU time of a training step, and the part of it that per-example mathematics adds.
 
     python benchmarks/training_step.py [--batch=32] [--rounds=5] [--steps=4]
 
-The reduced network: nf 32, ch_mult (1, 2, 2), 2 blocks, attention at 16, images 32x32x3. Steps are
-compiled with ``losses.dsm_batch``, with the same loss written for the batch by hand, with the
-network called one example at a time under ``vmap``, and with ``dsm_batch`` but without
-``networks._cpu`` ("XLA's gradients"); last, "XLA alone", which lacks the options of
-``platform.compiler_options`` too: what a plain implementation costs, on this machine and today.
-Rounds are interleaved and start with another step each time, so the ratios hold on a noisy machine.
+The network is a reduced one: nf 32, ch_mult (1, 2, 2), 2 blocks, attention at 16, images 32x32x3.
+These steps are compared:
 
-For comparison between machines, a step's rate of arithmetic is shown as a share of the rate that a
-large convolution reaches, measured between the rounds.
+    dsm_batch         the loss of training, ``losses.dsm_batch``
+    by hand           the same loss, written for the batch by hand
+    vmap of dsm       the network is called one example at a time under ``vmap``
+    XLA's gradients   ``dsm_batch`` without ``networks._cpu``
+    XLA alone         as before, and without the options of ``platform.compiler_options``: the cost
+                      of a plain implementation on this machine
+
+The steps are timed in turns, and each round begins with another step, so that the ratios are
+reliable on a machine with other work.
+
+To compare machines, the rate of arithmetic of a step is printed as a share of the rate of a large
+convolution, which is measured between the rounds.
 """
 
 import argparse
@@ -41,7 +47,7 @@ def experiment() -> build.Experiment:
 
 
 def by_hand(e: build.Experiment):
-    """Z / 2 ||z - F||^2 / d for a batch, with no vmap but the noise's."""
+    """Z / 2 ||z - F||^2 / d for a batch; only the noise is drawn under vmap."""
 
     def loss(params, draws, frozen):
         x, t, weight, keys = draws[:4]
@@ -71,7 +77,7 @@ def one_by_one(e: build.Experiment):
 
 
 def large_convolution() -> tuple[Callable[[], Any], float]:
-    """3x3, 128 channels, 32 images of 32x32: to run it, and its GFLOP."""
+    """A function that runs a 3x3 convolution of 32 images of 32x32 with 128 channels; its GFLOP."""
     key = jax.random.key(0)
     x, kernel = jax.random.normal(key, (32, 32, 32, 128)), jax.random.normal(key, (3, 3, 128, 128))
     layout = ("NHWC", "HWIO", "NHWC")
@@ -82,7 +88,7 @@ def large_convolution() -> tuple[Callable[[], Any], float]:
 
 
 def main() -> None:
-    """Print CPU-seconds a step, compile CPU-seconds, and ratios to the hand-batched step."""
+    """Print CPU-seconds of compilation and per step, and ratios to the step by hand."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=5)
@@ -141,14 +147,14 @@ def measure(
         start = time.process_time()
         jax.block_until_ready([convolve() for _ in range(8)])
         rates.append(8 * gflop / (time.process_time() - start))
-    print(f"a convolution: {np.median(rates):.0f} GFLOP a CPU-s")
-    # A condition counts as its costlier branch, so the count is taken from the step without any.
+    print(f"a convolution: {np.median(rates):.0f} GFLOP per CPU-s")
+    # XLA counts a conditional as its more expensive branch: read the count of a step without any.
     work = steps["XLA's gradients"].cost_analysis()["flops"]
     for name, seconds in cost.items():
         ratio = np.median(np.array(seconds) / np.array(cost["by hand"]))
         rate = work / 1e9 / np.median(seconds)
         print(
-            f"{name:15s} {np.median(seconds):.3f} CPU-s a step, {ratio:.3f} of by hand, "
+            f"{name:15s} {np.median(seconds):.3f} CPU-s per step, {ratio:.3f} of by hand, "
             f"{rate / np.median(rates):.2f} of a convolution's rate"
         )
 

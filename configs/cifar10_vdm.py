@@ -2,9 +2,10 @@
 
 python -m sbml.main --config=configs/cifar10_vdm.py
 
-Days on several accelerators; not trained here. Checkpoints that the published code has written are
-read by --mode=convert --source=DIR_OR_FILE, and then evaluated by --mode=eval: the first number is
-the paper's, the bound with the categorical decoder. docs/parity.md says what differs.
+Training takes days on several accelerators; it was not run here. --mode=convert
+--source=DIR_OR_FILE converts a checkpoint of the published code, and --mode=eval then evaluates it:
+the first result is the number that the paper reports, the bound with the categorical decoder.
+docs/parity.md lists the differences.
 """
 
 from ml_collections import ConfigDict
@@ -14,7 +15,7 @@ from sbml.networks import frequencies
 
 
 def get_config() -> ConfigDict:
-    """32 blocks of 128 channels, trained on the centres of the bins, from t = 0 on."""
+    """A network of 32 blocks with 128 channels, trained on the centres of the bins for t >= 0."""
     config = default("vdm")
     config.data.update(dequantization="centre", flip=False)
     config.sde.name = "linear_gamma"

@@ -2,8 +2,9 @@
 
 python -m sbml.main --config=configs/cifar10_vp.py
 
-1.3 million steps of batch 128, days on one accelerator: not trained here. The paper's best model
-of this data has 2.83 bits/dim without flips. The settings are in ``paper.py``.
+This trains for 1.3 million steps of batch 128, which takes days on one accelerator; it was not run
+here. The paper's best model of these data reaches 2.83 bits/dim without flips. The settings are in
+``paper.py``.
 """
 
 import pathlib

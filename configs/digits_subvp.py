@@ -9,7 +9,7 @@ from sbml.experiment.config import default, small_dequantizer
 
 
 def get_config() -> ConfigDict:
-    """Trains, evaluates and samples; 17 grey levels."""
+    """Train, evaluate and sample with 17 grey levels."""
     config = default()
     config.mode = ("train", "eval", "sample", "quality")
     config.sde.name = "subvp"

@@ -1,6 +1,9 @@
 """scikit-learn's 8x8 digits, VP, likelihood weighting and importance sampling.
 
 python -m sbml.main --config=configs/digits_vp.py
+
+This takes three to seven minutes on two CPU cores. With 900 steps instead of 700, the model reached
+1.94 bits/dim (docs/samplers.md).
 """
 
 from ml_collections import ConfigDict
@@ -9,7 +12,7 @@ from sbml.experiment.config import default, small_dequantizer
 
 
 def get_config() -> ConfigDict:
-    """Trains, evaluates and samples; 17 grey levels."""
+    """Train, evaluate and sample with 17 grey levels."""
     config = default()
     config.mode = ("train", "eval", "sample", "quality")
     config.data.update(source="digits", shape=(8, 8, 1), levels=17, flip=False)
@@ -18,7 +21,8 @@ def get_config() -> ConfigDict:
     config.training.update(
         batch_size=64, num_steps=700, log_every=20, checkpoint_every=250, sample_every=400
     )
-    # Below the usual norm; at 1, far above it, one run ended at 1.956 instead of 1.943 bits/dim.
+    # grad_clip is below the usual norm of the gradient. With 1, which is far above that norm, one
+    # run reached 1.956 instead of 1.943 bits/dim.
     config.optim.update(lr=4e-3, warmup=100, schedule="cosine", ema=0.99, grad_clip=1 / 12)
     config.eval.update(batch_size=36, subset=36, features="digits_classifier")
     small_dequantizer(config, num_steps=500)

@@ -1,8 +1,8 @@
-"""Fashion-MNIST, 28x28 grey, through TFDS.
+"""Fashion-MNIST, grey images of 28x28, through TFDS.
 
 python -m sbml.main --config=configs/fashion_mnist_vp.py
 
-Offline, from Debian's package dataset-fashion-mnist:
+Without a download, it reads the files of Debian's package dataset-fashion-mnist with
 --config.data.manual_dir=/usr/share/datasets/fashion-mnist
 """
 
@@ -12,7 +12,7 @@ from sbml.experiment.config import default, small_dequantizer
 
 
 def get_config() -> ConfigDict:
-    """A small network with three resolutions: 28, 14, 7."""
+    """Train, evaluate and sample a small network with the resolutions 28, 14 and 7."""
     config = default()
     config.mode = ("train", "eval", "sample")
     config.data.update(source="tfds:fashion_mnist", shape=(28, 28, 1), flip=True)

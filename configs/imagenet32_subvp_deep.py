@@ -2,8 +2,9 @@
 
 python -m sbml.main --config=configs/imagenet32_subvp_deep.py
 
-950,000 steps of batch 128, days on one accelerator: not trained here. The paper's best model
-of this data has 3.76 bits/dim. The settings are in ``paper.py``.
+This trains for 950,000 steps of batch 128, which takes days on one accelerator; it was not run
+here. The paper's best model of these data reaches 3.76 bits/dim. The settings are in
+``paper.py``.
 """
 
 import pathlib

@@ -1,21 +1,22 @@
-"""The models of Song et al. (2021), by name: the paper's eight, and what its table 2 varies.
+"""The models of Song et al. (2021), by name: the paper's eight models and the variants in table 2.
 
 python -m sbml.main --config=configs/paper.py:cifar10_vp_deep
 
 A name is a data set (cifar10, imagenet32), an SDE (vp, subvp) and any of the words
 
     deep       twice as many blocks: 106.6 M parameters instead of 61.8 M
-    flip       random horizontal flips of the training images; noflip: none
+    flip       random horizontal flips of the training images
+    noflip     no flips
     original   the original weighting of the loss, and times uniform in t
     weighted   likelihood weighting, with times uniform in t
 
-joined by underscores. Without ``original`` or ``weighted`` both likelihood weighting and importance
-sampling are on. Without ``flip`` or ``noflip`` CIFAR-10 is flipped and ImageNet is not. The draws
-of times and noises are ours; the paper's are --config.training.times=iid
---config.training.noises=independent --config.training.proposal_bins=0.
+joined by underscores. Without ``original`` or ``weighted``, both likelihood weighting and
+importance sampling are on. Without ``flip`` or ``noflip``, CIFAR-10 is flipped and ImageNet is not.
+Times and noises are drawn as this package does by default; to draw them as the paper does, add
+--config.training.times=iid --config.training.noises=independent --config.training.proposal_bins=0.
 
-Days on one accelerator; not trained here. The paper's best are 2.83 bits/dim on CIFAR-10 without
-flips, and 3.76 on ImageNet 32x32.
+Training takes days on one accelerator; it was not run here. The paper's best models reach 2.83
+bits/dim on CIFAR-10 without flips, and 3.76 on ImageNet 32x32.
 """
 
 from collections.abc import Callable
@@ -29,7 +30,7 @@ def _imagenet32(config: ConfigDict) -> None:
     config.data.update(source="imagenet32:old", flip=False)
     config.model.update(dropout=0.0)
     config.dequantizer.model.update(design="imagenet32", filters=128, blocks=8)
-    config.dequantizer.training.accumulate = 4  # 1.3 GB of activations an image
+    config.dequantizer.training.accumulate = 4  # An image needs 1.3 GB of activations.
 
 
 def _deep(config: ConfigDict) -> None:
@@ -37,7 +38,7 @@ def _deep(config: ConfigDict) -> None:
     config.training.num_steps = 950_000
 
 
-# What each word changes of CIFAR-10's VP model.
+# The change that each word makes to the VP model of CIFAR-10.
 WORDS: dict[str, Callable[[ConfigDict], None]] = {
     "cifar10": lambda config: None,
     "imagenet32": _imagenet32,
@@ -57,15 +58,15 @@ def get_config(name: str = "cifar10_vp") -> ConfigDict:
     """The model ``name``.
 
     Raises:
-      ValueError: for a name that is not made of a data set, an SDE and the words above.
+      ValueError: ``name`` does not consist of a data set, an SDE and the words above.
     """
     data, _, rest = name.partition("_")
     sde, *words = rest.split("_")
-    known = set(WORDS) - {"cifar10", "imagenet32", "vp", "subvp"}
-    if data not in ("cifar10", "imagenet32") or sde not in ("vp", "subvp") or set(words) - known:
+    options = set(WORDS) - {"cifar10", "imagenet32", "vp", "subvp"}
+    if data not in ("cifar10", "imagenet32") or sde not in ("vp", "subvp") or set(words) - options:
         raise ValueError(
             f"paper:{name}: no such model; give cifar10 or imagenet32, then vp or subvp, then any "
-            f"of {', '.join(sorted(known))}, as in cifar10_subvp_deep"
+            f"of {', '.join(sorted(options))}, as in cifar10_subvp_deep"
         )
     config = default()
     for word in (data, sde, *words):

@@ -1,8 +1,8 @@
-"""Any config here with the draws, the data and the evaluation of Song et al.'s own code.
+"""Any config of this folder, with the draws, the data and the evaluation of Song et al.'s code.
 
 python -m sbml.main --config=configs/parity.py:cifar10_vp
 
-docs/parity.md lists each difference, what it costs, and why ours is what it is.
+docs/parity.md lists the differences between the two codes, with their reasons and effects.
 """
 
 import pathlib
@@ -10,16 +10,20 @@ import runpy
 
 from ml_collections import ConfigDict
 
-# Their evaluation takes whole batches of 1,024 shuffled images; the rest of the split is left out.
+# Their evaluation uses whole batches of 1,024 shuffled images and leaves out the rest of the split.
 WHOLE_BATCHES = {"tfds:cifar10": 9_216, "imagenet32:old": 49_152}
 
 
 def get_config(name: str = "cifar10_vp") -> ConfigDict:
-    """The config ``name`` of this folder, changed."""
+    """The config ``name`` of this folder with these changes.
+
+    Raises:
+      ValueError: there is no such config; the message lists the names.
+    """
     path = pathlib.Path(__file__).with_name(f"{name}.py")
     if not path.exists():
-        known = sorted(p.stem for p in path.parent.glob("*.py") if p.stem != "parity")
-        raise ValueError(f"parity:{name}: no such config; choose from {', '.join(known)}")
+        names = sorted(p.stem for p in path.parent.glob("*.py") if p.stem != "parity")
+        raise ValueError(f"parity:{name}: no such config; choose from {', '.join(names)}")
     config: ConfigDict = runpy.run_path(str(path))["get_config"]()
     config.data.dequantization = "none"
     config.training.update(times="iid", noises="independent", proposal_bins=0)

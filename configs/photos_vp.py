@@ -1,8 +1,9 @@
-"""32x32 crops of the photos inside scikit-learn and scikit-image: CIFAR-10's shape, no download.
+"""32x32 crops of the photos in scikit-learn and scikit-image, for a trial without a download.
 
 python -m sbml.main --config=configs/photos_vp.py
 
-A reduced network, to try everything that CIFAR-10 would use on a CPU.
+The images have the shape of CIFAR-10, and the network is reduced, so that a CPU can run everything
+that a model of CIFAR-10 would use.
 """
 
 from ml_collections import ConfigDict
@@ -11,7 +12,7 @@ from sbml.experiment.config import default, small_dequantizer
 
 
 def get_config() -> ConfigDict:
-    """Trains, evaluates part of the test crops, and samples."""
+    """Train, evaluate a part of the test crops, and sample."""
     config = default()
     config.mode = ("train", "eval", "sample")
     config.data.source = "photos"

@@ -1,4 +1,4 @@
-"""One look for the experiments' figures, and one way to save them."""
+"""The common style of the experiments' figures, and the function that saves them."""
 
 import pathlib
 from typing import Any
@@ -28,14 +28,14 @@ STYLE: Any = {
 
 
 def axes(columns: int, width: float = 3.4, height: float = 2.8) -> tuple[Figure, Any]:
-    """A row of ``columns`` axes, each about width x height inches, in the style."""
+    """A row of ``columns`` axes in the common style, each about width x height inches."""
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(columns * width, height), layout="constrained")
         return figure, figure.subplots(1, columns)
 
 
 def save(figure: Figure, path: str | pathlib.Path) -> None:
-    """Write ``path`` (a PNG) and say so."""
+    """Write the figure to ``path``, a PNG, and print the path."""
     path = pathlib.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with matplotlib.rc_context(STYLE):

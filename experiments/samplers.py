@@ -2,10 +2,11 @@
 
     python -m experiments.samplers --config=configs/digits_vp.py --workdir=runs/digits_vp
 
-writes, into ``--out``, one picture a sampler (a row of samples for each number of steps, the same
-latents in every row) and ``distance.png``: Frechet distances of ``--images`` samples to the
-training images against network evaluations, in the config's ``eval.features`` and in pixels.
-A classifier's features see what a sample shows, and hardly the noise that few steps leave in it.
+In ``--out`` this writes one picture for each sampler, with a row of samples for each number of
+steps and the same latents in every row, and the plot ``distance.png``. The plot shows the Frechet
+distance of ``--images`` samples to the training images against the number of network evaluations,
+in the config's ``eval.features`` and in pixels. The features of a classifier depend on the content
+of an image, and hardly on the noise that remains after few steps.
 """
 
 import argparse
@@ -73,20 +74,20 @@ def main(path: str, workdir: str, out: str, images: int, steps: Sequence[int]) -
     experiment, extract = Experiment(config), quality.extractor(config)
     params = experiment.restore(workdir).state.ema_params
     train = experiment.images("train")
-    known = quality.reference(experiment, extract, train).moments
-    known_pixels = pixel_moments(train.images, train.levels)
+    training = quality.reference(experiment, extract, train).moments
+    training_pixels = pixel_moments(train.images, train.levels)
     folder, points = pathlib.Path(out), []
 
     def measure(name: str, setting: str, pictures: np.ndarray, nfe: float) -> None:
-        feature = distances.frechet(distances.Moments.of(extract(pictures)[0]), known)
-        pixel = distances.frechet(pixel_moments(pictures, train.levels), known_pixels)
+        feature = distances.frechet(distances.Moments.of(extract(pictures)[0]), training)
+        pixel = distances.frechet(pixel_moments(pictures, train.levels), training_pixels)
         points.append(Point(name, setting, nfe, feature, pixel))
         print(f"{name:28s} {setting:10s} {nfe:6.1f} {feature:9.3f} {pixel:9.3f}", flush=True)
 
     def run(name: str, setting: str, options: dict[str, Any]) -> np.ndarray:
-        found = drawn(config, params, options)
-        measure(name, setting, found.images, found.nfe.mean())
-        return found.images[:SHOWN]
+        result = drawn(config, params, options)
+        measure(name, setting, result.images, result.nfe.mean())
+        return result.images[:SHOWN]
 
     folder.mkdir(parents=True, exist_ok=True)
     print(f"{'sampler':28s} {'setting':10s} {'NFE':>6s} {'feature':>9s} {'pixel':>9s}   n={images}")
@@ -98,7 +99,7 @@ def main(path: str, workdir: str, out: str, images: int, steps: Sequence[int]) -
         options = {"sampler": "ode", "rtol": tolerance, "atol": tolerance}
         run("ode", f"{tolerance:.0e}", options)
     test = experiment.images("test").images
-    # As many as there are samples, if so many there are: a Frechet distance depends on n.
+    # A Frechet distance depends on n, so as many test images as samples are used, if possible.
     rows = spread(len(test), images)
     measure(TEST, f"n={len(rows)}", test[rows], 0)
     draw(points, f"{extract.names[0]}, n={images}", f"pixels, n={images}", folder / "distance.png")
@@ -106,12 +107,12 @@ def main(path: str, workdir: str, out: str, images: int, steps: Sequence[int]) -
 
 
 def pixel_moments(images: np.ndarray, levels: int) -> distances.Moments:
-    """Moments of the images themselves, in [0, 1]."""
+    """Moments of the images' pixels in [0, 1]."""
     return distances.Moments.of(images.reshape(len(images), -1) / (levels - 1))
 
 
 def draw(points: Sequence[Point], feature: str, pixel: str, path: pathlib.Path) -> None:
-    """Both distances against evaluations, a line a sampler."""
+    """Plot both distances against the number of evaluations, with one line for each sampler."""
     figure, (left, right) = figures.axes(2, width=4.2, height=3.4)
     names = list(dict.fromkeys(point.name for point in points if point.name != TEST))
     floor = points[-1]

@@ -1,10 +1,10 @@
-"""Weighting functions and the importance densities of times: the paper's figure 1, all SDEs.
+"""Weighting functions and importance densities of times for all SDEs, as in the paper's figure 1.
 
     python -m experiments.schedule [--out=runs/schedule.png]
 
-Left: what the loss at time t is multiplied by when the network predicts the noise, g^2 / sigma^2
-for likelihood weighting, 1 for the original. Middle: the density of times that makes the first
-constant. Right: the same density seen in log-SNR, where it is uniform.
+Left: the weight of the noise-prediction error at time t, g^2 / sigma^2 for likelihood weighting and
+1 for the original weighting. Middle: the importance density of times, which is proportional to
+g^2 / sigma^2. Right: the same density as a function of log-SNR, in which it is uniform.
 """
 
 import argparse

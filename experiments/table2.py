@@ -1,13 +1,14 @@
-"""The paper's table 2 from work directories: likelihood, bound and FID, with their intervals.
+"""The paper's table 2 from work directories: likelihood, bound and FID, with 95% intervals.
 
     python -m experiments.table2 runs/a runs/b ... [--out=runs/table2] [--published=FILE.json]
 
-Every work directory was evaluated with
+Evaluate every work directory with
 ``--config.eval.estimators=ode,bound --config.eval.dequantizers=uniform,variational``; a cell that
-was not is a dash. One table a data set, as Markdown and as LaTeX. After the models come the best
-published values, and those of FILE: a list of {"data", "model", "sde", and any column: value}.
+was not evaluated is a dash. There is one table for each data set, as Markdown and as LaTeX. Below
+the models are the best published values, and those in FILE: a list of
+{"data", "model", "sde", and any column: value}.
 
-The two versions of ImageNet 32x32 are never put side by side.
+The two versions of ImageNet 32x32 cannot be compared, so both together are an error.
 """
 
 import argparse
@@ -27,9 +28,9 @@ COLUMNS = {
     "bound variational": ("bound", "variational"),
 }
 FID = "FID"
-# Song et al., NeurIPS 2021, abstract: the best over their models, without data augmentation; taken
-# to be by variational dequantization, which the abstract does not say. The table's other cells are
-# not quoted there; give them by --published.
+# Song et al., NeurIPS 2021, abstract: the best of their models, without data augmentation. The
+# abstract does not name the dequantization; it is assumed to be variational. Other cells of the
+# paper's table can be added by --published.
 PUBLISHED = [
     {"data": "tfds:cifar10", "model": "best of Song et al. 2021", "NLL variational": 2.83},
     {"data": "imagenet32:old", "model": "best of Song et al. 2021", "NLL variational": 3.76},
@@ -46,7 +47,7 @@ def read(workdir: str | pathlib.Path) -> Row:
     """One row from a work directory's report.
 
     Raises:
-      ValueError: it was not evaluated, or its file is not what --mode=eval wrote.
+      ValueError: it was not evaluated, or the file is not one that --mode=eval wrote.
     """
     path = pathlib.Path(workdir) / "report.json"
     if not path.exists():
@@ -64,8 +65,8 @@ def read(workdir: str | pathlib.Path) -> Row:
     }
     for column, (estimator, dequantizer) in COLUMNS.items():
         for result in results:
-            found = result.estimator, result.dequantizer, result.num_importance
-            if found == (estimator, dequantizer, 1):
+            cell = result.estimator, result.dequantizer, result.num_importance
+            if cell == (estimator, dequantizer, 1):
                 row[column] = _cell(result)
     for name, value in report.get("quality", {}).items():
         if name.startswith("FID"):
@@ -77,38 +78,40 @@ def _loaded(path: pathlib.Path) -> Any:
     try:
         return json.loads(path.read_text())
     except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is no JSON ({error}): is the file whole?") from error
+        raise ValueError(
+            f"{path} is not a JSON file ({error}): check that the whole file was copied"
+        ) from error
 
 
 def published_rows(path: str | pathlib.Path) -> list[Row]:
     """The rows of a file of published values.
 
     Raises:
-      ValueError: for a row without data or model, or with a name that is no column.
+      ValueError: a row has no data or model, or a name that is not a column.
     """
-    known = {"data", "model", "sde", "n", FID, *COLUMNS}
+    names = {"data", "model", "sde", "n", FID, *COLUMNS}
     rows = _loaded(pathlib.Path(path))
     for row in rows:
-        lacking, unknown = {"data", "model"} - set(row), set(row) - known
+        lacking, unknown = {"data", "model"} - set(row), set(row) - names
         if lacking or unknown:
             raise ValueError(
-                f"{path}: the row {row} lacks {sorted(lacking)} and has the unknown "
-                f"{sorted(unknown)}; a row has data, model and any of {sorted(known)}"
+                f"{path}: the row {row} lacks {sorted(lacking)} and has the unknown names "
+                f"{sorted(unknown)}; a row has data, model and any of {sorted(names)}"
             )
     return rows
 
 
 def _variant(config: dict[str, Any], title: str) -> str:
-    """The title, and what the paper's rows differ in."""
+    """The title with the training options in which the rows of the paper's table differ."""
     training = config["training"]
     flags = {"likelihood_weighting": "LW", "importance_sampling": "IS"}
     words = [word for flag, word in flags.items() if training[flag]]
-    words += ["flip"] if config["data"]["flip"] else []  # The published best are without.
+    words += ["flip"] if config["data"]["flip"] else []  # The best published models have none.
     return f"{title} ({' + '.join(words) or 'baseline'})"
 
 
 def _cell(result: Result) -> str:
-    """The mean with half its 95% interval for the population, marked if it did not converge."""
+    """The mean ± half of its 95% interval for the population, with a mark if it is unconverged."""
     value, half = result.bits_per_dim, result.ci95
     if not math.isfinite(value):
         return "not finite"
@@ -117,20 +120,20 @@ def _cell(result: Result) -> str:
 
 
 def tables(rows: Sequence[Row], published: Sequence[Row]) -> dict[str, list[list[str]]]:
-    """For each data set a header and its rows, all text.
+    """For each data set, a header and rows of text.
 
     Raises:
-      ValueError: rows of both versions of ImageNet 32x32.
+      ValueError: there are rows of both versions of ImageNet 32x32.
     """
     imagenet32.check_comparable(*(row["data"] for row in rows))
-    found: dict[str, list[list[str]]] = {}
+    result: dict[str, list[list[str]]] = {}
     header = ["model", "SDE", *COLUMNS, FID, "n"]
     for name in dict.fromkeys(row["data"] for row in rows):
         same = {name, imagenet32.version(name)}
         shown = [r for r in (*rows, *published) if r["data"] in same]
         cells = [[r["model"], r.get("sde", ""), *_values(r), str(r.get("n", ""))] for r in shown]
-        found[name] = [header, *cells]
-    return found
+        result[name] = [header, *cells]
+    return result
 
 
 def _values(row: Row) -> list[str]:
@@ -179,7 +182,7 @@ def _tex(text: str) -> str:
 
 
 def main(workdirs: Sequence[str], out: str, published: str | None) -> None:
-    """Write ``out``.md and ``out``.tex and print the first."""
+    """Write ``out``.md and ``out``.tex, and print the Markdown."""
     extra = published_rows(published) if published else []
     found = tables([read(workdir) for workdir in workdirs], [*PUBLISHED, *extra])
     pathlib.Path(out).parent.mkdir(parents=True, exist_ok=True)

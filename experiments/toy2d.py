@@ -1,15 +1,16 @@
-"""The bound tightens on the exact likelihood: a mixture of Gaussians in the plane.
+"""The bound approaches the exact likelihood in training, for a mixture of Gaussians in the plane.
 
     python -m experiments.toy2d [--steps=4000] [--out=runs/toy2d.png]
 
-A small network is trained with likelihood weighting. Along the way, on fresh points of the data,
+A small network is trained with likelihood weighting. At several steps three means over fresh points
+of the data are computed:
 
     exact     -log p of the model, by the probability-flow ODE with an exact trace
-    bound     the evidence bound of the same model (the SDE's likelihood, not the ODE's)
-    data      -log p of the mixture itself, which no model beats in the mean
+    bound     the evidence bound of the same model (it bounds the SDE's likelihood, not the ODE's)
+    data      -log p of the mixture itself, which no model can beat in the mean
 
-Both fall to the third. At the optimum the bound is tight; before it, the two models that share
-the network (SDE and ODE) differ, and the gap is the price of its error.
+The first two decrease towards the third. At the optimum the bound is tight. Before it, the two
+models that share the network (SDE and ODE) differ, and the gap is caused by the network's error.
 """
 
 import argparse
@@ -35,11 +36,11 @@ ADAPTER = adapters.Adapter(
     mlp.Model(width=128, depth=3), SDE, "preconditioned", "log_snr", data_std=0.7, eps=EPS
 )
 BATCH = 256
-DRAWS, TIMES = 16, 32  # of the bound, a point: independent draws of so many times each
+DRAWS, TIMES = 16, 32  # For each point the bound is the mean of 16 draws with 32 times each.
 
 
 def data() -> oracle.Mixture:
-    """Five equal round Gaussians on a circle."""
+    """A mixture of five isotropic Gaussians with equal weights, whose centres lie on a circle."""
     parts = [
         oracle.Gaussian(SDE, jnp.asarray(c), jnp.full(2, SPREAD**2), jnp.eye(2)) for c in CENTRES
     ]
@@ -65,7 +66,7 @@ class Row(NamedTuple):
 
 @jax.jit
 def exact_logp(params: Any, x: Array) -> Array:
-    """log p of the model at each of ``x (n, 2)`` by the ODE, nats."""
+    """log p ``(n,)`` of the model at ``x (n, 2)`` by the ODE, in nats."""
     score, trace = ADAPTER(params), likelihood.Trace("exact")
     return jax.vmap(lambda x: likelihood.ode_logp(score, SDE, x, None, eps=EPS, trace=trace).logp)(
         x
@@ -74,7 +75,7 @@ def exact_logp(params: Any, x: Array) -> Array:
 
 @jax.jit
 def bounds(params: Any, x: Array, key: Key) -> tuple[Array, Array]:
-    """The bound on -log p of each point of ``x (n, 2)``, and -log p of the data's own density."""
+    """The bound ``(n,)`` on -log p at ``x (n, 2)``, and -log p ``(n,)`` of the data, in nats."""
     score = ADAPTER(params)
 
     def upper_bound(x: Array, key: Key, u: Array) -> Array:
@@ -90,7 +91,7 @@ def bounds(params: Any, x: Array, key: Key) -> tuple[Array, Array]:
 
 
 def optimizer(steps: int) -> optax.GradientTransformation:
-    """Adam, its rate falling to zero."""
+    """Adam with a learning rate that falls to zero by a cosine."""
     return optax.adam(optax.cosine_decay_schedule(3e-3, steps))
 
 
@@ -110,14 +111,15 @@ def update(params: Any, state: Any, key: Key, steps: int) -> tuple[Any, Any]:
 
 
 def train(steps: int, points: int) -> tuple[Any, list[Row]]:
-    """The trained parameters and a row at about a dozen steps, evenly spaced in their logarithm."""
+    """The trained parameters, and a row for each of about a dozen steps, which are evenly spaced in
+    their logarithm."""
     test, key = sample(jax.random.key(1), points), jax.random.key(0)
     params = ADAPTER.init(key, (2,))
     state = optimizer(steps).init(params)
-    looked_at = {0, *np.unique(np.geomspace(10, steps, 12).round().astype(int)).tolist()}
+    evaluated = {0, *np.unique(np.geomspace(10, steps, 12).round().astype(int)).tolist()}
     rows = []
     for step in trange(steps + 1, desc="train", unit="step"):
-        if step in looked_at:
+        if step in evaluated:
             values = (-exact_logp(params, test), *bounds(params, test, jax.random.key(2)))
             exact, upper, truth = (np.asarray(v, float) for v in values)
             se = (upper - exact).std(ddof=1) / np.sqrt(points)
@@ -128,7 +130,7 @@ def train(steps: int, points: int) -> tuple[Any, list[Row]]:
 
 
 def draw(params: Any, rows: list[Row], out: str, resolution: int) -> None:
-    """Densities of the model and the data, and the curves."""
+    """Plot the densities of the model and the data, and the curves of the rows."""
     figure, (left, middle, right) = figures.axes(3)
     side = jnp.linspace(-1.5, 1.5, resolution)
     grid = jnp.stack(jnp.meshgrid(side, side), -1).reshape(-1, 2)
@@ -147,7 +149,7 @@ def draw(params: Any, rows: list[Row], out: str, resolution: int) -> None:
     right.plot(steps, [row.exact for row in rows], marker="o", markersize=3, label="exact (ODE)")
     right.axhline(rows[0].data, color=figures.MUTED, linestyle=":", label="the data's own")
     low = min(min(r.exact, r.bound, r.data) for r in rows)
-    high = max(r.bound for r in rows[1:])  # Before training it is far above.
+    high = max(r.bound for r in rows[1:])  # Before training the bound is far above.
     margin = 0.08 * (high - low)
     right.set(
         xscale="log", xlabel="step", ylabel="-log p, nats", ylim=(low - margin, high + margin)

@@ -133,7 +133,7 @@ def test_killed_evaluation_ends_in_the_same_bytes(trained, tmp_path):
     ("name", "trained_on", "said"),
     [
         ("truncated_normal", "uniform", "around bin centres"),
-        ("uniform", "centre", "all over the bins"),
+        ("uniform", "centre", "in the whole bins"),
         ("uniform", "uniform", ""),
         ("truncated_normal", "centre", ""),
     ],

@@ -99,13 +99,15 @@ def test_table2_names_what_it_cannot_read(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="has no results"):
         table2.read(folder)
     (folder / "report.json").write_text("{")
-    with pytest.raises(ValueError, match="is the file whole"):
+    with pytest.raises(
+        ValueError, match="is not a JSON file .*: check that the whole file was copied"
+    ):
         table2.read(folder)
     one_image = evaluation(tmp_path / "one_image", ode_uniform=2.9, interval=np.inf, flip=True)
     row = table2.read(one_image)
     assert row["NLL uniform"] == "2.900" and row["model"] == "one_image (LW + flip)"
     (tmp_path / "p.json").write_text(json.dumps([{"data": "x", "NLL": 3.0}]))
-    with pytest.raises(ValueError, match=r"lacks \['model'\] and has the unknown \['NLL'\]"):
+    with pytest.raises(ValueError, match=r"lacks \['model'\] and has the unknown names \['NLL'\]"):
         table2.published_rows(tmp_path / "p.json")
 
 

@@ -9,11 +9,11 @@ matrix H. Every entry i of x has a colour c_i, which chooses a column of H:
 
     v_j = e * H[j, c],      1/k sum_j v_j^T J v_j = tr J + sum_{i != l} J_il e_i e_l r_k(c_i, c_l)
 
-where r_k(a, b) = 1/k sum_{j < k} H[j, a] H[j, b] is 1 for a = b and, if k is a power of two, 0 for
-two different colours out of k. So pairs of entries with different colours add no variance, while k
-independent probes leave 1 / k of the variance of every pair. Each v_j by itself is a Rademacher
-probe, so the mean is unbiased. In an image, neighbours have different colours, because their J_il
-are the largest.
+where r_k(a, b) = 1/k sum_{j < k} H[j, a] H[j, b] is 1 for a = b. If k is a power of two, it is 0
+for colours that differ modulo k, and 1 for all others. So pairs of entries whose colours differ
+modulo k add no variance, while k independent probes leave 1 / k of the variance of every pair. Each
+v_j by itself is a Rademacher probe, so the mean is unbiased. In an image, neighbours have colours
+that differ in the last bits, because their J_il are the largest.
 
 References: Hutchinson 1989; Grathwohl et al., FFJORD, ICLR 2019; Stathopoulos, Laeuchli, Orginos,
 "Hierarchical probing for estimating the trace of the matrix inverse on toroidal lattices", 2013.

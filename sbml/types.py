@@ -71,7 +71,7 @@ def of_shape(found: Anything, x: Example) -> Example:
     Raises:
       ValueError: if its shape is not that of ``x``, which broadcasting would hide, or if it is not
         of floating-point numbers.
-      MiscompilationError: XLA for CPU computes sums wrongly (``sbml.compiler``).
+      MiscompilationError: if XLA for CPU computes sums wrongly (``sbml.compiler``).
     """
     compiler.check()
     if found.shape != x.shape:

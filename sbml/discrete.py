@@ -53,7 +53,13 @@ def bin_log_snr(levels: int, tau: float = TAU) -> float:
 
 
 def truncated_normal(e: Elementwise, tau: Number) -> Elementwise:
-    """N(0, 1) truncated to [-tau, tau] by a monotone map of standard normal ``e``, any shape."""
+    """N(0, 1) truncated to [-tau, tau] by a monotone map of standard normal ``e``, any shape.
+
+    Raises:
+      ValueError: ``tau`` is not positive.
+    """
+    if not scalars.traced(tau) and not tau > 0:
+        raise ValueError(f"tau={tau}: must be positive")
     low = 0.5 * scalars.erfc(tau / math.sqrt(2))
     # Halves are mapped by symmetry: a probability near 1 has lost its digits.
     magnitude = -ndtri(low + (1 - 2 * low) * jax.scipy.special.ndtr(-jnp.abs(e)))
@@ -66,7 +72,15 @@ def smallest_time(sde: SDE, levels: int, eps: Number, tau: float = TAU) -> Numbe
     Below ``eps`` the network was never trained; where ``eps`` is the later one, less than ``tau``
     of them do, and the bound holds too. With ``tau`` infinite it is ``eps`` itself: the bound of a
     model that was trained with its decoder at ``eps``, as VDM is.
+
+    Raises:
+      ValueError: ``levels`` is no integer of at least 2, ``eps`` outside the SDE's times, or
+        ``tau`` not positive.
     """
+    bits.check_levels(levels)
+    sde.check_time(eps)
+    if not scalars.traced(tau) and not tau > 0:
+        raise ValueError(f"tau={tau}: must be positive")
     if math.isinf(tau):
         return eps
     target = bin_log_snr(levels, tau)
@@ -75,7 +89,13 @@ def smallest_time(sde: SDE, levels: int, eps: Number, tau: float = TAU) -> Numbe
 
 
 def tau(sde: SDE, levels: int, eps: Number) -> Number:
-    """Half a bin in standard deviations of the noise at ``eps``: h / rho."""
+    """Half a bin in standard deviations of the noise at ``eps``: h / rho.
+
+    Raises:
+      ValueError: ``levels`` is no integer of at least 2, or ``eps`` outside the SDE's times.
+    """
+    bits.check_levels(levels)
+    sde.check_time(eps)
     return scalars.exp(0.5 * _log_snr(sde, eps)) / levels
 
 
@@ -118,8 +138,13 @@ def _snr_range(sde: SDE, eps: Number) -> Number:
 
 
 def decoder_nats(x: Example, pixels: Pixels, levels: int, rho: Scalar) -> Scalar:
-    """-log P(k | x) of noisy data x = c + rho z, shape ``(*s)``, summed: nats, a scalar."""
+    """-log P(k | x) of noisy data x = c + rho z, shape ``(*s)``, summed: nats, a scalar.
+
+    Raises:
+      ValueError: ``pixels`` are no integers 0 .. levels - 1, or of another shape than ``x``.
+    """
     compiler.check()
+    bits.check_pixels(pixels, levels, x)
     centres = bits.to_model(jnp.arange(levels), 0.5, levels)
     logits = -0.5 * ((x[..., None] - centres.reshape((1,) * x.ndim + (-1,))) / rho) ** 2
     chosen = jnp.take_along_axis(logits, pixels[..., None].astype(jnp.int32), -1)[..., 0]
@@ -216,11 +241,12 @@ def elbo(
       prior, diffusion and reconstruction (the decoder; zero for the truncated normal), in nats.
 
     Raises:
-      ValueError: as ``bound.elbo``; for pixels that are no integers.
+      ValueError: as ``bound.elbo``; for pixels that are no integers 0 .. levels - 1.
     """
-    if not jnp.issubdtype(pixels.dtype, jnp.integer):
-        raise ValueError(f"pixels are {pixels.dtype}: give integers; bound.elbo is of real x")
+    bits.check_pixels(pixels, noise.levels)
     control = reduction.control
+    if control is not None:
+        control.check(pixels)
     t, weight = times.drawn(sde, eps, u, reduction.density, reduction.proposal)
     centre = bits.to_model(pixels, 0.5, noise.levels)
     width = tau(sde, noise.levels, eps) if isinstance(noise, TruncatedNormal) else None

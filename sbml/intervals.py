@@ -44,13 +44,25 @@ class Interval(NamedTuple):
         return self.mean - self.ci95, self.mean + self.ci95
 
 
+def _vector(values: Values) -> np.ndarray:
+    """``values (n,)`` in float64.
+
+    Raises:
+      ValueError: they are of another rank, or complex.
+    """
+    found = np.asarray(values)
+    if found.ndim != 1 or np.iscomplexobj(found):
+        raise ValueError(f"values are {found.dtype}{found.shape}: give real numbers (n,)")
+    return found.astype(np.float64, copy=False)
+
+
 def mean_interval(values: Values) -> Interval:
     """The interval of the mean of ``values (n,)``; infinite half-width for fewer than two.
 
     Raises:
-      ValueError: for no values at all.
+      ValueError: for no values at all, or an array of another rank.
     """
-    values = np.asarray(values, np.float64)
+    values = _vector(values)
     n = len(values)
     if not n:
         raise ValueError("no values to average")
@@ -66,7 +78,13 @@ def half_width(stderr: float, freedom: float) -> float:
 
 def repeated_stderr(first: Values, second: Values, n: int) -> tuple[float, float]:
     """Noise of the mean over ``n`` images from two draws ``(m,)`` of some: (stderr, freedom)."""
-    squares = (np.asarray(first, np.float64) - np.asarray(second, np.float64)) ** 2
+    one, other = _vector(first), _vector(second)
+    if one.shape != other.shape or n < 1:
+        raise ValueError(
+            f"draws of shapes {one.shape} and {other.shape} for n={n}: give two draws of the same "
+            "images, n at least 1"
+        )
+    squares = (one - other) ** 2
     m = len(squares)
     if not m:
         return math.inf, 0.0
@@ -85,7 +103,7 @@ def outliers(values: Values, width: float = 6.0) -> Integer[np.ndarray, " m"]:
     those that are not finite are outliers. Nothing is trimmed for it: whoever reads the mean should
     know what carries it.
     """
-    values = np.asarray(values, np.float64)
+    values = _vector(values)
     finite = np.isfinite(values)
     if not finite.any():
         return np.arange(len(values))

@@ -77,8 +77,8 @@ def ode_logp(
 ) -> Likelihood:
     """log p_eps(x) in nats for one example ``x`` of shape ``(*s)``; vmap over examples and keys.
 
-    The prior stands for p_T: even with an exact score that leaves log pi(z) - log p_T(z), whose mean
-    is -KL(p_T || pi). Its size is above, at the top of this module.
+    The prior stands for p_T: even with an exact score that leaves log pi(z) - log p_T(z), of mean
+    -KL(p_T || pi). Its size stands at the top of this module.
 
     Args:
       score: a score of one example; called with key None, so deterministically.

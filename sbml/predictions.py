@@ -33,7 +33,7 @@ import jax.numpy as jnp
 
 from sbml import pytrees
 from sbml.sdes import Kernel
-from sbml.types import Example, Key, Scalar, of_shape
+from sbml.types import Example, Key, Scalar, check_example, of_shape
 
 Network = Callable[[Example, Scalar], Example]
 
@@ -71,6 +71,7 @@ class PredictionScore:
 
     def noise(self, x: Example, t: Scalar) -> Example:
         """E[e | x_t], shape ``(*s)``."""
+        check_example(x, t)
         alpha, sigma = self.sde.mean_coef(t), self.sde.std(t)
         if self.kind == "edm":
             return self._edm(x / alpha, sigma / alpha)
@@ -91,6 +92,7 @@ class PairScore(PredictionScore):
 
     def predictions(self, x: Example, t: Scalar) -> tuple[Example, Example]:
         """E[x_0 | x_t] and E[e | x_t], each ``(*s)``, by one call of the network."""
+        check_example(x, t)
         found = of_shape(self.network(x, t), x)
         return PAIRS[self.kind](found, x, self.sde.mean_coef(t), self.sde.std(t))
 

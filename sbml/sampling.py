@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from sbml.ode import Solver, Stats, transport
 from sbml.sdes import SDE
-from sbml.types import Example, Key, Scalar, Score, deterministic, predictor
+from sbml.types import Example, Key, Scalar, Score, check_example, deterministic, predictor
 
 
 def denoise(score: Score, sde: SDE, x: Example, t: Scalar) -> Example:
@@ -18,7 +18,12 @@ def denoise(score: Score, sde: SDE, x: Example, t: Scalar) -> Example:
 
 
 def predictions(score: Score, sde: SDE, x: Example, t: Scalar) -> tuple[Example, Example]:
-    """E[x_0 | x_t] and E[z | x_t] = -sigma s(x_t, t) of x_t = alpha x_0 + sigma z, by one score."""
+    """E[x_0 | x_t] and E[z | x_t] = -sigma s(x_t, t) of x_t = alpha x_0 + sigma z, by one score.
+
+    Raises:
+      ValueError: ``t`` is no scalar, or ``x`` or ``t`` are not of floating-point numbers.
+    """
+    check_example(x, t)
     both = predictor(score)
     if both is not None:
         return both(x, t)

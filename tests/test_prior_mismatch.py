@@ -1,4 +1,4 @@
-"""What an exact score leaves of log p_eps: the prior in place of p_T, as ``sbml.likelihood`` says."""
+"""What an exact score leaves of log p_eps: the prior in place of p_T (``sbml.likelihood``)."""
 
 import jax
 import jax.numpy as jnp

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, UInt8
 
+from sbml import scalars
 from sbml.types import Array, Elementwise, Numbers
 
 Real = Float[Array, "..."]
@@ -23,22 +24,66 @@ Real = Float[Array, "..."]
 LOG2 = math.log(2.0)
 
 
+def check_levels(levels: int, most: int = 2**31 - 1) -> None:
+    """Refuse a number of levels that no integers have.
+
+    Raises:
+      ValueError: naming it.
+    """
+    if not isinstance(levels, int | np.integer) or not 2 <= levels <= most:
+        raise ValueError(f"levels={levels}: give an integer of 2 to {most}")
+
+
+def check_pixels(pixels: Any, levels: int, x: Any | None = None) -> None:
+    """Refuse ``pixels`` that are no integers 0 .. levels - 1, as far as their values are known, or
+    not of the shape of ``x``.
+
+    Raises:
+      ValueError: naming what they are.
+    """
+    check_levels(levels)
+    if not hasattr(pixels, "dtype") or not jnp.issubdtype(pixels.dtype, jnp.integer):
+        kind = getattr(pixels, "dtype", type(pixels).__name__)
+        raise ValueError(f"pixels are {kind}: give integers; bound.elbo is of real x")
+    if x is not None and pixels.shape != x.shape:
+        raise ValueError(f"pixels have shape {pixels.shape}, x {x.shape}: give both the same")
+    if scalars.traced(pixels) or not pixels.size:
+        return
+    least, largest = np.min(pixels), np.max(pixels)
+    if least < 0 or largest >= levels:
+        raise ValueError(f"pixels lie in {least} .. {largest}: give integers 0 .. {levels - 1}")
+
+
 def to_model(pixels: Numbers, u: Numbers | float, levels: int) -> Real:
     """x = 2 (pixels + u) / levels - 1 in [-1, 1), for ``u`` in [0, 1); any shapes that broadcast.
 
     ``u`` is limited to at most 1 - 2^-15: nearer to 1, float32 would round k + u into the next bin.
+
+    Raises:
+      ValueError: ``levels`` is not an integer of at least 2.
     """
+    check_levels(levels)
     return (2.0 / levels) * (jnp.asarray(pixels) + jnp.minimum(u, 1 - 2.0**-15)) - 1.0
 
 
 def to_pixels(x: Numbers, levels: int) -> UInt8[Array, "..."]:
-    """The uint8 level whose bin holds ``x``; values outside [-1, 1) go to the nearest level."""
+    """The uint8 level whose bin holds ``x``; values outside [-1, 1) go to the nearest level.
+
+    Raises:
+      ValueError: ``levels`` is no integer of 2 to 256.
+    """
+    check_levels(levels, 256)
     edges = to_model(jnp.arange(1, levels), 0.0, levels)
     return jnp.searchsorted(edges, x, side="right").astype(jnp.uint8)
 
 
 def scale_nats(shape: tuple[int, ...], levels: int) -> float:
-    """d log(L / 2), which the change of variables from x to k + u adds to -log p, in nats."""
+    """d log(L / 2), which the change of variables from x to k + u adds to -log p, in nats.
+
+    Raises:
+      ValueError: ``levels`` is not an integer of at least 2.
+    """
+    check_levels(levels)
     return math.prod(shape) * math.log(levels / 2)
 
 
@@ -56,8 +101,10 @@ def check_dequantized(x: Numbers, levels: int) -> None:
     """Raise if ``x`` are integers without dequantization, whose density can be arbitrarily large.
 
     Raises:
-      ValueError: if every entry of ``x`` lies on the grid 2 k / levels - 1 or 2 k / (levels-1) - 1.
+      ValueError: ``levels`` is no integer of at least 2, or every entry of ``x`` lies on the grid
+        2 k / levels - 1 or 2 k / (levels - 1) - 1.
     """
+    check_levels(levels)
     host = np.asarray(x, np.float64)
     for steps in (levels, levels - 1):
         k = (host + 1) * steps / 2

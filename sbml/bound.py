@@ -46,7 +46,17 @@ from sbml.losses import perturb, residual
 from sbml.scalars import Number
 from sbml.sdes import SDE
 from sbml.times import Importance
-from sbml.types import Array, Elementwise, Example, Key, Keys, Scalar, Score, deterministic
+from sbml.types import (
+    Array,
+    Elementwise,
+    Example,
+    Key,
+    Keys,
+    Scalar,
+    Score,
+    check_example,
+    deterministic,
+)
 
 Flat = Float[Array, "d"]
 
@@ -99,7 +109,12 @@ class GaussianControl:
             times, where it matters most.
           full: whether to fit the full covariance or its diagonal only; None for the full one up to
             256 dimensions.
+
+        Raises:
+          ValueError: ``noise_variance`` is negative or not finite.
         """
+        if not 0 <= noise_variance < math.inf:
+            raise ValueError(f"noise_variance={noise_variance}: give a variance of at least 0")
         mean, basis = moments.mean(x), None
         if full if full is not None else mean.size <= 256:
             variances, vectors = np.linalg.eigh(moments.covariance(x, mean))
@@ -109,6 +124,19 @@ class GaussianControl:
         # Rounding can leave the variance of a constant pixel slightly below zero.
         variances = np.maximum(variances, 0.0) + noise_variance
         return cls(jnp.asarray(mean), jnp.asarray(variances), basis)
+
+    def check(self, x: Example) -> None:
+        """Refuse a control of data of another size than ``x (*s)``.
+
+        Raises:
+          ValueError: naming the shapes.
+        """
+        shapes = {name: jnp.shape(getattr(self, name)) for name in ("mean", "variances")}
+        if any(shape != (x.size,) for shape in shapes.values()):
+            raise ValueError(
+                f"a control of {shapes} for x of shape {x.shape}: fit it to data of this shape, "
+                f"({x.size},) each"
+            )
 
     def _to_basis(self, flat: Flat) -> Flat:
         return flat if self.basis is None else self.basis.T @ flat
@@ -156,8 +184,12 @@ def prior_kl(sde: SDE, x: Example, variance: Number = 1.0) -> Scalar:
 
     With ``variance`` 1 it is the divergence of p_T(.|x) from the prior. If the signal vanishes at
     T, it is the divergence of x_t at t = ``sde.largest_time``, scaled to T by ``sde.stretch``.
+
+    Raises:
+      ValueError: ``x`` is not of floating-point numbers.
     """
     compiler.check()
+    check_example(x)
     mean, std = sde.marginal(x, jnp.asarray(sde.largest_time, x.dtype))
     mean, std = sde.stretch * mean, sde.stretch * std
     r = variance * (std / sde.prior_std) ** 2
@@ -234,8 +266,9 @@ def elbo(
             f"trace={trace} with a Gaussian control: the control belongs to the denoising form "
             "only; give no trace, or no control"
         )
-    if not jnp.issubdtype(x.dtype, jnp.floating):
-        raise ValueError(f"x is of {x.dtype}: dequantize integers first (sbml.bits.to_model)")
+    check_example(x)
+    if control is not None:
+        control.check(x)
     t, weight = times.drawn(sde, eps, u, reduction.density, reduction.proposal)
     time_key, last_key, probe_key = jax.random.split(key, 3)
     zs = jax.random.normal(time_key, (u.size, *x.shape), x.dtype)

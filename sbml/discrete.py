@@ -55,7 +55,13 @@ def bin_log_snr(levels: int, tau: float = TAU) -> float:
 
 
 def truncated_normal(e: Elementwise, tau: Number) -> Elementwise:
-    """Map standard normal ``e`` monotonically to N(0, 1) truncated to [-tau, tau]; any shape."""
+    """Map standard normal ``e`` monotonically to N(0, 1) truncated to [-tau, tau]; any shape.
+
+    Raises:
+      ValueError: ``tau`` is not positive.
+    """
+    if not scalars.traced(tau) and not tau > 0:
+        raise ValueError(f"tau={tau}: must be positive")
     low = 0.5 * scalars.erfc(tau / math.sqrt(2))
     # The positive half is mapped by symmetry, since a probability near 1 has lost its digits.
     magnitude = -ndtri(low + (1 - 2 * low) * jax.scipy.special.ndtr(-jnp.abs(e)))
@@ -69,7 +75,15 @@ def smallest_time(sde: SDE, levels: int, eps: Number, tau: float = TAU) -> Numbe
     is narrower than ``tau`` standard deviations, and the bound holds as well. With infinite ``tau``
     the result is ``eps`` itself, for a model that was trained with its decoder at ``eps``, as VDM
     is.
+
+    Raises:
+      ValueError: ``levels`` is not an integer of at least 2, ``eps`` is outside the SDE's times, or
+        ``tau`` is not positive.
     """
+    bits.check_levels(levels)
+    sde.check_time(eps)
+    if not scalars.traced(tau) and not tau > 0:
+        raise ValueError(f"tau={tau}: must be positive")
     if math.isinf(tau):
         return eps
     target = bin_log_snr(levels, tau)
@@ -78,7 +92,13 @@ def smallest_time(sde: SDE, levels: int, eps: Number, tau: float = TAU) -> Numbe
 
 
 def tau(sde: SDE, levels: int, eps: Number) -> Number:
-    """The width of half a bin in standard deviations of the noise at ``eps``: h / rho."""
+    """The width of half a bin in standard deviations of the noise at ``eps``: h / rho.
+
+    Raises:
+      ValueError: ``levels`` is not an integer of at least 2, or ``eps`` is outside the SDE's times.
+    """
+    bits.check_levels(levels)
+    sde.check_time(eps)
     return scalars.exp(0.5 * _log_snr(sde, eps)) / levels
 
 
@@ -121,8 +141,13 @@ def _snr_range(sde: SDE, eps: Number) -> Number:
 
 
 def decoder_nats(x: Example, pixels: Pixels, levels: int, rho: Scalar) -> Scalar:
-    """-log P(k | x) for noisy data x = c + rho z ``(*s)``, summed over pixels: nats, a scalar."""
+    """-log P(k | x) for noisy data x = c + rho z ``(*s)``, summed over pixels: nats, a scalar.
+
+    Raises:
+      ValueError: ``pixels`` are not integers 0 .. levels - 1, or have another shape than ``x``.
+    """
     compiler.check()
+    bits.check_pixels(pixels, levels, x)
     centres = bits.to_model(jnp.arange(levels), 0.5, levels)
     logits = -0.5 * ((x[..., None] - centres.reshape((1,) * x.ndim + (-1,))) / rho) ** 2
     chosen = jnp.take_along_axis(logits, pixels[..., None].astype(jnp.int32), -1)[..., 0]
@@ -222,13 +247,12 @@ def elbo(
       prior, diffusion and reconstruction (the decoder; zero for the truncated normal), in nats.
 
     Raises:
-      ValueError: as in ``bound.elbo``, or if the pixels are not integers.
+      ValueError: as in ``bound.elbo``, or if the pixels are not integers 0 .. levels - 1.
     """
-    if not jnp.issubdtype(pixels.dtype, jnp.integer):
-        raise ValueError(
-            f"pixels are of {pixels.dtype}: give integers here, and real numbers to bound.elbo"
-        )
+    bits.check_pixels(pixels, noise.levels)
     control = reduction.control
+    if control is not None:
+        control.check(pixels)
     t, weight = times.drawn(sde, eps, u, reduction.density, reduction.proposal)
     centre = bits.to_model(pixels, 0.5, noise.levels)
     width = tau(sde, noise.levels, eps) if isinstance(noise, TruncatedNormal) else None

@@ -54,7 +54,9 @@ class Moments(NamedTuple):
         total: np.ndarray = np.zeros(())
         products: np.ndarray = np.zeros(())
         for part in parts:
-            part = np.asarray(part, np.float64)
+            part = _table(part)
+            if size and part.shape[1:] != centre.shape:
+                raise ValueError(f"features of {part.shape[1:]} after {centre.shape} numbers each")
             if not size:
                 centre = part.mean(axis=0)
             for rows in moments.rows(part - centre):
@@ -67,8 +69,26 @@ class Moments(NamedTuple):
         return cls(centre + shift, cov, size)
 
 
+def _table(features: Features) -> np.ndarray:
+    """``features (n, d)`` in float64.
+
+    Raises:
+      ValueError: they are of another rank, or complex.
+    """
+    found = np.asarray(features)
+    if found.ndim != 2 or np.iscomplexobj(found):
+        raise ValueError(f"features are {found.dtype}{found.shape}: give real numbers (n, d)")
+    return found.astype(np.float64, copy=False)
+
+
 def frechet(one: Moments, other: Moments) -> float:
-    """The squared Frechet distance of two Gaussians with these moments; at least 0."""
+    """The squared Frechet distance of two Gaussians with these moments; at least 0.
+
+    Raises:
+      ValueError: they are of different dimensions.
+    """
+    if one.mean.shape != other.mean.shape:
+        raise ValueError(f"moments of {one.mean.size} and of {other.mean.size} features")
     values, vectors = np.linalg.eigh(one.cov)
     root = vectors * np.sqrt(np.maximum(values, 0))[None] @ vectors.T
     # This product has the eigenvalues of C_1 C_2, but it is symmetric.
@@ -87,9 +107,11 @@ def kernel(x: Features, y: Num[np.ndarray, "m d"], chunk: int = 1000) -> float:
     Raises:
       ValueError: for fewer than two features in either sample.
     """
+    x, y = _table(x), _table(y)
     if min(len(x), len(y)) < 2:
         raise ValueError(f"{len(x)} and {len(y)} features: the unbiased estimate needs two of each")
-    x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
+    if x.shape[1] != y.shape[1]:
+        raise ValueError(f"features of {x.shape[1]} and of {y.shape[1]} numbers each")
 
     def k(products: np.ndarray) -> np.ndarray:
         return (products / x.shape[1] + 1) ** 3
@@ -105,8 +127,14 @@ def kernel(x: Features, y: Num[np.ndarray, "m d"], chunk: int = 1000) -> float:
 
 
 def inception_score(probabilities: Float[np.ndarray, "n classes"]) -> float:
-    """exp of the mean KL of the rows of ``(n, classes)`` from their mean; in [1, ``classes``]."""
-    p = np.asarray(probabilities, np.float64)
+    """exp of the mean KL of the rows of ``(n, classes)`` from their mean; in [1, ``classes``].
+
+    Raises:
+      ValueError: a row is negative somewhere, or does not add up to 1.
+    """
+    p = _table(probabilities)
+    if np.any(p < 0) or np.any(np.abs(p.sum(axis=1) - 1) > 1e-3):
+        raise ValueError("rows that are negative or do not add up to 1: give probabilities")
     ratio = np.divide(p, p.mean(axis=0), out=np.ones_like(p), where=p > 0)  # 0 log 0 = 0
     return float(np.exp(np.mean(np.sum(p * np.log(ratio), axis=1))))
 
@@ -120,7 +148,12 @@ def nearest(
 
     Returns:
       Indices ``(n,)`` into ``others``, and the distances ``(n,)`` divided by sqrt(d).
+
+    Raises:
+      ValueError: the images have different shapes, or ``others`` is empty.
     """
+    if x.shape[1:] != others.shape[1:] or not len(others):
+        raise ValueError(f"images {x.shape} beside {others.shape}: give (n, *s) and (m, *s), m > 0")
     flat = np.reshape(x, (len(x), -1))
     index, least = np.zeros(len(x), np.int64), np.full(len(x), np.inf)
     first = 0

@@ -33,7 +33,7 @@ from jax.scipy.special import log_ndtr
 from jaxtyping import Float
 
 from sbml import bits, compiler
-from sbml.types import Array, Example, Pixels, Scalar
+from sbml.types import Array, Example, Pixels, Scalar, check_example
 
 Real = Float[Array, "..."]
 Outputs = Float[Array, "*s outputs"]
@@ -86,6 +86,7 @@ def decoder_nats(out: Outputs, y: Example, rho: Real, pixels: Pixels, levels: in
     level further than ``NEAR`` from y has no probability.
     """
     _check(out, y, levels, "centre")
+    bits.check_pixels(pixels, levels, y)
     if levels <= FEW:
         log_p, _ = _of_all(out, y, rho, levels, "centre")
         chosen = jnp.take_along_axis(log_p, pixels[..., None].astype(jnp.int32), -1)[..., 0]
@@ -97,6 +98,7 @@ def decoder_nats(out: Outputs, y: Example, rho: Real, pixels: Pixels, levels: in
 
 def _check(out: Array, y: Array, levels: int, data: str) -> None:
     compiler.check()
+    check_example(y)
     if data not in DATA:
         raise ValueError(f"unknown data {data!r} of an integer denoiser; choose from {DATA}")
     expected = (*y.shape, outputs(levels))

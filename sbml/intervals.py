@@ -53,13 +53,25 @@ class Interval(NamedTuple):
         return self.mean - self.ci95, self.mean + self.ci95
 
 
+def _vector(values: Values) -> np.ndarray:
+    """``values (n,)`` in float64.
+
+    Raises:
+      ValueError: they are of another rank, or complex.
+    """
+    found = np.asarray(values)
+    if found.ndim != 1 or np.iscomplexobj(found):
+        raise ValueError(f"values are {found.dtype}{found.shape}: give real numbers (n,)")
+    return found.astype(np.float64, copy=False)
+
+
 def mean_interval(values: Values) -> Interval:
     """The interval of the mean of ``values (n,)``; its half-width is infinite for one value.
 
     Raises:
-      ValueError: if there are no values.
+      ValueError: if there are no values, or the array has another rank.
     """
-    values = np.asarray(values, np.float64)
+    values = _vector(values)
     n = len(values)
     if not n:
         raise ValueError(f"values of shape {values.shape}: a mean needs at least one value")
@@ -79,8 +91,17 @@ def repeated_stderr(first: Values, second: Values, n: int) -> tuple[float, float
     Returns:
       The standard error in the unit of the draws, and its degrees of freedom in [1, m]; infinity
       and 0 if m = 0.
+
+    Raises:
+      ValueError: the draws have different shapes, or ``n`` is less than 1.
     """
-    squares = (np.asarray(first, np.float64) - np.asarray(second, np.float64)) ** 2
+    one, other = _vector(first), _vector(second)
+    if one.shape != other.shape or n < 1:
+        raise ValueError(
+            f"draws of shapes {one.shape} and {other.shape} for n={n}: give two draws of the same "
+            "images, n at least 1"
+        )
+    squares = (one - other) ** 2
     m = len(squares)
     if not m:
         return math.inf, 0.0
@@ -99,7 +120,7 @@ def outliers(values: Values, width: float = 6.0) -> Integer[np.ndarray, " m"]:
     are those of the finite values; values that are not finite are outliers. Outliers stay in the
     mean: they are listed so that the reader knows which values dominate it.
     """
-    values = np.asarray(values, np.float64)
+    values = _vector(values)
     finite = np.isfinite(values)
     if not finite.any():
         return np.arange(len(values))

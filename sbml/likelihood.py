@@ -38,14 +38,12 @@ Reference: Song et al., "Score-Based Generative Modeling through SDEs", ICLR 202
 
 from typing import NamedTuple
 
-import jax.numpy as jnp
-
 from sbml import divergence, ode, scalars
 from sbml.divergence import Trace
 from sbml.ode import Solver, Stats, velocity
 from sbml.scalars import Number
 from sbml.sdes import SDE
-from sbml.types import Example, Key, Scalar, Score
+from sbml.types import Example, Key, Scalar, Score, check_example
 
 
 class Likelihood(NamedTuple):
@@ -100,8 +98,7 @@ def ode_logp(
         has another shape or type than x, or there is no key to draw the probes.
     """
     sde.check_time(eps)
-    if not jnp.issubdtype(x.dtype, jnp.floating):
-        raise ValueError(f"x is of {x.dtype}: dequantize integers first (sbml.bits.to_model)")
+    check_example(x)
 
     def field(t: Scalar, x: Example) -> Example:
         return velocity(score, sde, x, t)

@@ -31,6 +31,7 @@ from sbml.types import (
     Score,
     Vector,
     batched,
+    check_example,
     of_shape,
 )
 
@@ -51,7 +52,13 @@ def weight(sde: Kernel, t: Elementwise, weighting: str) -> Elementwise:
 
 
 def perturb(sde: Kernel, x: Example, t: Scalar, z: Example) -> Example:
-    """x_t = alpha(t) x + sigma(t) z for one example, shape ``(*s)``."""
+    """x_t = alpha(t) x + sigma(t) z for one example, shape ``(*s)``.
+
+    Raises:
+      ValueError: ``t`` is no scalar, ``z`` of another shape than ``x``, or one of them not of
+        floating-point numbers.
+    """
+    check_example(x, t, z=z)
     mean, std = sde.marginal(x, t)
     return mean + std * z
 
@@ -60,8 +67,9 @@ def residual(sde: Kernel, score_xt: Anything, t: Scalar, z: Example, weighting: 
     """1/2 w(t) ||sigma(t) score + z||^2 in nats, a scalar.
 
     Raises:
-      ValueError: if the score's shape is not that of ``z``.
+      ValueError: if the score's shape is not that of ``z``, or ``t`` is no scalar.
     """
+    check_example(z, t)
     error = sde.std(t) * of_shape(score_xt, z) + z
     return 0.5 * weight(sde, t, weighting) * jnp.sum(error**2)
 
@@ -84,11 +92,11 @@ def dsm(
       1/2 w(t) ||sigma s(x_t, t) + z||^2, summed over dimensions, in nats.
 
     Raises:
-      ValueError: if ``t`` is not a scalar, which would give wrong losses by broadcasting, if the
-        weighting is unknown, or if the score's shape is not that of ``x``.
+      ValueError: if ``t`` is not a scalar, which would give wrong losses by broadcasting, if ``x``
+        or ``t`` are not of floating-point numbers, if the weighting is unknown, or if the score's
+        shape is not that of ``x``.
     """
-    if t.ndim:
-        raise ValueError(f"t has shape {t.shape}: give one example's scalar time, vmap over more")
+    check_example(x, t)
     noise_key, score_key = jax.random.split(key)
     z = jax.random.normal(noise_key, x.shape, x.dtype)
     return residual(sde, score(perturb(sde, x, t, z), t, score_key), t, z, weighting)

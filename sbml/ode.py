@@ -29,7 +29,7 @@ from sbml import compiler, quadrature, scalars
 from sbml.quadrature import Joint, WithIntegral, beside_integral
 from sbml.scalars import Number
 from sbml.sdes import SDE
-from sbml.types import Array, Example, Scalar, Score, deterministic, predictor
+from sbml.types import Array, Example, Scalar, Score, check_example, deterministic, predictor
 
 Count = Integer[Array, ""]
 Field = Callable[[Scalar, Example], Example]  # (t, y) -> dy/dt
@@ -162,7 +162,15 @@ def last_time(score: Score, sde: SDE) -> Number:
 def transport(
     score: Score, sde: SDE, x: Example, t0: Number, t1: Number, solver: Solver
 ) -> tuple[Example, Stats]:
-    """x(t1), shape ``(*s)``, of the ODE from ``x`` at ``t0``, in either direction, and stats."""
+    """x(t1), shape ``(*s)``, of the ODE from ``x`` at ``t0``, in either direction, and stats.
+
+    Raises:
+      ValueError: ``x`` is not of floating-point numbers, or an end lies outside [0, T].
+    """
+    check_example(x)
+    for t in (t0, t1):
+        if not scalars.traced(t, sde.T) and not 0 <= t <= sde.T:
+            raise ValueError(f"from t={t0} to {t1}: times lie in [0, {sde.T}]")
 
     def field(t: Scalar, x: Example) -> Example:
         return velocity(score, sde, x, t)
@@ -199,6 +207,7 @@ def solve(
       y(t1) and stats. y(t1) is NaN if the solver gave up; an error would stop the other images of
       the batch.
     """
+    check_example(y)
     method, per_step, once = _method(solver)
     end, stats = _integrate(_in_u(field, solver), method, t0, t1, y, solver)
     return end, stats(per_step, once)
@@ -233,6 +242,7 @@ def solve_with_integral(
         v, h, w = joint(u**solver.power, y)
         return _slope(u, solver) * v, _slope(u, solver) * h / y.size, w / y.size
 
+    check_example(y)
     method, per_step, _ = _method(solver)
     rates, start = beside_integral(_in_u(field, solver)), (y, jnp.zeros((2,), y.dtype))
     (end, integrals), stats = _integrate(
@@ -276,6 +286,8 @@ def _integrate(
       step and at the start.
     """
     compiler.check()
+    if not scalars.traced(t0, t1) and not (0 <= t0 < math.inf and 0 <= t1 < math.inf):
+        raise ValueError(f"from t={t0} to {t1}: give finite times of at least 0")
     u0, u1 = t0 ** (1 / solver.power), t1 ** (1 / solver.power)
     first, controller, max_steps = _steps(solver, u1 - u0)
     solution = diffrax.diffeqsolve(

@@ -40,7 +40,7 @@ from jaxtyping import Float
 
 from sbml import pytrees
 from sbml.sdes import Kernel
-from sbml.types import Array, Example, Key, Scalar, of_shape
+from sbml.types import Array, Example, Key, Scalar, check_example, of_shape
 
 Network = Callable[[Example, Scalar], Example]
 
@@ -94,6 +94,7 @@ class PredictionScore:
 
     def noise(self, x: Example, t: Scalar) -> Example:
         """E[e | x_t], shape ``(*s)``."""
+        check_example(x, t)
         return self._of((NOISE,), x, t)[0]
 
     def _of(
@@ -116,6 +117,7 @@ class PairScore(PredictionScore):
 
     def predictions(self, x: Example, t: Scalar) -> tuple[Example, Example]:
         """E[x_0 | x_t] and E[e | x_t], each ``(*s)``, by one call of the network."""
+        check_example(x, t)
         x_0, noise = self._of((DENOISED, NOISE), x, t)
         return x_0, noise
 

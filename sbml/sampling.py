@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from sbml.ode import Solver, Stats, transport
 from sbml.sdes import SDE
-from sbml.types import Example, Key, Scalar, Score, deterministic, predictor
+from sbml.types import Example, Key, Scalar, Score, check_example, deterministic, predictor
 
 
 def denoise(score: Score, sde: SDE, x: Example, t: Scalar) -> Example:
@@ -21,7 +21,11 @@ def predictions(score: Score, sde: SDE, x: Example, t: Scalar) -> tuple[Example,
     """E[x_0 | x_t] and E[z | x_t] = -sigma s(x_t, t) for x_t = alpha x_0 + sigma z.
 
     Both have shape ``(*s)``; the score is called once.
+
+    Raises:
+      ValueError: ``t`` is not a scalar, or ``x`` or ``t`` are not of floating-point numbers.
     """
+    check_example(x, t)
     both = predictor(score)
     if both is not None:
         return both(x, t)

@@ -41,8 +41,14 @@ Counts = Float[Array, "2 bins"]
 Draws = Float[Array, "n draws"]
 
 
+def _check_counts(n: int, draws: int) -> None:
+    if not all(isinstance(v, int | np.integer) and v >= 1 for v in (n, draws)):
+        raise ValueError(f"n={n}, draws={draws}: give integers of at least 1")
+
+
 def iid(key: Key, n: int, draws: int = 1) -> Draws:
     """``(n, draws)`` independent uniform points in [0, 1)."""
+    _check_counts(n, draws)
     return jax.random.uniform(key, (n, draws))
 
 
@@ -52,7 +58,11 @@ def lattice(key: Key, n: int, draws: int = 1) -> Draws:
     Column j is uniform on [j, j + 1) / draws, so a row's mean estimates an integral without bias.
     One point falls in each of the n x draws cells, and ``draws`` evenly spaced ones belong to each
     example i; the random permutation pi makes the assignment independent of the batch's order.
+
+    Raises:
+      ValueError: ``n`` or ``draws`` is no integer of at least 1.
     """
+    _check_counts(n, draws)
     shift_key, order_key = jax.random.split(key)
     row = (jax.random.permutation(order_key, n) + jax.random.uniform(shift_key)) / n
     u = (jnp.arange(draws)[None] + row[:, None]) / draws
@@ -99,12 +109,22 @@ def warp(u: Elementwise, density: Bins) -> tuple[Elementwise, Elementwise]:
       v in [0, 1) and 1/q(v), of the shape of ``u``.
 
     Raises:
-      ValueError: ``u`` is known and outside [0, 1), or ``density`` of another rank.
+      ValueError: ``u`` is known and outside [0, 1), or ``density`` of another rank, or known and
+        not positive: no point falls into a bin of density 0, and its part of the integral is lost.
     """
     compiler.check()
     check_points(u)
-    if density.ndim != 1:
+    if density.ndim != 1 or not density.size:
         raise ValueError(f"density has shape {density.shape}: give one number a bin, (bins,)")
+    if jnp.issubdtype(density.dtype, jnp.complexfloating):
+        raise ValueError(f"density is {density.dtype}: give real numbers")
+    if not scalars.traced(density):
+        known = np.asarray(density)
+        if not np.all((known > 0) & np.isfinite(known)):
+            raise ValueError(
+                f"density lies in [{known.min():g}, {known.max():g}]: give positive, finite "
+                "numbers, as of times.floored"
+            )
     bins = density.size
     below = jnp.cumsum(density / jnp.sum(density))
     # Summed in pieces, the rounded sums might fall or end beside 1: u < 1 must lie in a bin.
@@ -129,10 +149,12 @@ def floored(scale: Bins, floor: float = 0.1) -> Bins:
       floor: the part of the draws that stays uniform, in (0, 1].
 
     Raises:
-      ValueError: for a ``floor`` outside (0, 1].
+      ValueError: for a ``floor`` outside (0, 1], or a ``scale`` of another rank.
     """
     if not 0 < floor <= 1:
         raise ValueError(f"floor={floor}: must lie in (0, 1]")
+    if jnp.ndim(scale) != 1:
+        raise ValueError(f"scale has shape {jnp.shape(scale)}: give one number a bin, (bins,)")
     compiler.check()
     known = jnp.isfinite(scale) & (scale >= 0)
     largest = jnp.max(jnp.where(known, scale, 0))
@@ -158,11 +180,15 @@ def tally(counts: Counts, v: Vector, values: Vector, decay: float) -> Counts:
       decay: weight of the past; the memory is 1 / (1 - decay) batches.
 
     Raises:
-      ValueError: ``v`` and ``values`` are not of one shape ``(n,)``, or ``v`` is known and outside
-        [0, 1).
+      ValueError: ``v`` and ``values`` are not of one shape ``(n,)``, ``v`` is known and outside
+        [0, 1), ``counts`` of another shape, or ``decay`` outside [0, 1].
     """
     compiler.check()
     check_points(v)
+    if counts.ndim != 2 or len(counts) != 2:
+        raise ValueError(f"counts have shape {counts.shape}: give (2, bins), zeros at the start")
+    if not scalars.traced(decay) and not 0 <= decay <= 1:
+        raise ValueError(f"decay={decay}: must lie in [0, 1]")
     if v.ndim != 1 or values.shape != v.shape:
         raise ValueError(
             f"v has shape {v.shape}, values {values.shape}: give both as (n,), as by ravel()"
@@ -273,9 +299,17 @@ class Velocity(Importance):
 
 @dataclasses.dataclass(frozen=True)
 class Grid:
-    """The times i / (n - 1) of ``n`` noise levels, each as likely: with weight 1 a mean over i."""
+    """The times i / (n - 1) of ``n`` noise levels, each as likely: with weight 1 a mean over i.
+
+    Raises:
+      ValueError: ``n`` is no integer of at least 2.
+    """
 
     n: int
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.n, int | np.integer) or self.n < 2:
+            raise ValueError(f"n={self.n}: need an integer of at least 2 noise levels")
 
     def at(self, u: Elementwise) -> tuple[Elementwise, Elementwise]:
         """Times and weights, each of the shape of ``u`` in [0, 1)."""

@@ -65,6 +65,32 @@ Score = Callable[[Example, Scalar, Key | None], Example]
 BatchScore = Callable[[Batch, Vector, Key | None], Batch]
 
 
+def check_example(x: Anything, t: Anything | None = None, **same: Anything) -> None:
+    """Refuse what broadcasting or a conversion would make a wrong number of.
+
+    Args:
+      x: one example of floating-point numbers, any shape.
+      t: its scalar time, of floating-point numbers, or None.
+      same: by their names, further arrays of the shape of ``x``.
+
+    Raises:
+      ValueError: naming the argument, its shape or type, and what it must be.
+    """
+    time = {} if t is None or isinstance(t, float) else {"t": t}
+    for name, value in {"x": x, **time, **same}.items():
+        if not hasattr(value, "dtype") or not jnp.issubdtype(value.dtype, jnp.floating):
+            kind = getattr(value, "dtype", type(value).__name__)
+            raise ValueError(
+                f"{name} is {kind}: give an array of floating-point numbers; integer data are "
+                "dequantized first (sbml.bits.to_model)"
+            )
+    if t is not None and jnp.ndim(t):
+        raise ValueError(f"t has shape {t.shape}: give one example's scalar time, vmap over more")
+    for name, value in same.items():
+        if value.shape != x.shape:
+            raise ValueError(f"{name} has shape {value.shape}, x {x.shape}: give both the same")
+
+
 def of_shape(found: Anything, x: Example) -> Example:
     """Check ``found``, the value that a score returned for ``x``, and return it.
 

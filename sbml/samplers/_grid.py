@@ -20,7 +20,7 @@ from sbml.ode import Stats
 from sbml.samplers.corrector import NoCorrector
 from sbml.scalars import Number
 from sbml.sdes import SDE
-from sbml.types import Array, Example, Key, Score
+from sbml.types import Array, Example, Key, Score, check_example
 
 Path = Float[Array, "frames *s"]
 Times = Float[Array, "frames"]
@@ -115,6 +115,7 @@ class FixedSteps(abc.ABC):
         """
 
     def _scan(self, score: Score, sde: SDE, z: Example, key: Key, eps: Number, keep: bool) -> Any:
+        check_example(z)
         times = grid(sde, eps, self.steps, self.spacing)
         # No time precedes the first step: a fictitious one beyond T keeps divisors from being 0.
         before = jnp.concatenate([2 * times[:1] - times[1:2], times[:-2]])

@@ -28,7 +28,7 @@ import jax.numpy as jnp
 from sbml import compiler, pytrees, scalars
 from sbml.scalars import Number
 from sbml.sdes._inverse import inverse, slope
-from sbml.types import Array, Elementwise, Example, Key, Scalar
+from sbml.types import Array, Elementwise, Example, Key, Scalar, check_example
 
 if TYPE_CHECKING:
     from sbml.sdes.levels import Levels
@@ -79,7 +79,12 @@ class Kernel(abc.ABC):
         return self.T
 
     def marginal(self, x: Example, t: Scalar) -> tuple[Example, Scalar]:
-        """Mean ``(*s)`` and standard deviation ``()`` of p(x_t | x_0 = x)."""
+        """Mean ``(*s)`` and standard deviation ``()`` of p(x_t | x_0 = x).
+
+        Raises:
+          ValueError: ``t`` is no scalar, or ``x`` or ``t`` are not of floating-point numbers.
+        """
+        check_example(x, t)
         return self.mean_coef(t) * x, self.std(t)
 
     def check_time(self, eps: Number, name: str = "smallest time eps") -> Number:
@@ -152,7 +157,12 @@ class SDE(Kernel):
         )
 
     def drift(self, x: Example, t: Scalar) -> Example:
-        """f(t) x, shape ``(*s)``."""
+        """f(t) x, shape ``(*s)``.
+
+        Raises:
+          ValueError: ``t`` is no scalar, or ``x`` or ``t`` are not of floating-point numbers.
+        """
+        check_example(x, t)
         return self.drift_coef(t) * x
 
     def slopes(self, t: Elementwise) -> tuple[Elementwise, Elementwise]:

@@ -50,5 +50,7 @@ class Levels(Kernel):
         )
 
     def _at(self, values: tuple[float, ...], t: Elementwise) -> Elementwise:
+        if not jnp.issubdtype(t.dtype, jnp.floating):  # The levels would be integers too.
+            raise ValueError(f"t is {t.dtype}: give floating-point times in [0, 1]")
         last = len(values) - 1
         return jnp.asarray(values, t.dtype)[jnp.round(t * last).astype(jnp.int32)]

@@ -244,7 +244,7 @@ def test_fit_recovers_mean_and_covariance():
             r"trace=Trace\(kind='exact', .* control belongs to the denoising form only",
         ),
         ({"eps": 0.0}, "smallest time eps=0.0"),
-        ({"x": np.zeros(3, np.uint8)}, "x is of uint8: dequantize"),
+        ({"x": np.zeros(3, np.uint8)}, "x is uint8: give an array of floating"),
         ({"reduction": Reduction(proposal="lattice")}, "unknown proposal 'lattice'; choose from"),
         # This shape would broadcast against n draws without an error, and give far too low a bound.
         ({"u": jnp.full((4, 1), 0.5)}, r"u has shape \(4, 1\): give one example's \(n,\)"),

@@ -384,5 +384,5 @@ def test_probes_need_a_key() -> None:
 @pytest.mark.usefixtures("unchecked")
 def test_integers_are_refused() -> None:
     x = jnp.zeros(SHAPE, jnp.uint8)
-    with pytest.raises(ValueError, match="x is of uint8: dequantize integers first"):
+    with pytest.raises(ValueError, match="x is uint8: give an array of floating-point numbers"):
         ode_logp(data_of("gaussian").score, SDES["vp"](), x, None, eps=EPS, trace=EXACT)

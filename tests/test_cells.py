@@ -1,4 +1,4 @@
-"""The error bars of one cell: the solver's, a second draw's, the sweeps'."""
+"""The error bars of one cell: from the solver, from a second draw, and from sweeps."""
 
 import numpy as np
 import pytest
@@ -21,22 +21,23 @@ def trained(tmp_path_factory):
 
 
 def test_solver_guard_measures_the_solvers_error(trained, tmp_path):
-    """Within its budget by default; a loose tolerance is off by what the guard says, and marked."""
+    """The default is within its budget; the error of a loose tolerance is the measured one, and the
+    result is marked as unconverged."""
     few = {"subset": 16, "max_images": 16, "batch_size": 16}
     tight = cell_run(trained, tmp_path, ODE, **few).finish()
     assert tight.converged and abs(tight.solver_error.mean) < 3e-5
     run = cell_run(trained, tmp_path, ODE, rtol=0.1, atol=0.1, solver_budget=1e-5, **few)
-    found = run.finish()
+    result = run.finish()
     finer = cell_run(trained, tmp_path, ODE, rtol=2e-5, atol=2e-5, **few).rows(run.ids, 0)
-    error = np.mean(found.values - finer["bits_per_dim"])
-    assert found.solver_error.mean == pytest.approx(error) and abs(error) > 1e-5
-    assert not found.converged
-    assert any("UNCONVERGED" in w for w in run.result(found).warnings())
+    error = np.mean(result.values - finer["bits_per_dim"])
+    assert result.solver_error.mean == pytest.approx(error) and abs(error) > 1e-5
+    assert not result.converged
+    assert any("UNCONVERGED" in w for w in run.result(result).warnings())
 
 
 @pytest.mark.parametrize(("size", "converged"), [(4e-3, False), (1e-4, True)])
 def test_errors_of_either_sign_do_not_pass_for_none(size, converged):
-    """Four images off by 4e-3 in the mean 0: not within 1e-3; by 1e-4: within."""
+    """Four images have errors of ±4e-3 with mean 0: not within 1e-3; of ±1e-4: within."""
     signs, solver = np.asarray([1, -1, 1, -1]), Solver()
 
     def rows(ids, sweep, how):
@@ -57,10 +58,10 @@ def test_eight_euler_steps_are_refused(trained, tmp_path):
 
 def test_noise_of_a_solved_cell_is_that_of_a_second_draw_of_some(trained, tmp_path):
     run = cell_run(trained, tmp_path, ODE, max_images=40, subset=8)
-    found = run.finish()
+    result = run.finish()
     one, other = (run.rows(run.subset, draw)["bits_per_dim"] for draw in (0, 1))
-    variance = np.mean((one - other) ** 2) / 2  # of one image's noise
-    assert found.this_set.stderr == pytest.approx(np.sqrt(variance / 40), rel=1e-5)
+    variance = np.mean((one - other) ** 2) / 2  # The variance of one image's noise.
+    assert result.this_set.stderr == pytest.approx(np.sqrt(variance / 40), rel=1e-5)
 
 
 def test_sweeps_draw_times_of_their_own(trained, tmp_path):
@@ -86,5 +87,5 @@ def test_target_se_sweeps_until_it_is_reached(trained, tmp_path):
 
 def test_a_target_is_not_judged_by_few_sweeps(trained, tmp_path):
     run = cell_run(trained, tmp_path, BOUND, sweeps=1, target_se=1.0, max_images=20, n_times=4)
-    found = run.finish()
-    assert found.sweeps == 8 and 0 < found.this_set.stderr < 10
+    result = run.finish()
+    assert result.sweeps == 8 and 0 < result.this_set.stderr < 10

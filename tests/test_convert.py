@@ -1,4 +1,4 @@
-"""The authors' checkpoints: read, recognised, converted, and named where they do not fit."""
+"""Conversion of Song et al.'s checkpoints, and errors that name what does not fit."""
 
 from pathlib import Path
 from typing import Any
@@ -100,7 +100,7 @@ def test_the_work_directory_carries_the_architecture(
     assert architecture.of_workdir(free, converted.parent) is free
 
 
-def test_what_is_not_known_of_the_training_is_said(converted: Path) -> None:
+def test_the_report_warns_that_the_training_data_are_not_known(converted: Path) -> None:
     fitted = architecture.of_workdir(config(), converted)
     metadata = build.Experiment(fitted).restore(converted).metadata
     assert metadata["config"]["data"]["dequantization"] == "none"
@@ -112,7 +112,7 @@ def test_a_second_conversion_is_refused(converted: Path, tmp_path: Path) -> None
         convert.run(config(), converted, save(tmp_path, theirs()))
 
 
-# Every option that leaves a trace, alone and beside others that leave one in the same layers.
+# Every option that changes the parameters, alone and with others that change the same layers.
 OPTIONS: list[dict[str, Any]] = [
     {},
     {"ch_mult": (1,), "attn_resolutions": ()},
@@ -145,7 +145,7 @@ GIVEN = model_fields("ncsnpp")
 
 
 def shapes(fields: dict[str, Any]) -> Any:
-    """The parameters of the NCSN++ of ``fields``, as shapes."""
+    """The shapes of the parameters of the NCSN++ with these ``fields``."""
     x, label = np.zeros((1, *SHAPE), np.float32), np.ones(1, np.float32)
     model = ncsnpp.Model(**fields)
     init = jax.eval_shape(lambda k: model.init(k, x, label, train=False), jax.random.key(0))
@@ -157,7 +157,7 @@ def test_options_are_read_from_the_parameters(options: dict[str, Any]) -> None:
     fields = {**GIVEN, "nf": 8, "ch_mult": (1, 2), "num_res_blocks": 1, "attn_resolutions": (8,)}
     fields |= options
     params = shapes(fields)
-    # What the tree cannot tell is given; of the rest, nothing.
+    # Options that the parameters do not show are given; all others have their defaults.
     untold = {"attn_resolutions": fields["attn_resolutions"]}
     if not any(name.startswith(("Upsample", "Downsample")) for name in params):
         untold["fir"] = fields["fir"]
@@ -174,12 +174,13 @@ def test_options_are_read_from_the_parameters(options: dict[str, Any]) -> None:
             for name in ("vp", "subvp", "linear_ve")
             for kind in ("positional", "fourier")
         ),
-        ("ve", "fourier"),  # Theirs has no other for VE.
+        ("ve", "fourier"),  # Their code has no other embedding for VE.
     ],
 )
 def test_scores_follow_their_conventions(name: str, embedding: str, tmp_path: Path) -> None:
-    """Label 999 t and -F / std, by Fourier features of the label itself; for VE sigma, by those of
-    its logarithm, and F, which scale_by_sigma divides by sigma."""
+    """The label is 999 t and the score -F / std; Fourier features are those of the label itself.
+    For VE the label is sigma, Fourier features are those of its logarithm, and the score is F, or
+    F / sigma with scale_by_sigma."""
     tree = theirs()
     if embedding == "fourier":
         w, names = np.random.default_rng(0).normal(size=16).astype(np.float32), ("", "_sq")
@@ -207,7 +208,7 @@ def test_scores_follow_their_conventions(name: str, embedding: str, tmp_path: Pa
         ours = experiment.adapter(params).batch(x, t, None)
         std = np.asarray(experiment.sde.std(t))
         seen = np.log(std) if name == "ve" else 999 * t
-        # The same network told features that are made here.
+        # The same network, but the argument of the embedding is computed here.
         kind = "fourier_linear" if embedding == "fourier" else "positional"
         network = ncsnpp.Model(**{**reference.OPTIONS, "embedding_type": kind})
         out = np.asarray(network.apply({"params": params}, x, np.float32(seen), train=False))
@@ -216,7 +217,7 @@ def test_scores_follow_their_conventions(name: str, embedding: str, tmp_path: Pa
         np.testing.assert_allclose(ours, expected, rtol=2e-4, atol=2e-5 * np.abs(expected).max())
 
 
-def test_what_the_parameters_leave_open_must_be_said() -> None:
+def test_options_that_the_parameters_do_not_show_must_be_given() -> None:
     fields = {"nf": 8, "ch_mult": (1, 1), "num_res_blocks": 1, "attn_resolutions": (16,)}
     params = shapes(fields)
     with pytest.raises(ValueError, match=r"do not tell which.*\(16,\), \(8,\)"):
@@ -283,7 +284,7 @@ def test_leaves_of_a_dequantizer_are_named_before_anything_is_written(
     assert not (tmp_path / "ours").exists()
 
 
-def test_sources_that_are_none(tmp_path: Path) -> None:
+def test_errors_for_sources_that_are_no_checkpoint(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="--source=DIR"):
         convert.run(config(), tmp_path, None)
     with pytest.raises(ValueError, match=r"no checkpoint_N or ckpt-N.flax in"):
@@ -315,7 +316,7 @@ def test_sources_that_are_none(tmp_path: Path) -> None:
 
 
 def flow_of(model: variational.Model) -> tuple[dict[str, Any], Any]:
-    """Their checkpoint of the dequantizer ``model`` with random parameters, and these."""
+    """A checkpoint of their code for the dequantizer ``model``, and its random parameters."""
     shapes = jax.eval_shape(model.init, jax.random.key(0), np.zeros((2, *SHAPE), np.uint8))
     rng = np.random.default_rng(0)
     params = jax.tree.map(lambda s: rng.normal(size=s.shape).astype(np.float32), shapes)
@@ -338,7 +339,7 @@ def flow_of(model: variational.Model) -> tuple[dict[str, Any], Any]:
 
 
 @pytest.mark.parametrize("design", list(variational.DESIGNS))
-def test_the_dequantizer_comes_along(design: str, tmp_path: Path) -> None:
+def test_the_dequantizer_is_converted_with_the_score(design: str, tmp_path: Path) -> None:
     model = variational.Model(design, filters=8, components=3, blocks=2, heads=2)
     flow, params = flow_of(model)
     save(save(tmp_path, theirs()), flow, step=6, kind=authors.DEQUANTIZER)

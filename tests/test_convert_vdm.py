@@ -1,4 +1,4 @@
-"""VDM's checkpoints: recognised, converted whole, and evaluated to the bound of their formulas."""
+"""Conversion of VDM's checkpoints, and their evaluation compared with VDM's formulas."""
 
 import json
 import math
@@ -29,7 +29,7 @@ SHAPE = (8, 8, 3)
 
 
 def config() -> ConfigDict:
-    """That of CIFAR-10, for smaller images."""
+    """The config of CIFAR-10, for smaller images."""
     chosen = runpy.run_path(str(runs.ROOT / "configs" / "cifar10_vdm.py"))["get_config"]()
     chosen.data.update(source="image_folder", shape=SHAPE)
     return chosen
@@ -42,7 +42,7 @@ def save(folder: Path, tree: Any, name: str = "checkpoints-0/ckpt-3.flax") -> Pa
 
 
 def small(options: dict[str, Any], gamma: dict[str, Any] | None) -> dict[str, Any]:
-    """Parameters of their layout of the network of ``options``, zeros."""
+    """Zeros in the layout of their parameters, for the network with these ``options``."""
     model = vdm.Model(**options)
     x, label = np.zeros((1, *SHAPE), np.float32), np.ones(1, np.float32)
     init = jax.eval_shape(lambda k: model.init(k, x, label, train=False), jax.random.key(0))
@@ -92,7 +92,8 @@ def test_the_work_directory_carries_network_schedule_and_label(converted: Path) 
 def expected_terms(pixels: np.ndarray, u: np.ndarray, pair: Any, last: Any) -> dict[str, float]:
     """Prior, diffusion and reconstruction of one image in bits/dim, by VDM's formulas.
 
-    The schedule is linear between the ends of the stored one, the time u and the noise a e + b z.
+    The schedule is linear between the ends of the stored one. ``u`` are the times, and the noise is
+    a e + b z for the ``pair`` e, z; ``last`` is the noise at time 0.
     """
     gamma_0, gamma_1 = GIVEN["wide/gamma/gamma"][[0, -1]]
     f = 2 * (pixels + 0.5) / 256 - 1
@@ -120,7 +121,7 @@ def expected_terms(pixels: np.ndarray, u: np.ndarray, pair: Any, last: Any) -> d
 def test_an_evaluation_without_flags_is_their_bound(
     converted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """From a file of theirs to the report, at times and noises that are set here."""
+    """From their checkpoint to the report, with times and noises that this test sets."""
     rng = np.random.default_rng(0)
     u = rng.uniform(size=(4, 2)).astype(np.float32)
     pair, last = (rng.normal(size=s).astype(np.float32) for s in ((2, 2, *SHAPE), SHAPE))
@@ -133,7 +134,7 @@ def test_an_evaluation_without_flags_is_their_bound(
     chosen = config()
     chosen.data.update(path=str(tmp_path / "images"), cache_dir=str(tmp_path / "cache"))
     headline = (chosen.eval.estimators[0], chosen.eval.dequantizers[0])
-    # Of the table the headline alone, and no variance reduction, which would need draws of its own.
+    # Only the first cell of the table, without variance reduction, which would need other draws.
     chosen.eval.update(estimators=headline[:1], dequantizers=headline[1:], sweeps=2, batch_size=4)
     chosen.eval.update(control=False, proposal_bins=0)
     evaluate.run(architecture.of_workdir(chosen, converted), converted)
@@ -178,7 +179,7 @@ def test_network_and_schedule_are_read_from_the_parameters(
 
 
 def test_other_constants_of_the_label_are_a_flag(tmp_path: Path) -> None:
-    """Of a fixed schedule they are the ends too."""
+    """They are also the ends of a fixed schedule."""
     save(tmp_path, reference.train_state(small({"width": 32, "depth": 1}, None)))
     chosen = config()
     chosen.score.log_snr_range = (-6.0, 12.0)
@@ -190,7 +191,7 @@ def test_other_constants_of_the_label_are_a_flag(tmp_path: Path) -> None:
 
 
 def test_the_decoder_stays_where_it_was_trained() -> None:
-    """At t = 0 half a bin holds 3.02 standard deviations of noise; by default it would be 3."""
+    """At t = 0 half a bin is 3.02 standard deviations of the noise; other models use 3."""
     assert build.Experiment(config()).discrete_eps == 0.0
     moved = config()
     moved.eval.tau = 3.0
@@ -232,7 +233,7 @@ def test_what_does_not_fit_is_named_before_anything_is_written(
     assert not (tmp_path / "ours").exists()
 
 
-def test_checkpoints_that_are_not_whole(converted: Path, tmp_path: Path) -> None:
+def test_errors_for_checkpoints_that_do_not_fit(converted: Path, tmp_path: Path) -> None:
     tree = reference.train_state(small({"width": 32, "depth": 1}, None))
     save(tmp_path, tree)
     with pytest.raises(ValueError, match="has checkpoints already"):

@@ -1,4 +1,4 @@
-"""What every dequantizer promises, and the truncated normal against scipy's."""
+"""The contract of every dequantizer, and the truncated normal compared with scipy's."""
 
 import dataclasses
 
@@ -12,7 +12,7 @@ from sbml import dequantizers, discrete
 from sbml.dequantizers import truncated_normal
 
 SHAPE, DRAWS = (2, 2, 1), 4096
-# Few parameters where a model has sizes to choose.
+# Small sizes, for models that have these fields.
 SMALL = {"filters": 4, "components": 2, "blocks": 1, "heads": 1, "levels": 17}
 
 
@@ -47,7 +47,8 @@ def test_draws_are_a_function_of_the_key(drawn):
 
 
 def test_log_q_is_a_normalised_density(drawn):
-    """E_q [1 / q; u in a box] is the box's volume; at the bin's edges 1 / q is without bound."""
+    """E_q [1 / q; u in a box] is the volume of the box. The box leaves out the edges of the bin,
+    where 1 / q is unbounded."""
     u, log_q = (np.asarray(a, np.float64) for a in drawn[3])
     inside = np.all((u > 0.1) & (u < 0.9), axis=(1, 2, 3))
     inverse = np.where(inside, np.exp(-log_q), 0.0)
@@ -63,7 +64,7 @@ def test_models_are_hashable_and_say_what_they_are(name):
     assert hash(model) == hash(dataclasses.replace(model))
     assert model.at_noise in (True, False)
     assert dequantizers.has_density(model) or dequantizers.has_bound(model)
-    assert dequantizers.has_bound(model) == model.at_noise  # All of ours at noise have one.
+    assert dequantizers.has_bound(model) == model.at_noise  # All at noise in this package have one.
 
 
 def test_an_unknown_name_lists_the_choices():
@@ -75,7 +76,7 @@ def test_an_unknown_name_lists_the_choices():
 
 @pytest.mark.parametrize("tau", [0.5, 3.0])
 def test_truncated_normal_is_scipys(tau):
-    """Distribution by Kolmogorov and Smirnov, density pointwise, entropy by quadrature."""
+    """The samples by a Kolmogorov-Smirnov test, the density pointwise, the mean of log q."""
     model = truncated_normal.Model(tau)
     keys = jax.random.split(jax.random.key(0), 20_000)
     pixels = jnp.zeros((1,), jnp.uint8)

@@ -1,4 +1,4 @@
-"""Every image once, the same number whatever the batch, and nothing lost to a kill."""
+"""An evaluation counts every image once, does not depend on batches, and resumes after a kill."""
 
 import json
 import math
@@ -49,7 +49,7 @@ def test_every_image_counts_once(trained, table):
 
 @pytest.mark.parametrize("cell", [ODE, BOUND], ids=lambda c: c.name)
 def test_terms_add_up(table, cell):
-    """As the file says; that they are the right terms is in ``test_estimators``."""
+    """The terms in the file add up to the total; ``test_estimators`` tests the terms themselves."""
     total = sum(table[f"{cell.name}_{term}"] for term in cell.terms)
     np.testing.assert_allclose(total, table[f"{cell.name}_bits_per_dim"], rtol=0, atol=1e-6)
     np.testing.assert_allclose(table[f"{cell.name}_scale"], math.log2(17 / 2))
@@ -106,7 +106,7 @@ def test_eight_devices_change_nothing(trained, table, tmp_path):
 
 
 def test_killed_evaluation_ends_in_the_same_bytes(trained, tmp_path):
-    """SIGKILL once some parts are on disk; the second run makes only what is missing."""
+    """SIGKILL after some parts are on disk; the second run computes only the missing parts."""
     (tmp_path / "checkpoints").symlink_to(trained / "checkpoints")
 
     def parts():
@@ -114,13 +114,13 @@ def test_killed_evaluation_ends_in_the_same_bytes(trained, tmp_path):
 
     process = runs.start(tmp_path, "--mode=eval")
     while process.poll() is None and not parts():
-        time.sleep(0.003)  # More often would take the time it waits for.
+        time.sleep(0.003)  # Polling more often would slow down the other process.
     process.kill()
     process.communicate()
     before = {path: path.stat().st_mtime_ns for path in parts()}
     assert 0 < len(before) < 20
     runs.run(tmp_path, "--mode=eval", config=None)
-    assert all(path.stat().st_mtime_ns == made for path, made in before.items())
+    assert all(path.stat().st_mtime_ns == mtime for path, mtime in before.items())
     name = PER_IMAGE
     assert (tmp_path / name).read_bytes() == (trained / name).read_bytes()
     written = [read_json(path / EVALUATION) for path in (tmp_path, trained)]
@@ -130,7 +130,7 @@ def test_killed_evaluation_ends_in_the_same_bytes(trained, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "trained_on", "said"),
+    ("name", "trained_on", "phrase"),
     [
         ("truncated_normal", "uniform", "around bin centres"),
         ("uniform", "centre", "in the whole bins"),
@@ -138,13 +138,15 @@ def test_killed_evaluation_ends_in_the_same_bytes(trained, tmp_path):
         ("truncated_normal", "centre", ""),
     ],
 )
-def test_a_dequantizer_other_than_the_trainings_is_said(trained, name, trained_on, said):
+def test_a_dequantizer_that_does_not_fit_the_training_gives_a_warning(
+    trained, name, trained_on, phrase
+):
     experiment = build.Experiment(tiny.get_config())
     restored = experiment.restore(trained)
     restored.metadata["config"]["data"]["dequantization"] = trained_on
-    found = cells.Dequantization(experiment.dequantizer(name), {})
-    warnings = evaluate._dequantizer_mismatch(restored, name, found)
-    assert [said in w for w in warnings] == ([True] if said else [])
+    dequantizer = cells.Dequantization(experiment.dequantizer(name), {})
+    warnings = evaluate._dequantizer_mismatch(restored, name, dequantizer)
+    assert [phrase in w for w in warnings] == ([True] if phrase else [])
 
 
 def test_rows_of_other_terms_are_not_taken(trained, tmp_path, monkeypatch):
@@ -165,7 +167,7 @@ def test_evaluating_without_a_checkpoint_says_so(tmp_path):
 
 
 def test_score_matching_form_has_the_same_mean(trained, tmp_path):
-    """Two forms of one expectation, on the same images; the dsm form with its control variate."""
+    """Both forms have the same expectation on the same images; dsm uses its control variate."""
     runs_of = [cell_run(trained, tmp_path, Cell(name, "uniform"), sweeps=8, n_times=8)
                for name in ("bound", "bound_ssm")]  # fmt: skip
     dsm, ssm = (run.finish() for run in runs_of)
@@ -175,7 +177,7 @@ def test_score_matching_form_has_the_same_mean(trained, tmp_path):
 
 
 def test_score_matching_form_takes_the_exact_trace(trained, tmp_path):
-    """The exact divergence is what many probes come to; each way has rows of its own."""
+    """Many probes approach the exact divergence; each setting has its own rows."""
     cell, ids = Cell("bound_ssm", "uniform"), np.arange(4)
     exact = cell_run(trained, tmp_path, cell, trace="exact").rows(ids, 0)["diffusion"]
     one = cell_run(trained, tmp_path, cell).rows(ids, 0)["diffusion"]
@@ -187,9 +189,9 @@ def test_times_uniform_in_t_are_for_comparison(trained, tmp_path):
     fields = {"n_times": 8, "control": False, "proposal_bins": 0}
     ways = [cell_run(trained, tmp_path, BOUND, importance_sampling=way, **fields)
             for way in (True, False)]  # fmt: skip
-    found = [way.rows(np.arange(360), 0)["bits_per_dim"] for way in ways]
-    assert found[1].std() > 2 * found[0].std()
-    assert abs(found[0].mean() - found[1].mean()) < 4 * found[1].std() / np.sqrt(360)
+    first, second = (way.rows(np.arange(360), 0)["bits_per_dim"] for way in ways)
+    assert second.std() > 2 * first.std()
+    assert abs(first.mean() - second.mean()) < 4 * second.std() / np.sqrt(360)
     with pytest.raises(ValueError, match="importance_sampling=False with eval.proposal_bins=32"):
         cell_run(trained, tmp_path, BOUND, importance_sampling=False, proposal_bins=32)
 
@@ -233,7 +235,7 @@ def test_control_and_density_are_stored_with_the_evaluation(trained, tmp_path, m
 
 
 def test_several_samples_tighten_and_their_terms_add_up(trained, tmp_path, table):
-    """K = 4 with the exact trace, against the same densities put together by hand."""
+    """K = 4 with the exact trace, compared with groups of four densities averaged by hand."""
     count = 6
     few = {"max_images": count, "subset": 2}
     one = cell_run(trained, tmp_path, ODE, trace="exact", batch_size=count, **few)
@@ -267,7 +269,8 @@ def test_integers_left_alone_are_refused(trained, tmp_path):
 
 
 def test_the_report_tells_how_its_model_was_trained(trained, tmp_path):
-    """Not what the command of the evaluation says of it; samples of another model are left out."""
+    """The report shows the checkpoint's training settings, not those in the evaluation's config; it
+    leaves out samples of another model."""
     (tmp_path / "checkpoints").symlink_to(trained / "checkpoints")
     samples = read_npz(trained / "samples.npz")
     write_npz(tmp_path / "samples.npz", {**samples, "parameters_crc32": np.asarray(1)})
@@ -278,16 +281,16 @@ def test_the_report_tells_how_its_model_was_trained(trained, tmp_path):
     config.eval.update(max_images=2, subset=2, sweeps=1, estimators=("bound",))
     evaluate.run(config, tmp_path)
     report, ours = json.loads((tmp_path / "report.json").read_text()), tiny.get_config()
-    told = report["config"]
-    assert told["training"]["likelihood_weighting"] and told["optim"]["lr"] == ours.optim.lr
-    assert told["data"]["dequantization"] == "uniform" and told["eval"]["max_images"] == 2
+    stored = report["config"]
+    assert stored["training"]["likelihood_weighting"] and stored["optim"]["lr"] == ours.optim.lr
+    assert stored["data"]["dequantization"] == "uniform" and stored["eval"]["max_images"] == 2
     assert "samples" not in report
     assert [path.name for path in tmp_path.glob("per_image*")] == [PER_IMAGE]
     assert table2.read(tmp_path)["model"].endswith("(LW + IS)")
 
 
-def test_products_are_of_all_digits_unless_asked_otherwise(trained, tmp_path, monkeypatch):
-    """Accelerators' own precision is TF32 or bfloat16; other precision is another row."""
+def test_products_have_full_precision_by_default(trained, tmp_path, monkeypatch):
+    """Accelerators' default precision is TF32 or bfloat16; each precision has its own rows."""
     seen = []
     monkeypatch.setattr(
         evaluate, "_run", lambda *_: seen.append(jax.config.jax_default_matmul_precision)
@@ -307,7 +310,7 @@ def test_products_are_of_all_digits_unless_asked_otherwise(trained, tmp_path, mo
 
 
 def test_an_exact_trace_takes_few_images_at_once(trained, tmp_path):
-    """64 directions of each: 32 images have as many as fit. Rows do not depend on it."""
+    """Each image has 64 directions, so a batch has at most 32 images. Rows do not depend on it."""
     sizes = [
         cell_run(trained, tmp_path, cell, trace=trace).batch_size
         for cell in (ODE, BOUND)
@@ -317,7 +320,7 @@ def test_an_exact_trace_takes_few_images_at_once(trained, tmp_path):
 
 
 def test_table2_reads_what_the_modes_wrote(trained, tmp_path):
-    """Likelihood and FID of one work directory, the FID only while it is of its own samples."""
+    """Likelihood and FID of one work directory; the FID only if it belongs to its samples."""
     for name in (EVALUATION, PER_IMAGE, SAMPLES):
         (tmp_path / name).write_bytes((trained / name).read_bytes())
     images = read_npz(tmp_path / SAMPLES)["images"]
@@ -333,7 +336,7 @@ def test_table2_reads_what_the_modes_wrote(trained, tmp_path):
 
 
 def test_every_cell_of_the_table_from_one_checkpoint(trained, tmp_path):
-    """Two estimators, three ways to meet integers; bounds above the density where it is exact."""
+    """Two estimators with three dequantizers; the undefined cell is listed."""
     (tmp_path / "checkpoints").symlink_to(trained / "checkpoints")
     config = tiny.get_config()
     config.eval.dequantizers = ("uniform", "truncated_normal", "categorical")

@@ -1,6 +1,6 @@
-"""Inception-v3 against torchvision's and pytorch-fid's with random weights; other extractors.
+"""Inception-v3 with random weights, compared with torchvision and pytorch-fid; other extractors.
 
-What PyTorch makes of the weights is stored: ``data/make_inception.py`` writes it.
+The outputs of PyTorch are stored in a file, which ``data/make_inception.py`` writes.
 """
 
 import functools
@@ -52,11 +52,11 @@ def test_weights_are_read_without_pytorch(kind: str) -> None:
         "count": np.array(7),
     }
     state["shared"] = state["a.weight"][1]
-    found = read_state_dict(DATA / f"state_{kind}.pth")
-    assert found.keys() == state.keys()
+    arrays = read_state_dict(DATA / f"state_{kind}.pth")
+    assert arrays.keys() == state.keys()
     for name, value in state.items():
-        assert found[name].dtype == value.dtype
-        np.testing.assert_array_equal(found[name], value)
+        assert arrays[name].dtype == value.dtype
+        np.testing.assert_array_equal(arrays[name], value)
 
 
 def test_nothing_in_a_weights_file_is_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -70,16 +70,16 @@ def test_nothing_in_a_weights_file_is_run(tmp_path: Path, monkeypatch: pytest.Mo
         read_state_dict(tmp_path / "text.pth")
 
 
-def test_the_malicious_files_harm_who_trusts_them(
+def test_ordinary_pickle_runs_the_code_in_the_malicious_files(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Or the test above would show nothing."""
+    """Otherwise the test above would show nothing."""
     monkeypatch.chdir(tmp_path)
     with zipfile.ZipFile(DATA / "malicious_zip.pth") as archive:
         pickle.loads(archive.read("malicious_zip/data.pkl"))
     (tmp_path / "harm").unlink()
     with (DATA / "malicious_legacy.pth").open("rb") as file:
-        for _ in range(4):  # magic number, protocol, about the system, the state dict
+        for _ in range(4):  # Magic number, protocol, description of the system, state dict.
             pickle.load(file)
     assert (tmp_path / "harm").exists()
 
@@ -95,7 +95,7 @@ def test_the_file_is_checked_and_converted_once(
     with pytest.raises(ValueError, match=f"has the SHA-256 {digest}, not 6726825d"):
         EXTRACTORS["inception"](sha256="6726825d", **options)
     extractor = EXTRACTORS["inception"](sha256=digest[:8], **options)
-    # Only the published weights make numbers by these names.
+    # Only numbers from the published weights have the plain names.
     assert extractor.names[0] == f"FID (weights {digest[:8]})"
     features, probabilities = extractor(IMAGES)
     assert features.shape == (2, 2048) and probabilities.shape == (2, 1008)
@@ -112,7 +112,7 @@ def test_without_weights_the_error_says_what_to_do(weights: str, tmp_path: Path)
         EXTRACTORS["inception"](weights=weights, sha256="", levels=256, cache=str(tmp_path))
 
 
-def test_other_weights_are_named(tmp_path: Path) -> None:
+def test_leaves_of_unsuitable_weights_are_named(tmp_path: Path) -> None:
     state = dict(weights("pytorch_fid"))
     state["fc.bias"] = np.zeros(3, np.float32)
     state.pop("Mixed_7c.branch_pool.conv.weight")
@@ -146,7 +146,7 @@ def test_pickles_that_are_no_state_dict(tmp_path: Path) -> None:
 
 
 def test_a_tensor_beyond_its_storage_is_refused() -> None:
-    """Whatever lies behind it in memory would be read."""
+    """Otherwise the memory behind the storage would be read."""
     storage = np.arange(6.0)
     np.testing.assert_array_equal(_tensor(storage, 1, (2, 2), (3, 1)), [[1, 2], [4, 5]])
     assert _tensor(storage, 6, (0, 4), (4, 1)).size == 0

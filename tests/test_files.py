@@ -1,4 +1,4 @@
-"""Side files: what is read is what was written, or an error that names the file."""
+"""Files with checksums: reading gives what was written, or an error that names the file."""
 
 import json
 
@@ -34,9 +34,9 @@ def test_arrays_come_back_bit_for_bit_and_others_read_them(tmp_path):
     path = tmp_path / "x.npz"
     files.write_npz(path, ARRAYS)
     first = path.read_bytes()
-    for found in (files.read_npz(path), dict(np.load(path))):
-        assert found.keys() == ARRAYS.keys()
-        assert all(found[name].tobytes() == value.tobytes() for name, value in ARRAYS.items())
+    for arrays in (files.read_npz(path), dict(np.load(path))):
+        assert arrays.keys() == ARRAYS.keys()
+        assert all(arrays[name].tobytes() == value.tobytes() for name, value in ARRAYS.items())
     files.write_npz(path, ARRAYS)
     assert path.read_bytes() == first
 
@@ -52,7 +52,7 @@ def test_every_damage_of_arrays_is_an_error_that_names_the_file(tmp_path):
 
 
 def test_damaged_json_is_an_error_or_the_same_values(tmp_path):
-    """A space or an escape can change and leave the value as it is."""
+    """If a space or an escape changes, the values can stay the same."""
     path = tmp_path / "x.json"
     files.write_json(path, VALUES)
     assert files.read_json(path) == VALUES
@@ -103,10 +103,10 @@ def test_a_damaged_line_of_metrics_costs_no_other(tmp_path, caplog):
     lines = path.read_text().splitlines(keepends=True)
     assert metrics.read(tmp_path)[2] == {"step": 3, "loss": 1 / 3, "seconds": 3.0}
     lines[1] = lines[1].replace('"loss": 0.5', '"loss": 0.7')
-    path.write_text("".join(lines) + '{"step": 6, "lo')  # Killed while writing the last.
+    path.write_text("".join(lines) + '{"step": 6, "lo')  # As if killed while writing the last line.
     assert [row["step"] for row in metrics.read(tmp_path)] == [1, 3, 4, 5]
     assert f"line 2 of {path} is damaged" in caplog.text and "line 6" not in caplog.text
-    writer = metrics.MetricsWriter(tmp_path, 4)  # A run that goes on from step 4.
+    writer = metrics.MetricsWriter(tmp_path, 4)  # A run that resumes from step 4.
     writer.scalars(5, {"loss": 0.3, "seconds": 5.5})
     writer.close()
     assert [row["step"] for row in metrics.read(tmp_path)] == [1, 3, 4, 5]
@@ -124,7 +124,7 @@ def test_a_changed_pixel_or_note_prepares_the_images_again(tmp_path, caplog):
         whole = prepare()[0] is not None and (tmp_path / name).read_bytes()
         for content in (b"", whole[: len(whole) // 2], *flips(whole, 40)):
             (tmp_path / name).write_bytes(content)
-            found, notes = prepare()
-            np.testing.assert_array_equal(found, images)
+            arrays, notes = prepare()
+            np.testing.assert_array_equal(arrays, images)
             assert notes == {"n": 3}
     assert "train.npy is damaged" in caplog.text and "train.json is damaged" in caplog.text

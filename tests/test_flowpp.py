@@ -1,9 +1,9 @@
-"""The Flow++ dequantizer: closed forms, inverse, initialisation, and the numbers of another code.
+"""The Flow++ dequantizer: closed forms, inverse, initialisation, and numbers of other code.
 
-``data/flowpp_small.npz`` holds a flow with Song et al.'s names and layout whose parameters are
-small integers times a step, and, for two images, the logits of u and log q by a separate
-implementation in NumPy and float64 that was checked against Song et al.'s own float32 numbers.
-``flowpp_numpy`` is another such one, of both designs.
+``data/flowpp_small.npz`` holds a flow with Song et al.'s names and layout, whose parameters are
+small integers times a step. For two images it also holds the logits of u and log q, computed by a
+separate implementation in NumPy and float64, which was compared with float32 numbers of Song et
+al.'s code. ``flowpp_numpy`` is another such implementation, for both designs.
 """
 
 import dataclasses
@@ -43,7 +43,7 @@ def strict_ranks() -> Iterator[None]:
 
 @pytest.fixture(scope="module", params=["cifar10", "imagenet32"])
 def tiny(request: pytest.FixtureRequest) -> Iterator[flowpp.Model]:
-    """A small flow of each design, with two couplings: its layers are slow to compile."""
+    """A small flow of each design; it has only two couplings, which are slow to compile."""
     design = flowpp.DESIGNS[request.param]
     fewer = design._replace(couplings=2, context_blocks=2)
     with pytest.MonkeyPatch.context() as patch:
@@ -58,7 +58,8 @@ def pixels(n: int, seed: int = 0) -> Array:
 
 @pytest.fixture(scope="module")
 def params(tiny: flowpp.Model) -> Any:
-    """Random, and no layer near the identity; the initialisers, slow to compile, are not run."""
+    """Random parameters with which no layer is near the identity. They replace the initialisers,
+    which are slow to compile."""
     rng = np.random.default_rng(7)
 
     def draw(path: tuple[str, ...], shape: tuple[int, ...]) -> np.ndarray:
@@ -82,7 +83,7 @@ def params(tiny: flowpp.Model) -> Any:
 
 @pytest.fixture(scope="module")
 def reference() -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """Parameters under their foreign names, and the other arrays of the file."""
+    """Parameters under Song et al.'s names, and the other arrays of the file."""
     with np.load(FILE) as file:
         arrays = {name: file[name] for name in file}
     shapes = json.loads(str(arrays["names"]))
@@ -100,7 +101,7 @@ def mixture(seed: int, shape: tuple[int, ...], components: int) -> mixture_logis
     return mixture_logistic.Mixture(*jnp.asarray(arrays))
 
 
-# The mixture's map
+# The map of the mixture of logistics
 
 
 def test_the_map_is_the_logit_of_the_mixtures_cdf_and_its_slope() -> None:
@@ -147,7 +148,7 @@ def test_the_clipped_map_is_the_same_between_its_clips_and_constant_beyond() -> 
 @pytest.mark.parametrize(
     ("kernel_size", "weight_norm"), [((), False), ((3, 3), False), ((3, 3), True)]
 )
-def test_an_affine_layer_starts_centred_with_the_deviation_asked_for(
+def test_an_affine_layer_starts_with_mean_0_and_the_chosen_deviation(
     kernel_size: tuple[int, ...], weight_norm: bool
 ) -> None:
     x = 3.0 + 5.0 * jax.random.normal(jax.random.key(0), (8, 4, 4, 6))
@@ -221,7 +222,7 @@ def test_forward_of_inverse_is_the_identity_in_float32(tiny: flowpp.Model, param
 
 
 def test_inverse_of_forward_is_the_identity(tiny: flowpp.Model, params: Any) -> None:
-    """In float64: float32 loses the logit of a u near 1 (the next section does without u)."""
+    """In float64, because float32 loses the logit of a u near 1."""
     with jax.enable_x64(True):
         double = jax.tree.map(lambda x: jnp.asarray(x, jnp.float64), params)
         k = pixels(8, 1)
@@ -277,7 +278,7 @@ def test_dropout_needs_a_key_and_changes_the_noise_only_in_training(
     assert float(jnp.abs(shaken - still).max()) > 1e-3
 
 
-# Sizes, names, foreign numbers
+# Numbers of parameters, names of parameters, and results of other code
 
 
 @pytest.mark.parametrize(
@@ -296,7 +297,7 @@ def test_the_models_have_the_published_numbers_of_parameters(
     assert sum(x.size for x in jax.tree.leaves(shapes)) == count
 
 
-@pytest.mark.parametrize("log_scale", [0.0, -9.0])  # The least one kept is -7.
+@pytest.mark.parametrize("log_scale", [0.0, -9.0])  # Smaller ones are replaced by -7.
 def test_numpy_finds_the_same_logits_and_log_q(
     log_scale: float, tiny: flowpp.Model, params: Any
 ) -> None:
@@ -309,7 +310,7 @@ def test_numpy_finds_the_same_logits_and_log_q(
         u, log_q = FORWARD(tiny, double, k, jnp.asarray(eps))
     foreign = flowpp_numpy.foreign(double)
     logits, expected = flowpp_numpy.flow(foreign, np.asarray(k) / 16 - 0.5, eps, 1, 2)
-    # jax.nn.dot_product_attention takes its softmax in float32; narrow logistics magnify that.
+    # jax.nn.dot_product_attention has a softmax in float32; narrow logistics magnify its error.
     np.testing.assert_allclose(u, special.expit(logits), atol=1e-6 if log_scale else 1e-7)
     np.testing.assert_allclose(log_q, expected, rtol=1e-8, atol=1e-6)
     again = flowpp.from_reference(foreign)

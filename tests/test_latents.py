@@ -1,4 +1,4 @@
-"""Latents lead back to their images; what is known of an image stays, the rest fits it."""
+"""Decoded latents give back their images; completions keep the known part and fit it."""
 
 from pathlib import Path
 
@@ -46,8 +46,9 @@ def test_interpolations_keep_the_priors_variance() -> None:
 
 @pytest.mark.parametrize("name", SDES)
 def test_the_unknown_follows_the_known(name: str) -> None:
-    """Two correlated pixels: given one, the other has the conditional's mean and variance, up to
-    what 40 corrector steps a time leave of the replacement's bias."""
+    """One of two correlated pixels is given. The other has the mean and variance of the conditional
+    distribution, up to the bias of replacement that remains after 40 corrector steps at each
+    time."""
     sde, rho, n = SDES[name](), 0.8, 1500
     values, vectors = np.linalg.eigh(np.array([[1.0, rho], [rho, 1.0]]) * 0.25)
     data = oracle.Gaussian(sde, jnp.zeros(2), jnp.asarray(values), jnp.asarray(vectors))
@@ -91,17 +92,17 @@ def test_a_model_of_digits_reconstructs(tmp_path: Path) -> None:
     config.latents.update(count=3, frames=4, steps=10)
     train.run(config, tmp_path)
     latents.run(config, tmp_path)
-    found = read_npz(tmp_path / "latents.npz")
-    assert found["latent"].shape == (3, 8, 8, 1) and found["id"].tolist() == [0, 179, 359]
-    assert found["reconstruction_error"].max() < 1e-2
-    experiment = Experiment(config)  # A path alone is solved ten times more strictly.
+    stored = read_npz(tmp_path / "latents.npz")
+    assert stored["latent"].shape == (3, 8, 8, 1) and stored["id"].tolist() == [0, 179, 359]
+    assert stored["reconstruction_error"].max() < 1e-2
+    experiment = Experiment(config)  # Latents use a ten times smaller tolerance.
     solver = experiment.eval_solver.tighter(10)
     assert solver.rtol == pytest.approx(config.eval.rtol / 10)
     score = experiment.adapter(experiment.restore(tmp_path).state.ema_params)
     images = experiment.images("test")
-    x = bits.to_model(jnp.asarray(images.images[found["id"]]), 0.5, images.levels)
+    x = bits.to_model(jnp.asarray(images.images[stored["id"]]), 0.5, images.levels)
     how = {"sde": experiment.sde, "eps": experiment.eval_eps, "solver": solver}
-    np.testing.assert_array_equal(found["latent"], latents.encode(score, x, **how))
+    np.testing.assert_array_equal(stored["latent"], latents.encode(score, x, **how))
     for name, cells in (("reconstruction", 3), ("interpolation", 4), ("inpainting", 6)):
         assert Image.open(tmp_path / f"{name}.png").width == cells * 66 - 2
     assert not (tmp_path / "colourisation.png").exists()

@@ -1,4 +1,4 @@
-"""Layers of the networks against their definitions, computed in float64 by NumPy and SciPy."""
+"""Layers of the networks, compared with their definitions in float64 by NumPy and SciPy."""
 
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -55,14 +55,14 @@ def test_dropout_drops_at_its_rate_and_keeps_the_mean(channels: int) -> None:
         assert np.abs(noise).max() < 5 / np.sqrt(n)
 
 
-def test_dropout_scales_by_the_rate_that_it_has() -> None:
+def test_dropout_scales_by_its_rounded_rate() -> None:
     assert layers.dropout(KEY, jnp.ones(1000), 1 - 2**-20).max() in (0, 2**16)
     np.testing.assert_array_equal(layers.dropout(KEY, jnp.ones(1000), 2**-20), 1)
     assert layers.dropout(KEY, jnp.ones(8, jnp.bfloat16), 0.1).dtype == jnp.bfloat16
 
 
 def test_a_residual_gradient_is_computed_once() -> None:
-    """In the step that XLA compiles, no fusion holds the gradients of many blocks."""
+    """In the compiled training step, no fusion contains the gradients of many blocks."""
     model = ncsnpp.Model(nf=8, ch_mult=(1,), num_res_blocks=4, attn_resolutions=(), dropout=0.0)
     x, label = normal(1, 2, 4, 4, 1), jnp.ones(2)
     params = random_params(model, x.shape)
@@ -83,7 +83,8 @@ def test_a_residual_gradient_is_computed_once() -> None:
 
 @pytest.mark.usefixtures("x64")
 def test_materialise_changes_no_value_and_no_derivative() -> None:
-    """Forward, in reverse, one by one, twice in both orders, and recomputed for the gradient."""
+    """Forward and reverse mode, under vmap, second derivatives in both orders, and with
+    ``jax.checkpoint``."""
     x, v, a = normal(1, 2, 3, 4), normal(2, 2, 3, 4), normal(3, 1, 1, 4)
 
     def forms(materialise: Callable[[jax.Array], jax.Array]) -> list[Any]:
@@ -145,15 +146,15 @@ def test_embeddings_equal_the_definition() -> None:
     angle = 2 * np.pi * np.log(3) * np.asarray(w, float)
     np.testing.assert_allclose(out, np.sum(np.sin(angle) + np.cos(angle)), atol=1e-4)
     np.testing.assert_array_equal(gradient["W"], 0)
-    made = layers.GaussianFourierProjection(20_000, 16.0).init(KEY, label)["params"]["W"]
-    assert abs(made.std() / 16 - 1) < 5 / np.sqrt(2 * 20_000)
+    weights = layers.GaussianFourierProjection(20_000, 16.0).init(KEY, label)["params"]["W"]
+    assert abs(weights.std() / 16 - 1) < 5 / np.sqrt(2 * 20_000)
 
 
 def test_initial_weights_have_variance_scale_over_average_fan() -> None:
-    made = layers.fan_avg(0.1)(KEY, (3, 3, 40, 60))
+    weights = layers.fan_avg(0.1)(KEY, (3, 3, 40, 60))
     limit = np.sqrt(3 * 0.1 / (9 * (40 + 60) / 2))
-    assert 0.999 * limit < jnp.abs(made).max() <= limit
-    assert abs(made.std() / (limit / np.sqrt(3)) - 1) < 0.02
+    assert 0.999 * limit < jnp.abs(weights).max() <= limit
+    assert abs(weights.std() / (limit / np.sqrt(3)) - 1) < 0.02
     assert 0 < jnp.abs(layers.fan_avg(0.0)(KEY, (8, 8))).max() < 1e-5
 
 

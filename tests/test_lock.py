@@ -1,4 +1,4 @@
-"""One process at a time: the second is told who the first is; a dead owner holds nothing."""
+"""Only one process holds a lock; the error names the owner; a dead owner holds no lock."""
 
 import json
 import os
@@ -25,13 +25,13 @@ with Workdir(sys.argv[1]).lock("train"):
 """
 
 
-def test_a_second_process_is_told_who_works_and_a_killed_one_holds_nothing(tmp_path):
+def test_a_second_process_learns_the_owner_and_a_killed_owner_loses_the_lock(tmp_path):
     command = [sys.executable, "-c", HOLD, str(tmp_path)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None and process.stdout.readline() == "held\n"
         host = socket.gethostname()
-        told = rf"{tmp_path}: process {process.pid} on {host}, since .* does --mode=train here"
-        with pytest.raises(BusyError, match=told), Workdir(tmp_path).lock("train"):
+        message = rf"{tmp_path}: process {process.pid} on {host}, since .* does --mode=train here"
+        with pytest.raises(BusyError, match=message), Workdir(tmp_path).lock("train"):
             pass
         with Workdir(tmp_path).lock("eval"):  # Another purpose.
             pass
@@ -41,7 +41,7 @@ def test_a_second_process_is_told_who_works_and_a_killed_one_holds_nothing(tmp_p
     assert not (tmp_path / ".train.json").exists()
 
 
-def test_within_one_process_too_and_again_afterwards(tmp_path):
+def test_the_lock_also_works_within_one_process_and_can_be_taken_again(tmp_path):
     for _ in range(2):
         workdir = Workdir(tmp_path)
         with workdir.lock("train"), pytest.raises(BusyError), Workdir(tmp_path).lock("train"):
@@ -54,7 +54,7 @@ def test_within_one_process_too_and_again_afterwards(tmp_path):
 
 @pytest.fixture
 def lease(tmp_path, monkeypatch):
-    """What an object store gets, on a disk."""
+    """The lock of an object store, here on a disk."""
     monkeypatch.setattr(lock, "RENEWED_EVERY", 0.02)
     return lambda: lock._Lease(epath.Path(tmp_path) / ".train.lock")
 
@@ -79,7 +79,7 @@ def test_a_lease_is_renewed_while_it_is_held(tmp_path, lease):
     lease().acquire()
 
 
-def test_a_lease_of_the_living_is_kept_and_of_the_dead_is_taken_over(tmp_path, lease):
+def test_a_lease_is_taken_over_only_if_its_owner_is_dead_or_silent(tmp_path, lease):
     dead = subprocess.Popen([sys.executable, "-c", ""])
     dead.wait()
     here, parent = socket.gethostname(), os.getppid()
@@ -89,7 +89,7 @@ def test_a_lease_of_the_living_is_kept_and_of_the_dead_is_taken_over(tmp_path, l
         (here, parent, 1, False),
         (here, parent, 91, True),
         (here, dead.pid, 1, True),
-        (here, os.getpid(), 1, True),  # A former process of this number.
+        (here, os.getpid(), 1, True),  # An earlier process with this number.
     ]:
         write(tmp_path, host, process, age)
         taken = lease()
@@ -101,7 +101,7 @@ def test_a_lease_of_the_living_is_kept_and_of_the_dead_is_taken_over(tmp_path, l
                 taken.acquire()
 
 
-def test_the_one_that_is_overwritten_says_so(tmp_path, lease, caplog):
+def test_an_owner_whose_lease_is_overwritten_logs_an_error(tmp_path, lease, caplog):
     held = lease()
     held.acquire()
     write(tmp_path, "elsewhere", 5, 0)

@@ -1,4 +1,4 @@
-"""NCSN++ against counted parameters, the original code's numbers and the architecture's wiring."""
+"""NCSN++: numbers of parameters, outputs of the original code, and connections between layers."""
 
 import re
 from collections.abc import Callable, Iterator
@@ -34,20 +34,21 @@ def test_parameter_counts_of_the_paper(blocks: int, count: int) -> None:
 
 
 def test_output_equals_the_original_code() -> None:
-    given = reference.load()
+    case = reference.load()
     model = ncsnpp.Model(**reference.OPTIONS)
-    made = shapes(model, given.x.shape)
-    assert made == {k: v.shape for k, v in flatten_dict(given.params, sep="/").items()}
-    apply = jax.jit(lambda x, label: model.apply({"params": given.params}, x, label, train=False))
-    np.testing.assert_allclose(apply(given.x, 999 * given.t), given.network, atol=1e-5, rtol=0)
+    tree = shapes(model, case.x.shape)
+    assert tree == {k: v.shape for k, v in flatten_dict(case.params, sep="/").items()}
+    apply = jax.jit(lambda x, label: model.apply({"params": case.params}, x, label, train=False))
+    np.testing.assert_allclose(apply(case.x, 999 * case.t), case.network, atol=1e-5, rtol=0)
     # An image's result does not depend on the others of its batch.
-    others = apply(given.x[[1, 1, 1, 0]], 999 * given.t[[1, 1, 1, 0]])
-    np.testing.assert_allclose(others, given.network[[1, 1, 1, 0]], atol=1e-5, rtol=0)
+    others = apply(case.x[[1, 1, 1, 0]], 999 * case.t[[1, 1, 1, 0]])
+    np.testing.assert_allclose(others, case.network[[1, 1, 1, 0]], atol=1e-5, rtol=0)
 
 
-# Options -> weights that appear or change shape, modules that disappear, relative to SMALL with 8x8
-# images: 8 channels at 8x8, 16 at 4x4. Its blocks: 0 encodes, 1 halves, 2 encodes, 3 and 4 are in
-# the middle, 5 and 6 decode, 7 doubles, 8 and 9 decode.
+# Options, weights that appear or change their shape, and modules that disappear, compared with the
+# network SMALL on 8x8 images. SMALL has 8 channels at 8x8 and 16 at 4x4. Its blocks: 0 encodes,
+# 1 halves the image, 2 encodes, 3 and 4 are in the middle, 5 and 6 decode, 7 doubles, 8 and 9
+# decode.
 BLOCK = "ResnetBlockBigGANpp_"
 TREES: list[tuple[dict[str, Any], dict[str, tuple[int, ...]], set[str]]] = [
     ({"fir": True, "fir_kernel": (1, 2, 1)}, {}, set()),
@@ -115,7 +116,8 @@ TREES: list[tuple[dict[str, Any], dict[str, tuple[int, ...]], set[str]]] = [
         {f"{BLOCK}2/Conv_2"},
     ),
 ]
-# The same where resampling is not part of a block: blocks 1 and 7 go, six come before the double.
+# The same for "ddpm" blocks, which do not resample: there are no blocks 1 and 7, and the doubling
+# follows the sixth block.
 DDPM: list[tuple[dict[str, Any], dict[str, tuple[int, ...]]]] = [
     (
         {},
@@ -146,7 +148,7 @@ DDPM: list[tuple[dict[str, Any], dict[str, tuple[int, ...]]]] = [
 
 
 def weights(model: nn.Module) -> dict[str, tuple[int, ...]]:
-    """Every parameter but the biases; and for each weight that has a bias, its bias is there."""
+    """Shapes of all parameters but the biases; asserts that every layer has its bias."""
     tree = shapes(model, (2, 8, 8, 3))
     biases = {path for path in tree if path.split("/")[-1] in ("bias", "b")}
     kept = {path: shape for path, shape in tree.items() if path not in biases}
@@ -165,9 +167,9 @@ def test_tree_of_each_option(options: dict, added: dict, gone: set[str]) -> None
 
 @pytest.mark.parametrize(("options", "added"), DDPM)
 def test_tree_of_ddpm_blocks(options: dict, added: dict) -> None:
-    made = weights(ncsnpp.Model(**SMALL | options | {"resblock_type": "ddpm"}))
-    inside = {k: v for k, v in made.items() if k.startswith("Resnet")}
-    around = {k: v for k, v in made.items() if not k.startswith(("Resnet", "Attn", "Dense"))}
+    tree = weights(ncsnpp.Model(**SMALL | options | {"resblock_type": "ddpm"}))
+    inside = {k: v for k, v in tree.items() if k.startswith("Resnet")}
+    around = {k: v for k, v in tree.items() if not k.startswith(("Resnet", "Attn", "Dense"))}
     head = {"GroupNorm_0/scale": (8,), "Conv_1/kernel": (3, 3, 8, 3)}
     assert around == {"Conv_0/kernel": (3, 3, 3, 8)} | head | added
     # Channels in and out of the encoder's two blocks, the middle's two and the decoder's four.
@@ -234,14 +236,14 @@ def test_blocks_and_skips() -> None:
         normed = calls.out(f"{path}/GroupNorm_0")
         same(calls.into(f"{path}/Conv_0"), resample(np.where(normed > 0, normed, 0.2 * normed)))
         same(calls.into(f"{path}/Conv_2"), resample(calls.into(path)))
-        told = calls.out(f"{path}/Conv_0") + calls.out(f"{path}/Dense_0")[:, None, None]
-        same(calls.into(f"{path}/GroupNorm_1"), told)
+        embedded = calls.out(f"{path}/Conv_0") + calls.out(f"{path}/Dense_0")[:, None, None]
+        same(calls.into(f"{path}/GroupNorm_1"), embedded)
         both = calls.out(f"{path}/Conv_2") + calls.out(f"{path}/Conv_1")
         same(calls.out(path), both / np.sqrt(2))
 
 
-# With three levels, 1 and 3 halve, 4 encodes at the bottom, 5 and 6 are in the middle, 7 and 8
-# decode, 9 doubles, 10 and 11 decode, 12 doubles, 13 and 14 decode.
+# With three levels, blocks 1 and 3 halve the image, 4 encodes at the lowest level, 5 and 6 are in
+# the middle, 7 and 8 decode, 9 doubles, 10 and 11 decode, 12 doubles, 13 and 14 decode.
 def test_summed_pyramids_of_three_levels() -> None:
     calls = Calls(ch_mult=(1, 2, 2), progressive="output_skip", progressive_input="input_skip")
     quarter = mean_of_2x2(mean_of_2x2(calls.into("")))
@@ -299,7 +301,7 @@ def test_ddpm_blocks_and_concatenated_pyramid() -> None:
 
 
 @pytest.mark.parametrize("kind", ["ddpm", "biggan"])
-def test_init_scale_falls_on_the_last_layer_of_each_branch(
+def test_init_scale_applies_to_the_last_layer_of_each_branch(
     kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def filled(scale: float = 1.0) -> Callable:
@@ -308,10 +310,10 @@ def test_init_scale_falls_on_the_last_layer_of_each_branch(
     monkeypatch.setattr(layers, "fan_avg", filled)
     options = {"resblock_type": kind, "progressive": "residual", "init_scale": 0.25}
     model = ncsnpp.Model(**SMALL | options)
-    made = jax.jit(lambda: model.init(KEY, normal(1, 1, 8, 8, 3), jnp.ones(1), train=False))()
+    tree = jax.jit(lambda: model.init(KEY, normal(1, 1, 8, 8, 3), jnp.ones(1), train=False))()
     scales = {
         path: float(leaf.ravel()[0])
-        for path, leaf in flatten_dict(made["params"], sep="/").items()
+        for path, leaf in flatten_dict(tree["params"], sep="/").items()
         if path.endswith(("kernel", "W"))
     }
     branches = re.compile("Resnet.*/Conv_1/|Attn.*/NIN_3/|Conv_2/kernel")
@@ -345,10 +347,10 @@ def test_only_a_conditional_network_sees_the_label(conditional: bool) -> None:
 
 
 def test_bfloat16_computes_close_to_float32() -> None:
-    given = reference.load()
+    case = reference.load()
     model = ncsnpp.Model(**reference.OPTIONS, dtype="bfloat16")
-    apply = jax.jit(lambda x, label: model.apply({"params": given.params}, x, label, train=False))
-    out = apply(given.x, 999 * given.t)
+    apply = jax.jit(lambda x, label: model.apply({"params": case.params}, x, label, train=False))
+    out = apply(case.x, 999 * case.t)
     assert out.dtype == jnp.float32
-    error = np.sqrt(np.mean((out - given.network) ** 2) / np.mean(given.network**2))
+    error = np.sqrt(np.mean((out - case.network) ** 2) / np.mean(case.network**2))
     assert 1e-4 < error < 0.03

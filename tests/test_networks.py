@@ -1,4 +1,4 @@
-"""The registry of networks, the contract they share, what they refuse, and the small MLP."""
+"""The registry of networks, the contract of a network, errors for bad options, and the MLP."""
 
 from collections.abc import Iterator
 
@@ -68,8 +68,9 @@ def test_bad_input_is_an_error(options: dict, shape: tuple[int, ...], message: s
         shapes(ncsnpp.Model(**SMALL | options), shape)
 
 
-def test_fourier_features_are_read_by_the_first_convolution_alone() -> None:
-    """With no weight on them the network is the one without; the input pyramid has none."""
+def test_only_the_first_convolution_reads_the_fourier_features() -> None:
+    """If their weights are zero, the output is that of the network without them; the input pyramid
+    does not read them."""
     options = {**SMALL, "progressive_input": "residual"}
     plain, model = ncsnpp.Model(**options), ncsnpp.Model(**options, fourier=(8.0, 16.0))
     params = random_params(model, (1, 8, 8, 3))["params"]
@@ -106,14 +107,14 @@ def test_mlp_fits_any_event_and_starts_at_zero(kind: str, shape: tuple[int, ...]
     params = random_params(model, x.shape)
     out = model.apply(params, x, label, train=True)
     assert (out.shape, out.dtype) == (x.shape, jnp.dtype("float32"))
-    made, _ = model.init_with_output(KEY, x, label, train=False)
-    np.testing.assert_array_equal(made, 0)
+    initial, _ = model.init_with_output(KEY, x, label, train=False)
+    np.testing.assert_array_equal(initial, 0)
     moved = model.apply(params, x, label.at[0].set(5.0), train=False) - out
     assert jnp.abs(moved[0]).max() > 1e-3 and jnp.abs(moved[1:]).max() < 1e-6
 
 
 def test_mlp_width_depth_and_precision() -> None:
-    # Two maps of 32 wide and the label's, three maps and a norm a block, the output's.
+    # The input's map, the label's map, three maps and a norm in each of two blocks, the last map.
     count = 5 * 32 + 9 * 32 + 2 * (3 * 33 * 32 + 2 * 32) + 33 * 4
     tree = shapes(mlp.Model(width=32, depth=2, embedding_size=8), (1, 4))
     assert size(tree) == count
@@ -143,7 +144,7 @@ def test_bad_mlp_option_is_an_error_at_once(options: dict, message: str) -> None
 
 
 def test_mlp_reads_fourier_features_of_its_input() -> None:
-    """A change of x by a period of the features moves the output as if there were none."""
+    """If x changes by a period of the features, the output changes as it does without them."""
     plain, model = mlp.Model(width=16, depth=0), mlp.Model(width=16, depth=0, fourier=(8.0, 16.0))
     x, label = normal(1, 3, 4), jnp.array([0.1, 0.4, 5.0])
     variables = random_params(model, x.shape)
@@ -162,6 +163,6 @@ def test_mlp_reads_fourier_features_of_its_input() -> None:
     assert jnp.abs(gap).max() > 0.1
 
 
-def test_mlp_wants_a_label_an_example() -> None:
+def test_mlp_needs_one_label_per_example() -> None:
     with pytest.raises(ValueError, match=r"label of shape \(1,\)"):
         mlp.Model().init(KEY, jnp.zeros((2, 3)), jnp.ones(1), train=False)

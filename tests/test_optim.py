@@ -1,4 +1,4 @@
-"""The optimizer against Adam written out, its schedules, and what decays."""
+"""The optimizer compared with Adam written out, its schedules, and which parameters decay."""
 
 import jax
 import jax.numpy as jnp
@@ -45,7 +45,7 @@ def test_only_kernels_decay():
     np.testing.assert_array_equal(got["W"], params["W"])
 
 
-def test_what_is_an_image_and_no_kernel_does_not_decay():
+def test_scales_biases_and_embeddings_with_several_axes_do_not_decay():
     """Flow++'s elementwise scale and bias, and its embedding of positions, have several axes."""
     params = {name: jnp.ones((2, 1, 3)) for name in ("scale", "bias", "pos_emb", "pos_emb_dq")}
     got = step(adam(weight_decay=0.1), params, jax.tree.map(jnp.zeros_like, params))
@@ -87,9 +87,10 @@ def test_a_cosine_run_shorter_than_its_warmup_only_rises(warmup, caplog):
     ],
 )
 def test_gradients_are_clipped_in_the_unit_of_the_papers_loss(flags, importance, theirs):
-    """Where the score is 0 theirs is mean |z|^2, or g^2 / std^2 of it; ours loss_unit times it.
+    """With a score of 0 the paper's loss is mean |z|^2, or g^2 / std^2 times it; the loss here is
+    ``loss_unit`` times the paper's.
 
-    i-DODE's is mean |F - F^|^2 = |z - z^|^2 / alpha^2.
+    The loss of i-DODE is mean |F - F^|^2 = |z - z^|^2 / alpha^2.
     """
     config = tiny.get_config()
     config.training.update(
@@ -110,7 +111,7 @@ def test_gradients_are_clipped_in_the_unit_of_the_papers_loss(flags, importance,
         theirs = theirs(experiment.sde, t)
     np.testing.assert_allclose(ours / theirs, unit, rtol=0.1)
     np.testing.assert_allclose(jnp.mean(ours / theirs), unit, rtol=0.01)
-    clipped = experiment.optimizer.update  # Adam's first mean is a tenth of what it is given.
+    clipped = experiment.optimizer.update  # Adam's first mean is a tenth of its input.
     params, gradient = {"w": jnp.zeros(4)}, {"w": jnp.full(4, 50.0)}
     _, state = clipped(gradient, experiment.optimizer.init(params), params)
     (mu,) = optax.tree.get_all_with_path(state, "mu")[0][1:]

@@ -1,4 +1,4 @@
-"""A table in parts, and arrays made once: damage is reported, strangers are refused."""
+"""Tables in parts and arrays that are computed once: damage is reported, other tables refused."""
 
 from concurrent.futures import ThreadPoolExecutor
 
@@ -12,7 +12,7 @@ def rows(sweep, ids):
     return {"sweep": np.full(len(ids), sweep), "id": ids, "value": np.zeros(len(ids))}
 
 
-def test_parts_report_damage_and_refuse_strangers(tmp_path, caplog):
+def test_parts_report_damage_and_refuse_another_computation(tmp_path, caplog):
     parts = Parts(tmp_path, {"step": 1})
     parts.write(rows(0, np.arange(3)))
     parts.write(rows(0, np.arange(3, 5)))
@@ -41,7 +41,7 @@ def test_several_processes_may_set_up_the_same_table_at_once(tmp_path):
     assert not list(tmp_path.rglob("*.partial"))
 
 
-def test_what_is_made_once_is_read_back(tmp_path, caplog):
+def test_arrays_are_computed_once_and_then_read(tmp_path, caplog):
     def once(name, identity, value):
         return kept(tmp_path, name, identity, lambda: {"a": np.full(2, value)})["a"]
 

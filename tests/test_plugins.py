@@ -1,7 +1,7 @@
-"""A new variant of each kind is one file in the folder of its kind: eight of them, end to end.
+"""A new variant of each kind needs only one file in the folder of its kind; end-to-end tests.
 
-The package is copied, the files below are put into its folders, and the program runs as it is. The
-numbers of the report are compared with what these variants are by definition.
+The package is copied, the files below are added to its folders, and the program runs without other
+changes. The numbers of the report are compared with the definitions of these variants.
 """
 
 import json
@@ -18,7 +18,7 @@ import pytest
 import sbml
 
 FILES = {
-    # The variance-preserving SDE by nothing but alpha and sigma.
+    # The variance-preserving SDE, defined by alpha and sigma only.
     "sdes/two_methods.py": """
 import dataclasses
 import jax.numpy as jnp
@@ -34,7 +34,7 @@ class TwoMethods(SDE):
 
 SDES = {"two_methods": TwoMethods}
 """,
-    # A network of plain Linen: no dtype, no dropout, and a linear map.
+    # A network in plain Linen, without a dtype and without dropout.
     "networks/linear.py": """
 import jax.numpy as jnp
 from flax import linen as nn
@@ -48,7 +48,7 @@ class Model(nn.Module):
         h = nn.tanh(nn.Dense(self.width)(h))
         return nn.Dense(x[0].size, kernel_init=nn.initializers.zeros)(h).reshape(x.shape)
 """,
-    # u is the mean of two uniform numbers: a triangle on [0, 1).
+    # u is the mean of two uniform numbers, which has a triangular density on [0, 1).
     "dequantizers/triangle.py": """
 import dataclasses
 from typing import ClassVar
@@ -66,7 +66,7 @@ class Model:
         u = jax.random.uniform(key, (2, *pixels.shape)).mean(0)
         return u, jnp.sum(jnp.log(4 * jnp.minimum(u, 1 - u)))
 """,
-    # Noise of a kind for which nobody has a bound: it must not be given another one's.
+    # A dequantizer at noise without a bound: the bound of another one must not be used for it.
     "dequantizers/at_noise.py": """
 import dataclasses
 from typing import ClassVar
@@ -76,7 +76,7 @@ from sbml.dequantizers import uniform
 class Model(uniform.Model):
     at_noise: ClassVar[bool] = True
 """,
-    # -log N(x; 0, I), whatever the score is.
+    # -log N(x; 0, I), which does not depend on the score.
     "estimators/standard_normal.py": """
 import dataclasses
 from typing import ClassVar
@@ -93,7 +93,7 @@ class Estimator(base.Estimator):
         prior = 0.5 * jnp.sum(x**2) + 0.5 * x.size * jnp.log(2 * jnp.pi)
         return {"prior": prior, "dequantization": log_q}, 0
 """,
-    # A step halves x: from the latent z to z / 2^steps.
+    # A step halves x, so the latent z becomes z / 2^steps.
     "samplers/halving.py": """
 from sbml.samplers._grid import FixedSteps
 
@@ -124,7 +124,7 @@ from sbml.experiment.build import Experiment
 def run(config, workdir):
     (workdir / "count.txt").write_text(str(Experiment(config).parameter_count()))
 """,
-    # Checkpoints of a code that saves one JSON-like tree.
+    # Checkpoints of a code whose files hold one array, "tiny".
     "convert/tiny_code.py": """
 NETWORK = "linear"
 CODE = "a tiny code"
@@ -190,7 +190,7 @@ def report(workdir):
 
 
 def test_all_of_them_ran(workdir, report):
-    """The linear network of (2 + 1) 4 + 4 and 4 2 + 2 parameters was trained, counted and shown."""
+    """The network with (2 + 1) 4 + 4 and 4 2 + 2 parameters was trained, counted and reported."""
     assert (workdir / "count.txt").read_text() == "26"
     assert report["model"] == {"name": "linear", "parameters": 26}
     assert (workdir / "converted.txt").read_text() == "10"
@@ -217,11 +217,11 @@ def cell(report, estimator, dequantizer):
 
 
 def test_the_numbers_are_those_of_their_definitions(report):
-    """log q of the triangle, -log N(x; 0, I), and a density that knows the dice's entropy."""
+    """log q of the triangle, -log N(x; 0, I), and a density near the entropy of the dice."""
     for estimator in ("ode", "bound", "standard_normal"):
-        found = cell(report, estimator, "triangle")["terms"]["dequantization"]
+        value = cell(report, estimator, "triangle")["terms"]["dequantization"]
         # E log q = log 2 - 1/2, of 400 draws with a variance of 1/4.
-        assert found == pytest.approx((math.log(2) - 0.5) / math.log(2), abs=0.15)
+        assert value == pytest.approx((math.log(2) - 0.5) / math.log(2), abs=0.15)
     pixels = np.random.default_rng(False).integers(0, 6, (200, 2, 1, 1))
     centre = (2 * pixels + 1) / 6 - 1
     nats = 0.5 * np.mean(centre**2 + 1 / 6**2 / 3) + 0.5 * math.log(2 * math.pi) + math.log(3)
@@ -234,7 +234,7 @@ def test_the_numbers_are_those_of_their_definitions(report):
 
 
 def test_samples_are_of_the_new_sampler(workdir):
-    """z / 8 lies in the two middle bins of six, all but some of 3 standard deviations."""
+    """z / 8 lies in the two middle bins of six, except for the few |z| above 8/3."""
     with np.load(workdir / "samples.npz") as file:
         images, evaluations = file["images"], file["nfe"]
     assert images.shape == (64, 2, 1, 1)

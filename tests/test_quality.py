@@ -1,4 +1,4 @@
-"""Statistics of a data set are kept under its fingerprint, and samples are held against them."""
+"""Statistics of a data set are stored under its fingerprint, and samples are compared with them."""
 
 import json
 from pathlib import Path
@@ -36,9 +36,9 @@ def samples(workdir: Path, images: np.ndarray) -> Path:
 
 def values(config: ConfigDict, workdir: Path) -> dict[str, float]:
     quality.run(config, workdir)
-    found = read_json(workdir / QUALITY)
-    assert found["step"] == 3
-    return found["values"]
+    numbers = read_json(workdir / QUALITY)
+    assert numbers["step"] == 3
+    return numbers["values"]
 
 
 def test_real_images_are_near_and_noise_is_far(config: ConfigDict, tmp_path: Path) -> None:
@@ -57,46 +57,49 @@ def test_real_images_are_near_and_noise_is_far(config: ConfigDict, tmp_path: Pat
 
 def test_the_numbers_are_those_of_the_features(config: ConfigDict, tmp_path: Path) -> None:
     real = data.load("digits", "test").images[:50]
-    found = values(config, samples(tmp_path / "w", real))
+    numbers = values(config, samples(tmp_path / "w", real))
     extract = digits_classifier.extractor(weights="", sha256="", levels=17, cache=None)
-    known, _ = extract(data.load("digits", "train").images)
+    training, _ = extract(data.load("digits", "train").images)
     features, probabilities = extract(real)
-    moments = [distances.Moments.of(f) for f in (features, known)]
+    moments = [distances.Moments.of(f) for f in (features, training)]
     expected = [
         distances.frechet(*moments),
-        distances.kernel(features, known),
+        distances.kernel(features, training),
         distances.inception_score(probabilities),
     ]
-    np.testing.assert_allclose(list(found.values())[:3], expected, rtol=1e-4)
+    np.testing.assert_allclose(list(numbers.values())[:3], expected, rtol=1e-4)
 
 
-def test_memory_is_seen(config: ConfigDict, tmp_path: Path) -> None:
+def test_copies_of_training_images_have_distance_zero(config: ConfigDict, tmp_path: Path) -> None:
     copies = data.load("digits", "train").images[:40]
-    found = list(values(config, samples(tmp_path / "w", copies)).values())
-    assert found[3] == 0 < found[4]
+    numbers = list(values(config, samples(tmp_path / "w", copies)).values())
+    assert numbers[3] == 0 < numbers[4]
 
 
-def test_memory_is_seen_in_a_mirror(config: ConfigDict, tmp_path: Path) -> None:
-    """Where training flips: what it was shown is the mirror image too."""
+def test_mirrored_copies_have_distance_zero_if_training_flips(
+    config: ConfigDict, tmp_path: Path
+) -> None:
     mirrored = data.load("digits", "train").images[:40, :, ::-1]
     for flip in (True, False):
         config.data.flip = flip
-        found = list(values(config, samples(tmp_path / str(flip), mirrored)).values())
-        assert (found[3] == 0) == flip and found[4] > 0
+        numbers = list(values(config, samples(tmp_path / str(flip), mirrored)).values())
+        assert (numbers[3] == 0) == flip and numbers[4] > 0
 
 
 def test_held_out_images_are_of_all_the_split(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The first lie by class or by photo, and are no sample."""
+    """The first images would not be a random sample: files may be sorted by class or by photo."""
     train, test = data.load("digits", "train"), data.load("digits", "test")
-    looked = []
+    queries = []
     nearest = distances.nearest
-    monkeypatch.setattr(distances, "nearest", lambda x, y: looked.append(x) or nearest(x, y))
+    monkeypatch.setattr(distances, "nearest", lambda x, y: queries.append(x) or nearest(x, y))
     memory(test.images[:5], train, test, flip=False)
-    np.testing.assert_array_equal(looked[1][[0, -1]], test.images[[0, -1]])
-    assert len(looked[1]) == 100
+    np.testing.assert_array_equal(queries[1][[0, -1]], test.images[[0, -1]])
+    assert len(queries[1]) == 100
 
 
-def test_statistics_are_computed_once_a_fingerprint(config: ConfigDict, tmp_path: Path) -> None:
+def test_statistics_are_computed_once_for_each_fingerprint(
+    config: ConfigDict, tmp_path: Path
+) -> None:
     stats.run(config, tmp_path)
     [kept] = (tmp_path / "cache" / "stats").iterdir()
     identity = data.load("digits", "train").fingerprint["id"]
@@ -124,7 +127,7 @@ def test_what_is_missing_is_named(config: ConfigDict, tmp_path: Path) -> None:
 def test_the_report_shows_the_quality_of_its_own_samples(
     config: ConfigDict, tmp_path: Path
 ) -> None:
-    """Samples drawn anew have no quality until it is computed anew."""
+    """New samples have no quality in the report until it is computed for them."""
     real = data.load("digits", "test")
     workdir = samples(tmp_path / "w", real.images[:20])
     result = {"bits_per_dim": 2.0, "interval": [1.9, 2.1], "n": 2, "terms": {}, "split": "test"}
@@ -133,8 +136,8 @@ def test_the_report_shows_the_quality_of_its_own_samples(
     write_json(workdir / EVALUATION, evaluation)
     columns = {"id": np.arange(2), "bits_per_dim": np.ones(2), "nfe": np.ones(2)}
     write_npz(workdir / PER_IMAGE, columns)
-    found = values(config, workdir)
-    assert json.loads((workdir / "report.json").read_text())["quality"] == found
+    numbers = values(config, workdir)
+    assert json.loads((workdir / "report.json").read_text())["quality"] == numbers
     summary.write(samples(workdir, real.images[20:40]), lambda split: real)
     assert "quality" not in json.loads((workdir / "report.json").read_text())
 
@@ -142,7 +145,7 @@ def test_the_report_shows_the_quality_of_its_own_samples(
 def test_a_report_is_never_shown_with_the_images_of_another_split(
     config: ConfigDict, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Whatever the config of a later mode says: the evaluation knows what it is of."""
+    """The evaluation stores its split, so the config of a later mode cannot change it."""
     sets = {split: data.load("digits", split) for split in ("train", "test")}
     result = {"bits_per_dim": 2.0, "interval": [1.9, 2.1], "n": 1, "terms": {}, "split": "train"}
     evaluation = {"title": "w", "results": [result], "checkpoint": {"step": 3}}
@@ -153,5 +156,5 @@ def test_a_report_is_never_shown_with_the_images_of_another_split(
     summary.write(tmp_path, lambda split: sets["test"])
     assert "the report stays as it is" in caplog.text
     assert not (tmp_path / "report.html").exists()
-    summary.write(tmp_path, sets.__getitem__)  # Image 1400, of which the test set has none.
+    summary.write(tmp_path, sets.__getitem__)  # The test set has no image 1400.
     assert (tmp_path / "report.html").exists()

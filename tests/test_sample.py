@@ -1,4 +1,4 @@
-"""Samples are functions of (seed, id), whatever the batch, the devices or the kills."""
+"""A sample depends only on (seed, id), not on batches, devices or interruptions."""
 
 import signal
 import time
@@ -40,7 +40,7 @@ def images(workdir: Path, **options: object) -> np.ndarray:
 
 
 def fresh(workdir: Path) -> Path:
-    """The same checkpoint, no samples."""
+    """Remove the samples of ``workdir`` and keep its checkpoint."""
     for part in workdir.glob("sampling/*/*"):
         part.unlink()
     return workdir
@@ -53,14 +53,14 @@ def test_an_image_does_not_depend_on_its_batch(
     whole = images(fresh(trained), sampler=sampler, steps=steps)
     assert len({image.tobytes() for image in whole}) == 20
     single = images(fresh(trained), sampler=sampler, steps=steps, batch_size=3)
-    # Rounding to a level may fall to either side where a batch sums in another order.
+    # Batches may sum in another order, and rounding may then give the neighbouring level.
     assert np.abs(whole.astype(int) - single).max() <= 1 and (whole != single).mean() < 1e-3
 
 
-def test_a_sample_without_numbers_is_counted(
+def test_samples_that_are_not_finite_are_counted(
     trained: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Its grey levels would be white, and nobody would know."""
+    """Without the count they would look like ordinary white images."""
     config = tiny.get_config()
     config.sampling.update(sampler="ancestral", steps=3, num_images=2)
     experiment = build.Experiment(config)
@@ -75,7 +75,7 @@ def test_a_sample_without_numbers_is_counted(
     assert drawn.failed.all() and "2 of 2 samples are not finite" in caplog.text
 
 
-def test_more_images_are_added_to_those_there_are(trained: Path) -> None:
+def test_more_images_are_added_to_the_stored_ones(trained: Path) -> None:
     few = images(fresh(trained), num_images=7)
     before = {p: p.stat().st_mtime_ns for p in trained.glob("sampling/*/part_*")}
     more = images(trained, num_images=20)
@@ -105,7 +105,7 @@ def test_killed_and_on_eight_devices_the_images_are_the_same(trained: Path) -> N
     done = read_npz(trained / "samples.npz")
     assert np.abs(done["images"].astype(int) - whole).max() <= 1
     assert (done["images"] != whole).mean() < 1e-3
-    assert np.all(done["nfe"] == 21)  # 20 steps and the denoising one
+    assert np.all(done["nfe"] == 21)  # 20 steps and the denoising step
     strip = np.asarray(Image.open(trained / "samples_strip.png"))
     assert strip.shape == (4 * 66 - 2, 8 * 66 - 2)
     # From noise to image: the last frame of a row is the sample, enlarged eight times.
@@ -115,7 +115,7 @@ def test_killed_and_on_eight_devices_the_images_are_the_same(trained: Path) -> N
 
 
 def test_the_frames_of_a_strip_have_the_datas_range() -> None:
-    """x_t of a variance-exploding process is up to 50: its sign alone would show."""
+    """x_t of a variance-exploding process reaches 50; unscaled frames would only show its sign."""
     how = samples.Recipe(VE(), (8, 8, 1), 17, 1e-3, samplers.DDIM(steps=3), False)
     score = jax.tree_util.Partial(lambda x, t, key: -x / (1 + VE().std(t) ** 2))
     frames = samples._path_batch(score, np.arange(1), np.uint32(0), how, 2)
@@ -126,7 +126,8 @@ def test_the_frames_of_a_strip_have_the_datas_range() -> None:
 
 
 def test_a_strip_goes_with_its_samples(trained: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """Samples without one leave no strip of others; times before the training's are said to be."""
+    """Samples without a strip remove the strip of earlier samples; times before those of training
+    give a warning."""
     (trained / "samples_strip.png").touch()
     config = tiny.get_config()
     config.sampling.update(
@@ -137,7 +138,7 @@ def test_a_strip_goes_with_its_samples(trained: Path, caplog: pytest.LogCaptureF
     assert "--config.sampling.smallest_time=" in caplog.text
 
 
-def test_wrong_choices_are_named(trained: Path) -> None:
+def test_errors_name_the_wrong_choices(trained: Path) -> None:
     for options, message in (
         ({"sampler": "heun"}, "sampling.sampler=heun: need one of ancestral, ddim"),
         ({"corrector": "mala"}, "sampling.corrector=mala: need one of"),
@@ -154,7 +155,7 @@ def test_wrong_choices_are_named(trained: Path) -> None:
             images(trained, **options)
 
 
-def test_every_sampler_can_be_asked_for(trained: Path) -> None:
+def test_every_sampler_can_be_chosen(trained: Path) -> None:
     config = tiny.get_config()
     config.sampling.update(corrector="annealed_langevin", steps=3, num_images=2)
     for name in ("euler_maruyama", "reverse_diffusion", "ancestral", "ddim", "dpm_solver"):

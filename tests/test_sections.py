@@ -314,7 +314,7 @@ def test_checkpoints_of_other_versions_are_read_with_the_fields_they_have() -> N
     }
     assert trained.unseen_times({"config": stored}, 1e-2) == []
     (warning,) = trained.unseen_times({"config": stored}, 1e-3)
-    assert "before t=0.01" in warning
+    assert "trained only from t=0.01 on" in warning
     assert Training.of(stored["training"], complete=False) == Training()
     assert Data.of(stored["data"], complete=False).shape == (32, 32, 3)
     with pytest.raises(ValueError, match="has the unknown fields forgotten: it may have accum"):

@@ -1,4 +1,4 @@
-"""VDM's network, schedules, decoder, bound and gradient: numbers of the published code."""
+"""VDM's network, schedules, decoder, bound and gradient, compared with numbers of its own code."""
 
 import math
 from typing import Any
@@ -46,7 +46,7 @@ def score_of(params: dict[str, Any], sde: SDE, condition: Array | float) -> Line
 
 
 def noises(params: dict[str, Any], sde: SDE, x: Array, t: Array) -> Array:
-    """The noise predicted of ``x (4, 8, 8, 3)`` at ``t (4,)``, of classes 0 to 3."""
+    """The noise that the network predicts for ``x (4, 8, 8, 3)`` at ``t (4,)``, classes 0 to 3."""
 
     def one(x: Array, t: Array, condition: Array) -> Array:
         return -sde.std(t) * score_of(params, sde, condition)(x, t, None)
@@ -72,7 +72,7 @@ def test_gamma_and_its_derivative(case: tuple[str, Any]) -> None:
 
 
 def test_schedules_keep_the_contract_of_an_sde(case: tuple[str, Any]) -> None:
-    """From t = 0 on: the moments solve their equations, and time inverts the log-SNR."""
+    """For t in [0, 1]: the moments solve their equations, and ``time`` inverts the log-SNR."""
     _, sde = case
     t = jnp.linspace(0, 1, 12)
     alpha, sigma, f, g = sde.mean_coef(t), sde.std(t), sde.drift_coef(t), sde.diffusion(t)
@@ -85,7 +85,7 @@ def test_schedules_keep_the_contract_of_an_sde(case: tuple[str, Any]) -> None:
     close(sde.time(sde.log_snr(t)), t, atol=1e-14)
 
 
-def test_times_beyond_the_monotone_network_are_its_ends(params: dict[str, Any]) -> None:
+def test_log_snr_outside_the_schedule_gives_its_end_times(params: dict[str, Any]) -> None:
     sde = vdm_checkpoint.schedule(params["gamma"])
     np.testing.assert_allclose(sde.time(jnp.asarray([1e3, -1e3])), [0.0, 1.0], atol=1e-300)
     assert sde.time(jnp.asarray(0.0, jnp.float32)).dtype == jnp.float32
@@ -113,20 +113,20 @@ def test_time_zero_is_allowed_and_one_is_not() -> None:
 
 
 def test_network(params: dict[str, Any]) -> None:
-    """With its label, its class and the input added to its output, by the adapter."""
+    """The adapter computes the label and adds the input to the output; the class is given."""
     sde = vdm_checkpoint.schedule(params["gamma"])
     t = sde.time(-jnp.asarray(GIVEN["wide/network/gamma_t"]))
-    found = noises(params, sde, jnp.asarray(GIVEN["wide/network/z_t"]), t)
-    close(found, GIVEN["wide/network/eps_hat"], atol=1e-9)
+    result = noises(params, sde, jnp.asarray(GIVEN["wide/network/z_t"]), t)
+    close(result, GIVEN["wide/network/eps_hat"], atol=1e-9)
 
 
 def test_network_in_float32() -> None:
-    """The Fourier features' angles reach thousands, so float32 is as far away as 5e-5."""
+    """The angles of the Fourier features reach thousands, so the error of float32 is up to 5e-5."""
     low, high = reference.LOG_SNR_RANGE
     z, gamma = (np.float32(GIVEN[f"wide/network/{name}"]) for name in ("z_t", "gamma_t"))
-    label, told = 1000 * (high + gamma) / np.float32(high - low), np.float32(CLASSES)
+    label, classes = 1000 * (high + gamma) / np.float32(high - low), np.float32(CLASSES)
     model, params = vdm.Model(**reference.OPTIONS), reference.wide_params()["score_model"]
-    out = model.apply({"params": params}, z, label, train=False, condition=told)
+    out = model.apply({"params": params}, z, label, train=False, condition=classes)
     assert out.dtype == jnp.float32
     close(z + out, GIVEN["wide/network/eps_hat"], atol=1e-4)
 
@@ -147,8 +147,8 @@ def test_decoder_of_every_value(params: dict[str, Any]) -> None:
 
     flat = jnp.broadcast_to(z.reshape(-1, 1), (z.size, reference.LEVELS))
     values = jnp.broadcast_to(jnp.arange(reference.LEVELS)[None], flat.shape)
-    found = log_prob(flat, values).reshape(GIVEN["wide/decoder/log_prob"].shape)
-    close(found, GIVEN["wide/decoder/log_prob"], rtol=1e-10, atol=1e-10)
+    result = log_prob(flat, values).reshape(GIVEN["wide/decoder/log_prob"].shape)
+    close(result, GIVEN["wide/decoder/log_prob"], rtol=1e-10, atol=1e-10)
 
 
 def test_decoder_of_images(case: tuple[str, Any]) -> None:
@@ -160,23 +160,23 @@ def test_decoder_of_images(case: tuple[str, Any]) -> None:
         GIVEN[f"{name}/decoder/log_prob_of_images"],
         strict=True,
     ):
-        found = discrete.decoder_nats(jnp.asarray(z), jnp.asarray(image), reference.LEVELS, rho)
-        assert float(found) == pytest.approx(-expected, rel=1e-10)
+        result = discrete.decoder_nats(jnp.asarray(z), jnp.asarray(image), reference.LEVELS, rho)
+        assert float(result) == pytest.approx(-expected, rel=1e-10)
 
 
 def test_prior_and_reconstruction(case: tuple[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    """The terms that see no network, here one that predicts no noise."""
+    """These terms do not depend on the network, so the test uses one that predicts zero noise."""
     name, sde = case
-    found = bounds(lambda condition: lambda x, t, key: 0 * x, sde, "continuous", monkeypatch)
-    close(found.prior, GIVEN[f"{name}/loss/loss_klz"], rtol=1e-9)
-    close(found.reconstruction, GIVEN[f"{name}/loss/loss_recon"], rtol=1e-9)
+    result = bounds(lambda condition: lambda x, t, key: 0 * x, sde, "continuous", monkeypatch)
+    close(result.prior, GIVEN[f"{name}/loss/loss_klz"], rtol=1e-9)
+    close(result.reconstruction, GIVEN[f"{name}/loss/loss_recon"], rtol=1e-9)
 
 
 def bounds(score: Any, sde: SDE, variant: str, monkeypatch: pytest.MonkeyPatch) -> discrete.Bound:
     """``discrete.elbo`` of the four images from t = 0 at the stored times and draws.
 
-    ``score`` is a function of the class. The noise at t is a e + b z with a^2 + b^2 = 1: e = a eps
-    and z = b eps make it the stored eps.
+    ``score`` is a function of the class. The noise at t is a e + b z with a^2 + b^2 = 1; with
+    e = a eps and z = b eps it is the stored eps.
     """
     first = sde.log_snr(jnp.zeros(()))
 
@@ -203,10 +203,10 @@ def test_every_term_of_the_bound(
     sde = vdm_checkpoint.schedule(params["gamma"])
 
     @jax.jit
-    def found() -> discrete.Bound:
+    def compute() -> discrete.Bound:
         return bounds(lambda c: score_of(params, sde, c), sde, variant, monkeypatch)
 
-    terms = found()
+    terms = compute()
     close(terms.prior, GIVEN["wide/loss/loss_klz"], rtol=1e-9)
     close(terms.reconstruction, GIVEN["wide/loss/loss_recon"], rtol=1e-9)
     close(terms.diffusion, GIVEN[f"wide/loss/{variant}/loss_diff"], rtol=1e-9)
@@ -216,21 +216,21 @@ def test_every_term_of_the_bound(
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_noise_at_the_times_of_the_losses(variant: str, params: dict[str, Any]) -> None:
-    """Those of the discrete-time loss too, whose weight is that of ten steps."""
+    """This includes the discrete-time loss, which is weighted as ten steps require."""
     sde = vdm_checkpoint.schedule(params["gamma"])
     t, eps = jnp.asarray(GIVEN[f"loss/{variant}/t"]), jnp.asarray(GIVEN["loss/eps"])
     centres = bits.to_model(jnp.asarray(IMAGES), 0.5, reference.LEVELS)
     z = jax.vmap(lambda x, t, e: sde.mean_coef(t) * x + sde.std(t) * e)(centres, t, eps)
-    found = noises(params, sde, z, t)
-    close(found, GIVEN[f"wide/loss/{variant}/eps_hat"], atol=1e-8)
+    result = noises(params, sde, z, t)
+    close(result, GIVEN[f"wide/loss/{variant}/eps_hat"], atol=1e-8)
     if variant == "discrete_10":
         weight = 10 * np.expm1(sde.gamma(t) - sde.gamma(t - 0.1))
-        errors = np.sum((np.asarray(eps) - found) ** 2, axis=(1, 2, 3))
+        errors = np.sum((np.asarray(eps) - result) ** 2, axis=(1, 2, 3))
         close(0.5 * weight * errors, GIVEN["wide/loss/discrete_10/loss_diff"], rtol=1e-9)
 
 
-def test_the_way_between_the_ends_changes_no_bound(params: dict[str, Any]) -> None:
-    """At equal log-SNR: the schedule linear between the ends of a network's has its bound."""
+def test_the_bound_depends_only_on_the_ends_of_a_schedule(params: dict[str, Any]) -> None:
+    """A linear schedule with the ends of a learned one has the same bound at equal log-SNR."""
     learned = vdm_checkpoint.schedule(params["gamma"])
     ends = [float(learned.gamma(jnp.asarray(t))) for t in (0.0, 1.0)]
     linear = sdes.LinearGamma(*ends)
@@ -245,36 +245,37 @@ def test_the_way_between_the_ends_changes_no_bound(params: dict[str, Any]) -> No
             for kind in kinds
         ]
 
-    found = jax.jit(lambda: totals(learned))(), jax.jit(lambda: totals(linear))()
-    close(*found, rtol=1e-9)
-    assert abs(found[0][0] - found[0][1]) > 1e-3
+    result = jax.jit(lambda: totals(learned))(), jax.jit(lambda: totals(linear))()
+    close(*result, rtol=1e-9)
+    assert abs(result[0][0] - result[0][1]) > 1e-3
 
 
 def test_gradient_of_the_bound(params: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Through network, time label, decoder, both ends of the schedule and its derivative."""
+    """The gradient goes through the network, the time label, the decoder, both ends of the schedule
+    and its derivative."""
 
     @jax.jit
     @jax.grad
     def gradient(params: dict[str, Any]) -> Array:
         sde = vdm_checkpoint.schedule(params["gamma"])
-        found = bounds(lambda c: score_of(params, sde, c), sde, "continuous", monkeypatch)
-        return found.total.mean() / (DIMS * math.log(2))
+        result = bounds(lambda c: score_of(params, sde, c), sde, "continuous", monkeypatch)
+        return result.total.mean() / (DIMS * math.log(2))
 
-    found = {
+    result = {
         name: np.asarray(leaf) for name, leaf in flatten_dict(gradient(params), sep="/").items()
     }
-    tolerance = 1e-9 * math.sqrt(sum(np.sum(leaf**2) for leaf in found.values()))
-    for name, leaf in found.items():
+    tolerance = 1e-9 * math.sqrt(sum(np.sum(leaf**2) for leaf in result.values()))
+    for name, leaf in result.items():
         expected = GIVEN[f"wide/gradient/norm/{name}"]
         assert np.linalg.norm(leaf) == pytest.approx(expected, rel=1e-7, abs=tolerance), name
         assert leaf.sum() == pytest.approx(GIVEN[f"wide/gradient/sum/{name}"], abs=100 * tolerance)
         if (full := f"wide/gradient/full/{name}") in GIVEN:
             close(leaf, GIVEN[full], rtol=1e-7, atol=tolerance)
-    assert found["score_model/dense0/kernel"].any()  # It is the model whose condition counts.
+    assert result["score_model/dense0/kernel"].any()  # The condition affects this model's output.
 
 
 def test_steps_of_the_sampler(params: dict[str, Any]) -> None:
-    """Theirs is ancestral sampling at equal steps in t; the image is each pixel's nearest value."""
+    """VDM's sampler is ancestral sampling with equal steps in t; pixels take the nearest value."""
     sde = vdm_checkpoint.schedule(params["gamma"])
     states = np.concatenate([GIVEN["wide/sample/z_1"][None], GIVEN["wide/sample/z_s"]])
     sampler, times = samplers.SAMPLERS["ancestral"](steps=5), np.linspace(1, 0, 6)
@@ -285,8 +286,8 @@ def test_steps_of_the_sampler(params: dict[str, Any]) -> None:
     batch = jax.jit(jax.vmap(step, (0, 0, 0, None)))
     for i in range(5):
         triple = jnp.asarray([np.nan, times[i], times[i + 1]])
-        found = batch(*map(jnp.asarray, (states[i], GIVEN["sample/eps"][i], CLASSES)), triple)
-        close(found, states[i + 1], atol=1e-8)
+        result = batch(*map(jnp.asarray, (states[i], GIVEN["sample/eps"][i], CLASSES)), triple)
+        close(result, states[i + 1], atol=1e-8)
     rescaled = states[-1] / np.asarray(sde.mean_coef(jnp.zeros(())))
-    found = bits.to_pixels(jnp.asarray(rescaled), reference.LEVELS)
-    np.testing.assert_array_equal(found, GIVEN["wide/sample/images"])
+    result = bits.to_pixels(jnp.asarray(rescaled), reference.LEVELS)
+    np.testing.assert_array_equal(result, GIVEN["wide/sample/images"])

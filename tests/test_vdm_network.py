@@ -1,4 +1,4 @@
-"""VDM's network by itself: parameters, group norm, dropout, refusals; and Fourier features."""
+"""VDM's network: parameters, group norm, dropout, errors; and the Fourier features."""
 
 import math
 from collections.abc import Iterator
@@ -24,14 +24,14 @@ def strict_ranks() -> Iterator[None]:
 
 
 def test_parameters_are_named_as_in_their_checkpoints() -> None:
-    found = shapes(vdm.Model(**reference.OPTIONS), (1, 8, 8, 3))
+    result = shapes(vdm.Model(**reference.OPTIONS), (1, 8, 8, 3))
     theirs = flatten_dict(reference.wide_params()["score_model"], sep="/")
-    assert found == {name: leaf.shape for name, leaf in theirs.items()}
+    assert result == {name: leaf.shape for name, leaf in theirs.items()}
     everywhere = shapes(vdm.Model(**reference.OPTIONS, attention=True), (1, 8, 8, 3))
-    added = {name.split("/")[0] for name in set(everywhere) - set(found)}
+    added = {name.split("/")[0] for name in set(everywhere) - set(result)}
     assert added == {"down.attn_0", "up.attn_0", "up.attn_1"}
     plain = shapes(vdm.Model(width=64, depth=1), (1, 8, 8, 3))
-    assert size(found) - size(plain) == 9 * 12 * 64
+    assert size(result) - size(plain) == 9 * 12 * 64
 
 
 def test_an_untrained_network_predicts_the_input() -> None:
@@ -49,8 +49,8 @@ def test_group_norm_of_one_channel_erases_the_condition(groups: int, depends: bo
     x = normal(0, 1, 4, 4, 3)
 
     def out(label: float, condition: float) -> Array:
-        told = jnp.asarray([condition])
-        return model.apply(variables, x, jnp.asarray([label]), train=False, condition=told)
+        classes = jnp.asarray([condition])
+        return model.apply(variables, x, jnp.asarray([label]), train=False, condition=classes)
 
     first = out(10.0, 0.0)
     for other in (out(700.0, 0.0), out(10.0, 3.0)):
@@ -59,8 +59,8 @@ def test_group_norm_of_one_channel_erases_the_condition(groups: int, depends: bo
 
 
 def test_default_groups_leave_two_channels_each() -> None:
-    found = [vdm.default_groups(width) for width in (4, 32, 48, 64, 80, 128, 256)]
-    assert found == [2, 16, 24, 32, 20, 32, 32]
+    result = [vdm.default_groups(width) for width in (4, 32, 48, 64, 80, 128, 256)]
+    assert result == [2, 16, 24, 32, 20, 32, 32]
 
 
 def test_dropout_acts_in_training_alone_and_remat_changes_nothing() -> None:
@@ -120,20 +120,20 @@ def test_features_are_those_of_vdm() -> None:
     waves = [f(angle)[..., None] for f in (np.sin, np.cos) for angle in angles]
     expected = np.concatenate([x, *waves], axis=-1)
     with jax.enable_x64(True):
-        found = _fourier.features(jnp.asarray(x), _fourier.frequencies(256))
-        np.testing.assert_allclose(found, expected, atol=1e-11)
+        result = _fourier.features(jnp.asarray(x), _fourier.frequencies(256))
+        np.testing.assert_allclose(result, expected, atol=1e-11)
         np.testing.assert_array_equal(_fourier.features(jnp.asarray(x), ()), x)
 
 
 def test_frequencies_are_aligned_to_the_levels() -> None:
-    """Of L the features are the same at all bins' centres, of L / 2 at every second one."""
+    """Features of frequency L are equal at all bins' centres, those of L / 2 at every second."""
     assert _fourier.frequencies(256) == (128, 256)
     assert _fourier.frequencies(17, 3) == (4.25, 8.5, 17)
     assert _fourier.frequencies(17, 2, scale=0.5) == (4.25, 8.5)
     with jax.enable_x64(True):
         centres = bits.to_model(jnp.arange(17), 0.5, 17)[:, None]
-        found = np.asarray(_fourier.features(centres, _fourier.frequencies(17)))[:, 1:]
-    half, whole = found[:, [0, 2]], found[:, [1, 3]]
+        result = np.asarray(_fourier.features(centres, _fourier.frequencies(17)))[:, 1:]
+    half, whole = result[:, [0, 2]], result[:, [1, 3]]
     np.testing.assert_allclose(whole - whole[:1], 0, atol=1e-12)
     np.testing.assert_allclose(half[2:] - half[:-2], 0, atol=1e-12)
     assert np.abs(half[1:] - half[:-1]).max(axis=1).min() > 1

@@ -1,4 +1,4 @@
-"""The table of every estimator against the truth, a test a row; and that the table can fail."""
+"""The table of --mode=verify: one test for each row, and tests that wrong values make rows fail."""
 
 import functools
 import itertools
@@ -43,7 +43,7 @@ OF_INTEGERS = [
     ),
 ]
 NAMES = OF_THE_PRIOR + OF_THE_SCORE + OF_INTEGERS
-# VE and VDM's schedule never have so little noise.
+# The noise of VE and of VDM's schedule is never small enough for this correction.
 ABSENT = {
     (f"epsilon-correction, {kind}", name)
     for kind in ("Gaussian", "mixture")
@@ -53,10 +53,10 @@ ABSENT = {
 
 @functools.cache
 def rows() -> dict[tuple[str, str], Row]:
-    """Made in float32's session: the table takes care of its own precision."""
-    found = checks.checks()
-    assert len(found) == len({(row.name, row.sde) for row in found})
-    return {(row.name, row.sde): row for row in found}
+    """All rows by their names. The session is in float32; the table sets float64 by itself."""
+    results = checks.checks()
+    assert len(results) == len({(row.name, row.sde) for row in results})
+    return {(row.name, row.sde): row for row in results}
 
 
 @pytest.mark.slow
@@ -73,7 +73,7 @@ def test_no_row_is_left_out() -> None:
 
 
 @pytest.mark.usefixtures("x64")
-def test_a_wrong_score_fails_every_row_that_knows_the_score(
+def test_a_wrong_score_fails_every_row_that_depends_on_the_score(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     true = oracle.Gaussian.score
@@ -82,10 +82,10 @@ def test_a_wrong_score_fails_every_row_that_knows_the_score(
         return 1.1 * true(self, x, t)
 
     monkeypatch.setattr(oracle.Gaussian, "score", wrong)
-    # Another SDE than the table's: what was compiled with the true score would be used again.
-    found = list(continuous.continuous_checks("some", SDES["vp"](beta_max=19.0)))
-    assert {row.name for row in found if not row.ok} == set(OF_THE_SCORE)
-    assert {row.name for row in found if row.ok} == set(OF_THE_PRIOR)
+    # With the SDE of the table, functions compiled with the true score would be used again.
+    results = list(continuous.continuous_checks("some", SDES["vp"](beta_max=19.0)))
+    assert {row.name for row in results if not row.ok} == set(OF_THE_SCORE)
+    assert {row.name for row in results if row.ok} == set(OF_THE_PRIOR)
 
 
 @pytest.mark.usefixtures("x64")
@@ -99,8 +99,8 @@ def test_a_wrong_score_fails_every_row_that_knows_the_score(
 def test_a_wrong_log_q_fails(error: float, failing: set[str]) -> None:
     pixels = jnp.asarray(integers._pixels())
     u, log_q = integers._samples(uniform.Model(), {}, pixels, jax.random.key(0))
-    found = integers.weight_rows("vp", SDES["vp"](), "any", uniform.Model(), u, log_q + error)
-    assert {row.name.removeprefix("any, ") for row in found if not row.ok} == failing
+    results = integers.weight_rows("vp", SDES["vp"](), "any", uniform.Model(), u, log_q + error)
+    assert {row.name.removeprefix("any, ") for row in results if not row.ok} == failing
 
 
 def test_a_row_is_its_worst_entry() -> None:
@@ -118,9 +118,9 @@ def test_a_row_is_its_worst_entry() -> None:
 def test_a_bound_lies_between_the_truth_and_a_looser_bound(
     got: float, looser: float, error: float
 ) -> None:
-    found = bounding("", "vp", got, 2.0, looser, 0.01)
-    np.testing.assert_allclose(found.error, error)
-    assert found.ok == (error == 0)
+    comparison = bounding("", "vp", got, 2.0, looser, 0.01)
+    np.testing.assert_allclose(comparison.error, error)
+    assert comparison.ok == (error == 0)
 
 
 def test_a_failing_row_ends_the_run_and_is_named(

@@ -1,7 +1,7 @@
 """One cell of an evaluation: bits/dim of every image by one estimator, with error bars.
 
-A row belongs to one (sweep, image id), which also determine its random keys. Each row is computed
-once and written to disk. Sweep 0 covers all images.
+A row belongs to one (sweep, image id); with the seed these determine its random keys. Each row is
+computed once and written to disk. Sweep 0 covers all images.
 
     bound   every sweep covers all images, with one lattice of times over them; the result of an
             image is its mean over sweeps, and the spread of the sweeps' means measures the noise

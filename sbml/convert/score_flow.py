@@ -9,6 +9,7 @@ and without knowledge of ours about its data. The dequantizer's parameters are r
 ``dequantizers.variational``.
 """
 
+import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -110,7 +111,8 @@ def _sections(
         names = ", ".join(CONVENTIONS)
         raise ValueError(f"config.sde.name={config.sde.name!r}: their models have one of {names}")
     ours = Config.read(config)
-    eps = smallest_time(ours.sde.build(), ours.training, ours.data)
+    # Theirs were never trained on bin centres.
+    eps = smallest_time(ours.sde.build(), ours.training, ours.data, math.inf)
     convention = CONVENTIONS[config.sde.name]
     given = {k: v for k, v in config.model.items() if k != "name"}
     height, channels = config.data.shape[0], config.data.shape[-1]

@@ -1,5 +1,6 @@
 """Compares what a checkpoint says of its training with the config and the data of now."""
 
+import math
 from typing import Any
 
 from absl import logging
@@ -15,12 +16,17 @@ from sbml.sdes import SDE
 Metadata = dict[str, Any]
 
 
-def _parts(metadata: Metadata) -> tuple[SDE, Training, Data]:
-    """What decides the noise of a checkpoint's training, as any version has stored it."""
+def _noise(metadata: Metadata) -> tuple[SDE, Training, float]:
+    """The process of a checkpoint, its training and its smallest time, as any version stored them.
+
+    Versions that did not store the time trained bin centres from the paper's on, as all else.
+    """
     stored = metadata["config"]
-    process = Process.of(stored["sde"], complete=False)
+    sde = Process.of(stored["sde"], complete=False).build()
     training = Training.of(stored["training"], complete=False)
-    return process.build(), training, Data.of(stored["data"], complete=False)
+    data = Data.of(stored["data"], complete=False)
+    eps = metadata.get("smallest_time")
+    return sde, training, noise.smallest_time(sde, training, data, math.inf) if eps is None else eps
 
 
 def check_score(config: Config, metadata: Metadata) -> None:
@@ -30,8 +36,9 @@ def check_score(config: Config, metadata: Metadata) -> None:
       ValueError: naming what differs.
     """
     architecture.check(config.plain(), metadata["config"], ("sde", "score", "model"))
-    ours = noise.smallest_time(config.sde.build(), config.training, config.data)
-    theirs = noise.smallest_time(*_parts(metadata))
+    tau = config.eval.tau or math.inf
+    ours = noise.smallest_time(config.sde.build(), config.training, config.data, tau)
+    _, _, theirs = _noise(metadata)
     if ours != theirs:
         raise ValueError(
             f"the checkpoint's smallest time is {theirs}, here it is {ours}: set "
@@ -45,7 +52,7 @@ def unseen_times(metadata: Metadata, eps: float, section: str = "eval") -> list[
 
     ``section`` is whose ``smallest_time`` it is: eval's or sampling's.
     """
-    first = noise.trained_from(*_parts(metadata))
+    first = noise.trained_from(*_noise(metadata))
     if eps >= 0.99 * first:  # A little less is rounding.
         return []
     return [

@@ -16,7 +16,7 @@ import tiny
 from sbml import adapters, main, times
 from sbml.divergence import Trace
 from sbml.experiment import build
-from sbml.experiment.trained import unseen_times
+from sbml.experiment.trained import check_score, unseen_times
 
 CONFIGS = sorted((runs.ROOT / "configs").glob("*.py"))
 
@@ -240,6 +240,51 @@ def test_discrete_levels_are_trained_and_the_sde_is_evaluated() -> None:
     config.sde.name = "subvp"
     with pytest.raises(ValueError, match="limit of no discrete-time model"):
         build.Experiment(config)
+
+
+@pytest.mark.parametrize("sde", ["vp", "subvp", "ve", "linear_gamma"])
+@pytest.mark.parametrize("tau", [0.0, 1.0, 3.0, 20.0])
+def test_bin_centres_are_trained_from_where_they_are_evaluated(sde: str, tau: float) -> None:
+    """Half a bin holds tau standard deviations of the first noise, or the paper's is later."""
+    config = tiny.get_config()
+    config.sde.name, config.eval.tau = sde, tau
+    spread = build.Experiment(config)
+    config.data.dequantization = "centre"
+    centred = build.Experiment(config)
+    eps, papers = centred.adapter.eps, spread.sde.smallest_time
+    assert spread.adapter.eps == papers <= eps
+    if tau:
+        alpha, sigma = (float(f(jnp.asarray(eps))) for f in (spread.sde.mean_coef, spread.sde.std))
+        width = alpha / sigma / 17
+        assert eps == papers and width < tau or width == pytest.approx(tau, rel=1e-3)
+    else:
+        assert eps == papers
+    # The evaluation begins there, and training draws its times from there on.
+    assert centred.discrete_eps == centred.eval_eps == eps == centred.proposal.eps
+    assert spread.discrete_eps == pytest.approx(eps)
+    assert not unseen_times(centred.provenance(centred.images("train")), centred.discrete_eps)
+    config.training.smallest_time = 1e-3
+    assert build.Experiment(config).adapter.eps == 1e-3
+
+
+def test_a_checkpoint_is_read_with_the_smallest_time_it_was_trained_with() -> None:
+    """By whatever rule: one of bin centres that does not tell was trained from the paper's on."""
+    config = tiny.get_config()
+    config.data.dequantization = "centre"
+    experiment = build.Experiment(config)
+    now = experiment.provenance(experiment.images("train"))
+    check_score(experiment.config, now)
+    config.eval.tau = 1.0
+    with pytest.raises(
+        ValueError, match=r"is 0.00296\d*, here it is 0.0\d*: set --config.training"
+    ):
+        check_score(build.Experiment(config).config, now)
+    earlier = {name: value for name, value in now.items() if name != "smallest_time"}
+    with pytest.raises(ValueError, match=r"set --config.training.smallest_time=1e-05"):
+        check_score(experiment.config, earlier)
+    assert not unseen_times(earlier, 1e-5) and unseen_times(now, 1e-5)
+    config.training.smallest_time = 1e-5
+    check_score(build.Experiment(config).config, earlier)
 
 
 def test_every_mode_is_there_to_be_called() -> None:

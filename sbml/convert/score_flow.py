@@ -13,6 +13,7 @@ All were trained on pixels scaled as k / 255; which data set it was, the checkpo
 ``dequantizers.variational`` renames the dequantizer's parameters.
 """
 
+import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -116,7 +117,8 @@ def _sections(
         names = ", ".join(CONVENTIONS)
         raise ValueError(f"config.sde.name={config.sde.name!r}: their models have one of {names}")
     ours = Config.read(config)
-    eps = smallest_time(ours.sde.build(), ours.training, ours.data)
+    # Theirs were never trained on bin centres.
+    eps = smallest_time(ours.sde.build(), ours.training, ours.data, math.inf)
     convention = CONVENTIONS[config.sde.name]
     given = {k: v for k, v in config.model.items() if k != "name"}
     height, channels = config.data.shape[0], config.data.shape[-1]

@@ -61,8 +61,9 @@ class Experiment:
         self.levels: Final = c.data.levels
 
         self.sde: Final = c.sde.build()
-        eps = smallest_time(self.sde, c.training, c.data)
-        first = trained_from(self.sde, c.training, c.data)
+        tau = c.eval.tau or math.inf
+        eps = smallest_time(self.sde, c.training, c.data, tau)
+        first = trained_from(self.sde, c.training, eps)
         self.adapter: Final = c.score.adapter(c.model.build(), self.sde, eps, c.data)
         exact = self.adapter.model
         if hasattr(exact, "dtype"):  # A network without this field always computes in float32.
@@ -80,7 +81,6 @@ class Experiment:
         self.optimizer: Final = c.optim.transformation(c.training.num_steps, unit)
 
         self.eval_eps: Final = c.eval.eps(self.sde, first)
-        tau = c.eval.tau or math.inf
         self.discrete_eps: Final = discrete.smallest_time(self.sde, self.levels, self.eval_eps, tau)
         self.eval_proposal: Final = c.eval.proposal
         self.eval_solver: Final = c.eval.solver()
@@ -188,7 +188,12 @@ class Experiment:
 
     def provenance(self, images: data.ImageSet) -> dict:
         """The origin of a checkpoint, stored as its metadata: config, training data, versions."""
-        return {"config": self.to_plain(), "data": images.fingerprint, "versions": versions()}
+        return {
+            "config": self.to_plain(),
+            "smallest_time": self.adapter.eps,
+            "data": images.fingerprint,
+            "versions": versions(),
+        }
 
     def to_plain(self) -> dict[str, Any]:
         """The config as plain JSON values."""

@@ -49,7 +49,8 @@ class Eval(Solving):
     seed: int = integer(0, below=2**32)
     smallest_time: float | None = real(None, least=0, below=1)  # None: the training's
     # of what is of the integers themselves: their smallest time is where so many standard
-    # deviations of the noise fill half a bin, if it is the later one; 0: never
+    # deviations of the noise fill half a bin, if it is the later one; 0: never. A training on bin
+    # centres begins there too
     tau: float = real(TAU, least=0, most=100)
     # None: rademacher, exact where K > 1
     trace: str | None = choice(None, (*PROBES, "exact"))

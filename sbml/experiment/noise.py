@@ -2,29 +2,35 @@
 
 import jax.numpy as jnp
 
-from sbml import times
+from sbml import discrete, times
 from sbml.data import imagenet32
 from sbml.experiment.data import Data
 from sbml.experiment.training import Training
 from sbml.sdes import SDE
 
 
-def smallest_time(sde: SDE, training: Training, data: Data) -> float:
-    """The paper's, unless ``training.smallest_time`` says otherwise.
+def smallest_time(sde: SDE, training: Training, data: Data, tau: float) -> float:
+    """The paper's, unless ``training.smallest_time`` says otherwise; of bin centres a later one.
 
-    The SDE's own, but for VP on ImageNet with likelihood weighting and importance sampling, of
-    either kind, 5e-5.
+    The paper's is the SDE's own, but for VP on ImageNet with likelihood weighting and importance
+    sampling, of either kind, 5e-5. Bin centres are evaluated from where ``tau`` standard deviations
+    of the noise fill half a bin, if that is later (``discrete.smallest_time``). They are trained
+    from there on, for earlier noise is never evaluated.
     """
     if training.smallest_time is not None:
         return training.smallest_time
     both = training.likelihood_weighting and training.importance_sampling
     imagenet = imagenet32.version(data.source) is not None
-    return max(sde.smallest_time, 5e-5 if imagenet and both else 0.0)
+    papers = max(sde.smallest_time, 5e-5 if imagenet and both else 0.0)
+    if data.dequantization != "centre":
+        return papers
+    return float(discrete.smallest_time(sde, data.levels, papers, tau))
 
 
-def trained_from(sde: SDE, training: Training, data: Data) -> float:
-    """The smallest time whose noise training shows: in discrete time, that of the first level."""
-    eps, levels = smallest_time(sde, training, data), training.discrete_levels
+def trained_from(sde: SDE, training: Training, eps: float) -> float:
+    """The smallest time whose noise a training from ``eps`` on shows: in discrete time, that of the
+    first level."""
+    levels = training.discrete_levels
     if not levels:
         return eps
     return max(eps, float(sde.time(sde.levels(levels).log_snr(jnp.zeros(())))))

@@ -1,5 +1,6 @@
 """Compares the config and data stored in a checkpoint with the present config and data."""
 
+import math
 from typing import Any
 
 from absl import logging
@@ -15,12 +16,17 @@ from sbml.sdes import SDE
 Metadata = dict[str, Any]
 
 
-def _parts(metadata: Metadata) -> tuple[SDE, Training, Data]:
-    """The SDE, training and data settings of a checkpoint, written by this or an older version."""
+def _noise(metadata: Metadata) -> tuple[SDE, Training, float]:
+    """The process of a checkpoint, its training and its smallest time, of this or an older version.
+
+    Older versions did not store the time, and trained bin centres from the paper's smallest time.
+    """
     stored = metadata["config"]
-    process = Process.of(stored["sde"], complete=False)
+    sde = Process.of(stored["sde"], complete=False).build()
     training = Training.of(stored["training"], complete=False)
-    return process.build(), training, Data.of(stored["data"], complete=False)
+    data = Data.of(stored["data"], complete=False)
+    eps = metadata.get("smallest_time")
+    return sde, training, noise.smallest_time(sde, training, data, math.inf) if eps is None else eps
 
 
 def check_score(config: Config, metadata: Metadata) -> None:
@@ -30,8 +36,9 @@ def check_score(config: Config, metadata: Metadata) -> None:
       ValueError: they do not; the message names the fields that differ.
     """
     architecture.check(config.plain(), metadata["config"], ("sde", "score", "model"))
-    ours = noise.smallest_time(config.sde.build(), config.training, config.data)
-    theirs = noise.smallest_time(*_parts(metadata))
+    tau = config.eval.tau or math.inf
+    ours = noise.smallest_time(config.sde.build(), config.training, config.data, tau)
+    _, _, theirs = _noise(metadata)
     if ours != theirs:
         raise ValueError(
             f"the checkpoint's smallest time is {theirs}, but the config's is {ours}: set "
@@ -46,7 +53,7 @@ def unseen_times(metadata: Metadata, eps: float, section: str = "eval") -> list[
     ``section`` is the section of the config whose ``smallest_time`` is ``eps``: "eval" or
     "sampling".
     """
-    first = noise.trained_from(*_parts(metadata))
+    first = noise.trained_from(*_noise(metadata))
     if eps >= 0.99 * first:  # A smaller difference may be rounding.
         return []
     return [

@@ -86,7 +86,8 @@ class Training(Loop):
     times: str = choice("lattice", DRAWS)
     noises: str = choice("antithetic", NOISES)  # half the images, each with z and -z
     proposal_bins: int = integer(32, below=2**16)  # of a density of times that follows the noise
-    # None: 1e-5, sub-VP 1e-2, ImageNet with both flags above 5e-5 (the paper's)
+    # None: 1e-5, sub-VP 1e-2, ImageNet with both flags above 5e-5 (the paper's); of bin centres,
+    # where by eval.tau their evaluation begins, if that is later
     smallest_time: float | None = real(None, least=0, below=1)
     sample_every: int = integer(50_000)  # a grid of samples; 0: none during training
 

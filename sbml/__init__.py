@@ -6,7 +6,7 @@ s(x, t, key), see ``sbml.types``.
     Density                     likelihoods, bits/dim, samples and latents under any score
     Estimate                    what these likelihoods are: values, terms, intervals
     sdes, times, divergence     forward processes; times and their weights; tr J
-    losses                      denoising score matching
+    losses, second_order        denoising score matching, of the score and of its divergence
     bound, discrete             evidence bounds on -log p(x), and on -log P(k) of integers
     ode, quadrature, likelihood the probability-flow ODE and its log-likelihood
     sampling, samplers          from a latent to a sample
@@ -33,8 +33,8 @@ compiler.cure()
 LIBRARY = (
     *("adapters", "bits", "bound", "compiler", "data", "density", "dequantizers", "discrete"),
     *("distances", "divergence", "estimate", "estimators", "integers", "intervals"),
-    *("likelihood", "losses", "networks", "ode"),
-    *("predictions", "quadrature", "samplers", "sampling", "sdes", "times", "types"),
+    *("likelihood", "losses", "networks", "ode", "predictions", "quadrature", "samplers"),
+    *("sampling", "sdes", "second_order", "times", "types"),
 )
 
 

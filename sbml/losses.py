@@ -125,15 +125,26 @@ def dsm_batch(
     Raises:
       ValueError: if there is not one scalar time, one key and one sign for each example.
     """
+    x_t, z, score_key = noised_batch(sde, x, t, keys, signs)
+    scores = batched(score)(x_t, t, score_key)
+    return jax.vmap(lambda s, t, z: residual(sde, s, t, z, weighting))(scores, t, z)
+
+
+def noised_batch(
+    sde: Kernel, x: Batch, t: Vector, keys: Keys, signs: Vector | None
+) -> tuple[Batch, Batch, Key]:
+    """What :func:`dsm_batch` draws: x_t and z, each ``(n, *s)``, and the score's key.
+
+    Raises:
+      ValueError: there is not one scalar time, one key or one sign for each example.
+    """
     _check_rows(x, t, keys, signs)
     pairs = jax.vmap(jax.random.split)(keys)
     noise_keys, score_keys = pairs[:, 0], pairs[:, 1]
     z = jax.vmap(lambda key, x: jax.random.normal(key, x.shape, x.dtype))(noise_keys, x)
     if signs is not None:
         z = jax.vmap(jnp.multiply)(signs, z)
-    x_t = jax.vmap(lambda x, t, z: perturb(sde, x, t, z))(x, t, z)
-    scores = batched(score)(x_t, t, score_keys[0])
-    return jax.vmap(lambda s, t, z: residual(sde, s, t, z, weighting))(scores, t, z)
+    return jax.vmap(lambda x, t, z: perturb(sde, x, t, z))(x, t, z), z, score_keys[0]
 
 
 def _check_rows(x: Batch, t: Anything, keys: Anything, signs: Anything | None) -> None:

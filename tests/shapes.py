@@ -14,7 +14,7 @@ CHECKED = tuple(
     for name in (
         *("types", "sdes", "times", "losses", "divergence", "quadrature", "ode", "likelihood"),
         *("bits", "distances", "intervals", "predictions", "adapters", "sampling", "integers"),
-        *("density", "estimate", "bound", "discrete", "samplers", "estimators"),
+        *("density", "estimate", "bound", "discrete", "samplers", "estimators", "second_order"),
         *("dequantizers.uniform", "dequantizers.truncated_normal"),
         *("dequantizers.categorical", "dequantizers.learned", "dequantizers.variational"),
     )

@@ -191,6 +191,24 @@ def test_going_on_otherwise_is_said(tmp_path, caplog):
     assert "step 8 is past training.num_steps=6" in caplog.text
 
 
+def test_a_second_order_training_goes_on_from_a_checkpoint(tmp_path, caplog):
+    config = tiny.get_config()
+    config.training.num_steps = 4
+    train.run(config, tmp_path)
+    before = losses(tmp_path)
+    config.training.update(num_steps=6, second_order=0.1)
+    train.run(config, tmp_path)
+    assert "training.second_order 0.0 -> 0.1" in caplog.text
+    after = losses(tmp_path)
+    assert list(after) == [1, 2, 3, 4, 5, 6]
+    assert {step: after[step] for step in before} == before
+    with config.unlocked():
+        config.training.second_order = 0.0
+    train.run(config, plain := tmp_path / "plain")
+    assert all(after[step] != losses(plain)[step] for step in (5, 6))
+    assert runs.state(config, tmp_path).step == 6
+
+
 @pytest.mark.parametrize("schedule", ["constant", "cosine"])
 def test_more_steps_train_otherwise_under_a_cosine(schedule, caplog):
     """Where the learning rate has come to zero, it is back near its peak for more steps."""

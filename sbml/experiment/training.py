@@ -83,6 +83,11 @@ class Training(Loop):
     importance: str = choice("noise", IMPORTANCE)
     # N: the discrete-time loss on N noise levels, DDPM's (vp) or SMLD's (ve); 0: off
     discrete_levels: int = integer(0, below=2**20)
+    # beside the loss so much of the second-order loss, which the ODE's likelihood needs; 0: off.
+    # i-DODE adds 0.1 in the last 3 of 100 steps
+    second_order: float = real(0.0, least=0, most=100)
+    # of its divergence; 1 is i-DODE's, whose minimum is not at the true score
+    second_order_probes: int = integer(2, least=1, below=2**10)
     times: str = choice("lattice", DRAWS)
     noises: str = choice("antithetic", NOISES)  # half the images, each with z and -z
     proposal_bins: int = integer(32, below=2**16)  # of a density of times that follows the noise

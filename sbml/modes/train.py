@@ -2,6 +2,9 @@
 
     loss = 1/d  mean over the batch of  weight(t) 1/2 w(t) ||sigma s(x_t, t) + z||^2     nats/dim
 
+beside ``training.second_order`` times the second-order loss (``sbml.second_order``), if it is asked
+for. That is a way to go on from a checkpoint: the same command with it and more ``num_steps``.
+
 With likelihood weighting its expectation is, up to constants, a bound on -log p(x) / d.
 """
 
@@ -14,7 +17,7 @@ import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
 
-from sbml import bits, losses, times
+from sbml import bits, losses, second_order, times
 from sbml.evaluation import samples
 from sbml.experiment import trained
 from sbml.experiment.build import Experiment
@@ -76,17 +79,20 @@ def prepare_fn(experiment: Experiment) -> Prepare:
 
 def loss_fn(experiment: Experiment) -> Loss:
     """Per-example losses (n,) in nats/dim."""
-    config, kernel = experiment.config, experiment.trained_kernel
-    dims = math.prod(config.data.shape)
+    training, kernel = experiment.config.training, experiment.trained_kernel
+    dims = math.prod(experiment.shape)
 
     def loss(params: Any, draws: Draws, frozen: Any) -> Array:
         score = experiment.trained_adapter(params)
-        signs = draws.signs if config.training.antithetic else None
-        terms = losses.dsm_batch(
-            *(score, kernel, draws.x, draws.t, draws.keys),
-            weighting=config.training.weighting,
-            signs=signs,
-        )
+        signs = draws.signs if training.antithetic else None
+        given = (score, kernel, draws.x, draws.t, draws.keys)
+        how = {"weighting": training.weighting, "signs": signs}
+        if training.second_order:
+            probes = training.second_order_probes
+            first, second = second_order.dsm_batch(*given, **how, probes=probes)
+            terms = first + training.second_order * second
+        else:
+            terms = losses.dsm_batch(*given, **how)
         return draws.weight * draws.inverse * terms / dims
 
     return loss

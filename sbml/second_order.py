@@ -1,0 +1,143 @@
+"""Second-order denoising score matching: training the divergence that the ODE's likelihood needs.
+
+With x_t = alpha x + sigma z, the true score of any linear SDE has
+
+    sigma^2 div s(x_t) + d = tr Cov[z | x_t] = E[ |sigma s(x_t) + z|^2 | x_t ],
+
+so that, for the true score,
+
+    r = sigma^2 div s(x_t) + d - |sigma s(x_t) + z|^2      has      E[r | x_t] = 0.
+
+The likelihood of the probability-flow ODE is an integral of 1/2 sigma^2 div s over log-SNR, and r
+is the error of that integrand, beside noise. The loss of one example is
+
+    1/2 w(t) r^2,      |sigma s + z|^2 held constant,
+
+with w of the first-order loss 1/2 w |sigma s + z|^2 (``sbml.losses``). At the true score its
+gradient is 0 in the mean, and its value is that of the noise: w tr(Cov[z | x_t]^2) for Gaussian
+data. The first-order loss hardly sees an error of the score that is small but turns fast in x; this
+one does, by its divergence.
+
+*Velocity.* For alpha^2 + sigma^2 = 1, F = alpha z - sigma x and F^ that of the score,
+
+    r = -alpha [sigma div F^ - alpha (d - |F - F^|^2)],      1/2 w r^2 = 1/2 (w alpha^2) [...]^2,
+
+which is the form of i-DODE: w alpha^2 is the weight of |F - F^|^2.
+
+*Probes.* With div s estimated by v^T J v, r^2 has the variance of the probe in its expectation,
+2 sigma^4 sum_{i != j} J_ij^2 for a symmetric J and random signs v, and the minimum then lies where
+J is more diagonal than the truth's. The product r_1 r_2 of the residuals of two independent probes
+has the expectation of the exact r^2, and its minimum where it should be. Its gradient is taken as
+2 r_2 grad r_1, of the same expectation: r_2 needs no reverse pass.
+
+References: Lu et al., "Maximum Likelihood Training for Score-Based Diffusion ODEs by High-Order
+Denoising Score Matching", ICML 2022; Zheng et al., "Improved Techniques for Maximum Likelihood
+Estimation for Diffusion ODEs", ICML 2023 (one probe).
+"""
+
+import jax
+import jax.numpy as jnp
+
+from sbml import compiler, divergence, losses
+from sbml.divergence import Forms, Probes
+from sbml.sdes import Kernel
+from sbml.types import Anything, Batch, Example, Key, Keys, Scalar, Score, Vector, batched, of_shape
+
+
+def residuals(sde: Kernel, score_xt: Anything, forms: Forms, t: Scalar, z: Example) -> Forms:
+    """r for each estimate ``forms (k,)`` of div s, shape ``(k,)``; the error is held constant.
+
+    Raises:
+      ValueError: if the score's shape is not that of ``z``.
+    """
+    std = sde.std(t)
+    error = jnp.sum((std * of_shape(score_xt, z) + z) ** 2)
+    return std**2 * forms + (z.size - jax.lax.stop_gradient(error))
+
+
+def squared(r: Forms) -> Scalar:
+    """r_1^2 of one residual; of several ``(k,)`` r_1 times the mean r_2 of the others: a scalar.
+
+    The gradient is 2 r_2 grad r_1, as by the product's symmetry in expectation.
+    """
+    other = jax.lax.stop_gradient(jnp.mean(r[1:]) if r.size > 1 else r[0])
+    return 2 * r[0] * other - jax.lax.stop_gradient(r[0] * other)
+
+
+def loss(
+    score: Score,
+    sde: Kernel,
+    x: Example,
+    t: Scalar,
+    key: Key,
+    vs: Probes,
+    *,
+    weighting: str = "likelihood",
+) -> Scalar:
+    """1/2 w(t) r^2 of one example at one time, in the unit of ``losses.dsm``: a scalar.
+
+    Args:
+      score: any score of one example.
+      sde: the forward process.
+      x: one example, ``(*s)``.
+      t: scalar time.
+      key: as in ``losses.dsm``, whose noise it has: z, and the score's stochastic layers.
+      vs: the probes ``(k, *s)``, independent of each other; two or more leave the expectation of
+        the exact divergence.
+      weighting: ``likelihood`` or ``original``.
+
+    Raises:
+      ValueError: ``t`` is no scalar, or ``vs`` are not directions of ``x``.
+    """
+    if t.ndim:
+        raise ValueError(f"t has shape {t.shape}: give one example's scalar time, vmap over more")
+    noise_key, score_key = jax.random.split(key)
+    z = jax.random.normal(noise_key, x.shape, x.dtype)
+    x_t = losses.perturb(sde, x, t, z)
+    s, forms = divergence.quadratic_forms(lambda x: score(x, t, score_key), x_t, vs)
+    return 0.5 * losses.weight(sde, t, weighting) * squared(residuals(sde, s, forms, t, z))
+
+
+def dsm_batch(
+    score: Score,
+    sde: Kernel,
+    x: Batch,
+    t: Vector,
+    keys: Keys,
+    *,
+    weighting: str = "likelihood",
+    signs: Vector | None = None,
+    probes: int = 2,
+) -> tuple[Vector, Vector]:
+    """The losses of both orders by one call of the network, each ``(n,)``.
+
+    The first are those of ``losses.dsm_batch``, from the same draws; the second are 1/2 w(t) r^2
+    with ``probes`` independent Rademacher probes for each example, from its key.
+
+    Raises:
+      ValueError: as ``losses.dsm_batch``; for less than one probe.
+    """
+    if probes < 1:
+        raise ValueError(f"probes={probes}: need at least one; two leave no bias")
+    compiler.check()
+    x_t, z, score_key = losses.noised_batch(sde, x, t, keys, signs)
+    network = batched(score)
+    scores, tangent = jax.linearize(lambda x: network(x, t, score_key), x_t)
+    vs = jax.vmap(lambda key: _signs(key, probes, x[0]), out_axes=1)(keys)
+    forms = [jax.vmap(jnp.vdot)(v, tangent(v)) for v in vs]
+    # Of the others no gradient is asked for; said here, none is computed.
+    forms[1:] = map(jax.lax.stop_gradient, forms[1:])
+
+    def orders(s: Example, forms: Forms, t: Scalar, z: Example) -> tuple[Scalar, Scalar]:
+        r2 = squared(residuals(sde, s, forms, t, z))
+        first = losses.residual(sde, s, t, z, weighting)
+        return first, 0.5 * losses.weight(sde, t, weighting) * r2
+
+    return jax.vmap(orders)(scores, jnp.stack(forms, axis=1), t, z)
+
+
+def _signs(key: Key, count: int, like: Example) -> Probes:
+    """``(count, *s)`` independent random signs, of other bits than the noise that ``key`` draws."""
+    # The first two keys of ``split`` are the noise's and the score's; ``fold_in`` could repeat one.
+    probe_key = jax.random.split(key, 3)[2]
+    return jax.random.rademacher(probe_key, (count, *like.shape), like.dtype)

@@ -1,0 +1,335 @@
+"""The second-order loss has its minimum at the true score, where the ODE's likelihood is right.
+
+Expectations are exact: quadratures over x_0 and z, and means over all signs of the probes.
+"""
+
+import dataclasses
+import itertools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import scipy.optimize
+
+from sbml import losses, second_order
+from sbml.sdes import SDE, SDES, VP
+from sbml.types import Array, Key, Score
+
+pytestmark = [pytest.mark.usefixtures("x64"), pytest.mark.oracle]
+
+T = np.asarray(0.3)  # float64, also before the module's tests enable it in JAX
+NODES, WEIGHTS = np.polynomial.hermite_e.hermegauss(40)
+WEIGHTS = WEIGHTS / WEIGHTS.sum()
+VARIANCE = 0.6  # of the data where they have one dimension
+
+
+@pytest.fixture(params=SDES, name="sde")
+def _sde(request: pytest.FixtureRequest) -> SDE:
+    return SDES[request.param]()
+
+
+def expected(f: Callable[[Array, Array], Array], std: float = VARIANCE**0.5) -> Array:
+    """E f(x_0, z) for x_0 ~ N(0, std^2) and z ~ N(0, 1), each of shape (1,)."""
+    x, z = (jnp.asarray(g).reshape(-1, 1) for g in np.meshgrid(std * NODES, NODES))
+    return jnp.asarray(np.outer(WEIGHTS, WEIGHTS).ravel()) @ jax.vmap(f)(x, z)
+
+
+def residual(score: Score, sde: SDE, x: Array, z: Array, t: Array) -> Array:
+    """r with the exact divergence, ()."""
+    x_t = losses.perturb(sde, x, t, z)
+    s, jacobian = score(x_t, t, None), jax.jacfwd(lambda x: score(x, t, None))(x_t)
+    return second_order.residuals(sde, s, jnp.trace(jacobian)[None], t, z)[0]
+
+
+def linear(sde: SDE, variance: Array | float) -> Score:
+    """The score of N(0, variance)."""
+    return lambda x, t, key: -x / (sde.mean_coef(t) ** 2 * variance + sde.std(t) ** 2)
+
+
+def test_the_residual_of_the_true_score_has_no_mean_given_x_t(sde: SDE) -> None:
+    """Against every polynomial of x_t; its square is 2 Cov[z | x_t]^2."""
+    score = linear(sde, VARIANCE)
+    for t in map(jnp.asarray, (1e-3, 0.3, 0.95)):
+        v = sde.mean_coef(t) ** 2 * VARIANCE + sde.std(t) ** 2
+        for power in range(4):
+
+            def moment(x: Array, z: Array, t: Array = t, v: Array = v, power: int = power) -> Array:
+                x_t = losses.perturb(sde, x, t, z)[0] / jnp.sqrt(v)
+                return residual(score, sde, x, z, t) * x_t**power
+
+            assert abs(expected(moment)) < 1e-10
+        square = expected(lambda x, z, t=t: residual(score, sde, x, z, t) ** 2)
+        covariance = 1 - sde.std(t) ** 2 / v
+        np.testing.assert_allclose(square, 2 * covariance**2, rtol=1e-9, atol=1e-13)
+
+
+def test_the_residual_of_a_mixtures_score_has_no_mean() -> None:
+    """x_0 is -1 or 1: s = (alpha tanh(alpha x / sigma^2) - x) / sigma^2."""
+    sde = VP()
+
+    def score(x: Array, t: Array, key: Key | None) -> Array:
+        alpha, variance = sde.mean_coef(t), sde.std(t) ** 2
+        return (alpha * jnp.tanh(alpha * x / variance) - x) / variance
+
+    nodes, weights = np.polynomial.hermite_e.hermegauss(200)
+    for power in range(4):
+        total = 0.0
+        for x in (-jnp.ones(1), jnp.ones(1)):
+
+            def one(z: Array, x: Array = x, power: int = power) -> Array:
+                x_t = losses.perturb(sde, x, jnp.asarray(0.5), z)
+                return residual(score, sde, x, z, jnp.asarray(0.5)) * x_t[0] ** power
+
+            total += weights @ jax.vmap(one)(jnp.asarray(nodes)[:, None]) / weights.sum()
+        assert abs(total) < 1e-8
+
+
+def loss_gradient(family: Callable[[Array], Score], sde: SDE, a: float, t: Array = T) -> Array:
+    """d/da of the expected second-order loss, the error held constant."""
+
+    def total(a: Array) -> Array:
+        score = family(a)
+        return expected(lambda x, z: 0.5 * residual(score, sde, x, z, jnp.asarray(t)) ** 2)
+
+    return jax.grad(total)(jnp.asarray(a))
+
+
+def ode_nats(sde: SDE, a: float, variance: float) -> float:
+    """E -log p(x_0) of the ODE whose score is (1 + a) times that of N(0, variance), nats.
+
+    x_T = M x_0 with log M the integral of f + g^2 (1 + a) / (2 v), by Gauss-Legendre in log t.
+    """
+    nodes, weights = np.polynomial.legendre.leggauss(200)
+    ends = np.log(1e-8), 0.0
+    s = 0.5 * (ends[1] - ends[0]) * nodes + 0.5 * (ends[0] + ends[1])
+    t, weights = jnp.asarray(np.exp(s)), 0.5 * (ends[1] - ends[0]) * weights * np.exp(s)
+    v = sde.mean_coef(t) ** 2 * variance + sde.std(t) ** 2
+    log_m = weights @ (sde.drift_coef(t) + 0.5 * sde.diffusion(t) ** 2 * (1 + a) / v)
+    prior = sde.mean_coef(jnp.asarray(1.0)) ** 2 * variance + sde.std(jnp.asarray(1.0)) ** 2
+    return float(0.5 * variance * np.exp(2 * log_m) / prior - log_m)
+
+
+def test_the_minimum_is_where_the_odes_likelihood_is_right() -> None:
+    """Both of a score (1 + a) times the true one: the gradient is g (a + a^2), and g > 0."""
+    sde = VP()
+
+    def family(a: Array) -> Score:
+        score = linear(sde, VARIANCE)
+        return lambda x, t, key: (1 + a) * score(x, t, key)
+
+    v = sde.mean_coef(T) ** 2 * VARIANCE + sde.std(T) ** 2
+    for a in (-0.4, -0.05, 0.0, 0.05, 0.4):
+        exact = (sde.std(T) ** 2 / v) ** 2 * (a + a**2)
+        np.testing.assert_allclose(loss_gradient(family, sde, a), exact, rtol=1e-9, atol=1e-12)
+    least = scipy.optimize.minimize_scalar(lambda a: ode_nats(sde, a, VARIANCE), (-0.1, 0.1))
+    assert abs(least.x) < 1e-6
+    root = scipy.optimize.brentq(lambda a: float(loss_gradient(family, sde, a)), -0.3, 0.3)
+    assert abs(root) < 1e-9
+
+
+def test_the_minimum_over_wrong_variances_is_the_true_one(sde: SDE) -> None:
+    """The ODE of N(0, c) has -log p = 1/2 (log c + x^2 / c), least at the data's variance."""
+
+    def family(c: Array) -> Score:
+        return linear(sde, c)
+
+    odes = jax.grad(lambda c: 0.5 * (jnp.log(c) + VARIANCE / c))
+    for c, sign in ((0.3, -1.0), (1.2, 1.0)):
+        gradient = loss_gradient(family, sde, c)
+        assert sign * gradient > 1e-9 and sign * odes(c) > 0.1
+    assert abs(loss_gradient(family, sde, VARIANCE)) < 1e-12 > abs(odes(VARIANCE))
+
+
+def test_it_sees_what_the_first_order_loss_does_not() -> None:
+    """An error b / k cos(k x) of the score: k times fainter in the first order, not in the second.
+
+    Curvatures in b: sigma^2 E[cos^2] / k^2, and sigma^4 E[sin^2], with E[cos 2 k x] = e^(-2 k^2 v).
+    """
+    sde, k = VP(), 5.0
+
+    def family(b: Array) -> Score:
+        score = linear(sde, VARIANCE)
+        return lambda x, t, key: score(x, t, key) + b / k * jnp.cos(k * x)
+
+    def first(b: Array) -> Array:
+        def one(x: Array, z: Array) -> Array:
+            s = family(b)(losses.perturb(sde, x, T, z), T, None)
+            return losses.residual(sde, s, T, z, "original")
+
+        return expected(one)
+
+    def second(b: Array) -> Array:
+        return expected(lambda x, z: 0.5 * residual(family(b), sde, x, z, T) ** 2)
+
+    v = sde.mean_coef(T) ** 2 * VARIANCE + sde.std(T) ** 2
+    wave, zero = np.exp(-2 * k**2 * v), jnp.zeros(())
+    expected_first = sde.std(T) ** 2 * (1 + wave) / 2 / k**2
+    np.testing.assert_allclose(jax.hessian(first)(zero), expected_first, rtol=1e-6)
+    expected_second = sde.std(T) ** 4 * (1 - wave) / 2
+    np.testing.assert_allclose(jax.hessian(second)(zero), expected_second, rtol=1e-6)
+    assert abs(jax.grad(first)(zero)) < 1e-9 and abs(jax.grad(second)(zero)) < 1e-9
+
+
+COVARIANCE = np.asarray([[0.7, 0.5], [0.5, 0.9]])
+
+
+def correlated(sde: SDE, a: Array | float) -> Score:
+    """The score of N(0, COVARIANCE), its Jacobian's part off the diagonal 1 + a times as large."""
+
+    def score(x: Array, t: Array, key: Key | None) -> Array:
+        v = sde.mean_coef(t) ** 2 * COVARIANCE + sde.std(t) ** 2 * jnp.eye(2)
+        jacobian = -jnp.linalg.inv(v)
+        return (jacobian + a * (jacobian - jnp.diag(jnp.diag(jacobian)))) @ x
+
+    return score
+
+
+@pytest.mark.parametrize("probes", [1, 2, 3])
+def test_several_probes_leave_no_bias(probes: int) -> None:
+    """One pulls the Jacobian towards its diagonal: by 1/2 sigma^4 d/da 2 sum_{i != j} J_ij^2."""
+    sde, n = VP(), 7
+    nodes, weights = np.polynomial.hermite_e.hermegauss(n)
+    grid = np.stack(np.meshgrid(*[nodes] * 4, indexing="ij"), axis=-1).reshape(-1, 4)
+    mass = np.prod(np.stack(np.meshgrid(*[weights] * 4, indexing="ij"), -1), -1).ravel()
+    x = jnp.asarray(grid[:, :2] @ np.linalg.cholesky(COVARIANCE).T)
+    signs = itertools.product((-1.0, 1.0), repeat=2 * probes)
+    vs = jnp.asarray(np.reshape(list(signs), (-1, probes, 2)))
+
+    def total(a: Array) -> Array:
+        score = correlated(sde, a)
+
+        def one(x: Array, z: Array, vs: Array) -> Array:
+            x_t = losses.perturb(sde, x, T, z)
+            jacobian = jax.jacfwd(lambda x: score(x, T, None))(x_t)
+            forms = jnp.sum(vs * (vs @ jacobian.T), axis=1)
+            r = second_order.residuals(sde, score(x_t, T, None), forms, T, z)
+            return 0.5 * second_order.squared(r)
+
+        over_probes = jax.vmap(lambda x, z: jnp.mean(jax.vmap(lambda v: one(x, z, v))(vs)))
+        return jnp.asarray(mass / mass.sum()) @ over_probes(x, jnp.asarray(grid[:, 2:]))
+
+    value, gradient = jax.value_and_grad(total)(jnp.zeros(()))
+    inverse = np.linalg.inv(sde.mean_coef(T) ** 2 * COVARIANCE + sde.std(T) ** 2 * np.eye(2))
+    exact = np.eye(2) - sde.std(T) ** 2 * inverse  # Cov[z | x_t]
+    variance = sde.std(T) ** 4 * 4 * inverse[0, 1] ** 2 if probes == 1 else 0.0
+    np.testing.assert_allclose(value, np.sum(exact**2) + 0.5 * variance, rtol=1e-9)
+    np.testing.assert_allclose(gradient, variance, atol=1e-10)
+    assert probes > 1 or variance > 0.05
+
+
+def curved(a: Array, sde: SDE) -> Score:
+    """Not linear, not diagonal, and one number to train."""
+    w = jnp.asarray(np.random.default_rng(0).normal(size=(3, 3)))
+    return lambda x, t, key: -jnp.tanh(a * w @ x + t) / sde.std(t)
+
+
+def test_for_vp_it_is_i_dodes_form() -> None:
+    """r = -alpha [sigma div F^ - alpha (d - |F - F^|^2)] with velocities F."""
+    sde, t = VP(), jnp.asarray(0.2)
+    alpha, sigma = sde.mean_coef(t), sde.std(t)
+    x, z = jnp.asarray([0.3, -0.9, 0.4]), jnp.asarray([1.1, 0.2, -0.7])
+    score = curved(jnp.asarray(0.7), sde)
+
+    def velocity(x_t: Array) -> Array:
+        """F^: the noise is alpha F^ + sigma x_t."""
+        return (-sigma * score(x_t, t, None) - sigma * x_t) / alpha
+
+    x_t = losses.perturb(sde, x, t, z)
+    error = jnp.sum((alpha * z - sigma * x - velocity(x_t)) ** 2)
+    divergence = jnp.trace(jax.jacfwd(velocity)(x_t))
+    theirs = sigma * divergence - alpha * (3 - error)
+    np.testing.assert_allclose(residual(score, sde, x, z, t), -alpha * theirs, rtol=1e-12)
+
+
+@pytest.mark.parametrize("weighting", losses.WEIGHTINGS)
+def test_of_one_example_by_hand(sde: SDE, weighting: str) -> None:
+    score, t, key = curved(jnp.asarray(0.7), sde), jnp.asarray(0.4), jax.random.key(3)
+    x, vs = jnp.asarray([0.3, -0.9, 0.4]), jnp.asarray([[1.0, -1.0, 1.0], [1.0, 1.0, 1.0]])
+    z = jax.random.normal(jax.random.split(key)[0], (3,))  # As losses.dsm draws it.
+    alpha, sigma = sde.mean_coef(t), sde.std(t)
+    jacobian = jax.jacfwd(lambda x: score(x, t, None))(alpha * x + sigma * z)
+    error = np.sum((sigma * score(alpha * x + sigma * z, t, None) + z) ** 2)
+    r = [sigma**2 * v @ jacobian @ v + 3 - error for v in vs]
+    w = (sde.diffusion(t) / sigma) ** 2 if weighting == "likelihood" else 1.0
+    for count, square in ((1, r[0] ** 2), (2, r[0] * r[1])):
+        found = second_order.loss(score, sde, x, t, key, vs[:count], weighting=weighting)
+        np.testing.assert_allclose(found, 0.5 * w * square, rtol=1e-10)
+
+
+def test_the_error_is_held_constant_and_the_divergence_is_not() -> None:
+    """d/da 1/2 r^2 = r sigma^2 d(div s)/da, by finite differences of the divergence."""
+    sde, t, key = VP(), jnp.asarray(0.4), jax.random.key(3)
+    x, vs, step = jnp.asarray([0.3, -0.9, 0.4]), jnp.asarray([[1.0, -1.0, 1.0]]), 1e-5
+
+    def form(a: float) -> Array:
+        z = jax.random.normal(jax.random.split(key)[0], (3,))
+        f = curved(jnp.asarray(a), sde)
+        jacobian = jax.jacfwd(lambda x: f(x, t, None))(losses.perturb(sde, x, t, z))
+        return vs[0] @ jacobian @ vs[0]
+
+    def loss(a: Array) -> Array:
+        return second_order.loss(curved(a, sde), sde, x, t, key, vs, weighting="original")
+
+    value, gradient = jax.value_and_grad(loss)(jnp.asarray(0.7))
+    slope = (form(0.7 + step) - form(0.7 - step)) / (2 * step)
+    r = np.sqrt(2 * value)
+    np.testing.assert_allclose(abs(gradient), abs(r * sde.std(t) ** 2 * slope), rtol=1e-7)
+    whole = (loss(jnp.asarray(0.7 + step)) - loss(jnp.asarray(0.7 - step))) / (2 * step)
+    assert abs(whole - gradient) > 0.1 * abs(gradient)
+
+
+@dataclasses.dataclass(frozen=True)
+class InBatches:
+    """A score that must be called in its batch form, and once."""
+
+    score: Score
+    calls: list[Array]
+
+    def __call__(self, x: Array, t: Array, key: Key | None) -> Array:
+        raise AssertionError("called for one example, though it has a batch form")
+
+    def batch(self, x: Array, t: Array, key: Key | None) -> Array:
+        """All at once."""
+        self.calls.append(x)
+        return jax.vmap(lambda x, t: self.score(x, t, None))(x, t)
+
+
+@pytest.mark.parametrize("antithetic", [False, True])
+def test_a_batch_has_the_losses_of_its_examples(sde: SDE, antithetic: bool) -> None:
+    """The first order as ``losses.dsm_batch``; the second with the probes of each key."""
+    score = curved(jnp.asarray(0.7), sde)
+    x = jnp.asarray(np.random.default_rng(1).normal(size=(4, 3)))
+    t, keys = jnp.asarray([0.05, 0.2, 0.5, 0.9]), jax.random.split(jax.random.key(0), 4)
+    signs = jnp.asarray([1.0, -1.0, 1.0, -1.0]) if antithetic else None
+    network = InBatches(score, [])
+    first, second = second_order.dsm_batch(network, sde, x, t, keys, signs=signs, probes=3)
+    assert len(network.calls) == 1
+    plain = losses.dsm_batch(network, sde, x, t, keys, signs=signs)
+    np.testing.assert_allclose(first, plain, rtol=1e-12)
+    for i, key in enumerate(keys):
+        z = jax.random.normal(jax.random.split(key)[0], (3,)) * (1.0 if signs is None else signs[i])
+        x_t = losses.perturb(sde, x[i], t[i], z)
+        s, jacobian = score(x_t, t[i], None), jax.jacfwd(lambda x, i=i: score(x, t[i], None))(x_t)
+        vs = jax.random.rademacher(jax.random.split(key, 3)[2], (3, 3), float)
+        r = [sde.std(t[i]) ** 2 * v @ jacobian @ v + 3 - jnp.sum((sde.std(t[i]) * s + z) ** 2)
+             for v in vs]  # fmt: skip
+        square = r[0] * (r[1] + r[2]) / 2
+        np.testing.assert_allclose(second[i], 0.5 * sde.rate(t[i]) * square, rtol=1e-9)
+    assert len(np.unique(np.asarray(vs), axis=0)) > 1
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_what_would_broadcast_is_refused() -> None:
+    sde, key, x = VP(), jax.random.key(0), jnp.zeros(3)
+    score = linear(sde, 1.0)
+    with pytest.raises(ValueError, match=r"t has shape \(2,\): give one example's scalar time"):
+        second_order.loss(score, sde, x, jnp.asarray([0.1, 0.2]), key, jnp.ones((1, 3)))
+    with pytest.raises(ValueError, match=r"directions of shape \(3,\)"):
+        second_order.loss(score, sde, x, T, key, jnp.ones(3))
+    batch = jnp.zeros((2, 3)), jnp.asarray([0.1, 0.2]), jax.random.split(key)
+    with pytest.raises(ValueError, match="probes=0: need at least one"):
+        second_order.dsm_batch(score, sde, *batch, probes=0)
+    with pytest.raises(ValueError, match="give a batch"):
+        second_order.dsm_batch(score, sde, batch[0], jnp.asarray(0.1), batch[2])

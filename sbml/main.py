@@ -17,7 +17,7 @@ from sbml import compiler, modes
 from sbml.experiment import architecture
 from sbml.experiment.config import check_overrides
 from sbml.experiment.fields import choices_in
-from sbml.runtime import cpu, sharding
+from sbml.runtime import cpu, refusals, sharding
 
 # Found by folder, and imported when their turn comes: a wrong flag is told of before all imports.
 MODES = sorted(m.name for m in pkgutil.iter_modules(modes.__path__) if m.name[0] != "_")
@@ -33,6 +33,7 @@ COORDINATOR = flags.DEFINE_string(
 )
 PROCESSES = flags.DEFINE_integer("num_processes", None, "How many, unless --coordinator=auto.")
 PROCESS = flags.DEFINE_integer("process_id", None, "Which this is, unless --coordinator=auto.")
+TRACEBACK = flags.DEFINE_boolean("traceback", False, "Tell where in the program an error arose.")
 
 
 def parse(arguments: list[str]) -> list[str]:
@@ -44,12 +45,18 @@ def parse(arguments: list[str]) -> list[str]:
     last = {name: i for i, name in given if name.startswith("--config.")}
     earlier = {i for i, name in given if last.get(name, i) != i}
     arguments = [a for i, a in enumerate(arguments) if i not in earlier]
+    check_config_file(_config_file(arguments))
     try:
         return app.parse_flags_with_usage(arguments)
     except (AttributeError, KeyError):
         path, _, argument = _config_file(arguments).partition(":")
         try:
-            get_config = runpy.run_path(path)["get_config"]
+            get_config = runpy.run_path(path).get("get_config")
+            if get_config is None:
+                raise ValueError(
+                    f"--config={path} has no function get_config(): begin with a copy of a file of "
+                    "configs/"
+                )
             check_overrides(get_config(argument) if argument else get_config(), arguments)
         except ValueError as error:
             sys.exit(str(error))
@@ -65,6 +72,14 @@ def _config_file(arguments: list[str]) -> str:
     return ""
 
 
+def check_config_file(config: str) -> None:
+    """Leave with an explanation if --config=``config`` is no file."""
+    path = pathlib.Path(config.partition(":")[0]).expanduser()
+    if config and not path.is_file():
+        what = "a folder" if path.is_dir() else "not there"
+        sys.exit(f"--config={config}: {path} is {what}; give a file such as configs/digits_vp.py")
+
+
 def run_name(config: str) -> str:
     """configs/a.py is the run ``a``, configs/a.py:b, a config with an argument, ``a_b``."""
     return pathlib.Path(config).name.replace(".py", "").replace(":", "_")
@@ -75,10 +90,46 @@ def module_of(mode: str) -> Any:
     return importlib.import_module(f"{modes.__name__}.{mode}")
 
 
-def main(arguments: Sequence[str]) -> None:
-    """Run the modes in order."""
+def check_flags(arguments: Sequence[str]) -> None:
+    """Refuse flags that would be ignored, and those that name nothing.
+
+    Raises:
+      UsageError: naming the flag.
+    """
     if len(arguments) > 1:
         raise app.UsageError(f"unknown: {arguments[1:]}; set fields as --config.field=value")
+    if MODE.value is not None and not MODE.value:
+        raise app.UsageError(f"--mode= names no mode: choose from {', '.join(MODES)}")
+    if WORKDIR.value is not None and not WORKDIR.value.strip():
+        raise app.UsageError("--workdir= names no folder: give one, or leave the flag out")
+    count, own = PROCESSES.value, PROCESS.value
+    if COORDINATOR.value == "auto" or COORDINATOR.value is None and count is None and own is None:
+        return
+    if count is None or own is None or not 0 <= own < count:
+        raise app.UsageError(
+            f"--coordinator={COORDINATOR.value} --num_processes={count} --process_id={own}: "
+            "several processes want all three, with ids from 0 to "
+            "one less than their number; or --coordinator=auto alone"
+        )
+    host, _, port = (COORDINATOR.value or "").rpartition(":")
+    if not host or not port.isdecimal() or not 0 < int(port) < 2**16:
+        raise app.UsageError(
+            f"--coordinator={COORDINATOR.value or ''}: give HOST:PORT of process 0, or auto"
+        )
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Run the modes in order; a refusal ends in one line, and with the status 1."""
+    try:
+        _main(arguments)
+    except Exception as error:
+        if TRACEBACK.value or (said := refusals.line(error)) is None:
+            raise
+        sys.exit(said)
+
+
+def _main(arguments: Sequence[str]) -> None:
+    check_flags(arguments)
     unknown = [mode for mode in MODE.value or () if mode not in MODES]
     if unknown:
         raise app.UsageError(f"unknown mode {unknown}; choose from {', '.join(MODES)}")
@@ -94,11 +145,10 @@ def main(arguments: Sequence[str]) -> None:
     unknown = [mode for mode in chosen if mode not in MODES]
     if unknown or not chosen:
         raise app.UsageError(f"unknown mode {unknown}; choose from {', '.join(MODES)}")
-    if not COORDINATOR.value and (PROCESSES.value, PROCESS.value) != (None, None):
-        raise app.UsageError(
-            f"--num_processes={PROCESSES.value} --process_id={PROCESS.value} want a --coordinator: "
-            "HOST:PORT of process 0; or leave both out for one process"
-        )
+    if SOURCE.value is not None and not any(
+        "source" in getattr(module_of(mode), "FLAGS", ()) for mode in chosen
+    ):
+        raise app.UsageError(f"--source is for --mode=convert, not for {', '.join(chosen)}")
     if COORDINATOR.value:
         address = None if COORDINATOR.value == "auto" else COORDINATOR.value
         jax.distributed.initialize(address, PROCESSES.value, PROCESS.value)

@@ -1,16 +1,132 @@
 """The command line."""
 
-import pytest
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
-from sbml import main
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import runs
+from absl import flags
+
+from sbml import bits, divergence, main, report
+from sbml.ode import Solver
+from sbml.runtime import refusals
+
+CONFIG = "--config=tests/tiny.py"
 
 
 def test_of_a_field_given_twice_the_last_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     """absl makes one tuple of two: estimators of both, a shape of six numbers."""
     monkeypatch.setattr(main.app, "parse_flags_with_usage", lambda arguments: arguments)
-    given = ["main", "--config=a.py", "--config.data.shape=8,8,1", "--mode=eval"]
+    given = [
+        "main",
+        f"--config={runs.ROOT / CONFIG.partition('=')[2]}",
+        "--config.data.shape=8,8,1",
+        "--mode=eval",
+    ]
     again = [*given, "--config.eval.seed=3", "--config.data.shape=32,32,3", "--noconfig.data.flip"]
     assert main.parse(again) == [a for a in again if a != "--config.data.shape=8,8,1"]
     assert main.parse(given) == given
     apart = ["main", "--config.data.source", "digits", "--config.data.source", "photos"]
     assert main.parse(apart) == apart  # A name without its value would be left.
+
+
+def said(*arguments: str) -> tuple[int, list[str]]:
+    """Exit status and the lines of the standard error, of the program in a process of its own."""
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, "-m", "sbml.main", *arguments]
+    found = subprocess.run(
+        command, cwd=runs.ROOT, env=environment, capture_output=True, text=True, timeout=300
+    )
+    return found.returncode, found.stderr.strip().splitlines()
+
+
+def test_a_refusal_is_one_line_and_a_traceback_is_a_flag(tmp_path: Path) -> None:
+    wrong = (CONFIG, f"--workdir={tmp_path}", "--mode=train", "--config.optim.lr=0")
+    line = "ValueError: optim.lr=0.0: need a number above 0 and at most 1"
+    assert said(*wrong) == (1, [line])
+    status, lines = said(*wrong, "--traceback")
+    assert status == 1 and lines[-1] == line
+    assert any(text.startswith("Traceback") for text in lines)
+
+
+@pytest.fixture
+def parsed(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., str]]:
+    """What the program says to a command line, by a run in this process that no mode is part of."""
+    monkeypatch.setattr(main.cpu, "settle", lambda: pytest.fail("nothing was refused"))
+
+    def run(*arguments: str) -> str:
+        flags.FLAGS.unparse_flags()
+        with pytest.raises(SystemExit) as left:
+            main.main(main.parse(["main", *arguments]))
+        return str(left.value.code)
+
+    yield run
+    flags.FLAGS.unparse_flags()
+    for name in ("config", "mode", "workdir", "source", "coordinator"):
+        flags.FLAGS[name].unparse()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--config=configs",), "--config=configs: configs is a folder; give a file such as"),
+        (("--config=nowhere.py",), "--config=nowhere.py: nowhere.py is not there; give a file"),
+        ((CONFIG, "--mode="), "UsageError: --mode= names no mode: choose from convert, eval"),
+        ((CONFIG, "--mode=trian"), "UsageError: unknown mode ['trian']; choose from convert"),
+        ((CONFIG, "--workdir="), "UsageError: --workdir= names no folder: give one, or leave"),
+        (
+            (CONFIG, "--mode=train,eval", "--source=there"),
+            "UsageError: --source is for --mode=convert, not for train, eval",
+        ),
+        ((CONFIG, "--coordinator=foo"), "several processes want all three, with ids from 0 to"),
+        (
+            (CONFIG, "--coordinator=foo", "--num_processes=2", "--process_id=1"),
+            "UsageError: --coordinator=foo: give HOST:PORT of process 0, or auto",
+        ),
+        (
+            (CONFIG, "--coordinator=a:1", "--num_processes=2", "--process_id=2"),
+            "--process_id=2: several processes want all three",
+        ),
+        ((CONFIG, "--num_processes=2", "--process_id=1"), "UsageError: --coordinator=: give HOST"),
+    ],
+)
+def test_flags_that_name_nothing_or_would_be_ignored(
+    parsed: Callable[..., str], arguments: tuple[str, ...], message: str
+) -> None:
+    assert message in parsed(*arguments)
+
+
+def test_a_config_without_its_function(tmp_path: Path, parsed: Callable[..., str]) -> None:
+    (tmp_path / "empty.py").write_text("x = 1\n")
+    said = parsed(f"--config={tmp_path / 'empty.py'}", "--config.seed=1")
+    assert said.startswith(f"--config={tmp_path / 'empty.py'} has no function get_config(): begin")
+
+
+def raised(function: Callable[[], object]) -> BaseException:
+    with pytest.raises(Exception) as caught:
+        function()
+    return caught.value
+
+
+def test_what_is_a_refusal(tmp_path: Path) -> None:
+    """What this package raises, and a missing file; not what goes wrong inside of a library."""
+    ours = raised(lambda: Solver(rtol=-1.0))
+    assert refusals.line(ours) == "ValueError: rtol=-1.0: must be positive and finite"
+    traced = raised(lambda: jax.jit(lambda x: divergence.exact(lambda x: x[:1], x))(jnp.ones(2)))
+    assert str(refusals.line(traced)).startswith("ValueError: f(x) has shape (1,)")
+    missing = raised((tmp_path / "a\x1b[2Jb").read_text)
+    assert "a\\x1b[2Jb" in str(refusals.line(missing))
+    images = np.zeros((1, 2, 2, 3), np.uint8)
+    for defect in (
+        lambda: np.concatenate([np.zeros(2), np.zeros((2, 2))]),
+        lambda: 1 / 0,
+        lambda: bits.to_model(jnp.ones(3), jnp.ones(2), 4),  # jax refuses the shapes
+        lambda: report.image_grid(images, 4, columns="a"),  # type: ignore[arg-type]
+    ):
+        assert refusals.line(raised(defect)) is None

@@ -80,7 +80,7 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
     ``interpolation.png``, ``inpainting.png`` and, for colour images, ``colourisation.png``.
 
     Raises:
-      ValueError: without a checkpoint, or for fewer than two images.
+      ValueError: without a checkpoint, for fewer than two images, or than ``latents.count``.
     """
     experiment = Experiment(config)
     with jax.default_matmul_precision(config.eval.precision):
@@ -94,6 +94,11 @@ def _run(experiment: Experiment, workdir: epath.Path) -> None:
     score = experiment.exact_adapter(restored.state.ema_params)
     if len(images) < 2:
         raise ValueError(f"{images.name} {images.split} has one image: an interpolation needs two")
+    if options.count > len(images):
+        raise ValueError(
+            f"latents.count={options.count}: {images.name} {images.split} has {len(images)} "
+            f"images; set --config.latents.count={len(images)}"
+        )
     ids = spread(len(images), options.count)
     x = bits.to_model(jnp.asarray(images.images[ids]), 0.5, images.levels)
     # Ten times as strict as for likelihoods: no score takes the error of a path alone out.

@@ -62,6 +62,7 @@ def parsed(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., str]]:
 
     def run(*arguments: str) -> str:
         flags.FLAGS.unparse_flags()
+        monkeypatch.setattr(sys, "argv", ["main", *arguments])  # Where absl looks for overrides.
         with pytest.raises(SystemExit) as left:
             main.main(main.parse(["main", *arguments]))
         return str(left.value.code)
@@ -102,10 +103,12 @@ def test_flags_that_name_nothing_or_would_be_ignored(
     assert message in parsed(*arguments)
 
 
-def test_a_config_without_its_function(tmp_path: Path, parsed: Callable[..., str]) -> None:
+def test_a_config_without_its_function(tmp_path: Path) -> None:
+    """In a process of its own: absl's loader would find the function of the config before it."""
     (tmp_path / "empty.py").write_text("x = 1\n")
-    said = parsed(f"--config={tmp_path / 'empty.py'}", "--config.seed=1")
-    assert said.startswith(f"--config={tmp_path / 'empty.py'} has no function get_config(): begin")
+    status, (line,) = said(f"--config={tmp_path / 'empty.py'}", f"--workdir={tmp_path}")
+    assert status == 1
+    assert line.startswith(f"--config={tmp_path / 'empty.py'} has no function get_config(): begin")
 
 
 def raised(function: Callable[[], object]) -> BaseException:

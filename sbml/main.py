@@ -21,7 +21,7 @@ from sbml.experiment import architecture, catalogue, stored
 from sbml.experiment.config import check_overrides
 from sbml.experiment.fields import choices_in
 from sbml.experiment.training import Training
-from sbml.runtime import cpu, sharding
+from sbml.runtime import cpu, refusals, sharding
 from sbml.runtime.workdir import Workdir
 
 # Found by folder, and imported when their turn comes: a wrong flag is told of before all imports.
@@ -41,6 +41,7 @@ COORDINATOR = flags.DEFINE_string(
 )
 PROCESSES = flags.DEFINE_integer("num_processes", None, "How many, unless --coordinator=auto.")
 PROCESS = flags.DEFINE_integer("process_id", None, "Which this is, unless --coordinator=auto.")
+TRACEBACK = flags.DEFINE_boolean("traceback", False, "Tell where in the program an error arose.")
 
 
 def parse(arguments: list[str]) -> list[str]:
@@ -60,12 +61,22 @@ def parse(arguments: list[str]) -> list[str]:
         _locate_configs(arguments)
     except ValueError as error:
         sys.exit(str(error))
+    check_config_file(_value(arguments, "config"))
     try:
         return app.parse_flags_with_usage(arguments)
+    except ValueError as error:  # Of the config's function.
+        if (said := refusals.line(error)) is None:
+            raise
+        sys.exit(said)
     except (AttributeError, KeyError):
         path, _, argument = _value(arguments, "config").partition(":")
         try:
-            get_config = runpy.run_path(path)["get_config"]
+            get_config = runpy.run_path(path).get("get_config")
+            if get_config is None:
+                raise ValueError(
+                    f"--config={path} has no function get_config(): begin with a copy of a file of "
+                    "configs/"
+                )
             check_overrides(get_config(argument) if argument else get_config(), arguments)
         except ValueError as error:
             sys.exit(str(error))
@@ -92,6 +103,14 @@ def _locate_configs(arguments: list[str]) -> None:
                 arguments[i + 1] = catalogue.located(arguments[i + 1])
 
 
+def check_config_file(config: str) -> None:
+    """Leave with an explanation if --config=``config`` is no file."""
+    path = pathlib.Path(config.partition(":")[0]).expanduser()
+    if config and not path.is_file():
+        what = "a folder" if path.is_dir() else "not there"
+        sys.exit(f"--config={config}: {path} is {what}; give a file such as configs/digits_vp.py")
+
+
 def run_name(config: str) -> str:
     """configs/a.py is the run ``a``, configs/a.py:b, a config with an argument, ``a_b``."""
     return pathlib.Path(config).name.replace(".py", "").replace(":", "_")
@@ -102,10 +121,46 @@ def module_of(mode: str) -> Any:
     return importlib.import_module(f"{modes.__name__}.{mode}")
 
 
-def main(arguments: Sequence[str]) -> None:
-    """Run the modes in order."""
+def check_flags(arguments: Sequence[str]) -> None:
+    """Refuse flags that would be ignored, and those that name nothing.
+
+    Raises:
+      UsageError: naming the flag.
+    """
     if len(arguments) > 1:
         raise app.UsageError(f"unknown: {arguments[1:]}; set fields as --config.field=value")
+    if MODE.value is not None and not MODE.value:
+        raise app.UsageError(f"--mode= names no mode: choose from {', '.join(MODES)}")
+    if WORKDIR.value is not None and not WORKDIR.value.strip():
+        raise app.UsageError("--workdir= names no folder: give one, or leave the flag out")
+    count, own = PROCESSES.value, PROCESS.value
+    if COORDINATOR.value == "auto" or COORDINATOR.value is None and count is None and own is None:
+        return
+    if count is None or own is None or not 0 <= own < count:
+        raise app.UsageError(
+            f"--coordinator={COORDINATOR.value} --num_processes={count} --process_id={own}: "
+            "several processes want all three, with ids from 0 to "
+            "one less than their number; or --coordinator=auto alone"
+        )
+    host, _, port = (COORDINATOR.value or "").rpartition(":")
+    if not host or not port.isdecimal() or not 0 < int(port) < 2**16:
+        raise app.UsageError(
+            f"--coordinator={COORDINATOR.value or ''}: give HOST:PORT of process 0, or auto"
+        )
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Run the modes in order; a refusal ends in one line, and with the status 1."""
+    try:
+        _main(arguments)
+    except Exception as error:
+        if TRACEBACK.value or (said := refusals.line(error)) is None:
+            raise
+        sys.exit(said)
+
+
+def _main(arguments: Sequence[str]) -> None:
+    check_flags(arguments)
     unknown = [mode for mode in MODE.value or () if mode not in MODES]
     if unknown:
         raise app.UsageError(f"unknown mode {unknown}; choose from {', '.join(MODES)}")
@@ -123,11 +178,10 @@ def main(arguments: Sequence[str]) -> None:
     unknown = [mode for mode in chosen if mode not in MODES]
     if unknown or not chosen:
         raise app.UsageError(f"unknown mode {unknown}; choose from {', '.join(MODES)}")
-    if not COORDINATOR.value and (PROCESSES.value, PROCESS.value) != (None, None):
-        raise app.UsageError(
-            f"--num_processes={PROCESSES.value} --process_id={PROCESS.value} want a --coordinator: "
-            "HOST:PORT of process 0; or leave both out for one process"
-        )
+    taken = {flag for mode in chosen for flag in getattr(module_of(mode), "FLAGS", ())}
+    for flag, mode in ((SOURCE, "convert"), (RUNS, "compare")):
+        if flag.value is not None and flag.name not in taken:
+            raise app.UsageError(f"--{flag.name} is for --mode={mode}, not for {', '.join(chosen)}")
     if COORDINATOR.value:
         address = None if COORDINATOR.value == "auto" else COORDINATOR.value
         jax.distributed.initialize(address, PROCESSES.value, PROCESS.value)
@@ -136,7 +190,6 @@ def main(arguments: Sequence[str]) -> None:
     if not flags.FLAGS["verbosity"].present:
         logging.set_verbosity(logging.WARNING)  # The libraries' own chatter drowns the bars.
     name = run_name(config_flags.get_config_filename(flags.FLAGS["config"]))
-    # A shell leaves the ~ of --workdir=~/runs alone.
     workdir = Workdir(WORKDIR.value or f"runs/{name}")
     workdir.path.mkdir(parents=True, exist_ok=True)
     sharding.check_shared(workdir.path)

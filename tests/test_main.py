@@ -1,21 +1,40 @@
 """The command line."""
 
 import dataclasses
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
+import runs
 import tiny
+from absl import flags
 
-from sbml import main
+from sbml import bits, divergence, main, report
 from sbml.experiment import stored
 from sbml.experiment.config import Config
 from sbml.modes import train
+from sbml.ode import Solver
+from sbml.runtime import refusals
 from sbml.runtime.checkpoint import Checkpoints
+
+CONFIG = "--config=tests/tiny.py"
 
 
 def test_of_a_field_given_twice_the_last_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     """absl makes one tuple of two: estimators of both, a shape of six numbers."""
     monkeypatch.setattr(main.app, "parse_flags_with_usage", lambda arguments: arguments)
-    given = ["main", "--config=a.py", "--config.data.shape=8,8,1", "--mode=eval"]
+    given = [
+        "main",
+        f"--config={runs.ROOT / CONFIG.partition('=')[2]}",
+        "--config.data.shape=8,8,1",
+        "--mode=eval",
+    ]
     again = [*given, "--config.eval.seed=3", "--config.data.shape=32,32,3", "--noconfig.data.flip"]
     assert main.parse(again) == [a for a in again if a != "--config.data.shape=8,8,1"]
     assert main.parse(given) == given
@@ -34,7 +53,7 @@ def test_of_a_run_with_a_checkpoint_the_work_directory_is_enough(tmp_path, monke
         config_flag = f"--config={stored.__file__}:{tmp_path}"
         assert parsed == ["main", config_flag, *given, "--config.eval.seed=3"]
     assert Config.read(stored.get_config(str(tmp_path))) == Config.read(config)
-    with_one = ["main", "--config=a.py", f"--workdir={tmp_path}"]
+    with_one = ["main", CONFIG, f"--workdir={tmp_path}"]
     assert main.parse(with_one) == with_one
 
 
@@ -52,3 +71,102 @@ def test_fields_that_a_checkpoint_lacks_have_their_defaults_and_unknown_ones_are
     monkeypatch.setattr(Checkpoints, "metadata", lambda self: None)
     with pytest.raises(ValueError, match=r"no checkpoint in .*: give --config"):
         stored.get_config("run")
+
+
+def said(*arguments: str) -> tuple[int, list[str]]:
+    """Exit status and the lines of the standard error, of the program in a process of its own."""
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, "-m", "sbml.main", *arguments]
+    found = subprocess.run(
+        command, cwd=runs.ROOT, env=environment, capture_output=True, text=True, timeout=300
+    )
+    return found.returncode, found.stderr.strip().splitlines()
+
+
+def test_a_refusal_is_one_line_and_a_traceback_is_a_flag(tmp_path: Path) -> None:
+    wrong = (CONFIG, f"--workdir={tmp_path}", "--mode=train", "--config.optim.lr=0")
+    line = "ValueError: optim.lr=0.0: need a number above 0 and at most 1"
+    assert said(*wrong) == (1, [line])
+    status, lines = said(*wrong, "--traceback")
+    assert status == 1 and lines[-1] == line
+    assert any(text.startswith("Traceback") for text in lines)
+
+
+@pytest.fixture
+def parsed(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., str]]:
+    """What the program says to a command line, by a run in this process that no mode is part of."""
+    monkeypatch.setattr(main.cpu, "settle", lambda: pytest.fail("nothing was refused"))
+
+    def run(*arguments: str) -> str:
+        flags.FLAGS.unparse_flags()
+        monkeypatch.setattr(sys, "argv", ["main", *arguments])  # Where absl looks for overrides.
+        with pytest.raises(SystemExit) as left:
+            main.main(main.parse(["main", *arguments]))
+        return str(left.value.code)
+
+    yield run
+    flags.FLAGS.unparse_flags()
+    for name in ("config", "mode", "workdir", "source", "coordinator"):
+        flags.FLAGS[name].unparse()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--config=configs",), "--config=configs: configs is a folder; give a file such as"),
+        (("--config=nowhere.py",), "--config=nowhere.py: nowhere.py is not there; give a file"),
+        ((CONFIG, "--mode="), "UsageError: --mode= names no mode: choose from convert, eval"),
+        ((CONFIG, "--mode=trian"), "UsageError: unknown mode ['trian']; choose from convert"),
+        ((CONFIG, "--workdir="), "UsageError: --workdir= names no folder: give one, or leave"),
+        (
+            (CONFIG, "--mode=train,eval", "--source=there"),
+            "UsageError: --source is for --mode=convert, not for train, eval",
+        ),
+        ((CONFIG, "--coordinator=foo"), "several processes want all three, with ids from 0 to"),
+        (
+            (CONFIG, "--coordinator=foo", "--num_processes=2", "--process_id=1"),
+            "UsageError: --coordinator=foo: give HOST:PORT of process 0, or auto",
+        ),
+        (
+            (CONFIG, "--coordinator=a:1", "--num_processes=2", "--process_id=2"),
+            "--process_id=2: several processes want all three",
+        ),
+        ((CONFIG, "--num_processes=2", "--process_id=1"), "UsageError: --coordinator=: give HOST"),
+    ],
+)
+def test_flags_that_name_nothing_or_would_be_ignored(
+    parsed: Callable[..., str], arguments: tuple[str, ...], message: str
+) -> None:
+    assert message in parsed(*arguments)
+
+
+def test_a_config_without_its_function(tmp_path: Path) -> None:
+    """In a process of its own: absl's loader would find the function of the config before it."""
+    (tmp_path / "empty.py").write_text("x = 1\n")
+    status, (line,) = said(f"--config={tmp_path / 'empty.py'}", f"--workdir={tmp_path}")
+    assert status == 1
+    assert line.startswith(f"--config={tmp_path / 'empty.py'} has no function get_config(): begin")
+
+
+def raised(function: Callable[[], object]) -> BaseException:
+    with pytest.raises(Exception) as caught:
+        function()
+    return caught.value
+
+
+def test_what_is_a_refusal(tmp_path: Path) -> None:
+    """What this package raises, and a missing file; not what goes wrong inside of a library."""
+    ours = raised(lambda: Solver(rtol=-1.0))
+    assert refusals.line(ours) == "ValueError: rtol=-1.0: must be positive and finite"
+    traced = raised(lambda: jax.jit(lambda x: divergence.exact(lambda x: x[:1], x))(jnp.ones(2)))
+    assert str(refusals.line(traced)).startswith("ValueError: f(x) has shape (1,)")
+    missing = raised((tmp_path / "a\x1b[2Jb").read_text)
+    assert "a\\x1b[2Jb" in str(refusals.line(missing))
+    images = np.zeros((1, 2, 2, 3), np.uint8)
+    for defect in (
+        lambda: np.concatenate([np.zeros(2), np.zeros((2, 2))]),
+        lambda: 1 / 0,
+        lambda: bits.to_model(jnp.ones(3), jnp.ones(2), 4),  # jax refuses the shapes
+        lambda: report.image_grid(images, 4, columns="a"),  # type: ignore[arg-type]
+    ):
+        assert refusals.line(raised(defect)) is None

@@ -377,8 +377,11 @@ def test_wrong_batch_and_other_model_are_refused(whole, tmp_path):
         train.run(config, tmp_path)
     config = tiny.get_config()
     config.model.width = 48
-    with pytest.raises(ValueError, match="another model"):
+    message = "another model: config.model.width is 48, the checkpoint's is 32"
+    with pytest.raises(ValueError, match=message):
         train.run(config, whole)
+    with pytest.raises(ValueError, match=message):
+        build.Experiment(config).restore(whole)
 
 
 @pytest.mark.parametrize(

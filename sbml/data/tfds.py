@@ -104,6 +104,8 @@ def _original_gzip(path: Path) -> bytes:
     hash. Both are known, and TFDS goes on to check the hash of what is restored here.
     """
     raw = path.read_bytes()
+    if len(raw) < 18 or raw[:3] != b"\x1f\x8b\x08":
+        raise ValueError(f"{path} is no gzip archive, or cut short: copy it again")
     has_name = raw[3] & 8  # RFC 1952: flag FNAME
     if has_name:
         return raw

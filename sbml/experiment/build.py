@@ -148,19 +148,21 @@ class Experiment:
         # Outside of ``template``, so that an error in the config is not taken for a damaged file.
         expected = sharding.abstract(self.init_state, mesh)
 
+        def check(metadata: dict) -> None:
+            trained.check_score(self.config, metadata)
+
         def template(metadata: dict) -> TrainState:
+            trained.of_another_model(check, metadata)
             bins = metadata["config"]["training"].get("proposal_bins", 0)
             same = sharding.replicated(mesh)
             statistics = jax.ShapeDtypeStruct((2, bins), jnp.float32, sharding=same)
             return expected.replace(statistics=statistics if bins else ())
 
-        restored = _newest(
+        return _newest(
             self.config.training.checkpoints(workdir),
             template,
             missing="no checkpoint in {}: train first (--mode=train), or name the run's --workdir",
         )
-        trained.check_score(self.config, restored.metadata)
-        return restored
 
     def restore_dequantizer(self, workdir: epath.PathLike, images: data.ImageSet) -> Restored:
         """The newest undamaged checkpoint of the dequantizer trained in ``workdir``.
@@ -169,13 +171,19 @@ class Experiment:
           ValueError: there is no checkpoint, or it belongs to another model.
         """
         expected = sharding.abstract(lambda: self.init_dequantizer(images), sharding.data_mesh())
-        restored = _newest(
+
+        def check(metadata: dict) -> None:
+            trained.check_dequantizer(self.config, metadata)
+
+        def template(metadata: dict) -> TrainState:
+            trained.of_another_model(check, metadata)
+            return expected
+
+        return _newest(
             self.config.dequantizer.training.checkpoints(workdir),
-            expected,
+            template,
             missing="no dequantizer in {}: train it first (--mode=train_dequantizer)",
         )
-        trained.check_dequantizer(self.config, restored.metadata)
-        return restored
 
     @property
     def score_identity(self) -> dict[str, Any]:

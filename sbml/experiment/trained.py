@@ -1,6 +1,7 @@
 """Compares the config and data stored in a checkpoint with the present config and data."""
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 from absl import logging
@@ -11,6 +12,7 @@ from sbml.experiment.config import Config
 from sbml.experiment.data import Data
 from sbml.experiment.score import Process
 from sbml.experiment.training import Training
+from sbml.runtime.checkpoint import OtherModelError
 from sbml.sdes import SDE
 
 Metadata = dict[str, Any]
@@ -61,6 +63,20 @@ def unseen_times(metadata: Metadata, eps: float, section: str = "eval") -> list[
         f"t={first:.3g} on: its output before that is a guess "
         f"(--config.{section}.smallest_time={first:.3g})"
     ]
+
+
+def of_another_model(check: Callable[[Metadata], None], metadata: Metadata) -> None:
+    """Let ``check`` refuse a checkpoint by its metadata, before its arrays are compared.
+
+    A difference of a field says more than one of an array's shape.
+
+    Raises:
+      OtherModelError: where ``check`` raises a ValueError.
+    """
+    try:
+        check(metadata)
+    except ValueError as error:
+        raise OtherModelError(str(error)) from error
 
 
 def check_dequantizer(config: Config, metadata: Metadata) -> None:

@@ -157,7 +157,12 @@ class _Trainer:
     def _restore(self) -> tuple[TrainState, int]:
         shard_state = self.training.shard_state
         wanted = sharding.abstract(self.task.init, self.mesh, shard_state=shard_state)
-        restored = self.checkpoints.restore(wanted)
+
+        def template(metadata: dict[str, Any]) -> TrainState:
+            trained.of_another_model(self.task.check, metadata)
+            return wanted
+
+        restored = self.checkpoints.restore(template)
         if restored is None:
             if rows := metrics.read(self.task.directory):
                 logging.warning(
@@ -168,7 +173,6 @@ class _Trainer:
             return sharding.made(self.task.init, self.mesh, shard_state=shard_state), 0
         logging.info("Resuming from step %d of %s", restored.step, self.checkpoints.directory)
         trained.warn_if_other_data(restored.metadata, self.task.images)
-        self.task.check(restored.metadata)
         trained.warn_if_trained_otherwise(restored.metadata, self.task.provenance, self.task.field)
         if restored.step > self.training.num_steps:
             logging.warning(

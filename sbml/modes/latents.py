@@ -80,7 +80,8 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
     ``interpolation.png``, ``inpainting.png`` and, for colour images, ``colourisation.png``.
 
     Raises:
-      ValueError: there is no checkpoint, or there are fewer than two images.
+      ValueError: there is no checkpoint, or there are fewer than two images or than
+        ``latents.count``.
     """
     experiment = Experiment(config)
     with jax.default_matmul_precision(config.eval.precision):
@@ -96,6 +97,11 @@ def _run(experiment: Experiment, workdir: Workdir) -> None:
         raise ValueError(
             f"{images.name} {images.split} has one image, but an interpolation needs two: choose "
             "another eval.split"
+        )
+    if options.count > len(images):
+        raise ValueError(
+            f"latents.count={options.count}: {images.name} {images.split} has {len(images)} "
+            f"images; set --config.latents.count={len(images)}"
         )
     ids = spread(len(images), options.count)
     x = bits.to_model(jnp.asarray(images.images[ids]), 0.5, images.levels)

@@ -85,8 +85,8 @@ def loss_fn(experiment: Experiment) -> Loss:
     def loss(params: Any, draws: Draws, frozen: Any) -> Array:
         score = experiment.trained_adapter(params)
         signs = draws.signs if training.antithetic else None
-        given = (score, kernel, draws.x, draws.t, draws.keys)
-        how = {"weighting": training.weighting, "signs": signs}
+        given: tuple = (score, kernel, draws.x, draws.t, draws.keys)
+        how: dict[str, Any] = {"weighting": training.weighting, "signs": signs}
         if training.second_order:
             probes = training.second_order_probes
             first, second = second_order.dsm_batch(*given, **how, probes=probes)

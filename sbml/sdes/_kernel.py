@@ -112,7 +112,7 @@ class SDE(Kernel):
         return self.std(t) * jnp.sqrt(self.rate(t))
 
     def time(self, log_snr: Elementwise) -> Elementwise:
-        """The inverse of :meth:`log_snr`, elementwise."""
+        """The inverse of ``log_snr``, elementwise."""
         return inverse(self.log_snr, log_snr, self.T)
 
     @property

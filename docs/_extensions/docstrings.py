@@ -24,7 +24,11 @@ from sbml import types as vocabulary
 SECTION = re.compile(r"(Args|Attributes|Returns|Raises|Yields):$")
 ITEM = re.compile(r"  ([\w, ]+): (.*)", re.S)
 # What stays as it is: literals, roles, and *emphasis* that begins and ends at a word.
-MARKUP = re.compile(r"``.+?``|:[\w:]+:`[^`]+`|(?<![\w*(^])\*[A-Za-z][^*`\n]*[\w.]\*(?![\w*])", re.S)
+MARKUP = re.compile(
+    r"``.+?``|\*\*[A-Za-z][^*]*\*\*|:[\w:]+:`[^`]+`"
+    r"|(?<![\w*(^])\*[A-Za-z][^*`\n]*[\w.]\*(?![\w*])",
+    re.S,
+)
 MODULE = re.compile(r"``(sbml(?:\.\w+)+)``")
 
 

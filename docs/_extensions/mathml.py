@@ -26,8 +26,11 @@ def visit_inline(writer: Any, node: nodes.math) -> None:
 
 
 def visit_block(writer: Any, node: nodes.math_block) -> None:
+    """An equation with its number, if it has one, and the anchor that references lead to."""
+    anchors = "".join(f'<span id="{each}"></span>' for each in node["ids"])
+    number = f'<span class="eqno">({node["number"]})</span>' if node.get("number") else ""
     equation = markup(node.astext(), as_block=True)
-    writer.body.append(f'<div class="math">{equation}</div>\n')
+    writer.body.append(f'<div class="math">{anchors}{number}{equation}</div>\n')
     raise nodes.SkipNode
 
 

@@ -114,6 +114,7 @@ html_theme = "furo"
 html_static_path = ["_static"]
 html_css_files = ["sbml.css"]
 html_show_sphinx = False
+html_show_copyright = False
 html_theme_options = {
     "source_repository": f"{URL}/",
     "source_branch": "main",

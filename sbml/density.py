@@ -8,8 +8,8 @@
     density.sample(key, n)         n samples by the ODE
     density.latent(x)              where the ODE carries x to;  density.decode(z): and back
 
-Numbers come with their error bars (:class:`~sbml.estimate.Estimate`). Draws are keyed by an example's place in the
-data set, so neither the batch size nor the number of calls changes a result.
+Numbers come with their error bars (:class:`~sbml.estimate.Estimate`). Draws are keyed by an
+example's place in the data set, so neither the batch size nor the number of calls changes a result.
 """
 
 import dataclasses

@@ -8,9 +8,9 @@
     density.sample(key, n)         n samples by the ODE
     density.latent(x)              the ODE's solution at T from x;  density.decode(z): the inverse
 
-Numbers have error bars (:class:`Estimate`). The keys of an example's random draws depend on its
-place in the data set only, so a result depends neither on the batch size nor on how often a method
-is called.
+Numbers have error bars (:class:`~sbml.estimate.Estimate`). The keys of an example's random draws
+depend on its place in the data set only, so a result depends neither on the batch size nor on how
+often a method is called.
 """
 
 import dataclasses

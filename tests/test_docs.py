@@ -6,7 +6,9 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-DOCS = ("README.md", "docs/library.md", "docs/samplers.md")
+# Of every page: a new one is tested too. Folders that are built or linked are not pages.
+PAGES = [p for d in ("", "guides", "explanations") for p in (ROOT / "docs" / d).glob("*.md")]
+DOCS = ("README.md", *sorted(p.relative_to(ROOT).as_posix() for p in PAGES))
 
 
 def blocks(text: str) -> list[tuple[int, str]]:
@@ -38,7 +40,17 @@ def test_the_block_runs(name: str, line: int, code: str) -> None:
 def test_no_block_is_overlooked() -> None:
     for name in DOCS:
         fences = (ROOT / name).read_text().count("```python")
-        assert fences == sum(block[0] == name for block in BLOCKS) > 0
+        assert fences == sum(block[0] == name for block in BLOCKS)
+    assert {"README.md", "docs/getting_started.md", "docs/guides/sde.md"} <= {b[0] for b in BLOCKS}
+
+
+def test_links_to_files_of_the_repository_lead_somewhere() -> None:
+    links = {
+        path
+        for name in DOCS
+        for path in re.findall(r"\]\(repo:([^)]+)\)", (ROOT / name).read_text())
+    }
+    assert links and all((ROOT / path).exists() for path in links), links
 
 
 def test_an_error_names_its_line() -> None:

@@ -119,7 +119,7 @@ class SDE(Kernel):
         return self.std(t) * jnp.sqrt(self.rate(t))
 
     def time(self, log_snr: Elementwise) -> Elementwise:
-        """t of a log-SNR: the inverse of :meth:`log_snr`, elementwise."""
+        """t of a log-SNR: the inverse of ``log_snr``, elementwise."""
         return inverse(self.log_snr, log_snr, self.T)
 
     @property

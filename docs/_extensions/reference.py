@@ -1,0 +1,94 @@
+"""The pages of the reference, one for each public module, written when the documentation is built.
+
+A module that joins ``sbml.LIBRARY`` thereby joins the reference. Its page has the module's
+docstring, its functions and classes, the types that it gives names to, its constants and, of a
+package, the public modules in it.
+"""
+
+import ast
+import importlib
+import inspect
+import pkgutil
+from pathlib import Path
+from typing import Any
+
+from sphinx.application import Sphinx
+
+import sbml
+
+FOLDER = "reference"
+
+
+def parts(name: str) -> list[str]:
+    """The public modules of the package ``name``, whose files open with no underscore."""
+    path = getattr(importlib.import_module(name), "__path__", None)
+    found = pkgutil.iter_modules(path) if path else ()
+    return [f"{name}.{m.name}" for m in found if not m.name.startswith("_")]
+
+
+PAGES = {f"sbml.{name}": parts(f"sbml.{name}") for name in sbml.LIBRARY}
+MODULES = {"sbml", *PAGES, *(part for found in PAGES.values() for part in found)}
+
+
+def constants(name: str) -> list[tuple[str, str, str]]:
+    """(name, value, comment) of each public assignment at the top of module ``name``."""
+    module = importlib.import_module(name)
+    source = inspect.getsource(module)
+    lines, found = source.split("\n"), []
+    for node in ast.parse(source).body:
+        target = node.targets[0] if isinstance(node, ast.Assign) else getattr(node, "target", None)
+        if not isinstance(target, ast.Name) or target.id.startswith("_"):
+            continue
+        comment, above = [], node.lineno - 2
+        while above >= 0 and lines[above].startswith("# "):
+            comment.insert(0, lines[above][2:])
+            above -= 1
+        end = lines[(node.end_lineno or node.lineno) - 1][node.end_col_offset :]
+        comment += [end.partition("#")[2].strip()] if "#" in end else []
+        found.append((target.id, ast.unparse(node.value), " ".join(comment)))
+    return found
+
+
+def is_type(name: str) -> bool:
+    """Whether a constant of that name is a type: Types are written like this, CONSTANTS so."""
+    return name[0].isupper() and not (name.isupper() and len(name) > 1)
+
+
+def constant(name: str, value: str, comment: str) -> str:
+    """The entry of a constant, or of a type."""
+    kind = "type" if is_type(name) else "data"
+    shown = f"``{value}``" if len(value) < 200 else ""
+    return f".. py:{kind}:: {name}\n\n" + "".join(f"   {t}\n\n" for t in (shown, comment) if t)
+
+
+TYPES = {(module, name) for module in MODULES for name, *_ in constants(module) if is_type(name)}
+
+
+def section(name: str, underline: str) -> str:
+    """The part of a page that is about module ``name``."""
+    text = f"{name}\n{underline * len(name)}\n\n.. automodule:: {name}\n   :members:\n\n"
+    return text + "".join(constant(*each) for each in constants(name))
+
+
+def page(name: str) -> str:
+    """The page of module ``name`` in reStructuredText."""
+    return "\n\n".join([section(name, "="), *(section(part, "-") for part in PAGES[name])])
+
+
+def write(app: Sphinx) -> None:
+    """Write the pages; those that are as they were stay untouched, and are not read again."""
+    folder = Path(app.srcdir) / FOLDER
+    folder.mkdir(exist_ok=True)
+    pages = {f"{name.removeprefix('sbml.')}.rst": page(name) for name in PAGES}
+    for path in folder.glob("*.rst"):
+        if path.name not in pages:
+            path.unlink()
+    for name, text in pages.items():
+        path = folder / name
+        if not path.exists() or path.read_text() != text:
+            path.write_text(text)
+
+
+def setup(app: Sphinx) -> dict[str, Any]:
+    app.connect("builder-inited", write)
+    return {"parallel_read_safe": True, "parallel_write_safe": True}

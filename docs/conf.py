@@ -1,0 +1,122 @@
+"""Sphinx's settings: pages in MyST Markdown, notebooks by myst-nb, the theme furo.
+
+    sphinx-build -W --keep-going -n -b html docs docs/_build/html   builds; a warning is an error
+    sphinx-autobuild docs docs/_build/html --watch sbml             serves; builds again on changes
+    ... -D nb_execution_mode=force                                  executes the notebooks too
+
+Nothing is fetched while it builds unless an inventory of another project's documentation can be
+reached: without them, links to the other projects are plain text. Set SBML_DOCS_OFFLINE=1 to not
+even try. Equations are MathML, which browsers draw themselves, so pages need no network either.
+"""
+
+import os
+import sys
+import urllib.error
+import urllib.request
+from configparser import ConfigParser
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "docs" / "_extensions")]
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+setup_cfg = ConfigParser()
+setup_cfg.read(ROOT / "setup.cfg")
+URL = setup_cfg["metadata"]["url"]
+
+project = "sbml"
+author = "The sbml authors"
+release = version = setup_cfg["metadata"]["version"]
+html_title = f"sbml {release}"
+
+extensions = [
+    "myst_nb",
+    "sphinx.ext.autodoc",
+    "sphinx.ext.intersphinx",
+    "sphinx_copybutton",
+    "docstrings",
+    "mathml",
+    "reference",
+]
+exclude_patterns = ["_build", "_extensions"]
+nitpicky = True
+
+# Pages.
+myst_enable_extensions = ["amsmath", "dollarmath", "attrs_inline", "attrs_block", "colon_fence"]
+myst_heading_anchors = 3
+# [text](repo:configs/digits_vp.py) is a link to a file of the repository.
+myst_url_schemes = {
+    "http": None,
+    "https": None,
+    "repo": {"url": f"{URL}/blob/main/{{{{path}}}}", "title": "{{path}}"},
+}
+copybutton_prompt_text = r">>> |\.\.\. |\$ "
+copybutton_prompt_is_regexp = True
+
+# Notebooks show the outputs that they are stored with, unless they are executed.
+nb_execution_mode = "off"
+nb_execution_cache_path = str(ROOT / "docs" / "_build" / "notebooks")
+nb_execution_timeout = 3600
+nb_execution_raise_on_error = True
+nb_execution_excludepatterns = ["tutorials/cifar10_tpu.ipynb"]  # needs an accelerator for days
+
+# The reference.
+autodoc_member_order = "bysource"
+autodoc_typehints = "signature"
+autodoc_preserve_defaults = True
+python_maximum_signature_line_length = 90
+python_use_unqualified_type_names = True
+toc_object_entries_show_parents = "hide"
+
+# Types of other projects, whose inventories may be out of reach, and of files that open with an
+# underscore, which have no page.
+nitpick_ignore_regex = [
+    (r"py:.*", r"sbml\.(\w+\.)*_\w+\.\w+"),
+    (
+        r"py:.*",
+        r"(abc|array_record|collections|dataclasses|diffrax|equinox|flax|functools|grain|jax|jaxlib"
+        r"|jaxtyping|ml_collections|np|numpy|optax|os|pathlib|types|typing)\..*",
+    ),
+    (
+        r"py:.*",
+        r"(tuple\[\w+|Any|Callable|None|bool|bytes|dict|float|int|list|object|str|tuple|type)",
+    ),
+    (r"py:.*", r"(ndarray|np\.\w+|int64|uint8|Array|Float|Integer|Num|Shaped|UInt8|Bool|'.*')"),
+]
+
+
+def reachable(url: str) -> bool:
+    """Whether the inventory of the documentation at ``url`` can be fetched."""
+    try:
+        request = urllib.request.Request(f"{url}objects.inv", method="HEAD")
+        with urllib.request.urlopen(request, timeout=5) as answer:
+            return answer.status == 200
+    except (urllib.error.URLError, OSError):
+        return False
+
+
+OTHERS = {
+    "python": "https://docs.python.org/3/",
+    "numpy": "https://numpy.org/doc/stable/",
+    "jax": "https://docs.jax.dev/en/latest/",
+    "flax": "https://flax.readthedocs.io/en/latest/",
+    "optax": "https://optax.readthedocs.io/en/latest/",
+    "diffrax": "https://docs.kidger.site/diffrax/",
+}
+offline = os.environ.get("SBML_DOCS_OFFLINE", "") not in ("", "0")
+intersphinx_mapping = {
+    name: (url, None) for name, url in OTHERS.items() if not offline and reachable(url)
+}
+intersphinx_timeout = 10
+
+# furo brings its own scripts, colours and fonts: no page asks another server for anything.
+html_theme = "furo"
+html_static_path = ["_static"]
+html_css_files = ["sbml.css"]
+html_show_sphinx = False
+html_show_copyright = False
+html_theme_options = {
+    "source_repository": f"{URL}/",
+    "source_branch": "main",
+    "source_directory": "docs/",
+}

@@ -49,7 +49,8 @@ def check_pixels(pixels: Any, levels: int, x: Any | None = None) -> None:
         raise ValueError(f"pixels have shape {pixels.shape}, x {x.shape}: give both the same")
     if scalars.traced(pixels) or not pixels.size:
         return
-    least, largest = np.min(pixels), np.max(pixels)
+    values = np.asarray(pixels)  # By NumPy: JAX would trace its operations inside ``jit``.
+    least, largest = values.min(), values.max()
     if least < 0 or largest >= levels:
         raise ValueError(f"pixels lie in {least} .. {largest}: give integers 0 .. {levels - 1}")
 

@@ -52,6 +52,7 @@ from sbml.types import (
     Example,
     Key,
     Keys,
+    Numbers,
     Scalar,
     Score,
     check_example,
@@ -125,7 +126,7 @@ class GaussianControl:
         variances = np.maximum(variances, 0.0) + noise_variance
         return cls(jnp.asarray(mean), jnp.asarray(variances), basis)
 
-    def check(self, x: Example) -> None:
+    def check(self, x: Numbers) -> None:
         """Refuse a control of data of another size than ``x (*s)``.
 
         Raises:

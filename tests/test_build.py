@@ -201,7 +201,7 @@ def test_unknown_fields_modes_and_arguments_list_the_choices(tmp_path):
         ("--config.optimizer.lr=1", "data, dequantizer, eval, latents, mode, model, optim"),
         ("--mode=trian", "convert, eval, latents, quality, sample, stats, train"),
         ("--config.mode=train,evil", "unknown mode ['evil']"),
-        ("--process_id=1", "--process_id=1 want a --coordinator"),
+        ("--process_id=1", "--process_id=1: several processes want all three"),
         ("lr=1", "set fields as --config.field=value"),
     ]:
         err = runs.run(tmp_path, flag, expect=1)
@@ -210,7 +210,7 @@ def test_unknown_fields_modes_and_arguments_list_the_choices(tmp_path):
 
 def test_the_config_file_is_found_however_it_is_given():
     for given in (["--config=a.py:b"], ["--config", "a.py:b"], ["-config", "a.py:b"]):
-        assert main._config_file(["main", "--mode=eval", *given, "--config.seed=1"]) == "a.py:b"
+        assert main._value(["main", "--mode=eval", *given, "--config.seed=1"], "config") == "a.py:b"
 
 
 def test_discrete_levels_are_trained_and_the_sde_is_evaluated() -> None:
@@ -276,7 +276,7 @@ def test_a_checkpoint_is_read_with_the_smallest_time_it_was_trained_with() -> No
     check_score(experiment.config, now)
     config.eval.tau = 1.0
     with pytest.raises(
-        ValueError, match=r"is 0.00296\d*, here it is 0.0\d*: set --config.training"
+        ValueError, match=r"is 0.00296\d*, but the config's is 0.0\d*: set --config.training"
     ):
         check_score(build.Experiment(config).config, now)
     earlier = {name: value for name, value in now.items() if name != "smallest_time"}

@@ -115,8 +115,14 @@ def parsed(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., str]]:
     [
         (("--config=configs",), "--config=configs: configs is a folder; give a file such as"),
         (("--config=nowhere.py",), "--config=nowhere.py: nowhere.py is not there; give a file"),
-        ((CONFIG, "--mode="), "UsageError: --mode= names no mode: choose from convert, eval"),
-        ((CONFIG, "--mode=trian"), "UsageError: unknown mode ['trian']; choose from convert"),
+        (
+            (CONFIG, "--mode="),
+            "UsageError: --mode= names no mode: choose from compare, convert, eval",
+        ),
+        (
+            (CONFIG, "--mode=trian"),
+            "UsageError: unknown mode ['trian']; choose from compare, convert",
+        ),
         ((CONFIG, "--workdir="), "UsageError: --workdir= names no folder: give one, or leave"),
         (
             (CONFIG, "--mode=train,eval", "--source=there"),

@@ -14,7 +14,8 @@ def folder() -> pathlib.Path:
 def located(config: str) -> str:
     """The value of --config for absl: ``name`` or ``name:argument`` with the path for the name.
 
-    A file that exists comes before a name. What has a folder or an ending is a path, and stays.
+    A file that exists comes before a name, and a name before a folder of that name. What has a
+    folder or an ending is a path, and stays.
 
     Raises:
       ValueError: for a name that no config has.
@@ -24,6 +25,8 @@ def located(config: str) -> str:
     if path.is_file() or name != path.stem:
         return config
     known = {file.stem: file for file in sorted(folder().glob("*.py"))}
+    if name not in known and path.is_dir():
+        return config
     if name not in known:
         raise ValueError(
             f"--config={config}: no config has the name {name!r}; choose from {', '.join(known)}, "

@@ -199,6 +199,28 @@ def test_the_librarys_bound_takes_the_decoder():
     assert plain > learned
 
 
+@pytest.mark.parametrize(
+    ("start", "width"), [(-30, 1), (-3, 0.05), (-0.5, 1), (-0.02, 0.05), (2, 9)]
+)
+def test_mass_and_mean_between_two_ends(start, width):
+    """On either side of 0 and across it, and their slopes, against SciPy's tails and quadrature."""
+    for a, b in ((start, start + width), (-start - width, -start)):
+        near, far = (b, a) if a + b < 0 else (-a, -b)
+        log_mass = special.log_ndtr(near) + np.log1p(
+            -np.exp(special.log_ndtr(far) - special.log_ndtr(near))
+        )
+        x, weights = np.polynomial.legendre.leggauss(200)
+        x = a + (x + 1) * width / 2
+        mean = np.sum(x * np.exp(stats.norm.logpdf(x) - log_mass) * weights) * width / 2
+        found = integers._between(jnp.asarray(float(a)), jnp.asarray(float(b)))
+        np.testing.assert_allclose(found, (log_mass, mean), rtol=1e-11, atol=1e-11)
+        # d log mass / da = -phi(a) / mass, d mean / da = (mean - a) phi(a) / mass, and so for b.
+        slopes = jax.jacfwd(integers._between, (0, 1))(jnp.asarray(float(a)), jnp.asarray(float(b)))
+        at_a, at_b = (np.exp(stats.norm.logpdf(v) - log_mass) for v in (a, b))
+        expected = ((-at_a, at_b), ((mean - a) * at_a, (b - mean) * at_b))
+        np.testing.assert_allclose(slopes, expected, rtol=1e-9, atol=1e-9)
+
+
 def test_wrong_outputs_and_data_are_refused():
     out, y = jnp.zeros((3, 4)), jnp.zeros(3)
     with pytest.raises(ValueError, match=r"needs \(3, 5\), that is outputs=5"):

@@ -60,9 +60,14 @@ def test_keys_and_arrays_are_told_apart() -> None:
         times.lattice(jnp.zeros((2,), jnp.uint32), 4)
 
 
+def test_a_table_is_no_density() -> None:
+    with pytest.raises(jaxtyping.TypeCheckError, match="parameter 'scale'"):
+        times.floored(jnp.ones((2, 3)))
+
+
 @pytest.mark.usefixtures("unchecked")
 def test_without_checks_functions_are_as_users_call_them() -> None:
-    assert losses.perturb(VP, jnp.ones((2, 3)), jnp.full((3,), 0.5), jnp.zeros(3)).shape == (2, 3)
+    assert times.floored(jnp.ones((2, 3))).shape == (2, 3)
 
 
 @pytest.mark.parametrize("name", shapes.CHECKED)

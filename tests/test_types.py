@@ -60,14 +60,14 @@ def test_keys_and_arrays_are_told_apart() -> None:
         times.lattice(jnp.zeros((2,), jnp.uint32), 4)
 
 
-def test_a_table_is_no_density() -> None:
-    with pytest.raises(jaxtyping.TypeCheckError, match="parameter 'scale'"):
-        times.floored(jnp.ones((2, 3)))
+def test_a_time_is_a_floating_point_number() -> None:
+    with pytest.raises(jaxtyping.TypeCheckError, match="parameter 't'"):
+        VP.mean_coef(jnp.asarray(1))
 
 
 @pytest.mark.usefixtures("unchecked")
 def test_without_checks_functions_are_as_users_call_them() -> None:
-    assert times.floored(jnp.ones((2, 3))).shape == (2, 3)
+    assert 0 < VP.mean_coef(jnp.asarray(1)) < 1e-2
 
 
 @pytest.mark.parametrize("name", shapes.CHECKED)

@@ -91,6 +91,7 @@ def _run(experiment: Experiment, workdir: epath.Path) -> None:
     config = experiment.config
     options = config.latents
     restored, images = experiment.restore(workdir), experiment.images(config.eval.split)
+    experiment = experiment.scheduled(restored.state.ema_params)
     score = experiment.exact_adapter(restored.state.ema_params)
     if len(images) < 2:
         raise ValueError(f"{images.name} {images.split} has one image: an interpolation needs two")

@@ -26,6 +26,7 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
     """
     experiment, workdir = Experiment(config), epath.Path(workdir)
     restored = experiment.restore(workdir)
+    experiment = experiment.scheduled(restored.state.ema_params)
     for warning in trained.unseen_times(restored.metadata, experiment.sampling_eps, "sampling"):
         logging.warning(warning)
     drawn = generate(experiment, restored, workdir)

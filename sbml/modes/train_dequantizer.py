@@ -69,6 +69,7 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
     experiment, workdir = Experiment(config), epath.Path(workdir)
     section = experiment.config.dequantizer
     images, restored = experiment.images("train"), experiment.restore(workdir)
+    experiment = experiment.scheduled(restored.state.ema_params)
     against = {"step": restored.step, "crc32": tree_crc32(restored.state.ema_params)}
     checkpoints = section.training.checkpoints(workdir)
 

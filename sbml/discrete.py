@@ -154,6 +154,14 @@ def decoder_nats(x: Example, pixels: Pixels, levels: int, rho: Scalar) -> Scalar
     return jnp.sum(jax.nn.logsumexp(logits, axis=-1) - chosen)
 
 
+def reconstruction(
+    sde: SDE, noise: "Categorical", pixels: Pixels, eps: Scalar, z: Example
+) -> Scalar:
+    """-log P(pixels | x_eps) by the decoder, x_eps = alpha c + sigma z: nats, a scalar."""
+    rho = jnp.exp(-0.5 * sde.log_snr(eps))
+    return noise.nats(bits.to_model(pixels, 0.5, noise.levels) + rho * z, eps, pixels, rho)
+
+
 def _normals(key: Key, n: int, centre: Example) -> tuple[Float[Array, " n 2 *s"], Example]:
     """Standard normal draws: two for each of ``n`` times ``(n, 2, *s)``, one for the decoder."""
     keys = jax.random.split(key, n + 1)
@@ -270,6 +278,5 @@ def elbo(
         diffusion = diffusion + centre.size * edge_constant(sde, eps, width)
         variance = 1 - scalars.exp(-_snr_range(sde, eps)) * (1 - _variance(width))
         return Bound(prior_kl(sde, centre, variance), diffusion, jnp.zeros((), centre.dtype))
-    rho = jnp.exp(-0.5 * first)
-    reconstruction = noise.nats(centre + rho * last, jnp.asarray(eps, centre.dtype), pixels, rho)
-    return Bound(prior_kl(sde, centre), diffusion, reconstruction)
+    decoder = reconstruction(sde, noise, pixels, jnp.asarray(eps, centre.dtype), last)
+    return Bound(prior_kl(sde, centre), diffusion, decoder)

@@ -1,6 +1,6 @@
 """The picture of the README: samples of a run beside the headline of its report.
 
-    python docs/samplers/readme.py runs/digits_vp docs/samplers/readme.png
+python docs/samplers/readme.py runs/digits_vp docs/samplers/readme.png
 """
 
 import sys

@@ -16,14 +16,14 @@ from ml_collections import ConfigDict
 
 from sbml import data, discrete
 from sbml.divergence import Trace
-from sbml.experiment import evaluation, trained
+from sbml.experiment import evaluation, schedule, trained
 from sbml.experiment.config import Config
 from sbml.experiment.noise import loss_unit, smallest_time, trained_from
 from sbml.runtime import sharding
 from sbml.runtime.checkpoint import Checkpoints, Restored
 from sbml.runtime.state import TrainState
 from sbml.runtime.versions import versions
-from sbml.types import Key
+from sbml.types import Key, Score
 
 
 class Experiment:
@@ -54,8 +54,9 @@ class Experiment:
       ValueError: the config cannot work; the message names the field.
     """
 
-    def __init__(self, config: ConfigDict) -> None:
-        c = Config.read(config)
+    def __init__(self, config: ConfigDict | Config) -> None:
+        c = config if isinstance(config, Config) else Config.read(config)
+        schedule.check(c.sde, c.training, c.data)
         self.config: Final = c
         self.shape: Final = c.data.shape
         self.levels: Final = c.data.levels
@@ -122,7 +123,24 @@ class Experiment:
         training = self.config.training
         statistics = jnp.zeros((2, training.proposal_bins)) if training.adapts else ()
         params = self.adapter.init(self._init_key(), self.shape)
+        if self.config.sde.learned:
+            params = schedule.beside(params, self.sde)
         return TrainState.create(params, self.optimizer, statistics)
+
+    def trained_score(self, params: Any) -> tuple[Score, Any]:
+        """The score that the loss sees, and what noises its images; a learned SDE is traced."""
+        if not self.config.sde.learned:
+            return self.trained_adapter(params), self.trained_kernel
+        sde = schedule.traced(self.sde, params)
+        return dataclasses.replace(self.adapter, sde=sde)(params), sde
+
+    def scheduled(self, params: Any) -> "Experiment":
+        """This experiment, with the SDE that ``params`` have learned, if they have."""
+        learned: dict[str, Any] = schedule.numbers(params)
+        if not learned:
+            return self
+        sde = dataclasses.replace(self.config.sde, **learned)
+        return Experiment(dataclasses.replace(self.config, sde=sde))
 
     def init_dequantizer(self, images: data.ImageSet) -> TrainState:
         """The state before the first step, whose initialisation uses a batch spread evenly over

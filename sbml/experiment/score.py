@@ -18,6 +18,7 @@ from sbml.experiment.fields import (
     check_fields,
     check_owned,
     choice,
+    flag,
     named,
     real,
     reals,
@@ -48,6 +49,8 @@ class Process(Section):
     sigma_max: float = real(50.0, above=0, most=1e6)  # the largest; ve, linear_ve
     gamma_0: float = real(-13.3, least=-60, most=60)  # -log SNR at t = 0; linear_gamma
     gamma_1: float = real(5.0, least=-60, most=60)  # the same at t = T; linear_gamma
+    # the SDE's numbers are trained, from these on, through the bound with the categorical decoder
+    learned: bool = flag(False)
 
     def build(self) -> SDE:
         """The SDE, from those fields that it has.

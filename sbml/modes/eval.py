@@ -237,6 +237,7 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
 def _run(experiment: Experiment, workdir: Workdir) -> None:
     config = experiment.config
     restored = experiment.restore(workdir)
+    experiment = experiment.scheduled(restored.state.ema_params)
     images, train = experiment.images(config.eval.split), experiment.images("train")
     defined = [cell for cell in experiment.cells if not cell.undefined]
     undefined = {cell.name: cell.undefined for cell in experiment.cells if cell.undefined}

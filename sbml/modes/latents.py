@@ -92,6 +92,7 @@ def _run(experiment: Experiment, workdir: Workdir) -> None:
     config = experiment.config
     options = config.latents
     restored, images = experiment.restore(workdir), experiment.images(config.eval.split)
+    experiment = experiment.scheduled(restored.state.ema_params)
     score = experiment.exact_adapter(restored.state.ema_params)
     if len(images) < 2:
         raise ValueError(

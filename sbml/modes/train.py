@@ -17,13 +17,14 @@ import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
 
-from sbml import bits, losses, second_order, times
+from sbml import bits, bound, discrete, losses, second_order, times
 from sbml.evaluation import samples
 from sbml.experiment import trained
 from sbml.experiment.build import Experiment
 from sbml.modes import _loop as loop
 from sbml.runtime.state import Loss, Observe, Prepare, TrainState, Update
 from sbml.runtime.workdir import Workdir
+from sbml.sdes import SDE
 from sbml.types import Array, Key
 
 
@@ -79,13 +80,13 @@ def prepare_fn(experiment: Experiment) -> Prepare:
 
 def loss_fn(experiment: Experiment) -> Loss:
     """Per-example losses (n,) in nats/dim."""
-    training, kernel = experiment.config.training, experiment.trained_kernel
+    training, learned = experiment.config.training, experiment.config.sde.learned
     dims = math.prod(experiment.shape)
 
     def loss(params: Any, draws: Draws, frozen: Any) -> Array:
-        score = experiment.trained_adapter(params)
+        score, sde = experiment.trained_score(params)
         signs = draws.signs if training.antithetic else None
-        given: tuple = (score, kernel, draws.x, draws.t, draws.keys)
+        given: tuple = (score, sde, draws.x, draws.t, draws.keys)
         how: dict[str, Any] = {"weighting": training.weighting, "signs": signs}
         if training.second_order:
             probes = training.second_order_probes
@@ -93,9 +94,25 @@ def loss_fn(experiment: Experiment) -> Loss:
             terms = first + training.second_order * second
         else:
             terms = losses.dsm_batch(*given, **how)
-        return draws.weight * draws.inverse * terms / dims
+        terms = draws.weight * draws.inverse * terms
+        if learned:
+            terms = terms + _ends(experiment, sde, draws)
+        return terms / dims
 
     return loss
+
+
+def _ends(experiment: Experiment, sde: SDE, draws: Draws) -> Array:
+    """The bound's prior and reconstruction, nats (n,), by which an SDE learns where to end."""
+    noise, eps = discrete.Categorical(experiment.levels), jnp.asarray(experiment.adapter.eps)
+
+    def one(x: Array, key: Key, sign: Array) -> Array:
+        # The loss's own draws come from the first three keys of ``split``.
+        z = sign * jax.random.normal(jax.random.split(key, 4)[3], x.shape)
+        pixels = bits.to_pixels(x, experiment.levels)
+        return bound.prior_kl(sde, x) + discrete.reconstruction(sde, noise, pixels, eps, z)
+
+    return jax.vmap(one)(draws.x, draws.keys, draws.signs)
 
 
 def observe_fn(experiment: Experiment) -> Observe | None:
@@ -134,7 +151,8 @@ def task(experiment: Experiment, workdir: Workdir) -> loop.Task:
     config, images = experiment.config, experiment.images("train")
 
     def picture(state: TrainState) -> np.ndarray:
-        return samples.grid(experiment, samples.preview(experiment, state.ema_params).images)
+        now = experiment.scheduled(state.ema_params)
+        return samples.grid(now, samples.preview(now, state.ema_params).images)
 
     return loop.Task(
         name="train",

@@ -1,0 +1,176 @@
+"""A learned noise schedule: its ends come to lie where the whole bound is least."""
+
+import dataclasses
+import functools
+import json
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+
+from sbml import bits, bound, discrete, times
+from sbml.experiment import build, schedule
+from sbml.modes import eval as evaluate
+from sbml.modes import sample, train
+from sbml.sdes import SDES
+
+VARIANCE = 0.3
+NUMBERS = ("gamma_0", "gamma_1")
+
+
+def learned(**training):
+    """The tiny config with VDM's schedule, of which the ends are learned."""
+    config = tiny.get_config()
+    config.sde.update(name="linear_gamma", learned=True)
+    config.data.dequantization = "centre"
+    config.score.update(parameterization="noise", label="scaled_log_snr")
+    config.training.update(**training)
+    config.eval.update(estimators=("bound",), dequantizers=("categorical",), tau=0.0, sweeps=1)
+    return config
+
+
+class Gaussian(nn.Module):
+    """The noise prediction of N(0, VARIANCE), with a bias that makes all noise levels cost."""
+
+    @nn.compact
+    def __call__(self, x, label, *, train):
+        log_snr = (13.3 - label * 18.3 / 1000)[:, None, None, None]
+        alpha2, variance = jax.nn.sigmoid(log_snr), jax.nn.sigmoid(-log_snr)
+        return jnp.sqrt(variance) * x / (alpha2 * VARIANCE + variance) + 0.05
+
+
+@pytest.fixture(scope="module")
+def gaussian():
+    """The experiment whose network is that, and Gaussian integers of 17 levels."""
+    experiment = build.Experiment(learned(noises="independent", proposal_bins=0))
+    replaced = dataclasses.replace(experiment.adapter, model=Gaussian())
+    experiment.adapter = experiment.trained_adapter = replaced
+    x = VARIANCE**0.5 * np.random.default_rng(0).normal(size=(512, 8, 8, 1))
+    pixels = np.clip(np.floor((x + 1) * 17 / 2), 0, 16).astype(np.uint8)
+    return experiment, jnp.asarray(pixels)
+
+
+def bound_of(experiment, pixels, ends):
+    """The mean of ``discrete.elbo`` in nats/dim and its error, of VDM's schedule with ``ends``."""
+    keys = jax.random.split(jax.random.key(5), len(pixels))
+    u = times.lattice(jax.random.key(6), len(pixels), 8)
+    values = np.asarray(_bounds(experiment.adapter, pixels, keys, u, jnp.asarray(ends))) / 64
+    return values.mean(), values.std() / np.sqrt(len(values))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _bounds(adapter, pixels, keys, u, ends):
+    sde, noise = SDES["linear_gamma"](*ends), discrete.Categorical(17)
+    score = dataclasses.replace(adapter, sde=sde)({})
+
+    def one(pixels, key, u):
+        return discrete.elbo(score, sde, pixels, key, eps=0.0, u=u, noise=noise).total
+
+    return jax.vmap(one)(pixels, keys, u)
+
+
+def trained_ends(experiment, pixels, start):
+    """Where the gradient of a training's loss leads, with the same draws in all steps."""
+    prepare, loss = train.prepare_fn(experiment), train.loss_fn(experiment)
+    draws = [prepare(pixels, jax.random.key(i), ()) for i in range(12)]
+
+    @jax.jit
+    def step(ends, draws):
+        def total(ends):
+            params = {schedule.KEY: dict(zip(NUMBERS, ends, strict=True))}
+            return jnp.mean(loss(params, draws, ()))
+
+        return jax.grad(total)(ends)
+
+    ends = jnp.asarray(start)
+    for _ in range(14):  # The curvatures are about 0.009 and 0.0025.
+        ends -= 100 * jnp.mean(jnp.stack([step(ends, d) for d in draws]), axis=0)
+    return np.asarray(ends)
+
+
+@pytest.mark.oracle
+def test_the_loss_is_the_bound(gaussian):
+    """Its mean over draws is that of the bound's evaluation, at any ends."""
+    experiment, pixels = gaussian
+    prepare, loss = train.prepare_fn(experiment), train.loss_fn(experiment)
+    for ends in ((-6.0, 2.0), (-2.0, 1.0)):
+        params = {schedule.KEY: dict(zip(NUMBERS, ends, strict=True))}
+        one = jax.jit(lambda key, p=params: loss(p, prepare(pixels, key, ()), ()).mean())
+        values = np.asarray([one(jax.random.key(i)) for i in range(100)])
+        expected, error = bound_of(experiment, pixels, ends)
+        assert abs(values.mean() - expected) < 4 * np.hypot(error, values.std() / 10) < 0.05
+
+
+@pytest.mark.oracle
+def test_the_gradient_finds_the_ends_that_a_scan_finds(gaussian):
+    """A scan of the evaluation's bound, with draws of its own, along either end."""
+    experiment, pixels = gaussian
+    found = trained_ends(experiment, pixels, (-5.0, 3.0))
+    np.testing.assert_allclose(trained_ends(experiment, pixels, (-2.2, 2.0)), found, atol=0.1)
+    for k in range(2):
+        grid = found[k] + np.linspace(-1, 1, 9)
+        ends = [[*found[:k], g, *found[k + 1 :]] for g in grid]
+        values = np.asarray([bound_of(experiment, pixels, e)[0] for e in ends])
+        fine = np.linspace(grid[0], grid[-1], 1001)
+        best = fine[np.argmin(np.polynomial.Polynomial.fit(grid, values, 4)(fine))]
+        assert abs(found[k] - best) < 0.3
+        assert min(values[0], values[-1]) > values.min() + 5e-4
+
+
+def test_a_run_is_evaluated_with_the_ends_it_learned(tmp_path):
+    """They are the averages in the checkpoint; the config says where they began."""
+    config = learned(num_steps=30, checkpoint_every=30)
+    config.optim.update(lr=0.03, warmup=1)
+    config.eval.max_images = 16
+    train.run(config, tmp_path)
+    experiment = build.Experiment(config)
+    restored = experiment.restore(tmp_path)
+    average = restored.state.ema_params
+    ends = schedule.numbers(average)
+    assert set(ends) == set(NUMBERS)
+    assert abs(ends["gamma_0"] + 13.3) > 0.05 and abs(ends["gamma_1"] - 5.0) > 0.05
+    now = experiment.scheduled(average)
+    assert now.sde == SDES["linear_gamma"](**ends) == now.exact_adapter.sde
+    evaluate.run(config, tmp_path)
+    evaluation = json.loads((tmp_path / "evaluation.json").read_text())
+    shown = {name: evaluation["config"]["sde"][name] for name in NUMBERS}
+    assert shown == pytest.approx(ends, abs=1e-7)
+    # Its prior term is that of the learned end.
+    columns = np.load(tmp_path / "per_image.npz")
+    x = bits.to_model(jnp.asarray(experiment.images("test").images[columns["id"]]), 0.5, 17)
+    prior = jax.vmap(lambda x: bound.prior_kl(now.sde, x))(x) / 64 / np.log(2)
+    (name,) = [n for n in columns if n.endswith("prior")]
+    np.testing.assert_allclose(columns[name], prior, rtol=1e-4)
+    sample.run(config, tmp_path)
+    config.training.num_steps = 31
+    train.run(config, tmp_path)  # It goes on from them.
+    after = build.Experiment(config).restore(tmp_path).state.params
+    before = schedule.numbers(restored.state.params)
+    for name, value in schedule.numbers(after).items():
+        assert 0 < abs(value - before[name]) < 0.1
+
+
+def test_a_schedule_that_is_not_learned_is_no_parameter():
+    config = learned()
+    config.sde.learned = False
+    experiment = build.Experiment(config)
+    params = experiment.adapter.init(jax.random.key(0), experiment.shape)
+    assert schedule.numbers(params) == {} and experiment.scheduled(params) is experiment
+
+
+@pytest.mark.parametrize(
+    ("section", "field", "value", "message"),
+    [
+        ("data", "dequantization", "uniform", "set --config.data.dequantization=centre"),
+        ("training", "likelihood_weighting", False, "set --config.training.likelihood_weighting="),
+        ("sde", "name", "rectified_flow", "sde.name=rectified_flow: it has no numbers to learn"),
+    ],
+)
+def test_where_the_loss_would_be_no_bound_it_is_refused(section, field, value, message):
+    config = learned()
+    config[section][field] = value
+    with pytest.raises(ValueError, match=message):
+        build.Experiment(config)

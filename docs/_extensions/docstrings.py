@@ -26,7 +26,7 @@ ITEM = re.compile(r"  ([\w, ]+): (.*)", re.S)
 # What stays as it is: literals, roles, and *emphasis* that begins and ends at a word.
 MARKUP = re.compile(
     r"``.+?``|\*\*[A-Za-z][^*]*\*\*|:[\w:]+:`[^`]+`"
-    r"|(?<![\w*(^])\*[A-Za-z][^*`\n]*[\w.]\*(?![\w*])",
+    r"|(?<![\w*(^])\*[A-Za-z][^*`]{0,60}[\w.]\*(?![\w*])",
     re.S,
 )
 MODULE = re.compile(r"``(sbml(?:\.\w+)+)``")

@@ -31,7 +31,10 @@ MODULES = {"sbml", *PAGES, *(part for found in PAGES.values() for part in found)
 
 
 def constants(name: str) -> list[tuple[str, str, str]]:
-    """(name, value, comment) of each public assignment at the top of module ``name``."""
+    """(name, value, comment) of each public assignment at the top of module ``name``.
+
+    Of a dictionary the value is the names in it.
+    """
     module = importlib.import_module(name)
     source = inspect.getsource(module)
     lines, found = source.split("\n"), []
@@ -45,7 +48,9 @@ def constants(name: str) -> list[tuple[str, str, str]]:
             above -= 1
         end = lines[(node.end_lineno or node.lineno) - 1][node.end_col_offset :]
         comment += [end.partition("#")[2].strip()] if "#" in end else []
-        found.append((target.id, ast.unparse(node.value), " ".join(comment)))
+        value = getattr(module, target.id)
+        text = ", ".join(map(str, value)) if isinstance(value, dict) else ast.unparse(node.value)
+        found.append((target.id, text, " ".join(comment)))
     return found
 
 

@@ -20,13 +20,15 @@ ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "docs" / "_extensions")]
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
+import sbml  # noqa: E402  From the checkout, whose folder stands first in the path.
+
 setup_cfg = ConfigParser()
 setup_cfg.read(ROOT / "setup.cfg")
 URL = setup_cfg["metadata"]["url"]
 
 project = "sbml"
 author = "The sbml authors"
-release = version = setup_cfg["metadata"]["version"]
+release = version = sbml.__version__
 html_title = f"sbml {release}"
 
 extensions = [

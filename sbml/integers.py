@@ -37,7 +37,7 @@ from sbml import bits, compiler
 from sbml.types import Array, Example, Pixels, Scalar, check_example
 
 Real = Float[Array, "..."]
-Components = tuple[Array, Array, Array]  # of a mixture, each (COMPONENTS, *s)
+Components = tuple[Array, Array, Array]  # of a mixture, each ``(COMPONENTS, *s)``
 Outputs = Float[Array, "*s outputs"]
 
 DATA = ("centre", "uniform")

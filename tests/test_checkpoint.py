@@ -277,7 +277,8 @@ def _full_for_a_while(directory: Path) -> None:
         assert sorted(p.name for p in directory.iterdir()) == ["1", "7"], [*directory.rglob("*")]
         restored = checkpoints.restore(abstract(make_state(0)))
     assert restored is not None and same_bits(restored.state, make_state(7))
-    ours = [line for line in said if "heckpoint" in line or "room" in line]
+    # Beside Orbax's own, of which some versions have one about a save that is being renamed.
+    ours = [line for line in said if line.startswith(("The checkpoint of step", "There is room"))]
     assert len(ours) == 2 and len(said) < 5, said
     assert ours[0].startswith(f"The checkpoint of step 2 was not saved in {directory}: ")
     assert "File too large" in ours[0]

@@ -1,100 +1,298 @@
-"""Recipes of training compared: bits/dim at equal network calls, paired by seed.
+"""Recipes of training compared at equal network evaluations and at equal training time.
 
-    python benchmarks/recipes.py --config=configs/digits_vp.py [--steps=650] [--seeds=3]
+    python benchmarks/recipes.py --config=configs/digits_vp.py --recipes=levels,levels+centre
 
-Every recipe trains from the same initial parameters for the same number of network calls, and is
-evaluated by the ODE on the same images with the same draws. Differences are to the paper's recipe
-(independent importance-sampled times), with the 95% interval over seeds (Student's t), and with
-that over images of the difference averaged over seeds. Seconds are of training, without
-compilation where a recipe was compiled before.
+A recipe changes fields of the config: a name of RECIPES, ``field=value``, or several of these
+joined by ``+``. It is added to ``--base``, the best recipe so far, one factor at a time. Training
+images are those not held out (``data.validation``), evaluation is of the others, with the same
+draws for all; the test images are never looked at. There are two budgets:
+
+    evaluations   as many steps as the base, of as many network calls each
+    time          as many seconds: its steps over the ratio of a step's, measured in turns, compiled
+
+The table has bits/dim, mean over images and seeds, and in brackets the difference to the base,
+paired by seed, with its 95% interval over seeds (Student's t). "best" compares the best columns;
+a column that the base lacks is compared with the base's best. Every run and every timing is a line
+of ``--out``, and not done again; the same command goes on after a kill, in mid-training too.
 """
 
 import argparse
+import ast
+import contextlib
+import hashlib
+import json
 import pathlib
 import runpy
-import tempfile
+import shutil
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
+import jax
 import numpy as np
+from ml_collections import ConfigDict
 
+from sbml import data
+from sbml.adapters import PARAMETERIZATIONS
 from sbml.estimators import Cell
 from sbml.evaluation import cells
 from sbml.experiment import build
+from sbml.experiment.config import check_overrides
+from sbml.experiment.score import model_fields
 from sbml.intervals import mean_interval
 from sbml.modes import eval as evaluate
 from sbml.modes import train
-from sbml.runtime import cpu, metrics
-from sbml.runtime.workdir import Workdir
+from sbml.modes._loop import NonFiniteLoss, compiled_step
+from sbml.networks import frequencies
+from sbml.runtime import cpu, sharding
 
-RECIPES = {
-    "paper: iid": {"times": "iid", "noises": "independent", "proposal_bins": 0},
-    "lattice": {"noises": "independent", "proposal_bins": 0},
-    "lattice, density": {"noises": "independent"},
-    "lattice, antithetic": {"proposal_bins": 0},
-    "lattice, antithetic, density (default)": {},
+
+def draws(times: str, noises: str, bins: int) -> dict[str, Any]:
+    """Where a step's times and noises come from."""
+    return {"training.times": times, "training.noises": noises, "training.proposal_bins": bins}
+
+
+# Fields and their values, or how to make them from the config without the recipe.
+RECIPES: dict[str, dict[str, Any]] = {
+    "iid": draws("iid", "independent", 0),  # the paper's
+    "lattice": draws("lattice", "independent", 0),
+    "density": draws("lattice", "independent", 32),
+    "antithetic": draws("lattice", "antithetic", 0),
+    "ours": draws("lattice", "antithetic", 32),
+    **{p: {"score.parameterization": p} for p in PARAMETERIZATIONS},
+    "centre": {"data.dequantization": "centre"},
+    "fourier": {"model.fourier": lambda c: frequencies(c.data.levels, scale=c.score.data_std)},
+    "vdm": {
+        "model.name": "vdm",
+        "model.width": lambda c: 2 * (3 * c.model.nf // 4),
+        "model.depth": lambda c: 2 * len(c.model.ch_mult) * c.model.num_res_blocks,
+        "model.dropout": lambda c: c.model.dropout,
+        "model.fourier": lambda c: c.model.fourier,
+    },
 }
 
+# The columns. A decoder is learned by levels at bin centres alone.
+CELLS = (Cell("ode", "uniform"), Cell("bound", "categorical"), Cell("bound", "learned"))
 
-def run(config, recipe: dict, folder: pathlib.Path, images: int) -> tuple[np.ndarray, float]:
-    """bits/dim (n,) of the recipe's model, and its training seconds."""
-    config.training.update(recipe)
-    config.eval.update(max_images=images, estimators=("ode",))
-    train.run(config, folder)
-    seconds = metrics.read(folder)[-1]["seconds"]
+
+class Plan(NamedTuple):
+    """What all runs of one command share."""
+
+    config: Callable[[], ConfigDict]  # of the base
+    steps: int
+    out: pathlib.Path
+
+
+def value_of(text: str) -> Any:
+    """What Python reads as a number, truth value or tuple, else the text itself."""
+    with contextlib.suppress(SyntaxError, ValueError):
+        return ast.literal_eval(text)
+    return text
+
+
+def changed(config: ConfigDict, recipe: str) -> ConfigDict:
+    """A copy of ``config`` with ``recipe``; an unknown recipe or field is a ValueError."""
+    fields: dict[str, Any] = {}
+    for part in filter(None, recipe.split("+")):
+        name, equals, text = part.partition("=")
+        if not equals and part not in RECIPES:
+            known = ", ".join(RECIPES)
+            raise ValueError(f"unknown recipe {part!r}: give field=value or one of {known}")
+        fields |= {name: value_of(text)} if equals else RECIPES[part]
+    fields = {k: v(config) if callable(v) else v for k, v in fields.items()}
+    config = config.copy_and_resolve_references()
+    if name := fields.pop("model.name", None):
+        with config.unlocked():
+            config.model = ConfigDict({"name": name, **model_fields(name)})
+    for path, value in fields.items():
+        check_overrides(config, [f"--config.{path}"])
+        config.update_from_flattened_dict({path: value})
+    return config
+
+
+class Steps:
+    """Training steps of a config, to be timed."""
+
+    def __init__(self, config: ConfigDict) -> None:
+        experiment, mesh = build.Experiment(config), sharding.data_mesh()
+        repeats = 2 if experiment.config.training.antithetic else 1
+        pixels = experiment.images("train").images[: config.training.batch_size // repeats]
+        self.batch = sharding.put(np.asarray(pixels), sharding.batched(mesh))
+        self.state = sharding.made(experiment.init_state, mesh)
+        self.step = compiled_step(train.update(experiment), mesh, self.state)
+        self.seconds(1)
+
+    def seconds(self, steps: int) -> float:
+        """Wall time of a step, mean of ``steps``."""
+        start = time.perf_counter()
+        for _ in range(steps):
+            self.state, _ = self.step(self.state, self.batch, jax.random.key(0), ())
+        jax.block_until_ready(self.state)
+        return (time.perf_counter() - start) / steps
+
+
+def identity(config: ConfigDict) -> str:
+    """12 hex digits of every field of ``config``."""
+    return hashlib.sha256(config.to_json(sort_keys=True).encode()).hexdigest()[:12]
+
+
+def read(out: pathlib.Path) -> dict[str, dict[str, Any]]:
+    """The lines of ``out`` by their identity; one that was cut by a kill is left out."""
+    rows = []
+    for line in out.read_text().splitlines() if out.exists() else []:
+        with contextlib.suppress(json.JSONDecodeError):
+            rows.append(json.loads(line))
+    return {row["id"]: row for row in rows}
+
+
+def once(out: pathlib.Path, key: str, compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """The line of ``out`` with identity ``key``, computed and appended if it is not there."""
+    if (found := read(out).get(key)) is not None:
+        return found
+    row = {"id": key, **compute()}
+    out.parent.mkdir(parents=True, exist_ok=True)
+    whole = not out.exists() or out.read_bytes()[-1:] in (b"\n", b"")
+    with out.open("a") as file:
+        file.write(("" if whole else "\n") + json.dumps(row) + "\n")
+    return row
+
+
+def timed(plan: Plan, recipe: str, rounds: int = 9, steps: int = 3) -> dict[str, Any]:
+    """Seconds of a step of ``recipe`` and of the base, and the median of their ratio in turns."""
+    base, other = plan.config(), changed(plan.config(), recipe)
+
+    def compute() -> dict[str, Any]:
+        pair = Steps(base), Steps(other)
+        values = np.array([[one.seconds(steps) for one in pair] for _ in range(rounds)])
+        ratio = float(np.median(values[:, 1] / values[:, 0]))
+        return {"recipe": recipe, "seconds": np.median(values, axis=0).tolist(), "ratio": ratio}
+
+    return once(plan.out, f"time {identity(base)} {identity(other)}", compute)
+
+
+def evaluated(config: ConfigDict, workdir: pathlib.Path) -> dict[str, list[float]]:
+    """bits/dim of every held-out image, by cell."""
     experiment = build.Experiment(config)
-    restored, test = experiment.restore(folder), experiment.images("test")
-    shared = cells.Evaluation(experiment, restored, test, None, lambda eps: None, Workdir(folder))
-    dequantization = evaluate.dequantization(experiment, "uniform", folder, test)
-    cell_run = cells.CellRun(shared, Cell("ode", "uniform"), dequantization)
-    return cell_run.rows(cell_run.ids, 0)["bits_per_dim"], seconds
+    restored, images = experiment.restore(workdir), experiment.images(data.VALIDATION)
+    training = experiment.images("train")
+    decodes = (config.score.parameterization, config.data.dequantization) == ("levels", "centre")
+    found = {}
+    with jax.default_matmul_precision(config.eval.precision):
+        control = evaluate.control_variate(experiment, training, workdir)
+        density = evaluate.time_density(experiment, restored, training, control, workdir)
+        shared = cells.Evaluation(experiment, restored, images, control, density, workdir)
+        for cell in CELLS:
+            if cell.dequantizer == "learned" and not decodes:
+                continue
+            model = evaluate.dequantization(experiment, cell.dequantizer, workdir, training)
+            run = cells.CellRun(shared, cell, model)
+            sweeps = range(config.eval.sweeps if cell.is_bound else 1)
+            rows = [run.rows(run.ids, sweep)["bits_per_dim"] for sweep in sweeps]
+            found[cell.name] = np.mean(rows, axis=0).tolist()
+    return found
+
+
+def trained(plan: Plan, recipe: str, seed: int, steps: int) -> dict[str, Any]:
+    """The line of one training: what it ended at, or why it did not end."""
+    config = changed(plan.config(), recipe)
+    config.seed = seed
+    config.training.update(num_steps=steps, checkpoint_every=max(1, min(200, steps)))
+    key = identity(config)
+
+    def compute() -> dict[str, Any]:
+        workdir = plan.out.with_suffix("") / key
+        row = {"recipe": recipe, "seed": seed, "steps": steps}
+        try:
+            train.run(config, workdir)
+            row["bits_per_dim"] = evaluated(config, workdir)
+        except NonFiniteLoss as error:
+            row["failed"] = str(error)
+        shutil.rmtree(workdir, ignore_errors=True)
+        return row
+
+    return once(plan.out, key, compute)
+
+
+def difference(values: np.ndarray, base: np.ndarray) -> str:
+    """The mean of ``values (seeds, images)`` and, paired by seed, how much more than ``base``."""
+    gap = mean_interval(np.mean(values, axis=1) - np.mean(base, axis=1))
+    return f"{np.mean(values):.4f} ({gap.mean:+.4f} ± {gap.ci95:.4f})"
+
+
+def table(rows: dict[str, list[dict[str, Any]]]) -> str:
+    """A markdown table of ``rows``, the lines of all seeds by recipe, the base first."""
+    names = [cell.name for cell in CELLS]
+    text = [f"| recipe | steps | {' | '.join(names)} | best |", "|---" * (3 + len(names)) + "|"]
+    base: dict[str, np.ndarray] = {}
+    for recipe, lines in rows.items():
+        start = f"| {recipe or 'base'} | {lines[0]['steps']} | "
+        if failed := [line["failed"] for line in lines if "failed" in line]:
+            if not base:
+                raise ValueError(f"the base failed, compare with another: {failed[0]}")
+            text.append(start + f"{len(failed)} failed" + " |" * (1 + len(names)))
+            continue
+        values = {n: [line["bits_per_dim"].get(n) for line in lines] for n in names}
+        found = {n: np.array(v) for n, v in values.items() if None not in v}
+        found["best"] = min(found.values(), key=np.mean)
+        base = base or found
+        entries = (
+            difference(found[n], base.get(n, base["best"])) if n in found else ""
+            for n in [*names, "best"]
+        )
+        text.append(start + " | ".join(entries) + " |")
+    return "\n".join(text)
+
+
+def planned(args: argparse.Namespace) -> Plan:
+    """The plan of the command line."""
+
+    def base() -> ConfigDict:
+        config = runpy.run_path(args.config)["get_config"]()
+        config.data.update(validation=args.validation, manual_dir=args.manual_dir)
+        config.training.update(num_steps=args.steps, sample_every=0, keep_last=1, keep_every=0)
+        config.eval.update(split=data.VALIDATION, max_images=args.images, sweeps=args.sweeps)
+        config.optim.warmup = min(config.optim.warmup, args.steps // 10)
+        # A long average of a short run would be made of its initial parameters.
+        config.optim.ema = min(config.optim.ema, max(0.0, 1 - 6.5 / args.steps))
+        config.model.update({"nf": args.nf, "num_res_blocks": 1} if args.nf else {})
+        return changed(config, args.base)
+
+    out = pathlib.Path(args.out or f"runs/recipes/{pathlib.Path(args.config).stem}.jsonl")
+    return Plan(base, args.steps, out.absolute())
 
 
 def main() -> None:
-    """Print bits/dim, paired differences and seconds for every recipe."""
+    """Train, evaluate and compare; print a table for each budget."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--config", default="configs/digits_vp.py")
-    parser.add_argument("--steps", type=int, default=650)
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--images", type=int, default=360)
-    parser.add_argument(
-        "--nf", type=int, default=0, help="a net of so many channels, one block a level"
-    )
-    parser.add_argument("--recipes", default=",".join(str(i) for i in range(len(RECIPES))))
-    parser.add_argument("--manual_dir", default="")
+    options: dict[str, tuple[Any, str]] = {
+        "config": ("configs/digits_vp.py", "a file with get_config"),
+        "recipes": ("levels,levels+centre", "compared with the base"),
+        "base": ("", "a recipe that all are added to"),
+        "budgets": ("evaluations,time", "either or both"),
+        "seeds": ("0,1,2", "of training"),
+        "steps": (700, "of the base"),
+        "validation": (0.2, "data.validation"),
+        "images": (0, "held-out images to evaluate; 0: all"),
+        "sweeps": (4, "of the bounds"),
+        "nf": (0, "a network of so many channels, one block a level; 0: the config's"),
+        "manual_dir": ("", "data.manual_dir"),
+        "out": ("", "a file; runs/recipes/CONFIG.jsonl"),
+    }
+    for name, (default, text) in options.items():
+        parser.add_argument(f"--{name}", type=type(default), default=default, help=text)
     args = parser.parse_args()
-    chosen = [list(RECIPES)[int(i)] for i in args.recipes.split(",")]
-
-    values = {name: [] for name in chosen}
-    times = {name: [] for name in chosen}
-    for seed in range(args.seeds):
-        for name in chosen:
-            config = runpy.run_path(args.config)["get_config"]()
-            config.seed = seed
-            config.data.manual_dir = args.manual_dir
-            config.training.update(
-                num_steps=args.steps, sample_every=0, checkpoint_every=args.steps
-            )
-            config.optim.warmup = min(config.optim.warmup, args.steps // 10)
-            # A long average of a short run would be made of its initial parameters.
-            config.optim.ema = min(config.optim.ema, 1 - 6.5 / args.steps)
-            if args.nf:
-                config.model.update(nf=args.nf, num_res_blocks=1)
-            with tempfile.TemporaryDirectory() as folder:
-                found = run(config, RECIPES[name], pathlib.Path(folder), args.images)
-            values[name].append(found[0])
-            times[name].append(found[1])
-            print(f"seed {seed}, {name}: {found[0].mean():.4f}, {found[1]:.0f} s", flush=True)
-    base = np.array(values[chosen[0]])
-    print(f"{args.config}, {args.steps} steps, {args.seeds} seeds, {args.images} images")
-    print(
-        f"{'recipe':34s} {'bits/dim':>9s} {'difference, over seeds':>26s} {'over images':>22s}  s"
-    )
-    for name in chosen:
-        gap = np.array(values[name]) - base
-        seeds, over = mean_interval(gap.mean(1)), mean_interval(gap.mean(0))
-        print(
-            f"{name:34s} {np.mean(values[name]):9.4f} {seeds.mean:12.4f} +- {seeds.ci95:10.4f} "
-            f"{over.mean:10.4f} +- {over.ci95:8.4f}  {np.mean(times[name]):.0f}"
-        )
+    plan, recipes = planned(args), list(dict.fromkeys(["", *args.recipes.split(",")]))
+    for recipe in recipes:  # What is unknown costs no hours first.
+        build.Experiment(changed(plan.config(), recipe))
+    for budget in args.budgets.split(","):
+        rows: dict[str, list[dict[str, Any]]] = {recipe: [] for recipe in recipes}
+        for seed in map(int, args.seeds.split(",")):
+            for recipe in recipes:
+                ratio = timed(plan, recipe)["ratio"] if budget == "time" and recipe else 1.0
+                # Within the noise of the measurement the steps stay, and so does their run.
+                steps = plan.steps if abs(ratio - 1) < 0.02 else max(1, round(plan.steps / ratio))
+                rows[recipe].append(trained(plan, recipe, seed, steps))
+        print(f"\nEqual {budget}, {args.config}, base {args.base or 'as is'}\n\n{table(rows)}")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,140 @@
+"""The search for recipes: what a recipe changes, what is paired with what, what is done again."""
+
+import pathlib
+
+import numpy as np
+import pytest
+import tiny
+from scipy import stats
+
+from benchmarks import recipes
+from sbml.experiment import build
+from sbml.experiment.config import default
+
+
+def plan(tmp_path: pathlib.Path) -> recipes.Plan:
+    return recipes.Plan(tiny.get_config, 40, tmp_path / "deep" / "rows.jsonl")
+
+
+def test_a_recipe_changes_its_fields_and_no_other() -> None:
+    config = default()
+    found = recipes.changed(config, "levels+centre+model.nf=8+model.ch_mult=(1,2)+optim.ema=0.5")
+    expected = config.copy_and_resolve_references()
+    expected.score.parameterization, expected.data.dequantization = "levels", "centre"
+    expected.model.update(nf=8, ch_mult=(1, 2))
+    expected.optim.ema = 0.5
+    assert found.to_json(sort_keys=True) == expected.to_json(sort_keys=True)
+    assert recipes.changed(config, "").to_dict() == config.to_dict() == default().to_dict()
+
+
+def test_every_recipe_makes_an_experiment() -> None:
+    for name in recipes.RECIPES:
+        config = default()
+        config.data.validation = 0.1
+        build.Experiment(recipes.changed(config, name))
+    # The network's size follows the one that it stands for.
+    config = default()
+    config.model.update(nf=32, ch_mult=(1, 2), num_res_blocks=2, dropout=0.25, fourier=(4.0,))
+    model = recipes.changed(config, "vdm+model.groups=8").model
+    assert (model.name, model.width, model.depth, model.groups) == ("vdm", 48, 8, 8)
+    assert (model.dropout, model.fourier) == (0.25, (4.0,))
+
+
+@pytest.mark.parametrize(
+    ("recipe", "message"),
+    [
+        ("level", "unknown recipe 'level': give field=value or one of iid, lattice"),
+        ("levels+centres", "unknown recipe 'centres'"),
+        ("training.third_order=0.1", "unknown field config.training.third_order: config.training"),
+        ("levels+trainings.times=iid", "unknown field config.trainings.times: config has data"),
+    ],
+)
+def test_what_does_not_exist_is_refused(recipe: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        recipes.changed(default(), recipe)
+
+
+def line(seed: int, **values: list[float]) -> dict:
+    return {"seed": seed, "steps": 7, "bits_per_dim": values}
+
+
+def test_differences_are_paired_by_seed() -> None:
+    """The interval is Student's of the differences of the seeds' means."""
+    rng = np.random.default_rng(0)
+    seeds, images = rng.normal(2, 1, 3), rng.normal(size=5)
+    base = seeds[:, None] + images
+    other = base - 0.1 + 0.01 * rng.normal(size=(3, 5))
+    gap = (other - base).mean(1)
+    half = stats.t.ppf(0.975, 2) * gap.std(ddof=1) / np.sqrt(3)
+    text = recipes.difference(other, base)
+    assert text == f"{other.mean():.4f} ({gap.mean():+.4f} ± {half:.4f})"
+    rows = {
+        "": [
+            line(i, ode_uniform=v.tolist(), bound_categorical=[9.0] * 5) for i, v in enumerate(base)
+        ],
+        "b": [
+            line(i, bound_learned=v.tolist(), ode_uniform=[8.0] * 5) for i, v in enumerate(other)
+        ],
+        "c": [line(0, ode_uniform=[1.0] * 5), {"seed": 1, "steps": 7, "failed": "inf"}],
+    }
+    head, _, first, second, third = recipes.table(rows).splitlines()
+    assert head == "| recipe | steps | ode_uniform | bound_categorical | bound_learned | best |"
+    zero = f"{base.mean():.4f} (+0.0000 ± 0.0000)"
+    assert first == f"| base | 7 | {zero} | 9.0000 (+0.0000 ± 0.0000) |  | {zero} |"
+    # The base has no learned decoder, so its best column stands for it.
+    cells = [cell.strip() for cell in second.strip("|").split("|")]
+    assert cells[:2] == ["b", "7"] and cells[3:] == ["", text, text]
+    assert cells[2].startswith(f"8.0000 (+{8 - base.mean():.4f} ± ")
+    assert third == "| c | 7 | 1 failed | | | |"
+    with pytest.raises(ValueError, match="the base failed.*inf"):
+        recipes.table({"": rows["c"]})
+
+
+def test_equal_time_is_the_bases_steps_over_the_ratio_of_their_seconds(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Fake:
+        """A step of the wide network takes 2.5 times as long; both are slower in some rounds."""
+
+        rounds = 0
+
+        def __init__(self, config) -> None:
+            self.cost = 2.5 if config.model.width == 64 else 1.0
+
+        def seconds(self, steps: int) -> float:
+            slower = 1 + Fake.rounds // 2 % 3
+            Fake.rounds += 1
+            return self.cost * slower
+
+    monkeypatch.setattr(recipes, "Steps", Fake)
+    found = recipes.timed(plan(tmp_path), "model.width=64")
+    assert found["ratio"] == pytest.approx(2.5)
+    done = Fake.rounds
+    assert recipes.timed(plan(tmp_path), "model.width=64") == found and Fake.rounds == done
+
+
+def test_what_is_done_is_not_done_again(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A line a run; after a kill in the midst of writing one, that one alone is repeated."""
+    runs = []
+
+    def run(config, workdir: pathlib.Path) -> None:
+        runs.append((config.seed, config.training.num_steps, config.model.width))
+        if config.model.width == 64:
+            raise recipes.NonFiniteLoss("step 3: loss inf")
+
+    monkeypatch.setattr(recipes.train, "run", run)
+    monkeypatch.setattr(recipes, "evaluated", lambda config, workdir: {"ode_uniform": [1.5]})
+    rows = [recipes.trained(plan(tmp_path), "", seed, 40) for seed in (0, 1)]
+    assert rows[0]["bits_per_dim"] == {"ode_uniform": [1.5]} and rows[0]["id"] != rows[1]["id"]
+    assert "loss inf" in recipes.trained(plan(tmp_path), "model.width=64", 0, 40)["failed"]
+    assert runs == [(0, 40, 32), (1, 40, 32), (0, 40, 64)]
+    again = [recipes.trained(plan(tmp_path), "", seed, 40) for seed in (0, 1)]
+    assert again == rows and len(runs) == 3
+    out = plan(tmp_path).out
+    out.write_text(out.read_text()[:-10])  # The last line, cut.
+    recipes.trained(plan(tmp_path), "model.width=64", 0, 40)
+    assert len(runs) == 4 and len(recipes.read(out)) == 3
+    recipes.trained(plan(tmp_path), "", 0, 41)
+    assert len(runs) == 5 and len(recipes.read(out)) == 4

@@ -62,7 +62,9 @@ def test_keys_and_arrays_are_told_apart() -> None:
 
 @pytest.mark.usefixtures("unchecked")
 def test_without_checks_functions_are_as_users_call_them() -> None:
-    assert losses.perturb(VP, jnp.ones((2, 3)), jnp.full((3,), 0.5), jnp.zeros(3)).shape == (2, 3)
+    assert VP.std(jnp.ones((2,), int)).shape == (2,)  # A time is a floating-point number.
+    with pytest.raises(ValueError, match=r"t has shape \(3,\): give one example's scalar time"):
+        losses.perturb(VP, jnp.ones((2, 3)), jnp.full((3,), 0.5), jnp.zeros(3))
 
 
 @pytest.mark.parametrize("name", shapes.CHECKED)

@@ -45,6 +45,7 @@ from sbml.modes import train
 from sbml.modes._loop import NonFiniteLoss, compiled_step
 from sbml.networks import frequencies
 from sbml.runtime import cpu, sharding
+from sbml.runtime.workdir import Workdir
 
 
 def draws(times: str, noises: str, bins: int) -> dict[str, Any]:
@@ -170,7 +171,7 @@ def timed(plan: Plan, recipe: str, rounds: int = 9, steps: int = 3) -> dict[str,
     return once(plan.out, f"time {identity(base)} {identity(other)}", compute)
 
 
-def evaluated(config: ConfigDict, workdir: pathlib.Path) -> dict[str, list[float]]:
+def evaluated(config: ConfigDict, workdir: Workdir) -> dict[str, list[float]]:
     """bits/dim of every held-out image, by cell."""
     experiment = build.Experiment(config)
     restored, images = experiment.restore(workdir), experiment.images(data.VALIDATION)
@@ -204,7 +205,7 @@ def trained(plan: Plan, recipe: str, seed: int, steps: int) -> dict[str, Any]:
         row = {"recipe": recipe, "seed": seed, "steps": steps}
         try:
             train.run(config, workdir)
-            row["bits_per_dim"] = evaluated(config, workdir)
+            row["bits_per_dim"] = evaluated(config, Workdir(workdir))
         except NonFiniteLoss as error:
             row["failed"] = str(error)
         shutil.rmtree(workdir, ignore_errors=True)

@@ -31,7 +31,7 @@ DTYPES = {
 NO_STATE_DICT = (
     *(pickle.UnpicklingError, EOFError, KeyError, AttributeError, TypeError, ValueError),
     *(IndexError, zipfile.BadZipFile, zlib.error, struct.error, NotImplementedError),
-    *(MemoryError, OverflowError, RecursionError, RuntimeError, AssertionError),
+    *(MemoryError, OverflowError, RecursionError, RuntimeError, AssertionError, OSError),
 )
 
 
@@ -43,14 +43,13 @@ def read_state_dict(path: str | Path) -> dict[str, np.ndarray]:
         that no state dict needs.
     """
     path = Path(path)
-    try:
-        with path.open("rb") as file:
+    with path.open("rb") as file:
+        try:
             read = _zipped if zipfile.is_zipfile(path) else _legacy
-            arrays = read(file)
-        return {str(name): np.array(array) for name, array in arrays.items()}
-    except NO_STATE_DICT as error:
-        reason = str(error) or type(error).__name__
-        raise ValueError(f"{path} is not a PyTorch state dict: {reason}") from error
+            return {str(name): np.array(array) for name, array in read(file).items()}
+        except NO_STATE_DICT as error:
+            reason = str(error) or type(error).__name__
+            raise ValueError(f"{path} is not a PyTorch state dict: {reason}") from error
 
 
 class _Reader(pickle.Unpickler):

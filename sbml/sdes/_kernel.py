@@ -81,12 +81,10 @@ class Kernel(abc.ABC):
     def marginal(self, x: Example, t: Scalar) -> tuple[Example, Scalar]:
         """Mean ``(*s)`` and standard deviation ``()`` of p(x_t | x_0 = x).
 
-        With x = 1.0 the two are alpha and sigma.
-
         Raises:
           ValueError: ``t`` is no scalar, or ``x`` or ``t`` are not of floating-point numbers.
         """
-        check_example(jnp.asarray(x) if isinstance(x, float) else x, t)
+        check_example(x, t)
         return self.mean_coef(t) * x, self.std(t)
 
     def check_time(self, eps: Number, name: str = "smallest time eps") -> Number:

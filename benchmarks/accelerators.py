@@ -111,7 +111,7 @@ def _state(experiment: Experiment, mesh: Mesh) -> TrainState:
 @program
 def training(experiment: Experiment, mesh: Mesh) -> Any:
     """One training step."""
-    same, split = sharding.replicated(mesh), sharding.batched(mesh)
+    same, split = sharding.replicated(mesh), sharding.batch_sharding(mesh)
     update = train.update(experiment)
     options = experiment.config.training
     size = options.batch_size // (2 if options.antithetic else 1)
@@ -125,7 +125,7 @@ def training(experiment: Experiment, mesh: Mesh) -> Any:
 
 def _lowered(experiment: Experiment, mesh: Mesh, name: str, u: Any, method: Any) -> Any:
     """A batch of the estimator ``name`` with uniform dequantization."""
-    same, split = sharding.replicated(mesh), sharding.batched(mesh)
+    same, split = sharding.replicated(mesh), sharding.batch_sharding(mesh)
     size = -(-experiment.config.eval.batch_size // mesh.size) * mesh.size
     row = jax.ShapeDtypeStruct((size,), jnp.int32, sharding=split)
     batch = Rows(
@@ -169,7 +169,7 @@ def bound(experiment: Experiment, mesh: Mesh) -> Any:
 @program
 def sampling(experiment: Experiment, mesh: Mesh) -> Any:
     """A batch of the configured sampler."""
-    same, split = sharding.replicated(mesh), sharding.batched(mesh)
+    same, split = sharding.replicated(mesh), sharding.batch_sharding(mesh)
     size = -(-experiment.config.sampling.batch_size // mesh.size) * mesh.size
     params = sharding.abstract(experiment.init_state, mesh).ema_params
     ids = jax.ShapeDtypeStruct((size,), jnp.int32, sharding=split)

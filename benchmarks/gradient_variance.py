@@ -16,7 +16,7 @@ is over bootstrapped batches. All ways use the same batches. Times are uniform i
     neighbours    z and -z for the images 2i and 2i + 1, which share a time
     antithetic    z and -z for one image and time: half the images, each used in two calls
 
-Times may also have a density q in v (``times.warp`` and ``times.floored``) that is proportional to
+Times may also have a density q in v (``times.warp``, ``times.with_floor``) that is proportional to
 a statistic in bins of v: *gradient*, the standard deviation of the gradient of an example, or of a
 pair if there are pairs; *residual*, the root of the mean loss; *difference*, the root mean square
 of the difference of two losses, of the same pair if there are pairs. The last two need only losses,
@@ -42,7 +42,7 @@ from sbml import bits, losses, times
 from sbml.experiment.build import Experiment
 from sbml.experiment.config import default
 from sbml.runtime import cpu
-from sbml.types import Array, Key, batched
+from sbml.types import Array, Key, batch_score
 
 BATCH, BINS = 64, 32
 
@@ -80,7 +80,7 @@ class Problem:
 
         def loss(params: Any, x: Array, t: Array, weight: Array, z: Array) -> tuple[Array, Array]:
             x_t = jax.vmap(lambda x, t, z: losses.perturb(e.sde, x, t, z))(x, t, z)
-            scores = batched(e.adapter(params))(x_t, t, None)
+            scores = batch_score(e.adapter(params))(x_t, t, None)
             terms = jax.vmap(lambda *a: losses.residual(e.sde, *a, weighting))(scores, t, z)
             each = weight * terms / x[0].size
             return jnp.mean(each), each
@@ -233,7 +233,7 @@ def main() -> None:
     problem = Problem(e, params)
     deviations, table = statistics(problem), {}
     for way in WAYS:
-        density = times.floored(deviations[way.noises, way.statistic])
+        density = times.with_floor(deviations[way.noises, way.statistic])
         table[way] = measure(problem, way, density, 4 if args.quick else args.batches)
         print(".", end="", flush=True)
     print(f"\n{'variance of the gradient, relative':45s} fixed images    random images")

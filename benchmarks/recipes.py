@@ -118,8 +118,8 @@ class Steps:
         experiment, mesh = build.Experiment(config), sharding.data_mesh()
         repeats = 2 if experiment.config.training.antithetic else 1
         pixels = experiment.images("train").images[: config.training.batch_size // repeats]
-        self.batch = sharding.put(np.asarray(pixels), sharding.batched(mesh))
-        self.state = sharding.made(experiment.init_state, mesh)
+        self.batch = sharding.put(np.asarray(pixels), sharding.batch_sharding(mesh))
+        self.state = sharding.initial_state(experiment.init_state, mesh)
         self.step = compiled_step(train.update(experiment), mesh, self.state)
         self.seconds(1)
 

@@ -98,7 +98,7 @@ def main() -> None:
     e, mesh = experiment(), sharding.data_mesh()
     pixels = np.random.default_rng(0).integers(0, 256, (args.batch, *e.shape), np.uint8)
     key = jax.random.key(0)
-    initial = jax.block_until_ready(sharding.made(e.init_state, mesh))
+    initial = jax.block_until_ready(sharding.initial_state(e.init_state, mesh))
     kinds = {
         "dsm_batch": train.loss_fn(e),
         "by hand": by_hand(e),

@@ -52,7 +52,7 @@ class Point:
     pixel: float
 
 
-def drawn(config: Any, params: Any, changes: dict[str, Any]) -> samples.Drawn:
+def drawn(config: Any, params: Any, changes: dict[str, Any]) -> samples.Samples:
     """Samples with ``config.sampling`` changed."""
     config = config.copy_and_resolve_references()
     config.sampling.update(changes)

@@ -121,7 +121,7 @@ class Adapter:
         """The score; ``condition``, a scalar, is the class it is told, where the model has one."""
         return LinenScore(self, params, condition)
 
-    def label_of(self, t: Vector) -> Vector:
+    def time_label(self, t: Vector) -> Vector:
         """What the network is told of the times ``t (n,)``."""
         sde = self.labels or self.sde
         if self.labels:
@@ -135,7 +135,7 @@ class Adapter:
             return 1000.0 * (largest - sde.log_snr(t)) / (largest - least)
         return sde.log_snr(jnp.asarray(self.eps, t.dtype)) - sde.log_snr(t)
 
-    def seen(self, x: Batch, t: Vector) -> Batch:
+    def network_input(self, x: Batch, t: Vector) -> Batch:
         """The network's input for ``x (n, *s)`` at ``t (n,)``."""
         if self.parameterization not in SCALED:
             return x
@@ -147,7 +147,7 @@ class Adapter:
         alpha, sigma = (_per_example(c, x) for c in (self.sde.mean_coef(t), self.sde.std(t)))
         if self.parameterization == LEVELS:
             y, rho = x / alpha, sigma / alpha
-            x_0 = integers.denoised(out, y, rho, self.levels, self.data)
+            x_0 = integers.posterior_mean(out, y, rho, self.levels, self.data)
             return NOISE["x0"](x_0, y, jnp.ones_like(alpha), rho, self.data_std)
         if out.shape != x.shape:
             raise ValueError(f"the network returned shape {out.shape} for an input of {x.shape}")
@@ -198,8 +198,8 @@ class LinenScore:
             told["condition"] = jnp.broadcast_to(self.condition, t.shape)
         out: Any = a.model.apply(
             {"params": self.params},
-            a.seen(x, t),
-            a.label_of(t),
+            a.network_input(x, t),
+            a.time_label(t),
             train=key is not None,
             rngs=None if key is None else {"dropout": key},
             **told,

@@ -47,7 +47,7 @@ def check_pixels(pixels: Any, levels: int, x: Any | None = None) -> None:
         raise ValueError(f"pixels are {kind}: give integers; bound.elbo is of real x")
     if x is not None and pixels.shape != x.shape:
         raise ValueError(f"pixels have shape {pixels.shape}, x {x.shape}: give both the same")
-    if scalars.traced(pixels) or not pixels.size:
+    if scalars.is_traced(pixels) or not pixels.size:
         return
     values = np.asarray(pixels)  # By NumPy: JAX would trace its operations inside ``jit``.
     least, largest = values.min(), values.max()

@@ -270,7 +270,7 @@ def elbo(
     check_example(x)
     if control is not None:
         control.check(x)
-    t, weight = times.drawn(sde, eps, u, reduction.density, reduction.proposal)
+    t, weight = times.draw(sde, eps, u, reduction.density, reduction.proposal)
     time_key, last_key, probe_key = jax.random.split(key, 3)
     zs = jax.random.normal(time_key, (u.size, *x.shape), x.dtype)
     if trace is None:
@@ -328,4 +328,4 @@ def pilot(
     first = times.tally(empty, v.ravel(), values.ravel(), 1.0)
     mean = (first[1] / first[0])[jnp.floor(v * bins).astype(int)]
     second = times.tally(empty, v.ravel(), ((values - mean) ** 2).ravel(), 1.0)
-    return times.floored(jnp.sqrt(second[1] / second[0]), floor)
+    return times.with_floor(jnp.sqrt(second[1] / second[0]), floor)

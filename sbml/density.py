@@ -155,7 +155,7 @@ class Density:
 
             return self._in_batches(batch, np.arange(len(x)))
 
-        return estimate.swept(
+        return estimate.bound_estimate(
             [columns(sweep) for sweep in range(sweeps)], _terms(estimator, target), "nats"
         )
 
@@ -269,7 +269,7 @@ class Density:
 
         gap = estimate.solver_error(table, subset, self.solver, terms)
         budget = self.budget * dims
-        return estimate.solved(table, ids, subset, self.solver, terms, unit, gap, budget)
+        return estimate.ode_estimate(table, ids, subset, self.solver, terms, unit, gap, budget)
 
     def _transport(self, x: Examples, t0: float, t1: float) -> Examples:
         def batch(ids: np.ndarray) -> Any:

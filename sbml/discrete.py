@@ -60,7 +60,7 @@ def truncated_normal(e: Elementwise, tau: Number) -> Elementwise:
     Raises:
       ValueError: ``tau`` is not positive.
     """
-    if not scalars.traced(tau) and not tau > 0:
+    if not scalars.is_traced(tau) and not tau > 0:
         raise ValueError(f"tau={tau}: must be positive")
     low = 0.5 * scalars.erfc(tau / math.sqrt(2))
     # The positive half is mapped by symmetry, since a probability near 1 has lost its digits.
@@ -82,13 +82,13 @@ def smallest_time(sde: SDE, levels: int, eps: Number, tau: float = TAU) -> Numbe
     """
     bits.check_levels(levels)
     sde.check_time(eps)
-    if not scalars.traced(tau) and not tau > 0:
+    if not scalars.is_traced(tau) and not tau > 0:
         raise ValueError(f"tau={tau}: must be positive")
     if math.isinf(tau):
         return eps
     target = bin_log_snr(levels, tau)
-    time = scalars.evaluated(lambda: sde.time(jnp.asarray(target)))
-    return jnp.maximum(time, eps) if scalars.traced(time) else max(time, eps)
+    time = scalars.constant(lambda: sde.time(jnp.asarray(target)))
+    return jnp.maximum(time, eps) if scalars.is_traced(time) else max(time, eps)
 
 
 def tau(sde: SDE, levels: int, eps: Number) -> Number:
@@ -133,7 +133,7 @@ def edge_constant(sde: SDE, eps: Number, tau: Number) -> Number:
 
 
 def _log_snr(sde: SDE, t: Number) -> Number:
-    return scalars.evaluated(lambda: sde.log_snr(jnp.asarray(t)))
+    return scalars.constant(lambda: sde.log_snr(jnp.asarray(t)))
 
 
 def _snr_range(sde: SDE, eps: Number) -> Number:
@@ -261,7 +261,7 @@ def elbo(
     control = reduction.control
     if control is not None:
         control.check(pixels)
-    t, weight = times.drawn(sde, eps, u, reduction.density, reduction.proposal)
+    t, weight = times.draw(sde, eps, u, reduction.density, reduction.proposal)
     centre = bits.to_model(pixels, 0.5, noise.levels)
     width = tau(sde, noise.levels, eps) if isinstance(noise, TruncatedNormal) else None
     first = sde.log_snr(jnp.asarray(eps, centre.dtype))

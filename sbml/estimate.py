@@ -124,7 +124,7 @@ def solver_error(rows: Rows, subset: Ids, solver: Solver, terms: Sequence[str]) 
     return intervals.mean_interval(ours - exact)
 
 
-def solved(
+def ode_estimate(
     rows: Rows,
     ids: Ids,
     subset: Integer[np.ndarray, " m"],
@@ -159,7 +159,7 @@ def solved(
     )
 
 
-def swept(tables: Sequence[Columns], terms: Sequence[str], unit: str) -> Estimate:
+def bound_estimate(tables: Sequence[Columns], terms: Sequence[str], unit: str) -> Estimate:
     """The estimate of a bound from the tables of its sweeps, each of all examples."""
     values = np.mean([total(table, terms) for table in tables], axis=0)
     return Estimate(

@@ -62,7 +62,7 @@ def outputs(levels: int) -> int:
     return levels if levels <= FEW else 3 * COMPONENTS
 
 
-def denoised(out: Outputs, y: Example, rho: Real, levels: int, data: str) -> Example:
+def posterior_mean(out: Outputs, y: Example, rho: Real, levels: int, data: str) -> Example:
     """x^ = E[x | y], shape ``(*s)``.
 
     Args:
@@ -88,8 +88,8 @@ def denoised(out: Outputs, y: Example, rho: Real, levels: int, data: str) -> Exa
 def decoder_nats(out: Outputs, y: Example, rho: Real, pixels: Pixels, levels: int) -> Scalar:
     """-log p(k | y) of integers ``pixels (*s)`` at bin centres, summed: nats, a scalar.
 
-    Arguments are those of :func:`denoised`. For the mixture the noise must be below a bin, and a
-    level further than ``NEAR`` from y has no probability.
+    Arguments are those of :func:`posterior_mean`. For the mixture the noise must be below a bin,
+    and a level further than ``NEAR`` from y has no probability.
     """
     _check(out, y, levels, "centre")
     bits.check_pixels(pixels, levels, y)

@@ -113,7 +113,7 @@ def ode_logp(
     (z, integral, correction), stats = ode.solve_with_integral(
         field, with_divergence, x, eps, last, solver
     )
-    if scalars.traced(last) or last < sde.T:
+    if scalars.is_traced(last) or last < sde.T:
         # From there to T only the scale changes, with divergence d (log sigma)'.
         z, integral = sde.stretch * z, integral + x.size * scalars.log(sde.stretch)
     prior = sde.prior_logp(z)

@@ -30,7 +30,7 @@ from sbml.types import (
     Scalar,
     Score,
     Vector,
-    batched,
+    batch_score,
     check_example,
     of_shape,
 )
@@ -125,12 +125,12 @@ def dsm_batch(
     Raises:
       ValueError: if there is not one scalar time, one key and one sign for each example.
     """
-    x_t, z, score_key = noised_batch(sde, x, t, keys, signs)
-    scores = batched(score)(x_t, t, score_key)
+    x_t, z, score_key = noisy_batch(sde, x, t, keys, signs)
+    scores = batch_score(score)(x_t, t, score_key)
     return jax.vmap(lambda s, t, z: residual(sde, s, t, z, weighting))(scores, t, z)
 
 
-def noised_batch(
+def noisy_batch(
     sde: Kernel, x: Batch, t: Vector, keys: Keys, signs: Vector | None
 ) -> tuple[Batch, Batch, Key]:
     """What :func:`dsm_batch` draws: x_t and z, each ``(n, *s)``, and the score's key.

@@ -98,9 +98,9 @@ def _locate_configs(arguments: list[str]) -> None:
         flag, equals, value = argument.partition("=")
         if flag in ("-config", "--config"):
             if equals:
-                arguments[i] = f"{flag}={catalogue.located(value)}"
+                arguments[i] = f"{flag}={catalogue.path_of(value)}"
             elif i + 1 < len(arguments):
-                arguments[i + 1] = catalogue.located(arguments[i + 1])
+                arguments[i + 1] = catalogue.path_of(arguments[i + 1])
 
 
 def check_config_file(config: str) -> None:

@@ -169,14 +169,14 @@ def transport(
     """
     check_example(x)
     for t in (t0, t1):
-        if not scalars.traced(t, sde.T) and not 0 <= t <= sde.T:
+        if not scalars.is_traced(t, sde.T) and not 0 <= t <= sde.T:
             raise ValueError(f"from t={t0} to {t1}: times lie in [0, {sde.T}]")
 
     def field(t: Scalar, x: Example) -> Example:
         return velocity(score, sde, x, t)
 
     last = last_time(score, sde)
-    if not scalars.traced(last) and last == sde.T:
+    if not scalars.is_traced(last) and last == sde.T:
         return solve(field, x, t0, t1, solver)
     start, end = scalars.minimum(t0, last), scalars.minimum(t1, last)
     y, stats = solve(field, _growth(sde, t0, start, x) * x, start, end, solver)
@@ -235,7 +235,8 @@ def solve_with_integral(
     Raises:
       ValueError: if ``t1`` < ``t0``.
     """
-    if not scalars.traced(t0, t1) and t1 < t0:  # diffrax would solve in -u, where h is not defined.
+    # For t1 < t0 diffrax would solve in -u, where h is not defined.
+    if not scalars.is_traced(t0, t1) and t1 < t0:
         raise ValueError(f"from t={t0} to {t1}: integrals are taken forwards only, swap the ends")
 
     def joint_in_u(u: Array, y: Array) -> tuple[Array, Array, Array]:
@@ -286,7 +287,7 @@ def _integrate(
       step and at the start.
     """
     compiler.check()
-    if not scalars.traced(t0, t1) and not (0 <= t0 < math.inf and 0 <= t1 < math.inf):
+    if not scalars.is_traced(t0, t1) and not (0 <= t0 < math.inf and 0 <= t1 < math.inf):
         raise ValueError(f"from t={t0} to {t1}: give finite times of at least 0")
     u0, u1 = t0 ** (1 / solver.power), t1 ** (1 / solver.power)
     first, controller, max_steps = _steps(solver, u1 - u0)

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 Number = Any  # A float, or a scalar array.
 
 
-def traced(*values: Number) -> bool:
+def is_traced(*values: Number) -> bool:
     """Whether one of ``values`` is a tracer, so that Python cannot compare it."""
     return any(isinstance(value, jax.core.Tracer) for value in values)
 
@@ -22,7 +22,7 @@ def traced(*values: Number) -> bool:
 def _either(
     of_float: Callable[[float], float], of_tracer: Callable[..., Any]
 ) -> Callable[[Number], Number]:
-    return lambda x: of_tracer(x) if traced(x) else of_float(x)
+    return lambda x: of_tracer(x) if is_traced(x) else of_float(x)
 
 
 exp = _either(math.exp, jnp.exp)
@@ -34,11 +34,11 @@ erfc = _either(math.erfc, jax.scipy.special.erfc)
 
 def minimum(x: Number, y: Number) -> Number:
     """The smaller of two numbers."""
-    return jnp.minimum(x, y) if traced(x, y) else min(x, y)
+    return jnp.minimum(x, y) if is_traced(x, y) else min(x, y)
 
 
-def evaluated(f: Callable[[], Any]) -> Number:
+def constant(f: Callable[[], Any]) -> Number:
     """``f()`` as a float, also inside ``jit``; a tracer if it depends on a tracer."""
     with jax.ensure_compile_time_eval():
         value = f()
-    return value if traced(value) else float(value)
+    return value if is_traced(value) else float(value)

@@ -41,7 +41,18 @@ import jax.numpy as jnp
 from sbml import compiler, divergence, losses
 from sbml.divergence import Forms, Probes
 from sbml.sdes import Kernel
-from sbml.types import Anything, Batch, Example, Key, Keys, Scalar, Score, Vector, batched, of_shape
+from sbml.types import (
+    Anything,
+    Batch,
+    Example,
+    Key,
+    Keys,
+    Scalar,
+    Score,
+    Vector,
+    batch_score,
+    of_shape,
+)
 
 
 def residuals(sde: Kernel, score_xt: Anything, forms: Forms, t: Scalar, z: Example) -> Forms:
@@ -55,7 +66,7 @@ def residuals(sde: Kernel, score_xt: Anything, forms: Forms, t: Scalar, z: Examp
     return std**2 * forms + (z.size - jax.lax.stop_gradient(error))
 
 
-def squared(r: Forms) -> Scalar:
+def squared_residual(r: Forms) -> Scalar:
     """r_1^2 of one residual; of several ``(k,)`` r_1 times the mean r_2 of the others: a scalar.
 
     The gradient is 2 r_2 grad r_1, as by the product's symmetry in expectation.
@@ -95,7 +106,7 @@ def loss(
     z = jax.random.normal(noise_key, x.shape, x.dtype)
     x_t = losses.perturb(sde, x, t, z)
     s, forms = divergence.quadratic_forms(lambda x: score(x, t, score_key), x_t, vs)
-    return 0.5 * losses.weight(sde, t, weighting) * squared(residuals(sde, s, forms, t, z))
+    return 0.5 * losses.weight(sde, t, weighting) * squared_residual(residuals(sde, s, forms, t, z))
 
 
 def dsm_batch(
@@ -120,8 +131,8 @@ def dsm_batch(
     if probes < 1:
         raise ValueError(f"probes={probes}: need at least one; two leave no bias")
     compiler.check()
-    x_t, z, score_key = losses.noised_batch(sde, x, t, keys, signs)
-    network = batched(score)
+    x_t, z, score_key = losses.noisy_batch(sde, x, t, keys, signs)
+    network = batch_score(score)
     scores, tangent = jax.linearize(lambda x: network(x, t, score_key), x_t)
     vs = jax.vmap(lambda key: _signs(key, probes, x[0]), out_axes=1)(keys)
     forms = [jax.vmap(jnp.vdot)(v, tangent(v)) for v in vs]
@@ -129,7 +140,7 @@ def dsm_batch(
     forms[1:] = map(jax.lax.stop_gradient, forms[1:])
 
     def orders(s: Example, forms: Forms, t: Scalar, z: Example) -> tuple[Scalar, Scalar]:
-        r2 = squared(residuals(sde, s, forms, t, z))
+        r2 = squared_residual(residuals(sde, s, forms, t, z))
         first = losses.residual(sde, s, t, z, weighting)
         return first, 0.5 * losses.weight(sde, t, weighting) * r2
 

@@ -19,7 +19,7 @@ piecewise-constant density q, and
 
 The variance is least for q(v) proportional to the root mean square of what is averaged, weight h
 (or of its part that the lattice leaves random). :func:`tally` keeps running means of it in bins,
-:func:`floored` makes them a density. Any q that past draws determine leaves the mean of the next
+:func:`with_floor` makes them a density. Any q that past draws determine leaves the mean of the next
 draws as it is; one that a draw itself has entered would not.
 """
 
@@ -83,7 +83,7 @@ def check_points(u: Elementwise) -> None:
     """
     if not jnp.issubdtype(u.dtype, jnp.floating):
         raise ValueError(f"u is {u.dtype}: give points in [0, 1), as of times.lattice")
-    if scalars.traced(u) or not u.size:
+    if scalars.is_traced(u) or not u.size:
         return
     points = np.asarray(u)  # By NumPy: JAX would trace its operations inside ``jit``.
     least, largest = points.min(), points.max()
@@ -118,12 +118,12 @@ def warp(u: Elementwise, density: Bins) -> tuple[Elementwise, Elementwise]:
         raise ValueError(f"density has shape {density.shape}: give one number a bin, (bins,)")
     if jnp.issubdtype(density.dtype, jnp.complexfloating):
         raise ValueError(f"density is {density.dtype}: give real numbers")
-    if not scalars.traced(density):
+    if not scalars.is_traced(density):
         known = np.asarray(density)
         if not np.all((known > 0) & np.isfinite(known)):
             raise ValueError(
                 f"density lies in [{known.min():g}, {known.max():g}]: give positive, finite "
-                "numbers, as of times.floored"
+                "numbers, as of times.with_floor"
             )
     bins = density.size
     below = jnp.cumsum(density / jnp.sum(density))
@@ -137,7 +137,7 @@ def warp(u: Elementwise, density: Bins) -> tuple[Elementwise, Elementwise]:
     return jnp.clip(v, 0, 1 - jnp.finfo(v.dtype).epsneg), 1 / (bins * mass[k])
 
 
-def floored(scale: Bins, floor: float = 0.1) -> Bins:
+def with_floor(scale: Bins, floor: float = 0.1) -> Bins:
     """A density q = (1 - floor) scale / mean(scale) + floor of mean 1, for :func:`warp`.
 
     No weight 1/q exceeds 1 / floor, so however wrong ``scale`` is, the second moment is at most
@@ -171,7 +171,7 @@ def tally(counts: Counts, v: Vector, values: Vector, decay: float) -> Counts:
         counts <- decay counts + sum over the batch of (1, value) in the bin of v
 
     A bin seldom visited keeps its mean (both rows decay alike); one never visited has 0 / 0, which
-    :func:`floored` understands.
+    :func:`with_floor` understands.
 
     Args:
       counts: ``(2, bins)``, zeros at the start.
@@ -187,7 +187,7 @@ def tally(counts: Counts, v: Vector, values: Vector, decay: float) -> Counts:
     check_points(v)
     if counts.ndim != 2 or len(counts) != 2:
         raise ValueError(f"counts have shape {counts.shape}: give (2, bins), zeros at the start")
-    if not scalars.traced(decay) and not 0 <= decay <= 1:
+    if not scalars.is_traced(decay) and not 0 <= decay <= 1:
         raise ValueError(f"decay={decay}: must lie in [0, 1]")
     if v.ndim != 1 or values.shape != v.shape:
         raise ValueError(
@@ -325,7 +325,7 @@ PROPOSALS: dict[str, type[Proposal]] = {
 }
 
 
-def drawn(
+def draw(
     sde: SDE, eps: float, u: Vector, density: ArrayLike | None, proposal: str
 ) -> tuple[Vector, Vector]:
     """Times and weights of one example's draws ``u (n,)``, over log-SNR.

@@ -138,7 +138,7 @@ def predictor(score: Score) -> Callable[[Example, Scalar], tuple[Example, Exampl
     return both
 
 
-def batched(score: Score) -> BatchScore:
+def batch_score(score: Score) -> BatchScore:
     """``score`` for a batch: its own ``batch`` form, or ``vmap`` if it has none.
 
     Returns:

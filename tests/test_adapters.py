@@ -11,7 +11,7 @@ import pytest
 from sbml import integers, losses, predictions, times
 from sbml.adapters import LABELS, LEVELS, PARAMETERIZATIONS, Adapter, LinenScore
 from sbml.sdes import SDE, SDES, VP
-from sbml.types import Array, Key, batched
+from sbml.types import Array, Key, batch_score
 from sbml.verify import oracle
 
 pytestmark = pytest.mark.usefixtures("x64")
@@ -109,7 +109,7 @@ def test_an_integer_denoisers_score_is_bayes_rule(data: str) -> None:
         seen = x / np.hypot(0.7 * alpha, sigma)
         out = np.sin(np.arange(5) * seen[..., None] + 0.01 * label)
         y, rho = jnp.asarray(x / alpha), jnp.asarray(sigma / alpha)
-        x_0 = integers.denoised(jnp.asarray(out), y, rho, 5, data)
+        x_0 = integers.posterior_mean(jnp.asarray(out), y, rho, 5, data)
         np.testing.assert_allclose(score, (alpha * x_0 - x) / sigma**2, rtol=1e-9)
 
 
@@ -153,7 +153,7 @@ def test_a_preconditioned_network_sees_and_predicts_unit_variance(sde: SDE) -> N
     c_in, c_skip, c_out = (
         np.asarray(c)[:, 0]
         for c in (
-            adapter.seen(one, t),
+            adapter.network_input(one, t),
             adapter.noise(0 * one, one, t),
             adapter.noise(one, 0 * one, t),
         )
@@ -168,7 +168,7 @@ def test_a_preconditioned_network_sees_and_predicts_unit_variance(sde: SDE) -> N
 
 def test_the_log_snr_label_is_a_unit_speed_clock_of_the_log_snr(sde: SDE) -> None:
     """From 0 at eps to the normaliser of the importance distribution at T."""
-    label = Adapter(Net(), sde, label="log_snr", eps=1e-3).label_of
+    label = Adapter(Net(), sde, label="log_snr", eps=1e-3).time_label
     normaliser = times.Importance(sde, 1e-3).normaliser
     ends = jnp.asarray([1e-3, sde.largest_time])
     np.testing.assert_allclose(label(ends), [0, normaliser], atol=1e-9)
@@ -180,7 +180,7 @@ def test_the_log_snr_label_is_a_unit_speed_clock_of_the_log_snr(sde: SDE) -> Non
 
 def test_the_ends_of_the_scaled_label_are_the_adapters() -> None:
     """They need not be those of the process: the network is told 1000 at l_0 and 0 at l_1."""
-    label = Adapter(Net(), VP(), label="scaled_log_snr", log_snr_range=(-4.0, 6.0)).label_of
+    label = Adapter(Net(), VP(), label="scaled_log_snr", log_snr_range=(-4.0, 6.0)).time_label
     told = label(VP().time(jnp.asarray([-4.0, 1.0, 6.0, 8.0])))
     np.testing.assert_allclose(told, [1000, 500, 0, -200], atol=1e-9)
 
@@ -242,8 +242,8 @@ def test_a_plain_function_is_batched_by_vmap() -> None:
         return -x / t + noise
 
     x, t, key = jnp.asarray(X), jnp.asarray(T), jax.random.key(3)
-    np.testing.assert_allclose(batched(score)(x, t, None), -X / T.reshape(-1, 1, 1, 1))
-    noise = batched(score)(x, t, key) - batched(score)(x, t, None)
+    np.testing.assert_allclose(batch_score(score)(x, t, None), -X / T.reshape(-1, 1, 1, 1))
+    noise = batch_score(score)(x, t, key) - batch_score(score)(x, t, None)
     expected = jax.vmap(lambda key: jax.random.normal(key, SHAPE))(jax.random.split(key, 4))
     np.testing.assert_allclose(noise, expected, atol=1e-9)
 
@@ -251,7 +251,7 @@ def test_a_plain_function_is_batched_by_vmap() -> None:
 def test_a_score_with_a_batch_form_uses_it() -> None:
     score = Adapter(Net(), VP())(PARAMS)
     x, t = jnp.asarray(X), jnp.asarray(T)
-    np.testing.assert_array_equal(batched(score)(x, t, None), score.batch(x, t, None))
+    np.testing.assert_array_equal(batch_score(score)(x, t, None), score.batch(x, t, None))
 
 
 def test_a_network_of_the_wrong_shape_is_refused() -> None:

@@ -146,7 +146,7 @@ def test_both_forms_have_one_expectation_over_data(case, probes):
 def test_a_density_of_times_does_not_bias(case):
     """With a very uneven density, the mean is still the integral in closed form."""
     sde, data = case
-    density = times.floored(jnp.arange(8.0) ** 2)
+    density = times.with_floor(jnp.arange(8.0) ** 2)
     x, values = draws(data, sde, reduction=Reduction(density=density))
     truth = control_of(data).integral(sde, x, EPS)
     assert abs(values.mean() - truth) < 4 * values.std() / np.sqrt(len(values))

@@ -151,7 +151,7 @@ def test_the_table_of_an_evaluation():
     config = tiny.get_config()
     config.eval.dequantizers = ("uniform,categorical",)  # One string: that is how a flag arrives.
     config.eval.num_importance = (1, 20)
-    cells = {cell.name: cell.undefined for cell in build.Experiment(config).cells}
+    cells = {cell.name: cell.reason_undefined for cell in build.Experiment(config).cells}
     assert list(cells)[:2] == ["ode_uniform", "ode_uniform_k20"]
     assert [name for name, reason in cells.items() if not reason] == [
         "ode_uniform", "ode_uniform_k20", "bound_uniform", "bound_categorical",
@@ -235,7 +235,10 @@ def test_discrete_levels_are_trained_and_the_sde_is_evaluated() -> None:
     for label in adapters.LABELS:
         config.score.label = label
         experiment = build.Experiment(config)
-        trained, evaluated = experiment.trained_adapter.label_of(i), experiment.adapter.label_of(t)
+        trained, evaluated = (
+            experiment.trained_adapter.time_label(i),
+            experiment.adapter.time_label(t),
+        )
         np.testing.assert_allclose(trained, evaluated, rtol=1e-5, atol=1e-4)
     config.sde.name = "subvp"
     with pytest.raises(ValueError, match="limit of no discrete-time model"):

@@ -53,7 +53,7 @@ def test_differences_are_those_of_the_images_in_both(tmp_path):
     few = np.arange(0, 40, 2)
     first = write(tmp_path / "first", np.arange(50), HARDNESS, few=few)
     second = write(tmp_path / "second", np.arange(10, 50), (HARDNESS + 0.03 + noise)[10:], few=few)
-    numbers = comparison.compared([Run.read(first), Run.read(second)])
+    numbers = comparison.compare([Run.read(first), Run.read(second)])
     assert [cell["name"] for cell in numbers["cells"]] == ["ode uniform", "ode uniform K=3"]
     row = numbers["cells"][0]["rows"][1]
     gap = 0.03 + noise[10:]
@@ -84,11 +84,11 @@ def test_what_cannot_be_compared_is_refused(tmp_path):
     first = write(tmp_path / "first", np.arange(50), HARDNESS)
     other = write(tmp_path / "other", np.arange(50), HARDNESS, sha="b")
     with pytest.raises(ValueError, match="other was evaluated on other images than first"):
-        comparison.compared([Run.read(first), Run.read(other)])
+        comparison.compare([Run.read(first), Run.read(other)])
     with pytest.raises(ValueError, match="two evaluated runs at least"):
-        comparison.compared([Run.read(first)])
+        comparison.compare([Run.read(first)])
     with pytest.raises(ValueError, match="two of the runs have one name"):
-        comparison.compared([Run.read(first)] * 2)
+        comparison.compare([Run.read(first)] * 2)
     with pytest.raises(ValueError, match=r"no evaluation\.json in .*--mode=eval"):
         compare.run(None, None, [str(tmp_path / "first"), str(tmp_path)])
     with pytest.raises(ValueError, match="--runs=DIR,DIR"):
@@ -99,4 +99,4 @@ def test_what_cannot_be_compared_is_refused(tmp_path):
     bound.write(EVALUATION, content)
     bound.write(PER_IMAGE, {"id": np.arange(50), "bound_uniform_bits_per_dim": HARDNESS})
     with pytest.raises(ValueError, match="no number in common: first has ode uniform; bound has"):
-        comparison.compared([Run.read(first), Run.read(bound)])
+        comparison.compare([Run.read(first), Run.read(bound)])

@@ -65,7 +65,7 @@ calls = {
     "truncated_normal": lambda: dequantizers.get("truncated_normal")().sample({}, k, key),
     "variational": lambda: flow.sample(flow.init(key, k[None]), k, key),
     "times.warp": lambda: times.warp(jnp.zeros(3), jnp.ones(4)),
-    "times.floored": lambda: times.floored(jnp.ones(4)),
+    "times.with_floor": lambda: times.with_floor(jnp.ones(4)),
     "times.tally": lambda: times.tally(jnp.zeros((2, 4)), jnp.zeros(3), jnp.ones(3), 0.9),
     "adapters.Adapter": lambda: scored(zeros)(x, t, None),
 }

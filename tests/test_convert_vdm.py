@@ -187,7 +187,7 @@ def test_other_constants_of_the_label_are_a_flag(tmp_path: Path) -> None:
     fitted = architecture.of_workdir(config(), tmp_path / "ours")
     assert (fitted.sde.gamma_0, fitted.sde.gamma_1) == (-12.0, 6.0)
     experiment = build.Experiment(fitted)
-    np.testing.assert_allclose(experiment.adapter.label_of(np.float32([0.0, 1.0])), [0, 1000])
+    np.testing.assert_allclose(experiment.adapter.time_label(np.float32([0.0, 1.0])), [0, 1000])
 
 
 def test_the_decoder_stays_where_it_was_trained() -> None:

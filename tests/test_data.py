@@ -32,7 +32,7 @@ def options(tmp_path: Path) -> data.Options:
         for split in data.SPLITS:
             path = tmp_path / "cache" / name.replace(":", "/") / f"{split}.npy"
             notes = {"version": "1.0.0", "split": split}
-            _cache.prepared(path, lambda add, notes=notes: add(pixels(6, 6)) or notes)
+            _cache.load_or_build(path, lambda add, notes=notes: add(pixels(6, 6)) or notes)
     return data.Options(
         cache_dir=tmp_path / "cache", path=tmp_path / "folder", image_size=6, test_fraction=0.4
     )
@@ -164,7 +164,7 @@ def test_prepared_once_then_mapped(tmp_path: Path) -> None:
 
     path = tmp_path / "deep" / "train.npy"
     for _ in range(2):
-        images, notes = _cache.prepared(path, build)
+        images, notes = _cache.load_or_build(path, build)
         assert isinstance(images, np.memmap)
         assert not images.flags.writeable
         np.testing.assert_array_equal(images, rows)
@@ -185,14 +185,14 @@ def test_failed_preparation_leaves_nothing(
     rows: list[np.ndarray], message: str, tmp_path: Path
 ) -> None:
     with pytest.raises(ValueError, match=message):
-        _cache.prepared(tmp_path / "train.npy", lambda add: [add(row) for row in rows] and {})
+        _cache.load_or_build(tmp_path / "train.npy", lambda add: [add(row) for row in rows] and {})
     assert {p.name for p in tmp_path.iterdir()} <= {".lock"}
 
 
 HALF = """
 import sys, time, numpy as np
 from pathlib import Path
-from sbml.data._cache import prepared
+from sbml.data._cache import load_or_build
 
 def build(add):
     for i in range(2000):
@@ -200,7 +200,7 @@ def build(add):
     print("half", flush=True)
     time.sleep(60)
 
-prepared(Path(sys.argv[1]), build)
+load_or_build(Path(sys.argv[1]), build)
 """
 
 
@@ -213,7 +213,7 @@ def test_killed_preparation_leaves_no_array(tmp_path: Path) -> None:
         assert path.with_suffix(".part").exists()
         process.send_signal(signal.SIGKILL)
     assert not path.exists()
-    whole, _ = _cache.prepared(path, lambda add: add(np.zeros((2, 2, 1), np.uint8)) or {})
+    whole, _ = _cache.load_or_build(path, lambda add: add(np.zeros((2, 2, 1), np.uint8)) or {})
     np.testing.assert_array_equal(whole, np.zeros((1, 2, 2, 1)))
     assert {p.name for p in tmp_path.iterdir()} <= {".lock", "train.npy", "train.json"}
 
@@ -222,7 +222,7 @@ ALL_AT_ONCE = """
 import sys
 from pathlib import Path
 import numpy as np
-from sbml.data._cache import prepared
+from sbml.data._cache import load_or_build
 
 def build(add):
     with open(sys.argv[2], "a") as file:
@@ -233,7 +233,7 @@ def build(add):
 
 print("ready", flush=True)
 input()
-print(prepared(Path(sys.argv[1]), build)[0].sum())
+print(load_or_build(Path(sys.argv[1]), build)[0].sum())
 """
 
 

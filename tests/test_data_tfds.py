@@ -38,7 +38,7 @@ def test_a_prepared_set_needs_neither_tensorflow_nor_tfds(
     image = np.arange(12, dtype=np.uint8).reshape(2, 2, 3)
     notes = {"version": "2.0.0", "split": "validation"}
     path = tmp_path / "tfds" / "downsampled_imagenet" / "32x32" / "test.npy"
-    _cache.prepared(path, lambda add: add(image) or notes)
+    _cache.load_or_build(path, lambda add: add(image) or notes)
     without(monkeypatch, "tensorflow", "tensorflow_datasets")
     options = data.Options(cache_dir=tmp_path)
     images = data.load("tfds:downsampled_imagenet/32x32", "test", options)

@@ -32,7 +32,7 @@ def options(tmp_path: Path) -> data.Options:
                     add(row)
                 return {"version": "1.0.0", "split": split}
 
-            _cache.prepared(path, build_set)
+            _cache.load_or_build(path, build_set)
     return data.Options(
         cache_dir=tmp_path / "cache", path=tmp_path / "folder", image_size=6, validation=0.2
     )

@@ -121,5 +121,5 @@ def test_a_dequantizer_at_noise_without_a_bound_is_refused():
     ],
 )
 def test_undefined_numbers_have_a_reason(estimator, dequantizer, count, reason):
-    undefined = estimators.Cell(estimator, dequantizer, count).undefined
+    undefined = estimators.Cell(estimator, dequantizer, count).reason_undefined
     assert (reason in undefined) if reason else undefined == ""

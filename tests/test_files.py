@@ -118,7 +118,7 @@ def test_a_changed_pixel_or_note_prepares_the_images_again(tmp_path, caplog):
     images, path = np.arange(12, dtype=np.uint8).reshape(3, 2, 2, 1), tmp_path / "train.npy"
 
     def prepare():
-        return _cache.prepared(path, lambda add: [add(image) for image in images] and {"n": 3})
+        return _cache.load_or_build(path, lambda add: [add(image) for image in images] and {"n": 3})
 
     for name in ("train.npy", "train.json"):
         whole = prepare()[0] is not None and (tmp_path / name).read_bytes()

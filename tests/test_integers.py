@@ -45,7 +45,7 @@ def bayes(out, y, rho, levels, data):
 def test_few_levels_are_summed_by_bayes_rule(rho, data):
     rng = np.random.default_rng(0)
     out, y = rng.normal(size=(4, FEW)), np.array([-0.93, 0.05, 0.4, 1.1]) * max(1, rho)
-    found = integers.denoised(jnp.asarray(out), jnp.asarray(y), jnp.asarray(rho), FEW, data)
+    found = integers.posterior_mean(jnp.asarray(out), jnp.asarray(y), jnp.asarray(rho), FEW, data)
     expected = [bayes(o, at, rho, FEW, data)[1] for o, at in zip(out, y, strict=True)]
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-10)
 
@@ -63,7 +63,7 @@ def test_many_levels_are_summed_near_the_number(rho, tolerance, data):
     rng = np.random.default_rng(1)
     out = rng.normal(size=(3, integers.outputs(MANY)))
     y = np.array([-0.3, 0.013, 0.999])
-    found = integers.denoised(jnp.asarray(out), jnp.asarray(y), jnp.asarray(rho), MANY, data)
+    found = integers.posterior_mean(jnp.asarray(out), jnp.asarray(y), jnp.asarray(rho), MANY, data)
     expected = [bayes(o, at, rho, MANY, data)[1] for o, at in zip(out, y, strict=True)]
     np.testing.assert_allclose(found, expected, rtol=0, atol=tolerance)
 
@@ -76,10 +76,12 @@ def test_float32_keeps_its_digits_from_the_smallest_noise_to_the_largest(levels,
     for rho in 10.0 ** np.linspace(-3.5, 2, 12):
         k = rng.integers(0, levels, 40)
         y = (2 * k + 1) / levels - 1 + rho * rng.normal(size=40)
-        wide = integers.denoised(jnp.asarray(out), jnp.asarray(y), jnp.asarray(rho), levels, data)
+        wide = integers.posterior_mean(
+            jnp.asarray(out), jnp.asarray(y), jnp.asarray(rho), levels, data
+        )
         with jax.enable_x64(False):
             args = (jnp.asarray(a, jnp.float32) for a in (out, y, rho))
-            narrow = integers.denoised(*args, levels, data)
+            narrow = integers.posterior_mean(*args, levels, data)
         assert narrow.dtype == jnp.float32
         # What the noise prediction loses by it; y itself is rounded to 6e-8.
         error = np.abs((np.asarray(narrow, float) - wide) / rho)
@@ -109,7 +111,7 @@ class Exact:
         alpha, sigma = self.sde.mean_coef(t), self.sde.std(t)
         y, rho = x / alpha, sigma / alpha
         out = self.outputs(x)
-        return (integers.denoised(out, y, rho, len(self.p), self.data) - y) / (rho * sigma)
+        return (integers.posterior_mean(out, y, rho, len(self.p), self.data) - y) / (rho * sigma)
 
     def outputs(self, x):
         return jnp.broadcast_to(
@@ -224,6 +226,6 @@ def test_mass_and_mean_between_two_ends(start, width):
 def test_wrong_outputs_and_data_are_refused():
     out, y = jnp.zeros((3, 4)), jnp.zeros(3)
     with pytest.raises(ValueError, match=r"needs \(3, 5\), that is outputs=5"):
-        integers.denoised(out, y, jnp.asarray(1.0), 5, "centre")
+        integers.posterior_mean(out, y, jnp.asarray(1.0), 5, "centre")
     with pytest.raises(ValueError, match="unknown data 'bins'"):
-        integers.denoised(out, y, jnp.asarray(1.0), 4, "bins")
+        integers.posterior_mean(out, y, jnp.asarray(1.0), 4, "bins")

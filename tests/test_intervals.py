@@ -115,8 +115,8 @@ def test_a_covariance_of_too_few_images_is_left_out() -> None:
     rng = np.random.default_rng(0)
     few, enough = (rng.integers(0, 16, (n, 3, 3, 1)).astype(np.uint8) for n in (9, 10))
     assert list(baselines.all_of(few, few, 16)) == ["per-pixel histogram"]
-    (reason,) = baselines.left_out(few).values()
+    (reason,) = baselines.omitted(few).values()
     assert reason.startswith("9 training images are no more than their 9 dimensions")
     both = ["per-pixel histogram", "full-covariance Gaussian"]
-    assert list(baselines.all_of(enough, few, 16)) == both and not baselines.left_out(enough)
-    assert not baselines.left_out(np.zeros((3, 65, 64, 1), np.uint8))  # diagonal
+    assert list(baselines.all_of(enough, few, 16)) == both and not baselines.omitted(enough)
+    assert not baselines.omitted(np.zeros((3, 65, 64, 1), np.uint8))  # diagonal

@@ -73,10 +73,10 @@ def test_colours_change_and_grey_stays() -> None:
     x = jax.random.uniform(jax.random.key(0), (2, 4, 4, 3), minval=-1)
     how = {"sde": VP(), "eps": EPS, "sampler": ReverseDiffusion(steps=20)}
     score = jax.tree_util.Partial(lambda x, t, key: -x)
-    drawn = latents.completed(score, x, **how, colours=True)
+    drawn = latents.completions(score, x, **how, colours=True)
     np.testing.assert_allclose(drawn.mean(-1), jnp.repeat(x.mean(-1)[:, None], 4, 1), atol=1e-5)
     assert (jnp.abs(drawn - x[:, None]).max((2, 3, 4)) > 0.1).all()
-    halves = latents.completed(score, x, **how, colours=False)
+    halves = latents.completions(score, x, **how, colours=False)
     np.testing.assert_allclose(halves[:, :, :, :2], jnp.repeat(x[:, None, :, :2], 4, 1), atol=1e-6)
 
 

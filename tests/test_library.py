@@ -261,7 +261,7 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Shards]:
 def save_sharded(path: str) -> None:
     """What that process runs: the batch split along the mesh's axis ``data``, then everything."""
     assert jax.device_count() == DEVICES
-    data = jax.device_put(batch(), sharding.batched(sharding.data_mesh()))
+    data = jax.device_put(batch(), sharding.batch_sharding(sharding.data_mesh()))
     saved = {}
     for name in LIBRARIES:
         found, gradient = on(name, data)

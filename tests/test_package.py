@@ -21,8 +21,8 @@ CONFIGS = runs.ROOT / "configs"
 
 @pytest.mark.parametrize("file", sorted(CONFIGS.glob("*.py")), ids=lambda file: file.stem)
 def test_every_config_has_a_name(file: pathlib.Path) -> None:
-    assert catalogue.located(file.stem) == str(file)
-    assert catalogue.located(f"{file.stem}:a:b") == f"{file}:a:b"
+    assert catalogue.path_of(file.stem) == str(file)
+    assert catalogue.path_of(f"{file.stem}:a:b") == f"{file}:a:b"
 
 
 @pytest.mark.parametrize(
@@ -32,7 +32,7 @@ def test_a_path_stays(config: str, tmp_path: pathlib.Path, monkeypatch: pytest.M
     """There or not: absl opens it, or says that it cannot."""
     for folder in (tmp_path, runs.ROOT):
         monkeypatch.chdir(folder)
-        assert catalogue.located(config) == config
+        assert catalogue.path_of(config) == config
 
 
 def test_a_file_comes_before_a_name(
@@ -41,8 +41,8 @@ def test_a_file_comes_before_a_name(
     monkeypatch.chdir(tmp_path)
     (tmp_path / "digits_vp").touch()
     (tmp_path / "digits_mlp").mkdir()  # As the work directory of that config may be called.
-    assert catalogue.located("digits_vp:small") == "digits_vp:small"
-    assert catalogue.located("digits_mlp") == str(CONFIGS / "digits_mlp.py")
+    assert catalogue.path_of("digits_vp:small") == "digits_vp:small"
+    assert catalogue.path_of("digits_mlp") == str(CONFIGS / "digits_mlp.py")
 
 
 def test_in_an_installed_package_the_configs_are_inside_it(
@@ -53,14 +53,14 @@ def test_in_an_installed_package_the_configs_are_inside_it(
     (tmp_path / "configs").mkdir()  # Of another package in the same site-packages.
     (tmp_path / "configs" / "theirs.py").touch()
     (tmp_path / "sbml" / "configs" / "ours.py").touch()
-    assert catalogue.located("ours") == str(tmp_path / "sbml" / "configs" / "ours.py")
+    assert catalogue.path_of("ours") == str(tmp_path / "sbml" / "configs" / "ours.py")
     with pytest.raises(ValueError, match="choose from ours,"):
-        catalogue.located("theirs")
+        catalogue.path_of("theirs")
 
 
 def test_the_names_are_listed_where_none_is_meant(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match="'digits'; choose from cifar10_subvp, .*, photos_vp, or"):
-        catalogue.located("digits")
+        catalogue.path_of("digits")
     monkeypatch.setattr(main.app, "parse_flags_with_usage", lambda arguments: arguments)
     with pytest.raises(SystemExit, match=r"--config=digits:a: no config .* 'digits'; choose from"):
         main.parse(["main", "--config=digits:a"])

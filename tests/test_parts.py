@@ -5,7 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 
-from sbml.runtime.parts import Parts, kept
+from sbml.runtime.parts import Parts, compute_once
 
 
 def rows(sweep, ids):
@@ -43,7 +43,7 @@ def test_several_processes_may_set_up_the_same_table_at_once(tmp_path):
 
 def test_arrays_are_computed_once_and_then_read(tmp_path, caplog):
     def once(name, identity, value):
-        return kept(tmp_path, name, identity, lambda: {"a": np.full(2, value)})["a"]
+        return compute_once(tmp_path, name, identity, lambda: {"a": np.full(2, value)})["a"]
 
     np.testing.assert_array_equal(once("x", {"n": 1}, 1.5), [1.5, 1.5])
     np.testing.assert_array_equal(once("x", {"n": 1}, 2.5), [1.5, 1.5])

@@ -184,7 +184,7 @@ CASES: dict[str, tuple[Callable[..., Any], dict[str, Any], dict[str, Any]]] = {
         },
     ),
     "floored": (
-        times.floored,
+        times.with_floor,
         {"scale": jnp.ones(4), "floor": 0.1},
         {"scale": (jnp.ones((2, 2)), 1.0), "floor": (0.0, 1.1, -1.0, float("nan"))},
     ),

@@ -132,7 +132,7 @@ def test_a_run_is_evaluated_with_the_ends_it_learned(tmp_path):
     ends = schedule.numbers(average)
     assert set(ends) == set(NUMBERS)
     assert abs(ends["gamma_0"] + 13.3) > 0.05 and abs(ends["gamma_1"] - 5.0) > 0.05
-    now = experiment.scheduled(average)
+    now = experiment.with_learned_schedule(average)
     assert now.sde == SDES["linear_gamma"](**ends) == now.exact_adapter.sde
     evaluate.run(config, tmp_path)
     evaluation = json.loads((tmp_path / "evaluation.json").read_text())
@@ -158,7 +158,7 @@ def test_a_schedule_that_is_not_learned_is_no_parameter():
     config.sde.learned = False
     experiment = build.Experiment(config)
     params = experiment.adapter.init(jax.random.key(0), experiment.shape)
-    assert schedule.numbers(params) == {} and experiment.scheduled(params) is experiment
+    assert schedule.numbers(params) == {} and experiment.with_learned_schedule(params) is experiment
 
 
 @pytest.mark.parametrize(

@@ -205,7 +205,7 @@ def test_several_probes_leave_no_bias(probes: int) -> None:
             jacobian = jax.jacfwd(lambda x: score(x, T, None))(x_t)
             forms = jnp.sum(vs * (vs @ jacobian.T), axis=1)
             r = second_order.residuals(sde, score(x_t, T, None), forms, T, z)
-            return 0.5 * second_order.squared(r)
+            return 0.5 * second_order.squared_residual(r)
 
         over_probes = jax.vmap(lambda x, z: jnp.mean(jax.vmap(lambda v: one(x, z, v))(vs)))
         return jnp.asarray(mass / mass.sum()) @ over_probes(x, jnp.asarray(grid[:, 2:]))

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from sbml.types import Array, Key, Score, batched
+from sbml.types import Array, Key, Score, batch_score
 
 pytestmark = pytest.mark.usefixtures("x64")
 
@@ -34,7 +34,7 @@ def dropout_equinox(x: Array, t: Array, key: Key | None) -> Array:
 def test_stochastic_layers_draw_from_the_key(score: Score) -> None:
     """Each example its own mask, the same mask for the same key, none without a key."""
     x, t = jnp.ones((3, 64)), jnp.ones(3)
-    f = jax.jit(batched(score))
+    f = jax.jit(batch_score(score))
     with_key = f(x, t, jax.random.key(0))
     assert set(np.unique(with_key)) == {0.0, 2.0}
     assert len(np.unique(with_key, axis=0)) == 3

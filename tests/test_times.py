@@ -18,11 +18,11 @@ from sbml.times import (
     Importance,
     Proposal,
     Velocity,
-    floored,
     iid,
     lattice,
     tally,
     warp,
+    with_floor,
 )
 from sbml.types import Array
 
@@ -259,7 +259,7 @@ SCALE = np.asarray([3.0, 0.2, np.nan, 1.0, 0.0])
 @pytest.mark.parametrize("floor", [0.05, 1.0])
 def test_warped_points_integrate_over_v(floor: float) -> None:
     """Powers integrate exactly, by Gauss-Legendre nodes in each bin of u."""
-    density = floored(jnp.asarray(SCALE), floor)
+    density = with_floor(jnp.asarray(SCALE), floor)
     nodes, weights = np.polynomial.legendre.leggauss(6)
     edges = np.concatenate([[0], np.cumsum(density) / np.sum(density)])
     mass = np.diff(edges)
@@ -287,7 +287,7 @@ def test_the_best_density_makes_a_step_function_exact() -> None:
     h = jnp.asarray([5.0, 1.0, 2.0])
     u = jnp.linspace(0, 0.999, 50)
     for floor, exact in ((1e-9, True), (0.1, False)):
-        v, inverse = warp(u, floored(h, floor))
+        v, inverse = warp(u, with_floor(h, floor))
         values = inverse * h[jnp.floor(3 * v).astype(int)]
         assert (np.ptp(values) < 1e-7) == exact
         assert np.all(inverse <= 1 / floor)
@@ -296,7 +296,7 @@ def test_the_best_density_makes_a_step_function_exact() -> None:
 @pytest.mark.oracle
 @pytest.mark.parametrize("draw", DRAWS)
 def test_warped_estimates_are_unbiased(proposal: Proposal, draw: str) -> None:
-    v, inverse = warp(_points(draw, 3, 4), floored(jnp.asarray(SCALE)))
+    v, inverse = warp(_points(draw, 3, 4), with_floor(jnp.asarray(SCALE)))
     t, weight = proposal.at(v)
     values = jnp.mean(inverse * weight * _drawn_integrand(proposal, t), axis=(1, 2))
     end = proposal.sde.largest_time
@@ -307,7 +307,7 @@ def test_warped_estimates_are_unbiased(proposal: Proposal, draw: str) -> None:
 def test_floored_by_hand() -> None:
     """nan counts as the mean of the others, 1.05; then (1 - f) scale / 1.05 + f."""
     known = np.asarray([3.0, 0.2, 1.05, 1.0, 0.0])
-    np.testing.assert_allclose(floored(jnp.asarray(SCALE), 0.1), 0.9 * known / 1.05 + 0.1)
+    np.testing.assert_allclose(with_floor(jnp.asarray(SCALE), 0.1), 0.9 * known / 1.05 + 0.1)
 
 
 @pytest.mark.parametrize(
@@ -322,13 +322,13 @@ def test_floored_by_hand() -> None:
 )
 def test_a_scale_that_says_nothing_gives_the_uniform_density(scale: list[float]) -> None:
     with jax.enable_x64(False):
-        np.testing.assert_allclose(floored(jnp.asarray(scale, jnp.float32)), 1, rtol=1e-6)
+        np.testing.assert_allclose(with_floor(jnp.asarray(scale, jnp.float32)), 1, rtol=1e-6)
 
 
 def test_extreme_scales_keep_floor_and_mean() -> None:
     with jax.enable_x64(False):
         for scale in ([3e38, 1e-38, 0.0, np.nan], [np.inf, 0.0, 7.0, 1e-30]):
-            density = np.asarray(floored(jnp.asarray(scale, jnp.float32)))
+            density = np.asarray(with_floor(jnp.asarray(scale, jnp.float32)))
             assert density.min() >= np.float32(0.1)
             np.testing.assert_allclose(density.mean(), 1, rtol=1e-6)
 
@@ -336,7 +336,7 @@ def test_extreme_scales_keep_floor_and_mean() -> None:
 @pytest.mark.parametrize("floor", [0.0, -0.1, 1.1, float("nan")])
 def test_impossible_floors_are_refused(floor: float) -> None:
     with pytest.raises(ValueError, match="floor="):
-        floored(jnp.ones(3), floor)
+        with_floor(jnp.ones(3), floor)
 
 
 @pytest.mark.parametrize("bins", [1, 7, 100, 1000])
@@ -344,7 +344,9 @@ def test_float32_warp(bins: int) -> None:
     """Any u of [0, 1) has a bin, in order, and 1/q is right to the rounding of a bin's mass."""
     rng = np.random.default_rng(bins)
     with jax.enable_x64(False):
-        density = np.asarray(floored(jnp.asarray(np.exp(8 * rng.normal(size=bins)), jnp.float32)))
+        density = np.asarray(
+            with_floor(jnp.asarray(np.exp(8 * rng.normal(size=bins)), jnp.float32))
+        )
         near_edges = np.cumsum(density, dtype=np.float64) / np.sum(density, dtype=np.float64)
         ends = [0.0, 2.0**-149, 1e-7, 1 - 2.0**-24]
         u = np.concatenate([ends, rng.random(5000), near_edges[:-1]]).astype(np.float32)
@@ -389,7 +391,7 @@ def test_a_tally_learns_the_density() -> None:
 
     def step(counts: Array, key: Array) -> tuple[Array, None]:
         point_key, value_key = jax.random.split(key)
-        density = floored(jnp.sqrt(counts[1] / counts[0]))
+        density = with_floor(jnp.sqrt(counts[1] / counts[0]))
         v, _ = warp(lattice(point_key, 40)[:, 0], density)
         noise = jax.random.normal(value_key, (40,))
         values = truth[jnp.floor(4 * v).astype(int)] * noise**2

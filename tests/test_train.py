@@ -281,7 +281,7 @@ def one_step(**training):
     config.training.update(training)
     experiment, mesh = build.Experiment(config), sharding.data_mesh()
     pixels = experiment.images("train").images[:64].reshape(2, 32, 8, 8, 1)
-    state, key = sharding.made(experiment.init_state, mesh), jax.random.key(0)
+    state, key = sharding.initial_state(experiment.init_state, mesh), jax.random.key(0)
     dispatch = config.training.steps_per_dispatch
     step = loop.compiled_step(train.update(experiment), mesh, state, steps_per_dispatch=dispatch)
     if dispatch == 2:
@@ -318,7 +318,7 @@ def test_resumed_training_with_statistics_is_bitwise_the_same(tmp_path):
 def test_average_is_exponential_and_warmup_starts_at_zero(plain_step):
     """The first learning rate is 0, the second 1/10 of the peak; ema = .9 ema + .1 params."""
     config = tiny.get_config()
-    fresh = sharding.made(build.Experiment(config).init_state, sharding.data_mesh())
+    fresh = sharding.initial_state(build.Experiment(config).init_state, sharding.data_mesh())
     state, _ = plain_step
     moved = jax.tree.map(lambda a, b: np.abs(a - b).max(), fresh.params, state.params)
     # One Adam step moves each parameter by at most the learning rate, 1e-4 here.

@@ -103,7 +103,9 @@ def test_only_the_dequantizer_learns(whole):
     """The score's checkpoint is untouched, the average has decay 0.99, the parameters moved."""
     experiment = build.Experiment(config_of())
     images = experiment.images("train")
-    fresh = sharding.made(lambda: experiment.init_dequantizer(images), sharding.data_mesh())
+    fresh = sharding.initial_state(
+        lambda: experiment.init_dequantizer(images), sharding.data_mesh()
+    )
     moved = jax.tree.map(lambda a, b: float(np.abs(a - b).max()), fresh.params, state(whole).params)
     assert max(jax.tree.leaves(moved)) > 1e-3
     assert config_of().dequantizer.optim.ema == 0.99

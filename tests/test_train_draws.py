@@ -48,7 +48,7 @@ def test_antithetic_pairs_and_density_leave_the_expected_loss_as_it_is():
     experiment = build.Experiment(variance_reducing())
     plain = build.Experiment(plain_draws())
     pixels = jnp.asarray(experiment.images("train").images[:64])
-    params = sharding.made(plain.init_state, sharding.data_mesh()).params
+    params = sharding.initial_state(plain.init_state, sharding.data_mesh()).params
     statistics = jnp.stack([jnp.ones(8), jnp.linspace(9.0, 0.1, 8)])
     means = []
     for e, s in ((plain, ()), (experiment, statistics)):
@@ -76,7 +76,7 @@ def test_what_the_network_is_trained_on():
     """The whole bin, its centre, or the authors' integers, in [-1, 1]."""
     pixels = jnp.tile(jnp.arange(17, dtype=jnp.uint8), 40)
     made = {
-        kind: np.asarray(train.dequantized(pixels, jax.random.key(0), kind, 17))
+        kind: np.asarray(train.dequantize(pixels, jax.random.key(0), kind, 17))
         for kind in ("uniform", "centre", "none")
     }
     k = np.asarray(pixels, np.float64)

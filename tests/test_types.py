@@ -14,7 +14,7 @@ import shapes
 from sbml import divergence, likelihood, losses, times
 from sbml.divergence import Trace
 from sbml.sdes import SDES, MonotoneGamma
-from sbml.types import Array, Example, Key, Keys, batched, of_shape, predictor
+from sbml.types import Array, Example, Key, Keys, batch_score, of_shape, predictor
 
 VP, KEY, T = SDES["vp"](), jax.random.key(0), jnp.asarray(0.5)
 
@@ -154,7 +154,7 @@ def test_the_parts_of_a_score_are_checked_too() -> None:
     with pytest.raises(ValueError, match="returned int32"):
         keys = jax.random.split(KEY, 2)
         losses.dsm_batch(rounded, VP, jnp.ones((2, 3)), jnp.full((2,), 0.5), keys)
-    assert batched(score)(jnp.ones((2, 3)), jnp.full((2,), 0.5), None).shape == (2, 3)
+    assert batch_score(score)(jnp.ones((2, 3)), jnp.full((2,), 0.5), None).shape == (2, 3)
 
 
 @pytest.mark.usefixtures("unchecked")

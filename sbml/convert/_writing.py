@@ -58,7 +58,7 @@ def state(template: TrainState, theirs: ForeignState) -> TrainState:
 def score_state(experiment: Experiment, theirs: ForeignState) -> TrainState:
     """The state of the score network, on the devices."""
     mesh = sharding.data_mesh()
-    converted = state(sharding.made(experiment.init_state, mesh), theirs)
+    converted = state(sharding.initial_state(experiment.init_state, mesh), theirs)
     return jax.device_put(converted, sharding.replicated(mesh))
 
 

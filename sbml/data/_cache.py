@@ -38,7 +38,7 @@ def content_key(files: Iterable[Path], *choices: object) -> str:
     return digest.hexdigest()[:12]
 
 
-def prepared(
+def load_or_build(
     path: Path, build: Callable[[Add], dict[str, Any]]
 ) -> tuple[np.ndarray, dict[str, Any]]:
     """The array at ``path`` and the notes kept beside it, built first if they are not there.

@@ -3,7 +3,7 @@
 import os
 
 
-def shown(name: str) -> str:
+def printable(name: str) -> str:
     """``name`` with an escape such as \\x1b for each character that does not print.
 
     A file's name may hold any bytes: those of no text, line ends, and sequences that a terminal

@@ -19,9 +19,9 @@ import numpy as np
 from PIL import Image, ImageOps
 from tqdm import tqdm
 
-from sbml.data._cache import Add, content_key, prepared
+from sbml.data._cache import Add, content_key, load_or_build
 from sbml.data._image_set import ImageSet, Options, check_split
-from sbml.data._names import shown
+from sbml.data._names import printable
 
 SUFFIXES = frozenset(
     (".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".jp2", ".webp", ".avif", ".bmp", ".gif")
@@ -60,7 +60,7 @@ class ImageFolder:
         read = [root / n for n in names if not _special(root / n)]
         version = content_key(tqdm(read, desc="Reading files"), *choices)
         path = options.cache / "image_folder" / version / f"{split}_counted.npy"
-        images, notes = prepared(path, lambda add: _build(root, names, options, add))
+        images, notes = load_or_build(path, lambda add: _build(root, names, options, add))
         if skipped := tuple(notes["skipped"]):
             _warn(split, skipped, len(names), path.with_suffix(".json"))
         ids = tuple(notes["ids"])
@@ -121,12 +121,12 @@ def _members(root: Path, split: str, options: Options) -> list[str]:
     """Paths relative to ``root`` of the image files of ``split``, sorted."""
     files = sorted(_files(root))
     names = [p.relative_to(root).as_posix() for p in files if p.suffix.lower() in SUFFIXES]
-    others = Counter(shown(p.suffix.lower()) or "none" for p in files)
+    others = Counter(printable(p.suffix.lower()) or "none" for p in files)
     if unused := {suffix: n for suffix, n in others.items() if suffix not in SUFFIXES}:
         listed = ", ".join(f"{suffix} ({n})" for suffix, n in sorted(unused.items()))
         log.warning(
             "%d files of %s are no images by their suffix, and not used: %s",
-            *(sum(unused.values()), shown(str(root)), listed),
+            *(sum(unused.values()), printable(str(root)), listed),
         )
     folders = sorted(p.name for p in root.iterdir() if p.is_dir())
     own = [f for f in folders if f.lower() in ("train", "test")]
@@ -143,7 +143,7 @@ def _members(root: Path, split: str, options: Options) -> list[str]:
     if own:
         members = [n for n in names if n.startswith(f"{split}/")]
         if outside := sum(not n.startswith(("train/", "test/")) for n in names):
-            where = shown(str(root))
+            where = printable(str(root))
             log.warning("%d images of %s lie outside train and test: not used", outside, where)
     else:
         members = [n for n in names if _held_out(n, options) == (split == "test")]
@@ -172,10 +172,10 @@ def _build(root: Path, names: list[str], options: Options, add: Add) -> dict[str
             decoded = _decode(root / name)
             image = _square(decoded.convert(MODES[options.channels]), name, options)
         except Exception as error:  # Pillow's decoders raise many kinds on broken files
-            skipped.append(f"{shown(name)}: {shown(str(error))}")
+            skipped.append(f"{printable(name)}: {printable(str(error))}")
             continue
         add(np.asarray(image).reshape(image.height, image.width, options.channels))
-        ids.append(shown(name))
+        ids.append(printable(name))
         enlarged += min(decoded.size) < options.image_size
         recoloured += _is_grey(decoded) == (options.channels == 3)
     if not ids:

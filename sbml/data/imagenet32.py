@@ -25,7 +25,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from sbml.data._cache import Add, prepared
+from sbml.data._cache import Add, load_or_build
 from sbml.data._image_set import ImageSet, Options, check_split
 
 ARCHIVES = {
@@ -87,7 +87,7 @@ class Imagenet32:
                 "They differ, and so do their bits/dim."
             )
         path = options.cache / "imagenet32" / which / f"{split}.npy"
-        images, _ = prepared(path, lambda add: _decode(which, split, options, add))
+        images, _ = load_or_build(path, lambda add: _decode(which, split, options, add))
         return ImageSet(f"imagenet32:{which}", which, split, images)
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from sbml.data._cache import Add, content_key, prepared
+from sbml.data._cache import Add, content_key, load_or_build
 from sbml.data._image_set import ImageSet, Options, check_split
 
 PHOTOS = {
@@ -91,7 +91,7 @@ class Photos:
         files = (photo_path(name) for group in PHOTOS.values() for name in group)
         version = content_key(files, PHOTOS, SIZE, SPACING, SCALES)
         path = options.cache / "photos" / version / f"{split}.npy"
-        images, notes = prepared(path, lambda add: _build(names, add))
+        images, notes = load_or_build(path, lambda add: _build(names, add))
         caution = (
             f"overlapping crops of {len(names)} photos: the interval is for more crops of these, "
             "not of others"

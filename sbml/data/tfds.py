@@ -15,7 +15,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from sbml.data._cache import Add, prepared
+from sbml.data._cache import Add, load_or_build
 from sbml.data._image_set import ImageSet, Options, check_split
 
 # set, set/config, set:1.2.3 or set/config:1.2.3
@@ -47,7 +47,9 @@ class Tfds:
         if not _NAME.fullmatch(name):
             raise ValueError(f"Unknown TFDS name {name!r}: write set, set/config or set:1.2.3.")
         path = _home(name, options) / f"{split}.npy"
-        images, notes = prepared(path, lambda add: _decode(_builder(name, options), split, add))
+        images, notes = load_or_build(
+            path, lambda add: _decode(_builder(name, options), split, add)
+        )
         return ImageSet(f"tfds:{name}", notes["version"], notes["split"], images)
 
 

@@ -67,6 +67,6 @@ class Cell:
         return self.kind.is_bound
 
     @property
-    def undefined(self) -> str:
+    def reason_undefined(self) -> str:
         """The reason why this number does not exist, or an empty string if it exists."""
-        return self.kind.undefined(dequantizers.get(self.dequantizer), self.num_importance)
+        return self.kind.reason_undefined(dequantizers.get(self.dequantizer), self.num_importance)

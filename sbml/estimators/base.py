@@ -125,7 +125,7 @@ class Estimator(abc.ABC):
         return trace is not None and trace.kind == "exact"
 
     @classmethod
-    def undefined(cls, dequantizer: type[Any], num_importance: int) -> str:
+    def reason_undefined(cls, dequantizer: type[Any], num_importance: int) -> str:
         """The reason why this kind of dequantizer gives no number, or "" if it gives one."""
         return ""
 
@@ -181,10 +181,10 @@ def rows(
 
     Raises:
       ValueError: if the number does not exist for the target's dequantizer
-        (``Estimator.undefined``).
+        (``Estimator.reason_undefined``).
     """
     if target.levels is not None:
-        reason = estimator.undefined(
+        reason = estimator.reason_undefined(
             type(target.dequantizer), getattr(estimator, "num_importance", 1)
         )
         if reason:

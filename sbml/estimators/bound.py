@@ -30,7 +30,7 @@ class Estimator(base.Estimator):
     reducible: ClassVar[bool] = True
 
     @classmethod
-    def undefined(cls, dequantizer: type[Any], num_importance: int) -> str:
+    def reason_undefined(cls, dequantizer: type[Any], num_importance: int) -> str:
         if num_importance > 1:
             return (
                 "a bound is an expectation: the logarithm of a mean of K noisy draws of it bounds "

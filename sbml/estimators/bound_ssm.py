@@ -27,13 +27,13 @@ class Estimator(dsm.Estimator):
     trace: Trace = Trace()
 
     @classmethod
-    def undefined(cls, dequantizer: type[Any], num_importance: int) -> str:
+    def reason_undefined(cls, dequantizer: type[Any], num_importance: int) -> str:
         if dequantizers.has_bound(dequantizer):
             return (
                 "the bound of this dequantizer for the integers is in the dsm form only: use the "
                 "estimator bound"
             )
-        return super().undefined(dequantizer, num_importance)
+        return super().reason_undefined(dequantizer, num_importance)
 
     def one(
         self,

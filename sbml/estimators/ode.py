@@ -57,7 +57,7 @@ class Estimator(base.Estimator):
             )
 
     @classmethod
-    def undefined(cls, dequantizer: type[Any], num_importance: int) -> str:
+    def reason_undefined(cls, dequantizer: type[Any], num_importance: int) -> str:
         if dequantizers.has_density(dequantizer):
             return ""
         return "this dequantizer has a bound only, so there is no density to solve for"

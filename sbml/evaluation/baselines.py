@@ -24,14 +24,14 @@ FULL = 4096
 def all_of(train: np.ndarray, test: np.ndarray, levels: int) -> dict[str, np.ndarray]:
     """Bits/dim ``(m,)`` of uint8 ``test (m, *s)`` under each that means something, by name."""
     found = {"per-pixel histogram": histogram(train, test, levels)}
-    if left_out(train):
+    if omitted(train):
         return found
     if math.prod(train.shape[1:]) <= FULL:
         return {**found, "full-covariance Gaussian": gaussian(train, test)}
     return {**found, "diagonal Gaussian": diagonal_gaussian(train, test)}
 
 
-def left_out(train: np.ndarray) -> dict[str, str]:
+def omitted(train: np.ndarray) -> dict[str, str]:
     """Why a baseline means nothing for ``train (n, *s)``, by name."""
     size = math.prod(train.shape[1:])
     if size > FULL or len(train) > size:

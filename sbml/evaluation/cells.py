@@ -167,7 +167,7 @@ class CellRun:
         self, ids: np.ndarray, sweep: int, solver: Solver, lattice: np.ndarray | None
     ) -> Table:
         """The rows of one batch, on the host; in float64, so that the terms add up to the total."""
-        images, split = self.shared.images, sharding.batched(sharding.data_mesh())
+        images, split = self.shared.images, sharding.batch_sharding(sharding.data_mesh())
         batch = Rows(
             data=sharding.put(images.images[ids], split),
             ids=sharding.put(ids.astype(np.int32), split),
@@ -236,7 +236,7 @@ class CellRun:
                 f"{budget}: refused. Set eval.fixed_steps=0{method} for adaptive steps, or set "
                 "eval.fixed_steps much higher"
             )
-        return estimate.solved(
+        return estimate.ode_estimate(
             self.rows, self.ids, self.subset, solver, terms, "bits/dim", gap, budget
         )
 
@@ -245,7 +245,7 @@ class CellRun:
         for sweeps in self._sweep_counts(tables):
             while len(tables) < sweeps:
                 tables.append(self.rows(self.ids, len(tables)))
-        return estimate.swept(tables, self.cell.terms, "bits/dim")
+        return estimate.bound_estimate(tables, self.cell.terms, "bits/dim")
 
     def _sweep_counts(self, tables: list[Table]) -> Iterator[int]:
         """The number of sweeps to reach: ``eval.sweeps``, then more while the standard error over

@@ -57,7 +57,7 @@ def _latent(seed: Array, i: Array, how: Recipe) -> tuple[Array, Key]:
     return how.sde.prior_sample(latent_key, how.shape), key
 
 
-class Drawn(NamedTuple):
+class Samples(NamedTuple):
     """Samples: uint8 ``images (n, *shape)``, their numbers of network evaluations ``nfe (n,)``, and
     ``failed (n,)``: whether the sampler failed or a pixel is not finite."""
 
@@ -67,14 +67,14 @@ class Drawn(NamedTuple):
 
 
 @functools.partial(jax.jit, static_argnames="how")
-def _sample_batch(score: Score, ids: Array, seed: Array, how: Recipe) -> Drawn:
-    def one(i: Array) -> Drawn:
+def _sample_batch(score: Score, ids: Array, seed: Array, how: Recipe) -> Samples:
+    def one(i: Array) -> Samples:
         z, key = _latent(seed, i, how)
         x, stats = how.sampler(score, how.sde, z, key, eps=how.eps)
         if how.denoise_last:
             x = sampling.denoise(score, how.sde, x, jnp.asarray(how.eps, x.dtype))
         failed = ~(stats.success & jnp.all(jnp.isfinite(x)))
-        return Drawn(bits.to_pixels(x, how.levels), stats.nfe + how.denoise_last, failed)
+        return Samples(bits.to_pixels(x, how.levels), stats.nfe + how.denoise_last, failed)
 
     return jax.vmap(one)(ids)
 
@@ -98,21 +98,21 @@ def _path_batch(score: Score, ids: Array, seed: Array, how: Recipe, frames: int)
     return jax.vmap(one)(ids)
 
 
-def draw(experiment: Experiment, params: Any, ids: np.ndarray) -> Drawn:
+def draw(experiment: Experiment, params: Any, ids: np.ndarray) -> Samples:
     """The samples with ids ``ids (n,)``, computed on all devices."""
-    batch = sharding.put(ids.astype(np.int32), sharding.batched(sharding.data_mesh()))
+    batch = sharding.put(ids.astype(np.int32), sharding.batch_sharding(sharding.data_mesh()))
     seed = np.uint32(experiment.config.sampling.seed)
     score = experiment.adapter(params)
     return sharding.to_host(_sample_batch(score, batch, seed, Recipe.of(experiment)))
 
 
-def preview(experiment: Experiment, params: Any) -> Drawn:
+def preview(experiment: Experiment, params: Any) -> Samples:
     """Samples 0 .. ``sampling.num_images`` - 1, without writing them to disk."""
     count = experiment.config.sampling.num_images
     size = sharding.round_up(min(experiment.config.sampling.batch_size, count))
     batches = [(draw(experiment, params, ids), mask) for ids, mask in eval_batches(count, size)]
     columns = zip(*([column[mask] for column in drawn] for drawn, mask in batches), strict=True)
-    return Drawn(*map(np.concatenate, columns))
+    return Samples(*map(np.concatenate, columns))
 
 
 def _identity(experiment: Experiment, restored: Restored) -> dict[str, Any]:
@@ -127,7 +127,7 @@ def _identity(experiment: Experiment, restored: Restored) -> dict[str, Any]:
     }
 
 
-def generate(experiment: Experiment, restored: Restored, workdir: Workdir) -> Drawn:
+def generate(experiment: Experiment, restored: Restored, workdir: Workdir) -> Samples:
     """Samples 0 .. num_images - 1; those on disk are read. A warning counts the failed ones."""
     config = experiment.config.sampling
     parts = workdir.parts("sampling", _identity(experiment, restored))
@@ -148,7 +148,7 @@ def generate(experiment: Experiment, restored: Restored, workdir: Workdir) -> Dr
     sharding.barrier("sampled")
     stored = parts.read()
     chosen = np.isin(stored["id"], numbers)
-    drawn = Drawn(*(stored[name][chosen] for name in Drawn._fields))
+    drawn = Samples(*(stored[name][chosen] for name in Samples._fields))
     if drawn.failed.any():
         logging.warning(
             "%d of %d samples are not finite or not solved; the first are %s. Try smaller "

@@ -13,7 +13,7 @@ from typing import Any
 from etils import epath
 from ml_collections import ConfigDict
 
-from sbml.experiment.fields import plain, tupled
+from sbml.experiment.fields import as_tuples, plain
 from sbml.runtime.workdir import ARCHITECTURE, Workdir
 
 # Fields of a network or dequantizer that may differ from those of the checkpoint's training.
@@ -55,7 +55,7 @@ def apply(config: ConfigDict, sections: Sections) -> tuple[ConfigDict, list[str]
 
 def _update(node: ConfigDict, fields: dict[str, Any]) -> Iterator[str]:
     for field, value in fields.items():
-        value = tupled(value)
+        value = as_tuples(value)
         if field not in node:
             raise ValueError(
                 f"the config has no field {field!r}, but {ARCHITECTURE} has: if a newer version "

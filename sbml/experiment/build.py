@@ -18,7 +18,7 @@ from sbml import data, discrete
 from sbml.divergence import Trace
 from sbml.experiment import evaluation, schedule, trained
 from sbml.experiment.config import Config
-from sbml.experiment.noise import loss_unit, smallest_time, trained_from
+from sbml.experiment.noise import loss_unit, smallest_time, smallest_trained_time
 from sbml.runtime import sharding
 from sbml.runtime.checkpoint import Checkpoints, Restored
 from sbml.runtime.state import TrainState
@@ -64,7 +64,7 @@ class Experiment:
         self.sde: Final = c.sde.build()
         tau = c.eval.tau or math.inf
         eps = smallest_time(self.sde, c.training, c.data, tau)
-        first = trained_from(self.sde, c.training, eps)
+        first = smallest_trained_time(self.sde, c.training, eps)
         self.adapter: Final = c.score.adapter(c.model.build(), self.sde, eps, c.data)
         exact = self.adapter.model
         if hasattr(exact, "dtype"):  # A network without this field always computes in float32.
@@ -118,23 +118,23 @@ class Experiment:
         return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes))
 
     def init_state(self) -> TrainState:
-        """The state before the first step; ``sharding.made`` compiles this and places the result on
-        the devices."""
+        """The state before the first step; ``sharding.initial_state`` compiles this and places the
+        result on the devices."""
         training = self.config.training
         statistics = jnp.zeros((2, training.proposal_bins)) if training.adapts else ()
         params = self.adapter.init(self._init_key(), self.shape)
         if self.config.sde.learned:
-            params = schedule.beside(params, self.sde)
+            params = schedule.with_numbers(params, self.sde)
         return TrainState.create(params, self.optimizer, statistics)
 
     def trained_score(self, params: Any) -> tuple[Score, Any]:
         """The score that the loss sees, and what noises its images; a learned SDE is traced."""
         if not self.config.sde.learned:
             return self.trained_adapter(params), self.trained_kernel
-        sde = schedule.traced(self.sde, params)
+        sde = schedule.learned_sde(self.sde, params)
         return dataclasses.replace(self.adapter, sde=sde)(params), sde
 
-    def scheduled(self, params: Any) -> "Experiment":
+    def with_learned_schedule(self, params: Any) -> "Experiment":
         """This experiment, with the SDE that ``params`` have learned, if they have."""
         learned: dict[str, Any] = schedule.numbers(params)
         if not learned:

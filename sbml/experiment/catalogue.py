@@ -11,7 +11,7 @@ def folder() -> pathlib.Path:
     return installed if installed.is_dir() else _PACKAGE.with_name("configs")
 
 
-def located(config: str) -> str:
+def path_of(config: str) -> str:
     """The value of --config for absl: ``name`` or ``name:argument`` with the path for the name.
 
     A file that exists comes before a name, and a name before a folder of that name. What has a

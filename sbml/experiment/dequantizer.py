@@ -7,12 +7,12 @@ from typing import Any, ClassVar, Self
 from sbml import dequantizers
 from sbml.experiment.fields import (
     Section,
+    as_tuples,
     check_choice,
     check_fields,
     check_owned,
     choice,
-    named,
-    tupled,
+    section_errors,
 )
 from sbml.experiment.optim import DequantizerOptim
 from sbml.experiment.training import DequantizerTraining
@@ -41,7 +41,7 @@ class Options(Section):
     @classmethod
     def of(cls, values: Mapping[str, Any], *, complete: bool = True) -> Self:
         """The section with these fields; :class:`Dequantizer` checks that their names are right."""
-        return cls({field: tupled(value) for field, value in values.items()})
+        return cls({field: as_tuples(value) for field, value in values.items()})
 
     def to_dict(self) -> dict[str, Any]:
         """The fields."""
@@ -87,5 +87,5 @@ class Dequantizer(Section):
         kind = dequantizers.get(check_choice("dequantizer", name, dequantizers.DEQUANTIZERS))
         fields = {**self.model.values, "levels": levels, "tau": tau}
         names = {field.name for field in dataclasses.fields(kind)}
-        with named(self.model.section):
+        with section_errors(self.model.section):
             return kind(**{field: value for field, value in fields.items() if field in names})

@@ -124,9 +124,9 @@ def cells(section: Eval) -> list[Cell]:
         for dequantizer in dict.fromkeys(chosen["dequantizers"])
         for count in dict.fromkeys(section.num_importance)
     ]
-    if all(cell.undefined for cell in table):
-        raise ValueError(f"no number to compute: {table[0].name}: {table[0].undefined}")
-    if section.target_se and not any(cell.is_bound and not cell.undefined for cell in table):
+    if all(cell.reason_undefined for cell in table):
+        raise ValueError(f"no number to compute: {table[0].name}: {table[0].reason_undefined}")
+    if section.target_se and not any(cell.is_bound and not cell.reason_undefined for cell in table):
         raise ValueError(
             f"eval.target_se={section.target_se}: only a bound is swept until it is reached; add "
             "bound to eval.estimators"

@@ -31,7 +31,7 @@ def refusal(name: str, value: Any, needs: str) -> ValueError:
 
 
 @contextlib.contextmanager
-def named(section: str) -> Iterator[None]:
+def section_errors(section: str) -> Iterator[None]:
     """Let a ValueError of what is built from ``section`` begin with its name."""
     try:
         yield
@@ -218,9 +218,9 @@ def check_owned(section: str, values: Mapping[str, Any], owner: type[Any]) -> No
             raise refusal(f"{section}.{field.name}", values[field.name], rule.needs)
 
 
-def tupled(value: Any) -> Any:
+def as_tuples(value: Any) -> Any:
     """``value``, but a tuple where JSON made a list of it."""
-    return tuple(map(tupled, value)) if isinstance(value, list | tuple) else value
+    return tuple(map(as_tuples, value)) if isinstance(value, list | tuple) else value
 
 
 def plain(value: Any) -> Any:
@@ -278,7 +278,7 @@ class Section:
         given = {
             name: type(default).of(values[name], complete=complete)
             if isinstance(default, Section)
-            else tupled(values[name])
+            else as_tuples(values[name])
             for name, default in known.items()
             if name in values
         }

@@ -27,7 +27,7 @@ def smallest_time(sde: SDE, training: Training, data: Data, tau: float) -> float
     return float(discrete.smallest_time(sde, data.levels, papers, tau))
 
 
-def trained_from(sde: SDE, training: Training, eps: float) -> float:
+def smallest_trained_time(sde: SDE, training: Training, eps: float) -> float:
     """The smallest time whose noise a training from ``eps`` on shows: in discrete time, that of the
     first level."""
     levels = training.discrete_levels

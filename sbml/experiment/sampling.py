@@ -4,7 +4,7 @@ import dataclasses
 from typing import ClassVar
 
 from sbml import samplers
-from sbml.experiment.fields import choice, flag, integer, named, real
+from sbml.experiment.fields import choice, flag, integer, real, section_errors
 from sbml.experiment.solving import Solving, method, tolerance
 from sbml.samplers import Sampler
 
@@ -62,7 +62,7 @@ class Sampling(Solving):
         kind, corrector = samplers.SAMPLERS[self.sampler], samplers.CORRECTORS[self.corrector]
         options = {"steps": self.corrector_steps, "snr": self.snr}
         names = {f.name for f in dataclasses.fields(kind)}
-        with named(self.section):
+        with section_errors(self.section):
             fields = {
                 "solver": self.solver(),
                 "steps": 500 if self.steps is None else self.steps,

@@ -23,12 +23,12 @@ from sbml.sdes import SDE
 KEY = "sde"
 
 
-def beside(params: Any, sde: SDE) -> Any:
+def with_numbers(params: Any, sde: SDE) -> Any:
     """``params`` of a network with the numbers of ``sde`` beside them, which they start from."""
     return {**params, KEY: {n: jnp.asarray(v, float) for n, v in vars(sde).items()}}
 
 
-def traced(sde: SDE, params: Any) -> SDE:
+def learned_sde(sde: SDE, params: Any) -> SDE:
     """``sde`` with the numbers that ``params`` have, for the loss and its gradient."""
     return dataclasses.replace(sde, **params[KEY])
 

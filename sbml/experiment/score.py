@@ -14,16 +14,16 @@ from sbml.adapters import Adapter
 from sbml.experiment.data import Data
 from sbml.experiment.fields import (
     Section,
+    as_tuples,
     check_choice,
     check_fields,
     check_owned,
     choice,
     flag,
-    named,
     real,
     reals,
     refusal,
-    tupled,
+    section_errors,
 )
 from sbml.sdes import SDE, SDES
 
@@ -59,7 +59,7 @@ class Process(Section):
           ValueError: where they do not go together.
         """
         kind = SDES[self.name]
-        with named(self.section):
+        with section_errors(self.section):
             return kind(**{f.name: getattr(self, f.name) for f in dataclasses.fields(kind)})
 
 
@@ -100,7 +100,7 @@ class Network(Section):
     @classmethod
     def of(cls, values: Mapping[str, Any], *, complete: bool = True) -> Self:
         """Of the name and the network's fields side by side; they are always complete."""
-        fields = {field: tupled(value) for field, value in values.items() if field != "name"}
+        fields = {field: as_tuples(value) for field, value in values.items() if field != "name"}
         return cls(values.get("name", ""), fields)
 
     def to_dict(self) -> dict[str, Any]:
@@ -113,7 +113,7 @@ class Network(Section):
         Raises:
           ValueError: for a field outside its range.
         """
-        with named(self.section):
+        with section_errors(self.section):
             return networks.get(self.name)(**self.values)
 
 

@@ -3,7 +3,7 @@
 import dataclasses
 from typing import Any
 
-from sbml.experiment.fields import Section, choice, integer, named, real
+from sbml.experiment.fields import Section, choice, integer, real, section_errors
 from sbml.ode import METHODS, Solver
 from sbml.sdes import SDE
 
@@ -35,7 +35,7 @@ class Solving(Section):
           ValueError: for step control on a method without an error estimate.
         """
         fixed_steps = self.fixed_steps or None
-        with named(self.section):
+        with section_errors(self.section):
             return Solver(
                 method=self.method, rtol=self.rtol, atol=self.atol, fixed_steps=fixed_steps
             )

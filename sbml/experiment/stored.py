@@ -9,7 +9,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from sbml.experiment.config import default
-from sbml.experiment.fields import tupled
+from sbml.experiment.fields import as_tuples
 from sbml.experiment.training import Training
 from sbml.runtime.workdir import Workdir
 
@@ -45,4 +45,4 @@ def _lay_over(node: ConfigDict, values: dict[str, Any], name: str) -> None:
         if isinstance(value, dict):
             _lay_over(node[field], value, f"{name}.{field}")
         else:
-            node[field] = tupled(value)
+            node[field] = as_tuples(value)

@@ -55,7 +55,7 @@ def unseen_times(metadata: Metadata, eps: float, section: str = "eval") -> list[
     ``section`` is the section of the config whose ``smallest_time`` is ``eps``: "eval" or
     "sampling".
     """
-    first = noise.trained_from(*_noise(metadata))
+    first = noise.smallest_trained_time(*_noise(metadata))
     if eps >= 0.99 * first:  # A smaller difference may be rounding.
         return []
     return [

@@ -95,7 +95,7 @@ def compiled_step(
         update = dataclasses.replace(update, optimizer=optimizer)
     step, stacked = make_step(update), steps_per_dispatch > 1
     placement = jax.tree.map(lambda leaf: leaf.sharding, state)
-    same, split = sharding.replicated(mesh), sharding.batched(mesh, axis=int(stacked))
+    same, split = sharding.replicated(mesh), sharding.batch_sharding(mesh, axis=int(stacked))
     return jax.jit(
         several(step) if stacked else step,
         in_shardings=(placement, split, same, same),
@@ -170,7 +170,7 @@ class _Trainer:
                     "0. If there were checkpoints, stop it now and put them back",
                     *(self.checkpoints.directory, metrics.FILE, rows[-1]["step"]),
                 )
-            return sharding.made(self.task.init, self.mesh, shard_state=shard_state), 0
+            return sharding.initial_state(self.task.init, self.mesh, shard_state=shard_state), 0
         logging.info("Resuming from step %d of %s", restored.step, self.checkpoints.directory)
         trained.warn_if_other_data(restored.metadata, self.task.images)
         trained.warn_if_trained_otherwise(restored.metadata, self.task.provenance, self.task.field)
@@ -185,9 +185,9 @@ class _Trainer:
         """The global batch of ``step``, or the stack of those that one dispatch takes."""
         count = self.training.steps_per_dispatch
         if count == 1:
-            return sharding.to_global(self.batches[step], sharding.batched(self.mesh))
+            return sharding.to_global(self.batches[step], sharding.batch_sharding(self.mesh))
         stack = np.stack([self.batches[step + i] for i in range(count)])
-        return sharding.to_global(stack, sharding.batched(self.mesh, axis=1))
+        return sharding.to_global(stack, sharding.batch_sharding(self.mesh, axis=1))
 
     def advance(self, step: int, batch: Array) -> None:
         """Dispatch the update of ``step``."""

@@ -20,12 +20,12 @@ def run(config: Any, workdir: epath.PathLike | None, runs: Sequence[str] | None)
     Prints the paired differences of every number that the runs share. ``config`` changes nothing.
 
     Raises:
-      ValueError: what ``comparison.Run.read`` and ``comparison.compared`` raise.
+      ValueError: what ``comparison.Run.read`` and ``comparison.compare`` raise.
     """
     if not runs:
         raise ValueError("--mode=compare reads --runs=DIR,DIR: evaluated work directories")
     found = [Run.read(Workdir(path)) for path in runs]
-    numbers = comparison.compared(found)
+    numbers = comparison.compare(found)
     workdir = Workdir(workdir or "runs/comparison")
     workdir.write("comparison.json", report.strict(numbers))
     workdir.write_bytes("comparison.html", comparison.render(found, numbers).encode())

@@ -52,7 +52,7 @@ def control_variate(
         }
         return {name: np.asarray(value, np.float32) for name, value in in_scale.items()}
 
-    arrays: dict[str, Any] = workdir.kept("control", train.fingerprint, fit)
+    arrays: dict[str, Any] = workdir.compute_once("control", train.fingerprint, fit)
     return GaussianControl(**{"basis": None, **arrays})
 
 
@@ -91,7 +91,7 @@ def time_density(
         if not config.proposal_bins:
             return None
         at = {"eps": eps, **identity}
-        return workdir.kept("density", at, lambda: pilot(eps))["density"]
+        return workdir.compute_once("density", at, lambda: pilot(eps))["density"]
 
     return density
 
@@ -237,10 +237,12 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
 def _run(experiment: Experiment, workdir: Workdir) -> None:
     config = experiment.config
     restored = experiment.restore(workdir)
-    experiment = experiment.scheduled(restored.state.ema_params)
+    experiment = experiment.with_learned_schedule(restored.state.ema_params)
     images, train = experiment.images(config.eval.split), experiment.images("train")
-    defined = [cell for cell in experiment.cells if not cell.undefined]
-    undefined = {cell.name: cell.undefined for cell in experiment.cells if cell.undefined}
+    defined = [cell for cell in experiment.cells if not cell.reason_undefined]
+    undefined = {
+        cell.name: cell.reason_undefined for cell in experiment.cells if cell.reason_undefined
+    }
     dequantizations = {
         name: dequantization(experiment, name, workdir, train)
         for name in {cell.dequantizer: None for cell in defined}
@@ -259,7 +261,7 @@ def _run(experiment: Experiment, workdir: Workdir) -> None:
     warnings += [warning for result in results for warning in result.warnings(images.ids)]
     for warning in warnings:
         logging.warning(warning)
-    left_out = baselines.left_out(train.images)
+    left_out = baselines.omitted(train.images)
     evaluation = {
         "title": workdir.name,
         "results": [result.plain() for result in results],

@@ -51,7 +51,7 @@ def interpolate(z: Array, frames: int) -> Array:
 
 
 @functools.partial(jax.jit, static_argnames=("sde", "eps", "sampler", "colours"))
-def completed(
+def completions(
     score: Score, x: Array, *, sde: SDE, eps: float, sampler: FixedSteps, colours: bool
 ) -> Array:
     """``x (n, h, w, c)`` with new right halves, or with new colours: (n, COMPLETIONS, h, w, c)."""
@@ -92,7 +92,7 @@ def _run(experiment: Experiment, workdir: Workdir) -> None:
     config = experiment.config
     options = config.latents
     restored, images = experiment.restore(workdir), experiment.images(config.eval.split)
-    experiment = experiment.scheduled(restored.state.ema_params)
+    experiment = experiment.with_learned_schedule(restored.state.ema_params)
     score = experiment.exact_adapter(restored.state.ema_params)
     if len(images) < 2:
         raise ValueError(
@@ -122,7 +122,7 @@ def _run(experiment: Experiment, workdir: Workdir) -> None:
     how = {"sde": experiment.sde, "eps": experiment.sampling_eps, "sampler": options.sampler()}
     tasks = {"inpainting": False, **({"colourisation": True} if x.shape[-1] == 3 else {})}
     for name, colours in tasks.items():
-        filled = completed(score, x, **how, colours=colours)
+        filled = completions(score, x, **how, colours=colours)
         rows = jnp.concatenate([_shown(x, colours)[:, None], filled, x[:, None]], axis=1)
         pictures[name] = rows.reshape(-1, *config.data.shape), rows.shape[1]
     shown = {name: bits.to_pixels(values, images.levels) for name, (values, _) in pictures.items()}

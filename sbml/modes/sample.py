@@ -32,7 +32,7 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
 def _run(experiment: Experiment, workdir: Workdir) -> None:
     config = experiment.config
     restored = experiment.restore(workdir)
-    experiment = experiment.scheduled(restored.state.ema_params)
+    experiment = experiment.with_learned_schedule(restored.state.ema_params)
     for warning in trained.unseen_times(restored.metadata, experiment.sampling_eps, "sampling"):
         logging.warning(warning)
     drawn = generate(experiment, restored, workdir)

@@ -28,7 +28,7 @@ from sbml.sdes import SDE
 from sbml.types import Array, Key
 
 
-def dequantized(pixels: Array, key: Key, kind: str, levels: int) -> Array:
+def dequantize(pixels: Array, key: Key, kind: str, levels: int) -> Array:
     """What the network is trained on, in [-1, 1].
 
     ``uniform``: the whole bin; ``centre``: its centre; ``none``: k / (levels - 1), as the authors.
@@ -62,11 +62,11 @@ def prepare_fn(experiment: Experiment) -> Prepare:
     def prepare(pixels: Array, key: Key, statistics: Array) -> Draws:
         u_key, time_key, loss_key = jax.random.split(key, 3)
         n = len(pixels)
-        x = dequantized(pixels, u_key, config.data.dequantization, levels)
+        x = dequantize(pixels, u_key, config.data.dequantization, levels)
         v, inverse = draw(time_key, n)[:, 0], jnp.ones(n)
         if config.training.adapts:
             scale = jnp.sqrt(statistics[1] / statistics[0])
-            v, inverse = times.warp(v, times.floored(scale))
+            v, inverse = times.warp(v, times.with_floor(scale))
         t, weight = experiment.proposal.at(v)
         draws = Draws(x, t, weight, jax.random.split(loss_key, n), jnp.ones(n), v, inverse)
         if not antithetic:
@@ -151,7 +151,7 @@ def task(experiment: Experiment, workdir: Workdir) -> loop.Task:
     config, images = experiment.config, experiment.images("train")
 
     def picture(state: TrainState) -> np.ndarray:
-        now = experiment.scheduled(state.ema_params)
+        now = experiment.with_learned_schedule(state.ema_params)
         return samples.grid(now, samples.preview(now, state.ema_params).images)
 
     return loop.Task(

@@ -72,7 +72,7 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
     experiment, workdir = Experiment(config), Workdir(workdir)
     section = experiment.config.dequantizer
     images, restored = experiment.images("train"), experiment.restore(workdir)
-    experiment = experiment.scheduled(restored.state.ema_params)
+    experiment = experiment.with_learned_schedule(restored.state.ema_params)
     score = {"step": restored.step, "crc32": tree_crc32(restored.state.ema_params)}
     checkpoints = section.training.checkpoints(workdir)
 

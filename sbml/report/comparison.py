@@ -80,7 +80,7 @@ class Run:
         return self.evaluation["data"][split]
 
 
-def compared(runs: Sequence[Run]) -> dict[str, Any]:
+def compare(runs: Sequence[Run]) -> dict[str, Any]:
     """The numbers of the page as plain values: ``runs``, and ``cells`` with a row for each run.
 
     Raises:

@@ -98,13 +98,13 @@ def _comment(crc32: int) -> bytes:
     return f"{CRC32}={crc32:08x}".encode()
 
 
-def stamped(value: Mapping[str, Any]) -> dict[str, Any]:
+def with_crc32(value: Mapping[str, Any]) -> dict[str, Any]:
     """``value`` with the CRC32 of its JSON text, in which Python writes all digits of floats."""
     return {**value, CRC32: zlib.crc32(json.dumps(value, sort_keys=True).encode())}
 
 
-def unstamped(text: str | bytes) -> dict[str, Any]:
-    """The object that :func:`stamped` received, from its JSON text.
+def without_crc32(text: str | bytes) -> dict[str, Any]:
+    """The object that :func:`with_crc32` received, from its JSON text.
 
     Raises:
       ValueError: ``text`` has no checksum or another one; the message says which.
@@ -113,14 +113,14 @@ def unstamped(text: str | bytes) -> dict[str, Any]:
     if not isinstance(value, dict) or CRC32 not in value:
         raise ValueError(f"it has no {CRC32}")
     crc32 = value.pop(CRC32)
-    if stamped(value)[CRC32] != crc32:
+    if with_crc32(value)[CRC32] != crc32:
         raise ValueError("it fails its CRC32")
     return value
 
 
 def write_json(path: epath.PathLike, value: Mapping[str, Any]) -> None:
     """Write an object of plain JSON values."""
-    write_whole(path, json.dumps(stamped(value), indent=1).encode())
+    write_whole(path, json.dumps(with_crc32(value), indent=1).encode())
 
 
 def read_json(path: epath.PathLike, remedy: str = "remove it") -> dict[str, Any]:
@@ -135,6 +135,6 @@ def read_json(path: epath.PathLike, remedy: str = "remove it") -> dict[str, Any]
     """
     content = epath.Path(path).read_bytes()
     try:
-        return unstamped(content)
+        return without_crc32(content)
     except (ValueError, RecursionError) as error:
         raise DamagedFileError(path, str(error), remedy) from None

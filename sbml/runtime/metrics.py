@@ -7,7 +7,7 @@ import numpy as np
 from absl import logging
 from etils import epath
 
-from sbml.runtime.files import stamped, unstamped, write_whole
+from sbml.runtime.files import with_crc32, without_crc32, write_whole
 
 FILE = "metrics.jsonl"
 
@@ -29,7 +29,7 @@ def _parse(path: epath.Path) -> tuple[list[dict[str, Any]], list[str]]:
     *lines, _ = path.read_bytes().split(b"\n")
     for number, line in enumerate(lines, 1):
         try:
-            rows.append(unstamped(line))
+            rows.append(without_crc32(line))
         except (ValueError, RecursionError) as error:
             logging.warning("line %d of %s is damaged (%s): it is left out", number, path, error)
             damaged.append(line.decode(errors="backslashreplace"))
@@ -37,7 +37,7 @@ def _parse(path: epath.Path) -> tuple[list[dict[str, Any]], list[str]]:
 
 
 def _line(row: dict[str, Any]) -> str:
-    return json.dumps(stamped(row)) + "\n"
+    return json.dumps(with_crc32(row)) + "\n"
 
 
 class MetricsWriter:

@@ -2,7 +2,7 @@
 
 Each batch of rows is one ``.npz``, which is complete or absent. A later run reads the parts on disk
 and computes only the missing rows; the finished table has the same bytes as without interruption.
-:func:`kept` does the same for arrays that are computed once.
+:func:`compute_once` does the same for arrays that are computed once.
 """
 
 import hashlib
@@ -30,7 +30,7 @@ def _digest(identity: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:12]
 
 
-def kept(
+def compute_once(
     root: epath.PathLike, name: str, identity: dict[str, Any], make: Callable[[], Any]
 ) -> dict[str, np.ndarray]:
     """The result of the first call of ``make`` for this ``identity``, stored in a file of ``root``.

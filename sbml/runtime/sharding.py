@@ -37,7 +37,7 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
-def batched(mesh: Mesh, axis: int = 0) -> NamedSharding:
+def batch_sharding(mesh: Mesh, axis: int = 0) -> NamedSharding:
     """Devices hold equal parts of the array, split along ``axis``, the axis of the batch."""
     return NamedSharding(mesh, PartitionSpec(*[None] * axis, "data"))
 
@@ -48,7 +48,7 @@ def spread(mesh: Mesh, shape: tuple[int, ...]) -> NamedSharding:
     divided = [axis for axis, size in enumerate(shape) if size and size % mesh.size == 0]
     if not divided:
         return replicated(mesh)
-    return batched(mesh, axis=max(divided, key=lambda axis: shape[axis]))
+    return batch_sharding(mesh, axis=max(divided, key=lambda axis: shape[axis]))
 
 
 def placement(state: TrainState, mesh: Mesh, *, shard_state: bool = False) -> TrainState:
@@ -88,7 +88,9 @@ def partitioned(
     return optax.GradientTransformation(optimizer.init, update)
 
 
-def made(init: Callable[[], TrainState], mesh: Mesh, *, shard_state: bool = False) -> TrainState:
+def initial_state(
+    init: Callable[[], TrainState], mesh: Mesh, *, shard_state: bool = False
+) -> TrainState:
     """The state that ``init()`` returns, placed on the devices by :func:`placement`.
 
     ``init`` runs only once, so on CPU it is compiled without LLVM's optimization, which would take
@@ -101,8 +103,8 @@ def made(init: Callable[[], TrainState], mesh: Mesh, *, shard_state: bool = Fals
 def abstract(
     init: Callable[[], TrainState], mesh: Mesh, *, shard_state: bool = False
 ) -> TrainState:
-    """The shapes and shardings of the state from :func:`made`, without computing it; a template for
-    restoring a checkpoint."""
+    """The shapes and shardings of the state from :func:`initial_state`, without computing it; a
+    template for restoring a checkpoint."""
     shapes = jax.eval_shape(init)
     return jax.tree.map(
         lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),

@@ -19,7 +19,7 @@ from etils import epath
 
 from sbml.runtime.files import read_json, read_npz, write_json, write_npz, write_whole
 from sbml.runtime.lock import Lock
-from sbml.runtime.parts import Parts, kept
+from sbml.runtime.parts import Parts, compute_once
 
 ARCHITECTURE = "architecture.json"
 EVALUATION = "evaluation.json"
@@ -92,8 +92,8 @@ class Workdir(os.PathLike):
         """The table of the computation ``identity``, stored in parts in ``folder``."""
         return Parts(self / folder, identity)
 
-    def kept(
+    def compute_once(
         self, name: str, identity: dict[str, Any], make: Callable[[], Any]
     ) -> dict[str, np.ndarray]:
-        """Arrays of an evaluation that are computed once (:func:`sbml.runtime.parts.kept`)."""
-        return kept(self / "eval", name, identity, make)
+        """Arrays of an evaluation, computed once (:func:`sbml.runtime.parts.compute_once`)."""
+        return compute_once(self / "eval", name, identity, make)

@@ -35,7 +35,7 @@ GREY_FIRST = np.linalg.qr(np.array([[1.0, 1, 0], [1, 0, 1], [1, 0, 0]]))[0]
 
 
 @dataclasses.dataclass(frozen=True)
-class Known:
+class KnownPart:
     """A corrector that replaces the known part after each step of another corrector.
 
     Attributes:
@@ -57,7 +57,7 @@ class Known:
         """The number of network evaluations after each step of the sampler."""
         return self.corrector.nfe
 
-    def replaced(self, x: Image, known: Image) -> Image:
+    def replace_known(self, x: Image, known: Image) -> Image:
         """``x`` with its known part taken from the image ``known``."""
         mask = jnp.broadcast_to(self.mask, x.shape)
         if self.basis is None:
@@ -75,10 +75,10 @@ class Known:
 
         def one(x: Image, keys: Keys) -> tuple[Image, None]:
             x = single(score, sde, x, s, t, keys[0])
-            return self.replaced(x, noisy(keys[1])), None
+            return self.replace_known(x, noisy(keys[1])), None
 
         first, rest = jax.random.split(key)
-        x = self.replaced(x, noisy(first))
+        x = self.replace_known(x, noisy(first))
         if not self.nfe:
             return x
         single = dataclasses.replace(self.corrector, steps=1)
@@ -100,14 +100,14 @@ def complete(
 
     Args:
       score, sde: the model.
-      x_0, mask, basis: as in :class:`Known`.
+      x_0, mask, basis: as in :class:`KnownPart`.
       key: for the random draws of the latent and all noise.
       eps: the smallest time, at which the image is denoised.
       sampler: any sampler with fixed steps. The steps of its corrector make the known and the
         unknown part consistent.
     """
-    corrector = Known(x_0, mask, basis, sampler.corrector)
+    corrector = KnownPart(x_0, mask, basis, sampler.corrector)
     latent_key, key = jax.random.split(key)
     z = sde.prior_sample(latent_key, x_0.shape).astype(x_0.dtype)
     x, _ = dataclasses.replace(sampler, corrector=corrector)(score, sde, z, key, eps=eps)
-    return corrector.replaced(denoise(score, sde, x, jnp.asarray(eps, x.dtype)), x_0)
+    return corrector.replace_known(denoise(score, sde, x, jnp.asarray(eps, x.dtype)), x_0)

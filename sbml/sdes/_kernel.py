@@ -94,7 +94,7 @@ class Kernel(abc.ABC):
           ValueError: if it is not in (0, largest_time).
         """
         last = self.largest_time
-        if not scalars.traced(eps, last) and not 0 < eps < last:
+        if not scalars.is_traced(eps, last) and not 0 < eps < last:
             raise ValueError(f"{name}={eps}: must lie in (0, {last})")
         return eps
 
@@ -133,9 +133,9 @@ class SDE(Kernel):
     def stretch(self) -> Number:
         """sigma(T) / sigma(largest_time), the factor from x at ``largest_time`` to x at T."""
         last = self.largest_time
-        if not scalars.traced(last) and last == self.T:
+        if not scalars.is_traced(last) and last == self.T:
             return 1.0
-        return scalars.evaluated(lambda: self._std_at(self.T) / self._std_at(last))
+        return scalars.constant(lambda: self._std_at(self.T) / self._std_at(last))
 
     @property
     def prior_std(self) -> Number:
@@ -143,7 +143,7 @@ class SDE(Kernel):
 
         The prior equals p_T if alpha(T) = 0; otherwise it is the usual choice for data of mean 0.
         """
-        return scalars.evaluated(lambda: self._std_at(self.T))
+        return scalars.constant(lambda: self._std_at(self.T))
 
     def levels(self, n: int) -> "Levels":
         """The ``n`` noise levels of the discrete-time model that this SDE is the limit of.
@@ -189,7 +189,7 @@ def _largest_time(sde: SDE) -> Number:
         last, least = (jnp.asarray(a, float) for a in (sde.T, LEAST_LOG_SNR))
         return jnp.where(sde.log_snr(last) > VANISHED, last, sde.time(least))
 
-    return scalars.evaluated(end)
+    return scalars.constant(end)
 
 
 @functools.lru_cache(maxsize=256)

@@ -48,7 +48,7 @@ class VE(_Exploding):
     sigma_min: Number = 0.01
 
     def __post_init__(self) -> None:
-        concrete = not scalars.traced(self.sigma_min, self.sigma_max)
+        concrete = not scalars.is_traced(self.sigma_min, self.sigma_max)
         if concrete and not 0 < self.sigma_min < self.sigma_max:
             raise ValueError(
                 f"sigma_min={self.sigma_min}, sigma_max={self.sigma_max}: "
@@ -89,7 +89,7 @@ class LinearVE(_Exploding):
     """
 
     def __post_init__(self) -> None:
-        if not scalars.traced(self.sigma_max) and not self.sigma_max > 0:
+        if not scalars.is_traced(self.sigma_max) and not self.sigma_max > 0:
             raise ValueError(f"sigma_max={self.sigma_max}: need sigma_max > 0")
 
     def diffusion(self, t: Elementwise) -> Elementwise:
@@ -120,7 +120,7 @@ class EDM(LinearVE):
     sigma_min: Number = 0.002
 
     def __post_init__(self) -> None:
-        concrete = not scalars.traced(self.sigma_min, self.sigma_max)
+        concrete = not scalars.is_traced(self.sigma_min, self.sigma_max)
         if concrete and not 0 < self.sigma_min < self.sigma_max:
             raise ValueError(
                 f"sigma_min={self.sigma_min}, sigma_max={self.sigma_max}: "

@@ -29,7 +29,7 @@ class _LinearBeta(ClosedForm):
     beta_max: Number = 20.0
 
     def __post_init__(self) -> None:
-        concrete = not scalars.traced(self.beta_min, self.beta_max)
+        concrete = not scalars.is_traced(self.beta_min, self.beta_max)
         if concrete and not 0 < self.beta_min <= self.beta_max:
             raise ValueError(
                 f"beta_min={self.beta_min}, beta_max={self.beta_max}: need 0 < beta_min <= beta_max"

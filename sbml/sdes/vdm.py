@@ -78,7 +78,7 @@ class LinearGamma(_Gamma):
 
     def __post_init__(self) -> None:
         ends = (self.gamma_0, self.gamma_1)
-        if not scalars.traced(*ends) and not ends[0] < ends[1]:
+        if not scalars.is_traced(*ends) and not ends[0] < ends[1]:
             raise ValueError(
                 f"gamma_0={self.gamma_0}, gamma_1={self.gamma_1}: need gamma_0 < gamma_1"
             )

@@ -138,9 +138,9 @@ def test_importance_names_the_proposal_of_times() -> None:
         experiment = build.Experiment(config)
         assert type(experiment.proposal) is proposal
         assert experiment.proposal.eps == experiment.adapter.eps
-    assert experiment.eval_proposal == "importance"
+    assert experiment.config.eval.proposal == "importance"
     config.eval.update(importance="velocity", proposal_bins=0)
-    assert build.Experiment(config).eval_proposal == "velocity"
+    assert build.Experiment(config).config.eval.proposal == "velocity"
     config.training.importance_sampling = False
     with pytest.raises(ValueError, match=r"training.importance=velocity with training.importance_"):
         build.Experiment(config)

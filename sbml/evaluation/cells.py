@@ -100,7 +100,7 @@ class CellRun:
         eps = experiment.discrete_eps if model.at_noise else experiment.eval_eps
         self.target = Target(experiment.sde, eps, experiment.levels, model)
         self.estimator = estimator(experiment, cell)
-        self.reduction = Reduction(proposal=experiment.eval_proposal)
+        self.reduction = Reduction(proposal=experiment.config.eval.proposal)
         if self.estimator.reducible:
             density: Any = shared.density(eps)
             self.reduction = dataclasses.replace(

@@ -44,7 +44,6 @@ class Experiment:
       optimizer, dequantizer_optimizer: the optimizers of the score and of the dequantizer.
       eval_eps, sampling_eps: the smallest times of an evaluation and of samples.
       discrete_eps: the smallest time of bounds on the integers themselves, set by ``eval.tau``.
-      eval_proposal: the distribution of the bound's times, a key of ``times.PROPOSALS``.
       eval_solver: the ODE solver of an evaluation.
       cells: the table of an evaluation, undefined cells included.
       sampler: the sampler of ``config.sampling``.
@@ -83,7 +82,6 @@ class Experiment:
 
         self.eval_eps: Final = c.eval.eps(self.sde, first)
         self.discrete_eps: Final = discrete.smallest_time(self.sde, self.levels, self.eval_eps, tau)
-        self.eval_proposal: Final = c.eval.proposal
         self.eval_solver: Final = c.eval.solver()
         self.cells: Final = evaluation.cells(c.eval)
         self.sampling_eps: Final = c.sampling.eps(self.sde, max(1e-3, first))

@@ -69,6 +69,7 @@ def main() -> None:
     e = build.Experiment(config)
     workdir = Workdir(args.workdir)
     restored, train = e.restore(workdir), e.images("train")
+    e = e.with_learned_schedule(restored.state.ema_params)
     fitted = evaluate.control_variate(e, train, workdir)
     density = evaluate.time_density(e, restored, train, fitted, workdir)(e.eval_eps)
     images = e.images("test")

@@ -107,7 +107,9 @@ def network(config: str, workdir: str, n: int) -> Problem:
     images = experiment.images("test")
     pixels = jnp.asarray(images.images[data.spread(len(images), n)])
     x = bits.to_model(pixels, jax.random.uniform(jax.random.key(0), pixels.shape), images.levels)
-    score = experiment.adapter(experiment.restore(epath.Path(workdir)).state.ema_params)
+    params = experiment.restore(epath.Path(workdir)).state.ema_params
+    experiment = experiment.with_learned_schedule(params)
+    score = experiment.adapter(params)
     keys = jax.random.split(jax.random.key(1), n)
     return Problem(config, score, experiment.sde, experiment.eval_eps, x, keys, None)
 

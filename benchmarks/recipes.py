@@ -175,6 +175,7 @@ def evaluated(config: ConfigDict, workdir: Workdir) -> dict[str, list[float]]:
     """bits/dim of every held-out image, by cell."""
     experiment = build.Experiment(config)
     restored, images = experiment.restore(workdir), experiment.images(data.VALIDATION)
+    experiment = experiment.with_learned_schedule(restored.state.ema_params)
     training = experiment.images("train")
     decodes = (config.score.parameterization, config.data.dequantization) == ("levels", "centre")
     found = {}

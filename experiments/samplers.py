@@ -52,11 +52,11 @@ class Point:
     pixel: float
 
 
-def drawn(config: Any, params: Any, changes: dict[str, Any]) -> samples.Samples:
+def draw_samples(config: Any, params: Any, changes: dict[str, Any]) -> samples.Samples:
     """Samples with ``config.sampling`` changed."""
     config = config.copy_and_resolve_references()
     config.sampling.update(changes)
-    return samples.preview(Experiment(config), params)
+    return samples.preview(Experiment(config).with_learned_schedule(params), params)
 
 
 def changes(name: str, steps: int) -> dict[str, Any]:
@@ -85,7 +85,7 @@ def main(path: str, workdir: str, out: str, images: int, steps: Sequence[int]) -
         print(f"{name:28s} {setting:10s} {nfe:6.1f} {feature:9.3f} {pixel:9.3f}", flush=True)
 
     def run(name: str, setting: str, options: dict[str, Any]) -> np.ndarray:
-        result = drawn(config, params, options)
+        result = draw_samples(config, params, options)
         measure(name, setting, result.images, result.nfe.mean())
         return result.images[:SHOWN]
 

@@ -1,4 +1,4 @@
-"""Files with checksums: reading returns what was written, or raises an error that names the file."""
+"""Files with checksums: reading returns what was written, or the error names the file."""
 
 import json
 
@@ -104,9 +104,8 @@ def test_a_damaged_line_of_metrics_is_left_out_alone(tmp_path, caplog):
     lines = path.read_text().splitlines(keepends=True)
     assert metrics.read(tmp_path)[2] == {"step": 3, "loss": 1 / 3, "seconds": 3.0}
     lines[1] = lines[1].replace('"loss": 0.5', '"loss": 0.7')
-    path.write_text(
-        "".join(lines) + '{"step": 6, "lo'
-    )  # as after a kill in the middle of the last line
+    # The last line is incomplete, as after a kill.
+    path.write_text("".join(lines) + '{"step": 6, "lo')
     assert [row["step"] for row in metrics.read(tmp_path)] == [1, 3, 4, 5]
     assert f"line 2 of {path} is damaged" in caplog.text and "line 6" not in caplog.text
     writer = metrics.MetricsWriter(tmp_path, 4)  # as in a run that resumes from step 4

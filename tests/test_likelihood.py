@@ -1,4 +1,4 @@
-"""The ODE's likelihood of Gaussians and mixtures, compared with the exact one, and the ODE solver."""
+"""The ODE's likelihood, compared with the exact one of Gaussians and mixtures, and the solver."""
 
 import functools
 from collections.abc import Callable

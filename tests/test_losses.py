@@ -270,7 +270,7 @@ def test_single_loss_is_the_residual_of_its_noise(sde: SDE) -> None:
 
 
 def test_batch_loss_is_the_loss_of_each_example() -> None:
-    """This holds for a score with a batch form and for one without. Each example has its own noise."""
+    """This holds for scores with and without a batch form. Each example has its own noise."""
     sde = SDES["vp"]()
     x, t = jnp.ones((4, 3)), jnp.full(4, 0.4)
     keys = jax.random.split(jax.random.key(7), 4)

@@ -43,9 +43,7 @@ def test_the_last_value_of_a_repeated_field_counts(monkeypatch: pytest.MonkeyPat
     assert main.parse(apart) == apart
 
 
-def test_the_config_of_a_run_with_a_checkpoint_is_read_from_its_work_directory(
-    tmp_path, monkeypatch
-):
+def test_the_config_of_a_trained_run_is_read_from_its_work_directory(tmp_path, monkeypatch):
     monkeypatch.setattr(main.app, "parse_flags_with_usage", lambda arguments: arguments)
     assert main.parse(["main", f"--workdir={tmp_path}"]) == ["main", f"--workdir={tmp_path}"]
     config = tiny.get_config()

@@ -1,4 +1,4 @@
-"""Draws of times: every proposal and density estimates the same integral, compared with quadrature."""
+"""Draws of times: every proposal and every density estimates the same integral."""
 
 import functools
 from collections.abc import Callable
@@ -164,7 +164,7 @@ def test_velocity_times_follow_i_dodes_formula(sde: SDE) -> None:
 @pytest.mark.oracle
 @pytest.mark.parametrize("name", ["vp", "cosine_vp", "linear_gamma"])
 def test_weights_of_the_velocitys_error_are_equal(name: str) -> None:
-    """If alpha^2 + sigma^2 = 1, then dz = alpha dF, and weight 1/2 g^2/sigma^2 |dz|^2 = Z/2 |dF|^2."""
+    """For alpha^2 + sigma^2 = 1, dz = alpha dF, and weight 1/2 g^2/sigma^2 |dz|^2 = Z/2 |dF|^2."""
     velocity = Velocity(SDES[name](), EPS)
     t, weight = velocity.at(jnp.linspace(0, 1, 50))
     of_noise = 0.5 * weight * velocity.sde.rate(t)
@@ -281,7 +281,7 @@ def test_warped_points_integrate_over_v(floor: float) -> None:
 
 @pytest.mark.oracle
 def test_warped_points_follow_the_density() -> None:
-    """For evenly spread u, each bin has the part of the points v that is its mass, with weight 1/q."""
+    """If u is evenly spread, the part of the points v in a bin is its mass; the weight is 1/q."""
     density = jnp.asarray([1.0, 4.0, 0.5, 2.5])  # not normalised: the mean is 2
     v, inverse = warp((jnp.arange(8000) + 0.5) / 8000, density)
     k = np.floor(np.asarray(v) * 4).astype(int)

@@ -1,19 +1,23 @@
-"""Recipes of training compared at equal network evaluations and at equal training time.
+"""Recipes of training, compared at equal network evaluations and at equal training time.
 
     python benchmarks/recipes.py --config=configs/digits_vp.py --recipes=levels,levels+centre
 
-A recipe changes fields of the config: a name of RECIPES, ``field=value``, or several of these
-joined by ``+``. It is added to ``--base``, the best recipe so far, one factor at a time. Training
-images are those not held out (``data.validation``), evaluation is of the others, with the same
-draws for all; the test images are never looked at. There are two budgets:
+A recipe changes fields of the config: it is a name of RECIPES, ``field=value``, or several of these
+joined by ``+``. Each recipe is added to the recipe ``--base``, so that one factor at a time can be
+compared with the best recipe so far. A part of the training images is held out
+(``data.validation``): all runs train on the others and are evaluated on these, with the same random
+draws. The test images are not used. There are two budgets:
 
-    evaluations   as many steps as the base, of as many network calls each
-    time          as many seconds: its steps over the ratio of a step's, measured in turns, compiled
+    evaluations   as many steps as the base, with as many network calls in each
+    time          as much training time as the base: the base's number of steps is divided by the
+                  ratio of the times of a step. The compiled steps of both are timed in turns
 
-The table has bits/dim, mean over images and seeds, and in brackets the difference to the base,
-paired by seed, with its 95% interval over seeds (Student's t). "best" compares the best columns;
-a column that the base lacks is compared with the base's best. Every run and every timing is a line
-of ``--out``, and not done again; the same command goes on after a kill, in mid-training too.
+The table shows bits/dim, the mean over images and seeds. In brackets is the difference to the base,
+paired by seed, with its 95% interval over seeds (Student's t). The column "best" has the estimator
+with the lowest mean. If the base has no number in a column, the difference is to the base's best.
+
+Every run and every timing becomes a line of the file ``--out`` and is not repeated. After a kill,
+the same command continues, even in the middle of a training run.
 """
 
 import argparse
@@ -49,11 +53,11 @@ from sbml.runtime.workdir import Workdir
 
 
 def draws(times: str, noises: str, bins: int) -> dict[str, Any]:
-    """Where a step's times and noises come from."""
+    """The fields that say how the times and noises of a training step are drawn."""
     return {"training.times": times, "training.noises": noises, "training.proposal_bins": bins}
 
 
-# Fields and their values, or how to make them from the config without the recipe.
+# name: {field: its value, or a function that computes it from the config without the recipe}.
 RECIPES: dict[str, dict[str, Any]] = {
     "iid": draws("iid", "independent", 0),  # the paper's
     "lattice": draws("lattice", "independent", 0),
@@ -63,6 +67,8 @@ RECIPES: dict[str, dict[str, Any]] = {
     **{p: {"score.parameterization": p} for p in PARAMETERIZATIONS},
     "centre": {"data.dequantization": "centre"},
     "fourier": {"model.fourier": lambda c: frequencies(c.data.levels, scale=c.score.data_std)},
+    # The network of VDM, in a size that follows the network which it replaces: 3/2 of the channels,
+    # rounded down to an even number, and twice as many blocks as there are on the downward path.
     "vdm": {
         "model.name": "vdm",
         "model.width": lambda c: 2 * (3 * c.model.nf // 4),
@@ -72,33 +78,37 @@ RECIPES: dict[str, dict[str, Any]] = {
     },
 }
 
-# The columns. A decoder is learned by levels at bin centres alone.
+# The columns of the table. Only ``levels`` with ``centre`` learns a decoder, which the last needs.
 CELLS = (Cell("ode", "uniform"), Cell("bound", "categorical"), Cell("bound", "learned"))
 
 
 class Plan(NamedTuple):
-    """What all runs of one command share."""
+    """The settings that all runs of one command share."""
 
-    config: Callable[[], ConfigDict]  # of the base
-    steps: int
-    out: pathlib.Path
+    config: Callable[[], ConfigDict]  # makes the config of the base
+    steps: int  # training steps of the base
+    out: pathlib.Path  # the file of results, one JSON object a line
 
 
 def value_of(text: str) -> Any:
-    """What Python reads as a number, truth value or tuple, else the text itself."""
+    """The number, truth value or tuple that ``text`` is in Python, or else ``text`` itself."""
     with contextlib.suppress(SyntaxError, ValueError):
         return ast.literal_eval(text)
     return text
 
 
 def changed(config: ConfigDict, recipe: str) -> ConfigDict:
-    """A copy of ``config`` with ``recipe``; an unknown recipe or field is a ValueError."""
+    """A copy of ``config`` with the changes of ``recipe``.
+
+    Raises:
+      ValueError: for an unknown recipe or field.
+    """
     fields: dict[str, Any] = {}
     for part in filter(None, recipe.split("+")):
         name, equals, text = part.partition("=")
         if not equals and part not in RECIPES:
-            known = ", ".join(RECIPES)
-            raise ValueError(f"unknown recipe {part!r}: give field=value or one of {known}")
+            names = ", ".join(RECIPES)
+            raise ValueError(f"unknown recipe {part!r}: give field=value or one of {names}")
         fields |= {name: value_of(text)} if equals else RECIPES[part]
     fields = {k: v(config) if callable(v) else v for k, v in fields.items()}
     config = config.copy_and_resolve_references()
@@ -112,7 +122,7 @@ def changed(config: ConfigDict, recipe: str) -> ConfigDict:
 
 
 class Steps:
-    """Training steps of a config, to be timed."""
+    """Compiled training steps of a config, to be timed. Every step has the same batch."""
 
     def __init__(self, config: ConfigDict) -> None:
         experiment, mesh = build.Experiment(config), sharding.data_mesh()
@@ -124,7 +134,7 @@ class Steps:
         self.seconds(1)
 
     def seconds(self, steps: int) -> float:
-        """Wall time of a step, mean of ``steps``."""
+        """The wall time of a step in seconds, the mean over ``steps`` steps."""
         start = time.perf_counter()
         for _ in range(steps):
             self.state, _ = self.step(self.state, self.batch, jax.random.key(0), ())
@@ -133,12 +143,12 @@ class Steps:
 
 
 def identity(config: ConfigDict) -> str:
-    """12 hex digits of every field of ``config``."""
+    """A hash of all fields of ``config``, 12 hexadecimal digits."""
     return hashlib.sha256(config.to_json(sort_keys=True).encode()).hexdigest()[:12]
 
 
 def read(out: pathlib.Path) -> dict[str, dict[str, Any]]:
-    """The lines of ``out`` by their identity; one that was cut by a kill is left out."""
+    """The lines of ``out`` by their ``id``; a line that a kill has cut off is left out."""
     rows = []
     for line in out.read_text().splitlines() if out.exists() else []:
         with contextlib.suppress(json.JSONDecodeError):
@@ -147,9 +157,9 @@ def read(out: pathlib.Path) -> dict[str, dict[str, Any]]:
 
 
 def once(out: pathlib.Path, key: str, compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """The line of ``out`` with identity ``key``, computed and appended if it is not there."""
-    if (found := read(out).get(key)) is not None:
-        return found
+    """The line of ``out`` with ``id`` ``key``, which is computed and appended if it is missing."""
+    if (stored := read(out).get(key)) is not None:
+        return stored
     row = {"id": key, **compute()}
     out.parent.mkdir(parents=True, exist_ok=True)
     whole = not out.exists() or out.read_bytes()[-1:] in (b"\n", b"")
@@ -159,7 +169,12 @@ def once(out: pathlib.Path, key: str, compute: Callable[[], dict[str, Any]]) -> 
 
 
 def timed(plan: Plan, recipe: str, rounds: int = 9, steps: int = 3) -> dict[str, Any]:
-    """Seconds of a step of ``recipe`` and of the base, and the median of their ratio in turns."""
+    """Time the steps of the base and of ``recipe`` in turns.
+
+    Returns:
+      The line of the file: ``seconds``, the median wall times of a step of the base and of
+      ``recipe``, and ``ratio``, the median over rounds of the second divided by the first.
+    """
     base, other = plan.config(), changed(plan.config(), recipe)
 
     def compute() -> dict[str, Any]:
@@ -172,13 +187,13 @@ def timed(plan: Plan, recipe: str, rounds: int = 9, steps: int = 3) -> dict[str,
 
 
 def evaluated(config: ConfigDict, workdir: Workdir) -> dict[str, list[float]]:
-    """bits/dim of every held-out image, by cell."""
+    """bits/dim of every held-out image, by the name of the cell (the column)."""
     experiment = build.Experiment(config)
     restored, images = experiment.restore(workdir), experiment.images(data.VALIDATION)
     experiment = experiment.with_learned_schedule(restored.state.ema_params)
     training = experiment.images("train")
     decodes = (config.score.parameterization, config.data.dequantization) == ("levels", "centre")
-    found = {}
+    values = {}
     with jax.default_matmul_precision(config.eval.precision):
         control = evaluate.control_variate(experiment, training, workdir)
         density = evaluate.time_density(experiment, restored, training, control, workdir)
@@ -190,12 +205,17 @@ def evaluated(config: ConfigDict, workdir: Workdir) -> dict[str, list[float]]:
             run = cells.CellRun(shared, cell, model)
             sweeps = range(config.eval.sweeps if cell.is_bound else 1)
             rows = [run.rows(run.ids, sweep)["bits_per_dim"] for sweep in sweeps]
-            found[cell.name] = np.mean(rows, axis=0).tolist()
-    return found
+            values[cell.name] = np.mean(rows, axis=0).tolist()
+    return values
 
 
 def trained(plan: Plan, recipe: str, seed: int, steps: int) -> dict[str, Any]:
-    """The line of one training: what it ended at, or why it did not end."""
+    """Train and evaluate ``recipe`` with ``seed`` for ``steps`` steps.
+
+    Returns:
+      The line of the file. It has ``bits_per_dim`` by cell, or ``failed``, the reason why training
+      stopped.
+    """
     config = changed(plan.config(), recipe)
     config.seed = seed
     config.training.update(num_steps=steps, checkpoint_every=max(1, min(200, steps)))
@@ -216,13 +236,13 @@ def trained(plan: Plan, recipe: str, seed: int, steps: int) -> dict[str, Any]:
 
 
 def difference(values: np.ndarray, base: np.ndarray) -> str:
-    """The mean of ``values (seeds, images)`` and, paired by seed, how much more than ``base``."""
+    """The mean of ``values (seeds, images)``, and its difference to ``base``, paired by seed."""
     gap = mean_interval(np.mean(values, axis=1) - np.mean(base, axis=1))
     return f"{np.mean(values):.4f} ({gap.mean:+.4f} ± {gap.ci95:.4f})"
 
 
 def table(rows: dict[str, list[dict[str, Any]]]) -> str:
-    """A markdown table of ``rows``, the lines of all seeds by recipe, the base first."""
+    """A markdown table of ``rows``, which has the lines of all seeds by recipe, the base first."""
     names = [cell.name for cell in CELLS]
     text = [f"| recipe | steps | {' | '.join(names)} | best |", "|---" * (3 + len(names)) + "|"]
     base: dict[str, np.ndarray] = {}
@@ -230,23 +250,23 @@ def table(rows: dict[str, list[dict[str, Any]]]) -> str:
         start = f"| {recipe or 'base'} | {lines[0]['steps']} | "
         if failed := [line["failed"] for line in lines if "failed" in line]:
             if not base:
-                raise ValueError(f"the base failed, compare with another: {failed[0]}")
+                raise ValueError(f"the base failed, choose another one: {failed[0]}")
             text.append(start + f"{len(failed)} failed" + " |" * (1 + len(names)))
             continue
         values = {n: [line["bits_per_dim"].get(n) for line in lines] for n in names}
-        found = {n: np.array(v) for n, v in values.items() if None not in v}
-        found["best"] = min(found.values(), key=np.mean)
-        base = base or found
+        columns = {n: np.array(v) for n, v in values.items() if None not in v}
+        columns["best"] = min(columns.values(), key=np.mean)
+        base = base or columns
         entries = (
-            difference(found[n], base.get(n, base["best"])) if n in found else ""
+            difference(columns[n], base.get(n, base["best"])) if n in columns else ""
             for n in [*names, "best"]
         )
         text.append(start + " | ".join(entries) + " |")
     return "\n".join(text)
 
 
-def planned(args: argparse.Namespace) -> Plan:
-    """The plan of the command line."""
+def make_plan(args: argparse.Namespace) -> Plan:
+    """The plan from the command line."""
 
     def base() -> ConfigDict:
         config = runpy.run_path(args.config)["get_config"]()
@@ -254,7 +274,8 @@ def planned(args: argparse.Namespace) -> Plan:
         config.training.update(num_steps=args.steps, sample_every=0, keep_last=1, keep_every=0)
         config.eval.update(split=data.VALIDATION, max_images=args.images, sweeps=args.sweeps)
         config.optim.warmup = min(config.optim.warmup, args.steps // 10)
-        # A long average of a short run would be made of its initial parameters.
+        # In the average of a short run, the initial parameters would have a large weight. With this
+        # limit their weight is at most about exp(-6.5).
         config.optim.ema = min(config.optim.ema, max(0.0, 1 - 6.5 / args.steps))
         config.model.update({"nf": args.nf, "num_res_blocks": 1} if args.nf else {})
         return changed(config, args.base)
@@ -268,30 +289,31 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     options: dict[str, tuple[Any, str]] = {
         "config": ("configs/digits_vp.py", "a file with get_config"),
-        "recipes": ("levels,levels+centre", "compared with the base"),
-        "base": ("", "a recipe that all are added to"),
-        "budgets": ("evaluations,time", "either or both"),
-        "seeds": ("0,1,2", "of training"),
-        "steps": (700, "of the base"),
-        "validation": (0.2, "data.validation"),
-        "images": (0, "held-out images to evaluate; 0: all"),
-        "sweeps": (4, "of the bounds"),
-        "nf": (0, "a network of so many channels, one block a level; 0: the config's"),
-        "manual_dir": ("", "data.manual_dir"),
-        "out": ("", "a file; runs/recipes/CONFIG.jsonl"),
+        "recipes": ("levels,levels+centre", "recipes that are compared with the base"),
+        "base": ("", "the recipe to which all others are added"),
+        "budgets": ("evaluations,time", "evaluations, time, or both"),
+        "seeds": ("0,1,2", "seeds of training"),
+        "steps": (700, "training steps of the base"),
+        "validation": (0.2, "the field data.validation: the part of images that is held out"),
+        "images": (0, "number of held-out images to evaluate; 0: all"),
+        "sweeps": (4, "sweeps of the bounds"),
+        "nf": (0, "channels of a smaller network with one block a level; 0: the config's network"),
+        "manual_dir": ("", "the field data.manual_dir"),
+        "out": ("", "the file of results; if empty, runs/recipes/CONFIG.jsonl"),
     }
     for name, (default, text) in options.items():
         parser.add_argument(f"--{name}", type=type(default), default=default, help=text)
     args = parser.parse_args()
-    plan, recipes = planned(args), list(dict.fromkeys(["", *args.recipes.split(",")]))
-    for recipe in recipes:  # What is unknown costs no hours first.
+    plan, recipes = make_plan(args), list(dict.fromkeys(["", *args.recipes.split(",")]))
+    for recipe in recipes:  # A mistake in any recipe is an error before the first training.
         build.Experiment(changed(plan.config(), recipe))
     for budget in args.budgets.split(","):
         rows: dict[str, list[dict[str, Any]]] = {recipe: [] for recipe in recipes}
         for seed in map(int, args.seeds.split(",")):
             for recipe in recipes:
                 ratio = timed(plan, recipe)["ratio"] if budget == "time" and recipe else 1.0
-                # Within the noise of the measurement the steps stay, and so does their run.
+                # A ratio of 1, up to the noise of the measurement, leaves the number of steps as it
+                # is, so the run of the other budget is used again.
                 steps = plan.steps if abs(ratio - 1) < 0.02 else max(1, round(plan.steps / ratio))
                 rows[recipe].append(trained(plan, recipe, seed, steps))
         print(f"\nEqual {budget}, {args.config}, base {args.base or 'as is'}\n\n{table(rows)}")

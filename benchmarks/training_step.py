@@ -1,22 +1,22 @@
-"""CPU time of a training step, and the part of it that per-example mathematics adds.
+"""CPU time of a training step, and how much of it is due to losses that are written per example.
 
     python benchmarks/training_step.py [--batch=32] [--rounds=5] [--steps=4]
 
-The network is a reduced one: nf 32, ch_mult (1, 2, 2), 2 blocks, attention at 16, images 32x32x3.
-These steps are compared:
+The network is a reduced one for images of 32x32x3: nf 32, ch_mult (1, 2, 2), 2 residual blocks a
+level, attention at 16x16. These steps are compared:
 
     dsm_batch         the loss of training, ``losses.dsm_batch``
     by hand           the same loss, written for the batch by hand
-    vmap of dsm       the network is called one example at a time under ``vmap``
-    XLA's gradients   ``dsm_batch`` without ``networks._cpu``
-    XLA alone         as before, and without the options of ``platform.compiler_options``: the cost
-                      of a plain implementation on this machine
+    vmap of dsm       the network is called for one example at a time under ``vmap``
+    XLA's gradients   ``dsm_batch`` without the speed-up of ``networks._cpu``
+    XLA alone         as before, and also without the options of ``platform.compiler_options``: the
+                      cost of a plain implementation on this machine
 
 The steps are timed in turns, and each round begins with another step, so that the ratios are
 reliable on a machine with other work.
 
-To compare machines, the rate of arithmetic of a step is printed as a share of the rate of a large
-convolution, which is measured between the rounds.
+To compare machines, the arithmetic of a step per CPU-second is also printed as a share of that of a
+large convolution, which is measured between the rounds.
 """
 
 import argparse
@@ -47,7 +47,10 @@ def experiment() -> build.Experiment:
 
 
 def by_hand(e: build.Experiment):
-    """Z / 2 ||z - F||^2 / d for a batch; only the noise is drawn under vmap."""
+    """Z / 2 ||z - e(x_t, t)||^2 / d for a batch, where the network e predicts the noise.
+
+    Only the noise is drawn under ``vmap``.
+    """
 
     def loss(params, draws, frozen):
         x, t, weight, keys = draws[:4]
@@ -65,7 +68,7 @@ def by_hand(e: build.Experiment):
 
 
 def one_by_one(e: build.Experiment):
-    """``vmap(dsm)``: the network sees one example at a time."""
+    """``vmap(dsm)``: the network is called for one example at a time."""
 
     def loss(params, draws, frozen):
         x, t, weight, keys = draws[:4]
@@ -77,7 +80,7 @@ def one_by_one(e: build.Experiment):
 
 
 def large_convolution() -> tuple[Callable[[], Any], float]:
-    """A function that runs a 3x3 convolution of 32 images of 32x32 with 128 channels; its GFLOP."""
+    """A 3x3 convolution of 32 images of 32x32 with 128 channels, as a function, and its GFLOP."""
     key = jax.random.key(0)
     x, kernel = jax.random.normal(key, (32, 32, 32, 128)), jax.random.normal(key, (3, 3, 128, 128))
     layout = ("NHWC", "HWIO", "NHWC")
@@ -148,7 +151,8 @@ def measure(
         jax.block_until_ready([convolve() for _ in range(8)])
         rates.append(8 * gflop / (time.process_time() - start))
     print(f"a convolution: {np.median(rates):.0f} GFLOP per CPU-s")
-    # XLA counts a conditional as its more expensive branch: read the count of a step without any.
+    # XLA counts only the more expensive branch of a conditional, so the count is taken from a step
+    # without conditionals.
     work = steps["XLA's gradients"].cost_analysis()["flops"]
     for name, seconds in cost.items():
         ratio = np.median(np.array(seconds) / np.array(cost["by hand"]))

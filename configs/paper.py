@@ -12,7 +12,7 @@ A name is a data set (cifar10, imagenet32), an SDE (vp, subvp) and any of the wo
 
 joined by underscores. Without ``original`` or ``weighted``, both likelihood weighting and
 importance sampling are on. Without ``flip`` or ``noflip``, CIFAR-10 is flipped and ImageNet is not.
-Times and noises are drawn as this package does by default; to draw them as the paper does, add
+Times and noises are drawn by the defaults of this package. To draw them as the paper does, add
 --config.training.times=iid --config.training.noises=independent --config.training.proposal_bins=0.
 
 Training takes days on one accelerator; it was not run here. The paper's best models reach 2.83
@@ -30,7 +30,7 @@ def _imagenet32(config: ConfigDict) -> None:
     config.data.update(source="imagenet32:old", flip=False)
     config.model.update(dropout=0.0)
     config.dequantizer.model.update(design="imagenet32", filters=128, blocks=8)
-    config.dequantizer.training.accumulate = 4  # An image needs 1.3 GB of activations.
+    config.dequantizer.training.accumulate = 4  # An image needs 1.3 GB of memory.
 
 
 def _deep(config: ConfigDict) -> None:
@@ -58,7 +58,7 @@ def get_config(name: str = "cifar10_vp") -> ConfigDict:
     """The model ``name``.
 
     Raises:
-      ValueError: ``name`` does not consist of a data set, an SDE and the words above.
+      ValueError: if ``name`` does not consist of a data set, an SDE and the words above.
     """
     data, _, rest = name.partition("_")
     sde, *words = rest.split("_")

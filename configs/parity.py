@@ -1,4 +1,4 @@
-"""Any config of this folder, with the draws, the data and the evaluation of Song et al.'s code.
+"""Any config of this folder, with the random draws, data and evaluation of Song et al.'s code.
 
 python -m sbml.main --config=configs/parity.py:cifar10_vp
 
@@ -10,15 +10,16 @@ import runpy
 
 from ml_collections import ConfigDict
 
-# Their evaluation uses whole batches of 1,024 shuffled images and leaves out the rest of the split.
+# The authors' evaluation uses whole batches of 1,024 shuffled images and leaves out the rest of the
+# split. These are the numbers of images that it uses.
 WHOLE_BATCHES = {"tfds:cifar10": 9_216, "imagenet32:old": 49_152}
 
 
 def get_config(name: str = "cifar10_vp") -> ConfigDict:
-    """The config ``name`` of this folder with these changes.
+    """The config ``name`` of this folder, changed to follow the authors' code.
 
     Raises:
-      ValueError: there is no such config; the message lists the names.
+      ValueError: if there is no such config; the message lists the names.
     """
     path = pathlib.Path(__file__).with_name(f"{name}.py")
     if not path.exists():

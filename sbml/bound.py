@@ -2,30 +2,31 @@
 
     -log p(x) <= prior + diffusion + reconstruction
 
-With lambda = log SNR, Z = lambda(eps) - lambda(T), rho = sigma / alpha, x_t = alpha x + sigma z and
-the noise prediction e(x_t, t) = -sigma s(x_t, t):
+Let lambda = log SNR, Z = lambda(eps) - lambda(T), rho = sigma / alpha and x_t = alpha x + sigma z.
+Let s(x_t, t) be the score, e(x_t, t) = -sigma s(x_t, t) the noise prediction, and N(0, S^2 I) the
+prior. Then, for x of d dimensions,
 
-    prior           KL(p_T(.|x) || N(0, s^2 I)) = 1/2 [|alpha_T x|^2 / s^2 + d (r - 1 - log r)],
-                    r = sigma_T^2 / s^2
+    prior           KL(p_T(.|x) || N(0, S^2 I)) = 1/2 [|alpha_T x|^2 / S^2 + d (r - 1 - log r)],
+                    r = sigma_T^2 / S^2
     diffusion       dsm:  Z / 2  E |z - e(x_t, t)|^2            lambda uniform, z ~ N(0, I)
                     ssm:  Z d / 2 + Z E [1/2 sigma^2 (|s|^2 + 2 div s)]
     reconstruction  1/2 E |z - e(x_eps, eps)|^2 + d / 2 log(2 pi rho_eps^2)
 
 T is the SDE's ``largest_time``. The bound holds for any end T, since the prior's KL is taken at T.
 These terms contain all constants of the paper's theorem 3, so only the expectations, which need the
-network, are estimated by random draws. The two forms of the diffusion term have the same
-expectation.
+network, are estimated by random draws. The two forms of the diffusion term, by denoising score
+matching (dsm) and by score matching with the divergence (ssm), have the same expectation.
 
 *Control variate.* For a Gaussian N(m, C) that was fitted to training data, the optimal denoiser is
 linear and the integral of its error has a closed form. Subtracting its error from every draw and
-adding the integral leaves the expectation unchanged and removes nearly all of the variance. With
-c = U^T (x - m) in C's eigenbasis and v = rho^2:
+adding the integral leaves the expectation unchanged and removes nearly all of the variance. Let
+C = U diag(l) U^T, c = U^T (x - m) and v = rho^2. Then
 
     integral = 1/2 sum_i [-log1p(l_i / v) + l_i / (l_i + v) - c_i^2 / (l_i + v)]  from v_eps to v_T
 
 *Density of the times.* The variance that remains depends on the time. It becomes smaller if times
-are drawn with a density in log-SNR that is proportional to the standard deviation at that time, and
-each draw is weighted by the inverse of the density (:func:`pilot`).
+are drawn with a density in log-SNR that is proportional to the standard deviation of the draws at
+that time, and each draw is weighted by the inverse of the density (:func:`pilot`).
 
 Reference: Song, Durkan, Murray, Ermon, NeurIPS 2021, theorem 3 and appendix; Kingma et al., VDM,
 2021, for the uniform log-SNR form.
@@ -104,15 +105,15 @@ class GaussianControl:
 
         Args:
           x: the training data, in the model's scale.
-          noise_variance: added to every variance. Where ``x`` are bin centres, give the variance
-            of the dequantization noise, (2 / L)^2 / 12 in the model's scale. Without it the
-            variance of a constant pixel would be 0, and the control would be far off at small
-            times, where it matters most.
+          noise_variance: added to every variance. If ``x`` are bin centres of L levels, give the
+            variance of the dequantization noise, (2 / L)^2 / 12 in the model's scale. Without it
+            the variance of a constant pixel would be 0, and the control would be far from the
+            network's error at small times, where that error is largest.
           full: whether to fit the full covariance or its diagonal only; None for the full one up to
             256 dimensions.
 
         Raises:
-          ValueError: ``noise_variance`` is negative or not finite.
+          ValueError: if ``noise_variance`` is negative or not finite.
         """
         if not 0 <= noise_variance < math.inf:
             raise ValueError(f"noise_variance={noise_variance}: give a variance of at least 0")
@@ -127,16 +128,16 @@ class GaussianControl:
         return cls(jnp.asarray(mean), jnp.asarray(variances), basis)
 
     def check(self, x: Numbers) -> None:
-        """Refuse a control of data of another size than ``x (*s)``.
+        """Check that the control was fitted to data of the size of ``x (*s)``.
 
         Raises:
-          ValueError: naming the shapes.
+          ValueError: if it was not; the message names the shapes.
         """
         shapes = {name: jnp.shape(getattr(self, name)) for name in ("mean", "variances")}
         if any(shape != (x.size,) for shape in shapes.values()):
             raise ValueError(
-                f"a control of {shapes} for x of shape {x.shape}: fit it to data of this shape, "
-                f"({x.size},) each"
+                f"a Gaussian control with shapes {shapes} for x of shape {x.shape}: fit it to data "
+                f"of this shape, so that each is ({x.size},)"
             )
 
     def _to_basis(self, flat: Flat) -> Flat:
@@ -187,7 +188,7 @@ def prior_kl(sde: SDE, x: Example, variance: Number = 1.0) -> Scalar:
     T, it is the divergence of x_t at t = ``sde.largest_time``, scaled to T by ``sde.stretch``.
 
     Raises:
-      ValueError: ``x`` is not of floating-point numbers.
+      ValueError: if ``x`` is not of floating-point numbers.
     """
     compiler.check()
     check_example(x)
@@ -304,8 +305,8 @@ def pilot(
 
     In each bin the density is proportional to the standard deviation of the draws that
     :func:`elbo` averages, mixed with a share ``floor`` of the uniform density. It is estimated from
-    8 draws for each example, which must be independent of the draws that it is then used for: give
-    another key.
+    8 draws for each example. These must be independent of the draws for which the density is then
+    used, so give :func:`elbo` another key.
 
     The network is called on the 8 draws of one example at a time, so the result does not depend on
     the batch size of the evaluation.

@@ -8,9 +8,9 @@
     density.sample(key, n)         n samples by the ODE
     density.latent(x)              the ODE's solution at T from x;  density.decode(z): the inverse
 
-Numbers have error bars (:class:`~sbml.estimate.Estimate`). The keys of an example's random draws
-depend on its place in the data set only, so a result depends neither on the batch size nor on how
-often a method is called.
+The first three return a number for each example and its mean with error bars
+(:class:`~sbml.estimate.Estimate`). The random draws for an example depend only on ``seed`` and on
+the example's place in the data, so a result depends neither on the batch size nor on earlier calls.
 """
 
 import dataclasses
@@ -36,9 +36,10 @@ from sbml.types import Array, Batch, Example, Key, Keys, Score
 
 Examples = Num[np.ndarray, "n *s"]
 
-# The number of examples that are solved again to measure the solver's error and the noise of draws.
+# The number of examples for which the ODE is solved again: once with a stricter solver, to measure
+# the solver's error, and once with new random draws, to measure their noise.
 SUBSET = 32
-CONTINUOUS = ("dequantization", "importance", "scale")  # terms that continuous data do not have
+TERMS_OF_INTEGERS = ("dequantization", "importance", "scale")  # continuous data do not have them
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,13 +57,13 @@ class Density:
         Rademacher probes above.
       solver: how the ODE is solved.
       batch_size: the number of examples that are computed at once.
-      seed: the seed of all random draws but those of ``sample``.
+      seed: the seed of all random draws, except those of ``sample``.
       budget: the largest solver error that counts as converged, in bits/dim or in nats per
         dimension.
 
     Raises:
-      ValueError: for an impossible shape, number of levels, batch size or smallest time, or an SDE
-        of arrays.
+      ValueError: for an impossible shape, number of levels, batch size or smallest time, or for an
+        SDE whose fields are arrays.
     """
 
     score: Score
@@ -101,7 +102,7 @@ class Density:
         """log p_eps(x) in nats of ``x (n, *shape)``, by the probability-flow ODE.
 
         The terms are ``prior``, ``divergence`` and ``correction``, see ``likelihood.Likelihood``.
-        The prior N(0, s^2 I) is used in the place of p_T.
+        The prior N(0, sde.prior_std^2 I) stands for p_T.
 
         Raises:
           ValueError: if ``x`` are not floating-point numbers of that shape.
@@ -111,8 +112,12 @@ class Density:
     def bits_per_dim(self, pixels: Any) -> Estimate:
         """Bits/dim of integers ``pixels (n, *shape)``, by the ODE and uniform dequantization.
 
-        The score belongs to x = 2 (k + u) / levels - 1 with u in [0, 1), see ``sbml.bits``. The
-        terms are those of the estimator ``ode``, see ``sbml.estimators``.
+        The score must belong to data x = 2 (k + u) / L - 1, where k is a pixel, L = ``levels`` and
+        u is uniform in [0, 1). For an example of d dimensions
+
+            bits/dim = (-log p_eps(x) + d log(L / 2)) / (d log 2),
+
+        see ``sbml.bits``. The terms are those of the estimator ``ode``, see ``sbml.estimators``.
 
         Raises:
           ValueError: if ``pixels`` are not integers 0 .. levels - 1 of that shape, or ``levels`` is
@@ -160,7 +165,11 @@ class Density:
         )
 
     def sample(self, key: Key, n: int) -> Examples:
-        """``n`` samples ``(n, *shape)``: uint8 integers if there are ``levels``, else floats."""
+        """``n`` samples ``(n, *shape)``: uint8 integers if there are ``levels``, else floats.
+
+        Raises:
+          ValueError: for fewer than one sample.
+        """
         if n < 1:
             raise ValueError(f"n={n}: draw at least one sample")
         keys = jax.random.split(key, n)
@@ -186,7 +195,7 @@ class Density:
         return self._transport(self._continuous(x), self._eps, self.sde.T)
 
     def decode(self, z: Any) -> Examples:
-        """The data ``(n, *shape)`` of latents ``z`` at T, at t = eps: the inverse of ``latent``."""
+        """The data ``(n, *shape)`` at t = eps of latents ``z`` at T: the inverse of ``latent``."""
         return self._transport(self._continuous(z), self.sde.T, self._eps)
 
     @property
@@ -257,7 +266,7 @@ class Density:
         return {**columns, "scale": np.full(len(ids), scale)}
 
     def _solve(self, data: Examples, target: Target, unit: str, dims: int) -> Estimate:
-        """Solve all examples, and some of them again with other draws and a stricter solver."""
+        """Solve for all examples, and again for a subset with new draws and a stricter solver."""
         estimator = ode_estimator.Estimator(self._trace)
         ids, terms = np.arange(len(data)), _terms(estimator, target)
         subset = np.unique(np.linspace(0, len(data) - 1, min(len(data), SUBSET)).astype(int))
@@ -303,8 +312,8 @@ def _jit(*static: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
 
 def _terms(estimator: Estimator, target: Target) -> tuple[str, ...]:
     """The estimator's terms for data of this kind, continuous or of integers."""
-    none = CONTINUOUS if target.levels is None else ()
-    return tuple(name for name in estimator.terms if name not in none)
+    absent = TERMS_OF_INTEGERS if target.levels is None else ()
+    return tuple(name for name in estimator.terms if name not in absent)
 
 
 @_jit("sde", "eps", "shape")

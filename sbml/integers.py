@@ -1,28 +1,33 @@
-"""Integer denoising: from what a network says of the L levels to the noise, by Bayes' rule.
+"""Integer denoising: a network predicts the levels of the pixels, and Bayes' rule gives the noise.
 
-An entry of an image is an integer k with bin centre c_k = (2 k + 1) / L - 1 and half-width
-h = 1 / L. At time t the model sees y = x_t / alpha = x + rho z, rho = sigma / alpha. A network
-gives log-weights l_k of the levels, from all the other entries; the likelihood of y is known, so
+An entry of an image is an integer k of L levels. Its bin has the centre c_k = (2 k + 1) / L - 1 and
+the half-width h = 1 / L. At time t the entry is observed with noise, as y = x_t / alpha = x + rho z
+with rho = sigma / alpha. The network gives log-weights l_k of the levels, which play the part of a
+prior that is computed from the other entries. The likelihood p(y | k) has a closed form, so
 
-    p(k | y) = softmax_k [ l_k + log p(y | k) ],    x^ = sum_k p(k | y) m_k,    e^ = (y - x^) / rho.
+    p(k | y) = softmax_k [ l_k + log p(y | k) ],    x^ = sum_k p(k | y) m_k,    e^ = (y - x^) / rho,
 
-For data at bin centres (``centre``), and for data spread evenly over their bins (``uniform``),
+where m_k = E[x | y, k], x^ is the prediction of x and e^ that of the noise z. For data at bin
+centres (``centre``), and for data spread evenly over their bins (``uniform``),
 
     centre     log p(y | k) = -(c_k - y)^2 / (2 rho^2)                      m_k = c_k
     uniform    log p(y | k) = log [Phi(b_k) - Phi(a_k)]                     m_k = y + rho r_k,
                a_k, b_k = (c_k -+ h - y) / rho,
                r_k = [phi(a_k) - phi(b_k)] / [Phi(b_k) - Phi(a_k)]
 
-up to constants: m_k is the mean of N(y, rho^2) kept inside the bin. Where the noise is far below a
-bin, p(k | y) is one level whatever the network says, so the loss vanishes as fast as it can; where
-it is far above, the network decides. At the smallest time p(k | y) is a decoder.
+up to terms that do not depend on k. Here phi and Phi are the density and the distribution function
+of N(0, 1), and for ``uniform`` m_k is the mean of N(y, rho^2) truncated to the bin. If rho is far
+smaller than a bin, p(k | y) puts all mass on one level, whatever the network says. So the loss
+vanishes as fast as it can. If rho is far larger, the network decides. At the smallest time p(k | y)
+is a decoder.
 
-The network's outputs are, for few levels, l_k themselves. For many they are the weights, means and
-scales of a few normal distributions, l_k = log sum_j w_j N(c_k; mu_j, s_j^2): where the noise is
-below a bin only the levels around y count, and where rho is above a bin the sum over k is an
-integral in closed form. The memory for it does not grow with L.
+For few levels the network's outputs are the l_k themselves. For many levels they are the weights,
+means and scales of a few normal distributions, and l_k = log sum_j w_j N(c_k; mu_j, s_j^2). If rho
+is smaller than a bin, only the levels around y matter; if it is larger, the sum over k is replaced
+by an integral, which has a closed form. So the memory does not grow with L.
 
-Reference: Kingma et al., "Variational Diffusion Models", NeurIPS 2021, for the decoder without l_k.
+Reference: Kingma et al., "Variational Diffusion Models", NeurIPS 2021, where the decoder has no
+l_k.
 """
 
 import math
@@ -42,23 +47,24 @@ Outputs = Float[Array, "*s outputs"]
 
 DATA = ("centre", "uniform")
 
-# Width of a bin in standard deviations of the noise below which the bin's mass is a series in it:
-# a difference of distribution functions would have lost its digits.
+# If a bin is narrower than this many standard deviations of the noise, its mass is computed by a
+# series in its width: the difference of two distribution functions would lose its digits.
 NARROW = 0.05
 
-# So many levels have logits of their own, more have a mixture; the mixture's components.
+# Up to FEW levels, the network gives a logit for each level; for more levels, it gives a mixture of
+# COMPONENTS normal distributions.
 FEW, COMPONENTS = 32, 5
 
-# Widest standard deviation of a component.
+# The largest standard deviation of a component.
 WIDEST = 10.0
 
-# Levels on either side of y that the mixture sums over, and the noise in half bins from where on
-# its integral stands for the sum.
+# For a mixture, the sum over levels has NEAR levels on either side of y. If rho is at least WIDE
+# half-widths of a bin, the integral replaces the sum.
 NEAR, WIDE = 4, 2.0
 
 
 def outputs(levels: int) -> int:
-    """How many numbers the network gives for every entry of an image."""
+    """The number of the network's outputs for each entry of an image of ``levels`` levels."""
     return levels if levels <= FEW else 3 * COMPONENTS
 
 
@@ -66,14 +72,14 @@ def posterior_mean(out: Outputs, y: Example, rho: Real, levels: int, data: str) 
     """x^ = E[x | y], shape ``(*s)``.
 
     Args:
-      out: of the network, ``(*s, outputs(levels))``.
+      out: the network's outputs, ``(*s, outputs(levels))``.
       y: x_t / alpha, ``(*s)``.
       rho: sigma / alpha, broadcasting to ``y``.
       levels: L.
       data: ``centre`` or ``uniform``.
 
     Raises:
-      ValueError: for unknown ``data``, or ``out`` of another shape.
+      ValueError: for unknown ``data``, or if ``out`` has another shape.
     """
     _check(out, y, levels, data)
     if levels <= FEW:
@@ -86,10 +92,15 @@ def posterior_mean(out: Outputs, y: Example, rho: Real, levels: int, data: str) 
 
 
 def decoder_nats(out: Outputs, y: Example, rho: Real, pixels: Pixels, levels: int) -> Scalar:
-    """-log p(k | y) of integers ``pixels (*s)`` at bin centres, summed: nats, a scalar.
+    """-log p(k | y) of integers ``pixels (*s)`` at bin centres, summed over entries, in nats.
 
-    Arguments are those of :func:`posterior_mean`. For the mixture the noise must be below a bin,
-    and a level further than ``NEAR`` from y has no probability.
+    The other arguments are those of :func:`posterior_mean`. For a mixture, rho must be at most the
+    width of a bin, 2 / L (a larger one is replaced by it), and a level that is more than ``NEAR``
+    levels away from y has probability 0.
+
+    Raises:
+      ValueError: if ``out`` has another shape, or ``pixels`` are not integers 0 .. L - 1 of the
+        shape of ``y``.
     """
     _check(out, y, levels, "centre")
     bits.check_pixels(pixels, levels, y)
@@ -126,7 +137,7 @@ def _near(
 ) -> tuple[Array, Array, Array]:
     """log p(k | y), m_k and k of the levels k around y, each ``(2 NEAR + 1, *s)``.
 
-    Noise above the widest for which the sum is used counts as that.
+    A rho above WIDE / levels, where the integral replaces the sum, is replaced by WIDE / levels.
     """
     y, rho = y[None], jnp.broadcast_to(jnp.minimum(rho, WIDE / levels), y.shape)[None]
     nearest = jnp.round(((jax.lax.stop_gradient(y) + 1) * levels - 1) / 2)
@@ -158,14 +169,15 @@ def _integral(components: Components, y: Array, rho: Array) -> Array:
 def _components(out: Array) -> Components:
     """log-weights (up to a constant), means and scales, each ``(COMPONENTS, *s)``.
 
-    Outputs of 0, an untrained network's, are normal distributions spread over [-1, 1].
+    For the outputs of an untrained network, which are 0, the means are spread over [-1, 1].
     """
-    # The small axis first, and all of it computed once: sums over it run along the pixels, and XLA
-    # would compute the components again for every level.
+    # The axis of the components comes first, so that sums over it run along the pixels. The barrier
+    # makes XLA compute the components once; otherwise it would compute them for every level again.
     log_w, mu, log_scale = jnp.split(jnp.moveaxis(out, -1, 0), 3)
     start = jnp.linspace(-0.8, 0.8, COMPONENTS, dtype=out.dtype)
-    # A component is no narrower than a bin of 256 levels, lest the sum over levels miss it, and no
-    # wider than WIDEST: a constant on [-1, 1], whose mass there still has its digits.
+    # A component's scale is at least 1/128, the width of a bin of 256 levels: the sum over levels
+    # could miss a narrower component. It is at most about WIDEST: such a component is nearly
+    # constant on [-1, 1], and its mass there still has enough digits.
     softplus = jnp.log(1 + jnp.exp(jnp.minimum(log_scale + 0.5, WIDEST / 0.4)))
     return jax.lax.optimization_barrier(
         (log_w, mu + _first(start, mu[0]), 1 / 128 + 0.4 * softplus)
@@ -173,18 +185,18 @@ def _components(out: Array) -> Components:
 
 
 def _log_sum_exp(x: Array, axis: int) -> Array:
-    """log of the sum of exp(x), finite where every x is."""
+    """log of the sum of exp(x) over ``axis``, which is finite if every x is finite."""
     largest = jax.lax.stop_gradient(jnp.max(x, axis, keepdims=True))
     return jnp.squeeze(largest, axis) + jnp.log(jnp.sum(jnp.exp(x - largest), axis))
 
 
 def _first(v: Array, y: Array) -> Array:
-    """``v (m,)`` as a first axis before those of ``y (*s)``."""
+    """``v (m,)`` with shape ``(m, 1, ..., 1)``: a new first axis before the axes of ``y (*s)``."""
     return v.reshape((-1,) + (1,) * y.ndim)
 
 
 def _along_last(v: Array, y: Array) -> Array:
-    """``v (m,)`` as a last axis after those of ``y (*s)``."""
+    """``v (m,)`` with shape ``(1, ..., 1, m)``: a new last axis after the axes of ``y (*s)``."""
     return v.reshape((1,) * y.ndim + (-1,))
 
 
@@ -194,7 +206,10 @@ def _last(rho: Array, y: Array) -> Array:
 
 
 def bin_moments(centre: Real, y: Real, rho: Real, levels: int, data: str) -> tuple[Real, Real]:
-    """log p(y | k) up to a constant, and m_k, of bins at ``centre``; shapes broadcast."""
+    """log p(y | k), up to terms that do not depend on k, and m_k for bins at ``centre``.
+
+    The shapes of ``centre``, ``y`` and ``rho`` broadcast, and the results have the common shape.
+    """
     if data == "centre":
         return -0.5 * ((centre - y) / rho) ** 2, jnp.broadcast_to(centre, (centre - y).shape)
     middle, width = (centre - y) / rho, 2 / (levels * rho)
@@ -225,12 +240,13 @@ def _narrow(m: Array, w: Array) -> tuple[Array, Array]:
 
 
 def _between(a: Array, b: Array) -> tuple[Array, Array]:
-    """log mass and mean of N(0, 1) on [a, b], elementwise, where b - a is no less than NARROW.
+    """log mass and mean of N(0, 1) on [a, b], elementwise, for b - a of at least NARROW.
 
-    Written without ``log1p`` and ``expm1``, which such a width does not need: XLA for CPU
-    vectorizes neither them nor what surrounds them, five times the cost.
+    It does not use ``log1p`` and ``expm1``, which such a width does not need. XLA for CPU
+    vectorizes neither them nor the operations around them, which would cost five times as much.
     """
-    left = a + b < 0  # From the side of 0 where distribution functions are small.
+    # Reflect the interval so that most of it is below 0, where distribution functions are small.
+    left = a + b < 0
     near, far = jnp.where(left, b, -a), jnp.where(left, a, -b)
     tail, beyond = _log_tail(jnp.abs(near)), _log_tail(jnp.abs(far))
     base = jnp.where(near < 0, tail, 0.0)
@@ -243,7 +259,7 @@ def _between(a: Array, b: Array) -> tuple[Array, Array]:
 def _log_tail(x: Array) -> Array:
     """log Phi(-x) for x >= 0, elementwise, to rounding and at a fraction of ``log_ndtr``'s cost:
 
-    -x^2 / 2 + log r + P(2 r - 1),    r = 1 / (1 + 0.35 x),    P a polynomial
+    -x^2 / 2 + log r + P(2 r - 1),    r = 1 / (1 + STRETCH x),    P a polynomial
     """
     r = 1 / (1 + STRETCH * x)
     p = jnp.zeros_like(x)
@@ -265,9 +281,10 @@ def _fitted_tail(degree: int) -> list[float]:
     v = np.cos(np.pi * (np.arange(points) + 0.5) / points)
     x = (2 / (v + 1) - 1) / STRETCH
     exact = np.log(special.erfcx(x / math.sqrt(2)) / 2) - np.log((v + 1) / 2)
-    fitted = np.polynomial.Chebyshev.fit(v, exact, degree, domain=[-1, 1])
-    return fitted.convert(kind=np.polynomial.Polynomial).coef[::-1].tolist()
+    series = np.polynomial.Chebyshev.fit(v, exact, degree, domain=[-1, 1])
+    return series.convert(kind=np.polynomial.Polynomial).coef[::-1].tolist()
 
 
 STRETCH = 0.35
-TAIL, SHORT_TAIL = _fitted_tail(24), _fitted_tail(12)  # within 1e-14 and 1e-8
+# The coefficients of P for float64 and float32; the errors are within 1e-14 and 1e-8.
+TAIL, SHORT_TAIL = _fitted_tail(24), _fitted_tail(12)

@@ -2,10 +2,11 @@
 
 Along dx/dt = v(x, t) from t = eps to T (instantaneous change of variables, Chen et al. 2018),
 
-    log p_eps(x) = log pi(z) + integral_eps^T div v(x(t), t) dt,      z = x(T).
+    log p_eps(x) = log pi(z) + integral_eps^T div v(x(t), t) dt,      z = x(T),
 
-Along any other curve c from x, d/dt log p_t(c) = -div v + (dc/dt - v) . grad log p_t(c), so there
-is one more term:
+where v is the velocity of the ODE (``sbml.ode``) and pi = N(0, sde.prior_std^2 I) the prior. Along
+any other curve c from x, d/dt log p_t(c) = -div v + (dc/dt - v) . grad log p_t(c), so there is one
+more term, in which s is the score:
 
     log p_eps(x) = log pi(c(T)) + integral div v(c, t) dt - integral (dc/dt - v(c, t)) . s(c, t) dt.
 
@@ -17,21 +18,24 @@ The steps of the path do not need the divergence. So the path is solved with one
 each evaluation, and the integrals are sums over its steps with error estimates of their own
 (``sbml.quadrature``). The divergence, the expensive part, is evaluated three times in eight.
 
-If the signal vanishes at T, the prior is exact at T. A score with ``predictions`` is then solved up
-to T. With any other score, x is scaled from ``largest_time`` to T (``sbml.ode``).
+If alpha(T) = 0, the prior is exact at T. For a score with ``predictions`` the ODE is then solved up
+to T. For any other score it is solved up to ``largest_time``, from where x is scaled to T
+(``sbml.ode``).
 
-pi stands for p_T. What is computed is the density of the flow from pi, which differs from p_eps by
-log pi(z) - log p_T(z) even if the score is exact. With an exact score the mean of log p over x from
-p_eps is too small by KL(p_T || pi); for data N(m, diag(c)) and alpha, sigma at T that is
+The prior pi takes the place of p_T. So the result is the density of the flow that starts from pi.
+Even if the score is exact, its logarithm differs from log p_eps(x) by log pi(z) - log p_T(z). The
+mean of this error over x from p_eps is -KL(p_T || pi). For data N(m, diag(c)), with alpha and sigma
+at T and the prior's standard deviation S, KL(p_T || pi) is
 
-    1/2 sum_i [(alpha^2 (c_i + m_i^2) + sigma^2) / s^2 - 1 - log((alpha^2 c_i + sigma^2) / s^2)].
+    1/2 sum_i [(alpha^2 (c_i + m_i^2) + sigma^2) / S^2 - 1 - log((alpha^2 c_i + sigma^2) / S^2)].
 
-The error of one example is about alpha |m| / s nats of either sign: for |m| = 1 it is 0.007 with
-``VP``, 0.02 with ``VE`` up to sigma = 50, and 0.08 with ``LinearGamma`` up to a log-SNR of -5.
+The error of one example has either sign and a size of about alpha |m| / S nats: for |m| = 1 it is
+0.007 with ``VP``, 0.02 with ``VE`` up to sigma = 50, and 0.08 with ``LinearGamma`` up to a log-SNR
+of -5.
 
 The divergence is exact, or Hutchinson's estimate with probes that are drawn once for each solve.
-Fresh probes at every point would average out along the path, but then the result would depend on
-where rounding places the steps.
+With new probes at every point their noise would average out along the path, but the result would
+depend on rounding, which moves the steps.
 
 Reference: Song et al., "Score-Based Generative Modeling through SDEs", ICLR 2021, appendix D.2.
 """
@@ -78,8 +82,8 @@ def ode_logp(
 ) -> Likelihood:
     """log p_eps(x) in nats for one example ``x`` of shape ``(*s)``; vmap over examples and keys.
 
-    The prior stands for p_T: even with an exact score an error of log pi(z) - log p_T(z) is left,
-    whose mean is -KL(p_T || pi). The top of this module says how large it is.
+    The prior pi takes the place of p_T: even with an exact score the error log pi(z) - log p_T(z)
+    remains, whose mean is -KL(p_T || pi). The docstring of this module says how large it is.
 
     Args:
       score: a score of one example, called deterministically (with key None).
@@ -114,7 +118,7 @@ def ode_logp(
         field, with_divergence, x, eps, last, solver
     )
     if scalars.is_traced(last) or last < sde.T:
-        # From there to T only the scale changes, with divergence d (log sigma)'.
+        # From there to T the ODE is x' = x (log sigma)', of divergence d (log sigma)'.
         z, integral = sde.stretch * z, integral + x.size * scalars.log(sde.stretch)
     prior = sde.prior_logp(z)
     return Likelihood(prior + integral + correction, prior, integral, correction, z, stats)

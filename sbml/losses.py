@@ -4,13 +4,15 @@ With x_t = alpha x + sigma z, z ~ N(0, I), a score s defines a noise prediction 
 
     loss(x, t, z) = 1/2 w(t) || sigma(t) s(x_t, t) + z ||^2
 
-is summed over dimensions, in nats. The weightings are
+is summed over dimensions, in nats. There are two weightings; the paper writes sigma^2 w as
+lambda(t):
 
-    likelihood   w = g^2 / sigma^2    (lambda = g^2): the integral over t bounds -log p(x) up to
+    likelihood   w = g^2 / sigma^2    lambda = g^2: the integral over t bounds -log p(x), up to
                                       terms that do not depend on the score
-    original     w = 1                (lambda = sigma^2): the sample-quality weighting of DDPM
+    original     w = 1                lambda = sigma^2: the weighting of DDPM, for sample quality
 
-A training loss is the mean over a batch of weight * loss with (t, weight) from ``sbml.times``.
+A training loss is the mean over a batch of weight * loss(x, t, z), where t and its weight, the
+inverse of the density of t, are from ``sbml.times``.
 
 Reference: Song, Durkan, Murray, Ermon, "Maximum Likelihood Training of Score-Based Diffusion
 Models", NeurIPS 2021, equations 7 and 8.
@@ -42,7 +44,8 @@ def weight(sde: Kernel, t: Elementwise, weighting: str) -> Elementwise:
     """The weight w(t) of the squared noise-prediction error, elementwise.
 
     Raises:
-      ValueError: for an unknown ``weighting``, or one that discrete noise levels do not have.
+      ValueError: for an unknown ``weighting``, or for ``likelihood`` with discrete noise levels,
+        which have no g.
     """
     if weighting == "likelihood":
         return sde.rate(t)
@@ -55,8 +58,8 @@ def perturb(sde: Kernel, x: Example, t: Scalar, z: Example) -> Example:
     """x_t = alpha(t) x + sigma(t) z for one example, shape ``(*s)``.
 
     Raises:
-      ValueError: ``t`` is no scalar, ``z`` of another shape than ``x``, or one of them not of
-        floating-point numbers.
+      ValueError: if ``t`` is not a scalar, ``z`` has another shape than ``x``, or one of them is
+        not of floating-point numbers.
     """
     check_example(x, t, z=z)
     mean, std = sde.marginal(x, t)
@@ -67,7 +70,7 @@ def residual(sde: Kernel, score_xt: Anything, t: Scalar, z: Example, weighting: 
     """1/2 w(t) ||sigma(t) score + z||^2 in nats, a scalar.
 
     Raises:
-      ValueError: if the score's shape is not that of ``z``, or ``t`` is no scalar.
+      ValueError: if the score's shape is not that of ``z``, or ``t`` is not a scalar.
     """
     check_example(z, t)
     error = sde.std(t) * of_shape(score_xt, z) + z
@@ -115,9 +118,9 @@ def dsm_batch(
     """:func:`dsm` for ``x (n, *s)``, ``t (n,)``, ``keys (n,)``: n losses, one call of the score.
 
     The mathematics is written for one example and vmapped, and every example draws its noise from
-    its own key. Only the network gets the whole batch, which in reverse mode is cheaper than a
-    vmapped network (see ``sbml.types``). Without stochastic layers the result is that of
-    ``vmap(dsm)``.
+    its own key. Only the network is called on the whole batch, because in reverse mode this is
+    cheaper than a vmapped network (see ``sbml.types``). Without stochastic layers the result is
+    that of ``vmap(dsm)``.
 
     ``signs (n,)`` of +1 and -1 multiply the noises. Two rows that differ in the sign only are
     antithetic: the gradient of their mean has less variance than that of two independent rows.
@@ -133,10 +136,10 @@ def dsm_batch(
 def noisy_batch(
     sde: Kernel, x: Batch, t: Vector, keys: Keys, signs: Vector | None
 ) -> tuple[Batch, Batch, Key]:
-    """What :func:`dsm_batch` draws: x_t and z, each ``(n, *s)``, and the score's key.
+    """The perturbed batch x_t and its noises z, each ``(n, *s)``, and the key of the score.
 
     Raises:
-      ValueError: there is not one scalar time, one key or one sign for each example.
+      ValueError: if there is not one scalar time, one key and one sign for each example.
     """
     _check_rows(x, t, keys, signs)
     pairs = jax.vmap(jax.random.split)(keys)

@@ -2,13 +2,14 @@
 
     dx/dt = v(x, t) = f(t) x - 1/2 g(t)^2 s(x, t) = alpha'(t) E[x_0 | x] + sigma'(t) E[z | x]
 
-has the same marginals as the SDE. The second form is regular where alpha = 0. It is used for scores
-that know both expectations (``score.predictions``, see ``sbml.types``); their ODE always ends at T.
-If the signal vanishes at T, the ODE of other scores ends at the SDE's ``largest_time``, and from
-there to T x is scaled in proportion to sigma.
+has the same marginals as the SDE, if s is the exact score. The second form is regular where
+alpha = 0. It is used for scores that compute both expectations (``score.predictions``, see
+``sbml.types``); their ODE always ends at T. If alpha(T) = 0, the ODE of other scores ends at the
+SDE's ``largest_time``, and from there to T x is scaled in proportion to sigma.
 
-diffrax solves the ODE in the coordinate u = t^(1/power), in which the field is smooth near t = 0,
-where g^2 / sigma dominates. The first step is set (``first_step``), because the one that diffrax
+diffrax solves the ODE in the coordinate u = t^(1/power). Near t = 0 the velocity grows like
+g^2 / sigma (like t^(-1/2) for ``VP``). For power 2, the factor dt/du = 2 u cancels this growth, so
+the field is smooth in u. The first step is set (``first_step``), because the one that diffrax
 chooses by itself is far too long, and the error estimate does not reject it.
 
 Every solve is of one example. Under ``vmap`` each example keeps its own step sizes, so the result
@@ -34,8 +35,9 @@ from sbml.types import Array, Example, Scalar, Score, check_example, determinist
 Count = Integer[Array, ""]
 Field = Callable[[Scalar, Example], Example]  # (t, y) -> dy/dt
 
-# method: (solver, evaluations of the field in a step, evaluations at the start). A method whose
-# last stage is the first of the next step evaluates once at the start, and once less in each step.
+# method: (solver, evaluations of the field in a step, evaluations at the start). dopri5 and tsit5
+# have seven stages, but the last stage of a step is the first stage of the next. So they evaluate
+# the field once at the start, and six times in each step.
 METHODS: dict[str, tuple[type[diffrax.AbstractSolver], int, int]] = {
     "dopri5": (diffrax.Dopri5, 6, 1),
     "tsit5": (diffrax.Tsit5, 6, 1),
@@ -48,9 +50,9 @@ class Stats(NamedTuple):
     """The cost of a solve and whether it reached its end: scalars.
 
     Attributes:
-      nfe: evaluations of the field, alone or with an integrand. The count is exact if no step is
-        rejected before the first accepted one. Without an integrand, each such rejection costs one
-        evaluation that is not counted.
+      nfe: the number of evaluations of the field, whether with an integrand or without. The count
+        is exact if no step is rejected before the first accepted one. Without an integrand, each
+        such rejection costs one evaluation that is not counted.
       accepted, rejected: the numbers of accepted and of rejected steps.
       success: whether the solver reached the end in at most ``max_steps`` steps.
     """
@@ -75,9 +77,9 @@ class Solver:
 
     Attributes:
       method: ``dopri5``, ``tsit5``, ``heun`` or ``euler``.
-      rtol, atol: the relative and absolute tolerance of the step control, for each entry of y, and
-        for the integral divided by the number of entries (for a log-determinant: nats per
-        dimension).
+      rtol, atol: the relative and absolute tolerance of the step control. They apply to each entry
+        of y, and to the integral divided by the number of entries of y (for a log-determinant: nats
+        per dimension).
       power: the coordinate u with t = u^power: 2 solves in sqrt(t), 1 in t.
       first_step: the length of the first step, in u.
       pcoeff, icoeff: coefficients of the proportional-integral step control.
@@ -115,7 +117,7 @@ class Solver:
                 raise ValueError(f"{name}={steps}: need at least one")
 
     def tighter(self, factor: float) -> "Solver":
-        """This solver with tolerances divided, and ``fixed_steps`` multiplied, by ``factor``."""
+        """This solver with its tolerances divided by ``factor``, and ``fixed_steps`` multiplied."""
         steps = self.fixed_steps and math.ceil(self.fixed_steps * factor)
         rtol, atol = self.rtol / factor, self.atol / factor
         return dataclasses.replace(self, fixed_steps=steps, rtol=rtol, atol=atol)
@@ -125,8 +127,8 @@ def rms_norm(tree: Any) -> Scalar:
     """The root mean square, over the leaves, of the root mean square of each leaf; a scalar.
 
     All leaves have the same weight. So an integral that is solved together with an image, such as
-    the log-determinant, counts as much as the whole image. In a flat norm of all d + 1 numbers its
-    error would hardly be controlled.
+    the log-determinant, counts as much as the whole image. In a norm over all d + 1 numbers alike,
+    its error would hardly be controlled.
     """
     squares = [jnp.mean(leaf**2) for leaf in jax.tree.leaves(tree)]
     return jnp.sqrt(sum(squares) / len(squares))
@@ -162,10 +164,13 @@ def last_time(score: Score, sde: SDE) -> Number:
 def transport(
     score: Score, sde: SDE, x: Example, t0: Number, t1: Number, solver: Solver
 ) -> tuple[Example, Stats]:
-    """x(t1), shape ``(*s)``, of the ODE from ``x`` at ``t0``, in either direction, and stats.
+    """Solve the ODE from ``x`` at ``t0`` to ``t1``, in either direction of time.
+
+    Returns:
+      x(t1), shape ``(*s)``, and the stats of the solve.
 
     Raises:
-      ValueError: ``x`` is not of floating-point numbers, or an end lies outside [0, T].
+      ValueError: if ``x`` is not of floating-point numbers, or an end lies outside [0, T].
     """
     check_example(x)
     for t in (t0, t1):
@@ -206,6 +211,9 @@ def solve(
     Returns:
       y(t1) and stats. y(t1) is NaN if the solver gave up; an error would stop the other images of
       the batch.
+
+    Raises:
+      ValueError: if ``y`` is not of floating-point numbers, or an end is negative or not finite.
     """
     check_example(y)
     method, per_step, once = _method(solver)
@@ -225,7 +233,8 @@ def solve_with_integral(
 
     Args:
       field, y, solver: as in :func:`solve`.
-      joint: the function (t, y) -> (field, h, w), see ``sbml.quadrature``.
+      joint: the function (t, y) -> (field, h, w), where w approximates the gradient with respect to
+        y of the result (see ``sbml.quadrature``).
       t0, t1: the ends, ``t0`` < ``t1``.
 
     Returns:
@@ -235,7 +244,7 @@ def solve_with_integral(
     Raises:
       ValueError: if ``t1`` < ``t0``.
     """
-    # For t1 < t0 diffrax would solve in -u, where h is not defined.
+    # For t1 < t0 diffrax would change the coordinate to -u, in which h is not defined.
     if not scalars.is_traced(t0, t1) and t1 < t0:
         raise ValueError(f"from t={t0} to {t1}: integrals are taken forwards only, swap the ends")
 
@@ -268,7 +277,8 @@ def _method(solver: Solver) -> tuple[diffrax.AbstractSolver, int, int]:
     kind, per_step, once = METHODS[solver.method]
     if not issubclass(kind, diffrax.AbstractRungeKutta):
         return kind(), per_step, once
-    # diffrax chooses the same for these adjoints by itself, but not for a method in WithIntegral.
+    # These are diffrax's own choices for the adjoints of ``_integrate``, but it does not make them
+    # for a method inside WithIntegral.
     return kind(scan_kind="bounded" if solver.fixed_steps else "lax"), per_step, once
 
 
@@ -283,8 +293,8 @@ def _integrate(
     """Solve d(state)/du = rates from ``start`` at ``t0`` to ``t1``.
 
     Returns:
-      The state at ``t1``, and a function that makes the stats from the numbers of evaluations in a
-      step and at the start.
+      The state at ``t1``, and a function that computes the stats from the numbers of evaluations in
+      a step and at the start.
     """
     compiler.check()
     if not scalars.is_traced(t0, t1) and not (0 <= t0 < math.inf and 0 <= t1 < math.inf):

@@ -8,27 +8,29 @@ so that, for the true score,
 
     r = sigma^2 div s(x_t) + d - |sigma s(x_t) + z|^2      has      E[r | x_t] = 0.
 
-The likelihood of the probability-flow ODE is an integral of 1/2 sigma^2 div s over log-SNR, and r
-is the error of that integrand, beside noise. The loss of one example is
+The log-likelihood of the probability-flow ODE contains the integral of 1/2 sigma^2 div s over
+log-SNR, and r is twice the error of this integrand, plus noise. The loss of one example is
 
-    1/2 w(t) r^2,      |sigma s + z|^2 held constant,
+    1/2 w(t) r^2,      where |sigma s + z|^2 in r is held constant,
 
-with w of the first-order loss 1/2 w |sigma s + z|^2 (``sbml.losses``). At the true score its
-gradient is 0 in the mean, and its value is that of the noise: w tr(Cov[z | x_t]^2) for Gaussian
-data. The first-order loss hardly sees an error of the score that is small but turns fast in x; this
-one does, by its divergence.
+with the weight w of the first-order loss 1/2 w |sigma s + z|^2 (``sbml.losses``). At the true score
+the mean of its gradient is 0, and the mean of its value is that of the noise, w tr(Cov[z | x_t]^2)
+for Gaussian data. The first-order loss hardly changes by an error of the score that is small but
+oscillates fast in x; this loss does, because such an error has a large divergence.
 
-*Velocity.* For alpha^2 + sigma^2 = 1, F = alpha z - sigma x and F^ that of the score,
+*Velocity.* For alpha^2 + sigma^2 = 1, let F = alpha z - sigma x, and let F^ be the prediction of F
+that follows from the score. Then
 
     r = -alpha [sigma div F^ - alpha (d - |F - F^|^2)],      1/2 w r^2 = 1/2 (w alpha^2) [...]^2,
 
-which is the form of i-DODE: w alpha^2 is the weight of |F - F^|^2.
+which is the form of i-DODE (Zheng et al.): w alpha^2 is the weight of |F - F^|^2.
 
-*Probes.* With div s estimated by v^T J v, r^2 has the variance of the probe in its expectation,
-2 sigma^4 sum_{i != j} J_ij^2 for a symmetric J and random signs v, and the minimum then lies where
-J is more diagonal than the truth's. The product r_1 r_2 of the residuals of two independent probes
-has the expectation of the exact r^2, and its minimum where it should be. Its gradient is taken as
-2 r_2 grad r_1, of the same expectation: r_2 needs no reverse pass.
+*Probes.* If div s is estimated by v^T J v with one probe v and the Jacobian J of s, the expectation
+of r^2 has one term more, sigma^4 times the variance of v^T J v. For a symmetric J and random signs
+v this term is 2 sigma^4 sum_{i != j} J_ij^2, so the J that minimises the loss is more diagonal than
+the true one. The product r_1 r_2 of the residuals of two independent probes has the expectation of
+the exact r^2, so its minimum is at the true score. Its gradient is computed as 2 r_2 grad r_1,
+which has the same expectation: r_2 then needs no reverse pass.
 
 References: Lu et al., "Maximum Likelihood Training for Score-Based Diffusion ODEs by High-Order
 Denoising Score Matching", ICML 2022; Zheng et al., "Improved Techniques for Maximum Likelihood
@@ -56,7 +58,7 @@ from sbml.types import (
 
 
 def residuals(sde: Kernel, score_xt: Anything, forms: Forms, t: Scalar, z: Example) -> Forms:
-    """r for each estimate ``forms (k,)`` of div s, shape ``(k,)``; the error is held constant.
+    """r for each estimate of div s in ``forms (k,)``: shape ``(k,)``. |sigma s + z|^2 is constant.
 
     Raises:
       ValueError: if the score's shape is not that of ``z``.
@@ -67,9 +69,11 @@ def residuals(sde: Kernel, score_xt: Anything, forms: Forms, t: Scalar, z: Examp
 
 
 def squared_residual(r: Forms) -> Scalar:
-    """r_1^2 of one residual; of several ``(k,)`` r_1 times the mean r_2 of the others: a scalar.
+    """An estimate of the exact r^2 from the residuals ``r (k,)`` of k probes, a scalar.
 
-    The gradient is 2 r_2 grad r_1, as by the product's symmetry in expectation.
+    It is r_1^2 for k = 1, and otherwise r_1 r_2, where r_2 is the mean of all residuals but the
+    first. The gradient is 2 r_2 grad r_1. Its expectation is that of grad (r_1 r_2), because the
+    residuals are independent and have the same expectation.
     """
     other = jax.lax.stop_gradient(jnp.mean(r[1:]) if r.size > 1 else r[0])
     return 2 * r[0] * other - jax.lax.stop_gradient(r[0] * other)
@@ -92,13 +96,14 @@ def loss(
       sde: the forward process.
       x: one example, ``(*s)``.
       t: scalar time.
-      key: as in ``losses.dsm``, whose noise it has: z, and the score's stochastic layers.
-      vs: the probes ``(k, *s)``, independent of each other; two or more leave the expectation of
-        the exact divergence.
+      key: as in ``losses.dsm``, which draws the same z from the same key, and gives the same key to
+        the score's stochastic layers.
+      vs: the probes ``(k, *s)``, independent of each other. With two or more, the expectation is
+        that of the loss with the exact divergence.
       weighting: ``likelihood`` or ``original``.
 
     Raises:
-      ValueError: ``t`` is no scalar, or ``vs`` are not directions of ``x``.
+      ValueError: if ``t`` is not a scalar, or ``vs`` are not of shape ``(k, *s)``.
     """
     if t.ndim:
         raise ValueError(f"t has shape {t.shape}: give one example's scalar time, vmap over more")
@@ -120,23 +125,23 @@ def dsm_batch(
     signs: Vector | None = None,
     probes: int = 2,
 ) -> tuple[Vector, Vector]:
-    """The losses of both orders by one call of the network, each ``(n,)``.
+    """The losses of first and second order, each ``(n,)``, by one call of the network.
 
-    The first are those of ``losses.dsm_batch``, from the same draws; the second are 1/2 w(t) r^2
-    with ``probes`` independent Rademacher probes for each example, from its key.
+    The first are those of ``losses.dsm_batch``, with the same draws. The second are 1/2 w(t) r^2
+    with ``probes`` independent Rademacher probes for each example, which are drawn from its key.
 
     Raises:
-      ValueError: as ``losses.dsm_batch``; for less than one probe.
+      ValueError: as in ``losses.dsm_batch``, or for fewer than one probe.
     """
     if probes < 1:
-        raise ValueError(f"probes={probes}: need at least one; two leave no bias")
+        raise ValueError(f"probes={probes}: need at least one, or two for a loss without bias")
     compiler.check()
     x_t, z, score_key = losses.noisy_batch(sde, x, t, keys, signs)
     network = batch_score(score)
     scores, tangent = jax.linearize(lambda x: network(x, t, score_key), x_t)
     vs = jax.vmap(lambda key: _signs(key, probes, x[0]), out_axes=1)(keys)
     forms = [jax.vmap(jnp.vdot)(v, tangent(v)) for v in vs]
-    # Of the others no gradient is asked for; said here, none is computed.
+    # ``squared_residual`` needs no gradient of these; stopped here, it is not computed either.
     forms[1:] = map(jax.lax.stop_gradient, forms[1:])
 
     def orders(s: Example, forms: Forms, t: Scalar, z: Example) -> tuple[Scalar, Scalar]:
@@ -148,7 +153,8 @@ def dsm_batch(
 
 
 def _signs(key: Key, count: int, like: Example) -> Probes:
-    """``(count, *s)`` independent random signs, of other bits than the noise that ``key`` draws."""
-    # The first two keys of ``split`` are the noise's and the score's; ``fold_in`` could repeat one.
+    """``(count, *s)`` independent random signs, which are independent of the noise from ``key``."""
+    # The first two keys of ``split`` are those of the noise and of the score. A key by ``fold_in``
+    # could be equal to one of them.
     probe_key = jax.random.split(key, 3)[2]
     return jax.random.rademacher(probe_key, (count, *like.shape), like.dtype)

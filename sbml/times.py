@@ -1,26 +1,31 @@
 """How diffusion times are drawn to estimate an integral over t in [eps, T].
 
-T stands for ``sde.largest_time``, which is less than ``sde.T`` where the signal vanishes there.
+T stands for ``sde.largest_time``, which is less than ``sde.T`` if the signal vanishes at ``sde.T``.
+There are three independent choices.
 
-Three independent choices. *Where*: a proposal maps u in [0, 1) to a time and a weight with
+*The proposal* maps a point u in [0, 1) to a time and a weight with
 
     E_u[ weight(u) h(t(u)) ] = integral_eps^T h(t) dt      for every h,
 
-so any proposal gives an unbiased loss; ``importance`` is uniform in log-SNR, which for the
-likelihood weighting g^2/sigma^2 makes every weight equal (Song et al. 2021, section 5);
-``velocity`` makes the weights of the velocity's error equal, not those of the noise's (Zheng et
-al., "Improved Techniques for Maximum Likelihood Estimation for Diffusion ODEs", ICML 2023).
-*How*: the points u are independent (``iid``) or a randomly shifted lattice over the whole batch
-(``lattice``), each point uniform by itself, the set evenly spread (Kingma et al., VDM, 2021).
-*How many where*: :func:`warp` moves the points first, u -> (v, 1/q(v)), so that they have the
-piecewise-constant density q, and
+so every proposal gives an unbiased loss. ``uniform`` is uniform in t. ``importance`` is uniform in
+log-SNR, so that for the likelihood weighting g^2/sigma^2 all draws have the same total weight (Song
+et al. 2021, section 5). ``velocity`` does the same for the error of the velocity instead of the
+error of the noise (Zheng et al., "Improved Techniques for Maximum Likelihood Estimation for
+Diffusion ODEs", ICML 2023).
+
+*The points* u are independent (``iid``), or a randomly shifted lattice over the whole batch
+(``lattice``): each point by itself is uniform, and together they are evenly spread (Kingma et al.,
+VDM, 2021).
+
+*The density of the points* q can be any piecewise-constant density. :func:`warp` moves the points
+first, u -> (v, 1/q(v)), so that they have this density, and
 
     E_u[ 1/q(v) weight(v) h(t(v)) ] = integral_eps^T h(t) dt.
 
-The variance is least for q(v) proportional to the root mean square of what is averaged, weight h
-(or of its part that the lattice leaves random). :func:`tally` keeps running means of it in bins,
-:func:`with_floor` makes them a density. Any q that past draws determine leaves the mean of the next
-draws as it is; one that a draw itself has entered would not.
+The variance is least if q(v) is proportional to the root mean square of weight * h at v (or of the
+part of it that the lattice leaves random). :func:`tally` keeps running means of its square in bins,
+and :func:`with_floor` makes a density of their roots. The estimate stays unbiased if q depends on
+earlier draws only; it would not if q depended on the draws that it is used for.
 """
 
 import abc
@@ -47,7 +52,11 @@ def _check_counts(n: int, draws: int) -> None:
 
 
 def iid(key: Key, n: int, draws: int = 1) -> Draws:
-    """``(n, draws)`` independent uniform points in [0, 1)."""
+    """``(n, draws)`` independent uniform points in [0, 1).
+
+    Raises:
+      ValueError: if ``n`` or ``draws`` is not an integer of at least 1.
+    """
     _check_counts(n, draws)
     return jax.random.uniform(key, (n, draws))
 
@@ -55,12 +64,13 @@ def iid(key: Key, n: int, draws: int = 1) -> Draws:
 def lattice(key: Key, n: int, draws: int = 1) -> Draws:
     """``(n, draws)`` points u_ij = (j + (pi(i) + U) / n) / draws in [0, 1).
 
-    Column j is uniform on [j, j + 1) / draws, so a row's mean estimates an integral without bias.
-    One point falls in each of the n x draws cells, and ``draws`` evenly spaced ones belong to each
-    example i; the random permutation pi makes the assignment independent of the batch's order.
+    U is uniform in [0, 1) and pi is a random permutation of 0 .. n - 1. Each point of column j is
+    uniform on [j, j + 1) / draws, so the mean over a row estimates an integral without bias. Of the
+    n * draws equal cells of [0, 1), each has one point. Each example i has ``draws`` evenly spaced
+    points, and pi makes them independent of the place of the example in the batch.
 
     Raises:
-      ValueError: ``n`` or ``draws`` is no integer of at least 1.
+      ValueError: if ``n`` or ``draws`` is not an integer of at least 1.
     """
     _check_counts(n, draws)
     shift_key, order_key = jax.random.split(key)
@@ -74,22 +84,24 @@ DRAWS = {"iid": iid, "lattice": lattice}
 
 
 def check_points(u: Elementwise) -> None:
-    """Refuse points outside [0, 1], where they are known: not so inside ``jit`` and ``vmap``.
+    """Check that points lie in [0, 1]; inside ``jit`` and ``vmap`` their values are not known.
 
-    A draw is below 1, where no bin of a density is; the end itself may be asked for.
+    Draws are below 1, but the end u = 1, which is the time T, may be asked for.
 
     Raises:
-      ValueError: naming the ends of the points' range, or their type if it is not floating.
+      ValueError: if they do not, or are not floating-point numbers; the message names their range
+        or type.
     """
     if not jnp.issubdtype(u.dtype, jnp.floating):
-        raise ValueError(f"u is {u.dtype}: give points in [0, 1), as of times.lattice")
+        raise ValueError(f"u is {u.dtype}: give points in [0, 1), such as times.lattice draws")
     if scalars.is_traced(u) or not u.size:
         return
     points = np.asarray(u)  # By NumPy: JAX would trace its operations inside ``jit``.
     least, largest = points.min(), points.max()
     if not (least >= 0 and largest <= 1):
         raise ValueError(
-            f"u lies in [{least:g}, {largest:g}]: give points in [0, 1), as of times.lattice"
+            f"u lies in [{least:g}, {largest:g}]: give points in [0, 1), such as times.lattice "
+            "draws"
         )
 
 
@@ -98,8 +110,8 @@ def warp(u: Elementwise, density: Bins) -> tuple[Elementwise, Elementwise]:
 
         E_u[ h(v) / q(v) ] = integral_0^1 h(v) dv      for u uniform and every h.
 
-    v is the inverse of q's distribution function, so it rises with u: n points evenly spread in u
-    are evenly spread in v, each with its 1/n of the mass.
+    v(u) is the inverse of q's distribution function, so it increases with u: if n points are evenly
+    spread in u, the intervals between the points v each have the mass 1/n.
 
     Args:
       u: points in [0, 1), any shape.
@@ -109,25 +121,29 @@ def warp(u: Elementwise, density: Bins) -> tuple[Elementwise, Elementwise]:
       v in [0, 1) and 1/q(v), of the shape of ``u``.
 
     Raises:
-      ValueError: ``u`` is known and outside [0, 1), or ``density`` of another rank, or known and
-        not positive: no point falls into a bin of density 0, and its part of the integral is lost.
+      ValueError: if ``u`` lies outside [0, 1), or ``density`` has another rank or is not positive:
+        no point falls into a bin of density 0, so its part of the integral would be lost. Values
+        are not checked inside ``jit``.
     """
     compiler.check()
     check_points(u)
     if density.ndim != 1 or not density.size:
-        raise ValueError(f"density has shape {density.shape}: give one number a bin, (bins,)")
+        raise ValueError(
+            f"density has shape {density.shape}: give one number a bin, (bins,), at least one"
+        )
     if jnp.issubdtype(density.dtype, jnp.complexfloating):
         raise ValueError(f"density is {density.dtype}: give real numbers")
     if not scalars.is_traced(density):
-        known = np.asarray(density)
-        if not np.all((known > 0) & np.isfinite(known)):
+        values = np.asarray(density)
+        if not np.all((values > 0) & np.isfinite(values)):
             raise ValueError(
-                f"density lies in [{known.min():g}, {known.max():g}]: give positive, finite "
-                "numbers, as of times.with_floor"
+                f"density lies in [{values.min():g}, {values.max():g}]: give positive, finite "
+                "numbers, such as times.with_floor returns"
             )
     bins = density.size
     below = jnp.cumsum(density / jnp.sum(density))
-    # Summed in pieces, the rounded sums might fall or end beside 1: u < 1 must lie in a bin.
+    # XLA may sum in pieces, so that rounding makes a sum decrease, or the last one differ from 1.
+    # But every u < 1 must lie in a bin.
     below = jax.lax.cummax(jnp.minimum(below, 1)).at[-1].set(1)
     edges = jnp.concatenate([jnp.zeros_like(below[:1]), below]).astype(u.dtype)
     # The masses are those of the rounded edges, so that weights and points agree to the last digit.
@@ -140,13 +156,17 @@ def warp(u: Elementwise, density: Bins) -> tuple[Elementwise, Elementwise]:
 def with_floor(scale: Bins, floor: float = 0.1) -> Bins:
     """A density q = (1 - floor) scale / mean(scale) + floor of mean 1, for :func:`warp`.
 
-    No weight 1/q exceeds 1 / floor, so however wrong ``scale`` is, the second moment is at most
-    1 / floor times that of the uniform density.
+    No weight 1/q exceeds 1 / floor. So however wrong ``scale`` is, the second moment of an estimate
+    is at most 1 / floor times that with the uniform density.
 
     Args:
-      scale: what the density is to follow, ``(bins,)``, at least 0. Bins without a finite value,
-        as those never visited, count as the mean of the others; so does every bin if all are 0.
+      scale: numbers of at least 0 to which the density is nearly proportional, ``(bins,)``. A bin
+        without a finite value, such as one that no draw has visited, is given the mean of the
+        others. If all are 0 or not finite, the density is uniform.
       floor: the part of the draws that stays uniform, in (0, 1].
+
+    Returns:
+      The density q, ``(bins,)``.
 
     Raises:
       ValueError: for a ``floor`` outside (0, 1], or a ``scale`` of another rank.
@@ -156,32 +176,36 @@ def with_floor(scale: Bins, floor: float = 0.1) -> Bins:
     if jnp.ndim(scale) != 1:
         raise ValueError(f"scale has shape {jnp.shape(scale)}: give one number a bin, (bins,)")
     compiler.check()
-    known = jnp.isfinite(scale) & (scale >= 0)
-    largest = jnp.max(jnp.where(known, scale, 0))
-    # Relative to the largest first: their sum could overflow.
-    relative = jnp.where(known, scale, 0) / jnp.where(largest > 0, largest, 1)
-    mean = jnp.sum(relative) / jnp.maximum(jnp.sum(known), 1)
-    shape = jnp.where(known, relative, mean)
+    valid = jnp.isfinite(scale) & (scale >= 0)
+    largest = jnp.max(jnp.where(valid, scale, 0))
+    # The values are divided by the largest first, because their sum could overflow.
+    relative = jnp.where(valid, scale, 0) / jnp.where(largest > 0, largest, 1)
+    mean = jnp.sum(relative) / jnp.maximum(jnp.sum(valid), 1)
+    shape = jnp.where(valid, relative, mean)
     return (1 - floor) * jnp.where(mean > 0, shape / mean, 1) + floor
 
 
 def tally(counts: Counts, v: Vector, values: Vector, decay: float) -> Counts:
-    """Running sums over bins of v, from which ``counts[1] / counts[0]`` are means in each bin.
+    """Running sums in bins of v, from which ``counts[1] / counts[0]`` is the mean in each bin.
 
         counts <- decay counts + sum over the batch of (1, value) in the bin of v
 
-    A bin seldom visited keeps its mean (both rows decay alike); one never visited has 0 / 0, which
-    :func:`with_floor` understands.
+    The mean of a bin that is seldom visited does not decay, because both rows decay alike. A bin
+    that was never visited has the mean 0 / 0 = nan, which :func:`with_floor` replaces.
 
     Args:
       counts: ``(2, bins)``, zeros at the start.
       v: points in [0, 1), ``(n,)``, from :func:`warp`.
-      values: what to average at each point, ``(n,)``, without the weight 1/q(v).
-      decay: weight of the past; the memory is 1 / (1 - decay) batches.
+      values: the number to average at each point, ``(n,)``, without the weight 1/q(v).
+      decay: the weight of the past; the memory is 1 / (1 - decay) batches.
+
+    Returns:
+      The new ``counts``, ``(2, bins)``.
 
     Raises:
-      ValueError: ``v`` and ``values`` are not of one shape ``(n,)``, ``v`` is known and outside
-        [0, 1), ``counts`` of another shape, or ``decay`` outside [0, 1].
+      ValueError: if ``v`` and ``values`` do not have the same shape ``(n,)``, ``v`` lies outside
+        [0, 1), ``counts`` has another shape, or ``decay`` lies outside [0, 1]. Values are not
+        checked inside ``jit``.
     """
     compiler.check()
     check_points(v)
@@ -191,11 +215,12 @@ def tally(counts: Counts, v: Vector, values: Vector, decay: float) -> Counts:
         raise ValueError(f"decay={decay}: must lie in [0, 1]")
     if v.ndim != 1 or values.shape != v.shape:
         raise ValueError(
-            f"v has shape {v.shape}, values {values.shape}: give both as (n,), as by ravel()"
+            f"v has shape {v.shape}, values {values.shape}: give both as (n,), such as v.ravel()"
         )
     bins = counts.shape[1]
     inside = jnp.floor(v * bins)[:, None] == jnp.arange(bins)[None]
-    # Masked sums keep one order of addition, a scatter need not: a resumed run stays bitwise equal.
+    # A masked sum always adds in the same order, but a scatter may not. So a resumed run stays
+    # bitwise equal.
     sums = jnp.sum(jnp.where(inside, values[:, None], 0), axis=0)
     return decay * counts + jnp.stack([jnp.sum(inside, axis=0).astype(sums.dtype), sums])
 
@@ -225,7 +250,8 @@ class Proposal(abc.ABC):
 
             E_u[ weight h(t) ] = integral h dlambda from lambda(T) to lambda(eps).
 
-        ``density`` moves the points first (:func:`warp`).
+        If there is a ``density (bins,)``, :func:`warp` moves the points first, and ``weight``
+        contains the factor 1/q(v).
         """
         v, inverse = (u, 1.0) if density is None else warp(u, density)
         t, weight = self.at(v)
@@ -267,11 +293,11 @@ class Velocity(Importance):
 
         p(t) = sigmoid(lambda) g^2 / (Z sigma^2),  Z = softplus(lambda(eps)) - softplus(lambda(T)).
 
-    Where alpha^2 + sigma^2 = 1, alpha^2 = sigmoid(lambda), and the errors of a prediction of the
-    noise z and of the velocity F = alpha z - sigma x are |dz|^2 = alpha^2 |dF|^2. The likelihood's
-    integral of 1/2 |dz|^2 over lambda is then Z / 2 times the mean of |dF|^2 over these times. For
-    other processes it is the same density over lambda, that of the variance-preserving process of
-    equal signal-to-noise ratio.
+    If alpha^2 + sigma^2 = 1, then alpha^2 = sigmoid(lambda), and an error dF of a prediction of the
+    velocity F = alpha z - sigma x is an error dz of the noise z with |dz|^2 = alpha^2 |dF|^2. So
+    the diffusion term of the bound, the integral of 1/2 |dz|^2 over lambda, is Z / 2 times the mean
+    of |dF|^2 over these times. For any other process, the density over lambda is the same, as if
+    the process were the variance-preserving one with the same signal-to-noise ratio.
     """
 
     @property
@@ -289,7 +315,8 @@ class Velocity(Importance):
     def at(self, u: Elementwise) -> tuple[Elementwise, Elementwise]:
         check_points(u)
         first, last = self._ends()
-        # From T on, where softplus is small and a difference from its value at eps has no digits.
+        # Counted from T, where softplus is small: a difference from its value at eps would lose all
+        # digits there.
         s = last + (first - last) * (1 - u)
         alpha2 = -jnp.expm1(-s)  # sigmoid(lambda)
         t = self.sde.time(s + jnp.log(alpha2))
@@ -299,10 +326,12 @@ class Velocity(Importance):
 
 @dataclasses.dataclass(frozen=True)
 class Grid:
-    """The times i / (n - 1) of ``n`` noise levels, each as likely: with weight 1 a mean over i.
+    """The times i / (n - 1) of ``n`` noise levels, i = 0 .. n - 1, all equally likely.
+
+    The weight is 1, so a weighted mean over draws estimates the mean over the levels.
 
     Raises:
-      ValueError: ``n`` is no integer of at least 2.
+      ValueError: if ``n`` is not an integer of at least 2.
     """
 
     n: int
@@ -328,7 +357,9 @@ PROPOSALS: dict[str, type[Proposal]] = {
 def draw(
     sde: SDE, eps: float, u: Vector, density: ArrayLike | None, proposal: str
 ) -> tuple[Vector, Vector]:
-    """Times and weights of one example's draws ``u (n,)``, over log-SNR.
+    """Times and weights for an integral over log-SNR, each ``(n,)``, of one example's ``u (n,)``.
+
+    ``density`` is as in :meth:`Proposal.over_log_snr`, and ``proposal`` a name in ``PROPOSALS``.
 
     Raises:
       ValueError: for an unknown proposal, or ``u`` of another rank (broadcasting would hide it).
@@ -337,7 +368,7 @@ def draw(
         raise ValueError(f"unknown proposal {proposal!r}; choose from {sorted(PROPOSALS)}")
     if jnp.ndim(u) != 1:
         raise ValueError(
-            f"u has shape {jnp.shape(u)}: give one example's (n,), a row of "
+            f"u has shape {jnp.shape(u)}: give the points (n,) of one example, that is, a row of "
             "times.lattice(key, examples, n), and vmap over rows"
         )
     bins = None if density is None else jnp.asarray(density)

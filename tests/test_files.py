@@ -1,4 +1,4 @@
-"""Files with checksums: reading gives what was written, or an error that names the file."""
+"""Files with checksums: reading returns what was written, or the error names the file."""
 
 import json
 
@@ -14,8 +14,8 @@ ARRAYS = {"id": np.arange(3), "value": np.array([1.5, np.nan, -np.inf]), "name":
 VALUES = {"a": [1, 0.1, 1e-300], "b": {"c": None, "ä": "NaN"}}
 
 
-def flips(content: bytes, count: int = 400):
-    """``content`` with one bit changed, at ``count`` places drawn by a fixed seed."""
+def bit_flips(content: bytes, count: int = 400):
+    """``count`` copies of ``content``, each with one bit changed. A fixed seed chooses the bits."""
     places = np.random.default_rng(0).integers(0, 8 * len(content), count)
     for place in map(int, places):
         changed = bytearray(content)
@@ -24,13 +24,14 @@ def flips(content: bytes, count: int = 400):
 
 
 def damages(content: bytes):
-    """``content`` cut short, empty, longer, of another kind, or with one bit changed."""
+    """Damaged versions of ``content``: cut short, empty, longer, of another format, or with one bit
+    changed."""
     yield from (b"", content[:1], content[: len(content) // 2], content[:-1], content + b"\0")
     yield from (b"not arrays", b"[1]", b"{}", b"\xff\xfe", b"[" * 10_000)
-    yield from flips(content)
+    yield from bit_flips(content)
 
 
-def test_arrays_come_back_bit_for_bit_and_others_read_them(tmp_path):
+def test_arrays_come_back_bit_for_bit_and_numpy_reads_them(tmp_path):
     path = tmp_path / "x.npz"
     files.write_npz(path, ARRAYS)
     first = path.read_bytes()
@@ -52,7 +53,7 @@ def test_every_damage_of_arrays_is_an_error_that_names_the_file(tmp_path):
 
 
 def test_damaged_json_is_an_error_or_the_same_values(tmp_path):
-    """If a space or an escape changes, the values can stay the same."""
+    """If only a space or an escape sequence changes, the values can stay the same."""
     path = tmp_path / "x.json"
     files.write_json(path, VALUES)
     assert files.read_json(path) == VALUES
@@ -94,7 +95,7 @@ def test_the_work_directory_says_which_mode_makes_a_file(tmp_path):
     assert workdir.read(EVALUATION) == VALUES and workdir.name == tmp_path.name
 
 
-def test_a_damaged_line_of_metrics_costs_no_other(tmp_path, caplog):
+def test_a_damaged_line_of_metrics_is_left_out_alone(tmp_path, caplog):
     path = tmp_path / metrics.FILE
     writer = metrics.MetricsWriter(tmp_path, 0)
     for step in range(1, 6):
@@ -103,10 +104,11 @@ def test_a_damaged_line_of_metrics_costs_no_other(tmp_path, caplog):
     lines = path.read_text().splitlines(keepends=True)
     assert metrics.read(tmp_path)[2] == {"step": 3, "loss": 1 / 3, "seconds": 3.0}
     lines[1] = lines[1].replace('"loss": 0.5', '"loss": 0.7')
-    path.write_text("".join(lines) + '{"step": 6, "lo')  # As if killed while writing the last line.
+    # The last line is incomplete, as after a kill.
+    path.write_text("".join(lines) + '{"step": 6, "lo')
     assert [row["step"] for row in metrics.read(tmp_path)] == [1, 3, 4, 5]
     assert f"line 2 of {path} is damaged" in caplog.text and "line 6" not in caplog.text
-    writer = metrics.MetricsWriter(tmp_path, 4)  # A run that resumes from step 4.
+    writer = metrics.MetricsWriter(tmp_path, 4)  # as in a run that resumes from step 4
     writer.scalars(5, {"loss": 0.3, "seconds": 5.5})
     writer.close()
     assert [row["step"] for row in metrics.read(tmp_path)] == [1, 3, 4, 5]
@@ -114,7 +116,7 @@ def test_a_damaged_line_of_metrics_costs_no_other(tmp_path, caplog):
     assert (tmp_path / "metrics.jsonl.damaged").read_text() == lines[1]
 
 
-def test_a_changed_pixel_or_note_prepares_the_images_again(tmp_path, caplog):
+def test_images_are_prepared_again_if_their_files_are_damaged(tmp_path, caplog):
     images, path = np.arange(12, dtype=np.uint8).reshape(3, 2, 2, 1), tmp_path / "train.npy"
 
     def prepare():
@@ -122,7 +124,7 @@ def test_a_changed_pixel_or_note_prepares_the_images_again(tmp_path, caplog):
 
     for name in ("train.npy", "train.json"):
         whole = prepare()[0] is not None and (tmp_path / name).read_bytes()
-        for content in (b"", whole[: len(whole) // 2], *flips(whole, 40)):
+        for content in (b"", whole[: len(whole) // 2], *bit_flips(whole, 40)):
             (tmp_path / name).write_bytes(content)
             arrays, notes = prepare()
             np.testing.assert_array_equal(arrays, images)

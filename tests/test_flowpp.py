@@ -1,9 +1,10 @@
-"""The Flow++ dequantizer: closed forms, inverse, initialisation, and numbers of other code.
+"""The Flow++ dequantizer: closed forms, its inverse, its initialisation, and reference numbers.
 
-``data/flowpp_small.npz`` holds a flow with Song et al.'s names and layout, whose parameters are
-small integers times a step. For two images it also holds the logits of u and log q, computed by a
-separate implementation in NumPy and float64, which was compared with float32 numbers of Song et
-al.'s code. ``flowpp_numpy`` is another such implementation, for both designs.
+``data/flowpp_small.npz`` holds a flow with the names and the layout of Song et al. For each array
+of parameters it stores small integers and the number by which they are multiplied. For two images
+it also holds the logits of u and log q, computed by a separate implementation in NumPy and float64,
+which was compared with float32 numbers of Song et al.'s code. ``flowpp_numpy`` is another such
+implementation, for both designs (that of CIFAR-10 and that of ImageNet 32x32).
 """
 
 import dataclasses
@@ -58,8 +59,8 @@ def pixels(n: int, seed: int = 0) -> Array:
 
 @pytest.fixture(scope="module")
 def params(tiny: flowpp.Model) -> Any:
-    """Random parameters with which no layer is near the identity. They replace the initialisers,
-    which are slow to compile."""
+    """Random parameters for which no layer is near the identity map. They are used instead of the
+    initialisers, which are slow to compile."""
     rng = np.random.default_rng(7)
 
     def draw(path: tuple[str, ...], shape: tuple[int, ...]) -> np.ndarray:
@@ -83,7 +84,7 @@ def params(tiny: flowpp.Model) -> Any:
 
 @pytest.fixture(scope="module")
 def reference() -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """Parameters under Song et al.'s names, and the other arrays of the file."""
+    """The parameters of the file under Song et al.'s names, and all arrays of the file."""
     with np.load(FILE) as file:
         arrays = {name: file[name] for name in file}
     shapes = json.loads(str(arrays["names"]))
@@ -101,7 +102,7 @@ def mixture(seed: int, shape: tuple[int, ...], components: int) -> mixture_logis
     return mixture_logistic.Mixture(*jnp.asarray(arrays))
 
 
-# The map of the mixture of logistics
+# The map by a mixture of logistic distributions: the logit of its distribution function
 
 
 def test_the_map_is_the_logit_of_the_mixtures_cdf_and_its_slope() -> None:
@@ -215,7 +216,8 @@ def test_forward_of_inverse_is_the_identity_in_float32(tiny: flowpp.Model, param
     k = pixels(8, 1)
     u = jax.random.uniform(jax.random.key(4), k.shape, minval=0.01, maxval=0.99)
     eps, log_q = INVERSE(tiny, params, k, u)
-    assert float(jnp.abs(u - jax.nn.sigmoid(eps)).max()) > 0.1  # the flow does something
+    # The flow is not only the last sigmoid.
+    assert float(jnp.abs(u - jax.nn.sigmoid(eps)).max()) > 0.1
     again, log_q_again = FORWARD(tiny, params, k, eps)
     np.testing.assert_allclose(again, u, atol=1e-4)
     np.testing.assert_allclose(log_q_again, log_q, atol=1e-3)
@@ -267,18 +269,16 @@ def test_u_is_below_1_even_where_the_sigmoid_rounds_to_it(tiny: flowpp.Model, pa
     assert bool(jnp.isfinite(log_q).all())
 
 
-def test_dropout_needs_a_key_and_changes_the_noise_only_in_training(
-    tiny: flowpp.Model, params: Any
-) -> None:
+def test_dropout_changes_the_noise_only_in_training(tiny: flowpp.Model, params: Any) -> None:
     model = dataclasses.replace(tiny, dropout=0.5)
     k, key = pixels(1)[0], jax.random.key(6)
-    still, _ = model.sample(params, k, key)
-    np.testing.assert_array_equal(still, tiny.sample(params, k, key)[0])
-    shaken, _ = model.sample(params, k, key, train=True)
-    assert float(jnp.abs(shaken - still).max()) > 1e-3
+    evaluation, _ = model.sample(params, k, key)
+    np.testing.assert_array_equal(evaluation, tiny.sample(params, k, key)[0])
+    training, _ = model.sample(params, k, key, train=True)
+    assert float(jnp.abs(training - evaluation).max()) > 1e-3
 
 
-# Numbers of parameters, names of parameters, and results of other code
+# Numbers and names of parameters, and results of other implementations
 
 
 @pytest.mark.parametrize(
@@ -297,7 +297,8 @@ def test_the_models_have_the_published_numbers_of_parameters(
     assert sum(x.size for x in jax.tree.leaves(shapes)) == count
 
 
-@pytest.mark.parametrize("log_scale", [0.0, -9.0])  # Smaller ones are replaced by -7.
+# With -9 some log-scales are below -7, and the model replaces these by -7.
+@pytest.mark.parametrize("log_scale", [0.0, -9.0])
 def test_numpy_finds_the_same_logits_and_log_q(
     log_scale: float, tiny: flowpp.Model, params: Any
 ) -> None:

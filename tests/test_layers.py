@@ -50,7 +50,7 @@ def test_dropout_drops_at_its_rate_and_keeps_the_mean(channels: int) -> None:
     kept = out != 0
     np.testing.assert_allclose(out[kept], x[kept] / (1 - rate), rtol=2e-5)
     assert (np.abs(kept.mean(0) - (1 - rate)) < 5 * np.sqrt(rate * (1 - rate) / n)).all()
-    if channels > 1:  # Elements that share a word are independent too.
+    if channels > 1:  # Two elements take their bits from one random word, but are independent.
         noise = np.corrcoef(kept, rowvar=False) - np.eye(channels)
         assert np.abs(noise).max() < 5 / np.sqrt(n)
 
@@ -62,7 +62,9 @@ def test_dropout_scales_by_its_rounded_rate() -> None:
 
 
 def test_a_residual_gradient_is_computed_once() -> None:
-    """In the compiled training step, no fusion contains the gradients of many blocks."""
+    """In the compiled gradient, no fusion contains the gradients of many blocks.
+
+    Without ``materialise``, XLA computes them again in every block, in one large fusion."""
     model = ncsnpp.Model(nf=8, ch_mult=(1,), num_res_blocks=4, attn_resolutions=(), dropout=0.0)
     x, label = normal(1, 2, 4, 4, 1), jnp.ones(2)
     params = random_params(model, x.shape)
@@ -76,15 +78,15 @@ def test_a_residual_gradient_is_computed_once() -> None:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(_cpu, "one_cpu", lambda: False)
-        recomputed = largest_fusion()
-    several = largest_fusion()
-    assert several < recomputed / 2
+        plain = largest_fusion()
+    assert largest_fusion() < plain / 2
 
 
 @pytest.mark.usefixtures("x64")
 def test_materialise_changes_no_value_and_no_derivative() -> None:
-    """Forward and reverse mode, under vmap, second derivatives in both orders, and with
-    ``jax.checkpoint``."""
+    """This is tested in forward and reverse mode, under ``vmap``, for second derivatives in both
+    orders of the modes, and with ``jax.checkpoint``. Only a NaN in the first entry of ``x`` changes
+    the gradient."""
     x, v, a = normal(1, 2, 3, 4), normal(2, 2, 3, 4), normal(3, 1, 1, 4)
 
     def forms(materialise: Callable[[jax.Array], jax.Array]) -> list[Any]:
@@ -159,7 +161,7 @@ def test_initial_weights_have_variance_scale_over_average_fan() -> None:
 
 
 @pytest.mark.parametrize(("side", "stride"), [(1, 1), (3, 1), (3, 2), (5, 1)])
-def test_a_convolution_and_its_gradients_equal_flax_s(side: int, stride: int) -> None:
+def test_a_convolution_and_its_gradients_equal_those_of_flax(side: int, stride: int) -> None:
     x, shape = normal(1, 2, 6, 8, 8), (side, side, 8, 5)
     params = {"kernel": normal(2, *shape) / (8 * side), "bias": normal(3, 5)}
     ours, theirs = layers.Conv(5, side, stride), nn.Conv(5, (side, side), stride)
@@ -174,7 +176,8 @@ def test_a_convolution_and_its_gradients_equal_flax_s(side: int, stride: int) ->
     )
 
 
-def stuffed(x: np.ndarray) -> np.ndarray:
+def with_zeros_between(x: np.ndarray) -> np.ndarray:
+    """An image ``(h, w)`` with a zero after each entry in both directions, ``(2 h, 2 w)``."""
     out = np.zeros((x.shape[0] * 2, x.shape[1] * 2))
     out[::2, ::2] = x
     return out
@@ -192,11 +195,11 @@ def test_fir_resampling_equals_a_convolution(kernel: tuple[float, ...]) -> None:
     def padded(image: np.ndarray, excess: int, before: int) -> np.ndarray:
         return np.pad(image, (before, excess - before))
 
-    ahead = (size - 1) // 2 + 1
-    up = scipy.signal.convolve2d(padded(stuffed(plane), size - 1, ahead), 4 * k, "valid")
+    wide = padded(with_zeros_between(plane), size - 1, (size - 1) // 2 + 1)
+    up = scipy.signal.convolve2d(wide, 4 * k, "valid")
     np.testing.assert_allclose(layers.upsample(x, kernel)[0, ..., 1], up, atol=1e-6)
-    ahead = (size - 1) // 2
-    down = scipy.signal.convolve2d(padded(plane, size - 2, ahead), k, "valid")[::2, ::2]
+    smooth = scipy.signal.convolve2d(padded(plane, size - 2, (size - 1) // 2), k, "valid")
+    down = smooth[::2, ::2]
     np.testing.assert_allclose(layers.downsample(x, kernel)[0, ..., 1], down, atol=1e-6)
 
 
@@ -213,7 +216,8 @@ def test_fir_convolution_equals_scipy(up: bool, kernel: tuple[float, ...]) -> No
         plane = np.asarray(x, float)[0, ..., c]
         for d in range(3):
             if up:  # transposed convolution, then the filter
-                wide = scipy.signal.correlate2d(stuffed(plane)[:-1, :-1], w[:, :, c, d], "full")
+                sparse = with_zeros_between(plane)[:-1, :-1]
+                wide = scipy.signal.correlate2d(sparse, w[:, :, c, d], "full")
                 pad = ((size - 3) // 2 + 1, (size - 4) // 2 + 1)
                 expected[..., d] += scipy.signal.convolve2d(np.pad(wide, pad), 4 * k, "valid")
             else:  # the filter, then a strided convolution

@@ -1,4 +1,4 @@
-"""The ODE likelihood of Gaussians and mixtures, compared with the exact one, and the ODE solver."""
+"""The ODE's likelihood, compared with the exact one of Gaussians and mixtures, and the solver."""
 
 import functools
 from collections.abc import Callable
@@ -25,7 +25,8 @@ SHAPE = (1, 3)
 
 
 def data_of(kind: str, name: str = "vp") -> oracle.Mixture:
-    """A mixture, or a Gaussian as a mixture of one, so that all share compiled functions."""
+    """The mixture, or a Gaussian as a mixture of one component, so that all kinds of data share the
+    compiled functions."""
     sde = SDES[name]()
     if kind == "mixture":
         return oracle.mixture(sde)
@@ -53,7 +54,7 @@ def likelihood_function(name: str, trace: Trace, solver: Solver) -> Callable[...
 def likelihoods(
     kind: str, name: str = "vp", trace: Trace = EXACT, solver: Solver = TIGHT
 ) -> Likelihood:
-    """The likelihood of every example; with random probes, of the first one with 400 keys."""
+    """The likelihoods of all examples, or, if probes are random, of the first one with 400 keys."""
     call, data = likelihood_function(name, trace, solver), data_of(kind, name)
     if trace == EXACT:
         return call(data, examples(), None)
@@ -86,10 +87,11 @@ def test_the_oracles_density_is_scipys() -> None:
 @pytest.mark.oracle
 @pytest.mark.parametrize("kind", ["gaussian", "mixture"])
 @pytest.mark.parametrize("name", SDES)
-def test_log_likelihood_is_the_truth(name: str, kind: str) -> None:
-    """With the true p_T in the place of the prior, only the error of the solver is left.
+def test_log_likelihood_is_exact_up_to_the_prior(name: str, kind: str) -> None:
+    """If the true p_T replaces the prior, only the error of the solver remains.
 
-    If the signal vanishes at T, p_T is the distribution of x at the largest time, scaled to T."""
+    If the signal vanishes at T, p_T here is the distribution of x at the largest time, scaled to T.
+    """
     result, data, sde = likelihoods(kind, name), data_of(kind, name), SDES[name]()
     logp = jax.jit(jax.vmap(data.logp, (0, None)))
     last = jnp.asarray(sde.largest_time)
@@ -106,9 +108,9 @@ def test_log_likelihood_is_the_truth(name: str, kind: str) -> None:
 
 @pytest.mark.oracle
 def test_far_outliers_are_right_at_the_default_tolerance() -> None:
-    """Their paths turn sharply between the components of a mixture. If the step control ignored
-    the correction, the error at this tolerance would be 0.3 bits/dim, with the correction in the
-    sum or without it."""
+    """The paths of far outliers turn sharply between the components of a mixture. If the step
+    control ignored the correction, the error at this tolerance would be 0.3 bits/dim, whether or
+    not the correction is added to the log-likelihood."""
     x, data = 2.5 * jax.random.normal(jax.random.key(0), (200, *SHAPE)), data_of("mixture")
     result = likelihood_function("vp", EXACT, Solver())(data, x, None)
     logp = jax.jit(jax.vmap(data.logp, (0, None)))
@@ -152,7 +154,8 @@ def test_every_adaptive_method_has_the_same_result(method: str) -> None:
 def test_an_easy_path_does_not_hide_a_rough_divergence(
     width: float, eps: float, first_step: float
 ) -> None:
-    """At the mode of a narrow Gaussian x hardly moves: control by x alone allows long steps."""
+    """At the mode of a narrow Gaussian x hardly moves, so a control of x alone would allow long
+    steps, but the divergence changes fast."""
     sde, var = SDES["vp"](), 0.05**2 if eps == EPS else 0.0
 
     def variance(t: Array) -> Array:
@@ -183,7 +186,7 @@ def test_tolerances_are_per_dimension() -> None:
 
 @pytest.mark.oracle
 def test_the_likelihood_is_differentiable_forwards_and_by_fixed_steps_backwards() -> None:
-    """d log p / dx of the ODE against central differences."""
+    """d log p / dx of the ODE is compared with central differences."""
     data, x = data_of("mixture"), examples()[0]
     v = jnp.asarray(np.random.default_rng(3).normal(size=SHAPE))
 
@@ -228,7 +231,8 @@ def test_rademacher_probes_are_exact_for_a_diagonal_covariance() -> None:
 
 
 def test_results_do_not_depend_on_batch_mates() -> None:
-    """At loose tolerances a shared step control would show: the last example needs more steps."""
+    """The last example needs more steps, so with a step control that is shared by the batch, the
+    results of the others would change. The tolerances are loose, so that a test can see this."""
     together, data = likelihoods("mixture", solver=Solver()), data_of("mixture")
     alone = jax.jit(lambda x: ode_logp(data.score, SDES["vp"](), x, None, eps=EPS, trace=EXACT))
     for i, x in enumerate(examples()):
@@ -241,7 +245,7 @@ def test_results_do_not_depend_on_batch_mates() -> None:
 
 
 def test_a_solver_that_gives_up_returns_nan_for_that_example_only() -> None:
-    """One example needs too many steps, and one, of NaN, cannot be solved at all."""
+    """One example needs too many steps, and another one, which is NaN, cannot be solved at all."""
     x = examples().at[3].set(jnp.nan)
     result = likelihood_function("vp", EXACT, Solver(max_steps=20))(data_of("mixture"), x, None)
     np.testing.assert_array_equal(result.stats.success, [True, True, True, False, False])
@@ -272,7 +276,7 @@ def test_velocity_by_hand() -> None:
 
 
 def growth(t: Array, y: Array) -> Array:
-    """dy/dt = 3 cos(3 t) y: from y(0) = 1, y = exp(sin 3t)."""
+    """dy/dt = 3 cos(3 t) y, whose solution with y(0) = 1 is y = exp(sin 3t)."""
     return 3 * jnp.cos(3 * t) * y
 
 

@@ -15,7 +15,8 @@ from sbml.verify import oracle
 pytestmark = pytest.mark.usefixtures("x64")
 
 EPS = 1e-5
-T = np.asarray(0.3)  # float64, also before the module's tests enable it in JAX
+# The time of most tests: a NumPy number, so it is float64 though JAX has no float64 at import.
+TIME = np.asarray(0.3)
 
 
 class OnlyBatches:
@@ -31,7 +32,7 @@ def _sde(request: pytest.FixtureRequest) -> SDE:
 
 
 def expected_loss(score: Score, data: oracle.Gaussian, t: Array, weighting: str) -> Array:
-    """The exact expectation over x_0 and z for a score that is affine in x."""
+    """The exact expectation of the loss over x_0 and z, for a score that is affine in x."""
 
     def one(x: Array, z: Array) -> Array:
         x_t = losses.perturb(data.sde, x, t, z)
@@ -41,14 +42,14 @@ def expected_loss(score: Score, data: oracle.Gaussian, t: Array, weighting: str)
 
 
 def score_with_error(data: oracle.Gaussian, a: Array, b: Array) -> Score:
-    """The true score plus A x + b."""
+    """The true score plus a x + b."""
     return lambda x, t, key: data.score(x, t) + a @ x + b
 
 
 def test_weights(sde: SDE) -> None:
-    ratio = sde.diffusion(T) / sde.std(T)
-    np.testing.assert_allclose(losses.weight(sde, T, "likelihood"), ratio**2, rtol=1e-14)
-    assert losses.weight(sde, T, "original") == 1
+    ratio = sde.diffusion(TIME) / sde.std(TIME)
+    np.testing.assert_allclose(losses.weight(sde, TIME, "likelihood"), ratio**2, rtol=1e-14)
+    assert losses.weight(sde, TIME, "original") == 1
 
 
 def test_perturb_by_hand() -> None:
@@ -78,7 +79,8 @@ def test_the_true_score_is_a_stationary_point(sde: SDE, weighting: str) -> None:
 
     gradient = jax.jit(jax.grad(loss, argnums=(0, 1)))
     for t in (1e-3, 0.1, 0.5, sde.largest_time):
-        # The gradient for a score with error delta is lambda E[delta x_t^T], which sets the scale.
+        # For a score with the error delta, the gradient with respect to a is
+        # w sigma^2 E[delta x_t^T]; this sets the scale of the tolerance.
         unit = max(1.0, float(losses.weight(sde, jnp.asarray(t), weighting)) * sde.prior_std**2)
         for leaf in gradient(jnp.zeros((3, 3)), jnp.zeros(3), jnp.asarray(t)):
             np.testing.assert_allclose(leaf, 0, atol=1e-8 * unit)
@@ -87,24 +89,27 @@ def test_the_true_score_is_a_stationary_point(sde: SDE, weighting: str) -> None:
 @pytest.mark.oracle
 @pytest.mark.parametrize("weighting", losses.WEIGHTINGS)
 def test_the_gap_of_a_wrong_score_is_its_squared_error(sde: SDE, weighting: str) -> None:
-    """E loss(s + delta) - E loss(s) = 1/2 w sigma^2 E|delta(x_t)|^2 for an affine delta. It is
-    positive in every direction, so the true score is the minimum."""
+    """E loss(s + delta) - E loss(s) = 1/2 w sigma^2 E|delta(x_t)|^2 for an affine delta.
+
+    So the true score is the minimum."""
     data, rng = oracle.gaussian(sde), np.random.default_rng(5)
-    alpha, sigma = float(sde.mean_coef(T)), float(sde.std(T))
+    alpha, sigma = float(sde.mean_coef(TIME)), float(sde.std(TIME))
     mean = alpha * np.asarray(data.mean)
     cov = alpha**2 * np.asarray(data.cov) + sigma**2 * np.eye(3)
-    loss = jax.jit(lambda a, b: expected_loss(score_with_error(data, a, b), data, T, weighting))
-    best = expected_loss(data.score, data, T, weighting)
+    loss = jax.jit(lambda a, b: expected_loss(score_with_error(data, a, b), data, TIME, weighting))
+    best = expected_loss(data.score, data, TIME, weighting)
     for _ in range(5):
         a, b = rng.normal(size=(3, 3)), rng.normal(size=3)
         squared = np.trace(a @ cov @ a.T) + np.sum((a @ mean + b) ** 2)
-        lambda_ = sigma**2 if weighting == "original" else float(sde.diffusion(T)) ** 2
-        np.testing.assert_allclose(loss(a, b) - best, 0.5 * lambda_ * squared, rtol=1e-9)
+        factor = sigma**2 if weighting == "original" else float(sde.diffusion(TIME)) ** 2
+        np.testing.assert_allclose(loss(a, b) - best, 0.5 * factor * squared, rtol=1e-9)
 
 
 @pytest.mark.oracle
 def test_the_true_score_of_a_mixture_beats_its_neighbours(sde: SDE) -> None:
-    """In random directions of function space, on the same draws, by more than 3 standard errors."""
+    """In random directions of function space, a wrong score has a larger loss on the same draws.
+
+    The difference is more than three standard errors."""
     data, n = oracle.mixture(sde), 2000
     rng = np.random.default_rng(6)
     choice = rng.choice(3, n, p=data.weights)
@@ -118,7 +123,7 @@ def test_the_true_score_of_a_mixture_beats_its_neighbours(sde: SDE) -> None:
         def score(x: Array, t: Array, key: Key | None) -> Array:
             return data.score(x, t) + scale / sde.std(t) * jnp.sin(direction @ x)
 
-        return jax.vmap(lambda x, key: losses.dsm(score, sde, x, T, key))(x, keys)
+        return jax.vmap(lambda x, key: losses.dsm(score, sde, x, TIME, key))(x, keys)
 
     truth = each(jnp.zeros((3, 3)), 0.0)
     for _ in range(4):
@@ -141,17 +146,18 @@ def test_likelihood_weighting_cancels_importance_weights(sde: SDE) -> None:
 
 @pytest.mark.oracle
 def test_the_integral_of_the_loss_is_closed_form(sde: SDE) -> None:
-    """The integral for the true score, with every proposal. With rho = sigma / alpha and the
-    variances c of the data:
+    """The integral over t from eps to T, for the true score and every proposal.
 
-    likelihood   integral 1/2 g^2/sigma^2 E|sigma s + z|^2 dt = 1/2 sum_i [-log1p(c_i / rho^2)]
+    With rho = sigma / alpha and the variances c_i of the data it is
+
+    likelihood   1/2 sum_i [-log1p(c_i / rho^2)] from t = eps to T
     original     integral 1/2 sum_i alpha^2 c_i / (alpha^2 c_i + sigma^2) dt, by quadrature
     """
     data = oracle.gaussian(sde)
     variances = np.asarray(data.eigenvalues)
 
     @jax.jit
-    def rest(t: Array) -> Array:
+    def original(t: Array) -> Array:
         signal = sde.mean_coef(t) ** 2 * variances
         return 0.5 * jnp.sum(signal / (signal + sde.std(t) ** 2))
 
@@ -160,15 +166,15 @@ def test_the_integral_of_the_loss_is_closed_form(sde: SDE) -> None:
     expected = {
         "likelihood": 0.5 * np.sum(np.log1p(variances / rho2[0]) - np.log1p(variances / rho2[1])),
         "original": scipy.integrate.quad(
-            lambda s: float(rest(np.exp(s))) * np.exp(s), np.log(EPS), 0, epsrel=1e-9, limit=200
+            lambda s: float(original(np.exp(s))) * np.exp(s), np.log(EPS), 0, epsrel=1e-9, limit=200
         )[0],
     }
     nodes, weights = np.polynomial.legendre.leggauss(300)
     for weighting, value in expected.items():
         loss = jax.jit(jax.vmap(lambda t, w=weighting: expected_loss(data.score, data, t, w)))
         for name, proposal in times.PROPOSALS.items():
-            # With uniform times the loss has a peak near eps: the quadrature substitutes u = v^8.
-            # With the velocity's times it has one near T: 1 - u = v^8.
+            # With uniform times, the integrand has a peak near eps, so the quadrature substitutes
+            # u = v^8. With velocity's times it has one near T: then 1 - u = v^8.
             v, power = 0.5 * (nodes + 1), 1 if name == "importance" else 8
             u = 1 - v**power if name == "velocity" else v**power
             t, weight = proposal(sde, EPS).at(jnp.asarray(u))
@@ -177,19 +183,20 @@ def test_the_integral_of_the_loss_is_closed_form(sde: SDE) -> None:
 
 
 def _echo(x: Array, t: Array, key: Key | None) -> Array:
-    """A score that returns its input, so that the loss reveals the noise."""
+    """A score that returns its input."""
     return x
 
 
 def test_dsm_draws_standard_normal_noise() -> None:
-    """With a zero score the loss is w/2 |z|^2, w/2 times a chi-squared variable."""
+    """With a zero score and w = 1, the loss is 1/2 |z|^2: 1/2 times a chi-squared variable with six
+    degrees of freedom, of mean 3 and variance 3."""
     sde, x, n = SDES["vp"](), jnp.ones((2, 3)), 4000
     keys = jax.random.split(jax.random.key(1), n)
 
     def zero(x: Array, t: Array, key: Key | None) -> Array:
         return jnp.zeros_like(x)
 
-    one = jax.vmap(lambda key: losses.dsm(zero, sde, x, T, key, weighting="original"))
+    one = jax.vmap(lambda key: losses.dsm(zero, sde, x, TIME, key, weighting="original"))
     loss = jax.jit(one)(keys)
     assert loss.shape == (n,)
     assert abs(np.mean(loss) - 3) < 3 * np.sqrt(3 / n)
@@ -208,11 +215,11 @@ def test_the_key_of_the_score_differs_from_the_key_of_the_noise() -> None:
             return jax.random.normal(key, x.shape) / sde.std(t)[:, None]
 
     def loss(key: Key) -> Array:
-        return losses.dsm(noisy, sde, jnp.zeros(4), T, key, weighting="original")
+        return losses.dsm(noisy, sde, jnp.zeros(4), TIME, key, weighting="original")
 
     def batch_loss(key: Key) -> Array:
         return losses.dsm_batch(
-            NoisyBatch(), sde, jnp.zeros((1, 4)), T[None], key[None], weighting="original"
+            NoisyBatch(), sde, jnp.zeros((1, 4)), TIME[None], key[None], weighting="original"
         )
 
     keys = jax.random.split(jax.random.key(2), n)
@@ -256,14 +263,14 @@ def test_single_loss_is_the_residual_of_its_noise(sde: SDE) -> None:
         seen.append(x)
         return jnp.sin(x)
 
-    loss = losses.dsm(score, sde, x, T, jax.random.key(5))
-    z = (seen[0] - sde.mean_coef(T) * x) / sde.std(T)
-    expected = losses.residual(sde, jnp.sin(seen[0]), T, z, "likelihood")
+    loss = losses.dsm(score, sde, x, TIME, jax.random.key(5))
+    z = (seen[0] - sde.mean_coef(TIME) * x) / sde.std(TIME)
+    expected = losses.residual(sde, jnp.sin(seen[0]), TIME, z, "likelihood")
     np.testing.assert_allclose(loss, expected, rtol=1e-9)
 
 
 def test_batch_loss_is_the_loss_of_each_example() -> None:
-    """The score has a batch form or not; each example has its own noise."""
+    """This holds for scores with and without a batch form. Each example has its own noise."""
     sde = SDES["vp"]()
     x, t = jnp.ones((4, 3)), jnp.full(4, 0.4)
     keys = jax.random.split(jax.random.key(7), 4)
@@ -315,8 +322,8 @@ def test_a_score_of_the_wrong_shape_is_refused(shape: tuple[int, ...]) -> None:
     steps = {"eps": EPS, "u": u}
     sampler = samplers.Ancestral(steps=1, corrector=samplers.Langevin())
     for call in (
-        lambda: losses.dsm(wrong, sde, x, T, key),
-        lambda: losses.dsm_batch(wrong, sde, x[None], T[None], key[None]),
+        lambda: losses.dsm(wrong, sde, x, TIME, key),
+        lambda: losses.dsm_batch(wrong, sde, x[None], TIME[None], key[None]),
         lambda: bound.elbo(wrong, sde, x, key, **steps),
         lambda: bound.elbo(wrong, sde, x, key, **steps, trace=Trace("exact")),
         lambda: discrete.elbo(wrong, sde, pixels, key, noise=discrete.Categorical(4), **steps),
@@ -324,7 +331,7 @@ def test_a_score_of_the_wrong_shape_is_refused(shape: tuple[int, ...]) -> None:
         lambda: sampler(wrong, sde, x, key, eps=EPS),
         lambda: samplers.EulerMaruyama(steps=1)(wrong, sde, x, key, eps=EPS),
         lambda: samplers.ReverseDiffusion(steps=1)(wrong, sde, x, key, eps=EPS),
-        lambda: sampler.corrector(wrong, sde, x, T, T, key),
+        lambda: sampler.corrector(wrong, sde, x, TIME, TIME, key),
     ):
         with pytest.raises(ValueError, match=r"score returned shape .* for an input of \(2, 3\)"):
             call()
@@ -332,12 +339,12 @@ def test_a_score_of_the_wrong_shape_is_refused(shape: tuple[int, ...]) -> None:
 
 def test_unknown_weightings_are_refused() -> None:
     with pytest.raises(ValueError, match="unknown weighting 'vlb'"):
-        losses.dsm(_echo, SDES["vp"](), jnp.ones(2), T, jax.random.key(0), weighting="vlb")
+        losses.dsm(_echo, SDES["vp"](), jnp.ones(2), TIME, jax.random.key(0), weighting="vlb")
 
 
 def test_signs_multiply_the_noise(sde: SDE) -> None:
-    """At x = 0 the loss of a constant score c with noise -z is that of -c with noise z."""
-    x, t, keys = jnp.zeros((2, 3)), jnp.full(2, T), jnp.stack([jax.random.key(0)] * 2)
+    """At x = 0 the loss of the constant score c with noise -z is that of -c with noise z."""
+    x, t, keys = jnp.zeros((2, 3)), jnp.full(2, TIME), jnp.stack([jax.random.key(0)] * 2)
     signs = jnp.asarray([1.0, -1.0])
     up, down = (
         losses.dsm_batch(lambda x, t, key, c=c: c + 0 * x, sde, x, t, keys, signs=signs)
@@ -357,7 +364,8 @@ def rows_of(**wrong: Array) -> dict[str, Array]:
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        # vmap would map the rows of t, and broadcasting would give a loss for each dimension.
+        # Without the check, vmap would map over the rows of t, and broadcasting would give a loss
+        # for each dimension.
         ({"t": np.full((4, 3), 0.5)}, r"x has shape \(4, 3\), t \(4, 3\): give a batch"),
         ({"t": np.full((), 0.5)}, r"t \(\): give a batch \(n, \*s\) and its times \(n,\)"),
         ({"x": np.ones(())}, r"x has shape \(\), t \(4,\)"),

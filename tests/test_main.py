@@ -1,4 +1,4 @@
-"""The command line."""
+"""The command line: flags, the config of a work directory, and messages of refusals."""
 
 import dataclasses
 import os
@@ -26,35 +26,36 @@ from sbml.runtime.checkpoint import Checkpoints
 CONFIG = "--config=tests/tiny.py"
 
 
-def test_of_a_field_given_twice_the_last_counts(monkeypatch: pytest.MonkeyPatch) -> None:
-    """absl makes one tuple of two: estimators of both, a shape of six numbers."""
+def test_the_last_value_of_a_repeated_field_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """absl would join the values of a tuple, such as two shapes to one shape of six numbers."""
     monkeypatch.setattr(main.app, "parse_flags_with_usage", lambda arguments: arguments)
-    given = [
+    once = [
         "main",
         f"--config={runs.ROOT / CONFIG.partition('=')[2]}",
         "--config.data.shape=8,8,1",
         "--mode=eval",
     ]
-    again = [*given, "--config.eval.seed=3", "--config.data.shape=32,32,3", "--noconfig.data.flip"]
-    assert main.parse(again) == [a for a in again if a != "--config.data.shape=8,8,1"]
-    assert main.parse(given) == given
+    twice = [*once, "--config.eval.seed=3", "--config.data.shape=32,32,3", "--noconfig.data.flip"]
+    assert main.parse(twice) == [a for a in twice if a != "--config.data.shape=8,8,1"]
+    assert main.parse(once) == once
+    # A name and its value in two arguments stay: without the name, its value would be left over.
     apart = ["main", "--config.data.source", "digits", "--config.data.source", "photos"]
-    assert main.parse(apart) == apart  # A name without its value would be left.
+    assert main.parse(apart) == apart
 
 
-def test_of_a_run_with_a_checkpoint_the_work_directory_is_enough(tmp_path, monkeypatch):
+def test_the_config_of_a_trained_run_is_read_from_its_work_directory(tmp_path, monkeypatch):
     monkeypatch.setattr(main.app, "parse_flags_with_usage", lambda arguments: arguments)
     assert main.parse(["main", f"--workdir={tmp_path}"]) == ["main", f"--workdir={tmp_path}"]
     config = tiny.get_config()
     config.training.update(num_steps=2)
     train.run(config, tmp_path)
-    for given in (["--workdir", str(tmp_path)], [f"--workdir={tmp_path}"]):
-        parsed = main.parse(["main", *given, "--config.eval.seed=3"])
+    for workdir in (["--workdir", str(tmp_path)], [f"--workdir={tmp_path}"]):
+        arguments = main.parse(["main", *workdir, "--config.eval.seed=3"])
         config_flag = f"--config={stored.__file__}:{tmp_path}"
-        assert parsed == ["main", config_flag, *given, "--config.eval.seed=3"]
+        assert arguments == ["main", config_flag, *workdir, "--config.eval.seed=3"]
     assert Config.read(stored.get_config(str(tmp_path))) == Config.read(config)
-    with_one = ["main", CONFIG, f"--workdir={tmp_path}"]
-    assert main.parse(with_one) == with_one
+    with_config = ["main", CONFIG, f"--workdir={tmp_path}"]
+    assert main.parse(with_config) == with_config
 
 
 def test_fields_that_a_checkpoint_lacks_have_their_defaults_and_unknown_ones_are_named(monkeypatch):
@@ -63,8 +64,8 @@ def test_fields_that_a_checkpoint_lacks_have_their_defaults_and_unknown_ones_are
     monkeypatch.setattr(Checkpoints, "metadata", lambda self: {"config": trained})
     expected = Config.read(tiny.get_config())
     default = dataclasses.replace(expected.eval, n_times=type(expected.eval)().n_times)
-    found = Config.read(stored.get_config("run"))
-    assert found == dataclasses.replace(expected, eval=default)
+    config = Config.read(stored.get_config("run"))
+    assert config == dataclasses.replace(expected, eval=default)
     trained["eval"]["later"] = 1
     with pytest.raises(ValueError, match=r"has a field config\.eval\.later.*update sbml"):
         stored.get_config("run")
@@ -73,36 +74,39 @@ def test_fields_that_a_checkpoint_lacks_have_their_defaults_and_unknown_ones_are
         stored.get_config("run")
 
 
-def said(*arguments: str) -> tuple[int, list[str]]:
-    """Exit status and the lines of the standard error, of the program in a process of its own."""
+def run_program(*arguments: str) -> tuple[int, list[str]]:
+    """Run the program in a new process: its exit status and the lines of its standard error."""
     environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
     command = [sys.executable, "-m", "sbml.main", *arguments]
-    found = subprocess.run(
+    process = subprocess.run(
         command, cwd=runs.ROOT, env=environment, capture_output=True, text=True, timeout=300
     )
-    return found.returncode, found.stderr.strip().splitlines()
+    return process.returncode, process.stderr.strip().splitlines()
 
 
-def test_a_refusal_is_one_line_and_a_traceback_is_a_flag(tmp_path: Path) -> None:
+def test_a_refusal_is_one_line_and_the_flag_traceback_shows_more(tmp_path: Path) -> None:
     wrong = (CONFIG, f"--workdir={tmp_path}", "--mode=train", "--config.optim.lr=0")
     line = "ValueError: optim.lr=0.0: need a number above 0 and at most 1"
-    assert said(*wrong) == (1, [line])
-    status, lines = said(*wrong, "--traceback")
+    assert run_program(*wrong) == (1, [line])
+    status, lines = run_program(*wrong, "--traceback")
     assert status == 1 and lines[-1] == line
     assert any(text.startswith("Traceback") for text in lines)
 
 
 @pytest.fixture
-def parsed(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., str]]:
-    """What the program says to a command line, by a run in this process that no mode is part of."""
+def refusal(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., str]]:
+    """The message with which the program refuses a command line, without starting a process.
+
+    If it does not refuse the command line, the test fails before any mode runs.
+    """
     monkeypatch.setattr(main.cpu, "settle", lambda: pytest.fail("nothing was refused"))
 
     def run(*arguments: str) -> str:
         flags.FLAGS.unparse_flags()
-        monkeypatch.setattr(sys, "argv", ["main", *arguments])  # Where absl looks for overrides.
-        with pytest.raises(SystemExit) as left:
+        monkeypatch.setattr(sys, "argv", ["main", *arguments])  # absl looks for overrides there.
+        with pytest.raises(SystemExit) as caught:
             main.main(main.parse(["main", *arguments]))
-        return str(left.value.code)
+        return str(caught.value.code)
 
     yield run
     flags.FLAGS.unparse_flags()
@@ -140,33 +144,36 @@ def parsed(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., str]]:
         ((CONFIG, "--num_processes=2", "--process_id=1"), "UsageError: --coordinator=: give HOST"),
     ],
 )
-def test_flags_that_name_nothing_or_would_be_ignored(
-    parsed: Callable[..., str], arguments: tuple[str, ...], message: str
+def test_flags_that_name_nothing_or_would_be_ignored_are_refused(
+    refusal: Callable[..., str], arguments: tuple[str, ...], message: str
 ) -> None:
-    assert message in parsed(*arguments)
+    assert message in refusal(*arguments)
 
 
-def test_a_config_without_its_function(tmp_path: Path) -> None:
-    """In a process of its own: absl's loader would find the function of the config before it."""
+def test_a_config_without_the_function_get_config_is_refused(tmp_path: Path) -> None:
+    """This needs a new process: in this one, absl's loader would find the function of the config
+    that it loaded before."""
     (tmp_path / "empty.py").write_text("x = 1\n")
-    status, (line,) = said(f"--config={tmp_path / 'empty.py'}", f"--workdir={tmp_path}")
+    status, (line,) = run_program(f"--config={tmp_path / 'empty.py'}", f"--workdir={tmp_path}")
     assert status == 1
     assert line.startswith(f"--config={tmp_path / 'empty.py'} has no function get_config(): begin")
 
 
-def raised(function: Callable[[], object]) -> BaseException:
+def error_of(function: Callable[[], object]) -> BaseException:
+    """The error that ``function()`` raises."""
     with pytest.raises(Exception) as caught:
         function()
     return caught.value
 
 
-def test_what_is_a_refusal(tmp_path: Path) -> None:
-    """What this package raises, and a missing file; not what goes wrong inside of a library."""
-    ours = raised(lambda: Solver(rtol=-1.0))
+def test_errors_of_this_package_and_missing_files_are_refusals(tmp_path: Path) -> None:
+    """Refusals are shown in one line. Errors that a library raises are defects, and keep their
+    traceback."""
+    ours = error_of(lambda: Solver(rtol=-1.0))
     assert refusals.line(ours) == "ValueError: rtol=-1.0: must be positive and finite"
-    traced = raised(lambda: jax.jit(lambda x: divergence.exact(lambda x: x[:1], x))(jnp.ones(2)))
+    traced = error_of(lambda: jax.jit(lambda x: divergence.exact(lambda x: x[:1], x))(jnp.ones(2)))
     assert str(refusals.line(traced)).startswith("ValueError: f(x) has shape (1,)")
-    missing = raised((tmp_path / "a\x1b[2Jb").read_text)
+    missing = error_of((tmp_path / "a\x1b[2Jb").read_text)
     assert "a\\x1b[2Jb" in str(refusals.line(missing))
     images = np.zeros((1, 2, 2, 3), np.uint8)
     for defect in (
@@ -175,4 +182,4 @@ def test_what_is_a_refusal(tmp_path: Path) -> None:
         lambda: bits.to_model(jnp.ones(3), jnp.ones(2), 4),  # jax refuses the shapes
         lambda: report.image_grid(images, 4, columns="a"),  # type: ignore[arg-type]
     ):
-        assert refusals.line(raised(defect)) is None
+        assert refusals.line(error_of(defect)) is None

@@ -1,4 +1,4 @@
-"""Every way to draw times estimates the same integral; importance times against quadrature."""
+"""Draws of times: every proposal and every density estimates the same integral."""
 
 import functools
 from collections.abc import Callable
@@ -46,15 +46,20 @@ def _integrand(t: Array) -> Array:
     return 1 + t * jnp.cos(5 * t)
 
 
-def _drawn_integrand(proposal: Proposal, t: Array) -> Array:
-    """One that random draws can average: what velocity's times are for falls with the signal."""
+def _integrand_of_draws(proposal: Proposal, t: Array) -> Array:
+    """An integrand whose random estimate has a small variance.
+
+    The weights of ``Velocity`` grow like 1 / sigmoid(lambda) near T, and are meant for an integrand
+    with the factor sigmoid(lambda).
+    """
     if not isinstance(proposal, Velocity):
         return _integrand(t)
     return _integrand(t) * jax.nn.sigmoid(proposal.sde.log_snr(t))
 
 
 def _towards_one(s: Array) -> tuple[Array, Array]:
-    """u(s) on [0, 1] and du/ds, as dense in log(1 - u) near 1 as velocity's times need."""
+    """u(s) on [0, 1] and du/ds. Points near u = 1 are dense, evenly in log(1 - u): there the times
+    of ``Velocity`` change fast."""
     return jnp.expm1(-16 * s) / jnp.expm1(-16.0), 16 * jnp.exp(-16 * s) / -jnp.expm1(-16.0)
 
 
@@ -86,16 +91,16 @@ def _points(draw: str, n: int, draws: int) -> Array:
 @pytest.mark.parametrize("draw", DRAWS)
 def test_estimates_are_unbiased(proposal: Proposal, draw: str) -> None:
     t, weight = proposal.at(_points(draw, 3, 4))
-    values = jnp.mean(weight * _drawn_integrand(proposal, t), axis=(1, 2))
+    values = jnp.mean(weight * _integrand_of_draws(proposal, t), axis=(1, 2))
     end = proposal.sde.largest_time
-    error = np.mean(values) - _integral(lambda t: _drawn_integrand(proposal, t), end)
+    error = np.mean(values) - _integral(lambda t: _integrand_of_draws(proposal, t), end)
     assert abs(error) < 3 * np.std(values) / np.sqrt(len(values))
 
 
 @pytest.mark.parametrize("density", [None, (1.0, 3.0, 2.0)])
 def test_weights_over_log_snr(proposal: Proposal, density: tuple[float, ...] | None) -> None:
-    """dlambda = (g / sigma)^2 dt, whichever way the times are drawn."""
-    s = (jnp.arange(400_000) + 0.5) / 400_000  # s^3: closely where uniform times have a spike.
+    """The integral over lambda is that of (g / sigma)^2 dt, for every proposal and density."""
+    s = (jnp.arange(400_000) + 0.5) / 400_000  # s^3 is dense near 0, where uniform t has a peak.
     u, du = _towards_one(s**3)
     t, weight = proposal.over_log_snr(u, None if density is None else jnp.asarray(density))
     sde = proposal.sde
@@ -139,14 +144,16 @@ def _log_one_plus_snr(sde: SDE, t: Array) -> np.longdouble:
 
 @pytest.mark.oracle
 def test_velocity_times_follow_i_dodes_formula(sde: SDE) -> None:
-    """1 + e^-gamma = e^(-Z u) (1 + e^-gamma_0), and the density is the signal's part of it."""
+    """With gamma = -lambda, 1 + e^-gamma = e^(-Z u) (1 + e^-gamma_0).
+
+    The density is alpha^2 / (alpha^2 + sigma^2) times the rate of log-SNR, divided by Z."""
     velocity = Velocity(sde, EPS)
     first, last = (_log_one_plus_snr(sde, t) for t in (EPS, sde.largest_time))
     np.testing.assert_allclose(float(velocity.normaliser), float(first - last), rtol=1e-11)
     u = jnp.asarray([0.0, 0.1, 0.37, 0.9, 1 - 2.0**-20, 1.0])
     ts, weights = velocity.at(u)
     for k, (t, weight) in enumerate(zip(ts, weights, strict=True)):
-        # Near T the left side is small, and there it must be right to its own digits.
+        # Near T the logarithm is small, and must have a small relative error there too.
         expected = last + (first - last) * (1 - np.longdouble(u[k]))
         np.testing.assert_allclose(float(_log_one_plus_snr(sde, t)), float(expected), rtol=1e-9)
         alpha, sigma = float(sde.mean_coef(t)), float(sde.std(t))
@@ -157,7 +164,7 @@ def test_velocity_times_follow_i_dodes_formula(sde: SDE) -> None:
 @pytest.mark.oracle
 @pytest.mark.parametrize("name", ["vp", "cosine_vp", "linear_gamma"])
 def test_weights_of_the_velocitys_error_are_equal(name: str) -> None:
-    """alpha^2 + sigma^2 = 1: weight 1/2 g^2/sigma^2 |dz|^2 is Z/2 |dF|^2, dz = alpha dF."""
+    """For alpha^2 + sigma^2 = 1, dz = alpha dF, and weight 1/2 g^2/sigma^2 |dz|^2 = Z/2 |dF|^2."""
     velocity = Velocity(SDES[name](), EPS)
     t, weight = velocity.at(jnp.linspace(0, 1, 50))
     of_noise = 0.5 * weight * velocity.sde.rate(t)
@@ -175,7 +182,7 @@ def test_times_stay_in_the_interval(proposal: Proposal) -> None:
     assert np.all((t >= EPS) & (t <= last)) and np.all(weight > 0)
 
 
-def test_float32_times_are_as_good_as_their_points(proposal: Proposal) -> None:
+def test_float32_times_have_the_error_of_rounded_points(proposal: Proposal) -> None:
     u = jnp.minimum(jnp.linspace(0, 1, 333, dtype=jnp.float32), np.float32(1 - 2.0**-24))
     t, weight = proposal.at(u.astype(float))
     with jax.enable_x64(False):
@@ -184,12 +191,13 @@ def test_float32_times_are_as_good_as_their_points(proposal: Proposal) -> None:
     last = proposal.sde.largest_time
     largest = np.float32(last) if last == 1 else np.nextafter(np.float32(last), np.float32(1))
     assert np.all((t32 >= np.float32(EPS)) & (t32 <= largest))
-    # An error of half a float32 unit in u times Z is an error of Z 2^-24 in the log of t.
-    # Where the signal vanishes at 1, the rounded largest time is another end of the integral, and
-    # weights near 1 are Z (1 - t), Z = 37 at most, where 1 - t is known to 2^-24.
+    # An error of 2^-24 in u is an error of Z 2^-24 in log-SNR, and about the same in log t.
+    # If the signal vanishes at t = 1, rounding also changes the end of the integral, largest_time.
+    # The weights near t = 1 are Z (1 - t) with Z at most 37, and 1 - t has an error of 2^-24.
     rtol, unit = (1e-5, 0.0) if last == 1 else (3e-5, 37 * 2.0**-24)
     np.testing.assert_allclose(t32, t, rtol=rtol, atol=1e-7)
-    if isinstance(proposal, Velocity) and last != 1:  # 1 / alpha^2, and 1 - t = 1e-3 to 2^-24.
+    # The weights of Velocity are proportional to 1 / alpha^2, where 1 - t = 1e-3 has that error.
+    if isinstance(proposal, Velocity) and last != 1:
         rtol = 1.2e-4
     np.testing.assert_allclose(weight32, weight, rtol=rtol, atol=1e-7 + unit)
 
@@ -211,12 +219,12 @@ def test_lattice_spreads_each_examples_draws_evenly() -> None:
 
 @pytest.mark.parametrize("draw", DRAWS)
 def test_each_point_is_uniform(draw: str) -> None:
-    """Whatever the example, a draw chosen blindly is uniform; so is every draw if it is alone."""
-    alone, many = np.asarray(_points(draw, 3, 1)), np.asarray(_points(draw, 3, 4))
-    blind = many[np.arange(3000), :, np.arange(3000) % 4]
+    """For every example, a single draw is uniform, and so is one from a random column of four."""
+    single, four = np.asarray(_points(draw, 3, 1)), np.asarray(_points(draw, 3, 4))
+    columns = four[np.arange(3000), :, np.arange(3000) % 4]
     for i in range(3):
-        assert scipy.stats.kstest(alone[:, i, 0], "uniform").pvalue > 1e-3
-        assert scipy.stats.kstest(blind[:, i], "uniform").pvalue > 1e-3
+        assert scipy.stats.kstest(single[:, i, 0], "uniform").pvalue > 1e-3
+        assert scipy.stats.kstest(columns[:, i], "uniform").pvalue > 1e-3
 
 
 def test_iid_points_are_independent() -> None:
@@ -242,7 +250,8 @@ def test_float32_lattice_has_one_point_in_each_cell() -> None:
 
 
 def test_lattice_reduces_the_variance_of_a_smooth_mean() -> None:
-    """For exp and n evenly spaced points: ((e - 1) / n)^2 / 12, where iid has Var(exp) / n."""
+    """The variance of the mean of exp over n = 64 points. For evenly spaced points it is nearly
+    ((e - 1) / n)^2 / 12, for independent points Var(exp) / n."""
 
     def variance(draw: str) -> float:
         return float(np.var(np.mean(np.exp(_points(draw, 8, 8)), axis=(1, 2))))
@@ -258,7 +267,7 @@ SCALE = np.asarray([3.0, 0.2, np.nan, 1.0, 0.0])
 @pytest.mark.oracle
 @pytest.mark.parametrize("floor", [0.05, 1.0])
 def test_warped_points_integrate_over_v(floor: float) -> None:
-    """Powers integrate exactly, by Gauss-Legendre nodes in each bin of u."""
+    """Powers of v are integrated exactly, with Gauss-Legendre nodes in each bin of u."""
     density = with_floor(jnp.asarray(SCALE), floor)
     nodes, weights = np.polynomial.legendre.leggauss(6)
     edges = np.concatenate([[0], np.cumsum(density) / np.sum(density)])
@@ -272,7 +281,7 @@ def test_warped_points_integrate_over_v(floor: float) -> None:
 
 @pytest.mark.oracle
 def test_warped_points_follow_the_density() -> None:
-    """The part of evenly spread u that falls into a bin is the bin's mass; 1/q is its weight."""
+    """If u is evenly spread, the part of the points v in a bin is its mass; the weight is 1/q."""
     density = jnp.asarray([1.0, 4.0, 0.5, 2.5])  # not normalised: the mean is 2
     v, inverse = warp((jnp.arange(8000) + 0.5) / 8000, density)
     k = np.floor(np.asarray(v) * 4).astype(int)
@@ -283,7 +292,8 @@ def test_warped_points_follow_the_density() -> None:
 
 @pytest.mark.oracle
 def test_the_best_density_makes_a_step_function_exact() -> None:
-    """h / q is constant for q proportional to h, so one draw is the integral; a floor spoils it."""
+    """If q is proportional to h, then h / q is constant, so every draw equals the integral. With a
+    floor this is no longer exact."""
     h = jnp.asarray([5.0, 1.0, 2.0])
     u = jnp.linspace(0, 0.999, 50)
     for floor, exact in ((1e-9, True), (0.1, False)):
@@ -298,16 +308,16 @@ def test_the_best_density_makes_a_step_function_exact() -> None:
 def test_warped_estimates_are_unbiased(proposal: Proposal, draw: str) -> None:
     v, inverse = warp(_points(draw, 3, 4), with_floor(jnp.asarray(SCALE)))
     t, weight = proposal.at(v)
-    values = jnp.mean(inverse * weight * _drawn_integrand(proposal, t), axis=(1, 2))
+    values = jnp.mean(inverse * weight * _integrand_of_draws(proposal, t), axis=(1, 2))
     end = proposal.sde.largest_time
-    error = np.mean(values) - _integral(lambda t: _drawn_integrand(proposal, t), end)
+    error = np.mean(values) - _integral(lambda t: _integrand_of_draws(proposal, t), end)
     assert abs(error) < 3 * np.std(values) / np.sqrt(len(values))
 
 
-def test_floored_by_hand() -> None:
-    """nan counts as the mean of the others, 1.05; then (1 - f) scale / 1.05 + f."""
-    known = np.asarray([3.0, 0.2, 1.05, 1.0, 0.0])
-    np.testing.assert_allclose(with_floor(jnp.asarray(SCALE), 0.1), 0.9 * known / 1.05 + 0.1)
+def test_with_floor_by_hand() -> None:
+    """nan counts as the mean of the others, 1.05; then q = (1 - floor) scale / 1.05 + floor."""
+    scale = np.asarray([3.0, 0.2, 1.05, 1.0, 0.0])
+    np.testing.assert_allclose(with_floor(jnp.asarray(SCALE), 0.1), 0.9 * scale / 1.05 + 0.1)
 
 
 @pytest.mark.parametrize(
@@ -320,7 +330,7 @@ def test_floored_by_hand() -> None:
         [1e-38, np.nan, 1e-38],
     ],
 )
-def test_a_scale_that_says_nothing_gives_the_uniform_density(scale: list[float]) -> None:
+def test_a_scale_without_information_gives_the_uniform_density(scale: list[float]) -> None:
     with jax.enable_x64(False):
         np.testing.assert_allclose(with_floor(jnp.asarray(scale, jnp.float32)), 1, rtol=1e-6)
 
@@ -341,7 +351,8 @@ def test_impossible_floors_are_refused(floor: float) -> None:
 
 @pytest.mark.parametrize("bins", [1, 7, 100, 1000])
 def test_float32_warp(bins: int) -> None:
-    """Any u of [0, 1) has a bin, in order, and 1/q is right to the rounding of a bin's mass."""
+    """Every u in [0, 1) falls into a bin, v increases with u, and 1/q has the rounding error of a
+    bin's mass."""
     rng = np.random.default_rng(bins)
     with jax.enable_x64(False):
         density = np.asarray(
@@ -380,13 +391,13 @@ def test_a_density_may_vanish_or_change_without_a_compilation() -> None:
 def test_tally_by_hand() -> None:
     counts = jnp.asarray([[4.0, 2.0, 0.0], [8.0, 1.0, 0.0]])
     v = jnp.asarray([0.0, 0.32, 0.34, 1 - 2.0**-53])
-    got = tally(counts, v, jnp.asarray([1.0, 2.0, 10.0, -3.0]), 0.5)
-    np.testing.assert_allclose(got, [[4.0, 2.0, 1.0], [7.0, 10.5, -3.0]])
+    new = tally(counts, v, jnp.asarray([1.0, 2.0, 10.0, -3.0]), 0.5)
+    np.testing.assert_allclose(new, [[4.0, 2.0, 1.0], [7.0, 10.5, -3.0]])
 
 
 @pytest.mark.oracle
 def test_a_tally_learns_the_density() -> None:
-    """Drawn by its own density, the tally still finds each bin's mean, without its weights."""
+    """The tally finds the mean in each bin, without weights 1/q, though its own density draws v."""
     truth = jnp.asarray([4.0, 1.0, 0.25, 2.0])
 
     def step(counts: Array, key: Array) -> tuple[Array, None]:
@@ -420,7 +431,8 @@ def test_impossible_smallest_times_are_refused(name: str, eps: float) -> None:
     ],
 )
 def test_points_outside_the_unit_interval_are_refused(u: list[float], message: str) -> None:
-    """Weighted as if they were inside, they would give a wrong integral in silence."""
+    """Without the check they would have weights as if they were inside, so the integral would be
+    wrong without an error."""
     points, vp = jnp.asarray(u), SDES["vp"]()
     for proposal in (*(kind(vp, EPS) for kind in PROPOSALS.values()), Grid(10)):
         with pytest.raises(ValueError, match=message):

@@ -1,8 +1,10 @@
-"""Numbers of the code that was published with "Variational Diffusion Models", to compare with.
+"""Reference numbers for tests, computed by the code that was published with "Variational Diffusion
+Models".
 
-Two small models with random weights, 8x8x3 images of 256 levels: ``wide`` has 64 channels and a
-schedule that is a network, ``scalar`` a schedule of two numbers; of the latter only what needs no
-network is stored. Weights, inputs and draws are float32; results are float64, at these.
+They belong to two small models with random weights, for images of 8x8x3 with 256 levels. ``wide``
+has 64 channels, and its noise schedule is a network. The noise schedule of ``scalar`` has two
+numbers; only results that do not need its network are stored. Weights, inputs and random draws are
+float32. The results were computed from them in float64.
 """
 
 from pathlib import Path
@@ -20,20 +22,24 @@ OPTIONS = {"width": 64, "depth": 1, "groups": 32, "fourier": (128.0, 256.0), "dr
 
 
 def numbers() -> dict[str, np.ndarray]:
-    """Everything but the parameters, floats as float64."""
+    """All stored arrays except the parameters; float32 is converted to float64."""
     with np.load(DATA / "vdm_small.npz") as file:
-        found = {name: file[name] for name in file}
-    return {k: v.astype(float) if v.dtype == np.float32 else v for k, v in found.items()}
+        arrays = {name: file[name] for name in file}
+    return {k: v.astype(float) if v.dtype == np.float32 else v for k, v in arrays.items()}
 
 
 def wide_params() -> dict[str, Any]:
-    """The parameters of ``wide``, ``gamma`` and ``score_model``, float32."""
+    """The parameters of ``wide`` in float32: those of the modules ``gamma`` and ``score_model``."""
     with np.load(DATA / "vdm_wide.npz") as file:
         return unflatten_dict(dict(file), sep="/")
 
 
 def train_state(params: dict[str, Any]) -> dict[str, Any]:
-    """Their checkpoint whose average is ``params``, with parameters and moments of other values."""
+    """A checkpoint in the layout of the published code, whose averaged parameters are ``params``.
+
+    The parameters themselves and the optimizer's moments have other values, so that a test notices
+    if they are taken instead.
+    """
 
     def like(value: float) -> dict[str, Any]:
         return jax.tree.map(lambda leaf: np.full_like(leaf, value), params)
@@ -48,5 +54,5 @@ def train_state(params: dict[str, Any]) -> dict[str, Any]:
 
 
 def exact(tree: Any) -> Any:
-    """Leaves as float64 arrays of JAX."""
+    """``tree`` with its leaves as float64 arrays of JAX."""
     return jax.tree.map(lambda leaf: jnp.asarray(leaf, float), tree)

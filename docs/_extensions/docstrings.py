@@ -1,10 +1,9 @@
-"""Docstrings are plain text with indented formulas; here they become reStructuredText.
+"""A Sphinx extension that converts docstrings, plain text with formulas, to reStructuredText.
 
-Indented paragraphs become literal blocks, so that formulas and aligned tables keep their columns;
-sections such as ``Args:`` become lists.
-Characters that reStructuredText would read as markup, as the bars of |x|, are escaped outside of
-``literals`` and :roles:`...`. Types are named as the source names them: ``Example`` and not
-``Float[Array, '*s']``.
+Indented paragraphs become literal blocks, so that formulas and aligned tables keep their columns.
+Sections such as ``Args:`` become lists. Characters that reStructuredText would read as markup, such
+as the bars of |x|, are escaped outside of ``literals`` and :roles:`...`. Types have the names that
+they have in the source: ``Example`` and not ``Float[Array, '*s']``.
 """
 
 import inspect
@@ -23,7 +22,7 @@ from sbml import types as vocabulary
 
 SECTION = re.compile(r"(Args|Attributes|Returns|Raises|Yields):$")
 ITEM = re.compile(r"  ([\w, ]+): (.*)", re.S)
-# What stays as it is: literals, roles, and *emphasis* that begins and ends at a word.
+# Markup that is kept: literals, roles, **strong** and *emphasis* that begins and ends at a word.
 MARKUP = re.compile(
     r"``.+?``|\*\*[A-Za-z][^*]*\*\*|:[\w:]+:`[^`]+`"
     r"|(?<![\w*(^])\*[A-Za-z][^*`]{0,60}[\w.]\*(?![\w*])",
@@ -32,27 +31,31 @@ MARKUP = re.compile(
 MODULE = re.compile(r"``(sbml(?:\.\w+)+)``")
 
 
-def escaped(text: str) -> str:
-    """``text`` with the characters escaped that are no markup in a docstring."""
+def escape(text: str) -> str:
+    """``text`` with a backslash before each character that a docstring does not mean as markup."""
     text = re.sub(r"([\\|*])", r"\\\1", text)
     return re.sub(r"(?<=\w)_(?!\w)", r"\\_", text)
 
 
 def prose(text: str) -> str:
     """A paragraph as reStructuredText; names of documented modules become links."""
-    found, end = [], 0
+    parts, end = [], 0
     for match in MARKUP.finditer(text):
         name = MODULE.fullmatch(match[0])
-        kept = f":py:mod:`{name[1]}`" if name and name[1] in MODULES else match[0]
-        found += [escaped(text[end : match.start()]), kept]
+        markup = f":py:mod:`{name[1]}`" if name and name[1] in MODULES else match[0]
+        parts += [escape(text[end : match.start()]), markup]
         end = match.end()
-    return "".join([*found, escaped(text[end:])])
+    return "".join([*parts, escape(text[end:])])
 
 
 def section(name: str, text: str) -> str:
-    """The field of a section such as ``Args``, whose text is indented by two spaces.
+    """A section such as ``Args``, whose text is indented by two spaces, as reStructuredText.
 
-    Its items are ``name: text`` or ``name, name: text``, and further lines are indented more.
+    Its items are ``name: text`` or ``name, name: text``. The further lines of an item are indented
+    more.
+
+    Raises:
+      ValueError: if an item has another form.
     """
     if name in ("Returns", "Yields"):
         return f":{name}:\n{textwrap.indent(prose(textwrap.dedent(text)), '   ')}"
@@ -66,10 +69,10 @@ def section(name: str, text: str) -> str:
     return "\n".join([f":{name}:", *items])
 
 
-def converted(lines: list[str]) -> list[str]:
+def to_restructuredtext(lines: list[str]) -> list[str]:
     """A docstring as reStructuredText."""
     result: list[str] = []
-    item = False  # whether the last paragraph is the item of a list, which may go on
+    item = False  # whether the last paragraph is an item of a list, which this one may continue
     for paragraph in re.split(r"\n\s*\n", "\n".join(lines).strip("\n")):
         first, _, rest = paragraph.partition("\n")
         if match := SECTION.fullmatch(first):
@@ -83,21 +86,25 @@ def converted(lines: list[str]) -> list[str]:
 
 
 def aliases(module: Any) -> dict[Any, Any]:
-    """Stand-ins for the types that ``module`` has a name for, by the types.
+    """Stand-ins for the types of arrays to which ``module`` gives a name.
 
-    A stand-in is known by the name of the public module that defines it: there it is documented.
+    A stand-in is an empty class with this name. Its module is the public module that documents the
+    type, so that Sphinx makes a link to it.
+
+    Returns:
+      {type: stand-in}.
     """
-    found: dict[Any, Any] = {}
+    stand_ins: dict[Any, Any] = {}
     for name, value in vars(module).items():
         if name[0].isupper() and is_alias(value):
             homes = [m for m in (module.__name__, *sorted(MODULES)) if (m, name) in TYPES]
             if homes:
-                found.setdefault(value, type(name, (), {"__module__": homes[0]}))
-    return found
+                stand_ins.setdefault(value, type(name, (), {"__module__": homes[0]}))
+    return stand_ins
 
 
 def is_alias(value: Any) -> bool:
-    """Whether ``value`` is a type of arrays or a union of them, not a class or None."""
+    """Whether ``value`` is a type of arrays, a union with such a type, or a ``Callable``."""
     if typing.get_origin(value) in (typing.Union, types.UnionType):
         return any(is_alias(argument) for argument in typing.get_args(value))
     if typing.get_origin(value) is Callable:
@@ -105,26 +112,26 @@ def is_alias(value: Any) -> bool:
     return inspect.isclass(value) and value.__module__ == "jaxtyping" and "[" in value.__name__
 
 
-def named(annotation: Any, known: dict[Any, Any]) -> Any:
-    """``annotation`` with every type in ``known`` replaced by its stand-in."""
+def with_stand_ins(annotation: Any, stand_ins: dict[Any, Any]) -> Any:
+    """``annotation`` with every type in ``stand_ins`` replaced by its stand-in."""
     if isinstance(annotation, list):  # the arguments of a Callable
-        return [named(a, known) for a in annotation]
-    if annotation in known:
-        return known[annotation]
+        return [with_stand_ins(a, stand_ins) for a in annotation]
+    if annotation in stand_ins:
+        return stand_ins[annotation]
     arguments = typing.get_args(annotation)
     if not arguments:
         return annotation
     if typing.get_origin(annotation) in (typing.Union, types.UnionType):
-        for value, stand_in in known.items():
+        for value, stand_in in stand_ins.items():
             if typing.get_origin(value) not in (typing.Union, types.UnionType):
                 continue
             parts = typing.get_args(value)
             if set(parts) < set(arguments):
-                rest = [named(a, known) for a in arguments if a not in parts]
+                rest = [with_stand_ins(a, stand_ins) for a in arguments if a not in parts]
                 return typing.Union[(stand_in, *rest)]
-        return typing.Union[tuple(named(a, known) for a in arguments)]  # noqa: UP007
+        return typing.Union[tuple(with_stand_ins(a, stand_ins) for a in arguments)]  # noqa: UP007
     if isinstance(annotation, types.GenericAlias):
-        return annotation.__origin__[tuple(named(a, known) for a in arguments)]
+        return annotation.__origin__[tuple(with_stand_ins(a, stand_ins) for a in arguments)]
     return annotation
 
 
@@ -135,23 +142,27 @@ def functions(kind: type) -> list[Any]:
 
 
 def name_types(app: Sphinx) -> None:
-    """Annotations of all public modules by the names that the modules have for types."""
+    """Replace types in the annotations of all public modules by the names of the types there."""
     for module in map(sys.modules.get, sorted(MODULES)):
         for value in list(vars(module).values()):
             home = sys.modules.get(str(getattr(value, "__module__", "")))
             if home is None or not home.__name__.startswith("sbml"):
                 continue
-            known = {**aliases(home), **aliases(vocabulary)}
+            stand_ins = {**aliases(home), **aliases(vocabulary)}
             parts = functions(value) if inspect.isclass(value) else [value]
             for each in (p for p in parts if inspect.isclass(p) or inspect.isroutine(p)):
-                if isinstance(found := getattr(each, "__annotations__", None), dict):
-                    each.__annotations__ = {name: named(a, known) for name, a in found.items()}
+                if isinstance(hints := getattr(each, "__annotations__", None), dict):
+                    each.__annotations__ = {
+                        name: with_stand_ins(a, stand_ins) for name, a in hints.items()
+                    }
 
 
 def process(app: Sphinx, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
+    """Convert the docstring ``lines`` of an object of this package in place."""
     if str(getattr(obj, "__module__", "sbml")).startswith("sbml"):
-        lines[:] = converted(lines)
-    if lines and lines[0].startswith("Alias for field number"):  # of a NamedTuple
+        lines[:] = to_restructuredtext(lines)
+    # A field of a NamedTuple without a docstring has this one from Python.
+    if lines and lines[0].startswith("Alias for field number"):
         lines.clear()
 
 

@@ -1,4 +1,7 @@
-"""Equations as MathML: browsers draw it without a script, a font or a network."""
+"""A Sphinx extension that writes equations as MathML.
+
+Browsers show MathML without a script, without a font of the page and without a network.
+"""
 
 import re
 from typing import Any
@@ -8,8 +11,8 @@ from docutils.utils.math import MathError, latex2mathml
 from sphinx.application import Sphinx
 from sphinx.errors import ExtensionError
 
-# docutils marks the application of a function, which browsers draw as nothing: TeX leaves a space
-# unless a parenthesis follows.
+# docutils writes an operator between a function and its argument, as in "log x", but browsers show
+# it without a space. TeX leaves a space there, unless a parenthesis follows.
 APPLICATION = re.compile(r'<mo>&ApplyFunction;</mo>(?!\s*<mo stretchy="false">\()')
 
 
@@ -17,22 +20,23 @@ def markup(tex: str, *, as_block: bool) -> str:
     """``tex`` as a MathML element.
 
     Raises:
-      ExtensionError: naming an equation that docutils does not understand.
+      ExtensionError: if docutils does not understand the equation; the message names it.
     """
     try:
-        found = str(latex2mathml.tex2mathml(tex, as_block=as_block))
+        element = str(latex2mathml.tex2mathml(tex, as_block=as_block))
     except MathError as error:
         raise ExtensionError(f"the equation {tex!r}: {error}") from error
-    return APPLICATION.sub('<mspace width="0.1667em"></mspace>', found)
+    return APPLICATION.sub('<mspace width="0.1667em"></mspace>', element)
 
 
 def visit_inline(writer: Any, node: nodes.math) -> None:
+    """Write an equation within a line."""
     writer.body.append(markup(node.astext(), as_block=False))
     raise nodes.SkipNode
 
 
 def visit_block(writer: Any, node: nodes.math_block) -> None:
-    """An equation with its number, if it has one, and the anchor that references lead to."""
+    """Write an equation in a line of its own, with its number and the anchors for references."""
     anchors = "".join(f'<span id="{each}"></span>' for each in node["ids"])
     number = f'<span class="eqno">({node["number"]})</span>' if node.get("number") else ""
     equation = markup(node.astext(), as_block=True)

@@ -1,6 +1,10 @@
-"""What a score is: ``config.sde``, ``config.model`` and ``config.score``.
+"""The definition of the score: ``config.sde``, ``config.model`` and ``config.score``.
 
-These three are what a checkpoint's parameters have a meaning under.
+    score(x_t, t) = -e(x_t, t) / sigma(t)
+
+The section ``sde`` gives sigma, ``model`` the network, and ``score`` how the noise prediction e is
+computed from the network's output. The parameters of a checkpoint have a meaning only together with
+these three sections.
 """
 
 import dataclasses
@@ -30,13 +34,15 @@ from sbml.sdes import SDE, SDES
 
 @dataclasses.dataclass(frozen=True)
 class Process(Section):
-    """The forward process. An SDE reads the fields that it has, and checks their lower ends.
+    """The forward process. Each SDE reads only the fields that it has; see ``sbml.sdes``.
 
-    The upper ends keep what the SDE computes far from float32's limits: beta_max = 1000 already
-    means log-SNRs of -500 at T, and sigma_max = 1e6 noise a million times as wide as the data.
+    The upper limits keep all numbers of the SDE far from the limits of float32: with
+    beta_max = 1000 the log-SNR at T is -500, and with sigma_max = 1e6 the noise is a million times
+    as wide as the data.
 
     Raises:
-      ValueError: naming a field, its value and what it may be.
+      ValueError: for a field outside its range; the message names the field, its value and the
+        range.
     """
 
     section: ClassVar[str] = "sde"
@@ -49,14 +55,15 @@ class Process(Section):
     sigma_max: float = real(50.0, above=0, most=1e6)  # the largest; ve, linear_ve
     gamma_0: float = real(-13.3, least=-60, most=60)  # -log SNR at t = 0; linear_gamma
     gamma_1: float = real(5.0, least=-60, most=60)  # the same at t = T; linear_gamma
-    # the SDE's numbers are trained, from these on, through the bound with the categorical decoder
+    # whether the SDE's numbers are trained too, by the gradient of the bound with the categorical
+    # decoder; the numbers above are their initial values
     learned: bool = flag(False)
 
     def build(self) -> SDE:
-        """The SDE, from those fields that it has.
+        """The SDE ``name``, from those fields that its class has.
 
         Raises:
-          ValueError: where they do not go together.
+          ValueError: if they contradict each other, such as a beta_min above beta_max.
         """
         kind = SDES[self.name]
         with section_errors(self.section):
@@ -65,20 +72,22 @@ class Process(Section):
 
 def model_fields(name: str) -> dict[str, Any]:
     """The fields of network ``name`` with their defaults, as plain values."""
-    # flax sets the first two of every Linen module, the score's parameterization the third.
+    # flax sets ``parent`` and ``name`` of every Linen module; ``Score.adapter`` sets ``outputs``.
     skip = ("parent", "name", "outputs")
     return {f.name: f.default for f in dataclasses.fields(networks.get(name)) if f.name not in skip}
 
 
 @dataclasses.dataclass(frozen=True)
 class Network(Section):
-    """``config.model``: a network's name beside its own fields, which its class explains.
+    """``config.model``: the name of a network, and the fields of its class, which explains them.
 
-    The class checks them when the network is built; here they need to be there, of their types,
-    and neither infinite nor beyond all use (``fields.check_owned``).
+    Here it is only checked that all fields are present, have the right types, and are finite and
+    not absurdly large (``fields.check_owned``). The class checks their ranges when the network is
+    built.
 
     Raises:
-      ValueError: an unknown network; an unknown or missing field, or one that cannot be.
+      ValueError: for an unknown network, or for a field that is unknown, missing, or of a wrong
+        type or size.
     """
 
     section: ClassVar[str] = "model"
@@ -87,7 +96,7 @@ class Network(Section):
     values: Mapping[str, Any]
 
     def check(self) -> None:
-        """The fields are those of the network."""
+        """Check that the fields are those of the network."""
         check_choice(self.name_of("name"), self.name, networks.NETWORKS)
         check_fields(self.section, self.values, model_fields(self.name))
         check_owned(self.section, self.values, networks.get(self.name))
@@ -99,12 +108,15 @@ class Network(Section):
 
     @classmethod
     def of(cls, values: Mapping[str, Any], *, complete: bool = True) -> Self:
-        """Of the name and the network's fields side by side; they are always complete."""
+        """The section from one mapping of ``name`` and the network's fields.
+
+        ``complete`` has no effect here: ``check`` refuses a missing field in any case.
+        """
         fields = {field: as_tuples(value) for field, value in values.items() if field != "name"}
         return cls(values.get("name", ""), fields)
 
     def to_dict(self) -> dict[str, Any]:
-        """The name and the network's fields side by side."""
+        """One mapping of ``name`` and the network's fields."""
         return {"name": self.name, **self.values}
 
     def build(self) -> nn.Module:
@@ -122,25 +134,34 @@ class Score(Section):
     """How the network's output becomes a score; see ``sbml.adapters``.
 
     Raises:
-      ValueError: naming a field, its value and what it may be.
+      ValueError: for a field outside its range; the message names the field, its value and the
+        range.
     """
 
     section: ClassVar[str] = "score"
 
     parameterization: str = choice("noise", adapters.PARAMETERIZATIONS)
-    label: str = choice("time", adapters.LABELS)  # what tells the network the time; time: 999 t
-    # standard deviation of the data, for preconditioned; of data in [-1, 1] it is at most 1
+    # the number that tells the network the time; ``time`` is 999 t
+    label: str = choice("time", adapters.LABELS)
+    # standard deviation of the data, at most 1 for data in [-1, 1]; for ``preconditioned``
     data_std: float = real(0.5, above=0, most=1)
     # log-SNRs at which the label scaled_log_snr is 1000 and 0
     log_snr_range: tuple[float, ...] = reals((-5.0, 13.3), least=-60, most=60, each="low,high")
 
     def check(self) -> None:
-        """The range of log-SNRs has two ends."""
+        """Check that the range of log-SNRs has its lower end first."""
         if not self.log_snr_range[0] < self.log_snr_range[1]:
             raise refusal(self.name_of("log_snr_range"), self.log_snr_range, "the lower end first")
 
     def adapter(self, network: nn.Module, sde: SDE, eps: float, data: Data) -> Adapter:
-        """From parameters of ``network`` to a score of ``data`` under ``sde``, from ``eps`` on."""
+        """The adapter that makes a score of ``network`` and its parameters.
+
+        Args:
+          network: the network that ``config.model`` describes.
+          sde: the forward process.
+          eps: the smallest time of training.
+          data: ``config.data``, for the number of levels and the dequantization.
+        """
         if self.parameterization == adapters.LEVELS:
             network = network.clone(outputs=integers.outputs(data.levels))
         return Adapter(

@@ -57,7 +57,10 @@ from sbml.runtime.state import TrainState
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """Published figures of a chip: bfloat16 FLOP/s, memory bandwidth (bytes/s), memory (bytes)."""
+    """Published figures of a chip: bfloat16 FLOP/s, memory bandwidth (bytes/s), memory (bytes).
+
+    For XLA a chip is one device, but one of TPU v4 is two: its figures are those of half a chip.
+    """
 
     peak: float
     bandwidth: float
@@ -66,7 +69,7 @@ class Chip:
 
 # https://cloud.google.com/tpu/docs/system-architecture-tpu-vm, nvidia.com/en-us/data-center/h100
 CHIPS = {
-    "TPU v4": Chip(275e12, 1228e9, 32 * 2**30),
+    "TPU v4": Chip(275e12 / 2, 1228e9 / 2, 16 * 2**30),
     "TPU v5 lite": Chip(197e12, 819e9, 16 * 2**30),
     "TPU v5": Chip(459e12, 2765e9, 95 * 2**30),
     "TPU v6 lite": Chip(918e12, 1640e9, 32 * 2**30),
@@ -269,7 +272,7 @@ def main(arguments: Sequence[str]) -> None:
             "config": name,
             "topology": options.topology,
             "chip": devices[0].device_kind,
-            "chips": len(devices),
+            "devices": len(devices),
             "batch": experiment.config.training.batch_size,
             "dtype": experiment.adapter.model.dtype,
             "parameters": experiment.parameter_count(),

@@ -343,7 +343,9 @@ def test_parity_changes_any_config_to_the_authors() -> None:
     assert not config.eval.in_order
     assert (config.eval.times, config.eval.sweeps, config.eval.probes) == ("iid", 5, 1)
     assert config.dequantizer.model.clipped
-    with pytest.raises(ValueError, match="parity:cifar: no such config; choose from cifar10_subvp"):
+    with pytest.raises(
+        ValueError, match="parity:cifar: no such config; choose from best, cifar10_subvp"
+    ):
         get_config("cifar")
 
 

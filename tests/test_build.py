@@ -92,6 +92,42 @@ def test_the_papers_variants_change_what_they_are_named_after() -> None:
 
 
 @pytest.mark.parametrize(
+    "name, network, count",
+    [
+        ("cifar10", {"name": "vdm", "width": 128, "fourier": (64.0, 128.0)}, 30_626_605),
+        ("imagenet32", {"name": "vdm", "width": 256, "fourier": (64.0, 128.0)}, 122_234_413),
+        ("fashion_mnist", {"name": "ncsnpp", "nf": 128, "fourier": ()}, 43_638_415),
+    ],
+)
+def test_best_recipes_are_integer_denoisers_with_their_own_decoder(name, network, count) -> None:
+    get_config = runpy.run_path(str(runs.ROOT / "configs" / "best.py"))["get_config"]
+    config = get_config(name)
+    experiment = build.Experiment(config)
+    assert experiment.parameter_count() == count
+    assert network.items() <= config.model.to_dict().items()
+    assert f"{count / 1e6:.1f} M" in (runs.ROOT / "configs" / "best.py").read_text()
+    # The draws are this package's.
+    draws = config.training.times, config.training.noises, config.training.proposal_bins
+    assert draws == ("lattice", "antithetic", 32)
+    assert {c.name: bool(c.reason_undefined) for c in experiment.cells} == {
+        "bound_learned": False,
+        "bound_truncated_normal": False,
+        "ode_learned": True,
+        "ode_truncated_normal": False,
+    }
+    # Half a bin holds three standard deviations of the first noise, in training and evaluation.
+    eps = jnp.asarray(experiment.adapter.eps)
+    rho = experiment.sde.std(eps) / experiment.sde.mean_coef(eps)
+    assert 1 / 256 / rho == pytest.approx(3, rel=2e-3)
+    assert experiment.adapter.eps <= experiment.discrete_eps
+    # At small noise the network sees x / d, where a bin repeats at the frequency 256 d.
+    if config.model.fourier:
+        assert config.model.fourier[-1] == 256 * config.score.data_std
+    with pytest.raises(ValueError, match="best:cifar: no such recipe; choose from cifar10, image"):
+        get_config("cifar")
+
+
+@pytest.mark.parametrize(
     "section, field, value, message",
     [
         ("sde", "name", "vpp", "sde.name=vpp: need one of cosine_vp, linear_gamma, linear_ve"),
@@ -307,7 +343,9 @@ def test_parity_changes_any_config_to_the_authors() -> None:
     assert not config.eval.in_order
     assert (config.eval.times, config.eval.sweeps, config.eval.probes) == ("iid", 5, 1)
     assert config.dequantizer.model.clipped
-    with pytest.raises(ValueError, match="parity:cifar: no such config; choose from cifar10_subvp"):
+    with pytest.raises(
+        ValueError, match="parity:cifar: no such config; choose from best, cifar10_subvp"
+    ):
         get_config("cifar")
 
 

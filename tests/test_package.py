@@ -59,7 +59,9 @@ def test_in_an_installed_package_the_configs_are_inside_it(
 
 
 def test_the_names_are_listed_where_none_is_meant(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ValueError, match="'digits'; choose from cifar10_subvp, .*, photos_vp, or"):
+    with pytest.raises(
+        ValueError, match="'digits'; choose from best, cifar10_subvp, .*, photos_vp, or"
+    ):
         catalogue.path_of("digits")
     monkeypatch.setattr(main.app, "parse_flags_with_usage", lambda arguments: arguments)
     with pytest.raises(SystemExit, match=r"--config=digits:a: no config .* 'digits'; choose from"):

@@ -20,13 +20,14 @@ def normal(seed: int, *shape: int) -> jax.Array:
 def shapes(model: nn.Module, x_shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
     """Path -> shape of every parameter.
 
-    Asserts the contract of every network on the way: the output is like ``x``, and float32 like the
-    parameters.
+    Asserts the contract of every network on the way: the output is like ``x``, with one more axis
+    if the network has several ``outputs``, and float32 like the parameters.
     """
     x, label, keys = jnp.zeros(x_shape), jnp.ones(x_shape[0]), {"params": KEY, "dropout": KEY}
     out, variables = jax.eval_shape(lambda: model.init_with_output(keys, x, label, train=True))
     assert set(variables) == {"params"}
-    assert (out.shape, out.dtype) == (x_shape, jnp.dtype("float32"))
+    several = (model.outputs,) if model.outputs else ()
+    assert (out.shape, out.dtype) == ((*x_shape, *several), jnp.dtype("float32"))
     assert {leaf.dtype for leaf in jax.tree.leaves(variables)} == {jnp.dtype("float32")}
     flat = flatten_dict(variables["params"], sep="/")
     return {path: leaf.shape for path, leaf in flat.items()}

@@ -127,6 +127,29 @@ def test_mlp_width_depth_and_precision() -> None:
 
 
 @pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("ncsnpp", SMALL),
+        ("ncsnpp", SMALL | {"progressive": "output_skip"}),
+        ("ncsnpp", SMALL | {"progressive": "residual"}),
+        ("vdm", {"width": 8, "depth": 1}),
+        ("mlp", {"width": 8, "depth": 1}),
+    ],
+)
+def test_several_outputs_have_the_digits_of_float32(name: str, options: dict) -> None:
+    def rounded(outputs: int) -> float:
+        """The part of the network's outputs that bfloat16 represents exactly."""
+        model = networks.get(name)(**options, dtype="bfloat16", outputs=outputs)
+        x, label = normal(1, 2, 8, 8, 1), jnp.array([0.1, 0.4])
+        out = model.apply(random_params(model, x.shape), x, label, train=False)
+        assert out.dtype == jnp.float32
+        return float(jnp.mean(out == out.astype(jnp.bfloat16)))
+
+    assert rounded(0) == 1
+    assert rounded(3) < 0.1
+
+
+@pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"embedding_type": "rotary"}, "embedding_type='rotary'.*positional, fourier"),

@@ -67,5 +67,7 @@ class Model(nn.Module):
             inner = layers.dense(nn.LayerNorm(dtype=dtype)(h), self.width)
             h = h + layers.dense(nn.swish(inner + layers.dense(temb, self.width)), self.width)
         size = flat.shape[1] * max(1, self.outputs)
-        out = nn.Dense(size, dtype=dtype, kernel_init=nn.initializers.zeros)(h)
+        # The means of a mixture over 256 levels need more digits than bfloat16 has.
+        last = jnp.float32 if self.outputs else dtype
+        out = nn.Dense(size, dtype=last, kernel_init=nn.initializers.zeros)(h)
         return layers.per_entry(out, x.shape, self.outputs).astype(jnp.float32)

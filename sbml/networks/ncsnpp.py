@@ -252,7 +252,7 @@ class Model(nn.Module):
         if self.progressive == "output_skip":
             assert pyramid is not None
             return pyramid
-        return self._head(h, channels, self.init_scale)
+        return self._head(h, channels)
 
     @nn.nowrap
     def _join_input(self, pyramid: Array, h: Array) -> tuple[Array, Array]:
@@ -276,10 +276,11 @@ class Model(nn.Module):
         if self.progressive == "output_skip":
             if pyramid is not None:
                 pyramid = layers.Upsample(False, self._fir)(pyramid)
-            image = self._head(h, channels, self.init_scale)
+            image = self._head(h, channels)
             return (image if pyramid is None else pyramid + image), h
         if pyramid is None:
-            return self._head(h, h.shape[-1], 1.0), h
+            features = self._act(layers.GroupNorm()(h))
+            return layers.Conv(h.shape[-1], init_scale=1.0)(features), h
         joined = add(layers.Upsample(True, self._fir, h.shape[-1])(pyramid), h, self.skip_rescale)
         return joined, joined
 
@@ -324,8 +325,11 @@ class Model(nn.Module):
         return AttnBlockpp(self.init_scale, self.skip_rescale)(h)
 
     @nn.nowrap
-    def _head(self, h: Array, features: int, init_scale: float) -> Array:
-        return layers.Conv(features, init_scale=init_scale)(self._act(layers.GroupNorm()(h)))
+    def _head(self, h: Array, channels: int) -> Array:
+        h = self._act(layers.GroupNorm()(h))
+        # The means of a mixture over 256 levels need more digits than bfloat16 has.
+        h = h.astype(jnp.float32) if self.outputs else h
+        return layers.Conv(channels, init_scale=self.init_scale)(h)
 
     @property
     def _act(self) -> Map:

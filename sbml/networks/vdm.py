@@ -165,7 +165,10 @@ class Model(nn.Module):
             joined = jnp.concatenate([h, skips.pop()], axis=-1)
             h = attend(block(joined, f"up.block_{i}"), f"up.attn_{i}")
         size = x.shape[-1] * max(1, self.outputs)
-        out = layers.Conv(size, init_scale=0.0, name="conv_out")(nn.swish(_norm(h, groups)))
+        h = nn.swish(_norm(h, groups))
+        # The means of a mixture over 256 levels need more digits than bfloat16 has.
+        h = h.astype(_at_least_float32(dtype)) if self.outputs else h
+        out = layers.Conv(size, init_scale=0.0, name="conv_out")(h)
         return layers.per_entry(out, x.shape, self.outputs).astype(_at_least_float32(dtype))
 
     @nn.nowrap

@@ -123,6 +123,13 @@ def test_best_recipes_are_integer_denoisers_with_their_own_decoder(name, network
     # At small noise the network sees x / d, where a bin repeats at the frequency 256 d.
     if config.model.fourier:
         assert config.model.fourier[-1] == 256 * config.score.data_std
+    config.score.parameterization = "noise"
+    with pytest.raises(ValueError, match="learned with score.parameterization=noise, data"):
+        build.Experiment(config)
+    config.score.parameterization = "levels"
+    config.data.dequantization = "uniform"
+    with pytest.raises(ValueError, match="parameterization=levels, data.dequantization=uniform"):
+        build.Experiment(config)
     with pytest.raises(ValueError, match="best:cifar: no such recipe; choose from cifar10, image"):
         get_config("cifar")
 

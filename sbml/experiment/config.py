@@ -15,10 +15,11 @@ from typing import Any, Self
 from ml_collections import ConfigDict, config_dict
 
 from sbml import data
+from sbml.adapters import LEVELS
 from sbml.experiment.data import Data
 from sbml.experiment.dequantizer import Dequantizer
 from sbml.experiment.evaluation import Eval
-from sbml.experiment.fields import Section, integer, names, plain
+from sbml.experiment.fields import Section, choices_in, integer, names, plain
 from sbml.experiment.latents import Latents
 from sbml.experiment.optim import Optim
 from sbml.experiment.sampling import Sampling
@@ -48,9 +49,17 @@ class Config(Section):
     latents: Latents = Latents()
 
     def check(self) -> None:
-        """What is evaluated is held out."""
+        """What is evaluated is held out, and a learned decoder has been learned."""
         if self.eval.split == data.VALIDATION and not self.data.validation:
             raise ValueError(data.NO_VALIDATION.format(f"eval.split={self.eval.split}"))
+        trained = self.score.parameterization, self.data.dequantization
+        if "learned" in choices_in(self.eval.dequantizers) and trained != (LEVELS, "centre"):
+            raise ValueError(
+                "eval.dequantizers=learned with score.parameterization={}, data.dequantization={}: "
+                "only an integer denoiser of bin centres has a learned decoder; set "
+                "--config.score.parameterization=levels --config.data.dequantization=centre, or "
+                "choose other dequantizers".format(*trained)
+            )
 
     @classmethod
     def read(cls, config: ConfigDict) -> Self:

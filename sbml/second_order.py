@@ -37,19 +37,36 @@ Estimation for Diffusion ODEs", ICML 2023 (one probe).
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from sbml import compiler, divergence, losses
+from sbml import compiler, divergence, losses, scalars
 from sbml.divergence import Forms, Probes
 from sbml.sdes import Kernel
-from sbml.types import Anything, Batch, Example, Key, Keys, Scalar, Score, Vector, batched, of_shape
+from sbml.types import (
+    Anything,
+    Batch,
+    Example,
+    Key,
+    Keys,
+    Scalar,
+    Score,
+    Vector,
+    batched,
+    check_example,
+    check_key,
+    of_shape,
+)
 
 
 def residuals(sde: Kernel, score_xt: Anything, forms: Forms, t: Scalar, z: Example) -> Forms:
     """r for each estimate ``forms (k,)`` of div s, shape ``(k,)``; the error is held constant.
 
     Raises:
-      ValueError: if the score's shape is not that of ``z``.
+      ValueError: if the score's shape is not that of ``z``, ``forms`` are not of shape ``(k,)``,
+        ``t`` is no scalar, or ``z`` or ``t`` are not of floating-point numbers.
     """
+    check_example(z, t)
+    _check_forms(forms)
     std = sde.std(t)
     error = jnp.sum((std * of_shape(score_xt, z) + z) ** 2)
     return std**2 * forms + (z.size - jax.lax.stop_gradient(error))
@@ -59,9 +76,24 @@ def squared(r: Forms) -> Scalar:
     """r_1^2 of one residual; of several ``(k,)`` r_1 times the mean r_2 of the others: a scalar.
 
     The gradient is 2 r_2 grad r_1, as by the product's symmetry in expectation.
+
+    Raises:
+      ValueError: there is no residual, or ``r`` is of another rank.
     """
+    _check_forms(r)
+    r = jnp.asarray(r)
     other = jax.lax.stop_gradient(jnp.mean(r[1:]) if r.size > 1 else r[0])
     return 2 * r[0] * other - jax.lax.stop_gradient(r[0] * other)
+
+
+def _check_forms(forms: Anything) -> None:
+    """Refuse what is not ``(k,)`` with k of at least 1; other ranks would broadcast.
+
+    Raises:
+      ValueError: naming the shape.
+    """
+    if np.ndim(forms) != 1 or not np.size(forms):
+        raise ValueError(f"shape {np.shape(forms)}: give one number for each probe, (k,)")
 
 
 def loss(
@@ -87,10 +119,11 @@ def loss(
       weighting: ``likelihood`` or ``original``.
 
     Raises:
-      ValueError: ``t`` is no scalar, or ``vs`` are not directions of ``x``.
+      ValueError: ``t`` is no scalar, ``x`` or ``t`` are not of floating-point numbers, ``key`` is
+        not a typed key, or ``vs`` are not directions of ``x``.
     """
-    if t.ndim:
-        raise ValueError(f"t has shape {t.shape}: give one example's scalar time, vmap over more")
+    check_example(x, t)
+    check_key(key)
     noise_key, score_key = jax.random.split(key)
     z = jax.random.normal(noise_key, x.shape, x.dtype)
     x_t = losses.perturb(sde, x, t, z)
@@ -117,8 +150,7 @@ def dsm_batch(
     Raises:
       ValueError: as ``losses.dsm_batch``; for less than one probe.
     """
-    if probes < 1:
-        raise ValueError(f"probes={probes}: need at least one; two leave no bias")
+    scalars.check_count(probes, "probes")
     compiler.check()
     x_t, z, score_key = losses.noised_batch(sde, x, t, keys, signs)
     network = batched(score)

@@ -248,7 +248,7 @@ def test_fit_recovers_mean_and_covariance():
         ({"reduction": Reduction(proposal="lattice")}, "unknown proposal 'lattice'; choose from"),
         # This shape would broadcast against n draws without an error, and give far too low a bound.
         ({"u": jnp.full((4, 1), 0.5)}, r"u has shape \(4, 1\): give one example's \(n,\)"),
-        ({"u": 5}, r"u has shape \(\): give one example's \(n,\)"),
+        ({"u": 5}, r"u is int: give points in \[0, 1\)"),
         ({"u": jnp.asarray([5])}, r"u is int32: give points in \[0, 1\)"),
         ({"u": jnp.asarray([0.5, 1.5])}, r"u lies in \[0.5, 1.5\]: give points in \[0, 1\)"),
         ({"u": jnp.asarray(0.5)}, r"u has shape \(\): give one example's \(n,\)"),

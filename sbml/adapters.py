@@ -35,7 +35,7 @@ from jaxtyping import Float, Integer
 from sbml import compiler, integers
 from sbml.predictions import NOISE
 from sbml.sdes import SDE, Kernel
-from sbml.types import Array, Batch, Example, Key, Pixels, Scalar, Vector
+from sbml.types import Array, Batch, Example, Key, Pixels, Scalar, Vector, check_key
 
 Condition = Integer[Array, ""] | Float[Array, ""] | int
 
@@ -114,7 +114,12 @@ class Adapter:
         self.sde.check_time(self.eps)
 
     def init(self, key: Key, shape: tuple[int, ...]) -> Any:
-        """Parameters for examples of shape ``shape``."""
+        """Parameters for examples of shape ``shape``.
+
+        Raises:
+          ValueError: ``key`` is not one typed key.
+        """
+        check_key(key)
         return self.model.init(key, jnp.zeros((1, *shape)), jnp.ones((1,)), train=False)["params"]
 
     def __call__(self, params: Any, condition: Condition | None = None) -> "LinenScore":
@@ -165,7 +170,7 @@ class LinenScore:
     condition: Condition | None = None
 
     def __call__(self, x: Example, t: Scalar, key: Key | None) -> Example:
-        return self.batch(x[None], t[None], key)[0]
+        return self.batch(x[None], jnp.asarray(t)[None], key)[0]
 
     def batch(self, x: Batch, t: Vector, key: Key | None) -> Batch:
         """Scores of ``x (n, *s)`` at ``t (n,)``; one key for the whole batch."""
@@ -192,6 +197,8 @@ class LinenScore:
     def _network(self, x: Batch, t: Vector, key: Key | None) -> Array:
         """F, of the network's input and label."""
         compiler.check()
+        if key is not None:
+            check_key(key)
         a = self.adapter
         told: dict[str, Any] = {}
         if self.condition is not None:

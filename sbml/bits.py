@@ -34,6 +34,17 @@ def check_levels(levels: int, most: int = 2**31 - 1) -> None:
         raise ValueError(f"levels={levels}: give an integer of 2 to {most}")
 
 
+def check_integers(pixels: Any) -> None:
+    """Refuse ``pixels`` that are no array of integers.
+
+    Raises:
+      ValueError: naming what they are.
+    """
+    if not hasattr(pixels, "dtype") or not jnp.issubdtype(pixels.dtype, jnp.integer):
+        kind = getattr(pixels, "dtype", type(pixels).__name__)
+        raise ValueError(f"pixels are {kind}: give an array of integers, not of real x")
+
+
 def check_pixels(pixels: Any, levels: int, x: Any | None = None) -> None:
     """Refuse ``pixels`` that are no integers 0 .. levels - 1, as far as their values are known, or
     not of the shape of ``x``.
@@ -42,9 +53,7 @@ def check_pixels(pixels: Any, levels: int, x: Any | None = None) -> None:
       ValueError: naming what they are.
     """
     check_levels(levels)
-    if not hasattr(pixels, "dtype") or not jnp.issubdtype(pixels.dtype, jnp.integer):
-        kind = getattr(pixels, "dtype", type(pixels).__name__)
-        raise ValueError(f"pixels are {kind}: give integers; bound.elbo is of real x")
+    check_integers(pixels)
     if x is not None and pixels.shape != x.shape:
         raise ValueError(f"pixels have shape {pixels.shape}, x {x.shape}: give both the same")
     if scalars.is_traced(pixels) or not pixels.size:
@@ -55,15 +64,44 @@ def check_pixels(pixels: Any, levels: int, x: Any | None = None) -> None:
         raise ValueError(f"pixels lie in {least} .. {largest}: give integers 0 .. {levels - 1}")
 
 
+def _check_range(values: Any, name: str, largest: float) -> None:
+    """Refuse numbers outside [0, ``largest``], as far as they are known.
+
+    Raises:
+      ValueError: naming their range.
+    """
+    if scalars.is_traced(values) or not np.size(values):
+        return
+    known = np.asarray(values)
+    if known.min() < 0 or known.max() > largest:
+        raise ValueError(
+            f"{name} lie in [{known.min():g}, {known.max():g}]: give numbers in [0, {largest}]"
+        )
+
+
+def dims(shape: tuple[int, ...]) -> int:
+    """The number of dimensions of one example of ``shape``.
+
+    Raises:
+      ValueError: a size is no integer of at least 1.
+    """
+    if not all(isinstance(n, int | np.integer) and n > 0 for n in shape):
+        raise ValueError(f"shape={shape}: give the positive sizes of one example")
+    return math.prod(shape)
+
+
 def to_model(pixels: Numbers, u: Numbers | float, levels: int) -> Real:
     """x = 2 (pixels + u) / levels - 1 in [-1, 1), for ``u`` in [0, 1); any shapes that broadcast.
 
     ``u`` is limited to at most 1 - 2^-15: nearer to 1, float32 would round k + u into the next bin.
 
     Raises:
-      ValueError: ``levels`` is not an integer of at least 2.
+      ValueError: ``levels`` is not an integer of at least 2, or known ``pixels`` lie outside
+        [0, levels - 1] or known ``u`` outside [0, 1].
     """
     check_levels(levels)
+    _check_range(pixels, "pixels", levels - 1)
+    _check_range(u, "u", 1)
     return (2.0 / levels) * (jnp.asarray(pixels) + jnp.minimum(u, 1 - 2.0**-15)) - 1.0
 
 
@@ -71,9 +109,13 @@ def to_pixels(x: Numbers, levels: int) -> UInt8[Array, "..."]:
     """The uint8 level whose bin holds ``x``; values outside [-1, 1) go to the nearest level.
 
     Raises:
-      ValueError: ``levels`` is no integer of 2 to 256.
+      ValueError: ``levels`` is no integer of 2 to 256, or known ``x`` are not real numbers. NaN
+        belongs to no level; of unknown values, as inside ``jit``, it becomes the last level.
     """
     check_levels(levels, 256)
+    x = jnp.asarray(x)
+    if jnp.iscomplexobj(x) or not scalars.is_traced(x) and np.any(np.isnan(np.asarray(x))):
+        raise ValueError(f"x ({x.dtype}) is complex or has NaN: give real numbers")
     edges = to_model(jnp.arange(1, levels), 0.0, levels)
     return jnp.searchsorted(edges, x, side="right").astype(jnp.uint8)
 
@@ -82,20 +124,20 @@ def scale_nats(shape: tuple[int, ...], levels: int) -> float:
     """d log(L / 2), which the change of variables from x to k + u adds to -log p, in nats.
 
     Raises:
-      ValueError: ``levels`` is not an integer of at least 2.
+      ValueError: ``levels`` is not an integer of at least 2, or ``shape`` no shape of an example.
     """
     check_levels(levels)
-    return math.prod(shape) * math.log(levels / 2)
+    return dims(shape) * math.log(levels / 2)
 
 
 def bits_per_dim(nll: Elementwise, shape: tuple[int, ...], levels: int) -> Elementwise:
     """Bits/dim of integers from ``nll`` = -log p(x) in nats, for one example's ``shape``."""
-    return (nll + scale_nats(shape, levels)) / (math.prod(shape) * LOG2)
+    return (nll + scale_nats(shape, levels)) / (dims(shape) * LOG2)
 
 
 def nats_to_bits(nats: Numbers | float, shape: tuple[int, ...]) -> Any:
     """Bits/dim of ``nats`` for one example of ``shape``, without a change of scale."""
-    return nats / (math.prod(shape) * LOG2)
+    return nats / (dims(shape) * LOG2)
 
 
 def check_dequantized(x: Numbers, levels: int) -> None:

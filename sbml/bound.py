@@ -41,7 +41,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Num
 
-from sbml import compiler, divergence, moments, times
+from sbml import compiler, divergence, moments, scalars, times
 from sbml.divergence import Probes, Trace
 from sbml.losses import perturb, residual
 from sbml.scalars import Number
@@ -57,6 +57,7 @@ from sbml.types import (
     Scalar,
     Score,
     check_example,
+    check_key,
     deterministic,
 )
 
@@ -113,11 +114,17 @@ class GaussianControl:
             256 dimensions.
 
         Raises:
-          ValueError: if ``noise_variance`` is negative or not finite.
+          ValueError: ``noise_variance`` is negative or not finite, or ``x`` are no finite real
+            numbers.
         """
         if not 0 <= noise_variance < math.inf:
             raise ValueError(f"noise_variance={noise_variance}: give a variance of at least 0")
+        x = np.asarray(x)
+        if not x.ndim or np.iscomplexobj(x):
+            raise ValueError(f"x is {x.dtype} of shape {x.shape}: give real numbers (n, *s)")
         mean, basis = moments.mean(x), None
+        if not np.all(np.isfinite(mean)):
+            raise ValueError("x has no finite mean: fit the control to finite numbers")
         if full if full is not None else mean.size <= 256:
             variances, vectors = np.linalg.eigh(moments.covariance(x, mean))
             basis = jnp.asarray(vectors)
@@ -144,15 +151,30 @@ class GaussianControl:
         return flat if self.basis is None else self.basis.T @ flat
 
     def noise(self, sde: SDE, x_t: Example, t: Scalar) -> Example:
-        """E[z | x_t] = rho (C + rho^2)^-1 (x_t / alpha - m), shape ``(*s)``."""
+        """E[z | x_t] = rho (C + rho^2)^-1 (x_t / alpha - m), shape ``(*s)``.
+
+        Raises:
+          ValueError: ``t`` is no scalar, one of them is not of floating-point numbers, or ``x_t``
+            has another size than the control's data.
+        """
+        check_example(x_t, t)
+        self.check(x_t)
         alpha, rho = sde.mean_coef(t), sde.std(t) / sde.mean_coef(t)
         y = self._to_basis(x_t.reshape(-1) / alpha - self.mean)
         y = rho / (self.variances + rho**2) * y
         return (y if self.basis is None else self.basis @ y).reshape(x_t.shape)
 
     def integral(self, sde: SDE, x: Example, eps: Number) -> Scalar:
-        """Z / 2 E |z - E[z | x_t]|^2 over lambda uniform and z, in closed form, nats."""
+        """Z / 2 E |z - E[z | x_t]|^2 over lambda uniform and z, in closed form, nats.
+
+        Raises:
+          ValueError: ``x`` is not of floating-point numbers or has another size than the control's
+            data, or eps is outside (0, T).
+        """
         compiler.check()
+        check_example(x)
+        self.check(x)
+        sde.check_time(eps)
         c2 = self._to_basis(x.reshape(-1) - self.mean) ** 2
 
         def antiderivative(t: Number) -> Scalar:
@@ -188,10 +210,13 @@ def prior_kl(sde: SDE, x: Example, variance: Number = 1.0) -> Scalar:
     T, it is the divergence of x_t at t = ``sde.largest_time``, scaled to T by ``sde.stretch``.
 
     Raises:
-      ValueError: if ``x`` is not of floating-point numbers.
+      ValueError: ``x`` is not of floating-point numbers, or ``variance`` no positive scalar.
     """
     compiler.check()
     check_example(x)
+    if np.ndim(variance):
+        raise ValueError(f"variance has shape {np.shape(variance)}: give one number")
+    scalars.check_positive(variance, "variance")
     mean, std = sde.marginal(x, jnp.asarray(sde.largest_time, x.dtype))
     mean, std = sde.stretch * mean, sde.stretch * std
     r = variance * (std / sde.prior_std) ** 2
@@ -259,8 +284,8 @@ def elbo(
 
     Raises:
       ValueError: for an unknown proposal, ``u`` that is not of shape ``(n,)``, integer ``x``, eps
-        outside (0, T), a control with the score-matching form, or a score whose shape is not that
-        of ``x``.
+        outside (0, T), a key that is not typed, a control with the score-matching form, or a score
+        whose shape is not that of ``x``.
     """
     control = reduction.control
     if trace is not None and control is not None:
@@ -269,6 +294,7 @@ def elbo(
             "only; give no trace, or no control"
         )
     check_example(x)
+    check_key(key)
     if control is not None:
         control.check(x)
     t, weight = times.draw(sde, eps, u, reduction.density, reduction.proposal)
@@ -310,7 +336,16 @@ def pilot(
 
     The network is called on the 8 draws of one example at a time, so the result does not depend on
     the batch size of the evaluation.
+
+    Raises:
+      ValueError: ``x`` is no batch of floating-point numbers, ``key`` is not a typed key, ``bins``
+        is no integer of at least 1, eps is outside (0, T), or ``floor`` outside (0, 1].
     """
+    check_example(x)
+    if not x.ndim:
+        raise ValueError("x has shape (): give examples (n, *s)")
+    scalars.check_count(bins, "bins")
+    check_key(key)
     u_key, z_key = jax.random.split(key)
     v = times.lattice(u_key, len(x), PILOT_DRAWS)
     t, _ = Importance(sde, eps).at(v)

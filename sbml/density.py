@@ -14,7 +14,6 @@ the example's place in the data, so a result depends neither on the batch size n
 """
 
 import dataclasses
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -23,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Num
 
-from sbml import bits, estimate, ode, sampling, times
+from sbml import bits, estimate, ode, sampling, scalars, times
 from sbml.dequantizers import uniform
 from sbml.divergence import Trace, exact_batch
 from sbml.estimate import Columns, Estimate
@@ -32,7 +31,7 @@ from sbml.estimators import ode as ode_estimator
 from sbml.estimators.base import Estimator
 from sbml.ode import Solver
 from sbml.sdes import SDE
-from sbml.types import Array, Batch, Example, Key, Keys, Score
+from sbml.types import Array, Batch, Example, Key, Keys, Score, check_key
 
 Examples = Num[np.ndarray, "n *s"]
 
@@ -62,8 +61,8 @@ class Density:
         dimension.
 
     Raises:
-      ValueError: for an impossible shape, number of levels, batch size or smallest time, or for an
-        SDE whose fields are arrays.
+      ValueError: for an impossible shape, number of levels, batch size, seed, trace, budget or
+        smallest time, or an SDE of arrays.
     """
 
     score: Score
@@ -78,12 +77,15 @@ class Density:
     budget: float = 1e-3
 
     def __post_init__(self) -> None:
-        if not all(isinstance(n, int) and n > 0 for n in self.shape):
-            raise ValueError(f"shape={self.shape}: give the positive sizes of one example")
-        if self.levels is not None and self.levels < 2:
-            raise ValueError(f"levels={self.levels}: need at least 2, or None for continuous data")
-        if self.batch_size < 1:
-            raise ValueError(f"batch_size={self.batch_size}: need at least 1")
+        bits.dims(self.shape)
+        if self.levels is not None:
+            bits.check_levels(self.levels)
+        scalars.check_count(self.batch_size, "batch_size")
+        scalars.check_count(self.seed, "seed", 0)
+        if self.trace is not None and not isinstance(self.trace, Trace):
+            raise ValueError(f"trace={self.trace!r}: give sbml.divergence.Trace, or None")
+        if not self.budget >= 0:
+            raise ValueError(f"budget={self.budget}: must be at least 0")
         try:
             hash(self.sde)
         except TypeError:
@@ -96,7 +98,7 @@ class Density:
     @property
     def dims(self) -> int:
         """The number of dimensions of one example."""
-        return math.prod(self.shape)
+        return bits.dims(self.shape)
 
     def logp(self, x: Any) -> Estimate:
         """log p_eps(x) in nats of ``x (n, *shape)``, by the probability-flow ODE.
@@ -143,11 +145,8 @@ class Density:
             sweeps, or for no draw.
         """
         x = self._continuous(x)
-        if sweeps < 2 or times_each < 1:
-            raise ValueError(
-                f"sweeps={sweeps}, times_each={times_each}: need at least 2 sweeps (for an error "
-                "bar) and 1 time for each example"
-            )
+        scalars.check_count(sweeps, "sweeps", 2)  # One gives no error bar.
+        scalars.check_count(times_each, "times_each")
         estimator, target = bound.Estimator(), Target(self.sde, self._eps)
 
         def columns(sweep: int) -> Columns:
@@ -168,10 +167,11 @@ class Density:
         """``n`` samples ``(n, *shape)``: uint8 integers if there are ``levels``, else floats.
 
         Raises:
-          ValueError: for fewer than one sample.
+          ValueError: ``n`` is no integer of at least 1, ``key`` is not a typed key, or a sample of
+            integers is not finite, because the solver gave up.
         """
-        if n < 1:
-            raise ValueError(f"n={n}: draw at least one sample")
+        scalars.check_count(n, "n")
+        check_key(key)
         keys = jax.random.split(key, n)
         columns = self._in_batches(
             lambda ids: {

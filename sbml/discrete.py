@@ -40,7 +40,18 @@ from sbml import bits, compiler, scalars, times
 from sbml.bound import Bound, GaussianControl, Reduction, prior_kl
 from sbml.scalars import Number
 from sbml.sdes import SDE
-from sbml.types import Array, Elementwise, Example, Key, Pixels, Scalar, Score, deterministic
+from sbml.types import (
+    Array,
+    Elementwise,
+    Example,
+    Key,
+    Pixels,
+    Scalar,
+    Score,
+    check_example,
+    check_key,
+    deterministic,
+)
 
 Real = Float[Array, "..."]
 
@@ -50,7 +61,13 @@ TAU = 3.0  # half a bin at the smallest time, in standard deviations of the nois
 
 
 def bin_log_snr(levels: int, tau: float = TAU) -> float:
-    """The log-SNR at which half a bin is ``tau`` standard deviations of the noise wide."""
+    """The log-SNR at which half a bin is ``tau`` standard deviations of the noise wide.
+
+    Raises:
+      ValueError: ``levels`` is not an integer of at least 2, or ``tau`` is not positive.
+    """
+    bits.check_levels(levels)
+    scalars.check_positive(tau, "tau")
     return -2 * math.log(1 / (levels * tau))
 
 
@@ -60,8 +77,7 @@ def truncated_normal(e: Elementwise, tau: Number) -> Elementwise:
     Raises:
       ValueError: ``tau`` is not positive.
     """
-    if not scalars.is_traced(tau) and not tau > 0:
-        raise ValueError(f"tau={tau}: must be positive")
+    scalars.check_positive(tau, "tau")
     low = 0.5 * scalars.erfc(tau / math.sqrt(2))
     # The positive half is mapped by symmetry, since a probability near 1 has lost its digits.
     magnitude = -ndtri(low + (1 - 2 * low) * jax.scipy.special.ndtr(-jnp.abs(e)))
@@ -82,8 +98,7 @@ def smallest_time(sde: SDE, levels: int, eps: Number, tau: float = TAU) -> Numbe
     """
     bits.check_levels(levels)
     sde.check_time(eps)
-    if not scalars.is_traced(tau) and not tau > 0:
-        raise ValueError(f"tau={tau}: must be positive")
+    scalars.check_positive(tau, "tau")
     if math.isinf(tau):
         return eps
     target = bin_log_snr(levels, tau)
@@ -103,7 +118,12 @@ def tau(sde: SDE, levels: int, eps: Number) -> Number:
 
 
 def edge_score(n: Elementwise, a: Real, b: Real, tau: Number) -> Elementwise:
-    """r = z* - n, the part of z* that truncation causes, elementwise; 0 far inside the bin."""
+    """r = z* - n, the part of z* that truncation causes, elementwise; 0 far inside the bin.
+
+    Raises:
+      ValueError: ``tau`` is not positive.
+    """
+    scalars.check_positive(tau, "tau")
     m = jnp.abs(a * n)
     near, far = (tau - m) / b, (tau + m) / b
     hazard = jnp.exp(norm.logpdf(near) - log_ndtr(near))
@@ -119,7 +139,13 @@ def _variance(tau: Number) -> Number:
 
 
 def edge_constant(sde: SDE, eps: Number, tau: Number) -> Number:
-    """1/2 int (E |z*|^2 - E |n|^2) dlambda for one dimension, in nats."""
+    """1/2 int (E |z*|^2 - E |n|^2) dlambda for one dimension, in nats.
+
+    Raises:
+      ValueError: ``eps`` is outside the SDE's times, or ``tau`` is not positive.
+    """
+    sde.check_time(eps)
+    scalars.check_positive(tau, "tau")
     snr_range = _snr_range(sde, eps)
     ratio = scalars.exp(-snr_range)  # a^2 at T
     v = _variance(tau)
@@ -144,9 +170,12 @@ def decoder_nats(x: Example, pixels: Pixels, levels: int, rho: Scalar) -> Scalar
     """-log P(k | x) for noisy data x = c + rho z ``(*s)``, summed over pixels: nats, a scalar.
 
     Raises:
-      ValueError: ``pixels`` are not integers 0 .. levels - 1, or have another shape than ``x``.
+      ValueError: ``pixels`` are not integers 0 .. levels - 1, or have another shape than ``x``;
+        ``x`` is not of floating-point numbers, or ``rho`` is not positive.
     """
     compiler.check()
+    check_example(x)
+    scalars.check_positive(rho, "rho")
     bits.check_pixels(pixels, levels, x)
     centres = bits.to_model(jnp.arange(levels), 0.5, levels)
     logits = -0.5 * ((x[..., None] - centres.reshape((1,) * x.ndim + (-1,))) / rho) ** 2
@@ -157,7 +186,15 @@ def decoder_nats(x: Example, pixels: Pixels, levels: int, rho: Scalar) -> Scalar
 def reconstruction(
     sde: SDE, noise: "Categorical", pixels: Pixels, eps: Scalar, z: Example
 ) -> Scalar:
-    """-log P(pixels | x_eps) by the decoder, x_eps = alpha c + sigma z: nats, a scalar."""
+    """-log P(pixels | x_eps) by the decoder, x_eps = alpha c + sigma z: nats, a scalar.
+
+    Raises:
+      ValueError: ``pixels`` are not integers 0 .. levels - 1, ``z`` has another shape than they or
+        is not of floating-point numbers, or ``eps`` is outside the SDE's times.
+    """
+    check_example(z, eps)
+    bits.check_pixels(pixels, noise.levels, z)
+    sde.check_time(eps)
     rho = jnp.exp(-0.5 * sde.log_snr(eps))
     return noise.nats(bits.to_model(pixels, 0.5, noise.levels) + rho * z, eps, pixels, rho)
 
@@ -258,6 +295,7 @@ def elbo(
       ValueError: as in ``bound.elbo``, or if the pixels are not integers 0 .. levels - 1.
     """
     bits.check_pixels(pixels, noise.levels)
+    check_key(key)
     control = reduction.control
     if control is not None:
         control.check(pixels)

@@ -11,6 +11,7 @@ same n; the kernel distance is unbiased. With the features of Inception-v3 the t
 and IS. All are computed by NumPy in float64.
 """
 
+import math
 from collections.abc import Iterable
 from typing import NamedTuple
 
@@ -18,6 +19,7 @@ import numpy as np
 from jaxtyping import Float, Integer, Num
 
 from sbml import moments
+from sbml.scalars import check_count
 
 Features = Num[np.ndarray, "n d"]
 Images = Num[np.ndarray, "n *s"]
@@ -87,8 +89,11 @@ def frechet(one: Moments, other: Moments) -> float:
     Raises:
       ValueError: they are of different dimensions.
     """
+    parts = (one.mean, one.cov, other.mean, other.cov)
     if one.mean.shape != other.mean.shape:
         raise ValueError(f"moments of {one.mean.size} and of {other.mean.size} features")
+    if not all(np.all(np.isfinite(part)) for part in parts):
+        return math.nan  # eigh would raise an error that does not name the reason.
     values, vectors = np.linalg.eigh(one.cov)
     root = vectors * np.sqrt(np.maximum(values, 0))[None] @ vectors.T
     # This product has the eigenvalues of C_1 C_2, but it is symmetric.
@@ -105,8 +110,9 @@ def kernel(x: Features, y: Num[np.ndarray, "m d"], chunk: int = 1000) -> float:
     number of rows whose kernels are in memory at once.
 
     Raises:
-      ValueError: for fewer than two features in either sample.
+      ValueError: for fewer than two features in either sample, or a ``chunk`` below 1.
     """
+    check_count(chunk, "chunk")
     x, y = _table(x), _table(y)
     if min(len(x), len(y)) < 2:
         raise ValueError(f"{len(x)} and {len(y)} features: the unbiased estimate needs two of each")
@@ -130,9 +136,11 @@ def inception_score(probabilities: Float[np.ndarray, "n classes"]) -> float:
     """exp of the mean KL of the rows of ``(n, classes)`` from their mean; in [1, ``classes``].
 
     Raises:
-      ValueError: a row is negative somewhere, or does not add up to 1.
+      ValueError: there is no row, or one is negative somewhere or does not add up to 1.
     """
     p = _table(probabilities)
+    if not len(p):
+        raise ValueError("no rows of probabilities: give at least one")
     if np.any(p < 0) or np.any(np.abs(p.sum(axis=1) - 1) > 1e-3):
         raise ValueError("rows that are negative or do not add up to 1: give probabilities")
     ratio = np.divide(p, p.mean(axis=0), out=np.ones_like(p), where=p > 0)  # 0 log 0 = 0
@@ -150,11 +158,16 @@ def nearest(
       Indices ``(n,)`` into ``others``, and the distances ``(n,)`` divided by sqrt(d).
 
     Raises:
-      ValueError: the images have different shapes, or ``others`` is empty.
+      ValueError: the images have different shapes or complex numbers, ``others`` is empty, or
+        ``chunk`` is below 1.
     """
+    x, others = np.asarray(x), np.asarray(others)
+    check_count(chunk, "chunk")
+    if np.iscomplexobj(x) or np.iscomplexobj(others):
+        raise ValueError(f"images are {x.dtype} beside {others.dtype}: give real numbers")
     if x.shape[1:] != others.shape[1:] or not len(others):
         raise ValueError(f"images {x.shape} beside {others.shape}: give (n, *s) and (m, *s), m > 0")
-    flat = np.reshape(x, (len(x), -1))
+    flat = np.reshape(x, (len(x), math.prod(x.shape[1:])))
     index, least = np.zeros(len(x), np.int64), np.full(len(x), np.inf)
     first = 0
     for part in moments.rows(others):

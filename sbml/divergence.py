@@ -28,8 +28,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Integer
 
-from sbml import compiler
-from sbml.types import Array, Example, Key, Scalar
+from sbml import compiler, scalars
+from sbml.types import Array, Example, Key, Scalar, check_example, check_floating, check_key
 
 Field = Callable[[Example], Example]
 Probes = Float[Array, "k *s"]
@@ -56,10 +56,10 @@ def probes(key: Key, shape: tuple[int, ...], count: int, kind: str = "rademacher
     two that is larger than the largest colour.
 
     Raises:
-      ValueError: for an unknown ``kind`` or a ``count`` below one.
+      ValueError: for an unknown ``kind``, a ``count`` below one, or a key that is not typed.
     """
-    if count < 1:
-        raise ValueError(f"{count} probes: need at least one")
+    check_key(key)
+    scalars.check_count(count, "probes")
     if kind == "rademacher":
         signs = jax.random.rademacher(key, (1, *shape), dtype=float)
         return signs * hadamard(count, colours(shape)).astype(signs.dtype)
@@ -93,7 +93,11 @@ def hadamard(rows: int, columns: np.ndarray) -> Signs:
     """The first ``rows`` rows of Sylvester's matrix at ``columns (*s)``, shape ``(rows, *s)``.
 
     Its entry in row j and column c is (-1)^n, where n is the number of ones in the bits of j & c.
+
+    Raises:
+      ValueError: ``rows`` is no integer of at least 1.
     """
+    scalars.check_count(rows, "rows")
     j = jnp.arange(rows).reshape(-1, *(1,) * columns.ndim)
     return 1 - 2 * (jax.lax.population_count(j & columns[None]) & 1)
 
@@ -110,12 +114,16 @@ def quadratic_forms(f: Field, x: Example, vs: Probes) -> tuple[Example, Forms]:
     """f(x), shape ``(*s)``, and v^T J(x) v for each probe v in ``vs (k, *s)``, shape ``(k,)``.
 
     Raises:
-      ValueError: if ``vs`` are not of shape ``(k, *s)``, or f(x) has another shape than ``x``.
+      ValueError: if ``vs`` are not of shape ``(k, *s)``, x or they are not of floating-point
+        numbers, or f(x) has another shape than ``x``.
     """
     compiler.check()
-    if not vs.ndim or vs.shape[1:] != x.shape:
+    check_example(x)
+    check_floating(vs, "directions")
+    shape = jnp.shape(vs)
+    if not shape or shape[1:] != x.shape or not shape[0]:
         raise ValueError(
-            f"directions of shape {vs.shape} for x of shape {x.shape}: give (k, *x.shape), as "
+            f"directions of shape {shape} for x of shape {x.shape}: give (k, *x.shape), as "
             "divergence.probes does"
         )
 
@@ -135,12 +143,18 @@ def quadratic_forms(f: Field, x: Example, vs: Probes) -> tuple[Example, Forms]:
 
 
 def exact_batch(dims: int) -> int:
-    """The number of examples of ``dims`` dimensions for one exact trace on one device at once."""
+    """The number of examples of ``dims`` dimensions for one exact trace on one device at once.
+
+    Raises:
+      ValueError: ``dims`` is no integer of at least 1.
+    """
+    scalars.check_count(dims, "dims")
     return max(1, TANGENTS // min(CHUNK, dims))
 
 
 def exact(f: Field, x: Example) -> tuple[Example, Scalar]:
     """f(x), shape ``(*s)``, and tr J(x), a scalar, at the cost of d Jacobian-vector products."""
+    check_example(x)
     y, forms = quadratic_forms(f, x, basis(x.shape).astype(x.dtype))
     return y, jnp.sum(forms)
 
@@ -170,15 +184,16 @@ class Trace:
         choices = (*PROBES, "exact")
         if self.kind not in choices:
             raise ValueError(f"unknown trace {self.kind!r}; choose from {choices}")
-        if self.probes < 1:
-            raise ValueError(f"{self.probes} probes: need at least one")
+        scalars.check_count(self.probes, "probes")
 
     def directions(self, key: Key | None, shape: tuple[int, ...]) -> Probes:
         """The directions ``(k, *shape)`` whose quadratic forms give the divergence.
 
         Raises:
-          ValueError: if there is no key and the probes are random.
+          ValueError: if there is no key and the probes are random, or the key is not typed.
         """
+        if key is not None:
+            check_key(key)
         if self.kind == "exact":
             return basis(shape)
         if key is None:

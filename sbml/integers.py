@@ -38,7 +38,7 @@ import numpy as np
 from jaxtyping import Float
 from scipy import special
 
-from sbml import bits, compiler
+from sbml import bits, compiler, scalars
 from sbml.types import Array, Example, Pixels, Scalar, check_example
 
 Real = Float[Array, "..."]
@@ -64,7 +64,12 @@ NEAR, WIDE = 4, 2.0
 
 
 def outputs(levels: int) -> int:
-    """The number of the network's outputs for each entry of an image of ``levels`` levels."""
+    """The number of the network's outputs for each entry of an image of ``levels`` levels.
+
+    Raises:
+      ValueError: ``levels`` is not an integer of at least 2.
+    """
+    bits.check_levels(levels)
     return levels if levels <= FEW else 3 * COMPONENTS
 
 
@@ -79,9 +84,10 @@ def posterior_mean(out: Outputs, y: Example, rho: Real, levels: int, data: str) 
       data: ``centre`` or ``uniform``.
 
     Raises:
-      ValueError: for unknown ``data``, or if ``out`` has another shape.
+      ValueError: for unknown ``data``, ``out`` of another shape, ``y`` that is not of
+        floating-point numbers, ``levels`` below 2, or a ``rho`` that is known and not positive.
     """
-    _check(out, y, levels, data)
+    _check(out, y, rho, levels, data)
     if levels <= FEW:
         log_p, means = _of_all(out, y, rho, levels, data)
         return jnp.sum(jnp.exp(log_p) * means, axis=-1)
@@ -102,7 +108,7 @@ def decoder_nats(out: Outputs, y: Example, rho: Real, pixels: Pixels, levels: in
       ValueError: if ``out`` has another shape, or ``pixels`` are not integers 0 .. L - 1 of the
         shape of ``y``.
     """
-    _check(out, y, levels, "centre")
+    _check(out, y, rho, levels, "centre")
     bits.check_pixels(pixels, levels, y)
     if levels <= FEW:
         log_p, _ = _of_all(out, y, rho, levels, "centre")
@@ -112,16 +118,17 @@ def decoder_nats(out: Outputs, y: Example, rho: Real, pixels: Pixels, levels: in
     return -jnp.sum(jax.nn.logsumexp(jnp.where(k == pixels[None], log_p, -jnp.inf), axis=0))
 
 
-def _check(out: Array, y: Array, levels: int, data: str) -> None:
+def _check(out: Array, y: Array, rho: Real, levels: int, data: str) -> None:
     compiler.check()
     check_example(y)
+    scalars.check_positive(rho, "rho")
     if data not in DATA:
         raise ValueError(f"unknown data {data!r} of an integer denoiser; choose from {DATA}")
     expected = (*y.shape, outputs(levels))
-    if out.shape != expected:
+    if getattr(out, "shape", None) != expected:
         raise ValueError(
-            f"the network returned shape {out.shape}: an integer denoiser of {levels} levels needs "
-            f"{expected}, that is outputs={outputs(levels)}"
+            f"the network returned shape {np.shape(out)}: an integer denoiser of {levels} levels "
+            f"needs {expected}, that is outputs={outputs(levels)}"
         )
 
 

@@ -27,6 +27,8 @@ import numpy as np
 from jaxtyping import Integer, Num
 from scipy import special
 
+from sbml.scalars import check_count
+
 Values = Num[np.ndarray, "n"] | Sequence[float]
 
 
@@ -81,7 +83,13 @@ def mean_interval(values: Values) -> Interval:
 
 
 def half_width(stderr: float, freedom: float) -> float:
-    """Student's 97.5% quantile times ``stderr``; infinite if ``freedom`` is 0."""
+    """Student's 97.5% quantile times ``stderr``; infinite if ``freedom`` is 0.
+
+    Raises:
+      ValueError: one of them is negative.
+    """
+    if stderr < 0 or freedom < 0:
+        raise ValueError(f"stderr={stderr}, freedom={freedom}: must be at least 0")
     return float(special.stdtrit(freedom, 0.975)) * stderr if freedom > 0 else math.inf
 
 
@@ -93,13 +101,13 @@ def repeated_stderr(first: Values, second: Values, n: int) -> tuple[float, float
       and 0 if m = 0.
 
     Raises:
-      ValueError: the draws have different shapes, or ``n`` is less than 1.
+      ValueError: the draws have different shapes, or ``n`` is no integer of at least 1.
     """
+    check_count(n, "n")
     one, other = _vector(first), _vector(second)
-    if one.shape != other.shape or n < 1:
+    if one.shape != other.shape:
         raise ValueError(
-            f"draws of shapes {one.shape} and {other.shape} for n={n}: give two draws of the same "
-            "images, n at least 1"
+            f"draws of shapes {one.shape} and {other.shape}: give two draws of the same images"
         )
     squares = (one - other) ** 2
     m = len(squares)
@@ -119,7 +127,12 @@ def outliers(values: Values, width: float = 6.0) -> Integer[np.ndarray, " m"]:
     The robust standard deviation is 1.4826 times the median absolute deviation. It and the median
     are those of the finite values; values that are not finite are outliers. Outliers stay in the
     mean: they are listed so that the reader knows which values dominate it.
+
+    Raises:
+      ValueError: ``values`` are no real numbers ``(n,)``, or ``width`` is negative or infinite.
     """
+    if not 0 <= width < math.inf:
+        raise ValueError(f"width={width}: must be at least 0 and finite")
     values = _vector(values)
     finite = np.isfinite(values)
     if not finite.any():

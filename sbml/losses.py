@@ -20,7 +20,9 @@ Models", NeurIPS 2021, equations 7 and 8.
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
+from sbml import scalars
 from sbml.sdes import Kernel
 from sbml.types import (
     Anything,
@@ -34,6 +36,8 @@ from sbml.types import (
     Vector,
     batch_score,
     check_example,
+    check_floating,
+    check_key,
     of_shape,
 )
 
@@ -44,9 +48,10 @@ def weight(sde: Kernel, t: Elementwise, weighting: str) -> Elementwise:
     """The weight w(t) of the squared noise-prediction error, elementwise.
 
     Raises:
-      ValueError: for an unknown ``weighting``, or for ``likelihood`` with discrete noise levels,
-        which have no g.
+      ValueError: for an unknown ``weighting``, one that discrete noise levels do not have, or times
+        that are not floating-point numbers.
     """
+    check_floating(t, "t")
     if weighting == "likelihood":
         return sde.rate(t)
     if weighting == "original":
@@ -96,10 +101,11 @@ def dsm(
 
     Raises:
       ValueError: if ``t`` is not a scalar, which would give wrong losses by broadcasting, if ``x``
-        or ``t`` are not of floating-point numbers, if the weighting is unknown, or if the score's
-        shape is not that of ``x``.
+        or ``t`` are not of floating-point numbers, if ``key`` is not a typed key, if the weighting
+        is unknown, or if the score's shape is not that of ``x``.
     """
     check_example(x, t)
+    check_key(key)
     noise_key, score_key = jax.random.split(key)
     z = jax.random.normal(noise_key, x.shape, x.dtype)
     return residual(sde, score(perturb(sde, x, t, z), t, score_key), t, z, weighting)
@@ -126,7 +132,8 @@ def dsm_batch(
     antithetic: the gradient of their mean has less variance than that of two independent rows.
 
     Raises:
-      ValueError: if there is not one scalar time, one key and one sign for each example.
+      ValueError: if there is not one scalar time, one key and one sign for each example, ``x`` or
+        ``t`` are not of floating-point numbers, or a sign is neither +1 nor -1.
     """
     x_t, z, score_key = noisy_batch(sde, x, t, keys, signs)
     scores = batch_score(score)(x_t, t, score_key)
@@ -139,7 +146,7 @@ def noisy_batch(
     """The perturbed batch x_t and its noises z, each ``(n, *s)``, and the key of the score.
 
     Raises:
-      ValueError: if there is not one scalar time, one key and one sign for each example.
+      ValueError: as in :func:`dsm_batch`.
     """
     _check_rows(x, t, keys, signs)
     pairs = jax.vmap(jax.random.split)(keys)
@@ -154,18 +161,21 @@ def _check_rows(x: Batch, t: Anything, keys: Anything, signs: Anything | None) -
     """Check that each of ``x (n, *s)`` has one time, key and sign; ``vmap`` would accept more axes.
 
     Raises:
-      ValueError: if one of them has another shape.
+      ValueError: if one of them has another shape, or other numbers.
     """
-    if not x.ndim or t.shape != (len(x),):
+    check_example(x)
+    check_floating(t, "t")
+    if not x.ndim or jnp.shape(t) != (len(x),):
         raise ValueError(
-            f"x has shape {x.shape}, t {t.shape}: give a batch (n, *s) and its times (n,)"
+            f"x has shape {x.shape}, t {jnp.shape(t)}: give a batch (n, *s) and its times (n,)"
         )
-    if not jnp.issubdtype(keys.dtype, jax.dtypes.prng_key) or keys.shape != (len(x),):
+    check_key(keys, len(x))
+    if signs is None:
+        return
+    if np.shape(signs) != (len(x),):
         raise ValueError(
-            f"keys are {keys.dtype} of shape {keys.shape} for {len(x)} examples: give "
-            f"jax.random.split(jax.random.key(seed), {len(x)})"
+            f"signs have shape {np.shape(signs)} for {len(x)} examples: give ({len(x)},) of +1 "
+            "and -1"
         )
-    if signs is not None and signs.shape != (len(x),):
-        raise ValueError(
-            f"signs have shape {signs.shape} for {len(x)} examples: give ({len(x)},) of +1 and -1"
-        )
+    if not scalars.is_traced(signs) and not np.all(np.abs(np.asarray(signs, float)) == 1):
+        raise ValueError(f"signs are {np.asarray(signs)}: give +1 and -1")

@@ -89,7 +89,8 @@ class Solver:
 
     Raises:
       ValueError: for an unknown method, step control on a method without an error estimate, or a
-        tolerance, power or number of steps that is not positive and finite.
+        tolerance, power or number of steps that is not positive and finite, or a coefficient that
+        is not finite.
     """
 
     method: str = _static("tsit5")
@@ -113,8 +114,11 @@ class Solver:
                 raise ValueError(f"{name}={value}: must be positive and finite")
         for name in ("fixed_steps", "max_steps"):
             steps = getattr(self, name)
-            if steps is not None and steps < 1:
-                raise ValueError(f"{name}={steps}: need at least one")
+            if steps is not None or name == "max_steps":
+                scalars.check_count(steps, name)
+        for name in ("pcoeff", "icoeff"):
+            if not math.isfinite(getattr(self, name)):
+                raise ValueError(f"{name}={getattr(self, name)}: must be finite")
 
     def tighter(self, factor: float) -> "Solver":
         """This solver with its tolerances divided by ``factor``, and ``fixed_steps`` multiplied."""
@@ -135,7 +139,13 @@ def rms_norm(tree: Any) -> Scalar:
 
 
 def velocity(score: Score, sde: SDE, x: Example, t: Scalar) -> Example:
-    """v(x, t), shape ``(*s)``, computed from the score's predictions if it has them."""
+    """v(x, t), shape ``(*s)``, computed from the score's predictions if it has them.
+
+    Raises:
+      ValueError: ``t`` is no scalar, ``x`` or ``t`` are not of floating-point numbers, or the score
+        has another shape than ``x``.
+    """
+    check_example(x, t)
     both = predictor(score)
     if both is None:
         return sde.drift(x, t) - 0.5 * sde.diffusion(t) ** 2 * deterministic(score, x, t)
@@ -148,7 +158,12 @@ def score_of(v: Example, score: Score, sde: SDE, x: Example, t: Scalar) -> Examp
 
     For a score with predictions it is -E[z | x] / sigma, which solves x = alpha E[x_0 | x] +
     sigma E[z | x] and the equation of v.
+
+    Raises:
+      ValueError: ``t`` is no scalar, ``v`` has another shape than ``x``, or one of them is not of
+        floating-point numbers.
     """
+    check_example(x, t, v=v)
     if predictor(score) is None:
         return 2 * (sde.drift(x, t) - v) / sde.diffusion(t) ** 2
     (alpha, sigma), (mean_slope, std_slope) = (sde.mean_coef(t), sde.std(t)), sde.slopes(t)

@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 Number = Any  # A float, or a scalar array.
 
@@ -30,6 +31,26 @@ log = _either(math.log, jnp.log)
 sqrt = _either(math.sqrt, jnp.sqrt)
 erf = _either(math.erf, jax.scipy.special.erf)
 erfc = _either(math.erfc, jax.scipy.special.erfc)
+
+
+def check_positive(value: Number, name: str) -> None:
+    """Refuse a number, or an array of them, that is known and not positive.
+
+    Raises:
+      ValueError: naming it.
+    """
+    if not is_traced(value) and not np.all(np.asarray(value) > 0):
+        raise ValueError(f"{name}={value}: must be positive")
+
+
+def check_count(value: Number, name: str, least: int = 1) -> None:
+    """Refuse a count that is no integer of at least ``least``.
+
+    Raises:
+      ValueError: naming it.
+    """
+    if not isinstance(value, int | np.integer) or value < least:
+        raise ValueError(f"{name}={value}: need an integer of at least {least}")
 
 
 def minimum(x: Number, y: Number) -> Number:

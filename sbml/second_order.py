@@ -39,8 +39,9 @@ Estimation for Diffusion ODEs", ICML 2023 (one probe).
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from sbml import compiler, divergence, losses
+from sbml import compiler, divergence, losses, scalars
 from sbml.divergence import Forms, Probes
 from sbml.sdes import Kernel
 from sbml.types import (
@@ -53,6 +54,8 @@ from sbml.types import (
     Score,
     Vector,
     batch_score,
+    check_example,
+    check_key,
     of_shape,
 )
 
@@ -61,8 +64,11 @@ def residuals(sde: Kernel, score_xt: Anything, forms: Forms, t: Scalar, z: Examp
     """r for each estimate of div s in ``forms (k,)``: shape ``(k,)``. |sigma s + z|^2 is constant.
 
     Raises:
-      ValueError: if the score's shape is not that of ``z``.
+      ValueError: if the score's shape is not that of ``z``, ``forms`` are not of shape ``(k,)``,
+        ``t`` is no scalar, or ``z`` or ``t`` are not of floating-point numbers.
     """
+    check_example(z, t)
+    _check_forms(forms)
     std = sde.std(t)
     error = jnp.sum((std * of_shape(score_xt, z) + z) ** 2)
     return std**2 * forms + (z.size - jax.lax.stop_gradient(error))
@@ -74,9 +80,24 @@ def squared_residual(r: Forms) -> Scalar:
     It is r_1^2 for k = 1, and otherwise r_1 r_2, where r_2 is the mean of all residuals but the
     first. The gradient is 2 r_2 grad r_1. Its expectation is that of grad (r_1 r_2), because the
     residuals are independent and have the same expectation.
+
+    Raises:
+      ValueError: there is no residual, or ``r`` is of another rank.
     """
+    _check_forms(r)
+    r = jnp.asarray(r)
     other = jax.lax.stop_gradient(jnp.mean(r[1:]) if r.size > 1 else r[0])
     return 2 * r[0] * other - jax.lax.stop_gradient(r[0] * other)
+
+
+def _check_forms(forms: Anything) -> None:
+    """Refuse what is not ``(k,)`` with k of at least 1; other ranks would broadcast.
+
+    Raises:
+      ValueError: naming the shape.
+    """
+    if np.ndim(forms) != 1 or not np.size(forms):
+        raise ValueError(f"shape {np.shape(forms)}: give one number for each probe, (k,)")
 
 
 def loss(
@@ -103,10 +124,11 @@ def loss(
       weighting: ``likelihood`` or ``original``.
 
     Raises:
-      ValueError: if ``t`` is not a scalar, or ``vs`` are not of shape ``(k, *s)``.
+      ValueError: ``t`` is no scalar, ``x`` or ``t`` are not of floating-point numbers, ``key`` is
+        not a typed key, or ``vs`` are not directions of ``x``.
     """
-    if t.ndim:
-        raise ValueError(f"t has shape {t.shape}: give one example's scalar time, vmap over more")
+    check_example(x, t)
+    check_key(key)
     noise_key, score_key = jax.random.split(key)
     z = jax.random.normal(noise_key, x.shape, x.dtype)
     x_t = losses.perturb(sde, x, t, z)
@@ -133,8 +155,7 @@ def dsm_batch(
     Raises:
       ValueError: as in ``losses.dsm_batch``, or for fewer than one probe.
     """
-    if probes < 1:
-        raise ValueError(f"probes={probes}: need at least one, or two for a loss without bias")
+    scalars.check_count(probes, "probes")
     compiler.check()
     x_t, z, score_key = losses.noisy_batch(sde, x, t, keys, signs)
     network = batch_score(score)

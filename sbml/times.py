@@ -39,7 +39,7 @@ from jaxtyping import Float
 
 from sbml import compiler, scalars
 from sbml.sdes import SDE
-from sbml.types import Array, Elementwise, Key, Scalar, Vector
+from sbml.types import Array, Elementwise, Key, Scalar, Vector, check_key
 
 Bins = Float[Array, "bins"]
 Counts = Float[Array, "2 bins"]
@@ -55,9 +55,10 @@ def iid(key: Key, n: int, draws: int = 1) -> Draws:
     """``(n, draws)`` independent uniform points in [0, 1).
 
     Raises:
-      ValueError: if ``n`` or ``draws`` is not an integer of at least 1.
+      ValueError: ``n`` or ``draws`` is no integer of at least 1, or ``key`` is no typed key.
     """
     _check_counts(n, draws)
+    check_key(key)
     return jax.random.uniform(key, (n, draws))
 
 
@@ -70,9 +71,10 @@ def lattice(key: Key, n: int, draws: int = 1) -> Draws:
     points, and pi makes them independent of the place of the example in the batch.
 
     Raises:
-      ValueError: if ``n`` or ``draws`` is not an integer of at least 1.
+      ValueError: ``n`` or ``draws`` is no integer of at least 1, or ``key`` is no typed key.
     """
     _check_counts(n, draws)
+    check_key(key)
     shift_key, order_key = jax.random.split(key)
     row = (jax.random.permutation(order_key, n) + jax.random.uniform(shift_key)) / n
     u = (jnp.arange(draws)[None] + row[:, None]) / draws
@@ -92,8 +94,9 @@ def check_points(u: Elementwise) -> None:
       ValueError: if they do not, or are not floating-point numbers; the message names their range
         or type.
     """
-    if not jnp.issubdtype(u.dtype, jnp.floating):
-        raise ValueError(f"u is {u.dtype}: give points in [0, 1), such as times.lattice draws")
+    if not hasattr(u, "dtype") or not jnp.issubdtype(u.dtype, jnp.floating):
+        kind = getattr(u, "dtype", type(u).__name__)
+        raise ValueError(f"u is {kind}: give points in [0, 1), an array as of times.lattice")
     if scalars.is_traced(u) or not u.size:
         return
     points = np.asarray(u)  # By NumPy: JAX would trace its operations inside ``jit``.
@@ -103,6 +106,19 @@ def check_points(u: Elementwise) -> None:
             f"u lies in [{least:g}, {largest:g}]: give points in [0, 1), such as times.lattice "
             "draws"
         )
+
+
+def _check_bins(values: ArrayLike, name: str) -> None:
+    """Refuse what is not an array of one real number for each bin.
+
+    Raises:
+      ValueError: naming the type or shape.
+    """
+    if not hasattr(values, "dtype") or jnp.issubdtype(values.dtype, jnp.complexfloating):
+        kind = getattr(values, "dtype", type(values).__name__)
+        raise ValueError(f"{name} is {kind}: give an array of real numbers")
+    if jnp.ndim(values) != 1 or not jnp.size(values):
+        raise ValueError(f"{name} has shape {jnp.shape(values)}: give one number a bin, (bins,)")
 
 
 def warp(u: Elementwise, density: Bins) -> tuple[Elementwise, Elementwise]:
@@ -127,17 +143,12 @@ def warp(u: Elementwise, density: Bins) -> tuple[Elementwise, Elementwise]:
     """
     compiler.check()
     check_points(u)
-    if density.ndim != 1 or not density.size:
-        raise ValueError(
-            f"density has shape {density.shape}: give one number a bin, (bins,), at least one"
-        )
-    if jnp.issubdtype(density.dtype, jnp.complexfloating):
-        raise ValueError(f"density is {density.dtype}: give real numbers")
+    _check_bins(density, "density")
     if not scalars.is_traced(density):
-        values = np.asarray(density)
-        if not np.all((values > 0) & np.isfinite(values)):
+        known = np.asarray(density)
+        if not np.all((known > 0) & np.isfinite(known)):
             raise ValueError(
-                f"density lies in [{values.min():g}, {values.max():g}]: give positive, finite "
+                f"density lies in [{known.min():g}, {known.max():g}]: give positive, finite "
                 "numbers, such as times.with_floor returns"
             )
     bins = density.size
@@ -173,8 +184,7 @@ def with_floor(scale: Bins, floor: float = 0.1) -> Bins:
     """
     if not 0 < floor <= 1:
         raise ValueError(f"floor={floor}: must lie in (0, 1]")
-    if jnp.ndim(scale) != 1:
-        raise ValueError(f"scale has shape {jnp.shape(scale)}: give one number a bin, (bins,)")
+    _check_bins(scale, "scale")
     compiler.check()
     valid = jnp.isfinite(scale) & (scale >= 0)
     largest = jnp.max(jnp.where(valid, scale, 0))
@@ -209,10 +219,14 @@ def tally(counts: Counts, v: Vector, values: Vector, decay: float) -> Counts:
     """
     compiler.check()
     check_points(v)
-    if counts.ndim != 2 or len(counts) != 2:
-        raise ValueError(f"counts have shape {counts.shape}: give (2, bins), zeros at the start")
+    if np.ndim(counts) != 2 or len(counts) != 2 or not np.size(counts):
+        shape = np.shape(counts)
+        raise ValueError(f"counts have shape {shape}: give (2, bins), zeros at the start")
     if not scalars.is_traced(decay) and not 0 <= decay <= 1:
         raise ValueError(f"decay={decay}: must lie in [0, 1]")
+    counts, values = jnp.asarray(counts), jnp.asarray(values)
+    if jnp.iscomplexobj(values):
+        raise ValueError(f"values are {values.dtype}: give real numbers")
     if v.ndim != 1 or values.shape != v.shape:
         raise ValueError(
             f"v has shape {v.shape}, values {values.shape}: give both as (n,), such as v.ravel()"
@@ -337,8 +351,7 @@ class Grid:
     n: int
 
     def __post_init__(self) -> None:
-        if not isinstance(self.n, int | np.integer) or self.n < 2:
-            raise ValueError(f"n={self.n}: need an integer of at least 2 noise levels")
+        scalars.check_count(self.n, "n", 2)
 
     def at(self, u: Elementwise) -> tuple[Elementwise, Elementwise]:
         """Times and weights, each of the shape of ``u`` in [0, 1)."""
@@ -366,9 +379,10 @@ def draw(
     """
     if proposal not in PROPOSALS:
         raise ValueError(f"unknown proposal {proposal!r}; choose from {sorted(PROPOSALS)}")
-    if jnp.ndim(u) != 1:
+    check_points(u)
+    if u.ndim != 1 or not u.size:
         raise ValueError(
-            f"u has shape {jnp.shape(u)}: give the points (n,) of one example, that is, a row of "
+            f"u has shape {u.shape}: give the points (n,) of one example, that is, a row of "
             "times.lattice(key, examples, n), and vmap over rows"
         )
     bins = None if density is None else jnp.asarray(density)

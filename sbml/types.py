@@ -76,19 +76,64 @@ def check_example(x: Anything, t: Anything | None = None, **same: Anything) -> N
     Raises:
       ValueError: naming the argument, its shape or type, and what it must be.
     """
-    time = {} if t is None or isinstance(t, float) else {"t": t}
-    for name, value in {"x": x, **time, **same}.items():
-        if not hasattr(value, "dtype") or not jnp.issubdtype(value.dtype, jnp.floating):
-            kind = getattr(value, "dtype", type(value).__name__)
+    for name, value in {"x": x, **same}.items():
+        if not _is_floating(value):
             raise ValueError(
-                f"{name} is {kind}: give an array of floating-point numbers; integer data are "
-                "dequantized first (sbml.bits.to_model)"
+                f"{name} is {_kind(value)}: give an array of floating-point numbers; integer data "
+                "are dequantized first (sbml.bits.to_model)"
             )
-    if t is not None and jnp.ndim(t):
-        raise ValueError(f"t has shape {t.shape}: give one example's scalar time, vmap over more")
+    if t is not None:
+        check_floating(t, "t")
+        if jnp.ndim(t):
+            raise ValueError(
+                f"t has shape {jnp.shape(t)}: give one example's scalar time, vmap over more"
+            )
     for name, value in same.items():
         if value.shape != x.shape:
             raise ValueError(f"{name} has shape {value.shape}, x {x.shape}: give both the same")
+
+
+def check_floating(value: Anything | float, name: str) -> None:
+    """Refuse what is neither a floating-point number nor an array of them.
+
+    A time must not be the integer 1: ``jnp.ones_like`` of it is an integer, and so would be a
+    coefficient at that time.
+
+    Raises:
+      ValueError: naming the type of ``value``.
+    """
+    if not isinstance(value, float) and not _is_floating(value):
+        raise ValueError(f"{name} is {_kind(value)}: give floating-point numbers, such as 1.0")
+
+
+def check_key(key: Anything | None, n: int | None = None) -> None:
+    """Refuse what is not one typed random key or, with ``n``, an array ``(n,)`` of them.
+
+    Raises:
+      ValueError: naming the type and shape of ``key``, and how to make a key.
+    """
+    dtype, shape = getattr(key, "dtype", None), getattr(key, "shape", ())
+    typed = dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key)
+    if typed and shape == (() if n is None else (n,)):
+        return
+    found = f"{_kind(key)} of shape {shape}"
+    remedy = "" if typed else "; jax.random.wrap_key_data makes keys of jax.random.PRNGKey's arrays"
+    if n is None:
+        raise ValueError(f"key is {found}: give one jax.random.key(seed), vmap over more{remedy}")
+    raise ValueError(
+        f"keys are {found} for {n} examples: give jax.random.split(jax.random.key(seed), {n})"
+        + remedy
+    )
+
+
+def _is_floating(value: Any) -> bool:
+    """Whether ``value`` is an array of floating-point numbers; Python's numbers are none."""
+    return hasattr(value, "dtype") and jnp.issubdtype(value.dtype, jnp.floating)
+
+
+def _kind(value: Any) -> str:
+    """The type of ``value`` for a message: that of its numbers, if it is an array."""
+    return str(getattr(value, "dtype", type(value).__name__))
 
 
 def of_shape(found: Anything, x: Example) -> Example:
@@ -100,15 +145,15 @@ def of_shape(found: Anything, x: Example) -> Example:
       MiscompilationError: if XLA for CPU computes sums wrongly (``sbml.compiler``).
     """
     compiler.check()
+    if not _is_floating(found):
+        raise ValueError(
+            f"the score returned {_kind(found)} for an input of {x.dtype}: return an array of "
+            "floating-point numbers, as by score.astype(x.dtype)"
+        )
     if found.shape != x.shape:
         raise ValueError(
             f"the score returned shape {found.shape} for an input of {x.shape}: a score of one "
             "example has the example's shape"
-        )
-    if not jnp.issubdtype(found.dtype, jnp.floating):
-        raise ValueError(
-            f"the score returned {found.dtype} for an input of {x.dtype}: return floating-point "
-            "numbers, as by score.astype(x.dtype)"
         )
     return found
 

@@ -251,7 +251,7 @@ def test_fit_recovers_mean_and_covariance():
             {"u": jnp.full((4, 1), 0.5)},
             r"u has shape \(4, 1\): give the points \(n,\) of one example",
         ),
-        ({"u": 5}, r"u has shape \(\): give the points \(n,\) of one example"),
+        ({"u": 5}, r"u is int: give points in \[0, 1\)"),
         ({"u": jnp.asarray([5])}, r"u is int32: give points in \[0, 1\)"),
         ({"u": jnp.asarray([0.5, 1.5])}, r"u lies in \[0.5, 1.5\]: give points in \[0, 1\)"),
         ({"u": jnp.asarray(0.5)}, r"u has shape \(\): give the points \(n,\) of one example"),

@@ -1,5 +1,6 @@
 """Conversion of Song et al.'s checkpoints, and errors that name what does not fit."""
 
+import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -339,7 +340,9 @@ def flow_of(model: variational.Model) -> tuple[dict[str, Any], Any]:
 
 
 @pytest.mark.parametrize("design", list(variational.DESIGNS))
-def test_the_dequantizer_is_converted_with_the_score(design: str, tmp_path: Path) -> None:
+def test_the_dequantizer_is_converted_with_the_score(
+    design: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     model = variational.Model(design, filters=8, components=3, blocks=2, heads=2)
     flow, params = flow_of(model)
     save(save(tmp_path, theirs()), flow, step=6, kind=authors.DEQUANTIZER)
@@ -358,3 +361,10 @@ def test_the_dequantizer_is_converted_with_the_score(design: str, tmp_path: Path
     jax.tree.map(np.testing.assert_array_equal, restored.state.ema_params, params)
     score = experiment.restore(tmp_path / "ours")
     assert restored.metadata["score"]["step"] == score.step
+    printed = capsys.readouterr().out
+    for found, kind in ((score, authors.SCORE), (restored, authors.DEQUANTIZER)):
+        origin = found.metadata["converted_from"]
+        assert origin["step"] == found.step and kind in origin["file"]
+        sha256 = hashlib.sha256(Path(origin["file"]).read_bytes()).hexdigest()
+        assert origin["sha256"] == sha256
+        assert f"{origin['file']} (sha256 {sha256}): step {found.step}" in printed

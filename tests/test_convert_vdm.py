@@ -1,5 +1,6 @@
 """Conversion of VDM's checkpoints, and their evaluation compared with VDM's formulas."""
 
+import hashlib
 import json
 import math
 import runpy
@@ -86,7 +87,10 @@ def test_the_work_directory_carries_network_schedule_and_label(converted: Path) 
     assert experiment.adapter.log_snr_range == (-5.0, 13.3)
     metadata = experiment.restore(converted).metadata
     assert metadata["config"]["data"]["dequantization"] == "centre"
-    assert metadata["converted_from"]["file"].endswith("ckpt-3.flax")
+    origin = metadata["converted_from"]
+    assert origin["file"].endswith("ckpt-3.flax") and origin["step"] == 7
+    content = Path(origin["file"]).read_bytes()
+    assert origin["sha256"] == hashlib.sha256(content).hexdigest()
 
 
 def expected_terms(pixels: np.ndarray, u: np.ndarray, pair: Any, last: Any) -> dict[str, float]:

@@ -100,6 +100,16 @@ def test_a_damaged_archive_is_named(version: str, archives: data.Options) -> Non
             data.load(f"imagenet32:{version}", "test", archives)
 
 
+def test_changed_pixels_of_the_older_archive_are_refused(archives: data.Options) -> None:
+    """A tar has no checksum of its members' bytes; the PNGs in it have."""
+    path = Path(archives.manual_dir) / imagenet32.ARCHIVES["old"]["test"]
+    whole = path.read_bytes()
+    place = whole.index(b"IDAT") + 12
+    path.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+    with pytest.raises(ValueError, match=rf"{path.name} is damaged"):
+        data.load("imagenet32:old", "test", archives)
+
+
 def test_an_array_that_claims_too_much_is_refused() -> None:
     file = io.BytesIO()
     header = {"descr": "|u1", "fortran_order": False, "shape": (9 * 10**12, 3072)}

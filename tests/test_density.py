@@ -124,12 +124,12 @@ def test_a_number_that_has_not_converged_says_so() -> None:
         (lambda: density().bits_per_dim(np.zeros((1, 2, 2), int)), "the number of their levels"),
         (lambda: density(levels=4).bits_per_dim(data(1)), "pixels are of float64: give integers"),
         (lambda: density(levels=4).bits_per_dim(np.full((1, 2, 2), 4)), r"lie in 4 .. 4: .*0 .. 3"),
-        (lambda: density(levels=1), "levels=1: need at least 2"),
+        (lambda: density(levels=1), "levels=1: give an integer of 2 to"),
         (lambda: density(batch_size=0), "batch_size=0"),
         (lambda: density(eps=2.0), r"must lie in \(0, 1.0\)"),
         (lambda: sbml.Density(gaussian().score, VP(), (2, 0)), r"shape=\(2, 0\)"),
         (lambda: density().bound(data(2), sweeps=1), "sweeps=1"),
-        (lambda: density().sample(jax.random.key(0), 0), "n=0: draw at least one"),
+        (lambda: density().sample(jax.random.key(0), 0), "n=0: need an integer of at least 1"),
     ],
 )
 def test_invalid_arguments_are_refused(call, message: str) -> None:

@@ -145,6 +145,20 @@ def test_pickles_that_are_no_state_dict(tmp_path: Path) -> None:
             read_state_dict(tmp_path / name)
 
 
+def test_a_changed_value_in_a_zip_is_refused(tmp_path: Path) -> None:
+    """The members have CRC32s. The legacy format has none, so it is compared with a SHA-256."""
+    content = (DATA / "state_zip.pth").read_bytes()
+    value = np.float32(0.5).tobytes()
+    with zipfile.ZipFile(io.BytesIO(content)) as archive:
+        members = [m for m in archive.infolist() if "/data/" in m.filename and m.file_size]
+        starts = [content.index(archive.read(member)) for member in members]
+    path = tmp_path / "state.pth"
+    for start in starts:
+        path.write_bytes(content[:start] + value + content[start + len(value) :])
+        with pytest.raises(ValueError, match=r"state\.pth is not a PyTorch state dict: Bad CRC-32"):
+            read_state_dict(path)
+
+
 def test_a_tensor_beyond_its_storage_is_refused() -> None:
     """Otherwise the memory behind the storage would be read."""
     storage = np.arange(6.0)

@@ -256,13 +256,13 @@ def test_the_longest_steps_are_finite_in_float32(name: str) -> None:
 
 
 def test_invalid_options_are_refused() -> None:
-    with pytest.raises(ValueError, match="steps=0: need at least one"):
+    with pytest.raises(ValueError, match="steps=0: need an integer of at least 1"):
         samplers.DDIM(steps=0)
     with pytest.raises(ValueError, match="'cosine'.*time.*log_snr"):
         samplers.EulerMaruyama(spacing="cosine")
     with pytest.raises(ValueError, match=r"eta=2: must lie in \[0, 1\]"):
         samplers.DDIM(eta=2)
-    with pytest.raises(ValueError, match="snr=0.0: need at least one step and a positive snr"):
+    with pytest.raises(ValueError, match="snr=0.0: must be positive and finite"):
         samplers.Langevin(snr=0.0)
 
 

@@ -329,7 +329,7 @@ def test_what_would_broadcast_is_refused() -> None:
     with pytest.raises(ValueError, match=r"directions of shape \(3,\)"):
         second_order.loss(score, sde, x, T, key, jnp.ones(3))
     batch = jnp.zeros((2, 3)), jnp.asarray([0.1, 0.2]), jax.random.split(key)
-    with pytest.raises(ValueError, match="probes=0: need at least one"):
+    with pytest.raises(ValueError, match="probes=0: need an integer of at least 1"):
         second_order.dsm_batch(score, sde, *batch, probes=0)
     with pytest.raises(ValueError, match="give a batch"):
         second_order.dsm_batch(score, sde, batch[0], jnp.asarray(0.1), batch[2])

@@ -6,6 +6,7 @@
 Each is one msgpack file of flax that holds a whole training state as nested dictionaries of arrays.
 """
 
+import hashlib
 import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -31,6 +32,14 @@ class ForeignState(NamedTuple):
     step: int
     updates: int
     trees: dict[str, dict[str, Any]]
+
+    @property
+    def origin(self) -> dict[str, Any]:
+        """The file, its step and its SHA-256, which its publisher may tell: msgpack files have no
+        checksum of their own, so a changed value in them is not noticed."""
+        with self.path.open("rb") as file:
+            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+        return {"file": str(self.path), "step": self.step, "sha256": sha256}
 
     @property
     def ema_params(self) -> dict[str, Any]:

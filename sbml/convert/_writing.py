@@ -67,8 +67,8 @@ def metadata(experiment: Experiment, score: ForeignState, dequantization: str) -
     only how they were scaled (``dequantization``)."""
     config = experiment.to_plain()
     config["data"]["dequantization"] = dequantization
-    origin = {"file": str(score.path), "step": score.step}
-    return {"config": config, "data": None, "versions": versions(), "converted_from": origin}
+    origin = {"converted_from": score.origin}
+    return {"config": config, "data": None, "versions": versions(), **origin}
 
 
 def untold(config: Config, fields: list[str]) -> str:
@@ -81,7 +81,7 @@ def untold(config: Config, fields: list[str]) -> str:
 
 
 def line(theirs: ForeignState, checkpoints: Checkpoints) -> str:
-    """The line that names the file, its step and size, and the folder it was written to."""
+    """The line that names the file, its SHA-256, step, size and the folder it was written to."""
     count = sum(leaf.size for leaf in jax.tree.leaves(theirs.ema_params))
-    where = checkpoints.directory
-    return f"{theirs.path}: step {theirs.step}, {count:,} parameters -> {where}"
+    sha256, where = theirs.origin["sha256"], checkpoints.directory
+    return f"{theirs.path} (sha256 {sha256}): step {theirs.step}, {count:,} parameters -> {where}"

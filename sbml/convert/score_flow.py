@@ -92,8 +92,9 @@ def convert(
         written = [_writing.line(score, checkpoints)]
     if flow is not None:
         trained_for = {"step": score.step, "crc32": tree_crc32(score.ema_params)}
+        of_flow = {"score": trained_for, "converted_from": flow.origin}
         with experiment.config.dequantizer.training.checkpoints(workdir) as checkpoints:
-            checkpoints.save(flow.step, flow_state, {**metadata, "score": trained_for})
+            checkpoints.save(flow.step, flow_state, {**metadata, **of_flow})
             written.append(_writing.line(flow, checkpoints))
         if (shape := variational.image_shape(flow.ema_params)) != experiment.config.data.shape:
             written.append(f"{flow.path} fits only images of shape {shape}")

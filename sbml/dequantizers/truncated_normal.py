@@ -23,10 +23,10 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 
-from sbml import compiler, discrete
+from sbml import bits, compiler, discrete
 from sbml.bound import Bound
 from sbml.sdes import SDE
-from sbml.types import Example, Key, PixelBatch, Pixels, Scalar, Score
+from sbml.types import Example, Key, PixelBatch, Pixels, Scalar, Score, check_key
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,6 +59,8 @@ class Model:
     def sample(self, params: Any, pixels: Pixels, key: Key) -> tuple[Example, Scalar]:
         """u of the shape of one example ``pixels (*s)``, and log q(u | pixels) in nats."""
         compiler.check()
+        bits.check_integers(pixels)
+        check_key(key)
         e = discrete.truncated_normal(jax.random.normal(key, pixels.shape), self.tau)
         u = jnp.clip(0.5 + e / (2 * self.tau), 0.0, 1 - jnp.finfo(e.dtype).epsneg)
         return u, e.size * self._log_normaliser - 0.5 * jnp.sum(e**2)

@@ -28,7 +28,7 @@ from jaxtyping import Float, Integer
 from sbml import compiler
 from sbml.dequantizers._flowpp_design import DESIGNS
 from sbml.dequantizers._flowpp_flow import Flow, per_image
-from sbml.types import Array, Key, Keys, Numbers, Scalar, Vector
+from sbml.types import Array, Key, Keys, Numbers, Scalar, Vector, check_key
 
 Pixels = Integer[Array, "n h w c"]
 Images = Float[Array, "n h w c"]
@@ -101,13 +101,14 @@ class Model:
         normalisation.
 
         Raises:
-          ValueError: ``pixels`` is not a batch of images of even width.
+          ValueError: ``pixels`` is not a batch of images of even width, or ``key`` no typed key.
         """
         if pixels.ndim != 4 or pixels.shape[2] % 2:
             raise ValueError(
                 f"pixels of shape {pixels.shape}: initialise with a batch (n, h, w, c) of images "
                 "whose width w is even, because the flow splits them into even and odd columns."
             )
+        check_key(key)
         parameter_key, noise_key = jax.random.split(key)
         noise = jax.random.normal(noise_key, pixels.shape)
         return self.network().init(parameter_key, self.image(pixels), noise)["params"]
@@ -173,6 +174,7 @@ class Model:
         self, params: Any, pixels: Integer[Array, "h w c"], key: Key, *, train: bool = False
     ) -> tuple[Float[Array, "h w c"], Scalar]:
         """u of the shape of one example ``pixels (h, w, c)``, and log q(u | pixels) () in nats."""
+        check_key(key)
         u, log_q = self.sample_batch(params, pixels[None], key[None], train=train)
         return u[0], log_q[0]
 
@@ -184,6 +186,7 @@ class Model:
         Without dropout, the u of an image does not depend on the other images. Returns u
         ``(n, h, w, c)`` and log q ``(n,)``.
         """
+        check_key(keys, len(pixels))
         noise_keys, dropout_keys = jax.vmap(jax.random.split, out_axes=1)(keys)
         eps = jax.vmap(lambda key: jax.random.normal(key, pixels.shape[1:]))(noise_keys)
         return self.forward(params, pixels, eps, dropout_keys[0] if train else None)

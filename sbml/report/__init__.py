@@ -23,8 +23,8 @@ def write(
     directory: epath.PathLike,
     report: Mapping[str, Any],
     *,
-    table: Mapping[str, np.ndarray],
-    images: _page.Fetch | np.ndarray,
+    table: Mapping[str, np.ndarray] | None,
+    images: _page.Fetch | np.ndarray | None,
     levels: int,
     curves: Sequence[Mapping[str, Any]],
     samples: np.ndarray | None,
@@ -37,12 +37,15 @@ def write(
       report: ``title``, ``results`` (a list of mappings with ``bits_per_dim``, ``interval``,
         ``n`` …; the first is the headline), and optionally ``baselines``, ``warnings``,
         ``command``, ``model``, ``checkpoint``, ``quality`` (names to numbers),
-        ``baselines_left_out`` (names to reasons);
+        ``baselines_left_out`` (names to reasons), ``training`` (with a ``line`` and the step of the
+        newest ``checkpoint``) and ``missing`` (names to the commands that make it);
         whatever else it has is listed under its own name.
-      table: columns (n,), one row an image: ``id``, at least one whose name ends in
+      table: None if ``results`` is empty, of a run that was not evaluated; otherwise columns (n,),
+        one row an image: ``id``, at least one whose name ends in
         ``bits_per_dim``, and any that end in ``nfe``, network evaluations. What precedes the ending
         names the figure. ``name``, if there is one, is shown in place of the id.
-      images: uint8 (n, h, w, c) indexed by id, or a function from ids to such an array.
+      images: uint8 (n, h, w, c) indexed by id, or a function from ids to such an array; None
+        without a table.
       levels: grey levels L; pixels are 0 … L - 1.
       curves: rows with ``step``, ``loss`` and perhaps ``images_per_s`` and ``seconds`` since
         training began. Where a step occurs twice, the later row counts.
@@ -88,9 +91,14 @@ def write_png(path: epath.PathLike, array: np.ndarray) -> None:
     write_whole(path, _images.png(array))
 
 
-def _check(report: Mapping[str, Any], table: Mapping[str, np.ndarray]) -> None:
-    if not report.get("results"):
-        raise ValueError(f"Got a report with {sorted(report)}: it needs one result or more.")
+def _check(report: Mapping[str, Any], table: Mapping[str, np.ndarray] | None) -> None:
+    if table is None and report.get("results") == [] and "training" in report:
+        return
+    if table is None or not report.get("results"):
+        raise ValueError(
+            f"Got a report with {sorted(report)}: it needs one result or more and a table, or the "
+            "progress of its training and neither."
+        )
     for name in ("results", "baselines"):
         for row in report.get(name, []):
             _number(row.get("bits_per_dim"), f"bits_per_dim of {row}")

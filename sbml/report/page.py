@@ -23,53 +23,34 @@ STRIP_IMAGES, SAMPLE_COLUMNS, SAMPLE_ROWS = 10, 16, 8
 PIXEL_BUDGET = 150_000  # bytes before compression, for each strip and half the sample grid
 
 DETAILS = {"data": "Data fingerprints", "config": "Configuration"}
-SHOWN_ELSEWHERE = {"title", "results", "baselines", "baselines_left_out", "warnings", "command"}
+SHOWN_ELSEWHERE = {
+    *("title", "results", "baselines", "baselines_left_out", "warnings", "command", "missing"),
+}
 
 
 def render(
     report: dict[str, Any],
-    table: Mapping[str, np.ndarray],
-    images: Fetch | np.ndarray,
+    table: Mapping[str, np.ndarray] | None,
+    images: Fetch | np.ndarray | None,
     levels: int,
     curves: Sequence[Mapping[str, Any]],
     samples: np.ndarray | None,
     pictures: Sequence[tuple[str, bytes]],
 ) -> str:
     """The page: one HTML file. Arguments as of ``report.write``, with a strict ``report``."""
-    bits = ending(table, "bits_per_dim")
-    ids, names = np.asarray(table["id"]), table.get("name")
-    best, worst = _extremes(ids, names, next(iter(bits.values())), images, levels)
-    columns = _columns(report["results"])
+    evaluated = {}
+    if table is not None and images is not None:
+        evaluated = _evaluated(report, table, images, levels)
+    progress = report.get("training", {})
     template = environment().get_template("report.html")
     return template.render(
+        results=evaluated.get("results"),
         title=report.get("title", "Evaluation"),
-        warnings=[*report.get("warnings", []), *_uncounted(report, bits)],
-        headline=_headline(report["results"][0]),
-        versus=_versus(report["results"][0], report.get("baselines", [])),
-        comparison=_comparison(
-            report["results"], report.get("baselines", []), report.get("baselines_left_out", {})
-        ),
+        warnings=[*report.get("warnings", []), *evaluated.get("uncounted", [])],
+        progress=progress.get("line"),
+        missing=report.get("missing", {}),
+        without_checkpoint=bool(progress) and progress["checkpoint"] is None,
         facts=_facts(report),
-        columns=columns,
-        rows=[
-            {column["key"]: text(row.get(column["key"]), column["format"]) for column in columns}
-            for row in report["results"]
-        ],
-        ledger=_ledger(report["results"]),
-        histograms=[
-            *(
-                _histogram(f"{name} bits/dim".strip(), column)
-                for name, column in bits.items()
-                if column.size > 1
-            ),
-            *(
-                _histogram(f"{name} network evaluations".strip(), column)
-                for name, column in ending(table, "nfe").items()
-                if np.ptp(column) > 0
-            ),
-        ],
-        best=best,
-        worst=worst,
         training=_training(curves),
         samples=None if samples is None else _samples(samples, levels),
         quality={name: text(value, ".4g") for name, value in report.get("quality", {}).items()},
@@ -77,6 +58,49 @@ def render(
         command=report.get("command"),
         details=_details(report),
     )
+
+
+def _evaluated(
+    report: Mapping[str, Any],
+    table: Mapping[str, np.ndarray],
+    images: Fetch | np.ndarray,
+    levels: int,
+) -> dict[str, Any]:
+    """What the template shows of the results and of the images that they are of."""
+    results, baselines = report["results"], report.get("baselines", [])
+    bits = ending(table, "bits_per_dim")
+    ids, names = np.asarray(table["id"]), table.get("name")
+    best, worst = _extremes(ids, names, next(iter(bits.values())), images, levels)
+    columns = _columns(results)
+    rows = [
+        {column["key"]: text(row.get(column["key"]), column["format"]) for column in columns}
+        for row in results
+    ]
+    return {
+        "uncounted": _uncounted(report, bits),
+        "results": {
+            "headline": _headline(results[0]),
+            "versus": _versus(results[0], baselines),
+            "comparison": _comparison(results, baselines, report.get("baselines_left_out", {})),
+            "columns": columns,
+            "rows": rows,
+            "ledger": _ledger(results),
+            "histograms": [
+                *(
+                    _histogram(f"{name} bits/dim".strip(), column)
+                    for name, column in bits.items()
+                    if column.size > 1
+                ),
+                *(
+                    _histogram(f"{name} network evaluations".strip(), column)
+                    for name, column in ending(table, "nfe").items()
+                    if np.ptp(column) > 0
+                ),
+            ],
+            "best": best,
+            "worst": worst,
+        },
+    }
 
 
 def environment() -> jinja2.Environment:
@@ -178,8 +202,9 @@ def _versus(result: Mapping[str, Any], baselines: Sequence[Mapping[str, Any]]) -
 
 def _facts(report: Mapping[str, Any]) -> dict[str, str]:
     """The few figures that stand under the headline; those that the report lacks are left off."""
-    model, checkpoint = report.get("model", {}), report.get("checkpoint", {})
-    result = report["results"][0]
+    model, newest = report.get("model", {}), report.get("training", {}).get("checkpoint")
+    checkpoint = report.get("checkpoint", {"step": newest})
+    result = (report["results"] or [{}])[0]
     facts = {
         "Model": model.get("name"),
         "Parameters": model.get("parameters"),
@@ -205,7 +230,7 @@ def _uncounted(report: Mapping[str, Any], bits: Mapping[str, np.ndarray]) -> lis
 def _details(report: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """What the page shows nowhere else, by heading, every value exact."""
     results = {f"{row}. {_label(r)}": r for row, r in enumerate(report["results"], 1)}
-    details = {"Every figure of the results": flat(results)}
+    details = {"Every figure of the results": flat(results)} if results else {}
     for name, value in report.items():
         if name not in SHOWN_ELSEWHERE:
             heading = DETAILS.get(name, name.replace("_", " ").capitalize())
@@ -273,8 +298,8 @@ def _training(curves: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
     step = np.array(sorted(rows))
     loss = np.array([rows[at]["loss"] for at in step], np.float64)
     window = max(1, len(step) // 40) | 1
-    caption = f"Loss at {len(step):,} logged steps (faint)"
-    caption += f" and the mean of {window} around each." if window > 1 else "."
+    caption = f"Loss at {len(step):,} logged steps"
+    caption += f" (faint) and the mean of {window} around each." if window > 1 else "."
     speed = [float(row["images_per_s"]) for row in rows.values() if row.get("images_per_s")]
     if speed:
         caption += f" Median speed {np.median(speed):,.4g} images/s."

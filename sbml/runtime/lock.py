@@ -10,6 +10,7 @@ Next to the lock, a file records the owner and the time, for the error message o
 """
 
 import datetime
+import fcntl
 import json
 import os
 import shlex
@@ -30,6 +31,7 @@ from sbml.runtime.files import write_whole
 
 RENEWED_EVERY = 20.0  # seconds
 STALE_AFTER = 90.0
+PATIENCE = 0.2  # Longer than the instant for which :func:`owner` shares a file lock.
 
 
 class BusyError(ValueError):
@@ -71,7 +73,7 @@ class Lock:
         self._folder.mkdir(parents=True, exist_ok=True)
         remote = "://" in str(self._folder)
         path = self._folder / f".{self._purpose}.lock"
-        lock = _Lease(path) if remote else FileLock(os.fspath(path), timeout=0)
+        lock = _Lease(path) if remote else FileLock(os.fspath(path), timeout=PATIENCE)
         try:
             lock.acquire()
         except Timeout:
@@ -82,6 +84,32 @@ class Lock:
         self._lock = lock
         write_whole(self._note, json.dumps(_owner(), indent=1).encode())
         return None
+
+
+def owner(folder: epath.PathLike, purpose: str) -> str | None:
+    """The process that holds the lock of ``folder`` for ``purpose``, in words; None if it is free.
+
+    It takes no exclusive lock, so it does not disturb a process that holds the lock, or wants it.
+    """
+    folder = epath.Path(folder)
+    path, note = folder / f".{purpose}.lock", folder / f".{purpose}.json"
+    held = _Lease(path).held() if "://" in str(folder) else _is_held(path)
+    return _description(note) if held else None
+
+
+def _is_held(path: epath.Path) -> bool:
+    """Whether a process holds the file lock ``path``: if so, no other can share it."""
+    try:
+        file = os.open(path, os.O_RDONLY)
+    except FileNotFoundError:
+        return False
+    try:
+        fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)  # For an instant; closing releases it.
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(file)
+    return False
 
 
 def _owner() -> dict[str, Any]:
@@ -110,10 +138,14 @@ class _Lease:
         self._token = f"{socket.gethostname()}:{os.getpid()}:{time.time_ns()}"
         self._renewal = threading.Thread(target=self._renew, daemon=True)
 
+    def held(self) -> bool:
+        """Whether a process holds the lock."""
+        owner = self._read()
+        return owner is not None and not self._ended(owner)
+
     def acquire(self) -> None:
         """Acquire the lock. Raises ``Timeout`` if another process holds it."""
-        owner = self._read()
-        if owner is not None and not self._ended(owner):
+        if self.held():
             raise Timeout(str(self._path))
         self._write()
         self._held.add(str(self._path))

@@ -18,7 +18,7 @@ import numpy as np
 from etils import epath
 
 from sbml.runtime.files import read_json, read_npz, write_json, write_npz, write_whole
-from sbml.runtime.lock import Lock
+from sbml.runtime.lock import Lock, owner
 from sbml.runtime.parts import Parts, compute_once
 
 ARCHITECTURE = "architecture.json"
@@ -60,6 +60,13 @@ class Workdir(os.PathLike):
     def lock(self, purpose: str) -> Lock:
         """A context manager that keeps other processes from running the mode ``purpose`` here."""
         return Lock(self.path, purpose)
+
+    def owner(self, purpose: str) -> str | None:
+        """The process that runs the mode ``purpose`` here, in words; None if there is none.
+
+        This only reads: it takes no lock.
+        """
+        return owner(self.path, purpose)
 
     def has(self, name: str) -> bool:
         """Whether the file ``name`` is there."""

@@ -18,9 +18,9 @@ from jaxtyping import Float
 
 from sbml.ode import Stats
 from sbml.samplers.corrector import NoCorrector
-from sbml.scalars import Number
+from sbml.scalars import Number, check_count
 from sbml.sdes import SDE
-from sbml.types import Array, Example, Key, Score, check_example
+from sbml.types import Array, Example, Key, Score, check_example, check_key
 
 Path = Float[Array, "frames *s"]
 Times = Float[Array, "frames"]
@@ -90,8 +90,7 @@ class FixedSteps(abc.ABC):
     corrector: Any = NoCorrector()
 
     def __post_init__(self) -> None:
-        if self.steps < 1:
-            raise ValueError(f"steps={self.steps}: need at least one")
+        check_count(self.steps, "steps")
         if self.spacing not in SPACINGS:
             raise ValueError(f"unknown spacing {self.spacing!r}; choose from {SPACINGS}")
 
@@ -116,6 +115,7 @@ class FixedSteps(abc.ABC):
 
     def _scan(self, score: Score, sde: SDE, z: Example, key: Key, eps: Number, keep: bool) -> Any:
         check_example(z)
+        check_key(key)
         times = grid(sde, eps, self.steps, self.spacing)
         # No time precedes the first step: a fictitious one beyond T keeps divisors from being 0.
         before = jnp.concatenate([2 * times[:1] - times[1:2], times[:-2]])
@@ -150,5 +150,6 @@ class FixedSteps(abc.ABC):
     ) -> tuple[Path, Times]:
         """See :class:`Sampler`; the frames are evenly spaced among the steps."""
         sde.check_time(eps)
+        check_count(frames, "frames")
         _, path, times = self._scan(score, sde, z, key, eps, keep=True)
         return frames_of(z, path, times, frames)

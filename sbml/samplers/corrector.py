@@ -16,10 +16,12 @@ directions are narrow. ``annealed_langevin`` does not have this bias.
 """
 
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
 
+from sbml.scalars import check_count
 from sbml.sdes import SDE
 from sbml.types import Example, Key, Scalar, Score, deterministic
 
@@ -45,17 +47,16 @@ class Langevin:
       snr: the signal-to-noise ratio that sets the size.
 
     Raises:
-      ValueError: for fewer than one step, or an ``snr`` that is not positive.
+      ValueError: for fewer than one step, or an ``snr`` that is not positive and finite.
     """
 
     steps: int = 1
     snr: float = 0.16
 
     def __post_init__(self) -> None:
-        if self.steps < 1 or not self.snr > 0:
-            raise ValueError(
-                f"steps={self.steps}, snr={self.snr}: need at least one step and a positive snr"
-            )
+        check_count(self.steps, "steps")
+        if not 0 < self.snr < math.inf:
+            raise ValueError(f"snr={self.snr}: must be positive and finite")
 
     @property
     def nfe(self) -> int:

@@ -22,9 +22,9 @@ from jaxtyping import Float, Num
 from sbml.samplers._grid import FixedSteps
 from sbml.samplers.corrector import NoCorrector
 from sbml.sampling import denoise
-from sbml.scalars import Number
+from sbml.scalars import Number, is_traced
 from sbml.sdes import SDE
-from sbml.types import Array, Key, Keys, Scalar, Score
+from sbml.types import Array, Key, Keys, Scalar, Score, check_example, check_key
 
 Image = Float[Array, "h w c"]
 Mask = Num[Array, "..."]
@@ -105,7 +105,15 @@ def complete(
       eps: the smallest time, at which the image is denoised.
       sampler: any sampler with fixed steps. The steps of its corrector make the known and the
         unknown part consistent.
+
+    Raises:
+      ValueError: ``x_0`` is not of floating-point numbers, ``mask`` is known and not of 0 and 1,
+        ``key`` is not a typed key, or eps is outside (0, T).
     """
+    check_example(x_0)
+    check_key(key)
+    if not is_traced(mask) and not np.all(np.isin(np.asarray(mask), (0, 1))):
+        raise ValueError(f"mask has values {np.unique(mask)}: give 1 for known, 0 for unknown")
     corrector = KnownPart(x_0, mask, basis, sampler.corrector)
     latent_key, key = jax.random.split(key)
     z = sde.prior_sample(latent_key, x_0.shape).astype(x_0.dtype)

@@ -11,9 +11,9 @@ import jax.numpy as jnp
 from sbml import sampling
 from sbml.ode import Solver, Stats, transport
 from sbml.samplers._grid import Path, Times, frames_of
-from sbml.scalars import Number
+from sbml.scalars import Number, check_count
 from sbml.sdes import SDE
-from sbml.types import Example, Key, Scalar, Score
+from sbml.types import Example, Key, Scalar, Score, check_example, check_key
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,6 +26,8 @@ class ODE:
         self, score: Score, sde: SDE, z: Example, key: Key | None, *, eps: Number
     ) -> tuple[Example, Stats]:
         """See ``Sampler``."""
+        if key is not None:
+            check_key(key)
         return sampling.decode(score, sde, z, eps=eps, solver=self.solver)
 
     def path(
@@ -34,6 +36,11 @@ class ODE:
         """See ``Sampler``. The frames are evenly spaced in the coordinate of the solver. If it has
         fixed steps, the frames are the nearest of these steps."""
         power, steps = self.solver.power, self.solver.fixed_steps
+        sde.check_time(eps)
+        check_example(z)
+        check_count(frames, "frames")
+        if key is not None:
+            check_key(key)
         pieces = steps or frames - 1
         times = jnp.linspace(sde.T ** (1 / power), eps ** (1 / power), pieces + 1) ** power
         solver = dataclasses.replace(self.solver, fixed_steps=steps and 1)

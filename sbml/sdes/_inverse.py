@@ -14,13 +14,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sbml.types import Array, Elementwise
+from sbml.types import Array, Elementwise, check_floating
 
 Function = Callable[[Elementwise], Elementwise]
 
 
 def slope(f: Function, t: Elementwise) -> Elementwise:
-    """df/dt of an elementwise function ``f``, with the shape of ``t``."""
+    """df/dt of an elementwise function ``f``, with the shape of ``t``.
+
+    Raises:
+      ValueError: ``t`` is not of floating-point numbers.
+    """
+    check_floating(t, "t")
     t = jnp.asarray(t)
     return jax.jvp(f, (t,), (jnp.ones_like(t),))[1]
 
@@ -33,6 +38,7 @@ def inverse(f: Function, y: Elementwise, last: float) -> Elementwise:
     y = f(t; theta), dt = (dy - df/dtheta dtheta) / (df/dt).
     """
     y = jnp.asarray(y)
+    y = y.astype(jnp.result_type(y, float))  # Floats keep their precision, integers become floats.
     t = jax.lax.stop_gradient(_bisect(f, y, last))
     gap, rate = f(t) - y, jax.lax.stop_gradient(slope(f, t))
     regular = jnp.isfinite(gap) & jnp.isfinite(rate) & (rate != 0)

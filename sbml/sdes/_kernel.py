@@ -19,8 +19,10 @@ d (1e-3)^2 / 2 nats or less for data of unit mean square.
 import abc
 import dataclasses
 import functools
+import inspect
 import math
-from typing import TYPE_CHECKING, ClassVar
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -28,7 +30,16 @@ import jax.numpy as jnp
 from sbml import compiler, pytrees, scalars
 from sbml.scalars import Number
 from sbml.sdes._inverse import inverse, slope
-from sbml.types import Array, Elementwise, Example, Key, Scalar, check_example
+from sbml.types import (
+    Array,
+    Elementwise,
+    Example,
+    Key,
+    Scalar,
+    check_example,
+    check_floating,
+    check_key,
+)
 
 if TYPE_CHECKING:
     from sbml.sdes.levels import Levels
@@ -38,6 +49,20 @@ LEAST_LOG_SNR = 2 * math.log(1e-3)
 # The signal counts as vanished below this log-SNR, where alpha / sigma is 3e-7, float32's rounding.
 VANISHED = -30.0
 
+# Methods of a time t, which may be an array of any shape.
+OF_TIMES = ("mean_coef", "std", "log_snr", "rate", "drift_coef", "diffusion", "slopes")
+
+
+def _of_times(method: Callable[..., Any]) -> Callable[..., Any]:
+    """``method`` with a check of its times, so that no formula needs one of its own."""
+
+    @functools.wraps(method)
+    def checked(self: Any, t: Elementwise) -> Any:
+        check_floating(t, "t")
+        return method(self, t)
+
+    return checked
+
 
 @dataclasses.dataclass(frozen=True)
 class Kernel(abc.ABC):
@@ -46,14 +71,18 @@ class Kernel(abc.ABC):
     A kernel is a frozen dataclass. If its fields are floats it is hashable, so it can be static
     under ``jit``. It is also a pytree whose numbers are leaves (``sbml.pytrees``), so it can be an
     argument of ``jit`` and ``grad`` too. Its methods are elementwise in the time ``t`` in
-    (0, ``T``], of any shape. A single example ``x`` has any shape ``(*s)``, and its time is a
-    scalar.
+    (0, ``T``], of any shape. They raise a ValueError for times that are not floating-point numbers;
+    this check is added to the methods of every subclass. A single example ``x`` has any shape
+    ``(*s)``, and its time is a scalar.
     """
 
     T: ClassVar[float] = 1.0
 
     def __init_subclass__(cls, **options: object) -> None:
         super().__init_subclass__(**options)
+        for name in OF_TIMES:
+            if inspect.isfunction(method := vars(cls).get(name)):
+                setattr(cls, name, _of_times(method))
         pytrees.register(cls)
 
     @abc.abstractmethod
@@ -170,14 +199,24 @@ class SDE(Kernel):
         return slope(self.mean_coef, t), slope(self.std, t)
 
     def prior_logp(self, z: Example) -> Scalar:
-        """log N(z; 0, s^2 I) in nats, a scalar."""
+        """log N(z; 0, s^2 I) in nats, a scalar.
+
+        Raises:
+          ValueError: ``z`` is not of floating-point numbers.
+        """
         compiler.check()
+        check_example(z)
         s = self.prior_std
         log_s = scalars.log(s)
         return -0.5 * jnp.sum((z / s) ** 2) - z.size * (log_s + 0.5 * math.log(2 * math.pi))
 
     def prior_sample(self, key: Key, shape: tuple[int, ...]) -> Example:
-        """One draw of shape ``shape`` from N(0, s^2 I)."""
+        """One draw of shape ``shape`` from N(0, s^2 I).
+
+        Raises:
+          ValueError: ``key`` is not one typed key.
+        """
+        check_key(key)
         return self.prior_std * jax.random.normal(key, shape)
 
     def _std_at(self, t: Number) -> Scalar:

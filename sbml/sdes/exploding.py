@@ -5,6 +5,7 @@ linear VE   sigma = sigma_max t
 """
 
 import dataclasses
+import math
 
 import jax.numpy as jnp
 import numpy as np
@@ -42,17 +43,17 @@ class VE(_Exploding):
     """Variance exploding, geometric: sigma(t) = sigma_min (sigma_max / sigma_min)^t (SMLD).
 
     Raises:
-      ValueError: unless 0 < sigma_min < sigma_max.
+      ValueError: unless 0 < sigma_min < sigma_max < infinity.
     """
 
     sigma_min: Number = 0.01
 
     def __post_init__(self) -> None:
         concrete = not scalars.is_traced(self.sigma_min, self.sigma_max)
-        if concrete and not 0 < self.sigma_min < self.sigma_max:
+        if concrete and not 0 < self.sigma_min < self.sigma_max < math.inf:
             raise ValueError(
                 f"sigma_min={self.sigma_min}, sigma_max={self.sigma_max}: "
-                "need 0 < sigma_min < sigma_max"
+                "need finite numbers with 0 < sigma_min < sigma_max"
             )
 
     @property
@@ -75,7 +76,11 @@ class VE(_Exploding):
         """SMLD's levels: alpha_i = 1, and sigma_i geometric from sigma_min to sigma_max.
 
         Here sigma increases with the index; in the paper (Song & Ermon 2019) it decreases.
+
+        Raises:
+          ValueError: ``n`` is no integer of at least 2.
         """
+        scalars.check_count(n, "n", 2)
         stds = np.geomspace(self.sigma_min, self.sigma_max, n)
         return Levels((1.0,) * n, tuple(stds))
 
@@ -85,12 +90,12 @@ class LinearVE(_Exploding):
     """Variance exploding, linear: sigma(t) = sigma_max t (the schedule of EDM and DDIM's sigma).
 
     Raises:
-      ValueError: unless sigma_max > 0.
+      ValueError: unless sigma_max is positive and finite.
     """
 
     def __post_init__(self) -> None:
-        if not scalars.is_traced(self.sigma_max) and not self.sigma_max > 0:
-            raise ValueError(f"sigma_max={self.sigma_max}: need sigma_max > 0")
+        if not scalars.is_traced(self.sigma_max) and not 0 < self.sigma_max < math.inf:
+            raise ValueError(f"sigma_max={self.sigma_max}: must be positive and finite")
 
     def diffusion(self, t: Elementwise) -> Elementwise:
         return self.sigma_max * jnp.sqrt(2 * t)
@@ -113,7 +118,7 @@ class EDM(LinearVE):
     NeurIPS 2022.
 
     Raises:
-      ValueError: unless 0 < sigma_min < sigma_max.
+      ValueError: unless 0 < sigma_min < sigma_max < infinity.
     """
 
     sigma_max: Number = 80.0
@@ -121,10 +126,10 @@ class EDM(LinearVE):
 
     def __post_init__(self) -> None:
         concrete = not scalars.is_traced(self.sigma_min, self.sigma_max)
-        if concrete and not 0 < self.sigma_min < self.sigma_max:
+        if concrete and not 0 < self.sigma_min < self.sigma_max < math.inf:
             raise ValueError(
                 f"sigma_min={self.sigma_min}, sigma_max={self.sigma_max}: "
-                "need 0 < sigma_min < sigma_max"
+                "need finite numbers with 0 < sigma_min < sigma_max"
             )
 
     @property

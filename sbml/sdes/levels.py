@@ -4,6 +4,7 @@ x_i = alpha_i x_0 + sigma_i z,      t_i = i / (n - 1),      i = 0, ..., n - 1
 """
 
 import dataclasses
+import math
 
 import jax.numpy as jnp
 
@@ -24,7 +25,8 @@ class Levels(Kernel):
       stds: sigma_i of the n levels.
 
     Raises:
-      ValueError: for fewer than two levels.
+      ValueError: for fewer than two levels, tuples of unequal length, or numbers that are not
+        finite, negative alpha_i or sigma_i that are not positive.
     """
 
     mean_coefs: tuple[float, ...] = dataclasses.field(metadata={"static": True})
@@ -33,6 +35,17 @@ class Levels(Kernel):
     def __post_init__(self) -> None:
         if len(self.stds) < 2:
             raise ValueError(f"{len(self.stds)} noise levels: need at least two")
+        if len(self.mean_coefs) != len(self.stds):
+            raise ValueError(
+                f"{len(self.mean_coefs)} mean_coefs for {len(self.stds)} stds: give one of each "
+                "for every level"
+            )
+        finite = all(map(math.isfinite, (*self.mean_coefs, *self.stds)))
+        if not finite or min(self.mean_coefs) < 0 or min(self.stds) <= 0:
+            raise ValueError(
+                f"mean_coefs={self.mean_coefs}, stds={self.stds}: need finite numbers, mean_coefs "
+                "of at least 0 and positive stds"
+            )
 
     def mean_coef(self, t: Elementwise) -> Elementwise:
         return self._at(self.mean_coefs, t)
@@ -50,7 +63,5 @@ class Levels(Kernel):
         )
 
     def _at(self, values: tuple[float, ...], t: Elementwise) -> Elementwise:
-        if not jnp.issubdtype(t.dtype, jnp.floating):  # The levels would be integers too.
-            raise ValueError(f"t is {t.dtype}: give floating-point times in [0, 1]")
-        last = len(values) - 1
+        t, last = jnp.asarray(t), len(values) - 1
         return jnp.asarray(values, t.dtype)[jnp.round(t * last).astype(jnp.int32)]

@@ -4,6 +4,7 @@ alpha = exp(-B / 2),      sigma^2 = 1 - exp(-B) (VP),      sigma = 1 - exp(-B) (
 """
 
 import dataclasses
+import math
 from typing import ClassVar
 
 import jax
@@ -22,7 +23,7 @@ class _LinearBeta(ClosedForm):
     """The base of VP and subVP: beta(t) = beta_min + (beta_max - beta_min) t, its integral B(t).
 
     Raises:
-      ValueError: unless 0 < beta_min <= beta_max.
+      ValueError: unless 0 < beta_min <= beta_max < infinity.
     """
 
     beta_min: Number = 0.1
@@ -30,9 +31,10 @@ class _LinearBeta(ClosedForm):
 
     def __post_init__(self) -> None:
         concrete = not scalars.is_traced(self.beta_min, self.beta_max)
-        if concrete and not 0 < self.beta_min <= self.beta_max:
+        if concrete and not 0 < self.beta_min <= self.beta_max < math.inf:
             raise ValueError(
-                f"beta_min={self.beta_min}, beta_max={self.beta_max}: need 0 < beta_min <= beta_max"
+                f"beta_min={self.beta_min}, beta_max={self.beta_max}: need finite numbers with "
+                "0 < beta_min <= beta_max"
             )
 
     def _beta(self, t: Elementwise) -> Elementwise:
@@ -81,7 +83,8 @@ class VP(_LinearBeta):
         Raises:
           ValueError: for fewer than two levels, or so few that the last beta is 1 or more.
         """
-        if 2 <= n <= self.beta_max:
+        scalars.check_count(n, "n", 2)
+        if n <= self.beta_max:
             raise ValueError(
                 f"{n} noise levels with beta_max={self.beta_max}: the last beta is "
                 f"{self.beta_max / n:g}, not below 1; need more than {self.beta_max:g} levels"

@@ -26,7 +26,7 @@ class Schedule(SDE):
       smallest_time: the time at which integrals over time and the ODE start.
 
     Raises:
-      ValueError: if ``smallest_time`` is not in (0, 1).
+      ValueError: if ``smallest_time`` is not in (0, 1), or alpha or sigma is no function.
     """
 
     alpha: Callable[[Elementwise], Elementwise]
@@ -36,6 +36,9 @@ class Schedule(SDE):
     )
 
     def __post_init__(self) -> None:
+        for name in ("alpha", "sigma"):
+            if not callable(getattr(self, name)):
+                raise ValueError(f"{name}={getattr(self, name)}: give a function of t")
         if not 0 < self.smallest_time < self.T:
             raise ValueError(f"smallest_time={self.smallest_time}: must lie in (0, {self.T})")
 

@@ -18,6 +18,7 @@ Reference: Kingma, Salimans, Poole, Ho, "Variational Diffusion Models", NeurIPS 
 
 import abc
 import dataclasses
+import math
 from typing import ClassVar
 
 import jax
@@ -26,7 +27,7 @@ import jax.numpy as jnp
 from sbml import scalars
 from sbml.scalars import Number
 from sbml.sdes._kernel import ClosedForm
-from sbml.types import Array, Elementwise
+from sbml.types import Array, Elementwise, check_floating
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,7 +46,7 @@ class _Gamma(ClosedForm):
         Raises:
           ValueError: if it is not in [0, T).
         """
-        if not 0 <= eps < self.T:
+        if not scalars.is_traced(eps) and not 0 <= eps < self.T:
             raise ValueError(f"{name}={eps}: must lie in [0, {self.T})")
         return eps
 
@@ -70,7 +71,7 @@ class LinearGamma(_Gamma):
     """gamma = gamma_0 + (gamma_1 - gamma_0) t; the defaults are the published values.
 
     Raises:
-      ValueError: unless gamma_0 < gamma_1.
+      ValueError: unless gamma_0 < gamma_1, both finite.
     """
 
     gamma_0: Number = -13.3
@@ -78,9 +79,10 @@ class LinearGamma(_Gamma):
 
     def __post_init__(self) -> None:
         ends = (self.gamma_0, self.gamma_1)
-        if not scalars.is_traced(*ends) and not ends[0] < ends[1]:
+        if not scalars.is_traced(*ends) and not -math.inf < ends[0] < ends[1] < math.inf:
             raise ValueError(
-                f"gamma_0={self.gamma_0}, gamma_1={self.gamma_1}: need gamma_0 < gamma_1"
+                f"gamma_0={self.gamma_0}, gamma_1={self.gamma_1}: need finite numbers with "
+                "gamma_0 < gamma_1"
             )
 
     def gamma(self, t: Elementwise) -> Elementwise:
@@ -111,7 +113,9 @@ class MonotoneGamma(_Gamma):
 
     def _units(self, t: Elementwise) -> tuple[Array, Array, Array]:
         """Slopes and heights of the sigmoids, and their values at ``t``, along a new last axis."""
-        shape = (1,) * jnp.ndim(t) + (-1,)
+        check_floating(t, "t")
+        t = jnp.asarray(t)
+        shape = (1,) * t.ndim + (-1,)
         k2, b2, k3 = (
             jnp.reshape(jnp.asarray(p, t.dtype), shape) for p in (self.k2, self.b2, self.k3)
         )

@@ -1,0 +1,64 @@
+"""Makes the report of a work directory from what is there: ``--mode=report``."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+from etils import epath
+from ml_collections import ConfigDict
+
+from sbml.experiment.build import Experiment
+from sbml.report import summary
+from sbml.report.progress import Progress
+from sbml.report.result import Result
+from sbml.runtime import metrics
+from sbml.runtime.workdir import EVALUATION, Workdir
+
+
+def run(config: ConfigDict, workdir: epath.PathLike) -> None:
+    """Write ``report.html`` and ``report.json`` of ``workdir``, also while it is being trained.
+
+    Nothing is computed and no lock is taken: a training, an evaluation or a sampler may be at work
+    there. The page has the progress and the curve of the training, the results, the samples and
+    their quality as far as they exist, and the commands that make the rest.
+
+    Raises:
+      ValueError: there is neither a training nor an evaluation in ``workdir``, or a file that the
+        report needs is damaged.
+    """
+    experiment, workdir = Experiment(config), Workdir(workdir)
+    rows = metrics.read(workdir)
+    progress = progress_of(experiment, workdir, rows)
+    evaluated = workdir.has(EVALUATION)
+    if progress.owner is None and progress.step is None and not evaluated:
+        raise ValueError(
+            f"{workdir} has no metrics, no checkpoint and no evaluation to report: train first "
+            "(--mode=train), or set --workdir to the folder of a run"
+        )
+    if jax.process_index() > 0:
+        return
+    print(progress.line)
+    if evaluated:
+        for result in workdir.read(EVALUATION)["results"]:
+            print(Result.read(result).line)
+    model = {"name": experiment.config.model.name, "parameters": experiment.parameter_count()}
+    known = {"model": model, "config": experiment.to_plain(), "training": progress.plain()}
+    if summary.write(workdir, experiment.images, known, rows):
+        print(f"report: {workdir / 'report.html'}")
+
+
+def progress_of(
+    experiment: Experiment, workdir: Workdir, rows: Sequence[Mapping[str, Any]]
+) -> Progress:
+    """How far the training in ``workdir`` has come, with ``rows`` of metrics; this only reads."""
+    training = experiment.config.training
+    owner = workdir.owner("train")
+    checkpoints = training.checkpoints(workdir).steps()
+    reached = [*(row["step"] for row in rows[-1:]), *checkpoints[-1:]]
+    return Progress(
+        owner,
+        max(reached, default=None),
+        training.num_steps,
+        rows[-1]["loss"] if rows else None,
+        checkpoints[-1] if checkpoints else None,
+    )

@@ -1,0 +1,196 @@
+"""``--mode=report``: the report of what is there, while another process trains there."""
+
+import fcntl
+import json
+import re
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tiny
+
+from sbml import data
+from sbml import report as reports
+from sbml.modes import report
+from sbml.report.progress import Progress
+from sbml.report.result import Result
+from sbml.runtime import lock, metrics
+from sbml.runtime.lock import BusyError
+from sbml.runtime.workdir import EVALUATION, PER_IMAGE, SAMPLES, Workdir
+
+HOLD = """
+import sys
+from sbml.runtime.workdir import Workdir
+
+with Workdir(sys.argv[1]).lock("train"):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+@pytest.fixture
+def training(tmp_path: Path) -> Iterator[Path]:
+    """A work directory that another process trains in: its lock, and three rows of metrics."""
+    command = [sys.executable, "-c", HOLD, str(tmp_path)]
+    pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, **pipes) as process:
+        assert process.stdout is not None and process.stdout.readline() == "held\n"
+        log(tmp_path, 3)
+        yield tmp_path
+        process.communicate()
+
+
+def log(workdir: Path, steps: int) -> None:
+    """Rows of metrics up to the step ``steps``, and a line that is not complete yet."""
+    rows = [{"step": s, "loss": 4 / s, "seconds": 60.0 * s} for s in range(1, steps + 1)]
+    text = "".join(map(metrics._line, rows)) + metrics._line(rows[-1])[:9]
+    (workdir / metrics.FILE).write_text(text)
+
+
+def evaluated(workdir: Path, checkpoint: dict[str, int]) -> float:
+    """Write an evaluation of the digits; its bits/dim."""
+    images = data.load("digits", "test", data.Options())
+    bits = np.linspace(1, 3, len(images))
+    unread = dict.fromkeys(("stderr", "this_set_stderr", "this_set_ci95", "min", "max"), 0.0)
+    result = Result(
+        **{"estimator": "ode", "dequantizer": "uniform", "num_importance": 1, **unread},
+        **{"data": "digits", "split": "test", "n": len(bits), "split_size": len(bits)},
+        **{"bits_per_dim": bits.mean(), "interval": [1.9, 2.1], "this_set_interval": [1.9, 2.1]},
+        **{"nonfinite": 0, "outliers": [], "terms": {}, "smallest_time": 1e-5, "trace": None},
+        **{"dequantizer_step": None, "nfe_mean": 70.0, "nfe_max": 80, "ci95": 0.1},
+    )
+    evaluation = {
+        "title": workdir.name,
+        "results": [result.plain()],
+        "warnings": [],
+        "checkpoint": checkpoint,
+        "data": {"test": images.fingerprint},
+    }
+    Workdir(workdir).write(EVALUATION, reports.strict(evaluation))
+    columns = {"id": np.arange(len(bits)), "ode_uniform_bits_per_dim": bits}
+    Workdir(workdir).write(PER_IMAGE, columns)
+    return float(bits.mean())
+
+
+def samples(workdir: Path, step: int) -> None:
+    images = np.full((4, 8, 8, 1), 3, np.uint8)
+    columns = {"images": images, "nfe": np.full(4, 50), "failed": np.zeros(4, bool)}
+    origin = {"step": step, "parameters_crc32": 7, "sampler": "ODE()"}
+    arrays = {name: np.asarray(value) for name, value in origin.items()}
+    Workdir(workdir).write(SAMPLES, {**columns, **arrays})
+
+
+def shown(workdir: Path) -> tuple[dict[str, Any], str]:
+    """``report.json``, and the text of the page."""
+    html = (workdir / "report.html").read_text()
+    text = re.sub(r"<style>.*?</style>|<[^>]*>", " ", html, flags=re.DOTALL)
+    return json.loads((workdir / "report.json").read_text()), re.sub(r"\s+", " ", text)
+
+
+def test_of_a_run_in_training_there_is_its_progress_and_what_makes_the_rest(
+    training: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = (training / ".train.json").read_text()
+    report.run(tiny.get_config(), training)
+    line = "training in progress, step 3 of 40, loss so far 1.3333"
+    assert capsys.readouterr().out.startswith(f"{line}\nreport: ")
+    numbers, text = shown(training)
+    assert line.capitalize() in text and "Loss at 3 logged steps." in text and "0:03:00" in text
+    assert numbers["training"]["line"] == line and numbers["training"]["checkpoint"] is None
+    assert numbers["model"]["parameters"] > 1000 and numbers["results"] == []
+    assert "There is no checkpoint yet, and these commands need one" in text
+    for name, modes in (("results", "eval"), ("samples", "sample"), ("quality", "sample,quality")):
+        command = f"python -m sbml.main --workdir={training} --mode={modes}"
+        assert numbers["missing"][name] == command and f"{name} {command}" in text
+    assert "bits/dim" not in text.replace("95%", "") and "Best and worst" not in text
+    # The other process still holds the lock, and nothing else was left in its folder.
+    assert (training / ".train.json").read_text() == before
+    with pytest.raises(BusyError), Workdir(training).lock("train"):
+        pass
+    left = {path.name for path in training.iterdir()}
+    assert left == {".train.json", ".train.lock", metrics.FILE, "report.json", "report.html"}
+
+
+def test_pictures_and_samples_of_an_earlier_step_are_shown(training: Path) -> None:
+    (training / "samples").mkdir()
+    for step in (2, 10):
+        grid = np.full((8, 8), step, np.uint8)
+        reports.write_png(training / "samples" / f"step_{step:08d}.png", grid)
+    report.run(tiny.get_config(), training)
+    assert "Samples during the training, at step 10." in shown(training)[1]
+    samples(training, 2)
+    report.run(tiny.get_config(), training)
+    numbers, text = shown(training)
+    assert "4 samples from the model, not selected." in text and "during the training" not in text
+    assert numbers["samples"]["step"] == 2 and set(numbers["missing"]) == {"results", "quality"}
+    assert numbers["missing"]["quality"].endswith("--mode=quality")
+
+
+def test_an_evaluation_is_shown_with_the_progress(
+    training: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bits = evaluated(training, {"step": 2, "parameters_crc32": 7})
+    samples(training, 2)
+    report.run(tiny.get_config(), training)
+    printed = capsys.readouterr().out
+    assert f"ode uniform              {bits:.4f} bits/dim" in printed
+    numbers, text = shown(training)
+    assert f"{bits:.3f} bits/dim" in text and "Training in progress, step 3 of 40" in text
+    assert "Best and worst images" in text and "4 samples from the model" in text
+    assert numbers["checkpoint"]["step"] == 2 and set(numbers["missing"]) == {"quality"}
+    samples(training, 1)  # Of another model than the results.
+    report.run(tiny.get_config(), training)
+    assert set(shown(training)[0]["missing"]) == {"samples", "quality"}
+
+
+def test_without_a_process_the_training_has_stopped_or_is_complete(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(ValueError, match="no metrics, no checkpoint and no evaluation to report"):
+        report.run(tiny.get_config(), tmp_path)
+    for steps, state in ((39, "training stopped"), (40, "training complete")):
+        log(tmp_path, steps)
+        report.run(tiny.get_config(), tmp_path)
+        line = f"{state}, step {steps} of 40, loss so far {4 / steps:.4f}"
+        assert line in capsys.readouterr().out and line.capitalize() in shown(tmp_path)[1]
+    killed = tmp_path / ".train.json"  # The note of a process that could not remove it.
+    killed.write_text("{}")
+    (tmp_path / ".train.lock").touch()
+    assert Workdir(tmp_path).owner("train") is None
+
+
+def test_a_config_of_fewer_steps_than_were_trained_claims_no_total() -> None:
+    assert Progress("process 1", 50, 40, 0.5, 40).line == (
+        "training in progress, step 50, loss so far 0.5000"
+    )
+    assert Progress("process 1", None, 40, None, None).line == (
+        "training in progress, no loss logged yet"
+    )
+
+
+def test_who_asks_does_not_keep_a_training_from_starting(tmp_path: Path) -> None:
+    """Asking shares the lock for an instant, which is shorter than the patience of who wants it."""
+    path = tmp_path / ".train.lock"
+    with path.open("w") as asking:
+        fcntl.flock(asking, fcntl.LOCK_SH)
+        assert not lock._is_held(path)  # Two may ask at a time.
+        release = threading.Timer(0.06, fcntl.flock, (asking, fcntl.LOCK_UN))
+        release.start()
+        with Workdir(tmp_path).lock("train"):
+            assert lock._is_held(path)
+        release.join()
+    assert not lock._is_held(path)
+
+
+def test_the_owner_of_a_lock_in_a_bucket_is_read(tmp_path: Path) -> None:
+    lease = lock._Lease(Workdir(tmp_path) / ".train.lock")
+    assert not lease.held()
+    lease.acquire()
+    assert lease.held() and lock._Lease(Workdir(tmp_path) / ".train.lock").held()
+    lease.release()
+    assert not lease.held()

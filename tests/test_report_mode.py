@@ -97,7 +97,7 @@ def test_of_a_run_in_training_there_is_its_progress_and_what_makes_the_rest(
 ) -> None:
     before = (training / ".train.json").read_text()
     report.run(tiny.get_config(), training)
-    line = "training in progress, step 3 of 40, loss so far 1.3333"
+    line = "training in progress, step 3 of 40, last loss 1.3333"
     assert capsys.readouterr().out.startswith(f"{line}\nreport: ")
     numbers, text = shown(training)
     assert line.capitalize() in text and "Loss at 3 logged steps." in text and "0:03:00" in text
@@ -156,7 +156,7 @@ def test_without_a_process_the_training_has_stopped_or_is_complete(
     for steps, state in ((39, "training stopped"), (40, "training complete")):
         log(tmp_path, steps)
         report.run(tiny.get_config(), tmp_path)
-        line = f"{state}, step {steps} of 40, loss so far {4 / steps:.4f}"
+        line = f"{state}, step {steps} of 40, last loss {4 / steps:.4f}"
         assert line in capsys.readouterr().out and line.capitalize() in shown(tmp_path)[1]
     killed = tmp_path / ".train.json"  # The note of a process that could not remove it.
     killed.write_text("{}")
@@ -166,7 +166,7 @@ def test_without_a_process_the_training_has_stopped_or_is_complete(
 
 def test_a_config_of_fewer_steps_than_were_trained_claims_no_total() -> None:
     assert Progress("process 1", 50, 40, 0.5, 40).line == (
-        "training in progress, step 50, loss so far 0.5000"
+        "training in progress, step 50, last loss 0.5000"
     )
     assert Progress("process 1", None, 40, None, None).line == (
         "training in progress, no loss logged yet"

@@ -45,7 +45,7 @@ class Progress:
 
     @property
     def _loss(self) -> str:
-        return "no loss logged yet" if self.loss is None else f"loss so far {self.loss:.4f}"
+        return "no loss logged yet" if self.loss is None else f"last loss {self.loss:.4f}"
 
     def plain(self) -> dict[str, Any]:
         """The fields and the line, as ``report.json`` has them."""

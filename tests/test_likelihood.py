@@ -369,7 +369,7 @@ def test_impossible_solvers_are_refused(arguments: dict[str, object], message: s
 def test_impossible_traces_are_refused() -> None:
     with pytest.raises(ValueError, match="unknown trace 'sobol'"):
         Trace("sobol")
-    with pytest.raises(ValueError, match="0 probes"):
+    with pytest.raises(ValueError, match="probes=0: need an integer of at least 1"):
         Trace("gaussian", 0)
 
 

@@ -1,8 +1,6 @@
 """The command line."""
 
 import dataclasses
-import os
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -73,18 +71,15 @@ def test_fields_that_a_checkpoint_lacks_have_their_defaults_and_unknown_ones_are
         stored.get_config("run")
 
 
-def said(*arguments: str) -> tuple[int, list[str]]:
+def said(workdir: Path, *arguments: str) -> tuple[int, list[str]]:
     """Exit status and the lines of the standard error, of the program in a process of its own."""
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
-    command = [sys.executable, "-m", "sbml.main", *arguments]
-    found = subprocess.run(
-        command, cwd=runs.ROOT, env=environment, capture_output=True, text=True, timeout=300
-    )
-    return found.returncode, found.stderr.strip().splitlines()
+    process = runs.start(workdir, *arguments)
+    _, err = process.communicate(timeout=300)
+    return process.returncode, err.strip().splitlines()
 
 
 def test_a_refusal_is_one_line_and_a_traceback_is_a_flag(tmp_path: Path) -> None:
-    wrong = (CONFIG, f"--workdir={tmp_path}", "--mode=train", "--config.optim.lr=0")
+    wrong = (tmp_path, "--mode=train", "--config.optim.lr=0")
     line = "ValueError: optim.lr=0.0: need a number above 0 and at most 1"
     assert said(*wrong) == (1, [line])
     status, lines = said(*wrong, "--traceback")

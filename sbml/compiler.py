@@ -98,14 +98,8 @@ def check() -> bool:
     return True
 
 
-@functools.cache
 def _check_cpu() -> None:
-    import jax
-
-    cpu = jax.local_devices(backend="cpu")[0]
-    # A new thread has none of JAX's contexts, such as a trace, disable_jit or a transfer guard.
-    with ThreadPoolExecutor(1) as thread:
-        error = thread.submit(_largest_error, cpu).result()
+    error = _error_of_cpu()
     if error < 1e-5:
         return
     raise MiscompilationError(
@@ -114,6 +108,17 @@ def _check_cpu() -> None:
         f"with JAX, without {FLAG} in XLA_FLAGS; or start the process with XLA_FLAGS={CURE}. If it "
         "still fails, install another version of jax and jaxlib"
     )
+
+
+@functools.cache
+def _error_of_cpu() -> float:
+    """The error of this process's CPU, measured once, whether it is small or not."""
+    import jax
+
+    cpu = jax.local_devices(backend="cpu")[0]
+    # A new thread has none of JAX's contexts, such as a trace, disable_jit or a transfer guard.
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(_largest_error, cpu).result()
 
 
 def _largest_error(device: Any) -> float:

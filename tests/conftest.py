@@ -8,6 +8,10 @@ from collections.abc import Iterator
 # Loading from the cache below, XLA lists the processor's features at length, as an error.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
+# A matrix of a few hundred rows is decomposed ten times faster by one thread than by two that wait
+# for each other on processors that are busy with other tests. NumPy reads this as it is imported.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
 from sbml import compiler
 
 # Most of the suite's time is compilation of small functions: compile them with less optimization,
@@ -36,6 +40,12 @@ gc.set_threshold(100_000, 50, 50)
 _compiled = tempfile.TemporaryDirectory(prefix="sbml-compiled-")
 os.environ["JAX_COMPILATION_CACHE_DIR"] = _compiled.name
 jax.config.update("jax_compilation_cache_dir", _compiled.name)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with a slow test come first: a worker that begins one last would be waited for."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
 
 
 @pytest.fixture(scope="session", autouse=True)

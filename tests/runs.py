@@ -1,37 +1,125 @@
-"""Running the program as a user does: a process of its own, with devices and processes to order."""
+"""Running the program as a user does: a process of its own, with devices and processes to order.
 
+Importing the program takes seconds. A process that has imported it, and has computed nothing, is
+kept; each run is a copy of it (fork), in which XLA has not started either: it can still be told how
+many devices to make.
+"""
+
+import multiprocessing
 import os
 import pathlib
+import signal
 import subprocess
 import sys
+import tempfile
+
+import jax
 
 from sbml.experiment import build
 from sbml.runtime import sharding
 
 ROOT = pathlib.Path(__file__).parents[1]
+FRESH = multiprocessing.get_context("forkserver")
+# What the program imports, except sbml.main: it defines the flags, so it runs once in a process.
+FRESH.set_forkserver_preload(
+    [*(f"sbml.modes.{mode}" for mode in ("train", "eval", "sample")), "sklearn.datasets"]
+)
+
+
+class Copy:
+    """The interface of ``subprocess.Popen``, of ``call()`` in a copy of the process with imports.
+
+    The environment is set after the imports. ``XLA_FLAGS`` is read later than that, but other
+    variables may have been read before.
+    """
+
+    def __init__(self, call, arguments, environment):
+        self._folder = tempfile.TemporaryDirectory(prefix="sbml-output-")
+        self._written = [pathlib.Path(self._folder.name, name) for name in ("out", "err")]
+        given = (call, arguments, environment, [str(path) for path in self._written])
+        self._process = FRESH.Process(target=_begin, args=given)
+        self._process.start()
+        self.pid = self._process.pid
+
+    @property
+    def returncode(self):
+        return self._process.exitcode
+
+    def poll(self):
+        return self.returncode
+
+    def send_signal(self, number):
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+    def kill(self):
+        self.send_signal(signal.SIGKILL)
+
+    def communicate(self, timeout=None):
+        """Wait; standard output and error."""
+        self._process.join(timeout)
+        if self.poll() is None:
+            raise subprocess.TimeoutExpired("a copy", timeout)
+        return tuple(path.read_text() if path.exists() else "" for path in self._written)
+
+
+def _begin(call, arguments, environment, written):
+    for descriptor, path in zip((1, 2), written, strict=True):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), descriptor)
+    os.environ.clear()
+    os.environ.update(environment)
+    jax.config.update("jax_platforms", environment["JAX_PLATFORMS"])
+    os.chdir(ROOT)
+    call(arguments)
+
+
+def _program(arguments):
+    from sbml import __main__
+
+    sys.argv = ["sbml.main", *arguments]
+    __main__.run()
+
+
+def _code(arguments):
+    code, *sys.argv[1:] = arguments
+    exec(code, {"__name__": "__main__"})
+
+
+def _environment(devices):
+    flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={devices}"
+    return {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
+
+
+def python(code, *arguments, devices=1):
+    """``python -c code arguments`` in the background, on ``devices`` fake devices."""
+    return Copy(_code, [code, *arguments], _environment(devices))
 
 
 def start(workdir, *flags, devices=1, env=(), config="tests/tiny.py"):
     """``python -m sbml.main`` in the background, on ``devices`` fake devices."""
-    command = [sys.executable, "-m", "sbml.main", f"--workdir={workdir}"]
-    command += [f"--config={config}"] if config else []  # Or the one in its checkpoint.
-    environment = {
-        **os.environ,
-        "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={devices}",
-        **dict(env),
-    }
+    arguments = [f"--workdir={workdir}", *([f"--config={config}"] if config else []), *flags]
+    environment = {**_environment(devices), **dict(env)}
+    if set(dict(env)) <= {"XLA_FLAGS"}:
+        return Copy(_program, arguments, environment)
+    command = [sys.executable, "-m", "sbml.main", *arguments]
     pipe = subprocess.PIPE
-    return subprocess.Popen(
-        [*command, *flags], cwd=ROOT, env=environment, stdout=pipe, stderr=pipe, text=True
-    )
+    return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=pipe, stderr=pipe, text=True)
+
+
+def _finished(process, expect=0):
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == expect, f"exit {process.returncode}\n{out}\n{err[-4000:]}"
+    return out, err
 
 
 def finish(process, expect=0):
     """Wait; the standard error, after checking the exit code."""
-    out, err = process.communicate(timeout=300)
-    assert process.returncode == expect, f"exit {process.returncode}\n{out}\n{err[-4000:]}"
-    return err
+    return _finished(process, expect)[1]
+
+
+def output(process):
+    """Wait; the standard output of a process that succeeds."""
+    return _finished(process)[0]
 
 
 def run(workdir, *flags, **kwargs):

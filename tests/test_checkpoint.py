@@ -2,7 +2,6 @@
 
 import functools
 import logging
-import multiprocessing
 import resource
 import socket
 import time
@@ -18,18 +17,13 @@ import pytest
 from checkpoints import BROKEN_READS, abstract, make_state, same_bits, save_steps, truncate_data
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
+from runs import FRESH
 
 from sbml.runtime import disk
 from sbml.runtime.checkpoint import Checkpoints, UnsavedCheckpointError
 
 # When one read of a broken checkpoint fails, orbax drops the others, which then complain to nobody.
 pytestmark = pytest.mark.filterwarnings(*BROKEN_READS)
-
-
-# Children are forked from a server that has imported the libraries but started no device: each is a
-# fresh process in which XLA can still be told how many devices to make, ready at once.
-FRESH = multiprocessing.get_context("forkserver")
-FRESH.set_forkserver_preload(["jax", "optax", "orbax.checkpoint"])
 
 
 def in_fresh_process(function: Any, *arguments: Any) -> Any:

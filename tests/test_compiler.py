@@ -121,7 +121,7 @@ for call in (
     lambda: jax.grad(lambda x: traced(x))(1.0),
     sharded,
 ):
-    compiler._check_cpu.cache_clear()
+    compiler._error_of_cpu.cache_clear()
     try:
         call()
         assert not wrong

@@ -1,6 +1,5 @@
 """Image sets are what they claim to be, and arrays on disk are whole or absent."""
 
-import contextlib
 import dataclasses
 import gzip
 import hashlib
@@ -9,11 +8,13 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
 import pytest
+import runs
 from pictures import numbered, pixels, save
 from PIL import Image
 
@@ -219,7 +220,7 @@ def test_killed_preparation_leaves_no_array(tmp_path: Path) -> None:
 
 
 ALL_AT_ONCE = """
-import sys
+import os, sys, time
 from pathlib import Path
 import numpy as np
 from sbml.data._cache import load_or_build
@@ -231,27 +232,24 @@ def build(add):
         add(np.full((8, 8, 1), i, np.uint8))
     return {}
 
-print("ready", flush=True)
-input()
+there, go = Path(sys.argv[3], str(os.getpid())), Path(sys.argv[3], "go")
+there.touch()
+while not go.exists():
+    time.sleep(0.001)
 print(load_or_build(Path(sys.argv[1]), build)[0].sum())
 """
 
 
 def test_one_process_prepares_and_the_others_wait(tmp_path: Path) -> None:
-    built, pipe = tmp_path / "built", subprocess.PIPE
-    command = [sys.executable, "-c", ALL_AT_ONCE, str(tmp_path / "train.npy"), str(built)]
-    with contextlib.ExitStack() as stack:
-        processes = [
-            stack.enter_context(subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True))
-            for _ in range(4)
-        ]
-        for process in processes:
-            assert process.stdout and process.stdout.readline() == "ready\n"
-        for process in processes:
-            assert process.stdin
-            process.stdin.write("\n")
-            process.stdin.flush()
-        sums = [int(process.communicate()[0]) for process in processes]
+    built, ready = tmp_path / "built", tmp_path / "ready"
+    ready.mkdir()
+    arguments = [str(path) for path in (tmp_path / "train.npy", built, ready)]
+    processes = [runs.python(ALL_AT_ONCE, *arguments) for _ in range(4)]
+    while len([*ready.iterdir()]) < 4:
+        assert all(process.poll() is None for process in processes)
+        time.sleep(0.001)
+    (ready / "go").touch()
+    sums = [int(runs.output(process)) for process in processes]
     assert built.read_text() == "built"
     assert sums == [64 * 199 * 200 // 2] * 4
 

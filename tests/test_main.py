@@ -1,8 +1,6 @@
 """The command line: flags, the config of a work directory, and messages of refusals."""
 
 import dataclasses
-import os
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -74,18 +72,15 @@ def test_fields_that_a_checkpoint_lacks_have_their_defaults_and_unknown_ones_are
         stored.get_config("run")
 
 
-def run_program(*arguments: str) -> tuple[int, list[str]]:
+def run_program(workdir: Path, *arguments: str) -> tuple[int, list[str]]:
     """Run the program in a new process: its exit status and the lines of its standard error."""
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
-    command = [sys.executable, "-m", "sbml.main", *arguments]
-    process = subprocess.run(
-        command, cwd=runs.ROOT, env=environment, capture_output=True, text=True, timeout=300
-    )
-    return process.returncode, process.stderr.strip().splitlines()
+    process = runs.start(workdir, *arguments)
+    _, err = process.communicate(timeout=300)
+    return process.returncode, err.strip().splitlines()
 
 
 def test_a_refusal_is_one_line_and_the_flag_traceback_shows_more(tmp_path: Path) -> None:
-    wrong = (CONFIG, f"--workdir={tmp_path}", "--mode=train", "--config.optim.lr=0")
+    wrong = (tmp_path, "--mode=train", "--config.optim.lr=0")
     line = "ValueError: optim.lr=0.0: need a number above 0 and at most 1"
     assert run_program(*wrong) == (1, [line])
     status, lines = run_program(*wrong, "--traceback")

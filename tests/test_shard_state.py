@@ -1,9 +1,6 @@
 """The optimizer's state and the average spread over eight fake devices: the same training."""
 
 import json
-import os
-import subprocess
-import sys
 
 import jax
 import numpy as np
@@ -13,7 +10,7 @@ import tiny
 
 # Trains six steps at once, and again with the state spread in the middle.
 TRAINED = """
-import pathlib, tiny
+import pathlib, sys, tiny
 from sbml.modes import train
 
 config, folder = tiny.get_config(), pathlib.Path(sys.argv[1])
@@ -51,16 +48,7 @@ def losses(workdir) -> dict[int, float]:
 
 def on_eight_devices(code: str, *arguments: str) -> list[str]:
     """The lines that ``code`` prints, in a process of eight fake devices."""
-    flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=8"
-    done = subprocess.run(
-        [sys.executable, "-c", f"import sys; sys.path[:0] = ['tests', '.']\n{code}", *arguments],
-        cwd=runs.ROOT,
-        env={**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    return done.stdout.splitlines()
+    return runs.output(runs.python(code, *arguments, devices=8)).splitlines()
 
 
 def test_sharded_training_has_the_same_losses_and_checkpoints(tmp_path) -> None:

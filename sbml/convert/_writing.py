@@ -56,10 +56,12 @@ def state(template: TrainState, theirs: ForeignState) -> TrainState:
 
 
 def score_state(experiment: Experiment, theirs: ForeignState) -> TrainState:
-    """The state of the score network, on the devices."""
-    mesh = sharding.data_mesh()
-    converted = state(sharding.initial_state(experiment.init_state, mesh), theirs)
-    return jax.device_put(converted, sharding.replicated(mesh))
+    """The state of the score network, on the devices; its statistics are those before training."""
+    template = jax.eval_shape(experiment.init_state)  # All its parameters are replaced.
+    converted = state(template, theirs)
+    statistics = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), template.statistics)
+    where = sharding.replicated(sharding.data_mesh())
+    return jax.device_put(converted.replace(statistics=statistics), where)
 
 
 def metadata(experiment: Experiment, score: ForeignState, dequantization: str) -> dict[str, Any]:

@@ -242,7 +242,7 @@ def test_unknown_fields_modes_and_arguments_list_the_choices(tmp_path):
     for flag, expected in [
         ("--config.optim.learning_rate=1", "beta1, beta2, ema, eps, grad_clip, lr"),
         ("--config.optimizer.lr=1", "data, dequantizer, eval, latents, mode, model, optim"),
-        ("--mode=trian", "convert, eval, latents, quality, sample, stats, train"),
+        ("--mode=trian", "convert, eval, latents, quality, report, sample, stats, train"),
         ("--config.mode=train,evil", "unknown mode ['evil']"),
         ("--process_id=1", "--process_id=1: several processes want all three"),
         ("lr=1", "set fields as --config.field=value"),

@@ -159,6 +159,14 @@ def test_a_changed_value_in_a_zip_is_refused(tmp_path: Path) -> None:
             read_state_dict(path)
 
 
+def test_a_memo_larger_than_the_file_is_refused(tmp_path: Path) -> None:
+    """pickle would allocate 16 GB for these ten bytes."""
+    path = tmp_path / "memo.pth"
+    path.write_bytes(b"\x80\x02]r" + (2**30).to_bytes(4, "little") + b"0.")
+    with pytest.raises(ValueError, match=r"memo.pth is not .*: byte 3 claims 1073741824 objects"):
+        read_state_dict(path)
+
+
 def test_a_tensor_beyond_its_storage_is_refused() -> None:
     """Otherwise the memory behind the storage would be read."""
     storage = np.arange(6.0)

@@ -9,6 +9,7 @@ import io
 import math
 import os
 import pickle
+import pickletools
 import struct
 import zipfile
 import zlib
@@ -58,7 +59,17 @@ class _Reader(pickle.Unpickler):
 
     def __init__(self, file: Any, storages: Any) -> None:
         super().__init__(file)
-        self.storages = storages
+        self.file, self.storages = file, storages
+
+    def load(self) -> Any:
+        # An index of the memo makes pickle allocate twice as many pointers, however large it is.
+        start = self.file.tell()
+        operations: Any = pickletools.genops(self.file)
+        for opcode, index, position in operations:
+            if opcode.name.endswith("PUT") and not 0 <= index <= position:
+                raise pickle.UnpicklingError(f"byte {position} claims {index} objects before it")
+        self.file.seek(start)
+        return super().load()
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) == ("collections", "OrderedDict"):

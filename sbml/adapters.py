@@ -1,5 +1,7 @@
 """From a network to a score: the only bridge between Flax and the mathematics.
 
+A function that is no Flax network becomes a score by ``from_prediction`` (``sbml.predictions``).
+
 A network F sees an input and a label of the time; what it returns is a prediction of the noise e by
 ``sbml.predictions``, and the score is -e / sigma. The names of a config are
 
@@ -34,6 +36,7 @@ from jaxtyping import Float, Integer
 
 from sbml import compiler, integers
 from sbml.predictions import NOISE
+from sbml.predictions import from_prediction as from_prediction
 from sbml.sdes import SDE, Kernel
 from sbml.types import Array, Batch, Example, Key, Pixels, Scalar, Vector, check_key
 

@@ -156,7 +156,7 @@ def test_without_a_process_the_training_has_stopped_or_is_complete(
     for steps, state in ((39, "training stopped"), (40, "training complete")):
         log(tmp_path, steps)
         report.run(tiny.get_config(), tmp_path)
-        line = f"{state}, step {steps} of 40, loss so far {4 / steps:.4f}"
+        line = f"{state}, step {steps} of 40, last loss {4 / steps:.4f}"
         assert line in capsys.readouterr().out and line.capitalize() in shown(tmp_path)[1]
     killed = tmp_path / ".train.json"  # The note of a process that could not remove it.
     killed.write_text("{}")

@@ -45,7 +45,9 @@ class Progress:
 
     @property
     def _loss(self) -> str:
-        return "no loss logged yet" if self.loss is None else f"loss so far {self.loss:.4f}"
+        if self.loss is None:
+            return "no loss logged yet"
+        return f"{'last loss' if self.owner is None else 'loss so far'} {self.loss:.4f}"
 
     def plain(self) -> dict[str, Any]:
         """The fields and the line, as ``report.json`` has them."""

@@ -35,8 +35,11 @@ flow = dequantizers.get("variational")(filters=4, components=2, blocks=1, heads=
 control = bound.GaussianControl(jnp.zeros(16), jnp.ones(16), None)
 network = networks.get("mlp")(width=4, depth=1)
 scored = adapters.Adapter(network, sde)
-shapes = jax.eval_shape(lambda: scored.init(key, x.shape))
-zeros = jax.tree.map(lambda a: jnp.zeros(a.shape), shapes)
+def zeros_of(init):
+    return jax.tree.map(lambda a: jnp.zeros(a.shape), jax.eval_shape(init))
+
+zeros = zeros_of(lambda: scored.init(key, x.shape))
+of_flow = zeros_of(lambda: flow.init(key, k[None].repeat(2, 0)))
 calls = {
     "losses.dsm": lambda: losses.dsm(score, sde, x, t, key),
     "losses.dsm_batch": lambda: losses.dsm_batch(score, sde, x[None], t[None], key[None]),
@@ -63,7 +66,7 @@ calls = {
     "discrete.decoder_nats": lambda: discrete.decoder_nats(x, k, 2, t),
     "Density.logp": lambda: sbml.Density(score, sde, (4, 4, 1)).logp(np.ones((1, 4, 4, 1))),
     "truncated_normal": lambda: dequantizers.get("truncated_normal")().sample({}, k, key),
-    "variational": lambda: flow.sample(flow.init(key, k[None]), k, key),
+    "variational": lambda: flow.sample(of_flow, k, key),
     "times.warp": lambda: times.warp(jnp.zeros(3), jnp.ones(4)),
     "times.floored": lambda: times.floored(jnp.ones(4)),
     "times.tally": lambda: times.tally(jnp.zeros((2, 4)), jnp.zeros(3), jnp.ones(3), 0.9),

@@ -45,6 +45,7 @@ DATA: dict[str, Callable[[SDE], oracle.Mixture]] = {
 }
 
 
+@jax.jit  # All kinds share its trace.
 def moments(data: oracle.Mixture, x: Array, t: Array) -> tuple[Array, Array]:
     """E[x_0 | x_t] and E[z | x_t]: of each part, weighted by its posterior probability."""
     weights = jax.nn.softmax(data._joint(x, t))

@@ -90,7 +90,7 @@ def test_langevin_keeps_the_moments_of_the_data(name: str) -> None:
     sde, d, n = SDES[name](), 192, 1000
     variances = jnp.linspace(0.5, 1.0, d)
     follows = samplers.Langevin(steps=1, snr=0.05)
-    chosen = samplers.ReverseDiffusion(steps=200, spacing="log_snr", corrector=follows)
+    chosen = samplers.ReverseDiffusion(steps=400, spacing="log_snr", corrector=follows)
 
     def score(x: Array, t: Array, key: Any) -> Array:
         return -x / (sde.mean_coef(t) ** 2 * variances + sde.std(t) ** 2)

@@ -63,6 +63,13 @@ def steps_compile_fast() -> Iterator[None]:
         yield
 
 
+@pytest.fixture(scope="module", autouse=True)
+def compiled_functions_are_dropped() -> Iterator[None]:
+    """After each file: those of the whole suite would take 9 GB in each process."""
+    yield
+    jax.clear_caches()
+
+
 @pytest.fixture
 def unchecked(monkeypatch: pytest.MonkeyPatch) -> None:
     """The functions as users call them, without the checks of ``shapes``."""

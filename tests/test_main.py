@@ -72,9 +72,11 @@ def test_fields_that_a_checkpoint_lacks_have_their_defaults_and_unknown_ones_are
         stored.get_config("run")
 
 
-def run_program(workdir: Path, *arguments: str) -> tuple[int, list[str]]:
+def run_program(
+    workdir: Path, *arguments: str, config: str = "tests/tiny.py"
+) -> tuple[int, list[str]]:
     """Run the program in a new process: its exit status and the lines of its standard error."""
-    process = runs.start(workdir, *arguments)
+    process = runs.start(workdir, *arguments, config=config)
     _, err = process.communicate(timeout=300)
     return process.returncode, err.strip().splitlines()
 
@@ -149,7 +151,7 @@ def test_a_config_without_the_function_get_config_is_refused(tmp_path: Path) -> 
     """This needs a new process: in this one, absl's loader would find the function of the config
     that it loaded before."""
     (tmp_path / "empty.py").write_text("x = 1\n")
-    status, (line,) = run_program(f"--config={tmp_path / 'empty.py'}", f"--workdir={tmp_path}")
+    status, (line,) = run_program(tmp_path, config=str(tmp_path / "empty.py"))
     assert status == 1
     assert line.startswith(f"--config={tmp_path / 'empty.py'} has no function get_config(): begin")
 

@@ -15,10 +15,7 @@ pytest.importorskip("gcsfs", reason="needs the extra gcs")
 pytest.importorskip("gcp_storage_emulator", reason="needs the extra dev")
 
 STEPS = "--config.training.num_steps=24"
-FEW = (
-    *("--config.eval.max_images=8", "--config.eval.subset=2", "--config.eval.sweeps=2"),
-    "--config.eval.estimators=bound",
-)
+FEW = ("--config.eval.max_images=8", "--config.eval.subset=2", "--config.eval.sweeps=2")
 
 
 class Bucket:

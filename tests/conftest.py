@@ -23,8 +23,6 @@ os.environ["XLA_FLAGS"] = compiler.with_flags(
     "--xla_llvm_disable_expensive_passes=true",
     "--xla_cpu_use_fusion_emitters=false",
     "--xla_cpu_parallel_codegen_split_count=1",
-    "--xla_disable_hlo_passes=simplify-while-loops,while-loop-constant-sinking,"
-    "while-loop-invariant-code-motion",
 )
 
 import jax

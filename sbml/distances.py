@@ -72,15 +72,7 @@ class Moments(NamedTuple):
 
 
 def _table(features: Features) -> np.ndarray:
-    """``features (n, d)`` in float64.
-
-    Raises:
-      ValueError: they are of another rank, or complex.
-    """
-    found = np.asarray(features)
-    if found.ndim != 2 or np.iscomplexobj(found):
-        raise ValueError(f"features are {found.dtype}{found.shape}: give real numbers (n, d)")
-    return found.astype(np.float64, copy=False)
+    return moments.real_numbers(features, "features", "n", "d")
 
 
 def frechet(one: Moments, other: Moments) -> float:

@@ -27,6 +27,7 @@ import numpy as np
 from jaxtyping import Integer, Num
 from scipy import special
 
+from sbml.moments import real_numbers
 from sbml.scalars import check_count
 
 Values = Num[np.ndarray, "n"] | Sequence[float]
@@ -55,25 +56,13 @@ class Interval(NamedTuple):
         return self.mean - self.ci95, self.mean + self.ci95
 
 
-def _vector(values: Values) -> np.ndarray:
-    """``values (n,)`` in float64.
-
-    Raises:
-      ValueError: they are of another rank, or complex.
-    """
-    found = np.asarray(values)
-    if found.ndim != 1 or np.iscomplexobj(found):
-        raise ValueError(f"values are {found.dtype}{found.shape}: give real numbers (n,)")
-    return found.astype(np.float64, copy=False)
-
-
 def mean_interval(values: Values) -> Interval:
     """The interval of the mean of ``values (n,)``; its half-width is infinite for one value.
 
     Raises:
       ValueError: if there are no values, or the array has another rank.
     """
-    values = _vector(values)
+    values = real_numbers(values, "values", "n")
     n = len(values)
     if not n:
         raise ValueError(f"values of shape {values.shape}: a mean needs at least one value")
@@ -104,7 +93,7 @@ def repeated_stderr(first: Values, second: Values, n: int) -> tuple[float, float
       ValueError: the draws have different shapes, or ``n`` is no integer of at least 1.
     """
     check_count(n, "n")
-    one, other = _vector(first), _vector(second)
+    one, other = (real_numbers(v, "values", "n") for v in (first, second))
     if one.shape != other.shape:
         raise ValueError(
             f"draws of shapes {one.shape} and {other.shape}: give two draws of the same images"
@@ -133,7 +122,7 @@ def outliers(values: Values, width: float = 6.0) -> Integer[np.ndarray, " m"]:
     """
     if not 0 <= width < math.inf:
         raise ValueError(f"width={width}: must be at least 0 and finite")
-    values = _vector(values)
+    values = real_numbers(values, "values", "n")
     finite = np.isfinite(values)
     if not finite.any():
         return np.arange(len(values))

@@ -34,20 +34,20 @@ erfc = _either(math.erfc, jax.scipy.special.erfc)
 
 
 def check_positive(value: Number, name: str) -> None:
-    """Refuse a number, or an array of them, that is known and not positive.
+    """Check that a number, or every number of an array, is positive; tracers are not checked.
 
     Raises:
-      ValueError: naming it.
+      ValueError: if it is not; the message names it.
     """
     if not is_traced(value) and not np.all(np.asarray(value) > 0):
         raise ValueError(f"{name}={value}: must be positive")
 
 
 def check_count(value: Number, name: str, least: int = 1) -> None:
-    """Refuse a count that is no integer of at least ``least``.
+    """Check that a count is an integer of at least ``least``.
 
     Raises:
-      ValueError: naming it.
+      ValueError: if it is not; the message names it.
     """
     if not isinstance(value, int | np.integer) or value < least:
         raise ValueError(f"{name}={value}: need an integer of at least {least}")

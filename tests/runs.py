@@ -1,4 +1,4 @@
-"""Running the program as a user does: a process of its own, with devices and processes to order.
+"""Running the program as a user does: in new processes, with as many devices as a test asks for.
 
 Importing the program takes seconds. A process that has imported it, and has computed nothing, is
 kept; each run is a copy of it (fork), in which XLA has not started either: it can still be told how

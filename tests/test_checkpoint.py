@@ -265,7 +265,8 @@ def _full_for_a_while(directory: Path) -> None:
         with pytest.raises(Exception, match="File too large"):
             checkpoints.wait()
         _limited(unlimited)
-        assert [p.name for p in directory.iterdir()] == ["1"]
+        # Threads of Orbax that still write may make the folder of the last failed save once more.
+        assert {p.name.split(".")[0] for p in directory.iterdir()} in ({"1"}, {"1", "6"})
         checkpoints.save(7, make_state(7), {})
         checkpoints.wait()
         assert sorted(p.name for p in directory.iterdir()) == ["1", "7"], [*directory.rglob("*")]

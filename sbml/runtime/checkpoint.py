@@ -242,6 +242,7 @@ class Checkpoints:
         if step is not None and self._missed:
             logging.warning("There is room again: step %d is saved in %s", step, self.directory)
             self._missed = ""
+            self._remove_partial()  # Late writes of the saves that failed end after their removal.
 
     def _drop_writer(self) -> None:
         """Forget a writer whose save failed, and remove what it has written of it.

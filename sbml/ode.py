@@ -89,8 +89,8 @@ class Solver:
 
     Raises:
       ValueError: for an unknown method, step control on a method without an error estimate, or a
-        tolerance, power or number of steps that is not positive and finite, or a coefficient that
-        is not finite.
+        tolerance, power, ``icoeff`` or number of steps that is not a positive and finite number, or
+        a ``pcoeff`` that is negative or not finite.
     """
 
     method: str = _static("tsit5")
@@ -109,16 +109,15 @@ class Solver:
         if self.method == "euler" and self.fixed_steps is None:
             raise ValueError("euler has no error estimate: set fixed_steps, or choose tsit5")
         for name in ("rtol", "atol", "power", "first_step"):
-            value = getattr(self, name)
-            if isinstance(value, int | float) and not 0 < value < math.inf:
-                raise ValueError(f"{name}={value}: must be positive and finite")
+            scalars.check_positive(getattr(self, name), name, finite=True)
         for name in ("fixed_steps", "max_steps"):
             steps = getattr(self, name)
             if steps is not None or name == "max_steps":
                 scalars.check_count(steps, name)
-        for name in ("pcoeff", "icoeff"):
-            if not math.isfinite(getattr(self, name)):
-                raise ValueError(f"{name}={getattr(self, name)}: must be finite")
+        # With icoeff <= 0 a step would not become shorter after an error that is too large.
+        scalars.check_positive(self.icoeff, "icoeff", finite=True)
+        if not 0 <= self.pcoeff < math.inf:
+            raise ValueError(f"pcoeff={self.pcoeff}: must be finite and not negative")
 
     def tighter(self, factor: float) -> "Solver":
         """This solver with its tolerances divided by ``factor``, and ``fixed_steps`` multiplied."""

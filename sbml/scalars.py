@@ -33,14 +33,24 @@ erf = _either(math.erf, jax.scipy.special.erf)
 erfc = _either(math.erfc, jax.scipy.special.erfc)
 
 
-def check_positive(value: Number, name: str) -> None:
-    """Check that a number, or every number of an array, is positive; tracers are not checked.
+def check_positive(value: Number, name: str, finite: bool = False) -> None:
+    """Check that a number, or every number of an array, is positive.
+
+    Tracers are not checked. Neither are other objects, which JAX puts in the place of the numbers
+    of a pytree.
+
+    Args:
+      finite: check also that it is finite.
 
     Raises:
-      ValueError: if it is not; the message names it.
+      ValueError: if it is not a number, not positive or not finite; the message names it.
     """
-    if not is_traced(value) and not np.all(np.asarray(value) > 0):
-        raise ValueError(f"{name}={value}: must be positive")
+    if is_traced(value) or (array := np.asarray(value)).dtype == object:
+        return
+    if not np.issubdtype(array.dtype, np.number):
+        raise ValueError(f"{name}={value!r}: must be a number")
+    if not np.all(array > 0) or (finite and not np.all(np.isfinite(array))):
+        raise ValueError(f"{name}={value}: must be positive{' and finite' if finite else ''}")
 
 
 def check_count(value: Number, name: str, least: int = 1) -> None:
@@ -49,7 +59,7 @@ def check_count(value: Number, name: str, least: int = 1) -> None:
     Raises:
       ValueError: if it is not; the message names it.
     """
-    if not isinstance(value, int | np.integer) or value < least:
+    if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < least:
         raise ValueError(f"{name}={value}: need an integer of at least {least}")
 
 

@@ -101,7 +101,7 @@ OLD = jax.random.PRNGKey(0)
 BAD_KEYS: dict[str, Any] = {"key": (OLD, np.asarray(OLD), KEYS, 0, None)}
 MAYBE_KEYS: dict[str, Any] = {"key": BAD_KEYS["key"][:-1]}  # None is documented.
 EPSILONS: dict[str, Any] = {"eps": (0.0, 1.0, -1.0, NAN, INFINITY)}
-COUNTS = (0, -1, 2.5, NAN)
+COUNTS = (0, -1, 2.5, NAN, True)
 CASES: dict[str, tuple[Callable[..., Any], dict[str, Any], dict[str, Any]]] = {
     "perturb": (
         lambda x, t, z: losses.perturb(VP, x, t, z),
@@ -438,8 +438,10 @@ CASES: dict[str, tuple[Callable[..., Any], dict[str, Any], dict[str, Any]]] = {
         {
             "fixed_steps": COUNTS,
             "max_steps": (*COUNTS, None),
-            "pcoeff": (NAN, INFINITY),
-            "icoeff": (NAN, INFINITY),
+            "rtol": (0.0, -1.0, INFINITY, "a"),
+            "atol": (0.0, NAN, "a"),
+            "pcoeff": (NAN, INFINITY, -0.1),
+            "icoeff": (NAN, INFINITY, -1.0, 0.0),
         },
     ),
     "to_model": (

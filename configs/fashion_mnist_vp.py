@@ -12,17 +12,19 @@ from sbml.experiment.config import default, small_dequantizer
 
 
 def get_config() -> ConfigDict:
-    """Train, evaluate and sample a small network with the resolutions 28, 14 and 7."""
+    """Train, evaluate 512 test images and sample, with the resolutions 28, 14 and 7."""
     config = default()
     config.mode = ("train", "eval", "sample")
     config.data.update(source="tfds:fashion_mnist", shape=(28, 28, 1), flip=True)
     config.model.update(
-        nf=32, ch_mult=(1, 2, 2), num_res_blocks=2, attn_resolutions=(7,), dropout=0.05
+        nf=16, ch_mult=(1, 2, 2), num_res_blocks=2, attn_resolutions=(7,), dropout=0.0
     )
-    config.score.update(parameterization="preconditioned", label="log_snr", data_std=0.7)
+    config.score.update(parameterization="levels", label="log_snr", data_std=0.7)
     config.training.update(
-        batch_size=64, num_steps=20_000, log_every=50, checkpoint_every=1_000, sample_every=5_000
+        batch_size=64, num_steps=7_500, log_every=50, checkpoint_every=500, sample_every=2_500
     )
-    config.optim.update(lr=1e-3, warmup=500, schedule="cosine", ema=0.999, grad_clip=1 / 12)
-    small_dequantizer(config, num_steps=2000)
+    config.optim.update(lr=2e-3, warmup=200, schedule="cosine", ema=0.999, grad_clip=1 / 12)
+    config.eval.update(batch_size=64, max_images=512)
+    config.sampling.update(num_images=64, batch_size=64)
+    small_dequantizer(config, num_steps=2_000)
     return config

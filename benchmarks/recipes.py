@@ -97,7 +97,7 @@ def value_of(text: str) -> Any:
     return text
 
 
-def changed(config: ConfigDict, recipe: str) -> ConfigDict:
+def with_recipe(config: ConfigDict, recipe: str) -> ConfigDict:
     """A copy of ``config`` with the changes of ``recipe``.
 
     Raises:
@@ -156,7 +156,9 @@ def read(out: pathlib.Path) -> dict[str, dict[str, Any]]:
     return {row["id"]: row for row in rows}
 
 
-def once(out: pathlib.Path, key: str, compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+def compute_once(
+    out: pathlib.Path, key: str, compute: Callable[[], dict[str, Any]]
+) -> dict[str, Any]:
     """The line of ``out`` with ``id`` ``key``, which is computed and appended if it is missing."""
     if (stored := read(out).get(key)) is not None:
         return stored
@@ -168,14 +170,14 @@ def once(out: pathlib.Path, key: str, compute: Callable[[], dict[str, Any]]) -> 
     return row
 
 
-def timed(plan: Plan, recipe: str, rounds: int = 9, steps: int = 3) -> dict[str, Any]:
+def time_steps(plan: Plan, recipe: str, rounds: int = 9, steps: int = 3) -> dict[str, Any]:
     """Time the steps of the base and of ``recipe`` in turns.
 
     Returns:
       The line of the file: ``seconds``, the median wall times of a step of the base and of
       ``recipe``, and ``ratio``, the median over rounds of the second divided by the first.
     """
-    base, other = plan.config(), changed(plan.config(), recipe)
+    base, other = plan.config(), with_recipe(plan.config(), recipe)
 
     def compute() -> dict[str, Any]:
         pair = Steps(base), Steps(other)
@@ -183,10 +185,10 @@ def timed(plan: Plan, recipe: str, rounds: int = 9, steps: int = 3) -> dict[str,
         ratio = float(np.median(values[:, 1] / values[:, 0]))
         return {"recipe": recipe, "seconds": np.median(values, axis=0).tolist(), "ratio": ratio}
 
-    return once(plan.out, f"time {identity(base)} {identity(other)}", compute)
+    return compute_once(plan.out, f"time {identity(base)} {identity(other)}", compute)
 
 
-def evaluated(config: ConfigDict, workdir: Workdir) -> dict[str, list[float]]:
+def evaluate_run(config: ConfigDict, workdir: Workdir) -> dict[str, list[float]]:
     """bits/dim of every held-out image, by the name of the cell (the column)."""
     experiment = build.Experiment(config)
     restored, images = experiment.restore(workdir), experiment.images(data.VALIDATION)
@@ -209,14 +211,14 @@ def evaluated(config: ConfigDict, workdir: Workdir) -> dict[str, list[float]]:
     return values
 
 
-def trained(plan: Plan, recipe: str, seed: int, steps: int) -> dict[str, Any]:
+def train_and_evaluate(plan: Plan, recipe: str, seed: int, steps: int) -> dict[str, Any]:
     """Train and evaluate ``recipe`` with ``seed`` for ``steps`` steps.
 
     Returns:
       The line of the file. It has ``bits_per_dim`` by cell, or ``failed``, the reason why training
       stopped.
     """
-    config = changed(plan.config(), recipe)
+    config = with_recipe(plan.config(), recipe)
     config.seed = seed
     config.training.update(num_steps=steps, checkpoint_every=max(1, min(200, steps)))
     key = identity(config)
@@ -226,13 +228,13 @@ def trained(plan: Plan, recipe: str, seed: int, steps: int) -> dict[str, Any]:
         row = {"recipe": recipe, "seed": seed, "steps": steps}
         try:
             train.run(config, workdir)
-            row["bits_per_dim"] = evaluated(config, Workdir(workdir))
+            row["bits_per_dim"] = evaluate_run(config, Workdir(workdir))
         except NonFiniteLoss as error:
             row["failed"] = str(error)
         shutil.rmtree(workdir, ignore_errors=True)
         return row
 
-    return once(plan.out, key, compute)
+    return compute_once(plan.out, key, compute)
 
 
 def difference(values: np.ndarray, base: np.ndarray) -> str:
@@ -278,7 +280,7 @@ def make_plan(args: argparse.Namespace) -> Plan:
         # limit their weight is at most about exp(-6.5).
         config.optim.ema = min(config.optim.ema, max(0.0, 1 - 6.5 / args.steps))
         config.model.update({"nf": args.nf, "num_res_blocks": 1} if args.nf else {})
-        return changed(config, args.base)
+        return with_recipe(config, args.base)
 
     out = pathlib.Path(args.out or f"runs/recipes/{pathlib.Path(args.config).stem}.jsonl")
     return Plan(base, args.steps, out.absolute())
@@ -306,16 +308,16 @@ def main() -> None:
     args = parser.parse_args()
     plan, recipes = make_plan(args), list(dict.fromkeys(["", *args.recipes.split(",")]))
     for recipe in recipes:  # A mistake in any recipe is an error before the first training.
-        build.Experiment(changed(plan.config(), recipe))
+        build.Experiment(with_recipe(plan.config(), recipe))
     for budget in args.budgets.split(","):
         rows: dict[str, list[dict[str, Any]]] = {recipe: [] for recipe in recipes}
         for seed in map(int, args.seeds.split(",")):
             for recipe in recipes:
-                ratio = timed(plan, recipe)["ratio"] if budget == "time" and recipe else 1.0
+                ratio = time_steps(plan, recipe)["ratio"] if budget == "time" and recipe else 1.0
                 # A ratio of 1, up to the noise of the measurement, leaves the number of steps as it
                 # is, so the run of the other budget is used again.
                 steps = plan.steps if abs(ratio - 1) < 0.02 else max(1, round(plan.steps / ratio))
-                rows[recipe].append(trained(plan, recipe, seed, steps))
+                rows[recipe].append(train_and_evaluate(plan, recipe, seed, steps))
         print(f"\nEqual {budget}, {args.config}, base {args.base or 'as is'}\n\n{table(rows)}")
 
 

@@ -18,24 +18,26 @@ def plan(tmp_path: pathlib.Path) -> recipes.Plan:
 
 def test_a_recipe_changes_its_fields_and_no_other() -> None:
     config = default()
-    found = recipes.changed(config, "levels+centre+model.nf=8+model.ch_mult=(1,2)+optim.ema=0.5")
+    found = recipes.with_recipe(
+        config, "levels+centre+model.nf=8+model.ch_mult=(1,2)+optim.ema=0.5"
+    )
     expected = config.copy_and_resolve_references()
     expected.score.parameterization, expected.data.dequantization = "levels", "centre"
     expected.model.update(nf=8, ch_mult=(1, 2))
     expected.optim.ema = 0.5
     assert found.to_json(sort_keys=True) == expected.to_json(sort_keys=True)
-    assert recipes.changed(config, "").to_dict() == config.to_dict() == default().to_dict()
+    assert recipes.with_recipe(config, "").to_dict() == config.to_dict() == default().to_dict()
 
 
 def test_every_recipe_makes_an_experiment() -> None:
     for name in recipes.RECIPES:
         config = default()
         config.data.validation = 0.1
-        build.Experiment(recipes.changed(config, name))
+        build.Experiment(recipes.with_recipe(config, name))
     # The network's size follows the one that it stands for.
     config = default()
     config.model.update(nf=32, ch_mult=(1, 2), num_res_blocks=2, dropout=0.25, fourier=(4.0,))
-    model = recipes.changed(config, "vdm+model.groups=8").model
+    model = recipes.with_recipe(config, "vdm+model.groups=8").model
     assert (model.name, model.width, model.depth, model.groups) == ("vdm", 48, 8, 8)
     assert (model.dropout, model.fourier) == (0.25, (4.0,))
 
@@ -51,7 +53,7 @@ def test_every_recipe_makes_an_experiment() -> None:
 )
 def test_what_does_not_exist_is_refused(recipe: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        recipes.changed(default(), recipe)
+        recipes.with_recipe(default(), recipe)
 
 
 def line(seed: int, **values: list[float]) -> dict:
@@ -107,10 +109,10 @@ def test_equal_time_is_the_bases_steps_over_the_ratio_of_their_seconds(
             return self.cost * slower
 
     monkeypatch.setattr(recipes, "Steps", Fake)
-    found = recipes.timed(plan(tmp_path), "model.width=64")
+    found = recipes.time_steps(plan(tmp_path), "model.width=64")
     assert found["ratio"] == pytest.approx(2.5)
     done = Fake.rounds
-    assert recipes.timed(plan(tmp_path), "model.width=64") == found and Fake.rounds == done
+    assert recipes.time_steps(plan(tmp_path), "model.width=64") == found and Fake.rounds == done
 
 
 def test_what_is_done_is_not_done_again(
@@ -126,15 +128,17 @@ def test_what_is_done_is_not_done_again(
 
     monkeypatch.setattr(recipes.train, "run", run)
     monkeypatch.setattr(recipes, "evaluated", lambda config, workdir: {"ode_uniform": [1.5]})
-    rows = [recipes.trained(plan(tmp_path), "", seed, 40) for seed in (0, 1)]
+    rows = [recipes.train_and_evaluate(plan(tmp_path), "", seed, 40) for seed in (0, 1)]
     assert rows[0]["bits_per_dim"] == {"ode_uniform": [1.5]} and rows[0]["id"] != rows[1]["id"]
-    assert "loss inf" in recipes.trained(plan(tmp_path), "model.width=64", 0, 40)["failed"]
+    assert (
+        "loss inf" in recipes.train_and_evaluate(plan(tmp_path), "model.width=64", 0, 40)["failed"]
+    )
     assert runs == [(0, 40, 32), (1, 40, 32), (0, 40, 64)]
-    again = [recipes.trained(plan(tmp_path), "", seed, 40) for seed in (0, 1)]
+    again = [recipes.train_and_evaluate(plan(tmp_path), "", seed, 40) for seed in (0, 1)]
     assert again == rows and len(runs) == 3
     out = plan(tmp_path).out
     out.write_text(out.read_text()[:-10])  # The last line, cut.
-    recipes.trained(plan(tmp_path), "model.width=64", 0, 40)
+    recipes.train_and_evaluate(plan(tmp_path), "model.width=64", 0, 40)
     assert len(runs) == 4 and len(recipes.read(out)) == 3
-    recipes.trained(plan(tmp_path), "", 0, 41)
+    recipes.train_and_evaluate(plan(tmp_path), "", 0, 41)
     assert len(runs) == 5 and len(recipes.read(out)) == 4

@@ -13,8 +13,9 @@ draws. The test images are not used. There are two budgets:
                   ratio of the times of a step. The compiled steps of both are timed in turns
 
 The table shows bits/dim, the mean over images and seeds. In brackets is the difference to the base,
-paired by seed, with its 95% interval over seeds (Student's t). The column "best" has the estimator
-with the lowest mean. If the base has no number in a column, the difference is to the base's best.
+paired by seed, with its 95% interval over seeds (Student's t). A network is evaluated with the
+dequantizers that fit its training data. The column "best" has the estimator with the lowest mean.
+If the base has no number in a column, the difference is to the base's best.
 
 Every run and every timing becomes a line of the file ``--out`` and is not repeated. After a kill,
 the same command continues, even in the middle of a training run.
@@ -24,6 +25,7 @@ import argparse
 import ast
 import contextlib
 import hashlib
+import itertools
 import json
 import pathlib
 import runpy
@@ -78,8 +80,15 @@ RECIPES: dict[str, dict[str, Any]] = {
     },
 }
 
-# The columns of the table. Only ``levels`` with ``centre`` learns a decoder, which the last needs.
-CELLS = (Cell("ode", "uniform"), Cell("bound", "categorical"), Cell("bound", "learned"))
+# The columns of the table, by ``data.dequantization``, because a network knows the density of the
+# data that it was trained on. Only ``levels`` learns a decoder, which the last column needs.
+CELLS = {
+    "uniform": (Cell("ode", "uniform"), Cell("bound", "uniform")),
+    "centre": tuple(
+        Cell(*pair)
+        for pair in (("ode", "truncated_normal"), ("bound", "categorical"), ("bound", "learned"))
+    ),
+}
 
 
 class Plan(NamedTuple):
@@ -194,14 +203,13 @@ def evaluate_run(config: ConfigDict, workdir: Workdir) -> dict[str, list[float]]
     restored, images = experiment.restore(workdir), experiment.images(data.VALIDATION)
     experiment = experiment.with_learned_schedule(restored.state.ema_params)
     training = experiment.images("train")
-    decodes = (config.score.parameterization, config.data.dequantization) == ("levels", "centre")
     values = {}
     with jax.default_matmul_precision(config.eval.precision):
         control = evaluate.control_variate(experiment, training, workdir)
         density = evaluate.time_density(experiment, restored, training, control, workdir)
         shared = cells.Evaluation(experiment, restored, images, control, density, workdir)
-        for cell in CELLS:
-            if cell.dequantizer == "learned" and not decodes:
+        for cell in CELLS[config.data.dequantization]:
+            if cell.dequantizer == "learned" and config.score.parameterization != "levels":
                 continue
             model = evaluate.dequantization(experiment, cell.dequantizer, workdir, training)
             run = cells.CellRun(shared, cell, model)
@@ -245,7 +253,10 @@ def difference(values: np.ndarray, base: np.ndarray) -> str:
 
 def table(rows: dict[str, list[dict[str, Any]]]) -> str:
     """A markdown table of ``rows``, which has the lines of all seeds by recipe, the base first."""
-    names = [cell.name for cell in CELLS]
+    computed = {
+        n for lines in rows.values() for line in lines for n in line.get("bits_per_dim", ())
+    }
+    names = [cell.name for cell in itertools.chain(*CELLS.values()) if cell.name in computed]
     text = [f"| recipe | steps | {' | '.join(names)} | best |", "|---" * (3 + len(names)) + "|"]
     base: dict[str, np.ndarray] = {}
     for recipe, lines in rows.items():

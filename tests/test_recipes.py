@@ -71,16 +71,14 @@ def test_differences_are_paired_by_seed() -> None:
     text = recipes.difference(other, base)
     assert text == f"{other.mean():.4f} ({gap.mean():+.4f} ± {half:.4f})"
     rows = {
-        "": [
-            line(i, ode_uniform=v.tolist(), bound_categorical=[9.0] * 5) for i, v in enumerate(base)
-        ],
+        "": [line(i, ode_uniform=v.tolist(), bound_uniform=[9.0] * 5) for i, v in enumerate(base)],
         "b": [
             line(i, bound_learned=v.tolist(), ode_uniform=[8.0] * 5) for i, v in enumerate(other)
         ],
         "c": [line(0, ode_uniform=[1.0] * 5), {"seed": 1, "steps": 7, "failed": "inf"}],
     }
     head, _, first, second, third = recipes.table(rows).splitlines()
-    assert head == "| recipe | steps | ode_uniform | bound_categorical | bound_learned | best |"
+    assert head == "| recipe | steps | ode_uniform | bound_uniform | bound_learned | best |"
     zero = f"{base.mean():.4f} (+0.0000 ± 0.0000)"
     assert first == f"| base | 7 | {zero} | 9.0000 (+0.0000 ± 0.0000) |  | {zero} |"
     # The base has no learned decoder, so its best column stands for it.
@@ -127,12 +125,11 @@ def test_what_is_done_is_not_done_again(
             raise recipes.NonFiniteLoss("step 3: loss inf")
 
     monkeypatch.setattr(recipes.train, "run", run)
-    monkeypatch.setattr(recipes, "evaluated", lambda config, workdir: {"ode_uniform": [1.5]})
+    monkeypatch.setattr(recipes, "evaluate_run", lambda config, workdir: {"ode_uniform": [1.5]})
     rows = [recipes.train_and_evaluate(plan(tmp_path), "", seed, 40) for seed in (0, 1)]
     assert rows[0]["bits_per_dim"] == {"ode_uniform": [1.5]} and rows[0]["id"] != rows[1]["id"]
-    assert (
-        "loss inf" in recipes.train_and_evaluate(plan(tmp_path), "model.width=64", 0, 40)["failed"]
-    )
+    failed = recipes.train_and_evaluate(plan(tmp_path), "model.width=64", 0, 40)
+    assert "loss inf" in failed["failed"]
     assert runs == [(0, 40, 32), (1, 40, 32), (0, 40, 64)]
     again = [recipes.train_and_evaluate(plan(tmp_path), "", seed, 40) for seed in (0, 1)]
     assert again == rows and len(runs) == 3

@@ -19,8 +19,8 @@ from sbml.evaluation import cells
 from sbml.experiment import build
 from sbml.modes import eval as evaluate
 from sbml.report import summary
-from sbml.runtime.checkpoint import tree_crc32
 from sbml.runtime.files import read_json, read_npz, write_json, write_npz
+from sbml.runtime.trees import tree_crc32
 from sbml.runtime.workdir import EVALUATION, NEIGHBOURS, PER_IMAGE, QUALITY, SAMPLES
 
 

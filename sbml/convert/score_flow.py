@@ -32,8 +32,8 @@ from sbml.experiment.build import Experiment
 from sbml.experiment.config import Config
 from sbml.experiment.noise import smallest_time
 from sbml.runtime import sharding
-from sbml.runtime.checkpoint import tree_crc32
 from sbml.runtime.state import TrainState
+from sbml.runtime.trees import tree_crc32
 
 NETWORK = "ncsnpp"
 CODE = "Song et al.'s (optimizer, params_ema)"

@@ -32,9 +32,10 @@ from sbml.experiment.build import Experiment
 from sbml.ode import Solver
 from sbml.report.result import Result
 from sbml.runtime import progress, sharding
-from sbml.runtime.checkpoint import Restored, tree_crc32
+from sbml.runtime.checkpoint import Restored
 from sbml.runtime.parts import Parts
 from sbml.runtime.preemption import Preemption
+from sbml.runtime.trees import tree_crc32
 from sbml.runtime.workdir import Workdir
 
 Table = dict[str, np.ndarray]

@@ -19,8 +19,9 @@ from sbml import bits, report, sampling
 from sbml.data import eval_batches
 from sbml.experiment.build import Experiment
 from sbml.runtime import progress, sharding
-from sbml.runtime.checkpoint import Restored, tree_crc32
+from sbml.runtime.checkpoint import Restored
 from sbml.runtime.preemption import Preemption
+from sbml.runtime.trees import tree_crc32
 from sbml.runtime.workdir import Workdir
 from sbml.samplers import Sampler
 from sbml.sdes import SDE

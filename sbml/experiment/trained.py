@@ -12,7 +12,7 @@ from sbml.experiment.config import Config
 from sbml.experiment.data import Data
 from sbml.experiment.score import Process
 from sbml.experiment.training import Training
-from sbml.runtime.checkpoint import OtherModelError
+from sbml.runtime.manifest import OtherModelError
 from sbml.sdes import SDE
 
 Metadata = dict[str, Any]

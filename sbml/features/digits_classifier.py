@@ -13,7 +13,7 @@ import numpy as np
 
 from sbml.data import digits
 from sbml.features._extractor import Extractor
-from sbml.runtime.checkpoint import tree_crc32
+from sbml.runtime.trees import tree_crc32
 
 HIDDEN = 64
 

@@ -28,7 +28,8 @@ from sbml.experiment.build import Experiment
 from sbml.intervals import mean_interval
 from sbml.report import summary
 from sbml.report.result import Result
-from sbml.runtime.checkpoint import Restored, tree_crc32
+from sbml.runtime.checkpoint import Restored
+from sbml.runtime.trees import tree_crc32
 from sbml.runtime.versions import versions
 from sbml.runtime.workdir import EVALUATION, PER_IMAGE, Workdir
 

@@ -12,7 +12,7 @@ from sbml.evaluation import samples
 from sbml.evaluation.quality import extractor, features_of, memory, reference
 from sbml.experiment.build import Experiment
 from sbml.report import summary
-from sbml.runtime.checkpoint import tree_crc32
+from sbml.runtime.trees import tree_crc32
 from sbml.runtime.workdir import NEIGHBOURS, QUALITY, SAMPLES, Workdir
 
 

@@ -11,7 +11,7 @@ from sbml.evaluation.samples import generate, grid, strip
 from sbml.experiment import trained
 from sbml.experiment.build import Experiment
 from sbml.report import summary
-from sbml.runtime.checkpoint import tree_crc32
+from sbml.runtime.trees import tree_crc32
 from sbml.runtime.workdir import SAMPLES, Workdir
 
 

@@ -17,7 +17,7 @@ from etils import epath
 from sbml import report
 from sbml.data import ImageSet
 from sbml.runtime import metrics
-from sbml.runtime.checkpoint import tree_crc32
+from sbml.runtime.trees import tree_crc32
 from sbml.runtime.workdir import (
     EVALUATION,
     NEIGHBOURS,

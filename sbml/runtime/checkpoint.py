@@ -2,8 +2,7 @@
 
 Orbax writes a save into a temporary folder and renames the folder once every byte is there, so a
 save killed half-way is never taken for a checkpoint. It does not notice bytes that change later.
-Hence each checkpoint carries a *manifest*: its step, and the path, shape, dtype and CRC32 of every
-leaf, under a CRC32 of its own. Reading checks, in this order,
+Therefore each checkpoint has a *manifest* (``manifest.py``). Reading checks, in this order,
 
 1. the manifest: unreadable means a damaged checkpoint;
 2. its leaves against the template's: a difference means a checkpoint of another model;
@@ -15,13 +14,10 @@ deletes anything.
 
 import contextlib
 import dataclasses
-import itertools
-import json
 import logging as stdlib_logging
 import re
 import textwrap
 import time
-import zlib
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Self
 
@@ -30,12 +26,12 @@ import numpy as np
 from absl import logging
 from etils import epath
 from jax.experimental import multihost_utils
-from jax.tree_util import keystr, tree_leaves_with_path
 from orbax.checkpoint import v1 as ocp
 from orbax.checkpoint.metadata import get_step_metadata
 from orbax.checkpoint.path import step as step_lib
 
-from sbml.runtime import disk
+from sbml.runtime import disk, manifest
+from sbml.runtime.manifest import DamagedCheckpointError, OtherModelError
 
 PyTree = Any
 Template = Callable[[dict[str, Any]], PyTree]  # of a checkpoint's metadata
@@ -63,14 +59,6 @@ class _FirstPastEach:
         """Of ``checkpoints``, in ascending order."""
         passed = [c.step // self.interval for c in checkpoints]
         return [n > 0 and n not in passed[:i] for i, n in enumerate(passed)]
-
-
-class DamagedCheckpointError(RuntimeError):
-    """A checkpoint that was whole when it was saved and is not any more."""
-
-
-class OtherModelError(ValueError):
-    """A checkpoint whose leaves are not those of the model at hand."""
 
 
 class UnsavedCheckpointError(OSError):
@@ -121,7 +109,7 @@ class Checkpoints:
         for step in reversed(self.steps()):
             try:
                 found = get_step_metadata(self.directory / str(step)).custom_metadata
-                return _opened(found, step)["metadata"]
+                return manifest.content(found, step)["metadata"]
             except Exception as error:  # Whatever the reader raises: it could not read the bytes.
                 logging.error("Damaged checkpoint %s/%d: %s", self.directory, step, error)
         return None
@@ -147,7 +135,7 @@ class Checkpoints:
         Returns:
           Whether there was room, so that the save was begun.
         """
-        manifest = _manifest(step, state, metadata)
+        saved = manifest.create(step, state, metadata)
         self._after_earlier_save()
         self._set_damaged_aside()
         if (steps := self.steps()) and step <= steps[-1]:
@@ -166,7 +154,7 @@ class Checkpoints:
                 self.directory, preservation_policy=self._kept, cleanup_tmp_directories=True
             )
         self._saving = step
-        self._writer.save_async(step, state, force=True, custom_metadata=manifest)
+        self._writer.save_async(step, state, force=True, custom_metadata=saved)
         return True
 
     def restore(self, template: PyTree | Template, step: int | None = None) -> Restored | None:
@@ -289,11 +277,11 @@ class Checkpoints:
         path = self.directory / str(step)
         restored, damage = None, "another process could not read it"
         try:
-            stored = _opened(get_step_metadata(path).custom_metadata, step)
+            stored = manifest.content(get_step_metadata(path).custom_metadata, step)
             wanted = template(stored["metadata"]) if callable(template) else template
-            _check_same_model(path, stored["leaves"], _described(wanted))
+            manifest.check_same_model(path, stored["leaves"], manifest.leaves_of(wanted))
             state = ocp.load(path, wanted, checkpointable_name="state")
-            _check_crc32s(stored, state)
+            manifest.check_crc32s(stored, state)
             restored = Restored(step, state, stored["metadata"])
         except (OtherModelError, MemoryError, PermissionError, jax.errors.JaxRuntimeError):
             raise  # These say nothing about the checkpoint's bytes.
@@ -325,83 +313,6 @@ class Checkpoints:
 def _not_of_orbax(record: stdlib_logging.LogRecord) -> bool:
     """False for Orbax's errors: each is raised as well, and told of here in one line."""
     return record.levelno < stdlib_logging.ERROR or "orbax" not in record.pathname
-
-
-def _manifest(step: int, state: PyTree, metadata: dict[str, Any]) -> dict[str, Any]:
-    for path, leaf in tree_leaves_with_path(state):
-        if not isinstance(leaf, jax.Array) or jax.numpy.issubdtype(leaf.dtype, jax.dtypes.extended):
-            raise ValueError(
-                f"state leaf {keystr(path)} is {leaf!r}: give a jax.Array of numbers "
-                "(jax.numpy.asarray of it, or jax.random.key_data of a key)"
-            )
-    crc32s = [_crc32(leaf) for leaf in jax.tree.leaves(state)]
-    body = {"step": step, "leaves": _described(state), "crc32s": crc32s, "metadata": metadata}
-    try:
-        body = json.loads(json.dumps(body, allow_nan=False))
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"metadata {metadata} is not plain, finite JSON: {error}") from error
-    return {"manifest": body, "crc32": _text_crc32(body)}
-
-
-def _opened(manifest: Any, step: int) -> dict[str, Any]:
-    if not manifest:
-        raise DamagedCheckpointError("its metadata holds no manifest")
-    if _text_crc32(manifest["manifest"]) != manifest["crc32"]:
-        raise DamagedCheckpointError("its metadata fails its CRC32")
-    if (saved := manifest["manifest"].get("step", step)) != step:  # Earlier versions have none.
-        raise DamagedCheckpointError(f"it was saved as step {saved}: name its folder so again")
-    return manifest["manifest"]
-
-
-def _check_same_model(path: epath.Path, stored: list[Any], expected: list[Any]) -> None:
-    for theirs, ours in itertools.zip_longest(stored, expected):
-        if theirs != ours:
-            raise OtherModelError(
-                f"{path} is of another model. First difference: it holds {_shown(theirs)}, this "
-                f"model has {_shown(ours)}. Use the configuration that saved it, or a new directory"
-            )
-
-
-def _check_crc32s(stored: dict[str, Any], state: PyTree) -> None:
-    found = [_crc32(leaf) for leaf in jax.tree.leaves(state)]  # All: gathering takes every process.
-    for described, expected, crc32 in zip(stored["leaves"], stored["crc32s"], found, strict=True):
-        if crc32 != expected:
-            raise DamagedCheckpointError(f"{_shown(described)} fails its CRC32")
-
-
-def tree_crc32(tree: PyTree) -> int:
-    """One CRC32 of every leaf's bytes, to tell whether two sets of arrays are the same."""
-    crc32s = [_crc32(jax.numpy.asarray(leaf)) for leaf in jax.tree.leaves(tree)]
-    return zlib.crc32(json.dumps(crc32s).encode())
-
-
-def _crc32(leaf: jax.Array) -> int:
-    """CRC32 of the whole array's bytes in row-major order, however it is sharded.
-
-    A replicated array is read from its local copy. One spread over several processes is gathered
-    on each of them, a leaf at a time, so that the value does not depend on the sharding.
-    """
-    if leaf.is_fully_replicated:
-        leaf = leaf.addressable_data(0)
-    elif not leaf.is_fully_addressable:
-        leaf = multihost_utils.process_allgather(leaf, tiled=True)
-    return zlib.crc32(np.ascontiguousarray(leaf).reshape(-1).view(np.uint8).data)
-
-
-def _text_crc32(body: dict[str, Any]) -> int:
-    return zlib.crc32(json.dumps(body, sort_keys=True).encode())
-
-
-def _described(tree: PyTree) -> list[list[Any]]:
-    """``[path, shape, dtype]`` of each leaf, as JSON would give it back."""
-    return [
-        [keystr(path, simple=True, separator="/"), list(leaf.shape), str(leaf.dtype)]
-        for path, leaf in tree_leaves_with_path(tree)
-    ]
-
-
-def _shown(described: list[Any] | None) -> str:
-    return "no further leaf" if described is None else "{0} {2}{1}".format(*described)
 
 
 def _abstract(leaf: Any) -> jax.ShapeDtypeStruct:

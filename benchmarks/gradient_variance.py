@@ -9,22 +9,27 @@ the parameters, are estimated from two draws g, g' for each batch of images:
     random images:  Var(g)                                  by E ||g||^2 - ||E g||^2
 
 Each is divided by its value for independent importance times; the standard deviation of this ratio
-is over bootstrapped batches. All ways use the same batches. Times are uniform in the log-SNR v
-(``times.Importance``), independent or on a lattice. Noises are
+is estimated by the bootstrap over batches. All ways use the same batches. Times are uniform in the
+log-SNR (``times.Importance``), which is scaled to v in [0, 1), independent or on a lattice. Noises
+are
 
     independent   one for each image
     neighbours    z and -z for the images 2i and 2i + 1, which share a time
     antithetic    z and -z for one image and time: half the images, each used in two calls
 
 Times may also have a density q in v (``times.warp``, ``times.with_floor``) that is proportional to
-a statistic in bins of v: *gradient*, the standard deviation of the gradient of an example, or of a
-pair if there are pairs; *residual*, the root of the mean loss; *difference*, the root mean square
-of the difference of two losses, of the same pair if there are pairs. The last two need only losses,
-which training computes anyway.
+a statistic in bins of v, apart from a uniform part:
 
-Independent t uniform on [eps, T] is not drawn: its variance comes from times near eps, which occur
-in one of 10^4 draws or fewer. It is computed from the gradient's variance in bins, with an error of
-up to a factor of two.
+    gradient      the standard deviation of the gradient of an example, or of a pair (z, -z)
+    residual      the root of the mean loss
+    difference    the root mean square of the difference of two losses, those of a pair if the
+                  noises are in pairs
+
+The last two need only losses, which training computes anyway.
+
+Independent times uniform on [eps, T] are not drawn: their variance comes from times near eps, which
+occur in one of 10^4 draws or fewer. It is computed from the gradient's variance in bins, with an
+error of up to a factor of two.
 """
 
 import argparse
@@ -51,8 +56,8 @@ class Way(NamedTuple):
     """How a batch of times and noises is drawn."""
 
     draw: str = "lattice"  # a key of times.DRAWS
-    noises: str = "independent"
-    statistic: str = ""
+    noises: str = "independent"  # of NOISES
+    statistic: str = ""  # that the density of times is proportional to; "" for a uniform density
 
     def __str__(self) -> str:
         return f"{self.draw}, {self.noises}" + f", q ~ {self.statistic}" * bool(self.statistic)
@@ -105,8 +110,10 @@ class Problem:
 
 
 def paired(x: Array, u: Array, key: Key, noises: str) -> tuple[Array, Array, Array]:
-    """Images, points u and noises of n network calls, from n images and n points; n / 2 points if
-    the noises are in pairs."""
+    """Images, points u and noises of n network calls, from n images ``x`` and n points ``u``.
+
+    If the noises are in pairs, ``u`` has n / 2 points.
+    """
     z = jax.random.normal(key, (len(u), *x.shape[1:]))
     if noises != "independent":
         u, z = jnp.repeat(u, 2), jnp.stack([z, -z], axis=1).reshape(x.shape)
@@ -114,14 +121,14 @@ def paired(x: Array, u: Array, key: Key, noises: str) -> tuple[Array, Array, Arr
 
 
 def draws(way: Way, x: Array, key: Key) -> tuple[Array, Array, Array]:
-    """Images, points u in [0, 1) and noises of one batch."""
+    """Images ``(n, h, w, c)``, points u ``(n,)`` in [0, 1) and noises of a batch from ``x``."""
     u_key, z_key = jax.random.split(key)
     n = len(x) if way.noises == "independent" else len(x) // 2
     return paired(x, times.DRAWS[way.draw](u_key, n)[:, 0], z_key, way.noises)
 
 
 def statistics(problem: Problem, repeats: int = 2) -> dict[tuple[str, str], Array]:
-    """(noises, statistic) -> values of the statistic in bins of the log-SNR, ``(BINS,)``.
+    """The values ``(BINS,)`` in bins of the log-SNR, by (noises, statistic).
 
     They are estimated from batches whose times lie in one bin. The variance of the gradient in a
     bin is the variance of the batches' mean gradients, up to a factor that does not change a
@@ -163,7 +170,10 @@ def uniform_times(problem: Problem, deviation: Array) -> float:
 
 
 def measure(problem: Problem, way: Way, density: Array, batches: int) -> tuple[np.ndarray, float]:
-    """For each batch 1/2 ||g - g'||^2 and the mean of ||g||^2 and ||g'||^2; over all ||E g||^2."""
+    """1/2 ||g - g'||^2 and the mean of ||g||^2 and ||g'||^2 for each batch, ``(batches, 2)``.
+
+    The second result is an unbiased estimate of ||E g||^2 over all batches.
+    """
 
     def gradient(x: Array, key: Key) -> Array:
         x, u, z = draws(way, x, key)
@@ -185,21 +195,23 @@ def measure(problem: Problem, way: Way, density: Array, batches: int) -> tuple[n
 
 
 def ratios(table: dict[Way, tuple[np.ndarray, float]]) -> dict[Way, tuple[np.ndarray, np.ndarray]]:
-    """Variances divided by the reference's, for fixed and random images, and their standard
-    deviations."""
+    """The ratios of the variances to those of ``REFERENCE``, and their standard deviations.
+
+    Each is an array ``(2,)``, for fixed and for random images.
+    """
     n = len(table[REFERENCE][0])
-    again = np.random.default_rng(0).integers(0, n, (1000, n))
+    resample = np.random.default_rng(0).integers(0, n, (1000, n))
 
     def variances(way: Way) -> tuple[np.ndarray, np.ndarray]:
         rows, square = table[way]
         offset = np.asarray([0, square])
-        return rows.mean(0) - offset, rows[again].mean(1) - offset
+        return rows.mean(0) - offset, rows[resample].mean(1) - offset
 
-    ours, resampled = variances(REFERENCE)
+    reference, references = variances(REFERENCE)
     result = {}
     for way in table:
-        mean, others = variances(way)
-        result[way] = (mean / ours, np.std(others / resampled, axis=0))
+        variance, resampled = variances(way)
+        result[way] = (variance / reference, np.std(resampled / references, axis=0))
     return result
 
 
@@ -224,7 +236,7 @@ def main() -> None:
     configs = pathlib.Path(__file__).parents[1] / "configs"
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--config", default=str(configs / "digits_vp.py"))
-    parser.add_argument("--workdir", default="runs/digits_vp")
+    parser.add_argument("--workdir", default="runs/digits_vp", help="of the trained model")
     parser.add_argument("--batches", type=int, default=50, help="batches, two gradients each")
     parser.add_argument("--quick", action="store_true", help="use an untrained MLP and 4 batches")
     args = parser.parse_args()
@@ -237,8 +249,8 @@ def main() -> None:
         table[way] = measure(problem, way, density, 4 if args.quick else args.batches)
         print(".", end="", flush=True)
     print(f"\n{'variance of the gradient, relative':45s} fixed images    random images")
-    about = uniform_times(problem, deviations["independent", "gradient"])
-    print(f"{'iid, independent, uniform t':45s}   about {about:.0f}          about {about:.0f}")
+    uniform = uniform_times(problem, deviations["independent", "gradient"])
+    print(f"{'iid, independent, uniform t':45s}   about {uniform:.0f}          about {uniform:.0f}")
     for way, (ratio, error) in ratios(table).items():
         columns = (f"{r:8.3f} +- {s:.3f}" for r, s in zip(ratio, error, strict=True))
         print(f"{way!s:45s}{'  '.join(columns)}")

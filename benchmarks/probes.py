@@ -3,11 +3,15 @@
     python benchmarks/probes.py --config=configs/digits_vp.py --workdir=runs/digits_vp
     python benchmarks/probes.py --config=configs/photos_vp.py --workdir=runs/photos_vp --images=4
 
-The probes are drawn several times for the same images. For each k are printed: the standard
-deviation of one image's bits/dim (for 256 levels; 17 for digits), its variance relative to one
-probe's, the value 1 / k which independent probes would give, and the time of the solves relative to
-one probe's. For comparison, scipy's RK45 at 1e-5 solves the whole batch, with k independent probes
-and the divergence by forward mode.
+The probes are drawn several times for the same images. Each row shows, for one k,
+
+    sd         the standard deviation of one image's bits/dim over the draws (root mean square)
+    variance   its square, divided by that of the first row, which has one probe by default
+    1/k        the variance that k independent probes would leave, relative to one probe
+    seconds    the time of the solves, and this time divided by that of the first row
+
+For comparison, scipy's RK45 at 1e-5 solves the whole batch, with the divergence by forward mode. As
+only its time is measured, its variance is that of k independent probes, 1 / k.
 """
 
 import argparse
@@ -27,30 +31,30 @@ def main() -> None:
     """Print a row for each number of probes."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--config", default="configs/digits_vp.py")
-    parser.add_argument("--workdir", default="runs/digits_vp")
-    parser.add_argument("--images", type=int, default=32)
-    parser.add_argument("--draws", type=int, default=8)
-    parser.add_argument("--probes", type=int, nargs="+", default=(1, 2, 4, 8))
-    parser.add_argument("--tolerance", type=float, default=2e-4)
-    parser.add_argument("--rk45", type=int, nargs="*", default=(1, 4), help="numbers of its probes")
+    parser.add_argument("--workdir", default="runs/digits_vp", help="of the trained model")
+    parser.add_argument("--images", type=int, default=32, help="number of test images")
+    parser.add_argument("--draws", type=int, default=8, help="draws of the probes for each image")
+    parser.add_argument("--probes", type=int, nargs="+", default=(1, 2, 4, 8), help="values of k")
+    parser.add_argument("--tolerance", type=float, default=2e-4, help="rtol and atol")
+    parser.add_argument("--rk45", type=int, nargs="*", default=(1, 4), help="values of k for RK45")
     args = parser.parse_args()
-    one = network(args.config, args.workdir, args.images)
+    problem = network(args.config, args.workdir, args.images)
     # Each draw is a copy of the images with its own keys. The noise is far above the solver error.
     n = args.images * args.draws
     repeated = dataclasses.replace(
-        one,
-        x=jnp.tile(one.x, (args.draws, *(1,) * (one.x.ndim - 1))),
+        problem,
+        x=jnp.tile(problem.x, (args.draws, *(1,) * (problem.x.ndim - 1))),
         keys=jax.random.split(jax.random.key(2), n),
     )
     solver = Solver(rtol=args.tolerance, atol=args.tolerance)
-    print(f"{one.name}, {args.images} images, {args.draws} draws")
+    print(f"{problem.name}, {args.images} images, {args.draws} draws")
     print(
         "{:>6s} {:>10s} {:>9s} {:>6s} {:>12s}".format("probes", "sd", "variance", "1/k", "seconds")
     )
     base = None
     for k in args.probes:
         nll, cost = ours(repeated, solver, Trace("rademacher", k))
-        draws = one.nats_to_bits(nll).reshape(args.draws, args.images)
+        draws = problem.nats_to_bits(nll).reshape(args.draws, args.images)
         variance = np.mean(np.var(draws, axis=0, ddof=1))
         base = base or (variance, cost.seconds)
         print(
@@ -59,7 +63,7 @@ def main() -> None:
             flush=True,
         )
     print("scipy RK45 t, batch, 1e-5")
-    for k in args.rk45:  # Only the time is measured, which is the same for independent probes.
+    for k in args.rk45:  # Independent probes would take the same time as these.
         _, cost = rk45(repeated, 1e-5, False, Trace("rademacher", k))
         seconds = f"{cost.seconds:6.1f} {cost.seconds / base[1]:5.2f}"
         print(f"{k:6d} {'':10s} {1 / k:9.3f} {1 / k:6.3f} {seconds}", flush=True)

@@ -3,7 +3,7 @@
 python -m sbml.main --config=configs/cifar10_vp_deep.py
 
 This trains for 950,000 steps of batch 128, which takes days on one accelerator; it was not run
-here. The paper's best number for these data is 2.83 bits/dim, without flips of the training images;
+here. The paper's best number for CIFAR-10 is 2.83 bits/dim, without flips of the training images;
 this config flips them. The settings are in ``paper.py``.
 """
 
@@ -16,5 +16,5 @@ PAPER = pathlib.Path(__file__).with_name("paper.py")
 
 
 def get_config() -> ConfigDict:
-    """The model ``cifar10_vp_deep`` of ``paper.py``."""
+    """The config ``cifar10_vp_deep`` of ``paper.py``."""
     return runpy.run_path(str(PAPER))["get_config"]("cifar10_vp_deep")

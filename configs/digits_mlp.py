@@ -2,8 +2,8 @@
 
 python -m sbml.main --config=configs/digits_mlp.py
 
-This is a weak model (it reached 2.77 bits/dim), but it is fast enough to try all dequantizers, with
-one and with 20 draws of the dequantizer in a logarithm (K). To do so, add these flags:
+This is a weak model (it reached 2.77 bits/dim), but it is fast enough to compare dequantizers, with
+K = 1 and with K = 20 importance samples. To do so, add these flags:
 --mode=train,train_dequantizer,eval
 --config.eval.dequantizers=uniform,truncated_normal,variational,categorical
 --config.eval.num_importance=1,20

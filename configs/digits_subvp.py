@@ -1,6 +1,8 @@
-"""scikit-learn's 8x8 digits with the sub-VP SDE; all else is as in ``digits_vp.py``.
+"""scikit-learn's 8x8 digits with the sub-VP SDE; all other settings are those of ``digits_vp.py``.
 
 python -m sbml.main --config=configs/digits_subvp.py
+
+The smallest time is 1e-2, the default for sub-VP, instead of 1e-5.
 """
 
 import pathlib
@@ -12,7 +14,7 @@ DIGITS = pathlib.Path(__file__).with_name("digits_vp.py")
 
 
 def get_config() -> ConfigDict:
-    """The settings of ``digits_vp.py`` with another SDE."""
+    """The settings of ``digits_vp.py`` with the sub-VP SDE."""
     config = runpy.run_path(str(DIGITS))["get_config"]()
     config.sde.name = "subvp"
     return config

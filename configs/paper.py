@@ -12,11 +12,12 @@ A name is a data set (cifar10, imagenet32), an SDE (vp, subvp) and any of the wo
 
 joined by underscores. Without ``original`` or ``weighted``, both likelihood weighting and
 importance sampling are on. Without ``flip`` or ``noflip``, CIFAR-10 is flipped and ImageNet is not.
-Times and noises are drawn by the defaults of this package. To draw them as the paper does, add
+Times and noises are drawn by the defaults of this package, which lower the variance of the
+gradient. To draw them as the paper does, add
 --config.training.times=iid --config.training.noises=independent --config.training.proposal_bins=0.
 
-Training takes days on one accelerator; it was not run here. The paper's best models reach 2.83
-bits/dim on CIFAR-10 without flips, and 3.76 on ImageNet 32x32.
+The training of one model takes days on one accelerator; none of them was run here. The paper's best
+models reach 2.83 bits/dim on CIFAR-10 without flips, and 3.76 on ImageNet 32x32.
 """
 
 from collections.abc import Callable
@@ -30,7 +31,7 @@ def _imagenet32(config: ConfigDict) -> None:
     config.data.update(source="imagenet32:old", flip=False)
     config.model.update(dropout=0.0)
     config.dequantizer.model.update(design="imagenet32", filters=128, blocks=8)
-    config.dequantizer.training.accumulate = 4  # An image needs 1.3 GB of memory.
+    config.dequantizer.training.accumulate = 4  # A training image needs 1.3 GB of memory.
 
 
 def _deep(config: ConfigDict) -> None:
@@ -38,7 +39,7 @@ def _deep(config: ConfigDict) -> None:
     config.training.num_steps = 950_000
 
 
-# The change that each word makes to the VP model of CIFAR-10.
+# The change that each word makes to the default config, the VP model of CIFAR-10.
 WORDS: dict[str, Callable[[ConfigDict], None]] = {
     "cifar10": lambda config: None,
     "imagenet32": _imagenet32,
@@ -55,10 +56,10 @@ WORDS: dict[str, Callable[[ConfigDict], None]] = {
 
 
 def get_config(name: str = "cifar10_vp") -> ConfigDict:
-    """The model ``name``.
+    """The config of the model ``name``.
 
     Raises:
-      ValueError: if ``name`` does not consist of a data set, an SDE and the words above.
+      ValueError: if ``name`` does not consist of a data set, an SDE and any of the words above.
     """
     data, _, rest = name.partition("_")
     sde, *words = rest.split("_")

@@ -1,4 +1,4 @@
-"""A config that trains in seconds: an MLP on the digits. Used through --config=tests/tiny.py."""
+"""A config for tests that trains in seconds: an MLP on the digits (--config=tests/tiny.py)."""
 
 from ml_collections import ConfigDict
 

@@ -24,7 +24,8 @@ from sbml.experiment.training import Training
 from sbml.runtime import cpu, refusals, sharding
 from sbml.runtime.workdir import Workdir
 
-# Found by folder, and imported when their turn comes: a wrong flag is told of before all imports.
+# The names of the files in ``modes``. A mode is imported only when it is needed, so that a wrong
+# flag is reported before these slow imports.
 MODES = sorted(m.name for m in pkgutil.iter_modules(modes.__path__) if m.name[0] != "_")
 
 CONFIG = config_flags.DEFINE_config_file(
@@ -55,7 +56,7 @@ def parse(arguments: list[str]) -> list[str]:
     arguments = [a for i, a in enumerate(arguments) if i not in earlier]
     workdir = _value(arguments, "workdir")
     if workdir and not _value(arguments, "config") and Workdir(workdir).has(Training.folder):
-        # First, for absl knows the fields of a config only once it has read it.
+        # absl knows the fields of a config only after it has read it, so this argument comes first.
         arguments.insert(1, f"--config={stored.__file__}:{workdir}")
     try:
         _locate_configs(arguments)
@@ -64,10 +65,10 @@ def parse(arguments: list[str]) -> list[str]:
     check_config_file(_value(arguments, "config"))
     try:
         return app.parse_flags_with_usage(arguments)
-    except ValueError as error:  # Of the config's function.
-        if (said := refusals.line(error)) is None:
+    except ValueError as error:  # Raised by the function of the config file.
+        if (line := refusals.line(error)) is None:
             raise
-        sys.exit(said)
+        sys.exit(line)
     except (AttributeError, KeyError):
         path, _, argument = _value(arguments, "config").partition(":")
         try:
@@ -149,32 +150,12 @@ def check_flags(arguments: Sequence[str]) -> None:
         )
 
 
-def main(arguments: Sequence[str]) -> None:
-    """Run the modes in order; a refusal ends in one line, and with the status 1."""
-    try:
-        _main(arguments)
-    except Exception as error:
-        if TRACEBACK.value or (said := refusals.line(error)) is None:
-            raise
-        sys.exit(said)
+def check_modes(chosen: Sequence[str]) -> None:
+    """Refuse modes that do not exist, and flags that none of the modes in ``chosen`` takes.
 
-
-def _main(arguments: Sequence[str]) -> None:
-    check_flags(arguments)
-    unknown = [mode for mode in MODE.value or () if mode not in MODES]
-    if unknown:
-        raise app.UsageError(f"unknown mode {unknown}; choose from {', '.join(MODES)}")
-    if MODE.value and not any(getattr(module_of(m), "NEEDS_CONFIG", True) for m in MODE.value):
-        for mode in MODE.value:
-            module = module_of(mode)
-            module.run(None, WORKDIR.value, **_flags_of(module))
-        return
-    if CONFIG.value is None:
-        raise app.UsageError(
-            "--config=configs/<name>.py says what to run, or --workdir of a run that has a "
-            "checkpoint; without either, --mode=verify"
-        )
-    chosen = MODE.value or choices_in(CONFIG.value.mode)
+    Raises:
+      UsageError: the message names the modes or the flag.
+    """
     unknown = [mode for mode in chosen if mode not in MODES]
     if unknown or not chosen:
         raise app.UsageError(f"unknown mode {unknown}; choose from {', '.join(MODES)}")
@@ -182,6 +163,34 @@ def _main(arguments: Sequence[str]) -> None:
     for flag, mode in ((SOURCE, "convert"), (RUNS, "compare")):
         if flag.value is not None and flag.name not in taken:
             raise app.UsageError(f"--{flag.name} is for --mode={mode}, not for {', '.join(chosen)}")
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Run the modes in order; a refusal ends in one line, and with the status 1."""
+    try:
+        _main(arguments)
+    except Exception as error:
+        if TRACEBACK.value or (line := refusals.line(error)) is None:
+            raise
+        sys.exit(line)
+
+
+def _main(arguments: Sequence[str]) -> None:
+    check_flags(arguments)
+    if MODE.value:
+        check_modes(MODE.value)
+        if not any(getattr(module_of(mode), "NEEDS_CONFIG", True) for mode in MODE.value):
+            for mode in MODE.value:
+                module = module_of(mode)
+                module.run(None, WORKDIR.value, **_flags_of(module))
+            return
+    if CONFIG.value is None:
+        raise app.UsageError(
+            "--config=configs/<name>.py says what to run, or --workdir of a run that has a "
+            "checkpoint; without either, --mode=verify"
+        )
+    chosen = MODE.value or choices_in(CONFIG.value.mode)
+    check_modes(chosen)
     if COORDINATOR.value:
         address = None if COORDINATOR.value == "auto" else COORDINATOR.value
         jax.distributed.initialize(address, PROCESSES.value, PROCESS.value)

@@ -107,7 +107,8 @@ def refusal(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., str]]:
 
     yield run
     flags.FLAGS.unparse_flags()
-    for name in ("config", "mode", "workdir", "source", "coordinator"):
+    processes = ("coordinator", "num_processes", "process_id")
+    for name in ("config", "mode", "workdir", "source", "runs", *processes):
         flags.FLAGS[name].unparse()
 
 
@@ -128,6 +129,15 @@ def refusal(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., str]]:
         (
             (CONFIG, "--mode=train,eval", "--source=there"),
             "UsageError: --source is for --mode=convert, not for train, eval",
+        ),
+        # These modes need no config.
+        (
+            ("--mode=verify", "--runs=a"),
+            "UsageError: --runs is for --mode=compare, not for verify",
+        ),
+        (
+            ("--mode=compare", "--runs=a,b", "--source=c"),
+            "UsageError: --source is for --mode=convert, not for compare",
         ),
         ((CONFIG, "--coordinator=foo"), "several processes want all three, with ids from 0 to"),
         (

@@ -1,4 +1,4 @@
-"""Where the noise of a training begins, and the unit of its loss: of sde, training and data."""
+"""The smallest time of a training, and the unit of its loss."""
 
 import jax.numpy as jnp
 
@@ -10,26 +10,29 @@ from sbml.sdes import SDE
 
 
 def smallest_time(sde: SDE, training: Training, data: Data, tau: float) -> float:
-    """The paper's, unless ``training.smallest_time`` says otherwise; of bin centres a later one.
+    """The smallest time of a training: ``training.smallest_time``, or if it is None, the paper's.
 
-    The paper's is the SDE's own, but for VP on ImageNet with likelihood weighting and importance
-    sampling, of either kind, 5e-5. Bin centres are evaluated from where ``tau`` standard deviations
-    of the noise fill half a bin, if that is later (``discrete.smallest_time``). They are trained
-    from there on, for earlier noise is never evaluated.
+    The paper's smallest time is the SDE's ``smallest_time``. On ImageNet with likelihood weighting
+    and importance sampling it is at least 5e-5. For training on bin centres it is replaced by the
+    time at which half a bin is ``tau`` standard deviations of the noise wide, if this is later
+    (``discrete.smallest_time``): the evaluation of such a model needs no earlier time.
     """
     if training.smallest_time is not None:
         return training.smallest_time
     both = training.likelihood_weighting and training.importance_sampling
     imagenet = imagenet32.version(data.source) is not None
-    papers = max(sde.smallest_time, 5e-5 if imagenet and both else 0.0)
+    eps = max(sde.smallest_time, 5e-5 if imagenet and both else 0.0)
     if data.dequantization != "centre":
-        return papers
-    return float(discrete.smallest_time(sde, data.levels, papers, tau))
+        return eps
+    return float(discrete.smallest_time(sde, data.levels, eps, tau))
 
 
 def smallest_trained_time(sde: SDE, training: Training, eps: float) -> float:
-    """The smallest time whose noise a training from ``eps`` on shows: in discrete time, that of the
-    first level."""
+    """The smallest time t at which the network sees images in training.
+
+    In continuous time it is ``eps``. In discrete time it is the time with the log-SNR of the first
+    noise level, or ``eps`` if that is later.
+    """
     levels = training.discrete_levels
     if not levels:
         return eps
@@ -37,10 +40,12 @@ def smallest_trained_time(sde: SDE, training: Training, eps: float) -> float:
 
 
 def loss_unit(sde: SDE, training: Training, eps: float) -> float:
-    """Our loss, nats/dim, where the paper's is 1: it leaves constants out, mean |z - F|^2.
+    """The value of the loss of this package, in nats/dim, when the loss of the paper is 1.
 
-    Z / 2 where importance sampling makes the likelihood's weights equal, those of the noise's or of
-    the velocity's error; else 1 / 2.
+    The paper's loss is a mean over times and dimensions of weighted squared errors of the
+    prediction. With likelihood weighting and importance sampling the weights are 1 and the loss
+    here is Z / 2 times the paper's, where Z is the normaliser of the proposal. Otherwise it is half
+    the paper's.
     """
     proposal = training.proposal(sde, eps)
     if not (training.likelihood_weighting and isinstance(proposal, times.Importance)):

@@ -30,7 +30,8 @@ class Optim(Section):
     eps: float = real(1e-8, above=0, most=1)  # added to the root of the second moment
     # Decoupled: each step subtracts rate * weight_decay * parameter. 0: off.
     weight_decay: float = real(0.0, least=0, most=10)
-    # Largest global norm, in units of the paper's loss, which is a sum over the image. 0: off.
+    # Largest global norm of the gradient of the paper's loss, which is a mean over the dimensions
+    # of an image for the score, and a sum for the dequantizer. 0: off.
     grad_clip: float = real(1.0, least=0, most=1e9)
     ema: float = real(0.9999, least=0, below=1)  # decay of the parameters' average per step
 

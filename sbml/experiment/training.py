@@ -1,4 +1,4 @@
-"""``config.training`` and ``config.dequantizer.training``: the steps, the loss, the checkpoints."""
+"""``config.training`` and ``config.dequantizer.training``: steps, loss and checkpoints."""
 
 import dataclasses
 from typing import ClassVar
@@ -12,32 +12,37 @@ from sbml.times import DRAWS, PROPOSALS, Grid, Proposal
 
 NOISES = ("independent", "antithetic")
 
-# The error whose likelihood weights importance sampling makes equal, and the proposal of its times.
+# With likelihood weighting, importance sampling gives the squared error of one prediction the same
+# total weight at all times. From this prediction to the name of the proposal of the times.
 IMPORTANCE = {"noise": "importance", "velocity": "velocity"}
 
 
 @dataclasses.dataclass(frozen=True)
 class Loop(Section):
-    """What a training loop needs, whatever it trains. Counts are of optimizer steps.
+    """Settings of a training loop, for a score or a dequantizer.
 
     Raises:
-      ValueError: naming a field, its value and what it may be.
+      ValueError: a field is invalid; the message gives its name, value and range.
     """
 
-    folder: ClassVar[str]  # of the checkpoints, within a work directory
+    folder: ClassVar[str]  # folder of the checkpoints in the work directory
 
-    batch_size: int = integer(128, least=1)  # rows a step
-    num_steps: int = integer(1_300_000, least=1)
-    accumulate: int = integer(1, least=1)  # micro-batches a step
-    steps_per_dispatch: int = integer(1, least=1)  # more can help accelerators; slow on CPU
-    # optimizer's state and average split over the devices: less memory of each, and a step
-    # gathers all parameters once more
+    # number of rows in a step; antithetic noises make two rows of an image
+    batch_size: int = integer(128, least=1)
+    num_steps: int = integer(1_300_000, least=1)  # number of steps of the optimizer
+    accumulate: int = integer(1, least=1)  # number of micro-batches in a step
+    # number of steps that are compiled into one call; more can help accelerators, but are slow on
+    # CPU
+    steps_per_dispatch: int = integer(1, least=1)
+    # split the optimizer's state and the average of the parameters over the devices: each needs
+    # less memory, but all parameters are gathered once more in a step
     shard_state: bool = flag(False)
-    log_every: int = integer(100, least=1)
-    checkpoint_every: int = integer(5_000, least=1)
-    keep_last: int = integer(2, least=1)  # checkpoints
-    keep_every: int = integer(50_000)  # keep the first checkpoint past each multiple; 0: none
-    sample_every: int = integer(0)  # a grid of samples; 0: none during training
+    log_every: int = integer(100, least=1)  # number of steps between rows of metrics.jsonl
+    checkpoint_every: int = integer(5_000, least=1)  # number of steps between checkpoints
+    keep_last: int = integer(2, least=1)  # number of newest checkpoints that are kept
+    # also keep the first checkpoint at or past each multiple of this step; 0: none
+    keep_every: int = integer(50_000)
+    sample_every: int = integer(0)  # number of steps between grids of samples; 0: no grids
 
     def checkpoints(self, workdir: epath.PathLike) -> Checkpoints:
         """The checkpoints of the run in ``workdir``."""
@@ -49,55 +54,57 @@ class Loop(Section):
 
 
 def proposal_name(importance_sampling: bool, importance: str) -> str:
-    """Where times are drawn, of ``times.PROPOSALS``."""
+    """The name of the proposal of the times, a key of ``times.PROPOSALS``."""
     return IMPORTANCE[importance] if importance_sampling else "uniform"
 
 
 def check_importance(section: str, importance_sampling: bool, importance: str) -> None:
-    """Refuse a kind of importance where times are uniform.
+    """Check that ``importance`` has its default if there is no importance sampling.
 
     Raises:
-      ValueError: naming the fields of ``section`` and their values.
+      ValueError: it has another value; the message gives both fields of ``section``.
     """
     if not importance_sampling and importance != "noise":
         raise ValueError(
-            f"{section}.importance={importance} with {section}.importance_sampling=False: times "
-            f"are uniform, of no importance; set --config.{section}.importance_sampling=True"
+            f"{section}.importance={importance} with {section}.importance_sampling=False: it has "
+            f"no effect on uniform times; set --config.{section}.importance_sampling=True"
         )
 
 
 @dataclasses.dataclass(frozen=True)
 class Training(Loop):
-    """The training of the score.
+    """Settings of the training of the score.
 
     Raises:
-      ValueError: naming a field, its value and what it may be.
+      ValueError: a field is invalid; the message gives its name, value and range.
     """
 
     section: ClassVar[str] = "training"
     folder: ClassVar[str] = "checkpoints"
 
-    likelihood_weighting: bool = flag(True)
-    importance_sampling: bool = flag(True)  # times by importance; or uniform in t
-    # noise: uniform in log-SNR, the paper's; velocity: density proportional to alpha^2 in log-SNR
+    likelihood_weighting: bool = flag(True)  # w = g^2 / sigma^2; False: w = 1 (sbml.losses)
+    importance_sampling: bool = flag(True)  # draw times by importance; False: uniform in t
+    # noise: uniform in log-SNR, as in the paper; velocity: with a density over log-SNR that is
+    # proportional to its sigmoid, which is alpha^2 for vp
     importance: str = choice("noise", IMPORTANCE)
-    # N: the discrete-time loss on N noise levels, DDPM's (vp) or SMLD's (ve); 0: off
+    # number of noise levels of the discrete-time loss of DDPM (vp) or SMLD (ve); 0: continuous time
     discrete_levels: int = integer(0, below=2**20)
-    # beside the loss so much of the second-order loss, which the ODE's likelihood needs; 0: off.
-    # i-DODE adds 0.1 in the last 3 of 100 steps
+    # weight of the second-order loss (sbml.second_order), which is added to the loss and improves
+    # the likelihood of the ODE; 0: off. i-DODE uses 0.1 in the last 3% of the steps
     second_order: float = real(0.0, least=0, most=100)
-    # of its divergence; 1 is i-DODE's, whose minimum is not at the true score
+    # number of probes of its divergence; with 1, as in i-DODE, its minimum is not at the true score
     second_order_probes: int = integer(2, least=1, below=2**10)
-    times: str = choice("lattice", DRAWS)
-    noises: str = choice("antithetic", NOISES)  # half the images, each with z and -z
-    proposal_bins: int = integer(32, below=2**16)  # of a density of times that follows the noise
-    # None: 1e-5, sub-VP 1e-2, ImageNet with both flags above 5e-5 (the paper's); of bin centres,
-    # where by eval.tau their evaluation begins, if that is later
+    times: str = choice("lattice", DRAWS)  # how the times of a batch are spread
+    noises: str = choice("antithetic", NOISES)  # antithetic: each image has two rows, z and -z
+    # number of bins of a density of times that follows the noise of the loss; 0: no such density
+    proposal_bins: int = integer(32, below=2**16)
+    # None: that of the paper, 1e-5, for subvp 1e-2, on ImageNet with the first two flags 5e-5; on
+    # bin centres it can be later, see eval.tau
     smallest_time: float | None = real(None, least=0, below=1)
-    sample_every: int = integer(50_000)  # a grid of samples; 0: none during training
+    sample_every: int = integer(50_000)  # number of steps between grids of samples; 0: no grids
 
     def check(self) -> None:
-        """A discrete-time loss has neither of the two flags; a kind of importance has its flag."""
+        """Check that the flags fit the loss: a discrete-time loss has neither of the first two."""
         for name in ("likelihood_weighting", "importance_sampling"):
             if self.discrete_levels and getattr(self, name):
                 raise ValueError(
@@ -108,25 +115,25 @@ class Training(Loop):
 
     @property
     def antithetic(self) -> bool:
-        """Whether every image of a batch is called twice, with noises z and -z."""
+        """Whether every image of a batch has two rows, with noises z and -z."""
         return self.noises == "antithetic"
 
     @property
     def adapts(self) -> bool:
-        """Whether the times' density follows the noise that training meets."""
+        """Whether the density of the times follows the noise of the loss during training."""
         return self.proposal_bins > 0
 
     @property
     def weighting(self) -> str:
-        """Of ``losses.WEIGHTINGS``."""
+        """The name of the loss's weighting, one of ``losses.WEIGHTINGS``."""
         return "likelihood" if self.likelihood_weighting else "original"
 
     def kernel(self, sde: SDE) -> Kernel:
-        """What noises the images in training: ``sde``, or ``discrete_levels`` of it."""
+        """The process that noises images in training: ``sde``, or ``discrete_levels`` of it."""
         return sde.levels(self.discrete_levels) if self.discrete_levels else sde
 
     def proposal(self, sde: SDE, eps: float) -> Proposal | Grid:
-        """Where the times of training are drawn, from ``eps`` on."""
+        """The proposal of the times of training, in [eps, T] or on the discrete levels."""
         if self.discrete_levels:
             return Grid(self.discrete_levels)
         return PROPOSALS[proposal_name(self.importance_sampling, self.importance)](sde, eps)
@@ -134,13 +141,13 @@ class Training(Loop):
 
 @dataclasses.dataclass(frozen=True)
 class DequantizerTraining(Loop):
-    """The training of the dequantizer.
+    """Settings of the training of the dequantizer.
 
     Raises:
-      ValueError: naming a field, its value and what it may be.
+      ValueError: a field is invalid; the message gives its name, value and range.
     """
 
     section: ClassVar[str] = "dequantizer.training"
     folder: ClassVar[str] = "dequantizer/checkpoints"
 
-    num_steps: int = integer(300_000, least=1)
+    num_steps: int = integer(300_000, least=1)  # number of steps of the optimizer

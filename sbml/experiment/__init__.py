@@ -1,1 +1,1 @@
-"""From a config to the objects of a run, and what a checkpoint says of its origin."""
+"""Makes the objects of a run from its config, and compares a config with that of a checkpoint."""

@@ -1,10 +1,10 @@
-"""Fields of the config that the checkpoint decides, such as the network and the SDE.
+"""Fields of the config that must agree with the checkpoint, such as those of the network.
 
-A converted checkpoint may fit no config of this package. Then ``architecture.json`` in its work
-directory holds the fields that fit, and ``main`` puts them into its config (:func:`apply`).
+A converted checkpoint may fit no config of this package. So ``architecture.json`` in its work
+directory holds the fields that fit it, and ``main`` puts them into the config (:func:`apply`).
 
 Every checkpoint stores the config of its training. With another SDE or nonlinearity its parameters
-would give wrong results, which their shapes do not show; :func:`check` compares the two configs.
+would give wrong results, although their shapes fit; :func:`check` compares the two configs.
 """
 
 from collections.abc import Iterable, Iterator
@@ -16,15 +16,15 @@ from ml_collections import ConfigDict
 from sbml.experiment.fields import as_tuples, plain
 from sbml.runtime.workdir import ARCHITECTURE, Workdir
 
-# Fields of a network or dequantizer that may differ from those of the checkpoint's training.
+# Fields of a network or dequantizer that may differ from those in the checkpoint's config.
 FREE = ("clipped", "dropout", "dtype", "init_scale", "remat")
 
 Sections = dict[str, dict[str, Any]]
 
 
 def write(workdir: epath.PathLike, sections: Sections) -> None:
-    """Write ``sections`` ("model", "dequantizer.model" ...) to ``workdir``, without ``FREE``
-    fields."""
+    """Write ``sections``, the fields of "model", "dequantizer.model" ... by name, to
+    ``workdir/architecture.json``, except for the fields in ``FREE``."""
     fixed = {
         name: {field: value for field, value in fields.items() if field not in FREE}
         for name, fields in sections.items()
@@ -67,38 +67,38 @@ def _update(node: ConfigDict, fields: dict[str, Any]) -> Iterator[str]:
 
 
 def check(config: dict[str, Any], trained: dict[str, Any], sections: Iterable[str]) -> None:
-    """Compare ``config`` with ``trained``, the config of the checkpoint, in ``sections``.
+    """Check that ``config`` and ``trained``, the config of the checkpoint, agree in ``sections``.
 
     Both are plain JSON values. A field that only one of the two has comes from another version of
-    the package and is ignored.
+    the package and is ignored, as are the fields in ``FREE``.
 
     Raises:
       ValueError: they differ; the message names the fields with both values.
     """
-    differing = []
+    differences = []
     for name in sections:
-        ours, theirs = config, trained
+        fields, trained_fields = config, trained
         for part in name.split("."):
-            ours, theirs = ours[part], theirs.get(part, {})
-        differing += [
-            f"config.{name}.{field} is {ours[field]!r}, the checkpoint's is {value!r}"
-            for field, value in theirs.items()
-            if field in ours and field not in FREE and ours[field] != plain(value)
+            fields, trained_fields = fields[part], trained_fields.get(part, {})
+        differences += [
+            f"config.{name}.{field} is {fields[field]!r}, the checkpoint's is {value!r}"
+            for field, value in trained_fields.items()
+            if field in fields and field not in FREE and fields[field] != plain(value)
         ]
-    if differing:
+    if differences:
         raise ValueError(
-            f"the checkpoint is of another model: {'; '.join(differing)}. Use the --config of its "
-            "training, or set these fields"
+            f"the checkpoint is of another model: {'; '.join(differences)}. Use the --config of "
+            "its training, or set these fields"
         )
 
 
 def of_workdir(config: ConfigDict, workdir: epath.PathLike) -> ConfigDict:
-    """``config`` with the architecture stored in ``workdir``, if there is one; prints the
-    changes."""
+    """``config`` with the fields of ``architecture.json`` in ``workdir``, if there is such a file.
+    Each changed field is printed."""
     workdir = Workdir(workdir)
     if not workdir.has(ARCHITECTURE):
         return config
-    fitted, lines = apply(config, workdir.read(ARCHITECTURE))
+    changed, lines = apply(config, workdir.read(ARCHITECTURE))
     for line in lines:
         print(f"{workdir / ARCHITECTURE}: {line}")
-    return fitted
+    return changed

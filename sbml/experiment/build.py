@@ -35,15 +35,16 @@ class Experiment:
       levels: number of levels of the integer data.
       sde: the forward process.
       adapter: maps parameters to the score that is evaluated and sampled.
-      exact_adapter: the same in float32 whatever ``model.dtype`` is, for likelihoods. The rounding
-        of bfloat16 acts as noise on the step control of the ODE: it took three times the
-        evaluations and did not converge.
-      trained_kernel: the process that noises images in training: the SDE, or discrete times of it.
-      trained_adapter: maps parameters to the score in the training loss, of the same network.
+      exact_adapter: the same in float32, whatever ``model.dtype`` is, for likelihoods. With the
+        rounding errors of bfloat16 an ODE with step control needed three times the evaluations and
+        did not converge.
+      trained_kernel: the process that noises images in training: the SDE, or its discrete levels.
+      trained_adapter: maps parameters to the score in the training loss, with the same network.
       proposal: the distribution of the times in training.
       optimizer, dequantizer_optimizer: the optimizers of the score and of the dequantizer.
       eval_eps, sampling_eps: the smallest times of an evaluation and of samples.
-      discrete_eps: the smallest time of bounds on the integers themselves, set by ``eval.tau``.
+      discrete_eps: the smallest time for dequantizers that put noise around bin centres, set by
+        ``eval.tau``.
       eval_solver: the ODE solver of an evaluation.
       cells: the table of an evaluation, undefined cells included.
       sampler: the sampler of ``config.sampling``.
@@ -98,7 +99,11 @@ class Experiment:
         return evaluation.trace(self.config.eval, num_importance)
 
     def dequantizer(self, name: str) -> Any:
-        """The dequantizer called ``name``, for these levels and this SDE."""
+        """The dequantizer called ``name``, for these levels and this SDE.
+
+        Raises:
+          ValueError: there is no such dequantizer, or a field of it is outside its range.
+        """
         tau = discrete.tau(self.sde, self.levels, self.discrete_eps)
         return self.config.dequantizer.build(name, levels=self.levels, tau=tau)
 
@@ -126,14 +131,18 @@ class Experiment:
         return TrainState.create(params, self.optimizer, statistics)
 
     def trained_score(self, params: Any) -> tuple[Score, Any]:
-        """The score that the loss sees, and what noises its images; a learned SDE is traced."""
+        """The score in the training loss, and the process that noises the images.
+
+        With ``sde.learned`` both depend on ``params``, so that the loss has a gradient with respect
+        to the numbers of the SDE.
+        """
         if not self.config.sde.learned:
             return self.trained_adapter(params), self.trained_kernel
         sde = schedule.learned_sde(self.sde, params)
         return dataclasses.replace(self.adapter, sde=sde)(params), sde
 
     def with_learned_schedule(self, params: Any) -> "Experiment":
-        """This experiment, with the SDE that ``params`` have learned, if they have."""
+        """This experiment with the SDE whose numbers are in ``params``, if its SDE is learned."""
         learned: dict[str, Any] = schedule.numbers(params)
         if not learned:
             return self
@@ -141,8 +150,8 @@ class Experiment:
         return Experiment(dataclasses.replace(self.config, sde=sde))
 
     def init_dequantizer(self, images: data.ImageSet) -> TrainState:
-        """The state before the first step, whose initialisation uses a batch spread evenly over
-        ``images``."""
+        """The dequantizer's state before the first step. Its data-dependent initialisation uses a
+        batch that is spread evenly over ``images``."""
         size = self.config.dequantizer.training.batch_size
         pixels = images.images[data.spread(len(images), size)]
         params = self.trained_dequantizer.init(self._init_key(), jnp.asarray(pixels))
@@ -161,7 +170,8 @@ class Experiment:
           ValueError: there is no checkpoint, or it belongs to another model.
         """
         mesh = sharding.data_mesh()
-        # Outside of ``template``, so that an error in the config is not taken for a damaged file.
+        # This is not in ``template``, so that an error in the config is not taken for a damaged
+        # file.
         expected = sharding.abstract(self.init_state, mesh)
 
         def check(metadata: dict) -> None:
@@ -170,8 +180,8 @@ class Experiment:
         def template(metadata: dict) -> TrainState:
             trained.of_another_model(check, metadata)
             bins = metadata["config"]["training"].get("proposal_bins", 0)
-            same = sharding.replicated(mesh)
-            statistics = jax.ShapeDtypeStruct((2, bins), jnp.float32, sharding=same)
+            placement = sharding.replicated(mesh)
+            statistics = jax.ShapeDtypeStruct((2, bins), jnp.float32, sharding=placement)
             return expected.replace(statistics=statistics if bins else ())
 
         return _newest(
@@ -227,7 +237,7 @@ class Experiment:
 def _newest(
     checkpoints: Checkpoints, template: TrainState | Callable[[dict], TrainState], missing: str
 ) -> Restored:
-    """The newest undamaged one of ``checkpoints``.
+    """The newest undamaged checkpoint.
 
     Raises:
       ValueError: there is none; the message is ``missing`` with the folder filled in.

@@ -1,4 +1,4 @@
-"""The config files that come with the package, by name: ``digits_vp`` is configs/digits_vp.py."""
+"""The config files of the package by name: ``digits_vp`` is the file ``configs/digits_vp.py``."""
 
 import pathlib
 
@@ -12,24 +12,25 @@ def folder() -> pathlib.Path:
 
 
 def path_of(config: str) -> str:
-    """The value of --config for absl: ``name`` or ``name:argument`` with the path for the name.
+    """``config`` with the name of a config replaced by its path: the value of --config for absl.
 
-    A file that exists comes before a name, and a name before a folder of that name. What has a
-    folder or an ending is a path, and stays.
+    ``config`` is a name or a path, or either followed by ``:argument``. If it contains a folder or
+    a file ending it is a path, and is not changed. The same holds if there is a file of that name,
+    or if there is a folder of that name and no such config.
 
     Raises:
-      ValueError: for a name that no config has.
+      ValueError: no config has this name; the message lists the names.
     """
     name, colon, argument = config.partition(":")
     path = pathlib.Path(name)
     if path.is_file() or name != path.stem:
         return config
-    known = {file.stem: file for file in sorted(folder().glob("*.py"))}
-    if name not in known and path.is_dir():
+    paths = {file.stem: file for file in sorted(folder().glob("*.py"))}
+    if name not in paths and path.is_dir():
         return config
-    if name not in known:
+    if name not in paths:
         raise ValueError(
-            f"--config={config}: no config has the name {name!r}; choose from {', '.join(known)}, "
+            f"--config={config}: no config has the name {name!r}; choose from {', '.join(paths)}, "
             "or give the path of a file"
         )
-    return f"{known[name]}{colon}{argument}"
+    return f"{paths[name]}{colon}{argument}"

@@ -1,9 +1,10 @@
-"""The whole config: as users write it, and as the program reads it.
+"""The whole config: a ``ConfigDict`` that users change, and a ``Config`` that the program reads.
 
-Users have a ``ConfigDict``: a config file calls :func:`default` and sets what differs, the command
-line overrides fields by ``--config.optim.lr=1e-4``. The program has a :class:`Config`, which is
-frozen and checked. Its sections explain every field, with its default and range, each in a file of
-its own beside this one. Fields hold plain values only; objects are made of them in ``build``.
+A config file calls :func:`default` and sets the fields that differ. The command line overrides
+fields, as in ``--config.optim.lr=1e-4``. From the resulting ``ConfigDict`` the program makes a
+:class:`Config`, which is frozen and checked. Each of its sections has a file beside this one, which
+explains the fields with their defaults and ranges. Fields hold plain values only; ``build`` makes
+objects from them.
 """
 
 import dataclasses
@@ -29,14 +30,15 @@ from sbml.experiment.training import Training
 
 @dataclasses.dataclass(frozen=True)
 class Config(Section):
-    """The paper's CIFAR-10 settings for VP with likelihood weighting and importance sampling.
+    """All settings of a run. The defaults are the paper's for CIFAR-10 and the SDE VP, with
+    likelihood weighting and importance sampling.
 
     Raises:
-      ValueError: naming a field, its value and what it may be.
+      ValueError: a field is invalid; the message gives its name, value and range.
     """
 
-    seed: int = integer(0, below=2**32)
-    mode: tuple[str, ...] = names(("train",))  # any of --mode's, in order
+    seed: int = integer(0, below=2**32)  # seed of training
+    mode: tuple[str, ...] = names(("train",))  # modes to run, in order, without the flag --mode
     data: Data = Data()
     sde: Process = Process()
     model: Network = Network.default("ncsnpp")
@@ -49,7 +51,7 @@ class Config(Section):
     latents: Latents = Latents()
 
     def check(self) -> None:
-        """What is evaluated is held out, and a learned decoder has been learned."""
+        """Check that the split to evaluate exists, and that a learned decoder has been trained."""
         if self.eval.split == data.VALIDATION and not self.data.validation:
             raise ValueError(data.NO_VALIDATION.format(f"eval.split={self.eval.split}"))
         trained = self.score.parameterization, self.data.dequantization
@@ -63,25 +65,30 @@ class Config(Section):
 
     @classmethod
     def read(cls, config: ConfigDict) -> Self:
-        """What ``config`` says, checked.
+        """The checked config with the fields of ``config``.
 
         Raises:
-          ValueError: naming a field that is wrong, unknown or missing.
+          ValueError: a field is invalid, unknown or missing; the message names it.
         """
         return cls.of(config.to_dict())
 
     def plain(self) -> dict[str, Any]:
-        """As plain JSON values."""
+        """The config as plain JSON values."""
         return plain(self)
 
 
 def default(network: str = "ncsnpp") -> ConfigDict:
-    """The defaults of :class:`Config`, with network ``network`` and its own, to be changed."""
+    """A config for users to change: the defaults of :class:`Config` and of the network called
+    ``network``.
+
+    Raises:
+      ValueError: there is no such network.
+    """
     return ConfigDict(_editable(Config(model=Network.default(network)))).lock()
 
 
 def _editable(section: Section) -> dict[str, Any]:
-    """The fields of ``section``; one that may be left open knows its type."""
+    """The fields of ``section``; a field whose default is None is a placeholder of its type."""
     fields = section.to_dict()
     for field in dataclasses.fields(section):
         if field.name in fields and fields[field.name] is None:
@@ -90,27 +97,28 @@ def _editable(section: Section) -> dict[str, Any]:
 
 
 def check_overrides(config: ConfigDict, arguments: Sequence[str]) -> None:
-    """Refuse ``--config.a.b=value`` for a field that ``config`` does not have.
+    """Check that ``config`` has every field that is set by ``--config.a.b=value``.
 
     Raises:
-      ValueError: naming the field and those there are beside it.
+      ValueError: it lacks one; the message names the field and the fields of its section.
     """
     for name in re.findall(r"^--?config\.([\w.]+)", "\n".join(arguments), re.MULTILINE):
-        node, known = config, "config"
+        node, section = config, "config"
         for part in name.split("."):
             if not isinstance(node, ConfigDict) or part not in node:
                 fields = sorted(node) if isinstance(node, ConfigDict) else []
                 raise ValueError(
-                    f"unknown field config.{name}: {known} has {', '.join(fields) or 'no fields'}"
+                    f"unknown field config.{name}: {section} has {', '.join(fields) or 'no fields'}"
                 )
-            node, known = node[part], f"{known}.{part}"
+            node, section = node[part], f"{section}.{part}"
 
 
 def small_dequantizer(config: ConfigDict, *, num_steps: int) -> None:
-    """Give ``config`` a Flow++ that a CPU trains in minutes."""
+    """Set a Flow++ dequantizer in ``config`` that a CPU trains in minutes."""
     config.dequantizer.model.update(filters=32, components=8, blocks=1)
     config.dequantizer.training.update(
         batch_size=64, num_steps=num_steps, log_every=20, checkpoint_every=num_steps // 2
     )
-    nats = float(math.prod(config.data.shape))  # Clips at 1 in nats/dim.
-    config.dequantizer.optim.update(lr=2e-3, warmup=50, grad_clip=nats)
+    # The unit of grad_clip is nats, so this clips the gradient of the loss in nats/dim at 1.
+    grad_clip = float(math.prod(config.data.shape))
+    config.dequantizer.optim.update(lr=2e-3, warmup=50, grad_clip=grad_clip)

@@ -1,4 +1,4 @@
-"""``config.data``: which images, and how they become numbers in [-1, 1]."""
+"""``config.data``: the images of a run, and how they become numbers in [-1, 1]."""
 
 import dataclasses
 from typing import ClassVar
@@ -23,37 +23,40 @@ DEQUANTIZATIONS = ("uniform", "centre", "none")
 
 @dataclasses.dataclass(frozen=True)
 class Data(Section):
-    """The images of a run; they are read by :meth:`images`.
+    """The images of a run, which :meth:`images` reads.
 
     Raises:
-      ValueError: naming a field, its value and what it may be.
+      ValueError: a field is invalid; the message gives its name, value and range.
     """
 
     section: ClassVar[str] = "data"
 
     # digits, photos, tfds:<set>, imagenet32:old, imagenet32:new, image_folder
     source: str = text("tfds:cifar10")
-    # height, width, channels; the loaded set must agree
+    # height, width and channels; they must be those of the loaded images
     shape: tuple[int, ...] = integers(
         (32, 32, 3), least=1, below=2**16, each="height,width,channels"
     )
-    levels: int = integer(256, least=2, below=257)  # integers 0 .. levels - 1, held as uint8
+    levels: int = integer(256, least=2, below=257)  # pixels are integers 0 .. levels - 1 in uint8
     flip: bool = flag(True)  # random horizontal flips in training
-    # centre: of the bin, fits truncated_normal; none: k / (levels - 1), as the authors
+    # Training data for a pixel k of L levels: uniform: 2 (k + u) / L - 1 with u uniform in [0, 1),
+    # centre: the same with u = 1/2, the bin's centre; none: 2 k / (L - 1) - 1, as the authors
     dequantization: str = choice("uniform", DEQUANTIZATIONS)
-    cache_dir: str = text("")  # prepared arrays; empty: ~/.cache/sbml
-    manual_dir: str = text("")  # archives already on disk, for tfds and imagenet32
+    cache_dir: str = text("")  # folder of prepared arrays; empty: ~/.cache/sbml
+    manual_dir: str = text("")  # folder of archives already on disk, for tfds and imagenet32
     path: str = text("")  # folder of image_folder
-    crop: str = choice("center", CROPS)  # of image_folder; squash: both sides scaled
-    # expected share of held-out images, of image_folder without train/ and test/ subfolders
+    crop: str = choice("center", CROPS)  # for image_folder; squash: both sides are scaled
+    # expected fraction of test images, for image_folder without subfolders train/ and test/
     test_fraction: float = real(0.1, above=0, below=1)
-    # of image_folder: which images are held out, random crops
+    # seed of the choice of test images and of random crops, for image_folder
     split_seed: int = integer(0, below=2**32)
-    # training images held out, of crops whole photos: a fraction, or a number of them; 0: none
+    # fraction below 1, or number, of the training images that are held out for validation; of
+    # crops, whole photos are held out; 0: none
     validation: float = real(0.0, least=0, below=COUNT)
 
     def check(self) -> None:
-        """A folder's images are square and have 256 levels; a number of images is whole."""
+        """Check that a folder's images are square with 256 levels, and that ``validation`` is a
+        fraction or a whole number."""
         height, width, channels = self.shape
         if self.source == "image_folder" and (height != width or self.levels != 256):
             raise ValueError(
@@ -61,14 +64,13 @@ class Data(Section):
                 "a folder are made square, of 256 levels; set "
                 "--config.data.shape=SIZE,SIZE,CHANNELS --config.data.levels=256"
             )
-
         if self.validation >= 1 and self.validation % 1:
             needs = "a fraction below 1 or a whole number of images"
             raise refusal(self.name_of("validation"), self.validation, needs)
 
     @property
     def options(self) -> Options:
-        """How to find and cut the images."""
+        """The options for ``data.load``: where the images are, and how they are cut."""
         return Options(
             cache_dir=self.cache_dir or None,
             manual_dir=self.manual_dir or None,
@@ -85,7 +87,7 @@ class Data(Section):
         """The images of ``split``.
 
         Raises:
-          ValueError: if they are not of this shape and these levels.
+          ValueError: the images do not have this shape and these levels, or cannot be loaded.
         """
         images = data.load(self.source, split, self.options)
         if images.shape != self.shape or images.levels != self.levels:

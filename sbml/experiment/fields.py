@@ -1,15 +1,18 @@
 """Fields of a config's sections: each has a default and a rule that every value must meet.
 
+    @dataclasses.dataclass(frozen=True)
     class Latents(Section):
-        section = "latents"
-        count: int = integer(8, least=2, below=1000)     # images of eval.split
+        section: ClassVar[str] = "latents"
+        count: int = integer(8, least=2, below=1000)     # number of images of eval.split
 
-A section is a frozen dataclass. When it is built, it checks every field by the field's rule, and
-then the rules between its fields, :meth:`Section.check`. All refusals have one wording,
+A section is a frozen dataclass. When it is built, it checks each field by the rule of the field,
+and then :meth:`Section.check` checks that the fields fit together. A value that breaks a rule
+raises a ValueError of this form:
 
     latents.count=1: need an integer of at least 2 and below 1000
 
-A default of None, or of "" for a choice, says that the field may be left open.
+If the default of a field is None, or "" for a choice, the field may also have this value, which
+means that it is not set.
 """
 
 import contextlib
@@ -21,18 +24,18 @@ import typing
 from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any, ClassVar, NamedTuple, Self
 
-# Steps, images and draws are counted by int32 on the devices.
+# Counts are below this limit, since steps, images and draws are int32 numbers on the devices.
 COUNT = 2**31
 
 
 def refusal(name: str, value: Any, needs: str) -> ValueError:
-    """The error of a field whose value cannot be used: it names the field, the value, the need."""
+    """The error for a field ``name`` with an invalid ``value``; ``needs`` says what is valid."""
     return ValueError(f"{name}={value}: need {needs}")
 
 
 @contextlib.contextmanager
 def section_errors(section: str) -> Iterator[None]:
-    """Let a ValueError of what is built from ``section`` begin with its name."""
+    """A context that puts the name of ``section`` before the message of every ValueError."""
     try:
         yield
     except ValueError as error:
@@ -40,7 +43,13 @@ def section_errors(section: str) -> Iterator[None]:
 
 
 class Rule(NamedTuple):
-    """What the values of a field must be: of Python's type ``kind``, and so that they ``hold``."""
+    """The rule of a field.
+
+    Attributes:
+      kind: the Python type of its values.
+      holds: whether a value is valid.
+      needs: what a value must be, in words, for the message of an error.
+    """
 
     kind: type
     holds: Callable[[Any], bool]
@@ -60,12 +69,12 @@ def _shown(bound: float) -> str:
 
 
 def _interval(bounds: Mapping[str, float | None]) -> tuple[Callable[[Any], bool], str]:
-    """Whether a number lies within ``bounds``, and what they are in words."""
+    """A test whether a number lies within ``bounds``, and the bounds in words."""
     tests = {"above": operator.gt, "of at least": operator.ge, "below": operator.lt}
     tests["at most"] = operator.le
-    given = {word: bound for word, bound in bounds.items() if bound is not None}
-    words = " and ".join(f"{word} {_shown(bound)}" for word, bound in given.items())
-    return lambda value: all(tests[word](value, b) for word, b in given.items()), words
+    limits = {word: bound for word, bound in bounds.items() if bound is not None}
+    words = " and ".join(f"{word} {_shown(bound)}" for word, bound in limits.items())
+    return lambda value: all(tests[word](value, limit) for word, limit in limits.items()), words
 
 
 def _is_integer(value: Any) -> bool:
@@ -77,7 +86,7 @@ def _is_real(value: Any) -> bool:
 
 
 def integer(default: int | None, *, least: int = 0, below: int = COUNT) -> Any:
-    """An integer in [least, below)."""
+    """A field: an integer in [least, below)."""
     within, words = _interval({"of at least": least, "below": below})
     needs = f"an integer {words}"
     return _field(default, int, lambda value: _is_integer(value) and within(value), needs)
@@ -91,7 +100,8 @@ def real(
     below: float | None = None,
     most: float | None = None,
 ) -> Any:
-    """A finite number above or from ``least``, and below or up to ``most``."""
+    """A field: a finite number that is above ``above``, at least ``least``, below ``below`` and at
+    most ``most``, as far as these bounds are not None."""
     bounds = {"above": above, "of at least": least, "below": below, "at most": most}
     within, words = _interval(bounds)
     return _field(
@@ -100,7 +110,7 @@ def real(
 
 
 def reals(default: tuple[float, ...], *, least: float, most: float, each: str) -> Any:
-    """A tuple of finite numbers in [least, most], one for ``each`` of "a,b"."""
+    """A field: a tuple of finite numbers in [least, most], one for each name in ``each="a,b"``."""
     within, words = _interval({"of at least": least, "at most": most})
     length = len(each.split(","))
 
@@ -112,7 +122,8 @@ def reals(default: tuple[float, ...], *, least: float, most: float, each: str) -
 
 
 def integers(default: tuple[int, ...], *, least: int, below: int, each: str = "") -> Any:
-    """A tuple of integers in [least, below): one or more, or one for ``each`` of "a,b"."""
+    """A field: a tuple of integers in [least, below), one for each name in ``each="a,b"``, or one
+    or more if ``each`` is empty."""
     within, words = _interval({"of at least": least, "below": below})
 
     def holds(value: Any) -> bool:
@@ -125,17 +136,17 @@ def integers(default: tuple[int, ...], *, least: int, below: int, each: str = ""
 
 
 def flag(default: bool) -> Any:
-    """True or False."""
+    """A field: True or False."""
     return _field(default, bool, lambda value: isinstance(value, bool), "True or False")
 
 
 def text(default: str) -> Any:
-    """Any text."""
+    """A field: any text."""
     return _field(default, str, lambda value: isinstance(value, str), "text")
 
 
 def names(default: tuple[str, ...]) -> Any:
-    """One name or more, ``choices_in`` reads them."""
+    """A field: one or more names, which ``choices_in`` separates."""
 
     def holds(value: Any) -> bool:
         return isinstance(value, tuple) and all(isinstance(v, str) for v in value)
@@ -145,17 +156,20 @@ def names(default: tuple[str, ...]) -> Any:
 
 
 def choice(default: str | None, choices: Collection[str]) -> Any:
-    """One of ``choices``; or empty, where that is the default."""
+    """A field: one of ``choices``, or its default if that is None or empty."""
     allowed = {*choices, *([""] if default == "" else [])}
     needs = f"one of {', '.join(sorted(choices))}" + (", or nothing" if "" in allowed else "")
     return _field(default, str, lambda value: isinstance(value, str) and value in allowed, needs)
 
 
 def check_choice(field: str, name: str, choices: Collection[str]) -> str:
-    """``name`` itself.
+    """Check that ``name``, the value of the config field ``field``, is one of ``choices``.
+
+    Returns:
+      ``name`` itself.
 
     Raises:
-      ValueError: if it is not among ``choices``, naming the config field and the choices.
+      ValueError: it is not; the message names the field and the choices.
     """
     if name not in choices:
         raise refusal(field, name, f"one of {', '.join(sorted(choices))}")
@@ -163,15 +177,15 @@ def check_choice(field: str, name: str, choices: Collection[str]) -> str:
 
 
 def choices_in(value: Collection[str]) -> list[str]:
-    """The names in a field such as ``eval.estimators``; the command line's "a,b" is one string."""
+    """The names in a field such as ``eval.estimators``; "a,b" on the command line is one string."""
     return [name.strip() for item in value for name in item.split(",") if name.strip()]
 
 
 def check_finite(section: str, values: Mapping[str, Any]) -> None:
-    """Refuse numbers among ``values`` that are not finite; their ranges are their owner's to check.
+    """Check that all numbers in ``values`` are finite.
 
     Raises:
-      ValueError: naming the field and its value.
+      ValueError: one is not; the message gives the field and its value.
     """
     for name, value in values.items():
         for number in value if isinstance(value, tuple) else (value,):
@@ -179,7 +193,7 @@ def check_finite(section: str, values: Mapping[str, Any]) -> None:
                 raise refusal(f"{section}.{name}", value, "finite numbers")
 
 
-# No network or dequantizer is so large, nor are the numbers that it needs.
+# Limits of the integers and of the numbers in the fields of a network or dequantizer.
 SIZE, MAGNITUDE = 2**16, 1e6
 _OWNED: dict[Any, Rule] = {
     bool: Rule(bool, lambda v: isinstance(v, bool), "True or False"),
@@ -190,7 +204,7 @@ _OWNED: dict[Any, Rule] = {
 
 
 def _owned_rule(annotation: Any) -> Rule | None:
-    """The rule of a field with this annotation; None where there is none."""
+    """The rule of a field with this annotation; None for types without a rule."""
     kinds = typing.get_args(annotation)
     each = _OWNED.get(kinds[0] if kinds[1:] == (...,) else annotation)
     if each is None or not kinds:
@@ -203,13 +217,14 @@ def _owned_rule(annotation: Any) -> Rule | None:
 
 
 def check_owned(section: str, values: Mapping[str, Any], owner: type[Any]) -> None:
-    """Refuse values of another type than the fields of dataclass ``owner``, or beyond all use.
+    """Check that values have the types of the fields of the dataclass ``owner``, and are not huge.
 
-    Integers are below 2^16 and numbers at most 1e6, in magnitude; what narrower range a field has
-    is for ``owner`` to check when it is built. Fields of further types are left to it altogether.
+    The magnitude of integers must be below 2^16, and that of numbers at most 1e6. ``owner`` checks
+    the range of each field when it is built. Of fields whose type is not bool, str, int, float or a
+    tuple of one of these, only numbers that are not finite are refused here.
 
     Raises:
-      ValueError: naming the field, its value and what it must be.
+      ValueError: a value is invalid; the message gives the field, the value and what it must be.
     """
     check_finite(section, values)
     for field in dataclasses.fields(owner):
@@ -219,12 +234,12 @@ def check_owned(section: str, values: Mapping[str, Any], owner: type[Any]) -> No
 
 
 def as_tuples(value: Any) -> Any:
-    """``value``, but a tuple where JSON made a list of it."""
+    """``value`` with tuples in place of lists, which JSON has for both."""
     return tuple(map(as_tuples, value)) if isinstance(value, list | tuple) else value
 
 
 def plain(value: Any) -> Any:
-    """``value`` as JSON has it: a section is a dict with its fields in order, a tuple a list."""
+    """``value`` in the types of JSON: a section is a dict with sorted names, a tuple a list."""
     if isinstance(value, Section):
         value = value.to_dict()
     if isinstance(value, Mapping):
@@ -234,9 +249,13 @@ def plain(value: Any) -> Any:
 
 @dataclasses.dataclass(frozen=True)
 class Section:
-    """A part of a config: fields with rules, or further sections.
+    """A part of a config: a frozen dataclass of fields with rules, or of further sections.
 
-    ``section`` is its name on the command line; that of the whole config is empty.
+    Attributes:
+      section: the name of the section on the command line; it is empty for the whole config.
+
+    Raises:
+      ValueError: a field is invalid, or two fields do not fit together.
     """
 
     section: ClassVar[str] = ""
@@ -249,47 +268,48 @@ class Section:
         self.check()
 
     def check(self) -> None:
-        """Raise a ValueError where fields, each right by itself, do not go together."""
+        """Raise a ValueError if fields that are valid by themselves do not fit together."""
 
     @classmethod
     def name_of(cls, field: str) -> str:
-        """``field`` as the command line has it, without ``--config.``."""
+        """The name of ``field`` on the command line, without ``--config.``."""
         return f"{cls.section}.{field}" if cls.section else field
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields by name; of this section alone, not of those within."""
+        """The fields by name; a section within this one stays a section."""
         return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
 
     @classmethod
     def of(cls, values: Mapping[str, Any], *, complete: bool = True) -> Self:
-        """The section with these ``values``, as a ConfigDict or a checkpoint's metadata has them.
+        """The section with these ``values``, which come from a ConfigDict or from a checkpoint.
 
         Args:
-          values: by name; those of a section within are a mapping.
-          complete: refuse a field that is unknown or missing. Else the unknown is left out and the
-            missing has its default: that is how metadata of other versions are read.
+          values: the values by name; a section within this one is a mapping.
+          complete: whether an unknown or missing field is an error. If False, unknown fields are
+            ignored and missing fields have their defaults; so the metadata of a checkpoint of
+            another version can be read.
 
         Raises:
-          ValueError: naming the field, its value and what it must be.
+          ValueError: a field is invalid; the message gives its name, value and range.
         """
-        known = {field.name: field.default for field in dataclasses.fields(cls)}
+        defaults = {field.name: field.default for field in dataclasses.fields(cls)}
         if complete:
-            check_fields(cls.section, values, known)
-        given = {
+            check_fields(cls.section, values, defaults)
+        fields = {
             name: type(default).of(values[name], complete=complete)
             if isinstance(default, Section)
             else as_tuples(values[name])
-            for name, default in known.items()
+            for name, default in defaults.items()
             if name in values
         }
-        return cls(**given)
+        return cls(**fields)
 
 
 def check_fields(section: str, given: Collection[str], known: Collection[str]) -> None:
-    """Refuse fields that are not ``known``, and missing ones.
+    """Check that the names in ``given`` are those in ``known``.
 
     Raises:
-      ValueError: naming them, and the fields that there are.
+      ValueError: a name is unknown or missing; the message lists such names.
     """
     where = f"config.{section}" if section else "config"
     if unknown := sorted(set(given) - set(known)):

@@ -98,8 +98,8 @@ class Training(Loop):
     noises: str = choice("antithetic", NOISES)  # antithetic: each image has two rows, z and -z
     # number of bins of a density of times that follows the noise of the loss; 0: no such density
     proposal_bins: int = integer(32, below=2**16)
-    # None: that of the paper, 1e-5, for subvp 1e-2, on ImageNet with the first two flags 5e-5; on
-    # bin centres it can be later, see eval.tau
+    # None: that of the SDE, 1e-5 for vp and 1e-2 for subvp, but at least 5e-5 on ImageNet with the
+    # first two flags; on bin centres it can be later, see eval.tau
     smallest_time: float | None = real(None, least=0, below=1)
     sample_every: int = integer(50_000)  # number of steps between grids of samples; 0: no grids
 

@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 
 from sbml import data, discrete
 from sbml.divergence import Trace
-from sbml.experiment import evaluation, schedule, trained
+from sbml.experiment import architecture, evaluation, schedule, trained
 from sbml.experiment.config import Config
 from sbml.experiment.noise import loss_unit, smallest_time, smallest_trained_time
 from sbml.runtime import sharding
@@ -215,7 +215,7 @@ class Experiment:
     def score_identity(self) -> dict[str, Any]:
         """Everything that a score depends on apart from its parameters, as plain JSON values."""
         config = self.to_plain()
-        free = ("dropout", "init_scale", "dtype", "remat")
+        free = architecture.FREE
         model = {field: v for field, v in config["model"].items() if field not in free}
         sections = {"sde": config["sde"], "score": config["score"], "model": model}
         return {**sections, "label_eps": self.adapter.eps}

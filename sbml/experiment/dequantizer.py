@@ -31,7 +31,8 @@ def options(name: str) -> dict[str, Any]:
 class Options(Section):
     """``config.dequantizer.model``: the fields of the dequantizer, which its class describes.
 
-    The class checks their ranges when the dequantizer is built, the section around it their types.
+    :class:`Dequantizer` checks the names and types of the fields. The dequantizer's class checks
+    their ranges when the dequantizer is built.
     """
 
     section: ClassVar[str] = "dequantizer.model"
@@ -50,7 +51,7 @@ class Options(Section):
 
 @dataclasses.dataclass(frozen=True)
 class Dequantizer(Section):
-    """The Flow++ dequantizer of CIFAR-10.
+    """Settings of the dequantizer that is trained; the defaults are Flow++ for CIFAR-10.
 
     Raises:
       ValueError: a field is invalid; the message gives its name, value and range.

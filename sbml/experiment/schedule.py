@@ -1,10 +1,10 @@
-"""A learned noise schedule: the numbers of the SDE are among the parameters, by their names.
+"""A learned noise schedule: the numbers of the SDE are trained together with the network.
 
-    params = {**those of the network, "sde": {"gamma_0": (), "gamma_1": ()}}
+    params = {**parameters of the network, "sde": {"gamma_0": (), "gamma_1": ()}}
 
-They are trained with the network's, by the gradient of the whole bound, and averaged as these are.
-The network reads only its own. What is evaluated has the averages as plain numbers, as if the
-config had given them.
+The numbers of the SDE are scalars among the parameters. They are trained by the gradient of the
+whole bound, and their averages are kept as those of the network's parameters are. An evaluation or
+sampling uses the averages as plain numbers, as if the config had set them.
 
 Reference: Kingma, Salimans, Poole, Ho, "Variational Diffusion Models", NeurIPS 2021, section 5.1.
 """
@@ -24,25 +24,25 @@ KEY = "sde"
 
 
 def with_numbers(params: Any, sde: SDE) -> Any:
-    """``params`` of a network with the numbers of ``sde`` beside them, which they start from."""
+    """``params`` of a network together with the numbers of ``sde`` as their initial values."""
     return {**params, KEY: {n: jnp.asarray(v, float) for n, v in vars(sde).items()}}
 
 
 def learned_sde(sde: SDE, params: Any) -> SDE:
-    """``sde`` with the numbers that ``params`` have, for the loss and its gradient."""
+    """``sde`` with the numbers in ``params``, through which the loss has a gradient."""
     return dataclasses.replace(sde, **params[KEY])
 
 
 def numbers(params: Any) -> dict[str, float]:
-    """The numbers that ``params`` have; none where they were not learned."""
+    """The numbers of the SDE in ``params`` by name; empty if they are not learned."""
     return {name: float(sharding.to_host(value)) for name, value in params.get(KEY, {}).items()}
 
 
 def check(process: Process, training: Training, data: Data) -> None:
-    """Refuse a learned schedule whose loss would not be the whole bound.
+    """Check that the loss of a learned schedule is the whole bound.
 
     Raises:
-      ValueError: naming the field and its value.
+      ValueError: it is not; the message gives the field that prevents it, and its value.
     """
     if not process.learned:
         return
@@ -57,5 +57,5 @@ def check(process: Process, training: Training, data: Data) -> None:
         raise ValueError(
             f"sde.learned with training.discrete_levels={training.discrete_levels}, "
             f"training.likelihood_weighting={training.likelihood_weighting}: the loss is no bound; "
-            "set --config.training.likelihood_weighting=True"
+            "set --config.training.likelihood_weighting=True --config.training.discrete_levels=0"
         )

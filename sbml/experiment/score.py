@@ -48,7 +48,7 @@ class Process(Section):
     section: ClassVar[str] = "sde"
 
     name: str = choice("vp", SDES)
-    beta_min: float = real(0.1, above=0, most=1000)  # the rate of noise at t = 0; vp, subvp
+    beta_min: float = real(0.1, above=0, most=1000)  # the rate beta(t) at t = 0; vp, subvp
     beta_max: float = real(20.0, above=0, most=1000)  # the same at t = T; vp, subvp
     # smallest standard deviation of the noise, for data in [-1, 1]; ve
     sigma_min: float = real(0.01, above=0, most=1e6)

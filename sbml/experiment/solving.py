@@ -1,4 +1,4 @@
-"""What ``config.eval`` and ``config.sampling`` share: an ODE solver, and where time is cut."""
+"""Fields that ``config.eval`` and ``config.sampling`` share: an ODE solver and a smallest time."""
 
 import dataclasses
 from typing import Any
@@ -14,25 +14,29 @@ def method(default: str) -> Any:
 
 
 def tolerance(default: float) -> Any:
-    """A field: a tolerance of ``ode.Solver``. Beyond a tenth no step would ever be rejected."""
+    """A field: a tolerance of ``ode.Solver``. Above 0.1 no step would ever be rejected."""
     return real(default, above=0, most=0.1)
 
 
 @dataclasses.dataclass(frozen=True)
 class Solving(Section):
-    """The defaults are those of ``Eval`` and ``Sampling``."""
+    """Settings of an ODE solver, and a smallest time; ``Eval`` and ``Sampling`` set the defaults.
+
+    Raises:
+      ValueError: a field is invalid; the message gives its name, value and range.
+    """
 
     method: str
     rtol: float
     atol: float
-    fixed_steps: int = integer(0)  # equal steps; 0: step control
+    fixed_steps: int = integer(0)  # number of equal steps; 0: adaptive steps
     smallest_time: float | None = real(None, least=0, below=1)
 
     def solver(self) -> Solver:
         """The ODE solver.
 
         Raises:
-          ValueError: for step control on a method without an error estimate.
+          ValueError: adaptive steps with a method that has no error estimate.
         """
         fixed_steps = self.fixed_steps or None
         with section_errors(self.section):

@@ -1,7 +1,8 @@
-"""The config of a run that exists: ``--workdir`` alone is enough to evaluate or sample it.
+"""The config of a trained run, read from its checkpoint, so that ``--config`` can be left out.
 
-A config file like those of ``configs/``, whose argument is the work directory:
-``sbml/experiment/stored.py:runs/digits_vp``. The program takes it where --config is left out.
+This is a config file like those in ``configs/``. Its argument is the work directory:
+``sbml/experiment/stored.py:runs/digits_vp``. If ``--workdir`` is given without ``--config`` and has
+checkpoints, the program uses this config file.
 """
 
 from typing import Any
@@ -15,12 +16,12 @@ from sbml.runtime.workdir import Workdir
 
 
 def get_config(workdir: str) -> ConfigDict:
-    """The config in the newest checkpoint of ``workdir``, to be changed.
+    """The config in the newest checkpoint of ``workdir``, which users may change.
 
-    A field that the checkpoint's version did not have takes its default.
+    A field that the checkpoint lacks, because it was written by an older version, has its default.
 
     Raises:
-      ValueError: without a checkpoint, or for one with a field that this version does not have.
+      ValueError: there is no checkpoint, or it has a field that this version does not have.
     """
     checkpoints = Training().checkpoints(Workdir(workdir))
     metadata = checkpoints.metadata()
@@ -31,11 +32,11 @@ def get_config(workdir: str) -> ConfigDict:
     trained = metadata["config"]
     config = default(trained["model"]["name"])
     with config.unlocked():
-        _lay_over(config, trained, "config")
+        _update(config, trained, "config")
     return config
 
 
-def _lay_over(node: ConfigDict, values: dict[str, Any], name: str) -> None:
+def _update(node: ConfigDict, values: dict[str, Any], name: str) -> None:
     for field, value in values.items():
         if field not in node:
             raise ValueError(
@@ -43,6 +44,6 @@ def _lay_over(node: ConfigDict, values: dict[str, Any], name: str) -> None:
                 "have: update sbml, or give --config"
             )
         if isinstance(value, dict):
-            _lay_over(node[field], value, f"{name}.{field}")
+            _update(node[field], value, f"{name}.{field}")
         else:
             node[field] = as_tuples(value)

@@ -1,4 +1,4 @@
-"""Compares the config and data stored in a checkpoint with the present config and data."""
+"""Compares the config and data that are stored in a checkpoint with those of the present run."""
 
 import math
 from collections.abc import Callable
@@ -19,9 +19,10 @@ Metadata = dict[str, Any]
 
 
 def _noise(metadata: Metadata) -> tuple[SDE, Training, float]:
-    """The process of a checkpoint, its training and its smallest time, of this or an older version.
+    """The forward process, the training settings and the smallest time of a checkpoint.
 
-    Older versions did not store the time, and trained bin centres from the paper's smallest time.
+    A checkpoint of an older version may lack the smallest time. Such a model was trained from the
+    paper's smallest time on, also on bin centres.
     """
     stored = metadata["config"]
     sde = Process.of(stored["sde"], complete=False).build()
@@ -39,12 +40,12 @@ def check_score(config: Config, metadata: Metadata) -> None:
     """
     architecture.check(config.plain(), metadata["config"], ("sde", "score", "model"))
     tau = config.eval.tau or math.inf
-    ours = noise.smallest_time(config.sde.build(), config.training, config.data, tau)
-    _, _, theirs = _noise(metadata)
-    if ours != theirs:
+    eps = noise.smallest_time(config.sde.build(), config.training, config.data, tau)
+    _, _, trained_eps = _noise(metadata)
+    if eps != trained_eps:
         raise ValueError(
-            f"the checkpoint's smallest time is {theirs}, but the config's is {ours}: set "
-            f"--config.training.smallest_time={theirs}; eval.smallest_time and "
+            f"the checkpoint's smallest time is {trained_eps}, but the config's is {eps}: set "
+            f"--config.training.smallest_time={trained_eps}; eval.smallest_time and "
             "sampling.smallest_time may differ"
         )
 
@@ -66,12 +67,13 @@ def unseen_times(metadata: Metadata, eps: float, section: str = "eval") -> list[
 
 
 def of_another_model(check: Callable[[Metadata], None], metadata: Metadata) -> None:
-    """Let ``check`` refuse a checkpoint by its metadata, before its arrays are compared.
+    """Run ``check`` on a checkpoint's metadata; its ValueError becomes an ``OtherModelError``.
 
-    A difference of a field says more than one of an array's shape.
+    This comes before the comparison of the arrays, since the name of a field that differs explains
+    more than the shape of an array.
 
     Raises:
-      OtherModelError: where ``check`` raises a ValueError.
+      OtherModelError: ``check`` raises a ValueError.
     """
     try:
         check(metadata)
@@ -99,19 +101,22 @@ FREE = {
 def warn_if_trained_otherwise(metadata: Metadata, ours: Metadata, field: str) -> None:
     """Warn if training continues with other settings than those in the checkpoint's ``metadata``.
 
-    ``ours`` is the metadata of the continued run. ``field`` is the prefix of the sections
-    ``training`` and ``optim``: empty or ``dequantizer.``. Other settings are allowed, but later
-    checkpoints record only the new ones.
+    Other settings are allowed, but later checkpoints record only the new ones.
+
+    Args:
+      metadata: the metadata of the checkpoint.
+      ours: the metadata of the continued run.
+      field: the prefix of the sections ``training`` and ``optim``: empty or ``dequantizer.``.
     """
 
-    def part(config: dict[str, Any]) -> dict[str, Any]:
+    def parent(config: dict[str, Any]) -> dict[str, Any]:
         return config[field.rstrip(".")] if field else config
 
-    cosine = part(ours["config"])["optim"]["schedule"] == "cosine"
+    cosine = parent(ours["config"])["optim"]["schedule"] == "cosine"
     free = FREE - ({"num_steps"} if cosine else set())
 
     def settings(config: dict[str, Any]) -> dict[str, Any]:
-        sections = {s: part(config)[s] for s in ("training", "optim")}
+        sections = {s: parent(config)[s] for s in ("training", "optim")}
         values = {f"{field}{s}.{k}": v for s, fields in sections.items() for k, v in fields.items()}
         values = {name: v for name, v in values.items() if name.rpartition(".")[2] not in free}
         data = {f"data.{k}": config["data"][k] for k in ("dequantization", "flip")}
@@ -134,14 +139,14 @@ def warn_if_other_data(metadata: Metadata, images: data.ImageSet) -> list[str]:
     Raises:
       ValueError: the data are the two versions of ImageNet 32x32, which must not be compared.
     """
-    theirs = metadata["data"]
-    if theirs is None:
+    stored = metadata["data"]
+    if stored is None:
         return ["the checkpoint was converted: the model's training data are not known"]
-    ours = images.fingerprint
-    data.imagenet32.check_comparable(theirs["name"], ours["name"])
-    if theirs["sha256"] == ours["sha256"]:
+    present = images.fingerprint
+    data.imagenet32.check_comparable(stored["name"], present["name"])
+    if stored["sha256"] == present["sha256"]:
         return []
-    changed = {k: (theirs.get(k), v) for k, v in ours.items() if theirs.get(k) != v}
+    changed = {k: (stored.get(k), v) for k, v in present.items() if stored.get(k) != v}
     message = f"the model was trained on other data than this: {changed}"
     logging.warning("%s\n  %s\n%s", "!" * 80, message, "!" * 80)
     return [message]

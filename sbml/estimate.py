@@ -1,12 +1,14 @@
-"""A number for every example, and the error bars of its mean.
+"""A number for every example, and the mean of these numbers with its error bars.
 
-Rows of numbers are asked for by (ids, sweep): sweep 0 covers all examples, and every further sweep
-draws the randomness of an example anew.
+An example has independent random draws in each *sweep*. Sweep 0 covers all examples. There are two
+kinds of estimates, which measure the noise of the draws in different ways:
 
-    solved      -log p by an ODE. Some examples in sweep 1 tell the noise of the draws; some again,
-                by the same draws and a reference solver, tell the solver's error.
-    swept       a bound, an expectation over times. Every sweep covers all examples; a value is the
-                mean over sweeps, and the spread of the sweeps' means tells the noise.
+    ode      -log p by an ODE. Sweep 1 covers a subset of the examples, and the differences between
+             its two draws measure the noise. The subset is also solved again with the draws of
+             sweep 0 and the :func:`reference` solver; the difference measures the solver's error.
+    bound    an expectation over times. Every sweep covers all examples. The value of an example is
+             its mean over R sweeps, and the spread of the sweeps' means m_r measures the noise:
+             the standard error is sd(m_r) / sqrt(R).
 """
 
 import dataclasses
@@ -23,25 +25,26 @@ from sbml.ode import Solver
 Ids = Integer[np.ndarray, "n"]
 Values = Num[np.ndarray, "n"]
 Columns = dict[str, Values]
-Rows = Callable[[Ids, int, Solver], Columns]
+Rows = Callable[[Ids, int, Solver], Columns]  # (ids, sweep, solver) -> terms and nfe of each id
 
 
 @dataclasses.dataclass(frozen=True)
 class Estimate:
-    """A number for every example, and what its mean is worth.
+    """A number for every example, and the mean of these numbers with its error bars.
 
     Attributes:
-      values: of each example, ``(n,)``, in ``unit``.
-      terms: the parts that add up to ``values``, each ``(n,)``.
+      values: the numbers of the examples, ``(n,)``, in ``unit``.
+      terms: the terms whose sum is ``values``, each ``(n,)``.
       unit: "nats" or "bits/dim".
-      nfe: evaluations of the score for each example, ``(n,)``.
-      population: mean of ``values`` and its 95% interval for data like these.
-      this_set: the same mean with its 95% interval for these very examples: the noise of probes,
-        times and dequantization. 0 where nothing is drawn.
-      sweeps: how many draws of every example, of a bound; otherwise 1.
-      solver_error: mean difference to the solve of :func:`reference`, on some examples; None for a
-        bound, which solves no ODE.
-      budget: the largest ``solver_error`` of a number that counts as converged.
+      nfe: the number of evaluations of the score for each example, ``(n,)``.
+      population: the mean of ``values`` with its 95% interval for the population from which the
+        examples come.
+      this_set: the mean with its 95% interval for this set of examples. It contains the noise of
+        the random draws only (probes, times and dequantization), so its width is 0 without draws.
+      sweeps: the number of sweeps of a bound; 1 for an ODE.
+      solver_error: the mean difference from a solve by :func:`reference`, on a subset of the
+        examples, with its 95% interval; None for a bound, which solves no ODE.
+      budget: the largest solver error that counts as converged, in ``unit``.
     """
 
     values: Values
@@ -56,16 +59,16 @@ class Estimate:
 
     @property
     def this_set_ci95(self) -> float:
-        """Half-width of the 95% interval for these very examples."""
+        """The half-width of the 95% interval for this set of examples."""
         return self.this_set.ci95
 
     @property
     def converged(self) -> bool:
-        """Whether the solver's error, its own 95% interval included, is within the budget."""
+        """Whether the solver's error is :func:`within` the budget; True for a bound."""
         return self.solver_error is None or within(self.solver_error, self.budget)
 
     def __neg__(self) -> "Estimate":
-        """The estimate of the opposite numbers, log p for -log p."""
+        """The estimate of the negated numbers, such as log p for -log p."""
 
         def negative(interval: Interval) -> Interval:
             return interval._replace(mean=-interval.mean)
@@ -89,28 +92,31 @@ class Estimate:
 
 
 def within(gap: Interval, budget: float) -> bool:
-    """Whether a solver's error is at most ``budget``; False if it is not finite.
+    """Whether a solver's error is at most ``budget``: |mean| + half-width of its 95% interval.
 
-    Its 95% interval counts: large errors of either sign must not pass for none.
+    The half-width is included because errors of opposite signs cancel in the mean. If the error is
+    not finite, the result is False.
     """
     return abs(gap.mean) + gap.ci95 <= budget
 
 
 def total(columns: Columns, terms: Sequence[str]) -> Values:
-    """The sum of the terms, ``(n,)``."""
+    """The sum of the columns in ``terms``, ``(n,)``."""
     return np.sum([columns[name] for name in terms], axis=0)
 
 
-# Tolerance of a solve that counts as exact, however loose the one that is compared with it. The
-# errors of float32 are below those that it leaves.
+# The largest tolerance of a reference solver. The solver's error at this tolerance is still larger
+# than the rounding errors of float32.
 STRICT = 2e-5
 
 
 def reference(solver: Solver) -> Solver:
-    """What ``solver`` is compared with: a solve by a tenth of its tolerances, ``STRICT`` at most.
+    """The solver whose results count as exact when the error of ``solver`` is measured.
 
-    All else is the default: a method, a coordinate or a first step that lets errors pass must not
-    be compared with itself. Beside fixed steps, the default's own tenth.
+    Its tolerances are a tenth of those of ``solver``, and at most ``STRICT``. If ``solver`` has
+    fixed steps, they are a tenth of the default tolerances. All other settings are defaults, so
+    that an error which comes from the method, the coordinate or the first step of ``solver`` is
+    seen: with the same settings, the reference would have the error too.
     """
     if solver.fixed_steps is not None:
         return Solver().tighter(10)
@@ -119,9 +125,12 @@ def reference(solver: Solver) -> Solver:
 
 
 def solver_error(rows: Rows, subset: Ids, solver: Solver, terms: Sequence[str]) -> Interval:
-    """The mean of ``solver``'s values less those of its :func:`reference`, by the same draws."""
-    ours, exact = (total(rows(subset, 0, how), terms) for how in (solver, reference(solver)))
-    return intervals.mean_interval(ours - exact)
+    """The mean over ``subset`` of the values by ``solver`` minus those by its :func:`reference`.
+
+    Both use the draws of sweep 0. The interval is in the unit of the terms.
+    """
+    values, exact = (total(rows(subset, 0, s), terms) for s in (solver, reference(solver)))
+    return intervals.mean_interval(values - exact)
 
 
 def ode_estimate(
@@ -134,12 +143,16 @@ def ode_estimate(
     gap: Interval,
     budget: float,
 ) -> Estimate:
-    """The estimate of an ODE's numbers.
+    """The estimate of numbers that are computed by an ODE.
 
     Args:
-      rows: the terms and ``nfe`` of ids in a sweep by a solver, each ``(n,)``, in float64.
-      ids, subset: all examples, sorted, and those of them that are drawn again.
-      solver, terms, unit, budget: as in ``Estimate``.
+      rows: a function of ids ``(n,)``, a sweep and a solver that gives the terms and ``nfe`` of
+        these examples, each ``(n,)``, in float64.
+      ids: the sorted ids of all examples.
+      subset: the sorted ids of the examples that are drawn again in sweep 1.
+      solver: how the ODE is solved.
+      terms: the names of the terms.
+      unit, budget: as in :class:`Estimate`.
       gap: the :func:`solver_error`.
     """
     table = rows(ids, 0, solver)
@@ -160,7 +173,11 @@ def ode_estimate(
 
 
 def bound_estimate(tables: Sequence[Columns], terms: Sequence[str], unit: str) -> Estimate:
-    """The estimate of a bound from the tables of its sweeps, each of all examples."""
+    """The estimate of a bound from the tables of its sweeps.
+
+    Each table has the columns ``terms`` and ``nfe`` of all examples, each ``(n,)``. The result's
+    values and terms are means over the sweeps, and its ``nfe`` are sums.
+    """
     values = np.mean([total(table, terms) for table in tables], axis=0)
     return Estimate(
         values=values,
@@ -174,7 +191,10 @@ def bound_estimate(tables: Sequence[Columns], terms: Sequence[str], unit: str) -
 
 
 def sweep_stderr(tables: Sequence[Columns], terms: Sequence[str]) -> float:
-    """The standard error of the mean over sweeps of the data set's mean; infinite for one sweep."""
+    """sd(m_r) / sqrt(R), where m_r is the mean over all examples in sweep r of R.
+
+    This is the standard error of the mean over sweeps. It is infinite for one sweep.
+    """
     if len(tables) < 2:
         return math.inf
     means = [float(np.mean(total(table, terms))) for table in tables]
@@ -182,6 +202,7 @@ def sweep_stderr(tables: Sequence[Columns], terms: Sequence[str]) -> float:
 
 
 def _this_set(values: Values, stderr: float, freedom: float) -> Interval:
+    """The mean of ``values`` with the noise of the random draws alone."""
     nonfinite = int(np.sum(~np.isfinite(values)))
     half = intervals.half_width(stderr, freedom)
     return Interval(float(np.mean(values)), stderr, half, len(values), nonfinite)

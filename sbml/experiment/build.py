@@ -158,6 +158,7 @@ class Experiment:
         return TrainState.create(params, self.dequantizer_optimizer)
 
     def _init_key(self) -> Key:
+        """The key of the initial parameters, which is no step's key: a step folds in its number."""
         return jax.random.fold_in(jax.random.key(self.config.seed), jnp.iinfo(jnp.int32).max)
 
     def restore(self, workdir: epath.PathLike) -> Restored:

@@ -1,13 +1,14 @@
-"""Models a diffusion model must beat, fitted to the training integers in closed form.
+"""Baselines: simple models of the training integers, fitted in closed form.
 
-    histogram   -log P(k) = sum_i -log (n_i[k_i] + 1) / (n + L)     per-pixel counts, add-one
+    histogram   -log P(k) = sum_i -log (n_i[k_i] + 1) / (n + L)
     Gaussian    k + u ~ N(m, C), u ~ U[0, 1)^d:
                 E_u -log p = 1/2 [r^T C^-1 r + tr(C^-1) / 12 + log det(2 pi C)],  r = k + 1/2 - m
 
-C is the full covariance up to ``FULL`` dimensions, whose cost grows as their cube, and otherwise
-the variances. Of no more images than dimensions the covariance is singular but for the 1/12 of the
-dequantization: the number would say nothing of the data, and is left out. All are exact per image:
-no noise enters.
+Here n_i[k] is the number of the n training images whose pixel i has the value k. C is the full
+covariance up to ``FULL`` dimensions, because its cost grows as their cube, and otherwise diagonal.
+If there are no more images than dimensions, the covariance of the integers is singular, and only
+the 1/12 of the dequantization makes C regular. The full covariance then says little about the data,
+so this baseline is omitted. All numbers are exact for each image, without random draws.
 """
 
 import math
@@ -18,21 +19,22 @@ from scipy.linalg import solve_triangular
 from sbml import moments
 from sbml.bits import LOG2
 
-FULL = 4096
+FULL = 4096  # the largest number of dimensions for a full covariance
 
 
 def all_of(train: np.ndarray, test: np.ndarray, levels: int) -> dict[str, np.ndarray]:
-    """Bits/dim ``(m,)`` of uint8 ``test (m, *s)`` under each that means something, by name."""
-    found = {"per-pixel histogram": histogram(train, test, levels)}
+    """Bits/dim ``(m,)`` of uint8 ``test (m, *s)`` under each baseline that is not omitted, by
+    name."""
+    values = {"per-pixel histogram": histogram(train, test, levels)}
     if omitted(train):
-        return found
+        return values
     if math.prod(train.shape[1:]) <= FULL:
-        return {**found, "full-covariance Gaussian": gaussian(train, test)}
-    return {**found, "diagonal Gaussian": diagonal_gaussian(train, test)}
+        return {**values, "full-covariance Gaussian": gaussian(train, test)}
+    return {**values, "diagonal Gaussian": diagonal_gaussian(train, test)}
 
 
 def omitted(train: np.ndarray) -> dict[str, str]:
-    """Why a baseline means nothing for ``train (n, *s)``, by name."""
+    """The baselines that are omitted for ``train (n, *s)``: the reason, by name."""
     size = math.prod(train.shape[1:])
     if size > FULL or len(train) > size:
         return {}
@@ -43,7 +45,10 @@ def omitted(train: np.ndarray) -> dict[str, str]:
 
 
 def histogram(train: np.ndarray, test: np.ndarray, levels: int) -> np.ndarray:
-    """Bits/dim ``(m,)`` of uint8 ``test (m, *s)`` under per-pixel histograms of ``train``."""
+    """Bits/dim ``(m,)`` of uint8 ``test (m, *s)`` under the histograms of the pixels of ``train``.
+
+    Every count is larger by one than in the data, so no probability is 0.
+    """
     size = math.prod(train.shape[1:])
     offsets = levels * np.arange(size)
     counts = np.ones(size * levels)
@@ -74,7 +79,7 @@ def gaussian(train: np.ndarray, test: np.ndarray) -> np.ndarray:
 
 
 def diagonal_gaussian(train: np.ndarray, test: np.ndarray) -> np.ndarray:
-    """:func:`gaussian` of the variances alone."""
+    """As :func:`gaussian`, with the variances only: all covariances are set to 0."""
     mean = moments.mean(train)
     variances = moments.variances(train, mean) + 1 / 12
     squares = [np.sum((part - mean) ** 2 / variances, axis=1) for part in moments.rows(test)]
@@ -83,5 +88,6 @@ def diagonal_gaussian(train: np.ndarray, test: np.ndarray) -> np.ndarray:
 
 
 def _bits(squares: np.ndarray, inverse_trace: float, log_det: float, dims: int) -> np.ndarray:
+    """Bits/dim from r^T C^-1 r of each image, tr(C^-1) and log det C."""
     nats = 0.5 * (squares + inverse_trace / 12 + log_det + dims * math.log(2 * math.pi))
     return nats / (dims * LOG2)

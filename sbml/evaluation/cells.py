@@ -3,13 +3,12 @@
 A row belongs to one (sweep, image id); with the seed these determine its random keys. Each row is
 computed once and written to disk. Sweep 0 covers all images.
 
-    bound   every sweep covers all images, with one lattice of times over them; the result of an
-            image is its mean over sweeps, and the spread of the sweeps' means measures the noise
-    ode     sweep 1 covers a subset, whose two draws measure the noise; the subset is solved again
-            by ``estimate.reference``, and the difference measures the solver's error
+    bound   every sweep covers all images, with one set of points over them for the times
+    ode     sweep 1 covers a subset, which is also solved by ``estimate.reference``
 
-Batches are padded and the padding is dropped: every image counts exactly once, and neither the
-batch size nor the number of devices changes a result.
+``sbml.estimate`` explains how these rows give the error bars. Batches are padded and the padding is
+dropped: every image counts exactly once, and neither the batch size nor the number of devices
+changes a result.
 """
 
 import dataclasses
@@ -41,9 +40,9 @@ from sbml.runtime.workdir import Workdir
 Table = dict[str, np.ndarray]
 
 
-# The least number of sweeps before ``eval.target_se`` may stop an evaluation. With 2 or 3 sweeps
-# the standard error is often far too small by chance: in 4,000 trials that stopped there, 90% of
-# the 95% intervals held the true value, and 93% with 8 sweeps.
+# The number of sweeps before ``eval.target_se`` may stop an evaluation. With 2 or 3 sweeps the
+# standard error is often far too small by chance: in 4,000 trials that stopped there, 90% of the
+# 95% intervals contained the true value, but 93% with at least 8 sweeps.
 FIRST_SWEEPS = 8
 
 
@@ -62,11 +61,16 @@ class Dequantization:
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
-    """The inputs that all cells share: one checkpoint and one split.
+    """The inputs that all cells share.
 
     Attributes:
-      control: the Gaussian of the control variate; None without it.
-      density: from eps to the density of the bound's times; None for the default density.
+      experiment: the objects of the config.
+      restored: the checkpoint that is evaluated.
+      images: the images of the split.
+      control: the Gaussian of the control variate; None for no control variate.
+      density: a function from eps to the density of the bound's times, ``(bins,)``; it returns
+        None for the proposal's own density.
+      workdir: the work directory in which rows are stored.
     """
 
     experiment: Experiment
@@ -122,7 +126,8 @@ class CellRun:
         self._parts_of: dict[Solver, Parts] = {}
 
     def rows(self, ids: np.ndarray, sweep: int, solver: Solver | None = None) -> Table:
-        """The rows of ``ids`` in ``sweep``; those that are not on disk are computed."""
+        """The rows of ``ids (n,)`` in ``sweep``: the columns ``id``, ``sweep``, ``bits_per_dim``,
+        ``nfe`` and the terms in bits/dim, each ``(n,)``. Rows that are not on disk are computed."""
         solver = solver or self.shared.experiment.eval_solver
         parts = self._parts(solver)
         stored = parts.read(sweep)
@@ -141,13 +146,13 @@ class CellRun:
         self, parts: Parts, missing: np.ndarray, total: int, sweep: int, solver: Solver
     ) -> None:
         label = f"{self.cell.name}" + (f" sweep {sweep + 1}" if sweep else "")
-        lattice = self._lattice(sweep) if self.cell.is_bound else None
+        points = self._lattice(sweep) if self.cell.is_bound else None
         bar = progress.bar(label, "image", total, total - len(missing), leave=sweep == 0)
         preemption = Preemption()
         with bar:
             for rows, mask in eval_batches(len(missing), self.batch_size):
                 ids = missing[rows]
-                columns = self._columns(ids, sweep, solver, lattice)
+                columns = self._columns(ids, sweep, solver, points)
                 columns = {k: v[mask] for k, v in columns.items()}
                 if jax.process_index() == 0:
                     parts.write(columns)
@@ -158,25 +163,25 @@ class CellRun:
         sharding.barrier("evaluated")
 
     def _lattice(self, sweep: int) -> np.ndarray:
-        """The numbers u in [0, 1) ``(images, n_times)`` that give the times of one sweep."""
+        """The points u in [0, 1) ``(images, n_times)`` that give the times of one sweep."""
         key = jax.random.fold_in(jax.random.key(self.config.seed), len(self.shared.images))
         draw = times.DRAWS[self.config.times]
         key = jax.random.fold_in(key, sweep)
         return np.asarray(draw(key, len(self.shared.images), self.config.n_times))
 
     def _columns(
-        self, ids: np.ndarray, sweep: int, solver: Solver, lattice: np.ndarray | None
+        self, ids: np.ndarray, sweep: int, solver: Solver, points: np.ndarray | None
     ) -> Table:
-        """The rows of one batch, on the host; in float64, so that the terms add up to the total."""
-        images, split = self.shared.images, sharding.batch_sharding(sharding.data_mesh())
+        """The rows of one batch. They are in float64, so that the terms add up to the total."""
+        images, placement = self.shared.images, sharding.batch_sharding(sharding.data_mesh())
         batch = Rows(
-            data=sharding.put(images.images[ids], split),
-            ids=sharding.put(ids.astype(np.int32), split),
-            sweeps=sharding.put(np.full(len(ids), sweep, np.int32), split),
+            data=sharding.put(images.images[ids], placement),
+            ids=sharding.put(ids.astype(np.int32), placement),
+            sweeps=sharding.put(np.full(len(ids), sweep, np.int32), placement),
             seed=np.uint32(self.config.seed),
         )
-        u = None if lattice is None else sharding.put(lattice[ids], split)
-        method = solver if lattice is None else self.reduction
+        u = None if points is None else sharding.put(points[ids], placement)
+        method = solver if points is None else self.reduction
         terms = sharding.to_host(
             estimators.rows(
                 *(self.estimator, self.target, self.score),
@@ -187,17 +192,18 @@ class CellRun:
         scale = self.estimator.scale_nats(self.target, images.shape)
         rows["scale"] = np.full(len(ids), bits.nats_to_bits(scale, images.shape))
         rows["bits_per_dim"] = estimate.total(rows, self.cell.terms)
-        where = {"id": np.asarray(ids, np.int64), "sweep": np.full(len(ids), sweep, np.int64)}
-        return {**where, **rows, "nfe": np.asarray(terms["nfe"], np.int64)}
+        keys = {"id": np.asarray(ids, np.int64), "sweep": np.full(len(ids), sweep, np.int64)}
+        return {**keys, **rows, "nfe": np.asarray(terms["nfe"], np.int64)}
 
     def _parts(self, solver: Solver) -> Parts:
-        if solver not in self._parts_of:  # The identity has checksums of all parameters: once.
+        # Kept, because the identity needs the checksums of all parameters, which take time.
+        if solver not in self._parts_of:
             self._parts_of[solver] = self.shared.workdir.parts("eval", self._identity(solver))
         return self._parts_of[solver]
 
     def _identity(self, solver: Solver) -> dict[str, Any]:
-        """Everything that a row depends on. The batch size and the numbers of images and sweeps are
-        not among it."""
+        """Everything that a row depends on, as plain JSON values. The batch size and the numbers of
+        images and sweeps do not change a row."""
         shared, config = self.shared, self.config
         own: dict[str, Any] = {"solver": dataclasses.asdict(solver)}
         if self.cell.is_bound:
@@ -221,10 +227,14 @@ class CellRun:
         }
 
     def finish(self) -> Estimate:
-        """The estimate over all images in ``ids``, with its error bars."""
-        return self._swept() if self.cell.is_bound else self._solved()
+        """The estimate over all images in ``ids``, in bits/dim, with its error bars.
 
-    def _solved(self) -> Estimate:
+        Raises:
+          Unconverged: fixed steps are too coarse.
+        """
+        return self._bound_estimate() if self.cell.is_bound else self._ode_estimate()
+
+    def _ode_estimate(self) -> Estimate:
         solver, terms = self.shared.experiment.eval_solver, self.cell.terms
         # This comes first: if the steps are too coarse, only the subset has been solved.
         gap = estimate.solver_error(self.rows, self.subset, solver, terms)
@@ -241,7 +251,7 @@ class CellRun:
             self.rows, self.ids, self.subset, solver, terms, "bits/dim", gap, budget
         )
 
-    def _swept(self) -> Estimate:
+    def _bound_estimate(self) -> Estimate:
         tables: list[Table] = []
         for sweeps in self._sweep_counts(tables):
             while len(tables) < sweeps:
@@ -258,16 +268,17 @@ class CellRun:
             ratio = estimate.sweep_stderr(tables, self.cell.terms) / config.target_se
             if not ratio > 1:
                 return
+            # The standard error falls as 1 / sqrt(sweeps).
             needed = max(len(tables) + 1, len(tables) * ratio**2)
             yield math.ceil(min(config.max_sweeps, needed))
 
-    def result(self, found: Estimate) -> Result:
-        """The result as a report shows it; ``found`` is the estimate from :meth:`finish`."""
-        trained, trace = self.dequantization.restored, getattr(self.estimator, "trace", None)
+    def result(self, number: Estimate) -> Result:
+        """The result as a report shows it; ``number`` is the estimate from :meth:`finish`."""
+        checkpoint, trace = self.dequantization.restored, getattr(self.estimator, "trace", None)
         if self.cell.is_bound:
             trace = None
         return Result.of(
-            found,
+            number,
             self.ids,
             estimator=self.cell.estimator,
             dequantizer=self.cell.dequantizer,
@@ -278,12 +289,12 @@ class CellRun:
             target_se=self.config.target_se if self.cell.is_bound else None,
             smallest_time=self.target.eps,
             trace=dataclasses.asdict(trace) if trace else None,
-            dequantizer_step=trained.step if trained else None,
+            dequantizer_step=checkpoint.step if checkpoint else None,
         )
 
 
 def estimator(experiment: Experiment, cell: Cell) -> Estimator:
-    """The estimator of ``cell``, with the settings of the config that its class has fields for."""
+    """The estimator of ``cell``, with those settings of the config that its class has."""
     settings = {
         "trace": experiment.trace(cell.num_importance),
         "num_importance": cell.num_importance,
@@ -293,8 +304,11 @@ def estimator(experiment: Experiment, cell: Cell) -> Estimator:
 
 
 def check_first_batch(shared: Evaluation, dequantization: Dequantization) -> None:
-    """Raise a ValueError if the dequantizer adds no noise to the integers
-    (``bits.check_dequantized``)."""
+    """Check that the dequantizer adds noise to the integers of the first batch.
+
+    Raises:
+      ValueError: it does not (``bits.check_dequantized``).
+    """
     if not has_density(dequantization.model):
         return
     ids = shared.ids(shared.experiment.config.eval.batch_size)

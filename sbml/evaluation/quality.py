@@ -1,9 +1,10 @@
-"""Quality of samples: their distance to the training images, in features and in pixels.
+"""Quality of samples: their distances to the training images, in features and in pixels.
 
-The features of the training images are computed once; their statistics are stored under the data's
-fingerprint and compared with those of the samples (FID and similar metrics). In pixels, each sample
-is compared with its nearest training image: if the model has memorised training images, samples are
-much nearer to them than test images are.
+*Features.* FID and similar metrics compare the statistics of the samples' features with those of
+the training images. The latter are computed once and stored under the data's fingerprint.
+
+*Pixels.* Each sample is compared with its nearest training image. If the model has memorised
+training images, samples are much nearer to training images than test images are.
 """
 
 from collections.abc import Iterator
@@ -28,7 +29,8 @@ CHUNK = 500  # images per call of an extractor
 
 
 class Reference(NamedTuple):
-    """Statistics of a data set's features: moments of all, and the features of ``KEPT`` images."""
+    """Statistics of a data set's features: the moments over all images, and the features
+    ``(m, d)`` of at most ``KEPT`` images."""
 
     moments: Moments
     features: np.ndarray
@@ -53,7 +55,8 @@ def extractor(config: ConfigDict) -> Extractor:
 def features_of(
     extract: Extractor, images: np.ndarray, name: str
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Features and class probabilities of all ``images``, ``CHUNK`` images at a time."""
+    """Features ``(m, d)`` and class probabilities ``(m, classes)`` of ``images``, in chunks of
+    m <= ``CHUNK`` images; ``name`` is for the progress bar."""
     with progress.bar(f"features of {name}", "image", len(images)) as bar:
         for start in range(0, len(images), CHUNK):
             yield extract(np.asarray(images[start : start + CHUNK]))
@@ -67,22 +70,22 @@ def reference(experiment: Experiment, extract: Extractor, images: ImageSet) -> R
     path = epath.Path(cache) / "stats" / name
     stored = intact_npz(path)
     if stored is None:
-        chosen = spread(len(images), KEPT)
-        some: list[np.ndarray] = []
+        ids = spread(len(images), KEPT)
+        kept: list[np.ndarray] = []
 
         def parts() -> Iterator[np.ndarray]:
             """The features chunk by chunk: those of a million images together need 10 GB."""
             start = 0
             for features, _ in features_of(extract, images.images, f"{images.name} {images.split}"):
-                here = chosen[(chosen >= start) & (chosen < start + len(features))] - start
-                some.append(np.asarray(features[here], np.float32))
+                rows = ids[(ids >= start) & (ids < start + len(features))] - start
+                kept.append(np.asarray(features[rows], np.float32))
                 start += len(features)
                 yield features
 
         moments = Moments.of_parts(parts())
         path.parent.mkdir(parents=True, exist_ok=True)
         columns = {"mean": moments.mean, "cov": moments.cov, "count": np.asarray(moments.size)}
-        write_npz(path, {**columns, "features": np.concatenate(some)})
+        write_npz(path, {**columns, "features": np.concatenate(kept)})
         print(f"statistics of {images.name} {images.split}, n={moments.size}: {path}")
         stored = read_npz(path)
     moments = Moments(stored["mean"], stored["cov"], int(stored["count"]))
@@ -90,11 +93,14 @@ def reference(experiment: Experiment, extract: Extractor, images: ImageSet) -> R
 
 
 def _nearest(x: np.ndarray, train: ImageSet, flip: bool) -> tuple[np.ndarray, np.ndarray]:
-    """The training image nearest to each of ``x``, and their root mean square distance in pixels in
-    [0, 1]. With ``flip`` the mirrored training images are compared too."""
+    """The training image nearest to each of ``x (n, h, w, c)``, and its distance ``(n,)``: the root
+    mean square difference of pixels that are scaled to [0, 1].
+
+    With ``flip`` the network was trained on mirrored images too, so they are compared as well.
+    """
     index, distance = distances.nearest(x, train.images)
     neighbours = train.images[index]
-    if flip:  # Training showed mirrored images too.
+    if flip:
         index, mirrored = distances.nearest(x[:, :, ::-1], train.images)
         nearer = mirrored < distance
         neighbours[nearer] = train.images[index[nearer]][:, :, ::-1]
@@ -105,16 +111,20 @@ def _nearest(x: np.ndarray, train: ImageSet, flip: bool) -> tuple[np.ndarray, np
 def memory(
     drawn: np.ndarray, train: ImageSet, test: ImageSet, flip: bool
 ) -> tuple[dict[str, float], np.ndarray]:
-    """Median distances of samples and of test images to their nearest training images, and a stack
-    of the first ``SHOWN`` samples followed by their nearest training images."""
+    """How near the samples ``drawn (n, h, w, c)`` are to the training images.
+
+    Returns:
+      The median distance to the nearest training image, of the samples and of test images, by name;
+      and the first ``SHOWN`` samples followed by their nearest training images.
+    """
     neighbours, distance = _nearest(drawn, train, flip)
-    held_out = test.images[spread(len(test), max(len(drawn), 100))]
-    _, usual = _nearest(held_out, train, flip)
+    test_images = test.images[spread(len(test), max(len(drawn), 100))]
+    _, test_distance = _nearest(test_images, train, flip)
     rows = np.concatenate([drawn[:SHOWN], neighbours[:SHOWN]])
     values = {
         "nearest training image, median root mean square distance of samples": float(
             np.median(distance)
         ),
-        "the same of test images": float(np.median(usual)),
+        "the same of test images": float(np.median(test_distance)),
     }
     return values, rows

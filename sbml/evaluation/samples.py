@@ -52,49 +52,54 @@ class Recipe:
         )
 
 
-def _latent(seed: Array, i: Array, how: Recipe) -> tuple[Array, Key]:
+def _latent(seed: Array, i: Array, recipe: Recipe) -> tuple[Array, Key]:
     """The latent of image ``i`` and the key of its noise."""
     latent_key, key = jax.random.split(jax.random.fold_in(jax.random.key(seed), i))
-    return how.sde.prior_sample(latent_key, how.shape), key
+    return recipe.sde.prior_sample(latent_key, recipe.shape), key
 
 
 class Samples(NamedTuple):
-    """Samples: uint8 ``images (n, *shape)``, their numbers of network evaluations ``nfe (n,)``, and
-    ``failed (n,)``: whether the sampler failed or a pixel is not finite."""
+    """Samples of a model, on the host or on devices.
+
+    Attributes:
+      images: uint8 ``(n, *shape)``.
+      nfe: the number of network evaluations for each image, ``(n,)``.
+      failed: whether the sampler failed or a pixel is not finite, ``(n,)``.
+    """
 
     images: Any
     nfe: Any
     failed: Any
 
 
-@functools.partial(jax.jit, static_argnames="how")
-def _sample_batch(score: Score, ids: Array, seed: Array, how: Recipe) -> Samples:
+@functools.partial(jax.jit, static_argnames="recipe")
+def _sample_batch(score: Score, ids: Array, seed: Array, recipe: Recipe) -> Samples:
     def one(i: Array) -> Samples:
-        z, key = _latent(seed, i, how)
-        x, stats = how.sampler(score, how.sde, z, key, eps=how.eps)
-        if how.denoise_last:
-            x = sampling.denoise(score, how.sde, x, jnp.asarray(how.eps, x.dtype))
+        z, key = _latent(seed, i, recipe)
+        x, stats = recipe.sampler(score, recipe.sde, z, key, eps=recipe.eps)
+        if recipe.denoise_last:
+            x = sampling.denoise(score, recipe.sde, x, jnp.asarray(recipe.eps, x.dtype))
         failed = ~(stats.success & jnp.all(jnp.isfinite(x)))
-        return Samples(bits.to_pixels(x, how.levels), stats.nfe + how.denoise_last, failed)
+        return Samples(bits.to_pixels(x, recipe.levels), stats.nfe + recipe.denoise_last, failed)
 
     return jax.vmap(one)(ids)
 
 
-@functools.partial(jax.jit, static_argnames=("how", "frames"))
-def _path_batch(score: Score, ids: Array, seed: Array, how: Recipe, frames: int) -> Array:
+@functools.partial(jax.jit, static_argnames=("recipe", "frames"))
+def _path_batch(score: Score, ids: Array, seed: Array, recipe: Recipe, frames: int) -> Array:
     """uint8 ``(n, frames, *shape)``: the path of each image of ``ids (n,)`` from noise to data.
 
     A frame shows x_t / hypot(alpha, sigma), so that noise fits into the data's range.
     """
 
     def one(i: Array) -> Array:
-        z, key = _latent(seed, i, how)
-        path, times = how.sampler.path(score, how.sde, z, key, eps=how.eps, frames=frames)
-        if how.denoise_last:
-            last = sampling.denoise(score, how.sde, path[-1], times[-1].astype(path.dtype))
+        z, key = _latent(seed, i, recipe)
+        path, times = recipe.sampler.path(score, recipe.sde, z, key, eps=recipe.eps, frames=frames)
+        if recipe.denoise_last:
+            last = sampling.denoise(score, recipe.sde, path[-1], times[-1].astype(path.dtype))
             path = path.at[-1].set(last)
-        size = jax.vmap(lambda t: jnp.hypot(how.sde.mean_coef(t), how.sde.std(t)))(times)
-        return jax.vmap(lambda x, s: bits.to_pixels(x / s, how.levels))(path, size)
+        size = jax.vmap(lambda t: jnp.hypot(recipe.sde.mean_coef(t), recipe.sde.std(t)))(times)
+        return jax.vmap(lambda x, s: bits.to_pixels(x / s, recipe.levels))(path, size)
 
     return jax.vmap(one)(ids)
 
@@ -112,8 +117,8 @@ def preview(experiment: Experiment, params: Any) -> Samples:
     count = experiment.config.sampling.num_images
     size = sharding.round_up(min(experiment.config.sampling.batch_size, count))
     batches = [(draw(experiment, params, ids), mask) for ids, mask in eval_batches(count, size)]
-    columns = zip(*([column[mask] for column in drawn] for drawn, mask in batches), strict=True)
-    return Samples(*map(np.concatenate, columns))
+    rows = ([column[mask] for column in samples] for samples, mask in batches)
+    return Samples(*map(np.concatenate, zip(*rows, strict=True)))
 
 
 def _identity(experiment: Experiment, restored: Restored) -> dict[str, Any]:
@@ -129,34 +134,35 @@ def _identity(experiment: Experiment, restored: Restored) -> dict[str, Any]:
 
 
 def generate(experiment: Experiment, restored: Restored, workdir: Workdir) -> Samples:
-    """Samples 0 .. num_images - 1; those on disk are read. A warning counts the failed ones."""
+    """Samples 0 .. ``sampling.num_images`` - 1. Samples on disk are read, the others are computed
+    and written. If samples have failed, a warning gives their number."""
     config = experiment.config.sampling
     parts = workdir.parts("sampling", _identity(experiment, restored))
     stored = parts.read()
-    numbers = np.arange(config.num_images)
-    missing = np.setdiff1d(numbers, stored.get("id", []))
+    all_ids = np.arange(config.num_images)
+    missing = np.setdiff1d(all_ids, stored.get("id", []))
     size = sharding.round_up(min(config.batch_size, config.num_images))
     preemption = Preemption()
-    with progress.bar("sample", "image", len(numbers), len(numbers) - len(missing)) as bar:
+    with progress.bar("sample", "image", len(all_ids), len(all_ids) - len(missing)) as bar:
         for rows, mask in eval_batches(len(missing), size) if missing.size else ():
             ids = missing[rows]
-            drawn = draw(experiment, restored.state.ema_params, ids)
+            batch = draw(experiment, restored.state.ema_params, ids)
             if jax.process_index() == 0:
-                columns = {"id": ids, "sweep": np.zeros_like(ids), **drawn._asdict()}
+                columns = {"id": ids, "sweep": np.zeros_like(ids), **batch._asdict()}
                 parts.write({name: column[mask] for name, column in columns.items()})
             bar.update(int(mask.sum()))
             preemption.leave_if_requested("the samples so far are stored")
     sharding.barrier("sampled")
     stored = parts.read()
-    chosen = np.isin(stored["id"], numbers)
-    drawn = Samples(*(stored[name][chosen] for name in Samples._fields))
-    if drawn.failed.any():
+    chosen = np.isin(stored["id"], all_ids)
+    samples = Samples(*(stored[name][chosen] for name in Samples._fields))
+    if samples.failed.any():
         logging.warning(
             "%d of %d samples are not finite or not solved; the first are %s. Try smaller "
             "tolerances or more steps, or a network that was trained longer",
-            *(drawn.failed.sum(), len(drawn.failed), np.flatnonzero(drawn.failed)[:5]),
+            *(samples.failed.sum(), len(samples.failed), np.flatnonzero(samples.failed)[:5]),
         )
-    return drawn
+    return samples
 
 
 def grid(experiment: Experiment, images: np.ndarray, columns: int | None = None) -> np.ndarray:

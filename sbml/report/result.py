@@ -1,4 +1,4 @@
-"""One number of an evaluation: the one place that spells what ``report.json`` says of it."""
+"""One number of an evaluation, with all fields that ``report.json`` has for it."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -11,72 +11,88 @@ from sbml.estimate import Estimate
 from sbml.estimators import Cell
 
 
-def _shown(heading: str, form: str, **options: Any) -> Any:
-    """A field with its heading in the page's table and its format: "word", "bits" or Python's."""
+def _column(heading: str, form: str, **options: Any) -> Any:
+    """A field that the table of the page shows under ``heading``.
+
+    ``form`` is "word" for text, "bits" for bits/dim, or a format of Python for floats.
+    """
     return dataclasses.field(metadata={"shown": (heading, form)}, **options)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Result:
-    """A mean over images in bits/dim, what it is of, and what it is worth.
+    """The mean of the bits/dim of images, its error bars, and how it was computed.
 
     Attributes:
-      estimator, dequantizer, num_importance: which number; K draws of the dequantizer.
-      data, split, n, split_size: of which images, and of how many in the split.
-      bits_per_dim, stderr, ci95, interval: the mean, with its error bars for data like these.
-      this_set_stderr, this_set_ci95, this_set_interval: for these very images.
+      estimator, dequantizer: their names.
+      num_importance: K, the number of draws of the dequantizer in one logarithm.
+      data, split: the names of the data set and of its split.
+      n, split_size: the number of images in the mean, and in the split.
+      bits_per_dim: the mean.
+      stderr, ci95, interval: the standard error of the mean, and the half-width and the ends of its
+        95% interval, for the population of images.
+      this_set_stderr, this_set_ci95, this_set_interval: the same for this set of images, with the
+        noise of the random draws only.
       converged: whether the solver's error is within ``eval.solver_budget``; None for a bound.
-      solver_error, solver_error_ci95, solver_images: against a stricter solve, on some images.
-      sweeps, target_se: of a bound, its sweeps and the ``eval.target_se`` that was asked for.
-      nonfinite, min, max, outliers: counts, extremes, and [id, bits/dim] of outliers.
-      terms: means of the terms, which add up to ``bits_per_dim``.
-      smallest_time, trace, dequantizer_step: how it was computed.
-      nfe_mean, nfe_max: evaluations of the score for an image.
+      solver_error, solver_error_ci95: the mean difference from a stricter solve, and the half-width
+        of its 95% interval, in bits/dim; None for a bound.
+      solver_images: the number of images on which it was measured; None for a bound.
+      sweeps: the number of sweeps of a bound; None for the ODE.
+      target_se: ``eval.target_se``; None for the ODE.
+      nonfinite: the number of images whose bits/dim are not finite.
+      min, max: the smallest and the largest bits/dim of an image.
+      outliers: [id, bits/dim] of the outliers (``intervals.outliers``), the largest first.
+      terms: the means of the terms, whose sum is ``bits_per_dim``.
+      smallest_time: the smallest time eps.
+      trace: the kind of trace and the number of probes; None for a bound.
+      dequantizer_step: the step of the dequantizer's checkpoint; None if it was not trained.
+      nfe_mean, nfe_max: the mean and the largest number of evaluations of the score for an image.
     """
 
-    estimator: str = _shown("estimator", "word")
-    dequantizer: str = _shown("dequantizer", "word")
-    num_importance: int = _shown("K", "")
+    estimator: str = _column("estimator", "word")
+    dequantizer: str = _column("dequantizer", "word")
+    num_importance: int = _column("K", "")
     data: str
     split: str
-    n: int = _shown("images", "")
+    n: int = _column("images", "")
     split_size: int
-    bits_per_dim: float = _shown("bits/dim", "bits")
+    bits_per_dim: float = _column("bits/dim", "bits")
     stderr: float
-    ci95: float = _shown("±\u00a095%", "bits")
-    interval: list[float] = _shown("95% interval", "bits")
+    ci95: float = _column("±\u00a095%", "bits")
+    interval: list[float] = _column("95% interval", "bits")
     this_set_stderr: float
-    this_set_ci95: float = _shown("± these images", ".2g")
+    this_set_ci95: float = _column("± these images", ".2g")
     this_set_interval: list[float]
-    converged: bool | None = _shown("converged", "word", default=None)
-    solver_error: float | None = _shown("solver error", ".1g", default=None)
-    solver_error_ci95: float | None = _shown("± of it", ".1g", default=None)
+    converged: bool | None = _column("converged", "word", default=None)
+    solver_error: float | None = _column("solver error", ".1g", default=None)
+    solver_error_ci95: float | None = _column("± of it", ".1g", default=None)
     solver_images: int | None = None
     sweeps: int | None = None
     target_se: float | None = None
-    nonfinite: int = _shown("not finite", "")
-    min: float = _shown("least", "bits")
-    max: float = _shown("greatest", "bits")
+    nonfinite: int = _column("not finite", "")
+    min: float = _column("least", "bits")
+    max: float = _column("greatest", "bits")
     outliers: list[list[float]]
     terms: dict[str, float]
     smallest_time: float
     trace: dict[str, Any] | None
     dequantizer_step: int | None
-    nfe_mean: float = _shown("evaluations, mean", ".1f")
-    nfe_max: int = _shown("evaluations, max", ".6g")
+    nfe_mean: float = _column("evaluations, mean", ".1f")
+    nfe_max: int = _column("evaluations, max", ".6g")
 
     @classmethod
-    def of(cls, found: Estimate, ids: np.ndarray, **origin: Any) -> "Result":
-        """The result of an estimate of the images ``ids``; ``origin`` are the other fields."""
-        values, (low, high) = found.values, found.population.bounds
-        far = intervals.outliers(values)
-        far = far[np.argsort(-values[far])]
-        gap, half = found.solver_error, found.this_set.ci95
-        solved: dict[str, Any] = (
-            {}
+    def of(cls, number: Estimate, ids: np.ndarray, **origin: Any) -> "Result":
+        """The result of the estimate ``number`` over the images ``ids (n,)``; ``origin`` are the
+        other fields."""
+        values, population, this_set = number.values, number.population, number.this_set
+        outliers = intervals.outliers(values)
+        outliers = outliers[np.argsort(-values[outliers])]
+        gap = number.solver_error
+        kind: dict[str, Any] = (
+            {"sweeps": number.sweeps}
             if gap is None
             else {
-                "converged": found.converged,
+                "converged": number.converged,
                 "solver_error": gap.mean,
                 "solver_error_ci95": gap.ci95,
                 "solver_images": gap.n,
@@ -84,30 +100,31 @@ class Result:
         )
         return cls(
             **origin,
-            **(solved or {"sweeps": found.sweeps}),
-            n=found.population.n,
-            bits_per_dim=found.population.mean,
-            stderr=found.population.stderr,
-            ci95=found.population.ci95,
-            interval=[low, high],
-            this_set_stderr=found.this_set.stderr,
-            this_set_ci95=half,
-            this_set_interval=[found.this_set.mean - half, found.this_set.mean + half],
-            nonfinite=found.population.nonfinite,
+            **kind,
+            n=population.n,
+            bits_per_dim=population.mean,
+            stderr=population.stderr,
+            ci95=population.ci95,
+            interval=list(population.bounds),
+            this_set_stderr=this_set.stderr,
+            this_set_ci95=this_set.ci95,
+            this_set_interval=list(this_set.bounds),
+            nonfinite=population.nonfinite,
             min=float(values.min()),
             max=float(values.max()),
-            outliers=[[int(ids[i]), float(values[i])] for i in far],
-            terms={name: float(term.mean()) for name, term in found.terms.items()},
-            nfe_mean=float(found.nfe.mean()),
-            nfe_max=int(found.nfe.max()),
+            outliers=[[int(ids[i]), float(values[i])] for i in outliers],
+            terms={name: float(term.mean()) for name, term in number.terms.items()},
+            nfe_mean=float(number.nfe.mean()),
+            nfe_max=int(number.nfe.max()),
         )
 
     @classmethod
     def read(cls, row: Mapping[str, Any]) -> "Result":
-        """A result of ``report.json``, where "NaN" and "Infinity" stand for such numbers.
+        """The result from a ``row`` of ``report.json``, where the strings "NaN", "Infinity" and
+        "-Infinity" stand for numbers.
 
         Raises:
-          ValueError: it lacks a field, or has one that is unknown.
+          ValueError: the row lacks a field, or has an unknown one.
         """
 
         def number(value: Any) -> Any:
@@ -118,23 +135,25 @@ class Result:
         try:
             return cls(**{name: number(value) for name, value in row.items()})
         except TypeError as error:
-            raise ValueError(f"{dict(row)} is no result of an evaluation: {error}") from error
+            raise ValueError(
+                f"{dict(row)} is no result of an evaluation: {error}; evaluate again (--mode=eval)"
+            ) from error
 
     def plain(self) -> dict[str, Any]:
-        """As ``report.json`` has it: without the fields that this kind of number lacks."""
+        """The row of ``report.json``: the fields, without those that this kind of number lacks."""
         optional = {f.name for f in dataclasses.fields(self) if f.default is None}
-        found = dataclasses.asdict(self)
-        return {k: v for k, v in found.items() if v is not None or k not in optional}
+        row = dataclasses.asdict(self)
+        return {k: v for k, v in row.items() if v is not None or k not in optional}
 
     @property
     def name(self) -> str:
-        """As messages call it."""
+        """The name of the number in messages."""
         draws = f" K={self.num_importance}" if self.num_importance > 1 else ""
         return f"{self.estimator} {self.dequantizer}{draws}"
 
     @property
     def column(self) -> str:
-        """What precedes the names of its columns in the per-image table."""
+        """The beginning of the names of its columns in the per-image table."""
         return Cell(self.estimator, self.dequantizer, self.num_importance).name
 
     @property
@@ -149,35 +168,36 @@ class Result:
         )
 
     def warnings(self, names: Sequence[str] | None = None) -> list[str]:
-        """What a reader of the number must know: non-finite or outlying images, no convergence.
+        """Warnings about images that are not finite or outliers, a ``target_se`` that was not
+        reached, and an ODE that did not converge.
 
-        ``names`` are those of all images of the split, by id, where they have any.
+        ``names`` are the names of all images of the split by id, if the images have names.
         """
-        found = []
+        warnings = []
         if self.nonfinite:
-            found.append(f"{self.name}: {self.nonfinite} images have a non-finite result")
+            warnings.append(f"{self.name}: {self.nonfinite} images have a non-finite result")
         if self.outliers:
-            far = [(names[int(i)] if names else i, value) for i, value in self.outliers[:5]]
-            shown = ", ".join(f"{name} ({value:.3f})" for name, value in far)
-            found.append(
+            first = [(names[int(i)] if names else i, value) for i, value in self.outliers[:5]]
+            shown = ", ".join(f"{name} ({value:.3f})" for name, value in first)
+            warnings.append(
                 f"{self.name}: over 6 robust standard deviations from the median, and counted like "
                 f"all others: {len(self.outliers)} of {self.n} images, {shown}"
             )
         if self.target_se and not self.this_set_stderr <= self.target_se:
-            found.append(
+            warnings.append(
                 f"{self.name}: standard error {self.this_set_stderr:.2g} after {self.sweeps} "
                 f"sweeps (eval.max_sweeps), above eval.target_se={self.target_se}"
             )
         if self.converged is False:
-            found.append(
+            warnings.append(
                 f"{self.name}: UNCONVERGED, a stricter solve moves it by "
                 f"{self.solver_error:.2g} +- {self.solver_error_ci95:.2g} bits/dim on "
                 f"{self.solver_images} images: lower eval.rtol and eval.atol, or raise eval.subset"
             )
-        return found
+        return warnings
 
 
-# Fields that the page's table shows: (heading, format of a float).
+# The fields that the table of the page shows: (heading, format).
 COLUMNS: dict[str, tuple[str, str]] = {
     f.name: f.metadata["shown"] for f in dataclasses.fields(Result) if f.metadata
 }

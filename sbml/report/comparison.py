@@ -4,9 +4,10 @@ For a cell (estimator, dequantizer, K) that two runs share, with b_i the bits/di
 
     difference = mean_i (b_i - b_i of the first run)  +-  t_{n-1, 0.975} S / sqrt(n)
 
-over the n images that both evaluated, S the standard deviation of the n differences. An image that
-is hard for one model is hard for another too, so this interval is much narrower than those of the
-two means. It holds the noise of images and draws, but not that of a training with another seed.
+where n is the number of images that both runs evaluated, and S the standard deviation of the n
+differences. An image that is hard for one model is usually hard for another too, so this interval
+is much narrower than the intervals of the two means. It contains the noise of the choice of images
+and of the random draws, but not the differences between trainings with different seeds.
 """
 
 import dataclasses
@@ -24,20 +25,19 @@ from sbml.runtime import metrics
 from sbml.runtime.workdir import EVALUATION, PER_IMAGE, SAMPLES, Workdir
 
 COLUMNS, ROWS = 8, 4  # of a grid of samples
-PLAIN = {"title", "command", "versions"}
 
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """What an evaluated work directory holds.
+    """An evaluated work directory.
 
     Attributes:
-      name: how the page calls it.
-      evaluation: ``evaluation.json``.
-      results: the results, by the name of their cell.
-      bits: for each cell, ids ``(n,)`` and bits/dim ``(n,)`` of the images.
-      seconds: of training; None where it is not known.
-      samples: uint8 ``(m, h, w, c)``, or None.
+      name: the name of the run on the page.
+      evaluation: the content of ``evaluation.json``.
+      results: the results by their names.
+      bits: for each result, the ids ``(n,)`` and the bits/dim ``(n,)`` of the images.
+      seconds: the duration of the training in seconds; None if it is not known.
+      samples: uint8 ``(m, h, w, c)``; None if no samples were drawn.
     """
 
     name: str
@@ -52,7 +52,7 @@ class Run:
         """The run of ``workdir``.
 
         Raises:
-          ValueError: it was not evaluated, or a file of it is damaged.
+          ValueError: it was not evaluated, or one of its files is damaged.
         """
         evaluation = workdir.read(EVALUATION)
         results = {r.name: r for r in map(Result.read, evaluation["results"])}
@@ -63,14 +63,13 @@ class Run:
             table = shared if column in shared else workdir.read(f"per_image_{result.column}.npz")
             bits[name] = table["id"], table[column]
         rows = metrics.read(workdir)
-        drawn = workdir.read(SAMPLES) if workdir.has(SAMPLES) else None
         return cls(
             workdir.name,
             evaluation,
             results,
             bits,
             rows[-1]["seconds"] if rows else None,
-            None if drawn is None else drawn["images"],
+            workdir.read(SAMPLES)["images"] if workdir.has(SAMPLES) else None,
         )
 
     @property
@@ -84,7 +83,8 @@ def compare(runs: Sequence[Run]) -> dict[str, Any]:
     """The numbers of the page as plain values: ``runs``, and ``cells`` with a row for each run.
 
     Raises:
-      ValueError: fewer than two runs, two of one name, runs of different images, or no common cell.
+      ValueError: there are fewer than two runs, two have the same name or other images, or no
+        number is common to the first run and another.
     """
     _check(runs)
     first, *others = runs
@@ -93,6 +93,7 @@ def compare(runs: Sequence[Run]) -> dict[str, Any]:
         raise ValueError(
             f"the runs have no number in common: {first.name} has {', '.join(first.results)}; "
             + "; ".join(f"{run.name} has {', '.join(run.results)}" for run in others)
+            + ". Evaluate them with the same eval.estimators and eval.dequantizers"
         )
     cells = []
     for name in names:
@@ -128,16 +129,16 @@ def _row(run: Run, first: Run, name: str) -> dict[str, Any]:
     }
     if run is first:
         return row
-    both = run.bits[name][0], first.bits[name][0]
-    ids, ours, theirs = np.intersect1d(*both, return_indices=True)
-    if not len(ids):
+    (ids, bits), (first_ids, first_bits) = run.bits[name], first.bits[name]
+    common, rows, first_rows = np.intersect1d(ids, first_ids, return_indices=True)
+    if not len(common):
         return row
-    gap = mean_interval(run.bits[name][1][ours] - first.bits[name][1][theirs])
+    gap = mean_interval(bits[rows] - first_bits[first_rows])
     return row | {"difference": gap.mean, "difference_interval": list(gap.bounds), "pairs": gap.n}
 
 
 def _about(run: Run) -> dict[str, Any]:
-    """What stands beside the numbers."""
+    """The model, its training and the quality of its samples, as plain values."""
     model, quality = run.evaluation["model"], run.evaluation.get("quality", {})
     about = {"name": run.name, "network": model["name"], "parameters": model["parameters"]}
     about |= {"step": run.evaluation["checkpoint"]["step"], "training_seconds": run.seconds}
@@ -145,7 +146,7 @@ def _about(run: Run) -> dict[str, Any]:
 
 
 def differing(runs: Sequence[Run]) -> dict[str, list[str]]:
-    """The fields of the configs that are not equal in all runs, with each run's value."""
+    """The fields of the configs that are not equal in all runs: the value of each run, as text."""
     configs = [page.flat(run.evaluation["config"]) for run in runs]
     names = list(dict.fromkeys(name for config in configs for name in config))
     rows = {name: [page.text(config.get(name)) for config in configs] for name in names}
@@ -153,14 +154,14 @@ def differing(runs: Sequence[Run]) -> dict[str, list[str]]:
 
 
 def render(runs: Sequence[Run], numbers: Mapping[str, Any]) -> str:
-    """The page: one HTML file that opens offline."""
+    """The page, one HTML file that opens offline; ``numbers`` are from :func:`compare`."""
     levels = runs[0].images["levels"]
     return page.environment().get_template("comparison.html").render(
         title="Comparison of " + ", ".join(run.name for run in runs),
         first=runs[0].name,
         images=numbers["data"],
         cells=[{**cell, "figure": _figure(cell)} for cell in numbers["cells"]],
-        runs=[_shown(about) for about in numbers["runs"]],
+        runs=[_texts(about) for about in numbers["runs"]],
         differing=differing(runs),
         samples=[
             {"name": run.name, "png": _grid(run.samples, levels)}
@@ -171,11 +172,11 @@ def render(runs: Sequence[Run], numbers: Mapping[str, Any]) -> str:
     )  # fmt: skip
 
 
-def _shown(about: Mapping[str, Any]) -> dict[str, str]:
+def _texts(about: Mapping[str, Any]) -> dict[str, str]:
     seconds = about["training_seconds"]
-    shown = {name: page.text(value) for name, value in about.items() if name != "quality"}
-    shown["training_seconds"] = "–" if seconds is None else str(timedelta(seconds=round(seconds)))
-    return shown | {name: page.text(value, ".4g") for name, value in about["quality"].items()}
+    texts = {name: page.text(value) for name, value in about.items() if name != "quality"}
+    texts["training_seconds"] = "–" if seconds is None else str(timedelta(seconds=round(seconds)))
+    return texts | {name: page.text(value, ".4g") for name, value in about["quality"].items()}
 
 
 def _figure(cell: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,9 +1,12 @@
-"""The report of a work directory, from what the modes left there.
+"""The report of a work directory, made from the files that the modes have written there.
 
-``eval`` leaves ``evaluation.json`` and ``per_image.npz``, ``sample`` leaves ``samples.npz``,
-``quality`` leaves ``quality.json`` and ``neighbours.png``, ``train`` leaves ``metrics.jsonl``;
-whichever comes last makes ``report.json`` and ``report.html``. The mode ``report`` makes them from
-what is there, also for a run without an evaluation.
+    eval        evaluation.json, per_image.npz
+    sample      samples.npz
+    quality     quality.json, neighbours.png
+    train       metrics.jsonl, samples/step_*.png
+
+If there is an evaluation, each of the modes ``eval``, ``sample`` and ``quality`` also writes
+``report.json`` and ``report.html``. The mode ``report`` writes them in any case.
 """
 
 import re
@@ -29,7 +32,6 @@ from sbml.runtime.workdir import (
 
 NEIGHBOURS_CAPTION = "The first samples, and below each the training image nearest to it."
 
-
 DURING_TRAINING = re.compile(r"step_(\d+)\.png")
 
 
@@ -43,25 +45,28 @@ def write(
 
     Args:
       workdir: the work directory.
-      load: gives the images of a split. If they are not those that were evaluated, a warning says
-        so and the report stays as it is.
-      known: for a run that may be unfinished: its ``model``, its ``config`` and its ``training``
-        (``report.progress``). The report then also names what is missing.
-      rows: the rows of the metrics, if they are read already.
+      load: a function from a split to its images. If they are not those that were evaluated, a
+        warning is logged and the report is not written.
+      known: ``model``, ``config`` and ``training`` (``report.progress``) of a run that may have no
+        evaluation. The report then also lists what is missing.
+      rows: the rows of the metrics; None to read them.
 
     Returns:
       Whether the report was written.
+
+    Raises:
+      ValueError: a file of the work directory is damaged.
     """
     workdir = Workdir(workdir)
-    evaluated = _evaluated(workdir, load)
-    if evaluated is None and (known is None or workdir.has(EVALUATION)):
+    evaluation = _evaluation(workdir, load)
+    if evaluation is None and (known is None or workdir.has(EVALUATION)):
         return False
-    content, images = evaluated or ({"title": workdir.name, "results": [], "warnings": []}, None)
+    content, images = evaluation or ({"title": workdir.name, "results": [], "warnings": []}, None)
     content = {**(known or {}), **content}
-    drawn = _drawn(workdir, content)
-    pictures = [] if drawn is None else _quality(workdir, content, drawn)
+    samples = _samples(workdir, content)
+    pictures = [] if samples is None else _quality(workdir, content, samples)
     if known is not None:
-        pictures += _during_training(workdir) if drawn is None else []
+        pictures += _during_training(workdir) if samples is None else []
         content["missing"] = _missing(workdir, content)
     report.write(
         workdir,
@@ -70,72 +75,77 @@ def write(
         images=None if images is None else lambda ids: images.images[ids],
         levels=content["config"]["data"]["levels"] if images is None else images.levels,
         curves=metrics.read(workdir) if rows is None else rows,
-        samples=None if drawn is None else drawn["images"],
+        samples=None if samples is None else samples["images"],
         pictures=pictures,
     )
     return True
 
 
-def _evaluated(
+def _evaluation(
     workdir: Workdir, load: Callable[[str], ImageSet]
 ) -> tuple[dict[str, Any], ImageSet] | None:
-    """``evaluation.json`` and its images; None if it is not there or of other images."""
+    """``evaluation.json`` and the images that were evaluated; None if there is no such file, or if
+    ``load`` gives other images."""
     if not workdir.has(EVALUATION):
         return None
     evaluation = workdir.read(EVALUATION)
     split = evaluation["results"][0]["split"]
-    images, evaluated = load(split), evaluation["data"][split]
-    if images.fingerprint == evaluated:
+    images, fingerprint = load(split), evaluation["data"][split]
+    if images.fingerprint == fingerprint:
         return evaluation, images
     logging.warning(
         "%s is of %s, this config has %s: the report stays as it is",
-        *(workdir / EVALUATION, evaluated, images.fingerprint),
+        *(workdir / EVALUATION, fingerprint, images.fingerprint),
     )
     return None
 
 
-def _drawn(workdir: Workdir, content: dict[str, Any]) -> dict[str, Any] | None:
-    """``samples.npz``, described in ``content``; None if it is of another model than evaluated."""
+def _samples(workdir: Workdir, content: dict[str, Any]) -> dict[str, Any] | None:
+    """The arrays of ``samples.npz``; their description is put into ``content``.
+
+    None if there is no such file, or if it is of another checkpoint than the evaluation.
+    """
     if not workdir.has(SAMPLES):
         return None
-    drawn = workdir.read(SAMPLES)
+    samples = workdir.read(SAMPLES)
     checkpoint = content.get("checkpoint", {})
-    if any(int(drawn[name]) != value for name, value in checkpoint.items()):
-        step = int(drawn["step"])
+    if any(int(samples[name]) != value for name, value in checkpoint.items()):
+        step = int(samples["step"])
         logging.warning("samples.npz, of step %d, is of another model: not in the report", step)
         return None
     content["samples"] = {
-        "count": len(drawn["images"]),
-        "nfe_mean": float(drawn["nfe"].mean()),
-        "nfe_max": int(drawn["nfe"].max()),
-        "sampler": str(drawn["sampler"]),
-        **({} if checkpoint else {"step": int(drawn["step"])}),
+        "count": len(samples["images"]),
+        "nfe_mean": float(samples["nfe"].mean()),
+        "nfe_max": int(samples["nfe"].max()),
+        "sampler": str(samples["sampler"]),
+        **({} if checkpoint else {"step": int(samples["step"])}),
     }
-    if failed := int(np.sum(drawn["failed"])):
-        warning = f"{failed} of {len(drawn['images'])} samples are not finite"
+    if failed := int(np.sum(samples["failed"])):
+        warning = f"{failed} of {len(samples['images'])} samples are not finite"
         content["warnings"] = [*content["warnings"], warning]
-    return drawn
+    return samples
 
 
 def _quality(
-    workdir: Workdir, content: dict[str, Any], drawn: dict[str, Any]
+    workdir: Workdir, content: dict[str, Any], samples: dict[str, Any]
 ) -> list[tuple[str, bytes]]:
-    """Put ``quality.json`` of the samples ``drawn`` into ``content``; its picture."""
+    """The picture of nearest training images with its caption; the values of ``quality.json`` are
+    put into ``content``. Nothing happens if that file is of other samples than ``samples``."""
     if not workdir.has(QUALITY):
         return []
-    found = workdir.read(QUALITY)
-    if found["images_crc32"] != tree_crc32(drawn["images"]):
+    quality = workdir.read(QUALITY)
+    if quality["images_crc32"] != tree_crc32(samples["images"]):
         logging.warning("quality.json is of other samples: left out of the report")
         return []
-    content["quality"] = found["values"]
+    content["quality"] = quality["values"]
     return [(NEIGHBOURS_CAPTION, (workdir / NEIGHBOURS).read_bytes())]
 
 
 def _during_training(workdir: Workdir) -> list[tuple[str, bytes]]:
-    """The newest picture that the training has left in ``samples/``."""
+    """The newest picture of the training in ``samples/`` with its caption; empty if there is none."""
     folder = workdir / "samples"
-    found = [(DURING_TRAINING.fullmatch(p.name), p) for p in folder.glob("*.png")]
-    steps = {int(match[1]): path for match, path in found if match}
+    matches = [(DURING_TRAINING.fullmatch(p.name), p) for p in folder.glob("*.png")]
+    steps = {int(match[1]): path for match, path in matches if match}
     if not steps:
         return []
     last = max(steps)
@@ -143,10 +153,10 @@ def _during_training(workdir: Workdir) -> list[tuple[str, bytes]]:
 
 
 def _missing(workdir: Workdir, content: Mapping[str, Any]) -> dict[str, str]:
-    """What the report lacks, and the mode that makes it."""
-    made = {"results": "eval", "samples": "sample", "quality": "quality"}
-    lacking = {name: mode for name, mode in made.items() if not content.get(name)}
-    if "samples" in lacking and "quality" in lacking:
-        lacking["quality"] = "sample,quality"
+    """The parts that ``content`` lacks, each with the command that makes it."""
+    modes = {"results": "eval", "samples": "sample", "quality": "quality"}
+    missing = {name: mode for name, mode in modes.items() if not content.get(name)}
+    if "samples" in missing and "quality" in missing:
+        missing["quality"] = "sample,quality"
     command = f"python -m sbml.main --workdir={workdir} --mode="
-    return {name: command + mode for name, mode in lacking.items()}
+    return {name: command + mode for name, mode in missing.items()}

@@ -1,8 +1,8 @@
-"""An evaluation as two files: ``report.json`` for programs, ``report.html`` for people.
+"""The report of a run as two files: ``report.json`` for programs, ``report.html`` for people.
 
-The page is one file that opens offline: it shows what ``report.json`` says, with figures from the
-per-image table, and asks nothing of the network. Nothing here knows a formula; every number
-comes from the caller, and a value that is not finite is counted and shown, never left out.
+The page is one file that opens offline and loads nothing. It shows the content of ``report.json``,
+with figures from the per-image table. All numbers come from the caller; only their means, extremes
+and differences are computed here. Values that are not finite are counted and shown, never left out.
 """
 
 import json
@@ -38,23 +38,24 @@ def write(
         ``n`` …; the first is the headline), and optionally ``baselines``, ``warnings``,
         ``command``, ``model``, ``checkpoint``, ``quality`` (names to numbers),
         ``baselines_left_out`` (names to reasons), ``training`` (with a ``line`` and the step of the
-        newest ``checkpoint``) and ``missing`` (names to the commands that make it);
-        whatever else it has is listed under its own name.
-      table: None if ``results`` is empty, of a run that was not evaluated; otherwise columns (n,),
-        one row an image: ``id``, at least one whose name ends in
-        ``bits_per_dim``, and any that end in ``nfe``, network evaluations. What precedes the ending
-        names the figure. ``name``, if there is one, is shown in place of the id.
+        newest ``checkpoint``) and ``missing`` (names to the commands that make these parts). The
+        page lists other entries under their own names.
+      table: columns (n,) with a row for each image; None for a run that was not evaluated, whose
+        ``results`` are empty. It needs ``id`` and at least one column whose name ends in
+        ``bits_per_dim``, and may have columns that end in ``nfe``, numbers of network evaluations.
+        The text before the ending is the title of the figure. ``name``, if there is such a column,
+        is shown in place of the id.
       images: uint8 (n, h, w, c) indexed by id, or a function from ids to such an array; None
         without a table.
-      levels: grey levels L; pixels are 0 … L - 1.
+      levels: the number of levels L; pixels are 0 … L - 1.
       curves: rows with ``step``, ``loss`` and perhaps ``images_per_s`` and ``seconds`` since
-        training began. Where a step occurs twice, the later row counts.
+        training began. If a step occurs twice, the later row counts.
       samples: uint8 (m, h, w, c), or None.
-      pictures: captions and the bytes of PNGs, shown after the samples.
+      pictures: captions and the bytes of PNG files, shown after the samples.
 
     Raises:
-      ValueError: a missing result or column, columns of unequal length, or a value that JSON
-        cannot hold. Nothing has been written then.
+      ValueError: a result or column is missing, columns have different lengths, or JSON has no type
+        for a value. Nothing has been written then.
     """
     plain: dict[str, Any] = strict(report)
     _check(plain, table)
@@ -67,9 +68,13 @@ def write(
 
 
 def strict(value: Any, name: str = "report") -> Any:
-    """``value`` in the types of JSON: what is not finite becomes "NaN", "Infinity", "-Infinity".
+    """``value`` in the types of JSON, without numbers that are not finite.
 
-    Python's ``float`` reads those strings. Arrays and tuples become lists, paths strings.
+    Such numbers become the strings "NaN", "Infinity" and "-Infinity", which Python's ``float``
+    reads. Arrays and tuples become lists, and paths strings.
+
+    Raises:
+      ValueError: JSON has no type for a value; the message gives its place in ``name``.
     """
     if isinstance(value, Mapping):
         return {str(key): strict(item, f"{name}.{key}") for key, item in value.items()}

@@ -1,11 +1,11 @@
-"""Images as people look at them: grids of enlarged pixels, and PNG."""
+"""Images for people: grids of enlarged pixels, and PNG files."""
 
 import io
 
 import numpy as np
 from PIL import Image
 
-GAP_GREY = 128  # tells cells apart on light pages and dark ones
+GAP_GREY = 128  # the grey between images, visible on light and on dark pages
 
 
 def image_grid(
@@ -13,9 +13,13 @@ def image_grid(
 ) -> np.ndarray:
     """Tile images row by row: uint8 (m, h, w, c) of 0 … L - 1 -> uint8 (H, W, c) of 0 … 255.
 
-    A pixel becomes scale x scale equal ones; between neighbours lie ``gap`` grey pixels, so
+    A pixel becomes scale x scale equal pixels. Between neighbours lie ``gap`` grey pixels, so
     H = rows (h scale + gap) - gap with rows = ceil(m / columns), and likewise W. Cells without
-    an image are grey.
+    an image are grey. Of images with other than 1 or 3 channels the first channel is shown.
+
+    Raises:
+      ValueError: the images are not uint8 (m, h, w, c) with m > 0 and pixels below ``levels``, or
+        another argument is out of its range.
     """
     images = np.asarray(images)
     if images.ndim != 4 or images.dtype != np.uint8 or images.size == 0:
@@ -28,7 +32,7 @@ def image_grid(
     if columns < 1 or scale < 1 or gap < 0:
         raise ValueError(f"Got {columns=}, {scale=}, {gap=}: columns and scale start at 1, gap 0.")
     if images.shape[-1] not in (1, 3):
-        images = images[..., :1]  # Neither grey nor red, green and blue: the first is shown.
+        images = images[..., :1]
     count, height, width, channels = images.shape
     rows = -(-count // columns)
     height, width = height * scale, width * scale
@@ -41,7 +45,11 @@ def image_grid(
 
 
 def png(array: np.ndarray) -> bytes:
-    """The bytes of a PNG file; uint8 (h, w), (h, w, 1) or (h, w, 3)."""
+    """The bytes of a PNG file of ``array``, uint8 (h, w), (h, w, 1) or (h, w, 3).
+
+    Raises:
+      ValueError: ``array`` has another type or shape.
+    """
     array = np.asarray(array)
     grey = array.ndim == 2 or array.ndim == 3 and array.shape[2] == 1
     if array.dtype != np.uint8 or not (grey or array.ndim == 3 and array.shape[2] == 3):

@@ -1,4 +1,4 @@
-"""``report.html`` from the numbers: each function makes what one part of the template shows."""
+"""Makes ``report.html``: each function prepares the values that one part of the template shows."""
 
 import base64
 import json
@@ -37,16 +37,17 @@ def render(
     samples: np.ndarray | None,
     pictures: Sequence[tuple[str, bytes]],
 ) -> str:
-    """The page: one HTML file. Arguments as of ``report.write``, with a strict ``report``."""
-    evaluated = {}
+    """The page as HTML. The arguments are those of ``report.write``; ``report`` has been made
+    ``strict``."""
+    evaluation = {}
     if table is not None and images is not None:
-        evaluated = _evaluated(report, table, images, levels)
+        evaluation = _evaluation(report, table, images, levels)
     progress = report.get("training", {})
     template = environment().get_template("report.html")
     return template.render(
-        results=evaluated.get("results"),
+        results=evaluation.get("results"),
         title=report.get("title", "Evaluation"),
-        warnings=[*report.get("warnings", []), *evaluated.get("uncounted", [])],
+        warnings=[*report.get("warnings", []), *evaluation.get("uncounted", [])],
         progress=progress.get("line"),
         missing=report.get("missing", {}),
         without_checkpoint=bool(progress) and progress["checkpoint"] is None,
@@ -60,13 +61,13 @@ def render(
     )
 
 
-def _evaluated(
+def _evaluation(
     report: Mapping[str, Any],
     table: Mapping[str, np.ndarray],
     images: Fetch | np.ndarray,
     levels: int,
 ) -> dict[str, Any]:
-    """What the template shows of the results and of the images that they are of."""
+    """The values that the template shows of the results and of the evaluated images."""
     results, baselines = report["results"], report.get("baselines", [])
     bits = ending(table, "bits_per_dim")
     ids, names = np.asarray(table["id"]), table.get("name")
@@ -104,7 +105,7 @@ def _evaluated(
 
 
 def environment() -> jinja2.Environment:
-    """Where the templates of this folder are found; everything that they show is escaped."""
+    """The environment of the templates in this folder; all values that they show are escaped."""
     return jinja2.Environment(
         loader=jinja2.PackageLoader("sbml", "report"),
         autoescape=True,
@@ -115,7 +116,8 @@ def environment() -> jinja2.Environment:
 
 
 def text(value: Any, form: str = "") -> str:
-    """A value of the report as the page shows it; ``form`` is for floats, "bits" for bits/dim."""
+    """A value of the report as text. ``form`` is the format of a float: "bits" for bits/dim, or a
+    format of Python."""
     if value is None:
         return "–"
     if isinstance(value, bool):
@@ -125,28 +127,28 @@ def text(value: Any, form: str = "") -> str:
     if isinstance(value, float):
         if not math.isfinite(value):
             return json.dumps(value)
-        readable = ".3f" if 1e-3 <= abs(value) < 1e5 or value == 0 else ".3g"
-        return format(value, readable if form == "bits" else form)
+        bits_form = ".3f" if 1e-3 <= abs(value) < 1e5 or value == 0 else ".3g"
+        return format(value, bits_form if form == "bits" else form)
     if isinstance(value, int):
         return f"{value:,}"
     return str(value)
 
 
 def flat(value: Mapping[str, Any], top: str = "") -> dict[str, Any]:
-    """{"a": {"b": 1}} as {"a.b": 1}; lists stay whole, and the name ``top`` is left off."""
+    """{"a": {"b": 1}} as {"a.b": 1}; lists are not changed, and the name ``top`` is omitted."""
     leaves: dict[str, Any] = {}
     for key, item in value.items():
         if isinstance(item, Mapping) and item:
-            below = flat(item)
-            named = {f"{key}.{name}": leaf for name, leaf in below.items()}
-            leaves |= below if key == top else named
+            prefix = "" if key == top else f"{key}."
+            leaves |= {f"{prefix}{name}": leaf for name, leaf in flat(item).items()}
         else:
             leaves[key] = item
     return leaves
 
 
 def _columns(results: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Columns of the result table: those of ``COLUMNS`` that a result has; K where it is not 1."""
+    """The columns of the result table: those in ``COLUMNS`` that a result has, and K only if a
+    result has K > 1."""
     return [
         {"key": key, "label": label, "format": form, "number": form != "word"}
         for key, (label, form) in COLUMNS.items()
@@ -156,9 +158,11 @@ def _columns(results: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _ledger(results: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
-    """What each number is the sum of: term names, and a row of texts for every result."""
+    """The table of the terms of each number: the names of the terms, and a row of texts for each
+    result."""
     terms = [item for row in results for item in row.get("terms", {}).items()]
-    shown = {name for name, value in terms if value} | {"prior"}  # "importance" only where K > 1.
+    # Terms that are 0 in all results are left out, such as "importance" if K = 1.
+    shown = {name for name, value in terms if value} | {"prior"}
     names = [name for name in dict.fromkeys(name for name, _ in terms) if name in shown]
     if not names:
         return None
@@ -190,7 +194,8 @@ def _headline(result: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _versus(result: Mapping[str, Any], baselines: Sequence[Mapping[str, Any]]) -> str:
-    """How far the headline lies from the best baseline, in words; "" if either is not finite."""
+    """The difference between the headline and the best baseline, in words; "" if either is not
+    finite."""
     finite = [row for row in baselines if math.isfinite(float(row["bits_per_dim"]))]
     if not finite or not math.isfinite(float(result["bits_per_dim"])):
         return ""
@@ -201,7 +206,7 @@ def _versus(result: Mapping[str, Any], baselines: Sequence[Mapping[str, Any]]) -
 
 
 def _facts(report: Mapping[str, Any]) -> dict[str, str]:
-    """The few figures that stand under the headline; those that the report lacks are left off."""
+    """The facts under the headline, without those that the report lacks."""
     model, newest = report.get("model", {}), report.get("training", {}).get("checkpoint")
     checkpoint = report.get("checkpoint", {"step": newest})
     result = (report["results"] or [{}])[0]
@@ -217,18 +222,19 @@ def _facts(report: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _uncounted(report: Mapping[str, Any], bits: Mapping[str, np.ndarray]) -> list[str]:
-    """A warning if the table has more values that are not finite than the results own up to."""
-    found = sum(int((~np.isfinite(column)).sum()) for column in bits.values())
-    told = sum(int(result.get("nonfinite") or 0) for result in report["results"])
-    if found <= told:
+    """A warning if more values of the table are not finite than the results say."""
+    count = sum(int((~np.isfinite(column)).sum()) for column in bits.values())
+    stated = sum(int(result.get("nonfinite") or 0) for result in report["results"])
+    if count <= stated:
         return []
     return [
-        f"{found:,} bits/dim in the per-image table are not finite; the results count {told:,}."
+        f"{count:,} bits/dim in the per-image table are not finite; the results count {stated:,}."
     ]
 
 
 def _details(report: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """What the page shows nowhere else, by heading, every value exact."""
+    """All values of the report with all digits, under headings; except for those that the page
+    shows elsewhere."""
     results = {f"{row}. {_label(r)}": r for row, r in enumerate(report["results"], 1)}
     details = {"Every figure of the results": flat(results)} if results else {}
     for name, value in report.items():
@@ -239,7 +245,8 @@ def _details(report: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def figure(name: str, draw: Callable, width: float, height: float, caption: str) -> dict[str, Any]:
-    """A figure of ``width`` x ``height`` inches with its caption, as the templates show it."""
+    """A figure of ``width`` x ``height`` inches with its caption, for the templates; ``draw`` is as
+    in ``plots.svg``."""
     svg = Markup(_plots.svg(name, draw, width, height))
     return {"svg": svg, "alt": f"{name}. {caption}", "caption": caption}
 
@@ -249,13 +256,13 @@ def _comparison(
     baselines: Sequence[Mapping[str, Any]],
     left_out: Mapping[str, str],
 ) -> dict[str, Any] | None:
-    """The numbers beside each other; None where there is one alone."""
+    """The figure of all results and baselines; None if there is only one number."""
     estimates = [estimate(_label(row), row, ours=True) for row in results]
     estimates += [estimate(row["name"], row, ours=False) for row in baselines]
     if len(estimates) < 2:
         return None
     values = "; ".join(f"{row.label} {row.value:.3f}" for row in estimates)
-    shown = figure(
+    comparison = figure(
         "Comparison",
         partial(_plots.comparison, estimates=estimates),
         5.8,
@@ -267,11 +274,11 @@ def _comparison(
             ]
         ),
     )
-    return shown | {"alt": f"Comparison in bits/dim: {values}."}
+    return comparison | {"alt": f"Comparison in bits/dim: {values}."}
 
 
 def estimate(label: str, row: Mapping[str, Any], ours: bool) -> _plots.Estimate:
-    """A result or baseline with its interval, as the figures show it."""
+    """A result (``ours``) or a baseline with its 95% interval, for ``plots.comparison``."""
     value, half = float(row["bits_per_dim"]), float(row.get("ci95") or 0)
     low, high = row.get("interval") or (value - half, value + half)
     return _plots.Estimate(label, value, float(low), float(high), ours)
@@ -310,7 +317,7 @@ def _training(curves: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
 
 
 def data_url(array: np.ndarray) -> str:
-    """An image, uint8 (h, w, c), as the address of an ``img``."""
+    """An image, uint8 (h, w, c), as a data URL for the ``src`` of an ``img``."""
     return _png_url(_images.png(array))
 
 
@@ -325,11 +332,12 @@ def _extremes(
     images: Fetch | np.ndarray,
     levels: int,
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """The images of least bits/dim, best first, and of most, worst first (not finite: worst)."""
+    """The images of the smallest bits/dim, best first, and of the largest, worst first. Values that
+    are not finite count as the worst."""
     order = np.argsort(np.where(np.isfinite(bits), bits, np.inf), kind="stable")
     fetch: Fetch = images if callable(images) else images.__getitem__
     size = fetch([int(ids[order[0]])])[0].size
-    most = min(STRIP_IMAGES, max(1, len(ids) // 2), max(1, PIXEL_BUDGET // size))
+    count = min(STRIP_IMAGES, max(1, len(ids) // 2), max(1, PIXEL_BUDGET // size))
 
     def strip(rows: np.ndarray) -> list[dict[str, Any]]:
         return [
@@ -343,7 +351,7 @@ def _extremes(
             for row, pixels in zip(rows, fetch([int(ids[row]) for row in rows]), strict=True)
         ]
 
-    return strip(order[:most]), strip(order[::-1][:most])
+    return strip(order[:count]), strip(order[::-1][:count])
 
 
 def _samples(samples: np.ndarray, levels: int) -> dict[str, str]:
@@ -352,20 +360,20 @@ def _samples(samples: np.ndarray, levels: int) -> dict[str, str]:
     rows = min(SAMPLE_ROWS, max(1, 2 * PIXEL_BUDGET // (columns * samples[0].size)))
     shown = samples[: rows * columns]
     grid = _images.image_grid(shown, levels, min(columns, len(shown)), scale)
-    left_off = f" of {len(samples):,}" if len(shown) < len(samples) else ""
-    alt = f"{len(shown):,}{left_off} samples from the model, not selected."
+    total = f" of {len(samples):,}" if len(shown) < len(samples) else ""
+    alt = f"{len(shown):,}{total} samples from the model, not selected."
     return {"png": data_url(grid), "alt": alt}
 
 
 def _scale(image: np.ndarray, width: int) -> int:
-    """The whole factor that brings an image closest to ``width`` from below, at least 1."""
+    """The largest integer factor, at least 1, that makes no side of an image exceed ``width``."""
     return max(1, width // max(image.shape[:2]))
 
 
 def ending(table: Mapping[str, np.ndarray], ending: str) -> dict[str, np.ndarray]:
-    """Columns whose name has this ending, by what precedes it ("" for nothing)."""
-    found = {name: column for name, column in table.items() if name.endswith(ending)}
+    """The columns whose names have this ending, by the text before it, in float64."""
     return {
         name.removesuffix(ending).strip("/_.: "): np.asarray(column, np.float64)
-        for name, column in found.items()
+        for name, column in table.items()
+        if name.endswith(ending)
     }

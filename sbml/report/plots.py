@@ -1,7 +1,7 @@
-"""Figures of the report: ``svg(name, draw, width, height)`` -> SVG text.
+"""Figures of the report as SVG text, to be inlined in the page.
 
-A figure is inlined in the page and belongs to it: text stays text in the page's font, and each
-colour of the palette becomes a CSS variable, so one drawing serves light and dark.
+Text stays text in the font of the page, and each colour of the palette becomes a CSS variable, so
+that one figure fits light and dark pages.
 """
 
 import io
@@ -37,11 +37,12 @@ STYLE: Any = {
     "grid.color": RULE,
     "grid.linewidth": 0.6,
 }
-ANNOTATION_HEIGHT = 0.11  # of the axes, a line of text in a figure 2.6 inches high
+# Height of a line of text as a fraction of the axes, in a figure that is 2.6 inches high.
+ANNOTATION_HEIGHT = 0.11
 
 
 class Estimate(NamedTuple):
-    """A value with its interval, in bits/dim; ``ours`` tells a result from a baseline."""
+    """A value with its interval, in bits/dim; ``ours`` is True for a result, False for a baseline."""
 
     label: str
     value: float
@@ -51,9 +52,10 @@ class Estimate(NamedTuple):
 
 
 def svg(name: str, draw: Callable[[Axes], None], width: float, height: float) -> str:
-    """``draw`` on fresh axes of width x height inches; SVG text for inlining in HTML.
+    """SVG text of the figure that ``draw`` draws on new axes of width x height inches.
 
-    ``name`` must differ between the figures of a page: clip paths are found by ids made from it.
+    ``name`` must differ between the figures of a page, because the ids of clip paths are made from
+    it.
     """
     with matplotlib.rc_context({**STYLE, "svg.hashsalt": name}):
         figure = Figure(figsize=(width, height), layout="constrained")
@@ -62,18 +64,19 @@ def svg(name: str, draw: Callable[[Axes], None], width: float, height: float) ->
         axes.patch.set_visible(False)
         draw(axes)
         buffer = io.StringIO()
-        nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
-        figure.savefig(buffer, format="svg", metadata=nothing)
+        metadata = dict.fromkeys(("Creator", "Date", "Format", "Type"))  # None: left out
+        figure.savefig(buffer, format="svg", metadata=metadata)
     text = buffer.getvalue()
     text = text[text.index("<svg") :]
-    text = re.sub(r'<g id="[^"]*"', "<g", text)  # the same in every figure, so not ids in a page
+    # The ids of groups are the same in every figure, but an id must be unique in a page.
+    text = re.sub(r'<g id="[^"]*"', "<g", text)
     for variable, colour in PALETTE.items():
         text = text.replace(colour, f"var(--{variable})")
     return text
 
 
 def comparison(axes: Axes, estimates: Sequence[Estimate]) -> None:
-    """A dot and its interval for each estimate, first on top; the value at the right."""
+    """A dot and a bar, its interval, for each estimate, the first at the top; values at the right."""
     for row, (_, value, low, high, ours) in enumerate(estimates):
         colour = ACCENT if ours else MUTED
         axes.axhline(row, color=RULE, linewidth=0.6)
@@ -98,10 +101,10 @@ def comparison(axes: Axes, estimates: Sequence[Estimate]) -> None:
 
 
 def histogram(axes: Axes, values: np.ndarray, label: str) -> None:
-    """Counts of ``values`` (n,) and their mean.
+    """A histogram of ``values`` (n,), and their mean.
 
-    Nothing is dropped in silence: values too far out to share the axis with the bulk, and
-    values that are not finite, are counted in words on the figure.
+    Values that are too far from the others for a common axis, and values that are not finite, are
+    not in the histogram. A text on the figure gives their numbers.
     """
     finite = np.sort(np.asarray(values[np.isfinite(values)], np.float64))
     first, last = _bulk(finite)
@@ -111,8 +114,8 @@ def histogram(axes: Axes, values: np.ndarray, label: str) -> None:
         notes.append(f"{first} further left, down to {finite[0]:.4g}")
     if last < finite.size:
         notes.append(f"{finite.size - last} further right, up to {finite[-1]:.4g}")
-    if broken := values.size - finite.size:
-        notes.append(f"{broken} of {values.size} not finite")
+    if nonfinite := values.size - finite.size:
+        notes.append(f"{nonfinite} of {values.size} not finite")
     if shown.size:
         axes.hist(
             shown,
@@ -148,19 +151,23 @@ def histogram(axes: Axes, values: np.ndarray, label: str) -> None:
     axes.set_ylabel("images")
 
 
-def _bulk(ordered: np.ndarray) -> tuple[int, int]:
-    """Slice of ``ordered`` that shares an axis: all, but for values far beyond the quartiles."""
-    if ordered.size == 0:
+def _bulk(values: np.ndarray) -> tuple[int, int]:
+    """The slice of sorted ``values`` that the histogram shows: those within 8 interquartile ranges
+    of the quartiles, or all if the quartiles are equal."""
+    if values.size == 0:
         return 0, 0
-    low, high = np.quantile(ordered, [0.25, 0.75])
+    low, high = np.quantile(values, [0.25, 0.75])
     reach = 8 * (high - low) or np.inf
-    first = np.searchsorted(ordered, low - reach, "left")
-    last = np.searchsorted(ordered, high + reach, "right")
+    first = np.searchsorted(values, low - reach, "left")
+    last = np.searchsorted(values, high + reach, "right")
     return int(first), int(last)
 
 
 def _bins(values: np.ndarray) -> np.ndarray:
-    """Edges by the Freedman-Diaconis rule, 10 to 60 bins; whole numbers never split a bin."""
+    """The edges of 10 to 60 bins by the Freedman-Diaconis rule.
+
+    If all values are whole numbers, the edges lie halfway between whole numbers.
+    """
     edges = np.histogram_bin_edges(values, "fd")
     count = int(np.clip(edges.size - 1, 10, 60))
     low, high = float(values.min()), float(values.max())
@@ -173,11 +180,11 @@ def _bins(values: np.ndarray) -> np.ndarray:
 def training(axes: Axes, step: np.ndarray, loss: np.ndarray, window: int) -> None:
     """Loss against step: every logged value, faint, and its mean over ``window`` values."""
     finite = np.isfinite(loss)
-    if broken := int((~finite).sum()):
+    if nonfinite := int((~finite).sum()):
         axes.text(
             1,
             1,
-            f"{broken} of {loss.size} losses not finite",
+            f"{nonfinite} of {loss.size} losses not finite",
             transform=axes.transAxes,
             ha="right",
             va="top",
@@ -200,20 +207,21 @@ def training(axes: Axes, step: np.ndarray, loss: np.ndarray, window: int) -> Non
 
 
 def running_mean(values: np.ndarray, window: int) -> np.ndarray:
-    """Centred mean over ``window`` values; at the ends, over those that exist.
+    """The centred mean over ``window`` values ``(n,)``; near the ends, over those that exist.
 
-    ``window`` is odd; more than all values is all of them.
+    ``window`` is odd. If it exceeds the number of values, that number takes its place.
     """
     ones = np.ones(min(window, values.size))
     return np.convolve(values, ones, "same") / np.convolve(np.ones(values.size), ones, "same")
 
 
 def _thin(x: np.ndarray, y: np.ndarray, buckets: int = 500) -> tuple[np.ndarray, np.ndarray]:
-    """At most 2 points a bucket, its least and greatest y: looks the same, stays small."""
+    """At most 2 points of each bucket, those of the smallest and the largest y. The curve looks the
+    same, and the page stays small."""
     if x.size <= 2 * buckets:
         return x, y
     parts = np.array_split(np.arange(x.size), buckets)
-    keep = sorted(
+    rows = sorted(
         {index for part in parts for index in (part[y[part].argmin()], part[y[part].argmax()])}
     )
-    return x[keep], y[keep]
+    return x[rows], y[rows]

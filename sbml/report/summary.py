@@ -142,7 +142,7 @@ def _quality(
 
 
 def _during_training(workdir: Workdir) -> list[tuple[str, bytes]]:
-    """The newest picture of the training in ``samples/`` with its caption; empty if there is none."""
+    """The newest picture of the training in ``samples/`` with its caption, if there is one."""
     folder = workdir / "samples"
     matches = [(DURING_TRAINING.fullmatch(p.name), p) for p in folder.glob("*.png")]
     steps = {int(match[1]): path for match, path in matches if match}

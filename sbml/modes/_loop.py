@@ -1,8 +1,8 @@
-"""The training loop that every trained model shares: resume, step, log, save, stop.
+"""The training loop of scores and dequantizers: it resumes, makes steps, logs, saves and stops.
 
-A task says what is trained; the loop knows no formula. The batch of a step is a pure function of
-(seed, step) and the state holds everything else, so a killed run goes on bitwise from its newest
-whole checkpoint.
+A :class:`Task` describes what is trained; the loop itself contains no formula. The batch of a step
+is a pure function of (seed, step), and the state holds everything else. So a killed run resumes
+from its newest undamaged checkpoint with bitwise the same result as without interruption.
 """
 
 import contextlib
@@ -35,26 +35,31 @@ from sbml.types import Array
 
 
 class NonFiniteLoss(FloatingPointError):
-    """A loss or gradient that is not finite; training cannot go on from it."""
+    """A loss or gradient is not finite, so that training cannot continue."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """What is trained.
+    """What is trained, and on which images.
 
     Attributes:
-      name: of the progress bar.
-      training: how, of the config.
-      field: what precedes ``training`` and ``optim`` on the command line.
-      images, seed, flip: where batches come from.
-      init: the state before the first step.
+      name: the name of the progress bar.
+      training: the section of the config with the settings of the loop.
+      field: the prefix of ``training`` and ``optim`` on the command line: empty or
+        ``dequantizer.``.
+      images: the training images.
+      seed: the seed of the order of the images and of all random draws.
+      flip: whether images are mirrored at random.
+      init: a function that makes the state before the first step.
       update: what a step computes.
-      repeats: rows that ``update.prepare`` makes of one image; ``batch_size`` counts rows.
-      frozen: arrays that the loss needs and nothing changes.
-      provenance: what a checkpoint says of its origin.
-      check: raises where a checkpoint's metadata forbid to go on from it.
-      directory: where ``metrics.jsonl`` and ``samples/`` go.
-      picture: a grid of images to look at, from the state; None for nothing to look at.
+      frozen: arrays that the loss needs and that are not trained.
+      provenance: the origin of a checkpoint, stored as its metadata.
+      check: a function of a checkpoint's metadata that raises a ValueError if training must not
+        continue from it.
+      directory: the folder of ``metrics.jsonl`` and ``samples/``.
+      picture: a function from the state to a uint8 grid of samples; None for no pictures.
+      repeats: the number of rows that ``update.prepare`` makes of one image; ``batch_size`` counts
+        rows.
     """
 
     name: str
@@ -81,43 +86,50 @@ def compiled_step(
     steps_per_dispatch: int = 1,
     shard_state: bool = False,
 ) -> Any:
-    """``update`` jitted over ``mesh``, with the state donated.
+    """``update`` as a function ``(state, batch, key, frozen) -> (state, metrics)``, compiled for
+    the devices of ``mesh``. The memory of the old state is used for the new one (donated).
 
     Args:
       update: what a step computes.
       mesh: the devices.
-      state: arrays or shapes; the new state is placed as they are.
-      steps_per_dispatch: with more than one, the batches are stacked on a leading axis.
-      shard_state: whether ``state`` is spread over the devices (``sharding.placement``).
+      state: the state or its shapes, with shardings; the new state has the same shardings.
+      steps_per_dispatch: the number of steps in one call; if it is more than 1, the batches are
+        stacked along a leading axis.
+      shard_state: whether ``state`` is split over the devices (``sharding.placement``).
     """
     if shard_state:
         optimizer = sharding.partitioned(update.optimizer, mesh)
         update = dataclasses.replace(update, optimizer=optimizer)
     step, stacked = make_step(update), steps_per_dispatch > 1
     placement = jax.tree.map(lambda leaf: leaf.sharding, state)
-    same, split = sharding.replicated(mesh), sharding.batch_sharding(mesh, axis=int(stacked))
+    whole, split = sharding.replicated(mesh), sharding.batch_sharding(mesh, axis=int(stacked))
     return jax.jit(
         several(step) if stacked else step,
-        in_shardings=(placement, split, same, same),
-        out_shardings=(placement, same),
+        in_shardings=(placement, split, whole, whole),
+        out_shardings=(placement, whole),
         donate_argnums=0,
         compiler_options=compiler_options(),
     )
 
 
 class _Trainer:
-    """The state of one training run in one process."""
+    """The state of one training run in one process.
+
+    Raises:
+      ValueError: the batch size or the number of steps cannot work, or there is a checkpoint of
+        another model.
+    """
 
     def __init__(self, task: Task, checkpoints: Checkpoints) -> None:
         training = task.training
         field = f"{task.field}training"
         parts = training.accumulate * task.repeats
         sharding.check_divides(f"{field}.batch_size", training.batch_size, parts)
-        if training.batch_size > (most := len(task.images) * task.repeats):
+        if training.batch_size > (largest := len(task.images) * task.repeats):
             raise ValueError(
                 f"{field}.batch_size={training.batch_size} takes "
                 f"{training.batch_size // task.repeats} different images a step, "
-                f"{task.images.name} has {len(task.images)}: use at most {most}"
+                f"{task.images.name} has {len(task.images)}: use at most {largest}"
             )
         self.task, self.training, self.checkpoints = task, training, checkpoints
         self.batches = train_batches(
@@ -129,9 +141,9 @@ class _Trainer:
             process_count=jax.process_count(),
         )
         self.mesh = sharding.data_mesh()
-        same = sharding.replicated(self.mesh)
-        self.key = jax.jit(lambda: jax.random.key(task.seed), out_shardings=same)()
-        self.frozen = jax.device_put(task.frozen, same)
+        whole = sharding.replicated(self.mesh)
+        self.key = jax.jit(lambda: jax.random.key(task.seed), out_shardings=whole)()
+        self.frozen = jax.device_put(task.frozen, whole)
         self.state, self.start = self._restore()
         self.step = compiled_step(
             task.update,
@@ -140,14 +152,14 @@ class _Trainer:
             steps_per_dispatch=training.steps_per_dispatch,
             shard_state=training.shard_state,
         )
-        self.gathered = jax.jit(lambda tree: tree, out_shardings=same)
+        self.gather = jax.jit(lambda tree: tree, out_shardings=whole)
         self.saved = self.start
-        self.unwritten = 0  # files that could not be written
-        left = max(0, training.num_steps - self.start)
-        if left % training.steps_per_dispatch:
+        self.unwritten = 0  # number of files that could not be written
+        remaining = max(0, training.num_steps - self.start)
+        if remaining % training.steps_per_dispatch:
             raise ValueError(
                 f"{field}.steps_per_dispatch={training.steps_per_dispatch} does not divide the "
-                f"{left} steps from {self.start} to "
+                f"{remaining} steps from {self.start} to "
                 f"{field}.num_steps={training.num_steps}; change either"
             )
         self.pending: deque[tuple[int, dict[str, Array]]] = deque()
@@ -155,12 +167,13 @@ class _Trainer:
         self.writer = metrics.MetricsWriter(task.directory, self.start) if first else None
 
     def _restore(self) -> tuple[TrainState, int]:
+        """The state of the newest undamaged checkpoint and its step, or the initial state and 0."""
         shard_state = self.training.shard_state
-        wanted = sharding.abstract(self.task.init, self.mesh, shard_state=shard_state)
+        expected = sharding.abstract(self.task.init, self.mesh, shard_state=shard_state)
 
         def template(metadata: dict[str, Any]) -> TrainState:
             trained.of_another_model(self.task.check, metadata)
-            return wanted
+            return expected
 
         restored = self.checkpoints.restore(template)
         if restored is None:
@@ -182,7 +195,7 @@ class _Trainer:
         return restored.state, restored.step
 
     def batch(self, step: int) -> Array:
-        """The global batch of ``step``, or the stack of those that one dispatch takes."""
+        """The global batch of ``step``, or the stack of the batches of one dispatch."""
         count = self.training.steps_per_dispatch
         if count == 1:
             return sharding.to_global(self.batches[step], sharding.batch_sharding(self.mesh))
@@ -190,12 +203,17 @@ class _Trainer:
         return sharding.to_global(stack, sharding.batch_sharding(self.mesh, axis=1))
 
     def advance(self, step: int, batch: Array) -> None:
-        """Dispatch the update of ``step``."""
+        """Dispatch the update of ``step``, or the updates of one dispatch that begins with it."""
         self.state, metrics = self.step(self.state, batch, self.key, self.frozen)
         self.pending.append((step, metrics))
 
     def settle(self, leave: int) -> Iterator[tuple[int, float, float]]:
-        """Read the oldest dispatched steps, all but ``leave``, as (step, loss, grad_norm)."""
+        """Wait for the oldest dispatches, all but the last ``leave``; (step, loss, grad_norm) of
+        each of their steps.
+
+        Raises:
+          NonFiniteLoss: a loss or the norm of a gradient is not finite.
+        """
         while len(self.pending) > leave:
             first, metrics = self.pending.popleft()
             rows = zip(
@@ -205,10 +223,11 @@ class _Trainer:
             )
             for step, (loss, norm) in enumerate(rows, first):
                 if not (np.isfinite(loss) and np.isfinite(norm)):
-                    raise NonFiniteLoss(self._epitaph(step, float(loss), float(norm)))
+                    raise NonFiniteLoss(self._failure(step, float(loss), float(norm)))
                 yield step, float(loss), float(norm)
 
-    def _epitaph(self, step: int, loss: float, norm: float) -> str:
+    def _failure(self, step: int, loss: float, norm: float) -> str:
+        """The message for a loss or gradient that is not finite, with the last good checkpoint."""
         self.checkpoints.wait()
         steps = self.checkpoints.steps()
         if steps:
@@ -224,18 +243,22 @@ class _Trainer:
         )
 
     def save(self, step: int) -> None:
-        """Checkpoint after ``step`` updates; only ever called once every loss so far was finite."""
+        """Save a checkpoint after ``step`` updates, whose losses must all have been finite."""
         if step > self.saved:
             self.checkpoints.save(step, self.state, self.task.provenance)
-            self.saved = step  # Or tried to: at the end the checkpoints say whether it is.
+            self.saved = step  # If the save fails, ``checkpoints`` raises an error at the end.
 
     def log(self, step: int, rows: list[tuple[float, float]], seconds: float) -> float:
-        """Write the mean of ``rows`` of (loss, grad_norm); returns images/s."""
+        """Write the means of ``rows``, (loss, grad_norm) of steps that took ``seconds``.
+
+        Returns:
+          The speed in images/s.
+        """
         loss, norm = np.mean(np.asarray(rows), axis=0)
         rate = len(rows) * self.training.batch_size / self.task.repeats / seconds
         if self.writer:
             total = self.writer.seconds + seconds
-            with self._despite_the_disk(step):
+            with self._tolerate_disk_errors(step):
                 self.writer.scalars(
                     step,
                     {
@@ -248,8 +271,8 @@ class _Trainer:
         return rate
 
     @contextlib.contextmanager
-    def _despite_the_disk(self, step: int) -> Iterator[None]:
-        """A file that cannot be written costs itself, not the training; the first is logged."""
+    def _tolerate_disk_errors(self, step: int) -> Iterator[None]:
+        """A context in which an OSError does not end the training. Only the first is logged."""
         try:
             yield
         except OSError as error:
@@ -258,51 +281,58 @@ class _Trainer:
             self.unwritten += 1
 
     def picture(self, step: int) -> None:
-        """The task's picture, to disk and to tensorboard."""
+        """Write the task's picture after ``step`` updates, to a file and to tensorboard."""
         if self.task.picture is None:
             return
-        # Whole on every device: a sampler would gather each layer again at each of its steps.
-        average = self.gathered(self.state.ema_params)
+        # If the parameters were split over the devices, a sampler would gather them in each step.
+        average = self.gather(self.state.ema_params)
         grid = self.task.picture(self.state.replace(ema_params=average))
         if self.writer:
             folder = self.task.directory / "samples"
-            with self._despite_the_disk(step):
+            with self._tolerate_disk_errors(step):
                 folder.mkdir(parents=True, exist_ok=True)
                 report.write_png(folder / f"step_{step:08d}.png", grid)
                 self.writer.image(step, "samples", grid)
 
 
 def run(task: Task, checkpoints: Checkpoints) -> None:
-    """Train up to ``training.num_steps``, from the newest whole checkpoint.
+    """Train up to ``training.num_steps``, from the newest undamaged checkpoint on.
 
     Raises:
-      ValueError: for a config that cannot work, or a checkpoint of another model.
-      NonFiniteLoss: naming the step, the loss and the last good checkpoint.
-      UnsavedCheckpointError: the disk has no room for the last checkpoint.
-      SystemExit: with status 143 after SIGTERM, 130 after Ctrl-C, once everything is saved.
+      ValueError: the config cannot work, or there is a checkpoint of another model.
+      NonFiniteLoss: a loss or gradient is not finite; the message names the step and the last good
+        checkpoint.
+      UnsavedCheckpointError: the last checkpoint could not be written.
+      SystemExit: with status 143 after SIGTERM and 130 after Ctrl-C, when everything is saved.
     """
     with Preemption() as preemption:
-        with checkpoints:  # Left with the last save on disk.
+        with checkpoints:  # At the end of this context the last save is on disk.
             trainer = _Trainer(task, checkpoints)
             try:
                 done = _loop(trainer, preemption)
             finally:
                 if trainer.writer:
                     trainer.writer.close()
-        # Whenever it came, in the last save too: what follows in this process is not begun.
+        # A signal during the last save also ends the process, before its next mode begins.
         preemption.leave_if_requested(f"step {done} is saved")
 
 
 def _in_flight() -> int:
-    """Steps dispatched ahead of the one whose loss is read, so that no device waits for the host.
+    """The number of dispatches ahead of the one whose loss is read, so that no device waits for the
+    host.
 
-    On CPU dispatch itself computes (``runtime.cpu``): read later, steps would seem to take no time.
+    On CPU it is 0: a dispatch itself computes (``runtime.cpu``), so the measured times would be
+    wrong if losses were read later.
     """
     return 0 if platform().name == "cpu" else 2
 
 
 def _loop(trainer: _Trainer, preemption: Preemption) -> int:
-    """Train until done, or asked to stop; the number of steps made and saved."""
+    """Train up to the last step, or until a signal asks to stop.
+
+    Returns:
+      The number of steps that were made and saved.
+    """
     training = trainer.training
     stride, total = training.steps_per_dispatch, training.num_steps
     in_flight = _in_flight()
@@ -316,9 +346,9 @@ def _loop(trainer: _Trainer, preemption: Preemption) -> int:
             rows.append((loss, norm))
             bar.update()
             end = step + 1
-            # The steps of one dispatch end together: only at its end is there a time to tell.
-            whole = (end - trainer.start) % stride == 0
-            if whole and (_crossed(end, stride, training.log_every) or end == total):
+            # The steps of one dispatch end together, so their time is known only at its end.
+            complete = (end - trainer.start) % stride == 0
+            if complete and (_crossed(end, stride, training.log_every) or end == total):
                 now = time.perf_counter()
                 rate = trainer.log(end, rows, now - since)
                 mean = np.mean([r[0] for r in rows])
@@ -340,7 +370,7 @@ def _loop(trainer: _Trainer, preemption: Preemption) -> int:
             if look:
                 trainer.picture(done)
             if stop:
-                if rows:  # The part of a row: no step's loss or time is lost.
+                if rows:  # Steps since the last row of metrics have a row of their own.
                     trainer.log(done, rows, time.perf_counter() - since)
                 return done
     return max(trainer.start, total)

@@ -1,4 +1,4 @@
-"""Comparing evaluated runs on one page: ``--mode=compare --runs=runs/a,runs/b``."""
+"""Compares evaluated runs on one page: ``--mode=compare --runs=runs/a,runs/b``."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -15,20 +15,22 @@ FLAGS = ("runs",)
 
 
 def run(config: Any, workdir: epath.PathLike | None, runs: Sequence[str] | None) -> None:
-    """Write ``comparison.html`` and ``comparison.json`` to ``workdir`` (None: ``runs/comparison``).
+    """Compare the evaluated work directories ``runs`` with the first of them.
 
-    Prints the paired differences of every number that the runs share. ``config`` changes nothing.
+    Writes ``comparison.html`` and ``comparison.json`` to ``workdir``, or to ``runs/comparison`` if
+    it is None, and prints the paired differences of every number that the runs share. ``config`` is
+    not used.
 
     Raises:
-      ValueError: what ``comparison.Run.read`` and ``comparison.compare`` raise.
+      ValueError: a run was not evaluated, or the runs cannot be compared.
     """
     if not runs:
         raise ValueError("--mode=compare reads --runs=DIR,DIR: evaluated work directories")
-    found = [Run.read(Workdir(path)) for path in runs]
-    numbers = comparison.compare(found)
+    evaluated = [Run.read(Workdir(path)) for path in runs]
+    numbers = comparison.compare(evaluated)
     workdir = Workdir(workdir or "runs/comparison")
     workdir.write("comparison.json", report.strict(numbers))
-    workdir.write_bytes("comparison.html", comparison.render(found, numbers).encode())
+    workdir.write_bytes("comparison.html", comparison.render(evaluated, numbers).encode())
     for cell in numbers["cells"]:
         print(cell["name"])
         for row in cell["rows"]:

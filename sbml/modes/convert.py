@@ -9,13 +9,14 @@ FLAGS = ("source",)
 
 
 def run(config: ConfigDict, workdir: epath.PathLike, source: epath.PathLike | None) -> None:
-    """Convert the newest checkpoint in ``source``, a file or a work directory of a known code.
+    """Convert ``source``, a checkpoint or a work directory of one of the codes in
+    ``convert.SOURCES``; of a work directory, the newest checkpoint.
 
-    The content of the file shows which code wrote it.
+    The code that wrote the file is recognised by its content.
 
     Raises:
-      ValueError: there is no ``source``, no known code wrote it, ``config`` has another network, or
-        the conversion fails.
+      ValueError: there is no ``source``, none of these codes wrote it, ``config`` has another
+        network, or the conversion fails.
     """
     if not source:
         raise ValueError(
@@ -23,17 +24,17 @@ def run(config: ConfigDict, workdir: epath.PathLike, source: epath.PathLike | No
         )
     path = _files.find(source)
     tree = _files.load(path)
-    for kind in SOURCES.values():
-        if not kind.recognises(tree):
+    for code in SOURCES.values():
+        if not code.recognises(tree):
             continue
-        if config.model.name != kind.NETWORK:
+        if config.model.name != code.NETWORK:
             raise ValueError(
-                f"config.model.name={config.model.name!r}, but {path} is of a {kind.NETWORK!r}: "
+                f"config.model.name={config.model.name!r}, but {path} is of a {code.NETWORK!r}: "
                 "take a config of that network"
             )
-        kind.convert(config, epath.Path(workdir), path, tree)
+        code.convert(config, epath.Path(workdir), path, tree)
         return
     raise ValueError(
         f"{path} is a checkpoint of no known code: it has {sorted(tree)}; known are "
-        + " and ".join(kind.CODE for kind in SOURCES.values())
+        + " and ".join(code.CODE for code in SOURCES.values())
     )

@@ -42,7 +42,7 @@ ANNOTATION_HEIGHT = 0.11
 
 
 class Estimate(NamedTuple):
-    """A value with its interval, in bits/dim; ``ours`` is True for a result, False for a baseline."""
+    """A value with its interval in bits/dim; ``ours`` is True for results, False for baselines."""
 
     label: str
     value: float
@@ -76,7 +76,8 @@ def svg(name: str, draw: Callable[[Axes], None], width: float, height: float) ->
 
 
 def comparison(axes: Axes, estimates: Sequence[Estimate]) -> None:
-    """A dot and a bar, its interval, for each estimate, the first at the top; values at the right."""
+    """A dot for each estimate, the first at the top, with its interval as a bar and its value as
+    text at the right."""
     for row, (_, value, low, high, ours) in enumerate(estimates):
         colour = ACCENT if ours else MUTED
         axes.axhline(row, color=RULE, linewidth=0.6)

@@ -1,7 +1,8 @@
-"""Evaluates a checkpoint on every image of a split by a table of cells, and writes a report.
+"""Evaluates a checkpoint on the images of a split, and writes a report: ``--mode=eval``.
 
-A cell is one estimator with one dequantizer and K draws of it (``sbml.estimators``).
-``evaluation.cells`` computes the rows of a cell, can resume them, and adds error bars.
+The results are a table of cells. A cell is one estimator with one dequantizer and K draws of it
+(``sbml.estimators``). ``evaluation.cells`` computes bits/dim for every image of a cell, resumes an
+interrupted computation, and adds error bars.
 """
 
 import functools
@@ -37,7 +38,8 @@ from sbml.runtime.workdir import EVALUATION, PER_IMAGE, Workdir
 def control_variate(
     experiment: Experiment, train: ImageSet, workdir: Workdir
 ) -> GaussianControl | None:
-    """The Gaussian fitted to the bin centres of the training images; None without ``eval.control``.
+    """The Gaussian of the control variate, fitted to the dequantized training images; None without
+    ``eval.control``.
 
     It is fitted once and then read from ``workdir``.
     """
@@ -45,13 +47,14 @@ def control_variate(
         return None
 
     def fit() -> dict[str, np.ndarray]:
-        fitted = GaussianControl.fit(train.images, noise_variance=1 / 12)
-        in_scale = {
-            "mean": bits.to_model(fitted.mean, 0.5, train.levels),
-            "variances": (2 / train.levels) ** 2 * fitted.variances,
-            **({} if fitted.basis is None else {"basis": fitted.basis}),
+        # The fit is to the integers k; then k is mapped to the scale of the model, [-1, 1].
+        gaussian = GaussianControl.fit(train.images, noise_variance=1 / 12)
+        arrays = {
+            "mean": bits.to_model(gaussian.mean, 0.5, train.levels),
+            "variances": (2 / train.levels) ** 2 * gaussian.variances,
+            **({} if gaussian.basis is None else {"basis": gaussian.basis}),
         }
-        return {name: np.asarray(value, np.float32) for name, value in in_scale.items()}
+        return {name: np.asarray(value, np.float32) for name, value in arrays.items()}
 
     arrays: dict[str, Any] = workdir.compute_once("control", train.fingerprint, fit)
     return GaussianControl(**{"basis": None, **arrays})
@@ -64,10 +67,10 @@ def time_density(
     control: GaussianControl | None,
     workdir: Workdir,
 ) -> Callable[[float], np.ndarray | None]:
-    """A function from eps to the density of the bound's times, estimated on training images; the
-    function returns None if ``eval.proposal_bins`` is 0.
+    """A function from the smallest time eps to the density of the bound's times, ``(bins,)``.
 
-    The density is computed once for each smallest time eps and then read from ``workdir``.
+    The density is estimated on 256 training images, once for each eps, and then read from
+    ``workdir``. The function returns None if ``eval.proposal_bins`` is 0.
     """
     config = experiment.config.eval
     identity = {
@@ -83,16 +86,16 @@ def time_density(
         pixels = jax.numpy.asarray(train.images[spread(len(train), 256)])
         x = bits.to_model(pixels, 0.5, train.levels)
         options: dict[str, Any] = {"eps": eps, "control": control, "bins": config.proposal_bins}
-        find = jax.jit(lambda score, x, key: bound.pilot(score, experiment.sde, x, key, **options))
+        run = jax.jit(lambda score, x, key: bound.pilot(score, experiment.sde, x, key, **options))
         score = experiment.exact_adapter(restored.state.ema_params)
-        return {"density": np.asarray(find(score, x, jax.random.key(config.seed)))}
+        return {"density": np.asarray(run(score, x, jax.random.key(config.seed)))}
 
     @functools.cache
     def density(eps: float) -> np.ndarray | None:
         if not config.proposal_bins:
             return None
-        at = {"eps": eps, **identity}
-        return workdir.compute_once("density", at, lambda: pilot(eps))["density"]
+        arrays = workdir.compute_once("density", {"eps": eps, **identity}, lambda: pilot(eps))
+        return arrays["density"]
 
     return density
 
@@ -123,7 +126,7 @@ def _baselines(train: ImageSet, images: ImageSet, ids: np.ndarray) -> list[dict[
 
 
 def _training_mismatch(restored: Restored, train: ImageSet, eps: float) -> list[str]:
-    """Warnings if the model was trained on other data, or in another way than it is evaluated."""
+    """Warnings if the model was trained on other data, other times, or without dequantization."""
     warnings = trained.warn_if_other_data(restored.metadata, train)
     warnings += trained.unseen_times(restored.metadata, eps)
     if restored.metadata["config"]["data"]["dequantization"] == "none":
@@ -183,7 +186,7 @@ def as_trained(asked: dict[str, Any], trained: dict[str, Any]) -> dict[str, Any]
     """The config ``asked`` of this evaluation, with the settings of the training replaced by those
     in the checkpoint's config ``trained``.
 
-    An evaluation does not need the settings of the training, so those in ``asked`` may be any.
+    An evaluation does not use the settings of the training, so those in ``asked`` can be wrong.
     """
     data = {name: trained["data"][name] for name in ("dequantization", "flip")}
     sections = {name: trained[name] for name in ("seed", "training", "optim")}
@@ -195,7 +198,8 @@ def _fill(
 ) -> tuple[cells.Table, list[Result]]:
     """One per-image table with the columns of all cells, and the result of each cell.
 
-    A cell with fewer images than others, as those with K > 1, has its own table on disk.
+    A cell with fewer images than others, such as one with K > 1, has a table of its own on disk.
+    Tables of an earlier evaluation are deleted.
     """
     results, written = [], {PER_IMAGE}
     # All cells are set up before the first is computed, so that errors appear within seconds.
@@ -213,7 +217,7 @@ def _fill(
         written.add(f"per_image_{cell.name}.npz")
         if jax.process_index() == 0:
             shared.workdir.write(f"per_image_{cell.name}.npz", {"id": cell_run.ids, **named})
-    if jax.process_index() == 0:  # Tables of earlier evaluations do not belong to these results.
+    if jax.process_index() == 0:
         for path in shared.workdir.path.glob("per_image*.npz"):
             if path.name not in written:
                 path.unlink()
@@ -221,7 +225,8 @@ def _fill(
 
 
 def run(config: ConfigDict, workdir: epath.PathLike) -> None:
-    """Evaluate the newest checkpoint of ``workdir`` on ``eval.split``, with averaged parameters.
+    """Evaluate the newest undamaged checkpoint of ``workdir`` on ``eval.split``, with averaged
+    parameters.
 
     Writes ``per_image.npz``, ``evaluation.json``, ``report.json`` and ``report.html``. A killed
     evaluation resumes where it stopped.
@@ -284,5 +289,6 @@ def _run(experiment: Experiment, workdir: Workdir) -> None:
         workdir.write(PER_IMAGE, tables)
         workdir.write(EVALUATION, report.strict(evaluation))
         summary.write(workdir, lambda _: images)
-    # The time is printed and not written: a resumed evaluation writes the same bytes as another.
+    # The time is only printed, so that a resumed evaluation writes the same files as one without
+    # interruption.
     print(f"report: {workdir / 'report.html'}, in {time.perf_counter() - start:.0f} s")

@@ -1,11 +1,11 @@
 """Encoding, decoding, interpolating and inpainting with a trained model: ``--mode=latents``.
 
-    encode          the probability-flow ODE from eps to T: a latent z per image, about N(0, s^2 I)
-    decode          the ODE from T to eps; the distance to the original image is the solver's error
-    interpolate     cos(a) z_1 + sin(a) z_2, a in [0, pi / 2]: normal if z_1 and z_2 are
-    complete        a new right half of an image, or new colours, by the score (``samplers.known``)
-
-Nothing is trained here.
+encode          the probability-flow ODE from eps to T: a latent z of each image, nearly
+                N(0, s^2 I) over images
+decode          the ODE from T to eps; the distance to the original image is the solver's error
+interpolate     cos(a) z_1 + sin(a) z_2, a in [0, pi / 2]: N(0, s^2 I) if z_1 and z_2 are
+                independent and N(0, s^2 I)
+complete        a new right half of an image, or new colours (``samplers.known``)
 """
 
 import functools
@@ -28,7 +28,7 @@ from sbml.samplers.known import GREY_FIRST, complete
 from sbml.sdes import SDE
 from sbml.types import Array, Score
 
-COMPLETIONS = 4  # of each image
+COMPLETIONS = 4  # number of completions of each image
 STATIC = ("sde", "eps", "solver")
 
 
@@ -54,7 +54,11 @@ def interpolate(z: Array, frames: int) -> Array:
 def completions(
     score: Score, x: Array, *, sde: SDE, eps: float, sampler: FixedSteps, colours: bool
 ) -> Array:
-    """``x (n, h, w, c)`` with new right halves, or with new colours: (n, COMPLETIONS, h, w, c)."""
+    """``x (n, h, w, c)`` with new right halves, or with new colours for 3 channels.
+
+    With ``colours`` the mean of the channels is kept, otherwise the left half. The result has the
+    shape ``(n, COMPLETIONS, h, w, c)``.
+    """
     _, _, w, c = x.shape
     if colours:
         mask, basis = jnp.eye(c)[0][None, None], jnp.asarray(GREY_FIRST, x.dtype)
@@ -65,8 +69,8 @@ def completions(
     return jax.vmap(lambda x, keys: jax.vmap(lambda key: fill(x, mask, key))(keys))(x, keys)
 
 
-def _shown(x: Array, colours: bool) -> Array:
-    """The part of ``x (n, h, w, c)`` that a completion sees; the rest is mid-grey."""
+def _known_part(x: Array, colours: bool) -> Array:
+    """``x (n, h, w, c)`` without the part that a completion replaces, which is grey here."""
     if colours:
         return jnp.broadcast_to(jnp.mean(x, axis=-1, keepdims=True), x.shape)
     half = x.shape[2] // 2
@@ -106,34 +110,35 @@ def _run(experiment: Experiment, workdir: Workdir) -> None:
         )
     ids = spread(len(images), options.count)
     x = bits.to_model(jnp.asarray(images.images[ids]), 0.5, images.levels)
-    # A likelihood corrects the error of its path by the score; here nothing does, so the tolerance
-    # is ten times smaller.
+    # The term ``correction`` of a likelihood corrects the error of the solver's path. There is no
+    # such term here, so the tolerances are ten times smaller.
     solver = experiment.eval_solver.tighter(10)
-    exact = {"sde": experiment.sde, "eps": experiment.eval_eps, "solver": solver}
-    z = encode(score, x, **exact)
-    back = decode(score, z, **exact)
-    error = sharding.to_host(jnp.abs(back - x).reshape(len(x), -1).max(axis=1))
-    loose = {**exact, "eps": experiment.sampling_eps}
-    between = interpolate(z, options.frames).reshape(-1, *config.data.shape)
+    ode = {"sde": experiment.sde, "eps": experiment.eval_eps, "solver": solver}
+    z = encode(score, x, **ode)
+    reconstruction = decode(score, z, **ode)
+    error = sharding.to_host(jnp.abs(reconstruction - x).reshape(len(x), -1).max(axis=1))
+    z_between = interpolate(z, options.frames).reshape(-1, *config.data.shape)
+    interpolation = decode(score, z_between, **{**ode, "eps": experiment.sampling_eps})
+    # Each picture: images in [-1, 1], and the number of columns of the grid.
     pictures = {
-        "reconstruction": (jnp.concatenate([x, back]), len(x)),
-        "interpolation": (decode(score, between, **loose), options.frames),
+        "reconstruction": (jnp.concatenate([x, reconstruction]), len(x)),
+        "interpolation": (interpolation, options.frames),
     }
-    how = {"sde": experiment.sde, "eps": experiment.sampling_eps, "sampler": options.sampler()}
+    sde, eps, sampler = experiment.sde, experiment.sampling_eps, options.sampler()
     tasks = {"inpainting": False, **({"colourisation": True} if x.shape[-1] == 3 else {})}
     for name, colours in tasks.items():
-        filled = completions(score, x, **how, colours=colours)
-        rows = jnp.concatenate([_shown(x, colours)[:, None], filled, x[:, None]], axis=1)
+        new = completions(score, x, sde=sde, eps=eps, sampler=sampler, colours=colours)
+        rows = jnp.concatenate([_known_part(x, colours)[:, None], new, x[:, None]], axis=1)
         pictures[name] = rows.reshape(-1, *config.data.shape), rows.shape[1]
-    shown = {name: bits.to_pixels(values, images.levels) for name, (values, _) in pictures.items()}
-    shown, z = sharding.to_host((shown, z))
+    pixels = {name: bits.to_pixels(values, images.levels) for name, (values, _) in pictures.items()}
+    pixels, z = sharding.to_host((pixels, z))
     if jax.process_index() > 0:  # The rest is output, which only process 0 writes.
         return
     columns = {"id": ids, "latent": z, "reconstruction_error": error}
     workdir.write(LATENTS, {**columns, "step": np.asarray(restored.step)})
-    for name, pixels in shown.items():
+    for name, picture in pixels.items():
         width = pictures[name][1]
-        report.write_png(workdir / f"{name}.png", grid(experiment, pixels, columns=width))
+        report.write_png(workdir / f"{name}.png", grid(experiment, picture, columns=width))
         print(f"{name}: {workdir / f'{name}.png'}")
     print(
         f"{len(x)} latents: mean {z.mean():.3f}, standard deviation {z.std():.3f} (the prior's "

@@ -17,7 +17,8 @@ from sbml.runtime.workdir import NEIGHBOURS, QUALITY, SAMPLES, Workdir
 
 
 def run(config: ConfigDict, workdir: epath.PathLike) -> None:
-    """Compare ``samples.npz`` of ``workdir`` with the training images.
+    """Compare ``samples.npz`` of ``workdir`` with the training images: distances of features (FID
+    and similar metrics), and of pixels to the nearest training image.
 
     Writes ``quality.json`` and ``neighbours.png``, and the report again if there is an evaluation.
 
@@ -36,8 +37,8 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
         )
     train, test = experiment.images("train"), experiment.images("test")
     training = reference(experiment, extract, train)
-    chunks = zip(*features_of(extract, drawn["images"], "samples"), strict=True)
-    features, probabilities = (np.concatenate(part) for part in chunks)
+    columns = zip(*features_of(extract, drawn["images"], "samples"), strict=True)
+    features, probabilities = (np.concatenate(chunks) for chunks in columns)
     n = len(features)
     if n < features.shape[1]:
         logging.warning(

@@ -1,4 +1,4 @@
-"""Makes the report of a work directory from what is there: ``--mode=report``."""
+"""Makes the report of a work directory from the files in it: ``--mode=report``."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -16,11 +16,11 @@ from sbml.runtime.workdir import EVALUATION, Workdir
 
 
 def run(config: ConfigDict, workdir: epath.PathLike) -> None:
-    """Write ``report.html`` and ``report.json`` of ``workdir``, also while it is being trained.
+    """Write ``report.html`` and ``report.json`` of ``workdir``, also while other modes run there.
 
-    Nothing is computed and no lock is taken: a training, an evaluation or a sampler may be at work
-    there. The page has the progress and the curve of the training, the results, the samples and
-    their quality as far as they exist, and the commands that make the rest.
+    The model is not run and no lock is taken. The page shows the progress and the losses of the
+    training and, as far as they exist, the results, the samples and their quality; for those that
+    are missing it shows the commands that make them.
 
     Raises:
       ValueError: there is neither a training nor an evaluation in ``workdir``, or a file that the
@@ -50,14 +50,14 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
 def progress_of(
     experiment: Experiment, workdir: Workdir, rows: Sequence[Mapping[str, Any]]
 ) -> Progress:
-    """How far the training in ``workdir`` has come, with ``rows`` of metrics; this only reads."""
+    """How far the training in ``workdir`` has come; ``rows`` are its metrics. This only reads."""
     training = experiment.config.training
     owner = workdir.owner("train")
     checkpoints = training.checkpoints(workdir).steps()
-    reached = [*(row["step"] for row in rows[-1:]), *checkpoints[-1:]]
+    steps = [*(row["step"] for row in rows[-1:]), *checkpoints[-1:]]
     return Progress(
         owner,
-        max(reached, default=None),
+        max(steps, default=None),
         training.num_steps,
         rows[-1]["loss"] if rows else None,
         checkpoints[-1] if checkpoints else None,

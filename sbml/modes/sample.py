@@ -41,16 +41,16 @@ def _run(experiment: Experiment, workdir: Workdir) -> None:
     picture = strip(experiment, restored.state.ema_params, rows) if rows else None
     if jax.process_index() > 0:
         return
-    how = np.asarray(repr(experiment.sampler))
+    sampler = np.asarray(repr(experiment.sampler))
     crc32 = np.asarray(tree_crc32(restored.state.ema_params))
-    origin = {"step": np.asarray(restored.step), "parameters_crc32": crc32, "sampler": how}
+    origin = {"step": np.asarray(restored.step), "parameters_crc32": crc32, "sampler": sampler}
     columns = {**drawn._asdict(), **origin}
     workdir.write(SAMPLES, columns)
-    shown = drawn.images[:256]  # A picture of more would be too large; samples.npz has all.
+    shown = drawn.images[:256]  # A picture of more images would be too large.
     report.write_png(workdir / "samples.png", grid(experiment, shown))
     if picture is not None:
         report.write_png(workdir / "samples_strip.png", picture)
-    else:  # If there is a strip, it shows earlier samples.
+    else:  # A strip that is there shows samples of an earlier run.
         (workdir / "samples_strip.png").unlink(missing_ok=True)
     summary.write(workdir, experiment.images)
     print(

@@ -1,11 +1,14 @@
-"""Training a score: uint8 batch -> dequantize -> perturb -> score -> loss -> optimizer.
+"""Trains a score, ``--mode=train``: uint8 batch -> dequantize -> perturb -> score -> loss.
 
     loss = 1/d  mean over the batch of  weight(t) 1/2 w(t) ||sigma s(x_t, t) + z||^2     nats/dim
 
-beside ``training.second_order`` times the second-order loss (``sbml.second_order``), if it is asked
-for. That is a way to go on from a checkpoint: the same command with it and more ``num_steps``.
+where w(t) is the weighting of ``sbml.losses``, and weight(t) is one over the density of t
+(``sbml.times``). With likelihood weighting, the expectation of the loss is a bound on
+-log p(x) / d, up to terms that do not depend on the score.
 
-With likelihood weighting its expectation is, up to constants, a bound on -log p(x) / d.
+``training.second_order`` times the second-order loss (``sbml.second_order``) is added, if it is not
+0. To fine-tune a trained score with this loss, repeat the command of its training with
+``training.second_order`` and more ``training.num_steps``.
 """
 
 import math
@@ -29,9 +32,11 @@ from sbml.types import Array, Key
 
 
 def dequantize(pixels: Array, key: Key, kind: str, levels: int) -> Array:
-    """What the network is trained on, in [-1, 1].
+    """The data x in [-1, 1] of uint8 ``pixels`` k of L = ``levels`` levels, of the same shape.
 
-    ``uniform``: the whole bin; ``centre``: its centre; ``none``: k / (levels - 1), as the authors.
+    uniform     x = 2 (k + u) / L - 1, u uniform in [0, 1): a point in the bin
+    centre      x = 2 (k + 1/2) / L - 1: the centre of the bin
+    none        x = 2 k / (L - 1) - 1, as in the authors' code
     """
     if kind == "none":
         return 2.0 * pixels / (levels - 1) - 1.0
@@ -40,9 +45,16 @@ def dequantize(pixels: Array, key: Key, kind: str, levels: int) -> Array:
 
 
 class Draws(NamedTuple):
-    """A batch's draws: x (n, *s) in [-1, 1]; the others (n,).
+    """The random draws of a batch with n rows.
 
-    The weight of a loss is ``weight`` times ``inverse``, one over the density of v (see ``times``).
+    Attributes:
+      x: data ``(n, *s)`` in [-1, 1].
+      t: times ``(n,)``.
+      weight: the weights of the proposal, one over the density of t if v is uniform, ``(n,)``.
+      keys: a key for the noise of each row, ``(n,)``.
+      signs: the factors +1 and -1 of antithetic noises, ``(n,)``.
+      v: the points in [0, 1) that the proposal maps to times, ``(n,)``.
+      inverse: one over the density of v, ``(n,)``; it multiplies ``weight``.
     """
 
     x: Array
@@ -55,7 +67,8 @@ class Draws(NamedTuple):
 
 
 def prepare_fn(experiment: Experiment) -> Prepare:
-    """The draws of a batch of uint8 images, each once, or twice where noises are antithetic."""
+    """A function that makes the draws of a batch of uint8 images: one row for each image, or two
+    rows with antithetic noises."""
     config, levels = experiment.config, experiment.config.data.levels
     draw, antithetic = times.DRAWS[config.training.times], config.training.antithetic
 
@@ -71,7 +84,7 @@ def prepare_fn(experiment: Experiment) -> Prepare:
         draws = Draws(x, t, weight, jax.random.split(loss_key, n), jnp.ones(n), v, inverse)
         if not antithetic:
             return draws
-        # Row by row, so that every device keeps its own.
+        # The two rows of an image are neighbours, so that they stay on the same device.
         doubled = jax.tree.map(lambda a: jnp.repeat(a, 2, axis=0), draws)
         return doubled._replace(signs=jnp.tile(jnp.array([1.0, -1.0]), n))
 
@@ -79,35 +92,38 @@ def prepare_fn(experiment: Experiment) -> Prepare:
 
 
 def loss_fn(experiment: Experiment) -> Loss:
-    """Per-example losses (n,) in nats/dim."""
+    """A function that gives the loss of each row, ``(n,)``, in nats/dim."""
     training, learned = experiment.config.training, experiment.config.sde.learned
     dims = math.prod(experiment.shape)
 
     def loss(params: Any, draws: Draws, frozen: Any) -> Array:
         score, sde = experiment.trained_score(params)
         signs = draws.signs if training.antithetic else None
-        given: tuple = (score, sde, draws.x, draws.t, draws.keys)
-        how: dict[str, Any] = {"weighting": training.weighting, "signs": signs}
+        batch: tuple = (score, sde, draws.x, draws.t, draws.keys)
+        options: dict[str, Any] = {"weighting": training.weighting, "signs": signs}
         if training.second_order:
             probes = training.second_order_probes
-            first, second = second_order.dsm_batch(*given, **how, probes=probes)
+            first, second = second_order.dsm_batch(*batch, **options, probes=probes)
             terms = first + training.second_order * second
         else:
-            terms = losses.dsm_batch(*given, **how)
+            terms = losses.dsm_batch(*batch, **options)
         terms = draws.weight * draws.inverse * terms
         if learned:
-            terms = terms + _ends(experiment, sde, draws)
+            terms = terms + _end_terms(experiment, sde, draws)
         return terms / dims
 
     return loss
 
 
-def _ends(experiment: Experiment, sde: SDE, draws: Draws) -> Array:
-    """The bound's prior and reconstruction, nats (n,), by which an SDE learns where to end."""
+def _end_terms(experiment: Experiment, sde: SDE, draws: Draws) -> Array:
+    """The terms prior and reconstruction of the bound, in nats ``(n,)``.
+
+    A learned SDE needs their gradients, because they depend on its smallest and its largest noise.
+    """
     noise, eps = discrete.Categorical(experiment.levels), jnp.asarray(experiment.adapter.eps)
 
     def one(x: Array, key: Key, sign: Array) -> Array:
-        # The loss's own draws come from the first three keys of ``split``.
+        # The fourth key, because the draws of the loss use the first three keys of a ``split``.
         z = sign * jax.random.normal(jax.random.split(key, 4)[3], x.shape)
         pixels = bits.to_pixels(x, experiment.levels)
         return bound.prior_kl(sde, x) + discrete.reconstruction(sde, noise, pixels, eps, z)
@@ -116,10 +132,12 @@ def _ends(experiment: Experiment, sde: SDE, draws: Draws) -> Array:
 
 
 def observe_fn(experiment: Experiment) -> Observe | None:
-    """What a step tells the next ones about where its noise is (``times.tally``).
+    """A function that updates the statistics of the noise in bins of v (``times.tally``), from
+    which the next steps make the density of their times; None if ``training.proposal_bins`` is 0.
 
-    The half squared difference of a pair's losses, what is left of the noise in their mean; without
-    pairs the loss itself, whose root follows the size of the gradient.
+    For antithetic noises the statistic is half of the squared difference of the two losses, which
+    measures the noise of their mean. Otherwise it is the loss, whose square root is nearly
+    proportional to the norm of the gradient.
     """
     training = experiment.config.training
     if not training.adapts:
@@ -135,7 +153,7 @@ def observe_fn(experiment: Experiment) -> Observe | None:
 
 
 def update(experiment: Experiment) -> Update:
-    """What one step of the training of ``experiment``'s network computes."""
+    """The update of one step of the training of the score."""
     return Update(
         prepare_fn(experiment),
         loss_fn(experiment),
@@ -147,7 +165,7 @@ def update(experiment: Experiment) -> Update:
 
 
 def task(experiment: Experiment, workdir: Workdir) -> loop.Task:
-    """The training of ``experiment``'s network."""
+    """The training of the score, as a task for the training loop."""
     config, images = experiment.config, experiment.images("train")
 
     def picture(state: TrainState) -> np.ndarray:
@@ -173,10 +191,10 @@ def task(experiment: Experiment, workdir: Workdir) -> loop.Task:
 
 
 def run(config: ConfigDict, workdir: epath.PathLike) -> None:
-    """Train up to ``training.num_steps``, resuming from the newest whole checkpoint of ``workdir``.
+    """Train up to ``training.num_steps``, from the newest undamaged checkpoint of ``workdir`` on.
 
-    Writes ``checkpoints/``, ``metrics.jsonl``, ``tensorboard/`` and ``samples/``. Raises what
-    ``loop.run`` does.
+    Writes ``checkpoints/``, ``metrics.jsonl``, ``tensorboard/`` and ``samples/``. The errors are
+    those of ``_loop.run``.
     """
     experiment, workdir = Experiment(config), Workdir(workdir)
     with workdir.lock("train"):

@@ -3,8 +3,9 @@
     loss = 1/d  mean over the batch of  bound(-log p(x)) + log q(u | k),   x = 2 (k + u) / L - 1
 
 Here u is drawn from q, and the bound is the evidence bound of ``sbml.bound`` with all its terms and
-factors (such as the range Z of log-SNR). The loss is in nats/dim; except for the constant ``scale``
-it is the bits/dim that the evaluation reports, in other units. The gradient flows through u only.
+factors (such as the range Z of log-SNR). The loss is in nats/dim. Its expectation, in other units,
+is the bits/dim of the estimator ``bound`` with this dequantizer, without the constant term
+``scale``. The score is not trained: the gradient goes through u and log q.
 
 Reference: Ho et al. 2019 (Flow++); Song et al. 2021, section 6 and appendix.
 """
@@ -27,8 +28,8 @@ from sbml.types import Array, Key
 
 
 def prepare_fn(experiment: Experiment) -> Prepare:
-    """The draws of a batch: pixels (n, *s), u (n, 1) in [0, 1) for one time each, and keys (n,) of
-    the flow and of the bound."""
+    """A function that makes the draws of a batch: its pixels ``(n, *s)``, points ``(n, 1)`` in
+    [0, 1) for one time each, and keys ``(n,)`` of the flow and of the bound."""
     draw = times.DRAWS[experiment.config.training.times]
 
     def prepare(pixels: Array, key: Key, statistics: Any) -> tuple[Array, Array, Key, Key]:
@@ -41,7 +42,8 @@ def prepare_fn(experiment: Experiment) -> Prepare:
 
 
 def loss_fn(experiment: Experiment) -> Loss:
-    """Per-example losses (n,) in nats/dim; ``frozen`` are the score network's parameters."""
+    """A function that gives the loss of each image, ``(n,)``, in nats/dim; its argument ``frozen``
+    is the parameters of the score network."""
     sde, data, model = experiment.sde, experiment.config.data, experiment.trained_dequantizer
     levels, dims = data.levels, math.prod(data.shape)
 
@@ -63,11 +65,11 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
     """Train the dequantizer of ``config.dequantizer`` for the newest checkpoint of the score.
 
     Writes ``dequantizer/`` in ``workdir``: checkpoints, metrics and tensorboard. A killed run
-    resumes, as in ``train``.
+    resumes, as in ``train``. Further errors are those of ``_loop.run``.
 
     Raises:
-      ValueError: there is no checkpoint of the score, the dequantizer was trained for another
-        score, or ``loop.run`` raises it.
+      ValueError: there is no checkpoint of the score, or the dequantizer was trained for another
+        score.
     """
     experiment, workdir = Experiment(config), Workdir(workdir)
     section = experiment.config.dequantizer

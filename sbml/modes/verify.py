@@ -21,8 +21,8 @@ def run(config: Any = None, workdir: Any = None) -> None:
     rows = checks()
     print(table(rows))
     failed = [row for row in rows if not row.ok]
-    agree = f"{len(rows) - len(failed)} of {len(rows)} rows agree with the truth"
-    print(f"\n{agree}, in {time.perf_counter() - start:.0f} s")
+    count = f"{len(rows) - len(failed)} of {len(rows)} rows agree with the truth"
+    print(f"\n{count}, in {time.perf_counter() - start:.0f} s")
     if failed:
         print("failed: " + "; ".join(f"{row.name} ({row.sde})" for row in failed))
         raise SystemExit(1)

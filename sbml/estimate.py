@@ -148,10 +148,8 @@ def ode_estimate(
     Args:
       rows: a function of ids ``(n,)``, a sweep and a solver that gives the terms and ``nfe`` of
         these examples, each ``(n,)``, in float64.
-      ids: the sorted ids of all examples.
-      subset: the sorted ids of the examples that are drawn again in sweep 1.
-      solver: how the ODE is solved.
-      terms: the names of the terms.
+      ids, subset: the sorted ids of all examples, and of those that are drawn again in sweep 1.
+      solver, terms: how the ODE is solved, and the names of the terms.
       unit, budget: as in :class:`Estimate`.
       gap: the :func:`solver_error`.
     """

@@ -43,17 +43,11 @@ def section_errors(section: str) -> Iterator[None]:
 
 
 class Rule(NamedTuple):
-    """The rule of a field.
+    """The rule that the values of a field must meet."""
 
-    Attributes:
-      kind: the Python type of its values.
-      holds: whether a value is valid.
-      needs: what a value must be, in words, for the message of an error.
-    """
-
-    kind: type
-    holds: Callable[[Any], bool]
-    needs: str
+    kind: type  # the Python type of the values
+    holds: Callable[[Any], bool]  # whether a value is valid
+    needs: str  # what a value must be, in words, for the message of an error
 
 
 def _field(default: Any, kind: type, holds: Callable[[Any], bool], needs: str) -> Any:
@@ -163,10 +157,7 @@ def choice(default: str | None, choices: Collection[str]) -> Any:
 
 
 def check_choice(field: str, name: str, choices: Collection[str]) -> str:
-    """Check that ``name``, the value of the config field ``field``, is one of ``choices``.
-
-    Returns:
-      ``name`` itself.
+    """``name``, the value of the config field ``field``, if it is one of ``choices``.
 
     Raises:
       ValueError: it is not; the message names the field and the choices.
@@ -251,8 +242,7 @@ def plain(value: Any) -> Any:
 class Section:
     """A part of a config: a frozen dataclass of fields with rules, or of further sections.
 
-    Attributes:
-      section: the name of the section on the command line; it is empty for the whole config.
+    ``section`` is its name on the command line, and empty for the whole config.
 
     Raises:
       ValueError: a field is invalid, or two fields do not fit together.

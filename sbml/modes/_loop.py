@@ -48,8 +48,7 @@ class Task:
       field: the prefix of ``training`` and ``optim`` on the command line: empty or
         ``dequantizer.``.
       images: the training images.
-      seed: the seed of the order of the images and of all random draws.
-      flip: whether images are mirrored at random.
+      seed, flip: the seed of all random draws, and whether images are mirrored at random.
       init: a function that makes the state before the first step.
       update: what a step computes.
       frozen: arrays that the loss needs and that are not trained.
@@ -113,12 +112,7 @@ def compiled_step(
 
 
 class _Trainer:
-    """The state of one training run in one process.
-
-    Raises:
-      ValueError: the batch size or the number of steps cannot work, or there is a checkpoint of
-        another model.
-    """
+    """The state of one training run in one process."""
 
     def __init__(self, task: Task, checkpoints: Checkpoints) -> None:
         training = task.training
@@ -208,12 +202,7 @@ class _Trainer:
         self.pending.append((step, metrics))
 
     def settle(self, leave: int) -> Iterator[tuple[int, float, float]]:
-        """Wait for the oldest dispatches, all but the last ``leave``; (step, loss, grad_norm) of
-        each of their steps.
-
-        Raises:
-          NonFiniteLoss: a loss or the norm of a gradient is not finite.
-        """
+        """Wait for all dispatches but the last ``leave``: (step, loss, grad_norm) of each step."""
         while len(self.pending) > leave:
             first, metrics = self.pending.popleft()
             rows = zip(
@@ -246,14 +235,11 @@ class _Trainer:
         """Save a checkpoint after ``step`` updates, whose losses must all have been finite."""
         if step > self.saved:
             self.checkpoints.save(step, self.state, self.task.provenance)
-            self.saved = step  # If the save fails, ``checkpoints`` raises an error at the end.
+            self.saved = step  # If no save succeeds from here on, ``checkpoints`` raises an error.
 
     def log(self, step: int, rows: list[tuple[float, float]], seconds: float) -> float:
-        """Write the means of ``rows``, (loss, grad_norm) of steps that took ``seconds``.
-
-        Returns:
-          The speed in images/s.
-        """
+        """Write the means of ``rows``, (loss, grad_norm) of steps that took ``seconds``; the result
+        is the speed in images/s."""
         loss, norm = np.mean(np.asarray(rows), axis=0)
         rate = len(rows) * self.training.batch_size / self.task.repeats / seconds
         if self.writer:
@@ -328,11 +314,7 @@ def _in_flight() -> int:
 
 
 def _loop(trainer: _Trainer, preemption: Preemption) -> int:
-    """Train up to the last step, or until a signal asks to stop.
-
-    Returns:
-      The number of steps that were made and saved.
-    """
+    """Train up to the last step, or until a signal asks to stop; the number of steps made."""
     training = trainer.training
     stride, total = training.steps_per_dispatch, training.num_steps
     in_flight = _in_flight()

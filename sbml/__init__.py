@@ -38,7 +38,8 @@ LIBRARY = (
 )
 
 
-# Classes that people use by the package's name, and their modules.
+# Classes that are also attributes of ``sbml``, and their modules. VDM's ``LinearGamma`` and
+# ``MonotoneGamma`` and the base classes are attributes of ``sbml.sdes`` only.
 PROCESSES = (
     *("VP", "SubVP", "VE", "LinearVE", "EDM", "RectifiedFlow", "Cosine"),
     *("AlphaBarTable", "Schedule"),

@@ -1,6 +1,6 @@
 """Encoding, decoding, interpolating and inpainting with a trained model: ``--mode=latents``.
 
-    encode          the probability-flow ODE from eps to T: a latent z per image, about N(0, s^2 I)
+    encode          the probability-flow ODE from eps to T: a latent z per image, about N(0, S^2 I)
     decode          the ODE from T to eps; the distance to the original image is the solver's error
     interpolate     cos(a) z_1 + sin(a) z_2, a in [0, pi / 2]: normal if z_1 and z_2 are
     complete        a new right half of an image, or new colours, by the score (``samplers.known``)

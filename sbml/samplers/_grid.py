@@ -4,8 +4,8 @@
 
 T is the SDE's ``largest_time``, because the drift is infinite where the signal has vanished.
 
-The spacing of the times is ``time``, even in t (Song et al.), ``quadratic``, even in sqrt(t), or
-``log_snr``, even in log-SNR, which suits samplers with few steps.
+The spacing of the times is ``time``, even in t (Song et al., ICLR 2021), ``quadratic``, even in
+sqrt(t), or ``log_snr``, even in log-SNR, which suits samplers with few steps.
 """
 
 import abc

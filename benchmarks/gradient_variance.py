@@ -9,8 +9,9 @@ the parameters, are estimated from two draws g, g' for each batch of images:
     random images:  Var(g)                                  by E ||g||^2 - ||E g||^2
 
 Each is divided by its value for independent importance times; the standard deviation of this ratio
-is estimated by the bootstrap over batches. All ways use the same batches. Times are uniform in the
-log-SNR (``times.Importance``), which is scaled to v in [0, 1), independent or on a lattice. Noises
+is estimated by the bootstrap over batches. All ways use the same batches of uniformly dequantized
+images. Times are uniform in the log-SNR (``times.Importance``), which is scaled to v in [0, 1),
+independent or on a lattice. A config that trains on other data, times or losses is refused. Noises
 are
 
     independent   one for each image

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from ode_settings import network, ours, rk45
 
-from sbml.likelihood import Trace
+from sbml.divergence import Trace
 from sbml.ode import Solver
 from sbml.runtime import cpu
 

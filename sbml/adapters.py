@@ -14,13 +14,13 @@ names in a config, are
 
 The input of ``preconditioned``, ``x0``, ``velocity`` and ``levels`` is x / sqrt(v), which has unit
 variance at every noise level: v = alpha^2 d^2 + sigma^2 for data of standard deviation d. The term
-c_skip x of ``preconditioned`` is the best linear denoiser of white data. Without such a term, a
-network's prediction for an unusual test image can be far too large.
+c_skip x of ``preconditioned`` is the noise prediction of the best linear denoiser of white data.
+Without such a term, a network's prediction for an unusual test image can be far too large.
 
 The labels of a time t are
 
-    time             999 t (Song et al.); it hardly changes below t = 1e-3, where a fifth of the
-                     importance-sampled times lie
+    time             999 t (Song et al.); it hardly changes below t = 1e-3, where for ``VP`` a fifth
+                     of the importance-sampled times lie
     log_snr          lambda(eps) - lambda(t)
     sigma            sigma(t), for Fourier embeddings of log sigma
     scaled_log_snr   1000 (l_1 - lambda(t)) / (l_1 - l_0), where l_0 < l_1 are two fixed numbers,
@@ -87,8 +87,8 @@ class Adapter:
 
     Raises:
       ValueError: for an unknown parameterization or label, a ``data_std`` that is not positive and
-        finite, l_0 >= l_1, an ``eps`` outside (0, T), or, with the parameterization ``levels``, too
-        few levels, unknown ``data`` or a model with one output for each entry.
+        finite, l_0 >= l_1, or an ``eps`` outside the SDE's times; and with ``levels``, for too few
+        levels, unknown ``data`` or a model with one output for each entry.
     """
 
     model: nn.Module
@@ -171,7 +171,10 @@ class Adapter:
             # y = x_0 + rho e has the same noise e as x.
             return NOISE["x0"](x_0, y, jnp.ones_like(alpha), rho, self.data_std)
         if out.shape != x.shape:
-            raise ValueError(f"the network returned shape {out.shape} for an input of {x.shape}")
+            raise ValueError(
+                f"the network returned shape {out.shape} for an input of {x.shape}: it must return "
+                "one number for each entry of the input"
+            )
         kind = PARAMETERIZATIONS[self.parameterization]
         return NOISE[kind](out, x, alpha, sigma, self.data_std)
 

@@ -92,7 +92,7 @@ class VE(_Exploding):
 
 @dataclasses.dataclass(frozen=True)
 class LinearVE(_Exploding):
-    """Variance exploding, linear: sigma(t) = sigma_max t (the schedule of EDM and DDIM's sigma).
+    """Variance exploding, linear: sigma(t) = sigma_max t, the schedule of EDM.
 
     Raises:
       ValueError: unless sigma_max is positive and finite.

@@ -2,8 +2,7 @@
 
 Orbax writes a checkpoint into a temporary folder and renames the folder when it is complete. So an
 interrupted save is never taken for a checkpoint. But Orbax does not notice bytes that change later.
-Therefore each checkpoint has a *manifest* (``manifest.py``). Reading a checkpoint checks in this
-order
+Therefore each checkpoint has a *manifest* (``manifest.py``). Reading a checkpoint checks
 
 1. whether the manifest can be read; if not, the checkpoint is damaged;
 2. whether its leaves are those of the template; if not, the checkpoint is of another model;
@@ -119,7 +118,7 @@ class Checkpoints:
             try:
                 stored = get_step_metadata(self.directory / str(step)).custom_metadata
                 return manifest.content(stored, step)["metadata"]
-            except Exception as error:  # Any error of the reader means that it could not read it.
+            except Exception as error:  # Any error means that the bytes could not be read.
                 logging.error("Damaged checkpoint %s/%d: %s", self.directory, step, error)
         return None
 
@@ -339,5 +338,6 @@ def _not_of_orbax(record: stdlib_logging.LogRecord) -> bool:
 def _abstract(leaf: Any) -> jax.ShapeDtypeStruct:
     sharding = getattr(leaf, "sharding", None)
     sharding = sharding or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    sharding.shard_shape(leaf.shape)  # This raises if the sharding does not fit the shape.
+    # This raises if the sharding does not fit the shape; reading would take that error for damage.
+    sharding.shard_shape(leaf.shape)
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)

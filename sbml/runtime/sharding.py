@@ -129,8 +129,8 @@ def check_divides(name: str, size: int, parts_each: int = 1) -> None:
         choices = f"{lower} or {lower + parts}" if lower else f"{parts}"
         raise ValueError(
             f"{name}={size} is not a positive multiple of {parts} "
-            f"({jax.device_count()} devices x {parts_each}, the micro-batches times the calls of an "
-            f"image in a batch); use {choices}"
+            f"({jax.device_count()} devices x {parts_each}, the micro-batches times the calls of "
+            f"an image); use {choices}"
         )
 
 

@@ -53,8 +53,8 @@ def __getattr__(name: str) -> Any:
         return getattr(importlib.import_module(f"sbml.{NAMES[name]}"), name)
     if name in LIBRARY:
         return importlib.import_module(f"sbml.{name}")
-    known = ", ".join((*NAMES, *LIBRARY))
-    raise AttributeError(f"module 'sbml' has no attribute {name!r}; it has {known}")
+    choices = ", ".join((*NAMES, *LIBRARY))
+    raise AttributeError(f"module 'sbml' has no attribute {name!r}; it has {choices}")
 
 
 def __dir__() -> list[str]:

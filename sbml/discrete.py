@@ -179,8 +179,8 @@ def decoder_nats(x: Example, pixels: Pixels, levels: int, rho: Scalar) -> Scalar
     bits.check_pixels(pixels, levels, x)
     centres = bits.to_model(jnp.arange(levels), 0.5, levels)
     logits = -0.5 * ((x[..., None] - centres.reshape((1,) * x.ndim + (-1,))) / rho) ** 2
-    chosen = jnp.take_along_axis(logits, pixels[..., None].astype(jnp.int32), -1)[..., 0]
-    return jnp.sum(jax.nn.logsumexp(logits, axis=-1) - chosen)
+    pixel_logits = jnp.take_along_axis(logits, pixels[..., None].astype(jnp.int32), -1)[..., 0]
+    return jnp.sum(jax.nn.logsumexp(logits, axis=-1) - pixel_logits)
 
 
 def reconstruction(

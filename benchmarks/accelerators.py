@@ -44,7 +44,7 @@ from jax.sharding import AxisType, Mesh
 from ml_collections import config_flags
 
 from sbml import estimators
-from sbml.bound import GaussianControl
+from sbml.bound import FULL_DIMS, GaussianControl
 from sbml.estimators import Cell, Reduction, Rows, Target
 from sbml.evaluation import cells, samples
 from sbml.experiment.build import Experiment
@@ -158,13 +158,15 @@ def ode(experiment: Experiment, mesh: Mesh) -> Any:
 def bound(experiment: Experiment, mesh: Mesh) -> Any:
     """A batch of the bound with uniform dequantization, control variate and density of times."""
     same, config = sharding.replicated(mesh), experiment.config.eval
-    pixels = math.prod(experiment.shape)
-    vector = jax.ShapeDtypeStruct((pixels,), jnp.float32, sharding=same)
-    matrix = jax.ShapeDtypeStruct((pixels, pixels), jnp.float32, sharding=same)
+    dims = math.prod(experiment.shape)
+    vector = jax.ShapeDtypeStruct((dims,), jnp.float32, sharding=same)
+    matrix = jax.ShapeDtypeStruct((dims, dims), jnp.float32, sharding=same)
+    basis = matrix if dims <= FULL_DIMS else None
     density = jax.ShapeDtypeStruct((config.proposal_bins,), jnp.float32, sharding=same)
     reduction = Reduction(
-        GaussianControl(vector, vector, matrix) if config.control else None,
+        GaussianControl(vector, vector, basis) if config.control else None,
         density if config.proposal_bins else None,
+        config.proposal,
     )
     return _lowered(experiment, mesh, "bound", config.n_times, reduction)
 

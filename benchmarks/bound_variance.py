@@ -5,8 +5,8 @@
 The model is a trained one, on its test images. Two variances over independent sweeps are printed:
 that of the diffusion term of one image, averaged over images, and that of its mean over the data
 set. Each is divided by its value for independent importance-sampled times; the standard deviation
-of this ratio is over bootstrapped sweeps. The dequantized images stay the same, so only the draws
-of the bound vary.
+of this ratio is over bootstrapped sweeps. The images are dequantized uniformly, with the same noise
+for all sweeps, so only the draws of the bound vary.
 """
 
 import argparse

@@ -9,8 +9,9 @@ the parameters, are estimated from two draws g, g' for each batch of images:
     random images:  Var(g)                                  by E ||g||^2 - ||E g||^2
 
 Each is divided by its value for independent importance times; the standard deviation of this ratio
-is estimated by the bootstrap over batches. All ways use the same batches. Times are uniform in the
-log-SNR (``times.Importance``), which is scaled to v in [0, 1), independent or on a lattice. Noises
+is estimated by the bootstrap over batches. All ways use the same batches of uniformly dequantized
+images. Times are uniform in the log-SNR (``times.Importance``), which is scaled to v in [0, 1),
+independent or on a lattice. A config that trains on other data, times or losses is refused. Noises
 are
 
     independent   one for each image
@@ -101,7 +102,7 @@ class Problem:
         return self._gradient(self.params, x, t, weight, z)
 
     def batch(self, *seed: int) -> Array:
-        """Distinct images, dequantized, ``(BATCH, h, w, c)``."""
+        """Distinct images, dequantized uniformly, ``(BATCH, h, w, c)``."""
         rng = np.random.default_rng(seed)
         pixels = self.images[rng.choice(len(self.images), BATCH, replace=False)]
         return bits.to_model(
@@ -109,10 +110,34 @@ class Problem:
         )
 
 
-def paired(x: Array, u: Array, key: Key, noises: str) -> tuple[Array, Array, Array]:
-    """Images, points u and noises of n network calls, from n images ``x`` and n points ``u``.
+def check_training(e: Experiment) -> None:
+    """Check that the config trains on the data, times and loss that :class:`Problem` has.
 
-    If the noises are in pairs, ``u`` has n / 2 points.
+    Raises:
+      ValueError: if it has others; the message names the fields, their values and the remedy.
+    """
+    training = e.config.training
+    expected = {
+        "data.dequantization": (e.config.data.dequantization, "uniform"),
+        "training.discrete_levels": (training.discrete_levels, 0),
+        "training.importance_sampling": (training.importance_sampling, True),
+        "training.importance": (training.importance, "noise"),
+        "training.second_order": (training.second_order, 0),
+        "sde.learned": (e.config.sde.learned, False),
+    }
+    if wrong := {name: pair for name, pair in expected.items() if pair[0] != pair[1]}:
+        actual = ", ".join(f"{name}={value}" for name, (value, _) in wrong.items())
+        needed = ", ".join(f"{name}={value}" for name, (_, value) in wrong.items())
+        raise ValueError(
+            f"the config has {actual}, but this benchmark measures training with {needed}: give "
+            "--config a config with these values"
+        )
+
+
+def paired(x: Array, u: Array, key: Key, noises: str) -> tuple[Array, Array, Array]:
+    """Images, points u and noises of n network calls, from n images ``x``.
+
+    ``u`` has n points for independent noises, and n / 2 points for pairs of noises.
     """
     z = jax.random.normal(key, (len(u), *x.shape[1:]))
     if noises != "independent":
@@ -216,7 +241,11 @@ def ratios(table: dict[Way, tuple[np.ndarray, float]]) -> dict[Way, tuple[np.nda
 
 
 def load(args: argparse.Namespace) -> tuple[Experiment, Any]:
-    """The trained model, or with ``--quick`` a small untrained one."""
+    """The trained model, or with ``--quick`` a small untrained one.
+
+    Raises:
+      ValueError: as in :func:`check_training`.
+    """
     if args.quick:
         config = default("mlp")
         config.data.update(source="digits", shape=(8, 8, 1), levels=17, flip=False)
@@ -224,6 +253,7 @@ def load(args: argparse.Namespace) -> tuple[Experiment, Any]:
         e = Experiment(config)
         return e, e.adapter.init(jax.random.key(0), e.shape)
     e = Experiment(runpy.run_path(args.config)["get_config"]())
+    check_training(e)
     try:
         return e, e.restore(args.workdir).state.params
     except ValueError as error:

@@ -7,9 +7,9 @@
 There are two kinds of problems. One is a Gaussian with the spectrum of 32x32 photo crops
 (d = 3,072): its likelihood has a closed form, and one Rademacher probe gives its exact trace. The
 others are trained networks, whose solve at a tolerance of 1e-6 with the same probes is taken as the
-truth. Errors are differences in bits/dim for 256 levels (17 for digits); the largest over images is
-printed first. The paper's authors solve with RK45 in t at 1e-5, with one step control and one flat
-error norm for all images, and compute the divergence in reverse mode ("backwards").
+truth. Errors are differences to the truth in bits/dim; the largest over images is printed first.
+The paper's authors solve with RK45 in t at 1e-5, with one step control and one flat error norm for
+all images, and compute the divergence in reverse mode ("backwards").
 
 The table shows the number of network evaluations, and how many of them also compute the divergence,
 which about doubles their cost (in RK45 all do). ``--trace=exact`` compares exact traces, for which
@@ -78,7 +78,10 @@ class Problem:
 
 
 def gaussian(n: int) -> Problem:
-    """N(0, diag(spectrum of the photos' crops)); a rotation would change no result of a solver."""
+    """N(0, diag(v)), with the eigenvalues v of the covariance of the photos' crops.
+
+    A rotation to the eigenvectors would not change the error of a solver.
+    """
     crops = data.load("photos", "train", data.Options()).images[:]
     flat = bits.to_model(crops.reshape(len(crops), -1).astype(np.float64), 0.5, 256)
     spectrum = np.linalg.eigvalsh(np.cov(np.asarray(flat, np.float64), rowvar=False))

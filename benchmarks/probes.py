@@ -6,12 +6,12 @@
 The probes are drawn several times for the same images. Each row shows, for one k,
 
     sd         the standard deviation of one image's bits/dim over the draws (root mean square)
-    variance   its square, divided by that of the first row, which has one probe by default
-    1/k        the variance that k independent probes would leave, relative to one probe
-    seconds    the time of the solves, and this time divided by that of the first row
+    variance   its square, divided by that of one probe
+    1/k        the same ratio for k independent probes
+    seconds    the time of the solves, and this time divided by that with one probe
 
-For comparison, scipy's RK45 at 1e-5 solves the whole batch, with the divergence by forward mode. As
-only its time is measured, its variance is that of k independent probes, 1 / k.
+For comparison, scipy's RK45 at 1e-5 solves the whole batch, with the divergence by forward mode.
+Only its time is measured; the column of its variance shows 1 / k.
 """
 
 import argparse
@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from ode_settings import network, ours, rk45
 
-from sbml.likelihood import Trace
+from sbml.divergence import Trace
 from sbml.ode import Solver
 from sbml.runtime import cpu
 
@@ -34,10 +34,16 @@ def main() -> None:
     parser.add_argument("--workdir", default="runs/digits_vp", help="of the trained model")
     parser.add_argument("--images", type=int, default=32, help="number of test images")
     parser.add_argument("--draws", type=int, default=8, help="draws of the probes for each image")
-    parser.add_argument("--probes", type=int, nargs="+", default=(1, 2, 4, 8), help="values of k")
+    parser.add_argument(
+        "--probes", type=int, nargs="+", default=(1, 2, 4, 8), help="values of k, 1 first"
+    )
     parser.add_argument("--tolerance", type=float, default=2e-4, help="rtol and atol")
     parser.add_argument("--rk45", type=int, nargs="*", default=(1, 4), help="values of k for RK45")
     args = parser.parse_args()
+    if args.probes[0] != 1:
+        parser.error(
+            f"--probes begins with {args.probes[0]}: ratios are to one probe, so put 1 first"
+        )
     problem = network(args.config, args.workdir, args.images)
     # Each draw is a copy of the images with its own keys. The noise is far above the solver error.
     n = args.images * args.draws

@@ -139,10 +139,10 @@ def main() -> None:
     counts: Counter[str] = Counter()
     with tempfile.TemporaryDirectory() as scratch:
         whole = pathlib.Path(scratch) / "whole"
-        began = time.monotonic()
+        start_time = time.monotonic()
         _, err = (process := start(whole)).communicate()
         assert process.returncode == 0, err
-        seconds, expected = time.monotonic() - began, ending(whole)
+        seconds, expected = time.monotonic() - start_time, ending(whole)
         for number in range(args.trials):
             workdir = pathlib.Path(scratch) / f"trial{number}"
             record = trial(workdir, seconds, args, args.seed + number)

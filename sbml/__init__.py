@@ -38,7 +38,8 @@ LIBRARY = (
 )
 
 
-# Classes that people use by the package's name, and their modules.
+# Classes that are also attributes of ``sbml``, and their modules. VDM's ``LinearGamma`` and
+# ``MonotoneGamma`` and the base classes are attributes of ``sbml.sdes`` only.
 PROCESSES = (
     *("VP", "SubVP", "VE", "LinearVE", "EDM", "RectifiedFlow", "Cosine"),
     *("AlphaBarTable", "Schedule"),
@@ -52,8 +53,8 @@ def __getattr__(name: str) -> Any:
         return getattr(importlib.import_module(f"sbml.{NAMES[name]}"), name)
     if name in LIBRARY:
         return importlib.import_module(f"sbml.{name}")
-    known = ", ".join((*NAMES, *LIBRARY))
-    raise AttributeError(f"module 'sbml' has no attribute {name!r}; it has {known}")
+    choices = ", ".join((*NAMES, *LIBRARY))
+    raise AttributeError(f"module 'sbml' has no attribute {name!r}; it has {choices}")
 
 
 def __dir__() -> list[str]:

@@ -1,28 +1,35 @@
-"""From a network to a score: the only bridge between Flax and the mathematics.
+"""From a Flax network to a score: score = -e / sigma, with e computed from the network's output.
+
+The network F gets an input and a label of the time. A prediction of the noise e is computed from
+its output by ``sbml.predictions``, for x = alpha x_0 + sigma e. The parameterizations, by their
+names in a config, are
+
+    noise            F predicts the noise (Song et al.'s VP and subVP)
+    score            s = F / sigma (their VE with model.scale_by_sigma): ``scaled_score``
+    unscaled         s = F (their VE without model.scale_by_sigma): ``score``
+    preconditioned   e = c_skip x + c_out F (Karras et al., EDM, NeurIPS 2022, for any linear SDE)
+    residual         F predicts e - x (VDM)
+    x0, velocity     F predicts x_0 or alpha e - sigma x_0
+    levels           F gives weights of the levels, and Bayes' rule gives x_0 (``sbml.integers``)
+
+The input of ``preconditioned``, ``x0``, ``velocity`` and ``levels`` is x / sqrt(v), which has unit
+variance at every noise level: v = alpha^2 d^2 + sigma^2 for data of standard deviation d. The term
+c_skip x of ``preconditioned`` is the noise prediction of the best linear denoiser of white data.
+Without such a term, a network's prediction for an unusual test image can be far too large.
+
+The labels of a time t are
+
+    time             999 t (Song et al.); it hardly changes below t = 1e-3, where for ``VP`` a fifth
+                     of the importance-sampled times lie
+    log_snr          lambda(eps) - lambda(t)
+    sigma            sigma(t), for Fourier embeddings of log sigma
+    scaled_log_snr   1000 (l_1 - lambda(t)) / (l_1 - l_0), where l_0 < l_1 are two fixed numbers,
+                     which may differ from the ends of lambda (VDM)
+
+Embeddings have frequencies of up to one radian for each unit of the label. If a label changes much
+faster than the log-SNR, so does the network's output, and the probability-flow ODE becomes stiff.
 
 A function that is no Flax network becomes a score by ``from_prediction`` (``sbml.predictions``).
-
-A network F sees an input and a label of the time; what it returns is a prediction of the noise e by
-``sbml.predictions``, and the score is -e / sigma. The names of a config are
-
-    noise            F predicts the noise (the authors' VP and subVP)
-    score            s = F / sigma (the authors' VE with model.scale_by_sigma): ``scaled_score``
-    unscaled         s = F (the authors' VE without): ``score``
-    preconditioned   e = c_skip x + c_out F (Karras et al., EDM, NeurIPS 2022, for any linear SDE)
-    residual         F predicts what the noise is more than x (VDM)
-    x0, velocity     F predicts x_0 or alpha e - sigma x_0
-    levels           F tells x_0 by Bayes' rule (``sbml.integers``)
-
-The network of ``preconditioned``, ``x0``, ``velocity`` and ``levels`` sees x / sqrt(v), which has
-unit variance at every noise level: v = alpha^2 d^2 + sigma^2 for data of standard deviation d. An
-unpreconditioned network has no floor such as the linear denoiser, and can blow up on a test image.
-
-Labels: ``time`` is 999 t (the authors'; it hardly moves below t = 1e-3, where a fifth of the
-importance draws fall), ``log_snr`` is lambda(eps) - lambda(t), ``sigma`` is sigma(t) (for Fourier
-embeddings of log sigma), ``scaled_log_snr`` is 1000 (l_1 - lambda(t)) / (l_1 - l_0) for two fixed
-numbers l_0 < l_1, which need not be the ends of lambda (VDM). Embeddings have frequencies up to one
-radian a unit: a label that runs faster than the log-SNR makes the network turn fast in time, and
-the probability-flow ODE stiff.
 """
 
 import dataclasses
@@ -43,7 +50,7 @@ from sbml.types import Array, Batch, Example, Key, Pixels, Scalar, Vector, check
 Condition = Integer[Array, ""] | Float[Array, ""] | int
 
 LEVELS = "levels"
-# Which of ``predictions.NOISE`` each is.
+# The key of ``predictions.NOISE`` for each parameterization.
 PARAMETERIZATIONS = {
     "noise": "noise",
     "score": "scaled_score",
@@ -52,9 +59,9 @@ PARAMETERIZATIONS = {
     "residual": "residual",
     "x0": "x0",
     "velocity": "velocity",
-    LEVELS: "x0",  # of x / alpha
+    LEVELS: "x0",  # with x / alpha as the noisy data
 }
-SCALED = ("preconditioned", "x0", "velocity", LEVELS)  # Their networks see x / sqrt(v).
+SCALED = ("preconditioned", "x0", "velocity", LEVELS)  # The input of these is x / sqrt(v).
 LABELS = ("time", "log_snr", "sigma", "scaled_log_snr")
 
 
@@ -65,18 +72,23 @@ class Adapter:
     Attributes:
       model: a Linen module called as ``model(x (n, *s), label (n,), train=...)``.
       sde: the forward process, an SDE or the noise levels of a discrete-time one.
-      parameterization: one of the above.
+      parameterization: a key of ``PARAMETERIZATIONS``.
       label: ``time``, ``log_snr``, ``sigma`` or ``scaled_log_snr``.
       data_std: d, the data's standard deviation in [-1, 1].
       eps: the smallest time, where the ``log_snr`` label is 0.
-      labels: the SDE that is evaluated, where ``sde`` are the noise levels that are trained: a
-        noise then has one label in both, that of its time in the SDE.
+      labels: an SDE from which labels are computed, if it is not ``sde``. A network that is trained
+        on the noise levels ``sde`` and evaluated with an SDE then gets the same label for the same
+        log-SNR in both.
       log_snr_range: (l_0, l_1), for ``scaled_log_snr``; the default is VDM's.
-      levels, data: of ``levels``, L and what the numbers are: bin ``centre``s or ``uniform`` in
-        their bins. The model then gives ``integers.outputs(L)`` numbers an entry.
+      levels: the number of levels L, for the parameterization ``levels``. The model then gives
+        ``integers.outputs(L)`` numbers for each entry of an example.
+      data: for the parameterization ``levels``, ``centre`` if the data are bin centres, or
+        ``uniform`` if they are spread evenly over their bins.
 
     Raises:
-      ValueError: for an unknown parameterization or label, or l_0 >= l_1.
+      ValueError: for an unknown parameterization or label, a ``data_std`` that is not positive and
+        finite, l_0 >= l_1, or an ``eps`` outside the SDE's times; and with ``levels``, for too few
+        levels, unknown ``data`` or a model with one output for each entry.
     """
 
     model: nn.Module
@@ -126,11 +138,11 @@ class Adapter:
         return self.model.init(key, jnp.zeros((1, *shape)), jnp.ones((1,)), train=False)["params"]
 
     def __call__(self, params: Any, condition: Condition | None = None) -> "LinenScore":
-        """The score; ``condition``, a scalar, is the class it is told, where the model has one."""
+        """The score; ``condition``, a scalar, is the class for a class-conditional model."""
         return LinenScore(self, params, condition)
 
     def time_label(self, t: Vector) -> Vector:
-        """What the network is told of the times ``t (n,)``."""
+        """The labels ``(n,)`` that the network gets for the times ``t (n,)``."""
         sde = self.labels or self.sde
         if self.labels:
             t = self.labels.time(self.sde.log_snr(t))
@@ -156,9 +168,13 @@ class Adapter:
         if self.parameterization == LEVELS:
             y, rho = x / alpha, sigma / alpha
             x_0 = integers.posterior_mean(out, y, rho, self.levels, self.data)
+            # y = x_0 + rho e has the same noise e as x.
             return NOISE["x0"](x_0, y, jnp.ones_like(alpha), rho, self.data_std)
         if out.shape != x.shape:
-            raise ValueError(f"the network returned shape {out.shape} for an input of {x.shape}")
+            raise ValueError(
+                f"the network returned shape {out.shape} for an input of {x.shape}: it must return "
+                "one number for each entry of the input"
+            )
         kind = PARAMETERIZATIONS[self.parameterization]
         return NOISE[kind](out, x, alpha, sigma, self.data_std)
 
@@ -184,7 +200,7 @@ class LinenScore:
         """-log p(pixels | x_t) of one example, x_t = alpha y: nats, a scalar.
 
         Raises:
-          ValueError: it is no integer denoiser, or one of data that are not bin centres.
+          ValueError: the parameterization is not ``levels``, or the data are not bin centres.
         """
         a = self.adapter
         if a.parameterization != LEVELS or a.data != "centre":
@@ -198,21 +214,21 @@ class LinenScore:
         return integers.decoder_nats(out, y, a.sde.std(t) / alpha, pixels, a.levels)
 
     def _network(self, x: Batch, t: Vector, key: Key | None) -> Array:
-        """F, of the network's input and label."""
+        """The output of F for its input and label, ``(n, *s)``, or with a last axis of outputs."""
         compiler.check()
         if key is not None:
             check_key(key)
         a = self.adapter
-        told: dict[str, Any] = {}
+        options: dict[str, Any] = {}
         if self.condition is not None:
-            told["condition"] = jnp.broadcast_to(self.condition, t.shape)
+            options["condition"] = jnp.broadcast_to(self.condition, t.shape)
         out: Any = a.model.apply(
             {"params": self.params},
             a.network_input(x, t),
             a.time_label(t),
             train=key is not None,
             rngs=None if key is None else {"dropout": key},
-            **told,
+            **options,
         )
         return out
 

@@ -1,4 +1,4 @@
-"""From nats to bits/dim, for integers of L levels: the only file that uses log 2, L and [-1, 1].
+"""From integers of L levels to real numbers in [-1, 1), and from nats to bits/dim.
 
 An integer k in {0, ..., L-1} has the bin [k, k+1) / L, which is scaled to [-1, 1]:
 
@@ -25,32 +25,33 @@ LOG2 = math.log(2.0)
 
 
 def check_levels(levels: int, most: int = 2**31 - 1) -> None:
-    """Refuse a number of levels that no integers have.
+    """Check that a number of levels is an integer of 2 to ``most``.
 
     Raises:
-      ValueError: naming it.
+      ValueError: if it is not; the message names it.
     """
     if not isinstance(levels, int | np.integer) or not 2 <= levels <= most:
         raise ValueError(f"levels={levels}: give an integer of 2 to {most}")
 
 
 def check_integers(pixels: Any) -> None:
-    """Refuse ``pixels`` that are no array of integers.
+    """Check that ``pixels`` are an array of integers.
 
     Raises:
-      ValueError: naming what they are.
+      ValueError: if they are not; the message names their type.
     """
     if not hasattr(pixels, "dtype") or not jnp.issubdtype(pixels.dtype, jnp.integer):
         kind = getattr(pixels, "dtype", type(pixels).__name__)
-        raise ValueError(f"pixels are {kind}: give integers in an array; bound.elbo is of real x")
+        raise ValueError(f"pixels are {kind}: give an array of integers (bound.elbo takes real x)")
 
 
 def check_pixels(pixels: Any, levels: int, x: Any | None = None) -> None:
-    """Refuse ``pixels`` that are no integers 0 .. levels - 1, as far as their values are known, or
-    not of the shape of ``x``.
+    """Check that ``pixels`` are integers 0 .. levels - 1, of the shape of ``x`` if there is one.
+
+    Values are not checked inside ``jit``.
 
     Raises:
-      ValueError: naming what they are.
+      ValueError: if they are not; the message names their type, shape or range.
     """
     check_levels(levels)
     check_integers(pixels)
@@ -65,17 +66,17 @@ def check_pixels(pixels: Any, levels: int, x: Any | None = None) -> None:
 
 
 def _check_range(values: Any, name: str, largest: float) -> None:
-    """Refuse numbers outside [0, ``largest``], as far as they are known.
+    """Check that numbers lie in [0, ``largest``]. Values are not checked inside ``jit``.
 
     Raises:
-      ValueError: naming their range.
+      ValueError: if they do not; the message names their range.
     """
     if scalars.is_traced(values) or not np.size(values):
         return
-    known = np.asarray(values)
-    if known.min() < 0 or known.max() > largest:
+    array = np.asarray(values)
+    if array.min() < 0 or array.max() > largest:
         raise ValueError(
-            f"{name} lie in [{known.min():g}, {known.max():g}]: give numbers in [0, {largest}]"
+            f"{name} lie in [{array.min():g}, {array.max():g}]: give numbers in [0, {largest}]"
         )
 
 
@@ -96,8 +97,8 @@ def to_model(pixels: Numbers, u: Numbers | float, levels: int) -> Real:
     ``u`` is limited to at most 1 - 2^-15: nearer to 1, float32 would round k + u into the next bin.
 
     Raises:
-      ValueError: ``levels`` is not an integer of at least 2, or known ``pixels`` lie outside
-        [0, levels - 1] or known ``u`` outside [0, 1].
+      ValueError: ``levels`` is not an integer of at least 2, ``pixels`` lie outside
+        [0, levels - 1], or ``u`` outside [0, 1]. Values are not checked inside ``jit``.
     """
     check_levels(levels)
     _check_range(pixels, "pixels", levels - 1)
@@ -109,8 +110,8 @@ def to_pixels(x: Numbers, levels: int) -> UInt8[Array, "..."]:
     """The uint8 level whose bin holds ``x``; values outside [-1, 1) go to the nearest level.
 
     Raises:
-      ValueError: ``levels`` is no integer of 2 to 256, or known ``x`` are not real numbers. NaN
-        belongs to no level; of unknown values, as inside ``jit``, it becomes the last level.
+      ValueError: ``levels`` is no integer of 2 to 256, or ``x`` is complex or has NaN, which
+        belongs to no level. Values are not checked inside ``jit``: there NaN gives the last level.
     """
     check_levels(levels, 256)
     x = jnp.asarray(x)

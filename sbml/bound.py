@@ -66,6 +66,8 @@ Flat = Float[Array, "d"]
 # The two forms of the diffusion term, each with the argument ``trace`` of :func:`elbo`.
 FORMS: dict[str, Trace | None] = {"dsm": None, "ssm": Trace("exact")}
 
+FULL_DIMS = 256  # up to so many dimensions, a Gaussian control has a full covariance by default
+
 PILOT_DRAWS = 8  # times for each example, from which :func:`pilot` estimates the density
 
 
@@ -88,9 +90,9 @@ class GaussianControl:
     """The control variate: the optimal denoiser of N(mean, U diag(variances) U^T).
 
     Attributes:
-      mean: ``(d,)``.
-      variances: ``(d,)``, eigenvalues of the covariance.
-      basis: ``(d, d)``, its eigenvectors in columns; None for a diagonal covariance.
+      mean: the mean ``(d,)``.
+      variances: the eigenvalues ``(d,)`` of the covariance.
+      basis: U, its eigenvectors in the columns of ``(d, d)``; None for a diagonal covariance.
     """
 
     # Arrays of JAX or NumPy, or only their shapes where a program is compiled ahead of time.
@@ -111,7 +113,7 @@ class GaussianControl:
             the variance of a constant pixel would be 0, and the control would be far from the
             network's error at small times, where that error is largest.
           full: whether to fit the full covariance or its diagonal only; None for the full one up to
-            256 dimensions.
+            ``FULL_DIMS`` dimensions.
 
         Raises:
           ValueError: ``noise_variance`` is negative or not finite, or ``x`` are no finite real
@@ -125,7 +127,7 @@ class GaussianControl:
         mean, basis = moments.mean(x), None
         if not np.all(np.isfinite(mean)):
             raise ValueError("x has no finite mean: fit the control to finite numbers")
-        if full if full is not None else mean.size <= 256:
+        if full if full is not None else mean.size <= FULL_DIMS:
             variances, vectors = np.linalg.eigh(moments.covariance(x, mean))
             basis = jnp.asarray(vectors)
         else:
@@ -154,8 +156,8 @@ class GaussianControl:
         """E[z | x_t] = rho (C + rho^2)^-1 (x_t / alpha - m), shape ``(*s)``.
 
         Raises:
-          ValueError: ``t`` is no scalar, one of them is not of floating-point numbers, or ``x_t``
-            has another size than the control's data.
+          ValueError: ``t`` is no scalar, ``x_t`` or ``t`` are not of floating-point numbers, or
+            ``x_t`` has another size than the control's data.
         """
         check_example(x_t, t)
         self.check(x_t)
@@ -210,7 +212,7 @@ def prior_kl(sde: SDE, x: Example, variance: Number = 1.0) -> Scalar:
     T, it is the divergence of x_t at t = ``sde.largest_time``, scaled to T by ``sde.stretch``.
 
     Raises:
-      ValueError: ``x`` is not of floating-point numbers, or ``variance`` no positive scalar.
+      ValueError: ``x`` is not of floating-point numbers, or ``variance`` is no positive scalar.
     """
     compiler.check()
     check_example(x)
@@ -339,7 +341,7 @@ def pilot(
 
     Raises:
       ValueError: ``x`` is no batch of floating-point numbers, ``key`` is not a typed key, ``bins``
-        is no integer of at least 1, eps is outside (0, T), or ``floor`` outside (0, 1].
+        is no integer of at least 1, eps is outside (0, T), or ``floor`` is outside (0, 1].
     """
     check_example(x)
     if not x.ndim:

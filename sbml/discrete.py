@@ -55,7 +55,7 @@ from sbml.types import (
 
 Real = Float[Array, "..."]
 
-Decoder = Callable[[Array, Array, Array], Array]
+Decoder = Callable[[Array, Array, Array], Array]  # (y, eps, pixels) -> nats, see Categorical
 
 TAU = 3.0  # half a bin at the smallest time, in standard deviations of the noise
 
@@ -88,9 +88,9 @@ def smallest_time(sde: SDE, levels: int, eps: Number, tau: float = TAU) -> Numbe
     """The time at which half a bin is ``tau`` standard deviations of the noise, at least ``eps``.
 
     Below ``eps`` the network was not trained. If ``eps`` is the larger of the two times, half a bin
-    is narrower than ``tau`` standard deviations, and the bound holds as well. With infinite ``tau``
-    the result is ``eps`` itself, for a model that was trained with its decoder at ``eps``, as VDM
-    is.
+    is narrower than ``tau`` standard deviations at the result, and the bound is still valid. With
+    infinite ``tau`` the result is ``eps`` itself. This fits a model whose decoder was trained at
+    ``eps``, such as VDM.
 
     Raises:
       ValueError: ``levels`` is not an integer of at least 2, ``eps`` is outside the SDE's times, or
@@ -179,8 +179,8 @@ def decoder_nats(x: Example, pixels: Pixels, levels: int, rho: Scalar) -> Scalar
     bits.check_pixels(pixels, levels, x)
     centres = bits.to_model(jnp.arange(levels), 0.5, levels)
     logits = -0.5 * ((x[..., None] - centres.reshape((1,) * x.ndim + (-1,))) / rho) ** 2
-    chosen = jnp.take_along_axis(logits, pixels[..., None].astype(jnp.int32), -1)[..., 0]
-    return jnp.sum(jax.nn.logsumexp(logits, axis=-1) - chosen)
+    pixel_logits = jnp.take_along_axis(logits, pixels[..., None].astype(jnp.int32), -1)[..., 0]
+    return jnp.sum(jax.nn.logsumexp(logits, axis=-1) - pixel_logits)
 
 
 def reconstruction(
@@ -212,16 +212,17 @@ def _draw(
     centre: Example,
     t: Scalar,
     normals: Float[Array, " 2 *s"],
-    first: Scalar,
+    log_snr_eps: Scalar,
     tau: Number | None,
     control: GaussianControl | None,
 ) -> Scalar:
     """1/2 |n - e|^2 - r e at one time in nats, minus the control's error if there is a control.
 
-    ``tau`` is None for the normal that is not truncated, where r = 0.
+    ``log_snr_eps`` is the log-SNR at eps. ``tau`` is None for the normal that is not truncated,
+    where r = 0.
     """
     z0, z = normals
-    gap = jnp.minimum(sde.log_snr(t) - first, -1e-12)
+    gap = jnp.minimum(sde.log_snr(t) - log_snr_eps, -1e-12)
     a, b = jnp.exp(0.5 * gap), jnp.sqrt(-jnp.expm1(gap))
     mean, std = sde.marginal(centre, t)
     plain = a * z0 + b * z
@@ -302,17 +303,16 @@ def elbo(
     t, weight = times.draw(sde, eps, u, reduction.density, reduction.proposal)
     centre = bits.to_model(pixels, 0.5, noise.levels)
     width = tau(sde, noise.levels, eps) if isinstance(noise, TruncatedNormal) else None
-    first = sde.log_snr(jnp.asarray(eps, centre.dtype))
+    log_snr_eps = sde.log_snr(jnp.asarray(eps, centre.dtype))
 
     def draw(t: Array, normals: Array) -> Array:
-        return _draw(score, sde, centre, t, normals, first, width, control)
+        return _draw(score, sde, centre, t, normals, log_snr_eps, width, control)
 
     pairs, last = _normals(key, u.size, centre)
     diffusion = jnp.mean(weight * jax.vmap(draw)(t, pairs))
     if control is not None:
         diffusion = diffusion + control.integral(sde, centre, eps)
     if isinstance(noise, TruncatedNormal):
-        width = tau(sde, noise.levels, eps)
         diffusion = diffusion + centre.size * edge_constant(sde, eps, width)
         variance = 1 - scalars.exp(-_snr_range(sde, eps)) * (1 - _variance(width))
         return Bound(prior_kl(sde, centre, variance), diffusion, jnp.zeros((), centre.dtype))

@@ -58,7 +58,10 @@ class Moments(NamedTuple):
         for part in parts:
             part = _table(part)
             if size and part.shape[1:] != centre.shape:
-                raise ValueError(f"features of {part.shape[1:]} after {centre.shape} numbers each")
+                raise ValueError(
+                    f"features of {part.shape[1:]} after {centre.shape} numbers each: give parts "
+                    "with the same number"
+                )
             if not size:
                 centre = part.mean(axis=0)
             for rows in moments.rows(part - centre):
@@ -83,7 +86,10 @@ def frechet(one: Moments, other: Moments) -> float:
     """
     parts = (one.mean, one.cov, other.mean, other.cov)
     if one.mean.shape != other.mean.shape:
-        raise ValueError(f"moments of {one.mean.size} and of {other.mean.size} features")
+        raise ValueError(
+            f"moments of features of {one.mean.size} and of {other.mean.size} numbers: give the "
+            "same features of both sets"
+        )
     if not all(np.all(np.isfinite(part)) for part in parts):
         return math.nan  # eigh would raise an error that does not name the reason.
     values, vectors = np.linalg.eigh(one.cov)
@@ -109,7 +115,10 @@ def kernel(x: Features, y: Num[np.ndarray, "m d"], chunk: int = 1000) -> float:
     if min(len(x), len(y)) < 2:
         raise ValueError(f"{len(x)} and {len(y)} features: the unbiased estimate needs two of each")
     if x.shape[1] != y.shape[1]:
-        raise ValueError(f"features of {x.shape[1]} and of {y.shape[1]} numbers each")
+        raise ValueError(
+            f"features of {x.shape[1]} and of {y.shape[1]} numbers each: give the same features of "
+            "both sets"
+        )
 
     def k(products: np.ndarray) -> np.ndarray:
         return (products / x.shape[1] + 1) ** 3

@@ -52,8 +52,8 @@ def probes(key: Key, shape: tuple[int, ...], count: int, kind: str = "rademacher
 
     Rademacher probes share one draw of signs; Gaussian probes are independent. One Rademacher probe
     has the least variance of all probes with independent entries. For a diagonal J its variance is
-    0, and that of a Gaussian probe 2 |J|^2. For any J the variance is 0 if ``count`` is a power of
-    two that is larger than the largest colour.
+    0, while that of a Gaussian probe is 2 sum_i J_ii^2. The variance of ``count`` Rademacher probes
+    is 0 for any J if ``count`` is a power of two that is larger than the largest colour.
 
     Raises:
       ValueError: for an unknown ``kind``, a ``count`` below one, or a key that is not typed.
@@ -103,10 +103,8 @@ def hadamard(rows: int, columns: np.ndarray) -> Signs:
 
 
 def basis(shape: tuple[int, ...]) -> Probes:
-    """The d unit vectors of ``shape``, as ``(d, *shape)``; as probes they give the exact trace."""
-    size = 1
-    for n in shape:
-        size *= n
+    """The d unit vectors ``(d, *shape)``; the sum of their quadratic forms is the exact trace."""
+    size = math.prod(shape)
     return jnp.eye(size).reshape(size, *shape)
 
 

@@ -112,8 +112,8 @@ def decoder_nats(out: Outputs, y: Example, rho: Real, pixels: Pixels, levels: in
     bits.check_pixels(pixels, levels, y)
     if levels <= FEW:
         log_p, _ = _of_all(out, y, rho, levels, "centre")
-        chosen = jnp.take_along_axis(log_p, pixels[..., None].astype(jnp.int32), -1)[..., 0]
-        return -jnp.sum(chosen)
+        log_p_pixels = jnp.take_along_axis(log_p, pixels[..., None].astype(jnp.int32), -1)[..., 0]
+        return -jnp.sum(log_p_pixels)
     log_p, _, k = _near(_components(out), y, rho, levels, "centre")
     return -jnp.sum(jax.nn.logsumexp(jnp.where(k == pixels[None], log_p, -jnp.inf), axis=0))
 

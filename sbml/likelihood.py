@@ -34,8 +34,8 @@ The error of one example has either sign and a size of about alpha |m| / S nats:
 of -5.
 
 The divergence is exact, or Hutchinson's estimate with probes that are drawn once for each solve.
-With new probes at every point their noise would average out along the path, but the result would
-depend on rounding, which moves the steps.
+With new probes at every point their noise would average out along the path. But rounding changes
+the times of the steps, so the result would depend on rounding.
 
 Reference: Song et al., "Score-Based Generative Modeling through SDEs", ICLR 2021, appendix D.2.
 """

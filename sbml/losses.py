@@ -4,7 +4,7 @@ With x_t = alpha x + sigma z, z ~ N(0, I), a score s defines a noise prediction 
 
     loss(x, t, z) = 1/2 w(t) || sigma(t) s(x_t, t) + z ||^2
 
-is summed over dimensions, in nats. There are two weightings; the paper writes sigma^2 w as
+which is summed over dimensions, in nats. There are two weightings; the paper writes sigma^2 w as
 lambda(t):
 
     likelihood   w = g^2 / sigma^2    lambda = g^2: the integral over t bounds -log p(x), up to
@@ -48,8 +48,8 @@ def weight(sde: Kernel, t: Elementwise, weighting: str) -> Elementwise:
     """The weight w(t) of the squared noise-prediction error, elementwise.
 
     Raises:
-      ValueError: for an unknown ``weighting``, one that discrete noise levels do not have, or times
-        that are not floating-point numbers.
+      ValueError: for an unknown ``weighting``, the likelihood weighting with discrete noise levels
+        (``sdes.Levels``), or times that are not floating-point numbers.
     """
     check_floating(t, "t")
     if weighting == "likelihood":

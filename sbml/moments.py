@@ -19,11 +19,11 @@ def real_numbers(values: ArrayLike, name: str, *axes: str) -> np.ndarray:
     Raises:
       ValueError: they have another rank, or are complex.
     """
-    found = np.asarray(values)
-    if found.ndim != len(axes) or np.iscomplexobj(found):
+    array = np.asarray(values)
+    if array.ndim != len(axes) or np.iscomplexobj(array):
         shape = f"({axes[0]},)" if len(axes) == 1 else f"({', '.join(axes)})"
-        raise ValueError(f"{name} are {found.dtype}{found.shape}: give real numbers {shape}")
-    return found.astype(np.float64, copy=False)
+        raise ValueError(f"{name} are {array.dtype}{array.shape}: give real numbers {shape}")
+    return array.astype(np.float64, copy=False)
 
 
 def rows(x: np.ndarray) -> Iterator[np.ndarray]:

@@ -141,8 +141,8 @@ def velocity(score: Score, sde: SDE, x: Example, t: Scalar) -> Example:
     """v(x, t), shape ``(*s)``, computed from the score's predictions if it has them.
 
     Raises:
-      ValueError: ``t`` is no scalar, ``x`` or ``t`` are not of floating-point numbers, or the score
-        has another shape than ``x``.
+      ValueError: ``t`` is no scalar, ``x`` or ``t`` are not of floating-point numbers, or the
+        score's result has another shape than ``x``.
     """
     check_example(x, t)
     both = predictor(score)

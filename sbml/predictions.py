@@ -1,6 +1,7 @@
 """From what a network predicts to a score.
 
-With x_t = alpha x_0 + sigma e, every prediction F of a network is one of the noise e:
+With x_t = alpha x_0 + sigma e, the prediction F of any network gives a prediction of the noise e.
+Here F ~ y means that the network is trained to predict y:
 
     noise            F ~ e                        e = F
     score            F ~ -e / sigma               e = -sigma F
@@ -12,16 +13,17 @@ With x_t = alpha x_0 + sigma e, every prediction F of a network is one of the no
     preconditioned                                e = c_skip x_t + c_out F
     edm                                           e = c_skip x_t - c_out F
 
-and the score is -e / sigma. With d the data's standard deviation and v = alpha^2 d^2 + sigma^2,
+The score is -e / sigma. Let d be the data's standard deviation and v = alpha^2 d^2 + sigma^2. Then
 
-    c_skip = sigma / v,    c_out = alpha d / sqrt(v),    F sees x_t / sqrt(v)
+    c_skip = sigma / v,    c_out = alpha d / sqrt(v),    the input of F is x_t / sqrt(v).
 
-so that F = 0 is already the best linear denoiser of white data, and F's target has unit variance at
-every noise level. EDM's network is of this kind with the other sign, and sees the noise level as
-log(sigma / alpha) / 4.
+So F = 0 gives the best linear denoiser of white data, and the target of F has unit variance at
+every noise level. EDM's network is of this kind, with the opposite sign. Its second input is
+log(sigma / alpha) / 4 instead of t.
 
-Where alpha = 0, x_t is noise alone, and most of these say nothing of x_0. Three do, and so offer
-x_0 and e as ``predictions`` (``sbml.types``), without a division by alpha:
+If alpha = 0, x_t is pure noise, and most predictions do not determine x_0. Three of them do. The
+scores of these have a method ``predictions`` (``sbml.types``), which computes x_0 and e without a
+division by alpha:
 
     x0         x_0 = F
     velocity   x_0 = (alpha x_t - sigma F) / (alpha^2 + sigma^2)
@@ -65,9 +67,9 @@ NOISE: dict[str, Prediction] = {
     "residual": lambda f, x, alpha, sigma, d: x + f,
     "scaled_score": lambda f, x, alpha, sigma, d: -f,
 }
-SCALED = ("preconditioned", "edm")  # Their networks see x_t / sqrt(v).
+SCALED = ("preconditioned", "edm")  # The input of these networks is x_t / sqrt(v).
 
-# x_0 of the same, of those that need no division by alpha for it.
+# x_0 from the same arguments, for the predictions that need no division by alpha.
 DENOISED: dict[str, Prediction] = {
     "x0": lambda f, x, alpha, sigma, d: f,
     "velocity": lambda f, x, alpha, sigma, d: (alpha * x - sigma * f) / (alpha**2 + sigma**2),
@@ -80,7 +82,8 @@ DENOISED: dict[str, Prediction] = {
 class PredictionScore:
     """The score of a network that predicts ``kind``: see :func:`from_prediction`.
 
-    A pytree: parameters of a network that is one itself, and the numbers of the SDE, are leaves.
+    It is a pytree. Its leaves are the numbers of the SDE and, if the network is a pytree, the
+    network's parameters.
     """
 
     network: Network
@@ -89,7 +92,7 @@ class PredictionScore:
     data_std: float
 
     def __call__(self, x: Example, t: Scalar, key: Key | None = None) -> Example:
-        """grad_x log p_t(x) of one example, shape ``(*s)``; there is no dropout, so no key."""
+        """grad_x log p_t(x) of one example, shape ``(*s)``; ``key`` is not used."""
         return -self.noise(x, t) / self.sde.std(t)
 
     def noise(self, x: Example, t: Scalar) -> Example:
@@ -100,20 +103,21 @@ class PredictionScore:
     def _of(
         self, tables: Sequence[dict[str, Prediction]], x: Example, t: Scalar
     ) -> tuple[Example, ...]:
-        """What each of ``tables`` makes of one call of the network, each ``(*s)``."""
-        alpha, sigma, seen, label = self.sde.mean_coef(t), self.sde.std(t), x, t
+        """The entry ``kind`` of each table, for one call of the network, each ``(*s)``."""
+        alpha, sigma = self.sde.mean_coef(t), self.sde.std(t)
+        network_input, label = x, t
         if self.kind in SCALED:
-            seen = x / jnp.hypot(alpha * self.data_std, sigma)
+            network_input = x / jnp.hypot(alpha * self.data_std, sigma)
         if self.kind == "edm":
             label = 0.25 * jnp.log(sigma / alpha)
-        found = of_shape(self.network(seen, label), x)
-        return tuple(table[self.kind](found, x, alpha, sigma, self.data_std) for table in tables)
+        output = of_shape(self.network(network_input, label), x)
+        return tuple(table[self.kind](output, x, alpha, sigma, self.data_std) for table in tables)
 
 
 @pytrees.register
 @dataclasses.dataclass(frozen=True)
 class PairScore(PredictionScore):
-    """The score of a network whose prediction gives x_0 and the noise alike, whatever alpha is."""
+    """The score of a network whose prediction gives x_0 and the noise for every alpha, also 0."""
 
     def predictions(self, x: Example, t: Scalar) -> tuple[Example, Example]:
         """E[x_0 | x_t] and E[e | x_t], each ``(*s)``, by one call of the network."""
@@ -125,21 +129,21 @@ class PairScore(PredictionScore):
 def from_prediction(
     network: Network, kind: str, sde: Kernel, *, data_std: float = 0.5, batched: bool = False
 ) -> PredictionScore:
-    """A score (``sbml.types``) of a function that predicts ``kind``.
+    """The score (``sbml.types``) of a function that predicts ``kind``.
 
-    Where alpha(T) = 0, as for ``RectifiedFlow`` and ``Cosine``, the probability-flow ODE of ``x0``,
-    ``velocity`` and ``flow`` runs up to T and its prior is exact. That of the others ends at
-    ``sde.largest_time``, where alpha / sigma = 1e-3, and the signal that is left counts as none:
-    with the data's mean m, the mean of log p is too small by 1e-6 |m|^2 / 2 nats, that of one
-    example off by about 1e-3 |m| nats of either sign.
+    If alpha(T) = 0, as for ``RectifiedFlow`` and ``Cosine``, the probability-flow ODE of ``x0``,
+    ``velocity`` and ``flow`` runs up to T, and its prior is exact. The ODE of any other prediction
+    ends at ``sde.largest_time``, where alpha / sigma = 1e-3, and the remaining signal is neglected.
+    For data of mean m, the mean of log p is then too small by 1e-6 |m|^2 / 2 nats, and log p of one
+    example has an error of about 1e-3 |m| nats of either sign.
 
     Args:
-      network: ``network(x_t, t)`` of one example ``(*s)`` and its time ``()``, shape ``(*s)``. A
-        network that was trained with another label than t is wrapped: ``lambda x, t: net(x, 1000 *
-        t)``. For ``edm`` and ``preconditioned`` it is called with what such a network sees, above.
-      kind: one of the above.
+      network: ``network(x_t, t)`` of one example ``(*s)`` and its time ``()``, shape ``(*s)``. If a
+        network was trained with another label than t, wrap it: ``lambda x, t: net(x, 1000 * t)``.
+        For ``edm`` and ``preconditioned`` it gets the inputs that the module's docstring states.
+      kind: the name of the prediction, one of those in the module's docstring.
       sde: the forward process that the network was trained on.
-      data_std: of the data, for ``edm`` and ``preconditioned``.
+      data_std: the standard deviation d of the data, for ``edm`` and ``preconditioned``.
       batched: whether ``network`` takes batches, ``x_t (n, *s)`` and ``t (n,)``.
 
     Raises:

@@ -182,10 +182,10 @@ class WithIntegral(diffrax.AbstractAdaptiveSolver):
         end = y + length * jnp.tensordot(jnp.asarray(b[: len(k)], y.dtype), k, 1)
         new = jnp.append(t0 + length * jnp.asarray(INSIDE), t1).astype(past.t.dtype)
 
-        # Otherwise the last stage is f at the end of the step, which is the curve's slope there.
+        # If the last stage is f at the end of the step, k lacks it, and the curve has this slope.
         complete = len(k) == len(b)
 
-        def look(slope: Array, t: Array) -> tuple[Array, tuple[Array, Array]]:
+        def evaluate(slope: Array, t: Array) -> tuple[Array, tuple[Array, Array]]:
             """h and the weighted residual at t. The end comes first: the curve may need f there."""
             values = length * jnp.concatenate([k, slope[None]])[: len(b)]
             dense = {} if isinstance(self.method, diffrax.Euler) else {"k": values}
@@ -195,8 +195,8 @@ class WithIntegral(diffrax.AbstractAdaptiveSolver):
             residual = jnp.where(last & (not complete), 0.0, curve.derivative(t) - f)
             return jnp.where(last, f, slope), (h, jnp.sum(residual * w))
 
-        slope, looks = jax.lax.scan(look, jnp.zeros_like(y), jnp.roll(new, 1))
-        h, weighted = (jnp.roll(values, -1) for values in looks)
+        slope, results = jax.lax.scan(evaluate, jnp.zeros_like(y), jnp.roll(new, 1))
+        h, weighted = (jnp.roll(values, -1) for values in results)
         k = jnp.concatenate([k, slope[None]])[: len(b)]
         t, h = jnp.append(past.t, new), jnp.append(past.h, h)
         # The residual is 0 at the start of a step, where the curve's slope is f.
@@ -206,9 +206,9 @@ class WithIntegral(diffrax.AbstractAdaptiveSolver):
         if b_error is not None:
             rule = SAFETY * lobatto_error(length, t, h), lone_step_error(length, h[3:])
             error_y = length * jnp.tensordot(jnp.asarray(b_error, y.dtype), k, 1)
-            beside = jnp.stack([jnp.where(past.real, *rule), correction / SLACK])
-            beside *= math.sqrt(2)  # The step control takes the root mean square of the two.
-            error = error_y, beside
+            error_l = jnp.stack([jnp.where(past.real, *rule), correction / SLACK])
+            error_l *= math.sqrt(2)  # The step control takes the root mean square of the two.
+            error = error_y, error_l
         state = end, integrals + jnp.stack([lobatto(length, h[3:]), correction])
         past = Past(t[3:], h[3:], jnp.asarray(True))
         return state, error, {"y0": y0, "y1": state}, (slope, past), diffrax.RESULTS.successful

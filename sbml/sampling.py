@@ -1,8 +1,9 @@
 """Samples by the probability-flow ODE, solved from t = T down to eps.
 
-    x(T) ~ N(0, s^2 I),      dx/dt = v(x, t)
+    x(T) ~ N(0, S^2 I),      dx/dt = v(x, t)
 
-The map from latent to sample is the inverse of the map of ``likelihood.ode_logp``.
+S is the standard deviation of the prior, and v is the velocity of the ODE (``sbml.ode``). The map
+from latent to sample is the inverse of the map of ``likelihood.ode_logp``.
 """
 
 import jax.numpy as jnp
@@ -56,7 +57,8 @@ def decode(
       The sample, NaN if the solver gave up, and the solver's stats.
 
     Raises:
-      ValueError: if eps is not in (0, T), or the score's shape is not that of ``z``.
+      ValueError: if eps is not in (0, T), ``z`` is not of floating-point numbers, or the score's
+        shape is not that of ``z``.
     """
     sde.check_time(eps)
     x, stats = transport(score, sde, z, sde.T, eps, solver)

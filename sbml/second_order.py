@@ -15,8 +15,8 @@ log-SNR, and r is twice the error of this integrand, plus noise. The loss of one
 
 with the weight w of the first-order loss 1/2 w |sigma s + z|^2 (``sbml.losses``). At the true score
 the mean of its gradient is 0, and the mean of its value is that of the noise, w tr(Cov[z | x_t]^2)
-for Gaussian data. The first-order loss hardly changes by an error of the score that is small but
-oscillates fast in x; this loss does, because such an error has a large divergence.
+for Gaussian data. An error of the score that is small but oscillates fast in x hardly changes the
+first-order loss. It does change this loss, because its divergence is large.
 
 *Velocity.* For alpha^2 + sigma^2 = 1, let F = alpha z - sigma x, and let F^ be the prediction of F
 that follows from the score. Then
@@ -61,7 +61,9 @@ from sbml.types import (
 
 
 def residuals(sde: Kernel, score_xt: Anything, forms: Forms, t: Scalar, z: Example) -> Forms:
-    """r for each estimate of div s in ``forms (k,)``: shape ``(k,)``. |sigma s + z|^2 is constant.
+    """r for each estimate of div s in ``forms (k,)``, shape ``(k,)``.
+
+    The gradient treats |sigma s + z|^2 in r as a constant.
 
     Raises:
       ValueError: if the score's shape is not that of ``z``, ``forms`` are not of shape ``(k,)``,
@@ -91,10 +93,10 @@ def squared_residual(r: Forms) -> Scalar:
 
 
 def _check_forms(forms: Anything) -> None:
-    """Refuse what is not ``(k,)`` with k of at least 1; other ranks would broadcast.
+    """Check that ``forms`` are ``(k,)`` with k of at least 1; other ranks would broadcast.
 
     Raises:
-      ValueError: naming the shape.
+      ValueError: if they are not; the message names the shape.
     """
     if np.ndim(forms) != 1 or not np.size(forms):
         raise ValueError(f"shape {np.shape(forms)}: give one number for each probe, (k,)")

@@ -86,9 +86,9 @@ DRAWS = {"iid": iid, "lattice": lattice}
 
 
 def check_points(u: Elementwise) -> None:
-    """Check that points lie in [0, 1]; inside ``jit`` and ``vmap`` their values are not known.
+    """Check that points lie in [0, 1]. Values are not checked inside ``jit`` and ``vmap``.
 
-    Draws are below 1, but the end u = 1, which is the time T, may be asked for.
+    Random draws are below 1, but a caller may also give the end u = 1, which is the time T.
 
     Raises:
       ValueError: if they do not, or are not floating-point numbers; the message names their range
@@ -109,10 +109,10 @@ def check_points(u: Elementwise) -> None:
 
 
 def _check_bins(values: ArrayLike, name: str) -> None:
-    """Refuse what is not an array of one real number for each bin.
+    """Check that ``values`` are an array of one real number for each bin.
 
     Raises:
-      ValueError: naming the type or shape.
+      ValueError: if they are not; the message names the type or shape.
     """
     if not hasattr(values, "dtype") or jnp.issubdtype(values.dtype, jnp.complexfloating):
         kind = getattr(values, "dtype", type(values).__name__)
@@ -145,10 +145,10 @@ def warp(u: Elementwise, density: Bins) -> tuple[Elementwise, Elementwise]:
     check_points(u)
     _check_bins(density, "density")
     if not scalars.is_traced(density):
-        known = np.asarray(density)
-        if not np.all((known > 0) & np.isfinite(known)):
+        host = np.asarray(density)
+        if not np.all((host > 0) & np.isfinite(host)):
             raise ValueError(
-                f"density lies in [{known.min():g}, {known.max():g}]: give positive, finite "
+                f"density lies in [{host.min():g}, {host.max():g}]: give positive, finite "
                 "numbers, such as times.with_floor returns"
             )
     bins = density.size

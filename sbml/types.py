@@ -22,6 +22,7 @@ Signatures name the shapes of their arrays (by jaxtyping):
     Batch         (n, *s)     n examples
     Elementwise   any         a function of each number by itself: the result has the same shape
     Pixels        (*s)        one example of integers
+    PixelBatch    (n, *s)     n examples of integers
     Numbers       any         integers or real numbers
 
 Within one signature, a letter is the same size, or the same shape s, wherever it occurs. A ``Key``
@@ -66,12 +67,14 @@ BatchScore = Callable[[Batch, Vector, Key | None], Batch]
 
 
 def check_example(x: Anything, t: Anything | None = None, **same: Anything) -> None:
-    """Refuse what broadcasting or a conversion would make a wrong number of.
+    """Check the types and shapes of one example, its time and further arrays.
+
+    Broadcasting or a conversion of types could hide an error in them and give a wrong number.
 
     Args:
       x: one example of floating-point numbers, any shape.
       t: its scalar time, of floating-point numbers, or None.
-      same: by their names, further arrays of the shape of ``x``.
+      same: further arrays, by name, that must have the shape of ``x``.
 
     Raises:
       ValueError: naming the argument, its shape or type, and what it must be.
@@ -94,10 +97,10 @@ def check_example(x: Anything, t: Anything | None = None, **same: Anything) -> N
 
 
 def check_floating(value: Anything | float, name: str) -> None:
-    """Refuse what is neither a floating-point number nor an array of them.
+    """Check that ``value`` is a floating-point number or an array of them.
 
-    A time must not be the integer 1: ``jnp.ones_like`` of it is an integer, and so would be a
-    coefficient at that time.
+    A time must not be the integer 1: ``jnp.ones_like`` of it is an integer, so a coefficient at
+    that time would be an integer too.
 
     Raises:
       ValueError: naming the type of ``value``.
@@ -107,7 +110,7 @@ def check_floating(value: Anything | float, name: str) -> None:
 
 
 def check_key(key: Anything | None, n: int | None = None) -> None:
-    """Refuse what is not one typed random key or, with ``n``, an array ``(n,)`` of them.
+    """Check that ``key`` is one typed random key or, with ``n``, an array ``(n,)`` of them.
 
     Raises:
       ValueError: naming the type and shape of ``key``, and how to make a key.
@@ -116,28 +119,28 @@ def check_key(key: Anything | None, n: int | None = None) -> None:
     typed = dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key)
     if typed and shape == (() if n is None else (n,)):
         return
-    found = f"{_kind(key)} of shape {shape}"
+    kind = f"{_kind(key)} of shape {shape}"
     remedy = "" if typed else "; jax.random.wrap_key_data makes keys of jax.random.PRNGKey's arrays"
     if n is None:
-        raise ValueError(f"key is {found}: give one jax.random.key(seed), vmap over more{remedy}")
+        raise ValueError(f"key is {kind}: give one jax.random.key(seed), vmap over more{remedy}")
     raise ValueError(
-        f"keys are {found} for {n} examples: give jax.random.split(jax.random.key(seed), {n})"
+        f"keys are {kind} for {n} examples: give jax.random.split(jax.random.key(seed), {n})"
         + remedy
     )
 
 
 def _is_floating(value: Any) -> bool:
-    """Whether ``value`` is an array of floating-point numbers; Python's numbers are none."""
+    """Whether ``value`` is an array of floating-point numbers; a Python number is no array."""
     return hasattr(value, "dtype") and jnp.issubdtype(value.dtype, jnp.floating)
 
 
 def _kind(value: Any) -> str:
-    """The type of ``value`` for a message: that of its numbers, if it is an array."""
+    """The type of ``value`` for a message; for an array, the type of its numbers."""
     return str(getattr(value, "dtype", type(value).__name__))
 
 
-def of_shape(found: Anything, x: Example) -> Example:
-    """Check ``found``, the value that a score returned for ``x``, and return it.
+def of_shape(output: Anything, x: Example) -> Example:
+    """Check ``output``, the value that a score returned for ``x``, and return it.
 
     Raises:
       ValueError: if its shape is not that of ``x``, which broadcasting would hide, or if it is not
@@ -145,17 +148,17 @@ def of_shape(found: Anything, x: Example) -> Example:
       MiscompilationError: if XLA for CPU computes sums wrongly (``sbml.compiler``).
     """
     compiler.check()
-    if not _is_floating(found):
+    if not _is_floating(output):
         raise ValueError(
-            f"the score returned {_kind(found)} for an input of {x.dtype}: return an array of "
+            f"the score returned {_kind(output)} for an input of {x.dtype}: return an array of "
             "floating-point numbers, as by score.astype(x.dtype)"
         )
-    if found.shape != x.shape:
+    if output.shape != x.shape:
         raise ValueError(
-            f"the score returned shape {found.shape} for an input of {x.shape}: a score of one "
+            f"the score returned shape {output.shape} for an input of {x.shape}: a score of one "
             "example has the example's shape"
         )
-    return found
+    return output
 
 
 def deterministic(score: Score, x: Example, t: Scalar) -> Example:

@@ -1,4 +1,4 @@
-"""Registry of the dequantizers, which make integers continuous: one file in this folder per name.
+"""Dequantizers, by name, which make integers continuous: one file in this folder for each name.
 
 For any density p of x = 2 (pixels + u) / L - 1 and any q(u | pixels) on the bin [0, 1)^d,
 
@@ -15,8 +15,8 @@ and one of the next two methods, or both:
     bound(params, score, sde, pixels (*s), key, levels, *, eps, u, reduction) -> bound.Bound
                                                   its own bound on -log P(pixels)
 
-``sample`` is what the ODE estimator needs. If ``at_noise`` is False, x is data, and the density
-model takes it as it is; if True, alpha(eps) x is a sample of the diffusion at its smallest time
+The ODE estimator needs ``sample``. If ``at_noise`` is False, x is data, and the density
+model takes it unchanged; if True, alpha(eps) x is a sample of the diffusion at its smallest time
 eps.
 
 ``bound`` gives an evidence bound on the probability of the integers themselves: the three terms of
@@ -56,7 +56,8 @@ def get(name: str) -> type[Any]:
 def has_density(model: Any) -> bool:
     """Whether ``model``, an instance or a class, turns integers into x with a density (``sample``).
 
-    The ODE estimator can use it only then."""
+    The ODE estimator needs this method.
+    """
     return hasattr(model, "sample")
 
 

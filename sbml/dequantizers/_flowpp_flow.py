@@ -152,8 +152,10 @@ class Flow(nn.Module):
     def __call__(
         self, image: Array, x: Array, *, inverse: bool = False, train: bool = False
     ) -> tuple[Array, Array]:
-        """Logits of the noise ``x`` (inverse: noise of the logits ``x``), and log |det d logits / d
-        noise| ``(n,)``, in both directions."""
+        """The logits of the noise ``x``, or with ``inverse`` the noise of the logits ``x``.
+
+        The second result is log |det d logits / d noise| ``(n,)`` in nats, in both directions.
+        """
         processor = layers.ContextProcessor(self.dropout, self.design, name=self.design.context)
         context = processor(jnp.concatenate(split(image), axis=-1), train=train)
         options = (

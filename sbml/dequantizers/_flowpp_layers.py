@@ -22,7 +22,8 @@ from sbml.types import Array, Key
 
 VARIANCE_FLOOR = 1e-8
 CONTEXT_FILTERS = 32
-NARROW = 0.1  # initial deviation of inputs to gates and couplings, which then start near identity
+# Initial standard deviation of the inputs to gates and couplings, which then start near identity.
+NARROW = 0.1
 
 
 def concat_elu(x: Array) -> Array:
@@ -98,8 +99,7 @@ class GatedConv(nn.Module):
 
 
 class GatedAttention(nn.Module):
-    """x + GLU(proj2(attention(proj1(x + positions)))): attention over all pixels with ``heads``
-    heads."""
+    """x + GLU(proj2(attention(proj1(x + positions)))), attention over all pixels."""
 
     heads: int
 
@@ -123,8 +123,7 @@ def position_embedding(key: Key, x: Array, channels: int) -> Array:
 
 
 class CouplingNetwork(nn.Module):
-    """Parameters of a coupling, ``features`` per pixel, from one half of the image and the
-    context."""
+    """Parameters of a coupling, ``features`` per pixel, from half of the image and the context."""
 
     features: int
     filters: int

@@ -75,6 +75,9 @@ class Model:
         levels: int,
         **draws: Any,
     ) -> Bound:
-        """The bound on -log P(pixels) in nats, with noise that stays in the bin."""
+        """The bound on -log P(pixels) in nats, with noise that stays in the bin.
+
+        Its tau follows from eps and ``levels``; the field ``tau`` is not used.
+        """
         noise = discrete.TruncatedNormal(levels)
         return discrete.elbo(score, sde, pixels, key, noise=noise, **draws)

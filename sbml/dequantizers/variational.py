@@ -201,7 +201,7 @@ def log_density(eps: Images, logits: Images, log_det: Vector) -> Vector:
 LEAVES = {"W": "kernel", "V": "direction", "b": "bias", "g": "scale"}
 BLOCK = r"block\d+_(?:conv|attn)|c\d+|dqattn\d+"
 LAYER = re.compile(rf"(?:(?P<block>{BLOCK})_)?(?P<layer>\w+)_(?P<leaf>[WVbg])")
-# First and last layers of a coupling's network: (name in their ImageNet flow, name here).
+# First and last layers of a coupling's network: (name in Song et al.'s ImageNet flow, name here).
 ENDS = ((r"c1", "proj_in"), (r"(block\d+)_c2", r"\1_proj_out"))
 
 
@@ -229,8 +229,8 @@ def from_reference(params: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
             value = value.reshape(-1)
         if match["block"]:
             return (module, match["block"], layer, LEAVES[match["leaf"]]), value
-        for theirs, ours in ENDS:
-            layer = re.sub(f"^{theirs}$", ours, layer)
+        for pattern, replacement in ENDS:
+            layer = re.sub(f"^{pattern}$", replacement, layer)
         return (module, layer, LEAVES[match["leaf"]]), value
 
     # A leaf that is not two levels deep keeps its path; the check of names reports it later.

@@ -4,9 +4,10 @@
     bound       the evidence bound on -log p(x):            prior + diffusion + reconstruction
     bound_ssm   the same bound, its diffusion term by sliced or exact score matching
 
-For integers k of L levels, x = 2 (k + u) / L - 1, and there are two more terms: ``dequantization``
-(log q of u) and ``scale`` (log2(L / 2), the change of variables). The sum of the terms is the
-bits/dim of the integers.
+For integers k of L levels, x = 2 (k + u) / L - 1, and there are two more terms: ``dequantization``,
+log q of u, and ``scale``, the change of variables. ``scale`` is log2(L / 2) bits/dim, or for a
+dequantizer with ``at_noise`` log2(L / (2 alpha(eps))). Both terms are 0 if the dequantizer has its
+own bound. The sum of the terms is the bits/dim of the integers.
 
 A new estimator is a new file in this folder that exports a frozen dataclass ``Estimator``, derived
 from ``sbml.estimators.base.Estimator``, whose docstring says what to define. Files whose names

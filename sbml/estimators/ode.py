@@ -1,8 +1,9 @@
 """-log p_eps(x) by the probability-flow ODE, with K draws of the dequantizer.
 
-    -log p_eps(x) = prior + divergence + correction        (``sbml.likelihood``)
+    -log p_eps(x) = prior + divergence + correction
 
-With K draws of u, w_i = log p(x_i) - log q(u_i) and normalised weights W_i ~ exp(w_i),
+Each of these terms is minus the term of the same name in ``sbml.likelihood``. For K draws of u, let
+w_i = log p(x_i) - log q(u_i) and W_i = exp(w_i) / sum_j exp(w_j). Then
 
     -log (1/K) sum_i exp(w_i) = sum_i W_i (-w_i) + [log K + sum_i W_i log W_i],
 

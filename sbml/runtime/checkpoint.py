@@ -1,15 +1,15 @@
-"""Checkpoints that are whole, or named as damaged.
+"""Checkpoints that are written completely or not at all, with checksums that reveal damage.
 
-Orbax writes a save into a temporary folder and renames the folder once every byte is there, so a
-save killed half-way is never taken for a checkpoint. It does not notice bytes that change later.
-Therefore each checkpoint has a *manifest* (``manifest.py``). Reading checks, in this order,
+Orbax writes a checkpoint into a temporary folder and renames the folder when it is complete. So an
+interrupted save is never taken for a checkpoint. But Orbax does not notice bytes that change later.
+Therefore each checkpoint has a *manifest* (``manifest.py``). Reading a checkpoint checks
 
-1. the manifest: unreadable means a damaged checkpoint;
-2. its leaves against the template's: a difference means a checkpoint of another model;
-3. the arrays against their CRC32s: a difference means a damaged checkpoint.
+1. whether the manifest can be read; if not, the checkpoint is damaged;
+2. whether its leaves are those of the template; if not, the checkpoint is of another model;
+3. whether the arrays have the CRC32s of the manifest; if not, the checkpoint is damaged.
 
-Damage leads to the checkpoint before it and a loud message, another model to an error. Neither
-deletes anything.
+If a checkpoint is damaged, an error is logged and the checkpoint before it is read. If it is of
+another model, an error is raised. Nothing is deleted in either case.
 """
 
 import contextlib
@@ -34,13 +34,17 @@ from sbml.runtime import disk, manifest
 from sbml.runtime.manifest import DamagedCheckpointError, OtherModelError
 
 PyTree = Any
-Template = Callable[[dict[str, Any]], PyTree]  # of a checkpoint's metadata
+Template = Callable[[dict[str, Any]], PyTree]  # from a checkpoint's metadata to a template
 
 
 class Restored(NamedTuple):
-    """A checkpoint read back: its step, the state bit for bit, the metadata saved beside it.
+    """A checkpoint that was read.
 
-    ``damaged`` says why newer ones were passed over.
+    Attributes:
+      step: its step.
+      state: the state, equal to the saved one bit for bit.
+      metadata: the metadata that was saved with it.
+      damaged: for each newer checkpoint, the reason why it could not be read.
     """
 
     step: int
@@ -51,18 +55,18 @@ class Restored(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class _FirstPastEach:
-    """Preserves the first checkpoint at or past each multiple of ``interval`` steps."""
+    """Orbax's rule to keep the first checkpoint at or after each multiple of ``interval`` steps."""
 
     interval: int
 
     def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> Sequence[bool]:
-        """Of ``checkpoints``, in ascending order."""
+        """Whether to keep each of ``checkpoints``, which are in ascending order."""
         passed = [c.step // self.interval for c in checkpoints]
         return [n > 0 and n not in passed[:i] for i, n in enumerate(passed)]
 
 
 class UnsavedCheckpointError(OSError):
-    """The newest state is in no checkpoint: the last attempt to save it failed."""
+    """The last attempt to save a checkpoint failed, so the newest state is not saved."""
 
 
 class Checkpoints:
@@ -72,10 +76,14 @@ class Checkpoints:
     evaluation may read while training saves.
 
     Args:
-      directory: a folder that holds nothing else, local or any that etils understands
-        (``gs://...``). The first save makes it and removes what killed saves have left in it.
-      keep_last: how many of the newest to keep. With 1, damage to that one loses the run.
-      keep_every: also keep, for ever, the first save at or past each multiple of this many steps.
+      directory: a folder for the checkpoints only, local or any that etils understands
+        (``gs://...``). The first save creates it and removes the parts of interrupted saves.
+      keep_last: the number of newest checkpoints to keep. With 1, damage to it loses the run.
+      keep_every: also keep, permanently, the first checkpoint at or after each multiple of this
+        number of steps; None to keep no others.
+
+    Raises:
+      ValueError: ``keep_last`` or ``keep_every`` is below 1.
     """
 
     def __init__(
@@ -88,54 +96,61 @@ class Checkpoints:
         every = [] if keep_every is None else [_FirstPastEach(keep_every)]
         self._kept = policies.AnyPreservationPolicy([policies.LatestN(keep_last), *every])
         directory = epath.Path(directory).expanduser()
-        # An object store's path is absolute as it stands, and resolve() would garble it.
+        # The path of an object store is already absolute, and resolve() would make it invalid.
         self.directory = directory if directory.is_absolute() else directory.resolve()
         self._writer: ocp.training.Checkpointer | None = None
-        self._saving: int | None = None  # the step whose save was begun last
-        self._missed: str = ""  # why the last save came to nothing
+        self._saving: int | None = None  # the step of the last save that began
+        self._missed: str = ""  # why the last save failed
         self._damaged: set[int] = set()
 
     def steps(self) -> list[int]:
-        """The steps whose saves were completed, damaged ones included, in ascending order."""
+        """The steps of all complete checkpoints, also damaged ones, in ascending order."""
         if not self.directory.exists():
             return []
         return sorted(d.step for d in step_lib.standard_name_format().find_all(self.directory))
 
     def metadata(self) -> dict[str, Any] | None:
-        """The metadata saved with the newest checkpoint whose manifest is whole; None without one.
+        """The metadata of the newest checkpoint with an undamaged manifest; None if there is none.
 
-        Reads no array.
+        No array is read.
         """
         for step in reversed(self.steps()):
             try:
-                found = get_step_metadata(self.directory / str(step)).custom_metadata
-                return manifest.content(found, step)["metadata"]
-            except Exception as error:  # Whatever the reader raises: it could not read the bytes.
+                stored = get_step_metadata(self.directory / str(step)).custom_metadata
+                return manifest.content(stored, step)["metadata"]
+            except Exception as error:  # Any error means that the bytes could not be read.
                 logging.error("Damaged checkpoint %s/%d: %s", self.directory, step, error)
         return None
 
     def save(self, step: int, state: PyTree, metadata: dict[str, Any]) -> bool:
-        """Saves ``state`` in the background; it may be donated as soon as this returns.
+        """Save ``state`` in the background; it may be donated as soon as this returns.
 
-        What blocks: an earlier save still under way, the copy to the host, and the CRC32s (a second
-        or less for a gigabyte). A full disk must not end a training, for it may have room again:
-        without room nothing is written, and what a failed save has written is removed. The first
-        such save is logged as an error, the next ones try in silence, until one succeeds.
-        :meth:`close` raises where the last one did not. A failure in the background is seen by the
-        next ``save``, ``wait`` or ``close``; under several processes ``save`` raises it too.
-        Checkpoints that ``restore`` found damaged first move to
-        ``<directory>.damaged/<step>-<time>``: they no longer count as kept, and their steps can be
-        saved again.
+        The call waits for an earlier save, for the copy to the host and for the CRC32s (a second or
+        less for a gigabyte).
+
+        A full disk does not end a training run, because space may become free again. If there is
+        no space, nothing is written; if a save fails, its files are removed. The first failure is
+        logged as an error, and later ones are not logged until a save succeeds. :meth:`close`
+        raises an error if the last save failed. A failure in the background appears in the next
+        ``save``, ``wait`` or ``close``; with several processes ``save`` raises it too.
+
+        Checkpoints that ``restore`` found to be damaged are first moved to
+        ``<directory>.damaged/<step>-<time>``. They then do not count as kept, and their steps can
+        be saved again.
 
         Args:
-          step: larger than every step already there, else ``ValueError``.
-          state: any pytree of ``jax.Array``; under several processes, of global arrays.
-          metadata: plain JSON values; tuples come back as lists.
+          step: the step, larger than that of every checkpoint.
+          state: any pytree of ``jax.Array``; with several processes, of global arrays.
+          metadata: plain JSON values; tuples are read back as lists.
 
         Returns:
-          Whether there was room, so that the save was begun.
+          Whether there was space, so that the save began.
+
+        Raises:
+          ValueError: ``step`` is not larger than the newest one, a leaf of ``state`` is not a
+            ``jax.Array`` of numbers, or ``metadata`` is not finite JSON.
         """
-        saved = manifest.create(step, state, metadata)
+        content = manifest.create(step, state, metadata)
         self._after_earlier_save()
         self._set_damaged_aside()
         if (steps := self.steps()) and step <= steps[-1]:
@@ -154,25 +169,26 @@ class Checkpoints:
                 self.directory, preservation_policy=self._kept, cleanup_tmp_directories=True
             )
         self._saving = step
-        self._writer.save_async(step, state, force=True, custom_metadata=saved)
+        self._writer.save_async(step, state, force=True, custom_metadata=content)
         return True
 
     def restore(self, template: PyTree | Template, step: int | None = None) -> Restored | None:
-        """Reads a checkpoint back.
+        """Read a checkpoint.
 
         Args:
-          template: the state's pytree, of arrays or ``jax.ShapeDtypeStruct``; the state takes its
-            shardings (this process's first device where a leaf has none). Or what gives it, all
-            shardings included, of a checkpoint's metadata.
-          step: which one; ``None`` for the newest whole one.
+          template: a pytree like the state, of arrays or ``jax.ShapeDtypeStruct``, which gives the
+            shardings (a leaf without one is placed on this process's first device); or a function
+            that makes it, with all shardings, from the checkpoint's metadata.
+          step: the step of the checkpoint; None for the newest undamaged one.
 
         Returns:
-          The checkpoint, or ``None`` if ``step`` is ``None`` and there is no checkpoint.
+          The checkpoint, or None if ``step`` is None and there is no checkpoint.
 
         Raises:
-          ValueError: there is no such step.
-          OtherModelError: it is a ``ValueError``, and names the first leaf that differs.
-          DamagedCheckpointError: ``step``, or every checkpoint there is, is damaged.
+          ValueError: there is no checkpoint of ``step``.
+          OtherModelError: the checkpoint is of another model. This is a ``ValueError``, and names
+            the first leaf that differs.
+          DamagedCheckpointError: the checkpoint of ``step`` is damaged, or all checkpoints are.
         """
         self.wait()
         steps = self.steps()
@@ -197,18 +213,18 @@ class Checkpoints:
         )
 
     def _after_earlier_save(self) -> None:
-        """Wait for it; if it failed, say so."""
+        """Wait for the earlier save; if it failed, log that."""
         step = self._saving
         try:
             self.wait()
-        except Exception as error:  # Whatever stopped the writer, this state may be saved.
+        except Exception as error:  # After any error of the writer, the next state may be saved.
             if jax.process_count() > 1 or step is None:
                 raise
-            # Without the names of Orbax's temporary files, which are long and gone.
+            # The names of Orbax's temporary files are left out: these files do not exist any more.
             self._miss(step, textwrap.shorten(re.sub('"[^"]*": ', "", str(error)), 200))
 
     def _miss(self, step: int, reason: str) -> None:
-        """Note that there is no checkpoint of ``step``; say so if there was one of the last."""
+        """Record that ``step`` was not saved; log an error if the save before it succeeded."""
         if not self._missed:
             logging.error(
                 "The checkpoint of step %d was not saved in %s: %s. Training goes on, and later "
@@ -218,7 +234,7 @@ class Checkpoints:
         self._missed = f"no checkpoint of step {step} could be saved in {self.directory}: {reason}"
 
     def wait(self) -> None:
-        """Blocks until the save under way, if any, is on disk; raises if it failed."""
+        """Wait until a save in the background is on disk; its error is raised if it failed."""
         if self._writer is None:
             return
         step, self._saving = self._saving, None
@@ -230,15 +246,16 @@ class Checkpoints:
         if step is not None and self._missed:
             logging.warning("There is room again: step %d is saved in %s", step, self.directory)
             self._missed = ""
-            self._remove_partial()  # Late writes of the saves that failed end after their removal.
+            # Writes of failed saves may have ended only after their files were removed.
+            self._remove_partial()
 
     def _drop_writer(self) -> None:
-        """Forget a writer whose save failed, and remove what it has written of it.
+        """Discard a writer whose save failed, and remove the files of this save.
 
-        Orbax's own threads and locks are in no state to save again.
+        Orbax's threads and locks are then in a state in which it cannot save again.
         """
         writer, self._writer = self._writer, None
-        with contextlib.suppress(Exception):  # It raises the failure once more.
+        with contextlib.suppress(Exception):  # Closing raises the same error once more.
             if writer is not None:
                 writer.close()
         self._remove_partial()
@@ -248,10 +265,10 @@ class Checkpoints:
             disk.remove_partial(self.directory, "*.orbax-checkpoint-tmp*")
 
     def close(self) -> None:
-        """Waits, then frees what saving holds.
+        """Wait for the last save, and close the writer.
 
         Raises:
-          UnsavedCheckpointError: the last save came to nothing.
+          UnsavedCheckpointError: the last save failed.
         """
         self._after_earlier_save()
         writer, self._writer = self._writer, None
@@ -259,7 +276,7 @@ class Checkpoints:
             writer.close()
         missed, self._missed = self._missed, ""
         if missed:
-            self._remove_partial()  # Writes that were still under way have come back by now.
+            self._remove_partial()  # Writes that were still in progress have ended by now.
             steps = self.steps()
             last = f"from the newest checkpoint, step {steps[-1]}" if steps else "from the start"
             raise UnsavedCheckpointError(
@@ -273,19 +290,22 @@ class Checkpoints:
         self.close()
 
     def _read(self, step: int, template: PyTree | Template) -> tuple[Restored | None, str]:
-        """The checkpoint, or ``None`` and its damage: the same verdict on every process."""
+        """The checkpoint, or None and a description of its damage.
+
+        All processes agree on which of the two it is.
+        """
         path = self.directory / str(step)
         restored, damage = None, "another process could not read it"
         try:
             stored = manifest.content(get_step_metadata(path).custom_metadata, step)
-            wanted = template(stored["metadata"]) if callable(template) else template
-            manifest.check_same_model(path, stored["leaves"], manifest.leaves_of(wanted))
-            state = ocp.load(path, wanted, checkpointable_name="state")
+            like = template(stored["metadata"]) if callable(template) else template
+            manifest.check_same_model(path, stored["leaves"], manifest.leaves_of(like))
+            state = ocp.load(path, like, checkpointable_name="state")
             manifest.check_crc32s(stored, state)
             restored = Restored(step, state, stored["metadata"])
         except (OtherModelError, MemoryError, PermissionError, jax.errors.JaxRuntimeError):
             raise  # These say nothing about the checkpoint's bytes.
-        except Exception as error:  # Whatever else the reader raises, it could not read them.
+        except Exception as error:  # Any other error means that the bytes could not be read.
             damage = textwrap.shorten(f"{type(error).__name__}: {error}", 400)
         if multihost_utils.process_allgather(np.array(restored is None)).any():
             restored = None
@@ -300,7 +320,7 @@ class Checkpoints:
         if jax.process_index() == 0:
             aside = self.directory.parent / f"{self.directory.name}.damaged"
             aside.mkdir(parents=True, exist_ok=True)
-            if "://" in str(aside):  # There a folder exists only while something lies in it.
+            if "://" in str(aside):  # In an object store, a folder exists only if it has a file.
                 (aside / "about.txt").write_text("Checkpoints that were found damaged.\n")
             for step in sorted(self._damaged):
                 target = aside / f"{step}-{time.time_ns()}"
@@ -311,12 +331,13 @@ class Checkpoints:
 
 
 def _not_of_orbax(record: stdlib_logging.LogRecord) -> bool:
-    """False for Orbax's errors: each is raised as well, and told of here in one line."""
+    """False for errors that Orbax logs: they are also raised, and this module logs each once."""
     return record.levelno < stdlib_logging.ERROR or "orbax" not in record.pathname
 
 
 def _abstract(leaf: Any) -> jax.ShapeDtypeStruct:
     sharding = getattr(leaf, "sharding", None)
     sharding = sharding or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    sharding.shard_shape(leaf.shape)  # A sharding that does not fit must not pass for damage.
+    # This raises if the sharding does not fit the shape; reading would take that error for damage.
+    sharding.shard_shape(leaf.shape)
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)

@@ -1,17 +1,17 @@
-"""Room on a disk: asked for before a write, for what runs out of it half-way leaves its parts."""
+"""Free space of a disk, which is checked before a write, and removal of incomplete files."""
 
 import shutil
 
 from etils import epath
 
-# Beside the arrays of a checkpoint there are their names, shapes and checksums.
-OVERHEAD = 2**20
+OVERHEAD = 2**20  # bytes for the names, shapes and checksums of a checkpoint's arrays
 
 
 def shortage(folder: epath.Path, size: int) -> str:
-    """Why ``size`` bytes and a little more do not fit on the disk of ``folder``; empty if they do.
+    """The reason why ``size`` + ``OVERHEAD`` bytes do not fit on the disk of ``folder``, or "".
 
-    An object store has no end. Nor does this know the quota of a user: such a write fails later.
+    For an object store it is always "". The quota of a user is not known, so a write that exceeds
+    the quota fails later.
     """
     if "://" in str(folder):
         return ""

@@ -36,8 +36,7 @@ class DamagedFileError(ValueError):
 
 
 def write_whole(path: epath.PathLike, content: bytes) -> None:
-    """Write ``content`` to ``path``. If the process is killed meanwhile, an old file stays as it
-    is."""
+    """Write ``content`` to ``path``; if the process is killed meanwhile, an old file remains."""
     path = epath.Path(path)
     if "://" in str(path):  # Object stores show only complete writes, and a rename would copy.
         path.write_bytes(content)
@@ -70,7 +69,7 @@ def read_npz(path: epath.PathLike, remedy: str = "remove it") -> dict[str, np.nd
       remedy: what an error message tells the user to do.
 
     Raises:
-      DamagedFileError: the content is anything else.
+      DamagedFileError: the content has changed, or another program wrote it.
     """
     content = epath.Path(path).read_bytes()
     end = len(content) - len(_comment(0))
@@ -83,12 +82,13 @@ def read_npz(path: epath.PathLike, remedy: str = "remove it") -> dict[str, np.nd
 def intact_npz(path: epath.PathLike) -> dict[str, np.ndarray] | None:
     """The arrays of a file that can be computed again; None if the file is missing or damaged.
 
-    A warning names a damaged file."""
+    A warning names a damaged file.
+    """
     path = epath.Path(path)
     if not path.exists():
         return None
     try:
-        return read_npz(path, "what it held is computed again")
+        return read_npz(path, "its content is computed again")
     except DamagedFileError as error:
         logging.warning("%s", error)
         return None
@@ -131,7 +131,7 @@ def read_json(path: epath.PathLike, remedy: str = "remove it") -> dict[str, Any]
       remedy: what an error message tells the user to do.
 
     Raises:
-      DamagedFileError: the content is anything else.
+      DamagedFileError: the content has changed, or another program wrote it.
     """
     content = epath.Path(path).read_bytes()
     try:

@@ -1,7 +1,7 @@
-"""What a checkpoint says about itself, so that damage and other models are noticed.
+"""The manifest of a checkpoint, which reveals damage and checkpoints of other models.
 
-A manifest holds the checkpoint's step, the path, shape, dtype and CRC32 of every leaf of its state,
-and its metadata. It has a CRC32 of its own.
+It holds the checkpoint's step, the path, shape, dtype and CRC32 of every leaf of its state, and its
+metadata. It also has a CRC32 of its own.
 """
 
 import itertools
@@ -19,11 +19,11 @@ PyTree = Any
 
 
 class DamagedCheckpointError(RuntimeError):
-    """A checkpoint that was whole when it was saved and is not any more."""
+    """A checkpoint whose bytes have changed since it was saved."""
 
 
 class OtherModelError(ValueError):
-    """A checkpoint whose leaves are not those of the model at hand."""
+    """A checkpoint whose leaves are not those of the model that reads it."""
 
 
 def create(step: int, state: PyTree, metadata: dict[str, Any]) -> dict[str, Any]:
@@ -60,36 +60,37 @@ def content(manifest: Any, step: int) -> dict[str, Any]:
         raise DamagedCheckpointError("its metadata holds no manifest")
     if _text_crc32(manifest["manifest"]) != manifest["crc32"]:
         raise DamagedCheckpointError("its metadata fails its CRC32")
-    if (saved := manifest["manifest"].get("step", step)) != step:  # Earlier versions have none.
+    if (saved := manifest["manifest"].get("step", step)) != step:  # Old files have no step.
         raise DamagedCheckpointError(f"it was saved as step {saved}: name its folder so again")
     return manifest["manifest"]
 
 
 def check_same_model(path: epath.Path, stored: list[Any], expected: list[Any]) -> None:
-    """Compares two results of :func:`leaves_of`, of the checkpoint at ``path`` and of a model.
+    """Compare the leaves of the checkpoint at ``path`` with those of a model (:func:`leaves_of`).
 
     Raises:
-      OtherModelError: they differ; the message has the first difference.
+      OtherModelError: they differ; the message names the first difference.
     """
-    for theirs, ours in itertools.zip_longest(stored, expected):
-        if theirs != ours:
+    for leaf, model_leaf in itertools.zip_longest(stored, expected):
+        if leaf != model_leaf:
             raise OtherModelError(
-                f"{path} is of another model. First difference: it holds {_shown(theirs)}, this "
-                f"model has {_shown(ours)}. Use the configuration that saved it, or a new directory"
+                f"{path} is of another model. First difference: it holds {_text(leaf)}, this "
+                f"model has {_text(model_leaf)}. Use the configuration that saved it, or a new "
+                "directory"
             )
 
 
 def check_crc32s(stored: dict[str, Any], state: PyTree) -> None:
-    """Compares the CRC32s of ``state`` with those of ``stored``, a manifest's content.
+    """Compare the CRC32s of ``state`` with those of ``stored``, a manifest's content.
 
     Raises:
       DamagedCheckpointError: a leaf has another CRC32; the message names the first one.
     """
-    # Of all leaves, because every process takes part where a leaf is gathered.
-    found = [leaf_crc32(leaf) for leaf in jax.tree.leaves(state)]
-    for described, expected, crc32 in zip(stored["leaves"], stored["crc32s"], found, strict=True):
+    # All are computed before the comparison, because all processes must take part in gathering.
+    crc32s = [leaf_crc32(leaf) for leaf in jax.tree.leaves(state)]
+    for leaf, expected, crc32 in zip(stored["leaves"], stored["crc32s"], crc32s, strict=True):
         if crc32 != expected:
-            raise DamagedCheckpointError(f"{_shown(described)} fails its CRC32")
+            raise DamagedCheckpointError(f"{_text(leaf)} fails its CRC32")
 
 
 def _text_crc32(body: dict[str, Any]) -> int:
@@ -97,12 +98,13 @@ def _text_crc32(body: dict[str, Any]) -> int:
 
 
 def leaves_of(tree: PyTree) -> list[list[Any]]:
-    """``[path, shape, dtype]`` of each leaf, as JSON would give it back."""
+    """``[path, shape, dtype]`` of each leaf, in the types that JSON returns."""
     return [
         [keystr(path, simple=True, separator="/"), list(leaf.shape), str(leaf.dtype)]
         for path, leaf in tree_leaves_with_path(tree)
     ]
 
 
-def _shown(described: list[Any] | None) -> str:
-    return "no further leaf" if described is None else "{0} {2}{1}".format(*described)
+def _text(leaf: list[Any] | None) -> str:
+    """An entry of :func:`leaves_of` for a message; None if there is no further entry."""
+    return "no further leaf" if leaf is None else "{0} {2}{1}".format(*leaf)

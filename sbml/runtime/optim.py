@@ -37,8 +37,11 @@ def learning_rate(lr: float, warmup: int, schedule: str, num_steps: int) -> opta
 
 
 def _kernels(params: Any) -> Any:
-    """Whether each leaf decays: if it has two or more axes and is not, by its name, a scale, bias
-    or position embedding (these may have as many axes as an image)."""
+    """Whether each leaf decays.
+
+    It does if it has two or more axes, and its name is not that of a scale, bias or position
+    embedding (these may have as many axes as an image).
+    """
 
     def is_kernel(path: Any, leaf: Array) -> bool:
         name = str(getattr(path[-1], "key", ""))

@@ -48,12 +48,12 @@ class Preemption:
             logging.warning("stopping after the next save; press Ctrl-C again to stop at once")
 
     def requested(self) -> bool:
-        """Whether to stop now; once true, it stays true. Every process must call this after every
-        dispatch.
+        """Whether to stop now; once true, it stays true.
 
-        The service answers yes only for one count: the one after the largest that any process has
-        reached. It is therefore given the number of calls; with the number of steps, of which a
-        dispatch takes several, this count could be skipped.
+        Every process must call this after every dispatch. The service answers yes only for one
+        count: the one after the largest that any process has reached. Therefore it is given the
+        number of calls. A dispatch can take several steps, so the number of steps could skip this
+        count.
         """
         if jax.process_count() > 1 and not self._received:
             Preemption._asked += 1

@@ -1,8 +1,8 @@
-"""What the program says of an error: one line of a refusal, and all of what nobody foresaw.
+"""How the program shows an error: a refusal in one line, any other error with its traceback.
 
-A refusal is an error that this package raises to tell the user what to change. Where it was raised
-tells the user nothing. Anything else, as a ValueError of a library that was called wrongly, is a
-defect of the program, and keeps its traceback.
+A refusal is an error that this package raises to tell the user what to change. The place where it
+was raised does not help the user. Any other error, such as a ValueError of a library that was
+called with wrong arguments, is a defect of the program, so its traceback is shown.
 """
 
 import linecache
@@ -15,9 +15,10 @@ PACKAGE = Path(sbml.__file__).parent
 
 
 def line(error: BaseException) -> str | None:
-    """What ``error`` says, for a terminal; None if it is no refusal.
+    """The type and message of ``error``, for a terminal; None if it is no refusal.
 
-    A refusal is a file that is not there, or is raised by a statement of this package.
+    An error is a refusal if a file is missing, or if a ``raise`` statement of this package raised
+    it.
     """
     if not isinstance(error, FileNotFoundError) and not _raised_here(error):
         return None
@@ -34,7 +35,7 @@ def _raised_here(error: BaseException) -> bool:
 
 
 def _printable(text: str) -> str:
-    """``text`` with an escape for what a terminal would obey, but for line ends."""
+    """``text`` with escapes for all control characters except line ends."""
     return "".join(
         c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text
     )

@@ -43,12 +43,15 @@ def batch_sharding(mesh: Mesh, axis: int = 0) -> NamedSharding:
 
 
 def spread(mesh: Mesh, shape: tuple[int, ...]) -> NamedSharding:
-    """Split along the longest axis whose size is a multiple of the number of devices; replicated if
-    there is no such axis."""
-    divided = [axis for axis, size in enumerate(shape) if size and size % mesh.size == 0]
-    if not divided:
+    """Devices hold equal parts of an array of ``shape``, split along its longest divisible axis.
+
+    An axis is divisible if its size is a multiple of the number of devices. If there is no such
+    axis, the array is replicated.
+    """
+    divisible = [axis for axis, size in enumerate(shape) if size and size % mesh.size == 0]
+    if not divisible:
         return replicated(mesh)
-    return batch_sharding(mesh, axis=max(divided, key=lambda axis: shape[axis]))
+    return batch_sharding(mesh, axis=max(divisible, key=lambda axis: shape[axis]))
 
 
 def placement(state: TrainState, mesh: Mesh, *, shard_state: bool = False) -> TrainState:
@@ -71,8 +74,7 @@ def placement(state: TrainState, mesh: Mesh, *, shard_state: bool = False) -> Tr
 def partitioned(
     optimizer: optax.GradientTransformation, mesh: Mesh
 ) -> optax.GradientTransformation:
-    """``optimizer``, computed in parts: each device updates the parameters whose optimizer state it
-    holds."""
+    """``optimizer`` in parts: each device updates the parameters whose optimizer state it holds."""
 
     def parts(tree: Any) -> Any:
         return jax.tree.map(
@@ -103,8 +105,10 @@ def initial_state(
 def abstract(
     init: Callable[[], TrainState], mesh: Mesh, *, shard_state: bool = False
 ) -> TrainState:
-    """The shapes and shardings of the state from :func:`initial_state`, without computing it; a
-    template for restoring a checkpoint."""
+    """The shapes and shardings of the state from :func:`initial_state`, without computing it.
+
+    The result is a template for restoring a checkpoint.
+    """
     shapes = jax.eval_shape(init)
     return jax.tree.map(
         lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
@@ -125,7 +129,8 @@ def check_divides(name: str, size: int, parts_each: int = 1) -> None:
         choices = f"{lower} or {lower + parts}" if lower else f"{parts}"
         raise ValueError(
             f"{name}={size} is not a positive multiple of {parts} "
-            f"({jax.device_count()} devices x {parts_each}, micro-batches and pairs); use {choices}"
+            f"({jax.device_count()} devices x {parts_each}, the micro-batches times the calls of "
+            f"an image); use {choices}"
         )
 
 

@@ -32,8 +32,15 @@ Step = Callable[["TrainState", Array, Key, Any], tuple["TrainState", dict[str, A
 
 
 class TrainState(struct.PyTreeNode):
-    """Everything needed to continue training: step (), parameters, their average, optimizer
-    state."""
+    """Everything that is needed to continue training.
+
+    Attributes:
+      step: (), the number of completed steps.
+      params: the parameters.
+      ema_params: their exponential moving average.
+      opt_state: the optimizer's state.
+      statistics: quantities that earlier steps have estimated, see above.
+    """
 
     step: Array
     params: Any
@@ -143,10 +150,10 @@ def make_step(update: Update) -> Step:
 
 
 def several(step: Step) -> Step:
-    """``step`` over batches that are stacked along a leading axis, in one dispatch; the metrics are
-    stacked in the same way.
+    """``step`` over batches that are stacked along a leading axis, in one dispatch.
 
-    This saves dispatch overhead on accelerators and is slower on CPU (see :func:`value_and_grad`).
+    The metrics are stacked in the same way. This saves dispatch overhead on accelerators and is
+    slower on CPU (see :func:`value_and_grad`).
     """
 
     def steps(state: TrainState, batches: Array, base_key: Key, frozen: Any) -> Any:

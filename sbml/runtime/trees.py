@@ -1,4 +1,4 @@
-"""Pytrees of arrays: the CRC32 of one, and the leaves in which two of them differ."""
+"""Pytrees of arrays: the CRC32 of a pytree, and the differences of two pytrees."""
 
 import json
 import zlib
@@ -14,36 +14,36 @@ Tree = Mapping[str, Any]
 
 
 def differences(found: Tree, expected: Tree) -> list[str]:
-    """One line for each leaf in which two nested dictionaries of arrays differ; none if they agree.
+    """One line for each leaf in which two nested dictionaries of arrays differ; [] if they agree.
 
-    Compares names and shapes; the leaves may be ``jax.ShapeDtypeStruct``.
+    Names and shapes are compared; the leaves may be ``jax.ShapeDtypeStruct``.
     """
-    ours, theirs = (  # expected, found
+    right, actual = (
         {path: np.shape(leaf) for path, leaf in flatten_dict(dict(tree), sep="/").items()}
         for tree in (expected, found)
     )
     return (
-        [f"missing: {path} {ours[path]}" for path in sorted(set(ours) - set(theirs))]
-        + [f"extra: {path} {theirs[path]}" for path in sorted(set(theirs) - set(ours))]
+        [f"missing: {path} {right[path]}" for path in sorted(set(right) - set(actual))]
+        + [f"extra: {path} {actual[path]}" for path in sorted(set(actual) - set(right))]
         + [
-            f"misshapen: {path} is {theirs[path]}, should be {ours[path]}"
-            for path in sorted(set(ours) & set(theirs))
-            if ours[path] != theirs[path]
+            f"misshapen: {path} is {actual[path]}, should be {right[path]}"
+            for path in sorted(set(right) & set(actual))
+            if right[path] != actual[path]
         ]
     )
 
 
 def tree_crc32(tree: Any) -> int:
-    """One CRC32 of every leaf's bytes, to tell whether two sets of arrays are the same."""
+    """One CRC32 of the bytes of all leaves, to test whether two pytrees have the same arrays."""
     crc32s = [leaf_crc32(jax.numpy.asarray(leaf)) for leaf in jax.tree.leaves(tree)]
     return zlib.crc32(json.dumps(crc32s).encode())
 
 
 def leaf_crc32(leaf: jax.Array) -> int:
-    """CRC32 of the whole array's bytes in row-major order, however it is sharded.
+    """CRC32 of the whole array's bytes in row-major order, which does not depend on its sharding.
 
-    A replicated array is read from its local copy. One spread over several processes is gathered
-    on each of them, a leaf at a time, so that the value does not depend on the sharding.
+    A replicated array is read from its local copy. An array that is spread over several processes
+    is first gathered on each of them.
     """
     if leaf.is_fully_replicated:
         leaf = leaf.addressable_data(0)

@@ -4,8 +4,8 @@
 
 T is the SDE's ``largest_time``, because the drift is infinite where the signal has vanished.
 
-The spacing of the times is ``time``, even in t (Song et al.), ``quadratic``, even in sqrt(t), or
-``log_snr``, even in log-SNR, which suits samplers with few steps.
+The spacing of the times is ``time``, even in t (Song et al., ICLR 2021), ``quadratic``, even in
+sqrt(t), or ``log_snr``, even in log-SNR, which suits samplers with few steps.
 """
 
 import abc
@@ -117,7 +117,7 @@ class FixedSteps(abc.ABC):
         check_example(z)
         check_key(key)
         times = grid(sde, eps, self.steps, self.spacing)
-        # No time precedes the first step: a fictitious one beyond T keeps divisors from being 0.
+        # No time precedes the first step. A fictitious one beyond T keeps all divisors nonzero.
         before = jnp.concatenate([2 * times[:1] - times[1:2], times[:-2]])
         triples = jnp.stack([before, times[:-1], times[1:]], axis=1)
 
@@ -131,7 +131,7 @@ class FixedSteps(abc.ABC):
             x = self.corrector(score, sde, x, times[0], times[1], corrector_key)
             return (x, carry), x if keep else None
 
-        start = z / sde.stretch  # From T to the largest time.
+        start = z / sde.stretch  # The latent is at T, and the first step begins at largest_time.
         inputs = jnp.arange(self.steps), triples
         (x, _), path = jax.lax.scan(one, (start, self.init(z)), inputs)
         return x, path, times

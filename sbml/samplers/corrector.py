@@ -2,7 +2,7 @@
 
     x <- x + e score(x, t) + sqrt(2 e) z
 
-    langevin            e = 2 a^2 (snr |z| / |score|)^2     per image (Song et al. 2021a, alg. 4, 5)
+    langevin            e = 2 a^2 (snr |z| / |score|)^2     per image (Song et al., alg. 4, 5)
     annealed_langevin   e = 2 a^2 (snr sigma_t)^2           (Song & Ermon 2019, 2020)
 
 a = alpha_s / alpha_t is the decay of the signal in the sampler's step: 1 for VE, and sqrt(alpha_i)
@@ -13,6 +13,8 @@ The step size of ``langevin`` depends on x through |score|, which biases the dis
 Gaussian data with variances v_j, the relative bias of variance i is about
 2 (1/v_i) / sum_j 1/v_j. It is negligible for large images, but not in few dimensions or if few
 directions are narrow. ``annealed_langevin`` does not have this bias.
+
+Reference: Song et al., "Score-Based Generative Modeling through SDEs", ICLR 2021, appendix G.
 """
 
 import dataclasses

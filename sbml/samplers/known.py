@@ -1,13 +1,16 @@
 """Samples with a known part: inpainting and colourisation by the score alone.
 
-After every step, the known part is replaced by what the forward process makes of it at that time:
+After every step, the known part is replaced by a sample of the forward process from it at that
+time:
 
     u = B^T x over the channels,   u <- m (alpha_t y + sigma_t z) + (1 - m) u,   x <- B u
 
 with the known values y, their mask m, and an orthonormal B. The noise z is new in every step. The
 unknown part follows the score, which depends on the known part. But the replacement does not depend
 on the unknown part, so the distribution is p(unknown | known) only in the limit of many corrector
-steps at each time (Song et al. 2021a, appendix I).
+steps at each time.
+
+Reference: Song et al., "Score-Based Generative Modeling through SDEs", ICLR 2021, appendix I.
 """
 
 import dataclasses
@@ -107,8 +110,8 @@ def complete(
         unknown part consistent.
 
     Raises:
-      ValueError: ``x_0`` is not of floating-point numbers, ``mask`` is known and not of 0 and 1,
-        ``key`` is not a typed key, or eps is outside (0, T).
+      ValueError: ``x_0`` is not of floating-point numbers, ``mask`` is not of 0 and 1 only,
+        ``key`` is not a typed key, or eps is outside (0, T). A traced ``mask`` is not checked.
     """
     check_example(x_0)
     check_key(key)

@@ -6,13 +6,17 @@ With the forward kernel p(x_s | x_t) = N(a x_t, b^2 I),
     x_0 ~ (x + sigma_s^2 score) / alpha_s,   noise ~ -sigma_s score,   h = s - t
 
     Euler-Maruyama      x - h (f x - g^2 score) + g sqrt(h) z         of the reverse SDE, at s
-    reverse diffusion   (2 - a) x + b^2 score + b z                   (Song et al. 2021a, eq. 46)
+    reverse diffusion   (2 - a) x + b^2 score + b z                   (Song et al., eq. 46)
     ancestral           the mean of p(x_t | x, x_0) + (b sigma_t / sigma_s) z     (Ho et al. 2020)
     DDIM                alpha_t x_0 + sqrt(sigma_t^2 - c^2) noise + c z,
-                        c = eta b sigma_t / sigma_s                   (Song, Meng & Ermon 2021)
+                        c = eta b sigma_t / sigma_s                   (Song, Meng & Ermon)
 
 where b sigma_t / sigma_s = sigma_t sqrt(1 - r), r = exp(lambda_s - lambda_t). With eta = 1, DDIM is
 ancestral sampling; with eta = 0 it is deterministic and of first order in log-SNR.
+
+References: Song et al., "Score-Based Generative Modeling through SDEs", ICLR 2021; Ho et al.,
+"Denoising Diffusion Probabilistic Models", NeurIPS 2020; Song, Meng, Ermon, "Denoising Diffusion
+Implicit Models", ICLR 2021.
 """
 
 import dataclasses

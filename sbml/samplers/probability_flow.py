@@ -33,8 +33,11 @@ class ODE:
     def path(
         self, score: Score, sde: SDE, z: Example, key: Key | None, *, eps: Number, frames: int
     ) -> tuple[Path, Times]:
-        """See ``Sampler``. The frames are evenly spaced in the coordinate of the solver. If it has
-        fixed steps, the frames are the nearest of these steps."""
+        """See ``Sampler``.
+
+        The frames are evenly spaced in the coordinate of the solver. If it has fixed steps, the
+        frames are the nearest of these steps.
+        """
         power, steps = self.solver.power, self.solver.fixed_steps
         sde.check_time(eps)
         check_example(z)

@@ -5,8 +5,9 @@ The transition kernel is p(x_t | x_0) = N(alpha(t) x_0, sigma(t)^2 I) with
     alpha' = f alpha,      (sigma^2)' = 2 f sigma^2 + g^2.
 
 With the log signal-to-noise ratio lambda(t) = 2 log(alpha / sigma), g^2 / sigma^2 = -dlambda/dt
-holds exactly. So the importance distribution of maximum likelihood, p(t) ~ g^2 / sigma^2, is
-*uniform in log-SNR*, and sampling from it needs only lambda(t) and its inverse.
+holds exactly. So the importance distribution of maximum likelihood, whose density p(t) is
+proportional to g^2 / sigma^2, is *uniform in log-SNR*, and sampling from it needs only lambda(t)
+and its inverse.
 
 A new SDE is a frozen dataclass with two methods, ``mean_coef`` (alpha) and ``std`` (sigma);
 everything else is derived from them (:class:`SDE`). ``Schedule(alpha, sigma)`` makes an SDE from

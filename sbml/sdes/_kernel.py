@@ -7,8 +7,8 @@ bisection.
 
 *Schedules whose signal vanishes.* If alpha(T) = 0, lambda is -infinity and f is infinite at T. So
 whatever needs them, such as an integral over log-SNR, ends at ``largest_time`` < T, where alpha is
-still a thousandth of sigma. A bound whose prior is taken there is as valid as one with the prior
-at T. From there to T the signal is neglected, so that only the scale of the noise changes:
+still a thousandth of sigma. The bound remains valid if its prior term is taken there instead of at
+T. From there to T the signal is neglected, so that only the scale of the noise changes:
 
     x_T = sigma(T) / sigma(t) x_t,      t = largest_time.
 
@@ -168,7 +168,7 @@ class SDE(Kernel):
 
     @property
     def prior_std(self) -> Number:
-        """The standard deviation s = sigma(T) of the prior N(0, s^2 I), which is used for p_T.
+        """The standard deviation S = sigma(T) of the prior N(0, S^2 I), which is used for p_T.
 
         The prior equals p_T if alpha(T) = 0; otherwise it is the usual choice for data of mean 0.
         """
@@ -199,19 +199,19 @@ class SDE(Kernel):
         return slope(self.mean_coef, t), slope(self.std, t)
 
     def prior_logp(self, z: Example) -> Scalar:
-        """log N(z; 0, s^2 I) in nats, a scalar.
+        """log N(z; 0, S^2 I) in nats, a scalar, where S is ``prior_std``.
 
         Raises:
           ValueError: ``z`` is not of floating-point numbers.
         """
         compiler.check()
         check_example(z)
-        s = self.prior_std
-        log_s = scalars.log(s)
-        return -0.5 * jnp.sum((z / s) ** 2) - z.size * (log_s + 0.5 * math.log(2 * math.pi))
+        std = self.prior_std
+        log_std = scalars.log(std)
+        return -0.5 * jnp.sum((z / std) ** 2) - z.size * (log_std + 0.5 * math.log(2 * math.pi))
 
     def prior_sample(self, key: Key, shape: tuple[int, ...]) -> Example:
-        """One draw of shape ``shape`` from N(0, s^2 I).
+        """One draw of shape ``shape`` from N(0, S^2 I), where S is ``prior_std``.
 
         Raises:
           ValueError: ``key`` is not one typed key.
@@ -258,5 +258,5 @@ class ClosedForm(SDE):
 
     @property
     def prior_std(self) -> Number:
-        """The standard deviation s of the prior N(0, s^2 I), which is used for p_T."""
+        """The standard deviation S of the prior N(0, S^2 I), which is used for p_T."""
         return 1.0

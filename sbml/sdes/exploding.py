@@ -38,6 +38,16 @@ class _Exploding(ClosedForm):
         return -2 * jnp.log(self.std(t))
 
 
+def _check_range(sigma_min: Number, sigma_max: Number) -> None:
+    """Check that 0 < sigma_min < sigma_max < infinity. Values are not checked inside ``jit``."""
+    concrete = not scalars.is_traced(sigma_min, sigma_max)
+    if concrete and not 0 < sigma_min < sigma_max < math.inf:
+        raise ValueError(
+            f"sigma_min={sigma_min}, sigma_max={sigma_max}: "
+            "need finite numbers with 0 < sigma_min < sigma_max"
+        )
+
+
 @dataclasses.dataclass(frozen=True)
 class VE(_Exploding):
     """Variance exploding, geometric: sigma(t) = sigma_min (sigma_max / sigma_min)^t (SMLD).
@@ -49,12 +59,7 @@ class VE(_Exploding):
     sigma_min: Number = 0.01
 
     def __post_init__(self) -> None:
-        concrete = not scalars.is_traced(self.sigma_min, self.sigma_max)
-        if concrete and not 0 < self.sigma_min < self.sigma_max < math.inf:
-            raise ValueError(
-                f"sigma_min={self.sigma_min}, sigma_max={self.sigma_max}: "
-                "need finite numbers with 0 < sigma_min < sigma_max"
-            )
+        _check_range(self.sigma_min, self.sigma_max)
 
     @property
     def _log_ratio(self) -> Number:
@@ -87,7 +92,7 @@ class VE(_Exploding):
 
 @dataclasses.dataclass(frozen=True)
 class LinearVE(_Exploding):
-    """Variance exploding, linear: sigma(t) = sigma_max t (the schedule of EDM and DDIM's sigma).
+    """Variance exploding, linear: sigma(t) = sigma_max t, the schedule of EDM.
 
     Raises:
       ValueError: unless sigma_max is positive and finite.
@@ -125,12 +130,7 @@ class EDM(LinearVE):
     sigma_min: Number = 0.002
 
     def __post_init__(self) -> None:
-        concrete = not scalars.is_traced(self.sigma_min, self.sigma_max)
-        if concrete and not 0 < self.sigma_min < self.sigma_max < math.inf:
-            raise ValueError(
-                f"sigma_min={self.sigma_min}, sigma_max={self.sigma_max}: "
-                "need finite numbers with 0 < sigma_min < sigma_max"
-            )
+        _check_range(self.sigma_min, self.sigma_max)
 
     @property
     def smallest_time(self) -> Number:  # type: ignore[override]

@@ -8,7 +8,6 @@ import math
 
 import jax.numpy as jnp
 
-from sbml import compiler
 from sbml.sdes._kernel import Kernel
 from sbml.types import Elementwise
 
@@ -21,8 +20,8 @@ class Levels(Kernel):
     ``losses.dsm`` in its original weighting and uniform i, the losses are those of DDPM and SMLD.
 
     Attributes:
-      mean_coefs: alpha_i of the n levels.
-      stds: sigma_i of the n levels.
+      mean_coefs: alpha_i of the n levels, at least 0.
+      stds: sigma_i of the n levels, positive.
 
     Raises:
       ValueError: for fewer than two levels, tuples of unequal length, or numbers that are not
@@ -52,10 +51,6 @@ class Levels(Kernel):
 
     def std(self, t: Elementwise) -> Elementwise:
         return self._at(self.stds, t)
-
-    def log_snr(self, t: Elementwise) -> Elementwise:
-        compiler.check()
-        return 2 * (jnp.log(self.mean_coef(t)) - jnp.log(self.std(t)))
 
     def rate(self, t: Elementwise) -> Elementwise:
         raise ValueError(

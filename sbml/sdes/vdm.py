@@ -99,6 +99,9 @@ class LinearGamma(_Gamma):
 class MonotoneGamma(_Gamma):
     """gamma from a network, which is monotone because it uses the absolute values of its kernels.
 
+    It is the learned schedule of a VDM checkpoint and has no name in configs: the checkpoint is
+    converted to ``LinearGamma`` with the same ends, which gives the same bound.
+
     Attributes:
       k1, b1: the slope of the linear part and its value at 0, scalars.
       k2, b2, k3: slopes, offsets and heights of the m sigmoids, ``(m,)`` each: arrays, or tuples

@@ -4,9 +4,9 @@ For x_0 Gaussian or a mixture of Gaussians the score and density at every time a
 (``verify.oracle``). The expectation of an estimator is computed over (x_0, z) with points whose
 weighted mean is exact, and over time with Gauss-Legendre nodes in log-SNR, in which the integrands
 are smooth. Let h and J be the entropy and Fisher information of x_t, and rho = sigma / alpha. With
-the exact score,
+the exact score and the prior N(0, S^2 I),
 
-    E prior           = 1/2 E|x_T|^2 / s^2 + d/2 log(s^2 / sigma_T^2) - d/2
+    E prior           = 1/2 E|x_T|^2 / S^2 + d/2 log(S^2 / sigma_T^2) - d/2
     E diffusion       = h_eps - h_T + d log(sigma_T / sigma_eps)
     E reconstruction  = 1/2 (d - sigma_eps^2 J_eps) + d/2 log(2 pi rho_eps^2)
 

@@ -30,7 +30,8 @@ from sbml.types import Array, Key, Score
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """How an image is computed from its latent and noise; static under ``jit``."""
+    """How an image is computed from its latent and noise. It is hashable, so it can be static under
+    ``jit``."""
 
     sde: SDE
     shape: tuple[int, ...]

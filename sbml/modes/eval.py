@@ -177,8 +177,8 @@ def _warnings(
             paths = "; ".join(split.skipped)
             warnings.append(f"{len(split.skipped)} {split.split} files are not used: {paths}")
     if (count := len(shared.ids())) < len(images):
-        how = "the first" if shared.experiment.config.eval.in_order else "a random sample of"
-        warnings.append(f"{how} {count} of {len(images)} images (eval.max_images)")
+        sample = "the first" if shared.experiment.config.eval.in_order else "a random sample of"
+        warnings.append(f"{sample} {count} of {len(images)} images (eval.max_images)")
     return [*warnings, images.caution] if images.caution else warnings
 
 

@@ -1,11 +1,12 @@
 """Encoding, decoding, interpolating and inpainting with a trained model: ``--mode=latents``.
 
-encode          the probability-flow ODE from eps to T: a latent z of each image, nearly
-                N(0, S^2 I) over images
-decode          the ODE from T to eps; the distance to the original image is the solver's error
-interpolate     cos(a) z_1 + sin(a) z_2, a in [0, pi / 2]: N(0, S^2 I) if z_1 and z_2 are
-                independent and N(0, S^2 I)
-complete        a new right half of an image, or new colours (``samplers.known``)
+    encode          the probability-flow ODE from eps to T: a latent z per image, about N(0, S^2 I)
+    decode          the ODE from T to eps; the distance to the original image is the solver's error
+    interpolate     cos(a) z_1 + sin(a) z_2, a in [0, pi / 2]: N(0, S^2 I) if z_1 and z_2 are
+                    independent and N(0, S^2 I)
+    complete        a new right half of an image, or new colours (``samplers.known``)
+
+Here S is the standard deviation of the prior, ``sde.prior_std``.
 """
 
 import functools

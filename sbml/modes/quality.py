@@ -27,17 +27,17 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
     """
     experiment, workdir = Experiment(config), Workdir(workdir)
     extract = extractor(config)
-    drawn = workdir.read(SAMPLES)
-    if failed := int(np.sum(drawn["failed"])):
-        logging.warning("%d of %d samples are not finite", failed, len(drawn["images"]))
-    if len(drawn["images"]) < 2:
+    content = workdir.read(SAMPLES)
+    if failed := int(np.sum(content["failed"])):
+        logging.warning("%d of %d samples are not finite", failed, len(content["images"]))
+    if len(content["images"]) < 2:
         raise ValueError(
             f"{workdir / SAMPLES} has one image: distances need at least two; draw more "
             "(--mode=sample,quality --config.sampling.num_images=1000)"
         )
     train, test = experiment.images("train"), experiment.images("test")
     training = reference(experiment, extract, train)
-    columns = zip(*features_of(extract, drawn["images"], "samples"), strict=True)
+    columns = zip(*features_of(extract, content["images"], "samples"), strict=True)
     features, probabilities = (np.concatenate(chunks) for chunks in columns)
     n = len(features)
     if n < features.shape[1]:
@@ -52,12 +52,12 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
         f"{kernel} n={n}": distances.kernel(features, training.features),
         f"{score} n={n}": distances.inception_score(probabilities),
     }
-    distances_to_training, rows = memory(drawn["images"], train, test, config.data.flip)
+    distances_to_training, rows = memory(content["images"], train, test, config.data.flip)
     if jax.process_index() > 0:
         return
     values |= distances_to_training
-    images_crc32 = tree_crc32(drawn["images"])
-    result = {"step": int(drawn["step"]), "images_crc32": images_crc32, "values": values}
+    images_crc32 = tree_crc32(content["images"])
+    result = {"step": int(content["step"]), "images_crc32": images_crc32, "values": values}
     workdir.write(QUALITY, report.strict(result))
     picture = samples.grid(experiment, rows, columns=len(rows) // 2)
     report.write_png(workdir / NEIGHBOURS, picture)

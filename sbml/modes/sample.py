@@ -35,18 +35,18 @@ def _run(experiment: Experiment, workdir: Workdir) -> None:
     experiment = experiment.with_learned_schedule(restored.state.ema_params)
     for warning in trained.unseen_times(restored.metadata, experiment.sampling_eps, "sampling"):
         logging.warning(warning)
-    drawn = generate(experiment, restored, workdir)
+    samples = generate(experiment, restored, workdir)
     # All processes compute the strip, because their devices hold the parameters together.
-    rows = min(4, len(drawn.images)) if config.sampling.frames > 1 else 0
+    rows = min(4, len(samples.images)) if config.sampling.frames > 1 else 0
     picture = strip(experiment, restored.state.ema_params, rows) if rows else None
     if jax.process_index() > 0:
         return
     sampler = np.asarray(repr(experiment.sampler))
     crc32 = np.asarray(tree_crc32(restored.state.ema_params))
     origin = {"step": np.asarray(restored.step), "parameters_crc32": crc32, "sampler": sampler}
-    columns = {**drawn._asdict(), **origin}
+    columns = {**samples._asdict(), **origin}
     workdir.write(SAMPLES, columns)
-    shown = drawn.images[:256]  # A picture of more images would be too large.
+    shown = samples.images[:256]  # A picture of more images would be too large.
     report.write_png(workdir / "samples.png", grid(experiment, shown))
     if picture is not None:
         report.write_png(workdir / "samples_strip.png", picture)
@@ -54,6 +54,6 @@ def _run(experiment: Experiment, workdir: Workdir) -> None:
         (workdir / "samples_strip.png").unlink(missing_ok=True)
     summary.write(workdir, experiment.images)
     print(
-        f"{len(drawn.images)} samples by {config.sampling.sampler}, {drawn.nfe.mean():.0f} "
+        f"{len(samples.images)} samples by {config.sampling.sampler}, {samples.nfe.mean():.0f} "
         f"evaluations each: {workdir / 'samples.png'}"
     )

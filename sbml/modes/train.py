@@ -34,9 +34,11 @@ from sbml.types import Array, Key
 def dequantize(pixels: Array, key: Key, kind: str, levels: int) -> Array:
     """The data x in [-1, 1] of uint8 ``pixels`` k of L = ``levels`` levels, of the same shape.
 
-    uniform     x = 2 (k + u) / L - 1, u uniform in [0, 1): a point in the bin
-    centre      x = 2 (k + 1/2) / L - 1: the centre of the bin
-    none        x = 2 k / (L - 1) - 1, as in the authors' code
+        uniform     x = 2 (k + u) / L - 1, u uniform in [0, 1): a point in the bin
+        centre      x = 2 (k + 1/2) / L - 1: the centre of the bin
+        none        x = 2 k / (L - 1) - 1, as in the authors' code
+
+    ``kind`` is one of these names, the value of ``data.dequantization``.
     """
     if kind == "none":
         return 2.0 * pixels / (levels - 1) - 1.0

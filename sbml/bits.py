@@ -86,8 +86,11 @@ def dims(shape: tuple[int, ...]) -> int:
     Raises:
       ValueError: a size is no integer of at least 1.
     """
-    if not all(isinstance(n, int | np.integer) and n > 0 for n in shape):
-        raise ValueError(f"shape={shape}: give the positive sizes of one example")
+    is_shape = isinstance(shape, tuple) and all(isinstance(n, int | np.integer) for n in shape)
+    if not is_shape or min(shape, default=1) < 1:
+        raise ValueError(
+            f"shape={shape!r}: give a tuple of the positive sizes of one example, as (28, 28, 1)"
+        )
     return math.prod(shape)
 
 

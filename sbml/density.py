@@ -31,7 +31,7 @@ from sbml.estimators import ode as ode_estimator
 from sbml.estimators.base import Estimator
 from sbml.ode import Solver
 from sbml.sdes import SDE
-from sbml.types import Array, Batch, Example, Key, Keys, Score, check_key
+from sbml.types import Array, Batch, Example, Key, Keys, Score, check_function, check_key
 
 Examples = Num[np.ndarray, "n *s"]
 
@@ -62,7 +62,8 @@ class Density:
 
     Raises:
       ValueError: for an impossible shape, number of levels, batch size, seed, trace, budget or
-        smallest time, or an SDE of arrays.
+        smallest time, an SDE of arrays, a score that cannot be called with ``x``, ``t`` and
+        ``key``, or one that :func:`~sbml.predictions.from_prediction` made for another SDE.
     """
 
     score: Score
@@ -77,6 +78,9 @@ class Density:
     budget: float = 1e-3
 
     def __post_init__(self) -> None:
+        check_function(self.score, "score", "x", "t", "key")
+        if not isinstance(self.sde, SDE):
+            raise ValueError(f"sde={self.sde!r}: give an SDE, such as sbml.VP()")
         bits.dims(self.shape)
         if self.levels is not None:
             bits.check_levels(self.levels)
@@ -94,6 +98,12 @@ class Density:
                 "functions: give jax.tree.map(float, sde)"
             ) from None
         self.sde.check_time(self._eps)
+        other = getattr(self.score, "sde", self.sde)
+        if other is not self.sde and other != self.sde:
+            raise ValueError(
+                f"the score was made for sde={other}, and Density has sde={self.sde}: give both "
+                "the same SDE"
+            )
 
     @property
     def dims(self) -> int:
@@ -222,7 +232,7 @@ class Density:
                 "integers to bits_per_dim"
             )
         self._check_shape(data)
-        return data
+        return data.astype(jnp.result_type(float))
 
     def _integers(self, pixels: Any) -> tuple[Examples, int]:
         data = np.asarray(pixels)
@@ -242,11 +252,9 @@ class Density:
         return data, self.levels
 
     def _check_shape(self, data: np.ndarray) -> None:
-        if data.shape[1:] != self.shape or not len(data):
-            raise ValueError(
-                f"data of shape {data.shape}: give (n, {', '.join(map(str, self.shape))}) with n "
-                "at least 1"
-            )
+        if data.ndim != 1 + len(self.shape) or data.shape[1:] != self.shape or not len(data):
+            expected = "".join(f", {size}" for size in self.shape)
+            raise ValueError(f"data of shape {data.shape}: give (n{expected}) with n at least 1")
 
     def _rows(
         self,
@@ -277,6 +285,8 @@ class Density:
             )
 
         gap = estimate.solver_error(table, subset, self.solver, terms)
+        if len(data) == 1:  # The error of the mean is that of the only example, which is known.
+            gap = gap._replace(stderr=0.0, ci95=0.0)
         budget = self.budget * dims
         return estimate.ode_estimate(table, ids, subset, self.solver, terms, unit, gap, budget)
 

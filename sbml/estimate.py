@@ -58,6 +58,11 @@ class Estimate:
     budget: float = math.inf
 
     @property
+    def mean(self) -> float:
+        """The mean of ``values``."""
+        return self.population.mean
+
+    @property
     def this_set_ci95(self) -> float:
         """The half-width of the 95% interval for this set of examples."""
         return self.this_set.ci95

@@ -42,7 +42,7 @@ from jaxtyping import Float
 
 from sbml import pytrees
 from sbml.sdes import Kernel
-from sbml.types import Array, Example, Key, Scalar, check_example, of_shape
+from sbml.types import Array, Example, Key, Scalar, check_example, check_function, of_shape
 
 Network = Callable[[Example, Scalar], Example]
 
@@ -147,8 +147,12 @@ def from_prediction(
       batched: whether ``network`` takes batches, ``x_t (n, *s)`` and ``t (n,)``.
 
     Raises:
-      ValueError: an unknown kind, or a ``data_std`` that is not positive and finite.
+      ValueError: an unknown kind, a ``data_std`` that is not positive and finite, a ``network``
+        that cannot be called with ``x`` and ``t``, or an ``sde`` that is no instance of an SDE.
     """
+    check_function(network, "network", "x", "t")
+    if not isinstance(sde, Kernel):
+        raise ValueError(f"sde={sde!r}: give an SDE, such as sbml.VP()")
     if kind not in NOISE:
         raise ValueError(f"unknown prediction {kind!r}; choose from {', '.join(NOISE)}")
     if not 0 < data_std < math.inf:

@@ -31,6 +31,7 @@ numbers, such as the older ``jax.random.PRNGKey(seed)``, are not keys. NumPy's a
 like JAX's. Shapes and types are checked in the tests only.
 """
 
+import inspect
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -184,6 +185,29 @@ def predictor(score: Score) -> Callable[[Example, Scalar], tuple[Example, Exampl
         return of_shape(x_0, x), of_shape(noise, x)
 
     return both
+
+
+def check_function(f: Any, name: str, *arguments: str) -> None:
+    """Check that ``f`` can be called with the positional arguments ``arguments``.
+
+    A function whose signature Python does not know passes.
+
+    Raises:
+      ValueError: if it cannot; the message names it.
+    """
+    call = f"{name}({', '.join(arguments)})"
+    if not callable(f):
+        raise ValueError(f"{name}={f!r}: give a function that is called as {call}")
+    try:
+        signature = inspect.signature(f)
+    except (TypeError, ValueError):
+        return
+    try:
+        signature.bind(*arguments)
+    except TypeError as error:
+        raise ValueError(
+            f"{name} cannot be called as {call}: {error}; give it these arguments"
+        ) from None
 
 
 def batch_score(score: Score) -> BatchScore:

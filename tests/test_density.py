@@ -11,7 +11,8 @@ import sbml
 from sbml.divergence import Trace
 from sbml.estimate import Estimate
 from sbml.ode import Solver
-from sbml.sdes import SDE, SDES, VP
+from sbml.predictions import PredictionScore, from_prediction
+from sbml.sdes import SDE, SDES, VP, RectifiedFlow, Schedule
 from sbml.verify import oracle
 
 pytestmark = pytest.mark.usefixtures("x64")
@@ -55,7 +56,7 @@ def test_log_likelihoods_are_those_of_the_closed_form(name: str) -> None:
     assert_sum_of_terms(estimate)
     assert estimate.converged and estimate.unit == "nats" and (estimate.nfe > 10).all()
     assert estimate.this_set_ci95 < 1e-9  # An exact trace draws nothing.
-    assert estimate.population.mean == pytest.approx(estimate.values.mean())
+    assert estimate.mean == estimate.population.mean == pytest.approx(estimate.values.mean())
 
 
 def test_the_batch_size_changes_nothing() -> None:
@@ -115,6 +116,26 @@ def test_a_number_that_has_not_converged_says_so() -> None:
     assert not estimate.converged and "NOT CONVERGED" in str(estimate)
 
 
+def test_the_solver_error_of_the_only_example_is_known() -> None:
+    estimate = density().logp(data(1))
+    assert estimate.converged and estimate.solver_error.ci95 == 0
+    assert not density(solver=Solver("heun", fixed_steps=3), budget=1e-6).logp(data(1)).converged
+
+
+def test_data_of_any_precision_are_taken() -> None:
+    x, normal = data(2).astype(np.float16), sbml.Density(lambda x, t, key: -x, VP(), (2, 2))
+    values = [normal.logp(x.astype(dtype)).values for dtype in (np.float16, np.float32, float)]
+    np.testing.assert_array_equal(values[0], values[1])
+    np.testing.assert_array_equal(values[0], values[2])
+
+
+def made_for(sde: SDE) -> PredictionScore:
+    return from_prediction(lambda x, t: -x, "flow", sde)
+
+
+REVERSED = Schedule(lambda t: t, lambda t: 1.001 - t)
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
@@ -128,10 +149,23 @@ def test_a_number_that_has_not_converged_says_so() -> None:
         (lambda: density(batch_size=0), "batch_size=0"),
         (lambda: density(eps=2.0), r"must lie in \(0, 1.0\)"),
         (lambda: sbml.Density(gaussian().score, VP(), (2, 0)), r"shape=\(2, 0\)"),
+        (lambda: sbml.Density(gaussian().score, VP(), 2), "shape=2: give a tuple"),
+        (lambda: sbml.Density(gaussian().score, VP(), [2]), r"shape=\[2\]: give a tuple"),
+        (lambda: sbml.Density(gaussian().score, VP, (2,)), r"sde=<class .*such as sbml.VP\(\)"),
+        (
+            lambda: sbml.Density(lambda x, t: x, VP(), (2,)),
+            r"cannot be called as score\(x, t, key\)",
+        ),
+        (
+            lambda: sbml.Density(made_for(RectifiedFlow()), VP(), (2,)),
+            r"was made for sde=RectifiedFlow\(\), and Density has sde=VP\(",
+        ),
+        (lambda: sbml.Density(lambda x, t, key: x, REVERSED, (2,)), "it must decrease"),
         (lambda: density().bound(data(2), sweeps=1), "sweeps=1"),
         (lambda: density().sample(jax.random.key(0), 0), "n=0: need an integer of at least 1"),
     ],
 )
+@pytest.mark.usefixtures("unchecked")
 def test_invalid_arguments_are_refused(call, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         call()

@@ -259,12 +259,18 @@ def test_the_table_of_ddpm_is_near_its_limit() -> None:
         ([0.9, 0.5, 0.0], "leave it out"),
         ([1.0, 0.5], r"numbers in \(0, 1\)"),
         ([0.9, math.nan], r"numbers in \(0, 1\)"),
+        ([0.9999, 0.99, 0.98], "the last of alpha_bars is 0.98.*cumulative product"),
         ([0.9, 0.5, 0.5], r"alpha_bars\[1\]=0.5, alpha_bars\[2\]=0.5: need decreasing"),
     ],
 )
 def test_invalid_tables_are_refused(values: list[float], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         AlphaBarTable(values)
+
+
+def test_a_table_is_printed_without_its_levels() -> None:
+    text = "AlphaBarTable(3 levels, alpha_bars 0.9 .. 0.25)"
+    assert repr(AlphaBarTable([0.9, 0.5, 0.25])) == text
 
 
 # A user's own SDE in ``Density``.

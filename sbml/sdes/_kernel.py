@@ -138,6 +138,18 @@ class SDE(Kernel):
 
     smallest_time: ClassVar[float] = 1e-5  # The lower end of the integral over time in the paper.
 
+    def check_time(self, eps: Number, name: str = "smallest time eps") -> Number:
+        """Check ``eps``, the lower end of the integral over time, and return it.
+
+        Raises:
+          ValueError: if it is not in (0, largest_time), or if the log-SNR does not decrease from
+            there to ``largest_time``.
+        """
+        super().check_time(eps, name)
+        if all(isinstance(leaf, float | int) for leaf in [eps, *jax.tree.leaves(self)]):
+            _check_decrease(self, float(eps), jnp.result_type(float))
+        return eps
+
     def drift_coef(self, t: Elementwise) -> Elementwise:
         """f(t) = d log alpha / dt, a scalar."""
         compiler.check()
@@ -155,7 +167,7 @@ class SDE(Kernel):
     def largest_time(self) -> Number:
         """T, or the time at which alpha / sigma is 1e-3 if alpha(T) = 0."""
         if all(isinstance(leaf, float | int) for leaf in jax.tree.leaves(self)):
-            return _cached_largest_time(self, jnp.dtype(float))
+            return _cached_largest_time(self, jnp.result_type(float))
         return _largest_time(self)
 
     @property
@@ -235,6 +247,17 @@ def _largest_time(sde: SDE) -> Number:
 def _cached_largest_time(sde: SDE, dtype: jnp.dtype) -> float:
     """:func:`_largest_time` of an SDE of floats, computed once for each precision ``dtype``."""
     return _largest_time(sde)
+
+
+@functools.lru_cache(maxsize=256)
+def _check_decrease(sde: SDE, eps: float, dtype: jnp.dtype) -> None:
+    with jax.ensure_compile_time_eval():
+        first, last = (float(sde.log_snr(jnp.asarray(t, dtype))) for t in (eps, sde.largest_time))
+    if not first > last:
+        raise ValueError(
+            f"{sde}: its log-SNR is {first} at t={eps} and {last} at t={sde.largest_time}, but it "
+            "must decrease. Data are at t=0, where alpha is large and sigma is small"
+        )
 
 
 @dataclasses.dataclass(frozen=True)

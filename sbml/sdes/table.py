@@ -35,7 +35,8 @@ class AlphaBarTable(SDE):
       alpha_bars: a_0 > a_1 > ... > a_{n-1} in (0, 1): any sequence of float64, stored as a tuple.
 
     Raises:
-      ValueError: for fewer than two levels, or numbers that are not in (0, 1) or not decreasing.
+      ValueError: for fewer than two levels, or numbers that are not in (0, 1) or not decreasing,
+        or if the last one is above 1/2.
     """
 
     alpha_bars: Sequence[float] | np.ndarray = dataclasses.field(metadata={"static": True})
@@ -55,7 +56,16 @@ class AlphaBarTable(SDE):
                 f"alpha_bars[{i}]={values[i]}, alpha_bars[{i + 1}]={values[i + 1]}: need "
                 "decreasing numbers, where level 0 has the least noise"
             )
+        if values[-1] > 0.5:
+            raise ValueError(
+                f"the last of alpha_bars is {values[-1]}, with more signal than noise: give the "
+                "cumulative product of the alphas, sqrt(alpha_bar) being the factor of the data"
+            )
         object.__setattr__(self, "alpha_bars", tuple(map(float, values)))
+
+    def __repr__(self) -> str:
+        first, last, n = self.alpha_bars[0], self.alpha_bars[-1], len(self.alpha_bars)
+        return f"AlphaBarTable({n} levels, alpha_bars {first} .. {last})"
 
     def step(self, t: Elementwise) -> Elementwise:
         """(n - 1) t, the index of the level at ``t``; the model's network takes it as its time."""

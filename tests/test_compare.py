@@ -100,3 +100,20 @@ def test_what_cannot_be_compared_is_refused(tmp_path):
     bound.write(PER_IMAGE, {"id": np.arange(50), "bound_uniform_bits_per_dim": HARDNESS})
     with pytest.raises(ValueError, match="no number in common: first has ode uniform; bound has"):
         comparison.compare([Run.read(first), Run.read(bound)])
+
+
+def test_settings_that_differ_are_shown_as_they_are_written(tmp_path):
+    runs = []
+    for name, fields in {
+        "one": {"shape": [8, 8, 1], "flip": False},
+        "other": {"flip": True},
+    }.items():
+        workdir = write(tmp_path / name, np.arange(50), HARDNESS)
+        content = workdir.read(EVALUATION)
+        content["config"] = {"data": fields, "seed": 0}
+        workdir.write(EVALUATION, content)
+        runs.append(Run.read(workdir))
+    assert comparison.differing(runs) == {
+        "data.shape": ["[8, 8, 1]", "–"],
+        "data.flip": ["false", "true"],
+    }

@@ -11,6 +11,7 @@ and of the random draws, but not the differences between trainings with differen
 """
 
 import dataclasses
+import json
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from functools import partial
@@ -149,8 +150,14 @@ def differing(runs: Sequence[Run]) -> dict[str, list[str]]:
     """The fields of the configs that are not equal in all runs: the value of each run, as text."""
     configs = [page.flat(run.evaluation["config"]) for run in runs]
     names = list(dict.fromkeys(name for config in configs for name in config))
-    rows = {name: [page.text(config.get(name)) for config in configs] for name in names}
+    rows = {name: [_setting(config, name) for config in configs] for name in names}
     return {name: row for name, row in rows.items() if len({*row}) > 1}
+
+
+def _setting(config: Mapping[str, Any], name: str) -> str:
+    """The value of the field ``name`` as text; a dash if the config has no such field."""
+    value = config.get(name, "–")
+    return value if isinstance(value, str) and value else json.dumps(value)
 
 
 def render(runs: Sequence[Run], numbers: Mapping[str, Any]) -> str:

@@ -2,6 +2,10 @@
 
 python -m sbml.main --config=configs/fashion_mnist_vp.py
 
+It trains for about an hour on two CPU cores and evaluates 512 test images in a quarter of an hour.
+By the ODE it reaches 2.975 bits/dim, 95% interval [2.902, 3.048], and by the bound 2.985.
+docs/samplers.md shows its samples.
+
 Without a download, it reads the files of Debian's package dataset-fashion-mnist with
 --config.data.manual_dir=/usr/share/datasets/fashion-mnist
 """

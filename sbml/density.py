@@ -30,7 +30,7 @@ from sbml.estimators import Reduction, Rows, Target, bound, rows
 from sbml.estimators import ode as ode_estimator
 from sbml.estimators.base import Estimator
 from sbml.ode import Solver
-from sbml.sdes import SDE
+from sbml.sdes import SDE, check_sde
 from sbml.types import Array, Batch, Example, Key, Keys, Score, check_function, check_key
 
 Examples = Num[np.ndarray, "n *s"]
@@ -79,8 +79,7 @@ class Density:
 
     def __post_init__(self) -> None:
         check_function(self.score, "score", "x", "t", "key")
-        if not isinstance(self.sde, SDE):
-            raise ValueError(f"sde={self.sde!r}: give an SDE, such as sbml.VP()")
+        check_sde(self.sde, SDE)
         bits.dims(self.shape)
         if self.levels is not None:
             bits.check_levels(self.levels)

@@ -41,7 +41,7 @@ import jax.numpy as jnp
 from jaxtyping import Float
 
 from sbml import pytrees
-from sbml.sdes import Kernel
+from sbml.sdes import Kernel, check_sde
 from sbml.types import Array, Example, Key, Scalar, check_example, check_function, of_shape
 
 Network = Callable[[Example, Scalar], Example]
@@ -151,8 +151,7 @@ def from_prediction(
         that cannot be called with ``x`` and ``t``, or an ``sde`` that is no instance of an SDE.
     """
     check_function(network, "network", "x", "t")
-    if not isinstance(sde, Kernel):
-        raise ValueError(f"sde={sde!r}: give an SDE, such as sbml.VP()")
+    check_sde(sde)
     if kind not in NOISE:
         raise ValueError(f"unknown prediction {kind!r}; choose from {', '.join(NOISE)}")
     if not 0 < data_std < math.inf:

@@ -163,7 +163,7 @@ def test_wrong_kinds_and_times_are_refused(case):
     sde, data, *_ = case
     arguments = {"noise": discrete.Categorical(LEVELS), "u": jnp.array([0.5])}
     pixels, key = jnp.array([K]), jax.random.key(0)
-    with pytest.raises(ValueError, match="pixels are float64: give integers"):
+    with pytest.raises(ValueError, match="pixels are float64: give an array of integers"):
         real = pixels.astype(float)
         discrete.elbo(data.score, sde, real, key, eps=1e-2, **arguments)
     with pytest.raises(ValueError, match="must lie in"):

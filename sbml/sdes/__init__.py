@@ -26,7 +26,7 @@ Reference: Song et al., "Score-Based Generative Modeling through SDEs", ICLR 202
 from importlib import import_module
 from pkgutil import iter_modules
 
-from sbml.sdes._kernel import SDE, Kernel
+from sbml.sdes._kernel import SDE, Kernel, check_sde
 from sbml.sdes.exploding import EDM, VE, LinearVE
 from sbml.sdes.interpolating import Cosine, RectifiedFlow
 from sbml.sdes.levels import Levels
@@ -51,6 +51,7 @@ __all__ = [
     "RectifiedFlow",
     "Schedule",
     "SubVP",
+    "check_sde",
 ]
 
 SDES: dict[str, type[SDE]] = {

@@ -128,6 +128,16 @@ class Kernel(abc.ABC):
         return eps
 
 
+def check_sde(sde: Any, kind: type[Kernel] = Kernel) -> None:
+    """Check that ``sde`` is an instance of ``kind``, and not the class itself.
+
+    Raises:
+      ValueError: if it is not; the message has it.
+    """
+    if not isinstance(sde, kind):
+        raise ValueError(f"sde={sde!r}: give an SDE, such as sbml.VP()")
+
+
 @dataclasses.dataclass(frozen=True)
 class SDE(Kernel):
     """A linear SDE whose scalar coefficients are derived from alpha and sigma.

@@ -128,7 +128,7 @@ class Kernel(abc.ABC):
         return eps
 
 
-def check_sde(sde: Any, kind: type[Kernel] = Kernel) -> None:
+def check_sde(sde: Any, kind: type = Kernel) -> None:
     """Check that ``sde`` is an instance of ``kind``, and not the class itself.
 
     Raises:

@@ -11,6 +11,7 @@ compared leaf by leaf with those of the network that the options describe.
 """
 
 import contextlib
+import functools
 import itertools
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -68,11 +69,16 @@ def read_options(
 
 def _parameters(fields: Mapping[str, Any], height: int, channels: int) -> Tree:
     """Shapes of the parameters of the network with these ``fields``."""
+    options = (
+        (name, tuple(value) if isinstance(value, list) else value) for name, value in fields.items()
+    )
+    return _shapes(tuple(options), height, channels)
+
+
+@functools.lru_cache(maxsize=64)  # The parameters and their average ask for the same networks.
+def _shapes(options: tuple[tuple[str, Any], ...], height: int, channels: int) -> Tree:
     x = jnp.zeros((1, height, height, channels))
-    options: dict[str, Any] = {
-        name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()
-    }
-    model = Model(**options)
+    model = Model(**dict(options))
     init = jax.eval_shape(
         lambda key: model.init(key, x, jnp.ones(1), train=False), jax.random.key(0)
     )

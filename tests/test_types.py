@@ -14,7 +14,7 @@ import shapes
 from sbml import bits, divergence, likelihood, losses, times
 from sbml.divergence import Trace
 from sbml.sdes import SDES, MonotoneGamma
-from sbml.types import Array, Example, Key, Keys, batch_score, of_shape, predictor
+from sbml.types import Array, Example, Key, Keys, batch_score, check_function, of_shape, predictor
 
 VP, KEY, T = SDES["vp"](), jax.random.key(0), jnp.asarray(0.5)
 
@@ -167,3 +167,26 @@ def test_fields_and_directions_of_another_shape_are_refused() -> None:
     for wrong in (vs[0], vs[:, None], vs[:, :2], vs[0, 0]):
         with pytest.raises(ValueError, match="directions of shape .* for x of shape"):
             divergence.hutchinson(jnp.sin, x, wrong)
+
+
+@pytest.mark.parametrize(
+    "f",
+    [lambda x, t: x, lambda x, t, key=None: x, lambda *arguments: 0, jax.jit(jnp.multiply), max],
+)
+def test_what_can_be_called_is_accepted(f) -> None:
+    """``max`` has no signature that Python knows."""
+    check_function(f, "network", "x", "t")
+
+
+@pytest.mark.parametrize(
+    ("f", "reason"),
+    [
+        (lambda x: x, "too many positional arguments"),
+        (lambda x, t, key: x, "missing a required argument: 'key'"),
+        (lambda x, *, t: x, "too many positional arguments"),
+        (3, "network=3: give a function that is called as"),
+    ],
+)
+def test_what_cannot_be_called_is_refused(f, reason: str) -> None:
+    with pytest.raises(ValueError, match=rf"{reason}|called as network\(x, t\): {reason}"):
+        check_function(f, "network", "x", "t")

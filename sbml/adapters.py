@@ -33,7 +33,6 @@ A function that is no Flax network becomes a score by ``from_prediction`` (``sbm
 """
 
 import dataclasses
-import math
 from typing import Any
 
 import flax.linen as nn
@@ -41,7 +40,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Float, Integer
 
-from sbml import compiler, integers
+from sbml import compiler, integers, scalars
 from sbml.predictions import NOISE
 from sbml.predictions import from_prediction as from_prediction
 from sbml.sdes import SDE, Kernel
@@ -110,8 +109,7 @@ class Adapter:
             )
         if self.label not in LABELS:
             raise ValueError(f"unknown time label {self.label!r}; choose from {LABELS}")
-        if not 0 < self.data_std < math.inf:
-            raise ValueError(f"data_std={self.data_std}: must be positive and finite")
+        scalars.check_positive(self.data_std, "data_std", finite=True)
         if self.parameterization == LEVELS:
             if self.levels < 2 or self.data not in integers.DATA:
                 raise ValueError(

@@ -34,13 +34,12 @@ Karras et al. 2022 (EDM).
 """
 
 import dataclasses
-import math
 from collections.abc import Callable, Sequence
 
 import jax.numpy as jnp
 from jaxtyping import Float
 
-from sbml import pytrees
+from sbml import pytrees, scalars
 from sbml.sdes import Kernel, check_sde
 from sbml.types import Array, Example, Key, Scalar, check_example, check_function, of_shape
 
@@ -154,7 +153,6 @@ def from_prediction(
     check_sde(sde)
     if kind not in NOISE:
         raise ValueError(f"unknown prediction {kind!r}; choose from {', '.join(NOISE)}")
-    if not 0 < data_std < math.inf:
-        raise ValueError(f"data_std={data_std}: must be positive and finite")
+    scalars.check_positive(data_std, "data_std", finite=True)
     one = (lambda x, t: network(x[None], jnp.asarray(t)[None])[0]) if batched else network
     return (PairScore if kind in DENOISED else PredictionScore)(one, kind, sde, data_std)

@@ -18,12 +18,11 @@ Reference: Song et al., "Score-Based Generative Modeling through SDEs", ICLR 202
 """
 
 import dataclasses
-import math
 
 import jax
 import jax.numpy as jnp
 
-from sbml.scalars import check_count
+from sbml.scalars import check_count, check_positive
 from sbml.sdes import SDE
 from sbml.types import Example, Key, Scalar, Score, deterministic
 
@@ -57,8 +56,7 @@ class Langevin:
 
     def __post_init__(self) -> None:
         check_count(self.steps, "steps")
-        if not 0 < self.snr < math.inf:
-            raise ValueError(f"snr={self.snr}: must be positive and finite")
+        check_positive(self.snr, "snr", finite=True)
 
     @property
     def nfe(self) -> int:

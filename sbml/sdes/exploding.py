@@ -99,8 +99,7 @@ class LinearVE(_Exploding):
     """
 
     def __post_init__(self) -> None:
-        if not scalars.is_traced(self.sigma_max) and not 0 < self.sigma_max < math.inf:
-            raise ValueError(f"sigma_max={self.sigma_max}: need a finite number above 0")
+        scalars.check_positive(self.sigma_max, "sigma_max", finite=True)
 
     def diffusion(self, t: Elementwise) -> Elementwise:
         return self.sigma_max * jnp.sqrt(2 * t)

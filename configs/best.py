@@ -11,7 +11,7 @@ python -m sbml.main --config=configs/best.py:cifar10
 None of them was run, and no figure is promised. The recipe was measured on 8x8 digits only
 (benchmarks/README.md): an integer denoiser with log-SNR labels and the draws of this package. It is
 trained on bin centres here, so that its own decoder gives a bound of the same kind as VDM's. On the
-digits, Fourier features lose .02 bits/dim; VDM's networks have them for 256 levels. Network, batch,
+digits, Fourier features lose .03 bits/dim; VDM's networks have them for 256 levels. Network, batch,
 optimizer and steps of cifar10 and imagenet32 are those of the published code of "Variational
 Diffusion Models" (Kingma et al. 2021); a batch of 128 is 64 images, each with a noise and its
 opposite. Those of fashion_mnist are the paper's for CIFAR-10, with fewer steps.

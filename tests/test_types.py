@@ -188,5 +188,5 @@ def test_what_can_be_called_is_accepted(f) -> None:
     ],
 )
 def test_what_cannot_be_called_is_refused(f, reason: str) -> None:
-    with pytest.raises(ValueError, match=rf"{reason}|called as network\(x, t\): {reason}"):
+    with pytest.raises(ValueError, match=reason):
         check_function(f, "network", "x", "t")

@@ -251,7 +251,7 @@ class Density:
         return data, self.levels
 
     def _check_shape(self, data: np.ndarray) -> None:
-        if data.ndim != 1 + len(self.shape) or data.shape[1:] != self.shape or not len(data):
+        if data.ndim == 0 or data.shape[1:] != self.shape or not len(data):
             expected = "".join(f", {size}" for size in self.shape)
             raise ValueError(f"data of shape {data.shape}: give (n{expected}) with n at least 1")
 

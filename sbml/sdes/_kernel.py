@@ -156,7 +156,7 @@ class SDE(Kernel):
             there to ``largest_time``.
         """
         super().check_time(eps, name)
-        if all(isinstance(leaf, float | int) for leaf in [eps, *jax.tree.leaves(self)]):
+        if _are_numbers(eps, self):
             _check_decrease(self, float(eps), jnp.result_type(float))
         return eps
 
@@ -176,7 +176,7 @@ class SDE(Kernel):
     @property
     def largest_time(self) -> Number:
         """T, or the time at which alpha / sigma is 1e-3 if alpha(T) = 0."""
-        if all(isinstance(leaf, float | int) for leaf in jax.tree.leaves(self)):
+        if _are_numbers(self):
             return _cached_largest_time(self, jnp.result_type(float))
         return _largest_time(self)
 
@@ -245,6 +245,11 @@ class SDE(Kernel):
         return self.std(jnp.asarray(t, float))
 
 
+def _are_numbers(*trees: Any) -> bool:
+    """Whether all leaves are Python's numbers, so that a result can be computed once and kept."""
+    return all(isinstance(leaf, float | int) for leaf in jax.tree.leaves(trees))
+
+
 def _largest_time(sde: SDE) -> Number:
     def end() -> Array:
         last, least = (jnp.asarray(a, float) for a in (sde.T, LEAST_LOG_SNR))
@@ -261,6 +266,11 @@ def _cached_largest_time(sde: SDE, dtype: jnp.dtype) -> float:
 
 @functools.lru_cache(maxsize=256)
 def _check_decrease(sde: SDE, eps: float, dtype: jnp.dtype) -> None:
+    """Check once for each precision ``dtype`` that the log-SNR decreases from ``eps`` on.
+
+    Raises:
+      ValueError: if it does not.
+    """
     with jax.ensure_compile_time_eval():
         first, last = (float(sde.log_snr(jnp.asarray(t, dtype))) for t in (eps, sde.largest_time))
     if not first > last:

@@ -99,7 +99,8 @@ class LinearVE(_Exploding):
     """
 
     def __post_init__(self) -> None:
-        scalars.check_positive(self.sigma_max, "sigma_max", finite=True)
+        if not scalars.is_traced(self.sigma_max) and not 0 < self.sigma_max < math.inf:
+            raise ValueError(f"sigma_max={self.sigma_max}: need a finite number above 0")
 
     def diffusion(self, t: Elementwise) -> Elementwise:
         return self.sigma_max * jnp.sqrt(2 * t)

@@ -9,7 +9,7 @@ import pathlib
 import pkgutil
 import runpy
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import jax
@@ -55,7 +55,13 @@ def parse(arguments: list[str]) -> list[str]:
     earlier = {i for i, name in given if last.get(name, i) != i}
     arguments = [a for i, a in enumerate(arguments) if i not in earlier]
     workdir = _value(arguments, "workdir")
-    if workdir and not _value(arguments, "config") and Workdir(workdir).has(Training.folder):
+    chosen = set(_value(arguments, "mode").split(",")).intersection(MODES)
+    if (
+        workdir
+        and not _value(arguments, "config")
+        and Workdir(workdir).has(Training.folder)
+        and "config" not in ignored(chosen)
+    ):
         # absl knows the fields of a config only after it has read it, so this argument comes first.
         arguments.insert(1, f"--config={stored.__file__}:{workdir}")
     try:
@@ -122,6 +128,12 @@ def module_of(mode: str) -> Any:
     return importlib.import_module(f"{modes.__name__}.{mode}")
 
 
+def ignored(chosen: Collection[str]) -> set[str]:
+    """The flags that all of the modes in ``chosen`` ignore; none if there are no modes."""
+    each = [set(getattr(module_of(mode), "IGNORES", ())) for mode in chosen]
+    return set.intersection(*each) if each else set()
+
+
 def check_flags(arguments: Sequence[str]) -> None:
     """Refuse flags that would be ignored, and those that name nothing.
 
@@ -163,6 +175,11 @@ def check_modes(chosen: Sequence[str]) -> None:
     for flag, mode in ((SOURCE, "convert"), (RUNS, "compare")):
         if flag.value is not None and flag.name not in taken:
             raise app.UsageError(f"--{flag.name} is for --mode={mode}, not for {', '.join(chosen)}")
+    for flag in (CONFIG, WORKDIR, COORDINATOR):
+        if flag.value is not None and flag.name in ignored(chosen):
+            raise app.UsageError(
+                f"--mode={','.join(chosen)} does not use --{flag.name}: leave it out"
+            )
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -179,7 +196,7 @@ def _main(arguments: Sequence[str]) -> None:
     check_flags(arguments)
     if MODE.value:
         check_modes(MODE.value)
-        if not any(getattr(module_of(mode), "NEEDS_CONFIG", True) for mode in MODE.value):
+        if "config" in ignored(MODE.value):
             for mode in MODE.value:
                 module = module_of(mode)
                 module.run(None, WORKDIR.value, **_flags_of(module))

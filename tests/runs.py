@@ -97,7 +97,8 @@ def python(code, *arguments, devices=1):
 
 def start(workdir, *flags, devices=1, env=(), config="tests/tiny.py"):
     """``python -m sbml.main`` in the background, on ``devices`` fake devices."""
-    arguments = [f"--workdir={workdir}", *([f"--config={config}"] if config else []), *flags]
+    given = {"workdir": workdir, "config": config}
+    arguments = [*(f"--{name}={value}" for name, value in given.items() if value), *flags]
     environment = {**_environment(devices), **dict(env)}
     if set(dict(env)) <= {"XLA_FLAGS"}:
         return Copy(_program, arguments, environment)

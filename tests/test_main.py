@@ -65,7 +65,7 @@ def test_fields_that_a_checkpoint_lacks_have_their_defaults_and_unknown_ones_are
     config = Config.read(stored.get_config("run"))
     assert config == dataclasses.replace(expected, eval=default)
     trained["eval"]["later"] = 1
-    with pytest.raises(ValueError, match=r"has a field config\.eval\.later.*update sbml"):
+    with pytest.raises(ValueError, match=r"has a field config\.eval\.later.*install the version"):
         stored.get_config("run")
     monkeypatch.setattr(Checkpoints, "metadata", lambda self: None)
     with pytest.raises(ValueError, match=r"no checkpoint in .*: give --config"):
@@ -138,6 +138,18 @@ def refusal(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., str]]:
         (
             ("--mode=compare", "--runs=a,b", "--source=c"),
             "UsageError: --source is for --mode=convert, not for compare",
+        ),
+        (
+            (CONFIG, "--mode=verify"),
+            "UsageError: --mode=verify does not use --config: leave it out",
+        ),
+        (
+            ("--mode=verify", "--workdir=runs/a"),
+            "UsageError: --mode=verify does not use --workdir: leave it out",
+        ),
+        (
+            ("--mode=compare", "--runs=a,b", "--coordinator=auto"),
+            "UsageError: --mode=compare does not use --coordinator: leave it out",
         ),
         ((CONFIG, "--coordinator=foo"), "several processes want all three, with ids from 0 to"),
         (

@@ -41,7 +41,7 @@ def _update(node: ConfigDict, values: dict[str, Any], name: str) -> None:
         if field not in node:
             raise ValueError(
                 f"the checkpoint has a field {name}.{field}, which this version of sbml does not "
-                "have: update sbml, or give --config"
+                "have: install the version that wrote the checkpoint, or give --config"
             )
         if isinstance(value, dict):
             _update(node[field], value, f"{name}.{field}")

@@ -10,7 +10,7 @@ from sbml.report import comparison
 from sbml.report.comparison import Run
 from sbml.runtime.workdir import Workdir
 
-NEEDS_CONFIG = False
+IGNORES = ("config", "coordinator")
 FLAGS = ("runs",)
 
 

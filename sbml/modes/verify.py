@@ -6,7 +6,7 @@ from typing import Any
 from sbml.runtime.versions import versions
 from sbml.verify.checks import checks, on_cpu, table
 
-NEEDS_CONFIG = False
+IGNORES = ("config", "workdir", "coordinator")
 
 
 def run(config: Any = None, workdir: Any = None) -> None:

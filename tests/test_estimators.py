@@ -36,10 +36,10 @@ def model_of(name):
     return dequantizers.get(name)(**fields)
 
 
-def bits_per_dim(estimator, model, u, given):
+def bits_per_dim(estimator, model, u, method):
     """The sum of the terms that the estimator names."""
     target = Target(SDE, EPS, LEVELS, model)
-    columns = estimators.rows(estimator, target, SCORE, {}, ROWS, u, given)
+    columns = estimators.rows(estimator, target, SCORE, {}, ROWS, u, method)
     columns["scale"] = bits.nats_to_bits(estimator.scale_nats(target, SHAPE), SHAPE)
     return sum(np.asarray(columns[term]) for term in estimator.terms)
 

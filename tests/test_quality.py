@@ -9,7 +9,7 @@ import tiny
 from ml_collections import ConfigDict
 
 from sbml import data, distances
-from sbml.evaluation.quality import memory
+from sbml.evaluation.quality import memorisation
 from sbml.features import digits_classifier
 from sbml.modes import quality, stats
 from sbml.report import summary
@@ -92,7 +92,7 @@ def test_held_out_images_are_of_all_the_split(monkeypatch: pytest.MonkeyPatch) -
     queries = []
     nearest = distances.nearest
     monkeypatch.setattr(distances, "nearest", lambda x, y: queries.append(x) or nearest(x, y))
-    memory(test.images[:5], train, test, flip=False)
+    memorisation(test.images[:5], train, test, flip=False)
     np.testing.assert_array_equal(queries[1][[0, -1]], test.images[[0, -1]])
     assert len(queries[1]) == 100
 

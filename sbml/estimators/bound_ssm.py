@@ -42,11 +42,11 @@ class Estimator(dsm.Estimator):
         data: Data,
         key: Key,
         u: Any,
-        given: Reduction,
+        method: Reduction,
         target: Target,
     ) -> tuple[dict[str, Scalar], Count]:
         u_key, key = jax.random.split(key)
         x, log_q = target.sample(params, data, u_key)
-        draws: dict[str, Any] = {"eps": target.eps, "u": u, "reduction": given}
+        draws: dict[str, Any] = {"eps": target.eps, "u": u, "reduction": method}
         terms = bound.elbo(score, target.sde, x, key, trace=self.trace, **draws)
         return {**terms._asdict(), "dequantization": log_q}, u.size + 1

@@ -146,7 +146,7 @@ class CellRun:
         self, parts: Parts, missing: np.ndarray, total: int, sweep: int, solver: Solver
     ) -> None:
         label = f"{self.cell.name}" + (f" sweep {sweep + 1}" if sweep else "")
-        points = self._lattice(sweep) if self.cell.is_bound else None
+        points = self._points(sweep) if self.cell.is_bound else None
         bar = progress.bar(label, "image", total, total - len(missing), leave=sweep == 0)
         preemption = Preemption()
         with bar:
@@ -162,7 +162,7 @@ class CellRun:
                 preemption.leave_if_requested("the images so far are stored")
         sharding.barrier("evaluated")
 
-    def _lattice(self, sweep: int) -> np.ndarray:
+    def _points(self, sweep: int) -> np.ndarray:
         """The points u in [0, 1) ``(images, n_times)`` that give the times of one sweep."""
         key = jax.random.fold_in(jax.random.key(self.config.seed), len(self.shared.images))
         draw = times.DRAWS[self.config.times]

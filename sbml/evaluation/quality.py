@@ -108,19 +108,19 @@ def _nearest(x: np.ndarray, train: ImageSet, flip: bool) -> tuple[np.ndarray, np
     return neighbours, distance / (train.levels - 1)
 
 
-def memory(
-    drawn: np.ndarray, train: ImageSet, test: ImageSet, flip: bool
+def memorisation(
+    samples: np.ndarray, train: ImageSet, test: ImageSet, flip: bool
 ) -> tuple[dict[str, float], np.ndarray]:
-    """How near the samples ``drawn (n, h, w, c)`` are to the training images.
+    """How near ``samples (n, h, w, c)`` are to the training images.
 
     Returns:
       The median distance to the nearest training image, of the samples and of test images, by name;
       and the first ``SHOWN`` samples followed by their nearest training images.
     """
-    neighbours, distance = _nearest(drawn, train, flip)
-    test_images = test.images[spread(len(test), max(len(drawn), 100))]
+    neighbours, distance = _nearest(samples, train, flip)
+    test_images = test.images[spread(len(test), max(len(samples), 100))]
     _, test_distance = _nearest(test_images, train, flip)
-    rows = np.concatenate([drawn[:SHOWN], neighbours[:SHOWN]])
+    rows = np.concatenate([samples[:SHOWN], neighbours[:SHOWN]])
     values = {
         "nearest training image, median root mean square distance of samples": float(
             np.median(distance)

@@ -9,7 +9,7 @@ from ml_collections import ConfigDict
 from sbml import distances, report
 from sbml.distances import Moments
 from sbml.evaluation import samples
-from sbml.evaluation.quality import extractor, features_of, memory, reference
+from sbml.evaluation.quality import extractor, features_of, memorisation, reference
 from sbml.experiment.build import Experiment
 from sbml.report import summary
 from sbml.runtime.trees import tree_crc32
@@ -52,7 +52,7 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
         f"{kernel} n={n}": distances.kernel(features, training.features),
         f"{score} n={n}": distances.inception_score(probabilities),
     }
-    distances_to_training, rows = memory(content["images"], train, test, config.data.flip)
+    distances_to_training, rows = memorisation(content["images"], train, test, config.data.flip)
     if jax.process_index() > 0:
         return
     values |= distances_to_training

@@ -13,22 +13,22 @@ from jax.experimental import multihost_utils
 Tree = Mapping[str, Any]
 
 
-def differences(found: Tree, expected: Tree) -> list[str]:
+def differences(actual: Tree, expected: Tree) -> list[str]:
     """One line for each leaf in which two nested dictionaries of arrays differ; [] if they agree.
 
     Names and shapes are compared; the leaves may be ``jax.ShapeDtypeStruct``.
     """
-    right, actual = (
+    right, found = (
         {path: np.shape(leaf) for path, leaf in flatten_dict(dict(tree), sep="/").items()}
-        for tree in (expected, found)
+        for tree in (expected, actual)
     )
     return (
-        [f"missing: {path} {right[path]}" for path in sorted(set(right) - set(actual))]
-        + [f"extra: {path} {actual[path]}" for path in sorted(set(actual) - set(right))]
+        [f"missing: {path} {right[path]}" for path in sorted(set(right) - set(found))]
+        + [f"extra: {path} {found[path]}" for path in sorted(set(found) - set(right))]
         + [
-            f"misshapen: {path} is {actual[path]}, should be {right[path]}"
-            for path in sorted(set(right) & set(actual))
-            if right[path] != actual[path]
+            f"misshapen: {path} is {found[path]}, should be {right[path]}"
+            for path in sorted(set(right) & set(found))
+            if right[path] != found[path]
         ]
     )
 

@@ -1,9 +1,12 @@
 """Files with checksums: reading returns what was written, or the error names the file."""
 
 import json
+import subprocess
+import sys
 
 import numpy as np
 import pytest
+from tensorboardX.proto.event_pb2 import Event
 
 from sbml.data import _cache
 from sbml.runtime import files, metrics
@@ -114,6 +117,43 @@ def test_a_damaged_line_of_metrics_is_left_out_alone(tmp_path, caplog):
     assert [row["step"] for row in metrics.read(tmp_path)] == [1, 3, 4, 5]
     assert metrics.read(tmp_path)[-1]["loss"] == 0.3
     assert (tmp_path / "metrics.jsonl.damaged").read_text() == lines[1]
+
+
+FULL_DISK = """
+import resource, signal, sys
+from sbml.runtime import metrics
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # A file that grows too large is an OSError.
+most, free = 8000, resource.RLIM_INFINITY
+writer, failed = metrics.MetricsWriter(sys.argv[1], 0), []
+for step in range(1, 121):
+    resource.setrlimit(resource.RLIMIT_FSIZE, (free if step == 120 else most, free))
+    try:
+        writer.scalars(step, {name: float(step) for name in ("loss", "a", "b", "seconds")})
+    except OSError as error:
+        failed.append(str(error))
+writer.close()
+assert len(failed) > 20 and any("tensorboard cannot be written" in text for text in failed)
+"""
+
+
+def event_steps(content):
+    """The steps of the events in a file of TensorBoard, up to the first that is cut off."""
+    while len(content) >= 8:
+        size = int.from_bytes(content[:8], "little")  # between it and the event is a checksum
+        if len(content) < 16 + size:
+            return
+        yield Event.FromString(content[12 : 12 + size]).step
+        content = content[16 + size :]
+
+
+def test_metrics_that_found_no_room_are_written_once_there_is_room(tmp_path):
+    command = [sys.executable, "-c", FULL_DISK, str(tmp_path)]
+    subprocess.run(command, check=True, timeout=120)
+    assert [row["step"] for row in metrics.read(tmp_path)] == list(range(1, 121))
+    files = sorted((tmp_path / "tensorboard").iterdir(), key=lambda path: int(path.suffix[1:]))
+    assert len(files) > 1
+    steps = [step for path in files for step in event_steps(path.read_bytes())]
+    assert 1 in steps and steps[-1] == 120
 
 
 def test_images_are_prepared_again_if_their_files_are_damaged(tmp_path, caplog):

@@ -148,6 +148,7 @@ class _Trainer:
         )
         self.gather = jax.jit(lambda tree: tree, out_shardings=whole)
         self.saved = self.start
+        self.logged = self.start  # step of the last row of metrics
         self.unwritten = 0  # number of files that could not be written
         remaining = max(0, training.num_steps - self.start)
         if remaining % training.steps_per_dispatch:
@@ -242,6 +243,7 @@ class _Trainer:
         is the speed in images/s."""
         loss, norm = np.mean(np.asarray(rows), axis=0)
         rate = len(rows) * self.training.batch_size / self.task.repeats / seconds
+        self.logged = step
         if self.writer:
             total = self.writer.seconds + seconds
             with self._tolerate_disk_errors(step):
@@ -255,6 +257,12 @@ class _Trainer:
                     },
                 )
         return rate
+
+    def close(self) -> None:
+        """Write the metrics that are not written yet."""
+        if self.writer:
+            with self._tolerate_disk_errors(self.logged):
+                self.writer.close()
 
     @contextlib.contextmanager
     def _tolerate_disk_errors(self, step: int) -> Iterator[None]:
@@ -297,8 +305,7 @@ def run(task: Task, checkpoints: Checkpoints) -> None:
             try:
                 done = _loop(trainer, preemption)
             finally:
-                if trainer.writer:
-                    trainer.writer.close()
+                trainer.close()
         # A signal during the last save also ends the process, before its next mode begins.
         preemption.leave_if_requested(f"step {done} is saved")
 

@@ -8,6 +8,7 @@ from absl import logging
 from etils import epath
 
 from sbml.runtime.files import with_crc32, without_crc32, write_whole
+from sbml.runtime.tensorboard import Board
 
 FILE = "metrics.jsonl"
 
@@ -48,10 +49,6 @@ class MetricsWriter:
     """
 
     def __init__(self, workdir: epath.PathLike, start: int) -> None:
-        # Imported here because it imports torch if that is installed, which takes seconds that
-        # programs which only read metrics should not spend.
-        from tensorboardX import SummaryWriter
-
         self._path = epath.Path(workdir) / FILE
         self._path.parent.mkdir(parents=True, exist_ok=True)
         rows, damaged = _parse(self._path)
@@ -60,13 +57,16 @@ class MetricsWriter:
             before = aside.read_text() if aside.exists() else ""
             aside.write_text(before + "\n".join(damaged) + "\n")
         self._rows = [row for row in rows if row["step"] <= start]
+        self._incomplete = False  # whether the file may lack rows, or end in a part of one
         self._rewrite()
         where = str(epath.Path(workdir) / "tensorboard")
         store, remote, _ = where.partition("://")
         # tensorboardX would treat the address of another store as the name of a local folder.
-        if not (supported := not remote or store in ("gs", "s3")):
+        self._board: Board | None = None
+        if not remote or store in ("gs", "s3"):
+            self._board = Board(where, start + 1)
+        else:
             logging.warning("tensorboard cannot write to %s: see %s", where, self._path)
-        self._board = SummaryWriter(where, purge_step=start + 1, write_to_disk=supported)
 
     @property
     def seconds(self) -> float:
@@ -74,23 +74,35 @@ class MetricsWriter:
         return self._rows[-1]["seconds"] if self._rows else 0.0
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
-        """Append the row of one step."""
+        """Append the row of one step. Rows that could not be written before are written with it.
+
+        Raises:
+          OSError: a file could not be written.
+        """
         self._rows.append({"step": step, **values})
-        if "://" in str(self._path):  # Object stores cannot append.
+        if self._incomplete or "://" in str(self._path):  # Object stores cannot append.
             self._rewrite()
         else:
+            self._incomplete = True  # The line may be cut off.
             with open(self._path, "a") as file:
                 file.write(_line(self._rows[-1]))
-        for name, value in values.items():
-            self._board.add_scalar(name, value, step)
+            self._incomplete = False
+        if self._board:
+            self._board.scalars(step, values)
 
     def _rewrite(self) -> None:
+        self._incomplete = True
         write_whole(self._path, "".join(map(_line, self._rows)).encode())
+        self._incomplete = False
 
     def image(self, step: int, name: str, image: np.ndarray) -> None:
-        """Write an image ``(h, w, c)`` of uint8 to tensorboard."""
-        self._board.add_image(name, image, step, dataformats="HWC")
+        """Write an image ``(h, w, c)`` of uint8 to tensorboard; raises OSError if this fails."""
+        if self._board:
+            self._board.image(step, name, image)
 
     def close(self) -> None:
-        """Write what is buffered and close the files."""
-        self._board.close()
+        """Write what is buffered or was not written before; raises OSError if this fails."""
+        if self._incomplete:
+            self._rewrite()
+        if self._board:
+            self._board.close()

@@ -283,9 +283,7 @@ class Density:
                 lambda ids: self._rows(estimator, target, data, ids, sweep, solver), ids
             )
 
-        gap = estimate.solver_error(table, subset, self.solver, terms)
-        if len(data) == 1:  # The error of the mean is that of the only example, which is known.
-            gap = gap._replace(stderr=0.0, ci95=0.0)
+        gap = estimate.solver_error(table, ids, subset, self.solver, terms)
         budget = self.budget * dims
         return estimate.ode_estimate(table, ids, subset, self.solver, terms, unit, gap, budget)
 

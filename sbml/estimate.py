@@ -129,13 +129,21 @@ def reference(solver: Solver) -> Solver:
     return Solver(rtol=min(strict.rtol, STRICT), atol=min(strict.atol, STRICT))
 
 
-def solver_error(rows: Rows, subset: Ids, solver: Solver, terms: Sequence[str]) -> Interval:
+def solver_error(
+    rows: Rows,
+    ids: Ids,
+    subset: Integer[np.ndarray, " m"],
+    solver: Solver,
+    terms: Sequence[str],
+) -> Interval:
     """The mean over ``subset`` of the values by ``solver`` minus those by its :func:`reference`.
 
-    Both use the draws of sweep 0. The interval is in the unit of the terms.
+    Both use the draws of sweep 0. The interval is in the unit of the terms. It is for the mean over
+    more examples than ``subset``, so it has no width if ``ids`` has one example only.
     """
     values, exact = (total(rows(subset, 0, s), terms) for s in (solver, reference(solver)))
-    return intervals.mean_interval(values - exact)
+    gap = intervals.mean_interval(values - exact)
+    return gap._replace(stderr=0.0, ci95=0.0) if len(ids) == 1 else gap
 
 
 def ode_estimate(

@@ -9,12 +9,13 @@ import pathlib
 import pkgutil
 import runpy
 import sys
+import traceback
 from collections.abc import Collection, Sequence
 from typing import Any
 
 import jax
 from absl import app, flags, logging
-from ml_collections import config_flags
+from ml_collections import ConfigDict, config_flags
 
 from sbml import compiler, modes
 from sbml.experiment import architecture, catalogue, stored
@@ -56,6 +57,8 @@ def parse(arguments: list[str]) -> list[str]:
     arguments = [a for i, a in enumerate(arguments) if i not in earlier]
     workdir = _value(arguments, "workdir")
     chosen = set(_value(arguments, "mode").split(",")).intersection(MODES)
+    if {"--config=", "-config="}.intersection(arguments):
+        sys.exit("--config= names no config: give one, or leave the flag out")
     if (
         workdir
         and not _value(arguments, "config")
@@ -68,26 +71,44 @@ def parse(arguments: list[str]) -> list[str]:
         _locate_configs(arguments)
     except ValueError as error:
         sys.exit(str(error))
-    check_config_file(_value(arguments, "config"))
+    file = _value(arguments, "config")
+    check_config_file(file)
+    config = load_config(file) if file else None
     try:
         return app.parse_flags_with_usage(arguments)
-    except ValueError as error:  # Raised by the function of the config file.
-        if (line := refusals.line(error)) is None:
-            raise
-        sys.exit(line)
     except (AttributeError, KeyError):
-        path, _, argument = _value(arguments, "config").partition(":")
-        try:
-            get_config = runpy.run_path(path).get("get_config")
-            if get_config is None:
-                raise ValueError(
-                    f"--config={path} has no function get_config(): begin with a copy of a file of "
-                    "configs/"
-                )
-            check_overrides(get_config(argument) if argument else get_config(), arguments)
-        except ValueError as error:
-            sys.exit(str(error))
+        if config is not None:
+            try:
+                check_overrides(config, arguments)
+            except ValueError as error:
+                sys.exit(str(error))
         raise
+
+
+def load_config(file: str) -> ConfigDict:
+    """What the function of the config ``file`` returns; leave with one line if it does not work.
+
+    absl loads the file as well, but shows the errors of the file with its own traceback.
+    """
+    path, _, argument = file.partition(":")
+    try:
+        get_config = runpy.run_path(path).get("get_config")
+        if get_config is None:
+            sys.exit(
+                f"--config={path} has no function get_config(): begin with a copy of a file of "
+                "configs/"
+            )
+        config = get_config(argument) if argument else get_config()
+    except Exception as error:
+        lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == path]
+        place = f"--config={path}, line {lines[-1]}: " if lines else f"--config={path}: "
+        sys.exit(refusals.line(error) or f"{place}{type(error).__name__}: {error}")
+    if not isinstance(config, ConfigDict):
+        sys.exit(
+            f"--config={path}: get_config() returned {type(config).__name__}; return a ConfigDict, "
+            "as the files of configs/ do"
+        )
+    return config
 
 
 def _value(arguments: list[str], flag: str) -> str:

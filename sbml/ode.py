@@ -283,7 +283,17 @@ def _slope(u: Array, solver: Solver) -> Array:
 
 def _in_u(field: Field, solver: Solver) -> Callable[..., Array]:
     """dy/du, with the arguments that diffrax passes."""
-    return lambda u, y, args: _slope(u, solver) * field(u**solver.power, y)
+
+    def rate(u: Array, y: Array, args: Any) -> Array:
+        slope = field(u**solver.power, y)
+        if jnp.shape(slope) != y.shape:
+            raise ValueError(
+                f"the field returned shape {jnp.shape(slope)} for y of shape {y.shape}: dy/dt has "
+                "the shape of y"
+            )
+        return _slope(u, solver) * slope
+
+    return rate
 
 
 def _method(solver: Solver) -> tuple[diffrax.AbstractSolver, int, int]:

@@ -333,6 +333,15 @@ def test_a_checkpoint_is_read_with_the_smallest_time_it_was_trained_with() -> No
     check_score(build.Experiment(config).config, earlier)
 
 
+def test_a_checkpoint_with_other_bins_of_times_is_named_by_the_field() -> None:
+    config = tiny.get_config()
+    experiment = build.Experiment(config)
+    metadata = experiment.provenance(experiment.images("train"))
+    config.training.proposal_bins = 16
+    with pytest.raises(ValueError, match=r"^training\.proposal_bins is 16, the checkpoint's is 32"):
+        check_score(build.Experiment(config).config, metadata)
+
+
 def test_every_mode_is_there_to_be_called() -> None:
     assert {"train", "eval", "sample", "verify"} < set(main.MODES)
     for mode in main.MODES:

@@ -43,7 +43,7 @@ def test_errors_of_either_sign_do_not_pass_for_none(size, converged):
     def rows(ids, sweep, how):
         return {"prior": size * signs * (how == solver)}
 
-    gap = estimate.solver_error(rows, np.arange(4), solver, ("prior",))
+    gap = estimate.solver_error(rows, np.arange(4), np.arange(4), solver, ("prior",))
     assert gap.mean == 0 and gap.ci95 == pytest.approx(3.182446 * size / np.sqrt(3))
     assert estimate.within(gap, 1e-3) == converged
 
@@ -64,9 +64,14 @@ def test_noise_of_a_solved_cell_is_that_of_a_second_draw_of_some(trained, tmp_pa
     assert result.this_set.stderr == pytest.approx(np.sqrt(variance / 40), rel=1e-5)
 
 
+def test_one_image_has_a_known_error_of_the_solver(trained, tmp_path):
+    result = cell_run(trained, tmp_path, ODE, max_images=1).finish()
+    assert len(result.values) == 1 and result.solver_error.ci95 == 0 and result.converged
+
+
 def test_sweeps_draw_times_of_their_own(trained, tmp_path):
     run = cell_run(trained, tmp_path, BOUND)
-    assert not np.isin(run._lattice(0), run._lattice(1)).any()
+    assert not np.isin(run._points(0), run._points(1)).any()
 
 
 def test_target_se_sweeps_until_it_is_reached(trained, tmp_path):

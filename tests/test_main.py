@@ -116,6 +116,7 @@ def refusal(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., str]]:
     ("arguments", "message"),
     [
         (("--config=configs",), "--config=configs: configs is a folder; give a file such as"),
+        (("--config=", "--mode=train"), "--config= names no config: give one"),
         (("--config=nowhere.py",), "--config=nowhere.py: nowhere.py is not there; give a file"),
         (
             (CONFIG, "--mode="),
@@ -167,6 +168,35 @@ def test_flags_that_name_nothing_or_would_be_ignored_are_refused(
     refusal: Callable[..., str], arguments: tuple[str, ...], message: str
 ) -> None:
     assert message in refusal(*arguments)
+
+
+@pytest.mark.parametrize(
+    ("code", "message"),
+    [
+        (
+            "c = default('mlp')\n    c.training.stepz = 3\n    return c",
+            ", line 4: AttributeError: ",
+        ),
+        ("return {'mode': 'train'}", "get_config() returned dict; return a ConfigDict"),
+        ("return default('foo')", "ValueError: Unknown network 'foo'"),
+    ],
+)
+def test_a_wrong_config_file_is_named_with_its_line(
+    refusal: Callable[..., str], tmp_path: Path, code: str, message: str
+) -> None:
+    text = f"from sbml.experiment.config import default\ndef get_config():\n    {code}\n"
+    (tmp_path / "wrong.py").write_text(text)
+    said = refusal(f"--config={tmp_path / 'wrong.py'}")
+    assert message in said and "\n" not in said
+
+
+def test_a_work_directory_that_lost_its_checkpoints_is_refused_in_one_line(
+    refusal: Callable[..., str], tmp_path: Path
+) -> None:
+    (tmp_path / "checkpoints").mkdir()
+    said = refusal(f"--workdir={tmp_path}", "--mode=eval")
+    assert said.startswith("ValueError: no checkpoint in ") and said.endswith("give --config")
+    assert "\n" not in said
 
 
 def test_a_config_without_the_function_get_config_is_refused(tmp_path: Path) -> None:

@@ -45,6 +45,17 @@ def test_only_kernels_decay():
     np.testing.assert_array_equal(got["W"], params["W"])
 
 
+def test_a_run_may_go_on_with_other_settings():
+    """The states have one structure, so a checkpoint of any settings can be restored."""
+    params = {"kernel": jnp.ones((2, 2)), "bias": jnp.ones(2)}
+    states = [
+        adam(weight_decay=decay, grad_clip=clip).init(params)
+        for decay in (0.0, 0.1)
+        for clip in (0.0, 1.0)
+    ]
+    assert len({jax.tree.structure(state) for state in states}) == 1
+
+
 def test_scales_biases_and_embeddings_with_several_axes_do_not_decay():
     """Flow++'s elementwise scale and bias, and its embedding of positions, have several axes."""
     params = {name: jnp.ones((2, 1, 3)) for name in ("scale", "bias", "pos_emb", "pos_emb_dq")}

@@ -237,9 +237,13 @@ CASES: dict[str, tuple[Callable[..., Any], dict[str, Any], dict[str, Any]]] = {
         EXAMPLES | {"t0": (-1.0, 2.0, NAN), "t1": (-1.0, 2.0, INFINITY)},
     ),
     "solve": (
-        lambda y, t0: ode.solve(lambda t, y: -y, y, t0, 1.0, FAST),
-        {"y": X, "t0": EPS},
-        {"y": EXAMPLES["x"], "t0": (-1.0, NAN, INFINITY)},
+        lambda y, t0, field: ode.solve(field, y, t0, 1.0, FAST),
+        {"y": X, "t0": EPS, "field": lambda t, y: -y},
+        {
+            "y": EXAMPLES["x"],
+            "t0": (-1.0, NAN, INFINITY),
+            "field": (lambda t, y: -jnp.sum(y), lambda t, y: -y[:1]),
+        },
     ),
     "sampler": (
         lambda z, key, eps: samplers.ReverseDiffusion(3)(score, VP, z, key, eps=eps),

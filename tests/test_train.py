@@ -91,8 +91,10 @@ def test_a_training_that_lost_its_checkpoints_begins_again_aloud(tmp_path, caplo
     train.run(config, tmp_path)
     assert "begins again" not in caplog.text
     shutil.rmtree(tmp_path / "checkpoints")
+    earlier = (tmp_path / metrics.FILE).read_bytes()
     train.run(config, tmp_path)
     assert "has no checkpoint, but metrics.jsonl reaches step 4: training begins" in caplog.text
+    assert (tmp_path / metrics.EARLIER).read_bytes() == earlier
 
 
 def test_kills_change_nothing(whole, tmp_path):

@@ -237,7 +237,7 @@ class CellRun:
     def _ode_estimate(self) -> Estimate:
         solver, terms = self.shared.experiment.eval_solver, self.cell.terms
         # This comes first: if the steps are too coarse, only the subset has been solved.
-        gap = estimate.solver_error(self.rows, self.subset, solver, terms)
+        gap = estimate.solver_error(self.rows, self.ids, self.subset, solver, terms)
         budget = self.config.solver_budget
         if solver.fixed_steps is not None and not estimate.within(gap, budget):
             method = " and eval.method=tsit5" if solver.method == "euler" else ""

@@ -18,7 +18,7 @@ def smallest_time(sde: SDE, training: Training, data: Data, tau: float) -> float
     (``discrete.smallest_time``): the evaluation of such a model needs no earlier time.
     """
     if training.smallest_time is not None:
-        return training.smallest_time
+        return sde.check_time(training.smallest_time, training.name_of("smallest_time"))
     both = training.likelihood_weighting and training.importance_sampling
     imagenet = imagenet32.version(data.source) is not None
     eps = max(sde.smallest_time, 5e-5 if imagenet and both else 0.0)

@@ -27,7 +27,7 @@ class Optim(Section):
     schedule: str = choice("constant", optim.SCHEDULES)  # cosine: falls to zero at num_steps
     beta1: float = real(0.9, least=0, below=1)
     beta2: float = real(0.999, least=0, below=1)
-    eps: float = real(1e-8, above=0, most=1)  # added to the root of the second moment
+    eps: float = real(1e-8, least=1e-30, most=1)  # added to the root of the second moment
     # Decoupled: each step subtracts rate * weight_decay * parameter. 0: off.
     weight_decay: float = real(0.0, least=0, most=10)
     # Largest global norm of the gradient of the paper's loss, which is a mean over the dimensions

@@ -33,7 +33,8 @@ def _noise(metadata: Metadata) -> tuple[SDE, Training, float]:
 
 
 def check_score(config: Config, metadata: Metadata) -> None:
-    """Check that the parameters of a checkpoint give the same score with ``config``.
+    """Check that the parameters of a checkpoint give the same score with ``config``, and that its
+    arrays have the shapes of ``config``.
 
     Raises:
       ValueError: they do not; the message names the fields that differ.
@@ -47,6 +48,14 @@ def check_score(config: Config, metadata: Metadata) -> None:
             f"the checkpoint's smallest time is {trained_eps}, but the config's is {eps}: set "
             f"--config.training.smallest_time={trained_eps}; eval.smallest_time and "
             "sampling.smallest_time may differ"
+        )
+    bins = config.training.proposal_bins
+    trained_bins = metadata["config"]["training"].get("proposal_bins", bins)
+    if bins != trained_bins:
+        raise ValueError(
+            f"training.proposal_bins is {bins}, the checkpoint's is {trained_bins}: it has "
+            "statistics of the loss for each bin, so set "
+            f"--config.training.proposal_bins={trained_bins}"
         )
 
 

@@ -175,8 +175,9 @@ class _Trainer:
             if rows := metrics.read(self.task.directory):
                 logging.warning(
                     "%s has no checkpoint, but %s reaches step %d: training begins again at step "
-                    "0. If there were checkpoints, stop it now and put them back",
-                    *(self.checkpoints.directory, metrics.FILE, rows[-1]["step"]),
+                    "0, and the old rows go to %s. If there were checkpoints, stop it now and put "
+                    "them back, and these rows",
+                    *(self.checkpoints.directory, metrics.FILE, rows[-1]["step"], metrics.EARLIER),
                 )
             return sharding.initial_state(self.task.init, self.mesh, shard_state=shard_state), 0
         logging.info("Resuming from step %d of %s", restored.step, self.checkpoints.directory)

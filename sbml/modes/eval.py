@@ -179,7 +179,9 @@ def _warnings(
     if (count := len(shared.ids())) < len(images):
         sample = "the first" if shared.experiment.config.eval.in_order else "a random sample of"
         warnings.append(f"{sample} {count} of {len(images)} images (eval.max_images)")
-    return [*warnings, images.caution] if images.caution else warnings
+    # If the images have scenes, the caution is about the interval, which is not of these images.
+    cautions = [images.caution, train.caution if train.scenes is None else ""]
+    return [*warnings, *filter(None, cautions)]
 
 
 def as_trained(asked: dict[str, Any], trained: dict[str, Any]) -> dict[str, Any]:

@@ -46,6 +46,9 @@ def write_whole(path: epath.PathLike, content: bytes) -> None:
     try:
         partial.write_bytes(content)
         partial.replace(path)
+    except OSError as error:
+        error.filename = str(path)  # The error of a full disk names no file.
+        raise
     finally:
         partial.unlink(missing_ok=True)
 

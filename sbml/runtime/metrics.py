@@ -11,6 +11,7 @@ from sbml.runtime.files import with_crc32, without_crc32, write_whole
 from sbml.runtime.tensorboard import Board
 
 FILE = "metrics.jsonl"
+EARLIER = "metrics.jsonl.earlier"  # rows of a training that was begun again at step 0
 
 
 def read(workdir: epath.PathLike) -> list[dict[str, Any]]:
@@ -56,6 +57,8 @@ class MetricsWriter:
             aside = self._path.parent / f"{FILE}.damaged"
             before = aside.read_text() if aside.exists() else ""
             aside.write_text(before + "\n".join(damaged) + "\n")
+        if rows and start == 0:
+            (self._path.parent / EARLIER).write_bytes(self._path.read_bytes())
         self._rows = [row for row in rows if row["step"] <= start]
         self._incomplete = False  # whether the file may lack rows, or end in a part of one
         self._rewrite()

@@ -64,9 +64,19 @@ def adam(
     ``grad_clip=0`` and ``weight_decay=0`` turn these off. Only matrices and kernels decay; biases,
     scales of norms, position embeddings and the fixed Fourier frequencies do not.
     """
+
+    def decay(updates: optax.Updates, params: optax.Params) -> optax.Updates:
+        if not weight_decay:
+            return updates
+        return jax.tree.map(
+            lambda u, p, kernel: u + weight_decay * p if kernel else u,
+            updates, params, _kernels(params),
+        )  # fmt: skip
+
+    # Each part has a state without arrays or Adam's, so a run may go on with other settings.
     return optax.chain(
         optax.clip_by_global_norm(grad_clip) if grad_clip else optax.identity(),
         optax.scale_by_adam(beta1, beta2, eps),
-        optax.add_decayed_weights(weight_decay, _kernels) if weight_decay else optax.identity(),
+        optax.stateless(decay),
         optax.scale_by_learning_rate(schedule),
     )

@@ -17,10 +17,10 @@ PACKAGE = Path(sbml.__file__).parent
 def line(error: BaseException) -> str | None:
     """The type and message of ``error``, for a terminal; None if it is no refusal.
 
-    An error is a refusal if a file is missing, or if a ``raise`` statement of this package raised
-    it.
+    An error is a refusal if a file cannot be read or written, or if a ``raise`` statement of this
+    package raised it.
     """
-    if not isinstance(error, FileNotFoundError) and not _raised_here(error):
+    if not isinstance(error, OSError) and not _raised_here(error):
         return None
     return f"{type(error).__name__}: {_printable(str(error))}"
 

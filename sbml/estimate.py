@@ -69,8 +69,10 @@ class Estimate:
 
     @property
     def converged(self) -> bool:
-        """Whether the solver's error is :func:`within` the budget; True for a bound."""
-        return self.solver_error is None or within(self.solver_error, self.budget)
+        """Whether all numbers of an ODE are finite and its solver's error is :func:`within` the
+        budget; True for a bound."""
+        error = self.solver_error
+        return error is None or (within(error, self.budget) and not self.population.nonfinite)
 
     def __neg__(self) -> "Estimate":
         """The estimate of the negated numbers, such as log p for -log p."""

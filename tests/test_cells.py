@@ -8,6 +8,7 @@ from scipy import stats
 
 from sbml import estimate
 from sbml.evaluation import cells
+from sbml.intervals import mean_interval
 from sbml.modes import train
 from sbml.ode import Solver
 
@@ -46,6 +47,21 @@ def test_errors_of_either_sign_do_not_pass_for_none(size, converged):
     gap = estimate.solver_error(rows, np.arange(4), np.arange(4), solver, ("prior",))
     assert gap.mean == 0 and gap.ci95 == pytest.approx(3.182446 * size / np.sqrt(3))
     assert estimate.within(gap, 1e-3) == converged
+
+
+def test_a_number_outside_the_subset_that_is_not_finite_has_not_converged():
+    values, gap = np.array([1.0, 2.0, 3.0, 4.0]), mean_interval(np.zeros(2))
+
+    def rows(ids, sweep, how):
+        return {"prior": values[ids], "nfe": np.full(len(ids), 9)}
+
+    def converged():
+        ids = np.arange(4), np.arange(2)
+        return estimate.ode_estimate(rows, *ids, Solver(), ("prior",), "nats", gap, 1.0).converged
+
+    assert converged()
+    values[3] = np.nan
+    assert not converged()
 
 
 def test_eight_euler_steps_are_refused(trained, tmp_path):

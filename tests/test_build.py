@@ -16,7 +16,7 @@ import tiny
 from sbml import adapters, main, times
 from sbml.divergence import Trace
 from sbml.experiment import build
-from sbml.experiment.trained import check_score, unseen_times
+from sbml.experiment.trained import check_score, check_training, unseen_times
 
 CONFIGS = sorted((runs.ROOT / "configs").glob("*.py"))
 
@@ -339,7 +339,7 @@ def test_a_checkpoint_with_other_bins_of_times_is_named_by_the_field() -> None:
     metadata = experiment.provenance(experiment.images("train"))
     config.training.proposal_bins = 16
     with pytest.raises(ValueError, match=r"^training\.proposal_bins is 16, the checkpoint's is 32"):
-        check_score(build.Experiment(config).config, metadata)
+        check_training(build.Experiment(config).config, metadata)
 
 
 def test_every_mode_is_there_to_be_called() -> None:

@@ -33,8 +33,7 @@ def _noise(metadata: Metadata) -> tuple[SDE, Training, float]:
 
 
 def check_score(config: Config, metadata: Metadata) -> None:
-    """Check that the parameters of a checkpoint give the same score with ``config``, and that its
-    arrays have the shapes of ``config``.
+    """Check that the parameters of a checkpoint give the same score with ``config``.
 
     Raises:
       ValueError: they do not; the message names the fields that differ.
@@ -49,6 +48,15 @@ def check_score(config: Config, metadata: Metadata) -> None:
             f"--config.training.smallest_time={trained_eps}; eval.smallest_time and "
             "sampling.smallest_time may differ"
         )
+
+
+def check_training(config: Config, metadata: Metadata) -> None:
+    """Check that a training with ``config`` can go on from a checkpoint.
+
+    Raises:
+      ValueError: it cannot; the message names the fields that differ.
+    """
+    check_score(config, metadata)
     bins = config.training.proposal_bins
     trained_bins = metadata["config"]["training"].get("proposal_bins", bins)
     if bins != trained_bins:

@@ -186,7 +186,7 @@ def task(experiment: Experiment, workdir: Workdir) -> loop.Task:
         repeats=2 if config.training.antithetic else 1,
         frozen=(),
         provenance=experiment.provenance(images),
-        check=lambda metadata: trained.check_score(config, metadata),
+        check=lambda metadata: trained.check_training(config, metadata),
         directory=workdir.path,
         picture=picture,
     )

@@ -16,9 +16,8 @@ import numpy as np
 class Board:
     """Writes scalars and images of training steps into event files of one folder.
 
-    TensorBoard drops what earlier files of the folder have for the first step of this one and for
-    later steps. After a failed write the next write begins a new file, because the end of a file
-    may be lost.
+    TensorBoard drops what the files of earlier runs have for ``first_step`` and later steps. After
+    a failed write the next write begins a new file, because the end of the old one may be lost.
     """
 
     flush_seconds = 120.0  # An object store receives the whole file each time.
@@ -76,13 +75,13 @@ class Board:
         directory_check(self._folder)
         name = f"events.out.tfevents.{int(time.time())}.{socket.gethostname()}.{self._files}"
         file = RecordWriter(f"{self._folder}/{name}")
-        self._files += 1
-        start = SessionLog(status=SessionLog.START)
-        for fields in (
-            {"file_version": "brain.Event:2"},
-            {"step": self._first_step, "session_log": start},
-        ):
+        start: list[dict[str, Any]] = [{"file_version": "brain.Event:2"}]
+        if not self._files:  # In a later file this event would drop the steps of this run.
+            log = SessionLog(status=SessionLog.START)
+            start.append({"step": self._first_step, "session_log": log})
+        for fields in start:
             file.write(Event(wall_time=time.time(), **fields).SerializeToString())
+        self._files += 1
         return file
 
     @contextlib.contextmanager

@@ -68,12 +68,13 @@ def adam(
     def decay(updates: optax.Updates, params: optax.Params) -> optax.Updates:
         if not weight_decay:
             return updates
-        return jax.tree.map(
-            lambda u, p, kernel: u + weight_decay * p if kernel else u,
-            updates, params, _kernels(params),
-        )  # fmt: skip
 
-    # Each part has a state without arrays or Adam's, so a run may go on with other settings.
+        def one(update: jax.Array, param: jax.Array, is_kernel: bool) -> jax.Array:
+            return update + weight_decay * param if is_kernel else update
+
+        return jax.tree.map(one, updates, params, _kernels(params))
+
+    # The structure of the state does not depend on the settings, so a run may go on with others.
     return optax.chain(
         optax.clip_by_global_norm(grad_clip) if grad_clip else optax.identity(),
         optax.scale_by_adam(beta1, beta2, eps),

@@ -21,10 +21,18 @@ smaller than a bin, p(k | y) puts all mass on one level, whatever the network sa
 vanishes as fast as it can. If rho is far larger, the network decides. At the smallest time p(k | y)
 is a decoder.
 
-For few levels the network's outputs are the l_k themselves. For many levels they are the weights,
-means and scales of a few normal distributions, and l_k = log sum_j w_j N(c_k; mu_j, s_j^2). If rho
-is smaller than a bin, only the levels around y matter; if it is larger, the sum over k is replaced
-by an integral, which has a closed form. So the memory does not grow with L.
+For few levels the network's outputs are the l_k themselves. For many levels they are the
+log-weights w_j, shifts o_j and log-scales v_j of a few normal distributions, whose means and scales
+are counted from the posterior of x given y for data N(0, V), V = 1/4:
+
+    l_k = log sum_j e^w_j N(c_k; mu_j, s_j^2),    c = V / (V + rho^2),    u = sqrt(1 - c),
+    mu_j = c y + u (m_j + o_j),    s_j = 1/128 + 0.4 u log(1 + e^(v_j + 1/2)),
+
+with constants m_j that are spread over [-1, 1]. That posterior has the mean c y and the standard
+deviation sqrt(V) u. So the outputs keep their size at every noise, and the network need not copy
+y, which would have to be as exact as the noise is small. If rho is smaller than a bin, only the
+levels around y matter; if it is larger, the sum over k is replaced by an integral, which has a
+closed form. So the memory does not grow with L.
 
 Reference: Kingma et al., "Variational Diffusion Models", NeurIPS 2021, where the decoder has no
 l_k.
@@ -55,8 +63,9 @@ NARROW = 0.05
 # COMPONENTS normal distributions.
 FEW, COMPONENTS = 32, 5
 
-# The largest standard deviation of a component.
-WIDEST = 10.0
+# The variance V of the data from which a mixture's means and scales are counted, and the largest
+# standard deviation of a component.
+VARIANCE, WIDEST = 0.25, 10.0
 
 # For a mixture, the sum over levels has NEAR levels on either side of y. If rho is at least WIDE
 # half-widths of a bin, the integral replaces the sum.
@@ -91,7 +100,7 @@ def posterior_mean(out: Outputs, y: Example, rho: Real, levels: int, data: str) 
     if levels <= FEW:
         log_p, means = _of_all(out, y, rho, levels, data)
         return jnp.sum(jnp.exp(log_p) * means, axis=-1)
-    components = _components(out)
+    components = _components(out, y, rho)
     log_p, means, _ = _near(components, y, rho, levels, data)
     near = jnp.sum(jnp.exp(log_p) * means, axis=0)
     return jnp.where(rho < WIDE / levels, near, _integral(components, y, rho))
@@ -114,7 +123,7 @@ def decoder_nats(out: Outputs, y: Example, rho: Real, pixels: Pixels, levels: in
         log_p, _ = _of_all(out, y, rho, levels, "centre")
         log_p_pixels = jnp.take_along_axis(log_p, pixels[..., None].astype(jnp.int32), -1)[..., 0]
         return -jnp.sum(log_p_pixels)
-    log_p, _, k = _near(_components(out), y, rho, levels, "centre")
+    log_p, _, k = _near(_components(out, y, rho), y, rho, levels, "centre")
     return -jnp.sum(jax.nn.logsumexp(jnp.where(k == pixels[None], log_p, -jnp.inf), axis=0))
 
 
@@ -173,22 +182,20 @@ def _integral(components: Components, y: Array, rho: Array) -> Array:
     return jnp.sum(jax.nn.softmax(log_p, axis=0) * (means + stds * standard), axis=0)
 
 
-def _components(out: Array) -> Components:
-    """log-weights (up to a constant), means and scales, each ``(COMPONENTS, *s)``.
-
-    For the outputs of an untrained network, which are 0, the means are spread over [-1, 1].
-    """
+def _components(out: Array, y: Array, rho: Array) -> Components:
+    """log-weights (up to a constant), means and scales, each ``(COMPONENTS, *s)``."""
     # The axis of the components comes first, so that sums over it run along the pixels. The barrier
     # makes XLA compute the components once; otherwise it would compute them for every level again.
-    log_w, mu, log_scale = jnp.split(jnp.moveaxis(out, -1, 0), 3)
-    start = jnp.linspace(-0.8, 0.8, COMPONENTS, dtype=out.dtype)
+    log_w, shift, log_scale = jnp.split(jnp.moveaxis(out, -1, 0), 3)
+    start = _first(jnp.linspace(-0.8, 0.8, COMPONENTS, dtype=out.dtype), y)
+    total = VARIANCE + jnp.broadcast_to(rho, y.shape)[None] ** 2
+    unit = rho / jnp.sqrt(total)
+    mu = VARIANCE / total * y[None] + unit * (start + shift)
     # A component's scale is at least 1/128, the width of a bin of 256 levels: the sum over levels
     # could miss a narrower component. It is at most about WIDEST: such a component is nearly
     # constant on [-1, 1], and its mass there still has enough digits.
     softplus = jnp.log(1 + jnp.exp(jnp.minimum(log_scale + 0.5, WIDEST / 0.4)))
-    return jax.lax.optimization_barrier(
-        (log_w, mu + _first(start, mu[0]), 1 / 128 + 0.4 * softplus)
-    )
+    return jax.lax.optimization_barrier((log_w, mu, 1 / 128 + 0.4 * unit * softplus))
 
 
 def _log_sum_exp(x: Array, axis: int) -> Array:

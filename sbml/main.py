@@ -59,15 +59,16 @@ def parse(arguments: list[str]) -> list[str]:
     chosen = set(_value(arguments, "mode").split(",")).intersection(MODES)
     if {"--config=", "-config="}.intersection(arguments):
         sys.exit("--config= names no config: give one, or leave the flag out")
-    if (
-        workdir
-        and not _value(arguments, "config")
-        and Workdir(workdir).has(Training.folder)
-        and "config" not in ignored(chosen)
-    ):
-        # absl knows the fields of a config only after it has read it, so this argument comes first.
-        arguments.insert(1, f"--config={stored.__file__}:{workdir}")
     try:
+        if (
+            workdir
+            and not _value(arguments, "config")
+            and Workdir(workdir).has(Training.folder)
+            and "config" not in ignored(chosen)
+        ):
+            # absl knows the fields of a config only after it has read it, so this argument comes
+            # first.
+            arguments.insert(1, f"--config={stored.__file__}:{workdir}")
         _locate_configs(arguments)
     except ValueError as error:
         sys.exit(str(error))

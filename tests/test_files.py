@@ -1,13 +1,17 @@
 """Files with checksums: reading returns what was written, or the error names the file."""
 
+import io
 import json
 import subprocess
 import sys
 
 import numpy as np
 import pytest
+from pictures import pixels
+from PIL import Image
 from tensorboardX.proto.event_pb2 import Event
 
+from sbml import report
 from sbml.data import _cache
 from sbml.runtime import files, metrics
 from sbml.runtime.files import DamagedFileError
@@ -70,6 +74,23 @@ def test_damaged_json_is_an_error_or_the_same_values(tmp_path):
             assert "x.json is damaged" in str(error)
             refused += 1
     assert refused > 300
+
+
+def test_a_damaged_picture_is_an_error_or_the_same_pixels(tmp_path):
+    """A PNG file ends with a chunk of no content, whose own damage changes nothing."""
+    path = tmp_path / "neighbours.png"
+    report.write_png(path, grid := pixels(24, 24))
+    refused, intact = 0, path.read_bytes()
+    for content in damages(intact):
+        path.write_bytes(content)
+        try:
+            found = files.read_png(path, "draw it again")
+        except DamagedFileError as error:
+            assert str(path) in str(error) and str(error).endswith("draw it again")
+            refused += 1
+            continue
+        np.testing.assert_array_equal(Image.open(io.BytesIO(found)), grid)
+    assert refused > 390
 
 
 def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path, monkeypatch):

@@ -128,6 +128,10 @@ def refusal(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., str]]:
         ),
         ((CONFIG, "--workdir="), "UsageError: --workdir= names no folder: give one, or leave"),
         (
+            ("--workdir=foo://a/b", "--mode=eval"),
+            "foo://a/b is no folder of a known kind: set --workdir to a local path, or to gs://",
+        ),
+        (
             (CONFIG, "--mode=train,eval", "--source=there"),
             "UsageError: --source is for --mode=convert, not for train, eval",
         ),

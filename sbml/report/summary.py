@@ -20,6 +20,7 @@ from etils import epath
 from sbml import report
 from sbml.data import ImageSet
 from sbml.runtime import metrics
+from sbml.runtime.files import read_png
 from sbml.runtime.trees import tree_crc32
 from sbml.runtime.workdir import (
     EVALUATION,
@@ -138,7 +139,7 @@ def _quality(
         logging.warning("quality.json is of other samples: left out of the report")
         return []
     content["quality"] = quality["values"]
-    return [(NEIGHBOURS_CAPTION, (workdir / NEIGHBOURS).read_bytes())]
+    return [(NEIGHBOURS_CAPTION, workdir.read_png(NEIGHBOURS))]
 
 
 def _during_training(workdir: Workdir) -> list[tuple[str, bytes]]:
@@ -149,7 +150,7 @@ def _during_training(workdir: Workdir) -> list[tuple[str, bytes]]:
     if not steps:
         return []
     last = max(steps)
-    return [(f"Samples during the training, at step {last:,}.", steps[last].read_bytes())]
+    return [(f"Samples during the training, at step {last:,}.", read_png(steps[last]))]
 
 
 def _missing(workdir: Workdir, content: Mapping[str, Any]) -> dict[str, str]:

@@ -2,9 +2,10 @@
 
 A file is first written under a temporary name in the same folder and then renamed. Every file that
 the program reads again contains a CRC32 of its own content: an ``.npz`` in the comment of its
-archive, a JSON object in a last member ``crc32``, and a file of JSON lines in such a member of each
-line. Other programs can read all three formats as usual. Reading a file compares its checksum; a
-difference raises a :class:`DamagedFileError`, which names the file, what is wrong and what to do.
+archive, a JSON object in a last member ``crc32``, a file of JSON lines in such a member of each
+line, and a PNG in each of its chunks. Other programs can read all of them as usual. Reading a file
+compares its checksum; a difference raises a :class:`DamagedFileError`, which names the file, what
+is wrong and what to do.
 """
 
 import io
@@ -18,6 +19,7 @@ from typing import Any
 import numpy as np
 from absl import logging
 from etils import epath
+from PIL import Image
 
 CRC32 = "crc32"
 
@@ -95,6 +97,21 @@ def intact_npz(path: epath.PathLike) -> dict[str, np.ndarray] | None:
     except DamagedFileError as error:
         logging.warning("%s", error)
         return None
+
+
+def read_png(path: epath.PathLike, remedy: str = "remove it") -> bytes:
+    """The bytes of a PNG file, whose format has a CRC32 of every chunk.
+
+    Raises:
+      DamagedFileError: it is no PNG file, or it fails a CRC32.
+    """
+    content = epath.Path(path).read_bytes()
+    try:
+        with Image.open(io.BytesIO(content), formats=["PNG"]) as image:
+            image.verify()
+    except Exception as error:  # Pillow raises many kinds of errors for damaged files.
+        raise DamagedFileError(path, str(error) or type(error).__name__, remedy) from error
+    return content
 
 
 def _comment(crc32: int) -> bytes:

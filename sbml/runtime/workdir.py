@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from sbml.runtime.files import read_json, read_npz, write_json, write_npz, write_whole
+from sbml.runtime.files import read_json, read_npz, read_png, write_json, write_npz, write_whole
 from sbml.runtime.lock import Lock, owner
 from sbml.runtime.parts import Parts, compute_once
 
@@ -32,16 +32,27 @@ MADE_BY = {
     ARCHITECTURE: "convert",
     EVALUATION: "eval",
     LATENTS: "latents",
+    NEIGHBOURS: "quality",
     QUALITY: "quality",
     SAMPLES: "sample",
 }
 
 
 class Workdir(os.PathLike):
-    """The folder ``path`` of one run, local or any that etils understands (``gs://...``)."""
+    """The folder ``path`` of one run, local or any that etils understands (``gs://...``).
+
+    Raises:
+      ValueError: ``path`` is an address of a kind that etils does not understand.
+    """
 
     def __init__(self, path: epath.PathLike) -> None:
-        self.path = epath.Path(path).expanduser()  # Shells do not expand the ~ in --workdir=~/runs.
+        try:
+            self.path = epath.Path(path).expanduser()  # Shells do not expand --workdir=~/runs.
+        except KeyError:
+            raise ValueError(
+                f"{path} is no folder of a known kind: set --workdir to a local path, or to "
+                "gs://bucket/folder"
+            ) from None
 
     def __fspath__(self) -> str:
         return os.fspath(self.path)
@@ -79,11 +90,27 @@ class Workdir(os.PathLike):
           ValueError: there is no such file; the message names the mode that makes it.
           DamagedFileError: the content is not what was written.
         """
+        read: Callable[..., dict[str, Any]] = read_npz if name.endswith(".npz") else read_json
+        return read(self / name, self._remedy(name))
+
+    def read_png(self, name: str) -> bytes:
+        """The bytes of the picture ``name``.
+
+        Raises:
+          ValueError, DamagedFileError: as :meth:`read`.
+        """
+        return read_png(self / name, self._remedy(name))
+
+    def _remedy(self, name: str) -> str:
+        """What to do if the file ``name``, which must be there, is damaged.
+
+        Raises:
+          ValueError: there is no such file.
+        """
         mode = "eval" if name.startswith("per_image") else MADE_BY[name]
         if not self.has(name):
             raise ValueError(f"no {name} in {self}: make it first (--mode={mode})")
-        read: Callable[..., dict[str, Any]] = read_npz if name.endswith(".npz") else read_json
-        return read(self / name, f"remove it, and make it again by --mode={mode}")
+        return f"remove it, and make it again by --mode={mode}"
 
     def write(self, name: str, content: Mapping[str, Any]) -> None:
         """Write arrays to an .npz or plain JSON values to a .json, completely or not at all."""

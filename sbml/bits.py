@@ -17,7 +17,7 @@ import numpy as np
 from jaxtyping import Float, UInt8
 
 from sbml import scalars
-from sbml.types import Array, Elementwise, Numbers
+from sbml.types import Array, Elementwise, Numbers, check_example
 
 Real = Float[Array, "..."]
 
@@ -113,13 +113,14 @@ def to_pixels(x: Numbers, levels: int) -> UInt8[Array, "..."]:
     """The uint8 level whose bin holds ``x``; values outside [-1, 1) go to the nearest level.
 
     Raises:
-      ValueError: ``levels`` is no integer of 2 to 256, or ``x`` is complex or has NaN, which
-        belongs to no level. Values are not checked inside ``jit``: there NaN gives the last level.
+      ValueError: ``levels`` is no integer of 2 to 256, ``x`` is not of floating-point numbers, as
+        pixels are, or it has NaN, which belongs to no level. Values are not checked inside ``jit``:
+        there NaN gives the last level.
     """
     check_levels(levels, 256)
-    x = jnp.asarray(x)
-    if jnp.iscomplexobj(x) or not scalars.is_traced(x) and np.any(np.isnan(np.asarray(x))):
-        raise ValueError(f"x ({x.dtype}) is complex or has NaN: give real numbers")
+    check_example(x)
+    if not scalars.is_traced(x) and np.any(np.isnan(np.asarray(x))):
+        raise ValueError("x has NaN: give real numbers")
     edges = to_model(jnp.arange(1, levels), 0.0, levels)
     return jnp.searchsorted(edges, x, side="right").astype(jnp.uint8)
 

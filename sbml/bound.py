@@ -58,6 +58,7 @@ from sbml.types import (
     Score,
     check_example,
     check_key,
+    check_kind,
     deterministic,
 )
 
@@ -287,8 +288,11 @@ def elbo(
     Raises:
       ValueError: for an unknown proposal, ``u`` that is not of shape ``(n,)``, integer ``x``, eps
         outside (0, T), a key that is not typed, a control with the score-matching form, or a score
-        whose shape is not that of ``x``.
+        whose shape is not that of ``x``, or an argument of another class.
     """
+    check_kind(reduction, Reduction, "reduction")
+    if trace is not None:
+        check_kind(trace, Trace, "trace")
     control = reduction.control
     if trace is not None and control is not None:
         raise ValueError(

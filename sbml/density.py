@@ -31,7 +31,17 @@ from sbml.estimators import ode as ode_estimator
 from sbml.estimators.base import Estimator
 from sbml.ode import Solver
 from sbml.sdes import SDE, check_sde
-from sbml.types import Array, Batch, Example, Key, Keys, Score, check_function, check_key
+from sbml.types import (
+    Array,
+    Batch,
+    Example,
+    Key,
+    Keys,
+    Score,
+    check_function,
+    check_key,
+    check_kind,
+)
 
 Examples = Num[np.ndarray, "n *s"]
 
@@ -85,8 +95,11 @@ class Density:
             bits.check_levels(self.levels)
         scalars.check_count(self.batch_size, "batch_size")
         scalars.check_count(self.seed, "seed", 0)
-        if self.trace is not None and not isinstance(self.trace, Trace):
-            raise ValueError(f"trace={self.trace!r}: give sbml.divergence.Trace, or None")
+        if self.seed >= 2**32:
+            raise ValueError(f"seed={self.seed}: must be below 2^32")
+        check_kind(self.solver, Solver, "solver")
+        if self.trace is not None:
+            check_kind(self.trace, Trace, "trace")
         if not self.budget >= 0:
             raise ValueError(f"budget={self.budget}: must be at least 0")
         try:

@@ -47,7 +47,7 @@ from sbml.divergence import Trace
 from sbml.ode import Solver, Stats, velocity
 from sbml.scalars import Number
 from sbml.sdes import SDE
-from sbml.types import Example, Key, Scalar, Score, check_example
+from sbml.types import Example, Key, Scalar, Score, check_example, check_kind
 
 
 class Likelihood(NamedTuple):
@@ -99,8 +99,11 @@ def ode_logp(
 
     Raises:
       ValueError: if eps is not in (0, T), x is not of floating-point numbers, the score's result
-        has another shape or type than x, or there is no key to draw the probes.
+        has another shape or type than x, there is no key to draw the probes, or an argument is of
+        another class.
     """
+    check_kind(trace, Trace, "trace")
+    check_kind(solver, Solver, "solver")
     sde.check_time(eps)
     check_example(x)
 

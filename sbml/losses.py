@@ -49,9 +49,9 @@ def weight(sde: Kernel, t: Elementwise, weighting: str) -> Elementwise:
 
     Raises:
       ValueError: for an unknown ``weighting``, the likelihood weighting with discrete noise levels
-        (``sdes.Levels``), or times that are not floating-point numbers.
+        (``sdes.Levels``), or times that are not floating-point numbers in (0, T].
     """
-    check_floating(t, "t")
+    sde.check_times(t)
     if weighting == "likelihood":
         return sde.rate(t)
     if weighting == "original":
@@ -133,7 +133,8 @@ def dsm_batch(
 
     Raises:
       ValueError: if there is not one scalar time, one key and one sign for each example, ``x`` or
-        ``t`` are not of floating-point numbers, or a sign is neither +1 nor -1.
+        ``t`` are not of floating-point numbers, a time is not in (0, T], or a sign is neither +1
+        nor -1. Values are not checked inside ``jit``.
     """
     x_t, z, score_key = noisy_batch(sde, x, t, keys, signs)
     scores = batch_score(score)(x_t, t, score_key)
@@ -149,6 +150,7 @@ def noisy_batch(
       ValueError: as in :func:`dsm_batch`.
     """
     _check_rows(x, t, keys, signs)
+    sde.check_times(t)
     pairs = jax.vmap(jax.random.split)(keys)
     noise_keys, score_keys = pairs[:, 0], pairs[:, 1]
     z = jax.vmap(lambda key, x: jax.random.normal(key, x.shape, x.dtype))(noise_keys, x)

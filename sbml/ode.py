@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 import diffrax
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Bool, Integer
 
 from sbml import compiler, quadrature, scalars
@@ -44,6 +45,8 @@ METHODS: dict[str, tuple[type[diffrax.AbstractSolver], int, int]] = {
     "heun": (diffrax.Heun, 2, 0),
     "euler": (diffrax.Euler, 1, 0),
 }
+
+LOOSEST = 1.0  # The largest tolerance of the step control.
 
 
 class Stats(NamedTuple):
@@ -89,8 +92,8 @@ class Solver:
 
     Raises:
       ValueError: for an unknown method, step control on a method without an error estimate, or a
-        tolerance, power, ``icoeff`` or number of steps that is not a positive and finite number, or
-        a ``pcoeff`` that is negative or not finite.
+        tolerance, power, ``icoeff`` or number of steps that is not a positive and finite number, a
+        tolerance above 1, or a ``pcoeff`` that is negative or not finite.
     """
 
     method: str = _static("tsit5")
@@ -110,6 +113,12 @@ class Solver:
             raise ValueError("euler has no error estimate: set fixed_steps, or choose tsit5")
         for name in ("rtol", "atol", "power", "first_step"):
             scalars.check_positive(getattr(self, name), name, finite=True)
+        for name in ("rtol", "atol"):
+            tolerance = getattr(self, name)
+            if not scalars.is_traced(tolerance) and np.any(np.asarray(tolerance) > LOOSEST):
+                raise ValueError(
+                    f"{name}={tolerance}: give at most {LOOSEST:g}; a larger one accepts every step"
+                )
         for name in ("fixed_steps", "max_steps"):
             steps = getattr(self, name)
             if steps is not None or name == "max_steps":

@@ -187,6 +187,16 @@ def predictor(score: Score) -> Callable[[Example, Scalar], tuple[Example, Exampl
     return both
 
 
+def check_kind(value: Any, kind: type, name: str) -> None:
+    """Check that ``value`` is an instance of ``kind``.
+
+    Raises:
+      ValueError: if it is not; the message names the argument and the class.
+    """
+    if not isinstance(value, kind):
+        raise ValueError(f"{name}={value!r}: give {kind.__module__}.{kind.__qualname__}(...)")
+
+
 def check_function(f: Any, name: str, *arguments: str) -> None:
     """Check that ``f`` can be called with the positional arguments ``arguments``.
 

@@ -18,6 +18,7 @@ from sbml.estimators import Cell
 from sbml.evaluation import cells
 from sbml.experiment import build
 from sbml.modes import eval as evaluate
+from sbml.modes import report as report_mode
 from sbml.report import summary
 from sbml.runtime.files import read_json, read_npz, write_json, write_npz
 from sbml.runtime.trees import tree_crc32
@@ -333,6 +334,16 @@ def test_table2_reads_what_the_modes_wrote(trained, tmp_path):
         assert row.get(table2.FID) == expected
     result = read_json(trained / EVALUATION)["results"][0]
     assert row["NLL uniform"] == f"{result['bits_per_dim']:.3f} ± {result['ci95']:.3f}"
+
+
+def test_a_report_of_another_model_than_the_checkpoints_is_refused(trained):
+    """Otherwise the page would show the other model's size beside this one's numbers."""
+    config = tiny.get_config()
+    config.model.width = 16
+    before = (trained / "report.json").read_bytes()
+    with pytest.raises(ValueError, match=r"model\.width"):
+        report_mode.run(config, trained)
+    assert (trained / "report.json").read_bytes() == before
 
 
 def test_every_cell_of_the_table_from_one_checkpoint(trained, tmp_path):

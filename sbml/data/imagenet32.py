@@ -97,7 +97,7 @@ SOURCE = Imagenet32()
 def _decode(which: str, split: str, options: Options, add: Add) -> dict[str, Any]:
     file = ARCHIVES[which][split]
     archive = Path(options.manual_dir or ".").expanduser() / file
-    if not options.manual_dir or not archive.exists():
+    if not options.manual_dir or not archive.is_file():
         raise ValueError(
             f"imagenet32:{which} is read from {file}, which image-net.org gives to those who "
             f"register: put it into a folder and set data.manual_dir to that"

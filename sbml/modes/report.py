@@ -7,6 +7,7 @@ import jax
 from etils import epath
 from ml_collections import ConfigDict
 
+from sbml.experiment import trained
 from sbml.experiment.build import Experiment
 from sbml.report import summary
 from sbml.report.progress import Progress
@@ -23,10 +24,12 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
     are missing it shows the commands that make them.
 
     Raises:
-      ValueError: there is neither a training nor an evaluation in ``workdir``, or a file that the
-        report needs is damaged.
+      ValueError: there is neither a training nor an evaluation in ``workdir``, the config is of
+        another model than its checkpoint, or a file that the report needs is damaged.
     """
     experiment, workdir = Experiment(config), Workdir(workdir)
+    if (metadata := experiment.config.training.checkpoints(workdir).metadata()) is not None:
+        trained.check_score(experiment.config, metadata)
     rows = metrics.read(workdir)
     progress = progress_of(experiment, workdir, rows)
     evaluated = workdir.has(EVALUATION)

@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from sbml import compiler, pytrees, scalars
 from sbml.scalars import Number
@@ -58,7 +59,7 @@ def _of_times(method: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(method)
     def checked(self: Any, t: Elementwise) -> Any:
-        check_floating(t, "t")
+        self.check_times(t)
         return method(self, t)
 
     return checked
@@ -71,9 +72,9 @@ class Kernel(abc.ABC):
     A kernel is a frozen dataclass. If its fields are floats it is hashable, so it can be static
     under ``jit``. It is also a pytree whose numbers are leaves (``sbml.pytrees``), so it can be an
     argument of ``jit`` and ``grad`` too. Its methods are elementwise in the time ``t`` in
-    (0, ``T``], of any shape. They raise a ValueError for times that are not floating-point numbers;
-    this check is added to the methods of every subclass. A single example ``x`` has any shape
-    ``(*s)``, and its time is a scalar.
+    (0, ``T``], of any shape. They raise the ValueError of :meth:`check_times` for other times; this
+    check is added to the methods of every subclass. A single example ``x`` has any shape ``(*s)``,
+    and its time is a scalar.
     """
 
     T: ClassVar[float] = 1.0
@@ -115,6 +116,24 @@ class Kernel(abc.ABC):
         """
         check_example(x, t)
         return self.mean_coef(t) * x, self.std(t)
+
+    def check_times(self, t: Elementwise) -> None:
+        """Check the times ``t``, of any shape.
+
+        Time 0 passes, because not every coefficient is singular there. Values are not checked
+        inside ``jit``.
+
+        Raises:
+          ValueError: if they are not floating-point numbers in [0, T].
+        """
+        check_floating(t, "t")
+        if scalars.is_traced(t):
+            return
+        times = np.asarray(t)  # By NumPy: JAX would trace its operations inside ``jit``.
+        if not np.all((times >= 0) & (times <= self.T)):
+            raise ValueError(
+                f"t lies in [{times.min():g}, {times.max():g}]: give times in (0, {self.T:g}]"
+            )
 
     def check_time(self, eps: Number, name: str = "smallest time eps") -> Number:
         """Check ``eps``, the lower end of the integral over time, and return it.

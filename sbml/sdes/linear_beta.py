@@ -4,7 +4,6 @@ alpha = exp(-B / 2),      sigma^2 = 1 - exp(-B) (VP),      sigma = 1 - exp(-B) (
 """
 
 import dataclasses
-import math
 from typing import ClassVar
 
 import jax
@@ -17,13 +16,17 @@ from sbml.sdes._kernel import ClosedForm
 from sbml.sdes.levels import Levels
 from sbml.types import Elementwise
 
+# With a larger beta, the signal is lost almost at once, and float32 cannot tell the few times apart
+# at which a network denoises.
+LARGEST_BETA = 1000.0
+
 
 @dataclasses.dataclass(frozen=True)
 class _LinearBeta(ClosedForm):
     """The base of VP and subVP: beta(t) = beta_min + (beta_max - beta_min) t, its integral B(t).
 
     Raises:
-      ValueError: unless 0 < beta_min <= beta_max < infinity.
+      ValueError: unless 0 < beta_min <= beta_max <= 1000.
     """
 
     beta_min: Number = 0.1
@@ -31,10 +34,10 @@ class _LinearBeta(ClosedForm):
 
     def __post_init__(self) -> None:
         concrete = not scalars.is_traced(self.beta_min, self.beta_max)
-        if concrete and not 0 < self.beta_min <= self.beta_max < math.inf:
+        if concrete and not 0 < self.beta_min <= self.beta_max <= LARGEST_BETA:
             raise ValueError(
-                f"beta_min={self.beta_min}, beta_max={self.beta_max}: need finite numbers with "
-                "0 < beta_min <= beta_max"
+                f"beta_min={self.beta_min}, beta_max={self.beta_max}: need numbers with "
+                f"0 < beta_min <= beta_max <= {LARGEST_BETA:g}"
             )
 
     def _beta(self, t: Elementwise) -> Elementwise:

@@ -139,7 +139,7 @@ def test_damaged_images_of_a_folder_are_listed(tmp_path: Path) -> None:
     found = data.load("image_folder", "train", options)
     listed = {line.partition(":")[0] for line in found.skipped}
     assert len(listed) + len(found) == count and not listed & set(found.ids or ())
-    assert len(listed) > 40
+    assert len(listed) > count // 5
     np.testing.assert_array_equal(
         found.images[(found.ids or ()).index("train/good.png")], pixels(8, 8)
     )

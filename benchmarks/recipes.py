@@ -8,14 +8,14 @@ compared with the best recipe so far. A part of the training images is held out
 (``data.validation``): all runs train on the others and are evaluated on these, with the same random
 draws. The test images are not used. There are two budgets:
 
-    evaluations   as many steps as the base, with as many network calls in each
+    evaluations   as many steps as the base
     time          as much training time as the base: the base's number of steps is divided by the
                   ratio of the times of a step. The compiled steps of both are timed in turns
 
-The table shows bits/dim, the mean over images and seeds. In brackets is the difference to the base,
-paired by seed, with its 95% interval over seeds (Student's t). A network is evaluated with the
-dequantizers that fit its training data. The column "best" has the estimator with the lowest mean.
-If the base has no number in a column, the difference is to the base's best.
+The table shows bits/dim, the mean over images and seeds. The number in brackets is the difference
+from the base, paired by seed, with its 95% interval over seeds (Student's t). A network is
+evaluated with the dequantizers that fit its training data. The column "best" has the estimator with
+the lowest mean. If the base has no number in a column, the difference is from the base's best.
 
 Every run and every timing becomes a line of the file ``--out`` and is not repeated. After a kill,
 the same command continues, even in the middle of a training run.
@@ -79,6 +79,8 @@ RECIPES: dict[str, dict[str, Any]] = {
         "model.fourier": lambda c: c.model.fourier,
     },
 }
+
+BUDGETS = ("evaluations", "time")
 
 # The columns of the table, by ``data.dequantization``, because a network knows the density of the
 # data that it was trained on. Only ``levels`` learns a decoder, which the last column needs.
@@ -229,6 +231,10 @@ def train_and_evaluate(plan: Plan, recipe: str, seed: int, steps: int) -> dict[s
     config = with_recipe(plan.config(), recipe)
     config.seed = seed
     config.training.update(num_steps=steps, checkpoint_every=max(1, min(200, steps)))
+    config.optim.warmup = min(config.optim.warmup, steps // 10)
+    # In the average of a short run, the initial parameters would have a large weight. With this
+    # limit their weight is at most about exp(-6.5).
+    config.optim.ema = min(config.optim.ema, max(0.0, 1 - 6.5 / steps))
     key = identity(config)
 
     def compute() -> dict[str, Any]:
@@ -243,6 +249,18 @@ def train_and_evaluate(plan: Plan, recipe: str, seed: int, steps: int) -> dict[s
         return row
 
     return compute_once(plan.out, key, compute)
+
+
+def budgets(text: str) -> list[str]:
+    """The names in the comma-separated ``text``.
+
+    Raises:
+      ValueError: one of them is no budget.
+    """
+    names = text.split(",")
+    if unknown := set(names).difference(BUDGETS):
+        raise ValueError(f"--budgets={text}: no budget {unknown}; give {' or '.join(BUDGETS)}")
+    return names
 
 
 def difference(values: np.ndarray, base: np.ndarray) -> str:
@@ -286,10 +304,6 @@ def make_plan(args: argparse.Namespace) -> Plan:
         config.data.update(validation=args.validation, manual_dir=args.manual_dir)
         config.training.update(num_steps=args.steps, sample_every=0, keep_last=1, keep_every=0)
         config.eval.update(split=data.VALIDATION, max_images=args.images, sweeps=args.sweeps)
-        config.optim.warmup = min(config.optim.warmup, args.steps // 10)
-        # In the average of a short run, the initial parameters would have a large weight. With this
-        # limit their weight is at most about exp(-6.5).
-        config.optim.ema = min(config.optim.ema, max(0.0, 1 - 6.5 / args.steps))
         config.model.update({"nf": args.nf, "num_res_blocks": 1} if args.nf else {})
         return with_recipe(config, args.base)
 
@@ -304,7 +318,7 @@ def main() -> None:
         "config": ("configs/digits_vp.py", "a file with get_config"),
         "recipes": ("levels,levels+centre", "recipes that are compared with the base"),
         "base": ("", "the recipe to which all others are added"),
-        "budgets": ("evaluations,time", "evaluations, time, or both"),
+        "budgets": (",".join(BUDGETS), "evaluations, time, or both"),
         "seeds": ("0,1,2", "seeds of training"),
         "steps": (700, "training steps of the base"),
         "validation": (0.2, "the field data.validation: the part of images that is held out"),
@@ -317,10 +331,11 @@ def main() -> None:
     for name, (default, text) in options.items():
         parser.add_argument(f"--{name}", type=type(default), default=default, help=text)
     args = parser.parse_args()
+    names = budgets(args.budgets)
     plan, recipes = make_plan(args), list(dict.fromkeys(["", *args.recipes.split(",")]))
     for recipe in recipes:  # A mistake in any recipe is an error before the first training.
         build.Experiment(with_recipe(plan.config(), recipe))
-    for budget in args.budgets.split(","):
+    for budget in names:
         rows: dict[str, list[dict[str, Any]]] = {recipe: [] for recipe in recipes}
         for seed in map(int, args.seeds.split(",")):
             for recipe in recipes:

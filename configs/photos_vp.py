@@ -16,12 +16,12 @@ def get_config() -> ConfigDict:
     config = default()
     config.mode = ("train", "eval", "sample")
     config.data.source = "photos"
-    config.model.update(nf=32, ch_mult=(1, 2, 2), num_res_blocks=2, attn_resolutions=(16,))
-    config.score.update(parameterization="preconditioned", label="log_snr")
+    config.model.update(nf=16, ch_mult=(1, 2, 2), num_res_blocks=2, attn_resolutions=(16,))
+    config.score.update(parameterization="levels", label="log_snr")
     config.training.update(
         batch_size=32, num_steps=2_000, log_every=20, checkpoint_every=200, sample_every=1_000
     )
-    config.optim.update(lr=1e-3, warmup=200, schedule="cosine", ema=0.995, grad_clip=1 / 12)
+    config.optim.update(lr=2e-3, warmup=200, schedule="cosine", ema=0.997, grad_clip=1 / 12)
     config.eval.update(batch_size=32, max_images=64)
     config.sampling.update(num_images=16, batch_size=16)
     small_dequantizer(config, num_steps=500)

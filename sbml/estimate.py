@@ -91,10 +91,21 @@ class Estimate:
 
     def __str__(self) -> str:
         low, high = self.population.bounds
-        mark = "" if self.converged else f", NOT CONVERGED: solver error {self.solver_error}"
         return (
             f"{self.population.mean:.4f} {self.unit}, 95% interval [{low:.4f}, {high:.4f}], for "
-            f"these examples +-{self.this_set_ci95:.4f}, n={self.population.n}{mark}"
+            f"these examples +-{self.this_set_ci95:.4f}, n={self.population.n}{self._mark()}"
+        )
+
+    def _mark(self) -> str:
+        """Why the numbers are not converged; empty if they are."""
+        error = self.solver_error
+        if error is None or self.converged:
+            return ""
+        if count := self.population.nonfinite:
+            return f", NOT CONVERGED: {count} numbers are not finite"
+        return (
+            f", NOT CONVERGED: the solver's error is {error.mean:.2g} +- {error.ci95:.2g}, more "
+            f"than the budget {self.budget:g}; lower rtol and atol"
         )
 
 
@@ -140,8 +151,8 @@ def solver_error(
 ) -> Interval:
     """The mean over ``subset`` of the values by ``solver`` minus those by its :func:`reference`.
 
-    Both use the draws of sweep 0. The interval is in the unit of the terms. It is for the mean over
-    more examples than ``subset``, so it has no width if ``ids`` has one example only.
+    Both use the draws of sweep 0. The interval is in the unit of the terms. It takes ``subset`` as
+    a sample of more examples; if ``ids`` has one example only, its width is 0.
     """
     values, exact = (total(rows(subset, 0, s), terms) for s in (solver, reference(solver)))
     gap = intervals.mean_interval(values - exact)

@@ -17,22 +17,22 @@ centres (``centre``), and for data spread evenly over their bins (``uniform``),
 
 up to terms that do not depend on k. Here phi and Phi are the density and the distribution function
 of N(0, 1), and for ``uniform`` m_k is the mean of N(y, rho^2) truncated to the bin. If rho is far
-smaller than a bin, p(k | y) puts all mass on one level, whatever the network says. So the loss
-vanishes as fast as it can. If rho is far larger, the network decides. At the smallest time p(k | y)
-is a decoder.
+smaller than a bin, p(k | y) puts all mass on one level, whatever the network says, and the error
+of e^ is the smallest possible one. If rho is far larger, the network decides. At the smallest time
+p(k | y) is a decoder.
 
 For few levels the network's outputs are the l_k themselves. For many levels they are the
-log-weights w_j, shifts o_j and log-scales v_j of a few normal distributions, whose means and scales
-are counted from the posterior of x given y for data N(0, V), V = 1/4:
+log-weights w_j, shifts o_j and scales v_j (before a softplus) of a few normal distributions. Their
+means and scales are relative to the posterior of x given y for data N(0, V), V = 1/4, which has the
+mean kappa y and the standard deviation sqrt(V) u:
 
-    l_k = log sum_j e^w_j N(c_k; mu_j, s_j^2),    c = V / (V + rho^2),    u = sqrt(1 - c),
-    mu_j = c y + u (m_j + o_j),    s_j = 1/128 + 0.4 u log(1 + e^(v_j + 1/2)),
+    l_k = log sum_j e^w_j N(c_k; mu_j, s_j^2),    kappa = V / (V + rho^2),    u = sqrt(1 - kappa),
+    mu_j = kappa y + u (d_j + o_j),    s_j = 2 / L + 0.4 u log(1 + e^(v_j + 1/2)),
 
-with constants m_j that are spread over [-1, 1]. That posterior has the mean c y and the standard
-deviation sqrt(V) u. So the outputs keep their size at every noise, and the network need not copy
-y, which would have to be as exact as the noise is small. If rho is smaller than a bin, only the
-levels around y matter; if it is larger, the sum over k is replaced by an integral, which has a
-closed form. So the memory does not grow with L.
+with the constants d_j = -0.8, -0.4, 0, 0.4, 0.8. So the outputs keep their size at every noise;
+otherwise the network would have to copy y, as exactly as the noise is small. If rho is smaller than
+a bin, only the levels around y matter. If it is larger, the sum over k is replaced by an integral,
+which has a closed form. So the memory does not grow with L.
 
 Reference: Kingma et al., "Variational Diffusion Models", NeurIPS 2021, where the decoder has no
 l_k.
@@ -63,7 +63,7 @@ NARROW = 0.05
 # COMPONENTS normal distributions.
 FEW, COMPONENTS = 32, 5
 
-# The variance V of the data from which a mixture's means and scales are counted, and the largest
+# The variance V of the normal data whose posterior a mixture is relative to, and the largest
 # standard deviation of a component.
 VARIANCE, WIDEST = 0.25, 10.0
 
@@ -100,7 +100,7 @@ def posterior_mean(out: Outputs, y: Example, rho: Real, levels: int, data: str) 
     if levels <= FEW:
         log_p, means = _of_all(out, y, rho, levels, data)
         return jnp.sum(jnp.exp(log_p) * means, axis=-1)
-    components = _components(out, y, rho)
+    components = _components(out, y, rho, levels)
     log_p, means, _ = _near(components, y, rho, levels, data)
     near = jnp.sum(jnp.exp(log_p) * means, axis=0)
     return jnp.where(rho < WIDE / levels, near, _integral(components, y, rho))
@@ -109,12 +109,12 @@ def posterior_mean(out: Outputs, y: Example, rho: Real, levels: int, data: str) 
 def decoder_nats(out: Outputs, y: Example, rho: Real, pixels: Pixels, levels: int) -> Scalar:
     """-log p(k | y) of integers ``pixels (*s)`` at bin centres, summed over entries, in nats.
 
-    The other arguments are those of :func:`posterior_mean`. For a mixture, rho must be at most the
-    width of a bin, 2 / L (a larger one is replaced by it), and a level that is more than ``NEAR``
-    levels away from y has probability 0.
+    The other arguments are those of :func:`posterior_mean`. For a mixture, a rho above the width of
+    a bin, 2 / L, is replaced by it. Only the 2 ``NEAR`` + 1 levels nearest to y have a positive
+    probability then, and for any other pixel the result is infinite.
 
     Raises:
-      ValueError: if ``out`` has another shape, or ``pixels`` are not integers 0 .. L - 1 of the
+      ValueError: as :func:`posterior_mean`, or if ``pixels`` are not integers 0 .. L - 1 of the
         shape of ``y``.
     """
     _check(out, y, rho, levels, "centre")
@@ -123,7 +123,7 @@ def decoder_nats(out: Outputs, y: Example, rho: Real, pixels: Pixels, levels: in
         log_p, _ = _of_all(out, y, rho, levels, "centre")
         log_p_pixels = jnp.take_along_axis(log_p, pixels[..., None].astype(jnp.int32), -1)[..., 0]
         return -jnp.sum(log_p_pixels)
-    log_p, _, k = _near(_components(out, y, rho), y, rho, levels, "centre")
+    log_p, _, k = _near(_components(out, y, rho, levels), y, rho, levels, "centre")
     return -jnp.sum(jax.nn.logsumexp(jnp.where(k == pixels[None], log_p, -jnp.inf), axis=0))
 
 
@@ -182,7 +182,7 @@ def _integral(components: Components, y: Array, rho: Array) -> Array:
     return jnp.sum(jax.nn.softmax(log_p, axis=0) * (means + stds * standard), axis=0)
 
 
-def _components(out: Array, y: Array, rho: Array) -> Components:
+def _components(out: Array, y: Array, rho: Array, levels: int) -> Components:
     """log-weights (up to a constant), means and scales, each ``(COMPONENTS, *s)``."""
     # The axis of the components comes first, so that sums over it run along the pixels. The barrier
     # makes XLA compute the components once; otherwise it would compute them for every level again.
@@ -191,11 +191,11 @@ def _components(out: Array, y: Array, rho: Array) -> Components:
     total = VARIANCE + jnp.broadcast_to(rho, y.shape)[None] ** 2
     unit = rho / jnp.sqrt(total)
     mu = VARIANCE / total * y[None] + unit * (start + shift)
-    # A component's scale is at least 1/128, the width of a bin of 256 levels: the sum over levels
-    # could miss a narrower component. It is at most about WIDEST: such a component is nearly
+    # A component's scale is at least the width of a bin: the sum over levels could miss a narrower
+    # component. It is at most about WIDEST: such a component is nearly
     # constant on [-1, 1], and its mass there still has enough digits.
     softplus = jnp.log(1 + jnp.exp(jnp.minimum(log_scale + 0.5, WIDEST / 0.4)))
-    return jax.lax.optimization_barrier((log_w, mu, 1 / 128 + 0.4 * unit * softplus))
+    return jax.lax.optimization_barrier((log_w, mu, 2 / levels + 0.4 * unit * softplus))
 
 
 def _log_sum_exp(x: Array, axis: int) -> Array:

@@ -9,7 +9,12 @@ so that, for the true score,
     r = sigma^2 div s(x_t) + d - |sigma s(x_t) + z|^2      has      E[r | x_t] = 0.
 
 The log-likelihood of the probability-flow ODE contains the integral of 1/2 sigma^2 div s over
-log-SNR, and r is twice the error of this integrand, plus noise. The loss of one example is
+log-SNR. For any score s and the true score s*,
+
+    E[r | x_t] = sigma^2 div(s - s*) - sigma^2 |s - s*|^2,
+
+so up to a term of second order, r is twice the error of this integrand, plus noise. The loss of one
+example is
 
     1/2 w(t) r^2,      where |sigma s + z|^2 in r is held constant,
 

@@ -107,3 +107,35 @@ def test_an_owner_whose_lease_is_overwritten_logs_an_error(tmp_path, lease, capl
     write(tmp_path, "elsewhere", 5, 0)
     held._renewal.join(timeout=10)
     assert "was taken over" in caplog.text
+    held.release()  # The file is the other owner's.
+    assert json.loads((tmp_path / ".train.lock").read_text())["token"] == "elsewhere:5:1"
+
+
+def test_the_note_of_a_new_owner_is_kept(tmp_path, lease, monkeypatch):
+    monkeypatch.setattr(lock, "FileLock", lambda path, timeout: lock._Lease(epath.Path(path)))
+    with Workdir(tmp_path).lock("train"):
+        write(tmp_path, "elsewhere", 5, 0)
+        (tmp_path / ".train.json").write_text("{}")
+    assert (tmp_path / ".train.json").read_text() == "{}"
+    assert (tmp_path / ".train.lock").exists()
+
+
+def test_any_error_of_a_store_is_survived(tmp_path, lease, monkeypatch, caplog):
+    """Clients of object stores raise others than OSError for failures of the server."""
+    held, write_now = lease(), lock._Lease._write
+    failures = iter([RuntimeError("503"), ValueError("429"), OSError("reset")])
+
+    def write(self):
+        if self is held and self._renewal.is_alive() and (error := next(failures, None)):
+            raise error
+        write_now(self)
+
+    monkeypatch.setattr(lock._Lease, "_write", write)
+    held.acquire()
+    first = json.loads((tmp_path / ".train.lock").read_text())["renewed"]
+    deadline = time.time() + 10
+    while json.loads((tmp_path / ".train.lock").read_text() or "{}").get("renewed", 0) <= first:
+        assert time.time() < deadline
+        time.sleep(0.01)
+    held.release()
+    assert all(reason in caplog.text for reason in ("503", "429", "reset"))

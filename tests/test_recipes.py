@@ -90,7 +90,7 @@ def test_differences_are_paired_by_seed() -> None:
         recipes.table({"": rows["c"]})
 
 
-def test_equal_time_is_the_bases_steps_over_the_ratio_of_their_seconds(
+def test_the_ratio_of_step_times_is_measured_in_turns(
     tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Fake:
@@ -111,6 +111,26 @@ def test_equal_time_is_the_bases_steps_over_the_ratio_of_their_seconds(
     assert found["ratio"] == pytest.approx(2.5)
     done = Fake.rounds
     assert recipes.time_steps(plan(tmp_path), "model.width=64") == found and Fake.rounds == done
+
+
+def test_an_average_and_a_warmup_suit_the_steps_of_the_run(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A recipe whose steps take longer has fewer of them at equal time."""
+    settings = []
+    monkeypatch.setattr(
+        recipes.train, "run", lambda c, workdir: settings.append((c.optim.warmup, c.optim.ema))
+    )
+    monkeypatch.setattr(recipes, "evaluate_run", lambda config, workdir: {"ode_uniform": [1.5]})
+    for steps in (400, 40, 20):
+        recipes.train_and_evaluate(plan(tmp_path), "", 0, steps)
+    assert settings == [(10, 0.9), (4, 1 - 6.5 / 40), (2, 1 - 6.5 / 20)]
+
+
+def test_an_unknown_budget_is_refused() -> None:
+    assert recipes.budgets("time,evaluations") == ["time", "evaluations"]
+    with pytest.raises(ValueError, match="--budgets=Time: no budget.*give evaluations or time"):
+        recipes.budgets("Time")
 
 
 def test_what_is_done_is_not_done_again(

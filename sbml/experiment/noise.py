@@ -45,7 +45,7 @@ def loss_unit(sde: SDE, training: Training, eps: float) -> float:
     The paper's loss is a mean over times and dimensions of weighted squared errors of the
     prediction. With likelihood weighting and importance sampling the weights are 1 and the loss
     here is Z / 2 times the paper's, where Z is the normaliser of the proposal. Otherwise it is half
-    the paper's.
+    the paper's; the length T - eps of the interval of times, 1 to within 1%, is neglected.
     """
     proposal = training.proposal(sde, eps)
     if not (training.likelihood_weighting and isinstance(proposal, times.Importance)):

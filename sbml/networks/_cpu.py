@@ -2,9 +2,9 @@
 
 On CPU, XLA computes a cheap result again in each operation that reads it. The gradient at a
 residual sum follows cheaply from the gradient at the next sum, so XLA would recompute, in the
-gradient of every block, all sums between that block and the output. XLA recomputes nothing across a
-conditional (``lax.cond``), so the gradient is passed through one. Without it a training step of
-``configs/photos_vp.py`` takes 1.9 times as long (benchmarks/README.md).
+gradient of every block, the gradients at all sums between that block and the output. XLA recomputes
+nothing across a conditional (``lax.cond``), so the gradient is passed through one. Without it a
+training step of a network for 32x32 photos takes 1.9 times as long (benchmarks/README.md).
 """
 
 import jax
@@ -27,8 +27,8 @@ def _materialise(x: Array) -> Array:
 
 @_materialise.defjvp
 def _(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
-    """The condition must depend on ``x``, or XLA would remove it: if the first entry of ``x`` is
-    NaN, the whole gradient becomes NaN."""
+    """XLA removes a conditional whose condition is constant, so the condition depends on ``x``. It
+    changes the gradient only if the first entry of ``x`` is NaN: then the gradient is NaN too."""
     (x,), (dx,) = primals, tangents
     nan = jnp.isnan(x[(0,) * x.ndim])
     return _materialise(x), lax.cond(nan, lambda dx: jnp.nan * dx, lambda dx: dx, dx)

@@ -6,10 +6,12 @@
     train       metrics.jsonl, samples/step_*.png
 
 If there is an evaluation, each of the modes ``eval``, ``sample`` and ``quality`` also writes
-``report.json`` and ``report.html``. The mode ``report`` writes them in any case.
+``report.json`` and ``report.html``. The mode ``report`` also writes them without an evaluation. If
+the evaluation is of other images than those of the config, nothing is written.
 """
 
 import re
+import shlex
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -159,5 +161,5 @@ def _missing(workdir: Workdir, content: Mapping[str, Any]) -> dict[str, str]:
     missing = {name: mode for name, mode in modes.items() if not content.get(name)}
     if "samples" in missing and "quality" in missing:
         missing["quality"] = "sample,quality"
-    command = f"python -m sbml.main --workdir={workdir} --mode="
+    command = f"python -m sbml.main --workdir={shlex.quote(str(workdir))} --mode="
     return {name: command + mode for name, mode in missing.items()}

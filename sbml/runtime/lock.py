@@ -1,10 +1,11 @@
-"""Locks of a work directory: only one process at a time trains, evaluates or samples in it.
+"""Locks of a work directory: at most one process at a time runs a mode (train, eval, ...) in it.
 
-On a disk this is a file lock of the operating system, which is released when its owner ends for any
-reason. An object store has no such locks. There the lock is a file that names its owner, who renews
-it every 20 seconds. Another process may take it over if it has not been renewed for 90 seconds, or
-if the owner is known to be dead. Two processes that start within the same second can both acquire
-it; the first of them logs an error when it tries to renew the lock and finds another owner.
+Different modes may run at the same time. On a disk the lock is a file lock of the operating system,
+which is released when its owner ends for any reason. An object store has no such locks. There the
+lock is a file that names its owner, who renews it every 20 seconds. Another process may take it
+over if it has not been renewed for 90 seconds, by clocks that must agree to within a minute, or if
+the owner is known to be dead. Two processes that start within the same second can both acquire it;
+the first of them logs an error when it tries to renew the lock and finds another owner.
 
 Next to the lock, a file records the owner and the time, for the error message of a second process.
 """
@@ -66,7 +67,8 @@ class Lock:
     def __exit__(self, *_: object) -> None:
         lock, self._lock = self._lock, None
         if lock is not None:
-            self._note.unlink(missing_ok=True)
+            if not (isinstance(lock, _Lease) and lock.taken_over()):
+                self._note.unlink(missing_ok=True)
             lock.release()
 
     def _acquire(self) -> BusyError | None:
@@ -155,7 +157,13 @@ class _Lease:
         self._stop.set()
         self._renewal.join()
         self._held.discard(str(self._path))
-        self._path.unlink(missing_ok=True)
+        if not self.taken_over():
+            self._path.unlink(missing_ok=True)
+
+    def taken_over(self) -> bool:
+        """Whether another process has taken the lock."""
+        owner = self._read()
+        return owner is not None and owner["token"] != self._token
 
     def _ended(self, owner: dict[str, Any]) -> bool:
         """Whether the lock was not renewed in time, or its owner was a process of this host that
@@ -192,10 +200,9 @@ class _Lease:
     def _renew(self) -> None:
         while not self._stop.wait(RENEWED_EVERY):
             try:
-                owner = self._read()
-                if owner is not None and owner["token"] != self._token:
+                if self.taken_over():
                     logging.error("%s was taken over: stop one of the two processes", self._path)
                     return
                 self._write()
-            except OSError as error:  # The next renewal may reach the store.
+            except Exception as error:  # Stores raise many kinds; the next renewal may succeed.
                 logging.warning("%s could not be renewed: %s", self._path, error)

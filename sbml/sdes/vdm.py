@@ -10,8 +10,9 @@ So alpha^2 + sigma^2 = 1, and every increasing gamma makes a variance-preserving
     monotone   gamma = |k1| t + b1 + mean_j |k3_j| (2 sigmoid(|k2_j| (2 t - 1) + b2_j) - 1)
 
 gamma(0) is finite: there is some noise at t = 0 already, and nothing diverges there. So the times
-of these SDEs are in [0, 1]; eps = 0 is allowed, and it is the default. The bounds and the
-likelihood in continuous time depend on gamma(0) and gamma(1) only, not on gamma between them.
+of these SDEs are in [0, 1]; eps = 0 is allowed, and it is the default. For a score that depends on
+t through gamma(t) only, the bounds and the likelihood in continuous time depend on gamma(0) and
+gamma(1), not on gamma between them.
 
 Reference: Kingma, Salimans, Poole, Ho, "Variational Diffusion Models", NeurIPS 2021, section 3.
 """
@@ -100,7 +101,8 @@ class MonotoneGamma(_Gamma):
     """gamma from a network, which is monotone because it uses the absolute values of its kernels.
 
     It is the learned schedule of a VDM checkpoint and has no name in configs: the checkpoint is
-    converted to ``LinearGamma`` with the same ends, which gives the same bound.
+    converted to ``LinearGamma`` with the same ends, which gives the same bound, because
+    VDM's network depends on t through gamma(t) only.
 
     Attributes:
       k1, b1: the slope of the linear part and its value at 0, scalars.

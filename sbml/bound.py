@@ -287,21 +287,13 @@ def elbo(
 
     Raises:
       ValueError: for an unknown proposal, ``u`` that is not of shape ``(n,)``, integer ``x``, eps
-        outside (0, T), a key that is not typed, a control with the score-matching form, or a score
+        outside (0, T), a key that is not typed, a control with the score-matching form, a score
         whose shape is not that of ``x``, or an argument of another class.
     """
-    check_kind(reduction, Reduction, "reduction")
-    if trace is not None:
-        check_kind(trace, Trace, "trace")
-    control = reduction.control
-    if trace is not None and control is not None:
-        raise ValueError(
-            f"trace={trace} with a Gaussian control: the control belongs to the denoising form "
-            "only; give no trace, or no control"
-        )
+    _check_form(trace, reduction)
     check_example(x)
     check_key(key)
-    if control is not None:
+    if (control := reduction.control) is not None:
         control.check(x)
     t, weight = times.draw(sde, eps, u, reduction.density, reduction.proposal)
     time_key, last_key, probe_key = jax.random.split(key, 3)
@@ -320,6 +312,23 @@ def elbo(
     log_rho2 = -sde.log_snr(last)
     constant = 0.5 * x.size * (math.log(2 * math.pi) + log_rho2)
     return Bound(prior_kl(sde, x), diffusion, noise_error(score, sde, x, last, z) + constant)
+
+
+def _check_form(trace: Trace | None, reduction: Reduction) -> None:
+    """Check the classes of the two arguments of :func:`elbo`, and that they go together.
+
+    Raises:
+      ValueError: if they do not; the message names the argument.
+    """
+    check_kind(reduction, Reduction, "reduction")
+    if trace is None:
+        return
+    check_kind(trace, Trace, "trace")
+    if reduction.control is not None:
+        raise ValueError(
+            f"trace={trace} with a Gaussian control: the control belongs to the denoising form "
+            "only; give no trace, or no control"
+        )
 
 
 def pilot(

@@ -17,7 +17,7 @@ FEW, MANY = 5, 256
 def prior_of(out, y, rho, levels):
     """log P(k) ``(levels,)`` of one entry's outputs, up to a constant.
 
-    A mixture is counted from the posterior of x given y for data of variance 1/4.
+    A mixture is relative to the posterior of x given y for normal data of variance 1/4.
     """
     if levels <= integers.FEW:
         return np.asarray(out)
@@ -64,7 +64,8 @@ def test_few_levels_are_summed_by_bayes_rule(rho, data):
 def test_many_levels_are_summed_near_the_number(rho, tolerance, data):
     """By a window and by an integral; both meet where the noise is two half bins.
 
-    The integral stands for the sum up to the square of a bin's width.
+    The integral stands for the sum up to the square of a bin's width, and more at the end of the
+    range if the posterior is hardly wider than a bin.
     """
     rng = np.random.default_rng(1)
     out = rng.normal(size=(3, integers.outputs(MANY)))

@@ -96,7 +96,7 @@ CELLS = {
 class Plan(NamedTuple):
     """The settings that all runs of one command share."""
 
-    config: Callable[[], ConfigDict]  # makes the config of the base
+    config: Callable[[int], ConfigDict]  # makes the config of the base for a number of steps
     steps: int  # training steps of the base
     out: pathlib.Path  # the file of results, one JSON object a line
 
@@ -129,6 +129,18 @@ def with_recipe(config: ConfigDict, recipe: str) -> ConfigDict:
     for path, value in fields.items():
         check_overrides(config, [f"--config.{path}"])
         config.update_from_flattened_dict({path: value})
+    return config
+
+
+def with_steps(config: ConfigDict, steps: int) -> ConfigDict:
+    """``config`` for ``steps`` steps, with a warm-up and an average that suit them.
+
+    In the average of a short run, the initial parameters would have a large weight. Here their
+    weight is at most about exp(-6.5). A recipe may still set other values.
+    """
+    config.training.update(num_steps=steps, checkpoint_every=max(1, min(200, steps)))
+    config.optim.warmup = min(config.optim.warmup, steps // 10)
+    config.optim.ema = min(config.optim.ema, max(0.0, 1 - 6.5 / steps))
     return config
 
 
@@ -188,7 +200,8 @@ def time_steps(plan: Plan, recipe: str, rounds: int = 9, steps: int = 3) -> dict
       The line of the file: ``seconds``, the median wall times of a step of the base and of
       ``recipe``, and ``ratio``, the median over rounds of the second divided by the first.
     """
-    base, other = plan.config(), with_recipe(plan.config(), recipe)
+    base = plan.config(plan.steps)
+    other = with_recipe(base, recipe)
 
     def compute() -> dict[str, Any]:
         pair = Steps(base), Steps(other)
@@ -228,13 +241,8 @@ def train_and_evaluate(plan: Plan, recipe: str, seed: int, steps: int) -> dict[s
       The line of the file. It has ``bits_per_dim`` by cell, or ``failed``, the reason why training
       stopped.
     """
-    config = with_recipe(plan.config(), recipe)
+    config = with_recipe(plan.config(steps), recipe)
     config.seed = seed
-    config.training.update(num_steps=steps, checkpoint_every=max(1, min(200, steps)))
-    config.optim.warmup = min(config.optim.warmup, steps // 10)
-    # In the average of a short run, the initial parameters would have a large weight. With this
-    # limit their weight is at most about exp(-6.5).
-    config.optim.ema = min(config.optim.ema, max(0.0, 1 - 6.5 / steps))
     key = identity(config)
 
     def compute() -> dict[str, Any]:
@@ -299,13 +307,13 @@ def table(rows: dict[str, list[dict[str, Any]]]) -> str:
 def make_plan(args: argparse.Namespace) -> Plan:
     """The plan from the command line."""
 
-    def base() -> ConfigDict:
+    def base(steps: int) -> ConfigDict:
         config = runpy.run_path(args.config)["get_config"]()
         config.data.update(validation=args.validation, manual_dir=args.manual_dir)
-        config.training.update(num_steps=args.steps, sample_every=0, keep_last=1, keep_every=0)
+        config.training.update(sample_every=0, keep_last=1, keep_every=0)
         config.eval.update(split=data.VALIDATION, max_images=args.images, sweeps=args.sweeps)
         config.model.update({"nf": args.nf, "num_res_blocks": 1} if args.nf else {})
-        return with_recipe(config, args.base)
+        return with_recipe(with_steps(config, steps), args.base)
 
     out = pathlib.Path(args.out or f"runs/recipes/{pathlib.Path(args.config).stem}.jsonl")
     return Plan(base, args.steps, out.absolute())
@@ -334,7 +342,7 @@ def main() -> None:
     names = budgets(args.budgets)
     plan, recipes = make_plan(args), list(dict.fromkeys(["", *args.recipes.split(",")]))
     for recipe in recipes:  # A mistake in any recipe is an error before the first training.
-        build.Experiment(with_recipe(plan.config(), recipe))
+        build.Experiment(with_recipe(plan.config(plan.steps), recipe))
     for budget in names:
         rows: dict[str, list[dict[str, Any]]] = {recipe: [] for recipe in recipes}
         for seed in map(int, args.seeds.split(",")):

@@ -5,6 +5,7 @@ import pathlib
 import numpy as np
 import pytest
 import tiny
+from ml_collections import ConfigDict
 from scipy import stats
 
 from benchmarks import recipes
@@ -13,7 +14,10 @@ from sbml.experiment.config import default
 
 
 def plan(tmp_path: pathlib.Path) -> recipes.Plan:
-    return recipes.Plan(tiny.get_config, 40, tmp_path / "deep" / "rows.jsonl")
+    def config(steps: int) -> ConfigDict:
+        return recipes.with_steps(tiny.get_config(), steps)
+
+    return recipes.Plan(config, 40, tmp_path / "deep" / "rows.jsonl")
 
 
 def test_a_recipe_changes_its_fields_and_no_other() -> None:
@@ -125,6 +129,8 @@ def test_an_average_and_a_warmup_suit_the_steps_of_the_run(
     for steps in (400, 40, 20):
         recipes.train_and_evaluate(plan(tmp_path), "", 0, steps)
     assert settings == [(10, 0.9), (4, 1 - 6.5 / 40), (2, 1 - 6.5 / 20)]
+    recipes.train_and_evaluate(plan(tmp_path), "optim.ema=0.99+optim.warmup=7", 0, 20)
+    assert settings[-1] == (7, 0.99)  # A recipe that names them is compared as it is.
 
 
 def test_an_unknown_budget_is_refused() -> None:

@@ -6,7 +6,9 @@ A recipe changes fields of the config: it is a name of RECIPES, ``field=value``,
 joined by ``+``. Each recipe is added to the recipe ``--base``, so that one factor at a time can be
 compared with the best recipe so far. A part of the training images is held out
 (``data.validation``): all runs train on the others and are evaluated on these, with the same random
-draws. The test images are not used. There are two budgets:
+draws. The test images are not used. With ``--start``, all runs of a seed continue the base's
+training after that many steps; a recipe then changes only the end of the training. There are two
+budgets:
 
     evaluations   as many steps as the base
     time          as much training time as the base: the base's number of steps is divided by the
@@ -97,8 +99,9 @@ class Plan(NamedTuple):
     """The settings that all runs of one command share."""
 
     config: Callable[[int], ConfigDict]  # makes the config of the base for a number of steps
-    steps: int  # training steps of the base
+    steps: int  # training steps of the base, after ``start``
     out: pathlib.Path  # the file of results, one JSON object a line
+    start: int = 0  # steps of the base's training, from which every run continues
 
 
 def value_of(text: str) -> Any:
@@ -234,21 +237,34 @@ def evaluate_run(config: ConfigDict, workdir: Workdir) -> dict[str, list[float]]
     return values
 
 
+def copy_start(plan: Plan, seed: int, workdir: pathlib.Path) -> None:
+    """Put the first ``plan.start`` steps of the base's training with ``seed`` into ``workdir``."""
+    config = plan.config(plan.start)
+    config.seed = seed
+    start, part = workdir.with_name(f"start_{identity(config)}"), workdir.with_suffix(".part")
+    train.run(config, start)
+    shutil.rmtree(part, ignore_errors=True)
+    shutil.copytree(start, part)
+    part.rename(workdir)
+
+
 def train_and_evaluate(plan: Plan, recipe: str, seed: int, steps: int) -> dict[str, Any]:
-    """Train and evaluate ``recipe`` with ``seed`` for ``steps`` steps.
+    """Train and evaluate ``recipe`` with ``seed`` for ``steps`` steps, after ``plan.start``.
 
     Returns:
       The line of the file. It has ``bits_per_dim`` by cell, or ``failed``, the reason why training
       stopped.
     """
-    config = with_recipe(plan.config(steps), recipe)
+    config = with_recipe(plan.config(plan.start + steps), recipe)
     config.seed = seed
-    key = identity(config)
+    key = f"{identity(config)}_{plan.start}" if plan.start else identity(config)
 
     def compute() -> dict[str, Any]:
         workdir = plan.out.with_suffix("") / key
-        row = {"recipe": recipe, "seed": seed, "steps": steps}
+        row = {"recipe": recipe, "seed": seed, "steps": steps, "start": plan.start}
         try:
+            if plan.start and not workdir.exists():
+                copy_start(plan, seed, workdir)
             train.run(config, workdir)
             row["bits_per_dim"] = evaluate_run(config, Workdir(workdir))
         except NonFiniteLoss as error:
@@ -316,7 +332,7 @@ def make_plan(args: argparse.Namespace) -> Plan:
         return with_recipe(with_steps(config, steps), args.base)
 
     out = pathlib.Path(args.out or f"runs/recipes/{pathlib.Path(args.config).stem}.jsonl")
-    return Plan(base, args.steps, out.absolute())
+    return Plan(base, args.steps, out.absolute(), args.start)
 
 
 def main() -> None:
@@ -329,6 +345,7 @@ def main() -> None:
         "budgets": (",".join(BUDGETS), "evaluations, time, or both"),
         "seeds": ("0,1,2", "seeds of training"),
         "steps": (700, "training steps of the base"),
+        "start": (0, "steps of the base that come before, from which all runs continue"),
         "validation": (0.2, "the field data.validation: the part of images that is held out"),
         "images": (0, "number of held-out images to evaluate; 0: all"),
         "sweeps": (4, "sweeps of the bounds"),

@@ -133,6 +133,32 @@ def test_an_average_and_a_warmup_suit_the_steps_of_the_run(
     assert settings[-1] == (7, 0.99)  # A recipe that names them is compared as it is.
 
 
+def test_runs_continue_from_the_start_of_the_base(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The base is trained once a seed. Each recipe continues a copy of it to its own steps."""
+    runs = []
+
+    def run(config: ConfigDict, workdir: pathlib.Path) -> None:
+        workdir.mkdir(parents=True, exist_ok=True)
+        trained = workdir / "steps"
+        before = trained.read_text() if trained.exists() else ""
+        now = f"{config.seed}/{config.training.num_steps}/{config.training.second_order} "
+        if not before.endswith(now):
+            trained.write_text(before + now)
+            runs.append(before + now)
+
+    monkeypatch.setattr(recipes.train, "run", run)
+    monkeypatch.setattr(recipes, "evaluate_run", lambda config, workdir: {"ode_uniform": [1.5]})
+    later = plan(tmp_path)._replace(start=30)
+    recipes.train_and_evaluate(later, "", 7, 10)
+    recipes.train_and_evaluate(later, "training.second_order=0.1", 7, 5)
+    begin = "7/30/0.0 "
+    assert runs == [begin, begin + "7/40/0.0 ", begin + "7/35/0.1 "]
+    recipes.train_and_evaluate(plan(tmp_path), "", 7, 40)
+    assert runs[-1] == "7/40/0.0 "  # The whole training is another run than its end.
+
+
 def test_an_unknown_budget_is_refused() -> None:
     assert recipes.budgets("time,evaluations") == ["time", "evaluations"]
     with pytest.raises(ValueError, match="--budgets=Time: no budget.*give evaluations or time"):

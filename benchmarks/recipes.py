@@ -1,13 +1,13 @@
 """Recipes of training, compared at equal network evaluations and at equal training time.
 
-    python benchmarks/recipes.py --config=configs/digits_vp.py --recipes=levels,levels+centre
+    python benchmarks/recipes.py --config=configs/digits_vp.py --recipes=noise,centre
 
 A recipe changes fields of the config: it is a name of RECIPES, ``field=value``, or several of these
 joined by ``+``. Each recipe is added to the recipe ``--base``, so that one factor at a time can be
 compared with the best recipe so far. A part of the training images is held out
 (``data.validation``): all runs train on the others and are evaluated on these, with the same random
-draws. The test images are not used. With ``--start``, all runs of a seed continue the base's
-training after that many steps; a recipe then changes only the end of the training. There are two
+draws. The test images are not used. With ``--start``, all runs of a seed begin with that many
+steps of the base's training, and a recipe changes only the steps that follow. There are two
 budgets:
 
     evaluations   as many steps as the base
@@ -44,7 +44,7 @@ from sbml import data
 from sbml.adapters import PARAMETERIZATIONS
 from sbml.estimators import Cell
 from sbml.evaluation import cells
-from sbml.experiment import build
+from sbml.experiment import build, trained
 from sbml.experiment.config import check_overrides
 from sbml.experiment.score import model_fields
 from sbml.intervals import mean_interval
@@ -239,12 +239,16 @@ def evaluate_run(config: ConfigDict, workdir: Workdir) -> dict[str, list[float]]
 
 def copy_start(plan: Plan, seed: int, workdir: pathlib.Path) -> None:
     """Put the first ``plan.start`` steps of the base's training with ``seed`` into ``workdir``."""
-    config = plan.config(plan.start)
+    config = plan.config(plan.start + plan.steps)
     config.seed = seed
-    start, part = workdir.with_name(f"start_{identity(config)}"), workdir.with_suffix(".part")
-    train.run(config, start)
+    config.training.update(checkpoint_every=plan.start, keep_every=plan.start)
+    base, part = workdir.with_name(f"base_{identity(config)}"), workdir.with_suffix(".part")
+    train.run(config, base)
     shutil.rmtree(part, ignore_errors=True)
-    shutil.copytree(start, part)
+    shutil.copytree(base, part)
+    for checkpoint in (part / "checkpoints").iterdir():
+        if checkpoint.name != str(plan.start):
+            shutil.rmtree(checkpoint)
     part.rename(workdir)
 
 
@@ -335,17 +339,32 @@ def make_plan(args: argparse.Namespace) -> Plan:
     return Plan(base, args.steps, out.absolute(), args.start)
 
 
+def check_recipes(plan: Plan, recipes: list[str]) -> None:
+    """Check, before the first training, that every recipe of ``recipes`` can be run.
+
+    Raises:
+      ValueError: a recipe is no config, or cannot continue from a checkpoint of the base.
+    """
+    base = plan.config(plan.start + plan.steps)
+    begun = build.Experiment(base)
+    metadata = {"config": begun.to_plain(), "smallest_time": begun.adapter.eps}
+    for recipe in recipes:
+        config = build.Experiment(with_recipe(base, recipe)).config
+        if plan.start:
+            trained.check_training(config, metadata)
+
+
 def main() -> None:
     """Train, evaluate and compare; print a table for each budget."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     options: dict[str, tuple[Any, str]] = {
         "config": ("configs/digits_vp.py", "a file with get_config"),
-        "recipes": ("levels,levels+centre", "recipes that are compared with the base"),
+        "recipes": ("noise,centre", "recipes that are compared with the base"),
         "base": ("", "the recipe to which all others are added"),
         "budgets": (",".join(BUDGETS), "evaluations, time, or both"),
         "seeds": ("0,1,2", "seeds of training"),
         "steps": (700, "training steps of the base"),
-        "start": (0, "steps of the base that come before, from which all runs continue"),
+        "start": (0, "steps of the base's training with which all runs begin"),
         "validation": (0.2, "the field data.validation: the part of images that is held out"),
         "images": (0, "number of held-out images to evaluate; 0: all"),
         "sweeps": (4, "sweeps of the bounds"),
@@ -358,8 +377,7 @@ def main() -> None:
     args = parser.parse_args()
     names = budgets(args.budgets)
     plan, recipes = make_plan(args), list(dict.fromkeys(["", *args.recipes.split(",")]))
-    for recipe in recipes:  # A mistake in any recipe is an error before the first training.
-        build.Experiment(with_recipe(plan.config(plan.steps), recipe))
+    check_recipes(plan, recipes)
     for budget in names:
         rows: dict[str, list[dict[str, Any]]] = {recipe: [] for recipe in recipes}
         for seed in map(int, args.seeds.split(",")):

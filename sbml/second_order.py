@@ -16,19 +16,22 @@ log-SNR. For any score s and the true score s*,
 so up to a term of second order, r is twice the error of this integrand, plus noise. The loss of one
 example is
 
-    1/2 w(t) r^2,      where |sigma s + z|^2 in r is held constant,
+    1 / (2 d) w(t) r^2,      where |sigma s + z|^2 in r is held constant,
 
-with the weight w of the first-order loss 1/2 w |sigma s + z|^2 (``sbml.losses``). At the true score
-the mean of its gradient is 0, and the mean of its value is that of the noise, w tr(Cov[z | x_t]^2)
-for Gaussian data. An error of the score that is small but oscillates fast in x hardly changes the
-first-order loss. It does change this loss, because its divergence is large.
+with the weight w of the first-order loss 1/2 w |sigma s + z|^2 (``sbml.losses``). Both losses grow
+like the number of dimensions d: r is a sum over the d entries, so r^2 grows like d^2, or like d for
+errors that are independent. At the true score the mean of the loss's gradient is 0, and the mean of
+its value is that of the noise, w tr(Cov[z | x_t]^2) / d for Gaussian data. An error of the score
+that is small but oscillates fast in x hardly changes the first-order loss. It does change this
+loss, because its divergence is large.
 
 *Velocity.* For alpha^2 + sigma^2 = 1, let F = alpha z - sigma x, and let F^ be the prediction of F
 that follows from the score. Then
 
     r = -alpha [sigma div F^ - alpha (d - |F - F^|^2)],      1/2 w r^2 = 1/2 (w alpha^2) [...]^2,
 
-which is the form of i-DODE (Zheng et al.): w alpha^2 is the weight of |F - F^|^2.
+which is the form of i-DODE (Zheng et al.): w alpha^2 is the weight of |F - F^|^2. They add 0.1
+times this loss to the first-order one.
 
 *Probes.* If div s is estimated by v^T J v with one probe v and the Jacobian J of s, the expectation
 of r^2 has one term more, sigma^4 times the variance of v^T J v. For a symmetric J and random signs
@@ -117,7 +120,7 @@ def loss(
     *,
     weighting: str = "likelihood",
 ) -> Scalar:
-    """1/2 w(t) r^2 of one example at one time, in the unit of ``losses.dsm``: a scalar.
+    """w(t) r^2 / (2 d) of one example of d entries at one time, in the unit of ``losses.dsm``.
 
     Args:
       score: any score of one example.
@@ -140,7 +143,8 @@ def loss(
     z = jax.random.normal(noise_key, x.shape, x.dtype)
     x_t = losses.perturb(sde, x, t, z)
     s, forms = divergence.quadratic_forms(lambda x: score(x, t, score_key), x_t, vs)
-    return 0.5 * losses.weight(sde, t, weighting) * squared_residual(residuals(sde, s, forms, t, z))
+    weight = losses.weight(sde, t, weighting)
+    return weight * squared_residual(residuals(sde, s, forms, t, z)) / (2 * x.size)
 
 
 def dsm_batch(
@@ -156,8 +160,9 @@ def dsm_batch(
 ) -> tuple[Vector, Vector]:
     """The losses of first and second order, each ``(n,)``, by one call of the network.
 
-    The first are those of ``losses.dsm_batch``, with the same draws. The second are 1/2 w(t) r^2
-    with ``probes`` independent Rademacher probes for each example, which are drawn from its key.
+    The first are those of ``losses.dsm_batch``, with the same draws. The second are
+    w(t) r^2 / (2 d), with ``probes`` independent Rademacher probes for each example, which are
+    drawn from its key.
 
     Raises:
       ValueError: as in ``losses.dsm_batch``, or for fewer than one probe.
@@ -175,7 +180,7 @@ def dsm_batch(
     def orders(s: Example, forms: Forms, t: Scalar, z: Example) -> tuple[Scalar, Scalar]:
         r2 = squared_residual(residuals(sde, s, forms, t, z))
         first = losses.residual(sde, s, t, z, weighting)
-        return first, 0.5 * losses.weight(sde, t, weighting) * r2
+        return first, losses.weight(sde, t, weighting) * r2 / (2 * z.size)
 
     return jax.vmap(orders)(scores, jnp.stack(forms, axis=1), t, z)
 

@@ -369,10 +369,7 @@ def rows_of(**wrong: Array) -> dict[str, Array]:
         ({"t": np.full((4, 3), 0.5)}, r"x has shape \(4, 3\), t \(4, 3\): give a batch"),
         ({"t": np.full((), 0.5)}, r"t \(\): give a batch \(n, \*s\) and its times \(n,\)"),
         ({"x": np.ones(())}, r"x has shape \(\), t \(4,\)"),
-        (
-            {"keys": np.zeros((4, 2), np.uint32)},
-            r"keys are uint32 of shape \(4, 2\) for 4 ",
-        ),
+        ({"keys": np.zeros((4, 2), np.uint32)}, r"keys are uint32 of shape \(4, 2\) for 4 "),
         ({"keys": np.zeros(4)}, "keys are float64"),
         ({"signs": np.ones((4, 3))}, r"signs have shape \(4, 3\) for 4 examples: give \(4,\)"),
     ],

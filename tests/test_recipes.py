@@ -11,6 +11,7 @@ from scipy import stats
 from benchmarks import recipes
 from sbml.experiment import build
 from sbml.experiment.config import default
+from sbml.runtime import metrics
 
 
 def plan(tmp_path: pathlib.Path) -> recipes.Plan:
@@ -133,30 +134,29 @@ def test_an_average_and_a_warmup_suit_the_steps_of_the_run(
     assert settings[-1] == (7, 0.99)  # A recipe that names them is compared as it is.
 
 
-def test_runs_continue_from_the_start_of_the_base(
+def test_runs_begin_with_the_training_of_the_base(
     tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The base is trained once a seed. Each recipe continues a copy of it to its own steps."""
-    runs = []
+    """The base is trained once a seed. A recipe has its first steps and the recipe's own last ones;
+    without a change these are the base's, bit by bit."""
+    monkeypatch.setattr(recipes, "evaluate_run", lambda config, workdir: metrics.read(workdir.path))
+    later = plan(tmp_path)._replace(start=4, steps=2)
+    same = recipes.train_and_evaluate(later, "", 7, 2)["bits_per_dim"]
+    other = recipes.train_and_evaluate(later, "training.second_order=0.1", 7, 3)["bits_per_dim"]
+    (whole,) = (metrics.read(path) for path in later.out.with_suffix("").glob("base_*"))
+    losses = [[row["loss"] for row in rows] for rows in (whole, same, other)]
+    assert losses[0] == losses[1] and len(losses[2]) == 7
+    assert losses[2][:4] == losses[0][:4] and losses[2][4] != losses[0][4]
 
-    def run(config: ConfigDict, workdir: pathlib.Path) -> None:
-        workdir.mkdir(parents=True, exist_ok=True)
-        trained = workdir / "steps"
-        before = trained.read_text() if trained.exists() else ""
-        now = f"{config.seed}/{config.training.num_steps}/{config.training.second_order} "
-        if not before.endswith(now):
-            trained.write_text(before + now)
-            runs.append(before + now)
 
-    monkeypatch.setattr(recipes.train, "run", run)
-    monkeypatch.setattr(recipes, "evaluate_run", lambda config, workdir: {"ode_uniform": [1.5]})
-    later = plan(tmp_path)._replace(start=30)
-    recipes.train_and_evaluate(later, "", 7, 10)
-    recipes.train_and_evaluate(later, "training.second_order=0.1", 7, 5)
-    begin = "7/30/0.0 "
-    assert runs == [begin, begin + "7/40/0.0 ", begin + "7/35/0.1 "]
-    recipes.train_and_evaluate(plan(tmp_path), "", 7, 40)
-    assert runs[-1] == "7/40/0.0 "  # The whole training is another run than its end.
+def test_a_recipe_that_cannot_continue_is_refused_before_any_training(
+    tmp_path: pathlib.Path,
+) -> None:
+    later = plan(tmp_path)._replace(start=4)
+    recipes.check_recipes(later, ["", "training.second_order=0.1", "optim.lr=1e-3"])
+    with pytest.raises(ValueError, match="model.width is 64, the checkpoint's is 32"):
+        recipes.check_recipes(later, ["", "model.width=64"])
+    recipes.check_recipes(plan(tmp_path), ["model.width=64"])
 
 
 def test_an_unknown_budget_is_refused() -> None:

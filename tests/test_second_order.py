@@ -243,6 +243,28 @@ def test_for_vp_it_is_i_dodes_form() -> None:
     np.testing.assert_allclose(residual(score, sde, x, z, t), -alpha * theirs, rtol=1e-12)
 
 
+def test_with_the_weight_of_i_dode_it_is_their_objective() -> None:
+    """Up to a factor, they minimise |F - F^|^2 + 0.1 (sigma div F^ - alpha (d - |F - F^|^2))^2 / d at
+    times whose density cancels the weight 1/2 w alpha^2 of |F - F^|^2."""
+    sde, t, key = VP(), jnp.asarray(0.2), jax.random.key(5)
+    alpha, sigma, d = sde.mean_coef(t), sde.std(t), 3
+    x, score = jnp.asarray([[0.3, -0.9, 0.4]]), curved(jnp.asarray(0.7), sde)
+    first, second = second_order.dsm_batch(score, sde, x, t[None], key[None], probes=1)
+    z = jax.random.normal(jax.random.split(key)[0], (d,))
+    v = jax.random.rademacher(jax.random.split(key, 3)[2], (d,), float)
+    x_t = alpha * x[0] + sigma * z
+
+    def velocity(x_t: Array) -> Array:
+        return (-sigma * score(x_t, t, None) - sigma * x_t) / alpha
+
+    # The velocity's target alpha z - sigma x is (z - sigma x_t) / alpha.
+    error = jnp.sum(((z - sigma * x_t) / alpha - velocity(x_t)) ** 2)
+    form = v @ jax.jvp(velocity, (x_t,), (v,))[1]
+    theirs = error + 0.1 * (sigma * form - alpha * (d - error)) ** 2 / d
+    ours = (first + 0.1 * second)[0] / (0.5 * sde.rate(t) * alpha**2)
+    np.testing.assert_allclose(ours, theirs, rtol=1e-10)
+
+
 @pytest.mark.parametrize("weighting", losses.WEIGHTINGS)
 def test_of_one_example_by_hand(sde: SDE, weighting: str) -> None:
     score, t, key = curved(jnp.asarray(0.7), sde), jnp.asarray(0.4), jax.random.key(3)
@@ -255,11 +277,11 @@ def test_of_one_example_by_hand(sde: SDE, weighting: str) -> None:
     w = (sde.diffusion(t) / sigma) ** 2 if weighting == "likelihood" else 1.0
     for count, square in ((1, r[0] ** 2), (2, r[0] * r[1])):
         found = second_order.loss(score, sde, x, t, key, vs[:count], weighting=weighting)
-        np.testing.assert_allclose(found, 0.5 * w * square, rtol=1e-10)
+        np.testing.assert_allclose(found, w * square / (2 * 3), rtol=1e-10)
 
 
 def test_the_error_is_held_constant_and_the_divergence_is_not() -> None:
-    """d/da 1/2 r^2 = r sigma^2 d(div s)/da, by finite differences of the divergence."""
+    """d/da r^2 / (2 d) = r sigma^2 d(div s)/da / d, by finite differences of the divergence."""
     sde, t, key = VP(), jnp.asarray(0.4), jax.random.key(3)
     x, vs, step = jnp.asarray([0.3, -0.9, 0.4]), jnp.asarray([[1.0, -1.0, 1.0]]), 1e-5
 
@@ -274,8 +296,8 @@ def test_the_error_is_held_constant_and_the_divergence_is_not() -> None:
 
     value, gradient = jax.value_and_grad(loss)(jnp.asarray(0.7))
     slope = (form(0.7 + step) - form(0.7 - step)) / (2 * step)
-    r = np.sqrt(2 * value)
-    np.testing.assert_allclose(abs(gradient), abs(r * sde.std(t) ** 2 * slope), rtol=1e-7)
+    r = np.sqrt(2 * 3 * value)
+    np.testing.assert_allclose(abs(gradient), abs(r * sde.std(t) ** 2 * slope / 3), rtol=1e-7)
     whole = (loss(jnp.asarray(0.7 + step)) - loss(jnp.asarray(0.7 - step))) / (2 * step)
     assert abs(whole - gradient) > 0.1 * abs(gradient)
 
@@ -316,7 +338,7 @@ def test_a_batch_has_the_losses_of_its_examples(sde: SDE, antithetic: bool) -> N
         r = [sde.std(t[i]) ** 2 * v @ jacobian @ v + 3 - jnp.sum((sde.std(t[i]) * s + z) ** 2)
              for v in vs]  # fmt: skip
         square = r[0] * (r[1] + r[2]) / 2
-        np.testing.assert_allclose(second[i], 0.5 * sde.rate(t[i]) * square, rtol=1e-9)
+        np.testing.assert_allclose(second[i], sde.rate(t[i]) * square / (2 * 3), rtol=1e-9)
     assert len(np.unique(np.asarray(vs), axis=0)) > 1
 
 

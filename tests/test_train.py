@@ -1,6 +1,5 @@
 """Training survives kills bitwise, and does not depend on how many devices or processes it has."""
 
-import errno
 import json
 import logging
 import os
@@ -11,7 +10,6 @@ import time
 
 import jax
 import numpy as np
-import optax
 import pytest
 import runs
 import tiny
@@ -22,8 +20,8 @@ from configs import digits_vp
 from sbml.experiment import build, trained
 from sbml.modes import _loop as loop
 from sbml.modes import train
-from sbml.runtime import disk, metrics, optim, preemption, sharding
-from sbml.runtime.checkpoint import Checkpoints, UnsavedCheckpointError
+from sbml.runtime import metrics, preemption
+from sbml.runtime.checkpoint import Checkpoints
 from sbml.runtime.lock import BusyError
 from sbml.runtime.workdir import Workdir
 
@@ -277,33 +275,6 @@ def test_sigterm_stops_an_evaluation_by_several_processes(whole, tmp_path):
     assert not (tmp_path / "samples.npz").exists()
 
 
-def one_step(**training):
-    """State and metrics of two updates from the start, with ``training`` fields overridden."""
-    config = tiny.get_config()
-    config.training.update(training)
-    experiment, mesh = build.Experiment(config), sharding.data_mesh()
-    pixels = experiment.images("train").images[:64].reshape(2, 32, 8, 8, 1)
-    state, key = sharding.initial_state(experiment.init_state, mesh), jax.random.key(0)
-    dispatch = config.training.steps_per_dispatch
-    step = loop.compiled_step(train.update(experiment), mesh, state, steps_per_dispatch=dispatch)
-    if dispatch == 2:
-        return step(state, pixels, key, ())
-    state, first = step(state, pixels[0], key, ())
-    state, second = step(state, pixels[1], key, ())
-    return state, jax.tree.map(lambda *a: np.stack(a), first, second)
-
-
-@pytest.fixture(scope="module")
-def plain_step():
-    return one_step()
-
-
-@pytest.mark.parametrize("option", [{"accumulate": 4}, {"steps_per_dispatch": 2}], ids=str)
-def test_accumulation_and_dispatch_change_nothing(plain_step, option):
-    for expected, got in zip(plain_step, one_step(**option), strict=True):
-        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, 1e-3, 1e-6), expected, got)
-
-
 def test_resumed_training_with_statistics_is_bitwise_the_same(tmp_path):
     config = tiny.get_config()  # Its statistics are of antithetic pairs.
     config.training.update(proposal_bins=8, num_steps=12, checkpoint_every=4)
@@ -317,19 +288,6 @@ def test_resumed_training_with_statistics_is_bitwise_the_same(tmp_path):
     assert states[0].statistics[0].sum() > 0
 
 
-def test_average_is_exponential_and_warmup_starts_at_zero(plain_step):
-    """The first learning rate is 0, the second 1/10 of the peak; ema = .9 ema + .1 params."""
-    config = tiny.get_config()
-    fresh = sharding.initial_state(build.Experiment(config).init_state, sharding.data_mesh())
-    state, _ = plain_step
-    moved = jax.tree.map(lambda a, b: np.abs(a - b).max(), fresh.params, state.params)
-    # One Adam step moves each parameter by at most the learning rate, 1e-4 here.
-    assert 0.5e-4 < max(jax.tree.leaves(moved)) < 1.01e-4
-    expected = jax.tree.map(lambda a, b: 0.9 * a + 0.1 * b, fresh.params, state.params)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, 1e-4, 1e-7), expected,
-                 state.ema_params)  # fmt: skip
-
-
 def test_losses_read_late_as_on_accelerators_change_nothing(tmp_path, monkeypatch):
     for late in (0, 2):
         monkeypatch.setattr(loop, "_in_flight", lambda late=late: late)
@@ -338,37 +296,6 @@ def test_losses_read_late_as_on_accelerators_change_nothing(tmp_path, monkeypatc
         train.run(config, tmp_path / str(late))
     assert losses(tmp_path / "0") == losses(tmp_path / "2")
     assert_same_state(tmp_path / "0", tmp_path / "2")
-
-
-def diverge(monkeypatch):
-    """Train at a learning rate that no config may have, from the first step."""
-    rate = optax.constant_schedule(1e30)
-    monkeypatch.setattr(optim, "learning_rate", lambda *given: rate)
-
-
-def test_a_non_finite_loss_read_late_is_named_and_never_saved(tmp_path, monkeypatch):
-    monkeypatch.setattr(loop, "_in_flight", lambda: 2)
-    diverge(monkeypatch)
-    config = tiny.get_config()
-    config.optim.grad_clip = 0.0
-    config.training.checkpoint_every = 4
-    with pytest.raises(
-        loop.NonFiniteLoss, match=r"step 1: .*Last good checkpoint: none was saved.*starts again"
-    ):
-        train.run(config, tmp_path)
-
-
-def test_non_finite_loss_stops_and_names_the_last_checkpoint(tmp_path, monkeypatch):
-    diverge(monkeypatch)
-    config = tiny.get_config()
-    config.optim.grad_clip = 0.0
-    config.training.checkpoint_every = 1
-    with pytest.raises(loop.NonFiniteLoss, match=r"step \d+: loss .*Last good checkpoint"):
-        train.run(config, tmp_path)
-    experiment = build.Experiment(config)
-    restored = experiment.restore(tmp_path)
-    losses = jax.device_get(restored.state.step)
-    assert losses == restored.step
 
 
 def test_wrong_batch_and_other_model_are_refused(whole, tmp_path):
@@ -436,40 +363,3 @@ def test_provenance_is_in_the_checkpoint(whole):
     metadata = experiment.restore(whole).metadata
     assert metadata["config"] == json.loads(json.dumps(experiment.to_plain()))
     assert metadata["data"] == experiment.images("train").fingerprint
-
-
-def test_a_full_disk_does_not_stop_the_training(tmp_path, monkeypatch, caplog):
-    """Steps 8 to 31 find no room, nor do some rows; the end is that of a run with a free disk."""
-    config = tiny.get_config()
-    train.run(config, tmp_path / "free")
-    scalars = metrics.MetricsWriter.scalars
-
-    def written(self, step, values):
-        if step in (9, 10):
-            raise OSError(errno.ENOSPC, "No space left on device")
-        scalars(self, step, values)
-
-    steps = iter(range(4, 44, 4))
-    monkeypatch.setattr(metrics.MetricsWriter, "scalars", written)
-    monkeypatch.setattr(disk, "shortage", lambda *_: "full" if 8 <= next(steps) < 32 else "")
-    train.run(config, tmp_path / "full")
-    states = [runs.state(config, tmp_path / name) for name in ("free", "full")]
-    assert all(jax.tree.leaves(jax.tree.map(np.array_equal, *(s.state for s in states))))
-    said = [r.getMessage() for r in caplog.records if r.levelname in ("WARNING", "ERROR")]
-    assert [line for line in said if "not saved" in line] == [
-        f"The checkpoint of step 8 was not saved in {tmp_path / 'full' / 'checkpoints'}: full. "
-        "Training goes on, and later checkpoints are saved once there is room"
-    ]
-    assert sum("goes on without this file" in line for line in said) == 1
-    rows = metrics.read(tmp_path / "full")
-    assert [row["step"] for row in rows] == [s for s in range(1, 41) if s not in (9, 10)]
-
-
-def test_a_disk_without_room_for_the_last_checkpoint_is_an_error(tmp_path, monkeypatch):
-    config = tiny.get_config()
-    config.training.num_steps = 8
-    steps = iter((4, 8))
-    monkeypatch.setattr(disk, "shortage", lambda *_: "full" if next(steps) == 8 else "")
-    with pytest.raises(UnsavedCheckpointError, match=r"step 8 .*: full\. Make room .* step 4$"):
-        train.run(config, tmp_path)
-    assert runs.state(config, tmp_path).step == 4

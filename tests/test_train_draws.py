@@ -110,12 +110,12 @@ def test_in_discrete_time_the_loss_is_that_of_the_levels():
     [("vp", p) for p in ("noise", "x0", "velocity", "levels")] + [("ve", "x0"), ("ve", "noise")],
 )
 def test_the_second_order_loss_is_an_addition(sde, parameterization):
-    """c / 2 w r_1 r_2 / d beside the loss, for rows of either sign of the noise."""
+    """c / (2 d) w r_1 r_2 / d beside the loss, for rows of either sign of the noise."""
     config = tiny.get_config()
     config.sde.name = sde
     config.score.parameterization = parameterization
     plain = build.Experiment(config)
-    config.training.second_order = 0.3
+    config.training.second_order = 100.0
     experiment = build.Experiment(config)
     params = experiment.adapter.init(jax.random.key(1), experiment.shape)
     params = jax.tree.map(lambda p: p + 0.05 * jnp.sin(jnp.arange(p.size).reshape(p.shape)), params)
@@ -132,15 +132,15 @@ def test_the_second_order_loss_is_an_addition(sde, parameterization):
         pairs = [jax.jvp(lambda x: score(x, t, None), (x_t,), (v,)) for v in vs]
         r = [std**2 * jnp.sum(v * jv) + 64 - jnp.sum((std * s + z) ** 2)
              for v, (s, jv) in zip(vs, pairs, strict=True)]  # fmt: skip
-        return 0.5 * plain.sde.rate(t) * r[0] * r[1]
+        return plain.sde.rate(t) * r[0] * r[1] / (2 * 64)
 
     second = product(draws.x, draws.t, draws.keys, draws.signs) * draws.weight * draws.inverse
     ordinary = train.loss_fn(plain)(params, draws, ())
     loss = train.loss_fn(experiment)
-    expected = ordinary + 0.3 * second / 64
+    expected = ordinary + 100 * second / 64
     np.testing.assert_allclose(loss(params, draws, ()), expected, rtol=2e-3)
     assert np.all(draws.signs[::2] == -draws.signs[1::2])
-    assert np.abs(second / ordinary).max() > 1
+    assert np.abs(100 * second / 64 / ordinary).max() > 1
     gradient = jax.grad(lambda p: jnp.mean(loss(p, draws, ())))(params)
     other = jax.grad(lambda p: jnp.mean(train.loss_fn(plain)(p, draws, ())))(params)
     for ours, first in zip(*map(jax.tree.leaves, (gradient, other)), strict=True):

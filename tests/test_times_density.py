@@ -1,0 +1,151 @@
+"""Densities of times: points that follow them, their floors, and their tallies."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from sbml.times import lattice, tally, warp, with_floor
+from sbml.types import Array
+
+pytestmark = pytest.mark.usefixtures("x64")
+
+SCALE = np.asarray([3.0, 0.2, np.nan, 1.0, 0.0])
+
+
+@pytest.mark.oracle
+@pytest.mark.parametrize("floor", [0.05, 1.0])
+def test_warped_points_integrate_over_v(floor: float) -> None:
+    """Powers of v are integrated exactly, with Gauss-Legendre nodes in each bin of u."""
+    density = with_floor(jnp.asarray(SCALE), floor)
+    nodes, weights = np.polynomial.legendre.leggauss(6)
+    edges = np.concatenate([[0], np.cumsum(density) / np.sum(density)])
+    mass = np.diff(edges)
+    u = edges[:-1, None] + mass[:, None] * 0.5 * (nodes + 1)
+    v, inverse = jax.jit(warp)(jnp.asarray(u), density)
+    for power in range(12):
+        estimate = np.sum(mass[:, None] * 0.5 * weights * inverse * v**power)
+        np.testing.assert_allclose(estimate, 1 / (power + 1), rtol=1e-13)
+
+
+@pytest.mark.oracle
+def test_warped_points_follow_the_density() -> None:
+    """If u is evenly spread, the part of the points v in a bin is its mass; the weight is 1/q."""
+    density = jnp.asarray([1.0, 4.0, 0.5, 2.5])  # not normalised: the mean is 2
+    v, inverse = warp((jnp.arange(8000) + 0.5) / 8000, density)
+    k = np.floor(np.asarray(v) * 4).astype(int)
+    np.testing.assert_array_equal(np.bincount(k), [1000, 4000, 500, 2500])
+    np.testing.assert_allclose(inverse, 2 / density[k], rtol=1e-13)
+    assert np.all(np.diff(v) > 0)
+
+
+@pytest.mark.oracle
+def test_the_best_density_makes_a_step_function_exact() -> None:
+    """If q is proportional to h, then h / q is constant, so every draw equals the integral. With a
+    floor this is no longer exact."""
+    h = jnp.asarray([5.0, 1.0, 2.0])
+    u = jnp.linspace(0, 0.999, 50)
+    for floor, exact in ((1e-9, True), (0.1, False)):
+        v, inverse = warp(u, with_floor(h, floor))
+        values = inverse * h[jnp.floor(3 * v).astype(int)]
+        assert (np.ptp(values) < 1e-7) == exact
+        assert np.all(inverse <= 1 / floor)
+
+
+def test_with_floor_by_hand() -> None:
+    """nan counts as the mean of the others, 1.05; then q = (1 - floor) scale / 1.05 + floor."""
+    scale = np.asarray([3.0, 0.2, 1.05, 1.0, 0.0])
+    np.testing.assert_allclose(with_floor(jnp.asarray(SCALE), 0.1), 0.9 * scale / 1.05 + 0.1)
+
+
+@pytest.mark.parametrize(
+    "scale",
+    [
+        [0.0, 0.0, 0.0],
+        [np.nan, np.nan, np.nan],
+        [np.inf, -1.0, -np.inf],
+        [2e38, 2e38, 2e38],
+        [1e-38, np.nan, 1e-38],
+    ],
+)
+def test_a_scale_without_information_gives_the_uniform_density(scale: list[float]) -> None:
+    with jax.enable_x64(False):
+        np.testing.assert_allclose(with_floor(jnp.asarray(scale, jnp.float32)), 1, rtol=1e-6)
+
+
+def test_extreme_scales_keep_floor_and_mean() -> None:
+    with jax.enable_x64(False):
+        for scale in ([3e38, 1e-38, 0.0, np.nan], [np.inf, 0.0, 7.0, 1e-30]):
+            density = np.asarray(with_floor(jnp.asarray(scale, jnp.float32)))
+            assert density.min() >= np.float32(0.1)
+            np.testing.assert_allclose(density.mean(), 1, rtol=1e-6)
+
+
+@pytest.mark.parametrize("floor", [0.0, -0.1, 1.1, float("nan")])
+def test_impossible_floors_are_refused(floor: float) -> None:
+    with pytest.raises(ValueError, match="floor="):
+        with_floor(jnp.ones(3), floor)
+
+
+@pytest.mark.parametrize("bins", [1, 7, 100, 1000])
+def test_float32_warp(bins: int) -> None:
+    """Every u in [0, 1) falls into a bin, v increases with u, and 1/q has the rounding error of a
+    bin's mass."""
+    rng = np.random.default_rng(bins)
+    with jax.enable_x64(False):
+        density = np.asarray(
+            with_floor(jnp.asarray(np.exp(8 * rng.normal(size=bins)), jnp.float32))
+        )
+        near_edges = np.cumsum(density, dtype=np.float64) / np.sum(density, dtype=np.float64)
+        ends = [0.0, 2.0**-149, 1e-7, 1 - 2.0**-24]
+        u = np.concatenate([ends, rng.random(5000), near_edges[:-1]]).astype(np.float32)
+        u = np.sort(np.clip(u, 0, 1 - 2.0**-24))
+        v, inverse = map(np.asarray, jax.jit(warp)(u, density))
+    assert v.dtype == inverse.dtype == np.float32
+    assert v.min() >= 0 and v.max() < 1 and v[-1] > 1 - 1e-4
+    assert np.all(np.diff(v) >= 0)
+    assert np.all((inverse > 0) & (inverse < 10 * (1 + 1e-7 * 10 * bins)))
+    middle = np.abs(v * bins - np.round(v * bins)) > 1e-3
+    expected = 1 / np.asarray(density, np.float64)[np.floor(v[middle] * bins).astype(int)]
+    np.testing.assert_allclose(inverse[middle], expected, rtol=2e-7 * 10 * bins)
+
+
+def test_a_density_may_vanish_or_change_without_a_compilation() -> None:
+    traces = []
+
+    @jax.jit
+    def compiled(u: Array, density: Array) -> tuple[Array, Array]:
+        traces.append(density)
+        return warp(u, density)
+
+    u = jnp.linspace(0, 0.9999, 100)
+    for density in ([0.0, 1.0, 0.0, 3.0], [1.0, 0.0, 1e-30, 0.0]):
+        v, inverse = compiled(u, jnp.asarray(density))
+        assert np.all(np.asarray(density)[np.floor(4 * np.asarray(v)).astype(int)] > 0)
+        assert np.all(np.isfinite(inverse))
+    assert len(traces) == 1
+
+
+def test_tally_by_hand() -> None:
+    counts = jnp.asarray([[4.0, 2.0, 0.0], [8.0, 1.0, 0.0]])
+    v = jnp.asarray([0.0, 0.32, 0.34, 1 - 2.0**-53])
+    new = tally(counts, v, jnp.asarray([1.0, 2.0, 10.0, -3.0]), 0.5)
+    np.testing.assert_allclose(new, [[4.0, 2.0, 1.0], [7.0, 10.5, -3.0]])
+
+
+@pytest.mark.oracle
+def test_a_tally_learns_the_density() -> None:
+    """The tally finds the mean in each bin, without weights 1/q, though its own density draws v."""
+    truth = jnp.asarray([4.0, 1.0, 0.25, 2.0])
+
+    def step(counts: Array, key: Array) -> tuple[Array, None]:
+        point_key, value_key = jax.random.split(key)
+        density = with_floor(jnp.sqrt(counts[1] / counts[0]))
+        v, _ = warp(lattice(point_key, 40)[:, 0], density)
+        noise = jax.random.normal(value_key, (40,))
+        values = truth[jnp.floor(4 * v).astype(int)] * noise**2
+        return tally(counts, v, values, 0.999), None
+
+    keys = jax.random.split(jax.random.key(2), 1000)
+    counts, _ = jax.jit(lambda k: jax.lax.scan(step, jnp.zeros((2, 4)), k))(keys)
+    np.testing.assert_allclose(counts[1] / counts[0], truth, rtol=0.1)

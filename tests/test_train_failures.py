@@ -1,0 +1,84 @@
+"""Losses that are not finite and disks that are full: every good step is kept, and told."""
+
+import errno
+
+import jax
+import numpy as np
+import optax
+import pytest
+import runs
+import tiny
+
+from sbml.experiment import build
+from sbml.modes import _loop as loop
+from sbml.modes import train
+from sbml.runtime import disk, metrics, optim
+from sbml.runtime.checkpoint import UnsavedCheckpointError
+
+
+def diverge(monkeypatch):
+    """Train at a learning rate that no config may have, from the first step."""
+    rate = optax.constant_schedule(1e30)
+    monkeypatch.setattr(optim, "learning_rate", lambda *given: rate)
+
+
+def test_a_non_finite_loss_read_late_is_named_and_never_saved(tmp_path, monkeypatch):
+    monkeypatch.setattr(loop, "_in_flight", lambda: 2)
+    diverge(monkeypatch)
+    config = tiny.get_config()
+    config.optim.grad_clip = 0.0
+    config.training.checkpoint_every = 4
+    with pytest.raises(
+        loop.NonFiniteLoss, match=r"step 1: .*Last good checkpoint: none was saved.*starts again"
+    ):
+        train.run(config, tmp_path)
+
+
+def test_non_finite_loss_stops_and_names_the_last_checkpoint(tmp_path, monkeypatch):
+    diverge(monkeypatch)
+    config = tiny.get_config()
+    config.optim.grad_clip = 0.0
+    config.training.checkpoint_every = 1
+    with pytest.raises(loop.NonFiniteLoss, match=r"step \d+: loss .*Last good checkpoint"):
+        train.run(config, tmp_path)
+    experiment = build.Experiment(config)
+    restored = experiment.restore(tmp_path)
+    losses = jax.device_get(restored.state.step)
+    assert losses == restored.step
+
+
+def test_a_full_disk_does_not_stop_the_training(tmp_path, monkeypatch, caplog):
+    """Steps 8 to 31 find no room, nor do some rows; the end is that of a run with a free disk."""
+    config = tiny.get_config()
+    train.run(config, tmp_path / "free")
+    scalars = metrics.MetricsWriter.scalars
+
+    def written(self, step, values):
+        if step in (9, 10):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        scalars(self, step, values)
+
+    steps = iter(range(4, 44, 4))
+    monkeypatch.setattr(metrics.MetricsWriter, "scalars", written)
+    monkeypatch.setattr(disk, "shortage", lambda *_: "full" if 8 <= next(steps) < 32 else "")
+    train.run(config, tmp_path / "full")
+    states = [runs.state(config, tmp_path / name) for name in ("free", "full")]
+    assert all(jax.tree.leaves(jax.tree.map(np.array_equal, *(s.state for s in states))))
+    said = [r.getMessage() for r in caplog.records if r.levelname in ("WARNING", "ERROR")]
+    assert [line for line in said if "not saved" in line] == [
+        f"The checkpoint of step 8 was not saved in {tmp_path / 'full' / 'checkpoints'}: full. "
+        "Training goes on, and later checkpoints are saved once there is room"
+    ]
+    assert sum("goes on without this file" in line for line in said) == 1
+    rows = metrics.read(tmp_path / "full")
+    assert [row["step"] for row in rows] == [s for s in range(1, 41) if s not in (9, 10)]
+
+
+def test_a_disk_without_room_for_the_last_checkpoint_is_an_error(tmp_path, monkeypatch):
+    config = tiny.get_config()
+    config.training.num_steps = 8
+    steps = iter((4, 8))
+    monkeypatch.setattr(disk, "shortage", lambda *_: "full" if next(steps) == 8 else "")
+    with pytest.raises(UnsavedCheckpointError, match=r"step 8 .*: full\. Make room .* step 4$"):
+        train.run(config, tmp_path)
+    assert runs.state(config, tmp_path).step == 4

@@ -22,8 +22,10 @@ machine. No program is run. For each program one line of JSON is printed:
     operations, bitcasts        instructions of the compiled program, and those that move no data
     code_mib, compile_cpu_s     size of the program; CPU time of lowering and compilation
 
-``batch`` and ``dtype`` are those of the config. The training program takes one step, whatever
-``training.steps_per_dispatch`` is.
+``batch`` is the number of rows of a training step, or of images of the other programs, and
+``dtype`` is that of the network in the program: likelihoods use float32 whatever the config says.
+The training program takes one step, whatever ``training.steps_per_dispatch`` is, and
+``training.accumulate`` should be 1. Chips that are not in CHIPS have no ``fits`` and no roofline.
 """
 
 import contextlib
@@ -259,6 +261,14 @@ def state_bytes(experiment: Experiment, mesh: Mesh) -> int:
     )
 
 
+def size_of(program: str, experiment: Experiment) -> dict[str, Any]:
+    """The batch of ``program``, and the type in which its network computes."""
+    config, exact = experiment.config, program in ("ode", "bound")
+    section = config.eval if exact else getattr(config, program)
+    adapter = experiment.exact_adapter if exact else experiment.adapter
+    return {"batch": section.batch_size, "dtype": adapter.model.dtype}
+
+
 def main(arguments: Sequence[str]) -> None:
     """Print a line for each program."""
     del arguments
@@ -275,14 +285,12 @@ def main(arguments: Sequence[str]) -> None:
             "topology": options.topology,
             "chip": devices[0].device_kind,
             "devices": len(devices),
-            "batch": experiment.config.training.batch_size,
-            "dtype": experiment.adapter.model.dtype,
             "parameters": experiment.parameter_count(),
             "state_gib": round(state_bytes(experiment, mesh) / 2**30, 3),
         }
         for choice in options.programs:
             row = measured(choice, lambda: PROGRAMS[choice](experiment, mesh), chip)  # noqa: B023
-            print(json.dumps(head | row), flush=True)
+            print(json.dumps(head | size_of(choice, experiment) | row), flush=True)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ The recipe trains on bin centres, so that its own decoder gives a bound of the s
 On the digits, Fourier features lose .03 bits/dim; VDM's networks have them for 256 levels. Network,
 batch, optimizer and steps of cifar10 and imagenet32 are those of the published code of "Variational
 Diffusion Models" (Kingma et al. 2021); a batch of 128 is 64 images, each with a noise and its
-opposite. Those of fashion_mnist are the paper's for CIFAR-10, with fewer steps.
+opposite. Batch and optimizer of fashion_mnist are the paper's for CIFAR-10.
 
     cifar10          expected figure: unknown; VDM's same network reaches 2.64 by its bound
     imagenet32       (of 2016) expected figure: unknown; VDM reaches 3.72 by its bound

@@ -30,9 +30,9 @@ mean kappa y and the standard deviation sqrt(V) u:
     mu_j = kappa y + u (d_j + o_j),    s_j = 2 / L + 0.4 u log(1 + e^(v_j + 1/2)),
 
 with the constants d_j = -0.8, -0.4, 0, 0.4, 0.8. So the outputs keep their size at every noise;
-otherwise the network would have to copy y, as exactly as the noise is small. If rho is smaller than
-a bin, only the levels around y matter. If it is larger, the sum over k is replaced by an integral,
-which has a closed form. So the memory does not grow with L.
+otherwise the network would have to copy y with an error below the size of the noise. If rho is
+smaller than a bin, only the levels around y matter. If it is larger, the sum over k is replaced by
+an integral, which has a closed form. So the memory does not grow with L.
 
 Reference: Kingma et al., "Variational Diffusion Models", NeurIPS 2021, where the decoder has no
 l_k.

@@ -18,12 +18,12 @@ example is
 
     1 / (2 d) w(t) r^2,      where |sigma s + z|^2 in r is held constant,
 
-with the weight w of the first-order loss 1/2 w |sigma s + z|^2 (``sbml.losses``). Both losses grow
-like the number of dimensions d: r is a sum over the d entries, so r^2 grows like d^2, or like d for
-errors that are independent. At the true score the mean of the loss's gradient is 0, and the mean of
-its value is that of the noise, w tr(Cov[z | x_t]^2) / d for Gaussian data. An error of the score
-that is small but oscillates fast in x hardly changes the first-order loss. It does change this
-loss, because its divergence is large.
+with the weight w of the first-order loss 1/2 w |sigma s + z|^2 (``sbml.losses``) and the number of
+dimensions d. Since r is a sum over d entries, r^2 grows like d^2 if their errors are alike. After
+the division, this loss grows like d, as the first-order one does. At the true score the mean of the
+loss's gradient is 0, and the mean of its value is that of the noise, w tr(Cov[z | x_t]^2) / d for
+Gaussian data. An error of the score that is small but oscillates fast in x hardly changes the
+first-order loss. It does change this loss, because its divergence is large.
 
 *Velocity.* For alpha^2 + sigma^2 = 1, let F = alpha z - sigma x, and let F^ be the prediction of F
 that follows from the score. Then

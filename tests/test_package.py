@@ -19,6 +19,20 @@ from sbml.runtime.versions import versions
 CONFIGS = runs.ROOT / "configs"
 
 
+def test_deprecations_in_every_file_of_ours_are_errors() -> None:
+    setup = configparser.ConfigParser(interpolation=None)
+    setup.read(runs.ROOT / "setup.cfg")
+    filters = [
+        line.split(":", 3)[3]
+        for line in setup["tool:pytest"]["filterwarnings"].splitlines()
+        if line.startswith("error::")
+    ]
+    assert len(filters) == 2
+    helpers = [path.stem for path in (runs.ROOT / "tests").glob("*.py")]
+    for module in (*helpers, "sbml.bits", "configs.best", "experiments.toy2d", "benchmarks.soak"):
+        assert all(re.match(pattern, module) for pattern in filters), module
+
+
 @pytest.mark.parametrize("file", sorted(CONFIGS.glob("*.py")), ids=lambda file: file.stem)
 def test_every_config_has_a_name(file: pathlib.Path) -> None:
     assert catalogue.path_of(file.stem) == str(file)

@@ -244,7 +244,7 @@ def test_for_vp_it_is_i_dodes_form() -> None:
 
 
 def test_with_the_weight_of_i_dode_it_is_their_objective() -> None:
-    """Up to a factor, they minimise |F - F^|^2 + 0.1 (sigma div F^ - alpha (d - |F - F^|^2))^2 / d at
+    """Theirs is |F - F^|^2 + 0.1 (sigma div F^ - alpha (d - |F - F^|^2))^2 / d, up to a factor, at
     times whose density cancels the weight 1/2 w alpha^2 of |F - F^|^2."""
     sde, t, key = VP(), jnp.asarray(0.2), jax.random.key(5)
     alpha, sigma, d = sde.mean_coef(t), sde.std(t), 3

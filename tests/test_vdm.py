@@ -33,7 +33,8 @@ def _params(x64: None) -> dict[str, Any]:
 
 
 def score_of(params: dict[str, Any], sde: SDE, condition: Array | float) -> LinenScore:
-    model = vdm.Model(**reference.OPTIONS, dtype="float64")
+    dtype = jax.tree.leaves(params["score_model"])[0].dtype.name
+    model = vdm.Model(**reference.OPTIONS, dtype=dtype)
     adapter = Adapter(
         model,
         sde,
@@ -272,6 +273,34 @@ def test_gradient_of_the_bound(params: dict[str, Any], monkeypatch: pytest.Monke
         if (full := f"wide/gradient/full/{name}") in GIVEN:
             close(leaf, GIVEN[full], rtol=1e-7, atol=tolerance)
     assert result["score_model/dense0/kernel"].any()  # The condition affects this model's output.
+
+
+def test_schedule_decoder_bound_and_gradient_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All to 1e-5, but the gradient, whose error is that of the angles of the Fourier features."""
+    with jax.enable_x64(False):
+        params = jax.tree.map(jnp.float32, reference.wide_params())
+        sde, t = vdm_checkpoint.schedule(params["gamma"]), jnp.asarray(GIVEN["gamma/t"])
+        gamma, rate = sde.gamma(t), sde.rate(t)
+
+        @jax.jit
+        def terms(params: dict[str, Any]) -> discrete.Bound:
+            sde = vdm_checkpoint.schedule(params["gamma"])
+            return bounds(lambda c: score_of(params, sde, c), sde, "continuous", monkeypatch)
+
+        result = terms(params)
+        loss = jax.jit(jax.grad(lambda p: terms(p).total.mean() / (DIMS * math.log(2))))
+        gradient = loss(params)
+    assert gamma.dtype == result.total.dtype == jnp.float32
+    close(gamma, GIVEN["wide/gamma/gamma"], rtol=1e-5)
+    close(rate, GIVEN["wide/gamma/dgamma_dt"], rtol=1e-5)
+    close(result.prior, GIVEN["wide/loss/loss_klz"], rtol=1e-5)
+    close(result.reconstruction, GIVEN["wide/loss/loss_recon"], rtol=1e-5)
+    close(result.diffusion, GIVEN["wide/loss/continuous/loss_diff"], rtol=1e-5)
+    leaves = flatten_dict(gradient, sep="/")
+    norm = math.sqrt(sum(np.sum(np.square(leaf)) for leaf in leaves.values()))
+    for name, leaf in leaves.items():
+        expected = GIVEN[f"wide/gradient/norm/{name}"]
+        assert abs(np.linalg.norm(leaf) - expected) < 5e-4 * norm, name
 
 
 def test_steps_of_the_sampler(params: dict[str, Any]) -> None:

@@ -32,6 +32,10 @@ ARCHIVES = {
     "old": {"train": "train_32x32.tar", "test": "valid_32x32.tar"},
     "new": {"train": "Imagenet32_train_npz.zip", "test": "Imagenet32_val_npz.zip"},
 }
+ORIGIN = {
+    "old": "which image-net.org no longer offers, so you need a copy of it",
+    "new": "which image-net.org gives to those who register",
+}
 COUNTS = {
     "old": {"train": 1_281_149, "test": 49_999},
     "new": {"train": 1_281_167, "test": 50_000},
@@ -99,8 +103,8 @@ def _decode(which: str, split: str, options: Options, add: Add) -> dict[str, Any
     archive = Path(options.manual_dir or ".").expanduser() / file
     if not options.manual_dir or not archive.is_file():
         raise ValueError(
-            f"imagenet32:{which} is read from {file}, which image-net.org gives to those who "
-            f"register: put it into a folder and set data.manual_dir to that"
+            f"imagenet32:{which} is read from {file}, {ORIGIN[which]}: put it into a folder and "
+            f"set data.manual_dir to that"
             + (f" ({archive} is not there)" if options.manual_dir else "")
         )
     count, read = 0, {"old": _tar, "new": _zip}[which]

@@ -143,7 +143,8 @@ class Score(Section):
     parameterization: str = choice("noise", adapters.PARAMETERIZATIONS)
     # the number that tells the network the time; ``time`` is 999 t
     label: str = choice("time", adapters.LABELS)
-    # standard deviation of the data, at most 1 for data in [-1, 1]; for ``preconditioned``
+    # standard deviation of the data, at most 1 for data in [-1, 1]; it scales the network's input
+    # for ``preconditioned``, ``x0``, ``velocity`` and ``levels``
     data_std: float = real(0.5, above=0, most=1)
     # log-SNRs at which the label scaled_log_snr is 1000 and 0
     log_snr_range: tuple[float, ...] = reals((-5.0, 13.3), least=-60, most=60, each="low,high")

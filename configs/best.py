@@ -19,7 +19,7 @@ opposite. Batch and optimizer of fashion_mnist are the paper's for CIFAR-10.
 
     cifar10          expected figure: unknown; VDM's same network reaches 2.64 by its bound
     imagenet32       (of 2016) expected figure: unknown; VDM reaches 3.72 by its bound
-    fashion_mnist    expected figure: unknown; fashion_mnist_vp.py reaches 2.941 by the ODE
+    fashion_mnist    expected figure: unknown; fashion_mnist_vp.py reaches 2.967 by the ODE
 """
 
 from collections.abc import Callable

@@ -8,6 +8,9 @@ python -m sbml.main --config=configs/best.py:cifar10
     fashion_mnist    that of fashion_mnist_vp.py, 8 times as wide and         43.6 M
                      with twice as many blocks
 
+Compiled for one v5e chip, a training step of fashion_mnist needs 2.5 of its 16 GiB
+(docs/accelerators.md); the other two were not compiled.
+
 None of them was run, and no figure is promised. The recipe is an integer denoiser with log-SNR
 labels and the draws of this package. Of all predictions, the integer denoiser is the best on 8x8
 digits at equal steps, and it is ahead of ``preconditioned`` on 32x32 photos (benchmarks/README.md).

@@ -1,4 +1,4 @@
-"""What the tests of refusals share: good and bad arguments, and the two checks of a case."""
+"""What the tests of refusals share: good and bad arguments, and the tests of a table of cases."""
 
 from collections.abc import Callable
 from typing import Any
@@ -37,22 +37,26 @@ def score(x: Any, t: Any, key: Any = None) -> Any:
     return -x
 
 
-def wrong(cases: Cases) -> list[Any]:
-    """A function, its good arguments, and one bad value, for every bad value of ``cases``."""
-    return [
-        pytest.param(function, good, {name: bad}, id=f"{case}-{name}-{i}")
-        for case, (function, good, values) in cases.items()
-        for name, bads in values.items()
-        for i, bad in enumerate(bads)
-    ]
+def tests_of(cases: Cases) -> tuple[Callable[..., None], Callable[..., None]]:
+    """Two tests: good arguments give finite numbers, and every bad value is refused."""
 
+    @pytest.mark.parametrize("case", cases)
+    def accepted(case: str) -> None:
+        function, good, _ = cases[case]
+        found = jax.tree.leaves(function(**good))
+        assert all(np.all(np.isfinite(np.asarray(leaf))) for leaf in found)
 
-def check_accepted(function: Callable[..., Any], good: dict[str, Any]) -> None:
-    """Every number of the result is finite."""
-    found = jax.tree.leaves(function(**good))
-    assert all(np.all(np.isfinite(np.asarray(leaf))) for leaf in found)
+    @pytest.mark.parametrize(
+        ("function", "good", "bad"),
+        [
+            pytest.param(function, good, {name: bad}, id=f"{case}-{name}-{i}")
+            for case, (function, good, values) in cases.items()
+            for name, bads in values.items()
+            for i, bad in enumerate(bads)
+        ],
+    )
+    def refused(function: Callable[..., Any], good: dict[str, Any], bad: dict[str, Any]) -> None:
+        with pytest.raises((ValueError, TypeError)):
+            function(**{**good, **bad})
 
-
-def check_refused(function: Callable[..., Any], good: dict[str, Any], bad: dict[str, Any]) -> None:
-    with pytest.raises((ValueError, TypeError)):
-        function(**{**good, **bad})
+    return accepted, refused

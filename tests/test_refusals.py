@@ -4,7 +4,6 @@ Users have no checks of shapes and types as these tests do (``shapes``), so they
 tests of refusals. This file is about SDEs and draws of times.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -144,17 +143,7 @@ CASES |= {
 }
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_what_is_documented_is_accepted(case: str) -> None:
-    function, good, _ = CASES[case]
-    refusals.check_accepted(function, good)
-
-
-@pytest.mark.parametrize(("function", "good", "bad"), refusals.wrong(CASES))
-def test_what_is_not_documented_is_refused(
-    function: Callable[..., Any], good: dict[str, Any], bad: dict[str, Any]
-) -> None:
-    refusals.check_refused(function, good, bad)
+test_what_is_documented_is_accepted, test_the_rest_is_refused = refusals.tests_of(CASES)
 
 
 def test_a_python_number_is_a_time() -> None:

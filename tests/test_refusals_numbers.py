@@ -1,6 +1,5 @@
 """Functions of pixels, bits and features refuse arguments that they do not document."""
 
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -232,17 +231,7 @@ CASES: Cases = {
 }
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_what_is_documented_is_accepted(case: str) -> None:
-    function, good, _ = CASES[case]
-    refusals.check_accepted(function, good)
-
-
-@pytest.mark.parametrize(("function", "good", "bad"), refusals.wrong(CASES))
-def test_what_is_not_documented_is_refused(
-    function: Callable[..., Any], good: dict[str, Any], bad: dict[str, Any]
-) -> None:
-    refusals.check_refused(function, good, bad)
+test_what_is_documented_is_accepted, test_the_rest_is_refused = refusals.tests_of(CASES)
 
 
 def test_unknown_values_are_not_checked_and_nan_is_not_hidden() -> None:

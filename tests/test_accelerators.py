@@ -1,5 +1,7 @@
 """What is traced for an accelerator: no path of the CPU, and full precision."""
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -39,8 +41,21 @@ def test_nothing_of_the_cpu_is_in_an_accelerators_program(monkeypatch: pytest.Mo
             assert not used
 
 
+def integer_denoiser() -> ConfigDict:
+    """VDM's network as a mixture over 256 levels, which is evaluated with its own decoder."""
+    config = default("vdm")
+    config.model.update(width=8, depth=1, fourier=(1.0,))
+    config.data.update(dequantization="centre")
+    config.score.update(parameterization="levels", label="log_snr")
+    config.training.batch_size = 2
+    config.eval.update(batch_size=1, control=False, dequantizers=("learned", "truncated_normal"))
+    config.sampling.batch_size = 1
+    return config
+
+
 @pytest.mark.parametrize("name", ["ode", "bound"])
-def test_evaluation_multiplies_at_full_precision(name: str) -> None:
+@pytest.mark.parametrize("config", [config, integer_denoiser])
+def test_evaluation_multiplies_at_full_precision(config: Callable, name: str) -> None:
     """By default TPUs and GPUs multiply float32 numbers at less; training and sampling may."""
     experiment, mesh = Experiment(config()), sharding.data_mesh()
     with compiling_for("tpu", 1):

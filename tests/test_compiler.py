@@ -23,22 +23,27 @@ total = jax.jit(lambda x: jnp.sum(jnp.log(x) + jnp.log(2 * x)))(x)
 wrong = not np.isclose(total, np.sum(2 * np.log(x.astype(float)) + np.log(2)), rtol=1e-4)
 """
 
-# Every entry point of the library, which raises an error or returns a value.
+# One entry point for each way to a number. Each raises an error or returns a value.
 CALLS = """
 import jax, jax.numpy as jnp, numpy as np, sbml
 from sbml import adapters, bound, compiler, dequantizers, discrete, divergence, likelihood, losses
-from sbml import networks, ode, samplers, sampling, sdes, times
+from sbml import integers, networks, ode, predictions, samplers, sampling, sdes, second_order, times
 sde, key, x = sdes.VP(), jax.random.key(0), jnp.ones((4, 4, 1))
 t, k = jnp.asarray(0.5), jnp.zeros((4, 4, 1), jnp.uint8)
 score = lambda x, t, key: -x
 flow = dequantizers.get("variational")(filters=4, components=2, blocks=1, heads=1)
 control = bound.GaussianControl(jnp.zeros(16), jnp.ones(16), None)
+def density():
+    return sbml.Density(score, sde, (4, 4, 1))
+
 network = networks.get("mlp")(width=4, depth=1)
 def zeros_of(init):
     return jax.tree.map(lambda a: jnp.zeros(a.shape), jax.eval_shape(init))
 
+check, compiler.check = compiler.check, lambda: True  # Shapes of parameters need no sums.
 zeros = zeros_of(lambda: network.init(key, x[None], t[None], train=False)["params"])
 of_flow = zeros_of(lambda: flow.init(key, k[None].repeat(2, 0)))
+compiler.check = check
 calls = {
     "losses.dsm": lambda: losses.dsm(score, sde, x, t, key),
     "losses.dsm_batch": lambda: losses.dsm_batch(score, sde, x[None], t[None], key[None]),
@@ -63,18 +68,29 @@ calls = {
     "bound.prior_kl": lambda: bound.prior_kl(sdes.VE(), x),
     "bound.GaussianControl": lambda: control.integral(sdes.VE(), x, 1e-3),
     "discrete.decoder_nats": lambda: discrete.decoder_nats(x, k, 2, t),
-    "Density.logp": lambda: sbml.Density(score, sde, (4, 4, 1)).logp(np.ones((1, 4, 4, 1))),
+    "second_order.dsm_batch": lambda: second_order.dsm_batch(
+        score, sde, x[None], t[None], key[None]
+    ),
+    "integers.posterior_mean": lambda: integers.posterior_mean(
+        jnp.zeros((4, 4, 1, 2)), x, t, 2, "centre"
+    ),
+    "integers.decoder_nats": lambda: integers.decoder_nats(jnp.zeros((4, 4, 1, 2)), x, t, k, 2),
+    "predictions": lambda: predictions.from_prediction(lambda x, t: x, "x0", sde)(x, t, None),
+    "Density.logp": lambda: density().logp(np.ones((1, 4, 4, 1))),
+    "Density.bound": lambda: density().bound(np.ones((1, 4, 4, 1))),
+    "Density.sample": lambda: density().sample(key, 2),
     "truncated_normal": lambda: dequantizers.get("truncated_normal")().sample({}, k, key),
     "variational": lambda: flow.sample(of_flow, k, key),
     "times.warp": lambda: times.warp(jnp.zeros(3), jnp.ones(4)),
     "times.with_floor": lambda: times.with_floor(jnp.ones(4)),
     "times.tally": lambda: times.tally(jnp.zeros((2, 4)), jnp.zeros(3), jnp.ones(3), 0.9),
+    "networks": lambda: network.apply({"params": zeros}, x[None], t[None], train=False),
     "adapters.Adapter": lambda: adapters.Adapter(network, sde)(zeros)(x, t, None),
 }
 silent = []
 for name, call in calls.items() if wrong else ():
     for wrapped in (call, lambda: jax.jit(call)()):
-        if wrapped is not call and name == "Density.logp":
+        if wrapped is not call and name.startswith("Density"):
             continue  # It takes and gives NumPy's arrays.
         try:
             wrapped()

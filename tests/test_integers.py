@@ -1,12 +1,17 @@
 """The integer denoiser is Bayes' rule: against sums over levels and quadrature in each bin."""
 
+import math
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from scipy import integrate, special, stats
 
-from sbml import discrete, integers, times
+from sbml import discrete, integers, likelihood, times
+from sbml.divergence import Trace
+from sbml.ode import Solver
 from sbml.sdes import SDES, VP
 
 pytestmark = pytest.mark.usefixtures("x64")
@@ -178,6 +183,49 @@ def test_the_learned_decoders_bound_is_the_entropy(name):
     width = 12 * sigma
     gap = integrate.quad(mismatch, -width, width, epsabs=1e-13, epsrel=1e-12, limit=400)[0]
     assert diffusion + decoder + prior == pytest.approx(entropy + gap, abs=1e-8)
+
+
+@pytest.mark.oracle
+@pytest.mark.parametrize("data", integers.DATA)
+def test_the_odes_likelihood_is_that_of_the_integers(data):
+    """With the exact posterior, log p_eps of one entry: a sum over levels of normal densities, or
+    of such densities spread over a bin."""
+    # At T, the data are a millionth of x: the prior is p_T.
+    sde, p, eps = VP(beta_max=60.0), np.array([0.5, 0.1, 0.3, 0.1]), 3e-3
+    levels, score = len(p), Exact(sde, p, data)
+    c = (2 * np.arange(levels) + 1) / levels - 1
+    alpha, sigma = (float(f(jnp.asarray(eps))) for f in (sde.mean_coef, sde.std))
+    x = np.array([-1.2, -0.74, 0.1, 0.26, 0.9])
+    if data == "centre":
+        densities = stats.norm.pdf(x[:, None], alpha * c, sigma)
+    else:
+        ends = (stats.norm.cdf(x[:, None], alpha * (c + s / levels), sigma) for s in (-1, 1))
+        densities = np.subtract(*ends) / (2 * alpha / levels)
+    how = {"eps": eps, "trace": Trace("exact"), "solver": Solver(rtol=1e-8, atol=1e-8)}
+
+    def logp(x):
+        return likelihood.ode_logp(score, sde, x, None, **how).logp
+
+    found = jax.jit(jax.vmap(logp))(jnp.asarray(x)[:, None])
+    np.testing.assert_allclose(found, np.log(densities @ p), rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize("data", integers.DATA)
+def test_the_memory_of_a_mixture_does_not_grow_with_the_levels(data):
+    """The largest array of the program and of its gradient, for 256 and for 65,536 levels."""
+    y, rho = jnp.zeros(100), jnp.asarray(0.1)
+
+    def largest(levels):
+        def loss(out):
+            return jnp.sum(integers.posterior_mean(out, y, rho, levels, data) ** 2)
+
+        out = jnp.zeros((100, integers.outputs(levels)))
+        program = jax.jit(jax.value_and_grad(loss)).lower(out).as_text()
+        shapes = re.findall(r"tensor<((?:\d+x)*)f", program)
+        return max(math.prod(map(int, shape.split("x")[:-1])) for shape in shapes)
+
+    assert largest(MANY) == largest(2**16) < 100 * MANY / 2
+    assert largest(FEW) >= 100 * FEW
 
 
 def test_the_librarys_bound_takes_the_decoder():

@@ -89,8 +89,9 @@ class Training(Loop):
     importance: str = choice("noise", IMPORTANCE)
     # number of noise levels of the discrete-time loss of DDPM (vp) or SMLD (ve); 0: continuous time
     discrete_levels: int = integer(0, below=2**20)
-    # weight of the second-order loss (sbml.second_order), which is added to the loss and improves
-    # the likelihood of the ODE; 0: off. i-DODE uses 0.1 in the last 3% of the steps
+    # weight of the second-order loss (sbml.second_order), which is added to the loss and trains the
+    # divergence in the likelihood of the ODE; 0: off. i-DODE uses 0.1 in the last 3% of the steps.
+    # It gained nothing in the trainings of benchmarks/README.md
     second_order: float = real(0.0, least=0, most=100)
     # number of probes of its divergence; with 1, as in i-DODE, its minimum is not at the true score
     second_order_probes: int = integer(2, least=1, below=2**10)

@@ -9,6 +9,7 @@ network before training predicts zero noise.
 import jax.numpy as jnp
 from flax import linen as nn
 
+from sbml import compiler
 from sbml.networks import _fourier
 from sbml.networks import _layers as layers
 from sbml.types import Array
@@ -54,6 +55,7 @@ class Model(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array, label: Array, *, train: bool) -> Array:
+        compiler.check()
         if label.shape != x.shape[:1]:
             raise ValueError(
                 f"x of shape {x.shape} and label of shape {label.shape}: give (n, *s) and (n,)."

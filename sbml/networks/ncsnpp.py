@@ -22,6 +22,7 @@ from typing import Any
 import jax.numpy as jnp
 from flax import linen as nn
 
+from sbml import compiler
 from sbml.networks import _fourier
 from sbml.networks import _layers as layers
 from sbml.networks._cpu import materialise
@@ -210,6 +211,7 @@ class Model(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array, label: Array, *, train: bool) -> Array:
+        compiler.check()
         self._check_input(x, label)
         dtype, channels = jnp.dtype(self.dtype), x.shape[-1] * max(1, self.outputs)
         temb = layers.embed(label, self.nf, self.embedding_type, self.fourier_scale).astype(dtype)

@@ -20,6 +20,7 @@ import math
 import jax.numpy as jnp
 from flax import linen as nn
 
+from sbml import compiler
 from sbml.networks import _fourier
 from sbml.networks import _layers as layers
 from sbml.types import Array
@@ -143,6 +144,7 @@ class Model(nn.Module):
     ) -> Array:
         """``condition (n,)`` is the class of each image, as a number. None means class 0, which
         the published models without classes also use."""
+        compiler.check()
         _check_input(x, label, condition)
         dtype = jnp.dtype(self.dtype)
         cond = self._cond(label, jnp.zeros_like(label) if condition is None else condition)

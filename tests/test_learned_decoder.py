@@ -1,0 +1,90 @@
+"""An integer denoiser of bin centres, from training to the evaluation with its own decoder."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+from scipy import special, stats
+
+from sbml.experiment import build
+from sbml.modes import eval as evaluate
+from sbml.modes import train
+
+LEVELS, IMAGES, SWEEPS = 17, 24, 4
+
+
+def config():
+    """The tiny config as an integer denoiser, evaluated with all dequantizers of bin centres."""
+    config = tiny.get_config()
+    config.data.dequantization = "centre"
+    config.score.parameterization = "levels"
+    # At tau=1, a decoder that knows nothing but the noise is wrong for every third pixel.
+    config.eval.update(
+        estimators=("bound", "ode"),
+        dequantizers=("learned", "categorical", "truncated_normal"),
+        max_images=IMAGES,
+        subset=4,
+        sweeps=SWEEPS,
+        tau=1.0,
+    )
+    return config
+
+
+@pytest.fixture(scope="module")
+def evaluated(tmp_path_factory):
+    """The experiment, the trained parameters and the columns of the evaluation."""
+    workdir = tmp_path_factory.mktemp("levels")
+    train.run(config(), workdir)
+    evaluate.run(config(), workdir)
+    experiment = build.Experiment(config())
+    columns = dict(np.load(workdir / "per_image.npz"))
+    return experiment, experiment.restore(workdir).state.ema_params, columns
+
+
+def decoder_bits(experiment, params, pixels, z):
+    """E -log p(k | x_eps) in bits/dim by NumPy for noises ``z (draws, *s)``: Bayes' rule with the
+    network's weights of the levels, ``(draws,)``."""
+    adapter, sde = experiment.exact_adapter, experiment.sde
+    eps = jnp.asarray(experiment.discrete_eps)
+    alpha, sigma = float(sde.mean_coef(eps)), float(sde.std(eps))
+    centres = (2 * np.arange(LEVELS) + 1) / LEVELS - 1
+    x = alpha * centres[pixels] + sigma * z
+    t = jnp.full(len(x), eps)
+    network_input = adapter.network_input(jnp.asarray(x, jnp.float32), t)
+    model = adapter.model
+    out = model.apply({"params": params}, network_input, adapter.time_label(t), train=False)
+    log_p = special.log_softmax(
+        np.asarray(out, float) + stats.norm.logpdf(x[..., None], alpha * centres, sigma), axis=-1
+    )
+    chosen = np.take_along_axis(log_p, np.broadcast_to(pixels[..., None], (*x.shape, 1)), -1)
+    return -chosen.sum((1, 2, 3, 4)) / (pixels.size * np.log(2))
+
+
+def test_the_decoder_of_an_evaluation_is_bayes_rule(evaluated):
+    """Its mean over images, by other draws of the noise and NumPy's sums."""
+    experiment, params, columns = evaluated
+    rng, images = np.random.default_rng(0), experiment.images("test").images[columns["id"]]
+    draws = np.array(
+        [decoder_bits(experiment, params, k, rng.normal(size=(200, *k.shape))) for k in images]
+    )
+    found = columns["bound_learned_reconstruction"]
+    one_draw = draws.std(axis=1)  # of each image
+    error = np.sqrt(np.sum(one_draw**2 * (1 / SWEEPS + 1 / 200))) / IMAGES
+    difference = np.mean(found) - np.mean(draws)
+    assert error < 0.01 < 0.1 < np.mean(draws)
+    assert abs(difference) < 4 * error
+
+
+def test_the_decoders_bound_differs_from_the_categorical_one_by_the_decoder(evaluated):
+    """The draws are the same. The network's weights of the levels make the decoder better."""
+    _, _, columns = evaluated
+    for term in ("prior", "diffusion"):
+        learned, plain = columns[f"bound_learned_{term}"], columns[f"bound_categorical_{term}"]
+        np.testing.assert_allclose(learned, plain, rtol=1e-5)
+    names = [f"bound_{name}_reconstruction" for name in ("learned", "categorical")]
+    learned, plain = (columns[name] for name in names)
+    assert np.mean(learned) < 0.9 * np.mean(plain)
+    for name in ("bound_learned", "bound_truncated_normal", "ode_truncated_normal"):
+        terms = [v for k, v in columns.items() if k.startswith(f"{name}_")]
+        assert terms and all(np.isfinite(v).all() for v in terms)
+    assert not any(name.startswith("ode_learned") for name in columns)

@@ -1,5 +1,9 @@
 """Every kind of prediction under every schedule: the score, the likelihood and the bound.
 
+All kinds are compared with the exact score, and those that need no division by alpha also with
+E[x_0 | x_t] and E[z | x_t]. Likelihoods and bounds follow from these two alone, so they are
+computed for one kind or two of either sort.
+
 What an ideal network predicts follows from the data's E[x_0 | x_t] and E[z | x_t], which
 ``verify.oracle`` knows without a division by alpha.
 """
@@ -25,8 +29,6 @@ pytestmark = pytest.mark.usefixtures("x64")
 
 EPS, DATA_STD, D = 1e-2, 0.5, 3
 KINDS = tuple(NOISE)
-# Whose ODE is solved beside those: the scores of all are compared without a solver's error.
-OTHERS = ("noise", "score", "edm")
 
 # Those with closed forms, a discrete-time model's, and two pairs of functions from which all else
 # is derived. The signal of the second one vanishes.
@@ -104,10 +106,12 @@ class OneOfPairs(OneOf):
         return jax.lax.switch(self.chosen, [score.predictions for score in self.scores], x, t)
 
 
-GROUPS: tuple[tuple[type[OneOf], tuple[str, ...]], ...] = (
-    (OneOfPairs, tuple(DENOISED)),
-    (OneOf, OTHERS),
+# The kinds whose ODE is solved, and those whose bound is computed.
+SOLVED: tuple[tuple[type[OneOf], tuple[str, ...]], ...] = (
+    (OneOfPairs, ("velocity",)),
+    (OneOf, ("noise",)),
 )
+BOUNDED = ("velocity", "edm")
 
 
 def each_kind(
@@ -126,17 +130,26 @@ TIMES = np.array([EPS, 0.1, 0.5, 0.9])
 
 
 @functools.cache
-def _scores(name: str) -> Callable[..., dict[str, Array]]:
+def _scores(name: str) -> Callable[..., tuple[dict[str, Array], dict[str, dict[str, Array]]]]:
     sde = SCHEDULES[name]
 
     @jax.jit
-    def scores(data: oracle.Mixture, x: Array, t: Array) -> dict[str, Array]:
+    def scores(
+        data: oracle.Mixture, x: Array, t: Array
+    ) -> tuple[dict[str, Array], dict[str, dict[str, Array]]]:
         def of(chosen: Array) -> dict[str, Array]:
             score = OneOf(KINDS, chosen, sde, data)
             return {"found": jax.lax.map(lambda xt: score(*xt, None), (x, t))}
 
+        def pair_of(chosen: Array) -> dict[str, Array]:
+            score = OneOfPairs(tuple(DENOISED), chosen, sde, data)
+            x_0, noise = jax.lax.map(lambda xt: score.predictions(*xt), (x, t))
+            return {"x_0": x_0, "noise": noise}
+
         found = {kind: values["found"] for kind, values in each_kind(KINDS, of).items()}
-        return {**found, "exact": jax.vmap(data.score)(x, t)}
+        x_0, noise = jax.vmap(lambda x, t: moments(data, x, t))(x, t)
+        pairs = {**each_kind(tuple(DENOISED), pair_of), "exact": {"x_0": x_0, "noise": noise}}
+        return {**found, "exact": jax.vmap(data.score)(x, t)}, pairs
 
     return scores
 
@@ -148,7 +161,12 @@ def test_every_prediction_is_the_same_score(name: str, kind: str) -> None:
     t = jnp.asarray([*TIMES, sde.largest_time, 1.0])
     starts = jnp.array([[0.4, -0.3, 0.2]]), jnp.array([[1.0, -2.0, 0.5]])
     x = sde.mean_coef(t)[:, None] * starts[0] + sde.std(t)[:, None] * starts[1]
-    found = _scores(name)(DATA[kind](sde), x, t)
+    found, pairs = _scores(name)(DATA[kind](sde), x, t)
+    for of in ("x_0", "noise"):
+        exact = pairs["exact"][of]
+        for prediction in DENOISED:
+            pair = pairs[prediction][of]
+            np.testing.assert_allclose(pair, exact, rtol=0, atol=1e-10, err_msg=prediction)
     expected = np.asarray(found.pop("exact"))
     for prediction, score in found.items():
         # Where there is no signal, only pairs are defined; EDM's label of the time loses digits.
@@ -177,7 +195,7 @@ def _likelihoods(name: str) -> Callable[..., dict[str, dict[str, Array]]]:
             found = jax.lax.map(one, x)
             return {"logp": found.logp, "prior": found.prior, "z": found.z}
 
-        found = [each_kind(kinds, functools.partial(of, kinds, group)) for group, kinds in GROUPS]
+        found = [each_kind(kinds, functools.partial(of, kinds, group)) for group, kinds in SOLVED]
         return found[0] | found[1]
 
     return likelihoods
@@ -221,7 +239,7 @@ def _bounds(name: str) -> Callable[..., dict[str, dict[str, Array]]]:
         t, at = times.Importance(sde, EPS).over_log_snr(jnp.asarray(0.5 * nodes + 0.5))
 
         def of(chosen: Array) -> dict[str, Array]:
-            score = OneOf(KINDS, chosen, sde, data)
+            score = OneOf(BOUNDED, chosen, sde, data)
 
             def mean(t: Array) -> Array:
                 errors = jax.vmap(lambda x, z: bound.noise_error(score, sde, x, t, z))(x_0, z)
@@ -233,7 +251,7 @@ def _bounds(name: str) -> Callable[..., dict[str, dict[str, Array]]]:
             return {"total": diffusion + mean(last) + constant}
 
         prior = jax.vmap(lambda x: bound.prior_kl(sde, x))(x_0) @ each
-        return {kind: prior + v["total"] for kind, v in each_kind(KINDS, of).items()}
+        return {kind: prior + v["total"] for kind, v in each_kind(BOUNDED, of).items()}
 
     return bounds
 

@@ -66,7 +66,7 @@ def check_moments(x: Array, sde: SDE, bias: float) -> None:
 @pytest.mark.parametrize("sampler", samplers.SAMPLERS)
 def test_samples_have_the_moments_of_the_data(sampler: str, name: str) -> None:
     kind = samplers.SAMPLERS[sampler]
-    chosen = kind() if sampler == "ode" else kind(steps=800, spacing="log_snr")
+    chosen = kind() if sampler == "ode" else kind(steps=400, spacing="log_snr")
     x, stats = draw_samples(chosen, SDES[name]())
     assert np.all(stats.success)
     check_moments(x, SDES[name](), bias=0.01)

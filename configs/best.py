@@ -2,14 +2,14 @@
 
 python -m sbml.main --config=configs/best.py:cifar10
 
-    name             network                                              parameters
-    cifar10          vdm, 32 blocks of 128 channels                           30.6 M
-    imagenet32       vdm, 32 blocks of 256 channels                          122.2 M
-    fashion_mnist    that of fashion_mnist_vp.py, 8 times as wide and         43.6 M
-                     with twice as many blocks
+    name             network                                        parameters   memory
+    cifar10          vdm, 32 blocks of 128 channels                     30.6 M    6.5 GiB
+    imagenet32       vdm, 32 blocks of 256 channels                    122.2 M   12.4 GiB
+    fashion_mnist    that of fashion_mnist_vp.py, 8 times as wide       43.6 M    2.5 GiB
+                     and with twice as many blocks
 
-Compiled for one v5e chip, a training step of fashion_mnist needs 2.5 of its 16 GiB
-(docs/accelerators.md); the other two were not compiled.
+Memory is that of a training step on one v5e chip, which has 16 GiB, by the compiler
+(docs/accelerators.md).
 
 None of them was run, and no figure is promised. The recipe is an integer denoiser with log-SNR
 labels and the draws of this package. Of all predictions, the integer denoiser is the best on 8x8

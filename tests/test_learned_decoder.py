@@ -14,16 +14,15 @@ LEVELS, IMAGES, SWEEPS = 17, 24, 4
 
 
 def config():
-    """The tiny config as an integer denoiser, evaluated with all dequantizers of bin centres."""
+    """The tiny config as an integer denoiser, evaluated by the bound with either decoder."""
     config = tiny.get_config()
     config.data.dequantization = "centre"
     config.score.parameterization = "levels"
     # At tau=1, a decoder that knows nothing but the noise is wrong for every third pixel.
     config.eval.update(
-        estimators=("bound", "ode"),
-        dequantizers=("learned", "categorical", "truncated_normal"),
+        estimators=("bound",),
+        dequantizers=("learned", "categorical"),
         max_images=IMAGES,
-        subset=4,
         sweeps=SWEEPS,
         tau=1.0,
     )
@@ -84,7 +83,3 @@ def test_the_decoders_bound_differs_from_the_categorical_one_by_the_decoder(eval
     names = [f"bound_{name}_reconstruction" for name in ("learned", "categorical")]
     learned, plain = (columns[name] for name in names)
     assert np.mean(learned) < 0.9 * np.mean(plain)
-    for name in ("bound_learned", "bound_truncated_normal", "ode_truncated_normal"):
-        terms = [v for k, v in columns.items() if k.startswith(f"{name}_")]
-        assert terms and all(np.isfinite(v).all() for v in terms)
-    assert not any(name.startswith("ode_learned") for name in columns)

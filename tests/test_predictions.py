@@ -221,8 +221,7 @@ def test_every_likelihood_is_the_datas(name: str, kind: str) -> None:
             last, stretch = sde.largest_time, float(sde.stretch)
         end = jax.vmap(lambda z: data.logp(z / stretch, jnp.asarray(last)))(found["z"])  # noqa: B023
         total = found["logp"] - found["prior"] + end - D * math.log(stretch)
-        tolerance = 1e-5 if name == "table" else 1e-6
-        np.testing.assert_allclose(total, exact, atol=tolerance, err_msg=prediction)
+        np.testing.assert_allclose(total, exact, atol=1e-6, err_msg=prediction)
 
 
 # Bounds.

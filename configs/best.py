@@ -17,10 +17,11 @@ digits at equal steps, and it is ahead of ``preconditioned`` on 32x32 photos (be
 The recipe trains on bin centres, so that its own decoder gives a bound of the same kind as VDM's.
 VDM's network is better on digits at equal steps, but .11 bits/dim worse at equal time, in short
 trainings; at full size the two networks were not compared.
-On the digits, Fourier features lose .03 bits/dim; VDM's networks have them for 256 levels. Network,
-batch, optimizer and steps of cifar10 and imagenet32 are those of the published code of "Variational
-Diffusion Models" (Kingma et al. 2021); a batch of 128 is 64 images, each with a noise and its
-opposite. Batch and optimizer of fashion_mnist are the paper's for CIFAR-10.
+Fourier features lost .03 bits/dim on the digits, and .2 by the bound in short trainings on
+Fashion-MNIST. cifar10 and imagenet32 have them all the same, because VDM's published networks do.
+Network, batch, optimizer and steps of cifar10 and imagenet32 are those of the published code of
+"Variational Diffusion Models" (Kingma et al. 2021); a batch of 128 is 64 images, each with a noise
+and its opposite. Batch and optimizer of fashion_mnist are the paper's for CIFAR-10.
 
     cifar10          expected figure: unknown; VDM's same network reaches 2.64 by its bound
     imagenet32       (of 2016) expected figure: unknown; VDM reaches 3.72 by its bound

@@ -1,8 +1,8 @@
 """Every kind of prediction under every schedule: the score, the likelihood and the bound.
 
 All kinds are compared with the exact score, and those that need no division by alpha also with
-E[x_0 | x_t] and E[z | x_t]. Likelihoods and bounds follow from these two alone, so they are
-computed for one kind or two of either sort.
+E[x_0 | x_t] and E[z | x_t]. The ODE and the bound use these functions only, so they are computed
+for two kinds each.
 
 What an ideal network predicts follows from the data's E[x_0 | x_t] and E[z | x_t], which
 ``verify.oracle`` knows without a division by alpha.

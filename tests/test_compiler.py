@@ -40,6 +40,10 @@ network = networks.get("mlp")(width=4, depth=1)
 def zeros_of(init):
     return jax.tree.map(lambda a: jnp.zeros(a.shape), jax.eval_shape(init))
 
+def shapes_of(name, **sizes):
+    init = networks.get(name)(**sizes).init
+    return jax.eval_shape(lambda: init(key, x[None], t[None], train=False))
+
 check, compiler.check = compiler.check, lambda: True  # Shapes of parameters need no sums.
 zeros = zeros_of(lambda: network.init(key, x[None], t[None], train=False)["params"])
 of_flow = zeros_of(lambda: flow.init(key, k[None].repeat(2, 0)))
@@ -84,7 +88,9 @@ calls = {
     "times.warp": lambda: times.warp(jnp.zeros(3), jnp.ones(4)),
     "times.with_floor": lambda: times.with_floor(jnp.ones(4)),
     "times.tally": lambda: times.tally(jnp.zeros((2, 4)), jnp.zeros(3), jnp.ones(3), 0.9),
-    "networks": lambda: network.apply({"params": zeros}, x[None], t[None], train=False),
+    "mlp": lambda: network.apply({"params": zeros}, x[None], t[None], train=False),
+    "ncsnpp": lambda: shapes_of("ncsnpp", nf=8, ch_mult=(1,), num_res_blocks=1),
+    "vdm": lambda: shapes_of("vdm", width=8, depth=1),
     "adapters.Adapter": lambda: adapters.Adapter(network, sde)(zeros)(x, t, None),
 }
 silent = []

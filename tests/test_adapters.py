@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from families import FAMILIES
 
 from sbml import integers, losses, predictions, times
 from sbml.adapters import LABELS, LEVELS, PARAMETERIZATIONS, Adapter, LinenScore
@@ -45,7 +46,7 @@ class Wrong(nn.Module):
 PARAMS = {"w": np.array(0.7), "b": np.array(0.01)}
 
 
-@pytest.fixture(params=SDES, name="sde")
+@pytest.fixture(params=FAMILIES, name="sde")
 def _sde(request: pytest.FixtureRequest) -> SDE:
     return SDES[request.param]()
 

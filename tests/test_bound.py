@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from families import FAMILIES
 from jax.scipy.stats import norm
 from scipy import integrate
 
@@ -15,7 +16,6 @@ from sbml.verify import oracle
 
 pytestmark = [pytest.mark.usefixtures("x64"), pytest.mark.oracle]
 EPS = 1e-5
-SDE_NAMES = sorted(SDES)
 
 
 def control_of(data):
@@ -29,7 +29,7 @@ def x_points(data):
     return data.mean[None] + points * jnp.sqrt(data.eigenvalues)[None] @ data.basis.T
 
 
-@pytest.fixture(scope="module", params=SDE_NAMES)
+@pytest.fixture(scope="module", params=FAMILIES)
 def case(request):
     sde = SDES[request.param]()
     return sde, oracle.gaussian(sde)
@@ -155,7 +155,7 @@ def test_a_density_of_times_does_not_bias(case):
 def test_pilot_follows_the_noise(case):
     """The density is the standard deviation of the draws in each bin, here of independent draws."""
     sde, data = case
-    x = jnp.stack([x_points(data)[0]] * 4096)
+    x = jnp.tile(x_points(data)[:1], (4096, 1))
     options = {"eps": EPS, "bins": 4, "floor": 1e-6}
     density = bound.pilot(data.score, sde, x, jax.random.key(0), **options)
     u = jax.random.uniform(jax.random.key(1), (4, 8000), minval=jnp.arange(4.0)[:, None] / 4,

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from families import FAMILIES
 from scipy import integrate, stats
 
 from sbml import bits, bound, discrete, sdes, times
@@ -22,7 +23,7 @@ edge_score = jax.jit(discrete.edge_score)
 CENTRE, HALF = 2 * (K + 0.5) / LEVELS - 1, 1 / LEVELS
 
 
-@pytest.fixture(scope="module", params=sorted(sdes.SDES))
+@pytest.fixture(scope="module", params=FAMILIES)
 def case(request):
     """One pixel with data N(0.1, 0.09): the SDE, the exact score, eps, alpha, sigma and p_eps."""
     sde = sdes.SDES[request.param]()

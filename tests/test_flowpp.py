@@ -181,13 +181,11 @@ def test_channels_have_mean_0_and_variance_1_after_each_activation_norm(
     network = tiny.network()
     # The rbg generator compiles in half the time of the default one.
     variables = jax.jit(network.init)(jax.random.key(1, impl="rbg"), image, noise)
-    _, seen = network.apply(
-        variables,
-        image,
-        noise,
-        capture_intermediates=lambda module, _: isinstance(module, flow.Norm),
-        mutable=["intermediates"],
-    )
+    norms = {
+        "capture_intermediates": lambda module, _: isinstance(module, flow.Norm),
+        "mutable": ["intermediates"],
+    }
+    _, seen = jax.jit(partial(network.apply, **norms))(variables, image, noise)
     for i in range(2):
         halves, _ = seen["intermediates"][f"Norm_{i}"]["__call__"][0]
         for half in halves:

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
+from families import FAMILIES
 from ml_collections import ConfigDict
 from PIL import Image
 
@@ -44,7 +45,7 @@ def test_interpolations_keep_the_priors_variance() -> None:
     np.testing.assert_allclose(between.std(axis=-1), 1, atol=0.06)
 
 
-@pytest.mark.parametrize("name", SDES)
+@pytest.mark.parametrize("name", FAMILIES)
 def test_the_unknown_follows_the_known(name: str) -> None:
     """One of two correlated pixels is given. The other has the mean and variance of the conditional
     distribution, up to the bias of replacement that remains after 40 corrector steps at each

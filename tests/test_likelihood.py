@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.stats
+from families import FAMILIES
 
 from sbml import ode
 from sbml.likelihood import Likelihood, Trace, ode_logp
@@ -86,7 +87,7 @@ def test_the_oracles_density_is_scipys() -> None:
 
 @pytest.mark.oracle
 @pytest.mark.parametrize("kind", ["gaussian", "mixture"])
-@pytest.mark.parametrize("name", SDES)
+@pytest.mark.parametrize("name", FAMILIES)
 def test_log_likelihood_is_exact_up_to_the_prior(name: str, kind: str) -> None:
     """If the true p_T replaces the prior, only the error of the solver remains.
 
@@ -124,7 +125,7 @@ def test_far_outliers_are_right_at_the_default_tolerance() -> None:
 
 
 @pytest.mark.oracle
-@pytest.mark.parametrize("name", SDES)
+@pytest.mark.parametrize("name", FAMILIES)
 def test_latents_of_a_gaussian_are_closed_form(name: str) -> None:
     flow = jax.jit(jax.vmap(oracle.gaussian(SDES[name]()).flow, (0, None, None)))
     z, sde = likelihoods("gaussian", name).z, SDES[name]()

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from families import FAMILIES
 
 from sbml import samplers
 from sbml.ode import Solver
@@ -62,7 +63,7 @@ def check_moments(x: Array, sde: SDE, bias: float) -> None:
 
 
 @pytest.mark.oracle
-@pytest.mark.parametrize("name", SDES)
+@pytest.mark.parametrize("name", FAMILIES)
 @pytest.mark.parametrize("sampler", samplers.SAMPLERS)
 def test_samples_have_the_moments_of_the_data(sampler: str, name: str) -> None:
     kind = samplers.SAMPLERS[sampler]
@@ -73,7 +74,7 @@ def test_samples_have_the_moments_of_the_data(sampler: str, name: str) -> None:
 
 
 @pytest.mark.oracle
-@pytest.mark.parametrize("name", SDES)
+@pytest.mark.parametrize("name", FAMILIES)
 def test_annealed_langevin_keeps_the_moments_of_the_data(name: str) -> None:
     """Also for sub-VP. The steps are small, since their bias is of the order of their size."""
     follows = samplers.AnnealedLangevin(steps=1, snr=0.05)
@@ -84,7 +85,7 @@ def test_annealed_langevin_keeps_the_moments_of_the_data(name: str) -> None:
 
 
 @pytest.mark.oracle
-@pytest.mark.parametrize("name", SDES)
+@pytest.mark.parametrize("name", FAMILIES)
 def test_langevin_keeps_the_moments_of_the_data(name: str) -> None:
     """There are 192 dimensions, so that the norm of the score hardly depends on the image."""
     sde, d, n = SDES[name](), 192, 1000
@@ -134,7 +135,7 @@ def exact_moments(sampler: samplers.FixedSteps, sde: SDE) -> tuple[Array, Array]
 
 
 @pytest.mark.oracle
-@pytest.mark.parametrize("name", SDES)
+@pytest.mark.parametrize("name", FAMILIES)
 @pytest.mark.parametrize("sampler", ONE_STEP)
 def test_moments_converge_at_first_order(sampler: str, name: str) -> None:
     """With twice the steps, the error of mean and covariance falls to a half, up to a tenth."""
@@ -150,7 +151,7 @@ def test_moments_converge_at_first_order(sampler: str, name: str) -> None:
 
 
 @pytest.mark.oracle
-@pytest.mark.parametrize("name", SDES)
+@pytest.mark.parametrize("name", FAMILIES)
 @pytest.mark.parametrize(("sampler", "order"), [("ddim", 1), ("dpm_solver", 2)])
 def test_order_of_the_deterministic_maps(sampler: str, order: int, name: str) -> None:
     """The map of every latent is compared with the closed form of the ODE's map."""

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.optimize
+from families import FAMILIES
 
 from sbml import losses, second_order
 from sbml.sdes import SDE, SDES, VP
@@ -25,7 +26,7 @@ WEIGHTS = WEIGHTS / WEIGHTS.sum()
 VARIANCE = 0.6  # of the data where they have one dimension
 
 
-@pytest.fixture(params=SDES, name="sde")
+@pytest.fixture(params=FAMILIES, name="sde")
 def _sde(request: pytest.FixtureRequest) -> SDE:
     return SDES[request.param]()
 

@@ -17,7 +17,7 @@ Expectations are by Monte Carlo from fixed keys; tolerances are five standard er
 
 import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import jax
@@ -25,7 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 from scipy import integrate, special, stats
 
-from sbml import bits, bound, discrete, times
+from sbml import bits, bound, discrete, integers, times
 from sbml.dequantizers import DEQUANTIZERS, has_density
 from sbml.sdes import SDE, SDES
 from sbml.types import Array, Key
@@ -41,8 +41,13 @@ OPTIONS = {
 }
 
 
+def _moments() -> tuple[np.ndarray, np.ndarray]:
+    """Mean and standard deviation of the entries of x_0, each ``(SIZE,)``."""
+    return np.array([-0.4, 0.3]), np.array([0.15, 0.35])
+
+
 def _data(sde: SDE) -> oracle.Gaussian:
-    mean, std = np.array([-0.4, 0.3]), np.array([0.15, 0.35])
+    mean, std = _moments()
     return oracle.Gaussian(sde, jnp.asarray(mean), jnp.asarray(std**2), jnp.eye(SIZE))
 
 
@@ -156,27 +161,50 @@ def quadrature_rows(name: str, sde: SDE) -> Iterator[Row]:
 
 # Evidence bounds on the probability of the integers, without a dequantizer.
 
-NOISES = {
-    "truncated_normal": discrete.TruncatedNormal(LEVELS),
-    "categorical": discrete.Categorical(LEVELS),
-}
+# The decoders are checked at a time when half a bin is one standard deviation of the noise: at the
+# default of three, every decoder is nearly sure of the level.
+DECODER_TAU = 1.0
 
 
-@functools.partial(jit, static_argnames=("sde", "eps"))
-def _bounds(data: oracle.Gaussian, pixels: Array, *, sde: SDE, eps: float) -> dict[str, Array]:
+def _level_logits() -> np.ndarray:
+    """The learned decoder's outputs ``(SIZE, LEVELS)``: log P of every level, by entry."""
+    mean, std = (np.asarray(v)[:, None] for v in _moments())
+    edges = (2 * np.arange(LEVELS + 1) / LEVELS - 1 - mean) / std
+    return np.log(np.diff(special.ndtr(edges)))
+
+
+def _learned_decoder(sde: SDE) -> discrete.Decoder:
+    """An integer denoiser's decoder whose network gives the same logits for every x."""
+    out = jnp.asarray(_level_logits()).reshape(*SHAPE, LEVELS)
+
+    def nats(y: Array, eps: Array, pixels: Array) -> Array:
+        return integers.decoder_nats(out, y, jnp.exp(-0.5 * sde.log_snr(eps)), pixels, LEVELS)
+
+    return nats
+
+
+@functools.partial(jit, static_argnames=("sde", "eps", "kinds"))
+def _bounds(
+    data: oracle.Gaussian, pixels: Array, *, sde: SDE, eps: float, kinds: tuple[str, ...]
+) -> dict[str, Array]:
     """256 draws of each kind of bound for every image, ``(IMAGES, 256)``."""
+    noises = {
+        "truncated_normal": discrete.TruncatedNormal(LEVELS),
+        "categorical": discrete.Categorical(LEVELS),
+        "learned": discrete.Categorical(LEVELS, _learned_decoder(sde)),
+    }
     control = bound.GaussianControl(data.mean, data.eigenvalues, None)
     u = times.lattice(jax.random.key(1), IMAGES * 256, 16).reshape(IMAGES, 256, 16)
     keys = jax.random.split(jax.random.key(2), (IMAGES, 256))
 
     def one(pixels: Array, key: Key, u: Array, kind: str) -> Array:
-        settings: dict[str, Any] = {"noise": NOISES[kind], "reduction": bound.Reduction(control)}
+        settings: dict[str, Any] = {"noise": noises[kind], "reduction": bound.Reduction(control)}
         terms = discrete.elbo(data.score, sde, pixels, key, eps=eps, u=u, **settings)
         return terms.total
 
     return {
         kind: jax.vmap(jax.vmap(functools.partial(one, kind=kind), (None, 0, 0)))(pixels, keys, u)
-        for kind in NOISES
+        for kind in kinds
     }
 
 
@@ -194,49 +222,59 @@ def _expected_bound(data: oracle.Gaussian, sde: SDE, eps: float, noise: Any) -> 
     return (first + last + ((a1 * c) ** 2 + left) / (2 * prior)).sum(1)
 
 
-def _expected_decoder(rho: float) -> np.ndarray:
-    """-E log P(k | c + rho e) with e normal, ``(IMAGES,)``."""
+def _expected_decoder(rho: float, logits: np.ndarray | None = None) -> np.ndarray:
+    """-E log P(k | c + rho e) with e normal, ``(IMAGES,)``. P(k | y) is proportional to
+    exp(``logits``) N(y; c_k, rho^2), ``logits (SIZE, LEVELS)``, and without them to the density."""
     k, e = _pixels().reshape(IMAGES, SIZE), np.linspace(-10, 10, 2001)
     centres = (2 * np.arange(LEVELS) + 1) / LEVELS - 1
-    logits = -0.5 * ((centres[k][..., None, None] + rho * e[:, None] - centres) / rho) ** 2
-    nats = special.logsumexp(logits, axis=-1) + 0.5 * e**2
+    prior = np.zeros((SIZE, LEVELS)) if logits is None else logits
+    log_p = -0.5 * ((centres[k][..., None, None] + rho * e[:, None] - centres) / rho) ** 2
+    of_all = special.logsumexp(log_p + prior[:, None], axis=-1)
+    of_pixels = prior[np.arange(SIZE), k][..., None] - 0.5 * e**2
+    nats = of_all - of_pixels
     return integrate.trapezoid(stats.norm.pdf(e) * nats, e, axis=-1).sum(1)
 
 
 def integer_bound_rows(name: str, sde: SDE) -> Iterator[Row]:
-    """Both bounds compared with their expectations; the truncated normal's also with P(k)."""
-    data = _data(sde)
+    """The bounds compared with their expectations; the truncated normal's also with P(k)."""
+    data, pixels = _data(sde), jnp.asarray(_pixels())
+
+    def compared(kind: str, draws: np.ndarray, truth: np.ndarray) -> Row:
+        got, expected = draws.mean(), truth.mean()
+        return row(f"{kind}, evidence bound", name, got, expected, _tolerance(draws, expected))
+
     eps = discrete.smallest_time(sde, LEVELS, EPS)
     alpha, sigma = coefficients(sde, eps)
     rho = sigma / alpha
     tau = 1 / (LEVELS * rho)
-    bounds = _bounds(data, jnp.asarray(_pixels()), sde=sde, eps=eps)
-    draws = {kind: np.asarray(values) for kind, values in bounds.items()}
-    truths = {
-        "truncated_normal": _expected_bound(data, sde, eps, stats.truncnorm(-tau, tau)),
-        "categorical": _expected_bound(data, sde, eps, stats.norm()) + _expected_decoder(rho),
-    }
-    for kind, truth in truths.items():
-        got, expected = draws[kind].mean(), truth.mean()
-        tolerance = _tolerance(draws[kind], expected)
-        yield row(f"{kind}, evidence bound", name, got, expected, tolerance)
+    bounds = _bounds(data, pixels, sde=sde, eps=eps, kinds=("truncated_normal",))
+    draws = np.asarray(bounds["truncated_normal"])
+    truth = _expected_bound(data, sde, eps, stats.truncnorm(-tau, tau))
+    yield compared("truncated_normal", draws, truth)
     variances = np.asarray(data.eigenvalues) + rho**2
     nats = -_log_probability(np.asarray(data.mean), variances).mean()
-    draw = draws["truncated_normal"]
     title = "truncated_normal, evidence bound >= -log P"
-    yield bounding(title, name, draw.mean(), nats, math.inf, _tolerance(draw, nats))
+    yield bounding(title, name, draws.mean(), nats, math.inf, _tolerance(draws, nats))
+
+    eps = discrete.smallest_time(sde, LEVELS, EPS, DECODER_TAU)
+    alpha, sigma = coefficients(sde, eps)
+    bounds = _bounds(data, pixels, sde=sde, eps=eps, kinds=("categorical", "learned"))
+    before = _expected_bound(data, sde, eps, stats.norm())
+    for kind, logits in {"categorical": None, "learned": _level_logits()}.items():
+        decoder = _expected_decoder(sigma / alpha, logits)
+        yield compared(kind, np.asarray(bounds[kind]), before + decoder)
 
 
-def discrete_checks() -> list[Row]:
-    """All rows for integers, for every dequantizer and every SDE."""
+def discrete_checks(sdes: Iterable[str] = tuple(SDES)) -> list[Row]:
+    """All rows for integers, for every dequantizer and each of the named SDEs."""
     rows: list[Row] = []
     for label, kind in DEQUANTIZERS.items():
         if not has_density(kind):
             continue
         model = kind(**OPTIONS.get(label, {}))
         u, log_q = _samples(model, _parameters(model), jnp.asarray(_pixels()), jax.random.key(0))
-        for name, sde in SDES.items():
-            rows += weight_rows(name, sde(), label, model, u, log_q)
-    for name, sde in SDES.items():
-        rows += [*quadrature_rows(name, sde()), *integer_bound_rows(name, sde())]
+        for name in sdes:
+            rows += weight_rows(name, SDES[name](), label, model, u, log_q)
+    for name in sdes:
+        rows += [*quadrature_rows(name, SDES[name]()), *integer_bound_rows(name, SDES[name]())]
     return rows

@@ -17,6 +17,7 @@ from sbml.sdes import SDES, VP
 pytestmark = pytest.mark.usefixtures("x64")
 
 FEW, MANY = 5, 256
+posterior_mean = jax.jit(integers.posterior_mean, static_argnums=(3, 4))
 
 
 def prior_of(out, y, rho, levels):
@@ -56,7 +57,7 @@ def bayes(out, y, rho, levels, data):
 def test_few_levels_are_summed_by_bayes_rule(rho, data):
     rng = np.random.default_rng(0)
     out, y = rng.normal(size=(4, FEW)), np.array([-0.93, 0.05, 0.4, 1.1]) * max(1, rho)
-    found = integers.posterior_mean(jnp.asarray(out), jnp.asarray(y), jnp.asarray(rho), FEW, data)
+    found = posterior_mean(jnp.asarray(out), jnp.asarray(y), jnp.asarray(rho), FEW, data)
     expected = [bayes(o, at, rho, FEW, data)[1] for o, at in zip(out, y, strict=True)]
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-10)
 
@@ -75,7 +76,7 @@ def test_many_levels_are_summed_near_the_number(rho, tolerance, data):
     rng = np.random.default_rng(1)
     out = rng.normal(size=(3, integers.outputs(MANY)))
     y = np.array([-0.3, 0.013, 0.999])
-    found = integers.posterior_mean(jnp.asarray(out), jnp.asarray(y), jnp.asarray(rho), MANY, data)
+    found = posterior_mean(jnp.asarray(out), jnp.asarray(y), jnp.asarray(rho), MANY, data)
     expected = [bayes(o, at, rho, MANY, data)[1] for o, at in zip(out, y, strict=True)]
     np.testing.assert_allclose(found, expected, rtol=0, atol=tolerance)
 
@@ -88,12 +89,10 @@ def test_float32_keeps_its_digits_from_the_smallest_noise_to_the_largest(levels,
     for rho in 10.0 ** np.linspace(-3.5, 2, 12):
         k = rng.integers(0, levels, 40)
         y = (2 * k + 1) / levels - 1 + rho * rng.normal(size=40)
-        wide = integers.posterior_mean(
-            jnp.asarray(out), jnp.asarray(y), jnp.asarray(rho), levels, data
-        )
+        wide = posterior_mean(jnp.asarray(out), jnp.asarray(y), jnp.asarray(rho), levels, data)
         with jax.enable_x64(False):
             args = (jnp.asarray(a, jnp.float32) for a in (out, y, rho))
-            narrow = integers.posterior_mean(*args, levels, data)
+            narrow = posterior_mean(*args, levels, data)
         assert narrow.dtype == jnp.float32
         # What the noise prediction loses by it; y itself is rounded to 6e-8.
         error = np.abs((np.asarray(narrow, float) - wide) / rho)

@@ -53,15 +53,15 @@ def integer_denoiser() -> ConfigDict:
     return config
 
 
-@pytest.mark.parametrize("name", ["ode", "bound"])
 @pytest.mark.parametrize("config", [config, integer_denoiser])
-def test_evaluation_multiplies_at_full_precision(config: Callable, name: str) -> None:
+def test_evaluation_multiplies_at_full_precision(config: Callable) -> None:
     """By default TPUs and GPUs multiply float32 numbers at less; training and sampling may."""
     experiment, mesh = Experiment(config()), sharding.data_mesh()
     with compiling_for("tpu", 1):
-        lowered = accelerators.PROGRAMS[name](experiment, mesh)
-        assert "dot_general" in lowered.as_text() and "convolution" in lowered.as_text()
-        assert accelerators.low_precision(lowered) == 0
+        for name in ("ode", "bound"):
+            lowered = accelerators.PROGRAMS[name](experiment, mesh)
+            assert "dot_general" in lowered.as_text() and "convolution" in lowered.as_text()
+            assert accelerators.low_precision(lowered) == 0
         assert accelerators.low_precision(accelerators.sampling(experiment, mesh)) > 10
 
 
@@ -108,7 +108,7 @@ def test_remat_keeps_outputs_and_gradients() -> None:
 
     (value, grads), (again, recomputed) = results(model), results(model.clone(remat=True))
     np.testing.assert_allclose(again, value, rtol=1e-5)
-    largest = max(float(jnp.abs(g).max()) for g in jax.tree.leaves(grads))
+    largest = max(float(np.abs(np.asarray(g)).max()) for g in jax.tree.leaves(grads))
     for ours, theirs in zip(jax.tree.leaves(recomputed), jax.tree.leaves(grads), strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-5 * largest)
 

@@ -65,7 +65,7 @@ def test_a_number_outside_the_subset_that_is_not_finite_has_not_converged():
 
 
 def test_eight_euler_steps_are_refused(trained, tmp_path):
-    fields = {"subset": 8, "batch_size": 8, "method": "euler", "fixed_steps": 8}
+    fields = {"subset": 8, "batch_size": 16, "method": "euler", "fixed_steps": 8}
     run = cell_run(trained, tmp_path, ODE, **fields)
     refused = "8 euler steps are off by .* refused.*eval.fixed_steps=0 and eval.method=tsit5"
     with pytest.raises(cells.Unconverged, match=refused):
@@ -73,7 +73,7 @@ def test_eight_euler_steps_are_refused(trained, tmp_path):
 
 
 def test_noise_of_a_solved_cell_is_that_of_a_second_draw_of_some(trained, tmp_path):
-    run = cell_run(trained, tmp_path, ODE, max_images=40, subset=8)
+    run = cell_run(trained, tmp_path, ODE, max_images=40, subset=8, batch_size=16)
     result = run.finish()
     one, other = (run.rows(run.subset, draw)["bits_per_dim"] for draw in (0, 1))
     variance = np.mean((one - other) ** 2) / 2  # The variance of one image's noise.
@@ -81,7 +81,7 @@ def test_noise_of_a_solved_cell_is_that_of_a_second_draw_of_some(trained, tmp_pa
 
 
 def test_one_image_has_a_known_error_of_the_solver(trained, tmp_path):
-    result = cell_run(trained, tmp_path, ODE, max_images=1).finish()
+    result = cell_run(trained, tmp_path, ODE, max_images=1, batch_size=16).finish()
     assert len(result.values) == 1 and result.solver_error.ci95 == 0 and result.converged
 
 
@@ -107,6 +107,6 @@ def test_target_se_sweeps_until_it_is_reached(trained, tmp_path):
 
 
 def test_a_target_is_not_judged_by_few_sweeps(trained, tmp_path):
-    run = cell_run(trained, tmp_path, BOUND, sweeps=1, target_se=1.0, max_images=20, n_times=4)
+    run = cell_run(trained, tmp_path, BOUND, sweeps=1, target_se=1.0, max_images=20)
     result = run.finish()
     assert result.sweeps == 8 and 0 < result.this_set.stderr < 10

@@ -87,7 +87,7 @@ def test_ordinary_pickle_runs_the_code_in_the_malicious_files(
 def test_the_file_is_checked_and_converted_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(inception, "BATCH", 3)
+    monkeypatch.setattr(inception, "BATCH", 2)
     file = tmp_path / "weights.pth"
     write_state_dict(file, weights("pytorch_fid"))
     digest = hashlib.sha256(file.read_bytes()).hexdigest()

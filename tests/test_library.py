@@ -240,7 +240,7 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Shards]:
         "JAX_PLATFORMS": "cpu",
         "JAX_ENABLE_X64": "1",
         "JAX_NUMPY_RANK_PROMOTION": "raise",
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={DEVICES}",
+        "XLA_FLAGS": os.environ["XLA_FLAGS"] + f" --xla_force_host_platform_device_count={DEVICES}",
     }
     command = [sys.executable, "-c", f"import test_library as t; t.save_sharded({str(path)!r})"]
     with subprocess.Popen(

@@ -62,7 +62,7 @@ def likelihoods(
     return call(data, examples()[0], jax.random.split(jax.random.key(0), 400))
 
 
-@pytest.mark.parametrize("name", SDES)
+@pytest.mark.parametrize("name", FAMILIES)
 def test_the_oracles_score_is_its_gradient(name: str) -> None:
     x, times = examples()[0], jnp.asarray([EPS, 0.1, 1.0])
     for data in (oracle.gaussian(SDES[name]()), oracle.mixture(SDES[name]())):

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.integrate
+from families import FAMILIES
 
 from sbml import bound, discrete, likelihood, losses, samplers, times
 from sbml.divergence import Trace
@@ -26,7 +27,7 @@ class OnlyBatches:
         raise AssertionError("called for one example, though it has a batch form")
 
 
-@pytest.fixture(params=SDES, name="sde")
+@pytest.fixture(params=FAMILIES, name="sde")
 def _sde(request: pytest.FixtureRequest) -> SDE:
     return SDES[request.param]()
 

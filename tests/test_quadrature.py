@@ -74,18 +74,23 @@ def test_fixed_steps_converge_at_the_order_of_the_method() -> None:
     assert np.log2(error(10) / error(20)) > 4.8
 
 
-def corrected_error(method: str, steps: int, share: float) -> float:
-    """The error of the corrected integral in equal steps, with w = ``share`` times the gradient."""
-
-    def some(t: Array, y: Array) -> Array:
-        return share * to_come(t, y)
-
+@functools.cache
+def corrected(method: str, steps: int) -> Callable[[Array, Array], Array]:
+    """The corrected integral in equal steps as a function of y(T0) and of ``share``: the gradient
+    is multiplied by it."""
     solver = Solver(method=method, fixed_steps=steps, power=1.0)
-    joint = both(decay, square, some)
-    (_, *parts), _ = jax.jit(lambda y: ode.solve_with_integral(decay, joint, y, T0, T1, solver))(
-        jnp.ones(())
-    )
-    return float(sum(parts)) - TRUTH
+
+    @jax.jit
+    def solve(y: Array, share: Array) -> Array:
+        joint = both(decay, square, lambda t, y: share * to_come(t, y))
+        (_, value, correction), _ = ode.solve_with_integral(decay, joint, y, T0, T1, solver)
+        return value + correction
+
+    return solve
+
+
+def corrected_error(method: str, steps: int, share: float) -> float:
+    return float(corrected(method, steps)(jnp.ones(()), jnp.asarray(share))) - TRUTH
 
 
 @pytest.mark.parametrize("method", ["euler", "heun", "tsit5", "dopri5"])

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from families import FAMILIES
 
 from sbml.likelihood import Trace, ode_logp
 from sbml.ode import Solver
@@ -35,7 +36,7 @@ def decode_latents(name: str) -> tuple[Array, Array]:
 
 
 @pytest.mark.oracle
-@pytest.mark.parametrize("name", SDES)
+@pytest.mark.parametrize("name", FAMILIES)
 def test_decoding_a_gaussian_is_its_closed_form_map(name: str) -> None:
     (z, samples), sde = decode_latents(name), SDES[name]()
     flow = jax.jit(jax.vmap(oracle.gaussian(sde).flow, (0, None, None)))
@@ -45,7 +46,7 @@ def test_decoding_a_gaussian_is_its_closed_form_map(name: str) -> None:
 
 
 @pytest.mark.oracle
-@pytest.mark.parametrize("name", SDES)
+@pytest.mark.parametrize("name", FAMILIES)
 def test_samples_have_the_moments_of_the_data(name: str) -> None:
     """They agree within 4 standard errors, sqrt((c_ii c_jj + c_ij^2) / n) for a covariance."""
     data = oracle.gaussian(SDES[name]())
@@ -79,7 +80,7 @@ def test_decoding_inverts_the_likelihoods_latent_of_a_mixture() -> None:
 
 
 @pytest.mark.oracle
-@pytest.mark.parametrize("name", SDES)
+@pytest.mark.parametrize("name", FAMILIES)
 def test_denoising_is_the_posterior_mean(name: str) -> None:
     sde, x = SDES[name](), jnp.asarray(X[0])
     data, t = oracle.gaussian(sde), jnp.asarray([1e-3, 0.1, sde.largest_time])

@@ -24,10 +24,12 @@ def execute(name: str, line: int, code: str) -> None:
 
 
 BLOCKS = [(name, *block) for name in DOCS for block in blocks((ROOT / name).read_text())]
+# A block that another one begins with runs as its beginning.
+LONGEST = [b for b in BLOCKS if not any(o[2] != b[2] and o[2].startswith(b[2]) for o in BLOCKS)]
 
 
 @pytest.mark.parametrize(
-    ("name", "line", "code"), [pytest.param(*b, id=f"{b[0]}:{b[1]}") for b in BLOCKS]
+    ("name", "line", "code"), [pytest.param(*b, id=f"{b[0]}:{b[1]}") for b in LONGEST]
 )
 def test_the_block_runs(name: str, line: int, code: str) -> None:
     try:

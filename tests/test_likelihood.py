@@ -147,6 +147,20 @@ def test_every_adaptive_method_has_the_same_result(method: str) -> None:
     )
 
 
+def narrow_variance(eps: float, t: Array) -> Array:
+    """Of x_t; the data have the standard deviation 0.05, or 0 if ``eps`` is not EPS."""
+    sde, var = SDES["vp"](), 0.05**2 if eps == EPS else 0.0
+    return sde.mean_coef(t) ** 2 * var + sde.std(t) ** 2
+
+
+@functools.cache
+def of_narrow_data(eps: float, first_step: float) -> Callable[[Array], Likelihood]:
+    solver = Solver(rtol=1e-6, atol=1e-6, first_step=first_step)
+    how = {"eps": eps, "trace": EXACT, "solver": solver}
+    score = lambda x, t, key: -x / narrow_variance(eps, t)  # noqa: E731
+    return jax.jit(lambda x: ode_logp(score, SDES["vp"](), x, None, **how))
+
+
 @pytest.mark.oracle
 @pytest.mark.parametrize(
     ("width", "eps", "first_step"),
@@ -157,18 +171,9 @@ def test_an_easy_path_does_not_hide_a_rough_divergence(
 ) -> None:
     """At the mode of a narrow Gaussian x hardly moves, so a control of x alone would allow long
     steps, but the divergence changes fast."""
-    sde, var = SDES["vp"](), 0.05**2 if eps == EPS else 0.0
-
-    def variance(t: Array) -> Array:
-        return sde.mean_coef(t) ** 2 * var + sde.std(t) ** 2
-
     x = jnp.asarray([1.0, -1.0, 1.0, -1.0]) * width * 0.05
-    solver = Solver(rtol=1e-6, atol=1e-6, first_step=first_step)
-    score = lambda x, t, key: -x / variance(t)  # noqa: E731
-    result = jax.jit(lambda x: ode_logp(score, sde, x, None, eps=eps, trace=EXACT, solver=solver))(
-        x
-    )
-    first, last = (variance(jnp.asarray(t)) for t in (eps, 1.0))
+    result = of_narrow_data(eps, first_step)(x)
+    first, last = (narrow_variance(eps, jnp.asarray(t)) for t in (eps, 1.0))
     total = result.divergence + result.correction
     np.testing.assert_allclose(total, 2 * jnp.log(last / first), atol=2e-5)
 
@@ -195,13 +200,16 @@ def test_the_likelihood_is_differentiable_forwards_and_by_fixed_steps_backwards(
         sde = SDES["vp"]()
         return ode_logp(data.score, sde, x, None, eps=EPS, trace=EXACT, solver=solver).logp
 
+    @functools.partial(jax.jit, static_argnums=1)
+    def along_v(x: Array, solver: Solver) -> tuple[Array, Array]:
+        return jax.jvp(lambda x: logp(x, solver), (x,), (v,))
+
     adaptive, fixed = Solver(rtol=1e-6, atol=1e-6), Solver(fixed_steps=60)
     h = 1e-4
-    difference = (logp(x + h * v, fixed) - logp(x - h * v, fixed)) / (2 * h)
+    difference = (along_v(x + h * v, fixed)[0] - along_v(x - h * v, fixed)[0]) / (2 * h)
     for solver in (adaptive, fixed):
-        _, forwards = jax.jvp(lambda x, s=solver: logp(x, s), (x,), (v,))
-        np.testing.assert_allclose(forwards, difference, rtol=1e-3)
-    gradient = jax.grad(lambda x: logp(x, fixed))(x)
+        np.testing.assert_allclose(along_v(x, solver)[1], difference, rtol=1e-3)
+    gradient = jax.jit(jax.grad(lambda x: logp(x, fixed)))(x)
     np.testing.assert_allclose(jnp.sum(gradient * v), difference, rtol=1e-5)
 
 

@@ -1,5 +1,6 @@
 """The registry of networks, the contract of a network, errors for bad options, and the MLP."""
 
+import functools
 from collections.abc import Iterator
 
 import jax
@@ -78,6 +79,7 @@ def test_only_the_first_convolution_reads_the_fourier_features() -> None:
     assert kernel.shape == (3, 3, 15, 8)
     x, label = normal(1, 2, 8, 8, 3), jnp.array([3.0, 40.0])
 
+    @functools.partial(jax.jit, static_argnums=0)
     def out(model: ncsnpp.Model, kernel: jax.Array) -> jax.Array:
         variables = {"params": {**params, "Conv_0": {**params["Conv_0"], "kernel": kernel}}}
         return model.apply(variables, x, label, train=False)

@@ -27,6 +27,7 @@ def test_the_error_of_an_exact_score_is_the_priors(name: str, one: float) -> Non
     spread = jnp.diag(jnp.sqrt(2 * data.variances(jnp.asarray(EPS))))
     x = sde.mean_coef(jnp.asarray(EPS)) * MEAN[None] + jnp.concatenate([spread, -spread])
 
+    @jax.jit
     @jax.vmap
     def solved(x):
         tight = Solver(rtol=1e-9, atol=1e-9)

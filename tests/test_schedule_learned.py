@@ -15,6 +15,7 @@ from sbml import bits, bound, discrete, times
 from sbml.experiment import build, schedule
 from sbml.modes import eval as evaluate
 from sbml.modes import sample, train
+from sbml.platform import compiler_options
 from sbml.sdes import SDES
 
 VARIANCE = 0.3
@@ -61,7 +62,7 @@ def bound_of(experiment, pixels, ends):
     return values.mean(), values.std() / np.sqrt(len(values))
 
 
-@functools.partial(jax.jit, static_argnums=0)
+@functools.partial(jax.jit, static_argnums=0, compiler_options=compiler_options())
 def _bounds(adapter, pixels, keys, u, ends):
     sde, noise = SDES["linear_gamma"](*ends), discrete.Categorical(17)
     score = dataclasses.replace(adapter, sde=sde)({})
@@ -78,7 +79,7 @@ def trained_ends(experiment, pixels, starts):
     prepare, loss = train.prepare_fn(experiment), train.loss_fn(experiment)
     draws = [prepare(pixels, jax.random.key(i), ()) for i in range(12)]
 
-    @jax.jit
+    @functools.partial(jax.jit, compiler_options=compiler_options())
     def step(ends, draws):
         def total(ends):
             params = {schedule.KEY: dict(zip(NUMBERS, ends, strict=True))}
@@ -100,7 +101,11 @@ def test_the_loss_is_the_bound(gaussian):
     """Its mean over draws is that of the bound's evaluation, at any ends."""
     experiment, pixels = gaussian
     prepare, loss = train.prepare_fn(experiment), train.loss_fn(experiment)
-    one = jax.jit(lambda key, p: loss(p, prepare(pixels, key, ()), ()).mean())
+
+    @functools.partial(jax.jit, compiler_options=compiler_options())
+    def one(key, params):
+        return loss(params, prepare(pixels, key, ()), ()).mean()
+
     for ends in ((-6.0, 2.0), (-2.0, 1.0)):
         params = {schedule.KEY: dict(zip(NUMBERS, ends, strict=True))}
         values = np.asarray([one(jax.random.key(i), params) for i in range(100)])

@@ -45,7 +45,15 @@ def network(x: Array, t: Array, key: Key | None) -> Array:
     return -(w2 @ hidden) / SDE.std(t)
 
 
-SCORES = {score.__name__: score for score in (gaussian, mixture, network)}
+def _one_of(chosen: Array, x: Array, t: Array, key: Key | None) -> Array:
+    return jax.lax.switch(chosen, (gaussian, mixture, network), x, t, key)
+
+
+# Of these scores a traced number selects one, so that they share compiled functions.
+SCORES = {
+    name: jax.tree_util.Partial(_one_of, jnp.asarray(i))
+    for i, name in enumerate(("gaussian", "mixture", "network"))
+}
 
 
 def data() -> np.ndarray:

@@ -100,7 +100,7 @@ def test_remat_stores_less_for_the_gradient(kind: str) -> None:
 
 
 def test_remat_keeps_outputs_and_gradients() -> None:
-    """With the same dropout."""
+    """The dropout is the same in both."""
     model, params, loss = rematerialised("biggan")
 
     def results(model: ncsnpp.Model) -> tuple[jax.Array, dict]:

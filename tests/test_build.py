@@ -31,7 +31,7 @@ COUNTS = {}
 
 
 def parameter_count(path):
-    """Of the network, whose tracing takes seconds. VP and sub-VP models have the same one."""
+    """Of the config's network. Counting takes seconds, so equal networks share one count."""
     experiment = build.Experiment(load(path))
     network = experiment.adapter.model, experiment.shape
     if network not in COUNTS:

@@ -24,7 +24,7 @@ def execute(name: str, line: int, code: str) -> None:
 
 
 BLOCKS = [(name, *block) for name in DOCS for block in blocks((ROOT / name).read_text())]
-# A block that another one begins with runs as its beginning.
+# If another block begins with the code of a block, only the longer one is run.
 LONGEST = [b for b in BLOCKS if not any(o[2] != b[2] and o[2].startswith(b[2]) for o in BLOCKS)]
 
 

@@ -76,20 +76,16 @@ def test_the_bounds_row_is_the_librarys_bound(name):
     values = bits_per_dim(estimators.ESTIMATORS["bound"](), model, u, Reduction())
 
     @jax.jit
-    def elbo(data, key, u):
+    def elbo(pixels, keys, u):
         if name == "uniform":
-            return bound.elbo(SCORE, SDE, data, key, eps=EPS, u=u)
-        return discrete.elbo(SCORE, SDE, data, key, noise=NOISES[name](LEVELS), eps=EPS, u=u)
+            x = 2 * (pixels + model.sample({}, pixels, keys[0])[0]) / LEVELS - 1
+            return bound.elbo(SCORE, SDE, x, keys[1], eps=EPS, u=u)
+        noise = NOISES[name](LEVELS)
+        return discrete.elbo(SCORE, SDE, pixels, keys[1], noise=noise, eps=EPS, u=u)
 
     for i, pixels in enumerate(PIXELS):
-        u_key, key = keys_of(i)
-        if name == "uniform":
-            x = 2 * (pixels + model.sample({}, pixels, u_key)[0]) / LEVELS - 1
-            got = elbo(x, key, u[i])
-            nats = got.total + 2 * math.log(LEVELS / 2)
-        else:
-            got = elbo(pixels, key, u[i])
-            nats = got.total
+        got = elbo(pixels, keys_of(i), u[i])
+        nats = got.total + (2 * math.log(LEVELS / 2) if name == "uniform" else 0)
         assert got.prior > 1e-3
         np.testing.assert_allclose(values[i], nats / (2 * math.log(2)), rtol=1e-9)
 

@@ -147,33 +147,39 @@ def test_every_adaptive_method_has_the_same_result(method: str) -> None:
     )
 
 
-def narrow_variance(eps: float, t: Array) -> Array:
-    """Of x_t; the data have the standard deviation 0.05, or 0 if ``eps`` is not EPS."""
-    sde, var = SDES["vp"](), 0.05**2 if eps == EPS else 0.0
-    return sde.mean_coef(t) ** 2 * var + sde.std(t) ** 2
+def variance(std: float, t: Array) -> Array:
+    """The variance of x_t, for data with the standard deviation ``std``."""
+    sde = SDES["vp"]()
+    return sde.mean_coef(t) ** 2 * std**2 + sde.std(t) ** 2
 
 
 @functools.cache
-def of_narrow_data(eps: float, first_step: float) -> Callable[[Array], Likelihood]:
+def of_narrow_data(std: float, eps: float, first_step: float) -> Callable[[Array], Likelihood]:
     solver = Solver(rtol=1e-6, atol=1e-6, first_step=first_step)
     how = {"eps": eps, "trace": EXACT, "solver": solver}
-    score = lambda x, t, key: -x / narrow_variance(eps, t)  # noqa: E731
+    score = lambda x, t, key: -x / variance(std, t)  # noqa: E731
     return jax.jit(lambda x: ode_logp(score, SDES["vp"](), x, None, **how))
 
 
 @pytest.mark.oracle
 @pytest.mark.parametrize(
-    ("width", "eps", "first_step"),
-    [(0.0, EPS, 1e-3), (1e-3, EPS, 1e-3), (1.0, EPS, 1e-3), (0.0, EPS, 0.1), (0.0, 1e-7, 1e-3)],
+    ("width", "std", "eps", "first_step"),
+    [
+        (0.0, 0.05, EPS, 1e-3),
+        (1e-3, 0.05, EPS, 1e-3),
+        (1.0, 0.05, EPS, 1e-3),
+        (0.0, 0.05, EPS, 0.1),
+        (0.0, 0.0, 1e-7, 1e-3),
+    ],
 )
 def test_an_easy_path_does_not_hide_a_rough_divergence(
-    width: float, eps: float, first_step: float
+    width: float, std: float, eps: float, first_step: float
 ) -> None:
     """At the mode of a narrow Gaussian x hardly moves, so a control of x alone would allow long
     steps, but the divergence changes fast."""
     x = jnp.asarray([1.0, -1.0, 1.0, -1.0]) * width * 0.05
-    result = of_narrow_data(eps, first_step)(x)
-    first, last = (narrow_variance(eps, jnp.asarray(t)) for t in (eps, 1.0))
+    result = of_narrow_data(std, eps, first_step)(x)
+    first, last = (variance(std, jnp.asarray(t)) for t in (eps, 1.0))
     total = result.divergence + result.correction
     np.testing.assert_allclose(total, 2 * jnp.log(last / first), atol=2e-5)
 

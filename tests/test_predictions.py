@@ -1,4 +1,4 @@
-"""Every kind of prediction under every schedule: the score, the likelihood and the bound.
+"""Every kind of prediction: its score under all schedules, likelihood and bound under some.
 
 All kinds are compared with the exact score and its derivative, and those that need no division by
 alpha also with E[x_0 | x_t] and E[z | x_t]. The ODE and the bound use these functions only, so they
@@ -39,7 +39,7 @@ SCHEDULES: dict[str, SDE] = {
     "pair": Schedule(lambda t: 1 / (1 + 3 * t**2), lambda t: jnp.sqrt(t * (2 + t))),
     "vanishing_pair": Schedule(lambda t: (1 - t) * (1 + t), lambda t: 2 * t),
 }
-# Those whose ODE is solved, and whose bound is computed.
+# The ODE and the bound are computed for these schedules.
 INTEGRATED = (*FAMILIES, "table", "pair", "vanishing_pair")
 VANISHING = ("rectified_flow", "cosine_vp", "vanishing_pair")
 

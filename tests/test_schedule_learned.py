@@ -33,6 +33,10 @@ def learned(**training):
     return config
 
 
+# Thousands of calls take longer than compilation with optimization.
+jit = functools.partial(jax.jit, compiler_options=compiler_options())
+
+
 class Gaussian(nn.Module):
     """The noise prediction of N(0, VARIANCE), with a bias that makes all noise levels cost."""
 
@@ -62,7 +66,7 @@ def bound_of(experiment, pixels, ends):
     return values.mean(), values.std() / np.sqrt(len(values))
 
 
-@functools.partial(jax.jit, static_argnums=0, compiler_options=compiler_options())
+@functools.partial(jit, static_argnums=0)
 def _bounds(adapter, pixels, keys, u, ends):
     sde, noise = SDES["linear_gamma"](*ends), discrete.Categorical(17)
     score = dataclasses.replace(adapter, sde=sde)({})
@@ -79,7 +83,7 @@ def trained_ends(experiment, pixels, starts):
     prepare, loss = train.prepare_fn(experiment), train.loss_fn(experiment)
     draws = [prepare(pixels, jax.random.key(i), ()) for i in range(12)]
 
-    @functools.partial(jax.jit, compiler_options=compiler_options())
+    @jit
     def step(ends, draws):
         def total(ends):
             params = {schedule.KEY: dict(zip(NUMBERS, ends, strict=True))}
@@ -102,7 +106,7 @@ def test_the_loss_is_the_bound(gaussian):
     experiment, pixels = gaussian
     prepare, loss = train.prepare_fn(experiment), train.loss_fn(experiment)
 
-    @functools.partial(jax.jit, compiler_options=compiler_options())
+    @jit
     def one(key, params):
         return loss(params, prepare(pixels, key, ()), ()).mean()
 

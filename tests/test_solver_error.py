@@ -45,15 +45,15 @@ def network(x: Array, t: Array, key: Key | None) -> Array:
     return -(w2 @ hidden) / SDE.std(t)
 
 
+_ALL = (gaussian, mixture, network)
+
+
 def _one_of(chosen: Array, x: Array, t: Array, key: Key | None) -> Array:
-    return jax.lax.switch(chosen, (gaussian, mixture, network), x, t, key)
+    return jax.lax.switch(chosen, _ALL, x, t, key)
 
 
-# Of these scores a traced number selects one, so that they share compiled functions.
-SCORES = {
-    name: jax.tree_util.Partial(_one_of, jnp.asarray(i))
-    for i, name in enumerate(("gaussian", "mixture", "network"))
-}
+# A traced number selects one of these scores, so that all three share compiled functions.
+SCORES = {f.__name__: jax.tree_util.Partial(_one_of, jnp.asarray(i)) for i, f in enumerate(_ALL)}
 
 
 def data() -> np.ndarray:

@@ -62,29 +62,6 @@ def likelihoods(
     return call(data, examples()[0], jax.random.split(jax.random.key(0), 400))
 
 
-@pytest.mark.parametrize("name", FAMILIES)
-def test_the_oracles_score_is_its_gradient(name: str) -> None:
-    x, times = examples()[0], jnp.asarray([EPS, 0.1, 1.0])
-    for data in (oracle.gaussian(SDES[name]()), oracle.mixture(SDES[name]())):
-        score, gradient = (
-            jax.jit(jax.vmap(f, (None, 0)))(x, times) for f in (data.score, jax.grad(data.logp))
-        )
-        np.testing.assert_allclose(score, gradient, rtol=1e-8)
-
-
-def test_the_oracles_density_is_scipys() -> None:
-    sde, t, x = SDES["vp"](), jnp.asarray(0.1), examples()[0]
-    alpha, sigma = float(sde.mean_coef(t)), float(sde.std(t))
-    density = 0.0
-    for weight, seed in zip((0.5, 0.3, 0.2), (1, 2, 3), strict=True):
-        part = oracle.gaussian(sde, 3, seed, 0.2)
-        normal = scipy.stats.multivariate_normal(
-            alpha * part.mean, alpha**2 * part.cov + sigma**2 * np.eye(3)
-        )
-        density += weight * normal.pdf(np.ravel(x))
-    np.testing.assert_allclose(jax.jit(oracle.mixture(sde).logp)(x, t), np.log(density), rtol=1e-12)
-
-
 @pytest.mark.oracle
 @pytest.mark.parametrize("kind", ["gaussian", "mixture"])
 @pytest.mark.parametrize("name", FAMILIES)

@@ -122,7 +122,7 @@ def test_a_learned_decoder_with_other_logits_fails(
 
     monkeypatch.setattr(integers.integers, "decoder_nats", other)
     # With the SDE of the table, functions compiled with the true decoder would be used again.
-    results = list(integers.integer_bound_rows("some", SDES["vp"](beta_max=19.0 + share)))
+    results = list(integers.decoder_rows("some", SDES["vp"](beta_max=19.0 + share)))
     assert [row.name for row in results if not row.ok] == ["learned, evidence bound"]
 
 

@@ -56,13 +56,17 @@ def _pixels() -> np.ndarray:
     return np.array([[2, 6], [1, 4], [3, 5], [2, 2]]).reshape(-1, *SHAPE)
 
 
+def _log_mass(low: np.ndarray, high: np.ndarray, mean: np.ndarray, std: np.ndarray) -> np.ndarray:
+    """log P(low < k + u < high) under x ~ N(mean, std^2), elementwise."""
+    ends = ((2 * end / LEVELS - 1 - mean) / std for end in (high, low))
+    return np.log(np.subtract(*map(special.ndtr, ends)))
+
+
 def _log_probability(mean: np.ndarray, variances: np.ndarray, edge: float = 0.0) -> np.ndarray:
     """log P(k + u with u in [edge, 1 - edge]^d) under x ~ N(mean, diag(variances)), for every
     image: ``(IMAGES,)``."""
     k = _pixels().reshape(IMAGES, SIZE)
-    ends = (k + edge, k + 1 - edge)
-    low, high = ((2 * end / LEVELS - 1 - mean) / np.sqrt(variances) for end in ends)
-    return np.log(special.ndtr(high) - special.ndtr(low)).sum(1)
+    return _log_mass(k + edge, k + 1 - edge, mean, np.sqrt(variances)).sum(1)
 
 
 @jit
@@ -173,9 +177,8 @@ DECODER_TAU = 1.0
 
 def _level_logits() -> np.ndarray:
     """The learned decoder's outputs ``(SIZE, LEVELS)``: log P of every level, by entry."""
-    mean, std = (np.asarray(v)[:, None] for v in _moments())
-    edges = (2 * np.arange(LEVELS + 1) / LEVELS - 1 - mean) / std
-    return np.log(np.diff(special.ndtr(edges)))
+    k = np.arange(LEVELS)
+    return _log_mass(k, k + 1, *(moment[:, None] for moment in _moments()))
 
 
 class _Decoding:
@@ -253,40 +256,44 @@ def _expected_decoder(rho: float, logits: np.ndarray | None = None) -> np.ndarra
     return integrate.trapezoid(stats.norm.pdf(e) * nats, e, axis=-1).sum(1)
 
 
-def integer_bound_rows(name: str, sde: SDE) -> Iterator[Row]:
-    """The bounds compared with their expectations; the truncated normal's also with P(k)."""
-    data, pixels = _data(sde), jnp.asarray(_pixels())
+def _bound_row(kind: str, name: str, draws: np.ndarray, truths: np.ndarray) -> Row:
+    """The mean of ``draws (IMAGES, n)`` compared with that of ``truths (IMAGES,)``."""
+    truth = truths.mean()
+    return row(f"{kind}, evidence bound", name, draws.mean(), truth, _tolerance(draws, truth))
 
-    def compared(kind: str, draws: np.ndarray, truth: np.ndarray) -> Row:
-        got, expected = draws.mean(), truth.mean()
-        return row(f"{kind}, evidence bound", name, got, expected, _tolerance(draws, expected))
 
+def truncated_normal_rows(name: str, sde: SDE) -> Iterator[Row]:
+    """The bound with truncated normal noise, compared with its expectation and with P(k)."""
+    data, kind = _data(sde), "truncated_normal"
     eps = discrete.smallest_time(sde, LEVELS, EPS)
     alpha, sigma = coefficients(sde, eps)
     rho = sigma / alpha
     tau = 1 / (LEVELS * rho)
-    bounds = _bounds(data, pixels, sde=sde, eps=eps, kinds=("truncated_normal",), shape=(256, 16))
-    draws = np.asarray(bounds["truncated_normal"])
-    truth = _expected_bound(data, sde, eps, stats.truncnorm(-tau, tau))
-    yield compared("truncated_normal", draws, truth)
+    pixels, how = jnp.asarray(_pixels()), {"sde": sde, "eps": eps, "shape": (256, 16)}
+    draws = np.asarray(_bounds(data, pixels, kinds=(kind,), **how)[kind])
+    yield _bound_row(kind, name, draws, _expected_bound(data, sde, eps, stats.truncnorm(-tau, tau)))
     variances = np.asarray(data.eigenvalues) + rho**2
     nats = -_log_probability(np.asarray(data.mean), variances).mean()
-    title = "truncated_normal, evidence bound >= -log P"
+    title = f"{kind}, evidence bound >= -log P"
     yield bounding(title, name, draws.mean(), nats, math.inf, _tolerance(draws, nats))
 
+
+def decoder_rows(name: str, sde: SDE) -> Iterator[Row]:
+    """The bounds with the categorical and a learned decoder, compared with their expectations."""
+    data, kinds = _data(sde), ("categorical", "learned")
     eps = discrete.smallest_time(sde, LEVELS, EPS, DECODER_TAU)
     alpha, sigma = coefficients(sde, eps)
     # Most of the variance is the decoder's, which is cheap: many draws, with one time each.
-    kinds = ("categorical", "learned")
-    bounds = _bounds(data, pixels, sde=sde, eps=eps, kinds=kinds, shape=(DRAWS, 1))
-    draws, learned = (np.asarray(bounds[kind]) for kind in kinds)
+    pixels, how = jnp.asarray(_pixels()), {"sde": sde, "eps": eps, "shape": (DRAWS, 1)}
+    bounds = _bounds(data, pixels, kinds=kinds, **how)
+    categorical, learned = (np.asarray(bounds[kind]) for kind in kinds)
     before = _expected_bound(data, sde, eps, stats.norm())
-    truth, other = (
+    truth, learned_truth = (
         before + _expected_decoder(sigma / alpha, logits) for logits in (None, _level_logits())
     )
-    yield compared("categorical", draws, truth)
+    yield _bound_row("categorical", name, categorical, truth)
     # The two bounds have the same draws, so their difference is known far better than either.
-    yield compared("learned", learned - draws + truth[:, None], other)
+    yield _bound_row("learned", name, learned - categorical + truth[:, None], learned_truth)
 
 
 def discrete_checks(sdes: Sequence[str]) -> list[Row]:
@@ -300,5 +307,6 @@ def discrete_checks(sdes: Sequence[str]) -> list[Row]:
         for name in sdes:
             rows += weight_rows(name, SDES[name](), label, model, u, log_q)
     for name in sdes:
-        rows += [*quadrature_rows(name, SDES[name]()), *integer_bound_rows(name, SDES[name]())]
+        for of_sde in (quadrature_rows, truncated_normal_rows, decoder_rows):
+            rows += of_sde(name, SDES[name]())
     return rows

@@ -70,7 +70,12 @@ def _begin(call, arguments, environment, written):
     os.environ.update(environment)
     jax.config.update("jax_platforms", environment["JAX_PLATFORMS"])
     os.chdir(ROOT)
-    call(arguments)
+    try:
+        call(arguments)
+    finally:
+        # A copy ends without the interpreter's own end, in which jax would leave the service of
+        # several processes: each waits there until all have come.
+        jax.distributed.shutdown()
 
 
 def _program(arguments):
@@ -86,7 +91,9 @@ def _code(arguments):
 
 
 def _environment(devices):
-    flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={devices}"
+    flags = os.environ["XLA_FLAGS"]
+    if devices > 1:  # The same flags as here otherwise: a copy finds what was compiled here.
+        flags += f" --xla_force_host_platform_device_count={devices}"
     return {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
 
 

@@ -25,6 +25,14 @@ os.environ["XLA_FLAGS"] = compiler.with_flags(
     "--xla_cpu_parallel_codegen_split_count=1",
 )
 
+# Many functions are compiled again in another file, and some in other processes. They are found in
+# a folder that lasts as long as the first test process. Its workers, and the programs that tests
+# start, have its name from the environment.
+if "PYTEST_XDIST_WORKER" not in os.environ:
+    _compiled = tempfile.TemporaryDirectory(prefix="sbml-compiled-")
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = _compiled.name
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+
 import jax
 import jaxtyping
 import pytest
@@ -34,12 +42,6 @@ jaxtyping.install_import_hook(shapes.CHECKED, "shapes.check")
 
 # Tracing makes millions of objects that stay: look through them for garbage less often.
 gc.set_threshold(100_000, 50, 50)
-
-# And often of one function in several processes: compile it once.
-# The folder lasts as long as the test process; its children find it in the environment.
-_compiled = tempfile.TemporaryDirectory(prefix="sbml-compiled-")
-os.environ["JAX_COMPILATION_CACHE_DIR"] = _compiled.name
-jax.config.update("jax_compilation_cache_dir", _compiled.name)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

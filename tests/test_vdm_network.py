@@ -1,5 +1,6 @@
 """VDM's network: parameters, group norm, dropout, errors; and the Fourier features."""
 
+import functools
 import math
 from collections.abc import Iterator
 from typing import Any
@@ -70,7 +71,8 @@ def test_dropout_acts_in_training_alone_and_remat_changes_nothing() -> None:
 
     def out(model: vdm.Model, key: int | None) -> Array:
         rngs = None if key is None else {"dropout": jax.random.key(key)}
-        return model.apply(variables, x, label, train=key is not None, rngs=rngs)
+        apply = jax.jit(functools.partial(model.apply, train=key is not None))
+        return apply(variables, x, label, rngs=rngs)
 
     np.testing.assert_array_equal(out(model, None), out(model.clone(dropout=0.0), 0))
     assert jnp.abs(out(model, 0) - out(model, 1)).max() > 1e-3
@@ -79,7 +81,8 @@ def test_dropout_acts_in_training_alone_and_remat_changes_nothing() -> None:
         rngs = {"dropout": jax.random.key(0)}
         return jnp.sum(model.apply(variables, x, label, train=True, rngs=rngs) ** 2)
 
-    gradients = [jax.grad(loss, 1)(model.clone(remat=remat), x) for remat in (False, True)]
+    gradient = jax.jit(jax.grad(loss, 1), static_argnums=0)
+    gradients = [gradient(model.clone(remat=remat), x) for remat in (False, True)]
     np.testing.assert_allclose(*gradients, rtol=1e-4, atol=1e-5)
 
 

@@ -338,6 +338,30 @@ def test_a_checkpoint_is_read_with_the_smallest_time_it_was_trained_with() -> No
     check_score(build.Experiment(config).config, earlier)
 
 
+def test_an_integer_denoiser_is_read_with_the_data_it_was_trained_on() -> None:
+    """Its score depends on them: another network's does not, and so is not refused."""
+    config = tiny.get_config()
+    config.score.parameterization = "levels"
+    config.training.smallest_time = 1e-3
+    experiment = build.Experiment(config)
+    now = experiment.provenance(experiment.images("train"))
+    check_score(experiment.config, now)
+    for field, value, before in (("dequantization", "centre", "uniform"), ("levels", 32, 17)):
+        other = config.copy_and_resolve_references()
+        other.data[field] = value
+        asked = build.Experiment(other)
+        with pytest.raises(
+            ValueError, match=f"data.{field} is {value}, .*set --config.data.{field}={before}"
+        ):
+            check_score(asked.config, now)
+        assert asked.score_identity != experiment.score_identity
+        other.score.parameterization = config.score.parameterization = "noise"
+        plain = build.Experiment(config)
+        check_score(build.Experiment(other).config, plain.provenance(plain.images("train")))
+        assert build.Experiment(other).score_identity == plain.score_identity
+        config.score.parameterization = "levels"
+
+
 def test_a_checkpoint_with_other_bins_of_times_is_named_by_the_field() -> None:
     config = tiny.get_config()
     experiment = build.Experiment(config)

@@ -166,6 +166,22 @@ def test_a_run_is_evaluated_with_the_ends_it_learned(tmp_path):
         assert 0 < abs(value - before[name]) < 0.1
 
 
+def test_a_time_has_the_label_of_the_training_when_the_ends_have_moved():
+    """Also if the smallest time, where a label is 0, would be another with the learned numbers."""
+    config = learned()
+    config.sde.name, config.score.label, config.eval.tau = "vp", "log_snr", 3.0
+    experiment = build.Experiment(config)
+    params = {schedule.KEY: {"beta_min": jnp.asarray(0.2), "beta_max": jnp.asarray(15.0)}}
+    score, sde = experiment.trained_score(params)
+    now = experiment.with_learned_schedule(params)
+    t = jnp.asarray([0.01, 0.1, 0.5, 1.0])
+    np.testing.assert_allclose(now.adapter.time_label(t), score.adapter.time_label(t), rtol=1e-6)
+    config.sde.update(beta_min=0.2, beta_max=15.0)
+    moved = build.Experiment(config).adapter
+    assert np.abs(moved.time_label(t) - score.adapter.time_label(t)).min() > 0.1
+    assert now.eval_eps == experiment.eval_eps == experiment.adapter.eps
+
+
 def test_a_schedule_that_is_not_learned_is_no_parameter():
     config = learned()
     config.sde.learned = False

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from etils import epath
 from ml_collections import ConfigDict
 
-from sbml import data, discrete
+from sbml import adapters, data, discrete
 from sbml.divergence import Trace
 from sbml.experiment import architecture, evaluation, schedule, trained
 from sbml.experiment.config import Config
@@ -142,12 +142,16 @@ class Experiment:
         return dataclasses.replace(self.adapter, sde=sde)(params), sde
 
     def with_learned_schedule(self, params: Any) -> "Experiment":
-        """This experiment with the SDE whose numbers are in ``params``, if its SDE is learned."""
+        """This experiment with the SDE whose numbers are in ``params``, if its SDE is learned.
+
+        The smallest time of training stays what it was, because labels of the time depend on it.
+        """
         learned: dict[str, Any] = schedule.numbers(params)
         if not learned:
             return self
         sde = dataclasses.replace(self.config.sde, **learned)
-        return Experiment(dataclasses.replace(self.config, sde=sde))
+        training = dataclasses.replace(self.config.training, smallest_time=self.adapter.eps)
+        return Experiment(dataclasses.replace(self.config, sde=sde, training=training))
 
     def init_dequantizer(self, images: data.ImageSet) -> TrainState:
         """The dequantizer's state before the first step. Its data-dependent initialisation uses a
@@ -218,8 +222,10 @@ class Experiment:
         config = self.to_plain()
         free = architecture.FREE
         model = {field: v for field, v in config["model"].items() if field not in free}
-        sections = {"sde": config["sde"], "score": config["score"], "model": model}
-        return {**sections, "label_eps": self.adapter.eps}
+        identity = {"sde": config["sde"], "score": config["score"], "model": model}
+        if self.adapter.parameterization == adapters.LEVELS:
+            identity["data"] = {"levels": self.adapter.levels, "values": self.adapter.data}
+        return {**identity, "label_eps": self.adapter.eps}
 
     def provenance(self, images: data.ImageSet) -> dict:
         """The origin of a checkpoint, stored as its metadata: config, training data, versions."""

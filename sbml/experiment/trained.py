@@ -6,7 +6,7 @@ from typing import Any
 
 from absl import logging
 
-from sbml import data
+from sbml import adapters, data
 from sbml.experiment import architecture, noise
 from sbml.experiment.config import Config
 from sbml.experiment.data import Data
@@ -39,6 +39,8 @@ def check_score(config: Config, metadata: Metadata) -> None:
       ValueError: they do not; the message names the fields that differ.
     """
     architecture.check(config.plain(), metadata["config"], ("sde", "score", "model"))
+    if config.score.parameterization == adapters.LEVELS:
+        _check_levels(config.data, Data.of(metadata["config"]["data"], complete=False))
     tau = config.eval.tau or math.inf
     eps = noise.smallest_time(config.sde.build(), config.training, config.data, tau)
     _, _, trained_eps = _noise(metadata)
@@ -47,6 +49,20 @@ def check_score(config: Config, metadata: Metadata) -> None:
             f"the checkpoint's smallest time is {trained_eps}, but the config's is {eps}: set "
             f"--config.training.smallest_time={trained_eps}; eval.smallest_time and "
             "sampling.smallest_time may differ"
+        )
+
+
+def _check_levels(ours: Data, stored: Data) -> None:
+    """The score of an integer denoiser depends on the levels, and on whether they are the data."""
+    differs = {
+        "levels": ours.levels != stored.levels,
+        "dequantization": (ours.dequantization == "centre") != (stored.dequantization == "centre"),
+    }
+    for name in (name for name, other in differs.items() if other):
+        value = getattr(stored, name)
+        raise ValueError(
+            f"data.{name} is {getattr(ours, name)}, the checkpoint's is {value}: the score of an "
+            f"integer denoiser depends on it, so set --config.data.{name}={value}"
         )
 
 
@@ -137,7 +153,9 @@ def warn_if_trained_otherwise(metadata: Metadata, ours: Metadata, field: str) ->
         values = {f"{field}{s}.{k}": v for s, fields in sections.items() for k, v in fields.items()}
         values = {name: v for name, v in values.items() if name.rpartition(".")[2] not in free}
         data = {f"data.{k}": config["data"][k] for k in ("dequantization", "flip")}
-        return {"seed": config["seed"], **data, **values}
+        model = parent(config)["model"]
+        network = {f"{field}model.{k}": model.get(k) for k in ("dropout", "dtype", "clipped")}
+        return {"seed": config["seed"], **data, **network, **values}
 
     before, now = settings(metadata["config"]), settings(ours["config"])
     changed = [f"{k} {before.get(k)} -> {v}" for k, v in now.items() if before.get(k) != v]

@@ -10,7 +10,8 @@ from sbml.modes import compare
 from sbml.report import comparison
 from sbml.report.comparison import Run
 from sbml.report.result import Result
-from sbml.runtime.workdir import EVALUATION, PER_IMAGE, SAMPLES, Workdir
+from sbml.runtime.trees import tree_crc32
+from sbml.runtime.workdir import EVALUATION, PER_IMAGE, QUALITY, SAMPLES, Workdir
 
 IMAGES = {"name": "digits", "split": "test", "count": 50, "shape": [2, 2, 1], "levels": 17}
 HARDNESS = np.random.default_rng(0).normal(2, 0.5, 50)  # of each image, the same for all models
@@ -69,15 +70,30 @@ def test_differences_are_those_of_the_images_in_both(tmp_path):
 def test_the_mode_writes_a_page_and_its_numbers(tmp_path, capsys):
     for name in ("a", "bb"):
         workdir = write(tmp_path / name, np.arange(50), HARDNESS)
-        workdir.write(SAMPLES, {"images": np.zeros((5, 2, 2, 1), np.uint8)})
+        images = np.full((5, 2, 2, 1), len(name), np.uint8)
+        workdir.write(SAMPLES, {"images": images, "step": np.asarray(40)})
+        values = {"feature distance": 0.625, f"only of {name}": 3.0}
+        workdir.write(QUALITY, {"images_crc32": tree_crc32(images), "values": values})
     compare.run(None, tmp_path / "out", [str(tmp_path / "a"), str(tmp_path / "bb")])
     page = (tmp_path / "out" / "comparison.html").read_text()
     assert "Comparison of a, bb" in page and page.count("data:image/png") == 2
     assert '<th scope="row">seed</th><td>1</td><td>2</td>' in page
     assert "model.width" not in page  # Equal in both.
+    assert '<th scope="row">feature distance</th><td>0.625</td><td>0.625</td>' in page
+    assert '<th scope="row">only of bb</th><td>–</td><td>3</td>' in page
     numbers = json.loads((tmp_path / "out" / "comparison.json").read_text())
     assert numbers["cells"][0]["rows"][1]["difference"] == 0.0
     assert "+0.0000 [+0.0000, +0.0000], n=50" in capsys.readouterr().out
+
+
+def test_samples_of_another_checkpoint_are_not_shown(tmp_path):
+    workdir = write(tmp_path / "run", np.arange(50), HARDNESS)
+    images = np.zeros((5, 2, 2, 1), np.uint8)
+    workdir.write(SAMPLES, {"images": images, "step": np.asarray(39)})
+    workdir.write(QUALITY, {"images_crc32": tree_crc32(images), "values": {"distance": 0.5}})
+    assert Run.read(workdir).samples is None and Run.read(workdir).quality == {}
+    workdir.write(SAMPLES, {"images": images + 1, "step": np.asarray(40)})
+    assert Run.read(workdir).samples.max() == 1 and Run.read(workdir).quality == {}
 
 
 def test_what_cannot_be_compared_is_refused(tmp_path):

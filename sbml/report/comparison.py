@@ -11,6 +11,7 @@ and of the random draws, but not the differences between trainings with differen
 """
 
 import dataclasses
+import itertools
 import json
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
@@ -20,10 +21,10 @@ from typing import Any
 import numpy as np
 
 from sbml.intervals import mean_interval
-from sbml.report import images, page, plots
+from sbml.report import images, page, plots, summary
 from sbml.report.result import Result
 from sbml.runtime import metrics
-from sbml.runtime.workdir import EVALUATION, PER_IMAGE, SAMPLES, Workdir
+from sbml.runtime.workdir import EVALUATION, PER_IMAGE, Workdir
 
 COLUMNS, ROWS = 8, 4  # of a grid of samples
 
@@ -38,7 +39,8 @@ class Run:
       results: the results by their names.
       bits: for each result, the ids ``(n,)`` and the bits/dim ``(n,)`` of the images.
       seconds: the duration of the training in seconds; None if it is not known.
-      samples: uint8 ``(m, h, w, c)``; None if no samples were drawn.
+      samples: uint8 ``(m, h, w, c)``; None if there are none of the checkpoint that was evaluated.
+      quality: measures of the quality of the samples, by name.
     """
 
     name: str
@@ -47,6 +49,7 @@ class Run:
     bits: Mapping[str, tuple[np.ndarray, np.ndarray]]
     seconds: float | None
     samples: np.ndarray | None
+    quality: Mapping[str, float]
 
     @classmethod
     def read(cls, workdir: Workdir) -> "Run":
@@ -64,13 +67,16 @@ class Run:
             table = shared if column in shared else workdir.read(f"per_image_{result.column}.npz")
             bits[name] = table["id"], table[column]
         rows = metrics.read(workdir)
+        drawn = summary.samples_of(workdir, evaluation["checkpoint"])
+        quality = None if drawn is None else summary.quality_of(workdir, drawn)
         return cls(
             workdir.name,
             evaluation,
             results,
             bits,
             rows[-1]["seconds"] if rows else None,
-            workdir.read(SAMPLES)["images"] if workdir.has(SAMPLES) else None,
+            None if drawn is None else drawn["images"],
+            quality or {},
         )
 
     @property
@@ -140,10 +146,10 @@ def _row(run: Run, first: Run, name: str) -> dict[str, Any]:
 
 def _about(run: Run) -> dict[str, Any]:
     """The model, its training and the quality of its samples, as plain values."""
-    model, quality = run.evaluation["model"], run.evaluation.get("quality", {})
+    model = run.evaluation["model"]
     about = {"name": run.name, "network": model["name"], "parameters": model["parameters"]}
     about |= {"step": run.evaluation["checkpoint"]["step"], "training_seconds": run.seconds}
-    return about | {"warnings": len(run.evaluation["warnings"]), "quality": quality}
+    return about | {"warnings": len(run.evaluation["warnings"]), "quality": run.quality}
 
 
 def differing(runs: Sequence[Run]) -> dict[str, list[str]]:
@@ -163,12 +169,14 @@ def _setting(config: Mapping[str, Any], name: str) -> str:
 def render(runs: Sequence[Run], numbers: Mapping[str, Any]) -> str:
     """The page, one HTML file that opens offline; ``numbers`` are from :func:`compare`."""
     levels = runs[0].images["levels"]
+    models = [_texts(about) for about in numbers["runs"]]
     return page.environment().get_template("comparison.html").render(
         title="Comparison of " + ", ".join(run.name for run in runs),
         first=runs[0].name,
         images=numbers["data"],
         cells=[{**cell, "figure": _figure(cell)} for cell in numbers["cells"]],
-        runs=[_texts(about) for about in numbers["runs"]],
+        runs=models,
+        rows=[name for name in dict.fromkeys(itertools.chain(*models)) if name != "name"],
         differing=differing(runs),
         samples=[
             {"name": run.name, "png": _grid(run.samples, levels)}

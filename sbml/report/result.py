@@ -188,10 +188,11 @@ class Result:
                 f"{self.name}: standard error {self.this_set_stderr:.2g} after {self.sweeps} "
                 f"sweeps (eval.max_sweeps), above eval.target_se={self.target_se}"
             )
-        if self.converged is False:
+        error = self.solver_error
+        if self.converged is False and error is not None and not self.nonfinite:
             warnings.append(
                 f"{self.name}: UNCONVERGED, a stricter solve moves it by "
-                f"{self.solver_error:.2g} +- {self.solver_error_ci95:.2g} bits/dim on "
+                f"{-error:.2g} +- {self.solver_error_ci95:.2g} bits/dim on "
                 f"{self.solver_images} images: lower eval.rtol and eval.atol, or raise eval.subset"
             )
         return warnings

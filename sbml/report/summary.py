@@ -66,7 +66,9 @@ def write(
         return False
     content, images = evaluation or ({"title": workdir.name, "results": [], "warnings": []}, None)
     content = {**(known or {}), **content}
-    samples = _samples(workdir, content)
+    samples = samples_of(workdir, content.get("checkpoint", {}))
+    if samples is not None:
+        _describe_samples(samples, content)
     pictures = [] if samples is None else _quality(workdir, content, samples)
     if known is not None:
         pictures += _during_training(workdir) if samples is None else []
@@ -103,44 +105,57 @@ def _evaluation(
     return None
 
 
-def _samples(workdir: Workdir, content: dict[str, Any]) -> dict[str, Any] | None:
-    """The arrays of ``samples.npz``; their description is put into ``content``.
+def samples_of(workdir: Workdir, checkpoint: Mapping[str, int]) -> dict[str, Any] | None:
+    """The arrays of ``samples.npz``.
 
-    None if there is no such file, or if it is of another checkpoint than the evaluation.
+    None if there is no such file, or if it is of another checkpoint than ``checkpoint``, which has
+    the step and the CRC-32 of the parameters, or is empty if any checkpoint will do.
     """
     if not workdir.has(SAMPLES):
         return None
     samples = workdir.read(SAMPLES)
-    checkpoint = content.get("checkpoint", {})
     if any(int(samples[name]) != value for name, value in checkpoint.items()):
-        step = int(samples["step"])
-        logging.warning("samples.npz, of step %d, is of another model: not in the report", step)
+        step, path = int(samples["step"]), workdir / SAMPLES
+        logging.warning("%s, of step %d, is of another model: not in the report", path, step)
         return None
+    return samples
+
+
+def quality_of(workdir: Workdir, samples: Mapping[str, Any]) -> dict[str, float] | None:
+    """The values of ``quality.json``; None if there is no such file, or if it is of other samples
+    than ``samples``."""
+    if not workdir.has(QUALITY):
+        return None
+    quality = workdir.read(QUALITY)
+    if quality["images_crc32"] != tree_crc32(samples["images"]):
+        path = workdir / QUALITY
+        logging.warning("%s is of other samples: left out of the report", path)
+        return None
+    return quality["values"]
+
+
+def _describe_samples(samples: Mapping[str, Any], content: dict[str, Any]) -> None:
+    """Put the description of ``samples`` into ``content``."""
     content["samples"] = {
         "count": len(samples["images"]),
         "nfe_mean": float(samples["nfe"].mean()),
         "nfe_max": int(samples["nfe"].max()),
         "sampler": str(samples["sampler"]),
-        **({} if checkpoint else {"step": int(samples["step"])}),
+        **({} if "checkpoint" in content else {"step": int(samples["step"])}),
     }
     if failed := int(np.sum(samples["failed"])):
         warning = f"{failed} of {len(samples['images'])} samples are not finite"
         content["warnings"] = [*content["warnings"], warning]
-    return samples
 
 
 def _quality(
-    workdir: Workdir, content: dict[str, Any], samples: dict[str, Any]
+    workdir: Workdir, content: dict[str, Any], samples: Mapping[str, Any]
 ) -> list[tuple[str, bytes]]:
-    """The picture of nearest training images with its caption; the values of ``quality.json`` are
-    put into ``content``. Nothing happens if that file is of other samples than ``samples``."""
-    if not workdir.has(QUALITY):
+    """The picture of nearest training images with its caption; the quality of ``samples`` is put
+    into ``content``. Nothing happens if it is not known."""
+    if (values := quality_of(workdir, samples)) is None:
         return []
-    quality = workdir.read(QUALITY)
-    if quality["images_crc32"] != tree_crc32(samples["images"]):
-        logging.warning("quality.json is of other samples: left out of the report")
-        return []
-    content["quality"] = quality["values"]
+    content["quality"] = values
     return [(NEIGHBOURS_CAPTION, workdir.read_png(NEIGHBOURS))]
 
 

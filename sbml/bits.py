@@ -24,7 +24,7 @@ Real = Float[Array, "..."]
 LOG2 = math.log(2.0)
 
 
-def check_levels(levels: int, most: int = 2**31 - 1) -> None:
+def check_levels(levels: int, most: int = 2**16) -> None:
     """Check that a number of levels is an integer of 2 to ``most``.
 
     Raises:
@@ -97,16 +97,18 @@ def dims(shape: tuple[int, ...]) -> int:
 def to_model(pixels: Numbers, u: Numbers | float, levels: int) -> Real:
     """x = 2 (pixels + u) / levels - 1 in [-1, 1), for ``u`` in [0, 1); any shapes that broadcast.
 
-    ``u`` is limited to at most 1 - 2^-15: nearer to 1, float32 would round k + u into the next bin.
+    ``u`` is limited to at most 1 - 2^-15, or 1 - 2^-23 L if that is less: nearer to 1, float32
+    would round x into the next bin.
 
     Raises:
-      ValueError: ``levels`` is not an integer of at least 2, ``pixels`` lie outside
+      ValueError: ``levels`` is not an integer of 2 to 2^16, ``pixels`` lie outside
         [0, levels - 1], or ``u`` outside [0, 1]. Values are not checked inside ``jit``.
     """
     check_levels(levels)
     _check_range(pixels, "pixels", levels - 1)
     _check_range(u, "u", 1)
-    return (2.0 / levels) * (jnp.asarray(pixels) + jnp.minimum(u, 1 - 2.0**-15)) - 1.0
+    largest = 1 - max(2.0**-15, levels * 2.0**-23)
+    return (2.0 / levels) * (jnp.asarray(pixels) + jnp.minimum(u, largest)) - 1.0
 
 
 def to_pixels(x: Numbers, levels: int) -> UInt8[Array, "..."]:
@@ -154,9 +156,11 @@ def check_dequantized(x: Numbers, levels: int) -> None:
     """
     check_levels(levels)
     host = np.asarray(x, np.float64)
+    # The rounding error of k, if x is of float32; 1e-4 for those of 256 levels.
+    tolerance = max(1e-4, levels * 2.0**-22)
     for steps in (levels, levels - 1):
         k = (host + 1) * steps / 2
-        if np.all(np.abs(k - np.round(k)) < 1e-4):
+        if np.all(np.abs(k - np.round(k)) < tolerance):
             raise ValueError(
                 f"all values are integers of {levels} levels; dequantize them before a density "
                 "estimate (sbml.dequantizers.uniform adds u ~ U[0, 1))"

@@ -9,8 +9,9 @@
     density.latent(x)              the ODE's solution at T from x;  density.decode(z): the inverse
 
 The first three return a number for each example and its mean with error bars
-(:class:`~sbml.estimate.Estimate`). The random draws for an example depend only on ``seed`` and on
-the example's place in the data, so a result depends neither on the batch size nor on earlier calls.
+(:class:`~sbml.estimate.Estimate`). The random draws for an example depend only on ``seed``, on
+the example's place in the data and, for ``bound``, on the number of examples. So a result depends
+neither on the batch size nor on earlier calls.
 """
 
 import dataclasses

@@ -50,6 +50,7 @@ from sbml.types import (
     Score,
     check_example,
     check_key,
+    check_kind,
     deterministic,
 )
 
@@ -295,6 +296,11 @@ def elbo(
     Raises:
       ValueError: as in ``bound.elbo``, or if the pixels are not integers 0 .. levels - 1.
     """
+    if not isinstance(noise, TruncatedNormal | Categorical):
+        raise ValueError(
+            f"noise={noise!r}: give discrete.TruncatedNormal(...) or .Categorical(...)"
+        )
+    check_kind(reduction, Reduction, "reduction")
     bits.check_pixels(pixels, noise.levels)
     check_key(key)
     control = reduction.control

@@ -133,8 +133,8 @@ def dsm_batch(
 
     Raises:
       ValueError: if there is not one scalar time, one key and one sign for each example, ``x`` or
-        ``t`` are not of floating-point numbers, a time is not in (0, T], or a sign is neither +1
-        nor -1. Values are not checked inside ``jit``.
+        ``t`` are not of floating-point numbers, a time is not in [0, T], or a sign is neither +1
+        nor -1. Values are not checked inside ``jit``. At time 0 the loss may not be finite.
     """
     x_t, z, score_key = noisy_batch(sde, x, t, keys, signs)
     scores = batch_score(score)(x_t, t, score_key)

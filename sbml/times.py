@@ -137,9 +137,10 @@ def warp(u: Elementwise, density: Bins) -> tuple[Elementwise, Elementwise]:
       v in [0, 1) and 1/q(v), of the shape of ``u``.
 
     Raises:
-      ValueError: if ``u`` lies outside [0, 1), or ``density`` has another rank or is not positive:
-        no point falls into a bin of density 0, so its part of the integral would be lost. Values
-        are not checked inside ``jit``.
+      ValueError: if ``u`` lies outside [0, 1], or ``density`` has another rank or is not positive:
+        no point falls into a bin of density 0, or into one with so small a part of the sum that
+        rounding takes it away, so its part of the integral would be lost. Values are not checked
+        inside ``jit``.
     """
     compiler.check()
     check_points(u)
@@ -150,6 +151,12 @@ def warp(u: Elementwise, density: Bins) -> tuple[Elementwise, Elementwise]:
             raise ValueError(
                 f"density lies in [{host.min():g}, {host.max():g}]: give positive, finite "
                 "numbers, such as times.with_floor returns"
+            )
+        share, least = host.min() / host.sum(dtype=float), 8 * jnp.finfo(u.dtype).eps
+        if share < least:
+            raise ValueError(
+                f"density has a bin with {share:.2g} of its sum: {u.dtype} points do not resolve "
+                f"it; give every bin at least {least:.2g}, for example by times.with_floor"
             )
     bins = density.size
     below = jnp.cumsum(density / jnp.sum(density))
@@ -214,7 +221,7 @@ def tally(counts: Counts, v: Vector, values: Vector, decay: float) -> Counts:
 
     Raises:
       ValueError: if ``v`` and ``values`` do not have the same shape ``(n,)``, ``v`` lies outside
-        [0, 1), ``counts`` has another shape, or ``decay`` lies outside [0, 1]. Values are not
+        [0, 1], ``counts`` has another shape, or ``decay`` lies outside [0, 1]. Values are not
         checked inside ``jit``.
     """
     compiler.check()
@@ -232,7 +239,8 @@ def tally(counts: Counts, v: Vector, values: Vector, decay: float) -> Counts:
             f"v has shape {v.shape}, values {values.shape}: give both as (n,), such as v.ravel()"
         )
     bins = counts.shape[1]
-    inside = jnp.floor(v * bins)[:, None] == jnp.arange(bins)[None]
+    bin_of_v = jnp.minimum(jnp.floor(v * bins), bins - 1)
+    inside = bin_of_v[:, None] == jnp.arange(bins)[None]
     # A masked sum always adds in the same order, but a scatter may not. So a resumed run stays
     # bitwise equal.
     sums = jnp.sum(jnp.where(inside, values[:, None], 0), axis=0)

@@ -71,6 +71,20 @@ def test_the_last_bin_ends_below_one() -> None:
     assert x[0] < 1
 
 
+@pytest.mark.parametrize("levels", [1000, 4096, 65_536])
+def test_many_levels_keep_their_bins_in_float32(levels: int) -> None:
+    """Every k + u is in the bin of k; integers are refused and dequantized ones are not."""
+    k = np.arange(levels)
+    x = bits.to_model(jnp.asarray(k), jnp.full(levels, 1 - 2.0**-24), levels)
+    edges = 2 * (k + 1) / levels - 1
+    assert x.dtype == jnp.float32 and np.all(np.asarray(x, np.float64) < edges)
+    for integers in (2 * k / levels - 1, 2 * k / (levels - 1) - 1):
+        with pytest.raises(ValueError, match=f"{levels} levels; dequantize"):
+            bits.check_dequantized(jnp.asarray(integers, jnp.float32), levels)
+    u = np.random.default_rng(0).random(levels)
+    bits.check_dequantized(bits.to_model(jnp.asarray(k), jnp.asarray(u), levels), levels)
+
+
 def test_values_outside_go_to_the_nearest_level() -> None:
     x = jnp.asarray([-7.0, -1.0001, 1.0, 1.3, 50.0])
     np.testing.assert_array_equal(bits.to_pixels(x, 17), [0, 0, 16, 16, 16])

@@ -171,6 +171,21 @@ def test_wrong_kinds_and_times_are_refused(case):
         discrete.elbo(data.score, sde, pixels, key, eps=2.0, **arguments)
 
 
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("noise", "categorical", "noise='categorical': give discrete.TruncatedNormal"),
+        ("reduction", None, r"reduction=None: give sbml.bound.Reduction\("),
+    ],
+)
+def test_arguments_of_another_class_are_refused(case, name, value, message):
+    sde, data, *_ = case
+    arguments = {"noise": discrete.Categorical(LEVELS), "u": jnp.array([0.5]), name: value}
+    with pytest.raises(ValueError, match=message):
+        discrete.elbo(data.score, sde, jnp.array([K]), jax.random.key(0), eps=1e-2, **arguments)
+
+
 def test_truncated_noise_stays_in_the_bin_of_its_integer():
     """The bin is the one that ``bits`` maps to the integer."""
     pixels = jnp.arange(LEVELS)

@@ -249,6 +249,22 @@ def test_between_its_levels_the_table_is_the_monotone_cubic() -> None:
     np.testing.assert_allclose(single, cubic(t), rtol=2e-6, atol=4e-6)
 
 
+@pytest.mark.parametrize(
+    "levels", [[0.9, 0.1, 0.05], [0.9, 0.1, 0.0999, 0.0998], [0.99, 0.985, 0.5, 0.4], [0.9, 0.4]]
+)
+def test_a_table_that_flattens_at_an_end_has_noise_there(levels: list[float]) -> None:
+    """SciPy's monotone cubic has the slope 0 at the last level of the first two, and at the first
+    level of the third."""
+    table, i = AlphaBarTable(levels), jnp.linspace(0, 1, len(levels))
+    np.testing.assert_allclose(jax.nn.sigmoid(table.log_snr(i)), levels, rtol=1e-12)
+    fine = jnp.linspace(0, 1, 4001)
+    assert np.all(np.diff(table.log_snr(fine)) < 0)
+    for t in (fine, fine.astype(jnp.float32)):
+        chords = -np.diff(table.log_snr(i)) * (len(levels) - 1)
+        assert np.all(table.rate(t)[jnp.array([0, -1])] > 0.09 * chords[np.array([0, -1])])
+        assert np.all(table.rate(t) > 0) and np.all(np.isfinite(table.diffusion(t)))
+
+
 def test_the_table_of_ddpm_is_near_its_limit() -> None:
     t = jnp.linspace(0.05, 1, 50)
     difference = np.abs(TABLE.log_snr(t) - VP().log_snr((TABLE.step(t) + 1) / 1000))

@@ -126,9 +126,21 @@ def test_a_density_may_vanish_or_change_without_a_compilation() -> None:
     assert len(traces) == 1
 
 
+def test_a_bin_that_rounding_would_take_away_is_refused() -> None:
+    """In float32 the first density would give its second bin no point, and the integral 1/2."""
+    u = jnp.linspace(0, 1, 1000, endpoint=False, dtype=jnp.float32)
+    for lost in ([1.0, 1e-9], [1e8, *[1.0] * 31]):
+        with pytest.raises(ValueError, match="density has a bin with .* of its sum: float32"):
+            warp(u, jnp.asarray(lost))
+    for least, kind in ((2e-6, jnp.float32), (1e-9, jnp.float64)):
+        v, inverse = warp(jnp.asarray([1 - least / 2], kind), jnp.asarray([1.0, least]))
+        assert float(v[0]) == pytest.approx(0.75, abs=0.05)  # The middle of the second bin.
+        assert float(inverse[0]) == pytest.approx(1 / (2 * least), rel=0.1)
+
+
 def test_tally_by_hand() -> None:
     counts = jnp.asarray([[4.0, 2.0, 0.0], [8.0, 1.0, 0.0]])
-    v = jnp.asarray([0.0, 0.32, 0.34, 1 - 2.0**-53])
+    v = jnp.asarray([0.0, 0.32, 0.34, 1.0])
     new = tally(counts, v, jnp.asarray([1.0, 2.0, 10.0, -3.0]), 0.5)
     np.testing.assert_allclose(new, [[4.0, 2.0, 1.0], [7.0, 10.5, -3.0]])
 

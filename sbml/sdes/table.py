@@ -95,8 +95,20 @@ class AlphaBarTable(SDE):
 
 @functools.lru_cache(maxsize=8)
 def _cubics(alpha_bars: tuple[float, ...]) -> np.ndarray:
-    """Coefficients ``(4, n - 1)`` of the powers 3 to 0 of the distance to level i, in float64."""
+    """Coefficients ``(4, n - 1)`` of the powers 3 to 0 of the distance to level i, in float64.
+
+    They are those of SciPy's monotone cubic, except where it is flat at the first or the last
+    level: with a log-SNR that does not fall, the noise would stop there. A tenth of the slope of
+    the neighbouring chord keeps the cubic monotone.
+    """
     from scipy import interpolate, special  # They would be a third of the import of sbml.sdes.
 
     log_snr = special.logit(np.asarray(alpha_bars))
-    return interpolate.PchipInterpolator(np.arange(len(log_snr)), log_snr).c
+    levels = np.arange(len(log_snr))
+    slopes = interpolate.PchipInterpolator(levels, log_snr).derivative()(levels)
+    chords = np.diff(log_snr)
+    for end in (0, -1):
+        slopes[end] = (
+            slopes[end] if abs(slopes[end]) > 1e-9 * abs(chords[end]) else chords[end] / 10
+        )
+    return interpolate.CubicHermiteSpline(levels, log_snr, slopes).c

@@ -56,7 +56,8 @@ def draw_samples(config: Any, params: Any, changes: dict[str, Any]) -> samples.S
     """Samples with ``config.sampling`` changed."""
     config = config.copy_and_resolve_references()
     config.sampling.update(changes)
-    return samples.preview(Experiment(config).with_learned_schedule(params), params)
+    experiment = Experiment(config).with_learned_schedule(params)
+    return samples.preview(experiment, params, config.sampling.num_images)
 
 
 def changes(name: str, steps: int) -> dict[str, Any]:

@@ -56,9 +56,13 @@ def read(workdir: str | pathlib.Path) -> Row:
     config, results = report["config"], [Result.read(row) for row in report["results"]]
     if not results:
         raise ValueError(f"{path} has no results: run --mode=eval there again")
+    if (split := results[0].split) != "test":
+        raise ValueError(
+            f"{path} is of {split} images, and the table is of test images: run --mode=eval there "
+            "with --config.eval.split=test"
+        )
     row: Row = {
         "data": results[0].data,
-        "split": results[0].split,
         "model": _variant(config, report["title"]),
         "sde": config["sde"]["name"],
         "n": results[0].n,

@@ -113,12 +113,16 @@ def load_config(file: str) -> ConfigDict:
 
 
 def _value(arguments: list[str], flag: str) -> str:
-    """The value of ``flag``, after "=" or as the argument that follows; empty without it."""
+    """The value of ``flag``, after "=" or as the argument that follows; empty without it.
+
+    Of several values it is the last, as for absl.
+    """
+    found = ""
     for i, argument in enumerate(arguments):
         name, equals, value = argument.partition("=")
         if name.lstrip("-") == flag and argument.startswith("-"):
-            return value if equals else (arguments[i + 1 : i + 2] or [""])[0]
-    return ""
+            found = value if equals else (arguments[i + 1 : i + 2] or [""])[0]
+    return found
 
 
 def _locate_configs(arguments: list[str]) -> None:

@@ -85,6 +85,10 @@ def test_table2_refuses_what_it_cannot_compare(tmp_path: Path) -> None:
         table2.main([str(old), str(new)], str(tmp_path / "t"), None)
     with pytest.raises(ValueError, match="--mode=eval"):
         table2.read(tmp_path)
+    path = new / "report.json"
+    path.write_text(path.read_text().replace('"split": "test"', '"split": "train"'))
+    with pytest.raises(ValueError, match="is of train images.*--config.eval.split=test"):
+        table2.read(new)
 
 
 def test_table2_names_what_it_cannot_read(tmp_path: Path) -> None:

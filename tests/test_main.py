@@ -51,6 +51,8 @@ def test_the_config_of_a_trained_run_is_read_from_its_work_directory(tmp_path, m
         arguments = main.parse(["main", *workdir, "--config.eval.seed=3"])
         config_flag = f"--config={stored.__file__}:{tmp_path}"
         assert arguments == ["main", config_flag, *workdir, "--config.eval.seed=3"]
+    _, twice, *_ = main.parse(["main", f"--workdir={tmp_path}", f"--workdir={tmp_path / 'new'}"])
+    assert twice == f"--workdir={tmp_path}"  # The last counts, which has no checkpoint.
     assert Config.read(stored.get_config(str(tmp_path))) == Config.read(config)
     with_config = ["main", CONFIG, f"--workdir={tmp_path}"]
     assert main.parse(with_config) == with_config

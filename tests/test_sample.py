@@ -162,6 +162,6 @@ def test_every_sampler_can_be_chosen(trained: Path) -> None:
         config.sampling.sampler = name
         experiment = build.Experiment(config)
         params = experiment.restore(trained).state.ema_params
-        drawn = samples.preview(experiment, params).images
+        drawn = samples.preview(experiment, params, 2).images
         assert drawn.shape == (2, 8, 8, 1) and experiment.sampler.nfe == 6
     jax.clear_caches()

@@ -93,6 +93,9 @@ def test_a_training_that_lost_its_checkpoints_begins_again_aloud(tmp_path, caplo
     train.run(config, tmp_path)
     assert "has no checkpoint, but metrics.jsonl reaches step 4: training begins" in caplog.text
     assert (tmp_path / metrics.EARLIER).read_bytes() == earlier
+    later = (tmp_path / metrics.FILE).read_bytes()
+    metrics.MetricsWriter(tmp_path, 0).close()  # It begins again once more.
+    assert (tmp_path / metrics.EARLIER).read_bytes() == earlier + later
 
 
 def test_kills_change_nothing(whole, tmp_path):
@@ -182,10 +185,12 @@ def test_going_on_otherwise_is_said(tmp_path, caplog):
     train.run(config, tmp_path)
     assert "training continues" not in caplog.text
     config.update({"seed": 3, "optim": {"lr": 1e-5}, "training": {"num_steps": 8, "log_every": 2}})
+    config.model.dtype = "bfloat16"
     train.run(config, tmp_path)
     (said,) = [r.getMessage() for r in caplog.records if "training continues" in r.getMessage()]
     lr = tiny.get_config().optim.lr
-    assert said.endswith(f"began with: seed 0 -> 3, optim.lr {lr} -> 1e-05")
+    changes = f"seed 0 -> 3, model.dtype float32 -> bfloat16, optim.lr {lr} -> 1e-05"
+    assert said.endswith(f"began with: {changes}")
     config.training.num_steps = 6
     train.run(config, tmp_path)
     assert "step 8 is past training.num_steps=6" in caplog.text

@@ -113,9 +113,8 @@ def draw(experiment: Experiment, params: Any, ids: np.ndarray) -> Samples:
     return sharding.to_host(_sample_batch(score, batch, seed, Recipe.of(experiment)))
 
 
-def preview(experiment: Experiment, params: Any) -> Samples:
-    """Samples 0 .. ``sampling.num_images`` - 1, without writing them to disk."""
-    count = experiment.config.sampling.num_images
+def preview(experiment: Experiment, params: Any, count: int) -> Samples:
+    """Samples 0 .. ``count`` - 1, without writing them to disk."""
     size = sharding.round_up(min(experiment.config.sampling.batch_size, count))
     batches = [(draw(experiment, params, ids), mask) for ids, mask in eval_batches(count, size)]
     rows = ([column[mask] for column in samples] for samples, mask in batches)

@@ -40,7 +40,10 @@ class Sampling(Solving):
     frames: int = integer(8, below=2**16)  # number of frames of the strip from noise to image
 
     def check(self) -> None:
-        """Check that the sampler uses every field that is set."""
+        """Check that the sampler uses the corrector, spacing, eta and number of steps that are set.
+
+        The other fields have values in all configs, and are ignored by samplers without them.
+        """
         options = {f.name for f in dataclasses.fields(samplers.SAMPLERS[self.sampler])}
         settings = {
             "corrector": ("corrector", self.corrector != "none"),

@@ -5,7 +5,7 @@ from typing import ClassVar
 
 from etils import epath
 
-from sbml.experiment.fields import Section, choice, flag, integer, real
+from sbml.experiment.fields import Section, choice, flag, integer, real, refusal
 from sbml.runtime.checkpoint import Checkpoints
 from sbml.sdes import SDE, Kernel
 from sbml.times import DRAWS, PROPOSALS, Grid, Proposal
@@ -152,3 +152,8 @@ class DequantizerTraining(Loop):
     folder: ClassVar[str] = "dequantizer/checkpoints"
 
     num_steps: int = integer(300_000, least=1)  # number of steps of the optimizer
+
+    def check(self) -> None:
+        """Check that no grids of samples are wanted, because a dequantizer draws none."""
+        if self.sample_every:
+            raise refusal(self.name_of("sample_every"), self.sample_every, "0")

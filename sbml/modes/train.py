@@ -30,6 +30,8 @@ from sbml.runtime.workdir import Workdir
 from sbml.sdes import SDE
 from sbml.types import Array, Key
 
+PICTURED = 64  # The largest number of samples that are drawn for a picture during the training.
+
 
 def dequantize(pixels: Array, key: Key, kind: str, levels: int) -> Array:
     """The data x in [-1, 1] of uint8 ``pixels`` k of L = ``levels`` levels, of the same shape.
@@ -172,7 +174,8 @@ def task(experiment: Experiment, workdir: Workdir) -> loop.Task:
 
     def picture(state: TrainState) -> np.ndarray:
         now = experiment.with_learned_schedule(state.ema_params)
-        return samples.grid(now, samples.preview(now, state.ema_params).images)
+        count = min(config.sampling.num_images, PICTURED)
+        return samples.grid(now, samples.preview(now, state.ema_params, count).images)
 
     return loop.Task(
         name="train",

@@ -58,7 +58,9 @@ class MetricsWriter:
             before = aside.read_text() if aside.exists() else ""
             aside.write_text(before + "\n".join(damaged) + "\n")
         if rows and start == 0:
-            (self._path.parent / EARLIER).write_bytes(self._path.read_bytes())
+            earlier = self._path.parent / EARLIER
+            before = earlier.read_bytes() if earlier.exists() else b""
+            earlier.write_bytes(before + self._path.read_bytes())
         self._rows = [row for row in rows if row["step"] <= start]
         self._incomplete = False  # whether the file may lack rows, or end in a part of one
         self._rewrite()

@@ -77,6 +77,19 @@ def unchecked(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(scope="module")
+def small_designs() -> Iterator[None]:
+    """Flow++ has the designs "small cifar10" and "small imagenet32" too, of two couplings: those of
+    the published designs are slow to compile."""
+    from sbml.dequantizers.variational import DESIGNS
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name, design in list(DESIGNS.items()):
+            fewer = design._replace(couplings=2, context_blocks=2)
+            patch.setitem(DESIGNS, f"small {name}", fewer)
+        yield
+
+
+@pytest.fixture(scope="module")
 def x64() -> Iterator[None]:
     """float64, and an error wherever a rank would be broadcast, for a whole test module.
 

@@ -11,9 +11,17 @@ from scipy import integrate, stats
 from sbml import dequantizers, discrete
 from sbml.dequantizers import truncated_normal
 
+pytestmark = pytest.mark.usefixtures("small_designs")
 SHAPE, DRAWS = (2, 2, 1), 4096
 # Small sizes, for models that have these fields.
-SMALL = {"filters": 4, "components": 2, "blocks": 1, "heads": 1, "levels": 17}
+SMALL = {
+    "design": "small cifar10",
+    "filters": 4,
+    "components": 2,
+    "blocks": 1,
+    "heads": 1,
+    "levels": 17,
+}
 
 
 DENSITIES = [n for n, kind in dequantizers.DEQUANTIZERS.items() if dequantizers.has_density(kind)]

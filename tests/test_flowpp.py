@@ -43,13 +43,9 @@ def strict_ranks() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module", params=["cifar10", "imagenet32"])
-def tiny(request: pytest.FixtureRequest) -> Iterator[flowpp.Model]:
-    """A small flow of each design; it has only two couplings, which are slow to compile."""
-    design = flowpp.DESIGNS[request.param]
-    fewer = design._replace(couplings=2, context_blocks=2)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(flowpp.DESIGNS, f"small {request.param}", fewer)
-        yield dataclasses.replace(TINY, design=f"small {request.param}")
+def tiny(request: pytest.FixtureRequest, small_designs: None) -> flowpp.Model:
+    """A small flow of each design."""
+    return dataclasses.replace(TINY, design=f"small {request.param}")
 
 
 def pixels(n: int, seed: int = 0) -> Array:

@@ -17,11 +17,13 @@ from sbml.runtime import metrics, sharding
 from sbml.runtime.files import read_npz
 from sbml.runtime.workdir import PER_IMAGE
 
+pytestmark = pytest.mark.usefixtures("small_designs")
 STEPS, IMAGES = 12, 120
 
 
 def config_of(**training):
     config = tiny.get_config()
+    config.dequantizer.model.update(design="small cifar10")
     config.dequantizer.model.update(filters=8, components=2, blocks=1, heads=2)
     config.dequantizer.training.update(
         batch_size=64, num_steps=STEPS, log_every=1, checkpoint_every=4, keep_every=0

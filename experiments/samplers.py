@@ -1,9 +1,9 @@
-"""Every sampler at 10, 20 and 50 steps on a trained model: pictures, and distance against cost.
+"""Every sampler at 10, 20 and 50 network evaluations: pictures, and distance against cost.
 
     python -m experiments.samplers --config=configs/digits_vp.py --workdir=runs/digits_vp
 
 In ``--out`` this writes one picture for each sampler, with a row of samples for each number of
-steps and the same latents in every row, and the plot ``distance.png``. The plot shows the Frechet
+evaluations and the same latents in every row, and the plot ``distance.png``. It shows the Frechet
 distance of ``--images`` samples to the training images against the number of network evaluations,
 in the config's ``eval.features`` and in pixels. The features of a classifier depend on the content
 of an image, and hardly on the noise that remains after few steps.

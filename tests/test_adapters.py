@@ -77,8 +77,13 @@ def by_hand(sde: SDE, parameterization: str, label: str) -> np.ndarray:
     return -(sigma / variance * X + alpha * 0.5 / np.sqrt(variance) * network) / sigma
 
 
-@pytest.mark.parametrize("label", LABELS)
-@pytest.mark.parametrize("parameterization", sorted(set(PARAMETERIZATIONS) - {LEVELS}))
+@pytest.mark.parametrize(
+    ("parameterization", "label"),
+    [
+        *((p, "log_snr") for p in sorted(set(PARAMETERIZATIONS) - {LEVELS})),
+        *(("preconditioned", label) for label in LABELS if label != "log_snr"),
+    ],
+)
 def test_scores_by_hand(sde: SDE, parameterization: str, label: str) -> None:
     score = Adapter(Net(), sde, parameterization, label)(PARAMS)
     values = jax.jit(score.batch)(X, T, None)

@@ -380,10 +380,12 @@ def test_every_mode_is_there_to_be_called() -> None:
 def test_parity_changes_any_config_to_the_authors() -> None:
     get_config = runpy.run_path(str(CONFIGS[0].with_name("parity.py")))["get_config"]
     config = get_config("cifar10_subvp_deep")
-    assert config.training.to_dict() | {"times": "iid", "noises": "independent"} == {
+    assert config.training.to_dict() == {
         **load(CONFIGS[0].with_name("cifar10_subvp_deep.py")).training.to_dict(),
         **{"times": "iid", "noises": "independent", "proposal_bins": 0},
     }
+    assert (config.score.label, config.score.parameterization) == ("time", "noise")
+    assert (config.eval.control, config.eval.proposal_bins, config.eval.n_times) == (False, 0, 1)
     assert config.data.dequantization == "none" and config.eval.max_images == 9_216
     assert not config.eval.in_order
     assert (config.eval.times, config.eval.sweeps, config.eval.probes) == ("iid", 5, 1)

@@ -1,5 +1,8 @@
 """The error bars of one cell: from the solver, from a second draw, and from sweeps."""
 
+import dataclasses
+
+import jax
 import numpy as np
 import pytest
 import tiny
@@ -7,8 +10,9 @@ from cell_runs import BOUND, ODE, cell_run
 from scipy import stats
 
 from sbml import estimate
+from sbml.estimators import Cell
 from sbml.evaluation import cells
-from sbml.intervals import mean_interval
+from sbml.intervals import half_width, mean_interval, repeated_stderr
 from sbml.modes import train
 from sbml.ode import Solver
 
@@ -79,6 +83,77 @@ def test_noise_of_a_solved_cell_is_that_of_a_second_draw_of_some(trained, tmp_pa
     one, other = (run.rows(run.subset, draw)["bits_per_dim"] for draw in (0, 1))
     variance = np.mean((one - other) ** 2) / 2  # The variance of one image's noise.
     assert result.this_set.stderr == pytest.approx(np.sqrt(variance / 40), rel=1e-5)
+    half = half_width(*repeated_stderr(one, other, 40))
+    shown = run.result(result)
+    assert shown.this_set_ci95 == result.this_set_ci95 == pytest.approx(half, rel=1e-5)
+    expected = stats.t.interval(0.95, 39, result.mean, stats.sem(result.values))
+    np.testing.assert_allclose(shown.interval, expected, rtol=1e-6)
+    assert shown.stderr == pytest.approx(stats.sem(result.values))
+    own = result.mean - half, result.mean + half
+    np.testing.assert_allclose(shown.this_set_interval, own, rtol=1e-5)
+    assert half < 0.9 * shown.ci95
+
+
+def test_another_seed_has_other_draws(trained, tmp_path):
+    for cell in (ODE, BOUND):
+        one, other = (
+            cell_run(trained, tmp_path, cell, seed=s, batch_size=16).rows(np.arange(4), 0)
+            for s in (0, 1)
+        )
+        assert np.all(one["bits_per_dim"] != other["bits_per_dim"])
+
+
+@pytest.mark.parametrize(
+    ("cell", "field", "value"),
+    [
+        (ODE, "seed", 1),
+        (ODE, "smallest_time", 2e-3),
+        (ODE, "rtol", 1e-3),
+        (BOUND, "seed", 1),
+        (BOUND, "smallest_time", 2e-3),
+        (BOUND, "n_times", 3),
+        (BOUND, "times", "iid"),
+    ],
+)
+def test_rows_of_another_setting_are_not_taken(trained, tmp_path, cell, field, value):
+    def identity(**fields):
+        run = cell_run(trained, tmp_path, cell, proposal_bins=0, **fields)
+        return run._identity(run.shared.experiment.eval_solver)
+
+    assert identity(**{field: value}) != identity()
+
+
+def test_rows_of_other_images_or_parameters_are_not_taken(trained, tmp_path):
+    run = cell_run(trained, tmp_path, ODE)
+    shared, solver = run.shared, run.shared.experiment.eval_solver
+    state = shared.restored.state
+    moved = state.replace(ema_params=jax.tree.map(lambda a: a + 1, state.ema_params))
+    for change in (
+        {"images": shared.experiment.images("train")},
+        {"restored": shared.restored._replace(state=moved)},
+    ):
+        other = cells.CellRun(dataclasses.replace(shared, **change), ODE, run.dequantization)
+        assert other._identity(solver) != run._identity(solver)
+
+
+def test_a_network_in_bfloat16_is_evaluated_in_float32(trained, tmp_path, monkeypatch):
+    config = tiny.get_config()
+    config.model.dtype = "bfloat16"
+    monkeypatch.setattr(tiny, "get_config", lambda: config)
+    run = cell_run(trained, tmp_path, ODE)
+    assert run.shared.experiment.adapter.model.dtype == "bfloat16"
+    assert run.score.adapter.model.dtype == "float32"
+
+
+def test_the_smallest_time_of_a_number(trained, tmp_path):
+    """The training's, ``eval.smallest_time``, and that of noise around bin centres."""
+    for fields, cell, eps in (
+        ({}, ODE, 1e-5),
+        ({"smallest_time": 2e-3}, ODE, 2e-3),
+        ({}, Cell("ode", "truncated_normal"), 2.968e-3),
+    ):
+        run = cell_run(trained, tmp_path, cell, **fields)
+        assert run.target.eps == pytest.approx(eps, rel=1e-3)
 
 
 def test_one_image_has_a_known_error_of_the_solver(trained, tmp_path):

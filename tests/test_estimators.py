@@ -4,12 +4,15 @@ The data are a Gaussian of two numbers in four levels. The VP leaves much signal
 is loose, so that every term is large enough for an error in it to show.
 """
 
+import dataclasses
 import math
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from scipy import special
 
 from sbml import bits, bound, dequantizers, discrete, estimators, likelihood, times
 from sbml.divergence import Trace
@@ -87,6 +90,49 @@ def test_the_bounds_row_is_the_librarys_bound(name):
         got = elbo(pixels, keys_of(i), u[i])
         nats = got.total + (2 * math.log(LEVELS / 2) if name == "uniform" else 0)
         assert got.prior > 1e-3
+        np.testing.assert_allclose(values[i], nats / (2 * math.log(2)), rtol=1e-9)
+
+
+@dataclasses.dataclass(frozen=True)
+class Triangle:
+    """u is the mean of two uniform numbers, whose density is a triangle."""
+
+    at_noise: ClassVar[bool] = False
+
+    def sample(self, params, pixels, key):
+        u = jax.random.uniform(key, (2, *pixels.shape)).mean(0)
+        return u, jnp.sum(jnp.log(4 * jnp.minimum(u, 1 - u)))
+
+
+@pytest.mark.parametrize(("name", "trace"), [("bound", None), ("bound_ssm", EXACT)])
+def test_log_q_is_a_term_of_every_bound(name, trace):
+    u, kind = times.lattice(jax.random.key(1), 2, 3), estimators.ESTIMATORS[name]
+    estimator = kind() if trace is None else kind(trace=trace)
+    values = bits_per_dim(estimator, Triangle(), u, Reduction())
+
+    @jax.jit
+    def elbo(x, key, u):
+        return bound.elbo(SCORE, SDE, x, key, eps=EPS, u=u, trace=trace).total
+
+    for i, pixels in enumerate(PIXELS):
+        draw_key, key = keys_of(i)
+        v, log_q = Triangle().sample({}, pixels, draw_key)
+        assert abs(log_q) > 0.1
+        nats = elbo(2 * (pixels + v) / LEVELS - 1, key, u[i]) + log_q + 2 * math.log(LEVELS / 2)
+        np.testing.assert_allclose(values[i], nats / (2 * math.log(2)), rtol=1e-9)
+
+
+def test_k_draws_are_the_log_of_their_mean_weight():
+    """Of p / q at each draw's own u, for a density q that is not constant."""
+    model, count = Triangle(), 3
+    values = bits_per_dim(ode.Estimator(EXACT, count), model, None, LOOSE)
+    for i, pixels in enumerate(PIXELS):
+        row = jax.random.fold_in(jax.random.fold_in(jax.random.key(SEED), SWEEP), i)
+        weights = []
+        for key in jax.random.split(row, count):
+            u, log_q = model.sample({}, pixels, jax.random.split(key)[0])
+            weights.append(float(solve(2 * (pixels + u) / LEVELS - 1).logp - log_q))
+        nats = math.log(count) - special.logsumexp(weights) + 2 * math.log(LEVELS / 2)
         np.testing.assert_allclose(values[i], nats / (2 * math.log(2)), rtol=1e-9)
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from scipy import integrate, special, stats
 
-from sbml import discrete, integers, likelihood, times
+from sbml import discrete, integers, likelihood
 from sbml.divergence import Trace
 from sbml.ode import Solver
 from sbml.sdes import SDES, VP
@@ -225,34 +225,6 @@ def test_the_memory_of_a_mixture_does_not_grow_with_the_levels(data):
 
     assert largest(MANY) == largest(2**16) < 100 * MANY / 2
     assert largest(FEW) >= 100 * FEW
-
-
-def test_the_librarys_bound_takes_the_decoder():
-    """``discrete.elbo`` with the score's decoder, by many draws; without it, a looser bound."""
-    sde, p = VP(), np.array([0.5, 0.1, 0.3, 0.1])
-    score, eps, n = Exact(sde, p, "centre"), 1e-2, 40_000
-    u = times.lattice(jax.random.key(0), n, 4)
-    keys = jax.random.split(jax.random.key(1), n)
-
-    @jax.jit
-    def totals(pixels):
-        def one(key, u, decoder):
-            how = {"noise": discrete.Categorical(len(p), decoder), "eps": eps, "u": u}
-            return discrete.elbo(score, sde, pixels, key, **how).total
-
-        def draw(decoder):
-            return jax.vmap(lambda key, u: one(key, u, decoder))(keys, u)
-
-        return draw(score.decoder_nats), draw(None)
-
-    found = [totals(jnp.asarray([k])) for k in range(len(p))]
-    learned, plain = (
-        sum(w * np.mean(values[i]) for w, values in zip(p, found, strict=True)) for i in (0, 1)
-    )
-    error = np.sqrt(sum(w**2 * np.var(v[0]) / n for w, v in zip(p, found, strict=True)))
-    entropy = -np.sum(p * np.log(p))
-    assert error < 0.01 and abs(learned - entropy) < 4 * error + 1e-3
-    assert plain > learned
 
 
 @pytest.mark.parametrize(

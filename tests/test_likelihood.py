@@ -113,9 +113,8 @@ def test_latents_of_a_gaussian_are_closed_form(name: str) -> None:
 
 
 @pytest.mark.oracle
-@pytest.mark.parametrize("method", ["dopri5", "heun"])
-def test_every_adaptive_method_has_the_same_result(method: str) -> None:
-    solver = Solver(method=method, rtol=3e-7, atol=3e-7)
+def test_another_adaptive_method_has_the_same_result() -> None:
+    solver = Solver(method="heun", rtol=3e-7, atol=3e-7)
     np.testing.assert_allclose(
         likelihoods("mixture", solver=solver).logp,
         likelihoods("mixture").logp,

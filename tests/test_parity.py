@@ -40,9 +40,11 @@ def test_score_is_theirs() -> None:
 
 
 def within_noise(ours: np.ndarray, theirs: np.ndarray, draws: int) -> None:
-    """``ours (n,)``, means of ``draws``, against rows of draws ``theirs``, image by image."""
+    """``ours (n,)``, means of ``draws``, against rows of draws ``theirs``, each image and all."""
     scatter = theirs.std(axis=0, ddof=1) * np.sqrt(1 / draws + 1 / len(theirs))
     assert (np.abs(ours - theirs.mean(axis=0)) < 3 * scatter).all(), (ours, theirs, scatter)
+    of_mean = np.sqrt(np.sum(scatter**2)) / len(ours)
+    assert np.abs(ours.mean() - theirs.mean()) < 3 * of_mean, (ours, theirs, of_mean)
 
 
 @pytest.mark.slow

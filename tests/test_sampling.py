@@ -1,4 +1,4 @@
-"""Samples by the ODE: the inverse of the likelihood's map, with the moments of the data."""
+"""Samples by the ODE: the closed-form map of a Gaussian from latents to data."""
 
 import functools
 
@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 from families import FAMILIES
 
-from sbml.likelihood import Trace, ode_logp
 from sbml.ode import Solver
 from sbml.sampling import decode, denoise, ode_sample
 from sbml.sdes import SDES
@@ -19,7 +18,7 @@ pytestmark = pytest.mark.usefixtures("x64")
 
 EPS = 1e-5
 TIGHT = Solver(rtol=1e-8, atol=1e-8)
-SHAPE, N = (1, 3), 4000
+SHAPE, N = (1, 3), 16
 X = np.random.default_rng(0).normal(size=(4, *SHAPE)) * 0.5
 
 
@@ -45,18 +44,6 @@ def test_decoding_a_gaussian_is_its_closed_form_map(name: str) -> None:
     np.testing.assert_allclose(samples, flow(start, last, EPS), atol=1e-5)
 
 
-@pytest.mark.oracle
-@pytest.mark.parametrize("name", FAMILIES)
-def test_samples_have_the_moments_of_the_data(name: str) -> None:
-    """They agree within 4 standard errors, sqrt((c_ii c_jj + c_ij^2) / n) for a covariance."""
-    data = oracle.gaussian(SDES[name]())
-    cov, samples = np.asarray(data.cov), np.asarray(decode_latents(name)[1]).reshape(N, 3)
-    variances = np.diag(cov)
-    assert np.all(np.abs(samples.mean(0) - data.mean) < 4 * np.sqrt(variances / N))
-    spread = np.sqrt((np.outer(variances, variances) + cov**2) / N)
-    assert np.all(np.abs(np.cov(samples.T) - cov) < 4 * spread)
-
-
 def test_a_sample_is_a_decoded_prior_draw() -> None:
     """Two keys give two samples, each from its own latent."""
     sde = SDES["vp"]()
@@ -65,18 +52,6 @@ def test_a_sample_is_a_decoded_prior_draw() -> None:
     samples, stats = jax.jit(draw)(keys)
     np.testing.assert_allclose(samples, decode_latents("vp")[1][:2], atol=1e-6)
     assert np.all(stats.success)
-
-
-@pytest.mark.oracle
-def test_decoding_inverts_the_likelihoods_latent_of_a_mixture() -> None:
-    sde = SDES["subvp"]()
-    data = oracle.mixture(sde)
-
-    def there_and_back(x: Array) -> Array:
-        there = ode_logp(data.score, sde, x, None, eps=EPS, trace=Trace("exact"), solver=TIGHT)
-        return decode(data.score, sde, there.z, eps=EPS, solver=TIGHT)[0]
-
-    np.testing.assert_allclose(jax.jit(jax.vmap(there_and_back))(jnp.asarray(X)), X, atol=1e-5)
 
 
 @pytest.mark.oracle

@@ -42,7 +42,7 @@ def assert_same_state(one, other):
     """Bitwise equality of the newest checkpoints of two work directories."""
     config = tiny.get_config()
     a, b = runs.state(config, one), runs.state(config, other)
-    assert a.step == b.step
+    assert a.step == b.step and a.state.statistics[0].sum() > 0
     jax.tree.map(np.testing.assert_array_equal, a.state, b.state)
 
 
@@ -237,6 +237,7 @@ def test_a_dispatch_of_many_steps_has_one_speed(tmp_path):
 def test_eight_devices_give_the_same_losses(whole, tmp_path):
     runs.run(tmp_path, "--mode=train", "--config.training.num_steps=10", devices=8)
     expected = losses(whole)
+    assert set(losses(tmp_path)) == set(range(1, 11))
     for step, loss in losses(tmp_path).items():
         assert loss == pytest.approx(expected[step], rel=1e-5)
 
@@ -278,19 +279,6 @@ def test_sigterm_stops_an_evaluation_by_several_processes(whole, tmp_path):
     for process in processes:
         runs.finish(process, expect=143)
     assert not (tmp_path / "samples.npz").exists()
-
-
-def test_resumed_training_with_statistics_is_bitwise_the_same(tmp_path):
-    config = tiny.get_config()  # Its statistics are of antithetic pairs.
-    config.training.update(proposal_bins=8, num_steps=12, checkpoint_every=4)
-    train.run(config, tmp_path / "whole")
-    config.training.num_steps = 8
-    train.run(config, tmp_path / "halves")
-    config.training.num_steps = 12
-    train.run(config, tmp_path / "halves")
-    states = [build.Experiment(config).restore(tmp_path / n).state for n in ("whole", "halves")]
-    jax.tree.map(np.testing.assert_array_equal, *states)
-    assert states[0].statistics[0].sum() > 0
 
 
 def test_losses_read_late_as_on_accelerators_change_nothing(tmp_path, monkeypatch):

@@ -15,7 +15,7 @@ import tiny
 from sbml import adapters, main, times
 from sbml.divergence import Trace
 from sbml.experiment import build
-from sbml.experiment.trained import check_score, check_training, unseen_times
+from sbml.experiment.trained import unseen_times
 
 CONFIGS = sorted((runs.ROOT / "configs").glob("*.py"))
 
@@ -291,84 +291,6 @@ def test_discrete_levels_are_trained_and_the_sde_is_evaluated() -> None:
     config.sde.name = "subvp"
     with pytest.raises(ValueError, match="limit of no discrete-time model"):
         build.Experiment(config)
-
-
-@pytest.mark.parametrize("sde", ["vp", "subvp", "ve", "linear_gamma"])
-@pytest.mark.parametrize("tau", [0.0, 1.0, 3.0, 20.0])
-def test_bin_centres_are_trained_from_where_they_are_evaluated(sde: str, tau: float) -> None:
-    """Half a bin holds tau standard deviations of the first noise, or the paper's is later."""
-    config = tiny.get_config()
-    config.sde.name, config.eval.tau = sde, tau
-    spread = build.Experiment(config)
-    config.data.dequantization = "centre"
-    centred = build.Experiment(config)
-    eps, papers = centred.adapter.eps, spread.sde.smallest_time
-    assert spread.adapter.eps == papers <= eps
-    if tau:
-        alpha, sigma = (float(f(jnp.asarray(eps))) for f in (spread.sde.mean_coef, spread.sde.std))
-        width = alpha / sigma / 17
-        assert eps == papers and width < tau or width == pytest.approx(tau, rel=1e-3)
-    else:
-        assert eps == papers
-    # The evaluation begins there, and training draws its times from there on.
-    assert centred.discrete_eps == centred.eval_eps == eps == centred.proposal.eps
-    assert spread.discrete_eps == pytest.approx(eps)
-    assert not unseen_times(centred.provenance(centred.images("train")), centred.discrete_eps)
-    config.training.smallest_time = 1e-3
-    assert build.Experiment(config).adapter.eps == 1e-3
-
-
-def test_a_checkpoint_is_read_with_the_smallest_time_it_was_trained_with() -> None:
-    """By whatever rule: one of bin centres that does not tell was trained from the paper's on."""
-    config = tiny.get_config()
-    config.data.dequantization = "centre"
-    experiment = build.Experiment(config)
-    now = experiment.provenance(experiment.images("train"))
-    check_score(experiment.config, now)
-    config.eval.tau = 1.0
-    with pytest.raises(
-        ValueError, match=r"is 0.00296\d*, but the config's is 0.0\d*: set --config.training"
-    ):
-        check_score(build.Experiment(config).config, now)
-    earlier = {name: value for name, value in now.items() if name != "smallest_time"}
-    with pytest.raises(ValueError, match=r"set --config.training.smallest_time=1e-05"):
-        check_score(experiment.config, earlier)
-    assert not unseen_times(earlier, 1e-5) and unseen_times(now, 1e-5)
-    config.training.smallest_time = 1e-5
-    check_score(build.Experiment(config).config, earlier)
-
-
-def test_an_integer_denoiser_is_read_with_the_data_it_was_trained_on() -> None:
-    """Its score depends on them: another network's does not, and so is not refused."""
-    config = tiny.get_config()
-    config.score.parameterization = "levels"
-    config.training.smallest_time = 1e-3
-    experiment = build.Experiment(config)
-    now = experiment.provenance(experiment.images("train"))
-    check_score(experiment.config, now)
-    for field, value, before in (("dequantization", "centre", "uniform"), ("levels", 32, 17)):
-        other = config.copy_and_resolve_references()
-        other.data[field] = value
-        asked = build.Experiment(other)
-        with pytest.raises(
-            ValueError, match=f"data.{field} is {value}, .*set --config.data.{field}={before}"
-        ):
-            check_score(asked.config, now)
-        assert asked.score_identity != experiment.score_identity
-        other.score.parameterization = config.score.parameterization = "noise"
-        plain = build.Experiment(config)
-        check_score(build.Experiment(other).config, plain.provenance(plain.images("train")))
-        assert build.Experiment(other).score_identity == plain.score_identity
-        config.score.parameterization = "levels"
-
-
-def test_a_checkpoint_with_other_bins_of_times_is_named_by_the_field() -> None:
-    config = tiny.get_config()
-    experiment = build.Experiment(config)
-    metadata = experiment.provenance(experiment.images("train"))
-    config.training.proposal_bins = 16
-    with pytest.raises(ValueError, match=r"^training\.proposal_bins is 16, the checkpoint's is 32"):
-        check_training(build.Experiment(config).config, metadata)
 
 
 def test_every_mode_is_there_to_be_called() -> None:

@@ -47,7 +47,8 @@ def read(workdir: str | pathlib.Path) -> Row:
     """One row from a work directory's report.
 
     Raises:
-      ValueError: it was not evaluated, or the file is not one that --mode=eval wrote.
+      ValueError: it was not evaluated, or not on test images, or the file is not one that
+        --mode=eval wrote.
     """
     path = pathlib.Path(workdir) / "report.json"
     if not path.exists():

@@ -22,9 +22,10 @@ from sbml.types import Array, Elementwise, Numbers, check_example
 Real = Float[Array, "..."]
 
 LOG2 = math.log(2.0)
+MANY = 2**16  # Data of float32 do not resolve the bins of more levels well.
 
 
-def check_levels(levels: int, most: int = 2**16) -> None:
+def check_levels(levels: int, most: int = 2**31 - 1) -> None:
     """Check that a number of levels is an integer of 2 to ``most``.
 
     Raises:
@@ -97,17 +98,18 @@ def dims(shape: tuple[int, ...]) -> int:
 def to_model(pixels: Numbers, u: Numbers | float, levels: int) -> Real:
     """x = 2 (pixels + u) / levels - 1 in [-1, 1), for ``u`` in [0, 1); any shapes that broadcast.
 
-    ``u`` is limited to at most 1 - 2^-15, or 1 - 2^-23 L if that is less: nearer to 1, float32
-    would round x into the next bin.
+    ``u`` is limited to at most 1 - 2^-15, or in float32 to 1 - 2^-23 L if that is less: nearer to
+    1, x would be rounded into the next bin.
 
     Raises:
       ValueError: ``levels`` is not an integer of 2 to 2^16, ``pixels`` lie outside
         [0, levels - 1], or ``u`` outside [0, 1]. Values are not checked inside ``jit``.
     """
-    check_levels(levels)
+    check_levels(levels, MANY)
     _check_range(pixels, "pixels", levels - 1)
     _check_range(u, "u", 1)
-    largest = 1 - max(2.0**-15, levels * 2.0**-23)
+    rounding = min(float(jnp.finfo(jnp.result_type(pixels, u, 1.0)).eps), 2.0**-23)
+    largest = 1 - max(2.0**-15, levels * rounding)
     return (2.0 / levels) * (jnp.asarray(pixels) + jnp.minimum(u, largest)) - 1.0
 
 
@@ -151,12 +153,12 @@ def check_dequantized(x: Numbers, levels: int) -> None:
     """Raise if ``x`` are integers without dequantization, whose density can be arbitrarily large.
 
     Raises:
-      ValueError: ``levels`` is no integer of at least 2, or every entry of ``x`` lies on the grid
+      ValueError: ``levels`` is no integer of 2 to 2^16, or every entry of ``x`` lies on the grid
         2 k / levels - 1 or 2 k / (levels - 1) - 1.
     """
-    check_levels(levels)
+    check_levels(levels, MANY)
     host = np.asarray(x, np.float64)
-    # The rounding error of k, if x is of float32; 1e-4 for those of 256 levels.
+    # At least the rounding error of k, if x is of float32.
     tolerance = max(1e-4, levels * 2.0**-22)
     for steps in (levels, levels - 1):
         k = (host + 1) * steps / 2

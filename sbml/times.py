@@ -34,6 +34,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import dtypes
 from jax.typing import ArrayLike
 from jaxtyping import Float
 
@@ -152,11 +153,13 @@ def warp(u: Elementwise, density: Bins) -> tuple[Elementwise, Elementwise]:
                 f"density lies in [{host.min():g}, {host.max():g}]: give positive, finite "
                 "numbers, such as times.with_floor returns"
             )
-        share, least = host.min() / host.sum(dtype=float), 8 * jnp.finfo(u.dtype).eps
+        kinds = jnp.result_type(density, 1.0), dtypes.canonicalize_dtype(u.dtype)
+        share, least = host.min() / host.sum(dtype=float), 4 * max(jnp.finfo(k).eps for k in kinds)
         if share < least:
             raise ValueError(
-                f"density has a bin with {share:.2g} of its sum: {u.dtype} points do not resolve "
-                f"it; give every bin at least {least:.2g}, for example by times.with_floor"
+                f"density has a bin with {share:.2g} of its sum, which the rounding of {kinds[0]} "
+                f"and {kinds[1]} can take away: give every bin {least:.2g} or more, by a larger "
+                "floor (times.with_floor) or fewer bins"
             )
     bins = density.size
     below = jnp.cumsum(density / jnp.sum(density))

@@ -2,6 +2,7 @@
 
 import math
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -81,8 +82,20 @@ def test_many_levels_keep_their_bins_in_float32(levels: int) -> None:
     for integers in (2 * k / levels - 1, 2 * k / (levels - 1) - 1):
         with pytest.raises(ValueError, match=f"{levels} levels; dequantize"):
             bits.check_dequantized(jnp.asarray(integers, jnp.float32), levels)
+    with jax.enable_x64(True):
+        exact = bits.to_model(jnp.asarray(k), jnp.full(levels, 1 - 2.0**-12), levels)
+        np.testing.assert_allclose(exact, edges - 2 * 2.0**-12 / levels, atol=1e-15)
     u = np.random.default_rng(0).random(levels)
     bits.check_dequantized(bits.to_model(jnp.asarray(k), jnp.asarray(u), levels), levels)
+
+
+def test_more_levels_than_float32_resolves_are_refused() -> None:
+    for refused in (
+        lambda levels: bits.to_model(jnp.asarray([0]), 0.5, levels),
+        lambda levels: bits.check_dequantized(np.zeros(3), levels),
+    ):
+        with pytest.raises(ValueError, match="levels=65537: give an integer of 2 to 65536"):
+            refused(65_537)
 
 
 def test_values_outside_go_to_the_nearest_level() -> None:

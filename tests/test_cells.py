@@ -12,6 +12,7 @@ from scipy import stats
 from sbml import estimate
 from sbml.estimators import Cell
 from sbml.evaluation import cells
+from sbml.experiment import build
 from sbml.intervals import half_width, mean_interval, repeated_stderr
 from sbml.modes import train
 from sbml.ode import Solver
@@ -39,6 +40,8 @@ def test_solver_guard_measures_the_solvers_error(trained, tmp_path):
     assert not result.converged
     stricter = f"UNCONVERGED, a stricter solve moves it by {-error:.2g} "
     assert any(stricter in w for w in run.result(result).warnings())
+    one_lost = dataclasses.replace(run.result(result), nonfinite=1)
+    assert any("moves the others by" in w for w in one_lost.warnings())
 
 
 @pytest.mark.parametrize(("size", "converged"), [(4e-3, False), (1e-4, True)])
@@ -123,12 +126,22 @@ def test_rows_of_another_setting_are_not_taken(trained, tmp_path, cell, field, v
     assert identity(**{field: value}) != identity()
 
 
+def with_levels():
+    config = tiny.get_config()
+    config.score.parameterization = "levels"
+    return config
+
+
 def test_rows_of_other_images_or_parameters_are_not_taken(trained, tmp_path):
     run = cell_run(trained, tmp_path, ODE)
     shared, solver = run.shared, run.shared.experiment.eval_solver
     state = shared.restored.state
     moved = state.replace(ema_params=jax.tree.map(lambda a: a + 1, state.ema_params))
+    levels = build.Experiment(with_levels())
+    assert levels.score_identity["data"] == {"levels": 17, "values": "uniform"}
+    assert run._identity(solver)["score"] == shared.experiment.score_identity
     for change in (
+        {"experiment": levels},
         {"images": shared.experiment.images("train")},
         {"restored": shared.restored._replace(state=moved)},
     ):

@@ -71,7 +71,7 @@ def check_moments(x: Array, sde: SDE, bias: float) -> None:
     ],
 )
 def test_samples_have_the_moments_of_the_data(sampler: str, name: str) -> None:
-    """Each step with each SDE is compared with its closed form in the tests of its order."""
+    """The tests of the steps' orders compare each with its closed form, for all of FAMILIES."""
     kind = samplers.SAMPLERS[sampler]
     chosen = kind() if sampler == "ode" else kind(steps=400, spacing="log_snr")
     x, stats = draw_samples(chosen, SDES[name]())

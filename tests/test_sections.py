@@ -148,7 +148,6 @@ def test_an_empty_choice_is_refused_but_where_it_is_the_default() -> None:
         ("latents.snr", 1.0, 0.0),
         ("latents.count", 2, 1),
         ("dequantizer.training.keep_last", 1, 0),
-        ("dequantizer.training.sample_every", 0, 1),
     ],
 )
 def test_the_ends_of_ranges(name: str, fits: float, too_much: float) -> None:

@@ -130,8 +130,15 @@ def test_a_bin_that_rounding_would_take_away_is_refused() -> None:
     """In float32 the first density would give its second bin no point, and the integral 1/2."""
     u = jnp.linspace(0, 1, 1000, endpoint=False, dtype=jnp.float32)
     for lost in ([1.0, 1e-9], [1e8, *[1.0] * 31]):
-        with pytest.raises(ValueError, match="density has a bin with .* of its sum: float32"):
-            warp(u, jnp.asarray(lost))
+        # The coarser of the two precisions counts.
+        for points, kind in ((u, float), (u.astype(float), jnp.float32), (u, jnp.float32)):
+            with pytest.raises(ValueError, match="density has a bin with .* of its sum, which"):
+                warp(points, jnp.asarray(lost, kind))
+    with jax.enable_x64(False), pytest.raises(ValueError, match="which the rounding of float32"):
+        warp(np.linspace(0, 0.9, 9), jnp.asarray([1.0, 1e-9]))
+    for kind, bins in ((jnp.float16, 129), (jnp.bfloat16, 32), (jnp.float32, 2**16)):
+        v, _ = warp(jnp.asarray([0.0, 0.5], kind), jnp.ones(bins, kind))
+        assert abs(float(v[1]) - 0.5) < 0.02
     for least, kind in ((2e-6, jnp.float32), (1e-9, jnp.float64)):
         v, inverse = warp(jnp.asarray([1 - least / 2], kind), jnp.asarray([1.0, least]))
         assert float(v[0]) == pytest.approx(0.75, abs=0.05)  # The middle of the second bin.

@@ -17,6 +17,7 @@ from etils import epath
 from jax.experimental import multihost_utils
 
 from configs import digits_vp
+from sbml.evaluation import samples
 from sbml.experiment import build, trained
 from sbml.modes import _loop as loop
 from sbml.modes import train
@@ -279,6 +280,23 @@ def test_sigterm_stops_an_evaluation_by_several_processes(whole, tmp_path):
     for process in processes:
         runs.finish(process, expect=143)
     assert not (tmp_path / "samples.npz").exists()
+
+
+def test_pictures_during_a_training_have_64_samples_at_most(tmp_path, monkeypatch):
+    counts, preview = [], samples.preview
+
+    def counted(experiment, params, count):
+        counts.append(count)
+        return preview(experiment, params, 2)
+
+    monkeypatch.setattr(samples, "preview", counted)
+    config = tiny.get_config()
+    config.training.update(num_steps=2, sample_every=2)
+    config.sampling.update(sampler="ddim", steps=2)
+    for number in (65, 3):
+        config.sampling.num_images = number
+        train.run(config, tmp_path / str(number))
+    assert counts == [64, 3]
 
 
 def test_losses_read_late_as_on_accelerators_change_nothing(tmp_path, monkeypatch):

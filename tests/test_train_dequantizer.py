@@ -93,6 +93,11 @@ def test_a_dequantizer_with_nothing_to_train_is_refused():
         train_dequantizer.loss_fn(build.Experiment(config))
 
 
+def test_grids_of_samples_are_refused(score):
+    with pytest.raises(ValueError, match="sample_every=9: a dequantizer draws no samples"):
+        train_dequantizer.run(config_of(sample_every=9), score)
+
+
 def test_only_the_dequantizer_learns(whole):
     """The score's checkpoint is untouched, the average has decay 0.99, the parameters moved."""
     experiment = build.Experiment(config_of())

@@ -222,7 +222,7 @@ class CellRun:
             "eps": self.target.eps,
             "precision": config.precision,
             **own,
-            **shared.experiment.score_identity,
+            "score": shared.experiment.score_identity,
             "data": shared.images.fingerprint,
         }
 

@@ -128,7 +128,7 @@ def _identity(experiment: Experiment, restored: Restored) -> dict[str, Any]:
         "parameters_crc32": tree_crc32(restored.state.ema_params),
         "seed": experiment.config.sampling.seed,
         "recipe": repr(Recipe.of(experiment)),
-        **experiment.score_identity,
+        "score": experiment.score_identity,
         "dtype": getattr(experiment.adapter.model, "dtype", "float32"),
     }
 

@@ -5,7 +5,7 @@ from typing import ClassVar
 
 from etils import epath
 
-from sbml.experiment.fields import Section, choice, flag, integer, real, refusal
+from sbml.experiment.fields import Section, choice, flag, integer, real
 from sbml.runtime.checkpoint import Checkpoints
 from sbml.sdes import SDE, Kernel
 from sbml.times import DRAWS, PROPOSALS, Grid, Proposal
@@ -102,7 +102,8 @@ class Training(Loop):
     # None: that of the SDE, 1e-5 for vp and 1e-2 for subvp, but at least 5e-5 on ImageNet with the
     # first two flags; on bin centres it can be later, see eval.tau
     smallest_time: float | None = real(None, least=0, below=1)
-    sample_every: int = integer(50_000)  # number of steps between grids of samples; 0: no grids
+    # number of steps between grids of at most 64 samples; 0: no grids
+    sample_every: int = integer(50_000)
 
     def check(self) -> None:
         """Check that the flags fit the loss: a discrete-time loss has neither of the first two."""
@@ -152,8 +153,3 @@ class DequantizerTraining(Loop):
     folder: ClassVar[str] = "dequantizer/checkpoints"
 
     num_steps: int = integer(300_000, least=1)  # number of steps of the optimizer
-
-    def check(self) -> None:
-        """Check that no grids of samples are wanted, because a dequantizer draws none."""
-        if self.sample_every:
-            raise refusal(self.name_of("sample_every"), self.sample_every, "0")

@@ -79,7 +79,7 @@ def time_density(
         "control_crc32": tree_crc32(control),
         "seed": config.seed,
         "bins": config.proposal_bins,
-        **experiment.score_identity,
+        "score": experiment.score_identity,
     }
 
     def pilot(eps: float) -> dict[str, np.ndarray]:

@@ -68,11 +68,16 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
     resumes, as in ``train``. Further errors are those of ``_loop.run``.
 
     Raises:
-      ValueError: there is no checkpoint of the score, or the dequantizer was trained for another
-        score.
+      ValueError: there is no checkpoint of the score, the dequantizer was trained for another
+        score, or grids of samples are to be drawn, which a dequantizer does not have.
     """
     experiment, workdir = Experiment(config), Workdir(workdir)
     section = experiment.config.dequantizer
+    if every := section.training.sample_every:
+        raise ValueError(
+            f"dequantizer.training.sample_every={every}: a dequantizer draws no samples; set "
+            "--config.dequantizer.training.sample_every=0"
+        )
     images, restored = experiment.images("train"), experiment.restore(workdir)
     experiment = experiment.with_learned_schedule(restored.state.ema_params)
     score = {"step": restored.step, "crc32": tree_crc32(restored.state.ema_params)}

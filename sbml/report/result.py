@@ -1,6 +1,7 @@
 """One number of an evaluation, with all fields that ``report.json`` has for it."""
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -188,10 +189,10 @@ class Result:
                 f"{self.name}: standard error {self.this_set_stderr:.2g} after {self.sweeps} "
                 f"sweeps (eval.max_sweeps), above eval.target_se={self.target_se}"
             )
-        error = self.solver_error
-        if self.converged is False and error is not None and not self.nonfinite:
+        error, others = self.solver_error, " the others" if self.nonfinite else " it"
+        if self.converged is False and error is not None and math.isfinite(error):
             warnings.append(
-                f"{self.name}: UNCONVERGED, a stricter solve moves it by "
+                f"{self.name}: UNCONVERGED, a stricter solve moves{others} by "
                 f"{-error:.2g} +- {self.solver_error_ci95:.2g} bits/dim on "
                 f"{self.solver_images} images: lower eval.rtol and eval.atol, or raise eval.subset"
             )

@@ -116,7 +116,7 @@ def samples_of(workdir: Workdir, checkpoint: Mapping[str, int]) -> dict[str, Any
     samples = workdir.read(SAMPLES)
     if any(int(samples[name]) != value for name, value in checkpoint.items()):
         step, path = int(samples["step"]), workdir / SAMPLES
-        logging.warning("%s, of step %d, is of another model: not in the report", path, step)
+        logging.warning("%s, of step %d, is of another checkpoint: left out", path, step)
         return None
     return samples
 
@@ -129,7 +129,7 @@ def quality_of(workdir: Workdir, samples: Mapping[str, Any]) -> dict[str, float]
     quality = workdir.read(QUALITY)
     if quality["images_crc32"] != tree_crc32(samples["images"]):
         path = workdir / QUALITY
-        logging.warning("%s is of other samples: left out of the report", path)
+        logging.warning("%s is of other samples: left out", path)
         return None
     return quality["values"]
 

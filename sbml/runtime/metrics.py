@@ -60,7 +60,7 @@ class MetricsWriter:
         if rows and start == 0:
             earlier = self._path.parent / EARLIER
             before = earlier.read_bytes() if earlier.exists() else b""
-            earlier.write_bytes(before + self._path.read_bytes())
+            write_whole(earlier, before + "".join(map(_line, rows)).encode())
         self._rows = [row for row in rows if row["step"] <= start]
         self._incomplete = False  # whether the file may lack rows, or end in a part of one
         self._rewrite()

@@ -8,7 +8,7 @@ a_i ("alpha bar"). Level i has the time t = i / (n - 1), and between the levels
 An ODE solver evaluates the network between the levels that it was trained at.
 
 Reference: Fritsch & Butland 1984 (for the slopes, which are those of scipy's
-``PchipInterpolator``).
+``PchipInterpolator``, except at a flat end).
 """
 
 import dataclasses

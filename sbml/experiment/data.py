@@ -69,6 +69,12 @@ class Data(Section):
             raise refusal(self.name_of("validation"), self.validation, needs)
 
     @property
+    def values(self) -> str:
+        """``centre`` if the training data are bin centres, or else ``uniform``, as in
+        ``sbml.integers``."""
+        return "centre" if self.dequantization == "centre" else "uniform"
+
+    @property
     def options(self) -> Options:
         """The options for ``data.load``: where the images are, and how they are cut."""
         return Options(

@@ -53,17 +53,20 @@ def check_score(config: Config, metadata: Metadata) -> None:
 
 
 def _check_levels(ours: Data, stored: Data) -> None:
-    """The score of an integer denoiser depends on the levels, and on whether they are the data."""
-    differs = {
-        "levels": ours.levels != stored.levels,
-        "dequantization": (ours.dequantization == "centre") != (stored.dequantization == "centre"),
-    }
-    for name in (name for name, other in differs.items() if other):
-        value = getattr(stored, name)
-        raise ValueError(
-            f"data.{name} is {getattr(ours, name)}, the checkpoint's is {value}: the score of an "
-            f"integer denoiser depends on it, so set --config.data.{name}={value}"
-        )
+    """Check the data of an integer denoiser: its score depends on the number of levels, and on
+    whether the data are bin centres.
+
+    Raises:
+      ValueError: one of the two differs; the message names the field.
+    """
+    same = {"levels": ours.levels == stored.levels, "dequantization": ours.values == stored.values}
+    for name, is_same in same.items():
+        if not is_same:
+            value = getattr(stored, name)
+            raise ValueError(
+                f"data.{name} is {getattr(ours, name)}, the checkpoint's is {value}: the score of "
+                f"an integer denoiser depends on it, so set --config.data.{name}={value}"
+            )
 
 
 def check_training(config: Config, metadata: Metadata) -> None:

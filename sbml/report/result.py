@@ -189,10 +189,10 @@ class Result:
                 f"{self.name}: standard error {self.this_set_stderr:.2g} after {self.sweeps} "
                 f"sweeps (eval.max_sweeps), above eval.target_se={self.target_se}"
             )
-        error, others = self.solver_error, " the others" if self.nonfinite else " it"
+        error, moved = self.solver_error, "the others" if self.nonfinite else "it"
         if self.converged is False and error is not None and math.isfinite(error):
             warnings.append(
-                f"{self.name}: UNCONVERGED, a stricter solve moves{others} by "
+                f"{self.name}: UNCONVERGED, a stricter solve moves {moved} by "
                 f"{-error:.2g} +- {self.solver_error_ci95:.2g} bits/dim on "
                 f"{self.solver_images} images: lower eval.rtol and eval.atol, or raise eval.subset"
             )

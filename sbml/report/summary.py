@@ -67,11 +67,13 @@ def write(
     content, images = evaluation or ({"title": workdir.name, "results": [], "warnings": []}, None)
     content = {**(known or {}), **content}
     samples = samples_of(workdir, content.get("checkpoint", {}))
+    pictures: list[tuple[str, bytes]] = []
     if samples is not None:
         _describe_samples(samples, content)
-    pictures = [] if samples is None else _quality(workdir, content, samples)
+        pictures = _quality(workdir, content, samples)
+    elif known is not None:
+        pictures = _during_training(workdir)
     if known is not None:
-        pictures += _during_training(workdir) if samples is None else []
         content["missing"] = _missing(workdir, content)
     report.write(
         workdir,
@@ -128,8 +130,7 @@ def quality_of(workdir: Workdir, samples: Mapping[str, Any]) -> dict[str, float]
         return None
     quality = workdir.read(QUALITY)
     if quality["images_crc32"] != tree_crc32(samples["images"]):
-        path = workdir / QUALITY
-        logging.warning("%s is of other samples: left out", path)
+        logging.warning("%s is of other samples: left out", workdir / QUALITY)
         return None
     return quality["values"]
 

@@ -22,7 +22,7 @@ from sbml.types import Array, Elementwise, Numbers, check_example
 Real = Float[Array, "..."]
 
 LOG2 = math.log(2.0)
-MANY = 2**16  # Data of float32 do not resolve the bins of more levels well.
+MOST_LEVELS = 2**16  # Numbers of float32 do not resolve the bins of more levels.
 
 
 def check_levels(levels: int, most: int = 2**31 - 1) -> None:
@@ -105,7 +105,7 @@ def to_model(pixels: Numbers, u: Numbers | float, levels: int) -> Real:
       ValueError: ``levels`` is not an integer of 2 to 2^16, ``pixels`` lie outside
         [0, levels - 1], or ``u`` outside [0, 1]. Values are not checked inside ``jit``.
     """
-    check_levels(levels, MANY)
+    check_levels(levels, MOST_LEVELS)
     _check_range(pixels, "pixels", levels - 1)
     _check_range(u, "u", 1)
     rounding = min(float(jnp.finfo(jnp.result_type(pixels, u, 1.0)).eps), 2.0**-23)
@@ -156,9 +156,9 @@ def check_dequantized(x: Numbers, levels: int) -> None:
       ValueError: ``levels`` is no integer of 2 to 2^16, or every entry of ``x`` lies on the grid
         2 k / levels - 1 or 2 k / (levels - 1) - 1.
     """
-    check_levels(levels, MANY)
+    check_levels(levels, MOST_LEVELS)
     host = np.asarray(x, np.float64)
-    # At least the rounding error of k, if x is of float32.
+    # The tolerance is above the rounding error of k for x of float32.
     tolerance = max(1e-4, levels * 2.0**-22)
     for steps in (levels, levels - 1):
         k = (host + 1) * steps / 2

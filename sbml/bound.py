@@ -190,7 +190,8 @@ class GaussianControl:
 
 
 def _product(matrix: ArrayLike, vector: Flat) -> Flat:
-    """Exact to the last digits also where accelerators round products: ``integral`` is exact."""
+    """The product at full precision, because ``integral`` assumes that it is exact. Accelerators
+    round products otherwise."""
     return jnp.matmul(matrix, vector, precision="highest")
 
 

@@ -131,7 +131,8 @@ def _coefficients(method: Any) -> tuple[Any, Any, Any, Any]:
 
 
 def _combined(coefficients: Array, stages: Array) -> Array:
-    """The combination of a step's stages ``(k, *s)``, as exact as diffrax's on accelerators too."""
+    """The combination of a step's stages ``(k, *s)`` at full precision, as in diffrax. Accelerators
+    round products otherwise."""
     return jnp.tensordot(coefficients, stages, 1, precision="highest")
 
 

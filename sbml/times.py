@@ -154,12 +154,13 @@ def warp(u: Elementwise, density: Bins) -> tuple[Elementwise, Elementwise]:
                 "numbers, such as times.with_floor returns"
             )
         kinds = jnp.result_type(density, 1.0), dtypes.canonicalize_dtype(u.dtype)
-        share, least = host.min() / host.sum(dtype=float), 4 * max(jnp.finfo(k).eps for k in kinds)
+        coarser = max(kinds, key=lambda kind: jnp.finfo(kind).eps)
+        share, least = host.min() / host.sum(dtype=float), 4 * jnp.finfo(coarser).eps
         if share < least:
             raise ValueError(
-                f"density has a bin with {share:.2g} of its sum, which the rounding of {kinds[0]} "
-                f"and {kinds[1]} can take away: give every bin {least:.2g} or more, by a larger "
-                "floor (times.with_floor) or fewer bins"
+                f"density has a bin with {share:.2g} of its sum, which the rounding of {coarser} "
+                f"can take away: give every bin at least {least:.2g} of the sum, by a larger floor "
+                "(times.with_floor) or fewer bins"
             )
     bins = density.size
     below = jnp.cumsum(density / jnp.sum(density))

@@ -108,7 +108,6 @@ def _cubics(alpha_bars: tuple[float, ...]) -> np.ndarray:
     slopes = interpolate.PchipInterpolator(levels, log_snr).derivative()(levels)
     chords = np.diff(log_snr)
     for end in (0, -1):
-        slopes[end] = (
-            slopes[end] if abs(slopes[end]) > 1e-9 * abs(chords[end]) else chords[end] / 10
-        )
+        if abs(slopes[end]) <= 1e-9 * abs(chords[end]):
+            slopes[end] = chords[end] / 10
     return interpolate.CubicHermiteSpline(levels, log_snr, slopes).c

@@ -31,7 +31,7 @@ def get_config(name: str = "cifar10_vp") -> ConfigDict:
     config.training.update(times="iid", noises="independent", proposal_bins=0)
     config.score.update(label="time", parameterization="noise")
     # The authors draw 1,000 times for an image in each of the 5 sweeps. Here it is one, which
-    # takes a thousandth of the time.
+    # needs a thousandth of the evaluations.
     config.eval.update(times="iid", control=False, proposal_bins=0, n_times=1, sweeps=5, probes=1)
     config.eval.max_images = WHOLE_BATCHES.get(config.data.source, 0)
     config.dequantizer.model.clipped = True

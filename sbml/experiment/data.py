@@ -69,7 +69,7 @@ class Data(Section):
             raise refusal(self.name_of("validation"), self.validation, needs)
 
     @property
-    def values(self) -> str:
+    def kind(self) -> str:
         """``centre`` if the training data are bin centres, or else ``uniform``, as in
         ``sbml.integers``."""
         return "centre" if self.dequantization == "centre" else "uniform"

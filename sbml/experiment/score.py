@@ -174,5 +174,5 @@ class Score(Section):
             eps=eps,
             log_snr_range=(self.log_snr_range[0], self.log_snr_range[1]),
             levels=data.levels,
-            data=data.values,
+            data=data.kind,
         )

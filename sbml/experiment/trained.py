@@ -59,7 +59,7 @@ def _check_levels(ours: Data, stored: Data) -> None:
     Raises:
       ValueError: one of the two differs; the message names the field.
     """
-    same = {"levels": ours.levels == stored.levels, "dequantization": ours.values == stored.values}
+    same = {"levels": ours.levels == stored.levels, "dequantization": ours.kind == stored.kind}
     for name, is_same in same.items():
         if not is_same:
             value = getattr(stored, name)

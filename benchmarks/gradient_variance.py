@@ -222,7 +222,8 @@ def measure(problem: Problem, way: Way, density: Array, batches: int) -> tuple[n
 def ratios(table: dict[Way, tuple[np.ndarray, float]]) -> dict[Way, tuple[np.ndarray, np.ndarray]]:
     """The ratios of the variances to those of ``REFERENCE``, and their standard deviations.
 
-    Each is an array ``(2,)``, for fixed and for random images.
+    Each is an array ``(2,)``, for fixed and for random images. The noise of the estimated squared
+    mean is not resampled: the standard deviations for random images may be too large.
     """
     n = len(table[REFERENCE][0])
     resample = np.random.default_rng(0).integers(0, n, (1000, n))

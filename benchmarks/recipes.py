@@ -61,7 +61,7 @@ def draws(times: str, noises: str, bins: int) -> dict[str, Any]:
     return {"training.times": times, "training.noises": noises, "training.proposal_bins": bins}
 
 
-# name: {field: its value, or a function that computes it from the config without the recipe}.
+# name: {field: its value, or a function that computes it from the config before the change}.
 RECIPES: dict[str, dict[str, Any]] = {
     "iid": draws("iid", "independent", 0),  # the paper's
     "lattice": draws("lattice", "independent", 0),
@@ -112,26 +112,25 @@ def value_of(text: str) -> Any:
 
 
 def with_recipe(config: ConfigDict, recipe: str) -> ConfigDict:
-    """A copy of ``config`` with the changes of ``recipe``.
+    """A copy of ``config`` with the changes of ``recipe``, one part of it after another.
 
     Raises:
       ValueError: for an unknown recipe or field.
     """
-    fields: dict[str, Any] = {}
+    config = config.copy_and_resolve_references()
     for part in filter(None, recipe.split("+")):
-        name, equals, text = part.partition("=")
+        path, equals, text = part.partition("=")
         if not equals and part not in RECIPES:
             names = ", ".join(RECIPES)
             raise ValueError(f"unknown recipe {part!r}: give field=value or one of {names}")
-        fields |= {name: value_of(text)} if equals else RECIPES[part]
-    fields = {k: v(config) if callable(v) else v for k, v in fields.items()}
-    config = config.copy_and_resolve_references()
-    if name := fields.pop("model.name", None):
-        with config.unlocked():
-            config.model = ConfigDict({"name": name, **model_fields(name)})
-    for path, value in fields.items():
-        check_overrides(config, [f"--config.{path}"])
-        config.update_from_flattened_dict({path: value})
+        changes = {path: value_of(text)} if equals else RECIPES[part]
+        fields = {k: v(config) if callable(v) else v for k, v in changes.items()}
+        if network := fields.pop("model.name", None):
+            with config.unlocked():
+                config.model = ConfigDict({"name": network, **model_fields(network)})
+        for name, value in fields.items():
+            check_overrides(config, [f"--config.{name}"])
+            config.update_from_flattened_dict({name: value})
     return config
 
 
@@ -237,17 +236,22 @@ def evaluate_run(config: ConfigDict, workdir: Workdir) -> dict[str, list[float]]
     return values
 
 
-def copy_start(plan: Plan, seed: int, workdir: pathlib.Path) -> None:
-    """Put the first ``plan.start`` steps of the base's training with ``seed`` into ``workdir``."""
+def start_config(plan: Plan, seed: int) -> ConfigDict:
+    """The config of the base's training whose first ``plan.start`` steps all runs share."""
     config = plan.config(plan.start + plan.steps)
     config.seed = seed
     config.training.update(checkpoint_every=plan.start, keep_every=plan.start)
+    return config
+
+
+def copy_start(config: ConfigDict, start: int, workdir: pathlib.Path) -> None:
+    """Put the first ``start`` steps of the training of ``config`` into ``workdir``."""
     base, part = workdir.with_name(f"base_{identity(config)}"), workdir.with_suffix(".part")
     train.run(config, base)
     shutil.rmtree(part, ignore_errors=True)
     shutil.copytree(base, part)
     for checkpoint in (part / "checkpoints").iterdir():
-        if checkpoint.name != str(plan.start):
+        if checkpoint.name != str(start):
             shutil.rmtree(checkpoint)
     part.rename(workdir)
 
@@ -261,14 +265,18 @@ def train_and_evaluate(plan: Plan, recipe: str, seed: int, steps: int) -> dict[s
     """
     config = with_recipe(plan.config(plan.start + steps), recipe)
     config.seed = seed
-    key = f"{identity(config)}_{plan.start}" if plan.start else identity(config)
+    key = identity(config)
+    # The schedules of the first steps depend on the number of all steps of the base.
+    base = start_config(plan, seed) if plan.start else None
+    if base is not None:
+        key = f"{key}_{plan.start}_{identity(base)}"
 
     def compute() -> dict[str, Any]:
         workdir = plan.out.with_suffix("") / key
         row = {"recipe": recipe, "seed": seed, "steps": steps, "start": plan.start}
         try:
-            if plan.start and not workdir.exists():
-                copy_start(plan, seed, workdir)
+            if base is not None and not workdir.exists():
+                copy_start(base, plan.start, workdir)
             train.run(config, workdir)
             row["bits_per_dim"] = evaluate_run(config, Workdir(workdir))
         except NonFiniteLoss as error:

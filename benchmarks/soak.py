@@ -11,7 +11,7 @@ trial are
     same        the parameters, per-image table and samples are those of an undisturbed run, bit for
                 bit
     refused     the same, after one or more errors that named the damaged file
-    unclear     an error named no file of the work directory
+    unclear     an error did not name the damaged file
     different   the run succeeded with other numbers, that is, damage was not noticed
     hung        the run did not end within ten minutes
 
@@ -79,11 +79,15 @@ def ending(workdir: pathlib.Path) -> dict[str, bytes]:
     return {**tables, "checkpoint": json.dumps(evaluation["checkpoint"]).encode()}
 
 
-def remedy(workdir: pathlib.Path, message: str) -> str | None:
-    """Remove the file or folder of ``workdir`` that ``message`` names, and return its name; None if
-    it names none."""
+def remedy(workdir: pathlib.Path, message: str, damaged: set[str]) -> str | None:
+    """Remove the file or folder of ``workdir`` that ``message`` names, and return its name.
+
+    None if it names none, or none that is or contains a file in ``damaged``.
+    """
     for name in re.findall(rf"{re.escape(str(workdir))}/([\w./-]*\w)", message):
         target = workdir / name
+        if not any(path == name or path.startswith(f"{name}/") for path in damaged):
+            continue
         if target.is_dir():
             shutil.rmtree(target)
         elif target.exists():
@@ -98,6 +102,7 @@ def trial(workdir: pathlib.Path, seconds: float, args: argparse.Namespace, seed:
     """One run that is killed and damaged; returns its result and the events."""
     rng = np.random.default_rng(seed)
     done: list[str] = []
+    damaged: set[str] = set()
     for _ in range(args.kills):
         process = start(workdir)
         try:
@@ -107,7 +112,9 @@ def trial(workdir: pathlib.Path, seconds: float, args: argparse.Namespace, seed:
             process.communicate()
             done.append("killed")
         for path in rng.permutation(np.asarray(files(workdir), object))[: args.damages]:
-            done.append(f"{damage(path, rng)} {path.relative_to(workdir)}")
+            name = path.relative_to(workdir).as_posix()
+            done.append(f"{damage(path, rng)} {name}")
+            damaged.add(name)
     result = "same"
     for _ in range(6):
         process = start(workdir)
@@ -118,13 +125,14 @@ def trial(workdir: pathlib.Path, seconds: float, args: argparse.Namespace, seed:
             return {"result": "hung", "done": done}
         if process.returncode == 0:
             return {"result": result, "done": done}
-        removed = remedy(workdir, err)
-        last = err.strip().splitlines()[-1][:300] if err.strip() else f"{process.returncode}"
+        # Earlier lines are warnings. The last one is the error.
+        last = err.strip().splitlines()[-1] if err.strip() else f"{process.returncode}"
+        removed = remedy(workdir, last, damaged)
         if removed is None:
-            return {"result": "unclear", "done": done, "message": last}
+            return {"result": "unclear", "done": done, "message": last[:300]}
         done.append(f"removed {removed}")
         result = "refused"
-    return {"result": "unclear", "done": done, "message": last}
+    return {"result": "unclear", "done": done, "message": last[:300]}
 
 
 def main() -> None:

@@ -87,13 +87,16 @@ def main(path: str, workdir: str, out: str, images: int, steps: Sequence[int]) -
 
     def run(name: str, setting: str, options: dict[str, Any]) -> np.ndarray:
         result = draw_samples(config, params, options)
-        measure(name, setting, result.images, result.nfe.mean())
+        if failed := int(result.failed.sum()):
+            print(f"{name:28s} {setting:10s} no distance: {failed} of {images} samples failed")
+        else:
+            measure(name, setting, result.images, result.nfe.mean())
         return result.images[:SHOWN]
 
     folder.mkdir(parents=True, exist_ok=True)
     print(f"{'sampler':28s} {'setting':10s} {'NFE':>6s} {'feature':>9s} {'pixel':>9s}   n={images}")
     for name in SAMPLERS:
-        rows = [run(name, f"{count} steps", changes(name, count)) for count in steps]
+        rows = [run(name, f"NFE {count}", changes(name, count)) for count in steps]
         grid = samples.grid(experiment, np.concatenate(rows), columns=len(rows[0]))
         report.write_png(folder / f"{name}.png", grid)
     for tolerance in TOLERANCES:

@@ -45,6 +45,10 @@ def test_every_recipe_makes_an_experiment() -> None:
     model = recipes.with_recipe(config, "vdm+model.groups=8").model
     assert (model.name, model.width, model.depth, model.groups) == ("vdm", 48, 8, 8)
     assert (model.dropout, model.fourier) == (0.25, (4.0,))
+    # A part changes what the parts before it have made.
+    model = recipes.with_recipe(config, "model.nf=64+fourier+model.dropout=0.5+vdm").model
+    assert (model.width, model.dropout) == (96, 0.5)
+    assert model.fourier == recipes.with_recipe(config, "fourier").model.fourier != (4.0,)
 
 
 @pytest.mark.parametrize(
@@ -132,6 +136,22 @@ def test_an_average_and_a_warmup_suit_the_steps_of_the_run(
     assert settings == [(10, 0.9), (4, 1 - 6.5 / 40), (2, 1 - 6.5 / 20)]
     recipes.train_and_evaluate(plan(tmp_path), "optim.ema=0.99+optim.warmup=7", 0, 20)
     assert settings[-1] == (7, 0.99)  # A recipe that names them is compared as it is.
+
+
+def test_a_result_is_not_taken_for_that_of_another_beginning(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first steps depend on the number of all steps, because the learning rate does."""
+    begun = []
+    monkeypatch.setattr(
+        recipes, "copy_start", lambda config, *_: begun.append(config.training.num_steps)
+    )
+    monkeypatch.setattr(recipes.train, "run", lambda config, workdir: None)
+    monkeypatch.setattr(recipes, "evaluate_run", lambda config, workdir: {"ode_uniform": [1.5]})
+    for steps in (2, 3, 2):
+        later = plan(tmp_path)._replace(start=4, steps=steps)
+        recipes.train_and_evaluate(later, "", 0, 3)
+    assert begun == [6, 7]
 
 
 def test_runs_begin_with_the_training_of_the_base(

@@ -119,6 +119,23 @@ def test_damage_is_reported_and_the_one_before_used(
     assert aside.name.startswith("2-") and (aside / "state").is_dir()
 
 
+def test_a_checkpoint_that_a_training_deletes_meanwhile_is_not_called_damaged(
+    tmp_path: Path, errors: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An evaluation may list the checkpoints just before the next one is there."""
+    save_steps(tmp_path, 1, 2, keep_last=2)
+    checkpoints = Checkpoints(tmp_path)
+    present = checkpoints.steps
+    for read in (
+        lambda: checkpoints.metadata(),
+        lambda: checkpoints.restore(abstract(make_state(0))).state,
+    ):
+        listed = iter([[1, 3]])
+        monkeypatch.setattr(checkpoints, "steps", lambda listed=listed: next(listed, present()))
+        assert read() is not None
+    assert not [text for text in errors if "no whole checkpoint" in text]
+
+
 def test_a_renamed_folder_is_not_taken_for_its_step(tmp_path: Path, errors: list[str]) -> None:
     save_steps(tmp_path, 1, 2, keep_last=2)
     (tmp_path / "2").rename(tmp_path / "9")

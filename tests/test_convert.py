@@ -98,6 +98,10 @@ def test_the_work_directory_carries_the_architecture(
     assert (fitted.model.dropout, fitted.model.dtype) == (0.3, "bfloat16")
     with pytest.raises(ValueError, match="mlp.*ncsnpp"):
         architecture.of_workdir(default("mlp"), converted)
+    with pytest.raises(ValueError, match=r"is 'vp': take a config with that sde\.name"):
+        other = config()
+        other.sde.name = "subvp"
+        architecture.of_workdir(other, converted)
     assert architecture.of_workdir(free, converted.parent) is free
 
 
@@ -360,6 +364,7 @@ def test_the_dequantizer_is_converted_with_the_score(
     score = experiment.restore(tmp_path / "ours")
     assert restored.metadata["score"]["step"] == score.step
     printed = capsys.readouterr().out
+    assert "dequantizer.model.heads=2" in printed and "model.attn_resolutions=[" in printed
     for found, kind in ((score, authors.SCORE), (restored, authors.DEQUANTIZER)):
         origin = found.metadata["converted_from"]
         assert origin["step"] == found.step and kind in origin["file"]

@@ -95,6 +95,7 @@ def test_nothing_is_passed_over_in_silence(
         (train / name).touch()
     assert load_split(two_splits).ids == ("train/caf\\xe9.jfif", "train/linked/b.png")
     assert "3 files" in caplog.text and ".csv (1), .heic (2)" in caplog.text
+    assert "1 links" in caplog.text
     train.rename(train.with_name("Train"))
     with pytest.raises(ValueError, match="a subfolder Train: call it train"):
         load_split(two_splits)
@@ -108,11 +109,50 @@ def test_no_usable_image_is_an_error(two_splits: Path) -> None:
         load_split(two_splits)
 
 
+def test_a_link_gives_no_image_another_name(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Another name could move an image to the other split."""
+    root = tmp_path / "images"
+    for i in range(20):
+        save(root / "all" / "best" / f"{i}.png", pixels(8, 8, seed=i))
+    before = [load_split(tmp_path, split).ids for split in ("train", "test")]
+    assert all(before)
+    (root / "a").symlink_to(root / "all" / "best")  # met earlier than the folder
+    (root / "all" / "up").symlink_to(root)
+    (root / "all" / "x.png").symlink_to(root / "all" / "best" / "3.png")
+    assert [load_split(tmp_path, split).ids for split in ("train", "test")] == before
+    assert "3 links" in caplog.text
+    # Two links to a file outside are one image; a hidden file has no name but that of its link.
+    save(tmp_path / "elsewhere.png", pixels(8, 8, seed=30))
+    save(root / "all" / ".hidden.png", pixels(8, 8, seed=31))
+    for name, target in (("y1", tmp_path / "elsewhere.png"), ("y2", tmp_path / "elsewhere.png")):
+        (root / f"{name}.png").symlink_to(target)
+    (root / "z.png").symlink_to(root / "all" / ".hidden.png")
+    more = {i for split in ("train", "test") for i in load_split(tmp_path, split).ids or ()}
+    assert more - {i for ids in before for i in ids or ()} == {"y1.png", "z.png"}
+
+
+def test_splits_may_be_links_to_other_folders_of_the_root(tmp_path: Path) -> None:
+    root = tmp_path / "images"
+    for split in ("train", "test"):
+        save(root / "a" / split / "1.png", pixels(8, 8))
+        (root / split).symlink_to(root / "a" / split)
+        assert root.joinpath(split, "1.png").exists()
+    assert load_split(tmp_path).ids == ("train/1.png",)
+    assert load_split(tmp_path, "test").ids == ("test/1.png",)
+
+
 def test_pixel_formats(two_splits: Path) -> None:
     train = two_splits / "images" / "train"
     rgb = pixels(8, 8)
     deep = np.random.default_rng(1).integers(0, 2**16, (8, 8)).astype(np.uint16)
     save(train / "deep.png", deep)
+    # Pillow opens these with another mode, and brings 12 bits to 16.
+    twelve = deep >> 4
+    for name, most, values in (("sixteen", 2**16 - 1, deep), ("twelve", 2**12 - 1, twelve)):
+        header = f"P5 8 8 {most} ".encode()
+        (train / f"{name}.pgm").write_bytes(header + values.astype(">u2").tobytes())
     save(train / "opaque.png", np.concatenate([rgb, np.full((8, 8, 1), 255, np.uint8)], -1))
     Image.fromarray(rgb).convert("CMYK").save(train / "ink.tif")
     Image.fromarray(rgb[..., 0]).save(train / "grey.png")
@@ -121,6 +161,9 @@ def test_pixel_formats(two_splits: Path) -> None:
     assert images.ids is not None
     by_name = dict(zip((Path(i).stem for i in images.ids), images.images, strict=True))
     np.testing.assert_array_equal(by_name["deep"], np.repeat(deep[..., None] // 256, 3, -1))
+    np.testing.assert_array_equal(by_name["sixteen"], by_name["deep"])
+    scaled = np.round(twelve * (65535 / 4095)).astype(int) // 256
+    np.testing.assert_array_equal(by_name["twelve"], np.repeat(scaled[..., None], 3, -1))
     np.testing.assert_array_equal(by_name["opaque"], rgb)
     np.testing.assert_array_equal(by_name["grey"], np.repeat(rgb[..., :1], 3, -1))
     np.testing.assert_allclose(by_name["ink"], rgb, atol=1)

@@ -3,6 +3,7 @@
 import io
 import tarfile
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -98,6 +99,24 @@ def test_a_damaged_archive_is_named(version: str, archives: data.Options) -> Non
         path.write_bytes(content)
         with pytest.raises(ValueError, match=rf"{path.name} (is damaged|holds . images)"):
             data.load(f"imagenet32:{version}", "test", archives)
+
+
+@pytest.mark.parametrize(
+    ("error", "raised", "message"),
+    [
+        (PermissionError("[Errno 13] Permission denied"), PermissionError, "Permission denied"),
+        (MemoryError(), ValueError, "is damaged, or this machine has too little memory"),
+    ],
+)
+def test_an_error_of_the_machine_is_not_called_damage(
+    error: Exception, raised: type[Exception], message: str, tmp_path: Path
+) -> None:
+    def read(archive: Path) -> Iterator[np.ndarray]:
+        raise error
+        yield
+
+    with pytest.raises(raised, match=message):
+        list(imagenet32._whole(tmp_path, read))
 
 
 def test_changed_pixels_of_the_older_archive_are_refused(archives: data.Options) -> None:

@@ -243,14 +243,16 @@ def test_eight_devices_give_the_same_losses(whole, tmp_path):
         assert loss == pytest.approx(expected[step], rel=1e-5)
 
 
-def two_processes(workdir, *flags, other=None):
-    """The program, running as processes 0 and 1 of two, the second perhaps in ``other``."""
+def two_processes(workdir, *flags, other=None, second=()):
+    """The program, running as processes 0 and 1 of two, the second perhaps in ``other`` and with
+    the flags ``second`` too."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
     common = (*flags, "--num_processes=2", f"--coordinator=127.0.0.1:{port}")
     folders = (workdir, other or workdir)
-    return [runs.start(w, *common, f"--process_id={i}") for i, w in enumerate(folders)]
+    own = ((), second)
+    return [runs.start(w, *common, *own[i], f"--process_id={i}") for i, w in enumerate(folders)]
 
 
 def test_two_processes_give_the_same_losses(whole, tmp_path):
@@ -268,6 +270,14 @@ def test_processes_that_see_other_folders_are_refused(tmp_path):
         err = runs.finish(process, expect=1)
         assert "processes [1] do not see what process 0 writes to" in err
     assert not [path for folder in "ab" for path in (tmp_path / folder).iterdir()]
+
+
+def test_processes_with_other_images_are_refused(tmp_path):
+    """Each takes its rows of a batch from its own copy: images would be repeated and left out."""
+    second = ("--config.data.validation=0.1",)
+    for process in two_processes(tmp_path, "--mode=train", second=second):
+        err = runs.finish(process, expect=1)
+        assert "processes [1] have other train images than process 0" in err
 
 
 def test_sigterm_stops_an_evaluation_by_several_processes(whole, tmp_path):

@@ -45,6 +45,10 @@ def test_a_checkpoint_is_read_with_the_smallest_time_it_was_trained_with() -> No
         ValueError, match=r"is 0.00296\d*, but the config's is 0.0\d*: set --config.training"
     ):
         check_score(build.Experiment(config).config, now)
+    # The last digit depends on the device that computed it.
+    check_score(experiment.config, {**now, "smallest_time": now["smallest_time"] * (1 + 1e-6)})
+    with pytest.raises(ValueError, match="the checkpoint's smallest time is"):
+        check_score(experiment.config, {**now, "smallest_time": now["smallest_time"] * (1 + 1e-4)})
     earlier = {name: value for name, value in now.items() if name != "smallest_time"}
     with pytest.raises(ValueError, match=r"set --config.training.smallest_time=1e-05"):
         check_score(experiment.config, earlier)

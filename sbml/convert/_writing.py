@@ -1,5 +1,6 @@
 """Steps of every conversion: adapt the config, build the state, and record its origin."""
 
+import functools
 from typing import Any
 
 import jax
@@ -76,10 +77,12 @@ def metadata(experiment: Experiment, score: ForeignState, dequantization: str) -
 def untold(config: Config, fields: list[str]) -> str:
     """The line that lists the ``fields`` which the checkpoint does not determine, with the values
     that ``--config`` gives them."""
-    parts = [name.split(".") for name in fields]
-    sections = {section: getattr(config, section).to_dict() for section, _ in parts}
-    values = ", ".join(f"{section}.{field}={sections[section][field]}" for section, field in parts)
-    return f"not stored in the checkpoint, therefore taken from --config: {values}"
+    plain = config.plain()
+    values = (
+        f"{name}={functools.reduce(lambda node, part: node[part], name.split('.'), plain)}"
+        for name in fields
+    )
+    return f"not stored in the checkpoint, therefore taken from --config: {', '.join(values)}"
 
 
 def line(theirs: ForeignState, checkpoints: Checkpoints) -> str:

@@ -101,6 +101,8 @@ def convert(
     fields = ["sde.name", "training.smallest_time", "score.parameterization"]
     fields += ["training.likelihood_weighting", "training.importance_sampling", "data.flip"]
     fields += [f"model.{name}" for name in ("nonlinearity", "skip_rescale", "fir", "fir_kernel")]
+    # Several heights, or numbers of heads, can fit the same shapes of parameters.
+    fields += ["model.attn_resolutions", *(["dequantizer.model.heads"] if flow else [])]
     print("\n".join([*lines, _writing.untold(experiment.config, fields), *written]))
 
 

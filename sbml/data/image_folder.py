@@ -10,7 +10,7 @@ import hashlib
 import logging
 import os
 import stat
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -106,15 +106,39 @@ def _check(options: Options) -> Path:
 
 
 def _files(root: Path) -> Iterator[Path]:
-    """Every file under ``root``, through links too; a folder that is met again is left alone."""
-    seen = set()
-    for folder, subfolders, files in os.walk(root, followlinks=True):
-        subfolders[:] = [s for s in subfolders if not s.startswith(".")]
-        if (real := os.path.realpath(folder)) in seen:
-            subfolders.clear()
-            continue
-        seen.add(real)
-        yield from (Path(folder, file) for file in files if not file.startswith("."))
+    """Every file under ``root`` once, through links too.
+
+    If several paths lead to a file, it has the one in ``train`` or ``test``, or else the one
+    without a link, so that a new link gives no image another name. The other links are logged.
+    """
+    own = (root / "train", root / "test")
+    starts, links = deque([*own, root]), []
+    seen: set[str] = set()  # the real paths of folders, and of the files that links lead to
+    again = 0
+    while starts:
+        for folder, subfolders, files in os.walk(starts.popleft()):
+            if (real := os.path.realpath(folder)) in seen:
+                again += os.path.islink(folder)
+                subfolders.clear()
+                continue
+            seen.add(real)
+            subfolders[:] = sorted(s for s in subfolders if not s.startswith("."))
+            linked = (path for s in subfolders if (path := Path(folder, s)).is_symlink())
+            starts.extend(path for path in linked if path not in own)
+            paths = [Path(folder, file) for file in sorted(files) if not file.startswith(".")]
+            links += [path for path in paths if path.is_symlink()]
+            yield from (path for path in paths if not path.is_symlink())
+    for path in links:
+        target = Path(os.path.realpath(path))
+        is_image = target.suffix.lower() in SUFFIXES and not target.name.startswith(".")
+        if str(target) in seen or (is_image and target.exists() and str(target.parent) in seen):
+            again += 1
+        else:
+            seen.add(str(target))
+            yield path
+    if again:
+        where = printable(str(root))
+        log.warning("%d links of %s lead to files that it has anyway: not used", again, where)
 
 
 def _members(root: Path, split: str, options: Options) -> list[str]:
@@ -203,12 +227,13 @@ def _decode(path: Path) -> Image.Image:
     if _special(path):
         raise ValueError("a FIFO, device or socket: put the image itself there")
     with Image.open(path) as opened:
+        scaled = opened.format == "PPM" and opened.mode == "I"  # by Pillow, to 0 ... 65535
         image = ImageOps.exif_transpose(opened)
-    if image.mode in ("I", "F"):
+    if image.mode in ("I", "F") and not scaled:
         raise ValueError(f"32-bit pixels (mode {image.mode}): save the image with 8 bits a channel")
-    if image.mode.startswith("I;16"):  # Pillow would clip at 255
+    if image.mode.startswith("I;16") or scaled:  # Pillow would clip at 255
         deep = np.asarray(image).astype(np.uint16)
-        if 0 < (most := deep.max()) < 2**12:
+        if 0 < (most := deep.max()) < 2**12 and not scaled:
             raise ValueError(
                 f"16-bit pixels, none above {most}: at 8 bits nearly black. If these are 12 bits "
                 "of a camera, scale them to 0 ... 65535"
@@ -235,4 +260,8 @@ def _warn(split: str, skipped: tuple[str, ...], count: int, notes: Path) -> None
     named = "\n  ".join(skipped[:_NAMED_AT_MOST])
     more = len(skipped) - _NAMED_AT_MOST
     rest = f"\n  and {more} more, all in {notes}" if more > 0 else ""
-    log.warning("%d of %d %s files not used:\n  %s%s", len(skipped), count, split, named, rest)
+    log.warning(
+        "%d of %d %s files not used:\n  %s%s\nThis is stored: to try them again, for example with "
+        "another version of Pillow, remove %s",
+        *(len(skipped), count, split, named, rest, notes.parent),
+    )

@@ -122,7 +122,7 @@ def _decode(which: str, split: str, options: Options, add: Add) -> dict[str, Any
 DAMAGED = (
     *(tarfile.TarError, zipfile.BadZipFile, zlib.error, lzma.LZMAError, OSError, EOFError),
     *(ValueError, KeyError, SyntaxError, struct.error, NotImplementedError, RuntimeError),
-    *(MemoryError, OverflowError, Image.DecompressionBombError),
+    *(OverflowError, Image.DecompressionBombError),
 )
 
 
@@ -130,6 +130,12 @@ def _whole(archive: Path, read: Callable[[Path], Iterator[np.ndarray]]) -> Itera
     """What ``read`` gives, a damaged archive named."""
     try:
         yield from read(archive)
+    except PermissionError:
+        raise
+    except MemoryError as error:
+        raise ValueError(
+            f"{archive} is damaged, or this machine has too little memory for it"
+        ) from error
     except DAMAGED as error:
         reason = str(error) or type(error).__name__
         raise ValueError(f"{archive} is damaged ({reason}): copy it again") from error

@@ -36,7 +36,7 @@ def apply(config: ConfigDict, sections: Sections) -> tuple[ConfigDict, list[str]
     """A copy of ``config`` with the fields in ``sections`` replaced, and a line for each change.
 
     Raises:
-      ValueError: the config has another network, or lacks a field of ``sections``.
+      ValueError: the config has another network or SDE, or lacks a field of ``sections``.
     """
     config = config.copy_and_resolve_references()
     lines = []
@@ -47,7 +47,7 @@ def apply(config: ConfigDict, sections: Sections) -> tuple[ConfigDict, list[str]
         if fields.get("name", node.get("name")) != node.get("name"):
             raise ValueError(
                 f"config.{name}.name={node.name!r}, but the checkpoint's is {fields['name']!r}: "
-                "take a config of that network"
+                f"take a config with that {name}.name"
             )
         lines += [f"config.{name}.{line}" for line in _update(node, fields)]
     return config, lines

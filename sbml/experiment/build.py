@@ -108,12 +108,16 @@ class Experiment:
         return self.config.dequantizer.build(name, levels=self.levels, tau=tau)
 
     def images(self, split: str) -> data.ImageSet:
-        """The images of ``split``.
+        """The images of ``split``. Every process calls this.
 
         Raises:
-          ValueError: the images do not have the shape or levels that ``config.data`` states.
+          ValueError: the images do not have the shape or levels that ``config.data`` states, or
+            several processes have different images.
         """
-        return self.config.data.images(split)
+        images = self.config.data.images(split)
+        if jax.process_count() > 1:
+            sharding.check_same(f"{split} images", images.fingerprint["id"])
+        return images
 
     def parameter_count(self) -> int:
         """The number of the network's parameters."""

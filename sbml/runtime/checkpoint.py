@@ -119,6 +119,8 @@ class Checkpoints:
                 stored = get_step_metadata(self.directory / str(step)).custom_metadata
                 return manifest.content(stored, step)["metadata"]
             except Exception as error:  # Any error means that the bytes could not be read.
+                if step not in self.steps():
+                    return self.metadata()
                 logging.error("Damaged checkpoint %s/%d: %s", self.directory, step, error)
         return None
 
@@ -200,6 +202,8 @@ class Checkpoints:
             restored, damage = self._read(candidate, template if fixed is None else fixed)
             if restored is not None:
                 return restored._replace(damaged=tuple(reasons))
+            if step is None and self._is_gone(candidate):
+                return self.restore(template)
             reasons.append(f"step {candidate}: {damage}")
             logging.error("Damaged checkpoint in %s, %s", self.directory, reasons[-1])
             if step is None:
@@ -288,6 +292,10 @@ class Checkpoints:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    def _is_gone(self, step: int) -> bool:
+        """Whether a training that goes on has deleted ``step``. All processes agree on it."""
+        return bool(multihost_utils.process_allgather(np.array(step not in self.steps())).any())
 
     def _read(self, step: int, template: PyTree | Template) -> tuple[Restored | None, str]:
         """The checkpoint, or None and a description of its damage.

@@ -129,8 +129,8 @@ def check_divides(name: str, size: int, parts_each: int = 1) -> None:
         choices = f"{lower} or {lower + parts}" if lower else f"{parts}"
         raise ValueError(
             f"{name}={size} is not a positive multiple of {parts} "
-            f"({jax.device_count()} devices x {parts_each}, the micro-batches times the calls of "
-            f"an image); use {choices}"
+            f"({jax.device_count()} devices x {parts_each}, which is training.accumulate times the "
+            f"rows of an image, two with antithetic noises); use {choices}"
         )
 
 
@@ -172,6 +172,20 @@ def to_host(tree: Any) -> Any:
         return multihost_utils.process_allgather(leaf, tiled=True)
 
     return jax.tree.map(whole, tree)
+
+
+def check_same(what: str, digest: str) -> None:
+    """Check that all processes have the same ``what``, whose ``digest`` is in hexadecimal digits.
+
+    Raises:
+      ValueError: some processes have another one than process 0; every process raises.
+    """
+    digests = multihost_utils.process_allgather(np.frombuffer(bytes.fromhex(digest), np.uint8))
+    if differ := np.flatnonzero((digests != digests[0]).any(axis=1)).tolist():
+        raise ValueError(
+            f"processes {differ} have other {what} than process 0: give all the same files and the "
+            "same versions of Pillow and scikit-image"
+        )
 
 
 def check_shared(folder: epath.Path) -> None:

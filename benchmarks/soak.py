@@ -125,14 +125,14 @@ def trial(workdir: pathlib.Path, seconds: float, args: argparse.Namespace, seed:
             return {"result": "hung", "done": done}
         if process.returncode == 0:
             return {"result": result, "done": done}
-        # Earlier lines are warnings. The last one is the error.
-        last = err.strip().splitlines()[-1] if err.strip() else f"{process.returncode}"
+        # What comes before the last error are warnings.
+        last = re.split(r"(?m)^(?=\w+Error: )", err.strip())[-1] or f"{process.returncode}"
         removed = remedy(workdir, last, damaged)
         if removed is None:
-            return {"result": "unclear", "done": done, "message": last[:300]}
+            return {"result": "unclear", "done": done, "message": last[-300:]}
         done.append(f"removed {removed}")
         result = "refused"
-    return {"result": "unclear", "done": done, "message": last[:300]}
+    return {"result": "unclear", "done": done, "message": last[-300:]}
 
 
 def main() -> None:

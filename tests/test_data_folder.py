@@ -133,6 +133,25 @@ def test_a_link_gives_no_image_another_name(
     assert more - {i for ids in before for i in ids or ()} == {"y1.png", "z.png"}
 
 
+def test_splits_may_consist_of_links(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Into a folder of all images, of single files and of folders."""
+    root = tmp_path / "images"
+    for i in range(4):
+        save(root / "all" / ("cats" if i > 1 else "") / f"{i}.png", pixels(8, 8, seed=i))
+    for split in ("train", "test"):
+        (root / split).mkdir()
+    (root / "train" / "0.png").symlink_to(root / "all" / "0.png")
+    (root / "test" / "1.png").symlink_to(root / "all" / "1.png")
+    (root / "train" / "cats").symlink_to(root / "all" / "cats")
+    (root / "test" / "0.png").symlink_to(root / "all" / "0.png")  # It is in train.
+    assert load_split(tmp_path).ids == ("train/0.png", "train/cats/2.png", "train/cats/3.png")
+    assert load_split(tmp_path, "test").ids == ("test/1.png",)
+    assert "1 links" in caplog.text
+    for name in ("x", "y"):
+        (root / "train" / f"{name}.png").symlink_to(root / "nowhere.png")
+    assert [s[:11] for s in load_split(tmp_path).skipped] == ["train/x.png", "train/y.png"]
+
+
 def test_splits_may_be_links_to_other_folders_of_the_root(tmp_path: Path) -> None:
     root = tmp_path / "images"
     for split in ("train", "test"):

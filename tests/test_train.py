@@ -280,6 +280,17 @@ def test_processes_with_other_images_are_refused(tmp_path):
         assert "processes [1] have other train images than process 0" in err
 
 
+def test_two_processes_evaluate_and_sample(whole, tmp_path):
+    """Process 0 writes the report alone, and must not wait for the other one in it."""
+    (tmp_path / "checkpoints").symlink_to(whole / "checkpoints")
+    few = ("--config.eval.estimators=bound", "--config.eval.max_images=8", "--config.eval.sweeps=2")
+    for mode in ("eval", "sample"):
+        for process in two_processes(tmp_path, f"--mode={mode}", *few):
+            runs.finish(process)
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["results"][0]["n"] == 8 and report["samples"]
+
+
 def test_sigterm_stops_an_evaluation_by_several_processes(whole, tmp_path):
     """jax's service takes the signal of all of them: it must be heard there too."""
     (tmp_path / "checkpoints").symlink_to(whole / "checkpoints")

@@ -108,34 +108,39 @@ def _check(options: Options) -> Path:
 def _files(root: Path) -> Iterator[Path]:
     """Every file under ``root`` once, through links too.
 
-    If several paths lead to a file, it has the one in ``train`` or ``test``, or else the one
-    without a link, so that a new link gives no image another name. The other links are logged.
+    If several paths lead to a file, it has one in ``train`` or ``test``, if there is one, or else
+    the one without a link: a new link to what lies under ``root`` gives no image another name. The
+    other links are logged.
     """
     own = (root / "train", root / "test")
-    starts, links = deque([*own, root]), []
     seen: set[str] = set()  # the real paths of folders, and of the files that links lead to
     again = 0
-    while starts:
-        for folder, subfolders, files in os.walk(starts.popleft()):
-            if (real := os.path.realpath(folder)) in seen:
-                again += os.path.islink(folder)
-                subfolders.clear()
-                continue
-            seen.add(real)
-            subfolders[:] = sorted(s for s in subfolders if not s.startswith("."))
-            linked = (path for s in subfolders if (path := Path(folder, s)).is_symlink())
-            starts.extend(path for path in linked if path not in own)
-            paths = [Path(folder, file) for file in sorted(files) if not file.startswith(".")]
-            links += [path for path in paths if path.is_symlink()]
-            yield from (path for path in paths if not path.is_symlink())
-    for path in links:
-        target = Path(os.path.realpath(path))
-        is_image = target.suffix.lower() in SUFFIXES and not target.name.startswith(".")
-        if str(target) in seen or (is_image and target.exists() and str(target.parent) in seen):
-            again += 1
-        else:
-            seen.add(str(target))
-            yield path
+    for top in (*own, root):
+        starts, links = deque([top]), []
+        while starts:
+            for folder, subfolders, files in os.walk(starts.popleft()):
+                if (real := os.path.realpath(folder)) in seen:
+                    again += os.path.islink(folder)
+                    subfolders.clear()
+                    continue
+                seen.add(real)
+                subfolders[:] = sorted(s for s in subfolders if not s.startswith("."))
+                linked = (path for s in subfolders if (path := Path(folder, s)).is_symlink())
+                starts.extend(path for path in linked if path not in own)
+                paths = [Path(folder, file) for file in sorted(files) if not file.startswith(".")]
+                links += [path for path in paths if path.is_symlink()]
+                regular = (path for path in paths if not path.is_symlink())
+                yield from (path for path in regular if os.path.join(real, path.name) not in seen)
+        for path in links:
+            target = Path(os.path.realpath(path))
+            is_image = target.suffix.lower() in SUFFIXES and not target.name.startswith(".")
+            if not os.path.lexists(target):  # Opening it says why.
+                yield path
+            elif str(target) in seen or (is_image and str(target.parent) in seen):
+                again += 1
+            else:
+                seen.add(str(target))
+                yield path
     if again:
         where = printable(str(root))
         log.warning("%d links of %s lead to files that it has anyway: not used", again, where)
@@ -233,7 +238,7 @@ def _decode(path: Path) -> Image.Image:
         raise ValueError(f"32-bit pixels (mode {image.mode}): save the image with 8 bits a channel")
     if image.mode.startswith("I;16") or scaled:  # Pillow would clip at 255
         deep = np.asarray(image).astype(np.uint16)
-        if 0 < (most := deep.max()) < 2**12 and not scaled:
+        if 0 < (most := deep.max()) < 2**12:
             raise ValueError(
                 f"16-bit pixels, none above {most}: at 8 bits nearly black. If these are 12 bits "
                 "of a camera, scale them to 0 ... 65535"

@@ -61,6 +61,6 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
     workdir.write(QUALITY, report.strict(result))
     picture = samples.grid(experiment, rows, columns=len(rows) // 2)
     report.write_png(workdir / NEIGHBOURS, picture)
-    summary.write(workdir, experiment.images)
+    summary.write(workdir, experiment.config.data.images)
     for name, value in values.items():
         print(f"{name}: {value:.4g}")

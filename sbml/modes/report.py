@@ -46,7 +46,7 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
             print(Result.read(result).line)
     model = {"name": experiment.config.model.name, "parameters": experiment.parameter_count()}
     known = {"model": model, "config": experiment.to_plain(), "training": progress.plain()}
-    if summary.write(workdir, experiment.images, known, rows):
+    if summary.write(workdir, experiment.config.data.images, known, rows):
         print(f"report: {workdir / 'report.html'}")
 
 

@@ -52,7 +52,7 @@ def _run(experiment: Experiment, workdir: Workdir) -> None:
         report.write_png(workdir / "samples_strip.png", picture)
     else:  # A strip that is there shows samples of an earlier run.
         (workdir / "samples_strip.png").unlink(missing_ok=True)
-    summary.write(workdir, experiment.images)
+    summary.write(workdir, experiment.config.data.images)
     print(
         f"{len(samples.images)} samples by {config.sampling.sampler}, {samples.nfe.mean():.0f} "
         f"evaluations each: {workdir / 'samples.png'}"

@@ -105,6 +105,28 @@ def _check(options: Options) -> Path:
     return root
 
 
+def _visible(
+    top: Path, elsewhere: tuple[Path, ...], folders: set[str], again: list[str]
+) -> Iterator[Path]:
+    """Every file under ``top`` whose path has no dot name, through links to folders last.
+
+    The real paths of its folders are added to ``folders``. A folder that is there already is left
+    alone, and a link to it added to ``again``. The links ``elsewhere`` are not followed.
+    """
+    starts = deque([top])
+    while starts:
+        for folder, subfolders, files in os.walk(starts.popleft()):
+            if (real := os.path.realpath(folder)) in folders:
+                again += [folder] if os.path.islink(folder) else []
+                subfolders.clear()
+                continue
+            folders.add(real)
+            subfolders[:] = sorted(s for s in subfolders if not s.startswith("."))
+            links = (path for s in subfolders if (path := Path(folder, s)).is_symlink())
+            starts.extend(path for path in links if path not in elsewhere)
+            yield from (Path(folder, file) for file in sorted(files) if not file.startswith("."))
+
+
 def _files(root: Path) -> Iterator[Path]:
     """Every file under ``root`` once, through links too.
 
@@ -113,37 +135,29 @@ def _files(root: Path) -> Iterator[Path]:
     other links are logged.
     """
     own = (root / "train", root / "test")
-    seen: set[str] = set()  # the real paths of folders, and of the files that links lead to
-    again = 0
+    folders: set[str] = set()
+    targets: set[str] = set()  # the real paths of the files that links lead to
+    again: list[str] = []
     for top in (*own, root):
-        starts, links = deque([top]), []
-        while starts:
-            for folder, subfolders, files in os.walk(starts.popleft()):
-                if (real := os.path.realpath(folder)) in seen:
-                    again += os.path.islink(folder)
-                    subfolders.clear()
-                    continue
-                seen.add(real)
-                subfolders[:] = sorted(s for s in subfolders if not s.startswith("."))
-                linked = (path for s in subfolders if (path := Path(folder, s)).is_symlink())
-                starts.extend(path for path in linked if path not in own)
-                paths = [Path(folder, file) for file in sorted(files) if not file.startswith(".")]
-                links += [path for path in paths if path.is_symlink()]
-                regular = (path for path in paths if not path.is_symlink())
-                yield from (path for path in regular if os.path.join(real, path.name) not in seen)
+        links = []
+        for path in _visible(top, own, folders, again):
+            if path.is_symlink():
+                links.append(path)
+            elif not targets or os.path.realpath(path) not in targets:
+                yield path
         for path in links:
             target = Path(os.path.realpath(path))
             is_image = target.suffix.lower() in SUFFIXES and not target.name.startswith(".")
             if not os.path.lexists(target):  # Opening it says why.
                 yield path
-            elif str(target) in seen or (is_image and str(target.parent) in seen):
-                again += 1
+            elif str(target) in targets or (is_image and str(target.parent) in folders):
+                again.append(str(path))
             else:
-                seen.add(str(target))
+                targets.add(str(target))
                 yield path
     if again:
         where = printable(str(root))
-        log.warning("%d links of %s lead to files that it has anyway: not used", again, where)
+        log.warning("%d links of %s lead to files that it has anyway: not used", len(again), where)
 
 
 def _members(root: Path, split: str, options: Options) -> list[str]:

@@ -236,22 +236,17 @@ def evaluate_run(config: ConfigDict, workdir: Workdir) -> dict[str, list[float]]
     return values
 
 
-def start_config(plan: Plan, seed: int) -> ConfigDict:
-    """The config of the base's training whose first ``plan.start`` steps all runs share."""
+def copy_start(plan: Plan, seed: int, workdir: pathlib.Path) -> None:
+    """Put the first ``plan.start`` steps of the base's training with ``seed`` into ``workdir``."""
     config = plan.config(plan.start + plan.steps)
     config.seed = seed
     config.training.update(checkpoint_every=plan.start, keep_every=plan.start)
-    return config
-
-
-def copy_start(config: ConfigDict, start: int, workdir: pathlib.Path) -> None:
-    """Put the first ``start`` steps of the training of ``config`` into ``workdir``."""
     base, part = workdir.with_name(f"base_{identity(config)}"), workdir.with_suffix(".part")
     train.run(config, base)
     shutil.rmtree(part, ignore_errors=True)
     shutil.copytree(base, part)
     for checkpoint in (part / "checkpoints").iterdir():
-        if checkpoint.name != str(start):
+        if checkpoint.name != str(plan.start):
             shutil.rmtree(checkpoint)
     part.rename(workdir)
 
@@ -266,17 +261,15 @@ def train_and_evaluate(plan: Plan, recipe: str, seed: int, steps: int) -> dict[s
     config = with_recipe(plan.config(plan.start + steps), recipe)
     config.seed = seed
     key = identity(config)
-    # The schedules of the first steps depend on the number of all steps of the base.
-    base = start_config(plan, seed) if plan.start else None
-    if base is not None:
-        key = f"{key}_{plan.start}_{identity(base)}"
+    if plan.start:  # The schedules of the first steps depend on the number of all steps.
+        key += f"_{plan.start}_{identity(plan.config(plan.start + plan.steps))}"
 
     def compute() -> dict[str, Any]:
         workdir = plan.out.with_suffix("") / key
         row = {"recipe": recipe, "seed": seed, "steps": steps, "start": plan.start}
         try:
-            if base is not None and not workdir.exists():
-                copy_start(base, plan.start, workdir)
+            if plan.start and not workdir.exists():
+                copy_start(plan, seed, workdir)
             train.run(config, workdir)
             row["bits_per_dim"] = evaluate_run(config, Workdir(workdir))
         except NonFiniteLoss as error:

@@ -144,7 +144,7 @@ def test_a_result_is_not_taken_for_that_of_another_beginning(
     """The first steps depend on the number of all steps, because the learning rate does."""
     begun = []
     monkeypatch.setattr(
-        recipes, "copy_start", lambda config, *_: begun.append(config.training.num_steps)
+        recipes, "copy_start", lambda plan, *_: begun.append(plan.start + plan.steps)
     )
     monkeypatch.setattr(recipes.train, "run", lambda config, workdir: None)
     monkeypatch.setattr(recipes, "evaluate_run", lambda config, workdir: {"ode_uniform": [1.5]})

@@ -300,9 +300,15 @@ class Importance(Proposal):
 
     @property
     def normaliser(self) -> Scalar:
-        """Z, the integral of g^2 / sigma^2 over [eps, T]."""
+        """Z = f(eps) - f(T), where f is the function of t in which the times are uniform."""
+        first, last = self._ends()
+        return first - last
+
+    def _ends(self) -> tuple[Scalar, Scalar]:
+        """f(eps) and f(T), where f is lambda."""
         ends = jnp.asarray([self.eps, self.sde.largest_time], float)
-        return -jnp.diff(jax.vmap(self.sde.log_snr)(ends))[0]
+        first, last = jax.vmap(self.sde.log_snr)(ends)
+        return first, last
 
     def at(self, u: Elementwise) -> tuple[Elementwise, Elementwise]:
         check_points(u)
@@ -326,17 +332,10 @@ class Velocity(Importance):
     the process were the variance-preserving one with the same signal-to-noise ratio.
     """
 
-    @property
-    def normaliser(self) -> Scalar:
-        """Z, the integral of sigmoid(lambda) g^2 / sigma^2 over [eps, T]."""
-        first, last = self._ends()
-        return first - last
-
     def _ends(self) -> tuple[Scalar, Scalar]:
-        """softplus(lambda) at eps and at T."""
-        ends = jnp.asarray([self.eps, self.sde.largest_time], float)
-        first, last = jax.nn.softplus(jax.vmap(self.sde.log_snr)(ends))
-        return first, last
+        """f(eps) and f(T), where f is softplus(lambda)."""
+        first, last = super()._ends()
+        return jax.nn.softplus(first), jax.nn.softplus(last)
 
     def at(self, u: Elementwise) -> tuple[Elementwise, Elementwise]:
         check_points(u)

@@ -108,10 +108,11 @@ def _check(options: Options) -> Path:
 def _visible(
     top: Path, elsewhere: tuple[Path, ...], folders: set[str], again: list[str]
 ) -> Iterator[Path]:
-    """Every file under ``top`` whose path has no dot name, through links to folders last.
+    """Every file under ``top``, except names that begin with a dot.
 
-    The real paths of its folders are added to ``folders``. A folder that is there already is left
-    alone, and a link to it added to ``again``. The links ``elsewhere`` are not followed.
+    Links to folders are followed last, and those in ``elsewhere`` are not followed. The real path of
+    each folder is added to ``folders``. A folder whose real path is in ``folders`` already is left
+    out; if a link led to it, the link is added to ``again``.
     """
     starts = deque([top])
     while starts:
@@ -130,9 +131,9 @@ def _visible(
 def _files(root: Path) -> Iterator[Path]:
     """Every file under ``root`` once, through links too.
 
-    If several paths lead to a file, it has one in ``train`` or ``test``, if there is one, or else
-    the one without a link: a new link to what lies under ``root`` gives no image another name. The
-    other links are logged.
+    If several paths lead to a file, a path in ``train`` or ``test`` is chosen, or else the path
+    without a link. So a new link to a file under ``root`` does not change the name of an image. The
+    number of links that are not used is logged.
     """
     own = (root / "train", root / "test")
     folders: set[str] = set()

@@ -175,10 +175,11 @@ def to_host(tree: Any) -> Any:
 
 
 def check_same(what: str, digest: str) -> None:
-    """Check that all processes have the same ``what``, whose ``digest`` is in hexadecimal digits.
+    """Check that all processes have the same ``digest``, a hash in hexadecimal digits.
 
     Raises:
-      ValueError: some processes have another one than process 0; every process raises.
+      ValueError: some have another one than process 0; the message says ``what`` was hashed. Every
+        process raises.
     """
     digests = multihost_utils.process_allgather(np.frombuffer(bytes.fromhex(digest), np.uint8))
     if differ := np.flatnonzero((digests != digests[0]).any(axis=1)).tolist():

@@ -110,9 +110,9 @@ def _visible(
 ) -> Iterator[Path]:
     """Every file under ``top``, except names that begin with a dot.
 
-    Links to folders are followed last, and those in ``elsewhere`` are not followed. The real path of
-    each folder is added to ``folders``. A folder whose real path is in ``folders`` already is left
-    out; if a link led to it, the link is added to ``again``.
+    Links to folders are followed last, and those in ``elsewhere`` are not followed. The real path
+    of each folder is added to ``folders``. A folder whose real path is in ``folders`` already is
+    left out; if a link led to it, the link is added to ``again``.
     """
     starts = deque([top])
     while starts:

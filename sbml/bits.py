@@ -108,7 +108,8 @@ def to_model(pixels: Numbers, u: Numbers | float, levels: int) -> Real:
     check_levels(levels, MOST_LEVELS)
     _check_range(pixels, "pixels", levels - 1)
     _check_range(u, "u", 1)
-    rounding = min(float(jnp.finfo(jnp.result_type(pixels, u, 1.0)).eps), 2.0**-23)
+    u = jnp.asarray(u, jnp.promote_types(jnp.result_type(pixels, u, 1.0), jnp.float32))
+    rounding = min(float(jnp.finfo(u.dtype).eps), 2.0**-23)
     largest = 1 - max(2.0**-15, levels * rounding)
     return (2.0 / levels) * (jnp.asarray(pixels) + jnp.minimum(u, largest)) - 1.0
 

@@ -61,6 +61,7 @@ from sbml.types import (
     check_key,
     check_kind,
     deterministic,
+    in_full_precision,
 )
 
 Flat = Float[Array, "d"]
@@ -224,6 +225,7 @@ def prior_kl(sde: SDE, x: Example, variance: Number = 1.0) -> Scalar:
     """
     compiler.check()
     check_example(x)
+    x = in_full_precision(x)
     if np.ndim(variance):
         raise ValueError(f"variance has shape {np.shape(variance)}: give one number")
     scalars.check_positive(variance, "variance")
@@ -299,6 +301,7 @@ def elbo(
     """
     _check_form(trace, reduction)
     check_example(x)
+    x = in_full_precision(x)
     check_key(key)
     if (control := reduction.control) is not None:
         control.check(x)
@@ -366,6 +369,7 @@ def pilot(
     check_example(x)
     if not x.ndim:
         raise ValueError("x has shape (): give examples (n, *s)")
+    x = in_full_precision(x)
     scalars.check_count(bins, "bins")
     check_key(key)
     u_key, z_key = jax.random.split(key)

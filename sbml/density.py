@@ -12,6 +12,10 @@ The first three return a number for each example and its mean with error bars
 (:class:`~sbml.estimate.Estimate`). The random draws for an example depend only on ``seed``, on
 the example's place in the data and, for ``bound``, on the number of examples. So a result depends
 neither on the batch size nor on earlier calls.
+
+A score with arrays among its leaves, such as ``jax.tree_util.Partial(f, params)`` or a module, is
+compiled once for each method. Any other function is compiled in each call, because the weights that
+it reads may have changed since the last one.
 """
 
 import dataclasses
@@ -23,7 +27,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Num
 
-from sbml import bits, estimate, ode, sampling, scalars, times
+from sbml import bits, estimate, ode, pytrees, sampling, scalars, times
 from sbml.dequantizers import uniform
 from sbml.divergence import Trace, exact_batch
 from sbml.estimate import Columns, Estimate
@@ -31,6 +35,7 @@ from sbml.estimators import Reduction, Rows, Target, bound, rows
 from sbml.estimators import ode as ode_estimator
 from sbml.estimators.base import Estimator
 from sbml.ode import Solver
+from sbml.scalars import Number
 from sbml.sdes import SDE, check_sde
 from sbml.types import (
     Array,
@@ -81,7 +86,7 @@ class Density:
     sde: SDE
     shape: tuple[int, ...]
     levels: int | None = None
-    eps: float | None = None
+    eps: Number | None = None
     trace: Trace | None = None
     solver: Solver = Solver(rtol=2e-4, atol=2e-4)
     batch_size: int = 64
@@ -93,7 +98,9 @@ class Density:
         check_sde(self.sde, SDE)
         bits.dims(self.shape)
         if self.levels is not None:
-            bits.check_levels(self.levels)
+            bits.check_levels(self.levels, bits.MOST_LEVELS)
+        if self.eps is not None:
+            object.__setattr__(self, "eps", float(self.eps))  # An array is not hashable.
         scalars.check_count(self.batch_size, "batch_size")
         scalars.check_count(self.seed, "seed", 0)
         if self.seed >= 2**32:
@@ -107,8 +114,8 @@ class Density:
             hash(self.sde)
         except TypeError:
             raise ValueError(
-                f"sde={self.sde} contains arrays, so it cannot be a constant of compiled "
-                "functions: give jax.tree.map(float, sde)"
+                f"sde={self.sde} contains arrays or lists, so it cannot be a constant of compiled "
+                "functions: give floats, as by jax.tree.map(float, sde), or tuples of floats"
             ) from None
         self.sde.check_time(self._eps)
         other = getattr(self.score, "sde", self.sde)
@@ -172,13 +179,15 @@ class Density:
         scalars.check_count(times_each, "times_each")
         estimator, target = bound.Estimator(), Target(self.sde, self._eps)
 
+        score = pytrees.as_argument(self.score)
+
         def columns(sweep: int) -> Columns:
             key = jax.random.fold_in(jax.random.key(self.seed), sweep)
             u = np.asarray(times.lattice(key, len(x), times_each))
 
             def batch(ids: np.ndarray) -> Any:
                 points = u[ids].astype(x.dtype)
-                return self._rows(estimator, target, x, ids, sweep, Reduction(), points)
+                return self._rows(score, estimator, target, x, ids, sweep, Reduction(), points)
 
             return self._in_batches(batch, np.arange(len(x)))
 
@@ -190,16 +199,19 @@ class Density:
         """``n`` samples ``(n, *shape)``: uint8 integers if there are ``levels``, else floats.
 
         Raises:
-          ValueError: ``n`` is no integer of at least 1, ``key`` is not a typed key, or a sample of
-            integers is not finite, because the solver gave up.
+          ValueError: ``n`` is no integer of at least 1, ``key`` is not a typed key, there are more
+            than 256 levels, or a sample of integers is not finite, because the solver gave up.
         """
         scalars.check_count(n, "n")
         check_key(key)
+        if self.levels is not None:
+            bits.check_levels(self.levels, 256)
+        score = pytrees.as_argument(self.score)
         keys = jax.random.split(key, n)
         columns = self._in_batches(
             lambda ids: {
                 "x": _sample(
-                    self._partial,
+                    score,
                     keys[ids],
                     self.solver,
                     sde=self.sde,
@@ -209,9 +221,16 @@ class Density:
             },
             np.arange(n),
         )
+        x = columns["x"]
         if self.levels is None:
-            return columns["x"]
-        return np.asarray(bits.to_pixels(jnp.asarray(columns["x"]), self.levels))
+            return x
+        failed = n - int(np.isfinite(x.reshape(n, -1)).all(1).sum())
+        if failed:
+            raise ValueError(
+                f"{failed} of {n} samples are not finite, with solver={self.solver}: give a solver "
+                "with larger max_steps, or with another tolerance"
+            )
+        return np.asarray(bits.to_pixels(jnp.asarray(x), self.levels))
 
     def latent(self, x: Any) -> Examples:
         """The latents ``(n, *shape)``: the ODE's solutions at T from ``x`` at t = eps."""
@@ -231,15 +250,9 @@ class Density:
             return self.trace
         return Trace("exact") if self.dims <= 64 else Trace("rademacher", 2)
 
-    @property
-    def _partial(self) -> Score:
-        """The score as a pytree, for which ``jit`` compiles once."""
-        plain = jax.tree_util.all_leaves([self.score])
-        return jax.tree_util.Partial(self.score) if plain else self.score
-
     def _continuous(self, x: Any) -> Examples:
         data = np.asarray(x)
-        if not np.issubdtype(data.dtype, np.floating):
+        if not jnp.issubdtype(data.dtype, jnp.floating):
             raise ValueError(
                 f"x is of {data.dtype}: give floating-point numbers in the scale of the score, or "
                 "integers to bits_per_dim"
@@ -271,6 +284,7 @@ class Density:
 
     def _rows(
         self,
+        score: Score,
         estimator: Estimator,
         target: Target,
         data: Examples,
@@ -282,7 +296,7 @@ class Density:
         """All terms of the estimator for the examples ``data[ids]``, with the term ``scale``."""
         sweeps = np.full(len(ids), sweep, np.int32)
         batch = Rows(data[ids], ids, sweeps, np.uint32(self.seed))
-        columns = rows(estimator, target, self._partial, {}, batch, u, options)
+        columns = rows(estimator, target, score, {}, batch, u, options)
         scale = bits.nats_to_bits(estimator.scale_nats(target, self.shape), self.shape)
         return {**columns, "scale": np.full(len(ids), scale)}
 
@@ -290,11 +304,12 @@ class Density:
         """Solve for all examples, and again for a subset with new draws and a stricter solver."""
         estimator = ode_estimator.Estimator(self._trace)
         ids, terms = np.arange(len(data)), _terms(estimator, target)
+        score = pytrees.as_argument(self.score)
         subset = np.unique(np.linspace(0, len(data) - 1, min(len(data), SUBSET)).astype(int))
 
         def table(ids: np.ndarray, sweep: int, solver: Solver) -> Columns:
             return self._in_batches(
-                lambda ids: self._rows(estimator, target, data, ids, sweep, solver), ids
+                lambda ids: self._rows(score, estimator, target, data, ids, sweep, solver), ids
             )
 
         gap = estimate.solver_error(table, ids, subset, self.solver, terms)
@@ -302,8 +317,10 @@ class Density:
         return estimate.ode_estimate(table, ids, subset, self.solver, terms, unit, gap, budget)
 
     def _transport(self, x: Examples, t0: float, t1: float) -> Examples:
+        score = pytrees.as_argument(self.score)
+
         def batch(ids: np.ndarray) -> Any:
-            return {"x": _transport(self._partial, x[ids], self.solver, sde=self.sde, t0=t0, t1=t1)}
+            return {"x": _transport(score, x[ids], self.solver, sde=self.sde, t0=t0, t1=t1)}
 
         return self._in_batches(batch, np.arange(len(x)))["x"]
 

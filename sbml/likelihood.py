@@ -47,7 +47,7 @@ from sbml.divergence import Trace
 from sbml.ode import Solver, Stats, velocity
 from sbml.scalars import Number
 from sbml.sdes import SDE
-from sbml.types import Example, Key, Scalar, Score, check_example, check_kind
+from sbml.types import Example, Key, Scalar, Score, check_example, check_kind, in_full_precision
 
 
 class Likelihood(NamedTuple):
@@ -106,6 +106,7 @@ def ode_logp(
     check_kind(solver, Solver, "solver")
     sde.check_time(eps)
     check_example(x)
+    x = in_full_precision(x)
 
     def field(t: Scalar, x: Example) -> Example:
         return velocity(score, sde, x, t)

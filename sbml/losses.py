@@ -132,9 +132,10 @@ def dsm_batch(
     antithetic: the gradient of their mean has less variance than that of two independent rows.
 
     Raises:
-      ValueError: if there is not one scalar time, one key and one sign for each example, ``x`` or
-        ``t`` are not of floating-point numbers, a time is not in [0, T], or a sign is neither +1
-        nor -1. Values are not checked inside ``jit``. At time 0 the loss may not be finite.
+      ValueError: if there is no example, or not one scalar time, one key and one sign for each of
+        them, ``x`` or ``t`` are not of floating-point numbers, a time is not in [0, T], or a sign
+        is neither +1 nor -1. Values are not checked inside ``jit``. At time 0 the loss may not be
+        finite.
     """
     x_t, z, score_key = noisy_batch(sde, x, t, keys, signs)
     scores = batch_score(score)(x_t, t, score_key)
@@ -171,6 +172,8 @@ def _check_rows(x: Batch, t: Anything, keys: Anything, signs: Anything | None) -
         raise ValueError(
             f"x has shape {x.shape}, t {jnp.shape(t)}: give a batch (n, *s) and its times (n,)"
         )
+    if not len(x):
+        raise ValueError(f"x has shape {x.shape}: give at least one example")
     check_key(keys, len(x))
     if signs is None:
         return

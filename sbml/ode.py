@@ -4,8 +4,9 @@
 
 has the same marginals as the SDE, if s is the exact score. The second form is regular where
 alpha = 0. It is used for scores that compute both expectations (``score.predictions``, see
-``sbml.types``); their ODE always ends at T. If alpha(T) = 0, the ODE of other scores ends at the
-SDE's ``largest_time``, and from there to T x is scaled in proportion to sigma.
+``sbml.types``); their ODE ends at the SDE's ``last_regular_time``, which is T unless alpha reaches
+0 with an infinite slope, or with slope 0. If alpha(T) = 0, the ODE of other scores ends at the
+SDE's ``largest_time``. From there to T x is scaled in proportion to sigma.
 
 diffrax solves the ODE in the coordinate u = t^(1/power). Near t = 0 the velocity grows like
 g^2 / sigma (like t^(-1/2) for ``VP``). For power 2, the factor dt/du = 2 u cancels this growth, so
@@ -30,7 +31,16 @@ from sbml import compiler, quadrature, scalars
 from sbml.quadrature import Joint, WithIntegral, beside_integral
 from sbml.scalars import Number
 from sbml.sdes import SDE
-from sbml.types import Array, Example, Scalar, Score, check_example, deterministic, predictor
+from sbml.types import (
+    Array,
+    Example,
+    Scalar,
+    Score,
+    check_example,
+    deterministic,
+    in_full_precision,
+    predictor,
+)
 
 Count = Integer[Array, ""]
 Field = Callable[[Scalar, Example], Example]  # (t, y) -> dy/dt
@@ -175,7 +185,7 @@ def score_of(v: Example, score: Score, sde: SDE, x: Example, t: Scalar) -> Examp
 
 def last_time(score: Score, sde: SDE) -> Number:
     """The time at which the ODE of ``score`` ends: T, or the SDE's ``largest_time``."""
-    return sde.largest_time if predictor(score) is None else sde.T
+    return sde.largest_time if predictor(score) is None else sde.last_regular_time
 
 
 def transport(
@@ -190,6 +200,7 @@ def transport(
       ValueError: if ``x`` is not of floating-point numbers, or an end lies outside [0, T].
     """
     check_example(x)
+    x = in_full_precision(x)
     for t in (t0, t1):
         if not scalars.is_traced(t, sde.T) and not 0 <= t <= sde.T:
             raise ValueError(f"from t={t0} to {t1}: times lie in [0, {sde.T}]")
@@ -233,6 +244,7 @@ def solve(
       ValueError: if ``y`` is not of floating-point numbers, or an end is negative or not finite.
     """
     check_example(y)
+    y = in_full_precision(y)
     method, per_step, once = _method(solver)
     end, stats = _integrate(_in_u(field, solver), method, t0, t1, y, solver)
     return end, stats(per_step, once)
@@ -265,11 +277,13 @@ def solve_with_integral(
     if not scalars.is_traced(t0, t1) and t1 < t0:
         raise ValueError(f"from t={t0} to {t1}: integrals are taken forwards only, swap the ends")
 
+    check_example(y)
+    y = in_full_precision(y)
+
     def joint_in_u(u: Array, y: Array) -> tuple[Array, Array, Array]:
         v, h, w = joint(u**solver.power, y)
         return _slope(u, solver) * v, _slope(u, solver) * h / y.size, w / y.size
 
-    check_example(y)
     method, per_step, _ = _method(solver)
     rates, start = beside_integral(_in_u(field, solver)), (y, jnp.zeros((2,), y.dtype))
     (end, integrals), stats = _integrate(

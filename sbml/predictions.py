@@ -81,14 +81,15 @@ DENOISED: dict[str, Prediction] = {
 class PredictionScore:
     """The score of a network that predicts ``kind``: see :func:`from_prediction`.
 
-    It is a pytree. Its leaves are the numbers of the SDE and, if the network is a pytree, the
-    network's parameters.
+    It is a pytree. Its leaves are the numbers of the SDE, ``data_std`` and, if the network is a
+    pytree, the network's parameters.
     """
 
-    network: Network
+    network: Callable[..., Array]
     kind: str
     sde: Kernel
     data_std: float
+    batched: bool = False
 
     def __call__(self, x: Example, t: Scalar, key: Key | None = None) -> Example:
         """grad_x log p_t(x) of one example, shape ``(*s)``; ``key`` is not used."""
@@ -109,7 +110,10 @@ class PredictionScore:
             network_input = x / jnp.hypot(alpha * self.data_std, sigma)
         if self.kind == "edm":
             label = 0.25 * jnp.log(sigma / alpha)
-        output = of_shape(self.network(network_input, label), x)
+        if self.batched:
+            network_input, label = network_input[None], jnp.asarray(label)[None]
+        output = self.network(network_input, label)
+        output = of_shape(output[0] if self.batched else output, x)
         return tuple(table[self.kind](output, x, alpha, sigma, self.data_std) for table in tables)
 
 
@@ -126,13 +130,19 @@ class PairScore(PredictionScore):
 
 
 def from_prediction(
-    network: Network, kind: str, sde: Kernel, *, data_std: float = 0.5, batched: bool = False
+    network: Callable[..., Array],
+    kind: str,
+    sde: Kernel,
+    *,
+    data_std: float = 0.5,
+    batched: bool = False,
 ) -> PredictionScore:
     """The score (``sbml.types``) of a function that predicts ``kind``.
 
     If alpha(T) = 0, as for ``RectifiedFlow`` and ``Cosine``, the probability-flow ODE of ``x0``,
-    ``velocity`` and ``flow`` runs up to T, and its prior is exact. The ODE of any other prediction
-    ends at ``sde.largest_time``, where alpha / sigma = 1e-3, and the remaining signal is neglected.
+    ``velocity`` and ``flow`` runs up to T, and its prior is exact, if the slope of alpha at T is
+    finite and not 0. The ODE of any other prediction or schedule ends at ``sde.largest_time``,
+    where alpha / sigma = 1e-3, and the remaining signal is neglected.
     For data of mean m, the mean of log p is then too small by 1e-6 |m|^2 / 2 nats, and log p of one
     example has an error of about 1e-3 |m| nats of either sign.
 
@@ -154,5 +164,5 @@ def from_prediction(
     if kind not in NOISE:
         raise ValueError(f"unknown prediction {kind!r}; choose from {', '.join(NOISE)}")
     scalars.check_positive(data_std, "data_std", finite=True)
-    one = (lambda x, t: network(x[None], jnp.asarray(t)[None])[0]) if batched else network
-    return (PairScore if kind in DENOISED else PredictionScore)(one, kind, sde, data_std)
+    cls = PairScore if kind in DENOISED else PredictionScore
+    return cls(network, kind, sde, data_std, bool(batched))

@@ -172,7 +172,7 @@ def dsm_batch(
     x_t, z, score_key = losses.noisy_batch(sde, x, t, keys, signs)
     network = batch_score(score)
     scores, tangent = jax.linearize(lambda x: network(x, t, score_key), x_t)
-    vs = jax.vmap(lambda key: _signs(key, probes, x[0]), out_axes=1)(keys)
+    vs = jax.vmap(lambda key: _signs(key, probes, x_t[0]), out_axes=1)(keys)
     forms = [jax.vmap(jnp.vdot)(v, tangent(v)) for v in vs]
     # ``squared_residual`` needs no gradient of these; stopped here, it is not computed either.
     forms[1:] = map(jax.lax.stop_gradient, forms[1:])

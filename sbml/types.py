@@ -97,6 +97,14 @@ def check_example(x: Anything, t: Anything | None = None, **same: Anything) -> N
             raise ValueError(f"{name} has shape {value.shape}, x {x.shape}: give both the same")
 
 
+def in_full_precision(x: Elementwise) -> Elementwise:
+    """``x`` in JAX's default precision, or its own if that is higher.
+
+    Noise of half precision has another variance than 1, and a solver has that of its times.
+    """
+    return jnp.asarray(x, jnp.promote_types(x.dtype, jnp.result_type(float)))
+
+
 def check_floating(value: Anything | float, name: str) -> None:
     """Check that ``value`` is a floating-point number or an array of them.
 

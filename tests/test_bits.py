@@ -116,3 +116,12 @@ def test_dequantized_values_pass(levels: int) -> None:
     rng = np.random.default_rng(1)
     k = rng.integers(0, levels, (3, 4, 4, 1))
     bits.check_dequantized(bits.to_model(k, rng.uniform(size=k.shape), levels), levels)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_u_of_half_precision_stays_in_its_bin(dtype: str) -> None:
+    pixels, u = np.arange(256, dtype=np.uint8)[:, None], jnp.linspace(0, 1, 50).astype(dtype)[None]
+    x = bits.to_model(pixels, u, 256)
+    assert x.dtype == jnp.float32
+    found = bits.to_pixels(x, 256)
+    np.testing.assert_array_equal(found, np.broadcast_to(pixels, found.shape))

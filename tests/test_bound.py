@@ -8,7 +8,7 @@ from families import FAMILIES
 from jax.scipy.stats import norm
 from scipy import integrate
 
-from sbml import bound, sampling, times
+from sbml import bound, likelihood, sampling, times
 from sbml.bound import Reduction
 from sbml.divergence import Trace
 from sbml.sdes import SDES
@@ -249,3 +249,34 @@ def test_invalid_arguments_are_refused(kwargs, message):
     x = jnp.asarray(arguments.pop("x"))
     with pytest.raises(ValueError, match=message):
         bound.elbo(oracle.gaussian(sde).score, sde, x, jax.random.key(0), **arguments)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+def test_data_of_less_precision_have_noise_of_full_precision(dtype):
+    """With noise of half precision, the bound of an image was far below the truth."""
+    sde, key, u = SDES["vp"](), jax.random.key(0), jnp.linspace(0, 0.99, 8)
+    x = jax.random.normal(jax.random.key(1), (50,)).astype(dtype)
+
+    @jax.jit
+    def terms(x):
+        elbo = bound.elbo(lambda x, t, key: -x, sde, x, key, eps=EPS, u=u)
+        return elbo, bound.prior_kl(sde, x)
+
+    found, expected = terms(x), terms(x.astype(float))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-12), found, expected)
+    assert found[0].total.dtype == float
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+def test_data_of_less_precision_are_solved_in_full_precision(dtype):
+    sde, x = SDES["vp"](), jnp.asarray([0.5, -1.25]).astype(dtype)
+
+    @jax.jit
+    def solve(x):
+        how = {"eps": 1e-3, "trace": Trace("exact")}
+        result = likelihood.ode_logp(lambda x, t, key: -x, sde, x, None, **how)
+        return result.logp, result.z
+
+    for found, expected in zip(solve(x), solve(x.astype(float)), strict=True):
+        np.testing.assert_allclose(found, expected, rtol=1e-12)
+        assert found.dtype == float

@@ -2,6 +2,7 @@
 
 import math
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -148,6 +149,71 @@ def test_data_of_any_precision_are_taken() -> None:
     values = [normal.logp(x.astype(dtype)).values for dtype in (np.float16, np.float32, float)]
     np.testing.assert_array_equal(values[0], values[1])
     np.testing.assert_array_equal(values[0], values[2])
+    half = jnp.asarray(x, jnp.bfloat16)
+    exact = normal.logp(np.asarray(half, float)).values
+    np.testing.assert_array_equal(normal.logp(half).values, exact)
+    eps = sbml.Density(normal.score, VP(), (2, 2), eps=jnp.asarray(EPS)).logp(x).values
+    assert eps.shape == (2,)
+
+
+@pytest.mark.parametrize("made", ["function", "prediction"])
+def test_weights_that_have_changed_are_read_again(made: str) -> None:
+    """The score is -w x, which reads w from elsewhere."""
+    sde, weights, key, x = VP(), {"w": 1.0}, jax.random.key(0), data(2)
+    how = {"eps": EPS, "solver": Solver("heun", fixed_steps=3)}
+    score = {
+        "function": lambda x, t, key: -weights["w"] * x,
+        "prediction": from_prediction(lambda x, t: weights["w"] * sde.std(t) * x, "noise", sde),
+    }[made]
+    now = sbml.Density(score, sde, (2, 2), **how)
+    for w in (1.0, 0.5):
+        weights["w"] = w
+        exact = sbml.Density(jax.tree_util.Partial(scaled, jnp.asarray(w)), sde, (2, 2), **how)
+        for method, *arguments in (("latent", x), ("sample", key, 2), ("logp", x), ("bound", x)):
+            found, expected = (getattr(d, method)(*arguments) for d in (now, exact))
+            if isinstance(found, Estimate):
+                found, expected = found.values, expected.values
+            np.testing.assert_allclose(found, expected, rtol=1e-9)
+
+
+def scaled(w: Array, x: Array, t: Array, key: None) -> Array:
+    return -w * x
+
+
+def test_a_score_with_arrays_is_compiled_once() -> None:
+    calls = []
+
+    def f(w: Array, x: Array, t: Array, key: None) -> Array:
+        calls.append(w)
+        return -w * x
+
+    one = sbml.Density(jax.tree_util.Partial(f, jnp.asarray(1.0)), VP(), (2, 2), eps=EPS)
+    first = one.logp(data(2)).values
+    count = len(calls)
+    np.testing.assert_array_equal(one.logp(data(2)).values, first)
+    assert len(calls) == count
+
+
+def test_a_module_with_activation_functions_among_its_leaves() -> None:
+    class Module(eqx.Module):
+        mlp: eqx.nn.MLP
+
+        def __call__(self, x: Array, t: Array, key: None = None) -> Array:
+            return self.mlp(x)
+
+    module, sde = Module(eqx.nn.MLP(4, 4, 8, 1, key=jax.random.key(0))), VP()
+    x = data(2).reshape(2, 4)
+    for score, function in (
+        (module, lambda x, t, key: module.mlp(x)),
+        (
+            from_prediction(module, "noise", sde),
+            lambda x, t, key: -module.mlp(x) / sde.std(t),
+        ),
+    ):
+        found, expected = (
+            sbml.Density(s, sde, (4,), eps=EPS).logp(x).values for s in (score, function)
+        )
+        np.testing.assert_allclose(found, expected, rtol=1e-9)
 
 
 def made_for(sde: SDE) -> PredictionScore:
@@ -167,6 +233,19 @@ REVERSED = Schedule(lambda t: t, lambda t: 1.001 - t)
         (lambda: density(levels=4).bits_per_dim(data(1)), "pixels are of float64: give integers"),
         (lambda: density(levels=4).bits_per_dim(np.full((1, 2, 2), 4)), r"lie in 4 .. 4: .*0 .. 3"),
         (lambda: density(levels=1), "levels=1: give an integer of 2 to"),
+        (lambda: density(levels=70_000), "levels=70000: give an integer of 2 to 65536"),
+        (
+            lambda: density(levels=1000).sample(jax.random.key(0), 1),
+            "levels=1000: give an integer of 2 to 256",
+        ),
+        (
+            lambda: density(levels=8, solver=Solver(max_steps=2)).sample(jax.random.key(0), 3),
+            "3 of 3 samples are not finite, with solver=.*larger max_steps",
+        ),
+        (
+            lambda: sbml.Density(gaussian().score, VP(jnp.asarray(0.1)), (2,)),
+            "contains arrays or lists.*tuples of floats",
+        ),
         (lambda: density(batch_size=0), "batch_size=0"),
         (lambda: density(eps=2.0), r"must lie in \(0, 1.0\)"),
         (lambda: sbml.Density(gaussian().score, VP(), (2, 0)), r"shape=\(2, 0\)"),

@@ -370,6 +370,19 @@ def test_a_network_of_batches_is_called_with_one() -> None:
     np.testing.assert_allclose(one(x, t), many(x, t), rtol=1e-12)
 
 
+def test_parameters_of_a_network_of_batches_have_gradients() -> None:
+    net, x = jax.tree_util.Partial(lambda w, x, t: w * x, jnp.asarray(0.5)), jnp.ones(2)
+    gradients = [
+        jax.grad(lambda score: jnp.sum(score(x, jnp.asarray(0.3))))(
+            from_prediction(net, "noise", SDES["vp"](), batched=batched)
+        )
+        for batched in (False, True)
+    ]
+    single, batched = map(jax.tree.leaves, gradients)
+    np.testing.assert_allclose(batched, single, rtol=1e-12)
+    assert len(single) == 4 and single[0] != 0
+
+
 def test_what_cannot_be_is_refused() -> None:
     sde = SDES["vp"]()
     with pytest.raises(ValueError, match="unknown prediction 'v'; choose from noise, score, x0"):

@@ -50,17 +50,28 @@ LEAST_LOG_SNR = 2 * math.log(1e-3)
 # The signal counts as vanished below this log-SNR, where alpha / sigma is 3e-7, float32's rounding.
 VANISHED = -30.0
 
+# At alpha = 0 the slope of alpha counts as 0 below this multiple of sigma / T.
+LEAST_SLOPE = 1e-3
+
 # Methods of a time t, which may be an array of any shape.
 OF_TIMES = ("mean_coef", "std", "log_snr", "rate", "drift_coef", "diffusion", "slopes")
 
 
 def _of_times(method: Callable[..., Any]) -> Callable[..., Any]:
-    """``method`` with a check of its times, so that no formula needs one of its own."""
+    """``method`` with a check of its times and of its result's shape, so that no formula needs one
+    of its own."""
 
     @functools.wraps(method)
     def checked(self: Any, t: Elementwise) -> Any:
         self.check_times(t, math.inf)
-        return method(self, t)
+        values = method(self, t)
+        for value in values if isinstance(values, tuple) else (values,):
+            if np.shape(value) != np.shape(t):
+                raise ValueError(
+                    f"{type(self).__name__}.{method.__name__} returned shape {np.shape(value)} for "
+                    f"times of shape {np.shape(t)}: a coefficient is one number for each time"
+                )
+        return values
 
     return checked
 
@@ -73,7 +84,8 @@ class Kernel(abc.ABC):
     under ``jit``. It is also a pytree whose numbers are leaves (``sbml.pytrees``), so it can be an
     argument of ``jit`` and ``grad`` too. Its methods are elementwise in the time ``t`` in
     (0, ``T``], of any shape. They raise a ValueError for times that are negative or not
-    floating-point numbers; this check is added to the methods of every subclass. Times above T
+    floating-point numbers, and for a result of another shape than the times; these checks are added
+    to the methods of every subclass. Times above T
     pass, because the last level of a discrete-time model (``Levels``) can be noisier than x_T, and
     its time label is then above T. A single example ``x`` has any shape ``(*s)``, and its time is a
     scalar.
@@ -176,8 +188,8 @@ class SDE(Kernel):
         """Check ``eps``, the lower end of the integral over time, and return it.
 
         Raises:
-          ValueError: if it is not in (0, largest_time), or if the log-SNR does not decrease from
-            there to ``largest_time``.
+          ValueError: if it is not in (0, largest_time), or if the log-SNR is not finite there or
+            does not decrease from there to ``largest_time``.
         """
         super().check_time(eps, name)
         if _are_numbers(eps, self):
@@ -203,6 +215,16 @@ class SDE(Kernel):
         if _are_numbers(self):
             return _cached_largest_time(self, jnp.result_type(float))
         return _largest_time(self)
+
+    @property
+    def last_regular_time(self) -> Number:
+        """T, or ``largest_time`` if alpha(T) = 0 and x_T and its velocity do not determine x_0.
+
+        They do if both slopes are finite and alpha'(T) is not 0.
+        """
+        if _are_numbers(self):
+            return _cached_last_regular_time(self, jnp.result_type(float))
+        return _last_regular_time(self)
 
     @property
     def stretch(self) -> Number:
@@ -290,6 +312,24 @@ def _cached_largest_time(sde: SDE, dtype: jnp.dtype) -> float:
     return _largest_time(sde)
 
 
+def _last_regular_time(sde: SDE) -> Number:
+    def end() -> Array:
+        last = jnp.asarray(sde.T, float)
+        (mean_slope, std_slope), std = sde.slopes(last), sde.std(last)
+        determined = jnp.abs(mean_slope) * sde.T > LEAST_SLOPE * std
+        regular = determined & jnp.isfinite(mean_slope) & jnp.isfinite(std_slope)
+        vanished = sde.log_snr(last) <= VANISHED
+        return jnp.where(vanished & ~regular, sde.largest_time, last)
+
+    return scalars.constant(end)
+
+
+@functools.lru_cache(maxsize=256)
+def _cached_last_regular_time(sde: SDE, dtype: jnp.dtype) -> float:
+    """:func:`_last_regular_time`, computed once for each precision ``dtype``."""
+    return _last_regular_time(sde)
+
+
 @functools.lru_cache(maxsize=256)
 def _check_decrease(sde: SDE, eps: float, dtype: jnp.dtype) -> None:
     """Check once for each precision ``dtype`` that the log-SNR decreases from ``eps`` on.
@@ -299,6 +339,11 @@ def _check_decrease(sde: SDE, eps: float, dtype: jnp.dtype) -> None:
     """
     with jax.ensure_compile_time_eval():
         first, last = (float(sde.log_snr(jnp.asarray(t, dtype))) for t in (eps, sde.largest_time))
+    if not math.isfinite(first):
+        raise ValueError(
+            f"{sde}: its log-SNR is {first} at t={eps}, because sigma or alpha is rounded to 0 "
+            "there: choose a larger smallest time, or write them without cancellation"
+        )
     if not first > last:
         raise ValueError(
             f"{sde}: its log-SNR is {first} at t={eps} and {last} at t={sde.largest_time}, but it "

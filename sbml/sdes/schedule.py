@@ -6,7 +6,7 @@ from collections.abc import Callable
 import jax.numpy as jnp
 
 from sbml.sdes._kernel import SDE
-from sbml.types import Elementwise
+from sbml.types import Elementwise, Numbers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,7 +43,14 @@ class Schedule(SDE):
             raise ValueError(f"smallest_time={self.smallest_time}: must lie in (0, {self.T})")
 
     def mean_coef(self, t: Elementwise) -> Elementwise:
-        return jnp.broadcast_to(self.alpha(t), jnp.shape(t))
+        return _like(self.alpha(t), t)
 
     def std(self, t: Elementwise) -> Elementwise:
-        return jnp.broadcast_to(self.sigma(t), jnp.shape(t))
+        return _like(self.sigma(t), t)
+
+
+def _like(value: Numbers | float, t: Elementwise) -> Elementwise:
+    """``value``, which may be a constant or an integer, in the shape and precision of ``t``."""
+    value = jnp.asarray(value)
+    value = value if jnp.issubdtype(value.dtype, jnp.floating) else value.astype(jnp.result_type(t))
+    return jnp.broadcast_to(value, jnp.shape(t)) if not value.ndim else value

@@ -5,6 +5,7 @@ Of a run that has a checkpoint, --workdir=DIR alone is enough: its config is in 
 """
 
 import importlib
+import os
 import pathlib
 import pkgutil
 import runpy
@@ -23,6 +24,7 @@ from sbml.experiment.config import check_overrides
 from sbml.experiment.fields import choices_in
 from sbml.experiment.training import Training
 from sbml.runtime import cpu, refusals, sharding
+from sbml.runtime.preemption import Preemption
 from sbml.runtime.workdir import Workdir
 
 # The names of the files in ``modes``. A mode is imported only when it is needed, so that a wrong
@@ -131,9 +133,14 @@ def _locate_configs(arguments: list[str]) -> None:
         flag, equals, value = argument.partition("=")
         if flag in ("-config", "--config"):
             if equals:
-                arguments[i] = f"{flag}={catalogue.path_of(value)}"
+                arguments[i] = f"{flag}={_path_of(value)}"
             elif i + 1 < len(arguments):
-                arguments[i + 1] = catalogue.path_of(arguments[i + 1])
+                arguments[i + 1] = _path_of(arguments[i + 1])
+
+
+def _path_of(config: str) -> str:
+    """The path of a config, which may be named by its file's name or begin with ~."""
+    return os.path.expanduser(catalogue.path_of(config))
 
 
 def check_config_file(config: str) -> None:
@@ -246,7 +253,12 @@ def _main(arguments: Sequence[str]) -> None:
     workdir.path.mkdir(parents=True, exist_ok=True)
     sharding.check_shared(workdir.path)
     print(f"{', '.join(chosen)} in {workdir}")
-    for mode in chosen:
+    preemption = Preemption()
+    for i, mode in enumerate(chosen):
+        if i and jax.process_count() > 1:
+            # Process 0 writes after the others have returned, and the next mode reads it.
+            sharding.barrier(f"mode {i}")
+            preemption.leave_if_requested(f"{', '.join(chosen[:i])} done")
         module = module_of(mode)
         config = architecture.of_workdir(CONFIG.value, workdir)
         module.run(config, workdir, **_flags_of(module))

@@ -10,7 +10,8 @@ from sbml.modes import compare
 from sbml.report import comparison
 from sbml.report.comparison import Run
 from sbml.report.result import Result
-from sbml.runtime.trees import tree_crc32
+from sbml.runtime import metrics
+from sbml.runtime.trees import table_crc32, tree_crc32
 from sbml.runtime.workdir import EVALUATION, PER_IMAGE, QUALITY, SAMPLES, Workdir
 
 IMAGES = {"name": "digits", "split": "test", "count": 50, "shape": [2, 2, 1], "levels": 17}
@@ -94,6 +95,20 @@ def test_samples_of_another_checkpoint_are_not_shown(tmp_path):
     assert Run.read(workdir).samples is None and Run.read(workdir).quality == {}
     workdir.write(SAMPLES, {"images": images + 1, "step": np.asarray(40)})
     assert Run.read(workdir).samples.max() == 1 and Run.read(workdir).quality == {}
+
+
+def test_tables_of_another_evaluation_are_refused_and_the_seconds_are_those_of_its_step(tmp_path):
+    few = np.arange(0, 40, 2)
+    workdir = write(tmp_path / "run", np.arange(50), HARDNESS, few=few)
+    name = "per_image_ode_uniform_k3.npz"
+    tables = {n: table_crc32(workdir.read(n)) for n in (PER_IMAGE, name)}
+    workdir.write(EVALUATION, {**workdir.read(EVALUATION), "tables": tables})
+    rows = [{"step": step, "loss": 1.0, "seconds": 10.0 * step} for step in (20, 40, 60)]
+    (workdir / "metrics.jsonl").write_text("".join(map(metrics._line, rows)))
+    assert Run.read(workdir).seconds == 400.0
+    workdir.write(name, {**workdir.read(name), "id": few + 1})
+    with pytest.raises(ValueError, match="k3.npz is not that of evaluation.json.*evaluate again"):
+        Run.read(workdir)
 
 
 def test_what_cannot_be_compared_is_refused(tmp_path):

@@ -13,6 +13,7 @@ from sbml.evaluation.quality import memorisation
 from sbml.features import digits_classifier
 from sbml.modes import quality, stats
 from sbml.report import summary
+from sbml.runtime.checkpoint import Checkpoints
 from sbml.runtime.files import read_json, write_json, write_npz
 from sbml.runtime.workdir import EVALUATION, NEIGHBOURS, PER_IMAGE, QUALITY, SAMPLES
 
@@ -108,6 +109,21 @@ def test_statistics_are_computed_once_for_each_fingerprint(
     written = kept.stat().st_mtime_ns
     values(config, samples(tmp_path / "w", data.load("digits", "test").images[:9]))
     assert kept.stat().st_mtime_ns == written
+
+
+def test_samples_of_an_earlier_checkpoint_are_compared_aloud(
+    config: ConfigDict,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    workdir = samples(tmp_path / "w", data.load("digits", "test").images[:20])
+    for steps, warned in (([3], False), ([3, 7], True)):
+        monkeypatch.setattr(Checkpoints, "steps", lambda _, steps=steps: steps)
+        values(config, workdir)
+        assert ("of step 3, but the newest checkpoint is of step 7" in caplog.text) == warned
+    assert "20 samples of step 3, by s\n" in capsys.readouterr().out
 
 
 def test_what_is_missing_is_named(config: ConfigDict, tmp_path: Path) -> None:

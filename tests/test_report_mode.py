@@ -17,10 +17,12 @@ import tiny
 from sbml import data
 from sbml import report as reports
 from sbml.modes import report
+from sbml.report import summary
 from sbml.report.progress import Progress
 from sbml.report.result import Result
 from sbml.runtime import lock, metrics
 from sbml.runtime.lock import BusyError
+from sbml.runtime.trees import table_crc32
 from sbml.runtime.workdir import EVALUATION, PER_IMAGE, SAMPLES, Workdir
 
 HOLD = """
@@ -153,15 +155,69 @@ def test_without_a_process_the_training_has_stopped_or_is_complete(
 ) -> None:
     with pytest.raises(ValueError, match="no metrics, no checkpoint and no evaluation to report"):
         report.run(tiny.get_config(), tmp_path)
-    for steps, state in ((39, "training stopped"), (40, "training complete")):
+    for steps, end in ((39, ""), (40, ", no checkpoint")):
         log(tmp_path, steps)
         report.run(tiny.get_config(), tmp_path)
-        line = f"{state}, step {steps} of 40, last loss {4 / steps:.4f}"
+        line = f"training stopped, step {steps} of 40{end}, last loss {4 / steps:.4f}"
         assert line in capsys.readouterr().out and line.capitalize() in shown(tmp_path)[1]
     killed = tmp_path / ".train.json"  # The note of a process that could not remove it.
     killed.write_text("{}")
     (tmp_path / ".train.lock").touch()
     assert Workdir(tmp_path).owner("train") is None
+
+
+def test_a_training_is_complete_once_its_last_step_is_saved() -> None:
+    assert Progress(None, 40, 40, 0.5, 40).line == (
+        "training complete, step 40 of 40, last loss 0.5000"
+    )
+    assert Progress(None, 40, 40, 0.5, 36).line == (
+        "training stopped, step 40 of 40, saved up to step 36, last loss 0.5000"
+    )
+    assert Progress("process 1", 40, 40, 0.5, 36).line == (
+        "training in progress, step 40 of 40, last loss 0.5000"
+    )
+
+
+def test_an_evaluation_of_an_earlier_checkpoint_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    evaluated(tmp_path, {"step": 2, "parameters_crc32": 7})
+    samples(tmp_path, 3)
+    log(tmp_path, 3)
+    monkeypatch.setattr(report, "progress_of", lambda *_: Progress(None, 3, 3, 0.5, checkpoint=3))
+    report.run(tiny.get_config(), tmp_path)
+    warning = "the results are those of step 2, but the newest checkpoint is of step 3: evaluate"
+    numbers, text = shown(tmp_path)
+    assert warning in caplog.text and warning in text
+    modes = {name: command.rpartition("=")[2] for name, command in numbers["missing"].items()}
+    assert modes == {
+        **{"results": "eval", "samples": "eval,sample", "quality": "eval,sample,quality"}
+    }
+
+
+@pytest.mark.parametrize("failing", ["table", "images"])
+def test_a_report_that_cannot_be_made_stays_as_it_is(
+    failing: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A later evaluation had written its table when it was interrupted; images are gone."""
+    evaluated(tmp_path, {"step": 2, "parameters_crc32": 7})
+    workdir, images = Workdir(tmp_path), data.load("digits", "test", data.Options())
+    evaluation, columns = workdir.read(EVALUATION), workdir.read(PER_IMAGE)
+    workdir.write(EVALUATION, {**evaluation, "tables": {PER_IMAGE: table_crc32(columns)}})
+
+    def load(split: str) -> data.ImageSet:
+        if failing == "images":
+            raise ValueError("no such folder")
+        return images
+
+    if failing == "table":
+        assert summary.write(workdir, load)
+        bits = columns["ode_uniform_bits_per_dim"]
+        workdir.write(PER_IMAGE, {**columns, "ode_uniform_bits_per_dim": bits + 1e-9})
+        with pytest.raises(ValueError, match="a later evaluation was interrupted.*--mode=eval"):
+            summary.table_of(workdir, workdir.read(EVALUATION))
+    assert not summary.write(workdir, load)
+    assert "the report stays as it is" in caplog.text
 
 
 def test_a_config_of_fewer_steps_than_were_trained_claims_no_total() -> None:

@@ -293,6 +293,25 @@ def test_what_is_read_is_what_was_written() -> None:
         Config.read(config).seed = 1  # type: ignore[misc]
 
 
+def test_numbers_of_numpy_in_tuples_become_pythons() -> None:
+    """JSON, in which checkpoints have the config, does not know NumPy's."""
+    config = tiny.get_config()
+    config.data.shape = tuple(np.array([8, 8, 1]))
+    config.eval.num_importance = (np.int64(1), np.int32(2))
+    plain = json.dumps(Config.read(config).plain())
+    assert '"shape": [8, 8, 1]' in plain and '"num_importance": [1, 2]' in plain
+
+
+@pytest.mark.parametrize(("field", "value"), [("path", "/images"), ("crop", "random")])
+def test_fields_of_a_folder_are_for_a_folder(field: str, value: Any) -> None:
+    config = tiny.get_config()
+    config.data[field] = value
+    with pytest.raises(ValueError, match=f"data.{field}=.* with data.source=digits: only a folder"):
+        Config.read(config)
+    config.data.update(source="image_folder", levels=256)
+    assert Config.read(config).data.options
+
+
 def test_the_defaults_of_a_config_are_those_of_its_sections() -> None:
     assert Config.read(default()) == Config()
     assert default().is_locked

@@ -5,7 +5,12 @@ import pytest
 import tiny
 
 from sbml.experiment import build
-from sbml.experiment.trained import check_score, check_training, unseen_times
+from sbml.experiment.trained import (
+    check_score,
+    check_training,
+    unseen_times,
+    warn_if_trained_otherwise,
+)
 
 
 @pytest.mark.parametrize("sde", ["vp", "subvp", "ve", "linear_gamma"])
@@ -88,3 +93,14 @@ def test_a_checkpoint_with_other_bins_of_times_is_named_by_the_field() -> None:
     config.training.proposal_bins = 16
     with pytest.raises(ValueError, match=r"^training\.proposal_bins is 16, the checkpoint's is 32"):
         check_training(build.Experiment(config).config, metadata)
+
+
+def test_a_dequantizer_that_is_trained_with_other_times_says_so(caplog):
+    told = []
+    for change in ({}, {"training": {"times": "iid"}, "eval": {"smallest_time": 0.1}}):
+        config = tiny.get_config()
+        config.update(change)
+        told.append({"config": build.Experiment(config).to_plain()})
+    warn_if_trained_otherwise(*told, "dequantizer.")
+    assert "training.times lattice -> iid" in caplog.text
+    assert "eval.smallest_time None -> 0.1" in caplog.text

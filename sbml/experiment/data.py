@@ -55,8 +55,8 @@ class Data(Section):
     validation: float = real(0.0, least=0, below=COUNT)
 
     def check(self) -> None:
-        """Check that a folder's images are square with 256 levels, and that ``validation`` is a
-        fraction or a whole number."""
+        """Check that a folder's images are square with 256 levels, that other sources have no
+        path and crop of a folder, and that ``validation`` is a fraction or a whole number."""
         height, width, channels = self.shape
         if self.source == "image_folder" and (height != width or self.levels != 256):
             raise ValueError(
@@ -64,6 +64,14 @@ class Data(Section):
                 "a folder are made square, of 256 levels; set "
                 "--config.data.shape=SIZE,SIZE,CHANNELS --config.data.levels=256"
             )
+        if self.source != "image_folder":
+            for field in ("path", "crop"):
+                if getattr(self, field) != getattr(type(self), field):
+                    raise ValueError(
+                        f"data.{field}={getattr(self, field)} with data.source={self.source}: only "
+                        "a folder of images has it; set --config.data.source=image_folder, or "
+                        "leave it out"
+                    )
         if self.validation >= 1 and self.validation % 1:
             needs = "a fraction below 1 or a whole number of images"
             raise refusal(self.name_of("validation"), self.validation, needs)

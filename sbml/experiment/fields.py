@@ -24,6 +24,8 @@ import typing
 from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any, ClassVar, NamedTuple, Self
 
+import numpy as np
+
 # Counts are below this limit, since steps, images and draws are int32 numbers on the devices.
 COUNT = 2**31
 
@@ -225,7 +227,10 @@ def check_owned(section: str, values: Mapping[str, Any], owner: type[Any]) -> No
 
 
 def as_tuples(value: Any) -> Any:
-    """``value`` with tuples in place of lists, which JSON has for both."""
+    """``value`` with tuples in place of lists, which JSON does not tell apart, and with Python's
+    numbers in place of NumPy's, which JSON does not have."""
+    if isinstance(value, np.generic):
+        return value.item()
     return tuple(map(as_tuples, value)) if isinstance(value, list | tuple) else value
 
 

@@ -159,7 +159,10 @@ def warn_if_trained_otherwise(metadata: Metadata, ours: Metadata, field: str) ->
         data = {f"data.{k}": config["data"][k] for k in ("dequantization", "flip")}
         model = parent(config)["model"]
         network = {f"{field}model.{k}": model.get(k) for k in ("dropout", "dtype", "clipped")}
-        return {"seed": config["seed"], **data, **network, **values}
+        # A dequantizer's loss is the bound with the times and the smallest time of these fields.
+        fields_of_bound = (("training", "times"), ("eval", "smallest_time")) if field else ()
+        bound = {f"{s}.{k}": config[s].get(k) for s, k in fields_of_bound}
+        return {"seed": config["seed"], **data, **network, **bound, **values}
 
     before, now = settings(metadata["config"]), settings(ours["config"])
     changed = [f"{k} {before.get(k)} -> {v}" for k, v in now.items() if before.get(k) != v]

@@ -117,8 +117,10 @@ class _Trainer:
     def __init__(self, task: Task, checkpoints: Checkpoints) -> None:
         training = task.training
         field = f"{task.field}training"
-        parts = training.accumulate * task.repeats
-        sharding.check_divides(f"{field}.batch_size", training.batch_size, parts)
+        parts = {f"{field}.accumulate": training.accumulate}
+        if task.repeats > 1:
+            parts["rows of an image (antithetic noises)"] = task.repeats
+        sharding.check_divides(f"{field}.batch_size", training.batch_size, **parts)
         if training.batch_size > (largest := len(task.images) * task.repeats):
             raise ValueError(
                 f"{field}.batch_size={training.batch_size} takes "

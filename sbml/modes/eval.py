@@ -30,7 +30,7 @@ from sbml.intervals import mean_interval
 from sbml.report import summary
 from sbml.report.result import Result
 from sbml.runtime.checkpoint import Restored
-from sbml.runtime.trees import tree_crc32
+from sbml.runtime.trees import table_crc32, tree_crc32
 from sbml.runtime.versions import versions
 from sbml.runtime.workdir import EVALUATION, PER_IMAGE, Workdir
 
@@ -172,16 +172,17 @@ def _warnings(
     warnings += _training_mismatch(restored, train, shared.experiment.eval_eps)
     for name, dequantizer in dequantizations.items():
         warnings += _dequantizer_mismatch(restored, name, dequantizer)
-    for split in (images, train):
+    for split in {images.split: images, train.split: train}.values():
         if split.skipped:
-            paths = "; ".join(split.skipped)
-            warnings.append(f"{len(split.skipped)} {split.split} files are not used: {paths}")
+            paths, count = "; ".join(split.skipped), len(split.skipped)
+            files = "file is" if count == 1 else "files are"
+            warnings.append(f"{count} {split.split} {files} not used: {paths}")
     if (count := len(shared.ids())) < len(images):
         sample = "the first" if shared.experiment.config.eval.in_order else "a random sample of"
         warnings.append(f"{sample} {count} of {len(images)} images (eval.max_images)")
     # If the images have scenes, the caution is about the interval, which is not of these images.
     cautions = [images.caution, train.caution if train.scenes is None else ""]
-    return [*warnings, *filter(None, cautions)]
+    return [*warnings, *filter(None, dict.fromkeys(cautions))]
 
 
 def as_trained(asked: dict[str, Any], trained: dict[str, Any]) -> dict[str, Any]:
@@ -197,33 +198,38 @@ def as_trained(asked: dict[str, Any], trained: dict[str, Any]) -> dict[str, Any]
 
 def _fill(
     shared: Evaluation, defined: list[Cell], dequantizations: dict[str, Dequantization]
-) -> tuple[cells.Table, list[Result]]:
-    """One per-image table with the columns of all cells, and the result of each cell.
+) -> tuple[dict[str, cells.Table], list[Result]]:
+    """The per-image tables by the names of their files, and the result of each cell.
 
-    A cell with fewer images than others, such as one with K > 1, has a table of its own on disk.
-    Tables of an earlier evaluation are deleted.
+    One table has the columns of all cells with as many images. A cell with fewer images than
+    others, such as one with K > 1, has a table of its own.
     """
-    results, written = [], {PER_IMAGE}
+    results = []
     # All cells are set up before the first is computed, so that errors appear within seconds.
     cell_runs = [CellRun(shared, cell, dequantizations[cell.dequantizer]) for cell in defined]
-    tables: cells.Table = {"id": max((run.ids for run in cell_runs), key=len)}
+    shared_table: cells.Table = {"id": max((run.ids for run in cell_runs), key=len)}
+    tables = {PER_IMAGE: shared_table}
     for cell, cell_run in zip(defined, cell_runs, strict=True):
         number = cell_run.finish()
         results.append(cell_run.result(number))
         print(results[-1].line)
         columns = {**number.terms, "bits_per_dim": number.values, "nfe": number.nfe}
         named = {f"{cell.name}_{name}": column for name, column in columns.items()}
-        if np.array_equal(cell_run.ids, tables["id"]):
-            tables.update(named)
-            continue
-        written.add(f"per_image_{cell.name}.npz")
-        if jax.process_index() == 0:
-            shared.workdir.write(f"per_image_{cell.name}.npz", {"id": cell_run.ids, **named})
-    if jax.process_index() == 0:
-        for path in shared.workdir.path.glob("per_image*.npz"):
-            if path.name not in written:
-                path.unlink()
+        if np.array_equal(cell_run.ids, shared_table["id"]):
+            shared_table.update(named)
+        else:
+            tables[f"per_image_{cell.name}.npz"] = {"id": cell_run.ids, **named}
     return tables, results
+
+
+def _write(workdir: Workdir, tables: dict[str, cells.Table], evaluation: dict[str, Any]) -> None:
+    """Write the tables and then the evaluation that names them; delete those of an earlier one."""
+    for name, columns in tables.items():
+        workdir.write(name, columns)
+    workdir.write(EVALUATION, report.strict(evaluation))
+    for path in workdir.path.glob("per_image*.npz"):
+        if path.name not in tables:
+            path.unlink()
 
 
 def run(config: ConfigDict, workdir: epath.PathLike) -> None:
@@ -264,8 +270,9 @@ def _run(experiment: Experiment, workdir: Workdir) -> None:
         cells.check_first_batch(shared, dequantizer)
     warnings = _warnings(shared, train, dequantizations)
     tables, results = _fill(shared, defined, dequantizations)
+    shared_table = tables[PER_IMAGE]
     if images.ids:
-        tables["name"] = np.asarray(images.ids)[tables["id"]]
+        shared_table["name"] = np.asarray(images.ids)[shared_table["id"]]
     warnings += [warning for result in results for warning in result.warnings(images.ids)]
     for warning in warnings:
         logging.warning(warning)
@@ -274,7 +281,7 @@ def _run(experiment: Experiment, workdir: Workdir) -> None:
         "title": workdir.name,
         "results": [result.plain() for result in results],
         **({"undefined": undefined} if undefined else {}),
-        "baselines": _baselines(train, images, tables["id"]),
+        "baselines": _baselines(train, images, shared_table["id"]),
         **({"baselines_left_out": left_out} if left_out else {}),
         "warnings": warnings,
         "model": {"name": config.model.name, "parameters": experiment.parameter_count()},
@@ -284,12 +291,12 @@ def _run(experiment: Experiment, workdir: Workdir) -> None:
         },
         "data": {"train": train.fingerprint, config.eval.split: images.fingerprint},
         "config": as_trained(experiment.to_plain(), restored.metadata["config"]),
+        "tables": {name: table_crc32(columns) for name, columns in tables.items()},
         "command": shlex.join(["python", "-m", "sbml.main", *sys.argv[1:]]),
         "versions": versions(),
     }
     if jax.process_index() == 0:
-        workdir.write(PER_IMAGE, tables)
-        workdir.write(EVALUATION, report.strict(evaluation))
+        _write(workdir, tables, evaluation)
         summary.write(workdir, lambda _: images)
     # The time is only printed, so that a resumed evaluation writes the same files as one without
     # interruption.

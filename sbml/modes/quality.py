@@ -28,6 +28,16 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
     experiment, workdir = Experiment(config), Workdir(workdir)
     extract = extractor(config)
     content = workdir.read(SAMPLES)
+    step, newest = (
+        int(content["step"]),
+        experiment.config.training.checkpoints(workdir).steps()[-1:],
+    )
+    if newest and newest[0] != step:
+        logging.warning(
+            "%s is of step %d, but the newest checkpoint is of step %d: to compare that, draw new "
+            "samples (--mode=sample,quality)",
+            *(workdir / SAMPLES, step, newest[0]),
+        )
     if failed := int(np.sum(content["failed"])):
         logging.warning("%d of %d samples are not finite", failed, len(content["images"]))
     if len(content["images"]) < 2:
@@ -57,10 +67,11 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
         return
     values |= distances_to_training
     images_crc32 = tree_crc32(content["images"])
-    result = {"step": int(content["step"]), "images_crc32": images_crc32, "values": values}
+    result = {"step": step, "images_crc32": images_crc32, "values": values}
     workdir.write(QUALITY, report.strict(result))
     picture = samples.grid(experiment, rows, columns=len(rows) // 2)
     report.write_png(workdir / NEIGHBOURS, picture)
     summary.write(workdir, experiment.config.data.images)
+    print(f"{n} samples of step {step}, by {content['sampler']}")
     for name, value in values.items():
         print(f"{name}: {value:.4g}")

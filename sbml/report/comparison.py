@@ -24,7 +24,7 @@ from sbml.intervals import mean_interval
 from sbml.report import images, page, plots, summary
 from sbml.report.result import Result
 from sbml.runtime import metrics
-from sbml.runtime.workdir import EVALUATION, PER_IMAGE, Workdir
+from sbml.runtime.workdir import EVALUATION, Workdir
 
 COLUMNS, ROWS = 8, 4  # of a grid of samples
 
@@ -60,13 +60,15 @@ class Run:
         """
         evaluation = workdir.read(EVALUATION)
         results = {r.name: r for r in map(Result.read, evaluation["results"])}
-        shared = workdir.read(PER_IMAGE)
+        shared = summary.table_of(workdir, evaluation)
         bits = {}
         for name, result in results.items():
             column = f"{result.column}_bits_per_dim"
-            table = shared if column in shared else workdir.read(f"per_image_{result.column}.npz")
+            own = f"per_image_{result.column}.npz"
+            table = shared if column in shared else summary.table_of(workdir, evaluation, own)
             bits[name] = table["id"], table[column]
-        rows = metrics.read(workdir)
+        step = evaluation["checkpoint"]["step"]
+        rows = [row for row in metrics.read(workdir) if row["step"] <= step]
         drawn = summary.samples_of(workdir, evaluation["checkpoint"])
         quality = None if drawn is None else summary.quality_of(workdir, drawn)
         return cls(

@@ -81,7 +81,7 @@ def _evaluation(
         "uncounted": _uncounted(report, bits),
         "results": {
             "headline": _headline(results[0]),
-            "versus": _versus(results[0], baselines),
+            "versus": _versus(results[0], baselines if results[0].get("n") == len(ids) else []),
             "comparison": _comparison(results, baselines, report.get("baselines_left_out", {})),
             "columns": columns,
             "rows": rows,

@@ -33,7 +33,7 @@ class Progress:
             return "training in progress"
         if self.step is None:
             return "not trained yet"
-        return "training stopped" if self.step < self.num_steps else "training complete"
+        return "training complete" if self._saved >= self.num_steps else "training stopped"
 
     @property
     def _reached(self) -> str:
@@ -41,7 +41,15 @@ class Progress:
             return ""
         if self.step > self.num_steps:  # The config may be that of an earlier, shorter training.
             return f"step {self.step:,}"
-        return f"step {self.step:,} of {self.num_steps:,}"
+        reached = f"step {self.step:,} of {self.num_steps:,}"
+        if self.owner is None and self._saved < self.step == self.num_steps:
+            saved = f"saved up to step {self._saved:,}" if self._saved else "no checkpoint"
+            return f"{reached}, {saved}"
+        return reached
+
+    @property
+    def _saved(self) -> int:
+        return self.checkpoint or 0
 
     @property
     def _loss(self) -> str:

@@ -23,7 +23,7 @@ from sbml import report
 from sbml.data import ImageSet
 from sbml.runtime import metrics
 from sbml.runtime.files import read_png
-from sbml.runtime.trees import tree_crc32
+from sbml.runtime.trees import table_crc32, tree_crc32
 from sbml.runtime.workdir import (
     EVALUATION,
     NEIGHBOURS,
@@ -48,8 +48,8 @@ def write(
 
     Args:
       workdir: the work directory.
-      load: a function from a split to its images. If they are not those that were evaluated, a
-        warning is logged and the report is not written.
+      load: a function from a split to its images. If they cannot be loaded, or are not those that
+        were evaluated, a warning is logged and the report is not written.
       known: ``model``, ``config`` and ``training`` (``report.progress``) of a run that may have no
         evaluation. The report then also lists what is missing.
       rows: the rows of the metrics; None to read them.
@@ -64,8 +64,11 @@ def write(
     evaluation = _evaluation(workdir, load)
     if evaluation is None and (known is None or workdir.has(EVALUATION)):
         return False
-    content, images = evaluation or ({"title": workdir.name, "results": [], "warnings": []}, None)
+    empty = {"title": workdir.name, "results": [], "warnings": []}
+    content, table, images = evaluation or (empty, None, None)
     content = {**(known or {}), **content}
+    if known is not None and evaluation is not None:
+        _warn_if_trained_further(content)
     samples = samples_of(workdir, content.get("checkpoint", {}))
     pictures: list[tuple[str, bytes]] = []
     if samples is not None:
@@ -78,7 +81,7 @@ def write(
     report.write(
         workdir,
         content,
-        table=None if images is None else workdir.read(PER_IMAGE),
+        table=table,
         images=None if images is None else lambda ids: images.images[ids],
         levels=content["config"]["data"]["levels"] if images is None else images.levels,
         curves=metrics.read(workdir) if rows is None else rows,
@@ -90,21 +93,54 @@ def write(
 
 def _evaluation(
     workdir: Workdir, load: Callable[[str], ImageSet]
-) -> tuple[dict[str, Any], ImageSet] | None:
-    """``evaluation.json`` and the images that were evaluated; None if there is no such file, or if
-    ``load`` gives other images."""
+) -> tuple[dict[str, Any], dict[str, Any], ImageSet] | None:
+    """``evaluation.json``, ``per_image.npz`` and the images that were evaluated; None if there is
+    no such file, if ``load`` gives other images or none, or if the table is of another evaluation.
+    """
     if not workdir.has(EVALUATION):
         return None
     evaluation = workdir.read(EVALUATION)
     split = evaluation["results"][0]["split"]
-    images, fingerprint = load(split), evaluation["data"][split]
+    fingerprint = evaluation["data"][split]
+    try:
+        images = load(split)
+    except (ValueError, OSError, ImportError) as error:
+        logging.warning("the images of %s: %s: the report stays as it is", EVALUATION, error)
+        return None
+    try:
+        table = table_of(workdir, evaluation)
+    except OtherEvaluation as error:
+        logging.warning("%s: the report stays as it is", error)
+        return None
     if images.fingerprint == fingerprint:
-        return evaluation, images
+        return evaluation, table, images
     logging.warning(
         "%s is of %s, this config has %s: the report stays as it is",
         *(workdir / EVALUATION, fingerprint, images.fingerprint),
     )
     return None
+
+
+class OtherEvaluation(ValueError):
+    """A table of the work directory does not belong to its evaluation."""
+
+
+def table_of(
+    workdir: Workdir, evaluation: Mapping[str, Any], name: str = PER_IMAGE
+) -> dict[str, Any]:
+    """The columns of the table ``name`` of ``evaluation``, which is ``evaluation.json``.
+
+    Raises:
+      OtherEvaluation: the table is of a later evaluation, which was interrupted.
+      ValueError: the file is damaged.
+    """
+    columns = workdir.read(name)
+    if evaluation.get("tables", {}).get(name) in (None, table_crc32(columns)):
+        return columns
+    raise OtherEvaluation(
+        f"{workdir / name} is not that of {EVALUATION}, because a later evaluation was interrupted "
+        f"while it wrote its files: evaluate again (--workdir={workdir} --mode=eval)"
+    )
 
 
 def samples_of(workdir: Workdir, checkpoint: Mapping[str, int]) -> dict[str, Any] | None:
@@ -133,6 +169,25 @@ def quality_of(workdir: Workdir, samples: Mapping[str, Any]) -> dict[str, float]
         logging.warning("%s is of other samples: left out", workdir / QUALITY)
         return None
     return quality["values"]
+
+
+def _trained_further(content: Mapping[str, Any]) -> bool:
+    """Whether there is a newer checkpoint than the one that was evaluated."""
+    newest = content.get("training", {}).get("checkpoint")
+    return "checkpoint" in content and (newest or 0) > content["checkpoint"]["step"]
+
+
+def _warn_if_trained_further(content: dict[str, Any]) -> None:
+    """Add a warning to ``content``, and log it, if there is a newer checkpoint than its own."""
+    if not _trained_further(content):
+        return
+    evaluated, newest = content["checkpoint"]["step"], content["training"]["checkpoint"]
+    warning = (
+        f"the results are those of step {evaluated}, but the newest checkpoint is of step "
+        f"{newest}: evaluate it (--mode=eval)"
+    )
+    logging.warning("%s", warning)
+    content["warnings"] = [warning, *content["warnings"]]
 
 
 def _describe_samples(samples: Mapping[str, Any], content: dict[str, Any]) -> None:
@@ -175,7 +230,11 @@ def _missing(workdir: Workdir, content: Mapping[str, Any]) -> dict[str, str]:
     """The parts that ``content`` lacks, each with the command that makes it."""
     modes = {"results": "eval", "samples": "sample", "quality": "quality"}
     missing = {name: mode for name, mode in modes.items() if not content.get(name)}
-    if "samples" in missing and "quality" in missing:
+    if _trained_further(content):
+        # What is there belongs to the newest checkpoint, and is shown beside its evaluation.
+        before = {"results": "eval", "samples": "eval,sample", "quality": "eval,sample,quality"}
+        missing = {name: before[name] for name in ("results", *missing)}
+    elif "samples" in missing and "quality" in missing:
         missing["quality"] = "sample,quality"
     command = f"python -m sbml.main --workdir={shlex.quote(str(workdir))} --mode="
     return {name: command + mode for name, mode in missing.items()}

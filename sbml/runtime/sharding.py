@@ -5,6 +5,7 @@ computation is written for the *global* batch and gives the same result on one d
 one process or many; the mathematics contains no axis name.
 """
 
+import math
 import time
 from collections.abc import Callable
 from typing import Any
@@ -117,20 +118,24 @@ def abstract(
     )
 
 
-def check_divides(name: str, size: int, parts_each: int = 1) -> None:
-    """Check that a batch of ``size`` divides into ``parts_each`` equal parts on each device.
+def check_divides(name: str, size: int, **parts_each: int) -> None:
+    """Check that a batch of ``size`` divides into equal parts on each device.
+
+    Args:
+      name: the name of the size.
+      parts_each: the numbers, by name, whose product is the number of parts on each device.
 
     Raises:
       ValueError: it does not; the message names the nearest possible sizes.
     """
-    parts = jax.device_count() * parts_each
+    parts = math.prod([jax.device_count(), *parts_each.values()])
     if size < 1 or size % parts:
         lower = size // parts * parts
         choices = f"{lower} or {lower + parts}" if lower else f"{parts}"
         raise ValueError(
-            f"{name}={size} is not a positive multiple of {parts} "
-            f"({jax.device_count()} devices x {parts_each}, which is training.accumulate times the "
-            f"rows of an image, two with antithetic noises); use {choices}"
+            f"{name}={size} is not a positive multiple of {parts} = {jax.device_count()} devices"
+            + "".join(f" x {count} {what}" for what, count in parts_each.items())
+            + f"; use {choices}"
         )
 
 

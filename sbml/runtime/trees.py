@@ -1,4 +1,4 @@
-"""Pytrees of arrays: the CRC32 of a pytree, and the differences of two pytrees."""
+"""Pytrees of arrays: the CRC32 of a pytree or a table, and the differences of two pytrees."""
 
 import json
 import zlib
@@ -50,3 +50,13 @@ def leaf_crc32(leaf: jax.Array) -> int:
     elif not leaf.is_fully_addressable:
         leaf = multihost_utils.process_allgather(leaf, tiled=True)
     return zlib.crc32(np.ascontiguousarray(leaf).reshape(-1).view(np.uint8).data)
+
+
+def table_crc32(columns: Mapping[str, np.ndarray]) -> int:
+    """One CRC32 of named NumPy arrays of any types, with their names, types and shapes."""
+    crc32 = 0
+    for name in sorted(columns):
+        column = np.asarray(columns[name])
+        crc32 = zlib.crc32(f"{name} {column.dtype} {column.shape}".encode(), crc32)
+        crc32 = zlib.crc32(column.tobytes(), crc32)
+    return crc32

@@ -23,7 +23,6 @@ from sbml.evaluation.samples import grid
 from sbml.experiment.build import Experiment
 from sbml.ode import Solver, transport
 from sbml.runtime import sharding
-from sbml.runtime.preemption import Preemption
 from sbml.runtime.workdir import LATENTS, Workdir
 from sbml.samplers import FixedSteps
 from sbml.samplers.known import GREY_FIRST, complete
@@ -116,16 +115,8 @@ def _run(experiment: Experiment, workdir: Workdir) -> None:
     # such term here, so the tolerances are ten times smaller.
     solver = experiment.eval_solver.tighter(10)
     ode = {"sde": experiment.sde, "eps": experiment.eval_eps, "solver": solver}
-    preemption = Preemption()
-
-    def leave_if_requested() -> None:
-        if jax.process_count() > 1:  # A single process is ended by the signal itself.
-            preemption.leave_if_requested("nothing was written")
-
     z = encode(score, x, **ode)
-    leave_if_requested()
     reconstruction = decode(score, z, **ode)
-    leave_if_requested()
     error = sharding.to_host(jnp.abs(reconstruction - x).reshape(len(x), -1).max(axis=1))
     z_between = interpolate(z, options.frames).reshape(-1, *config.data.shape)
     interpolation = decode(score, z_between, **{**ode, "eps": experiment.sampling_eps})
@@ -137,7 +128,6 @@ def _run(experiment: Experiment, workdir: Workdir) -> None:
     sde, eps, sampler = experiment.sde, experiment.sampling_eps, options.sampler()
     tasks = {"inpainting": False, **({"colourisation": True} if x.shape[-1] == 3 else {})}
     for name, colours in tasks.items():
-        leave_if_requested()
         new = completions(score, x, sde=sde, eps=eps, sampler=sampler, colours=colours)
         rows = jnp.concatenate([_known_part(x, colours)[:, None], new, x[:, None]], axis=1)
         pictures[name] = rows.reshape(-1, *config.data.shape), rows.shape[1]

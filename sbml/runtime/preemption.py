@@ -15,8 +15,9 @@ class Preemption:
 
     If there are several processes, jax's preemption service receives the signal as long as they
     run, and decides at which step all of them stop, so that no process waits in a collective
-    operation for one that has already stopped. Therefore every long computation must call
-    :meth:`requested`, even outside such a context.
+    operation for one that has already stopped. Therefore every computation that saves on its way
+    must call :meth:`requested`, even outside such a context. The other modes, such as ``latents``
+    and ``quality``, run to their end, and the program stops after them.
     """
 
     # Calls of ``requested`` in this process. The service continues to count from mode to mode.

@@ -214,6 +214,13 @@ def test_a_config_without_the_function_get_config_is_refused(tmp_path: Path) -> 
     assert line.startswith(f"--config={tmp_path / 'empty.py'} has no function get_config(): begin")
 
 
+def test_a_config_in_the_home_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for arguments in (["--config=~/a.py:b"], ["--config", "~/a.py:b"]):
+        main._locate_configs(arguments)
+        assert arguments[-1].removeprefix("--config=") == f"{tmp_path}/a.py:b"
+
+
 def error_of(function: Callable[[], object]) -> BaseException:
     """The error that ``function()`` raises."""
     with pytest.raises(Exception) as caught:

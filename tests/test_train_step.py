@@ -49,3 +49,9 @@ def test_average_is_exponential_and_warmup_starts_at_zero(plain_step):
     expected = jax.tree.map(lambda a, b: 0.9 * a + 0.1 * b, fresh.params, state.params)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, 1e-4, 1e-7), expected,
                  state.ema_params)  # fmt: skip
+
+
+def test_a_batch_that_does_not_divide_names_each_factor():
+    sharding.check_divides("a.batch_size", 12, **{"a.accumulate": 2, "rows": 3})
+    with pytest.raises(ValueError, match=r"a.batch_size=7 .* 6 = 1 devices x 2 a.accumulate x 3 r"):
+        sharding.check_divides("a.batch_size", 7, **{"a.accumulate": 2, "rows": 3})

@@ -15,10 +15,11 @@ neither on the batch size nor on earlier calls.
 
 A score with arrays among its leaves, such as ``jax.tree_util.Partial(f, params)`` or a module, is
 compiled once for each method. Any other function is compiled in each call, because the weights that
-it reads may have changed since the last one.
+it reads may have changed since the last one (``sbml.pytrees.as_argument``).
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -31,9 +32,9 @@ from sbml import bits, estimate, ode, pytrees, sampling, scalars, times
 from sbml.dequantizers import uniform
 from sbml.divergence import Trace, exact_batch
 from sbml.estimate import Columns, Estimate
-from sbml.estimators import Reduction, Rows, Target, bound, rows
+from sbml.estimators import Reduction, Rows, Target, bound
 from sbml.estimators import ode as ode_estimator
-from sbml.estimators.base import Estimator
+from sbml.estimators.base import Estimator, terms_of
 from sbml.ode import Solver
 from sbml.scalars import Number
 from sbml.sdes import SDE, check_sde
@@ -179,7 +180,7 @@ class Density:
         scalars.check_count(times_each, "times_each")
         estimator, target = bound.Estimator(), Target(self.sde, self._eps)
 
-        score = pytrees.as_argument(self.score)
+        compiled = self._compiled(_terms_of, "estimator", "target")
 
         def columns(sweep: int) -> Columns:
             key = jax.random.fold_in(jax.random.key(self.seed), sweep)
@@ -187,7 +188,7 @@ class Density:
 
             def batch(ids: np.ndarray) -> Any:
                 points = u[ids].astype(x.dtype)
-                return self._rows(score, estimator, target, x, ids, sweep, Reduction(), points)
+                return self._rows(compiled, estimator, target, x, ids, sweep, Reduction(), points)
 
             return self._in_batches(batch, np.arange(len(x)))
 
@@ -206,18 +207,11 @@ class Density:
         check_key(key)
         if self.levels is not None:
             bits.check_levels(self.levels, 256)
-        score = pytrees.as_argument(self.score)
+        draw = self._compiled(_sample, "sde", "eps", "shape")
         keys = jax.random.split(key, n)
         columns = self._in_batches(
             lambda ids: {
-                "x": _sample(
-                    score,
-                    keys[ids],
-                    self.solver,
-                    sde=self.sde,
-                    eps=self._eps,
-                    shape=self.shape,
-                )
+                "x": draw(keys[ids], self.solver, sde=self.sde, eps=self._eps, shape=self.shape)
             },
             np.arange(n),
         )
@@ -249,6 +243,13 @@ class Density:
         if self.trace is not None:
             return self.trace
         return Trace("exact") if self.dims <= 64 else Trace("rademacher", 2)
+
+    def _compiled(self, f: Callable[..., Any], *static: str) -> Callable[..., Any]:
+        """``f`` with its first argument, the score, compiled; ``static`` are names of arguments."""
+        argument = pytrees.as_argument(self.score)
+        if argument is not None:
+            return functools.partial(_jit(f, *static), argument)
+        return jax.jit(functools.partial(f, self.score), static_argnames=static)
 
     def _continuous(self, x: Any) -> Examples:
         data = np.asarray(x)
@@ -284,7 +285,7 @@ class Density:
 
     def _rows(
         self,
-        score: Score,
+        compiled: Callable[..., Any],
         estimator: Estimator,
         target: Target,
         data: Examples,
@@ -296,7 +297,7 @@ class Density:
         """All terms of the estimator for the examples ``data[ids]``, with the term ``scale``."""
         sweeps = np.full(len(ids), sweep, np.int32)
         batch = Rows(data[ids], ids, sweeps, np.uint32(self.seed))
-        columns = rows(estimator, target, score, {}, batch, u, options)
+        columns = compiled(batch, u, options, estimator=estimator, target=target)
         scale = bits.nats_to_bits(estimator.scale_nats(target, self.shape), self.shape)
         return {**columns, "scale": np.full(len(ids), scale)}
 
@@ -304,12 +305,12 @@ class Density:
         """Solve for all examples, and again for a subset with new draws and a stricter solver."""
         estimator = ode_estimator.Estimator(self._trace)
         ids, terms = np.arange(len(data)), _terms(estimator, target)
-        score = pytrees.as_argument(self.score)
+        compiled = self._compiled(_terms_of, "estimator", "target")
         subset = np.unique(np.linspace(0, len(data) - 1, min(len(data), SUBSET)).astype(int))
 
         def table(ids: np.ndarray, sweep: int, solver: Solver) -> Columns:
             return self._in_batches(
-                lambda ids: self._rows(score, estimator, target, data, ids, sweep, solver), ids
+                lambda ids: self._rows(compiled, estimator, target, data, ids, sweep, solver), ids
             )
 
         gap = estimate.solver_error(table, ids, subset, self.solver, terms)
@@ -317,10 +318,10 @@ class Density:
         return estimate.ode_estimate(table, ids, subset, self.solver, terms, unit, gap, budget)
 
     def _transport(self, x: Examples, t0: float, t1: float) -> Examples:
-        score = pytrees.as_argument(self.score)
+        solve = self._compiled(_transport, "sde", "t0", "t1")
 
         def batch(ids: np.ndarray) -> Any:
-            return {"x": _transport(score, x[ids], self.solver, sde=self.sde, t0=t0, t1=t1)}
+            return {"x": solve(x[ids], self.solver, sde=self.sde, t0=t0, t1=t1)}
 
         return self._in_batches(batch, np.arange(len(x)))["x"]
 
@@ -344,8 +345,9 @@ class Density:
         }
 
 
-def _jit(*static: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    return lambda f: jax.jit(f, static_argnames=static)
+@functools.cache
+def _jit(f: Callable[..., Any], *static: str) -> Callable[..., Any]:
+    return jax.jit(f, static_argnames=static)
 
 
 def _terms(estimator: Estimator, target: Target) -> tuple[str, ...]:
@@ -354,7 +356,18 @@ def _terms(estimator: Estimator, target: Target) -> tuple[str, ...]:
     return tuple(name for name in estimator.terms if name not in absent)
 
 
-@_jit("sde", "eps", "shape")
+def _terms_of(
+    score: Score,
+    batch: Rows,
+    u: Any,
+    options: Solver | Reduction,
+    *,
+    estimator: Estimator,
+    target: Target,
+) -> dict[str, Num[Array, " n"]]:
+    return terms_of(estimator, target, score, {}, batch, u, options)
+
+
 def _sample(
     score: Score, keys: Keys, solver: Solver, *, sde: SDE, eps: float, shape: tuple[int, ...]
 ) -> Batch:
@@ -367,6 +380,5 @@ def _sample(
     return jax.vmap(one)(keys)
 
 
-@_jit("sde", "t0", "t1")
 def _transport(score: Score, x: Batch, solver: Solver, *, sde: SDE, t0: float, t1: float) -> Batch:
     return jax.vmap(lambda x: ode.transport(score, sde, x, t0, t1, solver)[0])(x)

@@ -19,8 +19,8 @@ each evaluation, and the integrals are sums over its steps with error estimates 
 (``sbml.quadrature``). The divergence, the expensive part, is evaluated three times in eight.
 
 If alpha(T) = 0, the prior is exact at T. For a score with ``predictions`` the ODE is then solved up
-to T. For any other score it is solved up to ``largest_time``, from where x is scaled to T
-(``sbml.ode``).
+to the SDE's ``last_regular_time``, which usually is T. For any other score it is solved up to
+``largest_time``. From there x is scaled to T (``sbml.ode``).
 
 The prior pi takes the place of p_T. So the result is the density of the flow that starts from pi.
 Even if the score is exact, its logarithm differs from log p_eps(x) by log pi(z) - log p_T(z). The
@@ -123,6 +123,7 @@ def ode_logp(
     )
     if scalars.is_traced(last) or last < sde.T:
         # From there to T the ODE is x' = x (log sigma)', of divergence d (log sigma)'.
-        z, integral = sde.stretch * z, integral + x.size * scalars.log(sde.stretch)
+        growth = ode.growth(sde, last, sde.T, x) if scalars.is_traced(last) else sde.stretch
+        z, integral = growth * z, integral + x.size * scalars.log(growth)
     prior = sde.prior_logp(z)
     return Likelihood(prior + integral + correction, prior, integral, correction, z, stats)

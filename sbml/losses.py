@@ -34,6 +34,7 @@ from sbml.types import (
     Scalar,
     Score,
     Vector,
+    at_least_float32,
     batch_score,
     check_example,
     check_floating,
@@ -105,6 +106,7 @@ def dsm(
         is unknown, or if the score's shape is not that of ``x``.
     """
     check_example(x, t)
+    x = at_least_float32(x)
     check_key(key)
     noise_key, score_key = jax.random.split(key)
     z = jax.random.normal(noise_key, x.shape, x.dtype)
@@ -152,6 +154,7 @@ def noisy_batch(
     """
     _check_rows(x, t, keys, signs)
     sde.check_times(t)
+    x = at_least_float32(x)
     pairs = jax.vmap(jax.random.split)(keys)
     noise_keys, score_keys = pairs[:, 0], pairs[:, 1]
     z = jax.vmap(lambda key, x: jax.random.normal(key, x.shape, x.dtype))(noise_keys, x)

@@ -256,8 +256,6 @@ def _main(arguments: Sequence[str]) -> None:
     preemption = Preemption()
     for i, mode in enumerate(chosen):
         if i and jax.process_count() > 1:
-            # Process 0 writes after the others have returned, and the next mode reads it.
-            sharding.barrier(f"mode {i}")
             preemption.leave_if_requested(f"{', '.join(chosen[:i])} done")
         module = module_of(mode)
         config = architecture.of_workdir(CONFIG.value, workdir)

@@ -212,11 +212,11 @@ def transport(
     if not scalars.is_traced(last) and last == sde.T:
         return solve(field, x, t0, t1, solver)
     start, end = scalars.minimum(t0, last), scalars.minimum(t1, last)
-    y, stats = solve(field, _growth(sde, t0, start, x) * x, start, end, solver)
-    return _growth(sde, end, t1, x) * y, stats
+    y, stats = solve(field, growth(sde, t0, start, x) * x, start, end, solver)
+    return growth(sde, end, t1, x) * y, stats
 
 
-def _growth(sde: SDE, t0: Number, t1: Number, x: Example) -> Scalar:
+def growth(sde: SDE, t0: Number, t1: Number, x: Example) -> Scalar:
     """sigma(t1) / sigma(t0), a scalar, in the precision of ``x``."""
     return sde.std(jnp.asarray(t1, x.dtype)) / sde.std(jnp.asarray(t0, x.dtype))
 

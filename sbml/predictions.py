@@ -164,5 +164,7 @@ def from_prediction(
     if kind not in NOISE:
         raise ValueError(f"unknown prediction {kind!r}; choose from {', '.join(NOISE)}")
     scalars.check_positive(data_std, "data_std", finite=True)
+    if not scalars.is_traced(data_std):
+        data_std = float(data_std)
     cls = PairScore if kind in DENOISED else PredictionScore
     return cls(network, kind, sde, data_std, bool(batched))

@@ -64,17 +64,6 @@ def _unflatten(cls: type, static: Any, leaves: Any) -> Any:
     return node
 
 
-class _Once:
-    """A value that is equal to itself only, so that ``jit`` compiles anew for each."""
-
-    def __init__(self, value: Any):
-        self.value = value
-
-
-def _static() -> Any:
-    return dataclasses.field(metadata={"static": True})
-
-
 @register
 @dataclasses.dataclass(frozen=True)
 class ScoreArgument:
@@ -87,35 +76,32 @@ class ScoreArgument:
     """
 
     arrays: tuple[Any, ...]
-    others: Any = _static()
-    structure: Any = _static()
+    others: tuple[Any, ...] = dataclasses.field(metadata={"static": True})
+    structure: Any = dataclasses.field(metadata={"static": True})
 
     @property
     def score(self) -> Any:
         """The score itself."""
-        others = self.others.value if isinstance(self.others, _Once) else self.others
         arrays = iter(self.arrays)
-        leaves = [next(arrays) if leaf is None else leaf for leaf in others]
+        leaves = [next(arrays) if leaf is None else leaf for leaf in self.others]
         return jax.tree.unflatten(self.structure, leaves)
 
     def __call__(self, x: Any, t: Any, key: Any) -> Any:
         return self.score(x, t, key)
 
-    @property
-    def predictions(self) -> Any:
-        """The score's own method, if it has one."""
-        return self.score.predictions
 
-
-def as_argument(score: Any) -> ScoreArgument:
-    """``score``, any callable, for functions that are compiled by ``jit``.
+def as_argument(score: Any) -> ScoreArgument | None:
+    """``score``, any callable, as an argument of functions that are compiled by ``jit``.
 
     The arrays among its leaves are traced. The other leaves, such as the activation functions of an
-    Equinox module, are constants. A score without arrays, such as a function that reads its weights
-    from elsewhere, gives another argument by each call of ``as_argument``: ``jit`` would not notice
-    that the weights have changed.
+    Equinox module, are constants. The result is None if no leaf is an array: a function may read
+    its weights from elsewhere, and ``jit`` would not notice that they have changed.
     """
     leaves, structure = jax.tree.flatten(score)
-    arrays = tuple(leaf for leaf in leaves if hasattr(leaf, "dtype"))
-    others = tuple(None if hasattr(leaf, "dtype") else leaf for leaf in leaves)
-    return ScoreArgument(arrays, others if arrays else _Once(others), structure)
+    arrays = tuple(leaf for leaf in leaves if _is_array(leaf))
+    others = tuple(None if _is_array(leaf) else leaf for leaf in leaves)
+    return ScoreArgument(arrays, others, structure) if arrays else None
+
+
+def _is_array(leaf: Any) -> bool:
+    return isinstance(leaf, jax.Array | np.ndarray)

@@ -61,6 +61,7 @@ from sbml.types import (
     Scalar,
     Score,
     Vector,
+    at_least_float32,
     batch_score,
     check_example,
     check_key,
@@ -138,11 +139,14 @@ def loss(
         not a typed key, or ``vs`` are not directions of ``x``.
     """
     check_example(x, t)
+    x = at_least_float32(x)
     check_key(key)
     noise_key, score_key = jax.random.split(key)
     z = jax.random.normal(noise_key, x.shape, x.dtype)
     x_t = losses.perturb(sde, x, t, z)
-    s, forms = divergence.quadratic_forms(lambda x: score(x, t, score_key), x_t, vs)
+    s, forms = divergence.quadratic_forms(
+        lambda x: score(x, t, score_key), x_t, jnp.asarray(vs, x_t.dtype)
+    )
     weight = losses.weight(sde, t, weighting)
     return weight * squared_residual(residuals(sde, s, forms, t, z)) / (2 * x.size)
 

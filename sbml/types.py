@@ -42,6 +42,7 @@ import numpy as np
 from jaxtyping import Float, Integer, Num, Shaped
 
 from sbml import compiler
+from sbml.pytrees import ScoreArgument
 
 Array = jax.Array
 if TYPE_CHECKING:
@@ -97,12 +98,19 @@ def check_example(x: Anything, t: Anything | None = None, **same: Anything) -> N
             raise ValueError(f"{name} has shape {value.shape}, x {x.shape}: give both the same")
 
 
-def in_full_precision(x: Elementwise) -> Elementwise:
-    """``x`` in JAX's default precision, or its own if that is higher.
+def at_least_float32(x: Elementwise) -> Elementwise:
+    """``x`` in float32 or, if it is of float64, unchanged: the variance of noise of half precision
+    is not 1."""
+    return jnp.asarray(x, jnp.promote_types(_canonical(x), jnp.float32))
 
-    Noise of half precision has another variance than 1, and a solver has that of its times.
-    """
-    return jnp.asarray(x, jnp.promote_types(x.dtype, jnp.result_type(float)))
+
+def in_full_precision(x: Elementwise) -> Elementwise:
+    """``x`` in JAX's default precision, which a solver's times have, or in its own if higher."""
+    return jnp.asarray(x, jnp.promote_types(_canonical(x), jnp.result_type(float)))
+
+
+def _canonical(x: Anything) -> jnp.dtype:
+    return jax.dtypes.canonicalize_dtype(x.dtype)
 
 
 def check_floating(value: Anything | float, name: str) -> None:
@@ -181,9 +189,10 @@ def deterministic(score: Score, x: Example, t: Scalar) -> Example:
 
 def predictor(score: Score) -> Callable[[Example, Scalar], tuple[Example, Example]] | None:
     """``score.predictions`` with a check of its shapes, or None if the score does not have it."""
-    inner: Any = score
-    if isinstance(score, jax.tree_util.Partial) and not (score.args or score.keywords):
-        inner = score.func  # The score is wrapped only to be an argument of ``jit``.
+    # A score may be wrapped only to be an argument of ``jit``.
+    inner: Any = score.score if isinstance(score, ScoreArgument) else score
+    if isinstance(inner, jax.tree_util.Partial) and not (inner.args or inner.keywords):
+        inner = inner.func
     predictions = getattr(inner, "predictions", None)
     if predictions is None:
         return None

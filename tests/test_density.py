@@ -11,6 +11,7 @@ from scipy import stats
 
 import sbml
 from sbml import bound, times
+from sbml import density as density_module
 from sbml.divergence import Trace
 from sbml.estimate import Estimate
 from sbml.estimators import base
@@ -156,14 +157,29 @@ def test_data_of_any_precision_are_taken() -> None:
     assert eps.shape == (2,)
 
 
-@pytest.mark.parametrize("made", ["function", "prediction"])
+class Typed:
+    """A score with an attribute of arrays, whose weights are not among the leaves of a pytree."""
+
+    dtype = jnp.float32
+
+    def __init__(self, weights: dict[str, float]):
+        self.weights = weights
+
+    def __call__(self, x: Array, t: Array, key: None) -> Array:
+        return -self.weights["w"] * x
+
+
+@pytest.mark.parametrize("made", ["function", "prediction", "object"])
 def test_weights_that_have_changed_are_read_again(made: str) -> None:
     """The score is -w x, which reads w from elsewhere."""
     sde, weights, key, x = VP(), {"w": 1.0}, jax.random.key(0), data(2)
     how = {"eps": EPS, "solver": Solver("heun", fixed_steps=3)}
     score = {
         "function": lambda x, t, key: -weights["w"] * x,
-        "prediction": from_prediction(lambda x, t: weights["w"] * sde.std(t) * x, "noise", sde),
+        "prediction": from_prediction(
+            lambda x, t: weights["w"] * sde.std(t) * x, "noise", sde, data_std=np.float64(0.5)
+        ),
+        "object": Typed(weights),
     }[made]
     now = sbml.Density(score, sde, (2, 2), **how)
     for w in (1.0, 0.5):
@@ -174,6 +190,36 @@ def test_weights_that_have_changed_are_read_again(made: str) -> None:
             if isinstance(found, Estimate):
                 found, expected = found.values, expected.values
             np.testing.assert_allclose(found, expected, rtol=1e-9)
+
+
+def test_functions_that_are_compiled_again_are_not_kept() -> None:
+    """Each of them holds the weights of its score."""
+    one = sbml.Density(lambda x, t, key: -x, VP(), (2, 2), solver=Solver("heun", fixed_steps=2))
+    kept = density_module._jit(density_module._transport, "sde", "t0", "t1")
+    before = kept._cache_size()
+    for _ in range(2):
+        one.latent(data(1))
+    assert kept._cache_size() == before
+
+
+def test_a_wrapped_score_keeps_its_predictions() -> None:
+    """With them, the ODE runs up to T, where the signal vanishes."""
+    sde, w = RectifiedFlow(), jnp.asarray(2.0)
+
+    def velocity(w: Array, x: Array, t: Array) -> Array:
+        return (t - (1 - t) / w) / ((1 - t) ** 2 / w + t**2) * x
+
+    score = from_prediction(jax.tree_util.Partial(velocity, w), "flow", sde)
+    function = from_prediction(lambda x, t: velocity(w, x, t), "flow", sde)
+    how = {"solver": Solver("heun", fixed_steps=4)}
+    latents = [
+        sbml.Density(s, sde, (2, 2), **how).latent(3 + data(2))
+        for s in (score, function, jax.tree_util.Partial(function))
+    ]
+    np.testing.assert_allclose(latents[1], latents[0], rtol=1e-12)
+    np.testing.assert_allclose(latents[2], latents[0], rtol=1e-12)
+    plain = sbml.Density(lambda x, t, key: score(x, t), sde, (2, 2), **how).latent(3 + data(2))
+    assert np.abs(plain - latents[0]).min() > 1e-8
 
 
 def scaled(w: Array, x: Array, t: Array, key: None) -> Array:

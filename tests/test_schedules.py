@@ -15,7 +15,6 @@ import scipy.special
 import sbml
 from sbml import bound, discrete, likelihood, losses, ode, times
 from sbml.divergence import Trace
-from sbml.predictions import from_prediction
 from sbml.sdes import EDM, SDE, SDES, VE, VP, AlphaBarTable, LinearVE, Schedule
 from sbml.types import Array, Key
 from sbml.verify import oracle
@@ -99,55 +98,6 @@ def test_a_signal_below_rounding_counts_as_vanished(alpha_1: float) -> None:
     """In float32 cos(pi / 2) is -4e-8, which has no logarithm."""
     sde = Schedule(lambda t: jnp.where(t == 1, alpha_1, 1 - t), lambda t: t)
     assert sde.largest_time == pytest.approx(1 / 1.001, rel=1e-12)
-
-
-# alpha(1) = 0 with an infinite slope of alpha, of both, and with slope 0; the last is rounded.
-@pytest.mark.parametrize(
-    ("alpha", "sigma"),
-    [
-        (lambda t: jnp.sqrt(1 - t**2), lambda t: t),
-        (lambda t: jnp.sqrt(1 - t), jnp.sqrt),
-        (lambda t: (1 - t) ** 2, lambda t: jnp.sqrt(1 - (1 - t) ** 4)),
-        (
-            lambda t: jnp.cos(jnp.pi / 2 * t) ** 2,
-            lambda t: jnp.sqrt(1 - jnp.cos(jnp.pi / 2 * t) ** 4),
-        ),
-    ],
-)
-def test_where_the_end_does_not_determine_the_data_the_ode_ends_before_it(
-    alpha: Callable[[Array], Array], sigma: Callable[[Array], Array]
-) -> None:
-    """E[x_0 | x_t] of data N(0, 1/4), whose log-likelihood is known."""
-    sde = Schedule(alpha, sigma, smallest_time=1e-2)
-    assert sde.last_regular_time == sde.largest_time < sde.T
-
-    def denoised(x: Array, t: Array) -> Array:
-        return 0.25 * alpha(t) / (0.25 * alpha(t) ** 2 + sigma(t) ** 2) * x
-
-    x, eps = jnp.asarray([0.3, -0.5]), jnp.asarray(sde.smallest_time)
-    score = from_prediction(denoised, "x0", sde)
-    how = {"eps": sde.smallest_time, "trace": Trace("exact"), "solver": ode.Solver()}
-    found = jax.jit(lambda x: likelihood.ode_logp(score, sde, x, None, **how).logp)(x)
-    variance = 0.25 * alpha(eps) ** 2 + sigma(eps) ** 2
-    exact = -0.5 * jnp.sum(x**2) / variance - jnp.log(2 * jnp.pi * variance)
-    np.testing.assert_allclose(found, exact, atol=2e-3)
-
-
-@pytest.mark.usefixtures("unchecked")
-def test_a_coefficient_has_one_number_for_each_time() -> None:
-    pair = Schedule(lambda t: jnp.ones(2), lambda t: t * jnp.ones(2))
-    with pytest.raises(ValueError, match=r"Schedule.mean_coef returned shape \(2,\) for times of"):
-        pair.log_snr(jnp.asarray(0.5))
-
-
-def test_a_smallest_time_at_which_sigma_rounds_to_zero_is_refused() -> None:
-    def alpha(t: Array) -> Array:
-        return jnp.cos(jnp.pi / 2 * t)
-
-    cancelling = Schedule(alpha, lambda t: jnp.sqrt(1 - alpha(t) ** 2))
-    with jax.enable_x64(False), pytest.raises(ValueError, match="its log-SNR is inf at t=1e-05"):
-        cancelling.check_time(1e-5)
-    assert cancelling.check_time(1e-5) == 1e-5  # float64 resolves it.
 
 
 def test_a_schedule_may_have_constant_functions() -> None:

@@ -357,3 +357,16 @@ def test_what_would_broadcast_is_refused() -> None:
         second_order.dsm_batch(score, sde, *batch, probes=0)
     with pytest.raises(ValueError, match="give a batch"):
         second_order.dsm_batch(score, sde, batch[0], jnp.asarray(0.1), batch[2])
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_noise_of_the_losses_has_full_precision(dtype):
+    """The variance of noise of half precision is not 1."""
+    sde, key, t = SDES["vp"](), jax.random.key(0), jnp.asarray(0.3)
+    x = jax.random.normal(jax.random.key(1), (6,)).astype(dtype)
+    for loss in (
+        lambda x: losses.dsm(lambda x, t, key: -x, sde, x, t, key),
+        lambda x: losses.dsm_batch(lambda x, t, key: -x, sde, x[None], t[None], key[None])[0],
+        lambda x: second_order.loss(lambda x, t, key: -x, sde, x, t, key, jnp.ones((2, 6))),
+    ):
+        np.testing.assert_allclose(loss(x), loss(x.astype(jnp.float32)), rtol=1e-5)

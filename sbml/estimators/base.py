@@ -157,8 +157,7 @@ class Estimator(abc.ABC):
         return target.scale_nats(shape)
 
 
-@functools.partial(jax.jit, static_argnames=("estimator", "target"))
-def rows(
+def terms_of(
     estimator: Estimator,
     target: Target,
     score: Score,
@@ -197,3 +196,6 @@ def rows(
         return {**terms, "nfe": jnp.asarray(nfe)}
 
     return jax.vmap(one)(batch.data, batch.keys(), u)
+
+
+rows = jax.jit(terms_of, static_argnames=("estimator", "target"))

@@ -19,6 +19,7 @@ from sbml.experiment.fields import (
 )
 
 DEQUANTIZATIONS = ("uniform", "centre", "none")
+WITHOUT_FOLDER = ("digits", "photos", "tfds", "imagenet32")  # sources that read no folder of images
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,8 +56,8 @@ class Data(Section):
     validation: float = real(0.0, least=0, below=COUNT)
 
     def check(self) -> None:
-        """Check that a folder's images are square with 256 levels, that other sources have no
-        path and crop of a folder, and that ``validation`` is a fraction or a whole number."""
+        """Check that a folder's images are square with 256 levels, and that ``validation`` is a
+        fraction or a whole number."""
         height, width, channels = self.shape
         if self.source == "image_folder" and (height != width or self.levels != 256):
             raise ValueError(
@@ -64,14 +65,6 @@ class Data(Section):
                 "a folder are made square, of 256 levels; set "
                 "--config.data.shape=SIZE,SIZE,CHANNELS --config.data.levels=256"
             )
-        if self.source != "image_folder":
-            for field in ("path", "crop"):
-                if getattr(self, field) != getattr(type(self), field):
-                    raise ValueError(
-                        f"data.{field}={getattr(self, field)} with data.source={self.source}: only "
-                        "a folder of images has it; set --config.data.source=image_folder, or "
-                        "leave it out"
-                    )
         if self.validation >= 1 and self.validation % 1:
             needs = "a fraction below 1 or a whole number of images"
             raise refusal(self.name_of("validation"), self.validation, needs)
@@ -101,8 +94,16 @@ class Data(Section):
         """The images of ``split``.
 
         Raises:
-          ValueError: the images do not have this shape and these levels, or cannot be loaded.
+          ValueError: the images do not have this shape and these levels, or cannot be loaded; or
+            the path or crop of a folder is given for another source of this package.
         """
+        if self.source.partition(":")[0] in WITHOUT_FOLDER:
+            for field in ("path", "crop"):
+                if (value := getattr(self, field)) != getattr(type(self), field):
+                    raise ValueError(
+                        f"data.{field}={value} with data.source={self.source}: only a folder of "
+                        "images has it; set --config.data.source=image_folder, or leave it out"
+                    )
         images = data.load(self.source, split, self.options)
         if images.shape != self.shape or images.levels != self.levels:
             raise ValueError(

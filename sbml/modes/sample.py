@@ -7,10 +7,12 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from sbml import report
-from sbml.evaluation.samples import generate, grid, strip
+from sbml.evaluation.samples import Samples, generate, grid, strip
 from sbml.experiment import trained
 from sbml.experiment.build import Experiment
 from sbml.report import summary
+from sbml.runtime import sharding
+from sbml.runtime.checkpoint import Restored
 from sbml.runtime.trees import tree_crc32
 from sbml.runtime.workdir import SAMPLES, Workdir
 
@@ -39,8 +41,20 @@ def _run(experiment: Experiment, workdir: Workdir) -> None:
     # All processes compute the strip, because their devices hold the parameters together.
     rows = min(4, len(samples.images)) if config.sampling.frames > 1 else 0
     picture = strip(experiment, restored.state.ema_params, rows) if rows else None
-    if jax.process_index() > 0:
-        return
+    try:
+        if jax.process_index() == 0:
+            _write(experiment, restored, workdir, samples, picture)
+    finally:  # The next mode reads the samples in all processes.
+        sharding.barrier("samples written")
+
+
+def _write(
+    experiment: Experiment,
+    restored: Restored,
+    workdir: Workdir,
+    samples: Samples,
+    picture: np.ndarray | None,
+) -> None:
     sampler = np.asarray(repr(experiment.sampler))
     crc32 = np.asarray(tree_crc32(restored.state.ema_params))
     origin = {"step": np.asarray(restored.step), "parameters_crc32": crc32, "sampler": sampler}
@@ -53,7 +67,8 @@ def _run(experiment: Experiment, workdir: Workdir) -> None:
     else:  # A strip that is there shows samples of an earlier run.
         (workdir / "samples_strip.png").unlink(missing_ok=True)
     summary.write(workdir, experiment.config.data.images)
+    name = experiment.config.sampling.sampler
     print(
-        f"{len(samples.images)} samples by {config.sampling.sampler}, {samples.nfe.mean():.0f} "
-        f"evaluations each: {workdir / 'samples.png'}"
+        f"{len(samples.images)} samples by {name}, {samples.nfe.mean():.0f} evaluations each: "
+        f"{workdir / 'samples.png'}"
     )

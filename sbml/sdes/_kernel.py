@@ -65,13 +65,19 @@ def _of_times(method: Callable[..., Any]) -> Callable[..., Any]:
     def checked(self: Any, t: Elementwise) -> Any:
         self.check_times(t, math.inf)
         values = method(self, t)
-        for value in values if isinstance(values, tuple) else (values,):
-            if np.shape(value) != np.shape(t):
-                raise ValueError(
-                    f"{type(self).__name__}.{method.__name__} returned shape {np.shape(value)} for "
-                    f"times of shape {np.shape(t)}: a coefficient is one number for each time"
-                )
-        return values
+        if isinstance(values, tuple):
+            return tuple(of_shape(self, value, t) for value in values)
+        return of_shape(self, values, t)
+
+    def of_shape(self: Any, value: Any, t: Elementwise) -> Any:
+        if np.shape(value) == np.shape(t):
+            return value
+        if not np.ndim(value):  # a constant
+            return jnp.broadcast_to(value, np.shape(t))
+        raise ValueError(
+            f"{type(self).__name__}.{method.__name__} returned shape {np.shape(value)} for times "
+            f"of shape {np.shape(t)}: a coefficient is one number for each time"
+        )
 
     return checked
 
@@ -318,8 +324,8 @@ def _last_regular_time(sde: SDE) -> Number:
         (mean_slope, std_slope), std = sde.slopes(last), sde.std(last)
         determined = jnp.abs(mean_slope) * sde.T > LEAST_SLOPE * std
         regular = determined & jnp.isfinite(mean_slope) & jnp.isfinite(std_slope)
-        vanished = sde.log_snr(last) <= VANISHED
-        return jnp.where(vanished & ~regular, sde.largest_time, last)
+        visible = sde.log_snr(last) > VANISHED  # False also for NaN, if alpha is rounded below 0.
+        return jnp.where(visible | regular, last, sde.largest_time)
 
     return scalars.constant(end)
 

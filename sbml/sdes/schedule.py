@@ -53,4 +53,4 @@ def _like(value: Numbers | float, t: Elementwise) -> Elementwise:
     """``value``, which may be a constant or an integer, in the shape and precision of ``t``."""
     value = jnp.asarray(value)
     value = value if jnp.issubdtype(value.dtype, jnp.floating) else value.astype(jnp.result_type(t))
-    return jnp.broadcast_to(value, jnp.shape(t)) if not value.ndim else value
+    return value if value.ndim else jnp.broadcast_to(value, jnp.shape(t))

@@ -1,0 +1,115 @@
+"""SDEs of any functions alpha and sigma: where their ODE ends, and what cannot be computed."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import sbml
+from sbml import likelihood, ode
+from sbml.divergence import Trace
+from sbml.predictions import from_prediction
+from sbml.sdes import SDE, VP, LinearVE, Schedule
+from sbml.types import Array
+
+pytestmark = pytest.mark.usefixtures("x64")
+
+
+# alpha(1) = 0 with an infinite slope of alpha, of both, and with slope 0; the last is rounded.
+@pytest.mark.parametrize(
+    ("alpha", "sigma"),
+    [
+        (lambda t: jnp.sqrt(1 - t**2), lambda t: t),
+        (lambda t: jnp.sqrt(1 - t), jnp.sqrt),
+        (lambda t: (1 - t) ** 2, lambda t: jnp.sqrt(1 - (1 - t) ** 4)),
+        (
+            lambda t: jnp.cos(jnp.pi / 2 * t) ** 2,
+            lambda t: jnp.sqrt(1 - jnp.cos(jnp.pi / 2 * t) ** 4),
+        ),
+    ],
+)
+def test_where_the_end_does_not_determine_the_data_the_ode_ends_before_it(
+    alpha: Callable[[Array], Array], sigma: Callable[[Array], Array]
+) -> None:
+    """E[x_0 | x_t] of data N(0, 1/4), whose log-likelihood is known."""
+    sde = Schedule(alpha, sigma, smallest_time=1e-2)
+    assert sde.last_regular_time == sde.largest_time < sde.T
+
+    def denoised(x: Array, t: Array) -> Array:
+        return 0.25 * alpha(t) / (0.25 * alpha(t) ** 2 + sigma(t) ** 2) * x
+
+    x, eps = jnp.asarray([0.3, -0.5]), jnp.asarray(sde.smallest_time)
+    score = from_prediction(denoised, "x0", sde)
+    how = {"eps": sde.smallest_time, "trace": Trace("exact"), "solver": ode.Solver()}
+    found = jax.jit(lambda x: likelihood.ode_logp(score, sde, x, None, **how).logp)(x)
+    variance = 0.25 * alpha(eps) ** 2 + sigma(eps) ** 2
+    exact = -0.5 * jnp.sum(x**2) / variance - jnp.log(2 * jnp.pi * variance)
+    np.testing.assert_allclose(found, exact, atol=2e-3)
+
+
+def test_where_rounding_hides_that_the_signal_vanishes_the_ode_ends_before_it_too() -> None:
+    """In float32 cos(pi / 2) is below 0, so that alpha(1) is NaN."""
+
+    def square(t: Array) -> Array:
+        return jnp.cos(jnp.pi / 2 * t)
+
+    sde = Schedule(lambda t: jnp.sqrt(square(t)), lambda t: jnp.sqrt(1 - square(t)))
+    with jax.enable_x64(False):
+        assert sde.last_regular_time == sde.largest_time < sde.T
+    for regular in (sbml.RectifiedFlow(), sbml.Cosine(), VP(), LinearVE(80.0)):
+        with jax.enable_x64(False):
+            assert regular.last_regular_time == regular.T
+        assert regular.last_regular_time == regular.T
+
+
+def test_a_traced_schedule_whose_signal_vanishes_has_the_likelihood_of_the_static_one() -> None:
+    def alpha(power: Array, t: Array) -> Array:
+        return 1 - t**power
+
+    sde = Schedule(jax.tree_util.Partial(alpha, 3.0), lambda t: t, smallest_time=1e-2)
+
+    def logp(sde: SDE, x: Array) -> Array:
+        def denoised(x: Array, t: Array) -> Array:
+            variance = 0.25 * sde.mean_coef(t) ** 2 + sde.std(t) ** 2
+            return 0.25 * sde.mean_coef(t) / variance * x
+
+        how = {"trace": Trace("exact"), "solver": ode.Solver("heun", fixed_steps=6)}
+        score = from_prediction(denoised, "x0", sde)
+        return likelihood.ode_logp(score, sde, x, None, eps=1e-2, **how).logp
+
+    x = jnp.asarray([0.3, -0.5])
+    static = jax.jit(lambda x: logp(sde, x))(x)
+    assert sde.last_regular_time == sde.T > sde.largest_time
+    np.testing.assert_allclose(jax.jit(logp)(sde, x), static, rtol=1e-9)
+
+
+def test_constants_of_a_class_are_those_of_every_time() -> None:
+    class Constant(SDE):
+        def mean_coef(self, t: Array) -> float:  # type: ignore[override]
+            return 1.0
+
+        def std(self, t: Array) -> Array:
+            return 10 * t
+
+    t = jnp.asarray([0.1, 0.5])
+    np.testing.assert_allclose(Constant().log_snr(t), LinearVE(10.0).log_snr(t), rtol=1e-12)
+    np.testing.assert_array_equal(Constant().mean_coef(t), np.ones(2))
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_a_coefficient_has_one_number_for_each_time() -> None:
+    pair = Schedule(lambda t: jnp.ones(2), lambda t: t * jnp.ones(2))
+    with pytest.raises(ValueError, match=r"Schedule.mean_coef returned shape \(2,\) for times of"):
+        pair.log_snr(jnp.asarray(0.5))
+
+
+def test_a_smallest_time_at_which_sigma_rounds_to_zero_is_refused() -> None:
+    def alpha(t: Array) -> Array:
+        return jnp.cos(jnp.pi / 2 * t)
+
+    cancelling = Schedule(alpha, lambda t: jnp.sqrt(1 - alpha(t) ** 2))
+    with jax.enable_x64(False), pytest.raises(ValueError, match="its log-SNR is inf at t=1e-05"):
+        cancelling.check_time(1e-5)
+    assert cancelling.check_time(1e-5) == 1e-5  # float64 resolves it.

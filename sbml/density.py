@@ -20,6 +20,7 @@ it reads may have changed since the last one (``sbml.pytrees.as_argument``).
 
 import dataclasses
 import functools
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -32,9 +33,9 @@ from sbml import bits, estimate, ode, pytrees, sampling, scalars, times
 from sbml.dequantizers import uniform
 from sbml.divergence import Trace, exact_batch
 from sbml.estimate import Columns, Estimate
-from sbml.estimators import Reduction, Rows, Target, bound
+from sbml.estimators import Reduction, Rows, Target, bound, rows
 from sbml.estimators import ode as ode_estimator
-from sbml.estimators.base import Estimator, terms_of
+from sbml.estimators.base import Estimator
 from sbml.ode import Solver
 from sbml.scalars import Number
 from sbml.sdes import SDE, check_sde
@@ -365,7 +366,8 @@ def _terms_of(
     estimator: Estimator,
     target: Target,
 ) -> dict[str, Num[Array, " n"]]:
-    return terms_of(estimator, target, score, {}, batch, u, options)
+    # Without the compilation of ``rows`` itself, because ``score`` may be no argument of ``jit``.
+    return inspect.unwrap(rows)(estimator, target, score, {}, batch, u, options)
 
 
 def _sample(

@@ -157,7 +157,8 @@ class Estimator(abc.ABC):
         return target.scale_nats(shape)
 
 
-def terms_of(
+@functools.partial(jax.jit, static_argnames=("estimator", "target"))
+def rows(
     estimator: Estimator,
     target: Target,
     score: Score,
@@ -196,6 +197,3 @@ def terms_of(
         return {**terms, "nfe": jnp.asarray(nfe)}
 
     return jax.vmap(one)(batch.data, batch.keys(), u)
-
-
-rows = jax.jit(terms_of, static_argnames=("estimator", "target"))

@@ -144,9 +144,9 @@ def loss(
     noise_key, score_key = jax.random.split(key)
     z = jax.random.normal(noise_key, x.shape, x.dtype)
     x_t = losses.perturb(sde, x, t, z)
-    s, forms = divergence.quadratic_forms(
-        lambda x: score(x, t, score_key), x_t, jnp.asarray(vs, x_t.dtype)
-    )
+    if hasattr(vs, "dtype") and jnp.issubdtype(vs.dtype, jnp.floating):
+        vs = jnp.asarray(vs, x_t.dtype)  # x may have been given in a lower precision.
+    s, forms = divergence.quadratic_forms(lambda x: score(x, t, score_key), x_t, vs)
     weight = losses.weight(sde, t, weighting)
     return weight * squared_residual(residuals(sde, s, forms, t, z)) / (2 * x.size)
 

@@ -180,16 +180,14 @@ class Density:
         scalars.check_count(sweeps, "sweeps", 2)  # One gives no error bar.
         scalars.check_count(times_each, "times_each")
         estimator, target = bound.Estimator(), Target(self.sde, self._eps)
-
-        compiled = self._compiled(_terms_of, "estimator", "target")
+        rows_of = self._rows_of(estimator, target, x)
 
         def columns(sweep: int) -> Columns:
             key = jax.random.fold_in(jax.random.key(self.seed), sweep)
             u = np.asarray(times.lattice(key, len(x), times_each))
 
             def batch(ids: np.ndarray) -> Any:
-                points = u[ids].astype(x.dtype)
-                return self._rows(compiled, estimator, target, x, ids, sweep, Reduction(), points)
+                return rows_of(ids, sweep, Reduction(), u[ids].astype(x.dtype))
 
             return self._in_batches(batch, np.arange(len(x)))
 
@@ -219,8 +217,7 @@ class Density:
         x = columns["x"]
         if self.levels is None:
             return x
-        failed = n - int(np.isfinite(x.reshape(n, -1)).all(1).sum())
-        if failed:
+        if failed := int(np.sum(~np.isfinite(x).reshape(n, -1).all(axis=1))):
             raise ValueError(
                 f"{failed} of {n} samples are not finite, with solver={self.solver}: give a solver "
                 "with larger max_steps, or with another tolerance"
@@ -284,35 +281,33 @@ class Density:
             expected = "".join(f", {size}" for size in self.shape)
             raise ValueError(f"data of shape {data.shape}: give (n{expected}) with n at least 1")
 
-    def _rows(
-        self,
-        compiled: Callable[..., Any],
-        estimator: Estimator,
-        target: Target,
-        data: Examples,
-        ids: np.ndarray,
-        sweep: int,
-        options: Solver | Reduction,
-        u: np.ndarray | None = None,
-    ) -> dict[str, Num[Array | np.ndarray, " k"]]:
-        """All terms of the estimator for the examples ``data[ids]``, with the term ``scale``."""
-        sweeps = np.full(len(ids), sweep, np.int32)
-        batch = Rows(data[ids], ids, sweeps, np.uint32(self.seed))
-        columns = compiled(batch, u, options, estimator=estimator, target=target)
+    def _rows_of(
+        self, estimator: Estimator, target: Target, data: Examples
+    ) -> Callable[..., dict[str, Num[Array | np.ndarray, " k"]]]:
+        """A function (ids, sweep, options, u) that computes all terms of the estimator for the
+        examples ``data[ids]``, with the term ``scale``."""
+        compiled = self._compiled(_terms_of, "estimator", "target")
         scale = bits.nats_to_bits(estimator.scale_nats(target, self.shape), self.shape)
-        return {**columns, "scale": np.full(len(ids), scale)}
+
+        def rows_of(
+            ids: np.ndarray, sweep: int, options: Solver | Reduction, u: Any = None
+        ) -> dict[str, Num[Array | np.ndarray, " k"]]:
+            sweeps = np.full(len(ids), sweep, np.int32)
+            batch = Rows(data[ids], ids, sweeps, np.uint32(self.seed))
+            columns = compiled(batch, u, options, estimator=estimator, target=target)
+            return {**columns, "scale": np.full(len(ids), scale)}
+
+        return rows_of
 
     def _solve(self, data: Examples, target: Target, unit: str, dims: int) -> Estimate:
         """Solve for all examples, and again for a subset with new draws and a stricter solver."""
         estimator = ode_estimator.Estimator(self._trace)
         ids, terms = np.arange(len(data)), _terms(estimator, target)
-        compiled = self._compiled(_terms_of, "estimator", "target")
+        rows_of = self._rows_of(estimator, target, data)
         subset = np.unique(np.linspace(0, len(data) - 1, min(len(data), SUBSET)).astype(int))
 
         def table(ids: np.ndarray, sweep: int, solver: Solver) -> Columns:
-            return self._in_batches(
-                lambda ids: self._rows(compiled, estimator, target, data, ids, sweep, solver), ids
-            )
+            return self._in_batches(lambda ids: rows_of(ids, sweep, solver), ids)
 
         gap = estimate.solver_error(table, ids, subset, self.solver, terms)
         budget = self.budget * dims

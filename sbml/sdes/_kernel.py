@@ -64,22 +64,28 @@ def _of_times(method: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(method)
     def checked(self: Any, t: Elementwise) -> Any:
         self.check_times(t, math.inf)
-        values = method(self, t)
+        name, values = f"{type(self).__name__}.{method.__name__}", method(self, t)
         if isinstance(values, tuple):
-            return tuple(of_shape(self, value, t) for value in values)
-        return of_shape(self, values, t)
-
-    def of_shape(self: Any, value: Any, t: Elementwise) -> Any:
-        if np.shape(value) == np.shape(t):
-            return value
-        if not np.ndim(value):  # a constant
-            return jnp.broadcast_to(value, np.shape(t))
-        raise ValueError(
-            f"{type(self).__name__}.{method.__name__} returned shape {np.shape(value)} for times "
-            f"of shape {np.shape(t)}: a coefficient is one number for each time"
-        )
+            return tuple(_for_each_time(name, value, t) for value in values)
+        return _for_each_time(name, values, t)
 
     return checked
+
+
+def _for_each_time(name: str, value: Any, t: Elementwise) -> Any:
+    """``value``, the result of the method ``name``, as one number for each time.
+
+    Raises:
+      ValueError: it is neither a constant nor of the shape of ``t``.
+    """
+    if np.shape(value) == np.shape(t):
+        return value
+    if not np.ndim(value):
+        return jnp.broadcast_to(value, np.shape(t))
+    raise ValueError(
+        f"{name} returned shape {np.shape(value)} for times of shape {np.shape(t)}: a coefficient "
+        "is one number for each time"
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,10 +97,9 @@ class Kernel(abc.ABC):
     argument of ``jit`` and ``grad`` too. Its methods are elementwise in the time ``t`` in
     (0, ``T``], of any shape. They raise a ValueError for times that are negative or not
     floating-point numbers, and for a result of another shape than the times; these checks are added
-    to the methods of every subclass. Times above T
-    pass, because the last level of a discrete-time model (``Levels``) can be noisier than x_T, and
-    its time label is then above T. A single example ``x`` has any shape ``(*s)``, and its time is a
-    scalar.
+    to the methods of every subclass. Times above T pass, because the last level of a discrete-time
+    model (``Levels``) can be noisier than x_T, and its time label is then above T. A single example
+    ``x`` has any shape ``(*s)``, and its time is a scalar.
     """
 
     T: ClassVar[float] = 1.0
@@ -218,9 +223,7 @@ class SDE(Kernel):
     @property
     def largest_time(self) -> Number:
         """T, or the time at which alpha / sigma is 1e-3 if alpha(T) = 0."""
-        if _are_numbers(self):
-            return _cached_largest_time(self, jnp.result_type(float))
-        return _largest_time(self)
+        return _once(_largest_time, self)
 
     @property
     def last_regular_time(self) -> Number:
@@ -228,9 +231,7 @@ class SDE(Kernel):
 
         They do if both slopes are finite and alpha'(T) is not 0.
         """
-        if _are_numbers(self):
-            return _cached_last_regular_time(self, jnp.result_type(float))
-        return _last_regular_time(self)
+        return _once(_last_regular_time, self)
 
     @property
     def stretch(self) -> Number:
@@ -304,18 +305,22 @@ def _are_numbers(*trees: Any) -> bool:
     return all(isinstance(leaf, float | int) for leaf in jax.tree.leaves(trees))
 
 
+def _once(end: Callable[[SDE], Number], sde: SDE) -> Number:
+    """``end(sde)``, computed once for each SDE of floats and each precision."""
+    return _cached(end, sde, jnp.result_type(float)) if _are_numbers(sde) else end(sde)
+
+
+@functools.lru_cache(maxsize=512)
+def _cached(end: Callable[[SDE], Number], sde: SDE, dtype: jnp.dtype) -> Number:
+    return end(sde)
+
+
 def _largest_time(sde: SDE) -> Number:
     def end() -> Array:
         last, least = (jnp.asarray(a, float) for a in (sde.T, LEAST_LOG_SNR))
         return jnp.where(sde.log_snr(last) > VANISHED, last, sde.time(least))
 
     return scalars.constant(end)
-
-
-@functools.lru_cache(maxsize=256)
-def _cached_largest_time(sde: SDE, dtype: jnp.dtype) -> float:
-    """:func:`_largest_time` of an SDE of floats, computed once for each precision ``dtype``."""
-    return _largest_time(sde)
 
 
 def _last_regular_time(sde: SDE) -> Number:
@@ -328,12 +333,6 @@ def _last_regular_time(sde: SDE) -> Number:
         return jnp.where(visible | regular, last, sde.largest_time)
 
     return scalars.constant(end)
-
-
-@functools.lru_cache(maxsize=256)
-def _cached_last_regular_time(sde: SDE, dtype: jnp.dtype) -> float:
-    """:func:`_last_regular_time`, computed once for each precision ``dtype``."""
-    return _last_regular_time(sde)
 
 
 @functools.lru_cache(maxsize=256)

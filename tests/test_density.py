@@ -153,8 +153,11 @@ def test_data_of_any_precision_are_taken() -> None:
     half = jnp.asarray(x, jnp.bfloat16)
     exact = normal.logp(np.asarray(half, float)).values
     np.testing.assert_array_equal(normal.logp(half).values, exact)
-    eps = sbml.Density(normal.score, VP(), (2, 2), eps=jnp.asarray(EPS)).logp(x).values
-    assert eps.shape == (2,)
+    of_array, of_float = (
+        sbml.Density(normal.score, VP(), (2, 2), eps=eps).logp(x).values
+        for eps in (jnp.asarray(EPS), EPS)
+    )
+    np.testing.assert_array_equal(of_array, of_float)
 
 
 class Typed:

@@ -43,7 +43,7 @@ from sbml import pytrees, scalars
 from sbml.sdes import Kernel, check_sde
 from sbml.types import Array, Example, Key, Scalar, check_example, check_function, of_shape
 
-Network = Callable[[Example, Scalar], Example]
+Network = Callable[..., Array]  # of x_t and t, of one example or of a batch
 
 Real = Float[Array, "..."]
 Prediction = Callable[[Real, Real, Real, Real, float], Real]
@@ -85,7 +85,7 @@ class PredictionScore:
     pytree, the network's parameters.
     """
 
-    network: Callable[..., Array]
+    network: Network
     kind: str
     sde: Kernel
     data_std: float
@@ -130,7 +130,7 @@ class PairScore(PredictionScore):
 
 
 def from_prediction(
-    network: Callable[..., Array],
+    network: Network,
     kind: str,
     sde: Kernel,
     *,
@@ -142,9 +142,9 @@ def from_prediction(
     If alpha(T) = 0, as for ``RectifiedFlow`` and ``Cosine``, the probability-flow ODE of ``x0``,
     ``velocity`` and ``flow`` runs up to T, and its prior is exact, if the slope of alpha at T is
     finite and not 0. The ODE of any other prediction or schedule ends at ``sde.largest_time``,
-    where alpha / sigma = 1e-3, and the remaining signal is neglected.
-    For data of mean m, the mean of log p is then too small by 1e-6 |m|^2 / 2 nats, and log p of one
-    example has an error of about 1e-3 |m| nats of either sign.
+    where alpha / sigma = 1e-3, and the remaining signal is neglected. For data of mean m, the mean
+    of log p is then too small by 1e-6 |m|^2 / 2 nats, and log p of one example has an error of
+    about 1e-3 |m| nats of either sign.
 
     Args:
       network: ``network(x_t, t)`` of one example ``(*s)`` and its time ``()``, shape ``(*s)``. If a

@@ -8,6 +8,9 @@ with numbers is not static: a function with parameters, such as
 The rule is applied to the values that ``__init__`` receives. A copy that JAX makes has the same
 leaves and static fields as the original object, even if its leaves are tracers, None or axes of
 ``vmap``.
+
+:class:`ScoreArgument` is such a dataclass: it makes a pytree of any score whose leaves include
+arrays, also if other leaves are functions.
 """
 
 import dataclasses

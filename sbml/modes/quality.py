@@ -28,10 +28,8 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
     experiment, workdir = Experiment(config), Workdir(workdir)
     extract = extractor(config)
     content = workdir.read(SAMPLES)
-    step, newest = (
-        int(content["step"]),
-        experiment.config.training.checkpoints(workdir).steps()[-1:],
-    )
+    step = int(content["step"])
+    newest = experiment.config.training.checkpoints(workdir).steps()[-1:]
     if newest and newest[0] != step:
         logging.warning(
             "%s is of step %d, but the newest checkpoint is of step %d: to compare that, draw new "

@@ -27,11 +27,14 @@ os.environ["XLA_FLAGS"] = compiler.with_flags(
 
 # Many functions are compiled again in another file, and some in other processes. They are found in
 # a folder that lasts as long as the first test process. Its workers, and the programs that tests
-# start, have its name from the environment.
+# start, have its name from the environment. The folder also has Python's bytecode if it may not be
+# written beside the sources: each process would take five seconds to compile what it imports.
 if "PYTEST_XDIST_WORKER" not in os.environ:
     _compiled = tempfile.TemporaryDirectory(prefix="sbml-compiled-")
-    os.environ["JAX_COMPILATION_CACHE_DIR"] = _compiled.name
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = f"{_compiled.name}/xla"
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+    if os.environ.pop("PYTHONDONTWRITEBYTECODE", ""):
+        os.environ["PYTHONPYCACHEPREFIX"] = f"{_compiled.name}/python"
 
 import jax
 import jaxtyping

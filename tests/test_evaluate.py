@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 import time
 
 import jax
@@ -128,6 +129,20 @@ def test_killed_evaluation_ends_in_the_same_bytes(trained, tmp_path):
     for report in written:
         del report["title"], report["command"]  # They name the work directory.
     assert written[0] == written[1]
+
+
+def test_rows_of_another_version_are_used_with_a_warning(trained, tmp_path):
+    """As after an update of jax, when the same command runs again."""
+    (tmp_path / "checkpoints").symlink_to(trained / "checkpoints")
+    shutil.copytree(trained / "eval", tmp_path / "eval")
+    for path in tmp_path.glob("eval/*/versions_*.json"):
+        write_json(path, {**read_json(path), "jax": "0.1"})
+    runs.run(tmp_path, "--mode=eval")
+    assert (tmp_path / PER_IMAGE).read_bytes() == (trained / PER_IMAGE).read_bytes()
+    report = json.loads((tmp_path / "report.json").read_text())
+    phrase = f"some of the rows with other versions: jax 0.1, now {jax.__version__} ("
+    for name in ("ode_uniform", "bound_uniform"):
+        assert sum(w.startswith(name) and phrase in w for w in report["warnings"]) == 1
 
 
 @pytest.mark.parametrize(

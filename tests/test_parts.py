@@ -5,6 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 
+from sbml.runtime import versions
 from sbml.runtime.parts import Parts, compute_once
 
 
@@ -32,6 +33,28 @@ def test_parts_report_damage_and_refuse_another_computation(tmp_path, caplog):
     parts.write(rows(0, np.arange(4)))
     with pytest.raises(ValueError, match="an image twice"):
         parts.read()
+
+
+def test_rows_of_other_versions_are_known(tmp_path, monkeypatch, caplog):
+    """The number of devices is no other version, and no result depends on it."""
+    parts = Parts(tmp_path, {"step": 1})
+    present = versions.versions()
+    devices = f"8 x {present['devices'].split(' x ')[1]}"
+    parts.write(rows(0, np.arange(2)))
+    for old in ({**present, "devices": devices}, {**present, "jax": "0.1", "numpy": "1.0"}):
+        monkeypatch.setattr(versions, "versions", lambda old=old: old)
+        parts.write(rows(1, np.arange(2)))
+    assert len(list(parts.directory.glob("versions_*.json"))) == 3
+    monkeypatch.setattr(versions, "versions", lambda: present)
+    jax, numpy = (f"{name} {old}, now {present[name]}" for name, old in
+                  (("jax", "0.1"), ("numpy", "1.0")))  # fmt: skip
+    assert parts.other_versions() == [f"{jax}; {numpy}"]
+    for path in parts.directory.glob("versions_*.json"):
+        path.write_text("damaged")
+    assert not parts.other_versions() and "the versions of some rows are unknown" in caplog.text
+    other = {**present, "jaxlib": "0.1", "xla": "of jaxlib 0.1", "devices": "1 x TPU v5 lite"}
+    names = [change.split()[0] for change in versions.changes(other, present)]
+    assert names == ["jaxlib", "devices"]
 
 
 def test_several_processes_may_set_up_the_same_table_at_once(tmp_path):

@@ -272,6 +272,15 @@ class CellRun:
             needed = max(len(tables) + 1, len(tables) * ratio**2)
             yield math.ceil(min(config.max_sweeps, needed))
 
+    def warnings(self) -> list[str]:
+        """Warnings about rows that earlier commands computed with other versions of packages."""
+        others = [other for parts in self._parts_of.values() for other in parts.other_versions()]
+        return [
+            f"{self.cell.name}: an earlier command computed some of the rows with other versions: "
+            f"{other} (without the folder eval of the work directory, all rows are computed again)"
+            for other in dict.fromkeys(others)
+        ]
+
     def result(self, number: Estimate) -> Result:
         """The result as a report shows it; ``number`` is the estimate from :meth:`finish`."""
         checkpoint, trace = self.dequantization.restored, getattr(self.estimator, "trace", None)

@@ -154,6 +154,8 @@ def generate(experiment: Experiment, restored: Restored, workdir: Workdir) -> Sa
             preemption.leave_if_requested("the samples so far are stored")
     sharding.barrier("sampled")
     stored = parts.read()
+    for other in parts.other_versions():
+        logging.warning("an earlier command drew some samples with other versions: %s", other)
     chosen = np.isin(stored["id"], all_ids)
     samples = Samples(*(stored[name][chosen] for name in Samples._fields))
     if samples.failed.any():

@@ -198,8 +198,9 @@ def as_trained(asked: dict[str, Any], trained: dict[str, Any]) -> dict[str, Any]
 
 def _fill(
     shared: Evaluation, defined: list[Cell], dequantizations: dict[str, Dequantization]
-) -> tuple[dict[str, cells.Table], list[Result]]:
-    """The per-image tables by the names of their files, and the result of each cell.
+) -> tuple[dict[str, cells.Table], list[Result], list[str]]:
+    """The per-image tables by the names of their files, the result of each cell, and warnings about
+    rows that earlier commands computed.
 
     One table has the columns of all cells with as many images. A cell with fewer images than
     others, such as one with K > 1, has a table of its own.
@@ -219,7 +220,7 @@ def _fill(
             shared_table.update(named)
         else:
             tables[f"per_image_{cell.name}.npz"] = {"id": cell_run.ids, **named}
-    return tables, results
+    return tables, results, [warning for run in cell_runs for warning in run.warnings()]
 
 
 def _write(workdir: Workdir, tables: dict[str, cells.Table], evaluation: dict[str, Any]) -> None:
@@ -269,11 +270,12 @@ def _run(experiment: Experiment, workdir: Workdir) -> None:
     for dequantizer in dequantizations.values():
         cells.check_first_batch(shared, dequantizer)
     warnings = _warnings(shared, train, dequantizations)
-    tables, results = _fill(shared, defined, dequantizations)
+    tables, results, of_rows = _fill(shared, defined, dequantizations)
     shared_table = tables[PER_IMAGE]
     if images.ids:
         shared_table["name"] = np.asarray(images.ids)[shared_table["id"]]
     warnings += [warning for result in results for warning in result.warnings(images.ids)]
+    warnings += of_rows
     for warning in warnings:
         logging.warning(warning)
     left_out = baselines.omitted(train.images)

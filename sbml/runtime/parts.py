@@ -15,7 +15,7 @@ import numpy as np
 from absl import logging
 from etils import epath
 
-from sbml.runtime import sharding
+from sbml.runtime import sharding, versions
 from sbml.runtime.files import (
     DamagedFileError,
     intact_npz,
@@ -76,9 +76,26 @@ class Parts:
             raise ValueError(f"{self.directory} belongs to another computation: move it away")
 
     def write(self, columns: dict[str, np.ndarray]) -> None:
-        """Add the rows ``columns``, of which ``sweep`` and ``id`` identify a row."""
+        """Add the rows ``columns``, of which ``sweep`` and ``id`` identify a row, and note the
+        versions of the packages."""
+        present = versions.versions()
+        noted = self.directory / f"versions_{_digest(present)}.json"
+        if not noted.exists():
+            write_json(noted, present)
         first = f"{columns['sweep'][0]:04d}_{columns['id'][0]:08d}"
         write_npz(self.directory / f"part_{first}.npz", columns)
+
+    def other_versions(self) -> list[str]:
+        """How the versions with which earlier commands wrote rows differ from the present ones: a
+        sentence for each difference. Damaged files are left out with a warning."""
+        differences = []
+        for path in sorted(self.directory.glob("versions_*.json")):
+            try:
+                noted = read_json(path, "the versions of some rows are unknown")
+                differences.append("; ".join(versions.changes(noted, versions.versions())))
+            except DamagedFileError as error:
+                logging.warning("%s", error)
+        return list(filter(None, dict.fromkeys(differences)))
 
     def read(self, sweep: int | None = None) -> dict[str, np.ndarray]:
         """The rows on disk, of ``sweep`` or of all sweeps, sorted by sweep and then by id; an empty

@@ -1,5 +1,6 @@
 """Versions of the packages, XLA, Python and the devices that produced a result."""
 
+import functools
 import importlib.metadata
 import platform
 
@@ -13,6 +14,7 @@ PACKAGES = (
 )
 
 
+@functools.cache
 def versions() -> dict[str, str]:
     """Versions of the packages that a result depends on, of Python, and the kind of device.
 
@@ -29,3 +31,15 @@ def versions() -> dict[str, str]:
     if compiler.check():
         xla += ", its sums agree with NumPy's"
     return {**packages, "xla": xla, "python": platform.python_version(), "devices": devices}
+
+
+def changes(old: dict[str, str], new: dict[str, str]) -> list[str]:
+    """The entries of ``old`` that ``new`` has with another value, such as "jax 0.11.2, now 0.12.0".
+
+    The number of devices is left out, because no result depends on it.
+    """
+    kinds = [{**one, "devices": one.get("devices", "").split(" x ")[-1]} for one in (old, new)]
+    names = [name for name in kinds[0] if kinds[0][name] != kinds[1].get(name)]
+    if "jaxlib" in names and "xla" in names:
+        names.remove("xla")  # It names the same version.
+    return [f"{name} {kinds[0][name]}, now {kinds[1].get(name, 'unknown')}" for name in names]

@@ -344,3 +344,26 @@ def test_density_refuses_an_sde_of_arrays() -> None:
     with pytest.raises(ValueError, match=r"jax.tree.map\(float, sde\)"):
         sbml.Density(_score, sde, (2,), eps=1e-3)
     assert hash(jax.tree.map(float, sde)) == hash(VP())
+
+
+@dataclasses.dataclass(frozen=True)
+class Listed(SDE):
+    """``VP`` with its coefficients in a list, so that it cannot be hashed."""
+
+    beta: list[float]
+
+    def mean_coef(self, t: Array) -> Array:
+        return jnp.exp(-0.5 * (self.beta[0] * t + self.beta[1] * t**2))
+
+    def std(self, t: Array) -> Array:
+        return jnp.sqrt(-jnp.expm1(-(self.beta[0] * t + self.beta[1] * t**2)))
+
+
+def test_an_sde_that_cannot_be_hashed_has_its_ends_and_is_checked() -> None:
+    sde, x = Listed([0.1, 9.95]), jnp.array([0.3, -0.2])
+    # The prior has the standard deviation sigma(1), so only the mean alpha(1) x is left.
+    expected = 0.5 * (0.3**2 + 0.2**2) * math.exp(-10.05) / -math.expm1(-10.05)
+    np.testing.assert_allclose(bound.prior_kl(sde, x), expected, rtol=1e-9)
+    assert (sde.largest_time, sde.last_regular_time) == (1, 1)
+    with pytest.raises(ValueError, match="its log-SNR"):
+        Listed([5.0, -4.0]).check_time(0.5)

@@ -305,12 +305,28 @@ def _are_numbers(*trees: Any) -> bool:
     return all(isinstance(leaf, float | int) for leaf in jax.tree.leaves(trees))
 
 
+def _remembered(function: Callable[..., Any]) -> Callable[..., Any]:
+    """``function``, computed once for each choice of its arguments. For arguments that cannot be
+    hashed, such as an SDE with a list as a field, it is computed in each call."""
+    cached = functools.lru_cache(maxsize=512)(function)
+
+    @functools.wraps(function)
+    def call(*arguments: Any) -> Any:
+        try:
+            hash(arguments)
+        except TypeError:
+            return function(*arguments)
+        return cached(*arguments)
+
+    return call
+
+
 def _once(end: Callable[[SDE], Number], sde: SDE) -> Number:
     """``end(sde)``, computed once for each SDE of floats and each precision."""
     return _cached(end, sde, jnp.result_type(float)) if _are_numbers(sde) else end(sde)
 
 
-@functools.lru_cache(maxsize=512)
+@_remembered
 def _cached(end: Callable[[SDE], Number], sde: SDE, dtype: jnp.dtype) -> Number:
     return end(sde)
 
@@ -335,7 +351,7 @@ def _last_regular_time(sde: SDE) -> Number:
     return scalars.constant(end)
 
 
-@functools.lru_cache(maxsize=256)
+@_remembered
 def _check_decrease(sde: SDE, eps: float, dtype: jnp.dtype) -> None:
     """Check once for each precision ``dtype`` that the log-SNR decreases from ``eps`` on.
 

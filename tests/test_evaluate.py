@@ -1,5 +1,6 @@
 """An evaluation counts every image once, does not depend on batches, and resumes after a kill."""
 
+import dataclasses
 import json
 import math
 import shutil
@@ -163,6 +164,21 @@ def test_a_dequantizer_that_does_not_fit_the_training_gives_a_warning(
     dequantizer = cells.Dequantization(experiment.dequantizer(name), {})
     warnings = evaluate._dequantizer_mismatch(restored, name, dequantizer)
     assert [phrase in w for w in warnings] == ([True] if phrase else [])
+
+
+def test_files_that_are_not_used_are_named_once_for_each_split(trained, tmp_path):
+    shared = cell_run(trained, tmp_path, ODE).shared
+    train = dataclasses.replace(shared.experiment.images("train"), skipped=("a.png: cut off",))
+    shared = dataclasses.replace(shared, images=train)
+    named = [w for w in evaluate._warnings(shared, train, {}) if "a.png" in w]
+    assert named == ["1 train file is not used: a.png: cut off"]
+    test = dataclasses.replace(train, split="test", skipped=("b.png: cut off", "c.png: empty"))
+    named = [w for w in evaluate._warnings(dataclasses.replace(shared, images=test), train, {})
+             if ".png" in w]  # fmt: skip
+    assert named == [
+        "2 test files are not used: b.png: cut off; c.png: empty",
+        "1 train file is not used: a.png: cut off",
+    ]
 
 
 def test_rows_of_other_terms_are_not_taken(trained, tmp_path, monkeypatch):

@@ -59,7 +59,8 @@ def get_config(name: str = "cifar10_vp") -> ConfigDict:
     """The config of the model ``name``.
 
     Raises:
-      ValueError: if ``name`` does not consist of a data set, an SDE and any of the words above.
+      ValueError: if ``name`` does not consist of a data set, an SDE and any of the words above, or
+        two of the words contradict each other.
     """
     data, _, rest = name.partition("_")
     sde, *words = rest.split("_")
@@ -69,6 +70,9 @@ def get_config(name: str = "cifar10_vp") -> ConfigDict:
             f"paper:{name}: no such model; give cifar10 or imagenet32, then vp or subvp, then any "
             f"of {', '.join(sorted(options))}, as in cifar10_subvp_deep"
         )
+    for pair in ({"flip", "noflip"}, {"original", "weighted"}):
+        if pair <= set(words):
+            raise ValueError(f"paper:{name}: give only one of {' and '.join(sorted(pair))}")
     config = default()
     for word in (data, sde, *words):
         WORDS[word](config)

@@ -31,8 +31,9 @@ mean kappa y and the standard deviation sqrt(V) u:
 
 with the constants d_j = -0.8, -0.4, 0, 0.4, 0.8. So the outputs keep their size at every noise;
 otherwise the network would have to copy y with an error below the size of the noise. If rho is
-smaller than a bin, only the levels around y matter. If it is larger, the sum over k is replaced by
-an integral, which has a closed form. So the memory does not grow with L.
+smaller than a bin, only the levels around y matter for x^. If it is larger, the sum over k is
+replaced by an integral, which has a closed form. So the memory does not grow with L. The decoder
+sums over all levels, a block of them at a time.
 
 Reference: Kingma et al., "Variational Diffusion Models", NeurIPS 2021, where the decoder has no
 l_k.
@@ -68,8 +69,8 @@ FEW, COMPONENTS = 32, 5
 VARIANCE, WIDEST = 0.25, 10.0
 
 # For a mixture, the sum over levels has NEAR levels on either side of y. If rho is at least WIDE
-# half-widths of a bin, the integral replaces the sum.
-NEAR, WIDE = 4, 2.0
+# half-widths of a bin, the integral replaces the sum. The decoder takes BLOCK levels at a time.
+NEAR, WIDE, BLOCK = 4, 2.0, 16
 
 
 def outputs(levels: int) -> int:
@@ -101,7 +102,7 @@ def posterior_mean(out: Outputs, y: Example, rho: Real, levels: int, data: str) 
         log_p, means = _of_all(out, y, rho, levels, data)
         return jnp.sum(jnp.exp(log_p) * means, axis=-1)
     components = _components(out, y, rho, levels)
-    log_p, means, _ = _near(components, y, rho, levels, data)
+    log_p, means = _near(components, y, rho, levels, data)
     near = jnp.sum(jnp.exp(log_p) * means, axis=0)
     return jnp.where(rho < WIDE / levels, near, _integral(components, y, rho))
 
@@ -109,9 +110,7 @@ def posterior_mean(out: Outputs, y: Example, rho: Real, levels: int, data: str) 
 def decoder_nats(out: Outputs, y: Example, rho: Real, pixels: Pixels, levels: int) -> Scalar:
     """-log p(k | y) of integers ``pixels (*s)`` at bin centres, summed over entries, in nats.
 
-    The other arguments are those of :func:`posterior_mean`. For a mixture, a rho above the width of
-    a bin, 2 / L, is replaced by it. Only the 2 ``NEAR`` + 1 levels nearest to y have a positive
-    probability then, and for any other pixel the result is infinite.
+    The other arguments are those of :func:`posterior_mean`.
 
     Raises:
       ValueError: as :func:`posterior_mean`, or if ``pixels`` are not integers 0 .. L - 1 of the
@@ -123,8 +122,22 @@ def decoder_nats(out: Outputs, y: Example, rho: Real, pixels: Pixels, levels: in
         log_p, _ = _of_all(out, y, rho, levels, "centre")
         log_p_pixels = jnp.take_along_axis(log_p, pixels[..., None].astype(jnp.int32), -1)[..., 0]
         return -jnp.sum(log_p_pixels)
-    log_p, _, k = _near(_components(out, y, rho, levels), y, rho, levels, "centre")
-    return -jnp.sum(jax.nn.logsumexp(jnp.where(k == pixels[None], log_p, -jnp.inf), axis=0))
+    components = _components(out, y, rho, levels)
+    at, std = y[None], jnp.broadcast_to(rho, y.shape)[None]
+
+    def log_joint(k: Array) -> Array:
+        """l_k + log p(y | k) of the levels ``k (m, *s)``, with the same shape."""
+        centre = bits.to_model(k.astype(y.dtype), 0.5, levels)
+        return _log_density(components, centre) - 0.5 * ((centre - at) / std) ** 2
+
+    def add(total: Array, first: Array) -> tuple[Array, None]:
+        k = _first(first + jnp.arange(BLOCK), y)
+        block = jnp.where(k < levels, log_joint(k), -jnp.inf)
+        return jnp.logaddexp(total, jax.nn.logsumexp(block, axis=0)), None
+
+    nothing = jnp.full(y.shape, -jnp.inf, y.dtype)
+    total, _ = jax.lax.scan(add, nothing, jnp.arange(0, levels, BLOCK))
+    return jnp.sum(total - log_joint(pixels[None])[0])
 
 
 def _check(out: Array, y: Array, rho: Real, levels: int, data: str) -> None:
@@ -150,8 +163,8 @@ def _of_all(out: Array, y: Array, rho: Array, levels: int, data: str) -> tuple[A
 
 def _near(
     components: Components, y: Array, rho: Array, levels: int, data: str
-) -> tuple[Array, Array, Array]:
-    """log p(k | y), m_k and k of the levels k around y, each ``(2 NEAR + 1, *s)``.
+) -> tuple[Array, Array]:
+    """log p(k | y) and m_k of the levels k around y, each ``(2 NEAR + 1, *s)``.
 
     A rho above WIDE / levels, where the integral replaces the sum, is replaced by WIDE / levels.
     """
@@ -166,9 +179,15 @@ def _near(
         ends = (centre - 1 / levels - y) / rho, (centre + 1 / levels - y) / rho
         log_likelihood, standard = _between(*ends)
         log_likelihood, means = jax.lax.optimization_barrier((log_likelihood, y + rho * standard))
+    log_p = jax.nn.log_softmax(_log_density(components, centre) + log_likelihood, axis=0)
+    return log_p, means
+
+
+def _log_density(components: Components, centre: Array) -> Array:
+    """l_k, up to a constant, of the levels at ``centre (m, *s)`` or ``(m, 1, ..., 1)``."""
     log_w, mu, scale = (c[None] for c in components)
     each = log_w - jnp.log(scale) - 0.5 * ((centre[:, None] - mu) / scale) ** 2
-    return jax.nn.log_softmax(_log_sum_exp(each, 1) + log_likelihood, axis=0), means, k
+    return _log_sum_exp(each, 1)
 
 
 def _integral(components: Components, y: Array, rho: Array) -> Array:

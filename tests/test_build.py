@@ -94,6 +94,9 @@ def test_the_papers_variants_change_what_they_are_named_after() -> None:
     for wrong in ("cifar", "cifar10", "cifar10_ve", "cifar10_vp_shallow", "vp_cifar10"):
         with pytest.raises(ValueError, match=f"paper:{wrong}: no such model; give cifar10"):
             get_config(wrong)
+    for wrong, both in (("flip_noflip", "flip and noflip"), ("weighted_original", "original and")):
+        with pytest.raises(ValueError, match=f"_{wrong}: give only one of {both}"):
+            get_config(f"cifar10_vp_{wrong}")
 
 
 @pytest.mark.parametrize(
@@ -243,6 +246,34 @@ def test_data_of_another_shape_is_refused():
         build.Experiment(config).images("train")
 
 
+@pytest.mark.parametrize(
+    ("label", "first"), [("log_snr", "0"), ("scaled_log_snr", "-153"), ("time", ""), ("sigma", "")]
+)
+def test_the_logarithm_of_a_label_that_is_not_positive_is_refused(label: str, first: str) -> None:
+    config = tiny.get_config()
+    config.score.update(label=label, log_snr_range=(-5.0, 13.3))
+    config.model.embedding_type = "fourier"
+    config.training.smallest_time = 1e-6
+    if not first:
+        build.Experiment(config)
+        return
+    with pytest.raises(ValueError, match=f"score.label={label}, which is {first}.*fourier_linear"):
+        build.Experiment(config)
+
+
+def test_a_flow_for_images_of_odd_width_is_refused() -> None:
+    config = tiny.get_config()
+    config.data.shape = (8, 7, 1)
+    build.Experiment(config)
+    config.mode = ("train", "train_dequantizer")
+    with pytest.raises(ValueError, match=r"dequantizer.name=variational .*\(8, 7, 1\).* even"):
+        build.Experiment(config)
+    config.update(mode=("train",))
+    config.eval.dequantizers = ("uniform", "variational")
+    with pytest.raises(ValueError, match="eval.dequantizers=variational .* even"):
+        build.Experiment(config)
+
+
 def test_unknown_fields_modes_and_arguments_list_the_choices(tmp_path):
     for flag, expected in [
         ("--config.optim.learning_rate=1", "beta1, beta2, ema, eps, grad_clip, lr"),
@@ -313,9 +344,9 @@ def test_parity_changes_any_config_to_the_authors() -> None:
     assert (config.eval.times, config.eval.sweeps, config.eval.probes) == ("iid", 5, 1)
     assert config.dequantizer.model.clipped
     for path in CONFIGS:
-        if path.stem not in ("parity", "best"):
+        if path.stem not in ("parity", "best", "cifar10_vdm"):
             build.Experiment(get_config(path.stem))
-    for name in ("cifar", "best"):
+    for name in ("cifar", "best", "cifar10_vdm"):
         with pytest.raises(
             ValueError, match=f"parity:{name}: no such config; choose from cifar10_subvp"
         ):

@@ -187,9 +187,11 @@ def test_other_constants_of_the_label_are_a_flag(tmp_path: Path) -> None:
     save(tmp_path, reference.train_state(small({"width": 32, "depth": 1}, None)))
     chosen = config()
     chosen.score.log_snr_range = (-6.0, 12.0)
+    chosen.sde.learned = True  # The ends of a checkpoint are numbers, whatever the config says.
     convert.run(chosen, tmp_path / "ours", tmp_path)
     fitted = architecture.of_workdir(config(), tmp_path / "ours")
     assert (fitted.sde.gamma_0, fitted.sde.gamma_1) == (-12.0, 6.0)
+    assert not fitted.sde.learned
     experiment = build.Experiment(fitted)
     np.testing.assert_allclose(experiment.adapter.time_label(np.float32([0.0, 1.0])), [0, 1000])
 

@@ -99,12 +99,17 @@ def test_float32_keeps_its_digits_from_the_smallest_noise_to_the_largest(levels,
         assert error.max() < 2e-3
 
 
-@pytest.mark.parametrize("levels", [FEW, MANY])
-def test_the_decoder_is_the_posterior_of_the_level(levels):
-    rng, rho = np.random.default_rng(3), 1 / (3 * levels)
+@pytest.mark.parametrize("bins", [1 / 6, 0.9, 1.3, 30.0])
+@pytest.mark.parametrize("levels", [FEW, 40, MANY])
+def test_the_decoder_is_the_posterior_of_the_level(levels, bins):
+    """Also where the noise is wider than a bin, as at the smallest time of ``VE``."""
+    rng, rho = np.random.default_rng(3), bins * 2 / levels
     out, k = rng.normal(size=(6, integers.outputs(levels))), rng.integers(0, levels, 6)
     y = (2 * k + 1) / levels - 1 + rho * rng.normal(size=6)
-    found = integers.decoder_nats(*map(jnp.asarray, (out, y, rho, k)), levels)
+    y[0], k[0] = -1 - 3 * rho, 0
+    arguments = (*map(jnp.asarray, (out, y, rho, k)), levels)
+    found, slopes = jax.value_and_grad(integers.decoder_nats, (0, 1))(*arguments)
+    assert all(bool(jnp.isfinite(slope).all()) for slope in slopes)
     each = [
         -np.log(bayes(o, at, rho, levels, "centre")[0][i])
         for o, at, i in zip(out, y, k, strict=True)
@@ -209,13 +214,16 @@ def test_the_odes_likelihood_is_that_of_the_integers(data):
     np.testing.assert_allclose(found, np.log(densities @ p), rtol=0, atol=2e-6)
 
 
-@pytest.mark.parametrize("data", integers.DATA)
+@pytest.mark.parametrize("data", [*integers.DATA, "decoder"])
 def test_the_memory_of_a_mixture_does_not_grow_with_the_levels(data):
-    """The largest array of the program and of its gradient, for 256 and for 65,536 levels."""
-    y, rho = jnp.zeros(100), jnp.asarray(0.1)
+    """The largest array of the program, for 256 and for 65,536 levels; with the gradient, except
+    for the decoder."""
+    y, rho, k = jnp.zeros(100), jnp.asarray(0.1), jnp.zeros(100, int)
 
     def largest(levels):
         def loss(out):
+            if data == "decoder":
+                return integers.decoder_nats(jax.lax.stop_gradient(out), y, rho, k, levels)
             return jnp.sum(integers.posterior_mean(out, y, rho, levels, data) ** 2)
 
         out = jnp.zeros((100, integers.outputs(levels)))

@@ -195,6 +195,12 @@ def test_a_schedule_that_is_not_learned_is_no_parameter():
     [
         ("data", "dequantization", "uniform", "set --config.data.dequantization=centre"),
         ("training", "likelihood_weighting", False, "set --config.training.likelihood_weighting="),
+        (
+            "training",
+            "second_order",
+            0.1,
+            "second_order=0.1: the loss is no bound; set --config.tr",
+        ),
         ("sde", "name", "rectified_flow", "sde.name=rectified_flow: it has no numbers to learn"),
     ],
 )

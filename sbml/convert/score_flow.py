@@ -144,7 +144,7 @@ def _sections(
             "parameterization": choice if choice in possible else possible[0],
             "label": convention.label,
         },
-        "sde": dict(config.sde),
+        "sde": {**config.sde, "learned": False},
         "training": {"smallest_time": eps},
     }
     if flow is not None:

@@ -58,7 +58,10 @@ def convert(
             "label": "scaled_log_snr",
             "log_snr_range": tuple(config.score.log_snr_range),
         },
-        "sde": {"name": "linear_gamma", **_ends(whole, config.score.log_snr_range)},
+        "sde": {
+            **{"name": "linear_gamma", "learned": False},
+            **_ends(whole, config.score.log_snr_range),
+        },
         "training": {"smallest_time": LinearGamma.smallest_time},
     }
     experiment, lines = _writing.fit(config, sections, workdir)

@@ -51,7 +51,8 @@ class Config(Section):
     latents: Latents = Latents()
 
     def check(self) -> None:
-        """Check that the split to evaluate exists, and that a learned decoder has been trained."""
+        """Check that the split to evaluate exists, that a learned decoder has been trained, and
+        that a flow fits the images."""
         if self.eval.split == data.VALIDATION and not self.data.validation:
             raise ValueError(data.NO_VALIDATION.format(f"eval.split={self.eval.split}"))
         trained = self.score.parameterization, self.data.dequantization
@@ -62,6 +63,16 @@ class Config(Section):
                 "--config.score.parameterization=levels --config.data.dequantization=centre, or "
                 "choose other dequantizers".format(*trained)
             )
+        flows: dict[str, Sequence[str]] = {"eval.dequantizers": choices_in(self.eval.dequantizers)}
+        if "train_dequantizer" in self.mode:
+            flows["dequantizer.name"] = (self.dequantizer.name,)
+        for field, chosen in flows.items():
+            if "variational" in chosen and self.data.shape[1] % 2:
+                raise ValueError(
+                    f"{field}=variational with data.shape={self.data.shape}: its flow splits "
+                    "images into even and odd columns, so their width must be even; choose another "
+                    "dequantizer"
+                )
 
     @classmethod
     def read(cls, config: ConfigDict) -> Self:

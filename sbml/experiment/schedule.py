@@ -53,9 +53,10 @@ def check(process: Process, training: Training, data: Data) -> None:
             f"sde.learned with data.dequantization={data.dequantization}: the schedule is learned "
             "through the bound with a decoder; set --config.data.dequantization=centre"
         )
-    if training.discrete_levels or not training.likelihood_weighting:
-        raise ValueError(
-            f"sde.learned with training.discrete_levels={training.discrete_levels}, "
-            f"training.likelihood_weighting={training.likelihood_weighting}: the loss is no bound; "
-            "set --config.training.likelihood_weighting=True --config.training.discrete_levels=0"
-        )
+    needed = {"likelihood_weighting": True, "discrete_levels": 0, "second_order": 0}
+    for name, value in needed.items():
+        if (given := getattr(training, name)) != value:
+            raise ValueError(
+                f"sde.learned with training.{name}={given}: the loss is no bound; set "
+                f"--config.training.{name}={value}"
+            )

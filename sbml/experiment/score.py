@@ -11,6 +11,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, ClassVar, Self
 
+import jax.numpy as jnp
 from flax import linen as nn
 
 from sbml import adapters, integers, networks
@@ -162,10 +163,13 @@ class Score(Section):
           sde: the forward process.
           eps: the smallest time of training.
           data: ``config.data``, for the number of levels and the dequantization.
+
+        Raises:
+          ValueError: the network embeds the logarithm of a label that is not positive at ``eps``.
         """
         if self.parameterization == adapters.LEVELS:
             network = network.clone(outputs=integers.outputs(data.levels))
-        return Adapter(
+        adapter = Adapter(
             network,
             sde,
             parameterization=self.parameterization,
@@ -176,3 +180,12 @@ class Score(Section):
             levels=data.levels,
             data=data.kind,
         )
+        # Every label increases with the time.
+        first = float(adapter.time_label(jnp.asarray([eps]))[0])
+        if getattr(network, "embedding_type", "") == "fourier" and not first > 0:
+            raise ValueError(
+                f"model.embedding_type=fourier takes the logarithm of score.label={self.label}, "
+                f"which is {first:g} at the smallest time: set "
+                "--config.model.embedding_type=fourier_linear or --config.score.label=sigma"
+            )
+        return adapter

@@ -141,26 +141,27 @@ def _training_mismatch(restored: Restored, train: ImageSet, eps: float) -> list[
 def _dequantizer_mismatch(restored: Restored, name: str, dequantizer: Dequantization) -> list[str]:
     """Warnings if the dequantizer does not fit the score's training data, or was trained for
     another score."""
+    warnings = []
     trained_on = restored.metadata["config"]["data"]["dequantization"]
     if dequantizer.model.at_noise and trained_on == "uniform":
-        return [
+        warnings.append(
             f"{name}: the model was trained on uniformly dequantized images, but this dequantizer "
             "puts noise around bin centres: still a bound, but a loose one "
             "(data.dequantization=centre)"
-        ]
+        )
     if not dequantizer.model.at_noise and trained_on == "centre":
-        return [
+        warnings.append(
             f"{name}: the model was trained on bin centres, but this dequantizer needs its density "
             "in the whole bins: still a bound, but a loose one (data.dequantization=uniform)"
-        ]
+        )
     if dequantizer.restored is not None:
         score = dequantizer.restored.metadata["score"]
         if score["crc32"] != tree_crc32(restored.state.ema_params):
-            return [
+            warnings.append(
                 f"{name}: trained for another score (step {score['step']}): still a bound, but a "
                 "loose one (train it again: --mode=train_dequantizer)"
-            ]
-    return []
+            )
+    return warnings
 
 
 def _warnings(

@@ -19,7 +19,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from runs import FRESH
 
-from sbml.runtime import disk
+from sbml.runtime import checkpoint, disk
 from sbml.runtime.checkpoint import Checkpoints, UnsavedCheckpointError
 
 # When one read of a broken checkpoint fails, orbax drops the others, which then complain to nobody.
@@ -283,6 +283,26 @@ def _full_for_a_while(directory: Path) -> None:
 def test_a_disk_that_is_full_for_a_while_is_named_once(tmp_path: Path) -> None:
     """What failed saves have written is removed, and the first after them is whole."""
     in_fresh_process(_full_for_a_while, tmp_path)
+
+
+def test_a_folder_that_cannot_be_made_is_a_save_that_failed(
+    tmp_path: Path, monkeypatch: Any, caplog: Any
+) -> None:
+    """A disk without inodes has free bytes, and fails as the writer makes its folder."""
+    made = checkpoint.ocp.training.Checkpointer
+    errors = iter([OSError(28, "No space left on device")])
+
+    def checkpointer(*given: Any, **options: Any) -> Any:
+        for error in errors:
+            raise error
+        return made(*given, **options)
+
+    monkeypatch.setattr(checkpoint.ocp.training, "Checkpointer", checkpointer)
+    checkpoints = Checkpoints(tmp_path / "run")
+    assert not checkpoints.save(1, make_state(1), {}) and "No space left" in caplog.text
+    assert checkpoints.save(2, make_state(2), {})
+    checkpoints.close()
+    assert checkpoints.steps() == [2] and "There is room again: step 2" in caplog.text
 
 
 def test_without_room_nothing_is_written(tmp_path: Path, monkeypatch: Any, caplog: Any) -> None:

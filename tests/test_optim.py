@@ -1,5 +1,7 @@
 """The optimizer compared with Adam written out, its schedules, and which parameters decay."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -85,6 +87,17 @@ def test_a_cosine_run_shorter_than_its_warmup_only_rises(warmup, caplog):
         [rate(s) for s in (0, 5, 9)], np.array([0, 5, 9]) / warmup, rtol=1e-6
     )
     assert f"a warm-up of {warmup} steps in a run of 10" in caplog.text
+
+
+def test_a_short_run_is_told_of_its_warmup_and_average(caplog):
+    config = tiny.get_config()
+    section = build.Experiment(config).config.optim
+    section.warn_if_short(config.training.num_steps)
+    assert not caplog.records
+    dataclasses.replace(section, warmup=5000, ema=0.9999).warn_if_short(1000)
+    warmup, average = (record.getMessage() for record in caplog.records)
+    assert "optim.warmup=5000 in a run of 1000 steps: the learning rate only rises" in warmup
+    assert "weight of 90% in the averaged" in average and "set --config.optim.ema=0.9935" in average
 
 
 @pytest.mark.parametrize(

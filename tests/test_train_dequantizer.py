@@ -11,6 +11,7 @@ import tiny
 from sbml import bound
 from sbml.dequantizers import variational
 from sbml.experiment import build
+from sbml.modes import _loop as loop
 from sbml.modes import eval as evaluate
 from sbml.modes import train, train_dequantizer
 from sbml.runtime import metrics, sharding
@@ -98,8 +99,20 @@ def test_grids_of_samples_are_refused(score):
         train_dequantizer.run(config_of(sample_every=9), score)
 
 
+def test_the_settings_of_both_trainings_reach_the_loop(score, tmp_path, monkeypatch):
+    """Seed, flips and the decay of each average; the loop's own tests show what they do."""
+    tasks = []
+    monkeypatch.setattr(loop, "run", lambda task, checkpoints: tasks.append(task))
+    config = config_of()
+    config.seed, config.data.flip = 7, True
+    config.optim.ema, config.dequantizer.optim.ema = 0.9, 0.8
+    train.run(config, tmp_path)
+    train_dequantizer.run(config, score)
+    assert [(t.seed, t.flip, t.update.ema) for t in tasks] == [(7, True, 0.9), (7, True, 0.8)]
+
+
 def test_only_the_dequantizer_learns(whole):
-    """The score's checkpoint is untouched, the average has decay 0.99, the parameters moved."""
+    """The score's checkpoint is untouched, and the parameters moved."""
     experiment = build.Experiment(config_of())
     images = experiment.images("train")
     fresh = sharding.initial_state(
@@ -107,7 +120,6 @@ def test_only_the_dequantizer_learns(whole):
     )
     moved = jax.tree.map(lambda a, b: float(np.abs(a - b).max()), fresh.params, state(whole).params)
     assert max(jax.tree.leaves(moved)) > 1e-3
-    assert config_of().dequantizer.optim.ema == 0.99
     assert experiment.restore(whole).step == tiny.get_config().training.num_steps
     assert isinstance(experiment.dequantizer("variational"), variational.Model)
     assert experiment.dequantizer("variational").levels == 17

@@ -46,6 +46,41 @@ def test_non_finite_loss_stops_and_names_the_last_checkpoint(tmp_path, monkeypat
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(restored.state.params))
 
 
+def test_a_loss_that_is_not_finite_is_the_error_even_if_no_checkpoint_was_saved(
+    tmp_path, monkeypatch, caplog
+):
+    diverge(monkeypatch)
+    config = tiny.get_config()
+    config.optim.grad_clip = 0.0
+    config.training.checkpoint_every = 1
+    monkeypatch.setattr(disk, "shortage", lambda *_: "full")
+    with pytest.raises(loop.NonFiniteLoss, match="none was saved"):
+        train.run(config, tmp_path)
+    assert "Make room and run the same command again" in caplog.text
+
+
+def test_the_rows_after_a_kill_are_means_over_all_of_their_steps(tmp_path, monkeypatch):
+    """A checkpoint between two rows begins a row of its own."""
+    config = tiny.get_config()
+    config.training.update(num_steps=24, log_every=8, checkpoint_every=12)
+    train.run(config, tmp_path / "whole")
+    saved = loop._Trainer.save
+
+    def killed(self, step):
+        saved(self, step)
+        self.checkpoints.wait()
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop._Trainer, "save", killed)
+        with pytest.raises(KeyboardInterrupt):
+            train.run(config, tmp_path / "killed")
+    train.run(config, tmp_path / "killed")
+    whole, ours = (metrics.read(tmp_path / name) for name in ("whole", "killed"))
+    assert [row["step"] for row in whole] == [8, 12, 16, 24]
+    assert [(r["step"], r["loss"]) for r in ours] == [(r["step"], r["loss"]) for r in whole]
+
+
 def test_a_full_disk_does_not_stop_the_training(tmp_path, monkeypatch, caplog):
     """Steps 8 to 31 find no room, nor do some rows; the end is that of a run with a free disk."""
     config = tiny.get_config()

@@ -19,6 +19,7 @@ from sbml.experiment.fields import (
 )
 
 DEQUANTIZATIONS = ("uniform", "centre", "none")
+WITHOUT_ARCHIVES = ("digits", "photos", "image_folder")  # sources that read no manual_dir
 WITHOUT_FOLDER = ("digits", "photos", "tfds", "imagenet32")  # sources that read no folder of images
 
 
@@ -95,15 +96,23 @@ class Data(Section):
 
         Raises:
           ValueError: the images do not have this shape and these levels, or cannot be loaded; or
-            the path or crop of a folder is given for another source of this package.
+            a field is set that only other sources of this package read.
         """
-        if self.source.partition(":")[0] in WITHOUT_FOLDER:
-            for field in ("path", "crop"):
+        source = self.source.partition(":")[0]
+        if source in WITHOUT_FOLDER:
+            for field in ("path", "crop", "test_fraction", "split_seed"):
                 if (value := getattr(self, field)) != getattr(type(self), field):
                     raise ValueError(
                         f"data.{field}={value} with data.source={self.source}: only a folder of "
                         "images has it; set --config.data.source=image_folder, or leave it out"
                     )
+        if source in WITHOUT_ARCHIVES and self.manual_dir:
+            raise ValueError(
+                f"data.manual_dir={self.manual_dir} with data.source={self.source}: it is read for "
+                "tfds and imagenet32 only; leave it out"
+            )
+        if source == "image_folder" and self.shape[-1] not in (1, 3):
+            raise refusal("data.shape", self.shape, "3 channels for RGB, or 1 for grey")
         images = data.load(self.source, split, self.options)
         if images.shape != self.shape or images.levels != self.levels:
             raise ValueError(

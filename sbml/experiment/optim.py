@@ -4,9 +4,13 @@ import dataclasses
 from typing import ClassVar
 
 import optax
+from absl import logging
 
 from sbml.experiment.fields import Section, choice, integer, real
 from sbml.runtime import optim
+
+# The largest weight of the initial parameters in the average without a warning.
+MOST_INITIAL = 0.05
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,6 +38,23 @@ class Optim(Section):
     # of an image for the score, and a sum for the dequantizer. 0: off.
     grad_clip: float = real(1.0, least=0, most=1e9)
     ema: float = real(0.9999, least=0, below=1)  # decay of the parameters' average per step
+
+    def warn_if_short(self, num_steps: int) -> None:
+        """Log warnings if a run of ``num_steps`` does not fit the warm-up or the average."""
+        if self.schedule == "constant" and num_steps <= self.warmup:
+            logging.warning(
+                "%s.warmup=%d in a run of %d steps: the learning rate only rises, to %g; set "
+                "--config.%s.warmup=%d",
+                *(self.section, self.warmup, num_steps, self.lr * num_steps / self.warmup),
+                *(self.section, num_steps // 10),
+            )
+        if (initial := self.ema**num_steps) > MOST_INITIAL:
+            logging.warning(
+                "%s.ema=%g in a run of %d steps: initial values have a weight of %.0f%% in the "
+                "averaged parameters, which are evaluated and sampled; set --config.%s.ema=%.4g",
+                *(self.section, self.ema, num_steps, 100 * initial),
+                *(self.section, max(0.0, 1 - 6.5 / num_steps)),
+            )
 
     def transformation(self, num_steps: int, unit: float) -> optax.GradientTransformation:
         """The optimizer of a run of ``num_steps``.

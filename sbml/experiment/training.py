@@ -5,7 +5,7 @@ from typing import ClassVar
 
 from etils import epath
 
-from sbml.experiment.fields import Section, choice, flag, integer, real
+from sbml.experiment.fields import Section, choice, flag, integer, real, refusal
 from sbml.runtime.checkpoint import Checkpoints
 from sbml.sdes import SDE, Kernel
 from sbml.times import DRAWS, PROPOSALS, Grid, Proposal
@@ -97,7 +97,8 @@ class Training(Loop):
     second_order_probes: int = integer(2, least=1, below=2**10)
     times: str = choice("lattice", DRAWS)  # how the times of a batch are spread
     noises: str = choice("antithetic", NOISES)  # antithetic: each image has two rows, z and -z
-    # number of bins of a density of times that follows the noise of the loss; 0: no such density
+    # number of bins of a density of times that follows the noise of the gradient, as estimated
+    # from the losses; 0: no such density
     proposal_bins: int = integer(32, below=2**16)
     # None: that of the SDE, 1e-5 for vp and 1e-2 for subvp, but at least 5e-5 on ImageNet with the
     # first two flags; on bin centres it can be later, see eval.tau
@@ -113,6 +114,13 @@ class Training(Loop):
                     f"training.discrete_levels={self.discrete_levels} with training.{name}: "
                     f"the discrete-time losses have neither; set --config.training.{name}=False"
                 )
+        if self.discrete_levels == 1:
+            raise refusal("training.discrete_levels", 1, "0, or at least 2")
+        if not self.second_order and self.second_order_probes != type(self).second_order_probes:
+            raise ValueError(
+                f"training.second_order_probes={self.second_order_probes} with "
+                "training.second_order=0: it has no effect; set --config.training.second_order=0.1"
+            )
         check_importance(self.section, self.importance_sampling, self.importance)
 
     @property

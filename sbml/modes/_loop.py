@@ -221,7 +221,10 @@ class _Trainer:
 
     def _failure(self, step: int, loss: float, norm: float) -> str:
         """The message for a loss or gradient that is not finite, with the last good checkpoint."""
-        self.checkpoints.wait()
+        try:
+            self.checkpoints.wait()
+        except Exception as error:  # What stops the training is the loss.
+            logging.error("the last checkpoint was not saved: %s", error)
         steps = self.checkpoints.steps()
         if steps:
             last = (
@@ -340,7 +343,9 @@ def _loop(trainer: _Trainer, preemption: Preemption) -> int:
             end = step + 1
             # The steps of one dispatch end together, so their time is known only at its end.
             complete = (end - trainer.start) % stride == 0
-            if complete and (_crossed(end, stride, training.log_every) or end == total):
+            # A run that goes on from a checkpoint begins with a new row.
+            every = training.log_every, training.checkpoint_every
+            if complete and (any(_crossed(end, stride, n) for n in every) or end == total):
                 now = time.perf_counter()
                 rate = trainer.log(end, rows, now - since)
                 mean = np.mean([r[0] for r in rows])

@@ -139,9 +139,10 @@ def observe_fn(experiment: Experiment) -> Observe | None:
     """A function that updates the statistics of the noise in bins of v (``times.tally``), from
     which the next steps make the density of their times; None if ``training.proposal_bins`` is 0.
 
-    For antithetic noises the statistic is half of the squared difference of the two losses, which
-    measures the noise of their mean. Otherwise it is the loss, whose square root is nearly
-    proportional to the norm of the gradient.
+    For antithetic noises the statistic is half of the squared difference of the two losses. This is
+    their part that is odd in z: it cancels in the mean of the two losses, but it is large where the
+    gradient is noisy (benchmarks/README.md). Otherwise the statistic is the loss, whose square root
+    is nearly proportional to the norm of the gradient.
     """
     training = experiment.config.training
     if not training.adapts:
@@ -202,5 +203,6 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
     those of ``_loop.run``.
     """
     experiment, workdir = Experiment(config), Workdir(workdir)
+    experiment.config.optim.warn_if_short(experiment.config.training.num_steps)
     with workdir.lock("train"):
         loop.run(task(experiment, workdir), experiment.config.training.checkpoints(workdir))

@@ -78,6 +78,7 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
             f"dequantizer.training.sample_every={every}: a dequantizer draws no samples; set "
             "--config.dequantizer.training.sample_every=0"
         )
+    section.optim.warn_if_short(section.training.num_steps)
     images, restored = experiment.images("train"), experiment.restore(workdir)
     experiment = experiment.with_learned_schedule(restored.state.ema_params)
     score = {"step": restored.step, "crc32": tree_crc32(restored.state.ema_params)}

@@ -146,7 +146,7 @@ class Checkpoints:
           metadata: plain JSON values; tuples are read back as lists.
 
         Returns:
-          Whether there was space, so that the save began.
+          Whether the save began.
 
         Raises:
           ValueError: ``step`` is not larger than the newest one, a leaf of ``state`` is not a
@@ -165,13 +165,21 @@ class Checkpoints:
         if multihost_utils.process_allgather(np.array(bool(reason))).any():
             self._miss(step, reason or "another process has no room")
             return False
-        if self._writer is None:
-            logging.get_absl_logger().addFilter(_not_of_orbax)
-            self._writer = ocp.training.Checkpointer(
-                self.directory, preservation_policy=self._kept, cleanup_tmp_directories=True
-            )
-        self._saving = step
-        self._writer.save_async(step, state, force=True, custom_metadata=content)
+        try:
+            if self._writer is None:
+                logging.get_absl_logger().addFilter(_not_of_orbax)
+                self._writer = ocp.training.Checkpointer(
+                    self.directory, preservation_policy=self._kept, cleanup_tmp_directories=True
+                )
+            self._saving = step
+            self._writer.save_async(step, state, force=True, custom_metadata=content)
+        except OSError as error:  # Folders are made here, so a lack of inodes appears here.
+            if jax.process_count() > 1:
+                raise
+            self._saving = None
+            self._drop_writer()
+            self._miss(step, str(error))
+            return False
         return True
 
     def restore(self, template: PyTree | Template, step: int | None = None) -> Restored | None:
@@ -290,8 +298,13 @@ class Checkpoints:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.close()
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        try:
+            self.close()
+        except UnsavedCheckpointError as error:
+            if kind is None:
+                raise
+            logging.error("%s", error)  # The error that ended the training is the one to raise.
 
     def _is_gone(self, step: int) -> bool:
         """Whether a training that goes on has deleted ``step``. All processes agree on it."""

@@ -9,6 +9,7 @@ import os
 import pathlib
 import pkgutil
 import runpy
+import signal
 import sys
 import traceback
 from collections.abc import Collection, Sequence
@@ -216,9 +217,15 @@ def check_modes(chosen: Sequence[str]) -> None:
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Run the modes in order; a refusal ends in one line, and with the status 1."""
+    """Run the modes in order; a refusal ends in one line, and with the status 1; Ctrl-C ends with
+    the status 130."""
     try:
         _main(arguments)
+    except KeyboardInterrupt:
+        if TRACEBACK.value:
+            raise
+        logging.warning("interrupted: the same command continues from what is stored")
+        raise SystemExit(128 + signal.SIGINT) from None
     except Exception as error:
         if TRACEBACK.value or (line := refusals.line(error)) is None:
             raise
@@ -253,6 +260,9 @@ def _main(arguments: Sequence[str]) -> None:
     workdir.path.mkdir(parents=True, exist_ok=True)
     sharding.check_shared(workdir.path)
     print(f"{', '.join(chosen)} in {workdir}")
+    for mode in chosen[1:]:  # The first one finds its own errors at once.
+        if check := getattr(module_of(mode), "check", None):
+            check(architecture.of_workdir(CONFIG.value, workdir))
     preemption = Preemption()
     for i, mode in enumerate(chosen):
         if i and jax.process_count() > 1:

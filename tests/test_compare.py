@@ -66,6 +66,23 @@ def test_differences_are_those_of_the_images_in_both(tmp_path):
     pairs = numbers["cells"][1]["rows"][1]["pairs"]
     assert pairs == len({*few} & {*(few + 10)})
     assert "difference" not in numbers["cells"][0]["rows"][0]
+    assert numbers["not_compared"] == {}
+    alone = write(tmp_path / "alone", np.arange(50), HARDNESS)
+    numbers = comparison.compare([Run.read(alone), Run.read(second)])
+    assert numbers["not_compared"] == {"second": ["ode uniform K=3"]}
+
+
+def test_warnings_of_the_runs_are_on_the_page(tmp_path):
+    for name, warnings in (("a", []), ("b", ["two photos <only>", "a sample of 50"])):
+        workdir = write(tmp_path / name, np.arange(50), HARDNESS)
+        workdir.write(EVALUATION, {**workdir.read(EVALUATION), "warnings": warnings})
+    evaluated = [Run.read(Workdir(tmp_path / name)) for name in ("a", "b")]
+    numbers = comparison.compare(evaluated)
+    assert [run["warnings"] for run in numbers["runs"]] == [[], warnings]
+    page = comparison.render(evaluated, numbers)
+    assert "b: two photos &lt;only&gt;" in page and "b: a sample of 50" in page
+    with pytest.raises(ValueError, match="--runs=a,: one of the names is empty"):
+        compare.run(None, None, ["a", ""])
 
 
 def test_the_mode_writes_a_page_and_its_numbers(tmp_path, capsys):

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import shutil
+import signal
 import time
 
 import jax
@@ -109,17 +110,22 @@ def test_eight_devices_change_nothing(trained, table, tmp_path):
 
 
 def test_killed_evaluation_ends_in_the_same_bytes(trained, tmp_path):
-    """SIGKILL after some parts are on disk; the second run computes only the missing parts."""
+    """Ctrl-C, which ends it after a batch, and then SIGKILL, both after parts are on disk."""
     (tmp_path / "checkpoints").symlink_to(trained / "checkpoints")
 
     def parts():
         return sorted((tmp_path / "eval").glob("*/part_*.npz"))
 
-    process = runs.start(tmp_path, "--mode=eval")
-    while process.poll() is None and not parts():
-        time.sleep(0.003)  # Polling more often would slow down the other process.
-    process.kill()
-    process.communicate()
+    for number in (signal.SIGINT, signal.SIGKILL):
+        done = len(parts())
+        process = runs.start(tmp_path, "--mode=eval")
+        while process.poll() is None and len(parts()) == done:
+            time.sleep(0.003)
+        process.send_signal(number)
+        err = process.communicate()[1]
+        if number == signal.SIGINT:
+            assert process.returncode == 130 and "Traceback" not in err, err
+            assert "SIGINT: the images so far are stored; the same command continues" in err
     before = {path: path.stat().st_mtime_ns for path in parts()}
     assert 0 < len(before) < 20
     runs.run(tmp_path, "--mode=eval", config=None)
@@ -133,7 +139,6 @@ def test_killed_evaluation_ends_in_the_same_bytes(trained, tmp_path):
 
 
 def test_rows_of_another_version_are_used_with_a_warning(trained, tmp_path):
-    """As after an update of jax, when the same command runs again."""
     (tmp_path / "checkpoints").symlink_to(trained / "checkpoints")
     shutil.copytree(trained / "eval", tmp_path / "eval")
     for path in tmp_path.glob("eval/*/versions_*.json"):
@@ -169,16 +174,12 @@ def test_a_dequantizer_that_does_not_fit_the_training_gives_a_warning(
 def test_files_that_are_not_used_are_named_once_for_each_split(trained, tmp_path):
     shared = cell_run(trained, tmp_path, ODE).shared
     train = dataclasses.replace(shared.experiment.images("train"), skipped=("a.png: cut off",))
-    shared = dataclasses.replace(shared, images=train)
-    named = [w for w in evaluate._warnings(shared, train, {}) if "a.png" in w]
-    assert named == ["1 train file is not used: a.png: cut off"]
-    test = dataclasses.replace(train, split="test", skipped=("b.png: cut off", "c.png: empty"))
-    named = [w for w in evaluate._warnings(dataclasses.replace(shared, images=test), train, {})
-             if ".png" in w]  # fmt: skip
-    assert named == [
-        "2 test files are not used: b.png: cut off; c.png: empty",
-        "1 train file is not used: a.png: cut off",
-    ]
+    test = dataclasses.replace(train, split="test", skipped=("b.png: empty", "c.png: empty"))
+    of_train = "1 train file is not used: a.png: cut off"
+    of_test = "2 test files are not used: b.png: empty; c.png: empty"
+    for images, expected in ((train, [of_train]), (test, [of_test, of_train])):
+        warnings = evaluate._warnings(dataclasses.replace(shared, images=images), train, {})
+        assert [w for w in warnings if ".png" in w] == expected
 
 
 def test_rows_of_other_terms_are_not_taken(trained, tmp_path, monkeypatch):

@@ -108,7 +108,7 @@ def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path, monkeypatch):
     assert [p.name for p in tmp_path.iterdir()] == ["x.json"]
 
 
-def test_the_work_directory_says_which_mode_makes_a_file(tmp_path):
+def test_the_work_directory_says_which_mode_makes_a_file(tmp_path, monkeypatch):
     workdir = Workdir(tmp_path)
     with pytest.raises(ValueError, match=r"no samples\.npz in .*--mode=sample"):
         workdir.read(SAMPLES)
@@ -117,6 +117,9 @@ def test_the_work_directory_says_which_mode_makes_a_file(tmp_path):
         workdir.read(EVALUATION)
     workdir.write(EVALUATION, VALUES)
     assert workdir.read(EVALUATION) == VALUES and workdir.name == tmp_path.name
+    monkeypatch.chdir(tmp_path)
+    assert Workdir(".").name == Workdir("./").name == tmp_path.name
+    assert Workdir("gs://bucket/run").name == "run"
 
 
 def test_a_damaged_line_of_metrics_is_left_out_alone(tmp_path, caplog):

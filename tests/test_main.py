@@ -4,6 +4,7 @@ import dataclasses
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -219,6 +220,22 @@ def test_a_config_in_the_home_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     for arguments in (["--config=~/a.py:b"], ["--config", "~/a.py:b"]):
         main._locate_configs(arguments)
         assert arguments[-1].removeprefix("--config=") == f"{tmp_path}/a.py:b"
+
+
+def test_ctrl_c_ends_in_one_line(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def interrupted(arguments: list[str]) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(main, "_main", interrupted)
+    monkeypatch.setattr(main, "TRACEBACK", SimpleNamespace(value=False))
+    with pytest.raises(SystemExit) as ended:
+        main.main([])
+    assert ended.value.code == 130 and "interrupted: the same command" in caplog.text
+    monkeypatch.setattr(main, "TRACEBACK", SimpleNamespace(value=True))
+    with pytest.raises(KeyboardInterrupt):
+        main.main([])
 
 
 def error_of(function: Callable[[], object]) -> BaseException:

@@ -5,10 +5,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import runs
 import tiny
 from ml_collections import ConfigDict
 
-from sbml import data, distances
+from sbml import data, distances, report
 from sbml.evaluation.quality import memorisation
 from sbml.features import digits_classifier
 from sbml.modes import quality, stats
@@ -126,6 +127,31 @@ def test_samples_of_an_earlier_checkpoint_are_compared_aloud(
     assert "20 samples of step 3, by s\n" in capsys.readouterr().out
 
 
+def test_training_images_that_are_not_the_checkpoints_are_told(
+    config: ConfigDict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Flips are those of the training, whatever the config says."""
+    train, flips = data.load("digits", "train"), []
+    stored = {"data": {**train.fingerprint, "sha256": "other"}, "config": {"data": {"flip": True}}}
+    monkeypatch.setattr(Checkpoints, "metadata", lambda _: stored)
+
+    def nearest(images, train, test, flip):
+        flips.append(flip)
+        return memorisation(images, train, test, flip)
+
+    monkeypatch.setattr(quality, "memorisation", nearest)
+    workdir = samples(tmp_path / "w", data.load("digits", "test").images[:20])
+    values(config, workdir)
+    numbers = read_json(workdir / QUALITY)
+    assert numbers["data"] == train.fingerprint and flips == [True]
+    assert "was trained on other data than this" in numbers["warnings"][0]
+
+
+def test_an_extractor_that_cannot_be_made_stops_before_the_training(tmp_path: Path) -> None:
+    err = runs.run(tmp_path, "--mode=train,quality", "--config.eval.features=inception", expect=1)
+    assert "download pt_inception" in err and not (tmp_path / "checkpoints").exists()
+
+
 def test_what_is_missing_is_named(config: ConfigDict, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"no samples.npz in .*--mode=sample"):
         quality.run(config, tmp_path)
@@ -154,6 +180,13 @@ def test_the_report_shows_the_quality_of_its_own_samples(
     write_npz(workdir / PER_IMAGE, columns)
     numbers = values(config, workdir)
     assert json.loads((workdir / "report.json").read_text())["quality"] == numbers
+    shown = (workdir / "report.html").read_text()
+    assert summary.NEIGHBOURS_CAPTION in shown
+    for change in (lambda path: report.write_png(path, real.images[0]), Path.unlink):
+        change(workdir / NEIGHBOURS)  # A picture of other samples, and none.
+        summary.write(workdir, lambda split: real)
+        assert json.loads((workdir / "report.json").read_text())["quality"] == numbers
+        assert summary.NEIGHBOURS_CAPTION not in (workdir / "report.html").read_text()
     summary.write(samples(workdir, real.images[20:40]), lambda split: real)
     assert "quality" not in json.loads((workdir / "report.json").read_text())
 

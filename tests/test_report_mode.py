@@ -189,6 +189,10 @@ def test_an_evaluation_of_an_earlier_checkpoint_says_so(
     warning = "the results are those of step 2, but the newest checkpoint is of step 3: evaluate"
     numbers, text = shown(tmp_path)
     assert warning in caplog.text and warning in text
+    of_samples = "the samples are of another checkpoint (step 3) than the results (step 2)"
+    assert of_samples in text
+    assert summary.write(tmp_path, lambda split: data.load("digits", split))  # As after sampling.
+    assert of_samples in shown(tmp_path)[1]
     modes = {name: command.rpartition("=")[2] for name, command in numbers["missing"].items()}
     assert modes == {
         **{"results": "eval", "samples": "eval,sample", "quality": "eval,sample,quality"}

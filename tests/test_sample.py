@@ -5,6 +5,7 @@ import time
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import runs
@@ -55,6 +56,29 @@ def test_an_image_does_not_depend_on_its_batch(
     single = images(fresh(trained), sampler=sampler, steps=steps, batch_size=3)
     # Batches may sum in another order, and rounding may then give the neighbouring level.
     assert np.abs(whole.astype(int) - single).max() <= 1 and (whole != single).mean() < 1e-3
+
+
+@pytest.mark.parametrize("levels", [2, 17, 256])
+def test_samples_of_each_kind_of_data_are_the_levels_that_were_trained_on(levels: int) -> None:
+    k, noise = np.arange(levels), np.random.default_rng(0).uniform(-0.45, 0.45, (50, levels))
+    for kind in ("none", "centre", "uniform"):
+        x = train.dequantize(k.astype(np.uint8), jax.random.key(0), kind, levels)
+        how = samples.Recipe(VE(), (1,), levels, 1e-3, samplers.DDIM(steps=3), False, kind)
+        np.testing.assert_array_equal(how.pixels(jnp.asarray(x)), k)
+        if kind != "uniform":  # The others lie in the middle of what belongs to the level.
+            moved = x + noise * 2 / levels
+            np.testing.assert_array_equal(how.pixels(jnp.asarray(moved)), np.tile(k, (50, 1)))
+
+
+def test_the_data_of_the_training_decide_the_levels_of_samples(trained: Path) -> None:
+    """The config of a conversion may say otherwise."""
+    experiment = build.Experiment(tiny.get_config())
+    restored = experiment.restore(trained)
+    assert experiment.with_dequantization_of(restored) is experiment
+    restored.metadata["config"]["data"]["dequantization"] = "none"
+    other = experiment.with_dequantization_of(restored)
+    assert samples.Recipe.of(other).dequantization == "none"
+    assert samples._identity(other, restored) != samples._identity(experiment, restored)
 
 
 def test_samples_that_are_not_finite_are_counted(

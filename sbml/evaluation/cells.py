@@ -71,6 +71,7 @@ class Evaluation:
       density: a function from eps to the density of the bound's times, ``(bins,)``; it returns
         None for the proposal's own density.
       workdir: the work directory in which rows are stored.
+      preemption: requests to stop; an evaluation stops after the batch in progress.
     """
 
     experiment: Experiment
@@ -79,6 +80,7 @@ class Evaluation:
     control: GaussianControl | None
     density: Callable[[float], np.ndarray | None]
     workdir: Workdir
+    preemption: Preemption = dataclasses.field(default_factory=Preemption)
 
     def ids(self, count: int = 0) -> np.ndarray:
         """The sorted ids of the images to evaluate, a random sample if they are not all.
@@ -148,7 +150,6 @@ class CellRun:
         label = f"{self.cell.name}" + (f" sweep {sweep + 1}" if sweep else "")
         points = self._points(sweep) if self.cell.is_bound else None
         bar = progress.bar(label, "image", total, total - len(missing), leave=sweep == 0)
-        preemption = Preemption()
         with bar:
             for rows, mask in eval_batches(len(missing), self.batch_size):
                 ids = missing[rows]
@@ -159,7 +160,7 @@ class CellRun:
                 bar.update(int(mask.sum()))
                 mean = np.mean(columns["bits_per_dim"])
                 bar.set_postfix_str(f"{mean:.3f} bits/dim", refresh=False)
-                preemption.leave_if_requested("the images so far are stored")
+                self.shared.preemption.leave_if_requested("the images so far are stored")
         sharding.barrier("evaluated")
 
     def _points(self, sweep: int) -> np.ndarray:

@@ -39,6 +39,7 @@ class Recipe:
     eps: float
     sampler: Sampler
     denoise_last: bool
+    dequantization: str = "uniform"  # of the training data
 
     @classmethod
     def of(cls, experiment: Experiment) -> "Recipe":
@@ -50,7 +51,15 @@ class Recipe:
             experiment.sampling_eps,
             experiment.sampler,
             experiment.config.sampling.denoise_last,
+            experiment.config.data.dequantization,
         )
+
+    def pixels(self, x: Array) -> Array:
+        """The uint8 levels of ``x``, of any shape: those whose bins hold it. For a model of data at
+        2 k / (L - 1) - 1 (``none``) they are the nearest levels."""
+        if self.dequantization == "none":
+            x = x * (self.levels - 1) / self.levels  # Now level k lies in the middle of its bin.
+        return bits.to_pixels(x, self.levels)
 
 
 def _latent(seed: Array, i: Array, recipe: Recipe) -> tuple[Array, Key]:
@@ -81,7 +90,7 @@ def _sample_batch(score: Score, ids: Array, seed: Array, recipe: Recipe) -> Samp
         if recipe.denoise_last:
             x = sampling.denoise(score, recipe.sde, x, jnp.asarray(recipe.eps, x.dtype))
         failed = ~(stats.success & jnp.all(jnp.isfinite(x)))
-        return Samples(bits.to_pixels(x, recipe.levels), stats.nfe + recipe.denoise_last, failed)
+        return Samples(recipe.pixels(x), stats.nfe + recipe.denoise_last, failed)
 
     return jax.vmap(one)(ids)
 
@@ -100,7 +109,7 @@ def _path_batch(score: Score, ids: Array, seed: Array, recipe: Recipe, frames: i
             last = sampling.denoise(score, recipe.sde, path[-1], times[-1].astype(path.dtype))
             path = path.at[-1].set(last)
         size = jax.vmap(lambda t: jnp.hypot(recipe.sde.mean_coef(t), recipe.sde.std(t)))(times)
-        return jax.vmap(lambda x, s: bits.to_pixels(x / s, recipe.levels))(path, size)
+        return jax.vmap(lambda x, s: recipe.pixels(x / s))(path, size)
 
     return jax.vmap(one)(ids)
 
@@ -142,8 +151,8 @@ def generate(experiment: Experiment, restored: Restored, workdir: Workdir) -> Sa
     all_ids = np.arange(config.num_images)
     missing = np.setdiff1d(all_ids, stored.get("id", []))
     size = sharding.round_up(min(config.batch_size, config.num_images))
-    preemption = Preemption()
-    with progress.bar("sample", "image", len(all_ids), len(all_ids) - len(missing)) as bar:
+    bar = progress.bar("sample", "image", len(all_ids), len(all_ids) - len(missing))
+    with bar, Preemption() as preemption:
         for rows, mask in eval_batches(len(missing), size) if missing.size else ():
             ids = missing[rows]
             batch = draw(experiment, restored.state.ema_params, ids)

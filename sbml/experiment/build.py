@@ -157,6 +157,14 @@ class Experiment:
         training = dataclasses.replace(self.config.training, smallest_time=self.adapter.eps)
         return Experiment(dataclasses.replace(self.config, sde=sde, training=training))
 
+    def with_dequantization_of(self, restored: Restored) -> "Experiment":
+        """This experiment with the dequantization of the data on which ``restored`` was trained."""
+        trained_on = restored.metadata["config"]["data"]["dequantization"]
+        if trained_on == self.config.data.dequantization:
+            return self
+        data = dataclasses.replace(self.config.data, dequantization=trained_on)
+        return Experiment(dataclasses.replace(self.config, data=data))
+
     def init_dequantizer(self, images: data.ImageSet) -> TrainState:
         """The dequantizer's state before the first step. Its data-dependent initialisation uses a
         batch that is spread evenly over ``images``."""

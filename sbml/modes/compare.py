@@ -26,6 +26,8 @@ def run(config: Any, workdir: epath.PathLike | None, runs: Sequence[str] | None)
     """
     if not runs:
         raise ValueError("--mode=compare reads --runs=DIR,DIR: evaluated work directories")
+    if "" in runs:
+        raise ValueError(f"--runs={','.join(runs)}: one of the names is empty; leave it out")
     evaluated = [Run.read(Workdir(path)) for path in runs]
     numbers = comparison.compare(evaluated)
     workdir = Workdir(workdir or "runs/comparison")

@@ -271,7 +271,8 @@ def _run(experiment: Experiment, workdir: Workdir) -> None:
     for dequantizer in dequantizations.values():
         cells.check_first_batch(shared, dequantizer)
     warnings = _warnings(shared, train, dequantizations)
-    tables, results, of_rows = _fill(shared, defined, dequantizations)
+    with shared.preemption:
+        tables, results, of_rows = _fill(shared, defined, dequantizations)
     shared_table = tables[PER_IMAGE]
     if images.ids:
         shared_table["name"] = np.asarray(images.ids)[shared_table["id"]]
@@ -304,3 +305,5 @@ def _run(experiment: Experiment, workdir: Workdir) -> None:
     # The time is only printed, so that a resumed evaluation writes the same files as one without
     # interruption.
     print(f"report: {workdir / 'report.html'}, in {time.perf_counter() - start:.0f} s")
+    # A signal during the last batch also ends the process, before its next mode begins.
+    shared.preemption.leave_if_requested("the evaluation is written")

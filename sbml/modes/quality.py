@@ -1,5 +1,7 @@
 """Compares the samples with the training images: ``--mode=quality``."""
 
+import zlib
+
 import jax
 import numpy as np
 from absl import logging
@@ -10,10 +12,20 @@ from sbml import distances, report
 from sbml.distances import Moments
 from sbml.evaluation import samples
 from sbml.evaluation.quality import extractor, features_of, memorisation, reference
+from sbml.experiment import trained
 from sbml.experiment.build import Experiment
 from sbml.report import summary
 from sbml.runtime.trees import tree_crc32
 from sbml.runtime.workdir import NEIGHBOURS, QUALITY, SAMPLES, Workdir
+
+
+def check(config: ConfigDict) -> None:
+    """Check that the extractor can be made, before the modes that come first are run.
+
+    Raises:
+      ValueError: it cannot, for example because its weights are missing.
+    """
+    extractor(config)
 
 
 def run(config: ConfigDict, workdir: epath.PathLike) -> None:
@@ -44,6 +56,9 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
             "(--mode=sample,quality --config.sampling.num_images=1000)"
         )
     train, test = experiment.images("train"), experiment.images("test")
+    metadata = experiment.config.training.checkpoints(workdir).metadata()
+    warnings = [] if metadata is None else trained.warn_if_other_data(metadata, train)
+    flip = (metadata or {}).get("config", {}).get("data", {}).get("flip", config.data.flip)
     training = reference(experiment, extract, train)
     columns = zip(*features_of(extract, content["images"], "samples"), strict=True)
     features, probabilities = (np.concatenate(chunks) for chunks in columns)
@@ -60,15 +75,18 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
         f"{kernel} n={n}": distances.kernel(features, training.features),
         f"{score} n={n}": distances.inception_score(probabilities),
     }
-    distances_to_training, rows = memorisation(content["images"], train, test, config.data.flip)
+    distances_to_training, rows = memorisation(content["images"], train, test, flip)
     if jax.process_index() > 0:
         return
     values |= distances_to_training
-    images_crc32 = tree_crc32(content["images"])
-    result = {"step": step, "images_crc32": images_crc32, "values": values}
-    workdir.write(QUALITY, report.strict(result))
     picture = samples.grid(experiment, rows, columns=len(rows) // 2)
     report.write_png(workdir / NEIGHBOURS, picture)
+    result = {
+        **{"step": step, "values": values, "warnings": warnings, "data": train.fingerprint},
+        "images_crc32": tree_crc32(content["images"]),
+        "neighbours_crc32": zlib.crc32(workdir.read_png(NEIGHBOURS)),
+    }
+    workdir.write(QUALITY, report.strict(result))
     summary.write(workdir, experiment.config.data.images)
     print(f"{n} samples of step {step}, by {content['sampler']}")
     for name, value in values.items():

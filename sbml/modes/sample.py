@@ -35,6 +35,7 @@ def _run(experiment: Experiment, workdir: Workdir) -> None:
     config = experiment.config
     restored = experiment.restore(workdir)
     experiment = experiment.with_learned_schedule(restored.state.ema_params)
+    experiment = experiment.with_dequantization_of(restored)
     for warning in trained.unseen_times(restored.metadata, experiment.sampling_eps, "sampling"):
         logging.warning(warning)
     samples = generate(experiment, restored, workdir)

@@ -70,7 +70,8 @@ class Run:
         step = evaluation["checkpoint"]["step"]
         rows = [row for row in metrics.read(workdir) if row["step"] <= step]
         drawn = summary.samples_of(workdir, evaluation["checkpoint"])
-        quality = None if drawn is None else summary.quality_of(workdir, drawn)
+        found = None if drawn is None else summary.quality_of(workdir, drawn)
+        quality = None if found is None else found["values"]
         return cls(
             workdir.name,
             evaluation,
@@ -89,7 +90,8 @@ class Run:
 
 
 def compare(runs: Sequence[Run]) -> dict[str, Any]:
-    """The numbers of the page as plain values: ``runs``, and ``cells`` with a row for each run.
+    """The numbers of the page as plain values: ``runs``, ``cells`` with a row for each run, and the
+    names of the numbers that are ``not_compared``, by run.
 
     Raises:
       ValueError: there are fewer than two runs, two have the same name or other images, or no
@@ -108,7 +110,14 @@ def compare(runs: Sequence[Run]) -> dict[str, Any]:
     for name in names:
         rows = [_row(run, first, name) for run in runs if name in run.results]
         cells.append({"name": name, "rows": rows})
-    return {"runs": [_about(run) for run in runs], "data": dict(first.images), "cells": cells}
+    compared = {cell["name"] for cell in cells}
+    others_only = {run.name: [n for n in run.results if n not in compared] for run in runs}
+    return {
+        "runs": [_about(run) for run in runs],
+        "data": dict(first.images),
+        "cells": cells,
+        "not_compared": {name: left for name, left in others_only.items() if left},
+    }
 
 
 def _check(runs: Sequence[Run]) -> None:
@@ -151,7 +160,7 @@ def _about(run: Run) -> dict[str, Any]:
     model = run.evaluation["model"]
     about = {"name": run.name, "network": model["name"], "parameters": model["parameters"]}
     about |= {"step": run.evaluation["checkpoint"]["step"], "training_seconds": run.seconds}
-    return about | {"warnings": len(run.evaluation["warnings"]), "quality": run.quality}
+    return about | {"warnings": run.evaluation["warnings"], "quality": run.quality}
 
 
 def differing(runs: Sequence[Run]) -> dict[str, list[str]]:
@@ -178,6 +187,8 @@ def render(runs: Sequence[Run], numbers: Mapping[str, Any]) -> str:
         images=numbers["data"],
         cells=[{**cell, "figure": _figure(cell)} for cell in numbers["cells"]],
         runs=models,
+        warnings={run.name: run.evaluation["warnings"] for run in runs},
+        not_compared=numbers["not_compared"],
         rows=[name for name in dict.fromkeys(itertools.chain(*models)) if name != "name"],
         differing=differing(runs),
         samples=[
@@ -191,8 +202,10 @@ def render(runs: Sequence[Run], numbers: Mapping[str, Any]) -> str:
 
 def _texts(about: Mapping[str, Any]) -> dict[str, str]:
     seconds = about["training_seconds"]
-    texts = {name: page.text(value) for name, value in about.items() if name != "quality"}
-    texts["training_seconds"] = "–" if seconds is None else str(timedelta(seconds=round(seconds)))
+    left_out = ("quality", "warnings", "training_seconds")
+    texts = {name: page.text(value) for name, value in about.items() if name not in left_out}
+    time = "–" if seconds is None else str(timedelta(seconds=round(seconds)))
+    texts |= {"training time (h:mm:ss)": time, "warnings": page.text(len(about["warnings"]))}
     return texts | {name: page.text(value, ".4g") for name, value in about["quality"].items()}
 
 

@@ -78,8 +78,8 @@ class Result:
     smallest_time: float
     trace: dict[str, Any] | None
     dequantizer_step: int | None
-    nfe_mean: float = _column("evaluations, mean", ".1f")
-    nfe_max: int = _column("evaluations, max", ".6g")
+    nfe_mean: float = _column("network evaluations, mean", ".1f")
+    nfe_max: int = _column("network evaluations, max", ".6g")
 
     @classmethod
     def of(cls, number: Estimate, ids: np.ndarray, **origin: Any) -> "Result":

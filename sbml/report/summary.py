@@ -12,6 +12,7 @@ the evaluation is of other images than those of the config, nothing is written.
 
 import re
 import shlex
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -70,6 +71,14 @@ def write(
     if known is not None and evaluation is not None:
         _warn_if_trained_further(content)
     samples = samples_of(workdir, content.get("checkpoint", {}))
+    if samples is None and workdir.has(SAMPLES):
+        drawn, evaluated = int(workdir.read(SAMPLES)["step"]), content["checkpoint"]["step"]
+        of_others = (
+            f"the samples are of another checkpoint (step {drawn}) than the results (step "
+            f"{evaluated}), and left out: evaluate again (--mode=eval), or draw new samples "
+            "(--mode=sample)"
+        )
+        content["warnings"] = [of_others, *content["warnings"]]
     pictures: list[tuple[str, bytes]] = []
     if samples is not None:
         _describe_samples(samples, content)
@@ -159,8 +168,8 @@ def samples_of(workdir: Workdir, checkpoint: Mapping[str, int]) -> dict[str, Any
     return samples
 
 
-def quality_of(workdir: Workdir, samples: Mapping[str, Any]) -> dict[str, float] | None:
-    """The values of ``quality.json``; None if there is no such file, or if it is of other samples
+def quality_of(workdir: Workdir, samples: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The content of ``quality.json``; None if there is no such file, or if it is of other samples
     than ``samples``."""
     if not workdir.has(QUALITY):
         return None
@@ -168,7 +177,7 @@ def quality_of(workdir: Workdir, samples: Mapping[str, Any]) -> dict[str, float]
     if quality["images_crc32"] != tree_crc32(samples["images"]):
         logging.warning("%s is of other samples: left out", workdir / QUALITY)
         return None
-    return quality["values"]
+    return quality
 
 
 def _trained_further(content: Mapping[str, Any]) -> bool:
@@ -209,10 +218,22 @@ def _quality(
 ) -> list[tuple[str, bytes]]:
     """The picture of nearest training images with its caption; the quality of ``samples`` is put
     into ``content``. Nothing happens if it is not known."""
-    if (values := quality_of(workdir, samples)) is None:
+    if (quality := quality_of(workdir, samples)) is None:
         return []
-    content["quality"] = values
-    return [(NEIGHBOURS_CAPTION, workdir.read_png(NEIGHBOURS))]
+    content["quality"] = quality["values"]
+    content["warnings"] = [
+        *content["warnings"],
+        *(f"quality of the samples: {warning}" for warning in quality.get("warnings", [])),
+    ]
+    picture = workdir.read_png(NEIGHBOURS) if workdir.has(NEIGHBOURS) else b""
+    crc32 = zlib.crc32(picture)
+    if not picture or quality.get("neighbours_crc32", crc32) != crc32:
+        logging.warning(
+            "%s is not that of %s: left out; make it again (--mode=quality)",
+            *(workdir / NEIGHBOURS, QUALITY),
+        )
+        return []
+    return [(NEIGHBOURS_CAPTION, picture)]
 
 
 def _during_training(workdir: Workdir) -> list[tuple[str, bytes]]:

@@ -65,8 +65,10 @@ class Workdir(os.PathLike):
 
     @property
     def name(self) -> str:
-        """The last part of the path, which is the run's name."""
-        return self.path.name
+        """The last part of the absolute path, which is the run's name."""
+        if "://" in str(self.path):
+            return self.path.name
+        return os.path.basename(os.path.abspath(self.path))
 
     def lock(self, purpose: str) -> Lock:
         """A context manager that keeps other processes from running the mode ``purpose`` here."""

@@ -302,12 +302,54 @@ def test_numbers_of_numpy_in_tuples_become_pythons() -> None:
     assert '"shape": [8, 8, 1]' in plain and '"num_importance": [1, 2]' in plain
 
 
-@pytest.mark.parametrize(("field", "value"), [("path", "/images"), ("crop", "random")])
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("path", "/images"), ("crop", "random"), ("test_fraction", 0.5), ("split_seed", 3)],
+)
 def test_fields_of_a_folder_are_for_a_folder(field: str, value: Any) -> None:
     config = tiny.get_config()
     config.data[field] = value
     with pytest.raises(ValueError, match=f"data.{field}=.* with data.source=digits: only a folder"):
         Config.read(config).data.images("train")
+
+
+@pytest.mark.parametrize(
+    ("source", "changes", "message"),
+    [
+        (
+            "photos",
+            {"manual_dir": "/archives"},
+            "data.manual_dir=/archives with data.source=photos",
+        ),
+        (
+            "image_folder",
+            {"shape": (8, 8, 2), "levels": 256},
+            r"data.shape=\(8, 8, 2\): need 3 channels for RGB",
+        ),
+    ],
+)
+def test_data_that_the_source_cannot_give_are_refused(
+    source: str, changes: dict[str, Any], message: str
+) -> None:
+    config = tiny.get_config()
+    config.data.update(source=source, **changes)
+    with pytest.raises(ValueError, match=message):
+        Config.read(config).data.images("train")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"discrete_levels": 1}, "training.discrete_levels=1: need 0, or at least 2"),
+        ({"second_order_probes": 5}, "training.second_order_probes=5 with training.second_order=0"),
+    ],
+)
+def test_settings_of_a_training_without_effect_are_refused(
+    changes: dict[str, Any], message: str
+) -> None:
+    neither = {"likelihood_weighting": False, "importance_sampling": False}
+    with pytest.raises(ValueError, match=message):
+        Training(**neither, **changes)
 
 
 def test_the_defaults_of_a_config_are_those_of_its_sections() -> None:

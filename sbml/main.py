@@ -224,7 +224,7 @@ def main(arguments: Sequence[str]) -> None:
     except KeyboardInterrupt:
         if TRACEBACK.value:
             raise
-        logging.warning("interrupted: the same command continues from what is stored")
+        logging.warning("interrupted")
         raise SystemExit(128 + signal.SIGINT) from None
     except Exception as error:
         if TRACEBACK.value or (line := refusals.line(error)) is None:
@@ -262,7 +262,7 @@ def _main(arguments: Sequence[str]) -> None:
     print(f"{', '.join(chosen)} in {workdir}")
     for mode in chosen[1:]:  # The first one finds its own errors at once.
         if check := getattr(module_of(mode), "check", None):
-            check(architecture.of_workdir(CONFIG.value, workdir))
+            check(CONFIG.value)
     preemption = Preemption()
     for i, mode in enumerate(chosen):
         if i and jax.process_count() > 1:

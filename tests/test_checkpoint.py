@@ -303,6 +303,9 @@ def test_a_folder_that_cannot_be_made_is_a_save_that_failed(
     assert checkpoints.save(2, make_state(2), {})
     checkpoints.close()
     assert checkpoints.steps() == [2] and "There is room again: step 2" in caplog.text
+    errors = iter([PermissionError(13, "Permission denied")])  # It is there to stay.
+    with pytest.raises(PermissionError), checkpoints:
+        checkpoints.save(3, make_state(3), {})
 
 
 def test_without_room_nothing_is_written(tmp_path: Path, monkeypatch: Any, caplog: Any) -> None:

@@ -191,7 +191,9 @@ def test_other_constants_of_the_label_are_a_flag(tmp_path: Path) -> None:
     convert.run(chosen, tmp_path / "ours", tmp_path)
     fitted = architecture.of_workdir(config(), tmp_path / "ours")
     assert (fitted.sde.gamma_0, fitted.sde.gamma_1) == (-12.0, 6.0)
-    assert not fitted.sde.learned
+    assert (
+        json.loads((tmp_path / "ours" / "architecture.json").read_text())["sde"]["learned"] is False
+    )
     experiment = build.Experiment(fitted)
     np.testing.assert_allclose(experiment.adapter.time_label(np.float32([0.0, 1.0])), [0, 1000])
 

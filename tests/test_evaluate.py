@@ -111,15 +111,16 @@ def test_eight_devices_change_nothing(trained, table, tmp_path):
 
 def test_killed_evaluation_ends_in_the_same_bytes(trained, tmp_path):
     """Ctrl-C, which ends it after a batch, and then SIGKILL, both after parts are on disk."""
-    (tmp_path / "checkpoints").symlink_to(trained / "checkpoints")
 
     def parts():
-        return sorted((tmp_path / "eval").glob("*/part_*.npz"))
+        return sorted((workdir / "eval").glob("*/part_*.npz"))
 
     for number in (signal.SIGINT, signal.SIGKILL):
-        done = len(parts())
-        process = runs.start(tmp_path, "--mode=eval")
-        while process.poll() is None and len(parts()) == done:
+        workdir = tmp_path / number.name
+        workdir.mkdir()
+        (workdir / "checkpoints").symlink_to(trained / "checkpoints")
+        process = runs.start(workdir, "--mode=eval")
+        while process.poll() is None and not parts():
             time.sleep(0.003)
         process.send_signal(number)
         err = process.communicate()[1]
@@ -128,11 +129,11 @@ def test_killed_evaluation_ends_in_the_same_bytes(trained, tmp_path):
             assert "SIGINT: the images so far are stored; the same command continues" in err
     before = {path: path.stat().st_mtime_ns for path in parts()}
     assert 0 < len(before) < 20
-    runs.run(tmp_path, "--mode=eval", config=None)
+    runs.run(workdir, "--mode=eval", config=None)
     assert all(path.stat().st_mtime_ns == mtime for path, mtime in before.items())
     name = PER_IMAGE
-    assert (tmp_path / name).read_bytes() == (trained / name).read_bytes()
-    written = [read_json(path / EVALUATION) for path in (tmp_path, trained)]
+    assert (workdir / name).read_bytes() == (trained / name).read_bytes()
+    written = [read_json(path / EVALUATION) for path in (workdir, trained)]
     for report in written:
         del report["title"], report["command"]  # They name the work directory.
     assert written[0] == written[1]

@@ -43,7 +43,7 @@ def test_rows_of_other_versions_are_known(tmp_path, monkeypatch, caplog):
     parts.write(rows(0, np.arange(2)))
     for old in ({**present, "devices": devices}, {**present, "jax": "0.1", "numpy": "1.0"}):
         monkeypatch.setattr(versions, "versions", lambda old=old: old)
-        parts.write(rows(1, np.arange(2)))
+        Parts(tmp_path, {"step": 1}).write(rows(1, np.arange(2)))
     assert len(list(parts.directory.glob("versions_*.json"))) == 3
     monkeypatch.setattr(versions, "versions", lambda: present)
     jax, numpy = (f"{name} {old}, now {present[name]}" for name, old in

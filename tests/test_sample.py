@@ -16,7 +16,7 @@ from sbml import bits, samplers
 from sbml.evaluation import samples
 from sbml.experiment import build
 from sbml.modes import sample, train
-from sbml.runtime.files import read_npz
+from sbml.runtime.files import read_json, read_npz
 from sbml.runtime.workdir import Workdir
 from sbml.sdes import VE
 
@@ -70,7 +70,9 @@ def test_samples_of_each_kind_of_data_are_the_levels_that_were_trained_on(levels
             np.testing.assert_array_equal(how.pixels(jnp.asarray(moved)), np.tile(k, (50, 1)))
 
 
-def test_the_data_of_the_training_decide_the_levels_of_samples(trained: Path) -> None:
+def test_the_data_of_the_training_decide_the_levels_of_samples(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The config of a conversion may say otherwise."""
     experiment = build.Experiment(tiny.get_config())
     restored = experiment.restore(trained)
@@ -79,6 +81,12 @@ def test_the_data_of_the_training_decide_the_levels_of_samples(trained: Path) ->
     other = experiment.with_dequantization_of(restored)
     assert samples.Recipe.of(other).dequantization == "none"
     assert samples._identity(other, restored) != samples._identity(experiment, restored)
+    assert other.adapter == experiment.adapter
+    with monkeypatch.context() as patch:
+        patch.setattr(build.Experiment, "restore", lambda self, workdir: restored)
+        sample.run(tiny.get_config(), tmp_path)
+    [stored] = tmp_path.glob("sampling/*/identity.json")
+    assert read_json(stored)["dequantization"] == "none"
 
 
 def test_samples_that_are_not_finite_are_counted(

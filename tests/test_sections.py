@@ -341,7 +341,6 @@ def test_data_that_the_source_cannot_give_are_refused(
     ("changes", "message"),
     [
         ({"discrete_levels": 1}, "training.discrete_levels=1: need 0, or at least 2"),
-        ({"second_order_probes": 5}, "training.second_order_probes=5 with training.second_order=0"),
     ],
 )
 def test_settings_of_a_training_without_effect_are_refused(

@@ -39,7 +39,8 @@ class Recipe:
     eps: float
     sampler: Sampler
     denoise_last: bool
-    dequantization: str = "uniform"  # of the training data
+    # That of the training data. It is not in the identity of stored samples unless it is "none".
+    dequantization: str = dataclasses.field(default="uniform", repr=False)
 
     @classmethod
     def of(cls, experiment: Experiment) -> "Recipe":
@@ -57,9 +58,16 @@ class Recipe:
     def pixels(self, x: Array) -> Array:
         """The uint8 levels of ``x``, of any shape: those whose bins hold it. For a model of data at
         2 k / (L - 1) - 1 (``none``) they are the nearest levels."""
-        if self.dequantization == "none":
-            x = x * (self.levels - 1) / self.levels  # Now level k lies in the middle of its bin.
-        return bits.to_pixels(x, self.levels)
+        return bits.to_pixels(x * to_bins(self.levels, self.dequantization), self.levels)
+
+
+def to_bins(levels: int, dequantization: str) -> float:
+    """The factor from the values of a model's data to those at which level k is in its bin.
+
+    It is 1 except for ``none``, where 2 k / (L - 1) - 1 becomes the middle of the bin,
+    2 (k + 1/2) / L - 1.
+    """
+    return (levels - 1) / levels if dequantization == "none" else 1.0
 
 
 def _latent(seed: Array, i: Array, recipe: Recipe) -> tuple[Array, Key]:
@@ -132,6 +140,7 @@ def preview(experiment: Experiment, params: Any, count: int) -> Samples:
 
 def _identity(experiment: Experiment, restored: Restored) -> dict[str, Any]:
     """Everything that an image depends on, apart from its id."""
+    kind = experiment.config.data.dequantization
     return {
         "step": restored.step,
         "parameters_crc32": tree_crc32(restored.state.ema_params),
@@ -139,6 +148,7 @@ def _identity(experiment: Experiment, restored: Restored) -> dict[str, Any]:
         "recipe": repr(Recipe.of(experiment)),
         "score": experiment.score_identity,
         "dtype": getattr(experiment.adapter.model, "dtype", "float32"),
+        **({"dequantization": kind} if kind == "none" else {}),
     }
 
 

@@ -163,7 +163,9 @@ class Experiment:
         if trained_on == self.config.data.dequantization:
             return self
         data = dataclasses.replace(self.config.data, dequantization=trained_on)
-        return Experiment(dataclasses.replace(self.config, data=data))
+        # Labels of the time depend on the smallest time of training, so it stays what it is.
+        training = dataclasses.replace(self.config.training, smallest_time=self.adapter.eps)
+        return Experiment(dataclasses.replace(self.config, data=data, training=training))
 
     def init_dequantizer(self, images: data.ImageSet) -> TrainState:
         """The dequantizer's state before the first step. Its data-dependent initialisation uses a

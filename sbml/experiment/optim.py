@@ -10,7 +10,7 @@ from sbml.experiment.fields import Section, choice, integer, real
 from sbml.runtime import optim
 
 # The largest weight of the initial parameters in the average without a warning.
-MOST_INITIAL = 0.05
+MOST_INITIAL = 0.2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +51,7 @@ class Optim(Section):
         if (initial := self.ema**num_steps) > MOST_INITIAL:
             logging.warning(
                 "%s.ema=%g in a run of %d steps: initial values have a weight of %.0f%% in the "
-                "averaged parameters, which are evaluated and sampled; set --config.%s.ema=%.4g",
+                "averaged parameters, which are evaluated and sampled; set --config.%s.ema=%.7g",
                 *(self.section, self.ema, num_steps, 100 * initial),
                 *(self.section, max(0.0, 1 - 6.5 / num_steps)),
             )

@@ -54,9 +54,8 @@ def check(process: Process, training: Training, data: Data) -> None:
             "through the bound with a decoder; set --config.data.dequantization=centre"
         )
     needed = {"likelihood_weighting": True, "discrete_levels": 0, "second_order": 0}
-    for name, value in needed.items():
-        if (given := getattr(training, name)) != value:
-            raise ValueError(
-                f"sde.learned with training.{name}={given}: the loss is no bound; set "
-                f"--config.training.{name}={value}"
-            )
+    wrong = {name: v for name in needed if (v := getattr(training, name)) != needed[name]}
+    if wrong:
+        given = ", ".join(f"training.{name}={value}" for name, value in wrong.items())
+        flags = " ".join(f"--config.training.{name}={needed[name]}" for name in wrong)
+        raise ValueError(f"sde.learned with {given}: the loss is no bound; set {flags}")

@@ -185,7 +185,7 @@ class Score(Section):
         if getattr(network, "embedding_type", "") == "fourier" and not first > 0:
             raise ValueError(
                 f"model.embedding_type=fourier takes the logarithm of score.label={self.label}, "
-                f"which is {first:g} at the smallest time: set "
+                f"which is {first:g} at the smallest time: train with "
                 "--config.model.embedding_type=fourier_linear or --config.score.label=sigma"
             )
         return adapter

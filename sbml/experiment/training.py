@@ -37,7 +37,8 @@ class Loop(Section):
     # split the optimizer's state and the average of the parameters over the devices: each needs
     # less memory, but all parameters are gathered once more in a step
     shard_state: bool = flag(False)
-    log_every: int = integer(100, least=1)  # number of steps between rows of metrics.jsonl
+    # number of steps between rows of metrics.jsonl, in which each checkpoint also ends a row
+    log_every: int = integer(100, least=1)
     checkpoint_every: int = integer(5_000, least=1)  # number of steps between checkpoints
     keep_last: int = integer(2, least=1)  # number of newest checkpoints that are kept
     # also keep the first checkpoint at or past each multiple of this step; 0: none
@@ -116,11 +117,6 @@ class Training(Loop):
                 )
         if self.discrete_levels == 1:
             raise refusal("training.discrete_levels", 1, "0, or at least 2")
-        if not self.second_order and self.second_order_probes != type(self).second_order_probes:
-            raise ValueError(
-                f"training.second_order_probes={self.second_order_probes} with "
-                "training.second_order=0: it has no effect; set --config.training.second_order=0.1"
-            )
         check_importance(self.section, self.importance_sampling, self.importance)
 
     @property

@@ -19,7 +19,7 @@ from ml_collections import ConfigDict
 
 from sbml import bits, report
 from sbml.data import spread
-from sbml.evaluation.samples import grid
+from sbml.evaluation.samples import grid, to_bins
 from sbml.experiment.build import Experiment
 from sbml.ode import Solver, transport
 from sbml.runtime import sharding
@@ -98,6 +98,8 @@ def _run(experiment: Experiment, workdir: Workdir) -> None:
     options = config.latents
     restored, images = experiment.restore(workdir), experiment.images(config.eval.split)
     experiment = experiment.with_learned_schedule(restored.state.ema_params)
+    experiment = experiment.with_dequantization_of(restored)
+    factor = to_bins(images.levels, experiment.config.data.dequantization)
     score = experiment.exact_adapter(restored.state.ema_params)
     if len(images) < 2:
         raise ValueError(
@@ -110,7 +112,7 @@ def _run(experiment: Experiment, workdir: Workdir) -> None:
             f"images; set --config.latents.count={len(images)}"
         )
     ids = spread(len(images), options.count)
-    x = bits.to_model(jnp.asarray(images.images[ids]), 0.5, images.levels)
+    x = bits.to_model(jnp.asarray(images.images[ids]), 0.5, images.levels) / factor
     # The term ``correction`` of a likelihood corrects the error of the solver's path. There is no
     # such term here, so the tolerances are ten times smaller.
     solver = experiment.eval_solver.tighter(10)
@@ -131,7 +133,10 @@ def _run(experiment: Experiment, workdir: Workdir) -> None:
         new = completions(score, x, sde=sde, eps=eps, sampler=sampler, colours=colours)
         rows = jnp.concatenate([_known_part(x, colours)[:, None], new, x[:, None]], axis=1)
         pictures[name] = rows.reshape(-1, *config.data.shape), rows.shape[1]
-    pixels = {name: bits.to_pixels(values, images.levels) for name, (values, _) in pictures.items()}
+    pixels = {
+        name: bits.to_pixels(values * factor, images.levels)
+        for name, (values, _) in pictures.items()
+    }
     pixels, z = sharding.to_host((pixels, z))
     if jax.process_index() > 0:  # The rest is output, which only process 0 writes.
         return

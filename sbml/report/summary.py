@@ -75,8 +75,8 @@ def write(
         drawn, evaluated = int(workdir.read(SAMPLES)["step"]), content["checkpoint"]["step"]
         of_others = (
             f"the samples are of another checkpoint (step {drawn}) than the results (step "
-            f"{evaluated}), and left out: evaluate again (--mode=eval), or draw new samples "
-            "(--mode=sample)"
+            f"{evaluated}{', of other parameters' if drawn == evaluated else ''}), and left out: "
+            "evaluate again (--mode=eval), or draw new samples (--mode=sample)"
         )
         content["warnings"] = [of_others, *content["warnings"]]
     pictures: list[tuple[str, bytes]] = []

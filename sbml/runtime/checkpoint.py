@@ -174,7 +174,7 @@ class Checkpoints:
             self._saving = step
             self._writer.save_async(step, state, force=True, custom_metadata=content)
         except OSError as error:  # Folders are made here, so a lack of inodes appears here.
-            if jax.process_count() > 1:
+            if jax.process_count() > 1 or error.errno not in disk.FULL:
                 raise
             self._saving = None
             self._drop_writer()

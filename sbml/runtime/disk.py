@@ -1,10 +1,14 @@
 """Free space of a disk, which is checked before a write, and removal of incomplete files."""
 
+import errno
 import shutil
 
 from etils import epath
 
 OVERHEAD = 2**20  # bytes for the names, shapes and checksums of a checkpoint's arrays
+
+# The errors of a disk without room: no bytes or inodes, or a user's quota.
+FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 def shortage(folder: epath.Path, size: int) -> str:

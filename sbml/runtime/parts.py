@@ -63,6 +63,7 @@ class Parts:
     def __init__(self, root: epath.PathLike, identity: dict[str, Any]) -> None:
         self.directory = epath.Path(root) / _digest(identity)
         self.directory.mkdir(parents=True, exist_ok=True)
+        self._noted = False  # whether the present versions are stored
         marker = self.directory / "identity.json"
         stored = None
         if marker.exists():
@@ -78,10 +79,10 @@ class Parts:
     def write(self, columns: dict[str, np.ndarray]) -> None:
         """Add the rows ``columns``, of which ``sweep`` and ``id`` identify a row, and note the
         versions of the packages."""
-        present = versions.versions()
-        noted = self.directory / f"versions_{_digest(present)}.json"
-        if not noted.exists():
-            write_json(noted, present)
+        if not self._noted:
+            present = versions.versions()
+            write_json(self.directory / f"versions_{_digest(present)}.json", present)
+            self._noted = True
         first = f"{columns['sweep'][0]:04d}_{columns['id'][0]:08d}"
         write_npz(self.directory / f"part_{first}.npz", columns)
 

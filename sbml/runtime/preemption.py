@@ -1,7 +1,9 @@
 """SIGTERM and Ctrl-C as requests to save and stop, at the same step in all processes."""
 
 import signal
+import threading
 from types import FrameType, TracebackType
+from typing import Any
 
 import jax
 from absl import logging
@@ -18,6 +20,8 @@ class Preemption:
     operation for one that has already stopped. Therefore every computation that saves on its way
     must call :meth:`requested`, even outside such a context. The other modes, such as ``latents``
     and ``quality``, run to their end, and the program stops after them.
+
+    Python handles signals in its main thread only, so in another thread nothing is set.
     """
 
     # Calls of ``requested`` in this process. The service continues to count from mode to mode.
@@ -25,9 +29,10 @@ class Preemption:
 
     def __init__(self) -> None:
         self._received: signal.Signals | None = None
+        self._previous: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> "Preemption":
-        if jax.process_count() == 1:
+        if jax.process_count() == 1 and threading.current_thread() is threading.main_thread():
             self._previous = {number: signal.signal(number, self._receive) for number in SIGNALS}
         return self
 
@@ -37,9 +42,8 @@ class Preemption:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        if jax.process_count() == 1:
-            for number, handler in self._previous.items():
-                signal.signal(number, handler)
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
 
     def _receive(self, signum: int, frame: FrameType | None) -> None:
         if self._received == signal.SIGINT == signum:

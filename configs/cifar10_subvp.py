@@ -3,7 +3,7 @@
 python -m sbml.main --config=configs/cifar10_subvp.py
 
 This trains for 1.3 million steps of batch 128, which takes days on one accelerator; it was not run
-here. The paper's best number for these data is 2.83 bits/dim, without flips of the training images;
+here. The paper's best number without flips of the training images is 2.83 bits/dim;
 this config flips them. The settings are in ``paper.py``.
 """
 

@@ -17,7 +17,7 @@ gradient. To draw them as the paper does, add
 --config.training.times=iid --config.training.noises=independent --config.training.proposal_bins=0.
 
 The training of one model takes days on one accelerator; none of them was run here. The paper's best
-models reach 2.83 bits/dim on CIFAR-10 without flips, and 3.76 on ImageNet 32x32.
+models without flips reach 2.83 bits/dim on CIFAR-10, and 3.76 on ImageNet 32x32.
 """
 
 from collections.abc import Callable

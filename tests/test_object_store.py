@@ -15,7 +15,10 @@ pytest.importorskip("gcsfs", reason="needs the extra gcs")
 pytest.importorskip("gcp_storage_emulator", reason="needs the extra dev")
 
 STEPS = "--config.training.num_steps=16"
-FEW = ("--config.eval.max_images=8", "--config.eval.subset=2", "--config.eval.sweeps=2")
+FEW = (  # It is about files, so what is computed is little and cheap to compile.
+    *("--config.eval.estimators=bound", "--config.eval.max_images=8", "--config.eval.sweeps=2"),
+    *("--config.sampling.sampler=ddim", "--config.sampling.steps=2"),
+)
 
 
 class Bucket:

@@ -17,7 +17,8 @@ digits at equal steps, and it is ahead of ``preconditioned`` on 32x32 photos (be
 The recipe trains on bin centres, so that its own decoder gives a bound of the same kind as VDM's.
 VDM's network is better at equal steps in short trainings, by .02 bits/dim on digits and by .4 on
 Fashion-MNIST. But its step takes 2.4 and 4.2 times as long in these small sizes, and at equal time
-it is .11 worse on digits. At full size the two networks were not compared.
+it is .11 worse on digits, and .4 to .6 on Fashion-MNIST (two seeds, by the ODE). At full size the
+two networks were not compared.
 Fourier features lost .03 bits/dim on the digits, and .2 by the bound in short trainings on
 Fashion-MNIST. cifar10 and imagenet32 have them all the same, because VDM's published networks do.
 Network, batch, optimizer and steps of cifar10 and imagenet32 are those of the published code of

@@ -1,6 +1,7 @@
 """Compares the samples with the training images: ``--mode=quality``."""
 
 import zlib
+from typing import Any
 
 import jax
 import numpy as np
@@ -11,10 +12,12 @@ from ml_collections import ConfigDict
 from sbml import distances, report
 from sbml.distances import Moments
 from sbml.evaluation import samples
-from sbml.evaluation.quality import extractor, features_of, memorisation, reference
+from sbml.evaluation.quality import Reference, extractor, features_of, memorisation, reference
 from sbml.experiment import trained
 from sbml.experiment.build import Experiment
+from sbml.features import Extractor
 from sbml.report import summary
+from sbml.runtime.checkpoint import Checkpoints
 from sbml.runtime.trees import tree_crc32
 from sbml.runtime.workdir import NEIGHBOURS, QUALITY, SAMPLES, Workdir
 
@@ -39,42 +42,16 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
     """
     experiment, workdir = Experiment(config), Workdir(workdir)
     extract = extractor(config)
-    content = workdir.read(SAMPLES)
+    checkpoints = experiment.config.training.checkpoints(workdir)
+    content = _samples(workdir, checkpoints)
     step = int(content["step"])
-    newest = experiment.config.training.checkpoints(workdir).steps()[-1:]
-    if newest and newest[0] != step:
-        logging.warning(
-            "%s is of step %d, but the newest checkpoint is of step %d: to compare that, draw new "
-            "samples (--mode=sample,quality)",
-            *(workdir / SAMPLES, step, newest[0]),
-        )
-    if failed := int(np.sum(content["failed"])):
-        logging.warning("%d of %d samples are not finite", failed, len(content["images"]))
-    if len(content["images"]) < 2:
-        raise ValueError(
-            f"{workdir / SAMPLES} has one image: distances need at least two; draw more "
-            "(--mode=sample,quality --config.sampling.num_images=1000)"
-        )
     train, test = experiment.images("train"), experiment.images("test")
-    metadata = experiment.config.training.checkpoints(workdir).metadata()
+    metadata = checkpoints.metadata()
     warnings = [] if metadata is None else trained.warn_if_other_data(metadata, train)
     flip = (metadata or {}).get("config", {}).get("data", {}).get("flip", config.data.flip)
-    training = reference(experiment, extract, train)
-    columns = zip(*features_of(extract, content["images"], "samples"), strict=True)
-    features, probabilities = (np.concatenate(chunks) for chunks in columns)
-    n = len(features)
-    if n < features.shape[1]:
-        logging.warning(
-            "%d samples for %d features: distances of so few samples are unreliable; draw more "
-            "(sampling.num_images)",
-            *(n, features.shape[1]),
-        )
-    frechet, kernel, score = extract.names
-    values = {
-        f"{frechet} n={n}": distances.frechet(Moments.of(features), training.moments),
-        f"{kernel} n={n}": distances.kernel(features, training.features),
-        f"{score} n={n}": distances.inception_score(probabilities),
-    }
+    values = _distances_of_features(
+        extract, content["images"], reference(experiment, extract, train)
+    )
     distances_to_training, rows = memorisation(content["images"], train, test, flip)
     if jax.process_index() > 0:
         return
@@ -88,6 +65,53 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
     }
     workdir.write(QUALITY, report.strict(result))
     summary.write(workdir, experiment.config.data.images)
-    print(f"{n} samples of step {step}, by {content['sampler']}")
+    print(f"{len(content['images'])} samples of step {step}, by {content['sampler']}")
     for name, value in values.items():
         print(f"{name}: {value:.4g}")
+
+
+def _samples(workdir: Workdir, checkpoints: Checkpoints) -> dict[str, Any]:
+    """The arrays of ``samples.npz``, with warnings if some are not finite or if there is a newer
+    checkpoint.
+
+    Raises:
+      ValueError: there are fewer than two samples.
+    """
+    content = workdir.read(SAMPLES)
+    newest = checkpoints.steps()[-1:]
+    if newest and newest[0] != int(content["step"]):
+        logging.warning(
+            "%s is of step %d, but the newest checkpoint is of step %d: to compare that, draw new "
+            "samples (--mode=sample,quality)",
+            *(workdir / SAMPLES, int(content["step"]), newest[0]),
+        )
+    if failed := int(np.sum(content["failed"])):
+        logging.warning("%d of %d samples are not finite", failed, len(content["images"]))
+    if len(content["images"]) < 2:
+        raise ValueError(
+            f"{workdir / SAMPLES} has one image: distances need at least two; draw more "
+            "(--mode=sample,quality --config.sampling.num_images=1000)"
+        )
+    return content
+
+
+def _distances_of_features(
+    extract: Extractor, images: np.ndarray, training: Reference
+) -> dict[str, float]:
+    """The Fréchet and kernel distances of ``images`` to the training images, and the Inception
+    score, by their names."""
+    columns = zip(*features_of(extract, images, "samples"), strict=True)
+    features, probabilities = (np.concatenate(chunks) for chunks in columns)
+    n = len(features)
+    if n < features.shape[1]:
+        logging.warning(
+            "%d samples for %d features: distances of so few samples are unreliable; draw more "
+            "(sampling.num_images)",
+            *(n, features.shape[1]),
+        )
+    frechet, kernel, score = extract.names
+    return {
+        f"{frechet} n={n}": distances.frechet(Moments.of(features), training.moments),
+        f"{kernel} n={n}": distances.kernel(features, training.features),
+        f"{score} n={n}": distances.inception_score(probabilities),
+    }

@@ -194,11 +194,6 @@ def test_rows_of_other_terms_are_not_taken(trained, tmp_path, monkeypatch):
     np.testing.assert_array_equal(again["correction"], fresh["correction"])
 
 
-def test_evaluating_without_a_checkpoint_says_so(tmp_path):
-    with pytest.raises(ValueError, match="no checkpoint in .*train first"):
-        evaluate.run(tiny.get_config(), tmp_path)
-
-
 def test_score_matching_form_has_the_same_mean(trained, tmp_path):
     """Both forms have the same expectation on the same images; dsm uses its control variate."""
     runs_of = [cell_run(trained, tmp_path, Cell(name, "uniform"), sweeps=8, n_times=8)

@@ -1,4 +1,6 @@
-"""The config of a checkpoint, compared with that of the present run."""
+"""The config of a checkpoint, compared with that of the present run; a run without a checkpoint."""
+
+from pathlib import Path
 
 import jax.numpy as jnp
 import pytest
@@ -11,6 +13,7 @@ from sbml.experiment.trained import (
     unseen_times,
     warn_if_trained_otherwise,
 )
+from sbml.modes import eval as evaluate
 
 
 @pytest.mark.parametrize("sde", ["vp", "subvp", "ve", "linear_gamma"])
@@ -104,3 +107,8 @@ def test_a_dequantizer_that_is_trained_with_other_times_says_so(caplog):
     warn_if_trained_otherwise(*told, "dequantizer.")
     assert "training.times lattice -> iid" in caplog.text
     assert "eval.smallest_time None -> 0.1" in caplog.text
+
+
+def test_evaluating_without_a_checkpoint_says_so(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="no checkpoint in .*train first"):
+        evaluate.run(tiny.get_config(), tmp_path)

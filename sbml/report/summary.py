@@ -72,13 +72,7 @@ def write(
         _warn_if_trained_further(content)
     samples = samples_of(workdir, content.get("checkpoint", {}))
     if samples is None and workdir.has(SAMPLES):
-        drawn, evaluated = int(workdir.read(SAMPLES)["step"]), content["checkpoint"]["step"]
-        of_others = (
-            f"the samples are of another checkpoint (step {drawn}) than the results (step "
-            f"{evaluated}{', of other parameters' if drawn == evaluated else ''}), and left out: "
-            "evaluate again (--mode=eval), or draw new samples (--mode=sample)"
-        )
-        content["warnings"] = [of_others, *content["warnings"]]
+        _warn_of_other_samples(workdir, content)
     pictures: list[tuple[str, bytes]] = []
     if samples is not None:
         _describe_samples(samples, content)
@@ -196,6 +190,17 @@ def _warn_if_trained_further(content: dict[str, Any]) -> None:
         f"{newest}: evaluate it (--mode=eval)"
     )
     logging.warning("%s", warning)
+    content["warnings"] = [warning, *content["warnings"]]
+
+
+def _warn_of_other_samples(workdir: Workdir, content: dict[str, Any]) -> None:
+    """Add a warning to ``content`` that the samples are not of the checkpoint of its results."""
+    drawn, evaluated = int(workdir.read(SAMPLES)["step"]), content["checkpoint"]["step"]
+    warning = (
+        f"the samples are of another checkpoint (step {drawn}) than the results (step "
+        f"{evaluated}{', of other parameters' if drawn == evaluated else ''}), and left out: "
+        "evaluate again (--mode=eval), or draw new samples (--mode=sample)"
+    )
     content["warnings"] = [warning, *content["warnings"]]
 
 

@@ -180,12 +180,17 @@ class Score(Section):
             levels=data.levels,
             data=data.kind,
         )
-        # Every label increases with the time.
-        first = float(adapter.time_label(jnp.asarray([eps]))[0])
-        if getattr(network, "embedding_type", "") == "fourier" and not first > 0:
+        if getattr(network, "embedding_type", "") == "fourier":
+            self._check_positive(adapter)
+        return adapter
+
+    def _check_positive(self, adapter: Adapter) -> None:
+        """Check that all labels have a logarithm. They increase with the time, so the first is the
+        smallest."""
+        first = float(adapter.time_label(jnp.asarray([adapter.eps]))[0])
+        if not first > 0:
             raise ValueError(
                 f"model.embedding_type=fourier takes the logarithm of score.label={self.label}, "
                 f"which is {first:g} at the smallest time: train with "
                 "--config.model.embedding_type=fourier_linear or --config.score.label=sigma"
             )
-        return adapter

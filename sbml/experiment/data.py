@@ -98,6 +98,23 @@ class Data(Section):
           ValueError: the images do not have this shape and these levels, or cannot be loaded; or
             a field is set that only other sources of this package read.
         """
+        self._check_source()
+        images = data.load(self.source, split, self.options)
+        if images.shape != self.shape or images.levels != self.levels:
+            raise ValueError(
+                f"{self.source} has images of shape {images.shape} with {images.levels} levels, "
+                f"the config says {self.shape} with {self.levels}; "
+                f"set --config.data.shape={','.join(map(str, images.shape))} "
+                f"--config.data.levels={images.levels}"
+            )
+        return images
+
+    def _check_source(self) -> None:
+        """Check that no field is set that the source does not read.
+
+        Raises:
+          ValueError: one is, or a folder of images cannot have this number of channels.
+        """
         source = self.source.partition(":")[0]
         if source in WITHOUT_FOLDER:
             for field in ("path", "crop", "test_fraction", "split_seed"):
@@ -113,12 +130,3 @@ class Data(Section):
             )
         if source == "image_folder" and self.shape[-1] not in (1, 3):
             raise refusal("data.shape", self.shape, "3 channels for RGB, or 1 for grey")
-        images = data.load(self.source, split, self.options)
-        if images.shape != self.shape or images.levels != self.levels:
-            raise ValueError(
-                f"{self.source} has images of shape {images.shape} with {images.levels} levels, "
-                f"the config says {self.shape} with {self.levels}; "
-                f"set --config.data.shape={','.join(map(str, images.shape))} "
-                f"--config.data.levels={images.levels}"
-            )
-        return images

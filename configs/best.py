@@ -15,7 +15,7 @@ None of them was run, and no figure is promised. The recipe is an integer denois
 labels and the draws of this package. Of all predictions, the integer denoiser is the best on 8x8
 digits at equal steps, and it is ahead of ``preconditioned`` on 32x32 photos (benchmarks/README.md).
 The recipe trains on bin centres, so that its own decoder gives a bound of the same kind as VDM's.
-VDM's network is better at equal steps in short trainings, by .02 bits/dim on digits and by .4 on
+VDM's network is better at equal steps in short trainings, by .02 bits/dim on digits and by .39 on
 Fashion-MNIST. But its step takes 2.4 and 4.2 times as long in these small sizes, and at equal time
 it is .11 worse on digits, and .4 to .6 on Fashion-MNIST (two seeds, by the ODE). At full size the
 two networks were not compared.

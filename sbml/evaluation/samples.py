@@ -39,7 +39,8 @@ class Recipe:
     eps: float
     sampler: Sampler
     denoise_last: bool
-    # That of the training data. It is not in the identity of stored samples unless it is "none".
+    # ``data.dequantization`` of the training. ``repr``, which identifies stored samples, leaves it
+    # out; ``_identity`` adds it if it is "none".
     dequantization: str = dataclasses.field(default="uniform", repr=False)
 
     @classmethod
@@ -56,16 +57,16 @@ class Recipe:
         )
 
     def pixels(self, x: Array) -> Array:
-        """The uint8 levels of ``x``, of any shape: those whose bins hold it. For a model of data at
-        2 k / (L - 1) - 1 (``none``) they are the nearest levels."""
+        """The uint8 levels of ``x``, of any shape: the level whose bin contains the value or, for
+        a model that was trained with ``none``, the nearest level."""
         return bits.to_pixels(x * to_bins(self.levels, self.dequantization), self.levels)
 
 
 def to_bins(levels: int, dequantization: str) -> float:
-    """The factor from the values of a model's data to those at which level k is in its bin.
+    """The factor that moves the data on which a model was trained into the bins of their levels.
 
-    It is 1 except for ``none``, where 2 k / (L - 1) - 1 becomes the middle of the bin,
-    2 (k + 1/2) / L - 1.
+    Data with ``none`` are at 2 k / (L - 1) - 1. The factor (L - 1) / L moves them to the middle of
+    the bin of k, 2 (k + 1/2) / L - 1. All other data are in their bins, so the factor is 1.
     """
     return (levels - 1) / levels if dequantization == "none" else 1.0
 

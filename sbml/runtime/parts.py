@@ -87,8 +87,8 @@ class Parts:
         write_npz(self.directory / f"part_{first}.npz", columns)
 
     def other_versions(self) -> list[str]:
-        """How the versions with which earlier commands wrote rows differ from the present ones: a
-        sentence for each difference. Damaged files are left out with a warning."""
+        """How the versions with which earlier commands wrote rows differ from the present ones: one
+        text for each set of other versions. Damaged files are left out with a warning."""
         differences = []
         for path in sorted(self.directory.glob("versions_*.json")):
             try:

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
+from absl import logging
 from etils import epath
 from ml_collections import ConfigDict
 
@@ -90,6 +91,28 @@ def reference(experiment: Experiment, extract: Extractor, images: ImageSet) -> R
         stored = read_npz(path)
     moments = Moments(stored["mean"], stored["cov"], int(stored["count"]))
     return Reference(moments, stored["features"])
+
+
+def distances_of_features(
+    extract: Extractor, images: np.ndarray, training: Reference
+) -> dict[str, float]:
+    """The Fréchet and kernel distances of ``images`` to the training images, and the Inception
+    score, by their names."""
+    columns = zip(*features_of(extract, images, "samples"), strict=True)
+    features, probabilities = (np.concatenate(chunks) for chunks in columns)
+    n = len(features)
+    if n < features.shape[1]:
+        logging.warning(
+            "%d samples for %d features: distances of so few samples are unreliable; draw more "
+            "(sampling.num_images)",
+            *(n, features.shape[1]),
+        )
+    frechet, kernel, score = extract.names
+    return {
+        f"{frechet} n={n}": distances.frechet(Moments.of(features), training.moments),
+        f"{kernel} n={n}": distances.kernel(features, training.features),
+        f"{score} n={n}": distances.inception_score(probabilities),
+    }
 
 
 def _nearest(x: np.ndarray, train: ImageSet, flip: bool) -> tuple[np.ndarray, np.ndarray]:

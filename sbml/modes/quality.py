@@ -9,13 +9,11 @@ from absl import logging
 from etils import epath
 from ml_collections import ConfigDict
 
-from sbml import distances, report
-from sbml.distances import Moments
+from sbml import report
 from sbml.evaluation import samples
-from sbml.evaluation.quality import Reference, extractor, features_of, memorisation, reference
+from sbml.evaluation.quality import distances_of_features, extractor, memorisation, reference
 from sbml.experiment import trained
 from sbml.experiment.build import Experiment
-from sbml.features import Extractor
 from sbml.report import summary
 from sbml.runtime.checkpoint import Checkpoints
 from sbml.runtime.trees import tree_crc32
@@ -49,7 +47,7 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
     metadata = checkpoints.metadata()
     warnings = [] if metadata is None else trained.warn_if_other_data(metadata, train)
     flip = (metadata or {}).get("config", {}).get("data", {}).get("flip", config.data.flip)
-    values = _distances_of_features(
+    values = distances_of_features(
         extract, content["images"], reference(experiment, extract, train)
     )
     distances_to_training, rows = memorisation(content["images"], train, test, flip)
@@ -93,25 +91,3 @@ def _samples(workdir: Workdir, checkpoints: Checkpoints) -> dict[str, Any]:
             "(--mode=sample,quality --config.sampling.num_images=1000)"
         )
     return content
-
-
-def _distances_of_features(
-    extract: Extractor, images: np.ndarray, training: Reference
-) -> dict[str, float]:
-    """The Fréchet and kernel distances of ``images`` to the training images, and the Inception
-    score, by their names."""
-    columns = zip(*features_of(extract, images, "samples"), strict=True)
-    features, probabilities = (np.concatenate(chunks) for chunks in columns)
-    n = len(features)
-    if n < features.shape[1]:
-        logging.warning(
-            "%d samples for %d features: distances of so few samples are unreliable; draw more "
-            "(sampling.num_images)",
-            *(n, features.shape[1]),
-        )
-    frechet, kernel, score = extract.names
-    return {
-        f"{frechet} n={n}": distances.frechet(Moments.of(features), training.moments),
-        f"{kernel} n={n}": distances.kernel(features, training.features),
-        f"{score} n={n}": distances.inception_score(probabilities),
-    }

@@ -201,11 +201,12 @@ def test_scores_follow_their_conventions(name: str, embedding: str, tmp_path: Pa
     )
     for divides in (False, True)[: 1 + (name == "ve")]:
         chosen = config()
-        chosen.sde.name = name
+        chosen.sde.update(name=name, learned=True)  # Its numbers are fixed after a conversion.
         if divides:
             chosen.score.parameterization = "score"
         convert.run(chosen, tmp_path / f"ours{divides}", tmp_path)
         fitted = architecture.of_workdir(chosen, tmp_path / f"ours{divides}")
+        assert not fitted.sde.learned
         experiment = build.Experiment(fitted)
         params = experiment.restore(tmp_path / f"ours{divides}").state.ema_params
         ours = experiment.adapter(params).batch(x, t, None)

@@ -57,6 +57,7 @@ from sbml.types import (
     Numbers,
     Scalar,
     Score,
+    at_least_float32,
     check_example,
     check_key,
     check_kind,
@@ -180,6 +181,7 @@ class GaussianControl:
         check_example(x)
         self.check(x)
         sde.check_time(eps)
+        x = in_full_precision(x)
         c2 = self._to_basis(x.reshape(-1) - self.mean) ** 2
 
         def antiderivative(t: Number) -> Scalar:
@@ -263,7 +265,7 @@ def diffusion_ssm(
         return deterministic(score, x, t)
 
     s, div = divergence.exact(field, x_t) if vs is None else divergence.hutchinson(field, x_t, vs)
-    return 0.5 * x.size + 0.5 * sde.std(t) ** 2 * (jnp.sum(s**2) + 2 * div)
+    return 0.5 * x.size + 0.5 * sde.std(t) ** 2 * (jnp.sum(at_least_float32(s) ** 2) + 2 * div)
 
 
 def elbo(
@@ -356,7 +358,8 @@ def pilot(
 
     In each bin the density is proportional to the standard deviation of the draws that
     :func:`elbo` averages, mixed with a share ``floor`` of the uniform density. It is estimated from
-    8 draws for each example. These must be independent of the draws for which the density is then
+    8 draws for each example. A bin that has fewer than two of them gets the mean of the others. The
+    draws must be independent of the draws for which the density is then
     used, so give :func:`elbo` another key.
 
     The network is called on the 8 draws of one example at a time, so the result does not depend on
@@ -390,4 +393,5 @@ def pilot(
     first = times.tally(empty, v.ravel(), values.ravel(), 1.0)
     mean = (first[1] / first[0])[jnp.floor(v * bins).astype(int)]
     second = times.tally(empty, v.ravel(), ((values - mean) ** 2).ravel(), 1.0)
-    return times.with_floor(jnp.sqrt(second[1] / second[0]), floor)
+    variance = second[1] / jnp.where(second[0] > 1, second[0] - 1, jnp.nan)
+    return times.with_floor(jnp.sqrt(variance), floor)

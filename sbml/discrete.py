@@ -160,7 +160,7 @@ def edge_constant(sde: SDE, eps: Number, tau: Number) -> Number:
 
 
 def _log_snr(sde: SDE, t: Number) -> Number:
-    return scalars.constant(lambda: sde.log_snr(jnp.asarray(t)))
+    return scalars.constant(lambda: sde.log_snr(jnp.asarray(t, jnp.result_type(t, float))))
 
 
 def _snr_range(sde: SDE, eps: Number) -> Number:

@@ -32,8 +32,9 @@ mean kappa y and the standard deviation sqrt(V) u:
 with the constants d_j = -0.8, -0.4, 0, 0.4, 0.8. So the outputs keep their size at every noise;
 otherwise the network would have to copy y with an error below the size of the noise. If rho is
 smaller than a bin, only the levels around y matter for x^. If it is larger, the sum over k is
-replaced by an integral, which has a closed form. So the memory does not grow with L. The decoder
-sums over all levels, a block of them at a time.
+replaced by an integral over all real numbers, which has a closed form. So the memory does not grow
+with L. The integral is close to the sum, except near the lowest and the highest level, because it
+extends beyond them. The decoder sums over all levels, a block of them at a time.
 
 Reference: Kingma et al., "Variational Diffusion Models", NeurIPS 2021, where the decoder has no
 l_k.

@@ -30,8 +30,13 @@ def rows(x: np.ndarray) -> Iterator[np.ndarray]:
     """The rows of ``x (n, *s)`` in order, as float64 parts ``(m, d)``.
 
     A part has at most ``CHUNK`` numbers, or one row if a row is longer.
+
+    Raises:
+      ValueError: a row has no numbers.
     """
     size = int(np.prod(x.shape[1:]))
+    if not size:
+        raise ValueError(f"examples of shape {x.shape[1:]} have no numbers")
     step = max(1, CHUNK // size)
     for start in range(0, len(x), step):
         yield np.asarray(x[start : start + step], np.float64).reshape(-1, size)

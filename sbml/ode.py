@@ -217,7 +217,9 @@ def transport(
 
 
 def growth(sde: SDE, t0: Number, t1: Number, x: Example) -> Scalar:
-    """sigma(t1) / sigma(t0), a scalar, in the precision of ``x``."""
+    """sigma(t1) / sigma(t0), a scalar, in the precision of ``x``; 1 for equal times, also at 0."""
+    if not scalars.is_traced(t0, t1) and t0 == t1:
+        return jnp.ones((), x.dtype)
     return sde.std(jnp.asarray(t1, x.dtype)) / sde.std(jnp.asarray(t0, x.dtype))
 
 

@@ -49,7 +49,7 @@ def check_positive(value: Number, name: str, finite: bool = False, most: float =
     """
     if is_traced(value) or (array := np.asarray(value)).dtype == object:
         return
-    if not np.issubdtype(array.dtype, np.number):
+    if not jnp.issubdtype(array.dtype, jnp.number):
         raise ValueError(f"{name}={value!r}: must be a number")
     if not np.all(array > 0) or (finite and not np.all(np.isfinite(array))):
         raise ValueError(f"{name}={value}: must be positive{' and finite' if finite else ''}")

@@ -212,7 +212,8 @@ def tally(counts: Counts, v: Vector, values: Vector, decay: float) -> Counts:
         counts <- decay counts + sum over the batch of (1, value) in the bin of v
 
     The mean of a bin that is seldom visited does not decay, because both rows decay alike. A bin
-    that was never visited has the mean 0 / 0 = nan, which :func:`with_floor` replaces.
+    without a visit has the mean 0 / 0 = nan, which :func:`with_floor` replaces. Values that are not
+    finite are left out, because a bin would never lose them.
 
     Args:
       counts: ``(2, bins)``, zeros at the start.
@@ -244,7 +245,7 @@ def tally(counts: Counts, v: Vector, values: Vector, decay: float) -> Counts:
         )
     bins = counts.shape[1]
     bin_of_v = jnp.minimum(jnp.floor(v * bins), bins - 1)
-    inside = bin_of_v[:, None] == jnp.arange(bins)[None]
+    inside = (bin_of_v[:, None] == jnp.arange(bins)[None]) & jnp.isfinite(values)[:, None]
     # A masked sum always adds in the same order, but a scatter may not. So a resumed run stays
     # bitwise equal.
     sums = jnp.sum(jnp.where(inside, values[:, None], 0), axis=0)

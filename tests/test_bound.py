@@ -173,6 +173,15 @@ def test_pilot_follows_the_noise(case):
     np.testing.assert_allclose(density, spread / spread.mean(), rtol=0.15)
 
 
+def test_a_pilot_knows_nothing_of_a_bin_with_one_draw():
+    """5 examples have 40 draws: 8 of the 32 bins have two, and the others one, without a spread."""
+    x = 0.5 * jax.random.normal(jax.random.key(0), (5, 3))
+    density = bound.pilot(lambda x, t, key: -x, SDES["vp"](), x, jax.random.key(1), eps=EPS)
+    mean = np.isclose(density, 1)
+    assert mean.sum() == 24 and density.mean() == pytest.approx(1)
+    assert (density > 0.1).all() and np.unique(density[~mean]).size == 8
+
+
 def test_reconstruction_is_the_gaussian_decoder(case):
     """The term is -log N(x; E[x_0 | x_eps], rho^2) for the same draw of z."""
     sde, data = case
@@ -256,15 +265,35 @@ def test_data_of_less_precision_have_noise_of_full_precision(dtype):
     """With noise of half precision, the bound of an image was far below the truth."""
     sde, key, u = SDES["vp"](), jax.random.key(0), jnp.linspace(0, 0.99, 8)
     x = jax.random.normal(jax.random.key(1), (50,)).astype(dtype)
+    control = bound.GaussianControl(jnp.zeros(50), jnp.full(50, 0.3), None)
 
     @jax.jit
     def terms(x):
         elbo = bound.elbo(lambda x, t, key: -x, sde, x, key, eps=EPS, u=u)
-        return elbo, bound.prior_kl(sde, x)
+        return elbo, bound.prior_kl(sde, x), sde.prior_logp(x), control.integral(sde, x, EPS)
 
     found, expected = terms(x), terms(x.astype(float))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-12), found, expected)
     assert found[0].total.dtype == float
+
+
+def test_squares_of_a_score_of_less_precision_are_summed_in_float32():
+    x, t, z = (
+        jax.random.normal(jax.random.key(i), s) for i, s in enumerate([(3000,), (), (3000,)])
+    )
+    x, t, z = x.astype("float32"), jnp.float32(0.5), z.astype("float32")
+
+    def rounded(x, t, key):
+        return -x.astype("bfloat16")
+
+    def upcast(x, t, key):
+        return rounded(x, t, key).astype("float32")
+
+    found, expected = (
+        bound.diffusion_ssm(score, SDES["vp"](), x, t, z, jnp.ones((1, 3000), "float32"))
+        for score in (rounded, upcast)
+    )
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])

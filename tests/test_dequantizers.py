@@ -115,5 +115,6 @@ def test_three_deviations_fill_half_a_bin(levels):
 
 
 def test_impossible_widths_are_refused():
-    with pytest.raises(ValueError, match="tau=0: must be positive"):
-        truncated_normal.Model(0)
+    for tau in (0, np.inf, np.nan):
+        with pytest.raises(ValueError, match=f"tau={tau}: must be positive and finite"):
+            truncated_normal.Model(tau)

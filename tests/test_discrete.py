@@ -145,6 +145,8 @@ def test_smallest_time_fits_the_bin_and_is_at_least_eps():
     assert discrete.tau(vp, 17, eps) == pytest.approx(5.0)
     assert discrete.tau(vp, 17, discrete.smallest_time(vp, 17, 1e-5)) == pytest.approx(3.0)
     assert discrete.tau(vp, 256, 5e-5) < 3
+    gamma = sdes.LinearGamma()
+    assert discrete.tau(gamma, 256, 0) == discrete.tau(gamma, 256, 0.0) > 0
 
 
 def test_decoder_sums_over_levels_and_pixels():
@@ -156,6 +158,8 @@ def test_decoder_sums_over_levels_and_pixels():
     p = np.take_along_axis(each, np.asarray(pixels)[..., None], -1)[..., 0] / each.sum(-1)
     got = discrete.decoder_nats(x, pixels, LEVELS, jnp.asarray(rho))
     assert got == pytest.approx(-np.log(p).sum())
+    half = jnp.asarray(rho, jnp.bfloat16)
+    assert np.isfinite(discrete.decoder_nats(x, pixels, LEVELS, half))
 
 
 def test_wrong_kinds_and_times_are_refused(case):

@@ -93,3 +93,5 @@ def test_too_few_features_are_refused() -> None:
         Moments.of(np.zeros((1, 3)))
     with pytest.raises(ValueError, match="1 and 5 features"):
         distances.kernel(np.zeros((1, 3)), np.zeros((5, 3)))
+    with pytest.raises(ValueError, match=r"examples of shape \(0,\) have no numbers"):
+        Moments.of(np.zeros((5, 0)))

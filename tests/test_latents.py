@@ -45,6 +45,22 @@ def test_interpolations_keep_the_priors_variance() -> None:
     np.testing.assert_allclose(between.std(axis=-1), 1, atol=0.06)
 
 
+def test_the_unknown_part_may_be_nan() -> None:
+    image = jnp.full((2, 2, 1), 0.3)
+    mask = jnp.zeros((2, 2, 1)).at[0].set(1)
+    zero, nan = (
+        complete(
+            *(lambda x, t, key: -x, VP(), jnp.where(mask == 1, image, unknown), mask),
+            jax.random.key(0),
+            eps=EPS,
+            sampler=ReverseDiffusion(steps=3, corrector=AnnealedLangevin()),
+        )
+        for unknown in (0.0, jnp.nan)
+    )
+    np.testing.assert_array_equal(zero, nan)
+    assert np.isfinite(zero).all() and (zero[0] == image[0]).all() and (zero[1] != 0).all()
+
+
 @pytest.mark.parametrize("name", FAMILIES)
 def test_the_unknown_follows_the_known(name: str) -> None:
     """One of two correlated pixels is given. The other has the mean and variance of the conditional

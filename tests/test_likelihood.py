@@ -113,6 +113,20 @@ def test_latents_of_a_gaussian_are_closed_form(name: str) -> None:
 
 
 @pytest.mark.oracle
+def test_a_flow_leads_to_time_zero_and_back() -> None:
+    """Data N(0, 1/4): the flow from noise is x = z / 2."""
+    sde, z = SDES["rectified_flow"](), jnp.asarray([0.3, -0.2])
+
+    def score(x: Array, t: Array, key: Key | None) -> Array:
+        return -x / (sde.mean_coef(t) ** 2 / 4 + sde.std(t) ** 2)
+
+    x, _ = ode.transport(score, sde, z, 1.0, 0.0, TIGHT)
+    np.testing.assert_allclose(x, z / 2, rtol=2e-6)
+    half, _ = ode.transport(score, sde, x, 0.0, 0.5, TIGHT)
+    np.testing.assert_allclose(half, z * np.sqrt(1 / 16 + 1 / 4), rtol=2e-6)
+
+
+@pytest.mark.oracle
 def test_another_adaptive_method_has_the_same_result() -> None:
     solver = Solver(method="heun", rtol=3e-7, atol=3e-7)
     np.testing.assert_allclose(

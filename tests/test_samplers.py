@@ -272,6 +272,33 @@ def test_the_longest_steps_are_finite_in_float32(name: str) -> None:
                 assert np.isfinite(x).all(), (steps, kind)
 
 
+@pytest.mark.parametrize("name", samplers.SAMPLERS)
+def test_latents_of_less_precision_are_sampled_in_full_precision(name: str) -> None:
+    """In bfloat16, the first time of rectified flow rounds to 1, where there is no signal."""
+    sde, z = SDES["rectified_flow"](), jnp.asarray([1.5, -0.75], jnp.bfloat16)
+    sampler = samplers.SAMPLERS[name](**({} if name == "ode" else {"steps": 3}))
+    how = {"key": jax.random.key(0), "eps": EPS}
+
+    def drawn(z: Array) -> tuple[Array, Array]:
+        def score(x: Array, t: Array, key: Any) -> Array:
+            return -x
+
+        return sampler(score, sde, z, **how)[0], sampler.path(score, sde, z, frames=3, **how)[0]
+
+    for found, expected in zip(drawn(z), drawn(z.astype(float)), strict=True):
+        np.testing.assert_array_equal(found, expected)
+        assert found.dtype == float and np.isfinite(found).all()
+
+
+def test_langevin_makes_no_step_where_the_score_is_zero() -> None:
+    def draw(corrector: Any) -> Array:
+        sampler = samplers.DDIM(steps=3, corrector=corrector)
+        score, z = (lambda x, t, key: jnp.zeros_like(x)), jnp.asarray([0.5, -0.2])
+        return sampler(score, SDES["vp"](), z, jax.random.key(0), eps=EPS)[0]
+
+    np.testing.assert_array_equal(draw(samplers.Langevin()), draw(NoCorrector()))
+
+
 def test_invalid_options_are_refused() -> None:
     with pytest.raises(ValueError, match="steps=0: need an integer of at least 1"):
         samplers.DDIM(steps=0)

@@ -67,6 +67,7 @@ def test_the_inverse_is_exact_at_every_scale_and_of_every_shape(sde: SDE) -> Non
     # Outside the range of the log-SNR, the result is an end of the interval.
     assert 1 - 2e-16 < derived.time(jnp.asarray(-1e4)) <= 1
     assert derived.time(jnp.asarray(1e4)) < 1e-300
+    assert np.isnan(derived.time(jnp.asarray(np.nan)))
 
 
 def test_the_inverse_in_float32(sde: SDE) -> None:
@@ -344,6 +345,19 @@ def test_density_refuses_an_sde_of_arrays() -> None:
     with pytest.raises(ValueError, match=r"jax.tree.map\(float, sde\)"):
         sbml.Density(_score, sde, (2,), eps=1e-3)
     assert hash(jax.tree.map(float, sde)) == hash(VP())
+
+
+def test_density_compares_its_sde_with_that_of_the_score_only() -> None:
+    """A score of other code may have an attribute of this name for something else."""
+
+    def score(x: Array, t: Array, key: Key | None) -> Array:
+        return -x
+
+    score.sde = "vp"
+    sbml.Density(score, VP(), (2,))
+    score.sde = jax.tree.map(jnp.asarray, VP())
+    with pytest.raises(ValueError, match=r"jax.tree.map\(float, sde\)"):
+        sbml.Density(score, VP(), (2,))
 
 
 @dataclasses.dataclass(frozen=True)

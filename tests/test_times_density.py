@@ -152,6 +152,12 @@ def test_tally_by_hand() -> None:
     np.testing.assert_allclose(new, [[4.0, 2.0, 1.0], [7.0, 10.5, -3.0]])
 
 
+def test_a_tally_leaves_out_what_is_not_finite() -> None:
+    values = jnp.asarray([1.0, jnp.nan, 10.0, jnp.inf])
+    new = tally(jnp.zeros((2, 2)), jnp.asarray([0.1, 0.2, 0.6, 0.7]), values, 0.5)
+    np.testing.assert_array_equal(new, [[1.0, 1.0], [1.0, 10.0]])
+
+
 @pytest.mark.oracle
 def test_a_tally_learns_the_density() -> None:
     """The tally finds the mean in each bin, without weights 1/q, though its own density draws v."""

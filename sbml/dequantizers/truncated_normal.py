@@ -23,7 +23,7 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 
-from sbml import bits, compiler, discrete
+from sbml import bits, compiler, discrete, scalars
 from sbml.bound import Bound
 from sbml.sdes import SDE
 from sbml.types import Example, Key, PixelBatch, Pixels, Scalar, Score, check_key
@@ -34,7 +34,7 @@ class Model:
     """The dequantizer; ``tau`` is half the bin's width in standard deviations of the noise.
 
     Raises:
-      ValueError: ``tau`` is not positive.
+      ValueError: ``tau`` is not positive and finite.
     """
 
     at_noise: ClassVar[bool] = True
@@ -43,8 +43,7 @@ class Model:
     tau: float = discrete.TAU
 
     def __post_init__(self) -> None:
-        if not self.tau > 0:
-            raise ValueError(f"tau={self.tau}: must be positive")
+        scalars.check_positive(self.tau, "tau", finite=True)
 
     @property
     def _log_normaliser(self) -> float:

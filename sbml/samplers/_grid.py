@@ -20,7 +20,7 @@ from sbml.ode import Stats
 from sbml.samplers.corrector import NoCorrector
 from sbml.scalars import Number, check_count
 from sbml.sdes import SDE
-from sbml.types import Array, Example, Key, Score, check_example, check_key
+from sbml.types import Array, Example, Key, Score, check_example, check_key, in_full_precision
 
 Path = Float[Array, "frames *s"]
 Times = Float[Array, "frames"]
@@ -116,6 +116,7 @@ class FixedSteps(abc.ABC):
     def _scan(self, score: Score, sde: SDE, z: Example, key: Key, eps: Number, keep: bool) -> Any:
         check_example(z)
         check_key(key)
+        z = in_full_precision(z)
         times = grid(sde, eps, self.steps, self.spacing)
         # No time precedes the first step. A fictitious one beyond T keeps all divisors nonzero.
         before = jnp.concatenate([2 * times[:1] - times[1:2], times[:-2]])

@@ -64,8 +64,9 @@ class Langevin:
         return self.steps
 
     def size(self, sde: SDE, s: Scalar, t: Scalar, grad: Example, z: Example) -> Scalar:
-        """The size e of one step, a scalar."""
-        ratio = jnp.linalg.norm(z.ravel()) / jnp.linalg.norm(grad.ravel())
+        """The size e of one step, a scalar; 0 where the score is 0, which gives no direction."""
+        norm = jnp.linalg.norm(grad.ravel())
+        ratio = jnp.where(norm > 0, jnp.linalg.norm(z.ravel()) / jnp.where(norm > 0, norm, 1), 0)
         return 2 * (sde.mean_coef(s) / sde.mean_coef(t) * self.snr * ratio) ** 2
 
     def __call__(

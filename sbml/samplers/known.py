@@ -42,7 +42,8 @@ class KnownPart:
     """A corrector that replaces the known part after each step of another corrector.
 
     Attributes:
-      x_0: ``(h, w, c)``, the image; its unknown part can have any values.
+      x_0: ``(h, w, c)``, the image; its unknown part can have any values, with a ``basis`` any
+        finite ones.
       mask: 1 for known and 0 for unknown values, in the basis of the channels; broadcastable to
         x_0.
       basis: ``(c, c)``, a basis of the channels in orthonormal columns; None for the channels
@@ -64,10 +65,10 @@ class KnownPart:
         """``x`` with its known part taken from the image ``known``."""
         mask = jnp.broadcast_to(self.mask, x.shape)
         if self.basis is None:
-            return mask * known + (1 - mask) * x
+            return jnp.where(mask == 1, known, x)
         # By default, accelerators compute products with fewer digits.
         product = functools.partial(jnp.matmul, precision="highest")
-        u = mask * product(known, self.basis) + (1 - mask) * product(x, self.basis)
+        u = jnp.where(mask == 1, product(known, self.basis), product(x, self.basis))
         return product(u, self.basis.T)
 
     def __call__(self, score: Score, sde: SDE, x: Image, s: Scalar, t: Scalar, key: Key) -> Image:

@@ -13,7 +13,7 @@ from sbml.ode import Solver, Stats, transport
 from sbml.samplers._grid import Path, Times, frames_of
 from sbml.scalars import Number, check_count
 from sbml.sdes import SDE
-from sbml.types import Example, Key, Scalar, Score, check_example, check_key
+from sbml.types import Example, Key, Scalar, Score, check_example, check_key, in_full_precision
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,6 +41,7 @@ class ODE:
         power, steps = self.solver.power, self.solver.fixed_steps
         sde.check_time(eps)
         check_example(z)
+        z = in_full_precision(z)
         check_count(frames, "frames")
         if key is not None:
             check_key(key)

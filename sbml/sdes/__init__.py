@@ -17,8 +17,9 @@ its classes. The file ``_kernel`` has what all SDEs share. ``linear_beta`` (VP, 
 ``table`` has the schedule of a discrete-time model.
 
 Every closed form keeps its relative accuracy in float32 down to t = 1e-6, where the textbook
-formulas (1 - exp(-B), log(1 + e^l)) lose up to a third of the value. An exception is VE's ``time``:
-its absolute accuracy is 1e-7, because near t = 0 its log-SNR is about 9 and hardly changes with t.
+formulas (1 - exp(-B), log(1 + e^l)) lose up to a third of the value. An exception is ``time`` of
+the SDEs whose log-SNR hardly changes near t = 0 (VE, those of ``vdm`` and ``table``): its absolute
+accuracy is 1e-7.
 
 Reference: Song et al., "Score-Based Generative Modeling through SDEs", ICLR 2021, appendices B-C.
 """

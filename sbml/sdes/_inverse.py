@@ -34,8 +34,9 @@ def inverse(f: Function, y: Elementwise, last: float) -> Elementwise:
     """The largest float t in (0, ``last``] with f(t) >= y, elementwise, with the shape of ``y``.
 
     ``f`` is elementwise and decreasing. For y above f's range the result is the smallest normal
-    float, and for y below it ``last``. The derivative is that of the inverse function: with
-    y = f(t; theta), dt = (dy - df/dtheta dtheta) / (df/dt).
+    float, for y below it ``last``, and for NaN it is NaN. The derivative is that of the inverse
+    function: with y = f(t; theta), dt = (dy - df/dtheta dtheta) / (df/dt). Second derivatives are
+    not supported: they are 0.
     """
     y = jnp.asarray(y)
     y = y.astype(jnp.result_type(y, float))  # Floats keep their precision, integers become floats.
@@ -45,7 +46,8 @@ def inverse(f: Function, y: Elementwise, last: float) -> Elementwise:
     gap = jnp.where(regular, gap, 0)
     # The value of this step is 0: it gives t its derivative only.
     step = (gap - jax.lax.stop_gradient(gap)) / jnp.where(regular, rate, 1)
-    return t - step.astype(y.dtype)  # The SDE's parameters may be more precise than the argument.
+    # The SDE's parameters may be more precise than the argument.
+    return jnp.where(jnp.isnan(y), y, t - step.astype(y.dtype))
 
 
 def _bisect(f: Function, y: Elementwise, last: float) -> Elementwise:

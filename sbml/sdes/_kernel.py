@@ -40,6 +40,7 @@ from sbml.types import (
     check_example,
     check_floating,
     check_key,
+    in_full_precision,
 )
 
 if TYPE_CHECKING:
@@ -283,6 +284,7 @@ class SDE(Kernel):
         """
         compiler.check()
         check_example(z)
+        z = in_full_precision(z)
         std = self.prior_std
         log_std = scalars.log(std)
         return -0.5 * jnp.sum((z / std) ** 2) - z.size * (log_std + 0.5 * math.log(2 * math.pi))

@@ -25,6 +25,7 @@ from sbml.data import spread
 from sbml.evaluation import quality, samples
 from sbml.experiment import architecture
 from sbml.experiment.build import Experiment
+from sbml.runtime.checkpoint import Restored
 
 SAMPLERS = {
     "euler_maruyama": {},
@@ -52,11 +53,23 @@ class Point:
     pixel: float
 
 
-def draw_samples(config: Any, params: Any, changes: dict[str, Any]) -> samples.Samples:
-    """Samples with ``config.sampling`` changed."""
+# What the config of a run may set for its own sampler.
+DEFAULTS = {"steps": None, "fixed_steps": 0, "spacing": "", "eta": 0.0, "corrector": "none"}
+
+
+def with_changes(config: Any, changes: dict[str, Any]) -> Any:
+    """A copy of ``config`` with a sampler that only ``changes`` set."""
     config = config.copy_and_resolve_references()
-    config.sampling.update(changes)
+    config.sampling.update({**DEFAULTS, **changes})
+    return config
+
+
+def draw_samples(config: Any, restored: Restored, changes: dict[str, Any]) -> samples.Samples:
+    """Samples with ``config.sampling`` changed."""
+    config = with_changes(config, changes)
+    params = restored.state.ema_params
     experiment = Experiment(config).with_learned_schedule(params)
+    experiment = experiment.with_dequantization_of(restored)
     return samples.preview(experiment, params, config.sampling.num_images)
 
 
@@ -73,7 +86,7 @@ def main(path: str, workdir: str, out: str, images: int, steps: Sequence[int]) -
     config = architecture.of_workdir(runpy.run_path(path)["get_config"](), workdir)
     config.sampling.update(num_images=images, batch_size=min(images, 100))
     experiment, extract = Experiment(config), quality.extractor(config)
-    params = experiment.restore(workdir).state.ema_params
+    restored = experiment.restore(workdir)
     train = experiment.images("train")
     training = quality.reference(experiment, extract, train).moments
     training_pixels = pixel_moments(train.images, train.levels)
@@ -86,7 +99,7 @@ def main(path: str, workdir: str, out: str, images: int, steps: Sequence[int]) -
         print(f"{name:28s} {setting:10s} {nfe:6.1f} {feature:9.3f} {pixel:9.3f}", flush=True)
 
     def run(name: str, setting: str, options: dict[str, Any]) -> np.ndarray:
-        result = draw_samples(config, params, options)
+        result = draw_samples(config, restored, options)
         if failed := int(result.failed.sum()):
             print(f"{name:28s} {setting:10s} no distance: {failed} of {images} samples failed")
         else:

@@ -21,7 +21,7 @@ from ml_collections import ConfigDict, config_flags
 
 from sbml import compiler, modes
 from sbml.experiment import architecture, catalogue, stored
-from sbml.experiment.config import check_overrides
+from sbml.experiment.config import check_overrides, fields_set_to_none
 from sbml.experiment.fields import choices_in
 from sbml.experiment.training import Training
 from sbml.runtime import cpu, refusals, sharding
@@ -78,8 +78,13 @@ def parse(arguments: list[str]) -> list[str]:
     file = _value(arguments, "config")
     check_config_file(file)
     config = load_config(file) if file else None
+    unset = {} if config is None else fields_set_to_none(arguments)
+    arguments = [argument for argument in arguments if argument not in unset]
     try:
-        return app.parse_flags_with_usage(arguments)
+        rest = app.parse_flags_with_usage(arguments)
+        for field in unset.values():
+            CONFIG.value.update_from_flattened_dict({field: None})
+        return rest
     except (AttributeError, KeyError):
         if config is not None:
             try:
@@ -94,7 +99,7 @@ def load_config(file: str) -> ConfigDict:
 
     absl loads the file as well, but shows the errors of the file with its own traceback.
     """
-    path, _, argument = file.partition(":")
+    path, has_argument, argument = file.partition(":")
     try:
         get_config = runpy.run_path(path).get("get_config")
         if get_config is None:
@@ -102,7 +107,7 @@ def load_config(file: str) -> ConfigDict:
                 f"--config={path} has no function get_config(): begin with a copy of a file of "
                 "configs/"
             )
-        config = get_config(argument) if argument else get_config()
+        config = get_config(argument) if has_argument else get_config()
     except Exception as error:
         lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == path]
         place = f"--config={path}, line {lines[-1]}: " if lines else f"--config={path}: "
@@ -153,8 +158,10 @@ def check_config_file(config: str) -> None:
 
 
 def run_name(config: str) -> str:
-    """configs/a.py is the run ``a``, configs/a.py:b, a config with an argument, ``a_b``."""
-    return pathlib.Path(config).name.replace(".py", "").replace(":", "_")
+    """configs/a.py is the run ``a``, configs/a.py:b/c, a config with an argument, ``a_b_c``."""
+    file, _, argument = config.partition(":")
+    name = pathlib.Path(file).name.replace(".py", "")
+    return "_".join(filter(None, [name, *argument.split("/")])).replace(":", "_")
 
 
 def module_of(mode: str) -> Any:
@@ -260,9 +267,9 @@ def _main(arguments: Sequence[str]) -> None:
     workdir.path.mkdir(parents=True, exist_ok=True)
     sharding.check_shared(workdir.path)
     print(f"{', '.join(chosen)} in {workdir}")
-    for mode in chosen[1:]:  # The first one finds its own errors at once.
+    for i, mode in enumerate(chosen):
         if check := getattr(module_of(mode), "check", None):
-            check(CONFIG.value)
+            check(CONFIG.value, workdir, chosen[:i])
     preemption = Preemption()
     for i, mode in enumerate(chosen):
         if i and jax.process_count() > 1:

@@ -128,6 +128,13 @@ def test_tables_of_another_evaluation_are_refused_and_the_seconds_are_those_of_i
         Run.read(workdir)
 
 
+def test_the_names_of_runs_tell_them_apart():
+    assert comparison.short_names(["runs/a", "runs/b/"]) == ["a", "b"]
+    assert comparison.short_names(["x/digits", "y/digits", "z"]) == ["x/digits", "y/digits", "z"]
+    assert comparison.short_names(["a", "x/a"]) == ["a", "x/a"]
+    assert comparison.short_names(["x/a", "x/a"]) == ["x/a", "x/a"]
+
+
 def test_what_cannot_be_compared_is_refused(tmp_path):
     first = write(tmp_path / "first", np.arange(50), HARDNESS)
     other = write(tmp_path / "other", np.arange(50), HARDNESS, sha="b")
@@ -135,7 +142,7 @@ def test_what_cannot_be_compared_is_refused(tmp_path):
         comparison.compare([Run.read(first), Run.read(other)])
     with pytest.raises(ValueError, match="two evaluated runs at least"):
         comparison.compare([Run.read(first)])
-    with pytest.raises(ValueError, match="two of the runs have one name"):
+    with pytest.raises(ValueError, match="two of the runs are the same"):
         comparison.compare([Run.read(first)] * 2)
     with pytest.raises(ValueError, match=r"no evaluation\.json in .*--mode=eval"):
         compare.run(None, None, [str(tmp_path / "first"), str(tmp_path)])

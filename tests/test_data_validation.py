@@ -13,6 +13,7 @@ from sbml import data
 from sbml.data import _cache
 from sbml.data._validation import held_out, part
 from sbml.experiment import build, trained
+from sbml.modes import train
 
 IMAGES = 20
 
@@ -137,3 +138,18 @@ def test_a_checkpoint_knows_what_was_held_out(caplog: pytest.LogCaptureFixture) 
     assert trained.warn_if_other_data(experiment.provenance(rest), rest) == []
     (warning,) = trained.warn_if_other_data(metadata, rest)
     assert "other data" in warning and "1337" in warning
+
+
+def test_a_checkpoint_knows_on_what_it_was_trained_first(tmp_path: Path) -> None:
+    """If images are held out only when a training continues, the network has seen them."""
+    config = tiny.get_config()
+    config.training.num_steps = 1
+    train.run(config, tmp_path)
+    for steps, validation, count in ((2, 100, 1), (3, 100, 1), (4, 0, 1), (5, 200, 2)):
+        config.training.num_steps, config.data.validation = steps, validation
+        train.run(config, tmp_path)
+        experiment = build.Experiment(config)
+        metadata = experiment.restore(tmp_path).metadata
+        warnings = trained.warn_if_other_data(metadata, experiment.images("train"))
+        assert len(warnings) == count, warnings
+        assert all("other data" in warning for warning in warnings)

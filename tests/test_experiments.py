@@ -9,6 +9,7 @@ import tiny
 
 from experiments import samplers, schedule, table2, toy2d
 from sbml.estimate import Estimate
+from sbml.experiment import build
 from sbml.intervals import Interval
 from sbml.modes import train
 from sbml.report import strict
@@ -131,6 +132,15 @@ def test_toy2d(tmp_path: Path) -> None:
     # No model has a better mean likelihood than the data's own, up to the noise of 64 points.
     assert all(row.exact > row.data - 0.2 for row in rows)
     assert all(row.bound > row.data - 3 * row.gap_se - 0.2 for row in rows)
+
+
+@pytest.mark.parametrize("name", samplers.SAMPLERS)
+def test_the_settings_of_a_configs_own_sampler_are_not_those_of_others(name: str) -> None:
+    config = tiny.get_config()
+    config.sampling.update(sampler="ddim", steps=1000, eta=0.5, spacing="log_snr")
+    config = samplers.with_changes(config, samplers.changes(name, 20))
+    sampler = build.Experiment(config).sampler
+    assert sampler.solver.fixed_steps == 10 if name == "ode_heun" else sampler.nfe == 20
 
 
 def test_samplers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

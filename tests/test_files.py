@@ -1,5 +1,6 @@
 """Files with checksums: reading returns what was written, or the error names the file."""
 
+import errno
 import io
 import json
 import subprocess
@@ -7,6 +8,7 @@ import sys
 
 import numpy as np
 import pytest
+from etils import epath
 from pictures import pixels
 from PIL import Image
 from tensorboardX.proto.event_pb2 import Event
@@ -47,6 +49,18 @@ def test_arrays_come_back_bit_for_bit_and_numpy_reads_them(tmp_path):
         assert all(arrays[name].tobytes() == value.tobytes() for name, value in ARRAYS.items())
     files.write_npz(path, ARRAYS)
     assert path.read_bytes() == first
+
+
+def test_a_disk_that_cannot_be_written_is_named_with_the_file(tmp_path, monkeypatch):
+    def refuse(*arguments, **options):
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    path = tmp_path / "x.npz"
+    for name in ("write_bytes", "unlink"):
+        monkeypatch.setattr(type(epath.Path(path)), name, refuse)
+    with pytest.raises(OSError, match="Read-only") as caught:
+        files.write_npz(path, ARRAYS)
+    assert caught.value.filename == str(path)
 
 
 def test_every_damage_of_arrays_is_an_error_that_names_the_file(tmp_path):

@@ -77,6 +77,20 @@ def test_fields_that_a_checkpoint_lacks_have_their_defaults_and_unknown_ones_are
         stored.get_config("run")
 
 
+def test_a_field_is_unset_by_none(refusal, tmp_path, monkeypatch):
+    text = Path(tiny.__file__).read_text()
+    line = '    config.sampling.update(sampler="ddim", steps=5)\n'
+    (tmp_path / "mine.py").write_text(text.replace("    return", f"{line}    return"))
+    none = [f"--config.{f}=None" for f in ("sampling.steps", "eval.trace", "eval.smallest_time")]
+    arguments = ["main", f"--config={tmp_path / 'mine.py'}", "--config.sampling.sampler=ode", *none]
+    monkeypatch.setattr(sys, "argv", arguments)
+    flags.FLAGS.unparse_flags()
+    assert main.parse(arguments) == ["main"]
+    config = Config.read(main.CONFIG.value)
+    assert config.sampling.steps is config.eval.trace is config.eval.smallest_time is None
+    assert config.sampling.sampler == "ode"
+
+
 def run_program(
     workdir: Path, *arguments: str, config: str = "tests/tiny.py"
 ) -> tuple[int, list[str]]:
@@ -131,6 +145,8 @@ def refusal(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., str]]:
             (CONFIG, "--mode=trian"),
             "UsageError: unknown mode ['trian']; choose from compare, convert",
         ),
+        ((CONFIG, "--config.mode=5"), "UsageError: unknown mode ['5']; choose from compare"),
+        (("--config=paper:",), "ValueError: paper:: no such model; give cifar10"),
         ((CONFIG, "--workdir="), "UsageError: --workdir= names no folder: give one, or leave"),
         (
             ("--workdir=foo://a/b", "--mode=eval"),

@@ -76,6 +76,30 @@ from sbml.dequantizers import uniform
 class Model(uniform.Model):
     at_noise: ClassVar[bool] = True
 """,
+    # u is uniform around the middle of the bin, and the width is learned.
+    "dequantizers/shrunk.py": """
+import dataclasses
+from typing import ClassVar
+import jax
+import jax.numpy as jnp
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    at_noise: ClassVar[bool] = False
+    dropout: float = 0.0
+    first: float = 2.0
+
+    def init(self, key, pixels):
+        return {"logit": jnp.asarray(self.first)}
+
+    def sample(self, params, pixels, key):
+        width = jax.nn.sigmoid(params["logit"])
+        u = 0.5 + width * (jax.random.uniform(key, pixels.shape) - 0.5)
+        return u, -pixels.size * jnp.log(width)
+
+    def sample_batch(self, params, pixels, keys, *, train):
+        return jax.vmap(self.sample, (None, 0, 0))(params, pixels, keys)
+""",
     # -log N(x; 0, I), which does not depend on the score.
     "estimators/standard_normal.py": """
 import dataclasses
@@ -141,8 +165,8 @@ CONFIG = """
 from sbml.experiment.config import default
 
 def get_config():
-    config = default("linear")
-    config.mode = ("train", "eval", "sample", "count", "convert")
+    config = default("linear", dequantizer="shrunk")
+    config.mode = ("train", "train_dequantizer", "eval", "sample", "count", "convert")
     config.data.update(source="dice", shape=(2, 1, 1), levels=6, flip=False)
     config.sde.name = "two_methods"
     config.score.update(parameterization="preconditioned", label="log_snr", data_std=0.57)
@@ -150,9 +174,11 @@ def get_config():
         batch_size=64, num_steps=60, log_every=20, checkpoint_every=60, keep_every=0, sample_every=0
     )
     config.optim.update(lr=3e-3, warmup=10, ema=0.9)
+    config.dequantizer.training.update(batch_size=64, num_steps=3, checkpoint_every=3)
+    config.dequantizer.optim.warmup = 1
     config.eval.update(
         batch_size=100, sweeps=2, trace="exact", estimators=("ode", "bound", "standard_normal"),
-        dequantizers=("uniform", "triangle", "at_noise"),
+        dequantizers=("uniform", "triangle", "at_noise", "shrunk"),
     )
     config.sampling.update(
         num_images=64, batch_size=64, sampler="halving", steps=3, denoise_last=False, frames=1
@@ -195,11 +221,25 @@ def test_all_of_them_ran(workdir, report):
     assert (workdir / "converted.txt").read_text() == "10"
     names = [(r["estimator"], r["dequantizer"]) for r in report["results"]]
     assert names == [
-        *(("ode", d) for d in ("uniform", "triangle", "at_noise")),
-        *(("bound", d) for d in ("uniform", "triangle")),
-        *(("standard_normal", d) for d in ("uniform", "triangle", "at_noise")),
+        *(("ode", d) for d in ("uniform", "triangle", "at_noise", "shrunk")),
+        *(("bound", d) for d in ("uniform", "triangle", "shrunk")),
+        *(("standard_normal", d) for d in ("uniform", "triangle", "at_noise", "shrunk")),
     ]
     assert all(r["data"] == "dice" and r["n"] == 200 for r in report["results"])
+
+
+def test_a_new_dequantizer_is_trained_and_its_run_knows_its_config(workdir, report):
+    """The width has hardly changed from sigmoid(2); -log2 of it is the dequantization term."""
+    term = cell(report, "ode", "shrunk")["terms"]["dequantization"]
+    assert term == pytest.approx(math.log2(1 + math.exp(-2)), abs=0.01)
+    code = "from sbml.experiment import stored; print(stored.get_config('run').dequantizer.model)"
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(workdir.parent)}
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        **{"cwd": workdir.parent, "env": environment, "capture_output": True, "text": True},
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert done.stdout.split() == ["dropout:", "0.0", "first:", "2.0"]
 
 
 def test_a_dequantizer_at_noise_without_a_bound_has_none(report):

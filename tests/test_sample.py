@@ -178,7 +178,10 @@ def test_errors_name_the_wrong_choices(trained: Path) -> None:
         ({"sampler": "ancestral", "eta": 0.5}, "sampling.eta=0.5: sampler ancestral takes no eta"),
         ({"sampler": "ddim", "fixed_steps": 9}, "fixed_steps=9: sampler ddim takes no fixed_steps"),
         ({"sampler": "ode", "spacing": "time"}, "sampling.spacing=time: sampler ode takes no"),
-        ({"sampler": "ode", "steps": 20}, "sampling.steps=20: sampler ode takes no steps"),
+        (
+            {"sampler": "ode", "steps": 20},
+            "no steps; set its default, --config.sampling.steps=None, or",
+        ),
         ({"frames": -1}, "sampling.frames=-1: need an integer of at least 0"),
         ({"num_images": 0}, "sampling.num_images=0: need an integer of at least 1"),
         ({"spacing": "cosine"}, "sampling.spacing=cosine: need one of log_snr, quadratic, time"),

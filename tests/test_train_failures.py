@@ -108,6 +108,21 @@ def test_a_full_disk_does_not_stop_the_training(tmp_path, monkeypatch, caplog):
     assert [row["step"] for row in rows] == [s for s in range(1, 41) if s not in (9, 10)]
 
 
+def test_pictures_of_steps_that_this_run_did_not_make_are_set_aside(tmp_path):
+    config = tiny.get_config()
+    config.training.update(num_steps=1)
+    (tmp_path / "samples").mkdir()
+    for name in ("step_00000000.png", "step_00000020.png", "mine.png"):
+        (tmp_path / "samples" / name).write_text(name)
+    train.run(config, tmp_path)
+    kept = {path.name: path.read_text() for path in (tmp_path / "samples").iterdir()}
+    assert kept == {
+        "step_00000000.png": "step_00000000.png",
+        "step_00000020.png.earlier": "step_00000020.png",
+        "mine.png": "mine.png",
+    }
+
+
 def test_a_disk_without_room_for_the_last_checkpoint_is_an_error(tmp_path, monkeypatch):
     config = tiny.get_config()
     config.training.num_steps = 8

@@ -15,7 +15,7 @@ from typing import Any, Self
 
 from ml_collections import ConfigDict, config_dict
 
-from sbml import data
+from sbml import data, dequantizers
 from sbml.adapters import LEVELS
 from sbml.experiment.data import Data
 from sbml.experiment.dequantizer import Dequantizer
@@ -51,8 +51,8 @@ class Config(Section):
     latents: Latents = Latents()
 
     def check(self) -> None:
-        """Check that the split to evaluate exists, that a learned decoder has been trained, and
-        that a flow fits the images."""
+        """Check that the split to evaluate exists, and that the dequantizers of the evaluation can
+        be trained with this config and fit the images."""
         if self.eval.split == data.VALIDATION and not self.data.validation:
             raise ValueError(data.NO_VALIDATION.format(f"eval.split={self.eval.split}"))
         trained = self.score.parameterization, self.data.dequantization
@@ -63,16 +63,28 @@ class Config(Section):
                 "--config.score.parameterization=levels --config.data.dequantization=centre, or "
                 "choose other dequantizers".format(*trained)
             )
-        flows: dict[str, Sequence[str]] = {"eval.dequantizers": choices_in(self.eval.dequantizers)}
-        if "train_dequantizer" in self.mode:
-            flows["dequantizer.name"] = (self.dequantizer.name,)
-        for field, chosen in flows.items():
-            if "variational" in chosen and self.data.shape[1] % 2:
+        for name in choices_in(self.eval.dequantizers):
+            kind = dequantizers.DEQUANTIZERS.get(name)
+            if kind and dequantizers.is_trained(kind) and name != self.dequantizer.name:
                 raise ValueError(
-                    f"{field}=variational with data.shape={self.data.shape}: its flow splits "
-                    "images into even and odd columns, so their width must be even; choose another "
-                    "dequantizer"
+                    f"eval.dequantizers={name}, but the dequantizer that is trained is "
+                    f"dequantizer.name={self.dequantizer.name}: choose the same"
                 )
+            if name == "variational":
+                self.check_width("eval.dequantizers")
+
+    def check_width(self, field: str) -> None:
+        """Check that ``variational``, which ``field`` names, can split the images.
+
+        Raises:
+          ValueError: their width is odd.
+        """
+        if self.data.shape[1] % 2:
+            raise ValueError(
+                f"{field}=variational with data.shape={self.data.shape}: its flow splits images "
+                "into even and odd columns, so their width must be even; leave this dequantizer "
+                "out, or set another data.shape"
+            )
 
     @classmethod
     def read(cls, config: ConfigDict) -> Self:
@@ -88,14 +100,15 @@ class Config(Section):
         return plain(self)
 
 
-def default(network: str = "ncsnpp") -> ConfigDict:
-    """A config for users to change: the defaults of :class:`Config` and of the network called
-    ``network``.
+def default(network: str = "ncsnpp", dequantizer: str = "variational") -> ConfigDict:
+    """A config for users to change: the defaults of :class:`Config`, of the network called
+    ``network``, and of the dequantizer to train called ``dequantizer``.
 
     Raises:
-      ValueError: there is no such network.
+      ValueError: there is no such network or dequantizer.
     """
-    return ConfigDict(_editable(Config(model=Network.default(network)))).lock()
+    config = Config(model=Network.default(network), dequantizer=Dequantizer.default(dequantizer))
+    return ConfigDict(_editable(config)).lock()
 
 
 def _editable(section: Section) -> dict[str, Any]:
@@ -122,6 +135,22 @@ def check_overrides(config: ConfigDict, arguments: Sequence[str]) -> None:
                     f"unknown field config.{name}: {section} has {', '.join(fields) or 'no fields'}"
                 )
             node, section = node[part], f"{section}.{part}"
+
+
+def fields_set_to_none(arguments: Sequence[str]) -> dict[str, str]:
+    """The arguments ``--config.a.b=None`` for fields whose default is None, and their fields.
+
+    A ConfigDict would take the word None for text, or would try to make a number of it.
+    """
+    found = {}
+    for argument in arguments:
+        if match := re.fullmatch(r"--?config\.([\w.]+)=None", argument):
+            node: Any = Config()
+            for part in match[1].split("."):
+                node = getattr(node, part, "")
+            if node is None:
+                found[argument] = match[1]
+    return found
 
 
 def small_dequantizer(config: ConfigDict, *, num_steps: int) -> None:

@@ -64,6 +64,16 @@ class Dequantizer(Section):
     training: DequantizerTraining = DequantizerTraining()
     optim: DequantizerOptim = DequantizerOptim()
 
+    @classmethod
+    def default(cls, name: str) -> Self:
+        """The section with the defaults of the dequantizer called ``name``.
+
+        Raises:
+          ValueError: there is no such dequantizer, or it has no parameters to train.
+        """
+        check_choice("dequantizer.name", name, dequantizers.DEQUANTIZERS)
+        return cls(name=name, model=Options(options(name)))
+
     def check(self) -> None:
         """Check that the dequantizer has parameters to train, and that ``model`` has its fields."""
         if not dequantizers.is_trained(dequantizers.get(self.name)):
@@ -71,7 +81,7 @@ class Dequantizer(Section):
                 f"dequantizer.name={self.name} has no parameters to train; choose variational"
             )
         section, values = self.model.section, self.model.values
-        check_fields(section, values, options(self.name))
+        check_fields(section, values, options(self.name), f"default(dequantizer={self.name!r})")
         check_owned(section, values, dequantizers.get(self.name))
 
     def build(self, name: str, *, levels: int, tau: float) -> Any:

@@ -171,7 +171,7 @@ def check_choice(field: str, name: str, choices: Collection[str]) -> str:
 
 def choices_in(value: Collection[str]) -> list[str]:
     """The names in a field such as ``eval.estimators``; "a,b" on the command line is one string."""
-    return [name.strip() for item in value for name in item.split(",") if name.strip()]
+    return [name.strip() for item in value for name in str(item).split(",") if name.strip()]
 
 
 def check_finite(section: str, values: Mapping[str, Any]) -> None:
@@ -300,8 +300,11 @@ class Section:
         return cls(**fields)
 
 
-def check_fields(section: str, given: Collection[str], known: Collection[str]) -> None:
-    """Check that the names in ``given`` are those in ``known``.
+def check_fields(
+    section: str, given: Collection[str], known: Collection[str], maker: str = "default()"
+) -> None:
+    """Check that the names in ``given`` are those in ``known``; ``maker`` is a call of a function
+    in ``sbml.experiment.config`` whose result has these names.
 
     Raises:
       ValueError: a name is unknown or missing; the message lists such names.
@@ -311,10 +314,10 @@ def check_fields(section: str, given: Collection[str], known: Collection[str]) -
         raise ValueError(
             f"{where} has the unknown fields {', '.join(unknown)}: it may have "
             f"{', '.join(sorted(known)) or 'none'}; begin the config with "
-            "sbml.experiment.config.default()"
+            f"sbml.experiment.config.{maker}"
         )
     if missing := sorted(set(known) - set(given)):
         raise ValueError(
             f"{where} lacks the fields {', '.join(missing)}: begin the config with "
-            "sbml.experiment.config.default()"
+            f"sbml.experiment.config.{maker}"
         )

@@ -54,10 +54,11 @@ class Sampling(Solving):
         }
         for field, (option, is_set) in settings.items():
             if is_set and option not in options:
+                default = type(self).__dataclass_fields__[field].default
                 raise ValueError(
                     f"sampling.{field}={getattr(self, field)}: sampler {self.sampler} takes no "
-                    f"{field}; leave it at its default or choose another sampler "
-                    "(docs/samplers.md)"
+                    f"{field}; set its default, --config.sampling.{field}={default}, or choose "
+                    "another sampler (docs/samplers.md)"
                 )
 
     def build(self) -> Sampler:

@@ -99,7 +99,7 @@ class Network(Section):
     def check(self) -> None:
         """Check that the fields are those of the network."""
         check_choice(self.name_of("name"), self.name, networks.NETWORKS)
-        check_fields(self.section, self.values, model_fields(self.name))
+        check_fields(self.section, self.values, model_fields(self.name), f"default({self.name!r})")
         check_owned(self.section, self.values, networks.get(self.name))
 
     @classmethod

@@ -30,7 +30,9 @@ def get_config(workdir: str) -> ConfigDict:
             f"no checkpoint in {checkpoints.directory} to take the config from: give --config"
         )
     trained = metadata["config"]
-    config = default(trained["model"]["name"])
+    config = default(
+        trained["model"]["name"], trained.get("dequantizer", {}).get("name", "variational")
+    )
     with config.unlocked():
         _update(config, trained, "config")
     return config

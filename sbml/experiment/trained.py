@@ -124,6 +124,12 @@ def check_dequantizer(config: Config, metadata: Metadata) -> None:
     Raises:
       ValueError: they do not; the message names the fields that differ.
     """
+    ours, theirs = config.dequantizer.name, metadata["config"]["dequantizer"]["name"]
+    if ours != theirs:
+        raise ValueError(
+            f"the trained dequantizer is {theirs}, but dequantizer.name={ours}: use the --config "
+            "of its training, or move the folder dequantizer/ away to train another one"
+        )
     architecture.check(config.plain(), metadata["config"], ("dequantizer.model",))
 
 
@@ -172,8 +178,18 @@ def warn_if_trained_otherwise(metadata: Metadata, ours: Metadata, field: str) ->
         )
 
 
+def earlier_data(metadata: Metadata, images: data.ImageSet) -> list[dict[str, Any] | None]:
+    """The fingerprints of the data other than ``images`` that a checkpoint was trained on, for the
+    metadata of a training that continues with ``images``. None stands for data that are not known.
+    """
+    before = [*metadata.get("earlier_data", []), metadata["data"]]
+    different = [d for d in before if d is None or d["sha256"] != images.fingerprint["sha256"]]
+    return [d for i, d in enumerate(different) if d not in different[:i]]
+
+
 def warn_if_other_data(metadata: Metadata, images: data.ImageSet) -> list[str]:
-    """Log a conspicuous warning if a checkpoint was trained on other data than ``images``.
+    """Log a conspicuous warning if a checkpoint was trained on other data than ``images``, also
+    if it was trained on ``images`` afterwards.
 
     Returns:
       The warnings, for a report; an empty list if the data are the same.
@@ -181,14 +197,16 @@ def warn_if_other_data(metadata: Metadata, images: data.ImageSet) -> list[str]:
     Raises:
       ValueError: the data are the two versions of ImageNet 32x32, which must not be compared.
     """
-    stored = metadata["data"]
-    if stored is None:
-        return ["the checkpoint was converted: the model's training data are not known"]
-    present = images.fingerprint
-    data.imagenet32.check_comparable(stored["name"], present["name"])
-    if stored["sha256"] == present["sha256"]:
-        return []
-    changed = {k: (stored.get(k), v) for k, v in present.items() if stored.get(k) != v}
-    message = f"the model was trained on other data than this: {changed}"
-    logging.warning("%s\n  %s\n%s", "!" * 80, message, "!" * 80)
-    return [message]
+    warnings = []
+    for stored in [*metadata.get("earlier_data", []), metadata["data"]]:
+        if stored is None:
+            warnings.append("the checkpoint was converted: its training data are not known")
+            continue
+        present = images.fingerprint
+        data.imagenet32.check_comparable(stored["name"], present["name"])
+        if stored["sha256"] != present["sha256"]:
+            changed = {k: (stored.get(k), v) for k, v in present.items() if stored.get(k) != v}
+            message = f"the model was trained on other data than this: {changed}"
+            logging.warning("%s\n  %s\n%s", "!" * 80, message, "!" * 80)
+            warnings.append(message)
+    return warnings

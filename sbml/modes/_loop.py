@@ -140,6 +140,7 @@ class _Trainer:
         whole = sharding.replicated(self.mesh)
         self.key = jax.jit(lambda: jax.random.key(task.seed), out_shardings=whole)()
         self.frozen = jax.device_put(task.frozen, whole)
+        self.provenance = task.provenance
         self.state, self.start = self._restore()
         self.step = compiled_step(
             task.update,
@@ -162,6 +163,8 @@ class _Trainer:
         self.pending: deque[tuple[int, dict[str, Array]]] = deque()
         first = jax.process_index() == 0
         self.writer = metrics.MetricsWriter(task.directory, self.start) if first else None
+        if first:
+            self._set_aside_pictures()
 
     def _restore(self) -> tuple[TrainState, int]:
         """The state of the newest undamaged checkpoint and its step, or the initial state and 0."""
@@ -184,6 +187,8 @@ class _Trainer:
             return sharding.initial_state(self.task.init, self.mesh, shard_state=shard_state), 0
         logging.info("Resuming from step %d of %s", restored.step, self.checkpoints.directory)
         trained.warn_if_other_data(restored.metadata, self.task.images)
+        if earlier := trained.earlier_data(restored.metadata, self.task.images):
+            self.provenance = {**self.task.provenance, "earlier_data": earlier}
         trained.warn_if_trained_otherwise(restored.metadata, self.task.provenance, self.task.field)
         if restored.step > self.training.num_steps:
             logging.warning(
@@ -191,6 +196,12 @@ class _Trainer:
                 *(restored.step, self.task.field, self.training.num_steps),
             )
         return restored.state, restored.step
+
+    def _set_aside_pictures(self) -> None:
+        """Rename the pictures of later steps, whose parameters this run does not have."""
+        for path in (self.task.directory / "samples").glob("step_*.png"):
+            if path.stem[5:].isdecimal() and int(path.stem[5:]) > self.start:
+                path.replace(path.with_name(f"{path.name}.earlier"))
 
     def batch(self, step: int) -> Array:
         """The global batch of ``step``, or the stack of the batches of one dispatch."""
@@ -235,13 +246,13 @@ class _Trainer:
         return (
             f"step {step}: loss {loss}, gradient norm {norm}; training stopped. Last good "
             f"checkpoint: {last}; the same batch follows, so lower {self.task.field}optim.lr or "
-            f"{self.task.field}optim.grad_clip first"
+            f"set a lower {self.task.field}optim.grad_clip first (0 is no clipping)"
         )
 
     def save(self, step: int) -> None:
         """Save a checkpoint after ``step`` updates, whose losses must all have been finite."""
         if step > self.saved:
-            self.checkpoints.save(step, self.state, self.task.provenance)
+            self.checkpoints.save(step, self.state, self.provenance)
             self.saved = step  # If no save succeeds from here on, ``checkpoints`` raises an error.
 
     def log(self, step: int, rows: list[tuple[float, float]], seconds: float) -> float:

@@ -28,7 +28,10 @@ def run(config: Any, workdir: epath.PathLike | None, runs: Sequence[str] | None)
         raise ValueError("--mode=compare reads --runs=DIR,DIR: evaluated work directories")
     if "" in runs:
         raise ValueError(f"--runs={','.join(runs)}: one of the names is empty; leave it out")
-    evaluated = [Run.read(Workdir(path)) for path in runs]
+    evaluated = [
+        Run.read(Workdir(path), name)
+        for path, name in zip(runs, comparison.short_names(runs), strict=True)
+    ]
     numbers = comparison.compare(evaluated)
     workdir = Workdir(workdir or "runs/comparison")
     workdir.write("comparison.json", report.strict(numbers))

@@ -9,7 +9,7 @@ import functools
 import shlex
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -26,6 +26,8 @@ from sbml.evaluation import baselines, cells
 from sbml.evaluation.cells import CellRun, Dequantization, Evaluation
 from sbml.experiment import trained
 from sbml.experiment.build import Experiment
+from sbml.experiment.config import Config
+from sbml.experiment.fields import choices_in
 from sbml.intervals import mean_interval
 from sbml.report import summary
 from sbml.report.result import Result
@@ -232,6 +234,26 @@ def _write(workdir: Workdir, tables: dict[str, cells.Table], evaluation: dict[st
     for path in workdir.path.glob("per_image*.npz"):
         if path.name not in tables:
             path.unlink()
+
+
+def check(config: ConfigDict, workdir: Workdir, before: Sequence[str]) -> None:
+    """Check that the dequantizers with parameters are trained, or will be.
+
+    Raises:
+      ValueError: one is not.
+    """
+    checked = Config.read(config)
+    missing = [
+        name
+        for name in choices_in(checked.eval.dequantizers)
+        if dequantizers.is_trained(dequantizers.get(name))
+    ]
+    trains = "train_dequantizer" in before
+    if missing and not trains and not checked.dequantizer.training.checkpoints(workdir).steps():
+        raise ValueError(
+            f"eval.dequantizers={missing[0]}: no dequantizer in {workdir}: train it first "
+            "(--mode=train_dequantizer,eval)"
+        )
 
 
 def run(config: ConfigDict, workdir: epath.PathLike) -> None:

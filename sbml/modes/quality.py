@@ -1,6 +1,7 @@
 """Compares the samples with the training images: ``--mode=quality``."""
 
 import zlib
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -20,12 +21,14 @@ from sbml.runtime.trees import tree_crc32
 from sbml.runtime.workdir import NEIGHBOURS, QUALITY, SAMPLES, Workdir
 
 
-def check(config: ConfigDict) -> None:
-    """Check that the extractor can be made, before the modes that come first are run.
+def check(config: ConfigDict, workdir: Workdir, before: Sequence[str]) -> None:
+    """Check that there are or will be samples, and that the extractor can be made.
 
     Raises:
-      ValueError: it cannot, for example because its weights are missing.
+      ValueError: one of the two does not hold; for example, the extractor's weights are missing.
     """
+    if not (workdir.has(SAMPLES) or "sample" in before):
+        raise ValueError(f"no {SAMPLES} in {workdir}: draw samples first (--mode=sample,quality)")
     extractor(config)
 
 

@@ -11,6 +11,7 @@ Reference: Ho et al. 2019 (Flow++); Song et al. 2021, section 6 and appendix.
 """
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -20,6 +21,7 @@ from ml_collections import ConfigDict
 from sbml import bits, bound, times
 from sbml.experiment import trained
 from sbml.experiment.build import Experiment
+from sbml.experiment.config import Config
 from sbml.modes import _loop as loop
 from sbml.runtime.state import Loss, Prepare, Update
 from sbml.runtime.trees import tree_crc32
@@ -61,6 +63,23 @@ def loss_fn(experiment: Experiment) -> Loss:
     return loss
 
 
+def check(config: ConfigDict, workdir: Workdir, before: Sequence[str]) -> None:
+    """Check that the config fits a dequantizer.
+
+    Raises:
+      ValueError: a flow cannot split the images, or grids of samples are to be drawn, which a
+        dequantizer does not have.
+    """
+    checked = Config.read(config)
+    if checked.dequantizer.name == "variational":
+        checked.check_width("dequantizer.name")
+    if every := checked.dequantizer.training.sample_every:
+        raise ValueError(
+            f"dequantizer.training.sample_every={every}: a dequantizer draws no samples; set "
+            "--config.dequantizer.training.sample_every=0"
+        )
+
+
 def run(config: ConfigDict, workdir: epath.PathLike) -> None:
     """Train the dequantizer of ``config.dequantizer`` for the newest checkpoint of the score.
 
@@ -68,23 +87,19 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
     resumes, as in ``train``. Further errors are those of ``_loop.run``.
 
     Raises:
-      ValueError: there is no checkpoint of the score, the dequantizer was trained for another
-        score, or grids of samples are to be drawn, which a dequantizer does not have.
+      ValueError: the config does not fit (see :func:`check`), there is no checkpoint of the score,
+        or the dequantizer was trained for another score.
     """
     experiment, workdir = Experiment(config), Workdir(workdir)
+    check(config, workdir, ())
     section = experiment.config.dequantizer
-    if every := section.training.sample_every:
-        raise ValueError(
-            f"dequantizer.training.sample_every={every}: a dequantizer draws no samples; set "
-            "--config.dequantizer.training.sample_every=0"
-        )
     section.optim.warn_if_short(section.training.num_steps)
     images, restored = experiment.images("train"), experiment.restore(workdir)
     experiment = experiment.with_learned_schedule(restored.state.ema_params)
     score = {"step": restored.step, "crc32": tree_crc32(restored.state.ema_params)}
     checkpoints = section.training.checkpoints(workdir)
 
-    def check(metadata: dict[str, Any]) -> None:
+    def check_metadata(metadata: dict[str, Any]) -> None:
         if metadata["score"] != score:
             raise ValueError(
                 f"{checkpoints.directory} was trained with score {metadata['score']}, but the "
@@ -110,7 +125,7 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
         ),
         frozen=restored.state.ema_params,
         provenance={**experiment.provenance(images), "score": score},
-        check=check,
+        check=check_metadata,
         directory=workdir / "dequantizer",
     )
     with workdir.lock("train_dequantizer"):

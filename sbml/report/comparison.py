@@ -52,8 +52,8 @@ class Run:
     quality: Mapping[str, float]
 
     @classmethod
-    def read(cls, workdir: Workdir) -> "Run":
-        """The run of ``workdir``.
+    def read(cls, workdir: Workdir, name: str = "") -> "Run":
+        """The run of ``workdir``, with the name of its folder if ``name`` is empty.
 
         Raises:
           ValueError: it was not evaluated, or one of its files is damaged.
@@ -62,18 +62,18 @@ class Run:
         results = {r.name: r for r in map(Result.read, evaluation["results"])}
         shared = summary.table_of(workdir, evaluation)
         bits = {}
-        for name, result in results.items():
+        for number, result in results.items():
             column = f"{result.column}_bits_per_dim"
             own = f"per_image_{result.column}.npz"
             table = shared if column in shared else summary.table_of(workdir, evaluation, own)
-            bits[name] = table["id"], table[column]
+            bits[number] = table["id"], table[column]
         step = evaluation["checkpoint"]["step"]
         rows = [row for row in metrics.read(workdir) if row["step"] <= step]
         drawn = summary.samples_of(workdir, evaluation["checkpoint"])
         found = None if drawn is None else summary.quality_of(workdir, drawn)
         quality = None if found is None else found["values"]
         return cls(
-            workdir.name,
+            name or workdir.name,
             evaluation,
             results,
             bits,
@@ -87,6 +87,16 @@ class Run:
         """The fingerprint of the images that were evaluated."""
         split = self.evaluation["results"][0]["split"]
         return self.evaluation["data"][split]
+
+
+def short_names(paths: Sequence[str]) -> list[str]:
+    """The last folders of each path, as many as are needed to tell all paths apart."""
+    parts = [path.rstrip("/").split("/") for path in paths]
+    for count in range(1, max(map(len, parts), default=0) + 1):
+        names = ["/".join(folders[-count:]) for folders in parts]
+        if len({*names}) == len(names):
+            break
+    return names
 
 
 def compare(runs: Sequence[Run]) -> dict[str, Any]:
@@ -125,7 +135,7 @@ def _check(runs: Sequence[Run]) -> None:
     if len(runs) < 2:
         raise ValueError(f"a comparison needs two evaluated runs at least, got {names}")
     if len({*names}) < len(names):
-        raise ValueError(f"two of the runs have one name, {names}: rename a work directory")
+        raise ValueError(f"two of the runs are the same: {names}")
     first = runs[0]
     for run in runs[1:]:
         if run.images["id"] != first.images["id"]:

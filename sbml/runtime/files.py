@@ -8,6 +8,7 @@ compares its checksum; a difference raises a :class:`DamagedFileError`, which na
 is wrong and what to do.
 """
 
+import contextlib
 import io
 import json
 import uuid
@@ -52,7 +53,8 @@ def write_whole(path: epath.PathLike, content: bytes) -> None:
         error.filename = str(path)  # The error of a full disk names no file.
         raise
     finally:
-        partial.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # On a disk that cannot be written, there is no file.
+            partial.unlink(missing_ok=True)
 
 
 def write_npz(path: epath.PathLike, columns: Mapping[str, np.ndarray]) -> None:

@@ -25,6 +25,7 @@ from sbml.data import spread
 from sbml.evaluation import quality, samples
 from sbml.experiment import architecture
 from sbml.experiment.build import Experiment
+from sbml.experiment.sampling import Sampling
 from sbml.runtime.checkpoint import Restored
 
 SAMPLERS = {
@@ -53,8 +54,12 @@ class Point:
     pixel: float
 
 
-# What the config of a run may set for its own sampler.
-DEFAULTS = {"steps": None, "fixed_steps": 0, "spacing": "", "eta": 0.0, "corrector": "none"}
+# The fields that the config of a run may set for its own sampler, with their defaults.
+DEFAULTS = {
+    name: getattr(Sampling(), name)
+    for name in ("method", "fixed_steps", "steps", "spacing", "eta")
+    + ("corrector", "corrector_steps", "snr")
+}
 
 
 def with_changes(config: Any, changes: dict[str, Any]) -> Any:

@@ -59,16 +59,6 @@ SUBSET = 32
 TERMS_OF_INTEGERS = ("dequantization", "importance", "scale")  # continuous data do not have them
 
 
-def _check_constant(sde: SDE) -> None:
-    try:
-        hash(sde)
-    except TypeError:
-        raise ValueError(
-            f"sde={sde} contains arrays or lists, so it cannot be a constant of compiled "
-            "functions: give floats, as by jax.tree.map(float, sde), or tuples of floats"
-        ) from None
-
-
 @dataclasses.dataclass(frozen=True)
 class Density:
     """The density whose score at time t is ``score(x, t, key)``.
@@ -122,13 +112,25 @@ class Density:
             check_kind(self.trace, Trace, "trace")
         if not self.budget >= 0:
             raise ValueError(f"budget={self.budget}: must be at least 0")
-        _check_constant(self.sde)
+        try:
+            hash(self.sde)
+        except TypeError:
+            raise ValueError(
+                f"sde={self.sde} contains arrays or lists, so it cannot be a constant of compiled "
+                "functions: give floats, as by jax.tree.map(float, sde), or tuples of floats"
+            ) from None
         self.sde.check_time(self._eps)
         other: Any = getattr(self.score, "sde", None)
         if not hasattr(other, "log_snr"):  # A score of other code may have another attribute "sde".
             return
-        _check_constant(other)
-        if other != self.sde:
+        try:
+            differs = other != self.sde
+        except (TypeError, ValueError):  # As of an array of several numbers and a tuple.
+            raise ValueError(
+                f"the sde={other} of the score contains arrays, which cannot be compared with the "
+                "numbers of Density's sde: give the score an SDE of floats or tuples of floats"
+            ) from None
+        if differs:
             raise ValueError(
                 f"the score was made for sde={other}, and Density has sde={self.sde}: give both "
                 "the same SDE"

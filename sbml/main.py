@@ -79,9 +79,8 @@ def parse(arguments: list[str]) -> list[str]:
     check_config_file(file)
     config = load_config(file) if file else None
     unset = {} if config is None else fields_set_to_none(arguments)
-    arguments = [argument for argument in arguments if argument not in unset]
     try:
-        rest = app.parse_flags_with_usage(arguments)
+        rest = app.parse_flags_with_usage([a for a in arguments if a not in unset])
         for field in unset.values():
             CONFIG.value.update_from_flattened_dict({field: None})
         return rest
@@ -158,10 +157,18 @@ def check_config_file(config: str) -> None:
 
 
 def run_name(config: str) -> str:
-    """configs/a.py is the run ``a``, configs/a.py:b/c, a config with an argument, ``a_b_c``."""
+    """configs/a.py is the run ``a``; configs/a.py:b/c, a config with an argument, ``a_b_c``."""
     file, _, argument = config.partition(":")
     name = pathlib.Path(file).name.replace(".py", "")
     return "_".join(filter(None, [name, *argument.split("/")])).replace(":", "_")
+
+
+def default_workdir(config: str) -> str:
+    """``runs/`` and the name of the run; for a stored config, the work directory that stores it."""
+    file, _, argument = config.partition(":")
+    if pathlib.Path(file).resolve() == pathlib.Path(stored.__file__).resolve():
+        return argument
+    return f"runs/{run_name(config)}"
 
 
 def module_of(mode: str) -> Any:
@@ -262,8 +269,8 @@ def _main(arguments: Sequence[str]) -> None:
     compiler.check()
     if not flags.FLAGS["verbosity"].present:
         logging.set_verbosity(logging.WARNING)  # The libraries' own chatter drowns the bars.
-    name = run_name(config_flags.get_config_filename(flags.FLAGS["config"]))
-    workdir = Workdir(WORKDIR.value or f"runs/{name}")
+    file = config_flags.get_config_filename(flags.FLAGS["config"])
+    workdir = Workdir(WORKDIR.value or default_workdir(file))
     workdir.path.mkdir(parents=True, exist_ok=True)
     sharding.check_shared(workdir.path)
     print(f"{', '.join(chosen)} in {workdir}")

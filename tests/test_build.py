@@ -14,7 +14,7 @@ import tiny
 
 from sbml import adapters, main, times
 from sbml.divergence import Trace
-from sbml.experiment import build
+from sbml.experiment import build, stored
 from sbml.experiment.trained import unseen_times
 
 CONFIGS = sorted((runs.ROOT / "configs").glob("*.py"))
@@ -353,6 +353,8 @@ def test_a_config_with_an_argument_has_its_own_run_and_fields(tmp_path: pathlib.
     assert main.run_name("configs/parity.py:digits_vp") == "parity_digits_vp"
     assert main.run_name("configs/digits_vp.py") == "digits_vp"
     assert main.run_name("configs/mine.py:/data/cats") == "mine_data_cats"
+    assert main.default_workdir("configs/digits_vp.py") == "runs/digits_vp"
+    assert main.default_workdir(f"{stored.__file__}:runs/mine") == "runs/mine"
     flag = "--config.optim.learning_rate=1"
     err = runs.run(tmp_path, flag, config="configs/parity.py:digits_vp", expect=1)
     assert "beta1, beta2, ema, eps, grad_clip, lr" in err

@@ -1,6 +1,7 @@
 """Runs side by side: paired differences by their definition, of the same images only."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -129,10 +130,14 @@ def test_tables_of_another_evaluation_are_refused_and_the_seconds_are_those_of_i
 
 
 def test_the_names_of_runs_tell_them_apart():
-    assert comparison.short_names(["runs/a", "runs/b/"]) == ["a", "b"]
-    assert comparison.short_names(["x/digits", "y/digits", "z"]) == ["x/digits", "y/digits", "z"]
-    assert comparison.short_names(["a", "x/a"]) == ["a", "x/a"]
-    assert comparison.short_names(["x/a", "x/a"]) == ["x/a", "x/a"]
+    def names(*paths: str) -> list[str]:
+        return comparison.short_names([Workdir(path) for path in paths])
+
+    assert names("runs/a", "runs/b/", "gs://bucket/runs/c/") == ["a", "b", "c"]
+    assert names("x/digits", "y/digits", "x/z") == ["x/digits", "y/digits", "x/z"]
+    assert names(".", "../b") == [Path.cwd().name, "b"]
+    twice = names("x/a", "./x/a")
+    assert twice[0] == twice[1]
 
 
 def test_what_cannot_be_compared_is_refused(tmp_path):

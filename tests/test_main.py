@@ -89,6 +89,9 @@ def test_a_field_is_unset_by_none(refusal, tmp_path, monkeypatch):
     config = Config.read(main.CONFIG.value)
     assert config.sampling.steps is config.eval.trace is config.eval.smallest_time is None
     assert config.sampling.sampler == "ode"
+    (tmp_path / "own.py").write_text("from ml_collections import ConfigDict as get_config\n")
+    said = refusal(f"--config={tmp_path / 'own.py'}", "--config.sampling.steps=None")
+    assert "unknown field config.sampling.steps" in said
 
 
 def run_program(

@@ -39,6 +39,7 @@ def test_an_evaluation_needs_the_dequantizer(config: ConfigDict, tmp_path: Path)
     with pytest.raises(ValueError, match=r"=variational: no dequantizer in .*--mode=train_deq"):
         evaluate.check(config, workdir, ["train"])
     evaluate.check(config, workdir, ["train", "train_dequantizer"])
+    evaluate.check(config, workdir, ["convert"])  # It may write a dequantizer too.
     (tmp_path / "dequantizer" / "checkpoints" / "12").mkdir(parents=True)
     evaluate.check(config, workdir, [])
 

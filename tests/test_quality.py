@@ -148,6 +148,8 @@ def test_training_images_that_are_not_the_checkpoints_are_told(
 
 
 def test_an_extractor_that_cannot_be_made_stops_before_the_training(tmp_path: Path) -> None:
+    err = runs.run(tmp_path, "--mode=train,quality", expect=1)
+    assert "no samples.npz" in err and not (tmp_path / "checkpoints").exists()
     modes, features = "--mode=train,sample,quality", "--config.eval.features=inception"
     err = runs.run(tmp_path, modes, features, expect=1)
     assert "download pt_inception" in err and not (tmp_path / "checkpoints").exists()

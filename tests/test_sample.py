@@ -180,7 +180,7 @@ def test_errors_name_the_wrong_choices(trained: Path) -> None:
         ({"sampler": "ode", "spacing": "time"}, "sampling.spacing=time: sampler ode takes no"),
         (
             {"sampler": "ode", "steps": 20},
-            "no steps; set its default, --config.sampling.steps=None, or",
+            r"no steps; set its default \(--config.sampling.steps=None\)",
         ),
         ({"frames": -1}, "sampling.frames=-1: need an integer of at least 0"),
         ({"num_images": 0}, "sampling.num_images=0: need an integer of at least 1"),

@@ -16,6 +16,7 @@ import sbml
 from sbml import bound, discrete, likelihood, losses, ode, times
 from sbml.divergence import Trace
 from sbml.sdes import EDM, SDE, SDES, VE, VP, AlphaBarTable, LinearVE, Schedule
+from sbml.sdes.vdm import MonotoneGamma
 from sbml.types import Array, Key
 from sbml.verify import oracle
 
@@ -353,11 +354,13 @@ def test_density_compares_its_sde_with_that_of_the_score_only() -> None:
     def score(x: Array, t: Array, key: Key | None) -> Array:
         return -x
 
-    score.sde = "vp"
-    sbml.Density(score, VP(), (2,))
-    score.sde = jax.tree.map(jnp.asarray, VP())
-    with pytest.raises(ValueError, match=r"jax.tree.map\(float, sde\)"):
+    for sde in ("vp", VP(), jax.tree.map(jnp.asarray, VP())):
+        score.sde = sde
         sbml.Density(score, VP(), (2,))
+    gamma = MonotoneGamma(5.0, -10.0, (1.0, 2.0), (0.0, 0.0), (1.0, 1.0))
+    score.sde = dataclasses.replace(gamma, k3=jnp.ones(2))
+    with pytest.raises(ValueError, match="of the score contains arrays.*tuples of floats"):
+        sbml.Density(score, gamma, (2,))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -68,7 +68,8 @@ class Config(Section):
             if kind and dequantizers.is_trained(kind) and name != self.dequantizer.name:
                 raise ValueError(
                     f"eval.dequantizers={name}, but the dequantizer that is trained is "
-                    f"dequantizer.name={self.dequantizer.name}: choose the same"
+                    f"dequantizer.name={self.dequantizer.name}: begin the config with "
+                    f"sbml.experiment.config.default({self.model.name!r}, dequantizer={name!r})"
                 )
             if name == "variational":
                 self.check_width("eval.dequantizers")

@@ -57,7 +57,7 @@ class Sampling(Solving):
                 default = type(self).__dataclass_fields__[field].default
                 raise ValueError(
                     f"sampling.{field}={getattr(self, field)}: sampler {self.sampler} takes no "
-                    f"{field}; set its default, --config.sampling.{field}={default}, or choose "
+                    f"{field}; set its default (--config.sampling.{field}={default}) or choose "
                     "another sampler (docs/samplers.md)"
                 )
 

@@ -124,7 +124,8 @@ def check_dequantizer(config: Config, metadata: Metadata) -> None:
     Raises:
       ValueError: they do not; the message names the fields that differ.
     """
-    ours, theirs = config.dequantizer.name, metadata["config"]["dequantizer"]["name"]
+    stored = metadata["config"].get("dequantizer", {})
+    ours, theirs = config.dequantizer.name, stored.get("name", "variational")
     if ours != theirs:
         raise ValueError(
             f"the trained dequantizer is {theirs}, but dequantizer.name={ours}: use the --config "
@@ -198,7 +199,8 @@ def warn_if_other_data(metadata: Metadata, images: data.ImageSet) -> list[str]:
       ValueError: the data are the two versions of ImageNet 32x32, which must not be compared.
     """
     warnings = []
-    for stored in [*metadata.get("earlier_data", []), metadata["data"]]:
+    earlier = metadata.get("earlier_data", [])
+    for i, stored in enumerate([*earlier, metadata["data"]]):
         if stored is None:
             warnings.append("the checkpoint was converted: its training data are not known")
             continue
@@ -206,7 +208,8 @@ def warn_if_other_data(metadata: Metadata, images: data.ImageSet) -> list[str]:
         data.imagenet32.check_comparable(stored["name"], present["name"])
         if stored["sha256"] != present["sha256"]:
             changed = {k: (stored.get(k), v) for k, v in present.items() if stored.get(k) != v}
-            message = f"the model was trained on other data than this: {changed}"
+            first = " first" if i < len(earlier) else ""
+            message = f"the model was{first} trained on other data than this: {changed}"
             logging.warning("%s\n  %s\n%s", "!" * 80, message, "!" * 80)
             warnings.append(message)
     return warnings

@@ -180,8 +180,8 @@ class _Trainer:
             if rows := metrics.read(self.task.directory):
                 logging.warning(
                     "%s has no checkpoint, but %s reaches step %d: training begins again at step "
-                    "0, and the old rows go to %s. If there were checkpoints, stop it now and put "
-                    "them back, and these rows",
+                    "0, the old rows go to %s, and the old pictures to samples/*.earlier. If there "
+                    "were checkpoints, stop it now and put them back, and these files",
                     *(self.checkpoints.directory, metrics.FILE, rows[-1]["step"], metrics.EARLIER),
                 )
             return sharding.initial_state(self.task.init, self.mesh, shard_state=shard_state), 0
@@ -198,10 +198,18 @@ class _Trainer:
         return restored.state, restored.step
 
     def _set_aside_pictures(self) -> None:
-        """Rename the pictures of later steps, whose parameters this run does not have."""
+        """Remove the pictures of later steps, which are made again; or rename them, if they are of
+        a training that begins again."""
         for path in (self.task.directory / "samples").glob("step_*.png"):
-            if path.stem[5:].isdecimal() and int(path.stem[5:]) > self.start:
-                path.replace(path.with_name(f"{path.name}.earlier"))
+            if not path.stem[5:].isdecimal() or int(path.stem[5:]) <= self.start:
+                continue
+            if self.start:
+                path.unlink()
+                continue
+            aside = path
+            while aside.exists():
+                aside = aside.with_name(f"{aside.name}.earlier")
+            path.replace(aside)
 
     def batch(self, step: int) -> Array:
         """The global batch of ``step``, or the stack of the batches of one dispatch."""

@@ -248,8 +248,8 @@ def check(config: ConfigDict, workdir: Workdir, before: Sequence[str]) -> None:
         for name in choices_in(checked.eval.dequantizers)
         if dequantizers.is_trained(dequantizers.get(name))
     ]
-    trains = "train_dequantizer" in before
-    if missing and not trains and not checked.dequantizer.training.checkpoints(workdir).steps():
+    made = {"train_dequantizer", "convert"}.intersection(before)
+    if missing and not made and not checked.dequantizer.training.checkpoints(workdir).steps():
         raise ValueError(
             f"eval.dequantizers={missing[0]}: no dequantizer in {workdir}: train it first "
             "(--mode=train_dequantizer,eval)"

@@ -89,9 +89,9 @@ class Run:
         return self.evaluation["data"][split]
 
 
-def short_names(paths: Sequence[str]) -> list[str]:
-    """The last folders of each path, as many as are needed to tell all paths apart."""
-    parts = [path.rstrip("/").split("/") for path in paths]
+def short_names(workdirs: Sequence[Workdir]) -> list[str]:
+    """The last folders of each absolute path, as many as are needed to tell all apart."""
+    parts = [workdir.absolute.split("/") for workdir in workdirs]
     for count in range(1, max(map(len, parts), default=0) + 1):
         names = ["/".join(folders[-count:]) for folders in parts]
         if len({*names}) == len(names):
@@ -104,7 +104,7 @@ def compare(runs: Sequence[Run]) -> dict[str, Any]:
     names of the numbers that are ``not_compared``, by run.
 
     Raises:
-      ValueError: there are fewer than two runs, two have the same name or other images, or no
+      ValueError: there are fewer than two runs, two are the same or have other images, or no
         number is common to the first run and another.
     """
     _check(runs)
@@ -135,7 +135,7 @@ def _check(runs: Sequence[Run]) -> None:
     if len(runs) < 2:
         raise ValueError(f"a comparison needs two evaluated runs at least, got {names}")
     if len({*names}) < len(names):
-        raise ValueError(f"two of the runs are the same: {names}")
+        raise ValueError(f"two of the runs are the same or have the same name: {names}")
     first = runs[0]
     for run in runs[1:]:
         if run.images["id"] != first.images["id"]:

@@ -196,8 +196,9 @@ def _warn_if_trained_further(content: dict[str, Any]) -> None:
 def _warn_of_other_samples(workdir: Workdir, content: dict[str, Any]) -> None:
     """Add a warning to ``content`` that the samples are not of the checkpoint of its results."""
     drawn, evaluated = int(workdir.read(SAMPLES)["step"]), content["checkpoint"]["step"]
-    older = drawn <= evaluated
-    remedy = "draw new samples (--mode=sample)" if older else "evaluate again (--mode=eval)"
+    remedy = "draw new samples (--mode=sample)"
+    if drawn > evaluated:
+        remedy = f"evaluate again (--mode=eval), or {remedy}"
     warning = (
         f"the samples are of another checkpoint (step {drawn}) than the results (step "
         f"{evaluated}{', of other parameters' if drawn == evaluated else ''}), and left out: "

@@ -64,11 +64,15 @@ class Workdir(os.PathLike):
         return self.path / name
 
     @property
+    def absolute(self) -> str:
+        """The absolute path, without a "/" at its end."""
+        path = str(self.path)
+        return path.rstrip("/") if "://" in path else os.path.abspath(path)
+
+    @property
     def name(self) -> str:
         """The last part of the absolute path, which is the run's name."""
-        if "://" in str(self.path):
-            return self.path.name
-        return os.path.basename(os.path.abspath(self.path))
+        return os.path.basename(self.absolute)
 
     def lock(self, purpose: str) -> Lock:
         """A context manager that keeps other processes from running the mode ``purpose`` here."""

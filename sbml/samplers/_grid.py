@@ -35,7 +35,10 @@ class Sampler(Protocol):
     def __call__(
         self, score: Score, sde: SDE, z: Example, key: Key, *, eps: Number
     ) -> tuple[Example, Stats]:
-        """The sample ``(*s)`` at time ``eps`` from the latent ``z (*s)`` at T, and its cost."""
+        """The sample ``(*s)`` at time ``eps`` from the latent ``z (*s)`` at T, and its cost.
+
+        If ``z`` has less than JAX's default precision, the sample has the default precision.
+        """
         ...
 
     def path(

@@ -13,14 +13,15 @@ Memory is that of a training step on one v5e chip, which has 16 GiB, by the comp
 
 None of them was run, and no figure is promised. The recipe is an integer denoiser with log-SNR
 labels and the draws of this package. Of all predictions, the integer denoiser is the best on 8x8
-digits at equal steps, and it is ahead of ``preconditioned`` on 32x32 photos (benchmarks/README.md).
+digits, Fashion-MNIST and 32x32 photos at equal steps, although on photos its lead over
+``velocity`` is certain by the bound only (benchmarks/README.md).
 The recipe trains on bin centres, so that its own decoder gives a bound of the same kind as VDM's.
 VDM's network is better at equal steps in short trainings, by .02 bits/dim on digits and by .39 on
 Fashion-MNIST. But its step takes 2.4 and 4.2 times as long in these small sizes, and at equal time
 it is .11 worse on digits, and .4 to .6 on Fashion-MNIST (two seeds, by the ODE). At full size the
 two networks were not compared.
-Fourier features lost .03 bits/dim on the digits, and .2 by the bound in short trainings on
-Fashion-MNIST. cifar10 and imagenet32 have them all the same, because VDM's published networks do.
+Fourier features lost .03 bits/dim on the digits, and .2 and .3 by the bound in short trainings on
+Fashion-MNIST and photos. cifar10 and imagenet32 have them all the same, because VDM's published networks do.
 Network, batch, optimizer and steps of cifar10 and imagenet32 are those of the published code of
 "Variational Diffusion Models" (Kingma et al. 2021); a batch of 128 is 64 images, each with a noise
 and its opposite. Batch and optimizer of fashion_mnist are the paper's for CIFAR-10.

@@ -18,8 +18,8 @@ digits, Fashion-MNIST and 32x32 photos at equal steps, although on photos its le
 The recipe trains on bin centres, so that its own decoder gives a bound of the same kind as VDM's.
 VDM's network is better at equal steps in short trainings: by the ODE, .02 bits/dim on digits, .39
 on Fashion-MNIST and .66 on photos. But its step takes 2.4, 4.2 and 3.1 times as long in these small
-sizes, and at equal time it is worse by the ODE: .11 on digits, .4 to .6 on Fashion-MNIST (two
-seeds) and .32 on photos. At full size the two networks were not compared.
+sizes, and at equal time it is worse by the ODE: .11 on digits, .48 on Fashion-MNIST and .32 on
+photos. At full size the two networks were not compared.
 Fourier features lost .03 bits/dim on the digits, and .2 and .3 by the bound in short trainings on
 Fashion-MNIST and photos. cifar10 and imagenet32 have them all the same, because VDM's published
 networks do.

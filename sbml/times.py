@@ -211,9 +211,8 @@ def tally(counts: Counts, v: Vector, values: Vector, decay: float) -> Counts:
 
         counts <- decay counts + sum over the batch of (1, value) in the bin of v
 
-    The mean of a bin that is seldom visited does not decay, because both rows decay alike. A bin
-    without a visit has the mean 0 / 0 = nan, which :func:`with_floor` replaces. Values that are not
-    finite are left out, because a bin would never lose them.
+    Both rows decay alike, so the mean of a bin does not decay between visits. A bin without a visit
+    has the mean 0 / 0 = nan, which :func:`with_floor` replaces. Infinite values and nan do not count.
 
     Args:
       counts: ``(2, bins)``, zeros at the start.

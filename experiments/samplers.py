@@ -37,6 +37,8 @@ SAMPLERS = {
     "dpm_solver": {},
     "ode_heun": {"sampler": "ode", "method": "heun"},
 }
+# The fields of ``config.sampling`` that belong to the config's own sampler, and not to all.
+OWN = ("method", "fixed_steps", "steps", "spacing", "eta", "corrector", "corrector_steps", "snr")
 TOLERANCES = (1e-1, 1e-2, 1e-3)
 SHOWN, TEST = 12, "test images"
 MARKS = "osD^vP*X"
@@ -54,18 +56,10 @@ class Point:
     pixel: float
 
 
-# The fields that the config of a run may set for its own sampler, with their defaults.
-DEFAULTS = {
-    name: getattr(Sampling(), name)
-    for name in ("method", "fixed_steps", "steps", "spacing", "eta")
-    + ("corrector", "corrector_steps", "snr")
-}
-
-
 def with_changes(config: Any, changes: dict[str, Any]) -> Any:
-    """A copy of ``config`` with a sampler that only ``changes`` set."""
-    config = config.copy_and_resolve_references()
-    config.sampling.update({**DEFAULTS, **changes})
+    """A copy of ``config`` with the sampler of ``changes``, and defaults where they set nothing."""
+    config, default = config.copy_and_resolve_references(), Sampling()
+    config.sampling.update({**{field: getattr(default, field) for field in OWN}, **changes})
     return config
 
 

@@ -358,9 +358,9 @@ def pilot(
 
     In each bin the density is proportional to the standard deviation of the draws that
     :func:`elbo` averages, mixed with a share ``floor`` of the uniform density. It is estimated from
-    8 draws for each example. A bin that has fewer than two of them gets the mean of the others. The
-    draws must be independent of the draws for which the density is then
-    used, so give :func:`elbo` another key.
+    8 draws for each example; a bin with fewer than two of them gets the mean of the others. These
+    draws must be independent of those for which the density is then used, so give :func:`elbo`
+    another key.
 
     The network is called on the 8 draws of one example at a time, so the result does not depend on
     the batch size of the evaluation.

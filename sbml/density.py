@@ -121,8 +121,10 @@ class Density:
             ) from None
         self.sde.check_time(self._eps)
         other: Any = getattr(self.score, "sde", None)
-        if not hasattr(other, "log_snr"):  # A score of other code may have another attribute "sde".
-            return
+        if hasattr(other, "log_snr"):  # A score of other code may have another attribute "sde".
+            self._check_sde_of_score(other)
+
+    def _check_sde_of_score(self, other: SDE) -> None:
         try:
             differs = other != self.sde
         except (TypeError, ValueError):  # As of an array of several numbers and a tuple.

@@ -212,7 +212,7 @@ def tally(counts: Counts, v: Vector, values: Vector, decay: float) -> Counts:
         counts <- decay counts + sum over the batch of (1, value) in the bin of v
 
     Both rows decay alike, so the mean of a bin does not decay between visits. A bin without a visit
-    has the mean 0 / 0 = nan, which :func:`with_floor` replaces. Infinite values and nan do not count.
+    has the mean nan, which :func:`with_floor` replaces. Values that are not finite do not count.
 
     Args:
       counts: ``(2, bins)``, zeros at the start.

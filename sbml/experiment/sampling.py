@@ -54,7 +54,7 @@ class Sampling(Solving):
         }
         for field, (option, is_set) in settings.items():
             if is_set and option not in options:
-                default = type(self).__dataclass_fields__[field].default
+                default = getattr(type(self)(), field)
                 raise ValueError(
                     f"sampling.{field}={getattr(self, field)}: sampler {self.sampler} takes no "
                     f"{field}; set its default (--config.sampling.{field}={default}) or choose "

@@ -125,6 +125,7 @@ class Density:
             self._check_sde_of_score(other)
 
     def _check_sde_of_score(self, other: SDE) -> None:
+        """Raise a ValueError if ``other``, the SDE that the score was made for, is not ``sde``."""
         try:
             differs = other != self.sde
         except (TypeError, ValueError):  # As of an array of several numbers and a tuple.

@@ -1,4 +1,4 @@
-"""The best known recipe of this package at full size, by the name of a data set.
+"""The recipe of this package at full size, by the name of a data set.
 
 python -m sbml.main --config=configs/best.py:cifar10
 
@@ -11,11 +11,11 @@ python -m sbml.main --config=configs/best.py:cifar10
 Memory is that of a training step on one v5e chip, which has 16 GiB, by the compiler
 (docs/accelerators.md).
 
-None of them was run, and no figure is promised. The recipe is an integer denoiser with log-SNR
-labels and the draws of this package. At equal steps, the integer denoiser is the best of all
-predictions on 8x8 digits, and better than ``noise``, ``velocity`` and ``preconditioned`` on
-Fashion-MNIST and 32x32 photos; ``x0`` and ``score`` were not tried there. On photos its lead over
-``velocity`` can be told from zero by the bound only (benchmarks/README.md).
+None of these configs was trained, so their bits/dim are not known. The recipe is an integer
+denoiser with log-SNR labels and the draws of this package. At equal steps, the integer denoiser is
+the best of all predictions on 8x8 digits, and better than ``noise``, ``velocity`` and
+``preconditioned`` on Fashion-MNIST and 32x32 photos; ``x0`` and ``score`` were not tried there. On
+photos its lead over ``velocity`` is significant by the bound only (benchmarks/README.md).
 The recipe trains on bin centres, so that its own decoder gives a bound of the same kind as VDM's.
 VDM's network is better at equal steps in short trainings: by the ODE, .02 bits/dim on digits, .39
 on Fashion-MNIST and .66 on photos. But its step takes 2.4, 4.2 and 3.1 times as long in these small

@@ -7,6 +7,8 @@ K = 1 and with K = 20 importance samples. To do so, add these flags:
 --mode=train,train_dequantizer,eval
 --config.eval.dequantizers=uniform,truncated_normal,variational,categorical
 --config.eval.num_importance=1,20
+The model is trained on uniformly dequantized images, so the numbers with truncated_normal and
+categorical are loose bounds. For tight ones, train with --config.data.dequantization=centre.
 """
 
 from ml_collections import ConfigDict

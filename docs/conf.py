@@ -2,11 +2,11 @@
 
     sphinx-build -W --keep-going -n -b html docs docs/_build/html   builds; a warning is an error
     sphinx-autobuild docs docs/_build/html --watch sbml             serves; builds again on changes
-    ... -D nb_execution_mode=force                                  executes the notebooks too
+    ... -D nb_execution_mode=force                                  executes two of the notebooks
 
-Nothing is fetched while it builds unless an inventory of another project's documentation can be
-reached: without them, links to the other projects are plain text. Set SBML_DOCS_OFFLINE=1 to not
-even try. Equations are MathML, which browsers draw themselves, so pages need no network either.
+The build downloads only the inventories of other projects' documentation. If one of them cannot be
+reached, links to that project are plain text. SBML_DOCS_OFFLINE=1 skips the download. Equations are
+MathML, which browsers draw themselves, so the pages need no network.
 """
 
 import os

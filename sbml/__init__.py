@@ -4,17 +4,17 @@ The mathematics is for one example and a scalar time; callers ``vmap``. A score 
 s(x, t, key), see ``sbml.types``.
 
     Density                     likelihoods, bits/dim, samples and latents under any score
-    Estimate                    what these likelihoods are: values, terms, intervals
+    Estimate                    results of these: values, terms, intervals
     sdes, times, divergence     forward processes; times and their weights; tr J
     losses, second_order        denoising score matching, of the score and of its divergence
     bound, discrete             evidence bounds on -log p(x), and on -log P(k) of integers
     ode, quadrature, likelihood the probability-flow ODE and its log-likelihood
     sampling, samplers          from a latent to a sample
-    bits, estimators            bits/dim and the numbers that an evaluation is of
+    bits, estimators            bits/dim and the numbers that an evaluation computes
     estimate, intervals         error bars
     distances                   distances between sets of images
     networks, adapters          score networks; from a network to a score
-    predictions, integers       from what a network predicts (noise, velocity, levels) to a score
+    predictions, integers       from a prediction (noise, velocity, levels) to a score
     compiler                    the check that XLA's sums are right
     dequantizers, data          from integers to numbers; image sets
 

@@ -33,20 +33,26 @@ from sbml.runtime.workdir import Workdir
 MODES = sorted(m.name for m in pkgutil.iter_modules(modes.__path__) if m.name[0] != "_")
 
 CONFIG = config_flags.DEFINE_config_file(
-    "config", None, "Config, by name or file; any field can be set."
+    "config", None, "Name or file of a config. --config.FIELD=VALUE sets a field of it."
 )
-MODE = flags.DEFINE_list("mode", None, f"What to run, in order: {', '.join(MODES)}.")
-WORKDIR = flags.DEFINE_string("workdir", None, "Where results go; default runs/<config's name>.")
+MODE = flags.DEFINE_list("mode", None, f"Modes to run, in this order: {', '.join(MODES)}.")
+WORKDIR = flags.DEFINE_string(
+    "workdir", None, "Folder of the results; default: runs/<name of the config>."
+)
 SOURCE: flags.FlagHolder[str | None] = flags.DEFINE_string(
-    "source", None, "What --mode=convert reads: a checkpoint or work directory of others' code."
+    "source", None, "Checkpoint or work directory of other code, which --mode=convert reads."
 )
-RUNS = flags.DEFINE_list("runs", None, "What --mode=compare reads: evaluated work directories.")
+RUNS = flags.DEFINE_list("runs", None, "Evaluated work directories, which --mode=compare compares.")
 COORDINATOR = flags.DEFINE_string(
-    "coordinator", None, "Several processes: process 0's host:port, or auto (TPU pods, Slurm ...)."
+    "coordinator", None, "For several processes: HOST:PORT of process 0, or auto (TPU pods, Slurm)."
 )
-PROCESSES = flags.DEFINE_integer("num_processes", None, "How many, unless --coordinator=auto.")
-PROCESS = flags.DEFINE_integer("process_id", None, "Which this is, unless --coordinator=auto.")
-TRACEBACK = flags.DEFINE_boolean("traceback", False, "Tell where in the program an error arose.")
+PROCESSES = flags.DEFINE_integer(
+    "num_processes", None, "Number of processes, unless --coordinator=auto."
+)
+PROCESS = flags.DEFINE_integer(
+    "process_id", None, "Number of this process from 0, unless --coordinator=auto."
+)
+TRACEBACK = flags.DEFINE_boolean("traceback", False, "Show the traceback of an error.")
 
 
 def parse(arguments: list[str]) -> list[str]:
@@ -200,8 +206,8 @@ def check_flags(arguments: Sequence[str]) -> None:
     if count is None or own is None or not 0 <= own < count:
         raise app.UsageError(
             f"--coordinator={COORDINATOR.value} --num_processes={count} --process_id={own}: "
-            "several processes want all three, with ids from 0 to "
-            "one less than their number; or --coordinator=auto alone"
+            "several processes need all three flags, and process_id must be from 0 to "
+            "num_processes - 1; or give --coordinator=auto alone"
         )
     host, _, port = (COORDINATOR.value or "").rpartition(":")
     if not host or not port.isdecimal() or not 0 < int(port) < 2**16:
@@ -268,7 +274,7 @@ def _main(arguments: Sequence[str]) -> None:
     cpu.settle()
     compiler.check()
     if not flags.FLAGS["verbosity"].present:
-        logging.set_verbosity(logging.WARNING)  # The libraries' own chatter drowns the bars.
+        logging.set_verbosity(logging.WARNING)  # Their messages would hide the bars.
     file = config_flags.get_config_filename(flags.FLAGS["config"])
     workdir = Workdir(WORKDIR.value or default_workdir(file))
     workdir.path.mkdir(parents=True, exist_ok=True)

@@ -14,8 +14,8 @@ error of the noise (Zheng et al., "Improved Techniques for Maximum Likelihood Es
 Diffusion ODEs", ICML 2023).
 
 *The points* u are independent (``iid``), or a randomly shifted lattice over the whole batch
-(``lattice``): each point by itself is uniform, and together they are evenly spread (Kingma et al.,
-VDM, 2021).
+(``lattice``, low-discrepancy sampling): each point by itself is uniform, and together they are
+evenly spread (Kingma et al., VDM, 2021).
 
 *The density of the points* q can be any piecewise-constant density. :func:`warp` moves the points
 first, u -> (v, 1/q(v)), so that they have this density, and

@@ -38,7 +38,7 @@ def test_solver_guard_measures_the_solvers_error(trained, tmp_path):
     error = np.mean(result.values - finer["bits_per_dim"])
     assert result.solver_error.mean == pytest.approx(error) and abs(error) > 1e-5
     assert not result.converged
-    stricter = f"UNCONVERGED, a stricter solve moves it by {-error:.2g} "
+    stricter = f"NOT CONVERGED, a stricter solve moves it by {-error:.2g} "
     assert any(stricter in w for w in run.result(result).warnings())
     one_lost = dataclasses.replace(run.result(result), nonfinite=1)
     assert any("moves the others by" in w for w in one_lost.warnings())

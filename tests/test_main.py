@@ -180,14 +180,14 @@ def refusal(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., str]]:
             ("--mode=compare", "--runs=a,b", "--coordinator=auto"),
             "UsageError: --mode=compare does not use --coordinator: leave it out",
         ),
-        ((CONFIG, "--coordinator=foo"), "several processes want all three, with ids from 0 to"),
+        ((CONFIG, "--coordinator=foo"), "several processes need all three flags, and process_id"),
         (
             (CONFIG, "--coordinator=foo", "--num_processes=2", "--process_id=1"),
             "UsageError: --coordinator=foo: give HOST:PORT of process 0, or auto",
         ),
         (
             (CONFIG, "--coordinator=a:1", "--num_processes=2", "--process_id=2"),
-            "--process_id=2: several processes want all three",
+            "--process_id=2: several processes need all three",
         ),
         ((CONFIG, "--num_processes=2", "--process_id=1"), "UsageError: --coordinator=: give HOST"),
     ],

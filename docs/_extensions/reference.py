@@ -55,7 +55,7 @@ def constants(name: str) -> list[tuple[str, str, str]]:
 
 
 def is_type(name: str) -> bool:
-    """Whether a constant of that name is a type: Types are written like this, CONSTANTS so."""
+    """Whether ``name`` is that of a type, such as ``Score``, and not of another constant."""
     return name[0].isupper() and not (name.isupper() and len(name) > 1)
 
 
@@ -81,7 +81,7 @@ def page(name: str) -> str:
 
 
 def write(app: Sphinx) -> None:
-    """Write the pages; those that are as they were stay untouched, and are not read again."""
+    """Write the pages that have changed, so that Sphinx reads only these again."""
     folder = Path(app.srcdir) / FOLDER
     folder.mkdir(exist_ok=True)
     pages = {f"{name.removeprefix('sbml.')}.rst": page(name) for name in PAGES}

@@ -36,7 +36,7 @@ _DEFAULT = Options()
 
 NO_VALIDATION = (
     "{} with data.validation=0: no training images are held out; set --config.data.validation to "
-    "their fraction or number, as the training had it"
+    "the fraction or number that the training used"
 )
 
 SOURCES: dict[str, Source] = {

@@ -1,9 +1,9 @@
-"""Arrays on disk: prepared once, memory-mapped ever after.
+"""Arrays that are prepared once, stored on disk, and memory-mapped afterwards.
 
-An array gets its name only when it is whole. Images stream into ``train.part``, which becomes
-``train.npy`` in one rename, so a kill at any moment leaves no half array to be mistaken for a whole
-one. A lock makes other processes wait for the one that prepares; it ends with its owner. The notes
-beside an array hold its CRC32, which every opening compares with the file: a damaged array is
+The images are first written to ``train.part``. The complete file is renamed to ``train.npy``, so a
+killed process never leaves an incomplete array under that name. While one process prepares an
+array, a lock makes the others wait. The lock is released when its owner ends. A file of notes
+beside the array has its CRC32, which is compared when the array is opened. A damaged array is
 prepared again.
 """
 

@@ -32,7 +32,7 @@ class Options:
     Attributes:
       cache_dir: folder of prepared arrays; None: the variable SBML_CACHE, else ``~/.cache/sbml``.
       dataset: the set within a collection, ``cifar10`` of ``tfds:cifar10``; ``load`` fills it in.
-      manual_dir: folder of a data set's original archives, already on disk (tfds).
+      manual_dir: folder of the original archives of a data set (tfds, imagenet32).
       path: folder of images (image_folder).
       image_size: height and width to bring images to, in pixels (image_folder).
       channels: 3 for RGB, 1 for grey (image_folder).
@@ -42,8 +42,9 @@ class Options:
       test_fraction: expected fraction of held-out images, in (0, 1), where the folder has no
         ``train`` and ``test`` of its own (image_folder).
       seed: decides which images are held out and where random crops fall (image_folder).
-      validation: training images to hold out for the split "validation", of any source: how many,
-        or below 1 their fraction; 0: none. ``load`` does it; sources know two splits.
+      validation: number of training images to hold out for the split "validation", or their
+        fraction if it is below 1; 0: none. ``load`` holds them out for every source, because the
+        sources have only the splits "train" and "test".
     """
 
     cache_dir: str | os.PathLike[str] | None = None
@@ -70,16 +71,16 @@ class ImageSet:
 
     Attributes:
       name: as given to ``load``, for instance ``tfds:cifar10``.
-      version: the source's own, or a hash of the files the images were cut from.
-      split: as the source calls it (the test split of ImageNet is its "validation"), and which part
-        of it where some training images are held out.
+      version: that of the source, or a hash of the files from which the images were cut.
+      split: the source's name of it (the test split of ImageNet is its "validation"), and which
+        part of it this is if some training images are held out.
       images: uint8 (n, height, width, channels); may be memory-mapped.
       levels: number of values a channel can take, 2 .. 256.
       ids: a readable name for each image, or None.
-      scenes: what each image shows, or None: images of one scene, as crops of one photo, are held
-        out together.
-      skipped: "file: reason" for each file that should be in the set and could not be read.
-      caution: what a reader of a mean over these images must know; empty if nothing.
+      scenes: the name of what each image shows, or None. Images of one scene, such as crops of one
+        photo, are held out together.
+      skipped: "file: reason" for each file that should be in the set but could not be read.
+      caution: a warning for readers of a mean over these images; empty if there is none.
 
     Raises:
       ValueError: pixels of another type or rank, none at all, or a value of ``levels`` or more.
@@ -104,7 +105,7 @@ class ImageSet:
         if not 2 <= self.levels <= 256:
             raise ValueError(f"{what}: levels={self.levels} does not fit uint8; use 2 .. 256.")
         if self.levels < 256 and (largest := images.max()) >= self.levels:
-            raise ValueError(f"{what} has a pixel {largest}: use more than {self.levels} levels.")
+            raise ValueError(f"{what} has a pixel {largest}: set levels={largest + 1} or more.")
         for kind, names in (("ids", self.ids), ("scenes", self.scenes)):
             if names is not None and len(names) != len(images):
                 raise ValueError(f"{what} has {len(names)} {kind} for {len(images)} images.")

@@ -1,8 +1,8 @@
-"""Batches as pure functions of (seed, step), and the same images whatever the process count.
+"""Training batches as pure functions of (seed, step), for any number of processes.
 
-A training batch is drawn for all processes at once - image numbers and flips alike - and each
-process then reads its own rows of it. So resuming needs no more than a step, and two processes
-together see what one would have seen.
+The image numbers and flips of a batch are drawn for all processes together, and each process reads
+its own rows. So a run resumes from the number of its step alone, and the batches do not depend on
+the number of processes.
 """
 
 from collections import deque
@@ -28,7 +28,7 @@ def train_batches(
     process_index: int = 0,
     process_count: int = 1,
 ) -> "grain.MapDataset[np.ndarray]":
-    """Shuffled batches for ever: ``batches[step]`` is this process's part of the batch of a step.
+    """Shuffled batches without end: ``batches[step]`` is this process's part of a step's batch.
 
     Image numbers run through a new permutation of the set each epoch; a batch may span two epochs.
 
@@ -69,7 +69,7 @@ def train_batches(
 
 
 def spread(size: int, count: int) -> np.ndarray:
-    """At most ``count`` of ``size`` indices, evenly spread: the first are often no sample."""
+    """At most ``count`` of ``size`` indices, evenly spread: the first may all be alike."""
     return np.linspace(0, size - 1, min(size, count)).astype(np.int64)
 
 

@@ -1,9 +1,9 @@
-"""A part of the training images held out: what recipes are chosen by, the test images unseen.
+"""A part of the training images, held out to choose settings without the test images.
 
-Scenes stand in a random order that is fixed once and for all, whatever the seed of a run. The first
-of them, until there are enough images, are the validation split; the others are trained on. A scene
-is the images that show one thing, as crops of one photo do; where a source names none, every image
-is one.
+The scenes are put in a random order that does not depend on the seed of a run. The first scenes
+form the validation split, until it has enough images. The network is trained on the others. A scene
+is a set of images that show the same thing, such as crops of one photo. If a source has no scenes,
+each image is a scene.
 """
 
 from dataclasses import replace

@@ -1,9 +1,10 @@
-"""A folder of the user's own images, brought to one size.
+"""A folder of the user's own images, scaled to one size.
 
-Every image file under the folder, however deep and through links, belongs to exactly one split:
-that of its ``train`` or ``test`` subfolder, or else the one a hash of its relative path draws, so
-that adding files moves none of the others. A file that cannot be used is named, with the reason;
-files of other suffixes are counted. Only names that begin with a dot are passed over.
+All image files in the folder and its subfolders are used, through links too. If there are
+subfolders ``train`` and ``test``, they are the splits. Otherwise a hash of the relative path of a
+file decides its split, so new files do not change the split of the others. A warning names the
+files that cannot be used, with the reason, and another one counts the files with other suffixes.
+Names that begin with a dot are ignored.
 """
 
 import hashlib
@@ -74,13 +75,13 @@ class ImageFolder:
 
 
 ENLARGED = (
-    "{} of {} {} images are smaller than data.shape and were enlarged: pixels between others are "
-    "easy to tell, so bits/dim are lower than of images of that size"
+    "{} of {} {} images are smaller than data.shape and were enlarged: interpolated pixels are "
+    "easy to predict, so bits/dim are lower than those of images of that size"
 )
 RECOLOURED = {
-    3: "{} of {} {} images are grey and were made RGB: their three channels are equal, so bits/dim "
-    "are lower than of colour images",
-    1: "{} of {} {} images are in colour and were made grey: the numbers are of their luma",
+    3: "{} of {} {} images are grey and were made RGB: their three channels are equal, so "
+    "bits/dim are lower than those of colour images",
+    1: "{} of {} {} images are in colour and were made grey: the bits/dim are of grey images",
 }
 SOURCE = ImageFolder()
 
@@ -176,8 +177,8 @@ def _members(root: Path, split: str, options: Options) -> list[str]:
     own = [f for f in folders if f.lower() in ("train", "test")]
     if wrong := [f for f in own if f != f.lower()]:
         raise ValueError(
-            f"data.path={root} has a subfolder {wrong[0]}: call it {wrong[0].lower()} to have its "
-            "images used as that split, or otherwise to have them split."
+            f"data.path={root} has a subfolder {wrong[0]}: call it {wrong[0].lower()} to use its "
+            "images as that split, or give it another name to split them at random."
         )
     if len(own) == 1:
         raise ValueError(
@@ -228,7 +229,7 @@ def _build(root: Path, names: list[str], options: Options, add: Add) -> dict[str
 
 
 def _special(path: Path) -> bool:
-    """Whether ``path`` is a FIFO, a device or a socket, which reading could wait for for ever."""
+    """Whether ``path`` is a FIFO, a device or a socket, for which reading could wait for ever."""
     try:
         return not stat.S_ISREG(path.stat().st_mode)
     except OSError:  # As of a link to nowhere: opening it says why.
@@ -255,8 +256,8 @@ def _decode(path: Path) -> Image.Image:
         deep = np.asarray(image).astype(np.uint16)
         if 0 < (most := deep.max()) < 2**12:
             raise ValueError(
-                f"16-bit pixels, none above {most}: at 8 bits nearly black. If these are 12 bits "
-                "of a camera, scale them to 0 ... 65535"
+                f"16-bit pixels, none above {most}, would be nearly black with 8 bits. If these "
+                "are 12 bits of a camera, scale them to 0 ... 65535"
             )
         image = Image.fromarray((deep >> 8).astype(np.uint8))
     if image.has_transparency_data:

@@ -1,10 +1,11 @@
 """The two ImageNets at 32x32: ``imagenet32:old`` and ``imagenet32:new``, from archives on disk.
 
     old   van den Oord et al. 2016: 1,281,149 and 49,999 images, {train,valid}_32x32.tar of PNGs.
-          Sub-sampled with aliasing. The set of the papers up to about 2021, this one's too.
+          Reduced without anti-aliasing. Papers up to about 2021 use this version, and so does the
+          paper that this package implements.
     new   Chrabaszcz et al. 2017: 1,281,167 and 50,000 images, Imagenet32_{train,val}_npz.zip.
-          Anti-aliased, hence smoother: bits/dim are lower for the same method, by 0.26 in one
-          comparison. Numbers of the two are not to be compared.
+          Reduced with anti-aliasing, so the images are smoother. The bits/dim of one method are
+          lower, by 0.26 in one comparison. Numbers of the two versions must not be compared.
 
 ``tfds:downsampled_imagenet/32x32`` and ``tfds:imagenet_resized/32x32`` are the same two sets.
 """
@@ -56,10 +57,10 @@ def version(name: str) -> str | None:
 
 
 def check_comparable(*names: str) -> None:
-    """Refuse data sets of which one is one ImageNet 32x32 and another the other.
+    """Check that the data sets ``names`` do not include both versions of ImageNet 32x32.
 
     Raises:
-      ValueError: naming both.
+      ValueError: they do.
     """
     versions = sorted({found for name in names if (found := version(name))})
     if len(versions) > 1:
@@ -88,7 +89,7 @@ class Imagenet32:
         if which not in ARCHIVES:
             raise ValueError(
                 f"Unknown version {which!r} of ImageNet 32x32: choose {' or '.join(ARCHIVES)}. "
-                "They differ, and so do their bits/dim."
+                "Their images and their bits/dim differ."
             )
         path = options.cache / "imagenet32" / which / f"{split}.npy"
         images, _ = load_or_build(path, lambda add: _decode(which, split, options, add))
@@ -103,8 +104,8 @@ def _decode(which: str, split: str, options: Options, add: Add) -> dict[str, Any
     archive = Path(options.manual_dir or ".").expanduser() / file
     if not options.manual_dir or not archive.is_file():
         raise ValueError(
-            f"imagenet32:{which} is read from {file}, {ORIGIN[which]}: put it into a folder and "
-            f"set data.manual_dir to that"
+            f"imagenet32:{which} is read from {file}, {ORIGIN[which]}: put it into a folder DIR "
+            "and set --config.data.manual_dir=DIR"
             + (f" ({archive} is not there)" if options.manual_dir else "")
         )
     count, read = 0, {"old": _tar, "new": _zip}[which]

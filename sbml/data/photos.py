@@ -1,9 +1,9 @@
 """32x32 RGB crops of the photos inside the scikit-learn and scikit-image wheels.
 
-Windows of 32, 64 and 128 pixels are laid every 32 pixels over each photo and averaged down to
-32x32: detail, part and whole at one shape, CIFAR-10's. Whole photos are held out, for the test and
-for validation, so no pixel of a test photo is ever trained on. The wheels' grey, drawn, microscope
-and telescope images are left out. Nothing is downloaded.
+Windows of 32, 64 and 128 pixels are cut every 32 pixels from each photo and averaged down to 32x32,
+the shape of CIFAR-10's images. Whole photos are held out for the test and for validation, so a
+network is never trained on a pixel of a test photo. Grey images, drawings, and images of
+microscopes and telescopes are not used. Nothing is downloaded.
 """
 
 from collections.abc import Iterator

@@ -35,7 +35,7 @@ class Tfds:
 
         "test" is the split of that name or, where there is none, "validation". ``cache_dir`` and
         ``manual_dir`` apply. The latter holds the set's archives under their original names; for
-        Fashion-MNIST, Debian's ``/usr/share/datasets/fashion-mnist`` will do.
+        Fashion-MNIST, Debian's ``/usr/share/datasets/fashion-mnist`` can be used.
 
         Raises:
           ValueError: no such set or split, ``manual_dir`` without its archives, or images that are

@@ -54,7 +54,7 @@ class Estimator(base.Estimator):
         if self.num_importance > 1 and self.trace.kind != "exact":
             raise ValueError(
                 f"num_importance={self.num_importance} with a {self.trace.kind} trace: the noise "
-                "of the probes makes the logarithm of the mean too good; use the exact trace"
+                "of the probes would make the model look better than it is; use the exact trace"
             )
 
     @classmethod

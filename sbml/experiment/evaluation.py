@@ -39,8 +39,8 @@ class Eval(Solving):
     section: ClassVar[str] = "eval"
 
     split: str = choice("test", (*data.SPLITS, data.VALIDATION))  # validation: see data.validation
-    estimators: tuple[str, ...] = names(("ode", "bound"))  # and bound_ssm
-    # and truncated_normal, variational, categorical, learned
+    estimators: tuple[str, ...] = names(("ode", "bound"))  # of these and bound_ssm
+    # of uniform, variational, truncated_normal, categorical and learned
     dequantizers: tuple[str, ...] = names(("uniform",))
     num_importance: tuple[int, ...] = integers((1,), least=1, below=2**20)  # the values of K
     importance_images: int = integer(0)  # number of images for K > 1; 0: as many as for K = 1
@@ -156,8 +156,8 @@ def trace(section: Eval, num_importance: int = 1) -> Trace:
     if num_importance > 1 and kind not in (None, "exact"):
         raise ValueError(
             f"eval.trace={kind} with eval.num_importance={num_importance}: the noise of "
-            "Hutchinson's trace makes the logarithm of a mean of K likelihoods too good "
-            "(0.15 bits/dim at K = 20 in one measurement); set --config.eval.trace=exact"
+            "Hutchinson's trace would make the model look better than it is, by 0.15 bits/dim at "
+            "K = 20 in one measurement; set --config.eval.trace=exact"
         )
     kind = kind or ("exact" if num_importance > 1 else "rademacher")
     return Trace(kind) if kind == "exact" else Trace(kind, section.probes)

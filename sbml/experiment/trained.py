@@ -98,8 +98,7 @@ def unseen_times(metadata: Metadata, eps: float, section: str = "eval") -> list[
         return []
     return [
         f"{section}: times begin at t={eps:.3g}, but the network was trained only from "
-        f"t={first:.3g} on: its output before that is a guess "
-        f"(--config.{section}.smallest_time={first:.3g})"
+        f"t={first:.3g} on: set --config.{section}.smallest_time={first:.3g}"
     ]
 
 

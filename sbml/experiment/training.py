@@ -101,8 +101,8 @@ class Training(Loop):
     # number of bins of a density of times that follows the noise of the gradient, as estimated
     # from the losses; 0: no such density
     proposal_bins: int = integer(32, below=2**16)
-    # None: that of the SDE, 1e-5 for vp and 1e-2 for subvp, but at least 5e-5 on ImageNet with the
-    # first two flags; on bin centres it can be later, see eval.tau
+    # None: that of the SDE, 1e-5 for vp and 1e-2 for subvp, but at least 5e-5 on ImageNet with
+    # likelihood_weighting and importance_sampling; on bin centres it can be later, see eval.tau
     smallest_time: float | None = real(None, least=0, below=1)
     # number of steps between grids of at most 64 samples; 0: no grids
     sample_every: int = integer(50_000)

@@ -180,8 +180,8 @@ class _Trainer:
             if rows := metrics.read(self.task.directory):
                 logging.warning(
                     "%s has no checkpoint, but %s reaches step %d: training begins again at step "
-                    "0, the old rows go to %s, and the old pictures to samples/*.earlier. If there "
-                    "were checkpoints, stop it now and put them back, and these files",
+                    "0, the old rows go to %s, and the old pictures to samples/*.earlier. If the "
+                    "checkpoints were moved, stop this run, and put them and these files back",
                     *(self.checkpoints.directory, metrics.FILE, rows[-1]["step"], metrics.EARLIER),
                 )
             return sharding.initial_state(self.task.init, self.mesh, shard_state=shard_state), 0

@@ -148,20 +148,22 @@ def _dequantizer_mismatch(restored: Restored, name: str, dequantizer: Dequantiza
     if dequantizer.model.at_noise and trained_on == "uniform":
         warnings.append(
             f"{name}: the model was trained on uniformly dequantized images, but this dequantizer "
-            "puts noise around bin centres: still a bound, but a loose one "
-            "(data.dequantization=centre)"
+            "puts noise around bin centres. The number is a valid but loose bound: evaluate with "
+            "--config.eval.dequantizers=uniform, or train with --config.data.dequantization=centre"
         )
     if not dequantizer.model.at_noise and trained_on == "centre":
         warnings.append(
             f"{name}: the model was trained on bin centres, but this dequantizer needs its density "
-            "in the whole bins: still a bound, but a loose one (data.dequantization=uniform)"
+            "in the whole bins. The number is a valid but loose bound: evaluate with "
+            "--config.eval.dequantizers=truncated_normal, or train with "
+            "--config.data.dequantization=uniform"
         )
     if dequantizer.restored is not None:
         score = dequantizer.restored.metadata["score"]
         if score["crc32"] != tree_crc32(restored.state.ema_params):
             warnings.append(
-                f"{name}: trained for another score (step {score['step']}): still a bound, but a "
-                "loose one (train it again: --mode=train_dequantizer)"
+                f"{name}: trained for another score (step {score['step']}). The number is a valid "
+                "but loose bound: train the dequantizer again with --mode=train_dequantizer"
             )
     return warnings
 

@@ -111,7 +111,7 @@ def _check(report: Mapping[str, Any], table: Mapping[str, np.ndarray] | None) ->
         raise ValueError(f"Got a table of {sorted(table)}: it needs id and bits_per_dim.")
     lengths = {name: np.shape(column)[:1] for name, column in table.items()}
     if len(set(lengths.values())) > 1 or lengths["id"] in ((), (0,)):
-        raise ValueError(f"Got columns of {lengths}: all need the same length, one row an image.")
+        raise ValueError(f"Got columns of {lengths}: all need the same length, one row per image.")
 
 
 def _number(value: Any, name: str) -> float:

@@ -23,14 +23,18 @@ def image_grid(
     """
     images = np.asarray(images)
     if images.ndim != 4 or images.dtype != np.uint8 or images.size == 0:
-        raise ValueError(f"Got images {images.dtype}{images.shape}: pass some, uint8 (m, h, w, c).")
+        raise ValueError(
+            f"Got images {images.dtype}{images.shape}: give one or more, uint8 (m, h, w, c)."
+        )
     if not 2 <= levels <= 256 or images.max() >= levels:
         raise ValueError(
-            f"Got levels={levels}, greatest pixel {images.max()}: the levels of the "
-            "data are needed, 2 to 256 and more than any pixel."
+            f"Got levels={levels}, greatest pixel {images.max()}: give the number of levels of the "
+            "data, 2 to 256, which is above every pixel."
         )
     if columns < 1 or scale < 1 or gap < 0:
-        raise ValueError(f"Got {columns=}, {scale=}, {gap=}: columns and scale start at 1, gap 0.")
+        raise ValueError(
+            f"Got {columns=}, {scale=}, {gap=}: columns and scale are at least 1, gap 0."
+        )
     if images.shape[-1] not in (1, 3):
         images = images[..., :1]
     count, height, width, channels = images.shape

@@ -161,7 +161,7 @@ class Result:
     def line(self) -> str:
         """The number and its error bars, for a terminal."""
         low, high = self.interval
-        mark = " UNCONVERGED" if self.converged is False else ""
+        mark = " NOT CONVERGED" if self.converged is False else ""
         return (
             f"{self.name:24s} {self.bits_per_dim:.4f} bits/dim{mark} on {self.data} {self.split}, "
             f"95% interval [{low:.4f}, {high:.4f}], for these images +-{self.this_set_ci95:.4f}, "
@@ -181,8 +181,8 @@ class Result:
             first = [(names[int(i)] if names else i, value) for i, value in self.outliers[:5]]
             shown = ", ".join(f"{name} ({value:.3f})" for name, value in first)
             warnings.append(
-                f"{self.name}: over 6 robust standard deviations from the median, and counted like "
-                f"all others: {len(self.outliers)} of {self.n} images, {shown}"
+                f"{self.name}: {len(self.outliers)} of {self.n} images are more than 6 robust "
+                f"standard deviations from the median. They are included in the mean: {shown}"
             )
         if self.target_se and not self.this_set_stderr <= self.target_se:
             warnings.append(
@@ -192,7 +192,7 @@ class Result:
         error, moved = self.solver_error, "the others" if self.nonfinite else "it"
         if self.converged is False and error is not None and math.isfinite(error):
             warnings.append(
-                f"{self.name}: UNCONVERGED, a stricter solve moves {moved} by "
+                f"{self.name}: NOT CONVERGED, a stricter solve moves {moved} by "
                 f"{-error:.2g} +- {self.solver_error_ci95:.2g} bits/dim on "
                 f"{self.solver_images} images: lower eval.rtol and eval.atol, or raise eval.subset"
             )

@@ -189,8 +189,8 @@ def check_same(what: str, digest: str) -> None:
     digests = multihost_utils.process_allgather(np.frombuffer(bytes.fromhex(digest), np.uint8))
     if differ := np.flatnonzero((digests != digests[0]).any(axis=1)).tolist():
         raise ValueError(
-            f"processes {differ} have other {what} than process 0: give all the same files and the "
-            "same versions of Pillow and scikit-image"
+            f"processes {differ} have other {what} than process 0: copy the same files to all "
+            "hosts, and install the same versions of Pillow and scikit-image"
         )
 
 

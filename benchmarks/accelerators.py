@@ -40,9 +40,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from absl import app, flags
-from jax.sharding import AxisType, Mesh
+from jax.sharding import Mesh
 from ml_collections import config_flags
 
 from sbml import estimators
@@ -94,7 +93,7 @@ def target(devices: Sequence[Any]) -> Iterator[Mesh]:
     """A data mesh of ``devices``; in this context, programs are compiled for these devices."""
     platform = devices[0].platform
     with compiling_for(platform, len(devices)):
-        yield Mesh(np.array(devices), ("data",), axis_types=(AxisType.Auto,))
+        yield sharding.data_mesh(devices)
 
 
 def shaped(tree: Any, where: jax.sharding.Sharding) -> Any:
@@ -119,7 +118,7 @@ def training(experiment: Experiment, mesh: Mesh) -> Any:
     same, split = sharding.replicated(mesh), sharding.batch_sharding(mesh)
     update = train.update(experiment)
     options = experiment.config.training
-    size = options.batch_size // (2 if options.antithetic else 1)
+    size = options.batch_size // options.rows_per_image
     pixels = jax.ShapeDtypeStruct((size, *experiment.shape), jnp.uint8, sharding=split)
     state = _state(experiment, mesh)
     key = shaped(jax.eval_shape(lambda: jax.random.key(0)), same)
@@ -131,7 +130,7 @@ def training(experiment: Experiment, mesh: Mesh) -> Any:
 def _lowered(experiment: Experiment, mesh: Mesh, name: str, u: Any, method: Any) -> Any:
     """A batch of the estimator ``name`` with uniform dequantization."""
     same, split = sharding.replicated(mesh), sharding.batch_sharding(mesh)
-    size = -(-experiment.config.eval.batch_size // mesh.size) * mesh.size
+    size = sharding.round_up(experiment.config.eval.batch_size, mesh.size)
     row = jax.ShapeDtypeStruct((size,), jnp.int32, sharding=split)
     batch = Rows(
         data=jax.ShapeDtypeStruct((size, *experiment.shape), jnp.uint8, sharding=split),
@@ -177,7 +176,7 @@ def bound(experiment: Experiment, mesh: Mesh) -> Any:
 def sampling(experiment: Experiment, mesh: Mesh) -> Any:
     """A batch of the configured sampler."""
     same, split = sharding.replicated(mesh), sharding.batch_sharding(mesh)
-    size = -(-experiment.config.sampling.batch_size // mesh.size) * mesh.size
+    size = sharding.round_up(experiment.config.sampling.batch_size, mesh.size)
     params = sharding.abstract(experiment.init_state, mesh).ema_params
     ids = jax.ShapeDtypeStruct((size,), jnp.int32, sharding=split)
     seed = jax.ShapeDtypeStruct((), jnp.uint32, sharding=same)

@@ -22,6 +22,7 @@ from sbml.experiment import build
 from sbml.modes import eval as evaluate
 from sbml.runtime import cpu
 from sbml.runtime.workdir import Workdir
+from sbml.types import Array, Key, Score
 
 # name: (times, proposal, control variate, density)
 WAYS = {
@@ -66,20 +67,19 @@ def main() -> None:
 
     config = runpy.run_path(args.config)["get_config"]()
     config.eval.proposal_bins = 32
-    e = build.Experiment(config)
     workdir = Workdir(args.workdir)
-    restored, train = e.restore(workdir), e.images("train")
-    e = e.with_learned_schedule(restored.state.ema_params)
+    e, restored = build.Experiment(config).restored(workdir)
+    train = e.images("train")
     fitted = evaluate.control_variate(e, train, workdir)
     density = evaluate.time_density(e, restored, train, fitted, workdir)(e.eval_eps)
     images = e.images("test")
     pixels = jnp.asarray(images.images[data.spread(len(images), args.images)])
     count = len(pixels)
     x = bits.to_model(pixels, jax.random.uniform(jax.random.key(9), pixels.shape), images.levels)
-    score = e.adapter(restored.state.ema_params)
+    score = e.exact_adapter(restored.state.ema_params)
 
     @functools.partial(jax.jit, static_argnames=("way",))
-    def sweep(score, key, way):
+    def sweep(score: Score, key: Key, way: str) -> Array:
         draw, proposal, controlled, dense = WAYS[way]
         u_key, z_key = jax.random.split(key)
         u = times.DRAWS[draw](u_key, count, args.draws)
@@ -87,7 +87,7 @@ def main() -> None:
         t, weight = where.over_log_snr(u, jnp.asarray(density) if dense else None)
         control = fitted if controlled else None
 
-        def one(x, t, w, key):
+        def one(x: Array, t: Array, w: Array, key: Key) -> Array:
             z = jax.random.normal(key, x.shape)
             return w * bound.diffusion_dsm(score, e.sde, x, t, z, control)
 

@@ -34,6 +34,7 @@ error of up to a factor of two.
 """
 
 import argparse
+import functools
 import pathlib
 import runpy
 import sys
@@ -78,7 +79,7 @@ class Problem:
     """A model's gradients on its training images, without dropout."""
 
     def __init__(self, e: Experiment, params: Any) -> None:
-        self.proposal = times.Importance(e.sde, e.proposal.eps)
+        self.proposal = times.Importance(e.sde, e.adapter.eps)
         self.levels = e.levels
         self.images = e.images("train").images
         self.params = params
@@ -87,7 +88,8 @@ class Problem:
         def loss(params: Any, x: Array, t: Array, weight: Array, z: Array) -> tuple[Array, Array]:
             x_t = jax.vmap(lambda x, t, z: losses.perturb(e.sde, x, t, z))(x, t, z)
             scores = batch_score(e.adapter(params))(x_t, t, None)
-            terms = jax.vmap(lambda *a: losses.residual(e.sde, *a, weighting))(scores, t, z)
+            residual = functools.partial(losses.residual, e.sde, weighting=weighting)
+            terms = jax.vmap(residual)(scores, t, z)
             each = weight * terms / x[0].size
             return jnp.mean(each), each
 

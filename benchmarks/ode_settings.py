@@ -34,6 +34,7 @@ from sbml.experiment import build
 from sbml.ode import Solver, velocity
 from sbml.quadrature import ONCE, PER_STEP
 from sbml.runtime import cpu
+from sbml.types import Score
 
 
 def _solver(tolerance: float, **fields: Any) -> Solver:
@@ -65,7 +66,7 @@ class Problem:
     """A score, images x (n, *s), and what the solvers and the unit bits/dim need."""
 
     name: str
-    score: object
+    score: Score
     sde: sdes.SDE
     eps: float
     x: jax.Array
@@ -74,7 +75,7 @@ class Problem:
 
     def nats_to_bits(self, nats: np.ndarray) -> np.ndarray:
         """``nats`` per image as bits/dim."""
-        return np.asarray(bits.nats_to_bits(nats, self.x.shape[1:]))
+        return np.asarray(bits.nats_to_bits(jnp.asarray(nats), self.x.shape[1:]))
 
 
 def gaussian(n: int) -> Problem:
@@ -83,7 +84,7 @@ def gaussian(n: int) -> Problem:
     A rotation to the eigenvectors would not change the error of a solver.
     """
     crops = data.load("photos", "train", data.Options()).images[:]
-    flat = bits.to_model(crops.reshape(len(crops), -1).astype(np.float64), 0.5, 256)
+    flat = bits.to_model(jnp.asarray(crops.reshape(len(crops), -1), jnp.float32), 0.5, 256)
     spectrum = np.linalg.eigvalsh(np.cov(np.asarray(flat, np.float64), rowvar=False))
     values = jnp.asarray(np.maximum(spectrum, 0) + (2 / 256) ** 2 / 12, jnp.float32)
     sde, eps = sdes.VP(), 1e-5
@@ -107,12 +108,11 @@ def gaussian(n: int) -> Problem:
 def network(config: str, workdir: str, n: int) -> Problem:
     """A trained network on its test images with uniform dequantization."""
     experiment = build.Experiment(runpy.run_path(config)["get_config"]())
+    experiment, restored = experiment.restored(epath.Path(workdir))
     images = experiment.images("test")
     pixels = jnp.asarray(images.images[data.spread(len(images), n)])
     x = bits.to_model(pixels, jax.random.uniform(jax.random.key(0), pixels.shape), images.levels)
-    params = experiment.restore(epath.Path(workdir)).state.ema_params
-    experiment = experiment.with_learned_schedule(params)
-    score = experiment.adapter(params)
+    score = experiment.exact_adapter(restored.state.ema_params)
     keys = jax.random.split(jax.random.key(1), n)
     return Problem(config, score, experiment.sde, experiment.eval_eps, x, keys, None)
 

@@ -16,6 +16,7 @@ Only its time is measured; the column of its variance shows 1 / k.
 
 import argparse
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -57,12 +58,12 @@ def main() -> None:
     print(
         "{:>6s} {:>10s} {:>9s} {:>6s} {:>12s}".format("probes", "sd", "variance", "1/k", "seconds")
     )
-    base = None
+    base: tuple[Any, float] = (0.0, 0.0)  # of the first number of probes
     for k in args.probes:
         nll, cost = ours(repeated, solver, Trace("rademacher", k))
         draws = problem.nats_to_bits(nll).reshape(args.draws, args.images)
         variance = np.mean(np.var(draws, axis=0, ddof=1))
-        base = base or (variance, cost.seconds)
+        base = base if any(base) else (variance, cost.seconds)
         print(
             f"{k:6d} {np.sqrt(variance):10.4f} {variance / base[0]:9.3f} {1 / k:6.3f} "
             f"{cost.seconds:6.1f} {cost.seconds / base[1]:5.2f}",

@@ -30,6 +30,7 @@ import hashlib
 import itertools
 import json
 import pathlib
+import re
 import runpy
 import shutil
 import time
@@ -151,8 +152,9 @@ class Steps:
 
     def __init__(self, config: ConfigDict) -> None:
         experiment, mesh = build.Experiment(config), sharding.data_mesh()
-        repeats = 2 if experiment.config.training.antithetic else 1
-        pixels = experiment.images("train").images[: config.training.batch_size // repeats]
+        training = experiment.config.training
+        count = training.batch_size // training.rows_per_image
+        pixels = experiment.images("train").images[:count]
         self.batch = sharding.put(np.asarray(pixels), sharding.batch_sharding(mesh))
         self.state = sharding.initial_state(experiment.init_state, mesh)
         self.step = compiled_step(train.update(experiment), mesh, self.state)
@@ -216,10 +218,8 @@ def time_steps(plan: Plan, recipe: str, rounds: int = 9, steps: int = 3) -> dict
 
 def evaluate_run(config: ConfigDict, workdir: Workdir) -> dict[str, list[float]]:
     """bits/dim of every held-out image, by the name of the cell (the column)."""
-    experiment = build.Experiment(config)
-    restored, images = experiment.restore(workdir), experiment.images(data.VALIDATION)
-    experiment = experiment.with_learned_schedule(restored.state.ema_params)
-    training = experiment.images("train")
+    experiment, restored = build.Experiment(config).restored(workdir)
+    images, training = experiment.images(data.VALIDATION), experiment.images("train")
     values = {}
     with jax.default_matmul_precision(config.eval.precision):
         control = evaluate.control_variate(experiment, training, workdir)
@@ -280,16 +280,32 @@ def train_and_evaluate(plan: Plan, recipe: str, seed: int, steps: int) -> dict[s
     return compute_once(plan.out, key, compute)
 
 
+def names_in(text: str) -> list[str]:
+    """The parts of ``text`` between commas; the commas in brackets, as of a tuple, do not count."""
+    return re.split(r",(?![^(]*\))", text)
+
+
 def budgets(text: str) -> list[str]:
-    """The names in the comma-separated ``text``.
+    """The budgets in ``text``.
 
     Raises:
       ValueError: one of them is no budget.
     """
-    names = text.split(",")
+    names = names_in(text)
     if unknown := set(names).difference(BUDGETS):
         raise ValueError(f"--budgets={text}: no budget {unknown}; give {' or '.join(BUDGETS)}")
     return names
+
+
+def seeds(text: str) -> list[int]:
+    """The seeds in ``text``.
+
+    Raises:
+      ValueError: one of them is no integer of at least 0.
+    """
+    if wrong := [seed for seed in names_in(text) if not seed.isdecimal()]:
+        raise ValueError(f"--seeds={text}: {wrong[0]!r} is no integer of at least 0")
+    return [int(seed) for seed in names_in(text)]
 
 
 def difference(values: np.ndarray, base: np.ndarray) -> str:
@@ -326,13 +342,21 @@ def table(rows: dict[str, list[dict[str, Any]]]) -> str:
 
 
 def make_plan(args: argparse.Namespace) -> Plan:
-    """The plan from the command line."""
+    """The plan from the command line.
+
+    Raises:
+      ValueError: there is no step, or ``--nf`` does not fit the network of the config.
+    """
+    if args.steps < 1 or args.start < 0:
+        raise ValueError(f"--steps={args.steps} --start={args.start}: give at least 1 and 0 steps")
 
     def base(steps: int) -> ConfigDict:
         config = runpy.run_path(args.config)["get_config"]()
         config.data.update(validation=args.validation, manual_dir=args.manual_dir)
         config.training.update(sample_every=0, keep_last=1, keep_every=0)
         config.eval.update(split=data.VALIDATION, max_images=args.images, sweeps=args.sweeps)
+        if args.nf and "nf" not in config.model:
+            raise ValueError(f"--nf={args.nf}: {args.config} has the network {config.model.name}")
         config.model.update({"nf": args.nf, "num_res_blocks": 1} if args.nf else {})
         return with_recipe(with_steps(config, steps), args.base)
 
@@ -344,13 +368,19 @@ def check_recipes(plan: Plan, recipes: list[str]) -> None:
     """Check, before the first training, that every recipe of ``recipes`` can be run.
 
     Raises:
-      ValueError: a recipe is no config, or cannot continue from a checkpoint of the base.
+      ValueError: a recipe is no config, has no column of the table, or cannot continue from a
+        checkpoint of the base.
     """
     base = plan.config(plan.start + plan.steps)
     begun = build.Experiment(base)
     metadata = {"config": begun.to_plain(), "smallest_time": begun.adapter.eps}
     for recipe in recipes:
         config = build.Experiment(with_recipe(base, recipe)).config
+        if (trained_on := config.data.dequantization) not in CELLS:
+            raise ValueError(
+                f"recipe {recipe!r}: data.dequantization={trained_on} has no column; give "
+                f"{' or '.join(CELLS)}"
+            )
         if plan.start:
             trained.check_training(config, metadata)
 
@@ -376,12 +406,12 @@ def main() -> None:
     for name, (default, text) in options.items():
         parser.add_argument(f"--{name}", type=type(default), default=default, help=text)
     args = parser.parse_args()
-    names = budgets(args.budgets)
-    plan, recipes = make_plan(args), list(dict.fromkeys(["", *args.recipes.split(",")]))
+    chosen, chosen_seeds = budgets(args.budgets), seeds(args.seeds)
+    plan, recipes = make_plan(args), list(dict.fromkeys(["", *names_in(args.recipes)]))
     check_recipes(plan, recipes)
-    for budget in names:
+    for budget in chosen:
         rows: dict[str, list[dict[str, Any]]] = {recipe: [] for recipe in recipes}
-        for seed in map(int, args.seeds.split(",")):
+        for seed in chosen_seeds:
             for recipe in recipes:
                 ratio = time_steps(plan, recipe)["ratio"] if budget == "time" and recipe else 1.0
                 # A ratio of 1, up to the noise of the measurement, leaves the number of steps as it

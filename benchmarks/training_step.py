@@ -36,6 +36,9 @@ from sbml.networks import _cpu
 from sbml.platform import compiler_options, one_cpu
 from sbml.runtime import cpu, sharding
 from sbml.runtime.state import Update, make_step
+from sbml.types import Array
+
+Loss = Callable[[Any, Any, Any], Array]  # of the parameters, the draws and what is frozen
 
 
 def experiment() -> build.Experiment:
@@ -46,19 +49,19 @@ def experiment() -> build.Experiment:
     return build.Experiment(config)
 
 
-def by_hand(e: build.Experiment):
+def by_hand(e: build.Experiment) -> Loss:
     """Z / 2 ||z - e(x_t, t)||^2 / d for a batch, where the network e predicts the noise.
 
     Only the noise is drawn under ``vmap``.
     """
 
-    def loss(params, draws, frozen):
+    def loss(params: Any, draws: Any, frozen: Any) -> Array:
         x, t, weight, keys = draws[:4]
         pairs = jax.vmap(jax.random.split)(keys)
         z = jax.vmap(lambda k: jax.random.normal(k, x.shape[1:]))(pairs[:, 0])
         alpha, sigma = e.sde.mean_coef(t), e.sde.std(t)
         x_t = alpha[:, None, None, None] * x + sigma[:, None, None, None] * z
-        noise = e.adapter.model.apply(
+        noise: Any = e.adapter.model.apply(
             {"params": params}, x_t, 999.0 * t, train=True, rngs={"dropout": pairs[0, 1]}
         )
         scale = weight * (e.sde.diffusion(t) / sigma) ** 2 / x[0].size
@@ -67,10 +70,10 @@ def by_hand(e: build.Experiment):
     return loss
 
 
-def one_by_one(e: build.Experiment):
+def one_by_one(e: build.Experiment) -> Loss:
     """``vmap(dsm)``: the network is called for one example at a time."""
 
-    def loss(params, draws, frozen):
+    def loss(params: Any, draws: Any, frozen: Any) -> Array:
         x, t, weight, keys = draws[:4]
         score = e.adapter(params)
         terms = jax.vmap(lambda x, t, k: losses.dsm(score, e.sde, x, t, k))(x, t, keys)

@@ -4,10 +4,12 @@ import pathlib
 from typing import Any
 
 import matplotlib
+from cycler import cycler
 from matplotlib.figure import Figure
 
-INK, MUTED, RULE = "#1b2026", "#59616c", "#d9dde3"
-COLOURS = ("#1d5fa6", "#a63a0a", "#2f7d4f", "#7a4fa3")
+from sbml.report.plots import ACCENT, INK, MUTED, RULE, WARN
+
+COLOURS = (ACCENT, WARN, "#2f7d4f", "#7a4fa3")
 STYLE: Any = {
     "font.size": 9,
     "text.color": INK,
@@ -17,7 +19,7 @@ STYLE: Any = {
     "axes.spines.right": False,
     "axes.grid": True,
     "axes.axisbelow": True,
-    "axes.prop_cycle": matplotlib.cycler(color=COLOURS),
+    "axes.prop_cycle": cycler(color=COLOURS),
     "grid.color": RULE,
     "grid.linewidth": 0.6,
     "xtick.color": MUTED,

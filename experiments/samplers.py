@@ -116,8 +116,8 @@ def main(path: str, workdir: str, out: str, images: int, steps: Sequence[int]) -
         run("ode", f"{tolerance:.0e}", options)
     test = experiment.images("test").images
     # A Frechet distance depends on n, so as many test images as samples are used, if possible.
-    rows = spread(len(test), images)
-    measure(TEST, f"n={len(rows)}", test[rows], 0)
+    chosen = test[spread(len(test), images)]
+    measure(TEST, f"n={len(chosen)}", chosen, 0)
     draw(points, f"{extract.names[0]}, n={images}", f"pixels, n={images}", folder / "distance.png")
     return points
 

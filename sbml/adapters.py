@@ -5,8 +5,8 @@ its output by ``sbml.predictions``, for x = alpha x_0 + sigma e. The parameteriz
 names in a config, are
 
     noise            F predicts the noise (Song et al.'s VP and subVP)
-    score            s = F / sigma (their VE with model.scale_by_sigma): ``scaled_score``
-    unscaled         s = F (their VE without model.scale_by_sigma): ``score``
+    score            s = F (their VE without model.scale_by_sigma)
+    scaled_score     s = F / sigma (their VE with model.scale_by_sigma)
     preconditioned   e = c_skip x + c_out F (Karras et al., EDM, NeurIPS 2022, for any linear SDE)
     residual         F predicts e - x (VDM)
     x0, velocity     F predicts x_0 or alpha e - sigma x_0
@@ -49,17 +49,11 @@ from sbml.types import Array, Batch, Example, Key, Pixels, Scalar, Vector, check
 Condition = Integer[Array, ""] | Float[Array, ""] | int
 
 LEVELS = "levels"
-# The key of ``predictions.NOISE`` for each parameterization.
-PARAMETERIZATIONS = {
-    "noise": "noise",
-    "score": "scaled_score",
-    "unscaled": "score",
-    "preconditioned": "preconditioned",
-    "residual": "residual",
-    "x0": "x0",
-    "velocity": "velocity",
-    LEVELS: "x0",  # with x / alpha as the noisy data
-}
+# All but ``levels`` are keys of ``predictions.NOISE``.
+PARAMETERIZATIONS = (
+    *("noise", "score", "scaled_score", "preconditioned", "residual", "x0", "velocity"),
+    LEVELS,
+)
 SCALED = ("preconditioned", "x0", "velocity", LEVELS)  # The input of these is x / sqrt(v).
 LABELS = ("time", "log_snr", "sigma", "scaled_log_snr")
 
@@ -71,7 +65,7 @@ class Adapter:
     Attributes:
       model: a Linen module called as ``model(x (n, *s), label (n,), train=...)``.
       sde: the forward process, an SDE or the noise levels of a discrete-time one.
-      parameterization: a key of ``PARAMETERIZATIONS``.
+      parameterization: one of ``PARAMETERIZATIONS``.
       label: ``time``, ``log_snr``, ``sigma`` or ``scaled_log_snr``.
       data_std: d, the data's standard deviation in [-1, 1].
       eps: the smallest time, where the ``log_snr`` label is 0.
@@ -105,7 +99,7 @@ class Adapter:
         if self.parameterization not in PARAMETERIZATIONS:
             raise ValueError(
                 f"unknown parameterization {self.parameterization!r}; "
-                f"choose from {tuple(PARAMETERIZATIONS)}"
+                f"choose from {PARAMETERIZATIONS}"
             )
         if self.label not in LABELS:
             raise ValueError(f"unknown time label {self.label!r}; choose from {LABELS}")
@@ -173,8 +167,7 @@ class Adapter:
                 f"the network returned shape {out.shape} for an input of {x.shape}: it must return "
                 "one number for each entry of the input"
             )
-        kind = PARAMETERIZATIONS[self.parameterization]
-        return NOISE[kind](out, x, alpha, sigma, self.data_std)
+        return NOISE[self.parameterization](out, x, alpha, sigma, self.data_std)
 
 
 @jax.tree_util.register_dataclass

@@ -67,9 +67,6 @@ from sbml.types import (
 
 Flat = Float[Array, "d"]
 
-# The two forms of the diffusion term, each with the argument ``trace`` of :func:`elbo`.
-FORMS: dict[str, Trace | None] = {"dsm": None, "ssm": Trace("exact")}
-
 FULL_DIMS = 256  # up to so many dimensions, a Gaussian control has a full covariance by default
 
 PILOT_DRAWS = 8  # times for each example, from which :func:`pilot` estimates the density

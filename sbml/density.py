@@ -278,14 +278,8 @@ class Density:
                 "levels=None: bits/dim are defined for integers only; give Density the number of "
                 "their levels"
             )
-        if not np.issubdtype(data.dtype, np.integer):
-            raise ValueError(f"pixels are of {data.dtype}: give integers 0 .. {self.levels - 1}")
+        bits.check_pixels(data, self.levels)
         self._check_shape(data)
-        if data.min() < 0 or data.max() >= self.levels:
-            raise ValueError(
-                f"pixels lie in {data.min()} .. {data.max()}: give integers 0 .. "
-                f"{self.levels - 1}, or another number of levels"
-            )
         return data, self.levels
 
     def _check_shape(self, data: np.ndarray) -> None:
@@ -318,8 +312,10 @@ class Density:
         rows_of = self._rows_of(estimator, target, data)
         subset = np.unique(np.linspace(0, len(data) - 1, min(len(data), SUBSET)).astype(int))
 
+        size = min(self.batch_size, exact_batch(self.dims) if estimator.exact else self.batch_size)
+
         def table(ids: np.ndarray, sweep: int, solver: Solver) -> Columns:
-            return self._in_batches(lambda ids: rows_of(ids, sweep, solver), ids)
+            return self._in_batches(lambda ids: rows_of(ids, sweep, solver), ids, size)
 
         gap = estimate.solver_error(table, ids, subset, self.solver, terms)
         budget = self.budget * dims
@@ -334,12 +330,11 @@ class Density:
         return self._in_batches(batch, np.arange(len(x)))["x"]
 
     def _in_batches(
-        self, batches: Callable[[np.ndarray], Any], ids: np.ndarray
+        self, batches: Callable[[np.ndarray], Any], ids: np.ndarray, size: int | None = None
     ) -> dict[str, np.ndarray]:
-        """The columns of all ``ids``, computed in batches; the last batch is padded."""
-        size = min(self.batch_size, len(ids))
-        if self._trace.kind == "exact":
-            size = min(size, exact_batch(self.dims))
+        """The columns of all ``ids``, in batches of ``size``, which is ``batch_size`` if it is
+        None; the last batch is padded."""
+        size = min(size or self.batch_size, len(ids))
         parts = []
         for start in range(0, len(ids), size):
             batch = ids[start : start + size]

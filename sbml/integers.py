@@ -32,9 +32,10 @@ mean kappa y and the standard deviation sqrt(V) u:
 with the constants d_j = -0.8, -0.4, 0, 0.4, 0.8. So the outputs keep their size at every noise;
 otherwise the network would have to copy y with an error below the size of the noise. If rho is
 smaller than a bin, only the levels around y matter for x^. If it is larger, the sum over k is
-replaced by an integral over all real numbers, which has a closed form. So the memory does not grow
-with L. The integral is close to the sum, except near the lowest and the highest level, because it
-extends beyond them. The decoder sums over all levels, a block of them at a time.
+replaced by an integral over [-1, 1], which has a closed form. So the memory does not grow
+with L. The integral is close to the sum, except for entries at the lowest or highest level: for the
+same outputs, their e^ differs by up to 0.2 at centres and 0.08 in bins, where rho is one bin, and
+by up to 0.02 where rho is four bins. The decoder sums over all levels, a block of them at a time.
 
 Reference: Kingma et al., "Variational Diffusion Models", NeurIPS 2021, where the decoder has no
 l_k.
@@ -167,9 +168,11 @@ def _near(
 ) -> tuple[Array, Array]:
     """log p(k | y) and m_k of the levels k around y, each ``(2 NEAR + 1, *s)``.
 
-    A rho above WIDE / levels, where the integral replaces the sum, is replaced by WIDE / levels.
+    For a rho of WIDE / levels or more, the integral replaces the sum. There y is replaced by 0 and
+    rho by WIDE / levels, because the gradient of the sum may be infinite for a y far outside.
     """
-    y, rho = y[None], jnp.broadcast_to(jnp.minimum(rho, WIDE / levels), y.shape)[None]
+    y = jnp.where(rho < WIDE / levels, y, 0.0)[None]
+    rho = jnp.broadcast_to(jnp.minimum(rho, WIDE / levels), y.shape[1:])[None]
     nearest = jnp.round(((jax.lax.stop_gradient(y) + 1) * levels - 1) / 2)
     nearest = jnp.clip(nearest, NEAR, levels - 1 - NEAR)
     k = nearest + _first(jnp.arange(-NEAR, NEAR + 1, dtype=y.dtype), y[0])

@@ -110,22 +110,20 @@ def repeated_stderr(first: Values, second: Values, n: int) -> tuple[float, float
     return math.sqrt(float(np.mean(squares)) / (2 * n)), min(max(freedom, 1.0), m)
 
 
-def outliers(values: Values, width: float = 6.0) -> Integer[np.ndarray, " m"]:
-    """Indices of values further than ``width`` robust standard deviations from the median.
+def outliers(values: Values) -> Integer[np.ndarray, " m"]:
+    """Indices of values further than 6 robust standard deviations from the median.
 
     The robust standard deviation is 1.4826 times the median absolute deviation. It and the median
     are those of the finite values; values that are not finite are outliers. Outliers stay in the
     mean: they are listed so that the reader knows which values dominate it.
 
     Raises:
-      ValueError: ``values`` are no real numbers ``(n,)``, or ``width`` is negative or infinite.
+      ValueError: ``values`` are no real numbers ``(n,)``.
     """
-    if not 0 <= width < math.inf:
-        raise ValueError(f"width={width}: must be at least 0 and finite")
     values = real_numbers(values, "values", "n")
     finite = np.isfinite(values)
     if not finite.any():
         return np.arange(len(values))
     distance = np.abs(values - np.median(values[finite]))
-    near = distance <= width * 1.4826 * np.median(distance[finite])
+    near = distance <= 6 * 1.4826 * np.median(distance[finite])
     return np.flatnonzero(~(finite & near))

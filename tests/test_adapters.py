@@ -62,9 +62,9 @@ def by_hand(sde: SDE, parameterization: str, label: str) -> np.ndarray:
     alpha, sigma = alpha.reshape(-1, 1, 1, 1), sigma.reshape(-1, 1, 1, 1)
     if parameterization == "noise":
         return -(0.7 * X + 0.01 * told) / sigma
-    if parameterization == "score":
+    if parameterization == "scaled_score":
         return (0.7 * X + 0.01 * told) / sigma
-    if parameterization == "unscaled":
+    if parameterization == "score":
         return 0.7 * X + 0.01 * told
     if parameterization == "residual":
         return -(X + 0.7 * X + 0.01 * told) / sigma

@@ -222,11 +222,11 @@ def test_the_table_of_an_evaluation():
 def test_hutchinson_with_several_samples_is_refused_with_the_reason():
     config = tiny.get_config()
     config.eval.num_importance = (1, 20)
-    assert build.Experiment(config).trace(20).kind == "exact"
-    assert build.Experiment(config).trace(1) == Trace("rademacher", 2)
-    rows_of_old = build.Experiment(config).trace(20)
+    assert build.Experiment(config).config.eval.divergence(20).kind == "exact"
+    assert build.Experiment(config).config.eval.divergence(1) == Trace("rademacher", 2)
+    rows_of_old = build.Experiment(config).config.eval.divergence(20)
     config.eval.probes = 3  # An exact trace has none: the same rows.
-    assert build.Experiment(config).trace(20) == rows_of_old
+    assert build.Experiment(config).config.eval.divergence(20) == rows_of_old
     config.eval.trace = "rademacher"
     with pytest.raises(ValueError, match="would make the model look better than it is"):
         build.Experiment(config)

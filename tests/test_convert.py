@@ -109,7 +109,7 @@ def test_the_report_warns_that_the_training_data_are_not_known(converted: Path) 
     fitted = architecture.of_workdir(config(), converted)
     metadata = build.Experiment(fitted).restore(converted).metadata
     assert metadata["config"]["data"]["dequantization"] == "none"
-    assert "not known" in trained.warn_if_other_data(metadata, None)[0]
+    assert "not known" in trained.other_data(metadata, None)[0]
 
 
 def test_a_second_conversion_is_refused(converted: Path, tmp_path: Path) -> None:
@@ -203,7 +203,7 @@ def test_scores_follow_their_conventions(name: str, embedding: str, tmp_path: Pa
         chosen = config()
         chosen.sde.update(name=name, learned=True)  # Its numbers are fixed after a conversion.
         if divides:
-            chosen.score.parameterization = "score"
+            chosen.score.parameterization = "scaled_score"
         convert.run(chosen, tmp_path / f"ours{divides}", tmp_path)
         fitted = architecture.of_workdir(chosen, tmp_path / f"ours{divides}")
         assert not fitted.sde.learned

@@ -83,7 +83,7 @@ def test_the_two_are_never_compared(one: str, other: str, archives: data.Options
         imagenet32.check_comparable(one, "digits", other)
     images = data.load("imagenet32:new", "test", archives)
     with pytest.raises(ValueError, match="must not be compared"):
-        trained.warn_if_other_data({"data": {"name": "imagenet32:old", "sha256": ""}}, images)
+        trained.other_data({"data": {"name": "imagenet32:old", "sha256": ""}}, images)
 
 
 def test_what_may_be_compared() -> None:

@@ -135,8 +135,8 @@ def test_a_checkpoint_knows_what_was_held_out(caplog: pytest.LogCaptureFixture) 
     experiment = build.Experiment(config)
     rest = experiment.images("train")
     assert (len(rest), len(experiment.images(data.VALIDATION))) == (1337, 100)
-    assert trained.warn_if_other_data(experiment.provenance(rest), rest) == []
-    (warning,) = trained.warn_if_other_data(metadata, rest)
+    assert trained.other_data(experiment.provenance(rest), rest) == []
+    (warning,) = trained.other_data(metadata, rest)
     assert "other data" in warning and "1337" in warning
 
 
@@ -150,6 +150,6 @@ def test_a_checkpoint_knows_on_what_it_was_trained_first(tmp_path: Path) -> None
         train.run(config, tmp_path)
         experiment = build.Experiment(config)
         metadata = experiment.restore(tmp_path).metadata
-        warnings = trained.warn_if_other_data(metadata, experiment.images("train"))
+        warnings = trained.other_data(metadata, experiment.images("train"))
         assert len(warnings) == count, warnings
         assert all("other data" in warning for warning in warnings)

@@ -257,6 +257,37 @@ def test_mass_and_mean_between_two_ends(start, width):
         np.testing.assert_allclose(slopes, expected, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.parametrize("data", integers.DATA)
+def test_a_mixture_of_one_gives_the_noise_of_gaussian_data(data):
+    """For data N(0, s^2) the posterior mean is s^2 y / (s^2 + rho^2), up to the bins' width and the
+    mass outside [-1, 1]. The outputs make the first component N(0, s^2) at every y and rho."""
+    s, y = 0.2, jnp.linspace(-0.6, 0.6, 13)
+    for rho in (0.02, 0.1, 1.0, 20.0):
+        kappa = 0.25 / (0.25 + rho**2)
+        u = math.sqrt(1 - kappa)
+        scale = math.log(math.expm1((s - 2 / MANY) / (0.4 * u))) - 0.5
+        first = jnp.stack([0 * y, 0.8 - kappa * y / u, scale + 0 * y], axis=-1)
+        others = jnp.broadcast_to(jnp.asarray([-50.0, 0.0, 0.0]), (*y.shape, 4, 3))
+        out = jnp.concatenate([first[:, None], others], axis=1).swapaxes(1, 2).reshape(len(y), -1)
+        found = (y - posterior_mean(out, y, jnp.asarray(rho), MANY, data)) / rho
+        np.testing.assert_allclose(found, rho * y / (s**2 + rho**2), atol=1e-6)
+
+
+@pytest.mark.parametrize("data", integers.DATA)
+def test_gradients_are_finite_at_the_largest_noise(data):
+    """They pass through both branches, the sum over levels around y and the integral."""
+    rng = np.random.default_rng(0)
+    y = jnp.asarray(1e5 * rng.normal(size=300), jnp.float32)
+    out = jnp.asarray(rng.normal(size=(300, integers.outputs(MANY))), jnp.float32)
+
+    @jax.jit
+    @jax.grad
+    def gradient(out, rho):
+        return posterior_mean(out, y, rho, MANY, data).sum()
+
+    assert jnp.all(jnp.isfinite(gradient(out, jnp.float32(1e5))))
+
+
 def test_wrong_outputs_and_data_are_refused():
     out, y = jnp.zeros((3, 4)), jnp.zeros(3)
     with pytest.raises(ValueError, match=r"needs \(3, 5\), that is outputs=5"):

@@ -65,6 +65,21 @@ def test_what_does_not_exist_is_refused(recipe: str, message: str) -> None:
         recipes.with_recipe(default(), recipe)
 
 
+def test_commas_in_a_tuple_do_not_separate_recipes() -> None:
+    names = recipes.names_in("centre+model.ch_mult=(1,2),noise,model.fourier=(8.5,17.0)")
+    assert names == ["centre+model.ch_mult=(1,2)", "noise", "model.fourier=(8.5,17.0)"]
+    assert recipes.with_recipe(default(), names[0]).model.ch_mult == (1, 2)
+
+
+def test_runs_without_a_column_or_seed_are_refused(tmp_path: pathlib.Path) -> None:
+    recipes.check_recipes(plan(tmp_path), ["", "centre"])
+    with pytest.raises(ValueError, match="data.dequantization=none has no column"):
+        recipes.check_recipes(plan(tmp_path), ["data.dequantization=none"])
+    assert recipes.seeds("0,12") == [0, 12]
+    with pytest.raises(ValueError, match=r"--seeds=0,a: 'a' is no integer"):
+        recipes.seeds("0,a")
+
+
 def line(seed: int, **values: list[float]) -> dict:
     return {"seed": seed, "steps": 7, "bits_per_dim": values}
 

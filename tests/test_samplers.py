@@ -182,8 +182,7 @@ def test_order_of_the_deterministic_maps(sampler: str, order: int, name: str) ->
         [],
     )  # These samplers do not use the keys.
     for steps in (100, 200):
-        options = {"lower_order_final": False} if sampler == "dpm_solver" else {}
-        chosen = samplers.SAMPLERS[sampler](steps=steps, spacing="log_snr", **options)
+        chosen = samplers.SAMPLERS[sampler](steps=steps, spacing="log_snr")
         run = jax.jit(jax.vmap(partial(chosen, data.score, sde, eps=EPS)))
         errors.append(float(jnp.abs(run(z, keys)[0] - truth).max()))
     np.testing.assert_allclose(np.log2(errors[0] / errors[1]), order, atol=0.25)

@@ -1,7 +1,6 @@
 """Training survives kills bitwise, and does not depend on how many devices or processes it has."""
 
 import json
-import logging
 import os
 import shutil
 import signal
@@ -194,7 +193,10 @@ def test_going_on_otherwise_is_said(tmp_path, caplog):
     assert said.endswith(f"began with: {changes}")
     config.training.num_steps = 6
     train.run(config, tmp_path)
-    assert "step 8 is past training.num_steps=6" in caplog.text
+    assert "nothing is trained from step 8 on: training.num_steps=6" in caplog.text
+    config.training.update(num_steps=8, second_order=0.1)
+    train.run(config, tmp_path)
+    assert "nothing is trained from step 8 on: training.num_steps=8" in caplog.text
 
 
 def test_a_second_order_training_goes_on_from_a_checkpoint(tmp_path, caplog):
@@ -216,15 +218,15 @@ def test_a_second_order_training_goes_on_from_a_checkpoint(tmp_path, caplog):
 
 
 @pytest.mark.parametrize("schedule", ["constant", "cosine"])
-def test_more_steps_train_otherwise_under_a_cosine(schedule, caplog):
+def test_more_steps_train_otherwise_under_a_cosine(schedule):
     """Where the learning rate has come to zero, it is back near its peak for more steps."""
     told = []
     for steps in (40, 400):
         config = tiny.get_config()
         config.update({"optim": {"schedule": schedule}, "training": {"num_steps": steps}})
         told.append({"config": build.Experiment(config).to_plain()})
-    trained.warn_if_trained_otherwise(*told, "")
-    assert ("training.num_steps 40 -> 400" in caplog.text) == (schedule == "cosine")
+    expected = ["training.num_steps 40 -> 400"] if schedule == "cosine" else []
+    assert trained.changed_settings(*told, "") == expected
 
 
 def test_a_dispatch_of_many_steps_has_one_speed(tmp_path):
@@ -380,14 +382,13 @@ def test_a_wrong_config_is_not_a_damaged_checkpoint(whole):
         build.Experiment(config).restore(whole)
 
 
-def test_other_data_warns(whole, caplog):
+def test_other_data_are_named(whole):
     experiment = build.Experiment(tiny.get_config())
     restored = experiment.restore(epath.Path(whole))
     train_set = experiment.images("train")
-    assert trained.warn_if_other_data(restored.metadata, train_set) == []
-    with caplog.at_level(logging.WARNING, logger="absl"):
-        (warning,) = trained.warn_if_other_data(restored.metadata, experiment.images("test"))
-    assert "sha256" in warning and warning in caplog.text
+    assert trained.other_data(restored.metadata, train_set) == []
+    (warning,) = trained.other_data(restored.metadata, experiment.images("test"))
+    assert "sha256" in warning
 
 
 def test_provenance_is_in_the_checkpoint(whole):

@@ -4,7 +4,7 @@ Models".
 They belong to two small models with random weights, for images of 8x8x3 with 256 levels. ``wide``
 has 64 channels, and its noise schedule is a network. The noise schedule of ``scalar`` has two
 numbers; only results that do not need its network are stored. Weights, inputs and random draws are
-float32. The results were computed from them in float64.
+float32. The results were computed from them in float64, and those called ``float32`` in float32.
 """
 
 from pathlib import Path

@@ -9,9 +9,8 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from sbml.report.images import image_grid
+from sbml.report.plots import ACCENT, INK, MUTED
 from sbml.runtime.workdir import EVALUATION, SAMPLES, Workdir
-
-INK, MUTED, ACCENT = "#1b2026", "#59616c", "#1d5fa6"
 
 
 def main(source: str, target: str) -> None:

@@ -55,9 +55,9 @@ class Convention(NamedTuple):
 
 
 _NOISE = Convention(("noise",), "time", "fourier_linear")
-# "score" is for networks that divide by sigma themselves (model.scale_by_sigma of their code, which
-# none of their configs sets).
-_SCORE = Convention(("unscaled", "score"), "sigma", "fourier")
+# "scaled_score" is for networks that divide by sigma themselves. None of their configs sets this
+# (model.scale_by_sigma).
+_SCORE = Convention(("score", "scaled_score"), "sigma", "fourier")
 CONVENTIONS = {"vp": _NOISE, "subvp": _NOISE, "ve": _SCORE, "linear_ve": _NOISE}
 
 

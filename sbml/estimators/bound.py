@@ -60,7 +60,8 @@ class Estimator(base.Estimator):
             terms = model.bound(params, score, target.sde, data, key, target.levels, **draws)
             return {**terms._asdict(), "dequantization": jnp.zeros(())}, u.size + model.calls
         x, log_q = target.sample(params, data, u_key)
-        terms = bound.elbo(score, target.sde, x, key, **draws)
+        trace = getattr(self, "trace", None)  # Only the form of ``bound_ssm`` has one.
+        terms = bound.elbo(score, target.sde, x, key, trace=trace, **draws)
         return {**terms._asdict(), "dequantization": log_q}, u.size + 1
 
     def scale_nats(self, target: Target, shape: tuple[int, ...]) -> float:

@@ -8,18 +8,13 @@ It has the same expectation as the denoising form, but more noise, and no Gaussi
 import dataclasses
 from typing import Any, ClassVar
 
-import jax
-
-from sbml import bound, dequantizers
-from sbml.bound import Reduction
+from sbml import dequantizers
 from sbml.divergence import Trace
-from sbml.estimators import bound as dsm
-from sbml.estimators.base import Count, Data, Target
-from sbml.types import Key, Scalar, Score
+from sbml.estimators import bound
 
 
 @dataclasses.dataclass(frozen=True)
-class Estimator(dsm.Estimator):
+class Estimator(bound.Estimator):
     """The evidence bound in its score-matching form."""
 
     reducible: ClassVar[bool] = False
@@ -34,19 +29,3 @@ class Estimator(dsm.Estimator):
                 "estimator bound"
             )
         return super().reason_undefined(dequantizer, num_importance)
-
-    def one(
-        self,
-        score: Score,
-        params: Any,
-        data: Data,
-        key: Key,
-        u: Any,
-        method: Reduction,
-        target: Target,
-    ) -> tuple[dict[str, Scalar], Count]:
-        u_key, key = jax.random.split(key)
-        x, log_q = target.sample(params, data, u_key)
-        draws: dict[str, Any] = {"eps": target.eps, "u": u, "reduction": method}
-        terms = bound.elbo(score, target.sde, x, key, trace=self.trace, **draws)
-        return {**terms._asdict(), "dequantization": log_q}, u.size + 1

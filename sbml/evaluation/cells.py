@@ -285,8 +285,6 @@ class CellRun:
     def result(self, number: Estimate) -> Result:
         """The result as a report shows it; ``number`` is the estimate from :meth:`finish`."""
         checkpoint, trace = self.dequantization.restored, getattr(self.estimator, "trace", None)
-        if self.cell.is_bound:
-            trace = None
         return Result.of(
             number,
             self.ids,
@@ -306,7 +304,7 @@ class CellRun:
 def estimator(experiment: Experiment, cell: Cell) -> Estimator:
     """The estimator of ``cell``, with those settings of the config that its class has."""
     settings = {
-        "trace": experiment.trace(cell.num_importance),
+        "trace": experiment.config.eval.divergence(cell.num_importance),
         "num_importance": cell.num_importance,
     }
     fields = {field.name for field in dataclasses.fields(cell.kind)}

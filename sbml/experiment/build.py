@@ -15,8 +15,7 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from sbml import adapters, data, discrete
-from sbml.divergence import Trace
-from sbml.experiment import architecture, evaluation, schedule, trained
+from sbml.experiment import architecture, schedule, trained
 from sbml.experiment.config import Config
 from sbml.experiment.noise import loss_unit, smallest_time, smallest_trained_time
 from sbml.runtime import sharding
@@ -84,7 +83,7 @@ class Experiment:
         self.eval_eps: Final = c.eval.eps(self.sde, first)
         self.discrete_eps: Final = discrete.smallest_time(self.sde, self.levels, self.eval_eps, tau)
         self.eval_solver: Final = c.eval.solver()
-        self.cells: Final = evaluation.cells(c.eval)
+        self.cells: Final = c.eval.cells()
         self.sampling_eps: Final = c.sampling.eps(self.sde, max(1e-3, first))
         self.sampler: Final = c.sampling.build()
 
@@ -93,10 +92,6 @@ class Experiment:
         self.dequantizer_optimizer: Final = c.dequantizer.optim.transformation(
             c.dequantizer.training.num_steps, 1 / math.prod(self.shape)
         )
-
-    def trace(self, num_importance: int = 1) -> Trace:
-        """How the divergence is computed with K draws of the dequantizer."""
-        return evaluation.trace(self.config.eval, num_importance)
 
     def dequantizer(self, name: str) -> Any:
         """The dequantizer called ``name``, for these levels and this SDE.
@@ -208,6 +203,16 @@ class Experiment:
             template,
             missing="no checkpoint in {}: train first (--mode=train), or name the run's --workdir",
         )
+
+    def restored(self, workdir: epath.PathLike) -> tuple["Experiment", Restored]:
+        """The newest undamaged checkpoint of ``workdir``, and this experiment with the numbers of
+        its SDE as they were trained.
+
+        Raises:
+          ValueError: as in :meth:`restore`.
+        """
+        restored = self.restore(workdir)
+        return self.with_learned_schedule(restored.state.ema_params), restored
 
     def restore_dequantizer(self, workdir: epath.PathLike, images: data.ImageSet) -> Restored:
         """The newest undamaged checkpoint of the dequantizer trained in ``workdir``.

@@ -89,7 +89,7 @@ class Eval(Solving):
 
     def check(self) -> None:
         """Check the table, and that a learned density of times has a proposal in log-SNR."""
-        cells(self)
+        self.cells()
         check_importance(self.section, self.importance_sampling, self.importance)
         if self.proposal != "importance" and self.proposal_bins:
             raise ValueError(
@@ -104,60 +104,61 @@ class Eval(Solving):
         """The name of the proposal of the bound's times, a key of ``times.PROPOSALS``."""
         return proposal_name(self.importance_sampling, self.importance)
 
+    def cells(self) -> list[Cell]:
+        """The table that ``config.eval`` asks for, undefined cells included.
 
-def cells(section: Eval) -> list[Cell]:
-    """The table that ``config.eval`` asks for, undefined cells included.
-
-    Raises:
-      ValueError: for an unknown choice, a table without numbers, K > 1 with a trace that is not
-        exact, or a ``target_se`` without a bound.
-    """
-    registries = {
-        "estimators": estimators.ESTIMATORS,
-        "dequantizers": dequantizers.DEQUANTIZERS,
-    }
-    chosen = {field: choices_in(getattr(section, field)) for field in registries}
-    for field, choices in registries.items():
-        if field == "dequantizers" and "none" in chosen[field]:
+        Raises:
+          ValueError: for an unknown choice, a table without numbers, K > 1 with a trace that is not
+            exact, or a ``target_se`` without a bound.
+        """
+        registries = {
+            "estimators": estimators.ESTIMATORS,
+            "dequantizers": dequantizers.DEQUANTIZERS,
+        }
+        chosen = {field: choices_in(getattr(self, field)) for field in registries}
+        for field, choices in registries.items():
+            if field == "dequantizers" and "none" in chosen[field]:
+                raise ValueError(
+                    "eval.dequantizers=none is refused: integers have no density, so a model's "
+                    "density at them can grow without limit; choose from "
+                    f"{', '.join(sorted(choices))}"
+                )
+            for name in chosen[field]:
+                check_choice(f"eval.{field}", name, choices)
+        table = [
+            Cell(estimator, dequantizer, count)
+            for estimator in dict.fromkeys(chosen["estimators"])  # A name given twice counts once.
+            for dequantizer in dict.fromkeys(chosen["dequantizers"])
+            for count in dict.fromkeys(self.num_importance)
+        ]
+        if all(cell.reason_undefined for cell in table):
+            raise ValueError(f"no number to compute: {table[0].name}: {table[0].reason_undefined}")
+        if self.target_se and not any(
+            cell.is_bound and not cell.reason_undefined for cell in table
+        ):
             raise ValueError(
-                "eval.dequantizers=none is refused: integers have no density, so a model's density "
-                "at them can grow without limit; choose from "
-                f"{', '.join(sorted(choices))}"
+                f"eval.target_se={self.target_se}: only a bound is swept until this standard error "
+                "is reached; add bound to eval.estimators, or set --config.eval.target_se=0"
             )
-        for name in chosen[field]:
-            check_choice(f"eval.{field}", name, choices)
-    table = [
-        Cell(estimator, dequantizer, count)
-        for estimator in dict.fromkeys(chosen["estimators"])  # A name given twice counts once.
-        for dequantizer in dict.fromkeys(chosen["dequantizers"])
-        for count in dict.fromkeys(section.num_importance)
-    ]
-    if all(cell.reason_undefined for cell in table):
-        raise ValueError(f"no number to compute: {table[0].name}: {table[0].reason_undefined}")
-    if section.target_se and not any(cell.is_bound and not cell.reason_undefined for cell in table):
-        raise ValueError(
-            f"eval.target_se={section.target_se}: only a bound is swept until this standard error "
-            "is reached; add bound to eval.estimators, or set --config.eval.target_se=0"
-        )
-    for cell in table:
-        trace(section, cell.num_importance)  # This raises an error if the trace does not fit K.
-    return table
+        for cell in table:
+            self.divergence(cell.num_importance)  # It raises if the trace does not fit K.
+        return table
 
+    def divergence(self, num_importance: int = 1) -> Trace:
+        """How the divergence is computed with K = ``num_importance`` draws of the dequantizer.
 
-def trace(section: Eval, num_importance: int = 1) -> Trace:
-    """How the divergence is computed with K = ``num_importance`` draws of the dequantizer.
+        This is ``eval.trace``. If it is None, K = 1 has Rademacher probes, and K > 1 the exact
+        trace.
 
-    This is ``eval.trace``. If it is None, K = 1 has Rademacher probes and K > 1 the exact trace.
-
-    Raises:
-      ValueError: K > 1 with a trace that is not exact.
-    """
-    kind = section.trace
-    if num_importance > 1 and kind not in (None, "exact"):
-        raise ValueError(
-            f"eval.trace={kind} with eval.num_importance={num_importance}: the noise of "
-            "Hutchinson's trace would make the model look better than it is, by 0.15 bits/dim at "
-            "K = 20 in one measurement; set --config.eval.trace=exact"
-        )
-    kind = kind or ("exact" if num_importance > 1 else "rademacher")
-    return Trace(kind) if kind == "exact" else Trace(kind, section.probes)
+        Raises:
+          ValueError: K > 1 with a trace that is not exact.
+        """
+        kind = self.trace
+        if num_importance > 1 and kind not in (None, "exact"):
+            raise ValueError(
+                f"eval.trace={kind} with eval.num_importance={num_importance}: the noise of "
+                "Hutchinson's trace would make the model look better than it is, by 0.15 bits/dim "
+                "at K = 20 in one measurement; set --config.eval.trace=exact"
+            )
+        kind = kind or ("exact" if num_importance > 1 else "rademacher")
+        return Trace(kind) if kind == "exact" else Trace(kind, self.probes)

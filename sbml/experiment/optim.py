@@ -41,7 +41,7 @@ class Optim(Section):
 
     def warn_if_short(self, num_steps: int) -> None:
         """Log warnings if a run of ``num_steps`` does not fit the warm-up or the average."""
-        if self.schedule == "constant" and num_steps <= self.warmup:
+        if num_steps <= self.warmup:
             logging.warning(
                 "%s.warmup=%d in a run of %d steps: the learning rate only rises, to %g; set "
                 "--config.%s.warmup=%d",

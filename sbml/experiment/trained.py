@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-from absl import logging
+from flax.traverse_util import flatten_dict
 
 from sbml import adapters, data
 from sbml.experiment import architecture, noise
@@ -21,8 +21,8 @@ Metadata = dict[str, Any]
 def _noise(metadata: Metadata) -> tuple[SDE, Training, float]:
     """The forward process, the training settings and the smallest time of a checkpoint.
 
-    A checkpoint of an older version may lack the smallest time. Such a model was trained from the
-    paper's smallest time on, also on bin centres.
+    A converted checkpoint has no smallest time. Such a model was trained from the paper's smallest
+    time on, also on bin centres.
     """
     stored = metadata["config"]
     sde = Process.of(stored["sde"], complete=False).build()
@@ -133,16 +133,16 @@ def check_dequantizer(config: Config, metadata: Metadata) -> None:
     architecture.check(config.plain(), metadata["config"], ("dequantizer.model",))
 
 
-# Settings that do not change the training. The number of steps does change it under a cosine
-# schedule.
+# Settings of the sections ``training`` and ``optim`` that do not change the training. The number of
+# steps does change it under a cosine schedule.
 FREE = {
     *("num_steps", "steps_per_dispatch", "shard_state", "log_every"),
     *("checkpoint_every", "keep_last", "keep_every", "sample_every"),
 }
 
 
-def warn_if_trained_otherwise(metadata: Metadata, ours: Metadata, field: str) -> None:
-    """Warn if training continues with other settings than those in the checkpoint's ``metadata``.
+def changed_settings(metadata: Metadata, ours: Metadata, field: str) -> list[str]:
+    """The settings with which training continues otherwise than the checkpoint's ``metadata`` say.
 
     Other settings are allowed, but later checkpoints record only the new ones.
 
@@ -150,32 +150,19 @@ def warn_if_trained_otherwise(metadata: Metadata, ours: Metadata, field: str) ->
       metadata: the metadata of the checkpoint.
       ours: the metadata of the continued run.
       field: the prefix of the sections ``training`` and ``optim``: empty or ``dequantizer.``.
+
+    Returns:
+      "name before -> now" for each of them.
     """
-
-    def parent(config: dict[str, Any]) -> dict[str, Any]:
-        return config[field.rstrip(".")] if field else config
-
-    cosine = parent(ours["config"])["optim"]["schedule"] == "cosine"
-    free = FREE - ({"num_steps"} if cosine else set())
-
-    def settings(config: dict[str, Any]) -> dict[str, Any]:
-        sections = {s: parent(config)[s] for s in ("training", "optim")}
-        values = {f"{field}{s}.{k}": v for s, fields in sections.items() for k, v in fields.items()}
-        values = {name: v for name, v in values.items() if name.rpartition(".")[2] not in free}
-        data = {f"data.{k}": config["data"][k] for k in ("dequantization", "flip")}
-        model = parent(config)["model"]
-        network = {f"{field}model.{k}": model.get(k) for k in ("dropout", "dtype", "clipped")}
-        # A dequantizer's loss is the bound with the times and the smallest time of these fields.
-        fields_of_bound = (("training", "times"), ("eval", "smallest_time")) if field else ()
-        bound = {f"{s}.{k}": config[s].get(k) for s, k in fields_of_bound}
-        return {"seed": config["seed"], **data, **network, **bound, **values}
-
-    before, now = settings(metadata["config"]), settings(ours["config"])
-    changed = [f"{k} {before.get(k)} -> {v}" for k, v in now.items() if before.get(k) != v]
-    if changed:
-        logging.warning(
-            "training continues with other settings than it began with: %s", ", ".join(changed)
-        )
+    before, now = (flatten_dict(m["config"], sep=".") for m in (metadata, ours))
+    free = FREE - ({"num_steps"} if now[f"{field}optim.schedule"] == "cosine" else set())
+    sections = (f"{field}training.", f"{field}optim.")
+    names = ["seed", "data.dequantization", "data.flip"]
+    names += [f"{field}model.{k}" for k in ("dropout", "dtype", "clipped")]
+    if field:  # A dequantizer's loss is the bound with these times and this smallest time.
+        names += ["training.times", "eval.smallest_time"]
+    names += [k for k in now if k.startswith(sections) and k.rpartition(".")[2] not in free]
+    return [f"{k} {before.get(k)} -> {v}" for k in names if (v := now.get(k)) != before.get(k)]
 
 
 def earlier_data(metadata: Metadata, images: data.ImageSet) -> list[dict[str, Any] | None]:
@@ -187,12 +174,9 @@ def earlier_data(metadata: Metadata, images: data.ImageSet) -> list[dict[str, An
     return [d for i, d in enumerate(different) if d not in different[:i]]
 
 
-def warn_if_other_data(metadata: Metadata, images: data.ImageSet) -> list[str]:
-    """Log a conspicuous warning if a checkpoint was trained on other data than ``images``, also
-    if it was trained on ``images`` afterwards.
-
-    Returns:
-      The warnings, for a report; an empty list if the data are the same.
+def other_data(metadata: Metadata, images: data.ImageSet) -> list[str]:
+    """Warnings if a checkpoint was trained on other data than ``images``, also if it was trained
+    on ``images`` afterwards.
 
     Raises:
       ValueError: the data are the two versions of ImageNet 32x32, which must not be compared.
@@ -208,7 +192,5 @@ def warn_if_other_data(metadata: Metadata, images: data.ImageSet) -> list[str]:
         if stored["sha256"] != present["sha256"]:
             changed = {k: (stored.get(k), v) for k, v in present.items() if stored.get(k) != v}
             first = " first" if i < len(earlier) else ""
-            message = f"the model was{first} trained on other data than this: {changed}"
-            logging.warning("%s\n  %s\n%s", "!" * 80, message, "!" * 80)
-            warnings.append(message)
+            warnings.append(f"the model was{first} trained on other data than this: {changed}")
     return warnings

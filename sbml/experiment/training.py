@@ -125,6 +125,11 @@ class Training(Loop):
         return self.noises == "antithetic"
 
     @property
+    def rows_per_image(self) -> int:
+        """The number of rows that an image has in a batch."""
+        return 2 if self.antithetic else 1
+
+    @property
     def adapts(self) -> bool:
         """Whether the density of the times follows the noise of the loss during training."""
         return self.proposal_bins > 0

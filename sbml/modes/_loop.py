@@ -186,15 +186,18 @@ class _Trainer:
                 )
             return sharding.initial_state(self.task.init, self.mesh, shard_state=shard_state), 0
         logging.info("Resuming from step %d of %s", restored.step, self.checkpoints.directory)
-        trained.warn_if_other_data(restored.metadata, self.task.images)
+        for warning in trained.other_data(restored.metadata, self.task.images):
+            logging.warning(warning)
         if earlier := trained.earlier_data(restored.metadata, self.task.images):
             self.provenance = {**self.task.provenance, "earlier_data": earlier}
-        trained.warn_if_trained_otherwise(restored.metadata, self.task.provenance, self.task.field)
-        if restored.step > self.training.num_steps:
-            logging.warning(
-                "step %d is past %straining.num_steps=%d: nothing is trained",
-                *(restored.step, self.task.field, self.training.num_steps),
-            )
+        field, last = self.task.field, self.training.num_steps
+        changed = trained.changed_settings(restored.metadata, self.task.provenance, field)
+        if changed:
+            names = ", ".join(changed)
+            logging.warning("training continues with other settings than it began with: %s", names)
+        if restored.step > last or (changed and restored.step == last):
+            text = "nothing is trained from step %d on: %straining.num_steps=%d"
+            logging.warning(text, restored.step, field, last)
         return restored.state, restored.step
 
     def _set_aside_pictures(self) -> None:

@@ -129,7 +129,7 @@ def _baselines(train: ImageSet, images: ImageSet, ids: np.ndarray) -> list[dict[
 
 def _training_mismatch(restored: Restored, train: ImageSet, eps: float) -> list[str]:
     """Warnings if the model was trained on other data, other times, or without dequantization."""
-    warnings = trained.warn_if_other_data(restored.metadata, train)
+    warnings = trained.other_data(restored.metadata, train)
     warnings += trained.unseen_times(restored.metadata, eps)
     if restored.metadata["config"]["data"]["dequantization"] == "none":
         warnings.append(
@@ -276,8 +276,7 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
 
 def _run(experiment: Experiment, workdir: Workdir) -> None:
     config = experiment.config
-    restored = experiment.restore(workdir)
-    experiment = experiment.with_learned_schedule(restored.state.ema_params)
+    experiment, restored = experiment.restored(workdir)
     images, train = experiment.images(config.eval.split), experiment.images("train")
     defined = [cell for cell in experiment.cells if not cell.reason_undefined]
     undefined = {
@@ -294,15 +293,16 @@ def _run(experiment: Experiment, workdir: Workdir) -> None:
     shared = Evaluation(experiment, restored, images, control, density, workdir)
     for dequantizer in dequantizations.values():
         cells.check_first_batch(shared, dequantizer)
-    warnings = _warnings(shared, train, dequantizations)
+    before = _warnings(shared, train, dequantizations)
+    for warning in before:  # They are logged before the work, so that it can be stopped.
+        logging.warning(warning)
     with shared.preemption:
         tables, results, of_rows = _fill(shared, defined, dequantizations)
     shared_table = tables[PER_IMAGE]
     if images.ids:
         shared_table["name"] = np.asarray(images.ids)[shared_table["id"]]
-    warnings += [warning for result in results for warning in result.warnings(images.ids)]
-    warnings += of_rows
-    for warning in warnings:
+    of_results = [warning for result in results for warning in result.warnings(images.ids)]
+    for warning in (*of_results, *of_rows):
         logging.warning(warning)
     left_out = baselines.omitted(train.images)
     evaluation = {
@@ -311,7 +311,7 @@ def _run(experiment: Experiment, workdir: Workdir) -> None:
         **({"undefined": undefined} if undefined else {}),
         "baselines": _baselines(train, images, shared_table["id"]),
         **({"baselines_left_out": left_out} if left_out else {}),
-        "warnings": warnings,
+        "warnings": [*before, *of_results, *of_rows],
         "model": {"name": config.model.name, "parameters": experiment.parameter_count()},
         "checkpoint": {
             "step": restored.step,

@@ -10,6 +10,7 @@ Here S is the standard deviation of the prior, ``sde.prior_std``.
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -30,19 +31,21 @@ from sbml.sdes import SDE
 from sbml.types import Array, Score
 
 COMPLETIONS = 4  # number of completions of each image
-STATIC = ("sde", "eps", "solver")
 
 
-@functools.partial(jax.jit, static_argnames=STATIC)
+@functools.partial(jax.jit, static_argnames=("sde", "t0", "t1", "solver"))
+def _solve(score: Score, x: Array, *, sde: SDE, t0: float, t1: float, solver: Solver) -> Array:
+    return jax.vmap(lambda x: transport(score, sde, x, t0, t1, solver)[0])(x)
+
+
 def encode(score: Score, x: Array, *, sde: SDE, eps: float, solver: Solver) -> Array:
     """The latents ``(n, *s)`` at T of ``x (n, *s)`` at eps."""
-    return jax.vmap(lambda x: transport(score, sde, x, eps, sde.T, solver)[0])(x)
+    return _solve(score, x, sde=sde, t0=eps, t1=sde.T, solver=solver)
 
 
-@functools.partial(jax.jit, static_argnames=STATIC)
 def decode(score: Score, z: Array, *, sde: SDE, eps: float, solver: Solver) -> Array:
     """The images ``(n, *s)`` at eps of latents ``z (n, *s)`` at T."""
-    return jax.vmap(lambda z: transport(score, sde, z, sde.T, eps, solver)[0])(z)
+    return _solve(score, z, sde=sde, t0=sde.T, t1=eps, solver=solver)
 
 
 def interpolate(z: Array, frames: int) -> Array:
@@ -96,8 +99,8 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
 def _run(experiment: Experiment, workdir: Workdir) -> None:
     config = experiment.config
     options = config.latents
-    restored, images = experiment.restore(workdir), experiment.images(config.eval.split)
-    experiment = experiment.with_learned_schedule(restored.state.ema_params)
+    experiment, restored = experiment.restored(workdir)
+    images = experiment.images(config.eval.split)
     experiment = experiment.with_dequantization_of(restored)
     factor = to_bins(images.levels, experiment.config.data.dequantization)
     score = experiment.exact_adapter(restored.state.ema_params)
@@ -116,7 +119,7 @@ def _run(experiment: Experiment, workdir: Workdir) -> None:
     # The term ``correction`` of a likelihood corrects the error of the solver's path. There is no
     # such term here, so the tolerances are ten times smaller.
     solver = experiment.eval_solver.tighter(10)
-    ode = {"sde": experiment.sde, "eps": experiment.eval_eps, "solver": solver}
+    ode: dict[str, Any] = {"sde": experiment.sde, "eps": experiment.eval_eps, "solver": solver}
     z = encode(score, x, **ode)
     reconstruction = decode(score, z, **ode)
     error = sharding.to_host(jnp.abs(reconstruction - x).reshape(len(x), -1).max(axis=1))

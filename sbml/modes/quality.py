@@ -48,7 +48,9 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
     step = int(content["step"])
     train, test = experiment.images("train"), experiment.images("test")
     metadata = checkpoints.metadata()
-    warnings = [] if metadata is None else trained.warn_if_other_data(metadata, train)
+    warnings = [] if metadata is None else trained.other_data(metadata, train)
+    for warning in warnings:
+        logging.warning(warning)
     flip = (metadata or {}).get("config", {}).get("data", {}).get("flip", config.data.flip)
     values = distances_of_features(
         extract, content["images"], reference(experiment, extract, train)

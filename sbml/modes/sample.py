@@ -33,8 +33,7 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
 
 def _run(experiment: Experiment, workdir: Workdir) -> None:
     config = experiment.config
-    restored = experiment.restore(workdir)
-    experiment = experiment.with_learned_schedule(restored.state.ema_params)
+    experiment, restored = experiment.restored(workdir)
     experiment = experiment.with_dequantization_of(restored)
     for warning in trained.unseen_times(restored.metadata, experiment.sampling_eps, "sampling"):
         logging.warning(warning)

@@ -187,7 +187,7 @@ def task(experiment: Experiment, workdir: Workdir) -> loop.Task:
         flip=config.data.flip,
         init=experiment.init_state,
         update=update(experiment),
-        repeats=2 if config.training.antithetic else 1,
+        repeats=config.training.rows_per_image,
         frozen=(),
         provenance=experiment.provenance(images),
         check=lambda metadata: trained.check_training(config, metadata),

@@ -94,8 +94,8 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
     check(config, workdir, ())
     section = experiment.config.dequantizer
     section.optim.warn_if_short(section.training.num_steps)
-    images, restored = experiment.images("train"), experiment.restore(workdir)
-    experiment = experiment.with_learned_schedule(restored.state.ema_params)
+    experiment, restored = experiment.restored(workdir)
+    images = experiment.images("train")
     score = {"step": restored.step, "crc32": tree_crc32(restored.state.ema_params)}
     checkpoints = section.training.checkpoints(workdir)
 

@@ -45,7 +45,7 @@ class Result:
       outliers: [id, bits/dim] of the outliers (``intervals.outliers``), the largest first.
       terms: the means of the terms, whose sum is ``bits_per_dim``.
       smallest_time: the smallest time eps.
-      trace: the kind of trace and the number of probes; None for a bound.
+      trace: the kind of trace and the number of probes; None if no divergence is computed.
       dequantizer_step: the step of the dequantizer's checkpoint; None if it was not trained.
       nfe_mean, nfe_max: the mean and the largest number of evaluations of the score for an image.
     """
@@ -131,6 +131,8 @@ class Result:
         def number(value: Any) -> Any:
             if isinstance(value, list):
                 return [number(item) for item in value]
+            if isinstance(value, Mapping):
+                return {name: number(item) for name, item in value.items()}
             return float(value) if value in ("NaN", "Infinity", "-Infinity") else value
 
         try:

@@ -7,7 +7,6 @@ from typing import Any
 
 import jax
 import optax
-from absl import logging
 
 from sbml.types import Array
 
@@ -17,22 +16,15 @@ SCHEDULES = ("constant", "cosine")
 def learning_rate(lr: float, warmup: int, schedule: str, num_steps: int) -> optax.Schedule:
     """lr min(step / warmup, 1), then constant (the paper) or a cosine to zero at ``num_steps``.
 
-    If ``num_steps`` is not above ``warmup``, the run ends before the cosine begins, and a warning
-    says so.
+    If ``num_steps`` is not above ``warmup``, the run ends before the cosine begins.
 
     Raises:
       ValueError: ``schedule`` is not one of ``SCHEDULES``.
     """
     if schedule not in SCHEDULES:
         raise ValueError(f"unknown optim.schedule {schedule!r}; choose from {SCHEDULES}")
-    if schedule == "cosine":
-        if warmup < num_steps:
-            return optax.warmup_cosine_decay_schedule(0.0, lr, warmup, num_steps)
-        logging.warning(
-            "a warm-up of %d steps in a run of %d: the learning rate only rises, to %g; for a "
-            "cosine choose a warm-up shorter than the run",
-            *(warmup, num_steps, lr * num_steps / warmup),
-        )
+    if schedule == "cosine" and warmup < num_steps:
+        return optax.warmup_cosine_decay_schedule(0.0, lr, warmup, num_steps)
     return optax.linear_schedule(0.0, lr, warmup) if warmup else optax.constant_schedule(lr)
 
 

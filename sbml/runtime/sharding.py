@@ -7,7 +7,7 @@ one process or many; the mathematics contains no axis name.
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -21,16 +21,17 @@ from sbml.platform import compiler_options
 from sbml.runtime.state import TrainState
 
 
-def data_mesh() -> Mesh:
-    """All devices of all processes along one axis, ``data``.
+def data_mesh(devices: Sequence[Any] | None = None) -> Mesh:
+    """``devices`` along one axis, ``data``; by default all devices of all processes.
 
     The axis type is Auto, because with jax's default, Explicit, a vmapped loss over a sharded batch
     fails. Devices are in the order of their processes, so that the batch consists of the rows of
     process 0, then those of process 1 and so on; ``jax.make_mesh`` would order the devices of a TPU
     by its topology.
     """
-    devices = sorted(jax.devices(), key=lambda device: (device.process_index, device.id))
-    return Mesh(np.array(devices), ("data",), axis_types=(AxisType.Auto,))
+    chosen = jax.devices() if devices is None else devices
+    order = sorted(chosen, key=lambda device: (device.process_index, device.id))
+    return Mesh(np.array(order), ("data",), axis_types=(AxisType.Auto,))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -149,15 +150,18 @@ def put(array: np.ndarray, sharding: NamedSharding) -> jax.Array:
     return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
 
 
-def round_up(size: int) -> int:
-    """The smallest multiple of the device count that is at least ``size``, for padded batches.
+def round_up(size: int, devices: int | None = None) -> int:
+    """The smallest multiple of ``devices`` that is at least ``size``, for padded batches.
+
+    By default, ``devices`` is the number of devices of all processes.
 
     Raises:
       ValueError: ``size`` is not positive.
     """
     if size < 1:
         raise ValueError(f"batch size {size}: must be positive")
-    return -(-size // jax.device_count()) * jax.device_count()
+    devices = devices or jax.device_count()
+    return -(-size // devices) * devices
 
 
 def barrier(name: str) -> None:

@@ -4,8 +4,7 @@
     x_t = (sigma_t / sigma_s) x_s - alpha_t (e^-h - 1) D,
     D   = x_0(s) + (x_0(s) - x_0(before)) / (2 r)
 
-It is of second order with one evaluation in each step. The first step, and with
-``lower_order_final`` the last, use D = x_0(s).
+It is of second order with one evaluation in each step. The first and the last step use D = x_0(s).
 
 Reference: Lu et al. 2022, "DPM-Solver++", algorithm 2.
 """
@@ -27,7 +26,6 @@ class DPMSolver(FixedSteps):
 
     steps: int = 20
     spacing: str = "log_snr"
-    lower_order_final: bool = True
 
     def init(self, z: Example) -> Any:
         return jnp.zeros_like(z), jnp.asarray(0)
@@ -42,8 +40,8 @@ class DPMSolver(FixedSteps):
         half_s, half_t = 0.5 * sde.log_snr(s), 0.5 * sde.log_snr(t)
         h = half_t - half_s
         r = (half_s - 0.5 * sde.log_snr(before)) / h
-        first = (i == 0) | (self.lower_order_final & (i == self.steps - 1))
-        d = jnp.where(first, x_0, x_0 + (x_0 - last) / (2 * r))
+        of_first_order = (i == 0) | (i == self.steps - 1)
+        d = jnp.where(of_first_order, x_0, x_0 + (x_0 - last) / (2 * r))
         x = sde.std(t) / sde.std(s) * x - sde.mean_coef(t) * jnp.expm1(-h) * d
         return x, (x_0, i + 1)
 

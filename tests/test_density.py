@@ -73,6 +73,23 @@ def test_the_batch_size_changes_nothing_and_the_seed_the_probes() -> None:
     assert one.this_set_ci95 == pytest.approx(other.this_set_ci95) and one.this_set_ci95 > 0
 
 
+def test_only_an_exact_trace_has_smaller_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sbml.density.exact_batch", lambda dims: 2)
+    sizes: list[int] = []
+
+    @jax.custom_batching.custom_vmap
+    def score(x: Array, t: Array, key: object) -> Array:
+        return -x
+
+    @score.def_vmap
+    def _(size: int, batched: list[bool], x: Array, t: Array, key: object) -> tuple[Array, bool]:
+        sizes.append(size)
+        return -x, True
+
+    d, x = sbml.Density(lambda x, t, key: score(x, t, 0), SDE_VP, (2, 2), eps=EPS), data(5)
+    assert d.latent(x).shape == x.shape and max(sizes) == 5
+
+
 def test_the_bound_is_the_librarys_mean_over_sweeps_of_new_times() -> None:
     """In batches of 3, each example by itself; a wrong score has a looser bound."""
     x, seed, sweeps = data(7), 5, 3

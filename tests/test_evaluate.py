@@ -202,6 +202,8 @@ def test_score_matching_form_has_the_same_mean(trained, tmp_path):
     gap = dsm.values - ssm.values
     assert abs(gap.mean()) < 4 * gap.std() / np.sqrt(len(gap)) < 0.2
     assert ssm.this_set.stderr > 0
+    traces = [run.result(run.finish()).trace for run in runs_of]
+    assert traces == [None, {"kind": "rademacher", "probes": 2}]
 
 
 def test_score_matching_form_takes_the_exact_trace(trained, tmp_path):
@@ -315,6 +317,23 @@ def test_the_report_tells_how_its_model_was_trained(trained, tmp_path):
     assert "samples" not in report
     assert [path.name for path in tmp_path.glob("per_image*")] == [PER_IMAGE]
     assert table2.read(tmp_path)["model"].endswith("(LW + IS)")
+
+
+def test_warnings_are_logged_before_the_images_are_evaluated(
+    trained, tmp_path, monkeypatch, caplog
+):
+    (tmp_path / "checkpoints").symlink_to(trained / "checkpoints")
+    config = tiny.get_config()
+    config.eval.update(max_images=2, subset=2, estimators=("ode",), smallest_time=1e-9)
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(evaluate, "_fill", stop)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate.run(config, tmp_path)
+    assert "a random sample of 2 of 360 images" in caplog.text
+    assert "eval: times begin at t=1e-09" in caplog.text
 
 
 def test_products_have_full_precision_by_default(trained, tmp_path, monkeypatch):

@@ -15,8 +15,6 @@ are named as in the published checkpoints, so that their score model loads uncha
 Reference: Kingma, Salimans, Poole, Ho, "Variational Diffusion Models", NeurIPS 2021, appendix B.
 """
 
-import math
-
 import jax.numpy as jnp
 from flax import linen as nn
 
@@ -28,15 +26,6 @@ from sbml.types import Array
 GROUPS = 32  # of group norm, in the published models
 DTYPES = (*layers.DTYPES, "float64")
 ZEROS = nn.initializers.zeros
-
-
-def sinusoids(label: Array, size: int) -> Array:
-    """Sines, then cosines of ``label (n,)`` with periods from 2 pi to 20000 pi: ``(n, size)``, in
-    the dtype of the label."""
-    half = size // 2
-    frequency = jnp.exp(-math.log(10000) / (half - 1) * jnp.arange(half, dtype=label.dtype))
-    angle = label[:, None] * frequency[None]
-    return jnp.concatenate([jnp.sin(angle), jnp.cos(angle)], axis=-1)
 
 
 def default_groups(width: int) -> int:
@@ -80,10 +69,7 @@ class Attention(nn.Module):
         n, h, w, c = x.shape
         normed = _norm(x, self.groups).reshape(n, h * w, c)
         q, k, v = (nn.Dense(c, dtype=x.dtype, name=name)(normed) for name in "qkv")
-        logits = jnp.einsum(
-            "nqc,nkc->nqk", q * c**-0.5, k, preferred_element_type=_at_least_float32(x.dtype)
-        )
-        mixed = jnp.einsum("nqk,nkc->nqc", nn.softmax(logits).astype(x.dtype), v)
+        mixed = layers.attention(q, k, v)
         out = nn.Dense(c, dtype=x.dtype, kernel_init=ZEROS, name="proj_out")(mixed)
         return x + out.reshape(x.shape)
 
@@ -178,7 +164,7 @@ class Model(nn.Module):
         """The vector ``(n, 4 width)`` by which the blocks read the noise level and the class."""
         dtype = jnp.dtype(self.dtype)
         label = label.astype(_at_least_float32(dtype))
-        inputs = [sinusoids(label, self.width), condition.astype(label.dtype)[:, None]]
+        inputs = [layers.positional(label, self.width), condition.astype(label.dtype)[:, None]]
         h = jnp.concatenate(inputs, axis=-1).astype(dtype)
         for name in ("dense0", "dense1"):
             h = nn.swish(nn.Dense(4 * self.width, dtype=dtype, name=name)(h))
@@ -186,11 +172,7 @@ class Model(nn.Module):
 
 
 def _check_input(x: Array, label: Array, condition: Array | None) -> None:
-    if x.ndim != 4 or label.shape != x.shape[:1]:
-        raise ValueError(
-            f"x of shape {x.shape} and label of shape {label.shape}: give images (n, h, w, c) "
-            "and one label per image, (n,)."
-        )
+    layers.check_images(x, label)
     if condition is not None and condition.shape != label.shape:
         raise ValueError(
             f"condition of shape {condition.shape}: give one class per image, {label.shape}."

@@ -127,7 +127,7 @@ def training(experiment: Experiment, mesh: Mesh) -> Any:
     return step.lower(state, pixels, key, ())
 
 
-def _lowered(experiment: Experiment, mesh: Mesh, name: str, u: Any, method: Any) -> Any:
+def _lowered(experiment: Experiment, mesh: Mesh, name: str, u: Any, options: Any) -> Any:
     """A batch of the estimator ``name`` with uniform dequantization."""
     same, split = sharding.replicated(mesh), sharding.batch_sharding(mesh)
     size = sharding.round_up(experiment.config.eval.batch_size, mesh.size)
@@ -146,7 +146,7 @@ def _lowered(experiment: Experiment, mesh: Mesh, name: str, u: Any, method: Any)
     estimator = cells.estimator(experiment, Cell(name, "uniform"))
     with jax.default_matmul_precision(experiment.config.eval.precision):
         score = experiment.exact_adapter(params)
-        return estimators.rows.lower(estimator, target, score, {}, batch, u, method)
+        return estimators.rows.lower(estimator, target, score, {}, batch, u, options)
 
 
 @program

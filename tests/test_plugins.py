@@ -112,7 +112,7 @@ class Estimator(base.Estimator):
     terms: ClassVar[tuple[str, ...]] = ("prior", "dequantization", "scale")
     is_bound: ClassVar[bool] = False
 
-    def one(self, score, params, data, key, u, method, target):
+    def one(self, score, params, data, key, u, options, target):
         x, log_q = target.sample(params, data, key)
         prior = 0.5 * jnp.sum(x**2) + 0.5 * x.size * jnp.log(2 * jnp.pi)
         return {"prior": prior, "dequantization": log_q}, 0

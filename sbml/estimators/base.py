@@ -137,7 +137,7 @@ class Estimator(abc.ABC):
         data: Data,
         key: Key,
         u: Any,
-        method: Any,
+        options: Any,
         target: Target,
     ) -> tuple[dict[str, Scalar], Count]:
         """The terms ``()`` in nats of one example, without ``scale``, and the score evaluations.
@@ -148,7 +148,7 @@ class Estimator(abc.ABC):
           data: one example ``(*s)``.
           key: for all its random draws.
           u: for a bound, points ``(draws,)`` in [0, 1), one for each time; otherwise None.
-          method: for a bound, a ``Reduction``; otherwise the ``Solver``.
+          options: for a bound, a ``Reduction``; otherwise the ``Solver``.
           target: the quantity that is estimated.
         """
 
@@ -165,7 +165,7 @@ def rows(
     params: Any,
     batch: Rows,
     u: ArrayLike | None,
-    method: Solver | Reduction,
+    options: Solver | Reduction,
 ) -> dict[str, Num[Array, " n"]]:
     """The terms ``(n,)`` of a batch, and the score evaluations ``nfe``.
 
@@ -174,7 +174,7 @@ def rows(
     Args:
       estimator: the estimator.
       target: the quantity that is estimated.
-      score, params, method: as in ``Estimator.one``. Other tolerances of a solver need no further
+      score, params, options: as in ``Estimator.one``. Other tolerances of a solver need no further
         compilation.
       batch: the examples.
       u: for a bound, ``(n, draws)`` in [0, 1); otherwise None.
@@ -191,7 +191,7 @@ def rows(
             raise ValueError(f"{target.dequantizer}: {reason}")
 
     def one(data: Any, key: Key, u: Any) -> dict[str, Array]:
-        terms, nfe = estimator.one(score, params, data, key, u, method, target)
+        terms, nfe = estimator.one(score, params, data, key, u, options, target)
         if target.levels is not None:
             terms = {name: bits.nats_to_bits(term, data.shape) for name, term in terms.items()}
         return {**terms, "nfe": jnp.asarray(nfe)}

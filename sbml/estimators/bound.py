@@ -50,11 +50,11 @@ class Estimator(base.Estimator):
         data: Data,
         key: Key,
         u: Any,
-        method: Reduction,
+        options: Reduction,
         target: Target,
     ) -> tuple[dict[str, Scalar], Count]:
         u_key, key = jax.random.split(key)
-        draws: dict[str, Any] = {"eps": target.eps, "u": u, "reduction": method}
+        draws: dict[str, Any] = {"eps": target.eps, "u": u, "reduction": options}
         model = target.dequantizer
         if dequantizers.has_bound(model):
             terms = model.bound(params, score, target.sde, data, key, target.levels, **draws)

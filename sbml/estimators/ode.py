@@ -70,13 +70,13 @@ class Estimator(base.Estimator):
         data: Data,
         key: Key,
         u: Any,
-        method: Solver,
+        options: Solver,
         target: Target,
     ) -> tuple[dict[str, Scalar], Count]:
         def draw(key: Key) -> tuple[dict[str, Scalar], Count]:
             u_key, trace_key = jax.random.split(key)
             x, log_q = target.sample(params, data, u_key)
-            how: dict[str, Any] = {"eps": target.eps, "trace": self.trace, "solver": method}
+            how: dict[str, Any] = {"eps": target.eps, "trace": self.trace, "solver": options}
             result = likelihood.ode_logp(score, target.sde, x, trace_key, **how)
             names = "prior", "divergence", "correction"
             terms = {name: -getattr(result, name) for name in names}

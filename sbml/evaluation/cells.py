@@ -182,11 +182,11 @@ class CellRun:
             seed=np.uint32(self.config.seed),
         )
         u = None if points is None else sharding.put(points[ids], placement)
-        method = solver if points is None else self.reduction
+        options = solver if points is None else self.reduction
         terms = sharding.to_host(
             estimators.rows(
                 *(self.estimator, self.target, self.score),
-                *(self.dequantization.params, batch, u, method),
+                *(self.dequantization.params, batch, u, options),
             )
         )
         rows = {k: np.asarray(terms[k], np.float64) for k in self.cell.terms if k != "scale"}

@@ -133,6 +133,7 @@ from sbml.data._image_set import ImageSet, check_split
 
 class Dice:
     collection = False
+    reads = ()
 
     def load(self, split, options):
         check_split(split)

@@ -309,7 +309,10 @@ def test_numbers_of_numpy_in_tuples_become_pythons() -> None:
 def test_fields_of_a_folder_are_for_a_folder(field: str, value: Any) -> None:
     config = tiny.get_config()
     config.data[field] = value
-    with pytest.raises(ValueError, match=f"data.{field}=.* with data.source=digits: only a folder"):
+    with pytest.raises(
+        ValueError,
+        match=f"data.{field}=.* with data.source=digits: it is read for image_folder only",
+    ):
         Config.read(config).data.images("train")
 
 

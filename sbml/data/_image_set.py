@@ -140,9 +140,16 @@ class ImageSet:
 
 
 class Source(Protocol):
-    """Where image sets come from. ``collection``: it holds many, named ``source:set``."""
+    """Where image sets come from.
+
+    Attributes:
+      collection: whether it holds many sets, named ``source:set``.
+      reads: the fields of ``Options`` that it reads, apart from ``cache_dir`` and ``dataset``, the
+        size and the channels. A config that sets another one is refused.
+    """
 
     collection: bool
+    reads: tuple[str, ...]
 
     def load(self, split: str, options: Options) -> ImageSet:
         """The images of ``split``, "train" or "test"; any other is a ValueError."""

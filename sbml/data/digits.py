@@ -15,6 +15,7 @@ class Digits:
     """8x8x1 images with values 0 .. 16: 1,437 to train on, 360 to test on."""
 
     collection = False
+    reads = ()
 
     def load(self, split: str, options: Options) -> ImageSet:
         """The images of ``split``; no option applies."""

@@ -39,6 +39,7 @@ class ImageFolder:
     """image_size x image_size images, grey or RGB, 256 levels; ids are paths within the folder."""
 
     collection = False
+    reads = ("path", "crop", "test_fraction", "seed")
 
     def load(self, split: str, options: Options) -> ImageSet:
         """The images of ``split``, in the order of their paths.

@@ -74,6 +74,7 @@ class Imagenet32:
     """32x32 RGB, 256 levels, in the archive's order."""
 
     collection = True
+    reads = ("manual_dir",)
     sets = tuple(ARCHIVES)
 
     def load(self, split: str, options: Options) -> ImageSet:

@@ -84,6 +84,7 @@ class Photos:
     """32x32x3 crops, 256 levels; ids read ``photo@top,left/scale``, in the photo's pixels."""
 
     collection = False
+    reads = ()
 
     def load(self, split: str, options: Options) -> ImageSet:
         """The crops of ``split``; only ``cache_dir`` applies."""

@@ -29,6 +29,7 @@ class Tfds:
     """The feature ``image`` of a TFDS set, uint8, 256 levels, in TFDS's order."""
 
     collection = True
+    reads = ("manual_dir",)
 
     def load(self, split: str, options: Options) -> ImageSet:
         """The images of ``split`` of ``options.dataset``.

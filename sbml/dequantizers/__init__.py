@@ -25,7 +25,12 @@ score evaluations that the bound needs in addition to one for each time in ``u``
 ``at_noise`` has an evidence bound by this method only.
 
 A dequantizer with parameters to learn also has ``sample_batch``, which is ``sample`` for a batch,
-and ``dropout``.
+and ``dropout``. A dequantizer that does not fit every config has a class method
+
+    misfit(shape, parameterization, dequantization) -> str
+
+which returns the reason why it does not fit images of that shape or a score that was trained with
+those settings, or "" if it does.
 
 Files whose names begin with an underscore hold parts of dequantizers and are not in the registry.
 """
@@ -64,6 +69,16 @@ def has_density(model: Any) -> bool:
 def has_bound(model: Any) -> bool:
     """Whether ``model``, an instance or a class, has its own evidence bound for the integers."""
     return hasattr(model, "bound")
+
+
+def misfit(
+    model: type[Any], shape: tuple[int, ...], parameterization: str, dequantization: str
+) -> str:
+    """The reason why the class ``model`` does not fit these settings, or "" if it does."""
+    if not hasattr(model, "misfit"):
+        return ""
+    reason: str = model.misfit(shape, parameterization, dequantization)
+    return reason
 
 
 def is_trained(model: Any) -> bool:

@@ -23,6 +23,18 @@ class Model:
     at_noise: ClassVar[bool] = True
     calls: ClassVar[int] = 1
 
+    @classmethod
+    def misfit(cls, shape: tuple[int, ...], parameterization: str, dequantization: str) -> str:
+        """The reason why the score has no decoder, or ""."""
+        if (parameterization, dequantization) == ("levels", "centre"):
+            return ""
+        return (
+            f"score.parameterization={parameterization}, data.dequantization={dequantization}: "
+            "only an integer denoiser of bin centres has a learned decoder; set "
+            "--config.score.parameterization=levels --config.data.dequantization=centre, or choose "
+            "another dequantizer"
+        )
+
     def init(self, key: Key, pixels: PixelBatch) -> Any:
         """No parameters."""
         return {}

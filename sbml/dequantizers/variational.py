@@ -83,6 +83,16 @@ class Model:
         if self.levels < 2:
             raise ValueError(f"levels={self.levels}: choose at least 2.")
 
+    @classmethod
+    def misfit(cls, shape: tuple[int, ...], parameterization: str, dequantization: str) -> str:
+        """The reason why the flow cannot split images of ``shape``, or ""."""
+        if shape[1] % 2 == 0:
+            return ""
+        return (
+            f"data.shape={shape}: its flow splits images into even and odd columns, so their width "
+            "must be even; choose another dequantizer, or set another data.shape"
+        )
+
     def network(self) -> Flow:
         """The Linen module; its arguments are the result of ``image(pixels)`` and the noise."""
         return Flow(

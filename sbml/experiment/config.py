@@ -16,7 +16,6 @@ from typing import Any, Self
 from ml_collections import ConfigDict, config_dict
 
 from sbml import data, dequantizers
-from sbml.adapters import LEVELS
 from sbml.experiment.data import Data
 from sbml.experiment.dequantizer import Dequantizer
 from sbml.experiment.evaluation import Eval
@@ -55,14 +54,6 @@ class Config(Section):
         be trained with this config and fit the images."""
         if self.eval.split == data.VALIDATION and not self.data.validation:
             raise ValueError(data.NO_VALIDATION.format(f"eval.split={self.eval.split}"))
-        trained = self.score.parameterization, self.data.dequantization
-        if "learned" in choices_in(self.eval.dequantizers) and trained != (LEVELS, "centre"):
-            raise ValueError(
-                "eval.dequantizers=learned with score.parameterization={}, data.dequantization={}: "
-                "only an integer denoiser of bin centres has a learned decoder; set "
-                "--config.score.parameterization=levels --config.data.dequantization=centre, or "
-                "choose other dequantizers".format(*trained)
-            )
         for name in choices_in(self.eval.dequantizers):
             kind = dequantizers.DEQUANTIZERS.get(name)
             if kind and dequantizers.is_trained(kind) and name != self.dequantizer.name:
@@ -71,21 +62,18 @@ class Config(Section):
                     f"dequantizer.name={self.dequantizer.name}: begin the config with "
                     f"sbml.experiment.config.default({self.model.name!r}, dequantizer={name!r})"
                 )
-            if name == "variational":
-                self.check_width("eval.dequantizers")
+            self.check_dequantizer("eval.dequantizers", name)
 
-    def check_width(self, field: str) -> None:
-        """Check that ``variational``, which ``field`` names, can split the images.
+    def check_dequantizer(self, field: str, name: str) -> None:
+        """Check that the dequantizer ``name``, the value of ``field``, fits images and score.
 
         Raises:
-          ValueError: their width is odd.
+          ValueError: it does not.
         """
-        if self.data.shape[1] % 2:
-            raise ValueError(
-                f"{field}=variational with data.shape={self.data.shape}: its flow splits images "
-                "into even and odd columns, so their width must be even; leave this dequantizer "
-                "out, or set another data.shape"
-            )
+        kind = dequantizers.DEQUANTIZERS.get(name)
+        settings = self.data.shape, self.score.parameterization, self.data.dequantization
+        if kind and (reason := dequantizers.misfit(kind, *settings)):
+            raise ValueError(f"{field}={name} with {reason}")
 
     @classmethod
     def read(cls, config: ConfigDict) -> Self:

@@ -19,8 +19,11 @@ from sbml.experiment.fields import (
 )
 
 DEQUANTIZATIONS = ("uniform", "centre", "none")
-WITHOUT_ARCHIVES = ("digits", "photos", "image_folder")  # sources that read no manual_dir
-WITHOUT_FOLDER = ("digits", "photos", "tfds", "imagenet32")  # sources that read no folder of images
+# The fields that only some sources read, with their names in ``Options``.
+OWN = {
+    **{field: field for field in ("manual_dir", "path", "crop", "test_fraction")},
+    "split_seed": "seed",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,7 +99,7 @@ class Data(Section):
 
         Raises:
           ValueError: the images do not have this shape and these levels, or cannot be loaded; or
-            a field is set that only other sources of this package read.
+            a field is set that only other sources read.
         """
         self._check_source()
         images = data.load(self.source, split, self.options)
@@ -116,17 +119,15 @@ class Data(Section):
           ValueError: one is, or a folder of images cannot have this number of channels.
         """
         source = self.source.partition(":")[0]
-        if source in WITHOUT_FOLDER:
-            for field in ("path", "crop", "test_fraction", "split_seed"):
-                if (value := getattr(self, field)) != getattr(type(self), field):
-                    raise ValueError(
-                        f"data.{field}={value} with data.source={self.source}: only a folder of "
-                        "images has it; set --config.data.source=image_folder, or leave it out"
-                    )
-        if source in WITHOUT_ARCHIVES and self.manual_dir:
-            raise ValueError(
-                f"data.manual_dir={self.manual_dir} with data.source={self.source}: it is read for "
-                "tfds and imagenet32 only; leave it out"
-            )
+        if source in data.SOURCES:
+            for field, option in OWN.items():
+                value = getattr(self, field)
+                if value == getattr(type(self), field) or option in data.SOURCES[source].reads:
+                    continue
+                readers = [name for name, found in data.SOURCES.items() if option in found.reads]
+                raise ValueError(
+                    f"data.{field}={value} with data.source={self.source}: it is read for "
+                    f"{' and '.join(readers)} only; leave it out, or set another source"
+                )
         if source == "image_folder" and self.shape[-1] not in (1, 3):
             raise refusal("data.shape", self.shape, "3 channels for RGB, or 1 for grey")

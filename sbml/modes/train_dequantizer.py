@@ -67,12 +67,11 @@ def check(config: ConfigDict, workdir: Workdir, before: Sequence[str]) -> None:
     """Check that the config fits a dequantizer.
 
     Raises:
-      ValueError: a flow cannot split the images, or grids of samples are to be drawn, which a
-        dequantizer does not have.
+      ValueError: the dequantizer does not fit the images or the score, or grids of samples are to
+        be drawn, which a dequantizer does not have.
     """
     checked = Config.read(config)
-    if checked.dequantizer.name == "variational":
-        checked.check_width("dequantizer.name")
+    checked.check_dequantizer("dequantizer.name", checked.dequantizer.name)
     if every := checked.dequantizer.training.sample_every:
         raise ValueError(
             f"dequantizer.training.sample_every={every}: a dequantizer draws no samples; set "

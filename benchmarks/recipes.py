@@ -281,8 +281,8 @@ def train_and_evaluate(plan: Plan, recipe: str, seed: int, steps: int) -> dict[s
 
 
 def names_in(text: str) -> list[str]:
-    """The parts of ``text`` between commas; the commas in brackets, as of a tuple, do not count."""
-    return re.split(r",(?![^(]*\))", text)
+    """The parts of ``text`` between commas; the commas in a tuple of numbers do not count."""
+    return [part.strip() for part in re.split(r",(?![^(]*\))", text)]
 
 
 def budgets(text: str) -> list[str]:
@@ -378,7 +378,7 @@ def check_recipes(plan: Plan, recipes: list[str]) -> None:
         config = build.Experiment(with_recipe(base, recipe)).config
         if (trained_on := config.data.dequantization) not in CELLS:
             raise ValueError(
-                f"recipe {recipe!r}: data.dequantization={trained_on} has no column; give "
+                f"{recipe or 'the base'}: data.dequantization={trained_on} has no column; give "
                 f"{' or '.join(CELLS)}"
             )
         if plan.start:

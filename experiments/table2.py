@@ -116,11 +116,11 @@ def _variant(config: dict[str, Any], title: str) -> str:
 
 
 def _cell(result: Result) -> str:
-    """The mean ± half of its 95% interval for the population, with a mark if it is unconverged."""
+    """The mean ± half of its 95% interval for the population, marked if it has not converged."""
     value, half = result.bits_per_dim, result.ci95
     if not math.isfinite(value):
         return "not finite"
-    mark = " (unconverged)" if result.converged is False else ""
+    mark = " (not converged)" if result.converged is False else ""
     return f"{value:.3f} ± {half:.3f}{mark}" if math.isfinite(half) else f"{value:.3f}{mark}"
 
 

@@ -43,7 +43,7 @@ def check_integers(pixels: Any) -> None:
     """
     if not hasattr(pixels, "dtype") or not jnp.issubdtype(pixels.dtype, jnp.integer):
         kind = getattr(pixels, "dtype", type(pixels).__name__)
-        raise ValueError(f"pixels are {kind}: give an array of integers (bound.elbo takes real x)")
+        raise ValueError(f"pixels are {kind}: give an array of integers (bound takes real x)")
 
 
 def check_pixels(pixels: Any, levels: int, x: Any | None = None) -> None:

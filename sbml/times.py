@@ -330,7 +330,7 @@ class Velocity(Importance):
     the diffusion term of the bound, the integral of 1/2 |dz|^2 over lambda, is Z / 2 times the mean
     of |dF|^2 over these times. For any other process, the density over lambda is the same, as if
     the process were the variance-preserving one with the same signal-to-noise ratio. In float32,
-    points u near 1 are too coarse for alpha(T) = 0: the integral over lambda is 2% too small there.
+    points u near 1 are too coarse if alpha(T) = 0: the mean weight over lambda is 2% too small.
     """
 
     def _ends(self) -> tuple[Scalar, Scalar]:

@@ -76,18 +76,23 @@ def test_the_batch_size_changes_nothing_and_the_seed_the_probes() -> None:
 def test_only_an_exact_trace_has_smaller_batches(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sbml.density.exact_batch", lambda dims: 2)
     sizes: list[int] = []
+    in_batches = sbml.Density._in_batches
 
-    @jax.custom_batching.custom_vmap
-    def score(x: Array, t: Array, key: object) -> Array:
-        return -x
+    def recorded(self, batches, ids, size=None):
+        def batch(ids):
+            sizes.append(len(ids))
+            return batches(ids)
 
-    @score.def_vmap
-    def _(size: int, batched: list[bool], x: Array, t: Array, key: object) -> tuple[Array, bool]:
-        sizes.append(size)
-        return -x, True
+        return in_batches(self, batch, ids, size)
 
-    d, x = sbml.Density(lambda x, t, key: score(x, t, 0), SDE_VP, (2, 2), eps=EPS), data(5)
-    assert d.latent(x).shape == x.shape and max(sizes) == 5
+    monkeypatch.setattr(sbml.Density, "_in_batches", recorded)
+    x, found = data(5), {}
+    for name, trace in {"exact": Trace("exact"), "probes": Trace("rademacher", 2)}.items():
+        for method in ("logp", "latent", "bound"):
+            sizes.clear()
+            getattr(density(trace=trace), method)(x)
+            found[name, method] = set(sizes)
+    assert found.pop(("exact", "logp")) == {2} and set(map(tuple, found.values())) == {(5,)}
 
 
 def test_the_bound_is_the_librarys_mean_over_sweeps_of_new_times() -> None:
@@ -299,7 +304,10 @@ REVERSED = Schedule(lambda t: t, lambda t: 1.001 - t)
         (lambda: density().logp(np.zeros((0, 2, 2))), "n at least 1"),
         (lambda: density().logp(np.zeros((1, 2, 2), int)), "x is of int64: give floating-point"),
         (lambda: density().bits_per_dim(np.zeros((1, 2, 2), int)), "the number of their levels"),
-        (lambda: density(levels=4).bits_per_dim(data(1)), "pixels are of float64: give integers"),
+        (
+            lambda: density(levels=4).bits_per_dim(data(1)),
+            "pixels are float64: give an array of integers",
+        ),
         (lambda: density(levels=4).bits_per_dim(np.full((1, 2, 2), 4)), r"lie in 4 .. 4: .*0 .. 3"),
         (lambda: density(levels=1), "levels=1: give an integer of 2 to"),
         (lambda: density(levels=70_000), "levels=70000: give an integer of 2 to 65536"),

@@ -66,7 +66,7 @@ def test_table2(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     table2.main([str(one), str(other)], str(tmp_path / "out" / "table2"), str(extra))
     text = (tmp_path / "out" / "table2.md").read_text()
     assert (
-        "| deep_run (LW) | subvp | 2.900 ± 0.013 | — | — | 3.100 ± 0.013 (unconverged) "
+        "| deep_run (LW) | subvp | 2.900 ± 0.013 | — | — | 3.100 ± 0.013 (not converged) "
         "| 2.50 (FID n=50000) | 10000 |" in text
     )
     assert "| best of Song et al. 2021 |  | — | 2.83 | — | — | — |  |" in text

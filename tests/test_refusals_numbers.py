@@ -14,7 +14,6 @@ from refusals import (
     EPSILONS,
     EXAMPLES,
     FEATURES,
-    INFINITY,
     KEY,
     LIKE_X,
     NAN,
@@ -225,8 +224,8 @@ CASES: Cases = {
     ),
     "outliers": (
         intervals.outliers,
-        {"values": X, "width": 6.0},
-        {"values": (X[None], 0.3), "width": (-1.0, NAN, INFINITY)},
+        {"values": X},
+        {"values": (X[None], 0.3)},
     ),
 }
 

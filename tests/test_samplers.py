@@ -188,6 +188,18 @@ def test_order_of_the_deterministic_maps(sampler: str, order: int, name: str) ->
     np.testing.assert_allclose(np.log2(errors[0] / errors[1]), order, atol=0.25)
 
 
+def test_the_first_and_the_last_step_of_dpm_solver_are_of_first_order() -> None:
+    """A step of first order is one of DDIM without noise, so two steps are those of DDIM."""
+    sde, z, key = SDES["vp"](), jnp.asarray([0.7, -1.2]), jax.random.key(0)
+    score = oracle.Gaussian(sde, jnp.zeros(2), jnp.asarray([0.3, 0.05]), jnp.eye(2)).score
+    for steps, equal in ((2, True), (3, False)):
+        dpm, ddim = (
+            samplers.SAMPLERS[name](steps=steps, spacing="log_snr")(score, sde, z, key, eps=EPS)[0]
+            for name in ("dpm_solver", "ddim")
+        )
+        assert np.allclose(dpm, ddim, rtol=1e-9, atol=0) == equal
+
+
 @pytest.mark.parametrize("name", SDES)
 def test_ancestral_is_the_posterior_of_the_forward_chain(name: str) -> None:
     """Mean and variance of p(x_t | x_s, x_0) by conditioning the joint Gaussian of (x_t, x_s)."""

@@ -193,10 +193,11 @@ def test_going_on_otherwise_is_said(tmp_path, caplog):
     assert said.endswith(f"began with: {changes}")
     config.training.num_steps = 6
     train.run(config, tmp_path)
-    assert "nothing is trained from step 8 on: training.num_steps=6" in caplog.text
+    text = "nothing is trained: step 8 is stored, and training.num_steps="
+    assert f"{text}6. Changed: nothing else" in caplog.text
     config.training.update(num_steps=8, second_order=0.1)
     train.run(config, tmp_path)
-    assert "nothing is trained from step 8 on: training.num_steps=8" in caplog.text
+    assert f"{text}8. Changed: training.second_order 0.0 -> 0.1" in caplog.text
 
 
 def test_a_second_order_training_goes_on_from_a_checkpoint(tmp_path, caplog):

@@ -192,12 +192,12 @@ class _Trainer:
             self.provenance = {**self.task.provenance, "earlier_data": earlier}
         field, last = self.task.field, self.training.num_steps
         changed = trained.changed_settings(restored.metadata, self.task.provenance, field)
-        if changed:
-            names = ", ".join(changed)
+        names = ", ".join(changed)
+        if changed and restored.step < last:
             logging.warning("training continues with other settings than it began with: %s", names)
-        if restored.step > last or (changed and restored.step == last):
-            text = "nothing is trained from step %d on: %straining.num_steps=%d"
-            logging.warning(text, restored.step, field, last)
+        elif changed or restored.step > last:
+            text = "nothing is trained: step %d is stored, and %straining.num_steps=%d. Changed: %s"
+            logging.warning(text, restored.step, field, last, names or "nothing else")
         return restored.state, restored.step
 
     def _set_aside_pictures(self) -> None:

@@ -171,7 +171,7 @@ def _dequantizer_mismatch(restored: Restored, name: str, dequantizer: Dequantiza
 def _warnings(
     shared: Evaluation, train: ImageSet, dequantizations: dict[str, Dequantization]
 ) -> list[str]:
-    """Warnings about the model, its dequantizers and the images, before anything is computed."""
+    """Warnings about the model, its dequantizers and the images, before these are evaluated."""
     restored, images = shared.restored, shared.images
     warnings = [f"damaged, so an older checkpoint was taken: {r}" for r in restored.damaged]
     warnings += _training_mismatch(restored, train, shared.experiment.eval_eps)
@@ -294,7 +294,7 @@ def _run(experiment: Experiment, workdir: Workdir) -> None:
     for dequantizer in dequantizations.values():
         cells.check_first_batch(shared, dequantizer)
     before = _warnings(shared, train, dequantizations)
-    for warning in before:  # They are logged before the work, so that it can be stopped.
+    for warning in before:  # Before the images are evaluated, so that it can be stopped.
         logging.warning(warning)
     with shared.preemption:
         tables, results, of_rows = _fill(shared, defined, dequantizations)

@@ -48,7 +48,7 @@ def check_images(x: Array, label: Array) -> None:
     """Check that ``x`` are images ``(n, h, w, c)`` and that ``label`` has one number for each.
 
     Raises:
-      ValueError: they do not; the message names both shapes.
+      ValueError: one of these is wrong; the message names both shapes.
     """
     if x.ndim != 4 or label.shape != x.shape[:1]:
         raise ValueError(

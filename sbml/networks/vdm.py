@@ -7,7 +7,7 @@
 The image keeps its size throughout. The blocks in the lower row also read the skips, the last ones
 first. Every block reads the noise level and a class through one vector,
 
-    cond = swish(dense(swish(dense([sinusoids(label), class]))))
+    cond = swish(dense(swish(dense([positional(label), class]))))
 
 The published models predict the noise e = x + F (``score.parameterization=residual``). Parameters
 are named as in the published checkpoints, so that their score model loads unchanged.

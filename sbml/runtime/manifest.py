@@ -60,7 +60,7 @@ def content(manifest: Any, step: int) -> dict[str, Any]:
         raise DamagedCheckpointError("its metadata holds no manifest")
     if _text_crc32(manifest["manifest"]) != manifest["crc32"]:
         raise DamagedCheckpointError("its metadata fails its CRC32")
-    if (saved := manifest["manifest"]["step"]) != step:
+    if (saved := manifest["manifest"].get("step")) != step:
         raise DamagedCheckpointError(f"it was saved as step {saved}: name its folder so again")
     return manifest["manifest"]
 

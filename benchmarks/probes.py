@@ -16,7 +16,6 @@ Only its time is measured; the column of its variance shows 1 / k.
 
 import argparse
 import dataclasses
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -58,21 +57,21 @@ def main() -> None:
     print(
         "{:>6s} {:>10s} {:>9s} {:>6s} {:>12s}".format("probes", "sd", "variance", "1/k", "seconds")
     )
-    base: tuple[Any, float] = (0.0, 0.0)  # of the first number of probes
+    measured: list[tuple[float, float]] = []  # variance and seconds of each number of probes
     for k in args.probes:
         nll, cost = ours(repeated, solver, Trace("rademacher", k))
         draws = problem.nats_to_bits(nll).reshape(args.draws, args.images)
-        variance = np.mean(np.var(draws, axis=0, ddof=1))
-        base = base if any(base) else (variance, cost.seconds)
+        variance = float(np.mean(np.var(draws, axis=0, ddof=1)))
+        measured.append((variance, cost.seconds))
         print(
-            f"{k:6d} {np.sqrt(variance):10.4f} {variance / base[0]:9.3f} {1 / k:6.3f} "
-            f"{cost.seconds:6.1f} {cost.seconds / base[1]:5.2f}",
+            f"{k:6d} {np.sqrt(variance):10.4f} {variance / measured[0][0]:9.3f} {1 / k:6.3f} "
+            f"{cost.seconds:6.1f} {cost.seconds / measured[0][1]:5.2f}",
             flush=True,
         )
     print("scipy RK45 t, batch, 1e-5")
     for k in args.rk45:  # Independent probes would take the same time as these.
         _, cost = rk45(repeated, 1e-5, False, Trace("rademacher", k))
-        seconds = f"{cost.seconds:6.1f} {cost.seconds / base[1]:5.2f}"
+        seconds = f"{cost.seconds:6.1f} {cost.seconds / measured[0][1]:5.2f}"
         print(f"{k:6d} {'':10s} {1 / k:9.3f} {1 / k:6.3f} {seconds}", flush=True)
 
 

@@ -294,7 +294,7 @@ def _run(experiment: Experiment, workdir: Workdir) -> None:
     for dequantizer in dequantizations.values():
         cells.check_first_batch(shared, dequantizer)
     before = _warnings(shared, train, dequantizations)
-    for warning in before:  # Before the images are evaluated, so that it can be stopped.
+    for warning in before:  # Before the work, so that the user can stop it.
         logging.warning(warning)
     with shared.preemption:
         tables, results, of_rows = _fill(shared, defined, dequantizations)

@@ -27,7 +27,6 @@ import argparse
 import ast
 import contextlib
 import hashlib
-import itertools
 import json
 import pathlib
 import re
@@ -40,15 +39,14 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 from ml_collections import ConfigDict
+from recipe_table import CELLS, table
 
 from sbml import data
 from sbml.adapters import PARAMETERIZATIONS
-from sbml.estimators import Cell
 from sbml.evaluation import cells
 from sbml.experiment import build, trained
 from sbml.experiment.config import check_overrides
 from sbml.experiment.score import model_fields
-from sbml.intervals import mean_interval
 from sbml.modes import eval as evaluate
 from sbml.modes import train
 from sbml.modes._loop import NonFiniteLoss, compiled_step
@@ -84,16 +82,6 @@ RECIPES: dict[str, dict[str, Any]] = {
 }
 
 BUDGETS = ("evaluations", "time")
-
-# The columns of the table, by ``data.dequantization``, because a network knows the density of the
-# data that it was trained on. Only ``levels`` learns a decoder, which the last column needs.
-CELLS = {
-    "uniform": (Cell("ode", "uniform"), Cell("bound", "uniform")),
-    "centre": tuple(
-        Cell(*pair)
-        for pair in (("ode", "truncated_normal"), ("bound", "categorical"), ("bound", "learned"))
-    ),
-}
 
 
 class Plan(NamedTuple):
@@ -306,39 +294,6 @@ def seeds(text: str) -> list[int]:
     if wrong := [seed for seed in names_in(text) if not seed.isdecimal()]:
         raise ValueError(f"--seeds={text}: {wrong[0]!r} is no integer of at least 0")
     return [int(seed) for seed in names_in(text)]
-
-
-def difference(values: np.ndarray, base: np.ndarray) -> str:
-    """The mean of ``values (seeds, images)``, and its difference to ``base``, paired by seed."""
-    gap = mean_interval(np.mean(values, axis=1) - np.mean(base, axis=1))
-    return f"{np.mean(values):.4f} ({gap.mean:+.4f} ± {gap.ci95:.4f})"
-
-
-def table(rows: dict[str, list[dict[str, Any]]]) -> str:
-    """A markdown table of ``rows``, which has the lines of all seeds by recipe, the base first."""
-    computed = {
-        n for lines in rows.values() for line in lines for n in line.get("bits_per_dim", ())
-    }
-    names = [cell.name for cell in itertools.chain(*CELLS.values()) if cell.name in computed]
-    text = [f"| recipe | steps | {' | '.join(names)} | best |", "|---" * (3 + len(names)) + "|"]
-    base: dict[str, np.ndarray] = {}
-    for recipe, lines in rows.items():
-        start = f"| {recipe or 'base'} | {lines[0]['steps']} | "
-        if failed := [line["failed"] for line in lines if "failed" in line]:
-            if not base:
-                raise ValueError(f"the base failed, choose another one: {failed[0]}")
-            text.append(start + f"{len(failed)} failed" + " |" * (1 + len(names)))
-            continue
-        values = {n: [line["bits_per_dim"].get(n) for line in lines] for n in names}
-        columns = {n: np.array(v) for n, v in values.items() if None not in v}
-        columns["best"] = min(columns.values(), key=np.mean)
-        base = base or columns
-        entries = (
-            difference(columns[n], base.get(n, base["best"])) if n in columns else ""
-            for n in [*names, "best"]
-        )
-        text.append(start + " | ".join(entries) + " |")
-    return "\n".join(text)
 
 
 def make_plan(args: argparse.Namespace) -> Plan:

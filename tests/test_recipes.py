@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import tiny
 from ml_collections import ConfigDict
+from recipe_table import difference, table
 from scipy import stats
 
 from benchmarks import recipes
@@ -92,7 +93,7 @@ def test_differences_are_paired_by_seed() -> None:
     other = base - 0.1 + 0.01 * rng.normal(size=(3, 5))
     gap = (other - base).mean(1)
     half = stats.t.ppf(0.975, 2) * gap.std(ddof=1) / np.sqrt(3)
-    text = recipes.difference(other, base)
+    text = difference(other, base)
     assert text == f"{other.mean():.4f} ({gap.mean():+.4f} ± {half:.4f})"
     rows = {
         "": [line(i, ode_uniform=v.tolist(), bound_uniform=[9.0] * 5) for i, v in enumerate(base)],
@@ -101,7 +102,7 @@ def test_differences_are_paired_by_seed() -> None:
         ],
         "c": [line(0, ode_uniform=[1.0] * 5), {"seed": 1, "steps": 7, "failed": "inf"}],
     }
-    head, _, first, second, third = recipes.table(rows).splitlines()
+    head, _, first, second, third = table(rows).splitlines()
     assert head == "| recipe | steps | ode_uniform | bound_uniform | bound_learned | best |"
     zero = f"{base.mean():.4f} (+0.0000 ± 0.0000)"
     assert first == f"| base | 7 | {zero} | 9.0000 (+0.0000 ± 0.0000) |  | {zero} |"
@@ -111,7 +112,7 @@ def test_differences_are_paired_by_seed() -> None:
     assert cells[2].startswith(f"8.0000 (+{8 - base.mean():.4f} ± ")
     assert third == "| c | 7 | 1 failed | | | |"
     with pytest.raises(ValueError, match="the base failed.*inf"):
-        recipes.table({"": rows["c"]})
+        table({"": rows["c"]})
 
 
 def test_the_ratio_of_step_times_is_measured_in_turns(

@@ -1,12 +1,14 @@
 """Runs side by side: paired differences by their definition, of the same images only."""
 
 import json
+import math
 from pathlib import Path
 
 import numpy as np
 import pytest
 from scipy import stats
 
+from sbml import report
 from sbml.modes import compare
 from sbml.report import comparison
 from sbml.report.comparison import Run
@@ -177,3 +179,11 @@ def test_settings_that_differ_are_shown_as_they_are_written(tmp_path):
         "data.shape": ["[8, 8, 1]", "–"],
         "data.flip": ["false", "true"],
     }
+
+
+def test_a_result_is_read_back_with_what_is_not_finite() -> None:
+    row = {**result(HARDNESS), "ci95": math.inf, "outliers": [[7, 9.5]]}
+    row["terms"] = {"prior": math.nan, "scale": -math.inf}
+    found = Result.read(json.loads(json.dumps(report.strict(row))))
+    assert found.ci95 == math.inf and found.outliers == [[7, 9.5]]
+    assert math.isnan(found.terms["prior"]) and found.terms["scale"] == -math.inf

@@ -319,23 +319,6 @@ def test_the_report_tells_how_its_model_was_trained(trained, tmp_path):
     assert table2.read(tmp_path)["model"].endswith("(LW + IS)")
 
 
-def test_warnings_are_logged_before_the_images_are_evaluated(
-    trained, tmp_path, monkeypatch, caplog
-):
-    (tmp_path / "checkpoints").symlink_to(trained / "checkpoints")
-    config = tiny.get_config()
-    config.eval.update(max_images=2, subset=2, estimators=("ode",), smallest_time=1e-9)
-
-    def stop(*_):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(evaluate, "_fill", stop)
-    with pytest.raises(KeyboardInterrupt):
-        evaluate.run(config, tmp_path)
-    assert "a random sample of 2 of 360 images" in caplog.text
-    assert "eval: times begin at t=1e-09" in caplog.text
-
-
 def test_products_have_full_precision_by_default(trained, tmp_path, monkeypatch):
     """Accelerators' default precision is TF32 or bfloat16; each precision has its own rows."""
     seen = []

@@ -205,13 +205,6 @@ def test_what_is_not_finite_is_counted_and_shown(tmp_path: Path) -> None:
     assert "1 of 8 losses not finite" in text
 
 
-def test_a_result_is_read_back_with_what_is_not_finite() -> None:
-    kept = Result(**{**RESULT, "ci95": math.inf, "terms": {"prior": math.nan, "scale": -math.inf}})
-    found = Result.read(json.loads(json.dumps(report.strict(kept.plain()))))
-    assert found.ci95 == math.inf and found.outliers == kept.outliers
-    assert math.isnan(found.terms["prior"]) and found.terms["scale"] == -math.inf
-
-
 def test_nothing_finite_at_all(tmp_path: Path) -> None:
     text = write(
         tmp_path,

@@ -1,8 +1,9 @@
 """The table of ``recipes.py``: bits/dim of each recipe, and its difference to the base.
 
-A number is the mean over images and seeds. The number in brackets is the mean over seeds of the
-difference of two means over images, that of the recipe and that of the base, with its 95% interval
-(Student's t).
+A number is the mean over images and seeds. The number in brackets is the difference from the base,
+paired by seed: the mean over seeds of the difference of the two means over images, with its 95%
+interval over seeds (Student's t). The column "best" has the estimator with the lowest mean. If the
+base has no number in a column, the difference is from the base's best.
 """
 
 import itertools

@@ -14,10 +14,8 @@ budgets:
     time          as much training time as the base: the base's number of steps is divided by the
                   ratio of the times of a step. The compiled steps of both are timed in turns
 
-The table shows bits/dim, the mean over images and seeds. The number in brackets is the difference
-from the base, paired by seed, with its 95% interval over seeds (Student's t). A network is
-evaluated with the dequantizers that fit its training data. The column "best" has the estimator with
-the lowest mean. If the base has no number in a column, the difference is from the base's best.
+A network is evaluated with the dequantizers that fit its training data. The table shows bits/dim and
+the differences from the base (``recipe_table``).
 
 Every run and every timing becomes a line of the file ``--out`` and is not repeated. After a kill,
 the same command continues, even in the middle of a training run.

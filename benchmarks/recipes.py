@@ -14,8 +14,8 @@ budgets:
     time          as much training time as the base: the base's number of steps is divided by the
                   ratio of the times of a step. The compiled steps of both are timed in turns
 
-A network is evaluated with the dequantizers that fit its training data. The table shows bits/dim and
-the differences from the base (``recipe_table``).
+A network is evaluated with the dequantizers that fit its training data. The table shows bits/dim
+and the differences from the base (``recipe_table``).
 
 Every run and every timing becomes a line of the file ``--out`` and is not repeated. After a kill,
 the same command continues, even in the middle of a training run.

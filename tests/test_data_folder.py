@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from pictures import pixels, save
+from pictures import pixels, save, save_deep
 from PIL import Image
 
 from sbml import data
@@ -195,6 +195,52 @@ def test_pixel_formats(two_splits: Path) -> None:
     np.testing.assert_allclose(
         grey.images[images.ids.index("train/opaque.png"), ..., 0], luma, atol=1
     )
+
+
+DEEP = ("rgb.png", "grey.png", "rgba.png", "rgb.tif", "rgba.tif", "rgb.ppm")
+
+
+def test_16_bits_that_pillow_cuts_are_read_from_the_file(
+    two_splits: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Pillow has 8 bits for several channels. 12 bits of a camera would become nearly black."""
+    train = two_splits / "images" / "train"
+    deep = np.random.default_rng(1).integers(0, 2**16, (8, 8, 3)).astype(np.uint16)
+    opaque = np.full((8, 8, 1), 2**16 - 1, np.uint16)
+    few = {"camera": deep >> 4, "bytes": deep >> 8}
+    for name in DEEP:
+        for kind, values in {"full": deep, **few}.items():
+            colours = values[..., :1] if name.startswith("grey") else values
+            layers = [colours] if name.startswith("rgb.") else [colours, opaque]
+            save_deep(train / f"{kind}-{name}", np.concatenate(layers, axis=-1))
+    images = load_split(two_splits)
+    assert images.ids == tuple(sorted(f"train/full-{name}" for name in DEEP))
+    for name, image in zip(images.ids, images.images, strict=True):
+        shown = np.broadcast_to(deep[..., :1], deep.shape) if "grey" in name else deep
+        scaled = name.endswith("ppm")  # Pillow scales these, and rounds.
+        np.testing.assert_array_equal(image, np.round(shown / 257) if scaled else shown >> 8)
+    reasons = dict(s.split(": ", 1) for s in images.skipped)
+    assert set(reasons) == {f"train/{kind}-{name}" for name in DEEP for kind in few}
+    assert all(
+        reason.startswith("16-bit pixels, none above 4")
+        for name, reason in reasons.items()
+        if "camera" in name
+    )
+    assert (
+        "6 of 6 train images have more than 8 bits a channel: the upper 8 are used"
+        in images.caution
+    )
+    assert images.caution in caplog.text
+
+
+def test_16_bit_planes_that_pillow_misreads_are_named(two_splits: Path) -> None:
+    train = two_splits / "images" / "train"
+    save(train / "good.png", pixels(8, 8))
+    deep = np.random.default_rng(1).integers(0, 2**16, (8, 8, 3)).astype(np.uint16)
+    save_deep(train / "planes.tif", deep, planes=True)
+    images = load_split(two_splits)
+    assert images.ids == ("train/good.png",)
+    assert images.skipped[0].startswith("train/planes.tif: 16-bit planes")
 
 
 def test_exif_orientation(two_splits: Path) -> None:

@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 from PIL import Image, ImageOps
+from PIL.TiffImagePlugin import BITSPERSAMPLE
 from tqdm import tqdm
 
 from sbml.data._cache import Add, content_key, load_or_build
@@ -45,12 +46,12 @@ class ImageFolder:
         """The images of ``split``, in the order of their paths.
 
         Needs ``options.path``; ``image_size``, ``channels``, ``crop``, ``test_fraction``, ``seed``
-        and ``cache_dir`` apply. The EXIF orientation is applied, 16-bit grey keeps its upper 8
-        bits, CMYK becomes RGB by Pillow's formula, and of an animation the first frame is taken.
+        and ``cache_dir`` apply. The EXIF orientation is applied, 16-bit channels keep their upper
+        8 bits, CMYK becomes RGB by Pillow's formula, and of an animation the first frame is taken.
         Files that Pillow cannot read, FIFOs and devices, files with transparent pixels, with 32-bit
         pixels, or with 16-bit ones below 2^12, which a camera of 12 bits leaves, are logged as a
-        warning and listed in the set's ``skipped``; that images were enlarged, or of other colours
-        than ``channels`` says, is its ``caution``.
+        warning and listed in the set's ``skipped``; that images had more than 8
+        bits, were enlarged, or of other colours than ``channels`` says, is its ``caution``.
 
         Raises:
           ValueError: an option out of range, no such folder, or no usable image in the split.
@@ -61,12 +62,16 @@ class ImageFolder:
         choices = (names, split, options.image_size, options.channels, options.crop, options.seed)
         read = [root / n for n in names if not _special(root / n)]
         version = content_key(tqdm(read, desc="Reading files"), *choices)
-        path = options.cache / "image_folder" / version / f"{split}_counted.npy"
+        path = options.cache / "image_folder" / version / f"{split}_depths.npy"
         images, notes = load_or_build(path, lambda add: _build(root, names, options, add))
         if skipped := tuple(notes["skipped"]):
             _warn(split, skipped, len(names), path.with_suffix(".json"))
         ids = tuple(notes["ids"])
-        cautions = {ENLARGED: notes["enlarged"], RECOLOURED[options.channels]: notes["recoloured"]}
+        cautions = {
+            ENLARGED: notes["enlarged"],
+            RECOLOURED[options.channels]: notes["recoloured"],
+            DEEP: notes["deep"],
+        }
         said = [text.format(n, len(ids), split) for text, n in cautions.items() if n]
         if caution := "; ".join(said):
             log.warning(caution)
@@ -84,6 +89,10 @@ RECOLOURED = {
     "bits/dim are lower than those of colour images",
     1: "{} of {} {} images are in colour and were made grey: the bits/dim are of grey images",
 }
+DEEP = (
+    "{} of {} {} images have more than 8 bits a channel: the upper 8 are used, and bits/dim are of "
+    "these"
+)
 SOURCE = ImageFolder()
 
 
@@ -212,10 +221,10 @@ def _held_out(name: str, options: Options) -> bool:
 
 
 def _build(root: Path, names: list[str], options: Options, add: Add) -> dict[str, Any]:
-    ids, skipped, enlarged, recoloured = [], [], 0, 0
+    ids, skipped, enlarged, recoloured, deep = [], [], 0, 0, 0
     for name in tqdm(names, desc="Decoding images", unit=" images"):
         try:
-            decoded = _decode(root / name)
+            decoded, depth = _decode(root / name)
             image = _square(decoded.convert(MODES[options.channels]), name, options)
         except Exception as error:  # Pillow's decoders raise many kinds on broken files
             skipped.append(f"{printable(name)}: {printable(str(error))}")
@@ -224,9 +233,11 @@ def _build(root: Path, names: list[str], options: Options, add: Add) -> dict[str
         ids.append(printable(name))
         enlarged += min(decoded.size) < options.image_size
         recoloured += _is_grey(decoded) == (options.channels == 3)
+        deep += depth > 8
     if not ids:
         raise ValueError(f"None of {len(names)} images is usable. The first: {skipped[0]}")
-    return {"ids": ids, "skipped": skipped, "enlarged": enlarged, "recoloured": recoloured}
+    counts = {"enlarged": enlarged, "recoloured": recoloured, "deep": deep}
+    return {"ids": ids, "skipped": skipped, **counts}
 
 
 def _special(path: Path) -> bool:
@@ -244,28 +255,56 @@ def _is_grey(image: Image.Image) -> bool:
     return not np.ptp(np.asarray(image.convert("RGB")), axis=-1).any()
 
 
-def _decode(path: Path) -> Image.Image:
-    """The first frame, upright, 8 bits a channel."""
+def _depth(path: Path, opened: Image.Image) -> int:
+    """Bits of a channel, as the file says: for several channels of 16 bits, Pillow keeps the upper
+    8 bits, and its mode does not show it."""
+    if opened.format == "PNG":
+        with path.open("rb") as file:
+            return file.read(25)[24]
+    layout = opened.tile[0][3] if opened.format in ("PPM", "TIFF") else ""  # type: ignore[attr-defined]
+    if opened.format == "TIFF":
+        depth = max(opened.tag_v2.get(BITSPERSAMPLE, (1,)))  # type: ignore[attr-defined]
+        if depth == 16 and opened.mode in ("RGB", "RGBA", "CMYK") and "16" not in str(layout):
+            raise ValueError(
+                "16-bit planes one after the other, which Pillow reads as 8-bit pixels: save the "
+                "image with 8 bits a channel, or with the channels of a pixel together"
+            )
+        return depth
+    if isinstance(layout, tuple):  # a PPM's mode and largest value
+        return int(layout[1]).bit_length()
+    return 16 if opened.mode.startswith("I") else 8
+
+
+def _decode(path: Path) -> tuple[Image.Image, int]:
+    """The first frame, upright, 8 bits a channel; and how many bits a channel has in the file."""
     if _special(path):
         raise ValueError("a FIFO, device or socket: put the image itself there")
     with Image.open(path) as opened:
         scaled = opened.format == "PPM" and opened.mode == "I"  # by Pillow, to 0 ... 65535
+        depth = _depth(path, opened)
         image = ImageOps.exif_transpose(opened)
     if image.mode in ("I", "F") and not scaled:
         raise ValueError(f"32-bit pixels (mode {image.mode}): save the image with 8 bits a channel")
+    few, most = False, 0
     if image.mode.startswith("I;16") or scaled:  # Pillow would clip at 255
         deep = np.asarray(image).astype(np.uint16)
-        if 0 < (most := deep.max()) < 2**12:
-            raise ValueError(
-                f"16-bit pixels, none above {most}, would be nearly black with 8 bits. If these "
-                "are 12 bits of a camera, scale them to 0 ... 65535"
-            )
+        most = int(deep.max())
+        few = 0 < most < 2**12
         image = Image.fromarray((deep >> 8).astype(np.uint8))
+    elif depth == 16:
+        colours = np.asarray(image)[..., : 3 if image.mode == "RGBA" else None]
+        # Pillow keeps v // 256, or v / 257 rounded. If it keeps 0, then v is unknown, up to 255.
+        few, most = bool(colours.max() <= 2**4), 257 * int(colours.max()) + 255
+    if few:
+        raise ValueError(
+            f"16-bit pixels, none above {most}, would be nearly black with 8 bits. If these "
+            "are 12 bits of a camera, scale them to 0 ... 65535"
+        )
     if image.has_transparency_data:
         alpha = np.asarray(image.convert("RGBA"))[..., 3]
         if alpha.min() < 255:
             raise ValueError("transparent pixels: flatten the image onto a background")
-    return image
+    return image, depth
 
 
 def _square(image: Image.Image, name: str, options: Options) -> Image.Image:

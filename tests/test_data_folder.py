@@ -143,13 +143,78 @@ def test_splits_may_consist_of_links(tmp_path: Path, caplog: pytest.LogCaptureFi
     (root / "train" / "0.png").symlink_to(root / "all" / "0.png")
     (root / "test" / "1.png").symlink_to(root / "all" / "1.png")
     (root / "train" / "cats").symlink_to(root / "all" / "cats")
-    (root / "test" / "0.png").symlink_to(root / "all" / "0.png")  # It is in train.
     assert load_split(tmp_path).ids == ("train/0.png", "train/cats/2.png", "train/cats/3.png")
     assert load_split(tmp_path, "test").ids == ("test/1.png",)
-    assert "1 links" in caplog.text
+    assert "links" not in caplog.text
     for name in ("x", "y"):
         (root / "train" / f"{name}.png").symlink_to(root / "nowhere.png")
     assert [s[:11] for s in load_split(tmp_path).skipped] == ["train/x.png", "train/y.png"]
+
+
+@pytest.mark.parametrize(
+    ("link", "target"),
+    [("test/0.png", "all/0.png"), ("test/all", "all"), ("test/up", ""), ("test/up/more", "all")],
+)
+def test_an_image_that_links_put_into_both_splits_is_named(
+    tmp_path: Path, link: str, target: str
+) -> None:
+    root = tmp_path / "images"
+    save(root / "all" / "0.png", pixels(8, 8))
+    for split in ("train", "test"):
+        save(root / split / "own.png", pixels(8, 8))
+    (root / "train" / "0.png").symlink_to(root / "all" / "0.png")
+    (root / link).parent.mkdir(exist_ok=True)
+    (root / link).symlink_to(root / target)
+    for split in ("train", "test"):
+        with pytest.raises(ValueError, match=r"train/0\.png and test/.*0\.png are one image"):
+            load_split(tmp_path, split)
+
+
+def test_a_link_moves_no_image_out_of_its_split(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    root = tmp_path / "images"
+    for name in ("train/1.png", "test/2.png", "test/cats/3.png"):
+        save(root / name, pixels(8, 8))
+    for name, target in {
+        "train/up": root,
+        "train/cats": root / "test" / "cats",
+        "train/whole": root / "test",
+        "train/2.png": root / "test" / "2.png",
+        "test/again": root / "train",
+        "elsewhere": root / "test",
+    }.items():
+        (root / name).symlink_to(target)
+    assert load_split(tmp_path).ids == ("train/1.png",)
+    assert load_split(tmp_path, "test").ids == ("test/2.png", "test/cats/3.png")
+    assert "5 links" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("split", "place"), [("test", "train"), ("test", "train/a"), ("train", "")]
+)
+def test_splits_that_overlap_are_named(tmp_path: Path, split: str, place: str) -> None:
+    root = tmp_path / "images"
+    save(root / ("train" if split == "test" else "test") / "a" / "1.png", pixels(8, 8))
+    (root / split).symlink_to(root / place)
+    with pytest.raises(ValueError, match="lies in the folder of the other split"):
+        load_split(tmp_path)
+
+
+def test_hard_links_are_one_image(tmp_path: Path) -> None:
+    """Whether a hash or folders split the images."""
+    root = tmp_path / "images"
+    for i in range(20):
+        save(root / "a" / f"{i}.png", pixels(8, 8, seed=i))
+    (root / "b").mkdir()
+    for i in range(20):
+        os.link(root / "a" / f"{i}.png", root / "b" / f"{i}.png")
+    found = [load_split(tmp_path, split, test_fraction=0.5).ids for split in ("train", "test")]
+    assert sum(map(len, found)) == len({Path(i).name for ids in found for i in ids}) == 20
+    for name, split in (("a", "train"), ("b", "test")):
+        (root / name).rename(root / split)
+    with pytest.raises(ValueError, match=r"train/0\.png and test/0\.png are one image"):
+        load_split(tmp_path)
 
 
 def test_splits_may_be_links_to_other_folders_of_the_root(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import logging
 import os
 import stat
 from collections import Counter, deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -116,57 +116,83 @@ def _check(options: Options) -> Path:
     return root
 
 
-def _visible(
-    top: Path, elsewhere: tuple[Path, ...], folders: set[str], again: list[str]
-) -> Iterator[Path]:
-    """Every file under ``top``, except names that begin with a dot.
+def _inside(path: str, folders: Iterable[str]) -> bool:
+    return any(Path(path).is_relative_to(folder) for folder in folders)
 
-    Links to folders are followed last, and those in ``elsewhere`` are not followed. The real path
-    of each folder is added to ``folders``. A folder whose real path is in ``folders`` already is
-    left out; if a link led to it, the link is added to ``again``.
+
+def _visible(
+    top: Path, closed: list[str], folders: set[str], again: list[str]
+) -> Iterator[tuple[Path, str]]:
+    """Every file under ``top`` and its real path, except names that begin with a dot.
+
+    Links to folders are followed last. The real path of each folder is added to ``folders``. A
+    folder is left out if its real path is in ``folders`` already; folders and files are left out if
+    their real path lies in one of ``closed``. If a link led there, it is added to ``again``.
     """
     starts = deque([top])
     while starts:
         for folder, subfolders, files in os.walk(starts.popleft()):
-            if (real := os.path.realpath(folder)) in folders:
+            if (real := os.path.realpath(folder)) in folders or _inside(real, closed):
                 again += [folder] if os.path.islink(folder) else []
                 subfolders.clear()
                 continue
             folders.add(real)
             subfolders[:] = sorted(s for s in subfolders if not s.startswith("."))
-            links = (path for s in subfolders if (path := Path(folder, s)).is_symlink())
-            starts.extend(path for path in links if path not in elsewhere)
-            yield from (Path(folder, file) for file in sorted(files) if not file.startswith("."))
+            starts.extend(p for s in subfolders if (p := Path(folder, s)).is_symlink())
+            for file in sorted(f for f in files if not f.startswith(".")):
+                path, target = Path(folder, file), os.path.join(real, file)
+                if path.is_symlink() and _inside(target := os.path.realpath(path), closed):
+                    again.append(str(path))
+                else:
+                    yield path, target
+
+
+def _identity(real: str) -> str | tuple[int, int]:
+    """What all paths to the file ``real`` share: its real path or, of hard links, its number."""
+    found = os.stat(real)
+    return (found.st_dev, found.st_ino) if found.st_nlink > 1 else real
 
 
 def _files(root: Path) -> Iterator[Path]:
     """Every file under ``root`` once, through links too.
 
-    If several paths lead to a file, a path in ``train`` or ``test`` is chosen, or else the path
+    An image that really lies in ``train`` or ``test`` belongs there, whatever links lead to it. If
+    several paths lead to another image, a path in ``train`` or ``test`` is chosen, or else the path
     without a link. So a new link to a file under ``root`` does not change the name of an image. The
     number of links that are not used is logged.
+
+    Raises:
+      ValueError: one of the folders ``train`` and ``test`` lies in the other, or paths in both lead
+        to one image.
     """
-    own = (root / "train", root / "test")
-    folders: set[str] = set()
-    targets: set[str] = set()  # the real paths of the files that links lead to
+    own = {top: os.path.realpath(top) for top in (root / "train", root / "test") if top.is_dir()}
+    closed = {top: [place for other, place in own.items() if other != top] for top in (*own, root)}
+    if inner := [top.name for top, place in own.items() if _inside(place, closed[top])]:
+        raise ValueError(
+            f"data.path={root}: the folder {inner[0]} lies in the folder of the other split, since "
+            f"they are {' and '.join(own.values())}: make them two separate folders"
+        )
+    chosen: dict[str | tuple[int, int], Path] = {}  # the path of each image
+    visited: set[str] = set()
     again: list[str] = []
     for top in (*own, root):
-        links = []
-        for path in _visible(top, own, folders, again):
-            if path.is_symlink():
-                links.append(path)
-            elif not targets or os.path.realpath(path) not in targets:
+        folders = set(visited) if top == root else set[str]()
+        found = _visible(top, closed[top], folders, again)
+        for path, real in sorted(found, key=lambda pair: pair[0].is_symlink()):
+            if path.suffix.lower() not in SUFFIXES or not os.path.exists(real):
+                yield path  # Opening a link to nowhere says why.
+                continue
+            if (first := chosen.setdefault(_identity(real), path)) == path:
                 yield path
-        for path in links:
-            target = Path(os.path.realpath(path))
-            is_image = target.suffix.lower() in SUFFIXES and not target.name.startswith(".")
-            if not os.path.lexists(target):  # Opening it says why.
-                yield path
-            elif str(target) in targets or (is_image and str(target.parent) in folders):
+            elif top in own and not first.is_relative_to(top):
+                names = (p.relative_to(root).as_posix() for p in (first, path))
+                raise ValueError(
+                    f"data.path={root}: {' and '.join(map(printable, names))} are one image: "
+                    "remove one of the two, so that no image is in both splits"
+                )
+            elif top in own or not own:
                 again.append(str(path))
-            else:
-                targets.add(str(target))
-                yield path
+        visited |= folders
     if again:
         where = printable(str(root))
         log.warning("%d links of %s lead to files that it has anyway: not used", len(again), where)

@@ -2,7 +2,9 @@
 
 import signal
 import time
+import tracemalloc
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -114,6 +116,41 @@ def test_more_images_are_added_to_the_stored_ones(trained: Path) -> None:
     np.testing.assert_array_equal(more[:7], few)
     assert all(path.stat().st_mtime_ns == when for path, when in before.items())
     np.testing.assert_array_equal(images(trained, num_images=5), few[:5])
+
+
+def test_more_images_than_memory_are_refused_before_anything_is_computed(tmp_path: Path) -> None:
+    many = ("--config.sampling.num_images=2147483647", "--config.data.shape=4096,4096,3")
+    said = runs.run(tmp_path, "--mode=train,sample", *many, expect=1)
+    assert said.startswith("ValueError: sampling.num_images=2147483647: the samples need 432,")
+    assert len(said.splitlines()) == 1 and not (tmp_path / "checkpoints").exists()
+
+
+def test_the_memory_that_samples_need_is_known(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    n, batch = 50_000, 1000
+    config = tiny.get_config()
+    config.sampling.update(num_images=n, batch_size=batch)
+    experiment, workdir = build.Experiment(config), Workdir(tmp_path)
+    shapes = {np.uint8: (batch, *experiment.shape), np.int32: batch, bool: batch}
+    drawn = samples.Samples(*(np.zeros(shape, kind) for kind, shape in shapes.items()))
+    monkeypatch.setattr(samples, "draw", lambda *given: drawn)
+    monkeypatch.setattr(samples, "_identity", lambda *given: {})
+    monkeypatch.setattr(sample.summary, "write", lambda *given: None)
+    restored = SimpleNamespace(state=SimpleNamespace(ema_params={}), step=1)
+    tracemalloc.start()
+    sample._write(
+        experiment, restored, workdir, samples.generate(experiment, restored, workdir), None
+    )
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    needed = samples.memory_needed(experiment.config)
+    assert needed / 2 < peak < needed
+    monkeypatch.setattr(samples, "memory", lambda: needed)
+    sample.check(config, workdir, ())
+    monkeypatch.setattr(samples, "memory", lambda: needed - 1)
+    with pytest.raises(ValueError, match=f"num_images={n}: .* draw at most {n - 1}"):
+        sample.check(config, workdir, ())
 
 
 def test_another_seed_or_sampler_is_another_set(trained: Path) -> None:

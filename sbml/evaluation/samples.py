@@ -8,6 +8,7 @@ written to disk batch by batch: a killed run resumes, and a run with a larger
 import dataclasses
 import functools
 import math
+import os
 from typing import Any, NamedTuple
 
 import jax
@@ -18,6 +19,7 @@ from absl import logging
 from sbml import bits, report, sampling
 from sbml.data import eval_batches
 from sbml.experiment.build import Experiment
+from sbml.experiment.config import Config
 from sbml.runtime import progress, sharding
 from sbml.runtime.checkpoint import Restored
 from sbml.runtime.preemption import Preemption
@@ -151,6 +153,34 @@ def _identity(experiment: Experiment, restored: Restored) -> dict[str, Any]:
         "dtype": getattr(experiment.adapter.model, "dtype", "float32"),
         **({"dequantization": kind} if kind == "none" else {}),
     }
+
+
+def memory_needed(config: Config) -> int:
+    """Bytes that the samples of ``config`` need at most: the columns of their table, four times.
+
+    They are read from parts, joined, sorted by their ids, and written to one file.
+    """
+    row = math.prod(config.data.shape) + 21  # nfe, failed, id and sweep have 4, 1, 8 and 8 bytes
+    return 4 * row * config.sampling.num_images
+
+
+def memory() -> int:
+    """Bytes of this machine's memory."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def check_memory(config: Config) -> None:
+    """Check that the samples of ``config`` fit into this machine's memory.
+
+    Raises:
+      ValueError: they do not.
+    """
+    count, needed, there = config.sampling.num_images, memory_needed(config), memory()
+    if needed > there:
+        raise ValueError(
+            f"sampling.num_images={count}: the samples need {needed / 1e9:,.1f} GB of memory, and "
+            f"this machine has {there / 1e9:,.1f}: draw at most {there * count // needed}"
+        )
 
 
 def generate(experiment: Experiment, restored: Restored, workdir: Workdir) -> Samples:

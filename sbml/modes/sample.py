@@ -1,5 +1,7 @@
 """Draws samples of a trained model: ``--mode=sample``."""
 
+from collections.abc import Sequence
+
 import jax
 import numpy as np
 from absl import logging
@@ -7,14 +9,24 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from sbml import report
-from sbml.evaluation.samples import Samples, generate, grid, strip
+from sbml.evaluation.samples import Samples, check_memory, generate, grid, strip
 from sbml.experiment import trained
 from sbml.experiment.build import Experiment
+from sbml.experiment.config import Config
 from sbml.report import summary
 from sbml.runtime import sharding
 from sbml.runtime.checkpoint import Restored
 from sbml.runtime.trees import tree_crc32
 from sbml.runtime.workdir import SAMPLES, Workdir
+
+
+def check(config: ConfigDict, workdir: Workdir, before: Sequence[str]) -> None:
+    """Check that the samples fit into memory.
+
+    Raises:
+      ValueError: they do not.
+    """
+    check_memory(Config.read(config))
 
 
 def run(config: ConfigDict, workdir: epath.PathLike) -> None:

@@ -63,6 +63,13 @@ def test_a_disk_that_cannot_be_written_is_named_with_the_file(tmp_path, monkeypa
     assert caught.value.filename == str(path)
 
 
+def test_a_folder_in_the_place_of_a_file_is_named_with_the_reason(tmp_path):
+    (tmp_path / "x.npz").mkdir()
+    with pytest.raises(IsADirectoryError, match=r"x\.npz is a directory") as caught:
+        files.write_npz(tmp_path / "x.npz", ARRAYS)
+    assert "None" not in str(caught.value) and [p.name for p in tmp_path.iterdir()] == ["x.npz"]
+
+
 def test_every_damage_of_arrays_is_an_error_that_names_the_file(tmp_path):
     path = tmp_path / "x.npz"
     files.write_npz(path, ARRAYS)

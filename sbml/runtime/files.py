@@ -50,7 +50,8 @@ def write_whole(path: epath.PathLike, content: bytes) -> None:
         partial.write_bytes(content)
         partial.replace(path)
     except OSError as error:
-        error.filename = str(path)  # The error of a full disk names no file.
+        if error.errno is not None:  # As of a full disk, which names no file; others have a text.
+            error.filename = str(path)
         raise
     finally:
         with contextlib.suppress(OSError):  # On a disk that cannot be written, there is no file.

@@ -17,6 +17,7 @@ from absl import flags
 
 from sbml import bits, divergence, main, report
 from sbml.experiment import stored
+from sbml.experiment.build import Experiment
 from sbml.experiment.config import Config
 from sbml.modes import train
 from sbml.ode import Solver
@@ -225,6 +226,30 @@ def test_a_work_directory_that_lost_its_checkpoints_is_refused_in_one_line(
     said = refusal(f"--workdir={tmp_path}", "--mode=eval")
     assert said.startswith("ValueError: no checkpoint in ") and said.endswith("give --config")
     assert "\n" not in said
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (
+            {"sampling.method": "euler"},
+            r"config\.sampling: euler has no error estimate: set fixed_steps",
+        ),
+        (
+            {"sde.name": "linear_ve", "eval.tau": 1e-6},
+            r"eval\.tau=1e-06 gives smallest time eps=1176\.\d+: must lie in \(0, 1\.0\)",
+        ),
+        (
+            {"sde.name": "linear_ve", "eval.tau": 1e-6, "data.dequantization": "centre"},
+            r"eval\.tau=1e-06 gives smallest time eps=1176\.\d+: must lie in \(0, 1\.0\)",
+        ),
+    ],
+)
+def test_a_message_names_the_field_once(overrides: dict[str, object], message: str) -> None:
+    config = tiny.get_config()
+    config.update_from_flattened_dict(overrides)
+    with pytest.raises(ValueError, match=f"^{message}"):
+        Experiment(config)
 
 
 def test_a_config_without_the_function_get_config_is_refused(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 from sbml import adapters, data, discrete
 from sbml.experiment import architecture, schedule, trained
 from sbml.experiment.config import Config
-from sbml.experiment.noise import loss_unit, smallest_time, smallest_trained_time
+from sbml.experiment.noise import discrete_time, loss_unit, smallest_time, smallest_trained_time
 from sbml.runtime import sharding
 from sbml.runtime.checkpoint import Checkpoints, Restored
 from sbml.runtime.state import TrainState
@@ -81,7 +81,7 @@ class Experiment:
         self.optimizer: Final = c.optim.transformation(c.training.num_steps, unit)
 
         self.eval_eps: Final = c.eval.eps(self.sde, first)
-        self.discrete_eps: Final = discrete.smallest_time(self.sde, self.levels, self.eval_eps, tau)
+        self.discrete_eps: Final = discrete_time(self.sde, self.levels, self.eval_eps, tau)
         self.eval_solver: Final = c.eval.solver()
         self.cells: Final = c.eval.cells()
         self.sampling_eps: Final = c.sampling.eps(self.sde, max(1e-3, first))

@@ -6,6 +6,7 @@ from sbml import discrete, times
 from sbml.data import imagenet32
 from sbml.experiment.data import Data
 from sbml.experiment.training import Training
+from sbml.scalars import Number
 from sbml.sdes import SDE
 
 
@@ -24,7 +25,17 @@ def smallest_time(sde: SDE, training: Training, data: Data, tau: float) -> float
     eps = max(sde.smallest_time, 5e-5 if imagenet and both else 0.0)
     if data.dequantization != "centre":
         return eps
-    return float(discrete.smallest_time(sde, data.levels, eps, tau))
+    return float(discrete_time(sde, data.levels, eps, tau))
+
+
+def discrete_time(sde: SDE, levels: int, eps: Number, tau: float) -> Number:
+    """``discrete.smallest_time`` for ``eval.tau``.
+
+    Raises:
+      ValueError: it is not before T, because ``tau`` is too small.
+    """
+    found = discrete.smallest_time(sde, levels, eps, tau)
+    return sde.check_time(found, f"eval.tau={tau} gives smallest time eps")
 
 
 def smallest_trained_time(sde: SDE, training: Training, eps: float) -> float:

@@ -66,9 +66,10 @@ class Sampling(Solving):
         kind, corrector = samplers.SAMPLERS[self.sampler], samplers.CORRECTORS[self.corrector]
         options = {"steps": self.corrector_steps, "snr": self.snr}
         names = {f.name for f in dataclasses.fields(kind)}
+        solver = self.solver()
         with section_errors(self.section):
             fields = {
-                "solver": self.solver(),
+                "solver": solver,
                 "steps": 500 if self.steps is None else self.steps,
                 "eta": self.eta,
                 "corrector": corrector() if self.corrector == "none" else corrector(**options),

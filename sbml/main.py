@@ -90,7 +90,7 @@ def parse(arguments: list[str]) -> list[str]:
         for field in unset.values():
             CONFIG.value.update_from_flattened_dict({field: None})
         return rest
-    except (AttributeError, KeyError):
+    except (AttributeError, KeyError, IndexError, TypeError, ValueError):
         if config is not None:
             try:
                 check_overrides(config, arguments)

@@ -229,6 +229,18 @@ def test_a_work_directory_that_lost_its_checkpoints_is_refused_in_one_line(
 
 
 @pytest.mark.parametrize(
+    "field",
+    ["data.shape.x", "eval.estimators.0", "data.shape[0]", "data.source.x", "sampling.steps.a"]
+    + ["data.", ".seed", ""],
+)
+def test_a_field_that_does_not_exist_is_named_in_one_line(
+    refusal: Callable[..., str], field: str
+) -> None:
+    said = refusal(CONFIG, f"--config.{field}=1")
+    assert said.startswith(f"unknown field config.{field}: config") and "\n" not in said
+
+
+@pytest.mark.parametrize(
     ("overrides", "message"),
     [
         (

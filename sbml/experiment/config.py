@@ -115,7 +115,7 @@ def check_overrides(config: ConfigDict, arguments: Sequence[str]) -> None:
     Raises:
       ValueError: it lacks one; the message names the field and the fields of its section.
     """
-    for name in re.findall(r"^--?config\.([\w.]+)", "\n".join(arguments), re.MULTILINE):
+    for name in re.findall(r"^--?(?:no)?config\.([^=\n]*)", "\n".join(arguments), re.MULTILINE):
         node, section = config, "config"
         for part in name.split("."):
             if not isinstance(node, ConfigDict) or part not in node:

@@ -72,7 +72,7 @@ def parse(arguments: list[str]) -> list[str]:
         if (
             workdir
             and not _value(arguments, "config")
-            and Workdir(workdir).has(Training.folder)
+            and Workdir(workdir).connect().has(Training.folder)
             and "config" not in ignored(chosen)
         ):
             # absl knows the fields of a config only after it has read it, so this argument comes
@@ -276,7 +276,7 @@ def _main(arguments: Sequence[str]) -> None:
     if not flags.FLAGS["verbosity"].present:
         logging.set_verbosity(logging.WARNING)  # Their messages would hide the bars.
     file = config_flags.get_config_filename(flags.FLAGS["config"])
-    workdir = Workdir(WORKDIR.value or default_workdir(file))
+    workdir = Workdir(WORKDIR.value or default_workdir(file)).connect()
     workdir.path.mkdir(parents=True, exist_ok=True)
     sharding.check_shared(workdir.path)
     print(f"{', '.join(chosen)} in {workdir}")

@@ -1,6 +1,7 @@
 """The command line: flags, the config of a work directory, and messages of refusals."""
 
 import dataclasses
+import re
 import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -238,6 +239,31 @@ def test_a_field_that_does_not_exist_is_named_in_one_line(
 ) -> None:
     said = refusal(CONFIG, f"--config.{field}=1")
     assert said.startswith(f"unknown field config.{field}: config") and "\n" not in said
+
+
+def test_a_work_directory_that_is_too_deep_is_refused_in_one_line(tmp_path: Path) -> None:
+    """Python's own errors would be a RecursionError, or one with all of the path in it."""
+    for depth in (600, 3000):
+        deep = tmp_path / "/".join(["d"] * depth)
+        status, (line,) = run_program(deep, "--mode=train")
+        assert status == 1 and re.match(
+            r"ValueError: the path of the work directory, /.* bytes: give", line
+        )
+        assert len(line) < 300
+
+
+def test_a_store_that_cannot_be_reached_is_refused_in_one_line(
+    refusal: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("etils.epath.gpath._is_tf_installed", lambda: False, raising=False)
+    monkeypatch.setitem(sys.modules, "gcsfs", None)
+    for arguments in (
+        ("--workdir=gs://bucket/run", "--mode=eval"),
+        ("--mode=compare", "--runs=gs://bucket/a,gs://bucket/b"),
+    ):
+        said = refusal(*arguments)
+        assert re.search(r"gs://bucket/\w+ cannot be reached: .*gcsfs.*pip install gcsfs", said)
+        assert "\n" not in said
 
 
 @pytest.mark.parametrize(

@@ -28,7 +28,7 @@ def run(config: Any, workdir: epath.PathLike | None, runs: Sequence[str] | None)
         raise ValueError("--mode=compare reads --runs=DIR,DIR: evaluated work directories")
     if "" in runs:
         raise ValueError(f"--runs={','.join(runs)}: one of the names is empty; leave it out")
-    workdirs = [Workdir(path) for path in runs]
+    workdirs = [Workdir(path).connect() for path in runs]
     evaluated = list(map(Run.read, workdirs, comparison.short_names(workdirs)))
     numbers = comparison.compare(evaluated)
     workdir = Workdir(workdir or "runs/comparison")

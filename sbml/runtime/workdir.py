@@ -12,7 +12,7 @@ if the file is damaged, the error names the mode that makes it again.
 
 import os
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 from etils import epath
@@ -28,6 +28,8 @@ NEIGHBOURS = "neighbours.png"
 PER_IMAGE = "per_image.npz"
 QUALITY = "quality.json"
 SAMPLES = "samples.npz"
+# Bytes of a path. macOS and object stores allow 1,024, files within the work directory included.
+LONGEST = 800
 MADE_BY = {
     ARCHITECTURE: "convert",
     EVALUATION: "eval",
@@ -42,7 +44,8 @@ class Workdir(os.PathLike):
     """The folder ``path`` of one run, local or any that etils understands (``gs://...``).
 
     Raises:
-      ValueError: ``path`` is an address of a kind that etils does not understand.
+      ValueError: ``path`` is an address of a kind that etils does not understand, or it is longer
+        than ``LONGEST``.
     """
 
     def __init__(self, path: epath.PathLike) -> None:
@@ -53,6 +56,11 @@ class Workdir(os.PathLike):
                 f"{path} is no folder of a known kind: set --workdir to a local path, or to "
                 "gs://bucket/folder"
             ) from None
+        if (size := len(os.fsencode(self.absolute))) > LONGEST:
+            raise ValueError(
+                f"the path of the work directory, {self.absolute[:60]}..., has {size} bytes: give "
+                f"one of at most {LONGEST}"
+            )
 
     def __fspath__(self) -> str:
         return os.fspath(self.path)
@@ -84,6 +92,23 @@ class Workdir(os.PathLike):
         This only reads: it takes no lock.
         """
         return owner(self.path, purpose)
+
+    def connect(self) -> Self:
+        """This work directory, after a check that its object store answers, if it is in one.
+
+        Raises:
+          ValueError: it does not, or the package for this kind of store is missing.
+        """
+        try:
+            if "://" in str(self.path):
+                self.path.exists()
+        except Exception as error:  # The package of each store has errors of its own.
+            reason = " ".join(str(error).split())
+            raise ValueError(
+                f"{self} cannot be reached: {type(error).__name__}: {reason}. For gs:// you need "
+                "pip install gcsfs, the network, and credentials"
+            ) from error
+        return self
 
     def has(self, name: str) -> bool:
         """Whether the file ``name`` is there."""

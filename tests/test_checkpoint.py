@@ -4,6 +4,7 @@ import functools
 import logging
 import resource
 import socket
+import threading
 import time
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -327,3 +328,21 @@ def test_without_room_nothing_is_written(tmp_path: Path, monkeypatch: Any, caplo
     assert checkpoints.save(4, make_state(4), {})
     checkpoints.close()
     assert checkpoints.steps() == [1, 4]
+
+
+def _save_many_times(directory: Path) -> None:
+    state = {"a": jnp.zeros(3)}
+    with Checkpoints(directory, keep_last=1) as checkpoints:
+        checkpoints.save(0, state, {})
+        checkpoints.wait()
+        threads = threading.active_count()
+        resource.setrlimit(resource.RLIMIT_NOFILE, (200, 200))
+        for step in range(1, 101):
+            assert checkpoints.save(step, state, {})
+        checkpoints.wait()
+        assert checkpoints.steps() == [100]
+        assert threading.active_count() <= threads
+
+
+def test_a_save_leaves_no_thread_and_no_open_file(tmp_path: Path) -> None:
+    in_fresh_process(_save_many_times, tmp_path / "run")

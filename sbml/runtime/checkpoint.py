@@ -100,6 +100,7 @@ class Checkpoints:
         self.directory = directory if directory.is_absolute() else directory.resolve()
         self._writer: ocp.training.Checkpointer | None = None
         self._saving: int | None = None  # the step of the last save that began
+        self._response: Any = None  # Orbax's handle of this save
         self._missed: str = ""  # why the last save failed
         self._damaged: set[int] = set()
 
@@ -172,7 +173,7 @@ class Checkpoints:
                     self.directory, preservation_policy=self._kept, cleanup_tmp_directories=True
                 )
             self._saving = step
-            self._writer.save_async(step, state, force=True, custom_metadata=content)
+            response = self._writer.save_async(step, state, force=True, custom_metadata=content)
         except OSError as error:  # Folders are made here, so a lack of inodes appears here.
             if jax.process_count() > 1 or error.errno not in disk.FULL:
                 raise
@@ -180,6 +181,7 @@ class Checkpoints:
             self._drop_writer()
             self._miss(step, str(error))
             return False
+        self._response = response
         return True
 
     def restore(self, template: PyTree | Template, step: int | None = None) -> Restored | None:
@@ -250,7 +252,10 @@ class Checkpoints:
         if self._writer is None:
             return
         step, self._saving = self._saving, None
+        response, self._response = self._response, None
         try:
+            if response is not None:
+                response.result()  # This also ends the thread of the response, and closes its files.
             self._writer.wait()
         except BaseException:
             self._drop_writer()

@@ -274,11 +274,11 @@ def _full_for_a_while(directory: Path) -> None:
         restored = checkpoints.restore(abstract(make_state(0)))
     assert restored is not None and same_bits(restored.state, make_state(7))
     # Beside Orbax's own, of which some versions have one about a save that is being renamed.
-    ours = [line for line in said if line.startswith(("The checkpoint of step", "There is room"))]
+    ours = [line for line in said if line.startswith(("The checkpoint of step", "Saving works"))]
     assert len(ours) == 2 and len(said) < 5, said
     assert ours[0].startswith(f"The checkpoint of step 2 was not saved in {directory}: ")
     assert "File too large" in ours[0]
-    assert ours[1] == f"There is room again: step 7 is saved in {directory}"
+    assert ours[1] == f"Saving works again: step 7 is saved in {directory}"
 
 
 def test_a_disk_that_is_full_for_a_while_is_named_once(tmp_path: Path) -> None:
@@ -303,9 +303,9 @@ def test_a_folder_that_cannot_be_made_is_a_save_that_failed(
     assert not checkpoints.save(1, make_state(1), {}) and "No space left" in caplog.text
     assert checkpoints.save(2, make_state(2), {})
     checkpoints.close()
-    assert checkpoints.steps() == [2] and "There is room again: step 2" in caplog.text
+    assert checkpoints.steps() == [2] and "Saving works again: step 2" in caplog.text
     errors = iter([PermissionError(13, "Permission denied")])  # It is there to stay.
-    with pytest.raises(PermissionError), checkpoints:
+    with pytest.raises(UnsavedCheckpointError, match="Permission denied"), checkpoints:
         checkpoints.save(3, make_state(3), {})
 
 
@@ -346,3 +346,19 @@ def _save_many_times(directory: Path) -> None:
 
 def test_a_save_leaves_no_thread_and_no_open_file(tmp_path: Path) -> None:
     in_fresh_process(_save_many_times, tmp_path / "run")
+
+
+def test_a_folder_that_cannot_be_written_ends_the_run_and_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: Any
+) -> None:
+    """Also after a disk that was full for a while: nothing may then say that a step is saved."""
+    directory = tmp_path / "run"
+    reasons = iter(["full", ""])
+    monkeypatch.setattr(disk, "shortage", lambda *_: next(reasons))
+    named = r"checkpoint of step 3 .*Not a directory.* from the start$"
+    with pytest.raises(UnsavedCheckpointError, match=named), Checkpoints(directory) as checkpoints:
+        assert not checkpoints.save(2, make_state(2), {})
+        directory.write_text("a file in the folder's place")
+        checkpoints.save(3, make_state(3), {})
+    (said,) = [r.getMessage() for r in caplog.records if str(directory) in r.getMessage()]
+    assert said.startswith(f"The checkpoint of step 2 was not saved in {directory}: full")

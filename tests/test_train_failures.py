@@ -56,7 +56,7 @@ def test_a_loss_that_is_not_finite_is_the_error_even_if_no_checkpoint_was_saved(
     monkeypatch.setattr(disk, "shortage", lambda *_: "full")
     with pytest.raises(loop.NonFiniteLoss, match="none was saved"):
         train.run(config, tmp_path)
-    assert "Make room and run the same command again" in caplog.text
+    assert "Remove the cause and run the same command again" in caplog.text
 
 
 def test_the_rows_after_a_kill_are_means_over_all_of_their_steps(tmp_path, monkeypatch):
@@ -101,7 +101,7 @@ def test_a_full_disk_does_not_stop_the_training(tmp_path, monkeypatch, caplog):
     said = [r.getMessage() for r in caplog.records if r.levelname in ("WARNING", "ERROR")]
     assert [line for line in said if "not saved" in line] == [
         f"The checkpoint of step 8 was not saved in {tmp_path / 'full' / 'checkpoints'}: full. "
-        "Training goes on, and later checkpoints are saved once there is room"
+        "Training goes on, and tries again to save at each later checkpoint"
     ]
     assert sum("goes on without this file" in line for line in said) == 1
     rows = metrics.read(tmp_path / "full")
@@ -128,6 +128,6 @@ def test_a_disk_without_room_for_the_last_checkpoint_is_an_error(tmp_path, monke
     config.training.num_steps = 8
     steps = iter((4, 8))
     monkeypatch.setattr(disk, "shortage", lambda *_: "full" if next(steps) == 8 else "")
-    with pytest.raises(UnsavedCheckpointError, match=r"step 8 .*: full\. Make room .* step 4$"):
+    with pytest.raises(UnsavedCheckpointError, match=r"step 8 .*: full\. Remove .* step 4$"):
         train.run(config, tmp_path)
     assert runs.state(config, tmp_path).step == 4

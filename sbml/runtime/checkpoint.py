@@ -99,9 +99,8 @@ class Checkpoints:
         # The path of an object store is already absolute, and resolve() would make it invalid.
         self.directory = directory if directory.is_absolute() else directory.resolve()
         self._writer: ocp.training.Checkpointer | None = None
-        self._saving: int | None = None  # the step of the last save that began
-        self._response: Any = None  # Orbax's handle of this save
-        self._missed: str = ""  # why the last save failed
+        self._saving: tuple[int, Any] | None = None  # the save in progress: its step and response
+        self._missed: tuple[int, str] | None = None  # a last save that failed: its step, why
         self._damaged: set[int] = set()
 
     def steps(self) -> list[int]:
@@ -134,8 +133,8 @@ class Checkpoints:
         A full disk does not end a training run, because space may become free again. If there is
         no space, nothing is written; if a save fails, its files are removed. The first failure is
         logged as an error, and later ones are not logged until a save succeeds. :meth:`close`
-        raises an error if the last save failed. A failure in the background appears in the next
-        ``save``, ``wait`` or ``close``; with several processes ``save`` raises it too.
+        raises an error if the last save failed. A failure in the background, of any kind, appears
+        in the next ``save``, ``wait`` or ``close``; with several processes ``save`` raises it too.
 
         Checkpoints that ``restore`` found to be damaged are first moved to
         ``<directory>.damaged/<step>-<time>``. They then do not count as kept, and their steps can
@@ -152,6 +151,7 @@ class Checkpoints:
         Raises:
           ValueError: ``step`` is not larger than the newest one, a leaf of ``state`` is not a
             ``jax.Array`` of numbers, or ``metadata`` is not finite JSON.
+          UnsavedCheckpointError: the save cannot begin, although the disk is not full.
         """
         content = manifest.create(step, state, metadata)
         self._after_earlier_save()
@@ -172,16 +172,16 @@ class Checkpoints:
                 self._writer = ocp.training.Checkpointer(
                     self.directory, preservation_policy=self._kept, cleanup_tmp_directories=True
                 )
-            self._saving = step
             response = self._writer.save_async(step, state, force=True, custom_metadata=content)
-        except OSError as error:  # Folders are made here, so a lack of inodes appears here.
-            if jax.process_count() > 1 or error.errno not in disk.FULL:
-                raise
-            self._saving = None
+        except Exception as error:
             self._drop_writer()
-            self._miss(step, str(error))
+            if jax.process_count() > 1 or not isinstance(error, OSError):
+                raise
+            if error.errno not in disk.FULL:
+                raise self._unsaved(step, str(error)) from error
+            self._miss(step, str(error))  # A disk without inodes, since folders are made here.
             return False
-        self._response = response
+        self._saving = step, response
         return True
 
     def restore(self, template: PyTree | Template, step: int | None = None) -> Restored | None:
@@ -228,11 +228,13 @@ class Checkpoints:
 
     def _after_earlier_save(self) -> None:
         """Wait for the earlier save; if it failed, log that."""
-        step = self._saving
+        if self._saving is None:
+            return
+        step = self._saving[0]
         try:
             self.wait()
         except Exception as error:  # After any error of the writer, the next state may be saved.
-            if jax.process_count() > 1 or step is None:
+            if jax.process_count() > 1:
                 raise
             # The names of Orbax's temporary files are left out: these files do not exist any more.
             self._miss(step, textwrap.shorten(re.sub('"[^"]*": ', "", str(error)), 200))
@@ -241,28 +243,37 @@ class Checkpoints:
         """Record that ``step`` was not saved; log an error if the save before it succeeded."""
         if not self._missed:
             logging.error(
-                "The checkpoint of step %d was not saved in %s: %s. Training goes on, and later "
-                "checkpoints are saved once there is room",
+                "The checkpoint of step %d was not saved in %s: %s. Training goes on, and tries "
+                "again to save at each later checkpoint",
                 *(step, self.directory, reason),
             )
-        self._missed = f"no checkpoint of step {step} could be saved in {self.directory}: {reason}"
+        self._missed = step, reason
+
+    def _unsaved(self, step: int, reason: str) -> UnsavedCheckpointError:
+        """The error of a run that ends without a checkpoint of ``step``. :meth:`close` raises no
+        second one."""
+        self._missed = None
+        self._remove_partial()  # Writes that were still in progress have ended by now.
+        steps = self.steps()
+        last = f"from the newest checkpoint, step {steps[-1]}" if steps else "from the start"
+        return UnsavedCheckpointError(
+            f"no checkpoint of step {step} could be saved in {self.directory}: {reason}. Remove "
+            f"the cause and run the same command again: it goes on {last}"
+        )
 
     def wait(self) -> None:
         """Wait until a save in the background is on disk; its error is raised if it failed."""
-        if self._writer is None:
+        if self._saving is None:
             return
-        step, self._saving = self._saving, None
-        response, self._response = self._response, None
+        (step, response), self._saving = self._saving, None
         try:
-            if response is not None:
-                response.result()  # This also ends the thread of the response, and closes its files.
-            self._writer.wait()
+            response.result()  # This also ends the thread of the response, and closes its files.
         except BaseException:
             self._drop_writer()
             raise
-        if step is not None and self._missed:
-            logging.warning("There is room again: step %d is saved in %s", step, self.directory)
-            self._missed = ""
+        if self._missed:
+            logging.warning("Saving works again: step %d is saved in %s", step, self.directory)
+            self._missed = None
             # Writes of failed saves may have ended only after their files were removed.
             self._remove_partial()
 
@@ -291,14 +302,8 @@ class Checkpoints:
         writer, self._writer = self._writer, None
         if writer is not None:
             writer.close()
-        missed, self._missed = self._missed, ""
-        if missed:
-            self._remove_partial()  # Writes that were still in progress have ended by now.
-            steps = self.steps()
-            last = f"from the newest checkpoint, step {steps[-1]}" if steps else "from the start"
-            raise UnsavedCheckpointError(
-                f"{missed}. Make room and run the same command again: it goes on {last}"
-            )
+        if self._missed:
+            raise self._unsaved(*self._missed)
 
     def __enter__(self) -> Self:
         return self

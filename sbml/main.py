@@ -24,7 +24,7 @@ from sbml.experiment import architecture, catalogue, stored
 from sbml.experiment.config import check_overrides, fields_set_to_none
 from sbml.experiment.fields import choices_in
 from sbml.experiment.training import Training
-from sbml.runtime import cpu, refusals, sharding
+from sbml.runtime import cpu, peers, refusals, sharding
 from sbml.runtime.preemption import Preemption
 from sbml.runtime.workdir import Workdir
 
@@ -246,6 +246,8 @@ def main(arguments: Sequence[str]) -> None:
             raise
         logging.warning("interrupted")
         raise SystemExit(128 + signal.SIGINT) from None
+    except peers.LostProcessError as error:
+        peers.leave(traceback.format_exc() if TRACEBACK.value else f"{refusals.line(error)}")
     except Exception as error:
         if TRACEBACK.value or (line := refusals.line(error)) is None:
             raise
@@ -284,12 +286,13 @@ def _main(arguments: Sequence[str]) -> None:
         if check := getattr(module_of(mode), "check", None):
             check(CONFIG.value, workdir, chosen[:i])
     preemption = Preemption()
-    for i, mode in enumerate(chosen):
-        if i and jax.process_count() > 1:
-            preemption.leave_if_requested(f"{', '.join(chosen[:i])} done")
-        module = module_of(mode)
-        config = architecture.of_workdir(CONFIG.value, workdir)
-        module.run(config, workdir, **_flags_of(module))
+    with peers.watched(lambda: f"what {workdir} holds"):
+        for i, mode in enumerate(chosen):
+            if i and jax.process_count() > 1:
+                preemption.leave_if_requested(f"{', '.join(chosen[:i])} done")
+            module = module_of(mode)
+            config = architecture.of_workdir(CONFIG.value, workdir)
+            module.run(config, workdir, **_flags_of(module))
 
 
 def _flags_of(module: Any) -> dict[str, Any]:

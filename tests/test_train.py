@@ -267,6 +267,21 @@ def test_two_processes_give_the_same_losses(whole, tmp_path):
         assert loss == pytest.approx(expected[step], rel=1e-5)
 
 
+def test_a_lost_process_is_named_and_the_checkpoint_from_which_all_go_on(whole, tmp_path):
+    shutil.copytree(whole / "checkpoints", tmp_path / "checkpoints")
+    long = ("--config.training.num_steps=1000000", "--config.training.checkpoint_every=1000000")
+    left, lost = two_processes(tmp_path, "--mode=train", *long)
+    assert wait_for(left, lambda: any(step > 42 for step in losses(tmp_path)))
+    lost.kill()
+    began = time.monotonic()
+    err = runs.finish(left, expect=1)
+    assert time.monotonic() - began < 40 and "Traceback" not in err
+    assert err.splitlines()[-1] == (
+        "LostProcessError: process 1 of the 2 processes is lost. Start the same command again in "
+        f"all of them: it goes on from the newest checkpoint, {tmp_path / 'checkpoints' / '40'}"
+    )
+
+
 def test_processes_that_see_other_folders_are_refused(tmp_path):
     """They would hang at the first save, each waiting for what the other never writes."""
     for process in two_processes(tmp_path / "a", "--mode=train", other=tmp_path / "b"):

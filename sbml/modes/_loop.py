@@ -22,7 +22,7 @@ from sbml.data import ImageSet, prefetch, train_batches
 from sbml.experiment import trained
 from sbml.experiment.training import Loop
 from sbml.platform import compiler_options, platform
-from sbml.runtime import metrics, progress, sharding
+from sbml.runtime import metrics, peers, progress, sharding
 from sbml.runtime.checkpoint import Checkpoints
 from sbml.runtime.preemption import Preemption
 from sbml.runtime.state import (
@@ -325,10 +325,12 @@ def run(task: Task, checkpoints: Checkpoints) -> None:
       NonFiniteLoss: a loss or gradient is not finite; the message names the step and the last good
         checkpoint.
       UnsavedCheckpointError: the last checkpoint could not be written.
+      LostProcessError: another process of this run is lost.
       SystemExit: with status 143 after SIGTERM and 130 after Ctrl-C, when everything is saved.
     """
     with Preemption() as preemption:
-        with checkpoints:  # At the end of this context the last save is on disk.
+        # At the end of this context the last save is on disk.
+        with checkpoints, peers.watched(checkpoints.newest):
             trainer = _Trainer(task, checkpoints)
             try:
                 done = _loop(trainer, preemption)

@@ -32,6 +32,7 @@ from orbax.checkpoint.path import step as step_lib
 
 from sbml.runtime import disk, manifest
 from sbml.runtime.manifest import DamagedCheckpointError, OtherModelError
+from sbml.runtime.peers import LostProcessError
 
 PyTree = Any
 Template = Callable[[dict[str, Any]], PyTree]  # from a checkpoint's metadata to a template
@@ -108,6 +109,11 @@ class Checkpoints:
         if not self.directory.exists():
             return []
         return sorted(d.step for d in step_lib.standard_name_format().find_all(self.directory))
+
+    def newest(self) -> str:
+        """The newest complete checkpoint in words, for a message that says where a run goes on."""
+        steps = self.steps()
+        return f"the newest checkpoint, {self.directory / str(steps[-1])}" if steps else "the start"
 
     def metadata(self) -> dict[str, Any] | None:
         """The metadata of the newest checkpoint with an undamaged manifest; None if there is none.
@@ -254,11 +260,9 @@ class Checkpoints:
         second one."""
         self._missed = None
         self._remove_partial()  # Writes that were still in progress have ended by now.
-        steps = self.steps()
-        last = f"from the newest checkpoint, step {steps[-1]}" if steps else "from the start"
         return UnsavedCheckpointError(
             f"no checkpoint of step {step} could be saved in {self.directory}: {reason}. Remove "
-            f"the cause and run the same command again: it goes on {last}"
+            f"the cause and run the same command again: it goes on from {self.newest()}"
         )
 
     def wait(self) -> None:
@@ -309,6 +313,8 @@ class Checkpoints:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is LostProcessError:  # A save in progress would wait for the lost process.
+            return
         try:
             self.close()
         except UnsavedCheckpointError as error:

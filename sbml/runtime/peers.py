@@ -1,0 +1,83 @@
+"""The loss of another process of a run: it was killed or crashed, or its host was taken away.
+
+Without it nothing can be computed, and no checkpoint can be completed. On CPUs, Gloo performs the
+collective operations. The next one raises an error in the processes that are left, and these leave
+with one line. Elsewhere, and sometimes during a save, they wait until jax finds after about 100
+seconds that the process is silent; it then aborts them with a message of its own. If process 0 is
+lost, which runs jax's coordination service, jax aborts the others within a fraction of a second.
+"""
+
+import contextlib
+import os
+import socket
+import sys
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, NoReturn
+
+import jax
+from jax._src import distributed  # The key-value store is not public.
+
+ANSWER_WITHIN = 5.0  # seconds
+
+
+class LostProcessError(RuntimeError):
+    """Another process of this run is lost, so that this one cannot continue."""
+
+
+@contextlib.contextmanager
+def watched(kept: Callable[[], str]) -> Iterator[None]:
+    """A context in which a collective operation that lost another process raises
+    :class:`LostProcessError`.
+
+    Args:
+      kept: a function that says what the same command goes on from.
+    """
+    try:
+        yield
+    except LostProcessError:
+        raise
+    except Exception as error:
+        if jax.process_count() == 1 or "Gloo" not in str(error):
+            raise
+        silent = ", ".join(map(str, _silent())) or "unknown"
+        raise LostProcessError(
+            f"process {silent} of the {jax.process_count()} processes is lost. Start the same "
+            f"command again in all of them: it goes on from {kept()}"
+        ) from error
+
+
+def _silent() -> list[int]:
+    """The processes that have not met the same error after ``ANSWER_WITHIN`` seconds."""
+    if not _coordinator_listens():
+        return [0]
+    client: Any = distributed.global_state.client
+    client.key_value_set(f"sbml/lost/{jax.process_index()}", "")
+    end, silent = time.monotonic() + ANSWER_WITHIN, []
+    for process in range(jax.process_count()):
+        try:
+            left = max(1, int(1000 * (end - time.monotonic())))
+            client.blocking_key_value_get(f"sbml/lost/{process}", left)
+        except jax.errors.JaxRuntimeError:
+            silent.append(process)
+    return silent
+
+
+def _coordinator_listens() -> bool:
+    """Whether process 0 still accepts connections. A request to the store would not do: jax aborts
+    this process while it waits."""
+    host, _, port = str(distributed.global_state.coordinator_address).rpartition(":")
+    try:
+        socket.create_connection((host, int(port)), timeout=1).close()
+    except OSError:
+        return False
+    return True
+
+
+def leave(message: str) -> NoReturn:
+    """Print ``message`` and end this process with the status 1.
+
+    At the usual end of a program jax would wait for the lost process, and then abort.
+    """
+    print(message, file=sys.stderr, flush=True)
+    os._exit(1)

@@ -16,6 +16,7 @@ from sbml.experiment import build
 from sbml.intervals import half_width, mean_interval, repeated_stderr
 from sbml.modes import train
 from sbml.ode import Solver
+from sbml.runtime import progress
 
 
 @pytest.fixture(scope="module")
@@ -172,6 +173,33 @@ def test_the_smallest_time_of_a_number(trained, tmp_path):
 def test_one_image_has_a_known_error_of_the_solver(trained, tmp_path):
     result = cell_run(trained, tmp_path, ODE, max_images=1, batch_size=16).finish()
     assert len(result.values) == 1 and result.solver_error.ci95 == 0 and result.converged
+
+
+@pytest.mark.parametrize(("cell", "sweeps"), [(ODE, 1), (BOUND, 3)])
+def test_the_bar_shows_the_mean_of_all_rows_so_far(trained, tmp_path, monkeypatch, cell, sweeps):
+    """Over all batches, those of earlier sweeps and those that an earlier command computed."""
+    shown: list[str] = []
+
+    class Bar(progress.tqdm):
+        def set_postfix_str(self, text="", refresh=True):
+            shown.append(text)
+
+    monkeypatch.setattr(progress, "tqdm", Bar)
+    few = {"batch_size": 16, "max_images": 40}
+    cell_run(trained, tmp_path, cell, **few | {"max_images": 10}).rows(np.arange(10), 0)
+    run = cell_run(trained, tmp_path, cell, **few)
+    before = run.rows(np.intersect1d(run.ids, np.arange(10)), 0)["bits_per_dim"]
+    shown.clear()
+    order = [np.setdiff1d(run.ids, np.arange(10)), *[run.ids] * (sweeps - 1)]
+    tables = [run.rows(run.ids, sweep) for sweep in range(sweeps)]
+    values = list(before)
+    expected = []
+    for ids, table in zip(order, tables, strict=True):
+        of = dict(zip(table["id"], table["bits_per_dim"], strict=True))
+        for start in range(0, len(ids), 16):
+            values += [of[i] for i in ids[start : start + 16]]
+            expected.append(f"{np.mean(values):.3f} bits/dim")
+    assert shown == expected and len(set(shown)) > 1
 
 
 def test_sweeps_draw_times_of_their_own(trained, tmp_path):

@@ -126,6 +126,8 @@ class CellRun:
         self.batch_size = sharding.round_up(size)
         self.score = experiment.exact_adapter(shared.restored.state.ema_params)
         self._parts_of: dict[Solver, Parts] = {}
+        # For the bar: of each sweep of a bound, the sum of its bits/dim and their number.
+        self._sums: dict[int, tuple[float, int]] = {}
 
     def rows(self, ids: np.ndarray, sweep: int, solver: Solver | None = None) -> Table:
         """The rows of ``ids (n,)`` in ``sweep``: the columns ``id``, ``sweep``, ``bits_per_dim``,
@@ -139,17 +141,26 @@ class CellRun:
                 logging.info(
                     "%d of %d images were evaluated before", ids.size - missing.size, ids.size
                 )
-            self._fill(parts, missing, ids.size, sweep, solver)
+            known = stored["bits_per_dim"][np.isin(stored["id"], ids)] if stored else np.empty(0)
+            self._fill(parts, missing, known, sweep, solver)
             stored = parts.read(sweep)
         chosen = np.isin(stored["id"], ids)
-        return {name: column[chosen] for name, column in stored.items()}
+        table = {name: column[chosen] for name, column in stored.items()}
+        if self.cell.is_bound:
+            self._sums[sweep] = float(table["bits_per_dim"].sum()), ids.size
+        return table
 
     def _fill(
-        self, parts: Parts, missing: np.ndarray, total: int, sweep: int, solver: Solver
+        self, parts: Parts, missing: np.ndarray, known: np.ndarray, sweep: int, solver: Solver
     ) -> None:
+        """Compute and store the rows of ``missing``; the bits/dim of the other images of this sweep
+        are ``known``. The bar shows the mean of all rows so far, of a bound over all sweeps."""
         label = f"{self.cell.name}" + (f" sweep {sweep + 1}" if sweep else "")
         points = self._points(sweep) if self.cell.is_bound else None
-        bar = progress.bar(label, "image", total, total - len(missing), leave=sweep == 0)
+        total = len(known) + len(missing)
+        bar = progress.bar(label, "image", total, len(known), leave=sweep == 0)
+        earlier = [sums for index, sums in self._sums.items() if index < sweep]
+        sums = np.sum([(known.sum(), known.size), *earlier], axis=0)
         with bar:
             for rows, mask in eval_batches(len(missing), self.batch_size):
                 ids = missing[rows]
@@ -158,8 +169,8 @@ class CellRun:
                 if jax.process_index() == 0:
                     parts.write(columns)
                 bar.update(int(mask.sum()))
-                mean = np.mean(columns["bits_per_dim"])
-                bar.set_postfix_str(f"{mean:.3f} bits/dim", refresh=False)
+                sums += columns["bits_per_dim"].sum(), mask.sum()
+                bar.set_postfix_str(f"{sums[0] / sums[1]:.3f} bits/dim", refresh=False)
                 self.shared.preemption.leave_if_requested("the images so far are stored")
         sharding.barrier("evaluated")
 

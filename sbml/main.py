@@ -5,6 +5,7 @@ Of a run that has a checkpoint, --workdir=DIR alone is enough: its config is in 
 """
 
 import importlib
+import logging as stdlib_logging
 import os
 import pathlib
 import pkgutil
@@ -275,8 +276,6 @@ def _main(arguments: Sequence[str]) -> None:
         jax.distributed.initialize(address, PROCESSES.value, PROCESS.value)
     cpu.settle()
     compiler.check()
-    if not flags.FLAGS["verbosity"].present:
-        logging.set_verbosity(logging.WARNING)  # Their messages would hide the bars.
     file = config_flags.get_config_filename(flags.FLAGS["config"])
     workdir = Workdir(WORKDIR.value or default_workdir(file)).connect()
     workdir.path.mkdir(parents=True, exist_ok=True)
@@ -300,5 +299,17 @@ def _flags_of(module: Any) -> dict[str, Any]:
     return {name: flags.FLAGS[name].value for name in getattr(module, "FLAGS", ())}
 
 
+def quiet() -> None:
+    """Show no messages below warnings, unless --verbosity asks for them: they hide the bars.
+
+    matplotlib also warns that it lists the fonts, which it does once and which needs no attention.
+    """
+    logging.set_verbosity(logging.WARNING)
+    stdlib_logging.getLogger("matplotlib.font_manager").addFilter(
+        lambda record: "building the font cache" not in record.getMessage()
+    )
+
+
 if __name__ == "__main__":
+    quiet()
     app.run(main, flags_parser=parse)

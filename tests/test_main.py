@@ -27,6 +27,7 @@ from sbml.runtime.checkpoint import Checkpoints
 from sbml.runtime.preemption import Preemption
 
 CONFIG = "--config=tests/tiny.py"
+CHATTER = "Matplotlib is building the font cache; this may take a moment."
 
 
 def test_the_last_value_of_a_repeated_field_counts(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -112,6 +113,29 @@ def test_a_refusal_is_one_line_and_the_flag_traceback_shows_more(tmp_path: Path)
     status, lines = run_program(*wrong, "--traceback")
     assert status == 1 and lines[-1] == line
     assert any(text.startswith("Traceback") for text in lines)
+
+
+def test_the_start_shows_warnings_and_no_chatter_of_other_packages(tmp_path: Path) -> None:
+    """JAX tells which backends it lacks, and matplotlib that it lists the fonts."""
+    text = Path(tiny.__file__).read_text()
+    lines = f"""
+import logging
+logging.getLogger("matplotlib.font_manager").warning("{CHATTER}")
+logging.getLogger("matplotlib.font_manager").warning("findfont: no such font")
+logging.getLogger("jax").warning("a real warning")
+"""
+    (tmp_path / "mine.py").write_text(text + lines)
+    environment = {"JAX_PLATFORMS": "", "MPLCONFIGDIR": str(tmp_path / "no fonts listed yet")}
+    process = runs.start(
+        *(tmp_path, "--mode=train", "--config.optim.lr=0"),
+        config=tmp_path / "mine.py",
+        env=environment,
+    )
+    shown = runs.finish(process, expect=1).strip().splitlines()
+    assert shown[-1].startswith("ValueError: optim.lr=0.0: need")
+    # absl's first line says that the config, which logs here, is read before the flags are parsed.
+    texts = {line.partition("] ")[2] for line in shown[1:-1]}
+    assert texts == {"findfont: no such font", "a real warning"}, shown
 
 
 @pytest.fixture

@@ -76,7 +76,7 @@ class Density:
       batch_size: the number of examples that are computed at once.
       seed: the seed of all random draws, except those of ``sample``.
       budget: the largest solver error that counts as converged, in bits/dim or in nats per
-        dimension.
+        dimension; at most 1.
 
     Raises:
       ValueError: for an impossible shape, number of levels, batch size, seed, trace, budget or
@@ -110,8 +110,11 @@ class Density:
         check_kind(self.solver, Solver, "solver")
         if self.trace is not None:
             check_kind(self.trace, Trace, "trace")
-        if not self.budget >= 0:
-            raise ValueError(f"budget={self.budget}: must be at least 0")
+        if not 0 <= self.budget <= 1:  # Any error would be within a budget of infinity.
+            raise ValueError(
+                f"budget={self.budget}: give a number in [0, 1], the largest solver error that "
+                "counts as converged, in bits/dim or in nats per dimension"
+            )
         try:
             hash(self.sde)
         except TypeError:

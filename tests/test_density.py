@@ -338,6 +338,9 @@ REVERSED = Schedule(lambda t: t, lambda t: 1.001 - t)
             r"was made for sde=RectifiedFlow\(\), and Density has sde=VP\(",
         ),
         (lambda: sbml.Density(lambda x, t, key: x, REVERSED, (2,)), "it must decrease"),
+        # Any error is within a budget without a limit: nothing would be marked.
+        (lambda: density(budget=math.inf), r"budget=inf: give a number in \[0, 1\]"),
+        (lambda: density(budget=1.5), r"budget=1.5: give a number in \[0, 1\]"),
         (lambda: density().bound(data(2), sweeps=1), "sweeps=1"),
         (lambda: density().sample(jax.random.key(0), 0), "n=0: need an integer of at least 1"),
     ],

@@ -272,7 +272,14 @@ class Density:
                 "integers to bits_per_dim"
             )
         self._check_shape(data)
-        return data.astype(jnp.result_type(float))
+        data = data.astype(jnp.result_type(float))
+        lost = np.flatnonzero(~np.isfinite(data).reshape(len(data), -1).all(axis=1))
+        if len(lost):
+            raise ValueError(
+                f"{len(lost)} of {len(data)} examples have values that are NaN, infinite or too "
+                f"large for {data.dtype}: leave them out. Their indices are {_some(lost)}"
+            )
+        return data
 
     def _integers(self, pixels: Any) -> tuple[Examples, int]:
         data = np.asarray(pixels)
@@ -349,6 +356,12 @@ class Density:
             name: column.astype(np.float64) if np.issubdtype(column.dtype, np.floating) else column
             for name, column in columns.items()
         }
+
+
+def _some(indices: np.ndarray) -> str:
+    """The first ten of ``indices`` as text."""
+    shown = ", ".join(map(str, indices[:10]))
+    return shown + (", ..." if len(indices) > 10 else "")
 
 
 @functools.cache

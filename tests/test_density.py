@@ -294,6 +294,13 @@ def made_for(sde: SDE) -> PredictionScore:
     return from_prediction(lambda x, t: -x, "flow", sde)
 
 
+def lost(*indices: int, n: int = 8, value: float = math.nan) -> np.ndarray:
+    """``n`` examples, of which those at ``indices`` have one pixel of this value."""
+    x = data(n)
+    x[list(indices), 0, 1] = value
+    return x
+
+
 REVERSED = Schedule(lambda t: t, lambda t: 1.001 - t)
 
 
@@ -338,6 +345,9 @@ REVERSED = Schedule(lambda t: t, lambda t: 1.001 - t)
             r"was made for sde=RectifiedFlow\(\), and Density has sde=VP\(",
         ),
         (lambda: sbml.Density(lambda x, t, key: x, REVERSED, (2,)), "it must decrease"),
+        (lambda: density().logp(lost(3, 5)), r"2 of 8 examples have.*indices are 3, 5$"),
+        (lambda: density().bound(lost(*range(12), n=40)), r"12 of 40 .* 0, 1, .*, 9, \.\.\.$"),
+        (lambda: density().decode(lost(0, value=-math.inf)), "1 of 8 examples .* are 0$"),
         # Any error is within a budget without a limit: nothing would be marked.
         (lambda: density(budget=math.inf), r"budget=inf: give a number in \[0, 1\]"),
         (lambda: density(budget=1.5), r"budget=1.5: give a number in \[0, 1\]"),

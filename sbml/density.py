@@ -156,7 +156,7 @@ class Density:
         Raises:
           ValueError: if ``x`` are not floating-point numbers of that shape.
         """
-        return -self._solve(self._continuous(x), Target(self.sde, self._eps), "nats", self.dims)
+        return -self._solve(self._continuous(x), Target(self.sde, self._eps), self.dims)
 
     def bits_per_dim(self, pixels: Any) -> Estimate:
         """Bits/dim of integers ``pixels (n, *shape)``, by the ODE and uniform dequantization.
@@ -174,7 +174,7 @@ class Density:
         """
         k, levels = self._integers(pixels)
         target = Target(self.sde, self._eps, levels, uniform.Model())
-        return self._solve(k, target, "bits/dim", 1)
+        return self._solve(k, target, 1)
 
     def bound(self, x: Any, *, sweeps: int = 8, times_each: int = 2) -> Estimate:
         """The evidence bound on -log p(x), in nats, of ``x (n, *shape)``.
@@ -207,7 +207,7 @@ class Density:
             return self._in_batches(batch, np.arange(len(x)))
 
         return estimate.bound_estimate(
-            [columns(sweep) for sweep in range(sweeps)], _terms(estimator, target), "nats"
+            [columns(sweep) for sweep in range(sweeps)], _terms(estimator, target), target
         )
 
     def sample(self, key: Key, n: int) -> Examples:
@@ -315,7 +315,7 @@ class Density:
 
         return rows_of
 
-    def _solve(self, data: Examples, target: Target, unit: str, dims: int) -> Estimate:
+    def _solve(self, data: Examples, target: Target, dims: int) -> Estimate:
         """Solve for all examples, and again for a subset with new draws and a stricter solver."""
         estimator = ode_estimator.Estimator(self._trace)
         ids, terms = np.arange(len(data)), _terms(estimator, target)
@@ -329,7 +329,7 @@ class Density:
 
         gap = estimate.solver_error(table, ids, subset, self.solver, terms)
         budget = self.budget * dims
-        return estimate.ode_estimate(table, ids, subset, self.solver, terms, unit, gap, budget)
+        return estimate.ode_estimate(table, ids, subset, self.solver, terms, target, gap, budget)
 
     def _transport(self, x: Examples, t0: float, t1: float) -> Examples:
         solve = self._compiled(_transport, "sde", "t0", "t1")

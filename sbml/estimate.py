@@ -19,6 +19,7 @@ import numpy as np
 from jaxtyping import Integer, Num
 
 from sbml import intervals
+from sbml.estimators import Target
 from sbml.intervals import Interval
 from sbml.ode import Solver
 
@@ -36,6 +37,7 @@ class Estimate:
       values: the numbers of the examples, ``(n,)``, in ``unit``.
       terms: the terms whose sum is ``values``, each ``(n,)``.
       unit: "nats" or "bits/dim".
+      eps: the smallest time, at which the density is taken. Another eps gives other numbers.
       nfe: the number of evaluations of the score for each example, ``(n,)``.
       population: the mean of ``values`` with its 95% interval for the population from which the
         examples come.
@@ -50,6 +52,7 @@ class Estimate:
     values: Values
     terms: Columns
     unit: str
+    eps: float
     nfe: Values
     population: Interval
     this_set: Interval
@@ -92,8 +95,9 @@ class Estimate:
     def __str__(self) -> str:
         low, high = self.population.bounds
         return (
-            f"{self.population.mean:.4f} {self.unit}, 95% interval [{low:.4f}, {high:.4f}], for "
-            f"these examples +-{self.this_set_ci95:.4f}, n={self.population.n}{self._mark()}"
+            f"{self.population.mean:.4f} {self.unit} at t={self.eps:.3g}, 95% interval "
+            f"[{low:.4f}, {high:.4f}], for these examples +-{self.this_set_ci95:.4f}, "
+            f"n={self.population.n}{self._mark()}"
         )
 
     def _mark(self) -> str:
@@ -165,7 +169,7 @@ def ode_estimate(
     subset: Integer[np.ndarray, " m"],
     solver: Solver,
     terms: Sequence[str],
-    unit: str,
+    target: Target,
     gap: Interval,
     budget: float,
 ) -> Estimate:
@@ -176,8 +180,9 @@ def ode_estimate(
         these examples, each ``(n,)``, in float64.
       ids, subset: the sorted ids of all examples, and of those that are drawn again in sweep 1.
       solver, terms: how the ODE is solved, and the names of the terms.
-      unit, budget: as in :class:`Estimate`.
+      target: the quantity that is estimated.
       gap: the :func:`solver_error`.
+      budget: as in :class:`Estimate`.
     """
     table = rows(ids, 0, solver)
     values = total(table, terms)
@@ -187,7 +192,8 @@ def ode_estimate(
     return Estimate(
         values=values,
         terms={name: table[name] for name in terms},
-        unit=unit,
+        unit=_unit(target),
+        eps=float(target.eps),
         nfe=table["nfe"],
         population=intervals.mean_interval(values),
         this_set=_this_set(values, stderr, freedom),
@@ -196,7 +202,7 @@ def ode_estimate(
     )
 
 
-def bound_estimate(tables: Sequence[Columns], terms: Sequence[str], unit: str) -> Estimate:
+def bound_estimate(tables: Sequence[Columns], terms: Sequence[str], target: Target) -> Estimate:
     """The estimate of a bound from the tables of its sweeps.
 
     Each table has the columns ``terms`` and ``nfe`` of all examples, each ``(n,)``. The result's
@@ -206,7 +212,8 @@ def bound_estimate(tables: Sequence[Columns], terms: Sequence[str], unit: str) -
     return Estimate(
         values=values,
         terms={name: np.mean([table[name] for table in tables], axis=0) for name in terms},
-        unit=unit,
+        unit=_unit(target),
+        eps=float(target.eps),
         nfe=np.sum([table["nfe"] for table in tables], axis=0),
         population=intervals.mean_interval(values),
         this_set=_this_set(values, sweep_stderr(tables, terms), len(tables) - 1),
@@ -223,6 +230,10 @@ def sweep_stderr(tables: Sequence[Columns], terms: Sequence[str]) -> float:
         return math.inf
     means = [float(np.mean(total(table, terms))) for table in tables]
     return float(np.std(means, ddof=1)) / math.sqrt(len(means))
+
+
+def _unit(target: Target) -> str:
+    return "nats" if target.levels is None else "bits/dim"
 
 
 def _this_set(values: Values, stderr: float, freedom: float) -> Interval:

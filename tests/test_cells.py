@@ -10,12 +10,13 @@ from cell_runs import BOUND, ODE, cell_run
 from scipy import stats
 
 from sbml import estimate
-from sbml.estimators import Cell
+from sbml.estimators import Cell, Target
 from sbml.evaluation import cells
 from sbml.experiment import build
 from sbml.intervals import half_width, mean_interval, repeated_stderr
 from sbml.modes import train
 from sbml.ode import Solver
+from sbml.sdes import VP
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +66,8 @@ def test_a_number_outside_the_subset_that_is_not_finite_has_not_converged():
 
     def converged():
         ids = np.arange(4), np.arange(2)
-        return estimate.ode_estimate(rows, *ids, Solver(), ("prior",), "nats", gap, 1.0).converged
+        of = Solver(), ("prior",), Target(VP(), 1e-3), gap, 1.0
+        return estimate.ode_estimate(rows, *ids, *of).converged
 
     assert converged()
     values[3] = np.nan
@@ -165,8 +167,11 @@ def test_the_smallest_time_of_a_number(trained, tmp_path):
         ({"smallest_time": 2e-3}, ODE, 2e-3),
         ({}, Cell("ode", "truncated_normal"), 2.968e-3),
     ):
-        run = cell_run(trained, tmp_path, cell, **fields)
+        run = cell_run(trained, tmp_path, cell, max_images=2, batch_size=2, **fields)
         assert run.target.eps == pytest.approx(eps, rel=1e-3)
+        shown = run.result(run.finish())
+        assert shown.plain()["smallest_time"] == pytest.approx(eps, rel=1e-3)
+        assert f"bits/dim at t={eps:.3g} on digits test" in shown.line.replace(" NOT CONVERGED", "")
 
 
 def test_one_image_has_a_known_error_of_the_solver(trained, tmp_path):

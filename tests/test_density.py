@@ -134,7 +134,10 @@ def test_bits_per_dim_are_of_the_integers() -> None:
     low, high = estimate.population.bounds
     interval = f"95% interval [{low:.4f}, {high:.4f}]"
     own = f"for these examples +-{estimate.this_set_ci95:.4f}, n=12"
-    assert f"bits/dim, {interval}, {own}" in str(estimate)
+    assert f"bits/dim at t=0.001, {interval}, {own}" in str(estimate)
+    assert estimate.eps == (-estimate).eps == EPS
+    vp = density(eps=None).bound(data(2), sweeps=2)
+    assert vp.eps == 1e-5 and "nats at t=1e-05, 95% interval" in str(vp)
     assert estimate.population.ci95 != pytest.approx(estimate.this_set_ci95, rel=1e-3)
 
 

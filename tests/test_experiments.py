@@ -37,6 +37,7 @@ def evaluation(
             values=np.full(10_000, value),
             terms={"prior": np.full(10_000, value)},
             unit="bits/dim",
+            eps=1e-5,
             nfe=np.ones(10_000),
             population=interval_of,
             this_set=interval_of,
@@ -44,7 +45,7 @@ def evaluation(
             budget=0.1,
         )
         origin = {"num_importance": 1, "data": data, "split": "test", "split_size": 10_000}
-        origin |= {"smallest_time": 1e-5, "trace": None, "dequantizer_step": None}
+        origin |= {"trace": None, "dequantizer_step": None}
         kind = {"estimator": estimator, "dequantizer": dequantizer}
         rows.append(Result.of(found, np.arange(10_000), **kind, **origin).plain())
     report = {

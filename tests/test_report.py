@@ -74,6 +74,7 @@ def numbers(**changes: Any) -> dict[str, Any]:
         "ci95": 0.0239,
         "interval": [1.9567, 2.0043],
         "nonfinite": 0,
+        "smallest_time": 1e-5,
         "nfe_mean": 50.25,
         "nfe_max": np.int64(86),
         "terms": {"prior": 1.125},
@@ -158,7 +159,7 @@ def test_page_shows_the_numbers(tmp_path: Path) -> None:
     for shown in (
         "1.980 bits/dim",
         "95% confidence interval 1.957 to 2.004",
-        f"ode · uniform · test, {N} images.",
+        f"ode · uniform · test, {N} images, smallest time t = 1e-05.",
         "0.410 bits/dim below the best baseline, per-pixel histogram.",
         "1,030,000",
         "50.25",

@@ -249,7 +249,7 @@ class CellRun:
                 "eval.fixed_steps much higher"
             )
         return estimate.ode_estimate(
-            self.rows, self.ids, self.subset, solver, terms, "bits/dim", gap, budget
+            self.rows, self.ids, self.subset, solver, terms, self.target, gap, budget
         )
 
     def _bound_estimate(self) -> Estimate:
@@ -257,7 +257,7 @@ class CellRun:
         for sweeps in self._sweep_counts(tables):
             while len(tables) < sweeps:
                 tables.append(self.rows(self.ids, len(tables)))
-        return estimate.bound_estimate(tables, self.cell.terms, "bits/dim")
+        return estimate.bound_estimate(tables, self.cell.terms, self.target)
 
     def _sweep_counts(self, tables: list[Table]) -> Iterator[int]:
         """The number of sweeps to reach: ``eval.sweeps``, then more while the standard error over
@@ -295,7 +295,6 @@ class CellRun:
             split=self.config.split,
             split_size=len(self.shared.images),
             target_se=self.config.target_se if self.cell.is_bound else None,
-            smallest_time=self.target.eps,
             trace=dataclasses.asdict(trace) if trace else None,
             dequantizer_step=checkpoint.step if checkpoint else None,
         )

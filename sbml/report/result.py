@@ -44,7 +44,7 @@ class Result:
       min, max: the smallest and the largest bits/dim of an image.
       outliers: [id, bits/dim] of the outliers (``intervals.outliers``), the largest first.
       terms: the means of the terms, whose sum is ``bits_per_dim``.
-      smallest_time: the smallest time eps.
+      smallest_time: the smallest time eps, at which the model's density is taken.
       trace: the kind of trace and the number of probes; None if no divergence is computed.
       dequantizer_step: the step of the dequantizer's checkpoint; None if it was not trained.
       nfe_mean, nfe_max: the mean and the largest number of evaluations of the score for an image.
@@ -75,7 +75,7 @@ class Result:
     max: float = _column("greatest", "bits")
     outliers: list[list[float]]
     terms: dict[str, float]
-    smallest_time: float
+    smallest_time: float = _column("smallest time", ".3g")
     trace: dict[str, Any] | None
     dequantizer_step: int | None
     nfe_mean: float = _column("network evaluations, mean", ".1f")
@@ -102,6 +102,7 @@ class Result:
         return cls(
             **origin,
             **kind,
+            smallest_time=number.eps,
             n=population.n,
             bits_per_dim=population.mean,
             stderr=population.stderr,
@@ -165,9 +166,9 @@ class Result:
         low, high = self.interval
         mark = " NOT CONVERGED" if self.converged is False else ""
         return (
-            f"{self.name:24s} {self.bits_per_dim:.4f} bits/dim{mark} on {self.data} {self.split}, "
-            f"95% interval [{low:.4f}, {high:.4f}], for these images +-{self.this_set_ci95:.4f}, "
-            f"n={self.n}"
+            f"{self.name:24s} {self.bits_per_dim:.4f} bits/dim{mark} at t={self.smallest_time:.3g} "
+            f"on {self.data} {self.split}, 95% interval [{low:.4f}, {high:.4f}], for these images "
+            f"+-{self.this_set_ci95:.4f}, n={self.n}"
         )
 
     def warnings(self, names: Sequence[str] | None = None) -> list[str]:

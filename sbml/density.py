@@ -53,9 +53,6 @@ from sbml.types import (
 
 Examples = Num[np.ndarray, "n *s"]
 
-# The number of examples for which the ODE is solved again: once with a stricter solver, to measure
-# the solver's error, and once with new random draws, to measure their noise.
-SUBSET = 32
 TERMS_OF_INTEGERS = ("dequantization", "importance", "scale")  # continuous data do not have them
 
 
@@ -77,6 +74,8 @@ class Density:
       seed: the seed of all random draws, except those of ``sample``.
       budget: the largest solver error that counts as converged, in bits/dim or in nats per
         dimension; at most 1.
+      subset: the number of examples for which the ODE is solved again: once with a stricter solver,
+        to measure the solver's error, and once with new random draws, to measure their noise.
 
     Raises:
       ValueError: for an impossible shape, number of levels, batch size, seed, trace, budget or
@@ -94,6 +93,7 @@ class Density:
     batch_size: int = 64
     seed: int = 0
     budget: float = 1e-3
+    subset: int = 32
 
     def __post_init__(self) -> None:
         check_function(self.score, "score", "x", "t", "key")
@@ -104,6 +104,7 @@ class Density:
         if self.eps is not None:
             object.__setattr__(self, "eps", float(self.eps))  # An array is not hashable.
         scalars.check_count(self.batch_size, "batch_size")
+        scalars.check_count(self.subset, "subset")
         scalars.check_count(self.seed, "seed", 0)
         if self.seed >= 2**32:
             raise ValueError(f"seed={self.seed}: must be below 2^32")
@@ -320,7 +321,7 @@ class Density:
         estimator = ode_estimator.Estimator(self._trace)
         ids, terms = np.arange(len(data)), _terms(estimator, target)
         rows_of = self._rows_of(estimator, target, data)
-        subset = np.unique(np.linspace(0, len(data) - 1, min(len(data), SUBSET)).astype(int))
+        subset = np.unique(np.linspace(0, len(data) - 1, min(len(data), self.subset)).astype(int))
 
         size = min(self.batch_size, exact_batch(self.dims) if estimator.exact else self.batch_size)
 

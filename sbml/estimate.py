@@ -15,10 +15,11 @@ import dataclasses
 import math
 from collections.abc import Callable, Sequence
 
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Integer, Num
 
-from sbml import intervals
+from sbml import intervals, ode
 from sbml.estimators import Target
 from sbml.intervals import Interval
 from sbml.ode import Solver
@@ -47,6 +48,7 @@ class Estimate:
       solver_error: the mean difference from a solve by :func:`reference`, on a subset of the
         examples, with its 95% interval; None for a bound, which solves no ODE.
       budget: the largest solver error that counts as converged, in ``unit``.
+      solver: how the ODE was solved; None for a bound.
     """
 
     values: Values
@@ -59,6 +61,7 @@ class Estimate:
     sweeps: int = 1
     solver_error: Interval | None = None
     budget: float = math.inf
+    solver: Solver | None = None
 
     @property
     def mean(self) -> float:
@@ -94,23 +97,60 @@ class Estimate:
 
     def __str__(self) -> str:
         low, high = self.population.bounds
+        mark = "" if self.converged else f", NOT CONVERGED: {self.unconverged()}"
         return (
             f"{self.population.mean:.4f} {self.unit} at t={self.eps:.3g}, 95% interval "
             f"[{low:.4f}, {high:.4f}], for these examples +-{self.this_set_ci95:.4f}, "
-            f"n={self.population.n}{self._mark()}"
+            f"n={self.population.n}{mark}"
         )
 
-    def _mark(self) -> str:
-        """Why the numbers are not converged; empty if they are."""
-        error = self.solver_error
-        if error is None or self.converged:
+    def unconverged(self, section: str = "") -> str:
+        """What is known of the solver's error, and the remedy; "" if the numbers have converged.
+
+        ``section`` is put before the names of the settings, such as "eval." for a config.
+        """
+        error, solver = self.solver_error, self.solver
+        if error is None or solver is None or self.converged:
             return ""
-        if count := self.population.nonfinite:
-            return f", NOT CONVERGED: {count} numbers are not finite"
-        return (
-            f", NOT CONVERGED: the solver's error is {error.mean:.2g} +- {error.ci95:.2g}, more "
-            f"than the budget {self.budget:g}; lower rtol and atol"
-        )
+        lost, tolerances = ~np.isfinite(self.values), f"{section}rtol and {section}atol"
+        precision = jnp.finfo(jnp.result_type(float))
+        rounding = float(precision.eps) * np.max(np.abs(self.values), initial=0.0, where=~lost)
+        remedy = f"raise {section}max_steps={solver.max_steps}"
+        if lost.any():
+            most = int(np.max(self.nfe[lost]))
+            known = (
+                f"{lost.sum()} of {len(lost)} numbers are not finite, after up to {most} "
+                "evaluations of the score"
+            )
+            if solver.fixed_steps is None and most < ode.most_evaluations(solver):
+                remedy = (
+                    "neither more steps nor other tolerances help, because the score is not "
+                    "finite or changes too fast there"
+                )
+        elif error.nonfinite:
+            strict = reference(solver)
+            known = (
+                f"a stricter solve (rtol={strict.rtol:g}, atol={strict.atol:g}) gave up for "
+                f"{error.nonfinite} of {error.n} numbers, so the solver's error is not known"
+            )
+        else:
+            known, room = excess(error, self.budget), self.budget - abs(error.mean)
+            if rounding > self.budget:
+                remedy = (
+                    f"{precision.dtype} rounds the largest numbers by {rounding:.1g}: give x in "
+                    "the scale of the score, or compute in float64 (jax_enable_x64)"
+                )
+            # The interval of a mean over all examples would be narrow enough.
+            elif room > 0 and error.ci95 * math.sqrt(error.n / len(self.values)) <= room:
+                needed = math.ceil(error.n * (error.ci95 / room) ** 2)
+                remedy = f"raise {section}subset={error.n} to about {needed}"
+            else:
+                remedy = f"lower {tolerances}"
+        if solver.fixed_steps is not None and not error.nonfinite:
+            remedy = f"raise {section}fixed_steps={solver.fixed_steps}"
+        elif solver.rtol + solver.atol < precision.eps:
+            remedy = f"raise {tolerances}, which are below the rounding of {precision.dtype}"
+        return f"{known}; {remedy}"
 
 
 def within(gap: Interval, budget: float) -> bool:
@@ -120,6 +160,14 @@ def within(gap: Interval, budget: float) -> bool:
     not finite, the result is False.
     """
     return abs(gap.mean) + gap.ci95 <= budget
+
+
+def excess(gap: Interval, budget: float) -> str:
+    """What is known of a solver's error that is not :func:`within` the budget."""
+    return (
+        f"the solver's error is {gap.mean:.3g} +- {gap.ci95:.3g} on {gap.n} numbers, so up to "
+        f"{abs(gap.mean) + gap.ci95:.3g}, above the budget {budget:g}"
+    )
 
 
 def total(columns: Columns, terms: Sequence[str]) -> Values:
@@ -136,14 +184,16 @@ def reference(solver: Solver) -> Solver:
     """The solver whose results count as exact when the error of ``solver`` is measured.
 
     Its tolerances are a tenth of those of ``solver``, and at most ``STRICT``. If ``solver`` has
-    fixed steps, they are a tenth of the default tolerances. All other settings are defaults, so
-    that an error which comes from the method, the coordinate or the first step of ``solver`` is
-    seen: with the same settings, the reference would have the error too.
+    fixed steps, they are a tenth of the default tolerances. It may take at least as many steps as
+    ``solver``. All other settings are defaults, so that an error which comes from the method, the
+    coordinate or the first step of ``solver`` is seen: with the same settings, the reference would
+    have the error too.
     """
     if solver.fixed_steps is not None:
         return Solver().tighter(10)
     strict = solver.tighter(10)
-    return Solver(rtol=min(strict.rtol, STRICT), atol=min(strict.atol, STRICT))
+    rtol, atol = min(strict.rtol, STRICT), min(strict.atol, STRICT)
+    return Solver(rtol=rtol, atol=atol, max_steps=max(solver.max_steps, ode.MAX_STEPS))
 
 
 def solver_error(
@@ -199,6 +249,7 @@ def ode_estimate(
         this_set=_this_set(values, stderr, freedom),
         solver_error=gap,
         budget=budget,
+        solver=solver,
     )
 
 

@@ -291,13 +291,24 @@ def solve_with_integral(
         v, h, w = joint(u**solver.power, y)
         return _slope(u, solver) * v, _slope(u, solver) * h / y.size, w / y.size
 
-    method, per_step, _ = _method(solver)
+    method = _method(solver)[0]
     rates, start = beside_integral(_in_u(field, solver)), (y, jnp.zeros((2,), y.dtype))
     (end, integrals), stats = _integrate(
         rates, WithIntegral(method, joint_in_u), t0, t1, start, solver
     )
     integral, correction = y.size * integrals
-    return (end, integral, correction), stats(per_step - 1 + quadrature.PER_STEP, quadrature.ONCE)
+    return (end, integral, correction), stats(*_evaluations_with_integral(solver))
+
+
+def most_evaluations(solver: Solver) -> int:
+    """The evaluations of the field by :func:`solve_with_integral` in ``max_steps`` steps."""
+    per_step, once = _evaluations_with_integral(solver)
+    return solver.max_steps * per_step + once
+
+
+def _evaluations_with_integral(solver: Solver) -> tuple[int, int]:
+    """The numbers of evaluations in a step and at the start."""
+    return METHODS[solver.method][1] - 1 + quadrature.PER_STEP, quadrature.ONCE
 
 
 def _slope(u: Array, solver: Solver) -> Array:

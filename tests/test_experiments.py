@@ -12,6 +12,7 @@ from sbml.estimate import Estimate
 from sbml.experiment import build
 from sbml.intervals import Interval
 from sbml.modes import train
+from sbml.ode import Solver
 from sbml.report import strict
 from sbml.report.result import Result
 
@@ -43,6 +44,7 @@ def evaluation(
             this_set=interval_of,
             solver_error=interval_of._replace(mean=0.0, ci95=0.0 if value < 3 else 1.0),
             budget=0.1,
+            solver=Solver(),
         )
         origin = {"num_importance": 1, "data": data, "split": "test", "split_size": 10_000}
         origin |= {"trace": None, "dequantizer_step": None}

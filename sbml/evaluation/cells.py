@@ -243,10 +243,10 @@ class CellRun:
         if solver.fixed_steps is not None and not estimate.within(gap, budget):
             method = " and eval.method=tsit5" if solver.method == "euler" else ""
             raise Unconverged(
-                f"{solver.fixed_steps} {solver.method} steps are off by {gap.mean:.4f} +- "
-                f"{gap.ci95:.4f} bits/dim on {gap.n} images, more than eval.solver_budget="
-                f"{budget}: refused. Set eval.fixed_steps=0{method} for adaptive steps, or set "
-                "eval.fixed_steps much higher"
+                f"{solver.fixed_steps} {solver.method} steps are refused: "
+                f"{estimate.excess(gap, budget)} (eval.solver_budget), in bits/dim. Set "
+                f"eval.fixed_steps=0{method} for adaptive steps, or set eval.fixed_steps much "
+                "higher"
             )
         return estimate.ode_estimate(
             self.rows, self.ids, self.subset, solver, terms, self.target, gap, budget

@@ -1,7 +1,6 @@
 """One number of an evaluation, with all fields that ``report.json`` has for it."""
 
 import dataclasses
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -38,6 +37,7 @@ class Result:
       solver_error, solver_error_ci95: the mean difference from a stricter solve, and the half-width
         of its 95% interval, in bits/dim; None for a bound.
       solver_images: the number of images on which it was measured; None for a bound.
+      unconverged: why it is not converged, and the remedy; None if it is, and for a bound.
       sweeps: the number of sweeps of a bound; None for the ODE.
       target_se: ``eval.target_se``; None for the ODE.
       nonfinite: the number of images whose bits/dim are not finite.
@@ -68,6 +68,7 @@ class Result:
     solver_error: float | None = _column("solver error", ".1g", default=None)
     solver_error_ci95: float | None = _column("± of it", ".1g", default=None)
     solver_images: int | None = None
+    unconverged: str | None = None
     sweeps: int | None = None
     target_se: float | None = None
     nonfinite: int = _column("not finite", "")
@@ -97,6 +98,7 @@ class Result:
                 "solver_error": gap.mean,
                 "solver_error_ci95": gap.ci95,
                 "solver_images": gap.n,
+                "unconverged": number.unconverged("eval.") or None,
             }
         )
         return cls(
@@ -192,13 +194,8 @@ class Result:
                 f"{self.name}: standard error {self.this_set_stderr:.2g} after {self.sweeps} "
                 f"sweeps (eval.max_sweeps), above eval.target_se={self.target_se}"
             )
-        error, moved = self.solver_error, "the others" if self.nonfinite else "it"
-        if self.converged is False and error is not None and math.isfinite(error):
-            warnings.append(
-                f"{self.name}: NOT CONVERGED, a stricter solve moves {moved} by "
-                f"{-error:.2g} +- {self.solver_error_ci95:.2g} bits/dim on "
-                f"{self.solver_images} images: lower eval.rtol and eval.atol, or raise eval.subset"
-            )
+        if self.unconverged:
+            warnings.append(f"{self.name}: NOT CONVERGED: {self.unconverged}")
         return warnings
 
 

@@ -14,6 +14,7 @@ kinds of estimates, which measure the noise of the draws in different ways:
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -97,12 +98,37 @@ class Estimate:
 
     def __str__(self) -> str:
         low, high = self.population.bounds
-        mark = "" if self.converged else f", NOT CONVERGED: {self.unconverged()}"
-        return (
-            f"{self.population.mean:.4f} {self.unit} at t={self.eps:.3g}, 95% interval "
-            f"[{low:.4f}, {high:.4f}], for these examples +-{self.this_set_ci95:.4f}, "
-            f"n={self.population.n}{mark}"
+        text = (
+            f"{self.mean:.4f} {self.unit} at t={self.eps:.3g}, 95% interval [{low:.4f}, "
+            f"{high:.4f}], for these examples +-{self.this_set_ci95:.4f}, n={self.population.n}"
         )
+        if not self.converged:
+            text += f", NOT CONVERGED: {self.unconverged()}"
+        if (without := self.without_outliers) is None:
+            return text
+        named, n = [(i, self.values[i]) for i in self.outliers], self.population.n
+        about = outlier_line(named, n, self.median, without.mean, without.bounds, self.unit)
+        return f"{text}\n{about}"
+
+    @property
+    def outliers(self) -> Ids:
+        """The places of the outliers (``intervals.outliers``): those that are not finite first,
+        then by their distance from the median."""
+        found = intervals.outliers(self.values)
+        distance = np.abs(self.values[found] - self.median)
+        return found[np.argsort(-np.where(np.isfinite(distance), distance, np.inf), kind="stable")]
+
+    @property
+    def median(self) -> float:
+        """The median of the finite numbers; NaN if there are none."""
+        finite = self.values[np.isfinite(self.values)]
+        return float(np.median(finite)) if len(finite) else math.nan
+
+    @property
+    def without_outliers(self) -> Interval | None:
+        """The ``population`` without the outliers; None if no number or every number is one."""
+        kept = np.delete(self.values, self.outliers)
+        return intervals.mean_interval(kept) if 0 < len(kept) < len(self.values) else None
 
     def unconverged(self, section: str = "") -> str:
         """What is known of the solver's error, and the remedy; "" if the numbers have converged.
@@ -160,6 +186,30 @@ def within(gap: Interval, budget: float) -> bool:
     not finite, the result is False.
     """
     return abs(gap.mean) + gap.ci95 <= budget
+
+
+def outlier_line(
+    named: Sequence[tuple[Any, float]],
+    n: int,
+    median: float,
+    without: float,
+    interval: Sequence[float],
+    unit: str,
+) -> str:
+    """A line about the outliers of ``n`` numbers, which may dominate the mean.
+
+    Args:
+      named: the name and the number of each outlier; the first five are shown.
+      n, median, unit: as in :class:`Estimate`.
+      without, interval: the mean without the outliers, and its 95% interval.
+    """
+    shown = ", ".join(f"{name} ({value:.3f})" for name, value in named[:5])
+    low, high = interval
+    return (
+        f"{len(named)} of {n} numbers are more than 6 robust standard deviations from the median "
+        f"{median:.4f}: {shown}. They are included in the mean; without them it is {without:.4f} "
+        f"{unit}, 95% interval [{low:.4f}, {high:.4f}]"
+    )
 
 
 def excess(gap: Interval, budget: float) -> str:

@@ -164,6 +164,15 @@ def test_a_number_that_has_not_converged_says_so() -> None:
     assert not estimate.converged and "NOT CONVERGED" in str(estimate)
 
 
+def test_an_example_that_dominates_the_mean_is_named() -> None:
+    x = data(12)
+    x[5] += 40
+    found = density().bound(x, sweeps=2)
+    number, line = str(found).split("\n")
+    assert found.mean > 1000 and number.startswith(f"{found.mean:.4f} nats")
+    assert f"standard deviations from the median {np.median(found.values):.4f}: 5 (" in line
+
+
 def test_the_solver_error_of_the_only_example_is_known() -> None:
     estimate = density().logp(data(1))
     assert estimate.converged and estimate.solver_error.ci95 == 0

@@ -1,4 +1,4 @@
-"""What an estimate says of itself: why a number has not converged.
+"""What an estimate says of itself: why a number has not converged, and which are its outliers.
 
 The numbers of these tests are made up, so no ODE is solved.
 """
@@ -12,6 +12,7 @@ from scipy import stats
 from sbml import estimate
 from sbml.estimate import Estimate
 from sbml.ode import Solver
+from sbml.report.result import Result
 from sbml.sdes import VP
 
 N, DEFAULT = 1000, Solver(rtol=2e-4, atol=2e-4)
@@ -122,3 +123,43 @@ def test_the_reference_may_take_as_many_steps_as_the_solver() -> None:
     """Otherwise it would still give up where more steps are advised."""
     assert estimate.reference(Solver(max_steps=5_000)).max_steps == 5_000
     assert estimate.reference(Solver(max_steps=5)).max_steps == Solver().max_steps
+
+
+def shifted(*outliers: tuple[int, float]) -> Estimate:
+    """A bound of 40 numbers around 2, some of which have other values."""
+    values = np.linspace(1.5, 2.5, 40)
+    for place, value in outliers:
+        values[place] = value
+    tables = [{"prior": values, "nfe": np.ones(40)}] * 2
+    return estimate.bound_estimate(tables, ("prior",), estimate.Target(VP(), 1e-5, levels=17))
+
+
+@pytest.mark.parametrize("bad", [[(7, 300.0)], [(3, -90.0), (7, 300.0)], [(7, math.nan)]])
+def test_outliers_are_named_by_the_same_line_in_density_and_in_an_evaluation(
+    bad: list[tuple[int, float]],
+) -> None:
+    found = shifted(*bad)
+    kept = np.delete(found.values, [place for place, _ in bad])
+    low, high = stats.t.interval(0.95, len(kept) - 1, kept.mean(), stats.sem(kept))
+    median = np.nanmedian(found.values)
+    names = ", ".join(f"{place} ({value:.3f})" for place, value in reversed(bad))
+    line = (
+        f"{len(bad)} of 40 numbers are more than 6 robust standard deviations from the median "
+        f"{median:.4f}: {names}. They are included in the mean; without them it is "
+        f"{kept.mean():.4f} bits/dim, 95% interval [{low:.4f}, {high:.4f}]"
+    )
+    number, second = str(found).split("\n")
+    # The number itself is that of all examples.
+    assert second == line and number.startswith(f"{found.values.mean():.4f} bits/dim at t=")
+    origin = {"dequantizer": "uniform", "num_importance": 1, "data": "digits", "split": "test"}
+    origin |= {"split_size": 40, "trace": None, "dequantizer_step": None}
+    result = Result.of(found, np.arange(100, 140), estimator="bound", **origin)
+    warned = result.warnings([str(i - 100) for i in range(140)])[-1]
+    assert warned == f"bound uniform: {line}"
+    assert result.plain()["without_outliers"] == pytest.approx(kept.mean())
+    assert result.median == median
+
+
+def test_numbers_without_outliers_have_no_such_line() -> None:
+    all_lost = shifted(*((place, math.nan) for place in range(40)))
+    assert "\n" not in str(shifted()) and "\n" not in str(all_lost)

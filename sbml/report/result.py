@@ -6,8 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from sbml import intervals
-from sbml.estimate import Estimate
+from sbml.estimate import Estimate, outlier_line
 from sbml.estimators import Cell
 
 
@@ -42,7 +41,10 @@ class Result:
       target_se: ``eval.target_se``; None for the ODE.
       nonfinite: the number of images whose bits/dim are not finite.
       min, max: the smallest and the largest bits/dim of an image.
-      outliers: [id, bits/dim] of the outliers (``intervals.outliers``), the largest first.
+      median: the median of the bits/dim of the images that are finite.
+      outliers: [id, bits/dim] of the outliers, in the order of ``Estimate.outliers``.
+      without_outliers, without_outliers_interval: the mean without them, and the ends of its 95%
+        interval; None if there are none, or nothing else.
       terms: the means of the terms, whose sum is ``bits_per_dim``.
       smallest_time: the smallest time eps, at which the model's density is taken.
       trace: the kind of trace and the number of probes; None if no divergence is computed.
@@ -74,7 +76,10 @@ class Result:
     nonfinite: int = _column("not finite", "")
     min: float = _column("least", "bits")
     max: float = _column("greatest", "bits")
+    median: float | None = _column("median", "bits", default=None)
     outliers: list[list[float]]
+    without_outliers: float | None = _column("without outliers", "bits", default=None)
+    without_outliers_interval: list[float] | None = None
     terms: dict[str, float]
     smallest_time: float = _column("smallest time", ".3g")
     trace: dict[str, Any] | None
@@ -87,8 +92,7 @@ class Result:
         """The result of the estimate ``number`` over the images ``ids (n,)``; ``origin`` are the
         other fields."""
         values, population, this_set = number.values, number.population, number.this_set
-        outliers = intervals.outliers(values)
-        outliers = outliers[np.argsort(-values[outliers])]
+        without = number.without_outliers
         gap = number.solver_error
         kind: dict[str, Any] = (
             {"sweeps": number.sweeps}
@@ -116,7 +120,10 @@ class Result:
             nonfinite=population.nonfinite,
             min=float(values.min()),
             max=float(values.max()),
-            outliers=[[int(ids[i]), float(values[i])] for i in outliers],
+            median=number.median,
+            outliers=[[int(ids[i]), float(values[i])] for i in number.outliers],
+            without_outliers=without and without.mean,
+            without_outliers_interval=without and list(without.bounds),
             terms={name: float(term.mean()) for name, term in number.terms.items()},
             nfe_mean=float(number.nfe.mean()),
             nfe_max=int(number.nfe.max()),
@@ -182,13 +189,11 @@ class Result:
         warnings = []
         if self.nonfinite:
             warnings.append(f"{self.name}: {self.nonfinite} images have a non-finite result")
-        if self.outliers:
-            first = [(names[int(i)] if names else i, value) for i, value in self.outliers[:5]]
-            shown = ", ".join(f"{name} ({value:.3f})" for name, value in first)
-            warnings.append(
-                f"{self.name}: {len(self.outliers)} of {self.n} images are more than 6 robust "
-                f"standard deviations from the median. They are included in the mean: {shown}"
-            )
+        if self.median is not None and self.without_outliers is not None:
+            named = [(names[int(i)] if names else i, value) for i, value in self.outliers]
+            without = self.without_outliers, self.without_outliers_interval or []
+            line = outlier_line(named, self.n, self.median, *without, "bits/dim")
+            warnings.append(f"{self.name}: {line}")
         if self.target_se and not self.this_set_stderr <= self.target_se:
             warnings.append(
                 f"{self.name}: standard error {self.this_set_stderr:.2g} after {self.sweeps} "

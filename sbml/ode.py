@@ -389,10 +389,11 @@ class _Control(diffrax.PIDController):
     """
 
     def adapt_step_size(self, *args: Any) -> Any:
-        *adapted, result = super().adapt_step_size(*args)
-        accepted, start, end, *_ = adapted
+        adapted: Any = super().adapt_step_size(*args)
+        accepted, start, end, *rest, result = adapted
         gave_up = diffrax.RESULTS.dt_min_reached
-        return *adapted, diffrax.RESULTS.where(accepted | (end > start), result, gave_up)
+        result = diffrax.RESULTS.where(accepted | (end > start), result, gave_up)
+        return accepted, start, end, *rest, result
 
 
 def _steps(solver: Solver, length: Number) -> tuple[Number, Any, int]:

@@ -53,9 +53,6 @@ from sbml.types import (
 
 Examples = Num[np.ndarray, "n *s"]
 
-# The number of examples for which the ODE is solved again: once with a stricter solver, to measure
-# the solver's error, and once with new random draws, to measure their noise.
-SUBSET = 32
 TERMS_OF_INTEGERS = ("dequantization", "importance", "scale")  # continuous data do not have them
 
 
@@ -76,7 +73,9 @@ class Density:
       batch_size: the number of examples that are computed at once.
       seed: the seed of all random draws, except those of ``sample``.
       budget: the largest solver error that counts as converged, in bits/dim or in nats per
-        dimension.
+        dimension; at most 1.
+      subset: the number of examples for which the ODE is solved again: once with a stricter solver,
+        to measure the solver's error, and once with new random draws, to measure their noise.
 
     Raises:
       ValueError: for an impossible shape, number of levels, batch size, seed, trace, budget or
@@ -94,6 +93,7 @@ class Density:
     batch_size: int = 64
     seed: int = 0
     budget: float = 1e-3
+    subset: int = 32
 
     def __post_init__(self) -> None:
         check_function(self.score, "score", "x", "t", "key")
@@ -104,14 +104,18 @@ class Density:
         if self.eps is not None:
             object.__setattr__(self, "eps", float(self.eps))  # An array is not hashable.
         scalars.check_count(self.batch_size, "batch_size")
+        scalars.check_count(self.subset, "subset")
         scalars.check_count(self.seed, "seed", 0)
         if self.seed >= 2**32:
             raise ValueError(f"seed={self.seed}: must be below 2^32")
         check_kind(self.solver, Solver, "solver")
         if self.trace is not None:
             check_kind(self.trace, Trace, "trace")
-        if not self.budget >= 0:
-            raise ValueError(f"budget={self.budget}: must be at least 0")
+        if not 0 <= self.budget <= 1:  # Any error would be within a budget of infinity.
+            raise ValueError(
+                f"budget={self.budget}: give a number in [0, 1], the largest solver error that "
+                "counts as converged, in bits/dim or in nats per dimension"
+            )
         try:
             hash(self.sde)
         except TypeError:
@@ -153,7 +157,7 @@ class Density:
         Raises:
           ValueError: if ``x`` are not floating-point numbers of that shape.
         """
-        return -self._solve(self._continuous(x), Target(self.sde, self._eps), "nats", self.dims)
+        return -self._solve(self._continuous(x), Target(self.sde, self._eps), self.dims)
 
     def bits_per_dim(self, pixels: Any) -> Estimate:
         """Bits/dim of integers ``pixels (n, *shape)``, by the ODE and uniform dequantization.
@@ -171,7 +175,7 @@ class Density:
         """
         k, levels = self._integers(pixels)
         target = Target(self.sde, self._eps, levels, uniform.Model())
-        return self._solve(k, target, "bits/dim", 1)
+        return self._solve(k, target, 1)
 
     def bound(self, x: Any, *, sweeps: int = 8, times_each: int = 2) -> Estimate:
         """The evidence bound on -log p(x), in nats, of ``x (n, *shape)``.
@@ -204,7 +208,7 @@ class Density:
             return self._in_batches(batch, np.arange(len(x)))
 
         return estimate.bound_estimate(
-            [columns(sweep) for sweep in range(sweeps)], _terms(estimator, target), "nats"
+            [columns(sweep) for sweep in range(sweeps)], _terms(estimator, target), target
         )
 
     def sample(self, key: Key, n: int) -> Examples:
@@ -269,7 +273,14 @@ class Density:
                 "integers to bits_per_dim"
             )
         self._check_shape(data)
-        return data.astype(jnp.result_type(float))
+        data = data.astype(jnp.result_type(float))
+        lost = np.flatnonzero(~np.isfinite(data).reshape(len(data), -1).all(axis=1))
+        if len(lost):
+            raise ValueError(
+                f"{len(lost)} of {len(data)} examples have values that are NaN, infinite or too "
+                f"large for {data.dtype}: leave them out. Their indices are {_some(lost)}"
+            )
+        return data
 
     def _integers(self, pixels: Any) -> tuple[Examples, int]:
         data = np.asarray(pixels)
@@ -305,12 +316,12 @@ class Density:
 
         return rows_of
 
-    def _solve(self, data: Examples, target: Target, unit: str, dims: int) -> Estimate:
+    def _solve(self, data: Examples, target: Target, dims: int) -> Estimate:
         """Solve for all examples, and again for a subset with new draws and a stricter solver."""
         estimator = ode_estimator.Estimator(self._trace)
         ids, terms = np.arange(len(data)), _terms(estimator, target)
         rows_of = self._rows_of(estimator, target, data)
-        subset = np.unique(np.linspace(0, len(data) - 1, min(len(data), SUBSET)).astype(int))
+        subset = np.unique(np.linspace(0, len(data) - 1, min(len(data), self.subset)).astype(int))
 
         size = min(self.batch_size, exact_batch(self.dims) if estimator.exact else self.batch_size)
 
@@ -319,7 +330,7 @@ class Density:
 
         gap = estimate.solver_error(table, ids, subset, self.solver, terms)
         budget = self.budget * dims
-        return estimate.ode_estimate(table, ids, subset, self.solver, terms, unit, gap, budget)
+        return estimate.ode_estimate(table, ids, subset, self.solver, terms, target, gap, budget)
 
     def _transport(self, x: Examples, t0: float, t1: float) -> Examples:
         solve = self._compiled(_transport, "sde", "t0", "t1")
@@ -346,6 +357,12 @@ class Density:
             name: column.astype(np.float64) if np.issubdtype(column.dtype, np.floating) else column
             for name, column in columns.items()
         }
+
+
+def _some(indices: np.ndarray) -> str:
+    """The first ten of ``indices`` as text."""
+    shown = ", ".join(map(str, indices[:10]))
+    return shown + (", ..." if len(indices) > 10 else "")
 
 
 @functools.cache

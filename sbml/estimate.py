@@ -14,11 +14,14 @@ kinds of estimates, which measure the noise of the draws in different ways:
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Integer, Num
 
-from sbml import intervals
+from sbml import intervals, ode
+from sbml.estimators import Target
 from sbml.intervals import Interval
 from sbml.ode import Solver
 
@@ -36,6 +39,7 @@ class Estimate:
       values: the numbers of the examples, ``(n,)``, in ``unit``.
       terms: the terms whose sum is ``values``, each ``(n,)``.
       unit: "nats" or "bits/dim".
+      eps: the smallest time, at which the density is taken. Another eps gives other numbers.
       nfe: the number of evaluations of the score for each example, ``(n,)``.
       population: the mean of ``values`` with its 95% interval for the population from which the
         examples come.
@@ -45,17 +49,20 @@ class Estimate:
       solver_error: the mean difference from a solve by :func:`reference`, on a subset of the
         examples, with its 95% interval; None for a bound, which solves no ODE.
       budget: the largest solver error that counts as converged, in ``unit``.
+      solver: how the ODE was solved; None for a bound.
     """
 
     values: Values
     terms: Columns
     unit: str
+    eps: float
     nfe: Values
     population: Interval
     this_set: Interval
     sweeps: int = 1
     solver_error: Interval | None = None
     budget: float = math.inf
+    solver: Solver | None = None
 
     @property
     def mean(self) -> float:
@@ -91,22 +98,85 @@ class Estimate:
 
     def __str__(self) -> str:
         low, high = self.population.bounds
-        return (
-            f"{self.population.mean:.4f} {self.unit}, 95% interval [{low:.4f}, {high:.4f}], for "
-            f"these examples +-{self.this_set_ci95:.4f}, n={self.population.n}{self._mark()}"
+        text = (
+            f"{self.mean:.4f} {self.unit} at t={self.eps:.3g}, 95% interval [{low:.4f}, "
+            f"{high:.4f}], for these examples +-{self.this_set_ci95:.4f}, n={self.population.n}"
         )
+        if not self.converged:
+            text += f", NOT CONVERGED: {self.unconverged()}"
+        if (without := self.without_outliers) is None:
+            return text
+        named, n = [(i, self.values[i]) for i in self.outliers], self.population.n
+        about = outlier_line(named, n, self.median, without.mean, without.bounds, self.unit)
+        return f"{text}\n{about}"
 
-    def _mark(self) -> str:
-        """Why the numbers are not converged; empty if they are."""
-        error = self.solver_error
-        if error is None or self.converged:
+    @property
+    def outliers(self) -> Ids:
+        """The places of the outliers (``intervals.outliers``): those that are not finite first,
+        then by their distance from the median."""
+        found = intervals.outliers(self.values)
+        distance = np.abs(self.values[found] - self.median)
+        return found[np.argsort(-np.where(np.isfinite(distance), distance, np.inf), kind="stable")]
+
+    @property
+    def median(self) -> float:
+        """The median of the finite numbers; NaN if there are none."""
+        finite = self.values[np.isfinite(self.values)]
+        return float(np.median(finite)) if len(finite) else math.nan
+
+    @property
+    def without_outliers(self) -> Interval | None:
+        """The ``population`` without the outliers; None if no number or every number is one."""
+        kept = np.delete(self.values, self.outliers)
+        return intervals.mean_interval(kept) if 0 < len(kept) < len(self.values) else None
+
+    def unconverged(self, section: str = "") -> str:
+        """What is known of the solver's error, and the remedy; "" if the numbers have converged.
+
+        ``section`` is put before the names of the settings, such as "eval." for a config.
+        """
+        error, solver = self.solver_error, self.solver
+        if error is None or solver is None or self.converged:
             return ""
-        if count := self.population.nonfinite:
-            return f", NOT CONVERGED: {count} numbers are not finite"
-        return (
-            f", NOT CONVERGED: the solver's error is {error.mean:.2g} +- {error.ci95:.2g}, more "
-            f"than the budget {self.budget:g}; lower rtol and atol"
-        )
+        lost, tolerances = ~np.isfinite(self.values), f"{section}rtol and {section}atol"
+        precision = jnp.finfo(jnp.result_type(float))
+        rounding = float(precision.eps) * np.max(np.abs(self.values), initial=0.0, where=~lost)
+        remedy = f"raise {section}max_steps={solver.max_steps}"
+        if lost.any():
+            most = int(np.max(self.nfe[lost]))
+            known = (
+                f"{lost.sum()} of {len(lost)} numbers are not finite, after up to {most} "
+                "evaluations of the score"
+            )
+            if solver.fixed_steps is None and most < ode.most_evaluations(solver):
+                remedy = (
+                    "neither more steps nor other tolerances help, because the score is not "
+                    "finite or changes too fast there"
+                )
+        elif error.nonfinite:
+            strict = reference(solver)
+            known = (
+                f"a stricter solve (rtol={strict.rtol:g}, atol={strict.atol:g}) gave up for "
+                f"{error.nonfinite} of {error.n} numbers, so the solver's error is not known"
+            )
+        else:
+            known, room = excess(error, self.budget), self.budget - abs(error.mean)
+            if rounding > self.budget:
+                remedy = (
+                    f"{precision.dtype} rounds the largest numbers by {rounding:.1g}: give x in "
+                    "the scale of the score, or compute in float64 (jax_enable_x64)"
+                )
+            # The interval of a mean over all examples would be narrow enough.
+            elif room > 0 and error.ci95 * math.sqrt(error.n / len(self.values)) <= room:
+                needed = math.ceil(error.n * (error.ci95 / room) ** 2)
+                remedy = f"raise {section}subset={error.n} to about {needed}"
+            else:
+                remedy = f"lower {tolerances}"
+        if solver.fixed_steps is not None and not error.nonfinite:
+            remedy = f"raise {section}fixed_steps={solver.fixed_steps}"
+        elif solver.rtol + solver.atol < precision.eps:
+            remedy = f"raise {tolerances}, which are below the rounding of {precision.dtype}"
+        return f"{known}; {remedy}"
 
 
 def within(gap: Interval, budget: float) -> bool:
@@ -116,6 +186,38 @@ def within(gap: Interval, budget: float) -> bool:
     not finite, the result is False.
     """
     return abs(gap.mean) + gap.ci95 <= budget
+
+
+def outlier_line(
+    named: Sequence[tuple[Any, float]],
+    n: int,
+    median: float,
+    without: float,
+    interval: Sequence[float],
+    unit: str,
+) -> str:
+    """A line about the outliers of ``n`` numbers, which may dominate the mean.
+
+    Args:
+      named: the name and the number of each outlier; the first five are shown.
+      n, median, unit: as in :class:`Estimate`.
+      without, interval: the mean without the outliers, and its 95% interval.
+    """
+    shown = ", ".join(f"{name} ({value:.3f})" for name, value in named[:5])
+    low, high = interval
+    return (
+        f"{len(named)} of {n} numbers are more than 6 robust standard deviations from the median "
+        f"{median:.4f}: {shown}. They are included in the mean; without them it is {without:.4f} "
+        f"{unit}, 95% interval [{low:.4f}, {high:.4f}]"
+    )
+
+
+def excess(gap: Interval, budget: float) -> str:
+    """What is known of a solver's error that is not :func:`within` the budget."""
+    return (
+        f"the solver's error is {gap.mean:.3g} +- {gap.ci95:.3g} on {gap.n} numbers, so up to "
+        f"{abs(gap.mean) + gap.ci95:.3g}, above the budget {budget:g}"
+    )
 
 
 def total(columns: Columns, terms: Sequence[str]) -> Values:
@@ -132,14 +234,16 @@ def reference(solver: Solver) -> Solver:
     """The solver whose results count as exact when the error of ``solver`` is measured.
 
     Its tolerances are a tenth of those of ``solver``, and at most ``STRICT``. If ``solver`` has
-    fixed steps, they are a tenth of the default tolerances. All other settings are defaults, so
-    that an error which comes from the method, the coordinate or the first step of ``solver`` is
-    seen: with the same settings, the reference would have the error too.
+    fixed steps, they are a tenth of the default tolerances. It may take at least as many steps as
+    ``solver``. All other settings are defaults, so that an error which comes from the method, the
+    coordinate or the first step of ``solver`` is seen: with the same settings, the reference would
+    have the error too.
     """
     if solver.fixed_steps is not None:
         return Solver().tighter(10)
     strict = solver.tighter(10)
-    return Solver(rtol=min(strict.rtol, STRICT), atol=min(strict.atol, STRICT))
+    rtol, atol = min(strict.rtol, STRICT), min(strict.atol, STRICT)
+    return Solver(rtol=rtol, atol=atol, max_steps=max(solver.max_steps, ode.MAX_STEPS))
 
 
 def solver_error(
@@ -165,7 +269,7 @@ def ode_estimate(
     subset: Integer[np.ndarray, " m"],
     solver: Solver,
     terms: Sequence[str],
-    unit: str,
+    target: Target,
     gap: Interval,
     budget: float,
 ) -> Estimate:
@@ -176,8 +280,9 @@ def ode_estimate(
         these examples, each ``(n,)``, in float64.
       ids, subset: the sorted ids of all examples, and of those that are drawn again in sweep 1.
       solver, terms: how the ODE is solved, and the names of the terms.
-      unit, budget: as in :class:`Estimate`.
+      target: the quantity that is estimated.
       gap: the :func:`solver_error`.
+      budget: as in :class:`Estimate`.
     """
     table = rows(ids, 0, solver)
     values = total(table, terms)
@@ -187,16 +292,18 @@ def ode_estimate(
     return Estimate(
         values=values,
         terms={name: table[name] for name in terms},
-        unit=unit,
+        unit=_unit(target),
+        eps=float(target.eps),
         nfe=table["nfe"],
         population=intervals.mean_interval(values),
         this_set=_this_set(values, stderr, freedom),
         solver_error=gap,
         budget=budget,
+        solver=solver,
     )
 
 
-def bound_estimate(tables: Sequence[Columns], terms: Sequence[str], unit: str) -> Estimate:
+def bound_estimate(tables: Sequence[Columns], terms: Sequence[str], target: Target) -> Estimate:
     """The estimate of a bound from the tables of its sweeps.
 
     Each table has the columns ``terms`` and ``nfe`` of all examples, each ``(n,)``. The result's
@@ -206,7 +313,8 @@ def bound_estimate(tables: Sequence[Columns], terms: Sequence[str], unit: str) -
     return Estimate(
         values=values,
         terms={name: np.mean([table[name] for table in tables], axis=0) for name in terms},
-        unit=unit,
+        unit=_unit(target),
+        eps=float(target.eps),
         nfe=np.sum([table["nfe"] for table in tables], axis=0),
         population=intervals.mean_interval(values),
         this_set=_this_set(values, sweep_stderr(tables, terms), len(tables) - 1),
@@ -223,6 +331,10 @@ def sweep_stderr(tables: Sequence[Columns], terms: Sequence[str]) -> float:
         return math.inf
     means = [float(np.mean(total(table, terms))) for table in tables]
     return float(np.std(means, ddof=1)) / math.sqrt(len(means))
+
+
+def _unit(target: Target) -> str:
+    return "nats" if target.levels is None else "bits/dim"
 
 
 def _this_set(values: Values, stderr: float, freedom: float) -> Interval:

@@ -10,13 +10,14 @@ from cell_runs import BOUND, ODE, cell_run
 from scipy import stats
 
 from sbml import estimate
-from sbml.estimators import Cell
+from sbml.estimators import Cell, Target
 from sbml.evaluation import cells
 from sbml.experiment import build
 from sbml.intervals import half_width, mean_interval, repeated_stderr
 from sbml.modes import train
 from sbml.ode import Solver
 from sbml.runtime import progress
+from sbml.sdes import VP
 
 
 @pytest.fixture(scope="module")
@@ -39,10 +40,9 @@ def test_solver_guard_measures_the_solvers_error(trained, tmp_path):
     error = np.mean(result.values - finer["bits_per_dim"])
     assert result.solver_error.mean == pytest.approx(error) and abs(error) > 1e-5
     assert not result.converged
-    stricter = f"NOT CONVERGED, a stricter solve moves it by {-error:.2g} "
-    assert any(stricter in w for w in run.result(result).warnings())
-    one_lost = dataclasses.replace(run.result(result), nonfinite=1)
-    assert any("moves the others by" in w for w in one_lost.warnings())
+    (warning,) = (w for w in run.result(result).warnings() if "NOT CONVERGED" in w)
+    assert f"NOT CONVERGED: the solver's error is {error:.3g} +-" in warning
+    assert warning.endswith("above the budget 1e-05; lower eval.rtol and eval.atol")
 
 
 @pytest.mark.parametrize(("size", "converged"), [(4e-3, False), (1e-4, True)])
@@ -66,7 +66,8 @@ def test_a_number_outside_the_subset_that_is_not_finite_has_not_converged():
 
     def converged():
         ids = np.arange(4), np.arange(2)
-        return estimate.ode_estimate(rows, *ids, Solver(), ("prior",), "nats", gap, 1.0).converged
+        of = Solver(), ("prior",), Target(VP(), 1e-3), gap, 1.0
+        return estimate.ode_estimate(rows, *ids, *of).converged
 
     assert converged()
     values[3] = np.nan
@@ -76,7 +77,8 @@ def test_a_number_outside_the_subset_that_is_not_finite_has_not_converged():
 def test_eight_euler_steps_are_refused(trained, tmp_path):
     fields = {"subset": 8, "batch_size": 16, "method": "euler", "fixed_steps": 8}
     run = cell_run(trained, tmp_path, ODE, **fields)
-    refused = "8 euler steps are off by .* refused.*eval.fixed_steps=0 and eval.method=tsit5"
+    refused = "8 euler steps are refused: the solver's error is .* above the budget 0.001 .*"
+    refused += "eval.fixed_steps=0 and eval.method=tsit5"
     with pytest.raises(cells.Unconverged, match=refused):
         run.finish()
 
@@ -166,8 +168,11 @@ def test_the_smallest_time_of_a_number(trained, tmp_path):
         ({"smallest_time": 2e-3}, ODE, 2e-3),
         ({}, Cell("ode", "truncated_normal"), 2.968e-3),
     ):
-        run = cell_run(trained, tmp_path, cell, **fields)
+        run = cell_run(trained, tmp_path, cell, max_images=2, batch_size=2, **fields)
         assert run.target.eps == pytest.approx(eps, rel=1e-3)
+        shown = run.result(run.finish())
+        assert shown.plain()["smallest_time"] == pytest.approx(eps, rel=1e-3)
+        assert f"bits/dim at t={eps:.3g} on digits test" in shown.line.replace(" NOT CONVERGED", "")
 
 
 def test_one_image_has_a_known_error_of_the_solver(trained, tmp_path):

@@ -104,7 +104,9 @@ def test_the_mode_writes_a_page_and_its_numbers(tmp_path, capsys):
     assert '<th scope="row">only of bb</th><td>–</td><td>3</td>' in page
     numbers = json.loads((tmp_path / "out" / "comparison.json").read_text())
     assert numbers["cells"][0]["rows"][1]["difference"] == 0.0
-    assert "+0.0000 [+0.0000, +0.0000], n=50" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "bits/dim at t=1e-05, +0.0000 [+0.0000, +0.0000], n=50" in out
+    assert page.count('<td class="number">1e-05</td>') == 2
 
 
 def test_samples_of_another_checkpoint_are_not_shown(tmp_path):

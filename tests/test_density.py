@@ -134,7 +134,10 @@ def test_bits_per_dim_are_of_the_integers() -> None:
     low, high = estimate.population.bounds
     interval = f"95% interval [{low:.4f}, {high:.4f}]"
     own = f"for these examples +-{estimate.this_set_ci95:.4f}, n=12"
-    assert f"bits/dim, {interval}, {own}" in str(estimate)
+    assert f"bits/dim at t=0.001, {interval}, {own}" in str(estimate)
+    assert estimate.eps == (-estimate).eps == EPS
+    vp = density(eps=None).bound(data(2), sweeps=2)
+    assert vp.eps == 1e-5 and "nats at t=1e-05, 95% interval" in str(vp)
     assert estimate.population.ci95 != pytest.approx(estimate.this_set_ci95, rel=1e-3)
 
 
@@ -159,6 +162,15 @@ def test_a_number_that_has_not_converged_says_so() -> None:
     loose = density(solver=Solver("heun", fixed_steps=3), budget=1e-6)
     estimate = loose.logp(data(4))
     assert not estimate.converged and "NOT CONVERGED" in str(estimate)
+
+
+def test_an_example_that_dominates_the_mean_is_named() -> None:
+    x = data(12)
+    x[5] += 40
+    found = density().bound(x, sweeps=2)
+    number, line = str(found).split("\n")
+    assert found.mean > 1000 and number.startswith(f"{found.mean:.4f} nats")
+    assert f"standard deviations from the median {np.median(found.values):.4f}: 5 (" in line
 
 
 def test_the_solver_error_of_the_only_example_is_known() -> None:
@@ -294,6 +306,13 @@ def made_for(sde: SDE) -> PredictionScore:
     return from_prediction(lambda x, t: -x, "flow", sde)
 
 
+def lost(*indices: int, n: int = 8, value: float = math.nan) -> np.ndarray:
+    """``n`` examples, of which those at ``indices`` have one pixel of this value."""
+    x = data(n)
+    x[list(indices), 0, 1] = value
+    return x
+
+
 REVERSED = Schedule(lambda t: t, lambda t: 1.001 - t)
 
 
@@ -338,6 +357,12 @@ REVERSED = Schedule(lambda t: t, lambda t: 1.001 - t)
             r"was made for sde=RectifiedFlow\(\), and Density has sde=VP\(",
         ),
         (lambda: sbml.Density(lambda x, t, key: x, REVERSED, (2,)), "it must decrease"),
+        (lambda: density().logp(lost(3, 5)), r"2 of 8 examples have.*indices are 3, 5$"),
+        (lambda: density().bound(lost(*range(12), n=40)), r"12 of 40 .* 0, 1, .*, 9, \.\.\.$"),
+        (lambda: density().decode(lost(0, value=-math.inf)), "1 of 8 examples .* are 0$"),
+        # Any error is within a budget without a limit: nothing would be marked.
+        (lambda: density(budget=math.inf), r"budget=inf: give a number in \[0, 1\]"),
+        (lambda: density(budget=1.5), r"budget=1.5: give a number in \[0, 1\]"),
         (lambda: density().bound(data(2), sweeps=1), "sweeps=1"),
         (lambda: density().sample(jax.random.key(0), 0), "n=0: need an integer of at least 1"),
     ],

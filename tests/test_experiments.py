@@ -12,6 +12,7 @@ from sbml.estimate import Estimate
 from sbml.experiment import build
 from sbml.intervals import Interval
 from sbml.modes import train
+from sbml.ode import Solver
 from sbml.report import strict
 from sbml.report.result import Result
 
@@ -37,14 +38,16 @@ def evaluation(
             values=np.full(10_000, value),
             terms={"prior": np.full(10_000, value)},
             unit="bits/dim",
+            eps=1e-5,
             nfe=np.ones(10_000),
             population=interval_of,
             this_set=interval_of,
             solver_error=interval_of._replace(mean=0.0, ci95=0.0 if value < 3 else 1.0),
             budget=0.1,
+            solver=Solver(),
         )
         origin = {"num_importance": 1, "data": data, "split": "test", "split_size": 10_000}
-        origin |= {"smallest_time": 1e-5, "trace": None, "dequantizer_step": None}
+        origin |= {"trace": None, "dequantizer_step": None}
         kind = {"estimator": estimator, "dequantizer": dequantizer}
         rows.append(Result.of(found, np.arange(10_000), **kind, **origin).plain())
     report = {

@@ -254,13 +254,13 @@ class CellRun:
         if solver.fixed_steps is not None and not estimate.within(gap, budget):
             method = " and eval.method=tsit5" if solver.method == "euler" else ""
             raise Unconverged(
-                f"{solver.fixed_steps} {solver.method} steps are off by {gap.mean:.4f} +- "
-                f"{gap.ci95:.4f} bits/dim on {gap.n} images, more than eval.solver_budget="
-                f"{budget}: refused. Set eval.fixed_steps=0{method} for adaptive steps, or set "
-                "eval.fixed_steps much higher"
+                f"{solver.fixed_steps} {solver.method} steps are refused: "
+                f"{estimate.excess(gap, budget)} (eval.solver_budget), in bits/dim. Set "
+                f"eval.fixed_steps=0{method} for adaptive steps, or set eval.fixed_steps much "
+                "higher"
             )
         return estimate.ode_estimate(
-            self.rows, self.ids, self.subset, solver, terms, "bits/dim", gap, budget
+            self.rows, self.ids, self.subset, solver, terms, self.target, gap, budget
         )
 
     def _bound_estimate(self) -> Estimate:
@@ -268,7 +268,7 @@ class CellRun:
         for sweeps in self._sweep_counts(tables):
             while len(tables) < sweeps:
                 tables.append(self.rows(self.ids, len(tables)))
-        return estimate.bound_estimate(tables, self.cell.terms, "bits/dim")
+        return estimate.bound_estimate(tables, self.cell.terms, self.target)
 
     def _sweep_counts(self, tables: list[Table]) -> Iterator[int]:
         """The number of sweeps to reach: ``eval.sweeps``, then more while the standard error over
@@ -306,7 +306,6 @@ class CellRun:
             split=self.config.split,
             split_size=len(self.shared.images),
             target_se=self.config.target_se if self.cell.is_bound else None,
-            smallest_time=self.target.eps,
             trace=dataclasses.asdict(trace) if trace else None,
             dequantizer_step=checkpoint.step if checkpoint else None,
         )

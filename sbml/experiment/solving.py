@@ -4,7 +4,7 @@ import dataclasses
 from typing import Any
 
 from sbml.experiment.fields import Section, choice, integer, real, section_errors
-from sbml.ode import METHODS, Solver
+from sbml.ode import MAX_STEPS, METHODS, Solver
 from sbml.sdes import SDE
 
 
@@ -30,6 +30,7 @@ class Solving(Section):
     rtol: float
     atol: float
     fixed_steps: int = integer(0)  # number of equal steps; 0: adaptive steps
+    max_steps: int = integer(MAX_STEPS, least=1)  # number of adaptive steps at which it gives up
     smallest_time: float | None = real(None, least=0, below=1)
 
     def solver(self) -> Solver:
@@ -41,7 +42,11 @@ class Solving(Section):
         fixed_steps = self.fixed_steps or None
         with section_errors(self.section):
             return Solver(
-                method=self.method, rtol=self.rtol, atol=self.atol, fixed_steps=fixed_steps
+                method=self.method,
+                rtol=self.rtol,
+                atol=self.atol,
+                fixed_steps=fixed_steps,
+                max_steps=self.max_steps,
             )
 
     def eps(self, sde: SDE, otherwise: float) -> float:

@@ -37,7 +37,8 @@ def run(config: Any, workdir: epath.PathLike | None, runs: Sequence[str] | None)
     for cell in numbers["cells"]:
         print(cell["name"])
         for row in cell["rows"]:
-            line = f"  {row['run']:24s} {row['bits_per_dim']:.4f} bits/dim"
+            number = f"{row['bits_per_dim']:.4f} bits/dim at t={row['smallest_time']:.3g}"
+            line = f"  {row['run']:24s} {number}"
             if "difference" in row:
                 low, high = row["difference_interval"]
                 line += f", {row['difference']:+.4f} [{low:+.4f}, {high:+.4f}], n={row['pairs']}"

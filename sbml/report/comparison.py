@@ -152,6 +152,7 @@ def _row(run: Run, first: Run, name: str) -> dict[str, Any]:
         "bits_per_dim": result.bits_per_dim,
         "interval": result.interval,
         "n": result.n,
+        "smallest_time": result.smallest_time,
         "nfe_mean": result.nfe_mean,
         "converged": result.converged,
     }

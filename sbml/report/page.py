@@ -190,6 +190,7 @@ def _headline(result: Mapping[str, Any]) -> dict[str, Any]:
         "interval": text(result.get("interval"), "bits"),
         "label": _label(result),
         "n": text(result.get("n")),
+        "smallest_time": text(result.get("smallest_time"), ".3g"),
     }
 
 

@@ -1,14 +1,12 @@
 """One number of an evaluation, with all fields that ``report.json`` has for it."""
 
 import dataclasses
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from sbml import intervals
-from sbml.estimate import Estimate
+from sbml.estimate import Estimate, outlier_line
 from sbml.estimators import Cell
 
 
@@ -38,13 +36,17 @@ class Result:
       solver_error, solver_error_ci95: the mean difference from a stricter solve, and the half-width
         of its 95% interval, in bits/dim; None for a bound.
       solver_images: the number of images on which it was measured; None for a bound.
+      unconverged: why it is not converged, and the remedy; None if it is, and for a bound.
       sweeps: the number of sweeps of a bound; None for the ODE.
       target_se: ``eval.target_se``; None for the ODE.
       nonfinite: the number of images whose bits/dim are not finite.
       min, max: the smallest and the largest bits/dim of an image.
-      outliers: [id, bits/dim] of the outliers (``intervals.outliers``), the largest first.
+      median: the median of the bits/dim of the images that are finite.
+      outliers: [id, bits/dim] of the outliers, in the order of ``Estimate.outliers``.
+      without_outliers, without_outliers_interval: the mean without them, and the ends of its 95%
+        interval; None if there are none, or nothing else.
       terms: the means of the terms, whose sum is ``bits_per_dim``.
-      smallest_time: the smallest time eps.
+      smallest_time: the smallest time eps, at which the model's density is taken.
       trace: the kind of trace and the number of probes; None if no divergence is computed.
       dequantizer_step: the step of the dequantizer's checkpoint; None if it was not trained.
       nfe_mean, nfe_max: the mean and the largest number of evaluations of the score for an image.
@@ -68,14 +70,18 @@ class Result:
     solver_error: float | None = _column("solver error", ".1g", default=None)
     solver_error_ci95: float | None = _column("± of it", ".1g", default=None)
     solver_images: int | None = None
+    unconverged: str | None = None
     sweeps: int | None = None
     target_se: float | None = None
     nonfinite: int = _column("not finite", "")
     min: float = _column("least", "bits")
     max: float = _column("greatest", "bits")
+    median: float | None = _column("median", "bits", default=None)
     outliers: list[list[float]]
+    without_outliers: float | None = _column("without outliers", "bits", default=None)
+    without_outliers_interval: list[float] | None = None
     terms: dict[str, float]
-    smallest_time: float
+    smallest_time: float = _column("smallest time", ".3g")
     trace: dict[str, Any] | None
     dequantizer_step: int | None
     nfe_mean: float = _column("network evaluations, mean", ".1f")
@@ -86,8 +92,7 @@ class Result:
         """The result of the estimate ``number`` over the images ``ids (n,)``; ``origin`` are the
         other fields."""
         values, population, this_set = number.values, number.population, number.this_set
-        outliers = intervals.outliers(values)
-        outliers = outliers[np.argsort(-values[outliers])]
+        without = number.without_outliers
         gap = number.solver_error
         kind: dict[str, Any] = (
             {"sweeps": number.sweeps}
@@ -97,11 +102,13 @@ class Result:
                 "solver_error": gap.mean,
                 "solver_error_ci95": gap.ci95,
                 "solver_images": gap.n,
+                "unconverged": number.unconverged("eval.") or None,
             }
         )
         return cls(
             **origin,
             **kind,
+            smallest_time=number.eps,
             n=population.n,
             bits_per_dim=population.mean,
             stderr=population.stderr,
@@ -113,7 +120,10 @@ class Result:
             nonfinite=population.nonfinite,
             min=float(values.min()),
             max=float(values.max()),
-            outliers=[[int(ids[i]), float(values[i])] for i in outliers],
+            median=number.median,
+            outliers=[[int(ids[i]), float(values[i])] for i in number.outliers],
+            without_outliers=without and without.mean,
+            without_outliers_interval=without and list(without.bounds),
             terms={name: float(term.mean()) for name, term in number.terms.items()},
             nfe_mean=float(number.nfe.mean()),
             nfe_max=int(number.nfe.max()),
@@ -165,9 +175,9 @@ class Result:
         low, high = self.interval
         mark = " NOT CONVERGED" if self.converged is False else ""
         return (
-            f"{self.name:24s} {self.bits_per_dim:.4f} bits/dim{mark} on {self.data} {self.split}, "
-            f"95% interval [{low:.4f}, {high:.4f}], for these images +-{self.this_set_ci95:.4f}, "
-            f"n={self.n}"
+            f"{self.name:24s} {self.bits_per_dim:.4f} bits/dim{mark} at t={self.smallest_time:.3g} "
+            f"on {self.data} {self.split}, 95% interval [{low:.4f}, {high:.4f}], for these images "
+            f"+-{self.this_set_ci95:.4f}, n={self.n}"
         )
 
     def warnings(self, names: Sequence[str] | None = None) -> list[str]:
@@ -179,25 +189,18 @@ class Result:
         warnings = []
         if self.nonfinite:
             warnings.append(f"{self.name}: {self.nonfinite} images have a non-finite result")
-        if self.outliers:
-            first = [(names[int(i)] if names else i, value) for i, value in self.outliers[:5]]
-            shown = ", ".join(f"{name} ({value:.3f})" for name, value in first)
-            warnings.append(
-                f"{self.name}: {len(self.outliers)} of {self.n} images are more than 6 robust "
-                f"standard deviations from the median. They are included in the mean: {shown}"
-            )
+        if self.median is not None and self.without_outliers is not None:
+            named = [(names[int(i)] if names else i, value) for i, value in self.outliers]
+            without = self.without_outliers, self.without_outliers_interval or []
+            line = outlier_line(named, self.n, self.median, *without, "bits/dim")
+            warnings.append(f"{self.name}: {line}")
         if self.target_se and not self.this_set_stderr <= self.target_se:
             warnings.append(
                 f"{self.name}: standard error {self.this_set_stderr:.2g} after {self.sweeps} "
                 f"sweeps (eval.max_sweeps), above eval.target_se={self.target_se}"
             )
-        error, moved = self.solver_error, "the others" if self.nonfinite else "it"
-        if self.converged is False and error is not None and math.isfinite(error):
-            warnings.append(
-                f"{self.name}: NOT CONVERGED, a stricter solve moves {moved} by "
-                f"{-error:.2g} +- {self.solver_error_ci95:.2g} bits/dim on "
-                f"{self.solver_images} images: lower eval.rtol and eval.atol, or raise eval.subset"
-            )
+        if self.unconverged:
+            warnings.append(f"{self.name}: NOT CONVERGED: {self.unconverged}")
         return warnings
 
 

@@ -1,0 +1,165 @@
+"""What an estimate says of itself: why a number has not converged, and which are its outliers.
+
+The numbers of these tests are made up, so no ODE is solved.
+"""
+
+import math
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from sbml import estimate
+from sbml.estimate import Estimate
+from sbml.ode import Solver
+from sbml.report.result import Result
+from sbml.sdes import VP
+
+N, DEFAULT = 1000, Solver(rtol=2e-4, atol=2e-4)
+
+
+def solved(
+    errors: np.ndarray,
+    *,
+    solver: Solver = DEFAULT,
+    size: float = 2.0,
+    lost: int = 0,
+    nfe: int = 99,
+    budget: float = 2e-3,
+) -> Estimate:
+    """An estimate of 1,000 numbers, whose solver has these errors on the first of them.
+
+    A number is NaN where its error is; ``lost`` of the others are NaN after ``nfe`` evaluations.
+    """
+    m, target = len(errors), estimate.Target(VP(), 1e-5, levels=17)
+    values = size * np.linspace(0.9, 1.1, N)
+    values[m : m + lost] = np.nan
+
+    def rows(ids: np.ndarray, sweep: int, how: Solver) -> estimate.Columns:
+        found = values[ids]
+        if how == estimate.reference(solver):
+            found = found - errors[ids]
+        return {"prior": found, "nfe": np.full(len(ids), nfe)}
+
+    ids, terms = np.arange(N), ("prior",)
+    gap = estimate.solver_error(rows, ids, ids[:m], solver, terms)
+    return estimate.ode_estimate(rows, ids, ids[:m], solver, terms, target, gap, budget)
+
+
+def errors_of(mean: float, half_width: float, m: int = 8) -> np.ndarray:
+    """``m`` errors whose mean has a 95% interval of this half-width."""
+    shape = np.linspace(-1, 1, m)
+    return mean + half_width / stats.t.ppf(0.975, m - 1) * math.sqrt(m) * shape / np.std(
+        shape, ddof=1
+    )
+
+
+LOWER, STEPS, MORE = "lower rtol and atol", "raise max_steps=1000", "raise subset=8"
+NOT_FINITE, ROUNDING = "neither more steps", "compute in float64"
+GAVE_UP = np.append(errors_of(0.0, 1e-5, 5), [np.nan] * 3)
+
+
+@pytest.mark.parametrize(
+    ("found", "known", "remedy"),
+    [
+        (
+            solved(errors_of(9e-4, 1.2e-3)),
+            "the solver's error is 0.0009 +- 0.0012 on 8 numbers, so up to 0.0021, above the "
+            "budget 0.002",
+            MORE,
+        ),
+        (solved(errors_of(-9e-4, 1.2e-3)), "is -0.0009 +- 0.0012 on 8 numbers, so up to", MORE),
+        (solved(errors_of(9e-4, 0.1)), "so up to 0.101, above", LOWER),  # 1,000 are too few.
+        (solved(errors_of(3e-3, 1e-4)), "is 0.003 +- 0.0001 on 8 numbers, so up to", LOWER),
+        (
+            solved(errors_of(3e-3, 1e-4), solver=Solver(fixed_steps=9)),
+            "so up to 0.0031",
+            "raise fixed_steps=9",
+        ),
+        (
+            solved(GAVE_UP),
+            "a stricter solve (rtol=2e-05, atol=2e-05) gave up for 3 of 8 numbers",
+            STEPS,
+        ),
+        (solved(errors_of(0, 0), lost=2, nfe=8001), "2 of 1000 numbers are not finite", STEPS),
+        (solved(errors_of(0, 0), lost=2, nfe=161), "after up to 161 evaluations", NOT_FINITE),
+        (
+            solved(errors_of(0, 0), lost=2, nfe=8001, solver=Solver(rtol=1e-9, atol=1e-9)),
+            "not finite",
+            "raise rtol and atol",
+        ),
+        (solved(GAVE_UP, solver=Solver(rtol=1e-9, atol=1e-9)), "gave up", "raise rtol and atol"),
+        (solved(errors_of(1, 1), size=1e6), "so up to 2", ROUNDING),
+    ],
+)
+def test_the_remedy_is_the_one_that_fits(found: Estimate, known: str, remedy: str) -> None:
+    said = found.unconverged()
+    assert known in said and f"NOT CONVERGED: {said}" in str(found)
+    remedies = (LOWER, STEPS, MORE, NOT_FINITE, ROUNDING, "raise fixed_steps", "raise rtol")
+    assert [each for each in remedies if each in said] == [r for r in remedies if r in remedy]
+    in_a_config = found.unconverged("eval.")
+    for name in ("rtol", "max_steps", "subset", "fixed_steps"):
+        for verb in ("raise", "lower"):
+            assert (f"{verb} {name}" in said) == (f"{verb} eval.{name}" in in_a_config)
+            assert f"{verb} {name}" not in in_a_config
+
+
+def test_the_advised_subset_is_large_enough() -> None:
+    few = errors_of(9e-4, 1.2e-3)
+    said = solved(few).unconverged()
+    advised = int(said.rsplit(" ", 1)[1])
+    assert 8 < advised <= 12  # (1.2 / 1.1)^2 times 8 is 9.5.
+    assert solved(np.resize(few, 2 * advised)).converged and not solved(few).converged
+
+
+def test_a_converged_number_and_a_bound_need_no_remedy() -> None:
+    assert solved(errors_of(1e-4, 1e-4)).unconverged() == ""
+    tables = [{"prior": np.ones(3), "nfe": np.ones(3)}] * 2
+    bound = estimate.bound_estimate(tables, ("prior",), estimate.Target(VP(), 1e-5))
+    assert bound.unconverged() == "" and "NOT" not in str(bound)
+
+
+def test_the_reference_may_take_as_many_steps_as_the_solver() -> None:
+    """Otherwise it would still give up where more steps are advised."""
+    assert estimate.reference(Solver(max_steps=5_000)).max_steps == 5_000
+    assert estimate.reference(Solver(max_steps=5)).max_steps == Solver().max_steps
+
+
+def shifted(*outliers: tuple[int, float]) -> Estimate:
+    """A bound of 40 numbers around 2, some of which have other values."""
+    values = np.linspace(1.5, 2.5, 40)
+    for place, value in outliers:
+        values[place] = value
+    tables = [{"prior": values, "nfe": np.ones(40)}] * 2
+    return estimate.bound_estimate(tables, ("prior",), estimate.Target(VP(), 1e-5, levels=17))
+
+
+@pytest.mark.parametrize("bad", [[(7, 300.0)], [(3, -90.0), (7, 300.0)], [(7, math.nan)]])
+def test_outliers_are_named_by_the_same_line_in_density_and_in_an_evaluation(
+    bad: list[tuple[int, float]],
+) -> None:
+    found = shifted(*bad)
+    kept = np.delete(found.values, [place for place, _ in bad])
+    low, high = stats.t.interval(0.95, len(kept) - 1, kept.mean(), stats.sem(kept))
+    median = np.nanmedian(found.values)
+    names = ", ".join(f"{place} ({value:.3f})" for place, value in reversed(bad))
+    line = (
+        f"{len(bad)} of 40 numbers are more than 6 robust standard deviations from the median "
+        f"{median:.4f}: {names}. They are included in the mean; without them it is "
+        f"{kept.mean():.4f} bits/dim, 95% interval [{low:.4f}, {high:.4f}]"
+    )
+    number, second = str(found).split("\n")
+    # The number itself is that of all examples.
+    assert second == line and number.startswith(f"{found.values.mean():.4f} bits/dim at t=")
+    origin = {"dequantizer": "uniform", "num_importance": 1, "data": "digits", "split": "test"}
+    origin |= {"split_size": 40, "trace": None, "dequantizer_step": None}
+    result = Result.of(found, np.arange(100, 140), estimator="bound", **origin)
+    warned = result.warnings([str(i - 100) for i in range(140)])[-1]
+    assert warned == f"bound uniform: {line}"
+    assert result.plain()["without_outliers"] == pytest.approx(kept.mean())
+    assert result.median == median
+
+
+def test_numbers_without_outliers_have_no_such_line() -> None:
+    all_lost = shifted(*((place, math.nan) for place in range(40)))
+    assert "\n" not in str(shifted()) and "\n" not in str(all_lost)

@@ -47,6 +47,7 @@ from sbml.divergence import Probes, Trace
 from sbml.losses import perturb, residual
 from sbml.scalars import Number
 from sbml.sdes import SDE
+from sbml.streams import stream
 from sbml.times import Importance
 from sbml.types import (
     Array,
@@ -305,19 +306,18 @@ def elbo(
     if (control := reduction.control) is not None:
         control.check(x)
     t, weight = times.draw(sde, eps, u, reduction.density, reduction.proposal)
-    time_key, last_key, probe_key = jax.random.split(key, 3)
-    zs = jax.random.normal(time_key, (u.size, *x.shape), x.dtype)
+    zs = jax.random.normal(stream(key, "noise"), (u.size, *x.shape), x.dtype)
     if trace is None:
         draws = jax.vmap(lambda t, z: diffusion_dsm(score, sde, x, t, z, control))(t, zs)
     else:
         exact = trace.kind == "exact"
-        vs = None if exact else trace.directions(probe_key, x.shape).astype(x.dtype)
+        vs = None if exact else trace.directions(stream(key, "probes"), x.shape).astype(x.dtype)
         draws = jax.vmap(lambda t, z: diffusion_ssm(score, sde, x, t, z, vs))(t, zs)
     diffusion = jnp.mean(weight * draws)
     if control is not None:
         diffusion = diffusion + control.integral(sde, x, eps)
     last = jnp.asarray(eps, x.dtype)
-    z = jax.random.normal(last_key, x.shape, x.dtype)
+    z = jax.random.normal(stream(key, "reconstruction"), x.shape, x.dtype)
     log_rho2 = -sde.log_snr(last)
     constant = 0.5 * x.size * (math.log(2 * math.pi) + log_rho2)
     return Bound(prior_kl(sde, x), diffusion, noise_error(score, sde, x, last, z) + constant)
@@ -372,10 +372,9 @@ def pilot(
     x = in_full_precision(x)
     scalars.check_count(bins, "bins")
     check_key(key)
-    u_key, z_key = jax.random.split(key)
-    v = times.lattice(u_key, len(x), PILOT_DRAWS)
+    v = times.lattice(stream(key, "times"), len(x), PILOT_DRAWS)
     t, _ = Importance(sde, eps).at(v)
-    keys = jax.random.split(z_key, (len(x), PILOT_DRAWS))
+    keys = jax.random.split(stream(key, "noise"), (len(x), PILOT_DRAWS))
 
     def one(x: Array, t: Array, key: Key) -> Array:
         z = jax.random.normal(key, x.shape, x.dtype)

@@ -35,7 +35,7 @@ from sbml.divergence import Trace, exact_batch
 from sbml.estimate import Columns, Estimate
 from sbml.estimators import Reduction, Rows, Target, bound, rows
 from sbml.estimators import ode as ode_estimator
-from sbml.estimators.base import Estimator
+from sbml.estimators.base import Estimator, times_key
 from sbml.ode import Solver
 from sbml.scalars import Number
 from sbml.sdes import SDE, check_sde
@@ -195,8 +195,7 @@ class Density:
         rows_of = self._rows_of(estimator, target, x)
 
         def columns(sweep: int) -> Columns:
-            key = jax.random.fold_in(jax.random.key(self.seed), sweep)
-            u = np.asarray(times.lattice(key, len(x), times_each))
+            u = np.asarray(times.lattice(times_key(self.seed, sweep), len(x), times_each))
 
             def batch(ids: np.ndarray) -> Any:
                 return rows_of(ids, sweep, Reduction(), u[ids].astype(x.dtype))

@@ -22,6 +22,7 @@ from sbml.bound import Reduction
 from sbml.ode import Solver
 from sbml.scalars import Number
 from sbml.sdes import SDE
+from sbml.streams import stream
 from sbml.types import Array, Example, Key, Keys, Scalar, Score
 
 Count = Integer[Array, ""] | int
@@ -92,8 +93,14 @@ class Rows:
 
 
 def draw_key(seed: ArrayLike, sweep: ArrayLike, i: ArrayLike) -> Key:
-    """The key of all draws of example ``i`` in one sweep."""
-    return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), sweep), i)
+    """The key of all draws of example ``i`` in one sweep, except for the points u of a bound."""
+    key = stream(jax.random.key(seed), "evaluation")
+    return jax.random.fold_in(jax.random.fold_in(key, sweep), i)
+
+
+def times_key(seed: ArrayLike, sweep: ArrayLike) -> Key:
+    """The key of the points u of all examples in one sweep of a bound."""
+    return jax.random.fold_in(stream(jax.random.key(seed), "sweep times"), sweep)
 
 
 @dataclasses.dataclass(frozen=True)

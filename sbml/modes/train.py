@@ -28,6 +28,7 @@ from sbml.modes import _loop as loop
 from sbml.runtime.state import Loss, Observe, Prepare, TrainState, Update
 from sbml.runtime.workdir import Workdir
 from sbml.sdes import SDE
+from sbml.streams import stream
 from sbml.types import Array, Key
 
 PICTURED = 64  # The largest number of samples that are drawn for a picture during the training.
@@ -77,15 +78,15 @@ def prepare_fn(experiment: Experiment) -> Prepare:
     draw, antithetic = times.DRAWS[config.training.times], config.training.antithetic
 
     def prepare(pixels: Array, key: Key, statistics: Array) -> Draws:
-        u_key, time_key, loss_key = jax.random.split(key, 3)
         n = len(pixels)
-        x = dequantize(pixels, u_key, config.data.dequantization, levels)
-        v, inverse = draw(time_key, n)[:, 0], jnp.ones(n)
+        x = dequantize(pixels, stream(key, "dequantization"), config.data.dequantization, levels)
+        v, inverse = draw(stream(key, "times"), n)[:, 0], jnp.ones(n)
         if config.training.adapts:
             scale = jnp.sqrt(statistics[1] / statistics[0])
             v, inverse = times.warp(v, times.with_floor(scale))
         t, weight = experiment.proposal.at(v)
-        draws = Draws(x, t, weight, jax.random.split(loss_key, n), jnp.ones(n), v, inverse)
+        keys = jax.random.split(stream(key, "rows"), n)
+        draws = Draws(x, t, weight, keys, jnp.ones(n), v, inverse)
         if not antithetic:
             return draws
         # The two rows of an image are neighbours, so that they stay on the same device.
@@ -127,8 +128,7 @@ def _end_terms(experiment: Experiment, sde: SDE, draws: Draws) -> Array:
     noise, eps = discrete.Categorical(experiment.levels), jnp.asarray(experiment.adapter.eps)
 
     def one(x: Array, key: Key, sign: Array) -> Array:
-        # The fourth key, because the draws of the loss use the first three keys of a ``split``.
-        z = sign * jax.random.normal(jax.random.split(key, 4)[3], x.shape)
+        z = sign * jax.random.normal(stream(key, "reconstruction"), x.shape)
         pixels = bits.to_pixels(x, experiment.levels)
         return bound.prior_kl(sde, x) + discrete.reconstruction(sde, noise, pixels, eps, z)
 

@@ -97,11 +97,12 @@ def prepare_fn(experiment: Experiment) -> Prepare:
 
 
 def loss_fn(experiment: Experiment) -> Loss:
-    """A function that gives the loss of each row, ``(n,)``, in nats/dim."""
+    """A function that gives the loss of each row, ``(n,)``, in nats/dim. With ``sde.learned`` it
+    gives two summands of the loss: that of the drawn time, and the terms at the ends."""
     training, learned = experiment.config.training, experiment.config.sde.learned
     dims = math.prod(experiment.shape)
 
-    def loss(params: Any, draws: Draws, frozen: Any) -> Array:
+    def loss(params: Any, draws: Draws, frozen: Any) -> Any:
         score, sde = experiment.trained_score(params)
         signs = draws.signs if training.antithetic else None
         batch: tuple = (score, sde, draws.x, draws.t, draws.keys)
@@ -112,10 +113,8 @@ def loss_fn(experiment: Experiment) -> Loss:
             terms = first + training.second_order * second
         else:
             terms = losses.dsm_batch(*batch, **options)
-        terms = draws.weight * draws.inverse * terms
-        if learned:
-            terms = terms + _end_terms(experiment, sde, draws)
-        return terms / dims
+        terms = draws.weight * draws.inverse * terms / dims
+        return (terms, _end_terms(experiment, sde, draws) / dims) if learned else terms
 
     return loss
 
@@ -142,14 +141,15 @@ def observe_fn(experiment: Experiment) -> Observe | None:
     For antithetic noises the statistic is half of the squared difference of the two losses. This is
     their part that is odd in z: it cancels in the mean of the two losses, but it is large where the
     gradient is noisy (benchmarks/README.md). Otherwise the statistic is the loss, whose square root
-    is nearly proportional to the norm of the gradient.
+    is nearly proportional to the norm of the gradient. The terms at the ends of a learned SDE are
+    left out, because they do not depend on the drawn time.
     """
     training = experiment.config.training
     if not training.adapts:
         return None
 
-    def observe(statistics: Array, draws: Draws, losses: Array) -> Array:
-        values, v = losses / draws.inverse, draws.v
+    def observe(statistics: Array, draws: Draws, losses: Any) -> Array:
+        values, v = jax.tree.leaves(losses)[0] / draws.inverse, draws.v
         if training.antithetic:
             values, v = 0.5 * (values[::2] - values[1::2]) ** 2, v[::2]
         return times.tally(statistics, v, values, decay=0.99)

@@ -42,7 +42,7 @@ import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import Float, Num
 
-from sbml import compiler, divergence, moments, scalars, times
+from sbml import compiler, divergence, intervals, moments, scalars, times
 from sbml.divergence import Probes, Trace
 from sbml.losses import perturb, residual
 from sbml.scalars import Number
@@ -212,6 +212,17 @@ class Reduction:
     control: GaussianControl | None = None
     density: Any = None  # an array, or its shape where a program is only compiled
     proposal: str = dataclasses.field(default="importance", metadata={"static": True})
+
+    def tail(self, sde: SDE, eps: Number) -> float:
+        """Pareto's k (``intervals.pareto_k``) of the weights of the proposal over log-SNR; nan if
+        they are all equal, as for ``importance``.
+
+        Draws with the largest weights are so rare that an evaluation may have none of them, so the
+        draws cannot show this tail. A ``density`` is left out: its weights are bounded by the
+        inverse of its floor (``times.with_floor``).
+        """
+        u = (jnp.arange(4096) + 0.5) / 4096
+        return intervals.pareto_k(np.asarray(times.draw(sde, eps, u, None, self.proposal)[1]))
 
 
 def prior_kl(sde: SDE, x: Example, variance: Number = 1.0) -> Scalar:

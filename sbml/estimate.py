@@ -8,7 +8,9 @@ kinds of estimates, which measure the noise of the draws in different ways:
              sweep 0 and the :func:`reference` solver; the difference measures the solver's error.
     bound    an expectation over times. Every sweep covers all examples. The value of an example is
              its mean over R sweeps, and the spread of the sweeps' means m_r measures the noise:
-             the standard error is sd(m_r) / sqrt(R).
+             the standard error is sd(m_r) / sqrt(R). If a few rare draws decide the mean, the
+             intervals are too narrow. Pareto's k of the draws, each minus the median of its
+             example, and of the weights of their times show this.
 """
 
 import dataclasses
@@ -45,6 +47,8 @@ class Estimate:
       solver_error: the mean difference from a solve by :func:`reference`, on a subset of the
         examples, with its 95% interval; None for a bound, which solves no ODE.
       budget: the largest solver error that counts as converged, in ``unit``.
+      tail: ``intervals.pareto_k`` of the draws of a bound, or of the weights of their times if
+        that is larger; nan for an ODE, and for few draws.
     """
 
     values: Values
@@ -56,6 +60,7 @@ class Estimate:
     sweeps: int = 1
     solver_error: Interval | None = None
     budget: float = math.inf
+    tail: float = math.nan
 
     @property
     def mean(self) -> float:
@@ -73,6 +78,11 @@ class Estimate:
         budget; True for a bound."""
         error = self.solver_error
         return error is None or (within(error, self.budget) and not self.population.nonfinite)
+
+    @property
+    def heavy_tailed(self) -> bool:
+        """Whether so few draws decide the mean of a bound that its intervals are too narrow."""
+        return self.tail > intervals.HEAVY
 
     def __neg__(self) -> "Estimate":
         """The estimate of the negated numbers, such as log p for -log p."""
@@ -97,7 +107,13 @@ class Estimate:
         )
 
     def _mark(self) -> str:
-        """Why the numbers are not converged; empty if they are."""
+        """Why the numbers are not converged or the intervals are too narrow; otherwise empty."""
+        if self.heavy_tailed:
+            return (
+                f", HEAVY TAILS: Pareto's k of the draws is {self.tail:.2f}, above "
+                f"{intervals.HEAVY:g}, so the intervals are too narrow; raise times_each, or "
+                "improve the score where it is least accurate, such as near eps"
+            )
         error = self.solver_error
         if error is None or self.converged:
             return ""
@@ -196,13 +212,17 @@ def ode_estimate(
     )
 
 
-def bound_estimate(tables: Sequence[Columns], terms: Sequence[str], unit: str) -> Estimate:
+def bound_estimate(
+    tables: Sequence[Columns], terms: Sequence[str], unit: str, tail: float = math.nan
+) -> Estimate:
     """The estimate of a bound from the tables of its sweeps.
 
     Each table has the columns ``terms`` and ``nfe`` of all examples, each ``(n,)``. The result's
-    values and terms are means over the sweeps, and its ``nfe`` are sums.
+    values and terms are means over the sweeps, and its ``nfe`` are sums. ``tail`` is Pareto's k of
+    the weights of the times (``bound.Reduction.tail``).
     """
-    values = np.mean([total(table, terms) for table in tables], axis=0)
+    draws = np.array([total(table, terms) for table in tables])
+    values = np.mean(draws, axis=0)
     return Estimate(
         values=values,
         terms={name: np.mean([table[name] for table in tables], axis=0) for name in terms},
@@ -211,6 +231,7 @@ def bound_estimate(tables: Sequence[Columns], terms: Sequence[str], unit: str) -
         population=intervals.mean_interval(values),
         this_set=_this_set(values, sweep_stderr(tables, terms), len(tables) - 1),
         sweeps=len(tables),
+        tail=float(np.fmax(tail, intervals.pareto_k(draws - np.median(draws, axis=0)))),
     )
 
 

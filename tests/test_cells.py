@@ -97,6 +97,18 @@ def test_noise_of_a_solved_cell_is_that_of_a_second_draw_of_some(trained, tmp_pa
     assert half < 0.9 * shown.ci95
 
 
+def test_times_with_heavy_weights_are_warned_of_and_the_defaults_are_not(trained, tmp_path):
+    """In the line of the terminal, and in the warnings and the row of the report."""
+    for fields in ({}, {"importance": "velocity", "proposal_bins": 0}):
+        few = {"max_images": 40, "batch_size": 40, "sweeps": 3, **fields}
+        run = cell_run(trained, tmp_path, BOUND, **few)
+        result = run.result(run.finish())
+        warnings = [w for w in result.warnings() if "HEAVY TAILS" in w]
+        assert bool(fields) == ("HEAVY TAILS" in result.line) == bool(warnings)
+        assert (result.plain()["tail"] > 0.7) == bool(fields)
+    assert "Use the defaults of eval.importance, " in warnings[0]
+
+
 def test_another_seed_has_other_draws(trained, tmp_path):
     for cell in (ODE, BOUND):
         one, other = (

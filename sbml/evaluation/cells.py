@@ -257,7 +257,8 @@ class CellRun:
         for sweeps in self._sweep_counts(tables):
             while len(tables) < sweeps:
                 tables.append(self.rows(self.ids, len(tables)))
-        return estimate.bound_estimate(tables, self.cell.terms, "bits/dim")
+        tail = self.reduction.tail(self.target.sde, self.target.eps)
+        return estimate.bound_estimate(tables, self.cell.terms, "bits/dim", tail)
 
     def _sweep_counts(self, tables: list[Table]) -> Iterator[int]:
         """The number of sweeps to reach: ``eval.sweeps``, then more while the standard error over

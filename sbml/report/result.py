@@ -39,6 +39,8 @@ class Result:
         of its 95% interval, in bits/dim; None for a bound.
       solver_images: the number of images on which it was measured; None for a bound.
       sweeps: the number of sweeps of a bound; None for the ODE.
+      tail: Pareto's k of the draws or of the weights of their times (``Estimate.tail``); None for
+        the ODE, and for few draws.
       target_se: ``eval.target_se``; None for the ODE.
       nonfinite: the number of images whose bits/dim are not finite.
       min, max: the smallest and the largest bits/dim of an image.
@@ -69,6 +71,7 @@ class Result:
     solver_error_ci95: float | None = _column("± of it", ".1g", default=None)
     solver_images: int | None = None
     sweeps: int | None = None
+    tail: float | None = _column("tail k of the draws", ".2f", default=None)
     target_se: float | None = None
     nonfinite: int = _column("not finite", "")
     min: float = _column("least", "bits")
@@ -90,7 +93,7 @@ class Result:
         outliers = outliers[np.argsort(-values[outliers])]
         gap = number.solver_error
         kind: dict[str, Any] = (
-            {"sweeps": number.sweeps}
+            {"sweeps": number.sweeps, "tail": None if math.isnan(number.tail) else number.tail}
             if gap is None
             else {
                 "converged": number.converged,
@@ -164,6 +167,8 @@ class Result:
         """The number and its error bars, for a terminal."""
         low, high = self.interval
         mark = " NOT CONVERGED" if self.converged is False else ""
+        if self.tail is not None and self.tail > intervals.HEAVY:
+            mark = " HEAVY TAILS"
         return (
             f"{self.name:24s} {self.bits_per_dim:.4f} bits/dim{mark} on {self.data} {self.split}, "
             f"95% interval [{low:.4f}, {high:.4f}], for these images +-{self.this_set_ci95:.4f}, "
@@ -171,8 +176,8 @@ class Result:
         )
 
     def warnings(self, names: Sequence[str] | None = None) -> list[str]:
-        """Warnings about images that are not finite or outliers, a ``target_se`` that was not
-        reached, and an ODE that did not converge.
+        """Warnings about images that are not finite or outliers, draws with a heavy tail, a
+        ``target_se`` that was not reached, and an ODE that did not converge.
 
         ``names`` are the names of all images of the split by id, if the images have names.
         """
@@ -185,6 +190,13 @@ class Result:
             warnings.append(
                 f"{self.name}: {len(self.outliers)} of {self.n} images are more than 6 robust "
                 f"standard deviations from the median. They are included in the mean: {shown}"
+            )
+        if self.tail is not None and self.tail > intervals.HEAVY:
+            warnings.append(
+                f"{self.name}: HEAVY TAILS, the draws or the weights of their times have a Pareto "
+                f"k of {self.tail:.2f}, above {intervals.HEAVY:g}: a few rare draws can decide "
+                "the mean, so both intervals may be far too narrow. Use the defaults of "
+                "eval.importance, eval.importance_sampling and eval.control, or raise eval.n_times"
             )
         if self.target_se and not self.this_set_stderr <= self.target_se:
             warnings.append(

@@ -318,7 +318,10 @@ class Density:
 
         gap = estimate.solver_error(table, ids, subset, self.solver, terms)
         budget = self.budget * dims
-        return estimate.ode_estimate(table, ids, subset, self.solver, terms, unit, gap, budget)
+        prior_error = target.prior_error(data)
+        return estimate.ode_estimate(
+            table, ids, subset, self.solver, terms, unit, gap, budget, prior_error
+        )
 
     def _transport(self, x: Examples, t0: float, t1: float) -> Examples:
         solve = self._compiled(_transport, "sde", "t0", "t1")

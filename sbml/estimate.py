@@ -22,6 +22,7 @@ from jaxtyping import Integer, Num
 
 from sbml import intervals
 from sbml.intervals import Interval
+from sbml.likelihood import PriorError
 from sbml.ode import Solver
 
 Ids = Integer[np.ndarray, "n"]
@@ -47,6 +48,8 @@ class Estimate:
       solver_error: the mean difference from a solve by :func:`reference`, on a subset of the
         examples, with its 95% interval; None for a bound, which solves no ODE.
       budget: the largest solver error that counts as converged, in ``unit``.
+      prior_error: the error because the prior takes the place of p_T, in ``unit``; None for a
+        bound, which contains it.
       tail: ``intervals.pareto_k`` of the draws of a bound, or of the weights of their times if
         that is larger; nan for an ODE, and for few draws.
     """
@@ -60,6 +63,7 @@ class Estimate:
     sweeps: int = 1
     solver_error: Interval | None = None
     budget: float = math.inf
+    prior_error: PriorError | None = None
     tail: float = math.nan
 
     @property
@@ -104,7 +108,7 @@ class Estimate:
         return (
             f"{self.population.mean:.4f} {self.unit}, 95% interval [{low:.4f}, {high:.4f}], for "
             f"these examples +-{self.this_set_ci95:.4f}, n={self.population.n}{self._mark()}"
-        )
+        ) + (self.prior_error.line(self.unit) if self.prior_error else "")
 
     def _mark(self) -> str:
         """Why the numbers are not converged or the intervals are too narrow; otherwise empty."""
@@ -184,6 +188,7 @@ def ode_estimate(
     unit: str,
     gap: Interval,
     budget: float,
+    prior_error: PriorError | None = None,
 ) -> Estimate:
     """The estimate of numbers that are computed by an ODE.
 
@@ -192,7 +197,7 @@ def ode_estimate(
         these examples, each ``(n,)``, in float64.
       ids, subset: the sorted ids of all examples, and of those that are drawn again in sweep 1.
       solver, terms: how the ODE is solved, and the names of the terms.
-      unit, budget: as in :class:`Estimate`.
+      unit, budget, prior_error: as in :class:`Estimate`.
       gap: the :func:`solver_error`.
     """
     table = rows(ids, 0, solver)
@@ -209,6 +214,7 @@ def ode_estimate(
         this_set=_this_set(values, stderr, freedom),
         solver_error=gap,
         budget=budget,
+        prior_error=prior_error,
     )
 
 

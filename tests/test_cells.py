@@ -32,6 +32,7 @@ def test_solver_guard_measures_the_solvers_error(trained, tmp_path):
     few = {"subset": 16, "max_images": 16, "batch_size": 16}
     tight = cell_run(trained, tmp_path, ODE, **few).finish()
     assert tight.converged and abs(tight.solver_error.mean) < 3e-5
+    assert 0 < tight.prior_error.mean < tight.prior_error.each < 1e-3
     run = cell_run(trained, tmp_path, ODE, rtol=0.1, atol=0.1, solver_budget=1e-5, **few)
     result = run.finish()
     finer = cell_run(trained, tmp_path, ODE, rtol=2e-5, atol=2e-5, **few).rows(run.ids, 0)

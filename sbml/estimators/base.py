@@ -14,11 +14,13 @@ from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import Integer, Num
 
-from sbml import bits
+from sbml import bits, likelihood, moments
 from sbml.bound import Reduction
+from sbml.likelihood import PriorError
 from sbml.ode import Solver
 from sbml.scalars import Number
 from sbml.sdes import SDE
@@ -57,6 +59,18 @@ class Target:
         if self.dequantizer.at_noise:
             x = self.sde.mean_coef(jnp.asarray(self.eps)) * x
         return x, log_q
+
+    def prior_error(self, data: np.ndarray) -> PriorError:
+        """The error of the ODE's number because the prior takes the place of p_T, from the mean and
+        the variances of ``data (n, *s)``; in bits/dim for integers, and otherwise in nats."""
+        mean = moments.mean(data)
+        variances = moments.variances(data, mean)
+        if self.levels is None:
+            return likelihood.prior_error(self.sde, mean, variances)
+        mean = np.asarray(bits.to_model(mean, 0.5, self.levels), np.float64)
+        variances = (2 / self.levels) ** 2 * (variances + 1 / 12)
+        nats = likelihood.prior_error(self.sde, mean, variances)
+        return PriorError(*(bits.nats_to_bits(each, data.shape[1:]) for each in nats))
 
     def scale_nats(self, shape: tuple[int, ...]) -> float:
         """The nats that the change of variables from x to k + u adds to -log p(x)."""

@@ -249,7 +249,8 @@ class CellRun:
                 "eval.fixed_steps much higher"
             )
         return estimate.ode_estimate(
-            self.rows, self.ids, self.subset, solver, terms, "bits/dim", gap, budget
+            *(self.rows, self.ids, self.subset, solver, terms, "bits/dim", gap, budget),
+            self.target.prior_error(np.asarray(self.shared.images.images[self.ids])),
         )
 
     def _bound_estimate(self) -> Estimate:

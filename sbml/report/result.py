@@ -10,6 +10,7 @@ import numpy as np
 from sbml import intervals
 from sbml.estimate import Estimate
 from sbml.estimators import Cell
+from sbml.likelihood import PriorError
 
 
 def _column(heading: str, form: str, **options: Any) -> Any:
@@ -37,6 +38,9 @@ class Result:
       converged: whether the solver's error is within ``eval.solver_budget``; None for a bound.
       solver_error, solver_error_ci95: the mean difference from a stricter solve, and the half-width
         of its 95% interval, in bits/dim; None for a bound.
+      prior_error, prior_error_each: KL(p_T || pi) in bits/dim, the mean error because the prior
+        takes the place of p_T, and about the size of this error of one image
+        (``likelihood.PriorError``); None for a bound, which contains it.
       solver_images: the number of images on which it was measured; None for a bound.
       sweeps: the number of sweeps of a bound; None for the ODE.
       tail: Pareto's k of the draws or of the weights of their times (``Estimate.tail``); None for
@@ -70,6 +74,8 @@ class Result:
     solver_error: float | None = _column("solver error", ".1g", default=None)
     solver_error_ci95: float | None = _column("± of it", ".1g", default=None)
     solver_images: int | None = None
+    prior_error: float | None = _column("prior's error", ".1g", default=None)
+    prior_error_each: float | None = _column("of one image", ".1g", default=None)
     sweeps: int | None = None
     tail: float | None = _column("tail k of the draws", ".2f", default=None)
     target_se: float | None = None
@@ -100,6 +106,8 @@ class Result:
                 "solver_error": gap.mean,
                 "solver_error_ci95": gap.ci95,
                 "solver_images": gap.n,
+                "prior_error": number.prior_error.mean if number.prior_error else None,
+                "prior_error_each": number.prior_error.each if number.prior_error else None,
             }
         )
         return cls(
@@ -172,8 +180,14 @@ class Result:
         return (
             f"{self.name:24s} {self.bits_per_dim:.4f} bits/dim{mark} on {self.data} {self.split}, "
             f"95% interval [{low:.4f}, {high:.4f}], for these images +-{self.this_set_ci95:.4f}, "
-            f"n={self.n}"
+            f"n={self.n}{self._prior_line}"
         )
+
+    @property
+    def _prior_line(self) -> str:
+        if self.prior_error is None or self.prior_error_each is None:
+            return ""
+        return PriorError(self.prior_error, self.prior_error_each).line("bits/dim")
 
     def warnings(self, names: Sequence[str] | None = None) -> list[str]:
         """Warnings about images that are not finite or outliers, draws with a heavy tail, a

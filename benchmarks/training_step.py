@@ -36,6 +36,7 @@ from sbml.networks import _cpu
 from sbml.platform import compiler_options, one_cpu
 from sbml.runtime import cpu, sharding
 from sbml.runtime.state import Update, make_step
+from sbml.streams import stream
 from sbml.types import Array
 
 Loss = Callable[[Any, Any, Any], Array]  # of the parameters, the draws and what is frozen
@@ -57,12 +58,15 @@ def by_hand(e: build.Experiment) -> Loss:
 
     def loss(params: Any, draws: Any, frozen: Any) -> Array:
         x, t, weight, keys = draws[:4]
-        pairs = jax.vmap(jax.random.split)(keys)
-        z = jax.vmap(lambda k: jax.random.normal(k, x.shape[1:]))(pairs[:, 0])
+        z = jax.vmap(lambda k: jax.random.normal(stream(k, "noise"), x.shape[1:]))(keys)
         alpha, sigma = e.sde.mean_coef(t), e.sde.std(t)
         x_t = alpha[:, None, None, None] * x + sigma[:, None, None, None] * z
         noise: Any = e.adapter.model.apply(
-            {"params": params}, x_t, 999.0 * t, train=True, rngs={"dropout": pairs[0, 1]}
+            {"params": params},
+            x_t,
+            999.0 * t,
+            train=True,
+            rngs={"dropout": stream(keys[0], "dropout")},
         )
         scale = weight * (e.sde.diffusion(t) / sigma) ** 2 / x[0].size
         return 0.5 * scale * jnp.sum((z - noise) ** 2, axis=(1, 2, 3))

@@ -42,11 +42,12 @@ import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import Float, Num
 
-from sbml import compiler, divergence, moments, scalars, times
+from sbml import compiler, divergence, intervals, moments, scalars, times
 from sbml.divergence import Probes, Trace
 from sbml.losses import perturb, residual
 from sbml.scalars import Number
 from sbml.sdes import SDE
+from sbml.streams import stream
 from sbml.times import Importance
 from sbml.types import (
     Array,
@@ -212,6 +213,17 @@ class Reduction:
     density: Any = None  # an array, or its shape where a program is only compiled
     proposal: str = dataclasses.field(default="importance", metadata={"static": True})
 
+    def tail(self, sde: SDE, eps: Number) -> float:
+        """Pareto's k (``intervals.pareto_k``) of the weights of the proposal over log-SNR; nan if
+        they are all equal, as for ``importance``.
+
+        Draws with the largest weights are so rare that an evaluation may have none of them, so the
+        draws cannot show this tail. A ``density`` is left out: its weights are bounded by the
+        inverse of its floor (``times.with_floor``).
+        """
+        u = (jnp.arange(4096) + 0.5) / 4096
+        return intervals.pareto_k(np.asarray(times.draw(sde, eps, u, None, self.proposal)[1]))
+
 
 def prior_kl(sde: SDE, x: Example, variance: Number = 1.0) -> Scalar:
     """KL(N(alpha_T x, variance sigma_T^2) || prior) in nats, a scalar.
@@ -305,19 +317,18 @@ def elbo(
     if (control := reduction.control) is not None:
         control.check(x)
     t, weight = times.draw(sde, eps, u, reduction.density, reduction.proposal)
-    time_key, last_key, probe_key = jax.random.split(key, 3)
-    zs = jax.random.normal(time_key, (u.size, *x.shape), x.dtype)
+    zs = jax.random.normal(stream(key, "noise"), (u.size, *x.shape), x.dtype)
     if trace is None:
         draws = jax.vmap(lambda t, z: diffusion_dsm(score, sde, x, t, z, control))(t, zs)
     else:
         exact = trace.kind == "exact"
-        vs = None if exact else trace.directions(probe_key, x.shape).astype(x.dtype)
+        vs = None if exact else trace.directions(stream(key, "probes"), x.shape).astype(x.dtype)
         draws = jax.vmap(lambda t, z: diffusion_ssm(score, sde, x, t, z, vs))(t, zs)
     diffusion = jnp.mean(weight * draws)
     if control is not None:
         diffusion = diffusion + control.integral(sde, x, eps)
     last = jnp.asarray(eps, x.dtype)
-    z = jax.random.normal(last_key, x.shape, x.dtype)
+    z = jax.random.normal(stream(key, "reconstruction"), x.shape, x.dtype)
     log_rho2 = -sde.log_snr(last)
     constant = 0.5 * x.size * (math.log(2 * math.pi) + log_rho2)
     return Bound(prior_kl(sde, x), diffusion, noise_error(score, sde, x, last, z) + constant)
@@ -372,10 +383,9 @@ def pilot(
     x = in_full_precision(x)
     scalars.check_count(bins, "bins")
     check_key(key)
-    u_key, z_key = jax.random.split(key)
-    v = times.lattice(u_key, len(x), PILOT_DRAWS)
+    v = times.lattice(stream(key, "times"), len(x), PILOT_DRAWS)
     t, _ = Importance(sde, eps).at(v)
-    keys = jax.random.split(z_key, (len(x), PILOT_DRAWS))
+    keys = jax.random.split(stream(key, "noise"), (len(x), PILOT_DRAWS))
 
     def one(x: Array, t: Array, key: Key) -> Array:
         z = jax.random.normal(key, x.shape, x.dtype)

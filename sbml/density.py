@@ -35,7 +35,7 @@ from sbml.divergence import Trace, exact_batch
 from sbml.estimate import Columns, Estimate
 from sbml.estimators import Reduction, Rows, Target, bound, rows
 from sbml.estimators import ode as ode_estimator
-from sbml.estimators.base import Estimator
+from sbml.estimators.base import Estimator, times_key
 from sbml.ode import Solver
 from sbml.scalars import Number
 from sbml.sdes import SDE, check_sde
@@ -199,8 +199,7 @@ class Density:
         rows_of = self._rows_of(estimator, target, x)
 
         def columns(sweep: int) -> Columns:
-            key = jax.random.fold_in(jax.random.key(self.seed), sweep)
-            u = np.asarray(times.lattice(key, len(x), times_each))
+            u = np.asarray(times.lattice(times_key(self.seed, sweep), len(x), times_each))
 
             def batch(ids: np.ndarray) -> Any:
                 return rows_of(ids, sweep, Reduction(), u[ids].astype(x.dtype))
@@ -330,7 +329,10 @@ class Density:
 
         gap = estimate.solver_error(table, ids, subset, self.solver, terms)
         budget = self.budget * dims
-        return estimate.ode_estimate(table, ids, subset, self.solver, terms, target, gap, budget)
+        prior_error = target.prior_error(data)
+        return estimate.ode_estimate(
+            table, ids, subset, self.solver, terms, target, gap, budget, prior_error
+        )
 
     def _transport(self, x: Examples, t0: float, t1: float) -> Examples:
         solve = self._compiled(_transport, "sde", "t0", "t1")

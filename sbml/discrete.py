@@ -40,6 +40,7 @@ from sbml import bits, compiler, scalars, times
 from sbml.bound import Bound, GaussianControl, Reduction, prior_kl
 from sbml.scalars import Number
 from sbml.sdes import SDE
+from sbml.streams import stream
 from sbml.types import (
     Array,
     Elementwise,
@@ -202,9 +203,9 @@ def reconstruction(
 
 def _normals(key: Key, n: int, centre: Example) -> tuple[Float[Array, " n 2 *s"], Example]:
     """Standard normal draws: two for each of ``n`` times ``(n, 2, *s)``, one for the decoder."""
-    keys = jax.random.split(key, n + 1)
-    pairs = jax.vmap(lambda key: jax.random.normal(key, (2, *centre.shape), centre.dtype))
-    return pairs(keys[:-1]), jax.random.normal(keys[-1], centre.shape, centre.dtype)
+    pairs = jax.random.normal(stream(key, "noise"), (n, 2, *centre.shape), centre.dtype)
+    last = jax.random.normal(stream(key, "reconstruction"), centre.shape, centre.dtype)
+    return pairs, last
 
 
 def _draw(

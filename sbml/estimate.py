@@ -8,7 +8,9 @@ kinds of estimates, which measure the noise of the draws in different ways:
              sweep 0 and the :func:`reference` solver; the difference measures the solver's error.
     bound    an expectation over times. Every sweep covers all examples. The value of an example is
              its mean over R sweeps, and the spread of the sweeps' means m_r measures the noise:
-             the standard error is sd(m_r) / sqrt(R).
+             the standard error is sd(m_r) / sqrt(R). If a few rare draws decide the mean, the
+             intervals are too narrow. Pareto's k of the draws, each minus the median of its
+             example, and of the weights of their times show this.
 """
 
 import dataclasses
@@ -23,6 +25,7 @@ from jaxtyping import Integer, Num
 from sbml import intervals, ode
 from sbml.estimators import Target
 from sbml.intervals import Interval
+from sbml.likelihood import PriorError
 from sbml.ode import Solver
 
 Ids = Integer[np.ndarray, "n"]
@@ -50,6 +53,10 @@ class Estimate:
         examples, with its 95% interval; None for a bound, which solves no ODE.
       budget: the largest solver error that counts as converged, in ``unit``.
       solver: how the ODE was solved; None for a bound.
+      prior_error: the error because the prior takes the place of p_T, in ``unit``; None for a
+        bound, which contains it.
+      tail: ``intervals.pareto_k`` of the draws of a bound, or of the weights of their times if
+        that is larger; nan for an ODE, and for few draws.
     """
 
     values: Values
@@ -63,6 +70,8 @@ class Estimate:
     solver_error: Interval | None = None
     budget: float = math.inf
     solver: Solver | None = None
+    prior_error: PriorError | None = None
+    tail: float = math.nan
 
     @property
     def mean(self) -> float:
@@ -80,6 +89,11 @@ class Estimate:
         budget; True for a bound."""
         error = self.solver_error
         return error is None or (within(error, self.budget) and not self.population.nonfinite)
+
+    @property
+    def heavy_tailed(self) -> bool:
+        """Whether so few draws decide the mean of a bound that its intervals are too narrow."""
+        return self.tail > intervals.HEAVY
 
     def __neg__(self) -> "Estimate":
         """The estimate of the negated numbers, such as log p for -log p."""
@@ -104,6 +118,13 @@ class Estimate:
         )
         if not self.converged:
             text += f", NOT CONVERGED: {self.unconverged()}"
+        if self.heavy_tailed:
+            text += (
+                f", HEAVY TAILS: Pareto's k of the draws is {self.tail:.2f}, above "
+                f"{intervals.HEAVY:g}, so the intervals are too narrow; raise times_each, or "
+                "improve the score where it is least accurate, such as near eps"
+            )
+        text += self.prior_error.line(self.unit) if self.prior_error else ""
         if (without := self.without_outliers) is None:
             return text
         named, n = [(i, self.values[i]) for i in self.outliers], self.population.n
@@ -272,6 +293,7 @@ def ode_estimate(
     target: Target,
     gap: Interval,
     budget: float,
+    prior_error: PriorError | None = None,
 ) -> Estimate:
     """The estimate of numbers that are computed by an ODE.
 
@@ -280,7 +302,7 @@ def ode_estimate(
         these examples, each ``(n,)``, in float64.
       ids, subset: the sorted ids of all examples, and of those that are drawn again in sweep 1.
       solver, terms: how the ODE is solved, and the names of the terms.
-      target: the quantity that is estimated.
+      prior_error: as in :class:`Estimate`.
       gap: the :func:`solver_error`.
       budget: as in :class:`Estimate`.
     """
@@ -300,16 +322,21 @@ def ode_estimate(
         solver_error=gap,
         budget=budget,
         solver=solver,
+        prior_error=prior_error,
     )
 
 
-def bound_estimate(tables: Sequence[Columns], terms: Sequence[str], target: Target) -> Estimate:
+def bound_estimate(
+    tables: Sequence[Columns], terms: Sequence[str], target: Target, tail: float = math.nan
+) -> Estimate:
     """The estimate of a bound from the tables of its sweeps.
 
     Each table has the columns ``terms`` and ``nfe`` of all examples, each ``(n,)``. The result's
-    values and terms are means over the sweeps, and its ``nfe`` are sums.
+    values and terms are means over the sweeps, and its ``nfe`` are sums. ``tail`` is Pareto's k of
+    the weights of the times (``bound.Reduction.tail``).
     """
-    values = np.mean([total(table, terms) for table in tables], axis=0)
+    draws = np.array([total(table, terms) for table in tables])
+    values = np.mean(draws, axis=0)
     return Estimate(
         values=values,
         terms={name: np.mean([table[name] for table in tables], axis=0) for name in terms},
@@ -319,6 +346,7 @@ def bound_estimate(tables: Sequence[Columns], terms: Sequence[str], target: Targ
         population=intervals.mean_interval(values),
         this_set=_this_set(values, sweep_stderr(tables, terms), len(tables) - 1),
         sweeps=len(tables),
+        tail=float(np.fmax(tail, intervals.pareto_k(draws - np.median(draws, axis=0)))),
     )
 
 

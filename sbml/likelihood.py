@@ -29,9 +29,13 @@ at T and the prior's standard deviation S, KL(p_T || pi) is
 
     1/2 sum_i [(alpha^2 (c_i + m_i^2) + sigma^2) / S^2 - 1 - log((alpha^2 c_i + sigma^2) / S^2)].
 
-The error of one example has either sign and a size of about alpha |m| / S nats: for |m| = 1 it is
-0.007 with ``VP``, 0.02 with ``VE`` up to sigma = 50, and 0.08 with ``LinearGamma`` up to a log-SNR
-of -5.
+The error of one example has either sign. Its standard deviation is sqrt(2 KL), as for any two
+distributions that are close to each other, and about alpha |m| / S nats: for |m| = 1 it is 0.007
+with ``VP``, 0.02 with ``VE`` up to sigma = 50, and 0.08 with ``LinearGamma`` up to a log-SNR of -5.
+:func:`prior_error` computes both numbers. A larger T makes them smaller, that is, more noise at
+t = T = 1: a larger ``beta_max``, ``sigma_max`` or ``gamma_1``. The score must know this noise. A
+score of ``VP`` as a function of t in [0, c], where c > 1, is one of t / c in [0, 1] for
+``VP(c b, c (b + c (B - b)))``, where b and B are the former ``beta_min`` and ``beta_max``.
 
 The divergence is exact, or Hutchinson's estimate with probes that are drawn once for each solve.
 With new probes at every point their noise would average out along the path. But rounding changes
@@ -40,7 +44,12 @@ the times of the steps, so the result would depend on rounding.
 Reference: Song et al., "Score-Based Generative Modeling through SDEs", ICLR 2021, appendix D.2.
 """
 
+import math
 from typing import NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Float
 
 from sbml import divergence, ode, scalars
 from sbml.divergence import Trace
@@ -68,6 +77,39 @@ class Likelihood(NamedTuple):
     correction: Scalar
     z: Example
     stats: Stats
+
+
+class PriorError(NamedTuple):
+    """The error of log p_eps because the prior pi takes the place of p_T, even for an exact score.
+
+    Attributes:
+      mean: KL(p_T || pi), which is minus the mean error over the data.
+      each: sqrt(2 KL), about the standard deviation of one example's error.
+    """
+
+    mean: float
+    each: float
+
+    def line(self, unit: str) -> str:
+        """The error in ``unit``, as a line of its own below the number."""
+        return (
+            f"\n    the prior in place of p_T: KL(p_T || pi) = {self.mean:.2g} {unit}; the error "
+            f"of one example is about {self.each:.2g}"
+        )
+
+
+def prior_error(
+    sde: SDE, mean: Float[np.ndarray, " d"], variances: Float[np.ndarray, " d"]
+) -> PriorError:
+    """The prior's error in nats for data N(m, diag(c)), with m = ``mean`` and c = ``variances``.
+
+    Only the first two moments of other data matter, up to higher orders of alpha(T) / sigma(T).
+    """
+    last, std = jnp.asarray(sde.T, float), float(sde.prior_std)
+    alpha, sigma = float(sde.mean_coef(last)) / std, float(sde.std(last)) / std
+    excess = alpha**2 * variances + sigma**2 - 1
+    divergence = 0.5 * float(np.sum((alpha * mean) ** 2 + excess - np.log1p(excess)))
+    return PriorError(divergence, math.sqrt(2 * max(divergence, 0.0)))
 
 
 def ode_logp(

@@ -24,6 +24,7 @@ import numpy as np
 
 from sbml import scalars
 from sbml.sdes import Kernel
+from sbml.streams import stream
 from sbml.types import (
     Anything,
     Batch,
@@ -94,7 +95,7 @@ def dsm(
         of DDPM or SMLD at level i = (n - 1) t.
       x: one example, ``(*s)``.
       t: scalar time.
-      key: for the draw of z; a key split from it goes to the score's stochastic layers.
+      key: for the draw of z; a key made from it goes to the score's stochastic layers.
       weighting: ``likelihood`` or ``original``.
 
     Returns:
@@ -108,9 +109,8 @@ def dsm(
     check_example(x, t)
     x = at_least_float32(x)
     check_key(key)
-    noise_key, score_key = jax.random.split(key)
-    z = jax.random.normal(noise_key, x.shape, x.dtype)
-    return residual(sde, score(perturb(sde, x, t, z), t, score_key), t, z, weighting)
+    z = draw_noise(key, x)
+    return residual(sde, score(perturb(sde, x, t, z), t, stream(key, "dropout")), t, z, weighting)
 
 
 def dsm_batch(
@@ -144,6 +144,11 @@ def dsm_batch(
     return jax.vmap(lambda s, t, z: residual(sde, s, t, z, weighting))(scores, t, z)
 
 
+def draw_noise(key: Key, x: Example) -> Example:
+    """The noise z ``(*s)`` of a loss of the example ``x (*s)`` with this key."""
+    return jax.random.normal(stream(key, "noise"), x.shape, x.dtype)
+
+
 def noisy_batch(
     sde: Kernel, x: Batch, t: Vector, keys: Keys, signs: Vector | None
 ) -> tuple[Batch, Batch, Key]:
@@ -155,12 +160,10 @@ def noisy_batch(
     _check_rows(x, t, keys, signs)
     sde.check_times(t)
     x = at_least_float32(x)
-    pairs = jax.vmap(jax.random.split)(keys)
-    noise_keys, score_keys = pairs[:, 0], pairs[:, 1]
-    z = jax.vmap(lambda key, x: jax.random.normal(key, x.shape, x.dtype))(noise_keys, x)
+    z = jax.vmap(draw_noise)(keys, x)
     if signs is not None:
         z = jax.vmap(jnp.multiply)(signs, z)
-    return jax.vmap(lambda x, t, z: perturb(sde, x, t, z))(x, t, z), z, score_keys[0]
+    return jax.vmap(lambda x, t, z: perturb(sde, x, t, z))(x, t, z), z, stream(keys[0], "dropout")
 
 
 def _check_rows(x: Batch, t: Anything, keys: Anything, signs: Anything | None) -> None:

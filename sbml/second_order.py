@@ -52,6 +52,7 @@ import numpy as np
 from sbml import compiler, divergence, losses, scalars
 from sbml.divergence import Forms, Probes
 from sbml.sdes import Kernel
+from sbml.streams import stream
 from sbml.types import (
     Anything,
     Batch,
@@ -141,8 +142,7 @@ def loss(
     check_example(x, t)
     x = at_least_float32(x)
     check_key(key)
-    noise_key, score_key = jax.random.split(key)
-    z = jax.random.normal(noise_key, x.shape, x.dtype)
+    z, score_key = losses.draw_noise(key, x), stream(key, "dropout")
     x_t = losses.perturb(sde, x, t, z)
     if hasattr(vs, "dtype") and jnp.issubdtype(vs.dtype, jnp.floating):
         vs = jnp.asarray(vs, x_t.dtype)  # x may have been given in a lower precision.
@@ -191,7 +191,4 @@ def dsm_batch(
 
 def _signs(key: Key, count: int, like: Example) -> Probes:
     """``(count, *s)`` independent random signs, which are independent of the noise from ``key``."""
-    # The first two keys of ``split`` are those of the noise and of the score. A key by ``fold_in``
-    # could be equal to one of them.
-    probe_key = jax.random.split(key, 3)[2]
-    return jax.random.rademacher(probe_key, (count, *like.shape), like.dtype)
+    return jax.random.rademacher(stream(key, "probes"), (count, *like.shape), like.dtype)

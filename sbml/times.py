@@ -40,6 +40,7 @@ from jaxtyping import Float
 
 from sbml import compiler, scalars
 from sbml.sdes import SDE
+from sbml.streams import stream
 from sbml.types import Array, Elementwise, Key, Scalar, Vector, check_key
 
 Bins = Float[Array, "bins"]
@@ -76,8 +77,8 @@ def lattice(key: Key, n: int, draws: int = 1) -> Draws:
     """
     _check_counts(n, draws)
     check_key(key)
-    shift_key, order_key = jax.random.split(key)
-    row = (jax.random.permutation(order_key, n) + jax.random.uniform(shift_key)) / n
+    shift = jax.random.uniform(stream(key, "shift"))
+    row = (jax.random.permutation(stream(key, "order"), n) + shift) / n
     u = (jnp.arange(draws)[None] + row[:, None]) / draws
     # (n - 1 + U) / n can round up to 1 in float32, which lies outside [0, 1).
     return jnp.minimum(u, 1 - jnp.finfo(u.dtype).epsneg)

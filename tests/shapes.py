@@ -15,7 +15,7 @@ CHECKED = tuple(
         *("types", "sdes", "times", "losses", "divergence", "quadrature", "ode", "likelihood"),
         *("bits", "distances", "intervals", "predictions", "adapters", "sampling", "integers"),
         *("density", "estimate", "bound", "discrete", "samplers", "estimators", "second_order"),
-        *("dequantizers.uniform", "dequantizers.truncated_normal"),
+        *("streams", "dequantizers.uniform", "dequantizers.truncated_normal"),
         *("dequantizers.categorical", "dequantizers.learned", "dequantizers.variational"),
     )
 )

@@ -12,6 +12,7 @@ from sbml import bound, likelihood, sampling, times
 from sbml.bound import Reduction
 from sbml.divergence import Trace
 from sbml.sdes import SDES
+from sbml.streams import stream
 from sbml.verify import oracle
 
 pytestmark = [pytest.mark.usefixtures("x64"), pytest.mark.oracle]
@@ -188,7 +189,7 @@ def test_reconstruction_is_the_gaussian_decoder(case):
     x, t = x_points(data)[0], jnp.asarray(0.02)
     key = jax.random.key(3)
     got = bound.elbo(data.score, sde, x, key, eps=0.02, u=jnp.zeros(1)).reconstruction
-    z = jax.random.normal(jax.random.split(key, 3)[1], x.shape)
+    z = jax.random.normal(stream(key, "reconstruction"), x.shape)
     mean = sampling.denoise(data.score, sde, sde.mean_coef(t) * x + sde.std(t) * z, t)
     rho = sde.std(t) / sde.mean_coef(t)
     np.testing.assert_allclose(got, -jnp.sum(norm.logpdf(x, mean, rho)), rtol=1e-10)

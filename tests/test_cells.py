@@ -34,6 +34,7 @@ def test_solver_guard_measures_the_solvers_error(trained, tmp_path):
     few = {"subset": 16, "max_images": 16, "batch_size": 16}
     tight = cell_run(trained, tmp_path, ODE, **few).finish()
     assert tight.converged and abs(tight.solver_error.mean) < 3e-5
+    assert 0 < tight.prior_error.mean < tight.prior_error.each < 1e-3
     run = cell_run(trained, tmp_path, ODE, rtol=0.1, atol=0.1, solver_budget=1e-5, **few)
     result = run.finish()
     finer = cell_run(trained, tmp_path, ODE, rtol=2e-5, atol=2e-5, **few).rows(run.ids, 0)
@@ -98,6 +99,18 @@ def test_noise_of_a_solved_cell_is_that_of_a_second_draw_of_some(trained, tmp_pa
     own = result.mean - half, result.mean + half
     np.testing.assert_allclose(shown.this_set_interval, own, rtol=1e-5)
     assert half < 0.9 * shown.ci95
+
+
+def test_times_with_heavy_weights_are_warned_of_and_the_defaults_are_not(trained, tmp_path):
+    """In the line of the terminal, and in the warnings and the row of the report."""
+    for fields in ({}, {"importance": "velocity", "proposal_bins": 0}):
+        few = {"max_images": 40, "batch_size": 40, "sweeps": 3, **fields}
+        run = cell_run(trained, tmp_path, BOUND, **few)
+        result = run.result(run.finish())
+        warnings = [w for w in result.warnings() if "HEAVY TAILS" in w]
+        assert bool(fields) == ("HEAVY TAILS" in result.line) == bool(warnings)
+        assert (result.plain()["tail"] > 0.7) == bool(fields)
+    assert "Use the defaults of eval.importance, " in warnings[0]
 
 
 def test_another_seed_has_other_draws(trained, tmp_path):

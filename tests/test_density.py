@@ -18,6 +18,7 @@ from sbml.estimators import base
 from sbml.ode import Solver
 from sbml.predictions import PredictionScore, from_prediction
 from sbml.sdes import SDE, SDES, VP, RectifiedFlow, Schedule
+from sbml.streams import stream
 from sbml.types import Array
 from sbml.verify import oracle
 
@@ -107,8 +108,8 @@ def test_the_bound_is_the_librarys_mean_over_sweeps_of_new_times() -> None:
 
     each = []
     for sweep in range(sweeps):
-        u = times.lattice(jax.random.fold_in(jax.random.key(seed), sweep), 7, 2)
-        keys = jnp.stack([jax.random.split(base.draw_key(seed, sweep, i))[1] for i in range(7)])
+        u = times.lattice(base.times_key(seed, sweep), 7, 2)
+        keys = jnp.stack([stream(base.draw_key(seed, sweep, i), "bound") for i in range(7)])
         each.append(elbo(jnp.asarray(x), keys, u))
     np.testing.assert_allclose(found.values, np.mean(each, axis=0), rtol=1e-9)
     assert found.this_set.stderr == pytest.approx(stats.sem(np.mean(each, axis=1)))

@@ -16,9 +16,10 @@ from scipy import special
 
 from sbml import bits, bound, dequantizers, discrete, estimators, likelihood, times
 from sbml.divergence import Trace
-from sbml.estimators import Reduction, Rows, Target, ode
+from sbml.estimators import Reduction, Rows, Target, base, ode
 from sbml.ode import Solver
 from sbml.sdes import VP
+from sbml.streams import stream
 from sbml.verify import oracle
 
 pytestmark = pytest.mark.usefixtures("x64")
@@ -54,8 +55,8 @@ def bits_per_dim(estimator, model, u, method):
 
 def keys_of(i):
     """The keys of row i: for its dequantization, and for all other draws."""
-    key = jax.random.fold_in(jax.random.fold_in(jax.random.key(SEED), SWEEP), i)
-    return jax.random.split(key)
+    key = base.draw_key(SEED, SWEEP, i)
+    return stream(key, "dequantization"), stream(key, "bound")
 
 
 @pytest.mark.parametrize("name", ["uniform", "truncated_normal"])
@@ -127,10 +128,9 @@ def test_k_draws_are_the_log_of_their_mean_weight():
     model, count = Triangle(), 3
     values = bits_per_dim(ode.Estimator(EXACT, count), model, None, LOOSE)
     for i, pixels in enumerate(PIXELS):
-        row = jax.random.fold_in(jax.random.fold_in(jax.random.key(SEED), SWEEP), i)
         weights = []
-        for key in jax.random.split(row, count):
-            u, log_q = model.sample({}, pixels, jax.random.split(key)[0])
+        for key in jax.random.split(base.draw_key(SEED, SWEEP, i), count):
+            u, log_q = model.sample({}, pixels, stream(key, "dequantization"))
             weights.append(float(solve(2 * (pixels + u) / LEVELS - 1).logp - log_q))
         nats = math.log(count) - special.logsumexp(weights) + 2 * math.log(LEVELS / 2)
         np.testing.assert_allclose(values[i], nats / (2 * math.log(2)), rtol=1e-9)

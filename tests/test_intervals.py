@@ -9,7 +9,7 @@ from sklearn.datasets import load_digits
 
 from sbml import moments
 from sbml.evaluation import baselines
-from sbml.intervals import half_width, mean_interval, outliers, repeated_stderr
+from sbml.intervals import half_width, mean_interval, outliers, pareto_k, repeated_stderr
 
 
 def test_histogram_baseline_on_a_hand_count():
@@ -120,3 +120,22 @@ def test_a_covariance_of_too_few_images_is_left_out() -> None:
     both = ["per-pixel histogram", "full-covariance Gaussian"]
     assert list(baselines.all_of(enough, few, 16)) == both and not baselines.omitted(enough)
     assert not baselines.omitted(np.zeros((3, 65, 64, 1), np.uint8))  # diagonal
+
+
+@pytest.mark.parametrize("k", [0.0, 0.5, 1.0])
+def test_the_tail_of_a_pareto_distribution_has_its_shape(k):
+    """Within four standard errors, (1 + k) / sqrt(M) for the M draws of the tail; SciPy's maximum
+    of the likelihood is near."""
+    draws = stats.genpareto.rvs(k, size=20_000, random_state=0)
+    found, count = pareto_k(draws * np.resize([1, -1], draws.size)), math.ceil(3 * 20_000**0.5)
+    assert abs(found - k) < 4 * (1 + k) / math.sqrt(count)
+    tail = np.sort(draws)[-count - 1 :]
+    fitted = stats.genpareto.fit(tail[1:] - tail[0], floc=0)[0]
+    assert found == pytest.approx((count * fitted + 5) / (count + 10), abs=0.03)
+
+
+def test_where_no_tail_can_be_fitted_k_is_nan():
+    draws = np.random.default_rng(0).normal(size=96)
+    assert math.isnan(pareto_k(draws[:95])) and not math.isnan(pareto_k(draws))
+    for values in (np.ones(500), np.append(np.ones(500), np.inf), np.append(np.ones(500), 2.0)):
+        assert math.isnan(pareto_k(values))

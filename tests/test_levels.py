@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from sbml import losses, sdes, times
+from sbml.streams import stream
 
 pytestmark = pytest.mark.usefixtures("x64")
 
@@ -54,7 +55,7 @@ def test_every_level_is_as_likely() -> None:
 def test_the_loss_is_that_of_their_papers(levels: sdes.Levels) -> None:
     """DDPM: ||eps - eps_theta||^2; SMLD: sigma^2 ||s + (x_t - x) / sigma^2||^2; here half."""
     x, t, key = jnp.asarray([0.3, -0.7, 0.1]), jnp.asarray(412 / (N - 1)), jax.random.key(3)
-    z = jax.random.normal(jax.random.split(key)[0], x.shape, x.dtype)
+    z = jax.random.normal(stream(key, "noise"), x.shape, x.dtype)
     alpha, sigma = levels.mean_coefs[412], levels.stds[412]
     x_t = alpha * x + sigma * z
     loss = losses.dsm(lambda y, t, k: jnp.sin(y), levels, x, t, key, weighting="original")

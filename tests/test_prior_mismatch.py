@@ -1,13 +1,16 @@
 """The error that the prior in place of p_T leaves in an exact score's log p_eps."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sbml.likelihood import Trace, ode_logp
+import sbml
+from sbml.likelihood import Trace, ode_logp, prior_error
 from sbml.ode import Solver
-from sbml.sdes import SDES
+from sbml.sdes import SDES, VP
 from sbml.verify import oracle
 
 pytestmark = pytest.mark.usefixtures("x64")
@@ -45,3 +48,43 @@ def test_the_error_of_an_exact_score_is_the_priors(name: str, one: float) -> Non
     divergence = 0.5 * jnp.sum(second - 1 - jnp.log(variances / s**2))
     np.testing.assert_allclose(np.mean(error), -divergence, atol=1e-7)
     assert divergence > 1e-5
+
+
+def test_the_line_of_the_prior_is_the_error_that_an_exact_score_leaves() -> None:
+    """For a mean of norm 3; a larger T, that is, a larger beta_max, makes it smaller."""
+    sde, n, mean, t = VP(), 400, 3 * np.array([0.6, -0.8]), jnp.asarray(EPS)
+    data = oracle.Gaussian(sde, jnp.asarray(mean), jnp.asarray(VARIANCES), jnp.eye(2))
+    z = np.random.default_rng(0).normal(size=(n, 2))
+    x = np.asarray(sde.mean_coef(t) * mean[None] + jnp.sqrt(data.variances(t))[None] * z)
+    tight, trace = Solver(rtol=1e-6, atol=1e-6), Trace("exact")
+    density = sbml.Density(data.score, sde, (2,), eps=EPS, trace=trace, solver=tight)
+    result = density.logp(x)
+    error = result.values - np.asarray(jax.vmap(lambda x: data.logp(x, t))(jnp.asarray(x)))
+    prior = result.prior_error
+    assert abs(error.mean() + prior.mean) < 4 * prior.each / math.sqrt(n)
+    np.testing.assert_allclose(error.std(), prior.each, rtol=0.15)
+    assert f"KL(p_T || pi) = {prior.mean:.2g} nats" in str(result).splitlines()[1]
+    assert prior.each == pytest.approx(0.0198, rel=0.02)
+    assert prior_error(VP(0.1, 30.0), mean, VARIANCES).each < prior.each / 10
+    assert density.bound(x[:4]).prior_error is None
+
+
+def test_a_larger_end_is_another_choice_of_the_betas() -> None:
+    """As the docstring of ``sbml.likelihood`` says: t in [0, c] is t / c in [0, 1]."""
+    b, largest, c = 0.1, 20.0, 1.5
+    short, t = VP(b, largest), np.linspace(0.1, 0.9, 5)
+    longer = VP(c * b, c * (b + c * (largest - b)))
+    np.testing.assert_allclose(longer.log_snr(jnp.asarray(t / c)), short.log_snr(jnp.asarray(t)))
+
+
+def test_bits_per_dim_have_the_prior_error_of_the_dequantized_integers() -> None:
+    sde, k = VP(), np.random.default_rng(0).integers(3, 8, (50, 2, 2))
+    x = 2 * (k + np.random.default_rng(1).random((4000, 50, 2, 2))) / 8 - 1
+    variances, means = x.var(axis=(0, 1)).ravel(), x.mean(axis=(0, 1)).ravel()
+    alpha2, sigma2 = (float(f(jnp.asarray(1.0))) ** 2 for f in (sde.mean_coef, sde.std))
+    v = alpha2 * variances + sigma2
+    nats = 0.5 * np.sum(alpha2 * means**2 + v - 1 - np.log(v))
+    density = sbml.Density(lambda x, t, key: -x, sde, (2, 2), levels=8, eps=EPS)
+    found = density.bits_per_dim(k).prior_error
+    np.testing.assert_allclose(found.mean, nats / (4 * math.log(2)), rtol=0.02)
+    np.testing.assert_allclose(found.each, math.sqrt(2 * nats) / (4 * math.log(2)), rtol=0.02)

@@ -11,11 +11,12 @@ import numpy as np
 import pytest
 import tiny
 
-from sbml import bits, bound, discrete, times
+from sbml import bits, bound, discrete, losses, times
 from sbml.experiment import build, schedule
 from sbml.modes import eval as evaluate
 from sbml.modes import sample, train
 from sbml.platform import compiler_options
+from sbml.runtime.state import mean
 from sbml.sdes import SDES
 
 VARIANCE = 0.3
@@ -87,7 +88,7 @@ def trained_ends(experiment, pixels, starts):
     def step(ends, draws):
         def total(ends):
             params = {schedule.KEY: dict(zip(NUMBERS, ends, strict=True))}
-            return jnp.mean(loss(params, draws, ()))
+            return mean(loss(params, draws, ()))
 
         return jax.grad(total)(ends)
 
@@ -108,7 +109,7 @@ def test_the_loss_is_the_bound(gaussian):
 
     @jit
     def one(key, params):
-        return loss(params, prepare(pixels, key, ()), ()).mean()
+        return mean(loss(params, prepare(pixels, key, ()), ()))
 
     for ends in ((-6.0, 2.0), (-2.0, 1.0)):
         params = {schedule.KEY: dict(zip(NUMBERS, ends, strict=True))}
@@ -131,6 +132,31 @@ def test_the_gradient_finds_the_ends_that_a_scan_finds(gaussian):
         best = fine[np.argmin(np.polynomial.Polynomial.fit(grid, values, 4)(fine))]
         assert abs(found[k] - best) < 0.3
         assert min(values[0], values[-1]) > values.min() + 5e-4
+
+
+@pytest.mark.parametrize("noises", ["independent", "antithetic"])
+def test_the_terms_at_the_ends_are_no_noise_of_a_time(gaussian, noises):
+    """Each bin gets the loss of the drawn times alone, whatever the density of the bin."""
+    experiment = build.Experiment(learned(noises=noises, proposal_bins=8))
+    experiment.adapter = gaussian[0].adapter
+    empty, uneven = jnp.zeros((2, 8)), jnp.stack([jnp.ones(8), 4.0 ** jnp.arange(8)])
+    prepare, loss, observe = (
+        f(experiment) for f in (train.prepare_fn, train.loss_fn, train.observe_fn)
+    )
+    draws = jax.jit(prepare)(gaussian[1][:64], jax.random.key(0), uneven)
+
+    @jax.jit
+    def statistics(params, draws):
+        score, sde = experiment.trained_score(params)
+        batch = draws.x, draws.t, draws.keys
+        values = draws.weight * losses.dsm_batch(score, sde, *batch, signs=draws.signs) / 64
+        return observe(empty, draws, loss(params, draws, ())), values
+
+    found, values = statistics({schedule.KEY: {"gamma_0": -6.0, "gamma_1": 2.0}}, draws)
+    v = draws.v
+    if noises == "antithetic":
+        values, v = 0.5 * (values[::2] - values[1::2]) ** 2, v[::2]
+    np.testing.assert_allclose(found, times.tally(empty, v, values, 0.99), rtol=1e-4)
 
 
 def test_a_run_is_evaluated_with_the_ends_it_learned(tmp_path):

@@ -16,6 +16,7 @@ from families import FAMILIES
 
 from sbml import losses, second_order
 from sbml.sdes import SDE, SDES, VP
+from sbml.streams import stream
 from sbml.types import Array, Key, Score
 
 pytestmark = [pytest.mark.usefixtures("x64"), pytest.mark.oracle]
@@ -252,8 +253,8 @@ def test_with_the_weight_of_i_dode_it_is_their_objective() -> None:
     alpha, sigma, d = sde.mean_coef(t), sde.std(t), 3
     x, score = jnp.asarray([[0.3, -0.9, 0.4]]), curved(jnp.asarray(0.7), sde)
     first, second = second_order.dsm_batch(score, sde, x, t[None], key[None], probes=1)
-    z = jax.random.normal(jax.random.split(key)[0], (d,))
-    v = jax.random.rademacher(jax.random.split(key, 3)[2], (d,), float)
+    z = jax.random.normal(stream(key, "noise"), (d,))
+    v = jax.random.rademacher(stream(key, "probes"), (d,), float)
     x_t = alpha * x[0] + sigma * z
 
     def velocity(x_t: Array) -> Array:
@@ -271,7 +272,7 @@ def test_with_the_weight_of_i_dode_it_is_their_objective() -> None:
 def test_of_one_example_by_hand(sde: SDE, weighting: str) -> None:
     score, t, key = curved(jnp.asarray(0.7), sde), jnp.asarray(0.4), jax.random.key(3)
     x, vs = jnp.asarray([0.3, -0.9, 0.4]), jnp.asarray([[1.0, -1.0, 1.0], [1.0, 1.0, 1.0]])
-    z = jax.random.normal(jax.random.split(key)[0], (3,))  # As losses.dsm draws it.
+    z = jax.random.normal(stream(key, "noise"), (3,))  # As losses.dsm draws it.
     alpha, sigma = sde.mean_coef(t), sde.std(t)
     jacobian = jax.jacfwd(lambda x: score(x, t, None))(alpha * x + sigma * z)
     error = np.sum((sigma * score(alpha * x + sigma * z, t, None) + z) ** 2)
@@ -288,7 +289,7 @@ def test_the_error_is_held_constant_and_the_divergence_is_not() -> None:
     x, vs, step = jnp.asarray([0.3, -0.9, 0.4]), jnp.asarray([[1.0, -1.0, 1.0]]), 1e-5
 
     def form(a: float) -> Array:
-        z = jax.random.normal(jax.random.split(key)[0], (3,))
+        z = jax.random.normal(stream(key, "noise"), (3,))
         f = curved(jnp.asarray(a), sde)
         jacobian = jax.jacfwd(lambda x: f(x, t, None))(losses.perturb(sde, x, t, z))
         return vs[0] @ jacobian @ vs[0]
@@ -333,10 +334,10 @@ def test_a_batch_has_the_losses_of_its_examples(sde: SDE, antithetic: bool) -> N
     plain = losses.dsm_batch(network, sde, x, t, keys, signs=signs)
     np.testing.assert_allclose(first, plain, rtol=1e-12)
     for i, key in enumerate(keys):
-        z = jax.random.normal(jax.random.split(key)[0], (3,)) * (1.0 if signs is None else signs[i])
+        z = jax.random.normal(stream(key, "noise"), (3,)) * (1.0 if signs is None else signs[i])
         x_t = losses.perturb(sde, x[i], t[i], z)
         s, jacobian = score(x_t, t[i], None), jax.jacfwd(lambda x, i=i: score(x, t[i], None))(x_t)
-        vs = jax.random.rademacher(jax.random.split(key, 3)[2], (3, 3), float)
+        vs = jax.random.rademacher(stream(key, "probes"), (3, 3), float)
         r = [sde.std(t[i]) ** 2 * v @ jacobian @ v + 3 - jnp.sum((sde.std(t[i]) * s + z) ** 2)
              for v in vs]  # fmt: skip
         square = r[0] * (r[1] + r[2]) / 2

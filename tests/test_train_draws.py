@@ -12,6 +12,7 @@ from sbml.experiment import build
 from sbml.losses import dsm_batch
 from sbml.modes import train
 from sbml.runtime import sharding
+from sbml.streams import stream
 
 
 def variance_reducing():
@@ -127,9 +128,9 @@ def test_the_second_order_loss_is_an_addition(sde, parameterization):
     @jax.jit
     @jax.vmap
     def product(x, t, key, sign):
-        z = sign * jax.random.normal(jax.random.split(key)[0], x.shape)
+        z = sign * jax.random.normal(stream(key, "noise"), x.shape)
         x_t, std = plain.sde.mean_coef(t) * x + plain.sde.std(t) * z, plain.sde.std(t)
-        vs = jax.random.rademacher(jax.random.split(key, 3)[2], (2, *x.shape), float)
+        vs = jax.random.rademacher(stream(key, "probes"), (2, *x.shape), float)
         pairs = [jax.jvp(lambda x: score(x, t, None), (x_t,), (v,)) for v in vs]
         r = [std**2 * jnp.sum(v * jv) + 64 - jnp.sum((std * s + z) ** 2)
              for v, (s, jv) in zip(vs, pairs, strict=True)]  # fmt: skip

@@ -28,6 +28,7 @@ from jaxtyping import Float, Integer
 from sbml import compiler
 from sbml.dequantizers._flowpp_design import DESIGNS
 from sbml.dequantizers._flowpp_flow import Flow, per_image
+from sbml.streams import stream
 from sbml.types import Array, Key, Keys, Numbers, Scalar, Vector, check_key
 
 Pixels = Integer[Array, "n h w c"]
@@ -119,9 +120,8 @@ class Model:
                 "whose width w is even, because the flow splits them into even and odd columns."
             )
         check_key(key)
-        parameter_key, noise_key = jax.random.split(key)
-        noise = jax.random.normal(noise_key, pixels.shape)
-        return self.network().init(parameter_key, self.image(pixels), noise)["params"]
+        noise = jax.random.normal(stream(key, "noise"), pixels.shape)
+        return self.network().init(stream(key, "parameters"), self.image(pixels), noise)["params"]
 
     def forward(
         self, params: Any, pixels: Pixels, eps: Images, dropout_key: Key | None = None
@@ -197,9 +197,8 @@ class Model:
         ``(n, h, w, c)`` and log q ``(n,)``.
         """
         check_key(keys, len(pixels))
-        noise_keys, dropout_keys = jax.vmap(jax.random.split, out_axes=1)(keys)
-        eps = jax.vmap(lambda key: jax.random.normal(key, pixels.shape[1:]))(noise_keys)
-        return self.forward(params, pixels, eps, dropout_keys[0] if train else None)
+        eps = jax.vmap(lambda key: jax.random.normal(stream(key, "noise"), pixels.shape[1:]))(keys)
+        return self.forward(params, pixels, eps, stream(keys[0], "dropout") if train else None)
 
 
 def log_density(eps: Images, logits: Images, log_det: Vector) -> Vector:

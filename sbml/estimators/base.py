@@ -14,14 +14,17 @@ from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import Integer, Num
 
-from sbml import bits
+from sbml import bits, likelihood, moments
 from sbml.bound import Reduction
+from sbml.likelihood import PriorError
 from sbml.ode import Solver
 from sbml.scalars import Number
 from sbml.sdes import SDE
+from sbml.streams import stream
 from sbml.types import Array, Example, Key, Keys, Scalar, Score
 
 Count = Integer[Array, ""] | int
@@ -56,6 +59,18 @@ class Target:
         if self.dequantizer.at_noise:
             x = self.sde.mean_coef(jnp.asarray(self.eps)) * x
         return x, log_q
+
+    def prior_error(self, data: np.ndarray) -> PriorError:
+        """The error of the ODE's number because the prior takes the place of p_T, from the mean and
+        the variances of ``data (n, *s)``; in bits/dim for integers, and otherwise in nats."""
+        mean = moments.mean(data)
+        variances = moments.variances(data, mean)
+        if self.levels is None:
+            return likelihood.prior_error(self.sde, mean, variances)
+        mean = np.asarray(bits.to_model(mean, 0.5, self.levels), np.float64)
+        variances = (2 / self.levels) ** 2 * (variances + 1 / 12)
+        nats = likelihood.prior_error(self.sde, mean, variances)
+        return PriorError(*(bits.nats_to_bits(each, data.shape[1:]) for each in nats))
 
     def scale_nats(self, shape: tuple[int, ...]) -> float:
         """The nats that the change of variables from x to k + u adds to -log p(x)."""
@@ -92,8 +107,14 @@ class Rows:
 
 
 def draw_key(seed: ArrayLike, sweep: ArrayLike, i: ArrayLike) -> Key:
-    """The key of all draws of example ``i`` in one sweep."""
-    return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), sweep), i)
+    """The key of all draws of example ``i`` in one sweep, except for the points u of a bound."""
+    key = stream(jax.random.key(seed), "evaluation")
+    return jax.random.fold_in(jax.random.fold_in(key, sweep), i)
+
+
+def times_key(seed: ArrayLike, sweep: ArrayLike) -> Key:
+    """The key of the points u of all examples in one sweep of a bound."""
+    return jax.random.fold_in(stream(jax.random.key(seed), "sweep times"), sweep)
 
 
 @dataclasses.dataclass(frozen=True)

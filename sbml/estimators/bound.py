@@ -9,13 +9,13 @@ integers. The terms for dequantization and for the change of variables are then 
 import dataclasses
 from typing import Any, ClassVar
 
-import jax
 import jax.numpy as jnp
 
 from sbml import bound, dequantizers
 from sbml.bound import Reduction
 from sbml.estimators import base
 from sbml.estimators.base import Count, Data, Target
+from sbml.streams import stream
 from sbml.types import Key, Scalar, Score
 
 
@@ -53,15 +53,15 @@ class Estimator(base.Estimator):
         options: Reduction,
         target: Target,
     ) -> tuple[dict[str, Scalar], Count]:
-        u_key, key = jax.random.split(key)
+        bound_key = stream(key, "bound")
         draws: dict[str, Any] = {"eps": target.eps, "u": u, "reduction": options}
         model = target.dequantizer
         if dequantizers.has_bound(model):
-            terms = model.bound(params, score, target.sde, data, key, target.levels, **draws)
+            terms = model.bound(params, score, target.sde, data, bound_key, target.levels, **draws)
             return {**terms._asdict(), "dequantization": jnp.zeros(())}, u.size + model.calls
-        x, log_q = target.sample(params, data, u_key)
+        x, log_q = target.sample(params, data, stream(key, "dequantization"))
         trace = getattr(self, "trace", None)  # Only the form of ``bound_ssm`` has one.
-        terms = bound.elbo(score, target.sde, x, key, trace=trace, **draws)
+        terms = bound.elbo(score, target.sde, x, bound_key, trace=trace, **draws)
         return {**terms._asdict(), "dequantization": log_q}, u.size + 1
 
     def scale_nats(self, target: Target, shape: tuple[int, ...]) -> float:

@@ -25,6 +25,7 @@ from sbml.divergence import Trace
 from sbml.estimators import base
 from sbml.estimators.base import Count, Data, Target
 from sbml.ode import Solver
+from sbml.streams import stream
 from sbml.types import Array, Key, Scalar, Score
 
 Draws = Float[Array, "k"]
@@ -74,10 +75,9 @@ class Estimator(base.Estimator):
         target: Target,
     ) -> tuple[dict[str, Scalar], Count]:
         def draw(key: Key) -> tuple[dict[str, Scalar], Count]:
-            u_key, trace_key = jax.random.split(key)
-            x, log_q = target.sample(params, data, u_key)
+            x, log_q = target.sample(params, data, stream(key, "dequantization"))
             how: dict[str, Any] = {"eps": target.eps, "trace": self.trace, "solver": options}
-            result = likelihood.ode_logp(score, target.sde, x, trace_key, **how)
+            result = likelihood.ode_logp(score, target.sde, x, stream(key, "probes"), **how)
             names = "prior", "divergence", "correction"
             terms = {name: -getattr(result, name) for name in names}
             return {**terms, "dequantization": log_q}, result.stats.nfe

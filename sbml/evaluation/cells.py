@@ -26,7 +26,7 @@ from sbml.data import ImageSet, eval_batches, spread
 from sbml.dequantizers import has_density
 from sbml.estimate import Estimate
 from sbml.estimators import Cell, Reduction, Rows, Target
-from sbml.estimators.base import Estimator
+from sbml.estimators.base import Estimator, times_key
 from sbml.experiment.build import Experiment
 from sbml.ode import Solver
 from sbml.report.result import Result
@@ -36,6 +36,7 @@ from sbml.runtime.parts import Parts
 from sbml.runtime.preemption import Preemption
 from sbml.runtime.trees import tree_crc32
 from sbml.runtime.workdir import Workdir
+from sbml.streams import stream
 
 Table = dict[str, np.ndarray]
 
@@ -176,9 +177,8 @@ class CellRun:
 
     def _points(self, sweep: int) -> np.ndarray:
         """The points u in [0, 1) ``(images, n_times)`` that give the times of one sweep."""
-        key = jax.random.fold_in(jax.random.key(self.config.seed), len(self.shared.images))
         draw = times.DRAWS[self.config.times]
-        key = jax.random.fold_in(key, sweep)
+        key = times_key(self.config.seed, sweep)
         return np.asarray(draw(key, len(self.shared.images), self.config.n_times))
 
     def _columns(
@@ -260,7 +260,8 @@ class CellRun:
                 "higher"
             )
         return estimate.ode_estimate(
-            self.rows, self.ids, self.subset, solver, terms, self.target, gap, budget
+            *(self.rows, self.ids, self.subset, solver, terms, self.target, gap, budget),
+            self.target.prior_error(np.asarray(self.shared.images.images[self.ids])),
         )
 
     def _bound_estimate(self) -> Estimate:
@@ -268,7 +269,8 @@ class CellRun:
         for sweeps in self._sweep_counts(tables):
             while len(tables) < sweeps:
                 tables.append(self.rows(self.ids, len(tables)))
-        return estimate.bound_estimate(tables, self.cell.terms, self.target)
+        tail = self.reduction.tail(self.target.sde, self.target.eps)
+        return estimate.bound_estimate(tables, self.cell.terms, self.target, tail)
 
     def _sweep_counts(self, tables: list[Table]) -> Iterator[int]:
         """The number of sweeps to reach: ``eval.sweeps``, then more while the standard error over
@@ -331,7 +333,7 @@ def check_first_batch(shared: Evaluation, dequantization: Dequantization) -> Non
         return
     ids = shared.ids(shared.experiment.config.eval.batch_size)
     size, pixels = len(ids), jax.numpy.asarray(shared.images.images[ids])
-    keys = jax.random.split(jax.random.key(0), size)
+    keys = jax.random.split(stream(jax.random.key(0), "first batch"), size)
     draw = jax.jit(jax.vmap(dequantization.model.sample, (None, 0, 0)))
     u, _ = draw(dequantization.params, pixels, keys)
     bits.check_dequantized(bits.to_model(pixels, u, shared.images.levels), shared.images.levels)

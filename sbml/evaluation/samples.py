@@ -27,6 +27,7 @@ from sbml.runtime.trees import tree_crc32
 from sbml.runtime.workdir import Workdir
 from sbml.samplers import Sampler
 from sbml.sdes import SDE
+from sbml.streams import stream
 from sbml.types import Array, Key, Score
 
 
@@ -75,8 +76,9 @@ def to_bins(levels: int, dequantization: str) -> float:
 
 def _latent(seed: Array, i: Array, recipe: Recipe) -> tuple[Array, Key]:
     """The latent of image ``i`` and the key of its noise."""
-    latent_key, key = jax.random.split(jax.random.fold_in(jax.random.key(seed), i))
-    return recipe.sde.prior_sample(latent_key, recipe.shape), key
+    key = jax.random.fold_in(stream(jax.random.key(seed), "samples"), i)
+    z = recipe.sde.prior_sample(stream(key, "latent"), recipe.shape)
+    return z, stream(key, "sampler")
 
 
 class Samples(NamedTuple):

@@ -22,7 +22,8 @@ from sbml.runtime import sharding
 from sbml.runtime.checkpoint import Checkpoints, Restored
 from sbml.runtime.state import TrainState
 from sbml.runtime.versions import versions
-from sbml.types import Key, Score
+from sbml.streams import stream
+from sbml.types import Score
 
 
 class Experiment:
@@ -124,7 +125,8 @@ class Experiment:
         result on the devices."""
         training = self.config.training
         statistics = jnp.zeros((2, training.proposal_bins)) if training.adapts else ()
-        params = self.adapter.init(self._init_key(), self.shape)
+        key = stream(jax.random.key(self.config.seed), "parameters")
+        params = self.adapter.init(key, self.shape)
         if self.config.sde.learned:
             params = schedule.with_numbers(params, self.sde)
         return TrainState.create(params, self.optimizer, statistics)
@@ -167,12 +169,9 @@ class Experiment:
         batch that is spread evenly over ``images``."""
         size = self.config.dequantizer.training.batch_size
         pixels = images.images[data.spread(len(images), size)]
-        params = self.trained_dequantizer.init(self._init_key(), jnp.asarray(pixels))
+        key = stream(jax.random.key(self.config.seed), "dequantizer parameters")
+        params = self.trained_dequantizer.init(key, jnp.asarray(pixels))
         return TrainState.create(params, self.dequantizer_optimizer)
-
-    def _init_key(self) -> Key:
-        """The key of the initial parameters, which is no step's key: a step folds in its number."""
-        return jax.random.fold_in(jax.random.key(self.config.seed), jnp.iinfo(jnp.int32).max)
 
     def restore(self, workdir: epath.PathLike) -> Restored:
         """The newest undamaged checkpoint of ``workdir``, for evaluation or sampling.

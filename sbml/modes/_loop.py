@@ -31,6 +31,7 @@ from sbml.runtime.state import (
     make_step,
     several,
 )
+from sbml.streams import Name, stream
 from sbml.types import Array
 
 
@@ -43,7 +44,7 @@ class Task:
     """What is trained, and on which images.
 
     Attributes:
-      name: the name of the progress bar.
+      name: the name of the progress bar, and of the stream of the steps' keys (``sbml.streams``).
       training: the section of the config with the settings of the loop.
       field: the prefix of ``training`` and ``optim`` on the command line: empty or
         ``dequantizer.``.
@@ -61,7 +62,7 @@ class Task:
         rows.
     """
 
-    name: str
+    name: Name
     training: Loop
     field: str
     images: ImageSet
@@ -138,7 +139,8 @@ class _Trainer:
         )
         self.mesh = sharding.data_mesh()
         whole = sharding.replicated(self.mesh)
-        self.key = jax.jit(lambda: jax.random.key(task.seed), out_shardings=whole)()
+        key = jax.jit(lambda: stream(jax.random.key(task.seed), task.name), out_shardings=whole)
+        self.key = key()
         self.frozen = jax.device_put(task.frozen, whole)
         self.provenance = task.provenance
         self.state, self.start = self._restore()

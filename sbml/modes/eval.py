@@ -35,6 +35,7 @@ from sbml.runtime.checkpoint import Restored
 from sbml.runtime.trees import table_crc32, tree_crc32
 from sbml.runtime.versions import versions
 from sbml.runtime.workdir import EVALUATION, PER_IMAGE, Workdir
+from sbml.streams import stream
 
 
 def control_variate(
@@ -90,7 +91,7 @@ def time_density(
         options: dict[str, Any] = {"eps": eps, "control": control, "bins": config.proposal_bins}
         run = jax.jit(lambda score, x, key: bound.pilot(score, experiment.sde, x, key, **options))
         score = experiment.exact_adapter(restored.state.ema_params)
-        return {"density": np.asarray(run(score, x, jax.random.key(config.seed)))}
+        return {"density": np.asarray(run(score, x, stream(jax.random.key(config.seed), "pilot")))}
 
     @functools.cache
     def density(eps: float) -> np.ndarray | None:

@@ -28,6 +28,7 @@ from sbml.runtime.workdir import LATENTS, Workdir
 from sbml.samplers import FixedSteps
 from sbml.samplers.known import GREY_FIRST, complete
 from sbml.sdes import SDE
+from sbml.streams import stream
 from sbml.types import Array, Score
 
 COMPLETIONS = 4  # number of completions of each image
@@ -68,7 +69,7 @@ def completions(
         mask, basis = jnp.eye(c)[0][None, None], jnp.asarray(GREY_FIRST, x.dtype)
     else:
         mask, basis = (jnp.arange(w) < w // 2).astype(x.dtype)[None, :, None], None
-    keys = jax.random.split(jax.random.key(0), (len(x), COMPLETIONS))
+    keys = jax.random.split(stream(jax.random.key(0), "completions"), (len(x), COMPLETIONS))
     fill = functools.partial(complete, score, sde, eps=eps, sampler=sampler, basis=basis)
     return jax.vmap(lambda x, keys: jax.vmap(lambda key: fill(x, mask, key))(keys))(x, keys)
 

@@ -28,6 +28,7 @@ from sbml.modes import _loop as loop
 from sbml.runtime.state import Loss, Observe, Prepare, TrainState, Update
 from sbml.runtime.workdir import Workdir
 from sbml.sdes import SDE
+from sbml.streams import stream
 from sbml.types import Array, Key
 
 PICTURED = 64  # The largest number of samples that are drawn for a picture during the training.
@@ -77,15 +78,15 @@ def prepare_fn(experiment: Experiment) -> Prepare:
     draw, antithetic = times.DRAWS[config.training.times], config.training.antithetic
 
     def prepare(pixels: Array, key: Key, statistics: Array) -> Draws:
-        u_key, time_key, loss_key = jax.random.split(key, 3)
         n = len(pixels)
-        x = dequantize(pixels, u_key, config.data.dequantization, levels)
-        v, inverse = draw(time_key, n)[:, 0], jnp.ones(n)
+        x = dequantize(pixels, stream(key, "dequantization"), config.data.dequantization, levels)
+        v, inverse = draw(stream(key, "times"), n)[:, 0], jnp.ones(n)
         if config.training.adapts:
             scale = jnp.sqrt(statistics[1] / statistics[0])
             v, inverse = times.warp(v, times.with_floor(scale))
         t, weight = experiment.proposal.at(v)
-        draws = Draws(x, t, weight, jax.random.split(loss_key, n), jnp.ones(n), v, inverse)
+        keys = jax.random.split(stream(key, "rows"), n)
+        draws = Draws(x, t, weight, keys, jnp.ones(n), v, inverse)
         if not antithetic:
             return draws
         # The two rows of an image are neighbours, so that they stay on the same device.
@@ -96,11 +97,12 @@ def prepare_fn(experiment: Experiment) -> Prepare:
 
 
 def loss_fn(experiment: Experiment) -> Loss:
-    """A function that gives the loss of each row, ``(n,)``, in nats/dim."""
+    """A function that gives the loss of each row, ``(n,)``, in nats/dim. With ``sde.learned`` it
+    gives two summands of the loss: that of the drawn time, and the terms at the ends."""
     training, learned = experiment.config.training, experiment.config.sde.learned
     dims = math.prod(experiment.shape)
 
-    def loss(params: Any, draws: Draws, frozen: Any) -> Array:
+    def loss(params: Any, draws: Draws, frozen: Any) -> Any:
         score, sde = experiment.trained_score(params)
         signs = draws.signs if training.antithetic else None
         batch: tuple = (score, sde, draws.x, draws.t, draws.keys)
@@ -111,10 +113,8 @@ def loss_fn(experiment: Experiment) -> Loss:
             terms = first + training.second_order * second
         else:
             terms = losses.dsm_batch(*batch, **options)
-        terms = draws.weight * draws.inverse * terms
-        if learned:
-            terms = terms + _end_terms(experiment, sde, draws)
-        return terms / dims
+        terms = draws.weight * draws.inverse * terms / dims
+        return (terms, _end_terms(experiment, sde, draws) / dims) if learned else terms
 
     return loss
 
@@ -127,8 +127,7 @@ def _end_terms(experiment: Experiment, sde: SDE, draws: Draws) -> Array:
     noise, eps = discrete.Categorical(experiment.levels), jnp.asarray(experiment.adapter.eps)
 
     def one(x: Array, key: Key, sign: Array) -> Array:
-        # The fourth key, because the draws of the loss use the first three keys of a ``split``.
-        z = sign * jax.random.normal(jax.random.split(key, 4)[3], x.shape)
+        z = sign * jax.random.normal(stream(key, "reconstruction"), x.shape)
         pixels = bits.to_pixels(x, experiment.levels)
         return bound.prior_kl(sde, x) + discrete.reconstruction(sde, noise, pixels, eps, z)
 
@@ -142,14 +141,15 @@ def observe_fn(experiment: Experiment) -> Observe | None:
     For antithetic noises the statistic is half of the squared difference of the two losses. This is
     their part that is odd in z: it cancels in the mean of the two losses, but it is large where the
     gradient is noisy (benchmarks/README.md). Otherwise the statistic is the loss, whose square root
-    is nearly proportional to the norm of the gradient.
+    is nearly proportional to the norm of the gradient. The terms at the ends of a learned SDE are
+    left out, because they do not depend on the drawn time.
     """
     training = experiment.config.training
     if not training.adapts:
         return None
 
-    def observe(statistics: Array, draws: Draws, losses: Array) -> Array:
-        values, v = losses / draws.inverse, draws.v
+    def observe(statistics: Array, draws: Draws, losses: Any) -> Array:
+        values, v = jax.tree.leaves(losses)[0] / draws.inverse, draws.v
         if training.antithetic:
             values, v = 0.5 * (values[::2] - values[1::2]) ** 2, v[::2]
         return times.tally(statistics, v, values, decay=0.99)

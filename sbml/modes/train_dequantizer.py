@@ -26,6 +26,7 @@ from sbml.modes import _loop as loop
 from sbml.runtime.state import Loss, Prepare, Update
 from sbml.runtime.trees import tree_crc32
 from sbml.runtime.workdir import Workdir
+from sbml.streams import stream
 from sbml.types import Array, Key
 
 
@@ -35,10 +36,10 @@ def prepare_fn(experiment: Experiment) -> Prepare:
     draw = times.DRAWS[experiment.config.training.times]
 
     def prepare(pixels: Array, key: Key, statistics: Any) -> tuple[Array, Array, Key, Key]:
-        time_key, flow_key, bound_key = jax.random.split(key, 3)
         n = len(pixels)
-        split = jax.random.split
-        return pixels, draw(time_key, n), split(flow_key, n), split(bound_key, n)
+        flow_keys = jax.random.split(stream(key, "dequantization"), n)
+        bound_keys = jax.random.split(stream(key, "bound"), n)
+        return pixels, draw(stream(key, "times"), n), flow_keys, bound_keys
 
     return prepare
 

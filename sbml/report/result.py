@@ -1,13 +1,16 @@
 """One number of an evaluation, with all fields that ``report.json`` has for it."""
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
+from sbml import intervals
 from sbml.estimate import Estimate, outlier_line
 from sbml.estimators import Cell
+from sbml.likelihood import PriorError
 
 
 def _column(heading: str, form: str, **options: Any) -> Any:
@@ -35,9 +38,14 @@ class Result:
       converged: whether the solver's error is within ``eval.solver_budget``; None for a bound.
       solver_error, solver_error_ci95: the mean difference from a stricter solve, and the half-width
         of its 95% interval, in bits/dim; None for a bound.
+      prior_error, prior_error_each: KL(p_T || pi) in bits/dim, the mean error because the prior
+        takes the place of p_T, and about the size of this error of one image
+        (``likelihood.PriorError``); None for a bound, which contains it.
       solver_images: the number of images on which it was measured; None for a bound.
       unconverged: why it is not converged, and the remedy; None if it is, and for a bound.
       sweeps: the number of sweeps of a bound; None for the ODE.
+      tail: Pareto's k of the draws or of the weights of their times (``Estimate.tail``); None for
+        the ODE, and for few draws.
       target_se: ``eval.target_se``; None for the ODE.
       nonfinite: the number of images whose bits/dim are not finite.
       min, max: the smallest and the largest bits/dim of an image.
@@ -71,7 +79,10 @@ class Result:
     solver_error_ci95: float | None = _column("± of it", ".1g", default=None)
     solver_images: int | None = None
     unconverged: str | None = None
+    prior_error: float | None = _column("prior's error", ".1g", default=None)
+    prior_error_each: float | None = _column("of one image", ".1g", default=None)
     sweeps: int | None = None
+    tail: float | None = _column("tail k of the draws", ".2f", default=None)
     target_se: float | None = None
     nonfinite: int = _column("not finite", "")
     min: float = _column("least", "bits")
@@ -95,7 +106,7 @@ class Result:
         without = number.without_outliers
         gap = number.solver_error
         kind: dict[str, Any] = (
-            {"sweeps": number.sweeps}
+            {"sweeps": number.sweeps, "tail": None if math.isnan(number.tail) else number.tail}
             if gap is None
             else {
                 "converged": number.converged,
@@ -103,6 +114,8 @@ class Result:
                 "solver_error_ci95": gap.ci95,
                 "solver_images": gap.n,
                 "unconverged": number.unconverged("eval.") or None,
+                "prior_error": number.prior_error.mean if number.prior_error else None,
+                "prior_error_each": number.prior_error.each if number.prior_error else None,
             }
         )
         return cls(
@@ -174,15 +187,23 @@ class Result:
         """The number and its error bars, for a terminal."""
         low, high = self.interval
         mark = " NOT CONVERGED" if self.converged is False else ""
+        if self.tail is not None and self.tail > intervals.HEAVY:
+            mark = " HEAVY TAILS"
         return (
             f"{self.name:24s} {self.bits_per_dim:.4f} bits/dim{mark} at t={self.smallest_time:.3g} "
             f"on {self.data} {self.split}, 95% interval [{low:.4f}, {high:.4f}], for these images "
-            f"+-{self.this_set_ci95:.4f}, n={self.n}"
+            f"+-{self.this_set_ci95:.4f}, n={self.n}{self._prior_line}"
         )
 
+    @property
+    def _prior_line(self) -> str:
+        if self.prior_error is None or self.prior_error_each is None:
+            return ""
+        return PriorError(self.prior_error, self.prior_error_each).line("bits/dim")
+
     def warnings(self, names: Sequence[str] | None = None) -> list[str]:
-        """Warnings about images that are not finite or outliers, a ``target_se`` that was not
-        reached, and an ODE that did not converge.
+        """Warnings about images that are not finite or outliers, draws with a heavy tail, a
+        ``target_se`` that was not reached, and an ODE that did not converge.
 
         ``names`` are the names of all images of the split by id, if the images have names.
         """
@@ -194,6 +215,13 @@ class Result:
             without = self.without_outliers, self.without_outliers_interval or []
             line = outlier_line(named, self.n, self.median, *without, "bits/dim")
             warnings.append(f"{self.name}: {line}")
+        if self.tail is not None and self.tail > intervals.HEAVY:
+            warnings.append(
+                f"{self.name}: HEAVY TAILS, the draws or the weights of their times have a Pareto "
+                f"k of {self.tail:.2f}, above {intervals.HEAVY:g}: a few rare draws can decide "
+                "the mean, so both intervals may be far too narrow. Use the defaults of "
+                "eval.importance, eval.importance_sampling and eval.control, or raise eval.n_times"
+            )
         if self.target_se and not self.this_set_stderr <= self.target_se:
             warnings.append(
                 f"{self.name}: standard error {self.this_set_stderr:.2g} after {self.sweeps} "

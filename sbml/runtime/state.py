@@ -11,6 +11,7 @@ draws before it updates them, so its loss stays unbiased.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -24,10 +25,11 @@ from sbml.types import Array, Key
 
 # prepare(batch, key, statistics) -> per-example draws (leading axis n), once for the whole batch
 Prepare = Callable[[Array, Key, Any], Any]
-# observe(statistics, draws, losses (n,)) -> statistics
-Observe = Callable[[Any, Any, Array], Any]
-# loss(params, draws, frozen) -> per-example losses (n,); frozen are arrays that are not trained
-Loss = Callable[[Any, Any, Any], Array]
+# observe(statistics, draws, what the loss gives) -> statistics
+Observe = Callable[[Any, Any, Any], Any]
+# loss(params, draws, frozen) -> per-example losses (n,), or a tuple of such arrays whose sum is the
+# loss; frozen are arrays that are not trained
+Loss = Callable[[Any, Any, Any], Any]
 Step = Callable[["TrainState", Array, Key, Any], tuple["TrainState", dict[str, Array]]]
 
 
@@ -69,24 +71,30 @@ def _micro_batches(draws: Any, count: int) -> Any:
     )
 
 
+def mean(losses: Any) -> Array:
+    """The mean over the examples of what a ``Loss`` gives, a scalar."""
+    return jnp.mean(functools.reduce(jnp.add, jax.tree.leaves(losses)))
+
+
 def value_and_grad(
-    loss: Callable[[Any, Any], Array], params: Any, draws: Any, accumulate: int
-) -> tuple[Array, Any]:
-    """The losses ``(n,)`` and the gradient of their mean, in ``accumulate`` equal micro-batches.
+    loss: Callable[[Any, Any], Any], params: Any, draws: Any, accumulate: int
+) -> tuple[Any, Any]:
+    """What ``loss`` gives, and the gradient of its :func:`mean`, in ``accumulate`` equal
+    micro-batches.
 
     On CPU the loop is unrolled: gradient convolutions inside a while loop are 20 times slower.
     """
 
-    def mean_loss(params: Any, draws: Any) -> tuple[Array, Array]:
+    def mean_loss(params: Any, draws: Any) -> tuple[Array, Any]:
         losses = loss(params, draws)
-        return jnp.mean(losses), losses
+        return mean(losses), losses
 
     grad = jax.grad(mean_loss, has_aux=True)
     if accumulate == 1:
         grads, losses = grad(params, draws)
         return losses, grads
 
-    def add(total: Any, part: Any) -> tuple[Any, Array]:
+    def add(total: Any, part: Any) -> tuple[Any, Any]:
         new, losses = grad(params, part)
         return jax.tree.map(lambda a, b: a + b / accumulate, total, new), losses
 
@@ -94,7 +102,7 @@ def value_and_grad(
     parts = _micro_batches(draws, accumulate)
     unroll = accumulate if platform().name == "cpu" else 1
     grads, losses = jax.lax.scan(add, zero, parts, unroll=unroll)
-    return losses.swapaxes(0, 1).reshape(-1), grads
+    return jax.tree.map(lambda a: a.swapaxes(0, 1).reshape(-1), losses), grads
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,7 +152,7 @@ def make_step(update: Update) -> Step:
             opt_state=opt_state,
             statistics=statistics,
         )
-        return new, {"loss": jnp.mean(losses), "grad_norm": optax.tree.norm(grads)}
+        return new, {"loss": mean(losses), "grad_norm": optax.tree.norm(grads)}
 
     return step
 

@@ -20,6 +20,7 @@ from sbml.ode import Stats
 from sbml.samplers.corrector import NoCorrector
 from sbml.scalars import Number, check_count
 from sbml.sdes import SDE
+from sbml.streams import stream
 from sbml.types import Array, Example, Key, Score, check_example, check_key, in_full_precision
 
 Path = Float[Array, "frames *s"]
@@ -128,11 +129,11 @@ class FixedSteps(abc.ABC):
         def one(state: Any, inputs: Any) -> Any:
             x, carry = state
             i, triple = inputs
-            step_key, corrector_key = jax.random.split(jax.random.fold_in(key, i))
-            noise = jax.random.normal(step_key, x.shape, x.dtype)
+            step_key = jax.random.fold_in(key, i)
+            noise = jax.random.normal(stream(step_key, "noise"), x.shape, x.dtype)
             x, carry = self.step(score, sde, x, carry, triple.astype(x.dtype), noise)
             times = triple[1:].astype(x.dtype)
-            x = self.corrector(score, sde, x, times[0], times[1], corrector_key)
+            x = self.corrector(score, sde, x, times[0], times[1], stream(step_key, "corrector"))
             return (x, carry), x if keep else None
 
         start = z / sde.stretch  # The latent is at T, and the first step begins at largest_time.

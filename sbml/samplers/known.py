@@ -27,7 +27,8 @@ from sbml.samplers.corrector import NoCorrector
 from sbml.sampling import denoise
 from sbml.scalars import Number, is_traced
 from sbml.sdes import SDE
-from sbml.types import Array, Key, Keys, Scalar, Score, check_example, check_key
+from sbml.streams import stream
+from sbml.types import Array, Key, Scalar, Score, check_example, check_key
 
 Image = Float[Array, "h w c"]
 Mask = Num[Array, "..."]
@@ -75,18 +76,17 @@ class KnownPart:
         mean, std = sde.marginal(self.x_0, t)
 
         def noisy(key: Key) -> Image:
-            return mean + std * jax.random.normal(key, x.shape, x.dtype)
+            return mean + std * jax.random.normal(stream(key, "known part"), x.shape, x.dtype)
 
-        def one(x: Image, keys: Keys) -> tuple[Image, None]:
-            x = single(score, sde, x, s, t, keys[0])
-            return self.replace_known(x, noisy(keys[1])), None
+        def one(x: Image, key: Key) -> tuple[Image, None]:
+            x = single(score, sde, x, s, t, stream(key, "corrector"))
+            return self.replace_known(x, noisy(key)), None
 
-        first, rest = jax.random.split(key)
-        x = self.replace_known(x, noisy(first))
+        x = self.replace_known(x, noisy(key))
         if not self.nfe:
             return x
         single = dataclasses.replace(self.corrector, steps=1)
-        return jax.lax.scan(one, x, jax.random.split(rest, (self.nfe, 2)))[0]
+        return jax.lax.scan(one, x, jax.random.split(stream(key, "corrector"), self.nfe))[0]
 
 
 def complete(
@@ -119,7 +119,7 @@ def complete(
     if not is_traced(mask) and not np.all(np.isin(np.asarray(mask), (0, 1))):
         raise ValueError(f"mask has values {np.unique(mask)}: give 1 for known, 0 for unknown")
     corrector = KnownPart(x_0, mask, basis, sampler.corrector)
-    latent_key, key = jax.random.split(key)
-    z = sde.prior_sample(latent_key, x_0.shape).astype(x_0.dtype)
+    z = sde.prior_sample(stream(key, "latent"), x_0.shape).astype(x_0.dtype)
+    key = stream(key, "sampler")
     x, _ = dataclasses.replace(sampler, corrector=corrector)(score, sde, z, key, eps=eps)
     return corrector.replace_known(denoise(score, sde, x, jnp.asarray(eps, x.dtype)), x_0)

@@ -1,0 +1,189 @@
+"""No two purposes share a key: the keys are recorded while the programs run, all with one seed.
+
+JAX's ``split(key, n)[i]`` equals ``fold_in(key, i)``, and the key of one purpose can be one of the
+keys that another purpose makes or draws from.
+"""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+
+import sbml
+from sbml import streams
+from sbml.estimators import Cell
+from sbml.evaluation import cells, samples
+from sbml.experiment import build
+from sbml.modes import eval as evaluate
+from sbml.modes import latents, train, train_dequantizer
+from sbml.runtime.state import TrainState
+from sbml.runtime.workdir import Workdir
+from sbml.sdes import VP
+
+DRAWS = ("normal", "uniform", "rademacher", "permutation", "truncated_normal")
+ROOT = (0, 0)  # The key of the seed 0.
+COUNTERS = 2**20  # Numbers below it are counters, such as those of steps.
+
+
+class Record:
+    """The keys that a program has used.
+
+    Attributes:
+      draws: the draws from each key, by function and shape: the same draw may be made again.
+      parents: whether each key was split, or had counters or names folded into it.
+    """
+
+    def __init__(self):
+        self.draws, self.parents = {}, {}
+
+    @property
+    def keys(self):
+        return (set(self.draws) | set(self.parents)) - {ROOT}
+
+    def note(self, table, use, data):
+        """Add ``use`` to the uses of the keys whose data are ``data (..., 2)``."""
+        for key in map(tuple, np.asarray(data).reshape(-1, 2).tolist()):
+            getattr(self, table).setdefault(key, set()).add(use)
+
+
+def watched(name, function, inside, current):
+    """``function`` of ``jax.random``, which notes its keys in the record ``current[-1]``."""
+
+    def call(key, *arguments, **options):
+        shape = arguments[0] if name != "permutation" and arguments else ()
+        if name in DRAWS:
+            table, use = "draws", f"{name} {shape}"
+        else:
+            counter = isinstance(shape, jax.Array) or (name == "fold_in" and shape < COUNTERS)
+            table, use = "parents", "split" if name == "split" else ("name", "counter")[counter]
+        if not inside:  # JAX's functions call each other.
+            data = jax.random.key_data(key)
+            jax.debug.callback(lambda data: current[-1].note(table, use, data), data)
+        inside.append(name)
+        try:
+            return function(key, *arguments, **options)
+        finally:
+            inside.pop()
+
+    return call
+
+
+def config():
+    """Three steps of training and three sweeps over four images, which are one batch."""
+    made = tiny.get_config()
+    made.training.update(num_steps=3, noises="independent", second_order=1.0)
+    made.dequantizer.training.update(batch_size=64, num_steps=3, log_every=1)
+    made.eval.update(max_images=4, batch_size=4, sweeps=3, control=False, proposal_bins=0, subset=4)
+    made.sampling.update(sampler="reverse_diffusion", corrector="langevin", steps=3)
+    return made
+
+
+def shared(workdir, **fields):
+    made = config()
+    made.eval.update(fields)
+    e = build.Experiment(made)
+    restored, train_set = e.restore(workdir), e.images("train")
+    density = evaluate.time_density(e, restored, train_set, None, Workdir(workdir))
+    return cells.Evaluation(e, restored, e.images("test"), None, density, Workdir(workdir))
+
+
+def density(method):
+    score = sbml.Density(lambda x, t, key: -x, VP(), (64, 2), eps=1e-3)
+    return lambda workdir: getattr(score, method)(np.zeros((4, 64, 2), np.float32))
+
+
+def evaluation(workdir):
+    cell, found = Cell("bound", "uniform"), None
+    evaluated = shared(workdir)
+    found = evaluate.dequantization(evaluated.experiment, "uniform", workdir, evaluated.images)
+    cells.CellRun(evaluated, cell, found).finish()
+
+
+def first_batch(workdir):
+    evaluated = shared(workdir)
+    found = evaluate.dequantization(evaluated.experiment, "uniform", workdir, evaluated.images)
+    cells.check_first_batch(evaluated, found)
+
+
+def sampling(workdir):
+    e = build.Experiment(config())
+    samples.preview(e, e.restore(workdir).state.ema_params, 4)
+
+
+def completing(workdir):
+    made = config()
+    made.latents.update(steps=2)
+    e = build.Experiment(made)
+    score, x = e.adapter(e.restore(workdir).state.ema_params), jnp.zeros((4, 8, 8, 1))
+    options = {"sde": e.sde, "eps": 1e-3, "sampler": e.config.latents.sampler(), "colours": False}
+    latents.completions(score, x, **options)
+
+
+def dequantizing(workdir):
+    """Its loss and its parameters are left out, because a flow takes long to compile."""
+
+    def init(experiment, images):
+        return TrainState.create({"w": jnp.zeros(())}, experiment.dequantizer_optimizer)
+
+    def loss_fn(experiment):
+        return lambda params, draws, frozen: params["w"] + jnp.zeros(len(draws[0]))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(build.Experiment, "init_dequantizer", init)
+        patch.setattr(train_dequantizer, "loss_fn", loss_fn)
+        train_dequantizer.run(config(), workdir)
+
+
+PROGRAMS = {
+    "train": lambda workdir: train.run(config(), workdir),
+    "train_dequantizer": dequantizing,
+    "pilot": lambda workdir: shared(workdir, proposal_bins=32).density(1e-3),
+    "bound": evaluation,
+    "first batch": first_batch,
+    "samples": sampling,
+    "completions": completing,
+}
+OF_DENSITY = ("logp", "bound")  # Of the same purpose as the evaluation, ``bound`` above.
+
+
+@pytest.fixture(scope="module")
+def records(tmp_path_factory):
+    """The record of each program. What was compiled for one program also reports in the next."""
+    workdir, found, inside = tmp_path_factory.mktemp("streams"), {}, []
+    programs = {**PROGRAMS, **{f"Density.{name}": density(name) for name in OF_DENSITY}}
+    current = [Record()]
+    with pytest.MonkeyPatch.context() as patch:
+        for name in (*DRAWS, "split", "fold_in"):
+            function = watched(name, getattr(jax.random, name), inside, current)
+            patch.setattr(jax.random, name, function)
+        for name, program in programs.items():
+            found[name] = Record()
+            current.append(found[name])
+            program(workdir)
+            jax.effects_barrier()
+    return found
+
+
+def test_no_name_is_another_name_or_a_counter():
+    codes = list(streams.CODES.values())
+    assert len(set(codes)) == len(codes) and min(codes) > COUNTERS
+
+
+def test_no_two_purposes_share_a_key(records):
+    names = [*PROGRAMS, "Density.bound"]
+    for one, other in itertools.combinations(names, 2):
+        if {one, other} != {"bound", "Density.bound"}:
+            assert not records[one].keys & records[other].keys, (one, other)
+
+
+@pytest.mark.parametrize("name", [*PROGRAMS, *(f"Density.{name}" for name in OF_DENSITY)])
+def test_a_key_has_one_use(records, name):
+    """It is drawn from once, or split, or numbers are folded into it, all counters or all names."""
+    record = records[name]
+    assert len(record.draws) > 3
+    assert not set(record.draws) & set(record.parents)
+    uses = {**record.draws, **{k: v for k, v in record.parents.items() if k != ROOT}}
+    assert {key: use for key, use in uses.items() if len(use) > 1} == {}

@@ -40,7 +40,6 @@ from ml_collections import ConfigDict
 from recipe_table import CELLS, table
 
 from sbml import data
-from sbml.adapters import PARAMETERIZATIONS
 from sbml.evaluation import cells
 from sbml.experiment import build, trained
 from sbml.experiment.config import check_overrides
@@ -51,6 +50,7 @@ from sbml.modes._loop import NonFiniteLoss, compiled_step
 from sbml.networks import frequencies
 from sbml.runtime import cpu, sharding
 from sbml.runtime.workdir import Workdir
+from sbml.score import PARAMETERIZATIONS
 
 
 def draws(times: str, noises: str, bins: int) -> dict[str, Any]:

@@ -24,15 +24,16 @@ import optax
 from tqdm import trange
 
 from experiments import figures
-from sbml import adapters, bound, likelihood, losses, sdes, times
+from sbml import bound, likelihood, losses, sdes, times
 from sbml.networks import mlp
+from sbml.score import Adapter
 from sbml.types import Array, Key
 from sbml.verify import oracle
 
 SDE, EPS = sdes.VP(), 1e-4
 CENTRES = 0.9 * np.array([[np.cos(a), np.sin(a)] for a in 2 * np.pi * np.arange(5) / 5])
 SPREAD = 0.12
-ADAPTER = adapters.Adapter(
+ADAPTER = Adapter(
     mlp.Model(width=128, depth=3), SDE, "preconditioned", "log_snr", data_std=0.7, eps=EPS
 )
 BATCH = 256

@@ -13,8 +13,8 @@ s(x, t, key), see ``sbml.types``.
     bits, estimators            bits/dim and the numbers that an evaluation computes
     estimate, intervals         error bars
     distances                   distances between sets of images
-    networks, adapters          score networks; from a network to a score
-    predictions, integers       from a prediction (noise, velocity, levels) to a score
+    networks, score             score networks; from what a network predicts to a score
+    integers                    the denoiser of integers
     compiler                    the check that XLA's sums are right
     dequantizers, data          from integers to numbers; image sets
 
@@ -31,10 +31,10 @@ __version__ = "0.1.0"
 compiler.cure()
 
 LIBRARY = (
-    *("adapters", "bits", "bound", "compiler", "data", "density", "dequantizers", "discrete"),
+    *("bits", "bound", "compiler", "data", "density", "dequantizers", "discrete"),
     *("distances", "divergence", "estimate", "estimators", "integers", "intervals"),
-    *("likelihood", "losses", "networks", "ode", "predictions", "quadrature", "samplers"),
-    *("sampling", "sdes", "second_order", "times", "types"),
+    *("likelihood", "losses", "networks", "ode", "quadrature", "samplers"),
+    *("sampling", "score", "sdes", "second_order", "times", "types"),
 )
 
 

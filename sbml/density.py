@@ -80,7 +80,7 @@ class Density:
     Raises:
       ValueError: for an impossible shape, number of levels, batch size, seed, trace, budget or
         smallest time, an SDE of arrays, a score that cannot be called with ``x``, ``t`` and
-        ``key``, or one that :func:`~sbml.predictions.from_prediction` made for another SDE.
+        ``key``, or one that :func:`~sbml.score.from_prediction` made for another SDE.
     """
 
     score: Score

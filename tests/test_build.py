@@ -12,10 +12,11 @@ import pytest
 import runs
 import tiny
 
-from sbml import adapters, main, times
+from sbml import main, times
 from sbml.divergence import Trace
 from sbml.experiment import build, stored
 from sbml.experiment.trained import unseen_times
+from sbml.score import LABELS
 
 CONFIGS = sorted((runs.ROOT / "configs").glob("*.py"))
 
@@ -307,7 +308,7 @@ def test_discrete_levels_are_trained_and_the_sde_is_evaluated() -> None:
     assert not unseen_times({"config": config.to_dict()}, experiment.eval_eps)
     (warning,) = unseen_times({"config": config.to_dict()}, 1e-5)
     assert warning.startswith("eval: ") and "--config.eval.smallest_time=0.000916" in warning
-    for label in adapters.LABELS:
+    for label in LABELS:
         config.score.label = label
         experiment = build.Experiment(config)
         trained, evaluated = (

@@ -26,8 +26,9 @@ wrong = not np.isclose(total, np.sum(2 * np.log(x.astype(float)) + np.log(2)), r
 # One entry point for each way to a number. Each raises an error or returns a value.
 CALLS = """
 import jax, jax.numpy as jnp, numpy as np, sbml
-from sbml import adapters, bound, compiler, dequantizers, discrete, divergence, likelihood, losses
-from sbml import integers, networks, ode, predictions, samplers, sampling, sdes, second_order, times
+from sbml import bound, compiler, dequantizers, discrete, divergence, integers, likelihood, losses
+from sbml import networks, ode, samplers, sampling, sdes, second_order, times
+from sbml.score import Adapter, from_prediction
 sde, key, x = sdes.VP(), jax.random.key(0), jnp.ones((4, 4, 1))
 t, k = jnp.asarray(0.5), jnp.zeros((4, 4, 1), jnp.uint8)
 score = lambda x, t, key: -x
@@ -79,7 +80,7 @@ calls = {
         jnp.zeros((4, 4, 1, 2)), x, t, 2, "centre"
     ),
     "integers.decoder_nats": lambda: integers.decoder_nats(jnp.zeros((4, 4, 1, 2)), x, t, k, 2),
-    "predictions": lambda: predictions.from_prediction(lambda x, t: x, "x0", sde)(x, t, None),
+    "score.from_prediction": lambda: from_prediction(lambda x, t: x, "x0", sde)(x, t, None),
     "Density.logp": lambda: density().logp(np.ones((1, 4, 4, 1))),
     "Density.bound": lambda: density().bound(np.ones((1, 4, 4, 1))),
     "Density.sample": lambda: density().sample(key, 2),
@@ -91,7 +92,7 @@ calls = {
     "mlp": lambda: network.apply({"params": zeros}, x[None], t[None], train=False),
     "ncsnpp": lambda: shapes_of("ncsnpp", nf=8, ch_mult=(1,), num_res_blocks=1),
     "vdm": lambda: shapes_of("vdm", width=8, depth=1),
-    "adapters.Adapter": lambda: adapters.Adapter(network, sde)(zeros)(x, t, None),
+    "score.Adapter": lambda: Adapter(network, sde)(zeros)(x, t, None),
 }
 silent = []
 for name, call in calls.items() if wrong else ():

@@ -16,7 +16,7 @@ from sbml.divergence import Trace
 from sbml.estimate import Estimate
 from sbml.estimators import base
 from sbml.ode import Solver
-from sbml.predictions import PredictionScore, from_prediction
+from sbml.score import PredictionScore, from_prediction
 from sbml.sdes import SDE, SDES, VP, RectifiedFlow, Schedule
 from sbml.streams import stream
 from sbml.types import Array

@@ -15,15 +15,16 @@ import numpy as np
 import pytest
 import reference
 
-from sbml import adapters, bits, bound, likelihood, sdes
+from sbml import bits, bound, likelihood, sdes
 from sbml.networks import ncsnpp
 from sbml.ode import Solver
 from sbml.platform import compiler_options
+from sbml.score import Adapter
 
 SDE = sdes.VP()
 LEVELS = 256
 GIVEN = reference.load()
-score_of = adapters.Adapter(ncsnpp.Model(**reference.OPTIONS), SDE)
+score_of = Adapter(ncsnpp.Model(**reference.OPTIONS), SDE)
 SCORE = score_of(GIVEN.params)
 EPS = float(GIVEN.ode_eps)
 

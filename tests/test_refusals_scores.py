@@ -35,10 +35,11 @@ from refusals import (
     score,
 )
 
-from sbml import bound, likelihood, losses, ode, predictions, samplers, sampling, second_order
+from sbml import bound, likelihood, losses, ode, samplers, sampling, second_order
 from sbml.density import Density
 from sbml.divergence import Trace
 from sbml.samplers import known
+from sbml.score import from_prediction
 
 pytestmark = pytest.mark.usefixtures("unchecked")
 
@@ -203,7 +204,7 @@ CASES: Cases = {
         TIMES | EXAMPLES | {"v": LIKE_X["z"]},
     ),
     "prediction": (
-        lambda x, t: predictions.from_prediction(lambda x, t: x, "velocity", VP)(x, t),
+        lambda x, t: from_prediction(lambda x, t: x, "velocity", VP)(x, t),
         {"x": X, "t": T},
         TIMES | EXAMPLES,
     ),

@@ -10,7 +10,7 @@ import pytest
 import sbml
 from sbml import likelihood, ode
 from sbml.divergence import Trace
-from sbml.predictions import from_prediction
+from sbml.score import from_prediction
 from sbml.sdes import SDE, VP, LinearVE, Schedule
 from sbml.types import Array
 

@@ -11,10 +11,10 @@ import vdm_reference as reference
 from flax.traverse_util import flatten_dict
 
 from sbml import bits, discrete, samplers, sdes
-from sbml.adapters import Adapter, LinenScore
 from sbml.bound import Reduction
 from sbml.convert import vdm as vdm_checkpoint
 from sbml.networks import vdm
+from sbml.score import Adapter, LinenScore
 from sbml.sdes import SDE
 from sbml.types import Array
 

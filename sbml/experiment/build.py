@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from etils import epath
 from ml_collections import ConfigDict
 
-from sbml import adapters, data, discrete
+from sbml import data, discrete
 from sbml.experiment import architecture, schedule, trained
 from sbml.experiment.config import Config
 from sbml.experiment.noise import discrete_time, loss_unit, smallest_time, smallest_trained_time
@@ -22,6 +22,7 @@ from sbml.runtime import sharding
 from sbml.runtime.checkpoint import Checkpoints, Restored
 from sbml.runtime.state import TrainState
 from sbml.runtime.versions import versions
+from sbml.score import LEVELS
 from sbml.streams import stream
 from sbml.types import Score
 
@@ -241,7 +242,7 @@ class Experiment:
         free = architecture.FREE
         model = {field: v for field, v in config["model"].items() if field not in free}
         identity = {"sde": config["sde"], "score": config["score"], "model": model}
-        if self.adapter.parameterization == adapters.LEVELS:
+        if self.adapter.parameterization == LEVELS:
             identity["data"] = {"levels": self.adapter.levels, "values": self.adapter.data}
         return {**identity, "label_eps": self.adapter.eps}
 

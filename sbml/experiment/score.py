@@ -14,8 +14,7 @@ from typing import Any, ClassVar, Self
 import jax.numpy as jnp
 from flax import linen as nn
 
-from sbml import adapters, integers, networks
-from sbml.adapters import Adapter
+from sbml import integers, networks
 from sbml.experiment.data import Data
 from sbml.experiment.fields import (
     Section,
@@ -30,6 +29,7 @@ from sbml.experiment.fields import (
     refusal,
     section_errors,
 )
+from sbml.score import LABELS, LEVELS, PARAMETERIZATIONS, Adapter
 from sbml.sdes import SDE, SDES
 
 
@@ -132,7 +132,7 @@ class Network(Section):
 
 @dataclasses.dataclass(frozen=True)
 class Score(Section):
-    """How the network's output becomes a score; see ``sbml.adapters``.
+    """How the network's output becomes a score; see ``sbml.score``.
 
     Raises:
       ValueError: for a field outside its range; the message names the field, its value and the
@@ -141,9 +141,9 @@ class Score(Section):
 
     section: ClassVar[str] = "score"
 
-    parameterization: str = choice("noise", adapters.PARAMETERIZATIONS)
+    parameterization: str = choice("noise", PARAMETERIZATIONS)
     # the number that tells the network the time; ``time`` is 999 t
-    label: str = choice("time", adapters.LABELS)
+    label: str = choice("time", LABELS)
     # standard deviation of the data, at most 1 for data in [-1, 1]; it scales the network's input
     # for ``preconditioned``, ``x0``, ``velocity`` and ``levels``
     data_std: float = real(0.5, above=0, most=1)
@@ -167,7 +167,7 @@ class Score(Section):
         Raises:
           ValueError: the network embeds the logarithm of a label that is not positive at ``eps``.
         """
-        if self.parameterization == adapters.LEVELS:
+        if self.parameterization == LEVELS:
             network = network.clone(outputs=integers.outputs(data.levels))
         adapter = Adapter(
             network,

@@ -6,13 +6,14 @@ from typing import Any
 
 from flax.traverse_util import flatten_dict
 
-from sbml import adapters, data
+from sbml import data
 from sbml.experiment import architecture, noise
 from sbml.experiment.config import Config
 from sbml.experiment.data import Data
 from sbml.experiment.score import Process
 from sbml.experiment.training import Training
 from sbml.runtime.manifest import OtherModelError
+from sbml.score import LEVELS
 from sbml.sdes import SDE
 
 Metadata = dict[str, Any]
@@ -39,7 +40,7 @@ def check_score(config: Config, metadata: Metadata) -> None:
       ValueError: they do not; the message names the fields that differ.
     """
     architecture.check(config.plain(), metadata["config"], ("sde", "score", "model"))
-    if config.score.parameterization == adapters.LEVELS:
+    if config.score.parameterization == LEVELS:
         _check_levels(config.data, Data.of(metadata["config"]["data"], complete=False))
     tau = config.eval.tau or math.inf
     eps = noise.smallest_time(config.sde.build(), config.training, config.data, tau)

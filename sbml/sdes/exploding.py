@@ -117,7 +117,7 @@ class EDM(LinearVE):
     """EDM's noise levels: ``LinearVE`` from ``sigma_min``, at the smallest time, to ``sigma_max``.
 
     For EDM's inner network F use ``from_prediction(F, "edm", EDM(), data_std=0.5)``: it is called
-    with x / sqrt(v) and log(sigma) / 4 (``sbml.predictions``). For the denoiser D(x, sigma) use
+    with x / sqrt(v) and log(sigma) / 4 (``sbml.score``). For the denoiser D(x, sigma) use
     ``from_prediction(lambda x, t: D(x, sde.std(t)), "x0", sde)``.
 
     Reference: Karras et al., "Elucidating the Design Space of Diffusion-Based Generative Models",

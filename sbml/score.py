@@ -1,0 +1,391 @@
+"""From the output F of a network to a score, by one table for foreign networks and our own.
+
+With x_t = alpha x_0 + sigma e, the score is -e / sigma. F ~ y means that the network is trained to
+predict y. Let d be the data's standard deviation, v = alpha^2 d^2 + sigma^2 and u = x_t / sqrt(v):
+
+    kind             F ~ y                  e                                               input
+    noise            e                      F                                               x_t
+    score            -e / sigma             -sigma F                                        x_t
+    scaled_score     -e                     -F                                              x_t
+    preconditioned                          sigma / v x_t + alpha d / sqrt(v) F             u
+    residual         e - x_t                x_t + F                                         x_t
+    x0               x_0                    (x_t - alpha F) / sigma                         x_t, u
+    velocity         alpha e - sigma x_0    (sigma x_t + alpha F) / (alpha^2 + sigma^2)     x_t, u
+    flow             e - x_0                (x_t + alpha F) / (alpha + sigma)               x_t
+    edm                                     sigma / v x_t - alpha d / sqrt(v) F             u
+    levels           weights of levels      (x_t - alpha x^) / sigma, x^ by Bayes' rule     u
+
+The input u has unit variance at every noise level. For ``x0`` and ``velocity``, u is the input of
+networks of this package (:class:`Adapter`), and x_t that of others (:func:`from_prediction`).
+Song et al. have ``noise`` (VP and subVP), ``score`` and ``scaled_score`` (VE without and with
+model.scale_by_sigma), and VDM has ``residual``. ``edm`` is the form of Karras et al., and
+``preconditioned`` the same with the opposite sign: its first term is the best linear denoiser of
+white data, and the target of F has unit variance. Without such a term, a network's prediction for
+an unusual test image can be far too large. ``levels`` is described in ``sbml.integers``.
+
+*Where alpha = 0,* x_t is pure noise. For three kinds the table has a formula of x_0 without a
+division by alpha:
+
+    x0               x_0 = F
+    velocity         x_0 = (alpha x_t - sigma F) / (alpha^2 + sigma^2)
+    flow             x_0 = (x_t - sigma F) / (alpha + sigma)
+
+If alpha(T) = 0, as for ``RectifiedFlow`` and ``Cosine``, the scores of these kinds have
+``predictions`` (``sbml.types``). Their probability-flow ODE runs up to T and its prior is exact, if
+the slope of alpha at T is finite and not 0. The ODE of any other kind or schedule ends at the SDE's
+``largest_time``, where alpha / sigma = 1e-3, and the remaining signal is neglected. For data of
+mean m, the mean of log p is then too small by 1e-6 |m|^2 / 2 nats, and log p of one example has an
+error of about 1e-3 |m| nats of either sign.
+
+*Labels.* The second input of a foreign network is t, or log(sigma / alpha) / 4 for ``edm``. For
+networks of this package it is one of these, where lambda is the log-SNR:
+
+    time             999 t (Song et al.); it hardly changes below t = 1e-3, where for ``VP`` a fifth
+                     of the importance-sampled times lie
+    log_snr          lambda(eps) - lambda(t)
+    sigma            sigma(t), for Fourier embeddings of log sigma
+    scaled_log_snr   1000 (l_1 - lambda(t)) / (l_1 - l_0), where l_0 < l_1 are two fixed numbers,
+                     which may differ from the ends of lambda (VDM)
+
+If alpha(T) = 0, lambda(T) is -infinity. Here lambda is therefore constant from ``largest_time`` on;
+the times of training end there. Embeddings have frequencies of up to one radian for each unit of
+the label. If a label changes much faster than the log-SNR, so does the network's output, and the
+probability-flow ODE becomes stiff.
+
+References: Salimans & Ho 2022 (velocity); Lipman et al. 2023 and Liu et al. 2023 (flow matching);
+Karras et al. 2022 (EDM).
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Float, Integer
+
+from sbml import integers, pytrees, scalars
+from sbml.scalars import Number
+from sbml.sdes import SDE, Kernel, check_sde
+from sbml.types import (
+    Array,
+    Batch,
+    Example,
+    Key,
+    Pixels,
+    Scalar,
+    Vector,
+    check_example,
+    check_function,
+    of_shape,
+)
+
+Network = Callable[..., Array]  # of x_t and t, of one example or of a batch
+Pair = Callable[[Example, Scalar], tuple[Example, ...]]  # of x and t: x_0 and e
+Condition = Integer[Array, ""] | Float[Array, ""] | int
+Real = Float[Array, "..."]
+
+
+class Data(NamedTuple):
+    """What the formulas use of the data: d and, for ``levels``, two fields of :class:`Adapter`."""
+
+    std: Number
+    levels: int = 0
+    kind: str = "uniform"
+
+
+Formula = Callable[[Real, Real, Real, Real, Data], Real]  # of F, x_t, alpha, sigma and the data
+X, U = "x_t", "x_t / sqrt(v)"  # the inputs
+
+
+@dataclasses.dataclass(frozen=True)
+class Prediction:
+    """A row of the table; an input is None if there are no such networks."""
+
+    noise: Formula
+    denoised: Formula | None = None  # x_0, if it does not divide by alpha
+    foreign: str | None = X  # the input of a foreign network
+    ours: str | None = X  # the input of a network of this package
+    label: Callable[[Kernel, Scalar], Scalar] = lambda sde, t: t  # of a foreign network
+
+
+def _preconditioned(f: Real, x: Real, alpha: Real, sigma: Real, data: Data) -> Real:
+    v = (alpha * data.std) ** 2 + sigma**2
+    return sigma / v * x + alpha * data.std / jnp.sqrt(v) * f
+
+
+def _of_levels(f: Real, x: Real, alpha: Real, sigma: Real, data: Data) -> Real:
+    y, rho = x / alpha, sigma / alpha  # y = x_0 + rho e
+    return (y - integers.posterior_mean(f, y, rho, data.levels, data.kind)) / rho
+
+
+LEVELS = "levels"
+PREDICTIONS = {
+    "noise": Prediction(lambda f, x, a, s, data: f),
+    "score": Prediction(lambda f, x, a, s, data: -s * f),
+    "scaled_score": Prediction(lambda f, x, a, s, data: -f),
+    "preconditioned": Prediction(_preconditioned, foreign=U, ours=U),
+    "residual": Prediction(lambda f, x, a, s, data: x + f),
+    "x0": Prediction(lambda f, x, a, s, data: (x - a * f) / s, lambda f, *_: f, ours=U),
+    "velocity": Prediction(
+        lambda f, x, a, s, data: (s * x + a * f) / (a**2 + s**2),
+        lambda f, x, a, s, data: (a * x - s * f) / (a**2 + s**2),
+        ours=U,
+    ),
+    "flow": Prediction(
+        lambda f, x, a, s, data: (x + a * f) / (a + s),
+        lambda f, x, a, s, data: (x - s * f) / (a + s),
+        ours=None,
+    ),
+    "edm": Prediction(
+        lambda f, x, a, s, data: _preconditioned(-f, x, a, s, data),
+        foreign=U,
+        ours=None,
+        label=lambda sde, t: 0.25 * jnp.log(sde.std(t) / sde.mean_coef(t)),
+    ),
+    LEVELS: Prediction(_of_levels, foreign=None, ours=U),
+}
+FOREIGN = tuple(kind for kind, entry in PREDICTIONS.items() if entry.foreign)
+PARAMETERIZATIONS = tuple(kind for kind, entry in PREDICTIONS.items() if entry.ours)
+LABELS = ("time", "log_snr", "sigma", "scaled_log_snr")
+
+
+def _input(which: str | None, x: Real, alpha: Real, sigma: Real, data_std: Number) -> Real:
+    if which == X:
+        return x
+    return _like(1 / jnp.sqrt((alpha * data_std) ** 2 + sigma**2), x) * x
+
+
+def _like(c: Real, x: Real) -> Real:
+    """``c ()`` or ``(n,)`` with axes of 1, to be multiplied with ``x (*s)`` or ``(n, *s)``."""
+    return jnp.asarray(c).reshape(*jnp.shape(c), *(1,) * (x.ndim - jnp.ndim(c)))
+
+
+def _check_choice(value: str, name: str, choices: Iterable[str]) -> None:
+    if value not in choices:
+        raise ValueError(f"unknown {name} {value!r}; choose from {', '.join(choices)}")
+
+
+@pytrees.register
+@dataclasses.dataclass(frozen=True)
+class PredictionScore:
+    """The score of a network that predicts ``kind``: see :func:`from_prediction`.
+
+    It is a pytree. Its leaves are the numbers of the SDE, ``data_std`` and, if the network is a
+    pytree, the network's parameters.
+    """
+
+    network: Network
+    kind: str
+    sde: Kernel
+    data_std: float
+    batched: bool = False
+
+    def __call__(self, x: Example, t: Scalar, key: Key | None = None) -> Example:
+        """grad_x log p_t(x) of one example, shape ``(*s)``; ``key`` is not used."""
+        return -self._of(x, t, PREDICTIONS[self.kind].noise)[0] / self.sde.std(t)
+
+    @property
+    def predictions(self) -> Pair | None:
+        """E[x_0 | x_t] and E[e | x_t] by one call of the network; None if x_0 divides by alpha."""
+        entry = PREDICTIONS[self.kind]
+        return entry.denoised and (lambda x, t: self._of(x, t, entry.denoised, entry.noise))
+
+    def _of(self, x: Example, t: Scalar, *formulas: Formula) -> tuple[Example, ...]:
+        """The value of each formula, ``(*s)``, by one call of the network."""
+        check_example(x, t)
+        entry, alpha, sigma = PREDICTIONS[self.kind], self.sde.mean_coef(t), self.sde.std(t)
+        seen = _input(entry.foreign, x, alpha, sigma, self.data_std)
+        told = jnp.asarray(entry.label(self.sde, t))
+        f = self.network(seen[None], told[None])[0] if self.batched else self.network(seen, told)
+        f = of_shape(f, x)
+        return tuple(formula(f, x, alpha, sigma, Data(self.data_std)) for formula in formulas)
+
+
+def from_prediction(
+    network: Network,
+    kind: str,
+    sde: Kernel,
+    *,
+    data_std: float = 0.5,
+    batched: bool = False,
+) -> PredictionScore:
+    """The score (``sbml.types``) of a function that predicts ``kind``.
+
+    Args:
+      network: ``network(x_t, t)`` of one example ``(*s)`` and its time ``()``, shape ``(*s)``. If a
+        network was trained with another label than t, wrap it: ``lambda x, t: net(x, 1000 * t)``.
+        For ``edm`` and ``preconditioned`` it gets the inputs that the module's docstring states.
+      kind: the name of the prediction, one of those in the module's docstring but ``levels``.
+      sde: the forward process that the network was trained on.
+      data_std: the standard deviation d of the data, for ``edm`` and ``preconditioned``.
+      batched: whether ``network`` takes batches, ``x_t (n, *s)`` and ``t (n,)``.
+
+    Raises:
+      ValueError: an unknown kind, a ``data_std`` that is not positive and finite, a ``network``
+        that cannot be called with ``x`` and ``t``, or an ``sde`` that is no instance of an SDE.
+    """
+    check_function(network, "network", "x", "t")
+    check_sde(sde)
+    _check_choice(kind, "prediction", FOREIGN)
+    scalars.check_positive(data_std, "data_std", finite=True)
+    if not scalars.is_traced(data_std):
+        data_std = float(data_std)
+    return PredictionScore(network, kind, sde, data_std, bool(batched))
+
+
+@dataclasses.dataclass(frozen=True)
+class Adapter:
+    """``adapter(params)`` is a score (see ``sbml.types``) of the Linen network ``model``.
+
+    Attributes:
+      model: a Linen module called as ``model(x (n, *s), label (n,), train=...)``.
+      sde: the forward process, an SDE or the noise levels of a discrete-time one.
+      parameterization: one of ``PARAMETERIZATIONS``, the kinds of networks of this package.
+      label: ``time``, ``log_snr``, ``sigma`` or ``scaled_log_snr``.
+      data_std: d, the data's standard deviation in [-1, 1].
+      eps: the smallest time, where the ``log_snr`` label is 0.
+      labels: an SDE from which labels are computed, if it is not ``sde``. A network that is trained
+        on the noise levels ``sde`` and evaluated with an SDE then gets the same label for the same
+        log-SNR in both.
+      log_snr_range: (l_0, l_1), for ``scaled_log_snr``; the default is VDM's.
+      levels: the number of levels L, for the parameterization ``levels``. The model then gives
+        ``integers.outputs(L)`` numbers for each entry of an example.
+      data: for the parameterization ``levels``, ``centre`` if the data are bin centres, or
+        ``uniform`` if they are spread evenly over their bins.
+
+    Raises:
+      ValueError: a field is outside these, or the model of ``levels`` has no field ``outputs``.
+    """
+
+    model: nn.Module
+    sde: Kernel
+    parameterization: str = "noise"
+    label: str = "time"
+    data_std: float = 0.5
+    eps: float = 1e-5
+    labels: SDE | None = None
+    log_snr_range: tuple[float, float] = (-5.0, 13.3)
+    levels: int = 0
+    data: str = "uniform"
+
+    def __post_init__(self) -> None:
+        _check_choice(self.parameterization, "parameterization", PARAMETERIZATIONS)
+        _check_choice(self.label, "time label", LABELS)
+        scalars.check_positive(self.data_std, "data_std", finite=True)
+        if self.parameterization == LEVELS:
+            needed = integers.outputs(self.levels)
+            _check_choice(self.data, "data of an integer denoiser", integers.DATA)
+            if getattr(self.model, "outputs", None) is None:
+                raise ValueError(
+                    f"{type(self.model).__name__} has no field outputs: an integer denoiser needs "
+                    f"a network that gives {needed} numbers for every entry"
+                )
+        least, largest = self.log_snr_range
+        if not least < largest:
+            raise ValueError(f"log_snr_range={self.log_snr_range}: the first must be the smaller")
+        self.sde.check_time(self.eps)
+
+    def init(self, key: Key, shape: tuple[int, ...]) -> Any:
+        """Parameters for examples of shape ``shape``."""
+        return self.model.init(key, jnp.zeros((1, *shape)), jnp.ones((1,)), train=False)["params"]
+
+    def __call__(self, params: Any, condition: Condition | None = None) -> "LinenScore":
+        """The score; ``condition``, a scalar, is the class for a class-conditional model."""
+        return LinenScore(self, params, condition)
+
+    def time_label(self, t: Vector) -> Vector:
+        """The labels ``(n,)`` that the network gets for the times ``t (n,)``."""
+        sde = self.labels or self.sde
+        if self.labels:
+            t = self.labels.time(self.sde.log_snr(t))
+        if self.label == "time":
+            return 999.0 * t
+        if self.label == "sigma":
+            return sde.std(t)
+        log_snr = sde.log_snr(jnp.minimum(t, sde.largest_time) if _vanishes(sde) else t)
+        if self.label == "log_snr":
+            return sde.log_snr(jnp.asarray(self.eps, t.dtype)) - log_snr
+        least, largest = self.log_snr_range
+        return 1000.0 * (largest - log_snr) / (largest - least)
+
+    def network_input(self, x: Batch, t: Vector) -> Batch:
+        """The network's input for ``x (n, *s)`` at ``t (n,)``."""
+        which = PREDICTIONS[self.parameterization].ours
+        return _input(which, x, self.sde.mean_coef(t), self.sde.std(t), self.data_std)
+
+
+def _vanishes(sde: Kernel) -> bool:
+    """Whether alpha(T) = 0; False for an SDE whose numbers are traced."""
+    return not scalars.is_traced(sde.largest_time) and sde.largest_time < sde.T
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class LinenScore:
+    """A score: ``__call__`` for one example, ``batch`` for many. A key turns dropout on."""
+
+    adapter: Adapter = dataclasses.field(metadata={"static": True})
+    params: Any
+    condition: Condition | None = None
+
+    def __call__(self, x: Example, t: Scalar, key: Key | None) -> Example:
+        return self.batch(x[None], jnp.asarray(t)[None], key)[0]
+
+    def batch(self, x: Batch, t: Vector, key: Key | None) -> Batch:
+        """Scores of ``x (n, *s)`` at ``t (n,)``; one key for the whole batch."""
+        (noise,) = self._of(x, t, key, PREDICTIONS[self.adapter.parameterization].noise)
+        return -noise / _like(self.adapter.sde.std(t), x)
+
+    @property
+    def predictions(self) -> Pair | None:
+        """E[x_0 | x_t] and E[e | x_t] of one example by one call of the network; None if x_0
+        divides by alpha, or if alpha(T) > 0: the score is then enough for the ODE."""
+        entry = PREDICTIONS[self.adapter.parameterization]
+        if entry.denoised is None or not _vanishes(self.adapter.sde):
+            return None
+        both = entry.denoised, entry.noise
+        return lambda x, t: tuple(
+            e[0] for e in self._of(x[None], jnp.asarray(t)[None], None, *both)
+        )
+
+    def decoder_nats(self, y: Example, t: Scalar, pixels: Pixels) -> Scalar:
+        """-log p(pixels | x_t) of one example, x_t = alpha y: nats, a scalar.
+
+        Raises:
+          ValueError: the parameterization is not ``levels``, or the data are not bin centres.
+        """
+        a = self.adapter
+        if a.parameterization != LEVELS or a.data != "centre":
+            raise ValueError(
+                f"a score with parameterization={a.parameterization!r} of data={a.data!r} has no "
+                "learned decoder: train with score.parameterization=levels and "
+                "data.dequantization=centre, or evaluate another dequantizer"
+            )
+        alpha = a.sde.mean_coef(t)
+        out = self._network((alpha * y)[None], t[None], None)[0]
+        return integers.decoder_nats(out, y, a.sde.std(t) / alpha, pixels, a.levels)
+
+    def _of(self, x: Batch, t: Vector, key: Key | None, *formulas: Formula) -> tuple[Batch, ...]:
+        """The value of each formula, ``(n, *s)``, by one call of the network."""
+        a, f = self.adapter, self._network(x, t, key)
+        alpha, sigma = _like(a.sde.mean_coef(t), x), _like(a.sde.std(t), x)
+        data = Data(a.data_std, a.levels, a.data)
+        return tuple(formula(f, x, alpha, sigma, data) for formula in formulas)
+
+    def _network(self, x: Batch, t: Vector, key: Key | None) -> Array:
+        """F, ``(n, *s)``, or for ``levels`` with a last axis of outputs."""
+        a = self.adapter
+        options: dict[str, Any] = {}
+        if self.condition is not None:
+            options["condition"] = jnp.broadcast_to(self.condition, t.shape)
+        f: Any = a.model.apply(
+            {"params": self.params},
+            a.network_input(x, t),
+            a.time_label(t),
+            train=key is not None,
+            rngs=None if key is None else {"dropout": key},
+            **options,
+        )
+        return f if a.parameterization == LEVELS else of_shape(f, x)

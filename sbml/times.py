@@ -52,6 +52,21 @@ def _check_counts(n: int, draws: int) -> None:
     scalars.check_count(draws, "draws")
 
 
+def _uniform(key: Key, shape: tuple[int, ...] = ()) -> Elementwise:
+    """Uniform numbers that are rounded to the nearest floating-point number in [0, 1].
+
+    JAX's uniform numbers are multiples of eps = 2^-23, also near 0, where floating-point numbers
+    are much denser. A second number, times eps, adds the missing digits.
+    """
+    coarse, fine = jax.random.uniform(key, (2, *shape))
+    return coarse + jnp.finfo(coarse.dtype).eps * fine
+
+
+def _below_one(u: Draws) -> Draws:
+    """``u`` in [0, 1): rounding can give 1."""
+    return jnp.minimum(u, 1 - jnp.finfo(u.dtype).epsneg)
+
+
 def iid(key: Key, n: int, draws: int = 1) -> Draws:
     """``(n, draws)`` independent uniform points in [0, 1).
 
@@ -60,7 +75,7 @@ def iid(key: Key, n: int, draws: int = 1) -> Draws:
     """
     _check_counts(n, draws)
     check_key(key)
-    return jax.random.uniform(key, (n, draws))
+    return _below_one(_uniform(key, (n, draws)))
 
 
 def lattice(key: Key, n: int, draws: int = 1) -> Draws:
@@ -77,10 +92,8 @@ def lattice(key: Key, n: int, draws: int = 1) -> Draws:
     _check_counts(n, draws)
     check_key(key)
     shift_key, order_key = jax.random.split(key)
-    row = (jax.random.permutation(order_key, n) + jax.random.uniform(shift_key)) / n
-    u = (jnp.arange(draws)[None] + row[:, None]) / draws
-    # (n - 1 + U) / n can round up to 1 in float32, which lies outside [0, 1).
-    return jnp.minimum(u, 1 - jnp.finfo(u.dtype).epsneg)
+    row = (jax.random.permutation(order_key, n) + _uniform(shift_key)) / n
+    return _below_one((jnp.arange(draws)[None] + row[:, None]) / draws)
 
 
 DRAWS = {"iid": iid, "lattice": lattice}
@@ -89,7 +102,7 @@ DRAWS = {"iid": iid, "lattice": lattice}
 def check_points(u: Elementwise) -> None:
     """Check that points lie in [0, 1]. Values are not checked inside ``jit`` and ``vmap``.
 
-    Random draws are below 1, but a caller may also give the end u = 1, which is the time T.
+    Random draws are below 1, but a caller may also give the end u = 1.
 
     Raises:
       ValueError: if they do not, or are not floating-point numbers; the message names their range
@@ -329,8 +342,11 @@ class Velocity(Importance):
     velocity F = alpha z - sigma x is an error dz of the noise z with |dz|^2 = alpha^2 |dF|^2. So
     the diffusion term of the bound, the integral of 1/2 |dz|^2 over lambda, is Z / 2 times the mean
     of |dF|^2 over these times. For any other process, the density over lambda is the same, as if
-    the process were the variance-preserving one with the same signal-to-noise ratio. In float32,
-    points u near 1 are too coarse if alpha(T) = 0: the mean weight over lambda is 2% too small.
+    the process were the variance-preserving one with the same signal-to-noise ratio.
+
+    Unlike in the other proposals, u = 0 gives the time T, and u = 1 gives eps. If alpha(T) = 0,
+    softplus(lambda) is 1e-6 at T, and the weights of the times with u below 1e-6 are a tenth of the
+    mean weight over lambda. Floating-point numbers tell such times apart only if they are near 0.
     """
 
     def _ends(self) -> tuple[Scalar, Scalar]:
@@ -342,7 +358,7 @@ class Velocity(Importance):
         check_points(u)
         first, last = self._ends()
         # Counted from T: a difference from f(eps) would lose all digits where f is small.
-        s = last + (first - last) * (1 - u)
+        s = last + (first - last) * u
         alpha2 = -jnp.expm1(-s)  # sigmoid(lambda)
         t = self.sde.time(s + jnp.log(alpha2))
         t = jnp.clip(t, self.eps, self.sde.largest_time)

@@ -103,7 +103,7 @@ class GaussianControl:
 
     @classmethod
     def fit(
-        cls, x: Num[np.ndarray, " n *s"], *, noise_variance: float = 0.0, full: bool | None = None
+        cls, x: Num[np.ndarray, " n *s"], *, noise_variance: Number = 0.0, full: bool | None = None
     ) -> "GaussianControl":
         """Fit a Gaussian to ``x (n, *s)``, numbers of any type.
 
@@ -120,7 +120,7 @@ class GaussianControl:
           ValueError: ``noise_variance`` is negative or not finite, or ``x`` are no finite real
             numbers.
         """
-        if not 0 <= noise_variance < math.inf:
+        if not scalars.is_traced(noise_variance) and not 0 <= noise_variance < math.inf:
             raise ValueError(f"noise_variance={noise_variance}: give a variance of at least 0")
         x = np.asarray(x)
         if not x.ndim or np.iscomplexobj(x):
@@ -349,7 +349,7 @@ def pilot(
     eps: float,
     control: GaussianControl | None = None,
     bins: int = 32,
-    floor: float = 0.1,
+    floor: Number = 0.1,
 ) -> Array:
     """Estimate a density ``(bins,)`` of the points u for :func:`elbo` from examples ``x (n, *s)``.
 

@@ -72,6 +72,11 @@ def minimum(x: Number, y: Number) -> Number:
     return jnp.minimum(x, y) if is_traced(x, y) else min(x, y)
 
 
+def maximum(x: Number, y: Number) -> Number:
+    """The larger of two numbers."""
+    return jnp.maximum(x, y) if is_traced(x, y) else max(x, y)
+
+
 def constant(f: Callable[[], Any]) -> Number:
     """``f()`` as a float, also inside ``jit``; a tracer if it depends on a tracer."""
     with jax.ensure_compile_time_eval():

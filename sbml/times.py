@@ -39,6 +39,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Float
 
 from sbml import compiler, scalars
+from sbml.scalars import Number
 from sbml.sdes import SDE
 from sbml.types import Array, Elementwise, Key, Scalar, Vector, check_key
 
@@ -188,7 +189,7 @@ def warp(u: Elementwise, density: Bins) -> tuple[Elementwise, Elementwise]:
     return jnp.clip(v, 0, 1 - jnp.finfo(v.dtype).epsneg), 1 / (bins * mass[k])
 
 
-def with_floor(scale: Bins, floor: float = 0.1) -> Bins:
+def with_floor(scale: Bins, floor: Number = 0.1) -> Bins:
     """A density q = (1 - floor) scale / mean(scale) + floor of mean 1, for :func:`warp`.
 
     No weight 1/q exceeds 1 / floor. So however wrong ``scale`` is, the second moment of an estimate
@@ -206,7 +207,7 @@ def with_floor(scale: Bins, floor: float = 0.1) -> Bins:
     Raises:
       ValueError: for a ``floor`` outside (0, 1], or a ``scale`` of another rank.
     """
-    if not 0 < floor <= 1:
+    if not scalars.is_traced(floor) and not 0 < floor <= 1:
         raise ValueError(f"floor={floor}: must lie in (0, 1]")
     _check_bins(scale, "scale")
     compiler.check()

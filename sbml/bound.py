@@ -120,6 +120,7 @@ class GaussianControl:
           ValueError: ``noise_variance`` is negative or not finite, or ``x`` are no finite real
             numbers.
         """
+        scalars.check_number(noise_variance, "noise_variance")
         if not scalars.is_traced(noise_variance) and not 0 <= noise_variance < math.inf:
             raise ValueError(f"noise_variance={noise_variance}: give a variance of at least 0")
         x = np.asarray(x)
@@ -225,8 +226,7 @@ def prior_kl(sde: SDE, x: Example, variance: Number = 1.0) -> Scalar:
     compiler.check()
     check_example(x)
     x = in_full_precision(x)
-    if np.ndim(variance):
-        raise ValueError(f"variance has shape {np.shape(variance)}: give one number")
+    scalars.check_number(variance, "variance")
     scalars.check_positive(variance, "variance")
     mean, std = sde.marginal(x, jnp.asarray(sde.largest_time, x.dtype))
     mean, std = sde.stretch * mean, sde.stretch * std

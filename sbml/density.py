@@ -102,6 +102,7 @@ class Density:
         if self.levels is not None:
             bits.check_levels(self.levels, bits.MOST_LEVELS)
         if self.eps is not None:
+            scalars.check_number(self.eps, "eps")
             object.__setattr__(self, "eps", float(self.eps))  # An array is not hashable.
         scalars.check_count(self.batch_size, "batch_size")
         scalars.check_count(self.seed, "seed", 0)

@@ -188,7 +188,7 @@ def reconstruction(
       ValueError: ``pixels`` are not integers 0 .. levels - 1, ``z`` has another shape than they or
         is not of floating-point numbers, or ``eps`` is outside the SDE's times.
     """
-    check_example(z, eps)
+    check_example(z, eps, name="z")
     bits.check_pixels(pixels, noise.levels, z)
     sde.check_time(eps)
     rho = jnp.exp(-0.5 * sde.log_snr(eps))

@@ -129,6 +129,7 @@ class Solver:
                 scalars.check_count(steps, name)
         # With icoeff <= 0 a step would not become shorter after an error that is too large.
         scalars.check_positive(self.icoeff, "icoeff", finite=True)
+        scalars.check_number(self.pcoeff, "pcoeff")
         if not 0 <= self.pcoeff < math.inf:
             raise ValueError(f"pcoeff={self.pcoeff}: must be finite and not negative")
 
@@ -203,7 +204,7 @@ def transport(
     x = in_full_precision(x)
     for t in (t0, t1):
         if not scalars.is_traced(t, sde.T) and not 0 <= t <= sde.T:
-            raise ValueError(f"from t={t0} to {t1}: times lie in [0, {sde.T}]")
+            raise ValueError(f"t0={t0}, t1={t1}: times lie in [0, {sde.T}]")
 
     def field(t: Scalar, x: Example) -> Example:
         return velocity(score, sde, x, t)
@@ -245,7 +246,7 @@ def solve(
     Raises:
       ValueError: if ``y`` is not of floating-point numbers, or an end is negative or not finite.
     """
-    check_example(y)
+    check_example(y, name="y")
     y = in_full_precision(y)
     method, per_step, once = _method(solver)
     end, stats = _integrate(_in_u(field, solver), method, t0, t1, y, solver)
@@ -279,7 +280,7 @@ def solve_with_integral(
     if not scalars.is_traced(t0, t1) and t1 < t0:
         raise ValueError(f"from t={t0} to {t1}: integrals are taken forwards only, swap the ends")
 
-    check_example(y)
+    check_example(y, name="y")
     y = in_full_precision(y)
 
     def joint_in_u(u: Array, y: Array) -> tuple[Array, Array, Array]:
@@ -341,7 +342,7 @@ def _integrate(
     """
     compiler.check()
     if not scalars.is_traced(t0, t1) and not (0 <= t0 < math.inf and 0 <= t1 < math.inf):
-        raise ValueError(f"from t={t0} to {t1}: give finite times of at least 0")
+        raise ValueError(f"t0={t0}, t1={t1}: give finite times of at least 0")
     u0, u1 = t0 ** (1 / solver.power), t1 ** (1 / solver.power)
     first, controller, max_steps = _steps(solver, u1 - u0)
     solution = diffrax.diffeqsolve(

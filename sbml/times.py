@@ -40,7 +40,7 @@ from jaxtyping import Float
 
 from sbml import compiler, scalars
 from sbml.scalars import Number
-from sbml.sdes import SDE
+from sbml.sdes import SDE, check_sde
 from sbml.types import Array, Elementwise, Key, Scalar, Vector, check_key
 
 Bins = Float[Array, "bins"]
@@ -100,8 +100,9 @@ def lattice(key: Key, n: int, draws: int = 1) -> Draws:
 DRAWS = {"iid": iid, "lattice": lattice}
 
 
-def check_points(u: Elementwise) -> None:
-    """Check that points lie in [0, 1]. Values are not checked inside ``jit`` and ``vmap``.
+def check_points(u: Elementwise, name: str = "u") -> None:
+    """Check that points ``u``, the argument ``name``, lie in [0, 1]. Values are not checked inside
+    ``jit`` and ``vmap``.
 
     Random draws are below 1, but a caller may also give the end u = 1.
 
@@ -111,15 +112,15 @@ def check_points(u: Elementwise) -> None:
     """
     if not hasattr(u, "dtype") or not jnp.issubdtype(u.dtype, jnp.floating):
         kind = getattr(u, "dtype", type(u).__name__)
-        raise ValueError(f"u is {kind}: give points in [0, 1), an array as of times.lattice")
+        raise ValueError(f"{name} is {kind}: give points in [0, 1), an array as of times.lattice")
     if scalars.is_traced(u) or not u.size:
         return
     points = np.asarray(u)  # By NumPy: JAX would trace its operations inside ``jit``.
     least, largest = points.min(), points.max()
     if not (least >= 0 and largest <= 1):
         raise ValueError(
-            f"u lies in [{least:g}, {largest:g}]: give points in [0, 1), such as times.lattice "
-            "draws"
+            f"{name} lies in [{least:g}, {largest:g}]: give points in [0, 1), such as "
+            "times.lattice draws"
         )
 
 
@@ -207,6 +208,7 @@ def with_floor(scale: Bins, floor: Number = 0.1) -> Bins:
     Raises:
       ValueError: for a ``floor`` outside (0, 1], or a ``scale`` of another rank.
     """
+    scalars.check_number(floor, "floor")
     if not scalars.is_traced(floor) and not 0 < floor <= 1:
         raise ValueError(f"floor={floor}: must lie in (0, 1]")
     _check_bins(scale, "scale")
@@ -243,10 +245,11 @@ def tally(counts: Counts, v: Vector, values: Vector, decay: float) -> Counts:
         checked inside ``jit``.
     """
     compiler.check()
-    check_points(v)
+    check_points(v, "v")
     if np.ndim(counts) != 2 or len(counts) != 2 or not np.size(counts):
         shape = np.shape(counts)
         raise ValueError(f"counts have shape {shape}: give (2, bins), zeros at the start")
+    scalars.check_number(decay, "decay")
     if not scalars.is_traced(decay) and not 0 <= decay <= 1:
         raise ValueError(f"decay={decay}: must lie in [0, 1]")
     counts, values = jnp.asarray(counts), jnp.asarray(values)
@@ -277,6 +280,7 @@ class Proposal(abc.ABC):
     eps: float
 
     def __post_init__(self) -> None:
+        check_sde(self.sde, SDE)
         self.sde.check_time(self.eps)
 
     @abc.abstractmethod

@@ -303,7 +303,7 @@ def test_points_outside_the_unit_interval_are_refused(u: list[float], message: s
             proposal.at(points)
     with pytest.raises(ValueError, match=message):
         warp(points, jnp.ones(4))
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=message.replace("u", "v", 1)):
         tally(jnp.zeros((2, 4)), points, jnp.ones(points.shape), 0.5)
 
 

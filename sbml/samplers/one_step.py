@@ -76,6 +76,7 @@ class DDIM(FixedSteps):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        scalars.check_number(self.eta, "eta")
         if not scalars.is_traced(self.eta) and not 0 <= self.eta <= 1:
             raise ValueError(f"eta={self.eta}: must lie in [0, 1]")
 

@@ -104,7 +104,7 @@ class GaussianControl:
 
     @classmethod
     def fit(
-        cls, x: Num[np.ndarray, " n *s"], *, noise_variance: float = 0.0, full: bool | None = None
+        cls, x: Num[np.ndarray, " n *s"], *, noise_variance: Number = 0.0, full: bool | None = None
     ) -> "GaussianControl":
         """Fit a Gaussian to ``x (n, *s)``, numbers of any type.
 
@@ -121,7 +121,8 @@ class GaussianControl:
           ValueError: ``noise_variance`` is negative or not finite, or ``x`` are no finite real
             numbers.
         """
-        if not 0 <= noise_variance < math.inf:
+        scalars.check_number(noise_variance, "noise_variance")
+        if not scalars.is_traced(noise_variance) and not 0 <= noise_variance < math.inf:
             raise ValueError(f"noise_variance={noise_variance}: give a variance of at least 0")
         x = np.asarray(x)
         if not x.ndim or np.iscomplexobj(x):
@@ -237,8 +238,7 @@ def prior_kl(sde: SDE, x: Example, variance: Number = 1.0) -> Scalar:
     compiler.check()
     check_example(x)
     x = in_full_precision(x)
-    if np.ndim(variance):
-        raise ValueError(f"variance has shape {np.shape(variance)}: give one number")
+    scalars.check_number(variance, "variance")
     scalars.check_positive(variance, "variance")
     mean, std = sde.marginal(x, jnp.asarray(sde.largest_time, x.dtype))
     mean, std = sde.stretch * mean, sde.stretch * std
@@ -360,7 +360,7 @@ def pilot(
     eps: float,
     control: GaussianControl | None = None,
     bins: int = 32,
-    floor: float = 0.1,
+    floor: Number = 0.1,
 ) -> Array:
     """Estimate a density ``(bins,)`` of the points u for :func:`elbo` from examples ``x (n, *s)``.
 

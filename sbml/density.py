@@ -69,7 +69,8 @@ class Density:
       eps: the smallest time; None for the SDE's ``smallest_time``.
       trace: how the divergence is computed; None for the exact trace up to 64 dimensions, and two
         Rademacher probes above.
-      solver: how the ODE is solved.
+      solver: how the ODE is solved. For ``logp`` and ``bits_per_dim`` the tolerances are at least
+        1e-6 in float32, because a solve with a tenth of them measures the solver's error.
       batch_size: the number of examples that are computed at once.
       seed: the seed of all random draws, except those of ``sample``.
       budget: the largest solver error that counts as converged, in bits/dim or in nats per
@@ -102,6 +103,7 @@ class Density:
         if self.levels is not None:
             bits.check_levels(self.levels, bits.MOST_LEVELS)
         if self.eps is not None:
+            scalars.check_number(self.eps, "eps")
             object.__setattr__(self, "eps", float(self.eps))  # An array is not hashable.
         scalars.check_count(self.batch_size, "batch_size")
         scalars.check_count(self.subset, "subset")
@@ -317,6 +319,8 @@ class Density:
 
     def _solve(self, data: Examples, target: Target, dims: int) -> Estimate:
         """Solve for all examples, and again for a subset with new draws and a stricter solver."""
+        # A solve with a tenth of the tolerances measures the solver's error.
+        ode.check_tolerances(self.solver, jnp.result_type(float), "solver.", factor=10)
         estimator = ode_estimator.Estimator(self._trace)
         ids, terms = np.arange(len(data)), _terms(estimator, target)
         rows_of = self._rows_of(estimator, target, data)

@@ -62,7 +62,7 @@ Decoder = Callable[[Array, Array, Array], Array]  # (y, eps, pixels) -> nats, se
 TAU = 3.0  # half a bin at the smallest time, in standard deviations of the noise
 
 
-def bin_log_snr(levels: int, tau: float = TAU) -> float:
+def bin_log_snr(levels: int, tau: Number = TAU) -> Number:
     """The log-SNR at which half a bin is ``tau`` standard deviations of the noise wide.
 
     Raises:
@@ -70,7 +70,7 @@ def bin_log_snr(levels: int, tau: float = TAU) -> float:
     """
     bits.check_levels(levels)
     scalars.check_positive(tau, "tau")
-    return -2 * math.log(1 / (levels * tau))
+    return 2 * scalars.log(levels * tau)
 
 
 def truncated_normal(e: Elementwise, tau: Number) -> Elementwise:
@@ -86,7 +86,7 @@ def truncated_normal(e: Elementwise, tau: Number) -> Elementwise:
     return jnp.clip(jnp.sign(e) * magnitude, -tau, tau)
 
 
-def smallest_time(sde: SDE, levels: int, eps: Number, tau: float = TAU) -> Number:
+def smallest_time(sde: SDE, levels: int, eps: Number, tau: Number = TAU) -> Number:
     """The time at which half a bin is ``tau`` standard deviations of the noise, at least ``eps``.
 
     Below ``eps`` the network was not trained. If ``eps`` is the larger of the two times, half a bin
@@ -98,14 +98,9 @@ def smallest_time(sde: SDE, levels: int, eps: Number, tau: float = TAU) -> Numbe
       ValueError: ``levels`` is not an integer of at least 2, ``eps`` is outside the SDE's times, or
         ``tau`` is not positive.
     """
-    bits.check_levels(levels)
     sde.check_time(eps)
-    scalars.check_positive(tau, "tau")
-    if math.isinf(tau):
-        return eps
     target = bin_log_snr(levels, tau)
-    time = scalars.constant(lambda: sde.time(jnp.asarray(target)))
-    return jnp.maximum(time, eps) if scalars.is_traced(time) else max(time, eps)
+    return scalars.maximum(scalars.constant(lambda: sde.time(jnp.asarray(target))), eps)
 
 
 def tau(sde: SDE, levels: int, eps: Number) -> Number:
@@ -194,7 +189,7 @@ def reconstruction(
       ValueError: ``pixels`` are not integers 0 .. levels - 1, ``z`` has another shape than they or
         is not of floating-point numbers, or ``eps`` is outside the SDE's times.
     """
-    check_example(z, eps)
+    check_example(z, eps, name="z")
     bits.check_pixels(pixels, noise.levels, z)
     sde.check_time(eps)
     rho = jnp.exp(-0.5 * sde.log_snr(eps))

@@ -144,7 +144,7 @@ def decoder_nats(out: Outputs, y: Example, rho: Real, pixels: Pixels, levels: in
 
 def _check(out: Array, y: Array, rho: Real, levels: int, data: str) -> None:
     compiler.check()
-    check_example(y)
+    check_example(y, name="y")
     scalars.check_positive(rho, "rho")
     if data not in DATA:
         raise ValueError(f"unknown data {data!r} of an integer denoiser; choose from {DATA}")

@@ -55,7 +55,7 @@ from sbml import divergence, ode, scalars
 from sbml.divergence import Trace
 from sbml.ode import Solver, Stats, velocity
 from sbml.scalars import Number
-from sbml.sdes import SDE
+from sbml.sdes import SDE, check_sde
 from sbml.types import Example, Key, Scalar, Score, check_example, check_kind, in_full_precision
 
 
@@ -146,6 +146,7 @@ def ode_logp(
     """
     check_kind(trace, Trace, "trace")
     check_kind(solver, Solver, "solver")
+    check_sde(sde, SDE)
     sde.check_time(eps)
     check_example(x)
     x = in_full_precision(x)

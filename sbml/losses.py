@@ -79,7 +79,7 @@ def residual(sde: Kernel, score_xt: Anything, t: Scalar, z: Example, weighting: 
     Raises:
       ValueError: if the score's shape is not that of ``z``, or ``t`` is not a scalar.
     """
-    check_example(z, t)
+    check_example(z, t, name="z")
     error = sde.std(t) * of_shape(score_xt, z) + z
     return 0.5 * weight(sde, t, weighting) * jnp.sum(error**2)
 
@@ -183,10 +183,10 @@ def _check_rows(x: Batch, t: Anything, keys: Anything, signs: Anything | None) -
     check_key(keys, len(x))
     if signs is None:
         return
-    if np.shape(signs) != (len(x),):
+    if not hasattr(signs, "dtype") or signs.shape != (len(x),):
+        kind = f"shape {signs.shape}" if hasattr(signs, "dtype") else f"type {type(signs).__name__}"
         raise ValueError(
-            f"signs have shape {np.shape(signs)} for {len(x)} examples: give ({len(x)},) of +1 "
-            "and -1"
+            f"signs have {kind} for {len(x)} examples: give an array ({len(x)},) of +1 and -1"
         )
     if not scalars.is_traced(signs) and not np.all(np.abs(np.asarray(signs, float)) == 1):
         raise ValueError(f"signs are {np.asarray(signs)}: give +1 and -1")

@@ -25,6 +25,7 @@ from typing import Any, NamedTuple
 import diffrax
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Bool, Integer
 
 from sbml import compiler, quadrature, scalars
@@ -63,6 +64,28 @@ MAX_STEPS = 1_000
 LOOSEST = 1.0  # The largest tolerance; a larger one would accept every step.
 
 
+def least_tolerance(dtype: Any) -> float:
+    """The least tolerance of a solve in ``dtype``: about its rounding error, 1e-7 in float32 and
+    1e-16 in float64. With a smaller one, steps would follow the rounding errors."""
+    return 10.0 ** (-1 - jnp.finfo(dtype).precision)
+
+
+def check_tolerances(solver: "Solver", dtype: Any, name: str = "", factor: float = 1.0) -> None:
+    """Check that the tolerances of ``solver``, if it has step control, are at least ``factor``
+    times :func:`least_tolerance`; ``name`` is put before theirs in the message.
+
+    Raises:
+      ValueError: they are not. Traced tolerances are not checked.
+    """
+    least = factor * least_tolerance(dtype)
+    for field in ("rtol", "atol") if solver.fixed_steps is None else ():
+        if not scalars.is_traced(value := getattr(solver, field)) and np.any(value < least):
+            raise ValueError(
+                f"{name}{field}={value:g}: must be at least {least:g} in {jnp.dtype(dtype)}, "
+                "because of its rounding errors; smaller errors need jax_enable_x64"
+            )
+
+
 class Stats(NamedTuple):
     """The cost of a solve and whether it reached its end: scalars.
 
@@ -96,7 +119,7 @@ class Solver:
       method: ``dopri5``, ``tsit5``, ``heun`` or ``euler``.
       rtol, atol: the relative and absolute tolerance of the step control. They apply to each entry
         of y, and to the integral divided by the number of entries of y (for a log-determinant: nats
-        per dimension).
+        per dimension). Each is at least 1e-7 for a solve in float32, and 1e-16 in float64.
       power: the coordinate u with t = u^power: 2 solves in sqrt(t), 1 in t.
       first_step: the length of the first step, in u.
       pcoeff, icoeff: coefficients of the proportional-integral step control.
@@ -134,6 +157,7 @@ class Solver:
                 scalars.check_count(steps, name)
         # With icoeff <= 0 a step would not become shorter after an error that is too large.
         scalars.check_positive(self.icoeff, "icoeff", finite=True)
+        scalars.check_number(self.pcoeff, "pcoeff")
         if not 0 <= self.pcoeff < math.inf:
             raise ValueError(f"pcoeff={self.pcoeff}: must be finite and not negative")
 
@@ -208,7 +232,7 @@ def transport(
     x = in_full_precision(x)
     for t in (t0, t1):
         if not scalars.is_traced(t, sde.T) and not 0 <= t <= sde.T:
-            raise ValueError(f"from t={t0} to {t1}: times lie in [0, {sde.T}]")
+            raise ValueError(f"t0={t0}, t1={t1}: times lie in [0, {sde.T}]")
 
     def field(t: Scalar, x: Example) -> Example:
         return velocity(score, sde, x, t)
@@ -250,7 +274,7 @@ def solve(
     Raises:
       ValueError: if ``y`` is not of floating-point numbers, or an end is negative or not finite.
     """
-    check_example(y)
+    check_example(y, name="y")
     y = in_full_precision(y)
     method, per_step, once = _method(solver)
     end, stats = _integrate(_in_u(field, solver), method, t0, t1, y, solver)
@@ -284,7 +308,7 @@ def solve_with_integral(
     if not scalars.is_traced(t0, t1) and t1 < t0:
         raise ValueError(f"from t={t0} to {t1}: integrals are taken forwards only, swap the ends")
 
-    check_example(y)
+    check_example(y, name="y")
     y = in_full_precision(y)
 
     def joint_in_u(u: Array, y: Array) -> tuple[Array, Array, Array]:
@@ -357,7 +381,8 @@ def _integrate(
     """
     compiler.check()
     if not scalars.is_traced(t0, t1) and not (0 <= t0 < math.inf and 0 <= t1 < math.inf):
-        raise ValueError(f"from t={t0} to {t1}: give finite times of at least 0")
+        raise ValueError(f"t0={t0}, t1={t1}: give finite times of at least 0")
+    check_tolerances(solver, jax.tree.leaves(start)[0].dtype)
     u0, u1 = t0 ** (1 / solver.power), t1 ** (1 / solver.power)
     first, controller, max_steps = _steps(solver, u1 - u0)
     solution = diffrax.diffeqsolve(

@@ -9,7 +9,7 @@ from latent to sample is the inverse of the map of ``likelihood.ode_logp``.
 import jax.numpy as jnp
 
 from sbml.ode import Solver, Stats, transport
-from sbml.sdes import SDE
+from sbml.sdes import SDE, check_sde
 from sbml.types import Example, Key, Scalar, Score, check_example, deterministic, predictor
 
 
@@ -60,6 +60,7 @@ def decode(
       ValueError: if eps is not in (0, T), ``z`` is not of floating-point numbers, or the score's
         shape is not that of ``z``.
     """
+    check_sde(sde, SDE)
     sde.check_time(eps)
     x, stats = transport(score, sde, z, sde.T, eps, solver)
     return (denoise(score, sde, x, jnp.asarray(eps, x.dtype)) if denoise_last else x), stats
@@ -76,5 +77,6 @@ def ode_sample(
     denoise_last: bool = False,
 ) -> tuple[Example, Stats]:
     """One sample of shape ``shape`` (:func:`decode`); ``key`` draws its latent. vmap over keys."""
+    check_sde(sde, SDE)
     z = sde.prior_sample(key, shape)
     return decode(score, sde, z, eps=eps, solver=solver, denoise_last=denoise_last)

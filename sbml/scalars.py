@@ -33,6 +33,40 @@ erf = _either(math.erf, jax.scipy.special.erf)
 erfc = _either(math.erfc, jax.scipy.special.erfc)
 
 
+def check_number(value: Number, name: str) -> None:
+    """Check that ``value`` is one real number (:func:`check_range`); it may be NaN or infinite.
+
+    Raises:
+      ValueError: if it is not; the message names it.
+    """
+    if np.ndim(value):
+        raise ValueError(f"{name} has shape {np.shape(value)}: give one number")
+    check_range(value, name)
+
+
+def check_range(value: Number, name: str) -> None:
+    """Check that a number, or every number of an array, is real, and that its absolute value is 0,
+    infinite, NaN, or within the range of JAX's default precision.
+
+    In float32, JAX takes numbers below 1.2e-38 for 0, and those above 3.4e38 for infinity. Tracers
+    are not checked.
+
+    Raises:
+      ValueError: if it is not; the message names it.
+    """
+    if is_traced(value):
+        return
+    array = np.asarray(value)
+    if not any(jnp.issubdtype(array.dtype, kind) for kind in (jnp.integer, jnp.floating)):
+        raise ValueError(f"{name}={value!r}: must be a number")
+    size, kind = np.abs(array.astype(float)), jnp.finfo(jnp.result_type(float))
+    if np.any(np.isfinite(size) & (size > 0) & ((size < kind.tiny) | (size > kind.max))):
+        raise ValueError(
+            f"{name}={value}: is outside the range of {kind.dtype}, {kind.tiny:.2g} to "
+            f"{kind.max:.2g}"
+        )
+
+
 def check_positive(value: Number, name: str, finite: bool = False, most: float = math.inf) -> None:
     """Check that a number, or every number of an array, is positive.
 
@@ -44,13 +78,12 @@ def check_positive(value: Number, name: str, finite: bool = False, most: float =
       most: check also that it is at most this.
 
     Raises:
-      ValueError: if it is not a number, not positive, not finite or above ``most``; the message
-        names it.
+      ValueError: as :func:`check_range`, or if it is not positive, not finite or above ``most``;
+        the message names it.
     """
     if is_traced(value) or (array := np.asarray(value)).dtype == object:
         return
-    if not jnp.issubdtype(array.dtype, jnp.number):
-        raise ValueError(f"{name}={value!r}: must be a number")
+    check_range(value, name)
     if not np.all(array > 0) or (finite and not np.all(np.isfinite(array))):
         raise ValueError(f"{name}={value}: must be positive{' and finite' if finite else ''}")
     if np.any(array > most):
@@ -70,6 +103,11 @@ def check_count(value: Number, name: str, least: int = 1) -> None:
 def minimum(x: Number, y: Number) -> Number:
     """The smaller of two numbers."""
     return jnp.minimum(x, y) if is_traced(x, y) else min(x, y)
+
+
+def maximum(x: Number, y: Number) -> Number:
+    """The larger of two numbers."""
+    return jnp.maximum(x, y) if is_traced(x, y) else max(x, y)
 
 
 def constant(f: Callable[[], Any]) -> Number:

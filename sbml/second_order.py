@@ -79,8 +79,8 @@ def residuals(sde: Kernel, score_xt: Anything, forms: Forms, t: Scalar, z: Examp
       ValueError: if the score's shape is not that of ``z``, ``forms`` are not of shape ``(k,)``,
         ``t`` is no scalar, or ``z`` or ``t`` are not of floating-point numbers.
     """
-    check_example(z, t)
-    _check_forms(forms)
+    check_example(z, t, name="z")
+    _check_forms(forms, "forms")
     std = sde.std(t)
     error = jnp.sum((std * of_shape(score_xt, z) + z) ** 2)
     return std**2 * forms + (z.size - jax.lax.stop_gradient(error))
@@ -96,20 +96,21 @@ def squared_residual(r: Forms) -> Scalar:
     Raises:
       ValueError: there is no residual, or ``r`` is of another rank.
     """
-    _check_forms(r)
+    _check_forms(r, "r")
     r = jnp.asarray(r)
     other = jax.lax.stop_gradient(jnp.mean(r[1:]) if r.size > 1 else r[0])
     return 2 * r[0] * other - jax.lax.stop_gradient(r[0] * other)
 
 
-def _check_forms(forms: Anything) -> None:
-    """Check that ``forms`` are ``(k,)`` with k of at least 1; other ranks would broadcast.
+def _check_forms(forms: Anything, name: str) -> None:
+    """Check that ``forms``, the argument ``name``, are ``(k,)`` with k of at least 1; other ranks
+    would broadcast.
 
     Raises:
       ValueError: if they are not; the message names the shape.
     """
     if np.ndim(forms) != 1 or not np.size(forms):
-        raise ValueError(f"shape {np.shape(forms)}: give one number for each probe, (k,)")
+        raise ValueError(f"{name} of shape {np.shape(forms)}: give one number for each probe, (k,)")
 
 
 def loss(

@@ -39,7 +39,8 @@ from jax.typing import ArrayLike
 from jaxtyping import Float
 
 from sbml import compiler, scalars
-from sbml.sdes import SDE
+from sbml.scalars import Number
+from sbml.sdes import SDE, check_sde
 from sbml.streams import stream
 from sbml.types import Array, Elementwise, Key, Scalar, Vector, check_key
 
@@ -53,6 +54,21 @@ def _check_counts(n: int, draws: int) -> None:
     scalars.check_count(draws, "draws")
 
 
+def _uniform(key: Key, shape: tuple[int, ...] = ()) -> Elementwise:
+    """Uniform numbers that are rounded to the nearest floating-point number in [0, 1].
+
+    JAX's uniform numbers are multiples of eps = 2^-23, also near 0, where floating-point numbers
+    are much denser. A second number, times eps, adds the missing digits.
+    """
+    coarse, fine = jax.random.uniform(key, (2, *shape))
+    return coarse + jnp.finfo(coarse.dtype).eps * fine
+
+
+def _below_one(u: Draws) -> Draws:
+    """``u`` in [0, 1): rounding can give 1."""
+    return jnp.minimum(u, 1 - jnp.finfo(u.dtype).epsneg)
+
+
 def iid(key: Key, n: int, draws: int = 1) -> Draws:
     """``(n, draws)`` independent uniform points in [0, 1).
 
@@ -61,7 +77,7 @@ def iid(key: Key, n: int, draws: int = 1) -> Draws:
     """
     _check_counts(n, draws)
     check_key(key)
-    return jax.random.uniform(key, (n, draws))
+    return _below_one(_uniform(key, (n, draws)))
 
 
 def lattice(key: Key, n: int, draws: int = 1) -> Draws:
@@ -77,20 +93,19 @@ def lattice(key: Key, n: int, draws: int = 1) -> Draws:
     """
     _check_counts(n, draws)
     check_key(key)
-    shift = jax.random.uniform(stream(key, "shift"))
-    row = (jax.random.permutation(stream(key, "order"), n) + shift) / n
-    u = (jnp.arange(draws)[None] + row[:, None]) / draws
-    # (n - 1 + U) / n can round up to 1 in float32, which lies outside [0, 1).
-    return jnp.minimum(u, 1 - jnp.finfo(u.dtype).epsneg)
+    order, shift = stream(key, "order"), _uniform(stream(key, "shift"))
+    row = (jax.random.permutation(order, n) + shift) / n
+    return _below_one((jnp.arange(draws)[None] + row[:, None]) / draws)
 
 
 DRAWS = {"iid": iid, "lattice": lattice}
 
 
-def check_points(u: Elementwise) -> None:
-    """Check that points lie in [0, 1]. Values are not checked inside ``jit`` and ``vmap``.
+def check_points(u: Elementwise, name: str = "u") -> None:
+    """Check that points ``u``, the argument ``name``, lie in [0, 1]. Values are not checked inside
+    ``jit`` and ``vmap``.
 
-    Random draws are below 1, but a caller may also give the end u = 1, which is the time T.
+    Random draws are below 1, but a caller may also give the end u = 1.
 
     Raises:
       ValueError: if they do not, or are not floating-point numbers; the message names their range
@@ -98,15 +113,15 @@ def check_points(u: Elementwise) -> None:
     """
     if not hasattr(u, "dtype") or not jnp.issubdtype(u.dtype, jnp.floating):
         kind = getattr(u, "dtype", type(u).__name__)
-        raise ValueError(f"u is {kind}: give points in [0, 1), an array as of times.lattice")
+        raise ValueError(f"{name} is {kind}: give points in [0, 1), an array as of times.lattice")
     if scalars.is_traced(u) or not u.size:
         return
     points = np.asarray(u)  # By NumPy: JAX would trace its operations inside ``jit``.
     least, largest = points.min(), points.max()
     if not (least >= 0 and largest <= 1):
         raise ValueError(
-            f"u lies in [{least:g}, {largest:g}]: give points in [0, 1), such as times.lattice "
-            "draws"
+            f"{name} lies in [{least:g}, {largest:g}]: give points in [0, 1), such as "
+            "times.lattice draws"
         )
 
 
@@ -176,7 +191,7 @@ def warp(u: Elementwise, density: Bins) -> tuple[Elementwise, Elementwise]:
     return jnp.clip(v, 0, 1 - jnp.finfo(v.dtype).epsneg), 1 / (bins * mass[k])
 
 
-def with_floor(scale: Bins, floor: float = 0.1) -> Bins:
+def with_floor(scale: Bins, floor: Number = 0.1) -> Bins:
     """A density q = (1 - floor) scale / mean(scale) + floor of mean 1, for :func:`warp`.
 
     No weight 1/q exceeds 1 / floor. So however wrong ``scale`` is, the second moment of an estimate
@@ -194,7 +209,8 @@ def with_floor(scale: Bins, floor: float = 0.1) -> Bins:
     Raises:
       ValueError: for a ``floor`` outside (0, 1], or a ``scale`` of another rank.
     """
-    if not 0 < floor <= 1:
+    scalars.check_number(floor, "floor")
+    if not scalars.is_traced(floor) and not 0 < floor <= 1:
         raise ValueError(f"floor={floor}: must lie in (0, 1]")
     _check_bins(scale, "scale")
     compiler.check()
@@ -230,10 +246,11 @@ def tally(counts: Counts, v: Vector, values: Vector, decay: float) -> Counts:
         checked inside ``jit``.
     """
     compiler.check()
-    check_points(v)
+    check_points(v, "v")
     if np.ndim(counts) != 2 or len(counts) != 2 or not np.size(counts):
         shape = np.shape(counts)
         raise ValueError(f"counts have shape {shape}: give (2, bins), zeros at the start")
+    scalars.check_number(decay, "decay")
     if not scalars.is_traced(decay) and not 0 <= decay <= 1:
         raise ValueError(f"decay={decay}: must lie in [0, 1]")
     counts, values = jnp.asarray(counts), jnp.asarray(values)
@@ -264,6 +281,7 @@ class Proposal(abc.ABC):
     eps: float
 
     def __post_init__(self) -> None:
+        check_sde(self.sde, SDE)
         self.sde.check_time(self.eps)
 
     @abc.abstractmethod
@@ -330,8 +348,11 @@ class Velocity(Importance):
     velocity F = alpha z - sigma x is an error dz of the noise z with |dz|^2 = alpha^2 |dF|^2. So
     the diffusion term of the bound, the integral of 1/2 |dz|^2 over lambda, is Z / 2 times the mean
     of |dF|^2 over these times. For any other process, the density over lambda is the same, as if
-    the process were the variance-preserving one with the same signal-to-noise ratio. In float32,
-    points u near 1 are too coarse if alpha(T) = 0: the mean weight over lambda is 2% too small.
+    the process were the variance-preserving one with the same signal-to-noise ratio.
+
+    Unlike in the other proposals, u = 0 gives the time T, and u = 1 gives eps. If alpha(T) = 0,
+    softplus(lambda) is 1e-6 at T, and the weights of the times with u below 1e-6 are a tenth of the
+    mean weight over lambda. Floating-point numbers tell such times apart only if they are near 0.
     """
 
     def _ends(self) -> tuple[Scalar, Scalar]:
@@ -343,7 +364,7 @@ class Velocity(Importance):
         check_points(u)
         first, last = self._ends()
         # Counted from T: a difference from f(eps) would lose all digits where f is small.
-        s = last + (first - last) * (1 - u)
+        s = last + (first - last) * u
         alpha2 = -jnp.expm1(-s)  # sigmoid(lambda)
         t = self.sde.time(s + jnp.log(alpha2))
         t = jnp.clip(t, self.eps, self.sde.largest_time)

@@ -70,7 +70,9 @@ Score = Callable[[Example, Scalar, Key | None], Example]
 BatchScore = Callable[[Batch, Vector, Key | None], Batch]
 
 
-def check_example(x: Anything, t: Anything | None = None, **same: Anything) -> None:
+def check_example(
+    x: Anything, t: Anything | None = None, *, name: str = "x", **same: Anything
+) -> None:
     """Check the types and shapes of one example, its time and further arrays.
 
     Broadcasting or a conversion of types could hide an error in them and give a wrong number.
@@ -78,16 +80,17 @@ def check_example(x: Anything, t: Anything | None = None, **same: Anything) -> N
     Args:
       x: one example of floating-point numbers, any shape.
       t: its scalar time, of floating-point numbers, or None.
+      name: the name of ``x`` in messages.
       same: further arrays, by name, that must have the shape of ``x``.
 
     Raises:
       ValueError: naming the argument, its shape or type, and what it must be.
     """
-    for name, value in {"x": x, **same}.items():
+    for argument, value in {name: x, **same}.items():
         if not _is_floating(value):
             raise ValueError(
-                f"{name} is {_kind(value)}: give an array of floating-point numbers; integer data "
-                "are dequantized first (sbml.bits.to_model)"
+                f"{argument} is {_kind(value)}: give an array of floating-point numbers; integer "
+                "data are dequantized first (sbml.bits.to_model)"
             )
     if t is not None:
         check_floating(t, "t")
@@ -95,9 +98,11 @@ def check_example(x: Anything, t: Anything | None = None, **same: Anything) -> N
             raise ValueError(
                 f"t has shape {jnp.shape(t)}: give one example's scalar time, vmap over more"
             )
-    for name, value in same.items():
+    for argument, value in same.items():
         if value.shape != x.shape:
-            raise ValueError(f"{name} has shape {value.shape}, x {x.shape}: give both the same")
+            raise ValueError(
+                f"{argument} has shape {value.shape}, {name} {x.shape}: give both the same"
+            )
 
 
 def at_least_float32(x: Elementwise) -> Elementwise:

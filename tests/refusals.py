@@ -9,7 +9,8 @@ import pytest
 
 from sbml import ode, sdes
 
-# A function, its good arguments, and the bad values of some arguments by name.
+# A function, its good arguments, and the bad values of some arguments by name. A name such as
+# "vs|directions" is that of an argument, ``vs``, and other words by which an error may call it.
 Cases = dict[str, tuple[Callable[..., Any], dict[str, Any], dict[str, Any]]]
 
 VP, EPS, KEY = sdes.VP(), 1e-3, jax.random.key(0)
@@ -29,7 +30,10 @@ LIKE_X: dict[str, Any] = {"z": (Z[None], Z[:1], Z[0], Z.astype(int), Z.tolist(),
 OLD = jax.random.PRNGKey(0)
 BAD_KEYS: dict[str, Any] = {"key": (OLD, np.asarray(OLD), KEYS, 0, None)}
 MAYBE_KEYS: dict[str, Any] = {"key": BAD_KEYS["key"][:-1]}  # None is documented.
-EPSILONS: dict[str, Any] = {"eps": (0.0, 1.0, -1.0, NAN, INFINITY)}
+# An SDE and others have one number here: no text, no list or vector, none that is 0 in float32.
+NOT_A_NUMBER = ("a", [0.1], np.full(2, 0.1), None, 1e-320)
+DISCRETE: dict[str, Any] = {"sde": (VP.levels(30), sdes.VP, "vp", None)}
+EPSILONS: dict[str, Any] = {"eps": (0.0, 1.0, -1.0, NAN, INFINITY, *NOT_A_NUMBER)}
 COUNTS = (0, -1, 2.5, NAN, True)
 
 
@@ -47,16 +51,17 @@ def tests_of(cases: Cases) -> tuple[Callable[..., None], Callable[..., None]]:
         assert all(np.all(np.isfinite(np.asarray(leaf))) for leaf in found)
 
     @pytest.mark.parametrize(
-        ("function", "good", "bad"),
+        ("function", "good", "name", "bad"),
         [
-            pytest.param(function, good, {name: bad}, id=f"{case}-{name}-{i}")
+            pytest.param(function, good, name, bad, id=f"{case}-{name}-{i}")
             for case, (function, good, values) in cases.items()
             for name, bads in values.items()
             for i, bad in enumerate(bads)
         ],
     )
-    def refused(function: Callable[..., Any], good: dict[str, Any], bad: dict[str, Any]) -> None:
-        with pytest.raises((ValueError, TypeError)):
-            function(**{**good, **bad})
+    def refused(function: Callable[..., Any], good: dict[str, Any], name: str, bad: Any) -> None:
+        argument = name.split("|")[0]
+        with pytest.raises(ValueError, match=rf"\b({name})\b"):
+            function(**{**good, argument: bad})
 
     return accepted, refused

@@ -4,6 +4,7 @@ Users have no checks of shapes and types as these tests do (``shapes``), so they
 tests of refusals. This file is about SDEs and draws of times.
 """
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -13,6 +14,7 @@ import pytest
 import refusals
 from refusals import (
     BAD_KEYS,
+    DISCRETE,
     EPS,
     EPSILONS,
     EXAMPLES,
@@ -20,6 +22,7 @@ from refusals import (
     KEY,
     KEYS,
     NAN,
+    NOT_A_NUMBER,
     OLD,
     PIXELS,
     UP_TO_END,
@@ -55,11 +58,14 @@ CASES: Cases = {
         {"n": (0, 1, -5, 30.5)},
     ),
     "lists of levels": (
-        lambda alphas, sigmas: sdes.Levels(alphas, sigmas).std(T),
-        {"alphas": (0.9, 0.5), "sigmas": (0.1, 0.5)},
+        lambda mean_coefs, stds: sdes.Levels(mean_coefs, stds).std(T),
+        {"mean_coefs": (0.9, 0.5), "stds": (0.1, 0.5)},
         {
-            "alphas": ((0.9, 0.5, 0.3), (0.9,), (NAN, 0.5), (-0.9, 0.5)),
-            "sigmas": ((0.1, 0.5, 0.6), (0.0, 0.5), (-0.1, 0.5), (NAN, 0.5), (0.1, INFINITY)),
+            "mean_coefs": ((0.9, 0.5, 0.3), (0.9,), (NAN, 0.5), (-0.9, 0.5)),
+            "stds": (
+                *((0.1, 0.5, 0.6), (0.0, 0.5), (-0.1, 0.5), (NAN, 0.5), (0.1, INFINITY)),
+                (1e-320, 0.5),
+            ),
         },
     ),
     "schedule": (
@@ -67,18 +73,30 @@ CASES: Cases = {
         {"alpha": lambda t: 1 - t, "sigma": lambda t: t},
         {"alpha": (1.0, None), "sigma": (1.0, None)},
     ),
-    "largest noise": (
-        lambda largest: [
-            sde.std(T) for sde in (sdes.VP(0.1, largest), sdes.VE(largest), sdes.LinearVE(largest))
-        ],
-        {"largest": 50.0},
-        {"largest": (INFINITY, -INFINITY, NAN, -1.0, 0.0)},
+    "largest time": (
+        lambda smallest_time: sdes.Schedule(
+            lambda t: 1 - t, lambda t: t, smallest_time=smallest_time
+        ).std(T),
+        {"smallest_time": 0.01},
+        {"smallest_time": EPSILONS["eps"]},
     ),
-    "largest gamma": (
-        lambda largest: sdes.LinearGamma(-13.0, largest).std(T),
-        {"largest": 5.0},
-        {"largest": (INFINITY, NAN, -14.0)},
+    "gammas": (
+        lambda gamma_0, gamma_1: sdes.LinearGamma(gamma_0, gamma_1).std(T),
+        {"gamma_0": -13.0, "gamma_1": 5.0},
+        {
+            "gamma_0": (INFINITY, NAN, 6.0, *NOT_A_NUMBER),
+            "gamma_1": (INFINITY, NAN, -14.0, *NOT_A_NUMBER),
+        },
     ),
+    **{
+        f"{kind.__name__}'s {name}": (
+            lambda kind=kind, **ends: kind(**ends).std(T),
+            {name: getattr(kind(), name)},
+            {name: (INFINITY, -INFINITY, NAN, -1.0, 0.0, *NOT_A_NUMBER)},
+        )
+        for kind in (sdes.VP, sdes.SubVP, sdes.VE, sdes.LinearVE, sdes.EDM)
+        for name in (field.name for field in dataclasses.fields(kind))
+    },
     "prior_logp": (VP.prior_logp, {"z": X}, {"z": EXAMPLES["x"]}),
     "prior_sample": (lambda key: VP.prior_sample(key, (3,)), {"key": KEY}, BAD_KEYS),
     "lattice": (
@@ -101,6 +119,11 @@ CASES: Cases = {
         {"eps": EPS, "u": U},
         EPSILONS | {"u": (U + 1, -U, PIXELS, U.tolist(), 0.5)},
     ),
+    "proposal's SDE": (
+        lambda sde: times.Importance(sde, EPS).at(U),
+        {"sde": VP},
+        DISCRETE,
+    ),
     "warp": (
         times.warp,
         {"u": U, "density": jnp.ones(4)},
@@ -113,7 +136,7 @@ CASES: Cases = {
             "counts": (jnp.zeros((1, 4)), jnp.zeros(4), jnp.zeros(()), jnp.zeros((2, 0))),
             "v": (U[None], U + 1, U[:1], U.tolist()),
             "values": (U[None], U[:1], U * 1j),
-            "decay": (-0.1, 1.1, NAN),
+            "decay": (-0.1, 1.1, NAN, *NOT_A_NUMBER),
         },
     ),
     "floored": (
@@ -121,7 +144,7 @@ CASES: Cases = {
         {"scale": jnp.ones(4), "floor": 0.1},
         {
             "scale": (jnp.ones((2, 2)), 1.0, [1.0, 2.0], jnp.ones(2) + 0j, jnp.ones(0)),
-            "floor": (0.0, 1.1, -1.0, NAN),
+            "floor": (0.0, 1.1, -1.0, NAN, *NOT_A_NUMBER),
         },
     ),
 }

@@ -52,7 +52,7 @@ CASES: Cases = {
         | {
             "pixels": (PIXELS - 2, PIXELS + 13, PIXELS.astype(float), PIXELS.tolist(), 1),
             "u": (U[None], U - 1, U.tolist()),
-            "levels": (0, -16, 1, 16.5, 3),
+            "levels|pixels": (0, -16, 1, 16.5, 3),
             "eps": (0.0, 2.0),
         },
     ),
@@ -70,13 +70,17 @@ CASES: Cases = {
             VP, discrete.Categorical(16), pixels, eps, z
         ),
         {"pixels": PIXELS, "eps": jnp.asarray(EPS), "z": Z},
-        LIKE_X | {"pixels": (PIXELS - 2, PIXELS.tolist()), "eps": (1, -1.0, NAN)},
+        {
+            "z|pixels": LIKE_X["z"],
+            "pixels": (PIXELS - 2, PIXELS.tolist()),
+            "eps|t": (1, -1.0, NAN),
+        },
     ),
     "denoised": (
         lambda out, y, rho, levels: integers.posterior_mean(out, y, rho, levels, "uniform"),
         {"out": np.zeros((3, 16), np.float32), "y": X, "rho": np.float32(0.1), "levels": 16},
         {
-            "out": (np.zeros((3, 15), np.float32), [[0.0] * 16] * 3),
+            "out|network": (np.zeros((3, 15), np.float32), [[0.0] * 16] * 3),
             "y": EXAMPLES["x"],
             "rho": (0.0, -0.1, NAN, np.float32([0.1, 0.0, 0.1])),
             "levels": (0, -1, 1, 16.5),
@@ -102,8 +106,8 @@ CASES: Cases = {
         denoiser,
         {"y": X, "pixels": PIXELS, "out": np.zeros((3, 16), np.float32)},
         {
-            "y": (X.astype(int), X[:1], X.tolist()),
-            "out": (np.zeros((3, 15), np.float32), [[0.0] * 16] * 3),
+            "y|network": (X.astype(int), X[:1], X.tolist()),
+            "out|network": (np.zeros((3, 15), np.float32), [[0.0] * 16] * 3),
             "pixels": (PIXELS[:1], PIXELS - 2, PIXELS + 13, PIXELS.astype(float)),
         },
     ),
@@ -145,13 +149,22 @@ CASES: Cases = {
         lambda x, vs: divergence.quadratic_forms(lambda x: -x, x, vs),
         {"x": X, "vs": PROBES},
         EXAMPLES
-        | {"vs": (X, PROBES[:, :1], PROBES[:0], PROBES.astype(int), PROBES.tolist(), None)},
+        | {
+            "vs|directions": (
+                X,
+                PROBES[:, :1],
+                PROBES[:0],
+                PROBES.astype(int),
+                PROBES.tolist(),
+                None,
+            )
+        },
     ),
     "exact": (lambda x: divergence.exact(lambda x: -x, x), {"x": X}, EXAMPLES),
     "probes": (
         lambda key, count: divergence.probes(key, (3,), count),
         {"key": KEY, "count": 2},
-        BAD_KEYS | {"count": COUNTS},
+        BAD_KEYS | {"count|probes": COUNTS},
     ),
     "hadamard": (
         lambda rows: divergence.hadamard(rows, np.arange(3)),
@@ -176,21 +189,21 @@ CASES: Cases = {
         distances.kernel,
         {"x": FEATURES, "y": FEATURES, "chunk": 5},
         {
-            "x": (FEATURES[:, :1], FEATURES[0], FEATURES[None]),
-            "y": (FEATURES[:1], FEATURES + 0j),
+            "x|features": (FEATURES[:, :1], FEATURES[0], FEATURES[None]),
+            "y|features": (FEATURES[:1], FEATURES + 0j),
             "chunk": COUNTS,
         },
     ),
     "frechet": (
         lambda y: distances.frechet(distances.Moments.of(FEATURES), distances.Moments.of(y)),
         {"y": FEATURES},
-        {"y": (FEATURES[:, :1], FEATURES[:, :2])},
+        {"y|features": (FEATURES[:, :1], FEATURES[:, :2])},
     ),
     "inception_score": (
         distances.inception_score,
         {"probabilities": np.full((4, 2), 0.5)},
         {
-            "probabilities": (
+            "probabilities|features": (
                 np.full((4, 2), 0.4),
                 np.full((4, 2, 1), 0.5),
                 FEATURES,
@@ -202,8 +215,8 @@ CASES: Cases = {
         distances.nearest,
         {"x": FEATURES, "others": FEATURES, "chunk": 5},
         {
-            "x": (FEATURES[:, :1], FEATURES + 0j),
-            "others": (FEATURES[..., None], FEATURES[:0], FEATURES + 0j),
+            "x|images": (FEATURES[:, :1], FEATURES + 0j),
+            "others|images": (FEATURES[..., None], FEATURES[:0], FEATURES + 0j),
             "chunk": COUNTS,
         },
     ),
@@ -215,7 +228,7 @@ CASES: Cases = {
     "repeated_stderr": (
         intervals.repeated_stderr,
         {"first": X, "second": Z, "n": 3},
-        {"first": (X[:1], X[None]), "second": (Z[:1], 0.1), "n": COUNTS},
+        {"first|draws|values": (X[:1], X[None]), "second|draws|values": (Z[:1], 0.1), "n": COUNTS},
     ),
     "half_width": (
         intervals.half_width,

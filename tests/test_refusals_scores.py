@@ -10,6 +10,7 @@ import refusals
 from refusals import (
     BAD_KEYS,
     COUNTS,
+    DISCRETE,
     EPS,
     EPSILONS,
     EXAMPLES,
@@ -21,6 +22,7 @@ from refusals import (
     LIKE_X,
     MAYBE_KEYS,
     NAN,
+    NOT_A_NUMBER,
     OLD,
     PIXELS,
     PROBES,
@@ -68,8 +70,8 @@ def dsm_batch(
     return losses.dsm_batch(score, VP, x, t, keys, signs=signs)
 
 
-def path(sampler: Any, z: Any = X, key: Any = KEY, eps: Any = EPS, frames: Any = 3) -> Any:
-    return sampler.path(score, VP, z, key, eps=eps, frames=frames)
+def path(sampler: Any, z: Any, key: Any, eps: Any, frames: Any, sde: Any) -> Any:
+    return sampler.path(score, sde, z, key, eps=eps, frames=frames)
 
 
 CASES: Cases = {
@@ -81,7 +83,7 @@ CASES: Cases = {
     "residual": (
         lambda s, t, z: losses.residual(VP, s, t, z, "original"),
         {"s": jnp.asarray(X), "t": T, "z": jnp.asarray(Z)},
-        UP_TO_END | {"s": (jnp.asarray(X[:1]), jnp.asarray(X.astype(int)))},
+        UP_TO_END | {"s|score": (jnp.asarray(X[:1]), jnp.asarray(X.astype(int)))},
     ),
     "dsm": (
         lambda x, t, key: losses.dsm(score, VP, x, t, key),
@@ -95,7 +97,10 @@ CASES: Cases = {
             "x": (X, BATCH.astype(int), BATCH.tolist(), 0.3, None),
             "t": (T, SPREAD[:1], SPREAD.astype(int), SPREAD.tolist(), 0.5, -SPREAD, SPREAD + 1),
             "keys": (KEY, jax.random.split(OLD, 2), KEYS[:1], None),
-            "signs": (np.array([2.0, 3.0]), np.array([True, False]), SPREAD[:1], 1.0),
+            "signs": (
+                *(np.array([2.0, 3.0]), np.array([True, False]), SPREAD[:1], 1.0),
+                *([1.0, -1.0], "+-"),
+            ),
         },
     ),
     "weight": (
@@ -106,13 +111,17 @@ CASES: Cases = {
     "second_order": (
         lambda x, t, key, vs: second_order.loss(score, VP, x, t, key, vs),
         {"x": X, "t": T, "key": KEY, "vs": PROBES},
-        TIMES | EXAMPLES | BAD_KEYS | {"vs": (X, PROBES[:, :1], PROBES[:0], PROBES.tolist())},
+        TIMES
+        | EXAMPLES
+        | BAD_KEYS
+        | {"vs|directions": (X, PROBES[:, :1], PROBES[:0], PROBES.tolist())},
     ),
     "second_order batch": (dsm_batch, {"probes": 2}, {"probes": COUNTS, "keys": (KEY, OLD)}),
     "residuals": (
         lambda forms, t, z: second_order.residuals(VP, jnp.asarray(X), forms, t, z),
         {"forms": jnp.ones(2), "t": T, "z": Z},
-        TIMES | {"z": (Z.astype(int), Z > 0, Z + 0j, Z[:1]), "forms": (1.0, jnp.ones((2, 2)))},
+        TIMES
+        | {"z|score": (Z.astype(int), Z > 0, Z + 0j, Z[:1]), "forms": (1.0, jnp.ones((2, 2)))},
     ),
     "squared": (
         second_order.squared_residual,
@@ -128,7 +137,7 @@ CASES: Cases = {
     "variance": (
         lambda variance: bound.prior_kl(VP, X, variance),
         {"variance": 0.5},
-        {"variance": (0.0, -1.0, NAN, X)},
+        {"variance": (0.0, -1.0, NAN, X, *NOT_A_NUMBER)},
     ),
     "elbo": (
         elbo,
@@ -137,7 +146,7 @@ CASES: Cases = {
         | BAD_KEYS
         | {
             "u": (U[None], U[0], U + 1, PIXELS, U.tolist(), U[:0]),
-            "size": (1, 4),
+            "size|control": (1, 4),
             "density": (jnp.ones((2, 2)), jnp.array([1.0, 0.0]), -jnp.ones(4), jnp.ones(0)),
         },
     ),
@@ -155,7 +164,7 @@ CASES: Cases = {
         lambda noise_variance, x: bound.GaussianControl.fit(x, noise_variance=noise_variance),
         {"noise_variance": 0.1, "x": FEATURES},
         {
-            "noise_variance": (-0.1, NAN, INFINITY),
+            "noise_variance": (-0.1, NAN, INFINITY, *NOT_A_NUMBER),
             "x": (FEATURES + 0j, FEATURES * NAN, FEATURES[0, 0]),
         },
     ),
@@ -172,12 +181,12 @@ CASES: Cases = {
     "control's size": (
         lambda size: bound.diffusion_dsm(score, VP, X, T, Z, control(size)),
         {"size": 3},
-        {"size": (1, 4)},
+        {"size|control": (1, 4)},
     ),
     "logp": (
-        lambda x, key, eps: likelihood.ode_logp(score, VP, x, key, eps=eps, solver=FAST),
-        {"x": X, "key": KEY, "eps": EPS},
-        EXAMPLES | BAD_KEYS | EPSILONS,
+        lambda x, key, eps, sde: likelihood.ode_logp(score, sde, x, key, eps=eps, solver=FAST),
+        {"x": X, "key": KEY, "eps": EPS, "sde": VP},
+        EXAMPLES | BAD_KEYS | EPSILONS | DISCRETE,
     ),
     "logp's choices": (
         lambda **choices: likelihood.ode_logp(
@@ -230,8 +239,9 @@ CASES: Cases = {
             "max_steps": (*COUNTS, None),
             "rtol": (0.0, -1.0, INFINITY, "a", 1.1),
             "atol": (0.0, NAN, "a"),
-            "pcoeff": (NAN, INFINITY, -0.1),
-            "icoeff": (NAN, INFINITY, -1.0, 0.0),
+            "pcoeff": (NAN, INFINITY, -0.1, "a", 1e-320),
+            "icoeff": (NAN, INFINITY, -1.0, 0.0, "a", 1e-320),
+            "first_step": (1e-320, 1e39),
         },
     ),
     "denoise": (
@@ -240,29 +250,40 @@ CASES: Cases = {
         TIMES | EXAMPLES,
     ),
     "sampler": (
-        lambda z, key, eps: samplers.ReverseDiffusion(3)(score, VP, z, key, eps=eps),
-        {"z": X, "key": KEY, "eps": EPS},
-        {"z": EXAMPLES["x"]} | BAD_KEYS | EPSILONS,
+        lambda z, key, eps, sde: samplers.ReverseDiffusion(3)(score, sde, z, key, eps=eps),
+        {"z": X, "key": KEY, "eps": EPS, "sde": VP},
+        {"z": EXAMPLES["x"]} | BAD_KEYS | EPSILONS | DISCRETE,
     ),
     "ode sampler": (
-        lambda z, key, eps: samplers.ODE(FAST)(score, VP, z, key, eps=eps),
-        {"z": X, "key": None, "eps": EPS},
-        {"z": EXAMPLES["x"]} | MAYBE_KEYS | EPSILONS,
+        lambda z, key, eps, sde, solver: samplers.ODE(solver)(score, sde, z, key, eps=eps),
+        {"z": X, "key": None, "eps": EPS, "sde": VP, "solver": FAST},
+        {"z|x": EXAMPLES["x"], "solver": ("tsit5", None)} | MAYBE_KEYS | EPSILONS | DISCRETE,
     ),
     "path": (
-        lambda z, key, eps, frames: path(samplers.DDIM(3), z, key, eps, frames),
-        {"z": X, "key": KEY, "eps": EPS, "frames": 3},
-        {"z": EXAMPLES["x"], "frames": COUNTS} | BAD_KEYS | EPSILONS,
+        lambda z, key, eps, frames, sde: path(samplers.DDIM(3), z, key, eps, frames, sde),
+        {"z": X, "key": KEY, "eps": EPS, "frames": 3, "sde": VP},
+        {"z": EXAMPLES["x"], "frames": COUNTS} | BAD_KEYS | EPSILONS | DISCRETE,
     ),
     "ode path": (
-        lambda z, key, eps, frames: path(samplers.ODE(FAST), z, key, eps, frames),
-        {"z": X, "key": None, "eps": EPS, "frames": 3},
-        {"z": EXAMPLES["x"], "frames": COUNTS} | MAYBE_KEYS | EPSILONS,
+        lambda z, key, eps, frames, sde: path(samplers.ODE(FAST), z, key, eps, frames, sde),
+        {"z": X, "key": None, "eps": EPS, "frames": 3, "sde": VP},
+        {"z": EXAMPLES["x"], "frames": COUNTS} | MAYBE_KEYS | EPSILONS | DISCRETE,
     ),
     "sampler's choices": (
-        lambda steps, snr: samplers.DDIM(steps, corrector=samplers.Langevin(steps, snr)).nfe,
-        {"steps": 3, "snr": 0.1},
-        {"steps": COUNTS, "snr": (0.0, -0.1, NAN, INFINITY)},
+        lambda steps, snr, eta: (
+            samplers.DDIM(steps, eta=eta, corrector=samplers.Langevin(steps, snr)).nfe
+        ),
+        {"steps": 3, "snr": 0.1, "eta": 0.5},
+        {
+            "steps": COUNTS,
+            "snr": (0.0, -0.1, NAN, INFINITY, "a", 1e-320),
+            "eta": (-0.1, 1.1, NAN, *NOT_A_NUMBER),
+        },
+    ),
+    "corrector": (
+        lambda corrector: samplers.ReverseDiffusion(5, corrector=corrector).nfe,
+        {"corrector": samplers.Langevin()},
+        {"corrector": ("langevin", samplers.Langevin, type(samplers.DDIM().corrector), None)},
     ),
     "complete": (
         lambda x, mask, key, eps: known.complete(
@@ -272,9 +293,9 @@ CASES: Cases = {
         {"x": EXAMPLES["x"][:3], "mask": (0.5, 2.0, -1, NAN), **BAD_KEYS, **EPSILONS},
     ),
     "ode_sample": (
-        lambda key, eps: sampling.ode_sample(score, VP, (3,), key, eps=eps, solver=FAST),
-        {"key": KEY, "eps": EPS},
-        BAD_KEYS | EPSILONS,
+        lambda key, eps, sde: sampling.ode_sample(score, sde, (3,), key, eps=eps, solver=FAST),
+        {"key": KEY, "eps": EPS, "sde": VP},
+        BAD_KEYS | EPSILONS | DISCRETE,
     ),
     "density": (
         lambda **choices: density(**choices).dims,
@@ -288,7 +309,8 @@ CASES: Cases = {
             "budget": (-1.0, NAN, INFINITY),
             "subset": COUNTS,
             "trace": ("exact",),
-            "eps": EPSILONS["eps"],
+            "eps": [eps for eps in EPSILONS["eps"] if eps is not None],
+            **DISCRETE,
         },
     ),
     "density's samples": (

@@ -139,8 +139,13 @@ def test_an_empty_choice_is_refused_but_where_it_is_the_default() -> None:
         ("optim.beta1", 0.0, 1.0),
         ("optim.ema", 0.999999, 1.0),
         ("optim.grad_clip", 0.0, -0.1),
+        ("optim.grad_clip", 1e-30, 1e-320),
+        ("score.data_std", 1e-30, 1e-320),
+        ("sde.beta_min", 1e-30, 1e-39),
         ("eval.rtol", 0.1, 0.11),
-        ("eval.atol", 1e-12, 0.0),
+        ("eval.atol", 1e-6, 0.0),
+        ("eval.rtol", 1e-6, 9e-7),
+        ("sampling.rtol", 1e-6, 1e-30),
         ("eval.sweeps", 1, 0),
         ("eval.solver_budget", 0.0, 1.1),
         ("sampling.eta", 0.0, 1.1),
@@ -160,6 +165,13 @@ def test_the_ends_of_ranges(name: str, fits: float, too_much: float) -> None:
 @pytest.mark.parametrize(
     ("name", "value", "message"),
     [
+        (
+            "optim.grad_clip",
+            1e-320,
+            "optim.grad_clip=1e-320: need a number of at least 0 and at most 1e+09, in float32, "
+            "whose range is 1.2e-38 to 3.4e+38",
+        ),
+        ("score.log_snr_range", (1e-320, 1.0), "low,high, in float32, whose range is 1.2e-38"),
         ("eval.num_importance", (), "eval.num_importance=(): need one or more integers of at"),
         ("eval.num_importance", ("a",), "eval.num_importance=('a',): need one or more integers"),
         ("eval.estimators", (), "eval.estimators=(): need one or more names"),

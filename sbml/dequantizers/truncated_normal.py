@@ -25,6 +25,7 @@ import jax.numpy as jnp
 
 from sbml import bits, compiler, discrete, scalars
 from sbml.bound import Bound
+from sbml.scalars import Number
 from sbml.sdes import SDE
 from sbml.types import Example, Key, PixelBatch, Pixels, Scalar, Score, check_key
 
@@ -40,16 +41,16 @@ class Model:
     at_noise: ClassVar[bool] = True
     calls: ClassVar[int] = 0
 
-    tau: float = discrete.TAU
+    tau: Number = discrete.TAU
 
     def __post_init__(self) -> None:
         scalars.check_positive(self.tau, "tau", finite=True)
 
     @property
-    def _log_normaliser(self) -> float:
+    def _log_normaliser(self) -> Number:
         """log q(u) at the bin's centre, in nats per dimension."""
-        z = math.erf(self.tau / math.sqrt(2))
-        return math.log(2 * self.tau / z) - 0.5 * math.log(2 * math.pi)
+        z = scalars.erf(self.tau / math.sqrt(2))
+        return scalars.log(2 * self.tau / z) - 0.5 * math.log(2 * math.pi)
 
     def init(self, key: Key, pixels: PixelBatch) -> Any:
         """No parameters."""

@@ -30,8 +30,15 @@ import numpy as np
 COUNT = 2**31
 
 
+# The program computes in float32, where smaller numbers are 0 and larger ones infinite.
+SMALLEST, LARGEST = (float(end) for end in (np.finfo(np.float32).tiny, np.finfo(np.float32).max))
+
+
 def refusal(name: str, value: Any, needs: str) -> ValueError:
     """The error for a field ``name`` with an invalid ``value``; ``needs`` says what is valid."""
+    floats = (v for v in (value if isinstance(value, tuple) else (value,)) if isinstance(v, float))
+    if any(_is_finite(number) and not _is_real(number) for number in floats):
+        needs += f", in float32, whose range is {SMALLEST:.2g} to {LARGEST:.2g}"
     return ValueError(f"{name}={value}: need {needs}")
 
 
@@ -77,8 +84,12 @@ def _is_integer(value: Any) -> bool:
     return isinstance(value, numbers.Integral) and not isinstance(value, bool)
 
 
-def _is_real(value: Any) -> bool:
+def _is_finite(value: Any) -> bool:
     return isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _is_real(value: Any) -> bool:
+    return _is_finite(value) and (value == 0 or SMALLEST <= abs(value) <= LARGEST)
 
 
 def integer(default: int | None, *, least: int = 0, below: int = COUNT) -> Any:
@@ -96,8 +107,8 @@ def real(
     below: float | None = None,
     most: float | None = None,
 ) -> Any:
-    """A field: a finite number that is above ``above``, at least ``least``, below ``below`` and at
-    most ``most``, as far as these bounds are not None."""
+    """A field: a finite number of float32 that is above ``above``, at least ``least``, below
+    ``below`` and at most ``most``, as far as these bounds are not None."""
     bounds = {"above": above, "of at least": least, "below": below, "at most": most}
     within, words = _interval(bounds)
     return _field(

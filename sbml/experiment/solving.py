@@ -14,8 +14,9 @@ def method(default: str) -> Any:
 
 
 def tolerance(default: float) -> Any:
-    """A field: a tolerance of ``ode.Solver``. Above 0.1 no step would ever be rejected."""
-    return real(default, above=0, most=0.1)
+    """A field: a tolerance of ``ode.Solver``. Above 0.1 no step would ever be rejected. The error
+    is measured with a tenth of it, which must not be below ``ode.least_tolerance`` of float32."""
+    return real(default, least=1e-6, most=0.1)
 
 
 @dataclasses.dataclass(frozen=True)

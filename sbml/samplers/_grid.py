@@ -17,9 +17,9 @@ import jax.numpy as jnp
 from jaxtyping import Float
 
 from sbml.ode import Stats
-from sbml.samplers.corrector import NoCorrector
+from sbml.samplers.corrector import NoCorrector, check_corrector
 from sbml.scalars import Number, check_count
-from sbml.sdes import SDE
+from sbml.sdes import SDE, check_sde
 from sbml.streams import stream
 from sbml.types import Array, Example, Key, Score, check_example, check_key, in_full_precision
 
@@ -86,7 +86,8 @@ class FixedSteps(abc.ABC):
       corrector: one of ``CORRECTORS``, applied after each step.
 
     Raises:
-      ValueError: for fewer than one step, or an unknown spacing.
+      ValueError: for fewer than one step, an unknown spacing, or a corrector that is not an
+        instance of one of ``CORRECTORS`` or of a similar class.
     """
 
     steps: int = 500
@@ -97,6 +98,7 @@ class FixedSteps(abc.ABC):
         check_count(self.steps, "steps")
         if self.spacing not in SPACINGS:
             raise ValueError(f"unknown spacing {self.spacing!r}; choose from {SPACINGS}")
+        check_corrector(self.corrector)
 
     @property
     def nfe(self) -> int:
@@ -118,7 +120,9 @@ class FixedSteps(abc.ABC):
         """
 
     def _scan(self, score: Score, sde: SDE, z: Example, key: Key, eps: Number, keep: bool) -> Any:
-        check_example(z)
+        check_sde(sde, SDE)
+        sde.check_time(eps)
+        check_example(z, name="z")
         check_key(key)
         z = in_full_precision(z)
         times = grid(sde, eps, self.steps, self.spacing)
@@ -145,7 +149,6 @@ class FixedSteps(abc.ABC):
         self, score: Score, sde: SDE, z: Example, key: Key, *, eps: Number
     ) -> tuple[Example, Stats]:
         """See :class:`Sampler`."""
-        sde.check_time(eps)
         x, _, _ = self._scan(score, sde, z, key, eps, keep=False)
         finite = jnp.all(jnp.isfinite(x))
         return x, Stats(jnp.asarray(self.nfe), jnp.asarray(self.steps), jnp.asarray(0), finite)
@@ -154,7 +157,6 @@ class FixedSteps(abc.ABC):
         self, score: Score, sde: SDE, z: Example, key: Key, *, eps: Number, frames: int
     ) -> tuple[Path, Times]:
         """See :class:`Sampler`; the frames are evenly spaced among the steps."""
-        sde.check_time(eps)
         check_count(frames, "frames")
         _, path, times = self._scan(score, sde, z, key, eps, keep=True)
         return frames_of(z, path, times, frames)

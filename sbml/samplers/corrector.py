@@ -18,6 +18,7 @@ Reference: Song et al., "Score-Based Generative Modeling through SDEs", ICLR 202
 """
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -86,6 +87,19 @@ class AnnealedLangevin(Langevin):
 
     def size(self, sde: SDE, s: Scalar, t: Scalar, grad: Example, z: Example) -> Scalar:
         return 2 * (sde.mean_coef(s) / sde.mean_coef(t) * self.snr * sde.std(t)) ** 2
+
+
+def check_corrector(corrector: Any) -> None:
+    """Check that ``corrector`` can be called and counts its evaluations, as an instance can.
+
+    Raises:
+      ValueError: if it is not; the message has it.
+    """
+    counts = isinstance(getattr(corrector, "nfe", None), int)
+    if isinstance(corrector, type) or not (callable(corrector) and counts):
+        raise ValueError(
+            f"corrector={corrector!r}: give a corrector, such as samplers.Langevin(steps=1)"
+        )
 
 
 CORRECTORS = {"none": NoCorrector, "langevin": Langevin, "annealed_langevin": AnnealedLangevin}

@@ -24,8 +24,10 @@ from typing import Any, ClassVar
 
 import jax.numpy as jnp
 
+from sbml import scalars
 from sbml.samplers._grid import FixedSteps, Triple
 from sbml.sampling import predictions
+from sbml.scalars import Number
 from sbml.sdes import SDE
 from sbml.types import Example, Scalar, Score, deterministic
 
@@ -70,11 +72,12 @@ class DDIM(FixedSteps):
     """
 
     spacing: str = "log_snr"
-    eta: float = 0.0
+    eta: Number = 0.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 <= self.eta <= 1:
+        scalars.check_number(self.eta, "eta")
+        if not scalars.is_traced(self.eta) and not 0 <= self.eta <= 1:
             raise ValueError(f"eta={self.eta}: must lie in [0, 1]")
 
     def step(
@@ -94,7 +97,7 @@ class Ancestral(DDIM):
     """A draw from the forward chain's posterior given x_0: DDIM with eta = 1."""
 
     spacing: str = "time"
-    eta: ClassVar[float] = 1.0  # type: ignore[misc]
+    eta: ClassVar[Number] = 1.0  # type: ignore[misc]
 
 
 SAMPLERS = {

@@ -12,15 +12,31 @@ from sbml import sampling
 from sbml.ode import Solver, Stats, transport
 from sbml.samplers._grid import Path, Times, frames_of
 from sbml.scalars import Number, check_count
-from sbml.sdes import SDE
-from sbml.types import Example, Key, Scalar, Score, check_example, check_key, in_full_precision
+from sbml.sdes import SDE, check_sde
+from sbml.types import (
+    Example,
+    Key,
+    Scalar,
+    Score,
+    check_example,
+    check_key,
+    check_kind,
+    in_full_precision,
+)
 
 
 @dataclasses.dataclass(frozen=True)
 class ODE:
-    """The solution of the ODE by ``solver``; it is deterministic, so ``key`` may be None."""
+    """The solution of the ODE by ``solver``; it is deterministic, so ``key`` may be None.
+
+    Raises:
+      ValueError: ``solver`` is no ``Solver``.
+    """
 
     solver: Solver = Solver("dopri5", rtol=1e-3, atol=1e-3)
+
+    def __post_init__(self) -> None:
+        check_kind(self.solver, Solver, "solver")
 
     def __call__(
         self, score: Score, sde: SDE, z: Example, key: Key | None, *, eps: Number
@@ -39,8 +55,9 @@ class ODE:
         frames are the nearest of these steps.
         """
         power, steps = self.solver.power, self.solver.fixed_steps
+        check_sde(sde, SDE)
         sde.check_time(eps)
-        check_example(z)
+        check_example(z, name="z")
         z = in_full_precision(z)
         check_count(frames, "frames")
         if key is not None:

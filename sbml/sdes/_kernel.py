@@ -168,8 +168,9 @@ class Kernel(abc.ABC):
         """Check ``eps``, the lower end of the integral over time, and return it.
 
         Raises:
-          ValueError: if it is not in (0, largest_time).
+          ValueError: if it is not one number in (0, largest_time).
         """
+        scalars.check_number(eps, name)
         last = self.largest_time
         if not scalars.is_traced(eps, last) and not 0 < eps < last:
             raise ValueError(f"{name}={eps}: must lie in (0, {last})")
@@ -182,8 +183,14 @@ def check_sde(sde: Any, kind: type = Kernel) -> None:
     Raises:
       ValueError: if it is not; the message has it.
     """
-    if not isinstance(sde, kind):
-        raise ValueError(f"sde={sde!r}: give an SDE, such as sbml.VP()")
+    if isinstance(sde, kind):
+        return
+    if isinstance(sde, Kernel):
+        raise ValueError(
+            f"sde is {type(sde).__name__}, noise levels without times between them: give the SDE "
+            "itself, such as sbml.VP()"
+        )
+    raise ValueError(f"sde={sde!r}: give an SDE, such as sbml.VP()")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -283,7 +290,7 @@ class SDE(Kernel):
           ValueError: ``z`` is not of floating-point numbers.
         """
         compiler.check()
-        check_example(z)
+        check_example(z, name="z")
         z = in_full_precision(z)
         std = self.prior_std
         log_std = scalars.log(std)

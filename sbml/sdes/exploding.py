@@ -40,6 +40,8 @@ class _Exploding(ClosedForm):
 
 def _check_range(sigma_min: Number, sigma_max: Number) -> None:
     """Check that 0 < sigma_min < sigma_max < infinity. Values are not checked inside ``jit``."""
+    scalars.check_number(sigma_min, "sigma_min")
+    scalars.check_number(sigma_max, "sigma_max")
     concrete = not scalars.is_traced(sigma_min, sigma_max)
     if concrete and not 0 < sigma_min < sigma_max < math.inf:
         raise ValueError(
@@ -99,6 +101,7 @@ class LinearVE(_Exploding):
     """
 
     def __post_init__(self) -> None:
+        scalars.check_number(self.sigma_max, "sigma_max")
         if not scalars.is_traced(self.sigma_max) and not 0 < self.sigma_max < math.inf:
             raise ValueError(f"sigma_max={self.sigma_max}: need a finite number above 0")
 

@@ -8,6 +8,7 @@ import math
 
 import jax.numpy as jnp
 
+from sbml import scalars
 from sbml.sdes._kernel import Kernel
 from sbml.types import Elementwise
 
@@ -39,6 +40,7 @@ class Levels(Kernel):
                 f"{len(self.mean_coefs)} mean_coefs for {len(self.stds)} stds: give one of each "
                 "for every level"
             )
+        scalars.check_range(self.stds, "stds")
         finite = all(map(math.isfinite, (*self.mean_coefs, *self.stds)))
         if not finite or min(self.mean_coefs) < 0 or min(self.stds) <= 0:
             raise ValueError(

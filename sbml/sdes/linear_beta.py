@@ -33,6 +33,8 @@ class _LinearBeta(ClosedForm):
     beta_max: Number = 20.0
 
     def __post_init__(self) -> None:
+        for name in ("beta_min", "beta_max"):
+            scalars.check_number(getattr(self, name), name)
         concrete = not scalars.is_traced(self.beta_min, self.beta_max)
         if concrete and not 0 < self.beta_min <= self.beta_max <= LARGEST_BETA:
             raise ValueError(

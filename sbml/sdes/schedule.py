@@ -5,6 +5,7 @@ from collections.abc import Callable
 
 import jax.numpy as jnp
 
+from sbml import scalars
 from sbml.sdes._kernel import SDE
 from sbml.types import Elementwise, Numbers
 
@@ -39,6 +40,7 @@ class Schedule(SDE):
         for name in ("alpha", "sigma"):
             if not callable(getattr(self, name)):
                 raise ValueError(f"{name}={getattr(self, name)}: give a function of t")
+        scalars.check_number(self.smallest_time, "smallest_time")
         if not 0 < self.smallest_time < self.T:
             raise ValueError(f"smallest_time={self.smallest_time}: must lie in (0, {self.T})")
 

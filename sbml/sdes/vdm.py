@@ -45,8 +45,9 @@ class _Gamma(ClosedForm):
         """Check ``eps``, the lower end of the integral over time, and return it.
 
         Raises:
-          ValueError: if it is not in [0, T).
+          ValueError: if it is not one number in [0, T).
         """
+        scalars.check_number(eps, name)
         if not scalars.is_traced(eps) and not 0 <= eps < self.T:
             raise ValueError(f"{name}={eps}: must lie in [0, {self.T})")
         return eps
@@ -80,6 +81,8 @@ class LinearGamma(_Gamma):
 
     def __post_init__(self) -> None:
         ends = (self.gamma_0, self.gamma_1)
+        for name, end in zip(("gamma_0", "gamma_1"), ends, strict=True):
+            scalars.check_number(end, name)
         if not scalars.is_traced(*ends) and not -math.inf < ends[0] < ends[1] < math.inf:
             raise ValueError(
                 f"gamma_0={self.gamma_0}, gamma_1={self.gamma_1}: need finite numbers with "

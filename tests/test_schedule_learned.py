@@ -125,7 +125,7 @@ def test_the_gradient_finds_the_ends_that_a_scan_finds(gaussian):
     found, again = trained_ends(experiment, pixels, [(-5.0, 3.0), (-2.2, 2.0)])
     np.testing.assert_allclose(again, found, atol=0.1)
     for k in range(2):
-        grid = found[k] + np.linspace(-1, 1, 9)
+        grid = found[k] + np.linspace(-1.5, 1.5, 9)
         ends = [[*found[:k], g, *found[k + 1 :]] for g in grid]
         values = np.asarray([bound_of(experiment, pixels, e)[0] for e in ends])
         fine = np.linspace(grid[0], grid[-1], 1001)

@@ -148,8 +148,8 @@ def pareto_k(deviations: Num[np.ndarray, "..."]) -> float:
 
     k = shape(theta)
     weights = special.softmax(count * (np.log(-theta / k) - k - 1))
-    k = float(shape(np.atleast_1d(weights @ theta))[0])
-    return (count * k + 10 * 0.5) / (count + 10)
+    (estimate,) = shape(np.atleast_1d(weights @ theta))
+    return float(count * estimate + 10 * 0.5) / (count + 10)
 
 
 def outliers(values: Values) -> Integer[np.ndarray, " m"]:

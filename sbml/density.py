@@ -157,7 +157,8 @@ class Density:
         The prior N(0, sde.prior_std^2 I) stands for p_T.
 
         Raises:
-          ValueError: if ``x`` are not floating-point numbers of that shape.
+          ValueError: if ``x`` are not floating-point numbers of that shape, or the score computes
+            in half precision, whose rounding errors the check of convergence does not see.
         """
         return -self._solve(self._continuous(x), Target(self.sde, self._eps), self.dims)
 
@@ -172,8 +173,8 @@ class Density:
         see ``sbml.bits``. The terms are those of the estimator ``ode``, see ``sbml.estimators``.
 
         Raises:
-          ValueError: if ``pixels`` are not integers 0 .. levels - 1 of that shape, or ``levels`` is
-            None.
+          ValueError: if ``pixels`` are not integers 0 .. levels - 1 of that shape, ``levels`` is
+            None, or the score computes in half precision, as for ``logp``.
         """
         k, levels = self._integers(pixels)
         target = Target(self.sde, self._eps, levels, uniform.Model())
@@ -391,6 +392,8 @@ def _terms_of(
     estimator: Estimator,
     target: Target,
 ) -> dict[str, Num[Array, " n"]]:
+    if not estimator.is_bound:
+        ode.check_precision(score, target.sde, batch.data.shape[1:])
     # Without the compilation of ``rows`` itself, because ``score`` may be no argument of ``jit``.
     return inspect.unwrap(rows)(estimator, target, score, {}, batch, u, options)
 

@@ -18,6 +18,7 @@ for an image does not depend on the other images of its batch.
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -39,6 +40,7 @@ from sbml.types import (
     Score,
     check_example,
     deterministic,
+    half_precision,
     in_full_precision,
     predictor,
 )
@@ -192,6 +194,23 @@ def velocity(score: Score, sde: SDE, x: Example, t: Scalar) -> Example:
         return sde.drift(x, t) - 0.5 * sde.diffusion(t) ** 2 * deterministic(score, x, t)
     (x_0, noise), (mean_slope, std_slope) = both(x, t), sde.slopes(t)
     return mean_slope * x_0 + std_slope * noise
+
+
+def check_precision(score: Score, sde: SDE, shape: tuple[int, ...]) -> None:
+    """Check that the velocity of an example of this ``shape`` is computed without half precision.
+
+    Rounding errors are the same in both of the solves whose difference measures the solver's error.
+    In half precision they change log p by more than the budget, and it would be called converged.
+
+    Raises:
+      ValueError: it is not.
+    """
+    x, t = (jax.ShapeDtypeStruct(s, jnp.result_type(float)) for s in (shape, ()))
+    if kind := half_precision(functools.partial(velocity, score, sde), x, t):
+        raise ValueError(
+            f"the score computes in {kind}, whose rounding errors the check of convergence does "
+            "not see: compute it in float32"
+        )
 
 
 def score_of(v: Example, score: Score, sde: SDE, x: Example, t: Scalar) -> Example:

@@ -34,7 +34,7 @@ itself and raises a ValueError.
 """
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -114,6 +114,25 @@ def at_least_float32(x: Elementwise) -> Elementwise:
 def in_full_precision(x: Elementwise) -> Elementwise:
     """``x`` in JAX's default precision, which a solver's times have, or in its own if higher."""
     return jnp.asarray(x, jnp.promote_types(_canonical(x), jnp.result_type(float)))
+
+
+def half_precision(f: Callable[..., Any], *arguments: Any) -> str:
+    """The name of a type of less than 32 bits in which ``f`` rounds a number, or "" if there is
+    none. ``arguments`` are arrays, or only their shapes and types; ``f`` is traced, and not run."""
+    for output in _outputs(jax.make_jaxpr(f)(*arguments)):
+        dtype = getattr(output.aval, "dtype", None)
+        if dtype is not None and jnp.issubdtype(dtype, jnp.floating) and jnp.finfo(dtype).bits < 32:
+            return str(dtype)
+    return ""
+
+
+def _outputs(jaxpr: Any) -> Iterator[Any]:
+    """The results of all operations of a jaxpr, and of those inside jit, scan, cond and others."""
+    for equation in jaxpr.eqns:
+        yield from equation.outvars
+        for inner in jax.tree.leaves(list(equation.params.values())):
+            if hasattr(inner, "eqns"):
+                yield from _outputs(inner)
 
 
 def _canonical(x: Anything) -> jnp.dtype:

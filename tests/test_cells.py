@@ -9,7 +9,7 @@ import tiny
 from cell_runs import BOUND, ODE, cell_run
 from scipy import stats
 
-from sbml import estimate
+from sbml import estimate, score
 from sbml.estimators import Cell, Target
 from sbml.evaluation import cells
 from sbml.experiment import build
@@ -26,6 +26,19 @@ def trained(tmp_path_factory):
     workdir = tmp_path_factory.mktemp("trained")
     train.run(tiny.get_config(), workdir)
     return workdir
+
+
+def test_a_network_in_half_precision_is_refused_before_any_row(trained, tmp_path, monkeypatch):
+    """Only for the ODE, whose check of convergence does not see the rounding errors."""
+    exact = score.LinenScore.__call__
+
+    def rounded(self, x, t, key=None):
+        return exact(self, x, t, key).astype(jax.numpy.float16).astype(x.dtype)
+
+    monkeypatch.setattr(score.LinenScore, "__call__", rounded)
+    with pytest.raises(ValueError, match="the score computes in float16, .* compute it in float32"):
+        cell_run(trained, tmp_path, ODE)
+    cell_run(trained, tmp_path, BOUND, proposal_bins=0)
 
 
 def test_solver_guard_measures_the_solvers_error(trained, tmp_path):

@@ -264,6 +264,15 @@ def test_control_and_density_are_stored_with_the_evaluation(trained, tmp_path, m
         np.testing.assert_array_equal(ours, theirs)
 
 
+def test_a_bound_without_a_control_variate_fits_none(trained, tmp_path):
+    (tmp_path / "checkpoints").symlink_to(trained / "checkpoints")
+    config = tiny.get_config()
+    config.eval.update(max_images=2, sweeps=1, estimators=("bound_ssm",))
+    evaluate.run(config, tmp_path)
+    assert not list((tmp_path / "eval").glob("control_*"))
+    assert not list((tmp_path / "eval").glob("density_*"))
+
+
 def test_several_samples_tighten_and_their_terms_add_up(trained, tmp_path, table):
     """K = 4 with the exact trace, compared with groups of four densities averaged by hand."""
     count = 6

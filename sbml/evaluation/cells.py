@@ -20,7 +20,7 @@ import jax
 import numpy as np
 from absl import logging
 
-from sbml import bits, divergence, estimate, estimators, times
+from sbml import bits, divergence, estimate, estimators, ode, times
 from sbml.bound import GaussianControl
 from sbml.data import ImageSet, eval_batches, spread
 from sbml.dequantizers import has_density
@@ -126,6 +126,8 @@ class CellRun:
             size = min(size, exact * jax.device_count())
         self.batch_size = sharding.round_up(size)
         self.score = experiment.exact_adapter(shared.restored.state.ema_params)
+        if not cell.is_bound:
+            ode.check_precision(self.score, experiment.sde, experiment.shape)
         self._parts_of: dict[Solver, Parts] = {}
         # For the bar: of each sweep of a bound, the sum of its bits/dim and their number.
         self._sums: dict[int, tuple[float, int]] = {}

@@ -288,7 +288,7 @@ def _run(experiment: Experiment, workdir: Workdir) -> None:
         for name in {cell.dequantizer: None for cell in defined}
     }
     start = time.perf_counter()
-    wants_control = any(cell.is_bound for cell in defined)
+    wants_control = any(cell.kind.reducible for cell in defined)
     control = control_variate(experiment, train, workdir) if wants_control else None
     density = time_density(experiment, restored, train, control, workdir)
     shared = Evaluation(experiment, restored, images, control, density, workdir)

@@ -146,10 +146,10 @@ def pareto_k(deviations: Num[np.ndarray, "..."]) -> float:
     def shape(theta: np.ndarray) -> np.ndarray:
         return np.mean(np.log1p(-theta[:, None] * tail), axis=1)
 
-    k = shape(theta)
-    weights = special.softmax(count * (np.log(-theta / k) - k - 1))
-    (estimate,) = shape(np.atleast_1d(weights @ theta))
-    return float(count * estimate + 10 * 0.5) / (count + 10)
+    each = shape(theta)
+    weights = special.softmax(count * (np.log(-theta / each) - each - 1))
+    k = float(shape(np.atleast_1d(weights @ theta))[0])
+    return (count * k + 10 * 0.5) / (count + 10)
 
 
 def outliers(values: Values) -> Integer[np.ndarray, " m"]:

@@ -67,7 +67,7 @@ class Target:
         variances = moments.variances(data, mean)
         if self.levels is None:
             return likelihood.prior_error(self.sde, mean, variances)
-        mean = np.asarray(bits.to_model(jnp.asarray(mean), 0.5, self.levels), np.float64)
+        mean = np.asarray(bits.to_model(jnp.asarray(mean), 0.5, self.levels))
         variances = (2 / self.levels) ** 2 * (variances + 1 / 12)
         nats = likelihood.prior_error(self.sde, mean, variances)
         return PriorError(*(bits.nats_to_bits(each, data.shape[1:]) for each in nats))

@@ -42,12 +42,12 @@ import jax
 import jax.numpy as jnp
 from absl import app, flags
 from jax.sharding import Mesh
-from ml_collections import config_flags
 
 from sbml import estimators
 from sbml.bound import FULL_DIMS, GaussianControl
 from sbml.estimators import Cell, Reduction, Rows, Target
 from sbml.evaluation import cells, samples
+from sbml.experiment import config
 from sbml.experiment.build import Experiment
 from sbml.modes import _loop as loop
 from sbml.modes import train
@@ -152,24 +152,24 @@ def _lowered(experiment: Experiment, mesh: Mesh, name: str, u: Any, options: Any
 @program
 def ode(experiment: Experiment, mesh: Mesh) -> Any:
     """A batch of the ODE estimator, with uniform dequantization."""
-    return _lowered(experiment, mesh, "ode", None, experiment.eval_solver)
+    return _lowered(experiment, mesh, "ode", None, experiment.config.eval.solver())
 
 
 @program
 def bound(experiment: Experiment, mesh: Mesh) -> Any:
     """A batch of the bound with uniform dequantization, control variate and density of times."""
-    same, config = sharding.replicated(mesh), experiment.config.eval
+    same, options = sharding.replicated(mesh), experiment.config.eval
     dims = math.prod(experiment.shape)
     vector = jax.ShapeDtypeStruct((dims,), jnp.float32, sharding=same)
     matrix = jax.ShapeDtypeStruct((dims, dims), jnp.float32, sharding=same)
     basis = matrix if dims <= FULL_DIMS else None
-    density = jax.ShapeDtypeStruct((config.proposal_bins,), jnp.float32, sharding=same)
+    density = jax.ShapeDtypeStruct((options.proposal_bins,), jnp.float32, sharding=same)
     reduction = Reduction(
-        GaussianControl(vector, vector, basis) if config.control else None,
-        density if config.proposal_bins else None,
-        config.proposal,
+        GaussianControl(vector, vector, basis) if options.control else None,
+        density if options.proposal_bins else None,
+        options.proposal,
     )
-    return _lowered(experiment, mesh, "bound", config.n_times, reduction)
+    return _lowered(experiment, mesh, "bound", options.n_times, reduction)
 
 
 @program
@@ -262,25 +262,25 @@ def state_bytes(experiment: Experiment, mesh: Mesh) -> int:
 
 def size_of(program: str, experiment: Experiment) -> dict[str, Any]:
     """The batch of ``program``, and the type in which its network computes."""
-    config, exact = experiment.config, program in ("ode", "bound")
-    section = config.eval if exact else getattr(config, program)
+    exact = program in ("ode", "bound")
+    section = experiment.config.eval if exact else getattr(experiment.config, program)
     adapter = experiment.exact_adapter if exact else experiment.adapter
     return {"batch": section.batch_size, "dtype": adapter.model.dtype}
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Print a line for each program."""
-    del arguments
+    """Print a line for each program; ``arguments`` are fields of the config."""
     options = flags.FLAGS
     if unknown := sorted(set(options.programs) - set(PROGRAMS)):
         raise app.UsageError(f"unknown programs {unknown}; choose from {', '.join(PROGRAMS)}")
     devices = devices_of(options.topology)
-    experiment = Experiment(options.config)
-    name = config_flags.get_config_filename(options["config"])
+    fields = dict(argument.lstrip("-").split("=", 1) for argument in arguments[1:])
+    overrides = {name.removeprefix("config."): value for name, value in fields.items()}
+    experiment = Experiment(config.with_overrides(config.load(options.config), overrides))
     chip = CHIPS.get(devices[0].device_kind)
     with target(devices) as mesh:
         head = {
-            "config": name,
+            "config": options.config,
             "topology": options.topology,
             "chip": devices[0].device_kind,
             "devices": len(devices),
@@ -293,8 +293,8 @@ def main(arguments: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    config_flags.DEFINE_config_file("config", None, "Config file; any field can be set.")
+    flags.DEFINE_string("config", None, "Config; --config.FIELD=VALUE sets a field of it.")
     flags.mark_flag_as_required("config")
     flags.DEFINE_string("topology", "v5e:1x1", "A TPU topology, or local.")
     flags.DEFINE_list("programs", list(PROGRAMS), f"A list of {', '.join(PROGRAMS)}.")
-    app.run(main)
+    app.run(main, flags_parser=lambda given: flags.FLAGS(given, known_only=True))

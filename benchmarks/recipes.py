@@ -42,8 +42,8 @@ from recipe_table import CELLS, table
 from sbml import data
 from sbml.evaluation import cells
 from sbml.experiment import build, trained
-from sbml.experiment.config import check_overrides
-from sbml.experiment.score import model_fields
+from sbml.experiment.config import default, node_of
+from sbml.experiment.fields import unknown
 from sbml.modes import eval as evaluate
 from sbml.modes import train
 from sbml.modes._loop import NonFiniteLoss, compiled_step
@@ -114,10 +114,12 @@ def with_recipe(config: ConfigDict, recipe: str) -> ConfigDict:
         fields = {k: v(config) if callable(v) else v for k, v in changes.items()}
         if network := fields.pop("model.name", None):
             with config.unlocked():
-                config.model = ConfigDict({"name": network, **model_fields(network)})
+                config.model = default(network).model
         for name, value in fields.items():
-            check_overrides(config, [f"--config.{name}"])
-            config.update_from_flattened_dict({name: value})
+            section, field = node_of(config, name)
+            if field not in section:
+                raise ValueError(unknown(name.rpartition(".")[0], field, list(section)))
+            section[field] = value
     return config
 
 
@@ -228,7 +230,7 @@ def copy_start(plan: Plan, seed: int, workdir: pathlib.Path) -> None:
     config.seed = seed
     config.training.update(checkpoint_every=plan.start, keep_every=plan.start)
     base, part = workdir.with_name(f"base_{identity(config)}"), workdir.with_suffix(".part")
-    train.run(config, base)
+    train.run(build.Experiment(config), Workdir(base))
     shutil.rmtree(part, ignore_errors=True)
     shutil.copytree(base, part)
     for checkpoint in (part / "checkpoints").iterdir():
@@ -256,7 +258,7 @@ def train_and_evaluate(plan: Plan, recipe: str, seed: int, steps: int) -> dict[s
         try:
             if plan.start and not workdir.exists():
                 copy_start(plan, seed, workdir)
-            train.run(config, workdir)
+            train.run(build.Experiment(config), Workdir(workdir))
             row["bits_per_dim"] = evaluate_run(config, Workdir(workdir))
         except NonFiniteLoss as error:
             row["failed"] = str(error)
@@ -356,8 +358,8 @@ def main() -> None:
         "manual_dir": ("", "the field data.manual_dir"),
         "out": ("", "the file of results; if empty, runs/recipes/CONFIG.jsonl"),
     }
-    for name, (default, text) in options.items():
-        parser.add_argument(f"--{name}", type=type(default), default=default, help=text)
+    for name, (value, text) in options.items():
+        parser.add_argument(f"--{name}", type=type(value), default=value, help=text)
     args = parser.parse_args()
     chosen, chosen_seeds = budgets(args.budgets), seeds(args.seeds)
     plan, recipes = make_plan(args), list(dict.fromkeys(["", *names_in(args.recipes)]))

@@ -12,7 +12,6 @@ of an image, and hardly on the noise that remains after few steps.
 import argparse
 import dataclasses
 import pathlib
-import runpy
 from collections.abc import Sequence
 from typing import Any
 
@@ -23,10 +22,12 @@ from experiments import figures
 from sbml import distances, report
 from sbml.data import spread
 from sbml.evaluation import quality, samples
-from sbml.experiment import architecture
+from sbml.experiment import trained
 from sbml.experiment.build import Experiment
+from sbml.experiment.config import Config, load
 from sbml.experiment.sampling import Sampling
 from sbml.runtime.checkpoint import Restored
+from sbml.runtime.workdir import Workdir
 
 SAMPLERS = {
     "euler_maruyama": {},
@@ -56,14 +57,13 @@ class Point:
     pixel: float
 
 
-def with_changes(config: Any, changes: dict[str, Any]) -> Any:
-    """A copy of ``config`` with the sampler of ``changes``, and defaults where they set nothing."""
-    config, default = config.copy_and_resolve_references(), Sampling()
-    config.sampling.update({**{field: getattr(default, field) for field in OWN}, **changes})
-    return config
+def with_changes(config: Config, changes: dict[str, Any]) -> Config:
+    """``config`` with the sampler of ``changes``, and defaults where they set nothing."""
+    defaults = {field: getattr(Sampling(), field) for field in OWN}
+    return config.replace(sampling=config.sampling.replace(**{**defaults, **changes}))
 
 
-def draw_samples(config: Any, restored: Restored, changes: dict[str, Any]) -> samples.Samples:
+def draw_samples(config: Config, restored: Restored, changes: dict[str, Any]) -> samples.Samples:
     """Samples with ``config.sampling`` changed."""
     config = with_changes(config, changes)
     params = restored.state.ema_params
@@ -82,8 +82,9 @@ def changes(name: str, steps: int) -> dict[str, Any]:
 
 def main(path: str, workdir: str, out: str, images: int, steps: Sequence[int]) -> list[Point]:
     """Draw, measure, and write the pictures."""
-    config = architecture.of_workdir(runpy.run_path(path)["get_config"](), workdir)
-    config.sampling.update(num_images=images, batch_size=min(images, 100))
+    config = trained.of_workdir(Config.read(load(path)), Workdir(workdir))
+    sampling = config.sampling.replace(num_images=images, batch_size=min(images, 100))
+    config = config.replace(sampling=sampling)
     experiment, extract = Experiment(config), quality.extractor(config)
     restored = experiment.restore(workdir)
     train = experiment.images("train")

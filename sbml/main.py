@@ -1,49 +1,40 @@
-"""sbml --config=digits_vp [--mode=train,eval,sample] [--workdir=DIR]
+"""sbml --config=digits_vp [--mode=train,eval,sample] [--workdir=DIR] [--config.FIELD=VALUE ...]
 
 Also as python -m sbml.main. A config is one of those in configs/, by its name, or any config file.
 Of a run that has a checkpoint, --workdir=DIR alone is enough: its config is in the checkpoint.
+--help=SECTION lists the fields of a section of the config, such as eval; --help=config all of them.
 """
 
-import importlib
+import difflib
 import logging as stdlib_logging
-import os
 import pathlib
-import pkgutil
-import runpy
 import signal
 import sys
 import traceback
-from collections.abc import Collection, Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 import jax
 from absl import app, flags, logging
-from ml_collections import ConfigDict, config_flags
 
-from sbml import compiler, modes
-from sbml.experiment import architecture, catalogue, stored
-from sbml.experiment.config import check_overrides, fields_set_to_none
-from sbml.experiment.fields import choices_in
+from sbml import compiler
+from sbml.experiment import config as configs
+from sbml.experiment import reference
+from sbml.experiment.build import Experiment
+from sbml.experiment.config import Config
+from sbml.experiment.trained import of_workdir
 from sbml.experiment.training import Training
+from sbml.modes import GIVEN, MODES, Mode, execute, parameters_of
 from sbml.runtime import cpu, peers, refusals, sharding
 from sbml.runtime.preemption import Preemption
 from sbml.runtime.workdir import Workdir
 
-# The names of the files in ``modes``. A mode is imported only when it is needed, so that a wrong
-# flag is reported before these slow imports.
-MODES = sorted(m.name for m in pkgutil.iter_modules(modes.__path__) if m.name[0] != "_")
-
-CONFIG = config_flags.DEFINE_config_file(
+CONFIG = flags.DEFINE_string(
     "config", None, "Name or file of a config. --config.FIELD=VALUE sets a field of it."
 )
 MODE = flags.DEFINE_list("mode", None, f"Modes to run, in this order: {', '.join(MODES)}.")
 WORKDIR = flags.DEFINE_string(
     "workdir", None, "Folder of the results; default: runs/<name of the config>."
 )
-SOURCE: flags.FlagHolder[str | None] = flags.DEFINE_string(
-    "source", None, "Checkpoint or work directory of other code, which --mode=convert reads."
-)
-RUNS = flags.DEFINE_list("runs", None, "Evaluated work directories, which --mode=compare compares.")
 COORDINATOR = flags.DEFINE_string(
     "coordinator", None, "For several processes: HOST:PORT of process 0, or auto (TPU pods, Slurm)."
 )
@@ -57,110 +48,106 @@ TRACEBACK = flags.DEFINE_boolean("traceback", False, "Show the traceback of an e
 
 
 def parse(arguments: list[str]) -> list[str]:
-    """Parse the command line; an unknown field of the config is an error that lists the fields.
+    """Set the flags that this file defines, and return the other arguments: fields of the config,
+    and flags of the modes."""
+    for argument in arguments[1:]:
+        if argument.startswith("--help="):
+            print(reference.text(argument.partition("=")[2]))
+            sys.exit(0)
+    flags.FLAGS.set_gnu_getopt(True)
+    try:
+        rest: list[str] = flags.FLAGS(arguments, known_only=True)
+    except flags.Error as error:
+        sys.exit(f"UsageError: {error}")
+    return rest
 
-    Of a field given twice as --config.field=value the last counts; absl joins those of tuples.
+
+def values_of(arguments: Sequence[str]) -> dict[str, str]:
+    """The values in arguments such as ``--config.eval.seed=3`` or ``--source DIR``, by name; the
+    last of several counts.
+
+    Raises:
+      UsageError: an argument has no name or no value.
     """
-    given = [(i, a.partition("=")[0]) for i, a in enumerate(arguments) if "=" in a]
-    last = {name: i for i, name in given if name.startswith("--config.")}
-    earlier = {i for i, name in given if last.get(name, i) != i}
-    arguments = [a for i, a in enumerate(arguments) if i not in earlier]
-    workdir = _value(arguments, "workdir")
-    chosen = set(_value(arguments, "mode").split(",")).intersection(MODES)
-    if {"--config=", "-config="}.intersection(arguments):
-        sys.exit("--config= names no config: give one, or leave the flag out")
-    try:
-        if (
-            workdir
-            and not _value(arguments, "config")
-            and Workdir(workdir).connect().has(Training.folder)
-            and "config" not in ignored(chosen)
-        ):
-            # absl knows the fields of a config only after it has read it, so this argument comes
-            # first.
-            arguments.insert(1, f"--config={stored.__file__}:{workdir}")
-        _locate_configs(arguments)
-    except ValueError as error:
-        sys.exit(str(error))
-    file = _value(arguments, "config")
-    check_config_file(file)
-    config = load_config(file) if file else None
-    unset = {} if config is None else fields_set_to_none(arguments)
-    try:
-        rest = app.parse_flags_with_usage([a for a in arguments if a not in unset])
-        for field in unset.values():
-            CONFIG.value.update_from_flattened_dict({field: None})
-        return rest
-    except (AttributeError, KeyError, IndexError, TypeError, ValueError):
-        if config is not None:
-            try:
-                check_overrides(config, arguments)
-            except ValueError as error:
-                sys.exit(str(error))
-        raise
+    values, rest = {}, list(arguments)
+    while rest:
+        argument = rest.pop(0)
+        name, equals, value = argument.lstrip("-").partition("=")
+        if not argument.startswith("-"):
+            raise app.UsageError(f"unknown: {argument}; set fields as --config.field=value")
+        if not equals:
+            if not rest or rest[0].startswith("--"):
+                raise app.UsageError(f"{argument} has no value: give {argument}=VALUE")
+            value = rest.pop(0)
+        values[name] = value
+    return values
 
 
-def load_config(file: str) -> ConfigDict:
-    """What the function of the config ``file`` returns; leave with one line if it does not work.
+def modes_named(names: Sequence[str]) -> dict[str, Mode]:
+    """The functions of the modes in ``names``.
 
-    absl loads the file as well, but shows the errors of the file with its own traceback.
+    Raises:
+      UsageError: there is no mode of one of the names.
     """
-    path, has_argument, argument = file.partition(":")
-    try:
-        get_config = runpy.run_path(path).get("get_config")
-        if get_config is None:
-            sys.exit(
-                f"--config={path} has no function get_config(): begin with a copy of a file of "
-                "configs/"
-            )
-        config = get_config(argument) if has_argument else get_config()
-    except Exception as error:
-        lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == path]
-        place = f"--config={path}, line {lines[-1]}: " if lines else f"--config={path}: "
-        sys.exit(refusals.line(error) or f"{place}{type(error).__name__}: {error}")
-    if not isinstance(config, ConfigDict):
-        sys.exit(
-            f"--config={path}: get_config() returned {type(config).__name__}; return a ConfigDict, "
-            "as the files of configs/ do"
+    unknown = [name for name in names if name not in MODES]
+    if unknown or not names:
+        near = difflib.get_close_matches(unknown[0], MODES, 1) if unknown else []
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise app.UsageError(f"unknown mode {unknown}; choose from {', '.join(MODES)}{hint}")
+    return {name: MODES[name] for name in names}
+
+
+def check_flags(chosen: Mapping[str, Mode], given: Mapping[str, str]) -> dict[str, str]:
+    """The flags of the modes, from those that are ``given``.
+
+    Raises:
+      UsageError: no mode in ``chosen`` uses one of the flags.
+    """
+    used = set().union(*map(parameters_of, chosen.values()))
+    names = ", ".join(chosen)
+    own = {name: value for name, value in given.items() if not name.startswith("config.")}
+    for name in own:
+        if name not in used - {*GIVEN}:
+            raise app.UsageError(_unused(name, names))
+    without_config = not used & {"experiment", "config"}
+    for name, ignored in (
+        ("config", without_config),
+        ("coordinator", without_config),
+        ("workdir", "workdir" not in used),
+    ):
+        is_set = flags.FLAGS[name].value is not None or (name == "config" and len(given) > len(own))
+        if ignored and is_set:
+            raise app.UsageError(f"--mode={names} does not use --{name}: leave it out")
+    return own
+
+
+def _unused(name: str, modes: str) -> str:
+    """The message for a flag that none of the ``modes`` uses."""
+    owners = {p: mode for mode in MODES for p in parameters_of(MODES[mode]) if p not in GIVEN}
+    if name in owners:
+        return f"--{name} is for --mode={owners[name]}, not for {modes}"
+    near = difflib.get_close_matches(name, [*flags.FLAGS, *owners], 1)
+    return f"unknown flag --{name}" + (f"; did you mean --{near[0]}?" if near else "")
+
+
+def check_processes() -> None:
+    """Check the flags of several processes.
+
+    Raises:
+      UsageError: they do not fit together.
+    """
+    address, count, own = COORDINATOR.value, PROCESSES.value, PROCESS.value
+    if address == "auto" or address is None and count is None and own is None:
+        return
+    if count is None or own is None or not 0 <= own < count:
+        raise app.UsageError(
+            f"--coordinator={address} --num_processes={count} --process_id={own}: several "
+            "processes need all three flags, and process_id must be from 0 to num_processes - 1; "
+            "or give --coordinator=auto alone"
         )
-    return config
-
-
-def _value(arguments: list[str], flag: str) -> str:
-    """The value of ``flag``, after "=" or as the argument that follows; empty without it.
-
-    Of several values it is the last, as for absl.
-    """
-    found = ""
-    for i, argument in enumerate(arguments):
-        name, equals, value = argument.partition("=")
-        if name.lstrip("-") == flag and argument.startswith("-"):
-            found = value if equals else (arguments[i + 1 : i + 2] or [""])[0]
-    return found
-
-
-def _locate_configs(arguments: list[str]) -> None:
-    """Replace the name of a config by its path, after "=" or in the argument that follows."""
-    for i, argument in enumerate(arguments):
-        flag, equals, value = argument.partition("=")
-        if flag in ("-config", "--config"):
-            if equals:
-                arguments[i] = f"{flag}={_path_of(value)}"
-            elif i + 1 < len(arguments):
-                arguments[i + 1] = _path_of(arguments[i + 1])
-
-
-def _path_of(config: str) -> str:
-    """The path of a config, which may be named by its file's name or begin with ~."""
-    return os.path.expanduser(catalogue.path_of(config))
-
-
-def check_config_file(config: str) -> None:
-    """Leave with an explanation if --config=``config`` is no file."""
-    path = pathlib.Path(config.partition(":")[0]).expanduser()
-    if config and not path.is_file():
-        what = "a folder" if path.is_dir() else "not there"
-        sys.exit(f"--config={config}: {path} is {what}; give a file such as configs/digits_vp.py")
+    host, _, port = (address or "").rpartition(":")
+    if not host or not port.isdecimal() or not 0 < int(port) < 2**16:
+        raise app.UsageError(f"--coordinator={address or ''}: give HOST:PORT of process 0, or auto")
 
 
 def run_name(config: str) -> str:
@@ -170,71 +157,29 @@ def run_name(config: str) -> str:
     return "_".join(filter(None, [name, *argument.split("/")])).replace(":", "_")
 
 
-def default_workdir(config: str) -> str:
-    """``runs/`` and the name of the run; for a stored config, the work directory that stores it."""
-    file, _, argument = config.partition(":")
-    if pathlib.Path(file).resolve() == pathlib.Path(stored.__file__).resolve():
-        return argument
-    return f"runs/{run_name(config)}"
+def read_config(given: Mapping[str, str]) -> tuple[Config | None, Workdir | None]:
+    """The config of the command line and the work directory.
 
-
-def module_of(mode: str) -> Any:
-    """The file of ``mode``, imported."""
-    return importlib.import_module(f"{modes.__name__}.{mode}")
-
-
-def ignored(chosen: Collection[str]) -> set[str]:
-    """The flags that all of the modes in ``chosen`` ignore; none if there are no modes."""
-    each = [set(getattr(module_of(mode), "IGNORES", ())) for mode in chosen]
-    return set.intersection(*each) if each else set()
-
-
-def check_flags(arguments: Sequence[str]) -> None:
-    """Refuse flags that would be ignored, and those that name nothing.
+    Without ``--config`` it is the config in the checkpoint of ``--workdir``, if there is one.
 
     Raises:
-      UsageError: naming the flag.
+      ValueError: the config does not work.
+      UsageError: a flag names nothing.
     """
-    if len(arguments) > 1:
-        raise app.UsageError(f"unknown: {arguments[1:]}; set fields as --config.field=value")
-    if MODE.value is not None and not MODE.value:
-        raise app.UsageError(f"--mode= names no mode: choose from {', '.join(MODES)}")
-    if WORKDIR.value is not None and not WORKDIR.value.strip():
-        raise app.UsageError("--workdir= names no folder: give one, or leave the flag out")
-    count, own = PROCESSES.value, PROCESS.value
-    if COORDINATOR.value == "auto" or COORDINATOR.value is None and count is None and own is None:
-        return
-    if count is None or own is None or not 0 <= own < count:
-        raise app.UsageError(
-            f"--coordinator={COORDINATOR.value} --num_processes={count} --process_id={own}: "
-            "several processes need all three flags, and process_id must be from 0 to "
-            "num_processes - 1; or give --coordinator=auto alone"
-        )
-    host, _, port = (COORDINATOR.value or "").rpartition(":")
-    if not host or not port.isdecimal() or not 0 < int(port) < 2**16:
-        raise app.UsageError(
-            f"--coordinator={COORDINATOR.value or ''}: give HOST:PORT of process 0, or auto"
-        )
-
-
-def check_modes(chosen: Sequence[str]) -> None:
-    """Refuse modes that do not exist, and flags that none of the modes in ``chosen`` takes.
-
-    Raises:
-      UsageError: the message names the modes or the flag.
-    """
-    unknown = [mode for mode in chosen if mode not in MODES]
-    if unknown or not chosen:
-        raise app.UsageError(f"unknown mode {unknown}; choose from {', '.join(MODES)}")
-    taken = {flag for mode in chosen for flag in getattr(module_of(mode), "FLAGS", ())}
-    for flag, mode in ((SOURCE, "convert"), (RUNS, "compare")):
-        if flag.value is not None and flag.name not in taken:
-            raise app.UsageError(f"--{flag.name} is for --mode={mode}, not for {', '.join(chosen)}")
-    for flag in (CONFIG, WORKDIR, COORDINATOR):
-        if flag.value is not None and flag.name in ignored(chosen):
-            raise app.UsageError(
-                f"--mode={','.join(chosen)} does not use --{flag.name}: leave it out"
-            )
+    for flag, what in ((CONFIG, "config"), (WORKDIR, "folder")):
+        if flag.value is not None and not flag.value.strip():
+            raise app.UsageError(f"--{flag.name}= names no {what}: give one, or leave the flag out")
+    workdir = None if WORKDIR.value is None else Workdir(WORKDIR.value).connect()
+    if CONFIG.value is not None:
+        workdir = workdir or Workdir(f"runs/{run_name(CONFIG.value)}")
+        config = configs.load(CONFIG.value)
+    elif workdir is not None and workdir.has(Training.folder):
+        config = configs.of_checkpoint(workdir)
+    else:
+        return None, workdir
+    prefix = "config."
+    fields = {n.removeprefix(prefix): v for n, v in given.items() if n.startswith(prefix)}
+    return configs.with_overrides(config, fields), workdir
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -256,47 +201,59 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def _main(arguments: Sequence[str]) -> None:
-    check_flags(arguments)
+    given = values_of(arguments[1:])
+    check_processes()
+    if MODE.value is not None and not MODE.value:
+        raise app.UsageError(f"--mode= names no mode: choose from {', '.join(MODES)}")
     if MODE.value:
-        check_modes(MODE.value)
-        if "config" in ignored(MODE.value):
-            for mode in MODE.value:
-                module = module_of(mode)
-                module.run(None, WORKDIR.value, **_flags_of(module))
-            return
-    if CONFIG.value is None:
+        check_flags(modes_named(MODE.value), given)
+    config, workdir = read_config(given)
+    if config is None and not MODE.value:
         raise app.UsageError(
             "--config=configs/<name>.py says what to run, or --workdir of a run that has a "
             "checkpoint; without either, --mode=verify"
         )
-    chosen = MODE.value or choices_in(CONFIG.value.mode)
-    check_modes(chosen)
+    chosen = modes_named(MODE.value or (config.mode if config else ()))
+    own = check_flags(chosen, given)
+    needing = [name for name, mode in chosen.items() if parameters_of(mode) & {*GIVEN[:2]}]
+    if not needing:
+        for mode in chosen.values():
+            execute(mode, None, workdir, own)
+        return
+    if config is None or workdir is None:
+        raise app.UsageError(
+            f"--mode={needing[0]} needs --config=configs/<name>.py, or --workdir of a run that has "
+            "a checkpoint"
+        )
+    _run_all(chosen, config, workdir, own)
+
+
+def _run_all(
+    chosen: Mapping[str, Mode], config: Config, workdir: Workdir, own: Mapping[str, str]
+) -> None:
+    """Run modes of which some need the config."""
     if COORDINATOR.value:
         address = None if COORDINATOR.value == "auto" else COORDINATOR.value
         jax.distributed.initialize(address, PROCESSES.value, PROCESS.value)
     cpu.settle()
     compiler.check()
-    file = config_flags.get_config_filename(flags.FLAGS["config"])
-    workdir = Workdir(WORKDIR.value or default_workdir(file)).connect()
     workdir.path.mkdir(parents=True, exist_ok=True)
     sharding.check_shared(workdir.path)
-    print(f"{', '.join(chosen)} in {workdir}")
-    for i, mode in enumerate(chosen):
-        if check := getattr(module_of(mode), "check", None):
-            check(CONFIG.value, workdir, chosen[:i])
+    names = list(chosen)
+    print(f"{', '.join(names)} in {workdir}")
+    for i, mode in enumerate(chosen.values()):
+        if "experiment" not in parameters_of(mode):
+            break  # It makes the model that the modes after it use.
+        experiment = Experiment(of_workdir(config, workdir))
+        experiment.check()
+        if check := getattr(sys.modules[mode.__module__], "check", None):
+            check(experiment, workdir, names[:i])
     preemption = Preemption()
     with peers.watched(lambda: f"what {workdir} holds"):
-        for i, mode in enumerate(chosen):
+        for i, mode in enumerate(chosen.values()):
             if i and jax.process_count() > 1:
-                preemption.leave_if_requested(f"{', '.join(chosen[:i])} done")
-            module = module_of(mode)
-            config = architecture.of_workdir(CONFIG.value, workdir)
-            module.run(config, workdir, **_flags_of(module))
-
-
-def _flags_of(module: Any) -> dict[str, Any]:
-    """The flags that a mode takes beside config and work directory."""
-    return {name: flags.FLAGS[name].value for name in getattr(module, "FLAGS", ())}
+                preemption.leave_if_requested(f"{', '.join(names[:i])} done")
+            execute(mode, config, workdir, own)
 
 
 def quiet() -> None:

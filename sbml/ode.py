@@ -149,7 +149,7 @@ class Solver:
         if self.method not in METHODS:
             raise ValueError(f"unknown ODE method {self.method!r}; choose from {sorted(METHODS)}")
         if self.method == "euler" and self.fixed_steps is None:
-            raise ValueError("euler has no error estimate: set fixed_steps, or choose tsit5")
+            raise ValueError("method=euler has no error estimate: set fixed_steps, or choose tsit5")
         for name in ("rtol", "atol", "power", "first_step"):
             most = LOOSEST if name in ("rtol", "atol") else math.inf
             scalars.check_positive(getattr(self, name), name, finite=True, most=most)

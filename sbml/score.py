@@ -74,6 +74,7 @@ from sbml.types import (
     Example,
     Key,
     Pixels,
+    Real,
     Scalar,
     Vector,
     check_example,
@@ -84,7 +85,6 @@ from sbml.types import (
 Network = Callable[..., Array]  # of x_t and t, of one example or of a batch
 Pair = Callable[[Example, Scalar], tuple[Example, ...]]  # of x and t: x_0 and e
 Condition = Integer[Array, ""] | Float[Array, ""] | int
-Real = Float[Array, "..."]
 
 
 class Data(NamedTuple):

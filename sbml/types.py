@@ -63,6 +63,7 @@ Elementwise = Float[_Array, "*any"]
 Pixels = Integer[_Array, "*s"]
 PixelBatch = Integer[_Array, "n *s"]
 
+Real = Float[_Array, "..."]
 Numbers = Num[_Array, "..."]
 Anything = Shaped[_Array, "..."]  # numbers or keys: the function itself checks them
 

@@ -15,8 +15,11 @@ import tempfile
 
 import jax
 
-from sbml.experiment import build
+from sbml.experiment import build, trained
+from sbml.experiment.config import Config
+from sbml.modes import execute
 from sbml.runtime import sharding
+from sbml.runtime.workdir import Workdir
 
 ROOT = pathlib.Path(__file__).parents[1]
 FRESH = multiprocessing.get_context("forkserver")
@@ -134,6 +137,22 @@ def run(workdir, *flags, **kwargs):
     """Start and finish."""
     expect = kwargs.pop("expect", 0)
     return finish(start(workdir, *flags, **kwargs), expect)
+
+
+def checked(config):
+    """The config of a ConfigDict, or ``config`` itself."""
+    return config if isinstance(config, Config) else Config.read(config)
+
+
+def mode(run, config, workdir, source=None):
+    """Run a mode in this process, as the program does."""
+    flags = {} if source is None else {"source": source}
+    execute(run, checked(config), Workdir(workdir), flags)
+
+
+def fitted(config, workdir):
+    """The config with the fields of a converted checkpoint."""
+    return trained.of_workdir(checked(config), Workdir(workdir))
 
 
 def state(config, workdir):

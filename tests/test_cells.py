@@ -5,6 +5,7 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
+import runs
 import tiny
 from cell_runs import BOUND, ODE, cell_run
 from scipy import stats
@@ -24,7 +25,7 @@ from sbml.sdes import VP
 def trained(tmp_path_factory):
     """A work directory with a checkpoint."""
     workdir = tmp_path_factory.mktemp("trained")
-    train.run(tiny.get_config(), workdir)
+    runs.mode(train.run, tiny.get_config(), workdir)
     return workdir
 
 
@@ -150,7 +151,7 @@ def test_another_seed_has_other_draws(trained, tmp_path):
 def test_rows_of_another_setting_are_not_taken(trained, tmp_path, cell, field, value):
     def identity(**fields):
         run = cell_run(trained, tmp_path, cell, proposal_bins=0, **fields)
-        return run._identity(run.shared.experiment.eval_solver)
+        return run._identity(run.shared.experiment.config.eval.solver())
 
     assert identity(**{field: value}) != identity()
 
@@ -163,7 +164,7 @@ def with_levels():
 
 def test_rows_of_other_images_or_parameters_are_not_taken(trained, tmp_path):
     run = cell_run(trained, tmp_path, ODE)
-    shared, solver = run.shared, run.shared.experiment.eval_solver
+    shared, solver = run.shared, run.shared.experiment.config.eval.solver()
     state = shared.restored.state
     moved = state.replace(ema_params=jax.tree.map(lambda a: a + 1, state.ema_params))
     levels = build.Experiment(with_levels())

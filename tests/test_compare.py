@@ -85,7 +85,7 @@ def test_warnings_of_the_runs_are_on_the_page(tmp_path):
     page = comparison.render(evaluated, numbers)
     assert "b: two photos &lt;only&gt;" in page and "b: a sample of 50" in page
     with pytest.raises(ValueError, match="--runs=a,: one of the names is empty"):
-        compare.run(None, None, ["a", ""])
+        compare.run(runs="a,")
 
 
 def test_the_mode_writes_a_page_and_its_numbers(tmp_path, capsys):
@@ -95,7 +95,7 @@ def test_the_mode_writes_a_page_and_its_numbers(tmp_path, capsys):
         workdir.write(SAMPLES, {"images": images, "step": np.asarray(40)})
         values = {"feature distance": 0.625, f"only of {name}": 3.0}
         workdir.write(QUALITY, {"images_crc32": tree_crc32(images), "values": values})
-    compare.run(None, tmp_path / "out", [str(tmp_path / "a"), str(tmp_path / "bb")])
+    compare.run(Workdir(tmp_path / "out"), f"{tmp_path / 'a'},{tmp_path / 'bb'}")
     page = (tmp_path / "out" / "comparison.html").read_text()
     assert "Comparison of a, bb" in page and page.count("data:image/png") == 2
     assert '<th scope="row">seed</th><td>1</td><td>2</td>' in page
@@ -154,9 +154,9 @@ def test_what_cannot_be_compared_is_refused(tmp_path):
     with pytest.raises(ValueError, match="two of the runs are the same"):
         comparison.compare([Run.read(first)] * 2)
     with pytest.raises(ValueError, match=r"no evaluation\.json in .*--mode=eval"):
-        compare.run(None, None, [str(tmp_path / "first"), str(tmp_path)])
+        compare.run(runs=f"{tmp_path / 'first'},{tmp_path}")
     with pytest.raises(ValueError, match="--runs=DIR,DIR"):
-        compare.run(None, None, None)
+        compare.run()
     bound = write(tmp_path / "bound", np.arange(50), HARDNESS)
     content = bound.read(EVALUATION)
     content["results"] = [result(HARDNESS, estimator="bound")]

@@ -32,17 +32,17 @@ from sbml.score import Adapter, from_prediction
 sde, key, x = sdes.VP(), jax.random.key(0), jnp.ones((4, 4, 1))
 t, k = jnp.asarray(0.5), jnp.zeros((4, 4, 1), jnp.uint8)
 score = lambda x, t, key: -x
-flow = dequantizers.get("variational")(filters=4, components=2, blocks=1, heads=1)
+flow = dequantizers.DEQUANTIZERS["variational"](filters=4, components=2, blocks=1, heads=1)
 control = bound.GaussianControl(jnp.zeros(16), jnp.ones(16), None)
 def density():
     return sbml.Density(score, sde, (4, 4, 1))
 
-network = networks.get("mlp")(width=4, depth=1)
+network = networks.NETWORKS["mlp"](width=4, depth=1)
 def zeros_of(init):
     return jax.tree.map(lambda a: jnp.zeros(a.shape), jax.eval_shape(init))
 
 def shapes_of(name, **sizes):
-    init = networks.get(name)(**sizes).init
+    init = networks.NETWORKS[name](**sizes).init
     return jax.eval_shape(lambda: init(key, x[None], t[None], train=False))
 
 check, compiler.check = compiler.check, lambda: True  # Shapes of parameters need no sums.
@@ -84,7 +84,7 @@ calls = {
     "Density.logp": lambda: density().logp(np.ones((1, 4, 4, 1))),
     "Density.bound": lambda: density().bound(np.ones((1, 4, 4, 1))),
     "Density.sample": lambda: density().sample(key, 2),
-    "truncated_normal": lambda: dequantizers.get("truncated_normal")().sample({}, k, key),
+    "truncated_normal": lambda: dequantizers.DEQUANTIZERS["truncated_normal"]().sample({}, k, key),
     "variational": lambda: flow.sample(of_flow, k, key),
     "times.warp": lambda: times.warp(jnp.zeros(3), jnp.ones(4)),
     "times.with_floor": lambda: times.with_floor(jnp.ones(4)),

@@ -9,15 +9,16 @@ import jax
 import numpy as np
 import pytest
 import reference
+import runs
 from flax import serialization
 from ml_collections import ConfigDict
 
 from sbml.convert import _score_flow_file as authors
 from sbml.convert._ncsnpp_options import read_options
 from sbml.dequantizers import variational
-from sbml.experiment import architecture, build, trained
+from sbml.experiment import build, trained
 from sbml.experiment.config import default
-from sbml.experiment.score import model_fields
+from sbml.experiment.score import Network
 from sbml.modes import convert
 from sbml.networks import ncsnpp
 from sbml.runtime.state import TrainState
@@ -62,12 +63,12 @@ def converted(tmp_path_factory: pytest.TempPathFactory) -> Path:
     older["step"] = 1
     save(save(source, theirs()), older, step=2)
     (source / authors.SCORE / "checkpoints-meta").write_bytes(b"not a checkpoint")
-    convert.run(config(), workdir, source)
+    runs.mode(convert.run, config(), workdir, source)
     return workdir
 
 
 def test_every_array_arrives(converted: Path) -> None:
-    fitted = architecture.of_workdir(config(), converted)
+    fitted = runs.fitted(config(), converted)
     restored = build.Experiment(fitted).restore(converted)
     expected = theirs()
     assert restored.step == 7 and int(restored.state.step) == 7
@@ -89,24 +90,24 @@ def test_every_array_arrives(converted: Path) -> None:
 def test_the_work_directory_carries_the_architecture(
     converted: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    fitted = architecture.of_workdir(config(), converted)
-    assert {k: fitted.model[k] for k in reference.OPTIONS} == reference.OPTIONS
+    fitted = runs.fitted(config(), converted)
+    assert {k: fitted.model.own[k] for k in reference.OPTIONS} == reference.OPTIONS
     assert "config.model.nf is 128, the checkpoint's is 16" in capsys.readouterr().out
     free = config()
     free.model.update(dropout=0.3, dtype="bfloat16")
-    fitted = architecture.of_workdir(free, converted)
+    fitted = runs.fitted(free, converted)
     assert (fitted.model.dropout, fitted.model.dtype) == (0.3, "bfloat16")
     with pytest.raises(ValueError, match="mlp.*ncsnpp"):
-        architecture.of_workdir(default("mlp"), converted)
+        runs.fitted(default("mlp"), converted)
     with pytest.raises(ValueError, match=r"is 'vp': take a config with that sde\.name"):
         other = config()
         other.sde.name = "subvp"
-        architecture.of_workdir(other, converted)
-    assert architecture.of_workdir(free, converted.parent) is free
+        runs.fitted(other, converted)
+    assert runs.fitted(free, converted.parent) == build.Experiment(free).config
 
 
 def test_the_report_warns_that_the_training_data_are_not_known(converted: Path) -> None:
-    fitted = architecture.of_workdir(config(), converted)
+    fitted = runs.fitted(config(), converted)
     metadata = build.Experiment(fitted).restore(converted).metadata
     assert metadata["config"]["data"]["dequantization"] == "none"
     assert "not known" in trained.other_data(metadata, None)[0]
@@ -114,7 +115,7 @@ def test_the_report_warns_that_the_training_data_are_not_known(converted: Path) 
 
 def test_a_second_conversion_is_refused(converted: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="has checkpoints already"):
-        convert.run(config(), converted, save(tmp_path, theirs()))
+        runs.mode(convert.run, config(), converted, save(tmp_path, theirs()))
 
 
 # Every option that changes the parameters, alone and with others that change the same layers.
@@ -146,7 +147,7 @@ OPTIONS: list[dict[str, Any]] = [
         "embedding_type": "fourier",
     },
 ]
-GIVEN = model_fields("ncsnpp")
+GIVEN = Network(name="ncsnpp").own
 
 
 def shapes(fields: dict[str, Any]) -> Any:
@@ -204,8 +205,8 @@ def test_scores_follow_their_conventions(name: str, embedding: str, tmp_path: Pa
         chosen.sde.update(name=name, learned=True)  # Its numbers are fixed after a conversion.
         if divides:
             chosen.score.parameterization = "scaled_score"
-        convert.run(chosen, tmp_path / f"ours{divides}", tmp_path)
-        fitted = architecture.of_workdir(chosen, tmp_path / f"ours{divides}")
+        runs.mode(convert.run, chosen, tmp_path / f"ours{divides}", tmp_path)
+        fitted = runs.fitted(chosen, tmp_path / f"ours{divides}")
         assert not fitted.sde.learned
         experiment = build.Experiment(fitted)
         params = experiment.restore(tmp_path / f"ours{divides}").state.ema_params
@@ -256,14 +257,14 @@ def test_leaves_that_do_not_fit_are_named(change: Any, message: str, tmp_path: P
     tree = theirs()
     change(tree["params_ema"])
     with pytest.raises(ValueError, match=message):
-        convert.run(config(), tmp_path / "ours", save(tmp_path, tree))
+        runs.mode(convert.run, config(), tmp_path / "ours", save(tmp_path, tree))
 
 
 def test_parameters_are_checked_too(tmp_path: Path) -> None:
     tree = theirs()
     tree["optimizer"]["target"]["Conv_1"]["bias"] = np.zeros(5)
     with pytest.raises(ValueError, match=r"params:\s+misshapen: Conv_1/bias is \(5,\)"):
-        convert.run(config(), tmp_path / "ours", save(tmp_path, tree))
+        runs.mode(convert.run, config(), tmp_path / "ours", save(tmp_path, tree))
     assert not (tmp_path / "ours").exists()
 
 
@@ -284,39 +285,39 @@ def test_leaves_of_a_dequantizer_are_named_before_anything_is_written(
     change(tree["params_ema"]["params"])
     save(save(tmp_path, theirs()), tree, step=6, kind=authors.DEQUANTIZER)
     with pytest.raises(ValueError, match=message):
-        convert.run(config(), tmp_path / "ours", tmp_path)
+        runs.mode(convert.run, config(), tmp_path / "ours", tmp_path)
     assert not (tmp_path / "ours").exists()
 
 
 def test_errors_for_sources_that_are_no_checkpoint(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="--source=DIR"):
-        convert.run(config(), tmp_path, None)
+        runs.mode(convert.run, config(), tmp_path, None)
     with pytest.raises(ValueError, match=r"no checkpoint_N or ckpt-N.flax in"):
-        convert.run(config(), tmp_path, tmp_path)
+        runs.mode(convert.run, config(), tmp_path, tmp_path)
     folder = tmp_path / authors.SCORE
     folder.mkdir()
     (folder / "checkpoint_3").write_bytes(b"\x93\x01")
     with pytest.raises(ValueError, match="checkpoint_3 is not a flax msgpack file"):
-        convert.run(config(), tmp_path, tmp_path)
+        runs.mode(convert.run, config(), tmp_path, tmp_path)
     save(tmp_path, {"weights": np.zeros(2)}, step=4)
     with pytest.raises(ValueError, match=r"no known code: it has \['weights'\]; known are Song"):
-        convert.run(config(), tmp_path, tmp_path)
+        runs.mode(convert.run, config(), tmp_path, tmp_path)
     save(tmp_path, {"optimizer": {"target": {}, "state": {"param_states": {}}}}, step=5)
     with pytest.raises(ValueError, match=r"no 'params_ema' in \['optimizer'\]"):
-        convert.run(config(), tmp_path, tmp_path)
+        runs.mode(convert.run, config(), tmp_path, tmp_path)
     (folder / "checkpoint_6").write_bytes(serialization.msgpack_serialize(np.zeros(2)))
     with pytest.raises(ValueError, match="checkpoint_6 holds a ndarray, not a training state"):
-        convert.run(config(), tmp_path, tmp_path)
+        runs.mode(convert.run, config(), tmp_path, tmp_path)
     with pytest.raises(ValueError, match="model.name='mlp', .* is of a 'ncsnpp': take a config"):
-        convert.run(default("mlp"), tmp_path, save(tmp_path, theirs(), step=7))
+        runs.mode(convert.run, default("mlp"), tmp_path, save(tmp_path, theirs(), step=7))
     gamma = config()
     gamma.sde.name = "linear_gamma"
     with pytest.raises(ValueError, match="sde.name='linear_gamma': their models have one of vp"):
-        convert.run(gamma, tmp_path, tmp_path)
+        runs.mode(convert.run, gamma, tmp_path, tmp_path)
     other = config()
     other.data.shape = (16, 16, 1)
     with pytest.raises(ValueError, match="images with 3 channels"):
-        convert.run(other, tmp_path / "ours", save(tmp_path, theirs(), step=8))
+        runs.mode(convert.run, other, tmp_path / "ours", save(tmp_path, theirs(), step=8))
 
 
 def flow_of(model: variational.Model) -> tuple[dict[str, Any], Any]:
@@ -351,8 +352,8 @@ def test_the_dequantizer_is_converted_with_the_score(
     save(save(tmp_path, theirs()), flow, step=6, kind=authors.DEQUANTIZER)
     chosen = config()
     chosen.dequantizer.model.heads = 2
-    convert.run(chosen, tmp_path / "ours", tmp_path)
-    fitted = architecture.of_workdir(chosen, tmp_path / "ours")
+    runs.mode(convert.run, chosen, tmp_path / "ours", tmp_path)
+    fitted = runs.fitted(chosen, tmp_path / "ours")
     experiment = build.Experiment(fitted)
     assert experiment.dequantizer("variational") == model
     with experiment.config.dequantizer.training.checkpoints(tmp_path / "ours") as checkpoints:

@@ -18,7 +18,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from ml_collections import ConfigDict
 
 from sbml import discrete, times
-from sbml.experiment import architecture, build
+from sbml.experiment import build
 from sbml.experiment.config import default
 from sbml.modes import convert
 from sbml.modes import eval as evaluate
@@ -56,12 +56,12 @@ def converted(tmp_path_factory: pytest.TempPathFactory) -> Path:
     source, workdir = (tmp_path_factory.mktemp(name) for name in ("theirs", "ours"))
     tree = reference.train_state(reference.wide_params())
     save(source, {**tree, "step": np.int32(1)}, "checkpoints-0/ckpt-2.flax")
-    convert.run(config(), workdir, save(source, tree))
+    runs.mode(convert.run, config(), workdir, save(source, tree))
     return workdir
 
 
 def test_every_array_arrives(converted: Path) -> None:
-    fitted = architecture.of_workdir(config(), converted)
+    fitted = runs.fitted(config(), converted)
     restored = build.Experiment(fitted).restore(converted)
     theirs = reference.wide_params()["score_model"]
     assert restored.step == 7 and int(restored.state.step) == 7
@@ -76,9 +76,9 @@ def test_every_array_arrives(converted: Path) -> None:
 
 
 def test_the_work_directory_carries_network_schedule_and_label(converted: Path) -> None:
-    fitted = architecture.of_workdir(config(), converted)
+    fitted = runs.fitted(config(), converted)
     expected = {**reference.OPTIONS, "attention": False, "dropout": 0.1}
-    assert {name: fitted.model[name] for name in expected} == expected
+    assert {name: fitted.model.own[name] for name in expected} == expected
     experiment = build.Experiment(fitted)
     ends = GIVEN["wide/gamma/gamma"][[0, -1]]
     assert experiment.sde.gamma_0 == pytest.approx(ends[0], rel=1e-12)
@@ -141,7 +141,7 @@ def test_an_evaluation_without_flags_is_their_bound(
     # Only the first cell of the table, without variance reduction, which would need other draws.
     chosen.eval.update(estimators=headline[:1], dequantizers=headline[1:], sweeps=2, batch_size=4)
     chosen.eval.update(control=False, proposal_bins=0)
-    evaluate.run(architecture.of_workdir(chosen, converted), converted)
+    runs.mode(evaluate.run, runs.fitted(chosen, converted), converted)
     table = read_npz(converted / "per_image.npz")
     for i in range(4):
         expected = expected_terms(pictures.pixels(8, 8, seed=i), u[i], pair, last)
@@ -175,9 +175,9 @@ def test_network_and_schedule_are_read_from_the_parameters(
 ) -> None:
     leaves, ends = GAMMAS[gamma]
     save(tmp_path, reference.train_state(small(options, leaves)), "state.msgpack")
-    convert.run(config(), tmp_path / "ours", tmp_path / "state.msgpack")
-    fitted = architecture.of_workdir(config(), tmp_path / "ours")
-    assert {name: fitted.model[name] for name in options} == options
+    runs.mode(convert.run, config(), tmp_path / "ours", tmp_path / "state.msgpack")
+    fitted = runs.fitted(config(), tmp_path / "ours")
+    assert {name: fitted.model.own[name] for name in options} == options
     assert fitted.model.groups == 32
     assert (fitted.sde.gamma_0, fitted.sde.gamma_1) == pytest.approx(ends)
 
@@ -188,8 +188,8 @@ def test_other_constants_of_the_label_are_a_flag(tmp_path: Path) -> None:
     chosen = config()
     chosen.score.log_snr_range = (-6.0, 12.0)
     chosen.sde.learned = True  # The ends of a checkpoint are numbers, whatever the config says.
-    convert.run(chosen, tmp_path / "ours", tmp_path)
-    fitted = architecture.of_workdir(config(), tmp_path / "ours")
+    runs.mode(convert.run, chosen, tmp_path / "ours", tmp_path)
+    fitted = runs.fitted(config(), tmp_path / "ours")
     assert (fitted.sde.gamma_0, fitted.sde.gamma_1) == (-12.0, 6.0)
     assert (
         json.loads((tmp_path / "ours" / "architecture.json").read_text())["sde"]["learned"] is False
@@ -237,7 +237,7 @@ def test_what_does_not_fit_is_named_before_anything_is_written(
     tree = reference.train_state(small({"width": 32, "depth": 1}, GAMMAS["scalar"][0]))
     change(tree, path, leaf)
     with pytest.raises(ValueError, match=message):
-        convert.run(config(), tmp_path / "ours", save(tmp_path, tree))
+        runs.mode(convert.run, config(), tmp_path / "ours", save(tmp_path, tree))
     assert not (tmp_path / "ours").exists()
 
 
@@ -245,10 +245,10 @@ def test_errors_for_checkpoints_that_do_not_fit(converted: Path, tmp_path: Path)
     tree = reference.train_state(small({"width": 32, "depth": 1}, None))
     save(tmp_path, tree)
     with pytest.raises(ValueError, match="has checkpoints already"):
-        convert.run(config(), converted, tmp_path)
+        runs.mode(convert.run, config(), converted, tmp_path)
     with pytest.raises(ValueError, match="model.name='ncsnpp', .* is of a 'vdm': take a config"):
-        convert.run(default(), tmp_path / "ours", tmp_path)
+        runs.mode(convert.run, default(), tmp_path / "ours", tmp_path)
     del tree["opt_state"]["0"]["nu"]
     save(tmp_path, tree, "checkpoints-0/ckpt-4.flax")
     with pytest.raises(ValueError, match="ckpt-4.flax is not a training state of .* no 'nu' in"):
-        convert.run(config(), tmp_path / "ours", tmp_path)
+        runs.mode(convert.run, config(), tmp_path / "ours", tmp_path)

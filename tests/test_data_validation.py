@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import runs
 import tiny
 from pictures import numbered, pixels, save
 from test_data import full_name
@@ -144,10 +145,10 @@ def test_a_checkpoint_knows_on_what_it_was_trained_first(tmp_path: Path) -> None
     """If images are held out only when a training continues, the network has seen them."""
     config = tiny.get_config()
     config.training.num_steps = 1
-    train.run(config, tmp_path)
+    runs.mode(train.run, config, tmp_path)
     for steps, validation, count in ((2, 100, 1), (3, 100, 1), (4, 0, 1), (5, 200, 2)):
         config.training.num_steps, config.data.validation = steps, validation
-        train.run(config, tmp_path)
+        runs.mode(train.run, config, tmp_path)
         experiment = build.Experiment(config)
         metadata = experiment.restore(tmp_path).metadata
         warnings = trained.other_data(metadata, experiment.images("train"))

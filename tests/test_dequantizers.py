@@ -30,7 +30,7 @@ DENSITIES = [n for n, kind in dequantizers.DEQUANTIZERS.items() if dequantizers.
 @pytest.fixture(scope="module", params=DENSITIES)
 def drawn(request):
     """u (n, *s) and log q (n,) of one image, by one compiled call, and the model."""
-    kind = dequantizers.get(request.param)
+    kind = dequantizers.DEQUANTIZERS[request.param]
     fields = {f.name for f in dataclasses.fields(kind)}
     model = kind(**{k: v for k, v in SMALL.items() if k in fields})
     pixels = jnp.asarray(np.arange(4).reshape(SHAPE), jnp.uint8)
@@ -69,7 +69,7 @@ def test_log_q_is_a_normalised_density(drawn):
 
 @pytest.mark.parametrize("name", dequantizers.DEQUANTIZERS)
 def test_models_are_hashable_and_say_what_they_are(name):
-    kind = dequantizers.get(name)
+    kind = dequantizers.DEQUANTIZERS[name]
     model = kind(**{f.name: SMALL[f.name] for f in dataclasses.fields(kind) if f.name in SMALL})
     assert hash(model) == hash(dataclasses.replace(model))
     assert model.at_noise in (True, False)
@@ -81,7 +81,7 @@ def test_an_unknown_name_lists_the_choices():
     with pytest.raises(
         ValueError, match="categorical, learned, truncated_normal, uniform, variational"
     ):
-        dequantizers.get("logistic")
+        dequantizers.DEQUANTIZERS["logistic"]
 
 
 @pytest.mark.parametrize("tau", [0.5, 3.0])

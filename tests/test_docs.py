@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 import pytest
+import runs
 import tiny
 
 from sbml.modes import train
@@ -51,11 +52,11 @@ def test_the_block_runs(name: str, line: int, code: str) -> None:
 def test_the_block_about_a_run_runs(tmp_path, monkeypatch, capsys) -> None:
     config = tiny.get_config()
     config.training.num_steps = 1
-    train.run(config, tmp_path / "runs/digits_vp")
+    runs.mode(train.run, config, tmp_path / "runs/digits_vp")
     monkeypatch.chdir(tmp_path)
     [(name, line, code)] = [block for block in BLOCKS if block[0] == NEEDS_A_RUN]
     execute(name, line, code)
-    assert "bits/dim, 95% interval" in capsys.readouterr().out
+    assert "bits/dim at t=1e-05, 95% interval" in capsys.readouterr().out
 
 
 def test_no_block_is_overlooked() -> None:

@@ -42,7 +42,7 @@ def solve(x):
 
 def model_of(name):
     fields = {"tau": discrete.tau(SDE, LEVELS, EPS)} if name == "truncated_normal" else {}
-    return dequantizers.get(name)(**fields)
+    return dequantizers.DEQUANTIZERS[name](**fields)
 
 
 def bits_per_dim(estimator, model, u, method):

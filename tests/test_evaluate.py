@@ -268,7 +268,7 @@ def test_a_bound_without_a_control_variate_fits_none(trained, tmp_path):
     (tmp_path / "checkpoints").symlink_to(trained / "checkpoints")
     config = tiny.get_config()
     config.eval.update(max_images=2, sweeps=1, estimators=("bound_ssm",))
-    evaluate.run(config, tmp_path)
+    runs.mode(evaluate.run, config, tmp_path)
     assert not list((tmp_path / "eval").glob("control_*"))
     assert not list((tmp_path / "eval").glob("density_*"))
 
@@ -318,7 +318,7 @@ def test_the_report_tells_how_its_model_was_trained(trained, tmp_path):
     config.training.update(likelihood_weighting=False, importance_sampling=False)
     config.update({"optim": {"lr": 1.0}, "data": {"dequantization": "none"}})
     config.eval.update(max_images=2, subset=2, sweeps=1, estimators=("bound",))
-    evaluate.run(config, tmp_path)
+    runs.mode(evaluate.run, config, tmp_path)
     report, ours = json.loads((tmp_path / "report.json").read_text()), tiny.get_config()
     stored = report["config"]
     assert stored["training"]["likelihood_weighting"] and stored["optim"]["lr"] == ours.optim.lr
@@ -337,15 +337,15 @@ def test_products_have_full_precision_by_default(trained, tmp_path, monkeypatch)
     config = tiny.get_config()
     for precision in ("highest", "default"):
         config.eval.precision = precision
-        evaluate.run(config, tmp_path)
+        runs.mode(evaluate.run, config, tmp_path)
     assert seen == ["highest", "default"] and jax.config.jax_default_matmul_precision is None
     runs_of = [cell_run(trained, tmp_path, ODE, precision=p) for p in seen]
-    solver = runs_of[0].shared.experiment.eval_solver
+    solver = runs_of[0].shared.experiment.config.eval.solver()
     first, second = (run._identity(solver) for run in runs_of)
     assert {name for name in first if first[name] != second[name]} == {"precision"}
     config.eval.precision = "half"
     with pytest.raises(ValueError, match="eval.precision=half: need one of default, high, highest"):
-        evaluate.run(config, tmp_path)
+        runs.mode(evaluate.run, config, tmp_path)
 
 
 def test_an_exact_trace_takes_few_images_at_once(trained, tmp_path):
@@ -380,7 +380,7 @@ def test_a_report_of_another_model_than_the_checkpoints_is_refused(trained):
     config.model.width = 16
     before = (trained / "report.json").read_bytes()
     with pytest.raises(ValueError, match=r"model\.width"):
-        report_mode.run(config, trained)
+        runs.mode(report_mode.run, config, trained)
     assert (trained / "report.json").read_bytes() == before
 
 
@@ -390,7 +390,7 @@ def test_every_cell_of_the_table_from_one_checkpoint(trained, tmp_path):
     config = tiny.get_config()
     config.eval.dequantizers = ("uniform", "truncated_normal", "categorical")
     config.eval.update(max_images=40, subset=8, sweeps=3)
-    evaluate.run(config, tmp_path)
+    runs.mode(evaluate.run, config, tmp_path)
     report = json.loads((tmp_path / "report.json").read_text())
     names = [(r["estimator"], r["dequantizer"]) for r in report["results"]]
     assert names == [
@@ -404,4 +404,4 @@ def test_every_cell_of_the_table_from_one_checkpoint(trained, tmp_path):
     assert any("bin centres" in warning for warning in report["warnings"])
     with pytest.raises(ValueError, match="no dequantizer in .*--mode=train_dequantizer"):
         config.eval.dequantizers = ("variational",)
-        evaluate.run(config, tmp_path)
+        runs.mode(evaluate.run, config, tmp_path)

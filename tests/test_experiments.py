@@ -5,11 +5,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import runs
 import tiny
 
 from experiments import samplers, schedule, table2, toy2d
 from sbml.estimate import Estimate
-from sbml.experiment import build
 from sbml.intervals import Interval
 from sbml.modes import train
 from sbml.ode import Solver
@@ -141,8 +141,8 @@ def test_toy2d(tmp_path: Path) -> None:
 def test_the_settings_of_a_configs_own_sampler_are_not_those_of_others(name: str) -> None:
     config = tiny.get_config()
     config.sampling.update(sampler="ddim", steps=1000, eta=0.5, spacing="log_snr")
-    config = samplers.with_changes(config, samplers.changes(name, 20))
-    sampler = build.Experiment(config).sampler
+    changed = samplers.with_changes(runs.checked(config), samplers.changes(name, 20))
+    sampler = changed.sampling.build()
     assert sampler.solver.fixed_steps == 10 if name == "ode_heun" else sampler.nfe == 20
 
 
@@ -152,7 +152,7 @@ def test_samplers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(samplers, "SAMPLERS", {name: samplers.SAMPLERS[name] for name in few})
     monkeypatch.setattr(samplers, "TOLERANCES", (1e-1,))
     config = tiny.get_config()
-    train.run(config, tmp_path / "w")
+    runs.mode(train.run, config, tmp_path / "w")
     path = tmp_path / "config.py"
     text = Path(tiny.__file__).read_text()
     path.write_text(text.replace("    return config", FEATURES + "    return config"))

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import runs
 import tiny
 from families import FAMILIES
 from ml_collections import ConfigDict
@@ -107,13 +108,13 @@ def tiny_with(**fields: int) -> ConfigDict:
 def test_a_model_of_digits_reconstructs(tmp_path: Path) -> None:
     config = tiny.get_config()
     config.latents.update(count=3, frames=4, steps=10)
-    train.run(config, tmp_path)
-    latents.run(config, tmp_path)
+    runs.mode(train.run, config, tmp_path)
+    runs.mode(latents.run, config, tmp_path)
     stored = read_npz(tmp_path / "latents.npz")
     assert stored["latent"].shape == (3, 8, 8, 1) and stored["id"].tolist() == [0, 179, 359]
     assert stored["reconstruction_error"].max() < 1e-2
     experiment = Experiment(config)  # Latents use a ten times smaller tolerance.
-    solver = experiment.eval_solver.tighter(10)
+    solver = experiment.config.eval.solver().tighter(10)
     assert solver.rtol == pytest.approx(config.eval.rtol / 10)
     score = experiment.adapter(experiment.restore(tmp_path).state.ema_params)
     images = experiment.images("test")
@@ -124,7 +125,7 @@ def test_a_model_of_digits_reconstructs(tmp_path: Path) -> None:
         assert Image.open(tmp_path / f"{name}.png").width == cells * 66 - 2
     assert not (tmp_path / "colourisation.png").exists()
     config.eval.update(method="heun", fixed_steps=3)
-    assert Experiment(config).eval_solver.tighter(10).fixed_steps == 30
+    assert Experiment(config).config.eval.solver().tighter(10).fixed_steps == 30
     for field, value in (("count", 1), ("frames", 0), ("steps", 0), ("corrector_steps", 0)):
         with pytest.raises(ValueError, match=f"latents.{field}={value}: need an integer of"):
-            latents.run(tiny_with(**{field: value}), tmp_path)
+            runs.mode(latents.run, tiny_with(**{field: value}), tmp_path)

@@ -3,6 +3,7 @@
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import runs
 import tiny
 from scipy import special, stats
 
@@ -33,8 +34,8 @@ def config():
 def evaluated(tmp_path_factory):
     """The experiment, the trained parameters and the columns of the evaluation."""
     workdir = tmp_path_factory.mktemp("levels")
-    train.run(config(), workdir)
-    evaluate.run(config(), workdir)
+    runs.mode(train.run, config(), workdir)
+    runs.mode(evaluate.run, config(), workdir)
     experiment = build.Experiment(config())
     columns = dict(np.load(workdir / "per_image.npz"))
     return experiment, experiment.restore(workdir).state.ema_params, columns

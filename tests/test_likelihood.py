@@ -367,7 +367,7 @@ def test_evaluations_of_the_score_are_counted() -> None:
     ("arguments", "message"),
     [
         ({"method": "rk45"}, "unknown ODE method 'rk45'"),
-        ({"method": "euler"}, "euler has no error estimate"),
+        ({"method": "euler"}, "method=euler has no error estimate"),
         ({"rtol": 0.0}, "rtol=0.0"),
         ({"atol": -1.0}, "atol=-1.0"),
         ({"power": 0.0}, "power=0.0"),

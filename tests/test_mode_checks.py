@@ -7,7 +7,6 @@ import tiny
 from ml_collections import ConfigDict
 
 from sbml import dequantizers
-from sbml.dequantizers import variational
 from sbml.experiment import build
 from sbml.experiment.config import default
 from sbml.experiment.trained import check_dequantizer
@@ -26,40 +25,43 @@ def config() -> ConfigDict:
 def test_quality_needs_samples(config: ConfigDict, tmp_path: Path) -> None:
     workdir = Workdir(tmp_path)
     with pytest.raises(ValueError, match=r"no samples.npz in .*--mode=sample,quality"):
-        quality.check(config, workdir, ["train", "eval"])
-    quality.check(config, workdir, ["train", "sample"])
+        quality.check(build.Experiment(config), workdir, ["train", "eval"])
+    quality.check(build.Experiment(config), workdir, ["train", "sample"])
     (tmp_path / SAMPLES).touch()
-    quality.check(config, workdir, [])
+    quality.check(build.Experiment(config), workdir, [])
 
 
 def test_an_evaluation_needs_the_dequantizer(config: ConfigDict, tmp_path: Path) -> None:
     workdir = Workdir(tmp_path)
-    evaluate.check(config, workdir, ["train"])
+    evaluate.check(build.Experiment(config), workdir, ["train"])
     config.eval.dequantizers = ("uniform,variational",)
     with pytest.raises(ValueError, match=r"=variational: no dequantizer in .*--mode=train_deq"):
-        evaluate.check(config, workdir, ["train"])
-    evaluate.check(config, workdir, ["train", "train_dequantizer"])
-    evaluate.check(config, workdir, ["convert"])  # It may write a dequantizer too.
+        evaluate.check(build.Experiment(config), workdir, ["train"])
+    evaluate.check(build.Experiment(config), workdir, ["train", "train_dequantizer"])
+    evaluate.check(
+        build.Experiment(config), workdir, ["convert"]
+    )  # It may write a dequantizer too.
     (tmp_path / "dequantizer" / "checkpoints" / "12").mkdir(parents=True)
-    evaluate.check(config, workdir, [])
+    evaluate.check(build.Experiment(config), workdir, [])
 
 
 def test_a_dequantizer_draws_no_samples_and_splits_even_widths(config: ConfigDict) -> None:
     config.data.shape = (8, 7, 1)
     build.Experiment(config)  # The score alone can be trained.
     with pytest.raises(ValueError, match=r"dequantizer.name=variational .*\(8, 7, 1\).* even"):
-        train_dequantizer.check(config, Workdir("unused"), ["train"])
+        train_dequantizer.check(build.Experiment(config), Workdir("unused"), ["train"])
     config.data.shape = (8, 8, 1)
-    train_dequantizer.check(config, Workdir("unused"), ["train"])
+    train_dequantizer.check(build.Experiment(config), Workdir("unused"), ["train"])
     config.dequantizer.training.sample_every = 5
     with pytest.raises(ValueError, match=r"sample_every=5: a dequantizer draws no samples; set"):
-        train_dequantizer.check(config, Workdir("unused"), ["train"])
+        train_dequantizer.check(build.Experiment(config), Workdir("unused"), ["train"])
 
 
 def test_only_the_dequantizer_that_is_trained_is_evaluated(
     config: ConfigDict, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(dequantizers.DEQUANTIZERS, "another", variational.Model)
+    places = dequantizers.DEQUANTIZERS.places
+    monkeypatch.setitem(places, "another", places["variational"])
     config.eval.dequantizers = ("another",)
     with pytest.raises(ValueError, match=r"eval.dequantizers=another, but .*name=variational"):
         build.Experiment(config)
@@ -70,5 +72,5 @@ def test_only_the_dequantizer_that_is_trained_is_evaluated(
     metadata["config"]["dequantizer"]["name"] = "another"
     with pytest.raises(ValueError, match=r"is another, but dequantizer.name=variational"):
         check_dequantizer(checked, metadata)
-    with pytest.raises(ValueError, match=r"dequantizer.name=triangle: need one of"):
+    with pytest.raises(ValueError, match=r"dequantizer.model.name=triangle: need one of"):
         default(dequantizer="triangle")

@@ -22,14 +22,14 @@ def strict_ranks() -> Iterator[None]:
 
 @pytest.mark.parametrize("name", networks.NETWORKS)
 def test_every_network_keeps_the_contract(name: str) -> None:
-    model = networks.get(name)()
-    assert hash(model) == hash(networks.get(name)())
+    model = networks.NETWORKS[name]()
+    assert hash(model) == hash(networks.NETWORKS[name]())
     assert size(shapes(model, (2, 32, 32, 3))) > 0
 
 
 def test_unknown_network_lists_the_choices() -> None:
     with pytest.raises(ValueError, match=r"'unet'.*mlp, ncsnpp"):
-        networks.get("unet")
+        networks.NETWORKS["unet"]
 
 
 SMALL = {"nf": 8, "ch_mult": (1, 2), "num_res_blocks": 1, "attn_resolutions": (4,)}
@@ -141,7 +141,7 @@ def test_mlp_width_depth_and_precision() -> None:
 def test_several_outputs_have_the_digits_of_float32(name: str, options: dict) -> None:
     def rounded(outputs: int) -> float:
         """The part of the network's outputs that bfloat16 represents exactly."""
-        model = networks.get(name)(**options, dtype="bfloat16", outputs=outputs)
+        model = networks.NETWORKS[name](**options, dtype="bfloat16", outputs=outputs)
         x, label = normal(1, 2, 8, 8, 1), jnp.array([0.1, 0.4])
         out = model.apply(random_params(model, x.shape), x, label, train=False)
         assert out.dtype == jnp.float32

@@ -1,7 +1,5 @@
 """The optimizer compared with Adam written out, its schedules, and which parameters decay."""
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,7 +9,7 @@ import tiny
 
 from sbml import losses
 from sbml.experiment import build
-from sbml.experiment.noise import loss_unit
+from sbml.experiment.training import loss_unit
 from sbml.runtime import optim
 
 
@@ -95,7 +93,7 @@ def test_a_short_run_is_told_of_its_warmup_and_average(schedule, caplog):
     section = build.Experiment(config).config.optim
     section.warn_if_short(config.training.num_steps)
     assert not caplog.records
-    dataclasses.replace(section, warmup=5000, ema=0.9999).warn_if_short(1000)
+    section.replace(warmup=5000, ema=0.9999).warn_if_short(1000)
     warmup, average = (record.getMessage() for record in caplog.records)
     assert "optim.warmup=5000 in a run of 1000 steps: the learning rate only rises" in warmup
     assert "weight of 90% in the averaged" in average and "set --config.optim.ema=0.9935" in average

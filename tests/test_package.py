@@ -13,7 +13,7 @@ import runs
 
 import sbml
 from sbml import main
-from sbml.experiment import catalogue
+from sbml.experiment import config
 from sbml.runtime.versions import versions
 
 CONFIGS = runs.ROOT / "configs"
@@ -35,18 +35,13 @@ def test_deprecations_in_every_file_of_ours_are_errors() -> None:
 
 @pytest.mark.parametrize("file", sorted(CONFIGS.glob("*.py")), ids=lambda file: file.stem)
 def test_every_config_has_a_name(file: pathlib.Path) -> None:
-    assert catalogue.path_of(file.stem) == str(file)
-    assert catalogue.path_of(f"{file.stem}:a:b") == f"{file}:a:b"
+    assert config.path_of(file.stem) == file
 
 
-@pytest.mark.parametrize(
-    "config", ["configs/digits_vp.py", "digits_vp.py", "none/digits_vp", "./digits_vp", "a.py:b"]
-)
-def test_a_path_stays(config: str, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """There or not: absl opens it, or says that it cannot."""
-    for folder in (tmp_path, runs.ROOT):
-        monkeypatch.chdir(folder)
-        assert catalogue.path_of(config) == config
+def test_a_path_that_is_not_there_is_no_name() -> None:
+    for path in ("digits_vp.py", "none/digits_vp", "./digits_vp"):
+        with pytest.raises(ValueError, match=rf"--config={path}: .* is not there; give a file"):
+            config.path_of(path)
 
 
 def test_a_file_comes_before_a_name(
@@ -55,41 +50,36 @@ def test_a_file_comes_before_a_name(
     monkeypatch.chdir(tmp_path)
     (tmp_path / "digits_vp").touch()
     (tmp_path / "digits_mlp").mkdir()  # As the work directory of that config may be called.
-    assert catalogue.path_of("digits_vp:small") == "digits_vp:small"
-    assert catalogue.path_of("digits_mlp") == str(CONFIGS / "digits_mlp.py")
+    assert config.path_of("digits_vp") == pathlib.Path("digits_vp")
+    assert config.path_of("digits_mlp") == CONFIGS / "digits_mlp.py"
 
 
 def test_in_an_installed_package_the_configs_are_inside_it(
     tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(catalogue, "_PACKAGE", tmp_path / "sbml")
+    monkeypatch.setattr(config, "_PACKAGE", tmp_path / "sbml")
     (tmp_path / "sbml" / "configs").mkdir(parents=True)
     (tmp_path / "configs").mkdir()  # Of another package in the same site-packages.
     (tmp_path / "configs" / "theirs.py").touch()
     (tmp_path / "sbml" / "configs" / "ours.py").touch()
-    assert catalogue.path_of("ours") == str(tmp_path / "sbml" / "configs" / "ours.py")
+    assert config.path_of("ours") == tmp_path / "sbml" / "configs" / "ours.py"
     with pytest.raises(ValueError, match="choose from ours,"):
-        catalogue.path_of("theirs")
+        config.path_of("theirs")
 
 
-def test_the_names_are_listed_where_none_is_meant(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_names_are_listed_where_none_is_meant() -> None:
     with pytest.raises(
         ValueError, match="'digits'; choose from best, cifar10_subvp, .*, photos_vp, or"
     ):
-        catalogue.path_of("digits")
-    monkeypatch.setattr(main.app, "parse_flags_with_usage", lambda arguments: arguments)
-    with pytest.raises(SystemExit, match=r"--config=digits:a: no config .* 'digits'; choose from"):
-        main.parse(["main", "--config=digits:a"])
+        config.path_of("digits")
+    with pytest.raises(ValueError, match=r"--config=digits: no config .* 'digits'; choose from"):
+        config.load("digits:a")
 
 
-def test_the_program_reads_a_config_by_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(main.app, "parse_flags_with_usage", lambda arguments: arguments)
-    path = str(CONFIGS / "digits_vp.py")
-    rest = ["--config.seed=3", "--mode=eval"]
-    assert main.parse(["main", "--config=digits_vp", *rest]) == ["main", f"--config={path}", *rest]
-    assert main.parse(["main", "--config", "digits_vp", *rest]) == ["main", "--config", path, *rest]
-    parsed = main.parse(["main", "--config=paper:cifar10_vp_deep"])
-    assert main.run_name(parsed[1].partition("=")[2]) == "paper_cifar10_vp_deep"
+def test_a_config_is_loaded_by_its_name() -> None:
+    by_path = config.load(str(CONFIGS / "paper.py") + ":cifar10_vp_deep")
+    assert config.load("paper:cifar10_vp_deep").to_dict() == by_path.to_dict()
+    assert by_path.model.num_res_blocks == 8
 
 
 def test_the_command_is_the_program(tmp_path: pathlib.Path) -> None:

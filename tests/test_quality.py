@@ -37,7 +37,7 @@ def samples(workdir: Path, images: np.ndarray) -> Path:
 
 
 def values(config: ConfigDict, workdir: Path) -> dict[str, float]:
-    quality.run(config, workdir)
+    runs.mode(quality.run, config, workdir)
     numbers = read_json(workdir / QUALITY)
     assert numbers["step"] == 3
     return numbers["values"]
@@ -102,7 +102,7 @@ def test_held_out_images_are_of_all_the_split(monkeypatch: pytest.MonkeyPatch) -
 def test_statistics_are_computed_once_for_each_fingerprint(
     config: ConfigDict, tmp_path: Path
 ) -> None:
-    stats.run(config, tmp_path)
+    runs.mode(stats.run, config, tmp_path)
     [kept] = (tmp_path / "cache" / "stats").iterdir()
     identity = data.load("digits", "train").fingerprint["id"]
     extract = digits_classifier.extractor(weights="", sha256="", levels=17, cache=None)
@@ -157,16 +157,16 @@ def test_an_extractor_that_cannot_be_made_stops_before_the_training(tmp_path: Pa
 
 def test_what_is_missing_is_named(config: ConfigDict, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"no samples.npz in .*--mode=sample"):
-        quality.run(config, tmp_path)
+        runs.mode(quality.run, config, tmp_path)
     samples(tmp_path, data.load("digits", "test", data.Options()).images[:1])
     with pytest.raises(ValueError, match="samples.npz has one image: .*sampling.num_images"):
-        quality.run(config, tmp_path)
+        runs.mode(quality.run, config, tmp_path)
     config.eval.features = "inception"
     with pytest.raises(ValueError, match="download pt_inception"):
-        stats.run(config, tmp_path)
+        runs.mode(stats.run, config, tmp_path)
     config.eval.features = "vgg"
     with pytest.raises(ValueError, match="eval.features=vgg: need one of digits_classifier"):
-        stats.run(config, tmp_path)
+        runs.mode(stats.run, config, tmp_path)
 
 
 def test_the_report_shows_the_quality_of_its_own_samples(

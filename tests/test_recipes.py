@@ -57,8 +57,8 @@ def test_every_recipe_makes_an_experiment() -> None:
     [
         ("level", "unknown recipe 'level': give field=value or one of iid, lattice"),
         ("levels+centres", "unknown recipe 'centres'"),
-        ("training.third_order=0.1", "unknown field config.training.third_order: config.training"),
-        ("levels+trainings.times=iid", "unknown field config.trainings.times: config has data"),
+        ("training.third_order=0.1", "config.training has no field third_order: it has accum"),
+        ("levels+trainings.times=iid", "config has no field trainings: it has data"),
     ],
 )
 def test_what_does_not_exist_is_refused(recipe: str, message: str) -> None:
@@ -144,7 +144,9 @@ def test_an_average_and_a_warmup_suit_the_steps_of_the_run(
     """A recipe whose steps take longer has fewer of them at equal time."""
     settings = []
     monkeypatch.setattr(
-        recipes.train, "run", lambda c, workdir: settings.append((c.optim.warmup, c.optim.ema))
+        recipes.train,
+        "run",
+        lambda e, workdir: settings.append((e.config.optim.warmup, e.config.optim.ema)),
     )
     monkeypatch.setattr(recipes, "evaluate_run", lambda config, workdir: {"ode_uniform": [1.5]})
     for steps in (400, 40, 20):
@@ -207,9 +209,10 @@ def test_what_is_done_is_not_done_again(
     """A line a run; after a kill in the midst of writing one, that one alone is repeated."""
     runs = []
 
-    def run(config, workdir: pathlib.Path) -> None:
-        runs.append((config.seed, config.training.num_steps, config.model.width))
-        if config.model.width == 64:
+    def run(experiment, workdir) -> None:
+        config, width = experiment.config, experiment.config.model.own["width"]
+        runs.append((config.seed, config.training.num_steps, width))
+        if width == 64:
             raise recipes.NonFiniteLoss("step 3: loss inf")
 
     monkeypatch.setattr(recipes.train, "run", run)

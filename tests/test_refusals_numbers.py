@@ -174,7 +174,7 @@ CASES: Cases = {
     "exact_batch": (divergence.exact_batch, {"dims": 3}, {"dims": COUNTS}),
     "dequantizer": (
         lambda pixels, key: [
-            dequantizers.get(name)().sample({}, pixels, key)
+            dequantizers.DEQUANTIZERS[name]().sample({}, pixels, key)
             for name in ("uniform", "truncated_normal")
         ],
         {"pixels": PIXELS, "key": KEY},

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import runs
 import tiny
 
 from sbml import data
@@ -98,7 +99,7 @@ def test_of_a_run_in_training_there_is_its_progress_and_what_makes_the_rest(
     training: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     before = (training / ".train.json").read_text()
-    report.run(tiny.get_config(), training)
+    runs.mode(report.run, tiny.get_config(), training)
     line = "training in progress, step 3 of 40, last loss 1.3333"
     assert capsys.readouterr().out.startswith(f"{line}\nreport: ")
     numbers, text = shown(training)
@@ -123,10 +124,10 @@ def test_pictures_and_samples_of_an_earlier_step_are_shown(training: Path) -> No
     for step in (2, 10):
         grid = np.full((8, 8), step, np.uint8)
         reports.write_png(training / "samples" / f"step_{step:08d}.png", grid)
-    report.run(tiny.get_config(), training)
+    runs.mode(report.run, tiny.get_config(), training)
     assert "Samples during the training, at step 10." in shown(training)[1]
     samples(training, 2)
-    report.run(tiny.get_config(), training)
+    runs.mode(report.run, tiny.get_config(), training)
     numbers, text = shown(training)
     assert "4 samples from the model, not selected." in text and "during the training" not in text
     assert numbers["samples"]["step"] == 2 and set(numbers["missing"]) == {"results", "quality"}
@@ -138,7 +139,7 @@ def test_an_evaluation_is_shown_with_the_progress(
 ) -> None:
     bits = evaluated(training, {"step": 2, "parameters_crc32": 7})
     samples(training, 2)
-    report.run(tiny.get_config(), training)
+    runs.mode(report.run, tiny.get_config(), training)
     printed = capsys.readouterr().out
     assert f"ode uniform              {bits:.4f} bits/dim" in printed
     numbers, text = shown(training)
@@ -146,7 +147,7 @@ def test_an_evaluation_is_shown_with_the_progress(
     assert "Best and worst images" in text and "4 samples from the model" in text
     assert numbers["checkpoint"]["step"] == 2 and set(numbers["missing"]) == {"quality"}
     samples(training, 1)  # Of another model than the results.
-    report.run(tiny.get_config(), training)
+    runs.mode(report.run, tiny.get_config(), training)
     assert set(shown(training)[0]["missing"]) == {"samples", "quality"}
 
 
@@ -154,10 +155,10 @@ def test_without_a_process_the_training_has_stopped_or_is_complete(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(ValueError, match="no metrics, no checkpoint and no evaluation to report"):
-        report.run(tiny.get_config(), tmp_path)
+        runs.mode(report.run, tiny.get_config(), tmp_path)
     for steps, end in ((39, ""), (40, ", no checkpoint")):
         log(tmp_path, steps)
-        report.run(tiny.get_config(), tmp_path)
+        runs.mode(report.run, tiny.get_config(), tmp_path)
         line = f"training stopped, step {steps} of 40{end}, last loss {4 / steps:.4f}"
         assert line in capsys.readouterr().out and line.capitalize() in shown(tmp_path)[1]
     killed = tmp_path / ".train.json"  # The note of a process that could not remove it.
@@ -185,7 +186,7 @@ def test_an_evaluation_of_an_earlier_checkpoint_says_so(
     samples(tmp_path, 3)
     log(tmp_path, 3)
     monkeypatch.setattr(report, "progress_of", lambda *_: Progress(None, 3, 3, 0.5, checkpoint=3))
-    report.run(tiny.get_config(), tmp_path)
+    runs.mode(report.run, tiny.get_config(), tmp_path)
     warning = "the results are those of step 2, but the newest checkpoint is of step 3: evaluate"
     numbers, text = shown(tmp_path)
     assert warning in caplog.text and warning in text

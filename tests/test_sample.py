@@ -30,7 +30,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     config = tiny.get_config()
     config.training.num_steps = 20
     workdir = tmp_path_factory.mktemp("trained")
-    train.run(config, workdir)
+    runs.mode(train.run, config, workdir)
     return workdir
 
 
@@ -86,7 +86,7 @@ def test_the_data_of_the_training_decide_the_levels_of_samples(
     assert other.adapter == experiment.adapter
     with monkeypatch.context() as patch:
         patch.setattr(build.Experiment, "restore", lambda self, workdir: restored)
-        sample.run(tiny.get_config(), tmp_path)
+        runs.mode(sample.run, tiny.get_config(), tmp_path)
     [stored] = tmp_path.glob("sampling/*/identity.json")
     assert read_json(stored)["dequantization"] == "none"
 
@@ -147,10 +147,10 @@ def test_the_memory_that_samples_need_is_known(
     needed = samples.memory_needed(experiment.config)
     assert needed / 2 < peak < needed
     monkeypatch.setattr(samples, "memory", lambda: needed)
-    sample.check(config, workdir, ())
+    sample.check(experiment, workdir, ())
     monkeypatch.setattr(samples, "memory", lambda: needed - 1)
     with pytest.raises(ValueError, match=f"num_images={n}: .* draw at most {n - 1}"):
-        sample.check(config, workdir, ())
+        sample.check(experiment, workdir, ())
 
 
 def test_another_seed_or_sampler_is_another_set(trained: Path) -> None:
@@ -202,7 +202,7 @@ def test_a_strip_goes_with_its_samples(trained: Path, caplog: pytest.LogCaptureF
     config.sampling.update(
         sampler="ddim", steps=2, num_images=2, batch_size=2, frames=1, smallest_time=1e-9
     )
-    sample.run(config, trained)
+    runs.mode(sample.run, config, trained)
     assert not (trained / "samples_strip.png").exists() and (trained / "samples.png").exists()
     assert "--config.sampling.smallest_time=" in caplog.text
 
@@ -233,8 +233,8 @@ def test_every_sampler_can_be_chosen(trained: Path) -> None:
     for name in ("euler_maruyama", "reverse_diffusion", "ancestral", "ddim", "dpm_solver"):
         config.sampling.sampler = name
         experiment = build.Experiment(config)
-        assert type(experiment.sampler) is samplers.SAMPLERS[name]
+        assert type(experiment.config.sampling.build()) is samplers.SAMPLERS[name]
         params = experiment.restore(trained).state.ema_params
         drawn = samples.preview(experiment, params, 2).images
-        assert drawn.shape == (2, 8, 8, 1) and experiment.sampler.nfe == 6
+        assert drawn.shape == (2, 8, 8, 1) and experiment.config.sampling.build().nfe == 6
     jax.clear_caches()

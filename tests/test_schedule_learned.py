@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import runs
 import tiny
 
 from sbml import bits, bound, discrete, losses, times
@@ -164,7 +165,7 @@ def test_a_run_is_evaluated_with_the_ends_it_learned(tmp_path):
     config = learned(num_steps=30, checkpoint_every=30)
     config.optim.update(lr=0.03, warmup=1)
     config.eval.max_images = 16
-    train.run(config, tmp_path)
+    runs.mode(train.run, config, tmp_path)
     experiment = build.Experiment(config)
     restored = experiment.restore(tmp_path)
     average = restored.state.ema_params
@@ -173,7 +174,7 @@ def test_a_run_is_evaluated_with_the_ends_it_learned(tmp_path):
     assert abs(ends["gamma_0"] + 13.3) > 0.05 and abs(ends["gamma_1"] - 5.0) > 0.05
     now = experiment.with_learned_schedule(average)
     assert now.sde == SDES["linear_gamma"](**ends) == now.exact_adapter.sde
-    evaluate.run(config, tmp_path)
+    runs.mode(evaluate.run, config, tmp_path)
     evaluation = json.loads((tmp_path / "evaluation.json").read_text())
     shown = {name: evaluation["config"]["sde"][name] for name in NUMBERS}
     assert shown == pytest.approx(ends, abs=1e-7)
@@ -183,9 +184,9 @@ def test_a_run_is_evaluated_with_the_ends_it_learned(tmp_path):
     prior = jax.vmap(lambda x: bound.prior_kl(now.sde, x))(x) / 64 / np.log(2)
     (name,) = [n for n in columns if n.endswith("prior")]
     np.testing.assert_allclose(columns[name], prior, rtol=1e-4)
-    sample.run(config, tmp_path)
+    runs.mode(sample.run, config, tmp_path)
     config.training.num_steps = 31
-    train.run(config, tmp_path)  # It goes on from them.
+    runs.mode(train.run, config, tmp_path)  # It goes on from them.
     after = build.Experiment(config).restore(tmp_path).state.params
     before = schedule.numbers(restored.state.params)
     for name, value in schedule.numbers(after).items():

@@ -15,10 +15,10 @@ from sbml.modes import train
 
 config, folder = tiny.get_config(), pathlib.Path(sys.argv[1])
 config.training.update(num_steps=6, checkpoint_every=2, sample_every=3)
-train.run(config, folder / "whole")
+runs.mode(train.run, config, folder / "whole")
 for steps, shard_state in ((2, False), (4, True), (6, False)):
     config.training.update(num_steps=steps, shard_state=shard_state)
-    train.run(config, folder / "mixed")
+    runs.mode(train.run, config, folder / "mixed")
 """
 
 # Prints the collectives of a step and the bytes of the state on one device, without and with it.

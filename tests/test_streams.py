@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import runs
 import tiny
 
 import sbml
@@ -134,11 +135,11 @@ def dequantizing(workdir):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(build.Experiment, "init_dequantizer", init)
         patch.setattr(train_dequantizer, "loss_fn", loss_fn)
-        train_dequantizer.run(config(), workdir)
+        runs.mode(train_dequantizer.run, config(), workdir)
 
 
 PROGRAMS = {
-    "train": lambda workdir: train.run(config(), workdir),
+    "train": lambda workdir: runs.mode(train.run, config(), workdir),
     "train_dequantizer": dequantizing,
     "pilot": lambda workdir: shared(workdir, proposal_bins=32).density(1e-3),
     "bound": evaluation,

@@ -90,18 +90,18 @@ def test_several_processes_agree_to_stop_whatever_a_dispatch_takes(monkeypatch, 
 def test_a_second_training_in_a_work_directory_is_refused(whole):
     before = sorted(whole.rglob("*"))
     with Workdir(whole).lock("train"), pytest.raises(BusyError, match="does --mode=train here"):
-        train.run(tiny.get_config(), whole)
+        runs.mode(train.run, tiny.get_config(), whole)
     assert {*whole.rglob("*")} - {*before} <= {whole / ".train.lock"}
 
 
 def test_a_training_that_lost_its_checkpoints_begins_again_aloud(tmp_path, caplog):
     config = tiny.get_config()
     config.training.update(num_steps=4)
-    train.run(config, tmp_path)
+    runs.mode(train.run, config, tmp_path)
     assert "begins again" not in caplog.text
     shutil.rmtree(tmp_path / "checkpoints")
     earlier = (tmp_path / metrics.FILE).read_bytes()
-    train.run(config, tmp_path)
+    runs.mode(train.run, config, tmp_path)
     assert "has no checkpoint, but metrics.jsonl reaches step 4: training begins" in caplog.text
     assert (tmp_path / metrics.EARLIER).read_bytes() == earlier
     later = (tmp_path / metrics.FILE).read_bytes()
@@ -162,9 +162,9 @@ def test_a_row_that_a_stop_cuts_short_is_logged(tmp_path, monkeypatch):
     config.training.update(num_steps=6, log_every=4)
     monkeypatch.setattr(loop._Trainer, "advance", stopped)
     with pytest.raises(SystemExit):
-        train.run(config, tmp_path)
+        runs.mode(train.run, config, tmp_path)
     monkeypatch.undo()
-    train.run(config, tmp_path)
+    runs.mode(train.run, config, tmp_path)
     rows = metrics.read(tmp_path)
     assert [row["step"] for row in rows] == [3, 4, 6]
     batch = config.training.batch_size / 2  # antithetic pairs
@@ -185,7 +185,7 @@ def test_sigterm_in_the_last_save_is_heard(tmp_path, monkeypatch):
     config = tiny.get_config()
     config.training.num_steps = 4
     with pytest.raises(SystemExit) as left:
-        train.run(config, tmp_path)
+        runs.mode(train.run, config, tmp_path)
     assert left.value.code == 143
     assert runs.state(config, tmp_path).step == 4
 
@@ -193,38 +193,38 @@ def test_sigterm_in_the_last_save_is_heard(tmp_path, monkeypatch):
 def test_going_on_otherwise_is_said(tmp_path, caplog):
     config = tiny.get_config()
     config.training.num_steps = 4
-    train.run(config, tmp_path)
+    runs.mode(train.run, config, tmp_path)
     assert "training continues" not in caplog.text
     config.update({"seed": 3, "optim": {"lr": 1e-5}, "training": {"num_steps": 8, "log_every": 2}})
     config.model.dtype = "bfloat16"
-    train.run(config, tmp_path)
+    runs.mode(train.run, config, tmp_path)
     (said,) = [r.getMessage() for r in caplog.records if "training continues" in r.getMessage()]
     lr = tiny.get_config().optim.lr
     changes = f"seed 0 -> 3, model.dtype float32 -> bfloat16, optim.lr {lr} -> 1e-05"
     assert said.endswith(f"began with: {changes}")
     config.training.num_steps = 6
-    train.run(config, tmp_path)
+    runs.mode(train.run, config, tmp_path)
     text = "nothing is trained: step 8 is stored, and training.num_steps="
     assert f"{text}6. Changed: nothing else" in caplog.text
     config.training.update(num_steps=8, second_order=0.1)
-    train.run(config, tmp_path)
+    runs.mode(train.run, config, tmp_path)
     assert f"{text}8. Changed: training.second_order 0.0 -> 0.1" in caplog.text
 
 
 def test_a_second_order_training_goes_on_from_a_checkpoint(tmp_path, caplog):
     config = tiny.get_config()
     config.training.num_steps = 4
-    train.run(config, tmp_path)
+    runs.mode(train.run, config, tmp_path)
     before = losses(tmp_path)
     config.training.update(num_steps=6, second_order=0.1)
-    train.run(config, tmp_path)
+    runs.mode(train.run, config, tmp_path)
     assert "training.second_order 0.0 -> 0.1" in caplog.text
     after = losses(tmp_path)
     assert list(after) == [1, 2, 3, 4, 5, 6]
     assert {step: after[step] for step in before} == before
     with config.unlocked():
         config.training.second_order = 0.0
-    train.run(config, plain := tmp_path / "plain")
+    runs.mode(train.run, config, plain := tmp_path / "plain")
     assert all(after[step] != losses(plain)[step] for step in (5, 6))
     assert runs.state(config, tmp_path).step == 6
 
@@ -244,7 +244,7 @@ def test_more_steps_train_otherwise_under_a_cosine(schedule):
 def test_a_dispatch_of_many_steps_has_one_speed(tmp_path):
     config = tiny.get_config()
     config.training.update(num_steps=24, steps_per_dispatch=8, log_every=2)
-    train.run(config, tmp_path)
+    runs.mode(train.run, config, tmp_path)
     rows = metrics.read(tmp_path)
     assert [row["step"] for row in rows] == [8, 16, 24]
 
@@ -339,7 +339,7 @@ def test_pictures_during_a_training_have_64_samples_at_most(tmp_path, monkeypatc
     config.sampling.update(sampler="ddim", steps=2)
     for number in (65, 3):
         config.sampling.num_images = number
-        train.run(config, tmp_path / str(number))
+        runs.mode(train.run, config, tmp_path / str(number))
     assert counts == [64, 3]
 
 
@@ -348,7 +348,7 @@ def test_losses_read_late_as_on_accelerators_change_nothing(tmp_path, monkeypatc
         monkeypatch.setattr(loop, "_in_flight", lambda late=late: late)
         config = tiny.get_config()
         config.training.num_steps = 6
-        train.run(config, tmp_path / str(late))
+        runs.mode(train.run, config, tmp_path / str(late))
     assert losses(tmp_path / "0") == losses(tmp_path / "2")
     assert_same_state(tmp_path / "0", tmp_path / "2")
 
@@ -358,12 +358,12 @@ def test_wrong_batch_and_other_model_are_refused(whole, tmp_path):
     config.training.batch_size = 63
     config.training.accumulate = 2
     with pytest.raises(ValueError, match="training.batch_size=63 .* use 60 or 64"):
-        train.run(config, tmp_path)
+        runs.mode(train.run, config, tmp_path)
     config = tiny.get_config()
     config.model.width = 48
     message = "another model: config.model.width is 48, the checkpoint's is 32"
     with pytest.raises(ValueError, match=message):
-        train.run(config, whole)
+        runs.mode(train.run, config, whole)
     with pytest.raises(ValueError, match=message):
         build.Experiment(config).restore(whole)
 
@@ -386,7 +386,7 @@ def test_a_checkpoint_of_the_same_shapes_and_another_meaning_is_refused(
     with pytest.raises(ValueError, match=message):
         build.Experiment(config).restore(whole)
     with pytest.raises(ValueError, match=message):
-        train.run(config, whole)
+        runs.mode(train.run, config, whole)
 
 
 def test_how_a_model_was_trained_is_free_where_it_is_only_evaluated(whole):

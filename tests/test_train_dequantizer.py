@@ -6,6 +6,7 @@ import shutil
 import jax
 import numpy as np
 import pytest
+import runs
 import tiny
 
 from sbml import bound
@@ -36,13 +37,13 @@ def config_of(**training):
 def score(tmp_path_factory):
     """A work directory with a score."""
     workdir = tmp_path_factory.mktemp("score")
-    train.run(tiny.get_config(), workdir)
+    runs.mode(train.run, tiny.get_config(), workdir)
     return workdir
 
 
 @pytest.fixture(scope="module")
 def whole(score):
-    train_dequantizer.run(config_of(), score)
+    runs.mode(train_dequantizer.run, config_of(), score)
     return score
 
 
@@ -57,7 +58,7 @@ def test_resumed_training_is_the_uninterrupted_one(whole, tmp_path):
     shutil.copytree(whole / "dequantizer", tmp_path / "dequantizer")
     shutil.rmtree(tmp_path / "dequantizer" / "checkpoints" / str(STEPS))
     assert state(tmp_path).step == 8
-    train_dequantizer.run(config_of(), tmp_path)
+    runs.mode(train_dequantizer.run, config_of(), tmp_path)
     jax.tree.map(np.testing.assert_array_equal, state(tmp_path), state(whole))
     rows = [row["step"] for row in metrics.read(tmp_path / "dequantizer")]
     assert rows == list(range(1, STEPS + 1))
@@ -96,7 +97,7 @@ def test_a_dequantizer_with_nothing_to_train_is_refused():
 
 def test_grids_of_samples_are_refused(score):
     with pytest.raises(ValueError, match="sample_every=9: a dequantizer draws no samples"):
-        train_dequantizer.run(config_of(sample_every=9), score)
+        runs.mode(train_dequantizer.run, config_of(sample_every=9), score)
 
 
 def test_the_settings_of_both_trainings_reach_the_loop(score, tmp_path, monkeypatch):
@@ -106,8 +107,8 @@ def test_the_settings_of_both_trainings_reach_the_loop(score, tmp_path, monkeypa
     config = config_of()
     config.seed, config.data.flip = 7, True
     config.optim.ema, config.dequantizer.optim.ema = 0.9, 0.8
-    train.run(config, tmp_path)
-    train_dequantizer.run(config, score)
+    runs.mode(train.run, config, tmp_path)
+    runs.mode(train_dequantizer.run, config, score)
     assert [(t.seed, t.flip, t.update.ema) for t in tasks] == [(7, True, 0.9), (7, True, 0.8)]
 
 
@@ -139,11 +140,11 @@ def test_another_score_is_refused_for_resuming_and_warned_of(whole, tmp_path):
     (tmp_path / "dequantizer").symlink_to(whole / "dequantizer")
     config = config_of(num_steps=STEPS + 4)
     config.training.num_steps = 20
-    train.run(config, tmp_path)
+    runs.mode(train.run, config, tmp_path)
     with pytest.raises(ValueError, match="was trained with score .* but the newest checkpoint is"):
-        train_dequantizer.run(config, tmp_path)
+        runs.mode(train_dequantizer.run, config, tmp_path)
     config.eval.update(estimators=("bound",), dequantizers=("variational",), sweeps=2)
     config.eval.update(max_images=8, batch_size=8)
-    evaluate.run(config, tmp_path)
+    runs.mode(evaluate.run, config, tmp_path)
     warnings = json.loads((tmp_path / "report.json").read_text())["warnings"]
     assert any("trained for another score" in warning for warning in warnings)

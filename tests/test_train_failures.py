@@ -31,7 +31,7 @@ def test_a_non_finite_loss_read_late_is_named_and_never_saved(tmp_path, monkeypa
     with pytest.raises(
         loop.NonFiniteLoss, match=r"step 1: .*Last good checkpoint: none was saved.*starts again"
     ):
-        train.run(config, tmp_path)
+        runs.mode(train.run, config, tmp_path)
 
 
 def test_non_finite_loss_stops_and_names_the_last_checkpoint(tmp_path, monkeypatch):
@@ -40,7 +40,7 @@ def test_non_finite_loss_stops_and_names_the_last_checkpoint(tmp_path, monkeypat
     config.optim.grad_clip = 0.0
     config.training.checkpoint_every = 1
     with pytest.raises(loop.NonFiniteLoss, match=r"step \d+: loss .*Last good") as raised:
-        train.run(config, tmp_path)
+        runs.mode(train.run, config, tmp_path)
     restored = build.Experiment(config).restore(tmp_path)
     assert f"checkpoints/{restored.step}. The same command resumes" in str(raised.value)
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(restored.state.params))
@@ -55,7 +55,7 @@ def test_a_loss_that_is_not_finite_is_the_error_even_if_no_checkpoint_was_saved(
     config.training.checkpoint_every = 1
     monkeypatch.setattr(disk, "shortage", lambda *_: "full")
     with pytest.raises(loop.NonFiniteLoss, match="none was saved"):
-        train.run(config, tmp_path)
+        runs.mode(train.run, config, tmp_path)
     assert "Remove the cause and run the same command again" in caplog.text
 
 
@@ -63,7 +63,7 @@ def test_the_rows_after_a_kill_are_means_over_all_of_their_steps(tmp_path, monke
     """A checkpoint between two rows begins a row of its own."""
     config = tiny.get_config()
     config.training.update(num_steps=24, log_every=8, checkpoint_every=12)
-    train.run(config, tmp_path / "whole")
+    runs.mode(train.run, config, tmp_path / "whole")
     saved = loop._Trainer.save
 
     def killed(self, step):
@@ -74,8 +74,8 @@ def test_the_rows_after_a_kill_are_means_over_all_of_their_steps(tmp_path, monke
     with monkeypatch.context() as patch:
         patch.setattr(loop._Trainer, "save", killed)
         with pytest.raises(KeyboardInterrupt):
-            train.run(config, tmp_path / "killed")
-    train.run(config, tmp_path / "killed")
+            runs.mode(train.run, config, tmp_path / "killed")
+    runs.mode(train.run, config, tmp_path / "killed")
     whole, ours = (metrics.read(tmp_path / name) for name in ("whole", "killed"))
     assert [row["step"] for row in whole] == [8, 12, 16, 24]
     assert [(r["step"], r["loss"]) for r in ours] == [(r["step"], r["loss"]) for r in whole]
@@ -84,7 +84,7 @@ def test_the_rows_after_a_kill_are_means_over_all_of_their_steps(tmp_path, monke
 def test_a_full_disk_does_not_stop_the_training(tmp_path, monkeypatch, caplog):
     """Steps 8 to 31 find no room, nor do some rows; the end is that of a run with a free disk."""
     config = tiny.get_config()
-    train.run(config, tmp_path / "free")
+    runs.mode(train.run, config, tmp_path / "free")
     scalars = metrics.MetricsWriter.scalars
 
     def written(self, step, values):
@@ -95,7 +95,7 @@ def test_a_full_disk_does_not_stop_the_training(tmp_path, monkeypatch, caplog):
     steps = iter(range(4, 44, 4))
     monkeypatch.setattr(metrics.MetricsWriter, "scalars", written)
     monkeypatch.setattr(disk, "shortage", lambda *_: "full" if 8 <= next(steps) < 32 else "")
-    train.run(config, tmp_path / "full")
+    runs.mode(train.run, config, tmp_path / "full")
     states = [runs.state(config, tmp_path / name) for name in ("free", "full")]
     assert all(jax.tree.leaves(jax.tree.map(np.array_equal, *(s.state for s in states))))
     said = [r.getMessage() for r in caplog.records if r.levelname in ("WARNING", "ERROR")]
@@ -114,7 +114,7 @@ def test_pictures_of_steps_that_this_run_did_not_make_are_set_aside(tmp_path):
     (tmp_path / "samples").mkdir()
     for name in ("step_00000000.png", "step_00000020.png", "mine.png"):
         (tmp_path / "samples" / name).write_text(name)
-    train.run(config, tmp_path)
+    runs.mode(train.run, config, tmp_path)
     kept = {path.name: path.read_text() for path in (tmp_path / "samples").iterdir()}
     assert kept == {
         "step_00000000.png": "step_00000000.png",
@@ -131,5 +131,5 @@ def test_a_disk_without_room_for_the_last_checkpoint_is_an_error(tmp_path, monke
     with pytest.raises(
         UnsavedCheckpointError, match=r"step 8 .*: full\. Remove .* checkpoint, .*4$"
     ):
-        train.run(config, tmp_path)
+        runs.mode(train.run, config, tmp_path)
     assert runs.state(config, tmp_path).step == 4

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import jax.numpy as jnp
 import pytest
+import runs
 import tiny
 
 from sbml.experiment import build
@@ -111,13 +112,13 @@ def test_a_dequantizer_that_is_trained_with_other_times_says_so():
 
 def test_evaluating_without_a_checkpoint_says_so(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no checkpoint in .*train first"):
-        evaluate.run(tiny.get_config(), tmp_path)
+        runs.mode(evaluate.run, tiny.get_config(), tmp_path)
 
 
 def test_warnings_are_logged_before_the_images_are_evaluated(tmp_path, monkeypatch, caplog):
     config = tiny.get_config()
     config.training.num_steps = 1
-    train.run(config, tmp_path)
+    runs.mode(train.run, config, tmp_path)
     config.eval.update(max_images=2, subset=2, estimators=("ode",), smallest_time=1e-9)
 
     def stop(*_):
@@ -125,6 +126,6 @@ def test_warnings_are_logged_before_the_images_are_evaluated(tmp_path, monkeypat
 
     monkeypatch.setattr(evaluate, "_fill", stop)
     with pytest.raises(KeyboardInterrupt):
-        evaluate.run(config, tmp_path)
+        runs.mode(evaluate.run, config, tmp_path)
     assert "a random sample of 2 of 360 images" in caplog.text
     assert "eval: times begin at t=1e-09" in caplog.text

@@ -1,6 +1,4 @@
-"""Conversion of checkpoints of other published code: one file in this folder for each source.
-
-To add a source, add a file here that exports
+"""Conversion of checkpoints of other published code: one file in this folder for each code.
 
 NETWORK                              the name of the network in its checkpoints
 CODE                                 the name of the code in messages
@@ -8,12 +6,6 @@ recognises(tree)                     whether a file with the content ``tree`` is
 convert(config, workdir, path, tree) converts the checkpoint and writes it to ``workdir``
 """
 
-from importlib import import_module
-from pkgutil import iter_modules
-from typing import Any
+from sbml.convert import score_flow, vdm
 
-SOURCES: dict[str, Any] = {
-    file.name: import_module(f"{__name__}.{file.name}")
-    for file in iter_modules(__path__)
-    if not file.name.startswith("_")
-}
+SOURCES = (score_flow, vdm)

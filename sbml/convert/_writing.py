@@ -7,10 +7,9 @@ import jax
 import jax.numpy as jnp
 import optax
 from etils import epath
-from ml_collections import ConfigDict
 
 from sbml.convert._files import ForeignState
-from sbml.experiment import architecture
+from sbml.experiment import trained
 from sbml.experiment.build import Experiment
 from sbml.experiment.config import Config
 from sbml.runtime import sharding
@@ -21,7 +20,7 @@ from sbml.runtime.versions import versions
 
 
 def fit(
-    config: ConfigDict, sections: architecture.Sections, workdir: epath.Path
+    config: Config, sections: trained.Sections, workdir: epath.Path
 ) -> tuple[Experiment, list[str]]:
     """The experiment of ``config`` with the fields of ``sections`` replaced, and a line for each
     change.
@@ -29,7 +28,7 @@ def fit(
     Raises:
       ValueError: ``workdir`` has checkpoints already.
     """
-    fitted, lines = architecture.apply(config, sections)
+    fitted, lines = trained.with_fields(config, sections)
     experiment = Experiment(fitted)
     if experiment.config.training.checkpoints(workdir).steps():
         raise ValueError(f"{workdir} has checkpoints already: convert into a new --workdir")

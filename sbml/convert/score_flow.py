@@ -21,16 +21,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
-from ml_collections import ConfigDict
 
 from sbml.convert import _ncsnpp_options, _writing
 from sbml.convert import _score_flow_file as authors
 from sbml.convert._files import ForeignState, newest
 from sbml.dequantizers import variational
-from sbml.experiment import architecture
+from sbml.experiment import trained
 from sbml.experiment.build import Experiment
 from sbml.experiment.config import Config
-from sbml.experiment.noise import smallest_time
+from sbml.experiment.training import smallest_time
 from sbml.runtime import sharding
 from sbml.runtime.state import TrainState
 from sbml.runtime.trees import tree_crc32
@@ -66,9 +65,7 @@ def recognises(tree: Mapping[str, Any]) -> bool:
     return "optimizer" in tree
 
 
-def convert(
-    config: ConfigDict, workdir: epath.Path, path: epath.Path, tree: Mapping[str, Any]
-) -> None:
+def convert(config: Config, workdir: epath.Path, path: epath.Path, tree: Mapping[str, Any]) -> None:
     """Convert the checkpoint ``tree`` in the file ``path``, and that of the dequantizer if there is
     one, to ``workdir``.
 
@@ -86,7 +83,7 @@ def convert(
     flow_state = None if flow is None else _flow_state(experiment, flow)
     metadata = _writing.metadata(experiment, score, "none")
     if jax.process_index() == 0:
-        architecture.write(workdir, sections)
+        trained.write_architecture(workdir, sections)
     with experiment.config.training.checkpoints(workdir) as checkpoints:
         checkpoints.save(score.step, score_state, metadata)
         written = [_writing.line(score, checkpoints)]
@@ -112,21 +109,17 @@ def _renamed(theirs: ForeignState) -> ForeignState:
     return theirs._replace(trees=renamed)
 
 
-def _sections(
-    config: ConfigDict, score: ForeignState, flow: ForeignState | None
-) -> architecture.Sections:
+def _sections(config: Config, score: ForeignState, flow: ForeignState | None) -> trained.Sections:
     """The fields of the config, by section, that describe the checkpoints."""
     if config.sde.name not in CONVENTIONS:
         names = ", ".join(CONVENTIONS)
         raise ValueError(f"config.sde.name={config.sde.name!r}: their models have one of {names}")
-    ours = Config.read(config)
     # Theirs were never trained on bin centres.
-    eps = smallest_time(ours.sde.build(), ours.training, ours.data, math.inf)
+    eps = smallest_time(config.sde.build(), config.training, config.data, math.inf)
     convention = CONVENTIONS[config.sde.name]
-    given = {k: v for k, v in config.model.items() if k != "name"}
     height, channels = config.data.shape[0], config.data.shape[-1]
     try:
-        options = _ncsnpp_options.read_options(score.ema_params, given, height, channels)
+        options = _ncsnpp_options.read_options(score.ema_params, config.model.own, height, channels)
     except ValueError as error:
         raise ValueError(f"{score.path}: {error}") from error
     inputs = np.shape(score.ema_params["Conv_0"]["kernel"])[2]
@@ -144,12 +137,12 @@ def _sections(
             "parameterization": choice if choice in possible else possible[0],
             "label": convention.label,
         },
-        "sde": {**config.sde, "learned": False},
+        "sde": config.sde.replace(learned=False).values(),
         "training": {"smallest_time": eps},
     }
     if flow is not None:
         sections["dequantizer.model"] = variational.read_options(
-            flow.ema_params, config.dequantizer.model.to_dict()
+            flow.ema_params, config.dequantizer.model.own
         )
     return sections
 

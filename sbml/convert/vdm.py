@@ -21,12 +21,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
-from ml_collections import ConfigDict
 
 from sbml import networks
 from sbml.convert import _writing
 from sbml.convert._files import ForeignState, unwrapped
-from sbml.experiment import architecture
+from sbml.experiment import trained
+from sbml.experiment.config import Config
 from sbml.networks.vdm import GROUPS
 from sbml.sdes import LinearGamma, MonotoneGamma
 
@@ -40,9 +40,7 @@ def recognises(tree: Mapping[str, Any]) -> bool:
     return "opt_state" in tree
 
 
-def convert(
-    config: ConfigDict, workdir: epath.Path, path: epath.Path, tree: Mapping[str, Any]
-) -> None:
+def convert(config: Config, workdir: epath.Path, path: epath.Path, tree: Mapping[str, Any]) -> None:
     """Convert the checkpoint ``tree`` in the file ``path`` to ``workdir``.
 
     Raises:
@@ -67,7 +65,7 @@ def convert(
     experiment, lines = _writing.fit(config, sections, workdir)
     state = _writing.score_state(experiment, score)
     if jax.process_index() == 0:
-        architecture.write(workdir, sections)
+        trained.write_architecture(workdir, sections)
     with experiment.config.training.checkpoints(workdir) as checkpoints:
         checkpoints.save(score.step, state, _writing.metadata(experiment, score, "centre"))
         lines.append(_writing.untold(experiment.config, ["score.log_snr_range", "data.flip"]))

@@ -4,18 +4,17 @@
     batches = train_batches(images, 128, seed=0)
     batches[1000]                                # the uint8 batch of step 1000
 
-A new source is a new file here that exports ``SOURCE``; see ``Source``. Files that open with an
-underscore are parts.
+A source is a class derived from ``Source``. Files that open with an underscore are parts.
 """
 
 from dataclasses import replace
-from importlib import import_module
-from pkgutil import iter_modules
+from typing import Any
 
 from sbml.data import imagenet32
 from sbml.data._image_set import SPLITS, VALIDATION, ImageSet, Options, Source
 from sbml.data._pipeline import eval_batches, prefetch, spread, train_batches
 from sbml.data._validation import part
+from sbml.registry import Registry
 
 __all__ = [
     "SOURCES",
@@ -28,6 +27,7 @@ __all__ = [
     "imagenet32",
     "load",
     "prefetch",
+    "source_of",
     "spread",
     "train_batches",
 ]
@@ -39,32 +39,51 @@ NO_VALIDATION = (
     "the fraction or number that the training used"
 )
 
-SOURCES: dict[str, Source] = {
-    found.name: import_module(f"{__name__}.{found.name}").SOURCE
-    for found in iter_modules(__path__)
-    if not found.name.startswith("_")
-}
+SOURCES = Registry(
+    "image set",
+    {
+        "digits": "sbml.data.digits:Digits",
+        "image_folder": "sbml.data.image_folder:ImageFolder",
+        "imagenet32": "sbml.data.imagenet32:Imagenet32",
+        "photos": "sbml.data.photos:Photos",
+        "tfds": "sbml.data.tfds:Tfds",
+    },
+)
 
 
-def load(name: str, split: str, options: Options = _DEFAULT) -> ImageSet:
+def source_of(name: str) -> tuple[type[Source], str]:
+    """The class of the source ``name``, and the name of the set in it if it is a collection.
+
+    Raises:
+      ValueError: there is no such source; the message lists those of this package.
+    """
+    short, colon, dataset = name.partition(":")
+    if short not in SOURCES.places and colon:
+        return SOURCES[name], ""
+    kind = SOURCES[short] if short in SOURCES.places else None
+    if kind is None or kind.collection != bool(dataset) or bool(colon) != bool(dataset):
+        choices = (f"{k}:<set>" if SOURCES[k].collection else k for k in sorted(SOURCES))
+        raise ValueError(f"unknown data set {name!r}: choose one of {', '.join(choices)}")
+    return kind, dataset
+
+
+def load(name: str, split: str, options: Options = _DEFAULT, **own: Any) -> ImageSet:
     """The images of ``split``.
 
     Args:
-      name: a source, or ``source:set`` where the source is a collection, as ``tfds:cifar10``.
+      name: a source, ``source:set`` where the source is a collection, as ``tfds:cifar10``, or
+        ``package.module:Name`` for a source of another package.
       split: "train", "test" or, with ``options.validation``, "validation": a part of the training
         images that "train" is then without.
       options: where to look and how to cut; its ``dataset`` is taken from ``name``.
+      own: the fields of the source's class.
 
     Raises:
       ValueError: no such name or split, where the message lists those there are; no images in the
         validation part, or none beside it.
     """
-    key, colon, dataset = name.partition(":")
-    source = SOURCES.get(key)
-    if source is None or source.collection != bool(dataset) or bool(colon) != bool(dataset):
-        choices = (f"{k}:<set>" if s.collection else k for k, s in sorted(SOURCES.items()))
-        raise ValueError(f"Unknown data set {name!r}: choose one of {', '.join(choices)}.")
-    options = replace(options, dataset=dataset)
+    kind, dataset = source_of(name)
+    source, options = kind(**own), replace(options, dataset=dataset)
     if split == VALIDATION and not options.validation:
         raise ValueError(NO_VALIDATION.format(f"split {split!r} of {name}"))
     if split == "test" or not options.validation:

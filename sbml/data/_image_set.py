@@ -3,10 +3,11 @@
 import hashlib
 import json
 import os
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -139,8 +140,9 @@ class ImageSet:
         return {**print_, "id": hashlib.sha256(canonical).hexdigest()[:12]}
 
 
-class Source(Protocol):
-    """Where image sets come from.
+@dataclass(frozen=True)
+class Source(ABC):
+    """Where image sets come from. A source with fields of its own is a frozen dataclass.
 
     Attributes:
       collection: whether it holds many sets, named ``source:set``.
@@ -148,12 +150,12 @@ class Source(Protocol):
         size and the channels. A config that sets another one is refused.
     """
 
-    collection: bool
-    reads: tuple[str, ...]
+    collection: ClassVar[bool] = False
+    reads: ClassVar[tuple[str, ...]] = ()
 
+    @abstractmethod
     def load(self, split: str, options: Options) -> ImageSet:
         """The images of ``split``, "train" or "test"; any other is a ValueError."""
-        ...
 
 
 def _sha256(images: np.ndarray, chunk_bytes: int = 1 << 24) -> str:

@@ -6,16 +6,13 @@ The last 360 images are the test split.
 
 import numpy as np
 
-from sbml.data._image_set import ImageSet, Options, check_split
+from sbml.data._image_set import ImageSet, Options, Source, check_split
 
 TEST_COUNT, LEVELS = 360, 17
 
 
-class Digits:
+class Digits(Source):
     """8x8x1 images with values 0 .. 16: 1,437 to train on, 360 to test on."""
-
-    collection = False
-    reads = ()
 
     def load(self, split: str, options: Options) -> ImageSet:
         """The images of ``split``; no option applies."""
@@ -25,6 +22,3 @@ class Digits:
         images = load_digits().images[..., None].astype(np.uint8)
         part = images[:-TEST_COUNT] if split == "train" else images[-TEST_COUNT:]
         return ImageSet("digits", "1", split, part, levels=LEVELS)
-
-
-SOURCE = Digits()

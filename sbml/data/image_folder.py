@@ -22,7 +22,7 @@ from PIL.TiffImagePlugin import BITSPERSAMPLE
 from tqdm import tqdm
 
 from sbml.data._cache import Add, content_key, load_or_build
-from sbml.data._image_set import ImageSet, Options, check_split
+from sbml.data._image_set import ImageSet, Options, Source, check_split
 from sbml.data._names import printable
 
 SUFFIXES = frozenset(
@@ -36,10 +36,9 @@ _NAMED_AT_MOST = 10
 log = logging.getLogger(__name__)
 
 
-class ImageFolder:
+class ImageFolder(Source):
     """image_size x image_size images, grey or RGB, 256 levels; ids are paths within the folder."""
 
-    collection = False
     reads = ("path", "crop", "test_fraction", "seed")
 
     def load(self, split: str, options: Options) -> ImageSet:

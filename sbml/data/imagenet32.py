@@ -27,7 +27,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from sbml.data._cache import Add, load_or_build
-from sbml.data._image_set import ImageSet, Options, check_split
+from sbml.data._image_set import ImageSet, Options, Source, check_split
 
 ARCHIVES = {
     "old": {"train": "train_32x32.tar", "test": "valid_32x32.tar"},
@@ -70,7 +70,7 @@ def check_comparable(*names: str) -> None:
         )
 
 
-class Imagenet32:
+class Imagenet32(Source):
     """32x32 RGB, 256 levels, in the archive's order."""
 
     collection = True
@@ -95,9 +95,6 @@ class Imagenet32:
         path = options.cache / "imagenet32" / which / f"{split}.npy"
         images, _ = load_or_build(path, lambda add: _decode(which, split, options, add))
         return ImageSet(f"imagenet32:{which}", which, split, images)
-
-
-SOURCE = Imagenet32()
 
 
 def _decode(which: str, split: str, options: Options, add: Add) -> dict[str, Any]:

@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image
 
 from sbml.data._cache import Add, content_key, load_or_build
-from sbml.data._image_set import ImageSet, Options, check_split
+from sbml.data._image_set import ImageSet, Options, Source, check_split
 
 PHOTOS = {
     "train": (
@@ -80,11 +80,8 @@ def scene(crop_id: str) -> str:
     return photo.stem.removesuffix("_left").removesuffix("_right")
 
 
-class Photos:
+class Photos(Source):
     """32x32x3 crops, 256 levels; ids read ``photo@top,left/scale``, in the photo's pixels."""
-
-    collection = False
-    reads = ()
 
     def load(self, split: str, options: Options) -> ImageSet:
         """The crops of ``split``; only ``cache_dir`` applies."""
@@ -100,6 +97,3 @@ class Photos:
         ids = tuple(notes["ids"])
         scenes = tuple(map(scene, ids))
         return ImageSet("photos", version, split, images, ids=ids, scenes=scenes, caution=caution)
-
-
-SOURCE = Photos()

@@ -16,7 +16,7 @@ from typing import Any
 from tqdm import tqdm
 
 from sbml.data._cache import Add, load_or_build
-from sbml.data._image_set import ImageSet, Options, check_split
+from sbml.data._image_set import ImageSet, Options, Source, check_split
 
 # set, set/config, set:1.2.3 or set/config:1.2.3
 _NAME = re.compile(r"\w+(/[\w+-][\w.+-]*)?(:\d+\.\d+\.\d+)?")
@@ -25,7 +25,7 @@ _NAME = re.compile(r"\w+(/[\w+-][\w.+-]*)?(:\d+\.\d+\.\d+)?")
 _AT_ONCE = 1000
 
 
-class Tfds:
+class Tfds(Source):
     """The feature ``image`` of a TFDS set, uint8, 256 levels, in TFDS's order."""
 
     collection = True
@@ -52,9 +52,6 @@ class Tfds:
             path, lambda add: _decode(_builder(name, options), split, add)
         )
         return ImageSet(f"tfds:{name}", notes["version"], notes["split"], images)
-
-
-SOURCE = Tfds()
 
 
 def _home(name: str, options: Options) -> Path:

@@ -1,10 +1,10 @@
-"""Dequantizers, by name, which make integers continuous: one file in this folder for each name.
+"""Dequantizers, by name, which make integers continuous.
 
 For any density p of x = 2 (pixels + u) / L - 1 and any q(u | pixels) on the bin [0, 1)^d,
 
     -log P(pixels) <= E_q [-log p(x) + log q(u | pixels)] + d log(L / 2).
 
-To add a dequantizer, add a file here that exports ``Model``, a frozen and hashable dataclass with
+A dequantizer is a frozen and hashable dataclass with
 
     init(key, pixels (n, *s)) -> params           {} if there is nothing to learn
     at_noise: bool                                which distribution x belongs to, see below
@@ -31,31 +31,22 @@ and ``dropout``. A dequantizer that does not fit every config has a class method
 
 which returns the reason why it does not fit images of that shape or a score that was trained with
 those settings, or "" if it does.
-
-Files whose names begin with an underscore hold parts of dequantizers and are not in the registry.
 """
 
-from importlib import import_module
-from pkgutil import iter_modules
 from typing import Any
 
-DEQUANTIZERS: dict[str, type[Any]] = {
-    file.name: import_module(f"{__name__}.{file.name}").Model
-    for file in iter_modules(__path__)
-    if not file.name.startswith("_")
-}
+from sbml.registry import Registry
 
-
-def get(name: str) -> type[Any]:
-    """The ``Model`` of the dequantizer called ``name``.
-
-    Raises:
-      ValueError: there is no dequantizer of this name; the message lists the names.
-    """
-    if name not in DEQUANTIZERS:
-        names = ", ".join(sorted(DEQUANTIZERS))
-        raise ValueError(f"Unknown dequantizer {name!r}: choose one of {names}.")
-    return DEQUANTIZERS[name]
+DEQUANTIZERS = Registry(
+    "dequantizer",
+    {
+        "categorical": "sbml.dequantizers.categorical:Model",
+        "learned": "sbml.dequantizers.learned:Model",
+        "truncated_normal": "sbml.dequantizers.truncated_normal:Model",
+        "uniform": "sbml.dequantizers.uniform:Model",
+        "variational": "sbml.dequantizers.variational:Model",
+    },
+)
 
 
 def has_density(model: Any) -> bool:

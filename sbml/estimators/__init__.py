@@ -1,4 +1,4 @@
-"""Estimators of a model's bits/dim, by name: one file for each estimator in this folder.
+"""Estimators of a model's bits/dim, by name.
 
     ode         -log p_eps(x) by the probability-flow ODE:  prior + divergence + correction
     bound       the evidence bound on -log p(x):            prior + diffusion + reconstruction
@@ -9,27 +9,28 @@ log q of u, and ``scale``, the change of variables. ``scale`` is log2(L / 2) bit
 dequantizer with ``at_noise`` log2(L / (2 alpha(eps))). Both terms are 0 if the dequantizer has its
 own bound. The sum of the terms is the bits/dim of the integers.
 
-A new estimator is a new file in this folder that exports a frozen dataclass ``Estimator``, derived
-from ``sbml.estimators.base.Estimator``, whose docstring says what to define. Files whose names
-begin with an underscore are not estimators.
+An estimator is a frozen dataclass derived from ``sbml.estimators.base.Estimator``, whose docstring
+says what to define.
 """
 
 import dataclasses
-from importlib import import_module
-from pkgutil import iter_modules
 
-from sbml import dequantizers
 from sbml.bound import Reduction as Reduction
+from sbml.dequantizers import DEQUANTIZERS
 from sbml.estimators import base
 from sbml.estimators.base import Rows as Rows
 from sbml.estimators.base import Target as Target
 from sbml.estimators.base import rows as rows
+from sbml.registry import Registry
 
-ESTIMATORS: dict[str, type[base.Estimator]] = {
-    module.name: import_module(f"{__name__}.{module.name}").Estimator
-    for module in iter_modules(__path__)
-    if not module.name.startswith("_") and module.name != "base"
-}
+ESTIMATORS = Registry(
+    "estimator",
+    {
+        "bound": "sbml.estimators.bound:Estimator",
+        "bound_ssm": "sbml.estimators.bound_ssm:Estimator",
+        "ode": "sbml.estimators.ode:Estimator",
+    },
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,12 +51,14 @@ class Cell:
     def name(self) -> str:
         """The cell's name, used in columns and progress bars."""
         draws = f"_k{self.num_importance}" if self.num_importance > 1 else ""
-        return f"{self.estimator}_{self.dequantizer}{draws}"
+        parts = (name.rpartition(":")[2] for name in (self.estimator, self.dequantizer))
+        return f"{'_'.join(parts)}{draws}"
 
     @property
     def kind(self) -> type[base.Estimator]:
         """The estimator's class."""
-        return ESTIMATORS[self.estimator]
+        kind: type[base.Estimator] = ESTIMATORS[self.estimator]
+        return kind
 
     @property
     def terms(self) -> tuple[str, ...]:
@@ -70,4 +73,4 @@ class Cell:
     @property
     def reason_undefined(self) -> str:
         """The reason why this number does not exist, or an empty string if it exists."""
-        return self.kind.reason_undefined(dequantizers.get(self.dequantizer), self.num_importance)
+        return self.kind.reason_undefined(DEQUANTIZERS[self.dequantizer], self.num_importance)

@@ -135,7 +135,7 @@ class CellRun:
     def rows(self, ids: np.ndarray, sweep: int, solver: Solver | None = None) -> Table:
         """The rows of ``ids (n,)`` in ``sweep``: the columns ``id``, ``sweep``, ``bits_per_dim``,
         ``nfe`` and the terms in bits/dim, each ``(n,)``. Rows that are not on disk are computed."""
-        solver = solver or self.shared.experiment.eval_solver
+        solver = solver or self.config.solver()
         parts = self._parts(solver)
         stored = parts.read(sweep)
         missing = np.setdiff1d(ids, stored.get("id", []))
@@ -249,7 +249,7 @@ class CellRun:
         return self._bound_estimate() if self.cell.is_bound else self._ode_estimate()
 
     def _ode_estimate(self) -> Estimate:
-        solver, terms = self.shared.experiment.eval_solver, self.cell.terms
+        solver, terms = self.config.solver(), self.cell.terms
         # This comes first: if the steps are too coarse, only the subset has been solved.
         gap = estimate.solver_error(self.rows, self.ids, self.subset, solver, terms)
         budget = self.config.solver_budget

@@ -13,13 +13,12 @@ from typing import NamedTuple
 import numpy as np
 from absl import logging
 from etils import epath
-from ml_collections import ConfigDict
 
 from sbml import distances
 from sbml.data import ImageSet, Options, spread
 from sbml.distances import Moments
 from sbml.experiment.build import Experiment
-from sbml.experiment.fields import check_choice
+from sbml.experiment.config import Config
 from sbml.features import EXTRACTORS, Extractor
 from sbml.runtime import progress
 from sbml.runtime.files import intact_npz, read_npz, write_npz
@@ -37,20 +36,20 @@ class Reference(NamedTuple):
     features: np.ndarray
 
 
-def extractor(config: ConfigDict) -> Extractor:
+def extractor(config: Config) -> Extractor:
     """The extractor that ``eval.features`` names.
 
     Raises:
-      ValueError: the extractor is unknown, its weights are missing, or it does not fit this data.
+      ValueError: its weights are missing, or it does not fit this data.
     """
     e = config.eval
-    kind = EXTRACTORS[check_choice("eval.features", e.features, EXTRACTORS)]
-    return kind(
+    made: Extractor = EXTRACTORS[e.features](
         weights=e.inception_weights,
         sha256=e.inception_sha256,
         levels=config.data.levels,
         cache=config.data.cache_dir,
     )
+    return made
 
 
 def features_of(

@@ -54,7 +54,7 @@ class Recipe:
             experiment.shape,
             experiment.levels,
             experiment.sampling_eps,
-            experiment.sampler,
+            experiment.config.sampling.build(),
             experiment.config.sampling.denoise_last,
             experiment.config.data.dequantization,
         )

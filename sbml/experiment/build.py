@@ -5,95 +5,166 @@ several sections. Every error in a config is a ValueError that is raised before 
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
-from typing import Any, Final
+from functools import cached_property
+from typing import Any, Final, TypeVar
 
 import jax
 import jax.numpy as jnp
+import optax
 from etils import epath
 from ml_collections import ConfigDict
 
 from sbml import data, discrete
-from sbml.experiment import architecture, schedule, trained
+from sbml.experiment import schedule, trained
 from sbml.experiment.config import Config
-from sbml.experiment.noise import discrete_time, loss_unit, smallest_time, smallest_trained_time
+from sbml.experiment.training import (
+    discrete_time,
+    loss_unit,
+    smallest_time,
+    smallest_trained_time,
+)
 from sbml.runtime import sharding
 from sbml.runtime.checkpoint import Checkpoints, Restored
 from sbml.runtime.state import TrainState
 from sbml.runtime.versions import versions
-from sbml.score import LEVELS
+from sbml.score import LEVELS, Adapter
+from sbml.sdes import SDE, Kernel
 from sbml.streams import stream
+from sbml.times import Grid, Proposal
 from sbml.types import Score
+
+T = TypeVar("T")
+
+
+def part(make: Callable[[Any], T]) -> "cached_property[T]":
+    """A property that is made when it is first asked for, and then kept. Its arrays are made
+    outside of a function that JAX may be tracing at that time."""
+
+    @functools.wraps(make)
+    def outside(experiment: Any) -> T:
+        with jax.ensure_compile_time_eval():
+            return make(experiment)
+
+    return cached_property(outside)
 
 
 class Experiment:
-    """The objects that a config describes. The constructor reads no data and makes no parameters.
+    """The objects that a config describes, each made when it is first asked for.
+
+    The constructor makes nothing; no part reads data or makes parameters.
 
     Attributes:
-      config: the checked config; its sections are ``config.data``, ``config.training`` ...
+      config: the config; its sections are ``config.data``, ``config.training`` ...
       shape: shape of an image, (height, width, channels).
       levels: number of levels of the integer data.
-      sde: the forward process.
-      adapter: maps parameters to the score that is evaluated and sampled.
-      exact_adapter: the same in float32, whatever ``model.dtype`` is, for likelihoods. With the
-        rounding errors of bfloat16 an ODE with step control needed three times the evaluations and
-        did not converge.
-      trained_kernel: the process that noises images in training: the SDE, or its discrete levels.
-      trained_adapter: maps parameters to the score in the training loss, with the same network.
-      proposal: the distribution of the times in training.
-      optimizer, dequantizer_optimizer: the optimizers of the score and of the dequantizer.
-      eval_eps, sampling_eps: the smallest times of an evaluation and of samples.
-      discrete_eps: the smallest time for dequantizers that put noise around bin centres, set by
-        ``eval.tau``.
-      eval_solver: the ODE solver of an evaluation.
-      cells: the table of an evaluation, undefined cells included.
-      sampler: the sampler of ``config.sampling``.
-      trained_dequantizer: the dequantizer that ``--mode=train_dequantizer`` trains.
 
     Raises:
       ValueError: the config cannot work; the message names the field.
     """
 
     def __init__(self, config: ConfigDict | Config) -> None:
-        c = config if isinstance(config, Config) else Config.read(config)
-        schedule.check(c.sde, c.training, c.data)
-        self.config: Final = c
-        self.shape: Final = c.data.shape
-        self.levels: Final = c.data.levels
+        self.config: Final = config if isinstance(config, Config) else Config.read(config)
+        self.shape: Final = self.config.data.shape
+        self.levels: Final = self.config.data.levels
+        schedule.check(self.config.sde, self.config.training, self.config.data)
 
-        self.sde: Final = c.sde.build()
-        tau = c.eval.tau or math.inf
-        eps = smallest_time(self.sde, c.training, c.data, tau)
-        first = smallest_trained_time(self.sde, c.training, eps)
-        self.adapter: Final = c.score.adapter(c.model.build(), self.sde, eps, c.data)
+    @part
+    def sde(self) -> SDE:
+        """The forward process."""
+        return self.config.sde.build()
+
+    @part
+    def eps(self) -> float:
+        """The smallest time of training."""
+        c = self.config
+        return smallest_time(self.sde, c.training, c.data, c.eval.tau or math.inf)
+
+    @part
+    def adapter(self) -> Adapter:
+        """Maps parameters to the score that is evaluated and sampled."""
+        c = self.config
+        return c.score.adapter(c.model.build(), self.sde, self.eps, c.data)
+
+    @part
+    def exact_adapter(self) -> Adapter:
+        """The same in float32, whatever ``model.dtype`` is, for likelihoods. With the rounding
+        errors of bfloat16 an ODE with step control needed three times the evaluations and did not
+        converge."""
         exact = self.adapter.model
         if hasattr(exact, "dtype"):  # A network without this field always computes in float32.
             exact = exact.clone(dtype="float32")
-        self.exact_adapter: Final = dataclasses.replace(self.adapter, model=exact)
+        return dataclasses.replace(self.adapter, model=exact)
 
-        self.trained_kernel: Final = c.training.kernel(self.sde)
-        self.trained_adapter: Final = (
-            self.adapter
-            if self.trained_kernel is self.sde
-            else dataclasses.replace(self.adapter, sde=self.trained_kernel, labels=self.sde)
-        )
-        self.proposal: Final = c.training.proposal(self.sde, eps)
-        unit = loss_unit(self.sde, c.training, eps)
-        self.optimizer: Final = c.optim.transformation(c.training.num_steps, unit)
+    @part
+    def trained_kernel(self) -> Kernel:
+        """The process that noises images in training: the SDE, or its discrete levels."""
+        return self.config.training.kernel(self.sde)
 
-        self.eval_eps: Final = c.eval.eps(self.sde, first)
-        self.discrete_eps: Final = discrete_time(self.sde, self.levels, self.eval_eps, tau)
-        self.eval_solver: Final = c.eval.solver()
-        self.cells: Final = c.eval.cells()
-        self.sampling_eps: Final = c.sampling.eps(self.sde, max(1e-3, first))
-        self.sampler: Final = c.sampling.build()
+    @part
+    def trained_adapter(self) -> Adapter:
+        """Maps parameters to the score in the training loss, with the same network."""
+        if self.trained_kernel is self.sde:
+            return self.adapter
+        return dataclasses.replace(self.adapter, sde=self.trained_kernel, labels=self.sde)
 
-        self.trained_dequantizer: Final = self.dequantizer(c.dequantizer.name)
+    @part
+    def proposal(self) -> Proposal | Grid:
+        """The distribution of the times in training."""
+        return self.config.training.proposal(self.sde, self.eps)
+
+    @part
+    def optimizer(self) -> optax.GradientTransformation:
+        """The optimizer of the score."""
+        training = self.config.training
+        unit = loss_unit(self.sde, training, self.eps)
+        return self.config.optim.transformation(training.num_steps, unit)
+
+    @part
+    def _first(self) -> float:
+        """The smallest time at which the network sees images in training."""
+        return smallest_trained_time(self.sde, self.config.training, self.eps)
+
+    @part
+    def eval_eps(self) -> float:
+        """The smallest time of an evaluation."""
+        return self.config.eval.eps(self.sde, self._first)
+
+    @part
+    def discrete_eps(self) -> float:
+        """The smallest time for dequantizers with noise around bin centres, set by ``eval.tau``."""
+        tau = self.config.eval.tau or math.inf
+        return float(discrete_time(self.sde, self.levels, self.eval_eps, tau))
+
+    @part
+    def sampling_eps(self) -> float:
+        """The smallest time of samples."""
+        return self.config.sampling.eps(self.sde, max(1e-3, self._first))
+
+    @part
+    def trained_dequantizer(self) -> Any:
+        """The dequantizer that ``--mode=train_dequantizer`` trains."""
+        return self.dequantizer(self.config.dequantizer.name)
+
+    @part
+    def dequantizer_optimizer(self) -> optax.GradientTransformation:
+        """The optimizer of the dequantizer."""
+        section = self.config.dequantizer
         # The norm for clipping refers to the paper's loss in nats; the loss here is in nats/dim.
-        self.dequantizer_optimizer: Final = c.dequantizer.optim.transformation(
-            c.dequantizer.training.num_steps, 1 / math.prod(self.shape)
-        )
+        unit = 1 / math.prod(self.shape)
+        return section.optim.transformation(section.training.num_steps, unit)
+
+    def check(self) -> None:
+        """Make every part, so that a config that cannot work is refused before the first mode.
+
+        Raises:
+          ValueError: the config cannot work; the message names the field.
+        """
+        for name, value in vars(type(self)).items():
+            if isinstance(value, cached_property):
+                getattr(self, name)
 
     def dequantizer(self, name: str) -> Any:
         """The dequantizer called ``name``, for these levels and this SDE.
@@ -151,19 +222,19 @@ class Experiment:
         learned: dict[str, Any] = schedule.numbers(params)
         if not learned:
             return self
-        sde = dataclasses.replace(self.config.sde, **learned)
-        training = dataclasses.replace(self.config.training, smallest_time=self.adapter.eps)
-        return Experiment(dataclasses.replace(self.config, sde=sde, training=training))
+        sde = self.config.sde.replace(**learned)
+        training = self.config.training.replace(smallest_time=self.eps)
+        return Experiment(self.config.replace(sde=sde, training=training))
 
     def with_dequantization_of(self, restored: Restored) -> "Experiment":
         """This experiment with the dequantization of the data on which ``restored`` was trained."""
         trained_on = restored.metadata["config"]["data"]["dequantization"]
         if trained_on == self.config.data.dequantization:
             return self
-        data = dataclasses.replace(self.config.data, dequantization=trained_on)
+        data = self.config.data.replace(dequantization=trained_on)
         # Labels of the time depend on the smallest time of training, so it stays what it is.
-        training = dataclasses.replace(self.config.training, smallest_time=self.adapter.eps)
-        return Experiment(dataclasses.replace(self.config, data=data, training=training))
+        training = self.config.training.replace(smallest_time=self.eps)
+        return Experiment(self.config.replace(data=data, training=training))
 
     def init_dequantizer(self, images: data.ImageSet) -> TrainState:
         """The dequantizer's state before the first step. Its data-dependent initialisation uses a
@@ -239,18 +310,18 @@ class Experiment:
     def score_identity(self) -> dict[str, Any]:
         """Everything that a score depends on apart from its parameters, as plain JSON values."""
         config = self.to_plain()
-        free = architecture.FREE
+        free = trained.FREE
         model = {field: v for field, v in config["model"].items() if field not in free}
         identity = {"sde": config["sde"], "score": config["score"], "model": model}
         if self.adapter.parameterization == LEVELS:
             identity["data"] = {"levels": self.adapter.levels, "values": self.adapter.data}
-        return {**identity, "label_eps": self.adapter.eps}
+        return {**identity, "label_eps": self.eps}
 
     def provenance(self, images: data.ImageSet) -> dict:
         """The origin of a checkpoint, stored as its metadata: config, training data, versions."""
         return {
             "config": self.to_plain(),
-            "smallest_time": self.adapter.eps,
+            "smallest_time": self.eps,
             "data": images.fingerprint,
             "versions": versions(),
         }

@@ -1,46 +1,49 @@
-"""The whole config: a ``ConfigDict`` that users change, and a ``Config`` that the program reads.
+"""The whole config: a ``ConfigDict`` that users change, and the ``Config`` that the program reads.
 
-A config file calls :func:`default` and sets the fields that differ. The command line overrides
-fields, as in ``--config.optim.lr=1e-4``. From the resulting ``ConfigDict`` the program makes a
-:class:`Config`, which is frozen and checked. Each of its sections has a file beside this one, which
-explains the fields with their defaults and ranges. Fields hold plain values only; ``build`` makes
-objects from them.
+A config file calls :func:`default` and sets the fields that differ; the command line sets further
+fields, as in ``--config.optim.lr=1e-4`` (:func:`with_overrides`). From both, one :class:`Config` is
+made. It is frozen and checked, and its fields hold plain values only; ``build`` makes objects from
+them. Each section has a file beside this one, which has the fields with their defaults and ranges.
 """
 
-import dataclasses
 import math
-import re
-from collections.abc import Sequence
-from typing import Any, Self
+import pathlib
+import runpy
+import traceback
+from collections.abc import Mapping
+from typing import Annotated, Any, Self
 
-from ml_collections import ConfigDict, config_dict
+from etils import epath
+from ml_collections import ConfigDict
+from pydantic import Field
 
 from sbml import data, dequantizers
+from sbml.dequantizers import DEQUANTIZERS
 from sbml.experiment.data import Data
-from sbml.experiment.dequantizer import Dequantizer
+from sbml.experiment.dequantizer import Dequantizer, Options
 from sbml.experiment.evaluation import Eval
-from sbml.experiment.fields import Section, choices_in, integer, names, plain
-from sbml.experiment.latents import Latents
+from sbml.experiment.fields import Override, Section, Seed, as_tuples, field, unknown
 from sbml.experiment.optim import Optim
-from sbml.experiment.sampling import Sampling
+from sbml.experiment.sampling import Latents, Sampling
 from sbml.experiment.score import Network, Process, Score
 from sbml.experiment.training import Training
+from sbml.runtime import refusals
+from sbml.runtime.workdir import Workdir
+
+_PACKAGE = pathlib.Path(__file__).parents[1]
 
 
-@dataclasses.dataclass(frozen=True)
 class Config(Section):
     """All settings of a run. The defaults are the paper's for CIFAR-10 and the SDE VP, with
-    likelihood weighting and importance sampling.
+    likelihood weighting and importance sampling."""
 
-    Raises:
-      ValueError: a field is invalid; the message gives its name, value and range.
-    """
-
-    seed: int = integer(0, below=2**32)  # seed of training
-    mode: tuple[str, ...] = names(("train",))  # modes to run, in order, without the flag --mode
+    seed: Seed = field(0, "seed of training")
+    mode: Annotated[tuple[str, ...], Field(min_length=1)] = field(
+        ("train",), "modes to run, in order, without the flag --mode"
+    )
     data: Data = Data()
     sde: Process = Process()
-    model: Network = Network.default("ncsnpp")
+    model: Network = Network()
     score: Score = Score()
     training: Training = Training()
     optim: Optim = Optim()
@@ -54,9 +57,8 @@ class Config(Section):
         be trained with this config and fit the images."""
         if self.eval.split == data.VALIDATION and not self.data.validation:
             raise ValueError(data.NO_VALIDATION.format(f"eval.split={self.eval.split}"))
-        for name in choices_in(self.eval.dequantizers):
-            kind = dequantizers.DEQUANTIZERS.get(name)
-            if kind and dequantizers.is_trained(kind) and name != self.dequantizer.name:
+        for name in self.eval.dequantizers:
+            if dequantizers.is_trained(DEQUANTIZERS[name]) and name != self.dequantizer.name:
                 raise ValueError(
                     f"eval.dequantizers={name}, but the dequantizer that is trained is "
                     f"dequantizer.name={self.dequantizer.name}: begin the config with "
@@ -70,76 +72,166 @@ class Config(Section):
         Raises:
           ValueError: it does not.
         """
-        kind = dequantizers.DEQUANTIZERS.get(name)
         settings = self.data.shape, self.score.parameterization, self.data.dequantization
-        if kind and (reason := dequantizers.misfit(kind, *settings)):
+        if reason := dequantizers.misfit(DEQUANTIZERS[name], *settings):
             raise ValueError(f"{field}={name} with {reason}")
 
     @classmethod
     def read(cls, config: ConfigDict) -> Self:
-        """The checked config with the fields of ``config``.
+        """The config with the fields of ``config``.
 
         Raises:
-          ValueError: a field is invalid, unknown or missing; the message names it.
+          ValueError: a field is invalid or unknown; the message names it.
         """
-        return cls.of(config.to_dict())
-
-    def plain(self) -> dict[str, Any]:
-        """The config as plain JSON values."""
-        return plain(self)
+        return cls(**config.to_dict())
 
 
 def default(network: str = "ncsnpp", dequantizer: str = "variational") -> ConfigDict:
     """A config for users to change: the defaults of :class:`Config`, of the network called
     ``network``, and of the dequantizer to train called ``dequantizer``.
 
+    The sections whose fields depend on a choice (``sde``, ``data`` and ``sampling``) take further
+    fields, those of a class of another package.
+
     Raises:
       ValueError: there is no such network or dequantizer.
     """
-    config = Config(model=Network.default(network), dequantizer=Dequantizer.default(dequantizer))
-    return ConfigDict(_editable(config)).lock()
+    chosen = Dequantizer(name=dequantizer, model=Options(name=dequantizer))
+    config = ConfigDict(_editable(Config(model=Network(name=network), dequantizer=chosen))).lock()
+    for section in ("sde", "data", "sampling"):
+        config[section].unlock()
+    return config
 
 
 def _editable(section: Section) -> dict[str, Any]:
-    """The fields of ``section``; a field whose default is None is a placeholder of its type."""
-    fields = section.to_dict()
-    for field in dataclasses.fields(section):
-        if field.name in fields and fields[field.name] is None:
-            fields[field.name] = config_dict.placeholder(field.metadata["rule"].kind)
-    return {k: _editable(v) if isinstance(v, Section) else v for k, v in fields.items()}
+    values = section.values()
+    return {k: _editable(v) if isinstance(v, Section) else v for k, v in values.items()}
 
 
-def check_overrides(config: ConfigDict, arguments: Sequence[str]) -> None:
-    """Check that ``config`` has every field that is set by ``--config.a.b=value``.
+def path_of(config: str) -> pathlib.Path:
+    """The file of a config, which may be given by its name: ``digits_vp`` is
+    ``configs/digits_vp.py``, of the package once it is installed, and beside it in a checkout.
 
     Raises:
-      ValueError: it lacks one; the message names the field and the fields of its section.
+      ValueError: there is no such file.
     """
-    for name in re.findall(r"^--?(?:no)?config\.([^=\n]*)", "\n".join(arguments), re.MULTILINE):
-        node, section = config, "config"
-        for part in name.split("."):
-            if not isinstance(node, ConfigDict) or part not in node:
-                fields = sorted(node) if isinstance(node, ConfigDict) else []
-                raise ValueError(
-                    f"unknown field config.{name}: {section} has {', '.join(fields) or 'no fields'}"
-                )
-            node, section = node[part], f"{section}.{part}"
+    path = pathlib.Path(config).expanduser()
+    if path.is_file():
+        return path
+    folder = _PACKAGE / "configs"
+    folder = folder if folder.is_dir() else _PACKAGE.with_name("configs")
+    named = {file.stem: file for file in sorted(folder.glob("*.py"))}
+    if config in named:
+        return named[config]
+    if path.is_dir() or config != path.stem:
+        what = "a folder" if path.is_dir() else "not there"
+        raise ValueError(
+            f"--config={config}: {path} is {what}; give a file such as configs/digits_vp.py"
+        )
+    raise ValueError(
+        f"--config={config}: no config has the name {config!r}; choose from {', '.join(named)}, or "
+        "give the path of a file"
+    )
 
 
-def fields_set_to_none(arguments: Sequence[str]) -> dict[str, str]:
-    """The arguments ``--config.a.b=None`` for fields whose default is None, and their fields.
+def load(config: str) -> ConfigDict:
+    """What the function ``get_config`` of a config file returns. ``config`` is the file or its
+    name; after a colon stands an argument of the function.
 
-    A ConfigDict would take the word None for text, or would try to make a number of it.
+    Raises:
+      ValueError: there is no such file, or it does not work; the message has one line.
     """
-    found = {}
-    for argument in arguments:
-        if match := re.fullmatch(r"--?config\.([\w.]+)=None", argument):
-            node: Any = Config()
-            for part in match[1].split("."):
-                node = getattr(node, part, "")
-            if node is None:
-                found[argument] = match[1]
+    name, colon, argument = config.partition(":")
+    path = str(path_of(name))
+    try:
+        get_config = runpy.run_path(path).get("get_config")
+        found = get_config and (get_config(argument) if colon else get_config())
+    except Exception as error:
+        if refused := refusals.line(error):
+            raise ValueError(refused.partition(": ")[2]) from error
+        lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == path]
+        place = f"--config={path}, line {lines[-1]}" if lines else f"--config={path}"
+        raise ValueError(f"{place}: {type(error).__name__}: {error}") from error
+    if get_config is None:
+        raise ValueError(
+            f"--config={path} has no function get_config(): begin with a copy of a file of configs/"
+        )
+    if not isinstance(found, ConfigDict):
+        raise ValueError(
+            f"--config={path}: get_config() returned {type(found).__name__}; return a ConfigDict, "
+            "as the files of configs/ do"
+        )
     return found
+
+
+def of_checkpoint(workdir: epath.PathLike) -> ConfigDict:
+    """The config in the newest checkpoint of ``workdir``, which users may change.
+
+    A field that the checkpoint lacks, because it was written by an older version, has its default.
+
+    Raises:
+      ValueError: there is no checkpoint, or it has a field that this version does not have.
+    """
+    checkpoints = Training().checkpoints(Workdir(workdir))
+    metadata = checkpoints.metadata()
+    if metadata is None:
+        raise ValueError(
+            f"no checkpoint in {checkpoints.directory} to take the config from: give --config"
+        )
+    trained = metadata["config"]
+    config = default(
+        trained["model"]["name"], trained.get("dequantizer", {}).get("name", "variational")
+    )
+    with config.unlocked():
+        _update(config, trained, "config")
+    return config
+
+
+def _update(node: ConfigDict, values: Mapping[str, Any], name: str) -> None:
+    for entry, value in values.items():
+        if isinstance(value, dict):
+            _update(node[entry], value, f"{name}.{entry}")
+        elif entry in node or name in ("config.sde", "config.data", "config.sampling"):
+            node[entry] = as_tuples(value)
+        else:
+            raise ValueError(
+                f"the checkpoint has a field {name}.{entry}, which this version of sbml does not "
+                "have: install the version that wrote the checkpoint, or give --config"
+            )
+
+
+def node_of(values: Any, name: str) -> tuple[Any, str]:
+    """The section in ``values``, nested mappings, that has the field called ``name``
+    ("optim.lr"), and the name of the field in it.
+
+    Raises:
+      ValueError: there is no such section, or ``name`` is a section.
+    """
+    *path, last = name.split(".")
+    section = ""
+    for part in path:
+        if part not in values or not isinstance(values[part], Mapping | ConfigDict):
+            raise ValueError(unknown(section, part, list(values)))
+        values, section = values[part], f"{section}.{part}".removeprefix(".")
+    if last in values and isinstance(values[last], Mapping | ConfigDict):
+        first = next(iter(values[last]))
+        raise ValueError(
+            f"config.{name} is a section: set its fields, as in --config.{name}.{first}=VALUE"
+        )
+    return values, last
+
+
+def with_overrides(config: ConfigDict, overrides: Mapping[str, str]) -> Config:
+    """The config with further values, given as text by the names of the fields ("optim.lr").
+
+    Raises:
+      ValueError: a field is invalid or unknown; the message names it.
+    """
+    values = config.to_dict()
+    for name, text in overrides.items():
+        node, last = node_of(values, name)
+        node[last] = Override(text)
+    return Config(**values)
 
 
 def small_dequantizer(config: ConfigDict, *, num_steps: int) -> None:

@@ -1,22 +1,13 @@
 """``config.data``: the images of a run, and how they become numbers in [-1, 1]."""
 
-import dataclasses
-from typing import ClassVar
+from typing import Annotated, Any, ClassVar
+
+from annotated_types import Ge, Lt
 
 from sbml import data
 from sbml.data import ImageSet, Options
 from sbml.data.image_folder import CROPS
-from sbml.experiment.fields import (
-    COUNT,
-    Section,
-    choice,
-    flag,
-    integer,
-    integers,
-    real,
-    refusal,
-    text,
-)
+from sbml.experiment.fields import Chosen, Seed, field, one_of, refusal, section_errors
 
 DEQUANTIZATIONS = ("uniform", "centre", "none")
 # The fields that only some sources read, with their names in ``Options``.
@@ -26,38 +17,60 @@ OWN = {
 }
 
 
-@dataclasses.dataclass(frozen=True)
-class Data(Section):
-    """The images of a run, which :meth:`images` reads.
+Side = Annotated[int, Ge(1), Lt(2**16)]
 
-    Raises:
-      ValueError: a field is invalid; the message gives its name, value and range.
-    """
+
+class Data(Chosen):
+    """The images of a run. A source of another package can have further fields here."""
 
     section: ClassVar[str] = "data"
+    choice: ClassVar[str] = "source"
 
-    # digits, photos, tfds:<set>, imagenet32:old, imagenet32:new, image_folder
-    source: str = text("tfds:cifar10")
-    # height, width and channels; they must be those of the loaded images
-    shape: tuple[int, ...] = integers(
-        (32, 32, 3), least=1, below=2**16, each="height,width,channels"
+    source: str = field(
+        "tfds:cifar10",
+        "digits, photos, tfds:SET, imagenet32:old, imagenet32:new, image_folder, or your own as "
+        "package.module:Name",
     )
-    levels: int = integer(256, least=2, below=257)  # pixels are integers 0 .. levels - 1 in uint8
-    flip: bool = flag(True)  # random horizontal flips in training
-    # Training data for a pixel k of L levels: uniform: 2 (k + u) / L - 1 with u uniform in [0, 1),
-    # centre: the same with u = 1/2, the bin's centre; none: 2 k / (L - 1) - 1, as the authors
-    dequantization: str = choice("uniform", DEQUANTIZATIONS)
-    cache_dir: str = text("")  # folder of prepared arrays; empty: ~/.cache/sbml
-    manual_dir: str = text("")  # folder of archives already on disk, for tfds and imagenet32
-    path: str = text("")  # folder of image_folder
-    crop: str = choice("center", CROPS)  # for image_folder; squash: both sides are scaled
-    # expected fraction of test images, for image_folder without subfolders train/ and test/
-    test_fraction: float = real(0.1, above=0, below=1)
-    # seed of the choice of test images and of random crops, for image_folder
-    split_seed: int = integer(0, below=2**32)
-    # fraction below 1, or number, of the training images that are held out for validation; of
-    # crops, whole photos are held out; 0: none
-    validation: float = real(0.0, least=0, below=COUNT)
+    shape: tuple[Side, Side, Side] = field(
+        (32, 32, 3), "height,width,channels; they must be those of the loaded images"
+    )
+    levels: int = field(256, "pixels are integers 0 .. levels - 1 in uint8", ge=2, lt=257)
+    flip: bool = field(True, "random horizontal flips in training")
+    dequantization: Annotated[str, one_of(DEQUANTIZATIONS)] = field(
+        "uniform",
+        "training data for a pixel k of L levels. uniform: 2 (k + u) / L - 1 with u uniform in "
+        "[0, 1); centre: the same with u = 1/2, the bin's centre; none: 2 k / (L - 1) - 1, as the "
+        "authors",
+    )
+    cache_dir: str = field("", "folder of prepared arrays; empty: ~/.cache/sbml")
+    manual_dir: str = field("", "folder of archives already on disk, for tfds and imagenet32")
+    path: str = field("", "folder of image_folder")
+    crop: Annotated[str, one_of(CROPS)] = field(
+        "center", "for image_folder; squash: both sides are scaled"
+    )
+    test_fraction: float = field(
+        0.1,
+        "expected fraction of test images, for image_folder without subfolders train/ and test/",
+        gt=0,
+        lt=1,
+    )
+    split_seed: Seed = field(
+        0, "seed of the choice of test images and of random crops, for image_folder"
+    )
+    validation: float = field(
+        0.0,
+        "fraction below 1, or number, of the training images that are held out for validation; of "
+        "crops, whole photos are held out; 0: none",
+        ge=0,
+        lt=2**31,
+    )
+
+    @classmethod
+    def kind_of(cls, name: Any) -> Any:
+        if not isinstance(name, str):
+            return None
+        with section_errors("data.source"):
+            return data.source_of(name)[0]
 
     def check(self) -> None:
         """Check that a folder's images are square with 256 levels, and that ``validation`` is a
@@ -102,7 +115,8 @@ class Data(Section):
             a field is set that only other sources read.
         """
         self._check_source()
-        images = data.load(self.source, split, self.options)
+        with section_errors("data"):
+            images = data.load(self.source, split, self.options, **self.own)
         if images.shape != self.shape or images.levels != self.levels:
             raise ValueError(
                 f"{self.source} has images of shape {images.shape} with {images.levels} levels, "
@@ -118,15 +132,15 @@ class Data(Section):
         Raises:
           ValueError: one is, or a folder of images cannot have this number of channels.
         """
-        source = self.source.partition(":")[0]
-        if source in data.SOURCES:
-            for field, option in OWN.items():
-                value = getattr(self, field)
-                if value == getattr(type(self), field) or option in data.SOURCES[source].reads:
+        kind, source = self.kind_of(self.source), self.source.partition(":")[0]
+        if kind is not None:
+            for name, option in OWN.items():
+                value = getattr(self, name)
+                if value == type(self).model_fields[name].default or option in kind.reads:
                     continue
                 readers = [name for name, found in data.SOURCES.items() if option in found.reads]
                 raise ValueError(
-                    f"data.{field}={value} with data.source={self.source}: it is read for "
+                    f"data.{name}={value} with data.source={self.source}: it is read for "
                     f"{' and '.join(readers)} only; leave it out, or set another source"
                 )
         if source == "image_folder" and self.shape[-1] not in (1, 3):

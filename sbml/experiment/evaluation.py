@@ -1,95 +1,175 @@
 """``config.eval``: which numbers an evaluation computes, and how precisely."""
 
-import dataclasses
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
-from sbml import data, dequantizers, estimators, times
+from annotated_types import Ge, Le, Lt
+
+from sbml import data
+from sbml.dequantizers import DEQUANTIZERS
 from sbml.discrete import TAU
 from sbml.divergence import PROBES, Trace
-from sbml.estimators import Cell
+from sbml.estimators import ESTIMATORS, Cell
 from sbml.experiment.fields import (
-    check_choice,
-    choice,
-    choices_in,
-    flag,
-    integer,
-    integers,
-    names,
-    real,
-    text,
+    Count,
+    Positive,
+    Section,
+    Seed,
+    Size,
+    field,
+    one_of,
+    section_errors,
 )
-from sbml.experiment.solving import Solving, method, tolerance
 from sbml.experiment.training import IMPORTANCE, check_importance, proposal_name
 from sbml.features import EXTRACTORS
+from sbml.ode import MAX_STEPS, METHODS, Solver
+from sbml.sdes import SDE
+from sbml.times import DRAWS
 
 PRECISIONS = ("default", "high", "highest")
 
+Draws = Annotated[int, Ge(1), Lt(2**20)]
+# Above 0.1 no step would ever be rejected. The error is measured with a tenth of the tolerance,
+# which must not be below ``ode.least_tolerance`` of float32.
+Tolerance = Annotated[float, Ge(1e-6), Le(0.1)]
 
-@dataclasses.dataclass(frozen=True)
+
+class Solving(Section):
+    """An ODE solver and a smallest time; ``Eval`` and ``Sampling`` set the defaults."""
+
+    method: str
+    rtol: float
+    atol: float
+    fixed_steps: int
+    max_steps: int
+    smallest_time: float | None
+
+    def solver(self) -> Solver:
+        """The ODE solver.
+
+        Raises:
+          ValueError: adaptive steps with a method that has no error estimate.
+        """
+        fixed_steps = self.fixed_steps or None
+        with section_errors(self.section):
+            return Solver(
+                method=self.method,
+                rtol=self.rtol,
+                atol=self.atol,
+                fixed_steps=fixed_steps,
+                max_steps=self.max_steps,
+            )
+
+    def eps(self, sde: SDE, otherwise: float) -> float:
+        """``smallest_time``, or ``otherwise`` where it is None.
+
+        Raises:
+          ValueError: if it does not lie in (0, T).
+        """
+        eps = otherwise if self.smallest_time is None else self.smallest_time
+        return sde.check_time(eps, self.name_of("smallest_time"))
+
+
 class Eval(Solving):
     """Settings of an evaluation: a table of mean bits/dim over the images of one split.
 
     The table has a number for every estimator with every dequantizer and every K, the number of
     draws of the dequantizer in one logarithm. The first number is the headline of the report.
-
-    Raises:
-      ValueError: a field is invalid; the message gives its name, value and range.
     """
 
     section: ClassVar[str] = "eval"
 
-    split: str = choice("test", (*data.SPLITS, data.VALIDATION))  # validation: see data.validation
-    estimators: tuple[str, ...] = names(("ode", "bound"))  # of these and bound_ssm
-    # of uniform, variational, truncated_normal, categorical and learned
-    dequantizers: tuple[str, ...] = names(("uniform",))
-    num_importance: tuple[int, ...] = integers((1,), least=1, below=2**20)  # the values of K
-    importance_images: int = integer(0)  # number of images for K > 1; 0: as many as for K = 1
-    batch_size: int = integer(128, least=1)  # number of images in a batch; for K > 1 a Kth of it
-    max_images: int = integer(0)  # size of a random sample, the same in every run; 0: all
-    in_order: bool = flag(False)  # take the first max_images of the split, not a random sample
-    seed: int = integer(0, below=2**32)
-    # None: the smallest time of training
-    smallest_time: float | None = real(None, least=0, below=1)
-    # Sets the smallest time of the dequantizers that put noise around bin centres, and of training
-    # on bin centres: where half a bin is tau standard deviations of the noise wide, if this is
-    # later than the smallest time otherwise. 0: it never is.
-    tau: float = real(TAU, least=0, most=100)
-    # None: rademacher for K = 1, exact for K > 1
-    trace: str | None = choice(None, (*PROBES, "exact"))
-    # number of random probes of a trace that is not exact; a power of two is best
-    probes: int = integer(2, least=1, below=2**20)
-    # The fields from n_times to proposal_bins are for the bound, an expectation over times, which
-    # is estimated by sweeps over all images.
-    n_times: int = integer(2, least=1, below=2**20)  # number of times for an image in one sweep
-    times: str = choice("lattice", times.DRAWS)  # how the times are spread
-    importance_sampling: bool = flag(True)  # draw times by importance; False: uniform in t
-    importance: str = choice("noise", IMPORTANCE)  # as training.importance
-    sweeps: int = integer(8, least=1)  # number of sweeps
-    # standard error in bits/dim at which the sweeps stop, after at least 8 of them; 0: off
-    target_se: float = real(0.0, least=0, most=1)
-    max_sweeps: int = integer(256, least=1)  # largest number of sweeps for target_se
-    control: bool = flag(True)  # subtract a Gaussian control variate
-    # number of bins of a density of times that is estimated on training images; 0: uniform
-    proposal_bins: int = integer(32, below=2**16)
-    method: str = method("tsit5")  # solver of the estimator ode
-    rtol: float = tolerance(2e-4)  # relative tolerance of ode
-    # absolute tolerance of ode, for data in [-1, 1] and for the log-determinant in nats/dim
-    atol: float = tolerance(2e-4)
-    fixed_steps: int = integer(0)  # number of equal steps of ode; 0: adaptive steps
-    # precision of float32 matrix products; default: the accelerator's own (TF32, bfloat16)
-    precision: str = choice("highest", PRECISIONS)
-    # number of images on which the solver's error and the noise of ode are measured, for K > 1 a
-    # Kth of it; 0: all
-    subset: int = integer(32)
-    features: str = choice("inception", EXTRACTORS)  # feature extractor of --mode=quality
-    inception_weights: str = text("")  # file with the state dict of pytorch-fid
-    inception_sha256: str = text("6726825d")  # first digits of the file's SHA-256
-    # largest solver error of ode in bits/dim; a number with a larger error is marked
-    solver_budget: float = real(1e-3, least=0, most=1)
+    split: Annotated[str, one_of((*data.SPLITS, data.VALIDATION))] = field(
+        "test", "images to evaluate; for validation, see data.validation"
+    )
+    estimators: tuple[Annotated[str, one_of(ESTIMATORS)], ...] = field(
+        ("ode", "bound"), "the estimators of the table", min_length=1
+    )
+    dequantizers: tuple[Annotated[str, one_of(DEQUANTIZERS)], ...] = field(
+        ("uniform",),
+        "the dequantizers of the table; without one, integers have no density",
+        min_length=1,
+    )
+    num_importance: tuple[Draws, ...] = field(
+        (1,), "the values of K, numbers of draws of the dequantizer in one logarithm", min_length=1
+    )
+    importance_images: Count = field(0, "number of images for K > 1; 0: as many as for K = 1")
+    batch_size: Positive = field(128, "number of images in a batch, divided by K if K > 1")
+    max_images: Count = field(0, "size of a random sample, the same in every run; 0: all images")
+    in_order: bool = field(
+        False, "take the first max_images of the split instead of a random sample"
+    )
+    seed: Seed = field(0, "seed of all random draws")
+    smallest_time: float | None = field(
+        None, "time at which the numbers begin; None: the smallest time of training", ge=0, lt=1
+    )
+    tau: float = field(
+        TAU,
+        "for bin centres, in training and for dequantizers with noise around them: start when half "
+        "a bin is tau standard deviations of the noise, unless the usual smallest time is later; "
+        "0: always use the usual one",
+        ge=0,
+        le=100,
+    )
+    trace: Annotated[str, one_of((*PROBES, "exact"))] | None = field(
+        None, "trace of the divergence; None: rademacher for K = 1, exact for K > 1"
+    )
+    probes: Draws = field(
+        2, "number of random probes of a trace that is not exact; a power of two is best"
+    )
+    n_times: Draws = field(2, "bound: number of times for an image in one sweep")
+    times: Annotated[str, one_of(DRAWS)] = field("lattice", "bound: how the times are spread")
+    importance_sampling: bool = field(True, "bound: draw times by importance; False: uniform in t")
+    importance: Annotated[str, one_of(IMPORTANCE)] = field(
+        "noise", "bound: the importance of times, as training.importance"
+    )
+    sweeps: Positive = field(8, "bound: number of sweeps over all images")
+    target_se: float = field(
+        0.0,
+        "bound: standard error in bits/dim at which the sweeps stop, after at least 8; 0: off",
+        ge=0,
+        le=1,
+    )
+    max_sweeps: Positive = field(256, "bound: largest number of sweeps for target_se")
+    control: bool = field(True, "bound: subtract a Gaussian control variate")
+    proposal_bins: Size = field(
+        32,
+        "bound: number of bins of a density of times that is estimated on training images; "
+        "0: uniform",
+    )
+    method: Annotated[str, one_of(METHODS)] = field("tsit5", "ode: the solver")
+    rtol: Tolerance = field(2e-4, "ode: relative tolerance")
+    atol: Tolerance = field(
+        2e-4,
+        "ode: absolute tolerance, for data in [-1, 1] and for the log-determinant in nats/dim",
+    )
+    fixed_steps: Count = field(0, "ode: number of equal steps; 0: adaptive steps")
+    max_steps: Positive = field(MAX_STEPS, "ode: number of adaptive steps at which it gives up")
+    precision: Annotated[str, one_of(PRECISIONS)] = field(
+        "highest",
+        "precision of float32 matrix products; default: the accelerator's own (TF32, bfloat16)",
+    )
+    subset: Count = field(
+        32,
+        "ode: number of images on which the solver's error and the noise are measured, divided by "
+        "K if K > 1; 0: all",
+    )
+    features: Annotated[str, one_of(EXTRACTORS)] = field(
+        "inception", "feature extractor of --mode=quality"
+    )
+    inception_weights: str = field("", "file with the state dict of pytorch-fid")
+    inception_sha256: str = field("6726825d", "first digits of the file's SHA-256")
+    solver_budget: float = field(
+        1e-3,
+        "ode: largest solver error in bits/dim; a number with a larger error is marked",
+        ge=0,
+        le=1,
+    )
 
     def check(self) -> None:
-        """Check the table, and that a learned density of times has a proposal in log-SNR."""
+        """Check the table and the solver, and that a learned density of times has a proposal in
+        log-SNR."""
         self.cells()
+        self.solver()
         check_importance(self.section, self.importance_sampling, self.importance)
         if self.proposal != "importance" and self.proposal_bins:
             raise ValueError(
@@ -108,27 +188,13 @@ class Eval(Solving):
         """The table that ``config.eval`` asks for, undefined cells included.
 
         Raises:
-          ValueError: for an unknown choice, a table without numbers, K > 1 with a trace that is not
-            exact, or a ``target_se`` without a bound.
+          ValueError: for a table without numbers, K > 1 with a trace that is not exact, or a
+            ``target_se`` without a bound.
         """
-        registries = {
-            "estimators": estimators.ESTIMATORS,
-            "dequantizers": dequantizers.DEQUANTIZERS,
-        }
-        chosen = {field: choices_in(getattr(self, field)) for field in registries}
-        for field, choices in registries.items():
-            if field == "dequantizers" and "none" in chosen[field]:
-                raise ValueError(
-                    "eval.dequantizers=none is refused: integers have no density, so a model's "
-                    "density at them can grow without limit; choose from "
-                    f"{', '.join(sorted(choices))}"
-                )
-            for name in chosen[field]:
-                check_choice(f"eval.{field}", name, choices)
         table = [
             Cell(estimator, dequantizer, count)
-            for estimator in dict.fromkeys(chosen["estimators"])  # A name given twice counts once.
-            for dequantizer in dict.fromkeys(chosen["dequantizers"])
+            for estimator in dict.fromkeys(self.estimators)  # A name given twice counts once.
+            for dequantizer in dict.fromkeys(self.dequantizers)
             for count in dict.fromkeys(self.num_importance)
         ]
         if all(cell.reason_undefined for cell in table):

@@ -1,45 +1,75 @@
-"""Fields of a config's sections: each has a default and a rule that every value must meet.
+"""Sections of a config: frozen pydantic models, in which a field is one line.
 
-    @dataclasses.dataclass(frozen=True)
-    class Latents(Section):
-        section: ClassVar[str] = "latents"
-        count: int = integer(8, least=2, below=1000)     # number of images of eval.split
+    lr: float = field(2e-4, "largest learning rate", gt=0, le=1)
 
-A section is a frozen dataclass. When it is built, it checks each field by the rule of the field,
-and then :meth:`Section.check` checks that the fields fit together. A value that breaks a rule
-raises a ValueError of this form:
+From this line come the default, the check of a value, the message of its error, a line of
+``--help=optim`` and a row in the documentation. A wrong value raises a ValueError of this form:
 
-    latents.count=1: need an integer of at least 2 and below 1000
+    optim.lr=0: need a number above 0 and at most 1
 
-If the default of a field is None, or "" for a choice, the field may also have this value, which
-means that it is not set.
+A section with a choice, such as the network, has a name and the fields of the class of that name
+(:class:`Chosen`). An SDE, network or sampler with fields of its own is thus one file.
 """
 
 import contextlib
 import dataclasses
+import difflib
+import functools
 import math
-import numbers
-import operator
+import sys
 import typing
-from collections.abc import Callable, Collection, Iterator, Mapping
-from typing import Any, ClassVar, NamedTuple, Self
+from collections.abc import Collection, Iterator, Mapping
+from types import NoneType
+from typing import Annotated, Any, ClassVar, Self
 
 import numpy as np
+import pydantic
+from annotated_types import Ge, Gt, Le, Lt
+from pydantic import AfterValidator, Field
 
-# Counts are below this limit, since steps, images and draws are int32 numbers on the devices.
-COUNT = 2**31
-
+# Steps, images and draws are int32 numbers on the devices. A field of one of these types has no
+# further lower limit: pydantic would replace this one by it.
+Positive = Annotated[int, Ge(1), Lt(2**31)]
+Count = Annotated[int, Ge(0), Lt(2**31)]
+Seed = Annotated[int, Ge(0), Lt(2**32)]
+Size = Annotated[int, Ge(0), Lt(2**16)]
 
 # The program computes in float32, where smaller numbers are 0 and larger ones infinite.
 SMALLEST, LARGEST = (float(end) for end in (np.finfo(np.float32).tiny, np.finfo(np.float32).max))
 
+# What a number of a network or of another part can be at most; its class knows the range.
+_OWN: dict[Any, Any] = {
+    int: Annotated[int, Gt(-(2**16)), Lt(2**16)],
+    float: Annotated[float, Ge(-1e6), Le(1e6)],
+}
+_OWN[Any] = _OWN[float]  # the numbers of an SDE, which can also be arrays
 
-def refusal(name: str, value: Any, needs: str) -> ValueError:
-    """The error for a field ``name`` with an invalid ``value``; ``needs`` says what is valid."""
-    floats = (v for v in (value if isinstance(value, tuple) else (value,)) if isinstance(v, float))
-    if any(_is_finite(number) and not _is_real(number) for number in floats):
-        needs += f", in float32, whose range is {SMALLEST:.2g} to {LARGEST:.2g}"
-    return ValueError(f"{name}={value}: need {needs}")
+
+class Override(str):
+    """The text of a value on the command line, which a section reads by the type of its field."""
+
+
+def field(default: Any, meaning: str, **limits: Any) -> Any:
+    """A field with its default, its meaning with the unit, and pydantic's limits ``gt``, ``ge``,
+    ``lt``, ``le`` and ``min_length``."""
+    return Field(default, description=meaning, **limits)
+
+
+@dataclasses.dataclass(frozen=True)
+class OneOf:
+    """Checks that a name is one of ``choices``; a registry also finds those of other packages."""
+
+    choices: Collection[str]
+
+    def __call__(self, name: Any) -> Any:
+        if name not in self.choices:
+            raise ValueError(name)
+        return name
+
+
+def one_of(choices: Collection[str]) -> AfterValidator:
+    """The annotation of a name that must be one of ``choices``."""
+    return AfterValidator(OneOf(choices))
 
 
 @contextlib.contextmanager
@@ -51,190 +81,73 @@ def section_errors(section: str) -> Iterator[None]:
         raise ValueError(f"config.{section}: {error}") from error
 
 
-class Rule(NamedTuple):
-    """The rule that the values of a field must meet."""
-
-    kind: type  # the Python type of the values
-    holds: Callable[[Any], bool]  # whether a value is valid
-    needs: str  # what a value must be, in words, for the message of an error
+def refusal(name: str, value: Any, needs: str) -> ValueError:
+    """The error for a field ``name`` with an invalid ``value``; ``needs`` says what is valid."""
+    return ValueError(f"{name}={value}: need {needs}")
 
 
-def _field(default: Any, kind: type, holds: Callable[[Any], bool], needs: str) -> Any:
-    rule = Rule(kind, holds, needs)
-    if default is None:
-        rule = Rule(kind, lambda value: value is None or holds(value), f"{needs}, or None")
-    return dataclasses.field(default=default, metadata={"rule": rule})
+def _unwrapped(annotation: Any, rules: Collection[Any] = ()) -> tuple[Any, list[Any]]:
+    """The type in an annotation, and the rules for its values, with those in ``rules``."""
+    found = [*rules]
+    while typing.get_origin(annotation) is Annotated:
+        annotation, *more = typing.get_args(annotation)
+        found += [rule for inner in more for rule in getattr(inner, "metadata", [inner])]
+    return annotation, found
 
 
-def _shown(bound: float) -> str:
-    power = int(bound).bit_length() - 1
-    return f"2^{power}" if bound == 2**power and power > 15 else f"{bound:g}"
+def needs(annotation: Any, rules: Collection[Any] = (), plural: bool = False) -> str:
+    """What a value must be, in words: "an integer of at least 1 and below 2^31, or None"."""
+    kind, rules = _unwrapped(annotation, rules)
+    kinds = typing.get_args(kind)
+    if NoneType in kinds:
+        return f"{needs(_present(kinds), rules)}, or None"
+    if typing.get_origin(kind) is tuple:
+        count = len(kinds) if Ellipsis not in kinds else "one or more"
+        return f"{count} {needs(kinds[0], plural=True)}"
+    for choice in (getattr(rule, "func", None) for rule in rules):
+        if isinstance(choice, OneOf):
+            names = ", ".join(sorted(filter(None, choice.choices)))
+            return (
+                ("" if plural else "one ") + f"of {names}" + ", or nothing" * ("" in choice.choices)
+            )
+    kinds_in_words = {bool: "True or False", str: "text", int: "an integer", float: "a number"}
+    kinds_in_words |= {int: "integers", float: "numbers", str: "names"} if plural else {}
+    return f"{kinds_in_words.get(kind, kind)} {_range(rules)}".strip()
 
 
-def _interval(bounds: Mapping[str, float | None]) -> tuple[Callable[[Any], bool], str]:
-    """A test whether a number lies within ``bounds``, and the bounds in words."""
-    tests = {"above": operator.gt, "of at least": operator.ge, "below": operator.lt}
-    tests["at most"] = operator.le
-    limits = {word: bound for word, bound in bounds.items() if bound is not None}
-    words = " and ".join(f"{word} {_shown(bound)}" for word, bound in limits.items())
-    return lambda value: all(tests[word](value, limit) for word, limit in limits.items()), words
+def _range(rules: Collection[Any]) -> str:
+    """The tightest limits in ``rules``, in words."""
+    words = []
+    for name, word in (("gt", "above"), ("ge", "of at least"), ("lt", "below"), ("le", "at most")):
+        bounds = [b for rule in rules if (b := getattr(rule, name, None)) is not None]
+        if bounds:
+            bound = (max if name[0] == "g" else min)(bounds)
+            power = int(bound).bit_length() - 1
+            words.append(f"{word} 2^{power}" if bound == 2**power > 2**15 else f"{word} {bound:g}")
+    return " and ".join(words)
 
 
-def _is_integer(value: Any) -> bool:
-    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
+def _present(kinds: tuple[Any, ...]) -> Any:
+    """The type of a field that may be None, when it is not."""
+    return next(kind for kind in kinds if kind is not NoneType)
 
 
-def _is_finite(value: Any) -> bool:
-    return isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _is_real(value: Any) -> bool:
-    return _is_finite(value) and (value == 0 or SMALLEST <= abs(value) <= LARGEST)
-
-
-def integer(default: int | None, *, least: int = 0, below: int = COUNT) -> Any:
-    """A field: an integer in [least, below)."""
-    within, words = _interval({"of at least": least, "below": below})
-    needs = f"an integer {words}"
-    return _field(default, int, lambda value: _is_integer(value) and within(value), needs)
-
-
-def real(
-    default: float | None,
-    *,
-    above: float | None = None,
-    least: float | None = None,
-    below: float | None = None,
-    most: float | None = None,
-) -> Any:
-    """A field: a finite number of float32 that is above ``above``, at least ``least``, below
-    ``below`` and at most ``most``, as far as these bounds are not None."""
-    bounds = {"above": above, "of at least": least, "below": below, "at most": most}
-    within, words = _interval(bounds)
-    return _field(
-        default, float, lambda value: _is_real(value) and within(value), f"a number {words}"
-    )
-
-
-def reals(default: tuple[float, ...], *, least: float, most: float, each: str) -> Any:
-    """A field: a tuple of finite numbers in [least, most], one for each name in ``each="a,b"``."""
-    within, words = _interval({"of at least": least, "at most": most})
-    length = len(each.split(","))
-
-    def holds(value: Any) -> bool:
-        fits = isinstance(value, tuple) and len(value) == length
-        return fits and all(_is_real(v) and within(v) for v in value)
-
-    return _field(default, tuple, holds, f"{length} numbers {words}: {each}")
-
-
-def integers(default: tuple[int, ...], *, least: int, below: int, each: str = "") -> Any:
-    """A field: a tuple of integers in [least, below), one for each name in ``each="a,b"``, or one
-    or more if ``each`` is empty."""
-    within, words = _interval({"of at least": least, "below": below})
-
-    def holds(value: Any) -> bool:
-        fits = isinstance(value, tuple) and (len(value) == length if each else len(value) > 0)
-        return fits and all(_is_integer(v) and within(v) for v in value)
-
-    length = len(each.split(","))
-    count, form = (str(length), each) if each else ("one or more", "1 or 1,20")
-    return _field(default, tuple, holds, f"{count} integers {words}: {form}")
-
-
-def flag(default: bool) -> Any:
-    """A field: True or False."""
-    return _field(default, bool, lambda value: isinstance(value, bool), "True or False")
-
-
-def text(default: str) -> Any:
-    """A field: any text."""
-    return _field(default, str, lambda value: isinstance(value, str), "text")
-
-
-def names(default: tuple[str, ...]) -> Any:
-    """A field: one or more names, which ``choices_in`` separates."""
-
-    def holds(value: Any) -> bool:
-        return isinstance(value, tuple) and all(isinstance(v, str) for v in value)
-
-    needs = "one or more names, separated by commas"
-    return _field(default, tuple, lambda v: holds(v) and bool(choices_in(v)), needs)
-
-
-def choice(default: str | None, choices: Collection[str]) -> Any:
-    """A field: one of ``choices``, or its default if that is None or empty."""
-    allowed = {*choices, *([""] if default == "" else [])}
-    needs = f"one of {', '.join(sorted(choices))}" + (", or nothing" if "" in allowed else "")
-    return _field(default, str, lambda value: isinstance(value, str) and value in allowed, needs)
-
-
-def check_choice(field: str, name: str, choices: Collection[str]) -> str:
-    """``name``, the value of the config field ``field``, if it is one of ``choices``.
-
-    Raises:
-      ValueError: it is not; the message names the field and the choices.
-    """
-    if name not in choices:
-        raise refusal(field, name, f"one of {', '.join(sorted(choices))}")
-    return name
-
-
-def choices_in(value: Collection[str]) -> list[str]:
-    """The names in a field such as ``eval.estimators``; "a,b" on the command line is one string."""
-    return [name.strip() for item in value for name in str(item).split(",") if name.strip()]
-
-
-def check_finite(section: str, values: Mapping[str, Any]) -> None:
-    """Check that all numbers in ``values`` are finite.
-
-    Raises:
-      ValueError: one is not; the message gives the field and its value.
-    """
-    for name, value in values.items():
-        for number in value if isinstance(value, tuple) else (value,):
-            if isinstance(number, numbers.Real) and not math.isfinite(number):
-                raise refusal(f"{section}.{name}", value, "finite numbers")
-
-
-# Limits of the integers and of the numbers in the fields of a network or dequantizer.
-SIZE, MAGNITUDE = 2**16, 1e6
-_OWNED: dict[Any, Rule] = {
-    bool: Rule(bool, lambda v: isinstance(v, bool), "True or False"),
-    str: Rule(str, lambda v: isinstance(v, str), "text"),
-    int: Rule(int, lambda v: _is_integer(v) and abs(v) < SIZE, "an integer below 2^16"),
-    float: Rule(float, lambda v: _is_real(v) and abs(v) <= MAGNITUDE, "a number up to 1e6"),
-}
-
-
-def _owned_rule(annotation: Any) -> Rule | None:
-    """The rule of a field with this annotation; None for types without a rule."""
-    kinds = typing.get_args(annotation)
-    each = _OWNED.get(kinds[0] if kinds[1:] == (...,) else annotation)
-    if each is None or not kinds:
-        return each
-
-    def holds(value: Any) -> bool:
-        return isinstance(value, tuple) and all(map(each.holds, value))
-
-    return Rule(tuple, holds, f"none or more values, each {each.needs}")
-
-
-def check_owned(section: str, values: Mapping[str, Any], owner: type[Any]) -> None:
-    """Check that values have the types of the fields of the dataclass ``owner``, and are not huge.
-
-    The magnitude of integers must be below 2^16, and that of numbers at most 1e6. ``owner`` checks
-    the range of each field when it is built. Of fields whose type is not bool, str, int, float or a
-    tuple of one of these, only numbers that are not finite are refused here.
-
-    Raises:
-      ValueError: a value is invalid; the message gives the field, the value and what it must be.
-    """
-    check_finite(section, values)
-    for field in dataclasses.fields(owner):
-        rule = _owned_rule(field.type)
-        if rule and field.name in values and not rule.holds(values[field.name]):
-            raise refusal(f"{section}.{field.name}", values[field.name], rule.needs)
+def _parsed(text: str, annotation: Any) -> Any:
+    """The value that ``text`` stands for in a field of this type; the text itself if it stands for
+    none, which the field then refuses."""
+    kind, _ = _unwrapped(annotation)
+    kinds = typing.get_args(kind)
+    if NoneType in kinds:
+        return None if text == "None" else _parsed(text, _present(kinds))
+    if typing.get_origin(kind) is tuple and text.strip():
+        parts = text.removeprefix("(").removesuffix(")").split(",")
+        return tuple(_parsed(part.strip(), kinds[0]) for part in parts if part.strip())
+    if kind is bool:
+        return {"true": True, "false": False}.get(text.lower(), text)
+    if kind in (int, float) and text.isascii():
+        with contextlib.suppress(ValueError):
+            return kind(text)
+    return str(text)
 
 
 def as_tuples(value: Any) -> Any:
@@ -245,33 +158,45 @@ def as_tuples(value: Any) -> Any:
     return tuple(map(as_tuples, value)) if isinstance(value, list | tuple) else value
 
 
-def plain(value: Any) -> Any:
-    """``value`` in the types of JSON: a section is a dict with sorted names, a tuple a list."""
-    if isinstance(value, Section):
-        value = value.to_dict()
-    if isinstance(value, Mapping):
-        return {name: plain(value[name]) for name in sorted(value)}
-    return [plain(v) for v in value] if isinstance(value, tuple) else value
-
-
-@dataclasses.dataclass(frozen=True)
-class Section:
-    """A part of a config: a frozen dataclass of fields with rules, or of further sections.
+class Section(pydantic.BaseModel):
+    """A part of a config: a frozen class of fields, or of further sections.
 
     ``section`` is its name on the command line, and empty for the whole config.
 
     Raises:
-      ValueError: a field is invalid, or two fields do not fit together.
+      ValueError: a field is unknown or invalid, or two fields do not fit together.
     """
 
+    model_config = pydantic.ConfigDict(
+        frozen=True, extra="forbid", strict=True, allow_inf_nan=False
+    )
     section: ClassVar[str] = ""
 
-    def __post_init__(self) -> None:
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if (rule := field.metadata.get("rule")) and not rule.holds(value):
-                raise refusal(self.name_of(field.name), value, rule.needs)
+    def __init__(self, **values: Any) -> None:
+        try:
+            super().__init__(**values)
+        except pydantic.ValidationError as error:
+            lines = [_line(type(self), values, e) for e in error.errors()]
+            raise ValueError("; ".join(dict.fromkeys(lines))) from None
+
+    @pydantic.field_validator("*", mode="before")
+    @classmethod
+    def _read(cls, value: Any, info: pydantic.ValidationInfo) -> Any:
+        """The value of one field, from the command line, a config file or JSON."""
+        kind = cls.model_fields[str(info.field_name)].annotation
+        if isinstance(kind, type) and issubclass(kind, Section) and isinstance(value, Mapping):
+            return kind(**value)
+        value = _parsed(value, kind) if isinstance(value, Override) else as_tuples(value)
+        if _beyond_float32(value):
+            raise ValueError("not in float32")
+        if isinstance(value, tuple) and value and all(isinstance(name, str) for name in value):
+            return tuple(n.strip() for name in value for n in name.split(",") if n.strip())
+        return value
+
+    @pydantic.model_validator(mode="after")
+    def _checked(self) -> Self:
         self.check()
+        return self
 
     def check(self) -> None:
         """Raise a ValueError if fields that are valid by themselves do not fit together."""
@@ -281,54 +206,130 @@ class Section:
         """The name of ``field`` on the command line, without ``--config.``."""
         return f"{cls.section}.{field}" if cls.section else field
 
-    def to_dict(self) -> dict[str, Any]:
-        """The fields by name; a section within this one stays a section."""
-        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+    def replace(self, **changes: Any) -> Self:
+        """This section with other values of some fields."""
+        return type(self)(**{**dict(self), **changes})
+
+    def values(self) -> dict[str, Any]:
+        """The fields by name."""
+        return dict(self)
+
+    def plain(self) -> dict[str, Any]:
+        """The fields in the types of JSON: a section is a dict with sorted names."""
+        return {name: plain(value) for name, value in sorted(self.values().items())}
 
     @classmethod
-    def of(cls, values: Mapping[str, Any], *, complete: bool = True) -> Self:
-        """The section with these ``values``, which come from a ConfigDict or from a checkpoint.
-
-        Args:
-          values: the values by name; a section within this one is a mapping.
-          complete: whether an unknown or missing field is an error. If False, unknown fields are
-            ignored and missing fields have their defaults; so the metadata of a checkpoint of
-            another version can be read.
-
-        Raises:
-          ValueError: a field is invalid; the message gives its name, value and range.
-        """
-        defaults = {field.name: field.default for field in dataclasses.fields(cls)}
-        if complete:
-            check_fields(cls.section, values, defaults)
-        fields = {
-            name: type(default).of(values[name], complete=complete)
-            if isinstance(default, Section)
-            else as_tuples(values[name])
-            for name, default in defaults.items()
-            if name in values
-        }
-        return cls(**fields)
+    def known(cls, values: Mapping[str, Any]) -> Self:
+        """The section with those of the ``values`` that it has fields for; a checkpoint of another
+        version may have others."""
+        return cls(**{name: value for name, value in values.items() if name in cls.model_fields})
 
 
-def check_fields(
-    section: str, given: Collection[str], known: Collection[str], maker: str = "default()"
-) -> None:
-    """Check that the names in ``given`` are those in ``known``; ``maker`` is a call of a function
-    in ``sbml.experiment.config`` whose result has these names.
+def _beyond_float32(value: Any) -> bool:
+    """Whether a number in ``value`` is finite, and 0 or infinite in float32."""
+    each = value if isinstance(value, tuple) else (value,)
+    floats = [abs(v) for v in each if isinstance(v, float) and math.isfinite(v)]
+    return any(0 < v < SMALLEST or v > LARGEST for v in floats)
 
-    Raises:
-      ValueError: a name is unknown or missing; the message lists such names.
+
+def plain(value: Any) -> Any:
+    """``value`` in the types of JSON."""
+    if isinstance(value, Section):
+        return value.plain()
+    return [plain(v) for v in value] if isinstance(value, tuple) else value
+
+
+def _line(kind: type[Section], values: Mapping[str, Any], error: Any) -> str:
+    """The message of one of pydantic's errors for a section made of ``values``."""
+    cause = error.get("ctx", {}).get("error")
+    if not error["loc"]:
+        return str(cause)
+    name = str(error["loc"][0])
+    if error["type"] == "extra_forbidden":
+        return unknown(kind.section, name, kind.model_fields)
+    found = kind.model_fields[name]
+    of_section = isinstance(found.annotation, type) and issubclass(found.annotation, Section)
+    if of_section and cause is not None:
+        return str(cause)
+    wanted = "a section" if of_section else needs(found.annotation, found.metadata)
+    if _beyond_float32(error["input"]) or _beyond_float32(_parsed(str(error["input"]), float)):
+        wanted += f", in float32, whose range is {SMALLEST:.2g} to {LARGEST:.2g}"
+    return str(refusal(kind.name_of(name), values.get(name), wanted))
+
+
+def unknown(section: str, name: str, fields: Collection[str]) -> str:
+    """The message for a field that ``section`` does not have."""
+    near = difflib.get_close_matches(name, fields, 1)
+    hint = f"; did you mean {near[0]}?" if near else ""
+    where = f"config.{section}".rstrip(".")
+    return f"{where} has no field {name}: it has {', '.join(sorted(fields)) or 'none'}{hint}"
+
+
+@functools.cache
+def _section_of(kind: Any, section: str, skip: tuple[str, ...]) -> type[Section]:
+    """A section with the fields of the dataclass ``kind``, except those in ``skip``."""
+
+    def annotation(field: dataclasses.Field) -> Any:
+        found: Any = field.type
+        if isinstance(found, str):  # As the file says ``from __future__ import annotations``.
+            found = eval(found, vars(sys.modules[kind.__module__]))
+        if typing.get_origin(found) is tuple and typing.get_args(found)[1:] == (Ellipsis,):
+            inner = typing.get_args(found)[0]
+            return tuple.__class_getitem__((_OWN.get(inner, inner), ...))
+        return _OWN.get(found, found)
+
+    fields: dict[str, Any] = {
+        field.name: (annotation(field), field.default)
+        for field in dataclasses.fields(kind)
+        if field.init and field.name not in skip
+    }
+    made = pydantic.create_model(kind.__name__, __base__=Section, **fields)
+    made.section = section
+    return made
+
+
+class Chosen(Section):
+    """A section that names a class in one of its fields, and has the fields of this class too.
+
+    Of the fields of the class, types are checked, and that numbers are finite and not huge (below
+    2^16 for integers, at most 1e6 for others). The class checks the ranges when it is made.
+
+    Attributes:
+      choice: the field with the name.
+      parts: the classes by name.
+      skip: fields of the class that a config does not set.
     """
-    where = f"config.{section}" if section else "config"
-    if unknown := sorted(set(given) - set(known)):
-        raise ValueError(
-            f"{where} has the unknown fields {', '.join(unknown)}: it may have "
-            f"{', '.join(sorted(known)) or 'none'}; begin the config with "
-            f"sbml.experiment.config.{maker}"
-        )
-    if missing := sorted(set(known) - set(given)):
-        raise ValueError(
-            f"{where} lacks the fields {', '.join(missing)}: begin the config with "
-            f"sbml.experiment.config.{maker}"
-        )
+
+    model_config = pydantic.ConfigDict(extra="allow")
+    choice: ClassVar[str] = "name"
+    parts: ClassVar[Mapping[str, Any]] = {}
+    skip: ClassVar[tuple[str, ...]] = ()
+
+    @pydantic.model_validator(mode="before")
+    @classmethod
+    def _with_own(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        name = values.get(cls.choice, cls.model_fields[cls.choice].default)
+        general = {field: values[field] for field in cls.model_fields if field in values}
+        own = {field: value for field, value in values.items() if field not in general}
+        kind = cls.kind_of(name)
+        if kind is None:
+            return general
+        made = _section_of(kind, cls.section, (*cls.model_fields, *cls.skip))
+        return {**general, **dict(made(**cls.relevant(own, made)))}
+
+    @classmethod
+    def kind_of(cls, name: Any) -> Any:
+        """The class called ``name``; None if there is none."""
+        return cls.parts[name] if isinstance(name, str) and name in cls.parts else None
+
+    @classmethod
+    def relevant(cls, own: dict[str, Any], made: type[Section]) -> dict[str, Any]:
+        """Those of the values ``own`` that are meant for the class with the fields of ``made``."""
+        return own
+
+    @property
+    def own(self) -> dict[str, Any]:
+        """The fields of the class."""
+        return dict(self.model_extra or {})

@@ -1,43 +1,48 @@
 """``config.optim`` and ``config.dequantizer.optim``: the paper's Adam."""
 
-import dataclasses
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import optax
 from absl import logging
 
-from sbml.experiment.fields import Section, choice, integer, real
+from sbml.experiment.fields import Count, Section, field, one_of
 from sbml.runtime import optim
 
-# The largest weight of the initial parameters in the average without a warning.
+# The program warns if the initial parameters weigh more than this in the averaged ones.
 MOST_INITIAL = 0.2
 
 
-@dataclasses.dataclass(frozen=True)
 class Optim(Section):
     """The optimizer of the score, and the average of its parameters.
 
     Adam changes each parameter by about the learning rate in a step, so rates above 1 are of no use
     and not allowed.
-
-    Raises:
-      ValueError: a field is invalid; the message gives its name, value and range.
     """
 
     section: ClassVar[str] = "optim"
 
-    lr: float = real(2e-4, above=0, most=1)  # largest learning rate
-    warmup: int = integer(5_000)  # number of steps in which the rate rises from 0 to lr
-    schedule: str = choice("constant", optim.SCHEDULES)  # cosine: falls to zero at num_steps
-    beta1: float = real(0.9, least=0, below=1)
-    beta2: float = real(0.999, least=0, below=1)
-    eps: float = real(1e-8, least=1e-30, most=1)  # added to the root of the second moment
-    # Decoupled: each step subtracts rate * weight_decay * parameter. 0: off.
-    weight_decay: float = real(0.0, least=0, most=10)
-    # Largest global norm of the gradient of the paper's loss, which is a mean over the dimensions
-    # of an image for the score, and a sum for the dequantizer. 0: off.
-    grad_clip: float = real(1.0, least=0, most=1e9)
-    ema: float = real(0.9999, least=0, below=1)  # decay of the parameters' average per step
+    lr: float = field(2e-4, "largest learning rate", gt=0, le=1)
+    warmup: Count = field(5_000, "number of steps in which the rate rises from 0 to lr")
+    schedule: Annotated[str, one_of(optim.SCHEDULES)] = field(
+        "constant", "the learning rate after the warm-up; cosine: it falls to zero at num_steps"
+    )
+    beta1: float = field(0.9, "decay of the gradient's average per step", ge=0, lt=1)
+    beta2: float = field(0.999, "decay of the squared gradient's average per step", ge=0, lt=1)
+    eps: float = field(1e-8, "added to the root of the second moment", ge=1e-30, le=1)
+    weight_decay: float = field(
+        0.0,
+        "decoupled: each step subtracts rate * weight_decay * parameter; 0: off",
+        ge=0,
+        le=10,
+    )
+    grad_clip: float = field(
+        1.0,
+        "largest global norm of the gradient of the paper's loss, which is a mean over the "
+        "dimensions of an image for the score, and a sum for the dequantizer; 0: off",
+        ge=0,
+        le=1e9,
+    )
+    ema: float = field(0.9999, "decay of the parameters' average per step", ge=0, lt=1)
 
     def warn_if_short(self, num_steps: int) -> None:
         """Log warnings if a run of ``num_steps`` does not fit the warm-up or the average."""
@@ -72,10 +77,9 @@ class Optim(Section):
         )
 
 
-@dataclasses.dataclass(frozen=True)
 class DequantizerOptim(Optim):
     """The optimizer of the dequantizer, with a faster average than the score's."""
 
     section: ClassVar[str] = "dequantizer.optim"
 
-    ema: float = real(0.99, least=0, below=1)  # decay of the parameters' average per step
+    ema: float = field(0.99, "decay of the parameters' average per step", ge=0, lt=1)

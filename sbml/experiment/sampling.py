@@ -1,50 +1,70 @@
-"""``config.sampling``: settings of the samples and their sampler."""
+"""``config.sampling`` and ``config.latents``: the samples of a run and their sampler, and the
+pictures of ``--mode=latents``."""
 
 import dataclasses
-from typing import ClassVar
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar
 
-from sbml import samplers
-from sbml.experiment.fields import choice, flag, integer, real, section_errors
-from sbml.experiment.solving import Solving, method, tolerance
-from sbml.samplers import Sampler
+from sbml.experiment.evaluation import Solving, Tolerance
+from sbml.experiment.fields import (
+    Chosen,
+    Count,
+    Positive,
+    Section,
+    Seed,
+    Size,
+    field,
+    one_of,
+    section_errors,
+)
+from sbml.ode import MAX_STEPS, METHODS
+from sbml.samplers import (
+    CORRECTORS,
+    SAMPLERS,
+    SPACINGS,
+    AnnealedLangevin,
+    ReverseDiffusion,
+    Sampler,
+)
 
 
-@dataclasses.dataclass(frozen=True)
-class Sampling(Solving):
-    """Settings of a run's samples.
-
-    Raises:
-      ValueError: a field is invalid; the message gives its name, value and range.
-    """
+class Sampling(Solving, Chosen):
+    """Settings of a run's samples. A sampler of another package can have further fields here."""
 
     section: ClassVar[str] = "sampling"
+    choice: ClassVar[str] = "sampler"
+    parts: ClassVar[Mapping[str, Any]] = SAMPLERS
+    skip: ClassVar[tuple[str, ...]] = ("solver",)
 
-    num_images: int = integer(64, least=1)
-    batch_size: int = integer(64, least=1)
-    seed: int = integer(0, below=2**32)
-    # Smallest time; None: 1e-3, or the smallest time of training if that is larger.
-    smallest_time: float | None = real(None, least=0, below=1)
-    denoise_last: bool = flag(True)  # replace x at the smallest time by its denoised value
-    sampler: str = choice("ode", samplers.SAMPLERS)
-    method: str = method("dopri5")  # solver of the sampler ode
-    rtol: float = tolerance(1e-3)  # relative tolerance of ode
-    atol: float = tolerance(1e-3)  # absolute tolerance of ode, for data in [-1, 1]
-    fixed_steps: int = integer(0)  # number of steps of ode; 0: adaptive steps
-    steps: int | None = integer(None, least=1)  # number of steps of other samplers; None: 500
-    # Spacing of the times of the steps; empty: the default of the sampler.
-    spacing: str = choice("", samplers.SPACINGS)
-    eta: float = real(0.0, least=0, most=1)  # share of fresh noise in the steps of ddim
-    corrector: str = choice("none", samplers.CORRECTORS)  # corrector after every step
-    corrector_steps: int = integer(1, least=1)  # number of its steps after every step
-    snr: float = real(0.16, above=0, most=1)  # ratio of noise to score in a corrector's step
-    frames: int = integer(8, below=2**16)  # number of frames of the strip from noise to image
+    num_images: Positive = field(64, "number of samples")
+    batch_size: Positive = field(64, "number of samples that are drawn at once")
+    seed: Seed = field(0, "seed of the samples")
+    smallest_time: float | None = field(
+        None, "time of the last step; None: 1e-3, or that of training if it is larger", ge=0, lt=1
+    )
+    denoise_last: bool = field(True, "replace x at the smallest time by its denoised value")
+    sampler: Annotated[str, one_of(SAMPLERS)] = field("ode", "the sampler")
+    method: Annotated[str, one_of(METHODS)] = field("dopri5", "solver of the sampler ode")
+    rtol: Tolerance = field(1e-3, "relative tolerance of ode")
+    atol: Tolerance = field(1e-3, "absolute tolerance of ode, for data in [-1, 1]")
+    fixed_steps: Count = field(0, "number of steps of ode; 0: adaptive steps")
+    max_steps: Positive = field(MAX_STEPS, "number of adaptive steps at which ode gives up")
+    steps: Positive | None = field(None, "number of steps of other samplers; None: 500")
+    spacing: Annotated[str, one_of((*SPACINGS, ""))] = field(
+        "", "spacing of the times of the steps; empty: the default of the sampler"
+    )
+    eta: float = field(0.0, "share of fresh noise in the steps of ddim", ge=0, le=1)
+    corrector: Annotated[str, one_of(CORRECTORS)] = field("none", "corrector after every step")
+    corrector_steps: Positive = field(1, "number of the corrector's steps after every step")
+    snr: float = field(0.16, "ratio of noise to score in a corrector's step", gt=0, le=1)
+    frames: Size = field(8, "number of frames of the strip from noise to image")
 
     def check(self) -> None:
         """Check that the sampler uses the corrector, spacing, eta and number of steps that are set.
 
         The other fields have values in all configs, and are ignored by samplers without them.
         """
-        options = {f.name for f in dataclasses.fields(samplers.SAMPLERS[self.sampler])}
+        options = {f.name for f in dataclasses.fields(SAMPLERS[self.sampler])}
         settings = {
             "corrector": ("corrector", self.corrector != "none"),
             "spacing": ("spacing", bool(self.spacing)),
@@ -52,20 +72,20 @@ class Sampling(Solving):
             "fixed_steps": ("solver", self.fixed_steps > 0),
             "steps": ("steps", self.steps is not None),
         }
-        for field, (option, is_set) in settings.items():
+        for name, (option, is_set) in settings.items():
             if is_set and option not in options:
-                default = getattr(type(self)(), field)
+                default = type(self).model_fields[name].default
                 raise ValueError(
-                    f"sampling.{field}={getattr(self, field)}: sampler {self.sampler} takes no "
-                    f"{field}; set its default (--config.sampling.{field}={default}) or choose "
+                    f"sampling.{name}={getattr(self, name)}: sampler {self.sampler} takes no "
+                    f"{name}; set its default (--config.sampling.{name}={default}) or choose "
                     "another sampler (docs/samplers.md)"
                 )
+        self.build()
 
     def build(self) -> Sampler:
         """The sampler, with those of the section's fields that its class has."""
-        kind, corrector = samplers.SAMPLERS[self.sampler], samplers.CORRECTORS[self.corrector]
+        kind, corrector = SAMPLERS[self.sampler], CORRECTORS[self.corrector]
         options = {"steps": self.corrector_steps, "snr": self.snr}
-        names = {f.name for f in dataclasses.fields(kind)}
         solver = self.solver()
         with section_errors(self.section):
             fields = {
@@ -74,5 +94,24 @@ class Sampling(Solving):
                 "eta": self.eta,
                 "corrector": corrector() if self.corrector == "none" else corrector(**options),
                 **({"spacing": self.spacing} if self.spacing else {}),
+                **self.own,
             }
-            return kind(**{field: value for field, value in fields.items() if field in names})
+            names = {f.name for f in dataclasses.fields(kind)}
+            return kind(**{name: value for name, value in fields.items() if name in names})
+
+
+class Latents(Section):
+    """Settings of ``--mode=latents``, which encodes, interpolates and completes images."""
+
+    section: ClassVar[str] = "latents"
+
+    count: int = field(8, "number of images, from eval.split", ge=2, lt=2**16)
+    frames: int = field(8, "number of images in an interpolation", ge=1, lt=2**16)
+    steps: Positive = field(200, "steps of reverse diffusion for a completion")
+    corrector_steps: Positive = field(2, "steps of annealed Langevin after each of them")
+    snr: float = field(0.16, "ratio of noise to score in a corrector's step", gt=0, le=1)
+
+    def sampler(self) -> ReverseDiffusion:
+        """The sampler of a completion: reverse diffusion with annealed Langevin steps."""
+        corrector = AnnealedLangevin(self.corrector_steps, self.snr)
+        return ReverseDiffusion(self.steps, corrector=corrector)

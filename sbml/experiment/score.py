@@ -9,116 +9,85 @@ these three sections.
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, ClassVar, Self
+from typing import Annotated, Any, ClassVar
 
 import jax.numpy as jnp
+from annotated_types import Ge, Le
 from flax import linen as nn
 
-from sbml import integers, networks
+from sbml import integers
 from sbml.experiment.data import Data
-from sbml.experiment.fields import (
-    Section,
-    as_tuples,
-    check_choice,
-    check_fields,
-    check_owned,
-    choice,
-    flag,
-    real,
-    reals,
-    refusal,
-    section_errors,
-)
+from sbml.experiment.fields import Chosen, Section, field, one_of, refusal, section_errors
+from sbml.networks import NETWORKS
 from sbml.score import LABELS, LEVELS, PARAMETERIZATIONS, Adapter
 from sbml.sdes import SDE, SDES
 
+LogSNR = Annotated[float, Ge(-60), Le(60)]
 
-@dataclasses.dataclass(frozen=True)
-class Process(Section):
-    """The forward process. Each SDE reads only the fields that it has; see ``sbml.sdes``.
 
-    The upper limits keep all numbers of the SDE far from the limits of float32: with
-    beta_max = 1000 the log-SNR at T is -500, and with sigma_max = 1e6 the noise is a million times
-    as wide as the data.
+class Process(Chosen):
+    """The forward process: its name, and the numbers of its class, such as ``beta_max`` for vp and
+    subvp, ``sigma_max`` for ve, or ``gamma_0`` for linear_gamma (``sbml.sdes``).
 
-    Raises:
-      ValueError: for a field outside its range; the message names the field, its value and the
-        range.
+    A number of another SDE of this package is ignored if it has the default of that SDE, so that a
+    config can change the name alone.
     """
 
     section: ClassVar[str] = "sde"
+    parts: ClassVar[Mapping[str, Any]] = SDES
 
-    name: str = choice("vp", SDES)
-    beta_min: float = real(0.1, above=0, most=1000)  # the rate beta(t) at t = 0; vp, subvp
-    beta_max: float = real(20.0, above=0, most=1000)  # the same at t = T; vp, subvp
-    # smallest standard deviation of the noise, for data in [-1, 1]; ve
-    sigma_min: float = real(0.01, above=0, most=1e6)
-    sigma_max: float = real(50.0, above=0, most=1e6)  # the largest; ve, linear_ve
-    gamma_0: float = real(-13.3, least=-60, most=60)  # -log SNR at t = 0; linear_gamma
-    gamma_1: float = real(5.0, least=-60, most=60)  # the same at t = T; linear_gamma
-    # whether the SDE's numbers are trained too, by the gradient of the bound with the categorical
-    # decoder; the numbers above are their initial values
-    learned: bool = flag(False)
+    name: Annotated[str, one_of(SDES)] = field("vp", "the SDE")
+    learned: bool = field(
+        False,
+        "train the SDE's numbers too, by the gradient of the bound with the categorical decoder; "
+        "the numbers of the config are then their initial values",
+    )
 
-    def build(self) -> SDE:
-        """The SDE ``name``, from those fields that its class has.
-
-        Raises:
-          ValueError: if they contradict each other, such as a beta_min above beta_max.
-        """
-        kind = SDES[self.name]
-        with section_errors(self.section):
-            return kind(**{f.name: getattr(self, f.name) for f in dataclasses.fields(kind)})
-
-
-def model_fields(name: str) -> dict[str, Any]:
-    """The fields of network ``name`` with their defaults, as plain values."""
-    # flax sets ``parent`` and ``name`` of every Linen module; ``Score.adapter`` sets ``outputs``.
-    skip = ("parent", "name", "outputs")
-    return {f.name: f.default for f in dataclasses.fields(networks.get(name)) if f.name not in skip}
-
-
-@dataclasses.dataclass(frozen=True)
-class Network(Section):
-    """``config.model``: the name of a network, and the fields of its class, which explains them.
-
-    Here it is only checked that all fields are present, have the right types, and are finite and
-    not absurdly large (``fields.check_owned``). The class checks their ranges when the network is
-    built.
-
-    Raises:
-      ValueError: for an unknown network, or for a field that is unknown, missing, or of a wrong
-        type or size.
-    """
-
-    section: ClassVar[str] = "model"
-
-    name: str
-    values: Mapping[str, Any]
+    @classmethod
+    def relevant(cls, own: dict[str, Any], made: type[Section]) -> dict[str, Any]:
+        of_others = numbers()
+        return {
+            name: value
+            for name, value in own.items()
+            if name in made.model_fields or value not in of_others.get(name, ())
+        }
 
     def check(self) -> None:
-        """Check that the fields are those of the network."""
-        check_choice(self.name_of("name"), self.name, networks.NETWORKS)
-        check_fields(self.section, self.values, model_fields(self.name), f"default({self.name!r})")
-        check_owned(self.section, self.values, networks.get(self.name))
+        """Check the numbers."""
+        self.build()
 
-    @classmethod
-    def default(cls, name: str) -> Self:
-        """Network ``name`` with its own defaults."""
-        return cls(name, model_fields(name))
+    def build(self) -> SDE:
+        """The SDE.
 
-    @classmethod
-    def of(cls, values: Mapping[str, Any], *, complete: bool = True) -> Self:
-        """The section from one mapping of ``name`` and the network's fields.
-
-        ``complete`` has no effect here: ``check`` refuses a missing field in any case.
+        Raises:
+          ValueError: if its numbers contradict each other, such as a beta_min above beta_max.
         """
-        fields = {field: as_tuples(value) for field, value in values.items() if field != "name"}
-        return cls(values.get("name", ""), fields)
+        with section_errors(self.section):
+            return SDES[self.name](**self.own)
 
-    def to_dict(self) -> dict[str, Any]:
-        """One mapping of ``name`` and the network's fields."""
-        return {"name": self.name, **self.values}
+
+def numbers() -> dict[str, list[Any]]:
+    """The numbers of the SDEs of this package by name, with their defaults in the classes."""
+    found: dict[str, list[Any]] = {}
+    for kind in map(SDES.__getitem__, SDES):
+        for number in dataclasses.fields(kind):
+            found.setdefault(number.name, []).append(number.default)
+    return found
+
+
+class Network(Chosen):
+    """The network: its name, and the fields of its class, which explains them."""
+
+    section: ClassVar[str] = "model"
+    parts: ClassVar[Mapping[str, Any]] = NETWORKS
+    # flax sets ``parent`` and ``name`` of every Linen module; ``Score.adapter`` sets ``outputs``.
+    skip: ClassVar[tuple[str, ...]] = ("parent", "name", "outputs")
+
+    name: Annotated[str, one_of(NETWORKS)] = field("ncsnpp", "the network")
+
+    def check(self) -> None:
+        """Check the ranges of the fields."""
+        self.build()
 
     def build(self) -> nn.Module:
         """The network.
@@ -127,28 +96,30 @@ class Network(Section):
           ValueError: for a field outside its range.
         """
         with section_errors(self.section):
-            return networks.get(self.name)(**self.values)
+            return NETWORKS[self.name](**self.own)
 
 
-@dataclasses.dataclass(frozen=True)
 class Score(Section):
-    """How the network's output becomes a score; see ``sbml.score``.
-
-    Raises:
-      ValueError: for a field outside its range; the message names the field, its value and the
-        range.
-    """
+    """How the network's output becomes a score; see ``sbml.score``."""
 
     section: ClassVar[str] = "score"
 
-    parameterization: str = choice("noise", PARAMETERIZATIONS)
-    # the number that tells the network the time; ``time`` is 999 t
-    label: str = choice("time", LABELS)
-    # standard deviation of the data, at most 1 for data in [-1, 1]; it scales the network's input
-    # for ``preconditioned``, ``x0``, ``velocity`` and ``levels``
-    data_std: float = real(0.5, above=0, most=1)
-    # log-SNRs at which the label scaled_log_snr is 1000 and 0
-    log_snr_range: tuple[float, ...] = reals((-5.0, 13.3), least=-60, most=60, each="low,high")
+    parameterization: Annotated[str, one_of(PARAMETERIZATIONS)] = field(
+        "noise", "what the network predicts"
+    )
+    label: Annotated[str, one_of(LABELS)] = field(
+        "time", "the number that tells the network the time; ``time`` is 999 t"
+    )
+    data_std: float = field(
+        0.5,
+        "standard deviation of the data, at most 1 for data in [-1, 1]; it scales the network's "
+        "input for ``preconditioned``, ``x0``, ``velocity`` and ``levels``",
+        gt=0,
+        le=1,
+    )
+    log_snr_range: tuple[LogSNR, LogSNR] = field(
+        (-5.0, 13.3), "log-SNRs low,high at which the label scaled_log_snr is 1000 and 0"
+    )
 
     def check(self) -> None:
         """Check that the range of log-SNRs has its lower end first."""
@@ -176,7 +147,7 @@ class Score(Section):
             label=self.label,
             data_std=self.data_std,
             eps=eps,
-            log_snr_range=(self.log_snr_range[0], self.log_snr_range[1]),
+            log_snr_range=self.log_snr_range,
             levels=data.levels,
             data=data.kind,
         )

@@ -1,22 +1,119 @@
-"""Compares the config and data that are stored in a checkpoint with those of the present run."""
+"""Compares the config and data that are stored in a checkpoint with those of the present run.
 
+With another SDE or nonlinearity the parameters of a checkpoint would give wrong results, although
+their shapes fit. A converted checkpoint may fit no config of this package. So ``architecture.json``
+in its work directory holds the fields that fit it, and they replace those of the config
+(:func:`of_workdir`).
+"""
+
+import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
+from etils import epath
 from flax.traverse_util import flatten_dict
 
 from sbml import data
-from sbml.experiment import architecture, noise
 from sbml.experiment.config import Config
 from sbml.experiment.data import Data
+from sbml.experiment.fields import plain
 from sbml.experiment.score import Process
-from sbml.experiment.training import Training
+from sbml.experiment.training import Training, smallest_time, smallest_trained_time
 from sbml.runtime.manifest import OtherModelError
+from sbml.runtime.workdir import ARCHITECTURE, Workdir
 from sbml.score import LEVELS
 from sbml.sdes import SDE
 
 Metadata = dict[str, Any]
+Sections = dict[str, dict[str, Any]]
+
+# Fields of a network or dequantizer that may differ from those in the checkpoint's config.
+FREE = ("clipped", "dropout", "dtype", "init_scale", "remat")
+
+
+def write_architecture(workdir: epath.PathLike, sections: Sections) -> None:
+    """Write ``sections``, the fields of "model", "dequantizer.model" ... by name, to
+    ``workdir/architecture.json``, except for the fields in ``FREE``."""
+    fixed = {
+        name: {field: value for field, value in fields.items() if field not in FREE}
+        for name, fields in sections.items()
+    }
+    Workdir(workdir).write(ARCHITECTURE, fixed)
+
+
+def of_workdir(config: Config, workdir: Workdir) -> Config:
+    """``config`` with the fields of ``architecture.json`` in ``workdir``, if there is such a file.
+    Each changed field is printed."""
+    if not workdir.has(ARCHITECTURE):
+        return config
+    changed, lines = with_fields(config, workdir.read(ARCHITECTURE))
+    for line in lines:
+        print(f"{workdir / ARCHITECTURE}: {line}")
+    return changed
+
+
+def with_fields(config: Config, sections: Sections) -> tuple[Config, list[str]]:
+    """``config`` with the fields in ``sections`` replaced, and a line for each change.
+
+    Raises:
+      ValueError: the config has another network or SDE, or lacks a field of ``sections``.
+    """
+    lines: list[str] = []
+    for name, fields in sections.items():
+        config = _with_fields(config, name, name.split("."), fields, lines)
+    return config, lines
+
+
+def _with_fields(
+    section: Any, name: str, path: list[str], fields: dict[str, Any], lines: list[str]
+) -> Any:
+    """``section`` with ``fields`` replaced in the section at ``path`` within it."""
+    if path:
+        inner = _with_fields(getattr(section, path[0]), name, path[1:], fields, lines)
+        return section.replace(**{path[0]: inner})
+    present = section.values()
+    if "name" in fields and fields["name"] != present.get("name"):
+        raise ValueError(
+            f"config.{name}.name={present.get('name')!r}, but the checkpoint's is "
+            f"{fields['name']!r}: take a config with that {name}.name"
+        )
+    changed = section.replace(**fields)
+    lines += [
+        f"config.{name}.{field} is {present[field]!r}, the checkpoint's is {value!r}"
+        for field, value in changed.values().items()
+        if value != present[field]
+    ]
+    return changed
+
+
+def check_sections(
+    config: dict[str, Any], trained: dict[str, Any], sections: Iterable[str]
+) -> None:
+    """Check that ``config`` and ``trained``, the config of the checkpoint, agree in ``sections``.
+
+    Both are plain JSON values. A field that only one of the two has comes from another version of
+    the package and is ignored, as are the fields in ``FREE``.
+
+    Raises:
+      ValueError: they differ; the message names the fields with both values.
+    """
+    differences = []
+    for name in sections:
+        fields, trained_fields = (
+            functools.reduce(lambda node, part: node.get(part, {}), name.split("."), tree)
+            for tree in (config, trained)
+        )
+        differences += [
+            f"config.{name}.{field} is {fields[field]!r}, the checkpoint's is {value!r}"
+            for field, value in trained_fields.items()
+            if field in fields and field not in FREE and fields[field] != plain(value)
+        ]
+    if differences:
+        raise ValueError(
+            f"the checkpoint is of another model: {'; '.join(differences)}. Use the --config of "
+            "its training, or set these fields"
+        )
 
 
 def _noise(metadata: Metadata) -> tuple[SDE, Training, float]:
@@ -26,11 +123,10 @@ def _noise(metadata: Metadata) -> tuple[SDE, Training, float]:
     time on, also on bin centres.
     """
     stored = metadata["config"]
-    sde = Process.of(stored["sde"], complete=False).build()
-    training = Training.of(stored["training"], complete=False)
-    data = Data.of(stored["data"], complete=False)
+    sde = Process.known(stored["sde"]).build()
+    training, data = Training.known(stored["training"]), Data.known(stored["data"])
     eps = metadata.get("smallest_time")
-    return sde, training, noise.smallest_time(sde, training, data, math.inf) if eps is None else eps
+    return sde, training, smallest_time(sde, training, data, math.inf) if eps is None else eps
 
 
 def check_score(config: Config, metadata: Metadata) -> None:
@@ -39,11 +135,11 @@ def check_score(config: Config, metadata: Metadata) -> None:
     Raises:
       ValueError: they do not; the message names the fields that differ.
     """
-    architecture.check(config.plain(), metadata["config"], ("sde", "score", "model"))
+    check_sections(config.plain(), metadata["config"], ("sde", "score", "model"))
     if config.score.parameterization == LEVELS:
-        _check_levels(config.data, Data.of(metadata["config"]["data"], complete=False))
+        _check_levels(config.data, Data.known(metadata["config"]["data"]))
     tau = config.eval.tau or math.inf
-    eps = noise.smallest_time(config.sde.build(), config.training, config.data, tau)
+    eps = smallest_time(config.sde.build(), config.training, config.data, tau)
     _, _, trained_eps = _noise(metadata)
     # It may come from float32 arithmetic, which rounds differently on another device.
     if not math.isclose(eps, trained_eps, rel_tol=1e-5):
@@ -94,7 +190,7 @@ def unseen_times(metadata: Metadata, eps: float, section: str = "eval") -> list[
     ``section`` is the section of the config whose ``smallest_time`` is ``eps``: "eval" or
     "sampling".
     """
-    first = noise.smallest_trained_time(*_noise(metadata))
+    first = smallest_trained_time(*_noise(metadata))
     if eps >= 0.99 * first:  # A smaller difference may be rounding.
         return []
     return [
@@ -131,12 +227,12 @@ def check_dequantizer(config: Config, metadata: Metadata) -> None:
             f"the trained dequantizer is {theirs}, but dequantizer.name={ours}: use the --config "
             "of its training, or move the folder dequantizer/ away to train another one"
         )
-    architecture.check(config.plain(), metadata["config"], ("dequantizer.model",))
+    check_sections(config.plain(), metadata["config"], ("dequantizer.model",))
 
 
 # Settings of the sections ``training`` and ``optim`` that do not change the training. The number of
 # steps does change it under a cosine schedule.
-FREE = {
+WITHOUT_EFFECT = {
     *("num_steps", "steps_per_dispatch", "shard_state", "log_every"),
     *("checkpoint_every", "keep_last", "keep_every", "sample_every"),
 }
@@ -156,7 +252,7 @@ def changed_settings(metadata: Metadata, ours: Metadata, field: str) -> list[str
       "name before -> now" for each of them.
     """
     before, now = (flatten_dict(m["config"], sep=".") for m in (metadata, ours))
-    free = FREE - ({"num_steps"} if now[f"{field}optim.schedule"] == "cosine" else set())
+    free = WITHOUT_EFFECT - ({"num_steps"} if now[f"{field}optim.schedule"] == "cosine" else set())
     sections = (f"{field}training.", f"{field}optim.")
     names = ["seed", "data.dequantization", "data.flip"]
     names += [f"{field}model.{k}" for k in ("dropout", "dtype", "clipped")]

@@ -1,12 +1,26 @@
-"""``config.training`` and ``config.dequantizer.training``: steps, loss and checkpoints."""
+"""``config.training`` and ``config.dequantizer.training``: steps, loss and checkpoints; and what
+follows from them: the smallest time of a training, and the unit of its loss."""
 
-import dataclasses
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
+import jax.numpy as jnp
 from etils import epath
 
-from sbml.experiment.fields import Section, choice, flag, integer, real, refusal
+from sbml import discrete, times
+from sbml.data import imagenet32
+from sbml.experiment.data import Data
+from sbml.experiment.fields import (
+    Count,
+    Positive,
+    Section,
+    Size,
+    field,
+    one_of,
+    refusal,
+    section_errors,
+)
 from sbml.runtime.checkpoint import Checkpoints
+from sbml.scalars import Number
 from sbml.sdes import SDE, Kernel
 from sbml.times import DRAWS, PROPOSALS, Grid, Proposal
 
@@ -17,33 +31,36 @@ NOISES = ("independent", "antithetic")
 IMPORTANCE = {"noise": "importance", "velocity": "velocity"}
 
 
-@dataclasses.dataclass(frozen=True)
 class Loop(Section):
-    """Settings of a training loop, for a score or a dequantizer.
-
-    Raises:
-      ValueError: a field is invalid; the message gives its name, value and range.
-    """
+    """Settings of a training loop, for a score or a dequantizer."""
 
     folder: ClassVar[str]  # folder of the checkpoints in the work directory
 
-    # number of rows in a step; antithetic noises make two rows of an image
-    batch_size: int = integer(128, least=1)
-    num_steps: int = integer(1_300_000, least=1)  # number of steps of the optimizer
-    accumulate: int = integer(1, least=1)  # number of micro-batches in a step
-    # number of steps that are compiled into one call; more can help accelerators, but are slow on
-    # CPU
-    steps_per_dispatch: int = integer(1, least=1)
-    # split the optimizer's state and the average of the parameters over the devices: each needs
-    # less memory, but all parameters are gathered once more in a step
-    shard_state: bool = flag(False)
-    # number of steps between rows of metrics.jsonl, in which each checkpoint also ends a row
-    log_every: int = integer(100, least=1)
-    checkpoint_every: int = integer(5_000, least=1)  # number of steps between checkpoints
-    keep_last: int = integer(2, least=1)  # number of newest checkpoints that are kept
-    # also keep the first checkpoint at or past each multiple of this step; 0: none
-    keep_every: int = integer(50_000)
-    sample_every: int = integer(0)  # number of steps between grids of samples; 0: no grids
+    batch_size: Positive = field(
+        128, "number of rows in a step; antithetic noises make two rows of an image"
+    )
+    num_steps: Positive = field(1_300_000, "number of steps of the optimizer")
+    accumulate: Positive = field(1, "number of micro-batches in a step")
+    steps_per_dispatch: Positive = field(
+        1,
+        "number of steps that are compiled into one call; more can help accelerators, but are slow "
+        "on CPU",
+    )
+    shard_state: bool = field(
+        False,
+        "split the optimizer's state and the average of the parameters over the devices: each "
+        "needs less memory, but all parameters are gathered once more in a step",
+    )
+    log_every: Positive = field(
+        100,
+        "number of steps between rows of metrics.jsonl, in which each checkpoint also ends a row",
+    )
+    checkpoint_every: Positive = field(5_000, "number of steps between checkpoints")
+    keep_last: Positive = field(2, "number of newest checkpoints that are kept")
+    keep_every: Count = field(
+        50_000, "also keep the first checkpoint at or past each multiple of this step; 0: none"
+    )
+    sample_every: Count = field(0, "number of steps between grids of samples; 0: no grids")
 
     def checkpoints(self, workdir: epath.PathLike) -> Checkpoints:
         """The checkpoints of the run in ``workdir``."""
@@ -72,40 +89,63 @@ def check_importance(section: str, importance_sampling: bool, importance: str) -
         )
 
 
-@dataclasses.dataclass(frozen=True)
 class Training(Loop):
-    """Settings of the training of the score.
-
-    Raises:
-      ValueError: a field is invalid; the message gives its name, value and range.
-    """
+    """Settings of the training of the score."""
 
     section: ClassVar[str] = "training"
     folder: ClassVar[str] = "checkpoints"
 
-    likelihood_weighting: bool = flag(True)  # w = g^2 / sigma^2; False: w = 1 (sbml.losses)
-    importance_sampling: bool = flag(True)  # draw times by importance; False: uniform in t
-    # noise: uniform in log-SNR, as in the paper; velocity: with a density over log-SNR that is
-    # proportional to its sigmoid, which is alpha^2 for vp
-    importance: str = choice("noise", IMPORTANCE)
-    # number of noise levels of the discrete-time loss of DDPM (vp) or SMLD (ve); 0: continuous time
-    discrete_levels: int = integer(0, below=2**20)
-    # weight of the second-order loss (sbml.second_order), which is added to the loss and trains the
-    # divergence in the likelihood of the ODE; 0: off. i-DODE uses 0.1 in the last 3% of the steps.
-    # It gained nothing in the trainings of benchmarks/README.md
-    second_order: float = real(0.0, least=0, most=100)
-    # number of probes of its divergence; with 1, as in i-DODE, its minimum is not at the true score
-    second_order_probes: int = integer(2, least=1, below=2**10)
-    times: str = choice("lattice", DRAWS)  # how the times of a batch are spread
-    noises: str = choice("antithetic", NOISES)  # antithetic: each image has two rows, z and -z
-    # number of bins of a density of times that follows the noise of the gradient, as estimated
-    # from the losses; 0: no such density
-    proposal_bins: int = integer(32, below=2**16)
-    # None: that of the SDE, 1e-5 for vp and 1e-2 for subvp, but at least 5e-5 on ImageNet with
-    # likelihood_weighting and importance_sampling; on bin centres it can be later, see eval.tau
-    smallest_time: float | None = real(None, least=0, below=1)
-    # number of steps between grids of at most 64 samples; 0: no grids
-    sample_every: int = integer(50_000)
+    likelihood_weighting: bool = field(
+        True, "weight the loss by w = g^2 / sigma^2; False: w = 1 (sbml.losses)"
+    )
+    importance_sampling: bool = field(True, "draw times by importance; False: uniform in t")
+    importance: Annotated[str, one_of(IMPORTANCE)] = field(
+        "noise",
+        "noise: uniform in log-SNR, as in the paper; velocity: with a density over log-SNR that is "
+        "proportional to its sigmoid, which is alpha^2 for vp",
+    )
+    discrete_levels: int = field(
+        0,
+        "number of noise levels of the discrete-time loss of DDPM (vp) or SMLD (ve); 0: continuous "
+        "time",
+        ge=0,
+        lt=2**20,
+    )
+    second_order: float = field(
+        0.0,
+        "weight of the second-order loss (sbml.second_order), which trains the divergence in the "
+        "likelihood of the ODE; 0: off. i-DODE uses 0.1 in the last 3% of the steps. It gained "
+        "nothing in the trainings of benchmarks/README.md",
+        ge=0,
+        le=100,
+    )
+    second_order_probes: int = field(
+        2,
+        "number of probes of its divergence; with 1, as in i-DODE, its minimum is not at the true "
+        "score",
+        ge=1,
+        lt=2**10,
+    )
+    times: Annotated[str, one_of(DRAWS)] = field("lattice", "how the times of a batch are spread")
+    noises: Annotated[str, one_of(NOISES)] = field(
+        "antithetic", "antithetic: each image has two rows, with noises z and -z"
+    )
+    proposal_bins: Size = field(
+        32,
+        "number of bins of a density of times that follows the noise of the gradient, as estimated "
+        "from the losses; 0: no such density",
+    )
+    smallest_time: float | None = field(
+        None,
+        "None: that of the SDE, 1e-5 for vp and 1e-2 for subvp, but at least 5e-5 on ImageNet with "
+        "likelihood_weighting and importance_sampling; on bin centres it can be later, see "
+        "eval.tau",
+        ge=0,
+        lt=1,
+    )
+    sample_every: Count = field(
+        50_000, "number of steps between grids of at most 64 samples; 0: no grids"
+    )
 
     def check(self) -> None:
         """Check that the flags fit the loss: a discrete-time loss has neither of the first two."""
@@ -141,24 +181,78 @@ class Training(Loop):
 
     def kernel(self, sde: SDE) -> Kernel:
         """The process that noises images in training: ``sde``, or ``discrete_levels`` of it."""
-        return sde.levels(self.discrete_levels) if self.discrete_levels else sde
+        if not self.discrete_levels:
+            return sde
+        with section_errors(self.name_of("discrete_levels")):
+            return sde.levels(self.discrete_levels)
 
     def proposal(self, sde: SDE, eps: float) -> Proposal | Grid:
         """The proposal of the times of training, in [eps, T] or on the discrete levels."""
         if self.discrete_levels:
             return Grid(self.discrete_levels)
-        return PROPOSALS[proposal_name(self.importance_sampling, self.importance)](sde, eps)
+        with section_errors(self.name_of("smallest_time")):
+            return PROPOSALS[proposal_name(self.importance_sampling, self.importance)](sde, eps)
 
 
-@dataclasses.dataclass(frozen=True)
 class DequantizerTraining(Loop):
-    """Settings of the training of the dequantizer.
-
-    Raises:
-      ValueError: a field is invalid; the message gives its name, value and range.
-    """
+    """Settings of the training of the dequantizer."""
 
     section: ClassVar[str] = "dequantizer.training"
     folder: ClassVar[str] = "dequantizer/checkpoints"
 
-    num_steps: int = integer(300_000, least=1)  # number of steps of the optimizer
+    num_steps: Positive = field(300_000, "number of steps of the optimizer")
+
+
+def smallest_time(sde: SDE, training: Training, data: Data, tau: float) -> float:
+    """The smallest time of a training: ``training.smallest_time``, or if it is None, the paper's.
+
+    The paper's smallest time is the SDE's ``smallest_time``. On ImageNet with likelihood weighting
+    and importance sampling it is at least 5e-5. For training on bin centres it is replaced by the
+    time at which half a bin is ``tau`` standard deviations of the noise wide, if this is later
+    (``discrete.smallest_time``): the evaluation of such a model needs no earlier time.
+    """
+    if training.smallest_time is not None:
+        with section_errors(training.name_of("smallest_time")):
+            return sde.check_time(training.smallest_time, "t")
+    both = training.likelihood_weighting and training.importance_sampling
+    imagenet = imagenet32.version(data.source) is not None
+    eps = max(sde.smallest_time, 5e-5 if imagenet and both else 0.0)
+    if data.dequantization != "centre":
+        return eps
+    return float(discrete_time(sde, data.levels, eps, tau))
+
+
+def discrete_time(sde: SDE, levels: int, eps: Number, tau: float) -> Number:
+    """``discrete.smallest_time`` for ``eval.tau``.
+
+    Raises:
+      ValueError: it is not before T, because ``tau`` is too small.
+    """
+    found = discrete.smallest_time(sde, levels, eps, tau)
+    return sde.check_time(found, f"eval.tau={tau} gives smallest time eps")
+
+
+def smallest_trained_time(sde: SDE, training: Training, eps: float) -> float:
+    """The smallest time t at which the network sees images in training.
+
+    In continuous time it is ``eps``. In discrete time it is the time with the log-SNR of the first
+    noise level, or ``eps`` if that is later.
+    """
+    levels = training.discrete_levels
+    if not levels:
+        return eps
+    return max(eps, float(sde.time(sde.levels(levels).log_snr(jnp.zeros(())))))
+
+
+def loss_unit(sde: SDE, training: Training, eps: float) -> float:
+    """The value of the loss of this package, in nats/dim, when the loss of the paper is 1.
+
+    The paper's loss is a mean over times and dimensions of weighted squared errors of the
+    prediction. With likelihood weighting and importance sampling the weights are 1 and the loss
+    here is Z / 2 times the paper's, where Z is the normaliser of the proposal. Otherwise it is half
+    the paper's; the length T - eps of the interval of times, 1 to within 1%, is neglected.
+    """
+    proposal = training.proposal(sde, eps)
+    if not (training.likelihood_weighting and isinstance(proposal, times.Importance)):
+        return 0.5
+    return float(proposal.normaliser) / 2

@@ -1,4 +1,4 @@
-"""Feature extractors for the metrics of sample quality, by name: one file each.
+"""Feature extractors for the metrics of sample quality, by name.
 
     extractor = EXTRACTORS[name](weights="...", sha256="...", levels=..., cache=...)
     features, probabilities = extractor(images)       uint8 (n, h, w, c) -> (n, d), (n, classes)
@@ -8,9 +8,15 @@ a second, to the digits of scikit-learn; its distances have other names, because
 comparable with FID and KID.
 """
 
-from sbml.features import digits_classifier, inception
 from sbml.features._extractor import Extractor
+from sbml.registry import Registry
 
-EXTRACTORS = {"inception": inception.extractor, "digits_classifier": digits_classifier.extractor}
+EXTRACTORS = Registry(
+    "feature extractor",
+    {
+        "inception": "sbml.features.inception:extractor",
+        "digits_classifier": "sbml.features.digits_classifier:extractor",
+    },
+)
 
 __all__ = ["EXTRACTORS", "Extractor"]

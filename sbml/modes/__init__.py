@@ -1,13 +1,53 @@
-"""The modes of the program (``--mode``): one file for each mode, which exports
+"""The modes of the program (``--mode``), by name. A mode is a function; its parameters say what it
+uses:
 
-    run(config, workdir)      executes the mode with a config and a ``runtime.workdir.Workdir``
-    check(config, workdir, before)    optional: raises a ValueError if the mode cannot work after
-                              the modes ``before``; it is called before the first mode runs
-    FLAGS                     optional: names of flags that ``run`` takes as keyword arguments
-    IGNORES                   optional: those of the flags "config", "workdir" and "coordinator" on
-                              which ``run`` does not depend. The program refuses a flag that all
-                              modes of a command ignore. If all ignore "config", it is None and
-                              workdir is the value of ``--workdir``, a string or None.
+    experiment     the objects of the config (``sbml.experiment.build``)
+    config         the config alone, for a mode that works before there is a fitting model
+    workdir        the folder of the run (``sbml.runtime.workdir``)
+    others         flags of the command line, such as ``source`` for ``--source=DIR``; they are text
 
-Files whose names begin with an underscore are parts that several modes share.
+A function ``check(experiment, workdir, before)`` beside it raises a ValueError if the mode cannot
+work after the modes ``before``; it is called before the first mode runs. ``--mode`` also takes a
+function of another package, as ``package.module:function``. Files whose names begin with an
+underscore are parts that several modes share.
 """
+
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from sbml.experiment.build import Experiment
+from sbml.experiment.config import Config
+from sbml.experiment.trained import of_workdir
+from sbml.registry import Registry
+from sbml.runtime.workdir import Workdir
+
+Mode = Callable[..., None]
+GIVEN = ("experiment", "config", "workdir")  # The other parameters of a mode are flags.
+
+MODES = Registry(
+    "mode",
+    {
+        name: f"sbml.modes.{name}:run"
+        for name in (
+            *("compare", "convert", "eval", "latents", "quality", "report", "sample", "stats"),
+            *("train", "train_dequantizer", "verify"),
+        )
+    },
+)
+
+
+def parameters_of(mode: Mode) -> set[str]:
+    """The names of the parameters of a mode."""
+    return set(inspect.signature(mode).parameters)
+
+
+def execute(
+    mode: Mode, config: Config | None, workdir: Workdir | None, flags: Mapping[str, str]
+) -> None:
+    """Run a mode with what its parameters ask for."""
+    wanted = parameters_of(mode)
+    given: dict[str, Any] = {"config": config, "workdir": workdir, **flags}
+    if "experiment" in wanted and config is not None and workdir is not None:
+        given["experiment"] = Experiment(of_workdir(config, workdir))
+    mode(**{name: value for name, value in given.items() if name in wanted})

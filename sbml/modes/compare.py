@@ -1,37 +1,29 @@
 """Compares evaluated runs on one page: ``--mode=compare --runs=runs/a,runs/b``."""
 
-from collections.abc import Sequence
-from typing import Any
-
-from etils import epath
-
 from sbml import report
 from sbml.report import comparison
 from sbml.report.comparison import Run
 from sbml.runtime.workdir import Workdir
 
-IGNORES = ("config", "coordinator")
-FLAGS = ("runs",)
 
-
-def run(config: Any, workdir: epath.PathLike | None, runs: Sequence[str] | None) -> None:
-    """Compare the evaluated work directories ``runs`` with the first of them.
+def run(workdir: Workdir | None = None, runs: str = "") -> None:
+    """Compare evaluated work directories, ``runs="DIR,DIR"``, with the first of them.
 
     Writes ``comparison.html`` and ``comparison.json`` to ``workdir``, or to ``runs/comparison`` if
-    it is None, and prints the paired differences of every number that the runs share. ``config`` is
-    not used.
+    it is None, and prints the paired differences of every number that the runs share.
 
     Raises:
       ValueError: a run was not evaluated, or the runs cannot be compared.
     """
     if not runs:
         raise ValueError("--mode=compare reads --runs=DIR,DIR: evaluated work directories")
-    if "" in runs:
-        raise ValueError(f"--runs={','.join(runs)}: one of the names is empty; leave it out")
-    workdirs = [Workdir(path).connect() for path in runs]
+    paths = [path.strip() for path in runs.split(",")]
+    if "" in paths:
+        raise ValueError(f"--runs={runs}: one of the names is empty; leave it out")
+    workdirs = [Workdir(path).connect() for path in paths]
     evaluated = list(map(Run.read, workdirs, comparison.short_names(workdirs)))
     numbers = comparison.compare(evaluated)
-    workdir = Workdir(workdir or "runs/comparison")
+    workdir = workdir or Workdir("runs/comparison")
     workdir.write("comparison.json", report.strict(numbers))
     workdir.write_bytes("comparison.html", comparison.render(evaluated, numbers).encode())
     for cell in numbers["cells"]:

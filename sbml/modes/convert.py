@@ -1,14 +1,13 @@
 """Converts a checkpoint of other published code: ``--mode=convert --source=DIR``."""
 
 from etils import epath
-from ml_collections import ConfigDict
 
 from sbml.convert import SOURCES, _files
+from sbml.experiment.config import Config
+from sbml.runtime.workdir import Workdir
 
-FLAGS = ("source",)
 
-
-def run(config: ConfigDict, workdir: epath.PathLike, source: epath.PathLike | None) -> None:
+def run(config: Config, workdir: Workdir, source: epath.PathLike | None = None) -> None:
     """Convert ``source``, a checkpoint or a work directory of one of the codes in
     ``convert.SOURCES``; of a work directory, the newest checkpoint.
 
@@ -24,7 +23,7 @@ def run(config: ConfigDict, workdir: epath.PathLike, source: epath.PathLike | No
         )
     path = _files.find(source)
     tree = _files.load(path)
-    for code in SOURCES.values():
+    for code in SOURCES:
         if not code.recognises(tree):
             continue
         if config.model.name != code.NETWORK:
@@ -32,9 +31,9 @@ def run(config: ConfigDict, workdir: epath.PathLike, source: epath.PathLike | No
                 f"config.model.name={config.model.name!r}, but {path} is of a {code.NETWORK!r}: "
                 "take a config of that network"
             )
-        code.convert(config, epath.Path(workdir), path, tree)
+        code.convert(config, workdir.path, path, tree)
         return
     raise ValueError(
         f"{path} is a checkpoint of no known code: it has {sorted(tree)}; known are "
-        + " and ".join(code.CODE for code in SOURCES.values())
+        + " and ".join(code.CODE for code in SOURCES)
     )

@@ -15,19 +15,16 @@ from typing import Any
 import jax
 import numpy as np
 from absl import logging
-from etils import epath
-from ml_collections import ConfigDict
 
 from sbml import bits, bound, dequantizers, report
 from sbml.bound import GaussianControl
 from sbml.data import ImageSet, spread
+from sbml.dequantizers import DEQUANTIZERS
 from sbml.estimators import Cell
 from sbml.evaluation import baselines, cells
 from sbml.evaluation.cells import CellRun, Dequantization, Evaluation
 from sbml.experiment import trained
 from sbml.experiment.build import Experiment
-from sbml.experiment.config import Config
-from sbml.experiment.fields import choices_in
 from sbml.intervals import mean_interval
 from sbml.report import summary
 from sbml.report.result import Result
@@ -239,27 +236,25 @@ def _write(workdir: Workdir, tables: dict[str, cells.Table], evaluation: dict[st
             path.unlink()
 
 
-def check(config: ConfigDict, workdir: Workdir, before: Sequence[str]) -> None:
+def check(experiment: Experiment, workdir: Workdir, before: Sequence[str]) -> None:
     """Check that the dequantizers with parameters are trained, or will be.
 
     Raises:
       ValueError: one is not.
     """
-    checked = Config.read(config)
+    config = experiment.config
     missing = [
-        name
-        for name in choices_in(checked.eval.dequantizers)
-        if dequantizers.is_trained(dequantizers.get(name))
+        name for name in config.eval.dequantizers if dequantizers.is_trained(DEQUANTIZERS[name])
     ]
     made = {"train_dequantizer", "convert"}.intersection(before)
-    if missing and not made and not checked.dequantizer.training.checkpoints(workdir).steps():
+    if missing and not made and not config.dequantizer.training.checkpoints(workdir).steps():
         raise ValueError(
             f"eval.dequantizers={missing[0]}: no dequantizer in {workdir}: train it first "
             "(--mode=train_dequantizer,eval)"
         )
 
 
-def run(config: ConfigDict, workdir: epath.PathLike) -> None:
+def run(experiment: Experiment, workdir: Workdir) -> None:
     """Evaluate the newest undamaged checkpoint of ``workdir`` on ``eval.split``, with averaged
     parameters.
 
@@ -270,8 +265,8 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
       ValueError: there is no checkpoint or no trained dequantizer, or it belongs to another model.
       cells.Unconverged: fixed steps are too coarse.
     """
-    experiment, workdir = Experiment(config), Workdir(workdir)
-    with workdir.lock("eval"), jax.default_matmul_precision(config.eval.precision):
+    precision = experiment.config.eval.precision
+    with workdir.lock("eval"), jax.default_matmul_precision(precision):
         _run(experiment, workdir)
 
 
@@ -279,10 +274,9 @@ def _run(experiment: Experiment, workdir: Workdir) -> None:
     config = experiment.config
     experiment, restored = experiment.restored(workdir)
     images, train = experiment.images(config.eval.split), experiment.images("train")
-    defined = [cell for cell in experiment.cells if not cell.reason_undefined]
-    undefined = {
-        cell.name: cell.reason_undefined for cell in experiment.cells if cell.reason_undefined
-    }
+    table = config.eval.cells()
+    defined = [cell for cell in table if not cell.reason_undefined]
+    undefined = {cell.name: cell.reason_undefined for cell in table if cell.reason_undefined}
     dequantizations = {
         name: dequantization(experiment, name, workdir, train)
         for name in {cell.dequantizer: None for cell in defined}

@@ -15,8 +15,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from etils import epath
-from ml_collections import ConfigDict
 
 from sbml import bits, report
 from sbml.data import spread
@@ -82,7 +80,7 @@ def _known_part(x: Array, colours: bool) -> Array:
     return x.at[:, :, half:].set(0)
 
 
-def run(config: ConfigDict, workdir: epath.PathLike) -> None:
+def run(experiment: Experiment, workdir: Workdir) -> None:
     """Encode ``latents.count`` images of ``eval.split``, and make a picture of each operation.
 
     Writes ``latents.npz`` (ids, latents, reconstruction errors), ``reconstruction.png``,
@@ -92,9 +90,8 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
       ValueError: there is no checkpoint, or there are fewer than two images or than
         ``latents.count``.
     """
-    experiment = Experiment(config)
-    with jax.default_matmul_precision(config.eval.precision):
-        _run(experiment, Workdir(workdir))
+    with jax.default_matmul_precision(experiment.config.eval.precision):
+        _run(experiment, workdir)
 
 
 def _run(experiment: Experiment, workdir: Workdir) -> None:
@@ -119,7 +116,7 @@ def _run(experiment: Experiment, workdir: Workdir) -> None:
     x = bits.to_model(jnp.asarray(images.images[ids]), 0.5, images.levels) / factor
     # The term ``correction`` of a likelihood corrects the error of the solver's path. There is no
     # such term here, so the tolerances are ten times smaller.
-    solver = experiment.eval_solver.tighter(10)
+    solver = experiment.config.eval.solver().tighter(10)
     ode: dict[str, Any] = {"sde": experiment.sde, "eps": experiment.eval_eps, "solver": solver}
     z = encode(score, x, **ode)
     reconstruction = decode(score, z, **ode)

@@ -7,8 +7,6 @@ from typing import Any
 import jax
 import numpy as np
 from absl import logging
-from etils import epath
-from ml_collections import ConfigDict
 
 from sbml import report
 from sbml.evaluation import samples
@@ -21,7 +19,7 @@ from sbml.runtime.trees import tree_crc32
 from sbml.runtime.workdir import NEIGHBOURS, QUALITY, SAMPLES, Workdir
 
 
-def check(config: ConfigDict, workdir: Workdir, before: Sequence[str]) -> None:
+def check(experiment: Experiment, workdir: Workdir, before: Sequence[str]) -> None:
     """Check that there are or will be samples, and that the extractor can be made.
 
     Raises:
@@ -29,10 +27,10 @@ def check(config: ConfigDict, workdir: Workdir, before: Sequence[str]) -> None:
     """
     if not (workdir.has(SAMPLES) or "sample" in before):
         raise ValueError(f"no {SAMPLES} in {workdir}: draw samples first (--mode=sample,quality)")
-    extractor(config)
+    extractor(experiment.config)
 
 
-def run(config: ConfigDict, workdir: epath.PathLike) -> None:
+def run(experiment: Experiment, workdir: Workdir) -> None:
     """Compare ``samples.npz`` of ``workdir`` with the training images: distances of features (FID
     and similar metrics), and of pixels to the nearest training image.
 
@@ -41,9 +39,9 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
     Raises:
       ValueError: there are fewer than two samples, or the extractor's weights are missing.
     """
-    experiment, workdir = Experiment(config), Workdir(workdir)
+    config = experiment.config
     extract = extractor(config)
-    checkpoints = experiment.config.training.checkpoints(workdir)
+    checkpoints = config.training.checkpoints(workdir)
     content = _samples(workdir, checkpoints)
     step = int(content["step"])
     train, test = experiment.images("train"), experiment.images("test")
@@ -67,7 +65,7 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
         "neighbours_crc32": zlib.crc32(workdir.read_png(NEIGHBOURS)),
     }
     workdir.write(QUALITY, report.strict(result))
-    summary.write(workdir, experiment.config.data.images)
+    summary.write(workdir, config.data.images)
     print(f"{len(content['images'])} samples of step {step}, by {content['sampler']}")
     for name, value in values.items():
         print(f"{name}: {value:.4g}")

@@ -4,8 +4,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
-from etils import epath
-from ml_collections import ConfigDict
 
 from sbml.experiment import trained
 from sbml.experiment.build import Experiment
@@ -16,7 +14,7 @@ from sbml.runtime import metrics
 from sbml.runtime.workdir import EVALUATION, Workdir
 
 
-def run(config: ConfigDict, workdir: epath.PathLike) -> None:
+def run(experiment: Experiment, workdir: Workdir) -> None:
     """Write ``report.html`` and ``report.json`` of ``workdir``, also while other modes run there.
 
     The model is not run and no lock is taken. The page shows the progress and the losses of the
@@ -27,7 +25,6 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
       ValueError: there is neither a training nor an evaluation in ``workdir``, the config is of
         another model than its checkpoint, or a file that the report needs is damaged.
     """
-    experiment, workdir = Experiment(config), Workdir(workdir)
     if (metadata := experiment.config.training.checkpoints(workdir).metadata()) is not None:
         trained.check_score(experiment.config, metadata)
     rows = metrics.read(workdir)

@@ -5,14 +5,11 @@ from collections.abc import Sequence
 import jax
 import numpy as np
 from absl import logging
-from etils import epath
-from ml_collections import ConfigDict
 
 from sbml import report
 from sbml.evaluation.samples import Samples, check_memory, generate, grid, strip
 from sbml.experiment import trained
 from sbml.experiment.build import Experiment
-from sbml.experiment.config import Config
 from sbml.report import summary
 from sbml.runtime import sharding
 from sbml.runtime.checkpoint import Restored
@@ -20,16 +17,16 @@ from sbml.runtime.trees import tree_crc32
 from sbml.runtime.workdir import SAMPLES, Workdir
 
 
-def check(config: ConfigDict, workdir: Workdir, before: Sequence[str]) -> None:
+def check(experiment: Experiment, workdir: Workdir, before: Sequence[str]) -> None:
     """Check that the samples fit into memory.
 
     Raises:
       ValueError: they do not.
     """
-    check_memory(Config.read(config))
+    check_memory(experiment.config)
 
 
-def run(config: ConfigDict, workdir: epath.PathLike) -> None:
+def run(experiment: Experiment, workdir: Workdir) -> None:
     """Draw ``sampling.num_images`` samples with the averaged parameters of the newest checkpoint.
 
     Writes ``samples.npz``, ``samples.png`` and ``samples_strip.png``, and the report again if there
@@ -38,7 +35,6 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
     Raises:
       ValueError: there is no checkpoint, or it belongs to another model.
     """
-    experiment, workdir = Experiment(config), Workdir(workdir)
     with workdir.lock("sample"):
         _run(experiment, workdir)
 
@@ -67,7 +63,7 @@ def _write(
     samples: Samples,
     picture: np.ndarray | None,
 ) -> None:
-    sampler = np.asarray(repr(experiment.sampler))
+    sampler = np.asarray(repr(experiment.config.sampling.build()))
     crc32 = np.asarray(tree_crc32(restored.state.ema_params))
     origin = {"step": np.asarray(restored.step), "parameters_crc32": crc32, "sampler": sampler}
     columns = {**samples._asdict(), **origin}

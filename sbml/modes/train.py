@@ -17,8 +17,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from etils import epath
-from ml_collections import ConfigDict
 
 from sbml import bits, bound, discrete, losses, second_order, times
 from sbml.evaluation import samples
@@ -196,13 +194,12 @@ def task(experiment: Experiment, workdir: Workdir) -> loop.Task:
     )
 
 
-def run(config: ConfigDict, workdir: epath.PathLike) -> None:
+def run(experiment: Experiment, workdir: Workdir) -> None:
     """Train up to ``training.num_steps``, from the newest undamaged checkpoint of ``workdir`` on.
 
     Writes ``checkpoints/``, ``metrics.jsonl``, ``tensorboard/`` and ``samples/``. The errors are
     those of ``_loop.run``.
     """
-    experiment, workdir = Experiment(config), Workdir(workdir)
     experiment.config.optim.warn_if_short(experiment.config.training.num_steps)
     with workdir.lock("train"):
         loop.run(task(experiment, workdir), experiment.config.training.checkpoints(workdir))

@@ -15,13 +15,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
-from etils import epath
-from ml_collections import ConfigDict
 
 from sbml import bits, bound, times
 from sbml.experiment import trained
 from sbml.experiment.build import Experiment
-from sbml.experiment.config import Config
 from sbml.modes import _loop as loop
 from sbml.runtime.state import Loss, Prepare, Update
 from sbml.runtime.trees import tree_crc32
@@ -64,14 +61,14 @@ def loss_fn(experiment: Experiment) -> Loss:
     return loss
 
 
-def check(config: ConfigDict, workdir: Workdir, before: Sequence[str]) -> None:
+def check(experiment: Experiment, workdir: Workdir, before: Sequence[str]) -> None:
     """Check that the config fits a dequantizer.
 
     Raises:
       ValueError: the dequantizer does not fit the images or the score, or grids of samples are to
         be drawn, which a dequantizer does not have.
     """
-    checked = Config.read(config)
+    checked = experiment.config
     checked.check_dequantizer("dequantizer.name", checked.dequantizer.name)
     if every := checked.dequantizer.training.sample_every:
         raise ValueError(
@@ -80,7 +77,7 @@ def check(config: ConfigDict, workdir: Workdir, before: Sequence[str]) -> None:
         )
 
 
-def run(config: ConfigDict, workdir: epath.PathLike) -> None:
+def run(experiment: Experiment, workdir: Workdir) -> None:
     """Train the dequantizer of ``config.dequantizer`` for the newest checkpoint of the score.
 
     Writes ``dequantizer/`` in ``workdir``: checkpoints, metrics and tensorboard. A killed run
@@ -90,9 +87,9 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
       ValueError: the config does not fit (see :func:`check`), there is no checkpoint of the score,
         or the dequantizer was trained for another score.
     """
-    experiment, workdir = Experiment(config), Workdir(workdir)
-    check(config, workdir, ())
-    section = experiment.config.dequantizer
+    check(experiment, workdir, ())
+    config = experiment.config
+    section = config.dequantizer
     section.optim.warn_if_short(section.training.num_steps)
     experiment, restored = experiment.restored(workdir)
     images = experiment.images("train")

@@ -1,16 +1,13 @@
 """Compares every estimator with closed-form values: ``--mode=verify``."""
 
 import time
-from typing import Any
 
 from sbml.runtime.versions import versions
 from sbml.verify.checks import checks, on_cpu, table
 
-IGNORES = ("config", "workdir", "coordinator")
 
-
-def run(config: Any = None, workdir: Any = None) -> None:
-    """Print the table of comparisons; ``config`` and ``workdir`` are not used.
+def run() -> None:
+    """Print the table of comparisons.
 
     Raises:
       SystemExit: with status 1 if a row fails.

@@ -6,16 +6,12 @@
 t = T down to eps, on a grid of times; each step is one formula, ``step``. All are frozen
 dataclasses and hashable, so they can be static under ``jit``.
 
-A new sampler is a new file in this folder that exports ``SAMPLERS``, a dictionary from the names in
-configs to its classes; the samplers of one family share a file. The file ``_grid`` has what all
-samplers with fixed steps share, ``one_step`` and ``multistep`` have the formulas, and ``corrector``
-has the correctors that can follow each step.
+``SAMPLERS`` has the names in configs. The file ``_grid`` has what all samplers with fixed steps
+share, ``one_step`` and ``multistep`` have the formulas, and ``corrector`` has the correctors that
+can follow each step.
 """
 
-from importlib import import_module
-from pkgutil import iter_modules
-from typing import Any
-
+from sbml.registry import Registry
 from sbml.samplers._grid import SPACINGS, FixedSteps, Sampler
 from sbml.samplers.corrector import CORRECTORS, AnnealedLangevin, Langevin
 from sbml.samplers.multistep import DPMSolver
@@ -38,8 +34,14 @@ __all__ = [
     "Sampler",
 ]
 
-SAMPLERS: dict[str, type[Any]] = {
-    name: kind
-    for module in iter_modules(__path__)
-    for name, kind in getattr(import_module(f"{__name__}.{module.name}"), "SAMPLERS", {}).items()
-}
+SAMPLERS = Registry(
+    "sampler",
+    {
+        "dpm_solver": "sbml.samplers.multistep:DPMSolver",
+        "euler_maruyama": "sbml.samplers.one_step:EulerMaruyama",
+        "reverse_diffusion": "sbml.samplers.one_step:ReverseDiffusion",
+        "ancestral": "sbml.samplers.one_step:Ancestral",
+        "ddim": "sbml.samplers.one_step:DDIM",
+        "ode": "sbml.samplers.probability_flow:ODE",
+    },
+)

@@ -44,6 +44,3 @@ class DPMSolver(FixedSteps):
         d = jnp.where(of_first_order, x_0, x_0 + (x_0 - last) / (2 * r))
         x = sde.std(t) / sde.std(s) * x - sde.mean_coef(t) * jnp.expm1(-h) * d
         return x, (x_0, i + 1)
-
-
-SAMPLERS = {"dpm_solver": DPMSolver}

@@ -98,11 +98,3 @@ class Ancestral(DDIM):
 
     spacing: str = "time"
     eta: ClassVar[Number] = 1.0  # type: ignore[misc]
-
-
-SAMPLERS = {
-    "euler_maruyama": EulerMaruyama,
-    "reverse_diffusion": ReverseDiffusion,
-    "ancestral": Ancestral,
-    "ddim": DDIM,
-}

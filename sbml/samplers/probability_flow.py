@@ -72,6 +72,3 @@ class ODE:
 
         _, path = jax.lax.scan(piece, z, (times[:-1], times[1:]))
         return frames_of(z, path, times, frames)
-
-
-SAMPLERS = {"ode": ODE}

@@ -11,10 +11,9 @@ and its inverse.
 
 A new SDE is a frozen dataclass with two methods, ``mean_coef`` (alpha) and ``std`` (sigma);
 everything else is derived from them (:class:`SDE`). ``Schedule(alpha, sigma)`` makes an SDE from
-two functions. A file in this folder may export ``SDES``, a dictionary from the names in configs to
-its classes. The file ``_kernel`` has what all SDEs share. ``linear_beta`` (VP, subVP),
-``exploding`` (VE), ``interpolating`` (rectified flow, cosine) and ``vdm`` have closed forms, and
-``table`` has the schedule of a discrete-time model.
+two functions. ``SDES`` has the names in configs. The file ``_kernel`` has what all SDEs share.
+``linear_beta`` (VP, subVP), ``exploding`` (VE), ``interpolating`` (rectified flow, cosine) and
+``vdm`` have closed forms, and ``table`` has the schedule of a discrete-time model.
 
 Every closed form keeps its relative accuracy in float32 down to t = 1e-6, where the textbook
 formulas (1 - exp(-B), log(1 + e^l)) lose up to a third of the value. An exception is ``time`` of
@@ -24,9 +23,7 @@ accuracy is 1e-7.
 Reference: Song et al., "Score-Based Generative Modeling through SDEs", ICLR 2021, appendices B-C.
 """
 
-from importlib import import_module
-from pkgutil import iter_modules
-
+from sbml.registry import Registry
 from sbml.sdes._kernel import SDE, Kernel, check_sde
 from sbml.sdes.exploding import EDM, VE, LinearVE
 from sbml.sdes.interpolating import Cosine, RectifiedFlow
@@ -55,8 +52,15 @@ __all__ = [
     "check_sde",
 ]
 
-SDES: dict[str, type[SDE]] = {
-    name: kind
-    for module in iter_modules(__path__)
-    for name, kind in getattr(import_module(f"{__name__}.{module.name}"), "SDES", {}).items()
-}
+SDES = Registry(
+    "SDE",
+    {
+        "ve": "sbml.sdes.exploding:VE",
+        "linear_ve": "sbml.sdes.exploding:LinearVE",
+        "rectified_flow": "sbml.sdes.interpolating:RectifiedFlow",
+        "cosine_vp": "sbml.sdes.interpolating:Cosine",
+        "vp": "sbml.sdes.linear_beta:VP",
+        "subvp": "sbml.sdes.linear_beta:SubVP",
+        "linear_gamma": "sbml.sdes.vdm:LinearGamma",
+    },
+)

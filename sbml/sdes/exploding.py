@@ -140,6 +140,3 @@ class EDM(LinearVE):
     def smallest_time(self) -> Number:  # type: ignore[override]
         """The time at which sigma is ``sigma_min``."""
         return self.sigma_min / self.sigma_max
-
-
-SDES = {"ve": VE, "linear_ve": LinearVE}

@@ -97,6 +97,3 @@ class Cosine(SDE):
     def _ratio(self, t: Elementwise) -> Elementwise:
         """sigma / alpha = tan(pi t / 2)."""
         return self.std(t) / self.mean_coef(t)
-
-
-SDES = {"rectified_flow": RectifiedFlow, "cosine_vp": Cosine}

@@ -117,6 +117,3 @@ class SubVP(_LinearBeta):
 
     def time(self, log_snr: Elementwise) -> Elementwise:
         return self._time(2 * jnp.arcsinh(0.5 * jnp.exp(-0.5 * log_snr)))
-
-
-SDES = {"vp": VP, "subvp": SubVP}

@@ -137,6 +137,3 @@ class MonotoneGamma(_Gamma):
     def rate(self, t: Elementwise) -> Elementwise:
         slope, height, s = self._units(t)
         return jnp.abs(self.k1) + jnp.mean(4 * height * slope * s * (1 - s), axis=-1)
-
-
-SDES = {"linear_gamma": LinearGamma}

@@ -1,0 +1,101 @@
+"""All fields of a config, from the lines that define them: for ``--help=eval`` and for the
+documentation.
+
+    python -m sbml.experiment.reference > docs/fields.md
+"""
+
+import inspect
+import textwrap
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from sbml.experiment.config import Config
+from sbml.experiment.fields import Chosen, Section, needs
+
+
+class Row(NamedTuple):
+    """A field: its name on the command line, default, what a value must be, and its meaning."""
+
+    name: str
+    default: str
+    needs: str
+    meaning: str
+
+
+def sections(section: Section | None = None) -> Iterator[tuple[str, Section]]:
+    """The names of the sections of a config, with their defaults; "config" is the config itself."""
+    section = Config() if section is None else section
+    yield section.section or "config", section
+    for value in section.values().values():
+        if isinstance(value, Section):
+            yield from sections(value)
+
+
+def rows(section: Section) -> list[Row]:
+    """The fields of ``section``, and those of the class that it names by default."""
+    found = []
+    values = section.values()
+    for name, field in type(section).model_fields.items():
+        if name in values and not isinstance(values[name], Section):
+            wanted = needs(field.annotation, field.metadata)
+            found.append(_row(section, name, wanted, field.description or ""))
+    if isinstance(section, Chosen):
+        owner = getattr(section, section.choice)
+        found += [_row(section, name, "", f"field of {owner}") for name in sorted(section.own)]
+    return found
+
+
+def _row(section: Section, name: str, wanted: str, meaning: str) -> Row:
+    value = getattr(section, name)
+    text = ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+    return Row(section.name_of(name), text, wanted, meaning)
+
+
+def text(name: str) -> str:
+    """The fields of the section called ``name``, for a terminal; "config" has all sections."""
+    known = dict(sections())
+    if name not in known:
+        return f"--help={name}: choose from {', '.join(known)}"
+    chosen = known if name == "config" else {n: s for n, s in known.items() if _within(n, name)}
+    lines = []
+    for section in chosen.values():
+        lines.append(f"\n{_first_sentence(section)}\n")
+        for row in rows(section):
+            lines.append(f"  --config.{row.name}={row.default}")
+            wanted = f"{row.meaning} ({row.needs})" if row.needs else row.meaning
+            lines += textwrap.wrap(wanted, 92, initial_indent=" " * 6, subsequent_indent=" " * 6)
+    return "\n".join(lines)
+
+
+def _within(name: str, section: str) -> bool:
+    return name == section or name.startswith(f"{section}.")
+
+
+def _first_sentence(section: Section) -> str:
+    return " ".join((inspect.getdoc(type(section)) or "").partition("\n\n")[0].split())
+
+
+INTRODUCTION = """# Fields of a config
+
+A config file sets these fields, and `--config.FIELD=VALUE` sets them on the command line.
+`--help=SECTION` shows the fields of one section in a terminal. The fields of the network, the SDE
+and the dequantizer are explained by their classes.
+"""
+
+
+def markdown() -> str:
+    """A page with a table of fields for each section."""
+    parts = [INTRODUCTION]
+    for name, section in sections():
+        parts.append(f"## {name}\n\n{_first_sentence(section).replace('``', '`')}\n")
+        parts.append("| field | default | value | meaning |\n|---|---|---|---|")
+        for row in rows(section):
+            texts = (f"`{row.name}`", f"`{row.default}`" if row.default else "", *row[2:])
+            cells = tuple(cell.replace("``", "`").replace("|", "\\|") for cell in texts)
+            parts.append(f"| {' | '.join(cells)} |")
+        parts.append("")
+    return "\n".join(parts)
+
+
+if __name__ == "__main__":
+    print(markdown(), end="")

@@ -1,0 +1,60 @@
+"""Parts by name: a short name of this package, or ``package.module:Name`` of any other.
+
+SDES = Registry("SDE", {"vp": "sbml.sdes.linear_beta:VP"})
+SDES["vp"]                  the class VP; its module is imported only now
+SDES["mine.sdes:Mine"]      the class Mine of the user's own module
+"""
+
+import importlib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+
+class Registry(Mapping[str, Any]):
+    """The parts of one kind. It iterates over the short names, and finds parts of other packages.
+
+    Attributes:
+      kind: what the parts are, in words, for messages.
+      places: from the short names to ``module:attribute``.
+    """
+
+    def __init__(self, kind: str, places: Mapping[str, str]) -> None:
+        self.kind, self.places = kind, dict(places)
+
+    def __getitem__(self, name: str) -> Any:
+        """The part called ``name``.
+
+        Raises:
+          ValueError: there is none; the message lists the short names, or says what is missing.
+        """
+        place = self.places.get(name, name)
+        module, colon, attribute = place.partition(":")
+        if not (colon and attribute.isidentifier() and module.replace(".", "_").isidentifier()):
+            names = ", ".join(sorted(self.places))
+            raise ValueError(
+                f"unknown {self.kind} {name!r}: choose one of {names}, or give your own as "
+                "package.module:Name"
+            )
+        try:
+            return getattr(importlib.import_module(module), attribute)
+        except (ModuleNotFoundError, AttributeError) as error:
+            if isinstance(error, ModuleNotFoundError) and not module.startswith(str(error.name)):
+                raise  # A module that the part itself imports is missing.
+            raise ValueError(
+                f"{self.kind} {name}: {error}; the module must be importable from where Python "
+                "starts (PYTHONPATH)"
+            ) from error
+
+    def __contains__(self, name: object) -> bool:
+        """Whether there is a part called ``name``, here or in another package."""
+        try:
+            self[str(name)]
+        except ValueError:
+            return False
+        return True
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.places)
+
+    def __len__(self) -> int:
+        return len(self.places)

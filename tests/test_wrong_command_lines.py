@@ -1,0 +1,50 @@
+"""Command lines that must be refused: each ends before any work, by one line with the right word.
+
+``data/wrong_command_lines.tsv`` has a config, the flags, and a word of the message for each.
+"""
+
+from collections import defaultdict
+from pathlib import Path
+
+import pytest
+import runs
+from absl import flags
+
+from sbml import main
+from sbml.modes import _loop
+
+ROWS = [
+    line.split("\t")
+    for line in (runs.ROOT / "tests/data/wrong_command_lines.tsv").read_text().splitlines()
+]
+OF_CONFIG = defaultdict(list)
+for _config, _flags, _word in ROWS:
+    OF_CONFIG[Path(_config).stem].append((_flags, _word))
+
+
+def message_of(arguments: list[str]) -> str:
+    """The message with which the program ends, or "accepted"."""
+    flags.FLAGS.unparse_flags()
+    for name in ("config", "mode", "workdir", "coordinator", "num_processes", "process_id"):
+        flags.FLAGS[name].unparse()
+    with pytest.raises(SystemExit) as ended:
+        main.main(main.parse(["main", *arguments]))
+    return str(ended.value.code)
+
+
+def test_the_table_is_whole() -> None:
+    assert len(ROWS) == 443 and set(map(len, ROWS)) == {3}
+
+
+@pytest.mark.parametrize("config", OF_CONFIG)
+def test_a_wrong_command_line_is_one_line_that_names_what_is_wrong(
+    config: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(main.cpu, "settle", lambda: None)
+    monkeypatch.setattr(_loop, "_loop", lambda *_: pytest.fail("a training began"))
+    for given, word in OF_CONFIG[config]:
+        arguments = [f"--config={config}", f"--workdir={tmp_path}", *given.split(" ")]
+        if "--mode" not in given:  # Of an empty folder, a mode that is reached says so.
+            arguments.append("--mode=report")
+        said = message_of(arguments)
+        assert word in said and "\n" not in said and "no metrics" not in said, (given, said)

@@ -10,19 +10,22 @@ A density p of x gives the density p(x) (2 / L)^d of k + u, hence
 """
 
 import math
-from typing import Any
+from typing import Annotated, Any
 
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, UInt8
 
 from sbml import scalars
-from sbml.types import Array, Elementwise, Numbers, check_example
+from sbml.door import checked, typed
+from sbml.scalars import at_least, between
+from sbml.types import Array, Elementwise, Numbers
 
 Real = Float[Array, "..."]
 
 LOG2 = math.log(2.0)
 MOST_LEVELS = 2**16  # Numbers of float32 do not resolve the bins of more levels.
+Levels = Annotated[int, between(2, MOST_LEVELS)]
 
 
 def check_levels(levels: int, most: int = 2**31 - 1) -> None:
@@ -67,11 +70,7 @@ def check_pixels(pixels: Any, levels: int, x: Any | None = None) -> None:
 
 
 def _check_range(values: Any, name: str, largest: float) -> None:
-    """Check that numbers lie in [0, ``largest``]. Values are not checked inside ``jit``.
-
-    Raises:
-      ValueError: if they do not; the message names their range.
-    """
+    """Check that numbers lie in [0, ``largest``] or are NaN, except inside ``jit``."""
     if scalars.is_traced(values) or not np.size(values):
         return
     array = np.asarray(values)
@@ -82,11 +81,7 @@ def _check_range(values: Any, name: str, largest: float) -> None:
 
 
 def dims(shape: tuple[int, ...]) -> int:
-    """The number of dimensions of one example of ``shape``.
-
-    Raises:
-      ValueError: a size is no integer of at least 1.
-    """
+    """The number of dimensions of one example of ``shape``."""
     is_shape = isinstance(shape, tuple) and all(isinstance(n, int | np.integer) for n in shape)
     if not is_shape or min(shape, default=1) < 1:
         raise ValueError(
@@ -95,17 +90,17 @@ def dims(shape: tuple[int, ...]) -> int:
     return math.prod(shape)
 
 
-def to_model(pixels: Numbers, u: Numbers | float, levels: int) -> Real:
+@checked
+def to_model(pixels: Numbers | float, u: Numbers | float, levels: Levels) -> Real:
     """x = 2 (pixels + u) / levels - 1 in [-1, 1), for ``u`` in [0, 1); any shapes that broadcast.
 
     ``u`` is limited to at most 1 - 2^-15, or in float32 to 1 - 2^-23 L if that is less: nearer to
     1, x would be rounded into the next bin.
 
     Raises:
-      ValueError: ``levels`` is not an integer of 2 to 2^16, ``pixels`` lie outside
-        [0, levels - 1], or ``u`` outside [0, 1]. Values are not checked inside ``jit``.
+      ValueError: ``pixels`` lie outside [0, levels - 1], or ``u`` outside [0, 1]. Values are not
+        checked inside ``jit``.
     """
-    check_levels(levels, MOST_LEVELS)
     _check_range(pixels, "pixels", levels - 1)
     _check_range(u, "u", 1)
     u = jnp.asarray(u, jnp.promote_types(jnp.result_type(pixels, u, 1.0), jnp.float32))
@@ -114,33 +109,27 @@ def to_model(pixels: Numbers, u: Numbers | float, levels: int) -> Real:
     return (2.0 / levels) * (jnp.asarray(pixels) + jnp.minimum(u, largest)) - 1.0
 
 
-def to_pixels(x: Numbers, levels: int) -> UInt8[Array, "..."]:
+@checked
+def to_pixels(x: Elementwise, levels: Annotated[int, between(2, 256)]) -> UInt8[Array, "..."]:
     """The uint8 level whose bin holds ``x``; values outside [-1, 1) go to the nearest level.
 
     Raises:
-      ValueError: ``levels`` is no integer of 2 to 256, ``x`` is not of floating-point numbers, as
-        pixels are, or it has NaN, which belongs to no level. Values are not checked inside ``jit``:
+      ValueError: ``x`` has NaN, which belongs to no level. Values are not checked inside ``jit``:
         there NaN gives the last level.
     """
-    check_levels(levels, 256)
-    check_example(x)
     if not scalars.is_traced(x) and np.any(np.isnan(np.asarray(x))):
         raise ValueError("x has NaN: give real numbers")
     edges = to_model(jnp.arange(1, levels), 0.0, levels)
     return jnp.searchsorted(edges, x, side="right").astype(jnp.uint8)
 
 
-def scale_nats(shape: tuple[int, ...], levels: int) -> float:
-    """d log(L / 2), which the change of variables from x to k + u adds to -log p, in nats.
-
-    Raises:
-      ValueError: ``levels`` is not an integer of at least 2, or ``shape`` no shape of an example.
-    """
-    check_levels(levels)
+@typed
+def scale_nats(shape: tuple[int, ...], levels: Annotated[int, at_least(2)]) -> float:
+    """d log(L / 2), which the change of variables from x to k + u adds to -log p, in nats."""
     return dims(shape) * math.log(levels / 2)
 
 
-def bits_per_dim(nll: Elementwise, shape: tuple[int, ...], levels: int) -> Elementwise:
+def bits_per_dim(nll: Numbers | float, shape: tuple[int, ...], levels: int) -> Any:
     """Bits/dim of integers from ``nll`` = -log p(x) in nats, for one example's ``shape``."""
     return (nll + scale_nats(shape, levels)) / (dims(shape) * LOG2)
 
@@ -150,14 +139,14 @@ def nats_to_bits(nats: Numbers | float, shape: tuple[int, ...]) -> Any:
     return nats / (dims(shape) * LOG2)
 
 
-def check_dequantized(x: Numbers, levels: int) -> None:
+@typed
+def check_dequantized(x: Numbers, levels: Levels) -> None:
     """Raise if ``x`` are integers without dequantization, whose density can be arbitrarily large.
 
     Raises:
-      ValueError: ``levels`` is no integer of 2 to 2^16, or every entry of ``x`` lies on the grid
-        2 k / levels - 1 or 2 k / (levels - 1) - 1.
+      ValueError: every entry of ``x`` lies on the grid 2 k / levels - 1 or
+        2 k / (levels - 1) - 1.
     """
-    check_levels(levels, MOST_LEVELS)
     host = np.asarray(x, np.float64)
     # The tolerance is above the rounding error of k for x of float32.
     tolerance = max(1e-4, levels * 2.0**-22)

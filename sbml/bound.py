@@ -40,17 +40,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
-from jaxtyping import Float, Num
+from jaxtyping import Float, Real
 
-from sbml import compiler, divergence, intervals, moments, scalars, times
-from sbml.divergence import Probes, Trace
+from sbml import divergence, intervals, moments, scalars, times
+from sbml.divergence import Trace
+from sbml.door import checked
 from sbml.losses import perturb, residual
-from sbml.scalars import Number
+from sbml.scalars import Count, Number
 from sbml.sdes import SDE
 from sbml.streams import stream
 from sbml.times import Importance
 from sbml.types import (
     Array,
+    Batch,
     Elementwise,
     Example,
     Key,
@@ -58,10 +60,8 @@ from sbml.types import (
     Numbers,
     Scalar,
     Score,
+    Vector,
     at_least_float32,
-    check_example,
-    check_key,
-    check_kind,
     deterministic,
     in_full_precision,
 )
@@ -103,8 +103,13 @@ class GaussianControl:
     basis: Any
 
     @classmethod
+    @checked
     def fit(
-        cls, x: Num[np.ndarray, " n *s"], *, noise_variance: Number = 0.0, full: bool | None = None
+        cls,
+        x: Real[Array | np.ndarray, " n *s"],
+        *,
+        noise_variance: Number = 0.0,
+        full: bool | None = None,
     ) -> "GaussianControl":
         """Fit a Gaussian to ``x (n, *s)``, numbers of any type.
 
@@ -118,15 +123,11 @@ class GaussianControl:
             ``FULL_DIMS`` dimensions.
 
         Raises:
-          ValueError: ``noise_variance`` is negative or not finite, or ``x`` are no finite real
-            numbers.
+          ValueError: ``noise_variance`` is negative or not finite, or ``x`` are not finite.
         """
-        scalars.check_number(noise_variance, "noise_variance")
         if not scalars.is_traced(noise_variance) and not 0 <= noise_variance < math.inf:
             raise ValueError(f"noise_variance={noise_variance}: give a variance of at least 0")
         x = np.asarray(x)
-        if not x.ndim or np.iscomplexobj(x):
-            raise ValueError(f"x is {x.dtype} of shape {x.shape}: give real numbers (n, *s)")
         mean, basis = moments.mean(x), None
         if not np.all(np.isfinite(mean)):
             raise ValueError("x has no finite mean: fit the control to finite numbers")
@@ -155,29 +156,18 @@ class GaussianControl:
     def _to_basis(self, flat: Flat) -> Flat:
         return flat if self.basis is None else _product(self.basis.T, flat)
 
+    @checked
     def noise(self, sde: SDE, x_t: Example, t: Scalar) -> Example:
-        """E[z | x_t] = rho (C + rho^2)^-1 (x_t / alpha - m), shape ``(*s)``.
-
-        Raises:
-          ValueError: ``t`` is no scalar, ``x_t`` or ``t`` are not of floating-point numbers, or
-            ``x_t`` has another size than the control's data.
-        """
-        check_example(x_t, t)
+        """E[z | x_t] = rho (C + rho^2)^-1 (x_t / alpha - m), shape ``(*s)``."""
         self.check(x_t)
         alpha, rho = sde.mean_coef(t), sde.std(t) / sde.mean_coef(t)
         y = self._to_basis(x_t.reshape(-1) / alpha - self.mean)
         y = rho / (self.variances + rho**2) * y
         return (y if self.basis is None else _product(self.basis, y)).reshape(x_t.shape)
 
+    @checked
     def integral(self, sde: SDE, x: Example, eps: Number) -> Scalar:
-        """Z / 2 E |z - E[z | x_t]|^2 over lambda uniform and z, in closed form, nats.
-
-        Raises:
-          ValueError: ``x`` is not of floating-point numbers or has another size than the control's
-            data, or eps is outside (0, T).
-        """
-        compiler.check()
-        check_example(x)
+        """Z / 2 E |z - E[z | x_t]|^2 over lambda uniform and z, in closed form, nats."""
         self.check(x)
         sde.check_time(eps)
         x = in_full_precision(x)
@@ -226,19 +216,14 @@ class Reduction:
         return intervals.pareto_k(np.asarray(times.draw(sde, eps, u, None, self.proposal)[1]))
 
 
+@checked
 def prior_kl(sde: SDE, x: Example, variance: Number = 1.0) -> Scalar:
     """KL(N(alpha_T x, variance sigma_T^2) || prior) in nats, a scalar.
 
     With ``variance`` 1 it is the divergence of p_T(.|x) from the prior. If the signal vanishes at
     T, it is the divergence of x_t at t = ``sde.largest_time``, scaled to T by ``sde.stretch``.
-
-    Raises:
-      ValueError: ``x`` is not of floating-point numbers, or ``variance`` is no positive scalar.
     """
-    compiler.check()
-    check_example(x)
     x = in_full_precision(x)
-    scalars.check_number(variance, "variance")
     scalars.check_positive(variance, "variance")
     mean, std = sde.marginal(x, jnp.asarray(sde.largest_time, x.dtype))
     mean, std = sde.stretch * mean, sde.stretch * std
@@ -246,11 +231,13 @@ def prior_kl(sde: SDE, x: Example, variance: Number = 1.0) -> Scalar:
     return 0.5 * (jnp.sum((mean / sde.prior_std) ** 2) + x.size * (r - 1 - jnp.log(r)))
 
 
+@checked
 def noise_error(score: Score, sde: SDE, x: Example, t: Scalar, z: Example) -> Scalar:
     """1/2 |z - e(x_t, t)|^2 for one draw, in nats, a scalar."""
     return residual(sde, deterministic(score, perturb(sde, x, t, z), t), t, z, "original")
 
 
+@checked
 def diffusion_dsm(
     score: Score, sde: SDE, x: Example, t: Scalar, z: Example, control: GaussianControl | None
 ) -> Scalar:
@@ -261,8 +248,9 @@ def diffusion_dsm(
     return error - 0.5 * jnp.sum((z - control.noise(sde, perturb(sde, x, t, z), t)) ** 2)
 
 
+@checked
 def diffusion_ssm(
-    score: Score, sde: SDE, x: Example, t: Scalar, z: Example, vs: Probes | None
+    score: Score, sde: SDE, x: Example, t: Scalar, z: Example, vs: Batch | None
 ) -> Scalar:
     """d / 2 + 1/2 sigma^2 (|s|^2 + 2 div s) in nats, a scalar.
 
@@ -277,14 +265,15 @@ def diffusion_ssm(
     return 0.5 * x.size + 0.5 * sde.std(t) ** 2 * (jnp.sum(at_least_float32(s) ** 2) + 2 * div)
 
 
+@checked
 def elbo(
     score: Score,
     sde: SDE,
-    x: Array,
+    x: Example,
     key: Key,
     *,
-    eps: float,
-    u: Array,
+    eps: Number,
+    u: Vector,
     trace: Trace | None = None,
     reduction: Reduction = Reduction(),
 ) -> Bound:
@@ -306,15 +295,16 @@ def elbo(
       The three terms in nats. Their expectation bounds -log p(x).
 
     Raises:
-      ValueError: for an unknown proposal, ``u`` that is not of shape ``(n,)``, integer ``x``, eps
-        outside (0, T), a key that is not typed, a control with the score-matching form, a score
-        whose shape is not that of ``x``, or an argument of another class.
+      ValueError: for an unknown proposal, eps outside (0, T), a control with the score-matching
+        form, or one of data of another size.
     """
-    _check_form(trace, reduction)
-    check_example(x)
     x = in_full_precision(x)
-    check_key(key)
     if (control := reduction.control) is not None:
+        if trace is not None:
+            raise ValueError(
+                f"trace={trace} with a Gaussian control: the control belongs to the denoising form "
+                "only; give no trace, or no control"
+            )
         control.check(x)
     t, weight = times.draw(sde, eps, u, reduction.density, reduction.proposal)
     zs = jax.random.normal(stream(key, "noise"), (u.size, *x.shape), x.dtype)
@@ -334,32 +324,16 @@ def elbo(
     return Bound(prior_kl(sde, x), diffusion, noise_error(score, sde, x, last, z) + constant)
 
 
-def _check_form(trace: Trace | None, reduction: Reduction) -> None:
-    """Check the classes of the two arguments of :func:`elbo`, and that they go together.
-
-    Raises:
-      ValueError: if they do not; the message names the argument.
-    """
-    check_kind(reduction, Reduction, "reduction")
-    if trace is None:
-        return
-    check_kind(trace, Trace, "trace")
-    if reduction.control is not None:
-        raise ValueError(
-            f"trace={trace} with a Gaussian control: the control belongs to the denoising form "
-            "only; give no trace, or no control"
-        )
-
-
+@checked
 def pilot(
     score: Score,
     sde: SDE,
-    x: Array,
+    x: Batch,
     key: Key,
     *,
-    eps: float,
+    eps: Number,
     control: GaussianControl | None = None,
-    bins: int = 32,
+    bins: Count = 32,
     floor: Number = 0.1,
 ) -> Array:
     """Estimate a density ``(bins,)`` of the points u for :func:`elbo` from examples ``x (n, *s)``.
@@ -374,15 +348,9 @@ def pilot(
     the batch size of the evaluation.
 
     Raises:
-      ValueError: ``x`` is no batch of floating-point numbers, ``key`` is not a typed key, ``bins``
-        is no integer of at least 1, eps is outside (0, T), or ``floor`` is outside (0, 1].
+      ValueError: eps is outside (0, T), or ``floor`` is outside (0, 1].
     """
-    check_example(x)
-    if not x.ndim:
-        raise ValueError("x has shape (): give examples (n, *s)")
     x = in_full_precision(x)
-    scalars.check_count(bins, "bins")
-    check_key(key)
     v = times.lattice(stream(key, "times"), len(x), PILOT_DRAWS)
     t, _ = Importance(sde, eps).at(v)
     keys = jax.random.split(stream(key, "noise"), (len(x), PILOT_DRAWS))

@@ -22,23 +22,24 @@ import dataclasses
 import functools
 import inspect
 from collections.abc import Callable
-from typing import Any
+from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Num
 
-from sbml import bits, estimate, ode, pytrees, sampling, scalars, times
+from sbml import bits, estimate, ode, pytrees, sampling, times
 from sbml.dequantizers import uniform
 from sbml.divergence import Trace, exact_batch
+from sbml.door import checked, typed
 from sbml.estimate import Columns, Estimate
 from sbml.estimators import Reduction, Rows, Target, bound, rows
 from sbml.estimators import ode as ode_estimator
 from sbml.estimators.base import Estimator, times_key
 from sbml.ode import Solver
-from sbml.scalars import Number
-from sbml.sdes import SDE, check_sde
+from sbml.scalars import Count, Number, at_least, between
+from sbml.sdes import SDE
 from sbml.types import (
     Array,
     Batch,
@@ -47,15 +48,15 @@ from sbml.types import (
     Keys,
     Score,
     check_function,
-    check_key,
-    check_kind,
 )
 
+Sweeps = Annotated[int, at_least(2)]  # One gives no error bar.
 Examples = Num[np.ndarray, "n *s"]
 
 TERMS_OF_INTEGERS = ("dequantization", "importance", "scale")  # continuous data do not have them
 
 
+@typed
 @dataclasses.dataclass(frozen=True)
 class Density:
     """The density whose score at time t is ``score(x, t, key)``.
@@ -79,45 +80,28 @@ class Density:
         to measure the solver's error, and once with new random draws, to measure their noise.
 
     Raises:
-      ValueError: for an impossible shape, number of levels, batch size, seed, trace, budget or
-        smallest time, an SDE of arrays, a score that cannot be called with ``x``, ``t`` and
-        ``key``, or one that :func:`~sbml.score.from_prediction` made for another SDE.
+      ValueError: for an impossible shape or smallest time, an SDE of arrays, a score that cannot be
+        called with ``x``, ``t`` and ``key``, or one that :func:`~sbml.score.from_prediction` made
+        for another SDE.
     """
 
     score: Score
     sde: SDE
     shape: tuple[int, ...]
-    levels: int | None = None
+    levels: Annotated[int, between(2, bits.MOST_LEVELS)] | None = None
     eps: Number | None = None
     trace: Trace | None = None
     solver: Solver = Solver(rtol=2e-4, atol=2e-4)
-    batch_size: int = 64
-    seed: int = 0
-    budget: float = 1e-3
-    subset: int = 32
+    batch_size: Count = 64
+    seed: Annotated[int, between(0, 2**32 - 1)] = 0
+    budget: Annotated[float, between(0, 1)] = 1e-3  # Any error would be within one of infinity.
+    subset: Count = 32
 
     def __post_init__(self) -> None:
         check_function(self.score, "score", "x", "t", "key")
-        check_sde(self.sde, SDE)
         bits.dims(self.shape)
-        if self.levels is not None:
-            bits.check_levels(self.levels, bits.MOST_LEVELS)
         if self.eps is not None:
-            scalars.check_number(self.eps, "eps")
             object.__setattr__(self, "eps", float(self.eps))  # An array is not hashable.
-        scalars.check_count(self.batch_size, "batch_size")
-        scalars.check_count(self.subset, "subset")
-        scalars.check_count(self.seed, "seed", 0)
-        if self.seed >= 2**32:
-            raise ValueError(f"seed={self.seed}: must be below 2^32")
-        check_kind(self.solver, Solver, "solver")
-        if self.trace is not None:
-            check_kind(self.trace, Trace, "trace")
-        if not 0 <= self.budget <= 1:  # Any error would be within a budget of infinity.
-            raise ValueError(
-                f"budget={self.budget}: give a number in [0, 1], the largest solver error that "
-                "counts as converged, in bits/dim or in nats per dimension"
-            )
         try:
             hash(self.sde)
         except TypeError:
@@ -180,7 +164,8 @@ class Density:
         target = Target(self.sde, self._eps, levels, uniform.Model())
         return self._solve(k, target, 1)
 
-    def bound(self, x: Any, *, sweeps: int = 8, times_each: int = 2) -> Estimate:
+    @checked
+    def bound(self, x: Any, *, sweeps: Sweeps = 8, times_each: Count = 2) -> Estimate:
         """The evidence bound on -log p(x), in nats, of ``x (n, *shape)``.
 
         The terms are ``prior``, ``diffusion`` and ``reconstruction``, see ``sbml.bound``.
@@ -192,12 +177,9 @@ class Density:
           times_each: the number of draws of the diffusion term for one example in one sweep.
 
         Raises:
-          ValueError: if ``x`` are not floating-point numbers of that shape, for fewer than two
-            sweeps, or for no draw.
+          ValueError: if ``x`` are not floating-point numbers of that shape.
         """
         x = self._continuous(x)
-        scalars.check_count(sweeps, "sweeps", 2)  # One gives no error bar.
-        scalars.check_count(times_each, "times_each")
         estimator, target = bound.Estimator(), Target(self.sde, self._eps)
         rows_of = self._rows_of(estimator, target, x)
 
@@ -213,15 +195,14 @@ class Density:
             [columns(sweep) for sweep in range(sweeps)], _terms(estimator, target), target
         )
 
-    def sample(self, key: Key, n: int) -> Examples:
+    @checked
+    def sample(self, key: Key, n: Count) -> Examples:
         """``n`` samples ``(n, *shape)``: uint8 integers if there are ``levels``, else floats.
 
         Raises:
-          ValueError: ``n`` is no integer of at least 1, ``key`` is not a typed key, there are more
-            than 256 levels, or a sample of integers is not finite, because the solver gave up.
+          ValueError: there are more than 256 levels, or a sample of integers is not finite, because
+            the solver gave up.
         """
-        scalars.check_count(n, "n")
-        check_key(key)
         if self.levels is not None:
             bits.check_levels(self.levels, 256)
         draw = self._compiled(_sample, "sde", "eps", "shape")
@@ -252,7 +233,7 @@ class Density:
 
     @property
     def _eps(self) -> float:
-        return self.sde.smallest_time if self.eps is None else self.eps
+        return self.sde.smallest_time if self.eps is None else float(self.eps)
 
     @property
     def _trace(self) -> Trace:

@@ -29,6 +29,7 @@ References: Song et al. 2021, appendix on dequantization; Kingma et al., VDM, 20
 import dataclasses
 import math
 from collections.abc import Callable
+from typing import Annotated
 
 import jax
 import jax.numpy as jnp
@@ -36,9 +37,10 @@ from jax.scipy.special import log_ndtr, ndtri
 from jax.scipy.stats import norm
 from jaxtyping import Float
 
-from sbml import bits, compiler, scalars, times
+from sbml import bits, scalars, times
 from sbml.bound import Bound, GaussianControl, Reduction, prior_kl
-from sbml.scalars import Number
+from sbml.door import checked
+from sbml.scalars import Number, at_least
 from sbml.sdes import SDE
 from sbml.streams import stream
 from sbml.types import (
@@ -47,38 +49,29 @@ from sbml.types import (
     Example,
     Key,
     Pixels,
+    Real,
     Scalar,
     Score,
-    check_example,
-    check_key,
-    check_kind,
+    Vector,
     deterministic,
 )
 
-Real = Float[Array, "..."]
-
+Levels = Annotated[int, at_least(2)]
 Decoder = Callable[[Array, Array, Array], Array]  # (y, eps, pixels) -> nats, see Categorical
 
 TAU = 3.0  # half a bin at the smallest time, in standard deviations of the noise
 
 
-def bin_log_snr(levels: int, tau: Number = TAU) -> Number:
-    """The log-SNR at which half a bin is ``tau`` standard deviations of the noise wide.
-
-    Raises:
-      ValueError: ``levels`` is not an integer of at least 2, or ``tau`` is not positive.
-    """
-    bits.check_levels(levels)
+@checked
+def bin_log_snr(levels: Levels, tau: Number = TAU) -> Number:
+    """The log-SNR at which half a bin is ``tau`` standard deviations of the noise wide."""
     scalars.check_positive(tau, "tau")
     return 2 * scalars.log(levels * tau)
 
 
+@checked
 def truncated_normal(e: Elementwise, tau: Number) -> Elementwise:
-    """Map standard normal ``e`` monotonically to N(0, 1) truncated to [-tau, tau]; any shape.
-
-    Raises:
-      ValueError: ``tau`` is not positive.
-    """
+    """Map standard normal ``e`` monotonically to N(0, 1) truncated to [-tau, tau]; any shape."""
     scalars.check_positive(tau, "tau")
     low = 0.5 * scalars.erfc(tau / math.sqrt(2))
     # The positive half is mapped by symmetry, since a probability near 1 has lost its digits.
@@ -86,40 +79,30 @@ def truncated_normal(e: Elementwise, tau: Number) -> Elementwise:
     return jnp.clip(jnp.sign(e) * magnitude, -tau, tau)
 
 
-def smallest_time(sde: SDE, levels: int, eps: Number, tau: Number = TAU) -> Number:
+@checked
+def smallest_time(sde: SDE, levels: Levels, eps: Number, tau: Number = TAU) -> Number:
     """The time at which half a bin is ``tau`` standard deviations of the noise, at least ``eps``.
 
     Below ``eps`` the network was not trained. If ``eps`` is the larger of the two times, half a bin
     is narrower than ``tau`` standard deviations at the result, and the bound is still valid. With
     infinite ``tau`` the result is ``eps`` itself. This fits a model whose decoder was trained at
     ``eps``, such as VDM.
-
-    Raises:
-      ValueError: ``levels`` is not an integer of at least 2, ``eps`` is outside the SDE's times, or
-        ``tau`` is not positive.
     """
     sde.check_time(eps)
     target = bin_log_snr(levels, tau)
     return scalars.maximum(scalars.constant(lambda: sde.time(jnp.asarray(target))), eps)
 
 
-def tau(sde: SDE, levels: int, eps: Number) -> Number:
-    """The width of half a bin in standard deviations of the noise at ``eps``: h / rho.
-
-    Raises:
-      ValueError: ``levels`` is not an integer of at least 2, or ``eps`` is outside the SDE's times.
-    """
-    bits.check_levels(levels)
+@checked
+def tau(sde: SDE, levels: Levels, eps: Number) -> Number:
+    """The width of half a bin in standard deviations of the noise at ``eps``: h / rho."""
     sde.check_time(eps)
     return scalars.exp(0.5 * _log_snr(sde, eps)) / levels
 
 
+@checked
 def edge_score(n: Elementwise, a: Real, b: Real, tau: Number) -> Elementwise:
-    """r = z* - n, the part of z* that truncation causes, elementwise; 0 far inside the bin.
-
-    Raises:
-      ValueError: ``tau`` is not positive.
-    """
+    """r = z* - n, the part of z* that truncation causes, elementwise; 0 far inside the bin."""
     scalars.check_positive(tau, "tau")
     m = jnp.abs(a * n)
     near, far = (tau - m) / b, (tau + m) / b
@@ -135,12 +118,9 @@ def _variance(tau: Number) -> Number:
     return 1 - 2 * tau * scalars.exp(-(tau**2) / 2) / (math.sqrt(2 * math.pi) * z)
 
 
+@checked
 def edge_constant(sde: SDE, eps: Number, tau: Number) -> Number:
-    """1/2 int (E |z*|^2 - E |n|^2) dlambda for one dimension, in nats.
-
-    Raises:
-      ValueError: ``eps`` is outside the SDE's times, or ``tau`` is not positive.
-    """
+    """1/2 int (E |z*|^2 - E |n|^2) dlambda for one dimension, in nats."""
     sde.check_time(eps)
     scalars.check_positive(tau, "tau")
     snr_range = _snr_range(sde, eps)
@@ -163,34 +143,23 @@ def _snr_range(sde: SDE, eps: Number) -> Number:
     return _log_snr(sde, eps) - _log_snr(sde, sde.largest_time)
 
 
-def decoder_nats(x: Example, pixels: Pixels, levels: int, rho: Scalar) -> Scalar:
-    """-log P(k | x) for noisy data x = c + rho z ``(*s)``, summed over pixels: nats, a scalar.
-
-    Raises:
-      ValueError: ``pixels`` are not integers 0 .. levels - 1, or have another shape than ``x``;
-        ``x`` is not of floating-point numbers, or ``rho`` is not positive.
-    """
-    compiler.check()
-    check_example(x)
+@checked
+def decoder_nats(x: Example, pixels: Pixels, levels: Levels, rho: Scalar) -> Scalar:
+    """-log P(k | x) for noisy data x = c + rho z ``(*s)``, summed over pixels: nats, a scalar."""
     scalars.check_positive(rho, "rho")
-    bits.check_pixels(pixels, levels, x)
+    bits.check_pixels(pixels, levels)
     centres = bits.to_model(jnp.arange(levels), 0.5, levels)
     logits = -0.5 * ((x[..., None] - centres.reshape((1,) * x.ndim + (-1,))) / rho) ** 2
     pixel_logits = jnp.take_along_axis(logits, pixels[..., None].astype(jnp.int32), -1)[..., 0]
     return jnp.sum(jax.nn.logsumexp(logits, axis=-1) - pixel_logits)
 
 
+@checked
 def reconstruction(
     sde: SDE, noise: "Categorical", pixels: Pixels, eps: Scalar, z: Example
 ) -> Scalar:
-    """-log P(pixels | x_eps) by the decoder, x_eps = alpha c + sigma z: nats, a scalar.
-
-    Raises:
-      ValueError: ``pixels`` are not integers 0 .. levels - 1, ``z`` has another shape than they or
-        is not of floating-point numbers, or ``eps`` is outside the SDE's times.
-    """
-    check_example(z, eps, name="z")
-    bits.check_pixels(pixels, noise.levels, z)
+    """-log P(pixels | x_eps) by the decoder, x_eps = alpha c + sigma z: nats, a scalar."""
+    bits.check_pixels(pixels, noise.levels)
     sde.check_time(eps)
     rho = jnp.exp(-0.5 * sde.log_snr(eps))
     return noise.nats(bits.to_model(pixels, 0.5, noise.levels) + rho * z, eps, pixels, rho)
@@ -261,14 +230,15 @@ class Categorical:
         return self.decoder(y, eps, pixels)
 
 
+@checked
 def elbo(
     score: Score,
     sde: SDE,
-    pixels: Array,
+    pixels: Pixels,
     key: Key,
     *,
-    eps: float,
-    u: Array,
+    eps: Number,
+    u: Vector,
     noise: TruncatedNormal | Categorical,
     reduction: Reduction = Reduction(),
 ) -> Bound:
@@ -290,15 +260,9 @@ def elbo(
       prior, diffusion and reconstruction (the decoder; zero for the truncated normal), in nats.
 
     Raises:
-      ValueError: as in ``bound.elbo``, or if the pixels are not integers 0 .. levels - 1.
+      ValueError: as in ``bound.elbo``, or if the pixels lie outside 0 .. levels - 1.
     """
-    if not isinstance(noise, TruncatedNormal | Categorical):
-        raise ValueError(
-            f"noise={noise!r}: give discrete.TruncatedNormal(...) or .Categorical(...)"
-        )
-    check_kind(reduction, Reduction, "reduction")
     bits.check_pixels(pixels, noise.levels)
-    check_key(key)
     control = reduction.control
     if control is not None:
         control.check(pixels)

@@ -15,14 +15,17 @@ import math
 from collections.abc import Iterable
 from typing import NamedTuple
 
+import jax
 import numpy as np
-from jaxtyping import Float, Integer, Num
+from jaxtyping import Float, Integer, Real
 
 from sbml import moments
-from sbml.scalars import check_count
+from sbml.door import typed
+from sbml.scalars import Count
 
-Features = Num[np.ndarray, "n d"]
-Images = Num[np.ndarray, "n *s"]
+_Array = np.ndarray | jax.Array
+Features = Real[_Array, "n d"]
+Images = Real[_Array, "n *s"]
 
 
 class Moments(NamedTuple):
@@ -42,7 +45,7 @@ class Moments(NamedTuple):
         return cls.of_parts([features])
 
     @classmethod
-    def of_parts(cls, parts: Iterable[Num[np.ndarray, "_ d"]]) -> "Moments":
+    def of_parts(cls, parts: Iterable[Real[_Array, "_ d"]]) -> "Moments":
         """The moments of features that come in parts ``(m, d)``, each of which is read once.
 
         The sums are of distances from the first part's mean, so that the covariance loses no digits
@@ -74,10 +77,12 @@ class Moments(NamedTuple):
         return cls(centre + shift, cov, size)
 
 
+@typed
 def _table(features: Features) -> np.ndarray:
-    return moments.real_numbers(features, "features", "n", "d")
+    return np.asarray(features, np.float64)
 
 
+@typed
 def frechet(one: Moments, other: Moments) -> float:
     """The squared Frechet distance of two Gaussians with these moments; at least 0.
 
@@ -101,24 +106,19 @@ def frechet(one: Moments, other: Moments) -> float:
     return float(max(0.0, shift + np.trace(one.cov) + np.trace(other.cov) - 2 * cross))
 
 
-def kernel(x: Features, y: Num[np.ndarray, "m d"], chunk: int = 1000) -> float:
+@typed
+def kernel(x: Features, y: Real[_Array, "m d"], chunk: Count = 1000) -> float:
     """The unbiased squared maximum mean discrepancy of ``x (n, d)`` and ``y (m, d)``.
 
     It may be negative: for two samples of one distribution its expectation is 0. ``chunk`` is the
     number of rows whose kernels are in memory at once.
 
     Raises:
-      ValueError: for fewer than two features in either sample, or a ``chunk`` below 1.
+      ValueError: for fewer than two features in either sample.
     """
-    check_count(chunk, "chunk")
-    x, y = _table(x), _table(y)
+    x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
     if min(len(x), len(y)) < 2:
         raise ValueError(f"{len(x)} and {len(y)} features: the unbiased estimate needs two of each")
-    if x.shape[1] != y.shape[1]:
-        raise ValueError(
-            f"features of {x.shape[1]} and of {y.shape[1]} numbers each: give the same features of "
-            "both sets"
-        )
 
     def k(products: np.ndarray) -> np.ndarray:
         return (products / x.shape[1] + 1) ** 3
@@ -133,23 +133,23 @@ def kernel(x: Features, y: Num[np.ndarray, "m d"], chunk: int = 1000) -> float:
     return float(off_diagonal(x) + off_diagonal(y) - 2 * total(x, y) / (len(x) * len(y)))
 
 
-def inception_score(probabilities: Float[np.ndarray, "n classes"]) -> float:
+@typed
+def inception_score(probabilities: Real[_Array, "n classes"]) -> float:
     """exp of the mean KL of the rows of ``(n, classes)`` from their mean; in [1, ``classes``].
 
     Raises:
       ValueError: there is no row, or one is negative somewhere or does not add up to 1.
     """
-    p = _table(probabilities)
-    if not len(p):
-        raise ValueError("no rows of probabilities: give at least one")
-    if np.any(p < 0) or np.any(np.abs(p.sum(axis=1) - 1) > 1e-3):
-        raise ValueError("rows that are negative or do not add up to 1: give probabilities")
+    p = np.asarray(probabilities, np.float64)
+    if not len(p) or np.any(p < 0) or np.any(np.abs(p.sum(axis=1) - 1) > 1e-3):
+        raise ValueError("probabilities must have rows, none negative, that each add up to 1")
     ratio = np.divide(p, p.mean(axis=0), out=np.ones_like(p), where=p > 0)  # 0 log 0 = 0
     return float(np.exp(np.mean(np.sum(p * np.log(ratio), axis=1))))
 
 
+@typed
 def nearest(
-    x: Images, others: Num[np.ndarray, " m *s"], chunk: int = 1024
+    x: Images, others: Real[_Array, " m *s"], chunk: Count = 1024
 ) -> tuple[Integer[np.ndarray, " n"], Float[np.ndarray, " n"]]:
     """The nearest of ``others (m, *s)`` to each of ``x (n, *s)``, by Euclidean distance.
 
@@ -159,15 +159,11 @@ def nearest(
       Indices ``(n,)`` into ``others``, and the distances ``(n,)`` divided by sqrt(d).
 
     Raises:
-      ValueError: the images have different shapes or complex numbers, ``others`` is empty, or
-        ``chunk`` is below 1.
+      ValueError: ``others`` is empty.
     """
     x, others = np.asarray(x), np.asarray(others)
-    check_count(chunk, "chunk")
-    if np.iscomplexobj(x) or np.iscomplexobj(others):
-        raise ValueError(f"images are {x.dtype} beside {others.dtype}: give real numbers")
-    if x.shape[1:] != others.shape[1:] or not len(others):
-        raise ValueError(f"images {x.shape} beside {others.shape}: give (n, *s) and (m, *s), m > 0")
+    if not len(others):
+        raise ValueError("others are no images: give at least one")
     flat = np.reshape(x, (len(x), math.prod(x.shape[1:])))
     index, least = np.zeros(len(x), np.int64), np.full(len(x), np.inf)
     first = 0

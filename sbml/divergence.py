@@ -22,14 +22,16 @@ References: Hutchinson 1989; Grathwohl et al., FFJORD, ICLR 2019; Stathopoulos, 
 import dataclasses
 import math
 from collections.abc import Callable
+from typing import Annotated
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Integer
 
-from sbml import compiler, scalars
-from sbml.types import Array, Example, Key, Scalar, check_example, check_floating, check_key
+from sbml.door import checked, typed
+from sbml.scalars import Count, nonempty, one_of
+from sbml.types import Array, Batch, Example, Key, Scalar
 
 Field = Callable[[Example], Example]
 Probes = Float[Array, "k *s"]
@@ -47,25 +49,24 @@ CHUNK = 256
 TANGENTS = 2048
 
 
-def probes(key: Key, shape: tuple[int, ...], count: int, kind: str = "rademacher") -> Probes:
+@checked
+def probes(
+    key: Key,
+    shape: tuple[int, ...],
+    count: Count,
+    kind: Annotated[str, one_of(*PROBES)] = "rademacher",
+) -> Probes:
     """``(count, *shape)`` random probes.
 
     Rademacher probes share one draw of signs; Gaussian probes are independent. One Rademacher probe
     has the least variance of all probes with independent entries. For a diagonal J its variance is
     0, while that of a Gaussian probe is 2 sum_i J_ii^2. The variance of ``count`` Rademacher probes
     is 0 for any J if ``count`` is a power of two that is larger than the largest colour.
-
-    Raises:
-      ValueError: for an unknown ``kind``, a ``count`` below one, or a key that is not typed.
     """
-    check_key(key)
-    scalars.check_count(count, "probes")
     if kind == "rademacher":
         signs = jax.random.rademacher(key, (1, *shape), dtype=float)
         return signs * hadamard(count, colours(shape)).astype(signs.dtype)
-    if kind == "gaussian":
-        return jax.random.normal(key, (count, *shape))
-    raise ValueError(f"unknown probe distribution {kind!r}; choose from {PROBES}")
+    return jax.random.normal(key, (count, *shape))
 
 
 def colours(shape: tuple[int, ...]) -> np.ndarray:
@@ -89,15 +90,12 @@ def colours(shape: tuple[int, ...]) -> np.ndarray:
     return colour
 
 
-def hadamard(rows: int, columns: np.ndarray) -> Signs:
+@typed
+def hadamard(rows: Count, columns: np.ndarray) -> Signs:
     """The first ``rows`` rows of Sylvester's matrix at ``columns (*s)``, shape ``(rows, *s)``.
 
     Its entry in row j and column c is (-1)^n, where n is the number of ones in the bits of j & c.
-
-    Raises:
-      ValueError: ``rows`` is no integer of at least 1.
     """
-    scalars.check_count(rows, "rows")
     j = jnp.arange(rows).reshape(-1, *(1,) * columns.ndim)
     return 1 - 2 * (jax.lax.population_count(j & columns[None]) & 1)
 
@@ -108,22 +106,13 @@ def basis(shape: tuple[int, ...]) -> Probes:
     return jnp.eye(size).reshape(size, *shape)
 
 
-def quadratic_forms(f: Field, x: Example, vs: Probes) -> tuple[Example, Forms]:
+@checked
+def quadratic_forms(f: Field, x: Example, vs: Annotated[Batch, nonempty]) -> tuple[Example, Forms]:
     """f(x), shape ``(*s)``, and v^T J(x) v for each probe v in ``vs (k, *s)``, shape ``(k,)``.
 
     Raises:
-      ValueError: if ``vs`` are not of shape ``(k, *s)``, x or they are not of floating-point
-        numbers, or f(x) has another shape than ``x``.
+      ValueError: f(x) has another shape than ``x``.
     """
-    compiler.check()
-    check_example(x)
-    check_floating(vs, "directions")
-    shape = jnp.shape(vs)
-    if not shape or shape[1:] != x.shape or not shape[0]:
-        raise ValueError(
-            f"directions of shape {shape} for x of shape {x.shape}: give (k, *x.shape), as "
-            "divergence.probes does"
-        )
 
     def one(v: Array) -> tuple[Array, Array]:
         y, jv = jax.jvp(f, (x,), (v,))
@@ -140,29 +129,26 @@ def quadratic_forms(f: Field, x: Example, vs: Probes) -> tuple[Example, Forms]:
     return f(x), forms
 
 
-def exact_batch(dims: int) -> int:
-    """The number of examples of ``dims`` dimensions for one exact trace on one device at once.
-
-    Raises:
-      ValueError: ``dims`` is no integer of at least 1.
-    """
-    scalars.check_count(dims, "dims")
+@typed
+def exact_batch(dims: Count) -> int:
+    """The number of examples of ``dims`` dimensions for one exact trace on one device at once."""
     return max(1, TANGENTS // min(CHUNK, dims))
 
 
+@checked
 def exact(f: Field, x: Example) -> tuple[Example, Scalar]:
     """f(x), shape ``(*s)``, and tr J(x), a scalar, at the cost of d Jacobian-vector products."""
-    check_example(x)
     y, forms = quadratic_forms(f, x, basis(x.shape).astype(x.dtype))
     return y, jnp.sum(forms)
 
 
-def hutchinson(f: Field, x: Example, vs: Probes) -> tuple[Example, Scalar]:
+def hutchinson(f: Field, x: Example, vs: Batch) -> tuple[Example, Scalar]:
     """f(x), shape ``(*s)``, and the mean of v^T J(x) v over the probes ``vs (k, *s)``, a scalar."""
     y, forms = quadratic_forms(f, x, vs)
     return y, jnp.mean(forms)
 
 
+@typed
 @dataclasses.dataclass(frozen=True)
 class Trace:
     """How the divergence is computed.
@@ -170,28 +156,18 @@ class Trace:
     Attributes:
       kind: ``rademacher`` or ``gaussian`` probes, or ``exact``.
       probes: the number of probes for one solve (not used by ``exact``).
-
-    Raises:
-      ValueError: for an unknown kind, or fewer than one probe.
     """
 
-    kind: str = "rademacher"
-    probes: int = 1
+    kind: Annotated[str, one_of(*PROBES, "exact")] = "rademacher"
+    probes: Count = 1
 
-    def __post_init__(self) -> None:
-        choices = (*PROBES, "exact")
-        if self.kind not in choices:
-            raise ValueError(f"unknown trace {self.kind!r}; choose from {choices}")
-        scalars.check_count(self.probes, "probes")
-
+    @checked
     def directions(self, key: Key | None, shape: tuple[int, ...]) -> Probes:
         """The directions ``(k, *shape)`` whose quadratic forms give the divergence.
 
         Raises:
-          ValueError: if there is no key and the probes are random, or the key is not typed.
+          ValueError: there is no key, and the probes are random.
         """
-        if key is not None:
-            check_key(key)
         if self.kind == "exact":
             return basis(shape)
         if key is None:

@@ -9,7 +9,11 @@ ValueError of one line that names it, says what it is, and what it must be. Unde
 ``grad`` and ``scan`` the check runs while JAX traces, and costs nothing afterwards; outside of them
 a call takes about a tenth of a millisecond longer. Behind the door nothing is checked again.
 
-The first call also checks that XLA's sums are right (``sbml.compiler``).
+An annotation can also have conditions, ``Annotated[int, condition("of at least 1", ...)]``; the
+values of tracers are unknown, so they fulfil every condition.
+
+The first call also checks that XLA's sums are right (``sbml.compiler``). :func:`typed` is the door
+of dataclasses, and of functions that compute by NumPy only: it leaves XLA alone.
 """
 
 import functools
@@ -17,36 +21,71 @@ import inspect
 import types
 import typing
 from collections.abc import Callable
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, TypeVar, cast
 
+import jax
 import numpy as np
 from beartype import BeartypeConf
 from beartype.door import is_bearable
-from jaxtyping import AbstractArray, jaxtyped
+from beartype.vale import Is
+from jaxtyping import AbstractArray, Real, jaxtyped
 
 from sbml import compiler
 
-P = ParamSpec("P")
-R = TypeVar("R")
+C = TypeVar("C", bound=Callable[..., Any])
 
 _TOWER = BeartypeConf(is_pep484_tower=True)  # An int is a float, as for mypy.
 _KINDS = {
     "Float": "floating-point numbers",
     "Integer": "integers",
     "Num": "numbers",
+    "Real": "real numbers",
     "Bool": "truth values",
     "Shaped": "an array",
-    "Key": "typed keys, as of jax.random.key(seed),",
+    "Key": "typed keys (of jax.random.key, or of jax.random.wrap_key_data for older ones)",
 }
 
 
-def checked(function: Callable[P, R]) -> Callable[P, R]:
-    """``function``, which checks its arguments at every call.
+_NAMES: dict[Any, str] = {int: "an integer", float: "a number", str: "a text", type(None): "None"}
+_REAL: Any = Real[np.ndarray | jax.Array, "..."]
+
+_words: dict[Any, str] = {}  # of conditions
+
+
+def condition(words: str, holds: Callable[[Any], Any]) -> Any:
+    """A condition for ``Annotated``; ``words`` follow the type in a message, "an integer WORDS"."""
+    found = Is[lambda value: isinstance(value, jax.core.Tracer) or bool(holds(value))]
+    _words[found] = words
+    return found
+
+
+def checked(function: C) -> C:
+    """``function``, which checks its arguments at every call, and XLA's sums at the first one.
 
     Raises:
       ValueError: an argument does not fit its annotation.
       MiscompilationError: XLA for CPU computes sums wrongly.
     """
+    inner = typed(function)
+
+    @functools.wraps(function)
+    def inside(*args: Any, **kwargs: Any) -> Any:
+        compiler.check()
+        return inner(*args, **kwargs)
+
+    return cast(C, inside)
+
+
+def typed(function: C) -> C:
+    """``function``, or a dataclass, which checks its arguments at every call.
+
+    Raises:
+      ValueError: an argument does not fit its annotation.
+    """
+    if isinstance(function, type):
+        cls: Any = function
+        cls.__init__ = typed(cls.__init__)
+        return function
     signature = inspect.signature(function)
 
     @functools.cache
@@ -54,8 +93,7 @@ def checked(function: Callable[P, R]) -> Callable[P, R]:
         return typing.get_type_hints(function, include_extras=True)
 
     @functools.wraps(function)
-    def inside(*args: P.args, **kwargs: P.kwargs) -> R:
-        compiler.check()
+    def inside(*args: Any, **kwargs: Any) -> Any:
         given = signature.bind(*args, **kwargs).arguments
         with jaxtyped("context"):
             for name, value in given.items():
@@ -63,33 +101,50 @@ def checked(function: Callable[P, R]) -> Callable[P, R]:
                     raise ValueError(_message(name, given, hints()[name]))
         return function(*args, **kwargs)
 
-    return inside
+    return cast(C, inside)
 
 
 def _fits(value: Any, hint: Any) -> bool:
-    """Whether ``value`` is as ``hint`` says. A Python number is an array without dimensions."""
+    """Whether ``value`` is as ``hint`` says.
+
+    A number of NumPy is a number of Python, and a Python number is an array without dimensions
+    where an array with dimensions does not fit.
+    """
     if isinstance(value, bool) and not is_bearable(object(), hint):
         return hint is bool or bool in typing.get_args(hint)
+    if isinstance(value, np.number):  # As an array, so that the annotation tells its kind.
+        return _fits(np.asarray(value), hint) or _fits(value.item(), hint)
+    if isinstance(value, tuple):
+        value = tuple(n.item() if isinstance(n, np.integer) else n for n in value)
     if is_bearable(value, hint, conf=_TOWER):
         return True
-    return isinstance(value, int | float) and bool(is_bearable(np.asarray(value), hint))
+    if not isinstance(value, int | float) or is_bearable(np.asarray([value]), hint):
+        return False
+    return bool(is_bearable(np.asarray(value), hint))
 
 
 def _message(name: str, given: dict[str, Any], hint: Any) -> str:
     """The message for the argument ``name`` of those that are ``given``."""
     others = [f"{n} has shape {v.shape}" for n, v in given.items() if n != name and _is_array(v)]
     shapes = f" ({', '.join(others)})" if others and _is_array(given[name]) else ""
-    return f"{name} is {shown(given[name])}: give {needs(hint)}{shapes}"
+    return f"{name} is {shown(given[name], hint)}: give {needs(hint)}{shapes}"
 
 
 def _is_array(value: Any) -> bool:
     return hasattr(value, "dtype") and hasattr(value, "shape")
 
 
-def shown(value: Any) -> str:
-    """An argument in words: an array by its kind and shape, anything else by its value."""
+def shown(value: Any, hint: Any = None) -> str:
+    """An argument in words: an array by its kind and shape, anything else by its value.
+
+    If the ``hint`` has a condition, the words include the least and the largest of real numbers.
+    """
     if _is_array(value):
-        return f"{value.dtype} of shape {value.shape}"
+        text = f"{value.dtype} of shape {value.shape}"
+        known = is_bearable(value, _REAL) and not isinstance(value, jax.core.Tracer)
+        if typing.get_origin(hint) is typing.Annotated and known and value.size:
+            text += f" in [{np.min(value):g}, {np.max(value):g}]"
+        return text
     text = repr(value)
     return f"{text if len(text) <= 60 else text[:57] + '...'} ({type(value).__name__})"
 
@@ -101,10 +156,12 @@ def needs(hint: Any) -> str:
         if hint.dim_str in ("...", "*any"):
             return kind
         return f"{kind} of shape ({', '.join(hint.dim_str.split())})"
-    if typing.get_origin(hint) is typing.Annotated:
-        return needs(typing.get_args(hint)[0])
-    if typing.get_origin(hint) in (types.UnionType, typing.Union):
+    origin, parts = typing.get_origin(hint), typing.get_args(hint)
+    if origin is typing.Annotated:
+        return " ".join([needs(parts[0]), *(_words[each] for each in parts[1:])])
+    if origin in (types.UnionType, typing.Union):
         # NumPy's types, which stand for the same, have the same words.
-        each = [needs(inner) for inner in typing.get_args(hint) if inner is not np.number]
-        return " or ".join(dict.fromkeys(each))
-    return "None" if hint is type(None) else getattr(hint, "__name__", str(hint))
+        return " or ".join(dict.fromkeys(needs(each) for each in parts if each is not np.number))
+    if origin is Callable:
+        return "a function"
+    return _NAMES.get(hint, getattr(hint, "__name__", str(hint)))

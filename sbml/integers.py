@@ -42,6 +42,7 @@ l_k.
 """
 
 import math
+from typing import Annotated
 
 import jax
 import jax.numpy as jnp
@@ -49,14 +50,17 @@ import numpy as np
 from jaxtyping import Float
 from scipy import special
 
-from sbml import bits, compiler, scalars
-from sbml.types import Array, Example, Pixels, Scalar, check_example
+from sbml import bits, scalars
+from sbml.door import checked
+from sbml.scalars import at_least, one_of
+from sbml.types import AnyArray, Array, Example, Pixels, Real, Scalar
 
-Real = Float[Array, "..."]
+Levels = Annotated[int, at_least(2)]
 Components = tuple[Array, Array, Array]  # of a mixture, each ``(COMPONENTS, *s)``
-Outputs = Float[Array, "*s outputs"]
+Outputs = Float[AnyArray, "*s outputs"]
 
 DATA = ("centre", "uniform")
+Kind = Annotated[str, one_of(*DATA)]
 
 # If a bin is narrower than this many standard deviations of the noise, its mass is computed by a
 # series in its width: the difference of two distribution functions would lose its digits.
@@ -75,17 +79,14 @@ VARIANCE, WIDEST = 0.25, 10.0
 NEAR, WIDE, BLOCK = 4, 2.0, 16
 
 
-def outputs(levels: int) -> int:
-    """The number of the network's outputs for each entry of an image of ``levels`` levels.
-
-    Raises:
-      ValueError: ``levels`` is not an integer of at least 2.
-    """
-    bits.check_levels(levels)
+@checked
+def outputs(levels: Levels) -> int:
+    """The number of the network's outputs for each entry of an image of ``levels`` levels."""
     return levels if levels <= FEW else 3 * COMPONENTS
 
 
-def posterior_mean(out: Outputs, y: Example, rho: Real, levels: int, data: str) -> Example:
+@checked
+def posterior_mean(out: Outputs, y: Example, rho: Real, levels: Levels, data: Kind) -> Example:
     """x^ = E[x | y], shape ``(*s)``.
 
     Args:
@@ -96,10 +97,9 @@ def posterior_mean(out: Outputs, y: Example, rho: Real, levels: int, data: str) 
       data: ``centre`` or ``uniform``.
 
     Raises:
-      ValueError: for unknown ``data``, ``out`` of another shape, ``y`` that is not of
-        floating-point numbers, ``levels`` below 2, or a ``rho`` that is known and not positive.
+      ValueError: for another number of outputs, or a ``rho`` that is known and not positive.
     """
-    _check(out, y, rho, levels, data)
+    _check(out, rho, levels)
     if levels <= FEW:
         log_p, means = _of_all(out, y, rho, levels, data)
         return jnp.sum(jnp.exp(log_p) * means, axis=-1)
@@ -109,17 +109,14 @@ def posterior_mean(out: Outputs, y: Example, rho: Real, levels: int, data: str) 
     return jnp.where(rho < WIDE / levels, near, _integral(components, y, rho))
 
 
-def decoder_nats(out: Outputs, y: Example, rho: Real, pixels: Pixels, levels: int) -> Scalar:
+@checked
+def decoder_nats(out: Outputs, y: Example, rho: Real, pixels: Pixels, levels: Levels) -> Scalar:
     """-log p(k | y) of integers ``pixels (*s)`` at bin centres, summed over entries, in nats.
 
     The other arguments are those of :func:`posterior_mean`.
-
-    Raises:
-      ValueError: as :func:`posterior_mean`, or if ``pixels`` are not integers 0 .. L - 1 of the
-        shape of ``y``.
     """
-    _check(out, y, rho, levels, "centre")
-    bits.check_pixels(pixels, levels, y)
+    _check(out, rho, levels)
+    bits.check_pixels(pixels, levels)
     if levels <= FEW:
         log_p, _ = _of_all(out, y, rho, levels, "centre")
         log_p_pixels = jnp.take_along_axis(log_p, pixels[..., None].astype(jnp.int32), -1)[..., 0]
@@ -142,17 +139,12 @@ def decoder_nats(out: Outputs, y: Example, rho: Real, pixels: Pixels, levels: in
     return jnp.sum(total - log_joint(pixels[None])[0])
 
 
-def _check(out: Array, y: Array, rho: Real, levels: int, data: str) -> None:
-    compiler.check()
-    check_example(y, name="y")
+def _check(out: Outputs, rho: Real, levels: int) -> None:
     scalars.check_positive(rho, "rho")
-    if data not in DATA:
-        raise ValueError(f"unknown data {data!r} of an integer denoiser; choose from {DATA}")
-    expected = (*y.shape, outputs(levels))
-    if getattr(out, "shape", None) != expected:
+    if out.shape[-1] != outputs(levels):
         raise ValueError(
-            f"the network returned shape {np.shape(out)}: an integer denoiser of {levels} levels "
-            f"needs {expected}, that is outputs={outputs(levels)}"
+            f"out, which the network returned, has shape {out.shape}: an integer denoiser of "
+            f"{levels} levels needs {outputs(levels)} numbers for each entry, as the last axis"
         )
 
 

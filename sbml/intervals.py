@@ -25,16 +25,18 @@ tail of the draws is. With k = 1/2 their variance becomes infinite, and with k =
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
+import jax
 import numpy as np
-from jaxtyping import Integer, Num
+from jaxtyping import Integer, Real
 from scipy import special
 
-from sbml.moments import real_numbers
-from sbml.scalars import check_count
+from sbml.door import typed
+from sbml.scalars import Count, at_least
 
-Values = Num[np.ndarray, "n"] | Sequence[float]
+Values = Real[np.ndarray | jax.Array, "_"] | Sequence[float]
+NotNegative = Annotated[float, at_least(0)]  # or NaN
 
 HEAVY = 0.7  # the largest :func:`pareto_k` of draws whose mean has a reliable error bar
 LEAST_TAIL = 20  # the smallest number of draws to which a tail is fitted
@@ -63,13 +65,14 @@ class Interval(NamedTuple):
         return self.mean - self.ci95, self.mean + self.ci95
 
 
+@typed
 def mean_interval(values: Values) -> Interval:
     """The interval of the mean of ``values (n,)``; its half-width is infinite for one value.
 
     Raises:
-      ValueError: if there are no values, or the array has another rank.
+      ValueError: there are no values.
     """
-    values = real_numbers(values, "values", "n")
+    values = np.asarray(values, np.float64)
     n = len(values)
     if not n:
         raise ValueError(f"values of shape {values.shape}: a mean needs at least one value")
@@ -78,18 +81,14 @@ def mean_interval(values: Values) -> Interval:
     return Interval(float(np.mean(values)), stderr, half_width(stderr, n - 1), n, nonfinite)
 
 
-def half_width(stderr: float, freedom: float) -> float:
-    """Student's 97.5% quantile times ``stderr``; infinite if ``freedom`` is 0.
-
-    Raises:
-      ValueError: one of them is negative.
-    """
-    if stderr < 0 or freedom < 0:
-        raise ValueError(f"stderr={stderr}, freedom={freedom}: must be at least 0")
+@typed
+def half_width(stderr: NotNegative, freedom: NotNegative) -> float:
+    """Student's 97.5% quantile times ``stderr``; infinite if ``freedom`` is 0."""
     return float(special.stdtrit(freedom, 0.975)) * stderr if freedom > 0 else math.inf
 
 
-def repeated_stderr(first: Values, second: Values, n: int) -> tuple[float, float]:
+@typed
+def repeated_stderr(first: Values, second: Values, n: Count) -> tuple[float, float]:
     """The noise of the mean over ``n`` images, from two independent draws ``(m,)`` for m of them.
 
     Returns:
@@ -97,14 +96,11 @@ def repeated_stderr(first: Values, second: Values, n: int) -> tuple[float, float
       and 0 if m = 0.
 
     Raises:
-      ValueError: the draws have different shapes, or ``n`` is no integer of at least 1.
+      ValueError: the draws have different lengths.
     """
-    check_count(n, "n")
-    one, other = (real_numbers(v, "values", "n") for v in (first, second))
-    if one.shape != other.shape:
-        raise ValueError(
-            f"draws of shapes {one.shape} and {other.shape}: give two draws of the same images"
-        )
+    one, other = (np.asarray(v, np.float64) for v in (first, second))
+    if len(one) != len(other):
+        raise ValueError(f"{len(one)} and {len(other)} draws: give two of the same images")
     squares = (one - other) ** 2
     m = len(squares)
     if not m:
@@ -117,7 +113,8 @@ def repeated_stderr(first: Values, second: Values, n: int) -> tuple[float, float
     return math.sqrt(float(np.mean(squares)) / (2 * n)), min(max(freedom, 1.0), m)
 
 
-def pareto_k(deviations: Num[np.ndarray, "..."]) -> float:
+@typed
+def pareto_k(deviations: Real[np.ndarray | jax.Array, "..."]) -> float:
     """The shape k of a generalised Pareto distribution, fitted to the largest magnitudes.
 
     A tail with this shape has moments of an order below 1/k only; k is about 0 for a normal or an
@@ -152,17 +149,15 @@ def pareto_k(deviations: Num[np.ndarray, "..."]) -> float:
     return (count * k + 10 * 0.5) / (count + 10)
 
 
+@typed
 def outliers(values: Values) -> Integer[np.ndarray, " m"]:
     """Indices of values further than 6 robust standard deviations from the median.
 
     The robust standard deviation is 1.4826 times the median absolute deviation. It and the median
     are those of the finite values; values that are not finite are outliers. Outliers stay in the
     mean: they are listed so that the reader knows which values dominate it.
-
-    Raises:
-      ValueError: ``values`` are no real numbers ``(n,)``.
     """
-    values = real_numbers(values, "values", "n")
+    values = np.asarray(values, np.float64)
     finite = np.isfinite(values)
     if not finite.any():
         return np.arange(len(values))

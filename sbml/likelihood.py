@@ -53,10 +53,11 @@ from jaxtyping import Float
 
 from sbml import divergence, ode, scalars
 from sbml.divergence import Trace
+from sbml.door import checked
 from sbml.ode import Solver, Stats, velocity
 from sbml.scalars import Number
-from sbml.sdes import SDE, check_sde
-from sbml.types import Example, Key, Scalar, Score, check_example, check_kind, in_full_precision
+from sbml.sdes import SDE
+from sbml.types import Example, Key, Scalar, Score, in_full_precision
 
 
 class Likelihood(NamedTuple):
@@ -112,6 +113,7 @@ def prior_error(
     return PriorError(divergence, math.sqrt(2 * max(divergence, 0.0)))
 
 
+@checked
 def ode_logp(
     score: Score,
     sde: SDE,
@@ -140,15 +142,9 @@ def ode_logp(
       The log-likelihood and its terms. They are NaN if the solver gave up.
 
     Raises:
-      ValueError: if eps is not in (0, T), x is not of floating-point numbers, the score's result
-        has another shape or type than x, there is no key to draw the probes, or an argument is of
-        another class.
+      ValueError: if eps is not in (0, T), or there is no key to draw the probes.
     """
-    check_kind(trace, Trace, "trace")
-    check_kind(solver, Solver, "solver")
-    check_sde(sde, SDE)
     sde.check_time(eps)
-    check_example(x)
     x = in_full_precision(x)
 
     def field(t: Scalar, x: Example) -> Example:

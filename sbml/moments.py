@@ -8,22 +8,8 @@ Each is one pass over the data, a part of the rows at a time.
 from collections.abc import Iterator
 
 import numpy as np
-from numpy.typing import ArrayLike
 
 CHUNK = 2**23  # numbers in one part: 64 MiB of float64
-
-
-def real_numbers(values: ArrayLike, name: str, *axes: str) -> np.ndarray:
-    """``values`` in float64; ``axes`` are the names of its axes.
-
-    Raises:
-      ValueError: they have another rank, or are complex.
-    """
-    array = np.asarray(values)
-    if array.ndim != len(axes) or np.iscomplexobj(array):
-        shape = f"({axes[0]},)" if len(axes) == 1 else f"({', '.join(axes)})"
-        raise ValueError(f"{name} are {array.dtype}{array.shape}: give real numbers {shape}")
-    return array.astype(np.float64, copy=False)
 
 
 def rows(x: np.ndarray) -> Iterator[np.ndarray]:

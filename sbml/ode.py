@@ -29,7 +29,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool, Integer
 
-from sbml import compiler, quadrature, scalars
+from sbml import quadrature, scalars
+from sbml.door import checked
 from sbml.quadrature import Joint, WithIntegral, beside_integral
 from sbml.scalars import Number
 from sbml.sdes import SDE
@@ -38,7 +39,6 @@ from sbml.types import (
     Example,
     Scalar,
     Score,
-    check_example,
     deterministic,
     half_precision,
     in_full_precision,
@@ -181,14 +181,9 @@ def rms_norm(tree: Any) -> Scalar:
     return jnp.sqrt(sum(squares) / len(squares))
 
 
+@checked
 def velocity(score: Score, sde: SDE, x: Example, t: Scalar) -> Example:
-    """v(x, t), shape ``(*s)``, computed from the score's predictions if it has them.
-
-    Raises:
-      ValueError: ``t`` is no scalar, ``x`` or ``t`` are not of floating-point numbers, or the
-        score's result has another shape than ``x``.
-    """
-    check_example(x, t)
+    """v(x, t), shape ``(*s)``, computed from the score's predictions if it has them."""
     both = predictor(score)
     if both is None:
         return sde.drift(x, t) - 0.5 * sde.diffusion(t) ** 2 * deterministic(score, x, t)
@@ -213,17 +208,13 @@ def check_precision(score: Score, sde: SDE, shape: tuple[int, ...]) -> None:
         )
 
 
+@checked
 def score_of(v: Example, score: Score, sde: SDE, x: Example, t: Scalar) -> Example:
     """s(x, t), shape ``(*s)``, recovered from its velocity ``v`` without a call of ``score``.
 
     For a score with predictions it is -E[z | x] / sigma, which solves x = alpha E[x_0 | x] +
     sigma E[z | x] and the equation of v.
-
-    Raises:
-      ValueError: ``t`` is no scalar, ``v`` has another shape than ``x``, or one of them is not of
-        floating-point numbers.
     """
-    check_example(x, t, v=v)
     if predictor(score) is None:
         return 2 * (sde.drift(x, t) - v) / sde.diffusion(t) ** 2
     (alpha, sigma), (mean_slope, std_slope) = (sde.mean_coef(t), sde.std(t)), sde.slopes(t)
@@ -236,6 +227,7 @@ def last_time(score: Score, sde: SDE) -> Number:
     return sde.largest_time if predictor(score) is None else sde.last_regular_time
 
 
+@checked
 def transport(
     score: Score, sde: SDE, x: Example, t0: Number, t1: Number, solver: Solver
 ) -> tuple[Example, Stats]:
@@ -245,9 +237,8 @@ def transport(
       x(t1), shape ``(*s)``, and the stats of the solve.
 
     Raises:
-      ValueError: if ``x`` is not of floating-point numbers, or an end lies outside [0, T].
+      ValueError: if an end lies outside [0, T].
     """
-    check_example(x)
     x = in_full_precision(x)
     for t in (t0, t1):
         if not scalars.is_traced(t, sde.T) and not 0 <= t <= sde.T:
@@ -271,6 +262,7 @@ def growth(sde: SDE, t0: Number, t1: Number, x: Example) -> Scalar:
     return sde.std(jnp.asarray(t1, x.dtype)) / sde.std(jnp.asarray(t0, x.dtype))
 
 
+@checked
 def solve(
     field: Field,
     y: Example,
@@ -291,15 +283,15 @@ def solve(
       the batch.
 
     Raises:
-      ValueError: if ``y`` is not of floating-point numbers, or an end is negative or not finite.
+      ValueError: if an end is negative or not finite.
     """
-    check_example(y, name="y")
     y = in_full_precision(y)
     method, per_step, once = _method(solver)
     end, stats = _integrate(_in_u(field, solver), method, t0, t1, y, solver)
     return end, stats(per_step, once)
 
 
+@checked
 def solve_with_integral(
     field: Field,
     joint: Joint,
@@ -326,8 +318,6 @@ def solve_with_integral(
     # For t1 < t0 diffrax would change the coordinate to -u, in which h is not defined.
     if not scalars.is_traced(t0, t1) and t1 < t0:
         raise ValueError(f"from t={t0} to {t1}: integrals are taken forwards only, swap the ends")
-
-    check_example(y, name="y")
     y = in_full_precision(y)
 
     def joint_in_u(u: Array, y: Array) -> tuple[Array, Array, Array]:
@@ -398,7 +388,6 @@ def _integrate(
       The state at ``t1``, and a function that computes the stats from the numbers of evaluations in
       a step and at the start.
     """
-    compiler.check()
     if not scalars.is_traced(t0, t1) and not (0 <= t0 < math.inf and 0 <= t1 < math.inf):
         raise ValueError(f"t0={t0}, t1={t1}: give finite times of at least 0")
     check_tolerances(solver, jax.tree.leaves(start)[0].dtype)

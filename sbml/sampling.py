@@ -8,9 +8,11 @@ from latent to sample is the inverse of the map of ``likelihood.ode_logp``.
 
 import jax.numpy as jnp
 
+from sbml.door import checked
 from sbml.ode import Solver, Stats, transport
-from sbml.sdes import SDE, check_sde
-from sbml.types import Example, Key, Scalar, Score, check_example, deterministic, predictor
+from sbml.scalars import Number
+from sbml.sdes import SDE
+from sbml.types import Example, Key, Scalar, Score, deterministic, predictor
 
 
 def denoise(score: Score, sde: SDE, x: Example, t: Scalar) -> Example:
@@ -18,15 +20,12 @@ def denoise(score: Score, sde: SDE, x: Example, t: Scalar) -> Example:
     return predictions(score, sde, x, t)[0]
 
 
+@checked
 def predictions(score: Score, sde: SDE, x: Example, t: Scalar) -> tuple[Example, Example]:
     """E[x_0 | x_t] and E[z | x_t] = -sigma s(x_t, t) for x_t = alpha x_0 + sigma z.
 
     Both have shape ``(*s)``; the score is called once.
-
-    Raises:
-      ValueError: ``t`` is not a scalar, or ``x`` or ``t`` are not of floating-point numbers.
     """
-    check_example(x, t)
     both = predictor(score)
     if both is not None:
         return both(x, t)
@@ -34,12 +33,13 @@ def predictions(score: Score, sde: SDE, x: Example, t: Scalar) -> tuple[Example,
     return (x - sde.std(t) * noise) / sde.mean_coef(t), noise
 
 
+@checked
 def decode(
     score: Score,
     sde: SDE,
     z: Example,
     *,
-    eps: float,
+    eps: Number,
     solver: Solver = Solver(),
     denoise_last: bool = False,
 ) -> tuple[Example, Stats]:
@@ -57,26 +57,24 @@ def decode(
       The sample, NaN if the solver gave up, and the solver's stats.
 
     Raises:
-      ValueError: if eps is not in (0, T), ``z`` is not of floating-point numbers, or the score's
-        shape is not that of ``z``.
+      ValueError: eps is not in (0, T), or the score's shape is not that of ``z``.
     """
-    check_sde(sde, SDE)
     sde.check_time(eps)
     x, stats = transport(score, sde, z, sde.T, eps, solver)
     return (denoise(score, sde, x, jnp.asarray(eps, x.dtype)) if denoise_last else x), stats
 
 
+@checked
 def ode_sample(
     score: Score,
     sde: SDE,
     shape: tuple[int, ...],
     key: Key,
     *,
-    eps: float,
+    eps: Number,
     solver: Solver = Solver(),
     denoise_last: bool = False,
 ) -> tuple[Example, Stats]:
     """One sample of shape ``shape`` (:func:`decode`); ``key`` draws its latent. vmap over keys."""
-    check_sde(sde, SDE)
     z = sde.prior_sample(key, shape)
     return decode(score, sde, z, eps=eps, solver=solver, denoise_last=denoise_last)

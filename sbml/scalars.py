@@ -6,13 +6,51 @@ result for a tracer is computed by JAX.
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Real
 
-Number = Any  # A float, or a scalar array.
+from sbml.door import condition
+
+
+def at_least(least: float) -> Any:
+    """The condition that a number is not below ``least``; NaN passes."""
+    return condition(f"of at least {least}", lambda value: not value < least)
+
+
+def between(least: float, most: float) -> Any:
+    """The condition that all numbers lie in [``least``, ``most``]; NaN does not."""
+    return condition(
+        f"in [{least}, {most}]",
+        lambda value: np.all((np.asarray(value) >= least) & (np.asarray(value) <= most)),
+    )
+
+
+def one_of(*names: str) -> Any:
+    """The condition that a text is one of ``names``."""
+    return condition(f"among {', '.join(map(repr, names))}", lambda value: value in names)
+
+
+positive = condition("that is positive and finite", lambda value: 0 < value < math.inf)
+nonempty = condition("that is not empty", lambda value: value.size)
+
+
+def _representable(value: Any) -> bool:
+    size, kind = abs(float(value)), jnp.finfo(jnp.result_type(float))
+    return not 0 < size < math.inf or bool(kind.tiny <= size <= kind.max)
+
+
+Count = Annotated[int, at_least(1)]
+if TYPE_CHECKING:
+    Number = Any
+else:  # A float, or a scalar array. In float32, JAX takes numbers below 1.2e-38 for 0.
+    Number = Annotated[
+        float | Real[jax.Array | np.ndarray | np.number, ""],
+        condition("in the range of JAX's default precision", _representable),
+    ]
 
 
 def is_traced(*values: Number) -> bool:

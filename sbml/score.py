@@ -66,8 +66,9 @@ import jax.numpy as jnp
 from jaxtyping import Float, Integer
 
 from sbml import integers, pytrees, scalars
+from sbml.door import checked
 from sbml.scalars import Number
-from sbml.sdes import SDE, Kernel, check_sde
+from sbml.sdes import SDE, Kernel
 from sbml.types import (
     Array,
     Batch,
@@ -77,7 +78,6 @@ from sbml.types import (
     Real,
     Scalar,
     Vector,
-    check_example,
     check_function,
     of_shape,
 )
@@ -182,6 +182,7 @@ class PredictionScore:
     data_std: float
     batched: bool = False
 
+    @checked
     def __call__(self, x: Example, t: Scalar, key: Key | None = None) -> Example:
         """grad_x log p_t(x) of one example, shape ``(*s)``; ``key`` is not used."""
         return -self._of(x, t, PREDICTIONS[self.kind].noise)[0] / self.sde.std(t)
@@ -194,7 +195,6 @@ class PredictionScore:
 
     def _of(self, x: Example, t: Scalar, *formulas: Formula) -> tuple[Example, ...]:
         """The value of each formula, ``(*s)``, by one call of the network."""
-        check_example(x, t)
         entry, alpha, sigma = PREDICTIONS[self.kind], self.sde.mean_coef(t), self.sde.std(t)
         seen = _input(entry.foreign, x, alpha, sigma, self.data_std)
         told = jnp.asarray(entry.label(self.sde, t))
@@ -203,12 +203,13 @@ class PredictionScore:
         return tuple(formula(f, x, alpha, sigma, Data(self.data_std)) for formula in formulas)
 
 
+@checked
 def from_prediction(
     network: Network,
     kind: str,
     sde: Kernel,
     *,
-    data_std: float = 0.5,
+    data_std: Number = 0.5,
     batched: bool = False,
 ) -> PredictionScore:
     """The score (``sbml.types``) of a function that predicts ``kind``.
@@ -223,16 +224,15 @@ def from_prediction(
       batched: whether ``network`` takes batches, ``x_t (n, *s)`` and ``t (n,)``.
 
     Raises:
-      ValueError: an unknown kind, a ``data_std`` that is not positive and finite, a ``network``
-        that cannot be called with ``x`` and ``t``, or an ``sde`` that is no instance of an SDE.
+      ValueError: an unknown kind, a ``data_std`` that is not positive and finite, or a ``network``
+        that cannot be called with ``x`` and ``t``.
     """
     check_function(network, "network", "x", "t")
-    check_sde(sde)
     _check_choice(kind, "prediction", FOREIGN)
     scalars.check_positive(data_std, "data_std", finite=True)
     if not scalars.is_traced(data_std):
         data_std = float(data_std)
-    return PredictionScore(network, kind, sde, data_std, bool(batched))
+    return PredictionScore(network, kind, sde, data_std, batched)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -45,16 +45,19 @@ Denoising Score Matching", ICML 2022; Zheng et al., "Improved Techniques for Max
 Estimation for Diffusion ODEs", ICML 2023 (one probe).
 """
 
+from typing import Annotated
+
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from sbml import compiler, divergence, losses, scalars
-from sbml.divergence import Forms, Probes
+from sbml import divergence, losses
+from sbml.divergence import Probes
+from sbml.door import checked
+from sbml.losses import Signs
+from sbml.scalars import Count, nonempty
 from sbml.sdes import Kernel
 from sbml.streams import stream
 from sbml.types import (
-    Anything,
     Batch,
     Example,
     Key,
@@ -64,62 +67,42 @@ from sbml.types import (
     Vector,
     at_least_float32,
     batch_score,
-    check_example,
-    check_key,
     of_shape,
 )
 
 
-def residuals(sde: Kernel, score_xt: Anything, forms: Forms, t: Scalar, z: Example) -> Forms:
+@checked
+def residuals(sde: Kernel, score_xt: Example, forms: Vector, t: Scalar, z: Example) -> Vector:
     """r for each estimate of div s in ``forms (k,)``, shape ``(k,)``.
 
     The gradient treats |sigma s + z|^2 in r as a constant.
-
-    Raises:
-      ValueError: if the score's shape is not that of ``z``, ``forms`` are not of shape ``(k,)``,
-        ``t`` is no scalar, or ``z`` or ``t`` are not of floating-point numbers.
     """
-    check_example(z, t, name="z")
-    _check_forms(forms, "forms")
     std = sde.std(t)
-    error = jnp.sum((std * of_shape(score_xt, z) + z) ** 2)
+    error = jnp.sum((std * score_xt + z) ** 2)
     return std**2 * forms + (z.size - jax.lax.stop_gradient(error))
 
 
-def squared_residual(r: Forms) -> Scalar:
+@checked
+def squared_residual(r: Annotated[Vector, nonempty]) -> Scalar:
     """An estimate of the exact r^2 from the residuals ``r (k,)`` of k probes, a scalar.
 
     It is r_1^2 for k = 1, and otherwise r_1 r_2, where r_2 is the mean of all residuals but the
     first. The gradient is 2 r_2 grad r_1. Its expectation is that of grad (r_1 r_2), because the
     residuals are independent and have the same expectation.
-
-    Raises:
-      ValueError: there is no residual, or ``r`` is of another rank.
     """
-    _check_forms(r, "r")
     r = jnp.asarray(r)
     other = jax.lax.stop_gradient(jnp.mean(r[1:]) if r.size > 1 else r[0])
     return 2 * r[0] * other - jax.lax.stop_gradient(r[0] * other)
 
 
-def _check_forms(forms: Anything, name: str) -> None:
-    """Check that ``forms``, the argument ``name``, are ``(k,)`` with k of at least 1; other ranks
-    would broadcast.
-
-    Raises:
-      ValueError: if they are not; the message names the shape.
-    """
-    if np.ndim(forms) != 1 or not np.size(forms):
-        raise ValueError(f"{name} of shape {np.shape(forms)}: give one number for each probe, (k,)")
-
-
+@checked
 def loss(
     score: Score,
     sde: Kernel,
     x: Example,
     t: Scalar,
     key: Key,
-    vs: Probes,
+    vs: Batch,
     *,
     weighting: str = "likelihood",
 ) -> Scalar:
@@ -135,45 +118,34 @@ def loss(
       vs: the probes ``(k, *s)``, independent of each other. With two or more, the expectation is
         that of the loss with the exact divergence.
       weighting: ``likelihood`` or ``original``.
-
-    Raises:
-      ValueError: ``t`` is no scalar, ``x`` or ``t`` are not of floating-point numbers, ``key`` is
-        not a typed key, or ``vs`` are not directions of ``x``.
     """
-    check_example(x, t)
     x = at_least_float32(x)
-    check_key(key)
     z, score_key = losses.draw_noise(key, x), stream(key, "dropout")
     x_t = losses.perturb(sde, x, t, z)
-    if hasattr(vs, "dtype") and jnp.issubdtype(vs.dtype, jnp.floating):
-        vs = jnp.asarray(vs, x_t.dtype)  # x may have been given in a lower precision.
-    s, forms = divergence.quadratic_forms(lambda x: score(x, t, score_key), x_t, vs)
+    vs = jnp.asarray(vs, x_t.dtype)  # x may have been given in a lower precision.
+    s, forms = divergence.quadratic_forms(lambda x: of_shape(score(x, t, score_key), x), x_t, vs)
     weight = losses.weight(sde, t, weighting)
     return weight * squared_residual(residuals(sde, s, forms, t, z)) / (2 * x.size)
 
 
+@checked
 def dsm_batch(
     score: Score,
     sde: Kernel,
-    x: Batch,
+    x: Annotated[Batch, nonempty],
     t: Vector,
     keys: Keys,
     *,
     weighting: str = "likelihood",
-    signs: Vector | None = None,
-    probes: int = 2,
+    signs: Signs | None = None,
+    probes: Count = 2,
 ) -> tuple[Vector, Vector]:
     """The losses of first and second order, each ``(n,)``, by one call of the network.
 
     The first are those of ``losses.dsm_batch``, with the same draws. The second are
     w(t) r^2 / (2 d), with ``probes`` independent Rademacher probes for each example, which are
     drawn from its key.
-
-    Raises:
-      ValueError: as in ``losses.dsm_batch``, or for fewer than one probe.
     """
-    scalars.check_count(probes, "probes")
-    compiler.check()
     x_t, z, score_key = losses.noisy_batch(sde, x, t, keys, signs)
     network = batch_score(score)
     scores, tangent = jax.linearize(lambda x: network(x, t, score_key), x_t)
@@ -182,7 +154,7 @@ def dsm_batch(
     # ``squared_residual`` needs no gradient of these; stopped here, it is not computed either.
     forms[1:] = map(jax.lax.stop_gradient, forms[1:])
 
-    def orders(s: Example, forms: Forms, t: Scalar, z: Example) -> tuple[Scalar, Scalar]:
+    def orders(s: Example, forms: Vector, t: Scalar, z: Example) -> tuple[Scalar, Scalar]:
         r2 = squared_residual(residuals(sde, s, forms, t, z))
         first = losses.residual(sde, s, t, z, weighting)
         return first, losses.weight(sde, t, weighting) * r2 / (2 * z.size)

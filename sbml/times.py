@@ -30,28 +30,29 @@ earlier draws only; it would not if q depended on the draws that it is used for.
 
 import abc
 import dataclasses
+from typing import Annotated
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import dtypes
 from jax.typing import ArrayLike
-from jaxtyping import Float
+from jaxtyping import Float, Real
 
-from sbml import compiler, scalars
-from sbml.scalars import Number
-from sbml.sdes import SDE, check_sde
+from sbml import scalars
+from sbml.door import checked, typed
+from sbml.scalars import Count, Number, at_least, between, nonempty, one_of
+from sbml.sdes import SDE
 from sbml.streams import stream
-from sbml.types import Array, Elementwise, Key, Scalar, Vector, check_key
+from sbml.types import Array, Elementwise, Key, Scalar, Vector
 
-Bins = Float[Array, "bins"]
+# Random draws are below 1, but a caller may also give the end u = 1.
+Points = Annotated[Elementwise, between(0, 1)]
+Bins = Float[Array, " bins"]
 Counts = Float[Array, "2 bins"]
+AnyBins = Annotated[Real[Array | np.ndarray, " bins"], nonempty]
+AnyCounts = Annotated[Real[Array | np.ndarray, "2 bins"], nonempty]
 Draws = Float[Array, "n draws"]
-
-
-def _check_counts(n: int, draws: int) -> None:
-    scalars.check_count(n, "n")
-    scalars.check_count(draws, "draws")
 
 
 def _uniform(key: Key, shape: tuple[int, ...] = ()) -> Elementwise:
@@ -69,30 +70,21 @@ def _below_one(u: Draws) -> Draws:
     return jnp.minimum(u, 1 - jnp.finfo(u.dtype).epsneg)
 
 
-def iid(key: Key, n: int, draws: int = 1) -> Draws:
-    """``(n, draws)`` independent uniform points in [0, 1).
-
-    Raises:
-      ValueError: ``n`` or ``draws`` is no integer of at least 1, or ``key`` is no typed key.
-    """
-    _check_counts(n, draws)
-    check_key(key)
+@checked
+def iid(key: Key, n: Count, draws: Count = 1) -> Draws:
+    """``(n, draws)`` independent uniform points in [0, 1)."""
     return _below_one(_uniform(key, (n, draws)))
 
 
-def lattice(key: Key, n: int, draws: int = 1) -> Draws:
+@checked
+def lattice(key: Key, n: Count, draws: Count = 1) -> Draws:
     """``(n, draws)`` points u_ij = (j + (pi(i) + U) / n) / draws in [0, 1).
 
     U is uniform in [0, 1) and pi is a random permutation of 0 .. n - 1. Each point of column j is
     uniform on [j, j + 1) / draws, so the mean over a row estimates an integral without bias. Of the
     n * draws equal cells of [0, 1), each has one point. Each example i has ``draws`` evenly spaced
     points, and pi makes them independent of the place of the example in the batch.
-
-    Raises:
-      ValueError: ``n`` or ``draws`` is no integer of at least 1, or ``key`` is no typed key.
     """
-    _check_counts(n, draws)
-    check_key(key)
     order, shift = stream(key, "order"), _uniform(stream(key, "shift"))
     row = (jax.random.permutation(order, n) + shift) / n
     return _below_one((jnp.arange(draws)[None] + row[:, None]) / draws)
@@ -101,44 +93,8 @@ def lattice(key: Key, n: int, draws: int = 1) -> Draws:
 DRAWS = {"iid": iid, "lattice": lattice}
 
 
-def check_points(u: Elementwise, name: str = "u") -> None:
-    """Check that points ``u``, the argument ``name``, lie in [0, 1]. Values are not checked inside
-    ``jit`` and ``vmap``.
-
-    Random draws are below 1, but a caller may also give the end u = 1.
-
-    Raises:
-      ValueError: if they do not, or are not floating-point numbers; the message names their range
-        or type.
-    """
-    if not hasattr(u, "dtype") or not jnp.issubdtype(u.dtype, jnp.floating):
-        kind = getattr(u, "dtype", type(u).__name__)
-        raise ValueError(f"{name} is {kind}: give points in [0, 1), an array as of times.lattice")
-    if scalars.is_traced(u) or not u.size:
-        return
-    points = np.asarray(u)  # By NumPy: JAX would trace its operations inside ``jit``.
-    least, largest = points.min(), points.max()
-    if not (least >= 0 and largest <= 1):
-        raise ValueError(
-            f"{name} lies in [{least:g}, {largest:g}]: give points in [0, 1), such as "
-            "times.lattice draws"
-        )
-
-
-def _check_bins(values: ArrayLike, name: str) -> None:
-    """Check that ``values`` are an array of one real number for each bin.
-
-    Raises:
-      ValueError: if they are not; the message names the type or shape.
-    """
-    if not hasattr(values, "dtype") or jnp.issubdtype(values.dtype, jnp.complexfloating):
-        kind = getattr(values, "dtype", type(values).__name__)
-        raise ValueError(f"{name} is {kind}: give an array of real numbers")
-    if jnp.ndim(values) != 1 or not jnp.size(values):
-        raise ValueError(f"{name} has shape {jnp.shape(values)}: give one number a bin, (bins,)")
-
-
-def warp(u: Elementwise, density: Bins) -> tuple[Elementwise, Elementwise]:
+@checked
+def warp(u: Points, density: AnyBins) -> tuple[Elementwise, Elementwise]:
     """Points v of a piecewise-constant density q on [0, 1), and 1/q(v), so that
 
         E_u[ h(v) / q(v) ] = integral_0^1 h(v) dv      for u uniform and every h.
@@ -154,14 +110,10 @@ def warp(u: Elementwise, density: Bins) -> tuple[Elementwise, Elementwise]:
       v in [0, 1) and 1/q(v), of the shape of ``u``.
 
     Raises:
-      ValueError: if ``u`` lies outside [0, 1], or ``density`` has another rank or is not positive:
-        no point falls into a bin of density 0, or into one with so small a part of the sum that
-        rounding takes it away, so its part of the integral would be lost. Values are not checked
-        inside ``jit``.
+      ValueError: ``density`` is not positive: no point falls into a bin of density 0, or into one
+        with so small a part of the sum that rounding takes it away, so its part of the integral
+        would be lost. Values are not checked inside ``jit``.
     """
-    compiler.check()
-    check_points(u)
-    _check_bins(density, "density")
     if not scalars.is_traced(density):
         host = np.asarray(density)
         if not np.all((host > 0) & np.isfinite(host)):
@@ -191,7 +143,8 @@ def warp(u: Elementwise, density: Bins) -> tuple[Elementwise, Elementwise]:
     return jnp.clip(v, 0, 1 - jnp.finfo(v.dtype).epsneg), 1 / (bins * mass[k])
 
 
-def with_floor(scale: Bins, floor: Number = 0.1) -> Bins:
+@checked
+def with_floor(scale: AnyBins, floor: Annotated[Number, between(0, 1)] = 0.1) -> Bins:
     """A density q = (1 - floor) scale / mean(scale) + floor of mean 1, for :func:`warp`.
 
     No weight 1/q exceeds 1 / floor. So however wrong ``scale`` is, the second moment of an estimate
@@ -207,13 +160,10 @@ def with_floor(scale: Bins, floor: Number = 0.1) -> Bins:
       The density q, ``(bins,)``.
 
     Raises:
-      ValueError: for a ``floor`` outside (0, 1], or a ``scale`` of another rank.
+      ValueError: ``floor`` is 0.
     """
-    scalars.check_number(floor, "floor")
-    if not scalars.is_traced(floor) and not 0 < floor <= 1:
-        raise ValueError(f"floor={floor}: must lie in (0, 1]")
-    _check_bins(scale, "scale")
-    compiler.check()
+    if not scalars.is_traced(floor) and floor == 0:
+        raise ValueError("floor=0: must lie in (0, 1]")
     valid = jnp.isfinite(scale) & (scale >= 0)
     largest = jnp.max(jnp.where(valid, scale, 0))
     # The values are divided by the largest first, because their sum could overflow.
@@ -223,7 +173,13 @@ def with_floor(scale: Bins, floor: Number = 0.1) -> Bins:
     return (1 - floor) * jnp.where(mean > 0, shape / mean, 1) + floor
 
 
-def tally(counts: Counts, v: Vector, values: Vector, decay: float) -> Counts:
+@checked
+def tally(
+    counts: AnyCounts,
+    v: Annotated[Vector, between(0, 1)],
+    values: Real[Array | np.ndarray, " n"],
+    decay: Annotated[Number, between(0, 1)],
+) -> Counts:
     """Running sums in bins of v, from which ``counts[1] / counts[0]`` is the mean in each bin.
 
         counts <- decay counts + sum over the batch of (1, value) in the bin of v
@@ -239,27 +195,8 @@ def tally(counts: Counts, v: Vector, values: Vector, decay: float) -> Counts:
 
     Returns:
       The new ``counts``, ``(2, bins)``.
-
-    Raises:
-      ValueError: if ``v`` and ``values`` do not have the same shape ``(n,)``, ``v`` lies outside
-        [0, 1], ``counts`` has another shape, or ``decay`` lies outside [0, 1]. Values are not
-        checked inside ``jit``.
     """
-    compiler.check()
-    check_points(v, "v")
-    if np.ndim(counts) != 2 or len(counts) != 2 or not np.size(counts):
-        shape = np.shape(counts)
-        raise ValueError(f"counts have shape {shape}: give (2, bins), zeros at the start")
-    scalars.check_number(decay, "decay")
-    if not scalars.is_traced(decay) and not 0 <= decay <= 1:
-        raise ValueError(f"decay={decay}: must lie in [0, 1]")
     counts, values = jnp.asarray(counts), jnp.asarray(values)
-    if jnp.iscomplexobj(values):
-        raise ValueError(f"values are {values.dtype}: give real numbers")
-    if v.ndim != 1 or values.shape != v.shape:
-        raise ValueError(
-            f"v has shape {v.shape}, values {values.shape}: give both as (n,), such as v.ravel()"
-        )
     bins = counts.shape[1]
     bin_of_v = jnp.minimum(jnp.floor(v * bins), bins - 1)
     inside = (bin_of_v[:, None] == jnp.arange(bins)[None]) & jnp.isfinite(values)[:, None]
@@ -269,6 +206,7 @@ def tally(counts: Counts, v: Vector, values: Vector, decay: float) -> Counts:
     return decay * counts + jnp.stack([jnp.sum(inside, axis=0).astype(sums.dtype), sums])
 
 
+@typed
 @dataclasses.dataclass(frozen=True)
 class Proposal(abc.ABC):
     """A distribution of times on [eps, T] for ``sde``.
@@ -278,10 +216,9 @@ class Proposal(abc.ABC):
     """
 
     sde: SDE
-    eps: float
+    eps: Number
 
     def __post_init__(self) -> None:
-        check_sde(self.sde, SDE)
         self.sde.check_time(self.eps)
 
     @abc.abstractmethod
@@ -289,7 +226,7 @@ class Proposal(abc.ABC):
         """Times and weights (1 / density), each of the shape of ``u`` in [0, 1)."""
 
     def over_log_snr(
-        self, u: Elementwise, density: Bins | None = None
+        self, u: Points, density: AnyBins | None = None
     ) -> tuple[Elementwise, Elementwise]:
         """Times and weights for an integral over lambda = log-SNR, of the shape of ``u``:
 
@@ -303,17 +240,15 @@ class Proposal(abc.ABC):
         return t, inverse * weight * self.sde.rate(t)
 
 
-@dataclasses.dataclass(frozen=True)
 class Uniform(Proposal):
     """t uniform on [eps, T]; every weight is T - eps. T is ``sde.largest_time``."""
 
-    def at(self, u: Elementwise) -> tuple[Elementwise, Elementwise]:
-        check_points(u)
+    @checked
+    def at(self, u: Points) -> tuple[Elementwise, Elementwise]:
         length = self.sde.largest_time - self.eps
         return self.eps + length * u, jnp.full_like(u, length)
 
 
-@dataclasses.dataclass(frozen=True)
 class Importance(Proposal):
     """Uniform in log-SNR: p(t) = g^2 / (Z sigma^2), Z = lambda(eps) - lambda(T)."""
 
@@ -329,8 +264,8 @@ class Importance(Proposal):
         first, last = jax.vmap(self.sde.log_snr)(ends)
         return first, last
 
-    def at(self, u: Elementwise) -> tuple[Elementwise, Elementwise]:
-        check_points(u)
+    @checked
+    def at(self, u: Points) -> tuple[Elementwise, Elementwise]:
         largest = self.sde.log_snr(jnp.asarray(self.eps, u.dtype))
         t = self.sde.time(largest - self.normaliser * u)
         # The inverse may leave the interval by a rounding error.
@@ -338,7 +273,6 @@ class Importance(Proposal):
         return t, self.normaliser / self.sde.rate(t)
 
 
-@dataclasses.dataclass(frozen=True)
 class Velocity(Importance):
     """Density proportional to sigmoid(lambda) over lambda = log-SNR; uniform in softplus(lambda):
 
@@ -360,8 +294,8 @@ class Velocity(Importance):
         first, last = super()._ends()
         return jax.nn.softplus(first), jax.nn.softplus(last)
 
-    def at(self, u: Elementwise) -> tuple[Elementwise, Elementwise]:
-        check_points(u)
+    @checked
+    def at(self, u: Points) -> tuple[Elementwise, Elementwise]:
         first, last = self._ends()
         # Counted from T: a difference from f(eps) would lose all digits where f is small.
         s = last + (first - last) * u
@@ -371,24 +305,19 @@ class Velocity(Importance):
         return t, (first - last) / (alpha2 * self.sde.rate(t))
 
 
+@typed
 @dataclasses.dataclass(frozen=True)
 class Grid:
     """The times i / (n - 1) of ``n`` noise levels, i = 0 .. n - 1, all equally likely.
 
     The weight is 1, so a weighted mean over draws estimates the mean over the levels.
-
-    Raises:
-      ValueError: if ``n`` is not an integer of at least 2.
     """
 
-    n: int
+    n: Annotated[int, at_least(2)]
 
-    def __post_init__(self) -> None:
-        scalars.check_count(self.n, "n", 2)
-
-    def at(self, u: Elementwise) -> tuple[Elementwise, Elementwise]:
+    @checked
+    def at(self, u: Points) -> tuple[Elementwise, Elementwise]:
         """Times and weights, each of the shape of ``u`` in [0, 1)."""
-        check_points(u)
         level = jnp.minimum(jnp.floor(u * self.n), self.n - 1)
         return level / (self.n - 1), jnp.ones_like(u)
 
@@ -400,23 +329,17 @@ PROPOSALS: dict[str, type[Proposal]] = {
 }
 
 
+@checked
 def draw(
-    sde: SDE, eps: float, u: Vector, density: ArrayLike | None, proposal: str
+    sde: SDE,
+    eps: Number,
+    u: Annotated[Vector, between(0, 1), nonempty],
+    density: ArrayLike | None,
+    proposal: Annotated[str, one_of(*PROPOSALS)],
 ) -> tuple[Vector, Vector]:
     """Times and weights for an integral over log-SNR, each ``(n,)``, of one example's ``u (n,)``.
 
     ``density`` is as in :meth:`Proposal.over_log_snr`, and ``proposal`` a name in ``PROPOSALS``.
-
-    Raises:
-      ValueError: for an unknown proposal, or ``u`` of another rank (broadcasting would hide it).
     """
-    if proposal not in PROPOSALS:
-        raise ValueError(f"unknown proposal {proposal!r}; choose from {sorted(PROPOSALS)}")
-    check_points(u)
-    if u.ndim != 1 or not u.size:
-        raise ValueError(
-            f"u has shape {u.shape}: give the points (n,) of one example, that is, a row of "
-            "times.lattice(key, examples, n), and vmap over rows"
-        )
     bins = None if density is None else jnp.asarray(density)
     return PROPOSALS[proposal](sde, eps).over_log_snr(u, bins)

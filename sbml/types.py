@@ -23,14 +23,14 @@ Signatures name the shapes of their arrays (by jaxtyping):
     Elementwise   any         a function of each number by itself: the result has the same shape
     Pixels        (*s)        one example of integers
     PixelBatch    (n, *s)     n examples of integers
+    Real          any         numbers that broadcast
     Numbers       any         integers or real numbers
 
 Within one signature, a letter is the same size, or the same shape s, wherever it occurs. A ``Key``
 is one typed random key, ``jax.random.key(seed)``, and ``Keys`` are ``(n,)`` of them; arrays of
 numbers, such as the older ``jax.random.PRNGKey(seed)``, are not keys. NumPy's arrays are accepted
-like JAX's. The tests check all shapes and types of these signatures. Outside of the tests, a
-function that would silently compute a wrong number from a wrong shape or type checks its arguments
-itself and raises a ValueError.
+like JAX's. Public functions check their arguments by these signatures (``sbml.door``), and the
+tests check all other functions and the results too.
 """
 
 import inspect
@@ -48,24 +48,24 @@ from sbml.pytrees import ScoreArgument
 
 Array = jax.Array
 if TYPE_CHECKING:
-    _Array = Array
+    AnyArray = Array
 else:
-    _Array = Array | np.ndarray | np.number  # NumPy's arrays are accepted, as in JAX.
+    AnyArray = Array | np.ndarray | np.number  # NumPy's arrays are accepted, as in JAX.
 
 Key = jaxtyping.Key[Array, ""]
 Keys = jaxtyping.Key[Array, "n"]
 
-Scalar = Float[_Array, ""]
-Example = Float[_Array, "*s"]
-Vector = Float[_Array, "n"]
-Batch = Float[_Array, "n *s"]
-Elementwise = Float[_Array, "*any"]
-Pixels = Integer[_Array, "*s"]
-PixelBatch = Integer[_Array, "n *s"]
+Scalar = Float[AnyArray, ""]
+Example = Float[AnyArray, "*s"]
+Vector = Float[AnyArray, "n"]
+Batch = Float[AnyArray, "n *s"]
+Elementwise = Float[AnyArray, "*any"]
+Pixels = Integer[AnyArray, "*s"]
+PixelBatch = Integer[AnyArray, "n *s"]
 
-Real = Float[_Array, "..."]
-Numbers = Num[_Array, "..."]
-Anything = Shaped[_Array, "..."]  # numbers or keys: the function itself checks them
+Real = Float[AnyArray, "..."]
+Numbers = Num[AnyArray, "..."]
+Anything = Shaped[AnyArray, "..."]  # numbers or keys: the function itself checks them
 
 Score = Callable[[Example, Scalar, Key | None], Example]
 BatchScore = Callable[[Batch, Vector, Key | None], Batch]
@@ -184,12 +184,11 @@ def _kind(value: Any) -> str:
 
 
 def of_shape(output: Anything, x: Example) -> Example:
-    """Check ``output``, the value that a score returned for ``x``, and return it.
+    """``output``, which a user's function returned for ``x``: for a score, of one example or many.
 
     Raises:
       ValueError: if its shape is not that of ``x``, which broadcasting would hide, or if it is not
         of floating-point numbers.
-      MiscompilationError: if XLA for CPU computes sums wrongly (``sbml.compiler``).
     """
     compiler.check()
     if not _is_floating(output):
@@ -199,18 +198,14 @@ def of_shape(output: Anything, x: Example) -> Example:
         )
     if output.shape != x.shape:
         raise ValueError(
-            f"the score returned shape {output.shape} for an input of {x.shape}: a score of one "
-            "example has the example's shape"
+            f"the score returned shape {output.shape} for an input of {x.shape}: a score has the "
+            "shape of its input"
         )
     return output
 
 
 def deterministic(score: Score, x: Example, t: Scalar) -> Example:
-    """``score(x, t, None)``, shape ``(*s)``.
-
-    Raises:
-      ValueError: if the result's shape is not that of ``x``.
-    """
+    """``score(x, t, None)``, shape ``(*s)``."""
     return of_shape(score(x, t, None), x)
 
 
@@ -242,16 +237,13 @@ def check_kind(value: Any, kind: type, name: str) -> None:
 
 
 def check_function(f: Any, name: str, *arguments: str) -> None:
-    """Check that ``f`` can be called with the positional arguments ``arguments``.
+    """Check that the function ``f`` can be called with the positional arguments ``arguments``.
 
     A function whose signature Python does not know passes.
 
     Raises:
       ValueError: if it cannot; the message names it.
     """
-    call = f"{name}({', '.join(arguments)})"
-    if not callable(f):
-        raise ValueError(f"{name}={f!r}: give a function that is called as {call}")
     try:
         signature = inspect.signature(f)
     except (TypeError, ValueError):
@@ -259,6 +251,7 @@ def check_function(f: Any, name: str, *arguments: str) -> None:
     try:
         signature.bind(*arguments)
     except TypeError as error:
+        call = f"{name}({', '.join(arguments)})"
         raise ValueError(
             f"{name} cannot be called as {call}: {error}; give it these arguments"
         ) from None
@@ -270,13 +263,12 @@ def batch_score(score: Score) -> BatchScore:
     Returns:
       A function of ``x (n, *s)``, ``t (n,)`` and a key or ``None``, with result ``(n, *s)``.
     """
-    compiler.check()
-    if hasattr(score, "batch"):
-        return score.batch
 
-    def by_vmap(x: Batch, t: Vector, key: Key | None) -> Anything:
+    def batch(x: Batch, t: Vector, key: Key | None) -> Batch:
+        if hasattr(score, "batch"):
+            return of_shape(score.batch(x, t, key), x)
         if key is None:
-            return jax.vmap(lambda x, t: score(x, t, None))(x, t)
-        return jax.vmap(score)(x, t, jax.random.split(key, len(x)))
+            return of_shape(jax.vmap(lambda x, t: score(x, t, None))(x, t), x)
+        return of_shape(jax.vmap(score)(x, t, jax.random.split(key, len(x))), x)
 
-    return by_vmap
+    return batch

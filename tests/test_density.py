@@ -329,8 +329,8 @@ REVERSED = Schedule(lambda t: t, lambda t: 1.001 - t)
             "pixels are float64: give an array of integers",
         ),
         (lambda: density(levels=4).bits_per_dim(np.full((1, 2, 2), 4)), r"lie in 4 .. 4: .*0 .. 3"),
-        (lambda: density(levels=1), "levels=1: give an integer of 2 to"),
-        (lambda: density(levels=70_000), "levels=70000: give an integer of 2 to 65536"),
+        (lambda: density(levels=1), "^levels is 1 "),
+        (lambda: density(levels=70_000), "^levels is 70000 .*65536"),
         (
             lambda: density(levels=1000).sample(jax.random.key(0), 1),
             "levels=1000: give an integer of 2 to 256",
@@ -343,12 +343,12 @@ REVERSED = Schedule(lambda t: t, lambda t: 1.001 - t)
             lambda: sbml.Density(gaussian().score, VP(jnp.asarray(0.1)), (2,)),
             "contains arrays or lists.*tuples of floats",
         ),
-        (lambda: density(batch_size=0), "batch_size=0"),
+        (lambda: density(batch_size=0), "^batch_size is 0"),
         (lambda: density(eps=2.0), r"must lie in \(0, 1.0\)"),
         (lambda: sbml.Density(gaussian().score, VP(), (2, 0)), r"shape=\(2, 0\)"),
-        (lambda: sbml.Density(gaussian().score, VP(), 2), "shape=2: give a tuple"),
-        (lambda: sbml.Density(gaussian().score, VP(), [2]), r"shape=\[2\]: give a tuple"),
-        (lambda: sbml.Density(gaussian().score, VP, (2,)), r"sde=<class .*such as sbml.VP\(\)"),
+        (lambda: sbml.Density(gaussian().score, VP(), 2), "^shape is 2"),
+        (lambda: sbml.Density(gaussian().score, VP(), [2]), r"^shape is \[2\]"),
+        (lambda: sbml.Density(gaussian().score, VP, (2,)), "^sde is <class"),
         (
             lambda: sbml.Density(lambda x, t: x, VP(), (2,)),
             r"cannot be called as score\(x, t, key\)",
@@ -362,10 +362,10 @@ REVERSED = Schedule(lambda t: t, lambda t: 1.001 - t)
         (lambda: density().bound(lost(*range(12), n=40)), r"12 of 40 .* 0, 1, .*, 9, \.\.\.$"),
         (lambda: density().decode(lost(0, value=-math.inf)), "1 of 8 examples .* are 0$"),
         # Any error is within a budget without a limit: nothing would be marked.
-        (lambda: density(budget=math.inf), r"budget=inf: give a number in \[0, 1\]"),
-        (lambda: density(budget=1.5), r"budget=1.5: give a number in \[0, 1\]"),
-        (lambda: density().bound(data(2), sweeps=1), "sweeps=1"),
-        (lambda: density().sample(jax.random.key(0), 0), "n=0: need an integer of at least 1"),
+        (lambda: density(budget=math.inf), "^budget is inf"),
+        (lambda: density(budget=1.5), "^budget is 1.5"),
+        (lambda: density().bound(data(2), sweeps=1), "^sweeps is 1"),
+        (lambda: density().sample(jax.random.key(0), 0), "^n is 0"),
     ],
 )
 @pytest.mark.usefixtures("unchecked")

@@ -289,7 +289,7 @@ def test_gradients_are_finite_at_the_largest_noise(data):
 
 def test_wrong_outputs_and_data_are_refused():
     out, y = jnp.zeros((3, 4)), jnp.zeros(3)
-    with pytest.raises(ValueError, match=r"needs \(3, 5\), that is outputs=5"):
+    with pytest.raises(ValueError, match="out, .* needs 5 numbers"):
         integers.posterior_mean(out, y, jnp.asarray(1.0), 5, "centre")
-    with pytest.raises(ValueError, match="unknown data 'bins'"):
+    with pytest.raises(ValueError, match="^data is 'bins'"):
         integers.posterior_mean(out, y, jnp.asarray(1.0), 4, "bins")

@@ -401,8 +401,7 @@ def test_probes_need_a_key() -> None:
         ode_logp(data_of("gaussian").score, SDES["vp"](), examples()[0], None, eps=EPS)
 
 
-@pytest.mark.usefixtures("unchecked")
 def test_integers_are_refused() -> None:
     x = jnp.zeros(SHAPE, jnp.uint8)
-    with pytest.raises(ValueError, match="x is uint8: give an array of floating-point numbers"):
+    with pytest.raises(ValueError, match="^x is uint8"):
         ode_logp(data_of("gaussian").score, SDES["vp"](), x, None, eps=EPS, trace=EXACT)

@@ -150,7 +150,7 @@ CASES: Cases = {
         {"x": X, "vs": PROBES},
         EXAMPLES
         | {
-            "vs|directions": (
+            "vs": (
                 X,
                 PROBES[:, :1],
                 PROBES[:0],
@@ -164,7 +164,7 @@ CASES: Cases = {
     "probes": (
         lambda key, count: divergence.probes(key, (3,), count),
         {"key": KEY, "count": 2},
-        BAD_KEYS | {"count|probes": COUNTS},
+        BAD_KEYS | {"count": COUNTS},
     ),
     "hadamard": (
         lambda rows: divergence.hadamard(rows, np.arange(3)),

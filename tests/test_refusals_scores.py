@@ -169,9 +169,9 @@ CASES: Cases = {
         },
     ),
     "control's noise": (
-        lambda x, t: control(3).noise(VP, x, t),
-        {"x": X, "t": T},
-        TIMES | {"x": (*EXAMPLES["x"], X[:1])},
+        lambda x_t, t: control(3).noise(VP, x_t, t),
+        {"x_t": X, "t": T},
+        TIMES | {"x_t|control": (*EXAMPLES["x"], X[:1])},
     ),
     "control's integral": (
         lambda x, eps: control(3).integral(VP, x, eps),
@@ -290,7 +290,7 @@ CASES: Cases = {
             score, VP, x, mask, key, eps=eps, sampler=samplers.DDIM(2)
         ),
         {"x": IMAGE, "mask": np.ones((4, 4, 1)), "key": KEY, "eps": EPS},
-        {"x": EXAMPLES["x"][:3], "mask": (0.5, 2.0, -1, NAN), **BAD_KEYS, **EPSILONS},
+        {"x|x_0": EXAMPLES["x"][:3], "mask": (0.5, 2.0, -1, NAN), **BAD_KEYS, **EPSILONS},
     ),
     "ode_sample": (
         lambda key, eps, sde: sampling.ode_sample(score, sde, (3,), key, eps=eps, solver=FAST),

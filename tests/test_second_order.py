@@ -345,18 +345,17 @@ def test_a_batch_has_the_losses_of_its_examples(sde: SDE, antithetic: bool) -> N
     assert len(np.unique(np.asarray(vs), axis=0)) > 1
 
 
-@pytest.mark.usefixtures("unchecked")
 def test_what_would_broadcast_is_refused() -> None:
     sde, key, x = VP(), jax.random.key(0), jnp.zeros(3)
     score = linear(sde, 1.0)
-    with pytest.raises(ValueError, match=r"t has shape \(2,\): give one example's scalar time"):
+    with pytest.raises(ValueError, match="^t is"):
         second_order.loss(score, sde, x, jnp.asarray([0.1, 0.2]), key, jnp.ones((1, 3)))
-    with pytest.raises(ValueError, match=r"directions of shape \(3,\)"):
+    with pytest.raises(ValueError, match="^vs is"):
         second_order.loss(score, sde, x, T, key, jnp.ones(3))
     batch = jnp.zeros((2, 3)), jnp.asarray([0.1, 0.2]), jax.random.split(key)
-    with pytest.raises(ValueError, match="probes=0: need an integer of at least 1"):
+    with pytest.raises(ValueError, match="^probes is 0"):
         second_order.dsm_batch(score, sde, *batch, probes=0)
-    with pytest.raises(ValueError, match="give a batch"):
+    with pytest.raises(ValueError, match="^t is"):
         second_order.dsm_batch(score, sde, batch[0], jnp.asarray(0.1), batch[2])
 
 

@@ -288,9 +288,9 @@ def test_impossible_smallest_times_are_refused(name: str, eps: float) -> None:
 @pytest.mark.parametrize(
     ("u", "message"),
     [
-        ([0.5, 1.5], r"u lies in \[0.5, 1.5\]: give points in \[0, 1\)"),
-        ([-1e-9, 0.5], r"u lies in \[-1e-09, 0.5\]"),
-        ([0.5, float("nan")], r"u lies in \[nan, nan\]"),
+        ([0.5, 1.5], r"u is .* in \[0.5, 1.5\]: give .* in \[0, 1\]"),
+        ([-1e-9, 0.5], r"u is .* in \[-1e-09, 0.5\]"),
+        ([0.5, float("nan")], r"u is .* in \[nan, nan\]"),
         ([5], "u is int"),
     ],
 )
@@ -311,7 +311,7 @@ def test_points_outside_the_unit_interval_are_refused(u: list[float], message: s
 def test_shapes_that_would_broadcast_are_refused() -> None:
     v = jnp.full((3,), 0.5)
     for wrong, values in ((v[:, None], v[:, None]), (v, v[:, None]), (v, v[:1])):
-        with pytest.raises(ValueError, match=r"give both as \(n,\)"):
+        with pytest.raises(ValueError, match=r"\b(v|values) is float"):
             tally(jnp.zeros((2, 4)), wrong, values, 0.5)
-    with pytest.raises(ValueError, match=r"density has shape \(2, 4\): give one number a bin"):
+    with pytest.raises(ValueError, match=r"density is .* of shape \(2, 4\)"):
         warp(v, jnp.ones((2, 4)))

@@ -2,8 +2,6 @@
 
 import importlib
 import pickle
-import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -23,14 +21,14 @@ def score(x: Array, t: Array, key: Key | None) -> Array:
     return -x
 
 
-def test_a_wrong_shape_fails_in_the_tests() -> None:
+def test_a_wrong_shape_is_refused() -> None:
     x, z = jnp.ones((2, 3)), jnp.zeros((2, 3))
     assert losses.perturb(VP, x, T, z).shape == (2, 3)
-    with pytest.raises(jaxtyping.TypeCheckError, match="parameter 't'"):
+    with pytest.raises(ValueError, match="^t is"):
         losses.perturb(VP, x, jnp.full((3,), 0.5), z)
-    with pytest.raises(jaxtyping.TypeCheckError, match="parameter 'z'"):
+    with pytest.raises(ValueError, match="^z is"):
         losses.perturb(VP, x, T, z[0])  # It would broadcast.
-    with pytest.raises(jaxtyping.TypeCheckError, match="parameter 'x'"):
+    with pytest.raises(ValueError, match="^x is"):
         losses.perturb(VP, jnp.ones((2, 3), int), T, z)
 
 
@@ -41,7 +39,7 @@ def test_a_wrong_shape_of_a_result_fails_in_the_tests() -> None:
 
 
 def test_shapes_are_checked_inside_transformations() -> None:
-    with pytest.raises(jaxtyping.TypeCheckError, match="parameter 'z'"):
+    with pytest.raises(ValueError, match="^z is"):
         jax.jit(jax.vmap(lambda x, z: losses.perturb(VP, x, T, z)))(jnp.ones((4, 3)), jnp.ones(4))
 
 
@@ -52,21 +50,15 @@ def test_keys_and_arrays_are_told_apart() -> None:
     assert isinstance(jax.random.split(KEY, 3), Keys) and not isinstance(KEY, Keys)
     assert losses.dsm(score, VP, jnp.ones(3), T, KEY).shape == ()
     for wrong in (*numbers, jax.random.split(KEY)):
-        with pytest.raises(jaxtyping.TypeCheckError, match="parameter 'key'"):
+        with pytest.raises(ValueError, match="^key is"):
             losses.dsm(score, VP, jnp.ones(3), T, wrong)
-    with pytest.raises(jaxtyping.TypeCheckError, match="parameter 'x'"):
+    with pytest.raises(ValueError, match="^x is"):
         losses.dsm(score, VP, KEY, T, KEY)
-    with pytest.raises(jaxtyping.TypeCheckError, match="parameter 'key'"):
+    with pytest.raises(ValueError, match="key is uint32 of shape"):
         times.lattice(jnp.zeros((2,), jnp.uint32), 4)
 
 
-def test_a_number_of_another_type_fails_in_the_tests() -> None:
-    with pytest.raises(jaxtyping.TypeCheckError, match="parameter 'nll'"):
-        bits.bits_per_dim(jnp.asarray(1), (3,), 16)
-
-
-@pytest.mark.usefixtures("unchecked")
-def test_without_checks_functions_are_as_users_call_them() -> None:
+def test_nats_may_be_an_integer() -> None:
     assert bits.bits_per_dim(jnp.asarray(1), (3,), 16) == bits.bits_per_dim(1.0, (3,), 16)
 
 
@@ -90,26 +82,6 @@ def test_checked_functions_are_the_same_for_jit_and_pickle() -> None:
     for thing in (losses.dsm, type(VP).std, VP, times.Importance(VP, 1e-5), Trace("exact")):
         assert pickle.loads(pickle.dumps(thing)) == thing
         assert hash(thing) == hash(pickle.loads(pickle.dumps(thing)))
-
-
-def test_users_do_not_need_the_checker() -> None:
-    """Without beartype the library works, and checks nothing but what it would get wrong."""
-    code = """if True:
-        import sys
-        sys.modules["beartype"] = None  # An import would fail.
-        import sbml, jax, jax.numpy as jnp
-        [getattr(sbml, name) for name in (*sbml.LIBRARY, *sbml.NAMES)]
-        score = lambda x, t, key: -x
-        loss = sbml.losses.dsm(score, sbml.VP(), jnp.ones(3), jnp.asarray(0.5), jax.random.key(0))
-        assert loss.shape == () and not hasattr(sbml.losses.dsm, "__wrapped__")
-        try:
-            sbml.losses.dsm(score, sbml.VP(), jnp.ones(3), jnp.ones(3), jax.random.key(0))
-        except ValueError as error:
-            assert "scalar time" in str(error)
-        else:
-            raise AssertionError("a wrong shape")
-    """
-    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_what_a_score_returned_is_checked() -> None:
@@ -165,7 +137,7 @@ def test_fields_and_directions_of_another_shape_are_refused() -> None:
     with pytest.raises(ValueError, match=r"f\(x\) has shape \(\) for x of shape \(3,\)"):
         divergence.exact(jnp.sum, x)
     for wrong in (vs[0], vs[:, None], vs[:, :2], vs[0, 0]):
-        with pytest.raises(ValueError, match="directions of shape .* for x of shape"):
+        with pytest.raises(ValueError, match="vs is float32 of shape"):
             divergence.hutchinson(jnp.sin, x, wrong)
 
 
@@ -184,7 +156,6 @@ def test_what_can_be_called_is_accepted(f) -> None:
         (lambda x: x, "too many positional arguments"),
         (lambda x, t, key: x, "missing a required argument: 'key'"),
         (lambda x, *, t: x, "too many positional arguments"),
-        (3, "network=3: give a function that is called as"),
     ],
 )
 def test_what_cannot_be_called_is_refused(f, reason: str) -> None:

@@ -23,11 +23,12 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 
-from sbml import bits, compiler, discrete, scalars
+from sbml import discrete, scalars
 from sbml.bound import Bound
+from sbml.door import checked
 from sbml.scalars import Number
 from sbml.sdes import SDE
-from sbml.types import Example, Key, PixelBatch, Pixels, Scalar, Score, check_key
+from sbml.types import Example, Key, PixelBatch, Pixels, Scalar, Score
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,11 +57,9 @@ class Model:
         """No parameters."""
         return {}
 
+    @checked
     def sample(self, params: Any, pixels: Pixels, key: Key) -> tuple[Example, Scalar]:
         """u of the shape of one example ``pixels (*s)``, and log q(u | pixels) in nats."""
-        compiler.check()
-        bits.check_integers(pixels)
-        check_key(key)
         e = discrete.truncated_normal(jax.random.normal(key, pixels.shape), self.tau)
         u = jnp.clip(0.5 + e / (2 * self.tau), 0.0, 1 - jnp.finfo(e.dtype).epsneg)
         return u, e.size * self._log_normaliser - 0.5 * jnp.sum(e**2)

@@ -11,8 +11,8 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 
-from sbml import bits
-from sbml.types import Example, Key, PixelBatch, Pixels, Scalar, check_key
+from sbml.door import checked
+from sbml.types import Example, Key, PixelBatch, Pixels, Scalar
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,9 +25,7 @@ class Model:
         """No parameters."""
         return {}
 
+    @checked
     def sample(self, params: Any, pixels: Pixels, key: Key) -> tuple[Example, Scalar]:
         """u of the shape of one example ``pixels (*s)``, and log q(u | pixels) = 0 in nats."""
-        bits.check_integers(pixels)
-        check_key(key)
-        u = jax.random.uniform(key, pixels.shape)
-        return u, jnp.zeros(())
+        return jax.random.uniform(key, pixels.shape), jnp.zeros(())

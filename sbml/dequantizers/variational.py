@@ -23,16 +23,16 @@ import jax
 import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.nn import log_sigmoid
-from jaxtyping import Float, Integer
+from jaxtyping import Float, Integer, Num
 
-from sbml import compiler
 from sbml.dequantizers._flowpp_design import DESIGNS
 from sbml.dequantizers._flowpp_flow import Flow, per_image
+from sbml.door import checked
 from sbml.streams import stream
-from sbml.types import Array, Key, Keys, Numbers, Scalar, Vector, check_key
+from sbml.types import AnyArray, Array, Key, Keys, Numbers, Scalar, Vector
 
-Pixels = Integer[Array, "n h w c"]
-Images = Float[Array, "n h w c"]
+Pixels = Integer[AnyArray, "n h w c"]
+Images = Float[AnyArray, "n h w c"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,24 +105,25 @@ class Model:
         """The input of the networks: ``pixels``, 0 ... levels - 1, scaled to [-1/2, 1/2]."""
         return jnp.asarray(pixels, dtype) / (self.levels - 1) - 0.5
 
-    def init(self, key: Key, pixels: Numbers) -> Any:
+    @checked
+    def init(self, key: Key, pixels: Num[AnyArray, "n h w c"]) -> Any:
         """Initial parameters, from the batch ``pixels (n, h, w, c)`` and one draw of noise for it.
 
         For that batch and noise, each channel has mean 0 and variance 1 after every activation
         normalisation.
 
         Raises:
-          ValueError: ``pixels`` is not a batch of images of even width, or ``key`` no typed key.
+          ValueError: the width of the images is odd.
         """
-        if pixels.ndim != 4 or pixels.shape[2] % 2:
+        if pixels.shape[2] % 2:
             raise ValueError(
                 f"pixels of shape {pixels.shape}: initialise with a batch (n, h, w, c) of images "
                 "whose width w is even, because the flow splits them into even and odd columns."
             )
-        check_key(key)
         noise = jax.random.normal(stream(key, "noise"), pixels.shape)
         return self.network().init(stream(key, "parameters"), self.image(pixels), noise)["params"]
 
+    @checked
     def forward(
         self, params: Any, pixels: Pixels, eps: Images, dropout_key: Key | None = None
     ) -> tuple[Images, Vector]:
@@ -138,7 +139,6 @@ class Model:
           u ``(n, h, w, c)`` and log q ``(n,)``. A u that rounds to 1 is replaced by the largest
           floating-point number below 1.
         """
-        compiler.check()
         flow = partial(self._apply, params, self.image(pixels, eps.dtype), eps)
         if dropout_key is None:
             logits, log_det = flow()
@@ -147,6 +147,7 @@ class Model:
         u = jnp.minimum(jax.nn.sigmoid(logits), 1.0 - jnp.finfo(eps.dtype).epsneg)
         return u, log_density(eps, logits, log_det)
 
+    @checked
     def inverse(self, params: Any, pixels: Pixels, u: Images) -> tuple[Images, Vector]:
         """The noise that ``forward`` turns into u, and log q(u | pixels) in nats.
 
@@ -180,14 +181,20 @@ class Model:
         result: Any = self.network().apply({"params": params}, image, x, **options)
         return result
 
+    @checked
     def sample(
-        self, params: Any, pixels: Integer[Array, "h w c"], key: Key, *, train: bool = False
+        self,
+        params: Any,
+        pixels: Integer[AnyArray, "h w c"],
+        key: Key,
+        *,
+        train: bool = False,
     ) -> tuple[Float[Array, "h w c"], Scalar]:
         """u of the shape of one example ``pixels (h, w, c)``, and log q(u | pixels) () in nats."""
-        check_key(key)
         u, log_q = self.sample_batch(params, pixels[None], key[None], train=train)
         return u[0], log_q[0]
 
+    @checked
     def sample_batch(
         self, params: Any, pixels: Pixels, keys: Keys, *, train: bool = False
     ) -> tuple[Images, Vector]:
@@ -196,7 +203,6 @@ class Model:
         Without dropout, the u of an image does not depend on the other images. Returns u
         ``(n, h, w, c)`` and log q ``(n,)``.
         """
-        check_key(keys, len(pixels))
         eps = jax.vmap(lambda key: jax.random.normal(stream(key, "noise"), pixels.shape[1:]))(keys)
         return self.forward(params, pixels, eps, stream(keys[0], "dropout") if train else None)
 

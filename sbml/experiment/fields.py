@@ -42,7 +42,7 @@ _OWN: dict[Any, Any] = {
     int: Annotated[int, Gt(-(2**16)), Lt(2**16)],
     float: Annotated[float, Ge(-1e6), Le(1e6)],
 }
-_OWN[Any] = _OWN[float]  # the numbers of an SDE, which can also be arrays
+_OWN[Any] = _OWN[float]
 
 
 class Override(str):
@@ -273,6 +273,9 @@ def _section_of(kind: Any, section: str, skip: tuple[str, ...]) -> type[Section]
         found: Any = field.type
         if isinstance(found, str):  # As the file says ``from __future__ import annotations``.
             found = eval(found, vars(sys.modules[kind.__module__]))
+        if typing.get_origin(found) is Annotated:  # The class itself checks the conditions.
+            found = typing.get_args(found)[0]
+            found = float if float in typing.get_args(found) else found  # a number of an SDE
         if typing.get_origin(found) is tuple and typing.get_args(found)[1:] == (Ellipsis,):
             inner = typing.get_args(found)[0]
             return tuple.__class_getitem__((_OWN.get(inner, inner), ...))

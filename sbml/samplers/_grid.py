@@ -10,24 +10,26 @@ sqrt(t), or ``log_snr``, even in log-SNR, which suits samplers with few steps.
 
 import abc
 import dataclasses
-from typing import Any, Protocol
+from typing import Annotated, Any, Protocol
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Float
 
+from sbml.door import checked, typed
 from sbml.ode import Stats
 from sbml.samplers.corrector import NoCorrector, check_corrector
-from sbml.scalars import Number, check_count
-from sbml.sdes import SDE, check_sde
+from sbml.scalars import Count, Number, one_of
+from sbml.sdes import SDE
 from sbml.streams import stream
-from sbml.types import Array, Example, Key, Score, check_example, check_key, in_full_precision
+from sbml.types import Array, Example, Key, Score, in_full_precision
 
 Path = Float[Array, "frames *s"]
 Times = Float[Array, "frames"]
 Triple = Float[Array, "3"]
 
 SPACINGS = ("time", "quadratic", "log_snr")
+Spacing = Annotated[str, one_of(*SPACINGS)]
 
 
 class Sampler(Protocol):
@@ -49,22 +51,17 @@ class Sampler(Protocol):
         ...
 
 
-def grid(sde: SDE, eps: Number, steps: int, spacing: str) -> Times:
-    """``(steps + 1,)`` times from ``sde.largest_time`` down to ``eps``.
-
-    Raises:
-      ValueError: for an unknown spacing.
-    """
+@checked
+def grid(sde: SDE, eps: Number, steps: Count, spacing: Spacing) -> Times:
+    """``(steps + 1,)`` times from ``sde.largest_time`` down to ``eps``."""
     ends = jnp.asarray([sde.largest_time, eps], float)
     if spacing == "time":
         times = jnp.linspace(ends[0], ends[1], steps + 1)
     elif spacing == "quadratic":
         times = jnp.linspace(sde.largest_time**0.5, eps**0.5, steps + 1) ** 2
-    elif spacing == "log_snr":
+    else:
         least, largest = jax.vmap(sde.log_snr)(ends)
         times = sde.time(jnp.linspace(least, largest, steps + 1))
-    else:
-        raise ValueError(f"unknown spacing {spacing!r}; choose from {SPACINGS}")
     return times.at[0].set(ends[0]).at[-1].set(ends[1])  # Exact, without rounding.
 
 
@@ -76,6 +73,7 @@ def frames_of(
     return jnp.concatenate([z[None], path])[index], times[index]
 
 
+@typed
 @dataclasses.dataclass(frozen=True)
 class FixedSteps(abc.ABC):
     """``steps`` steps with one score evaluation each; ``corrector`` follows each step.
@@ -86,18 +84,14 @@ class FixedSteps(abc.ABC):
       corrector: one of ``CORRECTORS``, applied after each step.
 
     Raises:
-      ValueError: for fewer than one step, an unknown spacing, or a corrector that is not an
-        instance of one of ``CORRECTORS`` or of a similar class.
+      ValueError: ``corrector`` is not an instance of one of ``CORRECTORS`` or of a similar class.
     """
 
-    steps: int = 500
-    spacing: str = "time"
+    steps: Count = 500
+    spacing: Spacing = "time"
     corrector: Any = NoCorrector()
 
     def __post_init__(self) -> None:
-        check_count(self.steps, "steps")
-        if self.spacing not in SPACINGS:
-            raise ValueError(f"unknown spacing {self.spacing!r}; choose from {SPACINGS}")
         check_corrector(self.corrector)
 
     @property
@@ -120,10 +114,7 @@ class FixedSteps(abc.ABC):
         """
 
     def _scan(self, score: Score, sde: SDE, z: Example, key: Key, eps: Number, keep: bool) -> Any:
-        check_sde(sde, SDE)
         sde.check_time(eps)
-        check_example(z, name="z")
-        check_key(key)
         z = in_full_precision(z)
         times = grid(sde, eps, self.steps, self.spacing)
         # No time precedes the first step. A fictitious one beyond T keeps all divisors nonzero.
@@ -145,6 +136,7 @@ class FixedSteps(abc.ABC):
         (x, _), path = jax.lax.scan(one, (start, self.init(z)), inputs)
         return x, path, times
 
+    @checked
     def __call__(
         self, score: Score, sde: SDE, z: Example, key: Key, *, eps: Number
     ) -> tuple[Example, Stats]:
@@ -153,10 +145,10 @@ class FixedSteps(abc.ABC):
         finite = jnp.all(jnp.isfinite(x))
         return x, Stats(jnp.asarray(self.nfe), jnp.asarray(self.steps), jnp.asarray(0), finite)
 
+    @checked
     def path(
-        self, score: Score, sde: SDE, z: Example, key: Key, *, eps: Number, frames: int
+        self, score: Score, sde: SDE, z: Example, key: Key, *, eps: Number, frames: Count
     ) -> tuple[Path, Times]:
         """See :class:`Sampler`; the frames are evenly spaced among the steps."""
-        check_count(frames, "frames")
         _, path, times = self._scan(score, sde, z, key, eps, keep=True)
         return frames_of(z, path, times, frames)

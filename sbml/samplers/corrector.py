@@ -18,12 +18,13 @@ Reference: Song et al., "Score-Based Generative Modeling through SDEs", ICLR 202
 """
 
 import dataclasses
-from typing import Any
+from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
 
-from sbml.scalars import check_count, check_positive
+from sbml.door import typed
+from sbml.scalars import Count, Number, positive
 from sbml.sdes import SDE
 from sbml.types import Example, Key, Scalar, Score, deterministic
 
@@ -40,24 +41,18 @@ class NoCorrector:
         return x
 
 
+@typed
 @dataclasses.dataclass(frozen=True)
 class Langevin:
     """``steps`` steps of size e = 2 a^2 (snr |z| / |score|)^2.
 
     Attributes:
       steps: the number of steps after each step of the sampler.
-      snr: the signal-to-noise ratio that sets the size.
-
-    Raises:
-      ValueError: for fewer than one step, or an ``snr`` that is not positive and finite.
+      snr: the signal-to-noise ratio that sets the size, positive.
     """
 
-    steps: int = 1
-    snr: float = 0.16
-
-    def __post_init__(self) -> None:
-        check_count(self.steps, "steps")
-        check_positive(self.snr, "snr", finite=True)
+    steps: Count = 1
+    snr: Annotated[Number, positive] = 0.16
 
     @property
     def nfe(self) -> int:
@@ -81,7 +76,6 @@ class Langevin:
         return jax.lax.scan(one, x, jax.random.split(key, self.steps))[0]
 
 
-@dataclasses.dataclass(frozen=True)
 class AnnealedLangevin(Langevin):
     """``steps`` steps of size e = 2 a^2 (snr sigma_t)^2."""
 
@@ -90,16 +84,10 @@ class AnnealedLangevin(Langevin):
 
 
 def check_corrector(corrector: Any) -> None:
-    """Check that ``corrector`` can be called and counts its evaluations, as an instance can.
-
-    Raises:
-      ValueError: if it is not; the message has it.
-    """
+    """Check that ``corrector`` can be called and counts its evaluations, as an instance can."""
     counts = isinstance(getattr(corrector, "nfe", None), int)
     if isinstance(corrector, type) or not (callable(corrector) and counts):
-        raise ValueError(
-            f"corrector={corrector!r}: give a corrector, such as samplers.Langevin(steps=1)"
-        )
+        raise ValueError(f"corrector={corrector!r}: give one, such as samplers.Langevin(steps=1)")
 
 
 CORRECTORS = {"none": NoCorrector, "langevin": Langevin, "annealed_langevin": AnnealedLangevin}

@@ -20,19 +20,20 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float, Num
+from jaxtyping import Float, Shaped
 
+from sbml.door import checked
 from sbml.samplers._grid import FixedSteps
 from sbml.samplers.corrector import NoCorrector
 from sbml.sampling import denoise
 from sbml.scalars import Number, is_traced
 from sbml.sdes import SDE
 from sbml.streams import stream
-from sbml.types import Array, Key, Scalar, Score, check_example, check_key
+from sbml.types import Key, Scalar, Score, _Array
 
-Image = Float[Array, "h w c"]
-Mask = Num[Array, "..."]
-Basis = Float[Array, "c c"]
+Image = Float[_Array, "h w c"]
+Mask = Shaped[_Array, "..."] | float
+Basis = Float[_Array, "c c"]
 
 # The first column gives grey, the mean over red, green and blue, up to a factor.
 GREY_FIRST = np.linalg.qr(np.array([[1.0, 1, 0], [1, 0, 1], [1, 0, 0]]))[0]
@@ -89,6 +90,7 @@ class KnownPart:
         return jax.lax.scan(one, x, jax.random.split(stream(key, "corrector"), self.nfe))[0]
 
 
+@checked
 def complete(
     score: Score,
     sde: SDE,
@@ -111,11 +113,9 @@ def complete(
         unknown part consistent.
 
     Raises:
-      ValueError: ``x_0`` is not of floating-point numbers, ``mask`` is not of 0 and 1 only,
-        ``key`` is not a typed key, or eps is outside (0, T). A traced ``mask`` is not checked.
+      ValueError: ``mask`` is not of 0 and 1 only, or eps is outside (0, T). A traced ``mask`` is
+        not checked.
     """
-    check_example(x_0)
-    check_key(key)
     if not is_traced(mask) and not np.all(np.isin(np.asarray(mask), (0, 1))):
         raise ValueError(f"mask has values {np.unique(mask)}: give 1 for known, 0 for unknown")
     corrector = KnownPart(x_0, mask, basis, sampler.corrector)

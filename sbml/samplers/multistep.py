@@ -14,18 +14,21 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from sbml.samplers._grid import FixedSteps, Triple
+from sbml.door import typed
+from sbml.samplers._grid import FixedSteps, Spacing, Triple
 from sbml.sampling import denoise
+from sbml.scalars import Count
 from sbml.sdes import SDE
 from sbml.types import Example, Score
 
 
+@typed
 @dataclasses.dataclass(frozen=True)
 class DPMSolver(FixedSteps):
     """A deterministic sampler for 10 to 50 steps."""
 
-    steps: int = 20
-    spacing: str = "log_snr"
+    steps: Count = 20
+    spacing: Spacing = "log_snr"
 
     def init(self, z: Example) -> Any:
         return jnp.zeros_like(z), jnp.asarray(0)

@@ -20,14 +20,14 @@ Implicit Models", ICLR 2021.
 """
 
 import dataclasses
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import jax.numpy as jnp
 
-from sbml import scalars
-from sbml.samplers._grid import FixedSteps, Triple
+from sbml.door import typed
+from sbml.samplers._grid import FixedSteps, Spacing, Triple
 from sbml.sampling import predictions
-from sbml.scalars import Number
+from sbml.scalars import Number, between
 from sbml.sdes import SDE
 from sbml.types import Example, Scalar, Score, deterministic
 
@@ -63,22 +63,13 @@ class ReverseDiffusion(FixedSteps):
         return (2 - a) * x + b**2 * deterministic(score, x, times[1]) + b * z, carry
 
 
+@typed
 @dataclasses.dataclass(frozen=True)
 class DDIM(FixedSteps):
-    """Denoising diffusion implicit models; ``eta`` in [0, 1] is the share of fresh noise.
+    """Denoising diffusion implicit models; ``eta`` in [0, 1] is the share of fresh noise."""
 
-    Raises:
-      ValueError: if ``eta`` is not in [0, 1].
-    """
-
-    spacing: str = "log_snr"
-    eta: Number = 0.0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        scalars.check_number(self.eta, "eta")
-        if not scalars.is_traced(self.eta) and not 0 <= self.eta <= 1:
-            raise ValueError(f"eta={self.eta}: must lie in [0, 1]")
+    spacing: Spacing = "log_snr"
+    eta: Annotated[Number, between(0, 1)] = 0.0
 
     def step(
         self, score: Score, sde: SDE, x: Example, carry: Any, times: Triple, z: Example
@@ -92,9 +83,10 @@ class DDIM(FixedSteps):
         return sde.mean_coef(t) * x_0 + rest * noise + c * z, carry
 
 
+@typed
 @dataclasses.dataclass(frozen=True)
 class Ancestral(DDIM):
     """A draw from the forward chain's posterior given x_0: DDIM with eta = 1."""
 
-    spacing: str = "time"
+    spacing: Spacing = "time"
     eta: ClassVar[Number] = 1.0  # type: ignore[misc]

@@ -9,45 +9,31 @@ import jax
 import jax.numpy as jnp
 
 from sbml import sampling
+from sbml.door import checked, typed
 from sbml.ode import Solver, Stats, transport
 from sbml.samplers._grid import Path, Times, frames_of
-from sbml.scalars import Number, check_count
-from sbml.sdes import SDE, check_sde
-from sbml.types import (
-    Example,
-    Key,
-    Scalar,
-    Score,
-    check_example,
-    check_key,
-    check_kind,
-    in_full_precision,
-)
+from sbml.scalars import Count, Number
+from sbml.sdes import SDE
+from sbml.types import Example, Key, Scalar, Score, in_full_precision
 
 
+@typed
 @dataclasses.dataclass(frozen=True)
 class ODE:
-    """The solution of the ODE by ``solver``; it is deterministic, so ``key`` may be None.
-
-    Raises:
-      ValueError: ``solver`` is no ``Solver``.
-    """
+    """The solution of the ODE by ``solver``; it is deterministic, so ``key`` may be None."""
 
     solver: Solver = Solver("dopri5", rtol=1e-3, atol=1e-3)
 
-    def __post_init__(self) -> None:
-        check_kind(self.solver, Solver, "solver")
-
+    @checked
     def __call__(
         self, score: Score, sde: SDE, z: Example, key: Key | None, *, eps: Number
     ) -> tuple[Example, Stats]:
         """See ``Sampler``."""
-        if key is not None:
-            check_key(key)
         return sampling.decode(score, sde, z, eps=eps, solver=self.solver)
 
+    @checked
     def path(
-        self, score: Score, sde: SDE, z: Example, key: Key | None, *, eps: Number, frames: int
+        self, score: Score, sde: SDE, z: Example, key: Key | None, *, eps: Number, frames: Count
     ) -> tuple[Path, Times]:
         """See ``Sampler``.
 
@@ -55,13 +41,8 @@ class ODE:
         frames are the nearest of these steps.
         """
         power, steps = self.solver.power, self.solver.fixed_steps
-        check_sde(sde, SDE)
         sde.check_time(eps)
-        check_example(z, name="z")
         z = in_full_precision(z)
-        check_count(frames, "frames")
-        if key is not None:
-            check_key(key)
         pieces = steps or frames - 1
         times = jnp.linspace(sde.T ** (1 / power), eps ** (1 / power), pieces + 1) ** power
         solver = dataclasses.replace(self.solver, fixed_steps=steps and 1)

@@ -29,6 +29,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sbml import compiler, pytrees, scalars
+from sbml.door import checked, typed
 from sbml.scalars import Number
 from sbml.sdes._inverse import inverse, slope
 from sbml.types import (
@@ -37,9 +38,7 @@ from sbml.types import (
     Example,
     Key,
     Scalar,
-    check_example,
     check_floating,
-    check_key,
     in_full_precision,
 )
 
@@ -59,18 +58,19 @@ OF_TIMES = ("mean_coef", "std", "log_snr", "rate", "drift_coef", "diffusion", "s
 
 
 def _of_times(method: Callable[..., Any]) -> Callable[..., Any]:
-    """``method`` with a check of its times and of its result's shape, so that no formula needs one
-    of its own."""
+    """``method`` with a check of XLA, of its times and of its result's shape, so that no formula
+    needs one of its own."""
 
     @functools.wraps(method)
-    def checked(self: Any, t: Elementwise) -> Any:
+    def inside(self: Any, t: Elementwise) -> Any:
+        compiler.check()
         self.check_times(t, math.inf)
         name, values = f"{type(self).__name__}.{method.__name__}", method(self, t)
         if isinstance(values, tuple):
             return tuple(_for_each_time(name, value, t) for value in values)
         return _for_each_time(name, values, t)
 
-    return checked
+    return inside
 
 
 def _for_each_time(name: str, value: Any, t: Elementwise) -> Any:
@@ -120,11 +120,12 @@ class Kernel(abc.ABC):
     def std(self, t: Elementwise) -> Elementwise:
         """sigma(t), the standard deviation of p(x_t | x_0)."""
 
+    @_of_times
     def log_snr(self, t: Elementwise) -> Elementwise:
         """lambda(t) = 2 log(alpha(t) / sigma(t)), strictly decreasing."""
-        compiler.check()
         return 2 * (jnp.log(self.mean_coef(t)) - jnp.log(self.std(t)))
 
+    @_of_times
     def rate(self, t: Elementwise) -> Elementwise:
         """-dlambda/dt, the rate at which log-SNR falls; for an SDE, g^2 / sigma^2."""
         return -slope(self.log_snr, t)
@@ -134,14 +135,13 @@ class Kernel(abc.ABC):
         """The time at which integrals over time end: T."""
         return self.T
 
+    @checked
     def marginal(self, x: Example, t: Scalar) -> tuple[Example, Scalar]:
         """Mean ``(*s)`` and standard deviation ``()`` of p(x_t | x_0 = x).
 
         Raises:
-          ValueError: ``t`` is no scalar in (0, T], or ``x`` or ``t`` are not of floating-point
-            numbers.
+          ValueError: ``t`` is not in (0, T].
         """
-        check_example(x, t)
         self.check_times(t)
         return self.mean_coef(t) * x, self.std(t)
 
@@ -164,13 +164,13 @@ class Kernel(abc.ABC):
                 f"t lies in [{times.min():g}, {times.max():g}]: give times in (0, {self.T:g}]"
             )
 
+    @typed
     def check_time(self, eps: Number, name: str = "smallest time eps") -> Number:
         """Check ``eps``, the lower end of the integral over time, and return it.
 
         Raises:
-          ValueError: if it is not one number in (0, largest_time).
+          ValueError: it is not in (0, largest_time).
         """
-        scalars.check_number(eps, name)
         last = self.largest_time
         if not scalars.is_traced(eps, last) and not 0 < eps < last:
             raise ValueError(f"{name}={eps}: must lie in (0, {last})")
@@ -217,7 +217,6 @@ class SDE(Kernel):
 
     def drift_coef(self, t: Elementwise) -> Elementwise:
         """f(t) = d log alpha / dt, a scalar."""
-        compiler.check()
         return slope(lambda t: jnp.log(self.mean_coef(t)), t)
 
     def diffusion(self, t: Elementwise) -> Elementwise:
@@ -268,14 +267,13 @@ class SDE(Kernel):
             "DDPM, or VE, the limit of SMLD"
         )
 
+    @checked
     def drift(self, x: Example, t: Scalar) -> Example:
         """f(t) x, shape ``(*s)``.
 
         Raises:
-          ValueError: ``t`` is no scalar in (0, T], or ``x`` or ``t`` are not of floating-point
-            numbers.
+          ValueError: ``t`` is not in (0, T].
         """
-        check_example(x, t)
         self.check_times(t)
         return self.drift_coef(t) * x
 
@@ -283,26 +281,17 @@ class SDE(Kernel):
         """alpha'(t) and sigma'(t), finite also where alpha(t) = 0."""
         return slope(self.mean_coef, t), slope(self.std, t)
 
+    @checked
     def prior_logp(self, z: Example) -> Scalar:
-        """log N(z; 0, S^2 I) in nats, a scalar, where S is ``prior_std``.
-
-        Raises:
-          ValueError: ``z`` is not of floating-point numbers.
-        """
-        compiler.check()
-        check_example(z, name="z")
+        """log N(z; 0, S^2 I) in nats, a scalar, where S is ``prior_std``."""
         z = in_full_precision(z)
         std = self.prior_std
         log_std = scalars.log(std)
         return -0.5 * jnp.sum((z / std) ** 2) - z.size * (log_std + 0.5 * math.log(2 * math.pi))
 
+    @checked
     def prior_sample(self, key: Key, shape: tuple[int, ...]) -> Example:
-        """One draw of shape ``shape`` from N(0, S^2 I), where S is ``prior_std``.
-
-        Raises:
-          ValueError: ``key`` is not one typed key.
-        """
-        check_key(key)
+        """One draw of shape ``shape`` from N(0, S^2 I), where S is ``prior_std``."""
         return self.prior_std * jax.random.normal(key, shape)
 
     def _std_at(self, t: Number) -> Scalar:

@@ -13,7 +13,6 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 
-from sbml import compiler
 from sbml.sdes._kernel import LEAST_LOG_SNR, SDE
 from sbml.types import Elementwise
 
@@ -40,7 +39,6 @@ class RectifiedFlow(SDE):
         return jnp.sqrt(2 * t / (1 - t))
 
     def log_snr(self, t: Elementwise) -> Elementwise:
-        compiler.check()
         return 2 * (jnp.log1p(-t) - jnp.log(t))
 
     def rate(self, t: Elementwise) -> Elementwise:
@@ -77,7 +75,6 @@ class Cosine(SDE):
         return jnp.sqrt(math.pi * self._ratio(t))
 
     def log_snr(self, t: Elementwise) -> Elementwise:
-        compiler.check()
         return -2 * jnp.log(self._ratio(t))
 
     def rate(self, t: Elementwise) -> Elementwise:

@@ -4,14 +4,15 @@ alpha = exp(-B / 2),      sigma^2 = 1 - exp(-B) (VP),      sigma = 1 - exp(-B) (
 """
 
 import dataclasses
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from sbml import compiler, scalars
-from sbml.scalars import Number
+from sbml.door import typed
+from sbml.scalars import Number, at_least
 from sbml.sdes._kernel import ClosedForm
 from sbml.sdes.levels import Levels
 from sbml.types import Elementwise
@@ -33,8 +34,6 @@ class _LinearBeta(ClosedForm):
     beta_max: Number = 20.0
 
     def __post_init__(self) -> None:
-        for name in ("beta_min", "beta_max"):
-            scalars.check_number(getattr(self, name), name)
         concrete = not scalars.is_traced(self.beta_min, self.beta_max)
         if concrete and not 0 < self.beta_min <= self.beta_max <= LARGEST_BETA:
             raise ValueError(
@@ -47,7 +46,6 @@ class _LinearBeta(ClosedForm):
 
     def _integral(self, t: Elementwise) -> Elementwise:
         """B(t), the integral of beta over [0, t]."""
-        compiler.check()
         return t * (self.beta_min + 0.5 * (self.beta_max - self.beta_min) * t)
 
     def _time(self, integral: Elementwise) -> Elementwise:
@@ -63,6 +61,7 @@ class _LinearBeta(ClosedForm):
         return jnp.exp(-0.5 * self._integral(t))
 
 
+@typed
 @dataclasses.dataclass(frozen=True)
 class VP(_LinearBeta):
     """Variance preserving: alpha^2 + sigma^2 = 1, the continuous limit of DDPM."""
@@ -80,15 +79,15 @@ class VP(_LinearBeta):
     def time(self, log_snr: Elementwise) -> Elementwise:
         return self._time(jax.nn.softplus(-log_snr))
 
-    def levels(self, n: int) -> Levels:
+    @typed
+    def levels(self, n: Annotated[int, at_least(2)]) -> Levels:
         """DDPM's levels (Ho et al. 2020).
 
         alpha_i^2 = prod_{j <= i} (1 - beta_j) with beta_j linear in j; sigma_i^2 = 1 - alpha_i^2.
 
         Raises:
-          ValueError: for fewer than two levels, or so few that the last beta is 1 or more.
+          ValueError: there are so few levels that the last beta is 1 or more.
         """
-        scalars.check_count(n, "n", 2)
         if n <= self.beta_max:
             raise ValueError(
                 f"{n} noise levels with beta_max={self.beta_max}: the last beta is "
@@ -99,6 +98,7 @@ class VP(_LinearBeta):
         return Levels(tuple(np.exp(log_mean)), tuple(np.sqrt(-np.expm1(2 * log_mean))))
 
 
+@typed
 @dataclasses.dataclass(frozen=True)
 class SubVP(_LinearBeta):
     """sub-VP: the same alpha as VP, and sigma = 1 - alpha^2, which is at most VP's sigma."""

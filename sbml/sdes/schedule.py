@@ -5,11 +5,13 @@ from collections.abc import Callable
 
 import jax.numpy as jnp
 
-from sbml import scalars
+from sbml.door import typed
+from sbml.scalars import Number
 from sbml.sdes._kernel import SDE
 from sbml.types import Elementwise, Numbers
 
 
+@typed
 @dataclasses.dataclass(frozen=True)
 class Schedule(SDE):
     """The SDE with x_t = alpha(t) x_0 + sigma(t) z; everything else is derived.
@@ -27,20 +29,16 @@ class Schedule(SDE):
       smallest_time: the time at which integrals over time and the ODE start.
 
     Raises:
-      ValueError: if ``smallest_time`` is not in (0, 1), or alpha or sigma is no function.
+      ValueError: ``smallest_time`` is not in (0, 1).
     """
 
     alpha: Callable[[Elementwise], Elementwise]
     sigma: Callable[[Elementwise], Elementwise]
-    smallest_time: float = dataclasses.field(  # type: ignore[misc]
+    smallest_time: Number = dataclasses.field(  # type: ignore[misc]
         default=1e-5, kw_only=True, metadata={"static": True}
     )
 
     def __post_init__(self) -> None:
-        for name in ("alpha", "sigma"):
-            if not callable(getattr(self, name)):
-                raise ValueError(f"{name}={getattr(self, name)}: give a function of t")
-        scalars.check_number(self.smallest_time, "smallest_time")
         if not 0 < self.smallest_time < self.T:
             raise ValueError(f"smallest_time={self.smallest_time}: must lie in (0, {self.T})")
 

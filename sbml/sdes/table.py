@@ -19,7 +19,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sbml import compiler
 from sbml.sdes._kernel import SDE
 from sbml.types import Elementwise
 
@@ -72,7 +71,6 @@ class AlphaBarTable(SDE):
         return (len(self.alpha_bars) - 1) * t
 
     def log_snr(self, t: Elementwise) -> Elementwise:
-        compiler.check()
         cubics = _cubics(tuple(self.alpha_bars))
         t = jnp.asarray(t)
         step = self.step(t)

@@ -26,6 +26,7 @@ import jax
 import jax.numpy as jnp
 
 from sbml import scalars
+from sbml.door import typed
 from sbml.scalars import Number
 from sbml.sdes._kernel import ClosedForm
 from sbml.types import Array, Elementwise, check_floating
@@ -41,13 +42,13 @@ class _Gamma(ClosedForm):
     def gamma(self, t: Elementwise) -> Elementwise:
         """-log SNR, increasing in t."""
 
+    @typed
     def check_time(self, eps: Number, name: str = "smallest time eps") -> Number:
         """Check ``eps``, the lower end of the integral over time, and return it.
 
         Raises:
-          ValueError: if it is not one number in [0, T).
+          ValueError: it is not in [0, T).
         """
-        scalars.check_number(eps, name)
         if not scalars.is_traced(eps) and not 0 <= eps < self.T:
             raise ValueError(f"{name}={eps}: must lie in [0, {self.T})")
         return eps
@@ -68,6 +69,7 @@ class _Gamma(ClosedForm):
         return jnp.sqrt(jax.nn.sigmoid(self.gamma(t)) * self.rate(t))
 
 
+@typed
 @dataclasses.dataclass(frozen=True)
 class LinearGamma(_Gamma):
     """gamma = gamma_0 + (gamma_1 - gamma_0) t; the defaults are the published values.
@@ -81,8 +83,6 @@ class LinearGamma(_Gamma):
 
     def __post_init__(self) -> None:
         ends = (self.gamma_0, self.gamma_1)
-        for name, end in zip(("gamma_0", "gamma_1"), ends, strict=True):
-            scalars.check_number(end, name)
         if not scalars.is_traced(*ends) and not -math.inf < ends[0] < ends[1] < math.inf:
             raise ValueError(
                 f"gamma_0={self.gamma_0}, gamma_1={self.gamma_1}: need finite numbers with "

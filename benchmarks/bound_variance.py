@@ -18,8 +18,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from sbml import bits, bound, data, times
+from sbml.evaluation.inputs import Inputs
 from sbml.experiment import build
-from sbml.modes import eval as evaluate
 from sbml.runtime import cpu
 from sbml.runtime.workdir import Workdir
 from sbml.types import Array, Key, Score
@@ -68,15 +68,13 @@ def main() -> None:
     config = runpy.run_path(args.config)["get_config"]()
     config.eval.proposal_bins = 32
     workdir = Workdir(args.workdir)
-    e, restored = build.Experiment(config).restored(workdir)
-    train = e.images("train")
-    fitted = evaluate.control_variate(e, train, workdir)
-    density = evaluate.time_density(e, restored, train, fitted, workdir)(e.eval_eps)
-    images = e.images("test")
+    shared = Inputs.of(build.Experiment(config), workdir, "test")
+    e, images, fitted = shared.experiment, shared.images, shared.control
+    density = shared.density(e.eval_eps)
     pixels = jnp.asarray(images.images[data.spread(len(images), args.images)])
     count = len(pixels)
     x = bits.to_model(pixels, jax.random.uniform(jax.random.key(9), pixels.shape), images.levels)
-    score = e.exact_adapter(restored.state.ema_params)
+    score = e.exact_adapter(shared.restored.state.ema_params)
 
     @functools.partial(jax.jit, static_argnames=("way",))
     def sweep(score: Score, key: Key, way: str) -> Array:

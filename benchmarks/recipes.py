@@ -41,10 +41,10 @@ from recipe_table import CELLS, table
 
 from sbml import data
 from sbml.evaluation import cells
+from sbml.evaluation.inputs import Inputs
 from sbml.experiment import build, trained
 from sbml.experiment.config import default, node_of
 from sbml.experiment.fields import unknown
-from sbml.modes import eval as evaluate
 from sbml.modes import train
 from sbml.modes._loop import NonFiniteLoss, compiled_step
 from sbml.networks import frequencies
@@ -206,18 +206,13 @@ def time_steps(plan: Plan, recipe: str, rounds: int = 9, steps: int = 3) -> dict
 
 def evaluate_run(config: ConfigDict, workdir: Workdir) -> dict[str, list[float]]:
     """bits/dim of every held-out image, by the name of the cell (the column)."""
-    experiment, restored = build.Experiment(config).restored(workdir)
-    images, training = experiment.images(data.VALIDATION), experiment.images("train")
+    shared = Inputs.of(build.Experiment(config), workdir, data.VALIDATION)
     values = {}
     with jax.default_matmul_precision(config.eval.precision):
-        control = evaluate.control_variate(experiment, training, workdir)
-        density = evaluate.time_density(experiment, restored, training, control, workdir)
-        shared = cells.Evaluation(experiment, restored, images, control, density, workdir)
         for cell in CELLS[config.data.dequantization]:
             if cell.dequantizer == "learned" and config.score.parameterization != "levels":
                 continue
-            model = evaluate.dequantization(experiment, cell.dequantizer, workdir, training)
-            run = cells.CellRun(shared, cell, model)
+            run = cells.CellRun(shared, cell, shared.dequantization(cell.dequantizer))
             sweeps = range(config.eval.sweeps if cell.is_bound else 1)
             rows = [run.rows(run.ids, sweep)["bits_per_dim"] for sweep in sweeps]
             values[cell.name] = np.mean(rows, axis=0).tolist()

@@ -29,14 +29,15 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Num
 
-from sbml import bits, estimate, ode, pytrees, sampling, times
+from sbml import bits, ode, pytrees, sampling
 from sbml.dequantizers import uniform
 from sbml.divergence import Trace, exact_batch
 from sbml.door import checked, typed
-from sbml.estimate import Columns, Estimate
+from sbml.estimate import Estimate
 from sbml.estimators import Reduction, Rows, Target, bound, rows
 from sbml.estimators import ode as ode_estimator
-from sbml.estimators.base import Estimator, times_key
+from sbml.estimators.base import Estimator
+from sbml.estimators.driver import Driver
 from sbml.ode import Solver
 from sbml.scalars import Count, Number, at_least, between
 from sbml.sdes import SDE
@@ -52,8 +53,6 @@ from sbml.types import (
 
 Sweeps = Annotated[int, at_least(2)]  # One gives no error bar.
 Examples = Num[np.ndarray, "n *s"]
-
-TERMS_OF_INTEGERS = ("dequantization", "importance", "scale")  # continuous data do not have them
 
 
 @typed
@@ -180,20 +179,8 @@ class Density:
           ValueError: if ``x`` are not floating-point numbers of that shape.
         """
         x = self._continuous(x)
-        estimator, target = bound.Estimator(), Target(self.sde, self._eps)
-        rows_of = self._rows_of(estimator, target, x)
-
-        def columns(sweep: int) -> Columns:
-            u = np.asarray(times.lattice(times_key(self.seed, sweep), len(x), times_each))
-
-            def batch(ids: np.ndarray) -> Any:
-                return rows_of(ids, sweep, Reduction(), u[ids].astype(x.dtype))
-
-            return self._in_batches(batch, np.arange(len(x)))
-
-        return estimate.bound_estimate(
-            [columns(sweep) for sweep in range(sweeps)], _terms(estimator, target), target
-        )
+        how = {"sweeps": sweeps, "n_times": times_each}
+        return self._driver(bound.Estimator(), Target(self.sde, self._eps), x, **how).estimate()
 
     @checked
     def sample(self, key: Key, n: Count) -> Examples:
@@ -207,13 +194,10 @@ class Density:
             bits.check_levels(self.levels, 256)
         draw = self._compiled(_sample, "sde", "eps", "shape")
         keys = jax.random.split(key, n)
-        columns = self._in_batches(
-            lambda ids: {
-                "x": draw(keys[ids], self.solver, sde=self.sde, eps=self._eps, shape=self.shape)
-            },
-            np.arange(n),
+        x = self._in_batches(
+            lambda ids: draw(keys[ids], self.solver, sde=self.sde, eps=self._eps, shape=self.shape),
+            n,
         )
-        x = columns["x"]
         if self.levels is None:
             return x
         if failed := int(np.sum(~np.isfinite(x).reshape(n, -1).all(axis=1))):
@@ -281,70 +265,42 @@ class Density:
             expected = "".join(f", {size}" for size in self.shape)
             raise ValueError(f"data of shape {data.shape}: give (n{expected}) with n at least 1")
 
-    def _rows_of(
-        self, estimator: Estimator, target: Target, data: Examples
-    ) -> Callable[..., dict[str, Num[Array | np.ndarray, " k"]]]:
-        """A function (ids, sweep, options, u) that computes all terms of the estimator for the
-        examples ``data[ids]``, with the term ``scale``."""
+    def _driver(
+        self, estimator: Estimator, target: Target, data: Examples, **options: Any
+    ) -> Driver:
         compiled = self._compiled(_terms_of, "estimator", "target")
-        scale = bits.nats_to_bits(estimator.scale_nats(target, self.shape), self.shape)
-
-        def rows_of(
-            ids: np.ndarray, sweep: int, options: Solver | Reduction, u: Any = None
-        ) -> dict[str, Num[Array | np.ndarray, " k"]]:
-            sweeps = np.full(len(ids), sweep, np.int32)
-            batch = Rows(data[ids], ids, sweeps, np.uint32(self.seed))
-            columns = compiled(batch, u, options, estimator=estimator, target=target)
-            return {**columns, "scale": np.full(len(ids), scale)}
-
-        return rows_of
+        size, n = self.batch_size, len(data)
+        return Driver(
+            estimator=estimator,
+            target=target,
+            data=data,
+            ids=np.arange(n),
+            subset=np.linspace(0, n - 1, min(n, self.subset)).astype(int),
+            compute=functools.partial(compiled, estimator=estimator, target=target),
+            seed=self.seed,
+            batch_size=min(size, exact_batch(self.dims)) if estimator.exact else size,
+            solver=self.solver,
+            **options,
+        )
 
     def _solve(self, data: Examples, target: Target, dims: int) -> Estimate:
-        """Solve for all examples, and again for a subset with new draws and a stricter solver."""
         # A solve with a tenth of the tolerances measures the solver's error.
         ode.check_tolerances(self.solver, jnp.result_type(float), "solver.", factor=10)
         estimator = ode_estimator.Estimator(self._trace)
-        ids, terms = np.arange(len(data)), _terms(estimator, target)
-        rows_of = self._rows_of(estimator, target, data)
-        subset = np.unique(np.linspace(0, len(data) - 1, min(len(data), self.subset)).astype(int))
-
-        size = min(self.batch_size, exact_batch(self.dims) if estimator.exact else self.batch_size)
-
-        def table(ids: np.ndarray, sweep: int, solver: Solver) -> Columns:
-            return self._in_batches(lambda ids: rows_of(ids, sweep, solver), ids, size)
-
-        gap = estimate.solver_error(table, ids, subset, self.solver, terms)
-        budget = self.budget * dims
-        prior_error = target.prior_error(data)
-        return estimate.ode_estimate(
-            table, ids, subset, self.solver, terms, target, gap, budget, prior_error
-        )
+        return self._driver(estimator, target, data, budget=self.budget * dims).estimate()
 
     def _transport(self, x: Examples, t0: float, t1: float) -> Examples:
         solve = self._compiled(_transport, "sde", "t0", "t1")
 
-        def batch(ids: np.ndarray) -> Any:
-            return {"x": solve(x[ids], self.solver, sde=self.sde, t0=t0, t1=t1)}
+        def batch(ids: np.ndarray) -> Batch:
+            return solve(x[ids], self.solver, sde=self.sde, t0=t0, t1=t1)
 
-        return self._in_batches(batch, np.arange(len(x)))["x"]
+        return self._in_batches(batch, len(x))
 
-    def _in_batches(
-        self, batches: Callable[[np.ndarray], Any], ids: np.ndarray, size: int | None = None
-    ) -> dict[str, np.ndarray]:
-        """The columns of all ``ids``, in batches of ``size``, which is ``batch_size`` if it is
-        None; the last batch is padded."""
-        size = min(size or self.batch_size, len(ids))
-        parts = []
-        for start in range(0, len(ids), size):
-            batch = ids[start : start + size]
-            padded = np.concatenate([batch, np.full(size - len(batch), batch[0])])
-            values = jax.device_get(batches(padded.astype(np.int32)))
-            parts.append({name: np.asarray(v)[: len(batch)] for name, v in values.items()})
-        columns = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-        return {
-            name: column.astype(np.float64) if np.issubdtype(column.dtype, np.floating) else column
-            for name, column in columns.items()
-        }
+    def _in_batches(self, f: Callable[[np.ndarray], Batch], n: int) -> Examples:
+        """The rows of ``f`` for the ids 0 .. n - 1, in float64."""
+        batches = pytrees.in_batches(f, np.arange(n), min(self.batch_size, n))
+        return np.concatenate([rows for _, rows in batches]).astype(np.float64)
 
 
 def _some(indices: np.ndarray) -> str:
@@ -356,12 +312,6 @@ def _some(indices: np.ndarray) -> str:
 @functools.cache
 def _jit(f: Callable[..., Any], *static: str) -> Callable[..., Any]:
     return jax.jit(f, static_argnames=static)
-
-
-def _terms(estimator: Estimator, target: Target) -> tuple[str, ...]:
-    """The estimator's terms for data of this kind, continuous or of integers."""
-    absent = TERMS_OF_INTEGERS if target.levels is None else ()
-    return tuple(name for name in estimator.terms if name not in absent)
 
 
 def _terms_of(

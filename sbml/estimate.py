@@ -1,21 +1,8 @@
-"""A number for every example, and the mean of these numbers with its error bars.
-
-An example has independent random draws in each *sweep*. Sweep 0 covers all examples. There are two
-kinds of estimates, which measure the noise of the draws in different ways:
-
-    ode      -log p by an ODE. Sweep 1 covers a subset of the examples, and the differences between
-             its two draws measure the noise. The subset is also solved again with the draws of
-             sweep 0 and the :func:`reference` solver; the difference measures the solver's error.
-    bound    an expectation over times. Every sweep covers all examples. The value of an example is
-             its mean over R sweeps, and the spread of the sweeps' means m_r measures the noise:
-             the standard error is sd(m_r) / sqrt(R). If a few rare draws decide the mean, the
-             intervals are too narrow. Pareto's k of the draws, each minus the median of its
-             example, and of the weights of their times show this.
-"""
+"""A number for every example, and the mean of these numbers with its error bars."""
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -23,7 +10,6 @@ import numpy as np
 from jaxtyping import Integer, Num
 
 from sbml import intervals, ode
-from sbml.estimators import Target
 from sbml.intervals import Interval
 from sbml.likelihood import PriorError
 from sbml.ode import Solver
@@ -31,7 +17,6 @@ from sbml.ode import Solver
 Ids = Integer[np.ndarray, "n"]
 Values = Num[np.ndarray, "n"]
 Columns = dict[str, Values]
-Rows = Callable[[Ids, int, Solver], Columns]  # (ids, sweep, solver) -> terms and nfe of each id
 
 
 @dataclasses.dataclass(frozen=True)
@@ -241,11 +226,6 @@ def excess(gap: Interval, budget: float) -> str:
     )
 
 
-def total(columns: Columns, terms: Sequence[str]) -> Values:
-    """The sum of the columns in ``terms``, ``(n,)``."""
-    return np.sum([columns[name] for name in terms], axis=0)
-
-
 # The largest tolerance of a reference solver. The solver's error at this tolerance is still larger
 # than the rounding errors of float32.
 STRICT = 2e-5
@@ -265,108 +245,3 @@ def reference(solver: Solver) -> Solver:
     strict = solver.tighter(10)
     rtol, atol = min(strict.rtol, STRICT), min(strict.atol, STRICT)
     return Solver(rtol=rtol, atol=atol, max_steps=max(solver.max_steps, ode.MAX_STEPS))
-
-
-def solver_error(
-    rows: Rows,
-    ids: Ids,
-    subset: Integer[np.ndarray, " m"],
-    solver: Solver,
-    terms: Sequence[str],
-) -> Interval:
-    """The mean over ``subset`` of the values by ``solver`` minus those by its :func:`reference`.
-
-    Both use the draws of sweep 0. The interval is in the unit of the terms. It takes ``subset`` as
-    a sample of more examples; if ``ids`` has one example only, its width is 0.
-    """
-    values, exact = (total(rows(subset, 0, s), terms) for s in (solver, reference(solver)))
-    gap = intervals.mean_interval(values - exact)
-    return gap._replace(stderr=0.0, ci95=0.0) if len(ids) == 1 else gap
-
-
-def ode_estimate(
-    rows: Rows,
-    ids: Ids,
-    subset: Integer[np.ndarray, " m"],
-    solver: Solver,
-    terms: Sequence[str],
-    target: Target,
-    gap: Interval,
-    budget: float,
-    prior_error: PriorError | None = None,
-) -> Estimate:
-    """The estimate of numbers that are computed by an ODE.
-
-    Args:
-      rows: a function of ids ``(n,)``, a sweep and a solver that gives the terms and ``nfe`` of
-        these examples, each ``(n,)``, in float64.
-      ids, subset: the sorted ids of all examples, and of those that are drawn again in sweep 1.
-      solver, terms: how the ODE is solved, and the names of the terms.
-      prior_error: as in :class:`Estimate`.
-      gap: the :func:`solver_error`.
-      budget: as in :class:`Estimate`.
-    """
-    table = rows(ids, 0, solver)
-    values = total(table, terms)
-    again = total(rows(subset, 1, solver), terms)
-    first = values[np.isin(ids, subset)]
-    stderr, freedom = intervals.repeated_stderr(first, again, len(ids))
-    return Estimate(
-        values=values,
-        terms={name: table[name] for name in terms},
-        unit=_unit(target),
-        eps=float(target.eps),
-        nfe=table["nfe"],
-        population=intervals.mean_interval(values),
-        this_set=_this_set(values, stderr, freedom),
-        solver_error=gap,
-        budget=budget,
-        solver=solver,
-        prior_error=prior_error,
-    )
-
-
-def bound_estimate(
-    tables: Sequence[Columns], terms: Sequence[str], target: Target, tail: float = math.nan
-) -> Estimate:
-    """The estimate of a bound from the tables of its sweeps.
-
-    Each table has the columns ``terms`` and ``nfe`` of all examples, each ``(n,)``. The result's
-    values and terms are means over the sweeps, and its ``nfe`` are sums. ``tail`` is Pareto's k of
-    the weights of the times (``bound.Reduction.tail``).
-    """
-    draws = np.array([total(table, terms) for table in tables])
-    values = np.mean(draws, axis=0)
-    return Estimate(
-        values=values,
-        terms={name: np.mean([table[name] for table in tables], axis=0) for name in terms},
-        unit=_unit(target),
-        eps=float(target.eps),
-        nfe=np.sum([table["nfe"] for table in tables], axis=0),
-        population=intervals.mean_interval(values),
-        this_set=_this_set(values, sweep_stderr(tables, terms), len(tables) - 1),
-        sweeps=len(tables),
-        tail=float(np.fmax(tail, intervals.pareto_k(draws - np.median(draws, axis=0)))),
-    )
-
-
-def sweep_stderr(tables: Sequence[Columns], terms: Sequence[str]) -> float:
-    """sd(m_r) / sqrt(R), where m_r is the mean over all examples in sweep r of R.
-
-    This is the standard error of the mean over sweeps. It is infinite for one sweep.
-    """
-    if len(tables) < 2:
-        return math.inf
-    means = [float(np.mean(total(table, terms))) for table in tables]
-    return float(np.std(means, ddof=1)) / math.sqrt(len(means))
-
-
-def _unit(target: Target) -> str:
-    return "nats" if target.levels is None else "bits/dim"
-
-
-def _this_set(values: Values, stderr: float, freedom: float) -> Interval:
-    """The mean of ``values`` with the noise of the random draws alone."""
-    nonfinite = int(np.sum(~np.isfinite(values)))
-    half = intervals.half_width(stderr, freedom)
-    return Interval(float(np.mean(values)), stderr, half, len(values), nonfinite)

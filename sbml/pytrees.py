@@ -14,6 +14,7 @@ arrays, also if other leaves are functions.
 """
 
 import dataclasses
+from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 import jax
@@ -108,3 +109,20 @@ def as_argument(score: Any) -> ScoreArgument | None:
 
 def _is_array(leaf: Any) -> bool:
     return isinstance(leaf, jax.Array | np.ndarray)
+
+
+def in_batches(
+    f: Callable[[np.ndarray], Any], ids: np.ndarray, size: int
+) -> Iterator[tuple[np.ndarray, Any]]:
+    """The ids and ``f(ids)`` of each batch of ``ids (n,)``; ``f`` returns a tree of arrays with one
+    row for each id.
+
+    All calls of ``f`` have ``size`` ids, so that one compiled function serves them. The last batch
+    is filled up with its own ids, whose rows are dropped: every id counts once.
+    """
+
+    def rows_of(batch: np.ndarray) -> tuple[np.ndarray, Any]:
+        rows = f(np.resize(batch, size))
+        return batch, jax.tree.map(lambda a: np.asarray(a)[: len(batch)], rows)
+
+    return (rows_of(ids[start : start + size]) for start in range(0, len(ids), size))

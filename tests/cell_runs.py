@@ -4,8 +4,8 @@ import tiny
 
 from sbml.estimators import Cell
 from sbml.evaluation import cells
+from sbml.evaluation.inputs import Inputs
 from sbml.experiment import build
-from sbml.modes import eval as evaluate
 from sbml.runtime.workdir import Workdir
 
 ODE, BOUND = Cell("ode", "uniform"), Cell("bound", "uniform")
@@ -17,10 +17,5 @@ def cell_run(workdir, directory, cell, **fields):
     config.eval.update(fields)
     experiment = build.Experiment(config)
     images, train = experiment.images("test"), experiment.images("train")
-    wants = cell.kind.reducible
-    control = evaluate.control_variate(experiment, train, directory) if wants else None
-    restored = experiment.restore(workdir)
-    density = evaluate.time_density(experiment, restored, train, control, directory)
-    shared = cells.Evaluation(experiment, restored, images, control, density, directory)
-    found = evaluate.dequantization(experiment, cell.dequantizer, workdir, train)
-    return cells.CellRun(shared, cell, found)
+    shared = Inputs(experiment, experiment.restore(workdir), images, train, directory)
+    return cells.CellRun(shared, cell, shared.dequantization(cell.dequantizer))

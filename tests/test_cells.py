@@ -8,17 +8,17 @@ import pytest
 import runs
 import tiny
 from cell_runs import BOUND, ODE, cell_run
+from made_up import MadeUp
 from scipy import stats
 
 from sbml import estimate, score
-from sbml.estimators import Cell, Target
+from sbml.estimators import Cell
 from sbml.evaluation import cells
 from sbml.experiment import build
-from sbml.intervals import half_width, mean_interval, repeated_stderr
+from sbml.intervals import half_width, repeated_stderr
 from sbml.modes import train
 from sbml.ode import Solver
 from sbml.runtime import progress
-from sbml.sdes import VP
 
 
 @pytest.fixture(scope="module")
@@ -64,29 +64,17 @@ def test_solver_guard_measures_the_solvers_error(trained, tmp_path):
 def test_errors_of_either_sign_do_not_pass_for_none(size, converged):
     """Four images have errors of ±4e-3 with mean 0: not within 1e-3; of ±1e-4: within."""
     signs, solver = np.asarray([1, -1, 1, -1]), Solver()
-
-    def rows(ids, sweep, how):
-        return {"prior": size * signs * (how == solver)}
-
-    gap = estimate.solver_error(rows, np.arange(4), np.arange(4), solver, ("prior",))
+    gap = MadeUp(4, 4, lambda ids, sweep, how: size * signs * (how == solver)).solver_error()
     assert gap.mean == 0 and gap.ci95 == pytest.approx(3.182446 * size / np.sqrt(3))
     assert estimate.within(gap, 1e-3) == converged
 
 
 def test_a_number_outside_the_subset_that_is_not_finite_has_not_converged():
-    values, gap = np.array([1.0, 2.0, 3.0, 4.0]), mean_interval(np.zeros(2))
-
-    def rows(ids, sweep, how):
-        return {"prior": values[ids], "nfe": np.full(len(ids), 9)}
-
-    def converged():
-        ids = np.arange(4), np.arange(2)
-        of = Solver(), ("prior",), Target(VP(), 1e-3), gap, 1.0
-        return estimate.ode_estimate(rows, *ids, *of).converged
-
-    assert converged()
+    values = np.array([1.0, 2.0, 3.0, 4.0])
+    run = MadeUp(4, 2, lambda ids, sweep, how: values[ids], budget=1.0)
+    assert run.estimate().converged
     values[3] = np.nan
-    assert not converged()
+    assert not run.estimate().converged
 
 
 def test_eight_euler_steps_are_refused(trained, tmp_path):
@@ -159,11 +147,12 @@ def test_rows_of_another_setting_are_not_taken(trained, tmp_path, cell, field, v
 def with_levels():
     config = tiny.get_config()
     config.score.parameterization = "levels"
+    config.eval.proposal_bins = 0
     return config
 
 
 def test_rows_of_other_images_or_parameters_are_not_taken(trained, tmp_path):
-    run = cell_run(trained, tmp_path, ODE)
+    run = cell_run(trained, tmp_path, BOUND, proposal_bins=0)
     shared, solver = run.shared, run.shared.experiment.config.eval.solver()
     state = shared.restored.state
     moved = state.replace(ema_params=jax.tree.map(lambda a: a + 1, state.ema_params))
@@ -175,7 +164,7 @@ def test_rows_of_other_images_or_parameters_are_not_taken(trained, tmp_path):
         {"images": shared.experiment.images("train")},
         {"restored": shared.restored._replace(state=moved)},
     ):
-        other = cells.CellRun(dataclasses.replace(shared, **change), ODE, run.dequantization)
+        other = cells.CellRun(dataclasses.replace(shared, **change), BOUND, run.dequantization)
         assert other._identity(solver) != run._identity(solver)
 
 
@@ -236,7 +225,7 @@ def test_the_bar_shows_the_mean_of_all_rows_so_far(trained, tmp_path, monkeypatc
 
 def test_sweeps_draw_times_of_their_own(trained, tmp_path):
     run = cell_run(trained, tmp_path, BOUND)
-    assert not np.isin(run._points(0), run._points(1)).any()
+    assert not np.isin(run.points(0), run.points(1)).any()
 
 
 def test_target_se_sweeps_until_it_is_reached(trained, tmp_path):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from pictures import numbered
 
-from sbml import data
+from sbml import data, pytrees
 
 
 def identify(images: data.ImageSet, batch: np.ndarray) -> tuple[list[int], list[bool]]:
@@ -111,23 +111,19 @@ def test_impossible_batches(batch_size: int, changes: dict, message: str) -> Non
 
 
 @pytest.mark.parametrize("n", [1, 5, 12, 13, 360])
-@pytest.mark.parametrize("batch_size", [1, 4, 12, 128])
-def test_every_image_counts_exactly_once(n: int, batch_size: int) -> None:
-    batches = list(data.eval_batches(n, batch_size))
-    assert len(batches) == math.ceil(n / batch_size)
-    counted = []
-    for ids, mask in batches:
-        assert ids.shape == mask.shape == (batch_size,)
-        assert ids.min() >= 0 and ids.max() < n
-        assert np.issubdtype(ids.dtype, np.integer) and mask.dtype == bool
-        counted += ids[mask].tolist()
-    assert counted == list(range(n))
+@pytest.mark.parametrize("size", [1, 4, 12, 128])
+def test_every_image_counts_exactly_once(n: int, size: int) -> None:
+    ids, sizes = 7 + np.arange(n), []
 
+    def rows(ids: np.ndarray) -> dict[str, np.ndarray]:
+        sizes.append(len(ids))
+        return {"double": 2 * ids}
 
-@pytest.mark.parametrize(("n", "batch_size"), [(0, 4), (8, 0)])
-def test_impossible_evaluation(n: int, batch_size: int) -> None:
-    with pytest.raises(ValueError, match=f"n={n} images in batches of batch_size={batch_size}"):
-        data.eval_batches(n, batch_size)
+    batches = list(pytrees.in_batches(rows, ids, size))
+    assert sizes == [size] * math.ceil(n / size)
+    np.testing.assert_array_equal(np.concatenate([batch for batch, _ in batches]), ids)
+    found = np.concatenate([columns["double"] for _, columns in batches])
+    np.testing.assert_array_equal(found, 2 * ids)
 
 
 # Prefetching

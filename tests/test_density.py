@@ -10,7 +10,7 @@ import pytest
 from scipy import stats
 
 import sbml
-from sbml import bound, times
+from sbml import bound, pytrees, times
 from sbml import density as density_module
 from sbml.divergence import Trace
 from sbml.estimate import Estimate
@@ -77,16 +77,13 @@ def test_the_batch_size_changes_nothing_and_the_seed_the_probes() -> None:
 def test_only_an_exact_trace_has_smaller_batches(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sbml.density.exact_batch", lambda dims: 2)
     sizes: list[int] = []
-    in_batches = sbml.Density._in_batches
+    in_batches = pytrees.in_batches
 
-    def recorded(self, batches, ids, size=None):
-        def batch(ids):
-            sizes.append(len(ids))
-            return batches(ids)
+    def recorded(f, ids, size):
+        sizes.append(size)
+        return in_batches(f, ids, size)
 
-        return in_batches(self, batch, ids, size)
-
-    monkeypatch.setattr(sbml.Density, "_in_batches", recorded)
+    monkeypatch.setattr(pytrees, "in_batches", recorded)
     x, found = data(5), {}
     for name, trace in {"exact": Trace("exact"), "probes": Trace("rademacher", 2)}.items():
         for method in ("logp", "latent", "bound"):

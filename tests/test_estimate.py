@@ -5,12 +5,15 @@ The numbers of these tests are made up, so no ODE is solved.
 
 import math
 
+import made_up
 import numpy as np
 import pytest
+from made_up import MadeUp
 from scipy import stats
 
 from sbml import estimate
 from sbml.estimate import Estimate
+from sbml.estimators import Target
 from sbml.ode import Solver
 from sbml.report.result import Result
 from sbml.sdes import VP
@@ -31,19 +34,14 @@ def solved(
 
     A number is NaN where its error is; ``lost`` of the others are NaN after ``nfe`` evaluations.
     """
-    m, target = len(errors), estimate.Target(VP(), 1e-5, levels=17)
+    m = len(errors)
     values = size * np.linspace(0.9, 1.1, N)
     values[m : m + lost] = np.nan
 
-    def rows(ids: np.ndarray, sweep: int, how: Solver) -> estimate.Columns:
-        found = values[ids]
-        if how == estimate.reference(solver):
-            found = found - errors[ids]
-        return {"prior": found, "nfe": np.full(len(ids), nfe)}
+    def found(ids: np.ndarray, sweep: int, how: Solver) -> np.ndarray:
+        return values[ids] - (errors[ids] if how == estimate.reference(solver) else 0)
 
-    ids, terms = np.arange(N), ("prior",)
-    gap = estimate.solver_error(rows, ids, ids[:m], solver, terms)
-    return estimate.ode_estimate(rows, ids, ids[:m], solver, terms, target, gap, budget)
+    return MadeUp(N, m, found, nfe=nfe, solver=solver, budget=budget).estimate()
 
 
 def errors_of(mean: float, half_width: float, m: int = 8) -> np.ndarray:
@@ -114,8 +112,7 @@ def test_the_advised_subset_is_large_enough() -> None:
 
 def test_a_converged_number_and_a_bound_need_no_remedy() -> None:
     assert solved(errors_of(1e-4, 1e-4)).unconverged() == ""
-    tables = [{"prior": np.ones(3), "nfe": np.ones(3)}] * 2
-    bound = estimate.bound_estimate(tables, ("prior",), estimate.Target(VP(), 1e-5))
+    bound = made_up.bound(np.ones((2, 3)))
     assert bound.unconverged() == "" and "NOT" not in str(bound)
 
 
@@ -130,8 +127,7 @@ def shifted(*outliers: tuple[int, float]) -> Estimate:
     values = np.linspace(1.5, 2.5, 40)
     for place, value in outliers:
         values[place] = value
-    tables = [{"prior": values, "nfe": np.ones(40)}] * 2
-    return estimate.bound_estimate(tables, ("prior",), estimate.Target(VP(), 1e-5, levels=17))
+    return made_up.bound([values, values], target=Target(VP(), 1e-5, levels=17))
 
 
 @pytest.mark.parametrize("bad", [[(7, 300.0)], [(3, -90.0), (7, 300.0)], [(7, math.nan)]])

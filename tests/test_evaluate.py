@@ -6,6 +6,7 @@ import math
 import shutil
 import signal
 import time
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -18,7 +19,8 @@ from scipy import stats
 from experiments import table2
 from sbml import bound
 from sbml.estimators import Cell
-from sbml.evaluation import cells
+from sbml.evaluation import cautions
+from sbml.evaluation.inputs import Dequantization, check_first_batch
 from sbml.experiment import build
 from sbml.modes import eval as evaluate
 from sbml.modes import report as report_mode
@@ -166,8 +168,8 @@ def test_a_dequantizer_that_does_not_fit_the_training_gives_a_warning(
     experiment = build.Experiment(tiny.get_config())
     restored = experiment.restore(trained)
     restored.metadata["config"]["data"]["dequantization"] = trained_on
-    dequantizer = cells.Dequantization(experiment.dequantizer(name), {})
-    warnings = evaluate._dequantizer_mismatch(restored, name, dequantizer)
+    dequantizer = Dequantization(experiment.dequantizer(name), {})
+    warnings = cautions.of_dequantizer(restored, name, dequantizer)
     assert [phrase in w for w in warnings] == ([True] if phrase else [])
 
 
@@ -178,7 +180,7 @@ def test_files_that_are_not_used_are_named_once_for_each_split(trained, tmp_path
     of_train = "1 train file is not used: a.png: cut off"
     of_test = "2 test files are not used: b.png: empty; c.png: empty"
     for images, expected in ((train, [of_train]), (test, [of_test, of_train])):
-        warnings = evaluate._warnings(dataclasses.replace(shared, images=images), train, {})
+        warnings = cautions.warnings(dataclasses.replace(shared, images=images, train=train), {})
         assert [w for w in warnings if ".png" in w] == expected
 
 
@@ -303,8 +305,8 @@ def test_integers_left_alone_are_refused(trained, tmp_path):
             return np.zeros(pixels.shape, np.float32), np.zeros((), np.float32)
 
     with pytest.raises(ValueError, match="dequantize them before a density"):
-        cells.check_first_batch(run.shared, cells.Dequantization(Nothing(), {}))
-    cells.check_first_batch(run.shared, run.dequantization)
+        check_first_batch(run.shared, Dequantization(Nothing(), {}))
+    check_first_batch(run.shared, run.dequantization)
 
 
 def test_the_report_tells_how_its_model_was_trained(trained, tmp_path):
@@ -331,13 +333,17 @@ def test_the_report_tells_how_its_model_was_trained(trained, tmp_path):
 def test_products_have_full_precision_by_default(trained, tmp_path, monkeypatch):
     """Accelerators' default precision is TF32 or bfloat16; each precision has its own rows."""
     seen = []
-    monkeypatch.setattr(
-        evaluate, "_run", lambda *_: seen.append(jax.config.jax_default_matmul_precision)
-    )
+
+    def stop(*_):
+        seen.append(jax.config.jax_default_matmul_precision)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(evaluate, "Inputs", SimpleNamespace(of=stop))
     config = tiny.get_config()
     for precision in ("highest", "default"):
         config.eval.precision = precision
-        runs.mode(evaluate.run, config, tmp_path)
+        with pytest.raises(KeyboardInterrupt):
+            runs.mode(evaluate.run, config, tmp_path)
     assert seen == ["highest", "default"] and jax.config.jax_default_matmul_precision is None
     runs_of = [cell_run(trained, tmp_path, ODE, precision=p) for p in seen]
     solver = runs_of[0].shared.experiment.config.eval.solver()

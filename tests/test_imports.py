@@ -36,7 +36,7 @@ LAYERS: dict[str, set[str]] = {
     "evaluation": {"data", "dequantizers", "estimators", "experiment", "features", "report"}
     | {"runtime", "samplers"},
     "convert": {"dequantizers", "experiment", "networks", "runtime"},
-    "modes": {"convert", "data", "dequantizers", "estimators", "evaluation", "experiment", "report"}
+    "modes": {"convert", "data", "dequantizers", "evaluation", "experiment", "report"}
     | {"runtime", "samplers", "verify"},
     "main": {"experiment", "modes", "runtime"},
 }

@@ -17,8 +17,8 @@ import sbml
 from sbml import streams
 from sbml.estimators import Cell
 from sbml.evaluation import cells, samples
+from sbml.evaluation.inputs import Inputs, check_first_batch
 from sbml.experiment import build
-from sbml.modes import eval as evaluate
 from sbml.modes import latents, train, train_dequantizer
 from sbml.runtime.state import TrainState
 from sbml.runtime.workdir import Workdir
@@ -86,9 +86,7 @@ def shared(workdir, **fields):
     made = config()
     made.eval.update(fields)
     e = build.Experiment(made)
-    restored, train_set = e.restore(workdir), e.images("train")
-    density = evaluate.time_density(e, restored, train_set, None, Workdir(workdir))
-    return cells.Evaluation(e, restored, e.images("test"), None, density, Workdir(workdir))
+    return Inputs(e, e.restore(workdir), e.images("test"), e.images("train"), Workdir(workdir))
 
 
 def density(method):
@@ -97,16 +95,14 @@ def density(method):
 
 
 def evaluation(workdir):
-    cell, found = Cell("bound", "uniform"), None
     evaluated = shared(workdir)
-    found = evaluate.dequantization(evaluated.experiment, "uniform", workdir, evaluated.images)
-    cells.CellRun(evaluated, cell, found).finish()
+    found = evaluated.dequantization("uniform")
+    cells.CellRun(evaluated, Cell("bound", "uniform"), found).finish()
 
 
 def first_batch(workdir):
     evaluated = shared(workdir)
-    found = evaluate.dequantization(evaluated.experiment, "uniform", workdir, evaluated.images)
-    cells.check_first_batch(evaluated, found)
+    check_first_batch(evaluated, evaluated.dequantization("uniform"))
 
 
 def sampling(workdir):

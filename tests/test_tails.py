@@ -2,12 +2,14 @@
 
 import jax
 import jax.numpy as jnp
+import made_up
 import numpy as np
 import pytest
 
 import sbml
-from sbml import bound, estimate, times
+from sbml import bound, times
 from sbml.bound import GaussianControl, Reduction
+from sbml.estimators import Target
 from sbml.sdes import VP
 from sbml.verify import oracle
 
@@ -42,15 +44,9 @@ def tables(reduction, key):
 
 def evaluations(reduction):
     """Estimates by independent evaluations of the same examples."""
-    keys, tail = jax.random.split(jax.random.key(0), REPETITIONS), reduction.tail(SDE, EPS)
+    keys = jax.random.split(jax.random.key(0), REPETITIONS)
     found = np.asarray(jax.lax.map(lambda key: tables(reduction, key), keys))
-    nfe = np.zeros(N)
-    return [
-        estimate.bound_estimate(
-            [{"total": row, "nfe": nfe} for row in each], ("total",), "nats", tail
-        )
-        for each in found
-    ]
+    return [made_up.bound(each, target=Target(SDE, EPS), reduction=reduction) for each in found]
 
 
 @pytest.mark.oracle

@@ -12,7 +12,7 @@ from typing import Any
 
 from sbml.data import imagenet32
 from sbml.data._image_set import SPLITS, VALIDATION, ImageSet, Options, Source
-from sbml.data._pipeline import eval_batches, prefetch, spread, train_batches
+from sbml.data._pipeline import prefetch, spread, train_batches
 from sbml.data._validation import part
 from sbml.registry import Registry
 
@@ -23,7 +23,6 @@ __all__ = [
     "ImageSet",
     "Options",
     "Source",
-    "eval_batches",
     "imagenet32",
     "load",
     "prefetch",

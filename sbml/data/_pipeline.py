@@ -6,7 +6,7 @@ the number of processes.
 """
 
 from collections import deque
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import count
 from typing import TypeVar
@@ -71,29 +71,6 @@ def train_batches(
 def spread(size: int, count: int) -> np.ndarray:
     """At most ``count`` of ``size`` indices, evenly spread: the first may all be alike."""
     return np.linspace(0, size - 1, min(size, count)).astype(np.int64)
-
-
-def eval_batches(n: int, batch_size: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Image numbers 0 .. n - 1 in order, each exactly once over all batches.
-
-    Every batch has the same size, so one compiled function serves all: the last is filled up with
-    image numbers from 0 on, whose mask is False.
-
-    Args:
-      n: images in the set.
-      batch_size: images in a batch.
-
-    Returns:
-      An iterator of ids, int64 (batch_size,), and mask, bool of the same shape: whether the id
-      counts.
-
-    Raises:
-      ValueError: there is no image, or none in a batch.
-    """
-    if n < 1 or batch_size < 1:
-        raise ValueError(f"n={n} images in batches of batch_size={batch_size}: need one at least.")
-    places = (np.arange(batch_size) + start for start in range(0, n, batch_size))
-    return ((place % n, place < n) for place in places)
 
 
 def prefetch(

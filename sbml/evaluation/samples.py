@@ -17,9 +17,9 @@ import numpy as np
 from absl import logging
 
 from sbml import bits, report, sampling
-from sbml.data import eval_batches
 from sbml.experiment.build import Experiment
 from sbml.experiment.config import Config
+from sbml.pytrees import in_batches
 from sbml.runtime import progress, sharding
 from sbml.runtime.checkpoint import Restored
 from sbml.runtime.preemption import Preemption
@@ -129,7 +129,7 @@ def _path_batch(score: Score, ids: Array, seed: Array, recipe: Recipe, frames: i
 
 def draw(experiment: Experiment, params: Any, ids: np.ndarray) -> Samples:
     """The samples with ids ``ids (n,)``, computed on all devices."""
-    batch = sharding.put(ids.astype(np.int32), sharding.batch_sharding(sharding.data_mesh()))
+    batch = sharding.split(ids.astype(np.int32))
     seed = np.uint32(experiment.config.sampling.seed)
     score = experiment.adapter(params)
     return sharding.to_host(_sample_batch(score, batch, seed, Recipe.of(experiment)))
@@ -138,9 +138,8 @@ def draw(experiment: Experiment, params: Any, ids: np.ndarray) -> Samples:
 def preview(experiment: Experiment, params: Any, count: int) -> Samples:
     """Samples 0 .. ``count`` - 1, without writing them to disk."""
     size = sharding.round_up(min(experiment.config.sampling.batch_size, count))
-    batches = [(draw(experiment, params, ids), mask) for ids, mask in eval_batches(count, size)]
-    rows = ([column[mask] for column in samples] for samples, mask in batches)
-    return Samples(*map(np.concatenate, zip(*rows, strict=True)))
+    parts = in_batches(functools.partial(draw, experiment, params), np.arange(count), size)
+    return Samples(*map(np.concatenate, zip(*(samples for _, samples in parts), strict=True)))
 
 
 def _identity(experiment: Experiment, restored: Restored) -> dict[str, Any]:
@@ -194,15 +193,13 @@ def generate(experiment: Experiment, restored: Restored, workdir: Workdir) -> Sa
     all_ids = np.arange(config.num_images)
     missing = np.setdiff1d(all_ids, stored.get("id", []))
     size = sharding.round_up(min(config.batch_size, config.num_images))
+    sample = functools.partial(draw, experiment, restored.state.ema_params)
     bar = progress.bar("sample", "image", len(all_ids), len(all_ids) - len(missing))
     with bar, Preemption() as preemption:
-        for rows, mask in eval_batches(len(missing), size) if missing.size else ():
-            ids = missing[rows]
-            batch = draw(experiment, restored.state.ema_params, ids)
+        for ids, batch in in_batches(sample, missing, size):
             if jax.process_index() == 0:
-                columns = {"id": ids, "sweep": np.zeros_like(ids), **batch._asdict()}
-                parts.write({name: column[mask] for name, column in columns.items()})
-            bar.update(int(mask.sum()))
+                parts.write({"id": ids, "sweep": np.zeros_like(ids), **batch._asdict()})
+            bar.update(len(ids))
             preemption.leave_if_requested("the samples so far are stored")
     sharding.barrier("sampled")
     stored = parts.read()

@@ -150,6 +150,13 @@ def put(array: np.ndarray, sharding: NamedSharding) -> jax.Array:
     return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
 
 
+def split(tree: Any) -> Any:
+    """Global arrays from ``tree``, of which every process holds a whole copy, with equal parts on
+    all devices."""
+    where = batch_sharding(data_mesh())
+    return jax.tree.map(lambda array: put(array, where), tree)
+
+
 def round_up(size: int, devices: int | None = None) -> int:
     """The smallest multiple of ``devices`` that is at least ``size``, for padded batches.
 

@@ -29,11 +29,11 @@ from sbml.sampling import denoise
 from sbml.scalars import Number, is_traced
 from sbml.sdes import SDE
 from sbml.streams import stream
-from sbml.types import Key, Scalar, Score, _Array
+from sbml.types import AnyArray, Key, Scalar, Score
 
-Image = Float[_Array, "h w c"]
-Mask = Shaped[_Array, "..."] | float
-Basis = Float[_Array, "c c"]
+Image = Float[AnyArray, "h w c"]
+Mask = Shaped[AnyArray, "..."] | float
+Basis = Float[AnyArray, "c c"]
 
 # The first column gives grey, the mean over red, green and blue, up to a factor.
 GREY_FIRST = np.linalg.qr(np.array([[1.0, 1, 0], [1, 0, 1], [1, 0, 0]]))[0]

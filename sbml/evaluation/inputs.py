@@ -1,0 +1,118 @@
+"""What all cells of an evaluation share: the model, the images, and what is made from these once.
+
+The control variate, the densities of times and the dequantizers are made when they are asked for.
+"""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import numpy as np
+
+from sbml import bits, dequantizers
+from sbml.bound import GaussianControl
+from sbml.data import ImageSet
+from sbml.evaluation import reduction
+from sbml.experiment.build import Experiment
+from sbml.runtime.checkpoint import Restored
+from sbml.runtime.preemption import Preemption
+from sbml.runtime.workdir import Workdir
+from sbml.streams import stream
+
+
+@dataclasses.dataclass(frozen=True)
+class Dequantization:
+    """A dequantizer and its parameters."""
+
+    model: Any
+    params: Any
+    restored: Restored | None = None  # its checkpoint, if it was trained
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Inputs:
+    """The inputs of an evaluation.
+
+    Attributes:
+      experiment: the objects of the config.
+      restored: the checkpoint that is evaluated.
+      images: the images of the split.
+      train: the training images.
+      workdir: the work directory in which rows are stored.
+      preemption: requests to stop; an evaluation stops after the batch in progress.
+    """
+
+    experiment: Experiment
+    restored: Restored
+    images: ImageSet
+    train: ImageSet
+    workdir: Workdir
+    preemption: Preemption = dataclasses.field(default_factory=Preemption)
+
+    @classmethod
+    def of(cls, experiment: Experiment, workdir: Workdir, split: str) -> "Inputs":
+        """The newest undamaged checkpoint of ``workdir`` and the images of ``split``.
+
+        Raises:
+          ValueError: there is no checkpoint, or it belongs to another model.
+        """
+        experiment, restored = experiment.restored(workdir)
+        images, train = experiment.images(split), experiment.images("train")
+        return cls(experiment, restored, images, train, workdir)
+
+    @functools.cached_property
+    def control(self) -> GaussianControl | None:
+        """The Gaussian of the control variate; None without ``eval.control``."""
+        wanted = self.experiment.config.eval.control
+        return reduction.control_variate(self.train, self.workdir) if wanted else None
+
+    def density(self, eps: float) -> np.ndarray | None:
+        """The density of the bound's times from ``eps`` on, ``(bins,)``; None, which is the
+        proposal's own density, if ``eval.proposal_bins`` is 0."""
+        if not self.experiment.config.eval.proposal_bins:
+            return None
+        of = self.experiment, self.restored, self.train, self.control, self.workdir
+        return reduction.time_density(*of, eps)
+
+    def dequantization(self, name: str) -> Dequantization:
+        """The dequantizer called ``name``, with the averaged parameters of its training if it has
+        parameters.
+
+        Raises:
+          ValueError: it has parameters and was not trained.
+        """
+        model = self.experiment.dequantizer(name)
+        if not dequantizers.is_trained(model):
+            return Dequantization(model, model.init(jax.random.key(0), self.train.images[:1]))
+        restored = self.experiment.restore_dequantizer(self.workdir, self.train)
+        return Dequantization(model, restored.state.ema_params, restored)
+
+    def ids(self, count: int = 0) -> np.ndarray:
+        """The sorted ids of the images to evaluate, a random sample if they are not all.
+
+        There are at most ``eval.max_images`` and, if ``count`` is not 0, at most ``count``. The
+        sample comes from one permutation that does not depend on the seed: a larger sample contains
+        the smaller ones, so that their rows can be used again. The first images would not be a
+        random sample, because files are often sorted by class and crops by photo.
+        """
+        size, config = len(self.images), self.experiment.config.eval
+        number = min(config.max_images or size, count or size, size)
+        order = np.arange(size) if config.in_order else np.random.RandomState(0).permutation(size)
+        return np.sort(order[:number])
+
+
+def check_first_batch(inputs: Inputs, dequantization: Dequantization) -> None:
+    """Check that the dequantizer adds noise to the integers of the first batch.
+
+    Raises:
+      ValueError: it does not (``bits.check_dequantized``).
+    """
+    if not dequantizers.has_density(dequantization.model):
+        return
+    ids, levels = inputs.ids(inputs.experiment.config.eval.batch_size), inputs.images.levels
+    pixels = jax.numpy.asarray(inputs.images.images[ids])
+    keys = jax.random.split(stream(jax.random.key(0), "first batch"), len(ids))
+    draw = jax.jit(jax.vmap(dequantization.model.sample, (None, 0, 0)))
+    u, _ = draw(dequantization.params, pixels, keys)
+    bits.check_dequantized(bits.to_model(pixels, u, levels), levels)

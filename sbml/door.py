@@ -114,7 +114,7 @@ def _fits(value: Any, hint: Any) -> bool:
         return hint is bool or bool in typing.get_args(hint)
     if isinstance(value, np.number):  # As an array, so that the annotation tells its kind.
         return _fits(np.asarray(value), hint) or _fits(value.item(), hint)
-    if isinstance(value, tuple):
+    if type(value) is tuple:
         value = tuple(n.item() if isinstance(n, np.integer) else n for n in value)
     if is_bearable(value, hint, conf=_TOWER):
         return True

@@ -136,8 +136,8 @@ class Solver:
     """
 
     method: str = _static("tsit5")
-    rtol: Number = 1e-4
-    atol: Number = 1e-4
+    rtol: Any = 1e-4  # A Number; JAX also puts other objects in the place of a pytree's numbers.
+    atol: Any = 1e-4
     power: float = _static(2.0)
     first_step: float = _static(1e-2)
     pcoeff: float = _static(0.3)

@@ -44,6 +44,7 @@ Name = Literal[
     "corrector",
     "known part",
 ]
+VERSION = 2  # Rows and samples on disk name it, so that those of other draws are not used again.
 CODES = {name: zlib.crc32(name.encode()) for name in get_args(Name)}
 
 

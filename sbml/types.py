@@ -71,41 +71,6 @@ Score = Callable[[Example, Scalar, Key | None], Example]
 BatchScore = Callable[[Batch, Vector, Key | None], Batch]
 
 
-def check_example(
-    x: Anything, t: Anything | None = None, *, name: str = "x", **same: Anything
-) -> None:
-    """Check the types and shapes of one example, its time and further arrays.
-
-    Broadcasting or a conversion of types could hide an error in them and give a wrong number.
-
-    Args:
-      x: one example of floating-point numbers, any shape.
-      t: its scalar time, of floating-point numbers, or None.
-      name: the name of ``x`` in messages.
-      same: further arrays, by name, that must have the shape of ``x``.
-
-    Raises:
-      ValueError: naming the argument, its shape or type, and what it must be.
-    """
-    for argument, value in {name: x, **same}.items():
-        if not _is_floating(value):
-            raise ValueError(
-                f"{argument} is {_kind(value)}: give an array of floating-point numbers; integer "
-                "data are dequantized first (sbml.bits.to_model)"
-            )
-    if t is not None:
-        check_floating(t, "t")
-        if jnp.ndim(t):
-            raise ValueError(
-                f"t has shape {jnp.shape(t)}: give one example's scalar time, vmap over more"
-            )
-    for argument, value in same.items():
-        if value.shape != x.shape:
-            raise ValueError(
-                f"{argument} has shape {value.shape}, {name} {x.shape}: give both the same"
-            )
-
-
 def at_least_float32(x: Elementwise) -> Elementwise:
     """``x`` in float32 or, if it is of float64, unchanged: the variance of noise of half precision
     is not 1."""
@@ -151,26 +116,6 @@ def check_floating(value: Anything | float, name: str) -> None:
     """
     if not isinstance(value, float) and not _is_floating(value):
         raise ValueError(f"{name} is {_kind(value)}: give floating-point numbers, such as 1.0")
-
-
-def check_key(key: Anything | None, n: int | None = None) -> None:
-    """Check that ``key`` is one typed random key or, with ``n``, an array ``(n,)`` of them.
-
-    Raises:
-      ValueError: naming the type and shape of ``key``, and how to make a key.
-    """
-    dtype, shape = getattr(key, "dtype", None), getattr(key, "shape", ())
-    typed = dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key)
-    if typed and shape == (() if n is None else (n,)):
-        return
-    kind = f"{_kind(key)} of shape {shape}"
-    remedy = "" if typed else "; jax.random.wrap_key_data makes keys of jax.random.PRNGKey's arrays"
-    if n is None:
-        raise ValueError(f"key is {kind}: give one jax.random.key(seed), vmap over more{remedy}")
-    raise ValueError(
-        f"keys are {kind} for {n} examples: give jax.random.split(jax.random.key(seed), {n})"
-        + remedy
-    )
 
 
 def _is_floating(value: Any) -> bool:
@@ -224,16 +169,6 @@ def predictor(score: Score) -> Callable[[Example, Scalar], tuple[Example, Exampl
         return of_shape(x_0, x), of_shape(noise, x)
 
     return both
-
-
-def check_kind(value: Any, kind: type, name: str) -> None:
-    """Check that ``value`` is an instance of ``kind``.
-
-    Raises:
-      ValueError: if it is not; the message names the argument and the class.
-    """
-    if not isinstance(value, kind):
-        raise ValueError(f"{name}={value!r}: give {kind.__module__}.{kind.__qualname__}(...)")
 
 
 def check_function(f: Any, name: str, *arguments: str) -> None:

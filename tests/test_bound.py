@@ -241,12 +241,18 @@ def test_fit_recovers_mean_and_covariance():
         ),
         ({"eps": 0.0}, "smallest time eps=0.0"),
         ({"x": np.zeros(3, np.uint8)}, "^x is uint8"),
-        ({"reduction": Reduction(proposal="lattice")}, "unknown proposal 'lattice'; choose from"),
+        (
+            {"reduction": Reduction(proposal="lattice")},
+            "proposal is 'lattice' .*: give a text among 'uniform', 'importance', 'velocity'",
+        ),
         # This shape would broadcast against n draws without an error, and give far too low a bound.
         ({"u": jnp.full((4, 1), 0.5)}, "^u is"),
         ({"u": 5}, "^u is"),
         ({"u": jnp.asarray([5])}, "^u is int32"),
-        ({"u": jnp.asarray([0.5, 1.5])}, r"u lies in \[0.5, 1.5\]: give points in \[0, 1\)"),
+        (
+            {"u": jnp.asarray([0.5, 1.5])},
+            r"^u is float32 of shape \(2,\) in \[0.5, 1.5\]: give .* in \[0, 1\]",
+        ),
         ({"u": jnp.asarray(0.5)}, "^u is"),
     ],
 )

@@ -10,7 +10,7 @@ import tiny
 
 # Trains six steps at once, and again with the state spread in the middle.
 TRAINED = """
-import pathlib, sys, tiny
+import pathlib, runs, sys, tiny
 from sbml.modes import train
 
 config, folder = tiny.get_config(), pathlib.Path(sys.argv[1])

@@ -155,7 +155,7 @@ def test_a_failing_row_ends_the_run_and_is_named(
     assert "1 of 1 rows agree with the truth" in capsys.readouterr().out
     monkeypatch.setattr(verify, "checks", lambda: [good, bad])
     with pytest.raises(SystemExit) as ended:
-        verify.run(None, None)
+        verify.run()
     assert ended.value.code == 1
     printed = capsys.readouterr().out
     assert "1 of 2 rows agree" in printed and printed.endswith("failed: that (ve)\n")

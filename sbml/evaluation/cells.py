@@ -13,7 +13,7 @@ import jax
 import numpy as np
 from absl import logging
 
-from sbml import divergence, estimate, estimators, ode
+from sbml import divergence, estimate, estimators, ode, streams
 from sbml.data import spread
 from sbml.estimate import Columns, Estimate
 from sbml.estimators import Cell, Reduction, Rows, Target
@@ -153,6 +153,7 @@ class CellRun(Driver):
             "step": shared.restored.step,
             "parameters_crc32": tree_crc32(shared.restored.state.ema_params),
             "seed": config.seed,
+            "streams": streams.VERSION,
             "eps": self.target.eps,
             "precision": config.precision,
             **own,

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from sbml import bits, bound
+from sbml import bits, bound, streams
 from sbml.bound import GaussianControl
 from sbml.data import ImageSet, spread
 from sbml.experiment.build import Experiment
@@ -51,6 +51,7 @@ def time_density(
         "parameters_crc32": tree_crc32(restored.state.ema_params),
         "control_crc32": tree_crc32(control),
         "seed": config.seed,
+        "streams": streams.VERSION,
         "bins": config.proposal_bins,
         "score": experiment.score_identity,
     }

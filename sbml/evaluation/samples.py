@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import logging
 
-from sbml import bits, report, sampling
+from sbml import bits, report, sampling, streams
 from sbml.experiment.build import Experiment
 from sbml.experiment.config import Config
 from sbml.pytrees import in_batches
@@ -149,6 +149,7 @@ def _identity(experiment: Experiment, restored: Restored) -> dict[str, Any]:
         "step": restored.step,
         "parameters_crc32": tree_crc32(restored.state.ema_params),
         "seed": experiment.config.sampling.seed,
+        "streams": streams.VERSION,
         "recipe": repr(Recipe.of(experiment)),
         "score": experiment.score_identity,
         "dtype": getattr(experiment.adapter.model, "dtype", "float32"),

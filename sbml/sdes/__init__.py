@@ -24,7 +24,7 @@ Reference: Song et al., "Score-Based Generative Modeling through SDEs", ICLR 202
 """
 
 from sbml.registry import Registry
-from sbml.sdes._kernel import SDE, Kernel, check_sde
+from sbml.sdes._kernel import SDE, Kernel
 from sbml.sdes.exploding import EDM, VE, LinearVE
 from sbml.sdes.interpolating import Cosine, RectifiedFlow
 from sbml.sdes.levels import Levels
@@ -49,7 +49,6 @@ __all__ = [
     "RectifiedFlow",
     "Schedule",
     "SubVP",
-    "check_sde",
 ]
 
 SDES = Registry(

@@ -177,22 +177,6 @@ class Kernel(abc.ABC):
         return eps
 
 
-def check_sde(sde: Any, kind: type = Kernel) -> None:
-    """Check that ``sde`` is an instance of ``kind``, and not the class itself.
-
-    Raises:
-      ValueError: if it is not; the message has it.
-    """
-    if isinstance(sde, kind):
-        return
-    if isinstance(sde, Kernel):
-        raise ValueError(
-            f"sde is {type(sde).__name__}, noise levels without times between them: give the SDE "
-            "itself, such as sbml.VP()"
-        )
-    raise ValueError(f"sde={sde!r}: give an SDE, such as sbml.VP()")
-
-
 @dataclasses.dataclass(frozen=True)
 class SDE(Kernel):
     """A linear SDE whose scalar coefficients are derived from alpha and sigma.

@@ -108,9 +108,15 @@ def _editable(section: Section) -> dict[str, Any]:
     return {k: _editable(v) if isinstance(v, Section) else v for k, v in values.items()}
 
 
+def folder() -> pathlib.Path:
+    """The folder ``configs``: in the package once it is installed, beside it in a checkout."""
+    installed = _PACKAGE / "configs"
+    return installed if installed.is_dir() else _PACKAGE.with_name("configs")
+
+
 def path_of(config: str) -> pathlib.Path:
-    """The file of a config, which may be given by its name: ``digits_vp`` is
-    ``configs/digits_vp.py``, of the package once it is installed, and beside it in a checkout.
+    """The file of a config, which may be given by its name: ``digits_vp`` is the file
+    ``configs/digits_vp.py``.
 
     Raises:
       ValueError: there is no such file.
@@ -118,9 +124,7 @@ def path_of(config: str) -> pathlib.Path:
     path = pathlib.Path(config).expanduser()
     if path.is_file():
         return path
-    folder = _PACKAGE / "configs"
-    folder = folder if folder.is_dir() else _PACKAGE.with_name("configs")
-    named = {file.stem: file for file in sorted(folder.glob("*.py"))}
+    named = {file.stem: file for file in sorted(folder().glob("*.py"))}
     if config in named:
         return named[config]
     if path.is_dir() or config != path.stem:

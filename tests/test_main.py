@@ -179,8 +179,10 @@ logging.getLogger("jax").warning("a real warning")
     )
     shown = runs.finish(process, expect=1).strip().splitlines()
     assert shown[-1].startswith("ValueError: optim.lr=0: need")
-    texts = {line.partition("] ")[2] for line in shown[:-1]}
-    assert texts == {"findfont: no such font", "a real warning"}, shown
+    # Some versions of JAX have a handler of their own, which shows its warning once more.
+    expected = "findfont: no such font", "a real warning"
+    assert all(line.endswith(expected) for line in shown[:-1]), shown
+    assert all(any(line.endswith(text) for line in shown) for text in expected), shown
 
 
 @pytest.fixture

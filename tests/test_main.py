@@ -75,7 +75,7 @@ def test_text_of_the_command_line_is_read_by_the_type_of_the_field() -> None:
             "config.optim has no field learning_rate: it has beta1, beta2, ema",
         ),
         ("optimizer.lr", "config has no field optimizer: it has data, dequantizer"),
-        ("optim.lr.x", "config.optim has no field lr"),
+        ("optim.lr.x", "config.optim.lr has no field x: it is a value"),
         ("optim", "config.optim is a section: set its fields, as in --config.optim."),
     ):
         with pytest.raises(ValueError, match=message):

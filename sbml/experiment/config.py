@@ -214,9 +214,11 @@ def node_of(values: Any, name: str) -> tuple[Any, str]:
     *path, last = name.split(".")
     section = ""
     for part in path:
-        if part not in values or not isinstance(values[part], Mapping | ConfigDict):
+        if part not in values:
             raise ValueError(unknown(section, part, list(values)))
         values, section = values[part], f"{section}.{part}".removeprefix(".")
+        if not isinstance(values, Mapping | ConfigDict):
+            raise ValueError(f"config.{section} has no field {last}: it is a value, not a section")
     if last in values and isinstance(values[last], Mapping | ConfigDict):
         first = next(iter(values[last]))
         raise ValueError(

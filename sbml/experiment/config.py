@@ -11,11 +11,10 @@ import pathlib
 import runpy
 import traceback
 from collections.abc import Mapping
-from typing import Annotated, Any, Self
+from typing import Any, Self
 
 from etils import epath
 from ml_collections import ConfigDict
-from pydantic import Field
 
 from sbml import data, dequantizers
 from sbml.dequantizers import DEQUANTIZERS
@@ -38,8 +37,8 @@ class Config(Section):
     likelihood weighting and importance sampling."""
 
     seed: Seed = field(0, "seed of training")
-    mode: Annotated[tuple[str, ...], Field(min_length=1)] = field(
-        ("train",), "modes to run, in order, without the flag --mode"
+    mode: tuple[str, ...] = field(
+        ("train",), "modes to run, in order, without the flag --mode", min_length=1
     )
     data: Data = Data()
     sde: Process = Process()

@@ -50,7 +50,9 @@ def check_pixels(pixels: Any, levels: int) -> None:
     """Raise a ValueError unless ``pixels`` are integers 0 .. levels - 1. Values are not checked
     inside ``jit``."""
     if not jnp.issubdtype(pixels.dtype, jnp.integer):
-        raise ValueError(f"pixels are {pixels.dtype}: give integers (bound takes real x)")
+        raise ValueError(
+            f"pixels are {pixels.dtype}: give an array of integers (bound takes real x)"
+        )
     if scalars.is_traced(pixels) or not pixels.size:
         return
     values = np.asarray(pixels)  # By NumPy: JAX would trace its operations inside ``jit``.

@@ -17,7 +17,7 @@ import numpy as np
 from jaxtyping import Float, UInt8
 
 from sbml import scalars
-from sbml.door import checked, typed
+from sbml.door import checked, condition, typed
 from sbml.scalars import at_least, between
 from sbml.types import Array, Elementwise, Numbers
 
@@ -26,41 +26,33 @@ Real = Float[Array, "..."]
 LOG2 = math.log(2.0)
 MOST_LEVELS = 2**16  # Numbers of float32 do not resolve the bins of more levels.
 Levels = Annotated[int, between(2, MOST_LEVELS)]
+Shape = Annotated[
+    tuple[int, ...],
+    condition("of positive sizes, as (28, 28, 1)", lambda shape: min(shape, default=1) >= 1),
+]
+WithoutNaN = Annotated[
+    Elementwise, condition("without NaN", lambda x: not np.any(np.isnan(np.asarray(x))))
+]
+# NaN passes, and becomes NaN.
+Fraction = Annotated[
+    Numbers | float,
+    condition("in [0, 1]", lambda u: not np.any((np.asarray(u) < 0) | (np.asarray(u) > 1))),
+]
 
 
-def check_levels(levels: int, most: int = 2**31 - 1) -> None:
-    """Check that a number of levels is an integer of 2 to ``most``.
-
-    Raises:
-      ValueError: if it is not; the message names it.
-    """
-    if not isinstance(levels, int | np.integer) or not 2 <= levels <= most:
+def check_levels(levels: int, most: int) -> None:
+    """Raise a ValueError unless ``levels``, a number of them, is at most ``most``."""
+    if levels > most:
         raise ValueError(f"levels={levels}: give an integer of 2 to {most}")
 
 
-def check_integers(pixels: Any) -> None:
-    """Check that ``pixels`` are an array of integers.
-
-    Raises:
-      ValueError: if they are not; the message names their type.
-    """
-    if not hasattr(pixels, "dtype") or not jnp.issubdtype(pixels.dtype, jnp.integer):
-        kind = getattr(pixels, "dtype", type(pixels).__name__)
-        raise ValueError(f"pixels are {kind}: give an array of integers (bound takes real x)")
-
-
-def check_pixels(pixels: Any, levels: int, x: Any | None = None) -> None:
-    """Check that ``pixels`` are integers 0 .. levels - 1, of the shape of ``x`` if there is one.
-
-    Values are not checked inside ``jit``.
-
-    Raises:
-      ValueError: if they are not; the message names their type, shape or range.
-    """
-    check_levels(levels)
-    check_integers(pixels)
-    if x is not None and pixels.shape != x.shape:
-        raise ValueError(f"pixels have shape {pixels.shape}, x {x.shape}: give both the same")
+def check_pixels(pixels: Any, levels: int) -> None:
+    """Raise a ValueError unless ``pixels`` are integers 0 .. levels - 1. Values are not checked
+    inside ``jit``."""
+    if not jnp.issubdtype(pixels.dtype, jnp.integer):
+        raise ValueError(
+            f"pixels are {pixels.dtype}: give an array of integers (bound takes real x)"
+        )
     if scalars.is_traced(pixels) or not pixels.size:
         return
     values = np.asarray(pixels)  # By NumPy: JAX would trace its operations inside ``jit``.
@@ -69,40 +61,23 @@ def check_pixels(pixels: Any, levels: int, x: Any | None = None) -> None:
         raise ValueError(f"pixels lie in {least} .. {largest}: give integers 0 .. {levels - 1}")
 
 
-def _check_range(values: Any, name: str, largest: float) -> None:
-    """Check that numbers lie in [0, ``largest``] or are NaN, except inside ``jit``."""
-    if scalars.is_traced(values) or not np.size(values):
-        return
-    array = np.asarray(values)
-    if array.min() < 0 or array.max() > largest:
-        raise ValueError(
-            f"{name} lie in [{array.min():g}, {array.max():g}]: give numbers in [0, {largest}]"
-        )
-
-
-def dims(shape: tuple[int, ...]) -> int:
+@typed
+def dims(shape: Shape) -> int:
     """The number of dimensions of one example of ``shape``."""
-    is_shape = isinstance(shape, tuple) and all(isinstance(n, int | np.integer) for n in shape)
-    if not is_shape or min(shape, default=1) < 1:
-        raise ValueError(
-            f"shape={shape!r}: give a tuple of the positive sizes of one example, as (28, 28, 1)"
-        )
     return math.prod(shape)
 
 
 @checked
-def to_model(pixels: Numbers | float, u: Numbers | float, levels: Levels) -> Real:
+def to_model(pixels: Numbers | float, u: Fraction, levels: Levels) -> Real:
     """x = 2 (pixels + u) / levels - 1 in [-1, 1), for ``u`` in [0, 1); any shapes that broadcast.
 
     ``u`` is limited to at most 1 - 2^-15, or in float32 to 1 - 2^-23 L if that is less: nearer to
-    1, x would be rounded into the next bin.
-
-    Raises:
-      ValueError: ``pixels`` lie outside [0, levels - 1], or ``u`` outside [0, 1]. Values are not
-        checked inside ``jit``.
+    1, x would be rounded into the next bin. ``pixels`` are numbers in [0, levels - 1] or NaN.
     """
-    _check_range(pixels, "pixels", levels - 1)
-    _check_range(u, "u", 1)
+    values = 0 if scalars.is_traced(pixels) else np.asarray(pixels)
+    if np.any((values < 0) | (values > levels - 1)):
+        least, largest = np.min(values), np.max(values)
+        raise ValueError(f"pixels lie in {least:g} .. {largest:g}: give numbers 0 .. {levels - 1}")
     u = jnp.asarray(u, jnp.promote_types(jnp.result_type(pixels, u, 1.0), jnp.float32))
     rounding = min(float(jnp.finfo(u.dtype).eps), 2.0**-23)
     largest = 1 - max(2.0**-15, levels * rounding)
@@ -110,23 +85,17 @@ def to_model(pixels: Numbers | float, u: Numbers | float, levels: Levels) -> Rea
 
 
 @checked
-def to_pixels(x: Elementwise, levels: Annotated[int, between(2, 256)]) -> UInt8[Array, "..."]:
-    """The uint8 level whose bin holds ``x``; values outside [-1, 1) go to the nearest level.
-
-    Raises:
-      ValueError: ``x`` has NaN, which belongs to no level. Values are not checked inside ``jit``:
-        there NaN gives the last level.
-    """
-    if not scalars.is_traced(x) and np.any(np.isnan(np.asarray(x))):
-        raise ValueError("x has NaN: give real numbers")
+def to_pixels(x: WithoutNaN, levels: Annotated[int, between(2, 256)]) -> UInt8[Array, "..."]:
+    """The uint8 level whose bin holds ``x``; values outside [-1, 1) go to the nearest level, and
+    NaN inside ``jit`` to the last one."""
     edges = to_model(jnp.arange(1, levels), 0.0, levels)
     return jnp.searchsorted(edges, x, side="right").astype(jnp.uint8)
 
 
 @typed
-def scale_nats(shape: tuple[int, ...], levels: Annotated[int, at_least(2)]) -> float:
+def scale_nats(shape: Shape, levels: Annotated[int, at_least(2)]) -> float:
     """d log(L / 2), which the change of variables from x to k + u adds to -log p, in nats."""
-    return dims(shape) * math.log(levels / 2)
+    return math.prod(shape) * math.log(levels / 2)
 
 
 def bits_per_dim(nll: Numbers | float, shape: tuple[int, ...], levels: int) -> Any:
@@ -141,12 +110,8 @@ def nats_to_bits(nats: Numbers | float, shape: tuple[int, ...]) -> Any:
 
 @typed
 def check_dequantized(x: Numbers, levels: Levels) -> None:
-    """Raise if ``x`` are integers without dequantization, whose density can be arbitrarily large.
-
-    Raises:
-      ValueError: every entry of ``x`` lies on the grid 2 k / levels - 1 or
-        2 k / (levels - 1) - 1.
-    """
+    """Raise a ValueError if every entry of ``x`` lies on the grid 2 k / levels - 1 or
+    2 k / (levels - 1) - 1: the density of integers without noise can be arbitrarily large."""
     host = np.asarray(x, np.float64)
     # The tolerance is above the rounding error of k for x of float32.
     tolerance = max(1e-4, levels * 2.0**-22)

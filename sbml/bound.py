@@ -34,7 +34,7 @@ Reference: Song, Durkan, Murray, Ermon, NeurIPS 2021, theorem 3 and appendix; Ki
 
 import dataclasses
 import math
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -42,11 +42,11 @@ import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import Float, Real
 
-from sbml import divergence, intervals, moments, scalars, times
+from sbml import divergence, intervals, moments, times
 from sbml.divergence import Trace
 from sbml.door import checked
 from sbml.losses import perturb, residual
-from sbml.scalars import Count, Number
+from sbml.scalars import Count, Number, above_0, at_least, finite
 from sbml.sdes import SDE
 from sbml.streams import stream
 from sbml.times import Importance
@@ -57,7 +57,6 @@ from sbml.types import (
     Example,
     Key,
     Keys,
-    Numbers,
     Scalar,
     Score,
     Vector,
@@ -108,7 +107,7 @@ class GaussianControl:
         cls,
         x: Real[Array | np.ndarray, " n *s"],
         *,
-        noise_variance: Number = 0.0,
+        noise_variance: Annotated[Number, finite, at_least(0)] = 0.0,
         full: bool | None = None,
     ) -> "GaussianControl":
         """Fit a Gaussian to ``x (n, *s)``, numbers of any type.
@@ -123,10 +122,8 @@ class GaussianControl:
             ``FULL_DIMS`` dimensions.
 
         Raises:
-          ValueError: ``noise_variance`` is negative or not finite, or ``x`` are not finite.
+          ValueError: ``x`` are not finite.
         """
-        if not scalars.is_traced(noise_variance) and not 0 <= noise_variance < math.inf:
-            raise ValueError(f"noise_variance={noise_variance}: give a variance of at least 0")
         x = np.asarray(x)
         mean, basis = moments.mean(x), None
         if not np.all(np.isfinite(mean)):
@@ -140,12 +137,8 @@ class GaussianControl:
         variances = np.maximum(variances, 0.0) + noise_variance
         return cls(jnp.asarray(mean), jnp.asarray(variances), basis)
 
-    def check(self, x: Numbers) -> None:
-        """Check that the control was fitted to data of the size of ``x (*s)``.
-
-        Raises:
-          ValueError: if it was not; the message names the shapes.
-        """
+    def _check(self, x: Example) -> None:
+        """Raise a ValueError unless the control was fitted to data of the size of ``x (*s)``."""
         shapes = {name: jnp.shape(getattr(self, name)) for name in ("mean", "variances")}
         if any(shape != (x.size,) for shape in shapes.values()):
             raise ValueError(
@@ -159,7 +152,7 @@ class GaussianControl:
     @checked
     def noise(self, sde: SDE, x_t: Example, t: Scalar) -> Example:
         """E[z | x_t] = rho (C + rho^2)^-1 (x_t / alpha - m), shape ``(*s)``."""
-        self.check(x_t)
+        self._check(x_t)
         alpha, rho = sde.mean_coef(t), sde.std(t) / sde.mean_coef(t)
         y = self._to_basis(x_t.reshape(-1) / alpha - self.mean)
         y = rho / (self.variances + rho**2) * y
@@ -168,7 +161,7 @@ class GaussianControl:
     @checked
     def integral(self, sde: SDE, x: Example, eps: Number) -> Scalar:
         """Z / 2 E |z - E[z | x_t]|^2 over lambda uniform and z, in closed form, nats."""
-        self.check(x)
+        self._check(x)
         sde.check_time(eps)
         x = in_full_precision(x)
         c2 = self._to_basis(x.reshape(-1) - self.mean) ** 2
@@ -217,14 +210,13 @@ class Reduction:
 
 
 @checked
-def prior_kl(sde: SDE, x: Example, variance: Number = 1.0) -> Scalar:
+def prior_kl(sde: SDE, x: Example, variance: Annotated[Number, above_0] = 1.0) -> Scalar:
     """KL(N(alpha_T x, variance sigma_T^2) || prior) in nats, a scalar.
 
     With ``variance`` 1 it is the divergence of p_T(.|x) from the prior. If the signal vanishes at
     T, it is the divergence of x_t at t = ``sde.largest_time``, scaled to T by ``sde.stretch``.
     """
     x = in_full_precision(x)
-    scalars.check_positive(variance, "variance")
     mean, std = sde.marginal(x, jnp.asarray(sde.largest_time, x.dtype))
     mean, std = sde.stretch * mean, sde.stretch * std
     r = variance * (std / sde.prior_std) ** 2
@@ -295,17 +287,14 @@ def elbo(
       The three terms in nats. Their expectation bounds -log p(x).
 
     Raises:
-      ValueError: for an unknown proposal, eps outside (0, T), a control with the score-matching
-        form, or one of data of another size.
+      ValueError: for a control with the score-matching form, or one of data of another size.
     """
     x = in_full_precision(x)
-    if (control := reduction.control) is not None:
-        if trace is not None:
-            raise ValueError(
-                f"trace={trace} with a Gaussian control: the control belongs to the denoising form "
-                "only; give no trace, or no control"
-            )
-        control.check(x)
+    if (control := reduction.control) is not None and trace is not None:
+        raise ValueError(
+            f"trace={trace} with a Gaussian control: the control belongs to the denoising form "
+            "only; give no trace, or no control"
+        )
     t, weight = times.draw(sde, eps, u, reduction.density, reduction.proposal)
     zs = jax.random.normal(stream(key, "noise"), (u.size, *x.shape), x.dtype)
     if trace is None:
@@ -346,22 +335,16 @@ def pilot(
 
     The network is called on the 8 draws of one example at a time, so the result does not depend on
     the batch size of the evaluation.
-
-    Raises:
-      ValueError: eps is outside (0, T), or ``floor`` is outside (0, 1].
     """
     x = in_full_precision(x)
     v = times.lattice(stream(key, "times"), len(x), PILOT_DRAWS)
     t, _ = Importance(sde, eps).at(v)
     keys = jax.random.split(stream(key, "noise"), (len(x), PILOT_DRAWS))
 
-    def one(x: Array, t: Array, key: Key) -> Array:
-        z = jax.random.normal(key, x.shape, x.dtype)
-        return diffusion_dsm(score, sde, x, t, z, control)
-
     def image(row: tuple[Array, Array, Keys]) -> Array:
         x, t, keys = row
-        return jax.vmap(lambda t, key: one(x, t, key))(t, keys)
+        zs = jax.vmap(lambda key: jax.random.normal(key, x.shape, x.dtype))(keys)
+        return jax.vmap(lambda t, z: diffusion_dsm(score, sde, x, t, z, control))(t, zs)
 
     values = jax.lax.map(image, (x, t, keys))
     empty = jnp.zeros((2, bins), values.dtype)

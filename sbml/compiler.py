@@ -15,7 +15,6 @@ import pathlib
 import re
 from concurrent.futures import ThreadPoolExecutor
 from importlib import metadata
-from typing import Any
 
 FLAG = "xla_cpu_experimental_ynn_fusion_type"
 CURE = f"--{FLAG}=-reduce"
@@ -79,12 +78,8 @@ def cure() -> None:
 def check() -> bool:
     """Compare three sums on this process's CPU with NumPy's, once in a process.
 
-    It may be called anywhere, also while JAX traces. It depends on the platform of JAX's default
-    device: if that is an accelerator, computations with arrays that the user places on the CPU are
-    not checked.
-
-    Returns:
-      True if the sums are right; False on an accelerator, which needs no check.
+    It may be called anywhere, also while JAX traces. The result is True if the sums are right, and
+    False if the platform of JAX's default device is an accelerator: then nothing is checked.
 
     Raises:
       MiscompilationError: if a sum is wrong, with jaxlib's version and the remedy.
@@ -95,14 +90,8 @@ def check() -> bool:
     platform = getattr(device, "platform", device) or jax.default_backend()
     if platform != "cpu":
         return False
-    _check_cpu()
-    return True
-
-
-def _check_cpu() -> None:
-    error = _error_of_cpu()
-    if error < 1e-5:
-        return
+    if (error := _error_of_cpu()) < 1e-5:
+        return True
     raise MiscompilationError(
         f"XLA for CPU, in jaxlib {version()} with XLA_FLAGS={os.environ.get('XLA_FLAGS', '')!r}, "
         f"computes sums that are wrong by {100 * error:.0f}%. Import sbml before anything computes "
@@ -113,32 +102,25 @@ def _check_cpu() -> None:
 
 @functools.cache
 def _error_of_cpu() -> float:
-    """The error of this process's CPU, measured once, whether it is small or not.
-
-    It is the largest relative error of the three sums, or NaN if one of them is NaN.
-    """
-    import jax
-    import numpy as np
-
-    cpu = jax.local_devices(backend="cpu")[0]
-    # A new thread has none of JAX's contexts, such as a trace, disable_jit or a transfer guard.
-    # There is one for each sum, so that they are compiled side by side.
-    with ThreadPoolExecutor(len(FUNCTIONS)) as threads:
-        errors = list(threads.map(functools.partial(_relative_error, cpu), FUNCTIONS))
-    return float(np.max(errors))
-
-
-def _relative_error(device: Any, name: str) -> float:
-    """The relative error of one sum; NaN if the sum is NaN."""
+    """The largest relative error of the three sums on this process's CPU, measured once; NaN if one
+    of them is NaN."""
     import jax
     import jax.numpy as jnp
     import numpy as np
 
+    cpu = jax.local_devices(backend="cpu")[0]
     # 4,096 is the smallest size at which YNNPACK computes reductions. It does not compute them in
     # one program of all three sums.
     x = np.linspace(0.1, 1.0, 4096, dtype=np.float32)
-    of_jax, of_numpy = getattr(jnp, name), getattr(np, name)
-    with jax.default_device(device):
-        total = jax.jit(lambda x: jnp.sum(of_jax(x) + of_jax(2 * x)))(x)
-    exact = np.sum(of_numpy(x.astype(float)) + of_numpy(2 * x.astype(float)))
-    return abs(float(total) / exact - 1)
+
+    def error(name: str) -> float:
+        of_jax, of_numpy = getattr(jnp, name), getattr(np, name)
+        with jax.default_device(cpu):
+            total = jax.jit(lambda x: jnp.sum(of_jax(x) + of_jax(2 * x)))(x)
+        exact = np.sum(of_numpy(x.astype(float)) + of_numpy(2 * x.astype(float)))
+        return abs(float(total) / exact - 1)
+
+    # A new thread has none of JAX's contexts, such as a trace, disable_jit or a transfer guard.
+    # There is one for each sum, so that they are compiled side by side.
+    with ThreadPoolExecutor(len(FUNCTIONS)) as threads:
+        return float(np.max(list(threads.map(error, FUNCTIONS))))

@@ -38,9 +38,9 @@ from jax.scipy.stats import norm
 from jaxtyping import Float
 
 from sbml import bits, scalars, times
-from sbml.bound import Bound, GaussianControl, Reduction, prior_kl
-from sbml.door import checked
-from sbml.scalars import Number, at_least
+from sbml.bound import Bound, Reduction, prior_kl
+from sbml.door import checked, typed
+from sbml.scalars import Number, above_0, at_least
 from sbml.sdes import SDE
 from sbml.streams import stream
 from sbml.types import (
@@ -57,22 +57,21 @@ from sbml.types import (
 )
 
 Levels = Annotated[int, at_least(2)]
+Tau = Annotated[Number, above_0]
 Decoder = Callable[[Array, Array, Array], Array]  # (y, eps, pixels) -> nats, see Categorical
 
 TAU = 3.0  # half a bin at the smallest time, in standard deviations of the noise
 
 
 @checked
-def bin_log_snr(levels: Levels, tau: Number = TAU) -> Number:
+def bin_log_snr(levels: Levels, tau: Tau = TAU) -> Number:
     """The log-SNR at which half a bin is ``tau`` standard deviations of the noise wide."""
-    scalars.check_positive(tau, "tau")
     return 2 * scalars.log(levels * tau)
 
 
 @checked
-def truncated_normal(e: Elementwise, tau: Number) -> Elementwise:
+def truncated_normal(e: Elementwise, tau: Tau) -> Elementwise:
     """Map standard normal ``e`` monotonically to N(0, 1) truncated to [-tau, tau]; any shape."""
-    scalars.check_positive(tau, "tau")
     low = 0.5 * scalars.erfc(tau / math.sqrt(2))
     # The positive half is mapped by symmetry, since a probability near 1 has lost its digits.
     magnitude = -ndtri(low + (1 - 2 * low) * jax.scipy.special.ndtr(-jnp.abs(e)))
@@ -80,7 +79,7 @@ def truncated_normal(e: Elementwise, tau: Number) -> Elementwise:
 
 
 @checked
-def smallest_time(sde: SDE, levels: Levels, eps: Number, tau: Number = TAU) -> Number:
+def smallest_time(sde: SDE, levels: Levels, eps: Number, tau: Tau = TAU) -> Number:
     """The time at which half a bin is ``tau`` standard deviations of the noise, at least ``eps``.
 
     Below ``eps`` the network was not trained. If ``eps`` is the larger of the two times, half a bin
@@ -101,9 +100,8 @@ def tau(sde: SDE, levels: Levels, eps: Number) -> Number:
 
 
 @checked
-def edge_score(n: Elementwise, a: Real, b: Real, tau: Number) -> Elementwise:
+def edge_score(n: Elementwise, a: Real, b: Real, tau: Tau) -> Elementwise:
     """r = z* - n, the part of z* that truncation causes, elementwise; 0 far inside the bin."""
-    scalars.check_positive(tau, "tau")
     m = jnp.abs(a * n)
     near, far = (tau - m) / b, (tau + m) / b
     hazard = jnp.exp(norm.logpdf(near) - log_ndtr(near))
@@ -119,10 +117,9 @@ def _variance(tau: Number) -> Number:
 
 
 @checked
-def edge_constant(sde: SDE, eps: Number, tau: Number) -> Number:
+def edge_constant(sde: SDE, eps: Number, tau: Tau) -> Number:
     """1/2 int (E |z*|^2 - E |n|^2) dlambda for one dimension, in nats."""
     sde.check_time(eps)
-    scalars.check_positive(tau, "tau")
     snr_range = _snr_range(sde, eps)
     ratio = scalars.exp(-snr_range)  # a^2 at T
     v = _variance(tau)
@@ -144,9 +141,10 @@ def _snr_range(sde: SDE, eps: Number) -> Number:
 
 
 @checked
-def decoder_nats(x: Example, pixels: Pixels, levels: Levels, rho: Scalar) -> Scalar:
+def decoder_nats(
+    x: Example, pixels: Pixels, levels: Levels, rho: Annotated[Scalar, above_0]
+) -> Scalar:
     """-log P(k | x) for noisy data x = c + rho z ``(*s)``, summed over pixels: nats, a scalar."""
-    scalars.check_positive(rho, "rho")
     bits.check_pixels(pixels, levels)
     centres = bits.to_model(jnp.arange(levels), 0.5, levels)
     logits = -0.5 * ((x[..., None] - centres.reshape((1,) * x.ndim + (-1,))) / rho) ** 2
@@ -159,57 +157,20 @@ def reconstruction(
     sde: SDE, noise: "Categorical", pixels: Pixels, eps: Scalar, z: Example
 ) -> Scalar:
     """-log P(pixels | x_eps) by the decoder, x_eps = alpha c + sigma z: nats, a scalar."""
-    bits.check_pixels(pixels, noise.levels)
     sde.check_time(eps)
     rho = jnp.exp(-0.5 * sde.log_snr(eps))
     return noise.nats(bits.to_model(pixels, 0.5, noise.levels) + rho * z, eps, pixels, rho)
 
 
-def _normals(key: Key, n: int, centre: Example) -> tuple[Float[Array, " n 2 *s"], Example]:
-    """Standard normal draws: two for each of ``n`` times ``(n, 2, *s)``, one for the decoder."""
-    pairs = jax.random.normal(stream(key, "noise"), (n, 2, *centre.shape), centre.dtype)
-    last = jax.random.normal(stream(key, "reconstruction"), centre.shape, centre.dtype)
-    return pairs, last
-
-
-def _draw(
-    score: Score,
-    sde: SDE,
-    centre: Example,
-    t: Scalar,
-    normals: Float[Array, " 2 *s"],
-    log_snr_eps: Scalar,
-    tau: Number | None,
-    control: GaussianControl | None,
-) -> Scalar:
-    """1/2 |n - e|^2 - r e at one time in nats, minus the control's error if there is a control.
-
-    ``log_snr_eps`` is the log-SNR at eps. ``tau`` is None for the normal that is not truncated,
-    where r = 0.
-    """
-    z0, z = normals
-    gap = jnp.minimum(sde.log_snr(t) - log_snr_eps, -1e-12)
-    a, b = jnp.exp(0.5 * gap), jnp.sqrt(-jnp.expm1(gap))
-    mean, std = sde.marginal(centre, t)
-    plain = a * z0 + b * z
-    n = plain if tau is None else a * truncated_normal(z0, tau) + b * z
-    noise = -std * deterministic(score, mean + std * n, t)
-    error = 0.5 * jnp.sum((n - noise) ** 2)
-    if tau is not None:
-        error = error - jnp.sum(edge_score(n, a, b, tau) * noise)
-    if control is None:
-        return error
-    # The control takes the noise before truncation, for which its integral is exact.
-    return error - 0.5 * jnp.sum((plain - control.noise(sde, mean + std * plain, t)) ** 2)
-
-
+@typed
 @dataclasses.dataclass(frozen=True)
 class TruncatedNormal:
     """Normal noise truncated to the bin of an integer that has ``levels`` levels."""
 
-    levels: int
+    levels: Levels
 
 
+@typed
 @dataclasses.dataclass(frozen=True)
 class Categorical:
     """Normal noise around the bin's centre, and a decoder.
@@ -220,7 +181,7 @@ class Categorical:
         in nats; None for :func:`decoder_nats`, which needs no network.
     """
 
-    levels: int
+    levels: Levels
     decoder: Decoder | None = None
 
     def nats(self, y: Array, eps: Array, pixels: Array, rho: Array) -> Array:
@@ -258,23 +219,34 @@ def elbo(
 
     Returns:
       prior, diffusion and reconstruction (the decoder; zero for the truncated normal), in nats.
-
-    Raises:
-      ValueError: as in ``bound.elbo``, or if the pixels lie outside 0 .. levels - 1.
     """
-    bits.check_pixels(pixels, noise.levels)
     control = reduction.control
-    if control is not None:
-        control.check(pixels)
     t, weight = times.draw(sde, eps, u, reduction.density, reduction.proposal)
     centre = bits.to_model(pixels, 0.5, noise.levels)
     width = tau(sde, noise.levels, eps) if isinstance(noise, TruncatedNormal) else None
     log_snr_eps = sde.log_snr(jnp.asarray(eps, centre.dtype))
 
-    def draw(t: Array, normals: Array) -> Array:
-        return _draw(score, sde, centre, t, normals, log_snr_eps, width, control)
+    def draw(t: Scalar, normals: Float[Array, " 2 *s"]) -> Scalar:
+        """1/2 |n - e|^2 - r e at one time, where r = 0 for the normal that is not truncated, minus
+        the control's error if there is a control."""
+        z0, z = normals
+        gap = jnp.minimum(sde.log_snr(t) - log_snr_eps, -1e-12)
+        a, b = jnp.exp(0.5 * gap), jnp.sqrt(-jnp.expm1(gap))
+        mean, std = sde.marginal(centre, t)
+        plain = a * z0 + b * z
+        n = plain if width is None else a * truncated_normal(z0, width) + b * z
+        e = -std * deterministic(score, mean + std * n, t)
+        error = 0.5 * jnp.sum((n - e) ** 2)
+        if width is not None:
+            error = error - jnp.sum(edge_score(n, a, b, width) * e)
+        if control is None:
+            return error
+        # The control takes the noise before truncation, for which its integral is exact.
+        return error - 0.5 * jnp.sum((plain - control.noise(sde, mean + std * plain, t)) ** 2)
 
-    pairs, last = _normals(key, u.size, centre)
+    # Standard normal draws: two for each time, and one for the decoder.
+    pairs = jax.random.normal(stream(key, "noise"), (u.size, 2, *centre.shape), centre.dtype)
+    last = jax.random.normal(stream(key, "reconstruction"), centre.shape, centre.dtype)
     diffusion = jnp.mean(weight * jax.vmap(draw)(t, pairs))
     if control is not None:
         diffusion = diffusion + control.integral(sde, centre, eps)

@@ -12,8 +12,7 @@ and IS. All are computed by NumPy in float64.
 """
 
 import math
-from collections.abc import Iterable
-from typing import NamedTuple
+from typing import Annotated
 
 import jax
 import numpy as np
@@ -21,74 +20,16 @@ from jaxtyping import Float, Integer, Real
 
 from sbml import moments
 from sbml.door import typed
-from sbml.scalars import Count
+from sbml.moments import Features, Moments
+from sbml.scalars import Count, nonempty
 
 _Array = np.ndarray | jax.Array
-Features = Real[_Array, "n d"]
 Images = Real[_Array, "n *s"]
-
-
-class Moments(NamedTuple):
-    """Mean ``(d,)`` and covariance ``(d, d)`` (divided by n - 1) of ``size`` features."""
-
-    mean: Float[np.ndarray, " d"]
-    cov: Float[np.ndarray, " d d"]
-    size: int
-
-    @classmethod
-    def of(cls, features: Features) -> "Moments":
-        """The moments of ``features (n, d)``.
-
-        Raises:
-          ValueError: for fewer than two features.
-        """
-        return cls.of_parts([features])
-
-    @classmethod
-    def of_parts(cls, parts: Iterable[Real[_Array, "_ d"]]) -> "Moments":
-        """The moments of features that come in parts ``(m, d)``, each of which is read once.
-
-        The sums are of distances from the first part's mean, so that the covariance loses no digits
-        by cancellation.
-
-        Raises:
-          ValueError: for fewer than two features in all.
-        """
-        size = 0
-        centre: np.ndarray = np.zeros(())
-        total: np.ndarray = np.zeros(())
-        products: np.ndarray = np.zeros(())
-        for part in parts:
-            part = _table(part)
-            if size and part.shape[1:] != centre.shape:
-                raise ValueError(
-                    f"features of {part.shape[1:]} after {centre.shape} numbers each: give parts "
-                    "with the same number"
-                )
-            if not size:
-                centre = part.mean(axis=0)
-            for rows in moments.rows(part - centre):
-                total, products = total + rows.sum(axis=0), products + rows.T @ rows
-            size += len(part)
-        if size < 2:
-            raise ValueError(f"{size} features: a covariance needs at least two")
-        shift = total / size
-        cov = (products - size * np.outer(shift, shift)) / (size - 1)
-        return cls(centre + shift, cov, size)
-
-
-@typed
-def _table(features: Features) -> np.ndarray:
-    return np.asarray(features, np.float64)
 
 
 @typed
 def frechet(one: Moments, other: Moments) -> float:
-    """The squared Frechet distance of two Gaussians with these moments; at least 0.
-
-    Raises:
-      ValueError: they are of different dimensions.
-    """
+    """The squared Frechet distance of two Gaussians with these moments; at least 0."""
     parts = (one.mean, one.cov, other.mean, other.cov)
     if one.mean.shape != other.mean.shape:
         raise ValueError(
@@ -110,11 +51,8 @@ def frechet(one: Moments, other: Moments) -> float:
 def kernel(x: Features, y: Real[_Array, "m d"], chunk: Count = 1000) -> float:
     """The unbiased squared maximum mean discrepancy of ``x (n, d)`` and ``y (m, d)``.
 
-    It may be negative: for two samples of one distribution its expectation is 0. ``chunk`` is the
-    number of rows whose kernels are in memory at once.
-
-    Raises:
-      ValueError: for fewer than two features in either sample.
+    Each sample needs two features or more. The estimate may be negative: for two samples of one
+    distribution its expectation is 0. ``chunk`` rows of kernels are in memory at once.
     """
     x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
     if min(len(x), len(y)) < 2:
@@ -135,11 +73,7 @@ def kernel(x: Features, y: Real[_Array, "m d"], chunk: Count = 1000) -> float:
 
 @typed
 def inception_score(probabilities: Real[_Array, "n classes"]) -> float:
-    """exp of the mean KL of the rows of ``(n, classes)`` from their mean; in [1, ``classes``].
-
-    Raises:
-      ValueError: there is no row, or one is negative somewhere or does not add up to 1.
-    """
+    """exp of the mean KL of the rows of ``(n, classes)`` from their mean; in [1, ``classes``]."""
     p = np.asarray(probabilities, np.float64)
     if not len(p) or np.any(p < 0) or np.any(np.abs(p.sum(axis=1) - 1) > 1e-3):
         raise ValueError("probabilities must have rows, none negative, that each add up to 1")
@@ -149,7 +83,7 @@ def inception_score(probabilities: Real[_Array, "n classes"]) -> float:
 
 @typed
 def nearest(
-    x: Images, others: Real[_Array, " m *s"], chunk: Count = 1024
+    x: Images, others: Annotated[Real[_Array, " m *s"], nonempty], chunk: Count = 1024
 ) -> tuple[Integer[np.ndarray, " n"], Float[np.ndarray, " n"]]:
     """The nearest of ``others (m, *s)`` to each of ``x (n, *s)``, by Euclidean distance.
 
@@ -157,13 +91,8 @@ def nearest(
 
     Returns:
       Indices ``(n,)`` into ``others``, and the distances ``(n,)`` divided by sqrt(d).
-
-    Raises:
-      ValueError: ``others`` is empty.
     """
     x, others = np.asarray(x), np.asarray(others)
-    if not len(others):
-        raise ValueError("others are no images: give at least one")
     flat = np.reshape(x, (len(x), math.prod(x.shape[1:])))
     index, least = np.zeros(len(x), np.int64), np.full(len(x), np.inf)
     first = 0

@@ -108,11 +108,7 @@ def basis(shape: tuple[int, ...]) -> Probes:
 
 @checked
 def quadratic_forms(f: Field, x: Example, vs: Annotated[Batch, nonempty]) -> tuple[Example, Forms]:
-    """f(x), shape ``(*s)``, and v^T J(x) v for each probe v in ``vs (k, *s)``, shape ``(k,)``.
-
-    Raises:
-      ValueError: f(x) has another shape than ``x``.
-    """
+    """f(x), shape ``(*s)``, and v^T J(x) v for each probe v in ``vs (k, *s)``, shape ``(k,)``."""
 
     def one(v: Array) -> tuple[Array, Array]:
         y, jv = jax.jvp(f, (x,), (v,))
@@ -163,11 +159,7 @@ class Trace:
 
     @checked
     def directions(self, key: Key | None, shape: tuple[int, ...]) -> Probes:
-        """The directions ``(k, *shape)`` whose quadratic forms give the divergence.
-
-        Raises:
-          ValueError: there is no key, and the probes are random.
-        """
+        """The directions ``(k, *shape)`` whose quadratic forms give the divergence."""
         if self.kind == "exact":
             return basis(shape)
         if key is None:

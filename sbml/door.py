@@ -46,8 +46,14 @@ _KINDS = {
 }
 
 
-_NAMES: dict[Any, str] = {int: "an integer", float: "a number", str: "a text", type(None): "None"}
-_REAL: Any = Real[np.ndarray | jax.Array, "..."]
+_NAMES: dict[Any, str] = {
+    int: "an integer",
+    float: "a number",
+    str: "a text",
+    tuple: "a tuple",
+    type(None): "None",
+}
+_REAL: Any = Real[np.ndarray | jax.Array | np.number, "..."]
 
 _words: dict[Any, str] = {}  # of conditions
 
@@ -158,10 +164,10 @@ def needs(hint: Any) -> str:
         return f"{kind} of shape ({', '.join(hint.dim_str.split())})"
     origin, parts = typing.get_origin(hint), typing.get_args(hint)
     if origin is typing.Annotated:
-        return " ".join([needs(parts[0]), *(_words[each] for each in parts[1:])])
+        return f"{needs(parts[0])} {', '.join(_words[each] for each in parts[1:])}"
     if origin in (types.UnionType, typing.Union):
         # NumPy's types, which stand for the same, have the same words.
         return " or ".join(dict.fromkeys(needs(each) for each in parts if each is not np.number))
     if origin is Callable:
         return "a function"
-    return _NAMES.get(hint, getattr(hint, "__name__", str(hint)))
+    return _NAMES.get(origin or hint, getattr(hint, "__name__", str(hint)))

@@ -17,9 +17,8 @@ centres (``centre``), and for data spread evenly over their bins (``uniform``),
 
 up to terms that do not depend on k. Here phi and Phi are the density and the distribution function
 of N(0, 1), and for ``uniform`` m_k is the mean of N(y, rho^2) truncated to the bin. If rho is far
-smaller than a bin, p(k | y) puts all mass on one level, whatever the network says, and the error
-of e^ is the smallest possible one. If rho is far larger, the network decides. At the smallest time
-p(k | y) is a decoder.
+smaller than a bin, p(k | y) puts all mass on one level, whatever the network says. If rho is far
+larger, the network decides. At the smallest time p(k | y) is a decoder.
 
 For few levels the network's outputs are the l_k themselves. For many levels they are the
 log-weights w_j, shifts o_j and scales v_j (before a softplus) of a few normal distributions. Their
@@ -29,13 +28,11 @@ mean kappa y and the standard deviation sqrt(V) u:
     l_k = log sum_j e^w_j N(c_k; mu_j, s_j^2),    kappa = V / (V + rho^2),    u = sqrt(1 - kappa),
     mu_j = kappa y + u (d_j + o_j),    s_j = 2 / L + 0.4 u log(1 + e^(v_j + 1/2)),
 
-with the constants d_j = -0.8, -0.4, 0, 0.4, 0.8. So the outputs keep their size at every noise;
-otherwise the network would have to copy y with an error below the size of the noise. If rho is
-smaller than a bin, only the levels around y matter for x^. If it is larger, the sum over k is
-replaced by an integral over [-1, 1], which has a closed form. So the memory does not grow
-with L. The integral is close to the sum, except for entries at the lowest or highest level: for the
-same outputs, their e^ differs by up to 0.2 at centres and 0.08 in bins, where rho is one bin, and
-by up to 0.02 where rho is four bins. The decoder sums over all levels, a block of them at a time.
+with the constants d_j = -0.8, -0.4, 0, 0.4, 0.8. So the outputs keep their size at every noise. If
+rho is smaller than a bin, only the levels around y matter for x^. If it is larger, the sum over k
+is replaced by an integral over [-1, 1], which has a closed form, so the memory does not grow with
+L. The two differ for entries at the lowest or highest level: e^ by up to 0.2 at centres and 0.08 in
+bins, where rho is one bin, and by up to 0.02 where rho is four bins.
 
 Reference: Kingma et al., "Variational Diffusion Models", NeurIPS 2021, where the decoder has no
 l_k.
@@ -50,14 +47,15 @@ import numpy as np
 from jaxtyping import Float
 from scipy import special
 
-from sbml import bits, scalars
+from sbml import bits
 from sbml.door import checked
-from sbml.scalars import at_least, one_of
+from sbml.scalars import above_0, at_least, one_of
 from sbml.types import AnyArray, Array, Example, Pixels, Real, Scalar
 
 Levels = Annotated[int, at_least(2)]
 Components = tuple[Array, Array, Array]  # of a mixture, each ``(COMPONENTS, *s)``
 Outputs = Float[AnyArray, "*s outputs"]
+Noise = Annotated[Real, above_0]
 
 DATA = ("centre", "uniform")
 Kind = Annotated[str, one_of(*DATA)]
@@ -86,7 +84,7 @@ def outputs(levels: Levels) -> int:
 
 
 @checked
-def posterior_mean(out: Outputs, y: Example, rho: Real, levels: Levels, data: Kind) -> Example:
+def posterior_mean(out: Outputs, y: Example, rho: Noise, levels: Levels, data: Kind) -> Example:
     """x^ = E[x | y], shape ``(*s)``.
 
     Args:
@@ -95,11 +93,8 @@ def posterior_mean(out: Outputs, y: Example, rho: Real, levels: Levels, data: Ki
       rho: sigma / alpha, broadcasting to ``y``.
       levels: L.
       data: ``centre`` or ``uniform``.
-
-    Raises:
-      ValueError: for another number of outputs, or a ``rho`` that is known and not positive.
     """
-    _check(out, rho, levels)
+    _check(out, levels)
     if levels <= FEW:
         log_p, means = _of_all(out, y, rho, levels, data)
         return jnp.sum(jnp.exp(log_p) * means, axis=-1)
@@ -110,12 +105,12 @@ def posterior_mean(out: Outputs, y: Example, rho: Real, levels: Levels, data: Ki
 
 
 @checked
-def decoder_nats(out: Outputs, y: Example, rho: Real, pixels: Pixels, levels: Levels) -> Scalar:
+def decoder_nats(out: Outputs, y: Example, rho: Noise, pixels: Pixels, levels: Levels) -> Scalar:
     """-log p(k | y) of integers ``pixels (*s)`` at bin centres, summed over entries, in nats.
 
     The other arguments are those of :func:`posterior_mean`.
     """
-    _check(out, rho, levels)
+    _check(out, levels)
     bits.check_pixels(pixels, levels)
     if levels <= FEW:
         log_p, _ = _of_all(out, y, rho, levels, "centre")
@@ -139,8 +134,7 @@ def decoder_nats(out: Outputs, y: Example, rho: Real, pixels: Pixels, levels: Le
     return jnp.sum(total - log_joint(pixels[None])[0])
 
 
-def _check(out: Outputs, rho: Real, levels: int) -> None:
-    scalars.check_positive(rho, "rho")
+def _check(out: Outputs, levels: int) -> None:
     if out.shape[-1] != outputs(levels):
         raise ValueError(
             f"out, which the network returned, has shape {out.shape}: an integer denoiser of "
@@ -150,8 +144,9 @@ def _check(out: Outputs, rho: Real, levels: int) -> None:
 
 def _of_all(out: Array, y: Array, rho: Array, levels: int, data: str) -> tuple[Array, Array]:
     """log p(k | y) and m_k for all levels, each ``(*s, levels)``."""
-    centre = bits.to_model(_along_last(jnp.arange(levels, dtype=y.dtype), y), 0.5, levels)
-    log_likelihood, means = bin_moments(centre, y[..., None], _last(rho, y), levels, data)
+    k = jnp.arange(levels, dtype=y.dtype).reshape((1,) * y.ndim + (-1,))
+    centre, rho = bits.to_model(k, 0.5, levels), jnp.broadcast_to(rho, y.shape)[..., None]
+    log_likelihood, means = bin_moments(centre, y[..., None], rho, levels, data)
     return jax.nn.log_softmax(out + log_likelihood, axis=-1), means
 
 
@@ -222,16 +217,6 @@ def _log_sum_exp(x: Array, axis: int) -> Array:
 def _first(v: Array, y: Array) -> Array:
     """``v (m,)`` with shape ``(m, 1, ..., 1)``: a new first axis before the axes of ``y (*s)``."""
     return v.reshape((-1,) + (1,) * y.ndim)
-
-
-def _along_last(v: Array, y: Array) -> Array:
-    """``v (m,)`` with shape ``(1, ..., 1, m)``: a new last axis after the axes of ``y (*s)``."""
-    return v.reshape((1,) * y.ndim + (-1,))
-
-
-def _last(rho: Array, y: Array) -> Array:
-    """``rho`` broadcast to ``y (*s)``, with a last axis of 1."""
-    return jnp.broadcast_to(rho, y.shape)[..., None]
 
 
 def bin_moments(centre: Real, y: Real, rho: Real, levels: int, data: str) -> tuple[Real, Real]:

@@ -67,11 +67,7 @@ class Interval(NamedTuple):
 
 @typed
 def mean_interval(values: Values) -> Interval:
-    """The interval of the mean of ``values (n,)``; its half-width is infinite for one value.
-
-    Raises:
-      ValueError: there are no values.
-    """
+    """The interval of the mean of ``values (n,)``; its half-width is infinite for one value."""
     values = np.asarray(values, np.float64)
     n = len(values)
     if not n:
@@ -94,9 +90,6 @@ def repeated_stderr(first: Values, second: Values, n: Count) -> tuple[float, flo
     Returns:
       The standard error in the unit of the draws, and its degrees of freedom in [1, m]; infinity
       and 0 if m = 0.
-
-    Raises:
-      ValueError: the draws have different lengths.
     """
     one, other = (np.asarray(v, np.float64) for v in (first, second))
     if len(one) != len(other):

@@ -11,35 +11,24 @@ more term, in which s is the score:
     log p_eps(x) = log pi(c(T)) + integral div v(c, t) dt - integral (dc/dt - v(c, t)) . s(c, t) dt.
 
 The path that the solver computes is such a curve. The last term, the correction, removes the error
-of this path: exactly if s is the gradient of log p_t, otherwise up to the relative error of s. It
-costs nothing, since v and s are evaluated at the same points as div v.
+of this path: exactly if s is the gradient of log p_t, otherwise up to the relative error of s. The
+divergence, the expensive part, is evaluated three times in eight (``sbml.quadrature``). It is
+exact, or Hutchinson's estimate with probes that are drawn once for each solve: with new probes at
+every point, the result would depend on how rounding changes the times of the steps.
 
-The steps of the path do not need the divergence. So the path is solved with one network call for
-each evaluation, and the integrals are sums over its steps with error estimates of their own
-(``sbml.quadrature``). The divergence, the expensive part, is evaluated three times in eight.
+The ODE ends at T or, if alpha(T) = 0, at the time that ``sbml.ode`` states. From there x is scaled
+to T.
 
-If alpha(T) = 0, the prior is exact at T. For a score with ``predictions`` the ODE is then solved up
-to the SDE's ``last_regular_time``, which usually is T. For any other score it is solved up to
-``largest_time``. From there x is scaled to T (``sbml.ode``).
-
-The prior pi takes the place of p_T. So the result is the density of the flow that starts from pi.
-Even if the score is exact, its logarithm differs from log p_eps(x) by log pi(z) - log p_T(z). The
-mean of this error over x from p_eps is -KL(p_T || pi). For data N(m, diag(c)), with alpha and sigma
-at T and the prior's standard deviation S, KL(p_T || pi) is
+*The prior in place of p_T.* Even if the score is exact, the result differs from log p_eps(x) by
+log pi(z) - log p_T(z), whose mean over x from p_eps is -KL(p_T || pi). For data N(m, diag(c)), with
+alpha and sigma at T and the prior's standard deviation S, KL(p_T || pi) is
 
     1/2 sum_i [(alpha^2 (c_i + m_i^2) + sigma^2) / S^2 - 1 - log((alpha^2 c_i + sigma^2) / S^2)].
 
 The error of one example has either sign. Its standard deviation is sqrt(2 KL), as for any two
 distributions that are close to each other, and about alpha |m| / S nats: for |m| = 1 it is 0.007
 with ``VP``, 0.02 with ``VE`` up to sigma = 50, and 0.08 with ``LinearGamma`` up to a log-SNR of -5.
-:func:`prior_error` computes both numbers. A larger T makes them smaller, that is, more noise at
-t = T = 1: a larger ``beta_max``, ``sigma_max`` or ``gamma_1``. The score must know this noise. A
-score of ``VP`` as a function of t in [0, c], where c > 1, is one of t / c in [0, 1] for
-``VP(c b, c (b + c (B - b)))``, where b and B are the former ``beta_min`` and ``beta_max``.
-
-The divergence is exact, or Hutchinson's estimate with probes that are drawn once for each solve.
-With new probes at every point their noise would average out along the path. But rounding changes
-the times of the steps, so the result would depend on rounding.
+A larger ``beta_max``, ``sigma_max`` or ``gamma_1`` makes it smaller, if the score knows this noise.
 
 Reference: Song et al., "Score-Based Generative Modeling through SDEs", ICLR 2021, appendix D.2.
 """
@@ -81,7 +70,7 @@ class Likelihood(NamedTuple):
 
 
 class PriorError(NamedTuple):
-    """The error of log p_eps because the prior pi takes the place of p_T, even for an exact score.
+    """The error of log p_eps because the prior pi takes the place of p_T.
 
     Attributes:
       mean: KL(p_T || pi), which is minus the mean error over the data.
@@ -126,8 +115,7 @@ def ode_logp(
 ) -> Likelihood:
     """log p_eps(x) in nats for one example ``x`` of shape ``(*s)``; vmap over examples and keys.
 
-    The prior pi takes the place of p_T: even with an exact score the error log pi(z) - log p_T(z)
-    remains, whose mean is -KL(p_T || pi). The docstring of this module says how large it is.
+    The prior pi takes the place of p_T; the docstring of this module says what this changes.
 
     Args:
       score: a score of one example, called deterministically (with key None).
@@ -140,9 +128,6 @@ def ode_logp(
 
     Returns:
       The log-likelihood and its terms. They are NaN if the solver gave up.
-
-    Raises:
-      ValueError: if eps is not in (0, T), or there is no key to draw the probes.
     """
     sde.check_time(eps)
     x = in_full_precision(x)

@@ -25,8 +25,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Num
 
-from sbml.door import checked, condition
-from sbml.scalars import nonempty
+from sbml.door import checked, condition, typed
+from sbml.scalars import nonempty, one_of
 from sbml.sdes import Kernel
 from sbml.streams import stream
 from sbml.types import (
@@ -38,6 +38,8 @@ from sbml.types import (
     Keys,
     Scalar,
     Score,
+    Time,
+    Times,
     Vector,
     at_least_float32,
     batch_score,
@@ -50,32 +52,26 @@ Signs = Annotated[
 ]
 
 WEIGHTINGS = ("likelihood", "original")
+Weighting = Annotated[str, one_of(*WEIGHTINGS)]
 
 
-def weight(sde: Kernel, t: Elementwise, weighting: str) -> Elementwise:
-    """The weight w(t) of the squared noise-prediction error, elementwise.
-
-    Raises:
-      ValueError: for an unknown ``weighting``, the likelihood weighting with discrete noise levels
-        (``sdes.Levels``), or times outside (0, T].
-    """
+@typed
+def weight(sde: Kernel, t: Elementwise | float, weighting: Weighting) -> Elementwise:
+    """The weight w(t) of the squared noise-prediction error, elementwise. Discrete noise levels
+    have no likelihood weighting."""
     sde.check_times(t)
-    if weighting == "likelihood":
-        return sde.rate(t)
-    if weighting == "original":
-        return jnp.ones_like(t)
-    raise ValueError(f"unknown weighting {weighting!r}; choose from {WEIGHTINGS}")
+    return sde.rate(t) if weighting == "likelihood" else jnp.ones_like(t)
 
 
 @checked
-def perturb(sde: Kernel, x: Example, t: Scalar, z: Example) -> Example:
+def perturb(sde: Kernel, x: Example, t: Time, z: Example) -> Example:
     """x_t = alpha(t) x + sigma(t) z for one example, shape ``(*s)``."""
     mean, std = sde.marginal(x, t)
     return mean + std * z
 
 
 @checked
-def residual(sde: Kernel, score_xt: Example, t: Scalar, z: Example, weighting: str) -> Scalar:
+def residual(sde: Kernel, score_xt: Example, t: Time, z: Example, weighting: Weighting) -> Scalar:
     """1/2 w(t) ||sigma(t) score + z||^2 in nats, a scalar."""
     error = sde.std(t) * score_xt + z
     return 0.5 * weight(sde, t, weighting) * jnp.sum(error**2)
@@ -83,7 +79,13 @@ def residual(sde: Kernel, score_xt: Example, t: Scalar, z: Example, weighting: s
 
 @checked
 def dsm(
-    score: Score, sde: Kernel, x: Example, t: Scalar, key: Key, *, weighting: str = "likelihood"
+    score: Score,
+    sde: Kernel,
+    x: Example,
+    t: Scalar,
+    key: Key,
+    *,
+    weighting: Weighting = "likelihood",
 ) -> Scalar:
     """The denoising score matching loss of one example at one time.
 
@@ -110,10 +112,10 @@ def dsm_batch(
     score: Score,
     sde: Kernel,
     x: Annotated[Batch, nonempty],
-    t: Vector,
+    t: Times,
     keys: Keys,
     *,
-    weighting: str = "likelihood",
+    weighting: Weighting = "likelihood",
     signs: Signs | None = None,
 ) -> Vector:
     """:func:`dsm` for ``x (n, *s)``, ``t (n,)``, ``keys (n,)``: n losses, one call of the score.
@@ -125,10 +127,6 @@ def dsm_batch(
 
     ``signs (n,)`` of +1 and -1 multiply the noises. Two rows that differ in the sign only are
     antithetic: the gradient of their mean has less variance than that of two independent rows.
-
-    Raises:
-      ValueError: a time is not in [0, T]. Values are not checked inside ``jit``. At time 0 the loss
-        may not be finite.
     """
     x_t, z, score_key = noisy_batch(sde, x, t, keys, signs)
     scores = batch_score(score)(x_t, t, score_key)
@@ -144,7 +142,6 @@ def noisy_batch(
     sde: Kernel, x: Batch, t: Vector, keys: Keys, signs: Signs | None
 ) -> tuple[Batch, Batch, Key]:
     """The perturbed batch x_t and its noises z, each ``(n, *s)``, and the key of the score."""
-    sde.check_times(t)
     x = at_least_float32(x)
     z = jax.vmap(draw_noise)(keys, x)
     if signs is not None:

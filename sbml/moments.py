@@ -5,9 +5,16 @@
 Each is one pass over the data, a part of the rows at a time.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
 
+import jax
 import numpy as np
+from jaxtyping import Float, Real
+
+from sbml.door import typed
+
+Features = Real[np.ndarray | jax.Array, "n d"]
 
 CHUNK = 2**23  # numbers in one part: 64 MiB of float64
 
@@ -16,9 +23,6 @@ def rows(x: np.ndarray) -> Iterator[np.ndarray]:
     """The rows of ``x (n, *s)`` in order, as float64 parts ``(m, d)``.
 
     A part has at most ``CHUNK`` numbers, or one row if a row is longer.
-
-    Raises:
-      ValueError: a row has no numbers.
     """
     size = int(np.prod(x.shape[1:]))
     if not size:
@@ -39,14 +43,55 @@ def variances(x: np.ndarray, centre: np.ndarray) -> np.ndarray:
 
 
 def covariance(x: np.ndarray, centre: np.ndarray) -> np.ndarray:
-    """The covariance ``(d, d)`` of ``x (n, *s)`` with mean ``centre (d,)``; the divisor is n - 1.
-
-    Raises:
-      ValueError: for fewer than two rows.
-    """
+    """The covariance ``(d, d)`` of ``x (n, *s)`` around ``centre``, its mean; divisor n - 1."""
     if len(x) < 2:
         raise ValueError(f"{len(x)} examples: a covariance needs at least two")
     total = np.zeros((centre.size, centre.size))
     for part in rows(x):
         total += (part - centre).T @ (part - centre)
     return total / (len(x) - 1)
+
+
+class Moments(NamedTuple):
+    """Mean ``(d,)`` and covariance ``(d, d)`` (divided by n - 1) of ``size`` features."""
+
+    mean: Float[np.ndarray, " d"]
+    cov: Float[np.ndarray, " d d"]
+    size: int
+
+    @classmethod
+    def of(cls, features: Features) -> "Moments":
+        """The moments of ``features (n, d)``, two or more."""
+        return cls.of_parts([features])
+
+    @classmethod
+    def of_parts(cls, parts: Iterable[Real[np.ndarray | jax.Array, "_ d"]]) -> "Moments":
+        """The moments of features that come in parts ``(m, d)``, each of which is read once.
+
+        The sums are of distances from the first part's mean, so that the covariance loses no digits
+        by cancellation.
+        """
+        size = 0
+        centre = total = products = np.zeros(())
+        for part in parts:
+            part = _table(part)
+            if size and part.shape[1:] != centre.shape:
+                raise ValueError(
+                    f"features of {part.shape[1:]} after {centre.shape} numbers each: give parts "
+                    "with the same number"
+                )
+            if not size:
+                centre = part.mean(axis=0)
+            for each in rows(part - centre):
+                total, products = total + each.sum(axis=0), products + each.T @ each
+            size += len(part)
+        if size < 2:
+            raise ValueError(f"{size} features: a covariance needs at least two")
+        shift = total / size
+        cov = (products - size * np.outer(shift, shift)) / (size - 1)
+        return cls(centre + shift, cov, size)
+
+
+@typed
+def _table(features: Features) -> np.ndarray:
+    return np.asarray(features, np.float64)

@@ -21,7 +21,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import diffrax
 import jax
@@ -29,10 +29,20 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool, Integer
 
-from sbml import quadrature, scalars
-from sbml.door import checked
+from sbml import pytrees, quadrature, scalars
+from sbml.door import checked, typed
 from sbml.quadrature import Joint, WithIntegral, beside_integral
-from sbml.scalars import Number
+from sbml.scalars import (
+    Count,
+    Number,
+    above_0,
+    at_least,
+    at_most,
+    between,
+    finite,
+    one_of,
+    positive,
+)
 from sbml.sdes import SDE
 from sbml.types import (
     Array,
@@ -45,7 +55,10 @@ from sbml.types import (
     predictor,
 )
 
-Count = Integer[Array, ""]
+# A larger tolerance than 1 would accept every step.
+Tolerance = Annotated[Number, above_0, at_most(1)]
+Instant = Annotated[Number, between(0, 1)]
+End = Annotated[Number, finite, at_least(0)]  # of a solve of any ODE
 Field = Callable[[Scalar, Example], Example]  # (t, y) -> dy/dt
 
 # method: (solver, evaluations of the field in a step, evaluations at the start). dopri5 and tsit5
@@ -63,23 +76,15 @@ METHODS: dict[str, tuple[type[diffrax.AbstractSolver], int, int]] = {
 # outside the data, or at a tolerance of 1e-8. All examples of a batch wait for such a one.
 MAX_STEPS = 1_000
 
-LOOSEST = 1.0  # The largest tolerance; a larger one would accept every step.
-
-
-def least_tolerance(dtype: Any) -> float:
-    """The least tolerance of a solve in ``dtype``: about its rounding error, 1e-7 in float32 and
-    1e-16 in float64. With a smaller one, steps would follow the rounding errors."""
-    return 10.0 ** (-1 - jnp.finfo(dtype).precision)
-
 
 def check_tolerances(solver: "Solver", dtype: Any, name: str = "", factor: float = 1.0) -> None:
     """Check that the tolerances of ``solver``, if it has step control, are at least ``factor``
-    times :func:`least_tolerance`; ``name`` is put before theirs in the message.
+    times the rounding error of ``dtype``: 1e-7 in float32, and 1e-16 in float64.
 
-    Raises:
-      ValueError: they are not. Traced tolerances are not checked.
+    With smaller ones, steps would follow the rounding errors. Traced tolerances are not checked.
+    ``name`` is put before their names in the message.
     """
-    least = factor * least_tolerance(dtype)
+    least = factor * 10.0 ** (-1 - jnp.finfo(dtype).precision)
     for field in ("rtol", "atol") if solver.fixed_steps is None else ():
         if not scalars.is_traced(value := getattr(solver, field)) and np.any(value < least):
             raise ValueError(
@@ -99,9 +104,9 @@ class Stats(NamedTuple):
       success: whether the solver reached the end in at most ``max_steps`` steps.
     """
 
-    nfe: Count
-    accepted: Count
-    rejected: Count
+    nfe: Integer[Array, ""]
+    accepted: Integer[Array, ""]
+    rejected: Integer[Array, ""]
     success: Bool[Array, ""]
 
 
@@ -109,7 +114,8 @@ def _static(default: Any) -> Any:
     return dataclasses.field(default=default, metadata={"static": True})
 
 
-@jax.tree_util.register_dataclass
+@pytrees.register
+@typed
 @dataclasses.dataclass(frozen=True)
 class Solver:
     """How an ODE is solved.
@@ -128,40 +134,22 @@ class Solver:
       fixed_steps: the number of equal steps in u; None for step control.
       max_steps: the number of steps after which the solver gives up, with NaN as the result and
         ``success`` False. It gives up earlier where the velocity is not finite.
-
-    Raises:
-      ValueError: for an unknown method, step control on a method without an error estimate, or a
-        tolerance, power, ``icoeff`` or number of steps that is not a positive and finite number, a
-        tolerance above 1, or a ``pcoeff`` that is negative or not finite.
     """
 
-    method: str = _static("tsit5")
-    rtol: Any = 1e-4  # A Number; JAX also puts other objects in the place of a pytree's numbers.
-    atol: Any = 1e-4
-    power: float = _static(2.0)
-    first_step: float = _static(1e-2)
-    pcoeff: float = _static(0.3)
-    icoeff: float = _static(0.4)
-    fixed_steps: int | None = _static(None)
-    max_steps: int = _static(MAX_STEPS)
+    method: Annotated[str, one_of(*METHODS)] = "tsit5"
+    rtol: Tolerance = 1e-4
+    atol: Tolerance = 1e-4
+    power: Annotated[Number, positive] = _static(2.0)
+    first_step: Annotated[Number, positive] = _static(1e-2)
+    pcoeff: Annotated[Number, finite, at_least(0)] = _static(0.3)
+    # With icoeff <= 0 a step would not become shorter after an error that is too large.
+    icoeff: Annotated[Number, positive] = _static(0.4)
+    fixed_steps: Count | None = _static(None)
+    max_steps: Count = _static(MAX_STEPS)
 
     def __post_init__(self) -> None:
-        if self.method not in METHODS:
-            raise ValueError(f"unknown ODE method {self.method!r}; choose from {sorted(METHODS)}")
         if self.method == "euler" and self.fixed_steps is None:
             raise ValueError("method=euler has no error estimate: set fixed_steps, or choose tsit5")
-        for name in ("rtol", "atol", "power", "first_step"):
-            most = LOOSEST if name in ("rtol", "atol") else math.inf
-            scalars.check_positive(getattr(self, name), name, finite=True, most=most)
-        for name in ("fixed_steps", "max_steps"):
-            steps = getattr(self, name)
-            if steps is not None or name == "max_steps":
-                scalars.check_count(steps, name)
-        # With icoeff <= 0 a step would not become shorter after an error that is too large.
-        scalars.check_positive(self.icoeff, "icoeff", finite=True)
-        scalars.check_number(self.pcoeff, "pcoeff")
-        if not 0 <= self.pcoeff < math.inf:
-            raise ValueError(f"pcoeff={self.pcoeff}: must be finite and not negative")
 
     def tighter(self, factor: float) -> "Solver":
         """This solver with its tolerances divided by ``factor``, and ``fixed_steps`` multiplied."""
@@ -192,13 +180,10 @@ def velocity(score: Score, sde: SDE, x: Example, t: Scalar) -> Example:
 
 
 def check_precision(score: Score, sde: SDE, shape: tuple[int, ...]) -> None:
-    """Check that the velocity of an example of this ``shape`` is computed without half precision.
+    """Raise a ValueError if the velocity of an example of this ``shape`` is of half precision.
 
     Rounding errors are the same in both of the solves whose difference measures the solver's error.
     In half precision they change log p by more than the budget, and it would be called converged.
-
-    Raises:
-      ValueError: it is not.
     """
     x, t = (jax.ShapeDtypeStruct(s, jnp.result_type(float)) for s in (shape, ()))
     if kind := half_precision(functools.partial(velocity, score, sde), x, t):
@@ -229,20 +214,14 @@ def last_time(score: Score, sde: SDE) -> Number:
 
 @checked
 def transport(
-    score: Score, sde: SDE, x: Example, t0: Number, t1: Number, solver: Solver
+    score: Score, sde: SDE, x: Example, t0: Instant, t1: Instant, solver: Solver
 ) -> tuple[Example, Stats]:
     """Solve the ODE from ``x`` at ``t0`` to ``t1``, in either direction of time.
 
     Returns:
       x(t1), shape ``(*s)``, and the stats of the solve.
-
-    Raises:
-      ValueError: if an end lies outside [0, T].
     """
     x = in_full_precision(x)
-    for t in (t0, t1):
-        if not scalars.is_traced(t, sde.T) and not 0 <= t <= sde.T:
-            raise ValueError(f"t0={t0}, t1={t1}: times lie in [0, {sde.T}]")
 
     def field(t: Scalar, x: Example) -> Example:
         return velocity(score, sde, x, t)
@@ -263,13 +242,7 @@ def growth(sde: SDE, t0: Number, t1: Number, x: Example) -> Scalar:
 
 
 @checked
-def solve(
-    field: Field,
-    y: Example,
-    t0: Number,
-    t1: Number,
-    solver: Solver,
-) -> tuple[Example, Stats]:
+def solve(field: Field, y: Example, t0: End, t1: End, solver: Solver) -> tuple[Example, Stats]:
     """Solve dy/dt = field(t, y) from ``t0`` to ``t1`` (either order, both positive).
 
     Args:
@@ -281,14 +254,9 @@ def solve(
     Returns:
       y(t1) and stats. y(t1) is NaN if the solver gave up; an error would stop the other images of
       the batch.
-
-    Raises:
-      ValueError: if an end is negative or not finite.
     """
-    y = in_full_precision(y)
-    method, per_step, once = _method(solver)
-    end, stats = _integrate(_in_u(field, solver), method, t0, t1, y, solver)
-    return end, stats(per_step, once)
+    start, evaluations = in_full_precision(y), METHODS[solver.method][1:]
+    return _integrate(_in_u(field, solver), _method(solver), t0, t1, start, solver, evaluations)
 
 
 @checked
@@ -296,8 +264,8 @@ def solve_with_integral(
     field: Field,
     joint: Joint,
     y: Example,
-    t0: Number,
-    t1: Number,
+    t0: End,
+    t1: End,
     solver: Solver,
 ) -> tuple[tuple[Example, Scalar, Scalar], Stats]:
     """Solve an ODE as :func:`solve` does, and integrate a scalar h(t, y) along the solution.
@@ -311,9 +279,6 @@ def solve_with_integral(
     Returns:
       (y(t1), the integral of h, its correction by w) and stats. The three are NaN if the solver
       gave up.
-
-    Raises:
-      ValueError: if ``t1`` < ``t0``.
     """
     # For t1 < t0 diffrax would change the coordinate to -u, in which h is not defined.
     if not scalars.is_traced(t0, t1) and t1 < t0:
@@ -324,13 +289,13 @@ def solve_with_integral(
         v, h, w = joint(u**solver.power, y)
         return _slope(u, solver) * v, _slope(u, solver) * h / y.size, w / y.size
 
-    method = _method(solver)[0]
+    method = WithIntegral(_method(solver), joint_in_u)
     rates, start = beside_integral(_in_u(field, solver)), (y, jnp.zeros((2,), y.dtype))
     (end, integrals), stats = _integrate(
-        rates, WithIntegral(method, joint_in_u), t0, t1, start, solver
+        rates, method, t0, t1, start, solver, _evaluations_with_integral(solver)
     )
     integral, correction = y.size * integrals
-    return (end, integral, correction), stats(*_evaluations_with_integral(solver))
+    return (end, integral, correction), stats
 
 
 def most_evaluations(solver: Solver) -> int:
@@ -364,55 +329,13 @@ def _in_u(field: Field, solver: Solver) -> Callable[..., Array]:
     return rate
 
 
-def _method(solver: Solver) -> tuple[diffrax.AbstractSolver, int, int]:
-    """The method, its evaluations in a step, and those at the start."""
-    kind, per_step, once = METHODS[solver.method]
+def _method(solver: Solver) -> diffrax.AbstractSolver:
+    kind = METHODS[solver.method][0]
     if not issubclass(kind, diffrax.AbstractRungeKutta):
-        return kind(), per_step, once
+        return kind()
     # These are diffrax's own choices for the adjoints of ``_integrate``, but it does not make them
     # for a method inside WithIntegral.
-    return kind(scan_kind="bounded" if solver.fixed_steps else "lax"), per_step, once
-
-
-def _integrate(
-    rates: Callable[..., Any],
-    method: diffrax.AbstractSolver,
-    t0: Number,
-    t1: Number,
-    start: Any,
-    solver: Solver,
-) -> tuple[Any, Callable[[int, int], Stats]]:
-    """Solve d(state)/du = rates from ``start`` at ``t0`` to ``t1``.
-
-    Returns:
-      The state at ``t1``, and a function that computes the stats from the numbers of evaluations in
-      a step and at the start.
-    """
-    if not scalars.is_traced(t0, t1) and not (0 <= t0 < math.inf and 0 <= t1 < math.inf):
-        raise ValueError(f"t0={t0}, t1={t1}: give finite times of at least 0")
-    check_tolerances(solver, jax.tree.leaves(start)[0].dtype)
-    u0, u1 = t0 ** (1 / solver.power), t1 ** (1 / solver.power)
-    first, controller, max_steps = _steps(solver, u1 - u0)
-    solution = diffrax.diffeqsolve(
-        diffrax.ODETerm(rates),
-        method,
-        t0=u0,
-        t1=u1,
-        dt0=first,
-        y0=start,
-        stepsize_controller=controller,
-        max_steps=max_steps,
-        adjoint=diffrax.DirectAdjoint() if solver.fixed_steps else diffrax.ForwardMode(),
-        throw=False,
-    )
-    success, counts = solution.result == diffrax.RESULTS.successful, solution.stats
-    end = jax.tree.map(lambda ys: jnp.where(success, ys[0], jnp.nan), solution.ys)
-
-    def stats(per_step: int, once: int) -> Stats:
-        nfe = per_step * counts["num_steps"] + once
-        return Stats(nfe, counts["num_accepted_steps"], counts["num_rejected_steps"], success)
-
-    return end, stats
+    return kind(scan_kind="bounded" if solver.fixed_steps else "lax")
 
 
 class _Control(diffrax.PIDController):
@@ -429,16 +352,46 @@ class _Control(diffrax.PIDController):
         return accepted, start, end, *rest, result
 
 
-def _steps(solver: Solver, length: Number) -> tuple[Number, Any, int]:
-    """The first step in u, the step control, and the largest number of steps."""
+def _integrate(
+    rates: Callable[..., Any],
+    method: diffrax.AbstractSolver,
+    t0: Number,
+    t1: Number,
+    start: Any,
+    solver: Solver,
+    evaluations: tuple[int, int],
+) -> tuple[Any, Stats]:
+    """The solution of d(state)/du = rates at ``t1`` from ``start`` at ``t0``, and the stats, where
+    ``evaluations`` are the numbers of evaluations in a step and at the start."""
+    check_tolerances(solver, jax.tree.leaves(start)[0].dtype)
+    u0, u1 = t0 ** (1 / solver.power), t1 ** (1 / solver.power)
+    length, max_steps = u1 - u0, solver.max_steps
+    controller: Any
     if solver.fixed_steps is not None:
-        return length / solver.fixed_steps, diffrax.ConstantStepSize(), solver.fixed_steps + 1
-    controller = _Control(
-        rtol=solver.rtol,
-        atol=solver.atol,
-        pcoeff=solver.pcoeff,
-        icoeff=solver.icoeff,
-        norm=rms_norm,
+        first, controller = length / solver.fixed_steps, diffrax.ConstantStepSize()
+        max_steps = solver.fixed_steps + 1
+    else:
+        first = jnp.sign(length) * jnp.minimum(solver.first_step, jnp.abs(length))
+        controller = _Control(
+            rtol=solver.rtol,
+            atol=solver.atol,
+            pcoeff=solver.pcoeff,
+            icoeff=solver.icoeff,
+            norm=rms_norm,
+        )
+    solution = diffrax.diffeqsolve(
+        diffrax.ODETerm(rates),
+        method,
+        t0=u0,
+        t1=u1,
+        dt0=first,
+        y0=start,
+        stepsize_controller=controller,
+        max_steps=max_steps,
+        adjoint=diffrax.DirectAdjoint() if solver.fixed_steps else diffrax.ForwardMode(),
+        throw=False,
     )
-    first = jnp.sign(length) * jnp.minimum(solver.first_step, jnp.abs(length))
-    return first, controller, solver.max_steps
+    success, counts = solution.result == diffrax.RESULTS.successful, solution.stats
+    end = jax.tree.map(lambda ys: jnp.where(success, ys[0], jnp.nan), solution.ys)
+    nfe = evaluations[0] * counts["num_steps"] + evaluations[1]
+    return end, Stats(nfe, counts["num_accepted_steps"], counts["num_rejected_steps"], success)

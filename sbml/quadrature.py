@@ -7,12 +7,11 @@ curve c from y_0, since dV/dt = dc/dt . w - f . w - h there,
     V(t_0, y_0) = W(c(t_1)) + integral h(t, c) dt - integral (dc/dt - f(t, c)) . w(t, c) dt.
 
 The interpolant of the ODE method is such a curve, and its residual dc/dt - f is small. So an
-approximate w is enough: its error is multiplied by the small residual. Without the second integral,
-the *correction*, the whole of w would be multiplied by the residual. The correction is the
-dual-weighted residual of Becker and Rannacher ("An optimal control approach to a posteriori error
-estimation", Acta Numerica 2001). It costs no further evaluations, because f and h are evaluated at
-the same points. Each step [a, b] of an explicit Runge-Kutta method adds Lobatto's rule of four
-points,
+approximate w is enough: its error is multiplied by the small residual. The second integral is the
+*correction*, the dual-weighted residual of Becker and Rannacher ("An optimal control approach to a
+posteriori error estimation", Acta Numerica 2001). It costs no further evaluations, because f and h
+are evaluated at the same points. Each step [a, b] of an explicit Runge-Kutta method adds Lobatto's
+rule of four points,
 
     (b - a) / 12 [h(a) + 5 h(p) + 5 h(q) + h(b)],      p, q = (a + b) / 2 -+ (b - a) / sqrt(20),
 
@@ -64,24 +63,15 @@ SLACK = 10
 
 
 class Past(NamedTuple):
-    """The previous step.
+    """The previous step; before the first one it is fictitious, with distinct times."""
 
-    Attributes:
-      t: (4,) its times a, p, q and b. They are distinct, also in a fictitious step.
-      h: (4,) the values of h at these times.
-      real: () False before the first step, where all times and values but the last are fictitious.
-    """
-
-    t: Four
-    h: Four
+    t: Four  # a, p, q and b
+    h: Four  # the values of h at these times
     real: Bool[Array, ""]
 
 
 def lobatto(length: Scalar, h: Four) -> Scalar:
-    """Lobatto's rule for a step of this length, a scalar, from h (4,) at a, p, q and b.
-
-    It is exact for polynomials of degree 5.
-    """
+    """Lobatto's rule for a step of this length, h (4,) at a, p, q, b; exact for degree 5."""
     return length / 12 * (h[0] + 5 * (h[1] + h[2]) + h[3])
 
 
@@ -96,16 +86,15 @@ def lobatto_error(length: Scalar, t: Seven, h: Seven) -> Scalar:
 
 
 def lone_step_error(length: Scalar, h: Four) -> Scalar:
-    """The error of the rule in a step without a previous one, from h (4,) at a, p, q and b.
+    """The error of the rule in a step without a previous one, from h (4,) at a, p, q and b:
 
-    The estimate is (C^2 |C| / A^2 + D^2 / A) / 10 with
+    (C^2 |C| / A^2 + D^2 / A) / 10 with
 
         C = (b - a) [h(a) - h(p) - h(q) + h(b)],
         D = (b - a) [h(b) - h(a) - sqrt(5) (h(q) - h(p))],      A = (b - a) max |h|.
 
     C is O((b - a)^3) and D is O((b - a)^4), so the estimate is O((b - a)^7), as the true error is.
-    With the divisor 10, it equals the true error in the first step of a likelihood, or is somewhat
-    larger.
+    The divisor 10 fits the first step of a likelihood.
     """
     size = jnp.maximum(length * jnp.max(jnp.abs(h)), jnp.finfo(h.dtype).tiny)
     even = length * (h[0] - h[1] - h[2] + h[3])
@@ -130,10 +119,32 @@ def _coefficients(method: Any) -> tuple[Any, Any, Any, Any]:
     return tableau.a_lower[:last], tableau.c[:last], tableau.b_sol, tableau.b_error
 
 
-def _combined(coefficients: Array, stages: Array) -> Array:
+def _combined(coefficients: Any, stages: Array) -> Array:
     """The combination of a step's stages ``(k, *s)`` at full precision, as in diffrax. Accelerators
     round products otherwise."""
+    coefficients = jnp.asarray(coefficients, stages.dtype)
     return jnp.tensordot(coefficients, stages, 1, precision="highest")
+
+
+def _stages(
+    method: Any, f: Callable[..., Array], t: Scalar, length: Scalar, y: Array, k0: Array
+) -> Array:
+    """The values of f at the stages of a step from (t, y), ``(k, *s)``; ``k0`` is the first.
+
+    If the last stage of the method is f at the end of the step, it is not among them.
+    """
+    a, c, _, _ = _coefficients(method)
+    k = jnp.zeros((len(a) + 1, *y.shape), y.dtype).at[0].set(k0)  # 0 until computed
+    if not a:
+        return k
+
+    def stage(k: Array, nodes: Any) -> tuple[Array, None]:
+        i, a, c = nodes
+        return k.at[i].set(f(t + c * length, y + length * _combined(a, k))), None
+
+    rows = jnp.stack([jnp.pad(jnp.asarray(r, y.dtype), (0, len(k) - len(r))) for r in a])
+    # The scan compiles f only once.
+    return jax.lax.scan(stage, k, (jnp.arange(1, len(k)), rows, jnp.asarray(c, y.dtype)))[0]
 
 
 class WithIntegral(diffrax.AbstractAdaptiveSolver):
@@ -171,50 +182,42 @@ class WithIntegral(diffrax.AbstractAdaptiveSolver):
     ) -> Any:
         """One step of ``method`` for y; Lobatto's rule adds to l."""
         (y, integrals), (slope, past), length = y0, solver_state, t1 - t0
-        a, c, b, b_error = _coefficients(self.method)
+        _, _, b, b_error = _coefficients(self.method)
+        k = _stages(
+            self.method, lambda t, y: terms.vf(t, (y, integrals), args)[0], t0, length, y, slope
+        )
+        end = y + length * _combined(b[: len(k)], k)
 
-        def stage(k: Array, nodes: Any) -> tuple[Array, None]:
-            i, a, c = nodes
-            at = y + length * _combined(a, k)
-            slope, _ = terms.vf(t0 + c * length, (at, integrals), args)
-            return k.at[i].set(slope), None
+        def all_stages(slope: Array) -> Array:
+            """k with ``slope``, f at the end of the step, if the method has that stage."""
+            return jnp.concatenate([k, slope[None]])[: len(b)]
 
-        # Values of f, one row for each stage, 0 until computed. The scan compiles f only once.
-        k = jnp.zeros((len(a) + 1, *y.shape), y.dtype).at[0].set(slope)
-        if a:
-            rows = jnp.stack([jnp.pad(jnp.asarray(r, y.dtype), (0, len(k) - len(r))) for r in a])
-            nodes = jnp.arange(1, len(k)), rows, jnp.asarray(c, y.dtype)
-            k, _ = jax.lax.scan(stage, k, nodes)
-        end = y + length * _combined(jnp.asarray(b[: len(k)], y.dtype), k)
-        new = jnp.append(t0 + length * jnp.asarray(INSIDE), t1).astype(past.t.dtype)
-
-        # If the last stage is f at the end of the step, k lacks it, and the curve has this slope.
-        complete = len(k) == len(b)
+        # b, p and q: the curve at p and q may need f at b.
+        points = jnp.append(t1, t0 + length * jnp.asarray(INSIDE)).astype(past.t.dtype)
 
         def evaluate(slope: Array, t: Array) -> tuple[Array, tuple[Array, Array]]:
-            """h and the weighted residual at t. The end comes first: the curve may need f there."""
-            values = length * jnp.concatenate([k, slope[None]])[: len(b)]
-            dense = {} if isinstance(self.method, diffrax.Euler) else {"k": values}
+            """f at b, and h and the weighted residual at t."""
+            linear = isinstance(self.method, diffrax.Euler)
+            dense = {} if linear else {"k": length * all_stages(slope)}
             curve = self.method.interpolation_cls(t0=t0, t1=t1, y0=y, y1=end, **dense)
-            last = t == new[-1]
+            last = t == points[0]
             f, h, w = self.joint(t, jnp.where(last, end, curve.evaluate(t)))
-            residual = jnp.where(last & (not complete), 0.0, curve.derivative(t) - f)
+            exact = last & (len(k) < len(b))  # The last stage, the curve's slope there, is f.
+            residual = jnp.where(exact, 0.0, curve.derivative(t) - f)
             return jnp.where(last, f, slope), (h, jnp.sum(residual * w))
 
-        slope, results = jax.lax.scan(evaluate, jnp.zeros_like(y), jnp.roll(new, 1))
-        h, weighted = (jnp.roll(values, -1) for values in results)
-        k = jnp.concatenate([k, slope[None]])[: len(b)]
-        t, h = jnp.append(past.t, new), jnp.append(past.h, h)
+        slope, (h, weighted) = jax.lax.scan(evaluate, jnp.zeros_like(y), points)
+        t, h, weighted = (jnp.append(v[1:], v[0]) for v in (points, h, weighted))  # p, q and b
+        t, h = jnp.append(past.t, t), jnp.append(past.h, h)
         # The residual is 0 at the start of a step, where the curve's slope is f.
         correction = -lobatto(length, jnp.append(jnp.zeros((1,), h.dtype), weighted))
 
         error = None
         if b_error is not None:
             rule = SAFETY * lobatto_error(length, t, h), lone_step_error(length, h[3:])
-            error_y = length * _combined(jnp.asarray(b_error, y.dtype), k)
             error_l = jnp.stack([jnp.where(past.real, *rule), correction / SLACK])
-            error_l *= math.sqrt(2)  # The step control takes the root mean square of the two.
-            error = error_y, error_l
+            # The step control takes the root mean square of the two.
+            error = length * _combined(b_error, all_stages(slope)), math.sqrt(2) * error_l
         state = end, integrals + jnp.stack([lobatto(length, h[3:]), correction])
         past = Past(t[3:], h[3:], jnp.asarray(True))
         return state, error, {"y0": y0, "y1": state}, (slope, past), diffrax.RESULTS.successful

@@ -57,8 +57,8 @@ Karras et al. 2022 (EDM).
 """
 
 import dataclasses
-from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Annotated, Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -66,8 +66,8 @@ import jax.numpy as jnp
 from jaxtyping import Float, Integer
 
 from sbml import integers, pytrees, scalars
-from sbml.door import checked
-from sbml.scalars import Number
+from sbml.door import checked, condition, typed
+from sbml.scalars import Number, one_of, positive
 from sbml.sdes import SDE, Kernel
 from sbml.types import (
     Array,
@@ -149,6 +149,9 @@ PREDICTIONS = {
 FOREIGN = tuple(kind for kind, entry in PREDICTIONS.items() if entry.foreign)
 PARAMETERIZATIONS = tuple(kind for kind, entry in PREDICTIONS.items() if entry.ours)
 LABELS = ("time", "log_snr", "sigma", "scaled_log_snr")
+LogSnrRange = Annotated[
+    tuple[float, float], condition("of which the first is smaller", lambda ends: ends[0] < ends[1])
+]
 
 
 def _input(which: str | None, x: Real, alpha: Real, sigma: Real, data_std: Number) -> Real:
@@ -160,11 +163,6 @@ def _input(which: str | None, x: Real, alpha: Real, sigma: Real, data_std: Numbe
 def _like(c: Real, x: Real) -> Real:
     """``c ()`` or ``(n,)`` with axes of 1, to be multiplied with ``x (*s)`` or ``(n, *s)``."""
     return jnp.asarray(c).reshape(*jnp.shape(c), *(1,) * (x.ndim - jnp.ndim(c)))
-
-
-def _check_choice(value: str, name: str, choices: Iterable[str]) -> None:
-    if value not in choices:
-        raise ValueError(f"unknown {name} {value!r}; choose from {', '.join(choices)}")
 
 
 @pytrees.register
@@ -206,10 +204,10 @@ class PredictionScore:
 @checked
 def from_prediction(
     network: Network,
-    kind: str,
+    kind: Annotated[str, one_of(*FOREIGN)],
     sde: Kernel,
     *,
-    data_std: Number = 0.5,
+    data_std: Annotated[Number, positive] = 0.5,
     batched: bool = False,
 ) -> PredictionScore:
     """The score (``sbml.types``) of a function that predicts ``kind``.
@@ -222,19 +220,14 @@ def from_prediction(
       sde: the forward process that the network was trained on.
       data_std: the standard deviation d of the data, for ``edm`` and ``preconditioned``.
       batched: whether ``network`` takes batches, ``x_t (n, *s)`` and ``t (n,)``.
-
-    Raises:
-      ValueError: an unknown kind, a ``data_std`` that is not positive and finite, or a ``network``
-        that cannot be called with ``x`` and ``t``.
     """
     check_function(network, "network", "x", "t")
-    _check_choice(kind, "prediction", FOREIGN)
-    scalars.check_positive(data_std, "data_std", finite=True)
     if not scalars.is_traced(data_std):
         data_std = float(data_std)
     return PredictionScore(network, kind, sde, data_std, batched)
 
 
+@typed
 @dataclasses.dataclass(frozen=True)
 class Adapter:
     """``adapter(params)`` is a score (see ``sbml.types``) of the Linen network ``model``.
@@ -254,37 +247,27 @@ class Adapter:
         ``integers.outputs(L)`` numbers for each entry of an example.
       data: for the parameterization ``levels``, ``centre`` if the data are bin centres, or
         ``uniform`` if they are spread evenly over their bins.
-
-    Raises:
-      ValueError: a field is outside these, or the model of ``levels`` has no field ``outputs``.
     """
 
     model: nn.Module
     sde: Kernel
-    parameterization: str = "noise"
-    label: str = "time"
-    data_std: float = 0.5
+    parameterization: Annotated[str, one_of(*PARAMETERIZATIONS)] = "noise"
+    label: Annotated[str, one_of(*LABELS)] = "time"
+    data_std: Annotated[float, positive] = 0.5
     eps: float = 1e-5
     labels: SDE | None = None
-    log_snr_range: tuple[float, float] = (-5.0, 13.3)
+    log_snr_range: LogSnrRange = (-5.0, 13.3)
     levels: int = 0
-    data: str = "uniform"
+    data: integers.Kind = "uniform"
 
     def __post_init__(self) -> None:
-        _check_choice(self.parameterization, "parameterization", PARAMETERIZATIONS)
-        _check_choice(self.label, "time label", LABELS)
-        scalars.check_positive(self.data_std, "data_std", finite=True)
         if self.parameterization == LEVELS:
             needed = integers.outputs(self.levels)
-            _check_choice(self.data, "data of an integer denoiser", integers.DATA)
             if getattr(self.model, "outputs", None) is None:
                 raise ValueError(
                     f"{type(self.model).__name__} has no field outputs: an integer denoiser needs "
                     f"a network that gives {needed} numbers for every entry"
                 )
-        least, largest = self.log_snr_range
-        if not least < largest:
-            raise ValueError(f"log_snr_range={self.log_snr_range}: the first must be the smaller")
         self.sde.check_time(self.eps)
 
     def init(self, key: Key, shape: tuple[int, ...]) -> Any:
@@ -351,11 +334,7 @@ class LinenScore:
         )
 
     def decoder_nats(self, y: Example, t: Scalar, pixels: Pixels) -> Scalar:
-        """-log p(pixels | x_t) of one example, x_t = alpha y: nats, a scalar.
-
-        Raises:
-          ValueError: the parameterization is not ``levels``, or the data are not bin centres.
-        """
+        """-log p(pixels | x_t) of one example of bin centres, x_t = alpha y: nats, a scalar."""
         a = self.adapter
         if a.parameterization != LEVELS or a.data != "centre":
             raise ValueError(

@@ -14,31 +14,20 @@ log-SNR. For any score s and the true score s*,
     E[r | x_t] = sigma^2 div(s - s*) - sigma^2 |s - s*|^2,
 
 so up to a term of second order, r is twice the error of this integrand, plus noise. The loss of one
-example is
+example of d entries is
 
     1 / (2 d) w(t) r^2,      where |sigma s + z|^2 in r is held constant,
 
-with the weight w of the first-order loss 1/2 w |sigma s + z|^2 (``sbml.losses``) and the number of
-dimensions d. Since r is a sum over d entries, r^2 grows like d^2 if their errors are alike. After
-the division, this loss grows like d, as the first-order one does. At the true score the mean of the
-loss's gradient is 0, and the mean of its value is that of the noise, w tr(Cov[z | x_t]^2) / d for
-Gaussian data. An error of the score that is small but oscillates fast in x hardly changes the
-first-order loss. It does change this loss, because its divergence is large.
+with the weight w of ``sbml.losses``. The division lets it grow like d, as the first-order loss
+does. An error of the score that oscillates fast in x changes this loss more than that one.
 
-*Velocity.* For alpha^2 + sigma^2 = 1, let F = alpha z - sigma x, and let F^ be the prediction of F
-that follows from the score. Then
+*Velocity.* For alpha^2 + sigma^2 = 1 and the prediction F^ of F = alpha z - sigma x this is the
+form of i-DODE, who add 0.1 times this loss to the first-order one: w alpha^2 is the weight of
+|F - F^|^2, and r = -alpha [sigma div F^ - alpha (d - |F - F^|^2)].
 
-    r = -alpha [sigma div F^ - alpha (d - |F - F^|^2)],      1/2 w r^2 = 1/2 (w alpha^2) [...]^2,
-
-which is the form of i-DODE (Zheng et al.): w alpha^2 is the weight of |F - F^|^2. They add 0.1
-times this loss to the first-order one.
-
-*Probes.* If div s is estimated by v^T J v with one probe v and the Jacobian J of s, the expectation
-of r^2 has one term more, sigma^4 times the variance of v^T J v. For a symmetric J and random signs
-v this term is 2 sigma^4 sum_{i != j} J_ij^2, so the J that minimises the loss is more diagonal than
-the true one. The product r_1 r_2 of the residuals of two independent probes has the expectation of
-the exact r^2, so its minimum is at the true score. Its gradient is computed as 2 r_2 grad r_1,
-which has the same expectation: r_2 then needs no reverse pass.
+*Probes.* With one probe v for div s ~ v^T J v, the expectation of r^2 has one term more, which for
+random signs and a symmetric J is 2 sigma^4 sum_{i != j} J_ij^2: the minimum would have a J that is
+too diagonal. The product r_1 r_2 of two independent probes has the expectation of the exact r^2.
 
 References: Lu et al., "Maximum Likelihood Training for Score-Based Diffusion ODEs by High-Order
 Denoising Score Matching", ICML 2022; Zheng et al., "Improved Techniques for Maximum Likelihood
@@ -53,7 +42,7 @@ import jax.numpy as jnp
 from sbml import divergence, losses
 from sbml.divergence import Probes
 from sbml.door import checked
-from sbml.losses import Signs
+from sbml.losses import Signs, Weighting
 from sbml.scalars import Count, nonempty
 from sbml.sdes import Kernel
 from sbml.streams import stream
@@ -64,6 +53,7 @@ from sbml.types import (
     Keys,
     Scalar,
     Score,
+    Times,
     Vector,
     at_least_float32,
     batch_score,
@@ -104,7 +94,7 @@ def loss(
     key: Key,
     vs: Batch,
     *,
-    weighting: str = "likelihood",
+    weighting: Weighting = "likelihood",
 ) -> Scalar:
     """w(t) r^2 / (2 d) of one example of d entries at one time, in the unit of ``losses.dsm``.
 
@@ -133,10 +123,10 @@ def dsm_batch(
     score: Score,
     sde: Kernel,
     x: Annotated[Batch, nonempty],
-    t: Vector,
+    t: Times,
     keys: Keys,
     *,
-    weighting: str = "likelihood",
+    weighting: Weighting = "likelihood",
     signs: Signs | None = None,
     probes: Count = 2,
 ) -> tuple[Vector, Vector]:

@@ -41,7 +41,7 @@ from jaxtyping import Float, Real
 
 from sbml import scalars
 from sbml.door import checked, typed
-from sbml.scalars import Count, Number, at_least, between, nonempty, one_of
+from sbml.scalars import Count, Number, above_0, at_least, at_most, between, nonempty, one_of
 from sbml.sdes import SDE
 from sbml.streams import stream
 from sbml.types import Array, Elementwise, Key, Scalar, Vector
@@ -108,12 +108,9 @@ def warp(u: Points, density: AnyBins) -> tuple[Elementwise, Elementwise]:
 
     Returns:
       v in [0, 1) and 1/q(v), of the shape of ``u``.
-
-    Raises:
-      ValueError: ``density`` is not positive: no point falls into a bin of density 0, or into one
-        with so small a part of the sum that rounding takes it away, so its part of the integral
-        would be lost. Values are not checked inside ``jit``.
     """
+    # No point falls into a bin of density 0, or into one with so small a part of the sum that
+    # rounding takes it away: its part of the integral would be lost.
     if not scalars.is_traced(density):
         host = np.asarray(density)
         if not np.all((host > 0) & np.isfinite(host)):
@@ -144,7 +141,7 @@ def warp(u: Points, density: AnyBins) -> tuple[Elementwise, Elementwise]:
 
 
 @checked
-def with_floor(scale: AnyBins, floor: Annotated[Number, between(0, 1)] = 0.1) -> Bins:
+def with_floor(scale: AnyBins, floor: Annotated[Number, above_0, at_most(1)] = 0.1) -> Bins:
     """A density q = (1 - floor) scale / mean(scale) + floor of mean 1, for :func:`warp`.
 
     No weight 1/q exceeds 1 / floor. So however wrong ``scale`` is, the second moment of an estimate
@@ -158,12 +155,7 @@ def with_floor(scale: AnyBins, floor: Annotated[Number, between(0, 1)] = 0.1) ->
 
     Returns:
       The density q, ``(bins,)``.
-
-    Raises:
-      ValueError: ``floor`` is 0.
     """
-    if not scalars.is_traced(floor) and floor == 0:
-        raise ValueError("floor=0: must lie in (0, 1]")
     valid = jnp.isfinite(scale) & (scale >= 0)
     largest = jnp.max(jnp.where(valid, scale, 0))
     # The values are divided by the largest first, because their sum could overflow.
@@ -209,11 +201,7 @@ def tally(
 @typed
 @dataclasses.dataclass(frozen=True)
 class Proposal(abc.ABC):
-    """A distribution of times on [eps, T] for ``sde``.
-
-    Raises:
-      ValueError: if not 0 < eps < T.
-    """
+    """A distribution of times on [eps, T] for ``sde``."""
 
     sde: SDE
     eps: Number

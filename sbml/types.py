@@ -17,8 +17,10 @@ The probability-flow ODE of such a score is regular where alpha = 0.
 Signatures name the shapes of their arrays (by jaxtyping):
 
     Scalar        ()          a time, a loss, a term in nats
+    Time          ()          a time in [0, 1]
     Example       (*s)        one example of any shape s, or its score
-    Vector        (n,)        one number for each of n examples, such as their times
+    Vector        (n,)        one number for each of n examples
+    Times         (n,)        a time in [0, 1] for each of n examples
     Batch         (n, *s)     n examples
     Elementwise   any         a function of each number by itself: the result has the same shape
     Pixels        (*s)        one example of integers
@@ -35,7 +37,7 @@ tests check all other functions and the results too.
 
 import inspect
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import jax
 import jax.numpy as jnp
@@ -43,8 +45,8 @@ import jaxtyping
 import numpy as np
 from jaxtyping import Float, Integer, Num, Shaped
 
-from sbml import compiler
 from sbml.pytrees import ScoreArgument
+from sbml.scalars import between
 
 Array = jax.Array
 if TYPE_CHECKING:
@@ -56,8 +58,10 @@ Key = jaxtyping.Key[Array, ""]
 Keys = jaxtyping.Key[Array, "n"]
 
 Scalar = Float[AnyArray, ""]
+Time = Annotated[Scalar, between(0, 1)]
 Example = Float[AnyArray, "*s"]
 Vector = Float[AnyArray, "n"]
+Times = Annotated[Vector, between(0, 1)]
 Batch = Float[AnyArray, "n *s"]
 Elementwise = Float[AnyArray, "*any"]
 Pixels = Integer[AnyArray, "*s"]
@@ -105,29 +109,6 @@ def _canonical(x: Anything) -> jnp.dtype:
     return jax.dtypes.canonicalize_dtype(x.dtype)
 
 
-def check_floating(value: Anything | float, name: str) -> None:
-    """Check that ``value`` is a floating-point number or an array of them.
-
-    A time must not be the integer 1: ``jnp.ones_like`` of it is an integer, so a coefficient at
-    that time would be an integer too.
-
-    Raises:
-      ValueError: naming the type of ``value``.
-    """
-    if not isinstance(value, float) and not _is_floating(value):
-        raise ValueError(f"{name} is {_kind(value)}: give floating-point numbers, such as 1.0")
-
-
-def _is_floating(value: Any) -> bool:
-    """Whether ``value`` is an array of floating-point numbers; a Python number is no array."""
-    return hasattr(value, "dtype") and jnp.issubdtype(value.dtype, jnp.floating)
-
-
-def _kind(value: Any) -> str:
-    """The type of ``value`` for a message; for an array, the type of its numbers."""
-    return str(getattr(value, "dtype", type(value).__name__))
-
-
 def of_shape(output: Anything, x: Example) -> Example:
     """``output``, which a user's function returned for ``x``: for a score, of one example or many.
 
@@ -135,11 +116,11 @@ def of_shape(output: Anything, x: Example) -> Example:
       ValueError: if its shape is not that of ``x``, which broadcasting would hide, or if it is not
         of floating-point numbers.
     """
-    compiler.check()
-    if not _is_floating(output):
+    kind = getattr(output, "dtype", None)
+    if kind is None or not jnp.issubdtype(kind, jnp.floating):
         raise ValueError(
-            f"the score returned {_kind(output)} for an input of {x.dtype}: return an array of "
-            "floating-point numbers, as by score.astype(x.dtype)"
+            f"the score returned {kind or type(output).__name__} for an input of {x.dtype}: return "
+            "an array of floating-point numbers, as by score.astype(x.dtype)"
         )
     if output.shape != x.shape:
         raise ValueError(
@@ -172,13 +153,8 @@ def predictor(score: Score) -> Callable[[Example, Scalar], tuple[Example, Exampl
 
 
 def check_function(f: Any, name: str, *arguments: str) -> None:
-    """Check that the function ``f`` can be called with the positional arguments ``arguments``.
-
-    A function whose signature Python does not know passes.
-
-    Raises:
-      ValueError: if it cannot; the message names it.
-    """
+    """Raise a ValueError, which names the function ``f``, if it cannot be called with these
+    positional ``arguments``. A function whose signature Python does not know passes."""
     try:
         signature = inspect.signature(f)
     except (TypeError, ValueError):

@@ -342,7 +342,7 @@ REVERSED = Schedule(lambda t: t, lambda t: 1.001 - t)
         ),
         (lambda: density(batch_size=0), "^batch_size is 0"),
         (lambda: density(eps=2.0), r"must lie in \(0, 1.0\)"),
-        (lambda: sbml.Density(gaussian().score, VP(), (2, 0)), r"shape=\(2, 0\)"),
+        (lambda: sbml.Density(gaussian().score, VP(), (2, 0)), r"shape is \(2, 0\)"),
         (lambda: sbml.Density(gaussian().score, VP(), 2), "^shape is 2"),
         (lambda: sbml.Density(gaussian().score, VP(), [2]), r"^shape is \[2\]"),
         (lambda: sbml.Density(gaussian().score, VP, (2,)), "^sde is <class"),

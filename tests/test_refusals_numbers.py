@@ -27,7 +27,7 @@ from refusals import (
     score,
 )
 
-from sbml import bits, dequantizers, discrete, distances, divergence, integers, intervals, scalars
+from sbml import bits, dequantizers, discrete, distances, divergence, integers, intervals
 
 pytestmark = pytest.mark.usefixtures("unchecked")
 
@@ -252,4 +252,3 @@ def test_unknown_values_are_not_checked_and_nan_is_not_hidden() -> None:
     assert np.isnan(bits.to_model(PIXELS, NAN, 16)).all()
     moments = [distances.Moments.of(features) for features in (FEATURES, FEATURES * NAN)]
     assert np.isnan(distances.frechet(*moments))
-    scalars.check_positive(jnp.asarray([0.1, 0.2]), "rho")

@@ -103,7 +103,7 @@ def test_time_zero_is_allowed_and_one_is_not() -> None:
     sde = sdes.LinearGamma()
     assert sde.check_time(0.0) == sde.smallest_time == 0.0
     for eps in (-1e-9, 1.0, math.nan):
-        with pytest.raises(ValueError, match=r"must lie in \[0, 1.0\)"):
+        with pytest.raises(ValueError, match=r"must lie in \(0, 1.0\)"):
             sde.check_time(eps)
     with pytest.raises(ValueError, match=r"gamma_0=5.0, gamma_1=-13.3: need"):
         sdes.LinearGamma(5.0, -13.3)

@@ -18,34 +18,28 @@ that was trained on bin centres (``data.dequantization=centre``).
 
 import dataclasses
 import math
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 
 from sbml import discrete, scalars
 from sbml.bound import Bound
-from sbml.door import checked
-from sbml.scalars import Number
+from sbml.door import checked, typed
+from sbml.scalars import Number, positive
 from sbml.sdes import SDE
 from sbml.types import Example, Key, PixelBatch, Pixels, Scalar, Score
 
 
+@typed
 @dataclasses.dataclass(frozen=True)
 class Model:
-    """The dequantizer; ``tau`` is half the bin's width in standard deviations of the noise.
-
-    Raises:
-      ValueError: ``tau`` is not positive and finite.
-    """
+    """The dequantizer; ``tau`` is half the bin's width in standard deviations of the noise."""
 
     at_noise: ClassVar[bool] = True
     calls: ClassVar[int] = 0
 
-    tau: Number = discrete.TAU
-
-    def __post_init__(self) -> None:
-        scalars.check_positive(self.tau, "tau", finite=True)
+    tau: Annotated[Number, positive] = discrete.TAU
 
     @property
     def _log_normaliser(self) -> Number:

@@ -27,7 +27,7 @@ ESTIMATORS = Registry(
     "estimator",
     {
         "bound": "sbml.estimators.bound:Estimator",
-        "bound_ssm": "sbml.estimators.bound_ssm:Estimator",
+        "bound_ssm": "sbml.estimators.bound:ScoreMatching",
         "ode": "sbml.estimators.ode:Estimator",
     },
 )
@@ -35,13 +35,8 @@ ESTIMATORS = Registry(
 
 @dataclasses.dataclass(frozen=True)
 class Cell:
-    """One number of the results table: an estimator, a dequantizer, and K draws of it.
-
-    Attributes:
-      estimator: its name.
-      dequantizer: its name.
-      num_importance: K, the number of draws of the dequantizer in one logarithm.
-    """
+    """One number of the results table: the names of an estimator and of a dequantizer, and the
+    number K of draws of the dequantizer in one logarithm."""
 
     estimator: str
     dequantizer: str

@@ -193,16 +193,11 @@ def rows(
     The terms are in bits/dim for integers, and in nats for continuous data.
 
     Args:
-      estimator: the estimator.
-      target: the quantity that is estimated.
+      estimator, target: how is estimated, and what.
       score, params, options: as in ``Estimator.one``. Other tolerances of a solver need no further
         compilation.
       batch: the examples.
       u: for a bound, ``(n, draws)`` in [0, 1); otherwise None.
-
-    Raises:
-      ValueError: if the number does not exist for the target's dequantizer
-        (``Estimator.reason_undefined``).
     """
     if target.levels is not None:
         reason = estimator.reason_undefined(

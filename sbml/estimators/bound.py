@@ -1,4 +1,4 @@
-"""The evidence bound in its denoising form, on -log p(x), or on -log P(k) of the integers k.
+"""The evidence bound on -log p(x), or on -log P(k) of the integers k, in its two forms.
 
     -log p(x) <= prior + diffusion + reconstruction        (``sbml.bound``)
 
@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from sbml import bound, dequantizers
 from sbml.bound import Reduction
+from sbml.divergence import Trace
 from sbml.estimators import base
 from sbml.estimators.base import Count, Data, Target
 from sbml.streams import stream
@@ -60,9 +61,32 @@ class Estimator(base.Estimator):
             terms = model.bound(params, score, target.sde, data, bound_key, target.levels, **draws)
             return {**terms._asdict(), "dequantization": jnp.zeros(())}, u.size + model.calls
         x, log_q = target.sample(params, data, stream(key, "dequantization"))
-        trace = getattr(self, "trace", None)  # Only the form of ``bound_ssm`` has one.
+        trace = getattr(self, "trace", None)  # Only ``ScoreMatching`` has one.
         terms = bound.elbo(score, target.sde, x, bound_key, trace=trace, **draws)
         return {**terms._asdict(), "dequantization": log_q}, u.size + 1
 
     def scale_nats(self, target: Target, shape: tuple[int, ...]) -> float:
         return 0.0 if dequantizers.has_bound(target.dequantizer) else target.scale_nats(shape)
+
+
+@dataclasses.dataclass(frozen=True)
+class ScoreMatching(Estimator):
+    """The evidence bound whose diffusion term is estimated by sliced or exact score matching.
+
+        diffusion = Z d / 2 + Z E [1/2 sigma^2 (|s|^2 + 2 div s)]
+
+    It has the same expectation as the denoising form, but more noise, and no Gaussian control.
+    """
+
+    reducible: ClassVar[bool] = False
+
+    trace: Trace = Trace()
+
+    @classmethod
+    def reason_undefined(cls, dequantizer: type[Any], num_importance: int) -> str:
+        if dequantizers.has_bound(dequantizer):
+            return (
+                "the bound of this dequantizer for the integers is in the dsm form only: use the "
+                "estimator bound"
+            )
+        return super().reason_undefined(dequantizer, num_importance)

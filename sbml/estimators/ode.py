@@ -37,10 +37,7 @@ class Estimator(base.Estimator):
 
     Attributes:
       trace: how the divergence is computed.
-      num_importance: K, the number of draws of the dequantizer.
-
-    Raises:
-      ValueError: for K > 1 without the exact trace.
+      num_importance: K, the number of draws of the dequantizer; K > 1 needs the exact trace.
     """
 
     terms: ClassVar[tuple[str, ...]] = (

@@ -11,7 +11,7 @@ and its inverse.
 
 A new SDE is a frozen dataclass with two methods, ``mean_coef`` (alpha) and ``std`` (sigma);
 everything else is derived from them (:class:`SDE`). ``Schedule(alpha, sigma)`` makes an SDE from
-two functions. ``SDES`` has the names in configs. The file ``_kernel`` has what all SDEs share.
+two functions. ``SDES`` has the names in configs. The file ``base`` has what all SDEs share.
 ``linear_beta`` (VP, subVP), ``exploding`` (VE), ``interpolating`` (rectified flow, cosine) and
 ``vdm`` have closed forms, and ``table`` has the schedule of a discrete-time model.
 
@@ -24,12 +24,10 @@ Reference: Song et al., "Score-Based Generative Modeling through SDEs", ICLR 202
 """
 
 from sbml.registry import Registry
-from sbml.sdes._kernel import SDE, Kernel
+from sbml.sdes.base import SDE, Kernel, Levels, Schedule
 from sbml.sdes.exploding import EDM, VE, LinearVE
 from sbml.sdes.interpolating import Cosine, RectifiedFlow
-from sbml.sdes.levels import Levels
 from sbml.sdes.linear_beta import VP, SubVP
-from sbml.sdes.schedule import Schedule
 from sbml.sdes.table import AlphaBarTable
 from sbml.sdes.vdm import LinearGamma, MonotoneGamma
 

@@ -14,8 +14,7 @@ import numpy as np
 from sbml import scalars
 from sbml.door import typed
 from sbml.scalars import Number, at_least, positive
-from sbml.sdes._kernel import ClosedForm
-from sbml.sdes.levels import Levels
+from sbml.sdes.base import ClosedForm, Levels
 from sbml.types import Elementwise
 
 
@@ -40,9 +39,8 @@ class _Exploding(ClosedForm):
 
 
 def _check_range(sigma_min: Number, sigma_max: Number) -> None:
-    """Check that 0 < sigma_min < sigma_max < infinity. Values are not checked inside ``jit``."""
-    concrete = not scalars.is_traced(sigma_min, sigma_max)
-    if concrete and not 0 < sigma_min < sigma_max < math.inf:
+    traced = scalars.is_traced(sigma_min, sigma_max)
+    if not traced and not 0 < sigma_min < sigma_max < math.inf:
         raise ValueError(
             f"sigma_min={sigma_min}, sigma_max={sigma_max}: "
             "need finite numbers with 0 < sigma_min < sigma_max"
@@ -52,11 +50,7 @@ def _check_range(sigma_min: Number, sigma_max: Number) -> None:
 @typed
 @dataclasses.dataclass(frozen=True)
 class VE(_Exploding):
-    """Variance exploding, geometric: sigma(t) = sigma_min (sigma_max / sigma_min)^t (SMLD).
-
-    Raises:
-      ValueError: unless 0 < sigma_min < sigma_max < infinity.
-    """
+    """Variance exploding, geometric: sigma(t) = sigma_min (sigma_max / sigma_min)^t (SMLD)."""
 
     sigma_min: Number = 0.01
 
@@ -115,9 +109,6 @@ class EDM(LinearVE):
 
     Reference: Karras et al., "Elucidating the Design Space of Diffusion-Based Generative Models",
     NeurIPS 2022.
-
-    Raises:
-      ValueError: unless 0 < sigma_min < sigma_max < infinity.
     """
 
     sigma_max: Number = 80.0

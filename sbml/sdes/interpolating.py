@@ -13,7 +13,7 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 
-from sbml.sdes._kernel import LEAST_LOG_SNR, SDE
+from sbml.sdes.base import LEAST_LOG_SNR, SDE
 from sbml.types import Elementwise
 
 
@@ -51,10 +51,6 @@ class RectifiedFlow(SDE):
     def largest_time(self) -> float:
         return 1 / (1 + math.exp(0.5 * LEAST_LOG_SNR))
 
-    @property
-    def prior_std(self) -> float:
-        return 1.0
-
 
 @dataclasses.dataclass(frozen=True)
 class Cosine(SDE):
@@ -86,10 +82,6 @@ class Cosine(SDE):
     @property
     def largest_time(self) -> float:
         return 2 / math.pi * math.atan(math.exp(-0.5 * LEAST_LOG_SNR))
-
-    @property
-    def prior_std(self) -> float:
-        return 1.0
 
     def _ratio(self, t: Elementwise) -> Elementwise:
         """sigma / alpha = tan(pi t / 2)."""

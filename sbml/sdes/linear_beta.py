@@ -10,11 +10,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sbml import compiler, scalars
+from sbml import scalars
 from sbml.door import typed
 from sbml.scalars import Number, at_least
-from sbml.sdes._kernel import ClosedForm
-from sbml.sdes.levels import Levels
+from sbml.sdes.base import ClosedForm, Levels
 from sbml.types import Elementwise
 
 # With a larger beta, the signal is lost almost at once, and float32 cannot tell the few times apart
@@ -24,11 +23,7 @@ LARGEST_BETA = 1000.0
 
 @dataclasses.dataclass(frozen=True)
 class _LinearBeta(ClosedForm):
-    """The base of VP and subVP: beta(t) = beta_min + (beta_max - beta_min) t, its integral B(t).
-
-    Raises:
-      ValueError: unless 0 < beta_min <= beta_max <= 1000.
-    """
+    """The base of VP and subVP: beta(t) = beta_min + (beta_max - beta_min) t, its integral B(t)."""
 
     beta_min: Number = 0.1
     beta_max: Number = 20.0
@@ -50,7 +45,6 @@ class _LinearBeta(ClosedForm):
 
     def _time(self, integral: Elementwise) -> Elementwise:
         """The inverse of B; this form of the quadratic's root has no cancellation."""
-        compiler.check()
         slope = self.beta_max - self.beta_min
         return 2 * integral / (self.beta_min + jnp.sqrt(self.beta_min**2 + 2 * slope * integral))
 
@@ -84,9 +78,6 @@ class VP(_LinearBeta):
         """DDPM's levels (Ho et al. 2020).
 
         alpha_i^2 = prod_{j <= i} (1 - beta_j) with beta_j linear in j; sigma_i^2 = 1 - alpha_i^2.
-
-        Raises:
-          ValueError: there are so few levels that the last beta is 1 or more.
         """
         if n <= self.beta_max:
             raise ValueError(

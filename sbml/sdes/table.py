@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sbml.sdes._kernel import SDE
+from sbml.sdes.base import SDE
 from sbml.types import Elementwise
 
 
@@ -31,11 +31,8 @@ class AlphaBarTable(SDE):
         score = from_prediction(lambda x, t: net(x, table.step(t)), "noise", table)
 
     Attributes:
-      alpha_bars: a_0 > a_1 > ... > a_{n-1} in (0, 1): any sequence of float64, stored as a tuple.
-
-    Raises:
-      ValueError: for fewer than two levels, or numbers that are not in (0, 1) or not decreasing,
-        or if the last one is above 1/2.
+      alpha_bars: a_0 > a_1 > ... > a_{n-1} in (0, 1), the last at most 1/2: any sequence of two or
+        more float64, stored as a tuple.
     """
 
     alpha_bars: Sequence[float] | np.ndarray = dataclasses.field(metadata={"static": True})

@@ -28,8 +28,8 @@ import jax.numpy as jnp
 from sbml import scalars
 from sbml.door import typed
 from sbml.scalars import Number
-from sbml.sdes._kernel import ClosedForm
-from sbml.types import Array, Elementwise, check_floating
+from sbml.sdes.base import ClosedForm
+from sbml.types import Array, Elementwise
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,17 +41,6 @@ class _Gamma(ClosedForm):
     @abc.abstractmethod
     def gamma(self, t: Elementwise) -> Elementwise:
         """-log SNR, increasing in t."""
-
-    @typed
-    def check_time(self, eps: Number, name: str = "smallest time eps") -> Number:
-        """Check ``eps``, the lower end of the integral over time, and return it.
-
-        Raises:
-          ValueError: it is not in [0, T).
-        """
-        if not scalars.is_traced(eps) and not 0 <= eps < self.T:
-            raise ValueError(f"{name}={eps}: must lie in [0, {self.T})")
-        return eps
 
     def mean_coef(self, t: Elementwise) -> Elementwise:
         return jnp.sqrt(jax.nn.sigmoid(-self.gamma(t)))
@@ -72,11 +61,7 @@ class _Gamma(ClosedForm):
 @typed
 @dataclasses.dataclass(frozen=True)
 class LinearGamma(_Gamma):
-    """gamma = gamma_0 + (gamma_1 - gamma_0) t; the defaults are the published values.
-
-    Raises:
-      ValueError: unless gamma_0 < gamma_1, both finite.
-    """
+    """gamma = gamma_0 + (gamma_1 - gamma_0) t; the defaults are the published values."""
 
     gamma_0: Number = -13.3
     gamma_1: Number = 5.0
@@ -121,8 +106,7 @@ class MonotoneGamma(_Gamma):
 
     def _units(self, t: Elementwise) -> tuple[Array, Array, Array]:
         """Slopes and heights of the sigmoids, and their values at ``t``, along a new last axis."""
-        check_floating(t, "t")
-        t = jnp.asarray(t)
+        t = jnp.asarray(t, jnp.result_type(t, 1.0))
         shape = (1,) * t.ndim + (-1,)
         k2, b2, k3 = (
             jnp.reshape(jnp.asarray(p, t.dtype), shape) for p in (self.k2, self.b2, self.k3)

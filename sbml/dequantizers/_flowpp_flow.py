@@ -104,7 +104,8 @@ class MixLogisticAttnCoupling(nn.Module):
             mixture_logistic.clipped_logit_cdf if self.model.clipped else mixture_logistic.logit_cdf
         )
         y, log_slope = logit_cdf(b, mixture)
-        return (jnp.exp(log_scale) * y + shift, a), per_image(log_slope + log_scale)
+        log_det = per_image(log_slope + log_scale)
+        return (jnp.exp(log_scale) * y + shift, a), log_det
 
     def _conditioned_on(
         self, a: Array, context: Array, train: bool

@@ -8,7 +8,7 @@ level, attention at 16x16. These steps are compared:
     dsm_batch         the loss of training, ``losses.dsm_batch``
     by hand           the same loss, written for the batch by hand
     vmap of dsm       the network is called for one example at a time under ``vmap``
-    XLA's gradients   ``dsm_batch`` without the speed-up of ``networks._cpu``
+    XLA's gradients   ``dsm_batch`` without the speed-up of ``networks._layers``
     XLA alone         as before, and also without the options of ``platform.compiler_options``: the
                       cost of a plain implementation on this machine
 
@@ -32,7 +32,7 @@ from sbml import losses
 from sbml.experiment import build
 from sbml.experiment.config import default
 from sbml.modes import train
-from sbml.networks import _cpu
+from sbml.networks import _layers
 from sbml.platform import compiler_options, one_cpu
 from sbml.runtime import cpu, sharding
 from sbml.runtime.state import Update, make_step
@@ -119,7 +119,7 @@ def main() -> None:
     steps, values = {}, {}
     for name, loss in kinds.items():
         plain = name in ("XLA's gradients", "XLA alone")
-        _cpu.one_cpu = (lambda: False) if plain else one_cpu
+        _layers.one_cpu = (lambda: False) if plain else one_cpu
         step = jax.jit(
             make_step(Update(train.prepare_fn(e), loss, e.optimizer, ema=0.9999)),
             compiler_options={} if name == "XLA alone" else compiler_options(),

@@ -49,7 +49,7 @@ def compiling_for(name: str, devices: int) -> Iterator[None]:
 
 
 def one_cpu() -> bool:
-    """Whether one CPU device computes everything (used by ``networks._cpu``)."""
+    """Whether one CPU device computes everything (used by ``networks._layers``)."""
     return platform() == ("cpu", 1)
 
 

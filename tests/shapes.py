@@ -16,7 +16,7 @@ CHECKED = tuple(
         *("bits", "distances", "intervals", "score", "sampling", "integers"),
         *("density", "estimate", "bound", "discrete", "samplers", "estimators", "second_order"),
         *("streams", "dequantizers.uniform", "dequantizers.truncated_normal"),
-        *("dequantizers.categorical", "dequantizers.learned", "dequantizers.variational"),
+        *("dequantizers.base", "dequantizers.decoders", "dequantizers.variational"),
     )
 )
 

@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 from benchmarks import accelerators
 from sbml.experiment.build import Experiment
 from sbml.experiment.config import default
-from sbml.networks import _cpu, ncsnpp
+from sbml.networks import _layers, ncsnpp
 from sbml.platform import compiling_for, platform
 from sbml.runtime import sharding
 
@@ -29,8 +29,8 @@ def config() -> ConfigDict:
 
 def test_nothing_of_the_cpu_is_in_an_accelerators_program(monkeypatch: pytest.MonkeyPatch) -> None:
     used = []
-    original = _cpu._materialise
-    monkeypatch.setattr(_cpu, "_materialise", lambda x: used.append(x.shape) or original(x))
+    original = _layers._materialise
+    monkeypatch.setattr(_layers, "_materialise", lambda x: used.append(x.shape) or original(x))
     experiment, mesh = Experiment(config()), sharding.data_mesh()
     accelerators.training(experiment, mesh)
     assert used  # One CPU device's own step has it.

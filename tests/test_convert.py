@@ -13,7 +13,7 @@ import runs
 from flax import serialization
 from ml_collections import ConfigDict
 
-from sbml.convert import _score_flow_file as authors
+from sbml.convert import score_flow
 from sbml.convert._ncsnpp_options import read_options
 from sbml.dequantizers import variational
 from sbml.experiment import build, trained
@@ -44,7 +44,7 @@ def _fill(tree: dict[str, Any], name: str, value: float) -> None:
             tree[key] = np.full_like(leaf, value)
 
 
-def save(folder: Path, tree: dict[str, Any], step: int = 19, kind: str = authors.SCORE) -> Path:
+def save(folder: Path, tree: dict[str, Any], step: int = 19, kind: str = score_flow.SCORE) -> Path:
     (folder / kind).mkdir(parents=True, exist_ok=True)
     (folder / kind / f"checkpoint_{step}").write_bytes(serialization.msgpack_serialize(tree))
     return folder
@@ -62,7 +62,7 @@ def converted(tmp_path_factory: pytest.TempPathFactory) -> Path:
     older = theirs()
     older["step"] = 1
     save(save(source, theirs()), older, step=2)
-    (source / authors.SCORE / "checkpoints-meta").write_bytes(b"not a checkpoint")
+    (source / score_flow.SCORE / "checkpoints-meta").write_bytes(b"not a checkpoint")
     runs.mode(convert.run, config(), workdir, source)
     return workdir
 
@@ -283,7 +283,7 @@ def test_leaves_of_a_dequantizer_are_named_before_anything_is_written(
 ) -> None:
     tree = flow_of(variational.Model("cifar10", filters=8, components=3, blocks=2, heads=2))[0]
     change(tree["params_ema"]["params"])
-    save(save(tmp_path, theirs()), tree, step=6, kind=authors.DEQUANTIZER)
+    save(save(tmp_path, theirs()), tree, step=6, kind=score_flow.DEQUANTIZER)
     with pytest.raises(ValueError, match=message):
         runs.mode(convert.run, config(), tmp_path / "ours", tmp_path)
     assert not (tmp_path / "ours").exists()
@@ -294,7 +294,7 @@ def test_errors_for_sources_that_are_no_checkpoint(tmp_path: Path) -> None:
         runs.mode(convert.run, config(), tmp_path, None)
     with pytest.raises(ValueError, match=r"no checkpoint_N or ckpt-N.flax in"):
         runs.mode(convert.run, config(), tmp_path, tmp_path)
-    folder = tmp_path / authors.SCORE
+    folder = tmp_path / score_flow.SCORE
     folder.mkdir()
     (folder / "checkpoint_3").write_bytes(b"\x93\x01")
     with pytest.raises(ValueError, match="checkpoint_3 is not a flax msgpack file"):
@@ -349,7 +349,7 @@ def test_the_dequantizer_is_converted_with_the_score(
 ) -> None:
     model = variational.Model(design, filters=8, components=3, blocks=2, heads=2)
     flow, params = flow_of(model)
-    save(save(tmp_path, theirs()), flow, step=6, kind=authors.DEQUANTIZER)
+    save(save(tmp_path, theirs()), flow, step=6, kind=score_flow.DEQUANTIZER)
     chosen = config()
     chosen.dequantizer.model.heads = 2
     runs.mode(convert.run, chosen, tmp_path / "ours", tmp_path)
@@ -367,7 +367,7 @@ def test_the_dequantizer_is_converted_with_the_score(
     assert restored.metadata["score"]["step"] == score.step
     printed = capsys.readouterr().out
     assert "dequantizer.model.heads=2" in printed and "model.attn_resolutions=[" in printed
-    for found, kind in ((score, authors.SCORE), (restored, authors.DEQUANTIZER)):
+    for found, kind in ((score, score_flow.SCORE), (restored, score_flow.DEQUANTIZER)):
         origin = found.metadata["converted_from"]
         assert origin["step"] == found.step and kind in origin["file"]
         sha256 = hashlib.sha256(Path(origin["file"]).read_bytes()).hexdigest()

@@ -33,7 +33,6 @@ FILE = Path(__file__).parent / "data" / "flowpp_small.npz"
 TINY = flowpp.Model(filters=8, components=3, blocks=1, heads=2, levels=17)
 SHAPE = (4, 4, 2)
 FORWARD = jax.jit(flowpp.Model.forward, static_argnums=0)
-INVERSE = jax.jit(flowpp.Model.inverse, static_argnums=0)
 
 
 @pytest.fixture(autouse=True)
@@ -121,13 +120,6 @@ def test_one_component_is_affine_however_far_out() -> None:
     np.testing.assert_allclose(log_slope, 1.0, rtol=2e-5)
 
 
-def test_bisection_inverts_the_map_into_the_far_tails() -> None:
-    x = jnp.concatenate([jnp.linspace(-4.0, 4.0, 30), jnp.asarray([-300.0, 300.0])])
-    m = mixture(1, (32,), 4)
-    y, _ = mixture_logistic.logit_cdf(x, m)
-    np.testing.assert_allclose(mixture_logistic.inverse_logit_cdf(y, m), x, rtol=2e-6, atol=2e-5)
-
-
 def test_the_clipped_map_is_the_same_between_its_clips_and_constant_beyond() -> None:
     m = mixture_logistic.Mixture(*(jnp.full((3, 2), v) for v in (0.0, 0.0, 0.0)))
     x = jnp.asarray([-5.0, 5.0, 40.0], jnp.float32)
@@ -206,29 +198,6 @@ def test_halves_are_even_and_odd_columns_and_merge_undoes_split() -> None:
     np.testing.assert_array_equal(flow.merge((even, odd)), x)
 
 
-def test_forward_of_inverse_is_the_identity_in_float32(tiny: flowpp.Model, params: Any) -> None:
-    k = pixels(8, 1)
-    u = jax.random.uniform(jax.random.key(4), k.shape, minval=0.01, maxval=0.99)
-    eps, log_q = INVERSE(tiny, params, k, u)
-    # The flow is not only the last sigmoid.
-    assert float(jnp.abs(u - jax.nn.sigmoid(eps)).max()) > 0.1
-    again, log_q_again = FORWARD(tiny, params, k, eps)
-    np.testing.assert_allclose(again, u, atol=1e-4)
-    np.testing.assert_allclose(log_q_again, log_q, atol=1e-3)
-
-
-def test_inverse_of_forward_is_the_identity(tiny: flowpp.Model, params: Any) -> None:
-    """In float64, because float32 loses the logit of a u near 1."""
-    with jax.enable_x64(True):
-        double = jax.tree.map(lambda x: jnp.asarray(x, jnp.float64), params)
-        k = pixels(8, 1)
-        eps = jnp.asarray(np.random.default_rng(3).normal(size=k.shape))
-        u, log_q = FORWARD(tiny, double, k, eps)
-        again, log_q_again = INVERSE(tiny, double, k, u)
-    np.testing.assert_allclose(again, eps, atol=1e-7)
-    np.testing.assert_allclose(log_q_again, log_q, atol=1e-7)
-
-
 def test_log_q_is_the_change_of_variables_by_the_full_jacobian(
     tiny: flowpp.Model, params: Any
 ) -> None:
@@ -300,7 +269,7 @@ def test_numpy_finds_the_same_logits_and_log_q(
 ) -> None:
     with jax.enable_x64(True):
         double = jax.tree.map(lambda x: jnp.asarray(x, jnp.float64), params)
-        last = double[f"MixLogisticAttnCoupling_{tiny.network().design.couplings - 1}"]
+        last = double[f"MixLogisticAttnCoupling_{layers.DESIGNS[tiny.design].couplings - 1}"]
         bias = last["block0_proj_out"]["bias"].reshape(-1, 2 + 3 * tiny.components)
         last["block0_proj_out"]["bias"] = bias.at[:, -tiny.components :].add(log_scale).ravel()
         k, eps = pixels(8, 4), np.random.default_rng(2).normal(size=(8, *SHAPE))
@@ -335,38 +304,21 @@ def test_logits_and_log_q_of_a_foreign_flow(reference: Any) -> None:
     np.testing.assert_allclose(log_q, arrays["log_q"], atol=1e-3)
 
 
-def test_logits_of_magnitude_66_still_lead_back_to_the_noise(reference: Any) -> None:
-    theirs, arrays = reference
-    assert np.abs(arrays["logits"]).max() > 66.0
-    model = flowpp.Model(filters=16, components=4)
-    variables = {"params": flowpp.from_reference(theirs)}
-    eps, log_det = jax.jit(partial(model.network().apply, inverse=True))(
-        variables, model.image(arrays["pixels"]), arrays["logits"]
-    )
-    np.testing.assert_allclose(eps, arrays["eps"], atol=1e-4)
-    log_q = flowpp.log_density(eps, jax.numpy.asarray(arrays["logits"]), log_det)
-    np.testing.assert_allclose(log_q, arrays["log_q"], atol=1e-3)
-
-
 # Options
 
 
+@pytest.mark.usefixtures("unchecked")
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"design": "mnist"}, "design='mnist': choose from cifar10, imagenet32"),
-        ({"filters": 0}, "filters=0: choose a positive"),
-        ({"components": 0}, "components=0: choose a positive"),
+        ({"design": "mnist"}, "design is 'mnist'.*cifar10, imagenet32"),
+        ({"filters": 0}, "filters is 0"),
+        ({"components": 0}, "components is 0"),
         ({"filters": 10, "heads": 4}, "filters=10 is not a multiple of heads=4"),
-        ({"dropout": 1.0}, "dropout=1.0: choose a rate"),
-        ({"levels": 1}, "levels=1: choose at least 2"),
+        ({"dropout": 1.0}, "dropout is 1.0"),
+        ({"levels": 1}, "levels is 1"),
     ],
 )
 def test_impossible_options_are_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         flowpp.Model(**options)
-
-
-def test_a_clipped_model_refuses_to_be_inverted(tiny: flowpp.Model, params: Any) -> None:
-    with pytest.raises(ValueError, match="clipped=True has no inverse"):
-        dataclasses.replace(tiny, clipped=True).inverse(params, pixels(1), jnp.zeros((1, *SHAPE)))

@@ -12,8 +12,8 @@ import scipy.signal
 from flax import linen as nn
 from linen import KEY, normal, random_params, same
 
-from sbml.networks import _cpu, ncsnpp
 from sbml.networks import _layers as layers
+from sbml.networks import ncsnpp
 
 
 @pytest.fixture(autouse=True)
@@ -78,7 +78,7 @@ def test_a_residual_gradient_is_computed_once() -> None:
         return max(body.count("\n") for body in text.split("\n\n") if "%fused" in body[:60])
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_cpu, "one_cpu", lambda: False)
+        patch.setattr(layers, "one_cpu", lambda: False)
         plain = largest_fusion()
     assert largest_fusion() < plain / 2
 
@@ -118,10 +118,10 @@ def test_materialise_changes_no_value_and_no_derivative() -> None:
 
     jax.tree.map(
         lambda ours, theirs: np.testing.assert_allclose(ours, theirs, rtol=1e-12, atol=1e-12),
-        forms(_cpu.materialise, a, x),
+        forms(layers.materialise, a, x),
         forms(lambda x: x, a, x),
     )
-    gradient = jax.jit(jax.grad(lambda x: jnp.sum(v * _cpu.materialise(x))))
+    gradient = jax.jit(jax.grad(lambda x: jnp.sum(v * layers.materialise(x))))
     np.testing.assert_array_equal(gradient(x), v)
     assert np.isnan(gradient(x.at[0, 0, 0].set(jnp.nan))).all()
 

@@ -10,7 +10,6 @@ import pytest
 from linen import KEY, normal, random_params, shapes, size
 
 from sbml import networks
-from sbml.networks import _layers as layers
 from sbml.networks import mlp, ncsnpp
 
 
@@ -34,20 +33,23 @@ def test_unknown_network_lists_the_choices() -> None:
 
 SMALL = {"nf": 8, "ch_mult": (1, 2), "num_res_blocks": 1, "attn_resolutions": (4,)}
 BAD_OPTIONS = [
-    ({"embedding_type": "cosine"}, "embedding_type='cosine'.*positional, fourier"),
-    ({"resblock_type": "resnet"}, "resblock_type='resnet'.*ddpm, biggan"),
-    ({"progressive": "input_skip"}, "progressive='input_skip'.*none, output_skip, residual"),
-    ({"progressive_input": "x"}, "progressive_input='x'.*none, input_skip, residual"),
-    ({"progressive_combine": "add"}, "progressive_combine='add'.*sum, cat"),
-    ({"nonlinearity": "gelu"}, "nonlinearity='gelu'.*swish, elu, relu, lrelu"),
-    ({"dtype": "float16"}, "dtype='float16'.*float32, bfloat16"),
-    ({"dropout": 1.0}, r"dropout=1.0.*\[0, 1\)"),
-    ({"nf": 2}, "nf=2.*at least 4"),
-    ({"ch_mult": ()}, r"ch_mult=\(\)"),
-    ({"num_res_blocks": 0}, "num_res_blocks=0"),
-    ({"fir_kernel": (1, -1)}, r"fir_kernel=\(1, -1\)"),
-    ({"fourier_scale": 0.0}, "fourier_scale=0.0"),
-    ({"fourier": (0.0,)}, r"fourier=\(0.0,\)"),
+    ({"embedding_type": "cosine"}, "embedding_type is 'cosine'.*'positional', 'fourier'"),
+    ({"resblock_type": "resnet"}, "resblock_type is 'resnet'.*'ddpm', 'biggan'"),
+    (
+        {"progressive": "input_skip"},
+        "progressive is 'input_skip'.*'none', 'output_skip'",
+    ),
+    ({"progressive_input": "x"}, "progressive_input is 'x'.*'none', 'input_skip', 'residual'"),
+    ({"progressive_combine": "add"}, "progressive_combine is 'add'.*'sum', 'cat'"),
+    ({"nonlinearity": "gelu"}, "nonlinearity is 'gelu'.*'swish', 'elu', 'relu', 'lrelu'"),
+    ({"dtype": "float16"}, "dtype is 'float16'.*'float32', 'bfloat16'"),
+    ({"dropout": 1.0}, r"dropout is 1.0.*\[0, 1\)"),
+    ({"nf": 2}, "nf is 2.*at least 4"),
+    ({"ch_mult": ()}, r"ch_mult is \(\)"),
+    ({"num_res_blocks": 0}, "num_res_blocks is 0"),
+    ({"fir_kernel": (1, -1)}, r"fir_kernel is \(1, -1\)"),
+    ({"fourier_scale": 0.0}, "fourier_scale is 0.0"),
+    ({"fourier": (0.0,)}, r"fourier is \(0.0,\)"),
 ]
 BAD_INPUTS: list[tuple[dict, tuple[int, ...], str]] = [
     ({}, (2, 9, 8, 3), "9x8.*multiple of 2"),
@@ -95,14 +97,14 @@ def test_input_unlike_the_parameters_is_an_error() -> None:
     params = random_params(model, (1, 8, 8, 3))
     with pytest.raises(ValueError, match=r"1 channels.*made for 3"):
         model.apply(params, jnp.zeros((1, 8, 8, 1)), jnp.ones(1), train=False)
-    with pytest.raises(ValueError, match=r"label of shape \(2,\)"):
+    with pytest.raises(ValueError, match=r"label is .* of shape \(2,\)"):
         model.apply(params, jnp.zeros((1, 8, 8, 3)), jnp.ones(2), train=False)
-    with pytest.raises(ValueError, match=r"uint8.*\[-1, 1\]"):
+    with pytest.raises(ValueError, match="x is uint8 .* give floating-point numbers"):
         model.apply(params, jnp.zeros((1, 8, 8, 3), "uint8"), jnp.ones(1), train=False)
 
 
 @pytest.mark.parametrize("shape", [(), (2,), (4, 4, 1)])
-@pytest.mark.parametrize("kind", layers.EMBEDDINGS)
+@pytest.mark.parametrize("kind", ["positional", "fourier", "fourier_linear"])
 def test_mlp_fits_any_event_and_starts_at_zero(kind: str, shape: tuple[int, ...]) -> None:
     model = mlp.Model(width=16, depth=2, embedding_size=8, embedding_type=kind)
     x, label = normal(1, 3, *shape), jnp.array([0.1, 0.1, 5.0])
@@ -154,13 +156,13 @@ def test_several_outputs_have_the_digits_of_float32(name: str, options: dict) ->
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"embedding_type": "rotary"}, "embedding_type='rotary'.*positional, fourier"),
-        ({"dtype": "int8"}, "dtype='int8'"),
-        ({"embedding_size": 7}, "embedding_size=7"),
-        ({"width": 0}, "width=0"),
-        ({"depth": -1}, "depth=-1"),
-        ({"fourier_scale": 0.0}, "fourier_scale=0.0"),
-        ({"fourier": (-1.0,)}, r"fourier=\(-1.0,\)"),
+        ({"embedding_type": "rotary"}, "embedding_type is 'rotary'.*'positional', 'fourier'"),
+        ({"dtype": "int8"}, "dtype is 'int8'"),
+        ({"embedding_size": 7}, "embedding_size is 7"),
+        ({"width": 0}, "width is 0"),
+        ({"depth": -1}, "depth is -1"),
+        ({"fourier_scale": 0.0}, "fourier_scale is 0.0"),
+        ({"fourier": (-1.0,)}, r"fourier is \(-1.0,\)"),
     ],
 )
 def test_bad_mlp_option_is_an_error_at_once(options: dict, message: str) -> None:
@@ -189,5 +191,5 @@ def test_mlp_reads_fourier_features_of_its_input() -> None:
 
 
 def test_mlp_needs_one_label_per_example() -> None:
-    with pytest.raises(ValueError, match=r"label of shape \(1,\)"):
+    with pytest.raises(ValueError, match=r"label is .* of shape \(1,\)"):
         mlp.Model().init(KEY, jnp.zeros((2, 3)), jnp.ones(1), train=False)

@@ -5,7 +5,7 @@ import json
 import math
 import re
 import typing
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import pytest
@@ -234,6 +234,7 @@ def owned_fields() -> list[tuple[str, str, Any]]:
     return found
 
 
+@pytest.mark.usefixtures("unchecked")
 @pytest.mark.parametrize(
     ("section", "name", "field"), owned_fields(), ids=lambda a: getattr(a, "name", a)
 )
@@ -241,8 +242,11 @@ def test_no_field_of_a_network_or_dequantizer_takes_what_it_cannot_be(
     section: str, name: str, field: Any
 ) -> None:
     """Refused by name before any parameter is made, whatever the value."""
-    for bad in NO_VALUES[typing.get_origin(field.type) or field.type]:
-        if typing.get_args(field.type)[:1] == (float,) and bad == (2.5,):
+    kind = field.type
+    if typing.get_origin(kind) is Annotated:
+        kind = typing.get_args(kind)[0]
+    for bad in NO_VALUES[typing.get_origin(kind) or kind]:
+        if typing.get_args(kind)[:1] == (float,) and bad == (2.5,):
             continue
         values = tiny.get_config().to_dict()
         if section == "model":
@@ -254,15 +258,17 @@ def test_no_field_of_a_network_or_dequantizer_takes_what_it_cannot_be(
             read.model.build()
             read.dequantizer.build("variational", levels=17, tau=3.0)
         message = str(caught.value)
-        named = (f"{section}.{field.name}=", f"config.{section}: {field.name}=")
+        wrong = f"config.{section}: {field.name}"
+        named = (f"{section}.{field.name}=", f"{wrong}=", f"{wrong} is ")
         assert message.startswith(named), message
 
 
+@pytest.mark.usefixtures("unchecked")
 @pytest.mark.parametrize(
     ("name", "value", "message"),
     [
-        ("model.width", 0, "config.model: width=0"),
-        ("dequantizer.model.filters", 0, "config.dequantizer.model: filters=0"),
+        ("model.width", 0, "config.model: width is 0"),
+        ("dequantizer.model.filters", 0, "config.dequantizer.model: filters is 0"),
         (
             "sde.beta_min",
             30.0,

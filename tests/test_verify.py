@@ -9,7 +9,6 @@ import itertools
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -17,8 +16,8 @@ from sbml.dequantizers import DEQUANTIZERS, has_density, uniform
 from sbml.modes import verify
 from sbml.sdes import SDES
 from sbml.types import Array, Key
-from sbml.verify import checks, continuous, integers, oracle
-from sbml.verify.row import Row, bounding, row
+from sbml.verify import continuous, integers, oracle
+from sbml.verify.table import Row, bounding, row
 
 pytestmark = pytest.mark.oracle
 
@@ -61,7 +60,7 @@ EVERY = set(itertools.product(NAMES, SDES)) - ABSENT
 @functools.cache
 def rows() -> dict[tuple[str, str], Row]:
     """Rows by their names. The session is in float32; the table sets float64 by itself."""
-    results = checks.checks(CHECKED)
+    results = verify.checks(CHECKED)
     assert len(results) == len({(row.name, row.sde) for row in results})
     return {(row.name, row.sde): row for row in results}
 
@@ -104,8 +103,7 @@ def test_a_wrong_score_fails_every_row_that_depends_on_the_score(
     ],
 )
 def test_a_wrong_log_q_fails(error: float, failing: set[str]) -> None:
-    pixels = jnp.asarray(integers._pixels())
-    u, log_q = integers._samples(uniform.Model(), {}, pixels, jax.random.key(0))
+    u, log_q = integers._samples(uniform.Model(), {}, integers._pixels(), jax.random.key(0))
     results = integers.weight_rows("vp", SDES["vp"](), "any", uniform.Model(), u, log_q + error)
     assert {row.name.removeprefix("any, ") for row in results if not row.ok} == failing
 

@@ -1,4 +1,4 @@
-"""Reads checkpoint files of other code as plain data, without pickle.
+"""Reads checkpoint files of other code as plain data, without pickle, and writes them as ours.
 
     DIR/checkpoints*/checkpoint_N        written by Song et al.'s code
     DIR/checkpoints*/ckpt-N.flax         written by VDM's code
@@ -6,15 +6,28 @@
 Each is one msgpack file of flax that holds a whole training state as nested dictionaries of arrays.
 """
 
+import functools
 import hashlib
 import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 from etils import epath
 from flax import serialization
 from flax.traverse_util import flatten_dict, unflatten_dict
+
+from sbml.experiment import trained
+from sbml.experiment.build import Experiment
+from sbml.experiment.config import Config
+from sbml.runtime import sharding
+from sbml.runtime.checkpoint import Checkpoints
+from sbml.runtime.state import TrainState
+from sbml.runtime.trees import differences
+from sbml.runtime.versions import versions
 
 NAMES = "checkpoint_N or ckpt-N.flax"
 _NUMBER = re.compile(r"(?:checkpoint_(\d+)|ckpt-(\d+)\.flax)")
@@ -56,11 +69,7 @@ def newest(folder: epath.PathLike) -> epath.Path | None:
 
 def find(source: epath.PathLike) -> epath.Path:
     """The file ``source`` itself, or the newest checkpoint in the folder ``source`` or in a folder
-    ``checkpoints*/`` of it.
-
-    Raises:
-      ValueError: there is no checkpoint.
-    """
+    ``checkpoints*/`` of it."""
     source = epath.Path(source).expanduser()
     if source.is_file():
         return source
@@ -75,11 +84,7 @@ def find(source: epath.PathLike) -> epath.Path:
 
 
 def load(path: epath.PathLike) -> dict[str, Any]:
-    """The nested dictionaries in the file ``path``.
-
-    Raises:
-      ValueError: it is not a msgpack file of flax, or it holds something other than a dictionary.
-    """
+    """The nested dictionaries in the file ``path``."""
     path = epath.Path(path)
     try:
         tree = serialization.msgpack_restore(path.read_bytes())
@@ -95,12 +100,65 @@ def load(path: epath.PathLike) -> dict[str, Any]:
     return tree
 
 
-def flat(tree: Mapping[str, Any]) -> dict[tuple[str, ...], Any]:
-    """The leaves of ``tree`` by their paths, tuples of names."""
-    return flatten_dict(dict(tree))
-
-
 def unwrapped(tree: Mapping[str, Any]) -> dict[str, Any]:
     """``tree`` with NumPy arrays as leaves and without the outer level "params" if it has one."""
     inner = tree["params"] if set(tree) == {"params"} else tree
-    return unflatten_dict({path: np.asarray(leaf) for path, leaf in flat(inner).items()})
+    flat = flatten_dict(dict(inner))
+    return unflatten_dict({path: np.asarray(leaf) for path, leaf in flat.items()})
+
+
+def fit(
+    config: Config, sections: trained.Sections, workdir: epath.Path
+) -> tuple[Experiment, list[str]]:
+    """The experiment of ``config`` with the fields of ``sections`` replaced, and a line for each
+    change."""
+    fitted, lines = trained.with_fields(config, sections)
+    experiment = Experiment(fitted)
+    if experiment.config.training.checkpoints(workdir).steps():
+        raise ValueError(f"{workdir} has checkpoints already: convert into a new --workdir")
+    return experiment, lines
+
+
+def state(template: TrainState, theirs: ForeignState) -> TrainState:
+    """``template`` with the arrays of the checkpoint ``theirs``, on the devices. Statistics of the
+    training are those before it."""
+    for name, tree in theirs.trees.items():
+        if mismatch := differences(tree, template.params):
+            raise ValueError(f"{theirs.path}, {name}:\n  " + "\n  ".join(mismatch))
+    arrays = jax.tree.map(lambda a: jnp.asarray(a, jnp.float32), theirs.trees)
+    count = jnp.asarray(theirs.updates, jnp.int32)
+    converted = template.replace(
+        step=jnp.asarray(theirs.step, jnp.int32),
+        params=arrays["params"],
+        ema_params=arrays["ema_params"],
+        opt_state=optax.tree.set(template.opt_state, mu=arrays["mu"], nu=arrays["nu"], count=count),
+        statistics=jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), template.statistics),
+    )
+    return jax.device_put(converted, sharding.replicated(sharding.data_mesh()))
+
+
+def metadata(experiment: Experiment, score: ForeignState, dequantization: str) -> dict[str, Any]:
+    """Metadata of the converted checkpoint: its config and origin. Its training data are not known,
+    only how they were scaled (``dequantization``)."""
+    config = experiment.to_plain()
+    config["data"]["dequantization"] = dequantization
+    origin = {"converted_from": score.origin}
+    return {"config": config, "data": None, "versions": versions(), **origin}
+
+
+def untold(config: Config, fields: list[str]) -> str:
+    """The line that lists the ``fields`` which the checkpoint does not determine, with the values
+    that ``--config`` gives them."""
+    plain = config.plain()
+    values = (
+        f"{name}={functools.reduce(lambda node, part: node[part], name.split('.'), plain)}"
+        for name in fields
+    )
+    return f"not stored in the checkpoint, therefore taken from --config: {', '.join(values)}"
+
+
+def line(theirs: ForeignState, checkpoints: Checkpoints) -> str:
+    """The line that names the file, its SHA-256, step, size and the folder it was written to."""
+    count = sum(leaf.size for leaf in jax.tree.leaves(theirs.ema_params))
+    sha256, where = theirs.origin["sha256"], checkpoints.directory
+    return f"{theirs.path} (sha256 {sha256}): step {theirs.step}, {count:,} parameters -> {where}"

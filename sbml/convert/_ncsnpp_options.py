@@ -26,7 +26,6 @@ from sbml.runtime.trees import differences
 
 BLOCKS = {"ResnetBlockBigGANpp": "biggan", "ResnetBlockDDPMpp": "ddpm"}
 SHOWN = 30  # At most so many differences are listed in an error message.
-MOST_LEVELS = 12  # An image of 4096 x 4096 pixels cannot be halved more often.
 
 Tree = Mapping[str, Any]
 
@@ -47,18 +46,16 @@ def read_options(
         left over or misshapen in comparison with the nearest network. Or several networks have
         them; the message names the field to set.
     """
-    mismatches: list[list[str]] = []
-    with contextlib.suppress(KeyError, IndexError):  # A leaf that options are read from is missing.
+    with contextlib.suppress(KeyError, IndexError):
         channels = np.shape(params["Conv_0"]["kernel"])[2]
-        for shape in _encoders(params):
-            fields: dict[str, Any] = {**given, **_layers(params, given, **shape)}
-            fields["attn_resolutions"] = _attention(params, given, height, **shape)
-            mismatches.append(differences(params, _parameters(fields, height, channels)))
+    image, mismatches = jnp.zeros((1, height, height, channels)), []
+    for fields in _candidates(params, given, height):
+        with contextlib.suppress(ValueError):  # No network has these fields.
+            init = functools.partial(Model(**fields).init, train=False)
+            shapes = jax.eval_shape(init, jax.random.key(0), image, jnp.ones(1))["params"]
+            mismatches.append(differences(params, shapes))
             if not mismatches[-1]:
                 return fields
-    for near in ({}, *_nearby(params, height)):
-        with contextlib.suppress(ValueError):  # No network has these fields.
-            mismatches.append(differences(params, _parameters({**given, **near}, height, channels)))
     nearest = min(mismatches, key=len)
     more = [f"and {len(nearest) - SHOWN} more"] if len(nearest) > SHOWN else []
     raise ValueError(
@@ -67,90 +64,61 @@ def read_options(
     )
 
 
-def _parameters(fields: Mapping[str, Any], height: int, channels: int) -> Tree:
-    """Shapes of the parameters of the network with these ``fields``."""
-    options = (
-        (name, tuple(value) if isinstance(value, list) else value) for name, value in fields.items()
-    )
-    return _shapes(tuple(options), height, channels)
-
-
-@functools.lru_cache(maxsize=64)  # The parameters and their average ask for the same networks.
-def _shapes(options: tuple[tuple[str, Any], ...], height: int, channels: int) -> Tree:
-    x = jnp.zeros((1, height, height, channels))
-    model = Model(**dict(options))
-    init = jax.eval_shape(
-        lambda key: model.init(key, x, jnp.ones(1), train=False), jax.random.key(0)
-    )
-    return init["params"]
+def _candidates(params: Tree, given: Mapping[str, Any], height: int) -> Iterator[dict[str, Any]]:
+    """Fields of networks that may have these parameters, and then, for the message that none has
+    them, of networks with about as many blocks."""
+    with contextlib.suppress(KeyError, IndexError):  # A leaf that options are read from is missing.
+        for shape in _encoders(params, height, slack=0):
+            attention = _attention(params, given, height, **shape)
+            yield {**given, **_layers(params, given, **shape), "attn_resolutions": attention}
+    yield dict(given)
+    for shape in _encoders(params, height, slack=1):
+        kind = BLOCKS[_blocks(params)[0]]
+        near = {**given, **shape, "resblock_type": kind, "conditional": "Dense_1" in params}
+        with contextlib.suppress(KeyError, IndexError):
+            near |= _layers(params, given, **shape)
+        for attention in ((), *((height >> i,) for i in range(len(shape["ch_mult"])))):
+            yield {**near, "attn_resolutions": attention}
 
 
 def _named(params: Tree, kind: str) -> list[Tree]:
     """The modules ``kind_0``, ``kind_1`` ... in order."""
-    numbers = {name: name.rpartition("_")[2] for name in params if _kind(name) == kind}
-    modules = {int(number): params[name] for name, number in numbers.items() if number.isdecimal()}
-    return [modules[i] for i in sorted(modules)]
+    modules = {n.removeprefix(f"{kind}_"): m for n, m in params.items() if n.startswith(f"{kind}_")}
+    return [modules[number] for number in sorted(filter(str.isdecimal, modules), key=int)]
 
 
-def _kind(name: str) -> str:
-    return name.rpartition("_")[0]
+def _blocks(params: Tree) -> tuple[str, list[Tree]]:
+    """The kind of the residual blocks, and the blocks."""
+    found = {kind: _named(params, kind) for kind in BLOCKS}
+    return next(((kind, blocks) for kind, blocks in found.items() if blocks), ("", []))
 
 
-def _kernels(params: Tree) -> tuple[str, list[tuple[int, ...]]]:
-    """The kind of the residual blocks and the shape of each one's first kernel."""
-    for kind in BLOCKS:
-        if blocks := _named(params, kind):
-            return kind, [np.shape(block["Conv_0"]["kernel"]) for block in blocks]
-    return "", []
-
-
-def _encoders(params: Tree) -> Iterator[dict[str, Any]]:
+def _encoders(params: Tree, height: int, slack: int) -> Iterator[dict[str, Any]]:
     """``nf``, ``ch_mult`` and ``num_res_blocks`` of every U-Net whose blocks, in the order of their
-    calls, have the widths of the blocks in ``params``."""
-    kind, kernels = _kernels(params)
-    if not kernels or "Conv_0" not in params:
-        return
-    nf = np.shape(params["Conv_0"]["kernel"])[-1]
-    between = BLOCKS[kind] == "biggan"  # One more block between two levels resamples.
-    widths = [kernel[-1] for kernel in kernels]
-    for levels in range(1, MOST_LEVELS):
-        # There are levels (2 blocks + 1) + 2 blocks, and 2 (levels - 1) more that resample.
-        rest = len(widths) - 2 - levels - 2 * between * (levels - 1)
-        blocks, odd = divmod(rest, 2 * levels)
-        if odd or blocks < 1:
-            continue
-        wide = [widths[level * (blocks + between)] for level in range(levels)]
-        down = [[w] * (blocks + (between and i < levels - 1)) for i, w in enumerate(wide)]
-        up = [[w] * (blocks + 1 + (between and i > 0)) for i, w in enumerate(wide)]
-        expected = sum(down, []) + [wide[-1]] * 2 + sum(reversed(up), [])
-        if expected == widths and not any(w % nf for w in wide):
-            yield {"nf": nf, "ch_mult": tuple(w // nf for w in wide), "num_res_blocks": blocks}
-
-
-def _nearby(params: Tree, height: int) -> Iterator[dict[str, Any]]:
-    """Fields of U-Nets with about as many blocks as ``params``, for the message that none fits."""
-    kind = next((k for k in BLOCKS if _named(params, k)), "")
+    calls, have the widths of the blocks in ``params``; with a ``slack``, of every U-Net with at
+    most so many blocks more or fewer."""
+    kind, modules = _blocks(params)
     leaves = (("Conv_0", "kernel"), ("Conv_0", "bias"), ("GroupNorm_1", "scale"))
     widths = []
-    for block in _named(params, kind):
-        sizes = [np.shape(block[m][leaf])[-1] for m, leaf in leaves if leaf in block.get(m, ())]
+    for module in modules:  # A damaged leaf does not decide.
+        sizes = [np.shape(module[m][leaf])[-1] for m, leaf in leaves if leaf in module.get(m, ())]
         widths += [width for width, _ in Counter(sizes).most_common(1)]
     if not widths:
         return
-    nf, between = min(widths), BLOCKS[kind] == "biggan"
-    steps = range(1, 1 + height.bit_length())
-    for levels, blocks in itertools.product(steps, range(1, len(widths))):
+    nf = min(widths) if slack else np.shape(params["Conv_0"]["kernel"])[-1]
+    between = BLOCKS[kind] == "biggan"  # One more block between two levels resamples.
+    most_levels = height.bit_length()  # The image cannot be halved more often.
+    for levels, blocks in itertools.product(range(1, 1 + most_levels), range(1, len(widths))):
+        # There are levels (2 blocks + 1) + 2 blocks, and 2 (levels - 1) more that resample.
         count = levels * (2 * blocks + 1) + 2 + 2 * between * (levels - 1)
-        if abs(count - len(widths)) > 1:
+        if abs(count - len(widths)) > slack:
             continue
         wide = [widths[min(i * (blocks + between), len(widths) - 1)] for i in range(levels)]
-        shape = {"nf": nf, "ch_mult": tuple(w // nf for w in wide), "num_res_blocks": blocks}
-        near = {"resblock_type": BLOCKS[kind], **shape, "conditional": "Dense_1" in params}
-        with contextlib.suppress(KeyError, IndexError):
-            near = _layers(params, {"progressive_combine": "sum", **near}, **shape)
-        heights = [height >> level for level in range(levels)]
-        for attending in ((), *((h,) for h in heights)):
-            yield {**near, "attn_resolutions": attending}
+        down = [[w] * (blocks + (between and i < levels - 1)) for i, w in enumerate(wide)]
+        up = [[w] * (blocks + 1 + (between and i > 0)) for i, w in enumerate(wide)]
+        expected = sum(down, []) + [wide[-1]] * 2 + sum(reversed(up), [])
+        if slack or (expected == widths and not any(w % nf for w in wide)):
+            yield {"nf": nf, "ch_mult": tuple(w // nf for w in wide), "num_res_blocks": blocks}
 
 
 def _layers(
@@ -161,7 +129,7 @@ def _layers(
     num_res_blocks: int,
 ) -> dict[str, Any]:
     """The options that follow from which layers there are and how many of each kind."""
-    kind, kernels = _kernels(params)
+    kind, modules = _blocks(params)
     between = BLOCKS[kind] == "ddpm" and len(ch_mult) > 1  # Layers between the blocks resample.
     progressive = _progressive(params)
     # Resampling layers have parameters between "ddpm" blocks and along residual pyramids.
@@ -171,7 +139,8 @@ def _layers(
     progressive_input, combine = "none", given["progressive_combine"]
     if joined := _named(params, "Combine"):
         progressive_input = "input_skip"
-        inputs = kernels[num_res_blocks + (BLOCKS[kind] == "biggan")][2]
+        first = modules[num_res_blocks + (BLOCKS[kind] == "biggan")]  # after the first halving
+        inputs = np.shape(first["Conv_0"]["kernel"])[2]
         combine = "cat" if inputs == 2 * joined[0]["Conv_0"]["kernel"].shape[-1] else "sum"
     elif len(down) // halvings > with_conv:
         progressive_input = "residual"

@@ -1,5 +1,11 @@
 """Converts a work directory of Song et al.'s code: parameters, their average, optimizer state.
 
+    DIR/checkpoints/checkpoint_N                       the score network
+    DIR/flowpp_dequantizer/checkpoints/checkpoint_M    the Flow++ dequantizer, if it was trained
+
+Each file holds ``step``, ``optimizer/target`` (the parameters), ``optimizer/state`` (Adam's state),
+``params_ema`` (the average of the parameters), and numbers that are not needed here.
+
 The architecture is read from the parameters as far as they determine it; the config gives the rest.
 The new work directory stores the architecture, so the model can be evaluated, sampled or trained
 further like any other.
@@ -21,21 +27,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
+from flax.traverse_util import flatten_dict, unflatten_dict
 
-from sbml.convert import _ncsnpp_options, _writing
-from sbml.convert import _score_flow_file as authors
-from sbml.convert._files import ForeignState, newest
+from sbml.convert import _files, _ncsnpp_options
+from sbml.convert._files import ForeignState
 from sbml.dequantizers import variational
 from sbml.experiment import trained
 from sbml.experiment.build import Experiment
 from sbml.experiment.config import Config
 from sbml.experiment.training import smallest_time
-from sbml.runtime import sharding
 from sbml.runtime.state import TrainState
 from sbml.runtime.trees import tree_crc32
 
 NETWORK = "ncsnpp"
 CODE = "Song et al.'s (optimizer, params_ema)"
+SCORE = "checkpoints"
+DEQUANTIZER = "flowpp_dequantizer/checkpoints"
 
 
 class Convention(NamedTuple):
@@ -65,34 +72,48 @@ def recognises(tree: Mapping[str, Any]) -> bool:
     return "optimizer" in tree
 
 
+def read(path: epath.Path, tree: Mapping[str, Any]) -> ForeignState:
+    """The checkpoint ``tree`` in the file ``path``."""
+    try:
+        target, state = tree["optimizer"]["target"], tree["optimizer"]["state"]
+        moments = flatten_dict(dict(state["param_states"]))
+        trees = {"params": target, "ema_params": tree["params_ema"]}
+        for name, theirs in (("mu", "grad_ema"), ("nu", "grad_sq_ema")):
+            trees[name] = unflatten_dict({p[:-1]: a for p, a in moments.items() if p[-1] == theirs})
+        trees = {name: _files.unwrapped(tree) for name, tree in trees.items()}
+        return ForeignState(path, int(tree["step"]), int(state["step"]), trees)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"{path} is not a training state of Song et al.'s code: no {error} in {sorted(tree)}; "
+            "give a file checkpoint_N that their code wrote"
+        ) from error
+
+
 def convert(config: Config, workdir: epath.Path, path: epath.Path, tree: Mapping[str, Any]) -> None:
     """Convert the checkpoint ``tree`` in the file ``path``, and that of the dequantizer if there is
-    one, to ``workdir``.
-
-    Raises:
-      ValueError: the checkpoint fits no network of this package (the message lists its missing,
-        extra or misshapen leaves), or ``workdir`` has checkpoints already.
-    """
-    score = authors.read(path, tree)
-    flow_file = newest(path.parent.parent / authors.DEQUANTIZER)
-    flow = None if flow_file is None else _renamed(authors.read(flow_file))
+    one, to ``workdir``."""
+    score, flow = read(path, tree), None
+    if flow_file := _files.newest(path.parent.parent / DEQUANTIZER):
+        flow = read(flow_file, _files.load(flow_file))
+        renamed = {name: variational.from_reference(part) for name, part in flow.trees.items()}
+        flow = flow._replace(trees=renamed)
     sections = _sections(config, score, flow)
-    experiment, lines = _writing.fit(config, sections, workdir)
+    experiment, lines = _files.fit(config, sections, workdir)
     # Everything is checked before anything is written, so that no half conversion is left behind.
-    score_state = _writing.score_state(experiment, score)
+    score_state = _files.state(jax.eval_shape(experiment.init_state), score)
     flow_state = None if flow is None else _flow_state(experiment, flow)
-    metadata = _writing.metadata(experiment, score, "none")
+    metadata = _files.metadata(experiment, score, "none")
     if jax.process_index() == 0:
         trained.write_architecture(workdir, sections)
     with experiment.config.training.checkpoints(workdir) as checkpoints:
         checkpoints.save(score.step, score_state, metadata)
-        written = [_writing.line(score, checkpoints)]
+        written = [_files.line(score, checkpoints)]
     if flow is not None:
         trained_for = {"step": score.step, "crc32": tree_crc32(score.ema_params)}
         of_flow = {"score": trained_for, "converted_from": flow.origin}
         with experiment.config.dequantizer.training.checkpoints(workdir) as checkpoints:
             checkpoints.save(flow.step, flow_state, {**metadata, **of_flow})
-            written.append(_writing.line(flow, checkpoints))
+            written.append(_files.line(flow, checkpoints))
         if (shape := variational.image_shape(flow.ema_params)) != experiment.config.data.shape:
             written.append(f"{flow.path} fits only images of shape {shape}")
     fields = ["sde.name", "training.smallest_time", "score.parameterization"]
@@ -100,13 +121,7 @@ def convert(config: Config, workdir: epath.Path, path: epath.Path, tree: Mapping
     fields += [f"model.{name}" for name in ("nonlinearity", "skip_rescale", "fir", "fir_kernel")]
     # Several heights, or numbers of heads, can fit the same shapes of parameters.
     fields += ["model.attn_resolutions", *(["dequantizer.model.heads"] if flow else [])]
-    print("\n".join([*lines, _writing.untold(experiment.config, fields), *written]))
-
-
-def _renamed(theirs: ForeignState) -> ForeignState:
-    """A dequantizer's state with the names and layout of this package."""
-    renamed = {name: variational.from_reference(tree) for name, tree in theirs.trees.items()}
-    return theirs._replace(trees=renamed)
+    print("\n".join([*lines, _files.untold(experiment.config, fields), *written]))
 
 
 def _sections(config: Config, score: ForeignState, flow: ForeignState | None) -> trained.Sections:
@@ -148,12 +163,9 @@ def _sections(config: Config, score: ForeignState, flow: ForeignState | None) ->
 
 
 def _flow_state(experiment: Experiment, theirs: ForeignState) -> TrainState:
-    shape = variational.image_shape(theirs.ema_params)
-    model = experiment.dequantizer("variational")
-    params = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((2, *shape), jnp.uint8))
+    images = jnp.zeros((2, *variational.image_shape(theirs.ema_params)), jnp.uint8)
+    model, optimizer = experiment.dequantizer("variational"), experiment.dequantizer_optimizer
     template = jax.eval_shape(
-        lambda p: TrainState.create(p, experiment.dequantizer_optimizer), params
+        lambda key: TrainState.create(model.init(key, images), optimizer), jax.random.key(0)
     )
-    return jax.device_put(
-        _writing.state(template, theirs), sharding.replicated(sharding.data_mesh())
-    )
+    return _files.state(template, theirs)

@@ -23,7 +23,7 @@ import numpy as np
 from etils import epath
 
 from sbml import networks
-from sbml.convert import _writing
+from sbml.convert import _files
 from sbml.convert._files import ForeignState, unwrapped
 from sbml.experiment import trained
 from sbml.experiment.config import Config
@@ -41,12 +41,7 @@ def recognises(tree: Mapping[str, Any]) -> bool:
 
 
 def convert(config: Config, workdir: epath.Path, path: epath.Path, tree: Mapping[str, Any]) -> None:
-    """Convert the checkpoint ``tree`` in the file ``path`` to ``workdir``.
-
-    Raises:
-      ValueError: the checkpoint fits no network of this package (the message lists its missing,
-        extra or misshapen leaves), or ``workdir`` has checkpoints already.
-    """
+    """Convert the checkpoint ``tree`` in the file ``path`` to ``workdir``."""
     whole = read(path, tree)
     score = whole._replace(trees={k: v["score_model"] for k, v in whole.trees.items()})
     sections = {
@@ -62,23 +57,19 @@ def convert(config: Config, workdir: epath.Path, path: epath.Path, tree: Mapping
         },
         "training": {"smallest_time": LinearGamma.smallest_time},
     }
-    experiment, lines = _writing.fit(config, sections, workdir)
-    state = _writing.score_state(experiment, score)
+    experiment, lines = _files.fit(config, sections, workdir)
+    state = _files.state(jax.eval_shape(experiment.init_state), score)
     if jax.process_index() == 0:
         trained.write_architecture(workdir, sections)
     with experiment.config.training.checkpoints(workdir) as checkpoints:
-        checkpoints.save(score.step, state, _writing.metadata(experiment, score, "centre"))
-        lines.append(_writing.untold(experiment.config, ["score.log_snr_range", "data.flip"]))
-        lines.append(_writing.line(score, checkpoints))
+        checkpoints.save(score.step, state, _files.metadata(experiment, score, "centre"))
+        lines.append(_files.untold(experiment.config, ["score.log_snr_range", "data.flip"]))
+        lines.append(_files.line(score, checkpoints))
     print("\n".join(lines))
 
 
 def read(path: epath.Path, tree: Mapping[str, Any]) -> ForeignState:
-    """The checkpoint ``tree`` in the file ``path``, including its schedule.
-
-    Raises:
-      ValueError: it is not a checkpoint of their code; the message says what is missing.
-    """
+    """The checkpoint ``tree`` in the file ``path``, including its schedule."""
     try:
         adam = tree["opt_state"]["0"]
         trees = {name: tree[name] for name in ("params", "ema_params")}
@@ -98,12 +89,7 @@ def read(path: epath.Path, tree: Mapping[str, Any]) -> ForeignState:
 
 
 def network_fields(score: ForeignState, channels: int) -> dict[str, Any]:
-    """The fields of the network, read from the shapes of its parameters.
-
-    Raises:
-      ValueError: a leaf from which fields are read is missing, or the network is for images with
-        another number of channels than ``channels``.
-    """
+    """The fields of the network, read from the shapes of its parameters."""
     params = score.ema_params
     try:
         inputs, width = np.shape(params["conv_in"]["kernel"])[2:]
@@ -134,11 +120,7 @@ def network_fields(score: ForeignState, channels: int) -> dict[str, Any]:
 
 
 def schedule(gamma: Mapping[str, Any]) -> LinearGamma | MonotoneGamma:
-    """The learned schedule with parameters ``gamma``, differentiable in them.
-
-    Raises:
-      ValueError: ``gamma`` are not the parameters of one of VDM's schedules.
-    """
+    """The learned schedule with parameters ``gamma``, differentiable in them."""
     if set(gamma) == {"w", "b"}:
         w, b = gamma["w"][0], gamma["b"][0]
         return LinearGamma(b, b + jnp.abs(w))

@@ -7,8 +7,8 @@ The noise is split into even and odd columns (a, b). These steps are repeated on
     couple        b <- exp(s) logit F(b) + t, elementwise; s, t, F are functions of a and the image
     exchange      (a, b) <- (b, a)
 
-Every layer maps ``(halves, inverse)`` to the new halves and to the log-determinant of the forward
-direction in nats, which is a scalar if it is the same for all images and else ``(n,)``.
+Every layer maps the halves to the new halves and to the log-determinant in nats, which is a scalar
+if it is the same for all images and else ``(n,)``.
 
 Reference: Ho et al. 2019 (Flow++), sections 3.1 to 3.3.
 """
@@ -22,7 +22,6 @@ from jax import lax
 
 from sbml.dequantizers import _flowpp_layers as layers
 from sbml.dequantizers import _mixture_logistic as mixture_logistic
-from sbml.dequantizers._flowpp_design import Design
 from sbml.types import Array, Batch, Key, Vector
 
 Pair = tuple[Array, Array]  # even columns and odd columns, (n, h, w / 2, c) each
@@ -53,7 +52,7 @@ class ElementwiseAffine(nn.Module):
     """
 
     @nn.compact
-    def __call__(self, x: Array, inverse: bool = False) -> tuple[Array, Array]:
+    def __call__(self, x: Array) -> tuple[Array, Array]:
         def normalizing(_: Key) -> Array:
             variance = x.var((0, 1, 2)) + layers.VARIANCE_FLOOR
             return jnp.broadcast_to(lax.rsqrt(variance), x.shape[1:])
@@ -64,17 +63,16 @@ class ElementwiseAffine(nn.Module):
             return jnp.broadcast_to(-(scale[None] * x).mean((0, 1, 2)), x.shape[1:])
 
         bias = self.param("bias", centring)
-        y = (x - bias[None]) / scale[None] if inverse else scale[None] * x + bias[None]
-        return y, jnp.log(jnp.abs(scale)).sum()
+        return scale[None] * x + bias[None], jnp.log(jnp.abs(scale)).sum()
 
 
 class Norm(nn.Module):
     """Activation normalisation of both halves (Kingma & Dhariwal 2018, Glow)."""
 
     @nn.compact
-    def __call__(self, halves: Pair, inverse: bool = False) -> tuple[Pair, Array]:
-        a, log_det_a = ElementwiseAffine(name="norm0")(halves[0], inverse)
-        b, log_det_b = ElementwiseAffine(name="norm1")(halves[1], inverse)
+    def __call__(self, halves: Pair) -> tuple[Pair, Array]:
+        a, log_det_a = ElementwiseAffine(name="norm0")(halves[0])
+        b, log_det_b = ElementwiseAffine(name="norm1")(halves[1])
         return (a, b), log_det_a + log_det_b
 
 
@@ -82,16 +80,12 @@ class Pointwise(nn.Module):
     """Invertible 1x1 convolution of both halves (Kingma & Dhariwal 2018, Glow)."""
 
     @nn.compact
-    def __call__(self, halves: Pair, inverse: bool = False) -> tuple[Pair, Array]:
+    def __call__(self, halves: Pair) -> tuple[Pair, Array]:
         _, h, w, c = halves[0].shape
         rotation, dtype = nn.initializers.orthogonal(), halves[0].dtype
         weights = [self.param(name, rotation, (c, c), dtype) for name in ("W0", "W1")]
         log_det = h * w * sum(jnp.linalg.slogdet(weight)[1] for weight in weights)
-        a, b = (
-            x @ (jnp.linalg.inv(weight) if inverse else weight)
-            for x, weight in zip(halves, weights, strict=True)
-        )
-        return (a, b), log_det
+        return (halves[0] @ weights[0], halves[1] @ weights[1]), log_det
 
 
 class MixLogisticAttnCoupling(nn.Module):
@@ -100,35 +94,24 @@ class MixLogisticAttnCoupling(nn.Module):
     F is a mixture of logistics. The halves exchange places. The log-determinant is ``(n,)``.
     """
 
-    filters: int
-    components: int
-    blocks: int
-    heads: int
-    dropout: float
-    clipped: bool
-    design: Design
+    model: Any  # variational.Model
 
     @nn.compact
-    def __call__(
-        self, halves: Pair, inverse: bool = False, *, context: Array, train: bool = False
-    ) -> tuple[Pair, Array]:
-        a, b = halves[::-1] if inverse else halves
+    def __call__(self, halves: Pair, *, context: Array, train: bool = False) -> tuple[Pair, Array]:
+        a, b = halves
         log_scale, shift, mixture = self._conditioned_on(a, context, train)
-        if inverse:
-            b = mixture_logistic.inverse_logit_cdf((b - shift) * jnp.exp(-log_scale), mixture)
         logit_cdf = (
-            mixture_logistic.clipped_logit_cdf if self.clipped else mixture_logistic.logit_cdf
+            mixture_logistic.clipped_logit_cdf if self.model.clipped else mixture_logistic.logit_cdf
         )
         y, log_slope = logit_cdf(b, mixture)
         log_det = per_image(log_slope + log_scale)
-        return ((a, b) if inverse else (jnp.exp(log_scale) * y + shift, a)), log_det
+        return (jnp.exp(log_scale) * y + shift, a), log_det
 
     def _conditioned_on(
         self, a: Array, context: Array, train: bool
     ) -> tuple[Array, Array, mixture_logistic.Mixture]:
-        per_channel = 2 + 3 * self.components
-        sizes = (a.shape[-1] * per_channel, self.filters, self.blocks, self.heads)
-        network = layers.CouplingNetwork(*sizes, self.dropout, self.design)
+        per_channel = 2 + 3 * self.model.components
+        network = layers.CouplingNetwork(self.model, a.shape[-1] * per_channel)
         nn.share_scope(self, network)
         out = network(a, context, train=train).reshape(*a.shape, per_channel)
         logits, means, log_scales = jnp.split(out[..., 2:], 3, axis=-1)
@@ -138,37 +121,21 @@ class MixLogisticAttnCoupling(nn.Module):
 
 
 class Flow(nn.Module):
-    """The flow from noise ``(n, h, w, c)`` to the logits of u, given the image, and its inverse."""
+    """The flow from noise ``(n, h, w, c)`` to the logits of u, given the image."""
 
-    filters: int
-    components: int
-    blocks: int
-    heads: int
-    dropout: float
-    clipped: bool
-    design: Design
+    model: Any  # variational.Model
 
     @nn.compact
-    def __call__(
-        self, image: Array, x: Array, *, inverse: bool = False, train: bool = False
-    ) -> tuple[Array, Array]:
-        """The logits of the noise ``x``, or with ``inverse`` the noise of the logits ``x``.
-
-        The second result is log |det d logits / d noise| ``(n,)`` in nats, in both directions.
-        """
-        processor = layers.ContextProcessor(self.dropout, self.design, name=self.design.context)
+    def __call__(self, image: Array, x: Array, *, train: bool = False) -> tuple[Array, Array]:
+        """The logits of the noise ``x``, and log |det d logits / d noise| ``(n,)`` in nats."""
+        design = layers.DESIGNS[self.model.design]
+        processor = layers.ContextProcessor(self.model, name=design.context)
         context = processor(jnp.concatenate(split(image), axis=-1), train=train)
-        options = (
-            *(self.filters, self.components, self.blocks, self.heads),
-            *(self.dropout, self.clipped, self.design),
-        )
-        steps: list[Any] = []
-        for _ in range(self.design.couplings):
-            coupling = partial(MixLogisticAttnCoupling(*options), context=context, train=train)
-            mixing = [Pointwise()] if self.design.mixes_channels else []
-            steps += [Norm(), *mixing, coupling]
         halves, log_det = split(x), jnp.zeros(len(x), x.dtype)
-        for step in reversed(steps) if inverse else steps:
-            halves, change = step(halves, inverse)
-            log_det = log_det + change
+        for _ in range(design.couplings):
+            coupling = partial(MixLogisticAttnCoupling(self.model), context=context, train=train)
+            steps: list[Any] = [Norm(), *([Pointwise()] if design.mixes_channels else []), coupling]
+            for step in steps:
+                halves, change = step(halves)
+                log_det = log_det + change
         return merge(halves), log_det

@@ -9,21 +9,75 @@ that the mean is 0. The initialisers of Linen's ``Conv``, ``Dense`` and ``Weight
 shape and no data, so the affine map is written here; normalisation, dropout, activations and
 attention are flax's.
 
-Reference: Ho et al. 2019 (Flow++), section 3.3.
+There are two published flows:
+
+                        CIFAR-10                         ImageNet 32x32
+    couplings           4                                8
+    channels            mixed after each normalisation   not mixed
+    convolutions        with a plain kernel              weight-normalised, g V / |V|
+    end of a network    a convolution                    concat_elu and a convolution
+    context network     3 gated convolutions             8, each with normalisation and attention
+                                                         of 4 heads
+    filters, blocks     96, 2                            128, 8
+    parameters, 32x32   3,466,976                        35,482,720
+
+The context network reads the image and passes its features to the couplings.
+
+References: Ho et al. 2019 (Flow++), section 3.3; Song et al. 2021 use both flows.
 """
+
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jax import lax
 
-from sbml.dequantizers._flowpp_design import Design
 from sbml.types import Array, Key
 
 VARIANCE_FLOOR = 1e-8
 CONTEXT_FILTERS = 32
 # Initial standard deviation of the inputs to gates and couplings, which then start near identity.
 NARROW = 0.1
+
+
+class Design(NamedTuple):
+    """The layers of a flow, and how the networks in it are built.
+
+    ``context`` is the name of the context network in the parameters. It has ``context_blocks``
+    gated convolutions, each followed by attention with ``context_heads`` heads, or by none if
+    ``context_heads`` is 0.
+    """
+
+    couplings: int
+    mixes_channels: bool
+    weight_norm: bool
+    ends_in_elu: bool
+    context: str
+    context_blocks: int
+    context_heads: int
+
+
+DESIGNS = {
+    "cifar10": Design(
+        couplings=4,
+        mixes_channels=True,
+        weight_norm=False,
+        ends_in_elu=False,
+        context="ShallowProcessor_0",
+        context_blocks=3,
+        context_heads=0,
+    ),
+    "imagenet32": Design(
+        couplings=8,
+        mixes_channels=False,
+        weight_norm=True,
+        ends_in_elu=True,
+        context="DeepProcessor_0",
+        context_blocks=8,
+        context_heads=4,
+    ),
+}
 
 
 def concat_elu(x: Array) -> Array:
@@ -125,44 +179,40 @@ def position_embedding(key: Key, x: Array, channels: int) -> Array:
 class CouplingNetwork(nn.Module):
     """Parameters of a coupling, ``features`` per pixel, from half of the image and the context."""
 
+    model: Any  # variational.Model
     features: int
-    filters: int
-    blocks: int
-    heads: int
-    dropout: float
-    design: Design
 
     @nn.compact
     def __call__(self, x: Array, context: Array, *, train: bool = False) -> Array:
-        weight_norm = self.design.weight_norm
-        positions = self.param("pos_emb", position_embedding, x, self.filters)
-        x = Affine(self.filters, (3, 3), weight_norm=weight_norm, name="proj_in")(x)
-        for i in range(self.blocks):
-            conv = GatedConv((), self.dropout, weight_norm, name=f"block{i}_conv")
+        model, design = self.model, DESIGNS[self.model.design]
+        weight_norm = design.weight_norm
+        positions = self.param("pos_emb", position_embedding, x, model.filters)
+        x = Affine(model.filters, (3, 3), weight_norm=weight_norm, name="proj_in")(x)
+        for i in range(model.blocks):
+            conv = GatedConv((), model.dropout, weight_norm, name=f"block{i}_conv")
             x = layer_norm(f"block{i}_ln1")(conv(x, context, train=train))
-            attended = GatedAttention(self.heads, name=f"block{i}_attn")(x, positions)
+            attended = GatedAttention(model.heads, name=f"block{i}_attn")(x, positions)
             x = layer_norm(f"block{i}_ln2")(attended)
-        if self.design.ends_in_elu:
+        if design.ends_in_elu:
             x = concat_elu(x)
-        last = f"block{self.blocks - 1}_proj_out"
+        last = f"block{model.blocks - 1}_proj_out"
         return Affine(self.features, (3, 3), NARROW, weight_norm, name=last)(x)
 
 
 class ContextProcessor(nn.Module):
     """Features of the image for the couplings: a convolution, then gated convolutions."""
 
-    dropout: float
-    design: Design
+    model: Any  # variational.Model
 
     @nn.compact
     def __call__(self, x: Array, *, train: bool = False) -> Array:
-        weight_norm = self.design.weight_norm
+        design = DESIGNS[self.model.design]
+        weight_norm, heads = design.weight_norm, design.context_heads
         x = Affine(CONTEXT_FILTERS, (3, 3), weight_norm=weight_norm, name="proj")(x)
-        heads = self.design.context_heads
         if heads:
             positions = self.param("pos_emb_dq", position_embedding, x, CONTEXT_FILTERS)
-        for i in range(self.design.context_blocks):
-            conv = GatedConv(dropout=self.dropout, weight_norm=weight_norm, name=f"c{i}")
+        for i in range(design.context_blocks):
+            conv = GatedConv(dropout=self.model.dropout, weight_norm=weight_norm, name=f"c{i}")
             x = conv(x, train=train)
             if heads:
                 x = layer_norm(f"dqln{i}")(x)

@@ -11,12 +11,10 @@ Reference: Ho et al. 2019 (Flow++), section 3.2.
 from typing import NamedTuple
 
 import jax.numpy as jnp
-from jax import lax
 from jax.nn import log_sigmoid, log_softmax, logsumexp
 
 from sbml.types import Array
 
-BISECTIONS = 64  # After so many halvings a bracket of practical width is below float64 spacing.
 CLIP = 1e-7
 LEAST_LOG_SCALE = -7.0  # The flow keeps components at least this wide: narrower ones are spikes.
 
@@ -56,21 +54,3 @@ def clipped_logit_cdf(x: Array, mixture: Mixture) -> tuple[Array, Array]:
     f = jnp.exp(log_f)
     y = -jnp.log(jnp.maximum(1.0 / f - 1.0, CLIP))
     return y, log_density - jnp.log(jnp.maximum(f, CLIP)) - jnp.log(jnp.maximum(1.0 - f, CLIP))
-
-
-def inverse_logit_cdf(y: Array, mixture: Mixture) -> Array:
-    """x with logit F(x) = y, by bisection, elementwise, of the shape of ``y``.
-
-    If component k were the only one, the root would be m_k + s_k y. F lies between the distribution
-    functions of its components, so the smallest and the largest of these roots bracket its root.
-    """
-    alone = mixture.means + jnp.exp(mixture.log_scales) * y[..., None]
-
-    def halve(_: int, bracket: tuple[Array, Array]) -> tuple[Array, Array]:
-        low, high = bracket
-        middle = low + 0.5 * (high - low)
-        too_low = logit_cdf(middle, mixture)[0] < y
-        return jnp.where(too_low, middle, low), jnp.where(too_low, high, middle)
-
-    low, high = lax.fori_loop(0, BISECTIONS, halve, (alone.min(-1), alone.max(-1)))
-    return low + 0.5 * (high - low)

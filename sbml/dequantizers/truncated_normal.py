@@ -12,32 +12,27 @@ Z = erf(tau / sqrt 2),
     log q(u) = log(2 tau) - e^2 / 2 - log(2 pi) / 2 - log Z,
     E log q(u) = log(2 tau) - (1 + log 2 pi) / 2 - log Z + tau exp(-tau^2 / 2) / (sqrt(2 pi) Z).
 
-This dequantizer has no parameters: tau = 3 and the number of levels determine eps. It fits a model
-that was trained on bin centres (``data.dequantization=centre``).
+This dequantizer has no parameters: tau = 3 and the number of levels determine eps.
 """
 
 import dataclasses
 import math
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
 
 from sbml import discrete, scalars
-from sbml.bound import Bound
+from sbml.dequantizers.base import AtNoise
 from sbml.door import checked, typed
 from sbml.scalars import Number, positive
-from sbml.sdes import SDE
-from sbml.types import Example, Key, PixelBatch, Pixels, Scalar, Score
+from sbml.types import Example, Key, Pixels, Scalar, Score
 
 
 @typed
 @dataclasses.dataclass(frozen=True)
-class Model:
+class Model(AtNoise):
     """The dequantizer; ``tau`` is half the bin's width in standard deviations of the noise."""
-
-    at_noise: ClassVar[bool] = True
-    calls: ClassVar[int] = 0
 
     tau: Annotated[Number, positive] = discrete.TAU
 
@@ -47,10 +42,6 @@ class Model:
         z = scalars.erf(self.tau / math.sqrt(2))
         return scalars.log(2 * self.tau / z) - 0.5 * math.log(2 * math.pi)
 
-    def init(self, key: Key, pixels: PixelBatch) -> Any:
-        """No parameters."""
-        return {}
-
     @checked
     def sample(self, params: Any, pixels: Pixels, key: Key) -> tuple[Example, Scalar]:
         """u of the shape of one example ``pixels (*s)``, and log q(u | pixels) in nats."""
@@ -58,19 +49,6 @@ class Model:
         u = jnp.clip(0.5 + e / (2 * self.tau), 0.0, 1 - jnp.finfo(e.dtype).epsneg)
         return u, e.size * self._log_normaliser - 0.5 * jnp.sum(e**2)
 
-    def bound(
-        self,
-        params: Any,
-        score: Score,
-        sde: SDE,
-        pixels: Pixels,
-        key: Key,
-        levels: int,
-        **draws: Any,
-    ) -> Bound:
-        """The bound on -log P(pixels) in nats, with noise that stays in the bin.
-
-        Its tau follows from eps and ``levels``; the field ``tau`` is not used.
-        """
-        noise = discrete.TruncatedNormal(levels)
-        return discrete.elbo(score, sde, pixels, key, noise=noise, **draws)
+    def noise(self, score: Score, levels: int) -> discrete.TruncatedNormal:
+        """Noise that stays in the bin; its tau follows from eps and ``levels`` alone."""
+        return discrete.TruncatedNormal(levels)

@@ -6,24 +6,19 @@ For any density p of pixels + u, by Jensen's inequality (Theis et al. 2016),
 """
 
 import dataclasses
-from typing import Any, ClassVar
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from sbml.dequantizers.base import Dequantizer
 from sbml.door import checked
-from sbml.types import Example, Key, PixelBatch, Pixels, Scalar
+from sbml.types import Example, Key, Pixels, Scalar
 
 
 @dataclasses.dataclass(frozen=True)
-class Model:
+class Model(Dequantizer):
     """The uniform dequantizer, which has no parameters."""
-
-    at_noise: ClassVar[bool] = False
-
-    def init(self, key: Key, pixels: PixelBatch) -> Any:
-        """No parameters."""
-        return {}
 
     @checked
     def sample(self, params: Any, pixels: Pixels, key: Key) -> tuple[Example, Scalar]:

@@ -4,8 +4,6 @@ log q(u | pixels) = log N(eps; 0, I) - log |det du/deps|, both in nats, so that 
 
     -log P(pixels) <= E_q [-log p(pixels + u) + log q(u | pixels)].
 
-The flow is invertible, so log q can be computed for any u.
-
 Reference: Ho et al. 2019 (Flow++), sections 3.1 to 3.3; Song et al. 2021 train it for a fixed score
 model. ``from_reference`` reads the parameters in Song et al.'s checkpoints.
 """
@@ -16,8 +14,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping
-from functools import partial
-from typing import Any, ClassVar
+from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
@@ -25,9 +22,11 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.nn import log_sigmoid
 from jaxtyping import Float, Integer, Num
 
-from sbml.dequantizers._flowpp_design import DESIGNS
 from sbml.dequantizers._flowpp_flow import Flow, per_image
-from sbml.door import checked
+from sbml.dequantizers._flowpp_layers import DESIGNS
+from sbml.dequantizers.base import Dequantizer
+from sbml.door import checked, condition, typed
+from sbml.scalars import Count, at_least
 from sbml.streams import stream
 from sbml.types import AnyArray, Array, Key, Keys, Numbers, Scalar, Vector
 
@@ -35,15 +34,16 @@ Pixels = Integer[AnyArray, "n h w c"]
 Images = Float[AnyArray, "n h w c"]
 
 
+@typed
 @dataclasses.dataclass(frozen=True)
-class Model:
+class Model(Dequantizer):
     """The Flow++ dequantizer; the defaults are those for CIFAR-10, with 3,466,976 parameters.
 
     For ImageNet 32x32 it is ``Model("imagenet32", filters=128, blocks=8)``, with 35,482,720
     parameters. Both counts are for images of 32x32x3.
 
     Attributes:
-      design: ``cifar10`` or ``imagenet32``, see ``_flowpp_design``.
+      design: ``cifar10`` or ``imagenet32``, see ``_flowpp_layers``.
       filters, blocks, heads: width, depth and attention heads of each coupling's network. The
         design determines the size of the context network.
       components: number of logistics in the mixture of every element.
@@ -51,38 +51,26 @@ class Model:
       levels: number of levels L of the integers k; the networks see k / (L - 1) - 1/2.
       clipped: compute the mixture's distribution function in float32 and clip it at 1e-7, as Song
         et al. do, for parity with their numbers. log q is then wrong where a logit exceeds 16 in
-        magnitude, and the flow has no inverse.
-
-    Raises:
-      ValueError: an option is outside its range.
+        magnitude.
     """
 
-    at_noise: ClassVar[bool] = False
-
-    design: str = "cifar10"
-    filters: int = 96
-    components: int = 32
-    blocks: int = 2
-    heads: int = 4
-    dropout: float = 0.0
-    levels: int = 256
+    design: Annotated[
+        str, condition(f"among {', '.join(DESIGNS)}", lambda name: name in DESIGNS)
+    ] = "cifar10"
+    filters: Count = 96
+    components: Count = 32
+    blocks: Count = 2
+    heads: Count = 4
+    dropout: Annotated[float, condition("in [0, 1)", lambda rate: 0 <= rate < 1)] = 0.0
+    levels: Annotated[int, at_least(2)] = 256
     clipped: bool = False
 
     def __post_init__(self) -> None:
-        if self.design not in DESIGNS:
-            raise ValueError(f"design={self.design!r}: choose from {', '.join(DESIGNS)}.")
-        for name in ("filters", "components", "blocks", "heads"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)}: choose a positive integer.")
         if self.filters % self.heads:
             raise ValueError(
                 f"filters={self.filters} is not a multiple of heads={self.heads}: choose filters "
                 "that are."
             )
-        if not 0.0 <= self.dropout < 1.0:
-            raise ValueError(f"dropout={self.dropout}: choose a rate in [0, 1).")
-        if self.levels < 2:
-            raise ValueError(f"levels={self.levels}: choose at least 2.")
 
     @classmethod
     def misfit(cls, shape: tuple[int, ...], parameterization: str, dequantization: str) -> str:
@@ -96,10 +84,7 @@ class Model:
 
     def network(self) -> Flow:
         """The Linen module; its arguments are the result of ``image(pixels)`` and the noise."""
-        return Flow(
-            *(self.filters, self.components, self.blocks, self.heads),
-            *(self.dropout, self.clipped, DESIGNS[self.design]),
-        )
+        return Flow(self)
 
     def image(self, pixels: Numbers, dtype: Any = jnp.float32) -> Float[Array, "..."]:
         """The input of the networks: ``pixels``, 0 ... levels - 1, scaled to [-1/2, 1/2]."""
@@ -111,9 +96,6 @@ class Model:
 
         For that batch and noise, each channel has mean 0 and variance 1 after every activation
         normalisation.
-
-        Raises:
-          ValueError: the width of the images is odd.
         """
         if pixels.shape[2] % 2:
             raise ValueError(
@@ -139,47 +121,14 @@ class Model:
           u ``(n, h, w, c)`` and log q ``(n,)``. A u that rounds to 1 is replaced by the largest
           floating-point number below 1.
         """
-        flow = partial(self._apply, params, self.image(pixels, eps.dtype), eps)
-        if dropout_key is None:
-            logits, log_det = flow()
-        else:
-            logits, log_det = flow(train=True, rngs={"dropout": dropout_key})
+        train = dropout_key is not None
+        options: Any = {"train": train, "rngs": {"dropout": dropout_key} if train else None}
+        image = self.image(pixels, eps.dtype)
+        result: Any = self.network().apply({"params": params}, image, eps, **options)
+        logits, log_det = result
         u = jnp.minimum(jax.nn.sigmoid(logits), 1.0 - jnp.finfo(eps.dtype).epsneg)
-        return u, log_density(eps, logits, log_det)
-
-    @checked
-    def inverse(self, params: Any, pixels: Pixels, u: Images) -> tuple[Images, Vector]:
-        """The noise that ``forward`` turns into u, and log q(u | pixels) in nats.
-
-        The result is only as accurate as the logit of u: in float32, a u within 1e-5 of 1 no longer
-        determines its logit.
-
-        Args:
-          params: as in ``forward``.
-          pixels: integers ``(n, h, w, c)``.
-          u: in [0, 1), of that shape. 0 is replaced by the smallest positive normal number.
-
-        Returns:
-          eps ``(n, h, w, c)`` and log q ``(n,)``.
-
-        Raises:
-          ValueError: the model is clipped, and therefore not invertible.
-        """
-        if self.clipped:
-            raise ValueError(
-                "clipped=True has no inverse: use the same parameters with clipped=False."
-            )
-        limits = jnp.finfo(u.dtype)
-        u = jnp.clip(u, limits.tiny, 1.0 - limits.epsneg)
-        logits = jnp.log(u) - jnp.log1p(-u)
-        eps, log_det = self._apply(params, self.image(pixels, u.dtype), logits, inverse=True)
-        return eps, log_density(eps, logits, log_det)
-
-    def _apply(
-        self, params: Any, image: Images, x: Images, **options: Any
-    ) -> tuple[Images, Vector]:
-        result: Any = self.network().apply({"params": params}, image, x, **options)
-        return result
+        log_normal = -0.5 * (jnp.square(eps) + math.log(2 * math.pi))
+        return u, per_image(log_normal - log_sigmoid(logits) - log_sigmoid(-logits)) - log_det
 
     @checked
     def sample(
@@ -205,12 +154,6 @@ class Model:
         """
         eps = jax.vmap(lambda key: jax.random.normal(stream(key, "noise"), pixels.shape[1:]))(keys)
         return self.forward(params, pixels, eps, stream(keys[0], "dropout") if train else None)
-
-
-def log_density(eps: Images, logits: Images, log_det: Vector) -> Vector:
-    """log q ``(n,)`` in nats: log N(eps; 0, I) - log_det - sum log sigmoid'(logits)."""
-    log_normal = -0.5 * (jnp.square(eps) + math.log(2 * math.pi))
-    return per_image(log_normal - log_sigmoid(logits) - log_sigmoid(-logits)) - log_det
 
 
 LEAVES = {"W": "kernel", "V": "direction", "b": "bias", "g": "scale"}
@@ -261,10 +204,10 @@ def read_options(params: Mapping[str, Any], given: Mapping[str, Any]) -> dict[st
     The parameters do not show the number of heads, so it is taken from ``given``.
 
     Raises:
-      ValueError: ``params`` have no coupling or no context network.
+      ValueError: ``params`` have no context network, no normalisation or no coupling.
     """
     designs = [name for name, design in DESIGNS.items() if design.context in params]
-    if "MixLogisticAttnCoupling_0" not in params or not designs:
+    if not designs:
         raise ValueError(f"no Flow++ dequantizer has the parameters {', '.join(sorted(params))}")
     channels = image_shape(params)[-1]
 
@@ -289,9 +232,6 @@ def _majority(
     """The most frequent result of ``read`` over the modules ``kind_i``.
 
     A damaged module then does not decide; the later comparison of all leaves reports it.
-
-    Raises:
-      ValueError: ``read`` fails for every module.
     """
     readings: Counter[tuple[int, int, int]] = Counter()
     for name in sorted(params):

@@ -72,7 +72,7 @@ class Config(Section):
           ValueError: it does not.
         """
         settings = self.data.shape, self.score.parameterization, self.data.dequantization
-        if reason := dequantizers.misfit(DEQUANTIZERS[name], *settings):
+        if reason := DEQUANTIZERS[name].misfit(*settings):
             raise ValueError(f"{field}={name} with {reason}")
 
     @classmethod

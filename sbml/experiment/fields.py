@@ -275,7 +275,8 @@ def _section_of(kind: Any, section: str, skip: tuple[str, ...]) -> type[Section]
             found = eval(found, vars(sys.modules[kind.__module__]))
         if typing.get_origin(found) is Annotated:  # The class itself checks the conditions.
             found = typing.get_args(found)[0]
-            found = float if float in typing.get_args(found) else found  # a number of an SDE
+            if typing.get_origin(found) is not tuple and float in typing.get_args(found):
+                found = float  # a number of an SDE
         if typing.get_origin(found) is tuple and typing.get_args(found)[1:] == (Ellipsis,):
             inner = typing.get_args(found)[0]
             return tuple.__class_getitem__((_OWN.get(inner, inner), ...))

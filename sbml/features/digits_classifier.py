@@ -12,18 +12,14 @@ from typing import Any
 import numpy as np
 
 from sbml.data import digits
-from sbml.features._extractor import Extractor
+from sbml.features import Extractor
 from sbml.runtime.trees import tree_crc32
 
 HIDDEN = 64
 
 
 def extractor(*, weights: str, sha256: str, levels: int, cache: str | None) -> Extractor:
-    """The extractor with the classifier, which this fits. ``weights`` and ``cache`` are not used.
-
-    Raises:
-      ValueError: ``levels`` is not the number of grey levels of the digits.
-    """
+    """The extractor with the classifier, fitted here; ``weights`` and ``cache`` are not used."""
     if levels != digits.LEVELS:
         raise ValueError(
             f"the digits classifier is for {digits.LEVELS} grey levels, but these images have "

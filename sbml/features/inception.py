@@ -25,7 +25,7 @@ from flax import linen as nn
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from sbml.data import Options
-from sbml.features._extractor import Extractor
+from sbml.features import Extractor
 from sbml.features._torch_file import read_state_dict
 from sbml.runtime.files import intact_npz, write_npz
 from sbml.runtime.trees import differences
@@ -157,10 +157,6 @@ def from_state_dict(state: dict[str, np.ndarray]) -> Any:
 
     A convolution y followed by scale (y - mean) / sqrt(var + 1e-3) + shift becomes one convolution
     with a bias. Auxiliary heads and counters are left out.
-
-    Raises:
-      ValueError: the weights do not fit; the message lists the leaves that are missing, extra or
-        misshapen.
     """
     modules: dict[str, dict[str, np.ndarray]] = {}
     for name, value in state.items():
@@ -199,12 +195,7 @@ def look(params: Any, images: Array, model: Model) -> tuple[Array, Array]:
 
 
 def load(path: str | Path, sha256: str, cache: Path) -> tuple[Any, str]:
-    """Parameters from the file ``path``, and its SHA-256; the conversion is cached in ``cache``.
-
-    Raises:
-      ValueError: there is no such file (the message says where to get it), its hash does not begin
-        with ``sha256``, or it does not hold the weights of Inception-v3.
-    """
+    """Parameters from the file ``path``, and its SHA-256; the conversion is cached in ``cache``."""
     setting, path = str(path), Path(path).expanduser()
     if not path.is_file():
         raise ValueError(

@@ -9,7 +9,7 @@ Dropout draws from the rng collection "dropout", only if ``train``. Files whose 
 underscore hold parts of networks.
 """
 
-from sbml.networks._fourier import frequencies as frequencies
+from sbml.networks._layers import frequencies as frequencies
 from sbml.registry import Registry
 
 NETWORKS = Registry(

@@ -1,26 +1,34 @@
-"""Layers of the score networks: normalisation, convolution, noise embedding and resampling.
+"""Layers of the score networks: normalisation, convolution, resampling, and two sets of sinusoids.
+
+Sinusoids of the input's values show its digits (``input_features``; the option ``fourier``).
+Sinusoids of the label show the noise level (``embed``; ``embedding_type`` and ``fourier_scale``).
 
 Every layer works on images ``(n, h, w, c)`` in the dtype of its input; parameters are float32.
 Class names and the order of calls must not change: Linen derives the parameters' names from them,
 and these are the names in Song et al.'s JAX checkpoints.
 
 References: Ho et al. 2020 (DDPM), Brock et al. 2019 (BigGAN blocks), Karras et al. 2020 (FIR
-resampling), Zhang 2019 (why to filter before striding), Tancik et al. 2020 (Fourier features),
-Song et al. 2021a (NCSN++, DDPM++).
+resampling), Zhang 2019 (why to filter before striding), Tancik et al. 2020 (Fourier features of
+the label), Song et al. 2021a (NCSN++, DDPM++), Kingma et al. 2021 (VDM, section 4.5: Fourier
+features of the input).
 """
 
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Annotated, ClassVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 from jax import lax
+from jaxtyping import Float
 
-from sbml.networks._cpu import materialise
-from sbml.types import Array, Key
+from sbml.door import condition, typed
+from sbml.platform import one_cpu
+from sbml.scalars import Count, at_least, one_of
+from sbml.types import AnyArray, Array, Key
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "swish": nn.swish,
@@ -28,33 +36,83 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "relu": nn.relu,
     "lrelu": partial(nn.leaky_relu, negative_slope=0.2),
 }
-EMBEDDINGS = ("positional", "fourier", "fourier_linear")
-DTYPES = ("float32", "bfloat16")
+
+Images = Float[AnyArray, "n h w c"]
+Labels = Float[AnyArray, "n"]
+
+# The fields that several networks have.
+Rate = Annotated[float, condition("in [0, 1)", lambda value: 0 <= value < 1)]
+EmbeddingType = Annotated[str, one_of("positional", "fourier", "fourier_linear")]
+Precision = Annotated[str, one_of("float32", "bfloat16")]
+Frequencies = Annotated[
+    tuple[float, ...], condition("of frequencies above 0", lambda value: all(f > 0 for f in value))
+]
 
 
-def check_choice(field: str, value: object, choices: Sequence[str]) -> None:
-    """Raise a ValueError that lists the choices unless ``value`` is one of them."""
-    if value not in choices:
-        raise ValueError(f"{field}={value!r}: choose one of {', '.join(choices)}.")
+# ---- features of the input ----------------------------------------------------------------------
 
 
-def check_range(field: str, value: object, holds: bool, requirement: str) -> None:
-    """Raise a ValueError that states the ``requirement`` on ``value`` unless it ``holds``."""
-    if not holds:
-        raise ValueError(f"{field}={value!r}: choose a value {requirement}.")
+@typed
+def frequencies(
+    levels: Annotated[int, at_least(2)], count: Count = 2, scale: float = 1.0
+) -> tuple[float, ...]:
+    """Frequencies ``scale`` L / 2^j for j = count - 1 ... 0, in rising order, for ``fourier``.
 
+    The bin of the integer k, one of L levels, has its centre at x = (2 k + 1) / L - 1; neighbouring
+    centres are 2 / L apart. A feature of frequency L repeats in every bin and shows where x lies
+    inside its bin. A feature of frequency L / 2 repeats in every second bin and distinguishes even
+    k from odd k, and so on: frequency L / 2^j shows the j-th bit of k. A network that must predict
+    noise far smaller than a bin needs these digits, but x itself hardly shows them.
 
-def check_images(x: Array, label: Array) -> None:
-    """Check that ``x`` are images ``(n, h, w, c)`` and that ``label`` has one number for each.
-
-    Raises:
-      ValueError: one of these is wrong; the message names both shapes.
+    The two frequencies for 256 levels are (128, 256), that is, VDM's sin(2 pi 2^n x) for n = 6, 7.
+    If the network sees x / d in place of x, as with the parameterization "preconditioned" at small
+    noise, give the data's standard deviation d as the ``scale``.
     """
-    if x.ndim != 4 or label.shape != x.shape[:1]:
-        raise ValueError(
-            f"x of shape {x.shape} and label of shape {label.shape}: give images (n, h, w, c) "
-            "and one label per image, (n,)."
-        )
+    return tuple(scale * levels / 2**j for j in reversed(range(count)))
+
+
+def input_features(x: Array, fourier: tuple[float, ...]) -> Array:
+    """[x, sin(pi f x) for every f, cos(pi f x) for every f] for the frequencies f in ``fourier``.
+
+    ``x (..., c)`` becomes ``(..., c (1 + 2 k))`` with k frequencies. Among the sines, and among the
+    cosines, those of one channel stand together, in the order of the frequencies. The arithmetic
+    is in the dtype of ``x``: the angles are large, so convert to bfloat16 after this function and
+    not before it.
+    """
+    if not fourier:
+        return x
+    scale = math.pi * jnp.asarray(fourier, x.dtype).reshape((1,) * x.ndim + (-1,))
+    angle = (x[..., None] * scale).reshape(*x.shape[:-1], -1)
+    return jnp.concatenate([x, jnp.sin(angle), jnp.cos(angle)], axis=-1)
+
+
+# ---- convolution and normalisation --------------------------------------------------------------
+
+
+def materialise(x: Array) -> Array:
+    """Return ``x`` unchanged; on one CPU its gradient is computed once for all that read it.
+
+    On CPU, XLA computes a cheap result again in each operation that reads it. The gradient at a
+    residual sum follows cheaply from the gradient at the next sum, so XLA would recompute, in the
+    gradient of every block, the gradients at all sums between that block and the output. XLA
+    recomputes nothing across a conditional, so the gradient is passed through one. Without it a
+    training step of a network for 32x32 photos takes 1.9 times as long (benchmarks/README.md).
+    """
+    return _materialise(x) if one_cpu() else x
+
+
+@jax.custom_jvp
+def _materialise(x: Array) -> Array:
+    return x
+
+
+@_materialise.defjvp
+def _(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
+    """XLA removes a conditional whose condition is constant, so the condition depends on ``x``. It
+    changes the gradient only if the first entry of ``x`` is NaN: then the gradient is NaN too."""
+    (x,), (dx,) = primals, tangents
+    nan = jnp.isnan(x[(0,) * x.ndim])
+    return _materialise(x), lax.cond(nan, lambda dx: jnp.nan * dx, lambda dx: dx, dx)
 
 
 def fan_avg(scale: float = 1.0) -> nn.initializers.Initializer:
@@ -183,7 +241,7 @@ def attention(query: Array, key: Array, value: Array) -> Array:
     return jnp.einsum("nqk,nkc->nqc", nn.softmax(logits).astype(value.dtype), value)
 
 
-# ---- embedding of the noise level ---------------------------------------------------------------
+# ---- embedding of the label ---------------------------------------------------------------------
 
 
 def positional(label: Array, size: int) -> Array:
@@ -212,7 +270,7 @@ class GaussianFourierProjection(nn.Module):
 
 
 def embed(label: Array, size: int, kind: str, fourier_scale: float) -> Array:
-    """Features of ``label (n,)`` in float32; ``kind`` is one of ``EMBEDDINGS``.
+    """Features of ``label (n,)`` in float32; ``kind`` is an :data:`EmbeddingType`.
 
     ``positional`` and ``fourier_linear`` embed the label itself, ``fourier`` embeds its logarithm.
     """
@@ -293,10 +351,11 @@ class Conv2d(nn.Module):
         return add_bias(y, bias.astype(x.dtype))
 
 
-class Upsample(nn.Module):
-    """Doubles height and width, if ``with_conv`` with a 3x3 convolution to ``features`` channels
-    (``None``: as many as the input)."""
+class _Resample(nn.Module):
+    """Resampling by two, if ``with_conv`` with a 3x3 convolution to ``features`` channels; None
+    means as many as the input has."""
 
+    up: ClassVar[bool]
     with_conv: bool
     fir_kernel: tuple[float, ...] | None
     features: int | None = None
@@ -304,29 +363,23 @@ class Upsample(nn.Module):
     @nn.compact
     def __call__(self, x: Array) -> Array:
         if not self.with_conv:
-            return upsample(x, self.fir_kernel)
+            return (upsample if self.up else downsample)(x, self.fir_kernel)
         features = self.features or x.shape[-1]
-        if self.fir_kernel is None:
-            return Conv(features)(upsample(x, None))
-        return Conv2d(features, self.fir_kernel, up=True)(x)
+        if self.fir_kernel is not None:
+            return Conv2d(features, self.fir_kernel, self.up)(x)
+        return Conv(features)(upsample(x, None)) if self.up else Conv(features, stride=2)(x)
 
 
-class Downsample(nn.Module):
-    """Halves height and width, if ``with_conv`` by a strided 3x3 convolution to ``features``
-    channels (``None``: as many as the input)."""
+class Upsample(_Resample):
+    """Doubles height and width."""
 
-    with_conv: bool
-    fir_kernel: tuple[float, ...] | None
-    features: int | None = None
+    up = True
 
-    @nn.compact
-    def __call__(self, x: Array) -> Array:
-        if not self.with_conv:
-            return downsample(x, self.fir_kernel)
-        features = self.features or x.shape[-1]
-        if self.fir_kernel is None:
-            return Conv(features, stride=2)(x)
-        return Conv2d(features, self.fir_kernel, up=False)(x)
+
+class Downsample(_Resample):
+    """Halves height and width; with a convolution and without a filter, by the stride."""
+
+    up = False
 
 
 def per_entry(out: Array, shape: tuple[int, ...], outputs: int) -> Array:

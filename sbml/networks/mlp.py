@@ -6,15 +6,18 @@
 network before training predicts zero noise.
 """
 
+from typing import Annotated
+
 import jax.numpy as jnp
 from flax import linen as nn
 
-from sbml import compiler
-from sbml.networks import _fourier
+from sbml.door import checked, condition, typed
 from sbml.networks import _layers as layers
-from sbml.types import Array
+from sbml.scalars import Count, at_least, positive
+from sbml.types import Array, Batch
 
 
+@typed
 class Model(nn.Module):
     """Noise prediction of ``x (n, *s)`` at noise label ``label (n,)``; ``train`` changes nothing.
 
@@ -28,43 +31,27 @@ class Model(nn.Module):
       outputs: how many numbers the network gives for every entry of x, along a new last axis; 0
         means one number, in the shape of x.
       dtype: "float32" or "bfloat16" arithmetic; parameters and output stay float32.
-
-    Raises:
-      ValueError: an option is outside its range, or the label is not one number per example.
     """
 
-    width: int = 128
-    depth: int = 3
-    embedding_size: int = 32
-    embedding_type: str = "positional"
-    fourier_scale: float = 1.0
-    fourier: tuple[float, ...] = ()
+    width: Count = 128
+    depth: Annotated[int, at_least(0)] = 3
+    embedding_size: Annotated[
+        int, condition("among 4, 6, 8 ...", lambda size: size >= 4 and size % 2 == 0)
+    ] = 32
+    embedding_type: layers.EmbeddingType = "positional"
+    fourier_scale: Annotated[float, positive] = 1.0
+    fourier: layers.Frequencies = ()
     outputs: int = 0
-    dtype: str = "float32"
+    dtype: layers.Precision = "float32"
 
-    def __post_init__(self) -> None:
-        layers.check_choice("embedding_type", self.embedding_type, layers.EMBEDDINGS)
-        layers.check_choice("dtype", self.dtype, layers.DTYPES)
-        size = self.embedding_size
-        layers.check_range("embedding_size", size, size >= 4 and size % 2 == 0, "among 4, 6, 8 …")
-        layers.check_range("fourier_scale", self.fourier_scale, self.fourier_scale > 0, "above 0")
-        _fourier.check("fourier", self.fourier)
-        layers.check_range("width", self.width, self.width >= 1, "of at least 1")
-        layers.check_range("depth", self.depth, self.depth >= 0, "of at least 0")
-        super().__post_init__()
-
+    @checked
     @nn.compact
-    def __call__(self, x: Array, label: Array, *, train: bool) -> Array:
-        compiler.check()
-        if label.shape != x.shape[:1]:
-            raise ValueError(
-                f"x of shape {x.shape} and label of shape {label.shape}: give (n, *s) and (n,)."
-            )
+    def __call__(self, x: Batch, label: layers.Labels, *, train: bool) -> Array:
         dtype = jnp.dtype(self.dtype)
         temb = layers.embed(label, self.embedding_size, self.embedding_type, self.fourier_scale)
         temb = nn.swish(layers.dense(temb.astype(dtype), self.width))
         flat = x.reshape(len(x), -1)
-        h = layers.dense(_fourier.features(flat, self.fourier).astype(dtype), self.width)
+        h = layers.dense(layers.input_features(flat, self.fourier).astype(dtype), self.width)
         for _ in range(self.depth):
             inner = layers.dense(nn.LayerNorm(dtype=dtype)(h), self.width)
             h = h + layers.dense(nn.swish(inner + layers.dense(temb, self.width)), self.width)

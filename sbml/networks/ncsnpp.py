@@ -17,26 +17,17 @@ load unchanged.
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Annotated, Any
 
 import jax.numpy as jnp
 from flax import linen as nn
 
-from sbml import compiler
-from sbml.networks import _fourier
+from sbml.door import checked, condition, typed
 from sbml.networks import _layers as layers
-from sbml.networks._cpu import materialise
+from sbml.networks._layers import Images, Labels, materialise
+from sbml.scalars import Count, at_least, one_of, positive
 from sbml.types import Array
 
-CHOICES = {
-    "embedding_type": layers.EMBEDDINGS,
-    "resblock_type": ("ddpm", "biggan"),
-    "progressive": ("none", "output_skip", "residual"),
-    "progressive_input": ("none", "input_skip", "residual"),
-    "progressive_combine": ("sum", "cat"),
-    "nonlinearity": tuple(layers.ACTIVATIONS),
-    "dtype": layers.DTYPES,
-}
 Map = Callable[[Array], Array]
 Block = Callable[..., Array]
 
@@ -125,6 +116,7 @@ class Combine(nn.Module):
         return x + y if self.method == "sum" else jnp.concatenate([x, y], axis=-1)
 
 
+@typed
 class Model(nn.Module):
     """Noise prediction of ``x (n, h, w, c)`` in [-1, 1] at noise label ``label (n,)``.
 
@@ -158,56 +150,44 @@ class Model(nn.Module):
         results: less memory, up to a third more arithmetic.
 
     Raises:
-      ValueError: an option is outside its range, or the input does not fit the options.
+      ValueError: the images cannot be halved as often as ``ch_mult`` says, no level has a height
+        in ``attn_resolutions``, or the parameters are for another number of channels.
     """
 
-    nf: int = 128
-    ch_mult: tuple[int, ...] = (1, 2, 2, 2)
-    num_res_blocks: int = 4
-    attn_resolutions: tuple[int, ...] = (16,)
-    dropout: float = 0.1
+    nf: Annotated[int, at_least(4)] = 128
+    ch_mult: Annotated[
+        tuple[int, ...],
+        condition("of one positive integer per level", lambda mults: mults and min(mults) > 0),
+    ] = (1, 2, 2, 2)
+    num_res_blocks: Count = 4
+    attn_resolutions: Annotated[
+        tuple[int, ...], condition("of positive integers", lambda value: all(r > 0 for r in value))
+    ] = (16,)
+    dropout: layers.Rate = 0.1
     conditional: bool = True
-    embedding_type: str = "positional"
-    fourier_scale: float = 16.0
-    resblock_type: str = "biggan"
+    embedding_type: layers.EmbeddingType = "positional"
+    fourier_scale: Annotated[float, positive] = 16.0
+    resblock_type: Annotated[str, one_of("ddpm", "biggan")] = "biggan"
     resamp_with_conv: bool = True
     fir: bool = False
-    fir_kernel: tuple[float, ...] = (1, 3, 3, 1)
-    progressive: str = "none"
-    progressive_input: str = "none"
-    progressive_combine: str = "sum"
+    fir_kernel: Annotated[
+        tuple[float, ...], condition("whose sum is above 0", lambda taps: sum(taps) > 0)
+    ] = (1, 3, 3, 1)
+    progressive: Annotated[str, one_of("none", "output_skip", "residual")] = "none"
+    progressive_input: Annotated[str, one_of("none", "input_skip", "residual")] = "none"
+    progressive_combine: Annotated[str, one_of("sum", "cat")] = "sum"
     skip_rescale: bool = True
-    nonlinearity: str = "swish"
-    init_scale: float = 0.0
-    fourier: tuple[float, ...] = ()
+    nonlinearity: Annotated[str, one_of(*layers.ACTIVATIONS)] = "swish"
+    init_scale: Annotated[float, at_least(0)] = 0.0
+    fourier: layers.Frequencies = ()
     outputs: int = 0
-    dtype: str = "float32"
+    dtype: layers.Precision = "float32"
     remat: bool = False
 
-    def __post_init__(self) -> None:
-        for field, choices in CHOICES.items():
-            layers.check_choice(field, getattr(self, field), choices)
-        layers.check_range("nf", self.nf, self.nf >= 4, "of at least 4")
-        blocks, mults = self.num_res_blocks, self.ch_mult
-        layers.check_range("num_res_blocks", blocks, blocks >= 1, "of at least 1")
-        positive = len(mults) > 0 and min(mults) > 0
-        layers.check_range("ch_mult", mults, positive, "with one positive integer per level")
-        layers.check_range("dropout", self.dropout, 0 <= self.dropout < 1, "in [0, 1)")
-        layers.check_range("fourier_scale", self.fourier_scale, self.fourier_scale > 0, "above 0")
-        _fourier.check("fourier", self.fourier)
-        layers.check_range("init_scale", self.init_scale, self.init_scale >= 0, "of at least 0")
-        resolutions = self.attn_resolutions
-        layers.check_range(
-            "attn_resolutions", resolutions, all(r > 0 for r in resolutions), "1, 2 …"
-        )
-        positive = sum(self.fir_kernel) > 0
-        layers.check_range("fir_kernel", self.fir_kernel, positive, "whose sum is above 0")
-        super().__post_init__()
-
+    @checked
     @nn.compact
-    def __call__(self, x: Array, label: Array, *, train: bool) -> Array:
-        compiler.check()
-        self._check_input(x, label)
+    def __call__(self, x: Images, label: Labels, *, train: bool) -> Array:
+        self._check_input(x)
         dtype, channels = jnp.dtype(self.dtype), x.shape[-1] * max(1, self.outputs)
         temb = layers.embed(label, self.nf, self.embedding_type, self.fourier_scale).astype(dtype)
         if self.conditional:
@@ -224,7 +204,7 @@ class Model(nn.Module):
     def _encode(self, x: Array, block: Block) -> list[Array]:
         """The features after the first convolution, every block and every halving, in order."""
         dtype = jnp.dtype(self.dtype)
-        features, pyramid = _fourier.features(x, self.fourier).astype(dtype), x.astype(dtype)
+        features, pyramid = layers.input_features(x, self.fourier).astype(dtype), x.astype(dtype)
         skips = [layers.Conv(self.nf)(features)]
         for level, mult in enumerate(self.ch_mult):
             for _ in range(self.num_res_blocks):
@@ -337,10 +317,7 @@ class Model(nn.Module):
         return self.fir_kernel if self.fir else None
 
     @nn.nowrap
-    def _check_input(self, x: Array, label: Array) -> None:
-        layers.check_images(x, label)
-        if not jnp.issubdtype(x.dtype, jnp.floating):
-            raise ValueError(f"x of dtype {x.dtype}: scale the pixels to floats in [-1, 1].")
+    def _check_input(self, x: Array) -> None:
         levels = len(self.ch_mult)
         if x.shape[1] % 2 ** (levels - 1) or x.shape[2] % 2 ** (levels - 1):
             raise ValueError(

@@ -15,16 +15,18 @@ are named as in the published checkpoints, so that their score model loads uncha
 Reference: Kingma, Salimans, Poole, Ho, "Variational Diffusion Models", NeurIPS 2021, appendix B.
 """
 
+from typing import Annotated
+
 import jax.numpy as jnp
 from flax import linen as nn
 
-from sbml import compiler
-from sbml.networks import _fourier
+from sbml.door import checked, condition, typed
 from sbml.networks import _layers as layers
+from sbml.networks._layers import Images, Labels
+from sbml.scalars import at_least, one_of
 from sbml.types import Array
 
 GROUPS = 32  # of group norm, in the published models
-DTYPES = (*layers.DTYPES, "float64")
 ZEROS = nn.initializers.zeros
 
 
@@ -82,6 +84,7 @@ def _at_least_float32(dtype: jnp.dtype) -> jnp.dtype:
     return jnp.promote_types(dtype, jnp.float32)
 
 
+@typed
 class Model(nn.Module):
     """``F (n, h, w, c)`` of ``x (n, h, w, c)`` at noise label ``label (n,)``.
 
@@ -99,39 +102,33 @@ class Model(nn.Module):
       remat: compute each block again for its gradient instead of storing its intermediate results.
 
     Raises:
-      ValueError: an option is outside its range, or the input is not a batch of images with one
-        label per image.
+      ValueError: ``groups`` does not divide ``width``.
     """
 
-    width: int = 128
-    depth: int = 32
+    width: Annotated[
+        int, condition("among 4, 6, 8 ...", lambda width: width >= 4 and width % 2 == 0)
+    ] = 128
+    depth: Annotated[int, at_least(0)] = 32
     attention: bool = False
-    dropout: float = 0.1
-    groups: int = 0
-    fourier: tuple[float, ...] = ()
+    dropout: layers.Rate = 0.1
+    groups: Annotated[int, at_least(0)] = 0
+    fourier: layers.Frequencies = ()
     outputs: int = 0
-    dtype: str = "float32"
+    dtype: Annotated[str, one_of("float32", "bfloat16", "float64")] = "float32"
     remat: bool = False
 
     def __post_init__(self) -> None:
-        width = self.width
-        layers.check_range("width", width, width >= 4 and width % 2 == 0, "among 4, 6, 8 …")
-        layers.check_range("depth", self.depth, self.depth >= 0, "of at least 0")
-        layers.check_range("dropout", self.dropout, 0 <= self.dropout < 1, "in [0, 1)")
-        divides = self.groups >= 0 and (self.groups == 0 or width % self.groups == 0)
-        layers.check_range("groups", self.groups, divides, f"that divides width={width}, or 0")
-        layers.check_choice("dtype", self.dtype, DTYPES)
-        _fourier.check("fourier", self.fourier)
+        if self.groups and self.width % self.groups:
+            raise ValueError(f"groups={self.groups}: give a divisor of width={self.width}, or 0")
         super().__post_init__()
 
+    @checked
     @nn.compact
     def __call__(
-        self, x: Array, label: Array, *, train: bool, condition: Array | None = None
+        self, x: Images, label: Labels, *, train: bool, condition: Labels | None = None
     ) -> Array:
         """``condition (n,)`` is the class of each image, as a number. None means class 0, which
         the published models without classes also use."""
-        compiler.check()
-        _check_input(x, label, condition)
         dtype = jnp.dtype(self.dtype)
         cond = self._cond(label, jnp.zeros_like(label) if condition is None else condition)
         groups = self.groups or default_groups(self.width)
@@ -143,7 +140,7 @@ class Model(nn.Module):
         def attend(h: Array, name: str, attention: bool = self.attention) -> Array:
             return Attention(groups, name=name)(h) if attention else h
 
-        features = _fourier.features(x, self.fourier).astype(dtype)
+        features = layers.input_features(x, self.fourier).astype(dtype)
         skips = [layers.Conv(self.width, name="conv_in")(features)]
         for i in range(self.depth):
             skips.append(attend(block(skips[-1], f"down.block_{i}"), f"down.attn_{i}"))
@@ -169,11 +166,3 @@ class Model(nn.Module):
         for name in ("dense0", "dense1"):
             h = nn.swish(nn.Dense(4 * self.width, dtype=dtype, name=name)(h))
         return h
-
-
-def _check_input(x: Array, label: Array, condition: Array | None) -> None:
-    layers.check_images(x, label)
-    if condition is not None and condition.shape != label.shape:
-        raise ValueError(
-            f"condition of shape {condition.shape}: give one class per image, {label.shape}."
-        )

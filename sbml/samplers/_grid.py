@@ -18,7 +18,7 @@ from jaxtyping import Float
 
 from sbml.door import checked, typed
 from sbml.ode import Stats
-from sbml.samplers.corrector import NoCorrector, check_corrector
+from sbml.samplers.corrector import Corrector, NoCorrector
 from sbml.scalars import Count, Number, one_of
 from sbml.sdes import SDE
 from sbml.streams import stream
@@ -82,17 +82,11 @@ class FixedSteps(abc.ABC):
       steps: the number of steps.
       spacing: the spacing of their times, of ``SPACINGS``.
       corrector: one of ``CORRECTORS``, applied after each step.
-
-    Raises:
-      ValueError: ``corrector`` is not an instance of one of ``CORRECTORS`` or of a similar class.
     """
 
     steps: Count = 500
     spacing: Spacing = "time"
-    corrector: Any = NoCorrector()
-
-    def __post_init__(self) -> None:
-        check_corrector(self.corrector)
+    corrector: Corrector = NoCorrector()
 
     @property
     def nfe(self) -> int:

@@ -18,12 +18,13 @@ Reference: Song et al., "Score-Based Generative Modeling through SDEs", ICLR 202
 """
 
 import dataclasses
-from typing import Annotated, Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Annotated, Any
 
 import jax
 import jax.numpy as jnp
 
-from sbml.door import typed
+from sbml.door import condition, typed
 from sbml.scalars import Count, Number, positive
 from sbml.sdes import SDE
 from sbml.types import Example, Key, Scalar, Score, deterministic
@@ -83,11 +84,17 @@ class AnnealedLangevin(Langevin):
         return 2 * (sde.mean_coef(s) / sde.mean_coef(t) * self.snr * sde.std(t)) ** 2
 
 
-def check_corrector(corrector: Any) -> None:
-    """Check that ``corrector`` can be called and counts its evaluations, as an instance can."""
-    counts = isinstance(getattr(corrector, "nfe", None), int)
-    if isinstance(corrector, type) or not (callable(corrector) and counts):
-        raise ValueError(f"corrector={corrector!r}: give one, such as samplers.Langevin(steps=1)")
+def _counts_evaluations(corrector: Any) -> bool:
+    """Whether it is an instance with an integer ``nfe``, and not a class."""
+    return isinstance(getattr(corrector, "nfe", None), int) and not isinstance(corrector, type)
 
+
+if TYPE_CHECKING:
+    Corrector = Any
+else:
+    Corrector = Annotated[
+        Callable[..., Any],
+        condition("with an integer nfe, such as samplers.Langevin(steps=1)", _counts_evaluations),
+    ]
 
 CORRECTORS = {"none": NoCorrector, "langevin": Langevin, "annealed_langevin": AnnealedLangevin}

@@ -33,7 +33,8 @@ from sbml.likelihood import Likelihood, Trace, ode_logp
 from sbml.sdes import SDE
 from sbml.types import Array, Key, Score
 from sbml.verify import oracle
-from sbml.verify.row import EPS, Row, coefficients, jit, row
+from sbml.verify.oracle import coefficients
+from sbml.verify.table import EPS, Row, jit, row
 
 NODES = 96  # Gauss-Legendre nodes over the range of log-SNR.
 
@@ -62,19 +63,13 @@ class Case(NamedTuple):
 # Distributions of x_0.
 
 
-def _spectrum(data: oracle.Gaussian, t: float) -> tuple[float, np.ndarray]:
-    """alpha, and the eigenvalues ``(d,)`` of Cov x_t."""
-    alpha, sigma = coefficients(data.sde, t)
-    return alpha, alpha**2 * np.asarray(data.eigenvalues) + sigma**2
-
-
 def gaussian_case(sde: SDE) -> Case:
     """A correlated Gaussian in three dimensions; sigma points are exact for quadratic forms."""
     data = oracle.gaussian(sde)
     x, z = data.sigma_points()
 
     def information(t: float) -> tuple[float, float]:
-        _, v = _spectrum(data, t)
+        v = np.asarray(data.variances(jnp.asarray(t, float)))
         return 0.5 * float(np.sum(np.log(2 * np.pi * np.e * v))), float(np.sum(1 / v))
 
     points = (x, z, jnp.full(len(x), 1 / len(x)))
@@ -230,12 +225,12 @@ def likelihood_rows(name: str, sde: SDE) -> Iterator[Row]:
     mixture, the check is that the density changes along the solution as the ODE says."""
     x = np.random.default_rng(0).normal(size=(4, 3)) * 0.5
     data = oracle.gaussian(sde)
-    mean, basis = np.asarray(data.mean), np.asarray(data.basis)
-    (alpha_0, v_0), (alpha_1, v_1) = (_spectrum(data, t) for t in (EPS, sde.largest_time))
+    ends = jnp.asarray(EPS), jnp.asarray(sde.largest_time, float)
     sigma_1, sigma = (coefficients(sde, t)[1] for t in (sde.largest_time, sde.T))
-    stretch = sigma / sigma_1 * np.sqrt(v_1 / v_0)
-    z = sigma / sigma_1 * alpha_1 * mean + (x - alpha_0 * mean) @ basis * stretch @ basis.T
-    truth = stats.norm(0, sde.prior_std).logpdf(z).sum(1) + np.log(stretch).sum()
+    z = sigma / sigma_1 * np.asarray(jax.vmap(lambda x: data.flow(x, *ends))(jnp.asarray(x)))
+    v_0, v_1 = (np.asarray(data.variances(t)) for t in ends)
+    log_det = np.log(sigma / sigma_1 * np.sqrt(v_1 / v_0)).sum()
+    truth = stats.norm(0, sde.prior_std).logpdf(z).sum(1) + log_det
     result, _, _ = _likelihoods(oracle.as_mixture(data), jnp.asarray(x), sde=sde)
     yield row("ODE log p, Gaussian", name, result.logp, truth, 1e-5)
     result, log_p, log_p_latent = _likelihoods(oracle.mixture(sde), jnp.asarray(x), sde=sde)
@@ -259,10 +254,8 @@ def probe_rows(name: str, sde: SDE) -> Iterator[Row]:
         return div, sde.drift_coef(t), sde.diffusion(t)
 
     div, f, g = (np.asarray(a) for a in probed(jnp.asarray(grid), keys))
-    truth = []
-    for i, t in enumerate(grid):
-        _, v = _spectrum(data, float(t))
-        truth.append(v.size * f[i] + 0.5 * g[i] ** 2 * np.sum(1 / v))
+    v = np.asarray([data.variances(jnp.asarray(t)) for t in grid])
+    truth = x.size * f + 0.5 * g**2 * np.sum(1 / v, axis=1)
     yield row("one Rademacher probe, diagonal", name, div, truth, 1e-10)
 
 

@@ -30,30 +30,29 @@ from sbml.dequantizers import DEQUANTIZERS, has_density
 from sbml.sdes import SDE, SDES
 from sbml.types import Array, Key
 from sbml.verify import oracle
-from sbml.verify.row import EPS, Row, bounding, coefficients, jit, row
+from sbml.verify.oracle import coefficients
+from sbml.verify.table import EPS, Row, bounding, jit, row
 
 LEVELS, SHAPE, IMAGES, DRAWS = 8, (1, 2, 1), 4, 16_384
 SIZE = math.prod(SHAPE)
 SAMPLES = (1, 4, 16)
+MEAN, STD = np.array([-0.4, 0.3]), np.array([0.15, 0.35])  # of the entries of x_0, (SIZE,)
+# Integers (IMAGES, SIZE) that are probable under the data, and the centres of their bins.
+PIXELS = np.array([[2, 6], [1, 4], [3, 5], [2, 2]])
+CENTRES = (2 * PIXELS + 1) / LEVELS - 1
 # Fields of dequantizers that differ from the defaults: here the smallest network.
 OPTIONS = {
     "variational": {"filters": 4, "components": 2, "blocks": 1, "heads": 1, "levels": LEVELS}
 }
 
 
-def _moments() -> tuple[np.ndarray, np.ndarray]:
-    """Mean and standard deviation of the entries of x_0, each ``(SIZE,)``."""
-    return np.array([-0.4, 0.3]), np.array([0.15, 0.35])
-
-
 def _data(sde: SDE) -> oracle.Gaussian:
-    mean, std = _moments()
-    return oracle.Gaussian(sde, jnp.asarray(mean), jnp.asarray(std**2), jnp.eye(SIZE))
+    return oracle.Gaussian(sde, jnp.asarray(MEAN), jnp.asarray(STD**2), jnp.eye(SIZE))
 
 
-def _pixels() -> np.ndarray:
-    """Integers ``(IMAGES, *SHAPE)`` that are probable under the data."""
-    return np.array([[2, 6], [1, 4], [3, 5], [2, 2]]).reshape(-1, *SHAPE)
+def _pixels() -> Array:
+    """``PIXELS`` as images ``(IMAGES, *SHAPE)``."""
+    return jnp.asarray(PIXELS.reshape(-1, *SHAPE))
 
 
 def _log_mass(low: np.ndarray, high: np.ndarray, mean: np.ndarray, std: np.ndarray) -> np.ndarray:
@@ -65,8 +64,7 @@ def _log_mass(low: np.ndarray, high: np.ndarray, mean: np.ndarray, std: np.ndarr
 def _log_probability(mean: np.ndarray, variances: np.ndarray, edge: float = 0.0) -> np.ndarray:
     """log P(k + u with u in [edge, 1 - edge]^d) under x ~ N(mean, diag(variances)), for every
     image: ``(IMAGES,)``."""
-    k = _pixels().reshape(IMAGES, SIZE)
-    return _log_mass(k + edge, k + 1 - edge, mean, np.sqrt(variances)).sum(1)
+    return _log_mass(PIXELS + edge, PIXELS + 1 - edge, mean, np.sqrt(variances)).sum(1)
 
 
 @jit
@@ -82,7 +80,7 @@ def _parameters(model: Any) -> Any:
     """Random parameters that keep every layer close to the identity. They replace the model's
     initialisers, which take longer to compile."""
     rng = np.random.default_rng(0)
-    shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.asarray(_pixels()))
+    shapes = jax.eval_shape(model.init, jax.random.key(0), _pixels())
 
     def draw(path: Any, leaf: Any) -> Array:
         unit = 1.0 if path[-1].key in {"scale", "W0", "W1"} else 0.0
@@ -111,17 +109,15 @@ def weight_rows(
 
     At the edges of the bin q(u | k) may be so small that the variance of the weights is infinite.
     """
-    data, pixels = _data(sde), jnp.asarray(_pixels())
     eps, scale = EPS, 1.0
     if model.at_noise:
         eps = float(sde.time(jnp.asarray(discrete.bin_log_snr(LEVELS, model.tau))))
         scale = coefficients(sde, eps)[0]
-    x = bits.to_model(pixels[:, None], u, LEVELS)
-    log_p = _log_density(data, x, jnp.asarray(scale), jnp.asarray(eps))
+    x = bits.to_model(_pixels()[:, None], u, LEVELS)
+    log_p = _log_density(_data(sde), x, jnp.asarray(scale), jnp.asarray(eps))
     log_w = np.asarray(log_p - log_q) - bits.scale_nats(SHAPE, LEVELS)
     alpha, sigma = coefficients(sde, eps)
-    mean = np.asarray(data.mean) * alpha / scale
-    variances = (np.asarray(data.eigenvalues) * alpha**2 + sigma**2) / scale**2
+    mean, variances = MEAN * alpha / scale, (STD**2 * alpha**2 + sigma**2) / scale**2
 
     edge = 0.1
     middle = np.abs(np.asarray(u) - 0.5).max((2, 3, 4)) < 0.5 - edge
@@ -145,16 +141,13 @@ def quadrature_rows(name: str, sde: SDE) -> Iterator[Row]:
     Quadrature nodes on the line u (1, ..., 1) integrate the term of each dimension. In closed form
     the term is 1/2 log(2 pi v) + ((c - m)^2 + h^2 / 3) / (2 v) + log(L / 2), with the bin's centre
     c and half-width h = 1 / L."""
-    data = _data(sde)
     alpha, sigma = coefficients(sde, EPS)
-    m, v = alpha * np.asarray(data.mean), alpha**2 * np.asarray(data.eigenvalues) + sigma**2
+    m, v = alpha * MEAN, alpha**2 * STD**2 + sigma**2
     nodes, weights = np.polynomial.legendre.leggauss(8)
-    pixels = jnp.asarray(_pixels())
-    x = jax.vmap(lambda u: bits.to_model(pixels, u, LEVELS))(jnp.asarray((nodes + 1) / 2))
-    log_p = _log_density(data, x, jnp.ones(()), jnp.asarray(EPS))
+    x = jax.vmap(lambda u: bits.to_model(_pixels(), u, LEVELS))(jnp.asarray((nodes + 1) / 2))
+    log_p = _log_density(_data(sde), x, jnp.ones(()), jnp.asarray(EPS))
     got = -0.5 * weights @ np.asarray(log_p) + bits.scale_nats(SHAPE, LEVELS)
-    c = (2 * _pixels().reshape(IMAGES, SIZE) + 1) / LEVELS - 1
-    each = 0.5 * np.log(2 * np.pi * v) + ((c - m) ** 2 + LEVELS**-2 / 3) / (2 * v)
+    each = 0.5 * np.log(2 * np.pi * v) + ((CENTRES - m) ** 2 + LEVELS**-2 / 3) / (2 * v)
     truth = each.sum(1) + SIZE * math.log(LEVELS / 2)
     yield row("uniform, by quadrature", name, got, truth, 1e-10)
     exact = -_log_probability(m, v)
@@ -165,20 +158,13 @@ def quadrature_rows(name: str, sde: SDE) -> Iterator[Row]:
 
 # Evidence bounds on the probability of the integers, without a dequantizer.
 
-NOISES: dict[str, discrete.TruncatedNormal | discrete.Categorical] = {
-    "truncated_normal": discrete.TruncatedNormal(LEVELS),
-    "categorical": discrete.Categorical(LEVELS),
-}
-
 # The decoders are checked at a time when half a bin is one standard deviation of the noise: at the
 # default of three, every decoder is nearly sure of the level.
 DECODER_TAU = 1.0
 
 
-def _level_logits() -> np.ndarray:
-    """The learned decoder's outputs ``(SIZE, LEVELS)``: log P of every level, by entry."""
-    k = np.arange(LEVELS)
-    return _log_mass(k, k + 1, *(moment[:, None] for moment in _moments()))
+# The learned decoder's outputs (SIZE, LEVELS): log P of every level, by entry.
+LOGITS = _log_mass(np.arange(LEVELS), np.arange(LEVELS) + 1, MEAN[:, None], STD[:, None])
 
 
 class _Decoding:
@@ -192,20 +178,14 @@ class _Decoding:
         return self._data.score(x, t, key)
 
     def decoder_nats(self, y: Array, t: Array, pixels: Array) -> Array:
-        out = jnp.asarray(_level_logits()).reshape(*SHAPE, LEVELS)
+        out = jnp.asarray(LOGITS).reshape(*SHAPE, LEVELS)
         rho = jnp.exp(-0.5 * self._data.sde.log_snr(t))
         return integers.decoder_nats(out, y, rho, pixels, LEVELS)
 
 
 @functools.partial(jit, static_argnames=("sde", "eps", "kinds", "shape"))
 def _bounds(
-    data: oracle.Gaussian,
-    pixels: Array,
-    *,
-    sde: SDE,
-    eps: float,
-    kinds: tuple[str, ...],
-    shape: tuple[int, int],
+    data: oracle.Gaussian, *, sde: SDE, eps: float, kinds: tuple[str, ...], shape: tuple[int, int]
 ) -> dict[str, Array]:
     """Draws of each kind of bound for every image, ``(IMAGES, draws)``; ``shape`` is the number of
     draws, and that of times in each of them."""
@@ -214,46 +194,41 @@ def _bounds(
     keys = jax.random.split(jax.random.key(2), (IMAGES, shape[0]))
 
     def one(pixels: Array, key: Key, u: Array, kind: str) -> Array:
-        draws: dict[str, Any] = {"eps": eps, "u": u, "reduction": bound.Reduction(control)}
-        if kind in NOISES:
-            noise = NOISES[kind]
-            return discrete.elbo(data.score, sde, pixels, key, noise=noise, **draws).total
-        score = _Decoding(data)
-        return DEQUANTIZERS[kind]().bound({}, score, sde, pixels, key, LEVELS, **draws).total
+        model, score, reduction = DEQUANTIZERS[kind](), _Decoding(data), bound.Reduction(control)
+        draws: dict[str, Any] = {"eps": eps, "u": u, "reduction": reduction}
+        return model.bound({}, score, sde, pixels, key, LEVELS, **draws).total
 
-    return {
-        kind: jax.vmap(jax.vmap(functools.partial(one, kind=kind), (None, 0, 0)))(pixels, keys, u)
-        for kind in kinds
-    }
+    def each(kind: str) -> Array:
+        of_image = jax.vmap(functools.partial(one, kind=kind), (None, 0, 0))
+        return jax.vmap(of_image)(_pixels(), keys, u)
+
+    return {kind: each(kind) for kind in kinds}
 
 
-def _expected_bound(data: oracle.Gaussian, sde: SDE, eps: float, noise: Any) -> np.ndarray:
+def _expected_bound(sde: SDE, eps: float, noise: Any) -> np.ndarray:
     """KL(q_eps || p_eps) + E_{q_T} log(p_T / pi), x_eps = alpha c + sigma e, e ~ ``noise``."""
     ends = (eps, sde.largest_time, sde.T)
     (a0, s0), (a1, s1), (_, s) = (coefficients(sde, t) for t in ends)
-    m, values = np.asarray(data.mean), np.asarray(data.eigenvalues)
-    c = (2 * _pixels().reshape(IMAGES, SIZE) + 1) / LEVELS - 1
-    v0, v1, prior = a0**2 * values + s0**2, a1**2 * values + s1**2, (sde.prior_std * s1 / s) ** 2
+    v0, v1 = (a**2 * STD**2 + sigma**2 for a, sigma in ((a0, s0), (a1, s1)))
+    prior = (sde.prior_std * s1 / s) ** 2
     left = s1**2 - (a1 / a0 * s0) ** 2 * (1 - noise.var())
     first = -math.log(s0) - noise.entropy() + 0.5 * np.log(2 * np.pi * v0)
-    first = first + (a0**2 * (c - m) ** 2 + s0**2 * noise.var()) / (2 * v0)
-    last = 0.5 * np.log(prior / v1) - (a1**2 * (c - m) ** 2 + left) / (2 * v1)
-    return (first + last + ((a1 * c) ** 2 + left) / (2 * prior)).sum(1)
+    first = first + (a0**2 * (CENTRES - MEAN) ** 2 + s0**2 * noise.var()) / (2 * v0)
+    last = 0.5 * np.log(prior / v1) - (a1**2 * (CENTRES - MEAN) ** 2 + left) / (2 * v1)
+    return (first + last + ((a1 * CENTRES) ** 2 + left) / (2 * prior)).sum(1)
 
 
-def _expected_decoder(rho: float, logits: np.ndarray | None = None) -> np.ndarray:
+def _expected_decoder(rho: float, logits: np.ndarray) -> np.ndarray:
     """-E log P(k | y) with y = c + rho e and e normal, ``(IMAGES,)``.
 
-    P(k | y) is proportional to exp(l_k) N(y; c_k, rho^2). The l_k are ``logits (SIZE, LEVELS)``, or
-    zero without them."""
-    k, e = _pixels().reshape(IMAGES, SIZE), np.linspace(-10, 10, 2001)
+    P(k | y) is proportional to exp(l_k) N(y; c_k, rho^2), with the ``logits (SIZE, LEVELS)`` l_k.
+    """
+    e = np.linspace(-10, 10, 2001)
     centres = (2 * np.arange(LEVELS) + 1) / LEVELS - 1
-    prior = np.zeros((SIZE, LEVELS)) if logits is None else logits
-    log_p = -0.5 * ((centres[k][..., None, None] + rho * e[:, None] - centres) / rho) ** 2
-    of_all = special.logsumexp(log_p + prior[:, None], axis=-1)
-    of_pixels = prior[np.arange(SIZE), k][..., None] - 0.5 * e**2
-    nats = of_all - of_pixels
-    return integrate.trapezoid(stats.norm.pdf(e) * nats, e, axis=-1).sum(1)
+    log_p = -0.5 * ((CENTRES[..., None, None] + rho * e[:, None] - centres) / rho) ** 2
+    of_all = special.logsumexp(log_p + logits[:, None], axis=-1)
+    of_pixels = logits[np.arange(SIZE), PIXELS][..., None] - 0.5 * e**2
+    return integrate.trapezoid(stats.norm.pdf(e) * (of_all - of_pixels), e, axis=-1).sum(1)
 
 
 def _bound_row(kind: str, name: str, draws: np.ndarray, truths: np.ndarray) -> Row:
@@ -264,33 +239,30 @@ def _bound_row(kind: str, name: str, draws: np.ndarray, truths: np.ndarray) -> R
 
 def truncated_normal_rows(name: str, sde: SDE) -> Iterator[Row]:
     """The bound with truncated normal noise, compared with its expectation and with P(k)."""
-    data, kind = _data(sde), "truncated_normal"
+    kind = "truncated_normal"
     eps = discrete.smallest_time(sde, LEVELS, EPS)
     alpha, sigma = coefficients(sde, eps)
     rho = sigma / alpha
     tau = 1 / (LEVELS * rho)
-    pixels, how = jnp.asarray(_pixels()), {"sde": sde, "eps": eps, "shape": (256, 16)}
-    draws = np.asarray(_bounds(data, pixels, kinds=(kind,), **how)[kind])
-    yield _bound_row(kind, name, draws, _expected_bound(data, sde, eps, stats.truncnorm(-tau, tau)))
-    variances = np.asarray(data.eigenvalues) + rho**2
-    nats = -_log_probability(np.asarray(data.mean), variances).mean()
+    bounds = _bounds(_data(sde), sde=sde, eps=eps, kinds=(kind,), shape=(256, 16))
+    draws = np.asarray(bounds[kind])
+    yield _bound_row(kind, name, draws, _expected_bound(sde, eps, stats.truncnorm(-tau, tau)))
+    nats = -_log_probability(MEAN, STD**2 + rho**2).mean()
     title = f"{kind}, evidence bound >= -log P"
     yield bounding(title, name, draws.mean(), nats, math.inf, _tolerance(draws, nats))
 
 
 def decoder_rows(name: str, sde: SDE) -> Iterator[Row]:
     """The bounds with the categorical and a learned decoder, compared with their expectations."""
-    data, kinds = _data(sde), ("categorical", "learned")
+    kinds = ("categorical", "learned")
     eps = discrete.smallest_time(sde, LEVELS, EPS, DECODER_TAU)
     alpha, sigma = coefficients(sde, eps)
     # Most of the variance is the decoder's, which is cheap: many draws, with one time each.
-    pixels, how = jnp.asarray(_pixels()), {"sde": sde, "eps": eps, "shape": (DRAWS, 1)}
-    bounds = _bounds(data, pixels, kinds=kinds, **how)
+    bounds = _bounds(_data(sde), sde=sde, eps=eps, kinds=kinds, shape=(DRAWS, 1))
     categorical, learned = (np.asarray(bounds[kind]) for kind in kinds)
-    before = _expected_bound(data, sde, eps, stats.norm())
-    truth, learned_truth = (
-        before + _expected_decoder(sigma / alpha, logits) for logits in (None, _level_logits())
-    )
+    before = _expected_bound(sde, eps, stats.norm())
+    truth = before + _expected_decoder(sigma / alpha, np.zeros((SIZE, LEVELS)))
+    learned_truth = before + _expected_decoder(sigma / alpha, LOGITS)
     yield _bound_row("categorical", name, categorical, truth)
     # The two bounds have the same draws, so their difference is known far better than either.
     yield _bound_row("learned", name, learned - categorical + truth[:, None], learned_truth)
@@ -303,7 +275,7 @@ def discrete_checks(sdes: Sequence[str]) -> list[Row]:
         if not has_density(kind):
             continue
         model = kind(**OPTIONS.get(label, {}))
-        u, log_q = _samples(model, _parameters(model), jnp.asarray(_pixels()), jax.random.key(0))
+        u, log_q = _samples(model, _parameters(model), _pixels(), jax.random.key(0))
         for name in sdes:
             rows += weight_rows(name, SDES[name](), label, model, u, log_q)
     for name in sdes:

@@ -19,6 +19,12 @@ from sbml.sdes import SDE
 from sbml.types import Array, Key
 
 
+def coefficients(sde: SDE, t: float) -> tuple[float, float]:
+    """alpha(t) and sigma(t)."""
+    time = jnp.asarray(t, float)
+    return float(sde.mean_coef(time)), float(sde.std(time))
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Gaussian:

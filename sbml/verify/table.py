@@ -1,16 +1,15 @@
-"""One line of the table of ``--mode=verify``: an estimate, the truth, the error and its tolerance.
+"""The table of ``--mode=verify``: in each line an estimate, the truth, the error, its tolerance.
 
-error = |got - truth| / max(1, |truth|)
+    error = |got - truth| / max(1, |truth|)
+
+In a row with >= the error is the amount by which the inequality fails, divided in the same way.
 """
 
 import functools
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-
-from sbml.sdes import SDE
 
 EPS = 1e-5
 
@@ -47,7 +46,14 @@ def bounding(name: str, sde: str, got: float, truth: float, looser: float, toler
     return Row(name, sde, float(got), float(truth), error, tolerance, bool(error <= tolerance))
 
 
-def coefficients(sde: SDE, t: float) -> tuple[float, float]:
-    """alpha(t) and sigma(t)."""
-    time = jnp.asarray(t, float)
-    return float(sde.mean_coef(time)), float(sde.std(time))
+def table(rows: list[Row]) -> str:
+    """The rows as aligned text, one line per row, with an empty line between SDEs."""
+    width = max(len(row.name) for row in rows)
+    line = f"{{:{width}}}  {{:9}}  {{:>16}}  {{:>16}}  {{:>8}}  {{:>9}}  {{}}"
+    lines = [line.format("estimator", "SDE", "got", "truth", "error", "tolerance", "")]
+    for before, row in zip((None, *rows), rows, strict=False):
+        if before is None or before.sde != row.sde:
+            lines.append("")
+        numbers = f"{row.got:.10g}", f"{row.truth:.10g}", f"{row.error:.1e}", f"{row.tolerance:.1e}"
+        lines.append(line.format(row.name, row.sde, *numbers, "" if row.ok else "FAILS"))
+    return "\n".join(text.rstrip() for text in lines)

@@ -8,8 +8,35 @@ a second, to the digits of scikit-learn; its distances have other names, because
 comparable with FID and KID.
 """
 
-from sbml.features._extractor import Extractor
+import dataclasses
+from collections.abc import Callable
+
+import numpy as np
+
 from sbml.registry import Registry
+
+# uint8 images (n, h, w, c) -> features (n, d) and class probabilities (n, classes)
+Look = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Extractor:
+    """A function from images to features, with the names of the metrics that use it.
+
+    Attributes:
+      identity: a string that is different for extractors with different features.
+      names: names of three metrics: the Frechet distance and the kernel distance between features,
+        and the score of the class probabilities.
+      look: the function from images to features and class probabilities.
+    """
+
+    identity: str
+    names: tuple[str, str, str]
+    look: Look
+
+    def __call__(self, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        return self.look(images)
+
 
 EXTRACTORS = Registry(
     "feature extractor",
@@ -18,5 +45,3 @@ EXTRACTORS = Registry(
         "digits_classifier": "sbml.features.digits_classifier:extractor",
     },
 )
-
-__all__ = ["EXTRACTORS", "Extractor"]

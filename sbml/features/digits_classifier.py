@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from sbml.data import digits
-from sbml.features._extractor import Extractor
+from sbml.features import Extractor
 from sbml.runtime.trees import tree_crc32
 
 HIDDEN = 64

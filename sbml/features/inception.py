@@ -25,7 +25,7 @@ from flax import linen as nn
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from sbml.data import Options
-from sbml.features._extractor import Extractor
+from sbml.features import Extractor
 from sbml.features._torch_file import read_state_dict
 from sbml.runtime.files import intact_npz, write_npz
 from sbml.runtime.trees import differences

@@ -1,8 +1,8 @@
 """Compares evaluated runs on one page: ``--mode=compare --runs=runs/a,runs/b``."""
 
-from sbml import report
 from sbml.report import comparison
 from sbml.report.comparison import Run
+from sbml.report.result import strict
 from sbml.runtime.workdir import Workdir
 
 
@@ -24,7 +24,7 @@ def run(workdir: Workdir | None = None, runs: str = "") -> None:
     evaluated = list(map(Run.read, workdirs, comparison.short_names(workdirs)))
     numbers = comparison.compare(evaluated)
     workdir = workdir or Workdir("runs/comparison")
-    workdir.write("comparison.json", report.strict(numbers))
+    workdir.write("comparison.json", strict(numbers))
     workdir.write_bytes("comparison.html", comparison.render(evaluated, numbers).encode())
     for cell in numbers["cells"]:
         print(cell["name"])

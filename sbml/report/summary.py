@@ -55,9 +55,9 @@ def write(
     evaluation = _evaluation(workdir, load)
     if evaluation is None and (known is None or workdir.has(EVALUATION)):
         return False
-    empty = {"title": workdir.name, "results": [], "warnings": []}
-    content, table, images = evaluation or (empty, None, None)
-    content = {**(known or {}), **content}
+    empty: dict[str, Any] = {"title": workdir.name, "results": [], "warnings": []}
+    stored, table, images = evaluation or (empty, None, None)
+    content: dict[str, Any] = {**(known or {}), **stored}
     warnings = [*content["warnings"]]
     if _trained_further(content):
         warning = (

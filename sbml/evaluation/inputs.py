@@ -54,11 +54,7 @@ class Inputs:
 
     @classmethod
     def of(cls, experiment: Experiment, workdir: Workdir, split: str) -> "Inputs":
-        """The newest undamaged checkpoint of ``workdir`` and the images of ``split``.
-
-        Raises:
-          ValueError: there is no checkpoint, or it belongs to another model.
-        """
+        """The newest undamaged checkpoint of ``workdir`` and the images of ``split``."""
         experiment, restored = experiment.restored(workdir)
         images, train = experiment.images(split), experiment.images("train")
         return cls(experiment, restored, images, train, workdir)
@@ -120,9 +116,6 @@ class Inputs:
     def dequantization(self, name: str) -> Dequantization:
         """The dequantizer called ``name``, with the averaged parameters of its training if it has
         parameters.
-
-        Raises:
-          ValueError: it has parameters and was not trained.
         """
         model = self.experiment.dequantizer(name)
         if not dequantizers.is_trained(model):
@@ -145,11 +138,7 @@ class Inputs:
 
 
 def check_first_batch(inputs: Inputs, dequantization: Dequantization) -> None:
-    """Check that the dequantizer adds noise to the integers of the first batch.
-
-    Raises:
-      ValueError: it does not (``bits.check_dequantized``).
-    """
+    """Check that the dequantizer adds noise to the integers of the first batch."""
     if not dequantizers.has_density(dequantization.model):
         return
     ids, levels = inputs.ids(inputs.experiment.config.eval.batch_size), inputs.images.levels

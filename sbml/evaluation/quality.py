@@ -37,11 +37,7 @@ class Reference(NamedTuple):
 
 
 def extractor(config: Config) -> Extractor:
-    """The extractor that ``eval.features`` names.
-
-    Raises:
-      ValueError: its weights are missing, or it does not fit this data.
-    """
+    """The extractor that ``eval.features`` names."""
     e = config.eval
     made: Extractor = EXTRACTORS[e.features](
         weights=e.inception_weights,

@@ -176,9 +176,6 @@ class Drawing:
     def of(cls, experiment: Experiment, workdir: Workdir) -> "Drawing":
         """That of the newest undamaged checkpoint of ``workdir``, with a warning if the samples end
         at a time on which it was not trained.
-
-        Raises:
-          ValueError: there is no checkpoint, or it belongs to another model.
         """
         experiment, restored = experiment.restored(workdir)
         experiment = experiment.with_dequantization_of(restored)

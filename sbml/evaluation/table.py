@@ -52,11 +52,7 @@ class Table:
         self.warnings += found
 
     def fill(self) -> None:
-        """Compute all cells, or read the rows that an interrupted evaluation has computed.
-
-        Raises:
-          cells.Unconverged: fixed steps are too coarse.
-        """
+        """Compute all cells, or read the rows that an interrupted evaluation has computed."""
         # All cells are set up before the first is computed, so that errors appear within seconds.
         runs = [CellRun(self.shared, c, self.dequantizations[c.dequantizer]) for c in self.cells]
         ids = max((run.ids for run in runs), key=len)

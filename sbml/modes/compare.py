@@ -11,9 +11,6 @@ def run(workdir: Workdir | None = None, runs: str = "") -> None:
 
     Writes ``comparison.html`` and ``comparison.json`` to ``workdir``, or to ``runs/comparison`` if
     it is None, and prints the paired differences of every number that the runs share.
-
-    Raises:
-      ValueError: a run was not evaluated, or the runs cannot be compared.
     """
     if not runs:
         raise ValueError("--mode=compare reads --runs=DIR,DIR: evaluated work directories")

@@ -78,10 +78,6 @@ def run(experiment: Experiment, workdir: Workdir) -> None:
 
     Writes ``latents.npz`` (ids, latents, reconstruction errors), ``reconstruction.png``,
     ``interpolation.png``, ``inpainting.png`` and, for colour images, ``colourisation.png``.
-
-    Raises:
-      ValueError: there is no checkpoint, or there are fewer than two images or than
-        ``latents.count``.
     """
     config, options = experiment.config, experiment.config.latents
     experiment, restored = experiment.restored(workdir)

@@ -19,11 +19,7 @@ from sbml.runtime.workdir import NEIGHBOURS, QUALITY, SAMPLES, Workdir
 
 
 def check(experiment: Experiment, workdir: Workdir, before: Sequence[str]) -> None:
-    """Check that there are or will be samples, and that the extractor can be made.
-
-    Raises:
-      ValueError: one of the two does not hold; for example, the extractor's weights are missing.
-    """
+    """Check that there are or will be samples, and that the extractor can be made."""
     if not (workdir.has(SAMPLES) or "sample" in before):
         raise ValueError(f"no {SAMPLES} in {workdir}: draw samples first (--mode=sample,quality)")
     extractor(experiment.config)
@@ -34,9 +30,6 @@ def run(experiment: Experiment, workdir: Workdir) -> None:
     and similar metrics), and of pixels to the nearest training image.
 
     Writes ``quality.json`` and ``neighbours.png``, and the report again if there is an evaluation.
-
-    Raises:
-      ValueError: there are fewer than two samples, or the extractor's weights are missing.
     """
     config, read = experiment.config, workdir.read(SAMPLES)
     extract, images, step = extractor(config), read["images"], int(read["step"])

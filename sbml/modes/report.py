@@ -18,10 +18,6 @@ def run(experiment: Experiment, workdir: Workdir) -> None:
     The model is not run and no lock is taken. The page shows the progress and the losses of the
     training and, as far as they exist, the results, the samples and their quality; for those that
     are missing it shows the commands that make them.
-
-    Raises:
-      ValueError: there is neither a training nor an evaluation in ``workdir``, the config is of
-        another model than its checkpoint, or a file that the report needs is damaged.
     """
     config = experiment.config
     checkpoints = config.training.checkpoints(workdir)

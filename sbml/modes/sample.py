@@ -12,11 +12,7 @@ from sbml.runtime.workdir import Workdir
 
 
 def check(experiment: Experiment, workdir: Workdir, before: Sequence[str]) -> None:
-    """Check that the samples fit into this machine's memory.
-
-    Raises:
-      ValueError: they do not.
-    """
+    """Check that the samples fit into this machine's memory."""
     config = experiment.config
     count, needed, there = config.sampling.num_images, memory_needed(config), memory()
     if needed > there:
@@ -31,9 +27,6 @@ def run(experiment: Experiment, workdir: Workdir) -> None:
 
     Writes ``samples.npz``, ``samples.png`` and ``samples_strip.png``, and the report again if there
     is an evaluation. A killed run resumes and gives the same images.
-
-    Raises:
-      ValueError: there is no checkpoint, or it belongs to another model.
     """
     config = experiment.config
     with workdir.lock("sample"):

@@ -53,11 +53,7 @@ class Run:
 
     @classmethod
     def read(cls, workdir: Workdir, name: str = "") -> "Run":
-        """The run of ``workdir``, with the name of its folder if ``name`` is empty.
-
-        Raises:
-          ValueError: it was not evaluated, or one of its files is damaged.
-        """
+        """The run of ``workdir``, with the name of its folder if ``name`` is empty."""
         evaluation = workdir.read(EVALUATION)
         results = {r.name: r for r in map(Result.read, evaluation["results"])}
         shared = summary.table_of(workdir, evaluation)
@@ -101,10 +97,6 @@ def short_names(workdirs: Sequence[Workdir]) -> list[str]:
 def compare(runs: Sequence[Run]) -> dict[str, Any]:
     """The numbers of the page as plain values: ``runs``, ``cells`` with a row for each run, and the
     names of the numbers that are ``not_compared``, by run.
-
-    Raises:
-      ValueError: there are fewer than two runs, two are the same or have other images, or no
-        number is common to the first run and another.
     """
     named = [run.name for run in runs]
     if len(runs) < 2:

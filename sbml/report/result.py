@@ -167,11 +167,7 @@ class Result:
 
     @classmethod
     def read(cls, row: Mapping[str, Any]) -> "Result":
-        """The result from a ``row`` of ``report.json``, which is :func:`strict`.
-
-        Raises:
-          ValueError: the row lacks a field, or has an unknown one.
-        """
+        """The result from a ``row`` of ``report.json``, which is :func:`strict`."""
 
         def number(value: Any) -> Any:
             if isinstance(value, list):

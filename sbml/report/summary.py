@@ -48,9 +48,6 @@ def write(
 
     Returns:
       Whether the report was written.
-
-    Raises:
-      ValueError: a file of the work directory is damaged.
     """
     evaluation = _evaluation(workdir, load)
     if evaluation is None and (known is None or workdir.has(EVALUATION)):

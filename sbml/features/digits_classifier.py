@@ -19,7 +19,7 @@ HIDDEN = 64
 
 
 def extractor(*, weights: str, sha256: str, levels: int, cache: str | None) -> Extractor:
-    """The extractor with the classifier, which this fits. ``weights`` and ``cache`` are not used."""
+    """The extractor with the classifier, which this fits. ``weights`` and ``cache`` are unused."""
     if levels != digits.LEVELS:
         raise ValueError(
             f"the digits classifier is for {digits.LEVELS} grey levels, but these images have "

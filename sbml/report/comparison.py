@@ -215,4 +215,5 @@ def _figure(cell: Mapping[str, Any]) -> dict[str, Any]:
 def _grid(samples: np.ndarray, levels: int) -> str:
     scale = max(1, 48 // samples.shape[1])
     shown = samples[: COLUMNS * ROWS]
-    return page.data_url(plots.image_grid(shown, levels, min(COLUMNS, len(shown)), scale))
+    grid = plots.image_grid(shown, levels, min(COLUMNS, len(shown)), scale)
+    return page.data_url(plots.png(grid))

@@ -76,24 +76,21 @@ def write(
     if table is not None and images is not None:
         evaluation = _evaluation(report, table, images, levels)
     progress = report.get("training", {})
-    page = (
-        environment()
-        .get_template("report.html")
-        .render(
-            results=evaluation.get("results"),
-            title=report.get("title", "Evaluation"),
-            warnings=[*report.get("warnings", []), *evaluation.get("uncounted", [])],
-            progress=progress.get("line"),
-            missing=report.get("missing", {}),
-            without_checkpoint=bool(progress) and progress["checkpoint"] is None,
-            facts=_facts(report),
-            training=_training(curves),
-            samples=None if samples is None else _samples(samples, levels),
-            quality={name: text(value, ".4g") for name, value in report.get("quality", {}).items()},
-            pictures=[{"png": _png_url(png), "alt": caption} for caption, png in pictures],
-            command=report.get("command"),
-            details=_details(report),
-        )
+    template = environment().get_template("report.html")
+    page = template.render(
+        results=evaluation.get("results"),
+        title=report.get("title", "Evaluation"),
+        warnings=[*report.get("warnings", []), *evaluation.get("uncounted", [])],
+        progress=progress.get("line"),
+        missing=report.get("missing", {}),
+        without_checkpoint=bool(progress) and progress["checkpoint"] is None,
+        facts=_facts(report),
+        training=_training(curves),
+        samples=None if samples is None else _samples(samples, levels),
+        quality={name: text(value, ".4g") for name, value in report.get("quality", {}).items()},
+        pictures=[{"png": data_url(png), "alt": caption} for caption, png in pictures],
+        command=report.get("command"),
+        details=_details(report),
     )
     directory.mkdir(parents=True, exist_ok=True)
     numbers = json.dumps(report, indent=2, allow_nan=False, ensure_ascii=False)
@@ -347,12 +344,8 @@ def _training(curves: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
     return figure("Training loss", draw, 10.6, 3, caption)
 
 
-def data_url(array: np.ndarray) -> str:
-    """An image, uint8 (h, w, c), as a data URL for the ``src`` of an ``img``."""
-    return _png_url(plots.png(array))
-
-
-def _png_url(png: bytes) -> str:
+def data_url(png: bytes) -> str:
+    """A PNG file as a data URL for the ``src`` of an ``img``."""
     return f"data:image/png;base64,{base64.b64encode(png).decode()}"
 
 
@@ -369,10 +362,13 @@ def _extremes(
     size = fetch([int(ids[order[0]])])[0].size
     count = min(STRIP_IMAGES, max(1, len(ids) // 2), max(1, PIXEL_BUDGET // size))
 
+    def enlarged(pixels: np.ndarray) -> str:
+        return data_url(plots.png(plots.image_grid(pixels[None], levels, 1, _scale(pixels, 96))))
+
     def strip(places: np.ndarray) -> list[dict[str, Any]]:
         return [
             {
-                "png": data_url(plots.image_grid(pixels[None], levels, 1, _scale(pixels, 96))),
+                "png": enlarged(pixels),
                 "name": str(ids[i] if names is None else names[i]),
                 "caption": f"id {ids[i]}" if names is None else str(names[i]),
                 "bits_per_dim": text(float(bits[i]), "bits"),
@@ -392,7 +388,7 @@ def _samples(samples: np.ndarray, levels: int) -> dict[str, str]:
     grid = plots.image_grid(shown, levels, min(columns, len(shown)), scale)
     total = f" of {len(samples):,}" if len(shown) < len(samples) else ""
     alt = f"{len(shown):,}{total} samples from the model, not selected."
-    return {"png": data_url(grid), "alt": alt}
+    return {"png": data_url(plots.png(grid)), "alt": alt}
 
 
 def _scale(image: np.ndarray, width: int) -> int:

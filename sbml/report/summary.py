@@ -126,21 +126,18 @@ def _evaluation(
         logging.warning("the images of %s: %s: the report stays as it is", EVALUATION, error)
         return None
     try:
-        table = table_of(workdir, evaluation)
+        if images.fingerprint != fingerprint:
+            raise OtherEvaluation(
+                f"{workdir / EVALUATION} is of {fingerprint}, this config has {images.fingerprint}"
+            )
+        return evaluation, table_of(workdir, evaluation), images
     except OtherEvaluation as error:
         logging.warning("%s: the report stays as it is", error)
         return None
-    if images.fingerprint == fingerprint:
-        return evaluation, table, images
-    logging.warning(
-        "%s is of %s, this config has %s: the report stays as it is",
-        *(workdir / EVALUATION, fingerprint, images.fingerprint),
-    )
-    return None
 
 
 class OtherEvaluation(ValueError):
-    """A table of the work directory does not belong to its evaluation."""
+    """The images, or a table of the work directory, do not belong to its evaluation."""
 
 
 def table_of(

@@ -19,13 +19,14 @@ import numpy as np
 from matplotlib.ticker import FixedLocator, NullLocator, ScalarFormatter
 
 from experiments import figures
-from sbml import distances, report
+from sbml import distances
 from sbml.data import spread
 from sbml.evaluation import quality, samples
 from sbml.experiment import trained
 from sbml.experiment.build import Experiment
 from sbml.experiment.config import Config, load
 from sbml.experiment.sampling import Sampling
+from sbml.report.plots import write_png
 from sbml.runtime.checkpoint import Restored
 from sbml.runtime.workdir import Workdir
 
@@ -111,7 +112,7 @@ def main(path: str, workdir: str, out: str, images: int, steps: Sequence[int]) -
     for name in SAMPLERS:
         rows = [run(name, f"NFE {count}", changes(name, count)) for count in steps]
         grid = samples.grid(experiment, np.concatenate(rows), columns=len(rows[0]))
-        report.write_png(folder / f"{name}.png", grid)
+        write_png(folder / f"{name}.png", grid)
     for tolerance in TOLERANCES:
         options = {"sampler": "ode", "rtol": tolerance, "atol": tolerance}
         run("ode", f"{tolerance:.0e}", options)

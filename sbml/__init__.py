@@ -9,7 +9,7 @@ s(x, t, key), see ``sbml.types``.
     losses, second_order        denoising score matching, of the score and of its divergence
     bound, discrete             evidence bounds on -log p(x), and on -log P(k) of integers
     ode, quadrature, likelihood the probability-flow ODE and its log-likelihood
-    sampling, samplers          from a latent to a sample
+    samplers                    from a latent to a sample
     bits, estimators            bits/dim and the numbers that an evaluation computes
     estimate, intervals         error bars
     distances                   distances between sets of images
@@ -34,7 +34,7 @@ LIBRARY = (
     *("bits", "bound", "compiler", "data", "density", "dequantizers", "discrete"),
     *("distances", "divergence", "estimate", "estimators", "integers", "intervals"),
     *("likelihood", "losses", "networks", "ode", "quadrature", "samplers"),
-    *("sampling", "score", "sdes", "second_order", "times", "types"),
+    *("score", "sdes", "second_order", "times", "types"),
 )
 
 

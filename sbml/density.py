@@ -29,7 +29,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Num
 
-from sbml import bits, ode, pytrees, sampling
+from sbml import bits, ode, pytrees, samplers
 from sbml.dequantizers import uniform
 from sbml.divergence import Trace, exact_batch
 from sbml.door import checked, typed
@@ -333,7 +333,7 @@ def _sample(
     score: Score, keys: Keys, solver: Solver, *, sde: SDE, eps: float, shape: tuple[int, ...]
 ) -> Batch:
     def one(key: Key) -> Example:
-        x, _ = sampling.ode_sample(
+        x, _ = samplers.ode_sample(
             score, sde, shape, key, eps=eps, solver=solver, denoise_last=True
         )
         return x

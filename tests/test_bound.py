@@ -8,7 +8,7 @@ from families import FAMILIES
 from jax.scipy.stats import norm
 from scipy import integrate
 
-from sbml import bound, likelihood, sampling, times
+from sbml import bound, likelihood, samplers, times
 from sbml.bound import Reduction
 from sbml.divergence import Trace
 from sbml.sdes import SDES
@@ -190,7 +190,7 @@ def test_reconstruction_is_the_gaussian_decoder(case):
     key = jax.random.key(3)
     got = bound.elbo(data.score, sde, x, key, eps=0.02, u=jnp.zeros(1)).reconstruction
     z = jax.random.normal(stream(key, "reconstruction"), x.shape)
-    mean = sampling.denoise(data.score, sde, sde.mean_coef(t) * x + sde.std(t) * z, t)
+    mean = samplers.denoise(data.score, sde, sde.mean_coef(t) * x + sde.std(t) * z, t)
     rho = sde.std(t) / sde.mean_coef(t)
     np.testing.assert_allclose(got, -jnp.sum(norm.logpdf(x, mean, rho)), rtol=1e-10)
 

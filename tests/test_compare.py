@@ -8,11 +8,10 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from sbml import report
 from sbml.modes import compare
 from sbml.report import comparison
 from sbml.report.comparison import Run
-from sbml.report.result import Result
+from sbml.report.result import Result, strict
 from sbml.runtime import metrics
 from sbml.runtime.trees import table_crc32, tree_crc32
 from sbml.runtime.workdir import EVALUATION, PER_IMAGE, QUALITY, SAMPLES, Workdir
@@ -186,6 +185,6 @@ def test_settings_that_differ_are_shown_as_they_are_written(tmp_path):
 def test_a_result_is_read_back_with_what_is_not_finite() -> None:
     row = {**result(HARDNESS), "ci95": math.inf, "outliers": [[7, 9.5]]}
     row["terms"] = {"prior": math.nan, "scale": -math.inf}
-    found = Result.read(json.loads(json.dumps(report.strict(row))))
+    found = Result.read(json.loads(json.dumps(strict(row))))
     assert found.ci95 == math.inf and found.outliers == [[7, 9.5]]
     assert math.isnan(found.terms["prior"]) and found.terms["scale"] == -math.inf

@@ -27,7 +27,7 @@ wrong = not np.isclose(total, np.sum(2 * np.log(x.astype(float)) + np.log(2)), r
 CALLS = """
 import jax, jax.numpy as jnp, numpy as np, sbml
 from sbml import bound, compiler, dequantizers, discrete, divergence, integers, likelihood, losses
-from sbml import networks, ode, samplers, sampling, sdes, second_order, times
+from sbml import networks, ode, samplers, sdes, second_order, times
 from sbml.score import Adapter, from_prediction
 sde, key, x = sdes.VP(), jax.random.key(0), jnp.ones((4, 4, 1))
 t, k = jnp.asarray(0.5), jnp.zeros((4, 4, 1), jnp.uint8)
@@ -60,7 +60,7 @@ calls = {
     "ode.transport": lambda: ode.transport(score, sde, x, 1e-3, 1.0, ode.Solver()),
     "ode.solve": lambda: ode.solve(lambda t, x: x, x, 0.1, 1.0, ode.Solver()),
     "samplers.DDIM": lambda: samplers.DDIM(steps=2)(score, sde, x, key, eps=1e-3),
-    "sampling.denoise": lambda: sampling.denoise(score, sde, x, t),
+    "samplers.denoise": lambda: samplers.denoise(score, sde, x, t),
     "divergence.exact": lambda: divergence.exact(lambda x: x, x),
     "sde.prior_logp": lambda: sde.prior_logp(x),
     "sde.std": lambda: sdes.SubVP().std(t),

@@ -19,7 +19,7 @@ from scipy import stats
 from experiments import table2
 from sbml import bound
 from sbml.estimators import Cell
-from sbml.evaluation import cautions
+from sbml.evaluation import table as evaluated
 from sbml.evaluation.inputs import Dequantization, check_first_batch
 from sbml.experiment import build
 from sbml.modes import eval as evaluate
@@ -27,7 +27,7 @@ from sbml.modes import report as report_mode
 from sbml.report import summary
 from sbml.runtime.files import read_json, read_npz, write_json, write_npz
 from sbml.runtime.trees import tree_crc32
-from sbml.runtime.workdir import EVALUATION, NEIGHBOURS, PER_IMAGE, QUALITY, SAMPLES
+from sbml.runtime.workdir import EVALUATION, NEIGHBOURS, PER_IMAGE, QUALITY, SAMPLES, Workdir
 
 
 @pytest.fixture(scope="module")
@@ -169,7 +169,7 @@ def test_a_dequantizer_that_does_not_fit_the_training_gives_a_warning(
     restored = experiment.restore(trained)
     restored.metadata["config"]["data"]["dequantization"] = trained_on
     dequantizer = Dequantization(experiment.dequantizer(name), {})
-    warnings = cautions.of_dequantizer(restored, name, dequantizer)
+    warnings = evaluated.misfits(restored, name, dequantizer)
     assert [phrase in w for w in warnings] == ([True] if phrase else [])
 
 
@@ -180,7 +180,7 @@ def test_files_that_are_not_used_are_named_once_for_each_split(trained, tmp_path
     of_train = "1 train file is not used: a.png: cut off"
     of_test = "2 test files are not used: b.png: empty; c.png: empty"
     for images, expected in ((train, [of_train]), (test, [of_test, of_train])):
-        warnings = cautions.warnings(dataclasses.replace(shared, images=images, train=train), {})
+        warnings = evaluated.cautions(dataclasses.replace(shared, images=images, train=train), {})
         assert [w for w in warnings if ".png" in w] == expected
 
 
@@ -373,7 +373,7 @@ def test_table2_reads_what_the_modes_wrote(trained, tmp_path):
     for crc32, expected in ((tree_crc32(images), "12.50 (FID n=4)"), (1, None)):
         quality = {"step": 40, "images_crc32": crc32, "values": {"FID n=4": 12.5}}
         write_json(tmp_path / QUALITY, quality)
-        summary.write(tmp_path, build.Experiment(tiny.get_config()).images)
+        summary.write(Workdir(tmp_path), build.Experiment(tiny.get_config()).images)
         row = table2.read(tmp_path)
         assert row.get(table2.FID) == expected
     result = read_json(trained / EVALUATION)["results"][0]

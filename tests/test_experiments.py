@@ -13,8 +13,7 @@ from sbml.estimate import Estimate
 from sbml.intervals import Interval
 from sbml.modes import train
 from sbml.ode import Solver
-from sbml.report import strict
-from sbml.report.result import Result
+from sbml.report.result import Result, strict
 
 FEATURES = '    config.eval.features = "digits_classifier"\n'
 

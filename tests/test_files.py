@@ -13,8 +13,8 @@ from pictures import pixels
 from PIL import Image
 from tensorboardX.proto.event_pb2 import Event
 
-from sbml import report
 from sbml.data import _cache
+from sbml.report.plots import write_png
 from sbml.runtime import files, metrics
 from sbml.runtime.files import DamagedFileError
 from sbml.runtime.workdir import EVALUATION, SAMPLES, Workdir
@@ -100,7 +100,7 @@ def test_damaged_json_is_an_error_or_the_same_values(tmp_path):
 def test_a_damaged_picture_is_an_error_or_the_same_pixels(tmp_path):
     """A PNG file ends with a chunk of no content, whose own damage changes nothing."""
     path = tmp_path / "neighbours.png"
-    report.write_png(path, grid := pixels(24, 24))
+    write_png(path, grid := pixels(24, 24))
     refused, intact = 0, path.read_bytes()
     for content in damages(intact):
         path.write_bytes(content)

@@ -42,7 +42,8 @@ LAYERS: dict[str, set[str]] = {
 }
 PURE = (
     *(module for module in MODULES if module.split(".")[0] == "sdes"),
-    *("types", "times", "divergence", "bits", "ode", "losses", "likelihood", "sampling"),
+    *("types", "times", "divergence", "bits", "ode", "losses", "likelihood"),
+    *("samplers._grid", "samplers.probability_flow"),
     *("verify.oracle", "quadrature", "scalars", "pytrees", "second_order"),
 )
 NETWORK_LIBRARIES = {"flax", "equinox", "haiku", "optax", "orbax", "grain", "ml_collections"}

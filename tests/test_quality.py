@@ -9,14 +9,15 @@ import runs
 import tiny
 from ml_collections import ConfigDict
 
-from sbml import data, distances, report
+from sbml import data, distances
 from sbml.evaluation.quality import memorisation
 from sbml.features import digits_classifier
 from sbml.modes import quality, stats
 from sbml.report import summary
+from sbml.report.plots import write_png
 from sbml.runtime.checkpoint import Checkpoints
 from sbml.runtime.files import read_json, write_json, write_npz
-from sbml.runtime.workdir import EVALUATION, NEIGHBOURS, PER_IMAGE, QUALITY, SAMPLES
+from sbml.runtime.workdir import EVALUATION, NEIGHBOURS, PER_IMAGE, QUALITY, SAMPLES, Workdir
 
 
 @pytest.fixture
@@ -185,12 +186,12 @@ def test_the_report_shows_the_quality_of_its_own_samples(
     assert json.loads((workdir / "report.json").read_text())["quality"] == numbers
     shown = (workdir / "report.html").read_text()
     assert summary.NEIGHBOURS_CAPTION in shown
-    for change in (lambda path: report.write_png(path, real.images[0]), Path.unlink):
+    for change in (lambda path: write_png(path, real.images[0]), Path.unlink):
         change(workdir / NEIGHBOURS)  # A picture of other samples, and none.
-        summary.write(workdir, lambda split: real)
+        summary.write(Workdir(workdir), lambda split: real)
         assert json.loads((workdir / "report.json").read_text())["quality"] == numbers
         assert summary.NEIGHBOURS_CAPTION not in (workdir / "report.html").read_text()
-    summary.write(samples(workdir, real.images[20:40]), lambda split: real)
+    summary.write(Workdir(samples(workdir, real.images[20:40])), lambda split: real)
     assert "quality" not in json.loads((workdir / "report.json").read_text())
 
 
@@ -205,8 +206,8 @@ def test_a_report_is_never_shown_with_the_images_of_another_split(
     write_json(tmp_path / EVALUATION, evaluation)
     columns = {"id": np.array([1400]), "bits_per_dim": np.ones(1), "nfe": np.ones(1)}
     write_npz(tmp_path / PER_IMAGE, columns)
-    summary.write(tmp_path, lambda split: sets["test"])
+    summary.write(Workdir(tmp_path), lambda split: sets["test"])
     assert "the report stays as it is" in caplog.text
     assert not (tmp_path / "report.html").exists()
-    summary.write(tmp_path, sets.__getitem__)  # The test set has no image 1400.
+    summary.write(Workdir(tmp_path), sets.__getitem__)  # The test set has no image 1400.
     assert (tmp_path / "report.html").exists()

@@ -37,7 +37,7 @@ from refusals import (
     score,
 )
 
-from sbml import bound, likelihood, losses, ode, samplers, sampling, second_order
+from sbml import bound, likelihood, losses, ode, samplers, second_order
 from sbml.density import Density
 from sbml.divergence import Trace
 from sbml.samplers import known
@@ -245,7 +245,7 @@ CASES: Cases = {
         },
     ),
     "denoise": (
-        lambda x, t: sampling.denoise(score, VP, x, t),
+        lambda x, t: samplers.denoise(score, VP, x, t),
         {"x": X, "t": T},
         TIMES | EXAMPLES,
     ),
@@ -293,7 +293,7 @@ CASES: Cases = {
         {"x|x_0": EXAMPLES["x"][:3], "mask": (0.5, 2.0, -1, NAN), **BAD_KEYS, **EPSILONS},
     ),
     "ode_sample": (
-        lambda key, eps, sde: sampling.ode_sample(score, sde, (3,), key, eps=eps, solver=FAST),
+        lambda key, eps, sde: samplers.ode_sample(score, sde, (3,), key, eps=eps, solver=FAST),
         {"key": KEY, "eps": EPS, "sde": VP},
         BAD_KEYS | EPSILONS | DISCRETE,
     ),

@@ -16,11 +16,10 @@ import runs
 import tiny
 
 from sbml import data
-from sbml import report as reports
 from sbml.modes import report
 from sbml.report import summary
-from sbml.report.progress import Progress
-from sbml.report.result import Result
+from sbml.report.plots import write_png
+from sbml.report.result import Result, strict
 from sbml.runtime import lock, metrics
 from sbml.runtime.lock import BusyError
 from sbml.runtime.trees import table_crc32
@@ -74,7 +73,7 @@ def evaluated(workdir: Path, checkpoint: dict[str, int]) -> float:
         "checkpoint": checkpoint,
         "data": {"test": images.fingerprint},
     }
-    Workdir(workdir).write(EVALUATION, reports.strict(evaluation))
+    Workdir(workdir).write(EVALUATION, strict(evaluation))
     columns = {"id": np.arange(len(bits)), "ode_uniform_bits_per_dim": bits}
     Workdir(workdir).write(PER_IMAGE, columns)
     return float(bits.mean())
@@ -123,7 +122,7 @@ def test_pictures_and_samples_of_an_earlier_step_are_shown(training: Path) -> No
     (training / "samples").mkdir()
     for step in (2, 10):
         grid = np.full((8, 8), step, np.uint8)
-        reports.write_png(training / "samples" / f"step_{step:08d}.png", grid)
+        write_png(training / "samples" / f"step_{step:08d}.png", grid)
     runs.mode(report.run, tiny.get_config(), training)
     assert "Samples during the training, at step 10." in shown(training)[1]
     samples(training, 2)
@@ -168,15 +167,12 @@ def test_without_a_process_the_training_has_stopped_or_is_complete(
 
 
 def test_a_training_is_complete_once_its_last_step_is_saved() -> None:
-    assert Progress(None, 40, 40, 0.5, 40).line == (
-        "training complete, step 40 of 40, last loss 0.5000"
-    )
-    assert Progress(None, 40, 40, 0.5, 36).line == (
-        "training stopped, step 40 of 40, saved up to step 36, last loss 0.5000"
-    )
-    assert Progress("process 1", 40, 40, 0.5, 36).line == (
-        "training in progress, step 40 of 40, last loss 0.5000"
-    )
+    for (owner, checkpoint), line in {
+        (None, 40): "training complete, step 40 of 40, last loss 0.5000",
+        (None, 36): "training stopped, step 40 of 40, saved up to step 36, last loss 0.5000",
+        ("process 1", 36): "training in progress, step 40 of 40, last loss 0.5000",
+    }.items():
+        assert report.progress(owner, 40, 40, 0.5, checkpoint)["line"] == line
 
 
 def test_an_evaluation_of_an_earlier_checkpoint_says_so(
@@ -185,14 +181,17 @@ def test_an_evaluation_of_an_earlier_checkpoint_says_so(
     evaluated(tmp_path, {"step": 2, "parameters_crc32": 7})
     samples(tmp_path, 3)
     log(tmp_path, 3)
-    monkeypatch.setattr(report, "progress_of", lambda *_: Progress(None, 3, 3, 0.5, checkpoint=3))
+    progress = report.progress(None, 3, 3, 0.5, checkpoint=3)
+    monkeypatch.setattr(report, "progress", lambda *_: progress)
     runs.mode(report.run, tiny.get_config(), tmp_path)
     warning = "the results are those of step 2, but the newest checkpoint is of step 3: evaluate"
     numbers, text = shown(tmp_path)
     assert warning in caplog.text and warning in text
     of_samples = "the samples are of another checkpoint (step 3) than the results (step 2)"
     assert of_samples in text
-    assert summary.write(tmp_path, lambda split: data.load("digits", split))  # As after sampling.
+    assert summary.write(
+        Workdir(tmp_path), lambda split: data.load("digits", split)
+    )  # As after sampling.
     assert of_samples in shown(tmp_path)[1]
     modes = {name: command.rpartition("=")[2] for name, command in numbers["missing"].items()}
     assert modes == {
@@ -226,12 +225,10 @@ def test_a_report_that_cannot_be_made_stays_as_it_is(
 
 
 def test_a_config_of_fewer_steps_than_were_trained_claims_no_total() -> None:
-    assert Progress("process 1", 50, 40, 0.5, 40).line == (
-        "training in progress, step 50, last loss 0.5000"
-    )
-    assert Progress("process 1", None, 40, None, None).line == (
-        "training in progress, no loss logged yet"
-    )
+    longer = report.progress("process 1", 50, 40, 0.5, 40)
+    assert longer["line"] == "training in progress, step 50, last loss 0.5000"
+    begun = report.progress("process 1", None, 40, None, None)
+    assert begun["line"] == "training in progress, no loss logged yet"
 
 
 def test_who_asks_does_not_keep_a_training_from_starting(tmp_path: Path) -> None:

@@ -39,7 +39,8 @@ def images(workdir: Path, **options: object) -> np.ndarray:
     config.sampling.update(sampler="ancestral", steps=20, num_images=20, batch_size=20)
     config.sampling.update(options)
     experiment = build.Experiment(config)
-    return samples.generate(experiment, experiment.restore(workdir), Workdir(workdir))[0]
+    of = experiment, experiment.restore(workdir), Workdir(workdir)
+    return samples.Drawing(*of).samples().images
 
 
 def fresh(workdir: Path) -> Path:
@@ -82,7 +83,8 @@ def test_the_data_of_the_training_decide_the_levels_of_samples(
     restored.metadata["config"]["data"]["dequantization"] = "none"
     other = experiment.with_dequantization_of(restored)
     assert samples.Recipe.of(other).dequantization == "none"
-    assert samples._identity(other, restored) != samples._identity(experiment, restored)
+    one, two = (samples.Drawing(e, restored, Workdir(tmp_path)) for e in (experiment, other))
+    assert one.identity != two.identity
     assert other.adapter == experiment.adapter
     with monkeypatch.context() as patch:
         patch.setattr(build.Experiment, "restore", lambda self, workdir: restored)
@@ -105,7 +107,7 @@ def test_samples_that_are_not_finite_are_counted(
     broken = restored._replace(
         state=restored.state.replace(ema_params=jax.tree.map(lambda a: a * np.nan, params))
     )
-    drawn = samples.generate(experiment, broken, Workdir(trained / "broken"))
+    drawn = samples.Drawing(experiment, broken, Workdir(trained / "broken")).samples()
     assert drawn.failed.all() and "2 of 2 samples are not finite" in caplog.text
 
 
@@ -135,20 +137,18 @@ def test_the_memory_that_samples_need_is_known(
     shapes = {np.uint8: (batch, *experiment.shape), np.int32: batch, bool: batch}
     drawn = samples.Samples(*(np.zeros(shape, kind) for kind, shape in shapes.items()))
     monkeypatch.setattr(samples, "draw", lambda *given: drawn)
-    monkeypatch.setattr(samples, "_identity", lambda *given: {})
-    monkeypatch.setattr(sample.summary, "write", lambda *given: None)
+    monkeypatch.setattr(samples.Drawing, "identity", {})
     restored = SimpleNamespace(state=SimpleNamespace(ema_params={}), step=1)
+    drawing = samples.Drawing(experiment, restored, workdir)  # type: ignore[arg-type]
     tracemalloc.start()
-    sample._write(
-        experiment, restored, workdir, samples.generate(experiment, restored, workdir), None
-    )
+    drawing.write(drawing.samples(), None)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     needed = samples.memory_needed(experiment.config)
     assert needed / 2 < peak < needed
-    monkeypatch.setattr(samples, "memory", lambda: needed)
+    monkeypatch.setattr(sample, "memory", lambda: needed)
     sample.check(experiment, workdir, ())
-    monkeypatch.setattr(samples, "memory", lambda: needed - 1)
+    monkeypatch.setattr(sample, "memory", lambda: needed - 1)
     with pytest.raises(ValueError, match=f"num_images={n}: .* draw at most {n - 1}"):
         sample.check(experiment, workdir, ())
 

@@ -9,7 +9,7 @@ import pytest
 from families import FAMILIES
 
 from sbml.ode import Solver
-from sbml.sampling import decode, denoise, ode_sample
+from sbml.samplers import decode, denoise, ode_sample
 from sbml.sdes import SDES
 from sbml.types import Array
 from sbml.verify import oracle

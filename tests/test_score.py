@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 from families import FAMILIES
 
-from sbml import bound, integers, likelihood, losses, ode, samplers, sampling, times
+from sbml import bound, integers, likelihood, losses, ode, samplers, times
 from sbml.density import Density
 from sbml.divergence import Trace
 from sbml.score import (
@@ -333,7 +333,7 @@ def test_the_velocity_of_pairs_is_regular_where_there_is_no_signal(name: str) ->
         np.testing.assert_allclose(v, expected, atol=1e-13)
         s = ode.score_of(v, score, sde, sigma * z, t)
         np.testing.assert_allclose(s, -z / sigma, atol=1e-13)
-        x_0, noise = sampling.predictions(score, sde, sigma * z, t)
+        x_0, noise = samplers.predictions(score, sde, sigma * z, t)
         np.testing.assert_allclose(x_0, data.mean, atol=1e-13)
         np.testing.assert_allclose(noise, z, atol=1e-13)
 
@@ -584,7 +584,7 @@ def test_a_network_of_this_package_has_the_ode_of_the_same_foreign_one(
     def solved(x: Array) -> list[tuple[Array, Array, Array]]:
         how = {"eps": EPS, "solver": ode.Solver("heun", fixed_steps=5)}
         found = [likelihood.ode_logp(s, sde, x, None, trace=Trace("exact"), **how) for s in scores]
-        samples = [sampling.decode(s, sde, x, **how)[0] for s in scores]
+        samples = [samplers.decode(s, sde, x, **how)[0] for s in scores]
         return [(f.logp, f.z, sample) for f, sample in zip(found, samples, strict=True)]
 
     for ours, theirs in zip(*solved(x), strict=True):

@@ -8,8 +8,7 @@ import sys
 import matplotlib.pyplot as plt
 import numpy as np
 
-from sbml.report.images import image_grid
-from sbml.report.plots import ACCENT, INK, MUTED
+from sbml.report.plots import ACCENT, INK, MUTED, image_grid
 from sbml.runtime.workdir import EVALUATION, SAMPLES, Workdir
 
 

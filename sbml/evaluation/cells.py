@@ -38,11 +38,8 @@ class CellRun(Driver):
     def __init__(self, shared: Inputs, cell: Cell, dequantization: Dequantization) -> None:
         self.shared, self.cell, self.dequantization = shared, cell, dequantization
         experiment, config = shared.experiment, shared.experiment.config.eval
-        model, draws, method = (
-            dequantization.model,
-            cell.num_importance,
-            estimator(experiment, cell),
-        )
+        model, draws = dequantization.model, cell.num_importance
+        method = estimator(experiment, cell)
         eps = experiment.discrete_eps if model.at_noise else experiment.eval_eps
         ids = shared.ids(config.importance_images if draws > 1 else 0)
         # Each image costs K solves: the subset is smaller by K, but has at least four images. It is
@@ -95,10 +92,7 @@ class CellRun(Driver):
         stored = parts.read(sweep)
         missing = np.setdiff1d(ids, stored.get("id", []))
         if missing.size:
-            if missing.size < ids.size:
-                logging.info(
-                    "%d of %d images were evaluated before", ids.size - missing.size, ids.size
-                )
+            logging.info("%d of %d images were evaluated before", len(ids) - len(missing), len(ids))
             known = stored["bits_per_dim"][np.isin(stored["id"], ids)] if stored else np.empty(0)
             self._fill(parts, missing, known, sweep, solver)
             stored = parts.read(sweep)

@@ -1,6 +1,8 @@
 """What all cells of an evaluation share: the model, the images, and what is made from these once.
 
-The control variate, the densities of times and the dequantizers are made when they are asked for.
+The dequantizers, and what reduces the noise of a bound's random times, a control variate and
+densities of times, are made when they are asked for. The latter two are then stored in the work
+directory.
 """
 
 import dataclasses
@@ -10,13 +12,13 @@ from typing import Any
 import jax
 import numpy as np
 
-from sbml import bits, dequantizers
+from sbml import bits, bound, dequantizers, streams
 from sbml.bound import GaussianControl
-from sbml.data import ImageSet
-from sbml.evaluation import reduction
+from sbml.data import ImageSet, spread
 from sbml.experiment.build import Experiment
 from sbml.runtime.checkpoint import Restored
 from sbml.runtime.preemption import Preemption
+from sbml.runtime.trees import tree_crc32
 from sbml.runtime.workdir import Workdir
 from sbml.streams import stream
 
@@ -52,35 +54,68 @@ class Inputs:
 
     @classmethod
     def of(cls, experiment: Experiment, workdir: Workdir, split: str) -> "Inputs":
-        """The newest undamaged checkpoint of ``workdir`` and the images of ``split``.
-
-        Raises:
-          ValueError: there is no checkpoint, or it belongs to another model.
-        """
+        """The newest undamaged checkpoint of ``workdir`` and the images of ``split``."""
         experiment, restored = experiment.restored(workdir)
         images, train = experiment.images(split), experiment.images("train")
         return cls(experiment, restored, images, train, workdir)
 
     @functools.cached_property
     def control(self) -> GaussianControl | None:
-        """The Gaussian of the control variate; None without ``eval.control``."""
-        wanted = self.experiment.config.eval.control
-        return reduction.control_variate(self.train, self.workdir) if wanted else None
+        """The Gaussian of the control variate, fitted to the dequantized training images; None
+        without ``eval.control``."""
+        if not self.experiment.config.eval.control:
+            return None
+
+        def fit() -> dict[str, np.ndarray]:
+            # The fit is to the integers k; then k is mapped to the scale of the model, [-1, 1].
+            gaussian, levels = (
+                GaussianControl.fit(train.images, noise_variance=1 / 12),
+                train.levels,
+            )
+            arrays = {
+                "mean": bits.to_model(gaussian.mean, 0.5, levels),
+                "variances": (2 / levels) ** 2 * gaussian.variances,
+                **({} if gaussian.basis is None else {"basis": gaussian.basis}),
+            }
+            return {name: np.asarray(value, np.float32) for name, value in arrays.items()}
+
+        train = self.train
+        arrays: dict[str, Any] = self.workdir.compute_once("control", train.fingerprint, fit)
+        return GaussianControl(**{"basis": None, **arrays})
 
     def density(self, eps: float) -> np.ndarray | None:
-        """The density of the bound's times from ``eps`` on, ``(bins,)``; None, which is the
-        proposal's own density, if ``eval.proposal_bins`` is 0."""
-        if not self.experiment.config.eval.proposal_bins:
+        """The density of the bound's times from ``eps`` on, ``(bins,)``, from 256 training images;
+        None, which is the proposal's own density, if ``eval.proposal_bins`` is 0."""
+        experiment, train, config = self.experiment, self.train, self.experiment.config.eval
+        if not config.proposal_bins:
             return None
-        of = self.experiment, self.restored, self.train, self.control, self.workdir
-        return reduction.time_density(*of, eps)
+        params, control = self.restored.state.ema_params, self.control
+        identity = {
+            "eps": eps,
+            "data": train.fingerprint,
+            "parameters_crc32": tree_crc32(params),
+            "control_crc32": tree_crc32(control),
+            "seed": config.seed,
+            "streams": streams.VERSION,
+            "bins": config.proposal_bins,
+            "score": experiment.score_identity,
+        }
+
+        def pilot() -> dict[str, np.ndarray]:
+            pixels = jax.numpy.asarray(train.images[spread(len(train), 256)])
+            x = bits.to_model(pixels, 0.5, train.levels)
+            options: dict[str, Any] = {"eps": eps, "control": control, "bins": config.proposal_bins}
+            run = jax.jit(
+                lambda score, x, key: bound.pilot(score, experiment.sde, x, key, **options)
+            )
+            key = stream(jax.random.key(config.seed), "pilot")
+            return {"density": np.asarray(run(experiment.exact_adapter(params), x, key))}
+
+        return self.workdir.compute_once("density", identity, pilot)["density"]
 
     def dequantization(self, name: str) -> Dequantization:
         """The dequantizer called ``name``, with the averaged parameters of its training if it has
         parameters.
-
-        Raises:
-          ValueError: it has parameters and was not trained.
         """
         model = self.experiment.dequantizer(name)
         if not dequantizers.is_trained(model):
@@ -103,11 +138,7 @@ class Inputs:
 
 
 def check_first_batch(inputs: Inputs, dequantization: Dequantization) -> None:
-    """Check that the dequantizer adds noise to the integers of the first batch.
-
-    Raises:
-      ValueError: it does not (``bits.check_dequantized``).
-    """
+    """Check that the dequantizer adds noise to the integers of the first batch."""
     if not dequantizers.has_density(dequantization.model):
         return
     ids, levels = inputs.ids(inputs.experiment.config.eval.batch_size), inputs.images.levels

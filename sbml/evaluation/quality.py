@@ -37,11 +37,7 @@ class Reference(NamedTuple):
 
 
 def extractor(config: Config) -> Extractor:
-    """The extractor that ``eval.features`` names.
-
-    Raises:
-      ValueError: its weights are missing, or it does not fit this data.
-    """
+    """The extractor that ``eval.features`` names."""
     e = config.eval
     made: Extractor = EXTRACTORS[e.features](
         weights=e.inception_weights,
@@ -77,8 +73,8 @@ def reference(experiment: Experiment, extract: Extractor, images: ImageSet) -> R
             """The features chunk by chunk: those of a million images together need 10 GB."""
             start = 0
             for features, _ in features_of(extract, images.images, f"{images.name} {images.split}"):
-                rows = ids[(ids >= start) & (ids < start + len(features))] - start
-                kept.append(np.asarray(features[rows], np.float32))
+                chosen = ids[(ids >= start) & (ids < start + len(features))] - start
+                kept.append(np.asarray(features[chosen], np.float32))
                 start += len(features)
                 yield features
 
@@ -142,11 +138,10 @@ def memorisation(
     neighbours, distance = _nearest(samples, train, flip)
     test_images = test.images[spread(len(test), max(len(samples), 100))]
     _, test_distance = _nearest(test_images, train, flip)
-    rows = np.concatenate([samples[:SHOWN], neighbours[:SHOWN]])
     values = {
         "nearest training image, median root mean square distance of samples": float(
             np.median(distance)
         ),
         "the same of test images": float(np.median(test_distance)),
     }
-    return values, rows
+    return values, np.concatenate([samples[:SHOWN], neighbours[:SHOWN]])

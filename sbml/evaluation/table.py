@@ -7,13 +7,14 @@ from typing import Any
 import numpy as np
 from absl import logging
 
-from sbml import report
 from sbml.estimate import Columns
-from sbml.evaluation import baselines, cautions
+from sbml.evaluation import baselines
 from sbml.evaluation.cells import CellRun
-from sbml.evaluation.inputs import Inputs, check_first_batch
+from sbml.evaluation.inputs import Dequantization, Inputs, check_first_batch
+from sbml.experiment import trained
 from sbml.intervals import mean_interval
-from sbml.report.result import Result
+from sbml.report.result import Result, strict
+from sbml.runtime.checkpoint import Restored
 from sbml.runtime.trees import table_crc32, tree_crc32
 from sbml.runtime.versions import versions
 from sbml.runtime.workdir import EVALUATION, PER_IMAGE, Workdir
@@ -33,7 +34,7 @@ class Table:
     def __init__(self, shared: Inputs) -> None:
         self.shared = shared
         cells = shared.experiment.config.eval.cells()
-        self.undefined = {cell.name: cell.reason_undefined for cell in cells}
+        self.undefined = {c.name: c.reason_undefined for c in cells if c.reason_undefined}
         self.cells = [cell for cell in cells if not cell.reason_undefined]
         names = dict.fromkeys(cell.dequantizer for cell in self.cells)
         self.dequantizations = {name: shared.dequantization(name) for name in names}
@@ -43,7 +44,7 @@ class Table:
         self.results: list[Result] = []
         self.warnings: list[str] = []
         # These come before the work, so that the user can stop it.
-        self._warn(cautions.warnings(shared, self.dequantizations))
+        self._warn(cautions(shared, self.dequantizations))
 
     def _warn(self, found: list[str]) -> None:
         for warning in found:
@@ -51,11 +52,7 @@ class Table:
         self.warnings += found
 
     def fill(self) -> None:
-        """Compute all cells, or read the rows that an interrupted evaluation has computed.
-
-        Raises:
-          cells.Unconverged: fixed steps are too coarse.
-        """
+        """Compute all cells, or read the rows that an interrupted evaluation has computed."""
         # All cells are set up before the first is computed, so that errors appear within seconds.
         runs = [CellRun(self.shared, c, self.dequantizations[c.dequantizer]) for c in self.cells]
         ids = max((run.ids for run in runs), key=len)
@@ -84,12 +81,16 @@ class Table:
             name: mean_interval(values)
             for name, values in baselines.all_of(train.images, pixels, train.levels).items()
         }
-        undefined = {name: reason for name, reason in self.undefined.items() if reason}
         left_out = baselines.omitted(train.images)
+        # An evaluation does not use the settings of the training, so those that it was given can be
+        # wrong: the config has those of the checkpoint.
+        given, asked = restored.metadata["config"], experiment.to_plain()
+        data = {name: given["data"][name] for name in ("dequantization", "flip")}
+        sections = {name: given[name] for name in ("seed", "training", "optim")}
         return {
             "title": shared.workdir.name,
             "results": [result.plain() for result in self.results],
-            **({"undefined": undefined} if undefined else {}),
+            **({"undefined": self.undefined} if self.undefined else {}),
             "baselines": [
                 {"name": name, "bits_per_dim": i.mean, "ci95": i.ci95, "interval": list(i.bounds)}
                 for name, i in intervals.items()
@@ -108,7 +109,7 @@ class Table:
                 "train": train.fingerprint,
                 experiment.config.eval.split: shared.images.fingerprint,
             },
-            "config": as_trained(experiment.to_plain(), restored.metadata["config"]),
+            "config": {**asked, **sections, "data": {**asked["data"], **data}},
             "tables": {name: table_crc32(columns) for name, columns in self.columns.items()},
             "command": shlex.join(["python", "-m", "sbml.main", *sys.argv[1:]]),
             "versions": versions(),
@@ -119,18 +120,65 @@ class Table:
         evaluation."""
         for name, columns in self.columns.items():
             workdir.write(name, columns)
-        workdir.write(EVALUATION, report.strict(evaluation))
+        workdir.write(EVALUATION, strict(evaluation))
         for path in workdir.path.glob("per_image*.npz"):
             if path.name not in self.columns:
                 path.unlink()
 
 
-def as_trained(asked: dict[str, Any], trained: dict[str, Any]) -> dict[str, Any]:
-    """The config ``asked`` of this evaluation, with the settings of the training replaced by those
-    in the checkpoint's config ``trained``.
+def cautions(inputs: Inputs, dequantizations: dict[str, Dequantization]) -> list[str]:
+    """Warnings before the evaluation: a damaged checkpoint; a model that was trained on other data,
+    other times, or without dequantization; dequantizers that do not fit it; files that are not
+    used and images that are not evaluated; cautions of the image sets."""
+    restored = inputs.restored
+    metadata, images, train = restored.metadata, inputs.images, inputs.train
+    found = [f"damaged, so an older checkpoint was taken: {r}" for r in restored.damaged]
+    found += trained.other_data(metadata, train)
+    found += trained.unseen_times(metadata, inputs.experiment.eval_eps)
+    if metadata["config"]["data"]["dequantization"] == "none":
+        found.append(
+            "the model was trained on k / (levels - 1) without dequantization, and is evaluated "
+            "on (k + u) / levels: this mismatch increases bits/dim "
+            "(data.dequantization=uniform trains on the data that are evaluated)"
+        )
+    for name, dequantizer in dequantizations.items():
+        found += misfits(restored, name, dequantizer)
+    for split in {images.split: images, train.split: train}.values():
+        if split.skipped:
+            paths, count = "; ".join(split.skipped), len(split.skipped)
+            files = "file is" if count == 1 else "files are"
+            found.append(f"{count} {split.split} {files} not used: {paths}")
+    if (count := len(inputs.ids())) < len(images):
+        sample = "the first" if inputs.experiment.config.eval.in_order else "a random sample of"
+        found.append(f"{sample} {count} of {len(images)} images (eval.max_images)")
+    # If the images have scenes, the caution is about the interval, which is not of these images.
+    of_sets = dict.fromkeys([images.caution, train.caution if train.scenes is None else ""])
+    return [*found, *filter(None, of_sets)]
 
-    An evaluation does not use the settings of the training, so those in ``asked`` can be wrong.
-    """
-    data = {name: trained["data"][name] for name in ("dequantization", "flip")}
-    sections = {name: trained[name] for name in ("seed", "training", "optim")}
-    return {**asked, **sections, "data": {**asked["data"], **data}}
+
+def misfits(restored: Restored, name: str, dequantizer: Dequantization) -> list[str]:
+    """Warnings if the dequantizer does not fit the score's training data, or was trained for
+    another score."""
+    found = []
+    trained_on = restored.metadata["config"]["data"]["dequantization"]
+    if dequantizer.model.at_noise and trained_on == "uniform":
+        found.append(
+            f"{name}: the model was trained on uniformly dequantized images, but this dequantizer "
+            "puts noise around bin centres. The number is a valid but loose bound: evaluate with "
+            "--config.eval.dequantizers=uniform, or train with --config.data.dequantization=centre"
+        )
+    if not dequantizer.model.at_noise and trained_on == "centre":
+        found.append(
+            f"{name}: the model was trained on bin centres, but this dequantizer needs its density "
+            "in the whole bins. The number is a valid but loose bound: evaluate with "
+            "--config.eval.dequantizers=truncated_normal, or train with "
+            "--config.data.dequantization=uniform"
+        )
+    if dequantizer.restored is not None:
+        score = dequantizer.restored.metadata["score"]
+        if score["crc32"] != tree_crc32(restored.state.ema_params):
+            found.append(
+                f"{name}: trained for another score (step {score['step']}). The number is a valid "
+                "but loose bound: train the dequantizer again with --mode=train_dequantizer"
+            )
+    return found

@@ -15,15 +15,6 @@ import numpy as np
 
 from sbml.registry import Registry
 
-EXTRACTORS = Registry(
-    "feature extractor",
-    {
-        "inception": "sbml.features.inception:extractor",
-        "digits_classifier": "sbml.features.digits_classifier:extractor",
-    },
-)
-
-
 # uint8 images (n, h, w, c) -> features (n, d) and class probabilities (n, classes)
 Look = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
 
@@ -45,3 +36,12 @@ class Extractor:
 
     def __call__(self, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         return self.look(images)
+
+
+EXTRACTORS = Registry(
+    "feature extractor",
+    {
+        "inception": "sbml.features.inception:extractor",
+        "digits_classifier": "sbml.features.digits_classifier:extractor",
+    },
+)

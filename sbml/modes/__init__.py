@@ -6,8 +6,9 @@ uses:
     workdir        the folder of the run (``sbml.runtime.workdir``)
     others         flags of the command line, such as ``source`` for ``--source=DIR``; they are text
 
-A function ``check(experiment, workdir, before)`` beside it raises a ValueError if the mode cannot
-work after the modes ``before``; it is called before the first mode runs. ``--mode`` also takes a
+A mode that cannot work raises a ValueError, which the program shows in one line. A function
+``check(experiment, workdir, before)`` beside it raises it if the mode cannot work after the modes
+``before``; it is called before the first mode runs. ``--mode`` also takes a
 function of another package, as ``package.module:function``. Files whose names begin with an
 underscore are parts that several modes share.
 """

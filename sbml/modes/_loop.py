@@ -17,11 +17,11 @@ import numpy as np
 from absl import logging
 from etils import epath
 
-from sbml import report
 from sbml.data import ImageSet, prefetch, train_batches
 from sbml.experiment import trained
 from sbml.experiment.training import Loop
 from sbml.platform import compiler_options, platform
+from sbml.report.plots import write_png
 from sbml.runtime import metrics, peers, progress, sharding
 from sbml.runtime.checkpoint import Checkpoints
 from sbml.runtime.preemption import Preemption
@@ -315,7 +315,7 @@ class _Trainer:
             folder = self.task.directory / "samples"
             with self._tolerate_disk_errors(step):
                 folder.mkdir(parents=True, exist_ok=True)
-                report.write_png(folder / f"step_{step:08d}.png", grid)
+                write_png(folder / f"step_{step:08d}.png", grid)
                 self.writer.image(step, "samples", grid)
 
 

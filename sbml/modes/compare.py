@@ -1,8 +1,8 @@
 """Compares evaluated runs on one page: ``--mode=compare --runs=runs/a,runs/b``."""
 
-from sbml import report
 from sbml.report import comparison
 from sbml.report.comparison import Run
+from sbml.report.result import strict
 from sbml.runtime.workdir import Workdir
 
 
@@ -11,9 +11,6 @@ def run(workdir: Workdir | None = None, runs: str = "") -> None:
 
     Writes ``comparison.html`` and ``comparison.json`` to ``workdir``, or to ``runs/comparison`` if
     it is None, and prints the paired differences of every number that the runs share.
-
-    Raises:
-      ValueError: a run was not evaluated, or the runs cannot be compared.
     """
     if not runs:
         raise ValueError("--mode=compare reads --runs=DIR,DIR: evaluated work directories")
@@ -24,7 +21,7 @@ def run(workdir: Workdir | None = None, runs: str = "") -> None:
     evaluated = list(map(Run.read, workdirs, comparison.short_names(workdirs)))
     numbers = comparison.compare(evaluated)
     workdir = workdir or Workdir("runs/comparison")
-    workdir.write("comparison.json", report.strict(numbers))
+    workdir.write("comparison.json", strict(numbers))
     workdir.write_bytes("comparison.html", comparison.render(evaluated, numbers).encode())
     for cell in numbers["cells"]:
         print(cell["name"])

@@ -12,10 +12,6 @@ def run(config: Config, workdir: Workdir, source: epath.PathLike | None = None) 
     ``convert.SOURCES``; of a work directory, the newest checkpoint.
 
     The code that wrote the file is recognised by its content.
-
-    Raises:
-      ValueError: there is no ``source``, none of these codes wrote it, ``config`` has another
-        network, or the conversion fails.
     """
     if not source:
         raise ValueError(

@@ -19,11 +19,7 @@ from sbml.runtime.workdir import Workdir
 
 
 def check(experiment: Experiment, workdir: Workdir, before: Sequence[str]) -> None:
-    """Check that the dequantizers with parameters are trained, or will be.
-
-    Raises:
-      ValueError: one is not.
-    """
+    """Check that the dequantizers with parameters are trained, or will be."""
     config = experiment.config
     missing = [
         name for name in config.eval.dequantizers if dequantizers.is_trained(DEQUANTIZERS[name])
@@ -42,10 +38,6 @@ def run(experiment: Experiment, workdir: Workdir) -> None:
 
     Writes ``per_image.npz``, ``evaluation.json``, ``report.json`` and ``report.html``. A killed
     evaluation resumes where it stopped.
-
-    Raises:
-      ValueError: there is no checkpoint or no trained dequantizer, or it belongs to another model.
-      cells.Unconverged: fixed steps are too coarse.
     """
     config = experiment.config.eval
     with workdir.lock("eval"), jax.default_matmul_precision(config.precision):

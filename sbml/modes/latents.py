@@ -16,11 +16,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sbml import bits, report
+from sbml import bits
 from sbml.data import spread
 from sbml.evaluation.samples import grid, to_bins
 from sbml.experiment.build import Experiment
 from sbml.ode import Solver, transport
+from sbml.report.plots import write_png
 from sbml.runtime import sharding
 from sbml.runtime.workdir import LATENTS, Workdir
 from sbml.samplers import FixedSteps
@@ -33,18 +34,10 @@ COMPLETIONS = 4  # number of completions of each image
 
 
 @functools.partial(jax.jit, static_argnames=("sde", "t0", "t1", "solver"))
-def _solve(score: Score, x: Array, *, sde: SDE, t0: float, t1: float, solver: Solver) -> Array:
+def solve(score: Score, x: Array, *, t0: float, t1: float, sde: SDE, solver: Solver) -> Array:
+    """The solutions ``(n, *s)`` of the ODE at ``t1`` from ``x (n, *s)`` at ``t0``: latents if t1 is
+    T, images if t0 is."""
     return jax.vmap(lambda x: transport(score, sde, x, t0, t1, solver)[0])(x)
-
-
-def encode(score: Score, x: Array, *, sde: SDE, eps: float, solver: Solver) -> Array:
-    """The latents ``(n, *s)`` at T of ``x (n, *s)`` at eps."""
-    return _solve(score, x, sde=sde, t0=eps, t1=sde.T, solver=solver)
-
-
-def decode(score: Score, z: Array, *, sde: SDE, eps: float, solver: Solver) -> Array:
-    """The images ``(n, *s)`` at eps of latents ``z (n, *s)`` at T."""
-    return _solve(score, z, sde=sde, t0=sde.T, t1=eps, solver=solver)
 
 
 def interpolate(z: Array, frames: int) -> Array:
@@ -85,18 +78,8 @@ def run(experiment: Experiment, workdir: Workdir) -> None:
 
     Writes ``latents.npz`` (ids, latents, reconstruction errors), ``reconstruction.png``,
     ``interpolation.png``, ``inpainting.png`` and, for colour images, ``colourisation.png``.
-
-    Raises:
-      ValueError: there is no checkpoint, or there are fewer than two images or than
-        ``latents.count``.
     """
-    with jax.default_matmul_precision(experiment.config.eval.precision):
-        _run(experiment, workdir)
-
-
-def _run(experiment: Experiment, workdir: Workdir) -> None:
-    config = experiment.config
-    options = config.latents
+    config, options = experiment.config, experiment.config.latents
     experiment, restored = experiment.restored(workdir)
     images = experiment.images(config.eval.split)
     experiment = experiment.with_dequantization_of(restored)
@@ -113,42 +96,36 @@ def _run(experiment: Experiment, workdir: Workdir) -> None:
             f"images; set --config.latents.count={len(images)}"
         )
     ids = spread(len(images), options.count)
-    x = bits.to_model(jnp.asarray(images.images[ids]), 0.5, images.levels) / factor
+    sde, eps, sampler = experiment.sde, experiment.sampling_eps, options.sampler()
     # The term ``correction`` of a likelihood corrects the error of the solver's path. There is no
     # such term here, so the tolerances are ten times smaller.
-    solver = experiment.config.eval.solver().tighter(10)
-    ode: dict[str, Any] = {"sde": experiment.sde, "eps": experiment.eval_eps, "solver": solver}
-    z = encode(score, x, **ode)
-    reconstruction = decode(score, z, **ode)
-    error = sharding.to_host(jnp.abs(reconstruction - x).reshape(len(x), -1).max(axis=1))
-    z_between = interpolate(z, options.frames).reshape(-1, *config.data.shape)
-    interpolation = decode(score, z_between, **{**ode, "eps": experiment.sampling_eps})
-    # Each picture: images in [-1, 1], and the number of columns of the grid.
-    pictures = {
-        "reconstruction": (jnp.concatenate([x, reconstruction]), len(x)),
-        "interpolation": (interpolation, options.frames),
-    }
-    sde, eps, sampler = experiment.sde, experiment.sampling_eps, options.sampler()
-    tasks = {"inpainting": False, **({"colourisation": True} if x.shape[-1] == 3 else {})}
-    for name, colours in tasks.items():
-        new = completions(score, x, sde=sde, eps=eps, sampler=sampler, colours=colours)
-        rows = jnp.concatenate([_known_part(x, colours)[:, None], new, x[:, None]], axis=1)
-        pictures[name] = rows.reshape(-1, *config.data.shape), rows.shape[1]
+    ode: dict[str, Any] = {"sde": sde, "solver": config.eval.solver().tighter(10)}
+    with jax.default_matmul_precision(config.eval.precision):
+        x = bits.to_model(jnp.asarray(images.images[ids]), 0.5, images.levels) / factor
+        z = solve(score, x, t0=experiment.eval_eps, t1=sde.T, **ode)
+        reconstruction = solve(score, z, t0=sde.T, t1=experiment.eval_eps, **ode)
+        error = jnp.abs(reconstruction - x).reshape(len(x), -1).max(axis=1)
+        z_between = interpolate(z, options.frames).reshape(-1, *config.data.shape)
+        # Each picture: images in [-1, 1], and the number of columns of the grid.
+        pictures = {
+            "reconstruction": (jnp.concatenate([x, reconstruction]), len(x)),
+            "interpolation": (solve(score, z_between, t0=sde.T, t1=eps, **ode), options.frames),
+        }
+        tasks = {"inpainting": False, **({"colourisation": True} if x.shape[-1] == 3 else {})}
+        for name, colours in tasks.items():
+            new = completions(score, x, sde=sde, eps=eps, sampler=sampler, colours=colours)
+            shown = jnp.concatenate([_known_part(x, colours)[:, None], new, x[:, None]], axis=1)
+            pictures[name] = shown.reshape(-1, *config.data.shape), shown.shape[1]
     pixels = {
         name: bits.to_pixels(values * factor, images.levels)
         for name, (values, _) in pictures.items()
     }
-    pixels, z = sharding.to_host((pixels, z))
+    pixels, z, error = sharding.to_host((pixels, z, error))
     if jax.process_index() > 0:  # The rest is output, which only process 0 writes.
         return
     columns = {"id": ids, "latent": z, "reconstruction_error": error}
     workdir.write(LATENTS, {**columns, "step": np.asarray(restored.step)})
     for name, picture in pixels.items():
         width = pictures[name][1]
-        report.write_png(workdir / f"{name}.png", grid(experiment, picture, columns=width))
+        write_png(workdir / f"{name}.png", grid(experiment, picture, columns=width))
         print(f"{name}: {workdir / f'{name}.png'}")
-    print(
-        f"{len(x)} latents: mean {z.mean():.3f}, standard deviation {z.std():.3f} (the prior's "
-        f"{experiment.sde.prior_std:g}); largest reconstruction error {error.max():.1e}, "
-        "pixels in [-1, 1]"
-    )

@@ -1,6 +1,5 @@
 """Makes the report of a work directory from the files in it: ``--mode=report``."""
 
-from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -8,7 +7,6 @@ import jax
 from sbml.experiment import trained
 from sbml.experiment.build import Experiment
 from sbml.report import summary
-from sbml.report.progress import Progress
 from sbml.report.result import Result
 from sbml.runtime import metrics
 from sbml.runtime.workdir import EVALUATION, Workdir
@@ -20,45 +18,60 @@ def run(experiment: Experiment, workdir: Workdir) -> None:
     The model is not run and no lock is taken. The page shows the progress and the losses of the
     training and, as far as they exist, the results, the samples and their quality; for those that
     are missing it shows the commands that make them.
-
-    Raises:
-      ValueError: there is neither a training nor an evaluation in ``workdir``, the config is of
-        another model than its checkpoint, or a file that the report needs is damaged.
     """
-    if (metadata := experiment.config.training.checkpoints(workdir).metadata()) is not None:
-        trained.check_score(experiment.config, metadata)
-    rows = metrics.read(workdir)
-    progress = progress_of(experiment, workdir, rows)
+    config = experiment.config
+    checkpoints = config.training.checkpoints(workdir)
+    if (metadata := checkpoints.metadata()) is not None:
+        trained.check_score(config, metadata)
+    owner, curves, saved = workdir.owner("train"), metrics.read(workdir), checkpoints.steps()
+    loss = curves[-1]["loss"] if curves else None
+    step = max([*(point["step"] for point in curves[-1:]), *saved[-1:]], default=None)
     evaluated = workdir.has(EVALUATION)
-    if progress.owner is None and progress.step is None and not evaluated:
+    if owner is None and step is None and not evaluated:
         raise ValueError(
             f"{workdir} has no metrics, no checkpoint and no evaluation to report: train first "
             "(--mode=train), or set --workdir to the folder of a run"
         )
     if jax.process_index() > 0:
         return
-    print(progress.line)
+    training = progress(owner, step, config.training.num_steps, loss, saved[-1] if saved else None)
+    print(training["line"])
     if evaluated:
         for result in workdir.read(EVALUATION)["results"]:
             print(Result.read(result).line)
-    model = {"name": experiment.config.model.name, "parameters": experiment.parameter_count()}
-    known = {"model": model, "config": experiment.to_plain(), "training": progress.plain()}
-    if summary.write(workdir, experiment.config.data.images, known, rows):
+    model = {"name": config.model.name, "parameters": experiment.parameter_count()}
+    known = {"model": model, "config": experiment.to_plain(), "training": training}
+    if summary.write(workdir, config.data.images, known, curves):
         print(f"report: {workdir / 'report.html'}")
 
 
-def progress_of(
-    experiment: Experiment, workdir: Workdir, rows: Sequence[Mapping[str, Any]]
-) -> Progress:
-    """How far the training in ``workdir`` has come; ``rows`` are its metrics. This only reads."""
-    training = experiment.config.training
-    owner = workdir.owner("train")
-    checkpoints = training.checkpoints(workdir).steps()
-    steps = [*(row["step"] for row in rows[-1:]), *checkpoints[-1:]]
-    return Progress(
-        owner,
-        max(steps, default=None),
-        training.num_steps,
-        rows[-1]["loss"] if rows else None,
-        checkpoints[-1] if checkpoints else None,
-    )
+def progress(
+    owner: str | None, step: int | None, num_steps: int, loss: float | None, checkpoint: int | None
+) -> dict[str, Any]:
+    """How far a training has come: these arguments, and ``line``, which says it in words.
+
+    Args:
+      owner: the process that is training at this moment, in words; None if there is none.
+      step: the last step in the metrics or of a checkpoint; None if there is neither.
+      num_steps: the number of steps that the config asks for.
+      loss: the last logged loss, in nats per dimension; None if there is none.
+      checkpoint: the step of the newest checkpoint; None if there is none.
+    """
+    saved = checkpoint or 0
+    if owner is not None:
+        words = ["training in progress"]
+    elif step is None:
+        words = ["not trained yet"]
+    else:
+        words = ["training complete" if saved >= num_steps else "training stopped"]
+    if step is not None:
+        # The config may be that of an earlier, shorter training.
+        words.append(f"step {step:,}" + (f" of {num_steps:,}" if step <= num_steps else ""))
+        if owner is None and saved < step == num_steps:
+            words.append(f"saved up to step {saved:,}" if saved else "no checkpoint")
+    words.append("no loss logged yet" if loss is None else f"last loss {loss:.4f}")
+    return {
+        "line": ", ".join(words),
+        **{"owner": owner, "step": step, "num_steps": num_steps},
+        **{"loss": loss, "checkpoint": checkpoint},
+    }

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from sbml.intervals import mean_interval
-from sbml.report import images, page, plots, summary
+from sbml.report import page, plots, summary
 from sbml.report.result import Result
 from sbml.runtime import metrics
 from sbml.runtime.workdir import EVALUATION, Workdir
@@ -53,11 +53,7 @@ class Run:
 
     @classmethod
     def read(cls, workdir: Workdir, name: str = "") -> "Run":
-        """The run of ``workdir``, with the name of its folder if ``name`` is empty.
-
-        Raises:
-          ValueError: it was not evaluated, or one of its files is damaged.
-        """
+        """The run of ``workdir``, with the name of its folder if ``name`` is empty."""
         evaluation = workdir.read(EVALUATION)
         results = {r.name: r for r in map(Result.read, evaluation["results"])}
         shared = summary.table_of(workdir, evaluation)
@@ -68,18 +64,17 @@ class Run:
             table = shared if column in shared else summary.table_of(workdir, evaluation, own)
             bits[number] = table["id"], table[column]
         step = evaluation["checkpoint"]["step"]
-        rows = [row for row in metrics.read(workdir) if row["step"] <= step]
+        curves = [point for point in metrics.read(workdir) if point["step"] <= step]
         drawn = summary.samples_of(workdir, evaluation["checkpoint"])
         found = None if drawn is None else summary.quality_of(workdir, drawn)
-        quality = None if found is None else found["values"]
         return cls(
             name or workdir.name,
             evaluation,
             results,
             bits,
-            rows[-1]["seconds"] if rows else None,
+            curves[-1]["seconds"] if curves else None,
             None if drawn is None else drawn["images"],
-            quality or {},
+            {} if found is None else found["values"],
         )
 
     @property
@@ -102,13 +97,19 @@ def short_names(workdirs: Sequence[Workdir]) -> list[str]:
 def compare(runs: Sequence[Run]) -> dict[str, Any]:
     """The numbers of the page as plain values: ``runs``, ``cells`` with a row for each run, and the
     names of the numbers that are ``not_compared``, by run.
-
-    Raises:
-      ValueError: there are fewer than two runs, two are the same or have other images, or no
-        number is common to the first run and another.
     """
-    _check(runs)
+    named = [run.name for run in runs]
+    if len(runs) < 2:
+        raise ValueError(f"a comparison needs two evaluated runs at least, got {named}")
+    if len({*named}) < len(named):
+        raise ValueError(f"two of the runs are the same or have the same name: {named}")
     first, *others = runs
+    for run in others:
+        if run.images["id"] != first.images["id"]:
+            raise ValueError(
+                f"{run.name} was evaluated on other images than {first.name}: {run.images} and "
+                f"{first.images}. Evaluate both on the same data and split"
+            )
     names = [n for n in first.results if any(n in run.results for run in others)]
     if not names:
         raise ValueError(
@@ -116,33 +117,27 @@ def compare(runs: Sequence[Run]) -> dict[str, Any]:
             + "; ".join(f"{run.name} has {', '.join(run.results)}" for run in others)
             + ". Evaluate them with the same eval.estimators and eval.dequantizers"
         )
-    cells = []
-    for name in names:
-        rows = [_row(run, first, name) for run in runs if name in run.results]
-        cells.append({"name": name, "rows": rows})
-    compared = {cell["name"] for cell in cells}
-    others_only = {run.name: [n for n in run.results if n not in compared] for run in runs}
+    left = {run.name: [n for n in run.results if n not in names] for run in runs}
     return {
-        "runs": [_about(run) for run in runs],
+        "runs": [
+            {
+                "name": run.name,
+                "network": run.evaluation["model"]["name"],
+                "parameters": run.evaluation["model"]["parameters"],
+                "step": run.evaluation["checkpoint"]["step"],
+                "training_seconds": run.seconds,
+                "warnings": run.evaluation["warnings"],
+                "quality": run.quality,
+            }
+            for run in runs
+        ],
         "data": dict(first.images),
-        "cells": cells,
-        "not_compared": {name: left for name, left in others_only.items() if left},
+        "cells": [
+            {"name": n, "rows": [_row(run, first, n) for run in runs if n in run.results]}
+            for n in names
+        ],
+        "not_compared": {name: numbers for name, numbers in left.items() if numbers},
     }
-
-
-def _check(runs: Sequence[Run]) -> None:
-    names = [run.name for run in runs]
-    if len(runs) < 2:
-        raise ValueError(f"a comparison needs two evaluated runs at least, got {names}")
-    if len({*names}) < len(names):
-        raise ValueError(f"two of the runs are the same or have the same name: {names}")
-    first = runs[0]
-    for run in runs[1:]:
-        if run.images["id"] != first.images["id"]:
-            raise ValueError(
-                f"{run.name} was evaluated on other images than {first.name}: {run.images} and "
-                f"{first.images}. Evaluate both on the same data and split"
-            )
 
 
 def _row(run: Run, first: Run, name: str) -> dict[str, Any]:
@@ -159,33 +154,23 @@ def _row(run: Run, first: Run, name: str) -> dict[str, Any]:
     if run is first:
         return row
     (ids, bits), (first_ids, first_bits) = run.bits[name], first.bits[name]
-    common, rows, first_rows = np.intersect1d(ids, first_ids, return_indices=True)
+    common, here, there = np.intersect1d(ids, first_ids, return_indices=True)
     if not len(common):
         return row
-    gap = mean_interval(bits[rows] - first_bits[first_rows])
+    gap = mean_interval(bits[here] - first_bits[there])
     return row | {"difference": gap.mean, "difference_interval": list(gap.bounds), "pairs": gap.n}
-
-
-def _about(run: Run) -> dict[str, Any]:
-    """The model, its training and the quality of its samples, as plain values."""
-    model = run.evaluation["model"]
-    about = {"name": run.name, "network": model["name"], "parameters": model["parameters"]}
-    about |= {"step": run.evaluation["checkpoint"]["step"], "training_seconds": run.seconds}
-    return about | {"warnings": run.evaluation["warnings"], "quality": run.quality}
 
 
 def differing(runs: Sequence[Run]) -> dict[str, list[str]]:
     """The fields of the configs that are not equal in all runs: the value of each run, as text."""
     configs = [page.flat(run.evaluation["config"]) for run in runs]
     names = list(dict.fromkeys(name for config in configs for name in config))
-    rows = {name: [_setting(config, name) for config in configs] for name in names}
-    return {name: row for name, row in rows.items() if len({*row}) > 1}
 
+    def shown(value: Any) -> str:
+        return value if isinstance(value, str) and value else json.dumps(value)
 
-def _setting(config: Mapping[str, Any], name: str) -> str:
-    """The value of the field ``name`` as text; a dash if the config has no such field."""
-    value = config.get(name, "–")
-    return value if isinstance(value, str) and value else json.dumps(value)
+    texts = {name: [shown(config.get(name, "–")) for config in configs] for name in names}
+    return {name: row for name, row in texts.items() if len({*row}) > 1}
 
 
 def render(runs: Sequence[Run], numbers: Mapping[str, Any]) -> str:
@@ -221,14 +206,14 @@ def _texts(about: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _figure(cell: Mapping[str, Any]) -> dict[str, Any]:
-    rows = [page.estimate(row["run"], row, ours=i > 0) for i, row in enumerate(cell["rows"])]
-    name = f"{cell['name']}, bits/dim"
-    draw = partial(plots.comparison, estimates=rows)
+    dots = [plots.Dot.of(row["run"], row, ours=i > 0) for i, row in enumerate(cell["rows"])]
+    draw = partial(plots.comparison, dots=dots)
     caption = "Bars: 95% intervals of each mean."
-    return page.figure(name, draw, 10.6, 0.6 + 0.36 * len(rows), caption)
+    return page.figure(f"{cell['name']}, bits/dim", draw, 10.6, 0.6 + 0.36 * len(dots), caption)
 
 
 def _grid(samples: np.ndarray, levels: int) -> str:
     scale = max(1, 48 // samples.shape[1])
     shown = samples[: COLUMNS * ROWS]
-    return page.data_url(images.image_grid(shown, levels, min(COLUMNS, len(shown)), scale))
+    grid = plots.image_grid(shown, levels, min(COLUMNS, len(shown)), scale)
+    return page.data_url(plots.png(grid))

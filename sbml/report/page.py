@@ -1,4 +1,10 @@
-"""Makes ``report.html``: each function prepares the values that one part of the template shows."""
+"""The report of a run as two files: ``report.json`` for programs, ``report.html`` for people.
+
+The page is one file that opens offline and loads nothing. It shows the content of ``report.json``,
+with figures from the per-image table. All numbers come from the caller; only their means, extremes
+and differences are computed here. Values that are not finite are counted and shown, never left out.
+Each function prepares the values that one part of the template shows.
+"""
 
 import base64
 import json
@@ -10,11 +16,12 @@ from typing import Any
 
 import jinja2
 import numpy as np
+from etils import epath
 from markupsafe import Markup
 
-from sbml.report import images as _images
-from sbml.report import plots as _plots
-from sbml.report.result import COLUMNS
+from sbml.report import plots
+from sbml.report.result import COLUMNS, strict
+from sbml.runtime.files import write_whole
 
 Fetch = Callable[[Sequence[int]], np.ndarray]
 
@@ -28,23 +35,49 @@ SHOWN_ELSEWHERE = {
 }
 
 
-def render(
-    report: dict[str, Any],
+def write(
+    directory: epath.Path,
+    content: Mapping[str, Any],
+    *,
     table: Mapping[str, np.ndarray] | None,
-    images: Fetch | np.ndarray | None,
+    images: Fetch | None,
     levels: int,
     curves: Sequence[Mapping[str, Any]],
     samples: np.ndarray | None,
-    pictures: Sequence[tuple[str, bytes]],
-) -> str:
-    """The page as HTML. The arguments are those of ``report.write``; ``report`` has been made
-    ``strict``."""
+    pictures: Sequence[tuple[str, bytes]] = (),
+) -> None:
+    """Write ``report.json`` and ``report.html`` into ``directory``, each whole or not at all.
+
+    Args:
+      directory: the folder, which is made if it is missing.
+      content: ``title``, ``results`` (a list of mappings with ``bits_per_dim``, ``interval``,
+        ``n`` …; the first is the headline), and optionally ``baselines``, ``warnings``,
+        ``command``, ``model``, ``checkpoint``, ``quality`` (names to numbers),
+        ``baselines_left_out`` (names to reasons), ``training`` (with a ``line`` and the step of the
+        newest ``checkpoint``) and ``missing`` (names to the commands that make these parts). The
+        page lists other entries under their own names.
+      table: columns (n,) with a row for each image; None for a run that was not evaluated, whose
+        ``results`` are empty. It needs ``id`` and at least one column whose name ends in
+        ``bits_per_dim``, and may have columns that end in ``nfe``, numbers of network evaluations.
+        The text before the ending is the title of the figure. ``name``, if there is such a column,
+        is shown in place of the id.
+      images: a function from ids to uint8 (n, h, w, c); None without a table.
+      levels: the number of levels L; pixels are 0 … L - 1.
+      curves: mappings with ``step``, ``loss`` and perhaps ``images_per_s`` and ``seconds`` since
+        training began. If a step occurs twice, the later one counts.
+      samples: uint8 (m, h, w, c), or None.
+      pictures: captions and the bytes of PNG files, shown after the samples.
+
+    Raises:
+      ValueError: JSON has no type for a value. Nothing has been written then.
+    """
+    report: dict[str, Any] = strict(content)
     evaluation = {}
     if table is not None and images is not None:
         evaluation = _evaluation(report, table, images, levels)
     progress = report.get("training", {})
     template = environment().get_template("report.html")
-    return template.render(
+    page = template.render(
         results=evaluation.get("results"),
         title=report.get("title", "Evaluation"),
         warnings=[*report.get("warnings", []), *evaluation.get("uncounted", [])],
@@ -55,17 +88,18 @@ def render(
         training=_training(curves),
         samples=None if samples is None else _samples(samples, levels),
         quality={name: text(value, ".4g") for name, value in report.get("quality", {}).items()},
-        pictures=[{"png": _png_url(png), "alt": caption} for caption, png in pictures],
+        pictures=[{"png": data_url(png), "alt": caption} for caption, png in pictures],
         command=report.get("command"),
         details=_details(report),
     )
+    directory.mkdir(parents=True, exist_ok=True)
+    numbers = json.dumps(report, indent=2, allow_nan=False, ensure_ascii=False)
+    write_whole(directory / "report.json", f"{numbers}\n".encode())
+    write_whole(directory / "report.html", page.encode())
 
 
 def _evaluation(
-    report: Mapping[str, Any],
-    table: Mapping[str, np.ndarray],
-    images: Fetch | np.ndarray,
-    levels: int,
+    report: Mapping[str, Any], table: Mapping[str, np.ndarray], images: Fetch, levels: int
 ) -> dict[str, Any]:
     """The values that the template shows of the results and of the evaluated images."""
     results, baselines = report["results"], report.get("baselines", [])
@@ -248,7 +282,7 @@ def _details(report: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
 def figure(name: str, draw: Callable, width: float, height: float, caption: str) -> dict[str, Any]:
     """A figure of ``width`` x ``height`` inches with its caption, for the templates; ``draw`` is as
     in ``plots.svg``."""
-    svg = Markup(_plots.svg(name, draw, width, height))
+    svg = Markup(plots.svg(name, draw, width, height))
     return {"svg": svg, "alt": f"{name}. {caption}", "caption": caption}
 
 
@@ -258,16 +292,16 @@ def _comparison(
     left_out: Mapping[str, str],
 ) -> dict[str, Any] | None:
     """The figure of all results and baselines; None if there is only one number."""
-    estimates = [estimate(_label(row), row, ours=True) for row in results]
-    estimates += [estimate(row["name"], row, ours=False) for row in baselines]
-    if len(estimates) < 2:
+    dots = [plots.Dot.of(_label(result), result, ours=True) for result in results]
+    dots += [plots.Dot.of(each["name"], each, ours=False) for each in baselines]
+    if len(dots) < 2:
         return None
-    values = "; ".join(f"{row.label} {row.value:.3f}" for row in estimates)
+    values = "; ".join(f"{dot.label} {dot.value:.3f}" for dot in dots)
     comparison = figure(
         "Comparison",
-        partial(_plots.comparison, estimates=estimates),
+        partial(plots.comparison, dots=dots),
         5.8,
-        0.6 + 0.36 * len(estimates),
+        0.6 + 0.36 * len(dots),
         " ".join(
             [
                 "Bars: 95% intervals. Blue: this model; grey: baselines.",
@@ -276,13 +310,6 @@ def _comparison(
         ),
     )
     return comparison | {"alt": f"Comparison in bits/dim: {values}."}
-
-
-def estimate(label: str, row: Mapping[str, Any], ours: bool) -> _plots.Estimate:
-    """A result (``ours``) or a baseline with its 95% interval, for ``plots.comparison``."""
-    value, half = float(row["bits_per_dim"]), float(row.get("ci95") or 0)
-    low, high = row.get("interval") or (value - half, value + half)
-    return _plots.Estimate(label, value, float(low), float(high), ours)
 
 
 def _histogram(name: str, values: np.ndarray) -> dict[str, Any]:
@@ -295,34 +322,30 @@ def _histogram(name: str, values: np.ndarray) -> dict[str, Any]:
         )
     if 0 < finite.size < values.size:
         caption += f" {values.size - finite.size:,} not finite, outside this mean."
-    draw = partial(_plots.histogram, values=values, label=name)
+    draw = partial(plots.histogram, values=values, label=name)
     return figure(name, draw, 5, 2.6, caption)
 
 
 def _training(curves: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
-    rows = {row["step"]: row for row in curves if "loss" in row}
-    if len(rows) < 2:
+    logged = {point["step"]: point for point in curves if "loss" in point}
+    if len(logged) < 2:
         return None
-    step = np.array(sorted(rows))
-    loss = np.array([rows[at]["loss"] for at in step], np.float64)
+    step = np.array(sorted(logged))
+    loss = np.array([logged[at]["loss"] for at in step], np.float64)
     window = max(1, len(step) // 40) | 1
     caption = f"Loss at {len(step):,} logged steps"
     caption += f" (faint) and the mean of {window} around each." if window > 1 else "."
-    speed = [float(row["images_per_s"]) for row in rows.values() if row.get("images_per_s")]
+    speed = [float(point["images_per_s"]) for point in logged.values() if point.get("images_per_s")]
     if speed:
         caption += f" Median speed {np.median(speed):,.4g} images/s."
-    if seconds := rows[max(rows)].get("seconds"):
+    if seconds := logged[max(logged)].get("seconds"):
         caption += f" Training time {timedelta(seconds=round(seconds))}."
-    draw = partial(_plots.training, step=step, loss=loss, window=window)
+    draw = partial(plots.training, step=step, loss=loss, window=window)
     return figure("Training loss", draw, 10.6, 3, caption)
 
 
-def data_url(array: np.ndarray) -> str:
-    """An image, uint8 (h, w, c), as a data URL for the ``src`` of an ``img``."""
-    return _png_url(_images.png(array))
-
-
-def _png_url(png: bytes) -> str:
+def data_url(png: bytes) -> str:
+    """A PNG file as a data URL for the ``src`` of an ``img``."""
     return f"data:image/png;base64,{base64.b64encode(png).decode()}"
 
 
@@ -330,26 +353,28 @@ def _extremes(
     ids: np.ndarray,
     names: np.ndarray | None,
     bits: np.ndarray,
-    images: Fetch | np.ndarray,
+    fetch: Fetch,
     levels: int,
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """The images of the smallest bits/dim, best first, and of the largest, worst first. Values that
     are not finite count as the worst."""
     order = np.argsort(np.where(np.isfinite(bits), bits, np.inf), kind="stable")
-    fetch: Fetch = images if callable(images) else images.__getitem__
     size = fetch([int(ids[order[0]])])[0].size
     count = min(STRIP_IMAGES, max(1, len(ids) // 2), max(1, PIXEL_BUDGET // size))
 
-    def strip(rows: np.ndarray) -> list[dict[str, Any]]:
+    def enlarged(pixels: np.ndarray) -> str:
+        return data_url(plots.png(plots.image_grid(pixels[None], levels, 1, _scale(pixels, 96))))
+
+    def strip(places: np.ndarray) -> list[dict[str, Any]]:
         return [
             {
-                "png": data_url(_images.image_grid(pixels[None], levels, 1, _scale(pixels, 96))),
-                "name": str(ids[row] if names is None else names[row]),
-                "caption": f"id {ids[row]}" if names is None else str(names[row]),
-                "bits_per_dim": text(float(bits[row]), "bits"),
-                "finite": math.isfinite(bits[row]),
+                "png": enlarged(pixels),
+                "name": str(ids[i] if names is None else names[i]),
+                "caption": f"id {ids[i]}" if names is None else str(names[i]),
+                "bits_per_dim": text(float(bits[i]), "bits"),
+                "finite": math.isfinite(bits[i]),
             }
-            for row, pixels in zip(rows, fetch([int(ids[row]) for row in rows]), strict=True)
+            for i, pixels in zip(places, fetch([int(ids[i]) for i in places]), strict=True)
         ]
 
     return strip(order[:count]), strip(order[::-1][:count])
@@ -360,10 +385,10 @@ def _samples(samples: np.ndarray, levels: int) -> dict[str, str]:
     columns = min(SAMPLE_COLUMNS, max(1, PAGE_WIDTH // (samples.shape[2] * scale)))
     rows = min(SAMPLE_ROWS, max(1, 2 * PIXEL_BUDGET // (columns * samples[0].size)))
     shown = samples[: rows * columns]
-    grid = _images.image_grid(shown, levels, min(columns, len(shown)), scale)
+    grid = plots.image_grid(shown, levels, min(columns, len(shown)), scale)
     total = f" of {len(samples):,}" if len(shown) < len(samples) else ""
     alt = f"{len(shown):,}{total} samples from the model, not selected."
-    return {"png": data_url(grid), "alt": alt}
+    return {"png": data_url(plots.png(grid)), "alt": alt}
 
 
 def _scale(image: np.ndarray, width: int) -> int:

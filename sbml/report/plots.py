@@ -1,19 +1,26 @@
-"""Figures of the report as SVG text, to be inlined in the page.
+"""Figures of the report as SVG text, and images as grids of enlarged pixels and PNG files.
 
-Text stays text in the font of the page, and each colour of the palette becomes a CSS variable, so
-that one figure fits light and dark pages.
+In a figure, text stays text in the font of the page, and each colour of the palette becomes a CSS
+variable, so that one figure fits light and dark pages.
 """
 
 import io
 import re
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Annotated, Any, NamedTuple
 
 import matplotlib
 import numpy as np
+from etils import epath
+from jaxtyping import Integer
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
+from PIL import Image
+
+from sbml.door import condition, typed
+from sbml.runtime.files import write_whole
+from sbml.scalars import Count
 
 INK, MUTED, RULE = "#1b2026", "#59616c", "#d9dde3"
 ACCENT, WARN = "#1d5fa6", "#a63a0a"
@@ -39,9 +46,56 @@ STYLE: Any = {
 }
 # Height of a line of text as a fraction of the axes, in a figure that is 2.6 inches high.
 ANNOTATION_HEIGHT = 0.11
+GAP_GREY = 128  # the grey between images, visible on light and on dark pages
 
 
-class Estimate(NamedTuple):
+@typed
+def image_grid(
+    images: Annotated[Integer[np.ndarray, "m h w c"], condition("with m > 0", lambda a: len(a))],
+    levels: Annotated[int, condition("from 2 to 256", lambda count: 2 <= count <= 256)],
+    columns: Count = 8,
+    scale: Count = 1,
+    gap: int = 2,
+) -> np.ndarray:
+    """Tile images row by row: uint8 (m, h, w, c) of 0 … L - 1 -> uint8 (H, W, c) of 0 … 255.
+
+    A pixel becomes scale x scale equal pixels. Between neighbours lie ``gap`` grey pixels, so
+    H = rows (h scale + gap) - gap with rows = ceil(m / columns), and likewise W. Cells without
+    an image are grey. Of images with other than 1 or 3 channels the first channel is shown.
+    """
+    if images.max() >= levels:
+        raise ValueError(
+            f"levels={levels}, but the greatest pixel is {images.max()}: give the number of levels "
+            "of the data, which is above every pixel"
+        )
+    if images.shape[-1] not in (1, 3):
+        images = images[..., :1]
+    count, height, width, channels = images.shape
+    rows = -(-count // columns)
+    height, width = height * scale, width * scale
+    pixels = np.rint(images * (255 / (levels - 1))).astype(np.uint8)
+    cells = np.full((rows * columns, height + gap, width + gap, channels), GAP_GREY, np.uint8)
+    cells[:count, :height, :width] = pixels.repeat(scale, 1).repeat(scale, 2)
+    cells = cells.reshape(rows, columns, height + gap, width + gap, channels).swapaxes(1, 2)
+    grid = cells.reshape(rows * (height + gap), columns * (width + gap), channels)
+    return grid[: grid.shape[0] - gap, : grid.shape[1] - gap]
+
+
+@typed
+def png(array: Integer[np.ndarray, "..."]) -> bytes:
+    """The bytes of a PNG file of ``array``, uint8 (h, w), (h, w, 1) or (h, w, 3)."""
+    buffer = io.BytesIO()
+    grey = array.ndim == 3 and array.shape[2] == 1
+    Image.fromarray(array[..., 0] if grey else array).save(buffer, "png", optimize=True)
+    return buffer.getvalue()
+
+
+def write_png(path: epath.PathLike, array: np.ndarray) -> None:
+    """Write ``array`` as PNG (:func:`png`), whole or not at all."""
+    write_whole(path, png(array))
+
+
+class Dot(NamedTuple):
     """A value with its interval in bits/dim; ``ours`` is True for results, False for baselines."""
 
     label: str
@@ -49,6 +103,13 @@ class Estimate(NamedTuple):
     low: float
     high: float
     ours: bool
+
+    @classmethod
+    def of(cls, label: str, number: Mapping[str, Any], ours: bool) -> "Dot":
+        """That of a result or a baseline of ``report.json``, with its 95% interval."""
+        value, half = float(number["bits_per_dim"]), float(number.get("ci95") or 0)
+        low, high = number.get("interval") or (value - half, value + half)
+        return cls(label, value, float(low), float(high), ours)
 
 
 def svg(name: str, draw: Callable[[Axes], None], width: float, height: float) -> str:
@@ -75,10 +136,10 @@ def svg(name: str, draw: Callable[[Axes], None], width: float, height: float) ->
     return text
 
 
-def comparison(axes: Axes, estimates: Sequence[Estimate]) -> None:
-    """A dot for each estimate, the first at the top, with its interval as a bar and its value as
-    text at the right."""
-    for row, (_, value, low, high, ours) in enumerate(estimates):
+def comparison(axes: Axes, dots: Sequence[Dot]) -> None:
+    """The ``dots``, the first at the top, each with its interval as a bar and its value as text at
+    the right."""
+    for row, (_, value, low, high, ours) in enumerate(dots):
         colour = ACCENT if ours else MUTED
         axes.axhline(row, color=RULE, linewidth=0.6)
         axes.plot([low, high], [row, row], color=colour, linewidth=2, solid_capstyle="round")
@@ -94,7 +155,7 @@ def comparison(axes: Axes, estimates: Sequence[Estimate]) -> None:
             color=colour if finite else WARN,
             weight="bold" if ours else "normal",
         )
-    labels = [estimate.label for estimate in estimates]
+    labels = [dot.label for dot in dots]
     axes.set_yticks(range(len(labels)), labels, color=INK, parse_math=False)
     axes.set_ylim(len(labels) - 0.5, -0.5)
     axes.set_xlabel("bits/dim, lower is better")
@@ -222,7 +283,7 @@ def _thin(x: np.ndarray, y: np.ndarray, buckets: int = 500) -> tuple[np.ndarray,
     if x.size <= 2 * buckets:
         return x, y
     parts = np.array_split(np.arange(x.size), buckets)
-    rows = sorted(
+    kept = sorted(
         {index for part in parts for index in (part[y[part].argmin()], part[y[part].argmax()])}
     )
-    return x[rows], y[rows]
+    return x[kept], y[kept]

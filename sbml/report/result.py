@@ -1,6 +1,7 @@
 """One number of an evaluation, with all fields that ``report.json`` has for it."""
 
 import dataclasses
+import json
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -19,6 +20,28 @@ def _column(heading: str, form: str, **options: Any) -> Any:
     ``form`` is "word" for text, "bits" for bits/dim, or a format of Python for floats.
     """
     return dataclasses.field(metadata={"shown": (heading, form)}, **options)
+
+
+def strict(value: Any, name: str = "report") -> Any:
+    """``value`` in the types of JSON, without numbers that are not finite.
+
+    Such numbers become the strings "NaN", "Infinity" and "-Infinity", which Python's ``float``
+    reads. Arrays and tuples become lists.
+
+    Raises:
+      ValueError: JSON has no type for a value; the message gives its place in ``name``.
+    """
+    if isinstance(value, Mapping):
+        return {str(key): strict(item, f"{name}.{key}") for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [strict(item, f"{name}[{index}]") for index, item in enumerate(value)]
+    if hasattr(value, "tolist"):  # numpy and jax arrays and scalars
+        return strict(value.tolist(), name)
+    if isinstance(value, float) and not math.isfinite(value):
+        return json.dumps(value)
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    raise ValueError(f"{name} is {value!r}, which JSON cannot hold: pass a number or a string.")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -144,12 +167,7 @@ class Result:
 
     @classmethod
     def read(cls, row: Mapping[str, Any]) -> "Result":
-        """The result from a ``row`` of ``report.json``, where the strings "NaN", "Infinity" and
-        "-Infinity" stand for numbers.
-
-        Raises:
-          ValueError: the row lacks a field, or has an unknown one.
-        """
+        """The result from a ``row`` of ``report.json``, which is :func:`strict`."""
 
         def number(value: Any) -> Any:
             if isinstance(value, list):
@@ -186,20 +204,17 @@ class Result:
     def line(self) -> str:
         """The number and its error bars, for a terminal."""
         low, high = self.interval
+        prior = ""
+        if self.prior_error is not None and self.prior_error_each is not None:
+            prior = PriorError(self.prior_error, self.prior_error_each).line("bits/dim")
         mark = " NOT CONVERGED" if self.converged is False else ""
         if self.tail is not None and self.tail > intervals.HEAVY:
             mark = " HEAVY TAILS"
         return (
             f"{self.name:24s} {self.bits_per_dim:.4f} bits/dim{mark} at t={self.smallest_time:.3g} "
             f"on {self.data} {self.split}, 95% interval [{low:.4f}, {high:.4f}], for these images "
-            f"+-{self.this_set_ci95:.4f}, n={self.n}{self._prior_line}"
+            f"+-{self.this_set_ci95:.4f}, n={self.n}{prior}"
         )
-
-    @property
-    def _prior_line(self) -> str:
-        if self.prior_error is None or self.prior_error_each is None:
-            return ""
-        return PriorError(self.prior_error, self.prior_error_each).line("bits/dim")
 
     def warnings(self, names: Sequence[str] | None = None) -> list[str]:
         """Warnings about images that are not finite or outliers, draws with a heavy tail, a

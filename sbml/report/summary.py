@@ -18,32 +18,23 @@ from typing import Any
 
 import numpy as np
 from absl import logging
-from etils import epath
 
-from sbml import report
 from sbml.data import ImageSet
+from sbml.report import page
 from sbml.runtime import metrics
 from sbml.runtime.files import read_png
 from sbml.runtime.trees import table_crc32, tree_crc32
-from sbml.runtime.workdir import (
-    EVALUATION,
-    NEIGHBOURS,
-    PER_IMAGE,
-    QUALITY,
-    SAMPLES,
-    Workdir,
-)
+from sbml.runtime.workdir import EVALUATION, NEIGHBOURS, PER_IMAGE, QUALITY, SAMPLES, Workdir
 
 NEIGHBOURS_CAPTION = "The first samples, and below each the training image nearest to it."
-
 DURING_TRAINING = re.compile(r"step_(\d+)\.png")
 
 
 def write(
-    workdir: epath.PathLike,
+    workdir: Workdir,
     load: Callable[[str], ImageSet],
     known: Mapping[str, Any] | None = None,
-    rows: Sequence[Mapping[str, Any]] | None = None,
+    curves: Sequence[Mapping[str, Any]] | None = None,
 ) -> bool:
     """Write ``report.json`` and ``report.html``, if there is an evaluation or ``known`` is given.
 
@@ -51,43 +42,67 @@ def write(
       workdir: the work directory.
       load: a function from a split to its images. If they cannot be loaded, or are not those that
         were evaluated, a warning is logged and the report is not written.
-      known: ``model``, ``config`` and ``training`` (``report.progress``) of a run that may have no
+      known: ``model``, ``config`` and ``training`` (its progress) of a run that may have no
         evaluation. The report then also lists what is missing.
-      rows: the rows of the metrics; None to read them.
+      curves: the metrics; None to read them.
 
     Returns:
       Whether the report was written.
-
-    Raises:
-      ValueError: a file of the work directory is damaged.
     """
-    workdir = Workdir(workdir)
     evaluation = _evaluation(workdir, load)
     if evaluation is None and (known is None or workdir.has(EVALUATION)):
         return False
-    empty = {"title": workdir.name, "results": [], "warnings": []}
-    content, table, images = evaluation or (empty, None, None)
-    content = {**(known or {}), **content}
-    if known is not None and evaluation is not None:
-        _warn_if_trained_further(content)
+    empty: dict[str, Any] = {"title": workdir.name, "results": [], "warnings": []}
+    stored, table, images = evaluation or (empty, None, None)
+    content: dict[str, Any] = {**(known or {}), **stored}
+    warnings = [*content["warnings"]]
+    if _trained_further(content):
+        warning = (
+            f"the results are those of step {content['checkpoint']['step']}, but the newest "
+            f"checkpoint is of step {content['training']['checkpoint']}: evaluate it (--mode=eval)"
+        )
+        logging.warning("%s", warning)
+        warnings.insert(0, warning)
     samples = samples_of(workdir, content.get("checkpoint", {}))
-    if samples is None and workdir.has(SAMPLES):
-        _warn_of_other_samples(workdir, content)
     pictures: list[tuple[str, bytes]] = []
     if samples is not None:
-        _describe_samples(samples, content)
-        pictures = _quality(workdir, content, samples)
-    elif known is not None:
-        pictures = _during_training(workdir)
+        count, failed = len(samples["images"]), int(np.sum(samples["failed"]))
+        content["samples"] = {
+            "count": count,
+            "nfe_mean": float(samples["nfe"].mean()),
+            "nfe_max": int(samples["nfe"].max()),
+            "sampler": str(samples["sampler"]),
+            **({} if "checkpoint" in content else {"step": int(samples["step"])}),
+        }
+        if failed:
+            warnings.append(f"{failed} of {count} samples are not finite")
+        if (quality := quality_of(workdir, samples)) is not None:
+            content["quality"] = quality["values"]
+            warnings += [f"quality of the samples: {each}" for each in quality.get("warnings", [])]
+            pictures = _neighbours(workdir, quality)
+    elif workdir.has(SAMPLES):
+        drawn, evaluated = int(workdir.read(SAMPLES)["step"]), content["checkpoint"]["step"]
+        remedy = "draw new samples (--mode=sample)"
+        if drawn > evaluated:
+            remedy = f"evaluate again (--mode=eval), or {remedy}"
+        warnings.insert(
+            0,
+            f"the samples are of another checkpoint (step {drawn}) than the results (step "
+            f"{evaluated}{', of other parameters' if drawn == evaluated else ''}), and left out: "
+            f"{remedy}",
+        )
+    content["warnings"] = warnings
     if known is not None:
+        if samples is None:
+            pictures = _during_training(workdir)
         content["missing"] = _missing(workdir, content)
-    report.write(
-        workdir,
+    page.write(
+        workdir.path,
         content,
         table=table,
         images=None if images is None else lambda ids: images.images[ids],
         levels=content["config"]["data"]["levels"] if images is None else images.levels,
-        curves=metrics.read(workdir) if rows is None else rows,
+        curves=metrics.read(workdir) if curves is None else curves,
         samples=None if samples is None else samples["images"],
         pictures=pictures,
     )
@@ -111,21 +126,18 @@ def _evaluation(
         logging.warning("the images of %s: %s: the report stays as it is", EVALUATION, error)
         return None
     try:
-        table = table_of(workdir, evaluation)
+        if images.fingerprint != fingerprint:
+            raise OtherEvaluation(
+                f"{workdir / EVALUATION} is of {fingerprint}, this config has {images.fingerprint}"
+            )
+        return evaluation, table_of(workdir, evaluation), images
     except OtherEvaluation as error:
         logging.warning("%s: the report stays as it is", error)
         return None
-    if images.fingerprint == fingerprint:
-        return evaluation, table, images
-    logging.warning(
-        "%s is of %s, this config has %s: the report stays as it is",
-        *(workdir / EVALUATION, fingerprint, images.fingerprint),
-    )
-    return None
 
 
 class OtherEvaluation(ValueError):
-    """A table of the work directory does not belong to its evaluation."""
+    """The images, or a table of the work directory, do not belong to its evaluation."""
 
 
 def table_of(
@@ -180,68 +192,17 @@ def _trained_further(content: Mapping[str, Any]) -> bool:
     return "checkpoint" in content and (newest or 0) > content["checkpoint"]["step"]
 
 
-def _warn_if_trained_further(content: dict[str, Any]) -> None:
-    """Add a warning to ``content``, and log it, if there is a newer checkpoint than its own."""
-    if not _trained_further(content):
-        return
-    evaluated, newest = content["checkpoint"]["step"], content["training"]["checkpoint"]
-    warning = (
-        f"the results are those of step {evaluated}, but the newest checkpoint is of step "
-        f"{newest}: evaluate it (--mode=eval)"
-    )
-    logging.warning("%s", warning)
-    content["warnings"] = [warning, *content["warnings"]]
-
-
-def _warn_of_other_samples(workdir: Workdir, content: dict[str, Any]) -> None:
-    """Add a warning to ``content`` that the samples are not of the checkpoint of its results."""
-    drawn, evaluated = int(workdir.read(SAMPLES)["step"]), content["checkpoint"]["step"]
-    remedy = "draw new samples (--mode=sample)"
-    if drawn > evaluated:
-        remedy = f"evaluate again (--mode=eval), or {remedy}"
-    warning = (
-        f"the samples are of another checkpoint (step {drawn}) than the results (step "
-        f"{evaluated}{', of other parameters' if drawn == evaluated else ''}), and left out: "
-        f"{remedy}"
-    )
-    content["warnings"] = [warning, *content["warnings"]]
-
-
-def _describe_samples(samples: Mapping[str, Any], content: dict[str, Any]) -> None:
-    """Put the description of ``samples`` into ``content``."""
-    content["samples"] = {
-        "count": len(samples["images"]),
-        "nfe_mean": float(samples["nfe"].mean()),
-        "nfe_max": int(samples["nfe"].max()),
-        "sampler": str(samples["sampler"]),
-        **({} if "checkpoint" in content else {"step": int(samples["step"])}),
-    }
-    if failed := int(np.sum(samples["failed"])):
-        warning = f"{failed} of {len(samples['images'])} samples are not finite"
-        content["warnings"] = [*content["warnings"], warning]
-
-
-def _quality(
-    workdir: Workdir, content: dict[str, Any], samples: Mapping[str, Any]
-) -> list[tuple[str, bytes]]:
-    """The picture of nearest training images with its caption; the quality of ``samples`` is put
-    into ``content``. Nothing happens if it is not known."""
-    if (quality := quality_of(workdir, samples)) is None:
-        return []
-    content["quality"] = quality["values"]
-    content["warnings"] = [
-        *content["warnings"],
-        *(f"quality of the samples: {warning}" for warning in quality.get("warnings", [])),
-    ]
+def _neighbours(workdir: Workdir, quality: Mapping[str, Any]) -> list[tuple[str, bytes]]:
+    """The picture of the nearest training images with its caption, if it is that of ``quality``."""
     picture = workdir.read_png(NEIGHBOURS) if workdir.has(NEIGHBOURS) else b""
     crc32 = zlib.crc32(picture)
-    if not picture or quality.get("neighbours_crc32", crc32) != crc32:
-        logging.warning(
-            "%s is not that of %s: left out; make it again (--mode=quality)",
-            *(workdir / NEIGHBOURS, QUALITY),
-        )
-        return []
-    return [(NEIGHBOURS_CAPTION, picture)]
+    if picture and quality.get("neighbours_crc32", crc32) == crc32:
+        return [(NEIGHBOURS_CAPTION, picture)]
+    logging.warning(
+        "%s is not that of %s: left out; make it again (--mode=quality)",
+        *(workdir / NEIGHBOURS, QUALITY),
+    )
+    return []
 
 
 def _during_training(workdir: Workdir) -> list[tuple[str, bytes]]:

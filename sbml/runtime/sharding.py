@@ -44,7 +44,7 @@ def batch_sharding(mesh: Mesh, axis: int = 0) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(*[None] * axis, "data"))
 
 
-def spread(mesh: Mesh, shape: tuple[int, ...]) -> NamedSharding:
+def longest_axis_sharding(mesh: Mesh, shape: tuple[int, ...]) -> NamedSharding:
     """Devices hold equal parts of an array of ``shape``, split along its longest divisible axis.
 
     An axis is divisible if its size is a multiple of the number of devices. If there is no such
@@ -67,7 +67,9 @@ def placement(state: TrainState, mesh: Mesh, *, shard_state: bool = False) -> Tr
     if not shard_state:
         return same
     parts = {
-        name: jax.tree.map(lambda leaf: spread(mesh, leaf.shape), getattr(state, name))
+        name: jax.tree.map(
+            lambda leaf: longest_axis_sharding(mesh, leaf.shape), getattr(state, name)
+        )
         for name in ("opt_state", "ema_params")
     }
     return same.replace(**parts)
@@ -80,7 +82,10 @@ def partitioned(
 
     def parts(tree: Any) -> Any:
         return jax.tree.map(
-            lambda leaf: jax.lax.with_sharding_constraint(leaf, spread(mesh, leaf.shape)), tree
+            lambda leaf: jax.lax.with_sharding_constraint(
+                leaf, longest_axis_sharding(mesh, leaf.shape)
+            ),
+            tree,
         )
 
     def update(grads: Any, state: Any, params: Any) -> tuple[Any, Any]:

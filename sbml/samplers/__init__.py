@@ -6,17 +6,20 @@
 t = T down to eps, on a grid of times; each step is one formula, ``step``. All are frozen
 dataclasses and hashable, so they can be static under ``jit``.
 
+``decode`` and ``ode_sample`` are the same ODE as functions. ``predictions`` and ``denoise`` give
+what a score says of the data and of the noise in x_t.
+
 ``SAMPLERS`` has the names in configs. The file ``_grid`` has what all samplers with fixed steps
 share, ``one_step`` and ``multistep`` have the formulas, and ``corrector`` has the correctors that
 can follow each step.
 """
 
 from sbml.registry import Registry
-from sbml.samplers._grid import SPACINGS, FixedSteps, Sampler
+from sbml.samplers._grid import SPACINGS, FixedSteps, Sampler, denoise, predictions
 from sbml.samplers.corrector import CORRECTORS, AnnealedLangevin, Langevin
 from sbml.samplers.multistep import DPMSolver
 from sbml.samplers.one_step import DDIM, Ancestral, EulerMaruyama, ReverseDiffusion
-from sbml.samplers.probability_flow import ODE
+from sbml.samplers.probability_flow import ODE, decode, ode_sample
 
 __all__ = [
     "CORRECTORS",
@@ -32,6 +35,10 @@ __all__ = [
     "Langevin",
     "ReverseDiffusion",
     "Sampler",
+    "decode",
+    "denoise",
+    "ode_sample",
+    "predictions",
 ]
 
 SAMPLERS = Registry(

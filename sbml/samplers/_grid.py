@@ -1,4 +1,5 @@
-"""The base of samplers with a fixed number of steps: the grid of times, and the loop over it.
+"""The base of samplers with a fixed number of steps: the grid of times, and the loop over it; and
+what a score predicts at one time, from which each step is made.
 
     T = t_0 > t_1 > ... > t_n = eps,      x_{i+1} = step(x_i, t_i, t_{i+1}, z_i),  z_i ~ N(0, I)
 
@@ -22,7 +23,16 @@ from sbml.samplers.corrector import Corrector, NoCorrector
 from sbml.scalars import Count, Number, one_of
 from sbml.sdes import SDE
 from sbml.streams import stream
-from sbml.types import Array, Example, Key, Score, in_full_precision
+from sbml.types import (
+    Array,
+    Example,
+    Key,
+    Scalar,
+    Score,
+    deterministic,
+    in_full_precision,
+    predictor,
+)
 
 Path = Float[Array, "frames *s"]
 Times = Float[Array, "frames"]
@@ -63,6 +73,24 @@ def grid(sde: SDE, eps: Number, steps: Count, spacing: Spacing) -> Times:
         least, largest = jax.vmap(sde.log_snr)(ends)
         times = sde.time(jnp.linspace(least, largest, steps + 1))
     return times.at[0].set(ends[0]).at[-1].set(ends[1])  # Exact, without rounding.
+
+
+def denoise(score: Score, sde: SDE, x: Example, t: Scalar) -> Example:
+    """Tweedie's E[x_0 | x_t] = (x_t + sigma^2 s(x_t, t)) / alpha, shape ``(*s)``."""
+    return predictions(score, sde, x, t)[0]
+
+
+@checked
+def predictions(score: Score, sde: SDE, x: Example, t: Scalar) -> tuple[Example, Example]:
+    """E[x_0 | x_t] and E[z | x_t] = -sigma s(x_t, t) for x_t = alpha x_0 + sigma z.
+
+    Both have shape ``(*s)``; the score is called once.
+    """
+    both = predictor(score)
+    if both is not None:
+        return both(x, t)
+    noise = -sde.std(t) * deterministic(score, x, t)
+    return (x - sde.std(t) * noise) / sde.mean_coef(t), noise
 
 
 def frames_of(

@@ -23,9 +23,8 @@ import numpy as np
 from jaxtyping import Float, Shaped
 
 from sbml.door import checked
-from sbml.samplers._grid import FixedSteps
+from sbml.samplers._grid import FixedSteps, denoise
 from sbml.samplers.corrector import NoCorrector
-from sbml.sampling import denoise
 from sbml.scalars import Number, is_traced
 from sbml.sdes import SDE
 from sbml.streams import stream

@@ -15,8 +15,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from sbml.door import typed
-from sbml.samplers._grid import FixedSteps, Spacing, Triple
-from sbml.sampling import denoise
+from sbml.samplers._grid import FixedSteps, Spacing, Triple, denoise
 from sbml.scalars import Count
 from sbml.sdes import SDE
 from sbml.types import Example, Score

@@ -25,8 +25,7 @@ from typing import Annotated, Any, ClassVar
 import jax.numpy as jnp
 
 from sbml.door import typed
-from sbml.samplers._grid import FixedSteps, Spacing, Triple
-from sbml.sampling import predictions
+from sbml.samplers._grid import FixedSteps, Spacing, Triple, predictions
 from sbml.scalars import Number, between
 from sbml.sdes import SDE
 from sbml.types import Example, Scalar, Score, deterministic

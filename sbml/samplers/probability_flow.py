@@ -1,6 +1,8 @@
 """The probability-flow ODE as a sampler: the inverse of the map of ``likelihood.ode_logp``.
 
-x(T) = z,      dx/dt = v(x, t)      from t = T down to eps      (``sbml.ode``)
+x(T) = z ~ N(0, S^2 I),      dx/dt = v(x, t)      from t = T down to eps      (``sbml.ode``)
+
+S is the standard deviation of the prior.
 """
 
 import dataclasses
@@ -8,13 +10,59 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from sbml import sampling
 from sbml.door import checked, typed
 from sbml.ode import Solver, Stats, transport
-from sbml.samplers._grid import Path, Times, frames_of
+from sbml.samplers._grid import Path, Times, denoise, frames_of
 from sbml.scalars import Count, Number
 from sbml.sdes import SDE
 from sbml.types import Example, Key, Scalar, Score, in_full_precision
+
+
+@checked
+def decode(
+    score: Score,
+    sde: SDE,
+    z: Example,
+    *,
+    eps: Number,
+    solver: Solver = Solver(),
+    denoise_last: bool = False,
+) -> tuple[Example, Stats]:
+    """The sample ``(*s)`` of the latent ``z (*s)``: one example, in the scale of the data.
+
+    Args:
+      score: a score of one example, called deterministically.
+      sde: the forward process.
+      z: the latent at T.
+      eps: the smallest time, where the solve ends.
+      solver: how the ODE is solved.
+      denoise_last: whether the sample is E[x_0 | x_eps] (:func:`denoise`) instead of x_eps.
+
+    Returns:
+      The sample, NaN if the solver gave up, and the solver's stats.
+
+    Raises:
+      ValueError: eps is not in (0, T), or the score's shape is not that of ``z``.
+    """
+    sde.check_time(eps)
+    x, stats = transport(score, sde, z, sde.T, eps, solver)
+    return (denoise(score, sde, x, jnp.asarray(eps, x.dtype)) if denoise_last else x), stats
+
+
+@checked
+def ode_sample(
+    score: Score,
+    sde: SDE,
+    shape: tuple[int, ...],
+    key: Key,
+    *,
+    eps: Number,
+    solver: Solver = Solver(),
+    denoise_last: bool = False,
+) -> tuple[Example, Stats]:
+    """One sample of shape ``shape`` (:func:`decode`); ``key`` draws its latent. vmap over keys."""
+    z = sde.prior_sample(key, shape)
+    return decode(score, sde, z, eps=eps, solver=solver, denoise_last=denoise_last)
 
 
 @typed
@@ -29,7 +77,7 @@ class ODE:
         self, score: Score, sde: SDE, z: Example, key: Key | None, *, eps: Number
     ) -> tuple[Example, Stats]:
         """See ``Sampler``."""
-        return sampling.decode(score, sde, z, eps=eps, solver=self.solver)
+        return decode(score, sde, z, eps=eps, solver=self.solver)
 
     @checked
     def path(

@@ -161,12 +161,7 @@ def round_up(size: int, devices: int | None = None) -> int:
     """The smallest multiple of ``devices`` that is at least ``size``, for padded batches.
 
     By default, ``devices`` is the number of devices of all processes.
-
-    Raises:
-      ValueError: ``size`` is not positive.
     """
-    if size < 1:
-        raise ValueError(f"batch size {size}: must be positive")
     devices = devices or jax.device_count()
     return -(-size // devices) * devices
 

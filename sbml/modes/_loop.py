@@ -106,12 +106,9 @@ def _train(task: Task, checkpoints: Checkpoints, preemption: Preemption) -> int:
     make_key = jax.jit(lambda: stream(jax.random.key(task.seed), task.name), out_shardings=whole)
     key, frozen = make_key(), jax.device_put(task.frozen, whole)
     gather = jax.jit(lambda tree: tree, out_shardings=whole)
+    shard_state = training.shard_state
     update = compiled_step(
-        task.update,
-        mesh,
-        state,
-        steps_per_dispatch=stride,
-        shard_state=training.shard_state,
+        task.update, mesh, state, steps_per_dispatch=stride, shard_state=shard_state
     )
     images = train_batches(
         task.images,
@@ -124,9 +121,10 @@ def _train(task: Task, checkpoints: Checkpoints, preemption: Preemption) -> int:
 
     def batch_of(dispatch: int) -> Array:
         step = start + dispatch * stride
-        if stride == 1:
-            return sharding.to_global(images[step], split)
-        return sharding.to_global(np.stack([images[step + i] for i in range(stride)]), split)
+        pixels = images[step]
+        if stride > 1:
+            pixels = np.stack([images[step + i] for i in range(stride)])
+        return jax.make_array_from_process_local_data(split, pixels)
 
     writer = None
     if jax.process_index() == 0:

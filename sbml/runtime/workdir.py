@@ -50,12 +50,7 @@ MADE_BY = {
 
 
 class Workdir(os.PathLike):
-    """The folder ``path`` of one run, local or any that etils understands (``gs://...``).
-
-    Raises:
-      ValueError: ``path`` is an address of a kind that etils does not understand, or it is longer
-        than ``LONGEST``.
-    """
+    """The folder ``path`` of one run, local or any that etils understands (``gs://...``)."""
 
     def __init__(self, path: epath.PathLike) -> None:
         try:
@@ -100,11 +95,7 @@ class Workdir(os.PathLike):
         return lock.owner(self.path, purpose)
 
     def connect(self) -> Self:
-        """This work directory, after a check that its object store answers, if it is in one.
-
-        Raises:
-          ValueError: it does not, or the package for this kind of store is missing.
-        """
+        """This work directory, after a check that its object store answers, if it is in one."""
         try:
             if remote(self.path):
                 self.path.exists()

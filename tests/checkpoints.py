@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from sbml.runtime.checkpoint import Checkpoints
+from sbml.runtime.checkpoint import Checkpoints, Restored
 
 
 class State(NamedTuple):
@@ -36,6 +36,17 @@ def make_state(seed: int) -> State:
 
 def abstract(tree: Any) -> Any:
     return jax.eval_shape(lambda: tree)
+
+
+def restore(checkpoints: Checkpoints, tree: Any) -> Restored | None:
+    """The newest checkpoint, with the shardings of ``tree``: by default, on the first device."""
+
+    def place(leaf: Any) -> jax.ShapeDtypeStruct:
+        sharding = getattr(leaf, "sharding", None)
+        sharding = sharding or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+    return checkpoints.restore(lambda metadata: jax.tree.map(place, tree))
 
 
 def same_bits(left: Any, right: Any) -> bool:

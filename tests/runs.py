@@ -158,5 +158,6 @@ def fitted(config, workdir):
 def state(config, workdir):
     """The newest checkpoint's state, in this process."""
     experiment = build.Experiment(config)
+    template = sharding.abstract(experiment.init_state, sharding.data_mesh())
     with experiment.config.training.checkpoints(workdir) as checkpoints:
-        return checkpoints.restore(sharding.abstract(experiment.init_state, sharding.data_mesh()))
+        return checkpoints.restore(lambda metadata: template)

@@ -15,12 +15,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from checkpoints import BROKEN_READS, abstract, make_state, same_bits, save_steps, truncate_data
+from checkpoints import (
+    BROKEN_READS,
+    abstract,
+    make_state,
+    restore,
+    same_bits,
+    save_steps,
+    truncate_data,
+)
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from runs import FRESH
 
-from sbml.runtime import checkpoint, disk
+from sbml.runtime import checkpoint
 from sbml.runtime.checkpoint import Checkpoints, UnsavedCheckpointError
 
 # When one read of a broken checkpoint fails, orbax drops the others, which then complain to nobody.
@@ -37,18 +45,18 @@ def test_round_trip_is_bitwise(tmp_path: Path) -> None:
     state = make_state(3)
     with Checkpoints(tmp_path / "run") as checkpoints:
         checkpoints.save(7, state, metadata)
-        restored = checkpoints.restore(state)
+        restored = restore(checkpoints, state)
     assert restored is not None
     assert restored.step == 7
     assert restored.metadata == metadata
     assert same_bits(restored.state, state)
-    again = Checkpoints(tmp_path / "run").restore(abstract(state), step=7)
+    again = restore(Checkpoints(tmp_path / "run"), abstract(state))
     assert again is not None and same_bits(again.state, state)
 
 
 def test_without_a_checkpoint_nothing_is_read_or_made(tmp_path: Path) -> None:
     with Checkpoints(tmp_path / "run") as checkpoints:
-        assert checkpoints.restore(make_state(0)) is None
+        assert restore(checkpoints, make_state(0)) is None
         assert checkpoints.steps() == []
     assert list(tmp_path.iterdir()) == []
 
@@ -80,28 +88,16 @@ def test_state_may_be_donated_while_it_is_being_saved(tmp_path: Path) -> None:
     with Checkpoints(tmp_path) as checkpoints:
         checkpoints.save(1, state, {})
         jax.block_until_ready(spoil(state))
-        restored = checkpoints.restore(abstract(expected))
+        restored = restore(checkpoints, abstract(expected))
     assert restored is not None and same_bits(restored.state, expected)
 
 
-def test_bad_requests_are_refused(tmp_path: Path) -> None:
+def test_a_step_that_is_not_beyond_the_newest_is_refused(tmp_path: Path) -> None:
     save_steps(tmp_path, 10, 20)
-    checkpoints, state = Checkpoints(tmp_path), make_state(0)
-    with pytest.raises(ValueError, match=r"no step 15 .* choose one of \[10, 20\]"):
-        checkpoints.restore(state, step=15)
+    checkpoints = Checkpoints(tmp_path)
     for step in (15, 20):
         with pytest.raises(ValueError, match=f"step {step} is not beyond step 20"):
-            checkpoints.save(step, state, {})
-    with pytest.raises(ValueError, match="opt_state is 0.5: give a jax.Array"):
-        checkpoints.save(30, state._replace(opt_state=0.5), {})
-    with pytest.raises(ValueError, match="key_data"):
-        checkpoints.save(30, state._replace(opt_state=jax.random.key(0)), {})
-    for metadata in ({"path": tmp_path}, {"loss": float("nan")}):
-        with pytest.raises(ValueError, match="not plain, finite JSON"):
-            checkpoints.save(30, state, metadata)
-    for choices in ({"keep_last": 0}, {"keep_every": 0}):
-        with pytest.raises(ValueError, match="=0: give a number of at least 1"):
-            Checkpoints(tmp_path, **choices)
+            checkpoints.save(step, make_state(0), {})
     assert checkpoints.steps() == [10, 20]
 
 
@@ -148,7 +144,7 @@ def _reshard(directory: Path) -> None:
                     values,
                     other,
                 )
-                restored = checkpoints.restore(template)
+                restored = restore(checkpoints, template)
                 assert restored is not None and restored.step == step
                 assert same_bits(restored.state, values)
                 assert jax.tree.map(lambda leaf: leaf.sharding, restored.state) == other
@@ -175,12 +171,12 @@ def _one_of_two(process: int, address: str, directory: Path) -> None:
         if process == 0:
             truncate_data(directory / "run" / "2")
         jax.experimental.multihost_utils.sync_global_devices("damaged")
-        restored = checkpoints.restore(values(0))
+        restored = restore(checkpoints, values(0))
         assert restored is not None and restored.step == 1 and restored.metadata == {"seed": 1}
         local = [jax.tree.map(lambda a: a.addressable_data(0), t) for t in (restored[1], values(1))]
         assert same_bits(*local)
         checkpoints.save(2, values(5), {})
-        again = checkpoints.restore(values(0))
+        again = restore(checkpoints, values(0))
         assert again is not None and again.step == 2 and int(again.state["same"]) == 5
     jax.distributed.shutdown()
 
@@ -204,7 +200,7 @@ def _large_state(step: int) -> dict[str, jax.Array]:
 def _train(directory: Path, progress: Any) -> None:
     """Goes on from the newest checkpoint, checks it, saves one step whole and starts another."""
     with Checkpoints(directory) as checkpoints:
-        restored = checkpoints.restore(_large_state(0))
+        restored = restore(checkpoints, _large_state(0))
         start = 0 if restored is None else restored.step
         assert restored is None or same_bits(restored.state, _large_state(start))
         checkpoints.save(start + 1, _large_state(start + 1), {})
@@ -241,7 +237,7 @@ def test_a_kill_in_the_middle_of_a_save_loses_only_that_save(tmp_path: Path) -> 
         assert newest in (start + 1, start + 2)
         halves += any("tmp" in path.name for path in run.iterdir())
     assert halves > 0, "no kill fell into a save: the state is too small for this disk"
-    restored = Checkpoints(run).restore(abstract(_large_state(0)))
+    restored = restore(Checkpoints(run), abstract(_large_state(0)))
     assert restored is not None and same_bits(restored.state, _large_state(newest))
     assert not (tmp_path / "run.damaged").exists()
 
@@ -271,7 +267,7 @@ def _full_for_a_while(directory: Path) -> None:
         checkpoints.save(7, make_state(7), {})
         checkpoints.wait()
         assert sorted(p.name for p in directory.iterdir()) == ["1", "7"], [*directory.rglob("*")]
-        restored = checkpoints.restore(abstract(make_state(0)))
+        restored = restore(checkpoints, abstract(make_state(0)))
     assert restored is not None and same_bits(restored.state, make_state(7))
     # Beside Orbax's own, of which some versions have one about a save that is being renamed.
     ours = [line for line in said if line.startswith(("The checkpoint of step", "Saving works"))]
@@ -311,11 +307,11 @@ def test_a_folder_that_cannot_be_made_is_a_save_that_failed(
 
 def test_without_room_nothing_is_written(tmp_path: Path, monkeypatch: Any, caplog: Any) -> None:
     free = [10**9]
-    monkeypatch.setattr(disk.shutil, "disk_usage", lambda path: SimpleNamespace(free=free[0]))
+    monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda path: SimpleNamespace(free=free[0]))
     checkpoints = Checkpoints(tmp_path / "run")
     assert checkpoints.save(1, make_state(1), {})
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(make_state(1)))
-    free[0] = size + disk.OVERHEAD - 1
+    free[0] = size + checkpoint.OVERHEAD - 1
     assert not checkpoints.save(2, make_state(2), {}) and not checkpoints.save(3, make_state(3), {})
     checkpoints.wait()
     assert [p.name for p in (tmp_path / "run").iterdir()] == ["1"]
@@ -356,7 +352,7 @@ def test_a_folder_that_cannot_be_written_ends_the_run_and_is_named(
     """Also after a disk that was full for a while: nothing may then say that a step is saved."""
     directory = tmp_path / "run"
     reasons = iter(["full", ""])
-    monkeypatch.setattr(disk, "shortage", lambda *_: next(reasons))
+    monkeypatch.setattr(checkpoint, "shortage", lambda *_: next(reasons))
     named = r"checkpoint of step 3 .*Not a directory.* from the start$"
     with pytest.raises(UnsavedCheckpointError, match=named), Checkpoints(directory) as checkpoints:
         assert not checkpoints.save(2, make_state(2), {})

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import reference
 import runs
+from checkpoints import restore
 from flax import serialization
 from ml_collections import ConfigDict
 
@@ -361,7 +362,7 @@ def test_the_dequantizer_is_converted_with_the_score(
         template = jax.eval_shape(
             lambda p: TrainState.create(p, experiment.dequantizer_optimizer), params
         )
-        restored = checkpoints.restore(template)
+        restored = restore(checkpoints, template)
     jax.tree.map(np.testing.assert_array_equal, restored.state.ema_params, params)
     score = experiment.restore(tmp_path / "ours")
     assert restored.metadata["score"]["step"] == score.step

@@ -243,12 +243,3 @@ def test_who_asks_does_not_keep_a_training_from_starting(tmp_path: Path) -> None
             assert lock._is_held(path)
         release.join()
     assert not lock._is_held(path)
-
-
-def test_the_owner_of_a_lock_in_a_bucket_is_read(tmp_path: Path) -> None:
-    lease = lock._Lease(Workdir(tmp_path) / ".train.lock")
-    assert not lease.held()
-    lease.acquire()
-    assert lease.held() and lock._Lease(Workdir(tmp_path) / ".train.lock").held()
-    lease.release()
-    assert not lease.held()

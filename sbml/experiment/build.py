@@ -332,7 +332,7 @@ class Experiment:
 
 
 def _newest(
-    checkpoints: Checkpoints, template: TrainState | Callable[[dict], TrainState], missing: str
+    checkpoints: Checkpoints, template: Callable[[dict], TrainState], missing: str
 ) -> Restored:
     """The newest undamaged checkpoint.
 

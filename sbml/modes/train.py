@@ -167,19 +167,23 @@ def update(experiment: Experiment) -> Update:
     )
 
 
-def task(experiment: Experiment, workdir: Workdir) -> loop.Task:
-    """The training of the score, as a task for the training loop."""
+def run(experiment: Experiment, workdir: Workdir) -> None:
+    """Train up to ``training.num_steps``, from the newest undamaged checkpoint of ``workdir`` on.
+
+    Writes ``checkpoints/``, ``metrics.jsonl``, ``tensorboard/`` and ``samples/``. The errors are
+    those of ``_loop.run``.
+    """
     config, images = experiment.config, experiment.images("train")
+    config.optim.warn_if_short(config.training.num_steps)
 
     def picture(state: TrainState) -> np.ndarray:
         now = experiment.with_learned_schedule(state.ema_params)
         count = min(config.sampling.num_images, PICTURED)
         return samples.grid(now, samples.preview(now, state.ema_params, count).images)
 
-    return loop.Task(
+    task = loop.Task(
         name="train",
         training=config.training,
-        field="",
         images=images,
         seed=config.seed,
         flip=config.data.flip,
@@ -192,14 +196,5 @@ def task(experiment: Experiment, workdir: Workdir) -> loop.Task:
         directory=workdir.path,
         picture=picture,
     )
-
-
-def run(experiment: Experiment, workdir: Workdir) -> None:
-    """Train up to ``training.num_steps``, from the newest undamaged checkpoint of ``workdir`` on.
-
-    Writes ``checkpoints/``, ``metrics.jsonl``, ``tensorboard/`` and ``samples/``. The errors are
-    those of ``_loop.run``.
-    """
-    experiment.config.optim.warn_if_short(experiment.config.training.num_steps)
     with workdir.lock("train"):
-        loop.run(task(experiment, workdir), experiment.config.training.checkpoints(workdir))
+        loop.run(task, config.training.checkpoints(workdir))

@@ -62,15 +62,10 @@ def loss_fn(experiment: Experiment) -> Loss:
 
 
 def check(experiment: Experiment, workdir: Workdir, before: Sequence[str]) -> None:
-    """Check that the config fits a dequantizer.
-
-    Raises:
-      ValueError: the dequantizer does not fit the images or the score, or grids of samples are to
-        be drawn, which a dequantizer does not have.
-    """
-    checked = experiment.config
-    checked.check_dequantizer("dequantizer.name", checked.dequantizer.name)
-    if every := checked.dequantizer.training.sample_every:
+    """Check that the dequantizer fits the images and the score, and draws no grids of samples."""
+    config = experiment.config
+    config.check_dequantizer("dequantizer.name", config.dequantizer.name)
+    if every := config.dequantizer.training.sample_every:
         raise ValueError(
             f"dequantizer.training.sample_every={every}: a dequantizer draws no samples; set "
             "--config.dequantizer.training.sample_every=0"
@@ -108,7 +103,6 @@ def run(experiment: Experiment, workdir: Workdir) -> None:
     task = loop.Task(
         name="train dequantizer",
         training=section.training,
-        field="dequantizer.",
         images=images,
         seed=config.seed,
         flip=config.data.flip,

@@ -14,8 +14,10 @@ another model, an error is raised. Nothing is deleted in either case.
 
 import contextlib
 import dataclasses
+import errno
 import logging as stdlib_logging
 import re
+import shutil
 import textwrap
 import time
 from collections.abc import Callable, Sequence
@@ -27,15 +29,15 @@ from absl import logging
 from etils import epath
 from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
-from orbax.checkpoint.metadata import get_step_metadata
 from orbax.checkpoint.path import step as step_lib
 
-from sbml.runtime import disk, manifest
+from sbml.runtime import manifest
+from sbml.runtime.files import remote
 from sbml.runtime.manifest import DamagedCheckpointError, OtherModelError
 from sbml.runtime.peers import LostProcessError
 
 PyTree = Any
-Template = Callable[[dict[str, Any]], PyTree]  # from a checkpoint's metadata to a template
+OVERHEAD = 2**20  # bytes for the names, shapes and checksums of a checkpoint's arrays
 
 
 class Restored(NamedTuple):
@@ -76,23 +78,22 @@ class Checkpoints:
     Every process of a run makes the same calls in the same order. Reading writes nothing, so an
     evaluation may read while training saves.
 
+    A full disk does not end a training, because space may become free again. If there is no space,
+    nothing is written; if a save fails, its files are removed. The first failure is logged as an
+    error, and later ones are not logged until a save succeeds. :meth:`close` raises an error if the
+    last save failed.
+
     Args:
       directory: a folder for the checkpoints only, local or any that etils understands
         (``gs://...``). The first save creates it and removes the parts of interrupted saves.
       keep_last: the number of newest checkpoints to keep. With 1, damage to it loses the run.
       keep_every: also keep, permanently, the first checkpoint at or after each multiple of this
         number of steps; None to keep no others.
-
-    Raises:
-      ValueError: ``keep_last`` or ``keep_every`` is below 1.
     """
 
     def __init__(
         self, directory: epath.PathLike, *, keep_last: int = 2, keep_every: int | None = None
     ) -> None:
-        for name, value in (("keep_last", keep_last), ("keep_every", keep_every)):
-            if value is not None and value < 1:
-                raise ValueError(f"{name}={value}: give a number of at least 1")
         policies = ocp.training.preservation_policies
         every = [] if keep_every is None else [_FirstPastEach(keep_every)]
         self._kept = policies.AnyPreservationPolicy([policies.LatestN(keep_last), *every])
@@ -122,8 +123,7 @@ class Checkpoints:
         """
         for step in reversed(self.steps()):
             try:
-                stored = get_step_metadata(self.directory / str(step)).custom_metadata
-                return manifest.content(stored, step)["metadata"]
+                return manifest.read(self.directory / str(step))["metadata"]
             except Exception as error:  # Any error means that the bytes could not be read.
                 if step not in self.steps():
                     return self.metadata()
@@ -134,13 +134,8 @@ class Checkpoints:
         """Save ``state`` in the background; it may be donated as soon as this returns.
 
         The call waits for an earlier save, for the copy to the host and for the CRC32s (a second or
-        less for a gigabyte).
-
-        A full disk does not end a training run, because space may become free again. If there is
-        no space, nothing is written; if a save fails, its files are removed. The first failure is
-        logged as an error, and later ones are not logged until a save succeeds. :meth:`close`
-        raises an error if the last save failed. A failure in the background, of any kind, appears
-        in the next ``save``, ``wait`` or ``close``; with several processes ``save`` raises it too.
+        less for a gigabyte). A failure in the background, of any kind, appears in the next
+        ``save``, ``wait`` or ``close``; with several processes ``save`` raises it too.
 
         Checkpoints that ``restore`` found to be damaged are first moved to
         ``<directory>.damaged/<step>-<time>``. They then do not count as kept, and their steps can
@@ -155,12 +150,11 @@ class Checkpoints:
           Whether the save began.
 
         Raises:
-          ValueError: ``step`` is not larger than the newest one, a leaf of ``state`` is not a
-            ``jax.Array`` of numbers, or ``metadata`` is not finite JSON.
+          ValueError: ``step`` is not larger than the newest one.
           UnsavedCheckpointError: the save cannot begin, although the disk is not full.
         """
         content = manifest.create(step, state, metadata)
-        self._after_earlier_save()
+        self._end_save()
         self._set_damaged_aside()
         if (steps := self.steps()) and step <= steps[-1]:
             raise ValueError(
@@ -168,7 +162,7 @@ class Checkpoints:
                 f"{self.directory}: is another process at work there? If not, take another "
                 "directory, or move the newer ones away"
             )
-        reason = disk.shortage(self.directory, sum(leaf.nbytes for leaf in jax.tree.leaves(state)))
+        reason = shortage(self.directory, sum(leaf.nbytes for leaf in jax.tree.leaves(state)))
         if multihost_utils.process_allgather(np.array(bool(reason))).any():
             self._miss(step, reason or "another process has no room")
             return False
@@ -183,60 +177,116 @@ class Checkpoints:
             self._drop_writer()
             if jax.process_count() > 1 or not isinstance(error, OSError):
                 raise
-            if error.errno not in disk.FULL:
-                raise self._unsaved(step, str(error)) from error
-            self._miss(step, str(error))  # A disk without inodes, since folders are made here.
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):  # no bytes or inodes; a quota
+                self._missed = step, str(error)
+                raise self._unsaved() from error
+            self._miss(step, str(error))
             return False
         self._saving = step, response
         return True
 
-    def restore(self, template: PyTree | Template, step: int | None = None) -> Restored | None:
-        """Read a checkpoint.
+    def restore(self, template: Callable[[dict[str, Any]], PyTree]) -> Restored | None:
+        """Read the newest undamaged checkpoint.
 
         Args:
-          template: a pytree like the state, of arrays or ``jax.ShapeDtypeStruct``, which gives the
-            shardings (a leaf without one is placed on this process's first device); or a function
-            that makes it, with all shardings, from the checkpoint's metadata.
-          step: the step of the checkpoint; None for the newest undamaged one.
+          template: a function from the checkpoint's metadata to a pytree like the state, of
+            ``jax.ShapeDtypeStruct`` with shardings.
 
         Returns:
-          The checkpoint, or None if ``step`` is None and there is no checkpoint.
+          The checkpoint, or None if there is none.
 
         Raises:
-          ValueError: there is no checkpoint of ``step``.
           OtherModelError: the checkpoint is of another model. This is a ``ValueError``, and names
             the first leaf that differs.
-          DamagedCheckpointError: the checkpoint of ``step`` is damaged, or all checkpoints are.
+          DamagedCheckpointError: all checkpoints are damaged.
         """
         self.wait()
-        steps = self.steps()
-        if step is not None and step not in steps:
-            raise ValueError(f"no step {step} in {self.directory}: choose one of {steps}")
-        fixed = None if callable(template) else jax.tree.map(_abstract, template)
         reasons: list[str] = []
-        for candidate in reversed(steps) if step is None else [step]:
-            restored, damage = self._read(candidate, template if fixed is None else fixed)
+        for step in reversed(self.steps()):
+            restored, damage = self._read(step, template)
             if restored is not None:
                 return restored._replace(damaged=tuple(reasons))
-            if step is None and self._is_gone(candidate):
+            # A training that goes on may have deleted it. All processes agree on it.
+            if multihost_utils.process_allgather(np.array(step not in self.steps())).any():
                 return self.restore(template)
-            reasons.append(f"step {candidate}: {damage}")
+            reasons.append(f"step {step}: {damage}")
             logging.error("Damaged checkpoint in %s, %s", self.directory, reasons[-1])
-            if step is None:
-                self._damaged.add(candidate)
+            self._damaged.add(step)
         if not reasons:
             return None
         raise DamagedCheckpointError(
             "\n  ".join([f"no whole checkpoint in {self.directory} to restore:", *reasons])
-            + "\nNothing was deleted. Put a copy back, choose another step or directory, or move "
-            "the directory away to start anew."
+            + "\nNothing was deleted. Put a copy back, choose another directory, or move the "
+            "directory away to start anew."
         )
 
-    def _after_earlier_save(self) -> None:
-        """Wait for the earlier save; if it failed, log that."""
+    def _read(
+        self, step: int, template: Callable[[dict[str, Any]], PyTree]
+    ) -> tuple[Restored | None, str]:
+        """The checkpoint, or None and a description of its damage.
+
+        All processes agree on which of the two it is.
+        """
+        path = self.directory / str(step)
+        restored, damage = None, "another process could not read it"
+        try:
+            stored = manifest.read(path)
+            like = template(stored["metadata"])
+            manifest.check_same_model(path, stored["leaves"], manifest.leaves_of(like))
+            state = ocp.load(path, like, checkpointable_name="state")
+            manifest.check_crc32s(stored, state)
+            restored = Restored(step, state, stored["metadata"])
+        except (OtherModelError, MemoryError, PermissionError, jax.errors.JaxRuntimeError):
+            raise  # These say nothing about the checkpoint's bytes.
+        except Exception as error:  # Any other error means that the bytes could not be read.
+            damage = textwrap.shorten(f"{type(error).__name__}: {error}", 400)
+        if multihost_utils.process_allgather(np.array(restored is None)).any():
+            restored = None
+        return restored, damage
+
+    def wait(self) -> None:
+        """Wait until a save in the background is on disk; its error is raised if it failed."""
         if self._saving is None:
             return
-        step = self._saving[0]
+        (step, response), self._saving = self._saving, None
+        try:
+            response.result()  # This also ends the thread of the response, and closes its files.
+        except BaseException:
+            self._drop_writer()
+            raise
+        if self._missed:
+            logging.warning("Saving works again: step %d is saved in %s", step, self.directory)
+            self._missed = None
+            # Writes of failed saves may have ended only after their files were removed.
+            self._remove_partial()
+
+    def close(self) -> None:
+        """Wait for the last save, and close the writer.
+
+        Raises:
+          UnsavedCheckpointError: the last save failed.
+        """
+        self._end_save()
+        self._close_writer()
+        if self._missed:
+            raise self._unsaved()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is LostProcessError:  # A save in progress would wait for the lost process.
+            return
+        try:
+            self.close()
+        except UnsavedCheckpointError as error:
+            if kind is None:
+                raise
+            logging.error("%s", error)  # The error that ended the training is the one to raise.
+
+    def _end_save(self) -> None:
+        """Wait for the save in progress; if it failed, log that."""
+        step = self._saving[0] if self._saving else 0
         try:
             self.wait()
         except Exception as error:  # After any error of the writer, the next state may be saved.
@@ -255,109 +305,45 @@ class Checkpoints:
             )
         self._missed = step, reason
 
-    def _unsaved(self, step: int, reason: str) -> UnsavedCheckpointError:
-        """The error of a run that ends without a checkpoint of ``step``. :meth:`close` raises no
-        second one."""
-        self._missed = None
+    def _unsaved(self) -> UnsavedCheckpointError:
+        """The error of a run that ends after a save that failed; :meth:`close` raises no second
+        one."""
+        assert self._missed
+        (step, reason), self._missed = self._missed, None
         self._remove_partial()  # Writes that were still in progress have ended by now.
         return UnsavedCheckpointError(
             f"no checkpoint of step {step} could be saved in {self.directory}: {reason}. Remove "
             f"the cause and run the same command again: it goes on from {self.newest()}"
         )
 
-    def wait(self) -> None:
-        """Wait until a save in the background is on disk; its error is raised if it failed."""
-        if self._saving is None:
-            return
-        (step, response), self._saving = self._saving, None
-        try:
-            response.result()  # This also ends the thread of the response, and closes its files.
-        except BaseException:
-            self._drop_writer()
-            raise
-        if self._missed:
-            logging.warning("Saving works again: step %d is saved in %s", step, self.directory)
-            self._missed = None
-            # Writes of failed saves may have ended only after their files were removed.
-            self._remove_partial()
+    def _close_writer(self) -> None:
+        writer, self._writer = self._writer, None
+        if writer is not None:
+            writer.close()
 
     def _drop_writer(self) -> None:
         """Discard a writer whose save failed, and remove the files of this save.
 
         Orbax's threads and locks are then in a state in which it cannot save again.
         """
-        writer, self._writer = self._writer, None
         with contextlib.suppress(Exception):  # Closing raises the same error once more.
-            if writer is not None:
-                writer.close()
+            self._close_writer()
         self._remove_partial()
 
     def _remove_partial(self) -> None:
-        if jax.process_index() == 0:
-            disk.remove_partial(self.directory, "*.orbax-checkpoint-tmp*")
-
-    def close(self) -> None:
-        """Wait for the last save, and close the writer.
-
-        Raises:
-          UnsavedCheckpointError: the last save failed.
-        """
-        self._after_earlier_save()
-        writer, self._writer = self._writer, None
-        if writer is not None:
-            writer.close()
-        if self._missed:
-            raise self._unsaved(*self._missed)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is LostProcessError:  # A save in progress would wait for the lost process.
-            return
-        try:
-            self.close()
-        except UnsavedCheckpointError as error:
-            if kind is None:
-                raise
-            logging.error("%s", error)  # The error that ended the training is the one to raise.
-
-    def _is_gone(self, step: int) -> bool:
-        """Whether a training that goes on has deleted ``step``. All processes agree on it."""
-        return bool(multihost_utils.process_allgather(np.array(step not in self.steps())).any())
-
-    def _read(self, step: int, template: PyTree | Template) -> tuple[Restored | None, str]:
-        """The checkpoint, or None and a description of its damage.
-
-        All processes agree on which of the two it is.
-        """
-        path = self.directory / str(step)
-        restored, damage = None, "another process could not read it"
-        try:
-            stored = manifest.content(get_step_metadata(path).custom_metadata, step)
-            like = template(stored["metadata"]) if callable(template) else template
-            manifest.check_same_model(path, stored["leaves"], manifest.leaves_of(like))
-            state = ocp.load(path, like, checkpointable_name="state")
-            manifest.check_crc32s(stored, state)
-            restored = Restored(step, state, stored["metadata"])
-        except (OtherModelError, MemoryError, PermissionError, jax.errors.JaxRuntimeError):
-            raise  # These say nothing about the checkpoint's bytes.
-        except Exception as error:  # Any other error means that the bytes could not be read.
-            damage = textwrap.shorten(f"{type(error).__name__}: {error}", 400)
-        if multihost_utils.process_allgather(np.array(restored is None)).any():
-            restored = None
-        return restored, damage
+        """Remove the files of failed saves. In an object store, the next writer does this."""
+        if jax.process_index() == 0 and not remote(self.directory):
+            for path in self.directory.glob("*.orbax-checkpoint-tmp*"):
+                shutil.rmtree(path, ignore_errors=True)
 
     def _set_damaged_aside(self) -> None:
         if not self._damaged:
             return
-        writer, self._writer = self._writer, None
-        if writer is not None:
-            writer.close()
+        self._close_writer()
         if jax.process_index() == 0:
             aside = self.directory.parent / f"{self.directory.name}.damaged"
             aside.mkdir(parents=True, exist_ok=True)
-            if "://" in str(aside):  # In an object store, a folder exists only if it has a file.
+            if remote(aside):  # In an object store, a folder exists only if it has a file.
                 (aside / "about.txt").write_text("Checkpoints that were found damaged.\n")
             for step in sorted(self._damaged):
                 target = aside / f"{step}-{time.time_ns()}"
@@ -367,14 +353,22 @@ class Checkpoints:
         self._damaged.clear()
 
 
+def shortage(folder: epath.Path, size: int) -> str:
+    """The reason why ``size`` + ``OVERHEAD`` bytes do not fit on the disk of ``folder``, or "".
+
+    For an object store it is always "". The quota of a user is not known, so a write that exceeds
+    the quota fails later.
+    """
+    if remote(folder):
+        return ""
+    while not folder.exists():
+        folder = folder.parent
+    free, needed = shutil.disk_usage(folder).free, size + OVERHEAD
+    if free >= needed:
+        return ""
+    return f"the disk of {folder} is full: {free / 1e6:.1f} MB are free, {needed / 1e6:.1f} needed"
+
+
 def _not_of_orbax(record: stdlib_logging.LogRecord) -> bool:
     """False for errors that Orbax logs: they are also raised, and this module logs each once."""
     return record.levelno < stdlib_logging.ERROR or "orbax" not in record.pathname
-
-
-def _abstract(leaf: Any) -> jax.ShapeDtypeStruct:
-    sharding = getattr(leaf, "sharding", None)
-    sharding = sharding or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    # This raises if the sharding does not fit the shape; reading would take that error for damage.
-    sharding.shard_shape(leaf.shape)
-    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)

@@ -26,22 +26,21 @@ CRC32 = "crc32"
 
 
 class DamagedFileError(ValueError):
-    """The content of a file has changed since it was written, or another program wrote the file.
-
-    Attributes:
-      path: the file.
-      reason: what is wrong.
-    """
+    """The content of a file has changed since it was written, or another program wrote the file."""
 
     def __init__(self, path: epath.PathLike, reason: str, remedy: str) -> None:
         super().__init__(f"{path} is damaged ({reason}): {remedy}")
-        self.path, self.reason = path, reason
+
+
+def remote(path: epath.PathLike) -> bool:
+    """Whether ``path`` is in an object store, such as ``gs://...``."""
+    return "://" in str(path)
 
 
 def write_whole(path: epath.PathLike, content: bytes) -> None:
     """Write ``content`` to ``path``; if the process is killed meanwhile, an old file remains."""
     path = epath.Path(path)
-    if "://" in str(path):  # Object stores show only complete writes, and a rename would copy.
+    if remote(path):  # Object stores show only complete writes, and a rename would copy.
         path.write_bytes(content)
         return
     # Several processes may write the same file at once: each uses its own temporary name.
@@ -70,15 +69,7 @@ def write_npz(path: epath.PathLike, columns: Mapping[str, np.ndarray]) -> None:
 
 
 def read_npz(path: epath.PathLike, remedy: str = "remove it") -> dict[str, np.ndarray]:
-    """The arrays of a file that :func:`write_npz` wrote.
-
-    Args:
-      path: the file.
-      remedy: what an error message tells the user to do.
-
-    Raises:
-      DamagedFileError: the content has changed, or another program wrote it.
-    """
+    """The arrays of a file that :func:`write_npz` wrote; ``remedy`` ends an error's message."""
     content = epath.Path(path).read_bytes()
     end = len(content) - len(_comment(0))
     if end < 0 or content[end:] != _comment(zlib.crc32(content[:end] + _comment(0))):
@@ -88,10 +79,8 @@ def read_npz(path: epath.PathLike, remedy: str = "remove it") -> dict[str, np.nd
 
 
 def intact_npz(path: epath.PathLike) -> dict[str, np.ndarray] | None:
-    """The arrays of a file that can be computed again; None if the file is missing or damaged.
-
-    A warning names a damaged file.
-    """
+    """The arrays of a file that can be computed again; None if it is missing, or, with a warning,
+    if it is damaged."""
     path = epath.Path(path)
     if not path.exists():
         return None
@@ -103,11 +92,7 @@ def intact_npz(path: epath.PathLike) -> dict[str, np.ndarray] | None:
 
 
 def read_png(path: epath.PathLike, remedy: str = "remove it") -> bytes:
-    """The bytes of a PNG file, whose format has a CRC32 of every chunk.
-
-    Raises:
-      DamagedFileError: it is no PNG file, or it fails a CRC32.
-    """
+    """The bytes of a PNG file, whose format has a CRC32 of every chunk."""
     content = epath.Path(path).read_bytes()
     try:
         with Image.open(io.BytesIO(content), formats=["PNG"]) as image:
@@ -127,11 +112,8 @@ def with_crc32(value: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def without_crc32(text: str | bytes) -> dict[str, Any]:
-    """The object that :func:`with_crc32` received, from its JSON text.
-
-    Raises:
-      ValueError: ``text`` has no checksum or another one; the message says which.
-    """
+    """The object that :func:`with_crc32` received, from its JSON text; a ValueError if it has no
+    checksum or another one."""
     value = json.loads(text)
     if not isinstance(value, dict) or CRC32 not in value:
         raise ValueError(f"it has no {CRC32}")
@@ -147,15 +129,7 @@ def write_json(path: epath.PathLike, value: Mapping[str, Any]) -> None:
 
 
 def read_json(path: epath.PathLike, remedy: str = "remove it") -> dict[str, Any]:
-    """The object of a file that :func:`write_json` wrote.
-
-    Args:
-      path: the file.
-      remedy: what an error message tells the user to do.
-
-    Raises:
-      DamagedFileError: the content has changed, or another program wrote it.
-    """
+    """The object of a file that :func:`write_json` wrote; ``remedy`` as for :func:`read_npz`."""
     content = epath.Path(path).read_bytes()
     try:
         return without_crc32(content)

@@ -1,7 +1,7 @@
 """The manifest of a checkpoint, which reveals damage and checkpoints of other models.
 
 It holds the checkpoint's step, the path, shape, dtype and CRC32 of every leaf of its state, and its
-metadata. It also has a CRC32 of its own.
+metadata. It also has a CRC32 of its own. Orbax stores it as the checkpoint's metadata.
 """
 
 import itertools
@@ -12,6 +12,7 @@ from typing import Any
 import jax
 from etils import epath
 from jax.tree_util import keystr, tree_leaves_with_path
+from orbax.checkpoint.metadata import get_step_metadata
 
 from sbml.runtime.trees import leaf_crc32
 
@@ -27,50 +28,33 @@ class OtherModelError(ValueError):
 
 
 def create(step: int, state: PyTree, metadata: dict[str, Any]) -> dict[str, Any]:
-    """The manifest of ``state``, as plain JSON values.
-
-    Raises:
-      ValueError: a leaf is not a ``jax.Array`` of numbers, or ``metadata`` is not finite JSON.
-    """
-    for path, leaf in tree_leaves_with_path(state):
-        if not isinstance(leaf, jax.Array) or jax.numpy.issubdtype(leaf.dtype, jax.dtypes.extended):
-            raise ValueError(
-                f"state leaf {keystr(path)} is {leaf!r}: give a jax.Array of numbers "
-                "(jax.numpy.asarray of it, or jax.random.key_data of a key)"
-            )
+    """The manifest of ``state``, as plain JSON values."""
     crc32s = [leaf_crc32(leaf) for leaf in jax.tree.leaves(state)]
     body = {"step": step, "leaves": leaves_of(state), "crc32s": crc32s, "metadata": metadata}
-    try:
-        body = json.loads(json.dumps(body, allow_nan=False))
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"metadata {metadata} is not plain, finite JSON: {error}") from error
+    body = json.loads(json.dumps(body, allow_nan=False))
     return {"manifest": body, "crc32": _text_crc32(body)}
 
 
-def content(manifest: Any, step: int) -> dict[str, Any]:
-    """The content of the manifest that was read for the checkpoint of ``step``.
-
-    Returns:
-      ``step``, ``leaves``, ``crc32s`` and ``metadata``.
+def read(path: epath.Path) -> dict[str, Any]:
+    """``step``, ``leaves``, ``crc32s`` and ``metadata`` of the manifest of the checkpoint ``path``,
+    whose name is its step.
 
     Raises:
       DamagedCheckpointError: it is missing, was changed, or is of another step.
     """
+    manifest = get_step_metadata(path).custom_metadata
     if not manifest:
         raise DamagedCheckpointError("its metadata holds no manifest")
     if _text_crc32(manifest["manifest"]) != manifest["crc32"]:
         raise DamagedCheckpointError("its metadata fails its CRC32")
-    if (saved := manifest["manifest"].get("step")) != step:
+    if str(saved := manifest["manifest"].get("step")) != path.name:
         raise DamagedCheckpointError(f"it was saved as step {saved}: name its folder so again")
     return manifest["manifest"]
 
 
 def check_same_model(path: epath.Path, stored: list[Any], expected: list[Any]) -> None:
-    """Compare the leaves of the checkpoint at ``path`` with those of a model (:func:`leaves_of`).
-
-    Raises:
-      OtherModelError: they differ; the message names the first difference.
-    """
+    """Raise an OtherModelError that names the first difference, if the leaves of the checkpoint at
+    ``path`` are not those of a model (:func:`leaves_of`)."""
     for leaf, model_leaf in itertools.zip_longest(stored, expected):
         if leaf != model_leaf:
             raise OtherModelError(
@@ -81,20 +65,13 @@ def check_same_model(path: epath.Path, stored: list[Any], expected: list[Any]) -
 
 
 def check_crc32s(stored: dict[str, Any], state: PyTree) -> None:
-    """Compare the CRC32s of ``state`` with those of ``stored``, a manifest's content.
-
-    Raises:
-      DamagedCheckpointError: a leaf has another CRC32; the message names the first one.
-    """
+    """Raise a DamagedCheckpointError that names the first leaf, if any, whose CRC32 in ``state`` is
+    not that of ``stored``, a manifest's content."""
     # All are computed before the comparison, because all processes must take part in gathering.
     crc32s = [leaf_crc32(leaf) for leaf in jax.tree.leaves(state)]
     for leaf, expected, crc32 in zip(stored["leaves"], stored["crc32s"], crc32s, strict=True):
         if crc32 != expected:
             raise DamagedCheckpointError(f"{_text(leaf)} fails its CRC32")
-
-
-def _text_crc32(body: dict[str, Any]) -> int:
-    return zlib.crc32(json.dumps(body, sort_keys=True).encode())
 
 
 def leaves_of(tree: PyTree) -> list[list[Any]]:
@@ -103,6 +80,10 @@ def leaves_of(tree: PyTree) -> list[list[Any]]:
         [keystr(path, simple=True, separator="/"), list(leaf.shape), str(leaf.dtype)]
         for path, leaf in tree_leaves_with_path(tree)
     ]
+
+
+def _text_crc32(body: dict[str, Any]) -> int:
+    return zlib.crc32(json.dumps(body, sort_keys=True).encode())
 
 
 def _text(leaf: list[Any] | None) -> str:

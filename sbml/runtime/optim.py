@@ -17,12 +17,7 @@ def learning_rate(lr: float, warmup: int, schedule: str, num_steps: int) -> opta
     """lr min(step / warmup, 1), then constant (the paper) or a cosine to zero at ``num_steps``.
 
     If ``num_steps`` is not above ``warmup``, the run ends before the cosine begins.
-
-    Raises:
-      ValueError: ``schedule`` is not one of ``SCHEDULES``.
     """
-    if schedule not in SCHEDULES:
-        raise ValueError(f"unknown optim.schedule {schedule!r}; choose from {SCHEDULES}")
     if schedule == "cosine" and warmup < num_steps:
         return optax.warmup_cosine_decay_schedule(0.0, lr, warmup, num_steps)
     return optax.linear_schedule(0.0, lr, warmup) if warmup else optax.constant_schedule(lr)
@@ -58,18 +53,15 @@ def adam(
     """
 
     def decay(updates: optax.Updates, params: optax.Params) -> optax.Updates:
-        if not weight_decay:
-            return updates
-
-        def one(update: jax.Array, param: jax.Array, is_kernel: bool) -> jax.Array:
-            return update + weight_decay * param if is_kernel else update
-
-        return jax.tree.map(one, updates, params, _kernels(params))
+        return jax.tree.map(
+            lambda update, param, decays: update + weight_decay * param if decays else update,
+            *(updates, params, _kernels(params)),
+        )
 
     # The structure of the state does not depend on the settings, so a run may go on with others.
     return optax.chain(
         optax.clip_by_global_norm(grad_clip) if grad_clip else optax.identity(),
         optax.scale_by_adam(beta1, beta2, eps),
-        optax.stateless(decay),
+        optax.stateless(decay) if weight_decay else optax.identity(),
         optax.scale_by_learning_rate(schedule),
     )

@@ -28,15 +28,9 @@ class LostProcessError(RuntimeError):
 @contextlib.contextmanager
 def watched(kept: Callable[[], str]) -> Iterator[None]:
     """A context in which a collective operation that lost another process raises
-    :class:`LostProcessError`.
-
-    Args:
-      kept: a function that says what the same command goes on from.
-    """
+    :class:`LostProcessError`; ``kept`` says what the same command goes on from."""
     try:
         yield
-    except LostProcessError:
-        raise
     except Exception as error:
         if jax.process_count() == 1 or "Gloo" not in str(error):
             raise

@@ -125,15 +125,8 @@ def abstract(
 
 
 def check_divides(name: str, size: int, **parts_each: int) -> None:
-    """Check that a batch of ``size`` divides into equal parts on each device.
-
-    Args:
-      name: the name of the size.
-      parts_each: the numbers, by name, whose product is the number of parts on each device.
-
-    Raises:
-      ValueError: it does not; the message names the nearest possible sizes.
-    """
+    """Check that a batch of ``size``, called ``name``, divides into equal parts on each device. The
+    number of these parts is the product of ``parts_each``."""
     parts = math.prod([jax.device_count(), *parts_each.values()])
     if size < 1 or size % parts:
         lower = size // parts * parts
@@ -143,11 +136,6 @@ def check_divides(name: str, size: int, **parts_each: int) -> None:
             + "".join(f" x {count} {what}" for what, count in parts_each.items())
             + f"; use {choices}"
         )
-
-
-def to_global(local: Any, sharding: NamedSharding) -> Any:
-    """One global array per leaf, from the rows of the batch that each process holds."""
-    return jax.tree.map(lambda a: jax.make_array_from_process_local_data(sharding, a), local)
 
 
 def put(array: np.ndarray, sharding: NamedSharding) -> jax.Array:
@@ -166,12 +154,7 @@ def round_up(size: int, devices: int | None = None) -> int:
     """The smallest multiple of ``devices`` that is at least ``size``, for padded batches.
 
     By default, ``devices`` is the number of devices of all processes.
-
-    Raises:
-      ValueError: ``size`` is not positive.
     """
-    if size < 1:
-        raise ValueError(f"batch size {size}: must be positive")
     devices = devices or jax.device_count()
     return -(-size // devices) * devices
 
@@ -196,12 +179,8 @@ def to_host(tree: Any) -> Any:
 
 
 def check_same(what: str, digest: str) -> None:
-    """Check that all processes have the same ``digest``, a hash in hexadecimal digits.
-
-    Raises:
-      ValueError: some have another one than process 0; the message says ``what`` was hashed. Every
-        process raises.
-    """
+    """Check that all processes have the same ``digest``, a hash of ``what`` in hexadecimal digits.
+    If not, every process raises a ValueError."""
     digests = multihost_utils.process_allgather(np.frombuffer(bytes.fromhex(digest), np.uint8))
     if differ := np.flatnonzero((digests != digests[0]).any(axis=1)).tolist():
         raise ValueError(
@@ -211,12 +190,8 @@ def check_same(what: str, digest: str) -> None:
 
 
 def check_shared(folder: epath.Path) -> None:
-    """Check that all processes see ``folder``, in which process 0 writes files that all read.
-
-    Raises:
-      ValueError: some processes do not see it; every process raises, and the message names those
-        that do not.
-    """
+    """Check that all processes see ``folder``, in which process 0 writes files that all read. If
+    not, every process raises a ValueError that names those that do not."""
     if jax.process_count() == 1:
         return
     stamp = multihost_utils.broadcast_one_to_all(np.asarray(time.time_ns() % 2**31, np.int32))

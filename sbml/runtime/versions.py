@@ -19,9 +19,6 @@ def versions() -> dict[str, str]:
     """Versions of the packages that a result depends on, of Python, and the kind of device.
 
     ``xla`` names the compiler and, on CPU, says that its sums were checked.
-
-    Raises:
-      MiscompilationError: as in ``compiler.check``.
     """
     packages = {"sbml": __version__}
     packages.update({name: importlib.metadata.version(name) for name in PACKAGES})

@@ -12,13 +12,22 @@ if the file is damaged, the error names the mode that makes it again.
 
 import os
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from typing import Any, Self
 
 import numpy as np
 from etils import epath
 
-from sbml.runtime.files import read_json, read_npz, read_png, write_json, write_npz, write_whole
-from sbml.runtime.lock import Lock, owner
+from sbml.runtime import lock
+from sbml.runtime.files import (
+    read_json,
+    read_npz,
+    read_png,
+    remote,
+    write_json,
+    write_npz,
+    write_whole,
+)
 from sbml.runtime.parts import Parts, compute_once
 
 ARCHITECTURE = "architecture.json"
@@ -41,12 +50,7 @@ MADE_BY = {
 
 
 class Workdir(os.PathLike):
-    """The folder ``path`` of one run, local or any that etils understands (``gs://...``).
-
-    Raises:
-      ValueError: ``path`` is an address of a kind that etils does not understand, or it is longer
-        than ``LONGEST``.
-    """
+    """The folder ``path`` of one run, local or any that etils understands (``gs://...``)."""
 
     def __init__(self, path: epath.PathLike) -> None:
         try:
@@ -75,32 +79,25 @@ class Workdir(os.PathLike):
     def absolute(self) -> str:
         """The absolute path, without a "/" at its end."""
         path = str(self.path)
-        return path.rstrip("/") if "://" in path else os.path.abspath(path)
+        return path.rstrip("/") if remote(path) else os.path.abspath(path)
 
     @property
     def name(self) -> str:
         """The last part of the absolute path, which is the run's name."""
         return os.path.basename(self.absolute)
 
-    def lock(self, purpose: str) -> Lock:
+    def lock(self, purpose: str) -> AbstractContextManager[None]:
         """A context manager that keeps other processes from running the mode ``purpose`` here."""
-        return Lock(self.path, purpose)
+        return lock.hold(self.path, purpose)
 
     def owner(self, purpose: str) -> str | None:
-        """The process that runs the mode ``purpose`` here, in words; None if there is none.
-
-        This only reads: it takes no lock.
-        """
-        return owner(self.path, purpose)
+        """The process that runs the mode ``purpose`` here, in words; None if there is none."""
+        return lock.owner(self.path, purpose)
 
     def connect(self) -> Self:
-        """This work directory, after a check that its object store answers, if it is in one.
-
-        Raises:
-          ValueError: it does not, or the package for this kind of store is missing.
-        """
+        """This work directory, after a check that its object store answers, if it is in one."""
         try:
-            if "://" in str(self.path):
+            if remote(self.path):
                 self.path.exists()
         except Exception as error:  # The package of each store has errors of its own.
             reason = " ".join(str(error).split())
@@ -125,19 +122,11 @@ class Workdir(os.PathLike):
         return read(self / name, self._remedy(name))
 
     def read_png(self, name: str) -> bytes:
-        """The bytes of the picture ``name``.
-
-        Raises:
-          ValueError, DamagedFileError: as :meth:`read`.
-        """
+        """The bytes of the picture ``name``; errors as for :meth:`read`."""
         return read_png(self / name, self._remedy(name))
 
     def _remedy(self, name: str) -> str:
-        """What to do if the file ``name``, which must be there, is damaged.
-
-        Raises:
-          ValueError: there is no such file.
-        """
+        """What to do if the file ``name``, which must be there, is damaged."""
         mode = "eval" if name.startswith("per_image") else MADE_BY[name]
         if not self.has(name):
             raise ValueError(f"no {name} in {self}: make it first (--mode={mode})")

@@ -5,9 +5,16 @@ SDES["vp"]                  the class VP; its module is imported only now
 SDES["mine.sdes:Mine"]      the class Mine of the user's own module
 """
 
+import difflib
 import importlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
+
+
+def hint(name: str, names: Collection[str]) -> str:
+    """The end of a message about an unknown ``name``: the one of ``names`` that is most like it."""
+    near = difflib.get_close_matches(name, names, 1)
+    return f"; did you mean {near[0]}?" if near else ""
 
 
 class Registry(Mapping[str, Any]):
@@ -33,7 +40,7 @@ class Registry(Mapping[str, Any]):
             names = ", ".join(sorted(self.places))
             raise ValueError(
                 f"unknown {self.kind} {name!r}: choose one of {names}, or give your own as "
-                "package.module:Name"
+                f"package.module:Name{hint(name, self.places)}"
             )
         try:
             return getattr(importlib.import_module(module), attribute)

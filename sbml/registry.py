@@ -3,6 +3,8 @@
 SDES = Registry("SDE", {"vp": "sbml.sdes.linear_beta:VP"})
 SDES["vp"]                  the class VP; its module is imported only now
 SDES["mine.sdes:Mine"]      the class Mine of the user's own module
+
+A part that its own file makes can stand in the place of its ``module:Name``.
 """
 
 import difflib
@@ -22,10 +24,10 @@ class Registry(Mapping[str, Any]):
 
     Attributes:
       kind: what the parts are, in words, for messages.
-      places: from the short names to ``module:attribute``.
+      places: from the short names to ``module:attribute``, or to the parts themselves.
     """
 
-    def __init__(self, kind: str, places: Mapping[str, str]) -> None:
+    def __init__(self, kind: str, places: Mapping[str, Any]) -> None:
         self.kind, self.places = kind, dict(places)
 
     def __getitem__(self, name: str) -> Any:
@@ -35,6 +37,8 @@ class Registry(Mapping[str, Any]):
           ValueError: there is none; the message lists the short names, or says what is missing.
         """
         place = self.places.get(name, name)
+        if not isinstance(place, str):
+            return place
         module, colon, attribute = place.partition(":")
         if not (colon and attribute.isidentifier() and module.replace(".", "_").isidentifier()):
             names = ", ".join(sorted(self.places))

@@ -5,7 +5,6 @@ Of a run that has a checkpoint, --workdir=DIR alone is enough: its config is in 
 --help=SECTION lists the fields of a section of the config, such as eval; --help=config all of them.
 """
 
-import difflib
 import logging as stdlib_logging
 import pathlib
 import signal
@@ -24,6 +23,7 @@ from sbml.experiment.config import Config
 from sbml.experiment.trained import of_workdir
 from sbml.experiment.training import Training
 from sbml.modes import GIVEN, MODES, Mode, execute, parameters_of
+from sbml.registry import hint
 from sbml.runtime import cpu, peers, refusals, sharding
 from sbml.runtime.preemption import Preemption
 from sbml.runtime.workdir import Workdir
@@ -65,9 +65,6 @@ def parse(arguments: list[str]) -> list[str]:
 def values_of(arguments: Sequence[str]) -> dict[str, str]:
     """The values in arguments such as ``--config.eval.seed=3`` or ``--source DIR``, by name; the
     last of several counts.
-
-    Raises:
-      UsageError: an argument has no name or no value.
     """
     values, rest = {}, list(arguments)
     while rest:
@@ -83,32 +80,17 @@ def values_of(arguments: Sequence[str]) -> dict[str, str]:
     return values
 
 
-def modes_named(names: Sequence[str]) -> dict[str, Mode]:
-    """The functions of the modes in ``names``.
-
-    Raises:
-      UsageError: there is no mode of one of the names.
-    """
-    unknown = [name for name in names if name not in MODES]
-    if unknown or not names:
-        near = difflib.get_close_matches(unknown[0], MODES, 1) if unknown else []
-        hint = f"; did you mean {near[0]}?" if near else ""
-        raise app.UsageError(f"unknown mode {unknown}; choose from {', '.join(MODES)}{hint}")
-    return {name: MODES[name] for name in names}
-
-
 def check_flags(chosen: Mapping[str, Mode], given: Mapping[str, str]) -> dict[str, str]:
-    """The flags of the modes, from those that are ``given``.
-
-    Raises:
-      UsageError: no mode in ``chosen`` uses one of the flags.
-    """
+    """The flags of the modes, from those that are ``given``."""
     used = set().union(*map(parameters_of, chosen.values()))
     names = ", ".join(chosen)
     own = {name: value for name, value in given.items() if not name.startswith("config.")}
     for name in own:
         if name not in used - {*GIVEN}:
-            raise app.UsageError(_unused(name, names))
+            owners = {p: mode for mode in MODES for p in parameters_of(MODES[mode]) - {*GIVEN}}
+            if name in owners:
+                raise app.UsageError(f"--{name} is for --mode={owners[name]}, not for {names}")
+            raise app.UsageError(f"unknown flag --{name}{hint(name, [*flags.FLAGS, *owners])}")
     without_config = not used & {"experiment", "config"}
     for name, ignored in (
         ("config", without_config),
@@ -121,21 +103,8 @@ def check_flags(chosen: Mapping[str, Mode], given: Mapping[str, str]) -> dict[st
     return own
 
 
-def _unused(name: str, modes: str) -> str:
-    """The message for a flag that none of the ``modes`` uses."""
-    owners = {p: mode for mode in MODES for p in parameters_of(MODES[mode]) if p not in GIVEN}
-    if name in owners:
-        return f"--{name} is for --mode={owners[name]}, not for {modes}"
-    near = difflib.get_close_matches(name, [*flags.FLAGS, *owners], 1)
-    return f"unknown flag --{name}" + (f"; did you mean --{near[0]}?" if near else "")
-
-
 def check_processes() -> None:
-    """Check the flags of several processes.
-
-    Raises:
-      UsageError: they do not fit together.
-    """
+    """Check the flags of several processes."""
     address, count, own = COORDINATOR.value, PROCESSES.value, PROCESS.value
     if address == "auto" or address is None and count is None and own is None:
         return
@@ -161,10 +130,6 @@ def read_config(given: Mapping[str, str]) -> tuple[Config | None, Workdir | None
     """The config of the command line and the work directory.
 
     Without ``--config`` it is the config in the checkpoint of ``--workdir``, if there is one.
-
-    Raises:
-      ValueError: the config does not work.
-      UsageError: a flag names nothing.
     """
     for flag, what in ((CONFIG, "config"), (WORKDIR, "folder")):
         if flag.value is not None and not flag.value.strip():
@@ -206,14 +171,14 @@ def _main(arguments: Sequence[str]) -> None:
     if MODE.value is not None and not MODE.value:
         raise app.UsageError(f"--mode= names no mode: choose from {', '.join(MODES)}")
     if MODE.value:
-        check_flags(modes_named(MODE.value), given)
+        check_flags({name: MODES[name] for name in MODE.value}, given)
     config, workdir = read_config(given)
-    if config is None and not MODE.value:
+    if not MODE.value and config is None:
         raise app.UsageError(
             "--config=configs/<name>.py says what to run, or --workdir of a run that has a "
             "checkpoint; without either, --mode=verify"
         )
-    chosen = modes_named(MODE.value or (config.mode if config else ()))
+    chosen = {name: MODES[name] for name in MODE.value or (config.mode if config else ())}
     own = check_flags(chosen, given)
     needing = [name for name, mode in chosen.items() if parameters_of(mode) & {*GIVEN[:2]}]
     if not needing:
@@ -225,13 +190,6 @@ def _main(arguments: Sequence[str]) -> None:
             f"--mode={needing[0]} needs --config=configs/<name>.py, or --workdir of a run that has "
             "a checkpoint"
         )
-    _run_all(chosen, config, workdir, own)
-
-
-def _run_all(
-    chosen: Mapping[str, Mode], config: Config, workdir: Workdir, own: Mapping[str, str]
-) -> None:
-    """Run modes of which some need the config."""
     if COORDINATOR.value:
         address = None if COORDINATOR.value == "auto" else COORDINATOR.value
         jax.distributed.initialize(address, PROCESSES.value, PROCESS.value)

@@ -3,11 +3,20 @@
 SDES = Registry("SDE", {"vp": "sbml.sdes.linear_beta:VP"})
 SDES["vp"]                  the class VP; its module is imported only now
 SDES["mine.sdes:Mine"]      the class Mine of the user's own module
+
+A part that its own file makes can stand in the place of its ``module:Name``.
 """
 
+import difflib
 import importlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
+
+
+def hint(name: str, names: Collection[str]) -> str:
+    """The end of a message about an unknown ``name``: the one of ``names`` that is most like it."""
+    near = difflib.get_close_matches(name, names, 1)
+    return f"; did you mean {near[0]}?" if near else ""
 
 
 class Registry(Mapping[str, Any]):
@@ -15,10 +24,10 @@ class Registry(Mapping[str, Any]):
 
     Attributes:
       kind: what the parts are, in words, for messages.
-      places: from the short names to ``module:attribute``.
+      places: from the short names to ``module:attribute``, or to the parts themselves.
     """
 
-    def __init__(self, kind: str, places: Mapping[str, str]) -> None:
+    def __init__(self, kind: str, places: Mapping[str, Any]) -> None:
         self.kind, self.places = kind, dict(places)
 
     def __getitem__(self, name: str) -> Any:
@@ -28,12 +37,14 @@ class Registry(Mapping[str, Any]):
           ValueError: there is none; the message lists the short names, or says what is missing.
         """
         place = self.places.get(name, name)
+        if not isinstance(place, str):
+            return place
         module, colon, attribute = place.partition(":")
         if not (colon and attribute.isidentifier() and module.replace(".", "_").isidentifier()):
             names = ", ".join(sorted(self.places))
             raise ValueError(
                 f"unknown {self.kind} {name!r}: choose one of {names}, or give your own as "
-                "package.module:Name"
+                f"package.module:Name{hint(name, self.places)}"
             )
         try:
             return getattr(importlib.import_module(module), attribute)

@@ -67,6 +67,7 @@ from jaxtyping import Float, Integer
 
 from sbml import integers, pytrees, scalars
 from sbml.door import checked, condition, typed
+from sbml.registry import Registry
 from sbml.scalars import Number, one_of, positive
 from sbml.sdes import SDE, Kernel
 from sbml.types import (
@@ -121,7 +122,7 @@ def _of_levels(f: Real, x: Real, alpha: Real, sigma: Real, data: Data) -> Real:
 
 
 LEVELS = "levels"
-PREDICTIONS = {
+KINDS = {
     "noise": Prediction(lambda f, x, a, s, data: f),
     "score": Prediction(lambda f, x, a, s, data: -s * f),
     "scaled_score": Prediction(lambda f, x, a, s, data: -f),
@@ -146,8 +147,11 @@ PREDICTIONS = {
     ),
     LEVELS: Prediction(_of_levels, foreign=None, ours=U),
 }
-FOREIGN = tuple(kind for kind, entry in PREDICTIONS.items() if entry.foreign)
-PARAMETERIZATIONS = tuple(kind for kind, entry in PREDICTIONS.items() if entry.ours)
+FOREIGN = tuple(kind for kind, entry in KINDS.items() if entry.foreign)
+PREDICTIONS = Registry("prediction", KINDS)
+# Those of the networks of this package, to which users can add their own.
+PARAMETERIZATIONS = Registry("parameterization", {k: v for k, v in KINDS.items() if v.ours})
+KIND = condition(f"among {', '.join(PARAMETERIZATIONS)}", PARAMETERIZATIONS.__contains__)
 LABELS = ("time", "log_snr", "sigma", "scaled_log_snr")
 LogSnrRange = Annotated[
     tuple[float, float], condition("of which the first is smaller", lambda ends: ends[0] < ends[1])
@@ -251,7 +255,7 @@ class Adapter:
 
     model: nn.Module
     sde: Kernel
-    parameterization: Annotated[str, one_of(*PARAMETERIZATIONS)] = "noise"
+    parameterization: Annotated[str, KIND] = "noise"
     label: Annotated[str, one_of(*LABELS)] = "time"
     data_std: Annotated[float, positive] = 0.5
     eps: float = 1e-5

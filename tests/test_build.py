@@ -285,9 +285,9 @@ def test_unknown_fields_modes_and_arguments_list_the_choices(tmp_path):
         ("--config.optim.learning_rate=1", "beta1, beta2, ema, eps, grad_clip, lr"),
         ("--config.optimizer.lr=1", "data, dequantizer, eval, latents, mode, model, optim"),
         ("--mode=trian", "convert, eval, latents, quality, report, sample, stats, train"),
-        ("--config.mode=train,evil", "unknown mode ['evil']"),
+        ("--config.mode=train,evil", "unknown mode 'evil'"),
         ("--config.eval.estimator=ode", "did you mean estimators?"),
-        ("--wokdir=a", "unknown flag --wokdir; did you mean --workdir?"),
+        ("--wokdir=a", "unknown flag --wokdir; did you mean workdir?"),
         ("--process_id=1", "--process_id=1: several processes need all three"),
         ("lr=1", "set fields as --config.field=value"),
     ]:

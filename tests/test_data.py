@@ -176,7 +176,7 @@ def test_prepared_once_then_mapped(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
-        ([np.zeros((2, 2, 3), np.uint8), np.zeros((2, 3, 3), np.uint8)], r"Image 1 .*\(2, 3, 3\)"),
+        ([np.zeros((2, 2, 3), np.uint8), np.zeros((2, 3, 3), np.uint8)], r"image 1 .*\(2, 3, 3\)"),
         ([np.zeros((2, 2, 3), np.uint16)], "uint16"),
         ([np.zeros((2, 2), np.uint8)], r"\(2, 2\)"),
         ([], "no image"),

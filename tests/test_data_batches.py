@@ -99,7 +99,6 @@ def test_flipping_leaves_the_set_unchanged() -> None:
         (21, {}, "batch_size=21 exceeds the 20 images of numbered .*at most 20"),
         (10, {"process_count": 4}, "batch_size=10 cannot be shared by 4.*multiple of 4"),
         (0, {}, "batch_size=0"),
-        (4, {"process_index": 2, "process_count": 2}, "process_index=2 of 2"),
     ],
 )
 def test_impossible_batches(batch_size: int, changes: dict, message: str) -> None:
@@ -186,8 +185,3 @@ def test_prefetch_ends_its_thread_when_left_early() -> None:
     next(batches)
     batches.close()
     assert not prefetching()
-
-
-def test_prefetch_needs_depth() -> None:
-    with pytest.raises(ValueError, match="depth=0"):
-        data.prefetch(lambda s: s, depth=0)

@@ -27,7 +27,7 @@ def workdir(tmp_path_factory):
         file = root / block.partition("\n")[0].removeprefix("# ")
         file.parent.mkdir(exist_ok=True)
         file.write_text(block)
-    assert len(list((root / "mine").iterdir())) == 9
+    assert len(list((root / "mine").iterdir())) == 10
     run(root, "--config=mine/config.py", "--workdir=run", "--file=counted.txt")
     return root / "run"
 

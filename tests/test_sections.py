@@ -344,7 +344,7 @@ def test_fields_of_a_folder_are_for_a_folder(field: str, value: Any) -> None:
         (
             "image_folder",
             {"shape": (8, 8, 2), "levels": 256},
-            r"data.shape=\(8, 8, 2\): need 3 channels for RGB",
+            r"data.shape=8,8,2: need 3 channels for RGB",
         ),
     ],
 )

@@ -11,12 +11,12 @@ from dataclasses import replace
 from typing import Any
 
 from sbml.data import imagenet32
-from sbml.data._image_set import SPLITS, VALIDATION, ImageSet, Options, Source
+from sbml.data._image_set import CROPS, SPLITS, VALIDATION, ImageSet, Options, Source, part
 from sbml.data._pipeline import prefetch, spread, train_batches
-from sbml.data._validation import part
 from sbml.registry import Registry
 
 __all__ = [
+    "CROPS",
     "SOURCES",
     "SPLITS",
     "VALIDATION",
@@ -60,7 +60,7 @@ def source_of(name: str) -> tuple[type[Source], str]:
     if short not in SOURCES.places and colon:
         return SOURCES[name], ""
     kind = SOURCES[short] if short in SOURCES.places else None
-    if kind is None or kind.collection != bool(dataset) or bool(colon) != bool(dataset):
+    if kind is None or not kind.collection == bool(dataset) == bool(colon):
         choices = (f"{k}:<set>" if SOURCES[k].collection else k for k in sorted(SOURCES))
         raise ValueError(f"unknown data set {name!r}: choose one of {', '.join(choices)}")
     return kind, dataset
@@ -81,6 +81,10 @@ def load(name: str, split: str, options: Options = _DEFAULT, **own: Any) -> Imag
       ValueError: no such name or split, where the message lists those there are; no images in the
         validation part, or none beside it.
     """
+    if split not in (*SPLITS, VALIDATION):
+        raise ValueError(
+            f"unknown split {split!r}: choose one of {', '.join(SPLITS)}, {VALIDATION}"
+        )
     kind, dataset = source_of(name)
     source, options = kind(**own), replace(options, dataset=dataset)
     if split == VALIDATION and not options.validation:

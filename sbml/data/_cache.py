@@ -8,11 +8,12 @@ prepared again.
 """
 
 import hashlib
+import math
 import os
 import zlib
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 from absl import logging
@@ -54,14 +55,13 @@ def load_or_build(
     Raises:
       ValueError: images of several sizes, of another type, or none at all.
     """
-    found = _opened(path)
-    if found is None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(path.parent / ".lock"):
-            found = _opened(path)  # another process may have prepared it meanwhile
-            if found is None:
-                _write(path, build)
-                found = _opened(path)
+    if (found := _opened(path)) is not None:
+        return found
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(path.parent / ".lock"):
+        if (found := _opened(path)) is None:  # no other process has prepared it meanwhile
+            _write(path, build)
+            found = _opened(path)
     assert found is not None
     return found
 
@@ -90,51 +90,40 @@ def _crc32(path: Path) -> int:
 
 
 def _write(path: Path, build: Callable[[Add], dict[str, Any]]) -> None:
+    """Write the array image by image; how many there are is known only at the end."""
     part, notes = path.with_suffix(".part"), path.with_suffix(".json")
+    shape: tuple[int, ...] = ()
+    count = 0
+
+    def header() -> int:
+        """Write the header and return its length, which NumPy makes the same for any count."""
+        file.seek(0)
+        about = {"descr": "|u1", "fortran_order": False, "shape": (count, *shape)}
+        np.lib.format.write_array_header_1_0(file, about)
+        return file.tell()
+
+    def add(image: np.ndarray) -> None:
+        nonlocal shape, count
+        if image.dtype != np.uint8 or image.ndim != 3 or image.shape != (shape or image.shape):
+            raise ValueError(
+                f"image {count} is {image.dtype} {image.shape}: a set needs one size in uint8, "
+                f"here {shape or '(h, w, c)'}. Save the images as files and use image_folder, "
+                "which resizes"
+            )
+        if not count:
+            shape = image.shape
+            header()
+        file.write(image.tobytes())
+        count += 1
+
     try:
         with part.open("wb") as file:
-            rows = _Rows(file)
-            kept = build(rows.add)
-            rows.close()
+            kept = build(add)
+            if not count:
+                raise ValueError("there is no image to prepare")
+            length = header()
+            assert file.seek(0, os.SEEK_END) == length + count * math.prod(shape)
         write_json(notes, {**kept, "array_crc32": _crc32(part)})
         os.replace(part, path)  # last: where the array is, the notes are too
     finally:
         part.unlink(missing_ok=True)
-
-
-class _Rows:
-    """Writes an .npy file image by image, its count known only at the end."""
-
-    def __init__(self, file: BinaryIO) -> None:
-        self._file, self._shape, self._count = file, (), 0
-
-    def add(self, image: np.ndarray) -> None:
-        if image.dtype != np.uint8 or image.ndim != 3:
-            raise ValueError(
-                f"Image {self._count} is {image.dtype} {image.shape}: uint8 (h, w, c) is needed."
-            )
-        if self._count == 0:
-            self._shape = image.shape
-            self._header()
-        if image.shape != self._shape:
-            raise ValueError(
-                f"Image {self._count} has shape {image.shape}, those before {self._shape}: a set "
-                "needs one size. Save the images as files and use image_folder, which resizes."
-            )
-        self._file.write(image.tobytes())
-        self._count += 1
-
-    def close(self) -> None:
-        if self._count == 0:
-            raise ValueError("There is no image to prepare.")
-        end_of_header = self._header()
-        size = self._count * int(np.prod(self._shape))
-        assert self._file.seek(0, os.SEEK_END) == end_of_header + size
-
-    def _header(self) -> int:
-        """Numpy pads the header for any count, so it can be written again in place."""
-        self._file.seek(0)
-        shape = (self._count, *self._shape)
-        about = {"descr": "|u1", "fortran_order": False, "shape": shape}
-        np.lib.format.write_array_header_1_0(self._file, about)
-        return self._file.tell()

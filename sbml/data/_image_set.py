@@ -1,31 +1,26 @@
-"""A set of images of one size and a finite number of levels, and where it came from."""
+"""A set of images of one size and a finite number of levels, and where it came from; a part of it,
+held out to choose settings without the test images."""
 
 import hashlib
 import json
 import os
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import numpy as np
+
+from sbml.door import condition, typed
 
 SPLITS = ("train", "test")
 VALIDATION = "validation"  # of the training images, where some are held out
 
-
-def check_split(split: str) -> str:
-    """``split`` itself.
-
-    Raises:
-      ValueError: if it is neither "train" nor "test".
-    """
-    if split not in SPLITS:
-        raise ValueError(f"Unknown split {split!r}: choose one of {', '.join(SPLITS)}.")
-    return split
+CROPS = ("center", "random", "squash")
 
 
+@typed
 @dataclass(frozen=True)
 class Options:
     """How to find and cut images. Each source reads the fields it needs and ignores the others.
@@ -52,10 +47,10 @@ class Options:
     dataset: str = ""
     manual_dir: str | os.PathLike[str] | None = None
     path: str | os.PathLike[str] | None = None
-    image_size: int = 32
+    image_size: Annotated[int, condition("of at least 1", lambda n: n >= 1)] = 32
     channels: int = 3
-    crop: str = "center"
-    test_fraction: float = 0.1
+    crop: Annotated[str, condition(f"of {', '.join(CROPS)}", CROPS.__contains__)] = "center"
+    test_fraction: Annotated[float, condition("between 0 and 1", lambda f: 0 < f < 1)] = 0.1
     seed: int = 0
     validation: float = 0.0
 
@@ -99,10 +94,11 @@ class ImageSet:
 
     def __post_init__(self) -> None:
         images, what = self.images, f"{self.name} ({self.split})"
-        if images.dtype != np.uint8:
-            raise ValueError(f"{what} has {images.dtype} pixels: convert them to uint8.")
-        if images.ndim != 4 or 0 in images.shape:
-            raise ValueError(f"{what} has shape {images.shape}: (n, h, w, c) without 0 is needed.")
+        if images.dtype != np.uint8 or images.ndim != 4 or 0 in images.shape:
+            raise ValueError(
+                f"{what} has {images.dtype} images of shape {images.shape}: give uint8 pixels of "
+                "shape (n, h, w, c), none of them 0"
+            )
         if not 2 <= self.levels <= 256:
             raise ValueError(f"{what}: levels={self.levels} does not fit uint8; use 2 .. 256.")
         if self.levels < 256 and (largest := images.max()) >= self.levels:
@@ -155,7 +151,53 @@ class Source(ABC):
 
     @abstractmethod
     def load(self, split: str, options: Options) -> ImageSet:
-        """The images of ``split``, "train" or "test"; any other is a ValueError."""
+        """The images of ``split``, "train" or "test"."""
+
+
+def held_out(images: ImageSet, size: float) -> np.ndarray:
+    """Which of the training ``images`` are held out for validation, bool ``(n,)``.
+
+    The scenes are put in a random order that does not depend on the seed of a run, and the first
+    ones are held out until they have enough images. If a source has no scenes, each image is one.
+
+    Args:
+      images: all training images.
+      size: how many at least, or below 1 their fraction, rounded to a number of images.
+    """
+    n = len(images)
+    wanted = size if size >= 1 else round(size * n)
+    scenes = np.arange(n) if images.scenes is None else np.asarray(images.scenes)
+    names, scene, sizes = np.unique(scenes, return_inverse=True, return_counts=True)
+    order = np.random.RandomState(0).permutation(len(names))
+    count = 1 + np.searchsorted(np.cumsum(sizes[order]), wanted)
+    if wanted < 1 or count >= len(names):
+        raise ValueError(
+            f"data.validation={size:g}: {images.name} has {n} training images"
+            + (f" of {len(names)} scenes, each held out or not" if images.scenes else "")
+            + "; hold out one at least, and leave one to train on"
+        )
+    return np.isin(scene, order[:count])
+
+
+def part(images: ImageSet, size: float, held: bool) -> ImageSet:
+    """The images that :func:`held_out` chooses, or the rest, in their order: a copy in memory."""
+    chosen = np.flatnonzero(held_out(images, size) == held)
+
+    def of(names: tuple[str, ...] | None) -> tuple[str, ...] | None:
+        return None if names is None else tuple(names[i] for i in chosen)
+
+    scenes, caution = of(images.scenes), images.caution
+    if scenes is not None:
+        caution = f"{len(set(scenes))} of {len(set(images.scenes or ()))} scenes; {caution}"
+    return replace(
+        images,
+        split=f"{images.split}, {'held out' if held else 'the rest'}",
+        images=images.images[chosen],
+        ids=of(images.ids),
+        scenes=scenes,
+        skipped=() if held else images.skipped,
+        caution=caution,
+    )
 
 
 def _sha256(images: np.ndarray, chunk_bytes: int = 1 << 24) -> str:

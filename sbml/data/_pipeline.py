@@ -47,12 +47,19 @@ def train_batches(
     Raises:
       ValueError: the batch is larger than the set, or the processes do not divide it.
     """
-    mine = _share(batch_size, process_index, process_count)
+    if batch_size < 1 or batch_size % process_count:
+        raise ValueError(
+            f"batch_size={batch_size} cannot be shared by {process_count} processes: "
+            f"use a positive multiple of {process_count}."
+        )
     if batch_size > len(images):
         raise ValueError(
             f"batch_size={batch_size} exceeds the {len(images)} images of {images.name} "
             f"({images.split}): use at most {len(images)}."
         )
+
+    local = batch_size // process_count
+    mine = slice(process_index * local, (process_index + 1) * local)
 
     def draw(ids: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
         flips = rng.random(batch_size) < 0.5 if flip else np.zeros(batch_size, bool)
@@ -87,18 +94,7 @@ def prefetch(
       start: first step.
       stop: the step to end before; None: never.
       depth: results that may wait, at least 1.
-
-    Raises:
-      ValueError: depth below 1.
     """
-    if depth < 1:
-        raise ValueError(f"depth={depth}: at least one result must be able to wait.")
-    return _prefetch(fetch, start, stop, depth)
-
-
-def _prefetch(
-    fetch: Callable[[int], T], start: int, stop: int | None, depth: int
-) -> Generator[tuple[int, T], None, None]:
     waiting: deque[tuple[int, Future[T]]] = deque()
     pool = ThreadPoolExecutor(1, thread_name_prefix="prefetch")
     try:
@@ -112,18 +108,3 @@ def _prefetch(
             yield ready, batch.result()
     finally:
         pool.shutdown(cancel_futures=True)
-
-
-def _share(batch_size: int, process_index: int, process_count: int) -> slice:
-    """The rows of the batch that belong to this process."""
-    if not 0 <= process_index < process_count:
-        raise ValueError(
-            f"process_index={process_index} of {process_count}: use 0 .. process_count - 1."
-        )
-    if batch_size < 1 or batch_size % process_count:
-        raise ValueError(
-            f"batch_size={batch_size} cannot be shared by {process_count} processes: "
-            f"use a positive multiple of {process_count}."
-        )
-    local = batch_size // process_count
-    return slice(process_index * local, (process_index + 1) * local)

@@ -22,14 +22,12 @@ from PIL.TiffImagePlugin import BITSPERSAMPLE
 from tqdm import tqdm
 
 from sbml.data._cache import Add, content_key, load_or_build
-from sbml.data._image_set import ImageSet, Options, Source, check_split
-from sbml.data._names import printable
+from sbml.data._image_set import ImageSet, Options, Source
 
 SUFFIXES = frozenset(
     (".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".jp2", ".webp", ".avif", ".bmp", ".gif")
     + (".tif", ".tiff", ".ppm", ".pgm", ".pnm")
 )
-CROPS = ("center", "random", "squash")
 MODES = {1: "L", 3: "RGB"}
 _NAMED_AT_MOST = 10
 
@@ -53,10 +51,16 @@ class ImageFolder(Source):
         bits, were enlarged, or of other colours than ``channels`` says, is its ``caution``.
 
         Raises:
-          ValueError: an option out of range, no such folder, or no usable image in the split.
+          ValueError: no such folder, or no usable image in the split.
         """
-        check_split(split)
-        root = _check(options)
+        if options.channels not in MODES:
+            shape = f"data.shape={options.image_size},{options.image_size},{options.channels}"
+            raise ValueError(f"{shape}: need 3 channels for RGB, or 1 for grey")
+        if options.path is None:
+            raise ValueError("image_folder needs a folder: set --config.data.path=DIR")
+        root = Path(options.path).expanduser().absolute()
+        if not root.is_dir():
+            raise ValueError(f"data.path={root} is not a folder: set it to a folder of images")
         names = _members(root, split, options)
         choices = (names, split, options.image_size, options.channels, options.crop, options.seed)
         read = [root / n for n in names if not _special(root / n)]
@@ -64,7 +68,13 @@ class ImageFolder(Source):
         path = options.cache / "image_folder" / version / f"{split}_depths.npy"
         images, notes = load_or_build(path, lambda add: _build(root, names, options, add))
         if skipped := tuple(notes["skipped"]):
-            _warn(split, skipped, len(names), path.with_suffix(".json"))
+            notes_file, more = path.with_suffix(".json"), len(skipped) - _NAMED_AT_MOST
+            log.warning(
+                "%d of %d %s files not used:\n  %s%s\nThis is stored: to try them again, for "
+                "example with another version of Pillow, remove %s",
+                *(len(skipped), len(names), split, "\n  ".join(skipped[:_NAMED_AT_MOST])),
+                *(f"\n  and {more} more, all in {notes_file}" if more > 0 else "", path.parent),
+            )
         ids = tuple(notes["ids"])
         cautions = {
             ENLARGED: notes["enlarged"],
@@ -92,27 +102,16 @@ DEEP = (
     "{} of {} {} images have more than 8 bits a channel: the upper 8 are used, and bits/dim are of "
     "these"
 )
-SOURCE = ImageFolder()
 
 
-def _check(options: Options) -> Path:
-    """The folder, once every option is known to be in range."""
-    if options.path is None:
-        raise ValueError("image_folder needs a folder: set --config.data.path=DIR.")
-    root = Path(options.path).expanduser().absolute()
-    if not root.is_dir():
-        raise ValueError(f"data.path={root} is not a folder: set it to a folder of images.")
-    if options.image_size < 1:
-        raise ValueError(f"image_size={options.image_size}: use at least 1 pixel.")
-    if options.channels not in MODES:
-        raise ValueError(f"channels={options.channels}: use 3 for RGB or 1 for grey.")
-    if options.crop not in CROPS:
-        raise ValueError(f"crop={options.crop!r}: choose one of {', '.join(CROPS)}.")
-    if not 0 < options.test_fraction < 1:
-        raise ValueError(
-            f"data.test_fraction={options.test_fraction}: use a number between 0 and 1."
-        )
-    return root
+def printable(name: str) -> str:
+    """``name`` with an escape such as \\x1b for each character that does not print.
+
+    The name of a file may contain any bytes, also line ends, control sequences of a terminal, and
+    bytes that are not text.
+    """
+    text = os.fsencode(name).decode("utf-8", "backslashreplace")
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def _inside(path: str, folders: Iterable[str]) -> bool:
@@ -226,7 +225,8 @@ def _members(root: Path, split: str, options: Options) -> list[str]:
             where = printable(str(root))
             log.warning("%d images of %s lie outside train and test: not used", outside, where)
     else:
-        members = [n for n in names if _held_out(n, options) == (split == "test")]
+        held = {n: _uniform("split", options.seed, n) < options.test_fraction for n in names}
+        members = [n for n in names if held[n] == (split == "test")]
     if not members:
         raise ValueError(
             f"data.path={root} has {len(names)} images, none of them for {split!r}: add some, "
@@ -239,10 +239,6 @@ def _uniform(*key: object) -> float:
     """A number in [0, 1) that depends on ``key`` alone, on every machine."""
     digest = hashlib.sha256(os.fsencode("/".join(map(str, key)))).digest()
     return int.from_bytes(digest[:6]) / 2**48
-
-
-def _held_out(name: str, options: Options) -> bool:
-    return _uniform("split", options.seed, name) < options.test_fraction
 
 
 def _build(root: Path, names: list[str], options: Options, add: Add) -> dict[str, Any]:
@@ -340,14 +336,3 @@ def _square(image: Image.Image, name: str, options: Options) -> Image.Image:
     if options.crop == "random":
         where = (_uniform("x", options.seed, name), _uniform("y", options.seed, name))
     return ImageOps.fit(image, size, Image.Resampling.LANCZOS, centering=where)
-
-
-def _warn(split: str, skipped: tuple[str, ...], count: int, notes: Path) -> None:
-    named = "\n  ".join(skipped[:_NAMED_AT_MOST])
-    more = len(skipped) - _NAMED_AT_MOST
-    rest = f"\n  and {more} more, all in {notes}" if more > 0 else ""
-    log.warning(
-        "%d of %d %s files not used:\n  %s%s\nThis is stored: to try them again, for example with "
-        "another version of Pillow, remove %s",
-        *(len(skipped), count, split, named, rest, notes.parent),
-    )

@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image
 
 from sbml.data._cache import Add, content_key, load_or_build
-from sbml.data._image_set import ImageSet, Options, Source, check_split
+from sbml.data._image_set import ImageSet, Options, Source
 
 PHOTOS = {
     "train": (
@@ -85,7 +85,7 @@ class Photos(Source):
 
     def load(self, split: str, options: Options) -> ImageSet:
         """The crops of ``split``; only ``cache_dir`` applies."""
-        names = PHOTOS[check_split(split)]
+        names = PHOTOS[split]
         files = (photo_path(name) for group in PHOTOS.values() for name in group)
         version = content_key(files, PHOTOS, SIZE, SPACING, SCALES)
         path = options.cache / "photos" / version / f"{split}.npy"

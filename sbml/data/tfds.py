@@ -16,7 +16,7 @@ from typing import Any
 from tqdm import tqdm
 
 from sbml.data._cache import Add, load_or_build
-from sbml.data._image_set import ImageSet, Options, Source, check_split
+from sbml.data._image_set import ImageSet, Options, Source
 
 # set, set/config, set:1.2.3 or set/config:1.2.3
 _NAME = re.compile(r"\w+(/[\w+-][\w.+-]*)?(:\d+\.\d+\.\d+)?")
@@ -43,7 +43,6 @@ class Tfds(Source):
             not uint8 or differ in size.
           ImportError: the set is not prepared yet and TFDS or TensorFlow is missing.
         """
-        check_split(split)
         name = options.dataset
         if not _NAME.fullmatch(name):
             raise ValueError(f"Unknown TFDS name {name!r}: write set, set/config or set:1.2.3.")

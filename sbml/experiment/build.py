@@ -157,21 +157,13 @@ class Experiment:
         return section.optim.transformation(section.training.num_steps, unit)
 
     def check(self) -> None:
-        """Make every part, so that a config that cannot work is refused before the first mode.
-
-        Raises:
-          ValueError: the config cannot work; the message names the field.
-        """
+        """Make every part, so that a config that cannot work is refused before the first mode."""
         for name, value in vars(type(self)).items():
             if isinstance(value, cached_property):
                 getattr(self, name)
 
     def dequantizer(self, name: str) -> Any:
-        """The dequantizer called ``name``, for these levels and this SDE.
-
-        Raises:
-          ValueError: there is no such dequantizer, or a field of it is outside its range.
-        """
+        """The dequantizer called ``name``, for these levels and this SDE."""
         tau = discrete.tau(self.sde, self.levels, self.discrete_eps)
         return self.config.dequantizer.build(name, levels=self.levels, tau=tau)
 
@@ -259,11 +251,8 @@ class Experiment:
         # file.
         expected = sharding.abstract(self.init_state, mesh)
 
-        def check(metadata: dict) -> None:
-            trained.check_score(self.config, metadata)
-
         def template(metadata: dict) -> TrainState:
-            trained.of_another_model(check, metadata)
+            trained.check_score(self.config, metadata)
             bins = metadata["config"]["training"].get("proposal_bins", 0)
             placement = sharding.replicated(mesh)
             statistics = jax.ShapeDtypeStruct((2, bins), jnp.float32, sharding=placement)
@@ -278,9 +267,6 @@ class Experiment:
     def restored(self, workdir: epath.PathLike) -> tuple["Experiment", Restored]:
         """The newest undamaged checkpoint of ``workdir``, and this experiment with the numbers of
         its SDE as they were trained.
-
-        Raises:
-          ValueError: as in :meth:`restore`.
         """
         restored = self.restore(workdir)
         return self.with_learned_schedule(restored.state.ema_params), restored
@@ -293,11 +279,8 @@ class Experiment:
         """
         expected = sharding.abstract(lambda: self.init_dequantizer(images), sharding.data_mesh())
 
-        def check(metadata: dict) -> None:
-            trained.check_dequantizer(self.config, metadata)
-
         def template(metadata: dict) -> TrainState:
-            trained.of_another_model(check, metadata)
+            trained.check_dequantizer(self.config, metadata)
             return expected
 
         return _newest(
@@ -334,11 +317,7 @@ class Experiment:
 def _newest(
     checkpoints: Checkpoints, template: Callable[[dict], TrainState], missing: str
 ) -> Restored:
-    """The newest undamaged checkpoint.
-
-    Raises:
-      ValueError: there is none; the message is ``missing`` with the folder filled in.
-    """
+    """The newest undamaged checkpoint; ``missing`` is the message if there is none."""
     with checkpoints:
         restored = checkpoints.restore(template)
     if restored is None:

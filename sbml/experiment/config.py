@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from typing import Any, Self
 
 from etils import epath
+from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict
 
 from sbml import data, dequantizers
@@ -66,22 +67,14 @@ class Config(Section):
             self.check_dequantizer("eval.dequantizers", name)
 
     def check_dequantizer(self, field: str, name: str) -> None:
-        """Check that the dequantizer ``name``, the value of ``field``, fits images and score.
-
-        Raises:
-          ValueError: it does not.
-        """
+        """Check that the dequantizer ``name``, the value of ``field``, fits images and score."""
         settings = self.data.shape, self.score.parameterization, self.data.dequantization
         if reason := DEQUANTIZERS[name].misfit(*settings):
             raise ValueError(f"{field}={name} with {reason}")
 
     @classmethod
     def read(cls, config: ConfigDict) -> Self:
-        """The config with the fields of ``config``.
-
-        Raises:
-          ValueError: a field is invalid or unknown; the message names it.
-        """
+        """The config with the fields of ``config``."""
         return cls(**config.to_dict())
 
 
@@ -91,9 +84,6 @@ def default(network: str = "ncsnpp", dequantizer: str = "variational") -> Config
 
     The sections whose fields depend on a choice (``sde``, ``data`` and ``sampling``) take further
     fields, those of a class of another package.
-
-    Raises:
-      ValueError: there is no such network or dequantizer.
     """
     chosen = Dequantizer(name=dequantizer, model=Options(name=dequantizer))
     config = ConfigDict(_editable(Config(model=Network(name=network), dequantizer=chosen))).lock()
@@ -116,9 +106,6 @@ def folder() -> pathlib.Path:
 def path_of(config: str) -> pathlib.Path:
     """The file of a config, which may be given by its name: ``digits_vp`` is the file
     ``configs/digits_vp.py``.
-
-    Raises:
-      ValueError: there is no such file.
     """
     path = pathlib.Path(config).expanduser()
     if path.is_file():
@@ -141,8 +128,7 @@ def load(config: str) -> ConfigDict:
     """What the function ``get_config`` of a config file returns. ``config`` is the file or its
     name; after a colon stands an argument of the function.
 
-    Raises:
-      ValueError: there is no such file, or it does not work; the message has one line.
+    Any error in the file becomes a ValueError of one line.
     """
     name, colon, argument = config.partition(":")
     path = str(path_of(name))
@@ -171,9 +157,6 @@ def of_checkpoint(workdir: epath.PathLike) -> ConfigDict:
     """The config in the newest checkpoint of ``workdir``, which users may change.
 
     A field that the checkpoint lacks, because it was written by an older version, has its default.
-
-    Raises:
-      ValueError: there is no checkpoint, or it has a field that this version does not have.
     """
     checkpoints = Training().checkpoints(Workdir(workdir))
     metadata = checkpoints.metadata()
@@ -186,29 +169,20 @@ def of_checkpoint(workdir: epath.PathLike) -> ConfigDict:
         trained["model"]["name"], trained.get("dequantizer", {}).get("name", "variational")
     )
     with config.unlocked():
-        _update(config, trained, "config")
+        for name, value in flatten_dict(trained, sep=".").items():
+            node, last = node_of(config, name)
+            if last not in node and not name.startswith(("sde.", "data.", "sampling.")):
+                raise ValueError(
+                    f"the checkpoint has a field config.{name}, which this version of sbml does "
+                    "not have: install the version that wrote the checkpoint, or give --config"
+                )
+            node[last] = as_tuples(value)
     return config
-
-
-def _update(node: ConfigDict, values: Mapping[str, Any], name: str) -> None:
-    for entry, value in values.items():
-        if isinstance(value, dict):
-            _update(node[entry], value, f"{name}.{entry}")
-        elif entry in node or name in ("config.sde", "config.data", "config.sampling"):
-            node[entry] = as_tuples(value)
-        else:
-            raise ValueError(
-                f"the checkpoint has a field {name}.{entry}, which this version of sbml does not "
-                "have: install the version that wrote the checkpoint, or give --config"
-            )
 
 
 def node_of(values: Any, name: str) -> tuple[Any, str]:
     """The section in ``values``, nested mappings, that has the field called ``name``
     ("optim.lr"), and the name of the field in it.
-
-    Raises:
-      ValueError: there is no such section, or ``name`` is a section.
     """
     *path, last = name.split(".")
     section = ""

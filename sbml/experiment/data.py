@@ -5,8 +5,7 @@ from typing import Annotated, Any, ClassVar
 from annotated_types import Ge, Lt
 
 from sbml import data
-from sbml.data import ImageSet, Options
-from sbml.data.image_folder import CROPS
+from sbml.data import CROPS, ImageSet, Options
 from sbml.experiment.fields import Chosen, Seed, field, one_of, refusal, section_errors
 
 DEQUANTIZATIONS = ("uniform", "centre", "none")
@@ -114,7 +113,15 @@ class Data(Chosen):
           ValueError: the images do not have this shape and these levels, or cannot be loaded; or
             a field is set that only other sources read.
         """
-        self._check_source()
+        reads = data.source_of(self.source)[0].reads
+        for name, option in OWN.items():
+            value = getattr(self, name)
+            if value != type(self).model_fields[name].default and option not in reads:
+                readers = [name for name, found in data.SOURCES.items() if option in found.reads]
+                raise ValueError(
+                    f"data.{name}={value} with data.source={self.source}: it is read for "
+                    f"{' and '.join(readers)} only; leave it out, or set another source"
+                )
         with section_errors("data"):
             images = data.load(self.source, split, self.options, **self.own)
         if images.shape != self.shape or images.levels != self.levels:
@@ -125,23 +132,3 @@ class Data(Chosen):
                 f"--config.data.levels={images.levels}"
             )
         return images
-
-    def _check_source(self) -> None:
-        """Check that no field is set that the source does not read.
-
-        Raises:
-          ValueError: one is, or a folder of images cannot have this number of channels.
-        """
-        kind, source = self.kind_of(self.source), self.source.partition(":")[0]
-        if kind is not None:
-            for name, option in OWN.items():
-                value = getattr(self, name)
-                if value == type(self).model_fields[name].default or option in kind.reads:
-                    continue
-                readers = [name for name, found in data.SOURCES.items() if option in found.reads]
-                raise ValueError(
-                    f"data.{name}={value} with data.source={self.source}: it is read for "
-                    f"{' and '.join(readers)} only; leave it out, or set another source"
-                )
-        if source == "image_folder" and self.shape[-1] not in (1, 3):
-            raise refusal("data.shape", self.shape, "3 channels for RGB, or 1 for grey")

@@ -59,9 +59,6 @@ class Dequantizer(Section):
           name: a name of ``DEQUANTIZERS``; it need not be the one that is trained.
           levels: number of levels of the data.
           tau: half a bin's width in standard deviations of the noise at the smallest time.
-
-        Raises:
-          ValueError: a field is outside its range.
         """
         kind = DEQUANTIZERS[name]
         fields = {**self.model.own, "levels": levels, "tau": tau}

@@ -19,7 +19,7 @@ from sbml.experiment.fields import (
     one_of,
     section_errors,
 )
-from sbml.experiment.training import IMPORTANCE, check_importance, proposal_name
+from sbml.experiment.training import IMPORTANCE, proposal_name
 from sbml.features import EXTRACTORS
 from sbml.ode import MAX_STEPS, METHODS, Solver
 from sbml.sdes import SDE
@@ -44,27 +44,18 @@ class Solving(Section):
     smallest_time: float | None
 
     def solver(self) -> Solver:
-        """The ODE solver.
-
-        Raises:
-          ValueError: adaptive steps with a method that has no error estimate.
-        """
-        fixed_steps = self.fixed_steps or None
+        """The ODE solver."""
         with section_errors(self.section):
             return Solver(
                 method=self.method,
                 rtol=self.rtol,
                 atol=self.atol,
-                fixed_steps=fixed_steps,
+                fixed_steps=self.fixed_steps or None,
                 max_steps=self.max_steps,
             )
 
     def eps(self, sde: SDE, otherwise: float) -> float:
-        """``smallest_time``, or ``otherwise`` where it is None.
-
-        Raises:
-          ValueError: if it does not lie in (0, T).
-        """
+        """``smallest_time``, or ``otherwise`` where it is None; in (0, T)."""
         eps = otherwise if self.smallest_time is None else self.smallest_time
         return sde.check_time(eps, self.name_of("smallest_time"))
 
@@ -170,7 +161,6 @@ class Eval(Solving):
         log-SNR."""
         self.cells()
         self.solver()
-        check_importance(self.section, self.importance_sampling, self.importance)
         if self.proposal != "importance" and self.proposal_bins:
             raise ValueError(
                 f"eval.importance={self.importance}, eval.importance_sampling="
@@ -182,15 +172,10 @@ class Eval(Solving):
     @property
     def proposal(self) -> str:
         """The name of the proposal of the bound's times, a key of ``times.PROPOSALS``."""
-        return proposal_name(self.importance_sampling, self.importance)
+        return proposal_name(self)
 
     def cells(self) -> list[Cell]:
-        """The table that ``config.eval`` asks for, undefined cells included.
-
-        Raises:
-          ValueError: for a table without numbers, K > 1 with a trace that is not exact, or a
-            ``target_se`` without a bound.
-        """
+        """The table that ``config.eval`` asks for, undefined cells included."""
         table = [
             Cell(estimator, dequantizer, count)
             for estimator in dict.fromkeys(self.estimators)  # A name given twice counts once.
@@ -215,9 +200,6 @@ class Eval(Solving):
 
         This is ``eval.trace``. If it is None, K = 1 has Rademacher probes, and K > 1 the exact
         trace.
-
-        Raises:
-          ValueError: K > 1 with a trace that is not exact.
         """
         kind = self.trace
         if num_importance > 1 and kind not in (None, "exact"):

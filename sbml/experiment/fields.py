@@ -13,7 +13,6 @@ A section with a choice, such as the network, has a name and the fields of the c
 
 import contextlib
 import dataclasses
-import difflib
 import functools
 import math
 import sys
@@ -26,6 +25,8 @@ import numpy as np
 import pydantic
 from annotated_types import Ge, Gt, Le, Lt
 from pydantic import AfterValidator, Field
+
+from sbml.registry import hint
 
 # Steps, images and draws are int32 numbers on the devices. A field of one of these types has no
 # further lower limit: pydantic would replace this one by it.
@@ -259,10 +260,8 @@ def _line(kind: type[Section], values: Mapping[str, Any], error: Any) -> str:
 
 def unknown(section: str, name: str, fields: Collection[str]) -> str:
     """The message for a field that ``section`` does not have."""
-    near = difflib.get_close_matches(name, fields, 1)
-    hint = f"; did you mean {near[0]}?" if near else ""
-    where = f"config.{section}".rstrip(".")
-    return f"{where} has no field {name}: it has {', '.join(sorted(fields)) or 'none'}{hint}"
+    where, names = f"config.{section}".rstrip("."), ", ".join(sorted(fields)) or "none"
+    return f"{where} has no field {name}: it has {names}{hint(name, fields)}"
 
 
 @functools.cache
@@ -337,3 +336,12 @@ class Chosen(Section):
     def own(self) -> dict[str, Any]:
         """The fields of the class."""
         return dict(self.model_extra or {})
+
+    def build(self) -> Any:
+        """An object of the class.
+
+        Raises:
+          ValueError: a field is outside its range, or two of them contradict each other.
+        """
+        with section_errors(self.section):
+            return self.parts[getattr(self, self.choice)](**self.own)

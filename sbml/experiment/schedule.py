@@ -39,11 +39,7 @@ def numbers(params: Any) -> dict[str, float]:
 
 
 def check(process: Process, training: Training, data: Data) -> None:
-    """Check that the loss of a learned schedule is the whole bound.
-
-    Raises:
-      ValueError: it is not; the message gives the field that prevents it, and its value.
-    """
+    """Check that the loss of a learned schedule is the whole bound."""
     if not process.learned:
         return
     if not vars(process.build()):

@@ -17,7 +17,7 @@ from flax import linen as nn
 
 from sbml import integers
 from sbml.experiment.data import Data
-from sbml.experiment.fields import Chosen, Section, field, one_of, refusal, section_errors
+from sbml.experiment.fields import Chosen, Section, field, one_of, refusal
 from sbml.networks import NETWORKS
 from sbml.score import LABELS, LEVELS, PARAMETERIZATIONS, Adapter
 from sbml.sdes import SDE, SDES
@@ -56,15 +56,6 @@ class Process(Chosen):
         """Check the numbers."""
         self.build()
 
-    def build(self) -> SDE:
-        """The SDE.
-
-        Raises:
-          ValueError: if its numbers contradict each other, such as a beta_min above beta_max.
-        """
-        with section_errors(self.section):
-            return SDES[self.name](**self.own)
-
 
 def numbers() -> dict[str, list[Any]]:
     """The numbers of the SDEs of this package by name, with their defaults in the classes."""
@@ -88,15 +79,6 @@ class Network(Chosen):
     def check(self) -> None:
         """Check the ranges of the fields."""
         self.build()
-
-    def build(self) -> nn.Module:
-        """The network.
-
-        Raises:
-          ValueError: for a field outside its range.
-        """
-        with section_errors(self.section):
-            return NETWORKS[self.name](**self.own)
 
 
 class Score(Section):
@@ -134,34 +116,16 @@ class Score(Section):
           sde: the forward process.
           eps: the smallest time of training.
           data: ``config.data``, for the number of levels and the dequantization.
-
-        Raises:
-          ValueError: the network embeds the logarithm of a label that is not positive at ``eps``.
         """
         if self.parameterization == LEVELS:
             network = network.clone(outputs=integers.outputs(data.levels))
-        adapter = Adapter(
-            network,
-            sde,
-            parameterization=self.parameterization,
-            label=self.label,
-            data_std=self.data_std,
-            eps=eps,
-            log_snr_range=self.log_snr_range,
-            levels=data.levels,
-            data=data.kind,
-        )
-        if getattr(network, "embedding_type", "") == "fourier":
-            self._check_positive(adapter)
-        return adapter
-
-    def _check_positive(self, adapter: Adapter) -> None:
-        """Check that all labels have a logarithm. They increase with the time, so the first is the
-        smallest."""
-        first = float(adapter.time_label(jnp.asarray([adapter.eps]))[0])
-        if not first > 0:
+        adapter = Adapter(network, sde, eps=eps, levels=data.levels, data=data.kind, **dict(self))
+        # Labels increase with the time, so the first is the smallest.
+        first = float(adapter.time_label(jnp.asarray([eps]))[0])
+        if getattr(network, "embedding_type", "") == "fourier" and not first > 0:
             raise ValueError(
                 f"model.embedding_type=fourier takes the logarithm of score.label={self.label}, "
                 f"which is {first:g} at the smallest time: train with "
                 "--config.model.embedding_type=fourier_linear or --config.score.label=sigma"
             )
+        return adapter

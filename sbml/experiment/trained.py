@@ -6,13 +6,11 @@ in its work directory holds the fields that fit it, and they replace those of th
 (:func:`of_workdir`).
 """
 
-import functools
 import math
-from collections.abc import Callable, Iterable
 from typing import Any
 
 from etils import epath
-from flax.traverse_util import flatten_dict
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from sbml import data
 from sbml.experiment.config import Config
@@ -59,60 +57,54 @@ def with_fields(config: Config, sections: Sections) -> tuple[Config, list[str]]:
     Raises:
       ValueError: the config has another network or SDE, or lacks a field of ``sections``.
     """
-    lines: list[str] = []
-    for name, fields in sections.items():
-        config = _with_fields(config, name, name.split("."), fields, lines)
-    return config, lines
-
-
-def _with_fields(
-    section: Any, name: str, path: list[str], fields: dict[str, Any], lines: list[str]
-) -> Any:
-    """``section`` with ``fields`` replaced in the section at ``path`` within it."""
-    if path:
-        inner = _with_fields(getattr(section, path[0]), name, path[1:], fields, lines)
-        return section.replace(**{path[0]: inner})
-    present = section.values()
-    if "name" in fields and fields["name"] != present.get("name"):
-        raise ValueError(
-            f"config.{name}.name={present.get('name')!r}, but the checkpoint's is "
-            f"{fields['name']!r}: take a config with that {name}.name"
-        )
-    changed = section.replace(**fields)
-    lines += [
-        f"config.{name}.{field} is {present[field]!r}, the checkpoint's is {value!r}"
-        for field, value in changed.values().items()
-        if value != present[field]
+    before = flatten_dict(config.plain(), sep=".")
+    now = dict(before)
+    for section, fields in sections.items():
+        name = before.get(f"{section}.name")
+        if fields.get("name", name) != name:
+            raise ValueError(
+                f"config.{section}.name={name!r}, but the checkpoint's is {fields['name']!r}: take "
+                f"a config with that {section}.name"
+            )
+        now |= {f"{section}.{field}": plain(value) for field, value in fields.items()}
+    lines = [
+        f"config.{name} is {before[name]!r}, the checkpoint's is {value!r}"
+        for name, value in now.items()
+        if name in before and before[name] != value
     ]
-    return changed
+    return Config(**unflatten_dict(now, sep=".")), lines
 
 
-def check_sections(
-    config: dict[str, Any], trained: dict[str, Any], sections: Iterable[str]
-) -> None:
-    """Check that ``config`` and ``trained``, the config of the checkpoint, agree in ``sections``.
+Difference = tuple[str, Any, Any]  # the name of a field, its value here, and in the checkpoint
 
-    Both are plain JSON values. A field that only one of the two has comes from another version of
-    the package and is ignored, as are the fields in ``FREE``.
 
-    Raises:
-      ValueError: they differ; the message names the fields with both values.
+def _differences(config: Config, metadata: Metadata, *names: str) -> list[Difference]:
+    """The fields called ``names``, or in sections called so, with which a checkpoint differs.
+
+    A field that only one of the two configs has comes from another version of the package and is
+    ignored, as are the fields in ``FREE``.
     """
-    differences = []
-    for name in sections:
-        fields, trained_fields = (
-            functools.reduce(lambda node, part: node.get(part, {}), name.split("."), tree)
-            for tree in (config, trained)
-        )
-        differences += [
-            f"config.{name}.{field} is {fields[field]!r}, the checkpoint's is {value!r}"
-            for field, value in trained_fields.items()
-            if field in fields and field not in FREE and fields[field] != plain(value)
-        ]
-    if differences:
-        raise ValueError(
-            f"the checkpoint is of another model: {'; '.join(differences)}. Use the --config of "
-            "its training, or set these fields"
+    ours, theirs = (flatten_dict(c, sep=".") for c in (config.plain(), metadata["config"]))
+    prefixes = tuple(f"{name}." for name in names)
+    return [
+        (name, ours[name], plain(value))
+        for name, value in theirs.items()
+        if f"{name}.".startswith(prefixes)
+        and name in ours
+        and name.rpartition(".")[2] not in FREE
+        and ours[name] != plain(value)
+    ]
+
+
+def _refuse(different: list[Difference], otherwise: str = "") -> None:
+    """Raise an error if there are differences; ``otherwise`` says what else the user can do."""
+    if different:
+        said = [f"config.{name} is {a!r}, the checkpoint's is {b!r}" for name, a, b in different]
+        texts = [",".join(map(str, b)) if isinstance(b, list) else str(b) for *_, b in different]
+        flags = [f"--config.{d[0]}={text}" for d, text in zip(different, texts, strict=True)]
+        raise OtherModelError(
+            f"the checkpoint is of another model: {'; '.join(said)}. Use the --config of its "
+            f"training, or set {' '.join(flags)}{otherwise}"
         )
 
 
@@ -121,67 +113,60 @@ def _noise(metadata: Metadata) -> tuple[SDE, Training, float]:
 
     A converted checkpoint has no smallest time. Such a model was trained from the paper's smallest
     time on, also on bin centres.
+
+    Raises:
+      OtherModelError: the config is none of this version of the package.
     """
     stored = metadata["config"]
-    sde = Process.known(stored["sde"]).build()
-    training, data = Training.known(stored["training"]), Data.known(stored["data"])
-    eps = metadata.get("smallest_time")
-    return sde, training, smallest_time(sde, training, data, math.inf) if eps is None else eps
+    try:
+        sde = Process.known(stored["sde"]).build()
+        training, data = Training.known(stored["training"]), Data.known(stored["data"])
+        eps = metadata.get("smallest_time")
+        return sde, training, smallest_time(sde, training, data, math.inf) if eps is None else eps
+    except ValueError as error:
+        raise OtherModelError(f"the checkpoint is of another model: {error}") from error
 
 
 def check_score(config: Config, metadata: Metadata) -> None:
     """Check that the parameters of a checkpoint give the same score with ``config``.
 
+    This comes before a comparison of the arrays, since the name of a field that differs explains
+    more than the shape of an array.
+
     Raises:
-      ValueError: they do not; the message names the fields that differ.
+      OtherModelError: they do not; the message names the fields that differ.
     """
-    check_sections(config.plain(), metadata["config"], ("sde", "score", "model"))
+    _refuse(_differences(config, metadata, "sde", "score", "model"))
     if config.score.parameterization == LEVELS:
-        _check_levels(config.data, Data.known(metadata["config"]["data"]))
+        # Its score depends on the number of levels, and on whether the data are bin centres.
+        levels = _differences(config, metadata, "data.levels")
+        kinds = _differences(config, metadata, "data.dequantization")
+        _refuse(levels + [kind for kind in kinds if "centre" in kind])
     tau = config.eval.tau or math.inf
     eps = smallest_time(config.sde.build(), config.training, config.data, tau)
     _, _, trained_eps = _noise(metadata)
     # It may come from float32 arithmetic, which rounds differently on another device.
     if not math.isclose(eps, trained_eps, rel_tol=1e-5):
-        raise ValueError(
-            f"the checkpoint's smallest time is {trained_eps}, but the config's is {eps}: set "
-            f"--config.training.smallest_time={trained_eps}; eval.smallest_time and "
-            "sampling.smallest_time may differ"
-        )
-
-
-def _check_levels(ours: Data, stored: Data) -> None:
-    """Check the data of an integer denoiser: its score depends on the number of levels, and on
-    whether the data are bin centres.
-
-    Raises:
-      ValueError: one of the two differs; the message names the field.
-    """
-    same = {"levels": ours.levels == stored.levels, "dequantization": ours.kind == stored.kind}
-    for name, is_same in same.items():
-        if not is_same:
-            value = getattr(stored, name)
-            raise ValueError(
-                f"data.{name} is {getattr(ours, name)}, the checkpoint's is {value}: the score of "
-                f"an integer denoiser depends on it, so set --config.data.{name}={value}"
-            )
+        may = "; eval.smallest_time and sampling.smallest_time may differ"
+        _refuse([("training.smallest_time", eps, trained_eps)], may)
 
 
 def check_training(config: Config, metadata: Metadata) -> None:
-    """Check that a training with ``config`` can go on from a checkpoint.
-
-    Raises:
-      ValueError: it cannot; the message names the fields that differ.
+    """Check that a training with ``config`` can go on from a checkpoint, which has statistics of
+    the loss for each bin of the times.
     """
     check_score(config, metadata)
-    bins = config.training.proposal_bins
-    trained_bins = metadata["config"]["training"].get("proposal_bins", bins)
-    if bins != trained_bins:
-        raise ValueError(
-            f"training.proposal_bins is {bins}, the checkpoint's is {trained_bins}: it has "
-            "statistics of the loss for each bin, so set "
-            f"--config.training.proposal_bins={trained_bins}"
-        )
+    _refuse(_differences(config, metadata, "training.proposal_bins"))
+
+
+def check_dequantizer(config: Config, metadata: Metadata) -> None:
+    """Check that the parameters of a dequantizer's checkpoint fit ``config``."""
+    stored = {"name": "variational", **metadata["config"].get("dequantizer", {})}
+    fields = ("dequantizer.name", "dequantizer.model")
+    _refuse(
+        _differences(config, {"config": {"dequantizer": stored}}, *fields),
+        ", or move the folder dequantizer/ away to train another one",
+    )
 
 
 def unseen_times(metadata: Metadata, eps: float, section: str = "eval") -> list[str]:
@@ -197,37 +182,6 @@ def unseen_times(metadata: Metadata, eps: float, section: str = "eval") -> list[
         f"{section}: times begin at t={eps:.3g}, but the network was trained only from "
         f"t={first:.3g} on: set --config.{section}.smallest_time={first:.3g}"
     ]
-
-
-def of_another_model(check: Callable[[Metadata], None], metadata: Metadata) -> None:
-    """Run ``check`` on a checkpoint's metadata; its ValueError becomes an ``OtherModelError``.
-
-    This comes before the comparison of the arrays, since the name of a field that differs explains
-    more than the shape of an array.
-
-    Raises:
-      OtherModelError: ``check`` raises a ValueError.
-    """
-    try:
-        check(metadata)
-    except ValueError as error:
-        raise OtherModelError(str(error)) from error
-
-
-def check_dequantizer(config: Config, metadata: Metadata) -> None:
-    """Check that the parameters of a dequantizer's checkpoint fit ``config``.
-
-    Raises:
-      ValueError: they do not; the message names the fields that differ.
-    """
-    stored = metadata["config"].get("dequantizer", {})
-    ours, theirs = config.dequantizer.name, stored.get("name", "variational")
-    if ours != theirs:
-        raise ValueError(
-            f"the trained dequantizer is {theirs}, but dequantizer.name={ours}: use the --config "
-            "of its training, or move the folder dequantizer/ away to train another one"
-        )
-    check_sections(config.plain(), metadata["config"], ("dequantizer.model",))
 
 
 # Settings of the sections ``training`` and ``optim`` that do not change the training. The number of

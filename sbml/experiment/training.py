@@ -1,7 +1,7 @@
 """``config.training`` and ``config.dequantizer.training``: steps, loss and checkpoints; and what
 follows from them: the smallest time of a training, and the unit of its loss."""
 
-from typing import Annotated, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import jax.numpy as jnp
 from etils import epath
@@ -71,22 +71,22 @@ class Loop(Section):
         )
 
 
-def proposal_name(importance_sampling: bool, importance: str) -> str:
-    """The name of the proposal of the times, a key of ``times.PROPOSALS``."""
-    return IMPORTANCE[importance] if importance_sampling else "uniform"
-
-
-def check_importance(section: str, importance_sampling: bool, importance: str) -> None:
-    """Check that ``importance`` has its default if there is no importance sampling.
+def proposal_name(section: Any) -> str:
+    """The name of the proposal of the times that ``importance_sampling`` and ``importance`` of a
+    section choose, a key of ``times.PROPOSALS``.
 
     Raises:
-      ValueError: it has another value; the message gives both fields of ``section``.
+      ValueError: ``importance`` is set without importance sampling.
     """
-    if not importance_sampling and importance != "noise":
+    if section.importance_sampling:
+        return IMPORTANCE[section.importance]
+    if section.importance != "noise":
+        name = section.section
         raise ValueError(
-            f"{section}.importance={importance} with {section}.importance_sampling=False: it has "
-            f"no effect on uniform times; set --config.{section}.importance_sampling=True"
+            f"{name}.importance={section.importance} with {name}.importance_sampling=False: it has "
+            f"no effect on uniform times; set --config.{name}.importance_sampling=True"
         )
+    return "uniform"
 
 
 class Training(Loop):
@@ -157,7 +157,7 @@ class Training(Loop):
                 )
         if self.discrete_levels == 1:
             raise refusal("training.discrete_levels", 1, "0, or at least 2")
-        check_importance(self.section, self.importance_sampling, self.importance)
+        proposal_name(self)
 
     @property
     def antithetic(self) -> bool:
@@ -191,7 +191,7 @@ class Training(Loop):
         if self.discrete_levels:
             return Grid(self.discrete_levels)
         with section_errors(self.name_of("smallest_time")):
-            return PROPOSALS[proposal_name(self.importance_sampling, self.importance)](sde, eps)
+            return PROPOSALS[proposal_name(self)](sde, eps)
 
 
 class DequantizerTraining(Loop):

@@ -47,8 +47,8 @@ class Task:
       update: what a step computes.
       frozen: arrays that the loss needs and that are not trained.
       provenance: the origin of a checkpoint, stored as its metadata.
-      check: a function of a checkpoint's metadata that raises a ValueError if training must not
-        continue from it.
+      check: a function of a checkpoint's metadata that raises an OtherModelError if training must
+        not continue from it.
       directory: the folder of ``metrics.jsonl`` and ``samples/``.
       picture: a function from the state to a uint8 grid of samples; None for no pictures.
       repeats: the number of rows that ``update.prepare`` makes of one image; ``batch_size`` counts
@@ -222,7 +222,7 @@ def _restore(
     expected = sharding.abstract(task.init, mesh, shard_state=training.shard_state)
 
     def template(metadata: dict[str, Any]) -> TrainState:
-        trained.of_another_model(task.check, metadata)
+        task.check(metadata)
         return expected
 
     restored = checkpoints.restore(template)

@@ -20,6 +20,7 @@ from sbml import bits, bound, times
 from sbml.experiment import trained
 from sbml.experiment.build import Experiment
 from sbml.modes import _loop as loop
+from sbml.runtime.manifest import OtherModelError
 from sbml.runtime.state import Loss, Prepare, Update
 from sbml.runtime.trees import tree_crc32
 from sbml.runtime.workdir import Workdir
@@ -93,7 +94,7 @@ def run(experiment: Experiment, workdir: Workdir) -> None:
 
     def check_metadata(metadata: dict[str, Any]) -> None:
         if metadata["score"] != score:
-            raise ValueError(
+            raise OtherModelError(
                 f"{checkpoints.directory} was trained with score {metadata['score']}, but the "
                 f"newest checkpoint is {score}: move the directory away to start again, or restore "
                 "that score"

@@ -37,6 +37,9 @@ t = T = 1: a larger ``beta_max``, ``sigma_max`` or ``gamma_1``. The score must k
 score of ``VP`` as a function of t in [0, c], where c > 1, is one of t / c in [0, 1] for
 ``VP(c b, c (b + c (B - b)))``, where b and B are the former ``beta_min`` and ``beta_max``.
 
+In the other direction, from a latent z at T to the sample x at eps, the curve has the same two
+integrals, so one solve gives a sample and its log p (:func:`sample_logp`).
+
 The divergence is exact, or Hutchinson's estimate with probes that are drawn once for each solve.
 With new probes at every point their noise would average out along the path. But rounding changes
 the times of the steps, so the result would depend on rounding.
@@ -146,6 +149,60 @@ def ode_logp(
     """
     sde.check_time(eps)
     x = in_full_precision(x)
+    last = ode.last_time(score, sde)
+    (z, integral, correction), stats = _solve(score, sde, x, key, eps, last, trace, solver)
+    if scalars.is_traced(last) or last < sde.T:
+        growth = _growth(sde, last, x)
+        z, integral = growth * z, integral + x.size * scalars.log(growth)
+    prior = sde.prior_logp(z)
+    return Likelihood(prior + integral + correction, prior, integral, correction, z, stats)
+
+
+@checked
+def sample_logp(
+    score: Score,
+    sde: SDE,
+    z: Example,
+    key: Key | None,
+    *,
+    eps: Number,
+    trace: Trace = Trace(),
+    solver: Solver = Solver(),
+) -> tuple[Example, Likelihood]:
+    """The sample x_eps of the latent ``z (*s)``, and log p_eps of it, by one solve from T to eps.
+
+    The arguments are those of :func:`ode_logp`, which gives the same terms for the sample, up to
+    the error of the solver and, for a random trace, up to the noise of other probes.
+
+    Returns:
+      The sample ``(*s)``, and its log-likelihood with its terms. All are NaN if the solver gave up.
+
+    Raises:
+      ValueError: if eps is not in (0, T), or there is no key to draw the probes.
+    """
+    sde.check_time(eps)
+    z = in_full_precision(z)
+    prior, x, scaling = sde.prior_logp(z), z, jnp.zeros((), z.dtype)
+    last = ode.last_time(score, sde)
+    if scalars.is_traced(last) or last < sde.T:
+        growth = _growth(sde, last, z)
+        x, scaling = z / growth, z.size * scalars.log(growth)
+    (x, integral, correction), stats = _solve(score, sde, x, key, last, eps, trace, solver)
+    integral, correction = scaling - integral, -correction
+    return x, Likelihood(prior + integral + correction, prior, integral, correction, z, stats)
+
+
+def _solve(
+    score: Score,
+    sde: SDE,
+    x: Example,
+    key: Key | None,
+    t0: Number,
+    t1: Number,
+    trace: Trace,
+    solver: Solver,
+) -> tuple[tuple[Example, Scalar, Scalar], Stats]:
+    """x(t1) of the ODE from ``x`` at t0, the integral of div v dt, its correction, and the cost."""
 
     def field(t: Scalar, x: Example) -> Example:
         return velocity(score, sde, x, t)
@@ -156,13 +213,10 @@ def ode_logp(
         v, forms = divergence.quadratic_forms(lambda x: field(t, x), x, vs)
         return v, trace.combined(forms), ode.score_of(v, score, sde, x, t)
 
-    last = ode.last_time(score, sde)
-    (z, integral, correction), stats = ode.solve_with_integral(
-        field, with_divergence, x, eps, last, solver
-    )
-    if scalars.is_traced(last) or last < sde.T:
-        # From there to T the ODE is x' = x (log sigma)', of divergence d (log sigma)'.
-        growth = ode.growth(sde, last, sde.T, x) if scalars.is_traced(last) else sde.stretch
-        z, integral = growth * z, integral + x.size * scalars.log(growth)
-    prior = sde.prior_logp(z)
-    return Likelihood(prior + integral + correction, prior, integral, correction, z, stats)
+    return ode.solve_with_integral(field, with_divergence, x, t0, t1, solver)
+
+
+def _growth(sde: SDE, last: Number, x: Example) -> Number:
+    """The factor of x from ``last`` to T, where the ODE is x' = x (log sigma)', of divergence
+    d (log sigma)'."""
+    return ode.growth(sde, last, sde.T, x) if scalars.is_traced(last) else sde.stretch

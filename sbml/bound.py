@@ -24,6 +24,15 @@ C = U diag(l) U^T, c = U^T (x - m) and v = rho^2. Then
 
     integral = 1/2 sum_i [-log1p(l_i / v) + l_i / (l_i + v) - c_i^2 / (l_i + v)]  from v_eps to v_T
 
+*Discrete time.* A chain of N steps over eps = t_0 < ... < t_N = T, evenly spaced in t, has the
+bound that DDPM calls L_vlb. Only the diffusion term is another one:
+
+    diffusion       sum_i w_i E |z - e(x_{t_i}, t_i)|^2,    w_i = 1/2 expm1(lambda_{i-1} - lambda_i)
+
+It is larger than the integral, to which it tends for N to infinity. One step i is drawn for each
+point u, with the mean of the probabilities 1/N and w_i / sum w. The control's error at t_i has the
+expectation w_i sum_j (l_j^2 + v_i c_j^2) / (l_j + v_i)^2.
+
 *Density of the times.* The variance that remains depends on the time. It becomes smaller if times
 are drawn with a density in log-SNR that is proportional to the standard deviation of the draws at
 that time, and each draw is weighted by the inverse of the density (:func:`pilot`).
@@ -61,6 +70,7 @@ from sbml.types import (
     Score,
     Vector,
     at_least_float32,
+    conditioned,
     deterministic,
     in_full_precision,
 )
@@ -159,6 +169,16 @@ class GaussianControl:
         return (y if self.basis is None else _product(self.basis, y)).reshape(x_t.shape)
 
     @checked
+    def sum_of_steps(self, sde: SDE, x: Example, t: Vector, weights: Vector) -> Scalar:
+        """sum_i w_i E |z - E[z | x_{t_i}]|^2 over z, in closed form, nats."""
+        self._check(x)
+        c2 = self._to_basis(in_full_precision(x).reshape(-1) - self.mean) ** 2
+        v = jnp.exp(-sde.log_snr(t))[:, None]
+        variances = self.variances[None]
+        errors = (variances**2 + v * c2[None]) / (variances + v) ** 2
+        return jnp.sum(weights * jnp.sum(errors, axis=1))
+
+    @checked
     def integral(self, sde: SDE, x: Example, eps: Number) -> Scalar:
         """Z / 2 E |z - E[z | x_t]|^2 over lambda uniform and z, in closed form, nats."""
         self._check(x)
@@ -172,6 +192,17 @@ class GaussianControl:
             return jnp.sum(ratio - jnp.log1p(self.variances / v))
 
         return 0.5 * (antiderivative(sde.largest_time) - antiderivative(eps))
+
+
+def chain(sde: SDE, eps: Number, steps: int) -> tuple[Array, Array]:
+    """The times t_1 .. t_N ``(steps,)`` of a chain of N steps from eps to T, and the weights w_i.
+
+    They are those of the module's docstring, without the factor |z - e|^2.
+    """
+    last = jnp.asarray(sde.largest_time, float)
+    t = eps + (last - eps) * jnp.arange(steps + 1) / steps
+    log_snr = sde.log_snr(t)
+    return t[1:], 0.5 * jnp.expm1(log_snr[:-1] - log_snr[1:])
 
 
 def _product(matrix: ArrayLike, vector: Flat) -> Flat:
@@ -268,6 +299,7 @@ def elbo(
     u: Vector,
     trace: Trace | None = None,
     reduction: Reduction = Reduction(),
+    steps: int | None = None,
 ) -> Bound:
     """The bound for one example ``x (*s)``; vmap over examples, keys and rows of ``u``.
 
@@ -282,6 +314,8 @@ def elbo(
       trace: None for the denoising form (dsm). For the score-matching form (ssm), how the
         divergence is computed.
       reduction: how the variance is reduced.
+      steps: the number of steps N of the bound in discrete time, for which the reduction's density
+        and proposal are not used; None for the integral.
 
     Returns:
       The three terms in nats. Their expectation bounds -log p(x).
@@ -295,7 +329,14 @@ def elbo(
             f"trace={trace} with a Gaussian control: the control belongs to the denoising form "
             "only; give no trace, or no control"
         )
-    t, weight = times.draw(sde, eps, u, reduction.density, reduction.proposal)
+    if steps is None:
+        t, weight = times.draw(sde, eps, u, reduction.density, reduction.proposal)
+    else:
+        nodes, weights = chain(sde, eps, steps)
+        probabilities = 0.5 / steps + 0.5 * weights / jnp.sum(weights)
+        i = jnp.searchsorted(jnp.cumsum(probabilities), u).clip(max=steps - 1)
+        # ``diffusion_dsm`` gives half of the square.
+        t, weight = nodes[i], 2 * weights[i] / probabilities[i]
     zs = jax.random.normal(stream(key, "noise"), (u.size, *x.shape), x.dtype)
     if trace is None:
         draws = jax.vmap(lambda t, z: diffusion_dsm(score, sde, x, t, z, control))(t, zs)
@@ -305,7 +346,11 @@ def elbo(
         draws = jax.vmap(lambda t, z: diffusion_ssm(score, sde, x, t, z, vs))(t, zs)
     diffusion = jnp.mean(weight * draws)
     if control is not None:
-        diffusion = diffusion + control.integral(sde, x, eps)
+        diffusion = diffusion + (
+            control.integral(sde, x, eps)
+            if steps is None
+            else control.sum_of_steps(sde, x, nodes, weights)
+        )
     last = jnp.asarray(eps, x.dtype)
     z = jax.random.normal(stream(key, "reconstruction"), x.shape, x.dtype)
     log_rho2 = -sde.log_snr(last)
@@ -324,6 +369,7 @@ def pilot(
     control: GaussianControl | None = None,
     bins: Count = 32,
     floor: Number = 0.1,
+    condition: Any = None,
 ) -> Array:
     """Estimate a density ``(bins,)`` of the points u for :func:`elbo` from examples ``x (n, *s)``.
 
@@ -333,6 +379,8 @@ def pilot(
     draws must be independent of those for which the density is then used, so give :func:`elbo`
     another key.
 
+    ``condition`` is a pytree of arrays ``(n, ...)`` for a conditional score.
+
     The network is called on the 8 draws of one example at a time, so the result does not depend on
     the batch size of the evaluation.
     """
@@ -341,12 +389,13 @@ def pilot(
     t, _ = Importance(sde, eps).at(v)
     keys = jax.random.split(stream(key, "noise"), (len(x), PILOT_DRAWS))
 
-    def image(row: tuple[Array, Array, Keys]) -> Array:
-        x, t, keys = row
+    def image(row: tuple[Array, Array, Keys, Any]) -> Array:
+        x, t, keys, c = row
+        given = conditioned(score, c)
         zs = jax.vmap(lambda key: jax.random.normal(key, x.shape, x.dtype))(keys)
-        return jax.vmap(lambda t, z: diffusion_dsm(score, sde, x, t, z, control))(t, zs)
+        return jax.vmap(lambda t, z: diffusion_dsm(given, sde, x, t, z, control))(t, zs)
 
-    values = jax.lax.map(image, (x, t, keys))
+    values = jax.lax.map(image, (x, t, keys, condition))
     empty = jnp.zeros((2, bins), values.dtype)
     first = times.tally(empty, v.ravel(), values.ravel(), 1.0)
     mean = (first[1] / first[0])[jnp.floor(v * bins).astype(int)]

@@ -1,64 +1,91 @@
-"""The density of data under a score: log-likelihoods, bounds, bits/dim, samples and latents.
+"""The density of data under a score: log p, samples, gradients, and measurements with error bars.
 
-    density = Density(score, sde, shape=(32, 32, 3), levels=256)
+    density = Density(score, sde, shape=(32, 32, 3))
 
-    density.bits_per_dim(pixels)   of integers, by the ODE with uniform dequantization
+*A distribution.* These are pure functions of JAX arrays, for ``jit``, ``vmap``, ``scan`` and
+``grad``, with respect to x, to the condition and to the arrays in the score:
+
+    density.log_prob(x)                     log p_eps(x) in nats, by the probability-flow ODE
+    density.sample(key, n)                  n samples by the ODE
+    density.sample_and_log_prob(key, n)     samples and their log p_eps, by the same solve
+
+*Measurements.* These take and return NumPy arrays, and work in batches. The first three return a
+number for each example and its mean with error bars (:class:`~sbml.estimate.Estimate`):
+
     density.logp(x)                log p_eps(x) of continuous data in nats, by the ODE
+    density.bits_per_dim(pixels)   of integers, by the ODE with uniform dequantization
     density.bound(x)               the evidence bound on -log p(x) in nats
-    density.sample(key, n)         n samples by the ODE
+    density.classify(x, c)         log p(x | c) for several conditions c, and their posterior
+    density.importance(key, n, u)  weights of samples for a density exp(u), and its normaliser
     density.latent(x)              the ODE's solution at T from x;  density.decode(z): the inverse
 
-The first three return a number for each example and its mean with error bars
-(:class:`~sbml.estimate.Estimate`). The random draws for an example depend only on ``seed``, on
-the example's place in the data and, for ``bound``, on the number of examples. So a result depends
-neither on the batch size nor on earlier calls.
+The random draws of a measurement for an example depend only on ``seed``, on the example's place in
+the data and, for ``bound``, on the data as a whole. So a result depends neither on the batch size
+nor on earlier calls.
 
-A score with arrays among its leaves, such as ``jax.tree_util.Partial(f, params)`` or a module, is
-compiled once for each method. Any other function is compiled in each call, because the weights that
-it reads may have changed since the last one (``sbml.pytrees.as_argument``).
+*Conditions.* A conditional score is called as ``score(x, t, key, condition)``. A condition is a
+pytree of arrays: a class label is a scalar, and other conditions have the shape that
+``condition_shape`` says. Every method takes one condition for all examples, or one for each along a
+leading axis.
+
+*Changes of variables.* With ``transform``, the score belongs to x and the data are y = f(x):
+
+    log p(y) = log p(x) + log |det df^-1/dy|,      x = f^-1(y)
+
+*Compilation.* A program is compiled once, also for a function that is made anew for each call
+(``sbml.arguments``).
 """
 
 import dataclasses
 import functools
-import inspect
+import math
 from collections.abc import Callable
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Num
+from tqdm import tqdm
 
-from sbml import bits, ode, pytrees, samplers
+from sbml import arguments, bits, intervals, likelihood, ode, pytrees, samplers
+from sbml.bound import GaussianControl, Reduction, pilot
 from sbml.dequantizers import uniform
 from sbml.divergence import Trace, exact_batch
 from sbml.door import checked, typed
-from sbml.estimate import Estimate
-from sbml.estimators import Reduction, Rows, Target, bound, rows
+from sbml.estimate import Estimate, reference
+from sbml.estimators import Rows, Target, bound, rows
 from sbml.estimators import ode as ode_estimator
 from sbml.estimators.base import Estimator
 from sbml.estimators.driver import Driver
 from sbml.ode import Solver
+from sbml.posterior import Importance, Posterior
 from sbml.scalars import Count, Number, at_least, between
+from sbml.score import PredictionScore
 from sbml.sdes import SDE
+from sbml.streams import stream
 from sbml.types import (
+    Anything,
     Array,
-    Batch,
     Example,
     Key,
-    Keys,
     Score,
     check_function,
+    conditioned,
 )
 
 Sweeps = Annotated[int, at_least(2)]  # One gives no error bar.
 Examples = Num[np.ndarray, "n *s"]
 
+PILOT = 256  # examples from which the density of a bound's times is estimated
+
 
 @typed
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class Density:
     """The density whose score at time t is ``score(x, t, key)``.
+
+    It is a pytree, whose leaves are the arrays of the score and of the transform.
 
     Attributes:
       score: a score of one example (``sbml.types``); it is called without a key.
@@ -70,13 +97,18 @@ class Density:
       trace: how the divergence is computed; None for the exact trace up to 64 dimensions, and two
         Rademacher probes above.
       solver: how the ODE is solved. For ``logp`` and ``bits_per_dim`` the tolerances are at least
-        1e-6 in float32, because a solve with a tenth of them measures the solver's error.
+        1e-6 in float32, because a solve with a tenth of them measures the solver's error. A solver
+        of your own needs ``adjoint="reverse"`` for derivatives by ``grad``; their memory is that of
+        about sqrt(2 max_steps) steps.
       batch_size: the number of examples that are computed at once.
-      seed: the seed of all random draws, except those of ``sample``.
+      seed: the seed of the random draws of measurements.
       budget: the largest solver error that counts as converged, in bits/dim or in nats per
         dimension; at most 1.
       subset: the number of examples for which the ODE is solved again: once with a stricter solver,
         to measure the solver's error, and once with new random draws, to measure their noise.
+      condition_shape: the shape of each array of one condition; () for a class.
+      transform: a bijection f of one example with the methods ``forward`` (or ``transform``) and
+        ``inverse_and_log_det``, as in distrax and flowjax, or None.
 
     Raises:
       ValueError: for an impossible shape or smallest time, an SDE of arrays, a score that cannot be
@@ -84,20 +116,22 @@ class Density:
         for another SDE.
     """
 
-    score: Score
+    score: Any
     sde: SDE
     shape: tuple[int, ...]
     levels: Annotated[int, between(2, bits.MOST_LEVELS)] | None = None
     eps: Number | None = None
     trace: Trace | None = None
-    solver: Solver = Solver(rtol=2e-4, atol=2e-4)
+    solver: Solver = Solver(rtol=2e-4, atol=2e-4, adjoint="reverse")
     batch_size: Count = 64
     seed: Annotated[int, between(0, 2**32 - 1)] = 0
     budget: Annotated[float, between(0, 1)] = 1e-3  # Any error would be within one of infinity.
     subset: Count = 32
+    condition_shape: tuple[int, ...] = ()
+    transform: Any = None
 
     def __post_init__(self) -> None:
-        check_function(self.score, "score", "x", "t", "key")
+        check_function(self.score, "score", "x", "t", "key", optional="condition")
         bits.dims(self.shape)
         if self.eps is not None:
             object.__setattr__(self, "eps", float(self.eps))  # An array is not hashable.
@@ -109,6 +143,10 @@ class Density:
                 "functions: give floats, as by jax.tree.map(float, sde), or tuples of floats"
             ) from None
         self.sde.check_time(self._eps)
+        if self.transform is not None and self.levels is not None:
+            raise ValueError(
+                f"levels={self.levels} with a transform: integers have none; leave one of them out"
+            )
         other: Any = getattr(self.score, "sde", None)
         if hasattr(other, "log_snr"):  # A score of other code may have another attribute "sde".
             self._check_sde_of_score(other)
@@ -128,24 +166,138 @@ class Density:
                 "the same SDE"
             )
 
+    def __repr__(self) -> str:
+        fields = dataclasses.fields(self)[1:]
+        changed = [f for f in fields if getattr(self, f.name) != f.default or f.name == "shape"]
+        rest = ", ".join(f"{f.name}={getattr(self, f.name)!r}" for f in changed)
+        name = getattr(self.score, "__name__", type(self.score).__name__)
+        return f"Density({name}, {rest})"
+
     @property
     def dims(self) -> int:
         """The number of dimensions of one example."""
         return bits.dims(self.shape)
 
-    def logp(self, x: Any) -> Estimate:
+    # The distribution.
+
+    @checked
+    def log_prob(self, x: Anything, key: Key | None = None, condition: Any = None) -> Anything:
+        """log p_eps(x) in nats, ``(*b)``, of continuous examples ``x (*b, *shape)``.
+
+        The prior N(0, sde.prior_std^2 I) stands for p_T. A log p is NaN if the solver gave up.
+
+        Args:
+          x: one example, or several along any leading axes.
+          key: for the random probes; None for an exact trace. The estimate has the mean log p, and
+            the same key gives the same number.
+          condition: for a conditional score.
+
+        Raises:
+          ValueError: ``x`` has another shape, or there is no key to draw probes.
+        """
+        y = jnp.asarray(x, jnp.result_type(float))
+        count = y.ndim - len(self.shape)
+        if count < 0 or y.shape[count:] != self.shape:
+            raise ValueError(f"x has shape {y.shape}: give (..., {str(self.shape)[1:-1]})")
+        batch = y.shape[:count]
+        y = y.reshape(-1, *self.shape)
+        x, log_det = self._inverse(y)
+        conditions = self._conditions(condition, batch)
+        logp = self._distribution(_log_prob, len(y), key, conditions, x)
+        return (logp + log_det).reshape(batch)
+
+    @checked
+    def sample(self, key: Key, n: Count, condition: Any = None) -> Anything:
+        """``n`` samples ``(n, *shape)``: uint8 integers if there are ``levels``, else floats.
+
+        Continuous samples are of p_eps. Integers are rounded from E[x_0 | x_eps].
+
+        Raises:
+          ValueError: there are more than 256 levels, or a sample of integers is not finite, because
+            the solver gave up.
+        """
+        if self.levels is not None:
+            bits.check_levels(self.levels, 256)
+        x = self._distribution(
+            _sample, n, key, self._conditions(condition, (n,)), denoise=self.levels is not None
+        )
+        if self.levels is None:
+            return self._forward(x)
+        lost = jnp.sum(~jnp.isfinite(x).reshape(n, -1).all(axis=1))
+        if isinstance(lost, jax.core.Tracer):
+            # A lost sample must not pass for a black image.
+            jax.debug.callback(functools.partial(_check_samples, n, self.solver), lost)
+        else:
+            _check_samples(n, self.solver, lost)
+        return bits.to_pixels(x, self.levels)
+
+    @checked
+    def sample_and_log_prob(
+        self, key: Key, n: Count, condition: Any = None
+    ) -> tuple[Anything, Anything]:
+        """``n`` continuous samples ``(n, *shape)`` and their log p_eps in nats ``(n,)``.
+
+        One solve gives both. The samples are those of :meth:`sample` for the same key, in the scale
+        of the score if there are ``levels``. With a random trace log p is unbiased; an importance
+        weight exp(-log p) is not, and needs an exact trace.
+        """
+        conditions = self._conditions(condition, (n,))
+        x, logp = self._distribution(_sample_and_log_prob, n, key, conditions)
+        if self.transform is None:
+            return x, logp
+        y = self._forward(x)
+        return y, logp + self._inverse(y)[1]
+
+    def _distribution(
+        self,
+        f: Callable[..., Any],
+        n: int,
+        key: Key | None,
+        condition: Any,
+        *rows: Any,
+        denoise: bool = False,
+    ) -> Any:
+        """``f`` for ``n`` examples with a key each, compiled."""
+        keys = None if key is None else jax.random.split(key, n)
+        exact = self._trace.kind == "exact" and f is not _sample
+        size = min(self.batch_size, exact_batch(self.dims)) if exact else self.batch_size
+        how = _How(self.sde, self._eps, self.shape, self._trace, size, denoise)
+        run = self._compiled(f, condition, "how")
+        return run((*rows, keys, condition), self.solver, how=how)
+
+    # Measurements.
+
+    @checked
+    def logp(
+        self, x: Any, condition: Any = None, *, check: bool = True, progress: bool = False
+    ) -> Estimate:
         """log p_eps(x) in nats of ``x (n, *shape)``, by the probability-flow ODE.
 
-        The terms are ``prior``, ``divergence`` and ``correction``, see ``likelihood.Likelihood``.
-        The prior N(0, sde.prior_std^2 I) stands for p_T.
+        The terms are ``prior``, ``divergence`` and ``correction``, see ``likelihood.Likelihood``,
+        and ``transform`` with a change of variables. The prior N(0, sde.prior_std^2 I) stands for
+        p_T.
+
+        Args:
+          x: continuous data.
+          condition: for a conditional score.
+          check: whether ``subset`` examples are solved again, which measures the errors.
+          progress: whether to show a progress bar.
 
         Raises:
           ValueError: if ``x`` are not floating-point numbers of that shape, or the score computes
             in half precision, whose rounding errors the check of convergence does not see.
         """
-        return -self._solve(self._continuous(x), Target(self.sde, self._eps), self.dims)
+        data, log_det = self._model_data(x)
+        target = Target(self.sde, self._eps)
+        options = {"check": check, "progress": "log p" if progress else ""}
+        return _with_transform(
+            -self._solver_driver(data, target, condition, **options).estimate(), log_det
+        )
 
-    def bits_per_dim(self, pixels: Any) -> Estimate:
+    @checked
+    def bits_per_dim(
+        self, pixels: Any, condition: Any = None, *, check: bool = True, progress: bool = False
+    ) -> Estimate:
         """Bits/dim of integers ``pixels (n, *shape)``, by the ODE and uniform dequantization.
 
         The score must belong to data x = 2 (k + u) / L - 1, where k is a pixel, L = ``levels`` and
@@ -154,6 +306,7 @@ class Density:
             bits/dim = (-log p_eps(x) + d log(L / 2)) / (d log 2),
 
         see ``sbml.bits``. The terms are those of the estimator ``ode``, see ``sbml.estimators``.
+        The other arguments are those of :meth:`logp`.
 
         Raises:
           ValueError: if ``pixels`` are not integers 0 .. levels - 1 of that shape, ``levels`` is
@@ -161,59 +314,146 @@ class Density:
         """
         k, levels = self._integers(pixels)
         target = Target(self.sde, self._eps, levels, uniform.Model())
-        return self._solve(k, target, 1)
+        options = {"check": check, "progress": "bits/dim" if progress else ""}
+        return self._solver_driver(k, target, condition, **options).estimate()
 
     @checked
-    def bound(self, x: Any, *, sweeps: Sweeps = 8, times_each: Count = 2) -> Estimate:
+    def bound(
+        self,
+        x: Any,
+        condition: Any = None,
+        *,
+        sweeps: Sweeps = 8,
+        times_each: Count = 2,
+        steps: Count | None = None,
+        reduce: bool = True,
+        fit: Any = None,
+        progress: bool = False,
+    ) -> Estimate:
         """The evidence bound on -log p(x), in nats, of ``x (n, *shape)``.
 
-        The terms are ``prior``, ``diffusion`` and ``reconstruction``, see ``sbml.bound``.
+        The terms are ``prior``, ``diffusion`` and ``reconstruction``, see ``sbml.bound``, and
+        ``transform`` with a change of variables.
 
         Args:
           x: continuous data.
+          condition: for a conditional score.
           sweeps: the number of independent passes over the data. The error bar of the random draws
             is estimated from the spread of their means.
           times_each: the number of draws of the diffusion term for one example in one sweep.
+          steps: the number of steps of the bound in discrete time, which DDPM calls L_vlb; None for
+            the bound in continuous time, which is lower.
+          reduce: whether a Gaussian control variate and a density of the times, estimated from 8
+            evaluations for up to 256 examples, reduce the noise. Neither changes the expectation,
+            which is over noise and times only.
+          fit: the examples ``(m, *shape)`` to which both are fitted, such as training data; None
+            for ``x``.
+          progress: whether to show a progress bar.
 
         Raises:
           ValueError: if ``x`` are not floating-point numbers of that shape.
         """
-        x = self._continuous(x)
-        how = {"sweeps": sweeps, "n_times": times_each}
-        return self._driver(bound.Estimator(), Target(self.sde, self._eps), x, **how).estimate()
+        data, log_det = self._model_data(x)
+        estimator = bound.Estimator() if steps is None else bound.InSteps(steps)
+        reduction = Reduction()
+        if reduce:
+            fitted = data if fit is None else self._model_data(fit)[0]
+            reduction = self._reduction(fitted, condition if fit is None else None, steps)
+        found = self._driver(
+            estimator,
+            Target(self.sde, self._eps),
+            data,
+            condition,
+            sweeps=sweeps,
+            n_times=times_each,
+            reduction=reduction,
+            progress="bound" if progress else "",
+        ).estimate()
+        return _with_transform(found, -log_det)
 
     @checked
-    def sample(self, key: Key, n: Count) -> Examples:
-        """``n`` samples ``(n, *shape)``: uint8 integers if there are ``levels``, else floats.
+    def classify(
+        self, x: Any, conditions: Any, prior: Any = None, *, progress: bool = False
+    ) -> Posterior:
+        """log p(x | c) of ``x (n, *shape)`` for every c of ``conditions``, and the posterior of c.
+
+        All conditions have the same random draws, so the noise of the differences is much smaller
+        than that of each number. The errors are measured as in :meth:`logp`, on ``subset``
+        examples.
+
+        Args:
+          x: continuous data, or integers if there are ``levels``.
+          conditions: a pytree of arrays ``(C, ...)``, such as ``jnp.arange(10)`` for ten classes.
+          prior: the probabilities ``(C,)`` of the conditions; None for equal ones.
+          progress: whether to show a progress bar.
 
         Raises:
-          ValueError: there are more than 256 levels, or a sample of integers is not finite, because
-            the solver gave up.
+          ValueError: the score ignores its condition, or ``prior`` are not probabilities of them.
         """
-        if self.levels is not None:
-            bits.check_levels(self.levels, 256)
-        draw = self._compiled(_sample, "sde", "eps", "shape")
-        keys = jax.random.split(key, n)
-        x = self._in_batches(
-            lambda ids: draw(keys[ids], self.solver, sde=self.sde, eps=self._eps, shape=self.shape),
-            n,
-        )
         if self.levels is None:
-            return x
-        if failed := int(np.sum(~np.isfinite(x).reshape(n, -1).all(axis=1))):
+            (data, log_det), target = self._model_data(x), Target(self.sde, self._eps)
+            nats: float = 1.0
+        else:
+            data, levels = self._integers(x)
+            target = Target(self.sde, self._eps, levels, uniform.Model())
+            log_det, nats = np.zeros(1), self.dims * math.log(2)
+        count = _count(conditions)
+        log_prior = np.log(_prior(prior, count))
+        tables: dict[str, list[np.ndarray]] = {"all": [], "strict": [], "again": []}
+        for c in tqdm(range(count), "classify", unit="condition", disable=not progress):
+            condition = jax.tree.map(lambda leaf, c=c: jnp.asarray(leaf)[c], conditions)
+            driver = self._solver_driver(data, target, condition)
+            of = driver.rows
+            found = {"all": of(driver.ids, 0)}
+            found["strict"] = of(driver.subset, 0, reference(self.solver))
+            found["again"] = of(driver.subset, 1) if driver.draws else found["all"]
+            for name, columns in found.items():
+                tables[name].append(-nats * driver.total(columns))
+        each = {name: np.stack(columns, axis=1) for name, columns in tables.items()}
+        if not driver.draws:
+            each["again"] = each["again"][driver.subset]
+        if count > 1 and np.all(np.ptp(each["all"], axis=1) == 0):
             raise ValueError(
-                f"{failed} of {n} samples are not finite, with solver={self.solver}: give a solver "
-                "with larger max_steps, or with another tolerance"
+                f"log p is the same for all {count} conditions: the score ignores its condition; "
+                "give a score that reads its fourth argument"
             )
-        return np.asarray(bits.to_pixels(jnp.asarray(x), self.levels))
+        logp = each["all"] + log_det[:, None]
+        return Posterior.of(
+            logp, log_prior, driver.subset, each["all"], each["strict"], each["again"]
+        )
 
-    def latent(self, x: Any) -> Examples:
+    @checked
+    def importance(
+        self, key: Key, n: Count, log_target: Callable[..., Any], condition: Any = None
+    ) -> Importance:
+        """Samples with weights exp(u(x)) / p(x) for the density exp(u(x)) / Z, and log Z.
+
+        Args:
+          key: for the samples.
+          n: their number.
+          log_target: u, a function of one example, in nats.
+          condition: for a conditional score.
+
+        Raises:
+          ValueError: the trace is not exact: the weights would be biased.
+        """
+        if self._trace.kind != "exact":
+            raise ValueError(
+                f"trace={self._trace}: the noise of probes biases importance weights; give "
+                "Density(trace=Trace('exact'))"
+            )
+        x, logp = self.sample_and_log_prob(key, n, condition)
+        u = jax.lax.map(log_target, x, batch_size=min(n, self.batch_size))
+        return Importance.of(np.asarray(x), np.asarray(u, float) - np.asarray(logp, float))
+
+    def latent(self, x: Any, condition: Any = None) -> Examples:
         """The latents ``(n, *shape)``: the ODE's solutions at T from ``x`` at t = eps."""
-        return self._transport(self._continuous(x), self._eps, self.sde.T)
+        return self._transport(self._model_data(x)[0], condition, self._eps, self.sde.T)
 
-    def decode(self, z: Any) -> Examples:
+    def decode(self, z: Any, condition: Any = None) -> Examples:
         """The data ``(n, *shape)`` at t = eps of latents ``z`` at T: the inverse of ``latent``."""
-        return self._transport(self._continuous(z), self.sde.T, self._eps)
+        x = self._transport(self._continuous(z), condition, self.sde.T, self._eps)
+        return x if self.transform is None else np.asarray(self._forward(jnp.asarray(x)))
 
     @property
     def _eps(self) -> float:
@@ -225,12 +465,70 @@ class Density:
             return self.trace
         return Trace("exact") if self.dims <= 64 else Trace("rademacher", 2)
 
-    def _compiled(self, f: Callable[..., Any], *static: str) -> Callable[..., Any]:
-        """``f`` with its first argument, the score, compiled; ``static`` are names of arguments."""
-        argument = pytrees.as_argument(self.score)
-        if argument is not None:
-            return functools.partial(_jit(f, *static), argument)
-        return jax.jit(functools.partial(f, self.score), static_argnames=static)
+    def _compiled(self, f: Callable[..., Any], condition: Any, *static: str) -> Callable[..., Any]:
+        """``f`` with its first argument, the score, compiled; ``static`` are names of arguments.
+
+        The condition is a pytree of arrays with a leading axis, or None.
+        """
+        one = jax.tree.map(lambda c: jax.ShapeDtypeStruct(c.shape[1:], c.dtype), condition)
+        argument = arguments.as_argument(self.score, self.shape, one)
+        return functools.partial(_jit(f, *static), argument)
+
+    def _conditions(self, condition: Any, batch: tuple[int, ...]) -> Any:
+        """The conditions of all examples of ``batch``, a pytree of arrays ``(n, ...)``; or None."""
+        more = () if condition is None else ("condition",)
+        if isinstance(self.score, PredictionScore):
+            check_function(self.score.network, "network", "x", "t", *more)
+        elif condition is None or not hasattr(self.score, "given"):
+            check_function(self.score, "score", "x", "t", "key", *more)
+        if condition is None:
+            return None
+        shape = self.condition_shape
+
+        def each(leaf: Any) -> Array:
+            array = jnp.asarray(leaf)
+            if array.shape not in (shape, (*batch, *shape)):
+                raise ValueError(
+                    f"condition of shape {array.shape}: give one for all examples, {shape}, or one "
+                    f"for each, {(*batch, *shape)}; condition_shape={shape} is the shape of one"
+                )
+            array = jnp.broadcast_to(array, (*batch, *shape))
+            return array.reshape(-1, *shape)
+
+        return jax.tree.map(each, condition)
+
+    def _inverse(self, y: Array) -> tuple[Array, Array]:
+        """x ``(n, *shape)`` of the data ``y``, and log |det df^-1/dy| ``(n,)``."""
+        if self.transform is None:
+            return y, jnp.zeros(len(y), y.dtype)
+        x, log_det = jax.vmap(self.transform.inverse_and_log_det)(y)
+        if not isinstance(x, jax.core.Tracer):
+            self._check_transform(x[:3], y[:3])
+        return x, log_det.reshape(len(y), -1).sum(axis=1)
+
+    def _forward(self, x: Array) -> Array:
+        """The data y = f(x) ``(n, *shape)``."""
+        f = self.transform
+        return x if f is None else jax.vmap(getattr(f, "forward", None) or f.transform)(x)
+
+    def _check_transform(self, x: Array, y: Array) -> None:
+        """Raise a ValueError if ``x`` are not the inverses of ``y``."""
+        again = self._forward(x)
+        error, size = jnp.max(jnp.abs(again - y)), jnp.max(jnp.abs(y))
+        if not error <= 1e-3 * size:
+            raise ValueError(
+                f"transform={type(self.transform).__name__}: forward(inverse(y)) differs from y by "
+                f"{error:.2g}, so inverse_and_log_det is not its inverse at these y, or y lie "
+                "outside of its range"
+            )
+
+    def _model_data(self, x: Any) -> tuple[Examples, np.ndarray]:
+        """The data in the scale of the score, and log |det df^-1/dy| ``(n,)``."""
+        y = self._continuous(x)
+        if self.transform is None:
+            return y, np.zeros(len(y))
+        found, log_det = self._inverse(jnp.asarray(y))
+        return self._continuous(found), np.asarray(log_det, float)
 
     def _continuous(self, x: Any) -> Examples:
         data = np.asarray(x)
@@ -266,14 +564,16 @@ class Density:
             raise ValueError(f"data of shape {data.shape}: give (n{expected}) with n at least 1")
 
     def _driver(
-        self, estimator: Estimator, target: Target, data: Examples, **options: Any
+        self, estimator: Estimator, target: Target, data: Examples, condition: Any, **options: Any
     ) -> Driver:
-        compiled = self._compiled(_terms_of, "estimator", "target")
         size, n = self.batch_size, len(data)
+        conditions = self._conditions(condition, (n,))
+        compiled = self._compiled(_terms_of, conditions, "estimator", "target")
         return Driver(
             estimator=estimator,
             target=target,
             data=data,
+            condition=jax.tree.map(np.asarray, conditions),
             ids=np.arange(n),
             subset=np.linspace(0, n - 1, min(n, self.subset)).astype(int),
             compute=functools.partial(compiled, estimator=estimator, target=target),
@@ -283,24 +583,122 @@ class Density:
             **options,
         )
 
-    def _solve(self, data: Examples, target: Target, dims: int) -> Estimate:
+    def _solver_driver(
+        self, data: Examples, target: Target, condition: Any, **options: Any
+    ) -> Driver:
         # A solve with a tenth of the tolerances measures the solver's error.
         ode.check_tolerances(self.solver, jnp.result_type(float), "solver.", factor=10)
-        estimator = ode_estimator.Estimator(self._trace)
-        return self._driver(estimator, target, data, budget=self.budget * dims).estimate()
+        kind = WithLatent if target.levels is None else ode_estimator.Estimator
+        budget = self.budget * (self.dims if target.levels is None else 1)
+        return self._driver(kind(self._trace), target, data, condition, budget=budget, **options)
 
-    def _transport(self, x: Examples, t0: float, t1: float) -> Examples:
-        solve = self._compiled(_transport, "sde", "t0", "t1")
+    def _reduction(self, data: Examples, condition: Any, steps: int | None) -> Reduction:
+        """A control variate and a density of the times, fitted to ``data``."""
+        fitted = GaussianControl.fit(data)
+        # In the precision of the data.
+        control = jax.tree.map(lambda a: jnp.asarray(a, data.dtype), fitted)
+        if steps is not None:
+            return Reduction(control)
+        chosen = np.linspace(0, len(data) - 1, min(len(data), PILOT)).astype(int)
+        conditions = self._conditions(condition, (len(data),))
+        rows = jax.tree.map(lambda leaf: leaf[chosen], conditions)
+        run = self._compiled(_pilot, conditions, "sde", "eps")
+        key = stream(jax.random.key(self.seed), "pilot")
+        found = run(jnp.asarray(data[chosen]), key, control, rows, sde=self.sde, eps=self._eps)
+        return Reduction(control, found)
 
-        def batch(ids: np.ndarray) -> Batch:
-            return solve(x[ids], self.solver, sde=self.sde, t0=t0, t1=t1)
+    def _transport(self, x: Examples, condition: Any, t0: float, t1: float) -> Examples:
+        conditions = self._conditions(condition, (len(x),))
+        solve = self._compiled(_transport, conditions, "sde", "t0", "t1")
 
-        return self._in_batches(batch, len(x))
+        def batch(ids: np.ndarray) -> Array:
+            given = jax.tree.map(lambda leaf: leaf[ids], conditions)
+            return solve(x[ids], given, self.solver, sde=self.sde, t0=t0, t1=t1)
 
-    def _in_batches(self, f: Callable[[np.ndarray], Batch], n: int) -> Examples:
-        """The rows of ``f`` for the ids 0 .. n - 1, in float64."""
-        batches = pytrees.in_batches(f, np.arange(n), min(self.batch_size, n))
+        batches = pytrees.in_batches(batch, np.arange(len(x)), min(self.batch_size, len(x)))
         return np.concatenate([rows for _, rows in batches]).astype(np.float64)
+
+
+def _flatten(density: Density) -> tuple[tuple[Any, ...], Any]:
+    """The arrays of the score and of the transform, and everything else."""
+    leaves, structure = jax.tree.flatten((density.score, density.transform))
+    is_array = tuple(map(arguments.is_array, leaves))
+    arrays = tuple(leaf for leaf, array in zip(leaves, is_array, strict=True) if array)
+    others = tuple(None if array else leaf for leaf, array in zip(leaves, is_array, strict=True))
+    names = [f.name for f in dataclasses.fields(density) if f.name not in ("score", "transform")]
+    fields = tuple((name, getattr(density, name)) for name in names)
+    return arrays, (structure, is_array, others, fields)
+
+
+def _unflatten(static: Any, arrays: Any) -> Density:
+    structure, is_array, others, fields = static
+    rest = iter(arrays)
+    leaves = [next(rest) if a else o for a, o in zip(is_array, others, strict=True)]
+    score, transform = jax.tree.unflatten(structure, leaves)
+    density: Density = object.__new__(Density)
+    for name, value in (("score", score), ("transform", transform), *fields):
+        object.__setattr__(density, name, value)
+    return density
+
+
+jax.tree_util.register_pytree_node(Density, _flatten, _unflatten)
+
+
+@dataclasses.dataclass(frozen=True)
+class WithLatent(ode_estimator.Estimator):
+    """The likelihood of continuous data, and the solution of the ODE at T."""
+
+    def one(
+        self, score: Score, params: Any, data: Any, key: Key, u: Any, options: Any, target: Target
+    ) -> Any:
+        terms, found = self.solved(score, params, data, key, options, target)
+        zero = jnp.zeros(())
+        return {**terms, "importance": zero, "latent": found.z}, found.stats.nfe
+
+
+def _with_transform(found: Estimate, log_det: np.ndarray) -> Estimate:
+    """``found`` with the term ``transform``, which is added to the numbers."""
+    if not np.any(log_det):
+        return found
+    values = found.values + log_det
+    shift = float(np.mean(log_det))
+    this_set = found.this_set._replace(mean=found.this_set.mean + shift)
+    return dataclasses.replace(
+        found,
+        values=values,
+        terms={**found.terms, "transform": log_det},
+        population=intervals.mean_interval(values),
+        this_set=this_set,
+    )
+
+
+def _check_samples(n: int, solver: Solver, lost: Any) -> None:
+    if lost:
+        raise ValueError(
+            f"{int(lost)} of {n} samples are not finite, with solver={solver}: give a solver "
+            "with larger max_steps, or with another tolerance"
+        )
+
+
+def _count(conditions: Any) -> int:
+    """The number of conditions along the leading axis of a pytree."""
+    sizes = {np.shape(leaf)[:1] for leaf in jax.tree.leaves(conditions)}
+    if len(sizes) != 1 or sizes == {()}:
+        shapes = [np.shape(leaf) for leaf in jax.tree.leaves(conditions)]
+        raise ValueError(
+            f"conditions of shapes {shapes}: give arrays with the conditions along a leading axis "
+            "of one size"
+        )
+    return int(sizes.pop()[0])
+
+
+def _prior(prior: Any, count: int) -> np.ndarray:
+    if prior is None:
+        return np.full(count, 1 / count)
+    found = np.asarray(prior, float)
+    if found.shape != (count,) or not np.all(found > 0) or not np.isclose(found.sum(), 1):
+        raise ValueError(f"prior={prior}: give {count} positive probabilities whose sum is 1")
+    return found
 
 
 def _some(indices: np.ndarray) -> str:
@@ -322,24 +720,77 @@ def _terms_of(
     *,
     estimator: Estimator,
     target: Target,
-) -> dict[str, Num[Array, " n"]]:
+) -> dict[str, Any]:
     if not estimator.is_bound:
-        ode.check_precision(score, target.sde, batch.data.shape[1:])
-    # Without the compilation of ``rows`` itself, because ``score`` may be no argument of ``jit``.
-    return inspect.unwrap(rows)(estimator, target, score, {}, batch, u, options)
+        one = jax.tree.map(lambda leaf: leaf[0], batch.condition)
+        ode.check_precision(conditioned(score, one), target.sde, batch.data.shape[1:])
+    return rows(estimator, target, score, {}, batch, u, options)
 
 
-def _sample(
-    score: Score, keys: Keys, solver: Solver, *, sde: SDE, eps: float, shape: tuple[int, ...]
-) -> Batch:
-    def one(key: Key) -> Example:
-        x, _ = samplers.ode_sample(
-            score, sde, shape, key, eps=eps, solver=solver, denoise_last=True
-        )
-        return x
-
-    return jax.vmap(one)(keys)
+def _each(f: Callable[..., Any], rows: Any, size: int) -> Any:
+    """``f`` of every row, ``size`` of them at once."""
+    n = len(jax.tree.leaves(rows)[0])
+    return jax.vmap(f)(rows) if n <= size else jax.lax.map(f, rows, batch_size=size)
 
 
-def _transport(score: Score, x: Batch, solver: Solver, *, sde: SDE, t0: float, t1: float) -> Batch:
-    return jax.vmap(lambda x: ode.transport(score, sde, x, t0, t1, solver)[0])(x)
+class _How(NamedTuple):
+    """The constants of a compiled method; ``size`` examples are computed at once."""
+
+    sde: SDE
+    eps: float
+    shape: tuple[int, ...]
+    trace: Trace
+    size: int
+    denoise: bool
+
+
+def _log_prob(score: Score, of: Any, solver: Solver, *, how: _How) -> Array:
+    def one(row: Any) -> Array:
+        x, key, condition = row
+        given = conditioned(score, condition)
+        options: Any = {"trace": how.trace, "solver": solver}
+        return likelihood.ode_logp(given, how.sde, x, key, eps=how.eps, **options).logp
+
+    return _each(one, of, how.size)
+
+
+def _sample(score: Score, of: Any, solver: Solver, *, how: _How) -> Array:
+    def one(row: Any) -> Example:
+        key, condition = row
+        given = conditioned(score, condition)
+        options: Any = {"eps": how.eps, "solver": solver, "denoise_last": how.denoise}
+        return samplers.ode_sample(given, how.sde, how.shape, key, **options)[0]
+
+    return _each(one, of, how.size)
+
+
+def _sample_and_log_prob(
+    score: Score, of: Any, solver: Solver, *, how: _How
+) -> tuple[Array, Array]:
+    def one(row: Any) -> tuple[Array, Array]:
+        key, condition = row
+        z, probes = how.sde.prior_sample(key, how.shape), stream(key, "probes")
+        given = conditioned(score, condition)
+        options: Any = {"trace": how.trace, "solver": solver}
+        x, found = likelihood.sample_logp(given, how.sde, z, probes, eps=how.eps, **options)
+        return x, found.logp
+
+    return _each(one, of, how.size)
+
+
+def _pilot(
+    score: Score, x: Array, key: Key, control: Any, condition: Any, *, sde: SDE, eps: float
+) -> Array:
+    # Each bin has at least 16 draws, 8 of each example.
+    how: Any = {"eps": eps, "control": control, "bins": max(2, min(32, len(x) // 2))}
+    return pilot(score, sde, x, key, condition=condition, **how)
+
+
+def _transport(
+    score: Score, x: Array, condition: Any, solver: Solver, *, sde: SDE, t0: float, t1: float
+) -> Array:
+    def one(row: Any) -> Array:
+        x, c = row
+        return ode.transport(conditioned(score, c), sde, x, t0, t1, solver)[0]
+
+    return jax.vmap(one)((x, condition))

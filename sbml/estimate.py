@@ -34,8 +34,10 @@ class Estimate:
       this_set: the mean with its 95% interval for this set of examples. It contains the noise of
         the random draws only (probes, times and dequantization), so its width is 0 without draws.
       sweeps: the number of sweeps of a bound; 1 for an ODE.
+      latent: for continuous data and an ODE, its solutions at T, ``(n, *s)``; otherwise None.
       solver_error: the mean difference from a solve by :func:`reference`, on a subset of the
-        examples, with its 95% interval; None for a bound, which solves no ODE.
+        examples, with its 95% interval; None for a bound, which solves no ODE, and if it was not
+        measured.
       budget: the largest solver error that counts as converged, in ``unit``.
       solver: how the ODE was solved; None for a bound.
       prior_error: the error because the prior takes the place of p_T, in ``unit``; None for a
@@ -52,6 +54,7 @@ class Estimate:
     population: Interval
     this_set: Interval
     sweeps: int = 1
+    latent: np.ndarray | None = None
     solver_error: Interval | None = None
     budget: float = math.inf
     solver: Solver | None = None
@@ -71,9 +74,12 @@ class Estimate:
     @property
     def converged(self) -> bool:
         """Whether all numbers of an ODE are finite and its solver's error is :func:`within` the
-        budget; True for a bound."""
+        budget; True for a bound, and False if the error was not measured."""
         error = self.solver_error
-        return error is None or (within(error, self.budget) and not self.population.nonfinite)
+        if self.solver is None:
+            return True
+        known = error is not None and within(error, self.budget)
+        return known and not self.population.nonfinite
 
     @property
     def heavy_tailed(self) -> bool:
@@ -97,11 +103,14 @@ class Estimate:
 
     def __str__(self) -> str:
         low, high = self.population.bounds
+        own = f"{self.this_set_ci95:.4f}" if self.this_set_ci95 < math.inf else " not measured"
         text = (
             f"{self.mean:.4f} {self.unit} at t={self.eps:.3g}, 95% interval [{low:.4f}, "
-            f"{high:.4f}], for these examples +-{self.this_set_ci95:.4f}, n={self.population.n}"
+            f"{high:.4f}], for these examples +-{own}, n={self.population.n}"
         )
-        if not self.converged:
+        if self.solver is not None and self.solver_error is None:
+            text += ", the solver's error was not measured"
+        elif not self.converged:
             text += f", NOT CONVERGED: {self.unconverged()}"
         if self.heavy_tailed:
             text += (
@@ -142,8 +151,10 @@ class Estimate:
         ``section`` is put before the names of the settings, such as "eval." for a config.
         """
         error, solver = self.solver_error, self.solver
-        if error is None or solver is None or self.converged:
+        if solver is None or self.converged:
             return ""
+        if error is None:
+            return "the solver's error was not measured; leave out check=False"
         lost, tolerances = ~np.isfinite(self.values), f"{section}rtol and {section}atol"
         precision = jnp.finfo(jnp.result_type(float))
         rounding = float(precision.eps) * np.max(np.abs(self.values), initial=0.0, where=~lost)

@@ -30,6 +30,9 @@ distributions that are close to each other, and about alpha |m| / S nats: for |m
 with ``VP``, 0.02 with ``VE`` up to sigma = 50, and 0.08 with ``LinearGamma`` up to a log-SNR of -5.
 A larger ``beta_max``, ``sigma_max`` or ``gamma_1`` makes it smaller, if the score knows this noise.
 
+In the other direction, from a latent z at T to the sample x at eps, the curve has the same two
+integrals, so one solve gives a sample and its log p (:func:`sample_logp`).
+
 Reference: Song et al., "Score-Based Generative Modeling through SDEs", ICLR 2021, appendix D.2.
 """
 
@@ -131,6 +134,60 @@ def ode_logp(
     """
     sde.check_time(eps)
     x = in_full_precision(x)
+    last = ode.last_time(score, sde)
+    (z, integral, correction), stats = _solve(score, sde, x, key, eps, last, trace, solver)
+    if scalars.is_traced(last) or last < sde.T:
+        growth = _growth(sde, last, x)
+        z, integral = growth * z, integral + x.size * scalars.log(growth)
+    prior = sde.prior_logp(z)
+    return Likelihood(prior + integral + correction, prior, integral, correction, z, stats)
+
+
+@checked
+def sample_logp(
+    score: Score,
+    sde: SDE,
+    z: Example,
+    key: Key | None,
+    *,
+    eps: Number,
+    trace: Trace = Trace(),
+    solver: Solver = Solver(),
+) -> tuple[Example, Likelihood]:
+    """The sample x_eps of the latent ``z (*s)``, and log p_eps of it, by one solve from T to eps.
+
+    The arguments are those of :func:`ode_logp`, which gives the same terms for the sample, up to
+    the error of the solver and, for a random trace, up to the noise of other probes.
+
+    Returns:
+      The sample ``(*s)``, and its log-likelihood with its terms. All are NaN if the solver gave up.
+
+    Raises:
+      ValueError: if eps is not in (0, T), or there is no key to draw the probes.
+    """
+    sde.check_time(eps)
+    z = in_full_precision(z)
+    prior, x, scaling = sde.prior_logp(z), z, jnp.zeros((), z.dtype)
+    last = ode.last_time(score, sde)
+    if scalars.is_traced(last) or last < sde.T:
+        growth = _growth(sde, last, z)
+        x, scaling = z / growth, z.size * scalars.log(growth)
+    (x, integral, correction), stats = _solve(score, sde, x, key, last, eps, trace, solver)
+    integral, correction = scaling - integral, -correction
+    return x, Likelihood(prior + integral + correction, prior, integral, correction, z, stats)
+
+
+def _solve(
+    score: Score,
+    sde: SDE,
+    x: Example,
+    key: Key | None,
+    t0: Number,
+    t1: Number,
+    trace: Trace,
+    solver: Solver,
+) -> tuple[tuple[Example, Scalar, Scalar], Stats]:
+    """x(t1) of the ODE from ``x`` at t0, the integral of div v dt, its correction, and the cost."""
 
     def field(t: Scalar, x: Example) -> Example:
         return velocity(score, sde, x, t)
@@ -141,13 +198,10 @@ def ode_logp(
         v, forms = divergence.quadratic_forms(lambda x: field(t, x), x, vs)
         return v, trace.combined(forms), ode.score_of(v, score, sde, x, t)
 
-    last = ode.last_time(score, sde)
-    (z, integral, correction), stats = ode.solve_with_integral(
-        field, with_divergence, x, eps, last, solver
-    )
-    if scalars.is_traced(last) or last < sde.T:
-        # From there to T the ODE is x' = x (log sigma)', of divergence d (log sigma)'.
-        growth = ode.growth(sde, last, sde.T, x) if scalars.is_traced(last) else sde.stretch
-        z, integral = growth * z, integral + x.size * scalars.log(growth)
-    prior = sde.prior_logp(z)
-    return Likelihood(prior + integral + correction, prior, integral, correction, z, stats)
+    return ode.solve_with_integral(field, with_divergence, x, t0, t1, solver)
+
+
+def _growth(sde: SDE, last: Number, x: Example) -> Number:
+    """The factor of x from ``last`` to T, where the ODE is x' = x (log sigma)', of divergence
+    d (log sigma)'."""
+    return ode.growth(sde, last, sde.T, x) if scalars.is_traced(last) else sde.stretch

@@ -27,6 +27,7 @@ import diffrax
 import jax
 import jax.numpy as jnp
 import numpy as np
+from equinox.internal import nondifferentiable_backward
 from jaxtyping import Bool, Integer
 
 from sbml import pytrees, quadrature, scalars
@@ -75,6 +76,10 @@ METHODS: dict[str, tuple[type[diffrax.AbstractSolver], int, int]] = {
 # 1,000 are taken where rounding in float32 looks like an error of the step: for an example far
 # outside the data, or at a tolerance of 1e-8. All examples of a batch wait for such a one.
 MAX_STEPS = 1_000
+
+NO_GRADIENT = (
+    'this solver has derivatives by jvp only: for those by grad give Solver(adjoint="reverse")'
+)
 
 
 def check_tolerances(solver: "Solver", dtype: Any, name: str = "", factor: float = 1.0) -> None:
@@ -134,6 +139,10 @@ class Solver:
       fixed_steps: the number of equal steps in u; None for step control.
       max_steps: the number of steps after which the solver gives up, with NaN as the result and
         ``success`` False. It gives up earlier where the velocity is not finite.
+      adjoint: ``forward`` for derivatives by ``jvp`` and ``jacfwd``, ``reverse`` for those by
+        ``grad``. The latter are exact for the steps that the solver took. They compute each step a
+        few times again from about sqrt(2 max_steps) stored ones, so their memory does not grow with
+        the number of steps. Without derivatives both give the same numbers.
     """
 
     method: Annotated[str, one_of(*METHODS)] = "tsit5"
@@ -146,6 +155,7 @@ class Solver:
     icoeff: Annotated[Number, positive] = _static(0.4)
     fixed_steps: Count | None = _static(None)
     max_steps: Count = _static(MAX_STEPS)
+    adjoint: Annotated[str, one_of("forward", "reverse")] = _static("forward")
 
     def __post_init__(self) -> None:
         if self.method == "euler" and self.fixed_steps is None:
@@ -274,25 +284,25 @@ def solve_with_integral(
       field, y, solver: as in :func:`solve`.
       joint: the function (t, y) -> (field, h, w), where w approximates the gradient with respect to
         y of the result (see ``sbml.quadrature``).
-      t0, t1: the ends, ``t0`` < ``t1``.
+      t0, t1: the ends, in either order; if one of them is traced, ``t0`` < ``t1``.
 
     Returns:
-      (y(t1), the integral of h, its correction by w) and stats. The three are NaN if the solver
-      gave up.
+      (y(t1), the integral of h dt from t0 to t1, its correction by w) and stats. The three are NaN
+      if the solver gave up.
     """
-    # For t1 < t0 diffrax would change the coordinate to -u, in which h is not defined.
-    if not scalars.is_traced(t0, t1) and t1 < t0:
-        raise ValueError(f"from t={t0} to {t1}: integrals are taken forwards only, swap the ends")
     y = in_full_precision(y)
+    # WithIntegral goes forwards only: backwards in time the coordinate is -u.
+    sign = -1 if not scalars.is_traced(t0, t1) and t1 < t0 else 1
 
     def joint_in_u(u: Array, y: Array) -> tuple[Array, Array, Array]:
-        v, h, w = joint(u**solver.power, y)
-        return _slope(u, solver) * v, _slope(u, solver) * h / y.size, w / y.size
+        v, h, w = joint((sign * u) ** solver.power, y)
+        slope = sign * _slope(sign * u, solver)
+        return slope * v, slope * h / y.size, w / y.size
 
     method = WithIntegral(_method(solver), joint_in_u)
-    rates, start = beside_integral(_in_u(field, solver)), (y, jnp.zeros((2,), y.dtype))
+    rates, start = beside_integral(_in_u(field, solver, sign)), (y, jnp.zeros((2,), y.dtype))
     (end, integrals), stats = _integrate(
-        rates, method, t0, t1, start, solver, _evaluations_with_integral(solver)
+        rates, method, t0, t1, start, solver, _evaluations_with_integral(solver), sign
     )
     integral, correction = y.size * integrals
     return (end, integral, correction), stats
@@ -314,17 +324,18 @@ def _slope(u: Array, solver: Solver) -> Array:
     return solver.power * u ** (solver.power - 1)
 
 
-def _in_u(field: Field, solver: Solver) -> Callable[..., Array]:
-    """dy/du, with the arguments that diffrax passes."""
+def _in_u(field: Field, solver: Solver, sign: int = 1) -> Callable[..., Array]:
+    """dy/du, or for ``sign`` -1 dy/d(-u), with the arguments that diffrax passes."""
 
     def rate(u: Array, y: Array, args: Any) -> Array:
+        u = sign * u
         slope = field(u**solver.power, y)
         if jnp.shape(slope) != y.shape:
             raise ValueError(
                 f"the field returned shape {jnp.shape(slope)} for y of shape {y.shape}: dy/dt has "
                 "the shape of y"
             )
-        return _slope(u, solver) * slope
+        return sign * _slope(u, solver) * slope
 
     return rate
 
@@ -335,7 +346,15 @@ def _method(solver: Solver) -> diffrax.AbstractSolver:
         return kind()
     # These are diffrax's own choices for the adjoints of ``_integrate``, but it does not make them
     # for a method inside WithIntegral.
+    if solver.adjoint == "reverse":
+        return kind(scan_kind="checkpointed")
     return kind(scan_kind="bounded" if solver.fixed_steps else "lax")
+
+
+def _adjoint(solver: Solver) -> diffrax.AbstractAdjoint:
+    if solver.adjoint == "reverse":
+        return diffrax.RecursiveCheckpointAdjoint()
+    return diffrax.DirectAdjoint() if solver.fixed_steps else diffrax.ForwardMode()
 
 
 class _Control(diffrax.PIDController):
@@ -360,11 +379,12 @@ def _integrate(
     start: Any,
     solver: Solver,
     evaluations: tuple[int, int],
+    sign: int = 1,
 ) -> tuple[Any, Stats]:
-    """The solution of d(state)/du = rates at ``t1`` from ``start`` at ``t0``, and the stats, where
-    ``evaluations`` are the numbers of evaluations in a step and at the start."""
+    """The solution of d(state)/d(sign u) = rates at ``t1`` from ``start`` at ``t0``, and the stats;
+    ``evaluations`` are their numbers in a step and at the start."""
     check_tolerances(solver, jax.tree.leaves(start)[0].dtype)
-    u0, u1 = t0 ** (1 / solver.power), t1 ** (1 / solver.power)
+    u0, u1 = sign * t0 ** (1 / solver.power), sign * t1 ** (1 / solver.power)
     length, max_steps = u1 - u0, solver.max_steps
     controller: Any
     if solver.fixed_steps is not None:
@@ -388,10 +408,12 @@ def _integrate(
         y0=start,
         stepsize_controller=controller,
         max_steps=max_steps,
-        adjoint=diffrax.DirectAdjoint() if solver.fixed_steps else diffrax.ForwardMode(),
+        adjoint=_adjoint(solver),
         throw=False,
     )
     success, counts = solution.result == diffrax.RESULTS.successful, solution.stats
     end = jax.tree.map(lambda ys: jnp.where(success, ys[0], jnp.nan), solution.ys)
+    if solver.adjoint == "forward" and solver.fixed_steps is None:
+        end = nondifferentiable_backward(end, msg=NO_GRADIENT, symbolic=True)
     nfe = evaluations[0] * counts["num_steps"] + evaluations[1]
     return end, Stats(nfe, counts["num_accepted_steps"], counts["num_rejected_steps"], success)

@@ -8,9 +8,6 @@ with numbers is not static: a function with parameters, such as
 The rule is applied to the values that ``__init__`` receives. A copy that JAX makes has the same
 leaves and static fields as the original object, even if its leaves are tracers, None or axes of
 ``vmap``.
-
-:class:`ScoreArgument` is such a dataclass: it makes a pytree of any score whose leaves include
-arrays, also if other leaves are functions.
 """
 
 import dataclasses
@@ -66,49 +63,6 @@ def _unflatten(cls: type, static: Any, leaves: Any) -> Any:
     for name, value in (*zip(names, leaves, strict=True), *rest, (_LEAVES, names)):
         object.__setattr__(node, name, value)
     return node
-
-
-@register
-@dataclasses.dataclass(frozen=True)
-class ScoreArgument:
-    """A score as an argument of ``jit``: see :func:`as_argument`.
-
-    Attributes:
-      arrays: the leaves of the score that are arrays.
-      others: all leaves, with None in the place of the arrays.
-      structure: the structure of the score as a pytree.
-    """
-
-    arrays: tuple[Any, ...]
-    others: tuple[Any, ...] = dataclasses.field(metadata={"static": True})
-    structure: Any = dataclasses.field(metadata={"static": True})
-
-    @property
-    def score(self) -> Any:
-        """The score itself."""
-        arrays = iter(self.arrays)
-        leaves = [next(arrays) if leaf is None else leaf for leaf in self.others]
-        return jax.tree.unflatten(self.structure, leaves)
-
-    def __call__(self, x: Any, t: Any, key: Any) -> Any:
-        return self.score(x, t, key)
-
-
-def as_argument(score: Any) -> ScoreArgument | None:
-    """``score``, any callable, as an argument of functions that are compiled by ``jit``.
-
-    The arrays among its leaves are traced. The other leaves, such as the activation functions of an
-    Equinox module, are constants. The result is None if no leaf is an array: a function may read
-    its weights from elsewhere, and ``jit`` would not notice that they have changed.
-    """
-    leaves, structure = jax.tree.flatten(score)
-    arrays = tuple(leaf for leaf in leaves if _is_array(leaf))
-    others = tuple(None if _is_array(leaf) else leaf for leaf in leaves)
-    return ScoreArgument(arrays, others, structure) if arrays else None
-
-
-def _is_array(leaf: Any) -> bool:
-    return isinstance(leaf, jax.Array | np.ndarray)
 
 
 def in_batches(

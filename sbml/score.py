@@ -183,6 +183,11 @@ class PredictionScore:
     sde: Kernel
     data_std: float
     batched: bool = False
+    condition: Any = None
+
+    def given(self, condition: Any) -> "PredictionScore":
+        """The score under ``condition``, a pytree of arrays: the network's third argument."""
+        return dataclasses.replace(self, condition=condition)
 
     @checked
     def __call__(self, x: Example, t: Scalar, key: Key | None = None) -> Example:
@@ -200,7 +205,12 @@ class PredictionScore:
         entry, alpha, sigma = PREDICTIONS[self.kind], self.sde.mean_coef(t), self.sde.std(t)
         seen = _input(entry.foreign, x, alpha, sigma, self.data_std)
         told = jnp.asarray(entry.label(self.sde, t))
-        f = self.network(seen[None], told[None])[0] if self.batched else self.network(seen, told)
+        more = () if self.condition is None else (self.condition,)
+        arguments = (seen, told, *more)
+        if self.batched:
+            f = self.network(*jax.tree.map(lambda a: jnp.asarray(a)[None], arguments))[0]
+        else:
+            f = self.network(*arguments)
         f = of_shape(f, x)
         return tuple(formula(f, x, alpha, sigma, Data(self.data_std)) for formula in formulas)
 
@@ -217,7 +227,8 @@ def from_prediction(
     """The score (``sbml.types``) of a function that predicts ``kind``.
 
     Args:
-      network: ``network(x_t, t)`` of one example ``(*s)`` and its time ``()``, shape ``(*s)``. If a
+      network: ``network(x_t, t)`` of one example ``(*s)`` and its time ``()``, shape ``(*s)``, or
+        ``network(x_t, t, condition)`` of a conditional model. If a
         network was trained with another label than t, wrap it: ``lambda x, t: net(x, 1000 * t)``.
         For ``edm`` and ``preconditioned`` it gets the inputs that the module's docstring states.
       kind: the name of the prediction, one of those in the module's docstring but ``levels``.
@@ -225,7 +236,7 @@ def from_prediction(
       data_std: the standard deviation d of the data, for ``edm`` and ``preconditioned``.
       batched: whether ``network`` takes batches, ``x_t (n, *s)`` and ``t (n,)``.
     """
-    check_function(network, "network", "x", "t")
+    check_function(network, "network", "x", "t", optional="condition")
     if not scalars.is_traced(data_std):
         data_std = float(data_std)
     return PredictionScore(network, kind, sde, data_std, batched)
@@ -316,6 +327,10 @@ class LinenScore:
     adapter: Adapter = dataclasses.field(metadata={"static": True})
     params: Any
     condition: Condition | None = None
+
+    def given(self, condition: Condition) -> "LinenScore":
+        """The score under ``condition``, a scalar: the class."""
+        return dataclasses.replace(self, condition=condition)
 
     def __call__(self, x: Example, t: Scalar, key: Key | None) -> Example:
         return self.batch(x[None], jnp.asarray(t)[None], key)[0]

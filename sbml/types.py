@@ -14,6 +14,9 @@ A score may also offer ``score.predictions(x, t)``, the pair E[x_0 | x_t] and E[
 x_t = alpha x_0 + sigma z, each of shape ``(*s)``, if it computes both without a division by alpha.
 The probability-flow ODE of such a score is regular where alpha = 0.
 
+A *conditional* score has a fourth argument, s(x, t, key, condition), which is a pytree of arrays of
+one example. It may instead offer ``score.given(condition)``, the score under this condition.
+
 Signatures name the shapes of their arrays (by jaxtyping):
 
     Scalar        ()          a time, a loss, a term in nats
@@ -35,6 +38,7 @@ like JAX's. Public functions check their arguments by these signatures (``sbml.d
 tests check all other functions and the results too.
 """
 
+import contextlib
 import inspect
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Annotated, Any
@@ -45,7 +49,6 @@ import jaxtyping
 import numpy as np
 from jaxtyping import Float, Integer, Num, Shaped
 
-from sbml.pytrees import ScoreArgument
 from sbml.scalars import between
 
 Array = jax.Array
@@ -137,8 +140,7 @@ def deterministic(score: Score, x: Example, t: Scalar) -> Example:
 
 def predictor(score: Score) -> Callable[[Example, Scalar], tuple[Example, Example]] | None:
     """``score.predictions`` with a check of its shapes, or None if the score does not have it."""
-    # A score may be wrapped only to be an argument of ``jit``.
-    inner: Any = score.score if isinstance(score, ScoreArgument) else score
+    inner: Any = score
     if isinstance(inner, jax.tree_util.Partial) and not (inner.args or inner.keywords):
         inner = inner.func
     predictions = getattr(inner, "predictions", None)
@@ -152,9 +154,20 @@ def predictor(score: Score) -> Callable[[Example, Scalar], tuple[Example, Exampl
     return both
 
 
-def check_function(f: Any, name: str, *arguments: str) -> None:
-    """Raise a ValueError, which names the function ``f``, if it cannot be called with these
-    positional ``arguments``. A function whose signature Python does not know passes."""
+def conditioned(score: Any, condition: Any) -> Score:
+    """The score under ``condition``, a pytree of arrays of one example; ``score`` itself if the
+    condition is None."""
+    if condition is None:
+        return score
+    if hasattr(score, "given"):
+        return score.given(condition)
+    return lambda x, t, key: score(x, t, key, condition)
+
+
+def check_function(f: Any, name: str, *arguments: str, optional: str | None = None) -> None:
+    """Raise a ValueError, which names the function ``f``, if it can be called neither with these
+    positional ``arguments`` nor with ``optional`` after them. A function whose signature Python
+    does not know passes."""
     try:
         signature = inspect.signature(f)
     except (TypeError, ValueError):
@@ -162,6 +175,10 @@ def check_function(f: Any, name: str, *arguments: str) -> None:
     try:
         signature.bind(*arguments)
     except TypeError as error:
+        with contextlib.suppress(TypeError):
+            if optional:
+                signature.bind(*arguments, optional)
+                return
         call = f"{name}({', '.join(arguments)})"
         raise ValueError(
             f"{name} cannot be called as {call}: {error}; give it these arguments"

@@ -96,7 +96,7 @@ def test_only_an_exact_trace_has_smaller_batches(monkeypatch: pytest.MonkeyPatch
 def test_the_bound_is_the_librarys_mean_over_sweeps_of_new_times() -> None:
     """In batches of 3, each example by itself; a wrong score has a looser bound."""
     x, seed, sweeps = data(7), 5, 3
-    found = density(batch_size=3, seed=seed).bound(x, sweeps=sweeps, times_each=2)
+    found = density(batch_size=3, seed=seed).bound(x, sweeps=sweeps, times_each=2, reduce=False)
 
     @jax.jit
     @jax.vmap
@@ -230,14 +230,42 @@ def test_weights_that_have_changed_are_read_again(made: str) -> None:
             np.testing.assert_allclose(found, expected, rtol=1e-9)
 
 
-def test_functions_that_are_compiled_again_are_not_kept() -> None:
-    """Each of them holds the weights of its score."""
-    one = sbml.Density(lambda x, t, key: -x, VP(), (2, 2), solver=Solver("heun", fixed_steps=2))
+@pytest.mark.usefixtures("unchecked")
+def test_a_function_made_anew_is_compiled_once_for_all_its_weights() -> None:
     kept = density_module._jit(density_module._transport, "sde", "t0", "t1")
-    before = kept._cache_size()
-    for _ in range(2):
-        one.latent(data(1))
-    assert kept._cache_size() == before
+    before, found = kept._cache_size(), []
+    for w in (1.0, 0.5):
+        matrix = w * jnp.eye(2)
+
+        def score(x: Array, t: Array, key: None, matrix: Array = matrix) -> Array:
+            return -matrix @ x
+
+        how = {"solver": Solver("heun", fixed_steps=2)}
+        found.append(sbml.Density(score, VP(), (2, 2), **how).latent(data(1)))
+    assert kept._cache_size() == before + 1
+    assert np.abs(found[0] - found[1]).min() > 1e-3
+
+
+def test_a_derivative_of_its_own_belongs_to_a_program() -> None:
+    """Two functions with equal values, one of which says that its derivative is 0."""
+
+    @jax.custom_jvp
+    def constant(x: Array) -> Array:
+        return -x
+
+    @jax.custom_jvp
+    def usual(x: Array) -> Array:
+        return -x
+
+    constant.defjvp(lambda p, t: (-p[0], 0 * t[0]))
+    usual.defjvp(lambda p, t: (-p[0], -t[0]))
+    x, how = data(1), {"solver": Solver("heun", fixed_steps=4), "eps": EPS}
+    terms = [
+        sbml.Density(lambda x, t, key, f=f: f(x), VP(), (2, 2), **how).logp(x).terms["divergence"]
+        for f in (constant, usual)
+    ]
+    # The drift's divergence is minus half of the score's part.
+    assert terms[0] < -10 and abs(terms[1]) < 1e-9
 
 
 def test_a_wrapped_score_keeps_its_predictions() -> None:

@@ -25,7 +25,7 @@ from sbml.ode import Solver
 from sbml.scalars import Number
 from sbml.sdes import SDE
 from sbml.streams import stream
-from sbml.types import Array, Example, Key, Keys, Scalar, Score
+from sbml.types import Array, Example, Key, Keys, Scalar, Score, conditioned
 
 Count = Integer[Array, ""] | int
 Data = Num[Array, "*s"]  # one example of integers or, without levels, of real numbers
@@ -94,12 +94,14 @@ class Rows:
       ids: ``(n,)``, a number for each example that does not depend on its place in the batch.
       sweeps: ``(n,)``, the number of the sweep: an example has independent draws in each sweep.
       seed: ``()``, the seed of all draws.
+      condition: for a conditional score, a pytree of arrays ``(n, ...)``; otherwise None.
     """
 
     data: Any
     ids: Any
     sweeps: Any
     seed: Any
+    condition: Any = None
 
     def keys(self) -> Keys:
         """A key for each row, ``(n,)``."""
@@ -206,10 +208,11 @@ def rows(
         if reason:
             raise ValueError(f"{target.dequantizer}: {reason}")
 
-    def one(data: Any, key: Key, u: Any) -> dict[str, Array]:
-        terms, nfe = estimator.one(score, params, data, key, u, options, target)
+    def one(data: Any, key: Key, u: Any, condition: Any) -> dict[str, Array]:
+        given = conditioned(score, condition)
+        terms, nfe = estimator.one(given, params, data, key, u, options, target)
         if target.levels is not None:
             terms = {name: bits.nats_to_bits(term, data.shape) for name, term in terms.items()}
         return {**terms, "nfe": jnp.asarray(nfe)}
 
-    return jax.vmap(one)(batch.data, batch.keys(), u)
+    return jax.vmap(one)(batch.data, batch.keys(), u, batch.condition)

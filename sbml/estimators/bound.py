@@ -29,6 +29,7 @@ class Estimator(base.Estimator):
     )
     is_bound: ClassVar[bool] = True
     reducible: ClassVar[bool] = True
+    steps: ClassVar[int | None] = None  # of the bound in discrete time
 
     @classmethod
     def reason_undefined(cls, dequantizer: type[Any], num_importance: int) -> str:
@@ -61,8 +62,9 @@ class Estimator(base.Estimator):
             terms = model.bound(params, score, target.sde, data, bound_key, target.levels, **draws)
             return {**terms._asdict(), "dequantization": jnp.zeros(())}, u.size + model.calls
         x, log_q = target.sample(params, data, stream(key, "dequantization"))
-        trace = getattr(self, "trace", None)  # Only ``ScoreMatching`` has one.
-        terms = bound.elbo(score, target.sde, x, bound_key, trace=trace, **draws)
+        # Only ``ScoreMatching`` has a trace.
+        how: dict[str, Any] = {"trace": getattr(self, "trace", None), "steps": self.steps}
+        terms = bound.elbo(score, target.sde, x, bound_key, **how, **draws)
         return {**terms._asdict(), "dequantization": log_q}, u.size + 1
 
     def scale_nats(self, target: Target, shape: tuple[int, ...]) -> float:
@@ -90,3 +92,10 @@ class ScoreMatching(Estimator):
                 "estimator bound"
             )
         return super().reason_undefined(dequantizer, num_importance)
+
+
+@dataclasses.dataclass(frozen=True)
+class InSteps(Estimator):
+    """The evidence bound of a chain of ``steps`` steps in discrete time (``bound.chain``)."""
+
+    steps: int = 1000  # type: ignore[misc]

@@ -4,10 +4,10 @@ A row belongs to one (sweep, example); with the seed these determine all its ran
 examples have independent draws in each sweep, and sweep 0 covers all of them. There are two kinds
 of estimates, which measure the noise of the draws in different ways:
 
-    ode      -log p by an ODE. Sweep 1 covers a subset of the examples, and the differences between
-             its two draws measure the noise. The subset is also solved again with the draws of
-             sweep 0 and the ``estimate.reference`` solver; the difference measures the solver's
-             error.
+    ode      -log p by an ODE. A subset of the examples is solved again with the draws of sweep 0
+             and the ``estimate.reference`` solver; the difference measures the solver's error. If
+             there are random draws, sweep 1 covers the subset too, and the differences between its
+             two draws measure the noise.
     bound    an expectation over times. Every sweep covers all examples. The value of an example is
              its mean over R sweeps, and the spread of the sweeps' means m_r measures the noise:
              the standard error is sd(m_r) / sqrt(R). If a few rare draws decide the mean, the
@@ -20,9 +20,11 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Integer
+from tqdm import tqdm
 
 from sbml import bits, intervals, pytrees, times
 from sbml.bound import Reduction
@@ -49,6 +51,7 @@ class Driver:
     Attributes:
       estimator, target: what is estimated.
       data: all examples, ``(n, *s)``.
+      condition: for a conditional score, a pytree of arrays ``(n, ...)``; otherwise None.
       ids: the sorted places in ``data`` of the examples that count.
       subset: the places of those that are solved again.
       compute: a function of a batch of ``Rows``, points u and options that gives the columns of
@@ -56,6 +59,8 @@ class Driver:
       place: a function that puts a tree of arrays, split along their first axis, on the devices.
       seed: the seed of all random draws.
       batch_size: the number of examples that are computed at once.
+      check: whether the subset is solved again, so that the errors are measured.
+      progress: the title of a progress bar; without one, there is no bar.
       solver, budget: how an ODE is solved, and the largest error of it that counts as converged.
       reduction, draw, n_times: the options of a bound, the name of its points in ``times.DRAWS``,
         and their number for one example in one sweep.
@@ -71,8 +76,11 @@ class Driver:
     subset: Integer[np.ndarray, " m"]
     compute: Callable[[Rows, Any, Solver | Reduction], dict[str, Any]]
     place: Callable[[Any], Any] = lambda tree: tree
+    condition: Any = None
     seed: int = 0
     batch_size: int = 64
+    check: bool = True
+    progress: str = ""
     solver: Solver = Solver()
     budget: float = math.inf
     reduction: Reduction = Reduction()
@@ -103,7 +111,14 @@ class Driver:
         An ODE is solved by ``solver``, which is that of the driver if it is None.
         """
         size = min(self.batch_size, len(ids))
-        batches = [columns for _, columns in self.batches(ids, sweep, solver or self.solver, size)]
+        again = "stricter" if solver else f"draws {sweep + 1}" if sweep else ""
+        title = " ".join(filter(None, [self.progress, again]))
+        bar = tqdm(total=len(ids), desc=title, unit="example", disable=not self.progress)
+        with bar:
+            batches = []
+            for chosen, columns in self.batches(ids, sweep, solver or self.solver, size):
+                batches.append(columns)
+                bar.update(len(chosen))
         return {name: np.concatenate([each[name] for each in batches]) for name in batches[0]}
 
     def batches(
@@ -121,39 +136,53 @@ class Driver:
         def batch(ids: Ids) -> dict[str, Any]:
             sweeps = np.full(len(ids), sweep, np.int32)
             u = None if points is None else points[ids].astype(jnp.result_type(float))
-            data, places, sweeps, u = self.place((self.data[ids], ids.astype(np.int32), sweeps, u))
-            return self.compute(Rows(data, places, sweeps, np.uint32(self.seed)), u, options)
+            condition = jax.tree.map(lambda leaf: leaf[ids], self.condition)
+            parts = self.data[ids], ids.astype(np.int32), sweeps, u, condition
+            data, places, sweeps, u, condition = self.place(parts)
+            rows = Rows(data, places, sweeps, np.uint32(self.seed), condition)
+            return self.compute(rows, u, options)
 
         for chosen, found in pytrees.in_batches(batch, ids, size):
             terms = {k: found[k].astype(np.float64) for k in self.terms if k != "scale"}
             scales = np.full(len(chosen), scale)
-            yield chosen, {**terms, "scale": scales, "nfe": found["nfe"].astype(np.int64)}
+            own = {name: found[name].astype(np.float64) for name in ("latent",) if name in found}
+            yield chosen, {**terms, "scale": scales, "nfe": found["nfe"].astype(np.int64), **own}
 
     def estimate(self) -> Estimate:
         """The numbers of all ``ids``, with error bars."""
         return self._by_sweeps() if self.estimator.is_bound else self._solved()
 
-    def solver_error(self) -> Interval:
-        """The mean over the subset of the numbers by ``solver`` minus those by its reference.
+    def solver_error(self, values: Values | None = None) -> Interval:
+        """The mean over the subset of its ``values``, which are those by ``solver``, minus those by
+        its reference.
 
         Both use the draws of sweep 0. The interval takes the subset as a sample of more examples;
         if there is one example only, its width is 0.
         """
-        solvers = self.solver, reference(self.solver)
-        values, exact = (self.total(self.rows(self.subset, 0, solver)) for solver in solvers)
+        if values is None:
+            values = self.total(self.rows(self.subset, 0, self.solver))
+        exact = self.total(self.rows(self.subset, 0, reference(self.solver)))
         gap = intervals.mean_interval(values - exact)
         return gap._replace(stderr=0.0, ci95=0.0) if len(self.ids) == 1 else gap
 
+    @property
+    def draws(self) -> bool:
+        """Whether the numbers have random draws, of probes or of a dequantizer."""
+        return self.target.levels is not None or not self.estimator.exact
+
     def _solved(self) -> Estimate:
-        gap = self.solver_error()
         columns = self.rows(self.ids, 0)
-        values = self.total(columns)
-        again = self.total(self.rows(self.subset, 1))
-        first = values[np.isin(self.ids, self.subset)]
+        values = self.total(columns)[np.isin(self.ids, self.subset)]
+        noise = 0.0, float(len(self.subset))
+        if self.draws:
+            noise = math.inf, 0.0
+            if self.check:
+                again = self.total(self.rows(self.subset, 1))
+                noise = intervals.repeated_stderr(values, again, len(self.ids))
         return self._estimate(
             [columns],
-            intervals.repeated_stderr(first, again, len(self.ids)),
-            solver_error=gap,
+            noise,
+            solver_error=self.solver_error(values) if self.check else None,
             budget=self.budget,
             solver=self.solver,
             prior_error=self.target.prior_error(np.asarray(self.data[self.ids])),
@@ -206,6 +235,7 @@ class Driver:
             terms={name: np.mean([t[name] for t in tables], axis=0) for name in self.terms},
             unit="nats" if self.target.levels is None else "bits/dim",
             eps=float(self.target.eps),
+            latent=tables[0].get("latent"),
             nfe=np.sum([table["nfe"] for table in tables], axis=0),
             population=population,
             this_set=Interval(

@@ -24,6 +24,7 @@ from sbml import dequantizers, likelihood
 from sbml.divergence import Trace
 from sbml.estimators import base
 from sbml.estimators.base import Count, Data, Target
+from sbml.likelihood import Likelihood
 from sbml.ode import Solver
 from sbml.streams import stream
 from sbml.types import Array, Key, Scalar, Score
@@ -72,18 +73,24 @@ class Estimator(base.Estimator):
         target: Target,
     ) -> tuple[dict[str, Scalar], Count]:
         def draw(key: Key) -> tuple[dict[str, Scalar], Count]:
-            x, log_q = target.sample(params, data, stream(key, "dequantization"))
-            how: dict[str, Any] = {"eps": target.eps, "trace": self.trace, "solver": options}
-            result = likelihood.ode_logp(score, target.sde, x, stream(key, "probes"), **how)
-            names = "prior", "divergence", "correction"
-            terms = {name: -getattr(result, name) for name in names}
-            return {**terms, "dequantization": log_q}, result.stats.nfe
+            terms, result = self.solved(score, params, data, key, options, target)
+            return terms, result.stats.nfe
 
         if self.num_importance == 1:
             terms, nfe = draw(key)
             return {**terms, "importance": jnp.zeros(())}, nfe
         each, evaluations = jax.lax.map(draw, jax.random.split(key, self.num_importance))
         return averaged(each), jnp.sum(evaluations)
+
+    def solved(
+        self, score: Score, params: Any, data: Data, key: Key, solver: Solver, target: Target
+    ) -> tuple[dict[str, Scalar], Likelihood]:
+        """The terms of one draw of the dequantizer, and its likelihood."""
+        x, log_q = target.sample(params, data, stream(key, "dequantization"))
+        how: dict[str, Any] = {"eps": target.eps, "trace": self.trace, "solver": solver}
+        result = likelihood.ode_logp(score, target.sde, x, stream(key, "probes"), **how)
+        terms = {name: -getattr(result, name) for name in ("prior", "divergence", "correction")}
+        return {**terms, "dequantization": log_q}, result
 
 
 def averaged(each: dict[str, Draws]) -> dict[str, Scalar]:

@@ -133,7 +133,9 @@ class CellRun(Driver):
         """Everything that a row depends on, as plain JSON values. The batch size and the numbers of
         images and sweeps do not change a row."""
         shared, config = self.shared, self.shared.experiment.config.eval
-        own: dict[str, Any] = {"solver": dataclasses.asdict(solver)}
+        # The kind of derivatives changes no number.
+        fields = {k: v for k, v in dataclasses.asdict(solver).items() if k != "adjoint"}
+        own: dict[str, Any] = {"solver": fields}
         if self.cell.is_bound:
             own = {"n_times": config.n_times, "times": config.times}
             own["proposal"] = self.reduction.proposal

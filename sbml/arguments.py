@@ -1,0 +1,165 @@
+"""A score as an argument of a compiled function, so that one program serves all its weights.
+
+``jit`` compiles a function for the structure of its arguments, and takes arrays that a function
+reads from elsewhere for constants. There are two kinds of scores:
+
+*A score with arrays among its leaves*, such as an Equinox module, an NNX module or
+``jax.tree_util.Partial(f, params)``, is split into its arrays, which are arguments, and the rest.
+
+*Any other function* is traced by JAX each time it is given. The arrays that it has read become
+arguments, and its operations are the program. So weights that have changed are seen, and a program
+is compiled only once: two programs are the same if their texts, with their derivatives with respect
+to x, are the same.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.extend.core import ClosedJaxpr, jaxpr_as_fun
+
+from sbml import pytrees
+from sbml.types import conditioned, deterministic, predictor
+
+
+@pytrees.register
+@dataclasses.dataclass(frozen=True)
+class SplitScore:
+    """A score whose arrays are the leaves of this pytree.
+
+    Attributes:
+      arrays: the leaves of the score that are arrays.
+      others: all leaves, with None in the place of the arrays.
+      structure: the structure of the score as a pytree.
+    """
+
+    arrays: tuple[Any, ...]
+    others: tuple[Any, ...] = dataclasses.field(metadata={"static": True})
+    structure: Any = dataclasses.field(metadata={"static": True})
+
+    @property
+    def score(self) -> Any:
+        """The score itself."""
+        arrays = iter(self.arrays)
+        leaves = [next(arrays) if leaf is None else leaf for leaf in self.others]
+        return jax.tree.unflatten(self.structure, leaves)
+
+    def __call__(self, x: Any, t: Any, key: Any) -> Any:
+        return self.score(x, t, key)
+
+    @property
+    def predictions(self) -> Any:
+        """Those of the score (``sbml.types``), or None."""
+        return predictor(self.score)
+
+    def given(self, condition: Any) -> Any:
+        """The score under ``condition``."""
+        return conditioned(self.score, condition)
+
+
+class Program:
+    """The operations of a function of arrays, without the arrays that it has read.
+
+    Attributes:
+      text: equal for programs that compute the same, and have the same derivative.
+    """
+
+    def __init__(self, closed: ClosedJaxpr, text: str) -> None:
+        self.jaxpr, self.text = closed.jaxpr, text
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Program) and self.text == other.text
+
+    def __hash__(self) -> int:
+        return hash(self.text)
+
+    def __call__(self, constants: tuple[Any, ...], *arguments: Any) -> list[Any]:
+        """The results for ``arguments``, where the function reads ``constants``."""
+        results: list[Any] = jaxpr_as_fun(ClosedJaxpr(self.jaxpr, constants))(*arguments)
+        return results
+
+
+@pytrees.register
+@dataclasses.dataclass(frozen=True)
+class TracedScore:
+    """A score as a program and the arrays that it has read, which are the leaves.
+
+    Attributes:
+      constants: these arrays, of the score and of its predictions.
+      score, pair: the programs of the score and of its ``predictions``; None if it has none.
+      condition: the condition under which it is called, or None.
+    """
+
+    constants: tuple[tuple[Any, ...], tuple[Any, ...]]
+    score: Program = dataclasses.field(metadata={"static": True})
+    pair: Program | None = dataclasses.field(metadata={"static": True})
+    condition: Any = None
+
+    def __call__(self, x: Any, t: Any, key: Any = None) -> Any:
+        return self.score(self.constants[0], x, t, *jax.tree.leaves(self.condition))[0]
+
+    @property
+    def predictions(self) -> Callable[[Any, Any], tuple[Any, ...]] | None:
+        """Those of the score (``sbml.types``), or None."""
+        pair = self.pair
+        if pair is None:
+            return None
+        leaves = jax.tree.leaves(self.condition)
+        return lambda x, t: tuple(pair(self.constants[1], x, t, *leaves))
+
+    def given(self, condition: Any) -> "TracedScore":
+        """The score under ``condition``."""
+        return dataclasses.replace(self, condition=condition)
+
+
+def as_argument(score: Any, shape: tuple[int, ...], condition: Any = None) -> Any:
+    """``score``, any callable, as an argument of functions that are compiled by ``jit``.
+
+    Args:
+      score: a score of one example (``sbml.types``).
+      shape: the shape of an example.
+      condition: one condition, whose shapes and types count only, or None.
+    """
+    leaves, structure = jax.tree.flatten(score)
+    arrays = tuple(leaf for leaf in leaves if is_array(leaf))
+    if arrays:
+        others = tuple(None if is_array(leaf) else leaf for leaf in leaves)
+        return SplitScore(arrays, others, structure)
+    conditions, structure = jax.tree.flatten(condition)
+    x, t = (jax.ShapeDtypeStruct(s, jnp.result_type(float)) for s in (shape, ()))
+
+    def under(leaves: tuple[Any, ...]) -> Any:
+        return conditioned(score, jax.tree.unflatten(structure, leaves) if leaves else None)
+
+    def call(x: Any, t: Any, *condition: Any) -> Any:
+        return deterministic(under(condition), x, t)
+
+    def both(x: Any, t: Any, *condition: Any) -> Any:
+        pair: Any = predictor(under(condition))
+        return pair(x, t)
+
+    program, constants = _traced(call, x, t, *conditions)
+    if predictor(score) is None:
+        return TracedScore((constants, ()), program, None)
+    pair, more = _traced(both, x, t, *conditions)
+    return TracedScore((constants, more), program, pair)
+
+
+def _traced(f: Callable[..., Any], x: Any, t: Any, *rest: Any) -> tuple[Program, tuple[Any, ...]]:
+    """``f`` as a program, and the arrays that it has read."""
+    closed = jax.make_jaxpr(f)(x, t, *rest)
+
+    def tangent(x: Any, v: Any, t: Any, *rest: Any) -> Any:
+        return jax.jvp(lambda x: f(x, t, *rest), (x,), (v,))
+
+    # The text of a function with a derivative of its own does not show this derivative.
+    text = f"{closed}\n{jax.make_jaxpr(tangent)(x, x, t, *rest)}"
+    return Program(closed, text), tuple(closed.consts)
+
+
+def is_array(leaf: Any) -> bool:
+    """Whether a leaf is an array of JAX or NumPy."""
+    return isinstance(leaf, jax.Array | np.ndarray)

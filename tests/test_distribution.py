@@ -1,0 +1,454 @@
+"""``Density`` as a distribution: log p, samples and gradients under JAX's transformations."""
+
+import functools
+import types
+
+import equinox as eqx
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from scipy import stats
+
+import sbml
+from sbml import bound
+from sbml.bound import GaussianControl
+from sbml.divergence import Trace
+from sbml.ode import Solver
+from sbml.score import PredictionScore, from_prediction
+from sbml.sdes import VP, RectifiedFlow
+from sbml.types import Array
+
+pytestmark = pytest.mark.usefixtures("x64")
+
+SDE = RectifiedFlow()  # Its prior is exact, so log p has the solver's error only.
+VARIANCES = np.array([0.5, 0.2, 0.1])
+STRICT = Solver(rtol=1e-9, atol=1e-9, adjoint="reverse")
+STEPS = Solver(fixed_steps=12, adjoint="reverse")  # smooth in all its arguments
+EPS = 1e-3
+
+
+def velocity(params: dict[str, Array], x: Array, t: Array, mean: Array) -> Array:
+    """E[z - x_0 | x_t] for x_0 ~ N(mean, diag(v))."""
+    v = (1 - t) ** 2 * params["v"] + t**2
+    return (t - (1 - t) * params["v"]) / v * (x - (1 - t) * mean) - mean
+
+
+PARAMS = {"v": VARIANCES, "mean": np.array([0.3, -0.2, 0.1])}
+
+
+def score(params: dict[str, Array] = PARAMS) -> PredictionScore:
+    def network(params: dict[str, Array], x: Array, t: Array) -> Array:
+        return velocity(params, x, t, params["mean"])
+
+    return from_prediction(jax.tree_util.Partial(network, params), "flow", SDE)
+
+
+def conditional() -> PredictionScore:
+    """A Gaussian whose mean is the condition, in every dimension."""
+    return from_prediction(lambda x, t, c: velocity(PARAMS, x, t, c * jnp.ones(3)), "flow", SDE)
+
+
+def density(solver: Solver = STRICT, **options) -> sbml.Density:
+    return sbml.Density(score(), SDE, (3,), **{"eps": EPS, "solver": solver, **options})
+
+
+def exact(x: Array, mean: Array = PARAMS["mean"]) -> Array:
+    """log p_eps(x) of the Gaussian."""
+    std = jnp.sqrt((1 - EPS) ** 2 * VARIANCES + EPS**2)
+    x, mean, std = jnp.broadcast_arrays(jnp.asarray(x), mean, std)
+    return jax.scipy.stats.norm.logpdf(x, (1 - EPS) * mean, std).sum(axis=-1)
+
+
+X = np.random.default_rng(0).normal(size=(4, 3))
+
+
+def difference(f, x: Array, h: float = 1e-5) -> Array:
+    """The gradient of ``f`` at ``x`` by central differences."""
+    flat = x.ravel()
+
+    def one(i: int) -> Array:
+        step = h * jnp.eye(flat.size)[i]
+        return (f((flat + step).reshape(x.shape)) - f((flat - step).reshape(x.shape))) / (2 * h)
+
+    return jnp.stack([one(i) for i in range(flat.size)]).reshape(x.shape)
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_log_p_and_its_gradient_are_those_of_the_closed_form() -> None:
+    d = density()
+    np.testing.assert_allclose(d.log_prob(X), exact(X), atol=1e-7)
+    np.testing.assert_allclose(d.log_prob(X[0]), exact(X[0]), atol=1e-7)
+    nested = jax.jit(lambda d, x: d.log_prob(x))(d, X.reshape(2, 2, 3))
+    np.testing.assert_allclose(nested, exact(X).reshape(2, 2), atol=1e-7)
+    np.testing.assert_allclose(jax.vmap(d.log_prob)(X), exact(X), atol=1e-7)
+    gradient = jax.jit(jax.grad(lambda x: d.log_prob(x).sum()))(X)
+    np.testing.assert_allclose(gradient, jax.grad(lambda x: exact(x).sum())(X), atol=1e-6)
+    _, scanned = jax.lax.scan(lambda _, x: (None, d.log_prob(x)), None, X)
+    np.testing.assert_allclose(scanned, exact(X), atol=1e-7)
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_gradients_are_finite_differences() -> None:
+    """With respect to x, the weights and the condition, of exact traces and of probes."""
+    for trace in (Trace("exact"), Trace("rademacher")):
+        key = None if trace.kind == "exact" else jax.random.key(3)
+        d = density(STEPS, trace=trace)
+
+        @jax.jit
+        def of_x(x: Array, d=d, key=key) -> Array:
+            return d.log_prob(x, key)
+
+        np.testing.assert_allclose(jax.grad(of_x)(X[0]), difference(of_x, X[0]), atol=1e-6)
+
+    @jax.jit
+    def of_weights(v: Array) -> Array:
+        weights = score({**PARAMS, "v": v})
+        return sbml.Density(weights, SDE, (3,), eps=EPS, solver=STEPS).log_prob(X).mean()
+
+    found = jax.grad(of_weights)(VARIANCES)
+    np.testing.assert_allclose(found, difference(of_weights, VARIANCES), atol=1e-6)
+    # A density is a pytree of the arrays in its score.
+    whole = jax.grad(lambda d: d.log_prob(X).mean())(density(STEPS))
+    leaves = jax.tree.leaves(whole)
+    assert any(np.allclose(leaf, found) for leaf in leaves if leaf.shape == (3,))
+
+    @jax.jit
+    def of_condition(c: Array) -> Array:
+        given = sbml.Density(conditional(), SDE, (3,), eps=EPS, solver=STEPS)
+        return given.log_prob(X[0], condition=c)
+
+    c = jnp.asarray(0.4)
+    np.testing.assert_allclose(jax.grad(of_condition)(c), difference(of_condition, c), atol=1e-6)
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_the_memory_of_a_gradient_grows_much_less_than_the_steps() -> None:
+    def memory(steps: int) -> int:
+        solver = Solver(fixed_steps=steps, adjoint="reverse")
+        d = sbml.Density(lambda x, t, key: -x, VP(), (64,), solver=solver)
+        compiled = jax.jit(jax.grad(d.log_prob)).lower(jnp.zeros(64)).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    assert memory(1024) < 6 * memory(16)
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_a_forward_solver_says_how_to_get_gradients() -> None:
+    with pytest.raises(Exception, match='adjoint="reverse"'):
+        jax.grad(density(Solver()).log_prob)(X[0])
+    tangent = jax.jvp(density(Solver()).log_prob, (X[0],), (np.ones(3),))[1]
+    assert float(tangent) == pytest.approx(float(jax.grad(exact)(X[0]).sum()), abs=1e-2)
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_samples_and_their_log_p_by_one_solve() -> None:
+    """Exact for a Gaussian, for a process that ends early (VP) or not, and with probes unbiased."""
+    d, key = density(), jax.random.key(0)
+    x, logp = d.sample_and_log_prob(key, 5)
+    np.testing.assert_allclose(logp, exact(x), atol=1e-7)
+    np.testing.assert_allclose(x, d.sample(key, 5), atol=1e-7)
+    np.testing.assert_allclose(logp, d.log_prob(x), atol=1e-7)
+    many = density(Solver(adjoint="reverse")).sample(jax.random.key(1), 2000)
+    spread = (np.asarray(many) - (1 - EPS) * PARAMS["mean"]) / np.sqrt(
+        (1 - EPS) ** 2 * VARIANCES + EPS**2
+    )
+    assert stats.kstest(spread.ravel(), "norm").pvalue > 1e-3
+    probes = density(STEPS, trace=Trace("gaussian"))
+    same = jnp.broadcast_to(X[0], (4000, 3))
+    noisy = probes.log_prob(same, jax.random.key(2))
+    mean, stderr = noisy.mean(), noisy.std() / np.sqrt(4000)
+    assert stderr > 1e-3
+    assert abs(mean - density(STEPS).log_prob(X[0])) < 4 * stderr
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_a_condition_is_for_all_examples_or_for_each() -> None:
+    d = sbml.Density(conditional(), SDE, (3,), eps=EPS, solver=STRICT)
+    one, each = 0.3, np.array([0.3, -0.1, 0.0, 2.0])
+    means = each[:, None] * np.ones(3)
+    np.testing.assert_allclose(d.log_prob(X, condition=one), exact(X, means[0]), atol=1e-7)
+    np.testing.assert_allclose(d.log_prob(X, condition=each), exact(X, means), atol=1e-7)
+    np.testing.assert_allclose(d.logp(X, each).values, exact(X, means), atol=1e-7)
+    x, logp = d.sample_and_log_prob(jax.random.key(0), 4, each)
+    np.testing.assert_allclose(logp, exact(x, means), atol=1e-7)
+    np.testing.assert_allclose(d.decode(d.latent(X, each), each), X, atol=1e-6)
+    found = d.bound(X, each)
+    assert abs(found.mean + float(exact(X, means).mean())) < 4 * found.this_set.stderr
+
+    def pair(x: Array, t: Array, key: None, condition: dict[str, Array]) -> Array:
+        mean = condition["a"].sum() + condition["b"].sum()
+        v = (1 - t) ** 2 * VARIANCES + t**2
+        return -(x - (1 - t) * mean) / v
+
+    trees = sbml.Density(pair, SDE, (3,), eps=EPS, solver=STRICT, condition_shape=(2,))
+    condition = {"a": jnp.array([0.1, 0.1]), "b": jnp.tile(jnp.array([0.05, 0.05]), (4, 1))}
+    found = trees.log_prob(X, condition=condition)
+    # The ODE of a plain score ends where 0.1% of the signal is left.
+    np.testing.assert_allclose(found, exact(X, means[:1]), atol=1e-2)
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_the_posterior_of_a_condition_is_that_of_bayes() -> None:
+    d = sbml.Density(conditional(), SDE, (3,), eps=EPS, solver=Solver(rtol=1e-5, atol=1e-5))
+    conditions, prior = jnp.array([-0.3, 0.0, 0.4]), np.array([0.5, 0.3, 0.2])
+    rng = np.random.default_rng(1)
+    labels = rng.choice(3, size=300, p=prior)
+    x = np.asarray(conditions)[labels][:, None] + rng.normal(size=(300, 3)) * np.sqrt(VARIANCES)
+    found = d.classify(x, conditions, prior)
+    logp = np.stack([exact(x, c * jnp.ones(3)) for c in conditions], axis=1)
+    np.testing.assert_allclose(found.log_prob, logp, atol=1e-3)
+    weights = prior * np.exp(logp)
+    np.testing.assert_allclose(
+        found.probabilities, weights / weights.sum(axis=1, keepdims=True), atol=1e-3
+    )
+    # An exact posterior is calibrated, and its accuracy is what it expects of itself.
+    confidence = found.probabilities.max(axis=1).mean()
+    assert abs(found.accuracy(labels).mean - confidence) < found.accuracy(labels).ci95
+    assert found.calibration_error(labels) < 0.12
+    assert found.log_score(labels).mean < stats.entropy(prior)
+    assert found.solver_error.mean < 1e-3 and found.noise.mean == 0 and found.changed < 0.05
+    with pytest.raises(ValueError, match="the score ignores its condition"):
+        sbml.Density(lambda x, t, key, c: -x, VP(), (3,)).classify(x[:4], conditions)
+    # With probes and integers, all classes have the same draws: the noise of differences is small.
+    k = np.clip((x[:20] + 1) / 2 * 16, 0, 15).astype(int)
+    noisy = sbml.Density(conditional(), SDE, (3,), eps=EPS, levels=16).classify(k, conditions)
+    assert noisy.noise.mean < 0.2 and noisy.log_prob.shape == (20, 3)
+
+
+class Affine:
+    """y = exp(x) / 2, elementwise."""
+
+    def forward(self, x: Array) -> Array:
+        return jnp.exp(x) / 2
+
+    def inverse_and_log_det(self, y: Array) -> tuple[Array, Array]:
+        return jnp.log(2 * y), -jnp.log(y)
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_a_change_of_variables_keeps_the_mass() -> None:
+    d = density(transform=Affine())
+    y = np.asarray(Affine().forward(X))
+    expected = exact(X) - np.log(y).sum(axis=1)
+    np.testing.assert_allclose(d.log_prob(y), expected, atol=1e-7)
+    measured = d.logp(y)
+    np.testing.assert_allclose(measured.values, expected, atol=1e-7)
+    np.testing.assert_allclose(measured.terms["transform"], -jnp.log(y).sum(axis=1))
+    assert measured.mean == pytest.approx(float(expected.mean()), abs=1e-7)
+    both = d.bound(y).mean - density().bound(X).mean
+    assert both == pytest.approx(np.log(y).sum(axis=1).mean(), abs=1e-9)
+    samples, logp = d.sample_and_log_prob(jax.random.key(0), 3)
+    np.testing.assert_allclose(logp, d.log_prob(samples), atol=1e-7)
+    np.testing.assert_allclose(d.decode(d.latent(y)), y, atol=1e-6)
+    flowjax = types.SimpleNamespace(
+        transform=Affine().forward, inverse_and_log_det=Affine().inverse_and_log_det
+    )
+    np.testing.assert_allclose(density(transform=flowjax).log_prob(y), expected, atol=1e-7)
+    wrong = types.SimpleNamespace(
+        forward=lambda x: 2 * x, inverse_and_log_det=Affine().inverse_and_log_det
+    )
+    with pytest.raises(ValueError, match="transform=SimpleNamespace: forward"):
+        density(transform=wrong).log_prob(y)
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_a_linear_subspace_has_the_density_of_its_coordinates() -> None:
+    """x = B y with orthonormal columns, such as positions without their centre of mass."""
+    basis, _ = np.linalg.qr(np.random.default_rng(2).normal(size=(5, 3)))
+    whole = score()
+
+    def embedded(x: Array, t: Array) -> Array:  # the score of x in the subspace, in 5 dimensions
+        return basis @ whole(basis.T @ x, t)
+
+    inner = sbml.Density(
+        from_prediction(
+            lambda y, t: -SDE.std(t) * (basis.T @ embedded(basis @ y, t)), "noise", SDE
+        ),
+        SDE,
+        (3,),
+        eps=EPS,
+        solver=STRICT,
+    )
+    np.testing.assert_allclose(inner.log_prob(X), exact(X), atol=1e-2)
+
+
+@pytest.mark.parametrize("d", [2, 16])
+@pytest.mark.usefixtures("unchecked")
+def test_importance_weights_give_the_normaliser(d: int) -> None:
+    """A Gaussian target with known Z, from a Gaussian that is a little wider."""
+    sde, wide, mean = RectifiedFlow(), 1.2, 0.1
+
+    def network(x: Array, t: Array) -> Array:
+        v = (1 - t) ** 2 * wide + t**2
+        return (t - (1 - t) * wide) / v * x
+
+    proposal = sbml.Density(from_prediction(network, "flow", sde), sde, (d,), eps=1e-4)
+    found = proposal.importance(
+        jax.random.key(0), 2000, lambda x: -0.5 * jnp.sum((x - mean) ** 2) + 3
+    )
+    log_z = 3 + 0.5 * d * np.log(2 * np.pi)
+    assert abs(found.log_z.mean - log_z) < 1.5 * found.log_z.ci95 < 0.15
+    assert 200 < found.effective < 2000 and not found.heavy_tailed
+    narrow = lambda x: -0.5 * jnp.sum(x**2) / 9  # noqa: E731
+    tails = proposal.importance(jax.random.key(0), 2000, narrow)
+    assert tails.heavy_tailed and "HEAVY TAILS" in str(tails)
+    noisy = sbml.Density(proposal.score, sde, (d,), trace=Trace("rademacher"))
+    with pytest.raises(ValueError, match="^trace=.*exact"):
+        noisy.importance(jax.random.key(0), 10, narrow)
+
+
+def test_a_control_fitted_to_the_examples_leaves_the_expectation() -> None:
+    """The mean over many sweeps with a control of these examples is that without one: the
+    expectation of the bound is over noise and times only."""
+    wrong, x = sbml.Density(lambda x, t, key: -x, VP(), (3,), eps=EPS), np.asarray(X)
+    plain = wrong.bound(x, sweeps=400, times_each=4, reduce=False)
+    reduced = wrong.bound(x, sweeps=50)
+    stderr = np.hypot(plain.this_set.stderr, reduced.this_set.stderr)
+    assert abs(plain.mean - reduced.mean) < 3 * stderr
+    assert reduced.this_set.stderr * np.sqrt(50) < 0.5 * plain.this_set.stderr * np.sqrt(400)
+    # Exactly: the expectation of the control's error is its integral, for any fit.
+    control = GaussianControl.fit(x[:2], noise_variance=0.1)
+    control = jax.tree.map(jnp.asarray, control)
+    u = (jnp.arange(4096) + 0.5) / 4096
+    t, w = sbml.times.draw(VP(), EPS, u, None, "importance")
+
+    def error(t: Array, z: Array, i: int) -> Array:
+        x_t = VP().mean_coef(t) * X[3] + VP().std(t) * z
+        return 0.5 * (z[i] - control.noise(VP(), jnp.asarray(x_t), t)[i]) ** 2
+
+    # 1/2 |z - e|^2 is a quadratic form in z, so points along the axes give its expectation.
+    axes = jnp.concatenate([jnp.sqrt(3) * jnp.eye(3), -jnp.sqrt(3) * jnp.eye(3)])
+    each = jax.vmap(
+        lambda t: jnp.mean(jnp.stack([sum(error(t, z, i) for i in range(3)) for z in axes]))
+    )(t)
+    assert float(jnp.mean(w * each)) == pytest.approx(
+        float(control.integral(VP(), jnp.asarray(X[3]), EPS)), rel=1e-4
+    )
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_the_bound_in_discrete_time() -> None:
+    """The sum over all steps in closed form for a Gaussian score, and its limit."""
+    sde, variances = VP(), VARIANCES
+    v = lambda t: sde.mean_coef(t) ** 2 * variances + sde.std(t) ** 2  # noqa: E731
+    d = sbml.Density(lambda x, t, key: -x / v(t), sde, (3,), eps=0.05)
+    x = np.asarray(X)
+    t, weights = bound.chain(sde, 0.05, 20)
+    rho2 = (sde.std(t) / sde.mean_coef(t)) ** 2
+    rho2 = np.asarray(rho2)[:, None]
+    variances = np.asarray(variances)
+    errors = (variances**2 + rho2 * x[:, None] ** 2) / (variances + rho2) ** 2
+    expected = (np.asarray(weights)[:, None] * errors).sum(axis=(1, 2))
+    found = d.bound(x, steps=20, sweeps=400)
+    plain = d.bound(x, steps=20, sweeps=400, reduce=False)
+    for each in (found, plain):
+        assert abs(each.terms["diffusion"].mean() - expected.mean()) < 4 * each.this_set.stderr
+    assert found.this_set.stderr < 0.7 * plain.this_set.stderr < 0.5
+    integral = d.bound(x, sweeps=64)
+    many = d.bound(x, steps=5000, sweeps=64)
+    assert found.mean > integral.mean + 0.1
+    noise = np.hypot(many.this_set.stderr, integral.this_set.stderr)
+    assert abs(many.mean - integral.mean) < 4 * noise < 0.2
+
+
+def test_a_measurement_costs_one_solve_and_one_strict_solve_of_a_part() -> None:
+    x = np.asarray(np.random.default_rng(4).normal(size=(10, 3)))
+    calls: list[tuple[int, int]] = []
+
+    def counted(d: sbml.Density, **how) -> None:
+        from sbml.estimators.driver import Driver
+
+        calls.clear()
+        rows = Driver.rows
+
+        def recorded(self, ids, sweep, solver=None):
+            calls.append((len(ids), sweep))
+            return rows(self, ids, sweep, solver)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Driver, "rows", recorded)
+            d.logp(x, **how)
+
+    counted(density(STEPS, subset=4))
+    assert calls == [(10, 0), (4, 0)]
+    counted(density(STEPS, subset=4, trace=Trace()))
+    assert calls == [(10, 0), (4, 1), (4, 0)]
+    counted(density(STEPS, subset=4), check=False)
+    assert calls == [(10, 0)]
+    unchecked = density(STEPS).logp(x, check=False)
+    assert unchecked.solver_error is None and not unchecked.converged
+    assert "the solver's error was not measured" in str(unchecked)
+    assert "check=False" in unchecked.unconverged()
+    np.testing.assert_allclose(unchecked.latent, density(STEPS).latent(x), atol=1e-3)
+
+
+class Flow(eqx.Module):
+    layer: eqx.nn.Linear
+
+    def __call__(self, x: Array, t: Array) -> Array:
+        return jnp.tanh(self.layer(x)) * t
+
+
+class NNXFlow(nnx.Module):
+    def __init__(self, weight: Array, bias: Array) -> None:
+        self.weight, self.bias = nnx.Param(weight), nnx.Param(bias)
+
+    def __call__(self, x: Array, t: Array) -> Array:
+        return jnp.tanh(self.weight[...] @ x + self.bias[...]) * t
+
+
+class LinenFlow(nn.Module):
+    @nn.compact
+    def __call__(self, x: Array, t: Array) -> Array:
+        return jnp.tanh(nn.Dense(3)(x)) * t
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_modules_of_several_frameworks_give_the_same_density() -> None:
+    layer = eqx.nn.Linear(3, 3, key=jax.random.key(0), dtype=float)
+    weight, bias = layer.weight, layer.bias
+    params = {"params": {"Dense_0": {"kernel": weight.T, "bias": bias}}}
+    networks = [
+        Flow(layer),
+        NNXFlow(weight, bias),
+        jax.tree_util.Partial(LinenFlow().apply, params),
+        lambda x, t: jnp.tanh(weight @ x + bias) * t,
+        functools.partial(lambda w, x, t: jnp.tanh(w @ x + bias) * t, weight),
+    ]
+    found = [
+        sbml.Density(from_prediction(n, "flow", SDE), SDE, (3,), eps=EPS, solver=STEPS).log_prob(X)
+        for n in networks
+    ]
+    for each in found[1:]:
+        np.testing.assert_allclose(each, found[0], rtol=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: density().log_prob(X[:, :2]), r"x has shape \(4, 2\): give \(\.\.\., 3,\)"),
+        (lambda: density(trace=Trace()).log_prob(X), "key=None with a rademacher trace"),
+        (
+            lambda: sbml.Density(conditional(), SDE, (3,)).log_prob(X, condition=jnp.zeros(3)),
+            r"condition of shape \(3,\): give one for all examples, \(\), or one for each, \(4,\)",
+        ),
+        (lambda: density().log_prob(X, condition=1.0), "cannot be called as network"),
+        (
+            lambda: sbml.Density(lambda x, t, key, c: -x, SDE, (3,)).log_prob(X),
+            r"cannot be called as score\(x, t, key\)",
+        ),
+        (
+            lambda: sbml.Density(conditional(), SDE, (3,)).classify(X, jnp.arange(2), [0.5, 0.6]),
+            "prior=.*2 positive probabilities",
+        ),
+        (lambda: density(levels=4, transform=Affine()), "levels=4 with a transform"),
+        (lambda: Solver(adjoint="both"), "adjoint 'both'"),
+    ],
+)
+@pytest.mark.usefixtures("unchecked")
+def test_wrong_calls_are_refused(call, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        call()

@@ -323,7 +323,7 @@ def check_recipes(plan: Plan, recipes: list[str]) -> None:
     """
     base = plan.config(plan.start + plan.steps)
     begun = build.Experiment(base)
-    metadata = {"config": begun.to_plain(), "smallest_time": begun.adapter.eps}
+    metadata = {"config": begun.config.plain(), "smallest_time": begun.adapter.eps}
     for recipe in recipes:
         config = build.Experiment(with_recipe(base, recipe)).config
         if (trained_on := config.data.dequantization) not in CELLS:

@@ -92,7 +92,7 @@ class Bound(NamedTuple):
     @property
     def total(self) -> Elementwise:
         """The sum of the terms in nats; its expectation is an upper bound on -log p(x)."""
-        return self.prior + self.diffusion + self.reconstruction
+        return sum(self)
 
 
 @jax.tree_util.register_dataclass

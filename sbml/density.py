@@ -40,7 +40,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -647,6 +647,8 @@ jax.tree_util.register_pytree_node(Density, _flatten, _unflatten)
 @dataclasses.dataclass(frozen=True)
 class WithLatent(ode_estimator.Estimator):
     """The likelihood of continuous data, and the solution of the ODE at T."""
+
+    columns: ClassVar[tuple[str, ...]] = ("latent",)
 
     def one(
         self, score: Score, params: Any, data: Any, key: Key, u: Any, options: Any, target: Target

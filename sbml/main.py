@@ -5,6 +5,7 @@ Of a run that has a checkpoint, --workdir=DIR alone is enough: its config is in 
 --help=SECTION lists the fields of a section of the config, such as eval; --help=config all of them.
 """
 
+import inspect
 import logging as stdlib_logging
 import pathlib
 import signal
@@ -22,7 +23,7 @@ from sbml.experiment.build import Experiment
 from sbml.experiment.config import Config
 from sbml.experiment.trained import of_workdir
 from sbml.experiment.training import Training
-from sbml.modes import GIVEN, MODES, Mode, execute, parameters_of
+from sbml.modes import GIVEN, MODES, Mode, execute, needs_config, parameters_of
 from sbml.registry import hint
 from sbml.runtime import cpu, peers, refusals, sharding
 from sbml.runtime.preemption import Preemption
@@ -80,8 +81,11 @@ def values_of(arguments: Sequence[str]) -> dict[str, str]:
     return values
 
 
-def check_flags(chosen: Mapping[str, Mode], given: Mapping[str, str]) -> dict[str, str]:
-    """The flags of the modes, from those that are ``given``."""
+def flags_of(chosen: Mapping[str, Mode], given: Mapping[str, str]) -> dict[str, str]:
+    """The flags of the modes, by name, from the arguments that are ``given``.
+
+    An argument that no mode uses is refused, and so is a mode without a flag that it needs.
+    """
     used = set().union(*map(parameters_of, chosen.values()))
     names = ", ".join(chosen)
     own = {name: value for name, value in given.items() if not name.startswith("config.")}
@@ -91,7 +95,11 @@ def check_flags(chosen: Mapping[str, Mode], given: Mapping[str, str]) -> dict[st
             if name in owners:
                 raise app.UsageError(f"--{name} is for --mode={owners[name]}, not for {names}")
             raise app.UsageError(f"unknown flag --{name}{hint(name, [*flags.FLAGS, *owners])}")
-    without_config = not used & {"experiment", "config"}
+    for mode, function in chosen.items():
+        for name, parameter in inspect.signature(function).parameters.items():
+            if parameter.default is parameter.empty and name not in {*GIVEN, *own}:
+                raise app.UsageError(f"--mode={mode} needs --{name}=VALUE")
+    without_config = not any(map(needs_config, chosen.values()))
     for name, ignored in (
         ("config", without_config),
         ("coordinator", without_config),
@@ -171,7 +179,7 @@ def _main(arguments: Sequence[str]) -> None:
     if MODE.value is not None and not MODE.value:
         raise app.UsageError(f"--mode= names no mode: choose from {', '.join(MODES)}")
     if MODE.value:
-        check_flags({name: MODES[name] for name in MODE.value}, given)
+        flags_of({name: MODES[name] for name in MODE.value}, given)
     config, workdir = read_config(given)
     if not MODE.value and config is None:
         raise app.UsageError(
@@ -179,8 +187,8 @@ def _main(arguments: Sequence[str]) -> None:
             "checkpoint; without either, --mode=verify"
         )
     chosen = {name: MODES[name] for name in MODE.value or (config.mode if config else ())}
-    own = check_flags(chosen, given)
-    needing = [name for name, mode in chosen.items() if parameters_of(mode) & {*GIVEN[:2]}]
+    own = flags_of(chosen, given)
+    needing = [name for name, mode in chosen.items() if needs_config(mode)]
     if not needing:
         for mode in chosen.values():
             execute(mode, None, workdir, own)
@@ -201,7 +209,7 @@ def _main(arguments: Sequence[str]) -> None:
     print(f"{', '.join(names)} in {workdir}")
     for i, mode in enumerate(chosen.values()):
         if "experiment" not in parameters_of(mode):
-            break  # It makes the model that the modes after it use.
+            break  # This mode makes the model that the later ones use, so they check it themselves.
         experiment = Experiment(of_workdir(config, workdir))
         experiment.check()
         if check := getattr(sys.modules[mode.__module__], "check", None):

@@ -238,7 +238,7 @@ def test_more_steps_train_otherwise_under_a_cosine(schedule):
     for steps in (40, 400):
         config = tiny.get_config()
         config.update({"optim": {"schedule": schedule}, "training": {"num_steps": steps}})
-        told.append({"config": build.Experiment(config).to_plain()})
+        told.append({"config": build.Experiment(config).config.plain()})
     expected = ["training.num_steps 40 -> 400"] if schedule == "cosine" else []
     assert trained.changed_settings(*told, "") == expected
 
@@ -417,5 +417,5 @@ def test_other_data_are_named(whole):
 def test_provenance_is_in_the_checkpoint(whole):
     experiment = build.Experiment(tiny.get_config())
     metadata = experiment.restore(whole).metadata
-    assert metadata["config"] == json.loads(json.dumps(experiment.to_plain()))
+    assert metadata["config"] == json.loads(json.dumps(experiment.config.plain()))
     assert metadata["data"] == experiment.images("train").fingerprint

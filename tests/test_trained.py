@@ -105,7 +105,7 @@ def test_a_dequantizer_that_is_trained_with_other_times_says_so():
     for change in ({}, {"training": {"times": "iid"}, "eval": {"smallest_time": 0.1}}):
         config = tiny.get_config()
         config.update(change)
-        told.append({"config": build.Experiment(config).to_plain()})
+        told.append({"config": build.Experiment(config).config.plain()})
     changed = changed_settings(*told, "dequantizer.")
     assert changed == ["training.times lattice -> iid", "eval.smallest_time None -> 0.1"]
 

@@ -140,7 +140,7 @@ def state(template: TrainState, theirs: ForeignState) -> TrainState:
 def metadata(experiment: Experiment, score: ForeignState, dequantization: str) -> dict[str, Any]:
     """Metadata of the converted checkpoint: its config and origin. Its training data are not known,
     only how they were scaled (``dequantization``)."""
-    config = experiment.to_plain()
+    config = experiment.config.plain()
     config["data"]["dequantization"] = dequantization
     origin = {"converted_from": score.origin}
     return {"config": config, "data": None, "versions": versions(), **origin}

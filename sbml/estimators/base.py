@@ -131,6 +131,7 @@ class Estimator(abc.ABC):
 
     Attributes:
       terms: the names of its terms; ``scale`` is added by the caller, in float64.
+      columns: the names of further numbers that it computes, which are no terms.
       is_bound: whether it is an expectation over times. Such a number is estimated by independent
         sweeps over the data set, and their spread gives its error bar. Any other number is computed
         by an ODE solver, whose error is measured by a stricter solve.
@@ -138,6 +139,7 @@ class Estimator(abc.ABC):
     """
 
     terms: ClassVar[tuple[str, ...]]
+    columns: ClassVar[tuple[str, ...]] = ()
     is_bound: ClassVar[bool]
     reducible: ClassVar[bool] = False
 
@@ -211,6 +213,11 @@ def rows(
     def one(data: Any, key: Key, u: Any, condition: Any) -> dict[str, Array]:
         given = conditioned(score, condition)
         terms, nfe = estimator.one(given, params, data, key, u, options, target)
+        if unnamed := set(terms) - {*estimator.terms, *estimator.columns}:
+            raise ValueError(
+                f"{type(estimator).__name__} computes {sorted(unnamed)}, which would not be added "
+                "to the number: name them in its class attribute terms"
+            )
         if target.levels is not None:
             terms = {name: bits.nats_to_bits(term, data.shape) for name, term in terms.items()}
         return {**terms, "nfe": jnp.asarray(nfe)}

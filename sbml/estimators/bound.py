@@ -29,7 +29,6 @@ class Estimator(base.Estimator):
     )
     is_bound: ClassVar[bool] = True
     reducible: ClassVar[bool] = True
-    steps: ClassVar[int | None] = None  # of the bound in discrete time
 
     @classmethod
     def reason_undefined(cls, dequantizer: type[Any], num_importance: int) -> str:
@@ -62,10 +61,12 @@ class Estimator(base.Estimator):
             terms = model.bound(params, score, target.sde, data, bound_key, target.levels, **draws)
             return {**terms._asdict(), "dequantization": jnp.zeros(())}, u.size + model.calls
         x, log_q = target.sample(params, data, stream(key, "dequantization"))
-        # Only ``ScoreMatching`` has a trace.
-        how: dict[str, Any] = {"trace": getattr(self, "trace", None), "steps": self.steps}
-        terms = bound.elbo(score, target.sde, x, bound_key, **how, **draws)
+        terms = self.elbo(score, target.sde, x, bound_key, **draws)
         return {**terms._asdict(), "dequantization": log_q}, u.size + 1
+
+    def elbo(self, *of: Any, **draws: Any) -> bound.Bound:
+        """``bound.elbo`` in the form of this class."""
+        return bound.elbo(*of, **draws)
 
     def scale_nats(self, target: Target, shape: tuple[int, ...]) -> float:
         return 0.0 if dequantizers.has_bound(target.dequantizer) else target.scale_nats(shape)
@@ -84,6 +85,9 @@ class ScoreMatching(Estimator):
 
     trace: Trace = Trace()
 
+    def elbo(self, *of: Any, **draws: Any) -> bound.Bound:
+        return bound.elbo(*of, trace=self.trace, **draws)
+
     @classmethod
     def reason_undefined(cls, dequantizer: type[Any], num_importance: int) -> str:
         if dequantizers.has_bound(dequantizer):
@@ -98,4 +102,7 @@ class ScoreMatching(Estimator):
 class InSteps(Estimator):
     """The evidence bound of a chain of ``steps`` steps in discrete time (``bound.chain``)."""
 
-    steps: int = 1000  # type: ignore[misc]
+    steps: int = 1000
+
+    def elbo(self, *of: Any, **draws: Any) -> bound.Bound:
+        return bound.elbo(*of, steps=self.steps, **draws)

@@ -145,7 +145,7 @@ class Driver:
         for chosen, found in pytrees.in_batches(batch, ids, size):
             terms = {k: found[k].astype(np.float64) for k in self.terms if k != "scale"}
             scales = np.full(len(chosen), scale)
-            own = {name: found[name].astype(np.float64) for name in ("latent",) if name in found}
+            own = {name: found[name].astype(np.float64) for name in self.estimator.columns}
             yield chosen, {**terms, "scale": scales, "nfe": found["nfe"].astype(np.int64), **own}
 
     def estimate(self) -> Estimate:

@@ -84,7 +84,7 @@ class Table:
         left_out = baselines.omitted(train.images)
         # An evaluation does not use the settings of the training, so those that it was given can be
         # wrong: the config has those of the checkpoint.
-        given, asked = restored.metadata["config"], experiment.to_plain()
+        given, asked = restored.metadata["config"], experiment.config.plain()
         data = {name: given["data"][name] for name in ("dequantization", "flip")}
         sections = {name: given[name] for name in ("seed", "training", "optim")}
         return {

@@ -292,7 +292,7 @@ class Experiment:
     @property
     def score_identity(self) -> dict[str, Any]:
         """Everything that a score depends on apart from its parameters, as plain JSON values."""
-        config = self.to_plain()
+        config = self.config.plain()
         free = trained.FREE
         model = {field: v for field, v in config["model"].items() if field not in free}
         identity = {"sde": config["sde"], "score": config["score"], "model": model}
@@ -303,15 +303,11 @@ class Experiment:
     def provenance(self, images: data.ImageSet) -> dict:
         """The origin of a checkpoint, stored as its metadata: config, training data, versions."""
         return {
-            "config": self.to_plain(),
+            "config": self.config.plain(),
             "smallest_time": self.eps,
             "data": images.fingerprint,
             "versions": versions(),
         }
-
-    def to_plain(self) -> dict[str, Any]:
-        """The config as plain JSON values."""
-        return self.config.plain()
 
 
 def _newest(

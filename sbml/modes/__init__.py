@@ -4,13 +4,15 @@ uses:
     experiment     the objects of the config (``sbml.experiment.build``)
     config         the config alone, for a mode that works before there is a fitting model
     workdir        the folder of the run (``sbml.runtime.workdir``)
-    others         flags of the command line, such as ``source`` for ``--source=DIR``; they are text
+    others         flags of the command line, such as ``source`` for ``--source=DIR``: texts, of
+                   which one without a default must be given
 
-A mode that cannot work raises a ValueError, which the program shows in one line. A function
-``check(experiment, workdir, before)`` beside it raises it if the mode cannot work after the modes
-``before``; it is called before the first mode runs. ``--mode`` also takes a
-function of another package, as ``package.module:function``. Files whose names begin with an
-underscore are parts that several modes share.
+A mode of this package that cannot work raises a ValueError, which the program shows in one line. A
+function ``check(experiment, workdir, before)`` beside it raises one if the mode cannot work after
+the modes ``before``. It is called before the first mode runs, unless an earlier mode has no
+``experiment``, because that mode makes the model. ``--mode`` also takes a function of another
+package, as ``package.module:function``. Files whose names begin with an underscore are parts that
+several modes share.
 """
 
 import inspect
@@ -41,6 +43,11 @@ MODES = Registry(
 def parameters_of(mode: Mode) -> set[str]:
     """The names of the parameters of a mode."""
     return set(inspect.signature(mode).parameters)
+
+
+def needs_config(mode: Mode) -> bool:
+    """Whether a mode works with a config, and therefore with a work directory."""
+    return not parameters_of(mode).isdisjoint({"experiment", "config"})
 
 
 def execute(

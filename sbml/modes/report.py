@@ -40,7 +40,7 @@ def run(experiment: Experiment, workdir: Workdir) -> None:
         for result in workdir.read(EVALUATION)["results"]:
             print(Result.read(result).line)
     model = {"name": config.model.name, "parameters": experiment.parameter_count()}
-    known = {"model": model, "config": experiment.to_plain(), "training": training}
+    known = {"model": model, "config": experiment.config.plain(), "training": training}
     if summary.write(workdir, config.data.images, known, curves):
         print(f"report: {workdir / 'report.html'}")
 

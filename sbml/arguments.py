@@ -9,11 +9,17 @@ reads from elsewhere for constants. There are two kinds of scores:
 *Any other function* is traced by JAX each time it is given. The arrays that it has read become
 arguments, and its operations are the program. So weights that have changed are seen, and a program
 is compiled only once: two programs are the same if their texts, with their derivatives with respect
-to x, are the same.
+to x, are the same. Arrays that a function inside it has read, which ``jit`` has compiled by itself,
+stay constants: a program with other constants is compiled again.
+
+Weights in half precision among the leaves are converted to float32, with a warning.
 """
 
+import contextlib
 import dataclasses
-from collections.abc import Callable
+import hashlib
+import warnings
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -32,7 +38,7 @@ class SplitScore:
 
     Attributes:
       arrays: the leaves of the score that are arrays.
-      others: all leaves, with None in the place of the arrays.
+      others: the type and value of each leaf, with None in the place of an array.
       structure: the structure of the score as a pytree.
     """
 
@@ -44,7 +50,7 @@ class SplitScore:
     def score(self) -> Any:
         """The score itself."""
         arrays = iter(self.arrays)
-        leaves = [next(arrays) if leaf is None else leaf for leaf in self.others]
+        leaves = [next(arrays) if other is None else other[1] for other in self.others]
         return jax.tree.unflatten(self.structure, leaves)
 
     def __call__(self, x: Any, t: Any, key: Any) -> Any:
@@ -124,9 +130,9 @@ def as_argument(score: Any, shape: tuple[int, ...], condition: Any = None) -> An
       condition: one condition, whose shapes and types count only, or None.
     """
     leaves, structure = jax.tree.flatten(score)
-    arrays = tuple(leaf for leaf in leaves if is_array(leaf))
+    arrays = tuple(_in_float32(leaf) for leaf in leaves if is_array(leaf))
     if arrays:
-        others = tuple(None if is_array(leaf) else leaf for leaf in leaves)
+        others = tuple(None if is_array(leaf) else (type(leaf), leaf) for leaf in leaves)
         return SplitScore(arrays, others, structure)
     conditions, structure = jax.tree.flatten(condition)
     x, t = (jax.ShapeDtypeStruct(s, jnp.result_type(float)) for s in (shape, ()))
@@ -155,9 +161,31 @@ def _traced(f: Callable[..., Any], x: Any, t: Any, *rest: Any) -> tuple[Program,
     def tangent(x: Any, v: Any, t: Any, *rest: Any) -> Any:
         return jax.jvp(lambda x: f(x, t, *rest), (x,), (v,))
 
-    # The text of a function with a derivative of its own does not show this derivative.
-    text = f"{closed}\n{jax.make_jaxpr(tangent)(x, x, t, *rest)}"
+    programs = [closed]
+    with contextlib.suppress(TypeError, ValueError):  # A callback may have no derivative.
+        # The text of a function with a derivative of its own does not show this derivative.
+        programs.append(jax.make_jaxpr(tangent)(x, x, t, *rest))
+    text = "\n".join([*map(str, programs), *(c for p in programs for c in _inner_constants(p))])
     return Program(closed, text), tuple(closed.consts)
+
+
+def _inner_constants(jaxpr: Any) -> Iterator[str]:
+    """A checksum of every array that a function inside ``jaxpr`` has read, and its type."""
+    for equation in jaxpr.eqns:
+        for inner in jax.tree.leaves(list(equation.params.values())):
+            for constant in map(np.asarray, getattr(inner, "consts", ())):
+                digest = hashlib.sha256(np.ascontiguousarray(constant)).hexdigest()
+                yield f"{constant.dtype}{constant.shape} {digest}"
+            if hasattr(inner, "eqns"):
+                yield from _inner_constants(inner)
+
+
+def _in_float32(array: Any) -> Any:
+    """``array``, in float32 if it has half precision."""
+    if not jnp.issubdtype(array.dtype, jnp.floating) or jnp.finfo(array.dtype).bits >= 32:
+        return array
+    warnings.warn(f"weights of {array.dtype} are evaluated in float32", stacklevel=2)
+    return jnp.asarray(array, jnp.float32)
 
 
 def is_array(leaf: Any) -> bool:

@@ -92,7 +92,7 @@ class Bound(NamedTuple):
     @property
     def total(self) -> Elementwise:
         """The sum of the terms in nats; its expectation is an upper bound on -log p(x)."""
-        return sum(self)
+        return self.prior + self.diffusion + self.reconstruction
 
 
 @jax.tree_util.register_dataclass
@@ -333,10 +333,10 @@ def elbo(
         t, weight = times.draw(sde, eps, u, reduction.density, reduction.proposal)
     else:
         nodes, weights = chain(sde, eps, steps)
-        probabilities = 0.5 / steps + 0.5 * weights / jnp.sum(weights)
-        i = jnp.searchsorted(jnp.cumsum(probabilities), u).clip(max=steps - 1)
+        v, inverse = times.warp(u, times.with_floor(weights, 0.5))
+        i = jnp.floor(v * steps).astype(int)
         # ``diffusion_dsm`` gives half of the square.
-        t, weight = nodes[i], 2 * weights[i] / probabilities[i]
+        t, weight = nodes[i], 2 * steps * weights[i] * inverse
     zs = jax.random.normal(stream(key, "noise"), (u.size, *x.shape), x.dtype)
     if trace is None:
         draws = jax.vmap(lambda t, z: diffusion_dsm(score, sde, x, t, z, control))(t, zs)

@@ -69,6 +69,7 @@ from sbml.types import (
     Array,
     Example,
     Key,
+    Real,
     Score,
     check_function,
     conditioned,
@@ -106,7 +107,8 @@ class Density:
         dimension; at most 1.
       subset: the number of examples for which the ODE is solved again: once with a stricter solver,
         to measure the solver's error, and once with new random draws, to measure their noise.
-      condition_shape: the shape of each array of one condition; () for a class.
+      condition_shape: the shape of each array of one condition, or a pytree of their shapes; ()
+        for a class.
       transform: a bijection f of one example with the methods ``forward`` (or ``transform``) and
         ``inverse_and_log_det``, as in distrax and flowjax, or None.
 
@@ -127,7 +129,7 @@ class Density:
     seed: Annotated[int, between(0, 2**32 - 1)] = 0
     budget: Annotated[float, between(0, 1)] = 1e-3  # Any error would be within one of infinity.
     subset: Count = 32
-    condition_shape: tuple[int, ...] = ()
+    condition_shape: Any = ()
     transform: Any = None
 
     def __post_init__(self) -> None:
@@ -181,7 +183,7 @@ class Density:
     # The distribution.
 
     @checked
-    def log_prob(self, x: Anything, key: Key | None = None, condition: Any = None) -> Anything:
+    def log_prob(self, x: Real, key: Key | None = None, condition: Any = None) -> Real:
         """log p_eps(x) in nats, ``(*b)``, of continuous examples ``x (*b, *shape)``.
 
         The prior N(0, sde.prior_std^2 I) stands for p_T. A log p is NaN if the solver gave up.
@@ -193,7 +195,8 @@ class Density:
           condition: for a conditional score.
 
         Raises:
-          ValueError: ``x`` has another shape, or there is no key to draw probes.
+          ValueError: ``x`` has another shape, there is no key to draw probes, or the score computes
+            in half precision.
         """
         y = jnp.asarray(x, jnp.result_type(float))
         count = y.ndim - len(self.shape)
@@ -222,7 +225,9 @@ class Density:
             _sample, n, key, self._conditions(condition, (n,)), denoise=self.levels is not None
         )
         if self.levels is None:
-            return self._forward(x)
+            y = self._forward(x)
+            self._check_transform(y)
+            return y
         lost = jnp.sum(~jnp.isfinite(x).reshape(n, -1).all(axis=1))
         if isinstance(lost, jax.core.Tracer):
             # A lost sample must not pass for a black image.
@@ -263,7 +268,15 @@ class Density:
         size = min(self.batch_size, exact_batch(self.dims)) if exact else self.batch_size
         how = _How(self.sde, self._eps, self.shape, self._trace, size, denoise)
         run = self._compiled(f, condition, "how")
-        return run((*rows, keys, condition), self.solver, how=how)
+        try:
+            return run((*rows, keys, condition), self.solver, how=how)
+        except TypeError as error:
+            if "custom_vjp" not in str(error):
+                raise
+            raise ValueError(
+                "this solver has derivatives by grad only: for those by jvp or jacfwd give "
+                'Density a Solver(adjoint="forward")'
+            ) from error
 
     # Measurements.
 
@@ -290,9 +303,8 @@ class Density:
         data, log_det = self._model_data(x)
         target = Target(self.sde, self._eps)
         options = {"check": check, "progress": "log p" if progress else ""}
-        return _with_transform(
-            -self._solver_driver(data, target, condition, **options).estimate(), log_det
-        )
+        found = -self._solver_driver(data, target, condition, **options).estimate()
+        return found if self.transform is None else _with_transform(found, log_det)
 
     @checked
     def bits_per_dim(
@@ -343,11 +355,11 @@ class Density:
           times_each: the number of draws of the diffusion term for one example in one sweep.
           steps: the number of steps of the bound in discrete time, which DDPM calls L_vlb; None for
             the bound in continuous time, which is lower.
-          reduce: whether a Gaussian control variate and a density of the times, estimated from 8
-            evaluations for up to 256 examples, reduce the noise. Neither changes the expectation,
-            which is over noise and times only.
-          fit: the examples ``(m, *shape)`` to which both are fitted, such as training data; None
-            for ``x``.
+          reduce: whether a Gaussian control variate and a density of the times reduce the noise.
+            The density is estimated from 8 further evaluations for up to 256 examples, which
+            ``nfe`` leaves out. Neither changes the expectation, which is over noise and times only.
+          fit: the examples ``(m, *shape)`` to which the control is fitted, such as training data;
+            None for ``x``.
           progress: whether to show a progress bar.
 
         Raises:
@@ -358,7 +370,7 @@ class Density:
         reduction = Reduction()
         if reduce:
             fitted = data if fit is None else self._model_data(fit)[0]
-            reduction = self._reduction(fitted, condition if fit is None else None, steps)
+            reduction = self._reduction(fitted, data, condition, steps)
         found = self._driver(
             estimator,
             Target(self.sde, self._eps),
@@ -369,7 +381,7 @@ class Density:
             reduction=reduction,
             progress="bound" if progress else "",
         ).estimate()
-        return _with_transform(found, -log_det)
+        return found if self.transform is None else _with_transform(found, -log_det)
 
     @checked
     def classify(
@@ -399,27 +411,31 @@ class Density:
             log_det, nats = np.zeros(1), self.dims * math.log(2)
         count = _count(conditions)
         log_prior = np.log(_prior(prior, count))
+
+        def one(c: int) -> Any:
+            return jax.tree.map(lambda leaf: jnp.asarray(leaf)[c], conditions)
+
+        driver = self._solver_driver(data, target, one(0))
         tables: dict[str, list[np.ndarray]] = {"all": [], "strict": [], "again": []}
         for c in tqdm(range(count), "classify", unit="condition", disable=not progress):
-            condition = jax.tree.map(lambda leaf, c=c: jnp.asarray(leaf)[c], conditions)
-            driver = self._solver_driver(data, target, condition)
-            of = driver.rows
-            found = {"all": of(driver.ids, 0)}
-            found["strict"] = of(driver.subset, 0, reference(self.solver))
-            found["again"] = of(driver.subset, 1) if driver.draws else found["all"]
+            given = jax.tree.map(np.asarray, self._conditions(one(c), (len(data),)))
+            rows = dataclasses.replace(driver, condition=given).rows
+            found = {"all": rows(driver.ids, 0)}
+            found["strict"] = rows(driver.subset, 0, reference(self.solver))
+            found["again"] = rows(driver.subset, 1) if driver.draws else found["all"]
             for name, columns in found.items():
                 tables[name].append(-nats * driver.total(columns))
+            alike = c == 1 and np.array_equal(tables["all"][0], tables["all"][1])
+            if alike and _differ(one(0), one(1)):
+                raise ValueError(
+                    "log p is the same for the first two conditions: the score ignores its "
+                    "condition; give a score that reads its fourth argument"
+                )
         each = {name: np.stack(columns, axis=1) for name, columns in tables.items()}
         if not driver.draws:
             each["again"] = each["again"][driver.subset]
-        if count > 1 and np.all(np.ptp(each["all"], axis=1) == 0):
-            raise ValueError(
-                f"log p is the same for all {count} conditions: the score ignores its condition; "
-                "give a score that reads its fourth argument"
-            )
-        logp = each["all"] + log_det[:, None]
         return Posterior.of(
-            logp, log_prior, driver.subset, each["all"], each["strict"], each["again"]
+            each["all"], log_det, log_prior, driver.subset, *list(each.values())[1:]
         )
 
     @checked
@@ -442,9 +458,18 @@ class Density:
                 f"trace={self._trace}: the noise of probes biases importance weights; give "
                 "Density(trace=Trace('exact'))"
             )
+        conditions = self._conditions(condition, (n,))
         x, logp = self.sample_and_log_prob(key, n, condition)
-        u = jax.lax.map(log_target, x, batch_size=min(n, self.batch_size))
-        return Importance.of(np.asarray(x), np.asarray(u, float) - np.asarray(logp, float))
+        u = np.asarray(jax.lax.map(log_target, x, batch_size=min(n, self.batch_size)), float)
+        if u.shape != (n,):
+            raise ValueError(
+                f"log_target returned shape {u.shape[1:]} for one example: return a scalar"
+            )
+        few = min(n, self.subset)
+        strict = dataclasses.replace(self, solver=reference(self.solver))
+        some = jax.tree.map(lambda leaf: leaf[:few], conditions)
+        error = np.asarray(strict.log_prob(x[:few], condition=some) - logp[:few], float)
+        return Importance.of(np.asarray(x), u - np.asarray(logp, float), error)
 
     def latent(self, x: Any, condition: Any = None) -> Examples:
         """The latents ``(n, *shape)``: the ODE's solutions at T from ``x`` at t = eps."""
@@ -483,27 +508,35 @@ class Density:
             check_function(self.score, "score", "x", "t", "key", *more)
         if condition is None:
             return None
-        shape = self.condition_shape
+        shapes: Any = self.condition_shape
+        if _is_shape(shapes):
+            shapes = jax.tree.map(lambda _: self.condition_shape, condition)
 
-        def each(leaf: Any) -> Array:
+        def each(leaf: Any, shape: tuple[int, ...]) -> Array:
             array = jnp.asarray(leaf)
             if array.shape not in (shape, (*batch, *shape)):
                 raise ValueError(
                     f"condition of shape {array.shape}: give one for all examples, {shape}, or one "
-                    f"for each, {(*batch, *shape)}; condition_shape={shape} is the shape of one"
+                    f"for each, {(*batch, *shape)}; condition_shape is the shape of one"
                 )
             array = jnp.broadcast_to(array, (*batch, *shape))
             return array.reshape(-1, *shape)
 
-        return jax.tree.map(each, condition)
+        structure: Any
+        leaves, structure = jax.tree.flatten(condition)
+        flat, expected = jax.tree.flatten(shapes, is_leaf=_is_shape)
+        if structure != expected:
+            raise ValueError(
+                f"condition is the pytree {structure}: give one like condition_shape={shapes}"
+            )
+        return jax.tree.unflatten(structure, map(each, leaves, flat))
 
     def _inverse(self, y: Array) -> tuple[Array, Array]:
         """x ``(n, *shape)`` of the data ``y``, and log |det df^-1/dy| ``(n,)``."""
         if self.transform is None:
             return y, jnp.zeros(len(y), y.dtype)
         x, log_det = jax.vmap(self.transform.inverse_and_log_det)(y)
-        if not isinstance(x, jax.core.Tracer):
-            self._check_transform(x[:3], y[:3])
+        self._check_transform(y)
         return x, log_det.reshape(len(y), -1).sum(axis=1)
 
     def _forward(self, x: Array) -> Array:
@@ -511,16 +544,31 @@ class Density:
         f = self.transform
         return x if f is None else jax.vmap(getattr(f, "forward", None) or f.transform)(x)
 
-    def _check_transform(self, x: Array, y: Array) -> None:
-        """Raise a ValueError if ``x`` are not the inverses of ``y``."""
-        again = self._forward(x)
-        error, size = jnp.max(jnp.abs(again - y)), jnp.max(jnp.abs(y))
-        if not error <= 1e-3 * size:
-            raise ValueError(
-                f"transform={type(self.transform).__name__}: forward(inverse(y)) differs from y by "
-                f"{error:.2g}, so inverse_and_log_det is not its inverse at these y, or y lie "
-                "outside of its range"
-            )
+    def _check_transform(self, y: Array) -> None:
+        """Raise a ValueError if the transform is no bijection at the first of the data ``y``, or
+        its log-determinant is wrong there. Tracers are not checked."""
+        if self.transform is None or isinstance(y, jax.core.Tracer):
+            return
+        name, inverse = type(self.transform).__name__, self.transform.inverse_and_log_det
+        for one in y[:2]:
+            x, log_det = inverse(one)
+            if not bool(jnp.all(jnp.isfinite(one)) & jnp.all(jnp.isfinite(x))):
+                continue  # log p is NaN, or infinite.
+            error = jnp.max(jnp.abs(self._forward(x[None])[0] - one)) / jnp.max(jnp.abs(one))
+            if not error <= 1e-3:
+                raise ValueError(
+                    f"transform={name}: forward(inverse(y)) differs from y by {error:.2g} of its "
+                    "size, so inverse_and_log_det is not the inverse of forward at this y"
+                )
+            if self.dims > 64:
+                continue
+            flat = jax.jacfwd(lambda y: inverse(y)[0].ravel())(one).reshape(self.dims, -1)
+            expected = jnp.linalg.slogdet(flat)[1]
+            if not jnp.abs(jnp.sum(log_det) - expected) <= 1e-3 * (1 + jnp.abs(expected)):
+                raise ValueError(
+                    f"transform={name}: its log-determinant is {jnp.sum(log_det):.4g}, but that of "
+                    f"the derivative of its inverse is {expected:.4g}: return log |det df^-1/dy|"
+                )
 
     def _model_data(self, x: Any) -> tuple[Examples, np.ndarray]:
         """The data in the scale of the score, and log |det df^-1/dy| ``(n,)``."""
@@ -528,6 +576,11 @@ class Density:
         if self.transform is None:
             return y, np.zeros(len(y))
         found, log_det = self._inverse(jnp.asarray(y))
+        if not np.all(np.isfinite(log_det)):
+            raise ValueError(
+                f"transform={type(self.transform).__name__}: its log-determinant is not finite for "
+                f"the examples {_some(np.flatnonzero(~np.isfinite(log_det)))}: leave them out"
+            )
         return self._continuous(found), np.asarray(log_det, float)
 
     def _continuous(self, x: Any) -> Examples:
@@ -592,11 +645,16 @@ class Density:
         budget = self.budget * (self.dims if target.levels is None else 1)
         return self._driver(kind(self._trace), target, data, condition, budget=budget, **options)
 
-    def _reduction(self, data: Examples, condition: Any, steps: int | None) -> Reduction:
-        """A control variate and a density of the times, fitted to ``data``."""
-        fitted = GaussianControl.fit(data)
-        # In the precision of the data.
-        control = jax.tree.map(lambda a: jnp.asarray(a, data.dtype), fitted)
+    def _reduction(
+        self, fitted: Examples, data: Examples, condition: Any, steps: int | None
+    ) -> Reduction:
+        """A control variate of the examples ``fitted``, and a density of the times for ``data``."""
+        # Any variance leaves the expectation as it is. Without one more, the control would be far
+        # off in directions without variance, such as those of constant pixels.
+        noise = 0.02 * float(np.var(fitted))
+        few = len(fitted) <= 2 * self.dims
+        gaussian = GaussianControl.fit(fitted, noise_variance=noise, full=False if few else None)
+        control = jax.tree.map(lambda a: jnp.asarray(a, data.dtype), gaussian)
         if steps is not None:
             return Reduction(control)
         chosen = np.linspace(0, len(data) - 1, min(len(data), PILOT)).astype(int)
@@ -619,24 +677,32 @@ class Density:
         return np.concatenate([rows for _, rows in batches]).astype(np.float64)
 
 
+def _is_shape(value: Any) -> bool:
+    return isinstance(value, tuple) and all(isinstance(size, int) for size in value)
+
+
 def _flatten(density: Density) -> tuple[tuple[Any, ...], Any]:
     """The arrays of the score and of the transform, and everything else."""
     leaves, structure = jax.tree.flatten((density.score, density.transform))
     is_array = tuple(map(arguments.is_array, leaves))
     arrays = tuple(leaf for leaf, array in zip(leaves, is_array, strict=True) if array)
     others = tuple(None if array else leaf for leaf, array in zip(leaves, is_array, strict=True))
-    names = [f.name for f in dataclasses.fields(density) if f.name not in ("score", "transform")]
+    shapes = jax.tree.flatten(density.condition_shape, is_leaf=_is_shape)
+    apart = "score", "transform", "condition_shape"
+    names = [f.name for f in dataclasses.fields(density) if f.name not in apart]
     fields = tuple((name, getattr(density, name)) for name in names)
-    return arrays, (structure, is_array, others, fields)
+    return arrays, (structure, is_array, others, (tuple(shapes[0]), shapes[1]), fields)
 
 
 def _unflatten(static: Any, arrays: Any) -> Density:
-    structure, is_array, others, fields = static
+    structure, is_array, others, (shapes, tree), fields = static
     rest = iter(arrays)
     leaves = [next(rest) if a else o for a, o in zip(is_array, others, strict=True)]
     score, transform = jax.tree.unflatten(structure, leaves)
     density: Density = object.__new__(Density)
-    for name, value in (("score", score), ("transform", transform), *fields):
+    whole = {"score": score, "transform": transform}
+    whole["condition_shape"] = jax.tree.unflatten(tree, shapes)
+    for name, value in (*whole.items(), *fields):
         object.__setattr__(density, name, value)
     return density
 
@@ -660,8 +726,6 @@ class WithLatent(ode_estimator.Estimator):
 
 def _with_transform(found: Estimate, log_det: np.ndarray) -> Estimate:
     """``found`` with the term ``transform``, which is added to the numbers."""
-    if not np.any(log_det):
-        return found
     values = found.values + log_det
     shift = float(np.mean(log_det))
     this_set = found.this_set._replace(mean=found.this_set.mean + shift)
@@ -692,6 +756,12 @@ def _count(conditions: Any) -> int:
             "of one size"
         )
     return int(sizes.pop()[0])
+
+
+def _differ(one: Any, other: Any) -> bool:
+    """Whether two pytrees of arrays differ."""
+    pairs = zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True)
+    return any(bool(jnp.any(a != b)) for a, b in pairs)
 
 
 def _prior(prior: Any, count: int) -> np.ndarray:
@@ -750,8 +820,10 @@ def _log_prob(score: Score, of: Any, solver: Solver, *, how: _How) -> Array:
     def one(row: Any) -> Array:
         x, key, condition = row
         given = conditioned(score, condition)
+        ode.check_precision(given, how.sde, how.shape)
+        probes = None if key is None else stream(key, "probes")
         options: Any = {"trace": how.trace, "solver": solver}
-        return likelihood.ode_logp(given, how.sde, x, key, eps=how.eps, **options).logp
+        return likelihood.ode_logp(given, how.sde, x, probes, eps=how.eps, **options).logp
 
     return _each(one, of, how.size)
 
@@ -773,6 +845,7 @@ def _sample_and_log_prob(
         key, condition = row
         z, probes = how.sde.prior_sample(key, how.shape), stream(key, "probes")
         given = conditioned(score, condition)
+        ode.check_precision(given, how.sde, how.shape)
         options: Any = {"trace": how.trace, "solver": solver}
         x, found = likelihood.sample_logp(given, how.sde, z, probes, eps=how.eps, **options)
         return x, found.logp
@@ -783,7 +856,7 @@ def _sample_and_log_prob(
 def _pilot(
     score: Score, x: Array, key: Key, control: Any, condition: Any, *, sde: SDE, eps: float
 ) -> Array:
-    # Each bin has at least 16 draws, 8 of each example.
+    # 8 draws of each example: 16 for each bin, if there are more than three examples.
     how: Any = {"eps": eps, "control": control, "bins": max(2, min(32, len(x) // 2))}
     return pilot(score, sde, x, key, condition=condition, **how)
 

@@ -252,7 +252,8 @@ def reference(solver: Solver) -> Solver:
     have the error too.
     """
     if solver.fixed_steps is not None:
-        return Solver().tighter(10)
+        return Solver(adjoint=solver.adjoint).tighter(10)
     strict = solver.tighter(10)
     rtol, atol = min(strict.rtol, STRICT), min(strict.atol, STRICT)
-    return Solver(rtol=rtol, atol=atol, max_steps=max(solver.max_steps, ode.MAX_STEPS))
+    most = max(solver.max_steps, ode.MAX_STEPS)
+    return Solver(rtol=rtol, atol=atol, max_steps=most, adjoint=solver.adjoint)

@@ -119,8 +119,8 @@ def pareto_k(deviations: Real[np.ndarray | jax.Array, "..."]) -> float:
       deviations: draws, each minus the centre of its distribution, of any shape.
 
     Returns:
-      k; nan if the tail has fewer than ``LEAST_TAIL`` magnitudes, a quarter of them equal its
-      smallest up to rounding, or a value is not finite.
+      k; nan if the tail has fewer than ``LEAST_TAIL`` magnitudes, a quarter of them equal the
+      largest one below the tail up to rounding, or a value is not finite.
     """
     magnitudes = np.sort(np.abs(np.asarray(deviations, np.float64)), axis=None)
     count = math.ceil(min(magnitudes.size / 5, 3 * math.sqrt(magnitudes.size)))
@@ -128,7 +128,7 @@ def pareto_k(deviations: Real[np.ndarray | jax.Array, "..."]) -> float:
         return math.nan
     tail = magnitudes[-count:] - magnitudes[-count - 1]
     quartile = tail[int(count / 4 + 0.5) - 1]
-    if not quartile > 1e-4 * magnitudes[-1]:
+    if not quartile > 1e-4 * magnitudes[-count - 1]:
         return math.nan
     grid = np.arange(1, 31 + int(math.sqrt(count))) - 0.5
     theta = 1 / tail[-1] + (1 - np.sqrt(len(grid) / grid)) / (3 * quartile)

@@ -172,7 +172,7 @@ def sample_logp(
     if scalars.is_traced(last) or last < sde.T:
         growth = _growth(sde, last, z)
         x, scaling = z / growth, z.size * scalars.log(growth)
-    (x, integral, correction), stats = _solve(score, sde, x, key, last, eps, trace, solver)
+    (x, integral, correction), stats = _solve(score, sde, x, key, last, eps, trace, solver, True)
     integral, correction = scaling - integral, -correction
     return x, Likelihood(prior + integral + correction, prior, integral, correction, z, stats)
 
@@ -186,6 +186,7 @@ def _solve(
     t1: Number,
     trace: Trace,
     solver: Solver,
+    backwards: bool = False,
 ) -> tuple[tuple[Example, Scalar, Scalar], Stats]:
     """x(t1) of the ODE from ``x`` at t0, the integral of div v dt, its correction, and the cost."""
 
@@ -198,7 +199,8 @@ def _solve(
         v, forms = divergence.quadratic_forms(lambda x: field(t, x), x, vs)
         return v, trace.combined(forms), ode.score_of(v, score, sde, x, t)
 
-    return ode.solve_with_integral(field, with_divergence, x, t0, t1, solver)
+    of = field, with_divergence, x, t0, t1, solver
+    return ode.solve_with_integral(*of, backwards=backwards)
 
 
 def _growth(sde: SDE, last: Number, x: Example) -> Number:

@@ -277,6 +277,8 @@ def solve_with_integral(
     t0: End,
     t1: End,
     solver: Solver,
+    *,
+    backwards: bool = False,
 ) -> tuple[tuple[Example, Scalar, Scalar], Stats]:
     """Solve an ODE as :func:`solve` does, and integrate a scalar h(t, y) along the solution.
 
@@ -284,7 +286,8 @@ def solve_with_integral(
       field, y, solver: as in :func:`solve`.
       joint: the function (t, y) -> (field, h, w), where w approximates the gradient with respect to
         y of the result (see ``sbml.quadrature``).
-      t0, t1: the ends, in either order; if one of them is traced, ``t0`` < ``t1``.
+      t0, t1: the ends, ``t0`` < ``t1`` unless ``backwards``.
+      backwards: whether ``t1`` < ``t0``.
 
     Returns:
       (y(t1), the integral of h dt from t0 to t1, its correction by w) and stats. The three are NaN
@@ -292,7 +295,7 @@ def solve_with_integral(
     """
     y = in_full_precision(y)
     # WithIntegral goes forwards only: backwards in time the coordinate is -u.
-    sign = -1 if not scalars.is_traced(t0, t1) and t1 < t0 else 1
+    sign = -1 if backwards else 1
 
     def joint_in_u(u: Array, y: Array) -> tuple[Array, Array, Array]:
         v, h, w = joint((sign * u) ** solver.power, y)

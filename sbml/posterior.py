@@ -33,16 +33,20 @@ class Posterior:
 
     Attributes:
       log_prob: log p(x | c) in nats, ``(n, C)``.
-      probabilities: p(c | x), ``(n, C)``.
-      solver_error: the error of ``probabilities`` by the solver: the mean over a subset of the
-        examples of the largest difference from a stricter solve, with its 95% interval.
-      noise: the same for the random draws, as the difference between two draws.
+      log_probabilities: log p(c | x), ``(n, C)``; NaN for an example with a log p that is not
+        finite, because the solver gave up.
+      log_prob_error, log_prob_noise: the mean of |the error of log p| by the solver, from a
+        stricter solve, and of its difference between two random draws, with 95% intervals. They are
+        measured on a subset of the examples.
+      solver_error, noise: the same for p(c | x), as the largest of one example.
       changed: the share of the examples of the subset whose most probable condition is another one
-        in either of the two.
+        by the stricter solve, or with the other draws.
     """
 
     log_prob: Table
-    probabilities: Table
+    log_probabilities: Table
+    log_prob_error: Interval
+    log_prob_noise: Interval
     solver_error: Interval
     noise: Interval
     changed: float
@@ -50,59 +54,79 @@ class Posterior:
     @classmethod
     def of(
         cls,
-        log_prob: Table,
+        logp: Table,
+        log_det: np.ndarray,
         log_prior: np.ndarray,
         subset: np.ndarray,
-        first: Table,
         strict: Table,
         again: Table,
     ) -> "Posterior":
-        """The posterior from log p ``(n, C)``, the conditions' log probabilities ``(C,)``, and log
-        p without the change of variables: of all examples, and of the subset by a stricter solver
-        and with other draws."""
-        found, by_strict, by_again = (
-            special.softmax(t + log_prior, axis=1) for t in (first, strict, again)
+        """The posterior from log p ``(n, C)`` and the conditions' log probabilities ``(C,)``.
+
+        ``strict`` and ``again`` are log p of the subset by a stricter solver and with other draws.
+        All three leave out ``log_det (n,)``, the log-determinant of a change of variables.
+        """
+        lost = ~np.isfinite(logp).all(axis=1)
+        tables = [special.log_softmax(t + log_prior, axis=1) for t in (logp, strict, again)]
+        tables[0][lost] = np.nan
+        first, *others = tables[0][subset], *tables[1:]
+        mean = intervals.mean_interval
+        of_logp = tuple(mean(np.abs(t - logp[subset]).max(axis=1)) for t in (strict, again))
+        differences = tuple(np.abs(np.exp(t) - np.exp(first)).max(axis=1) for t in others)
+        best = np.stack([t.argmax(axis=1) for t in others]) != first.argmax(axis=1)
+        changed = float(np.mean(best.any(axis=0)))
+        return cls(
+            logp + log_det[:, None],
+            tables[0],
+            log_prob_error=of_logp[0],
+            log_prob_noise=of_logp[1],
+            solver_error=mean(differences[0]),
+            noise=mean(differences[1]),
+            changed=changed,
         )
-        some = found[subset]
-        solver_error, noise = (
-            intervals.mean_interval(np.abs(other - some).max(axis=1))
-            for other in (by_strict, by_again)
-        )
-        others = np.stack([by_strict.argmax(axis=1), by_again.argmax(axis=1)])
-        changed = float(np.mean(np.any(others != some.argmax(axis=1), axis=0)))
-        return cls(log_prob, found, solver_error, noise, changed)
+
+    @property
+    def probabilities(self) -> Table:
+        """p(c | x), ``(n, C)``."""
+        return np.exp(self.log_probabilities)
+
+    @property
+    def lost(self) -> np.ndarray:
+        """The places of the examples whose posterior is not known."""
+        return np.flatnonzero(np.isnan(self.log_probabilities).any(axis=1))
 
     @property
     def predicted(self) -> np.ndarray:
-        """The place of the most probable condition of each example, ``(n,)``."""
-        return self.probabilities.argmax(axis=1)
+        """The place of the most probable condition of each example, ``(n,)``; -1 if it is lost."""
+        best = self.log_probabilities.argmax(axis=1)
+        best[self.lost] = -1
+        return best
 
     def accuracy(self, labels: Any) -> Interval:
         """The share of the examples whose most probable condition is ``labels (n,)``, with its 95%
-        interval for the population."""
+        interval for the population. A lost example counts as wrong."""
         return intervals.mean_interval((np.asarray(labels) == self.predicted).astype(float))
 
     def log_score(self, labels: Any) -> Interval:
         """The mean of -log p(c | x) in nats for the true ``labels (n,)``, with its interval."""
-        rows = np.arange(len(self.probabilities))
-        logs = special.log_softmax(np.log(self.probabilities), axis=1)
-        return intervals.mean_interval(-logs[rows, np.asarray(labels)])
+        rows = np.arange(len(self.log_probabilities))
+        return intervals.mean_interval(-self.log_probabilities[rows, np.asarray(labels)])
 
     def calibration(self, labels: Any, bins: int = 10) -> np.ndarray:
         """A reliability table ``(bins, 3)``, one row for each of the equal ``bins`` of [0, 1].
 
         For the examples whose largest probability lies in the bin, a row has the mean of this
-        probability, the accuracy, and their number. The first two are NaN in an empty bin.
+        probability, the accuracy, and their number. The first two are NaN in an empty bin. Lost
+        examples are in no bin.
         """
         confidence = self.probabilities.max(axis=1)
         right = np.asarray(labels) == self.predicted
-        which = np.minimum((confidence * bins).astype(int), bins - 1)
+        which = np.ceil(confidence * bins).clip(1) - 1
         rows = []
         for i in range(bins):
             chosen = which == i
-            means = (
-                (confidence[chosen].mean(), right[chosen].mean()) if chosen.any() else (np.nan,) * 2
-            )
+            of = confidence[chosen], right[chosen]
+            means = [float(np.mean(v)) if chosen.any() else np.nan for v in of]
             rows.append((*means, chosen.sum()))
         return np.array(rows)
 
@@ -113,13 +137,17 @@ class Posterior:
         return float(np.nansum(share * np.abs(table[:, 0] - table[:, 1])))
 
     def __str__(self) -> str:
-        n, count = self.probabilities.shape
-        return (
-            f"posterior of {count} conditions for {n} examples; on {self.solver_error.n} of them, "
-            f"the largest error of a probability is on average {self.solver_error.mean:.2g} by the "
-            f"solver and {self.noise.mean:.2g} by the draws, and {self.changed:.1%} of the "
-            "decisions change"
+        n, count = self.log_prob.shape
+        text = (
+            f"posterior of {count} conditions for {n} examples; on {self.noise.n} of them, the "
+            f"error of log p is {self.log_prob_error.mean:.2g} nats by the solver and "
+            f"{self.log_prob_noise.mean:.2g} by the draws, that of a probability "
+            f"{self.solver_error.mean:.2g} and {self.noise.mean:.2g}, and {self.changed:.1%} of "
+            "the decisions change"
         )
+        if len(self.lost):
+            text += f"; the solver gave up for {len(self.lost)} examples"
+        return text
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,7 +157,9 @@ class Importance:
     Attributes:
       x: the samples, ``(n, *s)``.
       log_weights: log w, ``(n,)``, in nats.
-      log_z: log Z with its 95% interval.
+      log_z: log Z with its 95% interval, which contains the noise of the samples only.
+      solver_error: the error of log w by the solver, from a stricter solve for some samples: its
+        mean, by which log Z is wrong to first order, with its 95% interval.
       effective: the effective sample size, from 1 to n.
       tail: Pareto's k of the largest weights (``intervals.pareto_k``).
     """
@@ -137,41 +167,48 @@ class Importance:
     x: np.ndarray
     log_weights: np.ndarray
     log_z: Interval
+    solver_error: Interval
     effective: float
     tail: float
 
     @classmethod
-    def of(cls, x: np.ndarray, log_weights: np.ndarray) -> "Importance":
-        """The result for samples ``x (n, *s)`` and their ``log_weights (n,)``.
+    def of(cls, x: np.ndarray, log_weights: np.ndarray, error: np.ndarray) -> "Importance":
+        """The result for samples ``x (n, *s)``, their ``log_weights (n,)``, and the ``error`` of
+        log p of some of them.
 
-        A weight that is not finite, other than 0, makes log Z NaN.
+        log Z is NaN if a weight is NaN or infinite.
         """
         n, largest = len(log_weights), np.max(log_weights)
+        lost = int(np.sum(np.isnan(log_weights) | (log_weights == np.inf)))
         with np.errstate(invalid="ignore"):
             weights = np.exp(log_weights - largest)
         mean = float(np.mean(weights))
         stderr = float(np.std(weights, ddof=1)) / (mean * math.sqrt(n)) if n > 1 else math.inf
         log_z = float(largest) + (math.log(mean) if mean > 0 else math.nan)
-        lost = int(np.sum(np.isnan(weights)))
         half = intervals.half_width(stderr, n - 1)
         effective = float(np.sum(weights) ** 2 / np.sum(weights**2))
-        tail = intervals.pareto_k(weights)
-        return cls(x, log_weights, Interval(log_z, stderr, half, n, lost), effective, tail)
+        of_z = Interval(log_z, stderr, half, n, lost)
+        solver_error = intervals.mean_interval(-error)
+        return cls(x, log_weights, of_z, solver_error, effective, intervals.pareto_k(weights))
 
     @property
     def heavy_tailed(self) -> bool:
-        """Whether so few samples have most of the weight that log Z cannot be trusted."""
+        """Whether so few samples have most of the weight that log Z cannot be trusted. If there are
+        too few samples for Pareto's k, this is so if a tenth of them are effective, or fewer."""
+        if math.isnan(self.tail):
+            return not self.effective > 0.1 * len(self.log_weights)
         return self.tail > intervals.HEAVY
 
     def __str__(self) -> str:
         text = (
             f"log Z = {self.log_z.mean:.4f} +- {self.log_z.ci95:.4f} nats (95%), effective sample "
-            f"size {self.effective:.0f} of {len(self.log_weights)}"
+            f"size {self.effective:.0f} of {len(self.log_weights)}, error by the solver "
+            f"{self.solver_error.mean:.1g} +- {self.solver_error.ci95:.1g}"
         )
         if self.heavy_tailed:
             text += (
-                f", HEAVY TAILS: Pareto's k of the weights is {self.tail:.2f}, above "
-                f"{intervals.HEAVY:g}, so neither number can be trusted; the density is too narrow "
+                f", HEAVY TAILS: Pareto's k of the weights is {self.tail:.2f}, so few samples have "
+                "most of the weight, and neither number can be trusted; the density is too narrow "
                 "for this target"
             )
         return text

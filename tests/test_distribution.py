@@ -17,6 +17,7 @@ from sbml import bound
 from sbml.bound import GaussianControl
 from sbml.divergence import Trace
 from sbml.ode import Solver
+from sbml.posterior import Importance, Posterior
 from sbml.score import PredictionScore, from_prediction
 from sbml.sdes import VP, RectifiedFlow
 from sbml.types import Array
@@ -183,7 +184,9 @@ def test_a_condition_is_for_all_examples_or_for_each() -> None:
         v = (1 - t) ** 2 * VARIANCES + t**2
         return -(x - (1 - t) * mean) / v
 
-    trees = sbml.Density(pair, SDE, (3,), eps=EPS, solver=STRICT, condition_shape=(2,))
+    shapes = {"a": (2,), "b": (2,)}
+    trees = sbml.Density(pair, SDE, (3,), eps=EPS, solver=STRICT, condition_shape=shapes)
+    assert jax.tree.unflatten(jax.tree.structure(trees), []).condition_shape == shapes
     condition = {"a": jnp.array([0.1, 0.1]), "b": jnp.tile(jnp.array([0.05, 0.05]), (4, 1))}
     found = trees.log_prob(X, condition=condition)
     # The ODE of a plain score ends where 0.1% of the signal is left.
@@ -247,11 +250,15 @@ def test_a_change_of_variables_keeps_the_mass() -> None:
         transform=Affine().forward, inverse_and_log_det=Affine().inverse_and_log_det
     )
     np.testing.assert_allclose(density(transform=flowjax).log_prob(y), expected, atol=1e-7)
-    wrong = types.SimpleNamespace(
-        forward=lambda x: 2 * x, inverse_and_log_det=Affine().inverse_and_log_det
-    )
-    with pytest.raises(ValueError, match="transform=SimpleNamespace: forward"):
-        density(transform=wrong).log_prob(y)
+    for forward, inverse, message in (
+        (lambda x: 2 * x, Affine().inverse_and_log_det, "transform=SimpleNamespace: forward"),
+        (Affine().forward, lambda y: (jnp.log(2 * y), jnp.log(y)), "its log-determinant is"),
+    ):
+        wrong = types.SimpleNamespace(forward=forward, inverse_and_log_det=inverse)
+        with pytest.raises(ValueError, match=message):
+            density(transform=wrong).log_prob(y)
+        with pytest.raises(ValueError, match=message):
+            density(transform=wrong).sample(jax.random.key(0), 2)
 
 
 @pytest.mark.usefixtures("unchecked")
@@ -445,10 +452,87 @@ def test_modules_of_several_frameworks_give_the_same_density() -> None:
             "prior=.*2 positive probabilities",
         ),
         (lambda: density(levels=4, transform=Affine()), "levels=4 with a transform"),
-        (lambda: Solver(adjoint="both"), "adjoint 'both'"),
+        (lambda: Solver(adjoint="both"), "^adjoint is 'both'"),
+        (lambda: density().log_prob(np.ones((2, 3), int)), "^x is int"),
+        (
+            lambda: jax.jvp(density().log_prob, (X[0],), (np.ones(3),)),
+            r'Solver\(adjoint="forward"\)',
+        ),
+        (
+            lambda: density().importance(jax.random.key(0), 4, lambda x: x),
+            r"log_target returned shape \(3,\) for one example",
+        ),
     ],
 )
 @pytest.mark.usefixtures("unchecked")
 def test_wrong_calls_are_refused(call, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         call()
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_weights_that_an_inner_function_has_read_are_seen() -> None:
+    """``jit``, and others that compile a function by themselves, keep what it has read."""
+    found = []
+    for w in (1.0, 2.0):
+        matrix = w * jnp.eye(3)
+        net = jax.jit(lambda x, matrix=matrix: -matrix @ x)
+        how = {"eps": EPS, "solver": STEPS}
+        found.append(sbml.Density(lambda x, t, key, net=net: net(x), VP(), (3,), **how).log_prob(X))
+    assert np.abs(found[0] - found[1]).min() > 1e-3
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_half_precision_is_converted_or_refused() -> None:
+    weights = jnp.asarray([[0.5, 0.1, 0.0], [0.1, 0.4, 0.0], [0.0, 0.0, 0.3]])
+
+    def score(w: Array, x: Array, t: Array, key: None) -> Array:
+        return -w.astype(x.dtype) @ x
+
+    of = [
+        sbml.Density(jax.tree_util.Partial(score, w), VP(), (3,), eps=EPS, solver=STEPS)
+        for w in (weights.astype(jnp.bfloat16), weights.astype(jnp.bfloat16).astype(jnp.float32))
+    ]
+    with pytest.warns(UserWarning, match="weights of bfloat16 are evaluated in float32"):
+        found = of[0].log_prob(X)
+    np.testing.assert_array_equal(found, of[1].log_prob(X))
+    half = sbml.Density(
+        lambda x, t, key: -x.astype(jnp.bfloat16).astype(x.dtype), VP(), (3,), eps=EPS
+    )
+    with pytest.raises(ValueError, match="computes in bfloat16.*float32"):
+        half.log_prob(X)
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_few_examples_and_constant_coordinates_have_a_control() -> None:
+    """Without variance of its own, the control would be far off in these directions."""
+    rng = np.random.default_rng(5)
+    x = rng.normal(size=(8, 16))
+    x[:, 3] = 0.2
+    d = sbml.Density(lambda x, t, key: -x, VP(), (16,), eps=EPS)
+    plain = d.bound(x, reduce=False, sweeps=16)
+    for fit in (None, x[:4], rng.normal(size=(40, 16)) * (np.arange(16) != 3)):
+        found = d.bound(x, fit=fit, sweeps=16)
+        assert found.this_set.stderr < plain.this_set.stderr
+        noise = np.hypot(found.this_set.stderr, plain.this_set.stderr)
+        assert abs(found.mean - plain.mean) < 4 * noise
+    assert np.isfinite(d.bound(x[:1]).mean)
+    given = sbml.Density(conditional(), SDE, (3,), eps=EPS)
+    assert np.isfinite(given.bound(X, 0.3, fit=X + 0.1).mean)
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_lost_examples_are_named_and_large_differences_are_kept() -> None:
+    logp = np.array([[-1000.0, -3000.0], [0.0, np.nan], [1.0, 0.0]])
+    zero = np.zeros(3)
+    found = Posterior.of(logp, zero, np.log([0.5, 0.5]), np.arange(1), logp[:1], logp[:1])
+    assert found.lost.tolist() == [1] and found.predicted.tolist() == [0, -1, 0]
+    assert "gave up for 1 examples" in str(found)
+    assert found.accuracy([0, 0, 0]).mean == pytest.approx(2 / 3)
+    assert Posterior.of(
+        logp[::2], zero[:2], np.log([0.5, 0.5]), np.arange(1), logp[:1], logp[:1]
+    ).log_score([1, 0]).mean == pytest.approx((2000 + np.log1p(np.exp(-1))) / 2)
+    weights = np.random.default_rng(6).normal(size=2000) * 5
+    assert Importance.of(np.zeros((2000, 1)), weights, np.zeros(4)).heavy_tailed
+    lost = Importance.of(np.zeros((3, 1)), np.array([0.0, np.nan, 1.0]), np.zeros(1))
+    assert lost.log_z.nonfinite == 1 and np.isnan(lost.log_z.mean)

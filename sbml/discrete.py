@@ -191,6 +191,13 @@ class Categorical:
         return self.decoder(y, eps, pixels)
 
 
+def _normals(key: Key, n: int, centre: Example) -> tuple[Float[Array, " n 2 *s"], Example]:
+    """Standard normal draws: two for each of ``n`` times ``(n, 2, *s)``, one for the decoder."""
+    pairs = jax.random.normal(stream(key, "noise"), (n, 2, *centre.shape), centre.dtype)
+    last = jax.random.normal(stream(key, "reconstruction"), centre.shape, centre.dtype)
+    return pairs, last
+
+
 @checked
 def elbo(
     score: Score,
@@ -244,9 +251,7 @@ def elbo(
         # The control takes the noise before truncation, for which its integral is exact.
         return error - 0.5 * jnp.sum((plain - control.noise(sde, mean + std * plain, t)) ** 2)
 
-    # Standard normal draws: two for each time, and one for the decoder.
-    pairs = jax.random.normal(stream(key, "noise"), (u.size, 2, *centre.shape), centre.dtype)
-    last = jax.random.normal(stream(key, "reconstruction"), centre.shape, centre.dtype)
+    pairs, last = _normals(key, u.size, centre)
     diffusion = jnp.mean(weight * jax.vmap(draw)(t, pairs))
     if control is not None:
         diffusion = diffusion + control.integral(sde, centre, eps)

@@ -13,7 +13,7 @@ CHECKED = tuple(
     f"sbml.{name}"
     for name in (
         *("types", "sdes", "times", "losses", "divergence", "quadrature", "ode", "likelihood"),
-        *("bits", "distances", "intervals", "score", "sampling", "integers"),
+        *("bits", "distances", "intervals", "score", "posterior", "integers"),
         *("density", "estimate", "bound", "discrete", "samplers", "estimators", "second_order"),
         *("streams", "dequantizers.uniform", "dequantizers.truncated_normal"),
         *("dequantizers.base", "dequantizers.decoders", "dequantizers.variational"),

@@ -46,7 +46,7 @@ def _textbook(name: str, t: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndar
     if name == "linear_gamma":
         signal, noise = (1 / (1 + np.exp(s * (-13.3 + 18.3 * t))) for s in (1, -1))
         return -18.3 / 2 * noise, 18.3 * noise, np.sqrt(signal), np.sqrt(noise)
-    assert name == "cosine", f"{name} needs its textbook formula here"
+    assert name == "cosine_vp", f"{name} needs its textbook formula here"
     angle, half_pi = np.arccos(np.longdouble(0)) * t, np.arccos(np.longdouble(0))
     return -half_pi * np.tan(angle), 2 * half_pi * np.tan(angle), np.cos(angle), np.sin(angle)
 

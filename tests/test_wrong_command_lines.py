@@ -37,11 +37,12 @@ def test_the_table_is_whole() -> None:
 
 
 @pytest.mark.parametrize("config", OF_CONFIG)
+@pytest.mark.usefixtures("unchecked")
 def test_a_wrong_command_line_is_one_line_that_names_what_is_wrong(
     config: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(main.cpu, "settle", lambda: None)
-    monkeypatch.setattr(_loop, "_train", lambda *_: pytest.fail("a training began"))
+    monkeypatch.setattr(_loop, "prefetch", lambda *_: pytest.fail("a training began"))
     for given, word in OF_CONFIG[config]:
         arguments = [f"--config={config}", f"--workdir={tmp_path}", *given.split(" ")]
         if "--mode" not in given:  # Of an empty folder, a mode that is reached says so.

@@ -87,8 +87,6 @@ def default(network: str = "ncsnpp", dequantizer: str = "variational") -> Config
     """
     chosen = Dequantizer(name=dequantizer, model=Options(name=dequantizer))
     config = ConfigDict(_editable(Config(model=Network(name=network), dequantizer=chosen))).lock()
-    # Without its numbers, so that the name alone can be set: they have the defaults of its class.
-    config.sde = ConfigDict({"name": config.sde.name, "learned": config.sde.learned})
     for section in ("sde", "data", "sampling"):
         config[section].unlock()
     return config

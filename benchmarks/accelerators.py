@@ -43,9 +43,9 @@ import jax.numpy as jnp
 from absl import app, flags
 from jax.sharding import Mesh
 
-from sbml import estimators
-from sbml.bound import FULL_DIMS, GaussianControl
-from sbml.estimators import Cell, Reduction, Rows, Target
+from sbml.bound import FULL_DIMS, GaussianControl, Reduction
+from sbml.estimators import Cell
+from sbml.estimators.base import Rows, Target, rows
 from sbml.evaluation import cells, samples
 from sbml.experiment import config
 from sbml.experiment.build import Experiment
@@ -146,7 +146,7 @@ def _lowered(experiment: Experiment, mesh: Mesh, name: str, u: Any, options: Any
     estimator = cells.estimator(experiment, Cell(name, "uniform"))
     with jax.default_matmul_precision(experiment.config.eval.precision):
         score = experiment.exact_adapter(params)
-        return estimators.rows.lower(estimator, target, score, {}, batch, u, options)
+        return rows.lower(estimator, target, score, {}, batch, u, options)
 
 
 @program

@@ -83,7 +83,7 @@ def changes(name: str, steps: int) -> dict[str, Any]:
 
 def main(path: str, workdir: str, out: str, images: int, steps: Sequence[int]) -> list[Point]:
     """Draw, measure, and write the pictures."""
-    config = trained.of_workdir(Config.read(load(path)), Workdir(workdir))
+    config = trained.of_workdir(Config(**load(path).to_dict()), Workdir(workdir))
     sampling = config.sampling.replace(num_images=images, batch_size=min(images, 100))
     config = config.replace(sampling=sampling)
     experiment, extract = Experiment(config), quality.extractor(config)

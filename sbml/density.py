@@ -54,9 +54,9 @@ from sbml.dequantizers import uniform
 from sbml.divergence import Trace, exact_batch
 from sbml.door import checked, typed
 from sbml.estimate import Estimate, reference
-from sbml.estimators import Rows, Target, bound, rows
+from sbml.estimators import bound
 from sbml.estimators import ode as ode_estimator
-from sbml.estimators.base import Estimator
+from sbml.estimators.base import Estimator, Rows, Target, rows
 from sbml.estimators.driver import Driver
 from sbml.ode import Solver
 from sbml.posterior import Importance, Posterior

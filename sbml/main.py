@@ -23,7 +23,7 @@ from sbml.experiment.build import Experiment
 from sbml.experiment.config import Config
 from sbml.experiment.trained import of_workdir
 from sbml.experiment.training import Training
-from sbml.modes import GIVEN, MODES, Mode, execute, needs_config, parameters_of
+from sbml.modes import GIVEN, MODES, Mode, execute, parameters_of
 from sbml.registry import hint
 from sbml.runtime import cpu, peers, refusals, sharding
 from sbml.runtime.preemption import Preemption
@@ -46,6 +46,7 @@ PROCESS = flags.DEFINE_integer(
     "process_id", None, "Number of this process from 0, unless --coordinator=auto."
 )
 TRACEBACK = flags.DEFINE_boolean("traceback", False, "Show the traceback of an error.")
+MODEL = "--config=configs/<name>.py, or --workdir of a run that has a checkpoint"
 
 
 def parse(arguments: list[str]) -> list[str]:
@@ -99,20 +100,21 @@ def flags_of(chosen: Mapping[str, Mode], given: Mapping[str, str]) -> dict[str, 
         for name, parameter in inspect.signature(function).parameters.items():
             if parameter.default is parameter.empty and name not in {*GIVEN, *own}:
                 raise app.UsageError(f"--mode={mode} needs --{name}=VALUE")
-    without_config = not any(map(needs_config, chosen.values()))
-    for name, ignored in (
-        ("config", without_config),
-        ("coordinator", without_config),
-        ("workdir", "workdir" not in used),
-    ):
+    needed = {"config", "experiment"}
+    for name, users in (("config", needed), ("coordinator", needed), ("workdir", {"workdir"})):
         is_set = flags.FLAGS[name].value is not None or (name == "config" and len(given) > len(own))
-        if ignored and is_set:
+        if is_set and not users & used:
             raise app.UsageError(f"--mode={names} does not use --{name}: leave it out")
     return own
 
 
-def check_processes() -> None:
-    """Check the flags of several processes."""
+def check_values() -> None:
+    """Check the values of the flags that this file defines."""
+    for flag, what in ((CONFIG, "config"), (WORKDIR, "folder")):
+        if flag.value is not None and not flag.value.strip():
+            raise app.UsageError(f"--{flag.name}= names no {what}: give one, or leave the flag out")
+    if MODE.value is not None and not MODE.value:
+        raise app.UsageError(f"--mode= names no mode: choose from {', '.join(MODES)}")
     address, count, own = COORDINATOR.value, PROCESSES.value, PROCESS.value
     if address == "auto" or address is None and count is None and own is None:
         return
@@ -139,9 +141,6 @@ def read_config(given: Mapping[str, str]) -> tuple[Config | None, Workdir | None
 
     Without ``--config`` it is the config in the checkpoint of ``--workdir``, if there is one.
     """
-    for flag, what in ((CONFIG, "config"), (WORKDIR, "folder")):
-        if flag.value is not None and not flag.value.strip():
-            raise app.UsageError(f"--{flag.name}= names no {what}: give one, or leave the flag out")
     workdir = None if WORKDIR.value is None else Workdir(WORKDIR.value).connect()
     if CONFIG.value is not None:
         workdir = workdir or Workdir(f"runs/{run_name(CONFIG.value)}")
@@ -174,30 +173,21 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def _main(arguments: Sequence[str]) -> None:
+    check_values()
     given = values_of(arguments[1:])
-    check_processes()
-    if MODE.value is not None and not MODE.value:
-        raise app.UsageError(f"--mode= names no mode: choose from {', '.join(MODES)}")
-    if MODE.value:
-        flags_of({name: MODES[name] for name in MODE.value}, given)
     config, workdir = read_config(given)
-    if not MODE.value and config is None:
-        raise app.UsageError(
-            "--config=configs/<name>.py says what to run, or --workdir of a run that has a "
-            "checkpoint; without either, --mode=verify"
-        )
-    chosen = {name: MODES[name] for name in MODE.value or (config.mode if config else ())}
+    names = MODE.value or (config and config.mode)
+    if not names:
+        raise app.UsageError(f"give {MODEL}; without either, --mode=verify")
+    chosen = {name: MODES[name] for name in names}
     own = flags_of(chosen, given)
-    needing = [name for name, mode in chosen.items() if needs_config(mode)]
+    needing = [name for name in chosen if parameters_of(chosen[name]) & {"config", "experiment"}]
     if not needing:
         for mode in chosen.values():
             execute(mode, None, workdir, own)
         return
     if config is None or workdir is None:
-        raise app.UsageError(
-            f"--mode={needing[0]} needs --config=configs/<name>.py, or --workdir of a run that has "
-            "a checkpoint"
-        )
+        raise app.UsageError(f"--mode={needing[0]} needs {MODEL}")
     if COORDINATOR.value:
         address = None if COORDINATOR.value == "auto" else COORDINATOR.value
         jax.distributed.initialize(address, PROCESSES.value, PROCESS.value)
@@ -205,20 +195,28 @@ def _main(arguments: Sequence[str]) -> None:
     compiler.check()
     workdir.path.mkdir(parents=True, exist_ok=True)
     sharding.check_shared(workdir.path)
-    names = list(chosen)
+    names, modes = list(chosen), list(chosen.values())
     print(f"{', '.join(names)} in {workdir}")
-    for i, mode in enumerate(chosen.values()):
-        if "experiment" not in parameters_of(mode):
-            break  # This mode makes the model that the later ones use, so they check it themselves.
+
+    def check(i: int) -> None:
+        """Refuse a config with which mode i cannot work after those before it."""
         experiment = Experiment(of_workdir(config, workdir))
         experiment.check()
-        if check := getattr(sys.modules[mode.__module__], "check", None):
-            check(experiment, workdir, names[:i])
+        if own_check := getattr(sys.modules[modes[i].__module__], "check", None):
+            own_check(experiment, workdir, names[:i])
+
+    # A mode without an experiment makes the model of the later modes, which are checked after it.
+    uses = ["experiment" in parameters_of(mode) for mode in modes]
+    first = [*uses, False].index(False)
+    for i in range(first):
+        check(i)
     preemption = Preemption()
     with peers.watched(lambda: f"what {workdir} holds"):
-        for i, mode in enumerate(chosen.values()):
+        for i, mode in enumerate(modes):
             if i and jax.process_count() > 1:
                 preemption.leave_if_requested(f"{', '.join(names[:i])} done")
+            if i > first and uses[i]:
+                check(i)
             execute(mode, config, workdir, own)
 
 

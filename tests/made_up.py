@@ -2,7 +2,8 @@
 
 import numpy as np
 
-from sbml.estimators import Target, base
+from sbml.estimators import base
+from sbml.estimators.base import Target
 from sbml.estimators.driver import Driver
 from sbml.sdes import VP
 

@@ -141,7 +141,7 @@ def run(workdir, *flags, **kwargs):
 
 def checked(config):
     """The config of a ConfigDict, or ``config`` itself."""
-    return config if isinstance(config, Config) else Config.read(config)
+    return config if isinstance(config, Config) else Config(**config.to_dict())
 
 
 def mode(run, config, workdir, source=None):

@@ -13,7 +13,7 @@ from scipy import stats
 
 from sbml import estimate
 from sbml.estimate import Estimate
-from sbml.estimators import Target
+from sbml.estimators.base import Target
 from sbml.ode import Solver
 from sbml.report.result import Result
 from sbml.sdes import VP

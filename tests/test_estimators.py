@@ -15,8 +15,10 @@ import pytest
 from scipy import special
 
 from sbml import bits, bound, dequantizers, discrete, estimators, likelihood, times
+from sbml.bound import Reduction
 from sbml.divergence import Trace
-from sbml.estimators import Reduction, Rows, Target, base, ode
+from sbml.estimators import base, ode
+from sbml.estimators.base import Rows, Target
 from sbml.ode import Solver
 from sbml.sdes import VP
 from sbml.streams import stream
@@ -48,7 +50,7 @@ def model_of(name):
 def bits_per_dim(estimator, model, u, method):
     """The sum of the terms that the estimator names."""
     target = Target(SDE, EPS, LEVELS, model)
-    columns = estimators.rows(estimator, target, SCORE, {}, ROWS, u, method)
+    columns = base.rows(estimator, target, SCORE, {}, ROWS, u, method)
     columns["scale"] = bits.nats_to_bits(estimator.scale_nats(target, SHAPE), SHAPE)
     return sum(np.asarray(columns[term]) for term in estimator.terms)
 

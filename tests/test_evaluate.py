@@ -56,7 +56,7 @@ def test_every_image_counts_once(trained, table):
 @pytest.mark.parametrize("cell", [ODE, BOUND], ids=lambda c: c.name)
 def test_terms_add_up(table, cell):
     """The terms in the file add up to the total; ``test_estimators`` tests the terms themselves."""
-    total = sum(table[f"{cell.name}_{term}"] for term in cell.terms)
+    total = sum(table[f"{cell.name}_{term}"] for term in cell.kind.terms)
     np.testing.assert_allclose(total, table[f"{cell.name}_bits_per_dim"], rtol=0, atol=1e-6)
     np.testing.assert_allclose(table[f"{cell.name}_scale"], math.log2(17 / 2))
 
@@ -282,7 +282,7 @@ def test_several_samples_tighten_and_their_terms_add_up(trained, tmp_path, table
     one = cell_run(trained, tmp_path, ODE, trace="exact", batch_size=count, **few)
     four = cell_run(trained, tmp_path, Cell("ode", "uniform", 4), batch_size=4 * count, **few)
     rows = four.rows(np.arange(count), 0)
-    total = sum(rows[name] for name in four.cell.terms)
+    total = sum(rows[name] for name in four.cell.kind.terms)
     np.testing.assert_allclose(total, rows["bits_per_dim"], rtol=0, atol=1e-6)
     assert np.all(rows["importance"] >= 0) and rows["importance"].max() > 0
     assert np.all(rows["importance"] <= math.log2(4) / 64)

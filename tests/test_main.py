@@ -69,7 +69,7 @@ def test_text_of_the_command_line_is_read_by_the_type_of_the_field() -> None:
     )
     assert config.eval.estimators == ("ode", "bound_ssm") and config.eval.num_importance == (1, 20)
     assert config.eval.trace is None and config.eval.smallest_time == 1e-4
-    assert config.model.own["width"] == 48 and config.dequantizer.model.own["clipped"] is True
+    assert config.model.own["width"] == 48 and dict(config.dequantizer.model)["clipped"] is True
     for name, message in (
         (
             "optim.learning_rate",
@@ -95,29 +95,29 @@ def test_the_config_of_a_trained_run_is_read_from_its_work_directory(tmp_path: P
     config = tiny.get_config()
     config.training.update(num_steps=2)
     runs.mode(train.run, config, tmp_path)
-    assert Config.read(of_checkpoint(tmp_path)) == Config.read(config)
+    assert Config(**of_checkpoint(tmp_path).to_dict()) == Config(**config.to_dict())
     flags.FLAGS.mark_as_parsed()
     with flagsaver.flagsaver(workdir=str(tmp_path), config=None):
         read, workdir = main.read_config({"config.eval.seed": "3"})
-        expected = Config.read(config)
+        expected = Config(**config.to_dict())
         assert read == expected.replace(eval=expected.eval.replace(seed=3))
         assert str(workdir) == str(tmp_path)
     with flagsaver.flagsaver(workdir=str(tmp_path / "new"), config=None):
         assert main.read_config({})[0] is None
     with flagsaver.flagsaver(workdir=str(tmp_path), config="configs/digits_mlp.py"):
-        assert main.read_config({})[0] == Config.read(load("configs/digits_mlp.py"))
+        assert main.read_config({})[0] == Config(**load("configs/digits_mlp.py").to_dict())
 
 
 def test_fields_that_a_checkpoint_lacks_have_their_defaults_and_unknown_ones_are_named(monkeypatch):
-    trained = Config.read(tiny.get_config()).plain()
+    trained = Config(**tiny.get_config().to_dict()).plain()
     del trained["eval"]["n_times"]
     monkeypatch.setattr(Checkpoints, "metadata", lambda self: {"config": trained})
-    expected = Config.read(tiny.get_config())
+    expected = Config(**tiny.get_config().to_dict())
     default = expected.eval.replace(n_times=type(expected.eval)().n_times)
-    assert Config.read(of_checkpoint("run")) == expected.replace(eval=default)
+    assert Config(**of_checkpoint("run").to_dict()) == expected.replace(eval=default)
     # Earlier versions stored the numbers of all SDEs.
     trained["sde"] |= {"sigma_min": 0.01, "sigma_max": 50.0, "gamma_0": -13.3, "gamma_1": 5.0}
-    assert Config.read(of_checkpoint("run")).sde == expected.sde
+    assert Config(**of_checkpoint("run").to_dict()).sde == expected.sde
     trained["eval"]["later"] = 1
     with pytest.raises(ValueError, match=r"has a field config\.eval\.later.*install the version"):
         of_checkpoint("run")
@@ -130,7 +130,7 @@ def test_a_field_is_unset_by_none() -> None:
     config = tiny.get_config()
     config.sampling.update(sampler="ddim", steps=5)
     fields = {"sampling.sampler": "ode", "sampling.steps": "None"}
-    assert with_overrides(config, fields).sampling == Config.read(tiny.get_config()).sampling
+    assert with_overrides(config, fields).sampling == Config(**tiny.get_config().to_dict()).sampling
 
 
 def test_the_fields_of_a_section_are_listed_for_help(capsys: pytest.CaptureFixture[str]) -> None:

@@ -13,7 +13,7 @@ import runs
 import tiny
 
 from sbml import bits, bound, discrete, losses, times
-from sbml.experiment import build, schedule
+from sbml.experiment import build
 from sbml.modes import eval as evaluate
 from sbml.modes import sample, train
 from sbml.platform import compiler_options
@@ -22,6 +22,11 @@ from sbml.sdes import SDES
 
 VARIANCE = 0.3
 NUMBERS = ("gamma_0", "gamma_1")
+
+
+def numbers(params):
+    """The numbers of the SDE among the parameters."""
+    return {name: float(value) for name, value in params["sde"].items()}
 
 
 def learned(**training):
@@ -88,7 +93,7 @@ def trained_ends(experiment, pixels, starts):
     @jit
     def step(ends, draws):
         def total(ends):
-            params = {schedule.KEY: dict(zip(NUMBERS, ends, strict=True))}
+            params = {"sde": dict(zip(NUMBERS, ends, strict=True))}
             return mean(loss(params, draws, ()))
 
         return jax.grad(total)(ends)
@@ -113,7 +118,7 @@ def test_the_loss_is_the_bound(gaussian):
         return mean(loss(params, prepare(pixels, key, ()), ()))
 
     for ends in ((-6.0, 2.0), (-2.0, 1.0)):
-        params = {schedule.KEY: dict(zip(NUMBERS, ends, strict=True))}
+        params = {"sde": dict(zip(NUMBERS, ends, strict=True))}
         values = np.asarray([one(jax.random.key(i), params) for i in range(100)])
         expected, error = bound_of(experiment, pixels, ends)
         assert abs(values.mean() - expected) < 4 * np.hypot(error, values.std() / 10) < 0.05
@@ -153,7 +158,7 @@ def test_the_terms_at_the_ends_are_no_noise_of_a_time(gaussian, noises):
         values = draws.weight * losses.dsm_batch(score, sde, *batch, signs=draws.signs) / 64
         return observe(empty, draws, loss(params, draws, ())), values
 
-    found, values = statistics({schedule.KEY: {"gamma_0": -6.0, "gamma_1": 2.0}}, draws)
+    found, values = statistics({"sde": {"gamma_0": -6.0, "gamma_1": 2.0}}, draws)
     v = draws.v
     if noises == "antithetic":
         values, v = 0.5 * (values[::2] - values[1::2]) ** 2, v[::2]
@@ -169,7 +174,7 @@ def test_a_run_is_evaluated_with_the_ends_it_learned(tmp_path):
     experiment = build.Experiment(config)
     restored = experiment.restore(tmp_path)
     average = restored.state.ema_params
-    ends = schedule.numbers(average)
+    ends = numbers(average)
     assert set(ends) == set(NUMBERS)
     assert abs(ends["gamma_0"] + 13.3) > 0.05 and abs(ends["gamma_1"] - 5.0) > 0.05
     now = experiment.with_learned_schedule(average)
@@ -188,8 +193,8 @@ def test_a_run_is_evaluated_with_the_ends_it_learned(tmp_path):
     config.training.num_steps = 31
     runs.mode(train.run, config, tmp_path)  # It goes on from them.
     after = build.Experiment(config).restore(tmp_path).state.params
-    before = schedule.numbers(restored.state.params)
-    for name, value in schedule.numbers(after).items():
+    before = numbers(restored.state.params)
+    for name, value in numbers(after).items():
         assert 0 < abs(value - before[name]) < 0.1
 
 
@@ -198,7 +203,7 @@ def test_a_time_has_the_label_of_the_training_when_the_ends_have_moved():
     config = learned()
     config.sde.name, config.score.label, config.eval.tau = "vp", "log_snr", 3.0
     experiment = build.Experiment(config)
-    params = {schedule.KEY: {"beta_min": jnp.asarray(0.2), "beta_max": jnp.asarray(15.0)}}
+    params = {"sde": {"beta_min": jnp.asarray(0.2), "beta_max": jnp.asarray(15.0)}}
     score, sde = experiment.trained_score(params)
     now = experiment.with_learned_schedule(params)
     t = jnp.asarray([0.01, 0.1, 0.5, 1.0])
@@ -214,7 +219,7 @@ def test_a_schedule_that_is_not_learned_is_no_parameter():
     config.sde.learned = False
     experiment = build.Experiment(config)
     params = experiment.adapter.init(jax.random.key(0), experiment.shape)
-    assert schedule.numbers(params) == {} and experiment.with_learned_schedule(params) is experiment
+    assert "sde" not in params and experiment.with_learned_schedule(params) is experiment
 
 
 @pytest.mark.parametrize(

@@ -16,8 +16,7 @@ from ml_collections import ConfigDict
 from sbml import dequantizers, networks, sdes
 from sbml.experiment import build, reference, trained
 from sbml.experiment.config import Config, default
-from sbml.experiment.data import Data
-from sbml.experiment.dequantizer import Options
+from sbml.experiment.dequantizer import Dequantizer
 from sbml.experiment.fields import Section
 from sbml.experiment.optim import DequantizerOptim
 from sbml.experiment.score import Network, Process
@@ -118,7 +117,7 @@ def test_what_may_be_left_open_may_be_set(name: str) -> None:
     assert refused(name, (1, "2")).startswith(f"{name}=(1, '2'): need ")
     if float in FIELDS[name]:
         node[field] = 0.5
-        assert Config.read(config).plain() != Config.read(default("mlp")).plain()
+        assert Config(**config.to_dict()).plain() != Config(**default("mlp").to_dict()).plain()
 
 
 def test_an_empty_choice_is_refused_but_where_it_is_the_default() -> None:
@@ -229,7 +228,7 @@ def owned_fields() -> list[tuple[str, str, Any]]:
     found = []
     for owner, kind in OWNERS.items():
         section, name = owner.split()
-        known = (Network(name=name) if section == "model" else Options(name=name)).own
+        known = Network(name=name).own if section == "model" else dict(Dequantizer(name=name).model)
         found += [(section, name, f) for f in dataclasses.fields(kind) if f.name in known]
     return found
 
@@ -304,10 +303,10 @@ def test_what_is_read_is_what_was_written() -> None:
     config = tiny.get_config()
     config.training.smallest_time = 1e-3
     expected = json.dumps(config.to_dict())
-    assert json.dumps(Config.read(config).plain()) == expected
-    assert Config(**json.loads(expected)) == Config.read(config)
+    assert json.dumps(Config(**config.to_dict()).plain()) == expected
+    assert Config(**json.loads(expected)) == Config(**config.to_dict())
     with pytest.raises(ValueError, match="frozen"):
-        Config.read(config).seed = 1
+        Config(**config.to_dict()).seed = 1
 
 
 def test_numbers_of_numpy_in_tuples_become_pythons() -> None:
@@ -315,7 +314,7 @@ def test_numbers_of_numpy_in_tuples_become_pythons() -> None:
     config = tiny.get_config()
     config.data.shape = tuple(np.array([8, 8, 1]))
     config.eval.num_importance = (np.int64(1), np.int32(2))
-    plain = json.dumps(Config.read(config).plain())
+    plain = json.dumps(Config(**config.to_dict()).plain())
     assert '"shape": [8, 8, 1]' in plain and '"num_importance": [1, 2]' in plain
 
 
@@ -330,7 +329,7 @@ def test_fields_of_a_folder_are_for_a_folder(field: str, value: Any) -> None:
         ValueError,
         match=f"data.{field}=.* with data.source=digits: it is read for image_folder only",
     ):
-        Config.read(config).data.images("train")
+        Config(**config.to_dict()).data.images("train")
 
 
 @pytest.mark.parametrize(
@@ -354,7 +353,7 @@ def test_data_that_the_source_cannot_give_are_refused(
     config = tiny.get_config()
     config.data.update(source=source, **changes)
     with pytest.raises(ValueError, match=message):
-        Config.read(config).data.images("train")
+        Config(**config.to_dict()).data.images("train")
 
 
 @pytest.mark.parametrize(
@@ -372,7 +371,7 @@ def test_settings_of_a_training_without_effect_are_refused(
 
 
 def test_the_defaults_of_a_config_are_those_of_its_sections() -> None:
-    assert Config.read(default()) == Config()
+    assert Config(**default().to_dict()) == Config()
     assert default().is_locked
     assert DequantizerTraining().num_steps == 300_000 and DequantizerOptim().ema == 0.99
     assert default().dequantizer.training.num_steps == 300_000
@@ -402,8 +401,6 @@ def test_checkpoints_of_other_versions_are_read_with_the_fields_they_have() -> N
     assert trained.unseen_times({"config": stored}, 1e-2) == []
     (warning,) = trained.unseen_times({"config": stored}, 1e-3)
     assert "trained only from t=0.01 on" in warning
-    assert Training.known(stored["training"]) == Training()
-    assert Data.known(stored["data"]).shape == (32, 32, 3)
     with pytest.raises(ValueError, match="config.training has no field forgotten: it has accumul"):
         Training(**stored["training"])
 

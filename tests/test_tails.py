@@ -9,7 +9,7 @@ import pytest
 import sbml
 from sbml import bound, times
 from sbml.bound import GaussianControl, Reduction
-from sbml.estimators import Target
+from sbml.estimators.base import Target
 from sbml.sdes import VP
 from sbml.verify import oracle
 

@@ -157,7 +157,7 @@ def _sections(config: Config, score: ForeignState, flow: ForeignState | None) ->
     }
     if flow is not None:
         sections["dequantizer.model"] = variational.read_options(
-            flow.ema_params, config.dequantizer.model.own
+            flow.ema_params, dict(config.dequantizer.model)
         )
     return sections
 

@@ -15,12 +15,8 @@ says what to define.
 
 import dataclasses
 
-from sbml.bound import Reduction as Reduction
 from sbml.dequantizers import DEQUANTIZERS
-from sbml.estimators import base
-from sbml.estimators.base import Rows as Rows
-from sbml.estimators.base import Target as Target
-from sbml.estimators.base import rows as rows
+from sbml.estimators.base import Estimator
 from sbml.registry import Registry
 
 ESTIMATORS = Registry(
@@ -50,20 +46,10 @@ class Cell:
         return f"{'_'.join(parts)}{draws}"
 
     @property
-    def kind(self) -> type[base.Estimator]:
+    def kind(self) -> type[Estimator]:
         """The estimator's class."""
-        kind: type[base.Estimator] = ESTIMATORS[self.estimator]
+        kind: type[Estimator] = ESTIMATORS[self.estimator]
         return kind
-
-    @property
-    def terms(self) -> tuple[str, ...]:
-        """The names of the terms whose sum is its bits/dim."""
-        return self.kind.terms
-
-    @property
-    def is_bound(self) -> bool:
-        """Whether it is an expectation over times, which is estimated by sweeps."""
-        return self.kind.is_bound
 
     @property
     def reason_undefined(self) -> str:

@@ -55,7 +55,7 @@ class Driver:
       ids: the sorted places in ``data`` of the examples that count.
       subset: the places of those that are solved again.
       compute: a function of a batch of ``Rows``, points u and options that gives the columns of
-        ``estimators.rows`` on the host.
+        ``base.rows`` on the host.
       place: a function that puts a tree of arrays, split along their first axis, on the devices.
       seed: the seed of all random draws.
       batch_size: the number of examples that are computed at once.

@@ -13,11 +13,12 @@ import jax
 import numpy as np
 from absl import logging
 
-from sbml import divergence, estimate, estimators, ode, streams
+from sbml import divergence, estimate, ode, streams
+from sbml.bound import Reduction
 from sbml.data import spread
 from sbml.estimate import Columns, Estimate
-from sbml.estimators import Cell, Reduction, Rows, Target
-from sbml.estimators.base import Estimator
+from sbml.estimators import Cell
+from sbml.estimators.base import Estimator, Rows, Target, rows
 from sbml.estimators.driver import Driver
 from sbml.evaluation.inputs import Dequantization, Inputs
 from sbml.experiment.build import Experiment
@@ -51,7 +52,7 @@ class CellRun(Driver):
             exact = divergence.exact_batch(math.prod(experiment.shape))
             size = min(size, exact * jax.device_count())
         self.score = experiment.exact_adapter(shared.restored.state.ema_params)
-        if not cell.is_bound:
+        if not cell.kind.is_bound:
             ode.check_precision(self.score, experiment.sde, experiment.shape)
         super().__init__(
             estimator=method,
@@ -82,7 +83,7 @@ class CellRun(Driver):
 
     def _compute(self, batch: Rows, u: Any, options: Any) -> Columns:
         of = self.estimator, self.target, self.score, self.dequantization.params
-        return sharding.to_host(estimators.rows(*of, batch, u, options))
+        return sharding.to_host(rows(*of, batch, u, options))
 
     def rows(self, ids: np.ndarray, sweep: int, solver: Solver | None = None) -> Columns:
         """The rows of ``ids (n,)`` in ``sweep``: the columns ``id``, ``sweep``, ``bits_per_dim``,
@@ -98,7 +99,7 @@ class CellRun(Driver):
             stored = parts.read(sweep)
         chosen = np.isin(stored["id"], ids)
         table = {name: column[chosen] for name, column in stored.items()}
-        if self.cell.is_bound:
+        if self.cell.kind.is_bound:
             self._sums[sweep] = float(table["bits_per_dim"].sum()), ids.size
         return table
 
@@ -136,14 +137,14 @@ class CellRun(Driver):
         # The kind of derivatives changes no number.
         fields = {k: v for k, v in dataclasses.asdict(solver).items() if k != "adjoint"}
         own: dict[str, Any] = {"solver": fields}
-        if self.cell.is_bound:
+        if self.cell.kind.is_bound:
             own = {"n_times": config.n_times, "times": config.times}
             own["proposal"] = self.reduction.proposal
             own["reduction_crc32"] = tree_crc32(self.reduction)
         return {
             "cell": dataclasses.asdict(self.cell),
             "estimator": dataclasses.asdict(self.estimator),
-            "terms": self.cell.terms,
+            "terms": self.cell.kind.terms,
             "dequantizer": repr(self.dequantization.model),
             "dequantizer_crc32": tree_crc32(self.dequantization.params),
             "step": shared.restored.step,
@@ -164,7 +165,7 @@ class CellRun(Driver):
           Unconverged: fixed steps are too coarse; only the subset has been solved.
         """
         solver = self.solver
-        if not self.cell.is_bound and solver.fixed_steps is not None:
+        if not self.cell.kind.is_bound and solver.fixed_steps is not None:
             gap = self.solver_error()
             if not estimate.within(gap, self.budget):
                 method = " and eval.method=tsit5" if solver.method == "euler" else ""
@@ -197,7 +198,7 @@ class CellRun(Driver):
             data=self.shared.images.name,
             split=self.shared.experiment.config.eval.split,
             split_size=len(self.shared.images),
-            target_se=self.target_se if self.cell.is_bound else None,
+            target_se=self.target_se if self.cell.kind.is_bound else None,
             trace=dataclasses.asdict(trace) if trace else None,
             dequantizer_step=checkpoint.step if checkpoint else None,
         )

@@ -18,7 +18,7 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from sbml import data, discrete
-from sbml.experiment import schedule, trained
+from sbml.experiment import trained
 from sbml.experiment.config import Config
 from sbml.experiment.training import (
     discrete_time,
@@ -37,6 +37,7 @@ from sbml.times import Grid, Proposal
 from sbml.types import Score
 
 T = TypeVar("T")
+SDE_NUMBERS = "sde"  # where the parameters of a learned SDE hold its numbers
 
 
 def part(make: Callable[[Any], T]) -> "cached_property[T]":
@@ -66,10 +67,9 @@ class Experiment:
     """
 
     def __init__(self, config: ConfigDict | Config) -> None:
-        self.config: Final = config if isinstance(config, Config) else Config.read(config)
+        self.config: Final = config if isinstance(config, Config) else Config(**config.to_dict())
         self.shape: Final = self.config.data.shape
         self.levels: Final = self.config.data.levels
-        schedule.check(self.config.sde, self.config.training, self.config.data)
 
     @part
     def sde(self) -> SDE:
@@ -192,41 +192,44 @@ class Experiment:
         key = stream(jax.random.key(self.config.seed), "parameters")
         params = self.adapter.init(key, self.shape)
         if self.config.sde.learned:
-            params = schedule.with_numbers(params, self.sde)
+            numbers = {name: jnp.asarray(v, float) for name, v in vars(self.sde).items()}
+            params = {**params, SDE_NUMBERS: numbers}
         return TrainState.create(params, self.optimizer, statistics)
 
     def trained_score(self, params: Any) -> tuple[Score, Any]:
         """The score in the training loss, and the process that noises the images.
 
-        With ``sde.learned`` both depend on ``params``, so that the loss has a gradient with respect
-        to the numbers of the SDE.
+        With ``sde.learned`` the numbers of the SDE are scalars among the parameters,
+
+            params = {**parameters of the network, "sde": {"gamma_0": (), "gamma_1": ()}},
+
+        and the gradient of the bound trains them too (Kingma, Salimans, Poole, Ho, "Variational
+        Diffusion Models", 2021, section 5.1). Their averages are kept as those of the network are.
         """
         if not self.config.sde.learned:
             return self.trained_adapter(params), self.trained_kernel
-        sde = schedule.learned_sde(self.sde, params)
+        sde = dataclasses.replace(self.sde, **params[SDE_NUMBERS])
         return dataclasses.replace(self.adapter, sde=sde)(params), sde
 
     def with_learned_schedule(self, params: Any) -> "Experiment":
-        """This experiment with the SDE whose numbers are in ``params``, if its SDE is learned.
-
-        The smallest time of training stays what it was, because labels of the time depend on it.
-        """
-        learned: dict[str, Any] = schedule.numbers(params)
-        if not learned:
+        """This experiment with the SDE whose numbers are in ``params``, if its SDE is learned."""
+        if SDE_NUMBERS not in params:
             return self
-        sde = self.config.sde.replace(**learned)
-        training = self.config.training.replace(smallest_time=self.eps)
-        return Experiment(self.config.replace(sde=sde, training=training))
+        learned = {n: float(sharding.to_host(v)) for n, v in params[SDE_NUMBERS].items()}
+        return self._with(sde=self.config.sde.replace(**learned))
 
     def with_dequantization_of(self, restored: Restored) -> "Experiment":
         """This experiment with the dequantization of the data on which ``restored`` was trained."""
         trained_on = restored.metadata["config"]["data"]["dequantization"]
         if trained_on == self.config.data.dequantization:
             return self
-        data = self.config.data.replace(dequantization=trained_on)
-        # Labels of the time depend on the smallest time of training, so it stays what it is.
+        return self._with(data=self.config.data.replace(dequantization=trained_on))
+
+    def _with(self, **sections: Any) -> "Experiment":
+        """This experiment with other sections, but with its smallest time of training, on which
+        labels of the time depend."""
         training = self.config.training.replace(smallest_time=self.eps)
-        return Experiment(self.config.replace(data=data, training=training))
+        return Experiment(self.config.replace(training=training, **sections))
 
     def init_dequantizer(self, images: data.ImageSet) -> TrainState:
         """The dequantizer's state before the first step. Its data-dependent initialisation uses a

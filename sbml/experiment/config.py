@@ -11,7 +11,7 @@ import pathlib
 import runpy
 import traceback
 from collections.abc import Mapping
-from typing import Any, Self
+from typing import Any
 
 from etils import epath
 from flax.traverse_util import flatten_dict
@@ -20,7 +20,7 @@ from ml_collections import ConfigDict
 from sbml import data, dequantizers
 from sbml.dequantizers import DEQUANTIZERS
 from sbml.experiment.data import Data
-from sbml.experiment.dequantizer import Dequantizer, Options
+from sbml.experiment.dequantizer import Dequantizer
 from sbml.experiment.evaluation import Eval
 from sbml.experiment.fields import Override, Section, Seed, as_tuples, field, unknown
 from sbml.experiment.optim import Optim
@@ -53,8 +53,9 @@ class Config(Section):
     latents: Latents = Latents()
 
     def check(self) -> None:
-        """Check that the split to evaluate exists, and that the dequantizers of the evaluation can
-        be trained with this config and fit the images."""
+        """Check that the split to evaluate exists, that the dequantizers of the evaluation can be
+        trained with this config and fit the images, and that a learned SDE is trained by the whole
+        bound."""
         if self.eval.split == data.VALIDATION and not self.data.validation:
             raise ValueError(data.NO_VALIDATION.format(f"eval.split={self.eval.split}"))
         for name in self.eval.dequantizers:
@@ -65,17 +66,30 @@ class Config(Section):
                     f"sbml.experiment.config.default({self.model.name!r}, dequantizer={name!r})"
                 )
             self.check_dequantizer("eval.dequantizers", name)
+        if not self.sde.learned:
+            return
+        if not self.sde.own:
+            raise ValueError(
+                f"sde.learned with sde.name={self.sde.name}: it has no numbers to learn"
+            )
+        needed = {
+            "data.dequantization": "centre",  # The bound has a decoder.
+            "training.likelihood_weighting": True,
+            "training.discrete_levels": 0,
+            "training.second_order": 0.0,
+        }
+        ours = flatten_dict(self.plain(), sep=".")
+        wrong = [name for name, value in needed.items() if ours[name] != value]
+        if wrong:
+            given = ", ".join(f"{name}={ours[name]}" for name in wrong)
+            flags = " ".join(f"--config.{name}={needed[name]}" for name in wrong)
+            raise ValueError(f"sde.learned with {given}: the loss is no bound; set {flags}")
 
-    def check_dequantizer(self, field: str, name: str) -> None:
-        """Check that the dequantizer ``name``, the value of ``field``, fits images and score."""
+    def check_dequantizer(self, field_name: str, name: str) -> None:
+        """Check that the dequantizer ``name``, a value of this field, fits images and score."""
         settings = self.data.shape, self.score.parameterization, self.data.dequantization
         if reason := DEQUANTIZERS[name].misfit(*settings):
-            raise ValueError(f"{field}={name} with {reason}")
-
-    @classmethod
-    def read(cls, config: ConfigDict) -> Self:
-        """The config with the fields of ``config``."""
-        return cls(**config.to_dict())
+            raise ValueError(f"{field_name}={name} with {reason}")
 
 
 def default(network: str = "ncsnpp", dequantizer: str = "variational") -> ConfigDict:
@@ -85,16 +99,16 @@ def default(network: str = "ncsnpp", dequantizer: str = "variational") -> Config
     The sections whose fields depend on a choice (``sde``, ``data`` and ``sampling``) take further
     fields, those of a class of another package.
     """
-    chosen = Dequantizer(name=dequantizer, model=Options(name=dequantizer))
-    config = ConfigDict(_editable(Config(model=Network(name=network), dequantizer=chosen))).lock()
+
+    def editable(section: Section) -> dict[str, Any]:
+        values = section.values()
+        return {k: editable(v) if isinstance(v, Section) else v for k, v in values.items()}
+
+    chosen = Config(model=Network(name=network), dequantizer=Dequantizer(name=dequantizer))
+    config = ConfigDict(editable(chosen)).lock()
     for section in ("sde", "data", "sampling"):
         config[section].unlock()
     return config
-
-
-def _editable(section: Section) -> dict[str, Any]:
-    values = section.values()
-    return {k: _editable(v) if isinstance(v, Section) else v for k, v in values.items()}
 
 
 def folder() -> pathlib.Path:

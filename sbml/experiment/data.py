@@ -6,7 +6,7 @@ from annotated_types import Ge, Lt
 
 from sbml import data
 from sbml.data import CROPS, ImageSet, Options
-from sbml.experiment.fields import Chosen, Seed, field, one_of, refusal, section_errors
+from sbml.experiment.fields import Chosen, Seed, among, field, refusal, section_errors
 
 DEQUANTIZATIONS = ("uniform", "centre", "none")
 # The fields that only some sources read, with their names in ``Options``.
@@ -35,7 +35,7 @@ class Data(Chosen):
     )
     levels: int = field(256, "pixels are integers 0 .. levels - 1 in uint8", ge=2, lt=257)
     flip: bool = field(True, "random horizontal flips in training")
-    dequantization: Annotated[str, one_of(DEQUANTIZATIONS)] = field(
+    dequantization: Annotated[str, among(DEQUANTIZATIONS)] = field(
         "uniform",
         "training data for a pixel k of L levels. uniform: 2 (k + u) / L - 1 with u uniform in "
         "[0, 1); centre: the same with u = 1/2, the bin's centre; none: 2 k / (L - 1) - 1, as the "
@@ -44,7 +44,7 @@ class Data(Chosen):
     cache_dir: str = field("", "folder of prepared arrays; empty: ~/.cache/sbml")
     manual_dir: str = field("", "folder of archives already on disk, for tfds and imagenet32")
     path: str = field("", "folder of image_folder")
-    crop: Annotated[str, one_of(CROPS)] = field(
+    crop: Annotated[str, among(CROPS)] = field(
         "center", "for image_folder; squash: both sides are scaled"
     )
     test_fraction: float = field(

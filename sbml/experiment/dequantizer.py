@@ -8,49 +8,38 @@ import pydantic
 
 from sbml import dequantizers
 from sbml.dequantizers import DEQUANTIZERS
-from sbml.experiment.fields import Chosen, Section, field, one_of, section_errors
+from sbml.experiment.fields import Section, among, field, section_errors, section_of
 from sbml.experiment.optim import DequantizerOptim
 from sbml.experiment.training import DequantizerTraining
 
 
-class Options(Chosen):
-    """The fields of the dequantizer, which its class explains. Its name is ``dequantizer.name``."""
-
-    section: ClassVar[str] = "dequantizer.model"
-    parts: ClassVar[Mapping[str, Any]] = DEQUANTIZERS
-    # The data and the SDE determine these.
-    skip: ClassVar[tuple[str, ...]] = ("levels", "tau")
-
-    name: Annotated[str, one_of(DEQUANTIZERS)] = field("variational", "the dequantizer")
-
-    def values(self) -> dict[str, Any]:
-        """The fields of the class."""
-        return self.own
-
-
 class Dequantizer(Section):
-    """Settings of the dequantizer that is trained; the defaults are Flow++ for CIFAR-10."""
+    """Settings of the dequantizer that is trained; the defaults are Flow++ for CIFAR-10.
+
+    ``model`` has the fields of the class called ``name``, apart from ``levels`` and ``tau``, which
+    the data and the SDE determine.
+    """
 
     section: ClassVar[str] = "dequantizer"
 
-    name: Annotated[str, one_of(DEQUANTIZERS)] = field("variational", "the dequantizer to train")
-    model: Options = Options()
+    name: Annotated[str, among(DEQUANTIZERS)] = field("variational", "the dequantizer to train")
+    model: Section = Section()
     training: DequantizerTraining = DequantizerTraining()
     optim: DequantizerOptim = DequantizerOptim()
 
     @pydantic.model_validator(mode="before")
     @classmethod
-    def _named(cls, values: Any) -> Any:
-        """The name belongs to the fields of its class."""
-        if isinstance(values, dict) and not isinstance(values.get("model"), Options):
-            name = values.get("name", cls.model_fields["name"].default)
-            if name in DEQUANTIZERS and isinstance(own := values.get("model", {}), Mapping):
-                if not dequantizers.is_trained(DEQUANTIZERS[name]):
-                    raise ValueError(
-                        f"dequantizer.name={name} has no parameters to train; choose variational"
-                    )
-                return {**values, "model": Options(**{**own, "name": name})}
-        return values
+    def _with_model(cls, values: dict[str, Any]) -> dict[str, Any]:
+        name = values.get("name", cls.model_fields["name"].default)
+        own = values.get("model", {})
+        if name not in DEQUANTIZERS or not isinstance(own, Mapping | Section):
+            return values  # The fields are refused.
+        if not dequantizers.is_trained(DEQUANTIZERS[name]):
+            raise ValueError(
+                f"dequantizer.name={name} has no parameters to train; choose variational"
+            )
+        made = section_of(DEQUANTIZERS[name], cls.name_of("model"), ("levels", "tau"))
+        return {**values, "model": made(**dict(own))}
 
     def build(self, name: str, *, levels: int, tau: float) -> Any:
         """The dequantizer ``name``, with those of the section's fields that its class has.
@@ -61,7 +50,7 @@ class Dequantizer(Section):
           tau: half a bin's width in standard deviations of the noise at the smallest time.
         """
         kind = DEQUANTIZERS[name]
-        fields = {**self.model.own, "levels": levels, "tau": tau}
+        fields = {**dict(self.model), "levels": levels, "tau": tau}
         names = {field.name for field in dataclasses.fields(kind)}
-        with section_errors(self.model.section):
+        with section_errors(self.name_of("model")):
             return kind(**{field: value for field, value in fields.items() if field in names})

@@ -2,7 +2,7 @@
 
 from typing import Annotated, ClassVar
 
-from annotated_types import Ge, Le, Lt
+from annotated_types import Ge, Lt
 
 from sbml import data
 from sbml.dequantizers import DEQUANTIZERS
@@ -10,54 +10,20 @@ from sbml.discrete import TAU
 from sbml.divergence import PROBES, Trace
 from sbml.estimators import ESTIMATORS, Cell
 from sbml.experiment.fields import (
-    Count,
+    Natural,
     Positive,
-    Section,
     Seed,
     Size,
+    among,
     field,
-    one_of,
-    section_errors,
 )
+from sbml.experiment.solving import Solving, Tolerance
 from sbml.experiment.training import IMPORTANCE, proposal_name
 from sbml.features import EXTRACTORS
-from sbml.ode import MAX_STEPS, METHODS, Solver
-from sbml.sdes import SDE
+from sbml.ode import MAX_STEPS, METHODS
 from sbml.times import DRAWS
 
-PRECISIONS = ("default", "high", "highest")
-
-Draws = Annotated[int, Ge(1), Lt(2**20)]
-# Above 0.1 no step would ever be rejected. The error is measured with a tenth of the tolerance,
-# which must not be below ``ode.least_tolerance`` of float32.
-Tolerance = Annotated[float, Ge(1e-6), Le(0.1)]
-
-
-class Solving(Section):
-    """An ODE solver and a smallest time; ``Eval`` and ``Sampling`` set the defaults."""
-
-    method: str
-    rtol: float
-    atol: float
-    fixed_steps: int
-    max_steps: int
-    smallest_time: float | None
-
-    def solver(self) -> Solver:
-        """The ODE solver."""
-        with section_errors(self.section):
-            return Solver(
-                method=self.method,
-                rtol=self.rtol,
-                atol=self.atol,
-                fixed_steps=self.fixed_steps or None,
-                max_steps=self.max_steps,
-            )
-
-    def eps(self, sde: SDE, otherwise: float) -> float:
-        """``smallest_time``, or ``otherwise`` where it is None; in (0, T)."""
-        eps = otherwise if self.smallest_time is None else self.smallest_time
-        return sde.check_time(eps, self.name_of("smallest_time"))
+DrawCount = Annotated[int, Ge(1), Lt(2**20)]
 
 
 class Eval(Solving):
@@ -69,23 +35,23 @@ class Eval(Solving):
 
     section: ClassVar[str] = "eval"
 
-    split: Annotated[str, one_of((*data.SPLITS, data.VALIDATION))] = field(
+    split: Annotated[str, among((*data.SPLITS, data.VALIDATION))] = field(
         "test", "images to evaluate; for validation, see data.validation"
     )
-    estimators: tuple[Annotated[str, one_of(ESTIMATORS)], ...] = field(
+    estimators: tuple[Annotated[str, among(ESTIMATORS)], ...] = field(
         ("ode", "bound"), "the estimators of the table", min_length=1
     )
-    dequantizers: tuple[Annotated[str, one_of(DEQUANTIZERS)], ...] = field(
+    dequantizers: tuple[Annotated[str, among(DEQUANTIZERS)], ...] = field(
         ("uniform",),
         "the dequantizers of the table; without one, integers have no density",
         min_length=1,
     )
-    num_importance: tuple[Draws, ...] = field(
+    num_importance: tuple[DrawCount, ...] = field(
         (1,), "the values of K, numbers of draws of the dequantizer in one logarithm", min_length=1
     )
-    importance_images: Count = field(0, "number of images for K > 1; 0: as many as for K = 1")
+    importance_images: Natural = field(0, "number of images for K > 1; 0: as many as for K = 1")
     batch_size: Positive = field(128, "number of images in a batch, divided by K if K > 1")
-    max_images: Count = field(0, "size of a random sample, the same in every run; 0: all images")
+    max_images: Natural = field(0, "size of a random sample, the same in every run; 0: all images")
     in_order: bool = field(
         False, "take the first max_images of the split instead of a random sample"
     )
@@ -101,16 +67,16 @@ class Eval(Solving):
         ge=0,
         le=100,
     )
-    trace: Annotated[str, one_of((*PROBES, "exact"))] | None = field(
+    trace: Annotated[str, among((*PROBES, "exact"))] | None = field(
         None, "trace of the divergence; None: rademacher for K = 1, exact for K > 1"
     )
-    probes: Draws = field(
+    probes: DrawCount = field(
         2, "number of random probes of a trace that is not exact; a power of two is best"
     )
-    n_times: Draws = field(2, "bound: number of times for an image in one sweep")
-    times: Annotated[str, one_of(DRAWS)] = field("lattice", "bound: how the times are spread")
+    n_times: DrawCount = field(2, "bound: number of times for an image in one sweep")
+    times: Annotated[str, among(DRAWS)] = field("lattice", "bound: how the times are spread")
     importance_sampling: bool = field(True, "bound: draw times by importance; False: uniform in t")
-    importance: Annotated[str, one_of(IMPORTANCE)] = field(
+    importance: Annotated[str, among(IMPORTANCE)] = field(
         "noise", "bound: the importance of times, as training.importance"
     )
     sweeps: Positive = field(8, "bound: number of sweeps over all images")
@@ -127,24 +93,24 @@ class Eval(Solving):
         "bound: number of bins of a density of times that is estimated on training images; "
         "0: uniform",
     )
-    method: Annotated[str, one_of(METHODS)] = field("tsit5", "ode: the solver")
+    method: Annotated[str, among(METHODS)] = field("tsit5", "ode: the solver")
     rtol: Tolerance = field(2e-4, "ode: relative tolerance")
     atol: Tolerance = field(
         2e-4,
         "ode: absolute tolerance, for data in [-1, 1] and for the log-determinant in nats/dim",
     )
-    fixed_steps: Count = field(0, "ode: number of equal steps; 0: adaptive steps")
+    fixed_steps: Natural = field(0, "ode: number of equal steps; 0: adaptive steps")
     max_steps: Positive = field(MAX_STEPS, "ode: number of adaptive steps at which it gives up")
-    precision: Annotated[str, one_of(PRECISIONS)] = field(
+    precision: Annotated[str, among(("default", "high", "highest"))] = field(
         "highest",
         "precision of float32 matrix products; default: the accelerator's own (TF32, bfloat16)",
     )
-    subset: Count = field(
+    subset: Natural = field(
         32,
         "ode: number of images on which the solver's error and the noise are measured, divided by "
         "K if K > 1; 0: all",
     )
-    features: Annotated[str, one_of(EXTRACTORS)] = field(
+    features: Annotated[str, among(EXTRACTORS)] = field(
         "inception", "feature extractor of --mode=quality"
     )
     inception_weights: str = field("", "file with the state dict of pytorch-fid")
@@ -185,7 +151,7 @@ class Eval(Solving):
         if all(cell.reason_undefined for cell in table):
             raise ValueError(f"no number to compute: {table[0].name}: {table[0].reason_undefined}")
         if self.target_se and not any(
-            cell.is_bound and not cell.reason_undefined for cell in table
+            cell.kind.is_bound and not cell.reason_undefined for cell in table
         ):
             raise ValueError(
                 f"eval.target_se={self.target_se}: only a bound is swept until this standard error "

@@ -31,7 +31,7 @@ from sbml.registry import hint
 # Steps, images and draws are int32 numbers on the devices. A field of one of these types has no
 # further lower limit: pydantic would replace this one by it.
 Positive = Annotated[int, Ge(1), Lt(2**31)]
-Count = Annotated[int, Ge(0), Lt(2**31)]
+Natural = Annotated[int, Ge(0), Lt(2**31)]
 Seed = Annotated[int, Ge(0), Lt(2**32)]
 Size = Annotated[int, Ge(0), Lt(2**16)]
 
@@ -57,7 +57,7 @@ def field(default: Any, meaning: str, **limits: Any) -> Any:
 
 
 @dataclasses.dataclass(frozen=True)
-class OneOf:
+class Among:
     """Checks that a name is one of ``choices``; a registry also finds those of other packages."""
 
     choices: Collection[str]
@@ -68,9 +68,9 @@ class OneOf:
         return name
 
 
-def one_of(choices: Collection[str]) -> AfterValidator:
+def among(choices: Collection[str]) -> AfterValidator:
     """The annotation of a name that must be one of ``choices``."""
-    return AfterValidator(OneOf(choices))
+    return AfterValidator(Among(choices))
 
 
 @contextlib.contextmanager
@@ -106,26 +106,21 @@ def needs(annotation: Any, rules: Collection[Any] = (), plural: bool = False) ->
         count = len(kinds) if Ellipsis not in kinds else "one or more"
         return f"{count} {needs(kinds[0], plural=True)}"
     for choice in (getattr(rule, "func", None) for rule in rules):
-        if isinstance(choice, OneOf):
+        if isinstance(choice, Among):
             names = ", ".join(sorted(filter(None, choice.choices)))
             return (
                 ("" if plural else "one ") + f"of {names}" + ", or nothing" * ("" in choice.choices)
             )
     kinds_in_words = {bool: "True or False", str: "text", int: "an integer", float: "a number"}
     kinds_in_words |= {int: "integers", float: "numbers", str: "names"} if plural else {}
-    return f"{kinds_in_words.get(kind, kind)} {_range(rules)}".strip()
-
-
-def _range(rules: Collection[Any]) -> str:
-    """The tightest limits in ``rules``, in words."""
-    words = []
+    limits = []
     for name, word in (("gt", "above"), ("ge", "of at least"), ("lt", "below"), ("le", "at most")):
         bounds = [b for rule in rules if (b := getattr(rule, name, None)) is not None]
-        if bounds:
+        if bounds:  # The tightest counts.
             bound = (max if name[0] == "g" else min)(bounds)
             power = int(bound).bit_length() - 1
-            words.append(f"{word} 2^{power}" if bound == 2**power > 2**15 else f"{word} {bound:g}")
-    return " and ".join(words)
+            limits.append(f"{word} 2^{power}" if bound == 2**power > 2**15 else f"{word} {bound:g}")
+    return f"{kinds_in_words.get(kind, kind)} {' and '.join(limits)}".strip()
 
 
 def _present(kinds: tuple[Any, ...]) -> Any:
@@ -219,12 +214,6 @@ class Section(pydantic.BaseModel):
         """The fields in the types of JSON: a section is a dict with sorted names."""
         return {name: plain(value) for name, value in sorted(self.values().items())}
 
-    @classmethod
-    def known(cls, values: Mapping[str, Any]) -> Self:
-        """The section with those of the ``values`` that it has fields for; a checkpoint of another
-        version may have others."""
-        return cls(**{name: value for name, value in values.items() if name in cls.model_fields})
-
 
 def _beyond_float32(value: Any) -> bool:
     """Whether a number in ``value`` is finite, and 0 or infinite in float32."""
@@ -265,8 +254,15 @@ def unknown(section: str, name: str, fields: Collection[str]) -> str:
 
 
 @functools.cache
-def _section_of(kind: Any, section: str, skip: tuple[str, ...]) -> type[Section]:
-    """A section with the fields of the dataclass ``kind``, except those in ``skip``."""
+def section_of(
+    kind: Any, section: str, skip: tuple[str, ...], taken: tuple[str, ...] = ()
+) -> type[Section]:
+    """A section with the fields of the dataclass ``kind``, except those in ``skip``.
+
+    Types are checked, and that numbers are finite and not huge (below 2^16 for integers, at most
+    1e6 for others). The class checks the ranges when it is made. A field cannot have a name of
+    ``taken``, or of something else that a section has.
+    """
 
     def annotation(field: dataclasses.Field) -> Any:
         found: Any = field.type
@@ -286,21 +282,27 @@ def _section_of(kind: Any, section: str, skip: tuple[str, ...]) -> type[Section]
         for field in dataclasses.fields(kind)
         if field.init and field.name not in skip
     }
-    made = pydantic.create_model(kind.__name__, __base__=Section, **fields)
+    where = f"{kind.__module__}.{kind.__name__}"
+    for name in fields:
+        if name in taken or hasattr(Section, name):
+            raise ValueError(
+                f"config.{section}: {where} has a field {name}, a name that the section uses "
+                "itself: rename the field"
+            )
+    about = f"The fields of ``{where}``, which explains them."
+    made = pydantic.create_model(where, __base__=Section, __doc__=about, **fields)
     made.section = section
     return made
 
 
 class Chosen(Section):
-    """A section that names a class in one of its fields, and has the fields of this class too.
-
-    Of the fields of the class, types are checked, and that numbers are finite and not huge (below
-    2^16 for integers, at most 1e6 for others). The class checks the ranges when it is made.
+    """A section that names a class in one of its fields, and has the fields of this class too
+    (:func:`section_of`).
 
     Attributes:
       choice: the field with the name.
       parts: the classes by name.
-      skip: fields of the class that a config does not set.
+      skip: fields of the class that a config does not set, or sets by a field of the section.
     """
 
     model_config = pydantic.ConfigDict(extra="allow")
@@ -310,16 +312,13 @@ class Chosen(Section):
 
     @pydantic.model_validator(mode="before")
     @classmethod
-    def _with_own(cls, values: Any) -> Any:
-        if not isinstance(values, dict):
-            return values
-        name = values.get(cls.choice, cls.model_fields[cls.choice].default)
+    def _with_own(cls, values: dict[str, Any]) -> dict[str, Any]:
         general = {field: values[field] for field in cls.model_fields if field in values}
         own = {field: value for field, value in values.items() if field not in general}
-        kind = cls.kind_of(name)
+        kind = cls.kind_of(values.get(cls.choice, cls.model_fields[cls.choice].default))
         if kind is None:
             return general
-        made = _section_of(kind, cls.section, (*cls.model_fields, *cls.skip))
+        made = section_of(kind, cls.section, cls.skip, tuple(cls.model_fields))
         return {**general, **dict(made(**cls.relevant(own, made)))}
 
     @classmethod
@@ -338,10 +337,6 @@ class Chosen(Section):
         return dict(self.model_extra or {})
 
     def build(self) -> Any:
-        """An object of the class.
-
-        Raises:
-          ValueError: a field is outside its range, or two of them contradict each other.
-        """
+        """An object of the class, which refuses fields outside their ranges."""
         with section_errors(self.section):
             return self.parts[getattr(self, self.choice)](**self.own)

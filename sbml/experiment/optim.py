@@ -5,7 +5,7 @@ from typing import Annotated, ClassVar
 import optax
 from absl import logging
 
-from sbml.experiment.fields import Count, Section, field, one_of
+from sbml.experiment.fields import Natural, Section, among, field
 from sbml.runtime import optim
 
 # The program warns if the initial parameters weigh more than this in the averaged ones.
@@ -22,8 +22,8 @@ class Optim(Section):
     section: ClassVar[str] = "optim"
 
     lr: float = field(2e-4, "largest learning rate", gt=0, le=1)
-    warmup: Count = field(5_000, "number of steps in which the rate rises from 0 to lr")
-    schedule: Annotated[str, one_of(optim.SCHEDULES)] = field(
+    warmup: Natural = field(5_000, "number of steps in which the rate rises from 0 to lr")
+    schedule: Annotated[str, among(optim.SCHEDULES)] = field(
         "constant", "the learning rate after the warm-up; cosine: it falls to zero at num_steps"
     )
     beta1: float = field(0.9, "decay of the gradient's average per step", ge=0, lt=1)

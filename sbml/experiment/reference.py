@@ -34,21 +34,18 @@ def sections(section: Section | None = None) -> Iterator[tuple[str, Section]]:
 def rows(section: Section) -> list[Row]:
     """The fields of ``section``, and those of the class that it names by default."""
     found = []
-    values = section.values()
-    for name, field in type(section).model_fields.items():
-        if name in values and not isinstance(values[name], Section):
-            wanted = needs(field.annotation, field.metadata)
-            found.append(_row(section, name, wanted, field.description or ""))
-    if isinstance(section, Chosen):
-        owner = getattr(section, section.choice)
-        found += [_row(section, name, "", f"field of {owner}") for name in sorted(section.own)]
+    known = type(section).model_fields
+    for name, value in section.values().items():
+        if isinstance(value, Section):
+            continue
+        shown = ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+        if name in known and (meaning := known[name].description):
+            wanted = needs(known[name].annotation, known[name].metadata)
+        else:
+            owner = getattr(section, section.choice) if isinstance(section, Chosen) else "its class"
+            wanted, meaning = "", f"field of {owner}"
+        found.append(Row(section.name_of(name), shown, wanted, meaning))
     return found
-
-
-def _row(section: Section, name: str, wanted: str, meaning: str) -> Row:
-    value = getattr(section, name)
-    text = ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
-    return Row(section.name_of(name), text, wanted, meaning)
 
 
 def text(name: str) -> str:

@@ -5,18 +5,18 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar
 
-from sbml.experiment.evaluation import Solving, Tolerance
 from sbml.experiment.fields import (
     Chosen,
-    Count,
+    Natural,
     Positive,
     Section,
     Seed,
     Size,
+    among,
     field,
-    one_of,
     section_errors,
 )
+from sbml.experiment.solving import Solving, Tolerance
 from sbml.ode import MAX_STEPS, METHODS
 from sbml.samplers import (
     CORRECTORS,
@@ -34,7 +34,8 @@ class Sampling(Solving, Chosen):
     section: ClassVar[str] = "sampling"
     choice: ClassVar[str] = "sampler"
     parts: ClassVar[Mapping[str, Any]] = SAMPLERS
-    skip: ClassVar[tuple[str, ...]] = ("solver",)
+    # Fields of this section say what these are.
+    skip: ClassVar[tuple[str, ...]] = ("solver", "steps", "spacing", "eta", "corrector")
 
     num_images: Positive = field(64, "number of samples")
     batch_size: Positive = field(64, "number of samples that are drawn at once")
@@ -43,18 +44,18 @@ class Sampling(Solving, Chosen):
         None, "time of the last step; None: 1e-3, or that of training if it is larger", ge=0, lt=1
     )
     denoise_last: bool = field(True, "replace x at the smallest time by its denoised value")
-    sampler: Annotated[str, one_of(SAMPLERS)] = field("ode", "the sampler")
-    method: Annotated[str, one_of(METHODS)] = field("dopri5", "solver of the sampler ode")
+    sampler: Annotated[str, among(SAMPLERS)] = field("ode", "the sampler")
+    method: Annotated[str, among(METHODS)] = field("dopri5", "solver of the sampler ode")
     rtol: Tolerance = field(1e-3, "relative tolerance of ode")
     atol: Tolerance = field(1e-3, "absolute tolerance of ode, for data in [-1, 1]")
-    fixed_steps: Count = field(0, "number of steps of ode; 0: adaptive steps")
+    fixed_steps: Natural = field(0, "number of steps of ode; 0: adaptive steps")
     max_steps: Positive = field(MAX_STEPS, "number of adaptive steps at which ode gives up")
     steps: Positive | None = field(None, "number of steps of other samplers; None: 500")
-    spacing: Annotated[str, one_of((*SPACINGS, ""))] = field(
+    spacing: Annotated[str, among((*SPACINGS, ""))] = field(
         "", "spacing of the times of the steps; empty: the default of the sampler"
     )
     eta: float = field(0.0, "share of fresh noise in the steps of ddim", ge=0, le=1)
-    corrector: Annotated[str, one_of(CORRECTORS)] = field("none", "corrector after every step")
+    corrector: Annotated[str, among(CORRECTORS)] = field("none", "corrector after every step")
     corrector_steps: Positive = field(1, "number of the corrector's steps after every step")
     snr: float = field(0.16, "ratio of noise to score in a corrector's step", gt=0, le=1)
     frames: Size = field(8, "number of frames of the strip from noise to image")

@@ -17,7 +17,7 @@ from flax import linen as nn
 
 from sbml import integers
 from sbml.experiment.data import Data
-from sbml.experiment.fields import Chosen, Section, field, one_of, refusal
+from sbml.experiment.fields import Chosen, Section, among, field, refusal
 from sbml.networks import NETWORKS
 from sbml.score import LABELS, LEVELS, PARAMETERIZATIONS, Adapter
 from sbml.sdes import SDE, SDES
@@ -36,7 +36,7 @@ class Process(Chosen):
     section: ClassVar[str] = "sde"
     parts: ClassVar[Mapping[str, Any]] = SDES
 
-    name: Annotated[str, one_of(SDES)] = field("vp", "the SDE")
+    name: Annotated[str, among(SDES)] = field("vp", "the SDE")
     learned: bool = field(
         False,
         "train the SDE's numbers too, by the gradient of the bound with the categorical decoder; "
@@ -45,25 +45,19 @@ class Process(Chosen):
 
     @classmethod
     def relevant(cls, own: dict[str, Any], made: type[Section]) -> dict[str, Any]:
-        of_others = numbers()
+        defaults: dict[str, list[Any]] = {}
+        for kind in map(SDES.__getitem__, SDES):
+            for number in dataclasses.fields(kind):
+                defaults.setdefault(number.name, []).append(number.default)
         return {
             name: value
             for name, value in own.items()
-            if name in made.model_fields or value not in of_others.get(name, ())
+            if name in made.model_fields or value not in defaults.get(name, ())
         }
 
     def check(self) -> None:
         """Check the numbers."""
         self.build()
-
-
-def numbers() -> dict[str, list[Any]]:
-    """The numbers of the SDEs of this package by name, with their defaults in the classes."""
-    found: dict[str, list[Any]] = {}
-    for kind in map(SDES.__getitem__, SDES):
-        for number in dataclasses.fields(kind):
-            found.setdefault(number.name, []).append(number.default)
-    return found
 
 
 class Network(Chosen):
@@ -74,7 +68,7 @@ class Network(Chosen):
     # flax sets ``parent`` and ``name`` of every Linen module; ``Score.adapter`` sets ``outputs``.
     skip: ClassVar[tuple[str, ...]] = ("parent", "name", "outputs")
 
-    name: Annotated[str, one_of(NETWORKS)] = field("ncsnpp", "the network")
+    name: Annotated[str, among(NETWORKS)] = field("ncsnpp", "the network")
 
     def check(self) -> None:
         """Check the ranges of the fields."""
@@ -86,10 +80,10 @@ class Score(Section):
 
     section: ClassVar[str] = "score"
 
-    parameterization: Annotated[str, one_of(PARAMETERIZATIONS)] = field(
+    parameterization: Annotated[str, among(PARAMETERIZATIONS)] = field(
         "noise", "what the network predicts"
     )
-    label: Annotated[str, one_of(LABELS)] = field(
+    label: Annotated[str, among(LABELS)] = field(
         "time", "the number that tells the network the time; ``time`` is 999 t"
     )
     data_std: float = field(

@@ -119,9 +119,11 @@ def _noise(metadata: Metadata) -> tuple[SDE, Training, float]:
     """
     stored = metadata["config"]
     try:
-        sde = Process.known(stored["sde"]).build()
-        training, data = Training.known(stored["training"]), Data.known(stored["data"])
-        eps = metadata.get("smallest_time")
+        process, training, data = (  # A checkpoint of another version may have other fields.
+            kind(**{k: v for k, v in stored[kind.section].items() if k in kind.model_fields})
+            for kind in (Process, Training, Data)
+        )
+        sde, eps = process.build(), metadata.get("smallest_time")
         return sde, training, smallest_time(sde, training, data, math.inf) if eps is None else eps
     except ValueError as error:
         raise OtherModelError(f"the checkpoint is of another model: {error}") from error

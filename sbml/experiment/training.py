@@ -10,12 +10,12 @@ from sbml import discrete, times
 from sbml.data import imagenet32
 from sbml.experiment.data import Data
 from sbml.experiment.fields import (
-    Count,
+    Natural,
     Positive,
     Section,
     Size,
+    among,
     field,
-    one_of,
     refusal,
     section_errors,
 )
@@ -57,10 +57,10 @@ class Loop(Section):
     )
     checkpoint_every: Positive = field(5_000, "number of steps between checkpoints")
     keep_last: Positive = field(2, "number of newest checkpoints that are kept")
-    keep_every: Count = field(
+    keep_every: Natural = field(
         50_000, "also keep the first checkpoint at or past each multiple of this step; 0: none"
     )
-    sample_every: Count = field(0, "number of steps between grids of samples; 0: no grids")
+    sample_every: Natural = field(0, "number of steps between grids of samples; 0: no grids")
 
     def checkpoints(self, workdir: epath.PathLike) -> Checkpoints:
         """The checkpoints of the run in ``workdir``."""
@@ -99,7 +99,7 @@ class Training(Loop):
         True, "weight the loss by w = g^2 / sigma^2; False: w = 1 (sbml.losses)"
     )
     importance_sampling: bool = field(True, "draw times by importance; False: uniform in t")
-    importance: Annotated[str, one_of(IMPORTANCE)] = field(
+    importance: Annotated[str, among(IMPORTANCE)] = field(
         "noise",
         "noise: uniform in log-SNR, as in the paper; velocity: with a density over log-SNR that is "
         "proportional to its sigmoid, which is alpha^2 for vp",
@@ -126,8 +126,8 @@ class Training(Loop):
         ge=1,
         lt=2**10,
     )
-    times: Annotated[str, one_of(DRAWS)] = field("lattice", "how the times of a batch are spread")
-    noises: Annotated[str, one_of(NOISES)] = field(
+    times: Annotated[str, among(DRAWS)] = field("lattice", "how the times of a batch are spread")
+    noises: Annotated[str, among(NOISES)] = field(
         "antithetic", "antithetic: each image has two rows, with noises z and -z"
     )
     proposal_bins: Size = field(
@@ -143,7 +143,7 @@ class Training(Loop):
         ge=0,
         lt=1,
     )
-    sample_every: Count = field(
+    sample_every: Natural = field(
         50_000, "number of steps between grids of at most 64 samples; 0: no grids"
     )
 
@@ -201,6 +201,14 @@ class DequantizerTraining(Loop):
     folder: ClassVar[str] = "dequantizer/checkpoints"
 
     num_steps: Positive = field(300_000, "number of steps of the optimizer")
+
+    def check(self) -> None:
+        """Check that no grids of samples are asked for."""
+        if every := self.sample_every:
+            raise ValueError(
+                f"{self.name_of('sample_every')}={every}: a dequantizer draws no samples; set "
+                f"--config.{self.name_of('sample_every')}=0"
+            )
 
 
 def smallest_time(sde: SDE, training: Training, data: Data, tau: float) -> float:

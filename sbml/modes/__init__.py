@@ -7,12 +7,12 @@ uses:
     others         flags of the command line, such as ``source`` for ``--source=DIR``: texts, of
                    which one without a default must be given
 
-A mode of this package that cannot work raises a ValueError, which the program shows in one line. A
-function ``check(experiment, workdir, before)`` beside it raises one if the mode cannot work after
-the modes ``before``. It is called before the first mode runs, unless an earlier mode has no
-``experiment``, because that mode makes the model. ``--mode`` also takes a function of another
-package, as ``package.module:function``. Files whose names begin with an underscore are parts that
-several modes share.
+A mode that cannot work raises a ValueError, which the program shows in one line. A function
+``check(experiment, workdir, before)`` beside it raises one if the mode cannot work after the modes
+``before``. It is called before the first mode runs, but after a mode without ``experiment``,
+because that mode makes the model. ``--mode`` also takes a function of another package, as
+``package.module:function``. Files whose names begin with an underscore are parts that several
+modes share.
 """
 
 import inspect
@@ -43,11 +43,6 @@ MODES = Registry(
 def parameters_of(mode: Mode) -> set[str]:
     """The names of the parameters of a mode."""
     return set(inspect.signature(mode).parameters)
-
-
-def needs_config(mode: Mode) -> bool:
-    """Whether a mode works with a config, and therefore with a work directory."""
-    return not parameters_of(mode).isdisjoint({"experiment", "config"})
 
 
 def execute(

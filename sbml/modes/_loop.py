@@ -199,13 +199,17 @@ def _train(task: Task, checkpoints: Checkpoints, preemption: Preemption) -> int:
 
 
 def _check_batch_size(task: Task) -> None:
-    """Check that a batch divides into equal parts, and has no image twice."""
-    training, images = task.training, task.images
+    """Check that a batch divides into equal parts on each device, and has no image twice."""
+    training, images, devices = task.training, task.images, jax.device_count()
     name, size = training.name_of("batch_size"), training.batch_size
-    parts = {training.name_of("accumulate"): training.accumulate}
-    if task.repeats > 1:
-        parts["rows of an image (antithetic noises)"] = task.repeats
-    sharding.check_divides(name, size, **parts)
+    parts = devices * training.accumulate * task.repeats
+    if size % parts:
+        lower = size // parts * parts
+        raise ValueError(
+            f"{name}={size} is not a multiple of {parts} = {devices} devices x "
+            f"{training.accumulate} {training.name_of('accumulate')} x {task.repeats} rows of an "
+            f"image; use {f'{lower} or ' if lower else ''}{lower + parts}"
+        )
     if size > (largest := len(images) * task.repeats):
         raise ValueError(
             f"{name}={size} takes {size // task.repeats} different images a step, {images.name} "

@@ -63,29 +63,17 @@ def loss_fn(experiment: Experiment) -> Loss:
 
 
 def check(experiment: Experiment, workdir: Workdir, before: Sequence[str]) -> None:
-    """Check that the dequantizer fits the images and the score, and draws no grids of samples."""
-    config = experiment.config
-    config.check_dequantizer("dequantizer.name", config.dequantizer.name)
-    if every := config.dequantizer.training.sample_every:
-        raise ValueError(
-            f"dequantizer.training.sample_every={every}: a dequantizer draws no samples; set "
-            "--config.dequantizer.training.sample_every=0"
-        )
+    """Check that the dequantizer fits the images and the score."""
+    experiment.config.check_dequantizer("dequantizer.name", experiment.config.dequantizer.name)
 
 
 def run(experiment: Experiment, workdir: Workdir) -> None:
     """Train the dequantizer of ``config.dequantizer`` for the newest checkpoint of the score.
 
     Writes ``dequantizer/`` in ``workdir``: checkpoints, metrics and tensorboard. A killed run
-    resumes, as in ``train``. Further errors are those of ``_loop.run``.
-
-    Raises:
-      ValueError: the config does not fit (see :func:`check`), there is no checkpoint of the score,
-        or the dequantizer was trained for another score.
+    resumes, as in ``train``; the errors are those of ``_loop.run``.
     """
-    check(experiment, workdir, ())
-    config = experiment.config
-    section = config.dequantizer
+    config, section = experiment.config, experiment.config.dequantizer
     section.optim.warn_if_short(section.training.num_steps)
     experiment, restored = experiment.restored(workdir)
     images = experiment.images("train")

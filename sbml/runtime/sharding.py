@@ -5,7 +5,6 @@ computation is written for the *global* batch and gives the same result on one d
 one process or many; the mathematics contains no axis name.
 """
 
-import math
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -122,20 +121,6 @@ def abstract(
         shapes,
         placement(shapes, mesh, shard_state=shard_state),
     )
-
-
-def check_divides(name: str, size: int, **parts_each: int) -> None:
-    """Check that a batch of ``size``, called ``name``, divides into equal parts on each device. The
-    number of these parts is the product of ``parts_each``."""
-    parts = math.prod([jax.device_count(), *parts_each.values()])
-    if size < 1 or size % parts:
-        lower = size // parts * parts
-        choices = f"{lower} or {lower + parts}" if lower else f"{parts}"
-        raise ValueError(
-            f"{name}={size} is not a positive multiple of {parts} = {jax.device_count()} devices"
-            + "".join(f" x {count} {what}" for what, count in parts_each.items())
-            + f"; use {choices}"
-        )
 
 
 def put(array: np.ndarray, sharding: NamedSharding) -> jax.Array:

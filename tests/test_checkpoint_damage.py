@@ -22,8 +22,7 @@ from checkpoints import (
 )
 from orbax.checkpoint import v1 as ocp
 
-from sbml.runtime.checkpoint import Checkpoints
-from sbml.runtime.manifest import DamagedCheckpointError, OtherModelError
+from sbml.runtime.checkpoint import Checkpoints, DamagedCheckpointError, OtherModelError
 
 # When one read of a broken checkpoint fails, orbax drops the others, which then complain to nobody.
 pytestmark = pytest.mark.filterwarnings(*BROKEN_READS)

@@ -10,16 +10,17 @@ import runs
 import tiny
 
 from sbml.experiment import build
+from sbml.experiment.optim import Optim
 from sbml.modes import _loop as loop
 from sbml.modes import train
-from sbml.runtime import checkpoint, metrics, optim
+from sbml.runtime import checkpoint, metrics
 from sbml.runtime.checkpoint import Checkpoints, UnsavedCheckpointError
 
 
 def diverge(monkeypatch):
     """Train at a learning rate that no config may have, from the first step."""
     rate = optax.constant_schedule(1e30)
-    monkeypatch.setattr(optim, "learning_rate", lambda *given: rate)
+    monkeypatch.setattr(Optim, "rate", lambda *given: rate)
 
 
 def test_a_non_finite_loss_read_late_is_named_and_never_saved(tmp_path, monkeypatch):

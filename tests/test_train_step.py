@@ -3,6 +3,7 @@
 import jax
 import numpy as np
 import pytest
+import runs
 import tiny
 
 from sbml.experiment import build
@@ -51,7 +52,11 @@ def test_average_is_exponential_and_warmup_starts_at_zero(plain_step):
                  state.ema_params)  # fmt: skip
 
 
-def test_a_batch_that_does_not_divide_names_each_factor():
-    sharding.check_divides("a.batch_size", 12, **{"a.accumulate": 2, "rows": 3})
-    with pytest.raises(ValueError, match=r"a.batch_size=7 .* 6 = 1 devices x 2 a.accumulate x 3 r"):
-        sharding.check_divides("a.batch_size", 7, **{"a.accumulate": 2, "rows": 3})
+def test_a_batch_that_does_not_divide_names_each_factor(tmp_path):
+    config = tiny.get_config()
+    config.training.update(batch_size=30, accumulate=4)
+    message = (
+        r"training.batch_size=30 .* 8 = 1 devices x 4 training.accumulate x 2 rows .* 24 or 32"
+    )
+    with pytest.raises(ValueError, match=message):
+        runs.mode(train.run, config, tmp_path)

@@ -29,7 +29,6 @@ from sbml.runtime.state import TrainState
 from sbml.runtime.trees import differences
 from sbml.runtime.versions import versions
 
-NAMES = "checkpoint_N or ckpt-N.flax"
 _NUMBER = re.compile(r"(?:checkpoint_(\d+)|ckpt-(\d+)\.flax)")
 
 
@@ -56,6 +55,7 @@ class ForeignState(NamedTuple):
 
     @property
     def ema_params(self) -> dict[str, Any]:
+        """The averaged parameters."""
         return self.trees["ema_params"]
 
 
@@ -78,8 +78,8 @@ def find(source: epath.PathLike) -> epath.Path:
         if path := newest(folder):
             return path
     raise ValueError(
-        f"no {NAMES} in {source} or in a folder checkpoints* of it: set --source to such a file, "
-        "or to the work directory that holds checkpoints/"
+        f"no checkpoint_N or ckpt-N.flax in {source} or in a folder checkpoints* of it: set "
+        "--source to such a file, or to the work directory that holds checkpoints/"
     )
 
 
@@ -142,8 +142,7 @@ def metadata(experiment: Experiment, score: ForeignState, dequantization: str) -
     only how they were scaled (``dequantization``)."""
     config = experiment.config.plain()
     config["data"]["dequantization"] = dequantization
-    origin = {"converted_from": score.origin}
-    return {"config": config, "data": None, "versions": versions(), **origin}
+    return {"config": config, "data": None, "versions": versions(), "converted_from": score.origin}
 
 
 def untold(config: Config, fields: list[str]) -> str:

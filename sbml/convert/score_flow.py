@@ -33,7 +33,6 @@ from sbml.convert import _files, _ncsnpp_options
 from sbml.convert._files import ForeignState
 from sbml.dequantizers import variational
 from sbml.experiment import trained
-from sbml.experiment.build import Experiment
 from sbml.experiment.config import Config
 from sbml.experiment.training import smallest_time
 from sbml.runtime.state import TrainState
@@ -101,7 +100,14 @@ def convert(config: Config, workdir: epath.Path, path: epath.Path, tree: Mapping
     experiment, lines = _files.fit(config, sections, workdir)
     # Everything is checked before anything is written, so that no half conversion is left behind.
     score_state = _files.state(jax.eval_shape(experiment.init_state), score)
-    flow_state = None if flow is None else _flow_state(experiment, flow)
+    if flow is not None:
+        shape = variational.image_shape(flow.ema_params)
+        images, key = jnp.zeros((2, *shape), jnp.uint8), jax.random.key(0)
+        model, optimizer = experiment.dequantizer("variational"), experiment.dequantizer_optimizer
+        template = jax.eval_shape(
+            lambda key: TrainState.create(model.init(key, images), optimizer), key
+        )
+        flow_state = _files.state(template, flow)
     metadata = _files.metadata(experiment, score, "none")
     if jax.process_index() == 0:
         trained.write_architecture(workdir, sections)
@@ -114,7 +120,7 @@ def convert(config: Config, workdir: epath.Path, path: epath.Path, tree: Mapping
         with experiment.config.dequantizer.training.checkpoints(workdir) as checkpoints:
             checkpoints.save(flow.step, flow_state, {**metadata, **of_flow})
             written.append(_files.line(flow, checkpoints))
-        if (shape := variational.image_shape(flow.ema_params)) != experiment.config.data.shape:
+        if shape != experiment.config.data.shape:
             written.append(f"{flow.path} fits only images of shape {shape}")
     fields = ["sde.name", "training.smallest_time", "score.parameterization"]
     fields += ["training.likelihood_weighting", "training.importance_sampling", "data.flip"]
@@ -160,12 +166,3 @@ def _sections(config: Config, score: ForeignState, flow: ForeignState | None) ->
             flow.ema_params, dict(config.dequantizer.model)
         )
     return sections
-
-
-def _flow_state(experiment: Experiment, theirs: ForeignState) -> TrainState:
-    images = jnp.zeros((2, *variational.image_shape(theirs.ema_params)), jnp.uint8)
-    model, optimizer = experiment.dequantizer("variational"), experiment.dequantizer_optimizer
-    template = jax.eval_shape(
-        lambda key: TrainState.create(model.init(key, images), optimizer), jax.random.key(0)
-    )
-    return _files.state(template, theirs)

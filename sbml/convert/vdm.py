@@ -44,16 +44,22 @@ def convert(config: Config, workdir: epath.Path, path: epath.Path, tree: Mapping
     """Convert the checkpoint ``tree`` in the file ``path`` to ``workdir``."""
     whole = read(path, tree)
     score = whole._replace(trees={k: v["score_model"] for k, v in whole.trees.items()})
+    least, largest = config.score.log_snr_range
+    ends = -largest, -least  # A fixed schedule spans the range of the time label.
+    if "gamma" in whole.ema_params:
+        with jax.enable_x64(True):
+            exact = jax.tree.map(lambda a: jnp.asarray(a, float), whole.ema_params["gamma"])
+            ends = schedule(exact).gamma(jnp.asarray([0.0, 1.0])).tolist()
     sections = {
         "model": {"name": NETWORK, **network_fields(score, config.data.shape[-1])},
         "score": {
             "parameterization": "residual",
             "label": "scaled_log_snr",
-            "log_snr_range": tuple(config.score.log_snr_range),
+            "log_snr_range": config.score.log_snr_range,
         },
         "sde": {
             **{"name": "linear_gamma", "learned": False},
-            **_ends(whole, config.score.log_snr_range),
+            **{"gamma_0": ends[0], "gamma_1": ends[1]},
         },
         "training": {"smallest_time": LinearGamma.smallest_time},
     }
@@ -129,14 +135,3 @@ def schedule(gamma: Mapping[str, Any]) -> LinearGamma | MonotoneGamma:
         units = l2["kernel"][0], l2["bias"], l3["kernel"][:, 0]
         return MonotoneGamma(l1["kernel"][0, 0], l1["bias"][0], *units)
     raise ValueError(f"gamma has {sorted(gamma)}: VDM's schedules have w, b or l1, l2, l3")
-
-
-def _ends(whole: ForeignState, log_snr_range: tuple[float, float]) -> dict[str, float]:
-    """gamma(0) and gamma(1), computed in float64."""
-    if "gamma" not in whole.ema_params:  # A fixed schedule spans the range of the time label.
-        least, largest = log_snr_range
-        return {"gamma_0": -largest, "gamma_1": -least}
-    with jax.enable_x64(True):
-        exact = jax.tree.map(lambda a: jnp.asarray(a, float), whole.ema_params["gamma"])
-        ends = schedule(exact).gamma(jnp.asarray([0.0, 1.0]))
-        return {"gamma_0": float(ends[0]), "gamma_1": float(ends[1])}

@@ -127,7 +127,7 @@ class CellRun(Driver):
     def _parts(self, solver: Solver) -> Parts:
         # Kept, because the identity needs the checksums of all parameters, which take time.
         if solver not in self._parts_of:
-            self._parts_of[solver] = self.shared.workdir.parts("eval", self._identity(solver))
+            self._parts_of[solver] = Parts(self.shared.workdir / "eval", self._identity(solver))
         return self._parts_of[solver]
 
     def _identity(self, solver: Solver) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from sbml.bound import GaussianControl
 from sbml.data import ImageSet, spread
 from sbml.experiment.build import Experiment
 from sbml.runtime.checkpoint import Restored
+from sbml.runtime.parts import compute_once
 from sbml.runtime.preemption import Preemption
 from sbml.runtime.trees import tree_crc32
 from sbml.runtime.workdir import Workdir
@@ -80,7 +81,9 @@ class Inputs:
             return {name: np.asarray(value, np.float32) for name, value in arrays.items()}
 
         train = self.train
-        arrays: dict[str, Any] = self.workdir.compute_once("control", train.fingerprint, fit)
+        arrays: dict[str, Any] = compute_once(
+            self.workdir / "eval", "control", train.fingerprint, fit
+        )
         return GaussianControl(**{"basis": None, **arrays})
 
     def density(self, eps: float) -> np.ndarray | None:
@@ -111,7 +114,7 @@ class Inputs:
             key = stream(jax.random.key(config.seed), "pilot")
             return {"density": np.asarray(run(experiment.exact_adapter(params), x, key))}
 
-        return self.workdir.compute_once("density", identity, pilot)["density"]
+        return compute_once(self.workdir / "eval", "density", identity, pilot)["density"]
 
     def dequantization(self, name: str) -> Dequantization:
         """The dequantizer called ``name``, with the averaged parameters of its training if it has

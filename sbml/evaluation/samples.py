@@ -24,6 +24,7 @@ from sbml.pytrees import in_batches
 from sbml.report.plots import image_grid, write_png
 from sbml.runtime import progress, sharding
 from sbml.runtime.checkpoint import Restored
+from sbml.runtime.parts import Parts
 from sbml.runtime.preemption import Preemption
 from sbml.runtime.trees import tree_crc32
 from sbml.runtime.workdir import SAMPLES, Workdir
@@ -202,7 +203,7 @@ class Drawing:
         """Samples 0 .. ``sampling.num_images`` - 1. Those on disk are read, the others are computed
         and written. If samples have failed, a warning gives their number."""
         config = self.experiment.config.sampling
-        parts = self.workdir.parts("sampling", self.identity)
+        parts = Parts(self.workdir / "sampling", self.identity)
         stored = parts.read()
         all_ids = np.arange(config.num_images)
         missing = np.setdiff1d(all_ids, stored.get("id", []))

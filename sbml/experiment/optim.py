@@ -1,12 +1,18 @@
-"""``config.optim`` and ``config.dequantizer.optim``: the paper's Adam."""
+"""``config.optim`` and ``config.dequantizer.optim``: the paper's optimizer.
 
-from typing import Annotated, ClassVar
+This is Adam with clipping by the global norm and linear warm-up,
 
+learning rate at step n = lr min(n / warmup, 1)
+"""
+
+from typing import Annotated, Any, ClassVar
+
+import jax
 import optax
 from absl import logging
 
 from sbml.experiment.fields import Natural, Section, among, field
-from sbml.runtime import optim
+from sbml.types import Array
 
 # The program warns if the initial parameters weigh more than this in the averaged ones.
 MOST_INITIAL = 0.2
@@ -23,7 +29,7 @@ class Optim(Section):
 
     lr: float = field(2e-4, "largest learning rate", gt=0, le=1)
     warmup: Natural = field(5_000, "number of steps in which the rate rises from 0 to lr")
-    schedule: Annotated[str, among(optim.SCHEDULES)] = field(
+    schedule: Annotated[str, among(("constant", "cosine"))] = field(
         "constant", "the learning rate after the warm-up; cosine: it falls to zero at num_steps"
     )
     beta1: float = field(0.9, "decay of the gradient's average per step", ge=0, lt=1)
@@ -61,19 +67,42 @@ class Optim(Section):
                 *(self.section, max(0.0, 1 - 6.5 / num_steps)),
             )
 
+    def rate(self, num_steps: int) -> optax.Schedule:
+        """The learning rate by step in a run of ``num_steps``.
+
+        If ``num_steps`` is not above ``warmup``, the run ends before a cosine begins.
+        """
+        if self.schedule == "cosine" and self.warmup < num_steps:
+            return optax.warmup_cosine_decay_schedule(0.0, self.lr, self.warmup, num_steps)
+        if self.warmup:
+            return optax.linear_schedule(0.0, self.lr, self.warmup)
+        return optax.constant_schedule(self.lr)
+
     def transformation(self, num_steps: int, unit: float) -> optax.GradientTransformation:
-        """The optimizer of a run of ``num_steps``.
+        """The optimizer of a run of ``num_steps``: clipping, Adam, decoupled weight decay.
 
         ``unit`` is the value of the loss here when the paper's loss is 1. The norm is clipped at
-        ``grad_clip * unit``, which equals clipping the paper's gradient at ``grad_clip``.
+        ``grad_clip * unit``, which equals clipping the paper's gradient at ``grad_clip``. Only
+        matrices and kernels decay; biases, scales of norms, position embeddings (these may have as
+        many axes as an image) and the fixed Fourier frequencies do not.
         """
-        return optim.adam(
-            optim.learning_rate(self.lr, self.warmup, self.schedule, num_steps),
-            beta1=self.beta1,
-            beta2=self.beta2,
-            eps=self.eps,
-            weight_decay=self.weight_decay,
-            grad_clip=self.grad_clip * unit,
+
+        def decayed(path: Any, update: Array, param: Array) -> Array:
+            name = str(getattr(path[-1], "key", ""))
+            if param.ndim < 2 or name.startswith(("scale", "bias", "pos_emb")):
+                return update
+            return update + self.weight_decay * param
+
+        def decay(updates: optax.Updates, params: optax.Params) -> optax.Updates:
+            return jax.tree_util.tree_map_with_path(decayed, updates, params)
+
+        # The state has one structure for all settings, so a run may go on with others.
+        clip = self.grad_clip * unit
+        return optax.chain(
+            optax.clip_by_global_norm(clip) if clip else optax.identity(),
+            optax.scale_by_adam(self.beta1, self.beta2, self.eps),
+            optax.stateless(decay) if self.weight_decay else optax.identity(),
+            optax.scale_by_learning_rate(self.rate(num_steps)),
         )
 
 

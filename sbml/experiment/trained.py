@@ -18,7 +18,7 @@ from sbml.experiment.data import Data
 from sbml.experiment.fields import plain
 from sbml.experiment.score import Process
 from sbml.experiment.training import Training, smallest_time, smallest_trained_time
-from sbml.runtime.manifest import OtherModelError
+from sbml.runtime.checkpoint import OtherModelError
 from sbml.runtime.workdir import ARCHITECTURE, Workdir
 from sbml.score import LEVELS
 from sbml.sdes import SDE

@@ -129,7 +129,16 @@ def _train(task: Task, checkpoints: Checkpoints, preemption: Preemption) -> int:
     writer = None
     if jax.process_index() == 0:
         writer = metrics.MetricsWriter(task.directory, start)
-        _set_aside_pictures(task.directory / "samples", start)
+        for path in (task.directory / "samples").glob("step_*.png"):
+            if not path.stem[5:].isdecimal() or int(path.stem[5:]) <= start:
+                continue
+            if start:  # This picture is made again.
+                path.unlink()
+                continue
+            aside = path  # The training begins again; people may want the old picture.
+            while aside.exists():
+                aside = aside.with_name(f"{aside.name}.earlier")
+            path.replace(aside)
     rows: list[tuple[float, float]] = []  # loss and grad_norm of the steps since the last row
     since = time.perf_counter()
     bar = progress.bar(task.name, "step", total, start)
@@ -261,21 +270,6 @@ def _restore(
 def _prefix(task: Task) -> str:
     """The prefix of the names of the task's sections: empty or ``dequantizer.``."""
     return task.training.section.removesuffix("training")
-
-
-def _set_aside_pictures(folder: epath.Path, start: int) -> None:
-    """Remove the pictures of steps after ``start``, which are made again; or rename them, if the
-    training begins again."""
-    for path in folder.glob("step_*.png"):
-        if not path.stem[5:].isdecimal() or int(path.stem[5:]) <= start:
-            continue
-        if start:
-            path.unlink()
-            continue
-        aside = path
-        while aside.exists():
-            aside = aside.with_name(f"{aside.name}.earlier")
-        path.replace(aside)
 
 
 def compiled_step(

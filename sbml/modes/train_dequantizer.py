@@ -20,7 +20,7 @@ from sbml import bits, bound, times
 from sbml.experiment import trained
 from sbml.experiment.build import Experiment
 from sbml.modes import _loop as loop
-from sbml.runtime.manifest import OtherModelError
+from sbml.runtime.checkpoint import OtherModelError
 from sbml.runtime.state import Loss, Prepare, Update
 from sbml.runtime.trees import tree_crc32
 from sbml.runtime.workdir import Workdir

@@ -2,7 +2,9 @@
 
 Orbax writes a checkpoint into a temporary folder and renames the folder when it is complete. So an
 interrupted save is never taken for a checkpoint. But Orbax does not notice bytes that change later.
-Therefore each checkpoint has a *manifest* (``manifest.py``). Reading a checkpoint checks
+Therefore each checkpoint has a *manifest*, which Orbax stores as its metadata: the step, the path,
+shape, dtype and CRC32 of every leaf of the state, the user's metadata, and a CRC32 of all that.
+Reading a checkpoint checks
 
 1. whether the manifest can be read; if not, the checkpoint is damaged;
 2. whether its leaves are those of the template; if not, the checkpoint is of another model;
@@ -15,11 +17,14 @@ another model, an error is raised. Nothing is deleted in either case.
 import contextlib
 import dataclasses
 import errno
+import itertools
+import json
 import logging as stdlib_logging
 import re
 import shutil
 import textwrap
 import time
+import zlib
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Self
 
@@ -28,16 +33,25 @@ import numpy as np
 from absl import logging
 from etils import epath
 from jax.experimental import multihost_utils
+from jax.tree_util import keystr, tree_leaves_with_path
 from orbax.checkpoint import v1 as ocp
+from orbax.checkpoint.metadata import get_step_metadata
 from orbax.checkpoint.path import step as step_lib
 
-from sbml.runtime import manifest
 from sbml.runtime.files import remote
-from sbml.runtime.manifest import DamagedCheckpointError, OtherModelError
 from sbml.runtime.peers import LostProcessError
+from sbml.runtime.trees import leaf_crc32
 
 PyTree = Any
 OVERHEAD = 2**20  # bytes for the names, shapes and checksums of a checkpoint's arrays
+
+
+class DamagedCheckpointError(RuntimeError):
+    """A checkpoint whose bytes have changed since it was saved."""
+
+
+class OtherModelError(ValueError):
+    """A checkpoint that is not of the model that reads it."""
 
 
 class Restored(NamedTuple):
@@ -123,7 +137,7 @@ class Checkpoints:
         """
         for step in reversed(self.steps()):
             try:
-                return manifest.read(self.directory / str(step))["metadata"]
+                return _manifest(self.directory / str(step))["metadata"]
             except Exception as error:  # Any error means that the bytes could not be read.
                 if step not in self.steps():
                     return self.metadata()
@@ -153,7 +167,10 @@ class Checkpoints:
           ValueError: ``step`` is not larger than the newest one.
           UnsavedCheckpointError: the save cannot begin, although the disk is not full.
         """
-        content = manifest.create(step, state, metadata)
+        crc32s = [leaf_crc32(leaf) for leaf in jax.tree.leaves(state)]
+        body = {"step": step, "leaves": _leaves(state), "crc32s": crc32s, "metadata": metadata}
+        body = json.loads(json.dumps(body, allow_nan=False))
+        content = {"manifest": body, "crc32": _text_crc32(body)}
         self._end_save()
         self._set_damaged_aside()
         if (steps := self.steps()) and step <= steps[-1]:
@@ -230,11 +247,21 @@ class Checkpoints:
         path = self.directory / str(step)
         restored, damage = None, "another process could not read it"
         try:
-            stored = manifest.read(path)
+            stored = _manifest(path)
             like = template(stored["metadata"])
-            manifest.check_same_model(path, stored["leaves"], manifest.leaves_of(like))
+            for leaf, of_model in itertools.zip_longest(stored["leaves"], _leaves(like)):
+                if leaf != of_model:
+                    raise OtherModelError(
+                        f"{path} is of another model. First difference: it holds {_text(leaf)}, "
+                        f"this model has {_text(of_model)}. Use the configuration that saved it, "
+                        "or a new directory"
+                    )
             state = ocp.load(path, like, checkpointable_name="state")
-            manifest.check_crc32s(stored, state)
+            # All are computed before the comparison: all processes must take part in gathering.
+            crc32s = [leaf_crc32(leaf) for leaf in jax.tree.leaves(state)]
+            for leaf, saved, crc32 in zip(stored["leaves"], stored["crc32s"], crc32s, strict=True):
+                if crc32 != saved:
+                    raise DamagedCheckpointError(f"{_text(leaf)} fails its CRC32")
             restored = Restored(step, state, stored["metadata"])
         except (OtherModelError, MemoryError, PermissionError, jax.errors.JaxRuntimeError):
             raise  # These say nothing about the checkpoint's bytes.
@@ -351,6 +378,36 @@ class Checkpoints:
                 logging.warning("Moved the damaged checkpoint of step %d to %s", step, target)
         multihost_utils.sync_global_devices("damaged checkpoints set aside")
         self._damaged.clear()
+
+
+def _manifest(path: epath.Path) -> dict[str, Any]:
+    """``step``, ``leaves``, ``crc32s`` and ``metadata`` of the checkpoint ``path``, whose name is
+    its step."""
+    manifest = get_step_metadata(path).custom_metadata
+    if not manifest:
+        raise DamagedCheckpointError("its metadata holds no manifest")
+    if _text_crc32(manifest["manifest"]) != manifest["crc32"]:
+        raise DamagedCheckpointError("its metadata fails its CRC32")
+    if str(saved := manifest["manifest"].get("step")) != path.name:
+        raise DamagedCheckpointError(f"it was saved as step {saved}: name its folder so again")
+    return manifest["manifest"]
+
+
+def _leaves(tree: PyTree) -> list[list[Any]]:
+    """``[path, shape, dtype]`` of each leaf, in the types that JSON returns."""
+    return [
+        [keystr(path, simple=True, separator="/"), list(leaf.shape), str(leaf.dtype)]
+        for path, leaf in tree_leaves_with_path(tree)
+    ]
+
+
+def _text_crc32(body: dict[str, Any]) -> int:
+    return zlib.crc32(json.dumps(body, sort_keys=True).encode())
+
+
+def _text(leaf: list[Any] | None) -> str:
+    """An entry of :func:`_leaves` for a message; None if there is no further entry."""
+    return "no further leaf" if leaf is None else "{0} {2}{1}".format(*leaf)
 
 
 def shortage(folder: epath.Path, size: int) -> str:

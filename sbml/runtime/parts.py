@@ -54,27 +54,14 @@ class Parts:
     """The parts of one table; ``identity`` describes its computation in plain JSON values.
 
     The parts lie in a folder of ``root`` whose name is a hash of ``identity``, so that different
-    computations use different folders.
-
-    Raises:
-      ValueError: the folder holds the parts of another computation.
+    computations use different folders. ``identity.json`` in it is for people.
     """
 
     def __init__(self, root: epath.PathLike, identity: dict[str, Any]) -> None:
         self.directory = epath.Path(root) / _digest(identity)
         self.directory.mkdir(parents=True, exist_ok=True)
         self._noted = False  # whether the present versions are stored
-        marker = self.directory / "identity.json"
-        stored = None
-        if marker.exists():
-            try:
-                stored = read_json(marker, "it is written again")
-            except DamagedFileError as error:
-                logging.warning("%s", error)
-        if stored is None:
-            write_json(marker, identity)
-        elif stored != json.loads(json.dumps(identity)):
-            raise ValueError(f"{self.directory} belongs to another computation: move it away")
+        write_json(self.directory / "identity.json", identity)
 
     def write(self, columns: dict[str, np.ndarray]) -> None:
         """Add the rows ``columns``, of which ``sweep`` and ``id`` identify a row, and note the

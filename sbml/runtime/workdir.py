@@ -15,7 +15,6 @@ from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from typing import Any, Self
 
-import numpy as np
 from etils import epath
 
 from sbml.runtime import lock
@@ -28,7 +27,6 @@ from sbml.runtime.files import (
     write_npz,
     write_whole,
 )
-from sbml.runtime.parts import Parts, compute_once
 
 ARCHITECTURE = "architecture.json"
 EVALUATION = "evaluation.json"
@@ -141,13 +139,3 @@ class Workdir(os.PathLike):
     def write_bytes(self, name: str, content: bytes) -> None:
         """Write a picture or page, completely or not at all."""
         write_whole(self / name, content)
-
-    def parts(self, folder: str, identity: dict[str, Any]) -> Parts:
-        """The table of the computation ``identity``, stored in parts in ``folder``."""
-        return Parts(self / folder, identity)
-
-    def compute_once(
-        self, name: str, identity: dict[str, Any], make: Callable[[], Any]
-    ) -> dict[str, np.ndarray]:
-        """Arrays of an evaluation, computed once (:func:`sbml.runtime.parts.compute_once`)."""
-        return compute_once(self / "eval", name, identity, make)

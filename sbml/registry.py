@@ -31,11 +31,7 @@ class Registry(Mapping[str, Any]):
         self.kind, self.places = kind, dict(places)
 
     def __getitem__(self, name: str) -> Any:
-        """The part called ``name``.
-
-        Raises:
-          ValueError: there is none; the message lists the short names, or says what is missing.
-        """
+        """The part called ``name``."""
         place = self.places.get(name, name)
         if not isinstance(place, str):
             return place

@@ -392,6 +392,16 @@ def test_an_sde_has_the_numbers_of_its_class() -> None:
         Process(beta_max=1001.0)
 
 
+@pytest.mark.parametrize("name", ["learned", "name", "replace", "section"])
+def test_a_field_that_a_section_would_hide_is_refused_by_name(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    odd = dataclasses.make_dataclass("Odd", [(name, float, 1.0)])
+    monkeypatch.setitem(sdes.SDES.places, "odd", odd)
+    with pytest.raises(ValueError, match=rf"config.sde: .*Odd has a field {name}, .*: rename"):
+        Process(name="odd")
+
+
 def test_checkpoints_of_other_versions_are_read_with_the_fields_they_have() -> None:
     stored: dict[str, Any] = {
         "sde": {"name": "subvp", "beta_min": 0.1, "beta_max": 20.0, "forgotten": 3},

@@ -40,11 +40,6 @@ def read_options(
       given: fields of ``Model``, used for options that the parameters do not show.
       height: height of the images in pixels; it turns levels into ``attn_resolutions``.
       channels: channels of the images, used if the parameters have no first convolution.
-
-    Raises:
-      ValueError: no NCSN++ has these parameters; the message lists the leaves that are missing,
-        left over or misshapen in comparison with the nearest network. Or several networks have
-        them; the message names the field to set.
     """
     with contextlib.suppress(KeyError, IndexError):
         channels = np.shape(params["Conv_0"]["kernel"])[2]
@@ -131,7 +126,11 @@ def _layers(
     """The options that follow from which layers there are and how many of each kind."""
     kind, modules = _blocks(params)
     between = BLOCKS[kind] == "ddpm" and len(ch_mult) > 1  # Layers between the blocks resample.
-    progressive = _progressive(params)
+    # An output head is a norm and a convolution. "none" has one; "output_skip" has one for each
+    # level, all of which give images; "residual" has two, one of which gives an image.
+    channels, heads = params["Conv_0"]["kernel"].shape[2], len(_named(params, "GroupNorm"))
+    images = sum(conv["kernel"].shape[-1] == channels for conv in _named(params, "Conv"))
+    progressive = "none" if heads <= 1 else "output_skip" if images == heads else "residual"
     # Resampling layers have parameters between "ddpm" blocks and along residual pyramids.
     down, up = (_named(params, side) for side in ("Downsample", "Upsample"))
     halvings = max(len(ch_mult) - 1, 1)
@@ -158,20 +157,6 @@ def _layers(
         "progressive_input": progressive_input,
         "progressive_combine": combine,
     }
-
-
-def _progressive(params: Tree) -> str:
-    """The option ``progressive``, from the output heads (a norm and a convolution).
-
-    "none" has one head; "output_skip" has one for each level, all of which give images; "residual"
-    has two, one of which gives an image.
-    """
-    channels = params["Conv_0"]["kernel"].shape[2]
-    heads = len(_named(params, "GroupNorm"))
-    images = sum(conv["kernel"].shape[-1] == channels for conv in _named(params, "Conv"))
-    if heads <= 1:
-        return "none"
-    return "output_skip" if images == heads else "residual"
 
 
 def _attention(

@@ -158,7 +158,7 @@ def _sections(config: Config, score: ForeignState, flow: ForeignState | None) ->
             "parameterization": choice if choice in possible else possible[0],
             "label": convention.label,
         },
-        "sde": config.sde.replace(learned=False).values(),
+        "sde": dict(config.sde.replace(learned=False)),
         "training": {"smallest_time": eps},
     }
     if flow is not None:

@@ -61,9 +61,6 @@ class Experiment:
       config: the config; its sections are ``config.data``, ``config.training`` ...
       shape: shape of an image, (height, width, channels).
       levels: number of levels of the integer data.
-
-    Raises:
-      ValueError: the config cannot work; the message names the field.
     """
 
     def __init__(self, config: ConfigDict | Config) -> None:
@@ -168,12 +165,7 @@ class Experiment:
         return self.config.dequantizer.build(name, levels=self.levels, tau=tau)
 
     def images(self, split: str) -> data.ImageSet:
-        """The images of ``split``. Every process calls this.
-
-        Raises:
-          ValueError: the images do not have the shape or levels that ``config.data`` states, or
-            several processes have different images.
-        """
+        """The images of ``split``, the same in all processes; every process calls this."""
         images = self.config.data.images(split)
         if jax.process_count() > 1:
             sharding.check_same(f"{split} images", images.fingerprint["id"])
@@ -245,9 +237,6 @@ class Experiment:
 
         Settings that only affect the training may differ from those of the checkpoint; settings
         that affect the score may not.
-
-        Raises:
-          ValueError: there is no checkpoint, or it belongs to another model.
         """
         mesh = sharding.data_mesh()
         # This is not in ``template``, so that an error in the config is not taken for a damaged
@@ -275,11 +264,7 @@ class Experiment:
         return self.with_learned_schedule(restored.state.ema_params), restored
 
     def restore_dequantizer(self, workdir: epath.PathLike, images: data.ImageSet) -> Restored:
-        """The newest undamaged checkpoint of the dequantizer trained in ``workdir``.
-
-        Raises:
-          ValueError: there is no checkpoint, or it belongs to another model.
-        """
+        """The newest undamaged checkpoint of the dequantizer trained in ``workdir``."""
         expected = sharding.abstract(lambda: self.init_dequantizer(images), sharding.data_mesh())
 
         def template(metadata: dict) -> TrainState:

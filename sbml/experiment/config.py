@@ -101,20 +101,13 @@ def default(network: str = "ncsnpp", dequantizer: str = "variational") -> Config
     """
 
     def editable(section: Section) -> dict[str, Any]:
-        values = section.values()
-        return {k: editable(v) if isinstance(v, Section) else v for k, v in values.items()}
+        return {k: editable(v) if isinstance(v, Section) else v for k, v in section}
 
     chosen = Config(model=Network(name=network), dequantizer=Dequantizer(name=dequantizer))
     config = ConfigDict(editable(chosen)).lock()
     for section in ("sde", "data", "sampling"):
         config[section].unlock()
     return config
-
-
-def folder() -> pathlib.Path:
-    """The folder ``configs``: in the package once it is installed, beside it in a checkout."""
-    installed = _PACKAGE / "configs"
-    return installed if installed.is_dir() else _PACKAGE.with_name("configs")
 
 
 def path_of(config: str) -> pathlib.Path:
@@ -124,7 +117,9 @@ def path_of(config: str) -> pathlib.Path:
     path = pathlib.Path(config).expanduser()
     if path.is_file():
         return path
-    named = {file.stem: file for file in sorted(folder().glob("*.py"))}
+    folder = _PACKAGE / "configs"  # In a checkout it is beside the package.
+    folder = folder if folder.is_dir() else _PACKAGE.with_name("configs")
+    named = {file.stem: file for file in sorted(folder.glob("*.py"))}
     if config in named:
         return named[config]
     if path.is_dir() or config != path.stem:
@@ -215,11 +210,7 @@ def node_of(values: Any, name: str) -> tuple[Any, str]:
 
 
 def with_overrides(config: ConfigDict, overrides: Mapping[str, str]) -> Config:
-    """The config with further values, given as text by the names of the fields ("optim.lr").
-
-    Raises:
-      ValueError: a field is invalid or unknown; the message names it.
-    """
+    """The config with further values, given as text by the names of the fields ("optim.lr")."""
     values = config.to_dict()
     for name, text in overrides.items():
         node, last = node_of(values, name)

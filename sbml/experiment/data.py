@@ -107,12 +107,7 @@ class Data(Chosen):
         )
 
     def images(self, split: str) -> ImageSet:
-        """The images of ``split``.
-
-        Raises:
-          ValueError: the images do not have this shape and these levels, or cannot be loaded; or
-            a field is set that only other sources read.
-        """
+        """The images of ``split``."""
         reads = data.source_of(self.source)[0].reads
         for name, option in OWN.items():
             value = getattr(self, name)

@@ -158,9 +158,6 @@ class Section(pydantic.BaseModel):
     """A part of a config: a frozen class of fields, or of further sections.
 
     ``section`` is its name on the command line, and empty for the whole config.
-
-    Raises:
-      ValueError: a field is unknown or invalid, or two fields do not fit together.
     """
 
     model_config = pydantic.ConfigDict(
@@ -206,13 +203,9 @@ class Section(pydantic.BaseModel):
         """This section with other values of some fields."""
         return type(self)(**{**dict(self), **changes})
 
-    def values(self) -> dict[str, Any]:
-        """The fields by name."""
-        return dict(self)
-
     def plain(self) -> dict[str, Any]:
         """The fields in the types of JSON: a section is a dict with sorted names."""
-        return {name: plain(value) for name, value in sorted(self.values().items())}
+        return {name: plain(value) for name, value in sorted(self)}
 
 
 def _beyond_float32(value: Any) -> bool:

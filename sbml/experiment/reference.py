@@ -26,16 +26,15 @@ def sections(section: Section | None = None) -> Iterator[tuple[str, Section]]:
     """The names of the sections of a config, with their defaults; "config" is the config itself."""
     section = Config() if section is None else section
     yield section.section or "config", section
-    for value in section.values().values():
+    for value in dict(section).values():
         if isinstance(value, Section):
             yield from sections(value)
 
 
 def rows(section: Section) -> list[Row]:
     """The fields of ``section``, and those of the class that it names by default."""
-    found = []
-    known = type(section).model_fields
-    for name, value in section.values().items():
+    found, known = [], type(section).model_fields
+    for name, value in dict(section).items():
         if isinstance(value, Section):
             continue
         shown = ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
@@ -53,19 +52,16 @@ def text(name: str) -> str:
     known = dict(sections())
     if name not in known:
         return f"--help={name}: choose from {', '.join(known)}"
-    chosen = known if name == "config" else {n: s for n, s in known.items() if _within(n, name)}
     lines = []
-    for section in chosen.values():
+    for section_name, section in known.items():
+        if name != "config" and not f"{section_name}.".startswith(f"{name}."):
+            continue
         lines.append(f"\n{_first_sentence(section)}\n")
         for row in rows(section):
             lines.append(f"  --config.{row.name}={row.default}")
             wanted = f"{row.meaning} ({row.needs})" if row.needs else row.meaning
             lines += textwrap.wrap(wanted, 92, initial_indent=" " * 6, subsequent_indent=" " * 6)
     return "\n".join(lines)
-
-
-def _within(name: str, section: str) -> bool:
-    return name == section or name.startswith(f"{section}.")
 
 
 def _first_sentence(section: Section) -> str:

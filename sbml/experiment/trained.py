@@ -52,11 +52,7 @@ def of_workdir(config: Config, workdir: Workdir) -> Config:
 
 
 def with_fields(config: Config, sections: Sections) -> tuple[Config, list[str]]:
-    """``config`` with the fields in ``sections`` replaced, and a line for each change.
-
-    Raises:
-      ValueError: the config has another network or SDE, or lacks a field of ``sections``.
-    """
+    """``config`` with the fields in ``sections`` replaced, and a line for each change."""
     before = flatten_dict(config.plain(), sep=".")
     now = dict(before)
     for section, fields in sections.items():
@@ -113,9 +109,6 @@ def _noise(metadata: Metadata) -> tuple[SDE, Training, float]:
 
     A converted checkpoint has no smallest time. Such a model was trained from the paper's smallest
     time on, also on bin centres.
-
-    Raises:
-      OtherModelError: the config is none of this version of the package.
     """
     stored = metadata["config"]
     try:
@@ -134,9 +127,6 @@ def check_score(config: Config, metadata: Metadata) -> None:
 
     This comes before a comparison of the arrays, since the name of a field that differs explains
     more than the shape of an array.
-
-    Raises:
-      OtherModelError: they do not; the message names the fields that differ.
     """
     _refuse(_differences(config, metadata, "sde", "score", "model"))
     if config.score.parameterization == LEVELS:
@@ -230,9 +220,6 @@ def earlier_data(metadata: Metadata, images: data.ImageSet) -> list[dict[str, An
 def other_data(metadata: Metadata, images: data.ImageSet) -> list[str]:
     """Warnings if a checkpoint was trained on other data than ``images``, also if it was trained
     on ``images`` afterwards.
-
-    Raises:
-      ValueError: the data are the two versions of ImageNet 32x32, which must not be compared.
     """
     warnings = []
     earlier = metadata.get("earlier_data", [])

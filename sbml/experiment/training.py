@@ -73,11 +73,7 @@ class Loop(Section):
 
 def proposal_name(section: Any) -> str:
     """The name of the proposal of the times that ``importance_sampling`` and ``importance`` of a
-    section choose, a key of ``times.PROPOSALS``.
-
-    Raises:
-      ValueError: ``importance`` is set without importance sampling.
-    """
+    section choose, a key of ``times.PROPOSALS``."""
     if section.importance_sampling:
         return IMPORTANCE[section.importance]
     if section.importance != "noise":
@@ -231,11 +227,7 @@ def smallest_time(sde: SDE, training: Training, data: Data, tau: float) -> float
 
 
 def discrete_time(sde: SDE, levels: int, eps: Number, tau: float) -> Number:
-    """``discrete.smallest_time`` for ``eval.tau``.
-
-    Raises:
-      ValueError: it is not before T, because ``tau`` is too small.
-    """
+    """``discrete.smallest_time`` for ``eval.tau``."""
     found = discrete.smallest_time(sde, levels, eps, tau)
     return sde.check_time(found, f"eval.tau={tau} gives smallest time eps")
 

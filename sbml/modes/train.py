@@ -47,7 +47,7 @@ def dequantize(pixels: Array, key: Key, kind: str, levels: int) -> Array:
     return bits.to_model(pixels, u, levels)
 
 
-class Draws(NamedTuple):
+class DrawnBatch(NamedTuple):
     """The random draws of a batch with n rows.
 
     Attributes:
@@ -75,7 +75,7 @@ def prepare_fn(experiment: Experiment) -> Prepare:
     config, levels = experiment.config, experiment.config.data.levels
     draw, antithetic = times.DRAWS[config.training.times], config.training.antithetic
 
-    def prepare(pixels: Array, key: Key, statistics: Array) -> Draws:
+    def prepare(pixels: Array, key: Key, statistics: Array) -> DrawnBatch:
         n = len(pixels)
         x = dequantize(pixels, stream(key, "dequantization"), config.data.dequantization, levels)
         v, inverse = draw(stream(key, "times"), n)[:, 0], jnp.ones(n)
@@ -84,7 +84,7 @@ def prepare_fn(experiment: Experiment) -> Prepare:
             v, inverse = times.warp(v, times.with_floor(scale))
         t, weight = experiment.proposal.at(v)
         keys = jax.random.split(stream(key, "rows"), n)
-        draws = Draws(x, t, weight, keys, jnp.ones(n), v, inverse)
+        draws = DrawnBatch(x, t, weight, keys, jnp.ones(n), v, inverse)
         if not antithetic:
             return draws
         # The two rows of an image are neighbours, so that they stay on the same device.
@@ -100,7 +100,7 @@ def loss_fn(experiment: Experiment) -> Loss:
     training, learned = experiment.config.training, experiment.config.sde.learned
     dims = math.prod(experiment.shape)
 
-    def loss(params: Any, draws: Draws, frozen: Any) -> Any:
+    def loss(params: Any, draws: DrawnBatch, frozen: Any) -> Any:
         score, sde = experiment.trained_score(params)
         signs = draws.signs if training.antithetic else None
         batch: tuple = (score, sde, draws.x, draws.t, draws.keys)
@@ -117,7 +117,7 @@ def loss_fn(experiment: Experiment) -> Loss:
     return loss
 
 
-def _end_terms(experiment: Experiment, sde: SDE, draws: Draws) -> Array:
+def _end_terms(experiment: Experiment, sde: SDE, draws: DrawnBatch) -> Array:
     """The terms prior and reconstruction of the bound, in nats ``(n,)``.
 
     A learned SDE needs their gradients, because they depend on its smallest and its largest noise.
@@ -134,7 +134,7 @@ def _end_terms(experiment: Experiment, sde: SDE, draws: Draws) -> Array:
 
 def observe_fn(experiment: Experiment) -> Observe | None:
     """A function that updates the statistics of the noise in bins of v (``times.tally``), from
-    which the next steps make the density of their times; None if ``training.proposal_bins`` is 0.
+    which the next steps make the density of their times; None if there is no such density.
 
     For antithetic noises the statistic is half of the squared difference of the two losses. This is
     their part that is odd in z: it cancels in the mean of the two losses, but it is large where the
@@ -146,7 +146,7 @@ def observe_fn(experiment: Experiment) -> Observe | None:
     if not training.adapts:
         return None
 
-    def observe(statistics: Array, draws: Draws, losses: Any) -> Array:
+    def observe(statistics: Array, draws: DrawnBatch, losses: Any) -> Array:
         values, v = jax.tree.leaves(losses)[0] / draws.inverse, draws.v
         if training.antithetic:
             values, v = 0.5 * (values[::2] - values[1::2]) ** 2, v[::2]

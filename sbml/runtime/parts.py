@@ -90,9 +90,6 @@ class Parts:
         dictionary if there are none.
 
         Damaged parts are left out with a warning that names them; their rows are computed again.
-
-        Raises:
-          ValueError: a row is there twice, which happens if two runs wrote at the same time.
         """
         of_sweep = "" if sweep is None else f"{sweep:04d}_"
         paths = sorted(self.directory.glob(f"part_{of_sweep}*.npz"))

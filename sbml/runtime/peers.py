@@ -43,7 +43,11 @@ def watched(kept: Callable[[], str]) -> Iterator[None]:
 
 def _silent() -> list[int]:
     """The processes that have not met the same error after ``ANSWER_WITHIN`` seconds."""
-    if not _coordinator_listens():
+    # Does process 0 still accept connections? jax aborts a process that waits for a lost store.
+    host, _, port = str(distributed.global_state.coordinator_address).rpartition(":")
+    try:
+        socket.create_connection((host, int(port)), timeout=1).close()
+    except OSError:
         return [0]
     client: Any = distributed.global_state.client
     client.key_value_set(f"sbml/lost/{jax.process_index()}", "")
@@ -55,17 +59,6 @@ def _silent() -> list[int]:
         except jax.errors.JaxRuntimeError:
             silent.append(process)
     return silent
-
-
-def _coordinator_listens() -> bool:
-    """Whether process 0 still accepts connections. A request to the store would not do: jax aborts
-    this process while it waits."""
-    host, _, port = str(distributed.global_state.coordinator_address).rpartition(":")
-    try:
-        socket.create_connection((host, int(port)), timeout=1).close()
-    except OSError:
-        return False
-    return True
 
 
 def leave(message: str) -> NoReturn:

@@ -110,12 +110,7 @@ class Workdir(os.PathLike):
         return (self / name).exists()
 
     def read(self, name: str) -> dict[str, Any]:
-        """What :meth:`write` wrote to ``name``: the arrays of an .npz or the object of a .json.
-
-        Raises:
-          ValueError: there is no such file; the message names the mode that makes it.
-          DamagedFileError: the content is not what was written.
-        """
+        """What :meth:`write` wrote to ``name``: the arrays of an .npz or the object of a .json."""
         read: Callable[..., dict[str, Any]] = read_npz if name.endswith(".npz") else read_json
         return read(self / name, self._remedy(name))
 

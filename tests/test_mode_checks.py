@@ -54,7 +54,7 @@ def test_a_dequantizer_draws_no_samples_and_splits_even_widths(config: ConfigDic
     train_dequantizer.check(build.Experiment(config), Workdir("unused"), ["train"])
     config.dequantizer.training.sample_every = 5
     with pytest.raises(ValueError, match=r"sample_every=5: a dequantizer draws no samples; set"):
-        build.Experiment(config)
+        train_dequantizer.check(build.Experiment(config), Workdir("unused"), ["train"])
 
 
 def test_only_the_dequantizer_that_is_trained_is_evaluated(

@@ -95,11 +95,6 @@ def test_a_dequantizer_with_nothing_to_train_is_refused():
         train_dequantizer.loss_fn(build.Experiment(config))
 
 
-def test_grids_of_samples_are_refused(score):
-    with pytest.raises(ValueError, match="sample_every=9: a dequantizer draws no samples"):
-        runs.mode(train_dequantizer.run, config_of(sample_every=9), score)
-
-
 def test_the_settings_of_both_trainings_reach_the_loop(score, tmp_path, monkeypatch):
     """Seed, flips and the decay of each average; the loop's own tests show what they do."""
     tasks = []

@@ -65,6 +65,7 @@ class Experiment:
 
     def __init__(self, config: ConfigDict | Config) -> None:
         self.config: Final = config if isinstance(config, Config) else Config(**config.to_dict())
+        self.config.check_learned()
         self.shape: Final = self.config.data.shape
         self.levels: Final = self.config.data.levels
 
@@ -180,7 +181,7 @@ class Experiment:
         """The state before the first step; ``sharding.initial_state`` compiles this and places the
         result on the devices."""
         training = self.config.training
-        statistics = jnp.zeros((2, training.proposal_bins)) if training.adapts else ()
+        statistics = jnp.zeros((2, training.proposal_bins)) if training.proposal_bins else ()
         key = stream(jax.random.key(self.config.seed), "parameters")
         params = self.adapter.init(key, self.shape)
         if self.config.sde.learned:

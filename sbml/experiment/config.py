@@ -53,9 +53,8 @@ class Config(Section):
     latents: Latents = Latents()
 
     def check(self) -> None:
-        """Check that the split to evaluate exists, that the dequantizers of the evaluation can be
-        trained with this config and fit the images, and that a learned SDE is trained by the whole
-        bound."""
+        """Check that the split to evaluate exists, and that the dequantizers of the evaluation can
+        be trained with this config and fit the images."""
         if self.eval.split == data.VALIDATION and not self.data.validation:
             raise ValueError(data.NO_VALIDATION.format(f"eval.split={self.eval.split}"))
         for name in self.eval.dequantizers:
@@ -66,6 +65,10 @@ class Config(Section):
                     f"sbml.experiment.config.default({self.model.name!r}, dequantizer={name!r})"
                 )
             self.check_dequantizer("eval.dequantizers", name)
+
+    def check_learned(self) -> None:
+        """Check that the loss of a learned SDE is the whole bound. A config to convert with need not
+        fulfil this: no converted SDE is learned."""
         if not self.sde.learned:
             return
         if not self.sde.own:

@@ -42,13 +42,9 @@ class Dequantizer(Section):
         return {**values, "model": made(**dict(own))}
 
     def build(self, name: str, *, levels: int, tau: float) -> Any:
-        """The dequantizer ``name``, with those of the section's fields that its class has.
-
-        Args:
-          name: a name of ``DEQUANTIZERS``; it need not be the one that is trained.
-          levels: number of levels of the data.
-          tau: half a bin's width in standard deviations of the noise at the smallest time.
-        """
+        """The dequantizer ``name``, also one that is not trained, with those of the fields of
+        ``model`` that its class has; ``tau`` is half a bin's width in standard deviations of the
+        noise at the smallest time."""
         kind = DEQUANTIZERS[name]
         fields = {**dict(self.model), "levels": levels, "tau": tau}
         names = {field.name for field in dataclasses.fields(kind)}

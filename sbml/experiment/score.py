@@ -103,14 +103,8 @@ class Score(Section):
             raise refusal(self.name_of("log_snr_range"), self.log_snr_range, "the lower end first")
 
     def adapter(self, network: nn.Module, sde: SDE, eps: float, data: Data) -> Adapter:
-        """The adapter that makes a score of ``network`` and its parameters.
-
-        Args:
-          network: the network that ``config.model`` describes.
-          sde: the forward process.
-          eps: the smallest time of training.
-          data: ``config.data``, for the number of levels and the dequantization.
-        """
+        """The adapter that makes a score of ``network`` and its parameters; ``eps`` is the smallest
+        time of training."""
         if self.parameterization == LEVELS:
             network = network.clone(outputs=integers.outputs(data.levels))
         adapter = Adapter(network, sde, eps=eps, levels=data.levels, data=data.kind, **dict(self))

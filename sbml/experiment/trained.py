@@ -184,25 +184,19 @@ WITHOUT_EFFECT = {
 }
 
 
-def changed_settings(metadata: Metadata, ours: Metadata, field: str) -> list[str]:
-    """The settings with which training continues otherwise than the checkpoint's ``metadata`` say.
+def changed_settings(metadata: Metadata, ours: Metadata, prefix: str) -> list[str]:
+    """The settings with which training continues otherwise than the checkpoint's ``metadata`` say,
+    as "name before -> now". They are allowed, but later checkpoints record only the new ones.
 
-    Other settings are allowed, but later checkpoints record only the new ones.
-
-    Args:
-      metadata: the metadata of the checkpoint.
-      ours: the metadata of the continued run.
-      field: the prefix of the sections ``training`` and ``optim``: empty or ``dequantizer.``.
-
-    Returns:
-      "name before -> now" for each of them.
+    ``ours`` is the metadata of the continued run, and ``prefix``, empty or ``dequantizer.``, that
+    of the sections ``training`` and ``optim``.
     """
     before, now = (flatten_dict(m["config"], sep=".") for m in (metadata, ours))
-    free = WITHOUT_EFFECT - ({"num_steps"} if now[f"{field}optim.schedule"] == "cosine" else set())
-    sections = (f"{field}training.", f"{field}optim.")
+    free = WITHOUT_EFFECT - ({"num_steps"} if now[f"{prefix}optim.schedule"] == "cosine" else set())
+    sections = (f"{prefix}training.", f"{prefix}optim.")
     names = ["seed", "data.dequantization", "data.flip"]
-    names += [f"{field}model.{k}" for k in ("dropout", "dtype", "clipped")]
-    if field:  # A dequantizer's loss is the bound with these times and this smallest time.
+    names += [f"{prefix}model.{k}" for k in ("dropout", "dtype", "clipped")]
+    if prefix:  # A dequantizer's loss is the bound with these times and this smallest time.
         names += ["training.times", "eval.smallest_time"]
     names += [k for k in now if k.startswith(sections) and k.rpartition(".")[2] not in free]
     return [f"{k} {before.get(k)} -> {v}" for k in names if (v := now.get(k)) != before.get(k)]

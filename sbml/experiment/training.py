@@ -166,11 +166,6 @@ class Training(Loop):
         return 2 if self.antithetic else 1
 
     @property
-    def adapts(self) -> bool:
-        """Whether the density of the times follows the noise of the loss during training."""
-        return self.proposal_bins > 0
-
-    @property
     def weighting(self) -> str:
         """The name of the loss's weighting, one of ``losses.WEIGHTINGS``."""
         return "likelihood" if self.likelihood_weighting else "original"
@@ -197,14 +192,6 @@ class DequantizerTraining(Loop):
     folder: ClassVar[str] = "dequantizer/checkpoints"
 
     num_steps: Positive = field(300_000, "number of steps of the optimizer")
-
-    def check(self) -> None:
-        """Check that no grids of samples are asked for."""
-        if every := self.sample_every:
-            raise ValueError(
-                f"{self.name_of('sample_every')}={every}: a dequantizer draws no samples; set "
-                f"--config.{self.name_of('sample_every')}=0"
-            )
 
 
 def smallest_time(sde: SDE, training: Training, data: Data, tau: float) -> float:

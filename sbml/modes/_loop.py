@@ -15,7 +15,6 @@ from typing import Any
 import jax
 import numpy as np
 from absl import logging
-from etils import epath
 
 from sbml.data import ImageSet, prefetch, train_batches
 from sbml.experiment import trained
@@ -49,7 +48,6 @@ class Task:
       provenance: the origin of a checkpoint, stored as its metadata.
       check: a function of a checkpoint's metadata that raises an OtherModelError if training must
         not continue from it.
-      directory: the folder of ``metrics.jsonl`` and ``samples/``.
       picture: a function from the state to a uint8 grid of samples; None for no pictures.
       repeats: the number of rows that ``update.prepare`` makes of one image; ``batch_size`` counts
         rows.
@@ -65,13 +63,13 @@ class Task:
     frozen: Any
     provenance: dict[str, Any]
     check: Callable[[dict[str, Any]], None]
-    directory: epath.Path
     picture: Callable[[TrainState], np.ndarray] | None = None
     repeats: int = 1
 
 
 def run(task: Task, checkpoints: Checkpoints) -> None:
-    """Train up to ``training.num_steps``, from the newest undamaged checkpoint on.
+    """Train up to ``training.num_steps``, from the newest undamaged checkpoint on. The folder of
+    the checkpoints also gets ``metrics.jsonl``, ``tensorboard/`` and ``samples/`` beside them.
 
     Raises:
       ValueError: the config cannot work, or there is a checkpoint of another model.
@@ -126,10 +124,10 @@ def _train(task: Task, checkpoints: Checkpoints, preemption: Preemption) -> int:
             pixels = np.stack([images[step + i] for i in range(stride)])
         return jax.make_array_from_process_local_data(split, pixels)
 
-    writer = None
+    writer, directory = None, checkpoints.directory.parent
     if jax.process_index() == 0:
-        writer = metrics.MetricsWriter(task.directory, start)
-        for path in (task.directory / "samples").glob("step_*.png"):
+        writer = metrics.MetricsWriter(directory, start)
+        for path in (directory / "samples").glob("step_*.png"):
             if not path.stem[5:].isdecimal() or int(path.stem[5:]) <= start:
                 continue
             if start:  # This picture is made again.
@@ -194,7 +192,7 @@ def _train(task: Task, checkpoints: Checkpoints, preemption: Preemption) -> int:
                     # each of its steps.
                     grid = task.picture(state.replace(ema_params=gather(state.ema_params)))
                     if writer:
-                        path = task.directory / "samples" / f"step_{done:08d}.png"
+                        path = directory / "samples" / f"step_{done:08d}.png"
                         with writer.tolerant(done):
                             path.parent.mkdir(parents=True, exist_ok=True)
                             write_png(path, grid)
@@ -240,7 +238,7 @@ def _restore(
 
     restored = checkpoints.restore(template)
     if restored is None:
-        if rows := metrics.read(task.directory):
+        if rows := metrics.read(checkpoints.directory.parent):
             logging.warning(
                 "%s has no checkpoint, but %s reaches step %d: training begins again at step 0, "
                 "the old rows go to %s, and the old pictures to samples/*.earlier. If the "

@@ -79,7 +79,7 @@ def prepare_fn(experiment: Experiment) -> Prepare:
         n = len(pixels)
         x = dequantize(pixels, stream(key, "dequantization"), config.data.dequantization, levels)
         v, inverse = draw(stream(key, "times"), n)[:, 0], jnp.ones(n)
-        if config.training.adapts:
+        if config.training.proposal_bins:
             scale = jnp.sqrt(statistics[1] / statistics[0])
             v, inverse = times.warp(v, times.with_floor(scale))
         t, weight = experiment.proposal.at(v)
@@ -143,7 +143,7 @@ def observe_fn(experiment: Experiment) -> Observe | None:
     left out, because they do not depend on the drawn time.
     """
     training = experiment.config.training
-    if not training.adapts:
+    if not training.proposal_bins:
         return None
 
     def observe(statistics: Array, draws: DrawnBatch, losses: Any) -> Array:
@@ -193,7 +193,6 @@ def run(experiment: Experiment, workdir: Workdir) -> None:
         frozen=(),
         provenance=experiment.provenance(images),
         check=lambda metadata: trained.check_training(config, metadata),
-        directory=workdir.path,
         picture=picture,
     )
     with workdir.lock("train"):

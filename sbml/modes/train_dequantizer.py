@@ -63,8 +63,14 @@ def loss_fn(experiment: Experiment) -> Loss:
 
 
 def check(experiment: Experiment, workdir: Workdir, before: Sequence[str]) -> None:
-    """Check that the dequantizer fits the images and the score."""
-    experiment.config.check_dequantizer("dequantizer.name", experiment.config.dequantizer.name)
+    """Check that the dequantizer fits the images and the score, and draws no grids of samples."""
+    config = experiment.config
+    config.check_dequantizer("dequantizer.name", config.dequantizer.name)
+    if every := config.dequantizer.training.sample_every:
+        raise ValueError(
+            f"dequantizer.training.sample_every={every}: a dequantizer draws no samples; set "
+            "--config.dequantizer.training.sample_every=0"
+        )
 
 
 def run(experiment: Experiment, workdir: Workdir) -> None:
@@ -106,7 +112,6 @@ def run(experiment: Experiment, workdir: Workdir) -> None:
         frozen=restored.state.ema_params,
         provenance={**experiment.provenance(images), "score": score},
         check=check_metadata,
-        directory=workdir / "dequantizer",
     )
     with workdir.lock("train_dequantizer"):
         loop.run(task, checkpoints)

@@ -45,11 +45,11 @@ def convert(config: Config, workdir: epath.Path, path: epath.Path, tree: Mapping
     whole = read(path, tree)
     score = whole._replace(trees={k: v["score_model"] for k, v in whole.trees.items()})
     least, largest = config.score.log_snr_range
-    ends = -largest, -least  # A fixed schedule spans the range of the time label.
+    gamma_0, gamma_1 = -largest, -least  # A fixed schedule spans the range of the time label.
     if "gamma" in whole.ema_params:
         with jax.enable_x64(True):
             exact = jax.tree.map(lambda a: jnp.asarray(a, float), whole.ema_params["gamma"])
-            ends = schedule(exact).gamma(jnp.asarray([0.0, 1.0])).tolist()
+            gamma_0, gamma_1 = schedule(exact).gamma(jnp.asarray([0.0, 1.0])).tolist()
     sections = {
         "model": {"name": NETWORK, **network_fields(score, config.data.shape[-1])},
         "score": {
@@ -57,10 +57,7 @@ def convert(config: Config, workdir: epath.Path, path: epath.Path, tree: Mapping
             "label": "scaled_log_snr",
             "log_snr_range": config.score.log_snr_range,
         },
-        "sde": {
-            **{"name": "linear_gamma", "learned": False},
-            **{"gamma_0": ends[0], "gamma_1": ends[1]},
-        },
+        "sde": {"name": "linear_gamma", "learned": False, "gamma_0": gamma_0, "gamma_1": gamma_1},
         "training": {"smallest_time": LinearGamma.smallest_time},
     }
     experiment, lines = _files.fit(config, sections, workdir)

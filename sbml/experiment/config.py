@@ -67,8 +67,8 @@ class Config(Section):
             self.check_dequantizer("eval.dequantizers", name)
 
     def check_learned(self) -> None:
-        """Check that the loss of a learned SDE is the whole bound. A config to convert with need not
-        fulfil this: no converted SDE is learned."""
+        """Check that the loss of a learned SDE is the whole bound. A config for a conversion need
+        not fulfil this: no converted SDE is learned."""
         if not self.sde.learned:
             return
         if not self.sde.own:

@@ -112,11 +112,12 @@ def _noise(metadata: Metadata) -> tuple[SDE, Training, float]:
     """
     stored = metadata["config"]
     try:
-        process, training, data = (  # A checkpoint of another version may have other fields.
-            kind(**{k: v for k, v in stored[kind.section].items() if k in kind.model_fields})
+        known: Any = {  # A checkpoint of another version may have other fields.
+            kind: {k: v for k, v in stored[kind.section].items() if k in kind.model_fields}
             for kind in (Process, Training, Data)
-        )
-        sde, eps = process.build(), metadata.get("smallest_time")
+        }
+        sde, training = Process(**known[Process]).build(), Training(**known[Training])
+        data, eps = Data(**known[Data]), metadata.get("smallest_time")
         return sde, training, smallest_time(sde, training, data, math.inf) if eps is None else eps
     except ValueError as error:
         raise OtherModelError(f"the checkpoint is of another model: {error}") from error

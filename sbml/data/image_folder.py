@@ -42,16 +42,12 @@ class ImageFolder(Source):
     def load(self, split: str, options: Options) -> ImageSet:
         """The images of ``split``, in the order of their paths.
 
-        Needs ``options.path``; ``image_size``, ``channels``, ``crop``, ``test_fraction``, ``seed``
-        and ``cache_dir`` apply. The EXIF orientation is applied, 16-bit channels keep their upper
+        The EXIF orientation is applied, 16-bit channels keep their upper
         8 bits, CMYK becomes RGB by Pillow's formula, and of an animation the first frame is taken.
         Files that Pillow cannot read, FIFOs and devices, files with transparent pixels, with 32-bit
         pixels, or with 16-bit ones below 2^12, which a camera of 12 bits leaves, are logged as a
         warning and listed in the set's ``skipped``; that images had more than 8
         bits, were enlarged, or of other colours than ``channels`` says, is its ``caution``.
-
-        Raises:
-          ValueError: no such folder, or no usable image in the split.
         """
         if options.channels not in MODES:
             shape = f"data.shape={options.image_size},{options.image_size},{options.channels}"
@@ -145,10 +141,6 @@ def _files(root: Path) -> Iterator[Path]:
     several paths lead to another image, a path in ``train`` or ``test`` is chosen, or else the path
     without a link. So a new link to a file under ``root`` does not change the name of an image. The
     number of links that are not used is logged.
-
-    Raises:
-      ValueError: one of the folders ``train`` and ``test`` lies in the other, or paths in both lead
-        to one image.
     """
     own = {top: os.path.realpath(top) for top in (root / "train", root / "test") if top.is_dir()}
     closed = {top: [place for other, place in own.items() if other != top] for top in (*own, root)}

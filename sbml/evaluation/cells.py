@@ -28,10 +28,6 @@ from sbml.runtime.parts import Parts
 from sbml.runtime.trees import tree_crc32
 
 
-class Unconverged(ValueError):
-    """The error of a fixed-step solve exceeds ``eval.solver_budget``, so there is no result."""
-
-
 class CellRun(Driver):
     """The rows of ``cell``, computed or read from an earlier, interrupted evaluation."""
 
@@ -151,17 +147,14 @@ class CellRun(Driver):
         }
 
     def finish(self) -> Estimate:
-        """The estimate over all images in ``ids``, in bits/dim, with its error bars.
-
-        Raises:
-          Unconverged: fixed steps are too coarse; only the subset has been solved.
-        """
+        """The estimate over all images in ``ids``, in bits/dim, with its error bars; fixed steps
+        that are too coarse are refused after the subset has been solved."""
         solver = self.solver
         if not self.cell.is_bound and solver.fixed_steps is not None:
             gap = self.solver_error()
             if not estimate.within(gap, self.budget):
                 method = " and eval.method=tsit5" if solver.method == "euler" else ""
-                raise Unconverged(
+                raise ValueError(
                     f"{solver.fixed_steps} {solver.method} steps are refused: "
                     f"{estimate.excess(gap, self.budget)} (eval.solver_budget), in bits/dim. Set "
                     f"eval.fixed_steps=0{method} for adaptive steps, or set eval.fixed_steps much "

@@ -81,17 +81,11 @@ def _latent(seed: Array, i: Array, recipe: Recipe) -> tuple[Array, Key]:
 
 
 class Samples(NamedTuple):
-    """Samples of a model, on the host or on devices.
+    """Samples of a model, on the host or on devices."""
 
-    Attributes:
-      images: uint8 ``(n, *shape)``.
-      nfe: the number of network evaluations for each image, ``(n,)``.
-      failed: whether the sampler failed or a pixel is not finite, ``(n,)``.
-    """
-
-    images: Any
-    nfe: Any
-    failed: Any
+    images: Any  # uint8 (n, *shape)
+    nfe: Any  # the number of network evaluations for each image, (n,)
+    failed: Any  # whether the sampler failed or a pixel is not finite, (n,)
 
 
 @functools.partial(jax.jit, static_argnames="recipe")

@@ -88,11 +88,8 @@ def run(experiment: Experiment, workdir: Workdir) -> None:
                 logging.warning(warning)
         restored, train = inputs.restored, inputs.train
         pixels = inputs.images.images[ids]
-        simple = {
-            name: mean_interval(values)
-            for name, values in baselines.all_of(train.images, pixels, train.levels).items()
-        }
-        left_out = baselines.omitted(train.images)
+        simple, left_out = baselines.all_of(train.images, pixels, train.levels)
+        intervals = {name: mean_interval(values) for name, values in simple.items()}
         # An evaluation does not use the settings of the training, so those that it was given can be
         # wrong: the config has those of the checkpoint.
         given, asked = restored.metadata["config"], inputs.experiment.config.plain()
@@ -104,7 +101,7 @@ def run(experiment: Experiment, workdir: Workdir) -> None:
             **({"undefined": undefined} if undefined else {}),
             "baselines": [
                 {"name": name, "bits_per_dim": i.mean, "ci95": i.ci95, "interval": list(i.bounds)}
-                for name, i in simple.items()
+                for name, i in intervals.items()
             ],
             **({"baselines_left_out": left_out} if left_out else {}),
             "warnings": [*warnings, *found],

@@ -180,7 +180,12 @@ def render(runs: Sequence[Run], numbers: Mapping[str, Any]) -> str:
         caption = "Bars: 95% intervals of each mean."
         figure = page.figure(name, draw, 10.6, 0.6 + 0.36 * len(rows), caption)
         cells.append({**cell, "figure": figure})
-    levels, drawn = runs[0].images["levels"], [run for run in runs if run.samples is not None]
+    samples = []
+    for run in runs:
+        if run.samples is not None:
+            shown, scale = run.samples[: COLUMNS * ROWS], max(1, 48 // run.samples.shape[1])
+            png = page.grid_url(shown, run.images["levels"], COLUMNS, scale)
+            samples.append({"name": run.name, "png": png})
     return (
         page.environment()
         .get_template("comparison.html")
@@ -194,11 +199,6 @@ def render(runs: Sequence[Run], numbers: Mapping[str, Any]) -> str:
             not_compared=numbers["not_compared"],
             rows=[name for name in dict.fromkeys(itertools.chain(*models)) if name != "name"],
             differing=differing(runs),
-            samples=[{"name": run.name, "png": _samples(run.samples, levels)} for run in drawn],
+            samples=samples,
         )
     )
-
-
-def _samples(samples: Any, levels: int) -> str:
-    scale = max(1, 48 // samples.shape[1])
-    return page.grid_url(samples[: COLUMNS * ROWS], levels, COLUMNS, scale)

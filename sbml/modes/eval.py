@@ -8,6 +8,7 @@ import shlex
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -95,7 +96,7 @@ def run(experiment: Experiment, workdir: Workdir) -> None:
         given, asked = restored.metadata["config"], inputs.experiment.config.plain()
         data = {name: given["data"][name] for name in ("dequantization", "flip")}
         sections = {name: given[name] for name in ("seed", "training", "optim")}
-        evaluation = {
+        evaluation: dict[str, Any] = {
             "title": workdir.name,
             "results": [result.plain() for result in results],
             **({"undefined": undefined} if undefined else {}),

@@ -21,11 +21,12 @@ from matplotlib.ticker import FixedLocator, NullLocator, ScalarFormatter
 from experiments import figures
 from sbml import distances
 from sbml.data import spread
-from sbml.evaluation import quality, samples
+from sbml.evaluation import samples
 from sbml.experiment import trained
 from sbml.experiment.build import Experiment
 from sbml.experiment.config import Config, load
 from sbml.experiment.sampling import Sampling
+from sbml.modes import quality
 from sbml.report.plots import write_png
 from sbml.runtime.checkpoint import Restored
 from sbml.runtime.workdir import Workdir
@@ -89,7 +90,7 @@ def main(path: str, workdir: str, out: str, images: int, steps: Sequence[int]) -
     experiment, extract = Experiment(config), quality.extractor(config)
     restored = experiment.restore(workdir)
     train = experiment.images("train")
-    training = quality.reference(experiment, extract, train).moments
+    training = quality.reference(experiment, extract, train)[0]
     training_pixels = pixel_moments(train.images, train.levels)
     folder, points = pathlib.Path(out), []
 

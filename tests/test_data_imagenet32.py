@@ -3,7 +3,6 @@
 import io
 import tarfile
 import zipfile
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -109,14 +108,18 @@ def test_a_damaged_archive_is_named(version: str, archives: data.Options) -> Non
     ],
 )
 def test_an_error_of_the_machine_is_not_called_damage(
-    error: Exception, raised: type[Exception], message: str, tmp_path: Path
+    error: Exception,
+    raised: type[Exception],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    def read(archive: Path) -> Iterator[np.ndarray]:
+    def fails(archive: Path) -> None:
         raise error
-        yield
 
+    monkeypatch.setattr(zipfile, "ZipFile", fails)
     with pytest.raises(raised, match=message):
-        list(imagenet32._whole(tmp_path, read))
+        list(imagenet32._images(tmp_path / "rows.zip"))
 
 
 def test_changed_pixels_of_the_older_archive_are_refused(archives: data.Options) -> None:

@@ -120,7 +120,9 @@ def test_leaves_of_unsuitable_weights_are_named(tmp_path: Path) -> None:
     with pytest.raises(
         ValueError, match=r"missing: Mixed_7c/branch_pool/kernel \(1, 1, 2048, 192\)"
     ):
-        inception.load(tmp_path / "w.pth", "", tmp_path)
+        inception.extractor(
+            weights=str(tmp_path / "w.pth"), sha256="", levels=256, cache=str(tmp_path)
+        )
 
 
 def test_the_digits_classifier_classifies() -> None:

@@ -33,10 +33,10 @@ LAYERS: dict[str, set[str]] = {
     "report": {"data", "estimators", "runtime"},
     "experiment": {"data", "dequantizers", "estimators", "features", "networks", "runtime"}
     | {"samplers"},
-    "evaluation": {"data", "dequantizers", "estimators", "experiment", "features", "report"}
-    | {"runtime", "samplers"},
+    "evaluation": {"data", "dequantizers", "estimators", "experiment", "report", "runtime"}
+    | {"samplers"},
     "convert": {"dequantizers", "experiment", "networks", "runtime"},
-    "modes": {"convert", "data", "dequantizers", "evaluation", "experiment", "report"}
+    "modes": {"convert", "data", "dequantizers", "evaluation", "experiment", "features", "report"}
     | {"runtime", "samplers", "verify"},
     "main": {"experiment", "modes", "runtime"},
 }

@@ -10,9 +10,9 @@ import tiny
 from ml_collections import ConfigDict
 
 from sbml import data, distances
-from sbml.evaluation.quality import memorisation
 from sbml.features import digits_classifier
 from sbml.modes import quality, stats
+from sbml.modes.quality import memorisation
 from sbml.report import summary
 from sbml.report.plots import write_png
 from sbml.runtime.checkpoint import Checkpoints

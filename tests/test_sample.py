@@ -19,7 +19,7 @@ from sbml.evaluation import samples
 from sbml.experiment import build
 from sbml.modes import sample, train
 from sbml.runtime.files import read_json, read_npz
-from sbml.runtime.workdir import Workdir
+from sbml.runtime.workdir import SAMPLES, Workdir
 from sbml.sdes import VE
 
 STOCHASTIC = ("--config.sampling.sampler=ancestral", "--config.sampling.steps=20")
@@ -40,7 +40,7 @@ def images(workdir: Path, **options: object) -> np.ndarray:
     config.sampling.update(options)
     experiment = build.Experiment(config)
     of = experiment, experiment.restore(workdir), Workdir(workdir)
-    return samples.Drawing(*of).samples().images
+    return samples.stored(*of).images
 
 
 def fresh(workdir: Path) -> Path:
@@ -83,8 +83,7 @@ def test_the_data_of_the_training_decide_the_levels_of_samples(
     restored.metadata["config"]["data"]["dequantization"] = "none"
     other = experiment.with_dequantization_of(restored)
     assert samples.Recipe.of(other).dequantization == "none"
-    one, two = (samples.Drawing(e, restored, Workdir(tmp_path)) for e in (experiment, other))
-    assert one.identity != two.identity
+    assert samples.identity(experiment, restored) != samples.identity(other, restored)
     assert other.adapter == experiment.adapter
     with monkeypatch.context() as patch:
         patch.setattr(build.Experiment, "restore", lambda self, workdir: restored)
@@ -107,7 +106,7 @@ def test_samples_that_are_not_finite_are_counted(
     broken = restored._replace(
         state=restored.state.replace(ema_params=jax.tree.map(lambda a: a * np.nan, params))
     )
-    drawn = samples.Drawing(experiment, broken, Workdir(trained / "broken")).samples()
+    drawn = samples.stored(experiment, broken, Workdir(trained / "broken"))
     assert drawn.failed.all() and "2 of 2 samples are not finite" in caplog.text
 
 
@@ -137,14 +136,14 @@ def test_the_memory_that_samples_need_is_known(
     shapes = {np.uint8: (batch, *experiment.shape), np.int32: batch, bool: batch}
     drawn = samples.Samples(*(np.zeros(shape, kind) for kind, shape in shapes.items()))
     monkeypatch.setattr(samples, "draw", lambda *given: drawn)
-    monkeypatch.setattr(samples.Drawing, "identity", {})
+    monkeypatch.setattr(samples, "identity", lambda *given: {})
     restored = SimpleNamespace(state=SimpleNamespace(ema_params={}), step=1)
-    drawing = samples.Drawing(experiment, restored, workdir)  # type: ignore[arg-type]
     tracemalloc.start()
-    drawing.write(drawing.samples(), None)
+    drawn = samples.stored(experiment, restored, workdir)  # type: ignore[arg-type]
+    workdir.write(SAMPLES, drawn._asdict())
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    needed = samples.memory_needed(experiment.config)
+    needed = sample.memory_needed(experiment.config)
     assert needed / 2 < peak < needed
     monkeypatch.setattr(sample, "memory", lambda: needed)
     sample.check(experiment, workdir, ())
@@ -187,7 +186,7 @@ def test_the_frames_of_a_strip_have_the_datas_range() -> None:
     """x_t of a variance-exploding process reaches 50; unscaled frames would only show its sign."""
     how = samples.Recipe(VE(), (8, 8, 1), 17, 1e-3, samplers.DDIM(steps=3), False)
     score = jax.tree_util.Partial(lambda x, t, key: -x / (1 + VE().std(t) ** 2))
-    frames = samples._path_batch(score, np.arange(1), np.uint32(0), how, 2)
+    frames = samples.paths(score, np.arange(1), np.uint32(0), how, 2)
     z, _ = samples._latent(np.uint32(0), np.int32(0), how)
     shown = bits.to_pixels(z / np.hypot(1, 50), 17)
     np.testing.assert_array_equal(frames[0, 0], shown)

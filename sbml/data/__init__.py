@@ -51,11 +51,7 @@ SOURCES = Registry(
 
 
 def source_of(name: str) -> tuple[type[Source], str]:
-    """The class of the source ``name``, and the name of the set in it if it is a collection.
-
-    Raises:
-      ValueError: there is no such source; the message lists those of this package.
-    """
+    """The class of the source ``name``, and the name of the set in it if it is a collection."""
     short, colon, dataset = name.partition(":")
     if short not in SOURCES.places and colon:
         return SOURCES[name], ""
@@ -76,10 +72,6 @@ def load(name: str, split: str, options: Options = _DEFAULT, **own: Any) -> Imag
         images that "train" is then without.
       options: where to look and how to cut; its ``dataset`` is taken from ``name``.
       own: the fields of the source's class.
-
-    Raises:
-      ValueError: no such name or split, where the message lists those there are; no images in the
-        validation part, or none beside it.
     """
     if split not in (*SPLITS, VALIDATION):
         raise ValueError(

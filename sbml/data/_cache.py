@@ -51,9 +51,6 @@ def load_or_build(
 
     Returns:
       A read-only map of the array, uint8 (n, h, w, c), and the notes.
-
-    Raises:
-      ValueError: images of several sizes, of another type, or none at all.
     """
     if (found := _opened(path)) is not None:
         return found

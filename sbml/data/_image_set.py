@@ -77,9 +77,6 @@ class ImageSet:
         photo, are held out together.
       skipped: "file: reason" for each file that should be in the set but could not be read.
       caution: a warning for readers of a mean over these images; empty if there is none.
-
-    Raises:
-      ValueError: pixels of another type or rank, none at all, or a value of ``levels`` or more.
     """
 
     name: str
@@ -123,6 +120,9 @@ class ImageSet:
         Keys: name, version, split, count, shape, levels, sha256 (hex, of the pixels in C order) and
         id, the first 12 hex digits of the hash of all the others.
         """
+        digest, rows = hashlib.sha256(), max(1, (1 << 24) // self.images[0].nbytes)
+        for start in range(0, len(self), rows):
+            digest.update(self.images[start : start + rows].tobytes())
         print_: dict[str, Any] = {
             "name": self.name,
             "version": self.version,
@@ -130,7 +130,7 @@ class ImageSet:
             "count": len(self),
             "shape": list(self.shape),
             "levels": self.levels,
-            "sha256": _sha256(self.images),
+            "sha256": digest.hexdigest(),
         }
         canonical = json.dumps(print_, sort_keys=True).encode()
         return {**print_, "id": hashlib.sha256(canonical).hexdigest()[:12]}
@@ -198,11 +198,3 @@ def part(images: ImageSet, size: float, held: bool) -> ImageSet:
         skipped=() if held else images.skipped,
         caution=caution,
     )
-
-
-def _sha256(images: np.ndarray, chunk_bytes: int = 1 << 24) -> str:
-    digest = hashlib.sha256()
-    rows = max(1, chunk_bytes // images[0].nbytes)
-    for start in range(0, len(images), rows):
-        digest.update(images[start : start + rows].tobytes())
-    return digest.hexdigest()

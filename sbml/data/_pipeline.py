@@ -37,15 +37,8 @@ def train_batches(
       batch_size: images in the batch of all processes together.
       seed: 0 .. 2**32 - 1.
       flip: mirror each image left to right with probability 1/2.
-      process_index: of this process, 0 .. process_count - 1.
-      process_count: processes that share the batch.
-
-    Returns:
-      A random-access data set of uint8 (batch_size / process_count, h, w, c); the processes' parts
-      in order make up the batch.
-
-    Raises:
-      ValueError: the batch is larger than the set, or the processes do not divide it.
+      process_index, process_count: of the processes that share the batch; the parts, uint8
+        (batch_size / process_count, h, w, c), make it up in their order.
     """
     if batch_size < 1 or batch_size % process_count:
         raise ValueError(

@@ -42,16 +42,12 @@ class ImageFolder(Source):
     def load(self, split: str, options: Options) -> ImageSet:
         """The images of ``split``, in the order of their paths.
 
-        Needs ``options.path``; ``image_size``, ``channels``, ``crop``, ``test_fraction``, ``seed``
-        and ``cache_dir`` apply. The EXIF orientation is applied, 16-bit channels keep their upper
+        The EXIF orientation is applied, 16-bit channels keep their upper
         8 bits, CMYK becomes RGB by Pillow's formula, and of an animation the first frame is taken.
         Files that Pillow cannot read, FIFOs and devices, files with transparent pixels, with 32-bit
         pixels, or with 16-bit ones below 2^12, which a camera of 12 bits leaves, are logged as a
         warning and listed in the set's ``skipped``; that images had more than 8
         bits, were enlarged, or of other colours than ``channels`` says, is its ``caution``.
-
-        Raises:
-          ValueError: no such folder, or no usable image in the split.
         """
         if options.channels not in MODES:
             shape = f"data.shape={options.image_size},{options.image_size},{options.channels}"
@@ -76,32 +72,25 @@ class ImageFolder(Source):
                 *(f"\n  and {more} more, all in {notes_file}" if more > 0 else "", path.parent),
             )
         ids = tuple(notes["ids"])
+        recoloured = (
+            "are in colour and were made grey: the bits/dim are of grey images"
+            if options.channels == 1
+            else "are grey and were made RGB: their three channels are equal, so bits/dim are "
+            "lower than those of colour images"
+        )
         cautions = {
-            ENLARGED: notes["enlarged"],
-            RECOLOURED[options.channels]: notes["recoloured"],
-            DEEP: notes["deep"],
+            "are smaller than data.shape and were enlarged: interpolated pixels are easy to "
+            "predict, so bits/dim are lower than those of images of that size": notes["enlarged"],
+            recoloured: notes["recoloured"],
+            "have more than 8 bits a channel: the upper 8 are used, and bits/dim are of "
+            "these": notes["deep"],
         }
-        said = [text.format(n, len(ids), split) for text, n in cautions.items() if n]
+        said = [f"{n} of {len(ids)} {split} images {text}" for text, n in cautions.items() if n]
         if caution := "; ".join(said):
             log.warning(caution)
         return ImageSet(
             "image_folder", version, split, images, ids=ids, skipped=skipped, caution=caution
         )
-
-
-ENLARGED = (
-    "{} of {} {} images are smaller than data.shape and were enlarged: interpolated pixels are "
-    "easy to predict, so bits/dim are lower than those of images of that size"
-)
-RECOLOURED = {
-    3: "{} of {} {} images are grey and were made RGB: their three channels are equal, so "
-    "bits/dim are lower than those of colour images",
-    1: "{} of {} {} images are in colour and were made grey: the bits/dim are of grey images",
-}
-DEEP = (
-    "{} of {} {} images have more than 8 bits a channel: the upper 8 are used, and bits/dim are of "
-    "these"
-)
 
 
 def printable(name: str) -> str:
@@ -145,12 +134,6 @@ def _visible(
                     yield path, target
 
 
-def _identity(real: str) -> str | tuple[int, int]:
-    """What all paths to the file ``real`` share: its real path or, of hard links, its number."""
-    found = os.stat(real)
-    return (found.st_dev, found.st_ino) if found.st_nlink > 1 else real
-
-
 def _files(root: Path) -> Iterator[Path]:
     """Every file under ``root`` once, through links too.
 
@@ -158,10 +141,6 @@ def _files(root: Path) -> Iterator[Path]:
     several paths lead to another image, a path in ``train`` or ``test`` is chosen, or else the path
     without a link. So a new link to a file under ``root`` does not change the name of an image. The
     number of links that are not used is logged.
-
-    Raises:
-      ValueError: one of the folders ``train`` and ``test`` lies in the other, or paths in both lead
-        to one image.
     """
     own = {top: os.path.realpath(top) for top in (root / "train", root / "test") if top.is_dir()}
     closed = {top: [place for other, place in own.items() if other != top] for top in (*own, root)}
@@ -180,7 +159,10 @@ def _files(root: Path) -> Iterator[Path]:
             if path.suffix.lower() not in SUFFIXES or not os.path.exists(real):
                 yield path  # Opening a link to nowhere says why.
                 continue
-            if (first := chosen.setdefault(_identity(real), path)) == path:
+            # All paths to a file share its real path or, of hard links, its number.
+            status = os.stat(real)
+            place = (status.st_dev, status.st_ino) if status.st_nlink > 1 else real
+            if (first := chosen.setdefault(place, path)) == path:
                 yield path
             elif top in own and not first.is_relative_to(top):
                 names = (p.relative_to(root).as_posix() for p in (first, path))
@@ -243,10 +225,17 @@ def _uniform(*key: object) -> float:
 
 def _build(root: Path, names: list[str], options: Options, add: Add) -> dict[str, Any]:
     ids, skipped, enlarged, recoloured, deep = [], [], 0, 0, 0
+    size = options.image_size, options.image_size
     for name in tqdm(names, desc="Decoding images", unit=" images"):
         try:
             decoded, depth = _decode(root / name)
-            image = _square(decoded.convert(MODES[options.channels]), name, options)
+            image = decoded.convert(MODES[options.channels])
+            if options.crop == "squash":
+                image = image.resize(size, Image.Resampling.LANCZOS)
+            else:
+                random = options.crop == "random"
+                x, y = (_uniform(axis, options.seed, name) if random else 0.5 for axis in "xy")
+                image = ImageOps.fit(image, size, Image.Resampling.LANCZOS, centering=(x, y))
         except Exception as error:  # Pillow's decoders raise many kinds on broken files
             skipped.append(f"{printable(name)}: {printable(str(error))}")
             continue
@@ -326,13 +315,3 @@ def _decode(path: Path) -> tuple[Image.Image, int]:
         if alpha.min() < 255:
             raise ValueError("transparent pixels: flatten the image onto a background")
     return image, depth
-
-
-def _square(image: Image.Image, name: str, options: Options) -> Image.Image:
-    size = (options.image_size, options.image_size)
-    if options.crop == "squash":
-        return image.resize(size, Image.Resampling.LANCZOS)
-    where = (0.5, 0.5)
-    if options.crop == "random":
-        where = (_uniform("x", options.seed, name), _uniform("y", options.seed, name))
-    return ImageOps.fit(image, size, Image.Resampling.LANCZOS, centering=where)

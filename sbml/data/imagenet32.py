@@ -14,7 +14,7 @@ import io
 import re
 import tarfile
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -53,11 +53,7 @@ def version(name: str) -> str | None:
 
 
 def check_comparable(*names: str) -> None:
-    """Check that the data sets ``names`` do not include both versions of ImageNet 32x32.
-
-    Raises:
-      ValueError: they do.
-    """
+    """Check that the data sets ``names`` do not include both versions of ImageNet 32x32."""
     versions = sorted({found for name in names if (found := version(name))})
     if len(versions) > 1:
         raise ValueError(
@@ -77,9 +73,6 @@ class Imagenet32(Source):
         """The images of ``split`` of the version ``options.dataset``; "test" is the validation set.
 
         ``manual_dir`` holds the archive under its original name, until the set is prepared.
-
-        Raises:
-          ValueError: no such version, no archive, or one that lacks images.
         """
         which = options.dataset
         if which not in ARCHIVES:
@@ -101,9 +94,8 @@ def _decode(which: str, split: str, options: Options, add: Add) -> dict[str, Any
             "and set --config.data.manual_dir=DIR"
             + (f" ({archive} is not there)" if options.manual_dir else "")
         )
-    count, read = 0, {"old": _tar, "new": _zip}[which]
-    wanted = COUNTS[which][split]
-    images = _whole(archive, read)
+    count, wanted = 0, COUNTS[which][split]
+    images = _images(archive)
     for image in tqdm(images, total=wanted, desc=f"Decoding {file}", unit=" images"):
         add(image)
         count += 1
@@ -112,10 +104,24 @@ def _decode(which: str, split: str, options: Options, add: Add) -> dict[str, Any
     return {}
 
 
-def _whole(archive: Path, read: Callable[[Path], Iterator[np.ndarray]]) -> Iterator[np.ndarray]:
-    """What ``read`` gives. A damaged archive raises errors of a dozen kinds; it is named."""
+def _images(archive: Path) -> Iterator[np.ndarray]:
+    """The PNGs of the older version, or of the newer one its rows of three planes of an image.
+
+    A damaged archive raises errors of a dozen kinds; it is named.
+    """
     try:
-        yield from read(archive)
+        if archive.suffix == ".tar":
+            with tarfile.open(archive) as tar:
+                for member in tar:
+                    if member.isfile() and (file := tar.extractfile(member)):
+                        with Image.open(io.BytesIO(file.read())) as image:
+                            yield np.asarray(image.convert("RGB"))
+            return
+        with zipfile.ZipFile(archive) as files:
+            for name in sorted(n for n in files.namelist() if n.endswith(".npz")):
+                with np.load(io.BytesIO(files.read(name))) as arrays:
+                    rows = arrays["data"]
+                yield from rows.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
     except PermissionError:
         raise
     except MemoryError as error:
@@ -125,21 +131,3 @@ def _whole(archive: Path, read: Callable[[Path], Iterator[np.ndarray]]) -> Itera
     except Exception as error:
         reason = str(error) or type(error).__name__
         raise ValueError(f"{archive} is damaged ({reason}): copy it again") from error
-
-
-def _tar(archive: Path) -> Iterator[np.ndarray]:
-    """The PNGs of the older version."""
-    with tarfile.open(archive) as tar:
-        for member in tar:
-            if member.isfile() and (file := tar.extractfile(member)):
-                with Image.open(io.BytesIO(file.read())) as image:
-                    yield np.asarray(image.convert("RGB"))
-
-
-def _zip(archive: Path) -> Iterator[np.ndarray]:
-    """The rows of the newer version, each the three planes of an image."""
-    with zipfile.ZipFile(archive) as files:
-        for name in sorted(n for n in files.namelist() if n.endswith(".npz")):
-            with np.load(io.BytesIO(files.read(name))) as arrays:
-                rows = arrays["data"]
-            yield from rows.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)

@@ -6,7 +6,6 @@ network is never trained on a pixel of a test photo. Grey images, drawings, and 
 microscopes and telescopes are not used. Nothing is downloaded.
 """
 
-from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -36,11 +35,7 @@ SCALES = (1, 2, 4)
 
 
 def photo_path(name: str) -> Path:
-    """Where the installed package keeps the photo, found without importing the package.
-
-    Raises:
-      FileNotFoundError: the package is absent or this version of it lacks the photo.
-    """
+    """Where the installed package keeps the photo, found without importing the package."""
     package, _, inside = name.partition("/")
     spec = find_spec(package)
     folders = (spec and spec.submodule_search_locations) or []
@@ -52,32 +47,19 @@ def photo_path(name: str) -> Path:
     )
 
 
-def windows(height: int, width: int) -> Iterator[tuple[int, int, int]]:
-    """(scale, top, left) of each window of ``SIZE * scale`` pixels in a photo of that size."""
-    for scale in SCALES:
-        last = SIZE * scale - 1
-        for top in range(0, height - last, SPACING):
-            for left in range(0, width - last, SPACING):
-                yield scale, top, left
-
-
 def _build(names: tuple[str, ...], add: Add) -> dict[str, list[str]]:
     ids = []
     for name in names:
         with Image.open(photo_path(name)) as opened:
             photo = opened.convert("RGB")
-        for scale, top, left in windows(photo.height, photo.width):
+        for scale in SCALES:
             side = SIZE * scale
-            crop = photo.crop((left, top, left + side, top + side))
-            add(np.asarray(crop.reduce(scale)))
-            ids.append(f"{name}@{top},{left}/{scale}")
+            for top in range(0, photo.height - side + 1, SPACING):
+                for left in range(0, photo.width - side + 1, SPACING):
+                    crop = photo.crop((left, top, left + side, top + side))
+                    add(np.asarray(crop.reduce(scale)))
+                    ids.append(f"{name}@{top},{left}/{scale}")
     return {"ids": ids}
-
-
-def scene(crop_id: str) -> str:
-    """What a crop shows: its photo, or both views of one scene."""
-    photo = Path(crop_id.rpartition("@")[0])
-    return photo.stem.removesuffix("_left").removesuffix("_right")
 
 
 class Photos(Source):
@@ -95,5 +77,7 @@ class Photos(Source):
             "not of others"
         )
         ids = tuple(notes["ids"])
-        scenes = tuple(map(scene, ids))
+        stems = (Path(crop.rpartition("@")[0]).stem for crop in ids)
+        # What a crop shows: its photo, or both views of one scene.
+        scenes = tuple(stem.removesuffix("_left").removesuffix("_right") for stem in stems)
         return ImageSet("photos", version, split, images, ids=ids, scenes=scenes, caution=caution)

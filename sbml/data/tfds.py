@@ -37,44 +37,17 @@ class Tfds(Source):
         "test" is the split of that name or, where there is none, "validation". ``cache_dir`` and
         ``manual_dir`` apply. The latter holds the set's archives under their original names; for
         Fashion-MNIST, Debian's ``/usr/share/datasets/fashion-mnist`` can be used.
-
-        Raises:
-          ValueError: no such set or split, ``manual_dir`` without its archives, or images that are
-            not uint8 or differ in size.
-          ImportError: the set is not prepared yet and TFDS or TensorFlow is missing.
         """
         name = options.dataset
         if not _NAME.fullmatch(name):
             raise ValueError(f"Unknown TFDS name {name!r}: write set, set/config or set:1.2.3.")
         path = _home(name, options) / f"{split}.npy"
-        images, notes = load_or_build(
-            path, lambda add: _decode(_builder(name, options), split, add)
-        )
+        images, notes = load_or_build(path, lambda add: _decode(name, split, options, add))
         return ImageSet(f"tfds:{name}", notes["version"], notes["split"], images)
 
 
 def _home(name: str, options: Options) -> Path:
     return options.cache / "tfds" / name.replace(":", "/")
-
-
-def _builder(name: str, options: Options) -> Any:
-    """TFDS's builder of the set, prepared."""
-    try:
-        import tensorflow as tf
-        import tensorflow_datasets as tfds
-    except ImportError as error:
-        raise ImportError(
-            f"tfds:{name} must be prepared first, which needs TensorFlow: pip install '.[tfds]' "
-            f"({error}). Afterwards neither is needed."
-        ) from error
-    with contextlib.suppress(RuntimeError):  # TensorFlow is in use already: its user decides
-        tf.config.set_visible_devices([], "GPU")  # the accelerator is JAX's
-    home = options.cache / "tensorflow_datasets"
-    builder = tfds.builder(name, data_dir=home, file_format="array_record")
-    archives = _archives(builder, options) if options.manual_dir else None
-    config = tfds.download.DownloadConfig(manual_dir=archives)
-    builder.download_and_prepare(download_config=config)
-    return builder
 
 
 def _archives(builder: Any, options: Options) -> Path:
@@ -113,7 +86,22 @@ def _original_gzip(path: Path) -> bytes:
     return header + path.stem.encode() + b"\x00" + raw[10:]
 
 
-def _decode(builder: Any, split: str, add: Add) -> dict[str, str]:
+def _decode(name: str, split: str, options: Options, add: Add) -> dict[str, str]:
+    try:
+        import tensorflow as tf
+        import tensorflow_datasets as tfds
+    except ImportError as error:
+        raise ImportError(
+            f"tfds:{name} must be prepared first, which needs TensorFlow: pip install '.[tfds]' "
+            f"({error}). Afterwards neither is needed."
+        ) from error
+    with contextlib.suppress(RuntimeError):  # TensorFlow is in use already: its user decides
+        tf.config.set_visible_devices([], "GPU")  # the accelerator is JAX's
+    home = options.cache / "tensorflow_datasets"
+    builder = tfds.builder(name, data_dir=home, file_format="array_record")
+    archives = _archives(builder, options) if options.manual_dir else None
+    config = tfds.download.DownloadConfig(manual_dir=archives)
+    builder.download_and_prepare(download_config=config)
     splits = builder.info.splits
     chosen = "validation" if split == "test" and "test" not in splits else split
     if chosen not in splits:

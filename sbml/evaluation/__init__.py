@@ -1,1 +1,1 @@
-"""Evaluation of a trained model: likelihood table, baselines, samples and their quality."""
+"""What the modes of a trained model share: cells of the table of likelihoods, and samples."""

@@ -22,26 +22,22 @@ from sbml.bits import LOG2
 FULL = 4096  # the largest number of dimensions for a full covariance
 
 
-def all_of(train: np.ndarray, test: np.ndarray, levels: int) -> dict[str, np.ndarray]:
-    """Bits/dim ``(m,)`` of uint8 ``test (m, *s)`` under each baseline that is not omitted, by
-    name."""
-    values = {"per-pixel histogram": histogram(train, test, levels)}
-    if omitted(train):
-        return values
-    if math.prod(train.shape[1:]) <= FULL:
-        return {**values, "full-covariance Gaussian": gaussian(train, test)}
-    return {**values, "diagonal Gaussian": diagonal_gaussian(train, test)}
-
-
-def omitted(train: np.ndarray) -> dict[str, str]:
-    """The baselines that are omitted for ``train (n, *s)``: the reason, by name."""
+def all_of(
+    train: np.ndarray, test: np.ndarray, levels: int
+) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    """Bits/dim ``(m,)`` of uint8 ``test (m, *s)`` under each baseline, by name; and the reasons, by
+    name, why others are omitted for ``train (n, *s)``."""
     size = math.prod(train.shape[1:])
-    if size > FULL or len(train) > size:
-        return {}
-    return {
-        "full-covariance Gaussian": f"{len(train):,} training images are no more than their "
-        f"{size:,} dimensions: their covariance is singular"
-    }
+    values = {"per-pixel histogram": histogram(train, test, levels)}
+    if size > FULL:
+        return {**values, "diagonal Gaussian": diagonal_gaussian(train, test)}, {}
+    if len(train) > size:
+        return {**values, "full-covariance Gaussian": gaussian(train, test)}, {}
+    reason = (
+        f"{len(train):,} training images are no more than their {size:,} dimensions: their "
+        "covariance is singular"
+    )
+    return values, {"full-covariance Gaussian": reason}
 
 
 def histogram(train: np.ndarray, test: np.ndarray, levels: int) -> np.ndarray:

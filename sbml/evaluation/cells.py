@@ -29,10 +29,6 @@ from sbml.runtime.parts import Parts
 from sbml.runtime.trees import tree_crc32
 
 
-class Unconverged(ValueError):
-    """The error of a fixed-step solve exceeds ``eval.solver_budget``, so there is no result."""
-
-
 class CellRun(Driver):
     """The rows of ``cell``, computed or read from an earlier, interrupted evaluation."""
 
@@ -95,34 +91,27 @@ class CellRun(Driver):
         if missing.size:
             logging.info("%d of %d images were evaluated before", len(ids) - len(missing), len(ids))
             known = stored["bits_per_dim"][np.isin(stored["id"], ids)] if stored else np.empty(0)
-            self._fill(parts, missing, known, sweep, solver)
+            label = f"{self.cell.name}" + (f" sweep {sweep + 1}" if sweep else "")
+            # The bar shows the mean of all rows so far, of a bound over all sweeps.
+            earlier = [sums for index, sums in self._sums.items() if index < sweep]
+            sums = np.sum([(known.sum(), known.size), *earlier], axis=0)
+            with progress.bar(label, "image", len(ids), len(known), leave=sweep == 0) as bar:
+                for found, columns in self.batches(missing, sweep, solver, self.batch_size):
+                    values = self.total(columns)
+                    if jax.process_index() == 0:
+                        keys = {"id": found, "sweep": np.full(len(found), sweep)}
+                        parts.write({**keys, **columns, "bits_per_dim": values})
+                    bar.update(len(found))
+                    sums += values.sum(), len(found)
+                    bar.set_postfix_str(f"{sums[0] / sums[1]:.3f} bits/dim", refresh=False)
+                    self.shared.preemption.leave_if_requested("the images so far are stored")
+            sharding.barrier("evaluated")
             stored = parts.read(sweep)
         chosen = np.isin(stored["id"], ids)
         table = {name: column[chosen] for name, column in stored.items()}
         if self.cell.kind.is_bound:
             self._sums[sweep] = float(table["bits_per_dim"].sum()), ids.size
         return table
-
-    def _fill(
-        self, parts: Parts, missing: np.ndarray, known: np.ndarray, sweep: int, solver: Solver
-    ) -> None:
-        """Compute and store the rows of ``missing``; the bits/dim of the other images of this sweep
-        are ``known``. The bar shows the mean of all rows so far, of a bound over all sweeps."""
-        label = f"{self.cell.name}" + (f" sweep {sweep + 1}" if sweep else "")
-        total = len(known) + len(missing)
-        earlier = [sums for index, sums in self._sums.items() if index < sweep]
-        sums = np.sum([(known.sum(), known.size), *earlier], axis=0)
-        with progress.bar(label, "image", total, len(known), leave=sweep == 0) as bar:
-            for ids, columns in self.batches(missing, sweep, solver, self.batch_size):
-                values = self.total(columns)
-                if jax.process_index() == 0:
-                    keys = {"id": ids, "sweep": np.full(len(ids), sweep)}
-                    parts.write({**keys, **columns, "bits_per_dim": values})
-                bar.update(len(ids))
-                sums += values.sum(), len(ids)
-                bar.set_postfix_str(f"{sums[0] / sums[1]:.3f} bits/dim", refresh=False)
-                self.shared.preemption.leave_if_requested("the images so far are stored")
-        sharding.barrier("evaluated")
 
     def _parts(self, solver: Solver) -> Parts:
         # Kept, because the identity needs the checksums of all parameters, which take time.
@@ -159,17 +148,14 @@ class CellRun(Driver):
         }
 
     def finish(self) -> Estimate:
-        """The estimate over all images in ``ids``, in bits/dim, with its error bars.
-
-        Raises:
-          Unconverged: fixed steps are too coarse; only the subset has been solved.
-        """
+        """The estimate over all images in ``ids``, in bits/dim, with its error bars; fixed steps
+        that are too coarse are refused after the subset has been solved."""
         solver = self.solver
         if not self.cell.kind.is_bound and solver.fixed_steps is not None:
             gap = self.solver_error()
             if not estimate.within(gap, self.budget):
                 method = " and eval.method=tsit5" if solver.method == "euler" else ""
-                raise Unconverged(
+                raise ValueError(
                     f"{solver.fixed_steps} {solver.method} steps are refused: "
                     f"{estimate.excess(gap, self.budget)} (eval.solver_budget), in bits/dim. Set "
                     f"eval.fixed_steps=0{method} for adaptive steps, or set eval.fixed_steps much "

@@ -35,22 +35,14 @@ class Dequantization:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Inputs:
-    """The inputs of an evaluation.
-
-    Attributes:
-      experiment: the objects of the config.
-      restored: the checkpoint that is evaluated.
-      images: the images of the split.
-      train: the training images.
-      workdir: the work directory in which rows are stored.
-      preemption: requests to stop; an evaluation stops after the batch in progress.
-    """
+    """The inputs of an evaluation."""
 
     experiment: Experiment
-    restored: Restored
-    images: ImageSet
+    restored: Restored  # the checkpoint that is evaluated
+    images: ImageSet  # of the split
     train: ImageSet
-    workdir: Workdir
+    workdir: Workdir  # in which rows are stored
+    # An evaluation that is asked to stop does so after the batch in progress.
     preemption: Preemption = dataclasses.field(default_factory=Preemption)
 
     @classmethod
@@ -69,10 +61,8 @@ class Inputs:
 
         def fit() -> dict[str, np.ndarray]:
             # The fit is to the integers k; then k is mapped to the scale of the model, [-1, 1].
-            gaussian, levels = (
-                GaussianControl.fit(train.images, noise_variance=1 / 12),
-                train.levels,
-            )
+            gaussian = GaussianControl.fit(train.images, noise_variance=1 / 12)
+            levels = train.levels
             arrays = {
                 "mean": bits.to_model(gaussian.mean, 0.5, levels),
                 "variances": (2 / levels) ** 2 * gaussian.variances,

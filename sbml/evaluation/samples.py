@@ -8,7 +8,6 @@ written to disk batch by batch: a killed run resumes, and a run with a larger
 import dataclasses
 import functools
 import math
-import os
 from typing import Any, NamedTuple
 
 import jax
@@ -17,17 +16,15 @@ import numpy as np
 from absl import logging
 
 from sbml import bits, streams
-from sbml.experiment import trained
 from sbml.experiment.build import Experiment
-from sbml.experiment.config import Config
 from sbml.pytrees import in_batches
-from sbml.report.plots import image_grid, write_png
+from sbml.report.plots import image_grid
 from sbml.runtime import progress, sharding
 from sbml.runtime.checkpoint import Restored
 from sbml.runtime.parts import Parts
 from sbml.runtime.preemption import Preemption
 from sbml.runtime.trees import tree_crc32
-from sbml.runtime.workdir import SAMPLES, Workdir
+from sbml.runtime.workdir import Workdir
 from sbml.samplers import Sampler, denoise
 from sbml.sdes import SDE
 from sbml.streams import stream
@@ -46,7 +43,7 @@ class Recipe:
     sampler: Sampler
     denoise_last: bool
     # ``data.dequantization`` of the training. ``repr``, which identifies stored samples, leaves it
-    # out; ``Drawing.identity`` adds it if it is "none".
+    # out; ``identity`` adds it if it is "none".
     dequantization: str = dataclasses.field(default="uniform", repr=False)
 
     @classmethod
@@ -85,17 +82,11 @@ def _latent(seed: Array, i: Array, recipe: Recipe) -> tuple[Array, Key]:
 
 
 class Samples(NamedTuple):
-    """Samples of a model, on the host or on devices.
+    """Samples of a model, on the host or on devices."""
 
-    Attributes:
-      images: uint8 ``(n, *shape)``.
-      nfe: the number of network evaluations for each image, ``(n,)``.
-      failed: whether the sampler failed or a pixel is not finite, ``(n,)``.
-    """
-
-    images: Any
-    nfe: Any
-    failed: Any
+    images: Any  # uint8 (n, *shape)
+    nfe: Any  # the number of network evaluations for each image, (n,)
+    failed: Any  # whether the sampler failed or a pixel is not finite, (n,)
 
 
 @functools.partial(jax.jit, static_argnames="recipe")
@@ -112,7 +103,7 @@ def _sample_batch(score: Score, ids: Array, seed: Array, recipe: Recipe) -> Samp
 
 
 @functools.partial(jax.jit, static_argnames=("recipe", "frames"))
-def _path_batch(score: Score, ids: Array, seed: Array, recipe: Recipe, frames: int) -> Array:
+def paths(score: Score, ids: Array, seed: Array, recipe: Recipe, frames: int) -> Array:
     """uint8 ``(n, frames, *shape)``: the path of each image of ``ids (n,)`` from noise to data.
 
     A frame shows x_t / hypot(alpha, sigma), so that noise fits into the data's range.
@@ -145,118 +136,53 @@ def preview(experiment: Experiment, params: Any, count: int) -> Samples:
     return Samples(*map(np.concatenate, zip(*(samples for _, samples in parts), strict=True)))
 
 
-def memory_needed(config: Config) -> int:
-    """Bytes that the samples of ``config`` need at most: the columns of their table, four times.
+def identity(experiment: Experiment, restored: Restored) -> dict[str, Any]:
+    """Everything that an image depends on, apart from its id."""
+    kind = experiment.config.data.dequantization
+    return {
+        "step": restored.step,
+        "parameters_crc32": tree_crc32(restored.state.ema_params),
+        "seed": experiment.config.sampling.seed,
+        "streams": streams.VERSION,
+        "recipe": repr(Recipe.of(experiment)),
+        "score": experiment.score_identity,
+        "dtype": getattr(experiment.adapter.model, "dtype", "float32"),
+        **({"dequantization": kind} if kind == "none" else {}),
+    }
 
-    They are read from parts, joined, sorted by their ids, and written to one file.
+
+def stored(experiment: Experiment, restored: Restored, workdir: Workdir) -> Samples:
+    """Samples 0 .. ``sampling.num_images`` - 1 of the checkpoint ``restored``.
+
+    Those in ``workdir`` are read, the others are computed and written. If samples have failed, a
+    warning gives their number. ``experiment`` has the SDE and the data of the training.
     """
-    row = math.prod(config.data.shape) + 21  # nfe, failed, id and sweep have 4, 1, 8 and 8 bytes
-    return 4 * row * config.sampling.num_images
-
-
-def memory() -> int:
-    """Bytes of this machine's memory."""
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Drawing:
-    """The samples of a run: drawn once, stored in parts, and written to files.
-
-    Attributes:
-      experiment: the objects of the config, with the SDE and the data of the training.
-      restored: the checkpoint whose averaged parameters are taken.
-      workdir: the work directory of the samples.
-    """
-
-    experiment: Experiment
-    restored: Restored
-    workdir: Workdir
-
-    @classmethod
-    def of(cls, experiment: Experiment, workdir: Workdir) -> "Drawing":
-        """That of the newest undamaged checkpoint of ``workdir``, with a warning if the samples end
-        at a time on which it was not trained.
-        """
-        experiment, restored = experiment.restored(workdir)
-        experiment = experiment.with_dequantization_of(restored)
-        for warning in trained.unseen_times(restored.metadata, experiment.sampling_eps, "sampling"):
-            logging.warning(warning)
-        return cls(experiment, restored, workdir)
-
-    @property
-    def identity(self) -> dict[str, Any]:
-        """Everything that an image depends on, apart from its id."""
-        experiment, kind = self.experiment, self.experiment.config.data.dequantization
-        return {
-            "step": self.restored.step,
-            "parameters_crc32": tree_crc32(self.restored.state.ema_params),
-            "seed": experiment.config.sampling.seed,
-            "streams": streams.VERSION,
-            "recipe": repr(Recipe.of(experiment)),
-            "score": experiment.score_identity,
-            "dtype": getattr(experiment.adapter.model, "dtype", "float32"),
-            **({"dequantization": kind} if kind == "none" else {}),
-        }
-
-    def samples(self) -> Samples:
-        """Samples 0 .. ``sampling.num_images`` - 1. Those on disk are read, the others are computed
-        and written. If samples have failed, a warning gives their number."""
-        config = self.experiment.config.sampling
-        parts = Parts(self.workdir / "sampling", self.identity)
-        stored = parts.read()
-        all_ids = np.arange(config.num_images)
-        missing = np.setdiff1d(all_ids, stored.get("id", []))
-        size = sharding.round_up(min(config.batch_size, config.num_images))
-        sample = functools.partial(draw, self.experiment, self.restored.state.ema_params)
-        bar = progress.bar("sample", "image", len(all_ids), len(all_ids) - len(missing))
-        with bar, Preemption() as preemption:
-            for ids, batch in in_batches(sample, missing, size):
-                if jax.process_index() == 0:
-                    parts.write({"id": ids, "sweep": np.zeros_like(ids), **batch._asdict()})
-                bar.update(len(ids))
-                preemption.leave_if_requested("the samples so far are stored")
-        sharding.barrier("sampled")
-        stored = parts.read()
-        for other in parts.other_versions():
-            logging.warning("an earlier command drew some samples with other versions: %s", other)
-        chosen = np.isin(stored["id"], all_ids)
-        samples = Samples(*(stored[name][chosen] for name in Samples._fields))
-        if samples.failed.any():
-            logging.warning(
-                "%d of %d samples are not finite or not solved; the first are %s. Try smaller "
-                "tolerances or more steps, or a network that was trained longer",
-                *(samples.failed.sum(), len(samples.failed), np.flatnonzero(samples.failed)[:5]),
-            )
-        return samples
-
-    def strip(self) -> np.ndarray | None:
-        """Up to four rows of images, each from noise on the left to a sample on the right; None
-        without ``sampling.frames``. All processes compute it, because their devices hold the
-        parameters together."""
-        experiment, config = self.experiment, self.experiment.config.sampling
-        if config.frames <= 1:
-            return None
-        ids = np.arange(min(4, config.num_images), dtype=np.int32)
-        score, seed = experiment.adapter(self.restored.state.ema_params), np.uint32(config.seed)
-        paths = np.asarray(_path_batch(score, ids, seed, Recipe.of(experiment), config.frames))
-        return grid(experiment, paths.reshape(-1, *experiment.shape), columns=config.frames)
-
-    def write(self, samples: Samples, strip: np.ndarray | None) -> None:
-        """Write ``samples.npz``, ``samples.png`` and ``samples_strip.png``."""
-        origin = {
-            "step": self.restored.step,
-            "parameters_crc32": tree_crc32(self.restored.state.ema_params),
-            "sampler": repr(self.experiment.config.sampling.build()),
-        }
-        arrays = {name: np.asarray(value) for name, value in origin.items()}
-        self.workdir.write(SAMPLES, {**samples._asdict(), **arrays})
-        shown = samples.images[:256]  # A picture of more images would be too large.
-        write_png(self.workdir / "samples.png", grid(self.experiment, shown))
-        if strip is not None:
-            write_png(self.workdir / "samples_strip.png", strip)
-        else:  # A strip that is there shows samples of an earlier run.
-            (self.workdir / "samples_strip.png").unlink(missing_ok=True)
+    config = experiment.config.sampling
+    parts = Parts(workdir / "sampling", identity(experiment, restored))
+    all_ids = np.arange(config.num_images)
+    missing = np.setdiff1d(all_ids, parts.read().get("id", []))
+    size = sharding.round_up(min(config.batch_size, config.num_images))
+    sample = functools.partial(draw, experiment, restored.state.ema_params)
+    bar = progress.bar("sample", "image", len(all_ids), len(all_ids) - len(missing))
+    with bar, Preemption() as preemption:
+        for ids, batch in in_batches(sample, missing, size):
+            if jax.process_index() == 0:
+                parts.write({"id": ids, "sweep": np.zeros_like(ids), **batch._asdict()})
+            bar.update(len(ids))
+            preemption.leave_if_requested("the samples so far are stored")
+    sharding.barrier("sampled")
+    columns = parts.read()
+    for other in parts.other_versions():
+        logging.warning("an earlier command drew some samples with other versions: %s", other)
+    chosen = np.isin(columns["id"], all_ids)
+    samples = Samples(*(columns[name][chosen] for name in Samples._fields))
+    if samples.failed.any():
+        logging.warning(
+            "%d of %d samples are not finite or not solved; the first are %s. Try smaller "
+            "tolerances or more steps, or a network that was trained longer",
+            *(samples.failed.sum(), len(samples.failed), np.flatnonzero(samples.failed)[:5]),
+        )
+    return samples
 
 
 def grid(experiment: Experiment, images: np.ndarray, columns: int | None = None) -> np.ndarray:

@@ -57,15 +57,14 @@ class _Reader(pickle.Unpickler):
         return super().load()
 
     def find_class(self, module: str, name: str) -> Any:
-        if (module, name) == ("collections", "OrderedDict"):
-            return OrderedDict
-        if (module, name) in (
-            ("torch._utils", "_rebuild_tensor_v2"),
-            ("torch._utils", "_rebuild_parameter"),
-        ):
-            return _tensor if name.endswith("_v2") else lambda data, *_: data
-        if module == "torch" and name in DTYPES:
-            return DTYPES[name]
+        known = {
+            "collections.OrderedDict": OrderedDict,
+            "torch._utils._rebuild_tensor_v2": _tensor,
+            "torch._utils._rebuild_parameter": lambda data, *_: data,
+            **{f"torch.{storage}": dtype for storage, dtype in DTYPES.items()},
+        }
+        if f"{module}.{name}" in known:
+            return known[f"{module}.{name}"]
         raise pickle.UnpicklingError(f"it refers to {module}.{name}")
 
     def persistent_load(self, saved: Any) -> Any:

@@ -194,14 +194,14 @@ def look(params: Any, images: Array, model: Model) -> tuple[Array, Array]:
     return result[0], jax.nn.softmax(result[1])
 
 
-def load(path: str | Path, sha256: str, cache: Path) -> tuple[Any, str]:
-    """Parameters from the file ``path``, and its SHA-256; the conversion is cached in ``cache``."""
-    setting, path = str(path), Path(path).expanduser()
+def extractor(*, weights: str, sha256: str, levels: int, cache: str | None) -> Extractor:
+    """The extractor of FID, KID and IS with the file ``weights``, whose conversion is cached."""
+    path = Path(weights).expanduser()
     if not path.is_file():
         raise ValueError(
             f"FID, KID and IS need Inception's weights: download {FILE} from the releases of "
             "https://github.com/mseitzer/pytorch-fid and set --config.eval.inception_weights to "
-            f"it (now {setting!r}), or use another eval.features"
+            f"it (now {weights!r}), or use another eval.features"
         )
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
@@ -210,18 +210,13 @@ def load(path: str | Path, sha256: str, cache: Path) -> tuple[Any, str]:
             f"{path} has the SHA-256 {digest}, not {sha256}...: download it again, or set "
             "eval.inception_sha256 if you want to use other weights"
         )
-    cached = epath.Path(cache) / "features" / f"inception-{digest[:16]}.npz"
-    params = intact_npz(cached)
-    if params is None:
-        params = flatten_dict(from_state_dict(read_state_dict(path)), sep="/")
-        cached.parent.mkdir(parents=True, exist_ok=True)
-        write_npz(cached, params)
-    return unflatten_dict(params, sep="/"), digest
-
-
-def extractor(*, weights: str, sha256: str, levels: int, cache: str | None) -> Extractor:
-    """The extractor of FID, KID and IS; the file ``weights`` is read by :func:`load`."""
-    params, digest = load(weights, sha256, Options(cache_dir=cache or None).cache)
+    folder = epath.Path(Options(cache_dir=cache or None).cache) / "features"
+    stored = intact_npz(folder / f"inception-{digest[:16]}.npz")
+    if stored is None:
+        stored = flatten_dict(from_state_dict(read_state_dict(path)), sep="/")
+        folder.mkdir(parents=True, exist_ok=True)
+        write_npz(folder / f"inception-{digest[:16]}.npz", stored)
+    params: Any = unflatten_dict(stored, sep="/")
     model, params = Model(len(params["fc"]["bias"])), jax.device_put(params)
 
     def features(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -65,14 +65,6 @@ def completions(
     return jax.vmap(lambda x, keys: jax.vmap(lambda key: fill(x, mask, key))(keys))(x, keys)
 
 
-def _known_part(x: Array, colours: bool) -> Array:
-    """``x (n, h, w, c)`` without the part that a completion replaces, which is grey here."""
-    if colours:
-        return jnp.broadcast_to(jnp.mean(x, axis=-1, keepdims=True), x.shape)
-    half = x.shape[2] // 2
-    return x.at[:, :, half:].set(0)
-
-
 def run(experiment: Experiment, workdir: Workdir) -> None:
     """Encode ``latents.count`` images of ``eval.split``, and make a picture of each operation.
 
@@ -114,7 +106,11 @@ def run(experiment: Experiment, workdir: Workdir) -> None:
         tasks = {"inpainting": False, **({"colourisation": True} if x.shape[-1] == 3 else {})}
         for name, colours in tasks.items():
             new = completions(score, x, sde=sde, eps=eps, sampler=sampler, colours=colours)
-            shown = jnp.concatenate([_known_part(x, colours)[:, None], new, x[:, None]], axis=1)
+            # What is kept comes first; the part that a completion replaces is grey there.
+            kept = x.at[:, :, x.shape[2] // 2 :].set(0)
+            if colours:
+                kept = jnp.broadcast_to(jnp.mean(x, axis=-1, keepdims=True), x.shape)
+            shown = jnp.concatenate([kept[:, None], new, x[:, None]], axis=1)
             pictures[name] = shown.reshape(-1, *config.data.shape), shown.shape[1]
     pixels = {
         name: bits.to_pixels(values * factor, images.levels)

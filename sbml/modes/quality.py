@@ -1,21 +1,39 @@
-"""Compares the samples with the training images: ``--mode=quality``."""
+"""Compares the samples with the training images: ``--mode=quality``.
+
+*Features.* FID and similar metrics compare the statistics of the samples' features with those of
+the training images. The latter are computed once and stored under the data's fingerprint.
+
+*Pixels.* Each sample is compared with its nearest training image. If the model has memorised
+training images, samples are much nearer to training images than test images are.
+"""
 
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import jax
 import numpy as np
 from absl import logging
+from etils import epath
 
-from sbml.evaluation.quality import distances_of_features, extractor, memorisation, reference
+from sbml import distances
+from sbml.data import ImageSet, Options, spread
+from sbml.distances import Moments
 from sbml.evaluation.samples import grid
 from sbml.experiment import trained
 from sbml.experiment.build import Experiment
+from sbml.experiment.config import Config
+from sbml.features import EXTRACTORS, Extractor
 from sbml.report import summary
 from sbml.report.plots import write_png
 from sbml.report.result import strict
+from sbml.runtime import progress
+from sbml.runtime.files import intact_npz, write_npz
 from sbml.runtime.trees import tree_crc32
 from sbml.runtime.workdir import NEIGHBOURS, QUALITY, SAMPLES, Workdir
+
+KEPT = 10_000  # images whose features are stored for the kernel distance, whose cost is quadratic
+SHOWN = 8  # samples that are shown with their nearest training images
+CHUNK = 500  # images per call of an extractor
 
 
 def check(experiment: Experiment, workdir: Workdir, before: Sequence[str]) -> None:
@@ -69,3 +87,114 @@ def run(experiment: Experiment, workdir: Workdir) -> None:
     print(f"{len(images)} samples of step {step}, by {read['sampler']}")
     for name, value in values.items():
         print(f"{name}: {value:.4g}")
+
+
+def extractor(config: Config) -> Extractor:
+    """The extractor that ``eval.features`` names."""
+    e = config.eval
+    made: Extractor = EXTRACTORS[e.features](
+        weights=e.inception_weights,
+        sha256=e.inception_sha256,
+        levels=config.data.levels,
+        cache=config.data.cache_dir,
+    )
+    return made
+
+
+def features_of(
+    extract: Extractor, images: np.ndarray, name: str
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Features ``(m, d)`` and class probabilities ``(m, classes)`` of ``images``, in chunks of
+    m <= ``CHUNK`` images; ``name`` is for the progress bar."""
+    with progress.bar(f"features of {name}", "image", len(images)) as bar:
+        for start in range(0, len(images), CHUNK):
+            yield extract(np.asarray(images[start : start + CHUNK]))
+            bar.update(min(CHUNK, len(images) - start))
+
+
+def reference(
+    experiment: Experiment, extract: Extractor, images: ImageSet
+) -> tuple[Moments, np.ndarray]:
+    """The moments of the features of ``images``, and the features ``(m, d)`` of at most ``KEPT`` of
+    them, computed once for each fingerprint and extractor."""
+    cache = Options(cache_dir=experiment.config.data.cache_dir or None).cache
+    name = f"{extract.identity}-{images.fingerprint['id']}.npz"
+    path = epath.Path(cache) / "stats" / name
+    stored = intact_npz(path)
+    if stored is None:
+        ids = spread(len(images), KEPT)
+        kept: list[np.ndarray] = []
+
+        def parts() -> Iterator[np.ndarray]:
+            """The features chunk by chunk: those of a million images together need 10 GB."""
+            start = 0
+            for features, _ in features_of(extract, images.images, f"{images.name} {images.split}"):
+                chosen = ids[(ids >= start) & (ids < start + len(features))] - start
+                kept.append(np.asarray(features[chosen], np.float32))
+                start += len(features)
+                yield features
+
+        moments = Moments.of_parts(parts())
+        path.parent.mkdir(parents=True, exist_ok=True)
+        stored = {"mean": moments.mean, "cov": moments.cov, "count": np.asarray(moments.size)}
+        stored["features"] = np.concatenate(kept)
+        write_npz(path, stored)
+        print(f"statistics of {images.name} {images.split}, n={moments.size}: {path}")
+    return Moments(stored["mean"], stored["cov"], int(stored["count"])), stored["features"]
+
+
+def distances_of_features(
+    extract: Extractor, images: np.ndarray, training: tuple[Moments, np.ndarray]
+) -> dict[str, float]:
+    """The Fréchet and kernel distances of ``images`` to the :func:`reference` of the training
+    images, and the Inception score, by their names."""
+    columns = zip(*features_of(extract, images, "samples"), strict=True)
+    features, probabilities = (np.concatenate(chunks) for chunks in columns)
+    n = len(features)
+    if n < features.shape[1]:
+        logging.warning(
+            "%d samples for %d features: distances of so few samples are unreliable; draw more "
+            "(sampling.num_images)",
+            *(n, features.shape[1]),
+        )
+    frechet, kernel, score = extract.names
+    return {
+        f"{frechet} n={n}": distances.frechet(Moments.of(features), training[0]),
+        f"{kernel} n={n}": distances.kernel(features, training[1]),
+        f"{score} n={n}": distances.inception_score(probabilities),
+    }
+
+
+def memorisation(
+    samples: np.ndarray, train: ImageSet, test: ImageSet, flip: bool
+) -> tuple[dict[str, float], np.ndarray]:
+    """How near ``samples (n, h, w, c)`` are to the training images.
+
+    The distance of two images is the root mean square difference of their pixels, scaled to [0, 1].
+    With ``flip`` the network was trained on mirrored images too, so they are compared as well.
+
+    Returns:
+      The median distance to the nearest training image, of the samples and of test images, by name;
+      and the first ``SHOWN`` samples followed by their nearest training images.
+    """
+
+    def nearest(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        index, distance = distances.nearest(x, train.images)
+        neighbours = train.images[index]
+        if flip:
+            index, mirrored = distances.nearest(x[:, :, ::-1], train.images)
+            nearer = mirrored < distance
+            neighbours[nearer] = train.images[index[nearer]][:, :, ::-1]
+            distance = np.minimum(distance, mirrored)
+        return neighbours, distance / (train.levels - 1)
+
+    neighbours, distance = nearest(samples)
+    test_images = test.images[spread(len(test), max(len(samples), 100))]
+    _, test_distance = nearest(test_images)
+    values = {
+        "nearest training image, median root mean square distance of samples": float(
+            np.median(distance)
+        ),
+        "the same of test images": float(np.median(test_distance)),
+    }
+    return values, np.concatenate([samples[:SHOWN], neighbours[:SHOWN]])

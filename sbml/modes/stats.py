@@ -1,7 +1,7 @@
 """Computes the statistics of the training images for ``--mode=quality``: ``--mode=stats``."""
 
-from sbml.evaluation.quality import extractor, reference
 from sbml.experiment.build import Experiment
+from sbml.modes.quality import extractor, reference
 
 
 def run(experiment: Experiment) -> None:

@@ -5,6 +5,7 @@ of a Monte Carlo row is five standard errors.
 """
 
 import functools
+import itertools
 import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -17,7 +18,7 @@ from sbml.runtime.versions import versions
 from sbml.sdes import SDES
 from sbml.verify.continuous import continuous_checks
 from sbml.verify.integers import discrete_checks
-from sbml.verify.table import Row, table
+from sbml.verify.table import Row
 
 
 def on_cpu() -> Any:
@@ -26,28 +27,24 @@ def on_cpu() -> Any:
     return jax.default_device(jax.local_devices(backend="cpu")[0])
 
 
-def _in_float64(rows: Callable[[], Iterable[Row]]) -> list[Row]:
-    with on_cpu(), jax.enable_x64(True), jax.numpy_rank_promotion("raise"):
-        compiler.check()
-        return list(rows())
-
-
 def checks(sdes: Sequence[str] = tuple(SDES)) -> list[Row]:
-    """The rows of the named SDEs, in this order, computed in float64 whatever the caller's setting.
+    """The rows of the named SDEs, in this order, in float64 whatever the caller's setting."""
 
-    Raises:
-      KeyError: there is no SDE of such a name.
-    """
+    def in_float64(rows: Callable[[], Iterable[Row]]) -> list[Row]:
+        with on_cpu(), jax.enable_x64(True), jax.numpy_rank_promotion("raise"):
+            compiler.check()
+            return list(rows())
+
     jobs = [functools.partial(continuous_checks, name, SDES[name]()) for name in sdes]
     with ThreadPoolExecutor() as pool:  # Most of the time is compilation, which runs in parallel.
-        parts = pool.map(_in_float64, [functools.partial(discrete_checks, sdes), *jobs])
+        parts = pool.map(in_float64, [functools.partial(discrete_checks, sdes), *jobs])
         discrete, *continuous = parts
     rows = [row for part in (*continuous, discrete) for row in part]
     return sorted(rows, key=lambda row: sdes.index(row.sde))
 
 
 def run() -> None:
-    """Print the table of comparisons.
+    """Print the table of comparisons, with an empty line between SDEs.
 
     Raises:
       SystemExit: with status 1 if a row fails.
@@ -56,7 +53,16 @@ def run() -> None:
     with on_cpu():
         print(f"jax {versions()['jax']}, XLA {versions()['xla']}\n")
     rows = checks()
-    print(table(rows))
+    width = max(len(row.name) for row in rows)
+    line = f"{{:{width}}}  {{:9}}  {{:>16}}  {{:>16}}  {{:>8}}  {{:>9}}  {{}}"
+    lines = [line.format("estimator", "SDE", "got", "truth", "error", "tolerance", "")]
+    for _, of_sde in itertools.groupby(rows, lambda row: row.sde):
+        lines.append("")
+        for row in of_sde:
+            found = f"{row.got:.10g}", f"{row.truth:.10g}", f"{row.error:.1e}"
+            mark = "" if row.ok else "FAILS"
+            lines.append(line.format(row.name, row.sde, *found, f"{row.tolerance:.1e}", mark))
+    print("\n".join(text.rstrip() for text in lines))
     failed = [row for row in rows if not row.ok]
     count = f"{len(rows) - len(failed)} of {len(rows)} rows agree with the truth"
     print(f"\n{count}, in {time.perf_counter() - start:.0f} s")

@@ -118,6 +118,19 @@ def compare(runs: Sequence[Run]) -> dict[str, Any]:
             + ". Evaluate them with the same eval.estimators and eval.dequantizers"
         )
     left = {run.name: [n for n in run.results if n not in names] for run in runs}
+
+    def row(run: Run, name: str) -> dict[str, Any]:
+        shown = ("bits_per_dim", "interval", "n", "smallest_time", "nfe_mean", "converged")
+        found = {"run": run.name, **{key: getattr(run.results[name], key) for key in shown}}
+        if run is not first:
+            (ids, bits), (first_ids, first_bits) = run.bits[name], first.bits[name]
+            common, here, there = np.intersect1d(ids, first_ids, return_indices=True)
+            if len(common):
+                gap = mean_interval(bits[here] - first_bits[there])
+                found |= {"difference": gap.mean, "difference_interval": list(gap.bounds)}
+                found["pairs"] = gap.n
+        return found
+
     return {
         "runs": [
             {
@@ -133,32 +146,10 @@ def compare(runs: Sequence[Run]) -> dict[str, Any]:
         ],
         "data": dict(first.images),
         "cells": [
-            {"name": n, "rows": [_row(run, first, n) for run in runs if n in run.results]}
-            for n in names
+            {"name": n, "rows": [row(run, n) for run in runs if n in run.results]} for n in names
         ],
         "not_compared": {name: numbers for name, numbers in left.items() if numbers},
     }
-
-
-def _row(run: Run, first: Run, name: str) -> dict[str, Any]:
-    result = run.results[name]
-    row: dict[str, Any] = {
-        "run": run.name,
-        "bits_per_dim": result.bits_per_dim,
-        "interval": result.interval,
-        "n": result.n,
-        "smallest_time": result.smallest_time,
-        "nfe_mean": result.nfe_mean,
-        "converged": result.converged,
-    }
-    if run is first:
-        return row
-    (ids, bits), (first_ids, first_bits) = run.bits[name], first.bits[name]
-    common, here, there = np.intersect1d(ids, first_ids, return_indices=True)
-    if not len(common):
-        return row
-    gap = mean_interval(bits[here] - first_bits[there])
-    return row | {"difference": gap.mean, "difference_interval": list(gap.bounds), "pairs": gap.n}
 
 
 def differing(runs: Sequence[Run]) -> dict[str, list[str]]:
@@ -175,45 +166,39 @@ def differing(runs: Sequence[Run]) -> dict[str, list[str]]:
 
 def render(runs: Sequence[Run], numbers: Mapping[str, Any]) -> str:
     """The page, one HTML file that opens offline; ``numbers`` are from :func:`compare`."""
-    levels = runs[0].images["levels"]
-    models = [_texts(about) for about in numbers["runs"]]
-    return page.environment().get_template("comparison.html").render(
-        title="Comparison of " + ", ".join(run.name for run in runs),
-        first=runs[0].name,
-        images=numbers["data"],
-        cells=[{**cell, "figure": _figure(cell)} for cell in numbers["cells"]],
-        runs=models,
-        warnings={run.name: run.evaluation["warnings"] for run in runs},
-        not_compared=numbers["not_compared"],
-        rows=[name for name in dict.fromkeys(itertools.chain(*models)) if name != "name"],
-        differing=differing(runs),
-        samples=[
-            {"name": run.name, "png": _grid(run.samples, levels)}
-            for run in runs
-            if run.samples is not None
-        ],
-        text=page.text,
-    )  # fmt: skip
-
-
-def _texts(about: Mapping[str, Any]) -> dict[str, str]:
-    seconds = about["training_seconds"]
-    left_out = ("quality", "warnings", "training_seconds")
-    texts = {name: page.text(value) for name, value in about.items() if name not in left_out}
-    time = "–" if seconds is None else str(timedelta(seconds=round(seconds)))
-    texts |= {"training time (h:mm:ss)": time, "warnings": page.text(len(about["warnings"]))}
-    return texts | {name: page.text(value, ".4g") for name, value in about["quality"].items()}
-
-
-def _figure(cell: Mapping[str, Any]) -> dict[str, Any]:
-    dots = [plots.Dot.of(row["run"], row, ours=i > 0) for i, row in enumerate(cell["rows"])]
-    draw = partial(plots.comparison, dots=dots)
-    caption = "Bars: 95% intervals of each mean."
-    return page.figure(f"{cell['name']}, bits/dim", draw, 10.6, 0.6 + 0.36 * len(dots), caption)
-
-
-def _grid(samples: np.ndarray, levels: int) -> str:
-    scale = max(1, 48 // samples.shape[1])
-    shown = samples[: COLUMNS * ROWS]
-    grid = plots.image_grid(shown, levels, min(COLUMNS, len(shown)), scale)
-    return page.data_url(plots.png(grid))
+    models, cells = [], []
+    for run, about in zip(runs, numbers["runs"], strict=True):
+        time = "–" if run.seconds is None else str(timedelta(seconds=round(run.seconds)))
+        models.append(
+            {name: page.text(about[name]) for name in ("name", "network", "parameters", "step")}
+            | {"training time (h:mm:ss)": time, "warnings": page.text(len(about["warnings"]))}
+            | {name: page.text(value, ".4g") for name, value in about["quality"].items()}
+        )
+    for cell in numbers["cells"]:
+        rows = [(row["run"], row, i > 0) for i, row in enumerate(cell["rows"])]
+        name, draw = f"{cell['name']}, bits/dim", partial(plots.comparison, rows=rows)
+        caption = "Bars: 95% intervals of each mean."
+        figure = page.figure(name, draw, 10.6, 0.6 + 0.36 * len(rows), caption)
+        cells.append({**cell, "figure": figure})
+    samples = []
+    for run in runs:
+        if run.samples is not None:
+            shown, scale = run.samples[: COLUMNS * ROWS], max(1, 48 // run.samples.shape[1])
+            png = page.grid_url(shown, run.images["levels"], COLUMNS, scale)
+            samples.append({"name": run.name, "png": png})
+    return (
+        page.environment()
+        .get_template("comparison.html")
+        .render(
+            title="Comparison of " + ", ".join(run.name for run in runs),
+            first=runs[0].name,
+            images=numbers["data"],
+            cells=cells,
+            runs=models,
+            warnings={run.name: run.evaluation["warnings"] for run in runs},
+            not_compared=numbers["not_compared"],
+            rows=[name for name in dict.fromkeys(itertools.chain(*models)) if name != "name"],
+            differing=differing(runs),
+            samples=samples,
+        )
+    )

@@ -7,7 +7,7 @@ variable, so that one figure fits light and dark pages.
 import io
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any
 
 import matplotlib
 import numpy as np
@@ -95,23 +95,6 @@ def write_png(path: epath.PathLike, array: np.ndarray) -> None:
     write_whole(path, png(array))
 
 
-class Dot(NamedTuple):
-    """A value with its interval in bits/dim; ``ours`` is True for results, False for baselines."""
-
-    label: str
-    value: float
-    low: float
-    high: float
-    ours: bool
-
-    @classmethod
-    def of(cls, label: str, number: Mapping[str, Any], ours: bool) -> "Dot":
-        """That of a result or a baseline of ``report.json``, with its 95% interval."""
-        value, half = float(number["bits_per_dim"]), float(number.get("ci95") or 0)
-        low, high = number.get("interval") or (value - half, value + half)
-        return cls(label, value, float(low), float(high), ours)
-
-
 def svg(name: str, draw: Callable[[Axes], None], width: float, height: float) -> str:
     """SVG text of the figure that ``draw`` draws on new axes of width x height inches.
 
@@ -136,10 +119,15 @@ def svg(name: str, draw: Callable[[Axes], None], width: float, height: float) ->
     return text
 
 
-def comparison(axes: Axes, dots: Sequence[Dot]) -> None:
-    """The ``dots``, the first at the top, each with its interval as a bar and its value as text at
-    the right."""
-    for row, (_, value, low, high, ours) in enumerate(dots):
+def comparison(axes: Axes, rows: Sequence[tuple[str, Mapping[str, Any], bool]]) -> None:
+    """The numbers of a report, the first at the top, each as a dot with its 95% interval as a bar
+    and its value as text at the right.
+
+    A row has a label, a result or baseline of ``report.json``, and whether it is in blue and bold.
+    """
+    for row, (_, number, ours) in enumerate(rows):
+        value, half = float(number["bits_per_dim"]), float(number.get("ci95") or 0)
+        low, high = map(float, number.get("interval") or (value - half, value + half))
         colour = ACCENT if ours else MUTED
         axes.axhline(row, color=RULE, linewidth=0.6)
         axes.plot([low, high], [row, row], color=colour, linewidth=2, solid_capstyle="round")
@@ -155,7 +143,7 @@ def comparison(axes: Axes, dots: Sequence[Dot]) -> None:
             color=colour if finite else WARN,
             weight="bold" if ours else "normal",
         )
-    labels = [dot.label for dot in dots]
+    labels = [label for label, *_ in rows]
     axes.set_yticks(range(len(labels)), labels, color=INK, parse_math=False)
     axes.set_ylim(len(labels) - 0.5, -0.5)
     axes.set_xlabel("bits/dim, lower is better")
@@ -169,7 +157,12 @@ def histogram(axes: Axes, values: np.ndarray, label: str) -> None:
     not in the histogram. A text on the figure gives their numbers.
     """
     finite = np.sort(np.asarray(values[np.isfinite(values)], np.float64))
-    first, last = _bulk(finite)
+    first, last = 0, finite.size
+    if finite.size:  # Shown are those within 8 interquartile ranges of the quartiles.
+        low, high = np.quantile(finite, [0.25, 0.75])
+        reach = 8 * (high - low) or np.inf
+        first = int(np.searchsorted(finite, low - reach, "left"))
+        last = int(np.searchsorted(finite, high + reach, "right"))
     shown = finite[first:last]
     notes = []
     if first > 0:
@@ -179,14 +172,8 @@ def histogram(axes: Axes, values: np.ndarray, label: str) -> None:
     if nonfinite := values.size - finite.size:
         notes.append(f"{nonfinite} of {values.size} not finite")
     if shown.size:
-        axes.hist(
-            shown,
-            _bins(shown).tolist(),
-            histtype="stepfilled",
-            color=ACCENT,
-            alpha=0.75,
-            linewidth=0,
-        )
+        bars: Any = {"histtype": "stepfilled", "color": ACCENT, "alpha": 0.75, "linewidth": 0}
+        axes.hist(shown, _bins(shown).tolist(), **bars)
         if shown[0] <= finite.mean() <= shown[-1]:
             axes.axvline(finite.mean(), color=INK, linewidth=1)
             axes.annotate(
@@ -199,30 +186,14 @@ def histogram(axes: Axes, values: np.ndarray, label: str) -> None:
             )
     axes.grid(axis="y")
     for line, note in enumerate(notes):
-        axes.text(
-            1,
-            0.98 - ANNOTATION_HEIGHT * line,
-            note,
-            transform=axes.transAxes,
-            ha="right",
-            va="top",
-            color=WARN,
-            weight="bold",
-        )
+        _warn(axes, 0.98 - ANNOTATION_HEIGHT * line, note)
     axes.set_xlabel(label, parse_math=False)
     axes.set_ylabel("images")
 
 
-def _bulk(values: np.ndarray) -> tuple[int, int]:
-    """The slice of sorted ``values`` that the histogram shows: those within 8 interquartile ranges
-    of the quartiles, or all if the quartiles are equal."""
-    if values.size == 0:
-        return 0, 0
-    low, high = np.quantile(values, [0.25, 0.75])
-    reach = 8 * (high - low) or np.inf
-    first = np.searchsorted(values, low - reach, "left")
-    last = np.searchsorted(values, high + reach, "right")
-    return int(first), int(last)
+def _warn(axes: Axes, height: float, text: str) -> None:
+    options: Any = {"ha": "right", "va": "top", "color": WARN, "weight": "bold"}
+    axes.text(1, height, text, transform=axes.transAxes, **options)
 
 
 def _bins(values: np.ndarray) -> np.ndarray:
@@ -243,16 +214,7 @@ def training(axes: Axes, step: np.ndarray, loss: np.ndarray, window: int) -> Non
     """Loss against step: every logged value, faint, and its mean over ``window`` values."""
     finite = np.isfinite(loss)
     if nonfinite := int((~finite).sum()):
-        axes.text(
-            1,
-            1,
-            f"{nonfinite} of {loss.size} losses not finite",
-            transform=axes.transAxes,
-            ha="right",
-            va="top",
-            color=WARN,
-            weight="bold",
-        )
+        _warn(axes, 1, f"{nonfinite} of {loss.size} losses not finite")
     step, loss = step[finite], loss[finite]
     if loss.size:
         axes.plot(*_thin(step, loss), color=ACCENT, alpha=0.45, linewidth=0.8)

@@ -71,8 +71,7 @@ class Result:
         the ODE, and for few draws.
       target_se: ``eval.target_se``; None for the ODE.
       nonfinite: the number of images whose bits/dim are not finite.
-      min, max: the smallest and the largest bits/dim of an image.
-      median: the median of the bits/dim of the images that are finite.
+      min, max, median: of the bits/dim of the images; the median is that of the finite ones.
       outliers: [id, bits/dim] of the outliers, in the order of ``Estimate.outliers``.
       without_outliers, without_outliers_interval: the mean without them, and the ends of its 95%
         interval; None if there are none, or nothing else.

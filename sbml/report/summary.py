@@ -10,7 +10,6 @@ If there is an evaluation, each of the modes ``eval``, ``sample`` and ``quality`
 the evaluation is of other images than those of the config, nothing is written.
 """
 
-import re
 import shlex
 import zlib
 from collections.abc import Callable, Mapping, Sequence
@@ -27,7 +26,6 @@ from sbml.runtime.trees import table_crc32, tree_crc32
 from sbml.runtime.workdir import EVALUATION, NEIGHBOURS, PER_IMAGE, QUALITY, SAMPLES, Workdir
 
 NEIGHBOURS_CAPTION = "The first samples, and below each the training image nearest to it."
-DURING_TRAINING = re.compile(r"step_(\d+)\.png")
 
 
 def write(
@@ -49,22 +47,38 @@ def write(
     Returns:
       Whether the report was written.
     """
-    evaluation = _evaluation(workdir, load)
-    if evaluation is None and (known is None or workdir.has(EVALUATION)):
+    stored: dict[str, Any] = {"title": workdir.name, "results": [], "warnings": []}
+    table, images = None, None
+    if workdir.has(EVALUATION):
+        stored = workdir.read(EVALUATION)
+        split = stored["results"][0]["split"]
+        evaluated = stored["data"][split]
+        try:
+            images = load(split)
+            if images.fingerprint != evaluated:
+                raise ValueError(f"it is of {evaluated}, this config has {images.fingerprint}")
+        except (ValueError, OSError, ImportError) as error:
+            logging.warning("the images of %s: %s: the report stays as it is", EVALUATION, error)
+            return False
+        try:
+            table = table_of(workdir, stored)
+        except OtherEvaluation as error:
+            logging.warning("%s: the report stays as it is", error)
+            return False
+    elif known is None:
         return False
-    empty: dict[str, Any] = {"title": workdir.name, "results": [], "warnings": []}
-    stored, table, images = evaluation or (empty, None, None)
     content: dict[str, Any] = {**(known or {}), **stored}
-    warnings = [*content["warnings"]]
-    if _trained_further(content):
+    warnings, checkpoint = [*stored["warnings"]], content.get("checkpoint", {})
+    newest = content.get("training", {}).get("checkpoint") or 0
+    trained_further = newest > checkpoint.get("step", newest)
+    if trained_further:
         warning = (
-            f"the results are those of step {content['checkpoint']['step']}, but the newest "
-            f"checkpoint is of step {content['training']['checkpoint']}: evaluate it (--mode=eval)"
+            f"the results are those of step {checkpoint['step']}, but the newest checkpoint is of "
+            f"step {newest}: evaluate it (--mode=eval)"
         )
         logging.warning("%s", warning)
         warnings.insert(0, warning)
-    samples = samples_of(workdir, content.get("checkpoint", {}))
-    pictures: list[tuple[str, bytes]] = []
+    samples, pictures = samples_of(workdir, checkpoint), []
     if samples is not None:
         count, failed = len(samples["images"]), int(np.sum(samples["failed"]))
         content["samples"] = {
@@ -72,16 +86,24 @@ def write(
             "nfe_mean": float(samples["nfe"].mean()),
             "nfe_max": int(samples["nfe"].max()),
             "sampler": str(samples["sampler"]),
-            **({} if "checkpoint" in content else {"step": int(samples["step"])}),
+            **({} if checkpoint else {"step": int(samples["step"])}),
         }
         if failed:
             warnings.append(f"{failed} of {count} samples are not finite")
         if (quality := quality_of(workdir, samples)) is not None:
             content["quality"] = quality["values"]
             warnings += [f"quality of the samples: {each}" for each in quality.get("warnings", [])]
-            pictures = _neighbours(workdir, quality)
+            png = workdir.read_png(NEIGHBOURS) if workdir.has(NEIGHBOURS) else b""
+            crc32 = zlib.crc32(png)
+            if png and quality.get("neighbours_crc32", crc32) == crc32:
+                pictures = [(NEIGHBOURS_CAPTION, png)]
+            else:
+                logging.warning(
+                    "%s is not that of %s: left out; make it again (--mode=quality)",
+                    *(workdir / NEIGHBOURS, QUALITY),
+                )
     elif workdir.has(SAMPLES):
-        drawn, evaluated = int(workdir.read(SAMPLES)["step"]), content["checkpoint"]["step"]
+        drawn, evaluated = int(workdir.read(SAMPLES)["step"]), checkpoint["step"]
         remedy = "draw new samples (--mode=sample)"
         if drawn > evaluated:
             remedy = f"evaluate again (--mode=eval), or {remedy}"
@@ -93,14 +115,28 @@ def write(
         )
     content["warnings"] = warnings
     if known is not None:
-        if samples is None:
-            pictures = _during_training(workdir)
-        content["missing"] = _missing(workdir, content)
+        # The newest picture of the training takes the place of samples.
+        paths = {} if samples else {p.name: p for p in (workdir / "samples").glob("step_*.png")}
+        steps = {int(name[5:-4]): p for name, p in paths.items() if name[5:-4].isdecimal()}
+        if steps:
+            last = max(steps)
+            caption = f"Samples during the training, at step {last:,}."
+            pictures = [(caption, read_png(steps[last]))]
+        modes = {"results": "eval", "samples": "sample", "quality": "quality"}
+        missing = {name: mode for name, mode in modes.items() if not content.get(name)}
+        if trained_further:
+            # What is there belongs to the newest checkpoint, and is shown beside its evaluation.
+            before = {"results": "eval", "samples": "eval,sample", "quality": "eval,sample,quality"}
+            missing = {name: before[name] for name in ("results", *missing)}
+        elif "samples" in missing and "quality" in missing:
+            missing["quality"] = "sample,quality"
+        command = f"python -m sbml.main --workdir={shlex.quote(str(workdir))} --mode="
+        content["missing"] = {name: command + mode for name, mode in missing.items()}
     page.write(
         workdir.path,
         content,
         table=table,
-        images=None if images is None else lambda ids: images.images[ids],
+        images=None if images is None else images.images,
         levels=content["config"]["data"]["levels"] if images is None else images.levels,
         curves=metrics.read(workdir) if curves is None else curves,
         samples=None if samples is None else samples["images"],
@@ -109,35 +145,8 @@ def write(
     return True
 
 
-def _evaluation(
-    workdir: Workdir, load: Callable[[str], ImageSet]
-) -> tuple[dict[str, Any], dict[str, Any], ImageSet] | None:
-    """``evaluation.json``, ``per_image.npz`` and the images that were evaluated; None if there is
-    no such file, if ``load`` gives other images or none, or if the table is of another evaluation.
-    """
-    if not workdir.has(EVALUATION):
-        return None
-    evaluation = workdir.read(EVALUATION)
-    split = evaluation["results"][0]["split"]
-    fingerprint = evaluation["data"][split]
-    try:
-        images = load(split)
-    except (ValueError, OSError, ImportError) as error:
-        logging.warning("the images of %s: %s: the report stays as it is", EVALUATION, error)
-        return None
-    try:
-        if images.fingerprint != fingerprint:
-            raise OtherEvaluation(
-                f"{workdir / EVALUATION} is of {fingerprint}, this config has {images.fingerprint}"
-            )
-        return evaluation, table_of(workdir, evaluation), images
-    except OtherEvaluation as error:
-        logging.warning("%s: the report stays as it is", error)
-        return None
-
-
 class OtherEvaluation(ValueError):
-    """The images, or a table of the work directory, do not belong to its evaluation."""
+    """A table of the work directory is not that of its evaluation."""
 
 
 def table_of(
@@ -184,47 +193,3 @@ def quality_of(workdir: Workdir, samples: Mapping[str, Any]) -> dict[str, Any] |
         logging.warning("%s is of other samples: left out", workdir / QUALITY)
         return None
     return quality
-
-
-def _trained_further(content: Mapping[str, Any]) -> bool:
-    """Whether there is a newer checkpoint than the one that was evaluated."""
-    newest = content.get("training", {}).get("checkpoint")
-    return "checkpoint" in content and (newest or 0) > content["checkpoint"]["step"]
-
-
-def _neighbours(workdir: Workdir, quality: Mapping[str, Any]) -> list[tuple[str, bytes]]:
-    """The picture of the nearest training images with its caption, if it is that of ``quality``."""
-    picture = workdir.read_png(NEIGHBOURS) if workdir.has(NEIGHBOURS) else b""
-    crc32 = zlib.crc32(picture)
-    if picture and quality.get("neighbours_crc32", crc32) == crc32:
-        return [(NEIGHBOURS_CAPTION, picture)]
-    logging.warning(
-        "%s is not that of %s: left out; make it again (--mode=quality)",
-        *(workdir / NEIGHBOURS, QUALITY),
-    )
-    return []
-
-
-def _during_training(workdir: Workdir) -> list[tuple[str, bytes]]:
-    """The newest picture of the training in ``samples/`` with its caption, if there is one."""
-    folder = workdir / "samples"
-    matches = [(DURING_TRAINING.fullmatch(p.name), p) for p in folder.glob("*.png")]
-    steps = {int(match[1]): path for match, path in matches if match}
-    if not steps:
-        return []
-    last = max(steps)
-    return [(f"Samples during the training, at step {last:,}.", read_png(steps[last]))]
-
-
-def _missing(workdir: Workdir, content: Mapping[str, Any]) -> dict[str, str]:
-    """The parts that ``content`` lacks, each with the command that makes it."""
-    modes = {"results": "eval", "samples": "sample", "quality": "quality"}
-    missing = {name: mode for name, mode in modes.items() if not content.get(name)}
-    if _trained_further(content):
-        # What is there belongs to the newest checkpoint, and is shown beside its evaluation.
-        before = {"results": "eval", "samples": "eval,sample", "quality": "eval,sample,quality"}
-        missing = {name: before[name] for name in ("results", *missing)}
-    elif "samples" in missing and "quality" in missing:
-        missing["quality"] = "sample,quality"
-    command = f"python -m sbml.main --workdir={shlex.quote(str(workdir))} --mode="
-    return {name: command + mode for name, mode in missing.items()}

@@ -108,61 +108,6 @@ def mixture_case(sde: SDE, line: np.ndarray = LINE) -> Case:
 # Checks of the bound and the loss.
 
 
-@functools.partial(jit, static_argnames="sde")
-def _expectations(
-    data: Any, points: tuple[Array, Array, Array], a: Array, b: Array, *, sde: SDE
-) -> dict[str, Array]:
-    """Terms of the bound, its change by delta(x) = a x + b, and the loss along delta."""
-    proposal = times.Importance(sde, EPS)
-    legendre = np.polynomial.legendre.leggauss(NODES)  # Nodes in [-1, 1] and weights.
-    u, node_weights = jnp.asarray(0.5 * legendre[0] + 0.5), jnp.asarray(0.5 * legendre[1])
-    x, z, weights = points
-    t, time_weights = proposal.at(u)
-
-    def mean(term: Callable[..., Array], score: Score, t: Array) -> Array:
-        return jax.vmap(lambda x, z: term(score, sde, x, t, z), out_axes=-1)(x, z) @ weights
-
-    def diffusion(term: Callable[..., Array], score: Score) -> Array:
-        values = jax.vmap(lambda t: mean(lambda *args: term(*args, None), score, t))(t)
-        return proposal.normaliser * (values @ node_weights)
-
-    def off_by(scale: Array) -> Score:
-        return lambda x, t, key: data.score(x, t) + scale * (a @ x + b)
-
-    def loss(scale: Array) -> Array:
-        def term(score: Score, sde: SDE, x: Array, t: Array, z: Array) -> Array:
-            s = score(losses.perturb(sde, x, t, z), t, None)
-            return jnp.stack([losses.residual(sde, s, t, z, w) for w in losses.WEIGHTINGS])
-
-        values = jax.vmap(lambda t: mean(term, off_by(scale), t), out_axes=-1)(t)
-        return values @ (node_weights * time_weights)
-
-    scales = jnp.arange(2.0)
-    dsm = jax.vmap(lambda scale: diffusion(bound.diffusion_dsm, off_by(scale)))(scales)
-    loss_values, slopes = jax.vmap(lambda s: jax.jvp(loss, (s,), (jnp.ones(()),)))(scales)
-    return {
-        "prior": jax.vmap(lambda x: bound.prior_kl(sde, x))(x) @ weights,
-        "dsm": dsm[0],
-        "ssm": diffusion(bound.diffusion_ssm, data.score),
-        "decoder": mean(bound.noise_error, data.score, jnp.asarray(EPS)),
-        "gap": dsm[1] - dsm[0],
-        "slope": slopes[0] / (loss_values[1] - loss_values[0]),
-    }
-
-
-def _gap(case: Case, sde: SDE, a: np.ndarray, b: np.ndarray) -> float:
-    """1/2 integral g^2 E|a x_t + b|^2 dt by adaptive quadrature in t."""
-    g = jit(sde.diffusion)
-
-    def rate(t: float) -> float:
-        alpha, sigma = coefficients(sde, t)
-        cov = alpha**2 * case.cov + sigma**2 * np.eye(len(b))
-        squared = np.trace(a @ cov @ a.T) + np.sum((alpha * a @ case.mean + b) ** 2)
-        return 0.5 * float(g(t)) ** 2 * float(squared)
-
-    return integrate.quad(rate, EPS, sde.largest_time, epsabs=1e-12, epsrel=1e-12)[0]
-
-
 def expected_bound(case: Case, sde: SDE, eps: float) -> tuple[float, float]:
     """Expectations of the prior term and of the whole bound, by the formulas above.
 
@@ -186,35 +131,70 @@ def bound_rows(name: str, sde: SDE, case: Case) -> Iterator[Row]:
     """The terms of the bound, the gap of a wrong score, and the loss at the true one."""
     d, rng = len(case.mean), np.random.default_rng(0)
     a, b = 0.3 * rng.normal(size=(d, d)), 0.3 * rng.normal(size=d)
-    got = _expectations(case.data, case.points, jnp.asarray(a), jnp.asarray(b), sde=sde)
+    proposal, g = times.Importance(sde, EPS), jit(sde.diffusion)
+
+    @jit
+    def expectations(
+        data: Any, points: tuple[Array, Array, Array], a: Array, b: Array
+    ) -> dict[str, Array]:
+        """Terms of the bound, its change by delta(x) = a x + b, and the loss along delta."""
+        legendre = np.polynomial.legendre.leggauss(NODES)  # Nodes in [-1, 1] and weights.
+        u, node_weights = jnp.asarray(0.5 * legendre[0] + 0.5), jnp.asarray(0.5 * legendre[1])
+        x, z, weights = points
+        t, time_weights = proposal.at(u)
+
+        def mean(term: Callable[..., Array], score: Score, t: Array) -> Array:
+            return jax.vmap(lambda x, z: term(score, sde, x, t, z), out_axes=-1)(x, z) @ weights
+
+        def diffusion(term: Callable[..., Array], score: Score) -> Array:
+            values = jax.vmap(lambda t: mean(lambda *args: term(*args, None), score, t))(t)
+            return proposal.normaliser * (values @ node_weights)
+
+        def off_by(scale: Array) -> Score:
+            return lambda x, t, key: data.score(x, t) + scale * (a @ x + b)
+
+        def loss(scale: Array) -> Array:
+            def term(score: Score, sde: SDE, x: Array, t: Array, z: Array) -> Array:
+                s = score(losses.perturb(sde, x, t, z), t, None)
+                return jnp.stack([losses.residual(sde, s, t, z, w) for w in losses.WEIGHTINGS])
+
+            values = jax.vmap(lambda t: mean(term, off_by(scale), t), out_axes=-1)(t)
+            return values @ (node_weights * time_weights)
+
+        scales = jnp.arange(2.0)
+        dsm = jax.vmap(lambda scale: diffusion(bound.diffusion_dsm, off_by(scale)))(scales)
+        loss_values, slopes = jax.vmap(lambda s: jax.jvp(loss, (s,), (jnp.ones(()),)))(scales)
+        return {
+            "prior": jax.vmap(lambda x: bound.prior_kl(sde, x))(x) @ weights,
+            "dsm": dsm[0],
+            "ssm": diffusion(bound.diffusion_ssm, data.score),
+            "decoder": mean(bound.noise_error, data.score, jnp.asarray(EPS)),
+            "gap": dsm[1] - dsm[0],
+            "slope": slopes[0] / (loss_values[1] - loss_values[0]),
+        }
+
+    def gap_rate(t: float) -> float:
+        """1/2 g^2 E|a x_t + b|^2, whose integral is the gap."""
+        alpha, sigma = coefficients(sde, t)
+        cov = alpha**2 * case.cov + sigma**2 * np.eye(d)
+        squared = np.trace(a @ cov @ a.T) + np.sum((alpha * a @ case.mean + b) ** 2)
+        return 0.5 * float(g(t)) ** 2 * float(squared)
+
+    got = expectations(case.data, case.points, jnp.asarray(a), jnp.asarray(b))
     alpha_0, sigma_0 = coefficients(sde, EPS)
     prior, truth = expected_bound(case, sde, EPS)
     constant = 0.5 * d * math.log(2 * math.pi * (sigma_0 / alpha_0) ** 2)
-
     yield row(f"prior KL, {case.kind}", name, got["prior"], prior, 1e-8)
     for form in ("dsm", "ssm"):
         total = got["prior"] + got[form] + got["decoder"] + constant
         yield row(f"bound, {form}, {case.kind}", name, total, truth, 1e-8)
-    yield row(f"gap of a wrong score, {case.kind}", name, got["gap"], _gap(case, sde, a, b), 1e-9)
+    gap = integrate.quad(gap_rate, EPS, sde.largest_time, epsabs=1e-12, epsrel=1e-12)[0]
+    yield row(f"gap of a wrong score, {case.kind}", name, got["gap"], gap, 1e-9)
     for weighting, slope in zip(losses.WEIGHTINGS, got["slope"], strict=True):
         yield row(f"loss's slope, {weighting}, {case.kind}", name, slope, 0.0, 1e-9)
 
 
 # Likelihood.
-
-
-@functools.partial(jit, static_argnames="sde")
-def _likelihoods(data: oracle.Mixture, x: Array, *, sde: SDE) -> tuple[Likelihood, Array, Array]:
-    """ODE likelihoods of ``x (n, d)``, exact log p_eps of x, and exact log p_T of its latents."""
-    solver = ode.Solver(rtol=1e-8, atol=1e-8)
-
-    def one(x: Array) -> tuple[Likelihood, Array, Array]:
-        result = ode_logp(data.score, sde, x, None, eps=EPS, trace=Trace("exact"), solver=solver)
-        last = data.logp(result.z / sde.stretch, jnp.asarray(sde.largest_time, float))
-        last = last - x.size * jnp.log(sde.stretch)
-        return result, data.logp(x, jnp.asarray(EPS)), last
-
-    return jax.vmap(one)(x)
 
 
 def likelihood_rows(name: str, sde: SDE) -> Iterator[Row]:
@@ -223,6 +203,17 @@ def likelihood_rows(name: str, sde: SDE) -> Iterator[Row]:
     For a Gaussian, the ODE keeps each eigencoordinate at the same number of standard deviations
     from the mean. This gives the latent and then log p, with the prior in place of p_T. For a
     mixture, the check is that the density changes along the solution as the ODE says."""
+    solver = ode.Solver(rtol=1e-8, atol=1e-8)
+
+    @jit
+    @functools.partial(jax.vmap, in_axes=(None, 0))
+    def likelihoods(data: oracle.Mixture, x: Array) -> tuple[Likelihood, Array, Array]:
+        """ODE likelihoods of x, exact log p_eps of x, and exact log p_T of its latents."""
+        result = ode_logp(data.score, sde, x, None, eps=EPS, trace=Trace("exact"), solver=solver)
+        last = data.logp(result.z / sde.stretch, jnp.asarray(sde.largest_time, float))
+        last = last - x.size * jnp.log(sde.stretch)
+        return result, data.logp(x, jnp.asarray(EPS)), last
+
     x = np.random.default_rng(0).normal(size=(4, 3)) * 0.5
     data = oracle.gaussian(sde)
     ends = jnp.asarray(EPS), jnp.asarray(sde.largest_time, float)
@@ -231,9 +222,9 @@ def likelihood_rows(name: str, sde: SDE) -> Iterator[Row]:
     v_0, v_1 = (np.asarray(data.variances(t)) for t in ends)
     log_det = np.log(sigma / sigma_1 * np.sqrt(v_1 / v_0)).sum()
     truth = stats.norm(0, sde.prior_std).logpdf(z).sum(1) + log_det
-    result, _, _ = _likelihoods(oracle.as_mixture(data), jnp.asarray(x), sde=sde)
+    result, _, _ = likelihoods(oracle.as_mixture(data), jnp.asarray(x))
     yield row("ODE log p, Gaussian", name, result.logp, truth, 1e-5)
-    result, log_p, log_p_latent = _likelihoods(oracle.mixture(sde), jnp.asarray(x), sde=sde)
+    result, log_p, log_p_latent = likelihoods(oracle.mixture(sde), jnp.asarray(x))
     got = result.divergence + result.correction + log_p_latent
     yield row("ODE log p, mixture", name, got, log_p, 1e-5)
 

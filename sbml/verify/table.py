@@ -1,4 +1,4 @@
-"""The table of ``--mode=verify``: in each line an estimate, the truth, the error, its tolerance.
+"""A row of ``--mode=verify``: an estimate, the truth, the error, and its tolerance.
 
     error = |got - truth| / max(1, |truth|)
 
@@ -44,16 +44,3 @@ def bounding(name: str, sde: str, got: float, truth: float, looser: float, toler
     distance of ``got`` from this interval, divided by max(1, |truth|)."""
     error = float(np.maximum(np.maximum(truth - got, got - looser), 0.0) / max(1.0, abs(truth)))
     return Row(name, sde, float(got), float(truth), error, tolerance, bool(error <= tolerance))
-
-
-def table(rows: list[Row]) -> str:
-    """The rows as aligned text, one line per row, with an empty line between SDEs."""
-    width = max(len(row.name) for row in rows)
-    line = f"{{:{width}}}  {{:9}}  {{:>16}}  {{:>16}}  {{:>8}}  {{:>9}}  {{}}"
-    lines = [line.format("estimator", "SDE", "got", "truth", "error", "tolerance", "")]
-    for before, row in zip((None, *rows), rows, strict=False):
-        if before is None or before.sde != row.sde:
-            lines.append("")
-        numbers = f"{row.got:.10g}", f"{row.truth:.10g}", f"{row.error:.1e}", f"{row.tolerance:.1e}"
-        lines.append(line.format(row.name, row.sde, *numbers, "" if row.ok else "FAILS"))
-    return "\n".join(text.rstrip() for text in lines)

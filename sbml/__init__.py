@@ -13,7 +13,7 @@ s(x, t, key), see ``sbml.types``.
     bits, estimators            bits/dim and the numbers that an evaluation computes
     estimate, intervals         error bars
     distances                   distances between sets of images
-    networks, score             score networks; from what a network predicts to a score
+    networks, score, pytorch    score networks; from what a network predicts to a score
     integers                    the denoiser of integers
     compiler                    the check that XLA's sums are right
     dequantizers, data          from integers to numbers; image sets
@@ -33,7 +33,7 @@ compiler.cure()
 LIBRARY = (
     *("bits", "bound", "compiler", "data", "density", "dequantizers", "discrete"),
     *("distances", "divergence", "estimate", "estimators", "integers", "intervals"),
-    *("likelihood", "losses", "networks", "ode", "quadrature", "samplers"),
+    *("likelihood", "losses", "networks", "ode", "pytorch", "quadrature", "samplers"),
     *("score", "sdes", "second_order", "times", "types"),
 )
 

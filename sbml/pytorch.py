@@ -1,0 +1,113 @@
+"""A PyTorch module as a network, for :func:`~sbml.score.from_prediction` with ``batched=True``.
+
+    score = from_prediction(pytorch.network(module), "noise", sde, batched=True)
+
+torchax translates the module's operations to JAX. The result is a pytree whose leaves are the
+module's parameters and buffers, and has all derivatives. A module that torchax cannot translate can
+run in PyTorch itself, by a callback from the compiled program (:func:`callback`).
+
+Both take a copy of the module, in evaluation mode and in float32.
+"""
+
+import copy
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from sbml.types import Array
+
+Module = Any  # torch.nn.Module, which needs the extra ``torch``
+
+
+def network(module: Module) -> Callable[..., Array]:
+    """The network ``(x_t (n, *s), t (n,)) -> (n, *s)`` of ``module(x_t, t)``, translated to JAX.
+
+    A conditional module is called with the condition as its third argument.
+
+    Raises:
+      ValueError: torchax cannot be imported.
+    """
+    try:
+        import torchax
+    except (ImportError, AttributeError) as error:
+        raise ValueError(
+            f"torchax is missing, or does not fit this version of PyTorch ({error}): install the "
+            "extra torch (pip install 'sbml[torch]'), or use sbml.pytorch.callback"
+        ) from error
+    params, function = torchax.extract_jax(_prepared(module))
+    return jax.tree_util.Partial(_Call(function), params)
+
+
+class _Call:
+    """The translated function, whose second argument is the tuple of the module's arguments."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self.function = function
+
+    def __call__(self, params: Any, *arguments: Any) -> Array:
+        result: Array = self.function(params, arguments)
+        return result
+
+
+def callback(module: Module) -> Callable[..., Array]:
+    """The network of ``module(x_t, t)``, which PyTorch computes on the host, in batches.
+
+    Its values and its derivative along one direction (``torch.func.jvp``) are enough for log p,
+    samples and bounds. It has no further derivatives, and its parameters are constants.
+    """
+    import torch
+
+    run = _prepared(module)
+
+    def of_batches(function: Callable[..., Any], shape: tuple[int, ...], *arguments: Any) -> Any:
+        """``function`` of tensors whose leading axes are one: JAX adds axes in front of n."""
+        extra = arguments[0].ndim - len(shape)
+        flat = [np.array(a).reshape(-1, *a.shape[extra + 1 :]) for a in map(np.asarray, arguments)]
+        with torch.no_grad():
+            results = function(*map(torch.from_numpy, flat))
+        lead = arguments[0].shape[: extra + 1]
+        return tuple(r.numpy().reshape(*lead, *r.shape[1:]) for r in results)
+
+    @jax.custom_jvp
+    def values(x: Array, t: Array) -> Array:
+        result = jax.ShapeDtypeStruct(x.shape, x.dtype)
+        function = lambda x, t: (run(x, t),)  # noqa: E731
+        (found,) = jax.pure_callback(
+            lambda *a: of_batches(function, x.shape, *a),
+            (result,),
+            x,
+            t,
+            vmap_method="broadcast_all",
+        )
+        return found
+
+    @values.defjvp
+    def _(primals: tuple[Array, Array], tangents: tuple[Any, Any]) -> tuple[Array, Array]:
+        x, t = primals
+        result = jax.ShapeDtypeStruct(x.shape, x.dtype)
+        function = lambda x, t, dx, dt: torch.func.jvp(run, (x, t), (dx, dt))[1:]  # noqa: E731
+        (tangent,) = jax.pure_callback(
+            lambda *a: of_batches(function, x.shape, *a),
+            (result,),
+            x,
+            t,
+            *(jnp.asarray(d, x.dtype) for d in tangents),
+            vmap_method="broadcast_all",
+        )
+        # By a call of its own: several directions at one x have the same value.
+        return values(x, t), tangent
+
+    return lambda x, t: values(x, jnp.asarray(t, x.dtype))
+
+
+def _prepared(module: Module) -> Module:
+    """A copy of ``module`` for evaluation, in float32."""
+    kinds = {p.dtype for p in module.parameters() if p.dtype.itemsize < 4}
+    if kinds:
+        names = ", ".join(str(kind).removeprefix("torch.") for kind in kinds)
+        warnings.warn(f"the module's weights of {names} are evaluated in float32", stacklevel=3)
+    return copy.deepcopy(module).eval().float()

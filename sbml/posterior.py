@@ -25,6 +25,7 @@ from sbml import intervals
 from sbml.intervals import Interval
 
 Table = Float[np.ndarray, "n C"]
+Part = Float[np.ndarray, "m C"]  # of a subset of the examples
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,8 +59,8 @@ class Posterior:
         log_det: np.ndarray,
         log_prior: np.ndarray,
         subset: np.ndarray,
-        strict: Table,
-        again: Table,
+        strict: Part,
+        again: Part,
     ) -> "Posterior":
         """The posterior from log p ``(n, C)`` and the conditions' log probabilities ``(C,)``.
 

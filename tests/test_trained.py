@@ -7,7 +7,7 @@ import pytest
 import runs
 import tiny
 
-from sbml.experiment import build
+from sbml.experiment import build, trained
 from sbml.experiment.trained import (
     changed_settings,
     check_score,
@@ -16,6 +16,7 @@ from sbml.experiment.trained import (
 )
 from sbml.modes import eval as evaluate
 from sbml.modes import train
+from sbml.sdes import SDES
 
 
 @pytest.mark.parametrize("sde", ["vp", "subvp", "ve", "linear_gamma"])
@@ -65,6 +66,15 @@ def test_a_checkpoint_is_read_with_the_smallest_time_it_was_trained_with() -> No
     assert not unseen_times(earlier, 1e-5) and unseen_times(now, 1e-5)
     config.training.smallest_time = 1e-5
     check_score(build.Experiment(config).config, earlier)
+
+
+def test_the_process_of_a_checkpoint_has_its_own_numbers() -> None:
+    """The smallest time of a training on noise levels is one at which they have been."""
+    config = tiny.get_config()
+    config.sde.update(name="ve", sigma_min=0.3)
+    metadata = {"config": build.Experiment(config).config.plain(), "smallest_time": None}
+    sde, _, _ = trained._noise(metadata)
+    assert sde == SDES["ve"](sigma_min=0.3)
 
 
 def test_an_integer_denoiser_is_read_with_the_data_it_was_trained_on() -> None:

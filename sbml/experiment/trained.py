@@ -114,9 +114,9 @@ def _noise(metadata: Metadata) -> tuple[SDE, Training, float]:
     try:
         known: Any = {  # A checkpoint of another version may have other fields.
             kind: {k: v for k, v in stored[kind.section].items() if k in kind.model_fields}
-            for kind in (Process, Training, Data)
+            for kind in (Training, Data)
         }
-        sde, training = Process(**known[Process]).build(), Training(**known[Training])
+        sde, training = Process(**stored["sde"]).build(), Training(**known[Training])
         data, eps = Data(**known[Data]), metadata.get("smallest_time")
         return sde, training, smallest_time(sde, training, data, math.inf) if eps is None else eps
     except ValueError as error:

@@ -134,7 +134,7 @@ def test_warnings_are_logged_before_the_images_are_evaluated(tmp_path, monkeypat
     def stop(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(evaluate.Table, "fill", stop)
+    monkeypatch.setattr(evaluate.CellRun, "finish", stop)
     with pytest.raises(KeyboardInterrupt):
         runs.mode(evaluate.run, config, tmp_path)
     assert "a random sample of 2 of 360 images" in caplog.text

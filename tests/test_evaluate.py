@@ -19,8 +19,8 @@ from scipy import stats
 from experiments import table2
 from sbml import bound
 from sbml.estimators import Cell
-from sbml.evaluation import table
 from sbml.evaluation.inputs import Dequantization, check_first_batch
+from sbml.evaluation.table import cautions
 from sbml.experiment import build
 from sbml.modes import eval as evaluate
 from sbml.modes import report as report_mode
@@ -168,7 +168,7 @@ def test_a_dequantizer_that_does_not_fit_the_training_gives_a_warning(
     shared = cell_run(trained, tmp_path, ODE).shared
     shared.restored.metadata["config"]["data"]["dequantization"] = trained_on
     dequantizer = Dequantization(shared.experiment.dequantizer(name), {})
-    warnings = [w for w in table.cautions(shared, {name: dequantizer}) if w.startswith(name)]
+    warnings = [w for w in cautions(shared, {name: dequantizer}) if w.startswith(name)]
     assert [phrase in w for w in warnings] == ([True] if phrase else [])
 
 
@@ -179,7 +179,7 @@ def test_files_that_are_not_used_are_named_once_for_each_split(trained, tmp_path
     of_train = "1 train file is not used: a.png: cut off"
     of_test = "2 test files are not used: b.png: empty; c.png: empty"
     for images, expected in ((train, [of_train]), (test, [of_test, of_train])):
-        warnings = table.cautions(dataclasses.replace(shared, images=images, train=train), {})
+        warnings = cautions(dataclasses.replace(shared, images=images, train=train), {})
         assert [w for w in warnings if ".png" in w] == expected
 
 

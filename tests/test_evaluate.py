@@ -187,7 +187,7 @@ def test_rows_of_other_terms_are_not_taken(trained, tmp_path, monkeypatch):
     ids = np.arange(2)
     fresh = cell_run(trained, tmp_path / "fresh", ODE).rows(ids, 0)
     with monkeypatch.context() as older:
-        terms = tuple(name for name in ODE.terms if name != "correction")
+        terms = tuple(name for name in ODE.kind.terms if name != "correction")
         older.setattr(ODE.kind, "terms", terms)
         kept = cell_run(trained, tmp_path / "rows", ODE).rows(ids, 0)
     assert "correction" not in kept

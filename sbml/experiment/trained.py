@@ -6,6 +6,7 @@ in its work directory holds the fields that fit it, and they replace those of th
 (:func:`of_workdir`).
 """
 
+import dataclasses
 import math
 from typing import Any
 
@@ -21,7 +22,7 @@ from sbml.experiment.training import Training, smallest_time, smallest_trained_t
 from sbml.runtime.checkpoint import OtherModelError
 from sbml.runtime.workdir import ARCHITECTURE, Workdir
 from sbml.score import LEVELS
-from sbml.sdes import SDE
+from sbml.sdes import SDE, SDES
 
 Metadata = dict[str, Any]
 Sections = dict[str, dict[str, Any]]
@@ -112,11 +113,16 @@ def _noise(metadata: Metadata) -> tuple[SDE, Training, float]:
     """
     stored = metadata["config"]
     try:
+        numbers = [field.name for field in dataclasses.fields(SDES[stored["sde"]["name"]])]
         known: Any = {  # A checkpoint of another version may have other fields.
-            kind: {k: v for k, v in stored[kind.section].items() if k in kind.model_fields}
-            for kind in (Training, Data)
+            kind: {
+                name: value
+                for name, value in stored[kind.section].items()
+                if name in kind.model_fields or (kind is Process and name in numbers)
+            }
+            for kind in (Process, Training, Data)
         }
-        sde, training = Process(**stored["sde"]).build(), Training(**known[Training])
+        sde, training = Process(**known[Process]).build(), Training(**known[Training])
         data, eps = Data(**known[Data]), metadata.get("smallest_time")
         return sde, training, smallest_time(sde, training, data, math.inf) if eps is None else eps
     except ValueError as error:

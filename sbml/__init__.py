@@ -12,7 +12,8 @@ s(x, t, key), see ``sbml.types``.
     samplers                    from a latent to a sample
     bits, estimators            bits/dim and the numbers that an evaluation computes
     estimate, intervals         error bars
-    distances                   distances between sets of images
+    distances, moments          distances between sets of images, and their moments
+    posterior                   results of ``Density``: posteriors and importance weights
     networks, score, pytorch    score networks; from what a network predicts to a score
     integers                    the denoiser of integers
     compiler                    the check that XLA's sums are right
@@ -33,7 +34,8 @@ compiler.cure()
 LIBRARY = (
     *("bits", "bound", "compiler", "data", "density", "dequantizers", "discrete"),
     *("distances", "divergence", "estimate", "estimators", "integers", "intervals"),
-    *("likelihood", "losses", "networks", "ode", "pytorch", "quadrature", "samplers"),
+    *("likelihood", "losses", "moments", "networks", "ode", "posterior", "pytorch"),
+    *("quadrature", "samplers"),
     *("score", "sdes", "second_order", "times", "types"),
 )
 

@@ -36,7 +36,7 @@ def decode(
       z: the latent at T.
       eps: the smallest time, where the solve ends.
       solver: how the ODE is solved.
-      denoise_last: whether the sample is E[x_0 | x_eps] (:func:`denoise`) instead of x_eps.
+      denoise_last: whether the sample is E[x_0 | x_eps] instead of x_eps.
 
     Returns:
       The sample, NaN if the solver gave up, and the solver's stats.

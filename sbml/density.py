@@ -683,6 +683,8 @@ def _is_shape(value: Any) -> bool:
 
 def _flatten(density: Density) -> tuple[tuple[Any, ...], Any]:
     """The arrays of the score and of the transform, and everything else."""
+    if (flat := vars(density).get("_flat")) is not None:
+        return flat
     leaves, structure = jax.tree.flatten((density.score, density.transform))
     is_array = tuple(map(arguments.is_array, leaves))
     arrays = tuple(leaf for leaf, array in zip(leaves, is_array, strict=True) if array)
@@ -702,7 +704,8 @@ def _unflatten(static: Any, arrays: Any) -> Density:
     density: Density = object.__new__(Density)
     whole = {"score": score, "transform": transform}
     whole["condition_shape"] = jax.tree.unflatten(tree, shapes)
-    for name, value in (*whole.items(), *fields):
+    # JAX also puts other objects in the place of the arrays, such as None: a copy keeps them apart.
+    for name, value in (*whole.items(), *fields, ("_flat", (tuple(arrays), static))):
         object.__setattr__(density, name, value)
     return density
 

@@ -19,7 +19,7 @@ Values = Num[np.ndarray, "n"]
 Columns = dict[str, Values]
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class Estimate:
     """A number for every example, and the mean of these numbers with its error bars.
 
@@ -101,7 +101,7 @@ class Estimate:
             solver_error=None if self.solver_error is None else negative(self.solver_error),
         )
 
-    def __str__(self) -> str:
+    def __repr__(self) -> str:
         low, high = self.population.bounds
         own = f"{self.this_set_ci95:.4f}" if self.this_set_ci95 < math.inf else " not measured"
         text = (

@@ -28,7 +28,7 @@ Table = Float[np.ndarray, "n C"]
 Part = Float[np.ndarray, "m C"]  # of a subset of the examples
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class Posterior:
     """log p(x | c) for every condition c, and the posterior p(c | x).
 
@@ -137,7 +137,7 @@ class Posterior:
         share = table[:, 2] / table[:, 2].sum()
         return float(np.nansum(share * np.abs(table[:, 0] - table[:, 1])))
 
-    def __str__(self) -> str:
+    def __repr__(self) -> str:
         n, count = self.log_prob.shape
         text = (
             f"posterior of {count} conditions for {n} examples; on {self.noise.n} of them, the "
@@ -151,7 +151,7 @@ class Posterior:
         return text
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class Importance:
     """Samples of a density with weights for another one.
 
@@ -200,7 +200,7 @@ class Importance:
             return not self.effective > 0.1 * len(self.log_weights)
         return self.tail > intervals.HEAVY
 
-    def __str__(self) -> str:
+    def __repr__(self) -> str:
         text = (
             f"log Z = {self.log_z.mean:.4f} +- {self.log_z.ci95:.4f} nats (95%), effective sample "
             f"size {self.effective:.0f} of {len(self.log_weights)}, error by the solver "

@@ -168,6 +168,11 @@ def check_function(f: Any, name: str, *arguments: str, optional: str | None = No
     """Raise a ValueError, which names the function ``f``, if it can be called neither with these
     positional ``arguments`` nor with ``optional`` after them. A function whose signature Python
     does not know passes."""
+    if any(kind.__module__.startswith("torch.") for kind in type(f).__mro__):
+        raise ValueError(
+            f"{name} is a module of PyTorch: make a network of it by sbml.pytorch.network, and a "
+            "score by from_prediction(..., batched=True)"
+        )
     try:
         signature = inspect.signature(f)
     except (TypeError, ValueError):

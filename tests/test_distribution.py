@@ -125,6 +125,19 @@ def test_gradients_are_finite_differences() -> None:
     np.testing.assert_allclose(jax.grad(of_condition)(c), difference(of_condition, c), atol=1e-6)
 
 
+def test_a_density_is_a_pytree_for_other_objects_too() -> None:
+    """JAX and Equinox put None, booleans and other objects in the place of its arrays."""
+    d = density(STEPS)
+    marked = jax.tree.map(lambda leaf: True, d)
+    assert jax.tree.structure(marked) == jax.tree.structure(d)
+    assert jax.tree.leaves(marked) == [True, True]
+    again = eqx.combine(*eqx.partition(d, eqx.is_array))
+    np.testing.assert_array_equal(again.log_prob(X), d.log_prob(X))
+    gradient = eqx.filter_grad(lambda d: d.log_prob(X).mean())(d)
+    assert all(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(gradient))
+    assert len(repr(d.logp(X))) < 400 and "\n" not in repr(d)
+
+
 @pytest.mark.usefixtures("unchecked")
 def test_the_memory_of_a_gradient_grows_much_less_than_the_steps() -> None:
     def memory(steps: int) -> int:

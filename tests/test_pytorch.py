@@ -74,6 +74,11 @@ def truth(module, x):
     return -0.5 * np.sum(z**2 + np.log(2 * np.pi)) + integral
 
 
+def test_a_module_that_is_no_network_says_how_to_make_one(module) -> None:
+    with pytest.raises(ValueError, match="network is a module of PyTorch.*sbml.pytorch.network"):
+        from_prediction(module, "flow", SDE, batched=True)
+
+
 def test_outputs_are_pytorchs(module) -> None:
     import torch
 

@@ -166,7 +166,9 @@ def _traced(f: Callable[..., Any], x: Any, t: Any, *rest: Any) -> tuple[Program,
         # The text of a function with a derivative of its own does not show this derivative.
         programs.append(jax.make_jaxpr(tangent)(x, x, t, *rest))
     text = "\n".join([*map(str, programs), *(c for p in programs for c in _inner_constants(p))])
-    return Program(closed, text), tuple(closed.consts)
+    # Some versions of JAX keep arrays of NumPy in a class of their own.
+    arrays = (c if isinstance(c, jax.Array) else jnp.asarray(c) for c in closed.consts)
+    return Program(closed, text), tuple(arrays)
 
 
 def _inner_constants(jaxpr: Any) -> Iterator[str]:

@@ -259,6 +259,13 @@ def test_a_change_of_variables_keeps_the_mass() -> None:
     samples, logp = d.sample_and_log_prob(jax.random.key(0), 3)
     np.testing.assert_allclose(logp, d.log_prob(samples), atol=1e-7)
     np.testing.assert_allclose(d.decode(d.latent(y)), y, atol=1e-6)
+    standard = types.SimpleNamespace(
+        forward=lambda x: 3.3 + 0.7 * x,
+        inverse_and_log_det=lambda y: ((y - 3.3) / 0.7, -jnp.log(0.7) * jnp.ones_like(y)),
+    )
+    zeros, given = np.zeros((1, 3)), density(transform=standard)
+    at_zero = exact((zeros - 3.3) / 0.7) - 3 * np.log(0.7)
+    np.testing.assert_allclose(given.log_prob(zeros), at_zero, atol=1e-6)
     flowjax = types.SimpleNamespace(
         transform=Affine().forward, inverse_and_log_det=Affine().inverse_and_log_det
     )

@@ -19,8 +19,8 @@ import contextlib
 import dataclasses
 import hashlib
 import warnings
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -31,27 +31,45 @@ from sbml import pytrees
 from sbml.types import conditioned, deterministic, predictor
 
 
+class Rest(NamedTuple):
+    """A pytree without its arrays; it is hashable if its other leaves are.
+
+    Attributes:
+      others: the type and value of each leaf, with None in the place of an array.
+      structure: the structure of the pytree.
+    """
+
+    others: tuple[Any, ...]
+    structure: Any
+
+
+def split(tree: Any) -> tuple[tuple[Any, ...], Rest]:
+    """The leaves of ``tree`` that are arrays, and the rest."""
+    leaves, structure = jax.tree.flatten(tree)
+    arrays = tuple(filter(_is_array, leaves))
+    others = (None if _is_array(leaf) else (type(leaf), leaf) for leaf in leaves)
+    return arrays, Rest(tuple(others), structure)
+
+
+def joined(arrays: Iterable[Any], rest: Rest) -> Any:
+    """The pytree of :func:`split`, with any objects in the place of its arrays."""
+    values = iter(arrays)
+    leaves = [next(values) if other is None else other[1] for other in rest.others]
+    return jax.tree.unflatten(rest.structure, leaves)
+
+
 @pytrees.register
 @dataclasses.dataclass(frozen=True)
 class SplitScore:
-    """A score whose arrays are the leaves of this pytree.
-
-    Attributes:
-      arrays: the leaves of the score that are arrays.
-      others: the type and value of each leaf, with None in the place of an array.
-      structure: the structure of the score as a pytree.
-    """
+    """A score whose arrays are the leaves of this pytree (:func:`split`)."""
 
     arrays: tuple[Any, ...]
-    others: tuple[Any, ...] = dataclasses.field(metadata={"static": True})
-    structure: Any = dataclasses.field(metadata={"static": True})
+    rest: Rest = dataclasses.field(metadata={"static": True})
 
     @property
     def score(self) -> Any:
         """The score itself."""
-        arrays = iter(self.arrays)
-        leaves = [next(arrays) if other is None else other[1] for other in self.others]
-        return jax.tree.unflatten(self.structure, leaves)
+        return joined(self.arrays, self.rest)
 
     def __call__(self, x: Any, t: Any, key: Any) -> Any:
         return self.score(x, t, key)
@@ -129,11 +147,9 @@ def as_argument(score: Any, shape: tuple[int, ...], condition: Any = None) -> An
       shape: the shape of an example.
       condition: one condition, whose shapes and types count only, or None.
     """
-    leaves, structure = jax.tree.flatten(score)
-    arrays = tuple(_in_float32(leaf) for leaf in leaves if is_array(leaf))
+    arrays, rest = split(score)
     if arrays:
-        others = tuple(None if is_array(leaf) else (type(leaf), leaf) for leaf in leaves)
-        return SplitScore(arrays, others, structure)
+        return SplitScore(tuple(map(_in_float32, arrays)), rest)
     conditions, structure = jax.tree.flatten(condition)
     x, t = (jax.ShapeDtypeStruct(s, jnp.result_type(float)) for s in (shape, ()))
 
@@ -190,6 +206,6 @@ def _in_float32(array: Any) -> Any:
     return jnp.asarray(array, jnp.float32)
 
 
-def is_array(leaf: Any) -> bool:
+def _is_array(leaf: Any) -> bool:
     """Whether a leaf is an array of JAX or NumPy."""
     return isinstance(leaf, jax.Array | np.ndarray)

@@ -687,22 +687,17 @@ def _flatten(density: Density) -> tuple[tuple[Any, ...], Any]:
     """The arrays of the score and of the transform, and everything else."""
     if (flat := vars(density).get("_flat")) is not None:
         return flat
-    leaves, structure = jax.tree.flatten((density.score, density.transform))
-    is_array = tuple(map(arguments.is_array, leaves))
-    arrays = tuple(leaf for leaf, array in zip(leaves, is_array, strict=True) if array)
-    others = tuple(None if array else leaf for leaf, array in zip(leaves, is_array, strict=True))
+    arrays, rest = arguments.split((density.score, density.transform))
     shapes = jax.tree.flatten(density.condition_shape, is_leaf=_is_shape)
     apart = "score", "transform", "condition_shape"
     names = [f.name for f in dataclasses.fields(density) if f.name not in apart]
     fields = tuple((name, getattr(density, name)) for name in names)
-    return arrays, (structure, is_array, others, (tuple(shapes[0]), shapes[1]), fields)
+    return arrays, (rest, (tuple(shapes[0]), shapes[1]), fields)
 
 
 def _unflatten(static: Any, arrays: Any) -> Density:
-    structure, is_array, others, (shapes, tree), fields = static
-    rest = iter(arrays)
-    leaves = [next(rest) if a else o for a, o in zip(is_array, others, strict=True)]
-    score, transform = jax.tree.unflatten(structure, leaves)
+    rest, (shapes, tree), fields = static
+    score, transform = arguments.joined(arrays, rest)
     density: Density = object.__new__(Density)
     whole = {"score": score, "transform": transform}
     whole["condition_shape"] = jax.tree.unflatten(tree, shapes)

@@ -139,6 +139,15 @@ def test_a_density_is_a_pytree_for_other_objects_too() -> None:
 
 
 @pytest.mark.usefixtures("unchecked")
+def test_lost_samples_of_integers_are_refused_inside_jit_too() -> None:
+    """They would pass for black images."""
+    d = density(Solver(max_steps=2), levels=8)
+    with pytest.raises(Exception, match="3 of 3 samples are not finite"):
+        jax.block_until_ready(jax.jit(lambda key: d.sample(key, 3))(jax.random.key(0)))
+        jax.effects_barrier()
+
+
+@pytest.mark.usefixtures("unchecked")
 def test_the_memory_of_a_gradient_grows_much_less_than_the_steps() -> None:
     def memory(steps: int) -> int:
         solver = Solver(fixed_steps=steps, adjoint="reverse")

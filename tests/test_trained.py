@@ -69,7 +69,7 @@ def test_a_checkpoint_is_read_with_the_smallest_time_it_was_trained_with() -> No
 
 
 def test_the_process_of_a_checkpoint_has_its_own_numbers() -> None:
-    """The smallest time of a training on noise levels is one at which they have been."""
+    """They are not the defaults of its class."""
     config = tiny.get_config()
     config.sde.update(name="ve", sigma_min=0.3)
     metadata = {"config": build.Experiment(config).config.plain(), "smallest_time": None}

@@ -4,8 +4,8 @@ uses:
     experiment     the objects of the config (``sbml.experiment.build``)
     config         the config alone, for a mode that works before there is a fitting model
     workdir        the folder of the run (``sbml.runtime.workdir``)
-    others         flags of the command line, such as ``source`` for ``--source=DIR``: texts, of
-                   which one without a default must be given
+    others         flags of the command line, such as ``source`` for ``--source=DIR``. Their values
+                   are texts, and a flag without a default must be given.
 
 A mode that cannot work raises a ValueError, which the program shows in one line. A function
 ``check(experiment, workdir, before)`` beside it raises one if the mode cannot work after the modes

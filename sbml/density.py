@@ -9,11 +9,12 @@
     density.sample(key, n)                  n samples by the ODE
     density.sample_and_log_prob(key, n)     samples and their log p_eps, by the same solve
 
-*Measurements.* These take and return NumPy arrays, and work in batches. The first three return a
+*Measurements.* These take and return NumPy arrays, and work in batches. The first four return a
 number for each example and its mean with error bars (:class:`~sbml.estimate.Estimate`):
 
     density.logp(x)                log p_eps(x) of continuous data in nats, by the ODE
     density.bits_per_dim(pixels)   of integers, by the ODE with uniform dequantization
+    density.evaluate(data)         the one of these two that fits the type of the data
     density.bound(x)               the evidence bound on -log p(x) in nats
     density.classify(x, c)         log p(x | c) for several conditions c, and their posterior
     density.importance(key, n, u)  weights of samples for a density exp(u), and its normaliser
@@ -279,6 +280,14 @@ class Density:
             ) from error
 
     # Measurements.
+
+    def evaluate(self, data: Any, condition: Any = None, **options: Any) -> Estimate:
+        """:meth:`bits_per_dim` of integers, and :meth:`logp` of continuous data, by their type.
+
+        ``options`` are those of the two methods.
+        """
+        integers = jnp.issubdtype(np.asarray(data).dtype, jnp.integer)
+        return (self.bits_per_dim if integers else self.logp)(data, condition, **options)
 
     @checked
     def logp(

@@ -85,21 +85,30 @@ def callback(module: Module) -> Callable[..., Array]:
         )
         return found
 
-    @values.defjvp
-    def _(primals: tuple[Array, Array], tangents: tuple[Any, Any]) -> tuple[Array, Array]:
-        x, t = primals
+    @jax.custom_jvp
+    def slope(x: Array, t: Array, dx: Array, dt: Array) -> Array:
         result = jax.ShapeDtypeStruct(x.shape, x.dtype)
         function = lambda x, t, dx, dt: torch.func.jvp(run, (x, t), (dx, dt))[1:]  # noqa: E731
         (tangent,) = jax.pure_callback(
             lambda *a: of_batches(function, x.shape, *a),
             (result,),
-            x,
-            t,
-            *(jnp.asarray(d, x.dtype) for d in tangents),
+            *(x, t, dx, dt),
             vmap_method="broadcast_all",
         )
-        # By a call of its own: several directions at one x have the same value.
-        return values(x, t), tangent
+        return tangent
+
+    @values.defjvp
+    def _(primals: tuple[Array, Array], tangents: tuple[Any, Any]) -> tuple[Array, Array]:
+        x, t = primals
+        # The value by a call of its own: several directions at one x have the same value.
+        return values(x, t), slope(x, t, *(jnp.asarray(d, x.dtype) for d in tangents))
+
+    @slope.defjvp
+    def _(primals: Any, tangents: Any) -> Any:
+        raise ValueError(
+            "a network by sbml.pytorch.callback has no gradient of log p, which needs its second "
+            "derivatives: use sbml.pytorch.network"
+        )
 
     return lambda x, t: values(x, jnp.asarray(t, x.dtype))
 

@@ -208,11 +208,30 @@ class PredictionScore:
         more = () if self.condition is None else (self.condition,)
         arguments = (seen, told, *more)
         if self.batched:
-            f = self.network(*jax.tree.map(lambda a: jnp.asarray(a)[None], arguments))[0]
+            f = self._of_one(*arguments)
         else:
-            f = self.network(*arguments)
+            try:
+                f = self.network(*arguments)
+            except Exception as error:
+                if self._takes_batches(*arguments):
+                    raise ValueError(
+                        f"the network fails for one example of shape {x.shape}, and not for a "
+                        "batch of one: give from_prediction(..., batched=True)"
+                    ) from error
+                raise
         f = of_shape(f, x)
         return tuple(formula(f, x, alpha, sigma, Data(self.data_std)) for formula in formulas)
+
+    def _of_one(self, *arguments: Any) -> Array:
+        """The result of a network of batches for one example."""
+        result: Array = self.network(*jax.tree.map(lambda a: jnp.asarray(a)[None], arguments))[0]
+        return result
+
+    def _takes_batches(self, *arguments: Any) -> bool:
+        try:
+            return bool(jax.eval_shape(self._of_one, *arguments).shape == jnp.shape(arguments[0]))
+        except Exception:
+            return False
 
 
 @checked

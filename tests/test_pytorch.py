@@ -1,4 +1,4 @@
-"""Modules of PyTorch: in an environment of its own, by ``.ci/torch`` (``pytest -m torch``)."""
+"""Modules of PyTorch: in an environment of its own, by ``.ci/frameworks``."""
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +13,7 @@ from sbml.divergence import Trace
 from sbml.ode import Solver
 from sbml.score import from_prediction
 
-pytestmark = pytest.mark.torch
+pytestmark = pytest.mark.frameworks
 
 SDE, EPS = sbml.RectifiedFlow(), 1e-3
 X = np.random.default_rng(0).normal(size=(3, 1, 4, 4)).astype(np.float32)
@@ -136,3 +136,9 @@ def test_probes_and_half_precision(module) -> None:
         rounded = pytorch.network(half)
     expected = density(pytorch.network(copy.deepcopy(half).float())).log_prob(X)
     np.testing.assert_allclose(density(rounded).log_prob(X), expected, atol=1e-4)
+
+
+def test_a_callback_says_where_gradients_come_from(module) -> None:
+    d = density(pytorch.callback(module))
+    with pytest.raises(ValueError, match="no gradient of log p.*use sbml.pytorch.network"):
+        jax.grad(lambda x: d.log_prob(x).sum())(jnp.asarray(X))

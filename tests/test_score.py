@@ -386,6 +386,15 @@ def test_a_network_of_batches_is_called_with_one() -> None:
     np.testing.assert_allclose(one(x, t), many(x, t), rtol=1e-12)
 
 
+def test_a_network_of_batches_that_is_not_said_to_be_one_is_named() -> None:
+    score = from_prediction(lambda x, t: t[:, None] * x, "noise", SDES["vp"]())
+    with pytest.raises(ValueError, match=r"shape \(2,\).*from_prediction\(..., batched=True\)"):
+        score(jnp.ones(2), jnp.asarray(0.3))
+    broken = from_prediction(lambda x, t: x @ jnp.ones((3, 3)), "noise", SDES["vp"]())
+    with pytest.raises(TypeError, match="dot_general"):  # the network's own error
+        broken(jnp.ones(2), jnp.asarray(0.3))
+
+
 def test_parameters_of_a_network_of_batches_have_gradients() -> None:
     net, x = jax.tree_util.Partial(lambda w, x, t: w * x, jnp.asarray(0.5)), jnp.ones(2)
     gradients = [

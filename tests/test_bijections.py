@@ -1,0 +1,47 @@
+"""Bijections of distrax and flowjax as changes of variables: by ``.ci/frameworks``."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy import stats
+
+import sbml
+
+pytestmark = pytest.mark.frameworks
+
+MEAN, STD = 1.0, np.array([0.5, 0.7, 1.2])
+Y = np.exp(MEAN + STD * np.random.default_rng(0).normal(size=(5, 3))).astype(np.float32)
+
+
+def _of_distrax():
+    import distrax
+
+    return distrax.Chain([distrax.Lambda(jnp.exp), distrax.ScalarAffine(MEAN, jnp.asarray(STD))])
+
+
+def _of_distrax_block():
+    import distrax
+
+    return distrax.Block(_of_distrax(), ndims=1)
+
+
+def _of_flowjax():
+    from flowjax import bijections
+
+    affine = bijections.Affine(jnp.full(3, MEAN), jnp.asarray(STD))
+    return bijections.Chain([affine, bijections.Exp((3,))])
+
+
+@pytest.mark.parametrize("bijection", [_of_distrax, _of_distrax_block, _of_flowjax])
+def test_data_with_a_normal_logarithm_have_its_log_p_and_samples(bijection) -> None:
+    d = sbml.Density(lambda x, t, key: -x, sbml.VP(), shape=(3,), transform=bijection())
+    lognormal = stats.lognorm(s=STD, scale=np.exp(MEAN))
+    truth = lognormal.logpdf(Y.astype(float)).sum(axis=1)
+    np.testing.assert_allclose(d.log_prob(Y), truth, atol=1e-5)
+    np.testing.assert_allclose(d.logp(Y).values, truth, atol=1e-5)
+    y, logp = d.sample_and_log_prob(jax.random.key(0), 4)
+    np.testing.assert_allclose(logp, lognormal.logpdf(np.asarray(y, float)).sum(axis=1), atol=1e-4)
+    gradient = jax.grad(lambda y: d.log_prob(y).sum())(jnp.asarray(Y))
+    expected = -(1 + (np.log(Y) - MEAN) / STD**2) / Y
+    np.testing.assert_allclose(gradient, expected, rtol=1e-4, atol=1e-5)

@@ -44,7 +44,7 @@ LIBRARY = (
 # ``MonotoneGamma`` and the base classes are attributes of ``sbml.sdes`` only.
 PROCESSES = (
     *("VP", "SubVP", "VE", "LinearVE", "EDM", "RectifiedFlow", "Cosine"),
-    *("AlphaBarTable", "Schedule"),
+    *("AlphaBarTable", "BetaSchedule", "Rescaled", "Schedule"),
 )
 NAMES = {"Density": "density", "Estimate": "estimate", **dict.fromkeys(PROCESSES, "sdes")}
 

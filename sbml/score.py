@@ -40,12 +40,13 @@ error of about 1e-3 |m| nats of either sign.
 *Labels.* The second input of a foreign network is t, or log(sigma / alpha) / 4 for ``edm``. For
 networks of this package it is one of these, where lambda is the log-SNR:
 
-    time             999 t (Song et al.); it hardly changes below t = 1e-3, where for ``VP`` a fifth
-                     of the importance-sampled times lie
+    time             999 t (Song et al.), or another multiple of t; it hardly changes below
+                     t = 1e-3, where for ``VP`` a fifth of the importance-sampled times lie
     log_snr          lambda(eps) - lambda(t)
     sigma            sigma(t), for Fourier embeddings of log sigma
     scaled_log_snr   1000 (l_1 - lambda(t)) / (l_1 - l_0), where l_0 < l_1 are two fixed numbers,
                      which may differ from the ends of lambda (VDM)
+    c_noise          log(sigma / alpha) / 4 (EDM)
 
 If alpha(T) = 0, lambda(T) is -infinity. Here lambda is therefore constant from ``largest_time`` on;
 the times of training end there. Embeddings have frequencies of up to one radian for each unit of
@@ -137,12 +138,11 @@ KINDS = {
     "flow": Prediction(
         lambda f, x, a, s, data: (x + a * f) / (a + s),
         lambda f, x, a, s, data: (x - s * f) / (a + s),
-        ours=None,
     ),
     "edm": Prediction(
         lambda f, x, a, s, data: _preconditioned(-f, x, a, s, data),
         foreign=U,
-        ours=None,
+        ours=U,
         label=lambda sde, t: 0.25 * jnp.log(sde.std(t) / sde.mean_coef(t)),
     ),
     LEVELS: Prediction(_of_levels, foreign=None, ours=U),
@@ -152,7 +152,7 @@ PREDICTIONS = Registry("prediction", KINDS)
 # Those of the networks of this package, to which users can add their own.
 PARAMETERIZATIONS = Registry("parameterization", {k: v for k, v in KINDS.items() if v.ours})
 KIND = condition(f"among {', '.join(PARAMETERIZATIONS)}", PARAMETERIZATIONS.__contains__)
-LABELS = ("time", "log_snr", "sigma", "scaled_log_snr")
+LABELS = ("time", "log_snr", "sigma", "scaled_log_snr", "c_noise")
 LogSnrRange = Annotated[
     tuple[float, float], condition("of which the first is smaller", lambda ends: ends[0] < ends[1])
 ]
@@ -162,6 +162,11 @@ def _input(which: str | None, x: Real, alpha: Real, sigma: Real, data_std: Numbe
     if which == X:
         return x
     return _like(1 / jnp.sqrt((alpha * data_std) ** 2 + sigma**2), x) * x
+
+
+def _in_units_of(sde: Kernel, x_0: Real, noise: Real) -> tuple[Real, Real]:
+    """The network's E[x_0 | x_t] in the units of ``sde``, and its E[e | x_t]."""
+    return sde.from_network(x_0), noise
 
 
 def _like(c: Real, x: Real) -> Real:
@@ -198,13 +203,17 @@ class PredictionScore:
     def predictions(self) -> Pair | None:
         """E[x_0 | x_t] and E[e | x_t] by one call of the network; None if x_0 divides by alpha."""
         entry = PREDICTIONS[self.kind]
-        return entry.denoised and (lambda x, t: self._of(x, t, entry.denoised, entry.noise))
+        return entry.denoised and (
+            lambda x, t: _in_units_of(self.sde, *self._of(x, t, entry.denoised, entry.noise))
+        )
 
     def _of(self, x: Example, t: Scalar, *formulas: Formula) -> tuple[Example, ...]:
         """The value of each formula, ``(*s)``, by one call of the network."""
-        entry, alpha, sigma = PREDICTIONS[self.kind], self.sde.mean_coef(t), self.sde.std(t)
+        entry, sde = PREDICTIONS[self.kind], self.sde.of_network
+        alpha, sigma = sde.mean_coef(t), sde.std(t)
+        x = self.sde.to_network(x, alpha)
         seen = _input(entry.foreign, x, alpha, sigma, self.data_std)
-        told = jnp.asarray(entry.label(self.sde, t))
+        told = jnp.asarray(entry.label(sde, t))
         more = () if self.condition is None else (self.condition,)
         arguments = (seen, told, *more)
         if self.batched:
@@ -270,13 +279,14 @@ class Adapter:
       model: a Linen module called as ``model(x (n, *s), label (n,), train=...)``.
       sde: the forward process, an SDE or the noise levels of a discrete-time one.
       parameterization: one of ``PARAMETERIZATIONS``, the kinds of networks of this package.
-      label: ``time``, ``log_snr``, ``sigma`` or ``scaled_log_snr``.
+      label: one of ``LABELS``.
       data_std: d, the data's standard deviation in [-1, 1].
       eps: the smallest time, where the ``log_snr`` label is 0.
       labels: an SDE from which labels are computed, if it is not ``sde``. A network that is trained
         on the noise levels ``sde`` and evaluated with an SDE then gets the same label for the same
         log-SNR in both.
       log_snr_range: (l_0, l_1), for ``scaled_log_snr``; the default is VDM's.
+      time_scale: the label ``time`` is this number times t.
       levels: the number of levels L, for the parameterization ``levels``. The model then gives
         ``integers.outputs(L)`` numbers for each entry of an example.
       data: for the parameterization ``levels``, ``centre`` if the data are bin centres, or
@@ -291,11 +301,17 @@ class Adapter:
     eps: float = 1e-5
     labels: SDE | None = None
     log_snr_range: LogSnrRange = (-5.0, 13.3)
+    time_scale: Annotated[float, positive] = 999.0
     levels: int = 0
     data: integers.Kind = "uniform"
 
     def __post_init__(self) -> None:
         if self.parameterization == LEVELS:
+            if self.sde.of_network is not self.sde:
+                raise ValueError(
+                    f"sde={self.sde}: the levels of an integer denoiser are those of this "
+                    "package's data; use no Rescaled process"
+                )
             needed = integers.outputs(self.levels)
             if getattr(self.model, "outputs", None) is None:
                 raise ValueError(
@@ -314,11 +330,13 @@ class Adapter:
 
     def time_label(self, t: Vector) -> Vector:
         """The labels ``(n,)`` that the network gets for the times ``t (n,)``."""
-        sde = self.labels or self.sde
+        sde = (self.labels or self.sde).of_network
         if self.labels:
             t = self.labels.time(self.sde.log_snr(t))
         if self.label == "time":
-            return 999.0 * t
+            return self.time_scale * t
+        if self.label == "c_noise":
+            return -0.125 * sde.log_snr(t)
         if self.label == "sigma":
             return sde.std(t)
         log_snr = sde.log_snr(jnp.minimum(t, sde.largest_time) if _vanishes(sde) else t)
@@ -329,8 +347,10 @@ class Adapter:
 
     def network_input(self, x: Batch, t: Vector) -> Batch:
         """The network's input for ``x (n, *s)`` at ``t (n,)``."""
-        which = PREDICTIONS[self.parameterization].ours
-        return _input(which, x, self.sde.mean_coef(t), self.sde.std(t), self.data_std)
+        which, sde = PREDICTIONS[self.parameterization].ours, self.sde.of_network
+        alpha, sigma = sde.mean_coef(t), sde.std(t)
+        x = self.sde.to_network(x, _like(alpha, x))
+        return _input(which, x, alpha, sigma, self.data_std)
 
 
 def _vanishes(sde: Kernel) -> bool:
@@ -367,9 +387,12 @@ class LinenScore:
         if entry.denoised is None or not _vanishes(self.adapter.sde):
             return None
         both = entry.denoised, entry.noise
-        return lambda x, t: tuple(
-            e[0] for e in self._of(x[None], jnp.asarray(t)[None], None, *both)
-        )
+
+        def one(x: Example, t: Scalar) -> tuple[Example, Example]:
+            x_0, noise = self._of(x[None], jnp.asarray(t)[None], None, *both)
+            return _in_units_of(self.adapter.sde, x_0[0], noise[0])
+
+        return one
 
     def decoder_nats(self, y: Example, t: Scalar, pixels: Pixels) -> Scalar:
         """-log p(pixels | x_t) of one example of bin centres, x_t = alpha y: nats, a scalar."""
@@ -387,7 +410,9 @@ class LinenScore:
     def _of(self, x: Batch, t: Vector, key: Key | None, *formulas: Formula) -> tuple[Batch, ...]:
         """The value of each formula, ``(n, *s)``, by one call of the network."""
         a, f = self.adapter, self._network(x, t, key)
-        alpha, sigma = _like(a.sde.mean_coef(t), x), _like(a.sde.std(t), x)
+        sde = a.sde.of_network
+        alpha, sigma = _like(sde.mean_coef(t), x), _like(sde.std(t), x)
+        x = a.sde.to_network(x, alpha)
         data = Data(a.data_std, a.levels, a.data)
         return tuple(formula(f, x, alpha, sigma, data) for formula in formulas)
 

@@ -148,7 +148,7 @@ def test_best_recipes_are_integer_denoisers_with_their_own_decoder(name, network
 @pytest.mark.parametrize(
     "section, field, value, message",
     [
-        ("sde", "name", "vpp", "sde.name=vpp: need one of cosine_vp, linear_gamma, linear_ve"),
+        ("sde", "name", "vpp", "sde.name=vpp: need one of beta_schedule, cosine_vp, edm"),
         ("training", "times", "grid", "training.times=grid: need one of iid, lattice"),
         ("data", "dequantization", "flow", "data.dequantization=flow: need one of centre, none"),
         ("optim", "schedule", "step", "optim.schedule=step: need one of constant, cosine"),
@@ -178,8 +178,13 @@ def test_best_recipes_are_integer_denoisers_with_their_own_decoder(name, network
         ("eval", "method", "rk4", "eval.method=rk4: need one of dopri5, euler, heun, tsit5"),
         ("eval", "trace", "guess", "eval.trace=guess: need one of exact, gaussian, rademacher"),
         ("training", "smallest_time", -0.1, "training.smallest_time=-0.1: need a number of at"),
-        ("score", "label", "index", "score.label=index: need one of log_snr, scaled_log_snr"),
-        ("score", "parameterization", "v", "score.parameterization=v: need one of levels, noise"),
+        ("score", "label", "index", "score.label=index: need one of c_noise, log_snr"),
+        (
+            "score",
+            "parameterization",
+            "v",
+            "score.parameterization=v: need one of edm",
+        ),
         ("model", "name", "unet", "model.name=unet: need one of mlp, ncsnpp"),
     ],
 )

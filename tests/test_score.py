@@ -461,7 +461,7 @@ def by_hand(sde: SDE, parameterization: str, label: str) -> np.ndarray:
     at_eps = float(sde.log_snr(jnp.asarray(1e-5)))
     scaled = 1000 * (13.3 - log_snr) / 18.3
     told = {"time": 999 * T, "log_snr": at_eps - log_snr, "sigma": sigma, "scaled_log_snr": scaled}
-    told = told[label]
+    told = {**told, "c_noise": np.log(sigma / alpha) / 4}[label]
     told = told.reshape(-1, 1, 1, 1)
     alpha, sigma = alpha.reshape(-1, 1, 1, 1), sigma.reshape(-1, 1, 1, 1)
     if parameterization == "noise":
@@ -472,12 +472,18 @@ def by_hand(sde: SDE, parameterization: str, label: str) -> np.ndarray:
         return 0.7 * X + 0.01 * told
     if parameterization == "residual":
         return -(X + 0.7 * X + 0.01 * told) / sigma
+    if parameterization == "flow":
+        return -(X + alpha * (0.7 * X + 0.01 * told)) / (alpha + sigma) / sigma
     variance = alpha**2 * 0.5**2 + sigma**2
     network = 0.7 * X / np.sqrt(variance) + 0.01 * told
     if parameterization == "x0":
         return -(X - alpha * network) / sigma**2
     if parameterization == "velocity":
         return -(sigma * X + alpha * network) / (alpha**2 + sigma**2) / sigma
+    if parameterization == "edm":  # D = c_skip y + c_out F of y = x_t / alpha, with rho
+        y, rho = X / alpha, sigma / alpha
+        skip = 0.25 / (rho**2 + 0.25)
+        return -(y - skip * y - rho * 0.5 / np.sqrt(rho**2 + 0.25) * network) / rho / sigma
     return -(sigma / variance * X + alpha * 0.5 / np.sqrt(variance) * network) / sigma
 
 

@@ -7,7 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.interpolate
 import scipy.stats
+from scipy.special import logit
 
 from sbml.sdes import SDE, SDES, VE, VP, LinearGamma, LinearVE, SubVP
 
@@ -41,6 +43,15 @@ def _textbook(name: str, t: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndar
         return 0 * t, 2 * np.log(5000) * sigma**2, 1 + 0 * t, sigma
     if name == "linear_ve":
         return 0 * t, 2 * 50**2 * t, 1 + 0 * t, 50 * t
+    if name == "edm":
+        return 0 * t, 2 * 80**2 * t, 1 + 0 * t, 80 * t
+    if name == "beta_schedule":
+        alpha_bars = np.cumprod(1 - np.linspace(1e-4, 0.02, 1000))
+        table = scipy.interpolate.PchipInterpolator(np.arange(1000), logit(alpha_bars))
+        steps = 999 * t.astype(float)
+        log_snr, slope = table(steps), 999 * table.derivative()(steps)
+        signal, noise = 1 / (1 + np.exp(-log_snr)), 1 / (1 + np.exp(log_snr))
+        return slope * noise / 2, -slope * noise, np.sqrt(signal), np.sqrt(noise)
     if name == "rectified_flow":
         return -1 / (1 - t), 2 * t / (1 - t), 1 - t, t
     if name == "linear_gamma":

@@ -13,6 +13,7 @@ import traceback
 from collections.abc import Mapping
 from typing import Any
 
+import jax
 from etils import epath
 from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict
@@ -71,7 +72,7 @@ class Config(Section):
         not fulfil this: no converted SDE is learned."""
         if not self.sde.learned:
             return
-        if not self.sde.own:
+        if not jax.tree.leaves(self.sde.build()):
             raise ValueError(
                 f"sde.learned with sde.name={self.sde.name}: it has no numbers to learn"
             )

@@ -20,7 +20,7 @@ from sbml.experiment.data import Data
 from sbml.experiment.fields import Chosen, Section, among, field, refusal
 from sbml.networks import NETWORKS
 from sbml.score import LABELS, LEVELS, PARAMETERIZATIONS, Adapter
-from sbml.sdes import SDE, SDES
+from sbml.sdes import SDE, SDES, Rescaled
 
 LogSNR = Annotated[float, Ge(-60), Le(60)]
 
@@ -42,6 +42,14 @@ class Process(Chosen):
         "train the SDE's numbers too, by the gradient of the bound with the categorical decoder; "
         "the numbers of the config are then their initial values",
     )
+    data_scale: float = field(
+        1.0,
+        "the network's data are data_scale x + data_shift, where x are those of this package; "
+        "256/255 for a model of images 2 k / 255 - 1",
+        gt=0,
+        le=1e3,
+    )
+    data_shift: float = field(0.0, "see data_scale", ge=0, le=1e3)
 
     @classmethod
     def relevant(cls, own: dict[str, Any], made: type[Section]) -> dict[str, Any]:
@@ -56,8 +64,23 @@ class Process(Chosen):
         }
 
     def check(self) -> None:
-        """Check the numbers."""
+        """Check the numbers, and that the SDE of a model of other units is not learned."""
         self.build()
+        if self.learned and self.rescaled:
+            raise ValueError(
+                f"sde.learned with sde.data_scale={self.data_scale:g}, sde.data_shift="
+                f"{self.data_shift:g}: set --config.sde.data_scale=1 --config.sde.data_shift=0"
+            )
+
+    @property
+    def rescaled(self) -> bool:
+        """Whether the network's data have other units than those of this package."""
+        return (self.data_scale, self.data_shift) != (1.0, 0.0)
+
+    def build(self) -> SDE:
+        """The SDE of the data of this package."""
+        sde: SDE = super().build()
+        return Rescaled(sde, self.data_scale, self.data_shift) if self.rescaled else sde
 
 
 class Network(Chosen):
@@ -84,8 +107,9 @@ class Score(Section):
         "noise", "what the network predicts"
     )
     label: Annotated[str, among(LABELS)] = field(
-        "time", "the number that tells the network the time; ``time`` is 999 t"
+        "time", "the number that tells the network the time (sbml.score)"
     )
+    time_scale: float = field(999.0, "the label ``time`` is this number times t", gt=0, le=1e6)
     data_std: float = field(
         0.5,
         "standard deviation of the data, at most 1 for data in [-1, 1]; it scales the network's "

@@ -13,7 +13,8 @@ A new SDE is a frozen dataclass with two methods, ``mean_coef`` (alpha) and ``st
 everything else is derived from them (:class:`SDE`). ``Schedule(alpha, sigma)`` makes an SDE from
 two functions. ``SDES`` has the names in configs. The file ``base`` has what all SDEs share.
 ``linear_beta`` (VP, subVP), ``exploding`` (VE), ``interpolating`` (rectified flow, cosine) and
-``vdm`` have closed forms, and ``table`` has the schedule of a discrete-time model.
+``vdm`` have closed forms, ``table`` has the schedules of discrete-time models, and ``rescaled`` is
+for models of data in other units.
 
 Every closed form keeps its relative accuracy in float32 down to t = 1e-6, where the textbook
 formulas (1 - exp(-B), log(1 + e^l)) lose up to a third of the value. An exception is ``time`` of
@@ -28,7 +29,8 @@ from sbml.sdes.base import SDE, Kernel, Levels, Schedule
 from sbml.sdes.exploding import EDM, VE, LinearVE
 from sbml.sdes.interpolating import Cosine, RectifiedFlow
 from sbml.sdes.linear_beta import VP, SubVP
-from sbml.sdes.table import AlphaBarTable
+from sbml.sdes.rescaled import Rescaled
+from sbml.sdes.table import AlphaBarTable, BetaSchedule
 from sbml.sdes.vdm import LinearGamma, MonotoneGamma
 
 __all__ = [
@@ -38,6 +40,7 @@ __all__ = [
     "VE",
     "VP",
     "AlphaBarTable",
+    "BetaSchedule",
     "Cosine",
     "Kernel",
     "Levels",
@@ -45,6 +48,7 @@ __all__ = [
     "LinearVE",
     "MonotoneGamma",
     "RectifiedFlow",
+    "Rescaled",
     "Schedule",
     "SubVP",
 ]
@@ -58,6 +62,8 @@ SDES = Registry(
         "cosine_vp": "sbml.sdes.interpolating:Cosine",
         "vp": "sbml.sdes.linear_beta:VP",
         "subvp": "sbml.sdes.linear_beta:SubVP",
+        "edm": "sbml.sdes.exploding:EDM",
         "linear_gamma": "sbml.sdes.vdm:LinearGamma",
+        "beta_schedule": "sbml.sdes.table:BetaSchedule",
     },
 )

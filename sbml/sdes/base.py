@@ -136,6 +136,20 @@ class Kernel(abc.ABC):
         """The time at which integrals over time end: T."""
         return self.T
 
+    @property
+    def of_network(self) -> "Kernel":
+        """The process of the data that a network sees: this one, unless the data are
+        ``Rescaled``."""
+        return self
+
+    def to_network(self, x: Numbers, alpha: Numbers) -> Numbers:
+        """x_t in the units of the network's data; ``alpha`` is alpha(t)."""
+        return x
+
+    def from_network(self, y: Numbers) -> Numbers:
+        """Data of the network, such as its prediction of x_0, in the units of this process."""
+        return y
+
     @checked
     def marginal(self, x: Example, t: Time) -> tuple[Example, Scalar]:
         """Mean ``(*s)`` and standard deviation ``()`` of p(x_t | x_0 = x)."""

@@ -11,20 +11,62 @@ Reference: Fritsch & Butland 1984 (for the slopes, which are those of scipy's
 ``PchipInterpolator``, except at a flat end).
 """
 
+import abc
 import dataclasses
 import functools
 from collections.abc import Sequence
+from typing import Annotated, Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from sbml.door import typed
+from sbml.scalars import Number, between, one_of
 from sbml.sdes.base import SDE
 from sbml.types import Elementwise
 
 
+def _static(default: Any) -> Any:
+    return dataclasses.field(default=default, metadata={"static": True})
+
+
 @dataclasses.dataclass(frozen=True)
-class AlphaBarTable(SDE):
+class _Interpolated(SDE):
+    """The process through the noise levels ``alpha_bars``."""
+
+    @property
+    @abc.abstractmethod
+    def _values(self) -> tuple[float, ...]:
+        """a_0 > a_1 > ... > a_{n-1}."""
+
+    def step(self, t: Elementwise) -> Elementwise:
+        """(n - 1) t, the index of the level at ``t``; the model's network takes it as its time."""
+        return (len(self._values) - 1) * t
+
+    def log_snr(self, t: Elementwise) -> Elementwise:
+        cubics = _cubics(self._values)
+        t = jnp.asarray(t)
+        step = self.step(t)
+        i = jnp.clip(jnp.floor(step).astype(int), 0, cubics.shape[1] - 1)
+        third, second, first, value = (jnp.asarray(c, t.dtype)[i] for c in cubics)
+        s = step - i.astype(t.dtype)
+        return value + s * (first + s * (second + s * third))
+
+    def mean_coef(self, t: Elementwise) -> Elementwise:
+        return jnp.exp(0.5 * jax.nn.log_sigmoid(self.log_snr(t)))
+
+    def std(self, t: Elementwise) -> Elementwise:
+        return jnp.exp(0.5 * jax.nn.log_sigmoid(-self.log_snr(t)))
+
+    @property
+    def prior_std(self) -> float:
+        """1: such models start sampling from N(0, I)."""
+        return 1.0
+
+
+@dataclasses.dataclass(frozen=True)
+class AlphaBarTable(_Interpolated):
     """A variance-preserving SDE through the noise levels of a discrete-time model.
 
         table = AlphaBarTable(np.cumprod(1 - betas))
@@ -63,29 +105,62 @@ class AlphaBarTable(SDE):
         first, last, n = self.alpha_bars[0], self.alpha_bars[-1], len(self.alpha_bars)
         return f"AlphaBarTable({n} levels, alpha_bars {first} .. {last})"
 
-    def step(self, t: Elementwise) -> Elementwise:
-        """(n - 1) t, the index of the level at ``t``; the model's network takes it as its time."""
-        return (len(self.alpha_bars) - 1) * t
+    @property
+    def _values(self) -> tuple[float, ...]:
+        return tuple(self.alpha_bars)
 
-    def log_snr(self, t: Elementwise) -> Elementwise:
-        cubics = _cubics(tuple(self.alpha_bars))
-        t = jnp.asarray(t)
-        step = self.step(t)
-        i = jnp.clip(jnp.floor(step).astype(int), 0, cubics.shape[1] - 1)
-        third, second, first, value = (jnp.asarray(c, t.dtype)[i] for c in cubics)
-        s = step - i.astype(t.dtype)
-        return value + s * (first + s * (second + s * third))
 
-    def mean_coef(self, t: Elementwise) -> Elementwise:
-        return jnp.exp(0.5 * jax.nn.log_sigmoid(self.log_snr(t)))
+SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid")
 
-    def std(self, t: Elementwise) -> Elementwise:
-        return jnp.exp(0.5 * jax.nn.log_sigmoid(-self.log_snr(t)))
+
+@typed
+@dataclasses.dataclass(frozen=True)
+class BetaSchedule(_Interpolated):
+    """The noise levels of diffusers' DDPM and DDIM schedulers, a_i = prod_{j <= i} (1 - beta_j):
+
+        linear             beta_i from beta_start to beta_end (DDPM)
+        scaled_linear      sqrt(beta_i) from sqrt(beta_start) to sqrt(beta_end)
+        sigmoid            beta_start + (beta_end - beta_start) sigmoid(l_i), l_i from -6 to 6
+        squaredcos_cap_v2  1 - beta_i = f(i + 1) / f(i), but beta_i is at most 0.999;
+                           f(i) = cos^2(pi / 2 (i / n + 0.008) / 1.008)
+
+    Time 0 is the first noise level. The number of steps is n.
+
+    References: Ho et al. 2020; Nichol & Dhariwal 2021.
+    """
+
+    smallest_time: ClassVar[float] = 0.0
+
+    schedule: Annotated[str, one_of(*SCHEDULES)] = "linear"
+    beta_start: Annotated[Number, between(0, 1)] = _static(1e-4)
+    beta_end: Annotated[Number, between(0, 1)] = _static(0.02)
+    steps: Annotated[int, between(2, 2**16)] = _static(1000)
+
+    def __post_init__(self) -> None:
+        AlphaBarTable(self.alpha_bars)  # which refuses numbers that do not decrease to noise
 
     @property
-    def prior_std(self) -> float:
-        """1: such models start sampling from N(0, I)."""
-        return 1.0
+    def alpha_bars(self) -> tuple[float, ...]:
+        """a_0 > ... > a_{n-1}."""
+        return _of_betas(self.schedule, self.beta_start, self.beta_end, self.steps)
+
+    @property
+    def _values(self) -> tuple[float, ...]:
+        return self.alpha_bars
+
+
+@functools.lru_cache(maxsize=8)
+def _of_betas(schedule: str, start: float, end: float, n: int) -> tuple[float, ...]:
+    if schedule == "linear":
+        betas = np.linspace(start, end, n)
+    elif schedule == "scaled_linear":
+        betas = np.linspace(start**0.5, end**0.5, n) ** 2
+    elif schedule == "sigmoid":
+        betas = start + (end - start) / (1 + np.exp(-np.linspace(-6, 6, n)))
+    else:
+        f = np.cos(0.5 * np.pi * (np.arange(n + 1) / n + 0.008) / 1.008) ** 2
+        betas = np.minimum(1 - f[1:] / f[:-1], 0.999)
+    return tuple(np.cumprod(1 - betas).tolist())
 
 
 @functools.lru_cache(maxsize=8)

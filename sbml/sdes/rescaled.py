@@ -1,0 +1,91 @@
+"""The process of x when a model was trained on other units, y = scale x + shift.
+
+    y_t = alpha y + sigma z,      x_t = (y_t - alpha shift) / scale = alpha x + (sigma / scale) z
+
+The noise z is the same in both, so a network's noise prediction needs no change; only its input is
+y_t. Pixels 2 k / 255 - 1, as of diffusers' DDPM models, are 256/255 times the bin centres
+(2 k + 1) / 256 - 1 of this package, and pixels k / 255 are 256/510 times these, plus 1/2.
+"""
+
+import dataclasses
+import math
+from typing import Annotated
+
+from sbml.door import typed
+from sbml.scalars import Number, finite, positive
+from sbml.sdes.base import SDE, Kernel
+from sbml.types import Elementwise, Numbers
+
+
+@typed
+@dataclasses.dataclass(frozen=True)
+class Rescaled(SDE):
+    """The process of x, from the process ``of`` of y = ``scale`` x + ``shift``.
+
+    A score that is made for it (``from_prediction``, ``Adapter``) gives its network y_t.
+
+    Attributes:
+      of: the process that the model was trained on.
+      scale: positive.
+      shift: any number.
+    """
+
+    of: SDE
+    scale: Annotated[float, positive] = dataclasses.field(metadata={"static": True})
+    shift: Annotated[float, finite] = dataclasses.field(default=0.0, metadata={"static": True})
+
+    @property
+    def of_network(self) -> Kernel:
+        return self.of
+
+    def to_network(self, x: Numbers, alpha: Numbers) -> Numbers:
+        return self.scale * x + alpha * self.shift
+
+    def from_network(self, y: Numbers) -> Numbers:
+        return (y - self.shift) / self.scale
+
+    @property
+    def smallest_time(self) -> float:  # type: ignore[override]
+        return self.of.smallest_time
+
+    @property
+    def _offset(self) -> float:
+        return 2 * math.log(self.scale)
+
+    def mean_coef(self, t: Elementwise) -> Elementwise:
+        return self.of.mean_coef(t)
+
+    def std(self, t: Elementwise) -> Elementwise:
+        return self.of.std(t) / self.scale
+
+    def log_snr(self, t: Elementwise) -> Elementwise:
+        return self.of.log_snr(t) + self._offset
+
+    def rate(self, t: Elementwise) -> Elementwise:
+        return self.of.rate(t)
+
+    def drift_coef(self, t: Elementwise) -> Elementwise:
+        return self.of.drift_coef(t)
+
+    def diffusion(self, t: Elementwise) -> Elementwise:
+        return self.of.diffusion(t) / self.scale
+
+    def time(self, log_snr: Elementwise) -> Elementwise:
+        return self.of.time(log_snr - self._offset)
+
+    def slopes(self, t: Elementwise) -> tuple[Elementwise, Elementwise]:
+        mean_slope, std_slope = self.of.slopes(t)
+        return mean_slope, std_slope / self.scale
+
+    @property
+    def largest_time(self) -> Number:
+        return self.of.largest_time
+
+    @property
+    def last_regular_time(self) -> Number:
+        return self.of.last_regular_time
+
+    @property
+    def prior_std(self) -> Number:
+        """That of y, divided by the scale; the mean stays 0."""
+        return self.of.prior_std / self.scale

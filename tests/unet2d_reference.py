@@ -32,7 +32,7 @@ PUBLISHED = {
         "time_embedding_type": "positional",
         "up_block_types": ["UpBlock2D", "UpBlock2D", "AttnUpBlock2D", "UpBlock2D"],
     },
-    # google/ddpm-celebahq-256, with a sixteenth of the channels.
+    # google/ddpm-celebahq-256, with a sixteenth of the channels and half of the blocks.
     "ddpm-celebahq-256": {
         "_class_name": "UNet2DModel",
         "_diffusers_version": "0.0.4",
@@ -45,7 +45,7 @@ PUBLISHED = {
         "flip_sin_to_cos": False,
         "freq_shift": 1,
         "in_channels": 3,
-        "layers_per_block": 2,
+        "layers_per_block": 1,
         "mid_block_scale_factor": 1,
         "norm_eps": 1e-06,
         "norm_num_groups": 4,
@@ -54,16 +54,17 @@ PUBLISHED = {
         "time_embedding_type": "positional",
         "up_block_types": ["UpBlock2D", "AttnUpBlock2D", *["UpBlock2D"] * 4],
     },
-    # google/ncsnpp-celebahq-256, with an eighth of the channels.
+    # google/ncsnpp-celebahq-256, with an eighth of the channels, half of the blocks, and without
+    # two of the levels before attention.
     "ncsnpp-celebahq-256": {
         "_class_name": "UNet2DModel",
         "_diffusers_version": "0.0.4",
         "act_fn": "silu",
         "attention_head_dim": None,
-        "block_out_channels": [16, 16, 32, 32, 32, 32, 32],
+        "block_out_channels": [16, 32, 32, 32, 32],
         "center_input_sample": False,
         "down_block_types": [
-            *["SkipDownBlock2D"] * 4,
+            *["SkipDownBlock2D"] * 2,
             "AttnSkipDownBlock2D",
             *["SkipDownBlock2D"] * 2,
         ],
@@ -71,14 +72,14 @@ PUBLISHED = {
         "flip_sin_to_cos": True,
         "freq_shift": 0,
         "in_channels": 3,
-        "layers_per_block": 2,
+        "layers_per_block": 1,
         "mid_block_scale_factor": 1.41421356237,
         "norm_eps": 1e-06,
         "norm_num_groups": None,
         "out_channels": 3,
         "sample_size": 256,
         "time_embedding_type": "fourier",
-        "up_block_types": [*["SkipUpBlock2D"] * 2, "AttnSkipUpBlock2D", *["SkipUpBlock2D"] * 4],
+        "up_block_types": [*["SkipUpBlock2D"] * 2, "AttnSkipUpBlock2D", *["SkipUpBlock2D"] * 2],
     },
 }
 _SMALL = {"layers_per_block": 1, "norm_num_groups": 4, "block_out_channels": [8, 16]}
@@ -116,6 +117,7 @@ BLOCKS: dict[str, dict[str, Any]] = {
         "down_block_types": ["SkipDownBlock2D", "AttnSkipDownBlock2D"],
         "up_block_types": ["AttnSkipUpBlock2D", "SkipUpBlock2D"],
         "block_out_channels": [32, 32],
+        "layers_per_block": 2,
         "resnet_time_scale_shift": "scale_shift",
         "attn_norm_num_groups": 2,
         "freq_shift": 1,
@@ -141,7 +143,9 @@ def weight(name: str, shape: tuple[int, ...]) -> np.ndarray:
     value = np.random.RandomState(zlib.crc32(name.encode())).standard_normal(shape)
     if len(shape) > 1:
         value /= math.sqrt(np.prod(shape[1:]))
-    elif not name.startswith("time_proj"):
+    elif name.startswith("time_proj"):
+        value = 0.3 * value  # The angles keep all digits.
+    else:
         value = 0.2 * value + (1 if name.endswith("weight") else 0)
     return value.astype(np.float32)
 

@@ -308,8 +308,10 @@ class Up(_Level):
                 options["groups"] = (first, default_groups(self.features))
             joined = jnp.concatenate([h, skip], axis=-1)
             h = self.block(joined, cond, train, f"resnets.{i}", **options)
-            if self.attends and (not self.pyramid or i == self.depth - 1):
-                h = self.attend(h, f"attentions.{0 if self.pyramid else i}")
+            if self.attends and not self.pyramid:
+                h = self.attend(h, f"attentions.{i}")
+        if self.attends and self.pyramid:
+            h = self.attend(h, "attentions.0")
         if self.pyramid and image is not None:
             image = layers.upsample(image, FIR)
         if not self.resamples:
@@ -477,7 +479,7 @@ class Model(nn.Module):
         return jnp.roll(features, size // 2, axis=-1) if self.flip_sin_to_cos else features
 
     @nn.nowrap
-    def _parts(self) -> dict[str, Callable[..., Any]]:
+    def _parts(self) -> dict[str, Any]:
         """Residual blocks and attention, with the options that all levels share."""
         resnet = partial(
             nn.remat(Resnet, static_argnums=(3,)) if self.remat else Resnet,
@@ -535,13 +537,16 @@ class Model(nn.Module):
 
 # ---- diffusers' files ---------------------------------------------------------------------------
 
-# Keys of a config that say nothing about the function: they tell the data's size, and the number of
-# steps for which "learned" embeddings of the label, which are refused, would be stored.
-_UNUSED = ("sample_size", "in_channels", "out_channels", "num_train_timesteps")
+# Keys of a config without a field here: the data tell the size and the channels, there are no
+# classes, and only "learned" features of the label, which are refused, read the number of steps.
+_CLASSES = ("class_embed_type", "num_class_embeds")
+_UNUSED = ("sample_size", "in_channels", "out_channels", "num_train_timesteps", *_CLASSES)
 _NONE = {
     "mid_block_type": "none",
-    **dict.fromkeys(("time_embedding_dim", "attention_head_dim"), 0),
-    **dict.fromkeys(("norm_num_groups", "attn_norm_num_groups"), 0),
+    "time_embedding_dim": 0,
+    "attention_head_dim": 0,
+    "norm_num_groups": 0,
+    "attn_norm_num_groups": 0,
 }
 _OWN = ("parent", "name", "outputs", "dtype", "remat")
 _OLD_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
@@ -565,17 +570,16 @@ def fields(config: Mapping[str, Any]) -> dict[str, Any]:
             f"in_channels is {inputs!r} and out_channels is {outputs!r}: give a network whose "
             "output has the shape of its input, without learned variances or conditions"
         )
-    for key in ("class_embed_type", "num_class_embeds"):
+    for key in _CLASSES:
         if config.get(key) is not None:
             raise ValueError(f"{key} is {config[key]!r}: give a network without classes, with null")
     known = [f.name for f in dataclasses.fields(Model) if f.name not in _OWN]
-    unused = (*_UNUSED, "class_embed_type", "num_class_embeds")
-    found = {}
+    found: dict[str, Any] = {}
     for key, value in config.items():
         if key in known:
             value = _NONE.get(key) if value is None else value
             found[key] = tuple(value) if isinstance(value, list) else value
-        elif key not in unused and not key.startswith("_"):
+        elif key not in _UNUSED and not key.startswith("_"):
             raise ValueError(f"{key} is {value!r}, but the known keys are {', '.join(known)}")
     Model(**found)
     return found
@@ -592,7 +596,7 @@ def params(state: Mapping[str, Any]) -> dict[str, Any]:
     known too. Nothing is checked here: ``sbml.runtime.trees.differences`` tells what does not fit
     to a model.
     """
-    flat = {}
+    flat: dict[tuple[str, ...], np.ndarray] = {}
     for name, value in state.items():
         *path, leaf = (_OLD_NAMES.get(part, part) for part in re.split(r"\.(?!\d)", name))
         array = np.asarray(value, np.float32)

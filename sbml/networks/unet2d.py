@@ -592,9 +592,9 @@ def params(state: Mapping[str, Any]) -> dict[str, Any]:
     ``state`` is what ``safetensors.numpy.load_file`` reads, of any precision; it reads bfloat16 if
     JAX is imported. At the dots that no number follows, a name is split into the names of modules:
     ``down_blocks.0.resnets.1.conv1.weight (o, i, h, w)`` becomes ``kernel (h, w, i, o)`` of the
-    module conv1 in resnets.1 in down_blocks.0. Of attention, the names before diffusers 0.15 are
-    known too. Nothing is checked here: ``sbml.runtime.trees.differences`` tells what does not fit
-    to a model.
+    module conv1 in resnets.1 in down_blocks.0. The names that old files have for the maps of
+    attention are known too. Nothing is checked here: ``sbml.runtime.trees.differences`` tells what
+    does not fit to the parameters of a model.
     """
     flat: dict[tuple[str, ...], np.ndarray] = {}
     for name, value in state.items():

@@ -274,6 +274,9 @@ def test_the_logarithm_of_a_label_that_is_not_positive_is_refused(label: str, fi
         return
     with pytest.raises(ValueError, match=f"score.label={label}, which is {first}.*fourier_linear"):
         build.Experiment(config).check()
+    config.model = {"name": "unet2d", "time_embedding_type": "fourier"}
+    with pytest.raises(ValueError, match="model.time_embedding_type=fourier .*type=positional"):
+        build.Experiment(config).check()
 
 
 def test_a_flow_for_images_of_odd_width_is_refused() -> None:

@@ -32,6 +32,13 @@ def test_unknown_network_lists_the_choices() -> None:
 
 
 SMALL = {"nf": 8, "ch_mult": (1, 2), "num_res_blocks": 1, "attn_resolutions": (4,)}
+UNET2D = {
+    "block_out_channels": (32,),
+    "layers_per_block": 1,
+    "down_block_types": ("DownBlock2D",),
+    "mid_block_type": "none",
+    "up_block_types": ("UpBlock2D",),
+}
 BAD_OPTIONS = [
     ({"embedding_type": "cosine"}, "embedding_type is 'cosine'.*'positional', 'fourier'"),
     ({"resblock_type": "resnet"}, "resblock_type is 'resnet'.*'ddpm', 'biggan'"),
@@ -137,6 +144,7 @@ def test_mlp_width_depth_and_precision() -> None:
         ("ncsnpp", SMALL | {"progressive": "output_skip"}),
         ("ncsnpp", SMALL | {"progressive": "residual"}),
         ("vdm", {"width": 8, "depth": 1}),
+        ("unet2d", UNET2D),
         ("mlp", {"width": 8, "depth": 1}),
     ],
 )

@@ -24,6 +24,9 @@ from sbml.sdes import SDE, SDES, Rescaled
 
 LogSNR = Annotated[float, Ge(-60), Le(60)]
 
+# Fields by which networks read the label's logarithm ("fourier"), and values that read the label.
+NOT_LOGARITHMIC = {"embedding_type": "fourier_linear", "time_embedding_type": "positional"}
+
 
 class Process(Chosen):
     """The forward process: its name, and the numbers of its class, such as ``beta_max`` for vp and
@@ -134,10 +137,11 @@ class Score(Section):
         adapter = Adapter(network, sde, eps=eps, levels=data.levels, data=data.kind, **dict(self))
         # Labels increase with the time, so the first is the smallest.
         first = float(adapter.time_label(jnp.asarray([eps]))[0])
-        if getattr(network, "embedding_type", "") == "fourier" and not first > 0:
-            raise ValueError(
-                f"model.embedding_type=fourier takes the logarithm of score.label={self.label}, "
-                f"which is {first:g} at the smallest time: train with "
-                "--config.model.embedding_type=fourier_linear or --config.score.label=sigma"
-            )
+        for embedding, other in NOT_LOGARITHMIC.items():
+            if getattr(network, embedding, "") == "fourier" and not first > 0:
+                raise ValueError(
+                    f"model.{embedding}=fourier takes the logarithm of score.label={self.label}, "
+                    f"which is {first:g} at the smallest time: train with "
+                    f"--config.model.{embedding}={other} or --config.score.label=sigma"
+                )
         return adapter

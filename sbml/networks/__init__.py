@@ -17,6 +17,7 @@ NETWORKS = Registry(
     {
         "mlp": "sbml.networks.mlp:Model",
         "ncsnpp": "sbml.networks.ncsnpp:Model",
+        "unet2d": "sbml.networks.unet2d:Model",
         "vdm": "sbml.networks.vdm:Model",
     },
 )

@@ -40,6 +40,9 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 Images = Float[AnyArray, "n h w c"]
 Labels = Float[AnyArray, "n"]
 
+# "SAME", "VALID", or how many zeros are before and after the height, and the width.
+Padding = str | tuple[tuple[int, int], tuple[int, int]]
+
 # The fields that several networks have.
 Rate = Annotated[float, condition("in [0, 1)", lambda value: 0 <= value < 1)]
 EmbeddingType = Annotated[str, one_of("positional", "fourier", "fourier_linear")]
@@ -133,7 +136,7 @@ def dropout(key: Key, x: Array, rate: float) -> Array:
     return jnp.where(halves < threshold, x * (2**16 / threshold), 0).astype(x.dtype)
 
 
-def convolution(x: Array, kernel: Array, stride: int = 1, padding: str = "SAME") -> Array:
+def convolution(x: Array, kernel: Array, stride: int = 1, padding: Padding = "SAME") -> Array:
     """Convolve ``x (n, h, w, c)`` with ``kernel (k, k, c, c_out)``; "SAME" pads with zeros."""
     return lax.conv_general_dilated(
         x, kernel, (stride, stride), padding, dimension_numbers=("NHWC", "HWIO", "NHWC")
@@ -158,6 +161,7 @@ class Conv(nn.Module):
     size: int = 3
     stride: int = 1
     init_scale: float = 1.0
+    padding: Padding = "SAME"
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
@@ -166,7 +170,7 @@ class Conv(nn.Module):
         bias = self.param("bias", nn.initializers.zeros, (self.features,)).astype(x.dtype)
         if self.size == self.stride == 1:
             return add_bias(pixelwise(x, kernel[0, 0]), bias)
-        return add_bias(convolution(x, kernel, self.stride), bias)
+        return add_bias(convolution(x, kernel, self.stride, self.padding), bias)
 
 
 def dense(x: Array, features: int) -> Array:
@@ -244,11 +248,11 @@ def attention(query: Array, key: Array, value: Array) -> Array:
 # ---- embedding of the label ---------------------------------------------------------------------
 
 
-def positional(label: Array, size: int) -> Array:
+def positional(label: Array, size: int, shift: int = 1) -> Array:
     """Sines, then cosines of ``label (n,)`` with periods from 2 pi to 20000 pi: ``(n, size)``, in
-    the dtype of the label."""
+    the dtype of the label. With ``shift`` 0, in place of 1, the largest period is not reached."""
     half = size // 2
-    frequency = jnp.exp(-math.log(10000) / (half - 1) * jnp.arange(half, dtype=label.dtype))
+    frequency = jnp.exp(-math.log(10000) / (half - shift) * jnp.arange(half, dtype=label.dtype))
     angle = label[:, None] * frequency[None]
     return jnp.concatenate([jnp.sin(angle), jnp.cos(angle)], axis=-1)
 

@@ -1,0 +1,214 @@
+"""diffusers' UNet2DModel: its outputs, its files, errors for what does not fit, and training."""
+
+import functools
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+import unet2d_reference as reference
+from flax.traverse_util import flatten_dict
+from linen import normal, random_params, shapes
+from safetensors.numpy import load_file, save_file
+
+from sbml.networks import unet2d
+from sbml.runtime.trees import differences
+from sbml.types import Array
+
+DATA = np.load(Path(__file__).parent / "data" / "unet2d.npz")
+SHAPES = json.loads(str(DATA["shapes"]))
+ONE_LEVEL = {
+    "block_out_channels": (8,),
+    "layers_per_block": 1,
+    "down_block_types": ("DownBlock2D",),
+    "mid_block_type": "none",
+    "up_block_types": ("AttnUpBlock2D",),
+    "norm_num_groups": 4,
+}
+
+
+@pytest.fixture(autouse=True)
+def strict_ranks() -> Iterator[None]:
+    with jax.numpy_rank_promotion("raise"):
+        yield
+
+
+def state(name: str) -> dict[str, np.ndarray]:
+    return {key: reference.weight(key, tuple(shape)) for key, shape in SHAPES[name].items()}
+
+
+def model(name: str, **options: Any) -> unet2d.Model:
+    return unet2d.Model(**unet2d.fields(reference.CONFIGS[name]), **options)
+
+
+def misfits(name: str, params: dict[str, Any]) -> list[str]:
+    expected = shapes(model(name), reference.inputs(reference.CONFIGS[name])[0].shape)
+    flat = flatten_dict(params, sep="/")
+    return differences(flat, {path: np.empty(shape) for path, shape in expected.items()})
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def apply(model: unet2d.Model, params: dict[str, Any], x: Array, label: Array) -> Array:
+    return model.apply({"params": params}, x, label, train=False)
+
+
+# ---- diffusers' functions and files -------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", reference.CONFIGS)
+def test_outputs_are_those_of_diffusers(name: str) -> None:
+    params = unet2d.params(state(name))
+    assert misfits(name, params) == []
+    out = apply(model(name), params, *reference.inputs(reference.CONFIGS[name]))
+    assert out.dtype == jnp.float32
+    np.testing.assert_allclose(reference.pixels(out), DATA[name], rtol=0, atol=1e-5)
+
+
+def test_outputs_in_float64_are_those_of_diffusers() -> None:
+    """With Fourier features; diffusers computes the positional ones in float32 in any case."""
+    params = unet2d.params(state("mixed"))
+    with jax.enable_x64(True):
+        inputs = map(np.float64, reference.inputs(reference.CONFIGS["mixed"]))
+        out = apply(model("mixed", dtype="float64"), params, *inputs)
+    assert out.dtype == jnp.float64
+    np.testing.assert_allclose(reference.pixels(out), DATA["mixed"], rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16])
+def test_files_of_half_precision_are_read_as_float32(dtype: Any, tmp_path: Path) -> None:
+    small = {name: value.astype(dtype) for name, value in state("mixed").items()}
+    save_file(small, tmp_path / "weights.safetensors")
+    params = unet2d.params(load_file(tmp_path / "weights.safetensors"))
+    assert misfits("mixed", params) == []
+    leaves = flatten_dict(params, sep="/")
+    assert {leaf.dtype for leaf in leaves.values()} == {np.dtype("float32")}
+    kernel = leaves["down_blocks.0/resnets.0/conv1/kernel"]
+    expected = small["down_blocks.0.resnets.0.conv1.weight"].astype(np.float32)
+    np.testing.assert_array_equal(kernel, expected.transpose(2, 3, 1, 0))
+
+
+def test_old_names_are_known() -> None:
+    """Of attention, and of the Fourier features, which old files hold twice."""
+    new = state("ncsnpp-celebahq-256")
+    old = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+    renamed = {}
+    for name, value in new.items():
+        for after, before in old.items():
+            name = name.replace(f".{after}.", f".{before}.")
+        renamed[name] = value
+    renamed["time_proj.W"] = renamed["time_proj.weight"]
+    assert len(set(new) - set(renamed)) == 3 * 4 * 2
+    jax.tree.map(np.testing.assert_array_equal, unet2d.params(renamed), unet2d.params(new))
+
+
+def test_weights_that_do_not_fit_are_named() -> None:
+    weights = state("mixed")
+    weights["extra.3.weight"] = np.zeros((2, 3))
+    weights["conv_out.bias"] = np.zeros(4)
+    del weights["mid_block.resnets.1.norm1.weight"]
+    assert misfits("mixed", unet2d.params(weights)) == [
+        "missing: mid_block/resnets.1/norm1/scale (16,)",
+        "extra: extra.3/kernel (3, 2)",
+        "misshapen: conv_out/bias is (4,), should be (3,)",
+    ]
+
+
+def test_fields_are_the_keys_of_a_config() -> None:
+    config = reference.CONFIGS["ddpm-cifar10-32"]
+    fields = unet2d.fields({**config, "num_class_embeds": None, "num_train_timesteps": 1000})
+    unused = {"_class_name", "_diffusers_version", "in_channels", "out_channels", "sample_size"}
+    assert set(fields) == set(config) - unused
+    assert fields["attention_head_dim"] == 0
+    assert fields["down_block_types"] == tuple(config["down_block_types"])
+    assert unet2d.fields({}) == {}
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("_class_name", "UNet2DConditionModel", "_class_name is 'UNet2DConditionModel': give .*"),
+        ("out_channels", 6, "in_channels is 3 and out_channels is 6: .* without learned variances"),
+        ("num_class_embeds", 10, "num_class_embeds is 10: give a network without classes"),
+        ("class_embed_type", "timestep", "class_embed_type is 'timestep': give .* null"),
+        ("cross_attention_dim", 64, "cross_attention_dim is 64, but the known keys are block_out_"),
+        ("remat", True, "remat is True, but the known keys are"),
+        ("act_fn", "tanh", "act_fn is 'tanh' .*'silu', 'swish', 'mish', 'gelu', 'relu'"),
+        ("act_fn", None, "act_fn is None"),
+        (
+            "up_block_types",
+            ["KUpBlock2D"],
+            r"up_block_types is \('KUpBlock2D',\).* 'SkipUpBlock2D'",
+        ),
+        ("down_block_types", [], r"down_block_types is \(\) .* 'AttnSkipDownBlock2D'"),
+        ("time_embedding_type", "learned", "'learned' .*'positional', 'fourier'"),
+        ("resnet_time_scale_shift", "spatial", "'spatial' .*'default', 'scale_shift'"),
+        ("downsample_type", "fir", "downsample_type is 'fir' .*'conv', 'resnet'"),
+        ("mid_block_type", "MidBlock", "'MidBlock' .*'UNetMidBlock2D', 'none'"),
+        ("downsample_padding", 2, r"downsample_padding is 2 .*in \[0, 1\]"),
+        ("block_out_channels", [9, 16], r"block_out_channels is \(9, 16\) .*first even"),
+        (
+            "block_out_channels",
+            [8],
+            r"block_out_channels=\(8,\), down_block.* one of each per level",
+        ),
+        ("norm_num_groups", None, "norm_num_groups=0 with .*give the number of groups"),
+        ("down_block_types", ["DownBlock2D", "SkipDownBlock2D"], "give the down blocks with Skip"),
+        ("up_block_types", ["SkipUpBlock2D", "UpBlock2D"], "and the up blocks with Skip after"),
+    ],
+)
+def test_configs_that_do_not_fit_are_errors(key: str, value: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        unet2d.fields({**reference.CONFIGS["attention"], key: value})
+
+
+@pytest.mark.parametrize(
+    ("options", "size", "message"),
+    [
+        ({}, 9, "images of 9x9 .* multiple of 2"),
+        ({"norm_num_groups": 3}, 8, "norm1 has 3 groups for 8 channels"),
+        ({"attention_head_dim": 3}, 8, "attention_head_dim=3: give a divisor of 16 channels"),
+        (
+            {"up_block_types": ("AttnSkipUpBlock2D", "SkipUpBlock2D")},
+            8,
+            "norm1 has 20 groups for 32 channels.*AttnSkipUpBlock2D need multiples of 32",
+        ),
+    ],
+)
+def test_sizes_that_do_not_fit_are_errors(options: dict[str, Any], size: int, message: str) -> None:
+    fields = unet2d.fields(reference.CONFIGS["attention"])
+    with pytest.raises(ValueError, match=message):
+        shapes(unet2d.Model(**fields | options), (1, size, size, 3))
+
+
+# ---- training -----------------------------------------------------------------------------------
+
+
+def test_an_untrained_network_predicts_0() -> None:
+    x, label = normal(0, 2, 4, 4, 1), jnp.asarray([0.1, 700.0])
+    network = unet2d.Model(**ONE_LEVEL, time_embedding_type="fourier")
+    start = jax.jit(functools.partial(network.init_with_output, train=False))
+    out, _ = start(jax.random.key(1), x, label)
+    assert jnp.abs(out).max() < 1e-3
+
+
+def test_dropout_acts_in_training_and_remat_changes_nothing() -> None:
+    network = unet2d.Model(**ONE_LEVEL, dropout=0.5)
+    variables = random_params(network, (1, 4, 4, 3))
+    label = jnp.asarray([10.0, 20.0])
+
+    @functools.partial(jax.jit, static_argnums=0)
+    @functools.partial(jax.grad, argnums=1)
+    def gradient(network: unet2d.Model, x: Array, key: Array) -> Array:
+        rngs = {"dropout": key}
+        return jnp.sum(network.apply(variables, x, label, train=True, rngs=rngs) ** 2)
+
+    x, keys = normal(0, 2, 4, 4, 3), jax.random.split(jax.random.key(0))
+    first, second = (gradient(network, x, key) for key in keys)
+    assert jnp.abs(first - second).max() > 1e-3
+    again = gradient(network.clone(remat=True), x, keys[0])
+    np.testing.assert_allclose(again, first, rtol=1e-4, atol=1e-5)

@@ -283,7 +283,10 @@ def test_flags_that_name_nothing_or_would_be_ignored_are_refused(
             ", line 4: AttributeError: ",
         ),
         ("return {'mode': 'train'}", "get_config() returned dict; return a ConfigDict"),
-        ("return default('foo')", "ValueError: model.name=foo: need one of mlp, ncsnpp, vdm"),
+        (
+            "return default('foo')",
+            "ValueError: model.name=foo: need one of mlp, ncsnpp, unet2d, vdm",
+        ),
     ],
 )
 def test_a_wrong_config_file_is_named_with_its_line(

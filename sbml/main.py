@@ -200,7 +200,7 @@ def _main(arguments: Sequence[str]) -> None:
 
     def check(i: int) -> None:
         """Refuse a config with which mode i cannot work after those before it."""
-        experiment = Experiment(of_workdir(config, workdir))
+        experiment = Experiment(of_workdir(config, workdir, quiet=True))
         experiment.check()
         if own_check := getattr(sys.modules[modes[i].__module__], "check", None):
             own_check(experiment, workdir, names[:i])

@@ -98,12 +98,15 @@ def test_the_work_directory_carries_the_architecture(
     free.model.update(dropout=0.3, dtype="bfloat16")
     fitted = runs.fitted(free, converted)
     assert (fitted.model.dropout, fitted.model.dtype) == (0.3, "bfloat16")
-    with pytest.raises(ValueError, match="mlp.*ncsnpp"):
-        runs.fitted(default("mlp"), converted)
-    with pytest.raises(ValueError, match=r"is 'vp': take a config with that sde\.name"):
-        other = config()
-        other.sde.name = "subvp"
-        runs.fitted(other, converted)
+    capsys.readouterr()
+    other = default("mlp")
+    other.sde.name = "subvp"
+    fitted = runs.fitted(other, converted)
+    assert {k: fitted.model.own[k] for k in reference.OPTIONS} == reference.OPTIONS
+    assert fitted.sde.name == "vp" and fitted.sde.own == {"beta_min": 0.1, "beta_max": 20.0}
+    said = capsys.readouterr().out
+    assert "config.model.name is 'mlp', the checkpoint's is 'ncsnpp'" in said
+    assert "config.sde.name is 'subvp', the checkpoint's is 'vp'" in said
     assert runs.fitted(free, converted.parent) == build.Experiment(free).config
 
 

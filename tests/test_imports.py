@@ -156,8 +156,11 @@ def sde_branches(tree: ast.Module) -> Iterator[str]:
             yield from (f"{line}: compared with {name!r}" for name in constants & set(SDES))
 
 
-# Of ``sdes`` itself, and of the reader that makes the schedule which a file of VDM's code holds.
-MAKES_SDES = {m for m in MODULES if m.split(".")[0] == "sdes"} | {"convert.vdm"}
+# Of ``sdes`` itself, and of the readers that make the schedules which files of other code hold.
+MAKES_SDES = {m for m in MODULES if m.split(".")[0] == "sdes"} | {
+    "convert.vdm",
+    "convert.diffusers",
+}
 
 
 @pytest.mark.parametrize("module", sorted(set(MODULES) - MAKES_SDES))

@@ -41,28 +41,26 @@ def write_architecture(workdir: epath.PathLike, sections: Sections) -> None:
     Workdir(workdir).write(ARCHITECTURE, fixed)
 
 
-def of_workdir(config: Config, workdir: Workdir) -> Config:
+def of_workdir(config: Config, workdir: Workdir, quiet: bool = False) -> Config:
     """``config`` with the fields of ``architecture.json`` in ``workdir``, if there is such a file.
-    Each changed field is printed."""
+    Each changed field is printed, unless ``quiet``."""
     if not workdir.has(ARCHITECTURE):
         return config
     changed, lines = with_fields(config, workdir.read(ARCHITECTURE))
-    for line in lines:
+    for line in () if quiet else lines:
         print(f"{workdir / ARCHITECTURE}: {line}")
     return changed
 
 
 def with_fields(config: Config, sections: Sections) -> tuple[Config, list[str]]:
-    """``config`` with the fields in ``sections`` replaced, and a line for each change."""
+    """``config`` with the fields in ``sections`` replaced, and a line for each change. Of a section
+    with another name, such as another network, all fields are replaced."""
     before = flatten_dict(config.plain(), sep=".")
     now = dict(before)
     for section, fields in sections.items():
         name = before.get(f"{section}.name")
         if fields.get("name", name) != name:
-            raise ValueError(
-                f"config.{section}.name={name!r}, but the checkpoint's is {fields['name']!r}: take "
-                f"a config with that {section}.name"
-            )
+            now = {k: value for k, value in now.items() if not k.startswith(f"{section}.")}
         now |= {f"{section}.{field}": plain(value) for field, value in fields.items()}
     lines = [
         f"config.{name} is {before[name]!r}, the checkpoint's is {value!r}"

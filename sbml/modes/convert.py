@@ -1,22 +1,31 @@
-"""Converts a checkpoint of other published code: ``--mode=convert --source=DIR``."""
+"""Converts a model of other published code: ``--mode=convert --source=DIR``."""
 
 from etils import epath
 
-from sbml.convert import SOURCES, _files
+from sbml.convert import SOURCES, _files, diffusers
 from sbml.experiment.config import Config
 from sbml.runtime.workdir import Workdir
 
 
-def run(config: Config, workdir: Workdir, source: epath.PathLike | None = None) -> None:
-    """Convert ``source``, a checkpoint or a work directory of one of the codes in
-    ``convert.SOURCES``; of a work directory, the newest checkpoint.
+def run(
+    config: Config, workdir: Workdir, source: epath.PathLike | None = None, pixels: str = ""
+) -> None:
+    """Convert ``source``: a folder of diffusers, or a checkpoint or a work directory of one of the
+    codes in ``convert.SOURCES``; of a work directory, the newest checkpoint.
 
-    The code that wrote the file is recognised by its content.
+    The code that wrote the file is recognised by its content. ``pixels`` says how a model of
+    diffusers was trained to see pixels, one of ``diffusers.PIXELS``.
     """
     if not source:
         raise ValueError(
-            "--mode=convert needs --source=DIR, a work directory of Song et al.'s or VDM's code"
+            "--mode=convert needs --source=DIR, a work directory of Song et al.'s or VDM's code, "
+            "or a folder of diffusers"
         )
+    if diffusers.recognises(source):
+        diffusers.convert(config, workdir.path, source, pixels)
+        return
+    if pixels:
+        raise ValueError(f"--pixels={pixels}: {source} is no folder of diffusers; leave it out")
     path = _files.find(source)
     tree = _files.load(path)
     for code in SOURCES:

@@ -86,7 +86,8 @@ from sbml.types import (
 
 Network = Callable[..., Array]  # of x_t and t, of one example or of a batch
 Pair = Callable[[Example, Scalar], tuple[Example, ...]]  # of x and t: x_0 and e
-Condition = Integer[Array, ""] | Float[Array, ""] | int
+# The class of an example, or of each example of a batch.
+Condition = Integer[Array, "..."] | Float[Array, "..."] | int
 
 
 class Data(NamedTuple):
@@ -322,7 +323,14 @@ class Adapter:
 
     def init(self, key: Key, shape: tuple[int, ...]) -> Any:
         """Parameters for examples of shape ``shape``."""
-        return self.model.init(key, jnp.zeros((1, *shape)), jnp.ones((1,)), train=False)["params"]
+        given: dict[str, Any] = {"condition": jnp.zeros((1,))} if self.classes else {}
+        x, label = jnp.zeros((1, *shape)), jnp.ones((1,))
+        return self.model.init(key, x, label, train=False, **given)["params"]
+
+    @property
+    def classes(self) -> int:
+        """The number of classes of a class-conditional network; 0 of any other."""
+        return getattr(self.model, "classes", 0)
 
     def __call__(self, params: Any, condition: Condition | None = None) -> "LinenScore":
         """The score; ``condition``, a scalar, is the class for a class-conditional model."""
@@ -368,7 +376,7 @@ class LinenScore:
     condition: Condition | None = None
 
     def given(self, condition: Condition) -> "LinenScore":
-        """The score under ``condition``, a scalar: the class."""
+        """The score under ``condition``, the class; for ``batch`` also one of each example."""
         return dataclasses.replace(self, condition=condition)
 
     def __call__(self, x: Example, t: Scalar, key: Key | None) -> Example:

@@ -77,6 +77,7 @@ class ImageSet:
         photo, are held out together.
       skipped: "file: reason" for each file that should be in the set but could not be read.
       caution: a warning for readers of a mean over these images; empty if there is none.
+      labels: the name of the class of each image, an array of texts ``(n,)``, or None.
     """
 
     name: str
@@ -88,6 +89,7 @@ class ImageSet:
     scenes: tuple[str, ...] | None = field(default=None, repr=False)
     skipped: tuple[str, ...] = field(default=(), repr=False)
     caution: str = ""
+    labels: np.ndarray | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         images, what = self.images, f"{self.name} ({self.split})"
@@ -100,7 +102,7 @@ class ImageSet:
             raise ValueError(f"{what}: levels={self.levels} does not fit uint8; use 2 .. 256.")
         if self.levels < 256 and (largest := images.max()) >= self.levels:
             raise ValueError(f"{what} has a pixel {largest}: set levels={largest + 1} or more.")
-        for kind, names in (("ids", self.ids), ("scenes", self.scenes)):
+        for kind, names in (("ids", self.ids), ("scenes", self.scenes), ("labels", self.labels)):
             if names is not None and len(names) != len(images):
                 raise ValueError(f"{what} has {len(names)} {kind} for {len(images)} images.")
 
@@ -196,5 +198,6 @@ def part(images: ImageSet, size: float, held: bool) -> ImageSet:
         ids=of(images.ids),
         scenes=scenes,
         skipped=() if held else images.skipped,
+        labels=None if images.labels is None else images.labels[chosen],
         caution=caution,
     )

@@ -9,7 +9,7 @@ from collections import deque
 from collections.abc import Callable, Generator
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import count
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import grain
 import numpy as np
@@ -27,7 +27,8 @@ def train_batches(
     flip: bool = False,
     process_index: int = 0,
     process_count: int = 1,
-) -> "grain.MapDataset[np.ndarray]":
+    labels: np.ndarray | None = None,
+) -> "grain.MapDataset[Any]":
     """Shuffled batches without end: ``batches[step]`` is this process's part of a step's batch.
 
     Image numbers run through a new permutation of the set each epoch; a batch may span two epochs.
@@ -39,6 +40,7 @@ def train_batches(
       flip: mirror each image left to right with probability 1/2.
       process_index, process_count: of the processes that share the batch; the parts, uint8
         (batch_size / process_count, h, w, c), make it up in their order.
+      labels: numbers (n,) of the images; a batch is then a pair of images and their numbers.
     """
     if batch_size < 1 or batch_size % process_count:
         raise ValueError(
@@ -58,11 +60,11 @@ def train_batches(
         flips = rng.random(batch_size) < 0.5 if flip else np.zeros(batch_size, bool)
         return ids[mine], flips[mine]
 
-    def read(drawn: tuple[np.ndarray, np.ndarray]) -> np.ndarray:
+    def read(drawn: tuple[np.ndarray, np.ndarray]) -> Any:
         ids, flips = drawn
         rows = np.asarray(images.images[ids])
         rows[flips] = rows[flips, :, ::-1]
-        return rows
+        return rows if labels is None else (rows, labels[ids])
 
     order = grain.MapDataset.range(len(images)).seed(seed).shuffle().repeat()
     return order.batch(batch_size).random_map(draw).map(read)

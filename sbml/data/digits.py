@@ -18,6 +18,7 @@ class Digits(Source):
         """The images of ``split``; no option applies."""
         from sklearn.datasets import load_digits  # here: it takes a second to import
 
-        images = load_digits().images[..., None].astype(np.uint8)
-        part = images[:-TEST_COUNT] if split == "train" else images[-TEST_COUNT:]
-        return ImageSet("digits", "1", split, part, levels=LEVELS)
+        found = load_digits()
+        images, labels = found.images[..., None].astype(np.uint8), found.target.astype(str)
+        part = slice(None, -TEST_COUNT) if split == "train" else slice(-TEST_COUNT, None)
+        return ImageSet("digits", "1", split, images[part], levels=LEVELS, labels=labels[part])

@@ -4,7 +4,7 @@ All image files in the folder and its subfolders are used, through links too. If
 subfolders ``train`` and ``test``, they are the splits. Otherwise a hash of the relative path of a
 file decides its split, so new files do not change the split of the others. A warning names the
 files that cannot be used, with the reason, and another one counts the files with other suffixes.
-Names that begin with a dot are ignored.
+Names that begin with a dot are ignored. If each image lies in a subfolder, its name is the class.
 """
 
 import hashlib
@@ -89,8 +89,22 @@ class ImageFolder(Source):
         if caution := "; ".join(said):
             log.warning(caution)
         return ImageSet(
-            "image_folder", version, split, images, ids=ids, skipped=skipped, caution=caution
+            "image_folder",
+            version,
+            split,
+            images,
+            ids=ids,
+            skipped=skipped,
+            caution=caution,
+            labels=_labels(ids, split),
         )
+
+
+def _labels(ids: tuple[str, ...], split: str) -> np.ndarray | None:
+    """The class of each image: the folder in ``train``, in ``test`` or in the whole folder in which
+    it lies. None if an image lies in no such folder."""
+    paths = [id.removeprefix(f"{split}/").split("/") for id in ids]
+    return np.array([path[0] for path in paths]) if all(len(p) > 1 for p in paths) else None
 
 
 def printable(name: str) -> str:

@@ -13,6 +13,7 @@ import struct
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from tqdm import tqdm
 
 from sbml.data._cache import Add, load_or_build
@@ -26,7 +27,7 @@ _AT_ONCE = 1000
 
 
 class Tfds(Source):
-    """The feature ``image`` of a TFDS set, uint8, 256 levels, in TFDS's order."""
+    """The features ``image``, uint8, 256 levels, and ``label`` of a TFDS set, in TFDS's order."""
 
     collection = True
     reads = ("manual_dir",)
@@ -43,7 +44,8 @@ class Tfds(Source):
             raise ValueError(f"Unknown TFDS name {name!r}: write set, set/config or set:1.2.3.")
         path = _home(name, options) / f"{split}.npy"
         images, notes = load_or_build(path, lambda add: _decode(name, split, options, add))
-        return ImageSet(f"tfds:{name}", notes["version"], notes["split"], images)
+        labels = np.asarray(notes["labels"]) if notes.get("labels") else None
+        return ImageSet(f"tfds:{name}", notes["version"], notes["split"], images, labels=labels)
 
 
 def _home(name: str, options: Options) -> Path:
@@ -86,7 +88,7 @@ def _original_gzip(path: Path) -> bytes:
     return header + path.stem.encode() + b"\x00" + raw[10:]
 
 
-def _decode(name: str, split: str, options: Options, add: Add) -> dict[str, str]:
+def _decode(name: str, split: str, options: Options, add: Add) -> dict[str, Any]:
     try:
         import tensorflow as tf
         import tensorflow_datasets as tfds
@@ -109,10 +111,13 @@ def _decode(name: str, split: str, options: Options, add: Add) -> dict[str, str]
     if "image" not in builder.info.features:
         features = ", ".join(builder.info.features)
         raise ValueError(f"{builder.name} has no feature 'image', only {features}.")
+    feature, labels = builder.info.features.get("label"), []
     source = builder.as_data_source(chosen)
     with tqdm(total=len(source), desc=f"Decoding {builder.name} {chosen}", unit=" images") as bar:
         for start in range(0, len(source), _AT_ONCE):
             for example in source.__getitems__(range(start, min(start + _AT_ONCE, len(source)))):
                 add(example["image"])
+                if isinstance(feature, tfds.features.ClassLabel):
+                    labels.append(feature.int2str(int(example["label"])))
                 bar.update()
-    return {"version": str(builder.info.version), "split": chosen}
+    return {"version": str(builder.info.version), "split": chosen, "labels": labels}

@@ -27,6 +27,7 @@ from sbml.report.result import Result
 from sbml.runtime import progress, sharding
 from sbml.runtime.parts import Parts
 from sbml.runtime.trees import tree_crc32
+from sbml.types import conditioned
 
 
 class CellRun(Driver):
@@ -48,12 +49,15 @@ class CellRun(Driver):
             exact = divergence.exact_batch(math.prod(experiment.shape))
             size = min(size, exact * jax.device_count())
         self.score = experiment.exact_adapter(shared.restored.state.ema_params)
+        labels = shared.labels(shared.images)
         if not cell.kind.is_bound:
-            ode.check_precision(self.score, experiment.sde, experiment.shape)
+            one = conditioned(self.score, None if labels is None else labels[0])
+            ode.check_precision(one, experiment.sde, experiment.shape)
         super().__init__(
             estimator=method,
             target=Target(experiment.sde, eps, experiment.levels, model),
             data=shared.images.images,
+            condition=labels,
             ids=ids,
             subset=subset,
             compute=self._compute,
@@ -145,6 +149,7 @@ class CellRun(Driver):
             **own,
             "score": shared.experiment.score_identity,
             "data": shared.images.fingerprint,
+            **({} if self.condition is None else {"labels_crc32": tree_crc32(self.condition)}),
         }
 
     def finish(self) -> Estimate:

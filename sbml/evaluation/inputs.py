@@ -52,6 +52,11 @@ class Inputs:
         images, train = experiment.images(split), experiment.images("train")
         return cls(experiment, restored, images, train, workdir)
 
+    def labels(self, images: ImageSet) -> np.ndarray | None:
+        """The numbers of the classes of ``images``, as the checkpoint has them; None for a model
+        without classes."""
+        return self.experiment.labels(images, self.restored.metadata.get("classes", ()))
+
     @functools.cached_property
     def control(self) -> GaussianControl | None:
         """The Gaussian of the control variate, fitted to the dequantized training images; None
@@ -95,9 +100,12 @@ class Inputs:
         }
 
         def pilot() -> dict[str, np.ndarray]:
-            pixels = jax.numpy.asarray(train.images[spread(len(train), 256)])
+            chosen, labels = spread(len(train), 256), self.labels(train)
+            pixels = jax.numpy.asarray(train.images[chosen])
             x = bits.to_model(pixels, 0.5, train.levels)
             options: dict[str, Any] = {"eps": eps, "control": control, "bins": config.proposal_bins}
+            if labels is not None:
+                options["condition"] = labels[chosen]
             run = jax.jit(
                 lambda score, x, key: bound.pilot(score, experiment.sde, x, key, **options)
             )

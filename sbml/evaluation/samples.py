@@ -28,7 +28,7 @@ from sbml.runtime.workdir import Workdir
 from sbml.samplers import Sampler, denoise
 from sbml.sdes import SDE
 from sbml.streams import stream
-from sbml.types import Array, Key, Score
+from sbml.types import Array, Key, Score, conditioned
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,6 +45,12 @@ class Recipe:
     # ``data.dequantization`` of the training. ``repr``, which identifies stored samples, leaves it
     # out; ``identity`` adds it if it is "none".
     dequantization: str = dataclasses.field(default="uniform", repr=False)
+    # Sample i of a model with classes is of the class i modulo their number.
+    classes: int = dataclasses.field(default=0, repr=False)
+
+    def score(self, score: Score, i: Array) -> Score:
+        """``score`` for image ``i``."""
+        return conditioned(score, i % self.classes) if self.classes else score
 
     @classmethod
     def of(cls, experiment: Experiment) -> "Recipe":
@@ -57,6 +63,7 @@ class Recipe:
             experiment.config.sampling.build(),
             experiment.config.sampling.denoise_last,
             experiment.config.data.dequantization,
+            experiment.adapter.classes,
         )
 
     def pixels(self, x: Array) -> Array:
@@ -93,9 +100,10 @@ class Samples(NamedTuple):
 def _sample_batch(score: Score, ids: Array, seed: Array, recipe: Recipe) -> Samples:
     def one(i: Array) -> Samples:
         z, key = _latent(seed, i, recipe)
-        x, stats = recipe.sampler(score, recipe.sde, z, key, eps=recipe.eps)
+        given = recipe.score(score, i)
+        x, stats = recipe.sampler(given, recipe.sde, z, key, eps=recipe.eps)
         if recipe.denoise_last:
-            x = denoise(score, recipe.sde, x, jnp.asarray(recipe.eps, x.dtype))
+            x = denoise(given, recipe.sde, x, jnp.asarray(recipe.eps, x.dtype))
         failed = ~(stats.success & jnp.all(jnp.isfinite(x)))
         return Samples(recipe.pixels(x), stats.nfe + recipe.denoise_last, failed)
 
@@ -111,9 +119,10 @@ def paths(score: Score, ids: Array, seed: Array, recipe: Recipe, frames: int) ->
 
     def one(i: Array) -> Array:
         z, key = _latent(seed, i, recipe)
-        path, times = recipe.sampler.path(score, recipe.sde, z, key, eps=recipe.eps, frames=frames)
+        given = recipe.score(score, i)
+        path, times = recipe.sampler.path(given, recipe.sde, z, key, eps=recipe.eps, frames=frames)
         if recipe.denoise_last:
-            last = denoise(score, recipe.sde, path[-1], times[-1].astype(path.dtype))
+            last = denoise(given, recipe.sde, path[-1], times[-1].astype(path.dtype))
             path = path.at[-1].set(last)
         size = jax.vmap(lambda t: jnp.hypot(recipe.sde.mean_coef(t), recipe.sde.std(t)))(times)
         return jax.vmap(lambda x, s: recipe.pixels(x / s))(path, size)
@@ -188,5 +197,6 @@ def stored(experiment: Experiment, restored: Restored, workdir: Workdir) -> Samp
 def grid(experiment: Experiment, images: np.ndarray, columns: int | None = None) -> np.ndarray:
     """A grid of ``images`` as uint8 for a PNG, nearly square unless ``columns`` is given."""
     scale = max(1, 64 // experiment.shape[0])
-    columns = columns or math.ceil(math.sqrt(len(images)))
+    # A column has the samples of one class.
+    columns = columns or experiment.adapter.classes or math.ceil(math.sqrt(len(images)))
     return image_grid(images, experiment.levels, columns=columns, scale=scale)

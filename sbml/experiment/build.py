@@ -7,12 +7,13 @@ several sections. Every error in a config is a ValueError that is raised before 
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from typing import Any, Final, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from etils import epath
 from ml_collections import ConfigDict
@@ -172,6 +173,37 @@ class Experiment:
             sharding.check_same(f"{split} images", images.fingerprint["id"])
         return images
 
+    def labels(self, images: data.ImageSet, classes: Sequence[str] = ()) -> np.ndarray | None:
+        """The number of each image's class, int32 ``(n,)``; None for a model without classes.
+
+        It is the place of the label among the names ``classes`` of the training, or if they are not
+        given, among the sorted labels of ``images``.
+        """
+        count = self.adapter.classes
+        if not count:
+            return None
+        if images.labels is None:
+            raise ValueError(
+                f"model.classes={count}, but the images of {images.name} ({images.split}) have no "
+                "labels: digits, sets of tfds with labels, and folders with a subfolder for each "
+                "class have them. An array that an older version prepared has none: remove it"
+            )
+        names, numbers = np.unique(images.labels, return_inverse=True)
+        classes = list(classes) or names.tolist()
+        if len(classes) != count:
+            raise ValueError(
+                f"model.classes={count}, but {images.name} ({images.split}) has {len(classes)} "
+                f"classes, {', '.join(classes[:10])}: set --config.model.classes={len(classes)}"
+            )
+        if unseen := [name for name in names.tolist() if name not in classes]:
+            raise ValueError(
+                f"{images.name} ({images.split}) has images of the class {unseen[0]}, which the "
+                f"training did not see: its classes are {', '.join(classes)}"
+            )
+        place = np.array([classes.index(name) for name in names.tolist()], np.int32)
+        found: np.ndarray = place[numbers]
+        return found
+
     def parameter_count(self) -> int:
         """The number of the network's parameters."""
         shapes = jax.eval_shape(lambda k: self.adapter.init(k, self.shape), jax.random.key(0))
@@ -290,12 +322,15 @@ class Experiment:
         return {**identity, "label_eps": self.eps}
 
     def provenance(self, images: data.ImageSet) -> dict:
-        """The origin of a checkpoint, stored as its metadata: config, training data, versions."""
+        """The origin of a checkpoint, stored as its metadata: config, training data, versions, and
+        the names of the classes of a model with classes."""
+        labels = images.labels if self.adapter.classes else None
         return {
             "config": self.config.plain(),
             "smallest_time": self.eps,
             "data": images.fingerprint,
             "versions": versions(),
+            **({} if labels is None else {"classes": np.unique(labels).tolist()}),
         }
 
 

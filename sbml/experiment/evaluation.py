@@ -110,6 +110,9 @@ class Eval(Solving):
         "ode: number of images on which the solver's error and the noise are measured, divided by "
         "K if K > 1; 0: all",
     )
+    classifier_images: Natural = field(
+        64, "number of images that a class-conditional model classifies by Bayes' rule; 0: none"
+    )
     features: Annotated[str, among(EXTRACTORS)] = field(
         "inception", "feature extractor of --mode=quality"
     )

@@ -7,6 +7,7 @@ from its newest undamaged checkpoint with bitwise the same result as without int
 
 import contextlib
 import dataclasses
+import functools
 import time
 from collections import deque
 from collections.abc import Callable
@@ -51,6 +52,7 @@ class Task:
       picture: a function from the state to a uint8 grid of samples; None for no pictures.
       repeats: the number of rows that ``update.prepare`` makes of one image; ``batch_size`` counts
         rows.
+      labels: the number of each image's class, ``(n,)``; a batch is then a pair with them.
     """
 
     name: Name
@@ -65,6 +67,7 @@ class Task:
     check: Callable[[dict[str, Any]], None]
     picture: Callable[[TrainState], np.ndarray] | None = None
     repeats: int = 1
+    labels: np.ndarray | None = None
 
 
 def run(task: Task, checkpoints: Checkpoints) -> None:
@@ -115,14 +118,17 @@ def _train(task: Task, checkpoints: Checkpoints, preemption: Preemption) -> int:
         flip=task.flip,
         process_index=jax.process_index(),
         process_count=jax.process_count(),
+        labels=task.labels,
     )
 
-    def batch_of(dispatch: int) -> Array:
+    def batch_of(dispatch: int) -> Any:
         step = start + dispatch * stride
-        pixels = images[step]
+        batch = images[step]
         if stride > 1:
-            pixels = np.stack([images[step + i] for i in range(stride)])
-        return jax.make_array_from_process_local_data(split, pixels)
+            steps = [images[step + i] for i in range(stride)]
+            batch = jax.tree.map(lambda *parts: np.stack(parts), *steps)
+        place = functools.partial(jax.make_array_from_process_local_data, split)
+        return jax.tree.map(place, batch)
 
     writer, directory = None, checkpoints.directory.parent
     if jax.process_index() == 0:

@@ -14,6 +14,7 @@ from sbml import dequantizers
 from sbml.dequantizers import DEQUANTIZERS
 from sbml.evaluation import table
 from sbml.evaluation.cells import CellRun
+from sbml.evaluation.classifier import classify
 from sbml.evaluation.inputs import Inputs, check_first_batch
 from sbml.experiment.build import Experiment
 from sbml.report import summary
@@ -63,6 +64,9 @@ def run(experiment: Experiment, workdir: Workdir) -> None:
                 numbers.append(run.finish())
                 results.append(run.result(numbers[-1]))
                 print(results[-1].line)
+            classifier = classify(inputs)
+            for name, value in classifier.items():
+                print(f"classifier: {name} {value:.4g}")
             found = [each for result in results for each in result.warnings(inputs.images.ids)]
             found += [warning for run in runs for warning in run.warnings()]
             for warning in found:
@@ -71,6 +75,8 @@ def run(experiment: Experiment, workdir: Workdir) -> None:
         evaluation = table.evaluation(inputs, results, tables, [*warnings, *found])
         if undefined:
             evaluation["undefined"] = undefined
+        if classifier:
+            evaluation["classifier"] = classifier
         if jax.process_index() == 0:
             # First the columns, and then the evaluation that names them.
             for name, columns in tables.items():

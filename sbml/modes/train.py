@@ -27,7 +27,7 @@ from sbml.runtime.state import Loss, Observe, Prepare, TrainState, Update
 from sbml.runtime.workdir import Workdir
 from sbml.sdes import SDE
 from sbml.streams import stream
-from sbml.types import Array, Key
+from sbml.types import Array, Key, conditioned
 
 PICTURED = 64  # The largest number of samples that are drawn for a picture during the training.
 
@@ -58,6 +58,7 @@ class DrawnBatch(NamedTuple):
       signs: the factors +1 and -1 of antithetic noises, ``(n,)``.
       v: the points in [0, 1) that the proposal maps to times, ``(n,)``.
       inverse: one over the density of v, ``(n,)``; it multiplies ``weight``.
+      label: the number of the class, ``(n,)``, or None.
     """
 
     x: Array
@@ -67,15 +68,17 @@ class DrawnBatch(NamedTuple):
     signs: Array
     v: Array
     inverse: Array
+    label: Array | None = None
 
 
 def prepare_fn(experiment: Experiment) -> Prepare:
-    """A function that makes the draws of a batch of uint8 images: one row for each image, or two
-    rows with antithetic noises."""
+    """A function that makes the draws of a batch of uint8 images, or of images and the numbers of
+    their classes: one row for each image, or two rows with antithetic noises."""
     config, levels = experiment.config, experiment.config.data.levels
     draw, antithetic = times.DRAWS[config.training.times], config.training.antithetic
 
-    def prepare(pixels: Array, key: Key, statistics: Array) -> DrawnBatch:
+    def prepare(batch: Any, key: Key, statistics: Array) -> DrawnBatch:
+        pixels, label = batch if experiment.adapter.classes else (batch, None)
         n = len(pixels)
         x = dequantize(pixels, stream(key, "dequantization"), config.data.dequantization, levels)
         v, inverse = draw(stream(key, "times"), n)[:, 0], jnp.ones(n)
@@ -84,7 +87,7 @@ def prepare_fn(experiment: Experiment) -> Prepare:
             v, inverse = times.warp(v, times.with_floor(scale))
         t, weight = experiment.proposal.at(v)
         keys = jax.random.split(stream(key, "rows"), n)
-        draws = DrawnBatch(x, t, weight, keys, jnp.ones(n), v, inverse)
+        draws = DrawnBatch(x, t, weight, keys, jnp.ones(n), v, inverse, label)
         if not antithetic:
             return draws
         # The two rows of an image are neighbours, so that they stay on the same device.
@@ -102,6 +105,7 @@ def loss_fn(experiment: Experiment) -> Loss:
 
     def loss(params: Any, draws: DrawnBatch, frozen: Any) -> Any:
         score, sde = experiment.trained_score(params)
+        score = conditioned(score, draws.label)
         signs = draws.signs if training.antithetic else None
         batch: tuple = (score, sde, draws.x, draws.t, draws.keys)
         options: dict[str, Any] = {"weighting": training.weighting, "signs": signs}
@@ -174,6 +178,7 @@ def run(experiment: Experiment, workdir: Workdir) -> None:
     those of ``_loop.run``.
     """
     config, images = experiment.config, experiment.images("train")
+    labels = experiment.labels(images)
     config.optim.warn_if_short(config.training.num_steps)
 
     def picture(state: TrainState) -> np.ndarray:
@@ -194,6 +199,7 @@ def run(experiment: Experiment, workdir: Workdir) -> None:
         provenance=experiment.provenance(images),
         check=lambda metadata: trained.check_training(config, metadata),
         picture=picture,
+        labels=labels,
     )
     with workdir.lock("train"):
         loop.run(task, config.training.checkpoints(workdir))

@@ -5,8 +5,9 @@ A network is a Linen module. Its dataclass fields are plain values with defaults
     Model(**fields)(x, label, *, train) -> Array (n, *s), float32
 
 for ``x (n, *s)`` in [-1, 1] and ``label (n,)``, one number per example that gives its noise level.
-Dropout draws from the rng collection "dropout", only if ``train``. Files whose names begin with an
-underscore hold parts of networks.
+Dropout draws from the rng collection "dropout", only if ``train``. A network that can be
+class-conditional has a field ``classes`` and takes ``condition (n,)``, the class of each example.
+Files whose names begin with an underscore hold parts of networks.
 """
 
 from sbml.networks._layers import frequencies as frequencies

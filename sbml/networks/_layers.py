@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 from jax import lax
-from jaxtyping import Float
+from jaxtyping import Float, Num
 
 from sbml.door import condition, typed
 from sbml.platform import one_cpu
@@ -39,6 +39,9 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 
 Images = Float[AnyArray, "n h w c"]
 Labels = Float[AnyArray, "n"]
+Numbers = Num[AnyArray, "n"]
+
+Classes = Annotated[int, at_least(0)]  # their number; 0 for a network without a class
 
 # "SAME", "VALID", or how many zeros are before and after the height, and the width.
 Padding = str | tuple[tuple[int, int], tuple[int, int]]
@@ -283,6 +286,24 @@ def embed(label: Array, size: int, kind: str, fourier_scale: float) -> Array:
         return positional(label, size)
     argument = jnp.log(label) if kind == "fourier" else label
     return GaussianFourierProjection(size, fourier_scale)(argument)
+
+
+def with_class(features: Array, classes: int, condition: Array | None) -> Array:
+    """``features (n, c)`` plus an embedding of the class ``condition (n,)`` of each row; unchanged
+    if the network has no ``classes``.
+
+    Raises:
+      ValueError: a network with classes gets none.
+    """
+    if not classes:
+        return features
+    if condition is None:
+        raise ValueError(
+            f"the network has classes={classes} and got no class: give the score a condition, a "
+            f"number from 0 to {classes - 1}"
+        )
+    embedding = nn.Embed(classes, features.shape[-1], dtype=features.dtype, name="classes")
+    return features + embedding(condition.astype(jnp.int32))
 
 
 # ---- resampling by a factor of two --------------------------------------------------------------

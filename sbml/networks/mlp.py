@@ -28,6 +28,8 @@ class Model(nn.Module):
       embedding_type: "positional" and "fourier_linear" embed the label, "fourier" its logarithm.
       fourier_scale: standard deviation of the random frequencies of the label's Fourier features.
       fourier: frequencies, in units of pi, of the input's features (``networks.frequencies``).
+      classes: number of classes of a class-conditional network, whose embedding is added to that of
+        the label; 0 means an unconditional network.
       outputs: how many numbers the network gives for every entry of x, along a new last axis; 0
         means one number, in the shape of x.
       dtype: "float32" or "bfloat16" arithmetic; parameters and output stay float32.
@@ -41,15 +43,19 @@ class Model(nn.Module):
     embedding_type: layers.EmbeddingType = "positional"
     fourier_scale: Annotated[float, positive] = 1.0
     fourier: layers.Frequencies = ()
+    classes: layers.Classes = 0
     outputs: int = 0
     dtype: layers.Precision = "float32"
 
     @checked
     @nn.compact
-    def __call__(self, x: Batch, label: layers.Labels, *, train: bool) -> Array:
+    def __call__(
+        self, x: Batch, label: layers.Labels, *, train: bool, condition: layers.Numbers | None = None
+    ) -> Array:
         dtype = jnp.dtype(self.dtype)
         temb = layers.embed(label, self.embedding_size, self.embedding_type, self.fourier_scale)
-        temb = nn.swish(layers.dense(temb.astype(dtype), self.width))
+        temb = layers.dense(temb.astype(dtype), self.width)
+        temb = nn.swish(layers.with_class(temb, self.classes, condition))
         flat = x.reshape(len(x), -1)
         h = layers.dense(layers.input_features(flat, self.fourier).astype(dtype), self.width)
         for _ in range(self.depth):

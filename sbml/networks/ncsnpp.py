@@ -143,6 +143,8 @@ class Model(nn.Module):
       init_scale: variance scale of the last layer of each branch; with 0 every branch starts at
         (nearly) zero.
       fourier: frequencies, in units of pi, of the input's features (``networks.frequencies``).
+      classes: number of classes of a class-conditional network, whose embedding is added to that of
+        the label; 0 means an unconditional network.
       outputs: how many numbers the network gives for every entry of x, along a new last axis; 0
         means one number, in the shape of x.
       dtype: "float32" or "bfloat16" arithmetic; parameters, statistics and output stay float32.
@@ -180,18 +182,22 @@ class Model(nn.Module):
     nonlinearity: Annotated[str, one_of(*layers.ACTIVATIONS)] = "swish"
     init_scale: Annotated[float, at_least(0)] = 0.0
     fourier: layers.Frequencies = ()
+    classes: layers.Classes = 0
     outputs: int = 0
     dtype: layers.Precision = "float32"
     remat: bool = False
 
     @checked
     @nn.compact
-    def __call__(self, x: Images, label: Labels, *, train: bool) -> Array:
+    def __call__(
+        self, x: Images, label: Labels, *, train: bool, condition: layers.Numbers | None = None
+    ) -> Array:
         self._check_input(x)
         dtype, channels = jnp.dtype(self.dtype), x.shape[-1] * max(1, self.outputs)
         temb = layers.embed(label, self.nf, self.embedding_type, self.fourier_scale).astype(dtype)
         if self.conditional:
             temb = layers.dense(self._act(layers.dense(temb, 4 * self.nf)), 4 * self.nf)
+            temb = layers.with_class(temb, self.classes, condition)
         block = partial(self._block, temb=temb if self.conditional else None, train=train)
         skips = self._encode(x, block)
         h = block(skips[-1])

@@ -362,6 +362,8 @@ class Model(nn.Module):
       norm_eps: what every norm adds to the variance.
       resnet_time_scale_shift: "default" adds the noise level's vector to the features of a block,
         "scale_shift" also multiplies by it, after the second norm.
+      classes: number of classes of a class-conditional network, whose embedding is added to the
+        vector that blocks read; 0 means an unconditional network.
       outputs: how many numbers the network gives for every entry of x, along a new last axis; 0
         means one number, in the shape of x.
       dtype: "float32", "bfloat16" or "float64" arithmetic; the output is float32 or float64.
@@ -410,6 +412,7 @@ class Model(nn.Module):
     attn_norm_num_groups: Annotated[int, at_least(0)] = 0
     norm_eps: Annotated[float, positive] = 1e-5
     resnet_time_scale_shift: Annotated[str, one_of("default", "scale_shift")] = "default"
+    classes: layers.Classes = 0
     outputs: int = 0
     dtype: Annotated[str, one_of("float32", "bfloat16", "float64")] = "float32"
     remat: bool = False
@@ -436,7 +439,9 @@ class Model(nn.Module):
 
     @checked
     @nn.compact
-    def __call__(self, x: Images, label: Labels, *, train: bool) -> Array:
+    def __call__(
+        self, x: Images, label: Labels, *, train: bool, condition: layers.Numbers | None = None
+    ) -> Array:
         self._check_input(x)
         dtype = jnp.dtype(self.dtype)
         wide = jnp.promote_types(dtype, jnp.float32)
@@ -452,6 +457,7 @@ class Model(nn.Module):
 
         time = TimeEmbedding(self.time_embedding_dim or 4 * widths[0], name="time_embedding")
         cond = time(self._features(label).astype(dtype))
+        cond = layers.with_class(cond, self.classes, condition)
         skips = [layers.Conv(widths[0], name="conv_in")(image)]
         for level in self._levels(Down, self.down_block_types, widths):
             found, image = level(skips[-1], image, cond, train)
@@ -548,7 +554,7 @@ _NONE = {
     "norm_num_groups": 0,
     "attn_norm_num_groups": 0,
 }
-_OWN = ("parent", "name", "outputs", "dtype", "remat")
+_OWN = ("parent", "name", "outputs", "dtype", "remat", "classes")
 _OLD_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
 

@@ -96,6 +96,8 @@ class Model(nn.Module):
       groups: number of groups of the group norm, a divisor of ``width``; 0 means
         ``default_groups(width)``. Published models have 32 whatever their width.
       fourier: frequencies, in units of pi, of the input's features (``networks.frequencies``).
+      classes: number of classes, whose embedding is added to ``cond``. 0 means an unconditional
+        network, or a published one that reads its class as a number.
       outputs: how many numbers the network gives for every entry of x, along a new last axis; 0
         means one number, in the shape of x.
       dtype: "float32", "bfloat16" or "float64" arithmetic; the output is float32 or float64.
@@ -113,6 +115,7 @@ class Model(nn.Module):
     dropout: layers.Rate = 0.1
     groups: Annotated[int, at_least(0)] = 0
     fourier: layers.Frequencies = ()
+    classes: layers.Classes = 0
     outputs: int = 0
     dtype: Annotated[str, one_of("float32", "bfloat16", "float64")] = "float32"
     remat: bool = False
@@ -125,12 +128,13 @@ class Model(nn.Module):
     @checked
     @nn.compact
     def __call__(
-        self, x: Images, label: Labels, *, train: bool, condition: Labels | None = None
+        self, x: Images, label: Labels, *, train: bool, condition: layers.Numbers | None = None
     ) -> Array:
         """``condition (n,)`` is the class of each image, as a number. None means class 0, which
         the published models without classes also use."""
         dtype = jnp.dtype(self.dtype)
-        cond = self._cond(label, jnp.zeros_like(label) if condition is None else condition)
+        number = jnp.zeros_like(label) if condition is None or self.classes else condition
+        cond = layers.with_class(self._cond(label, number), self.classes, condition)
         groups = self.groups or default_groups(self.width)
         kind = nn.remat(Block, static_argnums=(3,)) if self.remat else Block
 

@@ -49,7 +49,7 @@ def write(
       directory: the folder, which is made if it is missing.
       content: ``title``, ``results`` (a list of mappings with ``bits_per_dim``, ``interval``,
         ``n`` …; the first is the headline), and optionally ``baselines``, ``warnings``,
-        ``command``, ``model``, ``checkpoint``, ``quality`` (names to numbers),
+        ``command``, ``model``, ``checkpoint``, ``quality`` and ``classifier`` (names to numbers),
         ``baselines_left_out`` (names to reasons), ``training`` (with a ``line`` and the step of the
         newest ``checkpoint``) and ``missing`` (names to the commands that make these parts). The
         page lists other entries under their own names.
@@ -114,6 +114,7 @@ def write(
             training=_training(curves),
             samples=None if samples is None else _samples(samples, levels),
             quality=report.get("quality", {}),
+            classifier=report.get("classifier", {}),
             pictures=[{"png": data_url(png), "alt": caption} for caption, png in pictures],
             command=report.get("command"),
             details=details,

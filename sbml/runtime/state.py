@@ -24,13 +24,13 @@ from sbml.platform import platform
 from sbml.types import Array, Key
 
 # prepare(batch, key, statistics) -> per-example draws (leading axis n), once for the whole batch
-Prepare = Callable[[Array, Key, Any], Any]
+Prepare = Callable[[Any, Key, Any], Any]
 # observe(statistics, draws, what the loss gives) -> statistics
 Observe = Callable[[Any, Any, Any], Any]
 # loss(params, draws, frozen) -> per-example losses (n,), or a tuple of such arrays whose sum is the
 # loss; frozen are arrays that are not trained
 Loss = Callable[[Any, Any, Any], Any]
-Step = Callable[["TrainState", Array, Key, Any], tuple["TrainState", dict[str, Array]]]
+Step = Callable[["TrainState", Any, Key, Any], tuple["TrainState", dict[str, Array]]]
 
 
 class TrainState(struct.PyTreeNode):
@@ -133,7 +133,7 @@ def make_step(update: Update) -> Step:
     """
 
     def step(
-        state: TrainState, batch: Array, base_key: Key, frozen: Any
+        state: TrainState, batch: Any, base_key: Key, frozen: Any
     ) -> tuple[TrainState, dict[str, Array]]:
         key = jax.random.fold_in(base_key, state.step)
         draws = update.prepare(batch, key, state.statistics)
@@ -164,7 +164,7 @@ def several(step: Step) -> Step:
     slower on CPU (see :func:`value_and_grad`).
     """
 
-    def steps(state: TrainState, batches: Array, base_key: Key, frozen: Any) -> Any:
+    def steps(state: TrainState, batches: Any, base_key: Key, frozen: Any) -> Any:
         return jax.lax.scan(lambda s, b: step(s, b, base_key, frozen), state, batches)
 
     return steps

@@ -161,7 +161,12 @@ def digits() -> Arrays:
         return 2 * (k + jax.random.uniform(key, k.shape, jnp.float32)) / 17 - 1
 
     key, width, frequencies = jax.random.key(0), 256, jnp.arange(1.0, 9.0, dtype=jnp.float32)
-    shapes = {"w0": (64, width), "c": (8, width), "s": (8, width), "w1": (width, width)}
+    shapes: dict[str, tuple[int, ...]] = {
+        "w0": (64, width),
+        "c": (8, width),
+        "s": (8, width),
+        "w1": (width, width),
+    }
     shapes |= {"w2": (width, 64), "b0": (width,), "b1": (width,), "b2": (64,)}
     keys = jax.random.split(key, len(shapes))
     params = {
@@ -464,8 +469,8 @@ def walk(way: Way, exact: np.ndarray) -> Iterator[tuple[Any, dict[str, Any]]]:
         try:
             logp, first = timed(run)
             again = timed(run)[1] if way.compiles else first
-        except AssertionError as error:  # of torchdiffeq: its step is too small for float32
-            print(f"    {setting:g}: {error}", file=sys.stderr)
+        except AssertionError as failure:  # of torchdiffeq: its step is too small for float32
+            print(f"    {setting:g}: {failure}", file=sys.stderr)
             break
         error = np.abs(logp - exact)
         row = {"method": way.name, "setting": setting, "largest": float(error.max())}
@@ -538,14 +543,13 @@ def lines_until(stream: Any, last: str) -> Iterator[str]:
 
 def measure(file: str, results: str, rounds: int, pythons: list[str]) -> None:
     """Start a process for each library, and time them in turns."""
-    workers = []
+    workers: list[Any] = []
     for library, python in (text.split("=", 1) for text in pythons):
         print(library, file=sys.stderr)
         command = [python, __file__, "work", library, file]
         pipes: Any = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-        worker = subprocess.Popen(command, **pipes)
-        workers.append(worker)
-        list(lines_until(worker.stdout, "ready"))
+        workers.append(subprocess.Popen(command, **pipes))
+        list(lines_until(workers[-1].stdout, "ready"))
     with open(results, "w") as output:
         for number in range(rounds):
             for worker in workers:
@@ -565,13 +569,13 @@ def table(results: str) -> None:
         everything = [json.loads(line) for line in file]
     print(
         "| problem, path | target | library | method, setting | evaluations (with divergence) | "
-        "largest error | mean error | ms an example | time / sbml | first call, s |\n"
+        "largest error | mean error | ms an example | relative to sbml | first call, s |\n"
         "|---|---|---|---|---|---|---|---|---|---|"
     )
     order = [*TARGETS, "one probe"]
 
     def group(row: dict[str, Any]) -> tuple[Any, ...]:
-        return PROBLEMS.index(row["problem"]), row["path"], order.index(row["target"])
+        return PROBLEMS.index(row["problem"]), row["path"] == VP, order.index(row["target"])
 
     for _, of_target in itertools.groupby(sorted(everything, key=group), group):
         same = list(of_target)
@@ -591,7 +595,7 @@ def table(results: str) -> None:
                 ratio = f"{np.median(ratios):.2f}" if ratios else ""
                 ms = 1e3 * np.median([r["seconds"] for r in mine]) / EXAMPLES
                 counts = f"{row['nfe']:.0f} ({row['divergences']:.0f})"
-                print(f"{left}| {counts} {errors}| {ms:.2f} | {ratio} | {row['first']:.1f} |")
+                print(f"{left}| {counts} {errors}| {ms:.3g} | {ratio} | {row['first']:.1f} |")
 
 
 def inside(file: str, rounds: int, counts: list[int]) -> None:
@@ -634,7 +638,7 @@ def main() -> None:
     run.add_argument("problems")
     run.add_argument("results")
     run.add_argument("--rounds", type=int, default=7)
-    run.add_argument("pythons", nargs="+", help="LIBRARY=PYTHON for each library, sbml first")
+    run.add_argument("pythons", nargs="+", help="LIBRARY=PYTHON for each library")
     commands.add_parser("table").add_argument("results")
     within = commands.add_parser("inside")
     within.add_argument("problems")

@@ -51,7 +51,7 @@ class CellRun(Driver):
         self.score = experiment.exact_adapter(shared.restored.state.ema_params)
         labels = shared.labels(shared.images)
         if not cell.kind.is_bound:
-            one = conditioned(self.score, None if labels is None else labels[0])
+            one = conditioned(self.score, None if labels is None else int(labels[0]))
             ode.check_precision(one, experiment.sde, experiment.shape)
         super().__init__(
             estimator=method,

@@ -204,6 +204,14 @@ class Experiment:
         found: np.ndarray = place[numbers]
         return found
 
+    def refuse_classes(self, mode: str) -> None:
+        """Raise a ValueError if the model has classes, which ``mode`` does not know."""
+        if self.adapter.classes:
+            raise ValueError(
+                f"--mode={mode} with model.classes={self.adapter.classes}: this mode is for models "
+                "without classes"
+            )
+
     def parameter_count(self) -> int:
         """The number of the network's parameters."""
         shapes = jax.eval_shape(lambda k: self.adapter.init(k, self.shape), jax.random.key(0))

@@ -10,6 +10,7 @@ Here S is the standard deviation of the prior, ``sde.prior_std``.
 """
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -31,6 +32,11 @@ from sbml.streams import stream
 from sbml.types import Array, Score
 
 COMPLETIONS = 4  # number of completions of each image
+
+
+def check(experiment: Experiment, workdir: Workdir, before: Sequence[str]) -> None:
+    """Check that the model has no classes."""
+    experiment.refuse_classes("latents")
 
 
 @functools.partial(jax.jit, static_argnames=("sde", "t0", "t1", "solver"))

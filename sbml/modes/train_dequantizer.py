@@ -65,6 +65,7 @@ def loss_fn(experiment: Experiment) -> Loss:
 def check(experiment: Experiment, workdir: Workdir, before: Sequence[str]) -> None:
     """Check that the dequantizer fits the images and the score, and draws no grids of samples."""
     config = experiment.config
+    experiment.refuse_classes("train_dequantizer")
     config.check_dequantizer("dequantizer.name", config.dequantizer.name)
     if every := config.dequantizer.training.sample_every:
         raise ValueError(

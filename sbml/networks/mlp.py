@@ -50,7 +50,12 @@ class Model(nn.Module):
     @checked
     @nn.compact
     def __call__(
-        self, x: Batch, label: layers.Labels, *, train: bool, condition: layers.Numbers | None = None
+        self,
+        x: Batch,
+        label: layers.Labels,
+        *,
+        train: bool,
+        condition: layers.Numbers | None = None,
     ) -> Array:
         dtype = jnp.dtype(self.dtype)
         temb = layers.embed(label, self.embedding_size, self.embedding_type, self.fourier_scale)

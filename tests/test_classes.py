@@ -1,0 +1,190 @@
+"""Class-conditional models: their loss, evaluation, classifier and samples."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import runs
+import tiny
+from PIL import Image
+from scipy import special
+
+from sbml import data, losses
+from sbml.data import Options
+from sbml.density import Density
+from sbml.evaluation import samples
+from sbml.experiment import build
+from sbml.modes import eval as evaluate
+from sbml.modes import latents, sample, train, train_dequantizer
+from sbml.networks import NETWORKS
+from sbml.runtime.workdir import EVALUATION, Workdir
+
+
+def config():
+    made = tiny.get_config()
+    made.model.classes = 10
+    made.eval.update(max_images=12, classifier_images=8, batch_size=16, subset=4, sweeps=2)
+    made.sampling.num_images = 20
+    return made
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A work directory with a trained model, its evaluation and its samples."""
+    workdir = tmp_path_factory.mktemp("classes")
+    for mode in (train, evaluate, sample):
+        runs.mode(mode.run, config(), workdir)
+    return workdir
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_a_network_reads_the_class_of_each_example(name: str) -> None:
+    small = {
+        "mlp": {"width": 8, "depth": 1},
+        "ncsnpp": {"nf": 8, "ch_mult": (1,), "num_res_blocks": 1, "attn_resolutions": (4,)},
+        "vdm": {"width": 8, "depth": 1},
+        "unet2d": {
+            **{"block_out_channels": (8,), "layers_per_block": 1, "norm_num_groups": 4},
+            **{"down_block_types": ("DownBlock2D",), "up_block_types": ("UpBlock2D",)},
+        },
+    }[name]
+    x, label = jnp.ones((3, 4, 4, 1)), jnp.full(3, 0.5)
+    model = NETWORKS[name](**small, classes=4)
+
+    def output(params, classes):
+        return model.apply(params, x, label, train=False, condition=jnp.asarray(classes))
+
+    params = model.init(jax.random.key(0), x, label, train=False, condition=jnp.zeros(3))
+    # The last layers begin with weights of 0.
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(lambda leaf: leaf + 0.3 * rng.normal(size=leaf.shape), params)
+    output = jax.jit(output)
+    one, other = output(params, [0, 1, 1]), output(params, [1, 1, 3])
+    assert np.array_equal(one[1], other[1]) and not np.allclose(one[0], other[0], atol=1e-6)
+    np.testing.assert_allclose(one[1], one[2], rtol=1e-6)
+    assert not np.allclose(one[2], other[2], atol=1e-6)
+    with pytest.raises(ValueError, match="classes=4 and got no class: give the score a condition"):
+        model.init(jax.random.key(0), x, label, train=False)
+    plain = dataclasses.replace(model, classes=0)
+    assert "classes" not in plain.init(jax.random.key(0), x, label, train=False)["params"]
+
+
+def test_the_loss_of_an_image_is_that_of_its_class() -> None:
+    experiment = build.Experiment(config())
+    images = experiment.images("train")
+    labels = experiment.labels(images)
+    assert labels.tolist()[:10] == list(range(10)) and labels.dtype == np.int32
+    params = experiment.init_state().params
+    params = jax.tree.map(lambda leaf: leaf + 0.05, params)
+    batch = images.images[:4], labels[[3, 1, 4, 1]]
+    draws = jax.jit(train.prepare_fn(experiment))(batch, jax.random.key(1), jnp.ones((2, 32)))
+    found = jax.jit(train.loss_fn(experiment))(params, draws, ())
+
+    @jax.jit
+    def alone(row, label):
+        score = experiment.adapter(params, label)
+        return losses.dsm_batch(score, experiment.sde, row.x, row.t, row.keys, signs=row.signs)
+
+    assert draws.label.tolist() == [3, 3, 1, 1, 4, 4, 1, 1]
+    for i, label in enumerate(draws.label.tolist()):
+        row = jax.tree.map(lambda a, i=i: a[i : i + 1], draws)
+        expected = row.weight * row.inverse * alone(row, jnp.asarray(label)) / 64
+        np.testing.assert_allclose(found[i], expected[0], rtol=1e-5)
+
+
+def test_an_evaluation_has_bits_per_dim_given_the_label_and_the_classifier(trained) -> None:
+    """Against ``Density``, one class after the other, and Bayes' rule written out."""
+    workdir, made = Workdir(trained), config()
+    stored, table = workdir.read(EVALUATION), workdir.read("per_image.npz")
+    experiment = build.Experiment(made)
+    params = experiment.restore(trained).state.ema_params
+    images, train_images = experiment.images("test"), experiment.images("train")
+    labels = experiment.labels(images)
+    density = Density(
+        *(experiment.exact_adapter(params), experiment.sde, experiment.shape),
+        **{"levels": 17, "eps": experiment.eval_eps, "solver": experiment.config.eval.solver()},
+        trace=experiment.config.eval.divergence(),
+    )
+    ids = np.sort(np.random.RandomState(0).permutation(360)[:8])
+    assert set(ids) <= set(table["id"]) and len(table["id"]) == 12
+    pixels, dims = images.images[ids], 64
+    each = [density.bits_per_dim(pixels, np.int32(c), check=False).values for c in range(10)]
+    logp = -dims * np.log(2) * np.stack(each, axis=1)
+    prior = np.bincount(experiment.labels(train_images)) / len(train_images)
+    joint = logp + np.log(prior)
+    right = joint.argmax(axis=1) == labels[ids]
+    classifier = stored["classifier"]
+    assert classifier["images"] == 8 and classifier["accuracy"] == np.mean(right)
+    mixture = -special.logsumexp(joint, axis=1) / (dims * np.log(2))
+    found = classifier["bits/dim of the mixture over classes"]
+    assert found == pytest.approx(mixture.mean(), abs=1e-5)
+    given = classifier["bits/dim given the label"]
+    assert given == pytest.approx(
+        np.mean([e[labels[ids]] for e in np.array(each).T])
+        if 0
+        else np.mean([each[labels[i]][j] for j, i in enumerate(ids)]),
+        abs=1e-5,
+    )
+    # The table's images have other draws, because the places in the data are other ones.
+    own = table["ode_uniform_bits_per_dim"]
+    assert stored["results"][0]["bits_per_dim"] == pytest.approx(own.mean())
+    assert abs(own[np.isin(table["id"], ids)].mean() - given) < 0.05
+
+
+def test_samples_are_of_one_class_after_the_other(trained) -> None:
+    experiment = build.Experiment(config())
+    params = experiment.restore(trained).state.ema_params
+    drawn = samples.draw(experiment, params, np.arange(12)).images
+    assert np.array_equal(Workdir(trained).read("samples.npz")["images"][:12], drawn)
+    recipe = dataclasses.replace(samples.Recipe.of(experiment), classes=0)
+    for label in (0, 1, 7):
+        score, seed = experiment.adapter(params, label), np.uint32(0)
+        alone = samples._sample_batch(score, np.arange(12, dtype=np.int32), seed, recipe).images
+        same = [i for i in range(12) if np.array_equal(alone[i], drawn[i])]
+        assert {i for i in range(12) if i % 10 == label} <= set(same) and len(same) < 12
+
+
+def test_labels_that_do_not_fit_are_refused(tmp_path) -> None:
+    experiment = build.Experiment(config())
+    digits = experiment.images("train")
+    without = dataclasses.replace(digits, labels=None)
+    few = dataclasses.replace(digits, labels=np.array(["a", "b"])[np.arange(len(digits)) % 2])
+    for images, classes, message in (
+        (without, (), "model.classes=10, but the images of digits .* have no labels"),
+        (few, (), "has 2 classes, a, b: set --config.model.classes=2"),
+        (few, tuple("bcdefghijk"), "of the class a, which the training did not see"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            experiment.labels(images, classes)
+    for mode in (latents, train_dequantizer):
+        with pytest.raises(ValueError, match="with model.classes=10: this mode is for models"):
+            mode.check(experiment, Workdir(tmp_path), ())
+    wrong = tiny.get_config()
+    wrong.model.update(classes=-1)
+    with pytest.raises(ValueError, match="classes"):
+        build.Experiment(wrong).check()
+
+
+def test_folders_name_the_classes(tmp_path) -> None:
+    def save(*names: str) -> None:
+        for i, name in enumerate(names):
+            path = tmp_path / "images" / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(np.full((8, 8), i, np.uint8)).save(path)
+
+    def labels(split: str):
+        options = Options(path=tmp_path / "images", cache_dir=tmp_path / "cache", image_size=8,
+                          channels=1, test_fraction=0.3)  # fmt: skip
+        found = data.load("image_folder", split, options).labels
+        return None if found is None else found.tolist()
+
+    save("train/dog/a.png", "train/cat/b.png", "train/cat/more/c.png", "test/cat/d.png")
+    assert labels("train") == ["cat", "cat", "dog"] and labels("test") == ["cat"]
+    save("train/dog/a.png", "train/e.png")
+    assert labels("train") is None and labels("test") == ["cat"]
+    for path in (tmp_path / "images").iterdir():
+        path.rename(tmp_path / path.name)
+    save(*(f"{name}/{i}.png" for name in ("x", "y") for i in range(20)))
+    assert set(labels("train")) == {"x", "y"}

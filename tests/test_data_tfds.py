@@ -68,6 +68,13 @@ def fashion_mnist(
     return options, {s: data.load("tfds:fashion_mnist", s, options) for s in data.SPLITS}
 
 
+# The names of the numbers 0 .. 9, by the data set's authors.
+CLASSES = (
+    *("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat"),
+    *("Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot"),
+)
+
+
 def idx_images(file: str) -> np.ndarray:
     """An idx3 file read by its definition: magic, count, rows, columns, then bytes."""
     raw = gzip.decompress((DEBIAN / file).read_bytes())
@@ -90,8 +97,13 @@ def test_fashion_mnist_through_tfds(
     images = fashion_mnist[1][split]
     assert images.images.shape == (count, 28, 28, 1)
     assert (images.name, images.version, images.split) == ("tfds:fashion_mnist", "3.0.1", split)
-    ours, theirs = (sorted(x.tobytes() for x in y) for y in (images.images, idx_images(file)))
-    assert ours == theirs  # TFDS shuffles
+    file_of_labels = DEBIAN / file.replace("images-idx3", "labels-idx1")
+    numbers = gzip.decompress(file_of_labels.read_bytes())[8:]  # after the magic and the count
+    pairs = zip(idx_images(file), numbers, strict=True)
+    theirs = sorted((image.tobytes(), CLASSES[number]) for image, number in pairs)
+    ours = zip(images.images, images.labels, strict=True)
+    # TFDS shuffles.
+    assert sorted((image.tobytes(), str(label)) for image, label in ours) == theirs
 
 
 @pytest.mark.tfds

@@ -111,7 +111,7 @@ def _decode(name: str, split: str, options: Options, add: Add) -> dict[str, Any]
     if "image" not in builder.info.features:
         features = ", ".join(builder.info.features)
         raise ValueError(f"{builder.name} has no feature 'image', only {features}.")
-    feature, labels = builder.info.features.get("label"), []
+    feature, labels = dict(builder.info.features.items()).get("label"), []
     source = builder.as_data_source(chosen)
     with tqdm(total=len(source), desc=f"Decoding {builder.name} {chosen}", unit=" images") as bar:
         for start in range(0, len(source), _AT_ONCE):

@@ -90,7 +90,7 @@ Pair = Callable[[Example, Scalar], tuple[Example, ...]]  # of x and t: x_0 and e
 Condition = Integer[Array, "..."] | Float[Array, "..."] | int
 
 
-class Data(NamedTuple):
+class OfData(NamedTuple):
     """What the formulas use of the data: d and, for ``levels``, two fields of :class:`Adapter`."""
 
     std: Number
@@ -98,7 +98,7 @@ class Data(NamedTuple):
     kind: str = "uniform"
 
 
-Formula = Callable[[Real, Real, Real, Real, Data], Real]  # of F, x_t, alpha, sigma and the data
+Formula = Callable[[Real, Real, Real, Real, OfData], Real]  # of F, x_t, alpha, sigma and the data
 X, U = "x_t", "x_t / sqrt(v)"  # the inputs
 
 
@@ -113,12 +113,12 @@ class Prediction:
     label: Callable[[Kernel, Scalar], Scalar] = lambda sde, t: t  # of a foreign network
 
 
-def _preconditioned(f: Real, x: Real, alpha: Real, sigma: Real, data: Data) -> Real:
+def _preconditioned(f: Real, x: Real, alpha: Real, sigma: Real, data: OfData) -> Real:
     v = (alpha * data.std) ** 2 + sigma**2
     return sigma / v * x + alpha * data.std / jnp.sqrt(v) * f
 
 
-def _of_levels(f: Real, x: Real, alpha: Real, sigma: Real, data: Data) -> Real:
+def _of_levels(f: Real, x: Real, alpha: Real, sigma: Real, data: OfData) -> Real:
     y, rho = x / alpha, sigma / alpha  # y = x_0 + rho e
     return (y - integers.posterior_mean(f, y, rho, data.levels, data.kind)) / rho
 
@@ -230,7 +230,7 @@ class PredictionScore:
                     ) from error
                 raise
         f = of_shape(f, x)
-        return tuple(formula(f, x, alpha, sigma, Data(self.data_std)) for formula in formulas)
+        return tuple(formula(f, x, alpha, sigma, OfData(self.data_std)) for formula in formulas)
 
     def _of_one(self, *arguments: Any) -> Array:
         """The result of a network of batches for one example."""
@@ -421,7 +421,7 @@ class LinenScore:
         sde = a.sde.of_network
         alpha, sigma = _like(sde.mean_coef(t), x), _like(sde.std(t), x)
         x = a.sde.to_network(x, alpha)
-        data = Data(a.data_std, a.levels, a.data)
+        data = OfData(a.data_std, a.levels, a.data)
         return tuple(formula(f, x, alpha, sigma, data) for formula in formulas)
 
     def _network(self, x: Batch, t: Vector, key: Key | None) -> Array:

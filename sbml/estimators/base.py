@@ -27,8 +27,8 @@ from sbml.sdes import SDE
 from sbml.streams import stream
 from sbml.types import Array, Example, Key, Keys, Scalar, Score, conditioned
 
-Count = Integer[Array, ""] | int
-Data = Num[Array, "*s"]  # one example of integers or, without levels, of real numbers
+Evaluations = Integer[Array, ""] | int  # of the score
+OneExample = Num[Array, "*s"]  # one example of integers or, without levels, of real numbers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +50,7 @@ class Target:
     levels: int | None = None
     dequantizer: Any = None
 
-    def sample(self, params: Any, data: Data, key: Key) -> tuple[Example, Scalar]:
+    def sample(self, params: Any, data: OneExample, key: Key) -> tuple[Example, Scalar]:
         """One example x ``(*s)``, in the scale of the score at eps, and log q(u) in nats."""
         if self.levels is None:
             return data, jnp.zeros((), data.dtype)
@@ -159,12 +159,12 @@ class Estimator(abc.ABC):
         self,
         score: Score,
         params: Any,
-        data: Data,
+        data: OneExample,
         key: Key,
         u: Any,
         options: Any,
         target: Target,
-    ) -> tuple[dict[str, Scalar], Count]:
+    ) -> tuple[dict[str, Scalar], Evaluations]:
         """The terms ``()`` in nats of one example, without ``scale``, and the score evaluations.
 
         Args:

@@ -15,7 +15,7 @@ from sbml import bound, dequantizers
 from sbml.bound import Reduction
 from sbml.divergence import Trace
 from sbml.estimators import base
-from sbml.estimators.base import Count, Data, Target
+from sbml.estimators.base import Evaluations, OneExample, Target
 from sbml.streams import stream
 from sbml.types import Key, Scalar, Score
 
@@ -48,12 +48,12 @@ class Estimator(base.Estimator):
         self,
         score: Score,
         params: Any,
-        data: Data,
+        data: OneExample,
         key: Key,
         u: Any,
         options: Reduction,
         target: Target,
-    ) -> tuple[dict[str, Scalar], Count]:
+    ) -> tuple[dict[str, Scalar], Evaluations]:
         bound_key = stream(key, "bound")
         draws: dict[str, Any] = {"eps": target.eps, "u": u, "reduction": options}
         model = target.dequantizer

@@ -23,13 +23,13 @@ from jaxtyping import Float
 from sbml import dequantizers, likelihood
 from sbml.divergence import Trace
 from sbml.estimators import base
-from sbml.estimators.base import Count, Data, Target
+from sbml.estimators.base import Evaluations, OneExample, Target
 from sbml.likelihood import Likelihood
 from sbml.ode import Solver
 from sbml.streams import stream
 from sbml.types import Array, Key, Scalar, Score
 
-Draws = Float[Array, "k"]
+PerDraw = Float[Array, "k"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,13 +66,13 @@ class Estimator(base.Estimator):
         self,
         score: Score,
         params: Any,
-        data: Data,
+        data: OneExample,
         key: Key,
         u: Any,
         options: Solver,
         target: Target,
-    ) -> tuple[dict[str, Scalar], Count]:
-        def draw(key: Key) -> tuple[dict[str, Scalar], Count]:
+    ) -> tuple[dict[str, Scalar], Evaluations]:
+        def draw(key: Key) -> tuple[dict[str, Scalar], Evaluations]:
             terms, result = self.solved(score, params, data, key, options, target)
             return terms, result.stats.nfe
 
@@ -83,7 +83,7 @@ class Estimator(base.Estimator):
         return averaged(each), jnp.sum(evaluations)
 
     def solved(
-        self, score: Score, params: Any, data: Data, key: Key, solver: Solver, target: Target
+        self, score: Score, params: Any, data: OneExample, key: Key, solver: Solver, target: Target
     ) -> tuple[dict[str, Scalar], Likelihood]:
         """The terms of one draw of the dequantizer, and its likelihood."""
         x, log_q = target.sample(params, data, stream(key, "dequantization"))
@@ -93,7 +93,7 @@ class Estimator(base.Estimator):
         return {**terms, "dequantization": log_q}, result
 
 
-def averaged(each: dict[str, Draws]) -> dict[str, Scalar]:
+def averaged(each: dict[str, PerDraw]) -> dict[str, Scalar]:
     """The W-averages of the terms ``(K,)`` of K draws, and ``importance``, in nats.
 
     ``importance`` is log K + sum_i W_i log W_i.
@@ -103,7 +103,7 @@ def averaged(each: dict[str, Draws]) -> dict[str, Scalar]:
     log_weights = jax.nn.log_softmax(-sum(each.values()))
     weights = jnp.exp(log_weights)
 
-    def average(term: Draws) -> Scalar:
+    def average(term: PerDraw) -> Scalar:
         return jnp.sum(jnp.where(weights == 0, 0, weights * term))
 
     terms = {name: average(term) for name, term in each.items()}

@@ -36,6 +36,7 @@ from sbml.sdes import BetaSchedule
 SHAPE = (4, 4, 3)
 NETWORK = {
     "_class_name": "UNet2DModel",
+    "sample_size": 4,
     "in_channels": 3,
     "out_channels": 3,
     "block_out_channels": [8],
@@ -315,7 +316,7 @@ def test_bits_per_dim_are_those_of_the_original_units_by_the_change_of_variables
     y = 2 * (k + u - 0.5) / 255 - 1
     nats = -np.asarray(density.log_prob(jnp.asarray(y, jnp.float32)), np.float64)
     expected = (nats / math.prod(SHAPE) - math.log(2 / 255)) / math.log(2)
-    np.testing.assert_allclose(found, expected, rtol=0, atol=2e-4)
+    np.testing.assert_allclose(found, expected, rtol=0, atol=2e-5)
 
 
 # ---- refusals ------------------------------------------------------------------------------------
@@ -358,7 +359,9 @@ def refused(source: Path, workdir: Path, message: str, **flags: Any) -> None:
     [
         ({"up_block_types": ["KUpBlock2D", "UpBlock2D"]}, "unet/config.json: .*KUpBlock2D"),
         ({"_class_name": "UNet1DModel"}, "unet/config.json: _class_name is 'UNet1DModel'"),
-        ({"in_channels": 1, "out_channels": 1}, r"1 channels, but config.data.shape is \(4, 4, 3"),
+        ({"in_channels": 1, "out_channels": 1}, r"shape \(4, 4, 1\), but config.data.shape is"),
+        ({"sample_size": 32}, r"shape \(32, 32, 3\), but config.data.shape is \(4, 4, 3\)"),
+        ({"sample_size": [4, 8]}, r"shape \(4, 8, 3\), but config.data.shape is"),
     ],
 )
 def test_networks_that_do_not_fit_are_errors(

@@ -83,11 +83,13 @@ def convert(config: Config, workdir: epath.Path, source: epath.PathLike, pixels:
         model = {"name": "unet2d", **unet2d.fields(architecture)}
     except ValueError as error:
         raise ValueError(f"{unet / 'config.json'}: {error}") from error
-    channels = architecture.get("in_channels", 3)
-    if channels != config.data.shape[-1]:
+    size, channels = architecture.get("sample_size"), architecture.get("in_channels", 3)
+    size = config.data.shape[:2] if size is None else (size, size) if type(size) is int else size
+    if (*size, channels) != config.data.shape:
         raise ValueError(
-            f"{unet} is for images with {channels} channels, but config.data.shape is "
-            f"{config.data.shape}: take a config of that data"
+            f"{unet / 'config.json'}: sample_size and in_channels are those of images of shape "
+            f"{(*size, channels)}, but config.data.shape is {config.data.shape}: take a config of "
+            "that data"
         )
     weights = _weights(unet)
     zeros = jax.tree.map(np.zeros_like, weights)

@@ -277,8 +277,7 @@ def test_the_checkpoint_tells_what_it_is(converted: Path) -> None:
     assert metadata["config"]["data"]["dequantization"] == "centre"
     assert metadata["converted_from"]["file"].endswith("unet/diffusion_pytorch_model.safetensors")
     # The first noise level is the smallest time: the network has seen nothing below.
-    assert experiment.eps == experiment.eval_eps == 0.0
-    assert experiment.discrete_eps < 1e-30
+    assert experiment.eps == experiment.eval_eps == experiment.discrete_eps == 0.0
     assert experiment.sde.log_snr(jnp.zeros(())) == pytest.approx(
         math.log((1 - 0.004) / 0.004) + 2 * math.log(256 / 255), abs=1e-5
     )

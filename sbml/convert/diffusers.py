@@ -42,7 +42,12 @@ PIXELS = {
     "bins": ("(2 k + 1) / L - 1", lambda n: (1.0, 0.0)),
 }
 
-_DTYPES = {"F16": np.float16, "BF16": jax.numpy.bfloat16, "F32": np.float32, "F64": np.float64}
+_DTYPES: dict[str, Any] = {
+    "F16": np.float16,
+    "BF16": jax.numpy.bfloat16,
+    "F32": np.float32,
+    "F64": np.float64,
+}
 
 # Keys of schedulers that change the noise levels or the network's label, and the usual values.
 _ONLY = {

@@ -144,9 +144,9 @@ def checked(config):
     return config if isinstance(config, Config) else Config(**config.to_dict())
 
 
-def mode(run, config, workdir, source=None):
+def mode(run, config, workdir, source=None, **flags):
     """Run a mode in this process, as the program does."""
-    flags = {} if source is None else {"source": source}
+    flags |= {} if source is None else {"source": source}
     execute(run, checked(config), Workdir(workdir), flags)
 
 

@@ -154,18 +154,20 @@ def test_rows_of_another_version_are_used_with_a_warning(trained, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "trained_on", "phrase"),
+    ("name", "trained_on", "eps", "phrase"),
     [
-        ("truncated_normal", "uniform", "around bin centres"),
-        ("uniform", "centre", "in the whole bins"),
-        ("uniform", "uniform", ""),
-        ("truncated_normal", "centre", ""),
+        ("truncated_normal", "uniform", None, "around bin centres"),
+        ("uniform", "centre", None, "in the whole bins"),
+        ("uniform", "centre", 0.013, "in the whole bins"),
+        ("uniform", "centre", 0.015, ""),  # The standard deviation 0.061 is more than half a bin.
+        ("uniform", "uniform", None, ""),
+        ("truncated_normal", "centre", None, ""),
     ],
 )
 def test_a_dequantizer_that_does_not_fit_the_training_gives_a_warning(
-    trained, tmp_path, name, trained_on, phrase
+    trained, tmp_path, name, trained_on, eps, phrase
 ):
-    shared = cell_run(trained, tmp_path, ODE).shared
+    shared = cell_run(trained, tmp_path, ODE, smallest_time=eps).shared
     shared.restored.metadata["config"]["data"]["dequantization"] = trained_on
     dequantizer = Dequantization(shared.experiment.dequantizer(name), {})
     warnings = [w for w in cautions(shared, {name: dequantizer}) if w.startswith(name)]

@@ -1,5 +1,7 @@
 """Modules of PyTorch: in an environment of its own, by ``.ci/frameworks``."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -114,10 +116,13 @@ def test_gradients_with_respect_to_x_and_to_the_parameters(module) -> None:
     assert {(8, 2, 3, 3), (1, 8, 3, 3), (8,)} <= shapes
 
 
-def test_the_block_of_the_documentation_runs(module, capsys) -> None:
-    [block] = test_docs.NEEDS_TORCH
-    test_docs.execute(*block)
-    assert float(capsys.readouterr().out) == pytest.approx(-np.log(2 * np.pi), abs=1e-3)
+def test_the_blocks_of_the_documentation_run(module, capsys) -> None:
+    """Each says what it prints at its end."""
+    for block in test_docs.NEEDS_TORCH:
+        test_docs.execute(*block)
+        expected = re.findall(r"-?\d+\.\d+", block[2])[-1]
+        assert float(capsys.readouterr().out) == pytest.approx(float(expected), abs=1e-3)
+    assert len(test_docs.NEEDS_TORCH) == 2
 
 
 def test_probes_and_half_precision(module) -> None:

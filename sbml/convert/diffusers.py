@@ -34,11 +34,28 @@ from sbml.networks import unet2d
 
 WEIGHTS = "diffusion_pytorch_model"
 
-# How pixels were scaled: the numbers of levels L to scale and shift, which make them of ours.
+# How pixels were scaled: in words, and the numbers of levels L to scale and shift, which make them
+# of the bin centres of this package.
 PIXELS = {
-    "centred": lambda n: (n / (n - 1), 0.0),  # 2 k / (L - 1) - 1
-    "unit": lambda n: (n / (2 * (n - 1)), 0.5),  # k / (L - 1)
-    "bins": lambda n: (1.0, 0.0),  # (2 k + 1) / L - 1
+    "centred": ("2 k / (L - 1) - 1", lambda n: (n / (n - 1), 0.0)),
+    "unit": ("k / (L - 1)", lambda n: (n / (2 * (n - 1)), 0.5)),
+    "bins": ("(2 k + 1) / L - 1", lambda n: (1.0, 0.0)),
+}
+
+_DTYPES: dict[str, Any] = {
+    "F16": np.float16,
+    "BF16": jax.numpy.bfloat16,
+    "F32": np.float32,
+    "F64": np.float64,
+}
+
+# Keys of schedulers that change the noise levels or the network's label, and the usual values.
+_ONLY = {
+    "trained_betas": None,
+    "rescale_betas_zero_snr": False,
+    "snr_shift_scale": None,
+    "timestep_type": "discrete",
+    "invert_sigmas": False,
 }
 
 
@@ -59,32 +76,42 @@ def convert(config: Config, workdir: epath.Path, source: epath.PathLike, pixels:
     nested = source / "scheduler" / "scheduler_config.json"
     file = nested if nested.exists() else source / "scheduler_config.json"
     sde, score = _of_scheduler(file, _json(file))
-    usual = "unit" if sde["name"] == "ve" else "centred"
-    scale, shift = PIXELS[pixels or usual](config.data.levels)
+    pixels = pixels or ("unit" if sde["name"] == "ve" else "centred")
+    formula, units = PIXELS[pixels]
+    scale, shift = units(config.data.levels)
     sde |= {"learned": False, "data_scale": scale, "data_shift": shift}
+    try:
+        process = Process(**sde).build()
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from error
     try:
         model = {"name": "unet2d", **unet2d.fields(architecture)}
     except ValueError as error:
         raise ValueError(f"{unet / 'config.json'}: {error}") from error
-    channels = architecture.get("in_channels", 3)
-    if channels != config.data.shape[-1]:
+    size, channels = architecture.get("sample_size"), architecture.get("in_channels", 3)
+    size = config.data.shape[:2] if size is None else (size, size) if type(size) is int else size
+    if (*size, channels) != config.data.shape:
         raise ValueError(
-            f"{unet} is for images with {channels} channels, but config.data.shape is "
-            f"{config.data.shape}: take a config of that data"
+            f"{unet / 'config.json'}: sample_size and in_channels are those of images of shape "
+            f"{(*size, channels)}, but config.data.shape is {config.data.shape}: take a config of "
+            "that data"
         )
     weights = _weights(unet)
     zeros = jax.tree.map(np.zeros_like, weights)
     trees = {"params": weights, "ema_params": weights, "mu": zeros, "nu": zeros}
     theirs = ForeignState(unet / f"{WEIGHTS}.safetensors", 0, 0, trees)
     sections = {"model": model, "sde": sde, "score": score}
-    sections["training"] = {"smallest_time": Process(**sde).build().smallest_time}
+    sections["training"] = {"smallest_time": process.smallest_time}
     experiment, lines = _files.fit(config, sections, workdir)
     state = _files.state(jax.eval_shape(experiment.init_state), theirs)
     if jax.process_index() == 0:
         trained.write_architecture(workdir, sections)
     with experiment.config.training.checkpoints(workdir) as checkpoints:
         checkpoints.save(theirs.step, state, _files.metadata(experiment, theirs, "centre"))
-        lines.append(f"pixels are {pixels or usual}: {scale:.6g} x + {shift:g} in our units x")
+        lines.append(
+            f"the network's pixels are {formula} of k = 0 .. L - 1, L = {config.data.levels} "
+            f"(--pixels={pixels}): {scale:.6g} x + {shift:g} of the x of this package"
+        )
         lines.append(_files.line(theirs, checkpoints))
     print("\n".join(lines))
 
@@ -93,30 +120,38 @@ def _of_scheduler(
     file: epath.Path, scheduler: Mapping[str, Any]
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """The fields of the sections ``sde`` and ``score``."""
-    kind, predicted = str(scheduler.get("_class_name")), scheduler.get("prediction_type", "epsilon")
 
     def refusal(key: str, needs: str) -> ValueError:
         return ValueError(f"{file}: {key} is {scheduler.get(key)!r}: {needs}")
 
-    if kind.startswith("FlowMatch"):
-        steps = float(scheduler.get("num_train_timesteps", 1000))
-        return {"name": "rectified_flow"}, {
-            "parameterization": "flow",
-            "label": "time",
-            "time_scale": steps,
-        }
-    if kind == "ScoreSdeVeScheduler":
-        sde = {"name": "ve", "sigma_min": 0.01, "sigma_max": 1348.0}
-        return sde | _numbers(scheduler, *sde), {"parameterization": "score", "label": "sigma"}
-    if kind.startswith("EDM"):
-        sde = {"name": "edm", "sigma_min": 0.002, "sigma_max": 80.0}
-        kinds = {"epsilon": "edm", "v_prediction": "preconditioned"}
-        if predicted not in kinds:
+    def numbers(*names: str) -> dict[str, float]:
+        for name in names:
+            if not isinstance(scheduler.get(name), int | float):
+                raise refusal(name, "give the file that save_pretrained writes, with this number")
+        return {name: scheduler[name] for name in names}
+
+    def kind_of(**kinds: str) -> str:
+        # Files of old versions have no such key: their models predict the noise.
+        if (predicted := scheduler.get("prediction_type", "epsilon")) not in kinds:
             raise refusal("prediction_type", f"known are {', '.join(kinds)}")
-        return sde | _numbers(scheduler, *sde), {
-            "parameterization": kinds[predicted],
+        return kinds[predicted]
+
+    for key, usual in _ONLY.items():
+        if scheduler.get(key) not in (None, usual):
+            raise refusal(key, f"only {usual!r} is converted; evaluate others by sbml.Density")
+    kind = str(scheduler.get("_class_name"))
+    if kind.startswith("FlowMatch"):
+        (steps,) = numbers("num_train_timesteps").values()
+        score = {"parameterization": "flow", "label": "time", "time_scale": float(steps)}
+        return {"name": "rectified_flow"}, score
+    if kind == "ScoreSdeVeScheduler":
+        sde = {"name": "ve", **numbers("sigma_min", "sigma_max")}
+        return sde, {"parameterization": "score", "label": "sigma"}
+    if kind.startswith("EDM"):
+        return {"name": "edm", **numbers("sigma_min", "sigma_max")}, {
+            "parameterization": kind_of(epsilon="edm", v_prediction="preconditioned"),
             "label": "c_noise",
-            "data_std": float(scheduler.get("sigma_data", 0.5)),
+            "data_std": numbers("sigma_data")["sigma_data"],
         }
     if "beta_schedule" not in scheduler:
         raise refusal(
@@ -124,27 +159,15 @@ def _of_scheduler(
             "known are schedulers with a beta_schedule, ScoreSdeVeScheduler, EDM schedulers and "
             "FlowMatch schedulers; evaluate others by sbml.Density",
         )
-    kinds = {"epsilon": "noise", "sample": "x0", "v_prediction": "velocity"}
-    if predicted not in kinds:
-        raise refusal("prediction_type", f"known are {', '.join(kinds)}")
-    for key in ("trained_betas", "rescale_betas_zero_snr"):
-        if scheduler.get(key):
-            raise refusal(key, "give sbml.AlphaBarTable these noise levels, and use sbml.Density")
-    steps = int(scheduler.get("num_train_timesteps", 1000))
-    schedule = scheduler["beta_schedule"]
-    ends = {"beta_start": 1e-4, "beta_end": 0.02}
-    sde = {"name": "beta_schedule", "schedule": schedule, "steps": steps, **ends}
-    return sde | _numbers(scheduler, *ends), {
-        "parameterization": kinds[predicted],
+    (steps,) = numbers("num_train_timesteps").values()
+    sde = {"name": "beta_schedule", "schedule": scheduler["beta_schedule"], "steps": steps}
+    return sde | numbers("beta_start", "beta_end"), {
+        "parameterization": kind_of(epsilon="noise", sample="x0", v_prediction="velocity"),
         "label": "time",
         "time_scale": steps - 1.0,
         # The networks get x_t itself: alpha^2 + sigma^2 = 1.
         "data_std": 1.0,
     }
-
-
-def _numbers(scheduler: Mapping[str, Any], *names: str) -> dict[str, float]:
-    return {name: float(scheduler[name]) for name in names if name in scheduler}
 
 
 def _json(file: epath.Path) -> dict[str, Any]:
@@ -160,7 +183,7 @@ def _json(file: epath.Path) -> dict[str, Any]:
 
 def _weights(unet: epath.Path) -> dict[str, Any]:
     """The parameters in the safetensors file of the folder ``unet``."""
-    from safetensors import numpy as safetensors
+    import safetensors
 
     file = unet / f"{WEIGHTS}.safetensors"
     if not file.exists():
@@ -170,12 +193,21 @@ def _weights(unet: epath.Path) -> dict[str, Any]:
             "UNet2DModel.from_pretrained(FOLDER).save_pretrained(FOLDER); pickles are not read"
         )
     try:
-        state = safetensors.load(file.read_bytes())
+        # safetensors.numpy.load does not know bfloat16.
+        stored = safetensors.deserialize(file.read_bytes())
     except Exception as error:  # safetensors raises errors of its own.
         raise ValueError(
             f"{file} is no safetensors file ({error}): check that the whole file was copied"
         ) from error
-    kinds = sorted({str(array.dtype) for array in state.values() if array.dtype.itemsize < 4})
-    if kinds:
-        print(f"{file}: weights of {', '.join(kinds)} are evaluated in float32")
+    state = {}
+    for name, array in stored:
+        if array["dtype"] not in _DTYPES:
+            raise ValueError(
+                f"{file}: {name} is of type {array['dtype']}; known are {', '.join(_DTYPES)}"
+            )
+        flat = np.frombuffer(array["data"], _DTYPES[array["dtype"]])
+        state[name] = flat.reshape(array["shape"])
+    half = sorted({array.dtype.name for array in state.values() if array.dtype.itemsize < 4})
+    if half:
+        print(f"{file}: weights of {', '.join(half)} are evaluated in float32")
     return unet2d.params(state)

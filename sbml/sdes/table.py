@@ -53,6 +53,11 @@ class _Interpolated(SDE):
         s = step - i.astype(t.dtype)
         return value + s * (first + s * (second + s * third))
 
+    def time(self, log_snr: Elementwise) -> Elementwise:
+        """t of a log-SNR: 0 if it is above that of level 0."""
+        t = super().time(log_snr)
+        return jnp.where(log_snr > self.log_snr(jnp.zeros_like(t)), 0, t)
+
     def mean_coef(self, t: Elementwise) -> Elementwise:
         return jnp.exp(0.5 * jax.nn.log_sigmoid(self.log_snr(t)))
 

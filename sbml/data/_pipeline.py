@@ -61,7 +61,8 @@ def train_batches(
     def read(drawn: tuple[np.ndarray, np.ndarray]) -> np.ndarray:
         ids, flips = drawn
         rows = np.asarray(images.images[ids])
-        rows[flips] = rows[flips, :, ::-1]
+        if flip:
+            rows[flips] = rows[flips, :, ::-1]
         return rows
 
     order = grain.MapDataset.range(len(images)).seed(seed).shuffle().repeat()

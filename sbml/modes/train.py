@@ -70,14 +70,25 @@ class DrawnBatch(NamedTuple):
 
 
 def prepare_fn(experiment: Experiment) -> Prepare:
-    """A function that makes the draws of a batch of uint8 images: one row for each image, or two
-    rows with antithetic noises."""
-    config, levels = experiment.config, experiment.config.data.levels
-    draw, antithetic = times.DRAWS[config.training.times], config.training.antithetic
+    """A function that makes the draws of a batch of uint8 images."""
+    data, draws = experiment.config.data, draws_fn(experiment)
 
     def prepare(pixels: Array, key: Key, statistics: Array) -> DrawnBatch:
-        n = len(pixels)
-        x = dequantize(pixels, stream(key, "dequantization"), config.data.dequantization, levels)
+        dequantization = stream(key, "dequantization")
+        x = dequantize(pixels, dequantization, data.dequantization, data.levels)
+        return draws(x, key, statistics)
+
+    return prepare
+
+
+def draws_fn(experiment: Experiment) -> Prepare:
+    """A function that makes the draws of a batch of continuous data: one row for each example, or
+    two rows with antithetic noises."""
+    config = experiment.config
+    draw, antithetic = times.DRAWS[config.training.times], config.training.antithetic
+
+    def prepare(x: Array, key: Key, statistics: Array) -> DrawnBatch:
+        n = len(x)
         v, inverse = draw(stream(key, "times"), n)[:, 0], jnp.ones(n)
         if config.training.proposal_bins:
             scale = jnp.sqrt(statistics[1] / statistics[0])
@@ -155,10 +166,11 @@ def observe_fn(experiment: Experiment) -> Observe | None:
     return observe
 
 
-def update(experiment: Experiment) -> Update:
-    """The update of one step of the training of the score."""
+def update(experiment: Experiment, prepare: Prepare | None = None) -> Update:
+    """The update of one step of the training of the score; ``prepare`` makes the draws of a batch,
+    None for those of images."""
     return Update(
-        prepare_fn(experiment),
+        prepare or prepare_fn(experiment),
         loss_fn(experiment),
         experiment.optimizer,
         ema=experiment.config.optim.ema,

@@ -85,6 +85,13 @@ def run(experiment: Experiment, workdir: Workdir) -> None:
         warnings = [test.caution] if test.caution else []
         if not found.converged:
             warnings.append(f"log p of the model has NOT CONVERGED: {found.unconverged()}")
+        if step == (steps := config.training.num_steps):
+            warnings.append(
+                f"the last step, {step}, fits the validation rows best: train longer, with less "
+                f"dropout (--config.training.num_steps={4 * steps} --config.training."
+                f"checkpoint_every={4 * config.training.checkpoint_every} "
+                "--config.model.dropout=0) and another --workdir"
+            )
         for warning in warnings:
             logging.warning(warning)
         content = {

@@ -203,6 +203,7 @@ def _main(arguments: Sequence[str]) -> None:
         """Refuse a config with which mode i cannot work after those before it."""
         experiment = Experiment(of_workdir(config, workdir, quiet=True))
         experiment.check()
+        experiment.config.data.check_mode(names[i])
         if own_check := getattr(sys.modules[modes[i].__module__], "check", None):
             own_check(experiment, workdir, names[:i])
 

@@ -69,7 +69,7 @@ def test_in_an_installed_package_the_configs_are_inside_it(
 
 def test_the_names_are_listed_where_none_is_meant() -> None:
     with pytest.raises(
-        ValueError, match="'digits'; choose from best, cifar10_subvp, .*, photos_vp, or"
+        ValueError, match="'digits'; choose from best, cifar10_subvp, .*, photos_vp, table, or"
     ):
         config.path_of("digits")
     with pytest.raises(ValueError, match=r"--config=digits: no config .* 'digits'; choose from"):

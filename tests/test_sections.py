@@ -327,7 +327,7 @@ def test_fields_of_a_folder_are_for_a_folder(field: str, value: Any) -> None:
     config.data[field] = value
     with pytest.raises(
         ValueError,
-        match=f"data.{field}=.* with data.source=digits: it is read for image_folder only",
+        match=f"data.{field}=.* with data.source=digits: it is read for image_folder",
     ):
         Config(**config.to_dict()).data.images("train")
 

@@ -45,6 +45,7 @@ SOURCES = Registry(
         "image_folder": "sbml.data.image_folder:ImageFolder",
         "imagenet32": "sbml.data.imagenet32:Imagenet32",
         "photos": "sbml.data.photos:Photos",
+        "table": "sbml.data.table:Table",
         "tfds": "sbml.data.tfds:Tfds",
     },
 )

@@ -146,10 +146,12 @@ class Source(ABC):
       collection: whether it holds many sets, named ``source:set``.
       reads: the fields of ``Options`` that it reads, apart from ``cache_dir`` and ``dataset``, the
         size and the channels. A config that sets another one is refused.
+      modes: the modes of the program that use it, if it has no images; empty for images.
     """
 
     collection: ClassVar[bool] = False
     reads: ClassVar[tuple[str, ...]] = ()
+    modes: ClassVar[tuple[str, ...]] = ()
 
     @abstractmethod
     def load(self, split: str, options: Options) -> ImageSet:

@@ -63,7 +63,8 @@ def train_batches(
     def read(drawn: tuple[np.ndarray, np.ndarray]) -> Any:
         ids, flips = drawn
         rows = np.asarray(images.images[ids])
-        rows[flips] = rows[flips, :, ::-1]
+        if flip:
+            rows[flips] = rows[flips, :, ::-1]
         return rows if labels is None else (rows, labels[ids])
 
     order = grain.MapDataset.range(len(images)).seed(seed).shuffle().repeat()

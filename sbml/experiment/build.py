@@ -7,7 +7,7 @@ several sections. Every error in a config is a ValueError that is raised before 
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from typing import Any, Final, TypeVar
 
@@ -279,6 +279,18 @@ class Experiment:
         Settings that only affect the training may differ from those of the checkpoint; settings
         that affect the score may not.
         """
+        return _newest(
+            self.config.training.checkpoints(workdir),
+            self._template(),
+            missing="no checkpoint in {}: train first (--mode=train), or name the run's --workdir",
+        )
+
+    def restore_each(self, workdir: epath.PathLike) -> Iterator[Restored]:
+        """All undamaged checkpoints of ``workdir`` by their steps, as :meth:`restore` reads one."""
+        with self.config.training.checkpoints(workdir) as checkpoints:
+            yield from checkpoints.each(self._template())
+
+    def _template(self) -> Callable[[dict], TrainState]:
         mesh = sharding.data_mesh()
         # This is not in ``template``, so that an error in the config is not taken for a damaged
         # file.
@@ -291,11 +303,7 @@ class Experiment:
             statistics = jax.ShapeDtypeStruct((2, bins), jnp.float32, sharding=placement)
             return expected.replace(statistics=statistics if bins else ())
 
-        return _newest(
-            self.config.training.checkpoints(workdir),
-            template,
-            missing="no checkpoint in {}: train first (--mode=train), or name the run's --workdir",
-        )
+        return template
 
     def restored(self, workdir: epath.PathLike) -> tuple["Experiment", Restored]:
         """The newest undamaged checkpoint of ``workdir``, and this experiment with the numbers of

@@ -27,8 +27,8 @@ class Data(Chosen):
 
     source: str = field(
         "tfds:cifar10",
-        "digits, photos, tfds:SET, imagenet32:old, imagenet32:new, image_folder, or your own as "
-        "package.module:Name",
+        "digits, photos, tfds:SET, imagenet32:old, imagenet32:new, image_folder, table, or your "
+        "own as package.module:Name",
     )
     shape: tuple[Side, Side, Side] = field(
         (32, 32, 3), "height,width,channels; they must be those of the loaded images"
@@ -43,19 +43,18 @@ class Data(Chosen):
     )
     cache_dir: str = field("", "folder of prepared arrays; empty: ~/.cache/sbml")
     manual_dir: str = field("", "folder of archives already on disk, for tfds and imagenet32")
-    path: str = field("", "folder of image_folder")
+    path: str = field("", "folder of image_folder, or file of table")
     crop: Annotated[str, among(CROPS)] = field(
         "center", "for image_folder; squash: both sides are scaled"
     )
     test_fraction: float = field(
         0.1,
-        "expected fraction of test images, for image_folder without subfolders train/ and test/",
+        "fraction of test rows for table; for image_folder without subfolders train/ and test/, "
+        "expected fraction of test images",
         gt=0,
         lt=1,
     )
-    split_seed: Seed = field(
-        0, "seed of the choice of test images and of random crops, for image_folder"
-    )
+    split_seed: Seed = field(0, "seed of the choice of test images or rows, and of random crops")
     validation: float = field(
         0.0,
         "fraction below 1, or number, of the training images that are held out for validation; of "
@@ -106,8 +105,17 @@ class Data(Chosen):
             validation=self.validation,
         )
 
-    def images(self, split: str) -> ImageSet:
-        """The images of ``split``."""
+    def check_mode(self, mode: str) -> None:
+        """Check that the mode called ``mode`` uses the data of this source."""
+        modes = data.source_of(self.source)[0].modes
+        if modes and mode not in modes and ":" not in mode:
+            raise ValueError(
+                f"--mode={mode} is for images, and data.source={self.source} has none: use "
+                f"--mode={','.join(modes)}"
+            )
+
+    def load(self, split: str) -> ImageSet:
+        """The images of ``split``, or what else the source has."""
         reads = data.source_of(self.source)[0].reads
         for name, option in OWN.items():
             value = getattr(self, name)
@@ -118,7 +126,11 @@ class Data(Chosen):
                     f"{' and '.join(readers)} only; leave it out, or set another source"
                 )
         with section_errors("data"):
-            images = data.load(self.source, split, self.options, **self.own)
+            return data.load(self.source, split, self.options, **self.own)
+
+    def images(self, split: str) -> ImageSet:
+        """The images of ``split``, which have the shape and the levels of the config."""
+        images = self.load(split)
         if images.shape != self.shape or images.levels != self.levels:
             raise ValueError(
                 f"{self.source} has images of shape {images.shape} with {images.levels} levels, "

@@ -34,7 +34,7 @@ MODES = Registry(
         name: f"sbml.modes.{name}:run"
         for name in (
             *("compare", "convert", "eval", "latents", "quality", "report", "sample", "stats"),
-            *("train", "train_dequantizer", "verify"),
+            *("table", "train", "train_dequantizer", "verify"),
         )
     },
 )

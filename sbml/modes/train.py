@@ -12,6 +12,7 @@ where w(t) is the weighting of ``sbml.losses``, and weight(t) is one over the de
 """
 
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -73,14 +74,26 @@ class DrawnBatch(NamedTuple):
 
 def prepare_fn(experiment: Experiment) -> Prepare:
     """A function that makes the draws of a batch of uint8 images, or of images and the numbers of
-    their classes: one row for each image, or two rows with antithetic noises."""
-    config, levels = experiment.config, experiment.config.data.levels
-    draw, antithetic = times.DRAWS[config.training.times], config.training.antithetic
+    their classes."""
+    data, draws = experiment.config.data, draws_fn(experiment)
 
     def prepare(batch: Any, key: Key, statistics: Array) -> DrawnBatch:
         pixels, label = batch if experiment.adapter.classes else (batch, None)
-        n = len(pixels)
-        x = dequantize(pixels, stream(key, "dequantization"), config.data.dequantization, levels)
+        dequantization = stream(key, "dequantization")
+        x = dequantize(pixels, dequantization, data.dequantization, data.levels)
+        return draws(x, key, statistics, label)
+
+    return prepare
+
+
+def draws_fn(experiment: Experiment) -> Callable[..., DrawnBatch]:
+    """A function that makes the draws of a batch of continuous data: one row for each example, or
+    two rows with antithetic noises. Its last argument is the numbers of the classes, or None."""
+    config = experiment.config
+    draw, antithetic = times.DRAWS[config.training.times], config.training.antithetic
+
+    def prepare(x: Array, key: Key, statistics: Array, label: Array | None = None) -> DrawnBatch:
+        n = len(x)
         v, inverse = draw(stream(key, "times"), n)[:, 0], jnp.ones(n)
         if config.training.proposal_bins:
             scale = jnp.sqrt(statistics[1] / statistics[0])
@@ -159,10 +172,11 @@ def observe_fn(experiment: Experiment) -> Observe | None:
     return observe
 
 
-def update(experiment: Experiment) -> Update:
-    """The update of one step of the training of the score."""
+def update(experiment: Experiment, prepare: Prepare | None = None) -> Update:
+    """The update of one step of the training of the score; ``prepare`` makes the draws of a batch,
+    None for those of images."""
     return Update(
-        prepare_fn(experiment),
+        prepare or prepare_fn(experiment),
         loss_fn(experiment),
         experiment.optimizer,
         ema=experiment.config.optim.ema,

@@ -1,6 +1,6 @@
 """A residual multilayer perceptron for toy data of any shape.
 
-    h ← h + W₂ swish(W₁ norm(h) + V temb),   ``depth`` times, between two linear maps
+    h ← h + W₂ dropout(swish(W₁ norm(h) + V temb)),   ``depth`` times, between two linear maps
 
 ``temb`` is an embedding of the noise label. The weights of the last map start at zero, so the
 network before training predicts zero noise.
@@ -19,11 +19,12 @@ from sbml.types import Array, Batch
 
 @typed
 class Model(nn.Module):
-    """Noise prediction of ``x (n, *s)`` at noise label ``label (n,)``; ``train`` changes nothing.
+    """Noise prediction of ``x (n, *s)`` at noise label ``label (n,)``; ``train`` turns dropout on.
 
     Attributes:
       width: number of hidden units.
       depth: number of residual blocks.
+      dropout: the probability with which a hidden unit of a block is 0 in training.
       embedding_size: number of sinusoids of the label, even and at least 4.
       embedding_type: "positional" and "fourier_linear" embed the label, "fourier" its logarithm.
       fourier_scale: standard deviation of the random frequencies of the label's Fourier features.
@@ -37,6 +38,7 @@ class Model(nn.Module):
 
     width: Count = 128
     depth: Annotated[int, at_least(0)] = 3
+    dropout: layers.Rate = 0.0
     embedding_size: Annotated[
         int, condition("among 4, 6, 8 ...", lambda size: size >= 4 and size % 2 == 0)
     ] = 32
@@ -65,7 +67,9 @@ class Model(nn.Module):
         h = layers.dense(layers.input_features(flat, self.fourier).astype(dtype), self.width)
         for _ in range(self.depth):
             inner = layers.dense(nn.LayerNorm(dtype=dtype)(h), self.width)
-            h = h + layers.dense(nn.swish(inner + layers.dense(temb, self.width)), self.width)
+            hidden = nn.swish(inner + layers.dense(temb, self.width))
+            hidden = nn.Dropout(self.dropout)(hidden, deterministic=not train)
+            h = h + layers.dense(hidden, self.width)
         size = flat.shape[1] * max(1, self.outputs)
         # The means of a mixture over 256 levels need more digits than bfloat16 has.
         last = jnp.float32 if self.outputs else dtype

@@ -111,7 +111,7 @@ def write(
             facts={name: value for name, value in facts.items() if value is not None},
             missing=report.get("missing", {}),
             without_checkpoint=bool(progress) and progress["checkpoint"] is None,
-            training=_training(curves),
+            training=training(curves),
             samples=None if samples is None else _samples(samples, levels),
             quality=report.get("quality", {}),
             classifier=report.get("classifier", {}),
@@ -252,7 +252,8 @@ def _histogram(name: str, values: np.ndarray) -> dict[str, Any]:
     return figure(name, draw, 5, 2.6, caption)
 
 
-def _training(curves: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
+def training(curves: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
+    """The figure of the loss of a training; None if fewer than two steps are logged."""
     logged = {point["step"]: point for point in curves if "loss" in point}
     if len(logged) < 2:
         return None

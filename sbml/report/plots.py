@@ -119,14 +119,20 @@ def svg(name: str, draw: Callable[[Axes], None], width: float, height: float) ->
     return text
 
 
-def comparison(axes: Axes, rows: Sequence[tuple[str, Mapping[str, Any], bool]]) -> None:
+def comparison(
+    axes: Axes,
+    rows: Sequence[tuple[str, Mapping[str, Any], bool]],
+    key: str = "bits_per_dim",
+    unit: str = "bits/dim, lower is better",
+) -> None:
     """The numbers of a report, the first at the top, each as a dot with its 95% interval as a bar
     and its value as text at the right.
 
-    A row has a label, a result or baseline of ``report.json``, and whether it is in blue and bold.
+    A row has a label, a result or baseline of ``report.json``, whose number is its ``key``, and
+    whether it is in blue and bold.
     """
     for row, (_, number, ours) in enumerate(rows):
-        value, half = float(number["bits_per_dim"]), float(number.get("ci95") or 0)
+        value, half = float(number[key]), float(number.get("ci95") or 0)
         low, high = map(float, number.get("interval") or (value - half, value + half))
         colour = ACCENT if ours else MUTED
         axes.axhline(row, color=RULE, linewidth=0.6)
@@ -146,7 +152,7 @@ def comparison(axes: Axes, rows: Sequence[tuple[str, Mapping[str, Any], bool]]) 
     labels = [label for label, *_ in rows]
     axes.set_yticks(range(len(labels)), labels, color=INK, parse_math=False)
     axes.set_ylim(len(labels) - 0.5, -0.5)
-    axes.set_xlabel("bits/dim, lower is better")
+    axes.set_xlabel(unit)
     axes.margins(x=0.08)
 
 
@@ -189,6 +195,32 @@ def histogram(axes: Axes, values: np.ndarray, label: str) -> None:
         _warn(axes, 0.98 - ANNOTATION_HEIGHT * line, note)
     axes.set_xlabel(label, parse_math=False)
     axes.set_ylabel("images")
+
+
+def marginal(axes: Axes, data: np.ndarray, samples: np.ndarray, label: str) -> None:
+    """The densities of one column: histograms of ``data`` (n,), filled, and of ``samples`` (m,) of
+    a model, as a line. Samples outside the range of the data widened by half are not shown."""
+    low, high = float(data.min()), float(data.max())
+    reach = (high - low) / 2
+    shown = samples[(samples >= low - reach) & (samples <= high + reach)]
+    edges = np.histogram_bin_edges(np.concatenate([data, shown]), _bins(data).size - 1).tolist()
+    axes.hist(data, edges, density=True, color=MUTED, alpha=0.35, label="held-out rows")
+    axes.hist(shown, edges, density=True, histtype="step", color=ACCENT, label="samples")
+    axes.set_yticks([])
+    axes.set_xlabel(label, parse_math=False)
+
+
+def pair(axes: Axes, data: np.ndarray, samples: np.ndarray, labels: tuple[str, str]) -> None:
+    """Two columns: held-out ``data`` (n, 2) in grey over ``samples`` (m, 2) of a model in blue."""
+    axes.scatter(samples[:, 0], samples[:, 1], s=8, color=ACCENT, alpha=0.5, linewidths=0)
+    axes.scatter(data[:, 0], data[:, 1], s=8, color=INK, alpha=0.7, linewidths=0)
+    low, high = data.min(axis=0), data.max(axis=0)
+    margin = (high - low) / 2
+    axes.set_xlim(low[0] - margin[0], high[0] + margin[0])
+    axes.set_ylim(low[1] - margin[1], high[1] + margin[1])
+    axes.grid()
+    axes.set_xlabel(labels[0], parse_math=False)
+    axes.set_ylabel(labels[1], parse_math=False)
 
 
 def _warn(axes: Axes, height: float, text: str) -> None:

@@ -25,7 +25,7 @@ import shutil
 import textwrap
 import time
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, Self
 
 import jax
@@ -236,6 +236,16 @@ class Checkpoints:
             + "\nNothing was deleted. Put a copy back, choose another directory, or move the "
             "directory away to start anew."
         )
+
+    def each(self, template: Callable[[dict[str, Any]], PyTree]) -> Iterator[Restored]:
+        """All undamaged checkpoints by their steps; ``template`` as for :meth:`restore`."""
+        self.wait()
+        for step in self.steps():
+            restored, damage = self._read(step, template)
+            if restored is None:
+                logging.error("Damaged checkpoint in %s, step %d: %s", self.directory, step, damage)
+            else:
+                yield restored
 
     def _read(
         self, step: int, template: Callable[[dict[str, Any]], PyTree]

@@ -1,0 +1,322 @@
+"""Rows of numbers from a CSV, Parquet or NumPy file, in whitened coordinates.
+
+    z = L^-1 (g(y) - m),      log p(y) = log p(z) + sum_j log |g_j'(y_j)| - log det L
+
+y is a row in the units of the file. g_j is the identity, log or logit, for each column. m is the
+mean of g(y) over the training rows, and L L^T their covariance D ((1 - a) R + a I) D, where D has
+the standard deviations and R is the correlation matrix. The shrinkage a is the one with the largest
+likelihood in a cross-validation of the training rows. N(0, I) in z is therefore a Gaussian that is
+fitted to y, and what a model of z learns is the rest. All of this is computed in float64: in
+float32 a column such as a date in seconds would lose the digits in which its values differ.
+
+*Rounded columns.* A model of rounded numbers can have any density, because it can put narrow peaks
+on the few values that occur. If more than 5% of the values of a column occur more than once, each
+of its values y becomes y + h (u - 1/2) with u uniform in [0, 1), where h is the smallest
+difference between two of its values. Then E log p(y + h (u - 1/2)) <= log P(y) - log h, where P is
+the probability of the rounded value, so the numbers cannot grow without bound. A column with few
+different values, or with a single value in many rows, has no density and is refused.
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from decimal import Decimal
+from functools import cached_property
+from pathlib import Path
+from typing import Any, ClassVar, NamedTuple
+
+import numpy as np
+from scipy import special
+from scipy.linalg import solve_triangular
+
+from sbml.data._image_set import ImageSet, Options, Source
+
+LEAST_ROWS, LEAST_VALUES = 100, 10
+MOST_TIES = 0.05  # the largest share of repeated values in a column that counts as not rounded
+# One value in a share q of the rows, at least 1%, has the density q / h; that of a Gaussian of the
+# same deviation is about 0.4 / sd. A column is refused if q sd / h is larger than this.
+POINT_MASS = 20.0
+SHRINKAGES = tuple(np.geomspace(1e-6, 0.5, 20))
+
+Function = Callable[[np.ndarray], np.ndarray]
+
+
+class Link(NamedTuple):
+    """A function g of one column.
+
+    Attributes:
+      of: y -> g(y).
+      inverse: g(y) -> y.
+      log_slope: y -> log |g'(y)|.
+      interval: the ends of the open interval of y.
+    """
+
+    of: Function
+    inverse: Function
+    log_slope: Function
+    interval: tuple[float, float]
+
+
+LINKS = {
+    "": Link(lambda y: y, lambda g: g, np.zeros_like, (-np.inf, np.inf)),
+    "log": Link(np.log, np.exp, lambda y: -np.log(y), (0.0, np.inf)),
+    "logit": Link(special.logit, special.expit, lambda y: -np.log(y) - np.log1p(-y), (0.0, 1.0)),
+}
+
+
+@dataclass(frozen=True, eq=False)
+class Whitening:
+    """The map between rows y ``(n, d)`` and z ``(n, d)``, in float64.
+
+    Attributes:
+      links: the name of g for each column.
+      mean: m, ``(d,)``.
+      factor: L, a lower triangular matrix ``(d, d)``.
+    """
+
+    links: tuple[str, ...]
+    mean: np.ndarray
+    factor: np.ndarray
+
+    @classmethod
+    def fit(cls, y: np.ndarray, links: tuple[str, ...]) -> "Whitening":
+        """The whitening of the rows ``y (n, d)``."""
+        # These are imported here, because that takes a second.
+        from sklearn.covariance import ShrunkCovariance
+        from sklearn.model_selection import GridSearchCV, KFold
+
+        g = _each((LINKS[name].of for name in links), y)
+        sd = g.std(axis=0)
+        folds = KFold(5, shuffle=True, random_state=0)
+        search = GridSearchCV(ShrunkCovariance(), {"shrinkage": SHRINKAGES}, cv=folds)
+        correlation = search.fit(g / sd).best_estimator_.covariance_
+        return cls(links, g.mean(axis=0), sd[:, None] * np.linalg.cholesky(correlation))
+
+    def forward(self, z: np.ndarray) -> np.ndarray:
+        """The rows y of ``z (n, d)``."""
+        return _each((LINKS[name].inverse for name in self.links), self.mean + z @ self.factor.T)
+
+    def inverse_and_log_det(self, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """z of the rows ``y (n, d)``, and log |det dz/dy| ``(n,)``."""
+        g = _each((LINKS[name].of for name in self.links), y) - self.mean
+        slopes = _each((LINKS[name].log_slope for name in self.links), y)
+        log_det = slopes.sum(axis=1) - np.log(np.diag(self.factor)).sum()
+        return solve_triangular(self.factor, g.T, lower=True).T, log_det
+
+
+def _each(functions: Iterable[Function], y: np.ndarray) -> np.ndarray:
+    """One function for each column of ``y (n, d)``."""
+    return np.stack([f(column) for f, column in zip(functions, y.T, strict=True)], axis=1)
+
+
+@dataclass(frozen=True, eq=False)
+class Rows(ImageSet):
+    """Rows of a table, with what a training uses of a set of images.
+
+    Attributes:
+      images: z, float32 ``(n, d)``.
+      columns: the names of the columns.
+      whitening: the map from the units of the file to ``images``.
+      rounded: h of each column, 0 if its values are not rounded.
+    """
+
+    levels: int = 0
+    columns: tuple[str, ...] = ()
+    whitening: Whitening = field(repr=False, kw_only=True)
+    rounded: tuple[float, ...] = ()
+
+    def __post_init__(self) -> None:
+        """The file was checked when it was read."""
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(number of columns, 1, 1)."""
+        return self.images.shape[1], 1, 1
+
+    @cached_property
+    def values(self) -> np.ndarray:
+        """The rows in the units of the file, float64 ``(n, d)``."""
+        return self.whitening.forward(self.images.astype(np.float64))
+
+    @cached_property
+    def log_det(self) -> np.ndarray:
+        """log |det dz/dy| of each row, ``(n,)``."""
+        return self.whitening.inverse_and_log_det(self.values)[1]
+
+
+@dataclass(frozen=True)
+class Table(Source):
+    """A file of numbers, ``data.path``, whose columns have names.
+
+    A random ``test_fraction`` of the rows, which ``split_seed`` decides, is the split "test".
+
+    Attributes:
+      drop_columns: columns that are left out.
+      log_columns: columns of positive numbers, which are modelled by their logarithm.
+      logit_columns: columns of numbers between 0 and 1, which are modelled by log(y / (1 - y)).
+    """
+
+    reads = ("path", "test_fraction", "seed")
+    modes: ClassVar[tuple[str, ...]] = ("table",)
+
+    drop_columns: tuple[str, ...] = ()
+    log_columns: tuple[str, ...] = ()
+    logit_columns: tuple[str, ...] = ()
+
+    def load(self, split: str, options: Options) -> Rows:
+        """The rows of ``split``, whitened by those of "train"."""
+        names, y = self._numbers(options.path)
+        links = self._links(names)
+        rng = np.random.default_rng(options.seed)
+        order, noise = rng.permutation(len(y)), rng.uniform(-0.5, 0.5, y.shape)
+        rounded = tuple(map(_rounding, names, y.T))
+        copies = len(y) - len(np.unique(y, axis=0))
+        y = y + noise * rounded
+        for name, link, column in zip(names, links, y.T, strict=True):
+            low, high = LINKS[link].interval
+            if len(outside := np.flatnonzero((column <= low) | (column >= high))):
+                raise ValueError(
+                    f"{link}_columns={name}: row {outside[0] + 1} has the value "
+                    f"{column[outside[0]]:.6g}, and {link} needs values above {low:g}"
+                    + (f" and below {high:g}" if high < np.inf else "")
+                )
+        count = round(options.test_fraction * len(y))
+        if not 2 <= count <= len(y) - 2:
+            raise ValueError(
+                f"test_fraction={options.test_fraction:g} of {len(y)} rows are {count} rows: "
+                "hold out two at least, and leave two to train on"
+            )
+        whitening = Whitening.fit(y[np.sort(order[count:])], links)
+        chosen = np.sort(order[:count] if split == "test" else order[count:])
+        return Rows(
+            "table",
+            Path(str(options.path)).name,
+            split,
+            whitening.inverse_and_log_det(y[chosen])[0].astype(np.float32),
+            ids=tuple(f"row {i + 1}" for i in chosen),
+            columns=names,
+            whitening=whitening,
+            rounded=rounded,
+            caution=f"{copies} rows of the table are equal to another row" if copies else "",
+        )
+
+    def _links(self, names: tuple[str, ...]) -> tuple[str, ...]:
+        given = {"log": self.log_columns, "logit": self.logit_columns}
+        for link, columns in given.items():
+            for name in columns:
+                if name not in names or (link == "log" and name in self.logit_columns):
+                    twice = "it is also in logit_columns" if name in names else "no such column"
+                    raise ValueError(f"{link}_columns={name}: {twice}; they are {', '.join(names)}")
+        return tuple(next((k for k, v in given.items() if n in v), "") for n in names)
+
+    def _numbers(self, path: Any) -> tuple[tuple[str, ...], np.ndarray]:
+        """The names of the columns, and the rows in float64 ``(n, d)``."""
+        columns = _read(path)
+        if unknown := [name for name in self.drop_columns if name not in columns]:
+            raise ValueError(
+                f"drop_columns={unknown[0]}: no such column; they are {', '.join(columns)}"
+            )
+        used = {n: c for n, c in columns.items() if n not in self.drop_columns}
+        if not used:
+            raise ValueError(f"path={path}: no column is left; drop fewer columns")
+        y = np.stack([_floats(name, column) for name, column in used.items()], axis=1)
+        if len(y) < LEAST_ROWS:
+            raise ValueError(
+                f"path={path} has {len(y)} rows: a held-out likelihood of a trained model needs "
+                f"{LEAST_ROWS} rows at least"
+            )
+        for name, column in zip(used, y.T, strict=True):
+            for what, wrong in (("missing", np.isnan(column)), ("infinite", np.isinf(column))):
+                if wrong.any():
+                    raise ValueError(
+                        f"column {name}, row {np.flatnonzero(wrong)[0] + 1}: the value is {what} "
+                        f"({wrong.sum()} such rows of {len(y)}): remove these rows, fill them in, "
+                        f"or leave the column out by --config.data.drop_columns={name}"
+                    )
+        return tuple(used), y
+
+
+def _read(path: Any) -> dict[str, np.ndarray]:
+    """The columns of a file by their names; missing values are NaN."""
+    if path is None:
+        raise ValueError("path= names no file: give --config.data.path=FILE")
+    file = Path(str(path)).expanduser()
+    if not file.is_file():
+        raise ValueError(f"path={path}: there is no such file")
+    if file.suffix not in (".csv", ".parquet", ".npz"):
+        raise ValueError(f"path={path}: give a file whose name ends in .csv, .parquet or .npz")
+    try:
+        names, columns = _npz(file) if file.suffix == ".npz" else _arrow(file)
+    except Exception as error:  # Each library has errors of its own for a damaged file.
+        reason = " ".join(str(error).split())
+        raise ValueError(f"path={path} cannot be read: {type(error).__name__}: {reason}") from error
+    if len(names) == 1 and ";" in names[0]:
+        raise ValueError(f"path={path}: the columns of a CSV file are separated by commas, not ;")
+    if wrong := [i for i, n in enumerate(names) if not n or _is_number(n) or names.count(n) > 1]:
+        raise ValueError(
+            f"path={path}: column {wrong[0] + 1} has the name {names[wrong[0]]!r}: the first line "
+            "must name each column, with different names that are not empty and are no numbers"
+        )
+    return dict(zip(names, columns, strict=True))
+
+
+def _npz(file: Path) -> tuple[list[str], list[np.ndarray]]:
+    with np.load(file, allow_pickle=False) as stored:
+        arrays = {name: stored[name] for name in stored.files}
+    if len(arrays) == 1 and (only := next(iter(arrays.values()))).ndim == 2:
+        return [f"column_{i + 1}" for i in range(only.shape[1])], list(only.T)
+    if len({array.shape for array in arrays.values()}) != 1 or next(iter(arrays.values())).ndim > 1:
+        shapes = ", ".join(f"{name} {array.shape}" for name, array in arrays.items())
+        raise ValueError(f"it has {shapes}: give one array (n, d), or several of one shape (n,)")
+    return list(arrays), list(arrays.values())
+
+
+def _arrow(file: Path) -> tuple[list[str], list[np.ndarray]]:
+    from pyarrow import csv, parquet  # here: other sources do not need them
+
+    table = csv.read_csv(file) if file.suffix == ".csv" else parquet.read_table(file)
+    return table.column_names, [c.to_numpy(zero_copy_only=False) for c in table.columns]
+
+
+def _is_number(text: Any) -> bool:
+    try:
+        float(text)
+    except (TypeError, ValueError):
+        return False
+    return True
+
+
+def _floats(name: str, column: np.ndarray) -> np.ndarray:
+    """A column in float64; a column of anything but numbers is refused."""
+    if column.dtype.kind in "fiu" and column.ndim == 1:
+        return column.astype(np.float64)
+    present = [(i, value) for i, value in enumerate(column) if value is not None]
+    if all(isinstance(value, Decimal) for _, value in present):  # or every value is missing
+        return np.array([np.nan if v is None else float(v) for v in column], np.float64)
+    row, value = next(((i, v) for i, v in present if not _is_number(v)), present[0])
+    raise ValueError(
+        f"column {name}, row {row + 1}: {str(value)[:40]!r} is of type {type(value).__name__}, and "
+        f"not a number: leave the column out by --config.data.drop_columns={name}"
+    )
+
+
+def _rounding(name: str, y: np.ndarray) -> float:
+    """The h of a column, 0 if it is not rounded; a column without a density is refused."""
+    remedy = f"leave it out by --config.data.drop_columns={name}"
+    if not np.ptp(y):
+        raise ValueError(f"column {name} is constant, {y[0]:g} in every row: {remedy}")
+    unit = 1e-9 * np.ptp(y)  # Differences below this are rounding errors of a file.
+    values, counts = np.unique(np.rint((y - y.min()) / unit), return_counts=True)
+    if len(values) < LEAST_VALUES:
+        raise ValueError(
+            f"column {name} has {len(values)} different values, so it has no density: {remedy}"
+        )
+    h = float(np.min(np.diff(values))) * unit
+    most = counts.max()
+    if most >= 0.01 * len(y) and most > 2 and most / len(y) * y.std() / h > POINT_MASS:
+        value = y.min() + values[counts.argmax()] * unit
+        raise ValueError(
+            f"column {name} has the value {value:.6g} in {most} of {len(y)} rows, while other "
+            f"values differ by as little as {h:.2g}: such a column has no density; {remedy}, or "
+            "remove these rows"
+        )
+    return h if counts[counts > 1].sum() > MOST_TIES * len(y) else 0.0

@@ -1,0 +1,171 @@
+"""Trains a density of the rows of a table and compares it with baselines: ``--mode=table``.
+
+The network is trained on a part of the training rows. Of the checkpoints, the one with the largest
+log p of the validation rows is evaluated on the test rows, once. At step 0 the network's output is
+0 and the model is the Gaussian of the training rows (``sbml.data.table``); this step is a candidate
+too, so a network that learns nothing costs nothing.
+
+    log p(y) = log p_eps(z) + log |det dz/dy|       nats, in the units of the file
+
+log p_eps(z) is by the probability-flow ODE. The baselines (``sbml.evaluation.densities``) are
+functions of the same z, so log |det dz/dy| cancels in the differences between models.
+"""
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from absl import logging
+
+from sbml import data
+from sbml.data.table import Rows
+from sbml.density import Density
+from sbml.evaluation import densities
+from sbml.experiment import trained
+from sbml.experiment.build import Experiment
+from sbml.intervals import mean_interval
+from sbml.modes import _loop as loop
+from sbml.modes import train
+from sbml.report import table as page
+from sbml.runtime import metrics
+from sbml.runtime.workdir import Workdir
+from sbml.streams import stream
+
+CHOICE = 500  # the largest number of validation rows on which a checkpoint is chosen
+
+
+def check(experiment: Experiment, workdir: Workdir, before: Sequence[str]) -> None:
+    """Check that there is a table, and that a model of its columns can be trained."""
+    section = experiment.config.data
+    if "table" not in data.source_of(section.source)[0].modes:
+        raise ValueError(
+            f"--mode=table with data.source={section.source}: give --config=configs/table.py "
+            "--config.data.path=FILE"
+        )
+    if jax.process_count() > 1:
+        raise ValueError(f"--mode=table in {jax.process_count()} processes: start one")
+    if not section.validation:
+        raise ValueError(
+            "data.validation=0: --mode=table chooses a checkpoint on validation rows; set "
+            "--config.data.validation=0.2"
+        )
+    section.load(data.VALIDATION)
+
+
+def run(experiment: Experiment, workdir: Workdir) -> None:
+    """Train, choose a checkpoint, evaluate, and write ``table.json`` (the numbers), ``table.npz``
+    (log p of each test row under each model, and samples) and ``report.html``."""
+    section, start = experiment.config.data, time.perf_counter()
+    rows, validation, test = (section.load(split) for split in ("train", data.VALIDATION, "test"))
+    assert isinstance(test, Rows)
+    config = experiment.config.replace(data=section.replace(shape=test.shape))
+    experiment = Experiment(config)
+    with workdir.lock("table"), jax.default_matmul_precision(config.eval.precision):
+        loop.run(_task(experiment, rows), config.training.checkpoints(workdir))
+        curve, step, density = _chosen(experiment, workdir, validation.images[:CHOICE])
+        baselines = densities.fit(*(s.images.astype(np.float64) for s in (rows, validation)))
+        found = density.logp(test.images, progress=True)
+        z = test.images.astype(np.float64)
+        logp = {each.name: each.logp(z) + test.log_det for each in baselines}
+        logp = {"model": found.values + test.log_det, **logp}
+        choices = [f"step {step} of {config.training.num_steps}", *(b.chosen for b in baselines)]
+        results: list[dict[str, Any]] = []
+        for (name, values), chosen in zip(logp.items(), choices, strict=True):
+            number, gap = mean_interval(values), mean_interval(logp["model"] - values)
+            result = {"name": name, "log_p": number.mean, "interval": list(number.bounds)}
+            if results:
+                result |= {"difference": gap.mean, "difference_interval": list(gap.bounds)}
+            results.append({**result, "chosen": chosen})
+        best = max(results[1:], key=lambda result: result["log_p"])
+        key = stream(jax.random.key(config.sampling.seed), "samples")
+        drawn = np.asarray(density.sample(key, config.sampling.num_images), np.float64)
+        samples = test.whitening.forward(drawn)
+        warnings = [test.caution] if test.caution else []
+        if not found.converged:
+            warnings.append(f"log p of the model has NOT CONVERGED: {found.unconverged()}")
+        if step == (steps := config.training.num_steps):
+            warnings.append(
+                f"the last step, {step}, fits the validation rows best: train longer, with less "
+                f"dropout (--config.training.num_steps={4 * steps} --config.training."
+                f"checkpoint_every={4 * config.training.checkpoint_every} "
+                "--config.model.dropout=0) and another --workdir"
+            )
+        for warning in warnings:
+            logging.warning(warning)
+        content = {
+            "title": workdir.name,
+            "verdict": page.verdict(best),
+            "results": results,
+            "unit": "nats per row, in the units of the file",
+            "best_baseline": best["name"],
+            "converged": found.converged,
+            "smallest_time": found.eps,
+            "nfe_mean": float(np.mean(found.nfe)),
+            "rows": {"train": len(rows), "validation": len(validation), "test": len(test)},
+            "columns": [
+                {"name": name, "transform": link or "none", "rounded_to": h}
+                for name, link, h in zip(
+                    test.columns, test.whitening.links, test.rounded, strict=True
+                )
+            ],
+            "validation": curve,
+            "parameters": experiment.parameter_count(),
+            "warnings": warnings,
+            **experiment.provenance(test),
+        }
+        workdir.write("table.npz", {"row": np.array(test.ids), **logp, "samples": samples})
+        workdir.write("table.json", content)
+        html = page.render(content, test.values, samples, metrics.read(workdir))
+        workdir.write_bytes("report.html", html.encode())
+    for result in results:
+        print(page.line(result))
+    print(f"{content['verdict']}\nreport: {workdir / 'report.html'}", end=", ")
+    print(f"in {time.perf_counter() - start:.0f} s")
+
+
+def _task(experiment: Experiment, rows: data.ImageSet) -> loop.Task:
+    config = experiment.config
+    return loop.Task(
+        name="train",
+        training=config.training,
+        images=rows,
+        seed=config.seed,
+        flip=False,
+        init=experiment.init_state,
+        update=train.update(experiment, train.draws_fn(experiment)),
+        repeats=config.training.rows_per_image,
+        frozen=(),
+        provenance=experiment.provenance(rows),
+        check=lambda metadata: trained.check_training(config, metadata),
+    )
+
+
+def _chosen(
+    experiment: Experiment, workdir: Workdir, validation: np.ndarray
+) -> tuple[list[dict[str, float]], int, Density]:
+    """The mean log p of the ``validation`` rows z at each checkpoint, the step of the largest one,
+    and the density at this step."""
+    config = experiment.config
+
+    def density(params: Any) -> Density:
+        return Density(
+            experiment.exact_adapter(jax.device_get(params)),  # all of one kind: compiled once
+            experiment.sde,
+            validation.shape[1:],
+            eps=experiment.eval_eps,
+            solver=config.eval.solver(),
+            batch_size=config.eval.batch_size,
+            seed=config.eval.seed,
+            budget=config.eval.solver_budget,
+            subset=config.eval.subset or len(validation),
+        )
+
+    candidates = {0: density(experiment.init_state().ema_params)}
+    for restored in experiment.restore_each(workdir):
+        candidates[restored.step] = density(restored.state.ema_params)
+    scores = {step: d.logp(validation, check=False).mean for step, d in candidates.items()}
+    best = max(scores, key=lambda step: scores[step] if np.isfinite(scores[step]) else -np.inf)
+    curve = [{"step": step, "log_p_z": score} for step, score in scores.items()]
+    return curve, best, candidates[best]

@@ -1,0 +1,121 @@
+"""``report.html`` of ``--mode=table``: log-likelihoods of a table's rows, and marginals of samples.
+
+The difference of a baseline is the mean over test rows of log p of the model minus log p of the
+baseline, with the 95% interval of paired values: a positive difference means a better model.
+"""
+
+import itertools
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+
+from sbml.report import page, plots
+
+MARGINALS, PAIRS = 24, 4  # the largest numbers of figures
+
+
+def verdict(best: Mapping[str, Any]) -> str:
+    """Whether the model beats the ``best`` baseline, in words."""
+    (low, high), name = best["difference_interval"], best["name"]
+    gap = f"{abs(best['difference']):.3f} nats per row"
+    said = f"95% interval of the difference {low:+.3f} to {high:+.3f}"
+    if low > 0:
+        return f"The model beats the best baseline, {name}, by {gap} ({said})."
+    if high < 0:
+        return f"The model does not beat the baseline {name}: it is {gap} worse ({said})."
+    side = "better" if best["difference"] > 0 else "worse"
+    return (
+        f"The model does not clearly beat the best baseline, {name}: it is {gap} {side}, within "
+        f"the error ({said})."
+    )
+
+
+def line(result: Mapping[str, Any]) -> str:
+    """A result in one line."""
+    low, high = result["interval"]
+    text = f"{result['name']}: log p {result['log_p']:.4f} nats per row [{low:.4f}, {high:.4f}]"
+    if "difference" in result:
+        low, high = result["difference_interval"]
+        text += f", model - it {result['difference']:+.4f} [{low:+.4f}, {high:+.4f}]"
+    return f"{text}, {result['chosen']}"
+
+
+def render(
+    content: Mapping[str, Any],
+    values: np.ndarray,
+    samples: np.ndarray,
+    curves: Sequence[Mapping[str, Any]],
+) -> str:
+    """The page.
+
+    Args:
+      content: the content of ``table.json``.
+      values: test rows in the units of the file, ``(n, d)``.
+      samples: samples of the model, ``(m, d)``.
+      curves: the metrics of the training.
+    """
+    names = [column["name"] for column in content["columns"]]
+    shown = [(r["name"], r, r["name"] == "model") for r in content["results"]]
+    draw = partial(plots.comparison, rows=shown, key="log_p", unit="nats per row, higher is better")
+    caption = "Bars: 95% intervals of each mean. The paired differences below are more precise."
+    marginals = [
+        page.figure(
+            f"Marginal {i}",
+            partial(plots.marginal, data=values[:, i], samples=samples[:, i], label=name),
+            *(2.6, 1.7, name),
+        )
+        for i, name in enumerate(names[:MARGINALS])
+    ]
+    pairs = [
+        page.figure(
+            f"Pair {i}, {j}",
+            partial(
+                plots.pair,
+                data=values[:, [i, j]],
+                samples=samples[: 2 * len(values)][:, [i, j]],
+                labels=(names[i], names[j]),
+            ),
+            *(5, 3.4, f"{names[i]} and {names[j]}"),
+        )
+        for i, j in _dependent(values)
+    ]
+    return (
+        page.environment()
+        .get_template("table.html")
+        .render(
+            **content,
+            model=content["results"][0],
+            comparison=page.figure("Comparison", draw, 4.6, 0.6 + 0.36 * len(shown), caption),
+            validation_figure=page.figure(
+                "Validation",
+                partial(_validation, curve=content["validation"]),
+                *(5, 2.6, "Validation rows: the step with the largest log p is evaluated."),
+            ),
+            training=page.training(
+                [{k: v for k, v in point.items() if k != "images_per_s"} for point in curves]
+            ),
+            marginals=marginals,
+            pairs=pairs,
+            hidden=len(names) - len(marginals),
+            details={"Configuration": page.flat(content["config"])},
+        )
+    )
+
+
+def _dependent(values: np.ndarray) -> list[tuple[int, int]]:
+    """The pairs of columns with the largest rank correlations, of the first ``MARGINALS``."""
+    ranks = values[:, :MARGINALS].argsort(axis=0).argsort(axis=0)
+    pairs = list(itertools.combinations(range(ranks.shape[1]), 2))
+    strength = np.abs(np.atleast_2d(np.corrcoef(ranks.T)))
+    return sorted(pairs, key=lambda pair: -strength[pair])[:PAIRS]
+
+
+def _validation(axes: Axes, curve: Sequence[Mapping[str, Any]]) -> None:
+    steps, scores = ([float(point[k]) for point in curve] for k in ("step", "log_p_z"))
+    axes.plot(steps, scores, "o-", color=plots.ACCENT, markersize=3, linewidth=1.2)
+    axes.grid(axis="y")
+    axes.set_xlabel("step")
+    axes.set_ylabel("log p, whitened, nats per row")

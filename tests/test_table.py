@@ -1,0 +1,218 @@
+"""--mode=table against densities in closed form, and tables that must be refused."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pyarrow as pa
+import pytest
+import runs
+from ml_collections import ConfigDict
+from pyarrow import parquet
+from scipy import stats
+from scipy.special import logsumexp
+
+from sbml import data
+from sbml.data.table import Rows, Whitening
+from sbml.evaluation import densities
+from sbml.experiment import config as configs
+from sbml.modes import table
+
+RNG = np.random.default_rng(0)
+N = 400
+
+
+def bimodal() -> tuple[dict[str, np.ndarray], np.ndarray]:
+    """Columns a > 0 and b, and log p of each row: log a is a mixture, b is normal given log a."""
+    g = RNG.choice([-1.5, 1.5], N) + 0.4 * RNG.normal(size=N)
+    b = 1e3 + 20 * g + 10 * RNG.normal(size=N)
+    of_g = logsumexp(stats.norm.logpdf(g[:, None], [-1.5, 1.5], 0.4), axis=1) - np.log(2)
+    return {"a": np.exp(g), "b": b}, of_g - g + stats.norm.logpdf(b, 1e3 + 20 * g, 10)
+
+
+def csv(path: Path, columns: dict[str, Any]) -> Path:
+    rows = [",".join(map(str, row)) for row in zip(*columns.values(), strict=True)]
+    path.write_text("\n".join([",".join(columns), *rows]) + "\n")
+    return path
+
+
+def load(path: Any, split: str = "train", **own: Any) -> Rows:
+    found = data.load("table", split, data.Options(path=path, test_fraction=0.3), **own)
+    assert isinstance(found, Rows)
+    return found
+
+
+def small(path: Path, **training: Any) -> ConfigDict:
+    config = configs.load("table")
+    config.data.update(path=str(path), log_columns=("a",), test_fraction=0.3)
+    config.model.update(width=32, depth=1, dropout=0.0)
+    config.training.update(batch_size=128, log_every=10, **training)
+    config.optim.update(lr=3e-3, warmup=0, ema=0.9, schedule="constant")
+    config.eval.update(batch_size=32, subset=32)  # One shape is compiled.
+    config.sampling.update(num_images=50)
+    return config
+
+
+def test_the_number_is_that_of_a_known_density(tmp_path: Path) -> None:
+    columns, truth = bimodal()
+    path = csv(tmp_path / "a.csv", columns)
+    runs.mode(table.run, small(path, num_steps=150, checkpoint_every=75), tmp_path / "run")
+    found = json.loads((tmp_path / "run/table.json").read_text())
+    rows = np.load(tmp_path / "run/table.npz")
+    test = load(path, "test", log_columns=("a",))
+    places = [int(name.removeprefix("row ")) - 1 for name in rows["row"]]
+    np.testing.assert_allclose(test.values, np.stack([*columns.values()], 1)[places], rtol=1e-6)
+    model, gaussian = found["results"][:2]
+    half = (model["interval"][1] - model["interval"][0]) / 2
+    assert abs(model["log_p"] - truth[places].mean()) < half
+    # The Gaussian of the training rows, by its formula in the units of log a and b.
+    train = np.stack([np.log(columns["a"]), columns["b"]], 1)[~np.isin(np.arange(N), places)]
+    a, b = (columns[name][places] for name in "ab")
+    known = stats.multivariate_normal(train.mean(axis=0), np.cov(train.T, bias=True))
+    expected = (known.logpdf(np.stack([np.log(a), b], 1)) - np.log(a)).mean()
+    assert gaussian["log_p"] == pytest.approx(expected, abs=1e-2)  # but for the shrinkage
+    assert gaussian["difference_interval"][0] > 0.05  # A Gaussian cannot have two modes.
+    assert rows["samples"].shape == (50, 2) and (rows["samples"][:, 0] > 0).all()
+    page = (tmp_path / "run/report.html").read_text()
+    assert found["verdict"] in page and "NaN" not in page
+
+
+def test_a_resumed_run_and_the_gaussian_at_step_0(tmp_path: Path) -> None:
+    path = csv(tmp_path / "a.csv", bimodal()[0])
+    config = small(path, num_steps=4, checkpoint_every=2)
+    config.optim.lr = 1e-7  # The network stays at its start, where the model is the Gaussian.
+    runs.mode(table.run, config, tmp_path / "run")
+    first = json.loads((tmp_path / "run/table.json").read_text())
+    assert [point["step"] for point in first["validation"]] == [0, 2, 4]
+    assert first["results"][1]["difference"] == pytest.approx(0, abs=2e-3)
+    shutil.rmtree(tmp_path / "run/checkpoints/4")
+    runs.mode(table.run, config, tmp_path / "run")
+    again = json.loads((tmp_path / "run/table.json").read_text())
+    assert again["results"] == first["results"] and again["validation"] == first["validation"]
+
+
+def test_the_change_of_variables_is_exact() -> None:
+    with jax.enable_x64(True):
+        y = np.stack([RNG.lognormal(size=60), RNG.uniform(size=60), RNG.normal(size=60)], 1)
+        whitening = Whitening.fit(y, ("log", "logit", ""))
+        z, log_det = whitening.inverse_and_log_det(y)
+        np.testing.assert_allclose(whitening.forward(z), y, rtol=1e-12)
+
+        def forward(z: jax.Array) -> jax.Array:
+            g = whitening.mean + whitening.factor @ z
+            return jnp.stack([jnp.exp(g[0]), jax.nn.sigmoid(g[1]), g[2]])
+
+        jacobians = jax.vmap(jax.jacfwd(forward))(jnp.asarray(z))
+        np.testing.assert_allclose(log_det, -jnp.linalg.slogdet(jacobians)[1], rtol=1e-10)
+
+
+def test_baselines_are_their_formulas() -> None:
+    train, validation, z = (RNG.normal(size=(n, 2)) for n in (120, 40, 5))
+    gaussian, mixture, kernel = densities.fit(train, validation)
+    every = np.concatenate([train, validation])
+    b = float(kernel.chosen.removeprefix("bandwidth "))
+    kernels = stats.norm.logpdf(z[:, None], every, b).sum(axis=2)
+    expected = logsumexp(kernels, axis=1) - np.log(len(every))
+    np.testing.assert_allclose(kernel.logp(z), expected, rtol=5e-3)  # b has three digits.
+    known = stats.multivariate_normal(np.zeros(2)).logpdf(z)
+    np.testing.assert_allclose(gaussian.logp(z), known)
+    x = np.linspace(-8, 8, 161)
+    grid = np.stack(np.meshgrid(x, x), -1).reshape(-1, 2)
+    assert np.exp(mixture.logp(grid)).sum() * 0.01 == pytest.approx(1, abs=1e-3)
+
+
+def test_every_format_has_the_same_rows(tmp_path: Path) -> None:
+    columns = {"u": RNG.normal(size=N), "v": RNG.normal(size=N)}
+    parquet.write_table(pa.table(columns), tmp_path / "a.parquet")
+    np.savez(tmp_path / "a.npz", **columns)
+    np.savez(tmp_path / "b.npz", np.stack([*columns.values()], 1))
+    names = [csv(tmp_path / "a.csv", columns), *(tmp_path / n for n in ("a.parquet", "a.npz"))]
+    first, *others = [load(name) for name in (*names, tmp_path / "b.npz")]
+    assert first.columns == ("u", "v") and others[-1].columns == ("column_1", "column_2")
+    for other in others:
+        np.testing.assert_array_equal(other.images, first.images)
+
+
+def test_the_splits_share_no_row_and_the_training_rows_are_white(tmp_path: Path) -> None:
+    u = RNG.normal(size=N)
+    path = csv(tmp_path / "a.csv", {"u": u, "v": 3 * u + RNG.gamma(2, size=N)})
+    train, test = load(path), load(path, "test")
+    assert train.ids and test.ids and len({*train.ids, *test.ids}) == N and len(test) == 0.3 * N
+    z = train.images.astype(float)
+    np.testing.assert_allclose(z.mean(axis=0), 0, atol=1e-6)
+    np.testing.assert_allclose(np.cov(z.T), np.eye(2), atol=0.05)  # but for the shrinkage
+
+
+def test_rounded_values_get_noise_of_the_width_of_their_steps(tmp_path: Path) -> None:
+    exact = np.rint(20 * RNG.normal(size=N)) / 4
+    path = csv(tmp_path / "a.csv", {"u": exact, "v": RNG.normal(size=N)})
+    rows = load(path)
+    assert rows.rounded == (pytest.approx(0.25), 0.0) and rows.ids
+    noise = rows.values[:, 0] - exact[[int(name[4:]) - 1 for name in rows.ids]]
+    assert stats.kstest(noise, stats.uniform(-0.125, 0.25).cdf).pvalue > 1e-3
+
+
+GOOD = {"u": RNG.normal(size=N), "v": RNG.uniform(0.01, 0.99, N)}
+
+
+def changed(row: int, value: Any) -> dict[str, Any]:
+    """GOOD with another value in a row of column v, counted from 1."""
+    v = list(GOOD["v"])
+    v[row - 1] = value
+    return {**GOOD, "v": v}
+
+
+MASS = np.where(np.arange(N) % 20 == 0, 0, np.sort(GOOD["v"]))
+REFUSED = {
+    "text": (changed(1, "x"), {}, r"column v, row 1: 'x' is of type str.*drop_columns=v"),
+    "text below": (changed(7, "n/k"), {}, "column v, row 7: 'n/k'"),
+    "yes or no": ({**GOOD, "w": np.arange(N) % 2 == 0}, {}, "column w, row 1: 'True'.*bool"),
+    "missing": (changed(33, ""), {}, r"column v, row 33: the value is missing \(1 "),
+    "all missing": ({**GOOD, "w": [""] * N}, {}, "column w, row 1: the value is missing"),
+    "infinite": (changed(4, "-inf"), {}, "column v, row 4: the value is infinite"),
+    "constant": ({**GOOD, "w": np.full(N, 3)}, {}, "column w is constant, 3 in every row"),
+    "discrete": ({**GOOD, "w": np.arange(N) % 3}, {}, "column w has 3 different values"),
+    "point mass": ({**GOOD, "w": MASS}, {}, "column w has the value 0 in 20 of 400 rows"),
+    "few rows": ({"u": GOOD["u"][:40]}, {}, "has 40 rows: .* needs 100 rows"),
+    "no rows": ({"u": []}, {}, "has 0 rows"),
+    "no names": ({"1.5": GOOD["u"], "2.5": GOOD["v"]}, {}, "column 1 has the name '1.5'"),
+    "an index": ({"": GOOD["u"], "v": GOOD["v"]}, {}, "column 1 has the name ''"),
+    "semicolons": ({"u;v": [f"{u};1" for u in GOOD["u"]]}, {}, "separated by commas"),
+    "negative": (GOOD, {"log_columns": ("u",)}, r"log_columns=u: row \d+ has .* above 0"),
+    "not below 1": (changed(9, 1.5), {"logit_columns": ("v",)}, "logit_columns=v: row 9 .*below 1"),
+    "unknown": (GOOD, {"log_columns": ("w",)}, r"log_columns=w: no such column; they are u, v"),
+    "two transforms": (GOOD, {"log_columns": ("v",), "logit_columns": ("v",)}, "also in logit"),
+    "unknown to drop": (GOOD, {"drop_columns": ("w",)}, "drop_columns=w: no such.* u, v"),
+    "all dropped": (GOOD, {"drop_columns": ("u", "v")}, "no column is left"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_a_table_without_a_density_is_refused(case: str, tmp_path: Path) -> None:
+    columns, own, message = REFUSED[case]
+    with pytest.raises(ValueError, match=message):
+        load(csv(tmp_path / "a.csv", columns), **own)
+
+
+def test_a_file_that_is_no_table_is_refused(tmp_path: Path) -> None:
+    for name in ("a.csv", "a.parquet", "a.npz", "a.xlsx"):
+        (tmp_path / name).write_bytes(b"\x00\xff,\n1\n")
+    np.savez(tmp_path / "b.npz", u=np.zeros(3), v=np.zeros(4))
+    np.savez(tmp_path / "c.npz", u=np.array([{}, {}]))
+    for name, message in {
+        "a.csv": "cannot be read",
+        "a.parquet": "cannot be read",
+        "a.npz": "cannot be read",
+        "b.npz": r"u \(3,\), v \(4,\): give one array",
+        "c.npz": "cannot be read: ValueError: Object arrays",
+        "a.xlsx": "ends in .csv, .parquet or .npz",
+        "none.csv": "there is no such file",
+    }.items():
+        with pytest.raises(ValueError, match=message):
+            load(tmp_path / name)
+    with pytest.raises(ValueError, match="--config.data.path=FILE"):
+        load(None)

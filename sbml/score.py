@@ -58,6 +58,7 @@ Karras et al. 2022 (EDM).
 """
 
 import dataclasses
+import inspect
 from collections.abc import Callable
 from typing import Annotated, Any, NamedTuple
 
@@ -329,8 +330,10 @@ class Adapter:
 
     @property
     def classes(self) -> int:
-        """The number of classes of a class-conditional network; 0 of any other."""
-        return getattr(self.model, "classes", 0)
+        """The number of classes of a network with a field ``classes`` whose call takes a
+        ``condition``; 0 of any other."""
+        takes = "condition" in inspect.signature(self.model.__call__).parameters
+        return getattr(self.model, "classes", 0) if takes else 0
 
     def __call__(self, params: Any, condition: Condition | None = None) -> "LinenScore":
         """The score; ``condition``, a scalar, is the class for a class-conditional model."""
@@ -343,11 +346,11 @@ class Adapter:
             t = self.labels.time(self.sde.log_snr(t))
         if self.label == "time":
             return self.time_scale * t
-        if self.label == "c_noise":
-            return -0.125 * sde.log_snr(t)
         if self.label == "sigma":
             return sde.std(t)
         log_snr = sde.log_snr(jnp.minimum(t, sde.largest_time) if _vanishes(sde) else t)
+        if self.label == "c_noise":
+            return -0.125 * log_snr
         if self.label == "log_snr":
             return sde.log_snr(jnp.asarray(self.eps, t.dtype)) - log_snr
         least, largest = self.log_snr_range

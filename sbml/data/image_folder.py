@@ -4,7 +4,8 @@ All image files in the folder and its subfolders are used, through links too. If
 subfolders ``train`` and ``test``, they are the splits. Otherwise a hash of the relative path of a
 file decides its split, so new files do not change the split of the others. A warning names the
 files that cannot be used, with the reason, and another one counts the files with other suffixes.
-Names that begin with a dot are ignored. If each image lies in a subfolder, its name is the class.
+Names that begin with a dot are ignored. If each image lies in a subfolder, the name of
+the top one is the class.
 """
 
 import hashlib

@@ -170,15 +170,16 @@ class Table(Source):
         order, noise = rng.permutation(len(y)), rng.uniform(-0.5, 0.5, y.shape)
         rounded = tuple(map(_rounding, names, y.T))
         copies = len(y) - len(np.unique(y, axis=0))
-        y = y + noise * rounded
-        for name, link, column in zip(names, links, y.T, strict=True):
+        for name, link, column, h in zip(names, links, y.T, rounded, strict=True):
             low, high = LINKS[link].interval
-            if len(outside := np.flatnonzero((column <= low) | (column >= high))):
+            if len(outside := np.flatnonzero((column - h / 2 <= low) | (column + h / 2 >= high))):
                 raise ValueError(
                     f"{link}_columns={name}: row {outside[0] + 1} has the value "
                     f"{column[outside[0]]:.6g}, and {link} needs values above {low:g}"
                     + (f" and below {high:g}" if high < np.inf else "")
+                    + (f", with the noise of +-{h / 2:.2g} for rounded numbers" if h else "")
                 )
+        y = y + noise * rounded
         count = round(options.test_fraction * len(y))
         if not 2 <= count <= len(y) - 2:
             raise ValueError(

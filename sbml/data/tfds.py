@@ -117,7 +117,9 @@ def _decode(name: str, split: str, options: Options, add: Add) -> dict[str, Any]
         for start in range(0, len(source), _AT_ONCE):
             for example in source.__getitems__(range(start, min(start + _AT_ONCE, len(source)))):
                 add(example["image"])
-                if isinstance(feature, tfds.features.ClassLabel):
+                # The test images of some sets have the label -1 in place of a class.
+                if isinstance(feature, tfds.features.ClassLabel) and example["label"] >= 0:
                     labels.append(feature.int2str(int(example["label"])))
                 bar.update()
+    labels = labels if len(labels) == len(source) else []
     return {"version": str(builder.info.version), "split": chosen, "labels": labels}

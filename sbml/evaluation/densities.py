@@ -52,7 +52,8 @@ def fit(train: np.ndarray, validation: np.ndarray) -> list[Baseline]:
     # k-means++ alone is a better start of EM than whole k-means, by the validation rows of three of
     # scikit-learn's tables.
     em: Any = {"init_params": "k-means++", "max_iter": 300, "random_state": 0}
-    mixtures = [{"n_components": k, "reg_covar": a, **em} for k in COMPONENTS for a in ADDED]
+    possible = [k for k in COMPONENTS if k <= len(train)]
+    mixtures = [{"n_components": k, "reg_covar": a, **em} for k in possible for a in ADDED]
     # On small matrices BLAS is several times faster with one thread.
     with warnings.catch_warnings(), threadpool_limits(1):
         # EM that stops early is still a density, and the validation rows judge it.

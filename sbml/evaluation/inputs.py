@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from sbml import bits, bound, dequantizers, streams
+from sbml import bits, bound, dequantizers, discrete, streams
 from sbml.bound import GaussianControl
 from sbml.data import ImageSet, spread
 from sbml.experiment.build import Experiment
@@ -51,6 +51,20 @@ class Inputs:
         experiment, restored = experiment.restored(workdir)
         images, train = experiment.images(split), experiment.images("train")
         return cls(experiment, restored, images, train, workdir)
+
+    @functools.cached_property
+    def knows_centres(self) -> bool:
+        """Whether the model was trained on bin centres, and the noise at the smallest time is
+        narrower than half a bin.
+
+        Under wider noise the density of bin centres is smooth over the bins: the centres leave a
+        ripple of 2 exp(-pi^2 / (2 tau^2)), which is 1.4% if half a bin is tau = 1 standard
+        deviations of the noise.
+        """
+        experiment = self.experiment
+        kind = self.restored.metadata["config"]["data"]["dequantization"]
+        half_bin = discrete.tau(experiment.sde, experiment.levels, experiment.eval_eps)
+        return kind == "centre" and float(half_bin) > 1
 
     def labels(self, images: ImageSet) -> np.ndarray | None:
         """The numbers of the classes of ``images``, as the checkpoint has them; None for a model

@@ -197,6 +197,7 @@ def stored(experiment: Experiment, restored: Restored, workdir: Workdir) -> Samp
 def grid(experiment: Experiment, images: np.ndarray, columns: int | None = None) -> np.ndarray:
     """A grid of ``images`` as uint8 for a PNG, nearly square unless ``columns`` is given."""
     scale = max(1, 64 // experiment.shape[0])
-    # A column has the samples of one class.
-    columns = columns or experiment.adapter.classes or math.ceil(math.sqrt(len(images)))
+    square, classes = math.ceil(math.sqrt(len(images))), experiment.adapter.classes
+    # A column has the samples of one class, unless there are very many.
+    columns = columns or (classes if 0 < classes <= 2 * square else square)
     return image_grid(images, experiment.levels, columns=columns, scale=scale)

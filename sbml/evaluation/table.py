@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 
-from sbml import discrete
 from sbml.estimate import Columns, Estimate
 from sbml.evaluation import baselines
 from sbml.evaluation.cells import CellRun
@@ -101,11 +100,12 @@ def cautions(inputs: Inputs, dequantizations: Mapping[str, Dequantization]) -> l
             "on (k + u) / levels: this mismatch increases bits/dim "
             "(data.dequantization=uniform trains on the data that are evaluated)"
         )
+    if classes := inputs.experiment.adapter.classes:
+        found.append(
+            f"the numbers are given the label of each image, one of {classes} classes: do not "
+            "compare them with those of models without classes"
+        )
     loose = "The number is a valid but loose bound"
-    # Under noise that is wider than half a bin, the density of bin centres is smooth over the bins:
-    # the centres leave a ripple of 2 exp(-pi^2 / (2 tau^2)), which is 1.4% at tau = 1.
-    experiment = inputs.experiment
-    flat = discrete.tau(experiment.sde, experiment.levels, experiment.eval_eps) <= 1
     for name, dequantizer in dequantizations.items():
         if dequantizer.model.at_noise and trained_on == "uniform":
             found.append(
@@ -114,7 +114,7 @@ def cautions(inputs: Inputs, dequantizations: Mapping[str, Dequantization]) -> l
                 "--config.eval.dequantizers=uniform, or train with "
                 "--config.data.dequantization=centre"
             )
-        if not dequantizer.model.at_noise and trained_on == "centre" and not flat:
+        if not dequantizer.model.at_noise and inputs.knows_centres:
             found.append(
                 f"{name}: the model was trained on bin centres, but this dequantizer needs its "
                 f"density in the whole bins. {loose}: evaluate with "

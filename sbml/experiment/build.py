@@ -186,7 +186,8 @@ class Experiment:
             raise ValueError(
                 f"model.classes={count}, but the images of {images.name} ({images.split}) have no "
                 "labels: digits, sets of tfds with labels, and folders with a subfolder for each "
-                "class have them. An array that an older version prepared has none: remove it"
+                "class have them. A set of tfds that an older version prepared has none: remove "
+                f"it from {self.config.data.options.cache / 'tfds'}"
             )
         names, numbers = np.unique(images.labels, return_inverse=True)
         classes = list(classes) or names.tolist()
@@ -333,6 +334,13 @@ class Experiment:
         free = trained.FREE
         model = {field: v for field, v in config["model"].items() if field not in free}
         identity = {"sde": config["sde"], "score": config["score"], "model": model}
+        # Numbers that were stored before these fields existed are those of their defaults.
+        for section, field, usual in (
+            *(("sde", "data_scale", 1.0), ("sde", "data_shift", 0.0)),
+            *(("score", "time_scale", 999.0), ("model", "classes", 0)),
+        ):
+            if identity[section].get(field) == usual:
+                del identity[section][field]
         if self.adapter.parameterization == LEVELS:
             identity["data"] = {"levels": self.adapter.levels, "values": self.adapter.data}
         return {**identity, "label_eps": self.eps}

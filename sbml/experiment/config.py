@@ -66,11 +66,6 @@ class Config(Section):
                     f"sbml.experiment.config.default({self.model.name!r}, dequantizer={name!r})"
                 )
             self.check_dequantizer("eval.dequantizers", name)
-        if self.model.own.get("classes") and not self.model.own.get("conditional", True):
-            raise ValueError(
-                f"model.classes={self.model.own['classes']} with model.conditional=False: the "
-                "class is read with the label; set --config.model.conditional=True"
-            )
 
     def check_learned(self) -> None:
         """Check that the loss of a learned SDE is the whole bound. A config for a conversion need

@@ -24,7 +24,7 @@ from sbml.sdes import SDE, SDES, Rescaled
 
 LogSNR = Annotated[float, Ge(-60), Le(60)]
 
-# Fields by which networks read the label's logarithm ("fourier"), and values that read the label.
+# Fields of networks whose value "fourier" takes log(label), and the value to use instead.
 NOT_LOGARITHMIC = {"embedding_type": "fourier_linear", "time_embedding_type": "positional"}
 
 
@@ -115,7 +115,7 @@ class Score(Section):
     time_scale: float = field(999.0, "the label ``time`` is this number times t", gt=0, le=1e6)
     data_std: float = field(
         0.5,
-        "standard deviation of the data, at most 1 for data in [-1, 1]; it scales the network's "
+        "standard deviation of the network's data, at most 1 for data in [-1, 1]; it scales its "
         "input for ``preconditioned``, ``x0``, ``velocity`` and ``levels``",
         gt=0,
         le=1,

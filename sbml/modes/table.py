@@ -3,7 +3,8 @@
 The network is trained on a part of the training rows. Of the checkpoints, the one with the largest
 log p of the validation rows is evaluated on the test rows, once. At step 0 the network's output is
 0 and the model is the Gaussian of the training rows (``sbml.data.table``); this step is a candidate
-too, so a network that learns nothing costs nothing.
+too, so a network that learns nothing costs nothing. The Gaussian is that of all training rows,
+with those for validation, which therefore favour step 0 a little.
 
     log p(y) = log p_eps(z) + log |det dz/dy|       nats, in the units of the file
 
@@ -30,7 +31,9 @@ from sbml.modes import _loop as loop
 from sbml.modes import train
 from sbml.report import table as page
 from sbml.runtime import metrics
+from sbml.runtime.checkpoint import OtherModelError
 from sbml.runtime.workdir import Workdir
+from sbml.score import LEVELS
 from sbml.streams import stream
 
 CHOICE = 500  # the largest number of validation rows on which a checkpoint is chosen
@@ -51,6 +54,14 @@ def check(experiment: Experiment, workdir: Workdir, before: Sequence[str]) -> No
             "data.validation=0: --mode=table chooses a checkpoint on validation rows; set "
             "--config.data.validation=0.2"
         )
+    for name, wrong in (
+        ("sde.learned", experiment.config.sde.learned),
+        ("score.parameterization", experiment.config.score.parameterization == LEVELS),
+        ("data.dequantization", section.dequantization != "uniform"),
+        ("model.classes", experiment.adapter.classes),
+    ):
+        if wrong:
+            raise ValueError(f"{name} with --mode=table: it is for images; leave it out")
     section.load(data.VALIDATION)
 
 
@@ -64,7 +75,7 @@ def run(experiment: Experiment, workdir: Workdir) -> None:
     experiment = Experiment(config)
     with workdir.lock("table"), jax.default_matmul_precision(config.eval.precision):
         loop.run(_task(experiment, rows), config.training.checkpoints(workdir))
-        curve, step, density = _chosen(experiment, workdir, validation.images[:CHOICE])
+        curve, step, density = _chosen(experiment, workdir, _some(validation.images))
         baselines = densities.fit(*(s.images.astype(np.float64) for s in (rows, validation)))
         found = density.logp(test.images, progress=True)
         z = test.images.astype(np.float64)
@@ -125,8 +136,24 @@ def run(experiment: Experiment, workdir: Workdir) -> None:
     print(f"in {time.perf_counter() - start:.0f} s")
 
 
+def _some(rows: np.ndarray) -> np.ndarray:
+    """At most ``CHOICE`` rows, spread evenly over the file: the first may all be alike."""
+    return rows[data.spread(len(rows), CHOICE)]
+
+
 def _task(experiment: Experiment, rows: data.ImageSet) -> loop.Task:
     config = experiment.config
+
+    def check(metadata: dict[str, Any]) -> None:
+        trained.check_training(config, metadata)
+        before = [metadata["data"], *metadata.get("earlier_data", [])]
+        if any(each["sha256"] != rows.fingerprint["sha256"] for each in before):
+            # The rows that are test rows now may have been training rows.
+            raise OtherModelError(
+                "the checkpoint was trained on other rows, or on columns with other "
+                "transformations: use another --workdir"
+            )
+
     return loop.Task(
         name="train",
         training=config.training,
@@ -138,7 +165,7 @@ def _task(experiment: Experiment, rows: data.ImageSet) -> loop.Task:
         repeats=config.training.rows_per_image,
         frozen=(),
         provenance=experiment.provenance(rows),
-        check=lambda metadata: trained.check_training(config, metadata),
+        check=check,
     )
 
 
@@ -155,6 +182,7 @@ def _chosen(
             experiment.sde,
             validation.shape[1:],
             eps=experiment.eval_eps,
+            trace=config.eval.divergence() if config.eval.trace else None,
             solver=config.eval.solver(),
             batch_size=config.eval.batch_size,
             seed=config.eval.seed,

@@ -24,6 +24,7 @@ from sbml.evaluation import samples
 from sbml.experiment import trained
 from sbml.experiment.build import Experiment
 from sbml.modes import _loop as loop
+from sbml.runtime.checkpoint import OtherModelError
 from sbml.runtime.state import Loss, Observe, Prepare, TrainState, Update
 from sbml.runtime.workdir import Workdir
 from sbml.sdes import SDE
@@ -200,6 +201,16 @@ def run(experiment: Experiment, workdir: Workdir) -> None:
         count = min(config.sampling.num_images, PICTURED)
         return samples.grid(now, samples.preview(now, state.ema_params, count).images)
 
+    provenance = experiment.provenance(images)
+
+    def check(metadata: dict[str, Any]) -> None:
+        trained.check_training(config, metadata)
+        if metadata.get("classes", now := provenance.get("classes")) != now:
+            raise OtherModelError(
+                f"the checkpoint's classes are {metadata['classes']}, those of the images {now}: "
+                "give them the same names, or use another --workdir"
+            )
+
     task = loop.Task(
         name="train",
         training=config.training,
@@ -210,8 +221,8 @@ def run(experiment: Experiment, workdir: Workdir) -> None:
         update=update(experiment),
         repeats=config.training.rows_per_image,
         frozen=(),
-        provenance=experiment.provenance(images),
-        check=lambda metadata: trained.check_training(config, metadata),
+        provenance=provenance,
+        check=check,
         picture=picture,
         labels=labels,
     )

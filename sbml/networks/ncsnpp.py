@@ -187,6 +187,14 @@ class Model(nn.Module):
     dtype: layers.Precision = "float32"
     remat: bool = False
 
+    def __post_init__(self) -> None:
+        if self.classes and not self.conditional:
+            raise ValueError(
+                f"classes={self.classes} with conditional=False: the class is read with the label; "
+                "set conditional=True"
+            )
+        super().__post_init__()
+
     @checked
     @nn.compact
     def __call__(

@@ -13,7 +13,7 @@ from typing import Annotated
 
 from sbml.door import typed
 from sbml.scalars import Number, finite, positive
-from sbml.sdes.base import SDE, Kernel
+from sbml.sdes.base import SDE, Kernel, Levels
 from sbml.types import Elementwise, Numbers
 
 
@@ -84,6 +84,12 @@ class Rescaled(SDE):
     @property
     def last_regular_time(self) -> Number:
         return self.of.last_regular_time
+
+    def levels(self, n: int) -> Levels:
+        raise ValueError(
+            "the noise levels of DDPM and SMLD are for data of this package, not for those of a "
+            f"network with scale={self.scale:g}, shift={self.shift:g}: train with scale=1, shift=0"
+        )
 
     @property
     def prior_std(self) -> Number:

@@ -167,6 +167,32 @@ def test_labels_that_do_not_fit_are_refused(tmp_path) -> None:
         build.Experiment(wrong).check()
 
 
+def test_training_does_not_continue_with_other_classes(trained, monkeypatch) -> None:
+    original = build.Experiment.images
+
+    def renamed(self, split):
+        images = original(self, split)
+        return dataclasses.replace(images, labels=np.char.add("n", images.labels))
+
+    monkeypatch.setattr(build.Experiment, "images", renamed)
+    longer = config()
+    longer.training.num_steps += 4
+    with pytest.raises(ValueError, match="classes are .*'9'.* those of the images"):
+        runs.mode(train.run, longer, trained)
+    with pytest.raises(ValueError, match="of the class n0, which the training did not see"):
+        runs.mode(evaluate.run, config(), trained)
+
+
+def test_a_network_of_the_users_with_a_field_of_that_name_has_no_classes() -> None:
+    class Own(NETWORKS["mlp"]):
+        def __call__(self, x, label, *, train):
+            return x
+
+    experiment = build.Experiment(config())
+    assert experiment.adapter.classes == 10
+    assert dataclasses.replace(experiment.adapter, model=Own(classes=10)).classes == 0
+
+
 def test_folders_name_the_classes(tmp_path) -> None:
     def save(*names: str) -> None:
         for i, name in enumerate(names):

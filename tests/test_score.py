@@ -30,9 +30,9 @@ from sbml.score import (
     PARAMETERIZATIONS,
     PREDICTIONS,
     Adapter,
-    Data,
     LinenScore,
     Network,
+    OfData,
     U,
     from_prediction,
 )
@@ -642,8 +642,8 @@ def test_a_preconditioned_network_sees_and_predicts_unit_variance(sde: SDE) -> N
         np.asarray(c)[:, 0]
         for c in (
             adapter.network_input(one, t),
-            noise(0 * one, one, *coefficients, Data(0.5)),
-            noise(one, 0 * one, *coefficients, Data(0.5)),
+            noise(0 * one, one, *coefficients, OfData(0.5)),
+            noise(one, 0 * one, *coefficients, OfData(0.5)),
         )
     )
     alpha, sigma = np.asarray(sde.mean_coef(t)), np.asarray(sde.std(t))
@@ -664,6 +664,13 @@ def test_the_log_snr_label_is_a_unit_speed_clock_of_the_log_snr(sde: SDE) -> Non
     np.testing.assert_allclose(
         label(times.Importance(sde, 1e-3).at(u)[0]), normaliser * u, atol=1e-6
     )
+
+
+@pytest.mark.parametrize("label", set(LABELS) - {"sigma"})
+def test_labels_are_finite_where_the_signal_has_vanished(label: str) -> None:
+    sde = RectifiedFlow()
+    labels = Adapter(Net(), sde, "velocity", label).time_label(jnp.asarray([0.5, 0.9999, 1.0]))
+    assert np.isfinite(labels).all() and labels[0] < labels[1] <= labels[2]
 
 
 def test_the_ends_of_the_scaled_label_are_the_adapters() -> None:

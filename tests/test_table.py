@@ -93,6 +93,9 @@ def test_a_resumed_run_and_the_gaussian_at_step_0(tmp_path: Path) -> None:
     runs.mode(table.run, config, tmp_path / "run")
     again = json.loads((tmp_path / "run/table.json").read_text())
     assert again["results"] == first["results"] and again["validation"] == first["validation"]
+    config.data.split_seed = 1  # Rows that were trained on would be test rows.
+    with pytest.raises(ValueError, match="trained on other rows.*use another --workdir"):
+        runs.mode(table.run, config, tmp_path / "run")
 
 
 def test_the_change_of_variables_is_exact() -> None:

@@ -16,6 +16,7 @@ s(x, t, key), see ``sbml.types``.
     posterior                   results of ``Density``: posteriors and importance weights
     networks, score, pytorch    score networks; from what a network predicts to a score
     integers                    the denoiser of integers
+    codec                       images in a file as long as their bound
     compiler                    the check that XLA's sums are right
     dequantizers, data          from integers to numbers; image sets
 
@@ -32,7 +33,7 @@ __version__ = "0.1.0"
 compiler.cure()
 
 LIBRARY = (
-    *("bits", "bound", "compiler", "data", "density", "dequantizers", "discrete"),
+    *("bits", "bound", "codec", "compiler", "data", "density", "dequantizers", "discrete"),
     *("distances", "divergence", "estimate", "estimators", "integers", "intervals"),
     *("likelihood", "losses", "moments", "networks", "ode", "posterior", "pytorch"),
     *("quadrature", "samplers"),

@@ -24,13 +24,16 @@ C = U diag(l) U^T, c = U^T (x - m) and v = rho^2. Then
 
     integral = 1/2 sum_i [-log1p(l_i / v) + l_i / (l_i + v) - c_i^2 / (l_i + v)]  from v_eps to v_T
 
-*Discrete time.* A chain of N steps over eps = t_0 < ... < t_N = T, evenly spaced in t, has the
-bound that DDPM calls L_vlb. Only the diffusion term is another one:
+*Discrete time.* A chain of N steps over eps = t_0 < ... < t_N = T has the bound that DDPM calls
+L_vlb, where the times are evenly spaced. Only the diffusion term is another one:
 
-    diffusion       sum_i w_i E |z - e(x_{t_i}, t_i)|^2,    w_i = 1/2 expm1(lambda_{i-1} - lambda_i)
+    diffusion       sum_i [w_i / r_i E |z - e(x_{t_i}, t_i)|^2 + d / 2 (log r_i + 1 / r_i - 1)],
+                    w_i = 1/2 expm1(lambda_{i-1} - lambda_i)
 
-It is larger than the integral, to which it tends for N to infinity. One step i is drawn for each
-point u, with the mean of the probabilities 1/N and w_i / sum w. The control's error at t_i has the
+where r_i is the variance of the reverse step in units of that of the true one given x. DDPM has r_i
+= 1. The bound is least for r_i = 1 + 2 w_i m_i, where m_i is the mean of |z - e|^2 / d at t_i. It
+is larger than the integral, to which it tends for N to infinity. One step i is drawn for each point
+u, with the mean of the probabilities 1/N and w_i / sum w. The control's error at t_i has the
 expectation w_i sum_j (l_j^2 + v_i c_j^2) / (l_j + v_i)^2.
 
 *Density of the times.* The variance that remains depends on the time. It becomes smaller if times
@@ -38,7 +41,7 @@ are drawn with a density in log-SNR that is proportional to the standard deviati
 that time, and each draw is weighted by the inverse of the density (:func:`pilot`).
 
 Reference: Song, Durkan, Murray, Ermon, NeurIPS 2021, theorem 3 and appendix; Kingma et al., VDM,
-2021, for the uniform log-SNR form.
+2021, for the uniform log-SNR form; Bao et al., "Analytic-DPM", 2022, for the optimal r_i.
 """
 
 import dataclasses
@@ -80,6 +83,19 @@ Flat = Float[Array, "d"]
 FULL_DIMS = 256  # up to so many dimensions, a Gaussian control has a full covariance by default
 
 PILOT_DRAWS = 8  # times for each example, from which :func:`pilot` estimates the density
+
+
+@dataclasses.dataclass(frozen=True)
+class Steps:
+    """The steps of a chain in discrete time.
+
+    Attributes:
+      times: t_0 .. t_N.
+      ratios: r_1 .. r_N, the variances of the reverse steps relative to those of DDPM.
+    """
+
+    times: tuple[float, ...]
+    ratios: tuple[float, ...]
 
 
 class Bound(NamedTuple):
@@ -194,15 +210,31 @@ class GaussianControl:
         return 0.5 * (antiderivative(sde.largest_time) - antiderivative(eps))
 
 
-def chain(sde: SDE, eps: Number, steps: int) -> tuple[Array, Array]:
-    """The times t_1 .. t_N ``(steps,)`` of a chain of N steps from eps to T, and the weights w_i.
+def chain(sde: SDE, eps: Number, steps: int | Steps) -> tuple[Array, Array, Scalar]:
+    """The times t_1 .. t_N ``(N,)`` of a chain of N steps from eps to T, the weights w_i / r_i
+    ``(N,)``, and the constant sum_i 1/2 (log r_i + 1 / r_i - 1) for one dimension.
 
-    They are those of the module's docstring, without the factor |z - e|^2.
+    They are those of the module's docstring, without the factor |z - e|^2. ``steps`` is N for times
+    that are evenly spaced in t and r_i = 1, or the steps themselves.
     """
-    last = jnp.asarray(sde.largest_time, float)
-    t = eps + (last - eps) * jnp.arange(steps + 1) / steps
+    if isinstance(steps, int):
+        last = jnp.asarray(sde.largest_time, float)
+        t = eps + (last - eps) * jnp.arange(steps + 1) / steps
+        r = jnp.ones(steps)
+    else:
+        t, r = jnp.asarray(steps.times, float), jnp.asarray(steps.ratios, float)
     log_snr = sde.log_snr(t)
-    return t[1:], 0.5 * jnp.expm1(log_snr[:-1] - log_snr[1:])
+    constant = 0.5 * jnp.sum(jnp.log(r) + 1 / r - 1)
+    return t[1:], 0.5 * jnp.expm1(log_snr[:-1] - log_snr[1:]) / r, constant
+
+
+def draw_step(t: Array, weights: Array, u: Vector) -> tuple[Vector, Vector]:
+    """A step of the :func:`chain` with times ``t (N,)`` and ``weights (N,)`` for each point of
+    ``u (n,)`` in [0, 1): its time, and the factor of 1/2 |z - e|^2 of which the mean over u is the
+    diffusion term. The step i has the mean of the probabilities 1 / N and w_i / sum w."""
+    v, inverse = times.warp(u, times.with_floor(weights, 0.5))
+    i = jnp.floor(v * t.size).astype(int)
+    return t[i], 2 * t.size * weights[i] * inverse
 
 
 def _product(matrix: ArrayLike, vector: Flat) -> Flat:
@@ -299,7 +331,7 @@ def elbo(
     u: Vector,
     trace: Trace | None = None,
     reduction: Reduction = Reduction(),
-    steps: int | None = None,
+    steps: int | Steps | None = None,
 ) -> Bound:
     """The bound for one example ``x (*s)``; vmap over examples, keys and rows of ``u``.
 
@@ -314,8 +346,8 @@ def elbo(
       trace: None for the denoising form (dsm). For the score-matching form (ssm), how the
         divergence is computed.
       reduction: how the variance is reduced.
-      steps: the number of steps N of the bound in discrete time, for which the reduction's density
-        and proposal are not used; None for the integral.
+      steps: the number of steps N of the bound in discrete time, or the steps (:func:`chain`), for
+        which the reduction's density and proposal are not used; None for the integral.
 
     Returns:
       The three terms in nats. Their expectation bounds -log p(x).
@@ -332,11 +364,8 @@ def elbo(
     if steps is None:
         t, weight = times.draw(sde, eps, u, reduction.density, reduction.proposal)
     else:
-        nodes, weights = chain(sde, eps, steps)
-        v, inverse = times.warp(u, times.with_floor(weights, 0.5))
-        i = jnp.floor(v * steps).astype(int)
-        # ``diffusion_dsm`` gives half of the square.
-        t, weight = nodes[i], 2 * steps * weights[i] * inverse
+        nodes, weights, constant = chain(sde, eps, steps)
+        t, weight = draw_step(nodes, weights, u)
     zs = jax.random.normal(stream(key, "noise"), (u.size, *x.shape), x.dtype)
     if trace is None:
         draws = jax.vmap(lambda t, z: diffusion_dsm(score, sde, x, t, z, control))(t, zs)
@@ -345,6 +374,8 @@ def elbo(
         vs = None if exact else trace.directions(stream(key, "probes"), x.shape).astype(x.dtype)
         draws = jax.vmap(lambda t, z: diffusion_ssm(score, sde, x, t, z, vs))(t, zs)
     diffusion = jnp.mean(weight * draws)
+    if steps is not None:
+        diffusion = diffusion + x.size * constant
     if control is not None:
         diffusion = diffusion + (
             control.integral(sde, x, eps)

@@ -38,8 +38,8 @@ from jax.scipy.stats import norm
 from jaxtyping import Float
 
 from sbml import bits, scalars, times
-from sbml.bound import Bound, Reduction, prior_kl
-from sbml.door import checked, typed
+from sbml.bound import Bound, Reduction, Steps, chain, draw_step, prior_kl
+from sbml.door import checked, shown, typed
 from sbml.scalars import Number, above_0, at_least
 from sbml.sdes import SDE
 from sbml.streams import stream
@@ -146,10 +146,18 @@ def decoder_nats(
 ) -> Scalar:
     """-log P(k | x) for noisy data x = c + rho z ``(*s)``, summed over pixels: nats, a scalar."""
     bits.check_pixels(pixels, levels)
+    log_p = decoder_log_p(x, levels, rho)
+    return -jnp.sum(jnp.take_along_axis(log_p, pixels[..., None].astype(jnp.int32), -1))
+
+
+@checked
+def decoder_log_p(
+    x: Example, levels: Levels, rho: Annotated[Scalar, above_0]
+) -> Float[Array, "*s {levels}"]:
+    """log P(k | x) of all levels k for noisy data x = c + rho z, ``(*s, levels)``, in nats."""
     centres = bits.to_model(jnp.arange(levels), 0.5, levels)
     logits = -0.5 * ((x[..., None] - centres.reshape((1,) * x.ndim + (-1,))) / rho) ** 2
-    pixel_logits = jnp.take_along_axis(logits, pixels[..., None].astype(jnp.int32), -1)[..., 0]
-    return jnp.sum(jax.nn.logsumexp(logits, axis=-1) - pixel_logits)
+    return jax.nn.log_softmax(logits, axis=-1)
 
 
 @checked
@@ -209,6 +217,7 @@ def elbo(
     u: Vector,
     noise: TruncatedNormal | Categorical,
     reduction: Reduction = Reduction(),
+    steps: int | Steps | None = None,
 ) -> Bound:
     """The bound on -log P(pixels), a probability of integers, for one example; vmap over more.
 
@@ -223,12 +232,22 @@ def elbo(
       u: points ``(n,)`` in [0, 1), one for each draw of the diffusion term.
       noise: the distribution q_eps of the noise at eps, and the number of levels.
       reduction: as in ``bound.elbo``; it changes the variance only.
+      steps: as in ``bound.elbo``, the bound of a chain in discrete time, for the categorical noise.
 
     Returns:
       prior, diffusion and reconstruction (the decoder; zero for the truncated normal), in nats.
     """
     control = reduction.control
-    t, weight = times.draw(sde, eps, u, reduction.density, reduction.proposal)
+    if steps is None:
+        t, weight = times.draw(sde, eps, u, reduction.density, reduction.proposal)
+    elif isinstance(noise, TruncatedNormal):
+        raise ValueError(
+            f"steps={shown(steps)} with {noise}: the bound in discrete time is for Categorical "
+            "noise; give that, or no steps"
+        )
+    else:
+        nodes, weights, constant = chain(sde, eps, steps)
+        t, weight = draw_step(nodes, weights, u)
     centre = bits.to_model(pixels, 0.5, noise.levels)
     width = tau(sde, noise.levels, eps) if isinstance(noise, TruncatedNormal) else None
     log_snr_eps = sde.log_snr(jnp.asarray(eps, centre.dtype))
@@ -253,8 +272,14 @@ def elbo(
 
     pairs, last = _normals(key, u.size, centre)
     diffusion = jnp.mean(weight * jax.vmap(draw)(t, pairs))
+    if steps is not None:
+        diffusion = diffusion + centre.size * constant
     if control is not None:
-        diffusion = diffusion + control.integral(sde, centre, eps)
+        diffusion = diffusion + (
+            control.integral(sde, centre, eps)
+            if steps is None
+            else control.sum_of_steps(sde, centre, nodes, weights)
+        )
     if isinstance(noise, TruncatedNormal):
         diffusion = diffusion + centre.size * edge_constant(sde, eps, width)
         variance = 1 - scalars.exp(-_snr_range(sde, eps)) * (1 - _variance(width))

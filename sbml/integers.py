@@ -134,6 +134,21 @@ def decoder_nats(out: Outputs, y: Example, rho: Noise, pixels: Pixels, levels: L
     return jnp.sum(total - log_joint(pixels[None])[0])
 
 
+@checked
+def decoder_log_p(
+    out: Outputs, y: Example, rho: Noise, levels: Levels
+) -> Float[Array, "*s {levels}"]:
+    """log p(k | y) of all levels k, ``(*s, levels)``; the arguments are those of
+    :func:`decoder_nats`."""
+    _check(out, levels)
+    if levels <= FEW:
+        return _of_all(out, y, rho, levels, "centre")[0]
+    components = _components(out, y, rho, levels)
+    centre = bits.to_model(_first(jnp.arange(levels, dtype=y.dtype), y), 0.5, levels)
+    log_joint = _log_density(components, centre) - 0.5 * ((centre - y[None]) / rho) ** 2
+    return jnp.moveaxis(jax.nn.log_softmax(log_joint, axis=0), 0, -1)
+
+
 def _check(out: Outputs, levels: int) -> None:
     if out.shape[-1] != outputs(levels):
         raise ValueError(

@@ -407,6 +407,17 @@ class LinenScore:
 
     def decoder_nats(self, y: Example, t: Scalar, pixels: Pixels) -> Scalar:
         """-log p(pixels | x_t) of one example of bin centres, x_t = alpha y: nats, a scalar."""
+        out, rho = self._decoder(y, t)
+        return integers.decoder_nats(out, y, rho, pixels, self.adapter.levels)
+
+    def decoder_log_p(self, y: Example, t: Scalar) -> Float[Array, "..."]:
+        """log p(k | x_t) of all levels k for one example of bin centres, x_t = alpha y, in nats:
+        ``(*s, levels)``."""
+        out, rho = self._decoder(y, t)
+        return integers.decoder_log_p(out, y, rho, self.adapter.levels)
+
+    def _decoder(self, y: Example, t: Scalar) -> tuple[Array, Scalar]:
+        """The network's outputs for x_t = alpha y, and rho = sigma / alpha."""
         a = self.adapter
         if a.parameterization != LEVELS or a.data != "centre":
             raise ValueError(
@@ -415,8 +426,7 @@ class LinenScore:
                 "data.dequantization=centre, or evaluate another dequantizer"
             )
         alpha = a.sde.mean_coef(t)
-        out = self._network((alpha * y)[None], t[None], None)[0]
-        return integers.decoder_nats(out, y, a.sde.std(t) / alpha, pixels, a.levels)
+        return self._network((alpha * y)[None], t[None], None)[0], a.sde.std(t) / alpha
 
     def _of(self, x: Batch, t: Vector, key: Key | None, *formulas: Formula) -> tuple[Batch, ...]:
         """The value of each formula, ``(n, *s)``, by one call of the network."""

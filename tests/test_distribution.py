@@ -372,7 +372,7 @@ def test_the_bound_in_discrete_time() -> None:
     v = lambda t: sde.mean_coef(t) ** 2 * variances + sde.std(t) ** 2  # noqa: E731
     d = sbml.Density(lambda x, t, key: -x / v(t), sde, (3,), eps=0.05)
     x = np.asarray(X)
-    t, weights = bound.chain(sde, 0.05, 20)
+    t, weights, _ = bound.chain(sde, 0.05, 20)
     rho2 = (sde.std(t) / sde.mean_coef(t)) ** 2
     rho2 = np.asarray(rho2)[:, None]
     variances = np.asarray(variances)

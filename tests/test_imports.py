@@ -26,18 +26,18 @@ LAYERS: dict[str, set[str]] = {
     "library": {"networks", "dequantizers", "estimators", "samplers"},
     **dict.fromkeys(("networks", "dequantizers", "samplers"), set()),
     "estimators": {"dequantizers"},
-    "runtime": set(),
+    **dict.fromkeys(("codec", "runtime"), set()),
     "data": {"runtime"},
-    "verify": {"dequantizers"},
+    "verify": {"codec", "dequantizers"},
     "features": {"data", "runtime"},
     "report": {"data", "estimators", "runtime"},
     "experiment": {"data", "dequantizers", "estimators", "features", "networks", "runtime"}
     | {"samplers"},
-    "evaluation": {"data", "dequantizers", "estimators", "experiment", "report", "runtime"}
-    | {"samplers"},
+    "evaluation": {"codec", "data", "dequantizers", "estimators", "experiment", "report"}
+    | {"runtime", "samplers"},
     "convert": {"dequantizers", "experiment", "networks", "runtime"},
-    "modes": {"convert", "data", "dequantizers", "evaluation", "experiment", "features", "report"}
-    | {"runtime", "samplers", "verify"},
+    "modes": {"codec", "convert", "data", "dequantizers", "evaluation", "experiment", "features"}
+    | {"report", "runtime", "samplers", "verify"},
     "main": {"experiment", "modes", "runtime"},
 }
 PURE = (
@@ -99,7 +99,7 @@ def test_every_folder_is_a_layer() -> None:
 
 def test_the_files_of_the_library_import_each_other_in_one_order() -> None:
     """Files at the top, and the kinds' folders as one file each: no circle."""
-    library = {"library", "networks", "dequantizers", "estimators", "samplers"}
+    library = {"library", "codec", "networks", "dequantizers", "estimators", "samplers"}
     arrows: dict[str, set[str]] = {}
     for module in (m for m in MODULES if layer(m) in library):
         targets = {name.split(".")[1] for name in imports(tree_of(module)) if "sbml." in name}

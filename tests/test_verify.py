@@ -47,7 +47,7 @@ OF_INTEGERS = [
     ),
 ]
 NAMES = OF_THE_PRIOR + OF_THE_SCORE + OF_INTEGERS
-CHECKED = ("vp", "ve")
+CHECKED = ("ve", "vp")
 # The noise of VE and of VDM's schedule is never small enough for this correction.
 ABSENT = {
     (f"epsilon-correction, {kind}", name)
@@ -55,6 +55,7 @@ ABSENT = {
     for name in ("ve", "linear_gamma")
 }
 EVERY = set(itertools.product(NAMES, SDES)) - ABSENT
+EVERY |= {("bits of a coded image, and its bound", next(iter(SDES)))}
 
 
 @functools.cache

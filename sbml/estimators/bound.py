@@ -55,18 +55,19 @@ class Estimator(base.Estimator):
         target: Target,
     ) -> tuple[dict[str, Scalar], Evaluations]:
         bound_key = stream(key, "bound")
-        draws: dict[str, Any] = {"eps": target.eps, "u": u, "reduction": options}
+        draws: dict[str, Any] = {"eps": target.eps, "u": u, "reduction": options, **self.own}
         model = target.dequantizer
         if dequantizers.has_bound(model):
             terms = model.bound(params, score, target.sde, data, bound_key, target.levels, **draws)
             return {**terms._asdict(), "dequantization": jnp.zeros(())}, u.size + model.calls
         x, log_q = target.sample(params, data, stream(key, "dequantization"))
-        terms = self.elbo(score, target.sde, x, bound_key, **draws)
+        terms = bound.elbo(score, target.sde, x, bound_key, **draws)
         return {**terms._asdict(), "dequantization": log_q}, u.size + 1
 
-    def elbo(self, *of: Any, **draws: Any) -> bound.Bound:
-        """``bound.elbo`` in the form of this class."""
-        return bound.elbo(*of, **draws)
+    @property
+    def own(self) -> dict[str, Any]:
+        """The arguments of ``bound.elbo`` for the form of this class."""
+        return {}
 
     def scale_nats(self, target: Target, shape: tuple[int, ...]) -> float:
         return 0.0 if dequantizers.has_bound(target.dequantizer) else target.scale_nats(shape)
@@ -85,8 +86,9 @@ class ScoreMatching(Estimator):
 
     trace: Trace = Trace()
 
-    def elbo(self, *of: Any, **draws: Any) -> bound.Bound:
-        return bound.elbo(*of, trace=self.trace, **draws)
+    @property
+    def own(self) -> dict[str, Any]:
+        return {"trace": self.trace}
 
     @classmethod
     def reason_undefined(cls, dequantizer: type[Any], num_importance: int) -> str:
@@ -100,9 +102,11 @@ class ScoreMatching(Estimator):
 
 @dataclasses.dataclass(frozen=True)
 class InSteps(Estimator):
-    """The evidence bound of a chain of ``steps`` steps in discrete time (``bound.chain``)."""
+    """The evidence bound of a chain in discrete time: of ``steps`` steps of DDPM, or of these steps
+    (``bound.chain``)."""
 
-    steps: int = 1000
+    steps: int | bound.Steps = 1000
 
-    def elbo(self, *of: Any, **draws: Any) -> bound.Bound:
-        return bound.elbo(*of, steps=self.steps, **draws)
+    @property
+    def own(self) -> dict[str, Any]:
+        return {"steps": self.steps}

@@ -20,6 +20,7 @@ from ml_collections import ConfigDict
 
 from sbml import data, dequantizers
 from sbml.dequantizers import DEQUANTIZERS
+from sbml.experiment.coding import Coding
 from sbml.experiment.data import Data
 from sbml.experiment.dequantizer import Dequantizer
 from sbml.experiment.evaluation import Eval
@@ -52,6 +53,7 @@ class Config(Section):
     dequantizer: Dequantizer = Dequantizer()
     sampling: Sampling = Sampling()
     latents: Latents = Latents()
+    codec: Coding = Coding()
 
     def check(self) -> None:
         """Check that the split to evaluate exists, and that the dequantizers of the evaluation can

@@ -1,6 +1,6 @@
 """``config.data``: the images of a run, and how they become numbers in [-1, 1]."""
 
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, Literal
 
 from annotated_types import Ge, Lt
 
@@ -85,7 +85,7 @@ class Data(Chosen):
             raise refusal(self.name_of("validation"), self.validation, needs)
 
     @property
-    def kind(self) -> str:
+    def kind(self) -> Literal["centre", "uniform"]:
         """``centre`` if the training data are bin centres, or else ``uniform``, as in
         ``sbml.integers``."""
         return "centre" if self.dequantization == "centre" else "uniform"

@@ -33,8 +33,8 @@ MODES = Registry(
     {
         name: f"sbml.modes.{name}:run"
         for name in (
-            *("compare", "convert", "eval", "latents", "quality", "report", "sample", "stats"),
-            *("table", "train", "train_dequantizer", "verify"),
+            *("compare", "compress", "convert", "decompress", "eval", "latents", "quality"),
+            *("report", "sample", "stats", "table", "train", "train_dequantizer", "verify"),
         )
     },
 )

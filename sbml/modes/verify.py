@@ -14,8 +14,10 @@ from typing import Any
 import jax
 
 from sbml import compiler
+from sbml.codec import stack
 from sbml.runtime.versions import versions
 from sbml.sdes import SDES
+from sbml.verify.codec import codec_rows
 from sbml.verify.continuous import continuous_checks
 from sbml.verify.integers import discrete_checks
 from sbml.verify.table import Row
@@ -36,6 +38,7 @@ def checks(sdes: Sequence[str] = tuple(SDES)) -> list[Row]:
             return list(rows())
 
     jobs = [functools.partial(continuous_checks, name, SDES[name]()) for name in sdes]
+    jobs.append(functools.partial(codec_rows, sdes[0], SDES[sdes[0]]()))  # One is enough.
     with ThreadPoolExecutor() as pool:  # Most of the time is compilation, which runs in parallel.
         parts = pool.map(in_float64, [functools.partial(discrete_checks, sdes), *jobs])
         discrete, *continuous = parts
@@ -66,6 +69,8 @@ def run() -> None:
     failed = [row for row in rows if not row.ok]
     count = f"{len(rows) - len(failed)} of {len(rows)} rows agree with the truth"
     print(f"\n{count}, in {time.perf_counter() - start:.0f} s")
+    if not stack.installed():
+        print("no coded image was compared: pip install 'sbml[codec]'")
     if failed:
         print("failed: " + "; ".join(f"{row.name} ({row.sde})" for row in failed))
         raise SystemExit(1)

@@ -2,11 +2,13 @@
 
 Each batch of rows is one ``.npz``, which is complete or absent. A later run reads the parts on disk
 and computes only the missing rows; the finished table has the same bytes as without interruption.
-:func:`compute_once` does the same for arrays that are computed once.
+:func:`compute_once` does the same for arrays that are computed once, and :class:`Resumable` for
+the state of a computation that goes step by step.
 """
 
 import hashlib
 import json
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -48,6 +50,30 @@ def compute_once(
             write_npz(path, arrays)
     sharding.barrier(f"{name} made")
     return read_npz(path)
+
+
+class Resumable:
+    """The state of one long computation, arrays by name, in a file of ``root`` that is written at
+    most every ten seconds; ``identity`` describes the computation in plain JSON values."""
+
+    def __init__(self, root: epath.PathLike, name: str, identity: dict[str, Any]) -> None:
+        self.path = epath.Path(root) / f"{name}_{_digest(identity)}.npz"
+        self._written = time.monotonic()
+
+    def load(self) -> dict[str, np.ndarray]:
+        """The last state that was stored; {} if there is none."""
+        return intact_npz(self.path) or {}
+
+    def store(self, state: dict[str, Any], *, now: bool) -> None:
+        """Store ``state`` if ten seconds have passed, or ``now``."""
+        if now or time.monotonic() - self._written > 10:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            write_npz(self.path, {name: np.asarray(value) for name, value in state.items()})
+            self._written = time.monotonic()
+
+    def remove(self) -> None:
+        """Remove the file of a computation that is finished."""
+        self.path.unlink(missing_ok=True)
 
 
 class Parts:

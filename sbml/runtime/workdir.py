@@ -3,8 +3,9 @@
     checkpoints/, dequantizer/checkpoints/      (sbml.runtime.checkpoint)
     metrics.jsonl, tensorboard/                 (sbml.runtime.metrics)
     architecture.json                           only for a converted checkpoint
-    eval/, sampling/                            tables in parts (sbml.runtime.parts)
+    eval/, sampling/, codec/                    tables in parts (sbml.runtime.parts)
     evaluation.json, per_image.npz, samples.npz, quality.json, latents.npz, pictures, report.*
+    images.sbml, codec.json, restored.npz       coded images (sbml.codec)
 
 A file that one mode writes for another is read with :meth:`Workdir.read`, which compares its CRC32;
 if the file is damaged, the error names the mode that makes it again.
@@ -29,16 +30,20 @@ from sbml.runtime.files import (
 )
 
 ARCHITECTURE = "architecture.json"
+CODEC = "codec.json"
 EVALUATION = "evaluation.json"
+IMAGES = "images.sbml"
 LATENTS = "latents.npz"
 NEIGHBOURS = "neighbours.png"
 PER_IMAGE = "per_image.npz"
 QUALITY = "quality.json"
+RESTORED = "restored.npz"
 SAMPLES = "samples.npz"
 # Bytes of a path. macOS and object stores allow 1,024, files within the work directory included.
 LONGEST = 800
 MADE_BY = {
     ARCHITECTURE: "convert",
+    CODEC: "compress",
     EVALUATION: "eval",
     LATENTS: "latents",
     NEIGHBOURS: "quality",

@@ -1,0 +1,15 @@
+"""A lossless codec for images, whose code length is the bound of a diffusion model.
+
+    codec = Codec(score, Chain(sde, eps=1e-3, steps=250), shape=(8, 8, 1), levels=17)
+    content = compress(codec, pixels)           bytes; as long as the bound says, and initial bits
+    pixels = decompress(codec, content)         the same images, to the last bit
+
+``codec.chain`` has the mathematics, ``codec.stack`` the coder of integers, ``codec.bits_back`` how
+images are coded with both, and ``codec.file`` the format of the file.
+"""
+
+from sbml.codec.bits_back import Codec, Terms
+from sbml.codec.chain import Chain
+from sbml.codec.file import CodedFileError, compress, decompress
+
+__all__ = ["Chain", "CodedFileError", "Codec", "Terms", "compress", "decompress"]

@@ -1,0 +1,470 @@
+"""Bits-back coding of images in the chain of a model (``codec.chain``).
+
+To encode an image x, with a stack of bits (``codec.stack``):
+
+    pop z_0 by q(z_0 | x)                    push x by p(x | z_0)
+    pop z_i by q(z_i | z_{i-1})              push z_{i-1} by p(z_{i-1} | z_i)         i = 1 .. N
+                                             push z_N by p(z_N)
+
+The decoder does the opposite of each, in reverse order, and so gives back the bits that were
+popped. The stack becomes longer by the bound of the image in N steps, on average, plus the noise of
+this path. All z_i of an image lie on the grid of level i, whose width is half of the smaller of the
+two standard deviations with which z_i is popped and pushed. The width cancels between them.
+
+*Integers.* A model of bin centres codes z_0 around the centre c_k, and p(k | z_0) by its decoder. A
+model of data in the whole bins codes the point x in the bin of k too. A bin has M cells, of at most
+half a standard deviation of p(x | z_0) = N(x^, rho_0^2):
+
+    pop the cell of x by 1 / M for each cell in the bin of k,  ...,  push the cell by p(x | z_0)
+
+*Lanes.* Several stacks are coded at the same time, so that the network sees batches. Image j is the
+image number j // lanes of the stack j % lanes. The first image of each needs bits to pop. These
+initial bits are known, so they carry nothing: the file is longer by them than the net length. After
+the last image is decoded they are there again, which shows that every bit was decoded.
+
+*Scrambling.* The bits that are popped for z_{i+1} are those that were just pushed for z_{i-1}. So
+the noise of one step would be a function of the noise of another, and the z_i would not be drawn
+from q: their variance grew by half, and files were many times too long. So pseudorandom numbers,
+which the decoder knows, are first added to the bits that a pop uses.
+
+*Exactness.* Both sides must find the same means, to the last bit. The network is called by one
+compiled function with batches of one size, and the coefficients of the chain are in float64.
+
+References: Townsend, Bird, Barber, "Practical lossless compression with latent variables using bits
+back coding", 2019; Kingma et al., "Variational Diffusion Models", 2021, appendix.
+"""
+
+import dataclasses
+import importlib.metadata
+import math
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property
+from typing import Any, Final, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from sbml import discrete
+from sbml.codec import stack
+from sbml.codec.chain import Chain
+from sbml.codec.stack import Normal
+from sbml.types import Array, Batch, Score, batch_score
+
+CENTRE: Final = "centre"
+UNIFORM: Final = "uniform"  # where the data of a model lie in their bins
+WIDTH = 0.5  # of a grid, in standard deviations of the narrower distribution
+NORMAL_BITS = math.log2(math.sqrt(2 * math.pi * math.e))  # the entropy of N(0, 1)
+
+
+class Terms(NamedTuple):
+    """The bound on -log P(x) in N steps along the path of each image, each ``(n,)``, in nats."""
+
+    prior: Any
+    diffusion: Any
+    reconstruction: Any
+
+    @property
+    def total(self) -> np.ndarray:
+        """The sum of the terms."""
+        total: np.ndarray = self.prior + self.diffusion + self.reconstruction
+        return total
+
+
+class CodedFileError(ValueError):
+    """A file that is no coded file, is damaged, or was made by another model or machine."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Lanes:
+    """Some stacks, of which each codes one image at the same time.
+
+    Attributes:
+      stacks: n coders of ``codec.stack``.
+      rows: the row of each in the batches of the network, ``(n,)``.
+    """
+
+    stacks: Sequence[Any]
+    rows: np.ndarray
+
+    def scramble(self, pad: np.ndarray) -> None:
+        """Add ``pad`` to the upper bits."""
+        for s in self.stacks:
+            stack.scramble(s, pad)
+
+    def pop(self, by: Normal, width: float, mean: np.ndarray) -> np.ndarray:
+        """Numbers ``(n, d)`` on a grid, by distributions with ``mean (n, d)``."""
+        each = [by.pop(s, m) for s, m in zip(self.stacks, mean / width, strict=True)]
+        return width * np.stack(each)
+
+    def push(self, by: Normal, width: float, z: np.ndarray, mean: np.ndarray) -> None:
+        """Encode numbers ``z (n, d)`` of the grid."""
+        values = np.rint(z / width).astype(np.int64)
+        for s, each, m in zip(self.stacks, values, mean / width, strict=True):
+            by.push(s, each, m)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Codec:
+    """How images are coded by a score.
+
+    Attributes:
+      score: a score of one example, or of batches (``score.batch``).
+      chain: the times and their distributions.
+      shape: the shape of an image.
+      levels: the number of levels of a pixel, L.
+      data: ``uniform`` if the score is that of data spread over their bins; ``centre`` for data at
+        bin centres. The score may then have a method ``decoder_log_p(y, t)``; Bayes' rule is the
+        decoder of others.
+      lanes: the number of stacks.
+    """
+
+    score: Score
+    chain: Chain
+    shape: tuple[int, ...]
+    levels: int
+    data: Literal["centre", "uniform"] = UNIFORM
+    lanes: int = 8
+
+    @cached_property
+    def _noise(self) -> Callable[[np.ndarray, int], np.ndarray]:
+        """e(z_i, t_i) ``(lanes, d)`` of ``z (lanes, d)`` and i."""
+        sde, shape = self.chain.sde, (self.lanes, *self.shape)
+
+        @jax.jit
+        def noise(score: Score, z: Batch, t: Array) -> Batch:
+            return -sde.std(t) * batch_score(score)(z, jnp.full(z.shape[:1], t), None)
+
+        score = _as_pytree(self.score)
+
+        def at(z: np.ndarray, i: int) -> np.ndarray:
+            t = jnp.asarray(self.chain.times[i], jnp.float32)
+            found = noise(score, jnp.asarray(z.reshape(shape), jnp.float32), t)
+            return np.asarray(found, np.float64).reshape(z.shape)
+
+        return at
+
+    @cached_property
+    def _level_probabilities(self) -> Callable[[np.ndarray], np.ndarray]:
+        """p(k | z_0) ``(lanes, d, L)`` of ``z_0 (lanes, d)``, for bin centres."""
+        sde, levels, shape = self.chain.sde, self.levels, (self.lanes, *self.shape)
+
+        @jax.jit
+        def probabilities(score: Any, z: Batch, t: Array) -> Array:
+            def one(z: Array) -> Array:
+                y = z / sde.mean_coef(t)
+                if hasattr(score, "decoder_log_p"):
+                    return score.decoder_log_p(y, t)
+                return discrete.decoder_log_p(y, levels, sde.std(t) / sde.mean_coef(t))
+
+            return jnp.exp(jax.vmap(one)(z))
+
+        score = _as_pytree(self.score)
+
+        def at(z: np.ndarray) -> np.ndarray:
+            t = jnp.asarray(self.chain.times[0], jnp.float32)
+            found = probabilities(score, jnp.asarray(z.reshape(shape), jnp.float32), t)
+            return np.asarray(found, np.float32).reshape(*z.shape, levels)
+
+        return at
+
+    @cached_property
+    def widths(self) -> np.ndarray:
+        """The widths of the grids of z_0 .. z_N, ``(N + 1,)``."""
+        return WIDTH * np.minimum(self.chain.forward_std, self.chain.reverse_std)
+
+    @cached_property
+    def _forward(self) -> list[Normal]:
+        """q(z_i | z_{i-1}) on the grid of level i, first q(z_0 | x)."""
+        return [Normal(s, open=False) for s in self.chain.forward_std / self.widths]
+
+    @cached_property
+    def _reverse(self) -> list[Normal]:
+        """p(z_i | z_{i+1}) on the grid of level i, last p(z_N)."""
+        return [Normal(s, open=True) for s in self.chain.reverse_std / self.widths]
+
+    @property
+    def _rho(self) -> float:
+        return float(self.chain.sigma[0] / self.chain.alpha[0])
+
+    @cached_property
+    def cells(self) -> int:
+        """M, the number of cells of a bin; 1 for bin centres."""
+        if self.data == CENTRE:
+            return 1
+        return max(1, math.ceil(2 / self.levels / (WIDTH * self._rho)))
+
+    @cached_property
+    def _cell(self) -> Normal:
+        """p(x | z_0) on the grid of the cells."""
+        return Normal(self._rho * self.levels * self.cells / 2, open=True)
+
+    @property
+    def dims(self) -> int:
+        """d, the number of entries of an image."""
+        return math.prod(self.shape)
+
+    @property
+    def schedule(self) -> int:
+        """The CRC32 of the coefficients: two sides with the same one have the same chain."""
+        c = self.chain
+        parts = c.times, c.alpha, c.sigma, c.log_snr, self.widths, np.asarray(c.prior_std)
+        return zlib.crc32(b"".join(part.tobytes() for part in parts))
+
+    @cached_property
+    def arithmetic(self) -> int:
+        """The CRC32 of the network's outputs for fixed inputs at the first, middle and last level.
+        It depends on the weights, the compiler and the processor."""
+        z = np.random.RandomState(0).normal(size=(self.lanes, self.dims))
+        outputs = [self._noise(z, i) for i in (0, self.chain.steps // 2, self.chain.steps)]
+        if self.data == CENTRE:
+            outputs.append(self._level_probabilities(z))
+        return zlib.crc32(b"".join(np.ascontiguousarray(each).tobytes() for each in outputs))
+
+    @property
+    def made_by(self) -> dict[str, str]:
+        """What a decoder must share with the encoder, by name."""
+        return {
+            "schedule": f"{self.schedule:08x}",
+            "arithmetic": f"{self.arithmetic:08x}",
+            **{name: importlib.metadata.version(name) for name in ("jaxlib", "constriction")},
+            "device": jax.devices()[0].device_kind,
+        }
+
+    @cached_property
+    def initial_words(self) -> int:
+        """The number of initial words of 32 bits of a stack, of which no pop may need more.
+
+        After z_{i-1} is pushed, the stack is shorter by -log2 q(z_i | x) in widths of the grid than
+        before the image, or longer. Ten standard deviations of this are added.
+        """
+        known = np.log2(self.chain.sigma / self.widths) + NORMAL_BITS
+        shorter = self.dims * np.array([np.log2(self.cells), *known[:-1], 0.0])
+        spread = 10 * math.sqrt(self.dims / 2) / math.log(2)
+        needed = np.max(shorter + spread + stack.PRECISION * self._pad_sizes)
+        return 2 + math.ceil(needed / 32)
+
+    @cached_property
+    def _pad_sizes(self) -> np.ndarray:
+        """How many numbers of 24 bits a pop of each level uses, ``(N + 2,)``; the last is that of
+        the cells."""
+        normal = np.log2(self.chain.forward_std / self.widths) + NORMAL_BITS
+        popped = self.dims * np.append(normal, math.log2(self.cells))
+        spread = 10 * math.sqrt(self.dims / 2) / math.log(2)
+        return 3 + np.ceil((popped + spread) / stack.PRECISION).astype(int)
+
+    def _pads(self, number: int) -> list[np.ndarray]:
+        """The pseudorandom numbers for the pops of the image ``number`` of a stack, by level."""
+        # The raw stream of Philox is the same in all versions of NumPy.
+        raw = np.random.Philox(key=number).random_raw(int(self._pad_sizes.sum()))
+        numbers = (raw >> np.uint64(64 - stack.PRECISION)).astype(np.int64)
+        return np.split(numbers, np.cumsum(self._pad_sizes)[:-1])
+
+    def start(self, lane: int) -> np.ndarray:
+        """The words of the stack ``lane`` before its first image."""
+        # The stream of RandomState is the same in all versions of NumPy.
+        random = np.random.RandomState(lane)
+        return random.randint(1, 2**32, size=self.initial_words, dtype=np.uint32)
+
+    def encode(self, lanes: Lanes, pixels: np.ndarray, number: int) -> Terms:
+        """Encode ``pixels (n, *shape)``, as the image ``number`` of each of the n stacks."""
+        chain, n, pads = self.chain, len(pixels), self._pads(number)
+        k = pixels.reshape(n, -1).astype(np.int64)
+        if self.data == CENTRE:
+            cell, x = k, (2 * k + 1) / self.levels - 1
+        else:
+            lanes.scramble(pads[-1])
+            in_bin = [stack.pop_uniform(s, self.cells, self.dims) for s in lanes.stacks]
+            cell = k * self.cells + np.stack(in_bin)
+            x = self._point(cell)
+        lanes.scramble(pads[0])
+        z = lanes.pop(self._forward[0], self.widths[0], chain.forward_mean(0, x))
+        reconstruction = self._push_image(lanes, z, cell, x)
+        diffusion = np.zeros(n)
+        for i in range(1, chain.steps + 1):
+            lanes.scramble(pads[i])
+            above = lanes.pop(self._forward[i], self.widths[i], chain.forward_mean(i, z))
+            noise = self._of(self._noise, lanes, above, i)
+            mean = chain.reverse_mean(i, above, noise)
+            lanes.push(self._reverse[i - 1], self.widths[i - 1], z, mean)
+            diffusion += chain.step(i, x, above, noise)
+            z = above
+        lanes.push(self._reverse[-1], self.widths[-1], z, np.zeros_like(z))
+        return Terms(chain.prior(x), diffusion, reconstruction)
+
+    def decode(self, lanes: Lanes, number: int) -> np.ndarray:
+        """The last image of each stack, which is its image ``number``: int64 ``(n, *shape)``. It is
+        removed from the stack."""
+        chain, n, pads = self.chain, len(lanes.rows), self._pads(number)
+        z = lanes.pop(self._reverse[-1], self.widths[-1], np.zeros((n, self.dims)))
+        for i in range(chain.steps, 0, -1):
+            mean = chain.reverse_mean(i, z, self._of(self._noise, lanes, z, i))
+            below = lanes.pop(self._reverse[i - 1], self.widths[i - 1], mean)
+            lanes.push(self._forward[i], self.widths[i], z, chain.forward_mean(i, below))
+            lanes.scramble(-pads[i])
+            z = below
+        cell = self._pop_image(lanes, z)
+        k = cell // self.cells
+        x = (2 * k + 1) / self.levels - 1 if self.data == CENTRE else self._point(cell)
+        lanes.push(self._forward[0], self.widths[0], z, chain.forward_mean(0, x))
+        lanes.scramble(-pads[0])
+        if self.data == UNIFORM:
+            for s, each in zip(lanes.stacks, cell - k * self.cells, strict=True):
+                stack.push_uniform(s, each, self.cells)
+            lanes.scramble(-pads[-1])
+        return k.reshape(n, *self.shape)
+
+    def _point(self, cell: np.ndarray) -> np.ndarray:
+        """The centres of cells, in the model's scale."""
+        return (2 * cell + 1) / (self.levels * self.cells) - 1
+
+    def _cell_mean(self, lanes: Lanes, z: np.ndarray) -> np.ndarray:
+        """x^(z_0), in cells."""
+        noise = self._of(self._noise, lanes, z, 0)
+        x = (z - self.chain.sigma[0] * noise) / self.chain.alpha[0]
+        return ((x + 1) * self.levels * self.cells - 1) / 2
+
+    def _push_image(
+        self, lanes: Lanes, z: np.ndarray, cell: np.ndarray, x: np.ndarray
+    ) -> np.ndarray:
+        """Push the cells of x by p(x | z_0); the reconstruction in nats, ``(n,)``."""
+        if self.data == CENTRE:
+            p = self._of(self._level_probabilities, lanes, z)
+            for s, k, each in zip(lanes.stacks, cell, p, strict=True):
+                stack.push_level(s, k, each)
+            chosen = np.take_along_axis(p.astype(np.float64), cell[..., None], 2)
+            # The coder has no smaller probability.
+            return -np.sum(np.log(np.maximum(chosen, 2.0**-stack.PRECISION)), axis=(1, 2))
+        mean = self._cell_mean(lanes, z)
+        for s, each, m in zip(lanes.stacks, cell, mean, strict=True):
+            self._cell.push(s, each, m)
+        errors = (x - self._point(mean)) / self._rho
+        # -log N(x; x^, rho^2), minus the logarithm of the width of a bin.
+        constant = math.log(math.sqrt(2 * math.pi) * self._rho * self.levels / 2)
+        return np.sum(0.5 * errors**2, axis=1) + self.dims * constant
+
+    def _pop_image(self, lanes: Lanes, z: np.ndarray) -> np.ndarray:
+        """The cells of x by p(x | z_0), ``(n, d)``."""
+        if self.data == CENTRE:
+            p = self._of(self._level_probabilities, lanes, z)
+            return np.stack([stack.pop_level(s, q) for s, q in zip(lanes.stacks, p, strict=True)])
+        means = self._cell_mean(lanes, z)
+        return np.stack([self._cell.pop(s, m) for s, m in zip(lanes.stacks, means, strict=True)])
+
+    def _of(self, function: Any, lanes: Lanes, z: np.ndarray, *level: int) -> np.ndarray:
+        """``function`` of the batch of all lanes; a lane without an image gets zeros."""
+        batch = np.zeros((self.lanes, self.dims))
+        batch[lanes.rows] = z
+        found: np.ndarray = function(batch, *level)[lanes.rows]
+        return found
+
+
+def _as_pytree(score: Any) -> Any:
+    """``score``, or a plain function as a pytree without leaves, to be an argument of ``jit``."""
+    leaves = jax.tree.leaves(score)
+    plain = len(leaves) == 1 and leaves[0] is score
+    return jax.tree_util.Partial(score) if plain else score
+
+
+class State(NamedTuple):
+    """How far an encoding or a decoding has come; arrays only, so that it can be stored.
+
+    Attributes:
+      number: the number of images of each stack that are coded; a decoding counts down to 0.
+      words: the words of all stacks, uint32.
+      sizes: the number of words of each stack, ``(lanes,)``; 0 for a stack that is missing.
+      terms: of an encoding, the terms of the images so far in nats, ``(images, 3)``.
+      pixels: of a decoding, the images from the end so far, uint8 ``(images, *shape)``.
+    """
+
+    number: int
+    words: np.ndarray
+    sizes: np.ndarray
+    terms: np.ndarray
+    pixels: np.ndarray
+
+    @classmethod
+    def of(cls, number: int, stacks: Sequence[np.ndarray], terms: Any, pixels: Any) -> "State":
+        """The state with the words ``stacks`` of each stack."""
+        sizes = np.array([len(words) for words in stacks])
+        return cls(number, np.concatenate(stacks), sizes, terms, pixels)
+
+    @classmethod
+    def of_arrays(cls, arrays: dict[str, Any]) -> "State":
+        """The state whose fields were stored as arrays."""
+        return cls(**{**arrays, "number": int(arrays["number"])})
+
+    @property
+    def stacks(self) -> list[np.ndarray]:
+        """The words of each stack."""
+        return np.split(self.words, np.cumsum(self.sizes)[:-1])
+
+
+def first_state(codec: Codec) -> State:
+    """The state of an encoding before the first image."""
+    stacks = [codec.start(lane) for lane in range(codec.lanes)]
+    return State.of(0, stacks, np.empty((0, 3)), np.empty((0, *codec.shape), np.uint8))
+
+
+def encode(codec: Codec, pixels: np.ndarray, state: State) -> Iterator[State]:
+    """Encode the images ``pixels (n, *shape)`` that ``state`` lacks: a state after each round of
+    one image in each stack. The first round is decoded at once.
+
+    Raises:
+      ValueError: this machine does not repeat its own arithmetic.
+    """
+    coders, terms = [stack.coder(words) for words in state.stacks], state.terms
+    for number in range(state.number, -(-len(pixels) // codec.lanes)):
+        batch = pixels[number * codec.lanes : (number + 1) * codec.lanes]
+        rows = np.arange(len(batch))
+        found = codec.encode(Lanes(coders[: len(batch)], rows), batch, number)
+        terms = np.concatenate([terms, np.stack(found, axis=1)])
+        words = [coder.get_compressed() for coder in coders]
+        after = State.of(number + 1, words, terms, state.pixels)
+        if number == 0 and not np.array_equal(next(decode(codec, len(batch), after)).pixels, batch):
+            raise ValueError(
+                "the first images were encoded, and decoded at once they are others: two calls of "
+                "the network with the same input differ on this machine. On a GPU set "
+                "XLA_FLAGS=--xla_gpu_deterministic_ops=true"
+            )
+        yield after
+
+
+def last_state(codec: Codec, count: int, stacks: Sequence[np.ndarray | None]) -> State:
+    """The state of a decoding of ``count`` images before the last image. A stack that is None is
+    missing: its images will be zeros."""
+    words = [np.empty(0, np.uint32) if each is None else each for each in stacks]
+    empty = np.empty((0, *codec.shape), np.uint8)
+    return State.of(-(-count // codec.lanes), words, np.empty((0, 3)), empty)
+
+
+def decode(codec: Codec, count: int, state: State) -> Iterator[State]:
+    """Decode those of ``count`` images that ``state`` lacks, from the last to the first: a state
+    after each round.
+
+    Raises:
+      CodedFileError: a stack has no further image.
+    """
+    present = np.flatnonzero(state.sizes)
+    words, pixels = state.stacks, state.pixels
+    coders = {lane: stack.coder(words[lane]) for lane in present}
+    for number in range(state.number - 1, -1, -1):
+        active = min(codec.lanes, count - number * codec.lanes)
+        rows = present[present < active]
+        batch = np.zeros((active, *codec.shape), np.uint8)
+        try:
+            batch[rows] = codec.decode(Lanes([coders[lane] for lane in rows], rows), number)
+        except KeyError:  # of constriction: a value has no code
+            raise CodedFileError(
+                f"the images {number * codec.lanes} to {number * codec.lanes + active - 1} cannot "
+                "be decoded: the file fits neither this model nor this machine"
+            ) from None
+        pixels = np.concatenate([batch, pixels])
+        for lane in rows:
+            words[lane] = coders[lane].get_compressed()
+            if len(words[lane]) < codec.initial_words:
+                raise CodedFileError(
+                    f"the lane {lane} ends before its image {number}: the file was changed"
+                )
+        yield State.of(number, words, state.terms, pixels)

@@ -1,0 +1,154 @@
+"""The codec of a trained model, the images that it codes, and the bound of the same steps."""
+
+import zlib
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from PIL import Image
+
+from sbml import bits
+from sbml.codec import Chain, Codec
+from sbml.codec.chain import pilot
+from sbml.codec.file import Header, as_integers
+from sbml.data import spread
+from sbml.estimate import Estimate
+from sbml.estimators.base import Rows, Target, rows
+from sbml.estimators.bound import InSteps
+from sbml.estimators.driver import Driver
+from sbml.evaluation.inputs import Inputs
+from sbml.experiment.build import Experiment
+from sbml.runtime import sharding
+from sbml.runtime.checkpoint import Restored
+from sbml.runtime.trees import tree_crc32
+from sbml.streams import stream
+
+
+def codec_of(
+    experiment: Experiment, restored: Restored, chain: Chain, lanes: int
+) -> tuple[Codec, dict[str, str]]:
+    """The codec of the averaged parameters of ``restored``, and what a decoder must share with the
+    encoder, by name.
+
+    ``experiment`` has the dequantization on which ``restored`` was trained.
+    """
+    params, kind = restored.state.ema_params, experiment.config.data.kind
+    score = experiment.exact_adapter(params)
+    codec = Codec(score, chain, experiment.shape, experiment.levels, kind, lanes)
+    settings = zlib.crc32(repr(experiment.score_identity).encode())
+    identity = {"weights": f"{tree_crc32(params):08x}", "score": f"{settings:08x}"}
+    return codec, {**identity, **codec.made_by}
+
+
+def encoder_chain(inputs: Inputs) -> Chain:
+    """The chain of ``config.codec.steps`` steps, whose times and variances are chosen by the errors
+    of the noise prediction on 256 training images, rounded as in the header."""
+    experiment, train = inputs.experiment, inputs.train
+    eps = eps_of(experiment)
+    images = train.images[spread(len(train), 256)]
+    x = bits.to_model(jax.numpy.asarray(images), 0.5, train.levels)
+    key = stream(jax.random.key(experiment.config.eval.seed), "pilot")
+    score = experiment.exact_adapter(inputs.restored.state.ema_params)
+    run = jax.jit(lambda score, x, key: pilot(score, experiment.sde, x, key, eps=eps))
+    errors = [(q + 0.5) / 256 for q in as_integers(np.asarray(run(score, x, key)).tolist())]
+    return Chain(experiment.sde, eps, experiment.config.codec.steps, tuple(errors))
+
+
+def decoder_chain(experiment: Experiment, header: Header) -> Chain:
+    """The chain of a file."""
+    return Chain(experiment.sde, header.eps, header.steps, header.shares)
+
+
+def eps_of(experiment: Experiment) -> float:
+    """The time at which the chain begins: that of the bound."""
+    centre = experiment.config.data.kind == "centre"
+    return experiment.discrete_eps if centre else experiment.eval_eps
+
+
+def bound_of(inputs: Inputs, codec: Codec, pixels: np.ndarray) -> Estimate:
+    """The bound on -log2 P of ``pixels (n, *shape)`` in the steps of ``codec``, in bits/dim, by the
+    functions of an evaluation."""
+    experiment, config = inputs.experiment, inputs.experiment.config.eval
+    learned = hasattr(codec.score, "decoder_log_p") and codec.data == "centre"
+    name = ("learned" if learned else "categorical") if codec.data == "centre" else "uniform"
+    dequantization = inputs.dequantization(name)
+    target = Target(experiment.sde, codec.chain.eps, experiment.levels, dequantization.model)
+    method = InSteps(steps=codec.chain.as_steps)
+
+    def compute(batch: Rows, u: Any, options: Any) -> dict[str, Any]:
+        of = method, target, codec.score, dequantization.params
+        return sharding.to_host(rows(*of, batch, u, options))
+
+    ids = np.arange(len(pixels))
+    size = sharding.round_up(min(config.batch_size, len(pixels)))
+    return Driver(
+        estimator=method,
+        target=target,
+        data=pixels,
+        ids=ids,
+        subset=ids[:1],
+        compute=compute,
+        place=sharding.split,
+        seed=config.seed,
+        batch_size=size,
+        n_times=max(config.n_times, 4),
+        sweeps=config.sweeps,
+        progress="bound in the same steps",
+    ).estimate()
+
+
+def read_folder(folder: Path, shape: tuple[int, ...], levels: int) -> np.ndarray:
+    """The images of ``folder`` as they are, uint8 ``(n, *shape)``, in the order of their names.
+
+    Raises:
+      ValueError: a file is no image of that shape with pixels 0 .. levels - 1. A codec without loss
+        can neither scale images nor change their colours.
+    """
+    paths = sorted(p for p in folder.iterdir() if p.is_file() and not p.name.startswith("."))
+    if not paths:
+        raise ValueError(f"--source={folder}: no files: give a folder of images")
+    modes = {(1, 256): "L", (3, 256): "RGB"}
+    expected = modes.get((shape[-1], levels), "P")  # With fewer levels, they are the palette's.
+    images = []
+    for path in paths:
+        try:
+            image = Image.open(path)
+            pixels = np.asarray(image).reshape(image.height, image.width, -1)
+        except (OSError, ValueError, Image.DecompressionBombError) as error:
+            raise ValueError(f"{path} is no image that can be read: {error}") from None
+        if image.mode != expected or pixels.shape != shape or pixels.max() >= levels:
+            raise ValueError(
+                f"{path} has the mode {image.mode}, the shape {pixels.shape} and the largest pixel "
+                f"{pixels.max()}, but the model codes images of mode {expected}, shape {shape} and "
+                f"{levels} levels without loss: take other images, or a model of this size"
+            )
+        images.append(pixels)
+    return np.stack(images).astype(np.uint8)
+
+
+def write_folder(folder: Path, pixels: np.ndarray, levels: int) -> None:
+    """Write ``pixels (n, h, w, c)`` as PNG files with their numbers as names.
+
+    With fewer than 256 levels, a pixel is the index of a palette of greys.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    digits = len(str(len(pixels) - 1))
+    for number, each in enumerate(pixels):
+        image = Image.fromarray(each[..., 0] if each.shape[-1] == 1 else each)
+        if levels < 256:
+            greys = (np.arange(levels) * 255 // (levels - 1)).repeat(3)
+            image = image.convert("P") if image.mode != "P" else image
+            image.putdata(each[..., 0].ravel().tolist())
+            image.putpalette(greys.tolist())
+        image.save(folder / f"{number:0{digits}d}.png")
+
+
+def writable(shape: tuple[int, ...], levels: int) -> bool:
+    """Whether PNG files can hold such images exactly."""
+    return (shape[-1], levels) in ((1, 256), (3, 256)) or shape[-1] == 1
+
+
+def is_single_process() -> bool:
+    """Whether this process is the only one: a stack is coded in one place."""
+    return jax.process_count() == 1

@@ -1,0 +1,21 @@
+"""``config.codec``: how ``--mode=compress`` codes images (``sbml.codec``)."""
+
+from typing import ClassVar
+
+from sbml.experiment.fields import Natural, Positive, Section, Size, field
+
+
+class Coding(Section):
+    """Settings of ``--mode=compress``, which codes images of ``eval.split`` without loss."""
+
+    section: ClassVar[str] = "codec"
+
+    steps: Positive = field(
+        250, "number of steps of the chain; more steps give a smaller file and take longer"
+    )
+    lanes: Size = field(
+        8,
+        "number of images that are coded at once; each lane has initial bits, which the file is "
+        "longer by",
+    )
+    num_images: Natural = field(0, "size of a random sample of images; 0: all")

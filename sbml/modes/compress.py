@@ -1,0 +1,86 @@
+"""Codes images in a file as long as their bound: ``--mode=compress [--source=FOLDER]``."""
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from sbml.codec import bits_back, file
+from sbml.codec.stack import require
+from sbml.evaluation import coding
+from sbml.evaluation.inputs import Inputs
+from sbml.experiment.build import Experiment
+from sbml.runtime import progress
+from sbml.runtime.parts import Resumable
+from sbml.runtime.workdir import CODEC, IMAGES, Workdir
+
+
+def check(experiment: Experiment, workdir: Workdir, before: Sequence[str]) -> None:
+    """Check that the model has no classes, and that there is a coder and one process."""
+    experiment.refuse_classes("compress")
+    require()
+    if not coding.is_single_process():
+        raise ValueError("--mode=compress works in one process: leave out --coordinator")
+
+
+def run(experiment: Experiment, workdir: Workdir, source: str = "") -> None:
+    """Code images of ``eval.split``, or all images of the folder ``source``, in ``images.sbml``.
+
+    The newest checkpoint codes them, with averaged parameters, and a decoder needs it too. A killed
+    run continues after its last stored round. Writes ``codec.json`` with the lengths in bits/dim.
+    """
+    config, start = experiment.config, time.perf_counter()
+    with workdir.lock("compress"), jax.default_matmul_precision(config.eval.precision):
+        inputs = Inputs.of(experiment, workdir, config.eval.split)
+        experiment = inputs.experiment.with_dequantization_of(inputs.restored)
+        if source:
+            pixels = coding.read_folder(Path(source), experiment.shape, experiment.levels)
+        else:
+            pixels = inputs.images.images[inputs.ids(config.codec.num_images)]
+        chain = coding.encoder_chain(inputs)
+        lanes = min(config.codec.lanes, len(pixels))
+        codec, made_by = coding.codec_of(experiment, inputs.restored, chain, lanes)
+        header, _ = file.packed(codec, pixels, bits_back.first_state(codec), made_by)
+        resumable = Resumable(workdir / "codec", "encode", header.model_dump())
+        stored = resumable.load()
+        state = bits_back.State.of_arrays(stored) if stored else bits_back.first_state(codec)
+        initial = 32 * codec.initial_words * lanes
+        done, unit = len(state.terms), pixels[0].size
+        with inputs.preemption, progress.bar("encode", "image", len(pixels), done) as bar:
+            for after in bits_back.encode(codec, pixels, state):
+                state = after
+                bar.update(len(state.terms) - bar.n)
+                net = (32 * state.words.size - initial) / (bar.n * unit)
+                bar.set_postfix_str(f"{net:.3f} bits/dim", refresh=False)
+                resumable.store(state._asdict(), now=inputs.preemption.requested())
+                inputs.preemption.leave_if_requested("the images so far are stored")
+        header, content = file.packed(codec, pixels, state, made_by)
+        workdir.write_bytes(IMAGES, content)
+        dims, bits = pixels.size, 8 * len(content)
+        payload = 32 * state.words.size
+        path_bits = np.asarray(state.terms).sum(axis=1) / (unit * np.log(2))
+        bound = coding.bound_of(inputs, codec, pixels)
+        lengths = {
+            "disk": bits / dims,
+            "net": (payload - initial) / dims,
+            "initial": initial / dims,
+            "header": (bits - payload) / dims,
+            "path": float(path_bits.mean()),
+            "bound": bound.mean,
+            "bound_stderr": bound.this_set.stderr,
+        }
+        counts = {"count": len(pixels), "bytes": len(content), "steps": chain.steps, "lanes": lanes}
+        checksum = {"pixels_crc32": header.pixels_crc32, "restored": 0}
+        workdir.write(CODEC, {**counts, **lengths, **checksum})
+        resumable.remove()
+    print(
+        f"compressed: {len(pixels)} of {len(pixels)} images to {workdir / IMAGES}\n"
+        f"  on disk  {lengths['disk']:.4f} bits/dim, {len(content):,} bytes: net "
+        f"{lengths['net']:.4f}, initial bits of {lanes} lanes {lengths['initial']:.4f}, header "
+        f"{lengths['header']:.4f}\n"
+        f"  bound    {bound.mean:.4f} +- {bound.this_set.ci95:.4f} bits/dim in {chain.steps} steps "
+        f"for these images; {lengths['path']:.4f} along the coded paths"
+    )
+    print(f"compressed in {time.perf_counter() - start:.0f} s")

@@ -1,0 +1,151 @@
+"""``--mode=compress`` and ``--mode=decompress``: files of a trained model."""
+
+import shutil
+import signal
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import runs
+import tiny
+from PIL import Image
+
+from sbml import data
+from sbml.codec import CodedFileError
+from sbml.experiment import build
+from sbml.modes import compress, decompress, train
+from sbml.runtime.files import read_json, read_npz
+from sbml.runtime.preemption import Preemption
+from sbml.runtime.workdir import CODEC, IMAGES, RESTORED, Workdir
+
+
+def config(**codec: int):
+    chosen = tiny.get_config()
+    chosen.training.num_steps = 20
+    chosen.codec.update({"num_images": 20, "steps": 6, "lanes": 3, **codec})
+    return chosen
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    workdir = tmp_path_factory.mktemp("trained")
+    runs.mode(train.run, config(), workdir)
+    return workdir
+
+
+@pytest.fixture(scope="module")
+def coded(trained: Path) -> Path:
+    runs.mode(compress.run, config(), trained)
+    return trained
+
+
+def of_folder(folder: Path) -> np.ndarray:
+    return np.stack([np.asarray(Image.open(path)) for path in sorted(folder.iterdir())])
+
+
+def test_the_images_of_a_split_come_back_and_the_parts_of_the_length_add_up(
+    coded: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    runs.mode(decompress.run, config(), coded)
+    assert "compressed and restored: 20 of 20 images, " in capsys.readouterr().out
+    restored, digits = read_npz(coded / RESTORED), data.load("digits", "test").images
+    ids = np.sort(np.random.RandomState(0).permutation(len(digits))[:20])
+    np.testing.assert_array_equal(restored["images"], digits[ids])
+    said, size = read_json(coded / CODEC, ""), (coded / IMAGES).stat().st_size
+    assert said["bytes"] == size and said["restored"] == 20
+    assert said["disk"] == 8 * size / (20 * 64)
+    parts = said["net"] + said["initial"] + said["header"]
+    assert parts == pytest.approx(said["disk"], rel=1e-12)
+    # The noise of 20 paths: the variance of a log-ratio is about twice its mean, in nats.
+    noise = np.sqrt(2 * said["path"] * 64 * np.log(2) / 20) / (64 * np.log(2))
+    assert abs(said["net"] - said["path"]) < 4 * noise + 32 * 3 / (20 * 64)
+    assert abs(said["bound"] - said["path"]) < 4 * np.hypot(noise, said["bound_stderr"])
+
+
+def test_a_folder_of_images_goes_to_a_file_and_back(coded: Path, tmp_path: Path) -> None:
+    for workdir in ("a", "b"):
+        (tmp_path / workdir).mkdir()
+        (tmp_path / workdir / "checkpoints").symlink_to(coded / "checkpoints")
+    first = tmp_path / "first"
+    runs.mode(decompress.run, config(), tmp_path / "a", source=str(coded / IMAGES), to=str(first))
+    assert [path.name for path in sorted(first.iterdir())][:2] == ["00.png", "01.png"]
+    restored = of_folder(first)
+    with Image.open(first / "00.png") as shown:  # Level 16 of 17 is shown white.
+        assert shown.getpalette()[16 * 3 : 17 * 3] == [255] * 3
+    runs.mode(compress.run, config(), tmp_path / "b", source=str(first))
+    runs.mode(decompress.run, config(), tmp_path / "b")
+    images = read_npz(tmp_path / "b" / RESTORED)["images"]
+    np.testing.assert_array_equal(images[..., 0], restored)
+    for wrong, word in (
+        (Image.fromarray(np.zeros((8, 9), np.uint8)), "shape"),
+        (Image.fromarray(np.zeros((8, 8, 3), np.uint8)), "mode RGB"),
+        (Image.fromarray(np.full((8, 8), 3, np.uint8)), "mode L"),
+    ):
+        wrong.save(first / "20.png")
+        with pytest.raises(ValueError, match=f"20.png has.*{word}.*without loss"):
+            runs.mode(compress.run, config(), tmp_path / "b", source=str(first))
+    (first / "20.png").write_text("no image")
+    with pytest.raises(ValueError, match=r"20.png is no image that can be read"):
+        runs.mode(compress.run, config(), tmp_path / "b", source=str(first))
+
+
+def test_a_damaged_file_gives_back_the_images_of_the_other_lanes(
+    coded: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "checkpoints").symlink_to(coded / "checkpoints")
+    content = bytearray((coded / IMAGES).read_bytes())
+    content[-5] ^= 1
+    (tmp_path / IMAGES).write_bytes(content)
+    with pytest.raises(CodedFileError, match="lanes 2 of 3.*14 of 20 images were restored"):
+        runs.mode(decompress.run, config(), tmp_path)
+    found, whole = read_npz(tmp_path / RESTORED), np.flatnonzero(np.arange(20) % 3 != 2)
+    np.testing.assert_array_equal(found["id"], whole)
+    runs.mode(decompress.run, config(), coded)
+    images = read_npz(coded / RESTORED)["images"]
+    np.testing.assert_array_equal(found["images"], images[whole])
+
+
+def test_another_checkpoint_is_refused(coded: Path, tmp_path: Path) -> None:
+    longer = config()
+    longer.training.num_steps = 21
+    runs.mode(train.run, longer, tmp_path)
+    with pytest.raises(
+        CodedFileError, match=r"weights \w+, here \w+;.*only be decoded by the same"
+    ):
+        runs.mode(decompress.run, longer, tmp_path, source=str(coded / IMAGES))
+    with pytest.raises(ValueError, match=r"no file .*--mode=compress"):
+        runs.mode(decompress.run, longer, tmp_path)
+
+
+@pytest.mark.parametrize(("mode", "last"), [(compress, IMAGES), (decompress, RESTORED)])
+def test_a_stopped_run_continues_to_the_same_file(
+    coded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: Any, last: str
+) -> None:
+    (tmp_path / "checkpoints").symlink_to(coded / "checkpoints")
+    shutil.copy(coded / IMAGES, tmp_path / IMAGES)
+    runs.mode(decompress.run, config(), coded)
+    calls: list[int] = []
+
+    def third(preemption: Preemption) -> bool:
+        calls.append(1)
+        preemption._received = signal.SIGTERM if len(calls) >= 3 else None
+        return len(calls) >= 3
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as stopped:
+        patch.setattr(Preemption, "requested", third)
+        runs.mode(mode.run, config(), tmp_path)
+    assert stopped.value.code == 128 + signal.SIGTERM
+    (stored,) = (tmp_path / "codec").iterdir()
+    number = int(read_npz(stored)["number"])
+    assert number == (2 if mode is compress else 5)
+    runs.mode(mode.run, config(), tmp_path)
+    assert not list((tmp_path / "codec").iterdir())
+    assert (tmp_path / last).read_bytes() == (coded / last).read_bytes()
+
+
+def test_what_cannot_be_coded_is_refused_first(tmp_path: Path) -> None:
+    classes = config()
+    classes.model.classes = 10
+    with pytest.raises(ValueError, match="--mode=compress with model.classes=10"):
+        compress.check(build.Experiment(classes), Workdir(tmp_path), [])

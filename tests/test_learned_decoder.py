@@ -7,6 +7,7 @@ import runs
 import tiny
 from scipy import special, stats
 
+from sbml import integers
 from sbml.experiment import build
 from sbml.modes import eval as evaluate
 from sbml.modes import train
@@ -84,3 +85,18 @@ def test_the_decoders_bound_differs_from_the_categorical_one_by_the_decoder(eval
     names = [f"bound_{name}_reconstruction" for name in ("learned", "categorical")]
     learned, plain = (columns[name] for name in names)
     assert np.mean(learned) < 0.9 * np.mean(plain)
+
+
+@pytest.mark.parametrize("levels", [17, 256])
+def test_the_decoder_of_all_levels_is_the_decoder_of_each(levels: int) -> None:
+    rng = np.random.default_rng(0)
+    out = jnp.asarray(rng.normal(size=(2, 3, integers.outputs(levels))), jnp.float32)
+    y, rho = jnp.asarray(rng.uniform(-1, 1, (2, 3)), jnp.float32), jnp.asarray(1.5 / levels)
+    log_p = integers.decoder_log_p(out, y, rho, levels)
+    assert log_p.shape == (2, 3, levels)
+    np.testing.assert_allclose(jnp.exp(log_p).sum(-1), 1, rtol=1e-5)
+    for _ in range(3):
+        pixels = jnp.asarray(rng.integers(levels, size=(2, 3)))
+        chosen = jnp.take_along_axis(log_p, pixels[..., None], -1)
+        nats = integers.decoder_nats(out, y, rho, pixels, levels)
+        np.testing.assert_allclose(-chosen.sum(), nats, rtol=1e-4)

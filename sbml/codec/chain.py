@@ -158,7 +158,11 @@ class Chain:
 
 @checked
 def pilot(score: Score, sde: SDE, x: Batch, key: Key, *, eps: Number, bins: Count = 32) -> Array:
-    """m in ``bins`` equal bins of log-SNR, ``(bins,)``, from 8 draws for each of ``x (n, *s)``."""
+    """m in ``bins`` equal bins of log-SNR, ``(bins,)``, from 8 draws for each of ``x (n, *s)``.
+
+    It is brought into [1 / 512, 511 / 512]: the mean of a good score is below 1, its estimate need
+    not be.
+    """
     v = times.lattice(stream(key, "times"), len(x), DRAWS)
     t, _ = times.Importance(sde, eps).at(v)
 
@@ -169,7 +173,7 @@ def pilot(score: Score, sde: SDE, x: Batch, key: Key, *, eps: Number, bins: Coun
 
     values = jax.lax.map(image, (x, t, jax.random.split(stream(key, "noise"), len(x))))
     counts = times.tally(jnp.zeros((2, bins), values.dtype), v.ravel(), values.ravel(), 1.0)
-    return counts[1] / counts[0]
+    return jnp.clip(counts[1] / counts[0], 1 / 512, 511 / 512)
 
 
 def _in_float64(compute: Any) -> Any:

@@ -15,7 +15,7 @@ from sbml.codec.file import Header, as_integers
 from sbml.data import spread
 from sbml.estimate import Estimate
 from sbml.estimators.base import Rows, Target, rows
-from sbml.estimators.bound import InSteps
+from sbml.estimators.bound import Estimator, InSteps
 from sbml.estimators.driver import Driver
 from sbml.evaluation.inputs import Inputs
 from sbml.experiment.build import Experiment
@@ -66,15 +66,17 @@ def eps_of(experiment: Experiment) -> float:
     return experiment.discrete_eps if centre else experiment.eval_eps
 
 
-def bound_of(inputs: Inputs, codec: Codec, pixels: np.ndarray) -> Estimate:
-    """The bound on -log2 P of ``pixels (n, *shape)`` in the steps of ``codec``, in bits/dim, by the
-    functions of an evaluation."""
+def bound_of(
+    inputs: Inputs, codec: Codec, pixels: np.ndarray, *, continuous: bool = False
+) -> Estimate:
+    """The bound on -log2 P of ``pixels (n, *shape)`` in the steps of ``codec``, or in continuous
+    time, in bits/dim, by the functions of an evaluation."""
     experiment, config = inputs.experiment, inputs.experiment.config.eval
     learned = hasattr(codec.score, "decoder_log_p") and codec.data == "centre"
     name = ("learned" if learned else "categorical") if codec.data == "centre" else "uniform"
     dequantization = inputs.dequantization(name)
     target = Target(experiment.sde, codec.chain.eps, experiment.levels, dequantization.model)
-    method = InSteps(steps=codec.chain.as_steps)
+    method = Estimator() if continuous else InSteps(steps=codec.chain.as_steps)
 
     def compute(batch: Rows, u: Any, options: Any) -> dict[str, Any]:
         of = method, target, codec.score, dequantization.params
@@ -94,7 +96,7 @@ def bound_of(inputs: Inputs, codec: Codec, pixels: np.ndarray) -> Estimate:
         batch_size=size,
         n_times=max(config.n_times, 4),
         sweeps=config.sweeps,
-        progress="bound in the same steps",
+        progress="bound" if continuous else "bound in the same steps",
     ).estimate()
 
 

@@ -3,7 +3,8 @@
 Also as python -m sbml.main. A config is one of those in configs/, by its name, or any config file.
 Of a run that has a checkpoint, --workdir=DIR alone is enough: its config is in the checkpoint.
 --help=SECTION lists the fields of a section of the config, such as eval; --help=config all of them.
-Flags of one mode: --source=DIR [--pixels=centred|unit|bins] of convert, --runs=DIR,DIR of compare.
+Flags of one mode: --source=DIR [--pixels=centred|unit|bins] of convert, --runs=DIR,DIR of compare,
+--source=FOLDER of compress, --source=FILE --to=FOLDER of decompress.
 """
 
 import inspect

@@ -231,11 +231,13 @@ def label(result: Mapping[str, Any]) -> str:
     return " · ".join(map(str, words)) or "result"
 
 
-def figure(name: str, draw: Callable, width: float, height: float, caption: str) -> dict[str, Any]:
-    """A figure of ``width`` x ``height`` inches with its caption, for the templates; ``draw`` is as
-    in ``plots.svg``."""
+def figure(
+    name: str, draw: Callable, width: float, height: float, caption: str = ""
+) -> dict[str, Any]:
+    """A figure of ``width`` x ``height`` inches with its caption, for the templates; ``name`` and
+    ``draw`` are as in ``plots.svg``."""
     svg = Markup(plots.svg(name, draw, width, height))
-    return {"svg": svg, "alt": f"{name}. {caption}", "caption": caption}
+    return {"svg": svg, "alt": f"{name}. {caption}".strip(), "caption": caption}
 
 
 def _histogram(name: str, values: np.ndarray) -> dict[str, Any]:

@@ -63,22 +63,22 @@ def render(
     caption = "Bars: 95% intervals of each mean. The paired differences below are more precise."
     marginals = [
         page.figure(
-            f"Marginal {i}",
+            f"Marginal of {name}",
             partial(plots.marginal, data=values[:, i], samples=samples[:, i], label=name),
-            *(2.6, 1.7, name),
+            *(2.6, 1.7),
         )
         for i, name in enumerate(names[:MARGINALS])
     ]
     pairs = [
         page.figure(
-            f"Pair {i}, {j}",
+            f"{names[i]} and {names[j]}",
             partial(
                 plots.pair,
                 data=values[:, [i, j]],
                 samples=samples[: 2 * len(values)][:, [i, j]],
                 labels=(names[i], names[j]),
             ),
-            *(5, 3.4, f"{names[i]} and {names[j]}"),
+            *(5, 3.4),
         )
         for i, j in _dependent(values)
     ]

@@ -39,7 +39,9 @@ def line(result: Mapping[str, Any]) -> str:
     text = f"{result['name']}: log p {result['log_p']:.4f} nats per row [{low:.4f}, {high:.4f}]"
     if "difference" in result:
         low, high = result["difference_interval"]
-        text += f", model - it {result['difference']:+.4f} [{low:+.4f}, {high:+.4f}]"
+        text += (
+            f", model minus {result['name']} {result['difference']:+.4f} [{low:+.4f}, {high:+.4f}]"
+        )
     return f"{text}, {result['chosen']}"
 
 

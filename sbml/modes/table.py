@@ -184,7 +184,8 @@ def _chosen(
             eps=experiment.eval_eps,
             trace=config.eval.divergence() if config.eval.trace else None,
             solver=config.eval.solver(),
-            batch_size=config.eval.batch_size,
+            # One program serves the test rows too, if there are more of them.
+            batch_size=min(config.eval.batch_size, len(validation)),
             seed=config.eval.seed,
             budget=config.eval.solver_budget,
             subset=config.eval.subset or len(validation),

@@ -195,6 +195,7 @@ def histogram(axes: Axes, values: np.ndarray, label: str) -> None:
         _warn(axes, 0.98 - ANNOTATION_HEIGHT * line, note)
     axes.set_xlabel(label, parse_math=False)
     axes.set_ylabel("images")
+    axes.locator_params(axis="y", integer=True)
 
 
 def marginal(axes: Axes, data: np.ndarray, samples: np.ndarray, label: str) -> None:

@@ -121,12 +121,10 @@ def test_an_evaluation_has_bits_per_dim_given_the_label_and_the_classifier(train
     found = classifier["bits/dim of the mixture over classes"]
     assert found == pytest.approx(mixture.mean(), abs=1e-5)
     given = classifier["bits/dim given the label"]
-    assert given == pytest.approx(
-        np.mean([e[labels[ids]] for e in np.array(each).T])
-        if 0
-        else np.mean([each[labels[i]][j] for j, i in enumerate(ids)]),
-        abs=1e-5,
-    )
+    own = [each[labels[i]][j] for j, i in enumerate(ids)]
+    assert given == pytest.approx(np.mean(own), abs=1e-5)
+    assert table["class"].tolist() == images.labels[table["id"]].tolist()
+    assert stored["classes"] == [str(c) for c in range(10)]
     # The table's images have other draws, because the places in the data are other ones.
     own = table["ode_uniform_bits_per_dim"]
     assert stored["results"][0]["bits_per_dim"] == pytest.approx(own.mean())
@@ -181,6 +179,27 @@ def test_training_does_not_continue_with_other_classes(trained, monkeypatch) -> 
         runs.mode(train.run, longer, trained)
     with pytest.raises(ValueError, match="of the class n0, which the training did not see"):
         runs.mode(evaluate.run, config(), trained)
+
+
+def test_without_the_share_of_a_class_there_is_no_classifier(trained, monkeypatch) -> None:
+    """A warning says so before the work, and the other numbers stay."""
+    original = build.Experiment.images
+
+    def fewer(self, split):
+        images = original(self, split)
+        if split != "train":
+            return images
+        kept = images.labels != "9"
+        return dataclasses.replace(images, images=images.images[kept], labels=images.labels[kept])
+
+    before = Workdir(trained).read(EVALUATION)
+    monkeypatch.setattr(build.Experiment, "images", fewer)
+    runs.mode(evaluate.run, config(), trained)
+    after = Workdir(trained).read(EVALUATION)
+    assert "classifier" in before and "classifier" not in after
+    said = "no classifier: digits (train) has no image of the class 9, which the model was trained"
+    assert any(warning.startswith(said) for warning in after["warnings"])
+    assert after["results"][0]["bits_per_dim"] == before["results"][0]["bits_per_dim"]
 
 
 def test_a_network_of_the_users_with_a_field_of_that_name_has_no_classes() -> None:

@@ -93,7 +93,7 @@ def test_the_work_directory_carries_the_architecture(
 ) -> None:
     fitted = runs.fitted(config(), converted)
     assert {k: fitted.model.own[k] for k in reference.OPTIONS} == reference.OPTIONS
-    assert "config.model.nf is 128, the checkpoint's is 16" in capsys.readouterr().out
+    assert "config.model.nf=16, as in the checkpoint, replaces 128" in capsys.readouterr().out
     free = config()
     free.model.update(dropout=0.3, dtype="bfloat16")
     fitted = runs.fitted(free, converted)
@@ -105,8 +105,8 @@ def test_the_work_directory_carries_the_architecture(
     assert {k: fitted.model.own[k] for k in reference.OPTIONS} == reference.OPTIONS
     assert fitted.sde.name == "vp" and fitted.sde.own == {"beta_min": 0.1, "beta_max": 20.0}
     said = capsys.readouterr().out
-    assert "config.model.name is 'mlp', the checkpoint's is 'ncsnpp'" in said
-    assert "config.sde.name is 'subvp', the checkpoint's is 'vp'" in said
+    assert "config.model.name='ncsnpp', as in the checkpoint, replaces 'mlp'" in said
+    assert "config.sde.name='vp', as in the checkpoint, replaces 'subvp'" in said
     assert runs.fitted(free, converted.parent) == build.Experiment(free).config
 
 

@@ -133,6 +133,23 @@ def test_manual_dir_without_the_archives(holds: tuple[str, ...], tmp_path: Path)
 
 
 @pytest.mark.tfds
+def test_without_a_connection_the_archives_are_named(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    require_tfds(files=False)
+    import requests
+    import tensorflow_datasets as tfds
+
+    def unreachable(*_: Any, **__: Any) -> None:
+        raise requests.ConnectionError("no route to host")
+
+    monkeypatch.setattr(tfds.core.DatasetBuilder, "download_and_prepare", unreachable)
+    message = "(?s)not be downloaded .ConnectionError.*manual_dir=DIR; .* cifar-10-binary.tar.gz"
+    with pytest.raises(ValueError, match=message):
+        data.load("tfds:cifar10", "train", data.Options(cache_dir=tmp_path))
+
+
+@pytest.mark.tfds
 def test_altered_archive_is_refused(tmp_path: Path) -> None:
     require_tfds(files=True)
     for file in DEBIAN.glob("*.gz"):

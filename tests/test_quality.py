@@ -125,7 +125,7 @@ def test_samples_of_an_earlier_checkpoint_are_compared_aloud(
         monkeypatch.setattr(Checkpoints, "steps", lambda _, steps=steps: steps)
         values(config, workdir)
         assert ("of step 3, but the newest checkpoint is of step 7" in caplog.text) == warned
-    assert "20 samples of step 3, by s\n" in capsys.readouterr().out
+    assert "20 samples of step 3\n" in capsys.readouterr().out
 
 
 def test_training_images_that_are_not_the_checkpoints_are_told(

@@ -15,7 +15,7 @@ from PIL import Image
 
 from sbml.report import page as report_page
 from sbml.report import plots
-from sbml.report.result import Result
+from sbml.report.result import HALF_WIDTH, Result
 
 N, LEVELS = 40, 17
 ATTACK = '<script>alert("x")</script> $\\frac{'
@@ -385,6 +385,53 @@ def test_a_chart_of_one_point_is_not_drawn(tmp_path: Path) -> None:
 def test_a_baseline_that_is_left_out_has_its_reason(tmp_path: Path) -> None:
     report = {**numbers(), "baselines_left_out": {"full-covariance Gaussian": "9 are too few"}}
     assert "Left out: full-covariance Gaussian, for 9 are too few." in write(tmp_path, report).text
+
+
+@pytest.mark.parametrize(
+    ("count", "columns", "said"),
+    [
+        (10, 10, "Each column has one class: c0, c1, c2, c3, c4, c5, c6, c7, c8, c9."),
+        (3, 15, "Each column has one class: c0, c1, c2, and these again."),
+        (17, 16, "Sample i is of the class i modulo 17, counted from 0."),
+        (0, 16, "samples from the model, not selected."),
+    ],
+)
+def test_a_column_of_samples_has_one_class(
+    tmp_path: Path, count: int, columns: int, said: str
+) -> None:
+    names = [f"c{c}" for c in range(count)]
+    levels = np.arange(40) % (count or 40)  # The level of a sample is its class.
+    samples = np.full((40, 8, 8, 1), levels[:, None, None, None], np.uint8)
+    page = write(tmp_path, numbers(classes=names), samples=samples, levels=40)
+    (alt,) = [alt for alt in page.images if alt.endswith(said)]
+    grid = page.images[alt][::66, ::66]  # 8 pixels of 8 points each, and 2 points between
+    assert grid.shape[1] == columns
+    expected = np.rint(np.arange(columns) % (count or 40) * (255 / 39)).astype(np.uint8)
+    np.testing.assert_array_equal(grid[0], expected)
+    if 0 < count <= 16:
+        assert (grid[:2] == expected).all()
+
+
+def test_the_classifier_and_the_classes_are_shown(tmp_path: Path) -> None:
+    values = {
+        "images": 64.0,
+        "accuracy": 0.9531,
+        f"accuracy{HALF_WIDTH}": 0.05322,
+        "-log p(c | k), nats": math.inf,
+        f"-log p(c | k), nats{HALF_WIDTH}": math.nan,
+    }
+    classes = np.array(["cat", "dog"])[np.arange(N) % 2]
+    text = write(tmp_path, numbers(classifier=values), table={**columns(), "class": classes}).text
+    assert "images 64 accuracy 0.9531 ± 0.053 -log p(c | k), nats inf ± nan" in text
+    assert "1.000 id 0 class cat 1.051 id 1 class dog" in text
+
+
+def test_an_error_that_is_too_large_is_marked(tmp_path: Path) -> None:
+    for converged, marked in ((True, '<td class="number">yes'), (False, 'class="number bad">NO')):
+        report = numbers()
+        report["results"][0]["converged"] = converged
+        write(tmp_path, report)
+        assert marked in (tmp_path / "report.html").read_text()
 
 
 RESULT: dict[str, Any] = {

@@ -81,13 +81,18 @@ def test_the_number_is_that_of_a_known_density(tmp_path: Path) -> None:
     assert found["verdict"] in page and "NaN" not in page
 
 
-def test_a_resumed_run_and_the_gaussian_at_step_0(tmp_path: Path) -> None:
+def test_a_resumed_run_and_the_gaussian_at_step_0(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     path = csv(tmp_path / "a.csv", bimodal()[0])
     config = small(path, num_steps=4, checkpoint_every=2)
     config.optim.lr = 1e-7  # The network stays at its start, where the model is the Gaussian.
     runs.mode(table.run, config, tmp_path / "run")
     first = json.loads((tmp_path / "run/table.json").read_text())
     assert [point["step"] for point in first["validation"]] == [0, 2, 4]
+    said = capsys.readouterr()
+    assert "rows/s" in said.err and "image" not in said.err  # the progress bars
+    assert ", model minus Gaussian +0.00" in said.out or "Gaussian -0.00" in said.out
     assert first["results"][1]["difference"] == pytest.approx(0, abs=2e-3)
     shutil.rmtree(tmp_path / "run/checkpoints/4")
     runs.mode(table.run, config, tmp_path / "run")
@@ -180,6 +185,11 @@ REFUSED = {
     "constant": ({**GOOD, "w": np.full(N, 3)}, {}, "column w is constant, 3 in every row"),
     "discrete": ({**GOOD, "w": np.arange(N) % 3}, {}, "column w has 3 different values"),
     "point mass": ({**GOOD, "w": MASS}, {}, "column w has the value 0 in 20 of 400 rows"),
+    "two columns": (
+        {**GOOD, "w": np.full(N, 3), "x": ["a"] * N, "y": ["b"] * N},
+        {"drop_columns": ("y",)},
+        "column w is constant.*; column x, row 1: 'a'.*Leave them out by .*drop_columns=y,w,x$",
+    ),
     "few rows": ({"u": GOOD["u"][:40]}, {}, "has 40 rows: .* needs 100 rows"),
     "no rows": ({"u": []}, {}, "has 0 rows"),
     "no names": ({"1.5": GOOD["u"], "2.5": GOOD["v"]}, {}, "column 1 has the name '1.5'"),

@@ -78,7 +78,10 @@ class ImageSet:
       skipped: "file: reason" for each file that should be in the set but could not be read.
       caution: a warning for readers of a mean over these images; empty if there is none.
       labels: the name of the class of each image, an array of texts ``(n,)``, or None.
+      unit: what an example is called in messages.
     """
+
+    unit: ClassVar[str] = "image"
 
     name: str
     version: str

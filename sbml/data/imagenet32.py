@@ -20,10 +20,10 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
-from tqdm import tqdm
 
 from sbml.data._cache import Add, load_or_build
 from sbml.data._image_set import ImageSet, Options, Source
+from sbml.runtime import progress
 
 ARCHIVES = {
     "old": {"train": "train_32x32.tar", "test": "valid_32x32.tar"},
@@ -96,7 +96,7 @@ def _decode(which: str, split: str, options: Options, add: Add) -> dict[str, Any
         )
     count, wanted = 0, COUNTS[which][split]
     images = _images(archive)
-    for image in tqdm(images, total=wanted, desc=f"Decoding {file}", unit=" images"):
+    for image in progress.bar(f"Decoding {file}", "image", wanted, over=images):
         add(image)
         count += 1
     if count != wanted:

@@ -119,6 +119,8 @@ class Rows(ImageSet):
       rounded: h of each column, 0 if its values are not rounded.
     """
 
+    unit: ClassVar[str] = "row"
+
     levels: int = 0
     columns: tuple[str, ...] = ()
     whitening: Whitening = field(repr=False, kw_only=True)
@@ -164,11 +166,10 @@ class Table(Source):
 
     def load(self, split: str, options: Options) -> Rows:
         """The rows of ``split``, whitened by those of "train"."""
-        names, y = self._numbers(options.path)
+        names, y, rounded = self._numbers(options.path)
         links = self._links(names)
         rng = np.random.default_rng(options.seed)
         order, noise = rng.permutation(len(y)), rng.uniform(-0.5, 0.5, y.shape)
-        rounded = tuple(map(_rounding, names, y.T))
         copies = len(y) - len(np.unique(y, axis=0))
         for name, link, column, h in zip(names, links, y.T, rounded, strict=True):
             low, high = LINKS[link].interval
@@ -209,8 +210,8 @@ class Table(Source):
                     raise ValueError(f"{link}_columns={name}: {twice}; they are {', '.join(names)}")
         return tuple(next((k for k, v in given.items() if n in v), "") for n in names)
 
-    def _numbers(self, path: Any) -> tuple[tuple[str, ...], np.ndarray]:
-        """The names of the columns, and the rows in float64 ``(n, d)``."""
+    def _numbers(self, path: Any) -> tuple[tuple[str, ...], np.ndarray, tuple[float, ...]]:
+        """The names of the columns, the rows in float64 ``(n, d)``, and h of each column."""
         columns = _read(path)
         if unknown := [name for name in self.drop_columns if name not in columns]:
             raise ValueError(
@@ -219,21 +220,25 @@ class Table(Source):
         used = {n: c for n, c in columns.items() if n not in self.drop_columns}
         if not used:
             raise ValueError(f"path={path}: no column is left; drop fewer columns")
-        y = np.stack([_floats(name, column) for name, column in used.items()], axis=1)
-        if len(y) < LEAST_ROWS:
+        if (count := len(next(iter(used.values())))) < LEAST_ROWS:
             raise ValueError(
-                f"path={path} has {len(y)} rows: a held-out likelihood of a trained model needs "
+                f"path={path} has {count} rows: a held-out likelihood of a trained model needs "
                 f"{LEAST_ROWS} rows at least"
             )
-        for name, column in zip(used, y.T, strict=True):
-            for what, wrong in (("missing", np.isnan(column)), ("infinite", np.isinf(column))):
-                if wrong.any():
-                    raise ValueError(
-                        f"column {name}, row {np.flatnonzero(wrong)[0] + 1}: the value is {what} "
-                        f"({wrong.sum()} such rows of {len(y)}): remove these rows, fill them in, "
-                        f"or leave the column out by --config.data.drop_columns={name}"
-                    )
-        return tuple(used), y
+        found, wrong = [], {}
+        for name, column in used.items():
+            try:
+                y = _floats(column)
+                found.append((y, _rounding(y)))
+            except ValueError as error:
+                wrong[name] = f"column {name}{error}"
+        if wrong:  # All of them at once, with a flag that also has the columns of the present one.
+            raise ValueError(
+                f"{'; '.join(wrong.values())}. Leave {'it' if len(wrong) == 1 else 'them'} out by "
+                f"--config.data.drop_columns={','.join([*self.drop_columns, *wrong])}"
+            )
+        y, rounded = zip(*found, strict=True)
+        return tuple(used), np.stack(y, axis=1), rounded
 
 
 def _read(path: Any) -> dict[str, np.ndarray]:
@@ -286,38 +291,43 @@ def _is_number(text: Any) -> bool:
     return True
 
 
-def _floats(name: str, column: np.ndarray) -> np.ndarray:
-    """A column in float64; a column of anything but numbers is refused."""
+def _floats(column: np.ndarray) -> np.ndarray:
+    """A column in float64. A column of anything but finite numbers is refused; the message goes on
+    after the name of the column, as that of :func:`_rounding` does."""
     if column.dtype.kind in "fiu" and column.ndim == 1:
-        return column.astype(np.float64)
-    present = [(i, value) for i, value in enumerate(column) if value is not None]
-    if all(isinstance(value, Decimal) for _, value in present):  # or every value is missing
-        return np.array([np.nan if v is None else float(v) for v in column], np.float64)
-    row, value = next(((i, v) for i, v in present if not _is_number(v)), present[0])
-    raise ValueError(
-        f"column {name}, row {row + 1}: {str(value)[:40]!r} is of type {type(value).__name__}, and "
-        f"not a number: leave the column out by --config.data.drop_columns={name}"
-    )
+        y = column.astype(np.float64)
+    else:
+        present = [(i, value) for i, value in enumerate(column) if value is not None]
+        if not all(isinstance(value, Decimal) for _, value in present):
+            row, value = next(((i, v) for i, v in present if not _is_number(v)), present[0])
+            raise ValueError(
+                f", row {row + 1}: {str(value)[:40]!r} is of type {type(value).__name__}, and not "
+                "a number"
+            )
+        y = np.array([np.nan if v is None else float(v) for v in column], np.float64)
+    for what, wrong in (("missing", np.isnan(y)), ("infinite", np.isinf(y))):
+        if wrong.any():
+            raise ValueError(
+                f", row {np.flatnonzero(wrong)[0] + 1}: the value is {what} ({wrong.sum()} of "
+                f"{len(y)} rows, which you can also remove or fill in)"
+            )
+    return y
 
 
-def _rounding(name: str, y: np.ndarray) -> float:
+def _rounding(y: np.ndarray) -> float:
     """The h of a column, 0 if it is not rounded; a column without a density is refused."""
-    remedy = f"leave it out by --config.data.drop_columns={name}"
     if not np.ptp(y):
-        raise ValueError(f"column {name} is constant, {y[0]:g} in every row: {remedy}")
+        raise ValueError(f" is constant, {y[0]:g} in every row")
     unit = 1e-9 * np.ptp(y)  # Differences below this are rounding errors of a file.
     values, counts = np.unique(np.rint((y - y.min()) / unit), return_counts=True)
     if len(values) < LEAST_VALUES:
-        raise ValueError(
-            f"column {name} has {len(values)} different values, so it has no density: {remedy}"
-        )
+        raise ValueError(f" has {len(values)} different values, so it has no density")
     h = float(np.min(np.diff(values))) * unit
     most = counts.max()
     if most >= 0.01 * len(y) and most > 2 and most / len(y) * y.std() / h > POINT_MASS:
         value = y.min() + values[counts.argmax()] * unit
         raise ValueError(
-            f"column {name} has the value {value:.6g} in {most} of {len(y)} rows, while other "
-            f"values differ by as little as {h:.2g}: such a column has no density; {remedy}, or "
-            "remove these rows"
+            f" has the value {value:.6g} in {most} of {len(y)} rows, while other values differ by "
+            f"as little as {h:.2g}, so it has no density (you can also remove these rows)"
         )
     return h if counts[counts > 1].sum() > MOST_TIES * len(y) else 0.0

@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from sbml.data._cache import Add, load_or_build
 from sbml.data._image_set import ImageSet, Options, Source
+from sbml.runtime import progress
 
 # set, set/config, set:1.2.3 or set/config:1.2.3
 _NAME = re.compile(r"\w+(/[\w+-][\w.+-]*)?(:\d+\.\d+\.\d+)?")
@@ -90,6 +90,7 @@ def _original_gzip(path: Path) -> bytes:
 
 def _decode(name: str, split: str, options: Options, add: Add) -> dict[str, Any]:
     try:
+        import requests
         import tensorflow as tf
         import tensorflow_datasets as tfds
     except ImportError as error:
@@ -103,7 +104,15 @@ def _decode(name: str, split: str, options: Options, add: Add) -> dict[str, Any]
     builder = tfds.builder(name, data_dir=home, file_format="array_record")
     archives = _archives(builder, options) if options.manual_dir else None
     config = tfds.download.DownloadConfig(manual_dir=archives)
-    builder.download_and_prepare(download_config=config)
+    try:
+        builder.download_and_prepare(download_config=config)
+    except requests.RequestException as error:
+        files = sorted(info.filename for info in builder.url_infos.values() if info.filename)
+        raise ValueError(
+            f"tfds:{name} could not be downloaded ({type(error).__name__}): repeat the command "
+            "with a connection, or put the archives into a folder and give "
+            f"--config.data.manual_dir=DIR; they are {', '.join(files)}"
+        ) from error
     splits = builder.info.splits
     chosen = "validation" if split == "test" and "test" not in splits else split
     if chosen not in splits:
@@ -113,13 +122,14 @@ def _decode(name: str, split: str, options: Options, add: Add) -> dict[str, Any]
         raise ValueError(f"{builder.name} has no feature 'image', only {features}.")
     feature, labels = dict(builder.info.features.items()).get("label"), []
     source = builder.as_data_source(chosen)
-    with tqdm(total=len(source), desc=f"Decoding {builder.name} {chosen}", unit=" images") as bar:
+    with progress.bar(f"Decoding {builder.name} {chosen}", "image", len(source)) as bar:
         for start in range(0, len(source), _AT_ONCE):
-            for example in source.__getitems__(range(start, min(start + _AT_ONCE, len(source)))):
+            batch = source.__getitems__(range(start, min(start + _AT_ONCE, len(source))))
+            for example in batch:
                 add(example["image"])
                 # The test images of some sets have the label -1 in place of a class.
                 if isinstance(feature, tfds.features.ClassLabel) and example["label"] >= 0:
                     labels.append(feature.int2str(int(example["label"])))
-                bar.update()
+            bar.update(len(batch))
     labels = labels if len(labels) == len(source) else []
     return {"version": str(builder.info.version), "split": chosen, "labels": labels}

@@ -88,6 +88,7 @@ class CellRun(Driver):
     def rows(self, ids: np.ndarray, sweep: int, solver: Solver | None = None) -> Columns:
         """The rows of ``ids (n,)`` in ``sweep``: the columns ``id``, ``sweep``, ``bits_per_dim``,
         ``nfe`` and the terms in bits/dim, each ``(n,)``. Rows that are not on disk are computed."""
+        again = " stricter" if solver else f" sweep {sweep + 1}" if sweep else ""
         solver = solver or self.solver
         parts = self._parts(solver)
         stored = parts.read(sweep)
@@ -95,7 +96,7 @@ class CellRun(Driver):
         if missing.size:
             logging.info("%d of %d images were evaluated before", len(ids) - len(missing), len(ids))
             known = stored["bits_per_dim"][np.isin(stored["id"], ids)] if stored else np.empty(0)
-            label = f"{self.cell.name}" + (f" sweep {sweep + 1}" if sweep else "")
+            label = f"{self.cell.name}{again}"
             # The bar shows the mean of all rows so far, of a bound over all sweeps.
             earlier = [sums for index, sums in self._sums.items() if index < sweep]
             sums = np.sum([(known.sum(), known.size), *earlier], axis=0)

@@ -9,7 +9,6 @@ by the ODE with uniform dequantization. All classes have the same random draws.
 from typing import Any
 
 import numpy as np
-from absl import logging
 from scipy import special
 
 from sbml import streams
@@ -17,8 +16,28 @@ from sbml.bits import LOG2
 from sbml.density import Density
 from sbml.evaluation.inputs import Inputs
 from sbml.intervals import mean_interval
+from sbml.report.result import HALF_WIDTH
 from sbml.runtime.parts import compute_once
 from sbml.runtime.trees import tree_crc32
+
+
+def why_none(inputs: Inputs) -> str:
+    """Why a model with classes has no classifier; empty if there is no obstacle."""
+    seen = inputs.labels(inputs.train)
+    if seen is None or not inputs.experiment.config.eval.classifier_images:
+        return ""
+    if inputs.knows_centres:
+        return (
+            "no classifier: its likelihoods are of uniformly dequantized images, and the model was "
+            "trained on bin centres with less noise than half a bin"
+        )
+    classes = inputs.restored.metadata.get("classes", ())
+    if absent := [name for c, name in enumerate(classes) if c not in seen]:
+        return (
+            f"no classifier: {inputs.train.name} ({inputs.train.split}) has no image of the class "
+            f"{absent[0]}, which the model was trained on, so the share of the class is not known"
+        )
+    return ""
 
 
 def classify(inputs: Inputs) -> dict[str, float]:
@@ -26,13 +45,7 @@ def classify(inputs: Inputs) -> dict[str, float]:
     report; empty for a model without classes."""
     experiment, config = inputs.experiment, inputs.experiment.config.eval
     labels, seen = inputs.labels(inputs.images), inputs.labels(inputs.train)
-    if labels is None or seen is None or not config.classifier_images:
-        return {}
-    if inputs.knows_centres:
-        logging.warning(
-            "no classifier: its likelihoods are of uniformly dequantized images, and the model was "
-            "trained on bin centres with less noise than half a bin"
-        )
+    if labels is None or seen is None or not config.classifier_images or why_none(inputs):
         return {}
     ids = inputs.ids(config.classifier_images)
     density = Density(
@@ -70,7 +83,7 @@ def _numbers(
 ) -> dict[str, float]:
     """The numbers for ``pixels (n, *s)`` of the classes ``truth (n,)``; ``seen`` are the classes of
     the training images."""
-    prior = np.bincount(seen, minlength=int(seen.max()) + 1) / len(seen)
+    prior = np.bincount(seen) / len(seen)
     found = density.classify(pixels, np.arange(len(prior)), prior, progress=True)
     accuracy, score = found.accuracy(truth), found.log_score(truth)
     mixture = -special.logsumexp(found.log_prob + np.log(prior), axis=1) / (density.dims * LOG2)
@@ -87,4 +100,4 @@ def _numbers(
 
 
 def _with_interval(name: str, number: Any) -> dict[str, float]:
-    return {name: number.mean, f"{name}, 95% interval +-": number.ci95}
+    return {name: number.mean, f"{name}{HALF_WIDTH}": number.ci95}

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from sbml.estimate import Columns, Estimate
-from sbml.evaluation import baselines
+from sbml.evaluation import baselines, classifier
 from sbml.evaluation.cells import CellRun
 from sbml.evaluation.inputs import Dequantization, Inputs
 from sbml.experiment import trained
@@ -39,6 +39,8 @@ def columns(
             tables[f"per_image_{run.cell.name}.npz"] = {"id": run.ids, **named}
     if inputs.images.ids:
         shown["name"] = np.asarray(inputs.images.ids)[ids]
+    if inputs.experiment.adapter.classes and inputs.images.labels is not None:
+        shown["class"] = inputs.images.labels[ids]
     return tables
 
 
@@ -72,6 +74,7 @@ def evaluation(
             "name": experiment.config.model.name,
             "parameters": experiment.parameter_count(),
         },
+        **{name: restored.metadata[name] for name in ("classes",) if name in restored.metadata},
         "checkpoint": {
             "step": restored.step,
             "parameters_crc32": tree_crc32(restored.state.ema_params),
@@ -105,6 +108,8 @@ def cautions(inputs: Inputs, dequantizations: Mapping[str, Dequantization]) -> l
             f"the numbers are given the label of each image, one of {classes} classes: do not "
             "compare them with those of models without classes"
         )
+    if reason := classifier.why_none(inputs):
+        found.append(reason)
     loose = "The number is a valid but loose bound"
     for name, dequantizer in dequantizations.items():
         if dequantizer.model.at_noise and trained_on == "uniform":

@@ -63,7 +63,7 @@ def with_fields(config: Config, sections: Sections) -> tuple[Config, list[str]]:
             now = {k: value for k, value in now.items() if not k.startswith(f"{section}.")}
         now |= {f"{section}.{field}": plain(value) for field, value in fields.items()}
     lines = [
-        f"config.{name} is {before[name]!r}, the checkpoint's is {value!r}"
+        f"config.{name}={value!r}, as in the checkpoint, replaces {before[name]!r}"
         for name, value in now.items()
         if name in before and before[name] != value
     ]

@@ -153,7 +153,7 @@ def _train(task: Task, checkpoints: Checkpoints, preemption: Preemption) -> int:
         now = time.perf_counter()
         loss, norm = map(float, np.mean(np.asarray(rows), axis=0))
         rate = len(rows) * training.batch_size / task.repeats / (now - since)
-        bar.set_postfix_str(f"loss {loss:.4f}, {rate:.0f} images/s", refresh=False)
+        bar.set_postfix_str(f"loss {loss:.4f}, {rate:.0f} {task.images.unit}s/s", refresh=False)
         if writer:
             seconds = writer.seconds + now - since
             values = {"loss": loss, "grad_norm": norm, "images_per_s": rate, "seconds": seconds}
@@ -225,8 +225,8 @@ def _check_batch_size(task: Task) -> None:
         )
     if size > (largest := len(images) * task.repeats):
         raise ValueError(
-            f"{name}={size} takes {size // task.repeats} different images a step, {images.name} "
-            f"has {len(images)}: use at most {largest}"
+            f"{name}={size} takes {size // task.repeats} different {images.unit}s a step, "
+            f"{images.name} has {len(images)}: use at most {largest}"
         )
 
 

@@ -18,7 +18,7 @@ from sbml.evaluation.classifier import classify
 from sbml.evaluation.inputs import Inputs, check_first_batch
 from sbml.experiment.build import Experiment
 from sbml.report import summary
-from sbml.report.result import strict
+from sbml.report.result import strict, with_half_widths
 from sbml.runtime.workdir import EVALUATION, Workdir
 
 
@@ -65,8 +65,8 @@ def run(experiment: Experiment, workdir: Workdir) -> None:
                 results.append(run.result(numbers[-1]))
                 print(results[-1].line)
             classifier = classify(inputs)
-            for name, value in classifier.items():
-                print(f"classifier: {name} {value:.4g}")
+            for name, text in with_half_widths(classifier).items():
+                print(f"classifier: {name} {text}")
             found = [each for result in results for each in result.warnings(inputs.images.ids)]
             found += [warning for run in runs for warning in run.warnings()]
             for warning in found:

@@ -84,7 +84,7 @@ def run(experiment: Experiment, workdir: Workdir) -> None:
     }
     workdir.write(QUALITY, strict(result))
     summary.write(workdir, config.data.images)
-    print(f"{len(images)} samples of step {step}, by {read['sampler']}")
+    print(f"{len(images)} samples of step {step}")
     for name, value in values.items():
         print(f"{name}: {value:.4g}")
 

@@ -41,6 +41,8 @@ def run(experiment: Experiment, workdir: Workdir) -> None:
             print(Result.read(result).line)
     model = {"name": config.model.name, "parameters": experiment.parameter_count()}
     known = {"model": model, "config": experiment.config.plain(), "training": training}
+    if names := (metadata or {}).get("classes"):
+        known["classes"] = names
     if summary.write(workdir, config.data.images, known, curves):
         print(f"report: {workdir / 'report.html'}")
 

@@ -30,7 +30,7 @@ from sbml.intervals import mean_interval
 from sbml.modes import _loop as loop
 from sbml.modes import train
 from sbml.report import table as page
-from sbml.runtime import metrics
+from sbml.runtime import metrics, progress
 from sbml.runtime.checkpoint import OtherModelError
 from sbml.runtime.workdir import Workdir
 from sbml.score import LEVELS
@@ -184,7 +184,8 @@ def _chosen(
             eps=experiment.eval_eps,
             trace=config.eval.divergence() if config.eval.trace else None,
             solver=config.eval.solver(),
-            batch_size=config.eval.batch_size,
+            # One program serves the test rows too, if there are more of them.
+            batch_size=min(config.eval.batch_size, len(validation)),
             seed=config.eval.seed,
             budget=config.eval.solver_budget,
             subset=config.eval.subset or len(validation),
@@ -193,7 +194,11 @@ def _chosen(
     candidates = {0: density(experiment.init_state().ema_params)}
     for restored in experiment.restore_each(workdir):
         candidates[restored.step] = density(restored.state.ema_params)
-    scores = {step: d.logp(validation, check=False).mean for step, d in candidates.items()}
+    scores = {}
+    with progress.bar("log p of the validation rows", "checkpoint", len(candidates)) as bar:
+        for step, candidate in candidates.items():
+            scores[step] = candidate.logp(validation, check=False).mean
+            bar.update()
     best = max(scores, key=lambda step: scores[step] if np.isfinite(scores[step]) else -np.inf)
     curve = [{"step": step, "log_p_z": score} for step, score in scores.items()]
     return curve, best, candidates[best]

@@ -195,10 +195,11 @@ def render(runs: Sequence[Run], numbers: Mapping[str, Any]) -> str:
             images=numbers["data"],
             cells=cells,
             runs=models,
-            warnings={run.name: run.evaluation["warnings"] for run in runs},
+            warnings=[f"{run.name}: {each}" for run in runs for each in run.evaluation["warnings"]],
             not_compared=numbers["not_compared"],
             rows=[name for name in dict.fromkeys(itertools.chain(*models)) if name != "name"],
             differing=differing(runs),
             samples=samples,
+            details={},
         )
     )

@@ -19,7 +19,7 @@ from etils import epath
 from markupsafe import Markup
 
 from sbml.report import plots
-from sbml.report.result import COLUMNS, strict
+from sbml.report.result import ROWS, strict, with_half_widths
 from sbml.runtime.files import write_whole
 
 PAGE_WIDTH = 1056  # pixels, as in report.css
@@ -52,12 +52,13 @@ def write(
         ``command``, ``model``, ``checkpoint``, ``quality`` and ``classifier`` (names to numbers),
         ``baselines_left_out`` (names to reasons), ``training`` (with a ``line`` and the step of the
         newest ``checkpoint``) and ``missing`` (names to the commands that make these parts). The
+        names of the ``classes``, if the model has classes, are in the order of the samples. The
         page lists other entries under their own names.
       table: columns (n,) with a row for each image; None for a run that was not evaluated, whose
         ``results`` are empty. It needs ``id`` and at least one column whose name ends in
         ``bits_per_dim``, and may have columns that end in ``nfe``, numbers of network evaluations.
         The text before the ending is the title of the figure. ``name``, if there is such a column,
-        is shown in place of the id.
+        is shown in place of the id, and ``class`` beside it.
       images: the images of the split, uint8 (N, h, w, c), at the places ``id``; None without a
         table.
       levels: the number of levels L; pixels are 0 … L - 1.
@@ -87,8 +88,8 @@ def write(
         "Model": model.get("name"),
         "Parameters": model.get("parameters"),
         "Checkpoint, step": report.get("checkpoint", {"step": progress.get("checkpoint")})["step"],
-        "Evaluations, mean": first.get("nfe_mean"),
-        "Evaluations, max": first.get("nfe_max"),
+        "Network evaluations, mean": first.get("nfe_mean"),
+        "Network evaluations, max": first.get("nfe_max"),
         "Images not finite": first.get("nonfinite"),
     }
     # All values with all digits, except for those that the page shows elsewhere.
@@ -112,9 +113,11 @@ def write(
             missing=report.get("missing", {}),
             without_checkpoint=bool(progress) and progress["checkpoint"] is None,
             training=training(curves),
-            samples=None if samples is None else _samples(samples, levels),
+            samples=None
+            if samples is None
+            else _samples(samples, levels, report.get("classes", [])),
             quality=report.get("quality", {}),
-            classifier=report.get("classifier", {}),
+            classifier=with_half_widths(report.get("classifier", {}), "± "),
             pictures=[{"png": data_url(png), "alt": caption} for caption, png in pictures],
             command=report.get("command"),
             details=details,
@@ -147,7 +150,7 @@ def _evaluation(
         caption = ["Bars: 95% intervals. Blue: this model; grey: baselines."]
         caption += [f"Left out: {name}, for {reason}." for name, reason in left_out]
         draw = partial(plots.comparison, rows=rows)
-        comparison = figure("Comparison", draw, 5.8, 0.6 + 0.36 * len(rows), " ".join(caption))
+        comparison = figure("Comparison", draw, 4.6, 0.6 + 0.36 * len(rows), " ".join(caption))
         values = (f"{name} {float(number['bits_per_dim']):.3f}" for name, number, _ in rows)
         comparison["alt"] = f"Comparison in bits/dim: {'; '.join(values)}."
     # Terms that are 0 in all results are left out, such as "importance" if K = 1.
@@ -164,13 +167,12 @@ def _evaluation(
         "first": first,
         "versus": versus,
         "comparison": comparison,
-        "columns": {  # those that a result has, and K only if a result has K > 1
+        "rows": {
             key: shown
-            for key, shown in COLUMNS.items()
-            if any(key in result for result in results)
-            and not (key == "num_importance" and all(result.get(key) == 1 for result in results))
+            for key, shown in ROWS.items()
+            if any(result.get(key) is not None for result in results)
         },
-        "rows": results,
+        "numbers": results,
         "terms": [name for name in dict.fromkeys(name for name, _ in terms) if name in shown],
         "histograms": [_histogram(name, column) for name, column in histograms.items()],
         "best": best_images,
@@ -224,18 +226,19 @@ def flat(value: Mapping[str, Any], top: str = "") -> dict[str, Any]:
 
 def label(result: Mapping[str, Any]) -> str:
     """The name of a result on the page."""
-    keys = ("estimator", "dequantizer", "data", "split")
-    words = [result[key] for key in keys if result.get(key)]
+    words = [result[key] for key in ("estimator", "dequantizer") if result.get(key)]
     if (draws := result.get("num_importance") or 1) > 1:
         words.append(f"K = {draws}")
     return " · ".join(map(str, words)) or "result"
 
 
-def figure(name: str, draw: Callable, width: float, height: float, caption: str) -> dict[str, Any]:
-    """A figure of ``width`` x ``height`` inches with its caption, for the templates; ``draw`` is as
-    in ``plots.svg``."""
+def figure(
+    name: str, draw: Callable, width: float, height: float, caption: str = ""
+) -> dict[str, Any]:
+    """A figure of ``width`` x ``height`` inches with its caption, for the templates; ``name`` and
+    ``draw`` are as in ``plots.svg``."""
     svg = Markup(plots.svg(name, draw, width, height))
-    return {"svg": svg, "alt": f"{name}. {caption}", "caption": caption}
+    return {"svg": svg, "alt": f"{name}. {caption}".strip(), "caption": caption}
 
 
 def _histogram(name: str, values: np.ndarray) -> dict[str, Any]:
@@ -287,7 +290,7 @@ def _extremes(
 ) -> list[list[dict[str, Any]]]:
     """The images of the smallest bits/dim, best first, and of the largest, worst first. Values that
     are not finite count as the worst."""
-    ids, names = np.asarray(table["id"]), table.get("name")
+    ids, names, classes = np.asarray(table["id"]), table.get("name"), table.get("class")
     order = np.argsort(np.where(np.isfinite(bits), bits, np.inf), kind="stable")
     count = min(STRIP_IMAGES, max(1, len(ids) // 2), max(1, PIXEL_BUDGET // images[0].size))
     scale = max(1, 96 // max(images.shape[1:3]))
@@ -297,6 +300,7 @@ def _extremes(
                 "png": grid_url(images[ids[i]][None], levels, 1, scale),
                 "name": str(ids[i] if names is None else names[i]),
                 "caption": f"id {ids[i]}" if names is None else str(names[i]),
+                "class": None if classes is None else str(classes[i]),
                 "bits_per_dim": float(bits[i]),
                 "finite": math.isfinite(bits[i]),
             }
@@ -306,13 +310,22 @@ def _extremes(
     ]
 
 
-def _samples(samples: np.ndarray, levels: int) -> dict[str, str]:
+def _samples(samples: np.ndarray, levels: int, classes: Sequence[str]) -> dict[str, str]:
+    """The grid of ``samples``, of which number i is of the class i modulo their number; each column
+    has one class, unless there are more classes than columns."""
+    count = len(classes)
     scale = max(1, 64 // max(samples.shape[1:3]))
     columns = min(SAMPLE_COLUMNS, max(1, PAGE_WIDTH // (samples.shape[2] * scale)))
+    columns -= columns % count if 0 < count <= columns else 0
     rows = min(SAMPLE_ROWS, max(1, 2 * PIXEL_BUDGET // (columns * samples[0].size)))
     shown = samples[: rows * columns]
     total = f" of {len(samples):,}" if len(shown) < len(samples) else ""
     alt = f"{len(shown):,}{total} samples from the model, not selected."
+    if count > columns:
+        alt += f" Sample i is of the class i modulo {count}, counted from 0."
+    elif count:
+        again = ", and these again" if columns > count else ""
+        alt += f" Each column has one class: {', '.join(classes)}{again}."
     return {"png": grid_url(shown, levels, columns, scale), "alt": alt}
 
 

@@ -195,6 +195,7 @@ def histogram(axes: Axes, values: np.ndarray, label: str) -> None:
         _warn(axes, 0.98 - ANNOTATION_HEIGHT * line, note)
     axes.set_xlabel(label, parse_math=False)
     axes.set_ylabel("images")
+    axes.locator_params(axis="y", integer=True)
 
 
 def marginal(axes: Axes, data: np.ndarray, samples: np.ndarray, label: str) -> None:
@@ -211,9 +212,9 @@ def marginal(axes: Axes, data: np.ndarray, samples: np.ndarray, label: str) -> N
 
 
 def pair(axes: Axes, data: np.ndarray, samples: np.ndarray, labels: tuple[str, str]) -> None:
-    """Two columns: held-out ``data`` (n, 2), dark, over ``samples`` (m, 2) of a model in blue."""
+    """Two columns: held-out ``data`` (n, 2) as crosses over ``samples`` (m, 2) as blue dots."""
     axes.scatter(samples[:, 0], samples[:, 1], s=8, color=ACCENT, alpha=0.5, linewidths=0)
-    axes.scatter(data[:, 0], data[:, 1], s=8, color=INK, alpha=0.7, linewidths=0)
+    axes.scatter(data[:, 0], data[:, 1], s=14, color=INK, marker="x", linewidths=0.8)
     low, high = data.min(axis=0), data.max(axis=0)
     margin = (high - low) / 2
     axes.set_xlim(low[0] - margin[0], high[0] + margin[0])

@@ -13,11 +13,25 @@ from sbml.estimate import Estimate, outlier_line
 from sbml.estimators import Cell
 from sbml.likelihood import PriorError
 
+# ``name`` + HALF_WIDTH is the name of the half-width of the 95% interval of the number ``name``.
+HALF_WIDTH = ", 95% interval +-"
+
+
+def with_half_widths(values: Mapping[str, Any], sign: str = "+-") -> dict[str, str]:
+    """Each number as text, with the half-width of its interval if ``values`` has it."""
+    return {
+        name: f"{float(value):.4g}"
+        + (f" {sign}{float(values[half]):.2g}" if half in values else "")
+        for name, value in values.items()
+        if not name.endswith(HALF_WIDTH)
+        for half in [f"{name}{HALF_WIDTH}"]
+    }
+
 
 def _column(heading: str, form: str, **options: Any) -> Any:
-    """A field that the table of the page shows under ``heading``.
+    """A field that the table of the page shows as a row called ``heading``.
 
-    ``form`` is "word" for text, "bits" for bits/dim, or a format of Python for floats.
+    ``form`` is "bits" for bits/dim, or a format of Python for floats.
     """
     return dataclasses.field(metadata={"shown": (heading, form)}, **options)
 
@@ -82,36 +96,36 @@ class Result:
       nfe_mean, nfe_max: the mean and the largest number of evaluations of the score for an image.
     """
 
-    estimator: str = _column("estimator", "word")
-    dequantizer: str = _column("dequantizer", "word")
-    num_importance: int = _column("K", "")
+    estimator: str
+    dequantizer: str
+    num_importance: int
     data: str
     split: str
     n: int = _column("images", "")
     split_size: int
     bits_per_dim: float = _column("bits/dim", "bits")
     stderr: float
-    ci95: float = _column("±\u00a095%", "bits")
+    ci95: float
     interval: list[float] = _column("95% interval", "bits")
     this_set_stderr: float
-    this_set_ci95: float = _column("± these images", ".2g")
+    this_set_ci95: float = _column("± for these images only", ".2g")
     this_set_interval: list[float]
-    converged: bool | None = _column("converged", "word", default=None)
+    converged: bool | None = _column("solver converged", "", default=None)
     solver_error: float | None = _column("solver error", ".1g", default=None)
-    solver_error_ci95: float | None = _column("± of it", ".1g", default=None)
+    solver_error_ci95: float | None = _column("± of the solver error", ".1g", default=None)
     solver_images: int | None = None
     unconverged: str | None = None
-    prior_error: float | None = _column("prior's error", ".1g", default=None)
-    prior_error_each: float | None = _column("of one image", ".1g", default=None)
+    prior_error: float | None = _column("error of the prior", ".1g", default=None)
+    prior_error_each: float | None = _column("error of the prior, one image", ".1g", default=None)
     sweeps: int | None = None
-    tail: float | None = _column("tail k of the draws", ".2f", default=None)
+    tail: float | None = _column("Pareto's k of the draws", ".2f", default=None)
     target_se: float | None = None
-    nonfinite: int = _column("not finite", "")
-    min: float = _column("least", "bits")
-    max: float = _column("greatest", "bits")
-    median: float | None = _column("median", "bits", default=None)
+    nonfinite: int = _column("images not finite", "")
+    min: float = _column("smallest of an image", "bits")
+    max: float = _column("largest of an image", "bits")
+    median: float | None = _column("median of the images", "bits", default=None)
     outliers: list[list[float]]
-    without_outliers: float | None = _column("without outliers", "bits", default=None)
+    without_outliers: float | None = _column("mean without outliers", "bits", default=None)
     without_outliers_interval: list[float] | None = None
     terms: dict[str, float]
     smallest_time: float = _column("smallest time", ".3g")
@@ -246,7 +260,7 @@ class Result:
         return warnings
 
 
-# The fields that the table of the page shows: (heading, format).
-COLUMNS: dict[str, tuple[str, str]] = {
+# The fields that the table of the page shows, one a row: (heading, format).
+ROWS: dict[str, tuple[str, str]] = {
     f.name: f.metadata["shown"] for f in dataclasses.fields(Result) if f.metadata
 }

@@ -39,7 +39,9 @@ def line(result: Mapping[str, Any]) -> str:
     text = f"{result['name']}: log p {result['log_p']:.4f} nats per row [{low:.4f}, {high:.4f}]"
     if "difference" in result:
         low, high = result["difference_interval"]
-        text += f", model - it {result['difference']:+.4f} [{low:+.4f}, {high:+.4f}]"
+        text += (
+            f", model minus {result['name']} {result['difference']:+.4f} [{low:+.4f}, {high:+.4f}]"
+        )
     return f"{text}, {result['chosen']}"
 
 
@@ -63,22 +65,22 @@ def render(
     caption = "Bars: 95% intervals of each mean. The paired differences below are more precise."
     marginals = [
         page.figure(
-            f"Marginal {i}",
+            f"Marginal of {name}",
             partial(plots.marginal, data=values[:, i], samples=samples[:, i], label=name),
-            *(2.6, 1.7, name),
+            *(2.6, 1.7),
         )
         for i, name in enumerate(names[:MARGINALS])
     ]
     pairs = [
         page.figure(
-            f"Pair {i}, {j}",
+            f"{names[i]} and {names[j]}",
             partial(
                 plots.pair,
                 data=values[:, [i, j]],
                 samples=samples[: 2 * len(values)][:, [i, j]],
                 labels=(names[i], names[j]),
             ),
-            *(5, 3.4, f"{names[i]} and {names[j]}"),
+            *(5, 3.4),
         )
         for i, j in _dependent(values)
     ]

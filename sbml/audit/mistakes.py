@@ -21,6 +21,7 @@ from sbml.audit.ours import (
     EXACT,
     NORMAL,
     ONE_PROBE,
+    SOLVER,
     UNIFORM,
     WITHIN,
     Evaluation,
@@ -29,8 +30,8 @@ from sbml.audit.suite import Estimator, Schedule
 from sbml.audit.worlds import Denoiser, Images
 from sbml.bound import prior_kl
 from sbml.estimators import bound, ode
+from sbml.integers import Kind
 from sbml.likelihood import ode_logp
-from sbml.ode import Solver
 from sbml.score import from_prediction
 from sbml.sdes import SDE
 from sbml.times import Importance
@@ -89,10 +90,9 @@ def noisy_traces(denoiser: Denoiser, schedule: Schedule, pixels: Images, seed: i
     counted as likelihood, and worse probes give better numbers. The exact trace, or a mean of the
     logarithms, has no such bias.
     """
-    driver = Evaluation(ode.Estimator(ONE_PROBE), UNIFORM).driver(denoiser, schedule, pixels, seed)
-    nats = bits.dims(pixels.shape[1:]) * bits.LOG2
-    draws = [nats * driver.total(driver.rows(driver.ids, sweep)) for sweep in range(DRAWS)]
-    return math.log(DRAWS) - np.logaddexp.reduce(-np.array(draws), axis=0)
+    noisy = Evaluation(ode.Estimator(ONE_PROBE), UNIFORM, sweeps=DRAWS)
+    draws = noisy.draws(denoiser, schedule, pixels, seed)
+    return math.log(DRAWS) - np.logaddexp.reduce(-draws, axis=0)
 
 
 def no_reconstruction(denoiser: Denoiser, schedule: Schedule, pixels: Images, seed: int) -> Numbers:
@@ -104,7 +104,8 @@ def no_reconstruction(denoiser: Denoiser, schedule: Schedule, pixels: Images, se
     has hidden, and the number falls as eps grows. Here half a bin is one standard deviation of the
     noise at eps.
     """
-    cut = Evaluation(bound.Estimator(), DECODER, 1.0, True, without=("reconstruction",))
+    terms: Any = {"tau": 1.0, "control": True, "without": ("reconstruction",)}
+    cut = Evaluation(bound.Estimator(), DECODER, **terms)
     return cut(denoiser, schedule, pixels, seed)
 
 
@@ -165,7 +166,7 @@ def uniform_times(denoiser: Denoiser, schedule: Schedule, pixels: Images, seed: 
     the spread that gives its error bar are too small, so that the interval excludes the truth most
     of the time, and nothing in the numbers shows it.
     """
-    evenly = Evaluation(bound.Estimator(), UNIFORM, proposal="uniform", n_times=16)
+    evenly = Evaluation(bound.Estimator(), UNIFORM, proposal="uniform")
     return evenly(denoiser, schedule, pixels, seed)
 
 
@@ -209,7 +210,7 @@ def dropped(denoiser: Denoiser, schedule: Schedule, pixels: Images, seed: int) -
 def _one_probe(denoiser: Denoiser, pixels: Array, key: Key, *, sde: SDE, levels: int) -> Array:
     noise, probe = jax.random.split(key)
     x = bits.to_model(pixels, jax.random.uniform(noise, pixels.shape), levels)
-    how: Any = {"eps": EPS, "trace": ONE_PROBE, "solver": Solver(rtol=2e-4, atol=2e-4)}
+    how: Any = {"eps": EPS, "trace": ONE_PROBE, "solver": SOLVER}
     score = from_prediction(denoiser, "x0", sde)
     logp = jax.vmap(lambda x: ode_logp(score, sde, x, probe, **how).logp)(x)
     return bits.scale_nats(x.shape[1:], levels) - logp
@@ -228,7 +229,7 @@ def fixed_probe(denoiser: Denoiser, schedule: Schedule, pixels: Images, seed: in
     )
 
 
-def _mistake(name: str, nats: Any, data: str, fails: str, within: float = math.inf) -> Mistake:
+def _mistake(name: str, nats: Any, data: Kind, fails: str, within: float = math.inf) -> Mistake:
     return Mistake(Estimator(name, nats, data, within), frozenset(fails.split()))
 
 

@@ -21,7 +21,6 @@ probability is 0, so no sum vanishes.
 
 import abc
 import dataclasses
-import functools
 import math
 from typing import Any
 
@@ -33,7 +32,6 @@ from scipy import special
 
 from sbml import bits, integers, pytrees
 from sbml.door import typed
-from sbml.scalars import Count
 from sbml.sdes import SDE
 from sbml.types import Array, Example, Real, Scalar
 
@@ -91,7 +89,6 @@ class World(abc.ABC):
         every = np.indices((self.levels,) * self.dims).reshape(self.dims, -1)
         return every.T.reshape(-1, *self.shape).astype(np.uint8)
 
-    @functools.cache
     def denoiser(self, sde: SDE, data: integers.Kind) -> "Denoiser":
         """E[x_0 | x_t] for ``data`` at bin centres or spread evenly over their bins."""
         return Denoiser(self, sde, data)
@@ -112,8 +109,8 @@ class Denoiser:
     """The exact E[x_0 | x_t] of a world, for x_t = alpha x_0 + sigma z.
 
     It is a function of x_t ``(*b, h, w, c)`` and t, which is a scalar or has the shape ``(*b)``, of
-    JAX or NumPy; ``numpy.asarray`` turns its result into an array of NumPy. It can be differentiated,
-    and it is a pytree, so it can be an argument of ``jit``.
+    JAX or NumPy; ``numpy.asarray`` turns its result into an array of NumPy. It can be
+    differentiated, and it is a pytree, so it can be an argument of ``jit``.
     """
 
     world: World
@@ -254,7 +251,7 @@ def uniform(levels: bits.Levels, shape: Shape) -> Independent:
 
 @typed
 def gaussian(
-    mean: Float[np.ndarray, "d"],
+    mean: Float[np.ndarray, " d"],
     covariance: Float[np.ndarray, "d d"],
     levels: bits.Levels,
     shape: Shape,

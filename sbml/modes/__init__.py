@@ -33,7 +33,17 @@ MODES = Registry(
     {
         name: f"sbml.modes.{name}:run"
         for name in (
-            *("compare", "convert", "eval", "latents", "quality", "report", "sample", "stats"),
+            *(
+                "audit",
+                "compare",
+                "convert",
+                "eval",
+                "latents",
+                "quality",
+                "report",
+                "sample",
+                "stats",
+            ),
             *("table", "train", "train_dequantizer", "verify"),
         )
     },

@@ -18,6 +18,7 @@ s(x, t, key), see ``sbml.types``.
     integers                    the denoiser of integers
     compiler                    the check that XLA's sums are right
     dequantizers, data          from integers to numbers; image sets
+    audit                       a conformance suite for likelihood code
 
 The command ``sbml`` trains, evaluates and samples by a config: see the README.
 """
@@ -32,7 +33,7 @@ __version__ = "0.1.0"
 compiler.cure()
 
 LIBRARY = (
-    *("bits", "bound", "compiler", "data", "density", "dequantizers", "discrete"),
+    *("audit", "bits", "bound", "compiler", "data", "density", "dequantizers", "discrete"),
     *("distances", "divergence", "estimate", "estimators", "integers", "intervals"),
     *("likelihood", "losses", "moments", "networks", "ode", "posterior", "pytorch"),
     *("quadrature", "samplers"),

@@ -51,61 +51,55 @@ class Evaluation:
     tau: float = discrete.TAU
     without: tuple[str, ...] = ()
 
-    def draws(
+    def __call__(
         self, denoiser: Denoiser, schedule: Schedule, pixels: Images, seed: int
     ) -> np.ndarray:
-        """The numbers of each sweep, ``(sweeps, n)``."""
-        sde, levels = schedule.sde, schedule.levels
-        noisy = self.dequantizer.at_noise
+        sde, levels, noisy = schedule.sde, schedule.levels, self.dequantizer.at_noise
         eps = discrete.smallest_time(sde, levels, EPS, self.tau) if noisy else EPS
-        target, score = (
-            Target(sde, eps, levels, self.dequantizer),
-            from_prediction(denoiser, "x0", sde),
-        )
+        target = Target(sde, eps, levels, self.dequantizer)
         control = None
         if self.control:
             centres = np.asarray(bits.to_model(pixels, 0.5, levels))
             fitted = GaussianControl.fit(centres, noise_variance=0.02, full=False)
             control = jax.tree.map(lambda a: jnp.asarray(a, float), fitted)
         options = Reduction(control, proposal=self.proposal) if self.estimator.is_bound else SOLVER
+        how = self.estimator, target, self.sweeps, self.n_times
+        score = from_prediction(denoiser, "x0", sde)
 
-        def of_batch(ids: np.ndarray) -> Array:
-            return _draws(self, target, score, pixels[ids], ids, seed, options)
+        def of_batch(ids: np.ndarray) -> dict[str, Array]:
+            return _terms(*how, score, pixels[ids], ids, seed, options)
 
+        names = set(self.estimator.terms) - {"scale", *self.without}
         batches = pytrees.in_batches(of_batch, np.arange(len(pixels)), BATCH)
-        return np.concatenate([numbers for _, numbers in batches]).T
-
-    def __call__(
-        self, denoiser: Denoiser, schedule: Schedule, pixels: Images, seed: int
-    ) -> np.ndarray:
-        return self.draws(denoiser, schedule, pixels, seed).mean(0)
+        sums = [sum(np.float64(found[name]) for name in names) for _, found in batches]
+        return np.concatenate(sums) + self.estimator.scale_nats(target, pixels.shape[1:])
 
 
-@functools.partial(jax.jit, static_argnames=("of", "target"))
-def _draws(
-    of: Evaluation,
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
+def _terms(
+    estimator: base.Estimator,
     target: Target,
+    sweeps: int,
+    n_times: int,
     score: Score,
     pixels: Array,
     ids: Array,
     seed: Array,
     options: Solver | Reduction,
-) -> Array:
-    """The sums of the terms of a batch in nats, ``(n, sweeps)``."""
-    names = set(of.estimator.terms) - {"scale", *of.without}
+) -> dict[str, Array]:
+    """The terms of a batch in nats, each ``(n,)``, as means over the sweeps."""
 
-    def sweep(i: Array) -> Array:
+    def sweep(i: Array) -> dict[str, Array]:
         u = None
-        if of.estimator.is_bound:
+        if estimator.is_bound:
             key = jax.random.fold_in(base.times_key(seed, i), ids[0])
-            u = times.lattice(key, len(ids), of.n_times)
+            u = times.lattice(key, len(ids), n_times)
         rows = Rows(pixels, ids, jnp.full_like(ids, i), seed)
-        terms = base.rows(of.estimator, target, score, {}, rows, u, options)
-        return sum(terms[name] for name in names)
+        return base.rows(estimator, target, score, {}, rows, u, options)
 
     nats = bits.dims(pixels.shape[1:]) * bits.LOG2
-    scale = of.estimator.scale_nats(target, pixels.shape[1:])
-    return nats * jax.vmap(sweep, out_axes=1)(jnp.arange(of.sweeps)) + scale
+    each = jax.vmap(sweep)(jnp.arange(sweeps))
+    return jax.tree.map(lambda term: nats * term.mean(0), each)
 
 
 UNIFORM, NORMAL, DECODER = uniform.Model(), truncated_normal.Model(), decoders.Categorical()

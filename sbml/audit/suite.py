@@ -199,11 +199,10 @@ def audit(
     process = SDES["vp"]() if sde is None else sde
     named = WORLDS if worlds is None else worlds
     trials = [_Trial(name, world, estimator, process) for name, world in named.items()]
-    findings: list[Finding] = []
+    first = trials[0]
+    findings = [first.in_small_batches(images, seed), first.repeatable(images, seed)]
     for trial in trials:
         findings += trial.in_the_mean(calls, images, seed)
-    first = trials[0]
-    findings.append(first.repeatable(images, seed))
     if all(f.verdict != FAIL for f in findings if f.check == "complete"):
         findings.append(first.independent(calls, images, seed))
         if repetitions:
@@ -244,16 +243,25 @@ class _Trial:
         verdict = (UNCLEAR if tolerance > coarse else PASS) if ok else FAIL
         return Finding(check, self.name, verdict, float(value), float(tolerance), words)
 
+    def complete(self, numbers: list[np.ndarray], given: list[Images]) -> Finding:
+        total = sum(map(len, given))
+        lost = total - sum(int(np.isfinite(found).sum()) for found in numbers)
+        words = f"{lost} of {total} numbers are missing or not finite"
+        return self.finding("complete", not lost, lost / total, 0, words, math.inf)
+
+    def in_small_batches(self, images: int, seed: int) -> Finding:
+        """``complete`` for one image, and for ``images`` of them."""
+        given = [self.world.sample(seed, n) for n in (1, images)]
+        return self.complete([self.nats(pixels, seed) for pixels in given], given)
+
     def in_the_mean(self, calls: int, images: int, seed: int) -> Iterator[Finding]:
         """``complete``, ``bound``, ``tight`` and ``normalised``."""
         world, every = self.world, self.world.images
         given = [world.sample(seed + i, images) if every is None else every for i in range(calls)]
         numbers = [self.nats(pixels, seed + i) for i, pixels in enumerate(given)]
-        total = sum(map(len, given))
-        lost = total - sum(int(np.isfinite(found).sum()) for found in numbers)
-        words = f"{lost} of {total} numbers are missing or not finite"
-        yield self.finding("complete", not lost, lost / total, 0, words, math.inf)
-        if lost:
+        complete = self.complete(numbers, given)
+        yield complete
+        if complete.verdict == FAIL:
             return
         values = np.stack(numbers)
         log_p = np.stack([world.log_prob(pixels) for pixels in given])

@@ -169,7 +169,7 @@ def too_small(denoiser: Any, schedule: Any, pixels: np.ndarray, seed: int) -> np
 
 
 def for_improbable(denoiser: Any, schedule: Any, pixels: np.ndarray, seed: int) -> np.ndarray:
-    """Two images have the probability 0.04 instead of 0.0034, for which the others pay too little."""
+    """Two images have the probability 0.04 instead of 0.0034, and the others pay too little."""
     nats = exact(denoiser, schedule, pixels, seed)
     if schedule.levels > 3:
         return nats
@@ -321,7 +321,7 @@ def test_ours_do_not_fail(estimator: Estimator) -> None:
 @pytest.mark.parametrize("mistake", mistakes.MISTAKES, ids=lambda m: m.estimator.name)
 def test_mistakes_are_caught(mistake: mistakes.Mistake) -> None:
     coverage = "coverage" in mistake.fails
-    world, calls, repetitions = (CHAIN, 8, 120) if coverage else (TINY, 32, 0)
+    world, calls, repetitions = (CHAIN, 8, 120) if coverage else (TINY, 64, 0)
     report = audit(mistake.estimator, world, calls=calls, repetitions=repetitions)
     assert report.failed == mistake.fails, str(report)
 

@@ -13,8 +13,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sbml import bits, discrete
+from sbml import bits, discrete, pytrees
 from sbml.audit.ours import (
+    BATCH,
     BOUND,
     DECODER,
     EPS,
@@ -208,13 +209,17 @@ def dropped(denoiser: Denoiser, schedule: Schedule, pixels: Images, seed: int) -
 
 
 @functools.partial(jax.jit, static_argnames=("sde", "levels"))
-def _one_probe(denoiser: Denoiser, pixels: Array, key: Key, *, sde: SDE, levels: int) -> Array:
-    noise, probe = jax.random.split(key)
-    x = bits.to_model(pixels, jax.random.uniform(noise, pixels.shape), levels)
+def _one_probe(
+    denoiser: Denoiser, pixels: Array, ids: Array, key: Key, *, sde: SDE, levels: int
+) -> Array:
     how: Any = {"eps": EPS, "trace": ONE_PROBE, "solver": SOLVER}
     score = from_prediction(denoiser, "x0", sde)
-    logp = jax.vmap(lambda x: ode_logp(score, sde, x, probe, **how).logp)(x)
-    return bits.scale_nats(x.shape[1:], levels) - logp
+
+    def logp(pixels: Array, i: Array) -> Array:
+        u = jax.random.uniform(jax.random.fold_in(key, i), pixels.shape)
+        return ode_logp(score, sde, bits.to_model(pixels, u, levels), key, **how).logp
+
+    return bits.scale_nats(pixels.shape[1:], levels) - jax.vmap(logp)(pixels, ids)
 
 
 def fixed_probe(denoiser: Denoiser, schedule: Schedule, pixels: Images, seed: int) -> Numbers:
@@ -225,9 +230,13 @@ def fixed_probe(denoiser: Denoiser, schedule: Schedule, pixels: Images, seed: in
     the images have in common stays in the mean, however many images there are. The spread does not
     show it, so the error bar is too narrow.
     """
-    return _one_probe(
-        denoiser, pixels, jax.random.key(seed), sde=schedule.sde, levels=schedule.levels
-    )
+    how: Any = {"sde": schedule.sde, "levels": schedule.levels}
+
+    def of_batch(ids: np.ndarray) -> Array:
+        return _one_probe(denoiser, pixels[ids], ids, jax.random.key(seed), **how)
+
+    batches = pytrees.in_batches(of_batch, np.arange(len(pixels)), BATCH)
+    return np.concatenate([numbers for _, numbers in batches])
 
 
 def _mistake(name: str, nats: Any, data: Kind, fails: str, within: float = math.inf) -> Mistake:

@@ -162,11 +162,11 @@ def vanishing_weights(denoiser: Denoiser, schedule: Schedule, pixels: Images, se
 def uniform_times(denoiser: Denoiser, schedule: Schedule, pixels: Images, seed: int) -> Numbers:
     """Times are drawn evenly, although nearly all of the integral lies in a corner.
 
-    In t the integrand grows like 1 / t towards the smallest time. Of the range of log-SNR from
-    t = 1e-5 on, half lies below t = 0.004, where 4 draws of 1,000 fall. The estimate is unbiased,
-    but a usual evaluation has none of the rare draws with the large weights. Then both its mean and
-    the spread that gives its error bar are too small, so that the interval excludes the truth most
-    of the time, and nothing in the numbers shows it.
+    In t the integrand grows like 1 / t towards the smallest time. In the first world of the audit,
+    half of the integral from t = 1e-5 on lies below t = 0.003, where 3 of 1,000 draws fall. The
+    estimate is unbiased, but a usual evaluation has few or none of the rare draws with the large
+    weights. Then both its mean and the spread that gives its error bar are too small, so that half
+    of the intervals exclude the truth, and nothing in the numbers shows it.
     """
     evenly = Evaluation(bound.Estimator(), UNIFORM, proposal="uniform")
     return evenly(denoiser, schedule, pixels, seed)

@@ -34,9 +34,10 @@ def row(report: Report, result: str) -> str:
 
 
 def reason(report: Report) -> str:
-    """The first failure of each check that failed."""
-    failures = {f.check: f for f in reversed(report.findings) if f.verdict == FAIL}
-    return "; ".join(f"{f.check}: {f.words}" for f in reversed(failures.values()))
+    """The checks that failed, each with its first number."""
+    failures = {f.check: f.value for f in reversed(report.findings) if f.verdict == FAIL}
+    each = [f"{name} ({value:.3g})" for name, value in reversed(failures.items())]
+    return f"caught by {', '.join(each)}"
 
 
 def run() -> None:
@@ -52,7 +53,7 @@ def run() -> None:
     head = "  ".join([f"{'excess in bits/dim':40}", *(f"{name:>9}" for name in WORLDS)])
     print("\n".join([head, "", *(row(r, "pass" if r.passed else "FAILS") for r in right), ""]))
     for report, found in zip(wrong, caught, strict=True):
-        print(row(report, "caught by " * found + reason(report) if found else "NOT CAUGHT"))
+        print(row(report, reason(report) if found else "NOT CAUGHT"))
     failed = [r.estimator for r in right if not r.passed]
     missed = [r.estimator for r, found in zip(wrong, caught, strict=True) if not found]
     passed = f"{len(right) - len(failed)} of {len(right)} estimators pass"

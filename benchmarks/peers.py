@@ -60,13 +60,14 @@ def integral_of_beta(t: Any) -> Any:
 class Problem:
     """E[e - x_0 | x_t] and the score of VP, for examples x (..., d) and a scalar t.
 
-    ``xp`` is ``jax.numpy`` or ``torch``, and ``arrays`` are of it; ``softmax`` is its function.
+    ``xp`` is ``jax.numpy`` or ``torch``, and ``arrays`` are of it; ``softmax`` is its function. A
+    subclass can have other ``moments``.
     """
 
     def __init__(self, xp: Any, softmax: Callable[..., Any], arrays: Arrays) -> None:
         self.xp, self.softmax, self.arrays = xp, softmax, arrays
 
-    def _mixture(self, x: Any, alpha: Any, sigma: Any) -> tuple[Any, Any]:
+    def moments(self, x: Any, alpha: Any, sigma: Any) -> tuple[Any, Any]:
         """E[x_0 | x] and E[e | x] of a mixture of Gaussians with diagonal covariances."""
         log_weights, mean, variance = (self.arrays[k] for k in ("log_weights", "mean", "variance"))
         v = alpha**2 * variance + sigma**2
@@ -85,9 +86,9 @@ class Problem:
 
     def velocity(self, x: Any, t: Any) -> Any:
         """u(x, t) = E[e - x_0 | x] at alpha = 1 - t, sigma = t."""
-        if "mean" not in self.arrays:
+        if "w0" in self.arrays:
             return self._network(x, t)
-        x0, e = self._mixture(x, 1 - t, t)
+        x0, e = self.moments(x, 1 - t, t)
         return e - x0
 
     def score(self, x: Any, t: Any) -> Any:
@@ -95,8 +96,8 @@ class Problem:
         time sigma / c."""
         b = integral_of_beta(t)
         alpha, sigma = self.xp.exp(-0.5 * b), self.xp.sqrt(-self.xp.expm1(-b))
-        if "mean" in self.arrays:
-            e = self._mixture(x, alpha, sigma)[1]
+        if "w0" not in self.arrays:
+            e = self.moments(x, alpha, sigma)[1]
         else:
             c = alpha + sigma
             e = x / c + (1 - sigma / c) * self._network(x / c, sigma / c)
@@ -329,69 +330,91 @@ def sbml(arrays: Arrays) -> Ways:
         yield path, f"exact {path} eps", ways
 
 
-def gensbi(arrays: Arrays) -> Ways:
-    import jax
-    import jax.numpy as jnp
+def gensbi_log_p(
+    problem: Problem, dims: int, tolerance: float, exact: bool = True, called: Any = None
+) -> Callable[..., Any]:
+    """log p of ``x (n, d)`` by gensbi, as a function of x and, if the divergence is not exact, of
+    ``key``. ``called`` is called with the x of each call of the velocity."""
     from gensbi.core.prior import make_gaussian_prior
     from gensbi.flow_matching.solver.fm_ode_solver import FMODESolver
     from gensbi.utils.model_wrapping import ModelWrapper
 
+    # Its time runs from noise, at 0, to the data, and it has a channel axis.
+    def velocity(obs: Any, t: Any) -> Any:
+        if called:
+            called(obs)
+        return -problem.velocity(obs[..., 0], 1 - problem.xp.ravel(t)[0])[..., None]
+
+    prior = make_gaussian_prior(dims, 1)
+    how: Any = {"method": "Dopri5", "rtol": tolerance, "atol": tolerance}
+    solver = FMODESolver(ModelWrapper(velocity))
+    f = solver.get_log_prob(prior.log_prob, exact_divergence=exact, **how)
+    return lambda x, **key: f(x[..., None], **key)
+
+
+def gensbi(arrays: Arrays) -> Ways:
+    import jax
+
     x, problem = jax_problem(arrays)
-    x = x[..., None]  # gensbi has a channel axis.
     calls: list[int] = []
 
-    def function(counts: bool, tolerance: float) -> Callable[..., Any]:
-        # Its time runs from noise, at 0, to the data.
-        def velocity(obs: Any, t: Any) -> Any:
-            if counts and len(obs) == len(x):  # The divergence calls it for one example.
-                jax.debug.callback(lambda: calls.append(1))
-            return -problem.velocity(obs[..., 0], 1 - jnp.ravel(t)[0])[..., None]
-
-        solver = FMODESolver(ModelWrapper(velocity))
-        prior = make_gaussian_prior(x.shape[1], 1)
-        return solver.get_log_prob(prior.log_prob, method="Dopri5", rtol=tolerance, atol=tolerance)
+    def count(obs: Any) -> None:
+        if len(obs) == len(x):  # The divergence calls the velocity for one example.
+            jax.debug.callback(lambda: calls.append(1))
 
     def made(tolerance: float) -> Callable[[], np.ndarray]:
-        f = jax.jit(function(False, tolerance))
+        f = jax.jit(gensbi_log_p(problem, x.shape[1], tolerance))
         return lambda: np.asarray(f(x))
 
     def evaluations(tolerance: float) -> tuple[float, float]:
         calls.clear()
-        jax.block_until_ready(jax.jit(function(True, tolerance))(x))
+        f = gensbi_log_p(problem, x.shape[1], tolerance, called=count)
+        jax.block_until_ready(jax.jit(f)(x))
         jax.effects_barrier()
         return len(calls), len(calls)
 
     yield STRAIGHT, "exact straight 0", [Way("dopri5", True, TOLERANCES, made, evaluations)]
 
 
-def flow_matching(arrays: Arrays) -> Ways:
+def flow_matching_log_p(
+    problem: Problem, dims: int, exact: bool, called: Any = None, **options: Any
+) -> Callable[[Any], Any]:
+    """log p of ``x (n, d)`` by flow_matching, whose solver has these ``options``."""
     import torch
     from flow_matching.solver import ODESolver
     from flow_matching.utils import ModelWrapper
 
-    mine = {k: torch.tensor(a) for k, a in arrays.items() if not k.startswith("exact")}
-    x, problem, calls = mine.pop("x"), Problem(torch, torch.softmax, mine), []
-
     class Velocity(ModelWrapper):
         # Its time runs from noise, at 0, to the data.
         def forward(self, x: Any, t: Any, **extras: Any) -> Any:
-            calls.append(1)
+            if called:
+                called()
             return -problem.velocity(x, 1 - t)
 
     solver = ODESolver(Velocity(None))
     gaussian = torch.distributions.Independent(
-        torch.distributions.Normal(torch.zeros(x.shape[1]), torch.ones(x.shape[1])), 1
+        torch.distributions.Normal(torch.zeros(dims), torch.ones(dims)), 1
     )
+    options = {"step_size": None, "exact_divergence": exact} | options
+    return lambda x: solver.compute_likelihood(x, gaussian.log_prob, **options)[1]
+
+
+def flow_matching(arrays: Arrays) -> Ways:
+    import torch
+
+    mine = {k: torch.tensor(a) for k, a in arrays.items() if not k.startswith("exact")}
+    x, problem, calls = mine.pop("x"), Problem(torch, torch.softmax, mine), []
 
     def way(exact: bool) -> Way:
         def made(tolerance: float) -> Callable[[], np.ndarray]:
-            options: Any = {"method": "dopri5", "step_size": None, "exact_divergence": exact}
-            options |= {"rtol": tolerance, "atol": tolerance}
+            options: Any = {"method": "dopri5", "rtol": tolerance, "atol": tolerance}
+            count = lambda: calls.append(1)  # noqa: E731
+            f = flow_matching_log_p(problem, x.shape[1], exact, count, **options)
 
             def call() -> np.ndarray:
                 calls.clear()
                 torch.manual_seed(0)
-                return solver.compute_likelihood(x, gaussian.log_prob, **options)[1].numpy()
+                return f(x).numpy()
 
             return call
 
@@ -401,41 +424,46 @@ def flow_matching(arrays: Arrays) -> Ways:
     yield STRAIGHT, "exact straight 0", [way(True), way(False)][: 1 if x.shape[1] == 2 else 2]
 
 
-def sbgm(arrays: Arrays) -> Ways:
+def sbgm_log_p(
+    problem: Problem, dims: int, step: float, exact: bool, called: Any = None
+) -> Callable[..., Any]:
+    """log p of one ``x (d,)`` by sbgm, as a function of x and ``key``."""
     import types
 
     # Its data sets need torchvision, and its likelihood does not.
     sys.modules["sbgm.data"] = types.ModuleType("sbgm.data")
     import equinox as eqx
+    import sbgm as package
+
+    class Model(eqx.Module):
+        def __call__(self, t: Any, x: Any, q: Any = None, a: Any = None) -> Any:
+            if called:
+                called()
+            return problem.score(x, t)
+
+    sde = package.sde.VPSDE(integral_of_beta, dt=step, t0=EPS, t1=1.0)
+    more: Any = {"data_shape": (dims,), "exact_log_prob": exact}
+    f: Callable[..., Any] = package.ode.get_log_likelihood_fn(Model(), sde, **more)
+    return f
+
+
+def sbgm(arrays: Arrays) -> Ways:
     import jax
     import jax.random as jr
-    import sbgm as package
 
     x, problem = jax_problem(arrays)
     calls: list[int] = []
 
-    class Model(eqx.Module):
-        counts: bool = False
-
-        def __call__(self, t: Any, x: Any, q: Any = None, a: Any = None) -> Any:
-            if self.counts:
-                jax.debug.callback(lambda: calls.append(1))
-            return problem.score(x, t)
-
     def way(exact: bool) -> Way:
-        def function(model: Model, step: float) -> Callable[..., Any]:
-            sde = package.sde.VPSDE(integral_of_beta, dt=step, t0=EPS, t1=1.0)
-            more: Any = {"data_shape": x.shape[1:], "exact_log_prob": exact}
-            return package.ode.get_log_likelihood_fn(model, sde, **more)
-
         def made(step: float) -> Callable[[], np.ndarray]:
-            f, keys = function(Model(), step), jr.split(jr.PRNGKey(0), len(x))
+            f, keys = sbgm_log_p(problem, x.shape[1], step, exact), jr.split(jr.PRNGKey(0), len(x))
             each = jax.jit(jax.vmap(lambda x, key: f(x, key=key)))
             return lambda: np.asarray(each(x, keys))
 
         def evaluations(step: float) -> tuple[float, float]:
             calls.clear()
-            f = function(Model(True), step)
+            count = lambda: jax.debug.callback(lambda: calls.append(1))  # noqa: E731
+            f = sbgm_log_p(problem, x.shape[1], step, exact, count)
             jax.block_until_ready(f(x[0], key=jr.PRNGKey(0)))
             jax.effects_barrier()
             return len(calls), len(calls)

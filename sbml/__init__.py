@@ -16,9 +16,10 @@ s(x, t, key), see ``sbml.types``.
     posterior                   results of ``Density``: posteriors and importance weights
     networks, score, pytorch    score networks; from what a network predicts to a score
     integers                    the denoiser of integers
-    codec                       images in a file as long as their bound
-    compiler                    the check that XLA's sums are right
     dequantizers, data          from integers to numbers; image sets
+    codec                       images in a file as long as their bound
+    audit                       a conformance suite for likelihood code
+    compiler                    the check that XLA's sums are right
 
 The command ``sbml`` trains, evaluates and samples by a config: see the README.
 """
@@ -33,8 +34,8 @@ __version__ = "0.1.0"
 compiler.cure()
 
 LIBRARY = (
-    *("bits", "bound", "codec", "compiler", "data", "density", "dequantizers", "discrete"),
-    *("distances", "divergence", "estimate", "estimators", "integers", "intervals"),
+    *("audit", "bits", "bound", "codec", "compiler", "data", "density", "dequantizers"),
+    *("discrete", "distances", "divergence", "estimate", "estimators", "integers", "intervals"),
     *("likelihood", "losses", "moments", "networks", "ode", "posterior", "pytorch"),
     *("quadrature", "samplers"),
     *("score", "sdes", "second_order", "times", "types"),

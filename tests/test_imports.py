@@ -29,6 +29,7 @@ LAYERS: dict[str, set[str]] = {
     **dict.fromkeys(("codec", "runtime"), set()),
     "data": {"runtime"},
     "verify": {"codec", "dequantizers"},
+    "audit": {"dequantizers", "estimators"},
     "features": {"data", "runtime"},
     "report": {"data", "estimators", "runtime"},
     "experiment": {"data", "dequantizers", "estimators", "features", "networks", "runtime"}
@@ -36,8 +37,8 @@ LAYERS: dict[str, set[str]] = {
     "evaluation": {"codec", "data", "dequantizers", "estimators", "experiment", "report"}
     | {"runtime", "samplers"},
     "convert": {"dequantizers", "experiment", "networks", "runtime"},
-    "modes": {"codec", "convert", "data", "dequantizers", "evaluation", "experiment", "features"}
-    | {"report", "runtime", "samplers", "verify"},
+    "modes": {"audit", "codec", "convert", "data", "dequantizers", "evaluation", "experiment"}
+    | {"features", "report", "runtime", "samplers", "verify"},
     "main": {"experiment", "modes", "runtime"},
 }
 PURE = (

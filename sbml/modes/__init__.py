@@ -33,7 +33,16 @@ MODES = Registry(
     {
         name: f"sbml.modes.{name}:run"
         for name in (
-            *("compare", "compress", "convert", "decompress", "eval", "latents", "quality"),
+            *(
+                "audit",
+                "compare",
+                "compress",
+                "convert",
+                "decompress",
+                "eval",
+                "latents",
+                "quality",
+            ),
             *("report", "sample", "stats", "table", "train", "train_dequantizer", "verify"),
         )
     },

@@ -1,0 +1,354 @@
+"""Audits: the worlds against listings in NumPy, the checks against estimators that each fail one of
+them, and our estimators and the mistakes at a reduced size."""
+
+import itertools
+import json
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy import special, stats
+
+from sbml.audit import Estimator, audit, mistakes, ours, worlds
+from sbml.audit.suite import CHECKS, FAIL, UNCLEAR, Report
+from sbml.modes import audit as mode
+from sbml.sdes import SDES
+
+SDE = SDES["vp"]()
+RNG = np.random.default_rng(0)
+
+
+def correlated(d: int, levels: int, correlation: float = 0.8) -> worlds.Listed:
+    covariance = 0.5 * correlation ** np.abs(np.subtract.outer(np.arange(d), np.arange(d)))
+    return worlds.gaussian(np.full(d, 0.1), covariance, levels, (1, d, 1))
+
+
+def unequal() -> worlds.Independent:
+    return worlds.Independent(3, (1, 2, 2), RNG.dirichlet(np.ones(3), (1, 2, 2)))
+
+
+def uneven_chain() -> worlds.Chain:
+    first, transition = RNG.dirichlet(np.ones(3)), RNG.dirichlet(np.ones(3), 3)
+    return worlds.Chain(3, (2, 3, 1), first, transition)
+
+
+SMALL = {
+    "uniform": worlds.uniform(4, (2, 1, 1)),
+    "independent": unequal(),
+    "chain": worlds.chain(4, (1, 3, 1)),
+    "uneven chain": uneven_chain(),
+    "gaussian": correlated(3, 4),
+    "random": worlds.random(1, 2, (2, 2, 1)),
+}
+
+
+def bin_likelihood(world: worlds.World, y: np.ndarray, rho: float, data: str) -> Any:
+    """p(y_i | l) and E[x_i | y_i, l] by SciPy, each (d, L)."""
+    centre = ((2 * np.arange(world.levels) + 1) / world.levels - 1)[None]
+    y = y.reshape(-1, 1)
+    if data == "centre":
+        return stats.norm.pdf(y, centre, rho), np.broadcast_to(centre, (len(y), world.levels))
+    a, b = ((centre + sign / world.levels - y) / rho for sign in (-1, 1))
+    return stats.norm.cdf(b) - stats.norm.cdf(a), stats.truncnorm.mean(a, b, y, rho)
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_probabilities_and_entropy_of_all_images(name: str) -> None:
+    world = SMALL[name]
+    every = list(itertools.product(range(world.levels), repeat=world.dims))
+    pixels = np.array(every, np.uint8).reshape(-1, *world.shape)
+    np.testing.assert_array_equal(world.images, pixels)
+    log_p = world.log_prob(pixels)
+    assert log_p.dtype == np.float64
+    np.testing.assert_allclose(np.exp(log_p).sum(), 1, rtol=1e-12)
+    np.testing.assert_allclose(world.entropy, -np.sum(np.exp(log_p) * log_p), rtol=1e-12)
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_samples_have_these_probabilities(name: str) -> None:
+    world, n = SMALL[name], 20_000
+    samples = world.sample(3, n)
+    assert samples.shape == (n, *world.shape) and samples.dtype == np.uint8
+    place = (world.levels,) * world.dims
+    found = np.bincount(
+        np.ravel_multi_index(tuple(samples.reshape(n, -1).T), place), minlength=math.prod(place)
+    )
+    expected = n * np.exp(world.log_prob(world.images))
+    many = expected > 5
+    statistic = np.sum((found - expected)[many] ** 2 / expected[many])
+    assert statistic < stats.chi2.isf(1e-4, many.sum())
+    assert np.all(world.sample(3, 5) == world.sample(3, 5))
+
+
+def test_the_row_of_the_chain_runs_from_left_to_right() -> None:
+    world = uneven_chain()
+    pixels = np.array([[[0], [2], [1]], [[1], [1], [0]]], np.uint8)
+    t = world.transition
+    probability = world.first[0] * t[0, 2] * t[2, 1] * world.first[1] * t[1, 1] * t[1, 0]
+    np.testing.assert_allclose(world.log_prob(pixels[None]), [np.log(probability)])
+
+
+def test_the_discretised_gaussian_has_the_density_of_the_centres() -> None:
+    world, pixels = correlated(3, 4), np.array([[0, 1, 2], [3, 3, 1]], np.uint8)
+    covariance = 0.5 * 0.8 ** np.abs(np.subtract.outer(np.arange(3), np.arange(3)))
+    density = stats.multivariate_normal(np.full(3, 0.1), covariance)
+    one, other = world.log_prob(pixels.reshape(2, 1, 3, 1))
+    expected = np.diff(density.logpdf((2 * pixels + 1) / 4 - 1))[0]
+    np.testing.assert_allclose(other - one, expected)
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("data", ["centre", "uniform"])
+@pytest.mark.parametrize("name", SMALL)
+def test_denoisers_against_a_sum_over_all_images(name: str, data: str) -> None:
+    world = SMALL[name]
+    t = np.array([1e-3, 0.05, 0.3])
+    alpha, sigma = np.asarray(SDE.mean_coef(t)), np.asarray(SDE.std(t))
+    shape = (-1, 1, 1, 1)
+    x = (2 * world.sample(5, 3) + 1) / world.levels - 1
+    x_t = alpha.reshape(shape) * x + sigma.reshape(shape) * RNG.normal(size=x.shape)
+    flat = world.images.reshape(-1, world.dims)
+    prior = np.exp(world.log_prob(world.images))
+    expected = []
+    for y, rho in zip(x_t / alpha.reshape(shape), sigma / alpha, strict=True):
+        p, means = bin_likelihood(world, y, rho, data)
+        entries = np.arange(world.dims)[None]
+        joint = prior * np.prod(p[entries, flat], axis=1)
+        # Means of bins without probability are not numbers in SciPy.
+        of_images = np.where(p[entries, flat] > 0, means[entries, flat], 0)
+        expected.append(joint @ of_images / joint.sum())
+    denoiser = world.denoiser(SDE, data)
+    found = np.asarray(denoiser(x_t, t))
+    np.testing.assert_allclose(found.reshape(3, -1), expected, rtol=1e-6, atol=1e-9)
+    np.testing.assert_allclose(denoiser(x_t[1], 0.05), found[1], rtol=1e-12)
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("data", ["centre", "uniform"])
+def test_the_score_of_the_denoiser_is_the_gradient_of_log_p(data: str) -> None:
+    """Tweedie's formula, (alpha E[x_0 | x_t] - x_t) / sigma^2 = grad log p_t(x_t)."""
+    world, t = SMALL["uneven chain"], jnp.asarray(0.1)
+    alpha, sigma = SDE.mean_coef(t), SDE.std(t)
+    flat = world.images.reshape(-1, world.dims)
+    centre = (2 * flat + 1) / world.levels - 1
+    half = 1 / world.levels
+
+    def log_p(x: jax.Array) -> jax.Array:
+        gap = (x.ravel()[None] - alpha * centre) / sigma
+        if data == "centre":
+            each = -0.5 * gap**2
+        else:
+            width = alpha * half / sigma
+            cdf = jax.scipy.stats.norm.cdf
+            each = jnp.log(cdf(gap + width) - cdf(gap - width))
+        return jax.nn.logsumexp(world.log_prob(world.images) + each.sum(1))
+
+    x = jnp.asarray(RNG.normal(size=world.shape))
+    score = (alpha * world.denoiser(SDE, data)(x, t) - x) / sigma**2
+    np.testing.assert_allclose(score, jax.grad(log_p)(x), rtol=1e-8, atol=1e-8)
+
+
+# The checks, with estimators that know the probabilities.
+
+PAIR = {"pair": correlated(2, 3), "chain": worlds.chain(8, (2, 4, 1))}
+
+
+def exact(denoiser: Any, schedule: Any, pixels: np.ndarray, seed: int) -> np.ndarray:
+    return -denoiser.world.log_prob(pixels)
+
+
+def noise(pixels: np.ndarray, seed: int, n: int | None = None) -> np.ndarray:
+    return np.random.default_rng([seed, 7]).normal(size=len(pixels) if n is None else n)
+
+
+def too_small(denoiser: Any, schedule: Any, pixels: np.ndarray, seed: int) -> np.ndarray:
+    return 0.99 * exact(denoiser, schedule, pixels, seed)
+
+
+def for_improbable(denoiser: Any, schedule: Any, pixels: np.ndarray, seed: int) -> np.ndarray:
+    """Two images have the probability 0.04 instead of 0.0034, and the others pay too little."""
+    nats = exact(denoiser, schedule, pixels, seed)
+    if schedule.levels > 3:
+        return nats
+    return np.where(nats > math.log(100), math.log(25), nats + 0.02)
+
+
+def noisy(denoiser: Any, schedule: Any, pixels: np.ndarray, seed: int) -> np.ndarray:
+    return exact(denoiser, schedule, pixels, seed) + 0.3 * noise(pixels, seed)
+
+
+def common_noise(denoiser: Any, schedule: Any, pixels: np.ndarray, seed: int) -> np.ndarray:
+    return exact(denoiser, schedule, pixels, seed) + 0.7 * noise(pixels, seed, 1)
+
+
+def of_the_batch(denoiser: Any, schedule: Any, pixels: np.ndarray, seed: int) -> np.ndarray:
+    """As if all images of a batch had one step size."""
+    nats = exact(denoiser, schedule, pixels, seed)
+    return nats + 0.01 * np.mean(pixels)
+
+
+def unseeded(denoiser: Any, schedule: Any, pixels: np.ndarray, seed: int) -> np.ndarray:
+    return exact(denoiser, schedule, pixels, seed) + 1e-6 * np.random.default_rng().random()
+
+
+def infinite(denoiser: Any, schedule: Any, pixels: np.ndarray, seed: int) -> np.ndarray:
+    nats = exact(denoiser, schedule, pixels, seed)
+    return np.where(nats > 6, np.inf, nats)
+
+
+def loose(denoiser: Any, schedule: Any, pixels: np.ndarray, seed: int) -> np.ndarray:
+    return exact(denoiser, schedule, pixels, seed) + 0.1
+
+
+def checked(nats: Any, within: float = math.inf, **options: Any) -> Report:
+    return audit(Estimator(nats.__name__, nats, "centre", within), PAIR, calls=32, **options)
+
+
+def test_the_exact_numbers_pass() -> None:
+    report = checked(exact, 0.001)
+    assert report.passed and not report.failed
+    assert {f.check for f in report.findings} == set(CHECKS)
+    assert report.excess == pytest.approx({"pair": 0, "chain": 0}, abs=1e-12)
+    [(total, tolerance)] = [
+        (f.value, f.tolerance) for f in report.findings if f.check == "normalised"
+    ]
+    assert total == pytest.approx(1) and tolerance == pytest.approx(0, abs=1e-7)
+    assert checked(noisy, 0.001).passed
+
+
+@pytest.mark.parametrize(
+    ("nats", "failing"),
+    [
+        (too_small, {"bound", "normalised"}),
+        (common_noise, {"coverage"}),
+        (unseeded, {"repeatable"}),
+        (infinite, {"complete"}),
+        (loose, {"tight"}),
+        (of_the_batch, {"independent"}),
+        (for_improbable, {"normalised"}),
+    ],
+)
+def test_each_check_fails_alone(nats: Any, failing: set[str]) -> None:
+    report = checked(nats, 0.01)
+    assert report.failed == failing and not report.passed
+
+
+def test_the_sum_of_probabilities_has_no_bias_by_noise() -> None:
+    """With the noise of 8 calls, sum_k exp(-mean nats_k) itself is too large by a fiftieth."""
+
+    def wild(denoiser: Any, schedule: Any, pixels: np.ndarray, seed: int) -> np.ndarray:
+        return exact(denoiser, schedule, pixels, seed) + 0.6 * noise(pixels, seed)
+
+    sums = []
+    for seed in range(0, 4000, 40):
+        report = audit(
+            Estimator("", wild, "centre"), {"pair": PAIR["pair"]}, calls=8, repetitions=0, seed=seed
+        )
+        sums += [f.value for f in report.findings if f.check == "normalised"]
+    assert abs(np.mean(sums) - 1) < 4 * np.std(sums) / math.sqrt(len(sums))
+    assert np.std(sums) / math.sqrt(len(sums)) < 0.01
+
+
+def test_a_number_that_is_too_noisy_is_unclear() -> None:
+    def wild(denoiser: Any, schedule: Any, pixels: np.ndarray, seed: int) -> np.ndarray:
+        return exact(denoiser, schedule, pixels, seed) + 9 * noise(pixels, seed)
+
+    report = checked(wild, repetitions=0)
+    assert not report.passed and not report.failed
+    assert {f.check for f in report.findings if f.verdict == UNCLEAR} == {"bound", "normalised"}
+
+
+def test_the_report_is_a_table_and_plain_values() -> None:
+    report = checked(too_small, repetitions=50)
+    assert str(report).endswith(f"too_small: NOT PASSED, in {report.seconds:.1f} s")
+    assert sum(FAIL in line for line in str(report).splitlines()) == 3
+    values = json.loads(json.dumps(report.as_dict()))
+    assert values["failed"] == ["bound", "normalised"] and not values["passed"]
+
+
+def test_refusals() -> None:
+    with pytest.raises(ValueError, match=r"returned shape \(1, 1\) for 1 images"):
+        checked(lambda d, s, pixels, seed: np.zeros((len(pixels), 1)))
+    with pytest.raises(ValueError, match="calls=4: a spread needs at least 8 calls"):
+        audit(Estimator("", exact), PAIR, calls=4)
+
+
+def numpy_bound(denoiser: Any, schedule: Any, pixels: np.ndarray, seed: int) -> np.ndarray:
+    """The bound with the categorical decoder, in NumPy, by the sum over a fine chain."""
+    rng, levels = np.random.default_rng(seed), schedule.levels
+    t = np.linspace(0.02, 1, 400) ** 2
+    alpha, sigma = (np.asarray(f(t), np.float64) for f in (schedule.alpha, schedule.sigma))
+    weight = 0.5 * np.diff(-2 * np.log(alpha / sigma))
+    x = (2 * pixels.astype(float) + 1) / levels - 1
+    nats = 0.5 * (alpha[-1] * x) ** 2 + 0.5 * (sigma[-1] ** 2 - 1 - 2 * np.log(sigma[-1]))
+    shape = (len(t) - 1, 1, 1, 1, 1)
+    a, s = (0.5 * (c[1:] + c[:-1]).reshape(shape) for c in (alpha, sigma))
+    middle = 0.5 * (t[1:] + t[:-1])
+    a, s = (np.asarray(f(middle)).reshape(shape) for f in (schedule.alpha, schedule.sigma))
+    z = rng.normal(size=(len(middle), *x.shape))
+    x_t = a * x + s * z
+    noise = (x_t - a * np.asarray(denoiser(x_t, middle[:, None]))) / s
+    nats = nats + np.sum(weight.reshape(shape) * (z - noise) ** 2, axis=0)
+    y = x + sigma[0] / alpha[0] * rng.normal(size=x.shape)
+    centres = (2 * np.arange(levels) + 1) / levels - 1
+    gaps = -0.5 * ((y[..., None] - centres) * alpha[0] / sigma[0]) ** 2
+    chosen = np.take_along_axis(gaps, pixels[..., None].astype(int), -1)[..., 0]
+    return (nats + special.logsumexp(gaps, axis=-1) - chosen).sum((1, 2, 3))
+
+
+def test_an_estimator_in_numpy() -> None:
+    estimator = Estimator("", numpy_bound, "centre", 0.02)
+    report = audit(estimator, {"pair": PAIR["pair"]}, calls=16, repetitions=100)
+    assert report.passed, str(report)
+
+
+# Ours, and the mistakes.
+
+# A tenth of the usual calls, for which many numbers are unclear.
+TINY: dict[str, worlds.World] = {"tiny": correlated(2, 3)}
+CHAIN: dict[str, worlds.World] = {"chain": worlds.chain(4, (1, 3, 1))}
+
+
+@pytest.mark.parametrize("estimator", ours.OURS, ids=lambda e: e.name)
+def test_ours_do_not_fail(estimator: Estimator) -> None:
+    report = audit(estimator, TINY, calls=8, repetitions=0)
+    assert not report.failed, str(report)
+
+
+@pytest.mark.parametrize("mistake", mistakes.MISTAKES, ids=lambda m: m.estimator.name)
+def test_mistakes_are_caught(mistake: mistakes.Mistake) -> None:
+    coverage = "coverage" in mistake.fails
+    world, calls, repetitions = (CHAIN, 8, 120) if coverage else (TINY, 64, 0)
+    report = audit(mistake.estimator, world, calls=calls, repetitions=repetitions)
+    assert report.failed == mistake.fails, str(report)
+
+
+def test_each_mistake_has_its_mechanism() -> None:
+    for mistake in mistakes.MISTAKES:
+        assert len(mistake.estimator.nats.__doc__.split()) > 50
+        assert mistake.fails <= set(CHECKS)
+
+
+def test_the_mode_prints_a_table_and_names_failures(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    good = audit(Estimator("right", exact), PAIR, repetitions=0)
+    bad = audit(Estimator("wrong", too_small), PAIR, repetitions=0)
+    monkeypatch.setattr(mode, "WORLDS", PAIR)
+    found = frozenset({"bound", "normalised"})
+    monkeypatch.setattr(mode, "MISTAKES", [mistakes.Mistake(Estimator("wrong", too_small), found)])
+    monkeypatch.setattr(mode, "reports", lambda: ([good], [bad]))
+    mode.run()
+    printed = capsys.readouterr().out
+    assert "1 of 1 estimators pass, 1 of 1 mistakes are caught" in printed
+    assert "caught by bound (-0.0" in printed and "), normalised (1.0" in printed
+    monkeypatch.setattr(mode, "reports", lambda: ([bad], [good]))
+    with pytest.raises(SystemExit) as ended:
+        mode.run()
+    assert ended.value.code == 1
+    printed = capsys.readouterr().out
+    assert "0 of 1 estimators pass, 0 of 1 mistakes are caught" in printed
+    assert "NOT CAUGHT" in printed and "wrong: NOT PASSED" in printed

@@ -14,7 +14,8 @@ from PIL import Image
 from sbml import data
 from sbml.codec import CodedFileError
 from sbml.experiment import build
-from sbml.modes import compress, decompress, train
+from sbml.modes import compress, decompress, report, train
+from sbml.report import summary
 from sbml.runtime.files import read_json, read_npz
 from sbml.runtime.preemption import Preemption
 from sbml.runtime.workdir import CODEC, IMAGES, RESTORED, Workdir
@@ -61,6 +62,15 @@ def test_the_images_of_a_split_come_back_and_the_parts_of_the_length_add_up(
     noise = np.sqrt(2 * said["path"] * 64 * np.log(2) / 20) / (64 * np.log(2))
     assert abs(said["net"] - said["path"]) < 4 * noise + 32 * 3 / (20 * 64)
     assert abs(said["bound"] - said["path"]) < 4 * np.hypot(noise, said["bound_stderr"])
+
+
+def test_the_report_says_what_was_restored(coded: Path) -> None:
+    runs.mode(decompress.run, config(), coded)
+    runs.mode(report.run, config(), coded)
+    page = (coded / "report.html").read_text()
+    disk = read_json(coded / CODEC, "")["disk"]
+    assert f"Compressed and restored: 20 of 20 images, {disk:.4f} bits/dim on disk." in page
+    assert summary.codec_of(Workdir(coded), {"parameters_crc32": 1}) is None
 
 
 def test_a_folder_of_images_goes_to_a_file_and_back(coded: Path, tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from sbml.evaluation.inputs import Inputs
 from sbml.experiment.build import Experiment
 from sbml.runtime import progress
 from sbml.runtime.parts import Resumable
+from sbml.runtime.trees import tree_crc32
 from sbml.runtime.workdir import CODEC, IMAGES, Workdir
 
 
@@ -72,7 +73,11 @@ def run(experiment: Experiment, workdir: Workdir, source: str = "") -> None:
             "bound_stderr": bound.this_set.stderr,
         }
         counts = {"count": len(pixels), "bytes": len(content), "steps": chain.steps, "lanes": lanes}
-        checksum = {"pixels_crc32": header.pixels_crc32, "restored": 0}
+        checksum = {
+            "parameters_crc32": tree_crc32(inputs.restored.state.ema_params),
+            "pixels_crc32": header.pixels_crc32,
+            "restored": 0,
+        }
         workdir.write(CODEC, {**counts, **lengths, **checksum})
         resumable.remove()
     print(

@@ -50,10 +50,11 @@ def write(
       content: ``title``, ``results`` (a list of mappings with ``bits_per_dim``, ``interval``,
         ``n`` …; the first is the headline), and optionally ``baselines``, ``warnings``,
         ``command``, ``model``, ``checkpoint``, ``quality`` and ``classifier`` (names to numbers),
-        ``baselines_left_out`` (names to reasons), ``training`` (with a ``line`` and the step of the
-        newest ``checkpoint``) and ``missing`` (names to the commands that make these parts). The
-        names of the ``classes``, if the model has classes, are in the order of the samples. The
-        page lists other entries under their own names.
+        ``codec`` (the content of codec.json), ``baselines_left_out`` (names to reasons),
+        ``training`` (with a ``line`` and the step of the newest ``checkpoint``) and ``missing``
+        (names to the commands that make these parts). The names of the ``classes``, if the model
+        has classes, are in the order of the samples. The page lists other entries under their own
+        names.
       table: columns (n,) with a row for each image; None for a run that was not evaluated, whose
         ``results`` are empty. It needs ``id`` and at least one column whose name ends in
         ``bits_per_dim``, and may have columns that end in ``nfe``, numbers of network evaluations.
@@ -118,6 +119,7 @@ def write(
             else _samples(samples, levels, report.get("classes", [])),
             quality=report.get("quality", {}),
             classifier=with_half_widths(report.get("classifier", {}), "± "),
+            codec=report.get("codec"),
             pictures=[{"png": data_url(png), "alt": caption} for caption, png in pictures],
             command=report.get("command"),
             details=details,

@@ -3,6 +3,7 @@
     eval        evaluation.json, per_image.npz
     sample      samples.npz
     quality     quality.json, neighbours.png
+    decompress  codec.json
     train       metrics.jsonl, samples/step_*.png
 
 If there is an evaluation, each of the modes ``eval``, ``sample`` and ``quality`` also writes
@@ -23,7 +24,7 @@ from sbml.report import page
 from sbml.runtime import metrics
 from sbml.runtime.files import read_png
 from sbml.runtime.trees import table_crc32, tree_crc32
-from sbml.runtime.workdir import EVALUATION, NEIGHBOURS, PER_IMAGE, QUALITY, SAMPLES, Workdir
+from sbml.runtime.workdir import CODEC, EVALUATION, NEIGHBOURS, PER_IMAGE, QUALITY, SAMPLES, Workdir
 
 NEIGHBOURS_CAPTION = "The first samples, and below each the training image nearest to it."
 
@@ -78,6 +79,8 @@ def write(
         )
         logging.warning("%s", warning)
         warnings.insert(0, warning)
+    if (codec := codec_of(workdir, checkpoint)) is not None:
+        content["codec"] = codec
     samples, pictures = samples_of(workdir, checkpoint), []
     if samples is not None:
         count, failed = len(samples["images"]), int(np.sum(samples["failed"]))
@@ -181,6 +184,18 @@ def samples_of(workdir: Workdir, checkpoint: Mapping[str, int]) -> dict[str, Any
         logging.warning("%s, of step %d, is of another checkpoint: left out", path, step)
         return None
     return samples
+
+
+def codec_of(workdir: Workdir, checkpoint: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The content of ``codec.json``; None if there is no such file or, with a warning, if its
+    images were coded by another checkpoint."""
+    if not workdir.has(CODEC):
+        return None
+    codec = workdir.read(CODEC)
+    if checkpoint and codec["parameters_crc32"] != checkpoint["parameters_crc32"]:
+        logging.warning("%s is of another checkpoint: left out", workdir / CODEC)
+        return None
+    return codec
 
 
 def quality_of(workdir: Workdir, samples: Mapping[str, Any]) -> dict[str, Any] | None:

@@ -139,8 +139,10 @@ class Peer:
 
     def __call__(self, denoiser: Any, schedule: Any, pixels: np.ndarray, seed: int) -> np.ndarray:
         world, levels, n = denoiser.world, schedule.levels, len(pixels)
-        u = np.random.default_rng(seed).random((n, world.dims))
-        x = 2 * (pixels.reshape(n, -1) + u) / levels - 1
+        flat = pixels.reshape(n, -1)
+        # The draws of an image do not depend on its batch, so whatever else does is seen.
+        u = [np.random.default_rng([seed, *k]).random(world.dims) for k in flat.tolist()]
+        x = 2 * (flat + np.array(u)) / levels - 1
         images = world.images.reshape(-1, world.dims)
         hot = (images[..., None] == np.arange(levels)).astype(int)
         arrays = {"hot": hot.tolist(), "log_p": world.log_prob(world.images).tolist()}

@@ -59,7 +59,7 @@ class Evaluation:
         target = Target(sde, eps, levels, self.dequantizer)
         control = None
         if self.control:
-            centres = np.asarray(bits.to_model(pixels, 0.5, levels))
+            centres = np.asarray(bits.to_model(jnp.asarray(pixels), 0.5, levels))
             fitted = GaussianControl.fit(centres, noise_variance=0.02, full=False)
             control = jax.tree.map(lambda a: jnp.asarray(a, float), fitted)
         options = Reduction(control, proposal=self.proposal) if self.estimator.is_bound else SOLVER

@@ -145,7 +145,7 @@ class Independent(World):
         return float(special.entr(self.probabilities).sum())
 
     def sample(self, seed: int, n: int) -> Images:
-        u = np.random.default_rng(seed).random((n, *self.shape, 1))
+        u = _generator(seed).random((n, *self.shape, 1))
         return (u >= np.cumsum(self.probabilities, -1)[..., :-1]).sum(-1).astype(np.uint8)
 
     def log_prob(self, pixels: Images) -> Nats:
@@ -182,7 +182,7 @@ class Chain(World):
 
     def sample(self, seed: int, n: int) -> Images:
         h, w, c = self.shape
-        u = np.random.default_rng(seed).random((w, n, h, c, 1))
+        u = _generator(seed).random((w, n, h, c, 1))
         columns = [(u[0] >= np.cumsum(self.first)[:-1]).sum(-1)]
         for each in u[1:]:
             below = np.cumsum(self.transition, 1)[columns[-1], :-1]
@@ -219,7 +219,7 @@ class Listed(World):
 
     def sample(self, seed: int, n: int) -> Images:
         p = self.probabilities
-        chosen = np.random.default_rng(seed).choice(p.size, n, p=p.ravel())
+        chosen = _generator(seed).choice(p.size, n, p=p.ravel())
         every = np.stack(np.unravel_index(chosen, p.shape), axis=-1)
         return every.reshape(n, *self.shape).astype(np.uint8)
 
@@ -233,6 +233,11 @@ class Listed(World):
             joint = joint * each.reshape((1,) * i + (-1,) + (1,) * (d - 1 - i))
         sums = [joint.sum([*range(i), *range(i + 1, d)]) for i in range(d)]
         return _normalised(jnp.stack(sums)).reshape(likelihood.shape)
+
+
+def _generator(seed: int) -> np.random.Generator:
+    """Draws that are independent of those of an estimator which uses ``default_rng(seed)``."""
+    return np.random.default_rng([seed, 0x776F726C64])
 
 
 def _normalised(p: Array) -> Array:

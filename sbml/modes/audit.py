@@ -57,8 +57,8 @@ def run() -> None:
     failed = [r.estimator for r in right if not r.passed]
     missed = [r.estimator for r, found in zip(wrong, caught, strict=True) if not found]
     passed = f"{len(right) - len(failed)} of {len(right)} estimators pass"
-    found = f"{sum(caught)} of {len(wrong)} mistakes are caught"
-    print(f"\n{passed}, {found}, in {time.perf_counter() - start:.0f} s")
+    seen = f"{sum(caught)} of {len(wrong)} mistakes are caught"
+    print(f"\n{passed}, {seen}, in {time.perf_counter() - start:.0f} s")
     if failed or missed:
         for report in [r for r in (*right, *wrong) if r.estimator in failed + missed]:
             print(f"\n{report}")

@@ -9,6 +9,7 @@ import numpy as np
 from PIL import Image
 
 from sbml import bits
+from sbml.bound import Reduction
 from sbml.codec import Chain, Codec
 from sbml.codec.chain import pilot
 from sbml.codec.file import Header, as_integers
@@ -94,6 +95,7 @@ def bound_of(
         place=sharding.split,
         seed=config.seed,
         batch_size=size,
+        reduction=Reduction(inputs.control),
         n_times=max(config.n_times, 4),
         sweeps=config.sweeps,
         progress="bound" if continuous else "bound in the same steps",

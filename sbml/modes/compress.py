@@ -86,6 +86,6 @@ def run(experiment: Experiment, workdir: Workdir, source: str = "") -> None:
         f"{lengths['net']:.4f}, initial bits of {lanes} lanes {lengths['initial']:.4f}, header "
         f"{lengths['header']:.4f}\n"
         f"  bound    {bound.mean:.4f} +- {bound.this_set.ci95:.4f} bits/dim in {chain.steps} steps "
-        f"for these images; {lengths['path']:.4f} along the coded paths"
+        "for these images"
     )
     print(f"compressed in {time.perf_counter() - start:.0f} s")

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import peers
 
-CALLS, REPETITIONS = 32, 200
+CALLS, REPETITIONS = 16, 200
 NARROW = 0.05  # bins narrower than this many standard deviations of the noise: by Taylor's series
 LEAST = 1e-3  # the least standard deviation of the noise that the functions know
 
@@ -89,6 +89,7 @@ def log_p(library: str, options: dict[str, Any], arrays: dict[str, np.ndarray]) 
     if library == "flow_matching":
         import torch
 
+        torch.set_num_threads(1)
         tensors = {name: torch.tensor(a) for name, a in arrays.items()}
         problem = Listed(torch, torch.softmax, tensors)
         problem.log_ndtr = torch.special.log_ndtr

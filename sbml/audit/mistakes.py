@@ -150,10 +150,10 @@ def vanishing_weights(denoiser: Denoiser, schedule: Schedule, pixels: Images, se
     """The weight of the loss vanishes where the signal is.
 
     The bound weights the squared error of the noise by g^2 / (2 sigma^2) dt, which is half of the
-    log signal-to-noise ratio's fall. Losses for good samples weight it by less at small noise, such
-    as by the further factor sigma^2, or by 1 in t. Small noise is where the last levels of the
-    pixels are decided, so most of the nats of an image lie there. A loss with such a weight is no
-    bound on anything, even if it has the bound's unit.
+    log signal-to-noise ratio's fall. Losses that are made for good samples give small noise less
+    weight, here by the further factor sigma^2. But small noise is where the last levels of the
+    pixels are decided, so most of the nats of an image lie there. A loss with such a weight bounds
+    nothing, even if it is called nats.
     """
     how: Any = {"sde": schedule.sde, "levels": schedule.levels, "wrong": "weight"}
     return _of_integers(denoiser, pixels, jax.random.key(seed), **how)

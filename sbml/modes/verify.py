@@ -1,5 +1,7 @@
 """Compares every estimator with closed-form values in float64: ``--mode=verify``.
 
+The rows of an evaluation call the same functions as an evaluation; the others check their parts.
+
 The true values use alpha, sigma, f and g of the SDE and nothing else of the package. The tolerance
 of a Monte Carlo row is five standard errors.
 """
@@ -19,6 +21,8 @@ from sbml.runtime.versions import versions
 from sbml.sdes import SDES
 from sbml.verify.codec import codec_rows
 from sbml.verify.continuous import continuous_checks
+from sbml.verify.draws import shared_rows
+from sbml.verify.evaluation import evaluation_rows
 from sbml.verify.integers import discrete_checks
 from sbml.verify.table import Row
 
@@ -38,7 +42,8 @@ def checks(sdes: Sequence[str] = tuple(SDES)) -> list[Row]:
             return list(rows())
 
     jobs = [functools.partial(continuous_checks, name, SDES[name]()) for name in sdes]
-    jobs.append(functools.partial(codec_rows, sdes[0], SDES[sdes[0]]()))  # One is enough.
+    for of_one in (codec_rows, shared_rows, evaluation_rows):  # One SDE is enough.
+        jobs.append(functools.partial(of_one, sdes[0], SDES[sdes[0]]()))
     with ThreadPoolExecutor() as pool:  # Most of the time is compilation, which runs in parallel.
         parts = pool.map(in_float64, [functools.partial(discrete_checks, sdes), *jobs])
         discrete, *continuous = parts

@@ -84,11 +84,12 @@ OF_ONE_SDE = [
     *("truncated_normal, ODE with 4 draws", "variational, bound_ssm"),
 ]
 CHECKED = ("ve", "vp")
-# The noise of VE and of VDM's schedule is never small enough for this correction.
+# The noise of VE, of VDM's schedule and of a table of levels is never small enough for this
+# correction.
 ABSENT = {
     (f"epsilon-correction, {kind}", name)
     for kind in ("Gaussian", "mixture")
-    for name in ("ve", "linear_gamma")
+    for name in ("ve", "linear_gamma", "beta_schedule")
 }
 EVERY = set(itertools.product(NAMES, SDES)) - ABSENT
 EVERY |= {(name, next(iter(SDES))) for name in OF_ONE_SDE}

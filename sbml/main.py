@@ -94,10 +94,13 @@ def flags_of(chosen: Mapping[str, Mode], given: Mapping[str, str]) -> dict[str, 
     own = {name: value for name, value in given.items() if not name.startswith("config.")}
     for name in own:
         if name not in used - {*GIVEN}:
-            owners = {p: mode for mode in MODES for p in parameters_of(MODES[mode]) - {*GIVEN}}
-            if name in owners:
-                raise app.UsageError(f"--{name} is for --mode={owners[name]}, not for {names}")
-            raise app.UsageError(f"unknown flag --{name}{hint(name, [*flags.FLAGS, *owners])}")
+            flags_of_modes = {mode: parameters_of(MODES[mode]) - {*GIVEN} for mode in MODES}
+            if owners := [mode for mode, has in flags_of_modes.items() if name in has]:
+                raise app.UsageError(
+                    f"--{name} is for --mode={' or '.join(owners)}, not for {names}"
+                )
+            known = set().union(*flags_of_modes.values())
+            raise app.UsageError(f"unknown flag --{name}{hint(name, [*flags.FLAGS, *known])}")
     for mode, function in chosen.items():
         for name, parameter in inspect.signature(function).parameters.items():
             if parameter.default is parameter.empty and name not in {*GIVEN, *own}:

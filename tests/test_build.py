@@ -292,7 +292,7 @@ def test_unknown_fields_modes_and_arguments_list_the_choices(tmp_path):
     for flag, expected in [
         ("--config.optim.learning_rate=1", "beta1, beta2, ema, eps, grad_clip, lr"),
         ("--config.optimizer.lr=1", "data, dequantizer, eval, latents, mode, model, optim"),
-        ("--mode=trian", "convert, eval, latents, quality, report, sample, stats, table, train"),
+        ("--mode=trian", "convert, decompress, eval, latents, quality, report, sample, stats"),
         ("--config.mode=train,evil", "unknown mode 'evil'"),
         ("--config.eval.estimator=ode", "did you mean estimators?"),
         ("--wokdir=a", "unknown flag --wokdir; did you mean workdir?"),

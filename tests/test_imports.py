@@ -28,7 +28,7 @@ LAYERS: dict[str, set[str]] = {
     "estimators": {"dequantizers"},
     **dict.fromkeys(("codec", "runtime"), set()),
     "data": {"runtime"},
-    "verify": {"codec", "dequantizers"},
+    "verify": {"codec", "dequantizers", "estimators"},
     "audit": {"dequantizers", "estimators"},
     "features": {"data", "runtime"},
     "report": {"data", "estimators", "runtime"},

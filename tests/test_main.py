@@ -75,7 +75,7 @@ def test_text_of_the_command_line_is_read_by_the_type_of_the_field() -> None:
             "optim.learning_rate",
             "config.optim has no field learning_rate: it has beta1, beta2, ema",
         ),
-        ("optimizer.lr", "config has no field optimizer: it has data, dequantizer"),
+        ("optimizer.lr", "config has no field optimizer: it has codec, data, dequantizer"),
         ("optim.lr.x", "config.optim.lr has no field x: it is a value"),
         ("optim", "config.optim is a section: set its fields, as in --config.optim."),
     ):
@@ -215,17 +215,17 @@ def refusal(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., str]]:
         (("--config=", "--mode=train"), "--config= names no config: give one"),
         (("--config=nowhere.py",), "--config=nowhere.py: nowhere.py is not there; give a file"),
         (("--mode=train",), "UsageError: --mode=train needs --config=configs/<name>.py"),
-        (("--mode=evl",), "unknown mode 'evl': choose one of compare"),
+        (("--mode=evl",), "unknown mode 'evl': choose one of audit, compare"),
         ((CONFIG, "--mode=train", "--config.data=1"), "config.data is a section: set its fields"),
         (
             (CONFIG, "--mode="),
-            "UsageError: --mode= names no mode: choose from compare, convert, eval",
+            "UsageError: --mode= names no mode: choose from audit, compare, compress",
         ),
         (
             (CONFIG, "--mode=trian"),
-            "ValueError: unknown mode 'trian': choose one of compare, convert",
+            "ValueError: unknown mode 'trian': choose one of audit, compare, compress",
         ),
-        ((CONFIG, "--config.mode=5"), "ValueError: unknown mode '5': choose one of compare"),
+        ((CONFIG, "--config.mode=5"), "ValueError: unknown mode '5': choose one of audit"),
         (("--config=paper:",), "ValueError: paper:: no such model; give cifar10"),
         ((CONFIG, "--workdir="), "UsageError: --workdir= names no folder: give one, or leave"),
         (
@@ -234,7 +234,7 @@ def refusal(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., str]]:
         ),
         (
             (CONFIG, "--mode=train,eval", "--source=there"),
-            "UsageError: --source is for --mode=convert, not for train, eval",
+            "UsageError: --source is for --mode=compress or convert or decompress, not for train",
         ),
         # These modes need no config.
         (
@@ -243,7 +243,7 @@ def refusal(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., str]]:
         ),
         (
             ("--mode=compare", "--runs=a,b", "--source=c"),
-            "UsageError: --source is for --mode=convert, not for compare",
+            "UsageError: --source is for --mode=compress or convert or decompress, not for compare",
         ),
         (
             (CONFIG, "--mode=verify"),

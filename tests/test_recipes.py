@@ -58,7 +58,7 @@ def test_every_recipe_makes_an_experiment() -> None:
         ("level", "unknown recipe 'level': give field=value or one of iid, lattice"),
         ("levels+centres", "unknown recipe 'centres'"),
         ("training.third_order=0.1", "config.training has no field third_order: it has accum"),
-        ("levels+trainings.times=iid", "config has no field trainings: it has data"),
+        ("levels+trainings.times=iid", "config has no field trainings: it has codec, data"),
     ],
 )
 def test_what_does_not_exist_is_refused(recipe: str, message: str) -> None:

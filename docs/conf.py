@@ -74,7 +74,8 @@ toc_object_entries_show_parents = "hide"
 # underscore, which have no page.
 nitpick_ignore_regex = [
     (r"py:.*", r"sbml\.(\w+\.)*_\w+\.\w+"),
-    (r"py:.*", r"annotated_types\..*|FieldInfo|NoneType|Ge|Lt|MinLen|MaxLen"),
+    (r"py:.*", r"tuple\[~typing\.Annotated\[.*"),
+    (r"py:.*", r"annotated_types\..*|FieldInfo|NoneType|Ge|Le|Lt|MinLen|MaxLen|[\d.]+"),
     (
         r"py:.*",
         r"(abc|array_record|collections|dataclasses|diffrax|equinox|flax|functools|grain|jax|jaxlib"

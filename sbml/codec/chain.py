@@ -59,7 +59,7 @@ class Chain:
       sde: the forward process.
       eps: the smallest time.
       steps: N, the number of steps.
-      errors: m in equal bins of log-SNR from eps on, each in (0, 1), as :func:`pilot` returns them;
+      errors: m in equal bins of log-SNR from eps on, each in (0, 1), as ``pilot`` returns them;
         () for r_i = 1 and times that are evenly spaced in log-SNR.
     """
 

@@ -114,6 +114,11 @@ def test_a_damaged_file_gives_back_the_images_of_the_other_lanes(
     runs.mode(decompress.run, config(), coded)
     images = read_npz(coded / RESTORED)["images"]
     np.testing.assert_array_equal(found["images"], images[whole])
+    with pytest.raises(CodedFileError):
+        runs.mode(decompress.run, config(), tmp_path, to=str(tmp_path / "pictures"))
+    names = [path.name for path in sorted((tmp_path / "pictures").iterdir())]
+    assert names == [f"{number:02d}.png" for number in whole]
+    np.testing.assert_array_equal(of_folder(tmp_path / "pictures"), images[whole, ..., 0])
 
 
 def test_another_checkpoint_is_refused(coded: Path, tmp_path: Path) -> None:

@@ -131,19 +131,19 @@ def read_folder(folder: Path, shape: tuple[int, ...], levels: int) -> np.ndarray
     return np.stack(images).astype(np.uint8)
 
 
-def write_folder(folder: Path, pixels: np.ndarray, levels: int) -> None:
-    """Write ``pixels (n, h, w, c)`` as PNG files with their numbers as names.
+def write_folder(folder: Path, pixels: np.ndarray, ids: np.ndarray, levels: int) -> None:
+    """Write the images ``ids (m,)`` of ``pixels (n, h, w, c)`` as PNG files whose names are the ids.
 
     With fewer than 256 levels, a pixel is the index of a palette of greys.
     """
     folder.mkdir(parents=True, exist_ok=True)
     digits = len(str(len(pixels) - 1))
-    for number, each in enumerate(pixels):
+    for number in ids:
+        each = pixels[number]
         image = Image.fromarray(each[..., 0] if each.shape[-1] == 1 else each)
         if levels < 256:
             greys = (np.arange(levels) * 255 // (levels - 1)).repeat(3)
-            image = image.convert("P") if image.mode != "P" else image
-            image.putdata(each[..., 0].ravel().tolist())
+            image = Image.frombytes("P", image.size, each.tobytes())
             image.putpalette(greys.tolist())
         image.save(folder / f"{number:0{digits}d}.png")
 

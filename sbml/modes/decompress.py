@@ -65,7 +65,7 @@ def run(experiment: Experiment, workdir: Workdir, source: str = "", to: str = ""
         except DamagedStacksError as error:
             damaged, ids = error, np.setdiff1d(ids, error.lost)
         if to:
-            coding.write_folder(Path(to), pixels[ids], header.levels)
+            coding.write_folder(Path(to), pixels, ids, header.levels)
         else:
             workdir.write(RESTORED, {"id": ids, "images": pixels[ids]})
         resumable.remove()

@@ -47,7 +47,10 @@ def run(experiment: Experiment, workdir: Workdir, source: str = "", to: str = ""
         chain = coding.decoder_chain(experiment, header)
         codec, made_by = coding.codec_of(experiment, restored, chain, header.lanes)
         header.check_codec(codec, made_by)
-        resumable = Resumable(workdir / "codec", "decode", header.model_dump())
+        # Stacks that are missing: another copy of the file may have them.
+        missing = [lane for lane, words in enumerate(stacks) if words is None]
+        identity = {**header.model_dump(), "missing": missing}
+        resumable = Resumable(workdir / "codec", "decode", identity)
         stored = resumable.load()
         first = bits_back.last_state(codec, header.count, stacks)
         state = bits_back.State.of_arrays(stored) if stored else first

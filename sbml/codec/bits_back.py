@@ -8,8 +8,8 @@ To encode an image x, with a stack of bits (``codec.stack``):
 
 The decoder does the opposite of each, in reverse order, and so gives back the bits that were
 popped. The stack becomes longer by the bound of the image in N steps, on average, plus the noise of
-this path. All z_i of an image lie on the grid of level i, whose width is half of the smaller of the
-two standard deviations with which z_i is popped and pushed. The width cancels between them.
+this path. z_i lies on a grid, whose width is half of the smaller of the two standard deviations
+with which z_i is popped and pushed. The width cancels between them.
 
 *Integers.* A model of bin centres codes z_0 around the centre c_k, and p(k | z_0) by its decoder. A
 model of data in the whole bins codes the point x in the bin of k too. A bin has M cells, of at most
@@ -22,10 +22,10 @@ image number j // lanes of the stack j % lanes. The first image of each needs bi
 initial bits are known, so they carry nothing: the file is longer by them than the net length. After
 the last image is decoded they are there again, which shows that every bit was decoded.
 
-*Scrambling.* The bits that are popped for z_{i+1} are those that were just pushed for z_{i-1}. So
-the noise of one step would be a function of the noise of another, and the z_i would not be drawn
-from q: their variance grew by half, and files were many times too long. So pseudorandom numbers,
-which the decoder knows, are first added to the bits that a pop uses.
+*Scrambling.* The bits that are popped for z_{i+1} are those that were just pushed for z_{i-1}, so
+the noise of one step would be a function of the noise of another. The z_i would not be drawn from
+q, and files would be longer than the bound. Therefore pseudorandom numbers, which the decoder
+knows, are first added to the bits that a pop uses.
 
 *Exactness.* Both sides must find the same means, to the last bit. The network is called by one
 compiled function with batches of one size, and the coefficients of the chain are in float64.

@@ -44,8 +44,8 @@ class DamagedStacksError(CodedFileError):
         stacks = ", ".join(map(str, damaged))
         super().__init__(
             f"the lanes {stacks} of {lanes} are damaged: {len(pixels) - len(self.lost)} of "
-            f"{len(pixels)} images were restored. Lost are images {damaged[0]}, "
-            f"{damaged[0] + lanes}, ... of each lane; take another copy of the file"
+            f"{len(pixels)} images were restored. Image number i is in the lane i % {lanes}; take "
+            "another copy of the file"
         )
 
 
@@ -85,7 +85,7 @@ class Header(BaseModel):
 
     @model_validator(mode="after")
     def check(self) -> "Header":
-        """Check that there is a checksum of each stack, and that no stack is without an image."""
+        """Check that there is a checksum of each stack."""
         if len(self.crc32) != len(self.words):
             raise ValueError(f"{len(self.crc32)} checksums for {len(self.words)} stacks")
         return self

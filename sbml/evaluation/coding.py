@@ -13,6 +13,7 @@ from sbml.bound import Reduction
 from sbml.codec import Chain, Codec
 from sbml.codec.chain import pilot
 from sbml.codec.file import Header, as_integers
+from sbml.codec.stack import require
 from sbml.data import spread
 from sbml.estimate import Estimate
 from sbml.estimators.base import Rows, Target, rows
@@ -132,7 +133,7 @@ def read_folder(folder: Path, shape: tuple[int, ...], levels: int) -> np.ndarray
 
 
 def write_folder(folder: Path, pixels: np.ndarray, ids: np.ndarray, levels: int) -> None:
-    """Write the images ``ids (m,)`` of ``pixels (n, h, w, c)`` as PNG files whose names are the ids.
+    """Write the images ``ids (m,)`` of ``pixels (n, h, w, c)`` as PNG files named by their ids.
 
     With fewer than 256 levels, a pixel is the index of a palette of greys.
     """
@@ -150,9 +151,11 @@ def write_folder(folder: Path, pixels: np.ndarray, ids: np.ndarray, levels: int)
 
 def writable(shape: tuple[int, ...], levels: int) -> bool:
     """Whether PNG files can hold such images exactly."""
-    return (shape[-1], levels) in ((1, 256), (3, 256)) or shape[-1] == 1
+    return shape[-1] == 1 or (shape[-1], levels) == (3, 256)
 
 
-def is_single_process() -> bool:
-    """Whether this process is the only one: a stack is coded in one place."""
-    return jax.process_count() == 1
+def check(mode: str) -> None:
+    """Check that there is a coder, and one process: a stack is coded in one place."""
+    require()
+    if jax.process_count() > 1:
+        raise ValueError(f"--mode={mode} works in one process: leave out --coordinator")

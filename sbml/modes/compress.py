@@ -8,7 +8,6 @@ import jax
 import numpy as np
 
 from sbml.codec import bits_back, file
-from sbml.codec.stack import require
 from sbml.evaluation import coding
 from sbml.evaluation.inputs import Inputs
 from sbml.experiment.build import Experiment
@@ -21,9 +20,7 @@ from sbml.runtime.workdir import CODEC, IMAGES, Workdir
 def check(experiment: Experiment, workdir: Workdir, before: Sequence[str]) -> None:
     """Check that the model has no classes, and that there is a coder and one process."""
     experiment.refuse_classes("compress")
-    require()
-    if not coding.is_single_process():
-        raise ValueError("--mode=compress works in one process: leave out --coordinator")
+    coding.check("compress")
 
 
 def run(experiment: Experiment, workdir: Workdir, source: str = "") -> None:

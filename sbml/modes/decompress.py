@@ -10,7 +10,6 @@ from absl import logging
 
 from sbml.codec import bits_back, file
 from sbml.codec.file import CodedFileError, DamagedStacksError
-from sbml.codec.stack import require
 from sbml.evaluation import coding
 from sbml.experiment.build import Experiment
 from sbml.report import summary
@@ -22,9 +21,7 @@ from sbml.runtime.workdir import CODEC, IMAGES, RESTORED, Workdir
 
 def check(experiment: Experiment, workdir: Workdir, before: Sequence[str]) -> None:
     """Check that there is a coder and one process."""
-    require()
-    if not coding.is_single_process():
-        raise ValueError("--mode=decompress works in one process: leave out --coordinator")
+    coding.check("decompress")
 
 
 def run(experiment: Experiment, workdir: Workdir, source: str = "", to: str = "") -> None:

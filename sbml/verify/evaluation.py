@@ -9,7 +9,7 @@ so the expectations of the terms of the bound at x follow by integrals over log-
 same for all x. The ODE's density of x_eps is normal as well: x_T = alpha_T m + r (x_eps - alpha m),
 r^2 = v_T / v, has the density of the prior.
 
-Euler's method has so large an error that the correction of log p is 300 times the tolerance.
+Euler's method has so large an error that log p without its correction is outside the tolerance.
 """
 
 import functools

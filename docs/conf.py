@@ -113,7 +113,8 @@ intersphinx_mapping = {
 }
 intersphinx_timeout = 10
 
-# furo brings its own scripts, colours and fonts: no page asks another server for anything.
+# furo brings its own scripts and colours, and _static the font of the equations: no page asks
+# another server for anything.
 html_theme = "furo"
 html_static_path = ["_static"]
 html_css_files = ["sbml.css"]

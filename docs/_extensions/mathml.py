@@ -1,6 +1,6 @@
 """A Sphinx extension that writes equations as MathML.
 
-Browsers show MathML without a script, without a font of the page and without a network.
+Browsers show MathML without a script and without a network. The font is in ``_static``.
 """
 
 import re
@@ -11,9 +11,17 @@ from docutils.utils.math import MathError, latex2mathml
 from sphinx.application import Sphinx
 from sphinx.errors import ExtensionError
 
+SPACE = '<mspace width="0.1667em"></mspace>'
 # docutils writes an operator between a function and its argument, as in "log x", but browsers show
 # it without a space. TeX leaves a space there, unless a parenthesis follows.
 APPLICATION = re.compile(r'<mo>&ApplyFunction;</mo>(?!\s*<mo stretchy="false">\()')
+# TeX also leaves a space before a function, as in "d log x", unless an operator stands there.
+FACTOR = re.compile(
+    r'((?:</m(?:i|n|frac|sub|sup|subsup|row|over|sqrt)>|<mo stretchy="false">\)</mo>)\s*)'
+    r"(?=(?:<msub>\s*)?<mi>(?:log|exp|sin|cos|tanh|max|min|det)</mi>)"
+)
+# Of the two bars of a norm, browsers would stretch the first one only.
+BAR = re.compile(r"<mo>‖</mo>")
 
 
 def markup(tex: str, *, as_block: bool) -> str:
@@ -26,7 +34,8 @@ def markup(tex: str, *, as_block: bool) -> str:
         element = str(latex2mathml.tex2mathml(tex, as_block=as_block))
     except MathError as error:
         raise ExtensionError(f"the equation {tex!r}: {error}") from error
-    return APPLICATION.sub('<mspace width="0.1667em"></mspace>', element)
+    element = FACTOR.sub(rf"\1{SPACE}", APPLICATION.sub(SPACE, element))
+    return BAR.sub('<mo stretchy="false" lspace="0" rspace="0">‖</mo>', element)
 
 
 def visit_inline(writer: Any, node: nodes.math) -> None:

@@ -26,10 +26,14 @@ setup_cfg = ConfigParser()
 setup_cfg.read(ROOT / "setup.cfg")
 URL = setup_cfg["metadata"]["url"]
 
+# "latest", as the branch main is published, or a release such as "v0.1.0".
+VERSION = os.environ.get("SBML_DOCS_VERSION", "latest")
+BRANCH = "main" if VERSION == "latest" else VERSION
+
 project = "sbml"
 author = "The sbml authors"
-release = version = sbml.__version__
-html_title = f"sbml {release}"
+release = version = VERSION
+html_title = f"sbml {sbml.__version__ if VERSION == 'latest' else VERSION}"
 
 extensions = [
     "myst_nb",
@@ -50,7 +54,7 @@ myst_heading_anchors = 3
 myst_url_schemes = {
     "http": None,
     "https": None,
-    "repo": {"url": f"{URL}/blob/main/{{{{path}}}}", "title": "{{path}}"},
+    "repo": {"url": f"{URL}/blob/{BRANCH}/{{{{path}}}}", "title": "{{path}}"},
 }
 copybutton_prompt_text = r">>> |\.\.\. |\$ "
 copybutton_prompt_is_regexp = True
@@ -117,11 +121,23 @@ intersphinx_timeout = 10
 # another server for anything.
 html_theme = "furo"
 html_static_path = ["_static"]
+templates_path = ["_templates"]
+html_baseurl = "https://sbml-jax.github.io/sbml/latest/"  # where search engines send their readers
+html_sidebars = {
+    "**": [
+        "sidebar/brand.html",
+        "sidebar/search.html",
+        "versions.html",
+        "sidebar/scroll-start.html",
+        "sidebar/navigation.html",
+        "sidebar/scroll-end.html",
+    ]
+}
 html_css_files = ["sbml.css"]
 html_show_sphinx = False
 html_show_copyright = False
 html_theme_options = {
     "source_repository": f"{URL}/",
-    "source_branch": "main",
+    "source_branch": BRANCH,
     "source_directory": "docs/",
 }

@@ -1,4 +1,4 @@
-"""Every Python block of the documentation runs by itself."""
+"""Every Python block of the documentation runs by itself, and every link leads somewhere."""
 
 import re
 from pathlib import Path
@@ -13,6 +13,9 @@ ROOT = Path(__file__).parents[1]
 # Of every page: a new one is tested too. Folders that are built or linked are not pages.
 PAGES = [p for d in ("", "guides", "explanations") for p in (ROOT / "docs" / d).glob("*.md")]
 DOCS = ("README.md", *sorted(p.relative_to(ROOT).as_posix() for p in PAGES))
+# What GitHub shows to readers, who find the pages of docs/ on the site.
+SHOWN = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "benchmarks/README.md")
+SITE = "https://sbml-jax.github.io/sbml/latest/"
 
 
 def blocks(text: str) -> list[tuple[int, str]]:
@@ -75,6 +78,56 @@ def test_links_to_files_of_the_repository_lead_somewhere() -> None:
         for path in re.findall(r"\]\(repo:([^)]+)\)", (ROOT / name).read_text())
     }
     assert links and all((ROOT / path).exists() for path in links), links
+
+
+def anchors(text: str) -> set[str]:
+    """The anchors that GitHub, and MyST, give to the headings of a page."""
+    text = re.sub(r"^```.*?^```$", "", text, flags=re.MULTILINE | re.DOTALL)
+    titles = re.findall(r"^#+ +(.+?)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+def leads_somewhere(link: str, folder: Path) -> bool:
+    """Whether a link of a page in ``folder`` leads to a file, and to a heading in it.
+
+    A link to the site leads to the page of docs/ that is built as it.
+    """
+    path, _, anchor = link.partition("#")
+    if path.startswith(SITE):
+        page = path.removeprefix(SITE).removesuffix(".html") or "index"
+        target = ROOT / "docs" / f"{page}.md"
+        if page.startswith("reference/"):
+            return (ROOT / "sbml" / f"{page.split('/')[1]}.py").exists() and not anchor
+    else:
+        target = folder / path if path else folder / "README.md"
+        if "docs/" in path and target.suffix == ".md":
+            return False  # GitHub shows its roles as text.
+    if not target.exists():
+        return False
+    return not anchor or anchor in anchors(target.read_text())
+
+
+@pytest.mark.parametrize("name", SHOWN)
+def test_what_github_renders_has_no_role_and_no_dead_link(name: str) -> None:
+    text = (ROOT / name).read_text()
+    assert not re.findall(r"\{[\w:]+\}`|^```\{\w+\}|\]\(repo:", text, re.MULTILINE)
+    links = re.findall(r"\]\(([^)\s]+)\)", text)
+    own = [link for link in links if link.startswith(SITE) or "://" not in link]
+    dead = [link for link in own if not leads_somewhere(link, (ROOT / name).parent)]
+    assert own or name != "README.md"
+    assert not dead, dead
+
+
+def test_a_dead_link_is_found() -> None:
+    assert leads_somewhere("LICENSE", ROOT) and not leads_somewhere("LICENCE", ROOT)
+    assert leads_somewhere(f"{SITE}explanations/error_bars.html#the-prior", ROOT)
+    for dead in ("explanations/error_bars.html#prior", "nowhere.html", "reference/nothing.html"):
+        assert not leads_somewhere(f"{SITE}{dead}", ROOT)
+    assert not leads_somewhere("docs/fields.md", ROOT)
+
+
+def test_the_readme_is_short() -> None:
+    assert len((ROOT / "README.md").read_text().split()) <= 600
 
 
 def test_an_error_names_its_line() -> None:

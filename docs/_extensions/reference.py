@@ -1,8 +1,9 @@
 """The pages of the reference, one for each public module, written when the documentation is built.
 
 A module that joins ``sbml.LIBRARY`` thereby joins the reference. Its page has the module's
-docstring, its functions and classes, the types that it gives names to, its constants and, of a
-package, the public modules in it.
+docstring, its functions and classes, the types that it gives names to, the dictionaries of its
+kinds (such as ``SDES``) and, of a package, the public modules in it. Pages written by hand, in the
+folder ``api``, group them by task.
 """
 
 import ast
@@ -17,6 +18,32 @@ from sphinx.application import Sphinx
 import sbml
 
 FOLDER = "reference"
+# Functions and classes that other files of the package need, and users do not.
+INTERNAL = {
+    "sbml.bits": "check_levels, check_pixels, check_dequantized",
+    "sbml.codec.file": "as_integers, packed, crc32",
+    "sbml.codec.stack": "coder, installed, require",
+    "sbml.compiler": "version, needs_cure, knows, with_flags",
+    "sbml.data": "source_of",
+    "sbml.data.image_folder": "printable",
+    "sbml.data.imagenet32": "version, check_comparable",
+    "sbml.data.photos": "photo_path",
+    "sbml.dequantizers.base": "has_density, has_bound, is_trained",
+    "sbml.dequantizers.variational": "from_reference, read_options, image_shape",
+    "sbml.estimate": "outlier_line, excess",
+    "sbml.estimators.base": "draw_key, times_key",
+    "sbml.estimators.ode": "averaged",
+    "sbml.losses": "draw_noise, noisy_batch",
+    "sbml.moments": "rows",
+    "sbml.networks.ncsnpp": "add, ResnetBlockDDPMpp, ResnetBlockBigGANpp, AttnBlockpp, Combine",
+    "sbml.networks.unet2d": (
+        "default_groups, fields, params, TimeEmbedding, Resnet, Attention, Resample, Down, Middle, Up"
+    ),
+    "sbml.networks.vdm": "default_groups, Block, Attention",
+    "sbml.ode": "check_tolerances, check_precision, growth, most_evaluations, last_time, rms_norm",
+    "sbml.quadrature": "Past, lobatto_error, lone_step_error, beside_integral",
+    "sbml.types": "at_least_float32, in_full_precision, half_precision, check_function",
+}
 
 
 def parts(name: str) -> list[str]:
@@ -31,7 +58,7 @@ MODULES = {"sbml", *PAGES, *(part for found in PAGES.values() for part in found)
 
 
 def constants(name: str) -> list[tuple[str, str, str]]:
-    """(name, value, comment) of each public assignment at the top of module ``name``.
+    """(name, value, comment) of the types and dictionaries at the top of module ``name``.
 
     Of a dictionary the value is the names in it.
     """
@@ -42,13 +69,15 @@ def constants(name: str) -> list[tuple[str, str, str]]:
         target = node.targets[0] if isinstance(node, ast.Assign) else getattr(node, "target", None)
         if not isinstance(target, ast.Name) or target.id.startswith("_"):
             continue
+        value = getattr(module, target.id)
+        if not (is_type(target.id) or isinstance(value, dict)):
+            continue
         comment, above = [], node.lineno - 2
         while above >= 0 and lines[above].startswith("# "):
             comment.insert(0, lines[above][2:])
             above -= 1
         end = lines[(node.end_lineno or node.lineno) - 1][node.end_col_offset :]
         comment += [end.partition("#")[2].strip()] if "#" in end else []
-        value = getattr(module, target.id)
         text = ", ".join(map(str, value)) if isinstance(value, dict) else ast.unparse(node.value)
         found.append((target.id, text, " ".join(comment)))
     return found
@@ -71,8 +100,10 @@ TYPES = {(module, name) for module in MODULES for name, *_ in constants(module) 
 
 def section(name: str, underline: str) -> str:
     """The part of a page that is about module ``name``."""
-    text = f"{name}\n{underline * len(name)}\n\n.. automodule:: {name}\n   :members:\n\n"
-    return text + "".join(constant(*each) for each in constants(name))
+    text = f"{name}\n{underline * len(name)}\n\n.. automodule:: {name}\n   :members:\n"
+    if name in INTERNAL:
+        text += f"   :exclude-members: {INTERNAL[name]}\n"
+    return f"{text}\n" + "".join(constant(*each) for each in constants(name))
 
 
 def page(name: str) -> str:

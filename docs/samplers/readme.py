@@ -1,39 +1,42 @@
-"""The picture of the README: samples of a run beside the headline of its report.
+"""The picture of the README: the numbers of a run beside its baselines, and samples of another run.
 
-python docs/samplers/readme.py runs/digits_vp docs/samplers/readme.png
+python docs/samplers/readme.py runs/digits_vp docs/samplers/fashion_samples.png docs/samplers/readme.png
 """
 
 import sys
 
 import matplotlib.pyplot as plt
-import numpy as np
 
-from sbml.report.plots import ACCENT, INK, MUTED, image_grid
-from sbml.runtime.workdir import EVALUATION, SAMPLES, Workdir
+from sbml.report.plots import ACCENT, INK, MUTED
+from sbml.runtime.workdir import EVALUATION, Workdir
+
+NAMES = {"ode": "sbml, probability-flow ODE", "bound": "sbml, evidence bound"}
 
 
-def main(source: str, target: str) -> None:
-    """Draw the picture of the run ``source`` into the file ``target``."""
-    workdir = Workdir(source)
-    evaluation, samples = workdir.read(EVALUATION), workdir.read(SAMPLES)["images"]
-    result = evaluation["results"][0]
-    levels = evaluation["data"][result["split"]]["levels"]
-    grid = image_grid(samples[:48], levels, columns=12, scale=4)
-    figure, (text, picture) = plt.subplots(1, 2, figsize=(9, 2.9), width_ratios=[4, 5], dpi=150)
-    low, high = result["interval"]
-    lines = [
-        (0.80, f"{result['bits_per_dim']:.3f}", 40, ACCENT, "bold"),
-        (0.52, "bits/dim", 15, ACCENT, "normal"),
-        (0.36, f"95% interval {low:.3f} to {high:.3f}", 12, INK, "normal"),
-        (0.22, f"{result['n']} test images, probability-flow ODE", 10, MUTED, "normal"),
-        (0.10, f"error of the solver {abs(result['solver_error']):.0e}", 10, MUTED, "normal"),
-    ]
-    for height, words, size, colour, weight in lines:
-        text.text(0.02, height, words, size=size, color=colour, weight=weight, va="center")
-    picture.imshow(np.squeeze(grid), cmap="gray", interpolation="nearest")
-    picture.set_title("samples, not selected", size=10, color=MUTED)
-    for axes in (text, picture):
-        axes.axis("off")
+def main(source: str, samples: str, target: str) -> None:
+    """Draw the results of the run ``source`` and the picture ``samples`` into the file ``target``."""
+    evaluation = Workdir(source).read(EVALUATION)
+    results = evaluation["results"]
+    rows = [(NAMES[r["estimator"]], r["bits_per_dim"], r["interval"], ACCENT) for r in results]
+    for each in evaluation["baselines"]:
+        rows.append((each["name"], each["bits_per_dim"], each["interval"], MUTED))
+    figure, (chart, picture) = plt.subplots(1, 2, figsize=(9, 3.4), width_ratios=[5, 4], dpi=150)
+    for height, (name, mean, (low, high), colour) in enumerate(reversed(rows)):
+        chart.plot([low, high], [height, height], color=colour, linewidth=2)
+        chart.plot(mean, height, "o", color=colour)
+        words = f"{name}   {mean:.3f} [{low:.3f}, {high:.3f}]"
+        chart.text(1.6, height + 0.22, words, color=INK, size=9.5)
+    chart.set(xlim=(1.6, 3.1), ylim=(-0.5, len(rows) - 0.3), yticks=[])
+    chart.set_xlabel("bits/dim, lower is better", color=MUTED)
+    title = f"{results[0]['n']} held-out digits, with 95% intervals"
+    chart.set_title(title, size=10, color=MUTED, loc="left")
+    chart.tick_params(colors=MUTED)
+    for side in ("top", "left", "right"):
+        chart.spines[side].set_visible(False)
+    image = plt.imread(samples)
+    picture.imshow(image[: image.shape[0] * 6 // 8], cmap="gray", interpolation="nearest")
+    picture.set_title("samples of the Fashion-MNIST model, not selected", size=10, color=MUTED)
+    picture.axis("off")
     figure.tight_layout()
     figure.savefig(target)
 

@@ -174,6 +174,9 @@ def show(results: Path, picture: Path | None) -> None:
     matplotlib.use("agg")
     from matplotlib import pyplot
 
+    inks = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color")
+    # This grey is readable on white and on black.
+    pyplot.rcParams.update({**dict.fromkeys(inks, "#7d838c"), "legend.frameon": False})
     figure, axes = pyplot.subplots(1, len(runs), figsize=(3.4 * len(runs), 3.2), squeeze=False)
     for axis, (name, rows) in zip(axes[0], runs.items(), strict=True):
         steps = [r["steps"] for r in rows]
@@ -184,12 +187,12 @@ def show(results: Path, picture: Path | None) -> None:
             steps,
             [r["bound"] for r in rows],
             [1.96 * r["bound_stderr"] for r in rows],
-            color="#1f77b4",
+            color="#2f8fd8",
             marker="o",
             capsize=3,
             label="bound in N steps",
         )
-        axis.plot(steps, [r["net"] for r in rows], "x", color="#d62728", label="file, net")
+        axis.plot(steps, [r["net"] for r in rows], "x", color="#e0662b", label="file, net")
         axis.set_xscale("log")
         axis.set_xticks(steps, [str(s) for s in steps])
         axis.minorticks_off()
@@ -198,7 +201,7 @@ def show(results: Path, picture: Path | None) -> None:
     axes[0][0].set_ylabel("bits/dim")
     axes[0][0].legend(fontsize=8)
     figure.tight_layout()
-    figure.savefig(picture)
+    figure.savefig(picture, transparent=True)
 
 
 def main() -> None:

@@ -386,7 +386,7 @@ def test_a_network_of_batches_is_called_with_one() -> None:
     np.testing.assert_allclose(one(x, t), many(x, t), rtol=1e-12)
 
 
-def test_a_network_of_batches_that_is_not_said_to_be_one_is_named() -> None:
+def test_a_batched_network_without_batched_is_an_error() -> None:
     score = from_prediction(lambda x, t: t[:, None] * x, "noise", SDES["vp"]())
     with pytest.raises(ValueError, match=r"shape \(2,\).*from_prediction\(..., batched=True\)"):
         score(jnp.ones(2), jnp.asarray(0.3))
@@ -680,7 +680,7 @@ def test_the_ends_of_the_scaled_label_are_the_adapters() -> None:
     np.testing.assert_allclose(told, [1000, 500, 0, -200], atol=1e-9)
 
 
-def test_a_class_is_told_to_every_example_of_a_batch() -> None:
+def test_one_class_holds_for_every_example_of_a_batch() -> None:
     class Conditional(nn.Module):
         @nn.compact
         def __call__(self, x: Array, label: Array, *, train: bool, condition: Array) -> Array:

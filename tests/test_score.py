@@ -674,7 +674,7 @@ def test_labels_are_finite_where_the_signal_has_vanished(label: str) -> None:
 
 
 def test_the_ends_of_the_scaled_label_are_the_adapters() -> None:
-    """They need not be those of the process: the network is told 1000 at l_0 and 0 at l_1."""
+    """They may differ from those of the process. The label is 1000 at l_0 and 0 at l_1."""
     label = Adapter(Net(), VP(), label="scaled_log_snr", log_snr_range=(-4.0, 6.0)).time_label
     told = label(VP().time(jnp.asarray([-4.0, 1.0, 6.0, 8.0])))
     np.testing.assert_allclose(told, [1000, 500, 0, -200], atol=1e-9)

@@ -306,7 +306,7 @@ def test_processes_with_other_images_are_refused(tmp_path):
 
 
 def test_two_processes_evaluate_and_sample(whole, tmp_path):
-    """Process 0 writes the report alone, and must not wait for the other one in it."""
+    """Only process 0 writes the report. It must not wait for the other process while it does so."""
     (tmp_path / "checkpoints").symlink_to(whole / "checkpoints")
     few = ("--config.eval.estimators=bound", "--config.eval.max_images=8", "--config.eval.sweeps=2")
     for mode in ("eval", "sample"):

@@ -174,9 +174,12 @@ def show(results: Path, picture: Path | None) -> None:
     matplotlib.use("agg")
     from matplotlib import pyplot
 
-    inks = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color")
-    # This grey is readable on white and on black.
-    pyplot.rcParams.update({**dict.fromkeys(inks, "#7d838c"), "legend.frameon": False})
+    grey = "#7d838c"  # readable on white and on black
+    pyplot.rc("axes", edgecolor=grey, labelcolor=grey)
+    pyplot.rc("text", color=grey)
+    pyplot.rc("xtick", color=grey)
+    pyplot.rc("ytick", color=grey)
+    pyplot.rc("legend", frameon=False)
     figure, axes = pyplot.subplots(1, len(runs), figsize=(3.4 * len(runs), 3.2), squeeze=False)
     for axis, (name, rows) in zip(axes[0], runs.items(), strict=True):
         steps = [r["steps"] for r in rows]

@@ -19,8 +19,10 @@ def main(source: str, target: str) -> None:
     """Draw the loss of the run ``source`` against the step into the file ``target``."""
     rows = [row for row in read(epath.Path(source)) if "loss" in row]
     step, loss = (np.array([row[name] for row in rows]) for name in ("step", "loss"))
-    inks = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color")
-    plt.rcParams.update(dict.fromkeys(inks, INK))
+    plt.rc("axes", edgecolor=INK, labelcolor=INK)
+    plt.rc("text", color=INK)
+    plt.rc("xtick", color=INK)
+    plt.rc("ytick", color=INK)
     figure, axes = plt.subplots(figsize=(9, 2.6), dpi=120)
     training(axes, step, loss, window=9)
     for line in axes.lines:

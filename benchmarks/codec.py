@@ -174,6 +174,12 @@ def show(results: Path, picture: Path | None) -> None:
     matplotlib.use("agg")
     from matplotlib import pyplot
 
+    grey = "#7d838c"  # readable on white and on black
+    pyplot.rc("axes", edgecolor=grey, labelcolor=grey)
+    pyplot.rc("text", color=grey)
+    pyplot.rc("xtick", color=grey)
+    pyplot.rc("ytick", color=grey)
+    pyplot.rc("legend", frameon=False)
     figure, axes = pyplot.subplots(1, len(runs), figsize=(3.4 * len(runs), 3.2), squeeze=False)
     for axis, (name, rows) in zip(axes[0], runs.items(), strict=True):
         steps = [r["steps"] for r in rows]
@@ -184,12 +190,12 @@ def show(results: Path, picture: Path | None) -> None:
             steps,
             [r["bound"] for r in rows],
             [1.96 * r["bound_stderr"] for r in rows],
-            color="#1f77b4",
+            color="#2f8fd8",
             marker="o",
             capsize=3,
             label="bound in N steps",
         )
-        axis.plot(steps, [r["net"] for r in rows], "x", color="#d62728", label="file, net")
+        axis.plot(steps, [r["net"] for r in rows], "x", color="#e0662b", label="file, net")
         axis.set_xscale("log")
         axis.set_xticks(steps, [str(s) for s in steps])
         axis.minorticks_off()
@@ -198,7 +204,7 @@ def show(results: Path, picture: Path | None) -> None:
     axes[0][0].set_ylabel("bits/dim")
     axes[0][0].legend(fontsize=8)
     figure.tight_layout()
-    figure.savefig(picture)
+    figure.savefig(picture, transparent=True)
 
 
 def main() -> None:

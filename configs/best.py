@@ -9,14 +9,14 @@ python -m sbml.main --config=configs/best.py:cifar10
                      and with twice as many blocks
 
 Memory is that of a training step on one v5e chip, which has 16 GiB, by the compiler
-(docs/accelerators.md).
+(docs/benchmarks/accelerators.md).
 
 None of these configs was trained, so their bits/dim are not known. The recipe is an integer
 denoiser with log-SNR labels and the draws of this package. At equal steps, the integer denoiser is
 the best of all predictions on 8x8 digits, Fashion-MNIST and 32x32 photos. On photos its lead over
 ``velocity`` is significant by the bound only. With 8 channels, its steps on photos take 1.65 and
 1.86 times as long as those of ``velocity`` and ``preconditioned``, and at equal time it has no lead
-over them; on Fashion-MNIST it leads ``velocity`` by .57 by the bound (benchmarks/README.md).
+over them; on Fashion-MNIST it leads ``velocity`` by .57 by the bound (docs/benchmarks/factors.md).
 The recipe trains on bin centres, so that its own decoder gives a bound of the same kind as VDM's.
 VDM's network is better at equal steps in short trainings: by the ODE, .02 bits/dim on digits, .39
 on Fashion-MNIST and .66 on photos. But its step takes 2.4, 4.2 and 3.1 times as long in these small

@@ -3,7 +3,7 @@
 python -m sbml.main --config=configs/digits_vp.py
 
 It takes three to seven minutes on two CPU cores. By the ODE it reaches 1.734 bits/dim on the test
-images, 95% interval [1.710, 1.758]. benchmarks/README.md compares this recipe with others.
+images, 95% interval [1.710, 1.758]. docs/benchmarks/recipes.md compares this recipe with others.
 """
 
 from ml_collections import ConfigDict

@@ -7,25 +7,27 @@ import matplotlib
 from cycler import cycler
 from matplotlib.figure import Figure
 
-from sbml.report.plots import ACCENT, INK, MUTED, RULE, WARN
-
-COLOURS = (ACCENT, WARN, "#2f7d4f", "#7a4fa3")
+# All colours are readable on white and on black, so the background is transparent.
+COLOURS = ("#2f8fd8", "#e0662b", "#3aa876", "#a06fc9")
+MUTED = "#7d838c"
 STYLE: Any = {
     "font.size": 9,
-    "text.color": INK,
-    "axes.labelcolor": INK,
-    "axes.edgecolor": RULE,
+    "text.color": MUTED,
+    "axes.labelcolor": MUTED,
+    "axes.edgecolor": MUTED,
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.grid": True,
     "axes.axisbelow": True,
     "axes.prop_cycle": cycler(color=COLOURS),
-    "grid.color": RULE,
+    "grid.color": MUTED,
+    "grid.alpha": 0.3,
     "grid.linewidth": 0.6,
     "xtick.color": MUTED,
     "ytick.color": MUTED,
     "legend.frameon": False,
     "savefig.dpi": 150,
+    "savefig.transparent": True,
 }
 
 

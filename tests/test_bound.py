@@ -174,7 +174,7 @@ def test_pilot_follows_the_noise(case):
     np.testing.assert_allclose(density, spread / spread.mean(), rtol=0.15)
 
 
-def test_a_pilot_knows_nothing_of_a_bin_with_one_draw():
+def test_a_pilot_takes_the_mean_in_a_bin_with_one_draw():
     """5 examples have 40 draws: 8 of the 32 bins have two, and the others one, without a spread."""
     x = 0.5 * jax.random.normal(jax.random.key(0), (5, 3))
     density = bound.pilot(lambda x, t, key: -x, SDES["vp"](), x, jax.random.key(1), eps=EPS)

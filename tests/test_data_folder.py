@@ -81,7 +81,7 @@ def test_unreadable_files_are_named_and_counted(
         assert all(name in caplog.text for name in bad)
 
 
-def test_nothing_is_passed_over_in_silence(
+def test_all_files_that_are_left_out_are_counted(
     two_splits: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Other suffixes are counted, links are followed once, and any name of a file will do."""
@@ -452,7 +452,7 @@ def test_names_reach_no_terminal_as_they_are(
     assert all(c.isprintable() or c == "\n" for c in said) and ".\\x1b[31m (1)" in said
 
 
-def test_colours_that_change_are_said(two_splits: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_changed_colours_are_reported(two_splits: Path, caplog: pytest.LogCaptureFixture) -> None:
     train, grey = two_splits / "images" / "train", pixels(8, 8, 1)
     save(train / "colour.png", pixels(8, 8))
     save(train / "grey.png", grey)

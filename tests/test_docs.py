@@ -11,7 +11,8 @@ from sbml.modes import train
 
 ROOT = Path(__file__).parents[1]
 # Of every page: a new one is tested too. Folders that are built or linked are not pages.
-PAGES = [p for d in ("", "guides", "explanations") for p in (ROOT / "docs" / d).glob("*.md")]
+FOLDERS = ("", "guides", "explanations", "benchmarks")
+PAGES = [page for folder in FOLDERS for page in (ROOT / "docs" / folder).glob("*.md")]
 DOCS = ("README.md", *sorted(p.relative_to(ROOT).as_posix() for p in PAGES))
 # What GitHub shows to readers, who find the pages of docs/ on the site.
 SHOWN = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "benchmarks/README.md")

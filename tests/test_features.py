@@ -202,7 +202,7 @@ def _claims(kind: str, count: int, size: int, stride: int) -> bytes:
 
 @pytest.mark.parametrize("kind", ["zip", "legacy"])
 def test_more_numbers_than_the_file_holds_are_refused(tmp_path: Path, kind: str) -> None:
-    """By what is claimed: no memory is asked for."""
+    """The sizes that the file states are checked before any memory is allocated."""
     path, trillions = tmp_path / "w.pth", 10**13
     path.write_bytes(_claims(kind, 4, 4, 1))
     assert read_state_dict(path)["a"].tolist() == [0, 0, 0, 0]

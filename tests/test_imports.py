@@ -186,7 +186,7 @@ def test_branches_are_recognised(source: str) -> None:
 
 
 def test_the_library_is_there_once_the_package_is_imported() -> None:
-    """As users of such libraries expect; and nothing of it is imported before it is asked for."""
+    """A module of it is imported when its name is first used, and not before."""
     code = "import sys, sbml; assert 'jax' not in sys.modules; sbml.losses.dsm; sbml.Density"
     subprocess.run([sys.executable, "-c", code], check=True)
     assert all(hasattr(sbml, name) for name in (*sbml.LIBRARY, *sbml.NAMES))

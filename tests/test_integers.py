@@ -102,7 +102,7 @@ def test_float32_keeps_its_digits_from_the_smallest_noise_to_the_largest(levels,
 @pytest.mark.parametrize("bins", [1 / 6, 0.9, 1.3, 30.0])
 @pytest.mark.parametrize("levels", [FEW, 40, MANY])
 def test_the_decoder_is_the_posterior_of_the_level(levels, bins):
-    """Also where the noise is wider than a bin, as at the smallest time of ``VE``."""
+    """This holds also where the noise is wider than a bin, as at the smallest time of ``VE``."""
     rng, rho = np.random.default_rng(3), bins * 2 / levels
     out, k = rng.normal(size=(6, integers.outputs(levels))), rng.integers(0, levels, 6)
     y = (2 * k + 1) / levels - 1 + rho * rng.normal(size=6)

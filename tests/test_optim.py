@@ -86,7 +86,7 @@ def test_a_cosine_run_shorter_than_its_warmup_only_rises(warmup):
 
 
 @pytest.mark.parametrize("schedule", ["constant", "cosine"])
-def test_a_short_run_is_told_of_its_warmup_and_average(schedule, caplog):
+def test_a_short_run_warns_of_its_warmup_and_average(schedule, caplog):
     config = tiny.get_config()
     config.optim.schedule = schedule
     section = build.Experiment(config).config.optim

@@ -113,7 +113,7 @@ def test_statistics_are_computed_once_for_each_fingerprint(
     assert kept.stat().st_mtime_ns == written
 
 
-def test_samples_of_an_earlier_checkpoint_are_compared_aloud(
+def test_samples_of_an_earlier_checkpoint_warn(
     config: ConfigDict,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -128,7 +128,7 @@ def test_samples_of_an_earlier_checkpoint_are_compared_aloud(
     assert "20 samples of step 3\n" in capsys.readouterr().out
 
 
-def test_training_images_that_are_not_the_checkpoints_are_told(
+def test_other_training_images_warn(
     config: ConfigDict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Flips are those of the training, whatever the config says."""

@@ -203,10 +203,10 @@ def test_an_unknown_budget_is_refused() -> None:
         recipes.budgets("Time")
 
 
-def test_what_is_done_is_not_done_again(
+def test_finished_runs_are_not_repeated(
     tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A line a run; after a kill in the midst of writing one, that one alone is repeated."""
+    """Each run writes a line. After a kill while a line is written, only this run is repeated."""
     runs = []
 
     def run(experiment, workdir) -> None:

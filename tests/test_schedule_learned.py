@@ -199,7 +199,7 @@ def test_a_run_is_evaluated_with_the_ends_it_learned(tmp_path):
 
 
 def test_a_time_has_the_label_of_the_training_when_the_ends_have_moved():
-    """Also if the smallest time, where a label is 0, would be another with the learned numbers."""
+    """Even if the learned numbers would give another smallest time, where the label is 0."""
     config = learned()
     config.sde.name, config.score.label, config.eval.tau = "vp", "log_snr", 3.0
     experiment = build.Experiment(config)

@@ -386,7 +386,7 @@ def test_a_network_of_batches_is_called_with_one() -> None:
     np.testing.assert_allclose(one(x, t), many(x, t), rtol=1e-12)
 
 
-def test_a_network_of_batches_that_is_not_said_to_be_one_is_named() -> None:
+def test_a_batched_network_without_batched_is_an_error() -> None:
     score = from_prediction(lambda x, t: t[:, None] * x, "noise", SDES["vp"]())
     with pytest.raises(ValueError, match=r"shape \(2,\).*from_prediction\(..., batched=True\)"):
         score(jnp.ones(2), jnp.asarray(0.3))
@@ -674,13 +674,13 @@ def test_labels_are_finite_where_the_signal_has_vanished(label: str) -> None:
 
 
 def test_the_ends_of_the_scaled_label_are_the_adapters() -> None:
-    """They need not be those of the process: the network is told 1000 at l_0 and 0 at l_1."""
+    """They may differ from those of the process. The label is 1000 at l_0 and 0 at l_1."""
     label = Adapter(Net(), VP(), label="scaled_log_snr", log_snr_range=(-4.0, 6.0)).time_label
     told = label(VP().time(jnp.asarray([-4.0, 1.0, 6.0, 8.0])))
     np.testing.assert_allclose(told, [1000, 500, 0, -200], atol=1e-9)
 
 
-def test_a_class_is_told_to_every_example_of_a_batch() -> None:
+def test_one_class_holds_for_every_example_of_a_batch() -> None:
     class Conditional(nn.Module):
         @nn.compact
         def __call__(self, x: Array, label: Array, *, train: bool, condition: Array) -> Array:

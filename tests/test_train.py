@@ -67,15 +67,15 @@ def wait_for(process, happened):
     return False
 
 
-def test_images_are_counted_once_though_antithetic_pairs_take_two_rows(whole):
+def test_an_image_is_counted_once_if_an_antithetic_pair_takes_two_rows(whole):
     rows = metrics.read(whole)
     seconds = np.diff([row["seconds"] for row in rows])
     images = [row["images_per_s"] for row in rows[1:]] * seconds
     np.testing.assert_allclose(images, 32, rtol=1e-6)
 
 
-def test_several_processes_agree_to_stop_whatever_a_dispatch_takes(monkeypatch, caplog):
-    """jax's service answers yes at one number only, the next after the last that was asked."""
+def test_several_processes_agree_to_stop_with_any_steps_per_dispatch(monkeypatch, caplog):
+    """JAX's service says yes at one count only: one more than the largest count of any process."""
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     monkeypatch.setattr(preemption.Preemption, "_asked", 0)
     monkeypatch.setattr(multihost_utils, "reached_preemption_sync_point", lambda step: step == 3)
@@ -95,7 +95,7 @@ def test_a_second_training_in_a_work_directory_is_refused(whole):
     assert {*whole.rglob("*")} - {*before} <= {whole / ".train.lock"}
 
 
-def test_a_training_that_lost_its_checkpoints_begins_again_aloud(tmp_path, caplog):
+def test_a_training_that_lost_its_checkpoints_warns_and_restarts(tmp_path, caplog):
     config = tiny.get_config()
     config.training.update(num_steps=4)
     runs.mode(train.run, config, tmp_path)
@@ -174,8 +174,8 @@ def test_a_row_that_a_stop_cuts_short_is_logged(tmp_path, monkeypatch):
     np.testing.assert_allclose(images, batch * np.array([3, 1, 2]), rtol=1e-6)
 
 
-def test_sigterm_in_the_last_save_is_heard(tmp_path, monkeypatch):
-    """No step is left to ask after; the save must not be killed, nor the next mode begun."""
+def test_sigterm_in_the_last_save_ends_the_program_after_it(tmp_path, monkeypatch):
+    """No step follows. The save must still be completed, and the next mode must not begin."""
     closed = Checkpoints.close
 
     def close(self):
@@ -192,7 +192,7 @@ def test_sigterm_in_the_last_save_is_heard(tmp_path, monkeypatch):
     assert runs.state(config, tmp_path).step == 4
 
 
-def test_going_on_otherwise_is_said(tmp_path, caplog):
+def test_changed_settings_of_a_continued_training_are_logged(tmp_path, caplog):
     config = tiny.get_config()
     config.training.num_steps = 4
     runs.mode(train.run, config, tmp_path)
@@ -306,7 +306,7 @@ def test_processes_with_other_images_are_refused(tmp_path):
 
 
 def test_two_processes_evaluate_and_sample(whole, tmp_path):
-    """Process 0 writes the report alone, and must not wait for the other one in it."""
+    """Only process 0 writes the report. It must not wait for the other process while it does so."""
     (tmp_path / "checkpoints").symlink_to(whole / "checkpoints")
     few = ("--config.eval.estimators=bound", "--config.eval.max_images=8", "--config.eval.sweeps=2")
     for mode in ("eval", "sample"):

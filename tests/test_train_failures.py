@@ -60,7 +60,7 @@ def test_a_loss_that_is_not_finite_is_the_error_even_if_no_checkpoint_was_saved(
 
 
 def test_the_rows_after_a_kill_are_means_over_all_of_their_steps(tmp_path, monkeypatch):
-    """A checkpoint between two rows begins a row of its own."""
+    """A checkpoint between two rows starts a new row."""
     config = tiny.get_config()
     config.training.update(num_steps=24, log_every=8, checkpoint_every=12)
     runs.mode(train.run, config, tmp_path / "whole")
@@ -82,7 +82,7 @@ def test_the_rows_after_a_kill_are_means_over_all_of_their_steps(tmp_path, monke
 
 
 def test_a_full_disk_does_not_stop_the_training(tmp_path, monkeypatch, caplog):
-    """Steps 8 to 31 find no room, nor do some events; the end is that of a run with a free disk."""
+    """Steps 8 to 31 save no checkpoint. The last state is that of a run with a free disk."""
     config = tiny.get_config()
     runs.mode(train.run, config, tmp_path / "free")
     write = metrics._Board.write

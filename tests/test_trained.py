@@ -45,7 +45,7 @@ def test_bin_centres_are_trained_from_where_they_are_evaluated(sde: str, tau: fl
 
 
 def test_a_checkpoint_is_read_with_the_smallest_time_it_was_trained_with() -> None:
-    """By whatever rule: one of bin centres that does not tell was trained from the paper's on."""
+    """A model of bin centres that stores no smallest time was trained with the paper's."""
     config = tiny.get_config()
     config.data.dequantization = "centre"
     experiment = build.Experiment(config)
@@ -69,7 +69,7 @@ def test_a_checkpoint_is_read_with_the_smallest_time_it_was_trained_with() -> No
 
 
 def test_the_process_of_a_checkpoint_has_its_own_numbers() -> None:
-    """They are not the defaults of its class."""
+    """The numbers in its config are used, and not the defaults of the class."""
     config = tiny.get_config()
     config.sde.update(name="ve", sigma_min=0.3)
     metadata = {"config": build.Experiment(config).config.plain(), "smallest_time": None}

@@ -112,7 +112,7 @@ class Rounded:
 @pytest.mark.usefixtures("unchecked")
 @pytest.mark.parametrize("wrong", [rounded, Rounded()])
 def test_a_score_of_integers_has_no_likelihood(wrong: object) -> None:
-    """Their derivative is 0 wherever it exists: the divergence would be wrong in silence."""
+    """Their derivative is 0 wherever it exists, so the divergence would be wrong."""
     with pytest.raises(ValueError, match="the score returned int32 for an input of float32"):
         likelihood.ode_logp(wrong, VP, jnp.ones(3), KEY, eps=1e-3)
 

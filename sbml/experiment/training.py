@@ -111,7 +111,7 @@ class Training(Loop):
         0.0,
         "weight of the second-order loss (sbml.second_order), which trains the divergence in the "
         "likelihood of the ODE; 0: off. i-DODE uses 0.1 in the last 3% of the steps. It gained "
-        "nothing in the trainings of benchmarks/README.md",
+        "nothing in the trainings of docs/benchmarks/factors.md",
         ge=0,
         le=100,
     )

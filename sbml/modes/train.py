@@ -156,9 +156,9 @@ def observe_fn(experiment: Experiment) -> Observe | None:
 
     For antithetic noises the statistic is half of the squared difference of the two losses. This is
     their part that is odd in z: it cancels in the mean of the two losses, but it is large where the
-    gradient is noisy (benchmarks/README.md). Otherwise the statistic is the loss, whose square root
-    is nearly proportional to the norm of the gradient. The terms at the ends of a learned SDE are
-    left out, because they do not depend on the drawn time.
+    gradient is noisy (docs/benchmarks/variance.md). Otherwise the statistic is the loss, whose
+    square root is nearly proportional to the norm of the gradient. The terms at the ends of a
+    learned SDE are left out, because they do not depend on the drawn time.
     """
     training = experiment.config.training
     if not training.proposal_bins:

@@ -102,7 +102,8 @@ def materialise(x: Array) -> Array:
     residual sum follows cheaply from the gradient at the next sum, so XLA would recompute, in the
     gradient of every block, the gradients at all sums between that block and the output. XLA
     recomputes nothing across a conditional, so the gradient is passed through one. Without it a
-    training step of a network for 32x32 photos takes 1.9 times as long (benchmarks/README.md).
+    training step of a network for 32x32 photos takes 1.9 times as long
+    (docs/benchmarks/training_step.md).
     """
     return _materialise(x) if one_cpu() else x
 

@@ -389,8 +389,22 @@ def elbo(
     return Bound(prior_kl(sde, x), diffusion, noise_error(score, sde, x, last, z) + constant)
 
 
+class Profile(NamedTuple):
+    """The draws of the diffusion term in equal bins of log-SNR, the first at eps: each ``(bins,)``.
+
+    Attributes:
+      mean: their mean in nats; nan for a bin without a draw.
+      variance: their variance; nan for fewer than two draws.
+      draws: their number.
+    """
+
+    mean: Array
+    variance: Array
+    draws: Array
+
+
 @checked
-def pilot(
+def profile(
     score: Score,
     sde: SDE,
     x: Batch,
@@ -399,16 +413,10 @@ def pilot(
     eps: Number,
     control: GaussianControl | None = None,
     bins: Count = 32,
-    floor: Number = 0.1,
     condition: Any = None,
-) -> Array:
-    """Estimate a density ``(bins,)`` of the points u for :func:`elbo` from examples ``x (n, *s)``.
-
-    In each bin the density is proportional to the standard deviation of the draws that
-    :func:`elbo` averages, mixed with a share ``floor`` of the uniform density. It is estimated from
-    8 draws for each example; a bin with fewer than two of them gets the mean of the others. These
-    draws must be independent of those for which the density is then used, so give :func:`elbo`
-    another key.
+) -> Profile:
+    """The mean and the variance of :func:`diffusion_dsm` at each noise level, from 8 draws for each
+    of the examples ``x (n, *s)``.
 
     ``condition`` is a pytree of arrays ``(n, ...)`` for a conditional score.
 
@@ -428,8 +436,32 @@ def pilot(
 
     values = jax.lax.map(image, (x, t, keys, condition))
     empty = jnp.zeros((2, bins), values.dtype)
-    first = times.tally(empty, v.ravel(), values.ravel(), 1.0)
-    mean = (first[1] / first[0])[jnp.floor(v * bins).astype(int)]
-    second = times.tally(empty, v.ravel(), ((values - mean) ** 2).ravel(), 1.0)
-    variance = second[1] / jnp.where(second[0] > 1, second[0] - 1, jnp.nan)
-    return times.with_floor(jnp.sqrt(variance), floor)
+    count, total = times.tally(empty, v.ravel(), values.ravel(), 1.0)
+    each = (total / count)[jnp.floor(v * bins).astype(int)]
+    count, squares = times.tally(empty, v.ravel(), ((values - each) ** 2).ravel(), 1.0)
+    return Profile(total / count, squares / jnp.where(count > 1, count - 1, jnp.nan), count)
+
+
+@checked
+def pilot(
+    score: Score,
+    sde: SDE,
+    x: Batch,
+    key: Key,
+    *,
+    eps: Number,
+    control: GaussianControl | None = None,
+    bins: Count = 32,
+    floor: Number = 0.1,
+    condition: Any = None,
+) -> Array:
+    """Estimate a density ``(bins,)`` of the points u for :func:`elbo` from examples ``x (n, *s)``.
+
+    In each bin the density is proportional to the standard deviation of the draws that
+    :func:`elbo` averages (:func:`profile`), mixed with a share ``floor`` of the uniform density. A
+    bin with fewer than two draws gets the mean of the others. The draws must be independent of
+    those for which the density is then used, so give :func:`elbo` another key.
+    """
+    options: Any = {"control": control, "bins": bins, "condition": condition}
+    found = profile(score, sde, x, key, eps=eps, **options)
+    return times.with_floor(jnp.sqrt(found.variance), floor)

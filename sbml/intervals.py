@@ -77,6 +77,22 @@ def mean_interval(values: Values) -> Interval:
     return Interval(float(np.mean(values)), stderr, half_width(stderr, n - 1), n, nonfinite)
 
 
+def difference(one: Interval, other: Interval) -> Interval:
+    """The mean of ``one`` minus that of ``other``, of independent values, with Welch's interval:
+
+        stderr^2 = s_1^2 + s_2^2,   freedom = stderr^4 / (s_1^4 / (n_1 - 1) + s_2^4 / (n_2 - 1))
+
+    where s_i are the two standard errors (Welch, Biometrika 1947).
+    """
+    a, b, freedom = one.stderr**2, other.stderr**2, 0.0
+    if min(one.n, other.n) > 1:
+        parts = a**2 / (one.n - 1) + b**2 / (other.n - 1)
+        freedom = (a + b) ** 2 / parts if parts else 1.0  # Without any spread the width is 0.
+    stderr, lost = math.sqrt(a + b), one.nonfinite + other.nonfinite
+    ci95 = half_width(stderr, freedom)
+    return Interval(one.mean - other.mean, stderr, ci95, one.n + other.n, lost)
+
+
 @typed
 def half_width(stderr: NotNegative, freedom: NotNegative) -> float:
     """Student's 97.5% quantile times ``stderr``; infinite if ``freedom`` is 0."""

@@ -23,6 +23,7 @@ Name = Literal[
     "parameters",
     "dequantizer parameters",
     "pilot",  # the draws from which the density of the bound's times is estimated
+    "noise levels",  # the draws that show the loss at each noise level
     "sweep times",  # the points of all examples in a sweep, which give the bound's times
     "evaluation",
     "first batch",  # the check of a dequantizer

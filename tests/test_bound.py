@@ -174,6 +174,26 @@ def test_pilot_follows_the_noise(case):
     np.testing.assert_allclose(density, spread / spread.mean(), rtol=0.15)
 
 
+def test_the_profile_of_the_true_score_is_the_posterior_variance(case):
+    """E |z - e|^2 = sum_i l_i / (l_i + v) with v = exp(-lambda), whose integral is closed."""
+    sde, data = case
+    n, bins = 1000, 8
+    noise = jax.random.normal(jax.random.key(1), (n, data.mean.size))
+    x = data.mean[None] + noise * jnp.sqrt(data.eigenvalues)[None] @ data.basis.T
+    run = jax.jit(lambda x: bound.profile(data.score, sde, x, jax.random.key(0), **options))
+    options = {"eps": EPS, "bins": bins}
+    found = run(x)
+    ends = sde.log_snr(jnp.asarray([EPS, sde.largest_time]))
+    edges = np.linspace(*ends, bins + 1)
+    integral = np.log1p(np.exp(edges)[:, None] * np.asarray(data.eigenvalues)).sum(axis=1)
+    expected = 0.5 * np.diff(integral) / np.diff(edges)
+    stderr = np.sqrt(found.variance / found.draws)
+    np.testing.assert_array_equal(found.draws, n * 8 / bins)
+    assert np.all(np.abs(found.mean - expected) < 5 * stderr) and stderr.max() < 0.1
+    options["control"] = control_of(data)
+    np.testing.assert_allclose(run(x[:9]).mean, 0, atol=1e-8)
+
+
 def test_a_pilot_takes_the_mean_in_a_bin_with_one_draw():
     """5 examples have 40 draws: 8 of the 32 bins have two, and the others one, without a spread."""
     x = 0.5 * jax.random.normal(jax.random.key(0), (5, 3))

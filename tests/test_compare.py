@@ -68,10 +68,20 @@ def test_differences_are_those_of_the_images_in_both(tmp_path):
     pairs = numbers["cells"][1]["rows"][1]["pairs"]
     assert pairs == len({*few} & {*(few + 10)})
     assert "difference" not in numbers["cells"][0]["rows"][0]
-    assert numbers["not_compared"] == {}
+    assert numbers["lacking"] == {} and row["verdict"] == "worse"
     alone = write(tmp_path / "alone", np.arange(50), HARDNESS)
-    numbers = comparison.compare([Run.read(alone), Run.read(second)])
-    assert numbers["not_compared"] == {"second": ["ode uniform K=3"]}
+    evaluated = [Run.read(alone), Run.read(second)]
+    numbers = comparison.compare(evaluated)
+    assert numbers["lacking"] == {"alone": ["ode uniform K=3"]}
+    assert "<b>alone</b> lacks ode uniform K=3." in comparison.render(evaluated, numbers)
+
+
+def test_the_verdict_is_that_of_the_interval():
+    rows = {"better": (-0.5, [-0.6, -0.4]), "worse": (0.5, [0.4, 0.6]), "unclear": (0.1, [-1, 1.2])}
+    for verdict, (gap, ends) in rows.items():
+        row = {"run": "b", "difference": gap, "difference_interval": ends, "verdict": verdict}
+        drawn = comparison.difference_row(row)
+        assert drawn.label == f"b: {verdict}" and (drawn.low, drawn.high) == tuple(ends)
 
 
 def test_warnings_of_the_runs_are_on_the_page(tmp_path):

@@ -25,6 +25,7 @@ from sbml.experiment import build
 from sbml.modes import eval as evaluate
 from sbml.modes import report as report_mode
 from sbml.report import summary
+from sbml.runtime import history, metrics
 from sbml.runtime.files import read_json, read_npz, write_json, write_npz
 from sbml.runtime.trees import tree_crc32
 from sbml.runtime.workdir import EVALUATION, NEIGHBOURS, PER_IMAGE, QUALITY, SAMPLES, Workdir
@@ -51,6 +52,41 @@ def test_every_image_counts_once(trained, table):
         assert result["bits_per_dim"] == pytest.approx(table[f"{name}_uniform_bits_per_dim"].mean())
     assert report["samples"]["count"] == 4
     assert report["data"]["test"]["count"] == 360
+
+
+def test_the_gap_to_training_images_is_in_the_report(trained, tmp_path):
+    """And so is the loss at each noise level, whose integral is the diffusion term."""
+    (tmp_path / "checkpoints").symlink_to(trained / "checkpoints")
+    config = tiny.get_config()
+    config.eval.update(max_images=40, sweeps=2, estimators=("bound",), level_images=64)
+    runs.mode(evaluate.run, config, tmp_path)
+    before = read_json(tmp_path / EVALUATION)
+    assert (
+        "--config.eval.split=train --config.eval.max_images=40"
+        in (json.loads((tmp_path / "report.json").read_text())["gap"]["command"])
+    )
+    levels, width = before["noise_levels"], -np.diff(before["noise_levels"]["edges"])
+    stderr = np.sqrt(np.sum((width * levels["split_stderr"]) ** 2))
+    diffusion = before["results"][0]["terms"]["diffusion"]
+    assert width.min() > 0 and abs(width @ levels["split"] - diffusion) < 5 * stderr < 1.5
+    config.eval.update(split="train", max_images=30, level_images=0)
+    runs.mode(evaluate.run, config, tmp_path)
+    assert read_json(tmp_path / EVALUATION) == before
+    (row,) = json.loads((tmp_path / "report.json").read_text())["gap"]["rows"]
+    both = [read_npz(folder / PER_IMAGE) for folder in (tmp_path, tmp_path / "train")]
+    expected = stats.ttest_ind(*(t["bound_uniform_bits_per_dim"] for t in both), equal_var=False)
+    np.testing.assert_allclose(row["interval"], expected.confidence_interval(0.95))
+    assert (row["held_out_images"], row["train_images"]) == (40, 30)
+    noted = [(row["mode"], row["split"]) for row in metrics.read(tmp_path, history.FILE)]
+    assert noted == [("eval", "test"), ("eval", "train")]
+
+
+def test_the_report_says_what_code_made_it_and_what_it_cost(trained):
+    found = json.loads((trained / "report.json").read_text())["provenance"]
+    assert found["training"]["network evaluations"].startswith("2,560")
+    for made in found.values():
+        assert made["code"].startswith("sbml ") and "CPU-hours" in made["cost"]
+        assert (made["code"], made["hardware"]) == tuple(history.origin().values())[:2]
 
 
 @pytest.mark.parametrize("cell", [ODE, BOUND], ids=lambda c: c.name)

@@ -9,7 +9,14 @@ from sklearn.datasets import load_digits
 
 from sbml import moments
 from sbml.evaluation import baselines
-from sbml.intervals import half_width, mean_interval, outliers, pareto_k, repeated_stderr
+from sbml.intervals import (
+    difference,
+    half_width,
+    mean_interval,
+    outliers,
+    pareto_k,
+    repeated_stderr,
+)
 
 
 def test_histogram_baseline_on_a_hand_count():
@@ -18,6 +25,16 @@ def test_histogram_baseline_on_a_hand_count():
     test = np.array([[0, 1], [1, 0]], np.uint8)
     expected = -np.log2([[4 / 5, 3 / 5], [1 / 5, 2 / 5]]).mean(axis=1)
     np.testing.assert_allclose(baselines.histogram(train, test, 2), expected)
+
+
+def test_a_difference_of_two_samples_against_welch():
+    generator = np.random.default_rng(0)
+    one, other = generator.normal(2, 0.5, 40), generator.normal(1.9, 0.1, 7)
+    gap = difference(mean_interval(one), mean_interval(other))
+    expected = stats.ttest_ind(one, other, equal_var=False).confidence_interval(0.95)
+    np.testing.assert_allclose(gap.bounds, expected)
+    assert difference(mean_interval(one), mean_interval(other[:1])).ci95 == math.inf
+    assert difference(mean_interval([1.0, 1.0]), mean_interval([0.5, 0.5])).bounds == (0.5, 0.5)
 
 
 def test_gaussian_baseline_against_scipy():

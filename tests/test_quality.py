@@ -177,6 +177,7 @@ def test_the_report_shows_the_quality_of_its_own_samples(
     real = data.load("digits", "test")
     workdir = samples(tmp_path / "w", real.images[:20])
     result = {"bits_per_dim": 2.0, "interval": [1.9, 2.1], "n": 2, "terms": {}, "split": "test"}
+    result |= {"nfe_mean": 1.0}
     evaluation = {"title": "w", "results": [result], "checkpoint": {"step": 3}}
     evaluation |= {"data": {"test": real.fingerprint}, "warnings": [], "command": "eval"}
     write_json(workdir / EVALUATION, evaluation)
@@ -201,6 +202,7 @@ def test_a_report_is_never_shown_with_the_images_of_another_split(
     """The evaluation stores its split, so the config of a later mode cannot change it."""
     sets = {split: data.load("digits", split) for split in ("train", "test")}
     result = {"bits_per_dim": 2.0, "interval": [1.9, 2.1], "n": 1, "terms": {}, "split": "train"}
+    result |= {"nfe_mean": 1.0}
     evaluation = {"title": "w", "results": [result], "checkpoint": {"step": 3}}
     evaluation |= {"data": {"train": sets["train"].fingerprint}, "warnings": []}
     write_json(tmp_path / EVALUATION, evaluation)

@@ -1,6 +1,7 @@
 """The report says what the numbers say, in a page that needs nothing but itself."""
 
 import base64
+import csv
 import io
 import json
 import math
@@ -15,7 +16,7 @@ from PIL import Image
 
 from sbml.report import page as report_page
 from sbml.report import plots
-from sbml.report.result import HALF_WIDTH, Result
+from sbml.report.result import HALF_WIDTH, ROWS, Result
 
 N, LEVELS = 40, 17
 ATTACK = '<script>alert("x")</script> $\\frac{'
@@ -145,13 +146,57 @@ def test_page_stands_alone(tmp_path: Path) -> None:
     page = write(tmp_path, numbers())
     html = (tmp_path / "report.html").read_text()
     assert page.links
-    assert all(link.startswith(("data:image/png;base64,", "#")) for link in page.links)
+    outside = {link for link in page.links if not link.startswith(("data:image/png;base64,", "#"))}
+    assert len(outside) > 5 and all(link.startswith(report_page.DOCS) for link in outside)
     assert not re.search(r"@import|url\(\s*['\"]?(?!#)", html)
     assert not page.tags & {"script", "link", "iframe", "object"}
     assert "default-src 'none'" in html
     targets = {link.removeprefix("#") for link in page.links if link.startswith("#")}
     assert targets <= set(page.ids)
     assert len(page.ids) == len(set(page.ids))
+
+
+def test_each_term_is_linked_to_a_heading_of_the_documentation(tmp_path: Path) -> None:
+    docs = Path(__file__).parents[1] / "docs"
+    if not docs.exists():
+        pytest.skip("the documentation is in the checkout only")
+    every = numbers()
+    every["results"][0] |= {key: 1.0 for key in ROWS if key not in every["results"][0]}
+    every["results"][0]["terms"] |= {"divergence": 1.0}
+    bound = {**every["results"][0], "estimator": "bound", "terms": {"diffusion": 1.0}}
+    page = write(tmp_path, numbers(results=[every["results"][0], bound]))
+    linked = {link.removeprefix(report_page.DOCS) for link in page.links if "://" in link}
+    assert {"bits.html#the-terms-of-the-ode", "bits.html#the-terms-of-the-bound"} <= {
+        link.removeprefix("explanations/") for link in linked
+    }
+    for link in linked:
+        name, _, anchor = link.partition("#")
+        text = (docs / name).with_suffix(".md").read_text()
+        headings = re.findall(r"^#+ (.*)", text, re.MULTILINE)
+        slugs = {re.sub(r"[^a-z0-9]+", "-", heading.lower()).strip("-") for heading in headings}
+        assert not anchor or anchor in slugs, link
+
+
+def test_the_rows_to_copy_have_the_number_of_the_result() -> None:
+    results = [RESULT | {"bits_per_dim": 1.98765, "interval": [1.8, 2.2]}]
+    results.append(RESULT | {"dequantizer": "truncated_normal", "num_importance": 20})
+    rows = report_page.copied("a_run, 2", results)
+    first, second = rows["LaTeX"].split("\n")
+    assert first == (
+        r"a\_run, 2 & ode & uniform & $1.988$ & $[1.800, 2.200]$ & 40 & $1 \times 10^{-3}$ \\"
+    )
+    assert r"& truncated\_normal, K = 20 & $2.000$ &" in second
+    read = list(csv.DictReader(io.StringIO(rows["CSV"])))
+    assert [float(row["bits_per_dim"]) for row in read] == [1.98765, 2.0]
+    assert read[0]["run"] == "a_run, 2" and read[1]["K"] == "20" and float(read[1]["eps"]) == 1e-3
+
+
+def test_the_area_below_the_losses_of_all_noise_levels_is_the_term(tmp_path: Path) -> None:
+    edges = [6.0, 2.0, 1.0]
+    found = {"edges": edges, "split": [0.5, 0.1], "train": [0.25, 0.1], "linear": [0.5, 1.0]}
+    found |= {"split_stderr": [0.01, 0.01], "train_stderr": [0.01, 0.01]}
+    text = write(tmp_path, numbers(noise_levels=found)).text
+    assert "test images 2.10, training images 1.10, best linear 3.00." in text
 
 
 def test_page_shows_the_numbers(tmp_path: Path) -> None:
@@ -162,7 +207,7 @@ def test_page_shows_the_numbers(tmp_path: Path) -> None:
         f"ode · uniform · test, {N} images, smallest time t = 1e-05.",
         "0.410 bits/dim below the best baseline, per-pixel histogram.",
         "1,030,000",
-        "50.25",
+        "50.2",
         "terms.prior 1.125",
         "optim.lr 1e-05",
         "model.ch_mult [1, 2]",

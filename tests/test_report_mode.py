@@ -20,7 +20,7 @@ from sbml.modes import report
 from sbml.report import summary
 from sbml.report.plots import write_png
 from sbml.report.result import Result, strict
-from sbml.runtime import lock, metrics
+from sbml.runtime import history, lock, metrics
 from sbml.runtime.lock import BusyError
 from sbml.runtime.trees import table_crc32
 from sbml.runtime.workdir import EVALUATION, PER_IMAGE, SAMPLES, Workdir
@@ -71,6 +71,7 @@ def evaluated(workdir: Path, checkpoint: dict[str, int]) -> float:
         "results": [result.plain()],
         "warnings": [],
         "checkpoint": checkpoint,
+        "config": {"training": {"batch_size": 16}},
         "data": {"test": images.fingerprint},
     }
     Workdir(workdir).write(EVALUATION, strict(evaluation))
@@ -148,6 +149,44 @@ def test_an_evaluation_is_shown_with_the_progress(
     samples(training, 1)  # Of another model than the results.
     runs.mode(report.run, tiny.get_config(), training)
     assert set(shown(training)[0]["missing"]) == {"samples", "quality"}
+
+
+def test_costs_are_those_of_the_training_that_made_the_checkpoint(tmp_path: Path) -> None:
+    """Not those of one that was begun before, nor of evaluations of other images."""
+    about = {"hardware": "CPU, 2 cores", "devices": 0, "cpu_seconds": 1800.0}
+    rows = [
+        {"mode": "train", "first": 0, "code": "old", "seconds": 1e6},
+        {"mode": "train", "first": 0, "code": "new", "seconds": 60.0},
+        {"mode": "train", "first": 1, "code": "new, modified", "seconds": 61.0},
+        {"mode": "eval", "step": 2, "split": "train", "code": "new", "seconds": 1e6},
+        {"mode": "eval", "step": 2, "split": "test", "code": "new", "seconds": 7.0}
+        | {"hardware": "2 x GPU, CPU, 2 cores", "devices": 2},
+    ]
+    rows = [{**about, "start": "day 1", "end": f"day {i}", **row} for i, row in enumerate(rows)]
+    (tmp_path / history.FILE).write_text("".join(map(metrics._line, rows)))
+    log(tmp_path, 2)
+    evaluated(tmp_path, {"step": 2, "parameters_crc32": 7})
+    runs.mode(report.run, tiny.get_config(), tmp_path)
+    numbers, text = shown(tmp_path)
+    assert numbers["provenance"] == {
+        "training": {
+            "code": "new; new, modified",
+            "hardware": "CPU, 2 cores",
+            "date (UTC)": "day 1 to day 2",
+            "duration": "0:02:01",
+            "cost": "1 CPU-hours",
+            "network evaluations": "32, with gradients",
+        },
+        "evaluation": {
+            "code": "new",
+            "hardware": "2 x GPU, CPU, 2 cores",
+            "date (UTC)": "day 1 to day 4",
+            "duration": "0:00:07",
+            "cost": "0.0039 device-hours",
+            "network evaluations": f"{360 * 70:,}",
+        },
+    }
+    assert "new; new, modified" in text
 
 
 def test_without_a_process_the_training_has_stopped_or_is_complete(

@@ -16,7 +16,7 @@ import tiny
 import sbml
 from sbml import streams
 from sbml.estimators import Cell
-from sbml.evaluation import cells, samples
+from sbml.evaluation import cells, levels, samples
 from sbml.evaluation.inputs import Inputs, check_first_batch
 from sbml.experiment import build
 from sbml.modes import latents, train, train_dequantizer
@@ -100,6 +100,12 @@ def evaluation(workdir):
     cells.CellRun(evaluated, Cell("bound", "uniform"), found).finish()
 
 
+def noise_levels(workdir):
+    evaluated = shared(workdir, level_images=4)
+    found = evaluated.dequantization("uniform")
+    levels.measure(evaluated, cells.CellRun(evaluated, Cell("bound", "uniform"), found))
+
+
 def first_batch(workdir):
     evaluated = shared(workdir)
     check_first_batch(evaluated, evaluated.dequantization("uniform"))
@@ -138,6 +144,7 @@ PROGRAMS = {
     "train": lambda workdir: runs.mode(train.run, config(), workdir),
     "train_dequantizer": dequantizing,
     "pilot": lambda workdir: shared(workdir, proposal_bins=32).density(1e-3),
+    "noise levels": noise_levels,
     "bound": evaluation,
     "first batch": first_batch,
     "samples": sampling,

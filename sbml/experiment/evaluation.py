@@ -93,6 +93,11 @@ class Eval(Solving):
         "bound: number of bins of a density of times that is estimated on training images; "
         "0: uniform",
     )
+    level_images: Natural = field(
+        128,
+        "bound: number of training images, and of evaluated ones, that show the loss at each noise "
+        "level; 0: none",
+    )
     method: Annotated[str, among(METHODS)] = field("tsit5", "ode: the solver")
     rtol: Tolerance = field(2e-4, "ode: relative tolerance")
     atol: Tolerance = field(

@@ -24,6 +24,7 @@ from sbml.platform import compiler_options, platform
 from sbml.report.plots import write_png
 from sbml.runtime import metrics, peers, progress, sharding
 from sbml.runtime.checkpoint import Checkpoints
+from sbml.runtime.history import noted
 from sbml.runtime.preemption import Preemption
 from sbml.runtime.state import TrainState, Update, make_step, several
 from sbml.streams import Name, stream
@@ -164,7 +165,8 @@ def _train(task: Task, checkpoints: Checkpoints, preemption: Preemption) -> int:
     pending: deque[tuple[int, dict[str, Array]]] = deque()  # dispatches whose losses are not read
     batches = prefetch(batch_of, 0, remaining // stride)
     try:
-        with bar, contextlib.closing(batches):
+        note = noted(directory, task.name, first=start)
+        with bar, contextlib.closing(batches), note if remaining else contextlib.nullcontext():
             for _, batch in batches:
                 state, values = update(state, batch, key, frozen)
                 done += stride

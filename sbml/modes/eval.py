@@ -12,13 +12,14 @@ from absl import logging
 
 from sbml import dequantizers
 from sbml.dequantizers import DEQUANTIZERS
-from sbml.evaluation import table
+from sbml.evaluation import levels, table
 from sbml.evaluation.cells import CellRun
 from sbml.evaluation.classifier import classify
 from sbml.evaluation.inputs import Inputs, check_first_batch
 from sbml.experiment.build import Experiment
 from sbml.report import summary
 from sbml.report.result import strict, with_half_widths
+from sbml.runtime import history
 from sbml.runtime.workdir import EVALUATION, Workdir
 
 
@@ -43,10 +44,15 @@ def run(experiment: Experiment, workdir: Workdir) -> None:
     Writes ``evaluation.json``, ``report.json``, ``report.html`` and ``per_image.npz``, which has
     the columns of all cells with as many images. A cell with fewer images than others, such as one
     with K > 1, has a file of its own. A killed evaluation resumes where it stopped.
+
+    The files of an evaluation of training images are in the folder ``train`` of ``workdir``, and
+    the report of its held-out images then also has the difference between the two.
     """
     config = experiment.config.eval
+    out = Workdir(workdir / "train") if config.split == "train" else workdir
     with workdir.lock("eval"), jax.default_matmul_precision(config.precision):
         inputs, start = Inputs.of(experiment, workdir, config.split), time.perf_counter()
+        note = history.noted(workdir, "eval", step=inputs.restored.step, split=config.split)
         undefined = {c.name: c.reason_undefined for c in config.cells() if c.reason_undefined}
         cells = [cell for cell in config.cells() if not cell.reason_undefined]
         names = dict.fromkeys(cell.dequantizer for cell in cells)
@@ -57,13 +63,15 @@ def run(experiment: Experiment, workdir: Workdir) -> None:
         for warning in warnings:  # These come before the work, so that the user can stop it.
             logging.warning(warning)
         results, numbers = [], []
-        with inputs.preemption:
+        with inputs.preemption, note:
             # All cells are set up before the first is computed, so that errors appear at once.
             runs = [CellRun(inputs, cell, dequantizations[cell.dequantizer]) for cell in cells]
             for run in runs:
                 numbers.append(run.finish())
                 results.append(run.result(numbers[-1]))
                 print(results[-1].line)
+            profiled = next((run for run in runs if run.estimator.reducible), None)
+            loss = levels.measure(inputs, profiled) if profiled and config.level_images else None
             classifier = classify(inputs)
             for name, text in with_half_widths(classifier).items():
                 print(f"classifier: {name} {text}")
@@ -77,17 +85,21 @@ def run(experiment: Experiment, workdir: Workdir) -> None:
             evaluation["undefined"] = undefined
         if classifier:
             evaluation["classifier"] = classifier
+        if loss:
+            evaluation["noise_levels"] = loss
         if jax.process_index() == 0:
             # First the columns, and then the evaluation that names them.
             for name, columns in tables.items():
-                workdir.write(name, columns)
-            workdir.write(EVALUATION, strict(evaluation))
-            for path in workdir.path.glob("per_image*.npz"):  # of an earlier evaluation
+                out.write(name, columns)
+            out.write(EVALUATION, strict(evaluation))
+            for path in out.path.glob("per_image*.npz"):  # of an earlier evaluation
                 if path.name not in tables:
                     path.unlink()
-            summary.write(workdir, lambda _: inputs.images)
+            summary.write(out, lambda _: inputs.images)
+            if out is not workdir:
+                summary.write(workdir, experiment.images)
         # The time is only printed, so that a resumed evaluation writes the same files as one
         # without interruption.
-        print(f"report: {workdir / 'report.html'}, in {time.perf_counter() - start:.0f} s")
+        print(f"report: {out / 'report.html'}, in {time.perf_counter() - start:.0f} s")
         # A signal during the last batch also ends the process, before its next mode begins.
         inputs.preemption.leave_if_requested("the evaluation is written")

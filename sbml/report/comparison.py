@@ -15,7 +15,6 @@ import itertools
 import json
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -27,6 +26,18 @@ from sbml.runtime import metrics
 from sbml.runtime.workdir import EVALUATION, Workdir
 
 COLUMNS, ROWS = 8, 4  # of a grid of samples
+# The rows of the table of a cell: heading, key and format.
+SHOWN = (
+    ("bits/dim", "bits_per_dim", "bits"),
+    ("95% interval", "interval", "bits"),
+    ("difference", "difference", "+.4f"),
+    ("its 95% interval", "difference_interval", "+.4f"),
+    ("verdict", "verdict", ""),
+    ("images in both", "pairs", ""),
+    ("smallest time", "smallest_time", ".3g"),
+    ("network evaluations, mean", "nfe_mean", ".1f"),
+    ("converged", "converged", ""),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,8 +106,8 @@ def short_names(workdirs: Sequence[Workdir]) -> list[str]:
 
 
 def compare(runs: Sequence[Run]) -> dict[str, Any]:
-    """The numbers of the page as plain values: ``runs``, ``cells`` with a row for each run, and the
-    names of the numbers that are ``not_compared``, by run.
+    """The numbers of the page as plain values: ``runs``, ``cells`` with a row for each run, and
+    what a run is ``lacking`` that another one has, by run.
     """
     named = [run.name for run in runs]
     if len(runs) < 2:
@@ -117,7 +128,17 @@ def compare(runs: Sequence[Run]) -> dict[str, Any]:
             + "; ".join(f"{run.name} has {', '.join(run.results)}" for run in others)
             + ". Evaluate them with the same eval.estimators and eval.dequantizers"
         )
-    left = {run.name: [n for n in run.results if n not in names] for run in runs}
+    parts = {
+        run.name: [
+            *run.results,
+            *(["training time"] if run.seconds is not None else []),
+            *(["samples"] if run.samples is not None else []),
+            *(["quality of the samples"] if run.quality else []),
+        ]
+        for run in runs
+    }
+    every = dict.fromkeys(itertools.chain(*parts.values()))
+    lacking = {name: [part for part in every if part not in own] for name, own in parts.items()}
 
     def row(run: Run, name: str) -> dict[str, Any]:
         shown = ("bits_per_dim", "interval", "n", "smallest_time", "nfe_mean", "converged")
@@ -128,7 +149,9 @@ def compare(runs: Sequence[Run]) -> dict[str, Any]:
             if len(common):
                 gap = mean_interval(bits[here] - first_bits[there])
                 found |= {"difference": gap.mean, "difference_interval": list(gap.bounds)}
+                low, high = gap.bounds
                 found["pairs"] = gap.n
+                found["verdict"] = "better" if high < 0 else "worse" if low > 0 else "unclear"
         return found
 
     return {
@@ -148,8 +171,16 @@ def compare(runs: Sequence[Run]) -> dict[str, Any]:
         "cells": [
             {"name": n, "rows": [row(run, n) for run in runs if n in run.results]} for n in names
         ],
-        "not_compared": {name: numbers for name, numbers in left.items() if numbers},
+        "lacking": {name: missing for name, missing in lacking.items() if missing},
     }
+
+
+def difference_row(row: Mapping[str, Any]) -> plots.Row:
+    """The difference of a run, with a word that says what the colour says."""
+    (low, high), colours = row["difference_interval"], {"better": plots.ACCENT, "worse": plots.WARN}
+    value = f"{row['difference']:+.4f} [{low:+.4f}, {high:+.4f}]"
+    colour = colours.get(row["verdict"], plots.MUTED)
+    return plots.Row(f"{row['run']}: {row['verdict']}", row["difference"], low, high, value, colour)
 
 
 def differing(runs: Sequence[Run]) -> dict[str, list[str]]:
@@ -175,10 +206,13 @@ def render(runs: Sequence[Run], numbers: Mapping[str, Any]) -> str:
             | {name: page.text(value, ".4g") for name, value in about["quality"].items()}
         )
     for cell in numbers["cells"]:
-        rows = [(row["run"], row, i > 0) for i, row in enumerate(cell["rows"])]
-        name, draw = f"{cell['name']}, bits/dim", partial(plots.comparison, rows=rows)
-        caption = "Bars: 95% intervals of each mean."
-        figure = page.figure(name, draw, 10.6, 0.6 + 0.36 * len(rows), caption)
+        rows = [difference_row(row) for row in cell["rows"] if "difference" in row]
+        unit = f"bits/dim minus {runs[0].name}"
+        caption = (
+            "Bars: 95% intervals of the paired differences. Below 0 is better; with 0 in the "
+            "interval it is unclear which run is."
+        )
+        figure = page.rows_figure(cell["name"], rows, unit, caption, origin=0.0) if rows else None
         cells.append({**cell, "figure": figure})
     samples = []
     for run in runs:
@@ -192,11 +226,12 @@ def render(runs: Sequence[Run], numbers: Mapping[str, Any]) -> str:
         .render(
             title="Comparison of " + ", ".join(run.name for run in runs),
             first=runs[0].name,
+            shown=SHOWN,
             images=numbers["data"],
             cells=cells,
             runs=models,
             warnings=[f"{run.name}: {each}" for run in runs for each in run.evaluation["warnings"]],
-            not_compared=numbers["not_compared"],
+            lacking=numbers["lacking"],
             rows=[name for name in dict.fromkeys(itertools.chain(*models)) if name != "name"],
             differing=differing(runs),
             samples=samples,

@@ -6,8 +6,11 @@ and differences are computed here. Values that are not finite are counted and sh
 """
 
 import base64
+import csv
+import io
 import json
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
 from functools import partial
@@ -22,6 +25,9 @@ from sbml.report import plots
 from sbml.report.result import ROWS, strict, with_half_widths
 from sbml.runtime.files import write_whole
 
+DOCS = "https://sbml-jax.github.io/sbml/latest/"
+# Where it explains the terms of a number.
+OF_ODE, OF_BOUND = (f"explanations/bits.html#the-terms-of-the-{name}" for name in ("ode", "bound"))
 PAGE_WIDTH = 1056  # pixels, as in report.css
 STRIP_IMAGES, SAMPLE_COLUMNS, SAMPLE_ROWS = 10, 16, 8
 PIXEL_BUDGET = 150_000  # bytes before compression, for each strip and half the sample grid
@@ -29,6 +35,7 @@ PIXEL_BUDGET = 150_000  # bytes before compression, for each strip and half the 
 DETAILS = {"data": "Data fingerprints", "config": "Configuration"}
 SHOWN_ELSEWHERE = {
     *("title", "results", "baselines", "baselines_left_out", "warnings", "command", "missing"),
+    *("gap", "noise_levels", "provenance"),
 }
 
 
@@ -84,14 +91,11 @@ def write(
                 f"{count:,} bits/dim in the per-image table are not finite; the results count "
                 f"{stated:,}."
             )
-    model, first = report.get("model", {}), (results or [{}])[0]
+    model = report.get("model", {})
     facts = {
         "Model": model.get("name"),
         "Parameters": model.get("parameters"),
         "Checkpoint, step": report.get("checkpoint", {"step": progress.get("checkpoint")})["step"],
-        "Network evaluations, mean": first.get("nfe_mean"),
-        "Network evaluations, max": first.get("nfe_max"),
-        "Images not finite": first.get("nonfinite"),
     }
     # All values with all digits, except for those that the page shows elsewhere.
     details = {}
@@ -113,7 +117,10 @@ def write(
             facts={name: value for name, value in facts.items() if value is not None},
             missing=report.get("missing", {}),
             without_checkpoint=bool(progress) and progress["checkpoint"] is None,
-            training=training(curves),
+            gap=report.get("gap"),
+            losses=list(filter(None, [training(curves), levels_figure(report)])),
+            copied=copied(report.get("title", ""), results),
+            provenance=report.get("provenance", {}),
             samples=None
             if samples is None
             else _samples(samples, levels, report.get("classes", [])),
@@ -145,16 +152,14 @@ def _evaluation(
         gap = first["bits_per_dim"] - best["bits_per_dim"]
         side = "below" if gap < 0 else "above"
         versus = f"{abs(gap):.3f} bits/dim {side} the best baseline, {best['name']}."
-    comparison, rows = None, [(label(result), result, True) for result in results]
-    rows += [(each["name"], each, False) for each in baselines]
+    comparison, rows = None, [row(label(result), result, ours=True) for result in results]
+    rows += [row(each["name"], each, ours=False) for each in baselines]
     if len(rows) > 1:
         left_out = report.get("baselines_left_out", {}).items()
         caption = ["Bars: 95% intervals. Blue: this model; grey: baselines."]
         caption += [f"Left out: {name}, for {reason}." for name, reason in left_out]
-        draw = partial(plots.comparison, rows=rows)
-        comparison = figure("Comparison", draw, 4.6, 0.6 + 0.36 * len(rows), " ".join(caption))
-        values = (f"{name} {float(number['bits_per_dim']):.3f}" for name, number, _ in rows)
-        comparison["alt"] = f"Comparison in bits/dim: {'; '.join(values)}."
+        unit = "bits/dim, lower is better"
+        comparison = rows_figure("Comparison", rows, unit, " ".join(caption))
     # Terms that are 0 in all results are left out, such as "importance" if K = 1.
     terms = [item for row in results for item in row.get("terms", {}).items()]
     shown = {name for name, value in terms if value} | {"prior"}
@@ -175,7 +180,12 @@ def _evaluation(
             if any(result.get(key) is not None for result in results)
         },
         "numbers": results,
-        "terms": [name for name in dict.fromkeys(name for name, _ in terms) if name in shown],
+        "terms": {
+            name: OF_ODE if any(row.get("estimator") == "ode" for row in of) else OF_BOUND
+            for name in dict.fromkeys(name for name, _ in terms)
+            if name in shown
+            for of in [[row for row in results if name in row.get("terms", {})]]
+        },
         "histograms": [_histogram(name, column) for name, column in histograms.items()],
         "best": best_images,
         "worst": worst_images,
@@ -191,7 +201,7 @@ def environment() -> jinja2.Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    made.globals |= {"text": text, "label": label}
+    made.globals |= {"text": text, "label": label, "docs": DOCS}
     return made
 
 
@@ -226,6 +236,27 @@ def flat(value: Mapping[str, Any], top: str = "") -> dict[str, Any]:
     return leaves
 
 
+def rows_figure(
+    name: str, rows: Sequence[plots.Row], unit: str, caption: str, origin: float | None = None
+) -> dict[str, Any]:
+    """A figure of ``plots.rows``, whose text for people who do not see it has all rows."""
+    draw = partial(plots.rows, rows=rows, unit=unit, origin=origin)
+    height = plots.ROWS_HEIGHT + plots.ROW_HEIGHT * len(rows)
+    each = "; ".join(f"{row.label} {row.text}" for row in rows)
+    return {**figure(name, draw, caption, height=height), "alt": f"{name}, {unit}: {each}."}
+
+
+def row(
+    label: str, number: Mapping[str, Any], *, ours: bool, key: str = "bits_per_dim"
+) -> plots.Row:
+    """The value ``key`` of ``number`` with its 95% interval, in blue if it is of this model."""
+    value, half = float(number[key]), float(number.get("ci95") or 0)
+    low, high = map(float, number.get("interval") or (value - half, value + half))
+    if not math.isfinite(value):
+        return plots.Row(label, value, low, high, "not finite", plots.WARN)
+    return plots.Row(label, value, low, high, f"{value:.3f}", plots.ACCENT if ours else plots.MUTED)
+
+
 def label(result: Mapping[str, Any]) -> str:
     """The name of a result on the page."""
     words = [result[key] for key in ("estimator", "dequantizer") if result.get(key)]
@@ -234,8 +265,61 @@ def label(result: Mapping[str, Any]) -> str:
     return " · ".join(map(str, words)) or "result"
 
 
+def copied(run: str, results: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """The results as rows to copy, for LaTeX and as CSV.
+
+    The columns are run, estimator, dequantizer, bits/dim, its 95% interval, n and eps.
+    """
+    names = ["run", "estimator", "dequantizer", "K", "bits_per_dim", "low", "high", "n", "eps"]
+    table, rows = io.StringIO(), []
+    csv.writer(table, lineterminator="\n").writerow(names)
+    for result in results:
+        kind, noise = (result.get(key, "") for key in ("estimator", "dequantizer"))
+        draws, eps = result.get("num_importance") or 1, result.get("smallest_time")
+        interval, n = result.get("interval") or [None, None], result.get("n")
+        csv.writer(table, lineterminator="\n").writerow(
+            [run, kind, noise, draws, result["bits_per_dim"], *interval, n, eps]
+        )
+        low, high = (text(end, "bits") for end in interval)
+        mantissa, _, exponent = f"{eps or 0:.2e}".partition("e")
+        time = f"{float(mantissa):g}" + (rf" \times 10^{{{int(exponent)}}}" if eps else "")
+        row = [run, kind, noise + (f", K = {draws}" if draws > 1 else "")]
+        row = [re.sub(r"([#$%&_{}])", r"\\\1", cell) for cell in row]
+        row += [f"${text(result['bits_per_dim'], 'bits')}$", f"$[{low}, {high}]$", text(n)]
+        rows.append(" & ".join([*row, f"${time}$"]) + r" \\")
+    return {"LaTeX": "\n".join(rows), "CSV": table.getvalue().rstrip()}
+
+
+def levels_figure(report: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The figure of the loss at each noise level; None without a bound."""
+    if not (levels := report.get("noise_levels")):
+        return None
+    edges = np.asarray(levels["edges"])
+    split = str(report["results"][0].get("split", "held-out"))
+    named = {f"{split} images": "split", "training images": "train", "best linear": "linear"}
+    if split == "train":
+        del named["training images"]
+    curves = {name: np.asarray(levels[key]) for name, key in named.items() if key in levels}
+    areas = [f"{name} {-np.diff(edges) @ curve:.2f}" for name, curve in curves.items()]
+    caption = (
+        "Where the bits of the bound come from: the squared error of the noise prediction at each "
+        "ratio of signal to noise; data are at the right, noise is at the left. The area below a "
+        f"curve is the term diffusion, in bits/dim: {', '.join(areas)}. The best linear prediction "
+        "is that of a Gaussian with the moments of the training images."
+    )
+    errors = {f"{split} images": "split_stderr", "training images": "train_stderr"}
+    bars = {name: 1.96 * np.asarray(levels[errors[name]]) for name in curves if name in errors}
+    draw = partial(plots.levels, edges=edges, curves=curves, bars=bars)
+    return figure("Loss at each noise level", draw, caption)
+
+
 def figure(
-    name: str, draw: Callable, width: float, height: float, caption: str = ""
+    name: str,
+    draw: Callable,
+    caption: str = "",
+    *,
+    width: float = plots.WIDTH,
+    height: float = plots.HEIGHT,
 ) -> dict[str, Any]:
     """A figure of ``width`` x ``height`` inches with its caption, for the templates; ``name`` and
     ``draw`` are as in ``plots.svg``."""
@@ -254,7 +338,7 @@ def _histogram(name: str, values: np.ndarray) -> dict[str, Any]:
     if 0 < finite.size < values.size:
         caption += f" {values.size - finite.size:,} not finite, outside this mean."
     draw = partial(plots.histogram, values=values, label=name)
-    return figure(name, draw, 5, 2.6, caption)
+    return figure(name, draw, caption)
 
 
 def training(curves: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
@@ -273,7 +357,7 @@ def training(curves: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
     if seconds := logged[max(logged)].get("seconds"):
         caption += f" Training time {timedelta(seconds=round(seconds))}."
     draw = partial(plots.training, step=step, loss=loss, window=window)
-    return figure("Training loss", draw, 10.6, 3, caption)
+    return figure("Training loss", draw, caption)
 
 
 def data_url(png: bytes) -> str:

@@ -7,7 +7,7 @@ variable, so that one figure fits light and dark pages.
 import io
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import matplotlib
 import numpy as np
@@ -44,8 +44,11 @@ STYLE: Any = {
     "grid.color": RULE,
     "grid.linewidth": 0.6,
 }
-# Height of a line of text as a fraction of the axes, in a figure that is 2.6 inches high.
-ANNOTATION_HEIGHT = 0.11
+# A figure of this width in inches fills a phone of 390 pixels, where its text has 12 pixels.
+WIDTH, HEIGHT = 3.4, 2.3
+ROWS_HEIGHT, ROW_HEIGHT = 0.45, 0.42  # inches, of :func:`rows`
+# Height of a line of text as a fraction of the axes, in a figure that is ``HEIGHT`` inches high.
+ANNOTATION_HEIGHT = 0.12
 GAP_GREY = 128  # the grey between images, visible on light and on dark pages
 
 
@@ -119,39 +122,40 @@ def svg(name: str, draw: Callable[[Axes], None], width: float, height: float) ->
     return text
 
 
-def comparison(
-    axes: Axes,
-    rows: Sequence[tuple[str, Mapping[str, Any], bool]],
-    key: str = "bits_per_dim",
-    unit: str = "bits/dim, lower is better",
-) -> None:
-    """The numbers of a report, the first at the top, each as a dot with its 95% interval as a bar
-    and its value as text at the right.
+class Row(NamedTuple):
+    """A number on an axis: a dot with its 95% interval as a bar, its ``label`` above them at the
+    left, and ``text`` at the right, in ``colour``."""
 
-    A row has a label, a result or baseline of ``report.json``, whose number is its ``key``, and
-    whether it is in blue and bold.
+    label: str
+    mean: float
+    low: float
+    high: float
+    text: str
+    colour: str = ACCENT
+
+
+def rows(axes: Axes, rows: Sequence[Row], unit: str, origin: float | None = None) -> None:
+    """The ``rows``, the first at the top, and a line at ``origin``.
+
+    A figure is ``ROWS_HEIGHT`` inches high, and ``ROW_HEIGHT`` more for each row.
     """
-    for row, (_, number, ours) in enumerate(rows):
-        value, half = float(number[key]), float(number.get("ci95") or 0)
-        low, high = map(float, number.get("interval") or (value - half, value + half))
-        colour = ACCENT if ours else MUTED
-        axes.axhline(row, color=RULE, linewidth=0.6)
-        axes.plot([low, high], [row, row], color=colour, linewidth=2, solid_capstyle="round")
-        axes.plot(value, row, "o", color=colour, markersize=6 if ours else 5)
-        finite = np.isfinite(value)
+    for y, row in enumerate(rows):
+        bold = "normal" if row.colour == MUTED else "bold"
+        line: Any = {"xycoords": ("axes fraction", "data"), "textcoords": "offset points"}
+        axes.axhline(y, color=RULE, linewidth=0.6)
+        axes.plot([row.low, row.high], [y, y], color=row.colour, linewidth=2)
+        axes.plot(row.mean, y, "o", color=row.colour, markersize=5)
+        label = row.label if len(row.label) < 32 else f"…{row.label[-30:]}"
+        axes.annotate(label, (0, y), xytext=(0, 5), **line, parse_math=False)
         axes.annotate(
-            f"{value:.3f}" if finite else "not finite",
-            (1, row),
-            xycoords=("axes fraction", "data"),
-            xytext=(6, 0),
-            textcoords="offset points",
-            va="center",
-            color=colour if finite else WARN,
-            weight="bold" if ours else "normal",
+            *(row.text, (1, y)), xytext=(0, 5), **line, ha="right", color=row.colour, weight=bold
         )
-    labels = [label for label, *_ in rows]
-    axes.set_yticks(range(len(labels)), labels, color=INK, parse_math=False)
-    axes.set_ylim(len(labels) - 0.5, -0.5)
+    if origin is not None:
+        axes.axvline(origin, color=RULE, linewidth=1)
+        for y in range(len(rows)):
+            axes.plot([origin, origin], [y - 0.1, y + 0.1], color=INK, linewidth=1.2)
+    axes.set_yticks([])
+    axes.set_ylim(len(rows) - 0.6, -0.75)
     axes.set_xlabel(unit)
     axes.margins(x=0.08)
 
@@ -261,6 +265,29 @@ def training(axes: Axes, step: np.ndarray, loss: np.ndarray, window: int) -> Non
     axes.margins(x=0.01)
     axes.set_xlabel("step")
     axes.set_ylabel("loss")
+
+
+def levels(
+    axes: Axes,
+    edges: np.ndarray,
+    curves: Mapping[str, np.ndarray],
+    bars: Mapping[str, np.ndarray],
+) -> None:
+    """Curves by name, ``(bins,)`` each, that are constant in the bins between ``edges (bins + 1,)``
+    of the log-SNR; ``bars`` has half-widths of 95% intervals."""
+    for order, (name, curve) in enumerate(curves.items()):
+        colour, line = ((ACCENT, INK)[order], "-") if name in bars else (MUTED, "--")
+        options: Any = {"color": colour, "zorder": 3 - order / 3}  # The first is on top.
+        axes.stairs(curve[::-1], edges[::-1], linestyle=line, label=name, baseline=None, **options)
+        if name in bars:
+            options |= {"alpha": 0.25, "fill": True, "linewidth": 0}
+            low, high = curve - bars[name], curve + bars[name]
+            axes.stairs(high[::-1], edges[::-1], baseline=low[::-1], **options)
+    axes.legend(frameon=False, handlelength=1.2)
+    axes.grid(axis="y")
+    axes.set_ylim(bottom=0)
+    axes.set_xlabel("log SNR")
+    axes.set_ylabel("bits/dim per unit of log SNR")
 
 
 def running_mean(values: np.ndarray, window: int) -> np.ndarray:

@@ -11,10 +11,15 @@ import numpy as np
 from sbml import intervals
 from sbml.estimate import Estimate, outlier_line
 from sbml.estimators import Cell
+from sbml.intervals import Interval
 from sbml.likelihood import PriorError
 
 # ``name`` + HALF_WIDTH is the name of the half-width of the 95% interval of the number ``name``.
 HALF_WIDTH = ", 95% interval +-"
+
+# Pages of the documentation (``page.DOCS``).
+_BARS, _DEQUANTIZATION = "explanations/error_bars.html", "explanations/dequantization.html"
+_ALL = f"{_BARS}#no-image-and-no-outlier-is-left-out"
 
 
 def with_half_widths(values: Mapping[str, Any], sign: str = "+-") -> dict[str, str]:
@@ -28,12 +33,13 @@ def with_half_widths(values: Mapping[str, Any], sign: str = "+-") -> dict[str, s
     }
 
 
-def _column(heading: str, form: str, **options: Any) -> Any:
+def _column(heading: str, form: str, page: str = "", **options: Any) -> Any:
     """A field that the table of the page shows as a row called ``heading``.
 
-    ``form`` is "bits" for bits/dim, or a format of Python for floats.
+    ``form`` is "bits" for bits/dim, or a format of Python for floats; ``page`` is where the
+    documentation explains the row.
     """
-    return dataclasses.field(metadata={"shown": (heading, form)}, **options)
+    return dataclasses.field(metadata={"shown": (heading, form, page)}, **options)
 
 
 def strict(value: Any, name: str = "report") -> Any:
@@ -103,32 +109,44 @@ class Result:
     split: str
     n: int = _column("images", "")
     split_size: int
-    bits_per_dim: float = _column("bits/dim", "bits")
+    bits_per_dim: float = _column(
+        "bits/dim", "bits", "explanations/bits.html#from-a-density-to-bits-dim"
+    )
     stderr: float
     ci95: float
-    interval: list[float] = _column("95% interval", "bits")
+    interval: list[float] = _column("95% interval", "bits", f"{_BARS}#the-images")
     this_set_stderr: float
-    this_set_ci95: float = _column("± for these images only", ".2g")
+    this_set_ci95: float = _column("± for these images only", ".2g", f"{_BARS}#the-random-draws")
     this_set_interval: list[float]
-    converged: bool | None = _column("solver converged", "", default=None)
-    solver_error: float | None = _column("solver error", ".1g", default=None)
-    solver_error_ci95: float | None = _column("± of the solver error", ".1g", default=None)
+    converged: bool | None = _column("solver converged", "", f"{_BARS}#the-solver", default=None)
+    solver_error: float | None = _column("solver error", ".1g", f"{_BARS}#the-solver", default=None)
+    solver_error_ci95: float | None = _column(
+        "± of the solver error", ".1g", f"{_BARS}#the-solver", default=None
+    )
     solver_images: int | None = None
     unconverged: str | None = None
-    prior_error: float | None = _column("error of the prior", ".1g", default=None)
-    prior_error_each: float | None = _column("error of the prior, one image", ".1g", default=None)
+    prior_error: float | None = _column(
+        "error of the prior", ".1g", f"{_BARS}#the-prior", default=None
+    )
+    prior_error_each: float | None = _column(
+        "error of the prior, one image", ".1g", f"{_BARS}#the-prior", default=None
+    )
     sweeps: int | None = None
-    tail: float | None = _column("Pareto's k of the draws", ".2f", default=None)
+    tail: float | None = _column(
+        "Pareto's k of the draws", ".2f", f"{_BARS}#draws-with-a-heavy-tail", default=None
+    )
     target_se: float | None = None
-    nonfinite: int = _column("images not finite", "")
+    nonfinite: int = _column("images not finite", "", _ALL)
     min: float = _column("smallest of an image", "bits")
     max: float = _column("largest of an image", "bits")
-    median: float | None = _column("median of the images", "bits", default=None)
+    median: float | None = _column("median of the images", "bits", _ALL, default=None)
     outliers: list[list[float]]
-    without_outliers: float | None = _column("mean without outliers", "bits", default=None)
+    without_outliers: float | None = _column("mean without outliers", "bits", _ALL, default=None)
     without_outliers_interval: list[float] | None = None
     terms: dict[str, float]
-    smallest_time: float = _column("smallest time", ".3g")
+    smallest_time: float = _column(
+        "smallest time", ".3g", f"{_DEQUANTIZATION}#the-smallest-time-for-integer-data"
+    )
     trace: dict[str, Any] | None
     dequantizer_step: int | None
     nfe_mean: float = _column("network evaluations, mean", ".1f")
@@ -203,6 +221,11 @@ class Result:
         return {k: v for k, v in row.items() if v is not None or k not in optional}
 
     @property
+    def population(self) -> Interval:
+        """The mean with its 95% interval for the population of images."""
+        return Interval(self.bits_per_dim, self.stderr, self.ci95, self.n, self.nonfinite)
+
+    @property
     def name(self) -> str:
         """The name of the number in messages."""
         draws = f" K={self.num_importance}" if self.num_importance > 1 else ""
@@ -260,7 +283,7 @@ class Result:
         return warnings
 
 
-# The fields that the table of the page shows, one a row: (heading, format).
-ROWS: dict[str, tuple[str, str]] = {
+# The fields that the table of the page shows, one a row: (heading, format, page that explains it).
+ROWS: dict[str, tuple[str, str, str]] = {
     f.name: f.metadata["shown"] for f in dataclasses.fields(Result) if f.metadata
 }

@@ -2,6 +2,7 @@
 
     eval        evaluation.json, per_image.npz
     sample      samples.npz
+    eval of training images     train/evaluation.json
     quality     quality.json, neighbours.png
     decompress  codec.json
     train       metrics.jsonl, samples/step_*.png
@@ -11,21 +12,26 @@ If there is an evaluation, each of the modes ``eval``, ``sample`` and ``quality`
 the evaluation is of other images than those of the config, nothing is written.
 """
 
+import re
 import shlex
 import zlib
 from collections.abc import Callable, Mapping, Sequence
+from datetime import timedelta
 from typing import Any
 
 import numpy as np
 from absl import logging
 
 from sbml.data import ImageSet
+from sbml.intervals import difference
 from sbml.report import page
-from sbml.runtime import metrics
+from sbml.report.result import Result
+from sbml.runtime import history, metrics
 from sbml.runtime.files import read_png
 from sbml.runtime.trees import table_crc32, tree_crc32
 from sbml.runtime.workdir import CODEC, EVALUATION, NEIGHBOURS, PER_IMAGE, QUALITY, SAMPLES, Workdir
 
+KIND = ("estimator", "dequantizer", "num_importance")  # what ``page.label`` names
 NEIGHBOURS_CAPTION = "The first samples, and below each the training image nearest to it."
 
 
@@ -116,6 +122,11 @@ def write(
             f"{evaluated}{', of other parameters' if drawn == evaluated else ''}), and left out: "
             f"{remedy}",
         )
+    curves = metrics.read(workdir) if curves is None else curves
+    if stored["results"] and stored["results"][0]["split"] != "train":
+        content["gap"] = gap_of(workdir, stored)
+    if found := provenance_of(workdir, content, curves):
+        content["provenance"] = found
     content["warnings"] = warnings
     if known is not None:
         # The newest picture of the training takes the place of samples.
@@ -141,7 +152,7 @@ def write(
         table=table,
         images=None if images is None else images.images,
         levels=content["config"]["data"]["levels"] if images is None else images.levels,
-        curves=metrics.read(workdir) if curves is None else curves,
+        curves=curves,
         samples=None if samples is None else samples["images"],
         pictures=pictures,
     )
@@ -168,6 +179,77 @@ def table_of(
         f"{workdir / name} is not that of {EVALUATION}, because a later evaluation was interrupted "
         f"while it wrote its files: evaluate again (--workdir={workdir} --mode=eval)"
     )
+
+
+def gap_of(workdir: Workdir, evaluation: Mapping[str, Any]) -> dict[str, Any]:
+    """The results of held-out images minus those of training images.
+
+    The ``rows`` are empty if there is no evaluation of training images by the same checkpoint, from
+    the same smallest time; the ``command`` makes one.
+    """
+    count = evaluation["results"][0]["n"]
+    flags = f"--mode=eval --config.eval.split=train --config.eval.max_images={count}"
+    # The command of the results, whose other settings count too, with another mode.
+    command = re.sub(r" --?mode[= ]\S+", "", evaluation.get("command", ""))
+    found: dict[str, Any] = {"rows": [], "command": f"{command} {flags}"}
+    folder = Workdir(workdir / "train")
+    if not folder.has(EVALUATION):
+        return found
+    other = folder.read(EVALUATION)
+    if other["checkpoint"] != evaluation["checkpoint"]:
+        logging.warning("%s is of another checkpoint: left out", folder / EVALUATION)
+        return found
+    trained = {(r.name, r.smallest_time): r for r in map(Result.read, other["results"])}
+    for result in map(Result.read, evaluation["results"]):
+        if (same := trained.get((result.name, result.smallest_time))) is not None:
+            gap = difference(result.population, same.population)
+            row = {name: getattr(result, name) for name in KIND}
+            row |= {"held_out": result.bits_per_dim, "held_out_images": result.n}
+            row |= {"train": same.bits_per_dim, "train_images": same.n}
+            found["rows"].append({**row, "gap": gap.mean, "interval": list(gap.bounds)})
+    return found
+
+
+def provenance_of(
+    workdir: Workdir, content: Mapping[str, Any], curves: Sequence[Mapping[str, Any]]
+) -> dict[str, dict[str, str]]:
+    """Code, hardware, dates, duration and cost of the ``training`` and of the ``evaluation`` of the
+    checkpoint, as far as they are known."""
+    rows = metrics.read(workdir, history.FILE)
+    begun = max((i for i, row in enumerate(rows) if row.get("first") == 0), default=0)
+    step, results = content.get("checkpoint", {}).get("step"), content["results"]
+    trained = [row for row in rows[begun:] if row["mode"] == "train"]
+    found = {"training": _sums(trained), "evaluation": {}}
+    if not trained and curves:
+        found["training"]["duration"] = str(timedelta(seconds=round(curves[-1]["seconds"])))
+    if curves and step:
+        count = step * content["config"]["training"]["batch_size"]
+        found["training"]["network evaluations"] = f"{count:,}, with gradients"
+    if results:
+        of = {"mode": "eval", "step": step, "split": results[0]["split"]}
+        evaluated = [row for row in rows[begun:] if of.items() <= row.items()]
+        versions = content.get("versions", {"sbml": "of an unknown version", "devices": "unknown"})
+        first = {"code": f"sbml {versions['sbml']}", "hardware": versions["devices"]}
+        count = round(sum(float(row["n"]) * float(row["nfe_mean"]) for row in results))
+        found["evaluation"] = {**first, **_sums(evaluated), "network evaluations": f"{count:,}"}
+    return {name: values for name, values in found.items() if values}
+
+
+def _sums(rows: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """What rows of the history have in common and sum up to, as text."""
+    if not rows:
+        return {}
+    found = {k: "; ".join(dict.fromkeys(row[k] for row in rows)) for k in ("code", "hardware")}
+    seconds = sum(row["seconds"] for row in rows)
+    device = sum(row["seconds"] * row["devices"] for row in rows) / 3600
+    cpu = sum(row["cpu_seconds"] for row in rows if not row["devices"]) / 3600
+    cost = {"device-hours": device, "CPU-hours": cpu}
+    return {
+        **found,
+        "date (UTC)": " to ".join(dict.fromkeys([rows[0]["start"], rows[-1]["end"]])),
+        "duration": str(timedelta(seconds=round(seconds))),
+        "cost": ", ".join(f"{value:.2g} {name}" for name, value in cost.items() if value),
+    }
 
 
 def samples_of(workdir: Workdir, checkpoint: Mapping[str, int]) -> dict[str, Any] | None:

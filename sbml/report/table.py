@@ -60,14 +60,16 @@ def render(
       curves: the metrics of the training.
     """
     names = [column["name"] for column in content["columns"]]
-    shown = [(r["name"], r, r["name"] == "model") for r in content["results"]]
-    draw = partial(plots.comparison, rows=shown, key="log_p", unit="nats per row, higher is better")
+    shown = [
+        page.row(r["name"], r, ours=r["name"] == "model", key="log_p") for r in content["results"]
+    ]
     caption = "Bars: 95% intervals of each mean. The paired differences below are more precise."
     marginals = [
         page.figure(
             f"Marginal of {name}",
             partial(plots.marginal, data=values[:, i], samples=samples[:, i], label=name),
-            *(2.6, 1.7),
+            width=2.5,
+            height=1.7,
         )
         for i, name in enumerate(names[:MARGINALS])
     ]
@@ -80,7 +82,6 @@ def render(
                 samples=samples[: 2 * len(values)][:, [i, j]],
                 labels=(names[i], names[j]),
             ),
-            *(5, 3.4),
         )
         for i, j in _dependent(values)
     ]
@@ -90,11 +91,13 @@ def render(
         .render(
             **content,
             model=content["results"][0],
-            comparison=page.figure("Comparison", draw, 4.6, 0.6 + 0.36 * len(shown), caption),
+            comparison=page.rows_figure(
+                "Comparison", shown, "nats per row, higher is better", caption
+            ),
             validation_figure=page.figure(
                 "Validation",
                 partial(_validation, curve=content["validation"]),
-                *(5, 2.6, "Validation rows: the step with the largest log p is evaluated."),
+                "Validation rows: the step with the largest log p is evaluated.",
             ),
             training=page.training(
                 [{k: v for k, v in point.items() if k != "images_per_s"} for point in curves]

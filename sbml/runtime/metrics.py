@@ -16,13 +16,13 @@ FILE = "metrics.jsonl"
 EARLIER = "metrics.jsonl.earlier"  # rows of a training that was begun again at step 0
 
 
-def read(workdir: epath.PathLike) -> list[dict[str, Any]]:
-    """The rows of ``metrics.jsonl``, in order; an empty list if there is no file.
+def read(workdir: epath.PathLike, name: str = FILE) -> list[dict[str, Any]]:
+    """The rows of the file ``name``, in order; an empty list if there is no file.
 
     A damaged line is left out with a warning that names it. A process that is killed while writing
     leaves at most one incomplete line, the last one; this line is left out without a warning.
     """
-    return _parse(epath.Path(workdir) / FILE)[0]
+    return _parse(epath.Path(workdir) / name)[0]
 
 
 def _parse(path: epath.Path) -> tuple[list[dict[str, Any]], list[str]]:

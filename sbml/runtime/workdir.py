@@ -2,9 +2,11 @@
 
     checkpoints/, dequantizer/checkpoints/      (sbml.runtime.checkpoint)
     metrics.jsonl, tensorboard/                 (sbml.runtime.metrics)
+    history.jsonl                               what ran when and where (sbml.runtime.history)
     architecture.json                           only for a converted checkpoint
     eval/, sampling/, codec/                    tables in parts (sbml.runtime.parts)
     evaluation.json, per_image.npz, samples.npz, quality.json, latents.npz, pictures, report.*
+    train/                                      the same of an evaluation of training images
     images.sbml, codec.json, restored.npz       coded images (sbml.codec)
 
 A file that one mode writes for another is read with :meth:`Workdir.read`, which compares its CRC32;

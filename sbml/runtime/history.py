@@ -1,0 +1,82 @@
+"""``history.jsonl``: which modes ran in a work directory, when, for how long, by which code, and on
+which hardware.
+
+A process that is killed at once leaves no row, so the sums of the rows are lower bounds.
+"""
+
+import contextlib
+import functools
+import json
+import os
+import pathlib
+import platform
+import subprocess
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+from absl import logging
+from etils import epath
+
+from sbml import __version__
+from sbml.runtime.files import with_crc32, write_whole
+
+FILE = "history.jsonl"
+
+
+@functools.cache
+def origin() -> dict[str, Any]:
+    """The ``code``, its version and, in a checkout, its commit, with "modified" if a file was; the
+    ``hardware``; and the number of ``devices`` of an accelerator, 0 without one.
+
+    It is found once, because a checkout can change while the program runs.
+    """
+    root, code = pathlib.Path(__file__).parents[2], f"sbml {__version__}"
+    if (root / ".git").exists():
+        command = ["git", "-C", str(root), "describe", "--always", "--abbrev=10", "--exclude=*"]
+        with contextlib.suppress(OSError):  # There may be no git.
+            done = subprocess.run(
+                [*command, "--dirty=, modified"], capture_output=True, text=True, check=False
+            )
+            code = ", ".join(filter(None, [code, done.stdout.strip()]))
+    cpu, cores = platform.processor() or platform.machine(), os.cpu_count() or 1
+    with contextlib.suppress(OSError):  # Linux has this file.
+        lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
+        names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+        cpu = names[0] if names else cpu
+    kind, count = jax.devices()[0], jax.device_count()
+    accelerator = "" if kind.platform == "cpu" else f"{count} x {kind.device_kind}, "
+    hardware = f"{accelerator}{cpu}, {cores} cores"
+    return {"code": code, "hardware": hardware, "devices": count if accelerator else 0}
+
+
+@contextlib.contextmanager
+def noted(workdir: epath.PathLike, mode: str, **about: Any) -> Iterator[None]:
+    """A context that adds a row when it is left: ``mode``, :func:`origin`, the date and time (UTC)
+    of its ``start`` and ``end``, its ``seconds``, the ``cpu_seconds`` of the process, and
+    ``about``."""
+    found, start = origin(), time.time()
+    clocks = time.perf_counter(), time.process_time()
+    try:
+        yield
+    finally:
+        seconds = time.perf_counter() - clocks[0]
+        cpu = (time.process_time() - clocks[1]) * jax.process_count()
+        row = {"mode": mode, **about, **found, "start": _utc(start), "end": _utc(time.time())}
+        row |= {"seconds": seconds, "cpu_seconds": cpu}
+        if jax.process_index() == 0:
+            _append(epath.Path(workdir) / FILE, row)
+
+
+def _utc(seconds: float) -> str:
+    return time.strftime("%Y-%m-%d %H:%M", time.gmtime(seconds))
+
+
+def _append(path: epath.Path, row: dict[str, Any]) -> None:
+    """Add a row; a file that cannot be written does not end the mode."""
+    try:
+        before = path.read_bytes() if path.exists() else b""
+        write_whole(path, before + f"{json.dumps(with_crc32(row))}\n".encode())
+    except OSError as error:
+        logging.warning("%s cannot be written: %s", path, error)

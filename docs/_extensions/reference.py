@@ -37,7 +37,8 @@ INTERNAL = {
     "sbml.moments": "rows",
     "sbml.networks.ncsnpp": "add, ResnetBlockDDPMpp, ResnetBlockBigGANpp, AttnBlockpp, Combine",
     "sbml.networks.unet2d": (
-        "default_groups, fields, params, TimeEmbedding, Resnet, Attention, Resample, Down, Middle, Up"
+        "default_groups, fields, params, TimeEmbedding, Resnet, Attention, Resample, Down, "
+        "Middle, Up"
     ),
     "sbml.networks.vdm": "default_groups, Block, Attention",
     "sbml.ode": "check_tolerances, check_precision, growth, most_evaluations, last_time, rms_norm",

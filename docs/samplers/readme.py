@@ -1,6 +1,6 @@
 """The picture of the README: the numbers of a run beside its baselines, and samples of another run.
 
-python docs/samplers/readme.py runs/digits_vp docs/samplers/fashion_samples.png docs/samplers/readme.png
+cd docs/samplers && python readme.py ../../runs/digits_vp fashion_samples.png readme.png
 """
 
 import sys
@@ -14,7 +14,7 @@ NAMES = {"ode": "sbml, probability-flow ODE", "bound": "sbml, evidence bound"}
 
 
 def main(source: str, samples: str, target: str) -> None:
-    """Draw the results of the run ``source`` and the picture ``samples`` into the file ``target``."""
+    """Draw the results of the run ``source`` and the picture ``samples`` into ``target``."""
     evaluation = Workdir(source).read(EVALUATION)
     results = evaluation["results"]
     rows = [(NAMES[r["estimator"]], r["bits_per_dim"], r["interval"], ACCENT) for r in results]

@@ -41,7 +41,8 @@ from sbml import bound, likelihood, losses, ode, samplers, second_order
 from sbml.density import Density
 from sbml.divergence import Trace
 from sbml.samplers import known
-from sbml.score import from_prediction
+from sbml.networks import mlp
+from sbml.score import Adapter, from_prediction
 
 pytestmark = pytest.mark.usefixtures("unchecked")
 
@@ -230,6 +231,11 @@ CASES: Cases = {
             "t0": (-1.0, NAN, INFINITY),
             "field": (lambda t, y: -jnp.sum(y), lambda t, y: -y[:1]),
         },
+    ),
+    "adapter": (
+        lambda **choices: Adapter(mlp.Model(), VP, **choices).time_label(T[None]),
+        {"data_std": 0.5},
+        {"data_std": (0.0, NAN, "a", 1e-320), "time_scale": (0.0, INFINITY, "a", 1e-320)},
     ),
     "solver": (
         lambda **choices: ode.Solver(**choices).tighter(10).rtol,

@@ -40,8 +40,8 @@ from refusals import (
 from sbml import bound, likelihood, losses, ode, samplers, second_order
 from sbml.density import Density
 from sbml.divergence import Trace
-from sbml.samplers import known
 from sbml.networks import mlp
+from sbml.samplers import known
 from sbml.score import Adapter, from_prediction
 
 pytestmark = pytest.mark.usefixtures("unchecked")
@@ -241,8 +241,8 @@ CASES: Cases = {
         lambda **choices: ode.Solver(**choices).tighter(10).rtol,
         {"fixed_steps": 3},
         {
-            "fixed_steps": COUNTS,
-            "max_steps": (*COUNTS, None),
+            "fixed_steps": (*COUNTS, 2**31 - 1),
+            "max_steps": (*COUNTS, None, 2**31 - 1),
             "rtol": (0.0, -1.0, INFINITY, "a", 1.1),
             "atol": (0.0, NAN, "a"),
             "pcoeff": (NAN, INFINITY, -0.1, "a", 1e-320),

@@ -119,11 +119,16 @@ class Estimate:
                 "improve the score where it is least accurate, such as near eps"
             )
         text += self.prior_error.line(self.unit) if self.prior_error else ""
+        return "\n".join(filter(None, [text, self.about_outliers()]))
+
+    def about_outliers(self, names: Sequence[str] | None = None) -> str:
+        """:func:`outlier_line` with the ``names`` of the examples, or else their places; "" without
+        outliers."""
         if (without := self.without_outliers) is None:
-            return text
-        named, n = [(i, self.values[i]) for i in self.outliers], self.population.n
-        about = outlier_line(named, n, self.median, without.mean, without.bounds, self.unit)
-        return f"{text}\n{about}"
+            return ""
+        named = [(names[i] if names else i, self.values[i]) for i in self.outliers]
+        about = self.population.n, self.median, without.mean, without.bounds, self.unit
+        return outlier_line(named, *about)
 
     @property
     def outliers(self) -> Ids:

@@ -119,11 +119,16 @@ class Estimate:
                 "improve the score where it is least accurate, such as near eps"
             )
         text += self.prior_error.line(self.unit) if self.prior_error else ""
+        return "\n".join(filter(None, [text, self.about_outliers()]))
+
+    def about_outliers(self, names: Sequence[str] | None = None) -> str:
+        """:func:`outlier_line` with the ``names`` of the examples, or else their places; "" without
+        outliers."""
         if (without := self.without_outliers) is None:
-            return text
-        named, n = [(i, self.values[i]) for i in self.outliers], self.population.n
-        about = outlier_line(named, n, self.median, without.mean, without.bounds, self.unit)
-        return f"{text}\n{about}"
+            return ""
+        named = [(names[i] if names else i, self.values[i]) for i in self.outliers]
+        about = self.population.n, self.median, without.mean, without.bounds, self.unit
+        return outlier_line(named, *about)
 
     @property
     def outliers(self) -> Ids:
@@ -159,11 +164,19 @@ class Estimate:
         precision = jnp.finfo(jnp.result_type(float))
         rounding = float(precision.eps) * np.max(np.abs(self.values), initial=0.0, where=~lost)
         remedy = f"raise {section}max_steps={solver.max_steps}"
+        too_large = (
+            f"{precision.dtype} rounds the largest numbers by {rounding:.1g}: give x in the scale "
+            "of the score, or compute in float64 (jax_enable_x64)"
+        )
         if lost.any():
             most = int(np.max(self.nfe[lost]))
             known = (
                 f"{lost.sum()} of {len(lost)} numbers are not finite, after up to {most} "
                 "evaluations of the score"
+            )
+            remedy += (
+                ", or leave out those that lie far outside the data: there the rounding of "
+                f"{precision.dtype} looks like an error of every step"
             )
             if solver.fixed_steps is None and most < ode.most_evaluations(solver):
                 remedy = (
@@ -176,13 +189,11 @@ class Estimate:
                 f"a stricter solve (rtol={strict.rtol:g}, atol={strict.atol:g}) gave up for "
                 f"{error.nonfinite} of {error.n} numbers, so the solver's error is not known"
             )
+            remedy = too_large if rounding > self.budget else remedy
         else:
             known, room = excess(error, self.budget), self.budget - abs(error.mean)
             if rounding > self.budget:
-                remedy = (
-                    f"{precision.dtype} rounds the largest numbers by {rounding:.1g}: give x in "
-                    "the scale of the score, or compute in float64 (jax_enable_x64)"
-                )
+                remedy = too_large
             # The interval of a mean over all examples would be narrow enough.
             elif room > 0 and error.ci95 * math.sqrt(error.n / len(self.values)) <= room:
                 needed = math.ceil(error.n * (error.ci95 / room) ** 2)

@@ -34,7 +34,6 @@ from sbml import pytrees, quadrature, scalars
 from sbml.door import checked, typed
 from sbml.quadrature import Joint, WithIntegral, beside_integral
 from sbml.scalars import (
-    Count,
     Number,
     above_0,
     at_least,
@@ -60,6 +59,7 @@ from sbml.types import (
 Tolerance = Annotated[Number, above_0, at_most(1)]
 Instant = Annotated[Number, between(0, 1)]
 End = Annotated[Number, finite, at_least(0)]  # of a solve of any ODE
+Steps = Annotated[int, between(1, 2**31 - 2)]  # They and one more are counted by int32 numbers.
 Field = Callable[[Scalar, Example], Example]  # (t, y) -> dy/dt
 
 # method: (solver, evaluations of the field in a step, evaluations at the start). dopri5 and tsit5
@@ -153,8 +153,8 @@ class Solver:
     pcoeff: Annotated[Number, finite, at_least(0)] = _static(0.3)
     # With icoeff <= 0 a step would not become shorter after an error that is too large.
     icoeff: Annotated[Number, positive] = _static(0.4)
-    fixed_steps: Count | None = _static(None)
-    max_steps: Count = _static(MAX_STEPS)
+    fixed_steps: Steps | None = _static(None)
+    max_steps: Steps = _static(MAX_STEPS)
     adjoint: Annotated[str, one_of("forward", "reverse")] = _static("forward")
 
     def __post_init__(self) -> None:

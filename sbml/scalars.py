@@ -50,14 +50,14 @@ def _representable(value: Any) -> bool:
     return not 0 < size < math.inf or float(kind.tiny) <= size <= float(kind.max)
 
 
+# In float32, JAX takes numbers below 1.2e-38 for 0.
+representable = condition("in the range of JAX's default precision", _representable)
+Positive = Annotated[float, positive, representable]
 Count = Annotated[int, at_least(1)]
 if TYPE_CHECKING:
     Number = Any
-else:  # A float, or a scalar array. In float32, JAX takes numbers below 1.2e-38 for 0.
-    Number = Annotated[
-        float | Real[jax.Array | np.ndarray | np.number, ""],
-        condition("in the range of JAX's default precision", _representable),
-    ]
+else:  # A float, or a scalar array.
+    Number = Annotated[float | Real[jax.Array | np.ndarray | np.number, ""], representable]
 
 
 def is_traced(*values: Number) -> bool:

@@ -70,7 +70,7 @@ from jaxtyping import Float, Integer
 from sbml import integers, pytrees, scalars
 from sbml.door import checked, condition, typed
 from sbml.registry import Registry
-from sbml.scalars import Number, one_of, positive
+from sbml.scalars import Number, Positive, one_of, positive
 from sbml.sdes import SDE, Kernel
 from sbml.types import (
     Array,
@@ -299,11 +299,11 @@ class Adapter:
     sde: Kernel
     parameterization: Annotated[str, KIND] = "noise"
     label: Annotated[str, one_of(*LABELS)] = "time"
-    data_std: Annotated[float, positive] = 0.5
+    data_std: Positive = 0.5
     eps: float = 1e-5
     labels: SDE | None = None
     log_snr_range: LogSnrRange = (-5.0, 13.3)
-    time_scale: Annotated[float, positive] = 999.0
+    time_scale: Positive = 999.0
     levels: int = 0
     data: integers.Kind = "uniform"
 

@@ -92,20 +92,26 @@ def in_full_precision(x: Elementwise) -> Elementwise:
 def half_precision(f: Callable[..., Any], *arguments: Any) -> str:
     """The name of a type of less than 32 bits in which ``f`` rounds a number, or "" if there is
     none. ``arguments`` are arrays, or only their shapes and types; ``f`` is traced, and not run."""
-    for output in _outputs(jax.make_jaxpr(f)(*arguments)):
-        dtype = getattr(output.aval, "dtype", None)
-        if dtype is not None and jnp.issubdtype(dtype, jnp.floating) and jnp.finfo(dtype).bits < 32:
-            return str(dtype)
+    for equation in _equations(jax.make_jaxpr(f)(*arguments)):
+        if equation.primitive is jax.lax.reduce_precision_p:
+            bits = 1 + equation.params["exponent_bits"] + equation.params["mantissa_bits"]
+            if bits < 32:
+                return f"{bits} bits"
+        for output in equation.outvars:
+            dtype = getattr(output.aval, "dtype", None)
+            is_float = dtype is not None and jnp.issubdtype(dtype, jnp.floating)
+            if is_float and jnp.finfo(dtype).bits < 32:
+                return str(dtype)
     return ""
 
 
-def _outputs(jaxpr: Any) -> Iterator[Any]:
-    """The results of all operations of a jaxpr, and of those inside jit, scan, cond and others."""
+def _equations(jaxpr: Any) -> Iterator[Any]:
+    """All operations of a jaxpr, with those inside jit, scan, cond and others."""
     for equation in jaxpr.eqns:
-        yield from equation.outvars
+        yield equation
         for inner in jax.tree.leaves(list(equation.params.values())):
             if hasattr(inner, "eqns"):
-                yield from _outputs(inner)
+                yield from _equations(inner)
 
 
 def _canonical(x: Anything) -> jnp.dtype:

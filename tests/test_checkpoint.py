@@ -4,6 +4,7 @@ import functools
 import logging
 import resource
 import socket
+import sys
 import threading
 import time
 from concurrent.futures import ProcessPoolExecutor
@@ -280,6 +281,28 @@ def _full_for_a_while(directory: Path) -> None:
 def test_a_disk_that_is_full_for_a_while_is_named_once(tmp_path: Path) -> None:
     """What failed saves have written is removed, and the first after them is whole."""
     in_fresh_process(_full_for_a_while, tmp_path)
+
+
+def _fail_with_many_arrays(directory: Path) -> None:
+    shown: list[str] = []
+    sys.unraisablehook = lambda error: shown.append(str(error.exc_value))
+    state = {str(i): jnp.zeros((64, 64)) for i in range(60)}
+    checkpoints = Checkpoints(directory)
+    checkpoints.save(1, state, {})
+    checkpoints.wait()
+    _limited(1000)
+    for step in range(2, 6):
+        assert checkpoints.save(step, state, {})
+    with pytest.raises(UnsavedCheckpointError, match="step 5 .* File too large"):
+        checkpoints.close()
+    time.sleep(0.5)  # for writes that are still in progress
+    assert not shown
+    sys.unraisablehook(SimpleNamespace(exc_value=ValueError("another")))  # type: ignore[arg-type]
+    assert shown == ["another"]
+
+
+def test_a_save_that_fails_shows_no_tracebacks_of_its_other_arrays(tmp_path: Path) -> None:
+    in_fresh_process(_fail_with_many_arrays, tmp_path)
 
 
 def test_a_folder_that_cannot_be_made_is_a_save_that_failed(

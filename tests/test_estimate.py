@@ -88,6 +88,8 @@ GAVE_UP = np.append(errors_of(0.0, 1e-5, 5), [np.nan] * 3)
         ),
         (solved(GAVE_UP, solver=Solver(rtol=1e-9, atol=1e-9)), "gave up", "raise rtol and atol"),
         (solved(errors_of(1, 1), size=1e6), "so up to 2", ROUNDING),
+        # More steps would not help the stricter solve: rounding alone is above the budget.
+        (solved(GAVE_UP, size=1e6), "gave up for 3 of 8 numbers", ROUNDING),
     ],
 )
 def test_the_remedy_is_the_one_that_fits(found: Estimate, known: str, remedy: str) -> None:

@@ -50,6 +50,7 @@ def _by_a_rule(x: Array, t: Array, key: Any) -> Array:
 NESTED: dict[str, Callable[..., Array]] = {
     "plain": rounded,
     "float16": lambda x, t, key: exact(x, t).astype(jnp.float16).astype(x.dtype),
+    "16 bits": lambda x, t, key: jax.lax.reduce_precision(exact(x, t), 8, 7),
     "not cast back": lambda x, t, key: exact(x, t).astype(jnp.bfloat16),
     "jit": jax.jit(rounded),
     "scan": _repeated,
@@ -65,7 +66,7 @@ NESTED: dict[str, Callable[..., Array]] = {
 def test_half_precision_in_a_score_is_refused_before_any_work(name: str) -> None:
     """Of N(0, 1/4) the first would be -47.326 nats for -47.074, and be called converged."""
     density = Density(NESTED[name], SDE, (DIMS,), levels=4)
-    kind = "float16" if name == "float16" else "bfloat16"
+    kind = name if name in ("float16", "16 bits") else "bfloat16"
     message = f"the score computes in {kind}, .* compute it in float32"
     with pytest.raises(ValueError, match=message):
         density.logp(X)

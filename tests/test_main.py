@@ -319,6 +319,23 @@ def test_a_field_that_does_not_exist_is_named_in_one_line(
     assert re.match(r"ValueError: config[\w.]* has no field ", said) and "\n" not in said
 
 
+@pytest.mark.parametrize(
+    ("field", "of_section", "of_class"),
+    [
+        ("data.sourc", "source", ""),  # The class of the digits has no fields of its own.
+        ("sde.lerned", "learned", "beta_max"),
+        ("model.nam", "name", "width"),
+    ],
+)
+def test_a_slip_in_a_section_with_a_choice_is_answered_by_all_of_its_fields(
+    refusal: Callable[..., str], field: str, of_section: str, of_class: str
+) -> None:
+    said = refusal(CONFIG, f"--config.{field}=1")
+    listed = said.partition("it has ")[2].partition("; ")[0].split(", ")
+    assert {of_section, of_class} - {""} <= set(listed)
+    assert said.endswith(f"did you mean {of_section}?")
+
+
 def test_a_work_directory_that_is_too_deep_is_refused_in_one_line(tmp_path: Path) -> None:
     """Python's own errors would be a RecursionError, or one with all of the path in it."""
     for depth in (600, 3000):

@@ -40,8 +40,9 @@ from refusals import (
 from sbml import bound, likelihood, losses, ode, samplers, second_order
 from sbml.density import Density
 from sbml.divergence import Trace
+from sbml.networks import mlp
 from sbml.samplers import known
-from sbml.score import from_prediction
+from sbml.score import Adapter, from_prediction
 
 pytestmark = pytest.mark.usefixtures("unchecked")
 
@@ -231,12 +232,17 @@ CASES: Cases = {
             "field": (lambda t, y: -jnp.sum(y), lambda t, y: -y[:1]),
         },
     ),
+    "adapter": (
+        lambda **choices: Adapter(mlp.Model(), VP, **choices).time_label(T[None]),
+        {"data_std": 0.5},
+        {"data_std": (0.0, NAN, "a", 1e-320), "time_scale": (0.0, INFINITY, "a", 1e-320)},
+    ),
     "solver": (
         lambda **choices: ode.Solver(**choices).tighter(10).rtol,
         {"fixed_steps": 3},
         {
-            "fixed_steps": COUNTS,
-            "max_steps": (*COUNTS, None),
+            "fixed_steps": (*COUNTS, 2**31 - 1),
+            "max_steps": (*COUNTS, None, 2**31 - 1),
             "rtol": (0.0, -1.0, INFINITY, "a", 1.1),
             "atol": (0.0, NAN, "a"),
             "pcoeff": (NAN, INFINITY, -0.1, "a", 1e-320),

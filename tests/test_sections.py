@@ -386,7 +386,7 @@ def test_an_sde_has_the_numbers_of_its_class() -> None:
     # A config of an earlier version has the numbers of all of them.
     everything = {"beta_min": 0.1, "beta_max": 20.0, "sigma_min": 0.01, "sigma_max": 50.0}
     assert Process(name="ve", **everything).own == {"sigma_min": 0.01, "sigma_max": 50.0}
-    with pytest.raises(ValueError, match="config.sde has no field beta_max: it has sigma_max"):
+    with pytest.raises(ValueError, match="config.sde has no field beta_max: it has .*sigma_max"):
         Process(name="ve", beta_max=10.0)
     with pytest.raises(ValueError, match=r"config.sde: beta_min=0.1, beta_max=1001.0: need"):
         Process(beta_max=1001.0)

@@ -160,3 +160,15 @@ def test_the_reference_of_the_default_is_its_tenth() -> None:
     assert estimate.reference(ours) == ours.tighter(10)
     assert estimate.reference(Solver(rtol=1e-6, atol=0.1)) == Solver(rtol=1e-7, atol=2e-5)
     assert estimate.reference(Solver(fixed_steps=4)) == Solver(rtol=1e-5, atol=1e-5)
+
+
+def test_of_an_example_far_outside_the_data_more_steps_are_not_the_only_remedy() -> None:
+    """Ten times as many steps also end in NaN there, so the message has another remedy."""
+    x = data()
+    x[3] = 1e4
+    for most in (1_000, 10_000):
+        solver = Solver(rtol=2e-4, atol=2e-4, max_steps=most)
+        found = density(SCORES["gaussian"], solver).logp(x)
+        assert np.flatnonzero(~np.isfinite(found.values)).tolist() == [3]
+        said = found.unconverged()
+        assert f"raise max_steps={most}, or leave out those that lie far outside the data" in said

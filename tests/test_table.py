@@ -20,7 +20,9 @@ from sbml import data
 from sbml.data.table import Rows, Whitening
 from sbml.evaluation import densities
 from sbml.experiment import config as configs
+from sbml.likelihood import prior_error
 from sbml.modes import table
+from sbml.sdes import VP
 
 RNG = np.random.default_rng(0)
 N = 400
@@ -84,7 +86,11 @@ def test_the_number_is_that_of_a_known_density(tmp_path: Path) -> None:
 def test_a_resumed_run_and_the_gaussian_at_step_0(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    path = csv(tmp_path / "a.csv", bimodal()[0])
+    columns = bimodal()[0]
+    path = csv(tmp_path / "a.csv", columns)
+    (outlier, *_) = data.load("table", "test", data.Options(path=path, test_fraction=0.3)).ids or ()
+    columns["b"][int(outlier.removeprefix("row ")) - 1] += 800.0
+    csv(path, columns)
     config = small(path, num_steps=4, checkpoint_every=2)
     config.optim.lr = 1e-7  # The network stays at its start, where the model is the Gaussian.
     runs.mode(table.run, config, tmp_path / "run")
@@ -93,6 +99,17 @@ def test_a_resumed_run_and_the_gaussian_at_step_0(
     said = capsys.readouterr()
     assert "rows/s" in said.err and "image" not in said.err  # the progress bars
     assert ", model minus Gaussian +0.00" in said.out or "Gaussian -0.00" in said.out
+    # The model's line has the smallest time; the prior's error and the outlier have their own.
+    model, prior = said.out.splitlines()[:2]
+    assert model.startswith(f"model: log p {first['results'][0]['log_p']:.4f} nats per row at t=")
+    assert f" at t={first['results'][0]['smallest_time']:.3g} [" in model
+    z, sde = load(path, "test", log_columns=("a",)).images.astype(float), VP()
+    error = prior_error(sde, z.mean(axis=0), z.var(axis=0))
+    assert prior == error.line("nats").removeprefix("\n")
+    (warning,) = [each for each in first["warnings"] if "standard deviations" in each]
+    assert f": {outlier} (-" in warning and "without them it is" in warning
+    page = (tmp_path / "run/report.html").read_text()
+    assert "Smallest time t = 1e-05." in page and warning in page
     assert first["results"][1]["difference"] == pytest.approx(0, abs=2e-3)
     shutil.rmtree(tmp_path / "run/checkpoints/4")
     runs.mode(table.run, config, tmp_path / "run")

@@ -88,7 +88,9 @@ class CellRun(Driver):
     def rows(self, ids: np.ndarray, sweep: int, solver: Solver | None = None) -> Columns:
         """The rows of ``ids (n,)`` in ``sweep``: the columns ``id``, ``sweep``, ``bits_per_dim``,
         ``nfe`` and the terms in bits/dim, each ``(n,)``. Rows that are not on disk are computed."""
-        again = " stricter" if solver else f" sweep {sweep + 1}" if sweep else ""
+        # The first bar of a bound stays, with the mean of the first sweep: it says so.
+        of_sweeps = sweep or self.cell.kind.is_bound
+        again = " stricter" if solver else f" sweep {sweep + 1}" if of_sweeps else ""
         solver = solver or self.solver
         parts = self._parts(solver)
         stored = parts.read(sweep)

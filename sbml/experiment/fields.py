@@ -157,13 +157,15 @@ def as_tuples(value: Any) -> Any:
 class Section(pydantic.BaseModel):
     """A part of a config: a frozen class of fields, or of further sections.
 
-    ``section`` is its name on the command line, and empty for the whole config.
+    ``section`` is its name on the command line, and empty for the whole config. ``siblings`` are
+    the names of fields beside its own that a user can set there (:class:`Chosen`).
     """
 
     model_config = pydantic.ConfigDict(
         frozen=True, extra="forbid", strict=True, allow_inf_nan=False
     )
     section: ClassVar[str] = ""
+    siblings: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, **values: Any) -> None:
         try:
@@ -229,7 +231,7 @@ def _line(kind: type[Section], values: Mapping[str, Any], error: Any) -> str:
         return str(cause)
     name = str(error["loc"][0])
     if error["type"] == "extra_forbidden":
-        return unknown(kind.section, name, kind.model_fields)
+        return unknown(kind.section, name, [*kind.siblings, *kind.model_fields])
     found = kind.model_fields[name]
     of_section = isinstance(found.annotation, type) and issubclass(found.annotation, Section)
     if of_section and cause is not None:
@@ -284,7 +286,7 @@ def section_of(
             )
     about = f"The fields of ``{where}``, which explains them."
     made = pydantic.create_model(where, __base__=Section, __doc__=about, **fields)
-    made.section = section
+    made.section, made.siblings = section, taken
     return made
 
 

@@ -12,6 +12,7 @@ log p_eps(z) is by the probability-flow ODE. The baselines (``sbml.evaluation.de
 functions of the same z, so log |det dz/dy| cancels in the differences between models.
 """
 
+import dataclasses
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -80,7 +81,8 @@ def run(experiment: Experiment, workdir: Workdir) -> None:
         found = density.logp(test.images, progress=True)
         z = test.images.astype(np.float64)
         logp = {each.name: each.logp(z) + test.log_det for each in baselines}
-        logp = {"model": found.values + test.log_det, **logp}
+        found = dataclasses.replace(found, values=found.values + test.log_det)
+        logp = {"model": found.values, **logp}
         choices = [f"step {step} of {config.training.num_steps}", *(b.chosen for b in baselines)]
         results: list[dict[str, Any]] = []
         for (name, values), chosen in zip(logp.items(), choices, strict=True):
@@ -89,6 +91,8 @@ def run(experiment: Experiment, workdir: Workdir) -> None:
             if results:
                 result |= {"difference": gap.mean, "difference_interval": list(gap.bounds)}
             results.append({**result, "chosen": chosen})
+        assert found.prior_error
+        results[0] |= {"smallest_time": found.eps, "prior_error": list(found.prior_error)}
         best = max(results[1:], key=lambda result: result["log_p"])
         key = stream(jax.random.key(config.sampling.seed), "samples")
         drawn = np.asarray(density.sample(key, config.sampling.num_images), np.float64)
@@ -96,6 +100,8 @@ def run(experiment: Experiment, workdir: Workdir) -> None:
         warnings = [test.caution] if test.caution else []
         if not found.converged:
             warnings.append(f"log p of the model has NOT CONVERGED: {found.unconverged()}")
+        if about := found.about_outliers(test.ids):
+            warnings.append(f"log p of the model: {about}")
         if step == (steps := config.training.num_steps):
             warnings.append(
                 f"the last step, {step}, fits the validation rows best: train longer, with less "
@@ -112,7 +118,6 @@ def run(experiment: Experiment, workdir: Workdir) -> None:
             "unit": "nats per row, in the units of the file",
             "best_baseline": best["name"],
             "converged": found.converged,
-            "smallest_time": found.eps,
             "nfe_mean": float(np.mean(found.nfe)),
             "rows": {"train": len(rows), "validation": len(validation), "test": len(test)},
             "columns": [

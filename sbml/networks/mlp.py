@@ -13,7 +13,7 @@ from flax import linen as nn
 
 from sbml.door import checked, condition, typed
 from sbml.networks import _layers as layers
-from sbml.scalars import Count, at_least, positive
+from sbml.scalars import Count, Positive, at_least
 from sbml.types import Array, Batch
 
 
@@ -43,7 +43,7 @@ class Model(nn.Module):
         int, condition("among 4, 6, 8 ...", lambda size: size >= 4 and size % 2 == 0)
     ] = 32
     embedding_type: layers.EmbeddingType = "positional"
-    fourier_scale: Annotated[float, positive] = 1.0
+    fourier_scale: Positive = 1.0
     fourier: layers.Frequencies = ()
     classes: layers.Classes = 0
     outputs: int = 0

@@ -25,7 +25,7 @@ from flax import linen as nn
 from sbml.door import checked, condition, typed
 from sbml.networks import _layers as layers
 from sbml.networks._layers import Images, Labels, materialise
-from sbml.scalars import Count, at_least, one_of, positive
+from sbml.scalars import Count, Positive, at_least, one_of
 from sbml.types import Array
 
 Map = Callable[[Array], Array]
@@ -168,7 +168,7 @@ class Model(nn.Module):
     dropout: layers.Rate = 0.1
     conditional: bool = True
     embedding_type: layers.EmbeddingType = "positional"
-    fourier_scale: Annotated[float, positive] = 16.0
+    fourier_scale: Positive = 16.0
     resblock_type: Annotated[str, one_of("ddpm", "biggan")] = "biggan"
     resamp_with_conv: bool = True
     fir: bool = False

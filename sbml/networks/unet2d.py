@@ -40,7 +40,7 @@ from flax.traverse_util import unflatten_dict
 from sbml.door import checked, condition, typed
 from sbml.networks import _layers as layers
 from sbml.networks._layers import Images, Labels
-from sbml.scalars import Count, at_least, between, one_of, positive
+from sbml.scalars import Count, Positive, at_least, between, one_of
 from sbml.types import Array
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
@@ -404,13 +404,13 @@ class Model(nn.Module):
     downsample_type: Annotated[str, one_of("conv", "resnet")] = "conv"
     upsample_type: Annotated[str, one_of("conv", "resnet")] = "conv"
     downsample_padding: Annotated[int, between(0, 1)] = 1
-    mid_block_scale_factor: Annotated[float, positive] = 1.0
+    mid_block_scale_factor: Positive = 1.0
     dropout: layers.Rate = 0.0
     act_fn: Annotated[str, one_of(*ACTIVATIONS)] = "silu"
     attention_head_dim: Annotated[int, at_least(0)] = 8
     norm_num_groups: Annotated[int, at_least(0)] = 32
     attn_norm_num_groups: Annotated[int, at_least(0)] = 0
-    norm_eps: Annotated[float, positive] = 1e-5
+    norm_eps: Positive = 1e-5
     resnet_time_scale_shift: Annotated[str, one_of("default", "scale_shift")] = "default"
     classes: layers.Classes = 0
     outputs: int = 0

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 
+from sbml.likelihood import PriorError
 from sbml.report import page, plots
 
 MARGINALS, PAIRS = 24, 4  # the largest numbers of figures
@@ -34,15 +35,17 @@ def verdict(best: Mapping[str, Any]) -> str:
 
 
 def line(result: Mapping[str, Any]) -> str:
-    """A result in one line."""
+    """A result in one line; of the model also its smallest time and, below, the prior's error."""
     low, high = result["interval"]
-    text = f"{result['name']}: log p {result['log_p']:.4f} nats per row [{low:.4f}, {high:.4f}]"
+    at = f" at t={result['smallest_time']:.3g}" if "smallest_time" in result else ""
+    prior = PriorError(*result["prior_error"]).line("nats") if "prior_error" in result else ""
+    text = f"{result['name']}: log p {result['log_p']:.4f} nats per row{at} [{low:.4f}, {high:.4f}]"
     if "difference" in result:
         low, high = result["difference_interval"]
         text += (
             f", model minus {result['name']} {result['difference']:+.4f} [{low:+.4f}, {high:+.4f}]"
         )
-    return f"{text}, {result['chosen']}"
+    return f"{text}, {result['chosen']}{prior}"
 
 
 def render(

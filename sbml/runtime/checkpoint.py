@@ -17,11 +17,13 @@ another model, an error is raised. Nothing is deleted in either case.
 import contextlib
 import dataclasses
 import errno
+import functools
 import itertools
 import json
 import logging as stdlib_logging
 import re
 import shutil
+import sys
 import textwrap
 import time
 import zlib
@@ -186,6 +188,7 @@ class Checkpoints:
         try:
             if self._writer is None:
                 logging.get_absl_logger().addFilter(_not_of_orbax)
+                _leave_out_late_writes()
                 self._writer = ocp.training.Checkpointer(
                     self.directory, preservation_policy=self._kept, cleanup_tmp_directories=True
                 )
@@ -439,3 +442,17 @@ def shortage(folder: epath.Path, size: int) -> str:
 def _not_of_orbax(record: stdlib_logging.LogRecord) -> bool:
     """False for errors that Orbax logs: they are also raised, and this module logs each once."""
     return record.levelno < stdlib_logging.ERROR or "orbax" not in record.pathname
+
+
+@functools.cache  # once in a process
+def _leave_out_late_writes() -> None:
+    """Do not show the errors of arrays whose writing ends after their save has failed: hundreds of
+    tracebacks of a closed event loop, which would hide the reason. The error of the save is raised.
+    """
+    show = sys.unraisablehook
+
+    def without_late_writes(error: Any) -> None:
+        if str(error.exc_value) != "Event loop is closed":
+            show(error)
+
+    sys.unraisablehook = without_late_writes

@@ -12,7 +12,7 @@ import math
 from typing import Annotated
 
 from sbml.door import typed
-from sbml.scalars import Number, finite, positive
+from sbml.scalars import Number, Positive, finite
 from sbml.sdes.base import SDE, Kernel, Levels
 from sbml.types import Elementwise, Numbers
 
@@ -31,7 +31,7 @@ class Rescaled(SDE):
     """
 
     of: SDE
-    scale: Annotated[float, positive] = dataclasses.field(metadata={"static": True})
+    scale: Positive = dataclasses.field(metadata={"static": True})
     shift: Annotated[float, finite] = dataclasses.field(default=0.0, metadata={"static": True})
 
     @property

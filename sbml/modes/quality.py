@@ -23,10 +23,10 @@ from sbml.experiment import trained
 from sbml.experiment.build import Experiment
 from sbml.experiment.config import Config
 from sbml.features import EXTRACTORS, Extractor
+from sbml.progress import Bar
 from sbml.report import summary
 from sbml.report.plots import write_png
 from sbml.report.result import strict
-from sbml.runtime import progress
 from sbml.runtime.files import intact_npz, write_npz
 from sbml.runtime.trees import tree_crc32
 from sbml.runtime.workdir import NEIGHBOURS, QUALITY, SAMPLES, Workdir
@@ -106,10 +106,11 @@ def features_of(
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Features ``(m, d)`` and class probabilities ``(m, classes)`` of ``images``, in chunks of
     m <= ``CHUNK`` images; ``name`` is for the progress bar."""
-    with progress.bar(f"features of {name}", "image", len(images)) as bar:
+    with Bar(f"features of {name}", "image", len(images)) as bar:
         for start in range(0, len(images), CHUNK):
-            yield extract(np.asarray(images[start : start + CHUNK]))
+            found = extract(np.asarray(images[start : start + CHUNK]))
             bar.update(min(CHUNK, len(images) - start))
+            yield found
 
 
 def reference(
@@ -139,7 +140,8 @@ def reference(
         stored = {"mean": moments.mean, "cov": moments.cov, "count": np.asarray(moments.size)}
         stored["features"] = np.concatenate(kept)
         write_npz(path, stored)
-        print(f"statistics of {images.name} {images.split}, n={moments.size}: {path}")
+        name = f"{images.name} {images.split}"
+        print(f"statistics of the features of {name}, n={moments.size}: {path}")
     return Moments(stored["mean"], stored["cov"], int(stored["count"])), stored["features"]
 
 

@@ -291,7 +291,7 @@ class Density:
 
     @checked
     def logp(
-        self, x: Any, condition: Any = None, *, check: bool = True, progress: bool = False
+        self, x: Any, condition: Any = None, *, check: bool = True, progress: bool | str = False
     ) -> Estimate:
         """log p_eps(x) in nats of ``x (n, *shape)``, by the probability-flow ODE.
 
@@ -303,7 +303,7 @@ class Density:
           x: continuous data.
           condition: for a conditional score.
           check: whether ``subset`` examples are solved again, which measures the errors.
-          progress: whether to show a progress bar.
+          progress: whether to show a progress bar, or its name.
 
         Raises:
           ValueError: if ``x`` are not floating-point numbers of that shape, or the score computes
@@ -313,7 +313,7 @@ class Density:
         target = Target(self.sde, self._eps)
         options = {
             "check": check,
-            "progress": "log p" if progress else "",
+            "progress": "log p" if progress is True else progress or "",
             "shown": lambda ids, values: log_det[ids] - values,
         }
         found = -self._solver_driver(data, target, condition, **options).estimate()

@@ -91,7 +91,9 @@ def test_a_resumed_run_and_the_gaussian_at_step_0(
     first = json.loads((tmp_path / "run/table.json").read_text())
     assert [point["step"] for point in first["validation"]] == [0, 2, 4]
     said = capsys.readouterr()
-    assert "log p of 200 validation rows" in said.err and "image" not in said.err  # the progress bars
+    assert (
+        "log p of 56 validation rows" in said.err and "image" not in said.err
+    )  # the progress bars
     assert ", model minus Gaussian +0.00" in said.out or "Gaussian -0.00" in said.out
     assert first["results"][1]["difference"] == pytest.approx(0, abs=2e-3)
     shutil.rmtree(tmp_path / "run/checkpoints/4")

@@ -136,6 +136,7 @@ class Driver:
             count,
             quantity="bits/dim" if integers else "nats",
             times=times,
+            compiles=not note,  # The function is that of the rows before.
             leave=not note,
         )
 

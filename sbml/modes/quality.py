@@ -83,10 +83,10 @@ def run(experiment: Experiment, workdir: Workdir) -> None:
         "neighbours_crc32": zlib.crc32(workdir.read_png(NEIGHBOURS)),
     }
     workdir.write(QUALITY, strict(result))
-    summary.write(workdir, config.data.images)
     print(f"{len(images)} samples of step {step}")
     for name, value in values.items():
         print(f"{name}: {value:.4g}")
+    summary.write(workdir, config.data.images)
 
 
 def extractor(config: Config) -> Extractor:

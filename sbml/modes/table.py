@@ -78,7 +78,8 @@ def run(experiment: Experiment, workdir: Workdir) -> None:
         loop.run(_task(experiment, rows), config.training.checkpoints(workdir))
         curve, step, density = _chosen(experiment, workdir, _some(validation.images))
         baselines = densities.fit(*(s.images.astype(np.float64) for s in (rows, validation)))
-        found = density.logp(test.images, progress=True)
+        name = f"log p of {len(test)} standardized rows"
+        found = density.logp(test.images, progress=name)
         z = test.images.astype(np.float64)
         logp = {each.name: each.logp(z) + test.log_det for each in baselines}
         logp = {"model": found.values + test.log_det, **logp}

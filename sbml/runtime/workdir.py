@@ -58,6 +58,8 @@ class Workdir(os.PathLike):
     def __init__(self, path: epath.PathLike) -> None:
         try:
             self.path = epath.Path(path).expanduser()  # Shells do not expand --workdir=~/runs.
+            if self.path.is_relative_to(here := os.getcwd()):  # Messages name it as users do.
+                self.path = self.path.relative_to(here)
         except KeyError:
             raise ValueError(
                 f"{path} is no folder of a known kind: set --workdir to a local path, or to "

@@ -34,6 +34,8 @@ class Bar:
       quantity: what the values of :meth:`add` are, such as "bits/dim". The bar shows their mean.
       compiles: whether a function is compiled before the first result.
       leave: whether the finished bar stays in the terminal.
+      wait: whether the bar is shown only from :meth:`show` or :meth:`update` on, as all items may
+        be stored.
     """
 
     def __init__(
@@ -47,11 +49,12 @@ class Bar:
         quantity: str = "",
         compiles: bool = True,
         leave: bool = True,
+        wait: bool = False,
         stream: TextIO | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.name, self.unit, self.total, self.times, self.n = name, unit, total, times, done
-        self.quantity, self.compiles, self.leave = quantity, compiles, leave
+        self.quantity, self.compiles, self.leave, self.wait = quantity, compiles, leave, wait
         self._stream, self._clock, self._text = stream or sys.stderr, clock, ""
         self._live = self._stream.isatty() or "ipykernel" in type(self._stream).__module__
         self._hidden = not name or jax.process_index() > 0
@@ -83,9 +86,14 @@ class Bar:
         else:
             self.update(len(values), text)
 
-    def __enter__(self) -> Self:
+    def show(self) -> None:
+        """Show that the first item is being computed; a log says this only of a compilation."""
         if self._live or self.compiles:
-            self._write(self._start)
+            self._write(self._clock())
+
+    def __enter__(self) -> Self:
+        if not self.wait:
+            self.show()
         return self
 
     def __exit__(self, *error: Any) -> None:
@@ -113,15 +121,14 @@ class Bar:
         if self._hidden:
             return
         self._written, line = now, self.line(now)
-        if not self._live:
-            if line != self._shown:
-                print(f"{self.name}: {line}", file=self._stream, flush=True)
-            self._shown = line
-            return
-        drawn = "#" * int(WIDTH * self.n / max(1, self.times * self.total))
-        text, columns = f"{self.name} |{drawn:{WIDTH}}| {line}", self._columns()
-        text = text if len(text) < columns else f"{self.name}: {line}"[: columns - 1]
-        print(f"\r{text.ljust(len(self._shown))}", end="", file=self._stream, flush=True)
+        text, start, end = f"{self.name}: {line}", "", "\n"
+        if self._live:
+            drawn = "#" * int(WIDTH * self.n / max(1, self.times * self.total))
+            long, columns = f"{self.name} |{drawn:{WIDTH}}| {line}", self._columns()
+            text = (long if len(long) < columns else text)[: columns - 1]
+            start, end = "\r", " " * (len(self._shown) - len(text))
+        if text != self._shown:
+            print(f"{start}{text}", end=end, file=self._stream, flush=True)
         self._shown = text
 
     def _columns(self) -> int:

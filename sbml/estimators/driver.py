@@ -118,15 +118,16 @@ class Driver:
         """
         size = min(self.batch_size, len(ids))
         with nullcontext(bar) if bar else self.bar(len(ids), sweep, solver) as bar:
+            bar.show()
             batches = []
             for chosen, columns in self.batches(ids, sweep, solver or self.solver, size):
                 batches.append(columns)
                 bar.add(self.shown(chosen, self.total(columns)))
         return {name: np.concatenate([each[name] for each in batches]) for name in batches[0]}
 
-    def bar(self, count: int, sweep: int = 0, solver: Solver | None = None, times: int = 1) -> Bar:
-        """A bar of ``count`` rows in ``sweep`` by ``solver``, or of as many in each of ``times``
-        sweeps, with the mean of their numbers."""
+    def bar(self, count: int, sweep: int = 0, solver: Solver | None = None, sweeps: int = 0) -> Bar:
+        """A bar of ``count`` rows in ``sweep`` by ``solver``, or of as many in each of ``sweeps``,
+        with the mean of their numbers."""
         stricter = solver not in (None, self.solver)
         note = ", stricter solver" if stricter else ", new draws" if sweep else ""
         integers = self.target.levels is not None
@@ -135,9 +136,10 @@ class Driver:
             "image" if integers else "example",
             count,
             quantity="bits/dim" if integers else "nats",
-            times=times,
+            times=max(1, sweeps),
             compiles=not note,  # The function is that of the rows before.
             leave=not note,
+            wait=sweeps > 0,
         )
 
     def batches(
@@ -210,7 +212,7 @@ class Driver:
     def _by_sweeps(self) -> Estimate:
         tables: list[Columns] = []
         needed = max(self.sweeps, min(FIRST_SWEEPS, self.max_sweeps) if self.target_se else 1)
-        with self.bar(len(self.ids), times=needed) as bar:
+        with self.bar(len(self.ids), sweeps=needed) as bar:
             while len(tables) < needed:
                 tables.append(self.rows(self.ids, len(tables), bar=bar))
                 if self.target_se and len(tables) == needed < self.max_sweeps:

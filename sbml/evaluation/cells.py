@@ -101,6 +101,7 @@ class CellRun(Driver):
         if missing.size:
             logging.info("%d of %d images were evaluated before", len(ids) - len(missing), len(ids))
             with nullcontext() if entered else bar:
+                bar.show()
                 for found, columns in self.batches(missing, sweep, solver, self.batch_size):
                     values = self.total(columns)
                     if jax.process_index() == 0:

@@ -42,10 +42,10 @@ def checks(sdes: Sequence[str] = tuple(SDES)) -> list[Row]:
             compiler.check()
             return list(rows())
 
-    jobs = [functools.partial(continuous_checks, name, SDES[name]()) for name in sdes]
+    jobs: list[Callable[[], Iterable[Row]]] = [functools.partial(discrete_checks, sdes)]
+    jobs += [functools.partial(continuous_checks, name, SDES[name]()) for name in sdes]
     for of_one in (codec_rows, shared_rows, evaluation_rows):  # One SDE is enough.
         jobs.append(functools.partial(of_one, sdes[0], SDES[sdes[0]]()))
-    jobs = [functools.partial(discrete_checks, sdes), *jobs]
     with ThreadPoolExecutor() as pool:  # Most of the time is compilation, which runs in parallel.
         parts = over(pool.map(in_float64, jobs), "verify", "group of row", len(jobs))
         discrete, *continuous = parts

@@ -241,7 +241,7 @@ def _main(arguments: Sequence[str]) -> None:
     config, workdir = read_config(given)
     names = MODE.value or (config and config.mode)
     if not names:
-        raise app.UsageError(f"give {MODEL}; without either, --mode=verify")
+        raise app.UsageError(f"give {MODEL}; without either, --mode=verify; see --help")
     chosen = {name: MODES[name] for name in names}
     own = flags_of(chosen, given)
     needing = [name for name in chosen if parameters_of(chosen[name]) & {"config", "experiment"}]

@@ -70,6 +70,7 @@ class Bar:
         now = self._clock()
         if not self._computed:
             self._first, self._since = n, now
+            self._written = self._written if self._live else now  # A log waits for a speed.
         self._computed += n
         if now - self._written >= EVERY[not self._live]:
             self._write(now)
@@ -88,7 +89,7 @@ class Bar:
 
     def show(self) -> None:
         """Show that the first item is being computed; a log says this only of a compilation."""
-        if self._live or self.compiles:
+        if not self._computed and (self._live or self.compiles):
             self._write(self._clock())
 
     def __enter__(self) -> Self:

@@ -25,6 +25,7 @@ from sbml.report import plots
 from sbml.runtime import refusals
 from sbml.runtime.checkpoint import Checkpoints
 from sbml.runtime.preemption import Preemption
+from sbml.runtime.workdir import Workdir
 from sbml.sdes import SDES
 
 CONFIG = "--config=tests/tiny.py"
@@ -446,6 +447,30 @@ def error_of(function: Callable[[], object]) -> BaseException:
     with pytest.raises(Exception) as caught:
         function()
     return caught.value
+
+
+def test_paths_are_shown_from_where_the_user_stands(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for text, shown in (
+        (f"no file {tmp_path}/a/b: make it", "no file a/b: make it"),
+        (f"--config={tmp_path}/a.py", "--config=a.py"),
+        (f"/more{tmp_path}/a and {tmp_path}", f"/more{tmp_path}/a and {tmp_path}"),
+    ):
+        assert refusals.relative(text) == shown
+    assert str(Workdir(tmp_path / "runs/a")) == "runs/a" and str(Workdir("runs/a")) == "runs/a"
+    assert Workdir(tmp_path / "runs/a").absolute == str(tmp_path / "runs/a")
+    assert str(Workdir(tmp_path.parent)) == str(tmp_path.parent)
+    monkeypatch.chdir("/")
+    assert refusals.relative("gs://bucket/run and /a/b") == "gs://bucket/run and /a/b"
+
+
+def test_the_start_shows_the_fields_that_the_command_line_sets() -> None:
+    config = with_overrides(tiny.get_config(), {"eval.rtol": "0.00002", "data.shape": "(8, 8,1)"})
+    given = {"config.eval.rtol": "0.00002", "source": "a", "config.data.shape": "(8, 8,1)"}
+    shown = ", with --config.eval.rtol=2e-5 --config.data.shape=8,8,1"
+    assert main.settings(config, given) == shown and not main.settings(config, {"source": "a"})
 
 
 @pytest.mark.usefixtures("unchecked")

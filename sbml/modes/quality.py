@@ -27,6 +27,7 @@ from sbml.progress import Bar
 from sbml.report import summary
 from sbml.report.plots import write_png
 from sbml.report.result import strict
+from sbml.runtime import refusals
 from sbml.runtime.files import intact_npz, write_npz
 from sbml.runtime.trees import tree_crc32
 from sbml.runtime.workdir import NEIGHBOURS, QUALITY, SAMPLES, Workdir
@@ -140,9 +141,9 @@ def reference(
         stored = {"mean": moments.mean, "cov": moments.cov, "count": np.asarray(moments.size)}
         stored["features"] = np.concatenate(kept)
         write_npz(path, stored)
-        name = f"{images.name} {images.split}"
-        print(f"statistics of the features of {name}, n={moments.size}: {path}")
-    return Moments(stored["mean"], stored["cov"], int(stored["count"])), stored["features"]
+    split, count = f"{images.name} {images.split}", int(stored["count"])
+    print(f"statistics of the features of {split}, n={count}: {refusals.relative(str(path))}")
+    return Moments(stored["mean"], stored["cov"], count), stored["features"]
 
 
 def distances_of_features(

@@ -37,5 +37,9 @@ def line(error: BaseException) -> str | None:
 
 
 def relative(text: str) -> str:
-    """``text`` with the paths below the folder in which the program was started relative to it."""
-    return re.sub(rf"(?<![\w./~-]){re.escape(os.getcwd())}/", "", text)
+    """``text`` with the paths below the folder in which the program runs relative to it."""
+    try:
+        here = os.getcwd()
+    except OSError:  # The folder was removed.
+        return text
+    return text if here == "/" else re.sub(rf"(?<![\w./~-]){re.escape(here)}/", "", text)

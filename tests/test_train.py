@@ -374,7 +374,7 @@ def test_wrong_batch_and_other_model_are_refused(whole, tmp_path):
     ("section", "field", "value", "message"),
     [
         ("sde", "beta_max", 2.0, r"config.sde.beta_max is 2.0, the checkpoint's is 20.0"),
-        ("score", "parameterization", "noise", r"the checkpoint's is 'preconditioned'"),
+        ("score", "parameterization", "noise", r"the checkpoint's is preconditioned"),
         ("score", "data_std", 0.1, r"config.score.data_std is 0.1, the checkpoint's is 0.7"),
         ("model", "fourier_scale", 2.0, r"config.model.fourier_scale is 2.0"),
         ("training", "smallest_time", 1e-3, r"set --config.training.smallest_time=1e-5"),

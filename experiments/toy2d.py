@@ -21,11 +21,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from tqdm import trange
 
 from experiments import figures
 from sbml import bound, likelihood, losses, sdes, times
 from sbml.networks import mlp
+from sbml.progress import over
 from sbml.score import Adapter
 from sbml.types import Array, Key
 from sbml.verify import oracle
@@ -119,7 +119,7 @@ def train(steps: int, points: int) -> tuple[Any, list[Row]]:
     state = optimizer(steps).init(params)
     evaluated = {0, *np.unique(np.geomspace(10, steps, 12).round().astype(int)).tolist()}
     rows = []
-    for step in trange(steps + 1, desc="train", unit="step"):
+    for step in over(range(steps + 1), "train", "step", steps + 1):
         if step in evaluated:
             values = (-exact_logp(params, test), *bounds(params, test, jax.random.key(2)))
             exact, upper, truth = (np.asarray(v, float) for v in values)

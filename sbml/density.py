@@ -47,7 +47,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Num
-from tqdm import tqdm
 
 from sbml import arguments, bits, intervals, likelihood, ode, pytrees, samplers
 from sbml.bound import GaussianControl, Reduction, pilot
@@ -61,6 +60,7 @@ from sbml.estimators.base import Estimator, Rows, Target, rows
 from sbml.estimators.driver import Driver
 from sbml.ode import Solver
 from sbml.posterior import Importance, Posterior
+from sbml.progress import over
 from sbml.scalars import Count, Number, at_least, between
 from sbml.score import PredictionScore
 from sbml.sdes import SDE
@@ -291,7 +291,7 @@ class Density:
 
     @checked
     def logp(
-        self, x: Any, condition: Any = None, *, check: bool = True, progress: bool = False
+        self, x: Any, condition: Any = None, *, check: bool = True, progress: bool | str = False
     ) -> Estimate:
         """log p_eps(x) in nats of ``x (n, *shape)``, by the probability-flow ODE.
 
@@ -303,7 +303,7 @@ class Density:
           x: continuous data.
           condition: for a conditional score.
           check: whether ``subset`` examples are solved again, which measures the errors.
-          progress: whether to show a progress bar.
+          progress: whether to show a progress bar, or its name.
 
         Raises:
           ValueError: if ``x`` are not floating-point numbers of that shape, or the score computes
@@ -311,7 +311,11 @@ class Density:
         """
         data, log_det = self._model_data(x)
         target = Target(self.sde, self._eps)
-        options = {"check": check, "progress": "log p" if progress else ""}
+        options = {
+            "check": check,
+            "progress": "log p" if progress is True else progress or "",
+            "shown": lambda ids, values: log_det[ids] - values,
+        }
         found = -self._solver_driver(data, target, condition, **options).estimate()
         return found if self.transform is None else _with_transform(found, log_det)
 
@@ -389,6 +393,7 @@ class Density:
             n_times=times_each,
             reduction=reduction,
             progress="bound" if progress else "",
+            shown=lambda ids, values: values - log_det[ids],
         ).estimate()
         return found if self.transform is None else _with_transform(found, -log_det)
 
@@ -426,7 +431,8 @@ class Density:
 
         driver = self._solver_driver(data, target, one(0))
         tables: dict[str, list[np.ndarray]] = {"all": [], "strict": [], "again": []}
-        for c in tqdm(range(count), "classify", unit="condition", disable=not progress):
+        name = f"log p of {len(data)} examples" if progress else ""
+        for c in over(range(count), name, "condition", count):
             given = jax.tree.map(np.asarray, self._conditions(one(c), (len(data),)))
             rows = dataclasses.replace(driver, condition=given).rows
             found = {"all": rows(driver.ids, 0)}

@@ -1,10 +1,6 @@
 """sbml --config=digits_vp [--mode=train,eval,sample] [--workdir=DIR] [--config.FIELD=VALUE ...]
 
-Also as python -m sbml.main. A config is one of those in configs/, by its name, or any config file.
-Of a run that has a checkpoint, --workdir=DIR alone is enough: its config is in the checkpoint.
---help=SECTION lists the fields of a section of the config, such as eval; --help=config all of them.
-Flags of one mode: --source=DIR [--pixels=centred|unit|bins] of convert, --runs=DIR,DIR of compare,
---source=FOLDER of compress, --source=FILE --to=FOLDER of decompress.
+Also as python -m sbml.main. The modes read flags of their own, such as --source=DIR.
 """
 
 import inspect
@@ -17,24 +13,32 @@ from collections.abc import Mapping, Sequence
 
 import jax
 from absl import app, flags, logging
+from flax.traverse_util import flatten_dict
 
 from sbml import compiler
 from sbml.experiment import config as configs
 from sbml.experiment import reference
 from sbml.experiment.build import Experiment
 from sbml.experiment.config import Config
+from sbml.experiment.fields import shown
 from sbml.experiment.trained import of_workdir
 from sbml.experiment.training import Training
 from sbml.modes import GIVEN, MODES, Mode, execute, parameters_of
+from sbml.modes import overview as modes_in_words
 from sbml.registry import hint
 from sbml.runtime import cpu, peers, refusals, sharding
 from sbml.runtime.preemption import Preemption
 from sbml.runtime.workdir import Workdir
 
 CONFIG = flags.DEFINE_string(
-    "config", None, "Name or file of a config. --config.FIELD=VALUE sets a field of it."
+    "config",
+    None,
+    "A config: the name of a file in configs/, or the path of any config file. It is not needed "
+    "with the --workdir of a run that has a checkpoint, which holds the config.",
 )
-MODE = flags.DEFINE_list("mode", None, f"Modes to run, in this order: {', '.join(MODES)}.")
+MODE = flags.DEFINE_list(
+    "mode", None, "Modes to run, in this order; default: the field mode of the config."
+)
 WORKDIR = flags.DEFINE_string(
     "workdir", None, "Folder of the results; default: runs/<name of the config>."
 )
@@ -51,12 +55,48 @@ TRACEBACK = flags.DEFINE_boolean("traceback", False, "Show the traceback of an e
 MODEL = "--config=configs/<name>.py, or --workdir of a run that has a checkpoint"
 
 
+def usage() -> str:
+    """The text of ``--help``: what one needs first, the modes, the sections of the config."""
+
+    def group(title: str, *entries: tuple[str, str]) -> str:
+        return "\n".join([f"{title}:", *(reference.entry(*each) for each in entries)])
+
+    def own(*pairs: tuple[str, flags.FlagHolder]) -> list[tuple[str, str]]:
+        return [(head, str(flags.FLAGS[flag.name].help)) for head, flag in pairs]
+
+    return "\n\n".join(
+        [
+            str(__doc__).strip(),
+            group(
+                "What one needs first",
+                *own(("--config=NAME", CONFIG)),
+                ("", f"Names: {', '.join(configs.named())}."),
+                *own(("--mode=MODE,...", MODE), ("--workdir=DIR", WORKDIR)),
+                ("--source=PATH", "What the modes convert, compress and decompress read."),
+                ("--config.FIELD=VALUE", "A field of the config, such as --config.eval.rtol=1e-5."),
+            ),
+            group("Modes", *modes_in_words()),
+            "\n".join(["Fields of the config, by section:", *reference.overview()]),
+            group(
+                "Several processes, and errors",
+                *own(("--coordinator=HOST:PORT", COORDINATOR), ("--num_processes=N", PROCESSES)),
+                *own(("--process_id=I", PROCESS), ("--traceback", TRACEBACK)),
+                ("--helpfull", "All flags, also of the packages that are used."),
+            ),
+        ]
+    )
+
+
 def parse(arguments: list[str]) -> list[str]:
     """Set the flags that this file defines, and return the other arguments: fields of the config,
     and flags of the modes."""
     for argument in arguments[1:]:
-        if argument.startswith("--help="):
-            print(reference.text(argument.partition("=")[2]))
+        if argument in ("--help", "-h", "--h") or argument.startswith("--help="):
+            section = argument.partition("=")[2]
+            try:
+                print(reference.text(section) if section else usage())
+            except ValueError as error:
+                sys.exit(f"UsageError: {error}")
             sys.exit(0)
     flags.FLAGS.set_gnu_getopt(True)
     try:
@@ -78,10 +118,21 @@ def values_of(arguments: Sequence[str]) -> dict[str, str]:
             raise app.UsageError(f"unknown: {argument}; set fields as --config.field=value")
         if not equals:
             if not rest or rest[0].startswith("--"):
-                raise app.UsageError(f"{argument} has no value: give {argument}=VALUE")
+                raise app.UsageError(f"{argument} has no value: give {argument}=VALUE{near(name)}")
             value = rest.pop(0)
         values[name] = value
     return values
+
+
+def flags_of_modes() -> dict[str, set[str]]:
+    """The flags of each mode, by its name."""
+    return {mode: parameters_of(MODES[mode]) - {*GIVEN} for mode in MODES}
+
+
+def near(name: str) -> str:
+    """The end of a message about an unknown flag ``name``: the flag that is most like it."""
+    known = {"help", *flags.FLAGS}.union(*flags_of_modes().values()) - {name}
+    return hint(f"--{name}", [f"--{flag}" for flag in known])
 
 
 def flags_of(chosen: Mapping[str, Mode], given: Mapping[str, str]) -> dict[str, str]:
@@ -94,13 +145,11 @@ def flags_of(chosen: Mapping[str, Mode], given: Mapping[str, str]) -> dict[str, 
     own = {name: value for name, value in given.items() if not name.startswith("config.")}
     for name in own:
         if name not in used - {*GIVEN}:
-            flags_of_modes = {mode: parameters_of(MODES[mode]) - {*GIVEN} for mode in MODES}
-            if owners := [mode for mode, has in flags_of_modes.items() if name in has]:
+            if owners := [mode for mode, has in flags_of_modes().items() if name in has]:
                 raise app.UsageError(
                     f"--{name} is for --mode={' or '.join(owners)}, not for {names}"
                 )
-            known = set().union(*flags_of_modes.values())
-            raise app.UsageError(f"unknown flag --{name}{hint(name, [*flags.FLAGS, *known])}")
+            raise app.UsageError(f"unknown flag --{name}{near(name)}")
     for mode, function in chosen.items():
         for name, parameter in inspect.signature(function).parameters.items():
             if parameter.default is parameter.empty and name not in {*GIVEN, *own}:
@@ -159,6 +208,15 @@ def read_config(given: Mapping[str, str]) -> tuple[Config | None, Workdir | None
     return configs.with_overrides(config, fields), workdir
 
 
+def settings(config: Config, given: Mapping[str, str]) -> str:
+    """The fields that the command line sets, as they were read; empty if there are none."""
+    prefix = "config."
+    names = [name.removeprefix(prefix) for name in given if name.startswith(prefix)]
+    values = flatten_dict(config.plain(), sep=".")
+    each = [f"--config.{name}={shown(values[name])}" for name in names if name in values]
+    return f", with {' '.join(each)}" if each else ""
+
+
 def main(arguments: Sequence[str]) -> None:
     """Run the modes in order; a refusal ends in one line, and with the status 1; Ctrl-C ends with
     the status 130."""
@@ -183,7 +241,7 @@ def _main(arguments: Sequence[str]) -> None:
     config, workdir = read_config(given)
     names = MODE.value or (config and config.mode)
     if not names:
-        raise app.UsageError(f"give {MODEL}; without either, --mode=verify")
+        raise app.UsageError(f"give {MODEL}; without either, --mode=verify; see --help")
     chosen = {name: MODES[name] for name in names}
     own = flags_of(chosen, given)
     needing = [name for name in chosen if parameters_of(chosen[name]) & {"config", "experiment"}]
@@ -201,7 +259,7 @@ def _main(arguments: Sequence[str]) -> None:
     workdir.path.mkdir(parents=True, exist_ok=True)
     sharding.check_shared(workdir.path)
     names, modes = list(chosen), list(chosen.values())
-    print(f"{', '.join(names)} in {workdir}")
+    print(f"{', '.join(names)} in {workdir}{settings(config, given)}")
 
     def check(i: int) -> None:
         """Refuse a config with which mode i cannot work after those before it."""
@@ -230,8 +288,16 @@ def quiet() -> None:
     """Show no messages below warnings, unless --verbosity asks for them: they hide the bars.
 
     matplotlib also warns that it lists the fonts, which it does once and which needs no attention.
+    A message begins with its kind, and in a terminal it takes the place of a bar that is shown.
     """
     logging.set_verbosity(logging.WARNING)
+    clear = "\r\033[K" if sys.stderr.isatty() else ""
+
+    class Form(stdlib_logging.Formatter):
+        def format(self, record: stdlib_logging.LogRecord) -> str:
+            return refusals.relative(super().format(record))
+
+    logging.get_absl_handler().setFormatter(Form(f"{clear}%(levelname)s: %(message)s"))
     stdlib_logging.getLogger("matplotlib.font_manager").addFilter(
         lambda record: "building the font cache" not in record.getMessage()
     )

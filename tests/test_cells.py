@@ -18,7 +18,7 @@ from sbml.experiment import build
 from sbml.intervals import half_width, repeated_stderr
 from sbml.modes import train
 from sbml.ode import Solver
-from sbml.runtime import progress
+from sbml.progress import Bar
 
 
 @pytest.fixture(scope="module")
@@ -199,36 +199,32 @@ def test_one_image_has_a_known_error_of_the_solver(trained, tmp_path):
 @pytest.mark.parametrize(("cell", "sweeps"), [(ODE, 1), (BOUND, 3)])
 def test_the_bar_shows_the_mean_of_all_rows_so_far(trained, tmp_path, monkeypatch, cell, sweeps):
     """Over all batches, those of earlier sweeps and those that an earlier command computed."""
-    shown: list[str] = []
-    titles: list[str] = []
+    shown: list[tuple[str, str]] = []
+    update = Bar.update
 
-    class Bar(progress.tqdm):
-        def __init__(self, *given, desc, **options):
-            super().__init__(*given, desc=desc, **options)
-            titles.append(desc)
+    def recorded(bar: Bar, n: int, text: str) -> None:
+        update(bar, n, text)
+        shown.append((bar.name, text))
 
-        def set_postfix_str(self, text="", refresh=True):
-            shown.append(text)
-
-    monkeypatch.setattr(progress, "tqdm", Bar)
-    few = {"batch_size": 16, "max_images": 40}
+    few = {"batch_size": 16, "max_images": 40, "sweeps": sweeps}
     cell_run(trained, tmp_path, cell, **few | {"max_images": 10}).rows(np.arange(10), 0)
     run = cell_run(trained, tmp_path, cell, **few)
-    before = run.rows(np.intersect1d(run.ids, np.arange(10)), 0)["bits_per_dim"]
-    shown.clear(), titles.clear()
-    order = [np.setdiff1d(run.ids, np.arange(10)), *[run.ids] * (sweeps - 1)]
-    tables = [run.rows(run.ids, sweep) for sweep in range(sweeps)]
-    values = list(before)
+    known = np.intersect1d(run.ids, np.arange(10))
+    values = list(run.rows(known, 0)["bits_per_dim"])
+    monkeypatch.setattr(Bar, "update", recorded)
+    result = run.finish()
     expected = []
-    for ids, table in zip(order, tables, strict=True):
+    for sweep, ids in enumerate([np.setdiff1d(run.ids, known), *[run.ids] * (sweeps - 1)]):
+        table = run.rows(run.ids, sweep)
         of = dict(zip(table["id"], table["bits_per_dim"], strict=True))
         for start in range(0, len(ids), 16):
             values += [of[i] for i in ids[start : start + 16]]
             expected.append(f"{np.mean(values):.3f} bits/dim")
-    assert shown == expected and len(set(shown)) > 1
-    # A mean of one sweep of a bound, which stays on the terminal, does not pass for the number.
-    of_sweeps = [f"bound_uniform sweep {i + 1}" for i in range(sweeps)]
-    assert titles == (of_sweeps if cell == BOUND else ["ode_uniform"])
+    own = [text for name, text in shown if name == cell.title]
+    assert own == expected and len(set(own)) > 1
+    assert own[-1] == f"{result.population.mean:.3f} bits/dim"
+    # The same name as in the result that is printed.
+    assert run.result(result).name == cell.title
 
 
 def test_sweeps_draw_times_of_their_own(trained, tmp_path):

@@ -105,8 +105,8 @@ def test_the_work_directory_carries_the_architecture(
     assert {k: fitted.model.own[k] for k in reference.OPTIONS} == reference.OPTIONS
     assert fitted.sde.name == "vp" and fitted.sde.own == {"beta_min": 0.1, "beta_max": 20.0}
     said = capsys.readouterr().out
-    assert "config.model.name='ncsnpp', as in the checkpoint, replaces 'mlp'" in said
-    assert "config.sde.name='vp', as in the checkpoint, replaces 'subvp'" in said
+    assert "config.model.name=ncsnpp, as in the checkpoint, replaces mlp" in said
+    assert "config.sde.name=vp, as in the checkpoint, replaces subvp" in said
     assert runs.fitted(free, converted.parent) == build.Experiment(free).config
 
 

@@ -19,12 +19,13 @@ from absl.testing import flagsaver
 from sbml import bits, divergence, main
 from sbml.experiment.build import Experiment
 from sbml.experiment.config import Config, load, of_checkpoint, path_of, with_overrides
-from sbml.modes import train
+from sbml.modes import MODES, train
 from sbml.ode import Solver
 from sbml.report import plots
 from sbml.runtime import refusals
 from sbml.runtime.checkpoint import Checkpoints
 from sbml.runtime.preemption import Preemption
+from sbml.runtime.workdir import Workdir
 from sbml.sdes import SDES
 
 CONFIG = "--config=tests/tiny.py"
@@ -139,9 +140,38 @@ def test_the_fields_of_a_section_are_listed_for_help(capsys: pytest.CaptureFixtu
     shown = capsys.readouterr().out
     assert ended.value.code == 0
     assert "--config.optim.lr=0.0002\n      largest learning rate (a number above 0" in shown
-    with pytest.raises(SystemExit):
+    assert "(a number above 0 and at most 1)" in shown and "--config.optim.eps=1e-8\n" in shown
+    with pytest.raises(SystemExit) as ended:
         main.parse(["main", "--help=optimizer"])
-    assert "--help=optimizer: choose from config, data, sde" in capsys.readouterr().out
+    said = str(ended.value.code)
+    assert said.startswith("UsageError: --help=optimizer: choose from config, data, sde")
+    assert said.endswith("; did you mean optim?")
+
+
+def test_help_shows_the_text_of_a_class_and_its_ranges(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main.parse(["main", "--help=sde"])
+    shown = capsys.readouterr().out
+    assert "--config.sde.beta_max=20.0\n      field of vp (a number)" in shown
+    assert "Variance preserving: alpha^2 + sigma^2 = 1" in shown
+    with pytest.raises(SystemExit):
+        main.parse(["main", "--help=model"])
+    assert "field of ncsnpp (a number in [0, 1))" in capsys.readouterr().out
+
+
+def test_help_has_all_modes_sections_and_configs_in_groups(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main.parse(["main", "--mode=train", "--help"])
+    shown = capsys.readouterr().out
+    assert ended.value.code == 0 and max(map(len, shown.splitlines())) <= 100
+    titles = [line for line in shown.splitlines() if line.endswith(":") and line[0] != " "]
+    assert titles[0] == "What one needs first:" and len(titles) == 4
+    assert all(f"  --mode={mode}" in shown for mode in MODES)
+    assert "  --mode=train               Trains a score.\n" in shown
+    assert "  --mode=decompress [--source=FILE] [--to=FOLDER]\n" in shown
+    assert "  --help=dequantizer.optim   The optimizer" in shown and "digits_vp" in shown
 
 
 def run_program(
@@ -211,15 +241,19 @@ def refusal(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., str]]:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--config=configs",), "--config=configs: configs is a folder; give a file such as"),
+        (("--config=configs",), "--config=configs is a folder: give a file such as"),
         (("--config=", "--mode=train"), "--config= names no config: give one"),
-        (("--config=nowhere.py",), "--config=nowhere.py: nowhere.py is not there; give a file"),
+        (("--config=nowhere.py",), "--config=nowhere.py is no file: give a file such as"),
+        (("--config=digits_pv",), "or give the path of a file; did you mean digits_vp?"),
+        (("--config=configs/digits_pv.py",), "; did you mean configs/digits_vp.py?"),
+        ((CONFIG, "--mode=eval", "--workdri=a"), "unknown flag --workdri; did you mean --workdir?"),
+        ((CONFIG, "--tracebak"), "give --tracebak=VALUE; did you mean --traceback?"),
         (("--mode=train",), "UsageError: --mode=train needs --config=configs/<name>.py"),
         (("--mode=evl",), "unknown mode 'evl': choose one of audit, compare"),
         ((CONFIG, "--mode=train", "--config.data=1"), "config.data is a section: set its fields"),
         (
             (CONFIG, "--mode="),
-            "UsageError: --mode= names no mode: choose from audit, compare, compress",
+            "UsageError: --mode= names no mode: choose from train, train_dequantizer",
         ),
         (
             (CONFIG, "--mode=trian"),
@@ -234,7 +268,7 @@ def refusal(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., str]]:
         ),
         (
             (CONFIG, "--mode=train,eval", "--source=there"),
-            "UsageError: --source is for --mode=compress or convert or decompress, not for train",
+            "UsageError: --source is for --mode=convert or compress or decompress, not for train",
         ),
         # These modes need no config.
         (
@@ -243,7 +277,7 @@ def refusal(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., str]]:
         ),
         (
             ("--mode=compare", "--runs=a,b", "--source=c"),
-            "UsageError: --source is for --mode=compress or convert or decompress, not for compare",
+            "UsageError: --source is for --mode=convert or compress or decompress, not for compare",
         ),
         (
             (CONFIG, "--mode=verify"),
@@ -370,11 +404,11 @@ def test_a_store_that_cannot_be_reached_is_refused_in_one_line(
         ),
         (
             {"sde.name": "linear_ve", "eval.tau": 1e-6},
-            r"eval\.tau=1e-06 gives smallest time eps=1176\.\d+: must lie in \(0, 1\.0\)",
+            r"eval\.tau=1e-6 gives smallest time eps=1176\.\d+: must lie in \(0, 1\.0\)",
         ),
         (
             {"sde.name": "linear_ve", "eval.tau": 1e-6, "data.dequantization": "centre"},
-            r"eval\.tau=1e-06 gives smallest time eps=1176\.\d+: must lie in \(0, 1\.0\)",
+            r"eval\.tau=1e-6 gives smallest time eps=1176\.\d+: must lie in \(0, 1\.0\)",
         ),
     ],
 )
@@ -430,6 +464,30 @@ def error_of(function: Callable[[], object]) -> BaseException:
     with pytest.raises(Exception) as caught:
         function()
     return caught.value
+
+
+def test_paths_are_shown_from_where_the_user_stands(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for text, shown in (
+        (f"no file {tmp_path}/a/b: make it", "no file a/b: make it"),
+        (f"--config={tmp_path}/a.py", "--config=a.py"),
+        (f"/more{tmp_path}/a and {tmp_path}", f"/more{tmp_path}/a and {tmp_path}"),
+    ):
+        assert refusals.relative(text) == shown
+    assert str(Workdir(tmp_path / "runs/a")) == "runs/a" and str(Workdir("runs/a")) == "runs/a"
+    assert Workdir(tmp_path / "runs/a").absolute == str(tmp_path / "runs/a")
+    assert str(Workdir(tmp_path.parent)) == str(tmp_path.parent)
+    monkeypatch.chdir("/")
+    assert refusals.relative("gs://bucket/run and /a/b") == "gs://bucket/run and /a/b"
+
+
+def test_the_start_shows_the_fields_that_the_command_line_sets() -> None:
+    config = with_overrides(tiny.get_config(), {"eval.rtol": "0.00002", "data.shape": "(8, 8,1)"})
+    given = {"config.eval.rtol": "0.00002", "source": "a", "config.data.shape": "(8, 8,1)"}
+    shown = ", with --config.eval.rtol=2e-5 --config.data.shape=8,8,1"
+    assert main.settings(config, given) == shown and not main.settings(config, {"source": "a"})
 
 
 @pytest.mark.usefixtures("unchecked")

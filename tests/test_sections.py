@@ -17,7 +17,7 @@ from sbml import dequantizers, networks, sdes
 from sbml.experiment import build, reference, trained
 from sbml.experiment.config import Config, default
 from sbml.experiment.dequantizer import Dequantizer
-from sbml.experiment.fields import Section
+from sbml.experiment.fields import Section, shown
 from sbml.experiment.optim import DequantizerOptim
 from sbml.experiment.score import Network, Process
 from sbml.experiment.training import DequantizerTraining, Training
@@ -80,6 +80,26 @@ def test_the_page_of_all_fields_is_up_to_date() -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("value", "form", "text"),
+    [
+        (1e-05, "", "1e-5"),
+        (1e16, "", "1e16"),
+        (2.5e-10, "", "2.5e-10"),
+        (np.float64(0.0002), "", "0.0002"),
+        (0.00012345, ".2g", "0.00012"),
+        (1.2345e-05, ".2g", "1.2e-5"),
+        ((8, 8, 1), "", "8,8,1"),
+        (["ode", "bound"], "", "ode,bound"),
+        ((1e-05, 2.0), "", "1e-5,2.0"),
+        (True, "", "True"),
+        (None, "", "None"),
+    ],
+)
+def test_values_are_shown_as_on_the_command_line(value: Any, form: str, text: str) -> None:
+    assert shown(value, form) == text
+
+
 def test_no_limit_of_a_field_is_replaced_by_that_of_its_type() -> None:
     for _, section in reference.sections():
         for name, field in type(section).model_fields.items():
@@ -100,13 +120,13 @@ def test_every_number_is_finite_and_within_its_range(name: str, bad: Any) -> Non
     if bad == -1 and name in OF_EITHER_SIGN:
         bad = -1e3
     value = (*SEVERAL[name][:-1], bad) if name in SEVERAL else bad
-    assert refused(name, value).startswith(f"{name}={value}: need ")
+    assert refused(name, value).startswith(f"{name}={shown(value)}: need ")
 
 
 @pytest.mark.parametrize("name", FIELDS)
 def test_no_field_takes_a_value_of_another_type(name: str) -> None:
     for bad in (object(), (object(),), {"a": 1}):
-        assert refused(name, bad).startswith(f"{name}={bad}: need ")
+        assert refused(name, bad).startswith(f"{name}={shown(bad)}: need ")
 
 
 @pytest.mark.parametrize("name", [name for name, kinds in FIELDS.items() if type(None) in kinds])
@@ -114,7 +134,7 @@ def test_what_may_be_left_open_may_be_set(name: str) -> None:
     config = default("mlp")
     node, field = node_of(config, name)
     assert node[field] is None
-    assert refused(name, (1, "2")).startswith(f"{name}=(1, '2'): need ")
+    assert refused(name, (1, "2")).startswith(f"{name}=1,2: need ")
     if float in FIELDS[name]:
         node[field] = 0.5
         assert Config(**config.to_dict()).plain() != Config(**default("mlp").to_dict()).plain()
@@ -161,7 +181,7 @@ def test_the_ends_of_ranges(name: str, fits: float, too_much: float) -> None:
     values = Config(**changed(name, fits)).plain()
     node, field = node_of(values, name)
     assert node[field] == fits
-    assert refused(name, too_much).startswith(f"{name}={too_much}: need ")
+    assert refused(name, too_much).startswith(f"{name}={shown(too_much)}: need ")
 
 
 @pytest.mark.parametrize(
@@ -170,19 +190,19 @@ def test_the_ends_of_ranges(name: str, fits: float, too_much: float) -> None:
         (
             "optim.grad_clip",
             1e-320,
-            "optim.grad_clip=1e-320: need a number of at least 0 and at most 1e+09, in float32, "
-            "whose range is 1.2e-38 to 3.4e+38",
+            "optim.grad_clip=1e-320: need a number of at least 0 and at most 1e9, in float32, "
+            "whose range is 1.2e-38 to 3.4e38",
         ),
         ("score.log_snr_range", (1e-320, 1.0), "at most 60, in float32, whose range is 1.2e-38"),
-        ("eval.num_importance", (), "eval.num_importance=(): need one or more integers of at"),
-        ("eval.num_importance", ("a",), "eval.num_importance=('a',): need one or more integers"),
-        ("eval.estimators", (), "eval.estimators=(): need one or more of bound, bound_ssm, ode"),
-        ("eval.dequantizers", (" ",), "eval.dequantizers=(' ',): need one or more of categorical"),
-        ("mode", (), "mode=(): need one or more names"),
+        ("eval.num_importance", (), "eval.num_importance=: need one or more integers of at"),
+        ("eval.num_importance", ("a",), "eval.num_importance=a: need one or more integers"),
+        ("eval.estimators", (), "eval.estimators=: need one or more of bound, bound_ssm, ode"),
+        ("eval.dequantizers", (" ",), "eval.dequantizers= : need one or more of categorical"),
+        ("mode", (), "mode=: need one or more names"),
         (
             "data.shape",
             (8, 8),
-            "data.shape=(8, 8): need 3 integers of at least 1 and below 2^16",
+            "data.shape=8,8: need 3 integers of at least 1 and below 2^16",
         ),
         ("data.crop", "left", "data.crop=left: need one of center, random, squash"),
         ("data.flip", 1, "data.flip=1: need True or False"),
@@ -208,7 +228,7 @@ def test_numbers_of_networks_and_dequantizers_are_finite(section: str, bad: floa
     assert len(fields) > 3
     for field in fields:
         message = refused(f"{section}.{field}", bad)
-        assert message.startswith(f"{section}.{field}={bad}: need ")
+        assert message.startswith(f"{section}.{field}={shown(bad)}: need ")
 
 
 OWNERS = {f"model {name}": networks.NETWORKS[name] for name in networks.NETWORKS}

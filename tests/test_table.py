@@ -97,7 +97,9 @@ def test_a_resumed_run_and_the_gaussian_at_step_0(
     first = json.loads((tmp_path / "run/table.json").read_text())
     assert [point["step"] for point in first["validation"]] == [0, 2, 4]
     said = capsys.readouterr()
-    assert "rows/s" in said.err and "image" not in said.err  # the progress bars
+    assert (
+        "log p of 56 validation rows" in said.err and "image" not in said.err
+    )  # the progress bars
     assert ", model minus Gaussian +0.00" in said.out or "Gaussian -0.00" in said.out
     # The model's line has the smallest time; the prior's error and the outlier have their own.
     model, prior = said.out.splitlines()[:2]

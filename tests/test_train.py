@@ -202,7 +202,7 @@ def test_changed_settings_of_a_continued_training_are_logged(tmp_path, caplog):
     runs.mode(train.run, config, tmp_path)
     (said,) = [r.getMessage() for r in caplog.records if "training continues" in r.getMessage()]
     lr = tiny.get_config().optim.lr
-    changes = f"seed 0 -> 3, model.dtype float32 -> bfloat16, optim.lr {lr} -> 1e-05"
+    changes = f"seed 0 -> 3, model.dtype float32 -> bfloat16, optim.lr {lr} -> 1e-5"
     assert said.endswith(f"began with: {changes}")
     config.training.num_steps = 6
     runs.mode(train.run, config, tmp_path)
@@ -374,10 +374,10 @@ def test_wrong_batch_and_other_model_are_refused(whole, tmp_path):
     ("section", "field", "value", "message"),
     [
         ("sde", "beta_max", 2.0, r"config.sde.beta_max is 2.0, the checkpoint's is 20.0"),
-        ("score", "parameterization", "noise", r"the checkpoint's is 'preconditioned'"),
+        ("score", "parameterization", "noise", r"the checkpoint's is preconditioned"),
         ("score", "data_std", 0.1, r"config.score.data_std is 0.1, the checkpoint's is 0.7"),
         ("model", "fourier_scale", 2.0, r"config.model.fourier_scale is 2.0"),
-        ("training", "smallest_time", 1e-3, r"set --config.training.smallest_time=1e-05"),
+        ("training", "smallest_time", 1e-3, r"set --config.training.smallest_time=1e-5"),
     ],
 )
 def test_a_checkpoint_of_the_same_shapes_and_another_meaning_is_refused(

@@ -3,7 +3,8 @@
 Indented paragraphs become literal blocks, so that formulas and aligned tables keep their columns.
 Sections such as ``Args:`` become lists. Characters that reStructuredText would read as markup, such
 as the bars of |x|, are escaped outside of ``literals`` and :roles:`...`. Types have the names that
-they have in the source: ``Example`` and not ``Float[Array, '*s']``.
+they have in the source: ``Example`` and not ``Float[Array, '*s']``. Of a type with conditions, the
+type is shown.
 """
 
 import inspect
@@ -118,6 +119,8 @@ def with_stand_ins(annotation: Any, stand_ins: dict[Any, Any]) -> Any:
         return [with_stand_ins(a, stand_ins) for a in annotation]
     if annotation in stand_ins:
         return stand_ins[annotation]
+    if typing.get_origin(annotation) is typing.Annotated:  # Docstrings tell the conditions.
+        return with_stand_ins(typing.get_args(annotation)[0], stand_ins)
     arguments = typing.get_args(annotation)
     if not arguments:
         return annotation

@@ -30,7 +30,7 @@ INTERNAL = {
     "sbml.data.photos": "photo_path",
     "sbml.dequantizers.base": "has_density, has_bound, is_trained",
     "sbml.dequantizers.variational": "from_reference, read_options, image_shape",
-    "sbml.estimate": "outlier_line, excess",
+    "sbml.estimate": "excess",
     "sbml.estimators.base": "draw_key, times_key",
     "sbml.estimators.ode": "averaged",
     "sbml.losses": "draw_noise, noisy_batch",

@@ -23,7 +23,7 @@ from PIL.TiffImagePlugin import BITSPERSAMPLE
 
 from sbml.data._cache import Add, content_key, load_or_build
 from sbml.data._image_set import ImageSet, Options, Source
-from sbml.runtime import progress
+from sbml.progress import over
 
 SUFFIXES = frozenset(
     (".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".jp2", ".webp", ".avif", ".bmp", ".gif")
@@ -61,7 +61,8 @@ class ImageFolder(Source):
         names = _members(root, split, options)
         choices = (names, split, options.image_size, options.channels, options.crop, options.seed)
         read = [root / n for n in names if not _special(root / n)]
-        version = content_key(progress.bar("Reading files", "file", len(read), over=read), *choices)
+        files = over(read, "Reading files", "file", len(read), compiles=False)
+        version = content_key(files, *choices)
         path = options.cache / "image_folder" / version / f"{split}_depths.npy"
         images, notes = load_or_build(path, lambda add: _build(root, names, options, add))
         if skipped := tuple(notes["skipped"]):
@@ -241,7 +242,7 @@ def _uniform(*key: object) -> float:
 def _build(root: Path, names: list[str], options: Options, add: Add) -> dict[str, Any]:
     ids, skipped, enlarged, recoloured, deep = [], [], 0, 0, 0
     size = options.image_size, options.image_size
-    for name in progress.bar("Decoding images", "image", len(names), over=names):
+    for name in over(names, "Decoding images", "image", len(names), compiles=False):
         try:
             decoded, depth = _decode(root / name)
             image = decoded.convert(MODES[options.channels])

@@ -23,7 +23,7 @@ from PIL import Image
 
 from sbml.data._cache import Add, load_or_build
 from sbml.data._image_set import ImageSet, Options, Source
-from sbml.runtime import progress
+from sbml.progress import over
 
 ARCHIVES = {
     "old": {"train": "train_32x32.tar", "test": "valid_32x32.tar"},
@@ -96,7 +96,7 @@ def _decode(which: str, split: str, options: Options, add: Add) -> dict[str, Any
         )
     count, wanted = 0, COUNTS[which][split]
     images = _images(archive)
-    for image in progress.bar(f"Decoding {file}", "image", wanted, over=images):
+    for image in over(images, f"Decoding {file}", "image", wanted, compiles=False):
         add(image)
         count += 1
     if count != wanted:

@@ -17,7 +17,7 @@ import numpy as np
 
 from sbml.data._cache import Add, load_or_build
 from sbml.data._image_set import ImageSet, Options, Source
-from sbml.runtime import progress
+from sbml.progress import Bar
 
 # set, set/config, set:1.2.3 or set/config:1.2.3
 _NAME = re.compile(r"\w+(/[\w+-][\w.+-]*)?(:\d+\.\d+\.\d+)?")
@@ -122,7 +122,7 @@ def _decode(name: str, split: str, options: Options, add: Add) -> dict[str, Any]
         raise ValueError(f"{builder.name} has no feature 'image', only {features}.")
     feature, labels = dict(builder.info.features.items()).get("label"), []
     source = builder.as_data_source(chosen)
-    with progress.bar(f"Decoding {builder.name} {chosen}", "image", len(source)) as bar:
+    with Bar(f"Decoding {builder.name} {chosen}", "image", len(source), compiles=False) as bar:
         for start in range(0, len(source), _AT_ONCE):
             batch = source.__getitems__(range(start, min(start + _AT_ONCE, len(source))))
             for example in batch:

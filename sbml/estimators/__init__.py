@@ -40,10 +40,16 @@ class Cell:
 
     @property
     def name(self) -> str:
-        """The cell's name, used in columns and progress bars."""
+        """The cell's name, used in columns."""
         draws = f"_k{self.num_importance}" if self.num_importance > 1 else ""
         parts = (name.rpartition(":")[2] for name in (self.estimator, self.dequantizer))
         return f"{'_'.join(parts)}{draws}"
+
+    @property
+    def title(self) -> str:
+        """The cell's name in progress bars and messages, as ``Result.name``."""
+        draws = f" K={self.num_importance}" if self.num_importance > 1 else ""
+        return f"{self.estimator} {self.dequantizer}{draws}"
 
     @property
     def kind(self) -> type[Estimator]:

@@ -18,13 +18,13 @@ of estimates, which measure the noise of the draws in different ways:
 import dataclasses
 import math
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Integer
-from tqdm import tqdm
 
 from sbml import bits, intervals, pytrees, times
 from sbml.bound import Reduction
@@ -32,6 +32,7 @@ from sbml.estimate import Columns, Estimate, Ids, Values, reference
 from sbml.estimators.base import Estimator, Rows, Target, times_key
 from sbml.intervals import Interval
 from sbml.ode import Solver
+from sbml.progress import Bar
 
 TERMS_OF_INTEGERS = ("dequantization", "importance", "scale")  # continuous data do not have them
 
@@ -60,7 +61,8 @@ class Driver:
       seed: the seed of all random draws.
       batch_size: the number of examples that are computed at once.
       check: whether the subset is solved again, so that the errors are measured.
-      progress: the title of a progress bar; without one, there is no bar.
+      progress: the title of the progress bars; without one, there is no bar.
+      shown: a function of ids and their numbers that gives the numbers whose mean a bar shows.
       solver, budget: how an ODE is solved, and the largest error of it that counts as converged.
       reduction, draw, n_times: the options of a bound, the name of its points in ``times.DRAWS``,
         and their number for one example in one sweep.
@@ -81,6 +83,7 @@ class Driver:
     batch_size: int = 64
     check: bool = True
     progress: str = ""
+    shown: Callable[[Ids, Values], Values] = lambda ids, values: values
     solver: Solver = Solver()
     budget: float = math.inf
     reduction: Reduction = Reduction()
@@ -105,21 +108,39 @@ class Driver:
         key = times_key(self.seed, sweep)
         return np.asarray(times.DRAWS[self.draw](key, len(self.data), self.n_times))
 
-    def rows(self, ids: Ids, sweep: int, solver: Solver | None = None) -> Columns:
+    def rows(
+        self, ids: Ids, sweep: int, solver: Solver | None = None, bar: Bar | None = None
+    ) -> Columns:
         """The terms and ``nfe`` of ``ids`` in ``sweep``, each ``(n,)``, in the order of ``ids``.
 
-        An ODE is solved by ``solver``, which is that of the driver if it is None.
+        An ODE is solved by ``solver``, which is that of the driver if it is None. The rows are
+        counted by ``bar``, which is a new one if it is None.
         """
         size = min(self.batch_size, len(ids))
-        again = "stricter" if solver else f"draws {sweep + 1}" if sweep else ""
-        title = " ".join(filter(None, [self.progress, again]))
-        bar = tqdm(total=len(ids), desc=title, unit="example", disable=not self.progress)
-        with bar:
+        with nullcontext(bar) if bar else self.bar(len(ids), sweep, solver) as bar:
+            bar.show()
             batches = []
             for chosen, columns in self.batches(ids, sweep, solver or self.solver, size):
                 batches.append(columns)
-                bar.update(len(chosen))
+                bar.add(self.shown(chosen, self.total(columns)))
         return {name: np.concatenate([each[name] for each in batches]) for name in batches[0]}
+
+    def bar(self, count: int, sweep: int = 0, solver: Solver | None = None, sweeps: int = 0) -> Bar:
+        """A bar of ``count`` rows in ``sweep`` by ``solver``, or of as many in each of ``sweeps``,
+        with the mean of their numbers."""
+        stricter = solver not in (None, self.solver)
+        note = ", stricter solver" if stricter else ", new draws" if sweep else ""
+        integers = self.target.levels is not None
+        return Bar(
+            self.progress and self.progress + note,
+            "image" if integers else "example",
+            count,
+            quantity="bits/dim" if integers else "nats",
+            times=max(1, sweeps),
+            compiles=not note,  # The function is that of the rows before.
+            leave=not note,
+            wait=sweeps > 0,
+        )
 
     def batches(
         self, ids: Ids, sweep: int, solver: Solver, size: int
@@ -191,12 +212,14 @@ class Driver:
     def _by_sweeps(self) -> Estimate:
         tables: list[Columns] = []
         needed = max(self.sweeps, min(FIRST_SWEEPS, self.max_sweeps) if self.target_se else 1)
-        while len(tables) < needed:
-            tables.append(self.rows(self.ids, len(tables)))
-            if self.target_se and len(tables) == needed < self.max_sweeps:
-                ratio = self.sweep_stderr(tables) / self.target_se
-                if ratio > 1:  # The standard error falls as 1 / sqrt(sweeps).
-                    needed = math.ceil(min(self.max_sweeps, max(needed + 1, needed * ratio**2)))
+        with self.bar(len(self.ids), sweeps=needed) as bar:
+            while len(tables) < needed:
+                tables.append(self.rows(self.ids, len(tables), bar=bar))
+                if self.target_se and len(tables) == needed < self.max_sweeps:
+                    ratio = self.sweep_stderr(tables) / self.target_se
+                    if ratio > 1:  # The standard error falls as 1 / sqrt(sweeps).
+                        needed = math.ceil(min(self.max_sweeps, max(needed + 1, needed * ratio**2)))
+                        bar.times = needed
         return self.of_sweeps(tables)
 
     def of_sweeps(self, tables: Sequence[Columns]) -> Estimate:

@@ -7,6 +7,7 @@ exactly once, and neither the batch size nor the number of devices changes a res
 
 import dataclasses
 import math
+from contextlib import nullcontext
 from typing import Any
 
 import jax
@@ -23,8 +24,9 @@ from sbml.estimators.driver import Driver
 from sbml.evaluation.inputs import Dequantization, Inputs
 from sbml.experiment.build import Experiment
 from sbml.ode import Solver
+from sbml.progress import Bar
 from sbml.report.result import Result
-from sbml.runtime import progress, sharding
+from sbml.runtime import sharding
 from sbml.runtime.parts import Parts
 from sbml.runtime.trees import tree_crc32
 from sbml.types import conditioned
@@ -76,49 +78,41 @@ class CellRun(Driver):
             sweeps=config.sweeps,
             target_se=config.target_se,
             max_sweeps=config.max_sweeps,
+            progress=cell.title,
         )
         self._parts_of: dict[Solver, Parts] = {}
-        # For the bar: of each sweep of a bound, the sum of its bits/dim and their number.
-        self._sums: dict[int, tuple[float, int]] = {}
 
     def _compute(self, batch: Rows, u: Any, options: Any) -> Columns:
         of = self.estimator, self.target, self.score, self.dequantization.params
         return sharding.to_host(rows(*of, batch, u, options))
 
-    def rows(self, ids: np.ndarray, sweep: int, solver: Solver | None = None) -> Columns:
+    def rows(
+        self, ids: np.ndarray, sweep: int, solver: Solver | None = None, bar: Bar | None = None
+    ) -> Columns:
         """The rows of ``ids (n,)`` in ``sweep``: the columns ``id``, ``sweep``, ``bits_per_dim``,
         ``nfe`` and the terms in bits/dim, each ``(n,)``. Rows that are not on disk are computed."""
-        # The first bar of a bound stays, with the mean of the first sweep: it says so.
-        of_sweeps = sweep or self.cell.kind.is_bound
-        again = " stricter" if solver else f" sweep {sweep + 1}" if of_sweeps else ""
+        bar, entered = bar or self.bar(len(ids), sweep, solver), bar
         solver = solver or self.solver
         parts = self._parts(solver)
         stored = parts.read(sweep)
+        if stored:
+            bar.add(stored["bits_per_dim"][np.isin(stored["id"], ids)], stored=True)
         missing = np.setdiff1d(ids, stored.get("id", []))
         if missing.size:
             logging.info("%d of %d images were evaluated before", len(ids) - len(missing), len(ids))
-            known = stored["bits_per_dim"][np.isin(stored["id"], ids)] if stored else np.empty(0)
-            label = f"{self.cell.name}{again}"
-            # The bar shows the mean of all rows so far, of a bound over all sweeps.
-            earlier = [sums for index, sums in self._sums.items() if index < sweep]
-            sums = np.sum([(known.sum(), known.size), *earlier], axis=0)
-            with progress.bar(label, "image", len(ids), len(known), leave=sweep == 0) as bar:
+            with nullcontext() if entered else bar:
+                bar.show()
                 for found, columns in self.batches(missing, sweep, solver, self.batch_size):
                     values = self.total(columns)
                     if jax.process_index() == 0:
                         keys = {"id": found, "sweep": np.full(len(found), sweep)}
                         parts.write({**keys, **columns, "bits_per_dim": values})
-                    bar.update(len(found))
-                    sums += values.sum(), len(found)
-                    bar.set_postfix_str(f"{sums[0] / sums[1]:.3f} bits/dim", refresh=False)
+                    bar.add(values)
                     self.shared.preemption.leave_if_requested("the images so far are stored")
             sharding.barrier("evaluated")
             stored = parts.read(sweep)
         chosen = np.isin(stored["id"], ids)
-        table = {name: column[chosen] for name, column in stored.items()}
-        if self.cell.kind.is_bound:
-            self._sums[sweep] = float(table["bits_per_dim"].sum()), ids.size
-        return table
+        return {name: column[chosen] for name, column in stored.items()}
 
     def _parts(self, solver: Solver) -> Parts:
         # Kept, because the identity needs the checksums of all parameters, which take time.
@@ -175,7 +169,7 @@ class CellRun(Driver):
         """Warnings about rows that earlier commands computed with other versions of packages."""
         others = [other for parts in self._parts_of.values() for other in parts.other_versions()]
         return [
-            f"{self.cell.name}: an earlier command computed some of the rows with other versions: "
+            f"{self.cell.title}: an earlier command computed some of the rows with other versions: "
             f"{other} (without the folder eval of the work directory, all rows are computed again)"
             for other in dict.fromkeys(others)
         ]

@@ -99,7 +99,7 @@ def bound_of(
         reduction=Reduction(inputs.control),
         n_times=max(config.n_times, 4),
         sweeps=config.sweeps,
-        progress="bound" if continuous else "bound in the same steps",
+        progress="bound" if continuous else f"bound in {codec.chain.steps} steps",
     ).estimate()
 
 

@@ -17,9 +17,10 @@ from absl import logging
 
 from sbml import bits, streams
 from sbml.experiment.build import Experiment
+from sbml.progress import Bar
 from sbml.pytrees import in_batches
 from sbml.report.plots import image_grid
-from sbml.runtime import progress, sharding
+from sbml.runtime import sharding
 from sbml.runtime.checkpoint import Restored
 from sbml.runtime.parts import Parts
 from sbml.runtime.preemption import Preemption
@@ -172,7 +173,8 @@ def stored(experiment: Experiment, restored: Restored, workdir: Workdir) -> Samp
     missing = np.setdiff1d(all_ids, parts.read().get("id", []))
     size = sharding.round_up(min(config.batch_size, config.num_images))
     sample = functools.partial(draw, experiment, restored.state.ema_params)
-    bar = progress.bar("sample", "image", len(all_ids), len(all_ids) - len(missing))
+    done = len(all_ids) - len(missing)
+    bar = Bar(f"samples by {config.sampler}", "sample", len(all_ids), done)
     with bar, Preemption() as preemption:
         for ids, batch in in_batches(sample, missing, size):
             if jax.process_index() == 0:

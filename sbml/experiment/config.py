@@ -29,6 +29,7 @@ from sbml.experiment.optim import Optim
 from sbml.experiment.sampling import Latents, Sampling
 from sbml.experiment.score import Network, Process, Score
 from sbml.experiment.training import Training
+from sbml.registry import hint
 from sbml.runtime import refusals
 from sbml.runtime.workdir import Workdir
 
@@ -116,6 +117,13 @@ def default(network: str = "ncsnpp", dequantizer: str = "variational") -> Config
     return config
 
 
+def named() -> dict[str, pathlib.Path]:
+    """The files of ``configs/`` by their names; in a checkout it is beside the package."""
+    folder = _PACKAGE / "configs"
+    folder = folder if folder.is_dir() else _PACKAGE.with_name("configs")
+    return {file.stem: file for file in sorted(folder.glob("*.py"))}
+
+
 def path_of(config: str) -> pathlib.Path:
     """The file of a config, which may be given by its name: ``digits_vp`` is the file
     ``configs/digits_vp.py``.
@@ -123,19 +131,18 @@ def path_of(config: str) -> pathlib.Path:
     path = pathlib.Path(config).expanduser()
     if path.is_file():
         return path
-    folder = _PACKAGE / "configs"  # In a checkout it is beside the package.
-    folder = folder if folder.is_dir() else _PACKAGE.with_name("configs")
-    named = {file.stem: file for file in sorted(folder.glob("*.py"))}
-    if config in named:
-        return named[config]
+    known = named()
+    if config in known:
+        return known[config]
     if path.is_dir() or config != path.stem:
-        what = "a folder" if path.is_dir() else "not there"
+        what = "a folder" if path.is_dir() else "no file"
         raise ValueError(
-            f"--config={config}: {path} is {what}; give a file such as configs/digits_vp.py"
+            f"--config={config} is {what}: give a file such as configs/digits_vp.py"
+            f"{hint(config, list(map(str, path.parent.glob('*.py'))))}"
         )
     raise ValueError(
-        f"--config={config}: no config has the name {config!r}; choose from {', '.join(named)}, or "
-        "give the path of a file"
+        f"--config={config}: no config has this name; choose from {', '.join(known)}, or give the "
+        f"path of a file{hint(config, known)}"
     )
 
 

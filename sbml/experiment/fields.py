@@ -15,6 +15,7 @@ import contextlib
 import dataclasses
 import functools
 import math
+import re
 import sys
 import typing
 from collections.abc import Collection, Iterator, Mapping
@@ -84,7 +85,18 @@ def section_errors(section: str) -> Iterator[None]:
 
 def refusal(name: str, value: Any, needs: str) -> ValueError:
     """The error for a field ``name`` with an invalid ``value``; ``needs`` says what is valid."""
-    return ValueError(f"{name}={value}: need {needs}")
+    return ValueError(f"{name}={shown(value)}: need {needs}")
+
+
+def shown(value: Any, form: str = "") -> str:
+    """``value`` as on the command line: 1e-5, 8,8,1 or None. A ``form`` such as ".3g" rounds a
+    number."""
+    if isinstance(value, tuple | list):
+        return ",".join(shown(item, form) for item in value)
+    if isinstance(value, float):
+        text = format(value, form) if form else repr(float(value))
+        return re.sub(r"e\+?(-?)0*", r"e\1", text)
+    return str(value)
 
 
 def _unwrapped(annotation: Any, rules: Collection[Any] = ()) -> tuple[Any, list[Any]]:
@@ -119,7 +131,8 @@ def needs(annotation: Any, rules: Collection[Any] = (), plural: bool = False) ->
         if bounds:  # The tightest counts.
             bound = (max if name[0] == "g" else min)(bounds)
             power = int(bound).bit_length() - 1
-            limits.append(f"{word} 2^{power}" if bound == 2**power > 2**15 else f"{word} {bound:g}")
+            is_power = bound == 2**power > 2**15
+            limits.append(f"{word} {f'2^{power}' if is_power else shown(float(bound), 'g')}")
     return f"{kinds_in_words.get(kind, kind)} {' and '.join(limits)}".strip()
 
 
@@ -165,7 +178,8 @@ class Section(pydantic.BaseModel):
         frozen=True, extra="forbid", strict=True, allow_inf_nan=False
     )
     section: ClassVar[str] = ""
-    siblings: ClassVar[tuple[str, ...]] = ()
+    origin: ClassVar[Any] = None  # the class whose fields these are (``section_of``)
+    siblings: ClassVar[tuple[str, ...]] = ()  # the fields of the section that names this class
 
     def __init__(self, **values: Any) -> None:
         try:
@@ -238,7 +252,8 @@ def _line(kind: type[Section], values: Mapping[str, Any], error: Any) -> str:
         return str(cause)
     wanted = "a section" if of_section else needs(found.annotation, found.metadata)
     if _beyond_float32(error["input"]) or _beyond_float32(_parsed(str(error["input"]), float)):
-        wanted += f", in float32, whose range is {SMALLEST:.2g} to {LARGEST:.2g}"
+        ends = " to ".join(shown(end, ".2g") for end in (SMALLEST, LARGEST))
+        wanted += f", in float32, whose range is {ends}"
     return str(refusal(kind.name_of(name), values.get(name), wanted))
 
 
@@ -286,7 +301,7 @@ def section_of(
             )
     about = f"The fields of ``{where}``, which explains them."
     made = pydantic.create_model(where, __base__=Section, __doc__=about, **fields)
-    made.section, made.siblings = section, taken
+    made.section, made.origin, made.siblings = section, kind, taken
     return made
 
 

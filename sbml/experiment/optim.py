@@ -11,7 +11,7 @@ import jax
 import optax
 from absl import logging
 
-from sbml.experiment.fields import Natural, Section, among, field
+from sbml.experiment.fields import Natural, Section, among, field, shown
 from sbml.types import Array
 
 # The program warns if the initial parameters weigh more than this in the averaged ones.
@@ -54,9 +54,10 @@ class Optim(Section):
         """Log warnings if a run of ``num_steps`` does not fit the warm-up or the average."""
         if num_steps <= self.warmup:
             logging.warning(
-                "%s.warmup=%d in a run of %d steps: the learning rate only rises, to %g; set "
+                "%s.warmup=%d in a run of %d steps: the learning rate only rises, to %s; set "
                 "--config.%s.warmup=%d",
-                *(self.section, self.warmup, num_steps, self.lr * num_steps / self.warmup),
+                *(self.section, self.warmup, num_steps),
+                shown(self.lr * num_steps / self.warmup, "g"),
                 *(self.section, num_steps // 10),
             )
         if (initial := self.ema**num_steps) > MOST_INITIAL:

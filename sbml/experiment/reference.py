@@ -5,12 +5,17 @@ documentation.
 """
 
 import inspect
+import re
 import textwrap
+import typing
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+from sbml import door
 from sbml.experiment.config import Config
-from sbml.experiment.fields import Chosen, Section, needs
+from sbml.experiment.fields import Chosen, Section, needs, shown
+from sbml.registry import hint
+from sbml.scalars import Number
 
 
 class Row(NamedTuple):
@@ -37,30 +42,70 @@ def rows(section: Section) -> list[Row]:
     for name, value in dict(section).items():
         if isinstance(value, Section):
             continue
-        shown = ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
         if name in known and (meaning := known[name].description):
             wanted = needs(known[name].annotation, known[name].metadata)
         else:
-            owner = getattr(section, section.choice) if isinstance(section, Chosen) else "its class"
-            wanted, meaning = "", f"field of {owner}"
-        found.append(Row(section.name_of(name), shown, wanted, meaning))
+            own = typing.get_type_hints(_origin(section), include_extras=True)[name]
+            wanted = door.needs(own).replace(door.needs(Number), "a number")
+            wanted = wanted.replace("a number, ", "a number ")
+            meaning = f"field of {_choice(section) or 'its class'}"
+        wanted = "True or False" if wanted == "bool" else wanted
+        found.append(Row(section.name_of(name), shown(value), wanted, meaning))
     return found
 
 
+def _choice(section: Section) -> str:
+    """The name of the class that ``section`` chooses; empty for one without a choice."""
+    return getattr(section, section.choice) if isinstance(section, Chosen) else ""
+
+
+def _origin(section: Section) -> Any:
+    """The class whose fields ``section`` has beside its own; None if there is none."""
+    return section.kind_of(_choice(section)) if isinstance(section, Chosen) else section.origin
+
+
+def overview() -> list[str]:
+    """A line for each section: how its fields are listed, and what it is for."""
+    about = {name: _first_sentence(section) for name, section in sections()}
+    return [
+        entry(f"--help={name}", re.split(r"[:;.] |, which explains|[.]$", text)[0])
+        for name, text in about.items()
+    ]
+
+
+def entry(head: str, meaning: str) -> str:
+    """A flag and its meaning in two columns, for a terminal."""
+    lines = textwrap.wrap(meaning.replace("``", ""), 71)
+    first = f"  {head:26} " if len(head) <= 26 else f"  {head}\n{'':29}"
+    return first + f"\n{'':29}".join(lines)
+
+
 def text(name: str) -> str:
-    """The fields of the section called ``name``, for a terminal; "config" has all sections."""
+    """The fields of the section called ``name``, for a terminal; "config" has all sections.
+
+    Raises:
+      ValueError: there is no such section.
+    """
     known = dict(sections())
     if name not in known:
-        return f"--help={name}: choose from {', '.join(known)}"
+        raise ValueError(f"--help={name}: choose from {', '.join(known)}{hint(name, known)}")
     lines = []
     for section_name, section in known.items():
         if name != "config" and not f"{section_name}.".startswith(f"{name}."):
             continue
-        lines.append(f"\n{_first_sentence(section)}\n")
+        about = f"{section_name}: {_first_sentence(section)}".replace("``", "")
+        lines.append(f"\n{textwrap.fill(about, 92)}\n")
         for row in rows(section):
             lines.append(f"  --config.{row.name}={row.default}")
             wanted = f"{row.meaning} ({row.needs})" if row.needs else row.meaning
-            lines += textwrap.wrap(wanted, 92, initial_indent=" " * 6, subsequent_indent=" " * 6)
+            lines += textwrap.wrap(
+                wanted.replace("``", ""), 92, initial_indent=" " * 6, subsequent_indent=" " * 6
+            )
+        origin = _origin(section)
+        if origin is not None:
+            about = (inspect.getdoc(origin) or "").replace("``", "")
+            lines.append(f"\n  {_choice(section) or origin.__name__}:\n")
+            lines.append(textwrap.indent(about, "      "))
     return "\n".join(lines)
 
 
@@ -72,7 +117,7 @@ INTRODUCTION = """# Fields of a config
 
 A config file sets these fields, and `--config.FIELD=VALUE` sets them on the command line.
 `--help=SECTION` shows the fields of one section in a terminal. The fields of the network, the SDE
-and the dequantizer are explained by their classes.
+and the dequantizer are explained by their classes, whose text `--help=SECTION` also shows.
 """
 
 

@@ -16,7 +16,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from sbml import data
 from sbml.experiment.config import Config
 from sbml.experiment.data import Data
-from sbml.experiment.fields import plain
+from sbml.experiment.fields import plain, shown
 from sbml.experiment.score import Process
 from sbml.experiment.training import Training, smallest_time, smallest_trained_time
 from sbml.runtime.checkpoint import OtherModelError
@@ -63,7 +63,7 @@ def with_fields(config: Config, sections: Sections) -> tuple[Config, list[str]]:
             now = {k: value for k, value in now.items() if not k.startswith(f"{section}.")}
         now |= {f"{section}.{field}": plain(value) for field, value in fields.items()}
     lines = [
-        f"config.{name}={value!r}, as in the checkpoint, replaces {before[name]!r}"
+        f"config.{name}={shown(value)}, as in the checkpoint, replaces {shown(before[name])}"
         for name, value in now.items()
         if name in before and before[name] != value
     ]
@@ -94,9 +94,9 @@ def _differences(config: Config, metadata: Metadata, *names: str) -> list[Differ
 def _refuse(different: list[Difference], otherwise: str = "") -> None:
     """Raise an error if there are differences; ``otherwise`` says what else the user can do."""
     if different:
-        said = [f"config.{name} is {a!r}, the checkpoint's is {b!r}" for name, a, b in different]
-        texts = [",".join(map(str, b)) if isinstance(b, list) else str(b) for *_, b in different]
-        flags = [f"--config.{d[0]}={text}" for d, text in zip(different, texts, strict=True)]
+        texts = [(name, shown(ours), shown(theirs)) for name, ours, theirs in different]
+        said = [f"config.{name} is {a}, the checkpoint's is {b}" for name, a, b in texts]
+        flags = [f"--config.{name}={theirs}" for name, _, theirs in texts]
         raise OtherModelError(
             f"the checkpoint is of another model: {'; '.join(said)}. Use the --config of its "
             f"training, or set {' '.join(flags)}{otherwise}"
@@ -176,8 +176,8 @@ def unseen_times(metadata: Metadata, eps: float, section: str = "eval") -> list[
     if eps >= 0.99 * first:  # A smaller difference may be rounding.
         return []
     return [
-        f"{section}: times begin at t={eps:.3g}, but the network was trained only from "
-        f"t={first:.3g} on: set --config.{section}.smallest_time={first:.3g}"
+        f"{section}: times begin at t={shown(eps, '.3g')}, but the network was trained only from "
+        f"t={shown(first, '.3g')} on: set --config.{section}.smallest_time={shown(first, '.3g')}"
     ]
 
 
@@ -204,7 +204,8 @@ def changed_settings(metadata: Metadata, ours: Metadata, prefix: str) -> list[st
     if prefix:  # A dequantizer's loss is the bound with these times and this smallest time.
         names += ["training.times", "eval.smallest_time"]
     names += [k for k in now if k.startswith(sections) and k.rpartition(".")[2] not in free]
-    return [f"{k} {before.get(k)} -> {v}" for k in names if (v := now.get(k)) != before.get(k)]
+    changed = [k for k in names if now.get(k) != before.get(k)]
+    return [f"{k} {shown(before.get(k))} -> {shown(now.get(k))}" for k in changed]
 
 
 def earlier_data(metadata: Metadata, images: data.ImageSet) -> list[dict[str, Any] | None]:

@@ -15,8 +15,10 @@ because that mode makes the model. ``--mode`` also takes a function of another p
 modes share.
 """
 
+import ast
 import inspect
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 from sbml.experiment.build import Experiment
@@ -32,21 +34,25 @@ MODES = Registry(
     "mode",
     {
         name: f"sbml.modes.{name}:run"
-        for name in (
-            *(
-                "audit",
-                "compare",
-                "compress",
-                "convert",
-                "decompress",
-                "eval",
-                "latents",
-                "quality",
-            ),
-            *("report", "sample", "stats", "table", "train", "train_dequantizer", "verify"),
+        for name in (  # in the order of their use
+            *("train", "train_dequantizer", "convert", "eval", "sample", "stats", "quality"),
+            *("latents", "report", "compare", "compress", "decompress", "table"),
+            *("verify", "audit"),
         )
     },
 )
+
+
+def overview() -> list[tuple[str, str]]:
+    """The flags of each mode and what it does, from the first paragraph of its file's docstring:
+    "What it does: ``--mode=...``." No mode is imported, which would take seconds."""
+    lines = []
+    for name in MODES:
+        source = Path(__file__).with_name(f"{name}.py").read_text()
+        about = " ".join((ast.get_docstring(ast.parse(source)) or "").partition("\n\n")[0].split())
+        meaning, _, flags = about.removesuffix("``.").rpartition(": ``")
+        lines.append((flags, f"{meaning}."))
+    return lines
 
 
 def parameters_of(mode: Mode) -> set[str]:

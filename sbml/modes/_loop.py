@@ -21,8 +21,9 @@ from sbml.data import ImageSet, prefetch, train_batches
 from sbml.experiment import trained
 from sbml.experiment.training import Loop
 from sbml.platform import compiler_options, platform
+from sbml.progress import Bar
 from sbml.report.plots import write_png
-from sbml.runtime import metrics, peers, progress, sharding
+from sbml.runtime import metrics, peers, sharding
 from sbml.runtime.checkpoint import Checkpoints
 from sbml.runtime.history import noted
 from sbml.runtime.preemption import Preemption
@@ -145,16 +146,17 @@ def _train(task: Task, checkpoints: Checkpoints, preemption: Preemption) -> int:
                 aside = aside.with_name(f"{aside.name}.earlier")
             path.replace(aside)
     rows: list[tuple[float, float]] = []  # loss and grad_norm of the steps since the last row
+    text = ""  # what the bar says about the last row
     since = time.perf_counter()
-    bar = progress.bar(task.name, "step", total, start)
+    bar = Bar(task.name, "step", total, min(start, total))
 
     def log(step: int) -> None:
         """Write the means of ``rows``, which end with ``step``, and begin a new row."""
-        nonlocal rows, since
+        nonlocal rows, since, text
         now = time.perf_counter()
         loss, norm = map(float, np.mean(np.asarray(rows), axis=0))
         rate = len(rows) * training.batch_size / task.repeats / (now - since)
-        bar.set_postfix_str(f"loss {loss:.4f}, {rate:.0f} {task.images.unit}s/s", refresh=False)
+        text = f"loss {loss:.4f}, the mean of {len(rows)} steps"
         if writer:
             seconds = writer.seconds + now - since
             values = {"loss": loss, "grad_norm": norm, "images_per_s": rate, "seconds": seconds}
@@ -188,10 +190,10 @@ def _train(task: Task, checkpoints: Checkpoints, preemption: Preemption) -> int:
                             message = f"step {step}: loss {loss}, gradient norm {norm}"
                             raise NonFiniteLoss(f"{message}; {_remedy(task, checkpoints)}")
                         rows.append((loss, norm))
-                    bar.update(stride)
                     # A save ends a row too: a run that goes on from it begins with a new one.
                     if _passed(end, stride, training.log_every) or (save and not pending):
                         log(end)
+                    bar.update(stride, text)
 
                 if save:  # If no save succeeds from here on, ``checkpoints`` raises an error.
                     checkpoints.save(done, state, provenance)

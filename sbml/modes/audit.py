@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from sbml.audit.mistakes import MISTAKES, Mistake
 from sbml.audit.ours import OURS
 from sbml.audit.suite import FAIL, WORLDS, Estimator, Report, audit
+from sbml.progress import over
 from sbml.runtime.versions import versions
 
 FIRST = next(iter(WORLDS))
@@ -24,7 +25,9 @@ def reports(
     with ThreadPoolExecutor() as pool:  # Most of the time is compilation, which runs in parallel.
         right = [pool.submit(audit, each) for each in ours]
         wrong = [pool.submit(audit, each.estimator, first) for each in mistakes]
-        return [each.result() for each in right], [each.result() for each in wrong]
+        jobs = [*right, *wrong]
+        found = [job.result() for job in over(jobs, "audit", "estimator", len(jobs))]
+    return found[: len(right)], found[len(right) :]
 
 
 def row(report: Report, result: str) -> str:

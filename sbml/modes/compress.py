@@ -11,7 +11,7 @@ from sbml.codec import bits_back, file
 from sbml.evaluation import coding
 from sbml.evaluation.inputs import Inputs
 from sbml.experiment.build import Experiment
-from sbml.runtime import progress
+from sbml.progress import Bar
 from sbml.runtime.parts import Resumable
 from sbml.runtime.trees import tree_crc32
 from sbml.runtime.workdir import CODEC, IMAGES, Workdir
@@ -46,12 +46,11 @@ def run(experiment: Experiment, workdir: Workdir, source: str = "") -> None:
         state = bits_back.State.of_arrays(stored) if stored else bits_back.first_state(codec)
         initial = 32 * codec.initial_words * lanes
         done, unit = len(state.terms), pixels[0].size
-        with inputs.preemption, progress.bar("encode", "image", len(pixels), done) as bar:
+        with inputs.preemption, Bar("compress", "image", len(pixels), done) as bar:
             for after in bits_back.encode(codec, pixels, state):
                 state = after
-                bar.update(len(state.terms) - bar.n)
-                net = (32 * state.words.size - initial) / (bar.n * unit)
-                bar.set_postfix_str(f"{net:.3f} bits/dim", refresh=False)
+                net = (32 * state.words.size - initial) / (len(state.terms) * unit)
+                bar.update(len(state.terms) - bar.n, f"net {net:.3f} bits/dim")
                 resumable.store(state._asdict(), now=inputs.preemption.requested())
                 inputs.preemption.leave_if_requested("the images so far are stored")
         header, content = file.packed(codec, pixels, state, made_by)

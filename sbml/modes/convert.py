@@ -1,4 +1,5 @@
-"""Converts a model of other published code: ``--mode=convert --source=DIR``."""
+"""Converts a model of other published code:
+``--mode=convert --source=DIR [--pixels=centred|unit|bins]``."""
 
 from etils import epath
 

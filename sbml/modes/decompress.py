@@ -12,8 +12,8 @@ from sbml.codec import bits_back, file
 from sbml.codec.file import CodedFileError, DamagedStacksError
 from sbml.evaluation import coding
 from sbml.experiment.build import Experiment
+from sbml.progress import Bar
 from sbml.report import summary
-from sbml.runtime import progress
 from sbml.runtime.parts import Resumable
 from sbml.runtime.preemption import Preemption
 from sbml.runtime.workdir import CODEC, IMAGES, RESTORED, Workdir
@@ -51,7 +51,7 @@ def run(experiment: Experiment, workdir: Workdir, source: str = "", to: str = ""
         stored = resumable.load()
         first = bits_back.last_state(codec, header.count, stacks)
         state = bits_back.State.of_arrays(stored) if stored else first
-        bar = progress.bar("decode", "image", header.count, len(state.pixels))
+        bar = Bar("decompress", "image", header.count, len(state.pixels))
         with bar, Preemption() as preemption:
             for after in bits_back.decode(codec, header.count, state):
                 state = after

@@ -22,6 +22,7 @@ from sbml.data import spread
 from sbml.evaluation.samples import grid, to_bins
 from sbml.experiment.build import Experiment
 from sbml.ode import Solver, transport
+from sbml.progress import Bar
 from sbml.report.plots import write_png
 from sbml.runtime import sharding
 from sbml.runtime.workdir import LATENTS, Workdir
@@ -98,18 +99,22 @@ def run(experiment: Experiment, workdir: Workdir) -> None:
     # The term ``correction`` of a likelihood corrects the error of the solver's path. There is no
     # such term here, so the tolerances are ten times smaller.
     ode: dict[str, Any] = {"sde": sde, "solver": config.eval.solver().tighter(10)}
-    with jax.default_matmul_precision(config.eval.precision):
+    colours = config.data.shape[-1] == 3
+    tasks = {"inpainting": False, **({"colourisation": True} if colours else {})}
+    bar = Bar(f"latents of {len(ids)} images", "picture", 2 + len(tasks))
+    with bar, jax.default_matmul_precision(config.eval.precision):
         x = bits.to_model(jnp.asarray(images.images[ids]), 0.5, images.levels) / factor
         z = solve(score, x, t0=experiment.eval_eps, t1=sde.T, **ode)
         reconstruction = solve(score, z, t0=sde.T, t1=experiment.eval_eps, **ode)
         error = jnp.abs(reconstruction - x).reshape(len(x), -1).max(axis=1)
-        z_between = interpolate(z, options.frames).reshape(-1, *config.data.shape)
         # Each picture: images in [-1, 1], and the number of columns of the grid.
-        pictures = {
-            "reconstruction": (jnp.concatenate([x, reconstruction]), len(x)),
-            "interpolation": (solve(score, z_between, t0=sde.T, t1=eps, **ode), options.frames),
-        }
-        tasks = {"inpainting": False, **({"colourisation": True} if x.shape[-1] == 3 else {})}
+        pictures = {"reconstruction": (jnp.concatenate([x, reconstruction]), len(x))}
+        jax.block_until_ready(pictures)
+        bar.update()
+        z_between = interpolate(z, options.frames).reshape(-1, *config.data.shape)
+        between = solve(score, z_between, t0=sde.T, t1=eps, **ode)
+        pictures["interpolation"] = jax.block_until_ready(between), options.frames
+        bar.update()
         for name, colours in tasks.items():
             new = completions(score, x, sde=sde, eps=eps, sampler=sampler, colours=colours)
             # What is kept comes first; the part that a completion replaces is grey there.
@@ -118,6 +123,8 @@ def run(experiment: Experiment, workdir: Workdir) -> None:
                 kept = jnp.broadcast_to(jnp.mean(x, axis=-1, keepdims=True), x.shape)
             shown = jnp.concatenate([kept[:, None], new, x[:, None]], axis=1)
             pictures[name] = shown.reshape(-1, *config.data.shape), shown.shape[1]
+            jax.block_until_ready(shown)
+            bar.update()
     pixels = {
         name: bits.to_pixels(values * factor, images.levels)
         for name, (values, _) in pictures.items()

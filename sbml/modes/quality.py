@@ -23,10 +23,11 @@ from sbml.experiment import trained
 from sbml.experiment.build import Experiment
 from sbml.experiment.config import Config
 from sbml.features import EXTRACTORS, Extractor
+from sbml.progress import Bar
 from sbml.report import summary
 from sbml.report.plots import write_png
 from sbml.report.result import strict
-from sbml.runtime import progress
+from sbml.runtime import refusals
 from sbml.runtime.files import intact_npz, write_npz
 from sbml.runtime.trees import tree_crc32
 from sbml.runtime.workdir import NEIGHBOURS, QUALITY, SAMPLES, Workdir
@@ -83,10 +84,10 @@ def run(experiment: Experiment, workdir: Workdir) -> None:
         "neighbours_crc32": zlib.crc32(workdir.read_png(NEIGHBOURS)),
     }
     workdir.write(QUALITY, strict(result))
-    summary.write(workdir, config.data.images)
     print(f"{len(images)} samples of step {step}")
     for name, value in values.items():
         print(f"{name}: {value:.4g}")
+    summary.write(workdir, config.data.images)
 
 
 def extractor(config: Config) -> Extractor:
@@ -106,10 +107,11 @@ def features_of(
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Features ``(m, d)`` and class probabilities ``(m, classes)`` of ``images``, in chunks of
     m <= ``CHUNK`` images; ``name`` is for the progress bar."""
-    with progress.bar(f"features of {name}", "image", len(images)) as bar:
+    with Bar(f"features of {name}", "image", len(images)) as bar:
         for start in range(0, len(images), CHUNK):
-            yield extract(np.asarray(images[start : start + CHUNK]))
+            found = extract(np.asarray(images[start : start + CHUNK]))
             bar.update(min(CHUNK, len(images) - start))
+            yield found
 
 
 def reference(
@@ -139,8 +141,9 @@ def reference(
         stored = {"mean": moments.mean, "cov": moments.cov, "count": np.asarray(moments.size)}
         stored["features"] = np.concatenate(kept)
         write_npz(path, stored)
-        print(f"statistics of {images.name} {images.split}, n={moments.size}: {path}")
-    return Moments(stored["mean"], stored["cov"], int(stored["count"])), stored["features"]
+    split, count = f"{images.name} {images.split}", int(stored["count"])
+    print(f"statistics of the features of {split}, n={count}: {refusals.relative(str(path))}")
+    return Moments(stored["mean"], stored["cov"], count), stored["features"]
 
 
 def distances_of_features(

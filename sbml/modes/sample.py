@@ -80,10 +80,10 @@ def run(experiment: Experiment, workdir: Workdir) -> None:
                     write_png(workdir / "samples_strip.png", strip)
                 else:  # A strip that is there shows samples of an earlier run.
                     (workdir / "samples_strip.png").unlink(missing_ok=True)
-                summary.write(workdir, load)
                 print(
                     f"{len(drawn.images)} samples by {config.sampler}, "
                     f"{drawn.nfe.mean():.0f} evaluations each: {workdir / 'samples.png'}"
                 )
+                summary.write(workdir, load)
         finally:  # The next mode reads the samples in all processes.
             sharding.barrier("samples written")

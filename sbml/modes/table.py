@@ -30,8 +30,9 @@ from sbml.experiment.build import Experiment
 from sbml.intervals import mean_interval
 from sbml.modes import _loop as loop
 from sbml.modes import train
+from sbml.progress import over
 from sbml.report import table as page
-from sbml.runtime import metrics, progress
+from sbml.runtime import metrics
 from sbml.runtime.checkpoint import OtherModelError
 from sbml.runtime.workdir import Workdir
 from sbml.score import LEVELS
@@ -78,7 +79,8 @@ def run(experiment: Experiment, workdir: Workdir) -> None:
         loop.run(_task(experiment, rows), config.training.checkpoints(workdir))
         curve, step, density = _chosen(experiment, workdir, _some(validation.images))
         baselines = densities.fit(*(s.images.astype(np.float64) for s in (rows, validation)))
-        found = density.logp(test.images, progress=True)
+        name = f"log p of {len(test)} standardized rows"
+        found = density.logp(test.images, progress=name)
         z = test.images.astype(np.float64)
         logp = {each.name: each.logp(z) + test.log_det for each in baselines}
         found = dataclasses.replace(found, values=found.values + test.log_det)
@@ -200,10 +202,9 @@ def _chosen(
     for restored in experiment.restore_each(workdir):
         candidates[restored.step] = density(restored.state.ema_params)
     scores = {}
-    with progress.bar("log p of the validation rows", "checkpoint", len(candidates)) as bar:
-        for step, candidate in candidates.items():
-            scores[step] = candidate.logp(validation, check=False).mean
-            bar.update()
+    name = f"log p of {len(validation)} validation rows"
+    for step, candidate in over(candidates.items(), name, "checkpoint", len(candidates)):
+        scores[step] = candidate.logp(validation, check=False).mean
     best = max(scores, key=lambda step: scores[step] if np.isfinite(scores[step]) else -np.inf)
     curve = [{"step": step, "log_p_z": score} for step, score in scores.items()]
     return curve, best, candidates[best]

@@ -1,4 +1,6 @@
-"""Trains a score, ``--mode=train``: uint8 batch -> dequantize -> perturb -> score -> loss.
+"""Trains a score: ``--mode=train``.
+
+    uint8 batch -> dequantize -> perturb -> score -> loss
 
     loss = 1/d  mean over the batch of  weight(t) 1/2 w(t) ||sigma s(x_t, t) + z||^2     nats/dim
 

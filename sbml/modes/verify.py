@@ -17,6 +17,7 @@ import jax
 
 from sbml import compiler
 from sbml.codec import stack
+from sbml.progress import over
 from sbml.runtime.versions import versions
 from sbml.sdes import SDES
 from sbml.verify.codec import codec_rows
@@ -41,11 +42,12 @@ def checks(sdes: Sequence[str] = tuple(SDES)) -> list[Row]:
             compiler.check()
             return list(rows())
 
-    jobs = [functools.partial(continuous_checks, name, SDES[name]()) for name in sdes]
+    jobs: list[Callable[[], Iterable[Row]]] = [functools.partial(discrete_checks, sdes)]
+    jobs += [functools.partial(continuous_checks, name, SDES[name]()) for name in sdes]
     for of_one in (codec_rows, shared_rows, evaluation_rows):  # One SDE is enough.
         jobs.append(functools.partial(of_one, sdes[0], SDES[sdes[0]]()))
     with ThreadPoolExecutor() as pool:  # Most of the time is compilation, which runs in parallel.
-        parts = pool.map(in_float64, [functools.partial(discrete_checks, sdes), *jobs])
+        parts = over(pool.map(in_float64, jobs), "verify", "group of row", len(jobs))
         discrete, *continuous = parts
     rows = [row for part in (*continuous, discrete) for row in part]
     return sorted(rows, key=lambda row: sdes.index(row.sde))

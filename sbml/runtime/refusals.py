@@ -5,6 +5,8 @@ error, such as a ValueError of a library that was called with wrong arguments, i
 program, so its traceback is shown.
 """
 
+import os
+import re
 import traceback
 from pathlib import Path
 
@@ -31,4 +33,13 @@ def line(error: BaseException) -> str | None:
         c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode()
         for c in str(error)
     )
-    return f"{type(error).__name__}: {''.join(printable)}"
+    return f"{type(error).__name__}: {relative(''.join(printable))}"
+
+
+def relative(text: str) -> str:
+    """``text`` with the paths below the folder in which the program runs relative to it."""
+    try:
+        here = os.getcwd()
+    except OSError:  # The folder was removed.
+        return text
+    return text if here == "/" else re.sub(rf"(?<![\w./~-]){re.escape(here)}/", "", text)

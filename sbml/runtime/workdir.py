@@ -20,7 +20,7 @@ from typing import Any, Self
 
 from etils import epath
 
-from sbml.runtime import lock
+from sbml.runtime import lock, refusals
 from sbml.runtime.files import (
     read_json,
     read_npz,
@@ -59,7 +59,8 @@ class Workdir(os.PathLike):
 
     def __init__(self, path: epath.PathLike) -> None:
         try:
-            self.path = epath.Path(path).expanduser()  # Shells do not expand --workdir=~/runs.
+            expanded = epath.Path(path).expanduser()  # Shells do not expand --workdir=~/runs.
+            self.path = epath.Path(refusals.relative(str(expanded)))
         except KeyError:
             raise ValueError(
                 f"{path} is no folder of a known kind: set --workdir to a local path, or to "

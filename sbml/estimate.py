@@ -13,6 +13,7 @@ from sbml import intervals, ode
 from sbml.intervals import Interval
 from sbml.likelihood import PriorError
 from sbml.ode import Solver
+from sbml.scalars import notation
 
 Ids = Integer[np.ndarray, "n"]
 Values = Num[np.ndarray, "n"]
@@ -105,8 +106,8 @@ class Estimate:
         low, high = self.population.bounds
         own = f"{self.this_set_ci95:.4f}" if self.this_set_ci95 < math.inf else " not measured"
         text = (
-            f"{self.mean:.4f} {self.unit} at t={self.eps:.3g}, 95% interval [{low:.4f}, "
-            f"{high:.4f}], for these examples +-{own}, n={self.population.n}"
+            f"{self.mean:.4f} {self.unit} at t={notation(self.eps, '.3g')}, 95% interval "
+            f"[{low:.4f}, {high:.4f}], for these examples +-{own}, n={self.population.n}"
         )
         if self.solver is not None and self.solver_error is None:
             text += ", the solver's error was not measured"
@@ -165,8 +166,8 @@ class Estimate:
         rounding = float(precision.eps) * np.max(np.abs(self.values), initial=0.0, where=~lost)
         remedy = f"raise {section}max_steps={solver.max_steps}"
         too_large = (
-            f"{precision.dtype} rounds the largest numbers by {rounding:.1g}: give x in the scale "
-            "of the score, or compute in float64 (jax_enable_x64)"
+            f"{precision.dtype} rounds the largest numbers by {notation(rounding, '.1g')}: give x "
+            "in the scale of the score, or compute in float64 (jax_enable_x64)"
         )
         if lost.any():
             most = int(np.max(self.nfe[lost]))
@@ -186,7 +187,8 @@ class Estimate:
         elif error.nonfinite:
             strict = reference(solver)
             known = (
-                f"a stricter solve (rtol={strict.rtol:g}, atol={strict.atol:g}) gave up for "
+                f"a stricter solve (rtol={notation(strict.rtol, 'g')}, "
+                f"atol={notation(strict.atol, 'g')}) gave up for "
                 f"{error.nonfinite} of {error.n} numbers, so the solver's error is not known"
             )
             remedy = too_large if rounding > self.budget else remedy
@@ -242,9 +244,10 @@ def outlier_line(
 
 def excess(gap: Interval, budget: float) -> str:
     """What is known of a solver's error that is not :func:`within` the budget."""
+    mean, half, most = (notation(v, ".3g") for v in (gap.mean, gap.ci95, abs(gap.mean) + gap.ci95))
     return (
-        f"the solver's error is {gap.mean:.3g} +- {gap.ci95:.3g} on {gap.n} numbers, so up to "
-        f"{abs(gap.mean) + gap.ci95:.3g}, above the budget {budget:g}"
+        f"the solver's error is {mean} +- {half} on {gap.n} numbers, so up to {most}, above the "
+        f"budget {notation(budget, 'g')}"
     )
 
 

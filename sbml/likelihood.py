@@ -47,7 +47,7 @@ from sbml import divergence, ode, scalars
 from sbml.divergence import Trace
 from sbml.door import checked
 from sbml.ode import Solver, Stats, velocity
-from sbml.scalars import Number
+from sbml.scalars import Number, notation
 from sbml.sdes import SDE
 from sbml.types import Example, Key, Scalar, Score, in_full_precision
 
@@ -86,8 +86,8 @@ class PriorError(NamedTuple):
     def line(self, unit: str) -> str:
         """The error in ``unit``, as a line of its own below the number."""
         return (
-            f"\n    the prior in place of p_T: KL(p_T || pi) = {self.mean:.2g} {unit}; the error "
-            f"of one example is about {self.each:.2g}"
+            f"\n    the prior in place of p_T: KL(p_T || pi) = {notation(self.mean, '.2g')} "
+            f"{unit}; the error of one example is about {notation(self.each, '.2g')}"
         )
 
 

@@ -20,7 +20,6 @@ from sbml.experiment import config as configs
 from sbml.experiment import reference
 from sbml.experiment.build import Experiment
 from sbml.experiment.config import Config
-from sbml.experiment.fields import shown
 from sbml.experiment.trained import of_workdir
 from sbml.experiment.training import Training
 from sbml.modes import GIVEN, MODES, Mode, execute, parameters_of
@@ -29,6 +28,7 @@ from sbml.registry import hint
 from sbml.runtime import cpu, peers, refusals, sharding
 from sbml.runtime.preemption import Preemption
 from sbml.runtime.workdir import Workdir
+from sbml.scalars import notation
 
 CONFIG = flags.DEFINE_string(
     "config",
@@ -213,7 +213,7 @@ def settings(config: Config, given: Mapping[str, str]) -> str:
     prefix = "config."
     names = [name.removeprefix(prefix) for name in given if name.startswith(prefix)]
     values = flatten_dict(config.plain(), sep=".")
-    each = [f"--config.{name}={shown(values[name])}" for name in names if name in values]
+    each = [f"--config.{name}={notation(values[name])}" for name in names if name in values]
     return f", with {' '.join(each)}" if each else ""
 
 

@@ -40,6 +40,7 @@ from sbml.scalars import (
     at_most,
     between,
     finite,
+    notation,
     one_of,
     positive,
 )
@@ -93,8 +94,9 @@ def check_tolerances(solver: "Solver", dtype: Any, name: str = "", factor: float
     for field in ("rtol", "atol") if solver.fixed_steps is None else ():
         if not scalars.is_traced(value := getattr(solver, field)) and np.any(value < least):
             raise ValueError(
-                f"{name}{field}={value:g}: must be at least {least:g} in {jnp.dtype(dtype)}, "
-                "because of its rounding errors; smaller errors need jax_enable_x64"
+                f"{name}{field}={notation(value, 'g')}: must be at least "
+                f"{notation(least, 'g')} in {jnp.dtype(dtype)}, because of its rounding errors; "
+                "smaller errors need jax_enable_x64"
             )
 
 

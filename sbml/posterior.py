@@ -23,6 +23,7 @@ from scipy import special
 
 from sbml import intervals
 from sbml.intervals import Interval
+from sbml.scalars import notation
 
 Table = Float[np.ndarray, "n C"]
 Part = Float[np.ndarray, "m C"]  # of a subset of the examples
@@ -141,10 +142,10 @@ class Posterior:
         n, count = self.log_prob.shape
         text = (
             f"posterior of {count} conditions for {n} examples; on {self.noise.n} of them, the "
-            f"error of log p is {self.log_prob_error.mean:.2g} nats by the solver and "
-            f"{self.log_prob_noise.mean:.2g} by the draws, that of a probability "
-            f"{self.solver_error.mean:.2g} and {self.noise.mean:.2g}, and {self.changed:.1%} of "
-            "the decisions change"
+            f"error of log p is {notation(self.log_prob_error.mean, '.2g')} nats by the solver and "
+            f"{notation(self.log_prob_noise.mean, '.2g')} by the draws, that of a probability "
+            f"{notation(self.solver_error.mean, '.2g')} and {notation(self.noise.mean, '.2g')}, "
+            f"and {self.changed:.1%} of the decisions change"
         )
         if len(self.lost):
             text += f"; the solver gave up for {len(self.lost)} examples"
@@ -204,7 +205,8 @@ class Importance:
         text = (
             f"log Z = {self.log_z.mean:.4f} +- {self.log_z.ci95:.4f} nats (95%), effective sample "
             f"size {self.effective:.0f} of {len(self.log_weights)}, error by the solver "
-            f"{self.solver_error.mean:.1g} +- {self.solver_error.ci95:.1g}"
+            f"{notation(self.solver_error.mean, '.1g')} +- "
+            f"{notation(self.solver_error.ci95, '.1g')}"
         )
         if self.heavy_tailed:
             text += (

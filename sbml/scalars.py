@@ -5,6 +5,7 @@ result for a tracer is computed by JAX.
 """
 
 import math
+import re
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -58,6 +59,17 @@ if TYPE_CHECKING:
     Number = Any
 else:  # A float, or a scalar array.
     Number = Annotated[float | Real[jax.Array | np.ndarray | np.number, ""], representable]
+
+
+def notation(value: Any, form: str = "") -> str:
+    """``value`` as a person writes it: 1e-5, 8,8,1 or None. A ``form`` such as ".3g" rounds a
+    number."""
+    if isinstance(value, tuple | list):
+        return ",".join(notation(item, form) for item in value)
+    if isinstance(value, float):
+        text = format(value, form) if form else repr(float(value))
+        return re.sub(r"e\+?(-?)0*", r"e\1", text)
+    return str(value)
 
 
 def is_traced(*values: Number) -> bool:

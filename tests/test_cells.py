@@ -57,7 +57,7 @@ def test_solver_guard_measures_the_solvers_error(trained, tmp_path):
     assert not result.converged
     (warning,) = (w for w in run.result(result).warnings() if "NOT CONVERGED" in w)
     assert f"NOT CONVERGED: the solver's error is {error:.3g} +-" in warning
-    assert warning.endswith("above the budget 1e-05; lower eval.rtol and eval.atol")
+    assert warning.endswith("above the budget 1e-5; lower eval.rtol and eval.atol")
 
 
 @pytest.mark.parametrize(("size", "converged"), [(4e-3, False), (1e-4, True)])
@@ -245,7 +245,7 @@ def test_target_se_sweeps_until_it_is_reached(trained, tmp_path):
     short = cell_run(trained, tmp_path, BOUND, sweeps=3, max_sweeps=4, target_se=1e-9)
     few = short.finish()
     (warning,) = short.result(few).warnings()
-    assert few.sweeps == 4 and "after 4 sweeps" in warning and "target_se=1e-09" in warning
+    assert few.sweeps == 4 and "after 4 sweeps" in warning and "target_se=1e-9" in warning
 
 
 def test_a_target_is_not_judged_by_few_sweeps(trained, tmp_path):

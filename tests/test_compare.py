@@ -114,8 +114,8 @@ def test_the_mode_writes_a_page_and_its_numbers(tmp_path, capsys):
     numbers = json.loads((tmp_path / "out" / "comparison.json").read_text())
     assert numbers["cells"][0]["rows"][1]["difference"] == 0.0
     out = capsys.readouterr().out
-    assert "bits/dim at t=1e-05, +0.0000 [+0.0000, +0.0000], n=50" in out
-    assert page.count('<td class="number">1e-05</td>') == 2
+    assert "bits/dim at t=1e-5, +0.0000 [+0.0000, +0.0000], n=50" in out
+    assert page.count('<td class="number">1e-5</td>') == 2
 
 
 def test_samples_of_another_checkpoint_are_not_shown(tmp_path):

@@ -137,7 +137,7 @@ def test_bits_per_dim_are_of_the_integers() -> None:
     assert f"bits/dim at t=0.001, {interval}, {own}" in str(estimate)
     assert estimate.eps == (-estimate).eps == EPS
     vp = density(eps=None).bound(data(2), sweeps=2)
-    assert vp.eps == 1e-5 and "nats at t=1e-05, 95% interval" in str(vp)
+    assert vp.eps == 1e-5 and "nats at t=1e-5, 95% interval" in str(vp)
     assert estimate.population.ci95 != pytest.approx(estimate.this_set_ci95, rel=1e-3)
 
 

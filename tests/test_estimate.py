@@ -76,7 +76,7 @@ GAVE_UP = np.append(errors_of(0.0, 1e-5, 5), [np.nan] * 3)
         ),
         (
             solved(GAVE_UP),
-            "a stricter solve (rtol=2e-05, atol=2e-05) gave up for 3 of 8 numbers",
+            "a stricter solve (rtol=2e-5, atol=2e-5) gave up for 3 of 8 numbers",
             STEPS,
         ),
         (solved(errors_of(0, 0), lost=2, nfe=8001), "2 of 1000 numbers are not finite", STEPS),

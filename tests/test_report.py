@@ -204,7 +204,7 @@ def test_page_shows_the_numbers(tmp_path: Path) -> None:
     for shown in (
         "1.980 bits/dim",
         "95% confidence interval 1.957 to 2.004",
-        f"ode · uniform · test, {N} images, smallest time t = 1e-05.",
+        f"ode · uniform · test, {N} images, smallest time t = 1e-5.",
         "0.410 bits/dim below the best baseline, per-pixel histogram.",
         "1,030,000",
         "50.2",

@@ -17,10 +17,11 @@ from sbml import dequantizers, networks, sdes
 from sbml.experiment import build, reference, trained
 from sbml.experiment.config import Config, default
 from sbml.experiment.dequantizer import Dequantizer
-from sbml.experiment.fields import Section, shown
+from sbml.experiment.fields import Section
 from sbml.experiment.optim import DequantizerOptim
 from sbml.experiment.score import Network, Process
 from sbml.experiment.training import DequantizerTraining, Training
+from sbml.scalars import notation
 
 OWNED_ELSEWHERE = ("model", "dequantizer.model")  # Their fields are a network's or a dequantizer's.
 
@@ -97,7 +98,7 @@ def test_the_page_of_all_fields_is_up_to_date() -> None:
     ],
 )
 def test_values_are_shown_as_on_the_command_line(value: Any, form: str, text: str) -> None:
-    assert shown(value, form) == text
+    assert notation(value, form) == text
 
 
 def test_no_limit_of_a_field_is_replaced_by_that_of_its_type() -> None:
@@ -120,13 +121,13 @@ def test_every_number_is_finite_and_within_its_range(name: str, bad: Any) -> Non
     if bad == -1 and name in OF_EITHER_SIGN:
         bad = -1e3
     value = (*SEVERAL[name][:-1], bad) if name in SEVERAL else bad
-    assert refused(name, value).startswith(f"{name}={shown(value)}: need ")
+    assert refused(name, value).startswith(f"{name}={notation(value)}: need ")
 
 
 @pytest.mark.parametrize("name", FIELDS)
 def test_no_field_takes_a_value_of_another_type(name: str) -> None:
     for bad in (object(), (object(),), {"a": 1}):
-        assert refused(name, bad).startswith(f"{name}={shown(bad)}: need ")
+        assert refused(name, bad).startswith(f"{name}={notation(bad)}: need ")
 
 
 @pytest.mark.parametrize("name", [name for name, kinds in FIELDS.items() if type(None) in kinds])
@@ -181,7 +182,7 @@ def test_the_ends_of_ranges(name: str, fits: float, too_much: float) -> None:
     values = Config(**changed(name, fits)).plain()
     node, field = node_of(values, name)
     assert node[field] == fits
-    assert refused(name, too_much).startswith(f"{name}={shown(too_much)}: need ")
+    assert refused(name, too_much).startswith(f"{name}={notation(too_much)}: need ")
 
 
 @pytest.mark.parametrize(
@@ -228,7 +229,7 @@ def test_numbers_of_networks_and_dequantizers_are_finite(section: str, bad: floa
     assert len(fields) > 3
     for field in fields:
         message = refused(f"{section}.{field}", bad)
-        assert message.startswith(f"{section}.{field}={shown(bad)}: need ")
+        assert message.startswith(f"{section}.{field}={notation(bad)}: need ")
 
 
 OWNERS = {f"model {name}": networks.NETWORKS[name] for name in networks.NETWORKS}

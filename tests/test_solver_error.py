@@ -145,9 +145,9 @@ def test_tolerances_below_the_rounding_errors_are_refused(name: str) -> None:
 
     with jax.enable_x64(False):
         assert np.all(np.isfinite(solve(1e-7, np.float32)))
-        with pytest.raises(ValueError, match=f"{name}=5e-08: must be at least 1e-07 in float32"):
+        with pytest.raises(ValueError, match=f"{name}=5e-8: must be at least 1e-7 in float32"):
             solve(5e-8, np.float32)
-        with pytest.raises(ValueError, match=rf"solver.{name}=5e-07: must be at least 1e-06 in fl"):
+        with pytest.raises(ValueError, match=rf"solver.{name}=5e-7: must be at least 1e-6 in fl"):
             density(gaussian, Solver(**{name: 5e-7})).logp(data())
     with jax.enable_x64(True):
         assert np.all(np.isfinite(solve(1e-12, np.float64)))

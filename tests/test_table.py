@@ -111,7 +111,7 @@ def test_a_resumed_run_and_the_gaussian_at_step_0(
     (warning,) = [each for each in first["warnings"] if "standard deviations" in each]
     assert f": {outlier} (-" in warning and "without them it is" in warning
     page = (tmp_path / "run/report.html").read_text()
-    assert "Smallest time t = 1e-05." in page and warning in page
+    assert "Smallest time t = 1e-5." in page and warning in page
     assert first["results"][1]["difference"] == pytest.approx(0, abs=2e-3)
     shutil.rmtree(tmp_path / "run/checkpoints/4")
     runs.mode(table.run, config, tmp_path / "run")

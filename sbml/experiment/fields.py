@@ -15,7 +15,6 @@ import contextlib
 import dataclasses
 import functools
 import math
-import re
 import sys
 import typing
 from collections.abc import Collection, Iterator, Mapping
@@ -28,6 +27,7 @@ from annotated_types import Ge, Gt, Le, Lt
 from pydantic import AfterValidator, Field
 
 from sbml.registry import hint
+from sbml.scalars import notation
 
 # Steps, images and draws are int32 numbers on the devices. A field of one of these types has no
 # further lower limit: pydantic would replace this one by it.
@@ -85,18 +85,7 @@ def section_errors(section: str) -> Iterator[None]:
 
 def refusal(name: str, value: Any, needs: str) -> ValueError:
     """The error for a field ``name`` with an invalid ``value``; ``needs`` says what is valid."""
-    return ValueError(f"{name}={shown(value)}: need {needs}")
-
-
-def shown(value: Any, form: str = "") -> str:
-    """``value`` as on the command line: 1e-5, 8,8,1 or None. A ``form`` such as ".3g" rounds a
-    number."""
-    if isinstance(value, tuple | list):
-        return ",".join(shown(item, form) for item in value)
-    if isinstance(value, float):
-        text = format(value, form) if form else repr(float(value))
-        return re.sub(r"e\+?(-?)0*", r"e\1", text)
-    return str(value)
+    return ValueError(f"{name}={notation(value)}: need {needs}")
 
 
 def _unwrapped(annotation: Any, rules: Collection[Any] = ()) -> tuple[Any, list[Any]]:
@@ -132,7 +121,7 @@ def needs(annotation: Any, rules: Collection[Any] = (), plural: bool = False) ->
             bound = (max if name[0] == "g" else min)(bounds)
             power = int(bound).bit_length() - 1
             is_power = bound == 2**power > 2**15
-            limits.append(f"{word} {f'2^{power}' if is_power else shown(float(bound), 'g')}")
+            limits.append(f"{word} {f'2^{power}' if is_power else notation(float(bound), 'g')}")
     return f"{kinds_in_words.get(kind, kind)} {' and '.join(limits)}".strip()
 
 
@@ -252,7 +241,7 @@ def _line(kind: type[Section], values: Mapping[str, Any], error: Any) -> str:
         return str(cause)
     wanted = "a section" if of_section else needs(found.annotation, found.metadata)
     if _beyond_float32(error["input"]) or _beyond_float32(_parsed(str(error["input"]), float)):
-        ends = " to ".join(shown(end, ".2g") for end in (SMALLEST, LARGEST))
+        ends = " to ".join(notation(end, ".2g") for end in (SMALLEST, LARGEST))
         wanted += f", in float32, whose range is {ends}"
     return str(refusal(kind.name_of(name), values.get(name), wanted))
 

@@ -11,7 +11,8 @@ import jax
 import optax
 from absl import logging
 
-from sbml.experiment.fields import Natural, Section, among, field, shown
+from sbml.experiment.fields import Natural, Section, among, field
+from sbml.scalars import notation
 from sbml.types import Array
 
 # The program warns if the initial parameters weigh more than this in the averaged ones.
@@ -57,7 +58,7 @@ class Optim(Section):
                 "%s.warmup=%d in a run of %d steps: the learning rate only rises, to %s; set "
                 "--config.%s.warmup=%d",
                 *(self.section, self.warmup, num_steps),
-                shown(self.lr * num_steps / self.warmup, "g"),
+                notation(self.lr * num_steps / self.warmup, "g"),
                 *(self.section, num_steps // 10),
             )
         if (initial := self.ema**num_steps) > MOST_INITIAL:

@@ -13,9 +13,9 @@ from typing import Any, NamedTuple
 
 from sbml import door
 from sbml.experiment.config import Config
-from sbml.experiment.fields import Chosen, Section, needs, shown
+from sbml.experiment.fields import Chosen, Section, needs
 from sbml.registry import hint
-from sbml.scalars import Number
+from sbml.scalars import Number, notation
 
 
 class Row(NamedTuple):
@@ -50,7 +50,7 @@ def rows(section: Section) -> list[Row]:
             wanted = wanted.replace("a number, ", "a number ")
             meaning = f"field of {_choice(section) or 'its class'}"
         wanted = "True or False" if wanted == "bool" else wanted
-        found.append(Row(section.name_of(name), shown(value), wanted, meaning))
+        found.append(Row(section.name_of(name), notation(value), wanted, meaning))
     return found
 
 

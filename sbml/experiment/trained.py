@@ -16,11 +16,12 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from sbml import data
 from sbml.experiment.config import Config
 from sbml.experiment.data import Data
-from sbml.experiment.fields import plain, shown
+from sbml.experiment.fields import plain
 from sbml.experiment.score import Process
 from sbml.experiment.training import Training, smallest_time, smallest_trained_time
 from sbml.runtime.checkpoint import OtherModelError
 from sbml.runtime.workdir import ARCHITECTURE, Workdir
+from sbml.scalars import notation
 from sbml.score import LEVELS
 from sbml.sdes import SDE, SDES
 
@@ -63,7 +64,7 @@ def with_fields(config: Config, sections: Sections) -> tuple[Config, list[str]]:
             now = {k: value for k, value in now.items() if not k.startswith(f"{section}.")}
         now |= {f"{section}.{field}": plain(value) for field, value in fields.items()}
     lines = [
-        f"config.{name}={shown(value)}, as in the checkpoint, replaces {shown(before[name])}"
+        f"config.{name}={notation(value)}, as in the checkpoint, replaces {notation(before[name])}"
         for name, value in now.items()
         if name in before and before[name] != value
     ]
@@ -94,7 +95,7 @@ def _differences(config: Config, metadata: Metadata, *names: str) -> list[Differ
 def _refuse(different: list[Difference], otherwise: str = "") -> None:
     """Raise an error if there are differences; ``otherwise`` says what else the user can do."""
     if different:
-        texts = [(name, shown(ours), shown(theirs)) for name, ours, theirs in different]
+        texts = [(name, notation(ours), notation(theirs)) for name, ours, theirs in different]
         said = [f"config.{name} is {a}, the checkpoint's is {b}" for name, a, b in texts]
         flags = [f"--config.{name}={theirs}" for name, _, theirs in texts]
         raise OtherModelError(
@@ -175,9 +176,10 @@ def unseen_times(metadata: Metadata, eps: float, section: str = "eval") -> list[
     first = smallest_trained_time(*_noise(metadata))
     if eps >= 0.99 * first:  # A smaller difference may be rounding.
         return []
+    begin, known = (notation(value, ".3g") for value in (eps, first))
     return [
-        f"{section}: times begin at t={shown(eps, '.3g')}, but the network was trained only from "
-        f"t={shown(first, '.3g')} on: set --config.{section}.smallest_time={shown(first, '.3g')}"
+        f"{section}: times begin at t={begin}, but the network was trained only from t={known} on: "
+        f"set --config.{section}.smallest_time={known}"
     ]
 
 
@@ -205,7 +207,7 @@ def changed_settings(metadata: Metadata, ours: Metadata, prefix: str) -> list[st
         names += ["training.times", "eval.smallest_time"]
     names += [k for k in now if k.startswith(sections) and k.rpartition(".")[2] not in free]
     changed = [k for k in names if now.get(k) != before.get(k)]
-    return [f"{k} {shown(before.get(k))} -> {shown(now.get(k))}" for k in changed]
+    return [f"{k} {notation(before.get(k))} -> {notation(now.get(k))}" for k in changed]
 
 
 def earlier_data(metadata: Metadata, images: data.ImageSet) -> list[dict[str, Any] | None]:

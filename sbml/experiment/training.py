@@ -18,10 +18,9 @@ from sbml.experiment.fields import (
     field,
     refusal,
     section_errors,
-    shown,
 )
 from sbml.runtime.checkpoint import Checkpoints
-from sbml.scalars import Number
+from sbml.scalars import Number, notation
 from sbml.sdes import SDE, Kernel
 from sbml.times import DRAWS, PROPOSALS, Grid, Proposal
 
@@ -217,7 +216,7 @@ def smallest_time(sde: SDE, training: Training, data: Data, tau: float) -> float
 def discrete_time(sde: SDE, levels: int, eps: Number, tau: float) -> Number:
     """``discrete.smallest_time`` for ``eval.tau``."""
     found = discrete.smallest_time(sde, levels, eps, tau)
-    return sde.check_time(found, f"eval.tau={shown(tau)} gives smallest time eps")
+    return sde.check_time(found, f"eval.tau={notation(tau)} gives smallest time eps")
 
 
 def smallest_trained_time(sde: SDE, training: Training, eps: float) -> float:

@@ -4,6 +4,7 @@ from sbml.report import comparison
 from sbml.report.comparison import Run
 from sbml.report.result import strict
 from sbml.runtime.workdir import Workdir
+from sbml.scalars import notation
 
 
 def run(workdir: Workdir | None = None, runs: str = "") -> None:
@@ -26,7 +27,8 @@ def run(workdir: Workdir | None = None, runs: str = "") -> None:
     for cell in numbers["cells"]:
         print(cell["name"])
         for row in cell["rows"]:
-            number = f"{row['bits_per_dim']:.4f} bits/dim at t={row['smallest_time']:.3g}"
+            time = notation(row["smallest_time"], ".3g")
+            number = f"{row['bits_per_dim']:.4f} bits/dim at t={time}"
             line = f"  {row['run']:24s} {number}"
             if "difference" in row:
                 low, high = row["difference_interval"]

@@ -24,6 +24,7 @@ from markupsafe import Markup
 from sbml.report import plots
 from sbml.report.result import ROWS, strict, with_half_widths
 from sbml.runtime.files import write_whole
+from sbml.scalars import notation
 
 DOCS = "https://sbml-jax.github.io/sbml/latest/"
 # Where it explains the terms of a number.
@@ -218,7 +219,7 @@ def text(value: Any, form: str = "") -> str:
         if not math.isfinite(value):
             return json.dumps(value)
         bits_form = ".3f" if 1e-3 <= abs(value) < 1e5 or value == 0 else ".3g"
-        return format(value, bits_form if form == "bits" else form)
+        return notation(value, bits_form if form == "bits" else form)
     if isinstance(value, int):
         return f"{value:,}"
     return str(value)

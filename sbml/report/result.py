@@ -13,6 +13,7 @@ from sbml.estimate import Estimate, outlier_line
 from sbml.estimators import Cell
 from sbml.intervals import Interval
 from sbml.likelihood import PriorError
+from sbml.scalars import notation
 
 # ``name`` + HALF_WIDTH is the name of the half-width of the 95% interval of the number ``name``.
 HALF_WIDTH = ", 95% interval +-"
@@ -247,8 +248,9 @@ class Result:
         if self.tail is not None and self.tail > intervals.HEAVY:
             mark = " HEAVY TAILS"
         return (
-            f"{self.name:24s} {self.bits_per_dim:.4f} bits/dim{mark} at t={self.smallest_time:.3g} "
-            f"on {self.data} {self.split}, 95% interval [{low:.4f}, {high:.4f}], for these images "
+            f"{self.name:24s} {self.bits_per_dim:.4f} bits/dim{mark} at "
+            f"t={notation(self.smallest_time, '.3g')} on {self.data} {self.split}, 95% interval "
+            f"[{low:.4f}, {high:.4f}], for these images "
             f"+-{self.this_set_ci95:.4f}, n={self.n}{prior}"
         )
 
@@ -275,8 +277,9 @@ class Result:
             )
         if self.target_se and not self.this_set_stderr <= self.target_se:
             warnings.append(
-                f"{self.name}: standard error {self.this_set_stderr:.2g} after {self.sweeps} "
-                f"sweeps (eval.max_sweeps), above eval.target_se={self.target_se}"
+                f"{self.name}: standard error {notation(self.this_set_stderr, '.2g')} after "
+                f"{self.sweeps} sweeps (eval.max_sweeps), above "
+                f"eval.target_se={notation(self.target_se)}"
             )
         if self.unconverged:
             warnings.append(f"{self.name}: NOT CONVERGED: {self.unconverged}")

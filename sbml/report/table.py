@@ -14,6 +14,7 @@ from matplotlib.axes import Axes
 
 from sbml.likelihood import PriorError
 from sbml.report import page, plots
+from sbml.scalars import notation
 
 MARGINALS, PAIRS = 24, 4  # the largest numbers of figures
 
@@ -37,7 +38,7 @@ def verdict(best: Mapping[str, Any]) -> str:
 def line(result: Mapping[str, Any]) -> str:
     """A result in one line; of the model also its smallest time and, below, the prior's error."""
     low, high = result["interval"]
-    at = f" at t={result['smallest_time']:.3g}" if "smallest_time" in result else ""
+    at = f" at t={notation(result['smallest_time'], '.3g')}" if "smallest_time" in result else ""
     prior = PriorError(*result["prior_error"]).line("nats") if "prior_error" in result else ""
     text = f"{result['name']}: log p {result['log_p']:.4f} nats per row{at} [{low:.4f}, {high:.4f}]"
     if "difference" in result:

@@ -19,6 +19,7 @@ from sbml.intervals import half_width, repeated_stderr
 from sbml.modes import train
 from sbml.ode import Solver
 from sbml.progress import Bar
+from sbml.scalars import notation
 
 
 @pytest.fixture(scope="module")
@@ -188,7 +189,8 @@ def test_the_smallest_time_of_a_number(trained, tmp_path):
         assert run.target.eps == pytest.approx(eps, rel=1e-3)
         shown = run.result(run.finish())
         assert shown.plain()["smallest_time"] == pytest.approx(eps, rel=1e-3)
-        assert f"bits/dim at t={eps:.3g} on digits test" in shown.line.replace(" NOT CONVERGED", "")
+        at = f"bits/dim at t={notation(eps, '.3g')} on digits test"
+        assert at in shown.line.replace(" NOT CONVERGED", "")
 
 
 def test_one_image_has_a_known_error_of_the_solver(trained, tmp_path):

@@ -22,6 +22,7 @@ from sbml.evaluation import densities
 from sbml.experiment import config as configs
 from sbml.likelihood import prior_error
 from sbml.modes import table
+from sbml.scalars import notation
 from sbml.sdes import VP
 
 RNG = np.random.default_rng(0)
@@ -104,7 +105,7 @@ def test_a_resumed_run_and_the_gaussian_at_step_0(
     # The model's line has the smallest time; the prior's error and the outlier have their own.
     model, prior = said.out.splitlines()[:2]
     assert model.startswith(f"model: log p {first['results'][0]['log_p']:.4f} nats per row at t=")
-    assert f" at t={first['results'][0]['smallest_time']:.3g} [" in model
+    assert f" at t={notation(first['results'][0]['smallest_time'], '.3g')} [" in model
     z, sde = load(path, "test", log_columns=("a",)).images.astype(float), VP()
     error = prior_error(sde, z.mean(axis=0), z.var(axis=0))
     assert prior == error.line("nats").removeprefix("\n")

@@ -20,7 +20,8 @@ Side = Annotated[int, Ge(1), Lt(2**16)]
 
 
 class Data(Chosen):
-    """The images of a run. A source of another package can have further fields here."""
+    """The images of a run, for every mode. A source of another package can have further fields
+    here."""
 
     section: ClassVar[str] = "data"
     choice: ClassVar[str] = "source"

@@ -14,7 +14,7 @@ from sbml.experiment.training import DequantizerTraining
 
 
 class Dequantizer(Section):
-    """Settings of the dequantizer that is trained; the defaults are Flow++ for CIFAR-10.
+    """Settings of ``--mode=train_dequantizer``; the defaults are Flow++ for CIFAR-10.
 
     ``model`` has the fields of the class called ``name``, apart from ``levels`` and ``tau``, which
     the data and the SDE determine.

@@ -27,7 +27,7 @@ DrawCount = Annotated[int, Ge(1), Lt(2**20)]
 
 
 class Eval(Solving):
-    """Settings of an evaluation: a table of mean bits/dim over the images of one split.
+    """Settings of ``--mode=eval``: a table of mean bits/dim over the images of one split.
 
     The table has a number for every estimator with every dequantizer and every K, the number of
     draws of the dequantizer in one logarithm. The first number is the headline of the report.
@@ -61,9 +61,9 @@ class Eval(Solving):
     )
     tau: float = field(
         TAU,
-        "for bin centres, in training and for dequantizers with noise around them: start when half "
-        "a bin is tau standard deviations of the noise, unless the usual smallest time is later; "
-        "0: always use the usual one",
+        "only for models of bin centres (data.dequantization=centre): the smallest time is that at "
+        "which half a bin is as wide as tau standard deviations of the noise, unless the usual one "
+        "is later; use the same value in training and evaluation; 0: always the usual one",
         ge=0,
         le=100,
     )

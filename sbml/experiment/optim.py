@@ -20,7 +20,7 @@ MOST_INITIAL = 0.2
 
 
 class Optim(Section):
-    """The optimizer of the score, and the average of its parameters.
+    """For ``--mode=train``: the optimizer of the score, and the average of its parameters.
 
     Adam changes each parameter by about the learning rate in a step, so rates above 1 are of no use
     and not allowed.

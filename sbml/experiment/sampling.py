@@ -29,7 +29,8 @@ from sbml.samplers import (
 
 
 class Sampling(Solving, Chosen):
-    """Settings of a run's samples. A sampler of another package can have further fields here."""
+    """Settings of ``--mode=sample``, and of the samples during training. A sampler of another
+    package can have further fields here."""
 
     section: ClassVar[str] = "sampling"
     choice: ClassVar[str] = "sampler"

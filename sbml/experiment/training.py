@@ -86,7 +86,7 @@ def proposal_name(section: Any) -> str:
 
 
 class Training(Loop):
-    """Settings of the training of the score."""
+    """Settings of ``--mode=train``, the training of the score."""
 
     section: ClassVar[str] = "training"
     folder: ClassVar[str] = "checkpoints"

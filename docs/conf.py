@@ -46,9 +46,12 @@ extensions = [
 ]
 exclude_patterns = ["_build", "_extensions"]
 nitpicky = True
+smartquotes_action = "qe"  # The dashes of --mode stay two.
 
 # Pages.
-myst_enable_extensions = ["amsmath", "dollarmath", "attrs_inline", "attrs_block", "colon_fence"]
+myst_enable_extensions = [
+    *("amsmath", "dollarmath", "attrs_inline", "attrs_block", "colon_fence", "deflist")
+]
 myst_heading_anchors = 3
 # [text](repo:configs/digits_vp.py) is a link to a file of the repository.
 myst_url_schemes = {

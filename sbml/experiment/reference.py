@@ -123,16 +123,15 @@ and the dequantizer are explained by their classes ({py:mod}`sbml.networks`, {py
 
 
 def markdown() -> str:
-    """A page with a table of fields for each section."""
+    """A page with a list of fields for each section; the anchor of ``eval.tau`` is ``eval-tau``."""
     parts = [INTRODUCTION]
     for name, section in sections():
         parts.append(f"## {name}\n\n{_first_sentence(section).replace('``', '`')}\n")
-        parts.append("| field | default | value | meaning |\n|---|---|---|---|")
         for row in rows(section):
-            texts = (f"`{row.name}`", f"`{row.default}`" if row.default else "", *row[2:])
-            cells = tuple(cell.replace("``", "`").replace("|", "\\|") for cell in texts)
-            parts.append(f"| {' | '.join(cells)} |")
-        parts.append("")
+            anchor = row.name.replace(".", "-").replace("_", "-")
+            default = f"default `{row.default}`" if row.default else "empty by default"
+            about = ", ".join(filter(None, [f"`{row.name}`{{#{anchor}}}", default, row.needs]))
+            parts.append(f"{about}\n: {row.meaning.replace('``', '`')}\n")
     return "\n".join(parts)
 
 

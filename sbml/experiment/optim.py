@@ -20,7 +20,7 @@ MOST_INITIAL = 0.2
 
 
 class Optim(Section):
-    """For ``--mode=train``: the optimizer of the score, and the average of its parameters.
+    """The optimizer of ``--mode=train``, and the average of the parameters.
 
     Adam changes each parameter by about the learning rate in a step, so rates above 1 are of no use
     and not allowed.

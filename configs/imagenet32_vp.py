@@ -2,9 +2,9 @@
 
 python -m sbml.main --config=configs/imagenet32_vp.py
 
-This trains for 1.3 million steps of batch 128, which takes days on one accelerator; it was not run
-here. The paper's best model of these data reaches 3.76 bits/dim. The settings are in
-``paper.py``.
+This config was not run. It trains for 1.3 million steps with batches of 128 images, which takes
+days on one accelerator. The paper's best model for these data reaches 3.76 bits/dim. The settings
+are in ``paper.py``.
 """
 
 import pathlib

@@ -1,16 +1,17 @@
 """A score as an argument of a compiled function, so that one program serves all its weights.
 
-``jit`` compiles a function for the structure of its arguments, and takes arrays that a function
-reads from elsewhere for constants. There are two kinds of scores:
+``jit`` compiles a function once for each structure of its arguments. Arrays that the function reads
+from elsewhere are constants of the compiled program. There are two kinds of scores:
 
 *A score with arrays among its leaves*, such as an Equinox module, an NNX module or
 ``jax.tree_util.Partial(f, params)``, is split into its arrays, which are arguments, and the rest.
 
 *Any other function* is traced by JAX each time it is given. The arrays that it has read become
-arguments, and its operations are the program. So weights that have changed are seen, and a program
-is compiled only once: two programs are the same if their texts, with their derivatives with respect
-to x, are the same. Arrays that a function inside it has read, which ``jit`` has compiled by itself,
-stay constants: a program with other constants is compiled again.
+arguments, and its operations are the program. So changed weights have an effect, and a program is
+compiled only once. Two programs are the same if their texts and the texts of their derivatives with
+respect to x are the same. There is an exception: if the function calls another function that is
+itself compiled by ``jit``, the arrays that the inner function has read stay constants. If they
+change, the program is compiled again.
 
 Weights in half precision among the leaves are converted to float32, with a warning.
 """
@@ -52,7 +53,7 @@ def split(tree: Any) -> tuple[tuple[Any, ...], Rest]:
 
 
 def joined(arrays: Iterable[Any], rest: Rest) -> Any:
-    """The pytree of :func:`split`, with any objects in the place of its arrays."""
+    """The inverse of :func:`split`; ``arrays`` may also be other objects, one for each array."""
     values = iter(arrays)
     leaves = [next(values) if other is None else other[1] for other in rest.others]
     return jax.tree.unflatten(rest.structure, leaves)
@@ -61,7 +62,7 @@ def joined(arrays: Iterable[Any], rest: Rest) -> Any:
 @pytrees.register
 @dataclasses.dataclass(frozen=True)
 class SplitScore:
-    """A score whose arrays are the leaves of this pytree (:func:`split`)."""
+    """A score as a pytree: its arrays are the leaves, and the rest is static (:func:`split`)."""
 
     arrays: tuple[Any, ...]
     rest: Rest = dataclasses.field(metadata={"static": True})
@@ -76,7 +77,7 @@ class SplitScore:
 
     @property
     def predictions(self) -> Any:
-        """Those of the score (``sbml.types``), or None."""
+        """The predictions of the score (``sbml.types``), or None if it has none."""
         return predictor(self.score)
 
     def given(self, condition: Any) -> Any:
@@ -88,7 +89,7 @@ class Program:
     """The operations of a function of arrays, without the arrays that it has read.
 
     Attributes:
-      text: equal for programs that compute the same, and have the same derivative.
+      text: a text of the operations and of their derivative. Programs with the same text are equal.
     """
 
     def __init__(self, closed: ClosedJaxpr, text: str) -> None:
@@ -101,7 +102,7 @@ class Program:
         return hash(self.text)
 
     def __call__(self, constants: tuple[Any, ...], *arguments: Any) -> list[Any]:
-        """The results for ``arguments``, where the function reads ``constants``."""
+        """The results for ``arguments``, if the function reads ``constants`` as its arrays."""
         results: list[Any] = jaxpr_as_fun(ClosedJaxpr(self.jaxpr, constants))(*arguments)
         return results
 
@@ -109,12 +110,13 @@ class Program:
 @pytrees.register
 @dataclasses.dataclass(frozen=True)
 class TracedScore:
-    """A score as a program and the arrays that it has read, which are the leaves.
+    """A score as a program and the arrays that it has read, which are the leaves of this pytree.
 
     Attributes:
-      constants: these arrays, of the score and of its predictions.
-      score, pair: the programs of the score and of its ``predictions``; None if it has none.
-      condition: the condition under which it is called, or None.
+      constants: the arrays that the score has read, and those that its ``predictions`` have read.
+      score, pair: the programs of the score and of its ``predictions``; ``pair`` is None if it has
+        no predictions.
+      condition: the condition under which the score is called, or None.
     """
 
     constants: tuple[tuple[Any, ...], tuple[Any, ...]]
@@ -127,7 +129,7 @@ class TracedScore:
 
     @property
     def predictions(self) -> Callable[[Any, Any], tuple[Any, ...]] | None:
-        """Those of the score (``sbml.types``), or None."""
+        """The predictions of the score (``sbml.types``), or None if it has none."""
         pair = self.pair
         if pair is None:
             return None
@@ -145,7 +147,7 @@ def as_argument(score: Any, shape: tuple[int, ...], condition: Any = None) -> An
     Args:
       score: a score of one example (``sbml.types``).
       shape: the shape of an example.
-      condition: one condition, whose shapes and types count only, or None.
+      condition: one condition, of which only the shapes and types matter, or None.
     """
     arrays, rest = split(score)
     if arrays:
@@ -179,16 +181,16 @@ def _traced(f: Callable[..., Any], x: Any, t: Any, *rest: Any) -> tuple[Program,
 
     programs = [closed]
     with contextlib.suppress(TypeError, ValueError):  # A callback may have no derivative.
-        # The text of a function with a derivative of its own does not show this derivative.
+        # If a function defines its own derivative, its text does not show this derivative.
         programs.append(jax.make_jaxpr(tangent)(x, x, t, *rest))
     text = "\n".join([*map(str, programs), *(c for p in programs for c in _inner_constants(p))])
-    # Some versions of JAX keep arrays of NumPy in a class of their own.
+    # Some versions of JAX wrap arrays of NumPy in a class of their own.
     arrays = (c if isinstance(c, jax.Array) else jnp.asarray(c) for c in closed.consts)
     return Program(closed, text), tuple(arrays)
 
 
 def _inner_constants(jaxpr: Any) -> Iterator[str]:
-    """A checksum of every array that a function inside ``jaxpr`` has read, and its type."""
+    """The type, shape and checksum of every array that a function inside ``jaxpr`` has read."""
     for equation in jaxpr.eqns:
         for inner in jax.tree.leaves(list(equation.params.values())):
             for constant in map(np.asarray, getattr(inner, "consts", ())):

@@ -1,4 +1,4 @@
-"""Runs side by side: paired differences by their definition, of the same images only."""
+"""The comparison of runs: paired differences of the images that both runs have, and the page."""
 
 import json
 import math
@@ -17,11 +17,12 @@ from sbml.runtime.trees import table_crc32, tree_crc32
 from sbml.runtime.workdir import EVALUATION, PER_IMAGE, QUALITY, SAMPLES, Workdir
 
 IMAGES = {"name": "digits", "split": "test", "count": 50, "shape": [2, 2, 1], "levels": 17}
-HARDNESS = np.random.default_rng(0).normal(2, 0.5, 50)  # of each image, the same for all models
+# The bits/dim of each image, nearly the same for all models.
+HARDNESS = np.random.default_rng(0).normal(2, 0.5, 50)
 
 
 def result(bits: np.ndarray, draws: int = 1, estimator: str = "ode") -> dict:
-    """A result of ``report.json`` with what a comparison reads."""
+    """A result of ``evaluation.json``, with the fields that a comparison reads."""
     interval = [float(bits.mean() - 0.1), float(bits.mean() + 0.1)]
     unread = dict.fromkeys(("stderr", "this_set_stderr", "this_set_ci95", "min", "max"), 0.0)
     return Result(
@@ -41,7 +42,7 @@ def write(path, ids: np.ndarray, bits: np.ndarray, sha: str = "a", **extra) -> W
     data = {"test": {**IMAGES, "id": sha}}
     results = [result(bits)]
     columns = {"id": ids, "ode_uniform_bits_per_dim": bits}
-    if extra.get("few") is not None:  # K = 3 of few images, in a table of its own.
+    if extra.get("few") is not None:  # K = 3 has fewer images, so it has its own table.
         few = extra["few"]
         results.append(result(bits[few] - 0.1, draws=3))
         column = {"ode_uniform_k3_bits_per_dim": bits[few] - 0.1}
@@ -52,7 +53,7 @@ def write(path, ids: np.ndarray, bits: np.ndarray, sha: str = "a", **extra) -> W
     return workdir
 
 
-def test_differences_are_those_of_the_images_in_both(tmp_path):
+def test_differences_are_computed_from_the_images_that_both_runs_have(tmp_path):
     noise = np.random.default_rng(1).normal(0, 0.02, 50)
     few = np.arange(0, 40, 2)
     first = write(tmp_path / "first", np.arange(50), HARDNESS, few=few)
@@ -64,7 +65,7 @@ def test_differences_are_those_of_the_images_in_both(tmp_path):
     expected = stats.t.interval(0.95, 39, gap.mean(), stats.sem(gap))
     assert row["pairs"] == 40 and row["difference"] == pytest.approx(gap.mean())
     np.testing.assert_allclose(row["difference_interval"], expected)
-    assert np.diff(expected) < 0.1 * np.diff(row["interval"])  # The point of pairing.
+    assert np.diff(expected) < 0.1 * np.diff(row["interval"])  # This is why runs are paired.
     pairs = numbers["cells"][1]["rows"][1]["pairs"]
     assert pairs == len({*few} & {*(few + 10)})
     assert "difference" not in numbers["cells"][0]["rows"][0]
@@ -76,7 +77,7 @@ def test_differences_are_those_of_the_images_in_both(tmp_path):
     assert "<b>alone</b> lacks ode uniform K=3." in comparison.render(evaluated, numbers)
 
 
-def test_the_verdict_is_that_of_the_interval():
+def test_a_plotted_difference_shows_its_verdict_and_interval():
     rows = {"better": (-0.5, [-0.6, -0.4]), "worse": (0.5, [0.4, 0.6]), "unclear": (0.1, [-1, 1.2])}
     for verdict, (gap, ends) in rows.items():
         row = {"run": "b", "difference": gap, "difference_interval": ends, "verdict": verdict}
@@ -128,7 +129,8 @@ def test_samples_of_another_checkpoint_are_not_shown(tmp_path):
     assert Run.read(workdir).samples.max() == 1 and Run.read(workdir).quality == {}
 
 
-def test_tables_of_another_evaluation_are_refused_and_the_seconds_are_those_of_its_step(tmp_path):
+def test_tables_of_another_evaluation_are_refused_and_seconds_count_to_its_step(tmp_path):
+    """The seconds of a run are the training time up to the step of the evaluated checkpoint."""
     few = np.arange(0, 40, 2)
     workdir = write(tmp_path / "run", np.arange(50), HARDNESS, few=few)
     name = "per_image_ode_uniform_k3.npz"
@@ -142,7 +144,9 @@ def test_tables_of_another_evaluation_are_refused_and_the_seconds_are_those_of_i
         Run.read(workdir)
 
 
-def test_the_names_of_runs_tell_them_apart():
+def test_short_names_of_runs_are_unique():
+    """Only two paths of the same folder have the same name."""
+
     def names(*paths: str) -> list[str]:
         return comparison.short_names([Workdir(path) for path in paths])
 
@@ -175,7 +179,7 @@ def test_what_cannot_be_compared_is_refused(tmp_path):
         comparison.compare([Run.read(first), Run.read(bound)])
 
 
-def test_settings_that_differ_are_shown_as_they_are_written(tmp_path):
+def test_settings_that_differ_are_shown_as_in_the_file(tmp_path):
     runs = []
     for name, fields in {
         "one": {"shape": [8, 8, 1], "flip": False},
@@ -192,7 +196,7 @@ def test_settings_that_differ_are_shown_as_they_are_written(tmp_path):
     }
 
 
-def test_a_result_is_read_back_with_what_is_not_finite() -> None:
+def test_a_result_with_numbers_that_are_not_finite_is_read_back() -> None:
     row = {**result(HARDNESS), "ci95": math.inf, "outliers": [[7, 9.5]]}
     row["terms"] = {"prior": math.nan, "scale": -math.inf}
     found = Result.read(json.loads(json.dumps(strict(row))))

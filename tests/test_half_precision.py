@@ -1,7 +1,7 @@
 """A likelihood by the ODE refuses a score that computes in half precision.
 
-Its rounding errors are in both of the solves whose difference measures the solver's error, so the
-number would be called converged.
+The difference of two solves measures the error of the solver. The rounding errors of such a score
+are the same in both solves, so the number would be called converged although it is wrong.
 """
 
 from collections.abc import Callable
@@ -64,7 +64,8 @@ NESTED: dict[str, Callable[..., Array]] = {
 
 @pytest.mark.parametrize("name", NESTED)
 def test_half_precision_in_a_score_is_refused_before_any_work(name: str) -> None:
-    """Of N(0, 1/4) the first would be -47.326 nats for -47.074, and be called converged."""
+    """With data N(0, 1/4), the first score would give -47.326 nats, not -47.074, and this would be
+    called converged."""
     density = Density(NESTED[name], SDE, (DIMS,), levels=4)
     kind = name if name in ("float16", "16 bits") else "bfloat16"
     message = f"the score computes in {kind}, .* compute it in float32"
@@ -85,14 +86,14 @@ def test_a_rounded_noise_prediction_is_refused() -> None:
         Density(from_prediction(noise, "noise", sde), sde, (DIMS,)).logp(X)
 
 
-def test_numbers_without_a_claim_of_convergence_are_computed() -> None:
-    """A bound holds for every score, also a rounded one, and samples claim nothing."""
+def test_bounds_and_samples_of_a_rounded_score_are_computed() -> None:
+    """A bound holds for every score, also for a rounded one. Samples come without an error bar."""
     density = Density(rounded, SDE, (DIMS,), solver=Solver(fixed_steps=3))
     assert np.all(np.isfinite(density.bound(X, sweeps=2, times_each=1).values))
     assert np.all(np.isfinite(density.sample(jax.random.key(0), 2)))
 
 
-def test_parameters_stored_in_half_precision_are_no_obstacle() -> None:
+def test_parameters_may_be_stored_in_half_precision() -> None:
     scale = jnp.full(DIMS, 1.0, jnp.bfloat16)
     score = jax.tree_util.Partial(lambda scale, x, t, key: exact(x, t) * scale, scale)
     found = Density(score, SDE, (DIMS,)).logp(X)

@@ -1,4 +1,4 @@
-"""The ODE's likelihood, compared with the exact one of Gaussians and mixtures, and the solver."""
+"""The ODE's likelihood, compared with exact ones of Gaussians and mixtures; and the ODE solver."""
 
 import functools
 from collections.abc import Callable
@@ -26,8 +26,10 @@ SHAPE = (1, 3)
 
 
 def data_of(kind: str, name: str = "vp") -> oracle.Mixture:
-    """The mixture, or a Gaussian as a mixture of one component, so that all kinds of data share the
-    compiled functions."""
+    """The mixture, or a Gaussian as a mixture of one component.
+
+    All kinds of data have the same structure, so they share the compiled functions.
+    """
     sde = SDES[name]()
     if kind == "mixture":
         return oracle.mixture(sde)
@@ -35,7 +37,7 @@ def data_of(kind: str, name: str = "vp") -> oracle.Mixture:
 
 
 def examples() -> Array:
-    """Five examples; the last one is an outlier, whose steps must be many times smaller."""
+    """Five examples; the last one is an outlier, which needs many times smaller steps."""
     x = np.random.default_rng(0).normal(size=(5, *SHAPE)) * 0.5
     return jnp.asarray(x).at[4].multiply(5)
 
@@ -55,7 +57,7 @@ def likelihood_function(name: str, trace: Trace, solver: Solver) -> Callable[...
 def likelihoods(
     kind: str, name: str = "vp", trace: Trace = EXACT, solver: Solver = TIGHT
 ) -> Likelihood:
-    """The likelihoods of all examples, or, if probes are random, of the first one with 400 keys."""
+    """The likelihoods of all examples; with random probes, those of the first one for 400 keys."""
     call, data = likelihood_function(name, trace, solver), data_of(kind, name)
     if trace == EXACT:
         return call(data, examples(), None)
@@ -66,9 +68,9 @@ def likelihoods(
 @pytest.mark.parametrize("kind", ["gaussian", "mixture"])
 @pytest.mark.parametrize("name", FAMILIES)
 def test_log_likelihood_is_exact_up_to_the_prior(name: str, kind: str) -> None:
-    """If the true p_T replaces the prior, only the error of the solver remains.
+    """If the true p_T is used instead of the prior, only the error of the solver remains.
 
-    If the signal vanishes at T, p_T here is the distribution of x at the largest time, scaled to T.
+    If the signal vanishes at T, p_T is the distribution of x at the largest time, scaled to T.
     """
     result, data, sde = likelihoods(kind, name), data_of(kind, name), SDES[name]()
     logp = jax.jit(jax.vmap(data.logp, (0, None)))
@@ -103,7 +105,7 @@ def test_far_outliers_are_right_at_the_default_tolerance() -> None:
 
 @pytest.mark.oracle
 @pytest.mark.parametrize("name", FAMILIES)
-def test_latents_of_a_gaussian_are_closed_form(name: str) -> None:
+def test_latents_of_a_gaussian_have_a_closed_form(name: str) -> None:
     flow = jax.jit(jax.vmap(oracle.gaussian(SDES[name]()).flow, (0, None, None)))
     z, sde = likelihoods("gaussian", name).z, SDES[name]()
     assert z.shape == (5, *SHAPE)
@@ -113,8 +115,8 @@ def test_latents_of_a_gaussian_are_closed_form(name: str) -> None:
 
 
 @pytest.mark.oracle
-def test_a_flow_leads_to_time_zero_and_back() -> None:
-    """Data N(0, 1/4): the flow from noise is x = z / 2."""
+def test_a_rectified_flow_can_be_solved_to_time_zero_and_back() -> None:
+    """For data N(0, 1/4), the flow maps noise z to x = z / 2."""
     sde, z = SDES["rectified_flow"](), jnp.asarray([0.3, -0.2])
 
     def score(x: Array, t: Array, key: Key | None) -> Array:
@@ -165,8 +167,8 @@ def of_narrow_data(std: float, eps: float, first_step: float) -> Callable[[Array
 def test_an_easy_path_does_not_hide_a_rough_divergence(
     width: float, std: float, eps: float, first_step: float
 ) -> None:
-    """At the mode of a narrow Gaussian x hardly moves, so a control of x alone would allow long
-    steps, but the divergence changes fast."""
+    """At the mode of a narrow Gaussian, x hardly moves, but the divergence changes fast. If the
+    step control considered x only, its steps would be too long."""
     x = jnp.asarray([1.0, -1.0, 1.0, -1.0]) * width * 0.05
     result = of_narrow_data(std, eps, first_step)(x)
     first, last = (variance(std, jnp.asarray(t)) for t in (eps, 1.0))
@@ -187,8 +189,8 @@ def test_tolerances_are_per_dimension() -> None:
 
 
 @pytest.mark.oracle
-def test_the_likelihood_is_differentiable_forwards_and_by_fixed_steps_backwards() -> None:
-    """d log p / dx of the ODE is compared with central differences."""
+def test_the_likelihood_has_forward_derivatives_and_with_fixed_steps_gradients() -> None:
+    """The derivatives of log p with respect to x are compared with central differences."""
     data, x = data_of("mixture"), examples()[0]
     v = jnp.asarray(np.random.default_rng(3).normal(size=SHAPE))
 
@@ -236,8 +238,8 @@ def test_rademacher_probes_are_exact_for_a_diagonal_covariance() -> None:
 
 
 def test_results_do_not_depend_on_batch_mates() -> None:
-    """The last example needs more steps, so with a step control that is shared by the batch, the
-    results of the others would change. The tolerances are loose, so that a test can see this."""
+    """The last example needs more steps. If the batch shared one step control, the results of the
+    other examples would change. The tolerances are loose, so that this change would be visible."""
     together, data = likelihoods("mixture", solver=Solver()), data_of("mixture")
     alone = jax.jit(lambda x: ode_logp(data.score, SDES["vp"](), x, None, eps=EPS, trace=EXACT))
     for i, x in enumerate(examples()):
@@ -250,13 +252,13 @@ def test_results_do_not_depend_on_batch_mates() -> None:
 
 
 def test_a_solver_that_gives_up_returns_nan_for_that_example_only() -> None:
-    """One example needs too many steps, and another one, which is NaN, cannot be solved at all."""
+    """One example needs too many steps. Another one is NaN, so it cannot be solved at all."""
     x = examples().at[3].set(jnp.nan)
     result = likelihood_function("vp", EXACT, Solver(max_steps=20))(data_of("mixture"), x, None)
     np.testing.assert_array_equal(result.stats.success, [True, True, True, False, False])
     for leaf in (result.logp, result.prior, result.divergence, result.z):
         assert np.all(np.isfinite(leaf[:3])) and np.all(np.isnan(leaf[3:]))
-    # No step, however short, has a finite error where x is NaN.
+    # If x is NaN, the error of every step is NaN, so the solver stops after the first one.
     np.testing.assert_array_equal((result.stats.accepted + result.stats.rejected)[3:], [1, 20])
 
 
@@ -273,7 +275,8 @@ def test_float32_reaches_its_precision() -> None:
 
 
 def test_an_example_far_outside_the_data_is_given_up_early() -> None:
-    """In float32 its rounding looks like an error of every step, however short."""
+    """In float32, the rounding error of such a large x looks like an error of the step. It does not
+    become smaller with shorter steps."""
     x = examples()
     result = in_float32(x.at[3].set(1e4).at[4].set(1e19))
     np.testing.assert_array_equal(result.stats.success, [True, True, True, False, False])
@@ -285,7 +288,7 @@ def test_an_example_far_outside_the_data_is_given_up_early() -> None:
 
 
 def test_velocity_by_hand() -> None:
-    """Linear VE at t = 0.1 has f = 0 and g^2 = 500."""
+    """The SDE ``linear_ve`` has f = 0 and g^2 = 500 at t = 0.1."""
     x = jnp.asarray([1.0, -2.0])
     v = ode.velocity(lambda x, t, key: 3 * x, SDES["linear_ve"](), x, jnp.asarray(0.1))
     np.testing.assert_allclose(v, -250 * 3 * x, rtol=1e-13)
@@ -298,7 +301,7 @@ def growth(t: Array, y: Array) -> Array:
 
 @pytest.mark.oracle
 @pytest.mark.parametrize(("power", "t0", "t1"), [(1.0, EPS, 1.0), (3.0, EPS, 1.0), (2.0, 1.0, EPS)])
-def test_every_coordinate_and_direction_solves_the_same_equation(
+def test_the_solution_depends_on_neither_the_coordinate_nor_the_direction_of_the_steps(
     power: float, t0: float, t1: float
 ) -> None:
     solver = Solver(rtol=1e-9, atol=1e-9, power=power)
@@ -324,7 +327,7 @@ def test_fixed_steps_converge_at_the_order_of_the_method(
     assert np.log2(error(steps) / error(2 * steps)) == pytest.approx(order, abs=0.3)
 
 
-def test_a_right_hand_side_that_is_nan_is_not_hidden() -> None:
+def test_a_nan_velocity_gives_a_nan_solution() -> None:
     end, _ = ode.solve(lambda t, y: y * jnp.nan, jnp.ones(2), EPS, 1.0, Solver(fixed_steps=3))
     assert np.all(np.isnan(end))
 

@@ -1,4 +1,4 @@
-"""The command line: flags, the config of a work directory, and messages of refusals."""
+"""The command line: its flags, the config of a work directory, and the messages of refusals."""
 
 import re
 import sys
@@ -33,7 +33,7 @@ CHATTER = "Matplotlib is building the font cache; this may take a moment."
 
 
 def test_values_of_fields_and_flags() -> None:
-    """The last value counts, and a name and its value may be two arguments."""
+    """The last value of a repeated name counts. A name and its value may be two arguments."""
     given = ["--config.data.shape=8,8,1", "--config.eval.seed", "3", "--config.data.shape=32,32,3"]
     assert main.values_of([*given, "-source=a=b"]) == {
         "config.data.shape": "32,32,3",
@@ -85,7 +85,7 @@ def test_text_of_the_command_line_is_read_by_the_type_of_the_field() -> None:
 
 
 def test_the_name_of_an_sde_can_be_changed_alone() -> None:
-    """The numbers of the earlier SDE, if they are its defaults, are no numbers of the new one."""
+    """The fields of the earlier SDE need not be removed if they have their default values."""
     changed = with_overrides(tiny.get_config(), {"sde.name": "ve", "sde.sigma_max": "30"})
     assert changed.sde.build() == SDES["ve"](sigma_max=30.0)
     with pytest.raises(ValueError, match="config.sde has no field sigma_max: it has beta_max"):
@@ -192,8 +192,8 @@ def test_a_refusal_is_one_line_and_the_flag_traceback_shows_more(tmp_path: Path)
     assert any(text.startswith("Traceback") for text in lines)
 
 
-def test_the_start_shows_warnings_and_no_chatter_of_other_packages(tmp_path: Path) -> None:
-    """JAX tells which backends it lacks, and matplotlib that it lists the fonts."""
+def test_the_start_shows_warnings_but_no_notes_of_other_packages(tmp_path: Path) -> None:
+    """JAX notes which backends are missing, and matplotlib notes that it builds its font cache."""
     text = Path(tiny.__file__).read_text()
     lines = f"""
 import logging
@@ -210,7 +210,7 @@ logging.getLogger("jax").warning("a real warning")
     )
     shown = runs.finish(process, expect=1).strip().splitlines()
     assert shown[-1].startswith("ValueError: optim.lr=0: need")
-    # Some versions of JAX have a handler of their own, which shows its warning once more.
+    # Some versions of JAX have their own handler, which shows its warning a second time.
     expected = "findfont: no such font", "a real warning"
     assert all(line.endswith(expected) for line in shown[:-1]), shown
     assert all(any(line.endswith(text) for line in shown) for text in expected), shown
@@ -226,7 +226,7 @@ def refusal(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., str]]:
 
     def run(*arguments: str) -> str:
         flags.FLAGS.unparse_flags()
-        monkeypatch.setattr(sys, "argv", ["main", *arguments])  # absl looks for overrides there.
+        monkeypatch.setattr(sys, "argv", ["main", *arguments])  # absl reads overrides from it.
         with pytest.raises(SystemExit) as caught:
             main.main(main.parse(["main", *arguments]))
         return str(caught.value.code)
@@ -361,7 +361,7 @@ def test_a_field_that_does_not_exist_is_named_in_one_line(
         ("model.nam", "name", "width"),
     ],
 )
-def test_a_slip_in_a_section_with_a_choice_is_answered_by_all_of_its_fields(
+def test_the_error_for_a_misspelt_field_lists_those_of_the_section_and_of_its_class(
     refusal: Callable[..., str], field: str, of_section: str, of_class: str
 ) -> None:
     said = refusal(CONFIG, f"--config.{field}=1")
@@ -371,7 +371,7 @@ def test_a_slip_in_a_section_with_a_choice_is_answered_by_all_of_its_fields(
 
 
 def test_a_work_directory_that_is_too_deep_is_refused_in_one_line(tmp_path: Path) -> None:
-    """Python's own errors would be a RecursionError, or one with all of the path in it."""
+    """Python itself would raise a RecursionError, or an error that contains the whole path."""
     for depth in (600, 3000):
         deep = tmp_path / "/".join(["d"] * depth)
         status, (line,) = run_program(deep, "--mode=train")
@@ -448,8 +448,8 @@ def test_ctrl_c_ends_in_one_line(
         main.main([])
 
 
-def test_requests_to_stop_are_left_alone_in_another_thread() -> None:
-    """Python handles signals in its main thread only."""
+def test_outside_the_main_thread_no_signal_is_handled() -> None:
+    """Python allows handlers of signals in its main thread only."""
 
     def asked() -> bool:
         with Preemption() as preemption:
@@ -466,7 +466,7 @@ def error_of(function: Callable[[], object]) -> BaseException:
     return caught.value
 
 
-def test_paths_are_shown_from_where_the_user_stands(
+def test_paths_are_shown_relative_to_the_current_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -492,8 +492,8 @@ def test_the_start_shows_the_fields_that_the_command_line_sets() -> None:
 
 @pytest.mark.usefixtures("unchecked")
 def test_errors_of_this_package_and_missing_files_are_refusals(tmp_path: Path) -> None:
-    """Refusals are shown in one line. Errors that a library raises are defects, and keep their
-    traceback."""
+    """A refusal is shown in one line. An error that another library raises is a defect, so it is
+    shown with its traceback."""
     ours = error_of(lambda: Solver(rtol=-1.0))
     assert str(refusals.line(ours)).startswith("ValueError: rtol is -1.0 (float): give a number")
     traced = error_of(lambda: jax.jit(lambda x: divergence.exact(lambda x: x[:1], x))(jnp.ones(2)))

@@ -1,4 +1,4 @@
-"""The optimizer compared with Adam written out, its schedules, and which parameters decay."""
+"""The optimizer is compared with the formulas of Adam. It has schedules and a weight decay."""
 
 import jax
 import jax.numpy as jnp
@@ -31,7 +31,7 @@ def step(optimizer, params, *grads):
 
 
 def test_adam_by_hand_with_clipping():
-    """Two steps of Kingma and Ba's algorithm; |g| = 5 is scaled to 1."""
+    """Two steps of Kingma and Ba's algorithm; a gradient of norm 5 is scaled to norm 1."""
     g, m, v, p = np.array([3.0, 4.0]), 0.0, 0.0, np.array([1.0, -1.0])
     for t in (1, 2):
         clipped = g / 5
@@ -49,8 +49,9 @@ def test_only_kernels_decay():
     np.testing.assert_array_equal(got["W"], params["W"])
 
 
-def test_a_run_may_go_on_with_other_settings():
-    """The states have one structure, so a checkpoint of any settings can be restored."""
+def test_a_run_may_continue_with_other_settings():
+    """The state has the same structure for all settings, so a checkpoint with any of them can be
+    restored."""
     params = {"kernel": jnp.ones((2, 2)), "bias": jnp.ones(2)}
     states = [
         adam(weight_decay=decay, grad_clip=clip).init(params)
@@ -109,10 +110,11 @@ def test_a_short_run_warns_of_its_warmup_and_average(schedule, caplog):
     ],
 )
 def test_gradients_are_clipped_in_the_unit_of_the_papers_loss(flags, importance, theirs):
-    """With a score of 0 the paper's loss is mean |z|^2, or g^2 / std^2 times it; the loss here is
-    ``loss_unit`` times the paper's.
+    """The loss of this package is ``loss_unit`` times the paper's.
 
-    The loss of i-DODE is mean |F - F^|^2 = |z - z^|^2 / alpha^2.
+    With a score of 0, the paper's loss is the mean of |z|^2. With the likelihood weighting and
+    without importance sampling, it is the mean of g^2 / std^2 |z|^2. The loss of i-DODE is the mean
+    of |F - F^|^2 = |z - z^|^2 / alpha^2.
     """
     config = tiny.get_config()
     config.training.update(
@@ -127,13 +129,13 @@ def test_gradients_are_clipped_in_the_unit_of_the_papers_loss(flags, importance,
         zero, experiment.sde, x, t, keys, weighting=experiment.config.training.weighting
     )
     ours = weight * terms / 4096
-    if theirs is None:  # Only the weight of the times is left.
+    if theirs is None:  # No published loss: the weights of the times remain.
         theirs = weight
     elif callable(theirs):
         theirs = theirs(experiment.sde, t)
     np.testing.assert_allclose(ours / theirs, unit, rtol=0.1)
     np.testing.assert_allclose(jnp.mean(ours / theirs), unit, rtol=0.01)
-    clipped = experiment.optimizer.update  # Adam's first mean is a tenth of its input.
+    clipped = experiment.optimizer.update  # After one step, Adam's mean is a tenth of its input.
     params, gradient = {"w": jnp.zeros(4)}, {"w": jnp.full(4, 50.0)}
     _, state = clipped(gradient, experiment.optimizer.init(params), params)
     (mu,) = optax.tree.get_all_with_path(state, "mu")[0][1:]

@@ -21,10 +21,10 @@ from sbml.types import Array, Key, Score
 
 pytestmark = [pytest.mark.usefixtures("x64"), pytest.mark.oracle]
 
-T = np.asarray(0.3)  # float64, also before the module's tests enable it in JAX
+T = np.asarray(0.3)  # of NumPy, so it is float64 even before the tests enable float64 in JAX
 NODES, WEIGHTS = np.polynomial.hermite_e.hermegauss(40)
 WEIGHTS = WEIGHTS / WEIGHTS.sum()
-VARIANCE = 0.6  # of the data where they have one dimension
+VARIANCE = 0.6  # of one-dimensional data
 
 
 @pytest.fixture(params=FAMILIES, name="sde")
@@ -39,7 +39,7 @@ def expected(f: Callable[[Array, Array], Array], std: float = VARIANCE**0.5) -> 
 
 
 def residual(score: Score, sde: SDE, x: Array, z: Array, t: Array) -> Array:
-    """r with the exact divergence, ()."""
+    """r with the exact divergence, a scalar."""
     x_t = losses.perturb(sde, x, t, z)
     s, jacobian = score(x_t, t, None), jax.jacfwd(lambda x: score(x, t, None))(x_t)
     return second_order.residuals(sde, s, jnp.trace(jacobian)[None], t, z)[0]
@@ -50,8 +50,8 @@ def linear(sde: SDE, variance: Array | float) -> Score:
     return lambda x, t, key: -x / (sde.mean_coef(t) ** 2 * variance + sde.std(t) ** 2)
 
 
-def test_the_residual_of_the_true_score_has_no_mean_given_x_t(sde: SDE) -> None:
-    """Against every polynomial of x_t; its square is 2 Cov[z | x_t]^2."""
+def test_the_residual_of_the_true_score_has_mean_0_given_x_t(sde: SDE) -> None:
+    """E[r x_t^k] is 0 for k = 0 to 3. The mean of r^2 is 2 Cov[z | x_t]^2."""
     score = linear(sde, VARIANCE)
     for t in map(jnp.asarray, (1e-3, 0.3, 0.95)):
         v = sde.mean_coef(t) ** 2 * VARIANCE + sde.std(t) ** 2
@@ -67,8 +67,8 @@ def test_the_residual_of_the_true_score_has_no_mean_given_x_t(sde: SDE) -> None:
         np.testing.assert_allclose(square, 2 * covariance**2, rtol=1e-9, atol=1e-13)
 
 
-def test_the_residual_of_a_mixtures_score_has_no_mean() -> None:
-    """x_0 is -1 or 1: s = (alpha tanh(alpha x / sigma^2) - x) / sigma^2."""
+def test_the_residual_of_a_mixtures_score_has_mean_0_given_x_t() -> None:
+    """If x_0 is -1 or 1, the true score is s = (alpha tanh(alpha x / sigma^2) - x) / sigma^2."""
     sde = VP()
 
     def score(x: Array, t: Array, key: Key | None) -> Array:
@@ -89,7 +89,7 @@ def test_the_residual_of_a_mixtures_score_has_no_mean() -> None:
 
 
 def loss_gradient(family: Callable[[Array], Score], sde: SDE, a: float, t: Array = T) -> Array:
-    """d/da of the expected second-order loss, the error held constant."""
+    """d/da of the expected second-order loss; the gradient treats |sigma s + z|^2 as constant."""
 
     def total(a: Array) -> Array:
         score = family(a)
@@ -99,9 +99,10 @@ def loss_gradient(family: Callable[[Array], Score], sde: SDE, a: float, t: Array
 
 
 def ode_nats(sde: SDE, a: float, variance: float) -> float:
-    """E -log p(x_0) of the ODE whose score is (1 + a) times that of N(0, variance), nats.
+    """E[-log p(x_0)] in nats by the ODE whose score is (1 + a) times that of N(0, variance).
 
-    x_T = M x_0 with log M the integral of f + g^2 (1 + a) / (2 v), by Gauss-Legendre in log t.
+    x_T = M x_0, where log M is the integral of f + g^2 (1 + a) / (2 v), which is computed by
+    Gauss-Legendre quadrature in log t.
     """
     nodes, weights = np.polynomial.legendre.leggauss(200)
     ends = np.log(1e-8), 0.0
@@ -113,8 +114,9 @@ def ode_nats(sde: SDE, a: float, variance: float) -> float:
     return float(0.5 * variance * np.exp(2 * log_m) / prior - log_m)
 
 
-def test_the_minimum_is_where_the_odes_likelihood_is_right() -> None:
-    """Both of a score (1 + a) times the true one: the gradient is g (a + a^2), and g > 0."""
+def test_the_loss_and_the_odes_nats_have_the_same_minimum() -> None:
+    """For (1 + a) times the true score, both are least at a = 0. The gradient of the loss is
+    c (a + a^2) with c > 0."""
     sde = VP()
 
     def family(a: Array) -> Score:
@@ -132,7 +134,8 @@ def test_the_minimum_is_where_the_odes_likelihood_is_right() -> None:
 
 
 def test_the_minimum_over_wrong_variances_is_the_true_one(sde: SDE) -> None:
-    """The ODE of N(0, c) has -log p = 1/2 (log c + x^2 / c), least at the data's variance."""
+    """The ODE of N(0, c) has -log p = 1/2 (log c + x^2 / c) plus a constant. Its mean is least if c
+    is the variance of the data."""
 
     def family(c: Array) -> Score:
         return linear(sde, c)
@@ -144,10 +147,12 @@ def test_the_minimum_over_wrong_variances_is_the_true_one(sde: SDE) -> None:
     assert abs(loss_gradient(family, sde, VARIANCE)) < 1e-12 > abs(odes(VARIANCE))
 
 
-def test_it_sees_what_the_first_order_loss_does_not() -> None:
-    """An error b / k cos(k x) of the score: k times fainter in the first order, not in the second.
+def test_the_second_order_loss_notices_errors_that_oscillate_fast() -> None:
+    """The score has the error b / k cos(k x). The first-order loss falls as 1 / k^2, and the
+    second-order loss does not.
 
-    Curvatures in b: sigma^2 E[cos^2] / k^2, and sigma^4 E[sin^2], with E[cos 2 k x] = e^(-2 k^2 v).
+    The second derivatives with respect to b are sigma^2 E[cos^2 k x] / k^2 for the first order and
+    sigma^4 E[sin^2 k x] for the second, where E[cos 2 k x] = e^(-2 k^2 v).
     """
     sde, k = VP(), 5.0
 
@@ -179,7 +184,7 @@ COVARIANCE = np.asarray([[0.7, 0.5], [0.5, 0.9]])
 
 
 def correlated(sde: SDE, a: Array | float) -> Score:
-    """The score of N(0, COVARIANCE), its Jacobian's part off the diagonal 1 + a times as large."""
+    """The score of N(0, COVARIANCE), but the off-diagonal entries of its Jacobian times 1 + a."""
 
     def score(x: Array, t: Array, key: Key | None) -> Array:
         v = sde.mean_coef(t) ** 2 * COVARIANCE + sde.std(t) ** 2 * jnp.eye(2)
@@ -191,7 +196,8 @@ def correlated(sde: SDE, a: Array | float) -> Score:
 
 @pytest.mark.parametrize("probes", [1, 2, 3])
 def test_several_probes_leave_no_bias(probes: int) -> None:
-    """One pulls the Jacobian towards its diagonal: by 1/2 sigma^4 d/da 2 sum_{i != j} J_ij^2."""
+    """With one probe, the gradient at the true score is not 0 but 1/2 sigma^4 d/da 2 sum_{i != j}
+    J_ij^2, so training would make the off-diagonal entries of the Jacobian too small."""
     sde, n = VP(), 7
     nodes, weights = np.polynomial.hermite_e.hermegauss(n)
     grid = np.stack(np.meshgrid(*[nodes] * 4, indexing="ij"), axis=-1).reshape(-1, 4)
@@ -223,20 +229,21 @@ def test_several_probes_leave_no_bias(probes: int) -> None:
 
 
 def curved(a: Array, sde: SDE) -> Score:
-    """Not linear, not diagonal, and one number to train."""
+    """A score that is not linear, has no diagonal Jacobian, and has one parameter a."""
     w = jnp.asarray(np.random.default_rng(0).normal(size=(3, 3)))
     return lambda x, t, key: -jnp.tanh(a * w @ x + t) / sde.std(t)
 
 
-def test_for_vp_it_is_i_dodes_form() -> None:
-    """r = -alpha [sigma div F^ - alpha (d - |F - F^|^2)] with velocities F."""
+def test_for_vp_the_residual_has_the_form_of_i_dode() -> None:
+    """r = -alpha [sigma div F^ - alpha (d - |F - F^|^2)], where F = alpha z - sigma x is the
+    velocity and F^ its prediction."""
     sde, t = VP(), jnp.asarray(0.2)
     alpha, sigma = sde.mean_coef(t), sde.std(t)
     x, z = jnp.asarray([0.3, -0.9, 0.4]), jnp.asarray([1.1, 0.2, -0.7])
     score = curved(jnp.asarray(0.7), sde)
 
     def velocity(x_t: Array) -> Array:
-        """F^: the noise is alpha F^ + sigma x_t."""
+        """F^, from which the predicted noise is alpha F^ + sigma x_t."""
         return (-sigma * score(x_t, t, None) - sigma * x_t) / alpha
 
     x_t = losses.perturb(sde, x, t, z)
@@ -246,9 +253,9 @@ def test_for_vp_it_is_i_dodes_form() -> None:
     np.testing.assert_allclose(residual(score, sde, x, z, t), -alpha * theirs, rtol=1e-12)
 
 
-def test_with_the_weight_of_i_dode_it_is_their_objective() -> None:
-    """Theirs is |F - F^|^2 + 0.1 (sigma div F^ - alpha (d - |F - F^|^2))^2 / d, up to a factor, at
-    times whose density cancels the weight 1/2 w alpha^2 of |F - F^|^2."""
+def test_with_the_weight_of_i_dode_the_loss_is_their_objective() -> None:
+    """Their objective is |F - F^|^2 + 0.1 (sigma div F^ - alpha (d - |F - F^|^2))^2 / d. Ours is
+    this times 1/2 w alpha^2. A density of times can cancel this factor."""
     sde, t, key = VP(), jnp.asarray(0.2), jax.random.key(5)
     alpha, sigma, d = sde.mean_coef(t), sde.std(t), 3
     x, score = jnp.asarray([[0.3, -0.9, 0.4]]), curved(jnp.asarray(0.7), sde)
@@ -269,10 +276,10 @@ def test_with_the_weight_of_i_dode_it_is_their_objective() -> None:
 
 
 @pytest.mark.parametrize("weighting", losses.WEIGHTINGS)
-def test_of_one_example_by_hand(sde: SDE, weighting: str) -> None:
+def test_the_loss_of_one_example_by_hand(sde: SDE, weighting: str) -> None:
     score, t, key = curved(jnp.asarray(0.7), sde), jnp.asarray(0.4), jax.random.key(3)
     x, vs = jnp.asarray([0.3, -0.9, 0.4]), jnp.asarray([[1.0, -1.0, 1.0], [1.0, 1.0, 1.0]])
-    z = jax.random.normal(stream(key, "noise"), (3,))  # As losses.dsm draws it.
+    z = jax.random.normal(stream(key, "noise"), (3,))  # losses.dsm draws it in the same way.
     alpha, sigma = sde.mean_coef(t), sde.std(t)
     jacobian = jax.jacfwd(lambda x: score(x, t, None))(alpha * x + sigma * z)
     error = np.sum((sigma * score(alpha * x + sigma * z, t, None) + z) ** 2)
@@ -283,8 +290,9 @@ def test_of_one_example_by_hand(sde: SDE, weighting: str) -> None:
         np.testing.assert_allclose(found, w * square / (2 * 3), rtol=1e-10)
 
 
-def test_the_error_is_held_constant_and_the_divergence_is_not() -> None:
-    """d/da r^2 / (2 d) = r sigma^2 d(div s)/da / d, by finite differences of the divergence."""
+def test_the_gradient_of_the_loss_is_that_of_its_divergence_only() -> None:
+    """The gradient is r sigma^2 d(div s)/da / d, with finite differences of div s, because
+    |sigma s + z|^2 in r counts as constant."""
     sde, t, key = VP(), jnp.asarray(0.4), jax.random.key(3)
     x, vs, step = jnp.asarray([0.3, -0.9, 0.4]), jnp.asarray([[1.0, -1.0, 1.0]]), 1e-5
 
@@ -307,7 +315,7 @@ def test_the_error_is_held_constant_and_the_divergence_is_not() -> None:
 
 @dataclasses.dataclass(frozen=True)
 class InBatches:
-    """A score that must be called in its batch form, and once."""
+    """A score that must be called once, for the whole batch."""
 
     score: Score
     calls: list[Array]
@@ -316,14 +324,15 @@ class InBatches:
         raise AssertionError("called for one example, though it has a batch form")
 
     def batch(self, x: Array, t: Array, key: Key | None) -> Array:
-        """All at once."""
+        """The scores of a batch."""
         self.calls.append(x)
         return jax.vmap(lambda x, t: self.score(x, t, None))(x, t)
 
 
 @pytest.mark.parametrize("antithetic", [False, True])
 def test_a_batch_has_the_losses_of_its_examples(sde: SDE, antithetic: bool) -> None:
-    """The first order as ``losses.dsm_batch``; the second with the probes of each key."""
+    """The first-order losses are those of ``losses.dsm_batch``. The second-order losses are
+    computed by hand, with the probes that each key gives."""
     score = curved(jnp.asarray(0.7), sde)
     x = jnp.asarray(np.random.default_rng(1).normal(size=(4, 3)))
     t, keys = jnp.asarray([0.05, 0.2, 0.5, 0.9]), jax.random.split(jax.random.key(0), 4)
@@ -345,7 +354,8 @@ def test_a_batch_has_the_losses_of_its_examples(sde: SDE, antithetic: bool) -> N
     assert len(np.unique(np.asarray(vs), axis=0)) > 1
 
 
-def test_what_would_broadcast_is_refused() -> None:
+def test_arguments_of_wrong_shapes_are_refused() -> None:
+    """They would broadcast to a wrong number."""
     sde, key, x = VP(), jax.random.key(0), jnp.zeros(3)
     score = linear(sde, 1.0)
     with pytest.raises(ValueError, match="^t is"):
@@ -361,7 +371,7 @@ def test_what_would_broadcast_is_refused() -> None:
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_noise_of_the_losses_has_full_precision(dtype):
-    """The variance of noise of half precision is not 1."""
+    """Noise that is drawn in half precision does not have the variance 1."""
     sde, key, t = SDES["vp"](), jax.random.key(0), jnp.asarray(0.3)
     x = jax.random.normal(jax.random.key(1), (6,)).astype(dtype)
     for loss in (

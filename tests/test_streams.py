@@ -1,7 +1,7 @@
-"""No two purposes share a key: the keys are recorded while the programs run, all with one seed.
+"""No two purposes share a key. All programs run with one seed, and their keys are recorded.
 
-JAX's ``split(key, n)[i]`` equals ``fold_in(key, i)``, and the key of one purpose can be one of the
-keys that another purpose makes or draws from.
+JAX's ``split(key, n)[i]`` equals ``fold_in(key, i)``. So by mistake, the key of one purpose could
+be a key that another purpose derives or uses for its draws.
 """
 
 import itertools
@@ -33,8 +33,8 @@ class Record:
     """The keys that a program has used.
 
     Attributes:
-      draws: the draws from each key, by function and shape: the same draw may be made again.
-      parents: whether each key was split, or had counters or names folded into it.
+      draws: for each key, the functions and shapes of its draws. A repeated draw counts once.
+      parents: for each key, whether it was split, or counters or names were folded into it.
     """
 
     def __init__(self):
@@ -60,7 +60,7 @@ def watched(name, function, inside, current):
         else:
             counter = isinstance(shape, jax.Array) or (name == "fold_in" and shape < COUNTERS)
             table, use = "parents", "split" if name == "split" else ("name", "counter")[counter]
-        if not inside:  # JAX's functions call each other.
+        if not inside:  # Calls from other functions of JAX do not count.
             data = jax.random.key_data(key)
             jax.debug.callback(lambda data: current[-1].note(table, use, data), data)
         inside.append(name)
@@ -73,7 +73,7 @@ def watched(name, function, inside, current):
 
 
 def config():
-    """Three steps of training and three sweeps over four images, which are one batch."""
+    """A config with three training steps, and three sweeps over four images in one batch."""
     made = tiny.get_config()
     made.training.update(num_steps=3, noises="independent", second_order=1.0)
     made.dequantizer.training.update(batch_size=64, num_steps=3, log_every=1)
@@ -126,7 +126,8 @@ def completing(workdir):
 
 
 def dequantizing(workdir):
-    """Its loss and its parameters are left out, because a flow takes long to compile."""
+    """The training of a dequantizer, with another loss and one parameter, because a flow takes long
+    to compile."""
 
     def init(experiment, images):
         return TrainState.create({"w": jnp.zeros(())}, experiment.dequantizer_optimizer)
@@ -150,12 +151,16 @@ PROGRAMS = {
     "samples": sampling,
     "completions": completing,
 }
-OF_DENSITY = ("logp", "bound")  # Of the same purpose as the evaluation, ``bound`` above.
+# Methods of ``Density``. Its ``bound`` has the purposes of "pilot" and "bound" above.
+OF_DENSITY = ("logp", "bound")
 
 
 @pytest.fixture(scope="module")
 def records(tmp_path_factory):
-    """The record of each program. What was compiled for one program also reports in the next."""
+    """The record of each program.
+
+    A function that was compiled for one program notes its keys also when a later program calls it.
+    """
     workdir, found, inside = tmp_path_factory.mktemp("streams"), {}, []
     programs = {**PROGRAMS, **{f"Density.{name}": density(name) for name in OF_DENSITY}}
     current = [Record()]
@@ -171,7 +176,7 @@ def records(tmp_path_factory):
     return found
 
 
-def test_no_name_is_another_name_or_a_counter():
+def test_the_code_of_a_name_is_neither_that_of_another_name_nor_a_counter():
     codes = list(streams.CODES.values())
     assert len(set(codes)) == len(codes) and min(codes) > COUNTERS
 
@@ -179,14 +184,14 @@ def test_no_name_is_another_name_or_a_counter():
 def test_no_two_purposes_share_a_key(records):
     names = [*PROGRAMS, "Density.bound"]
     for one, other in itertools.combinations(names, 2):
-        # ``Density.bound`` has the pilot and the sweeps of an evaluation.
+        # ``Density.bound`` has the same pilot and sweeps as an evaluation.
         if {one, other} not in ({"bound", "Density.bound"}, {"pilot", "Density.bound"}):
             assert not records[one].keys & records[other].keys, (one, other)
 
 
 @pytest.mark.parametrize("name", [*PROGRAMS, *(f"Density.{name}" for name in OF_DENSITY)])
 def test_a_key_has_one_use(records, name):
-    """It is drawn from once, or split, or numbers are folded into it, all counters or all names."""
+    """A key serves for one kind of draw, or is split, or counters or names are folded into it."""
     record = records[name]
     assert len(record.draws) > 3
     assert not set(record.draws) & set(record.parents)

@@ -1,4 +1,4 @@
-"""Densities of times: points that follow them, their floors, and their tallies."""
+"""Densities of times: points that follow them, their floors, and the tallies that learn them."""
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +16,7 @@ SCALE = np.asarray([3.0, 0.2, np.nan, 1.0, 0.0])
 @pytest.mark.oracle
 @pytest.mark.parametrize("floor", [0.05, 1.0])
 def test_warped_points_integrate_over_v(floor: float) -> None:
-    """Powers of v are integrated exactly, with Gauss-Legendre nodes in each bin of u."""
+    """With Gauss-Legendre nodes in each bin of u, the integrals of powers of v are exact."""
     density = with_floor(jnp.asarray(SCALE), floor)
     nodes, weights = np.polynomial.legendre.leggauss(6)
     edges = np.concatenate([[0], np.cumsum(density) / np.sum(density)])
@@ -30,7 +30,8 @@ def test_warped_points_integrate_over_v(floor: float) -> None:
 
 @pytest.mark.oracle
 def test_warped_points_follow_the_density() -> None:
-    """If u is evenly spread, the part of the points v in a bin is its mass; the weight is 1/q."""
+    """If u is evenly spread, the fraction of the points v in a bin is the mass of the bin. The
+    weights are 1/q."""
     density = jnp.asarray([1.0, 4.0, 0.5, 2.5])  # not normalised: the mean is 2
     v, inverse = warp((jnp.arange(8000) + 0.5) / 8000, density)
     k = np.floor(np.asarray(v) * 4).astype(int)
@@ -53,7 +54,7 @@ def test_the_best_density_makes_a_step_function_exact() -> None:
 
 
 def test_with_floor_by_hand() -> None:
-    """nan counts as the mean of the others, 1.05; then q = (1 - floor) scale / 1.05 + floor."""
+    """The mean of the others, 1.05, replaces nan. Then q = (1 - floor) scale / 1.05 + floor."""
     scale = np.asarray([3.0, 0.2, 1.05, 1.0, 0.0])
     np.testing.assert_allclose(with_floor(jnp.asarray(SCALE), 0.1), 0.9 * scale / 1.05 + 0.1)
 
@@ -89,8 +90,8 @@ def test_impossible_floors_are_refused(floor: float) -> None:
 
 @pytest.mark.parametrize("bins", [1, 7, 100, 1000])
 def test_float32_warp(bins: int) -> None:
-    """Every u in [0, 1) falls into a bin, v increases with u, and 1/q has the rounding error of a
-    bin's mass."""
+    """Every u in [0, 1) falls into a bin, and v never decreases with u. The relative error of 1/q
+    is the rounding error of the mass of a bin."""
     rng = np.random.default_rng(bins)
     with jax.enable_x64(False):
         density = np.asarray(
@@ -110,7 +111,7 @@ def test_float32_warp(bins: int) -> None:
     np.testing.assert_allclose(inverse[middle], expected, rtol=2e-7 * 10 * bins)
 
 
-def test_a_density_may_vanish_or_change_without_a_compilation() -> None:
+def test_a_density_may_be_0_in_bins_and_may_change_without_a_new_compilation() -> None:
     traces = []
 
     @jax.jit
@@ -126,11 +127,12 @@ def test_a_density_may_vanish_or_change_without_a_compilation() -> None:
     assert len(traces) == 1
 
 
-def test_a_bin_that_rounding_would_take_away_is_refused() -> None:
-    """In float32 the first density would give its second bin no point, and the integral 1/2."""
+def test_a_bin_that_rounding_would_lose_is_refused() -> None:
+    """In float32, no point would fall into the second bin of the first density, so the integral of
+    1 would be estimated as 1/2."""
     u = jnp.linspace(0, 1, 1000, endpoint=False, dtype=jnp.float32)
     for lost in ([1.0, 1e-9], [1e8, *[1.0] * 31]):
-        # The coarser of the two precisions counts.
+        # The lower precision of points and density counts.
         for points, kind in ((u, float), (u.astype(float), jnp.float32), (u, jnp.float32)):
             with pytest.raises(ValueError, match="density has a bin with .* of its sum, which"):
                 warp(points, jnp.asarray(lost, kind))
@@ -152,7 +154,7 @@ def test_tally_by_hand() -> None:
     np.testing.assert_allclose(new, [[4.0, 2.0, 1.0], [7.0, 10.5, -3.0]])
 
 
-def test_a_tally_leaves_out_what_is_not_finite() -> None:
+def test_a_tally_ignores_values_that_are_not_finite() -> None:
     values = jnp.asarray([1.0, jnp.nan, 10.0, jnp.inf])
     new = tally(jnp.zeros((2, 2)), jnp.asarray([0.1, 0.2, 0.6, 0.7]), values, 0.5)
     np.testing.assert_array_equal(new, [[1.0, 1.0], [1.0, 10.0]])
@@ -160,7 +162,8 @@ def test_a_tally_leaves_out_what_is_not_finite() -> None:
 
 @pytest.mark.oracle
 def test_a_tally_learns_the_density() -> None:
-    """The tally finds the mean in each bin, without weights 1/q, though its own density draws v."""
+    """The points v are drawn from the density that the tally learns. The mean in each bin is right
+    without the weights 1/q, because q is constant in a bin."""
     truth = jnp.asarray([4.0, 1.0, 0.25, 2.0])
 
     def step(counts: Array, key: Array) -> tuple[Array, None]:

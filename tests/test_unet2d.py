@@ -1,4 +1,4 @@
-"""diffusers' UNet2DModel: its outputs, its files, errors for what does not fit, and training."""
+"""diffusers' UNet2DModel: its outputs, its files, errors for wrong configs and sizes, training."""
 
 import functools
 import json
@@ -70,7 +70,8 @@ def test_outputs_are_those_of_diffusers(name: str) -> None:
 
 
 def test_outputs_in_float64_are_those_of_diffusers() -> None:
-    """With Fourier features; diffusers computes the positional ones in float32 in any case."""
+    """The config has Fourier features of the time, because diffusers always computes the positional
+    ones in float32."""
     params = unet2d.params(state("mixed"))
     with jax.enable_x64(True):
         inputs = map(np.float64, reference.inputs(reference.CONFIGS["mixed"]))
@@ -92,8 +93,9 @@ def test_files_of_half_precision_are_read_as_float32(dtype: Any, tmp_path: Path)
     np.testing.assert_array_equal(kernel, expected.transpose(2, 3, 1, 0))
 
 
-def test_old_names_are_known() -> None:
-    """Of attention, and of the Fourier features, which old files hold twice."""
+def test_old_names_of_weights_are_read() -> None:
+    """Old files have other names for the weights of attention, and contain the Fourier features
+    twice, under two names."""
     new = state("ncsnpp-celebahq-256")
     old = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
     renamed = {}

@@ -1,8 +1,9 @@
 """From an estimator to a number for every example, and to their mean with error bars.
 
-A row belongs to one (sweep, example); with the seed these determine all its random draws. The
-examples have independent draws in each sweep, and sweep 0 covers all of them. There are two kinds
-of estimates, which measure the noise of the draws in different ways:
+A row belongs to one (sweep, example). The seed, the sweep and the example determine its random
+draws. The draws of different sweeps are independent. Within one sweep of a bound, the times of all
+examples may be points of one lattice, which are not independent. Sweep 0 covers all examples. There
+are two kinds of estimates, which measure the noise of the draws in different ways:
 
     ode      -log p by an ODE. A subset of the examples is solved again with the draws of sweep 0
              and the ``estimate.reference`` solver; the difference measures the solver's error. If
@@ -11,8 +12,8 @@ of estimates, which measure the noise of the draws in different ways:
     bound    an expectation over times. Every sweep covers all examples. The value of an example is
              its mean over R sweeps, and the spread of the sweeps' means m_r measures the noise:
              the standard error is sd(m_r) / sqrt(R). If a few rare draws decide the mean, the
-             intervals are too narrow. Pareto's k of the draws, each minus the median of its
-             example, and of the weights of their times show this.
+             intervals are too narrow. Pareto's k shows this. It is computed twice: from the draws,
+             each minus the median of its example, and from the weights of their times.
 """
 
 import dataclasses
@@ -34,11 +35,12 @@ from sbml.intervals import Interval
 from sbml.ode import Solver
 from sbml.progress import Bar
 
-TERMS_OF_INTEGERS = ("dequantization", "importance", "scale")  # continuous data do not have them
+# The terms that only integer data have.
+TERMS_OF_INTEGERS = ("dequantization", "importance", "scale")
 
-# The number of sweeps before ``target_se`` may stop an estimate. With 2 or 3 sweeps the standard
-# error is often far too small by chance: in 4,000 trials that stopped there, 90% of the intervals
-# contained the true value, but 93% with at least 8 sweeps.
+# ``target_se`` may stop an estimate only after this number of sweeps. With 2 or 3 sweeps the
+# standard error is often far too small by chance. In 4,000 trials that stopped there, 90% of the
+# intervals contained the true value. With at least 8 sweeps, 93% did.
 FIRST_SWEEPS = 8
 
 
@@ -46,29 +48,30 @@ FIRST_SWEEPS = 8
 class Driver:
     """The numbers of the examples ``ids`` of ``data`` by one estimator.
 
-    Rows are computed whenever they are asked for. A subclass can override :meth:`rows` to store
-    them, and make them with :meth:`batches`.
+    Each call of :meth:`rows` computes its rows again. A subclass can override it to store the rows,
+    and compute them by :meth:`batches`.
 
     Attributes:
       estimator, target: what is estimated.
       data: all examples, ``(n, *s)``.
       condition: for a conditional score, a pytree of arrays ``(n, ...)``; otherwise None.
-      ids: the sorted places in ``data`` of the examples that count.
-      subset: the places of those that are solved again.
+      ids: the sorted indices in ``data`` of the examples that are evaluated.
+      subset: the indices of those examples that are solved again.
       compute: a function of a batch of ``Rows``, points u and options that gives the columns of
         ``base.rows`` on the host.
       place: a function that puts a tree of arrays, split along their first axis, on the devices.
       seed: the seed of all random draws.
       batch_size: the number of examples that are computed at once.
       check: whether the subset is solved again, so that the errors are measured.
-      progress: the title of the progress bars; without one, there is no bar.
-      shown: a function of ids and their numbers that gives the numbers whose mean a bar shows.
-      solver, budget: how an ODE is solved, and the largest error of it that counts as converged.
-      reduction, draw, n_times: the options of a bound, the name of its points in ``times.DRAWS``,
-        and their number for one example in one sweep.
+      progress: the title of the progress bars. If it is empty, there are no bars.
+      shown: a function that maps ids and their numbers to the numbers whose mean a bar shows.
+      solver, budget: how an ODE is solved, and the largest error of a solve that counts as
+        converged.
+      reduction, draw, n_times: the variance reduction of a bound; how its points are drawn, a name
+        in ``times.DRAWS``; and the number of points for one example in one sweep.
       sweeps: the number of sweeps of a bound.
-      target_se, max_sweeps: if ``target_se`` is not 0, more sweeps follow, up to ``max_sweeps``,
-        while the standard error of the draws is larger.
+      target_se, max_sweeps: if ``target_se`` is not 0, more sweeps follow while the standard error
+        of the draws is larger than ``target_se``, until there are ``max_sweeps``.
     """
 
     estimator: Estimator
@@ -113,8 +116,8 @@ class Driver:
     ) -> Columns:
         """The terms and ``nfe`` of ``ids`` in ``sweep``, each ``(n,)``, in the order of ``ids``.
 
-        An ODE is solved by ``solver``, which is that of the driver if it is None. The rows are
-        counted by ``bar``, which is a new one if it is None.
+        An ODE is solved by ``solver``, or by the driver's solver if it is None. The progress is
+        shown by ``bar``, or by a new bar if it is None.
         """
         size = min(self.batch_size, len(ids))
         with nullcontext(bar) if bar else self.bar(len(ids), sweep, solver) as bar:
@@ -126,8 +129,11 @@ class Driver:
         return {name: np.concatenate([each[name] for each in batches]) for name in batches[0]}
 
     def bar(self, count: int, sweep: int = 0, solver: Solver | None = None, sweeps: int = 0) -> Bar:
-        """A bar of ``count`` rows in ``sweep`` by ``solver``, or of as many in each of ``sweeps``,
-        with the mean of their numbers."""
+        """A progress bar that shows the mean of the numbers so far.
+
+        It counts ``count`` rows, which ``solver`` computes in ``sweep``. If ``sweeps`` is not 0, it
+        counts as many rows in each of ``sweeps`` sweeps.
+        """
         stricter = solver not in (None, self.solver)
         note = ", stricter solver" if stricter else ", new draws" if sweep else ""
         integers = self.target.levels is not None
@@ -137,7 +143,7 @@ class Driver:
             count,
             quantity="bits/dim" if integers else "nats",
             times=max(1, sweeps),
-            compiles=not note,  # The function is that of the rows before.
+            compiles=not note,  # Otherwise the function is compiled already.
             leave=not note,
             wait=sweeps > 0,
         )
@@ -174,11 +180,11 @@ class Driver:
         return self._by_sweeps() if self.estimator.is_bound else self._solved()
 
     def solver_error(self, values: Values | None = None) -> Interval:
-        """The mean over the subset of its ``values``, which are those by ``solver``, minus those by
-        its reference.
+        """The numbers by ``solver`` minus those by its reference: the mean over the subset.
 
-        Both use the draws of sweep 0. The interval takes the subset as a sample of more examples;
-        if there is one example only, its width is 0.
+        ``values`` are the numbers of the subset by ``solver``; None computes them. Both solves use
+        the draws of sweep 0. The interval treats the subset as a sample of all examples. If there
+        is only one example, the width of the interval is 0.
         """
         if values is None:
             values = self.total(self.rows(self.subset, 0, self.solver))
@@ -188,7 +194,7 @@ class Driver:
 
     @property
     def draws(self) -> bool:
-        """Whether the numbers have random draws, of probes or of a dequantizer."""
+        """Whether the numbers depend on random draws, of probes or of a dequantizer."""
         return self.target.levels is not None or not self.estimator.exact
 
     def _solved(self) -> Estimate:

@@ -1,4 +1,4 @@
-"""The codec of a trained model, the images that it codes, and the bound of the same steps."""
+"""The codec of a trained model, the images that it codes, and the bound in the codec's steps."""
 
 import zlib
 from pathlib import Path
@@ -30,10 +30,10 @@ from sbml.streams import stream
 def codec_of(
     experiment: Experiment, restored: Restored, chain: Chain, lanes: int
 ) -> tuple[Codec, dict[str, str]]:
-    """The codec of the averaged parameters of ``restored``, and what a decoder must share with the
-    encoder, by name.
+    """The codec of a trained model, and the values that encoder and decoder must share, by name.
 
-    ``experiment`` has the dequantization on which ``restored`` was trained.
+    The codec uses the averaged parameters of ``restored``. The config of ``experiment`` must have
+    the dequantization with which ``restored`` was trained.
     """
     params, kind = restored.state.ema_params, experiment.config.data.kind
     score = experiment.exact_adapter(params)
@@ -44,8 +44,11 @@ def codec_of(
 
 
 def encoder_chain(inputs: Inputs) -> Chain:
-    """The chain of ``config.codec.steps`` steps, whose times and variances are chosen by the errors
-    of the noise prediction on 256 training images, rounded as in the header."""
+    """A chain of ``config.codec.steps`` steps.
+
+    Its times and variances follow from the errors of the noise prediction on 256 training images.
+    The errors are rounded as in the header of a file, so that a decoder has the same chain.
+    """
     experiment, train = inputs.experiment, inputs.train
     eps = eps_of(experiment)
     images = train.images[spread(len(train), 256)]
@@ -58,12 +61,12 @@ def encoder_chain(inputs: Inputs) -> Chain:
 
 
 def decoder_chain(experiment: Experiment, header: Header) -> Chain:
-    """The chain of a file."""
+    """The chain that the header of a file describes."""
     return Chain(experiment.sde, header.eps, header.steps, header.shares)
 
 
 def eps_of(experiment: Experiment) -> float:
-    """The time at which the chain begins: that of the bound."""
+    """The smallest time of the chain, which is that of the bound."""
     centre = experiment.config.data.kind == "centre"
     return experiment.discrete_eps if centre else experiment.eval_eps
 
@@ -71,8 +74,11 @@ def eps_of(experiment: Experiment) -> float:
 def bound_of(
     inputs: Inputs, codec: Codec, pixels: np.ndarray, *, continuous: bool = False
 ) -> Estimate:
-    """The bound on -log2 P of ``pixels (n, *shape)`` in the steps of ``codec``, or in continuous
-    time, in bits/dim, by the functions of an evaluation."""
+    """The bound on -log2 P of ``pixels (n, *shape)`` in bits/dim.
+
+    It is the bound in the steps of ``codec``, or with ``continuous`` the one in continuous time. It
+    is computed by the functions of an evaluation.
+    """
     experiment, config = inputs.experiment, inputs.experiment.config.eval
     learned = hasattr(codec.score, "decoder_log_p") and codec.data == "centre"
     name = ("learned" if learned else "categorical") if codec.data == "centre" else "uniform"
@@ -104,17 +110,17 @@ def bound_of(
 
 
 def read_folder(folder: Path, shape: tuple[int, ...], levels: int) -> np.ndarray:
-    """The images of ``folder`` as they are, uint8 ``(n, *shape)``, in the order of their names.
+    """The unchanged images of ``folder``, uint8 ``(n, *shape)``, in the order of their names.
 
     Raises:
-      ValueError: a file is no image of that shape with pixels 0 .. levels - 1. A codec without loss
-        can neither scale images nor change their colours.
+      ValueError: a file is not an image of that shape with pixels from 0 to levels - 1. A lossless
+        codec can neither scale images nor change their colours.
     """
     paths = sorted(p for p in folder.iterdir() if p.is_file() and not p.name.startswith("."))
     if not paths:
         raise ValueError(f"--source={folder}: no files: give a folder of images")
     modes = {(1, 256): "L", (3, 256): "RGB"}
-    expected = modes.get((shape[-1], levels), "P")  # With fewer levels, they are the palette's.
+    expected = modes.get((shape[-1], levels), "P")  # With fewer levels, pixels are indices.
     images = []
     for path in paths:
         try:
@@ -135,7 +141,7 @@ def read_folder(folder: Path, shape: tuple[int, ...], levels: int) -> np.ndarray
 def write_folder(folder: Path, pixels: np.ndarray, ids: np.ndarray, levels: int) -> None:
     """Write the images ``ids (m,)`` of ``pixels (n, h, w, c)`` as PNG files named by their ids.
 
-    With fewer than 256 levels, a pixel is the index of a palette of greys.
+    With fewer than 256 levels, a pixel is an index into a palette of greys.
     """
     folder.mkdir(parents=True, exist_ok=True)
     digits = len(str(len(pixels) - 1))
@@ -150,12 +156,15 @@ def write_folder(folder: Path, pixels: np.ndarray, ids: np.ndarray, levels: int)
 
 
 def writable(shape: tuple[int, ...], levels: int) -> bool:
-    """Whether PNG files can hold such images exactly."""
+    """Whether PNG files can store images of this shape and these levels exactly."""
     return shape[-1] == 1 or (shape[-1], levels) == (3, 256)
 
 
 def check(mode: str) -> None:
-    """Check that there is a coder, and one process: a stack is coded in one place."""
+    """Check that the coder is installed, and that there is only one process.
+
+    All images are coded on one stack, which several processes cannot share.
+    """
     require()
     if jax.process_count() > 1:
         raise ValueError(f"--mode={mode} works in one process: leave out --coordinator")

@@ -33,7 +33,7 @@ class Dequantizer(Section):
         name = values.get("name", cls.model_fields["name"].default)
         own = values.get("model", {})
         if name not in DEQUANTIZERS or not isinstance(own, Mapping | Section):
-            return values  # The fields are refused.
+            return values  # The checks of these fields refuse them.
         if not dequantizers.is_trained(DEQUANTIZERS[name]):
             raise ValueError(
                 f"dequantizer.name={name} has no parameters to train; choose variational"
@@ -42,9 +42,11 @@ class Dequantizer(Section):
         return {**values, "model": made(**dict(own))}
 
     def build(self, name: str, *, levels: int, tau: float) -> Any:
-        """The dequantizer ``name``, also one that is not trained, with those of the fields of
-        ``model`` that its class has; ``tau`` is half a bin's width in standard deviations of the
-        noise at the smallest time."""
+        """The dequantizer ``name``, which may be one without training.
+
+        It takes those fields of ``model`` that its class has. At the smallest time, half a bin is
+        ``tau`` standard deviations of the noise wide.
+        """
         kind = DEQUANTIZERS[name]
         fields = {**dict(self.model), "levels": levels, "tau": tau}
         names = {field.name for field in dataclasses.fields(kind)}

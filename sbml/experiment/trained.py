@@ -1,9 +1,9 @@
 """Compares the config and data that are stored in a checkpoint with those of the present run.
 
 With another SDE or nonlinearity the parameters of a checkpoint would give wrong results, although
-their shapes fit. A converted checkpoint may fit no config of this package. So ``architecture.json``
-in its work directory holds the fields that fit it, and they replace those of the config
-(:func:`of_workdir`).
+their shapes fit. A converted checkpoint may fit none of the configs in this package. So its work
+directory has a file ``architecture.json`` with the fields that fit it. They replace the fields of
+the config (:func:`of_workdir`).
 """
 
 import dataclasses
@@ -54,8 +54,11 @@ def of_workdir(config: Config, workdir: Workdir, quiet: bool = False) -> Config:
 
 
 def with_fields(config: Config, sections: Sections) -> tuple[Config, list[str]]:
-    """``config`` with the fields in ``sections`` replaced, and a line for each change. Of a section
-    with another name, such as another network, all fields are replaced."""
+    """``config`` with the fields in ``sections`` replaced, and a line for each change.
+
+    If a section names another class than ``config``, such as another network, all of its fields are
+    replaced.
+    """
     before = flatten_dict(config.plain(), sep=".")
     now = dict(before)
     for section, fields in sections.items():
@@ -75,7 +78,9 @@ Difference = tuple[str, Any, Any]  # the name of a field, its value here, and in
 
 
 def _differences(config: Config, metadata: Metadata, *names: str) -> list[Difference]:
-    """The fields called ``names``, or in sections called so, with which a checkpoint differs.
+    """The fields whose values differ between ``config`` and a checkpoint.
+
+    Only the fields and sections with one of ``names`` are compared.
 
     A field that only one of the two configs has comes from another version of the package and is
     ignored, as are the fields in ``FREE``.
@@ -107,8 +112,8 @@ def _refuse(different: list[Difference], otherwise: str = "") -> None:
 def _noise(metadata: Metadata) -> tuple[SDE, Training, float]:
     """The forward process, the training settings and the smallest time of a checkpoint.
 
-    A converted checkpoint has no smallest time. Such a model was trained from the paper's smallest
-    time on, also on bin centres.
+    A converted checkpoint does not store its smallest time. Such a model was trained with the
+    paper's smallest time, also if it was trained on bin centres.
     """
     stored = metadata["config"]
     try:
@@ -131,8 +136,8 @@ def _noise(metadata: Metadata) -> tuple[SDE, Training, float]:
 def check_score(config: Config, metadata: Metadata) -> None:
     """Check that the parameters of a checkpoint give the same score with ``config``.
 
-    This comes before a comparison of the arrays, since the name of a field that differs explains
-    more than the shape of an array.
+    This is checked before the arrays are compared, because the name of a field explains an error
+    better than the shape of an array.
     """
     _refuse(_differences(config, metadata, "sde", "score", "model"))
     if config.score.parameterization == LEVELS:
@@ -143,15 +148,17 @@ def check_score(config: Config, metadata: Metadata) -> None:
     tau = config.eval.tau or math.inf
     eps = smallest_time(config.sde.build(), config.training, config.data, tau)
     _, _, trained_eps = _noise(metadata)
-    # It may come from float32 arithmetic, which rounds differently on another device.
+    # The time may be a result of float32 arithmetic, which rounds differently on another device.
     if not math.isclose(eps, trained_eps, rel_tol=1e-5):
         may = "; eval.smallest_time and sampling.smallest_time may differ"
         _refuse([("training.smallest_time", eps, trained_eps)], may)
 
 
 def check_training(config: Config, metadata: Metadata) -> None:
-    """Check that a training with ``config`` can go on from a checkpoint, which has statistics of
-    the loss for each bin of the times.
+    """Check that a training with ``config`` can continue from a checkpoint.
+
+    The checkpoint contains statistics of the loss for each bin of the times, so the number of bins
+    must be the same.
     """
     check_score(config, metadata)
     _refuse(_differences(config, metadata, "training.proposal_bins"))
@@ -192,11 +199,11 @@ WITHOUT_EFFECT = {
 
 
 def changed_settings(metadata: Metadata, ours: Metadata, prefix: str) -> list[str]:
-    """The settings with which training continues otherwise than the checkpoint's ``metadata`` say,
-    as "name before -> now". They are allowed, but later checkpoints record only the new ones.
+    """The settings that differ between a checkpoint and the run that continues from it, each as
+    "name before -> now". They are allowed, but later checkpoints record only the new values.
 
-    ``ours`` is the metadata of the continued run, and ``prefix``, empty or ``dequantizer.``, that
-    of the sections ``training`` and ``optim``.
+    ``metadata`` is that of the checkpoint, and ``ours`` that of the continued run. ``prefix``,
+    which is empty or ``dequantizer.``, stands before the sections ``training`` and ``optim``.
     """
     before, now = (flatten_dict(m["config"], sep=".") for m in (metadata, ours))
     free = WITHOUT_EFFECT - ({"num_steps"} if now[f"{prefix}optim.schedule"] == "cosine" else set())
@@ -211,8 +218,10 @@ def changed_settings(metadata: Metadata, ours: Metadata, prefix: str) -> list[st
 
 
 def earlier_data(metadata: Metadata, images: data.ImageSet) -> list[dict[str, Any] | None]:
-    """The fingerprints of the data other than ``images`` that a checkpoint was trained on, for the
-    metadata of a training that continues with ``images``. None stands for data that are not known.
+    """The fingerprints of all data other than ``images`` on which a checkpoint was trained.
+
+    A training that continues with ``images`` stores them in its metadata. None stands for unknown
+    data.
     """
     before = [*metadata.get("earlier_data", []), metadata["data"]]
     different = [d for d in before if d is None or d["sha256"] != images.fingerprint["sha256"]]
@@ -220,8 +229,8 @@ def earlier_data(metadata: Metadata, images: data.ImageSet) -> list[dict[str, An
 
 
 def other_data(metadata: Metadata, images: data.ImageSet) -> list[str]:
-    """Warnings if a checkpoint was trained on other data than ``images``, also if it was trained
-    on ``images`` afterwards.
+    """Warnings if a checkpoint was trained on other data than ``images``, even if its training then
+    continued on ``images``.
     """
     warnings = []
     earlier = metadata.get("earlier_data", [])

@@ -186,7 +186,7 @@ def test_rows_of_another_version_are_used_with_a_warning(trained, tmp_path):
     report = json.loads((tmp_path / "report.json").read_text())
     phrase = f"some of the rows with other versions: jax 0.1, now {jax.__version__} ("
     found = [w.split(":")[0] for w in report["warnings"] if phrase in w]
-    assert found == ["ode_uniform", "bound_uniform"]
+    assert found == ["ode uniform", "bound uniform"]
 
 
 @pytest.mark.parametrize(

@@ -120,7 +120,9 @@ def with_stand_ins(annotation: Any, stand_ins: dict[Any, Any]) -> Any:
     if annotation in stand_ins:
         return stand_ins[annotation]
     if typing.get_origin(annotation) is typing.Annotated:  # Docstrings tell the conditions.
-        return with_stand_ins(typing.get_args(annotation)[0], stand_ins)
+        kind = typing.get_args(annotation)[0]
+        # A number may also be a scalar array.
+        return float if float in typing.get_args(kind) else with_stand_ins(kind, stand_ins)
     arguments = typing.get_args(annotation)
     if not arguments:
         return annotation

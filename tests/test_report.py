@@ -199,6 +199,13 @@ def test_the_area_below_the_losses_of_all_noise_levels_is_the_term(tmp_path: Pat
     assert "test images 2.10, training images 1.10, best linear 3.00." in text
 
 
+def test_a_noise_level_with_one_draw_has_a_loss_without_a_spread(tmp_path: Path) -> None:
+    found = {"edges": [6.0, 2.0, 1.0], "split": [0.5, 0.1], "train": [0.25, 0.1]}
+    found |= {"split_stderr": ["NaN", 0.01], "train_stderr": ["NaN", "NaN"]}
+    text = write(tmp_path, numbers(noise_levels=found)).text
+    assert "test images 2.10, training images 1.10." in text
+
+
 def test_page_shows_the_numbers(tmp_path: Path) -> None:
     text = write(tmp_path, numbers()).text
     for shown in (

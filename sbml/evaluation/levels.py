@@ -22,20 +22,24 @@ from sbml.runtime.trees import tree_crc32
 from sbml.streams import stream
 from sbml.times import Importance
 
-BINS = 16
+BINS = 16  # at most
 
 
 def measure(inputs: Inputs, run: CellRun) -> dict[str, list[float]]:
     """L of ``eval.level_images`` images of each kind, for the bound ``run``.
 
     Returns:
-      The ``edges (BINS + 1,)`` of the bins in lambda, beginning at the smallest time; L ``(BINS,)``
+      The ``edges (bins + 1,)`` of the bins in lambda, beginning at the smallest time; L ``(bins,)``
       of the images of the ``split`` and of those of ``train``, each with its standard error; and
       with a control also its error ``linear``, for the images of the split.
     """
     target, control, config = run.target, run.reduction.control, inputs.experiment.config.eval
     params = inputs.restored.state.ema_params
     dims = int(np.prod(inputs.experiment.shape))
+    # As many images of each kind, so that one program is compiled; each has 8 draws, and each bin
+    # two or more.
+    count = min(config.level_images, len(inputs.train), len(run.ids))
+    bins = min(BINS, 4 * count)
 
     def curves(score: Any, pixels: Any, condition: Any, key: Any) -> dict[str, Any]:
         x = bits.to_model(pixels, 0.5, inputs.images.levels)
@@ -43,11 +47,11 @@ def measure(inputs: Inputs, run: CellRun) -> dict[str, list[float]]:
             keys = jax.random.split(stream(key, "dequantization"), len(pixels))
             draw = jax.vmap(target.sample, (None, 0, 0))
             x, _ = draw(run.dequantization.params, pixels, keys)
-        t, _ = Importance(target.sde, target.eps).at(jnp.arange(BINS + 1) / BINS)
+        t, _ = Importance(target.sde, target.eps).at(jnp.arange(bins + 1) / bins)
         edges = target.sde.log_snr(t)
-        options: Any = {"eps": target.eps, "control": control, "bins": BINS}
+        options: Any = {"eps": target.eps, "control": control, "bins": bins}
         found = bound.profile(score, target.sde, x, key, condition=condition, **options)
-        linear = jnp.zeros(BINS)
+        linear = jnp.zeros(bins)
         if control is not None:
             each = jax.vmap(lambda x: jax.vmap(lambda t: control.integral(target.sde, x, t))(t))(x)
             linear = jnp.diff(each.mean(0)) / jnp.diff(edges)
@@ -62,9 +66,6 @@ def measure(inputs: Inputs, run: CellRun) -> dict[str, list[float]]:
     def compute() -> dict[str, np.ndarray]:
         score, run_curves = inputs.experiment.exact_adapter(params), jax.jit(curves)
         keys = jax.random.split(stream(jax.random.key(config.seed), "noise levels"))
-
-        # As many of each kind, so that one program is compiled.
-        count = min(config.level_images, len(inputs.train), len(run.ids))
 
         def of(images: ImageSet, ids: np.ndarray, key: Any) -> dict[str, Any]:
             chosen, labels = ids[spread(len(ids), count)], inputs.labels(images)

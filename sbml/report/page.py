@@ -295,12 +295,14 @@ def levels_figure(report: Mapping[str, Any]) -> dict[str, Any] | None:
     """The figure of the loss at each noise level; None without a bound."""
     if not (levels := report.get("noise_levels")):
         return None
-    edges = np.asarray(levels["edges"])
+    # A bin with one draw has no spread, which the file has as the text "NaN".
+    values = {name: np.asarray(value, float) for name, value in levels.items()}
+    edges = values["edges"]
     split = str(report["results"][0].get("split", "held-out"))
     named = {f"{split} images": "split", "training images": "train", "best linear": "linear"}
     if split == "train":
         del named["training images"]
-    curves = {name: np.asarray(levels[key]) for name, key in named.items() if key in levels}
+    curves = {name: values[key] for name, key in named.items() if key in values}
     areas = [f"{name} {-np.diff(edges) @ curve:.2f}" for name, curve in curves.items()]
     caption = (
         "Where the bits of the bound come from: the squared error of the noise prediction at each "
@@ -309,7 +311,7 @@ def levels_figure(report: Mapping[str, Any]) -> dict[str, Any] | None:
         "is that of a Gaussian with the moments of the training images."
     )
     errors = {f"{split} images": "split_stderr", "training images": "train_stderr"}
-    bars = {name: 1.96 * np.asarray(levels[errors[name]]) for name in curves if name in errors}
+    bars = {name: 1.96 * values[errors[name]] for name in curves if name in errors}
     draw = partial(plots.levels, edges=edges, curves=curves, bars=bars)
     return figure("Loss at each noise level", draw, caption)
 

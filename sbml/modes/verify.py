@@ -47,7 +47,7 @@ def checks(sdes: Sequence[str] = tuple(SDES)) -> list[Row]:
     for of_one in (codec_rows, shared_rows, evaluation_rows):  # One SDE is enough.
         jobs.append(functools.partial(of_one, sdes[0], SDES[sdes[0]]()))
     with ThreadPoolExecutor() as pool:  # Most of the time is compilation, which runs in parallel.
-        parts = over(pool.map(in_float64, jobs), "verify", "group of row", len(jobs))
+        parts = over(pool.map(in_float64, jobs), "verify", "part", len(jobs))
         discrete, *continuous = parts
     rows = [row for part in (*continuous, discrete) for row in part]
     return sorted(rows, key=lambda row: sdes.index(row.sde))

@@ -163,7 +163,7 @@ def writable(shape: tuple[int, ...], levels: int) -> bool:
 def check(mode: str) -> None:
     """Check that the coder is installed, and that there is only one process.
 
-    All images are coded on one stack, which several processes cannot share.
+    Each lane has a stack of its own, and one process works on all of them.
     """
     require()
     if jax.process_count() > 1:

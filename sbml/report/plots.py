@@ -274,7 +274,7 @@ def levels(
     bars: Mapping[str, np.ndarray],
 ) -> None:
     """Curves by name, ``(bins,)`` each, that are constant in the bins between ``edges (bins + 1,)``
-    of the log-SNR; ``bars`` has half-widths of 95% intervals."""
+    of the log-SNR; ``bars`` has the half-widths of the bands around them."""
     for order, (name, curve) in enumerate(curves.items()):
         colour, line = ((ACCENT, INK)[order], "-") if name in bars else (MUTED, "--")
         options: Any = {"color": colour, "zorder": 3 - order / 3}  # The first is on top.

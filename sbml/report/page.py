@@ -308,7 +308,8 @@ def levels_figure(report: Mapping[str, Any]) -> dict[str, Any] | None:
         "Where the bits of the bound come from: the squared error of the noise prediction at each "
         "ratio of signal to noise; data are at the right, noise is at the left. The area below a "
         f"curve is the term diffusion, in bits/dim: {', '.join(areas)}. The best linear prediction "
-        "is that of a Gaussian with the moments of the training images. Bands: 1.96 standard errors."
+        "is that of a Gaussian with the moments of the training images. Bands are 1.96 standard "
+        "errors wide on each side."
     )
     errors = {f"{split} images": "split_stderr", "training images": "train_stderr"}
     bars = {name: 1.96 * values[errors[name]] for name in curves if name in errors}

@@ -10,6 +10,7 @@ import pytest
 import sbml
 from sbml.likelihood import Trace, ode_logp, prior_error
 from sbml.ode import Solver
+from sbml.scalars import notation
 from sbml.sdes import SDES, VP
 from sbml.verify import oracle
 
@@ -63,7 +64,7 @@ def test_the_line_of_the_prior_is_the_error_that_an_exact_score_leaves() -> None
     prior = result.prior_error
     assert abs(error.mean() + prior.mean) < 4 * prior.each / math.sqrt(n)
     np.testing.assert_allclose(error.std(), prior.each, rtol=0.15)
-    assert f"KL(p_T || pi) = {prior.mean:.2g} nats" in str(result).splitlines()[1]
+    assert f"KL(p_T || pi) = {notation(prior.mean, '.2g')} nats" in str(result).splitlines()[1]
     assert prior.each == pytest.approx(0.0198, rel=0.02)
     assert prior_error(VP(0.1, 30.0), mean, VARIANCES).each < prior.each / 10
     assert density.bound(x[:4]).prior_error is None

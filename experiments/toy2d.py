@@ -24,11 +24,11 @@ import optax
 
 from experiments import figures
 from sbml import bound, likelihood, losses, sdes, times
+from sbml.audit.program import oracle
 from sbml.networks import mlp
 from sbml.progress import over
 from sbml.score import Adapter
 from sbml.types import Array, Key
-from sbml.verify import oracle
 
 SDE, EPS = sdes.VP(), 1e-4
 CENTRES = 0.9 * np.array([[np.cos(a), np.sin(a)] for a in 2 * np.pi * np.arange(5) / 5])

@@ -9,11 +9,11 @@ from jax.scipy.stats import norm
 from scipy import integrate
 
 from sbml import bound, likelihood, samplers, times
+from sbml.audit.program import oracle
 from sbml.bound import Reduction
 from sbml.divergence import Trace
 from sbml.sdes import SDES
 from sbml.streams import stream
-from sbml.verify import oracle
 
 pytestmark = [pytest.mark.usefixtures("x64"), pytest.mark.oracle]
 EPS = 1e-5

@@ -12,6 +12,7 @@ from scipy import stats
 import sbml
 from sbml import bound, pytrees, times
 from sbml import density as density_module
+from sbml.audit.program import oracle
 from sbml.divergence import Trace
 from sbml.estimate import Estimate
 from sbml.estimators import base
@@ -20,7 +21,6 @@ from sbml.score import PredictionScore, from_prediction
 from sbml.sdes import SDE, SDES, VP, RectifiedFlow, Schedule
 from sbml.streams import stream
 from sbml.types import Array
-from sbml.verify import oracle
 
 pytestmark = pytest.mark.usefixtures("x64")
 

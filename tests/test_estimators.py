@@ -15,6 +15,7 @@ import pytest
 from scipy import special
 
 from sbml import bits, bound, dequantizers, discrete, estimators, likelihood, times
+from sbml.audit.program import oracle
 from sbml.bound import Reduction
 from sbml.divergence import Trace
 from sbml.estimators import base, ode
@@ -22,7 +23,6 @@ from sbml.estimators.base import Rows, Target
 from sbml.ode import Solver
 from sbml.sdes import VP
 from sbml.streams import stream
-from sbml.verify import oracle
 
 pytestmark = pytest.mark.usefixtures("x64")
 

@@ -28,8 +28,7 @@ LAYERS: dict[str, set[str]] = {
     "estimators": {"dequantizers"},
     **dict.fromkeys(("codec", "runtime"), set()),
     "data": {"runtime"},
-    "verify": {"codec", "dequantizers", "estimators"},
-    "audit": {"dequantizers", "estimators"},
+    "audit": {"codec", "dequantizers", "estimators"},
     "features": {"data", "runtime"},
     "report": {"data", "estimators", "runtime"},
     "experiment": {"data", "dequantizers", "estimators", "features", "networks", "runtime"}
@@ -38,14 +37,14 @@ LAYERS: dict[str, set[str]] = {
     | {"runtime", "samplers"},
     "convert": {"dequantizers", "experiment", "networks", "runtime"},
     "modes": {"audit", "codec", "convert", "data", "dequantizers", "evaluation", "experiment"}
-    | {"features", "report", "runtime", "samplers", "verify"},
+    | {"features", "report", "runtime", "samplers"},
     "main": {"experiment", "modes", "runtime"},
 }
 PURE = (
     *(module for module in MODULES if module.split(".")[0] == "sdes"),
     *("types", "times", "divergence", "bits", "ode", "losses", "likelihood"),
     *("samplers._grid", "samplers.probability_flow"),
-    *("verify.oracle", "quadrature", "scalars", "pytrees", "second_order"),
+    *("audit.program.oracle", "quadrature", "scalars", "pytrees", "second_order"),
 )
 NETWORK_LIBRARIES = {"flax", "equinox", "haiku", "optax", "orbax", "grain", "ml_collections"}
 

@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 from sbml import bits
+from sbml.audit.program import oracle
 from sbml.experiment.build import Experiment
 from sbml.modes import latents, train
 from sbml.ode import Solver
@@ -21,7 +22,6 @@ from sbml.runtime.files import read_npz
 from sbml.samplers import AnnealedLangevin, ReverseDiffusion
 from sbml.samplers.known import GREY_FIRST, complete
 from sbml.sdes import SDES, VP
-from sbml.verify import oracle
 
 EPS = 1e-3
 

@@ -11,11 +11,11 @@ import scipy.stats
 from families import FAMILIES
 
 from sbml import ode
+from sbml.audit.program import oracle
 from sbml.likelihood import Likelihood, Trace, ode_logp
 from sbml.ode import Solver
 from sbml.sdes import SDES
 from sbml.types import Array, Key
-from sbml.verify import oracle
 
 pytestmark = pytest.mark.usefixtures("x64")
 

@@ -10,10 +10,10 @@ import scipy.integrate
 from families import FAMILIES
 
 from sbml import bound, discrete, likelihood, losses, samplers, times
+from sbml.audit.program import oracle
 from sbml.divergence import Trace
 from sbml.sdes import SDE, SDES
 from sbml.types import Array, Key, Score
-from sbml.verify import oracle
 
 pytestmark = pytest.mark.usefixtures("x64")
 

@@ -7,8 +7,8 @@ import pytest
 import scipy.stats
 from families import FAMILIES
 
+from sbml.audit.program import oracle
 from sbml.sdes import SDES
-from sbml.verify import oracle
 
 pytestmark = pytest.mark.usefixtures("x64")
 

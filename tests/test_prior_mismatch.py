@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 
 import sbml
+from sbml.audit.program import oracle
 from sbml.likelihood import Trace, ode_logp, prior_error
 from sbml.ode import Solver
 from sbml.scalars import notation
 from sbml.sdes import SDES, VP
-from sbml.verify import oracle
 
 pytestmark = pytest.mark.usefixtures("x64")
 

@@ -11,13 +11,13 @@ import pytest
 from families import FAMILIES
 
 from sbml import samplers
+from sbml.audit.program import oracle
 from sbml.ode import Solver
 from sbml.platform import compiler_options
 from sbml.samplers import _grid
 from sbml.samplers.corrector import NoCorrector
 from sbml.sdes import SDE, SDES
 from sbml.types import Array
-from sbml.verify import oracle
 
 pytestmark = pytest.mark.usefixtures("x64")
 

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 from families import FAMILIES
 
+from sbml.audit.program import oracle
 from sbml.ode import Solver
 from sbml.samplers import decode, denoise, ode_sample
 from sbml.sdes import SDES
 from sbml.types import Array
-from sbml.verify import oracle
 
 pytestmark = pytest.mark.usefixtures("x64")
 

@@ -3,7 +3,7 @@
 All kinds are compared with the exact score and its derivative, and those that need no division by
 alpha also with E[x_0 | x_t] and E[z | x_t]. The ODE and the bound use these functions only, so they
 are computed for two kinds each. What an ideal network predicts follows from the data's E[x_0 | x_t]
-and E[z | x_t], which ``verify.oracle`` knows without a division by alpha.
+and E[z | x_t], which ``program.oracle`` knows without a division by alpha.
 
 For networks of this package, every parameterization and label is compared with a formula by hand.
 """
@@ -21,6 +21,7 @@ import pytest
 from families import FAMILIES
 
 from sbml import bound, integers, likelihood, losses, ode, samplers, times
+from sbml.audit.program import continuous, oracle
 from sbml.density import Density
 from sbml.divergence import Trace
 from sbml.score import (
@@ -38,7 +39,6 @@ from sbml.score import (
 )
 from sbml.sdes import SDE, SDES, VP, AlphaBarTable, RectifiedFlow, Schedule
 from sbml.types import Array, Key, batch_score
-from sbml.verify import continuous, oracle
 
 pytestmark = pytest.mark.usefixtures("x64")
 

@@ -8,10 +8,10 @@ import pytest
 
 import sbml
 from sbml import bound, times
+from sbml.audit.program import oracle
 from sbml.bound import GaussianControl, Reduction
 from sbml.estimators.base import Target
 from sbml.sdes import VP
-from sbml.verify import oracle
 
 pytestmark = pytest.mark.usefixtures("x64")
 

@@ -27,6 +27,8 @@ from sbml import (
     second_order,
     times,
 )
+from sbml.audit.program import continuous, draws, evaluation, integers, oracle
+from sbml.audit.program.table import Row, bounding, row
 from sbml.dequantizers import DEQUANTIZERS, has_density, truncated_normal, uniform
 from sbml.estimators import ode as ode_estimator
 from sbml.estimators.base import Target
@@ -34,8 +36,6 @@ from sbml.modes import verify
 from sbml.sdes import SDE, SDES
 from sbml.sdes.linear_beta import VP
 from sbml.types import Array, Key
-from sbml.verify import continuous, draws, evaluation, integers, oracle
-from sbml.verify.table import Row, bounding, row
 
 pytestmark = pytest.mark.oracle
 

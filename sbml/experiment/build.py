@@ -252,6 +252,16 @@ class Experiment:
         learned = {n: float(sharding.to_host(v)) for n, v in params[SDE_NUMBERS].items()}
         return self._with(sde=self.config.sde.replace(**learned))
 
+    def for_validation(self) -> "Experiment":
+        """This experiment with the evaluation of a point of ``training.validate_every``."""
+        changed = {
+            "split": data.VALIDATION,
+            "max_images": self.config.training.validation_images,
+            "target_se": 0.0,
+            "proposal_bins": 0,  # A density from a pilot would give each point other times.
+        }
+        return self._with(eval=self.config.eval.replace(**changed))
+
     def with_dequantization_of(self, restored: Restored) -> "Experiment":
         """This experiment with the dequantization of the data on which ``restored`` was trained."""
         trained_on = restored.metadata["config"]["data"]["dequantization"]

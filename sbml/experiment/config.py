@@ -20,6 +20,7 @@ from ml_collections import ConfigDict
 
 from sbml import data, dequantizers
 from sbml.dequantizers import DEQUANTIZERS
+from sbml.estimators import Cell
 from sbml.experiment.coding import Coding
 from sbml.experiment.data import Data
 from sbml.experiment.dequantizer import Dequantizer
@@ -69,6 +70,23 @@ class Config(Section):
                     f"sbml.experiment.config.default({self.model.name!r}, dequantizer={name!r})"
                 )
             self.check_dequantizer("eval.dequantizers", name)
+        if self.training.validate_every:
+            self.validation_cell()
+
+    def validation_cell(self) -> Cell:
+        """The number of the curve of ``training.validate_every``: the first bound of the evaluation
+        whose dequantizer is not trained."""
+        name = f"training.validate_every={self.training.validate_every}"
+        if not self.data.validation:
+            raise ValueError(data.NO_VALIDATION.format(name))
+        for cell in self.eval.cells():
+            usual = cell.num_importance == 1 and cell.kind.is_bound and not cell.reason_undefined
+            if usual and not dequantizers.is_trained(DEQUANTIZERS[cell.dequantizer]):
+                return cell
+        raise ValueError(
+            f"{name}: the curve is that of a bound with a dequantizer that is not trained; set "
+            "--config.eval.estimators=ode,bound and --config.eval.dequantizers=uniform"
+        )
 
     def check_learned(self) -> None:
         """Check that the loss of a learned SDE is the whole bound. A config for a conversion need

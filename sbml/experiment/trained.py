@@ -195,6 +195,7 @@ def unseen_times(metadata: Metadata, eps: float, section: str = "eval") -> list[
 WITHOUT_EFFECT = {
     *("num_steps", "steps_per_dispatch", "shard_state", "log_every"),
     *("checkpoint_every", "keep_last", "keep_every", "sample_every"),
+    *("validate_every", "validation_images"),
 }
 
 

@@ -142,6 +142,12 @@ class Training(Loop):
     sample_every: Natural = field(
         50_000, "number of steps between grids of at most 64 samples; 0: no grids"
     )
+    validate_every: Natural = field(
+        0,
+        "number of steps between evaluations of the bound on validation images (data.validation), "
+        "for a curve; the last step has one too; 0: no curve",
+    )
+    validation_images: Positive = field(256, "largest number of images of this curve")
 
     def check(self) -> None:
         """Check that the flags fit the loss: a discrete-time loss has neither of the first two."""

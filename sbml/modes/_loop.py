@@ -52,6 +52,8 @@ class Task:
       check: a function of a checkpoint's metadata that raises an OtherModelError if training must
         not continue from it.
       picture: a function from the state to a uint8 grid of samples; None for no pictures.
+      validate: a function from the state to numbers for the log, and validate_every: the number of
+        steps between its calls; 0: never.
       repeats: the number of rows that ``update.prepare`` makes of one image; ``batch_size`` counts
         rows.
       labels: the number of each image's class, ``(n,)``; a batch is then a pair with them.
@@ -68,6 +70,8 @@ class Task:
     provenance: dict[str, Any]
     check: Callable[[dict[str, Any]], None]
     picture: Callable[[TrainState], np.ndarray] | None = None
+    validate: Callable[[TrainState], dict[str, float]] | None = None
+    validate_every: int = 0
     repeats: int = 1
     labels: np.ndarray | None = None
 
@@ -150,18 +154,27 @@ def _train(task: Task, checkpoints: Checkpoints, preemption: Preemption) -> int:
     since = time.perf_counter()
     bar = Bar(task.name, "step", total, min(start, total))
 
-    def log(step: int) -> None:
-        """Write the means of ``rows``, which end with ``step``, and begin a new row."""
+    def averaged() -> TrainState:
+        # If the parameters were split over the devices, a sampler or an evaluation would gather
+        # them in each of its steps.
+        return state.replace(ema_params=gather(state.ema_params))
+
+    def log(step: int, validate: bool) -> None:
+        """Write the means of ``rows``, which end with ``step``, and begin a new row. With
+        ``validate``, it also has the numbers of the validation, which is not in its times."""
         nonlocal rows, since, text
         now = time.perf_counter()
         loss, norm = map(float, np.mean(np.asarray(rows), axis=0))
         rate = len(rows) * training.batch_size / task.repeats / (now - since)
         text = f"loss {loss:.4f}, the mean of {len(rows)} steps"
+        found = task.validate(averaged()) if validate and task.validate else {}
+        if found:
+            text += f", validation {found['validation_bits_per_dim']:.4f} bits/dim"
         if writer:
             seconds = writer.seconds + now - since
             values = {"loss": loss, "grad_norm": norm, "images_per_s": rate, "seconds": seconds}
-            writer.scalars(step, values)
-        rows, since = [], now
+            writer.scalars(step, values | found)
+        rows, since = [], time.perf_counter() if found else now
 
     done, in_flight = start, _in_flight()
     pending: deque[tuple[int, dict[str, Array]]] = deque()  # dispatches whose losses are not read
@@ -176,8 +189,12 @@ def _train(task: Task, checkpoints: Checkpoints, preemption: Preemption) -> int:
                 stop = preemption.requested()
                 save = stop or done == total or _passed(done, stride, training.checkpoint_every)
                 look = _passed(done, stride, training.sample_every)
+                validate = _passed(done, stride, task.validate_every) or (
+                    task.validate_every > 0 and done == total
+                )
+                row = save or validate  # They end a row.
 
-                while len(pending) > (0 if save or look else in_flight):
+                while len(pending) > (0 if row or look else in_flight):
                     end, values = pending.popleft()
                     losses, norms = (
                         np.atleast_1d(sharding.to_host(values[name])).tolist()
@@ -191,16 +208,14 @@ def _train(task: Task, checkpoints: Checkpoints, preemption: Preemption) -> int:
                             raise NonFiniteLoss(f"{message}; {_remedy(task, checkpoints)}")
                         rows.append((loss, norm))
                     # A save ends a row too: a run that goes on from it begins with a new one.
-                    if _passed(end, stride, training.log_every) or (save and not pending):
-                        log(end)
+                    if _passed(end, stride, training.log_every) or (row and not pending):
+                        log(end, validate and not pending)
                     bar.update(stride, text)
 
                 if save:  # If no save succeeds from here on, ``checkpoints`` raises an error.
                     checkpoints.save(done, state, provenance)
                 if look and task.picture:
-                    # If the parameters were split over the devices, a sampler would gather them in
-                    # each of its steps.
-                    grid = task.picture(state.replace(ema_params=gather(state.ema_params)))
+                    grid = task.picture(averaged())
                     if writer:
                         path = directory / "samples" / f"step_{done:08d}.png"
                         with writer.tolerant(done):

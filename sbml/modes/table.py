@@ -61,6 +61,7 @@ def check(experiment: Experiment, workdir: Workdir, before: Sequence[str]) -> No
         ("score.parameterization", experiment.config.score.parameterization == LEVELS),
         ("data.dequantization", section.dequantization != "uniform"),
         ("model.classes", experiment.adapter.classes),
+        ("training.validate_every", experiment.config.training.validate_every),
     ):
         if wrong:
             raise ValueError(f"{name} with --mode=table: it is for images; leave it out")

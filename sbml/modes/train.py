@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sbml import bits, bound, discrete, losses, second_order, times
-from sbml.evaluation import samples
+from sbml.evaluation import samples, validation
 from sbml.experiment import trained
 from sbml.experiment.build import Experiment
 from sbml.modes import _loop as loop
@@ -204,6 +204,9 @@ def run(experiment: Experiment, workdir: Workdir) -> None:
         return samples.grid(now, samples.preview(now, state.ema_params, count).images)
 
     provenance = experiment.provenance(images)
+    validate, every = None, config.training.validate_every
+    if every:
+        validate = validation.validator(experiment, images, provenance, workdir)
 
     def check(metadata: dict[str, Any]) -> None:
         trained.check_training(config, metadata)
@@ -226,6 +229,8 @@ def run(experiment: Experiment, workdir: Workdir) -> None:
         provenance=provenance,
         check=check,
         picture=picture,
+        validate=validate,
+        validate_every=every,
         labels=labels,
     )
     with workdir.lock("train"):

@@ -1,4 +1,5 @@
-"""Compares every estimator with closed-form values in float64: ``--mode=verify``.
+"""The audit of the program's formulas: ``--mode=verify`` compares every estimator with closed-form
+values in float64.
 
 The rows of an evaluation call the same functions as an evaluation; the others check their parts.
 
@@ -16,16 +17,16 @@ from typing import Any
 import jax
 
 from sbml import compiler
+from sbml.audit.program.codec import codec_rows
+from sbml.audit.program.continuous import continuous_checks
+from sbml.audit.program.draws import shared_rows
+from sbml.audit.program.evaluation import evaluation_rows
+from sbml.audit.program.integers import discrete_checks
+from sbml.audit.program.table import Row
 from sbml.codec import stack
 from sbml.progress import over
 from sbml.runtime.versions import versions
 from sbml.sdes import SDES
-from sbml.verify.codec import codec_rows
-from sbml.verify.continuous import continuous_checks
-from sbml.verify.draws import shared_rows
-from sbml.verify.evaluation import evaluation_rows
-from sbml.verify.integers import discrete_checks
-from sbml.verify.table import Row
 
 
 def on_cpu() -> Any:

@@ -81,6 +81,7 @@ def write(
     """
     report: dict[str, Any] = strict(content)
     results, progress = report["results"], report.get("training", {})
+    losses = training(curves), validation(curves), levels_figure(report)
     evaluation, warnings = None, [*report.get("warnings", [])]
     if table is not None and images is not None:
         evaluation = _evaluation(report, table, images, levels)
@@ -119,7 +120,7 @@ def write(
             missing=report.get("missing", {}),
             without_checkpoint=bool(progress) and progress["checkpoint"] is None,
             gap=report.get("gap"),
-            losses=list(filter(None, [training(curves), levels_figure(report)])),
+            losses=list(filter(None, losses)),
             copied=copied(report.get("title", ""), results),
             provenance=report.get("provenance", {}),
             samples=None
@@ -362,6 +363,24 @@ def training(curves: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
         caption += f" Training time {timedelta(seconds=round(seconds))}."
     draw = partial(plots.training, step=step, loss=loss, window=window)
     return figure("Training loss", draw, caption)
+
+
+def validation(curves: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
+    """The figure of the bound on validation images during a training; None without two points."""
+    name, error = "validation_bits_per_dim", "validation_stderr"
+    points = {p["step"]: (p[name], p[error]) for p in curves if p.get(name) is not None}
+    if len(points) < 2:
+        return None
+    step = np.array(sorted(points))
+    bound, stderr = np.array([points[at] for at in step], np.float64).T
+    best = int(np.nanargmin(bound)) if np.isfinite(bound).any() else 0
+    caption = (
+        f"Bound on the validation images. The least is {bound[best]:.4f} bits/dim, at step "
+        f"{step[best]:,}. The band is 1.96 standard errors of a mean over images. All points have "
+        "the same images and draws, so differences between steps are more certain than the band."
+    )
+    draw = partial(plots.validation, step=step, bound=bound, half_width=1.96 * stderr)
+    return figure("Validation", draw, caption)
 
 
 def data_url(png: bytes) -> str:

@@ -267,6 +267,16 @@ def training(axes: Axes, step: np.ndarray, loss: np.ndarray, window: int) -> Non
     axes.set_ylabel("loss")
 
 
+def validation(axes: Axes, step: np.ndarray, bound: np.ndarray, half_width: np.ndarray) -> None:
+    """The bound in bits/dim by step, with a band of ``half_width`` around it, each ``(n,)``."""
+    axes.fill_between(step, bound - half_width, bound + half_width, color=ACCENT, alpha=0.15, lw=0)
+    axes.plot(step, bound, "o-", color=ACCENT, markersize=3, linewidth=1.4)
+    axes.grid(axis="y")
+    axes.margins(x=0.01)
+    axes.set_xlabel("step")
+    axes.set_ylabel("bits/dim")
+
+
 def levels(
     axes: Axes,
     edges: np.ndarray,

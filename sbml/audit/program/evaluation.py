@@ -1,6 +1,6 @@
 """What an evaluation computes, by ``Density`` and by the drivers of estimators: ``--mode=verify``.
 
-The data are those of ``verify.integers``, x_0 ~ N(m, diag(l)), or integers with this density of
+The data are those of ``program.integers``, x_0 ~ N(m, diag(l)), or integers with this density of
 k + u. For c times the true score and v = alpha^2 l + sigma^2, the error of the noise prediction is
 
     z - e = (1 - c sigma^2 / v) z - c sigma alpha (x - m) / v,
@@ -23,6 +23,10 @@ import numpy as np
 from scipy import integrate, special, stats
 
 from sbml import Density, discrete
+from sbml.audit.program import integers, oracle
+from sbml.audit.program.integers import LEVELS, MEAN, PIXELS, SHAPE, SIZE, STD
+from sbml.audit.program.oracle import coefficients
+from sbml.audit.program.table import EPS, Row, jit, row
 from sbml.dequantizers import truncated_normal, variational
 from sbml.divergence import Trace
 from sbml.estimators import base, bound
@@ -31,10 +35,6 @@ from sbml.estimators.driver import Driver
 from sbml.ode import Solver
 from sbml.sdes import SDE
 from sbml.types import Array, Key
-from sbml.verify import integers, oracle
-from sbml.verify.integers import LEVELS, MEAN, PIXELS, SHAPE, SIZE, STD
-from sbml.verify.oracle import coefficients
-from sbml.verify.table import EPS, Row, jit, row
 
 COPIES = 512  # of each of the images of integers
 SCALE = 1.3  # of the true score, in the checks of the bound

@@ -1,7 +1,7 @@
 """Checks of the estimators for continuous data, without Monte Carlo noise: ``--mode=verify``.
 
 For x_0 Gaussian or a mixture of Gaussians the score and density at every time are known
-(``verify.oracle``). The expectation of an estimator is computed over (x_0, z) with points whose
+(``program.oracle``). The expectation of an estimator is computed over (x_0, z) with points whose
 weighted mean is exact, and over time with Gauss-Legendre nodes in log-SNR, in which the integrands
 are smooth. Let h and J be the entropy and Fisher information of x_t, and rho = sigma / alpha. With
 the exact score and the prior N(0, S^2 I),
@@ -30,13 +30,13 @@ import numpy as np
 from scipy import integrate, special, stats
 
 from sbml import bound, divergence, losses, ode, times
+from sbml.audit.program import oracle
+from sbml.audit.program.draws import proposal_rows
+from sbml.audit.program.oracle import coefficients
+from sbml.audit.program.table import EPS, Row, jit, row
 from sbml.likelihood import Likelihood, Trace, ode_logp
 from sbml.sdes import SDE
 from sbml.types import Array, Key, Score
-from sbml.verify import oracle
-from sbml.verify.draws import proposal_rows
-from sbml.verify.oracle import coefficients
-from sbml.verify.table import EPS, Row, jit, row
 
 NODES = 96  # Gauss-Legendre nodes over the range of log-SNR.
 
@@ -46,7 +46,7 @@ class Case(NamedTuple):
 
     Attributes:
       kind: the name of the distribution in the table.
-      data: its score and density at every time (``verify.oracle``).
+      data: its score and density at every time (``program.oracle``).
       points: x_0 ``(n, d)``, z ``(n, d)`` and weights ``(n,)``; sums over them with these weights
         give expectations over x_0 and z.
       mean, cov: mean ``(d,)`` and covariance ``(d, d)`` of x_0.

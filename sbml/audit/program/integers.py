@@ -26,12 +26,12 @@ import numpy as np
 from scipy import integrate, special, stats
 
 from sbml import bits, bound, discrete, integers, times
+from sbml.audit.program import oracle
+from sbml.audit.program.oracle import coefficients
+from sbml.audit.program.table import EPS, Row, bounding, jit, row
 from sbml.dequantizers import DEQUANTIZERS, has_density
 from sbml.sdes import SDE, SDES
 from sbml.types import Array, Key
-from sbml.verify import oracle
-from sbml.verify.oracle import coefficients
-from sbml.verify.table import EPS, Row, bounding, jit, row
 
 LEVELS, SHAPE, IMAGES, DRAWS = 8, (1, 2, 1), 4, 16_384
 SIZE = math.prod(SHAPE)

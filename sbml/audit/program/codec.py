@@ -13,11 +13,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from sbml import bits, bound
+from sbml.audit.program import oracle
+from sbml.audit.program.table import Row, row
 from sbml.codec import Chain, Codec, bits_back, stack
 from sbml.sdes import SDE
 from sbml.types import Array, Key
-from sbml.verify import oracle
-from sbml.verify.table import Row, row
 
 LEVELS, SHAPE, LANES, ROUNDS, STEPS = 16, (3,), 128, 4, 24
 

@@ -20,12 +20,12 @@ import numpy as np
 from scipy import stats
 
 from sbml import intervals, second_order, times
+from sbml.audit.program import oracle
+from sbml.audit.program.oracle import coefficients
+from sbml.audit.program.table import EPS, Row, jit, row
 from sbml.dequantizers import truncated_normal
 from sbml.sdes import SDE
 from sbml.types import Array, Key
-from sbml.verify import oracle
-from sbml.verify.oracle import coefficients
-from sbml.verify.table import EPS, Row, jit, row
 
 
 def proposal_rows(name: str, sde: SDE) -> Iterator[Row]:

@@ -1,0 +1,51 @@
+"""The bound of validation images during a training, in bits/dim: ``training.validate_every``.
+
+A point of the curve is the bound of an evaluation, with the averaged parameters in float32, on at
+most ``training.validation_images`` images. All points have the same images, times and noises, so
+the difference between two points has less noise than each of them.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+from sbml import data
+from sbml.data import ImageSet
+from sbml.estimators.driver import Driver
+from sbml.evaluation.cells import CellRun
+from sbml.evaluation.inputs import Inputs
+from sbml.experiment.build import Experiment
+from sbml.runtime.checkpoint import Restored
+from sbml.runtime.state import TrainState
+from sbml.runtime.workdir import Workdir
+
+
+class Point(CellRun):
+    """The rows of one point of the curve. They are not stored, because no other run needs them."""
+
+    rows = Driver.rows
+
+
+def validator(
+    experiment: Experiment, train: ImageSet, metadata: dict[str, Any], workdir: Workdir
+) -> Callable[[TrainState], dict[str, float]]:
+    """A function that computes a point of the curve from the state of a training on ``train``.
+
+    ``metadata`` is that of the checkpoints. The point is ``validation_bits_per_dim``, and
+    ``validation_stderr``, its standard error as a mean over images.
+    """
+    cell, images = experiment.config.validation_cell(), experiment.images(data.VALIDATION)
+    experiment = experiment.for_validation()
+
+    def validate(state: TrainState) -> dict[str, float]:
+        now = experiment.with_learned_schedule(state.ema_params)
+        inputs = Inputs(now, Restored(0, state, metadata), images, train, workdir)
+        with jax.default_matmul_precision(now.config.eval.precision):
+            run = Point(inputs, cell, inputs.dequantization(cell.dequantizer))
+            run.progress = ""
+            found = run.estimate()
+        stderr = found.population.stderr
+        return {"validation_bits_per_dim": found.mean, "validation_stderr": stderr}
+
+    return validate

@@ -1,1 +1,0 @@
-"""Comparison of every estimator with data whose likelihood and score have a closed form."""

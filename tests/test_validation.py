@@ -1,0 +1,131 @@
+"""The curve of bits/dim on validation images during a training: ``training.validate_every``."""
+
+import itertools
+import os
+import signal
+
+import jax
+import numpy as np
+import pytest
+import runs
+import tiny
+
+from sbml.modes import eval as evaluation
+from sbml.modes import train
+from sbml.report import page
+from sbml.report.result import Result
+from sbml.runtime import metrics, preemption
+from sbml.runtime.workdir import EVALUATION, Workdir
+
+STEPS = 10
+COLUMN = "validation_bits_per_dim"
+
+
+def config_of(**training):
+    config = tiny.get_config()
+    config.data.validation = 40
+    settings = {"num_steps": STEPS, "log_every": 2, "validate_every": 4, **training}
+    config.training.update(settings)
+    return config
+
+
+def curve(workdir):
+    return {row["step"]: row[COLUMN] for row in metrics.read(workdir) if COLUMN in row}
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("validation")
+    runs.mode(train.run, config_of(), workdir)
+    return workdir
+
+
+def test_a_point_is_the_number_of_an_evaluation(trained):
+    """The images, the draws and the averaged parameters are those of ``--mode=eval`` at this step;
+    another estimate of the same bound, by other draws, agrees within its errors."""
+    found = curve(trained)
+    assert [*found] == [4, 8, STEPS]
+    config = config_of()
+    config.eval.update(split="validation", estimators=("bound",), proposal_bins=0)
+    runs.mode(evaluation.run, config, trained)
+    (result,) = map(Result.read, Workdir(trained).read(EVALUATION)["results"])
+    last = metrics.read(trained)[-1]
+    assert (result.n, last["step"]) == (40, STEPS)
+    np.testing.assert_allclose(last[COLUMN], result.bits_per_dim, rtol=1e-6)
+    config.eval.update(seed=1, control=False, sweeps=64)
+    runs.mode(evaluation.run, config, trained)
+    (result,) = map(Result.read, Workdir(trained).read(EVALUATION)["results"])
+    spread = np.hypot(last["validation_stderr"], result.stderr)
+    assert abs(last[COLUMN] - result.bits_per_dim) < 4 * spread
+
+
+def test_the_validation_changes_no_step(trained, tmp_path):
+    runs.mode(train.run, config_of(validate_every=0), tmp_path)
+    assert not curve(tmp_path)
+    states = (runs.state(config_of(), path).state for path in (trained, tmp_path))
+    jax.tree.map(np.testing.assert_array_equal, *states)
+
+
+def test_a_run_that_was_stopped_has_the_same_curve(trained, tmp_path, monkeypatch):
+    requested, calls = preemption.Preemption.requested, itertools.count(1)
+
+    def stopped(self):
+        if next(calls) == 5:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return requested(self)
+
+    monkeypatch.setattr(preemption.Preemption, "requested", stopped)
+    with pytest.raises(SystemExit):
+        runs.mode(train.run, config_of(), tmp_path)
+    monkeypatch.undo()
+    assert [*curve(tmp_path)] == [4]
+    runs.mode(train.run, config_of(), tmp_path)
+    assert curve(tmp_path) == curve(trained)
+
+
+def test_at_most_so_many_images(trained, tmp_path):
+    runs.mode(train.run, config_of(validation_images=10, num_steps=4), tmp_path)
+    (point,) = (row for row in metrics.read(tmp_path) if COLUMN in row)
+    whole = next(row for row in metrics.read(trained) if row["step"] == 4)
+    assert point["validation_stderr"] > whole["validation_stderr"]
+    assert point[COLUMN] != whole[COLUMN]
+
+
+def test_two_devices_with_a_split_state_have_the_same_curve(trained, tmp_path):
+    names = ("num_steps", "log_every", "validate_every")
+    given = [f"--config.training.{name}={config_of().training[name]}" for name in names]
+    given += ["--config.data.validation=40", "--config.training.shard_state=True"]
+    runs.run(tmp_path, "--mode=train", *given, devices=2)
+    found = curve(tmp_path)
+    assert [*found] == [*curve(trained)]
+    np.testing.assert_allclose([*found.values()], [*curve(trained).values()], rtol=1e-4)
+
+
+def test_the_report_draws_the_curve_and_names_its_least_point(trained):
+    figure = page.validation(metrics.read(trained))
+    found = curve(trained)
+    least = min(found, key=found.get)
+    assert figure and f"The least is {found[least]:.4f} bits/dim, at step {least}" in str(figure)
+    assert page.validation(metrics.read(trained)[:2]) is None
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        (
+            {"data.validation": 0.0},
+            "training.validate_every=4 with data.validation=0: no training images are held out; "
+            "set --config.data.validation to ",
+        ),
+        (
+            {"eval.estimators": ("ode",)},
+            "training.validate_every=4: the curve is that of a bound with a dequantizer that is "
+            "not trained; set --config.eval.estimators=ode,bound",
+        ),
+    ],
+)
+def test_a_config_without_a_curve_is_refused(changed, message):
+    config = config_of()
+    config.update_from_flattened_dict(changed)
+    with pytest.raises(ValueError, match=f"^{message}"):
+        runs.checked(config)

@@ -74,6 +74,7 @@ from sbml.types import (
     Score,
     check_function,
     conditioned,
+    full_precision,
 )
 
 Sweeps = Annotated[int, at_least(2)]  # One gives no error bar.
@@ -508,11 +509,12 @@ class Density:
     def _compiled(self, f: Callable[..., Any], condition: Any, *static: str) -> Callable[..., Any]:
         """``f`` with its first argument, the score, compiled; ``static`` are names of arguments.
 
+        Products of float32 numbers are computed in float32 (``types.full_precision``).
         The condition is a pytree of arrays with a leading axis, or None.
         """
         one = jax.tree.map(lambda c: jax.ShapeDtypeStruct(c.shape[1:], c.dtype), condition)
-        argument = arguments.as_argument(self.score, self.shape, one)
-        return functools.partial(_jit(f, *static), argument)
+        argument = full_precision(arguments.as_argument)(self.score, self.shape, one)
+        return functools.partial(full_precision(_jit(f, *static)), argument)
 
     def _conditions(self, condition: Any, batch: tuple[int, ...]) -> Any:
         """The conditions of all examples of ``batch``, a pytree of arrays ``(n, ...)``; or None."""

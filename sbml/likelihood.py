@@ -49,7 +49,7 @@ from sbml.door import checked
 from sbml.ode import Solver, Stats, velocity
 from sbml.scalars import Number, notation
 from sbml.sdes import SDE
-from sbml.types import Example, Key, Scalar, Score, in_full_precision
+from sbml.types import Example, Key, Scalar, Score, full_precision, in_full_precision
 
 
 class Likelihood(NamedTuple):
@@ -190,11 +190,13 @@ def _solve(
 ) -> tuple[tuple[Example, Scalar, Scalar], Stats]:
     """x(t1) of the ODE from ``x`` at t0, the integral of div v dt, its correction, and the cost."""
 
+    @full_precision
     def field(t: Scalar, x: Example) -> Example:
         return velocity(score, sde, x, t)
 
     vs = trace.directions(key, x.shape).astype(x.dtype)
 
+    @full_precision
     def with_divergence(t: Scalar, x: Example) -> tuple[Example, Scalar, Example]:
         v, forms = divergence.quadratic_forms(lambda x: field(t, x), x, vs)
         return v, trace.combined(forms), ode.score_of(v, score, sde, x, t)

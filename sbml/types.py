@@ -39,9 +39,10 @@ tests check all other functions and the results too.
 """
 
 import contextlib
+import functools
 import inspect
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, ParamSpec, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -74,6 +75,9 @@ Real = Float[AnyArray, "..."]
 Numbers = Num[AnyArray, "..."]
 Anything = Shaped[AnyArray, "..."]  # numbers or keys: the function itself checks them
 
+P = ParamSpec("P")
+T = TypeVar("T")
+
 Score = Callable[[Example, Scalar, Key | None], Example]
 BatchScore = Callable[[Batch, Vector, Key | None], Batch]
 
@@ -87,6 +91,23 @@ def at_least_float32(x: Elementwise) -> Elementwise:
 def in_full_precision(x: Elementwise) -> Elementwise:
     """``x`` in JAX's default precision, which a solver's times have, or in its own if higher."""
     return jnp.asarray(x, jnp.promote_types(_canonical(x), jnp.result_type(float)))
+
+
+def full_precision(f: Callable[P, T]) -> Callable[P, T]:
+    """``f``, whose products of float32 numbers are computed in float32.
+
+    By default GPUs and TPUs round the factors of these products to TF32 or bfloat16, and no check
+    of convergence sees these errors. A precision that the user has set, by
+    ``jax.default_matmul_precision``, is kept.
+    """
+
+    @functools.wraps(f)
+    def inside(*args: P.args, **kwargs: P.kwargs) -> T:
+        chosen = jax.config.jax_default_matmul_precision
+        with jax.default_matmul_precision(chosen or "highest"):
+            return f(*args, **kwargs)
+
+    return inside
 
 
 def half_precision(f: Callable[..., Any], *arguments: Any) -> str:

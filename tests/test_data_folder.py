@@ -4,6 +4,7 @@ import dataclasses
 import logging
 import math
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -296,6 +297,20 @@ def test_16_bits_that_pillow_cuts_are_read_from_the_file(
         in images.caution
     )
     assert images.caution in caplog.text
+
+
+def test_jpeg_2000_of_16_bits(two_splits: Path) -> None:
+    """The colours of ``deep_12.jp2`` and ``deep_16.jp2`` are a ramp up to 2^12 and 2^16 of 16 bits;
+    each was written by imagecodecs.jpeg2k_encode."""
+    train = two_splits / "images" / "train"
+    for name in ("deep_12.jp2", "deep_16.jp2"):
+        shutil.copy(Path(__file__).parent / "data" / name, train / name)
+    images = load_split(two_splits)
+    assert images.ids == ("train/deep_16.jp2",)
+    np.testing.assert_allclose(images.images[0][..., 0], 4 * np.arange(64).reshape(8, 8), atol=1)
+    (reason,) = images.skipped
+    assert reason.startswith("train/deep_12.jp2: 16-bit pixels, none above ")
+    assert "1 of 1 train images have more than 8 bits a channel" in images.caution
 
 
 def test_16_bit_planes_that_pillow_misreads_are_named(two_splits: Path) -> None:

@@ -287,6 +287,8 @@ def _depth(path: Path, opened: Image.Image) -> int:
     if opened.format == "PNG":
         with path.open("rb") as file:
             return file.read(25)[24]
+    if opened.format == "JPEG2000":  # The segment SIZ begins the code stream.
+        return 1 + (path.read_bytes().partition(b"\xff\x4f\xff\x51")[2][38] & 0x7F)
     layout = opened.tile[0][3] if opened.format in ("PPM", "TIFF") else ""  # type: ignore[attr-defined]
     if opened.format == "TIFF":
         depth = max(opened.tag_v2.get(BITSPERSAMPLE, (1,)))  # type: ignore[attr-defined]

@@ -20,7 +20,7 @@ from absl import logging
 from etils import epath
 
 from sbml import __version__
-from sbml.runtime.files import with_crc32, write_whole
+from sbml.runtime.files import remote, with_crc32, write_whole
 
 FILE = "history.jsonl"
 
@@ -75,8 +75,15 @@ def _utc(seconds: float) -> str:
 
 def _append(path: epath.Path, row: dict[str, Any]) -> None:
     """Add a row; a file that cannot be written does not end the mode."""
+    line = f"{json.dumps(with_crc32(row))}\n".encode()
     try:
-        before = path.read_bytes() if path.exists() else b""
-        write_whole(path, before + f"{json.dumps(with_crc32(row))}\n".encode())
+        if remote(path):  # Object stores cannot append.
+            write_whole(path, (path.read_bytes() if path.exists() else b"") + line)
+            return
+        with open(path, "a+b") as file:  # Two modes may end at once: each write is appended whole.
+            if file.tell():
+                file.seek(-1, os.SEEK_END)
+                line = line if file.read(1) == b"\n" else b"\n" + line  # The last row was cut off.
+            file.write(line)
     except OSError as error:
         logging.warning("%s cannot be written: %s", path, error)

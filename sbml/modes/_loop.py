@@ -151,13 +151,16 @@ def _train(task: Task, checkpoints: Checkpoints, preemption: Preemption) -> int:
             path.replace(aside)
     rows: list[tuple[float, float]] = []  # loss and grad_norm of the steps since the last row
     text = ""  # what the bar says about the last row
-    since = time.perf_counter()
     bar = Bar(task.name, "step", total, min(start, total))
 
     def averaged() -> TrainState:
         # If the parameters were split over the devices, a sampler or an evaluation would gather
         # them in each of its steps.
         return state.replace(ema_params=gather(state.ema_params))
+
+    if task.validate and remaining:  # An error, as of memory, then comes before any step.
+        task.validate(averaged())
+    since = time.perf_counter()
 
     def log(step: int, validate: bool) -> None:
         """Write the means of ``rows``, which end with ``step``, and begin a new row. With

@@ -47,7 +47,7 @@ class Cell:
 
     @property
     def title(self) -> str:
-        """The cell's name in progress bars and messages, as ``Result.name``."""
+        """The cell's name in progress bars and messages."""
         draws = f" K={self.num_importance}" if self.num_importance > 1 else ""
         return f"{self.estimator} {self.dequantizer}{draws}"
 

@@ -227,15 +227,18 @@ class Result:
         return Interval(self.bits_per_dim, self.stderr, self.ci95, self.n, self.nonfinite)
 
     @property
+    def _cell(self) -> Cell:
+        return Cell(self.estimator, self.dequantizer, self.num_importance)
+
+    @property
     def name(self) -> str:
         """The name of the number in messages."""
-        draws = f" K={self.num_importance}" if self.num_importance > 1 else ""
-        return f"{self.estimator} {self.dequantizer}{draws}"
+        return self._cell.title
 
     @property
     def column(self) -> str:
         """The beginning of the names of its columns in the per-image table."""
-        return Cell(self.estimator, self.dequantizer, self.num_importance).name
+        return self._cell.name
 
     @property
     def line(self) -> str:

@@ -115,7 +115,7 @@ def test_the_report_draws_the_curve_and_names_its_least_point(trained):
         (
             {"data.validation": 0.0},
             "training.validate_every=4 with data.validation=0: no training images are held out; "
-            "set --config.data.validation to ",
+            "set --config.data.validation=0.1 for a tenth",
         ),
         (
             {"eval.estimators": ("ode",)},

@@ -78,7 +78,10 @@ class Config(Section):
         whose dequantizer is not trained."""
         name = f"training.validate_every={self.training.validate_every}"
         if not self.data.validation:
-            raise ValueError(data.NO_VALIDATION.format(name))
+            raise ValueError(
+                f"{name} with data.validation=0: no training images are held out; set "
+                "--config.data.validation=0.1 for a tenth"
+            )
         for cell in self.eval.cells():
             usual = cell.num_importance == 1 and cell.kind.is_bound and not cell.reason_undefined
             if usual and not dequantizers.is_trained(DEQUANTIZERS[cell.dequantizer]):

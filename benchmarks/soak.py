@@ -1,17 +1,17 @@
-"""Kills a run at random and damages its files at random, and compares its final results.
+"""Kills a run at random, damages its files at random, and compares its results with a whole run's.
 
     python benchmarks/soak.py [--trials=20] [--seed=0] [--kills=2] [--damages=1] [--store=FILE]
 
-A trial trains, evaluates and samples ``tests/tiny.py``. The process is killed (SIGKILL) at random
-moments, and after each kill random files of the work directory are damaged: a bit is changed, the
-end is cut off, or the file is emptied. The same command is repeated until it succeeds. If it stops
-with an error, the file that the message names is removed, as the message says. The results of a
-trial are
+A trial trains, evaluates and samples with the config ``tests/tiny.py``. The process is killed
+(SIGKILL) at random moments, and after each kill random files of the work directory are damaged: a
+bit is changed, the end is cut off, or the file is emptied. The same command is repeated until it
+succeeds. If it stops with an error, the file that the message names is removed, as the message
+says. The result of a trial is one of these:
 
     same        the parameters, per-image table and samples are those of an undisturbed run, bit for
                 bit
     refused     the same, after one or more errors that named the damaged file
-    unclear     an error did not name the damaged file
+    unclear     an error did not name the damaged file, or six attempts failed
     different   the run succeeded with other numbers, that is, damage was not noticed
     hung        the run did not end within ten minutes
 
@@ -82,7 +82,8 @@ def ending(workdir: pathlib.Path) -> dict[str, bytes]:
 def remedy(workdir: pathlib.Path, message: str, damaged: set[str]) -> str | None:
     """Remove the file or folder of ``workdir`` that ``message`` names, and return its name.
 
-    None if it names none, or none that is or contains a file in ``damaged``.
+    None if the message names no file or folder of ``workdir`` that is, or contains, one of the
+    files ``damaged``.
     """
     for name in re.findall(rf"{re.escape(str(workdir))}/([\w./-]*\w)", message):
         target = workdir / name
@@ -125,7 +126,7 @@ def trial(workdir: pathlib.Path, seconds: float, args: argparse.Namespace, seed:
             return {"result": "hung", "done": done}
         if process.returncode == 0:
             return {"result": result, "done": done}
-        # What comes before the last error are warnings.
+        # Warnings, and other errors, may stand before the last error.
         last = re.split(r"(?m)^(?=\w+Error: )", err.strip())[-1] or f"{process.returncode}"
         removed = remedy(workdir, last, damaged)
         if removed is None:

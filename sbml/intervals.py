@@ -9,10 +9,10 @@ noise: that of the choice of images and that of every random draw that is part o
 Non-finite values are never trimmed: they make the mean non-finite, and their count is reported.
 
 For *this* data set only the random draws are noise. R independent sweeps over all its images have
-means m_r, and mean +- t_{R-1} sd(m_r) / sqrt(R) covers that noise. If images draw independently,
-a second draw for m of the images is enough: with the differences D_i of the two draws, the noise of
-the mean over n images has variance mean(D_i^2) / (2 n). If all images were equally noisy, that
-estimate would have m degrees of freedom. In general it has about
+means m_r, and mean +- t_{R-1, 0.975} sd(m_r) / sqrt(R) covers that noise. If the draws of different
+images are independent, a second draw for m of the images is enough: with the differences D_i of the
+two draws, the noise of the mean over n images has variance mean(D_i^2) / (2 n). If all images were
+equally noisy, that estimate would have m degrees of freedom. In general it has about
 (sum of variances)^2 / (sum of their squares) (Satterthwaite, Biometrics Bulletin 1946), and its
 estimate from the D_i is
 
@@ -109,7 +109,7 @@ def repeated_stderr(first: Values, second: Values, n: Count) -> tuple[float, flo
     """
     one, other = (np.asarray(v, np.float64) for v in (first, second))
     if len(one) != len(other):
-        raise ValueError(f"{len(one)} and {len(other)} draws: give two of the same images")
+        raise ValueError(f"{len(one)} and {len(other)} draws: give two draws of each image")
     squares = (one - other) ** 2
     m = len(squares)
     if not m:
@@ -135,8 +135,8 @@ def pareto_k(deviations: Real[np.ndarray | jax.Array, "..."]) -> float:
       deviations: draws, each minus the centre of its distribution, of any shape.
 
     Returns:
-      k; nan if the tail has fewer than ``LEAST_TAIL`` magnitudes, a quarter of them equal the
-      largest one below the tail up to rounding, or a value is not finite.
+      k; nan if the tail has fewer than ``LEAST_TAIL`` magnitudes, if a quarter of them exceed the
+      largest one below the tail by at most 1e-4 of it, or if a value is not finite.
     """
     magnitudes = np.sort(np.abs(np.asarray(deviations, np.float64)), axis=None)
     count = math.ceil(min(magnitudes.size / 5, 3 * math.sqrt(magnitudes.size)))

@@ -1,9 +1,10 @@
 """Dataclasses as pytrees: fields of numbers are leaves, all others are static.
 
-A field is static if its value contains no number (a function, a string, a boolean), or if it is
-declared static by ``dataclasses.field(metadata={"static": True})``. A value that is itself a pytree
-with numbers is not static: a function with parameters, such as
-``jax.tree_util.Partial(f, params)`` or an Equinox module, contributes its leaves.
+A field is static if its value has leaves of which none is a number (a function, a string, a
+boolean), or if it is declared static by ``dataclasses.field(metadata={"static": True})``. A value
+without leaves, such as None, is not static. A value that is itself a pytree with numbers is not
+static either: a function with parameters, such as ``jax.tree_util.Partial(f, params)`` or an
+Equinox module, contributes its leaves.
 
 The rule is applied to the values that ``__init__`` receives. A copy that JAX makes has the same
 leaves and static fields as the original object, even if its leaves are tracers, None or axes of

@@ -1,7 +1,8 @@
-"""Functions of a schedule's parameters, which are floats, or tracers under ``jit`` and ``grad``.
+"""Conditions on numbers (``sbml.door``), and functions of a schedule's parameters.
 
-The result for a float is a float in Python's precision, which is a constant for the compiler. The
-result for a tracer is computed by JAX.
+These parameters are floats, or tracers under ``jit`` and ``grad``. The result for a float is a
+float in Python's precision, which is a constant for the compiler. The result for a tracer is
+computed by JAX.
 """
 
 import math
@@ -62,8 +63,8 @@ else:  # A float, or a scalar array.
 
 
 def notation(value: Any, form: str = "") -> str:
-    """``value`` as a person writes it: 1e-5, 8,8,1 or None. A ``form`` such as ".3g" rounds a
-    number."""
+    """``value`` as a person writes it, for example "1e-5", "8,8,1" or "None". A ``form`` such as
+    ".3g" rounds a number."""
     if isinstance(value, tuple | list):
         return ",".join(notation(item, form) for item in value)
     if isinstance(value, float):

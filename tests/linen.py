@@ -1,4 +1,5 @@
-"""What the tests of networks share: shapes without computing, parameters without initialisers."""
+"""Helpers of the tests of networks. They find the shapes of the parameters without computing, and
+make parameters without the initialisers."""
 
 import functools
 from typing import Any
@@ -20,8 +21,8 @@ def normal(seed: int, *shape: int) -> jax.Array:
 def shapes(model: nn.Module, x_shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
     """Path -> shape of every parameter.
 
-    Asserts the contract of every network on the way: the output is like ``x``, with one more axis
-    if the network has several ``outputs``, and float32 like the parameters.
+    This also asserts what holds for every network: the output has the shape of ``x``, with one more
+    axis if the network has several ``outputs``, and is float32 like the parameters.
     """
     x, label, keys = jnp.zeros(x_shape), jnp.ones(x_shape[0]), {"params": KEY, "dropout": KEY}
     out, variables = jax.eval_shape(lambda: model.init_with_output(keys, x, label, train=True))
@@ -34,12 +35,12 @@ def shapes(model: nn.Module, x_shape: tuple[int, ...]) -> dict[str, tuple[int, .
 
 
 def size(tree: dict[str, tuple[int, ...]]) -> int:
-    """How many numbers the parameters of these shapes hold."""
+    """The number of entries of all parameters of these shapes."""
     return sum(int(np.prod(shape)) for shape in tree.values())
 
 
 def random_params(model: nn.Module, x_shape: tuple[int, ...]) -> dict[str, Any]:
-    """Variables of the model's shapes with no zero in them; compiles nothing."""
+    """Random variables for the model, none of which is 0. Nothing is compiled."""
     rng = np.random.default_rng(0)
     flat = {}
     for path, shape in shapes(model, x_shape).items():

@@ -10,11 +10,11 @@ import tiny
 from sbml.modes import train
 
 ROOT = Path(__file__).parents[1]
-# Of every page: a new one is tested too. Folders that are built or linked are not pages.
-FOLDERS = ("", "guides", "explanations", "benchmarks")
+# The folders of all pages that are written by hand. A new page in one of them is tested too.
+FOLDERS = ("", "guides", "explanations", "benchmarks", "api")
 PAGES = [page for folder in FOLDERS for page in (ROOT / "docs" / folder).glob("*.md")]
 DOCS = ("README.md", *sorted(p.relative_to(ROOT).as_posix() for p in PAGES))
-# What GitHub shows to readers, who find the pages of docs/ on the site.
+# The pages that are read on GitHub. The pages of docs/ are read on the site.
 SHOWN = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "benchmarks/README.md")
 SITE = "https://sbml-jax.github.io/sbml/latest/"
 
@@ -33,7 +33,7 @@ def execute(name: str, line: int, code: str) -> None:
 
 BLOCKS = [(name, *block) for name in DOCS for block in blocks((ROOT / name).read_text())]
 NEEDS_A_RUN = "docs/guides/resuming.md"
-NEEDS_TORCH = [block for block in BLOCKS if "import torch" in block[2]]  # by test_pytorch.py
+NEEDS_TORCH = [block for block in BLOCKS if "import torch" in block[2]]  # run by test_pytorch.py
 # If another block begins with the code of a block, only the longer one is run.
 LONGEST = [
     block
@@ -91,7 +91,7 @@ def anchors(text: str) -> set[str]:
 def leads_somewhere(link: str, folder: Path) -> bool:
     """Whether a link of a page in ``folder`` leads to a file, and to a heading in it.
 
-    A link to the site leads to the page of docs/ that is built as it.
+    A link to a page of the site counts as a link to the file of docs/ from which it is built.
     """
     path, _, anchor = link.partition("#")
     if path.startswith(SITE):
@@ -102,7 +102,7 @@ def leads_somewhere(link: str, folder: Path) -> bool:
     else:
         target = folder / path if path else folder / "README.md"
         if "docs/" in path and target.suffix == ".md":
-            return False  # GitHub shows its roles as text.
+            return False  # The page has Sphinx roles, which GitHub shows as text.
     if not target.exists():
         return False
     return not anchor or anchor in anchors(target.read_text())

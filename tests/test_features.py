@@ -1,4 +1,4 @@
-"""Inception-v3 with random weights, compared with torchvision and pytorch-fid; other extractors.
+"""Inception-v3 with random weights, compared with torchvision and pytorch-fid; the other extractor.
 
 The outputs of PyTorch are stored in a file, which ``data/make_inception.py`` writes.
 """
@@ -95,7 +95,7 @@ def test_the_file_is_checked_and_converted_once(
     with pytest.raises(ValueError, match=f"has the SHA-256 {digest}, not 6726825d"):
         EXTRACTORS["inception"](sha256="6726825d", **options)
     extractor = EXTRACTORS["inception"](sha256=digest[:8], **options)
-    # Only numbers from the published weights have the plain names.
+    # With other weights than the published ones, the name of the score says so.
     assert extractor.names[0] == f"FID (weights {digest[:8]})"
     features, probabilities = extractor(IMAGES)
     assert features.shape == (2, 2048) and probabilities.shape == (2, 1008)
@@ -212,7 +212,7 @@ def test_more_numbers_than_the_file_holds_are_refused(tmp_path: Path, kind: str)
             ValueError, match=r"w\.pth is not a PyTorch state dict: .*(claims|more)"
         ):
             read_state_dict(path)
-    # A pickle of one string of 10^13 bytes, and one that puts it at place 2^31 of its memory.
+    # A pickle of a string of 10^13 bytes, and one that stores a list at index 2^31 - 1 of its memo.
     for opcodes in (b"\x80\x04\x8e" + struct.pack("<Q", trillions), b"]r\xff\xff\xff\x7f."):
         path.write_bytes(opcodes)
         with pytest.raises(ValueError, match=r"w\.pth is not a PyTorch state dict: "):

@@ -20,7 +20,7 @@ def config():
     config = tiny.get_config()
     config.data.dequantization = "centre"
     config.score.parameterization = "levels"
-    # At tau=1, a decoder that knows nothing but the noise is wrong for every third pixel.
+    # At tau=1, a decoder that takes the nearest level is wrong for every third pixel.
     config.eval.update(
         estimators=("bound",),
         dequantizers=("learned", "categorical"),
@@ -43,8 +43,8 @@ def evaluated(tmp_path_factory):
 
 
 def decoder_bits(experiment, params, pixels, z):
-    """E -log p(k | x_eps) in bits/dim by NumPy for noises ``z (draws, *s)``: Bayes' rule with the
-    network's weights of the levels, ``(draws,)``."""
+    """-log p(k | x_eps) ``(draws,)`` in bits/dim by NumPy for noises ``z (draws, *s)``: Bayes' rule
+    with the network's weights of the levels."""
     adapter, sde = experiment.exact_adapter, experiment.sde
     eps = jnp.asarray(experiment.discrete_eps)
     alpha, sigma = float(sde.mean_coef(eps)), float(sde.std(eps))
@@ -62,7 +62,7 @@ def decoder_bits(experiment, params, pixels, z):
 
 
 def test_the_decoder_of_an_evaluation_is_bayes_rule(evaluated):
-    """Its mean over images, by other draws of the noise and NumPy's sums."""
+    """Its mean over images is compared with NumPy's sums over other draws of the noise."""
     experiment, params, columns = evaluated
     rng, images = np.random.default_rng(0), experiment.images("test").images[columns["id"]]
     draws = np.array(
@@ -88,7 +88,7 @@ def test_the_decoders_bound_differs_from_the_categorical_one_by_the_decoder(eval
 
 
 @pytest.mark.parametrize("levels", [17, 256])
-def test_the_decoder_of_all_levels_is_the_decoder_of_each(levels: int) -> None:
+def test_the_probabilities_of_all_levels_agree_with_that_of_a_given_level(levels: int) -> None:
     rng = np.random.default_rng(0)
     out = jnp.asarray(rng.normal(size=(2, 3, integers.outputs(levels))), jnp.float32)
     y, rho = jnp.asarray(rng.uniform(-1, 1, (2, 3)), jnp.float32), jnp.asarray(1.5 / levels)

@@ -2,8 +2,8 @@
 
 The score is s(x, t) = -F(x, lambda(t)) / sigma(t) with F = W2 tanh(W1 [x, lambda / 10] + b1) + b2,
 in plain JAX, Flax Linen, Flax NNX and Equinox, all with the same weights and each under its own
-``jit`` and ``grad``. The plain function is the reference; that its numbers are right is what the
-tests of ``losses``, ``bound`` and ``likelihood`` show.
+``jit`` and ``grad``. The plain function is the reference: the tests of ``losses``, ``bound`` and
+``likelihood`` show that its numbers are right.
 """
 
 import functools
@@ -146,7 +146,7 @@ def in_equinox(weights: dict[str, Array]) -> Library:
 
 LIBRARIES = {"plain": in_plain, "linen": in_linen, "nnx": in_nnx, "equinox": in_equinox}
 OTHERS = [name for name in LIBRARIES if name != "plain"]
-SHARDED = ("plain", "nnx")  # Devices split a compiled function, whatever library it is from.
+SHARDED = ("plain", "nnx")  # Two are enough: compiled functions are split alike for all libraries.
 
 
 @functools.cache
@@ -227,7 +227,7 @@ def close(actual: dict[str, Any], expected: dict[str, Any]) -> None:
     assert actual.keys() == expected.keys()
     for name, a in actual.items():
         assert a.dtype == expected[name].dtype == np.float64
-        # The step control of the solver amplifies rounding: still 1e-4 of its tolerance.
+        # The solver's step control amplifies rounding errors, to 1e-4 of its tolerance at most.
         atol = (1e-8 if name == "logp" else 1e-11) * np.max(np.abs(expected[name]))
         np.testing.assert_allclose(a, expected[name], rtol=0, atol=atol, err_msg=name)
 
@@ -260,14 +260,15 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Shards]:
 
 
 def save_sharded(path: str) -> None:
-    """What that process runs: the batch split along the mesh's axis ``data``, then everything."""
+    """That process runs this function: it splits the batch along the mesh's axis ``data``, and
+    computes and saves all numbers."""
     assert jax.device_count() == DEVICES
     data = jax.device_put(batch(), sharding.batch_sharding(sharding.data_mesh()))
     saved = {}
     for name in SHARDED:
         found, gradient = on(name, data)
         found |= solved(name, *data[:2])
-        for key, array in found.items():  # Each row computed where it lies, not gathered.
+        for key, array in found.items():  # Each device has only its own rows.
             assert array.addressable_shards[0].data.shape == (N // DEVICES,), (name, key)
         saved |= {f"{name}/{key}": array for key, array in (found | gradient).items()}
     np.savez(path, **saved)
@@ -323,7 +324,7 @@ def test_the_likelihood_is_that_of_the_plain_function_on_one_device(
     close({"logp": shards()[f"{name}/logp"]}, plain_logp())
 
 
-VARIANCES = np.array([0.25, 1.0])  # Of the data of the training loops, N(0, diag).
+VARIANCES = np.array([0.25, 1.0])  # The data of the training loops are N(0, diag(VARIANCES)).
 
 
 def true_score(x: Array, t: Array, key: Key | None) -> Array:
@@ -367,7 +368,7 @@ def train_equinox(steps: Array) -> Score:
 @pytest.mark.parametrize("train", [train_nnx, train_equinox])
 def test_training_approaches_the_least_loss(train: Callable[[Array], Score]) -> None:
     """The true score of N(0, diag(c)) has the least loss, 1/2 sum log(1 + c alpha^2 / sigma^2) at
-    eps less the same at T; a network of 16 units comes within 5% of it."""
+    eps minus the same at T. The loss of a trained network of 16 units is at most 5% larger."""
     test_key, train_key = jax.random.split(jax.random.key(3))
     trained = train(jax.random.split(train_key, 300))
 

@@ -1,4 +1,4 @@
-"""The optimizer is compared with the formulas of Adam. It has schedules and a weight decay."""
+"""The optimizer, compared with the formulas of Adam: its clipping, weight decay and schedules."""
 
 import jax
 import jax.numpy as jnp
@@ -129,7 +129,7 @@ def test_gradients_are_clipped_in_the_unit_of_the_papers_loss(flags, importance,
         zero, experiment.sde, x, t, keys, weighting=experiment.config.training.weighting
     )
     ours = weight * terms / 4096
-    if theirs is None:  # No published loss: the weights of the times remain.
+    if theirs is None:  # No paper has this loss: ours is compared with weight |z|^2.
         theirs = weight
     elif callable(theirs):
         theirs = theirs(experiment.sde, t)

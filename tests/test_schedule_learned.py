@@ -1,4 +1,4 @@
-"""A learned noise schedule: its ends come to lie where the whole bound is least."""
+"""A learned noise schedule: training moves its ends to where the whole bound is smallest."""
 
 import dataclasses
 import functools
@@ -30,7 +30,7 @@ def numbers(params):
 
 
 def learned(**training):
-    """The tiny config with VDM's schedule, of which the ends are learned."""
+    """The tiny config with VDM's schedule, whose two ends are learned."""
     config = tiny.get_config()
     config.sde.update(name="linear_gamma", learned=True)
     config.data.dequantization = "centre"
@@ -40,12 +40,12 @@ def learned(**training):
     return config
 
 
-# Thousands of calls take longer than compilation with optimization.
+# These functions are called thousands of times, so optimized code saves more time than it costs.
 jit = functools.partial(jax.jit, compiler_options=compiler_options())
 
 
 class Gaussian(nn.Module):
-    """The noise prediction of N(0, VARIANCE), with a bias that makes all noise levels cost."""
+    """The exact noise prediction for N(0, VARIANCE) plus 0.05, an error at every noise level."""
 
     @nn.compact
     def __call__(self, x, label, *, train):
@@ -56,7 +56,7 @@ class Gaussian(nn.Module):
 
 @pytest.fixture(scope="module")
 def gaussian():
-    """The experiment whose network is that, and Gaussian integers of 17 levels."""
+    """An experiment with this network, and images of N(0, VARIANCE) rounded to 17 levels."""
     experiment = build.Experiment(learned(noises="independent", proposal_bins=0))
     replaced = dataclasses.replace(experiment.adapter, model=Gaussian())
     experiment.adapter = experiment.trained_adapter = replaced
@@ -66,7 +66,8 @@ def gaussian():
 
 
 def bound_of(experiment, pixels, ends):
-    """The mean of ``discrete.elbo`` in nats/dim and its error, of VDM's schedule with ``ends``."""
+    """The mean of ``discrete.elbo`` in nats/dim for VDM's schedule with ``ends``, and its standard
+    error."""
     keys = jax.random.split(jax.random.key(5), len(pixels))
     u = times.lattice(jax.random.key(6), len(pixels), 8)
     values = np.asarray(_bounds(experiment.adapter, pixels, keys, u, jnp.asarray(ends))) / 64
@@ -85,8 +86,8 @@ def _bounds(adapter, pixels, keys, u, ends):
 
 
 def trained_ends(experiment, pixels, starts):
-    """Where the gradient of a training's loss leads from each start, with the same draws in all
-    steps."""
+    """The ends that gradient descent on the training's loss reaches from each start. All steps have
+    the same draws."""
     prepare, loss = train.prepare_fn(experiment), train.loss_fn(experiment)
     draws = [prepare(pixels, jax.random.key(i), ()) for i in range(12)]
 
@@ -109,7 +110,7 @@ def trained_ends(experiment, pixels, starts):
 
 @pytest.mark.oracle
 def test_the_loss_is_the_bound(gaussian):
-    """Its mean over draws is that of the bound's evaluation, at any ends."""
+    """For any ends, the mean of the training's loss over draws is the bound of an evaluation."""
     experiment, pixels = gaussian
     prepare, loss = train.prepare_fn(experiment), train.loss_fn(experiment)
 
@@ -126,7 +127,7 @@ def test_the_loss_is_the_bound(gaussian):
 
 @pytest.mark.oracle
 def test_the_gradient_finds_the_ends_that_a_scan_finds(gaussian):
-    """A scan of the evaluation's bound, with draws of its own, along either end."""
+    """The scan evaluates the bound, with other draws than training, at nine values of each end."""
     experiment, pixels = gaussian
     found, again = trained_ends(experiment, pixels, [(-5.0, 3.0), (-2.2, 2.0)])
     np.testing.assert_allclose(again, found, atol=0.1)
@@ -141,8 +142,8 @@ def test_the_gradient_finds_the_ends_that_a_scan_finds(gaussian):
 
 
 @pytest.mark.parametrize("noises", ["independent", "antithetic"])
-def test_the_terms_at_the_ends_are_no_noise_of_a_time(gaussian, noises):
-    """Each bin gets the loss of the drawn times alone, whatever the density of the bin."""
+def test_the_density_of_the_times_ignores_the_terms_at_the_ends(gaussian, noises):
+    """Its bins get the loss at the drawn times without the terms at both ends, for any density."""
     experiment = build.Experiment(learned(noises=noises, proposal_bins=8))
     experiment.adapter = gaussian[0].adapter
     empty, uneven = jnp.zeros((2, 8)), jnp.stack([jnp.ones(8), 4.0 ** jnp.arange(8)])
@@ -166,7 +167,7 @@ def test_the_terms_at_the_ends_are_no_noise_of_a_time(gaussian, noises):
 
 
 def test_a_run_is_evaluated_with_the_ends_it_learned(tmp_path):
-    """They are the averages in the checkpoint; the config says where they began."""
+    """The ends are the averages in the checkpoint. The config only says where they began."""
     config = learned(num_steps=30, checkpoint_every=30)
     config.optim.update(lr=0.03, warmup=1)
     config.eval.max_images = 16
@@ -183,7 +184,7 @@ def test_a_run_is_evaluated_with_the_ends_it_learned(tmp_path):
     evaluation = json.loads((tmp_path / "evaluation.json").read_text())
     shown = {name: evaluation["config"]["sde"][name] for name in NUMBERS}
     assert shown == pytest.approx(ends, abs=1e-7)
-    # Its prior term is that of the learned end.
+    # The prior term of the evaluation is that of the learned end.
     columns = np.load(tmp_path / "per_image.npz")
     x = bits.to_model(jnp.asarray(experiment.images("test").images[columns["id"]]), 0.5, 17)
     prior = jax.vmap(lambda x: bound.prior_kl(now.sde, x))(x) / 64 / np.log(2)
@@ -191,7 +192,7 @@ def test_a_run_is_evaluated_with_the_ends_it_learned(tmp_path):
     np.testing.assert_allclose(columns[name], prior, rtol=1e-4)
     runs.mode(sample.run, config, tmp_path)
     config.training.num_steps = 31
-    runs.mode(train.run, config, tmp_path)  # It goes on from them.
+    runs.mode(train.run, config, tmp_path)  # The training continues from the learned ends.
     after = build.Experiment(config).restore(tmp_path).state.params
     before = numbers(restored.state.params)
     for name, value in numbers(after).items():
@@ -199,7 +200,8 @@ def test_a_run_is_evaluated_with_the_ends_it_learned(tmp_path):
 
 
 def test_a_time_has_the_label_of_the_training_when_the_ends_have_moved():
-    """Even if the learned numbers would give another smallest time, where the label is 0."""
+    """The label is 0 at the smallest time of training, even if the learned numbers give another
+    smallest time."""
     config = learned()
     config.sde.name, config.score.label, config.eval.tau = "vp", "log_snr", 3.0
     experiment = build.Experiment(config)
@@ -236,7 +238,9 @@ def test_a_schedule_that_is_not_learned_is_no_parameter():
         ("sde", "name", "rectified_flow", "sde.name=rectified_flow: it has no numbers to learn"),
     ],
 )
-def test_where_the_loss_would_be_no_bound_it_is_refused(section, field, value, message):
+def test_settings_with_which_a_schedule_cannot_be_learned_are_refused(
+    section, field, value, message
+):
     config = learned()
     config[section][field] = value
     with pytest.raises(ValueError, match=message):

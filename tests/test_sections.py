@@ -31,7 +31,7 @@ def parts_of(kind: Any) -> set[Any]:
     return set().union(*map(parts_of, typing.get_args(kind))) or {kind}
 
 
-# Every field as its class annotates it: one that is added later is tested too.
+# The types of every field, from the annotations of its class. So a new field is tested too.
 FIELDS: dict[str, set[Any]] = {
     section.name_of(name): parts_of(typing.get_type_hints(type(section))[name])
     for _, section in reference.sections()
@@ -131,7 +131,7 @@ def test_no_field_takes_a_value_of_another_type(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", [name for name, kinds in FIELDS.items() if type(None) in kinds])
-def test_what_may_be_left_open_may_be_set(name: str) -> None:
+def test_fields_whose_default_is_none_also_take_values(name: str) -> None:
     config = default("mlp")
     node, field = node_of(config, name)
     assert node[field] is None
@@ -141,7 +141,7 @@ def test_what_may_be_left_open_may_be_set(name: str) -> None:
         assert Config(**config.to_dict()).plain() != Config(**default("mlp").to_dict()).plain()
 
 
-def test_an_empty_choice_is_refused_but_where_it_is_the_default() -> None:
+def test_an_empty_choice_is_refused_unless_it_is_the_default() -> None:
     for name in ("sde.name", "data.crop", "training.noises", "eval.trace", "sampling.corrector"):
         assert refused(name, "").startswith(f"{name}=: need one of ")
     assert Config(**changed("sampling.spacing", "")).sampling.spacing == ""
@@ -258,10 +258,10 @@ def owned_fields() -> list[tuple[str, str, Any]]:
 @pytest.mark.parametrize(
     ("section", "name", "field"), owned_fields(), ids=lambda a: getattr(a, "name", a)
 )
-def test_no_field_of_a_network_or_dequantizer_takes_what_it_cannot_be(
+def test_fields_of_networks_and_dequantizers_refuse_unsuitable_values(
     section: str, name: str, field: Any
 ) -> None:
-    """Refused by name before any parameter is made, whatever the value."""
+    """The error names the field, and comes before any parameter is made."""
     kind = field.type
     if typing.get_origin(kind) is Annotated:
         kind = typing.get_args(kind)[0]
@@ -298,7 +298,9 @@ def test_no_field_of_a_network_or_dequantizer_takes_what_it_cannot_be(
         ("sampling.method", "euler", "config.sampling: method=euler has no error estimate"),
     ],
 )
-def test_what_a_section_makes_checks_it_further(name: str, value: Any, message: str) -> None:
+def test_the_object_that_a_section_builds_also_checks_its_values(
+    name: str, value: Any, message: str
+) -> None:
     config = tiny.get_config()
     node, field = node_of(config, name)
     node[field] = value
@@ -319,8 +321,8 @@ def test_unknown_fields_are_named_and_missing_ones_have_their_defaults() -> None
     assert Config(**values).latents == Config().latents and Config(**values).optim.lr == 2e-4
 
 
-def test_what_is_read_is_what_was_written() -> None:
-    """As a checkpoint's metadata has it, field by field and in order."""
+def test_a_config_that_was_written_to_json_is_read_unchanged() -> None:
+    """A checkpoint's metadata has the config as JSON, with the fields in the same order."""
     config = tiny.get_config()
     config.training.smallest_time = 1e-3
     expected = json.dumps(config.to_dict())
@@ -331,7 +333,7 @@ def test_what_is_read_is_what_was_written() -> None:
 
 
 def test_numbers_of_numpy_in_tuples_become_pythons() -> None:
-    """JSON, in which checkpoints have the config, does not know NumPy's."""
+    """Checkpoints store the config as JSON, which cannot hold NumPy's numbers."""
     config = tiny.get_config()
     config.data.shape = tuple(np.array([8, 8, 1]))
     config.eval.num_importance = (np.int64(1), np.int32(2))
@@ -343,7 +345,7 @@ def test_numbers_of_numpy_in_tuples_become_pythons() -> None:
     ("field", "value"),
     [("path", "/images"), ("crop", "random"), ("test_fraction", 0.5), ("split_seed", 3)],
 )
-def test_fields_of_a_folder_are_for_a_folder(field: str, value: Any) -> None:
+def test_fields_of_a_folder_are_refused_for_other_sources(field: str, value: Any) -> None:
     config = tiny.get_config()
     config.data[field] = value
     with pytest.raises(
@@ -377,18 +379,9 @@ def test_data_that_the_source_cannot_give_are_refused(
         Config(**config.to_dict()).data.images("train")
 
 
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"discrete_levels": 1}, "training.discrete_levels=1: need 0, or at least 2"),
-    ],
-)
-def test_settings_of_a_training_without_effect_are_refused(
-    changes: dict[str, Any], message: str
-) -> None:
-    neither = {"likelihood_weighting": False, "importance_sampling": False}
-    with pytest.raises(ValueError, match=message):
-        Training(**neither, **changes)
+def test_a_training_on_one_discrete_level_is_refused() -> None:
+    with pytest.raises(ValueError, match="training.discrete_levels=1: need 0, or at least 2"):
+        Training(likelihood_weighting=False, importance_sampling=False, discrete_levels=1)
 
 
 def test_the_defaults_of_a_config_are_those_of_its_sections() -> None:
@@ -399,12 +392,12 @@ def test_the_defaults_of_a_config_are_those_of_its_sections() -> None:
 
 
 def test_an_sde_has_the_numbers_of_its_class() -> None:
-    """And begins as the class has it."""
+    """Their defaults are those of the class."""
     for name, kind in sdes.SDES.items():
         assert Process(name=name).own == {f.name: f.default for f in dataclasses.fields(kind)}
     process = Process(name="ve", sigma_min=0.02, sigma_max=np.float32(30)).build()
     assert process == sdes.SDES["ve"](sigma_min=0.02, sigma_max=30.0)
-    # A config of an earlier version has the numbers of all of them.
+    # A stored config of an earlier version has the numbers of all SDEs.
     everything = {"beta_min": 0.1, "beta_max": 20.0, "sigma_min": 0.01, "sigma_max": 50.0}
     assert Process(name="ve", **everything).own == {"sigma_min": 0.01, "sigma_max": 50.0}
     with pytest.raises(ValueError, match="config.sde has no field beta_max: it has .*sigma_max"):
@@ -436,7 +429,7 @@ def test_checkpoints_of_other_versions_are_read_with_the_fields_they_have() -> N
         Training(**stored["training"])
 
 
-def test_an_experiment_does_not_follow_its_config() -> None:
+def test_an_experiment_ignores_later_changes_of_its_config() -> None:
     config: ConfigDict = tiny.get_config()
     experiment = build.Experiment(config)
     config.eval.seed = 7

@@ -1,11 +1,11 @@
 """A folder of the user's own images, scaled to one size.
 
-All image files in the folder and its subfolders are used, through links too. If there are
-subfolders ``train`` and ``test``, they are the splits. Otherwise a hash of the relative path of a
-file decides its split, so new files do not change the split of the others. A warning names the
+All image files in the folder and its subfolders are used, also those that links lead to. If there
+are subfolders ``train`` and ``test``, they are the splits. Otherwise a hash of the relative path of
+a file decides its split, so new files do not change the split of the others. A warning names the
 files that cannot be used, with the reason, and another one counts the files with other suffixes.
-Names that begin with a dot are ignored. If each image lies in a subfolder, the name of
-the top one is the class.
+Names that begin with a dot are ignored. If each image lies in a subfolder, of ``train`` or ``test``
+if there are these, the name of the topmost one is its class.
 """
 
 import hashlib
@@ -43,12 +43,13 @@ class ImageFolder(Source):
     def load(self, split: str, options: Options) -> ImageSet:
         """The images of ``split``, in the order of their paths.
 
-        The EXIF orientation is applied, 16-bit channels keep their upper
-        8 bits, CMYK becomes RGB by Pillow's formula, and of an animation the first frame is taken.
-        Files that Pillow cannot read, FIFOs and devices, files with transparent pixels, with 32-bit
-        pixels, or with 16-bit ones below 2^12, which a camera of 12 bits leaves, are logged as a
-        warning and listed in the set's ``skipped``; that images had more than 8
-        bits, were enlarged, or of other colours than ``channels`` says, is its ``caution``.
+        The EXIF orientation is applied, 16-bit channels keep their upper 8 bits, CMYK becomes RGB
+        by Pillow's formula, and of an animation the first frame is taken. These files are skipped,
+        logged as a warning, and listed in the set's ``skipped``: files that Pillow cannot read,
+        FIFOs and devices, and images with transparent pixels, with 32-bit pixels, or with 16-bit
+        pixels that are all below 2^12, such as those of a 12-bit camera. The set's ``caution`` says
+        how many images had more than 8 bits, were enlarged, or were converted from colour to grey
+        or from grey to RGB.
         """
         if options.channels not in MODES:
             shape = f"data.shape={options.image_size},{options.image_size},{options.channels}"
@@ -103,8 +104,8 @@ class ImageFolder(Source):
 
 
 def _labels(ids: tuple[str, ...], split: str) -> np.ndarray | None:
-    """The class of each image: the folder in ``train``, in ``test`` or in the whole folder in which
-    it lies. None if an image lies in no such folder."""
+    """The class ``(n,)`` of each image: the name of its topmost folder within ``train``, ``test``
+    or the whole folder. None if an image lies in no such folder."""
     paths = [id.removeprefix(f"{split}/").split("/") for id in ids]
     return np.array([path[0] for path in paths]) if all(len(p) > 1 for p in paths) else None
 
@@ -173,9 +174,9 @@ def _files(root: Path) -> Iterator[Path]:
         found = _visible(top, closed[top], folders, again)
         for path, real in sorted(found, key=lambda pair: pair[0].is_symlink()):
             if path.suffix.lower() not in SUFFIXES or not os.path.exists(real):
-                yield path  # Opening a link to nowhere says why.
+                yield path  # If it is a broken link, opening it gives the reason.
                 continue
-            # All paths to a file share its real path or, of hard links, its number.
+            # All paths to one file have the same real path or, if they are hard links, inode.
             status = os.stat(real)
             place = (status.st_dev, status.st_ino) if status.st_nlink > 1 else real
             if (first := chosen.setdefault(place, path)) == path:
@@ -191,7 +192,9 @@ def _files(root: Path) -> Iterator[Path]:
         visited |= folders
     if again:
         where = printable(str(root))
-        log.warning("%d links of %s lead to files that it has anyway: not used", len(again), where)
+        log.warning(
+            "%d links in %s lead to files that it contains anyway: not used", len(again), where
+        )
 
 
 def _members(root: Path, split: str, options: Options) -> list[str]:
@@ -202,7 +205,7 @@ def _members(root: Path, split: str, options: Options) -> list[str]:
     if unused := {suffix: n for suffix, n in others.items() if suffix not in SUFFIXES}:
         listed = ", ".join(f"{suffix} ({n})" for suffix, n in sorted(unused.items()))
         log.warning(
-            "%d files of %s are no images by their suffix, and not used: %s",
+            "%d files in %s have no suffix of an image and are not used: %s",
             *(sum(unused.values()), printable(str(root)), listed),
         )
     folders = sorted(p.name for p in root.iterdir() if p.is_dir())
@@ -221,7 +224,7 @@ def _members(root: Path, split: str, options: Options) -> list[str]:
         members = [n for n in names if n.startswith(f"{split}/")]
         if outside := sum(not n.startswith(("train/", "test/")) for n in names):
             where = printable(str(root))
-            log.warning("%d images of %s lie outside train and test: not used", outside, where)
+            log.warning("%d images in %s lie outside train and test: not used", outside, where)
     else:
         held = {n: _uniform("split", options.seed, n) < options.test_fraction for n in names}
         members = [n for n in names if held[n] == (split == "test")]
@@ -234,7 +237,7 @@ def _members(root: Path, split: str, options: Options) -> list[str]:
 
 
 def _uniform(*key: object) -> float:
-    """A number in [0, 1) that depends on ``key`` alone, on every machine."""
+    """A number in [0, 1) that depends on ``key`` alone, and is the same on every machine."""
     digest = hashlib.sha256(os.fsencode("/".join(map(str, key)))).digest()
     return int.from_bytes(digest[:6]) / 2**48
 
@@ -270,7 +273,7 @@ def _special(path: Path) -> bool:
     """Whether ``path`` is a FIFO, a device or a socket, for which reading could wait for ever."""
     try:
         return not stat.S_ISREG(path.stat().st_mode)
-    except OSError:  # As of a link to nowhere: opening it says why.
+    except OSError:  # For example a broken link: opening it gives the reason.
         return False
 
 
@@ -282,8 +285,8 @@ def _is_grey(image: Image.Image) -> bool:
 
 
 def _depth(path: Path, opened: Image.Image) -> int:
-    """Bits of a channel, as the file says: for several channels of 16 bits, Pillow keeps the upper
-    8 bits, and its mode does not show it."""
+    """The number of bits of a channel in the file. Of several channels with 16 bits, Pillow keeps
+    only the upper 8 bits, and its mode does not show that there were more."""
     if opened.format == "PNG":
         with path.open("rb") as file:
             return file.read(25)[24]
@@ -321,7 +324,7 @@ def _decode(path: Path) -> tuple[Image.Image, int]:
         image = Image.fromarray((deep >> 8).astype(np.uint8))
     elif depth == 16:
         colours = np.asarray(image)[..., : 3 if image.mode == "RGBA" else None]
-        # Pillow keeps v // 256, or v / 257 rounded. If it keeps 0, then v is unknown, up to 255.
+        # Pillow keeps v // 256, or v / 257 rounded. If it keeps 0, then v may be up to 255.
         few, most = bool(colours.max() <= 2**4), 257 * int(colours.max()) + 255
     if few:
         raise ValueError(

@@ -66,15 +66,15 @@ class Photos(Source):
     """32x32x3 crops, 256 levels; ids read ``photo@top,left/scale``, in the photo's pixels."""
 
     def load(self, split: str, options: Options) -> ImageSet:
-        """The crops of ``split``; only ``cache_dir`` applies."""
+        """The crops of ``split``. Of ``options``, only ``cache_dir`` is used."""
         names = PHOTOS[split]
         files = (photo_path(name) for group in PHOTOS.values() for name in group)
         version = content_key(files, PHOTOS, SIZE, SPACING, SCALES)
         path = options.cache / "photos" / version / f"{split}.npy"
         images, notes = load_or_build(path, lambda add: _build(names, add))
         caution = (
-            f"overlapping crops of {len(names)} photos: the interval is for more crops of these, "
-            "not of others"
+            f"overlapping crops of {len(names)} photos: the interval is for more crops of these "
+            "photos, not for other photos"
         )
         ids = tuple(notes["ids"])
         stems = (Path(crop.rpartition("@")[0]).stem for crop in ids)

@@ -4,10 +4,12 @@
     bound       the evidence bound on -log p(x):            prior + diffusion + reconstruction
     bound_ssm   the same bound, its diffusion term by sliced or exact score matching
 
-For integers k of L levels, x = 2 (k + u) / L - 1, and there are two more terms: ``dequantization``,
+For integers k of L levels, x = 2 (k + u) / L - 1, and there are more terms: ``dequantization``,
 log q of u, and ``scale``, the change of variables. ``scale`` is log2(L / 2) bits/dim, or for a
-dequantizer with ``at_noise`` log2(L / (2 alpha(eps))). Both terms are 0 if the dequantizer has its
-own bound. The sum of the terms is the bits/dim of the integers.
+dequantizer with ``at_noise`` log2(L / (2 alpha(eps))). Both terms of a bound are 0 if the
+dequantizer has its own bound. The ODE also has the term ``importance``, which is not 0 if several
+draws of u are averaged (``sbml.estimators.ode``). The sum of the terms is the bits/dim of the
+integers.
 
 An estimator is a frozen dataclass derived from ``sbml.estimators.base.Estimator``, whose docstring
 says what to define.

@@ -12,8 +12,9 @@ are two kinds of estimates, which measure the noise of the draws in different wa
     bound    an expectation over times. Every sweep covers all examples. The value of an example is
              its mean over R sweeps, and the spread of the sweeps' means m_r measures the noise:
              the standard error is sd(m_r) / sqrt(R). If a few rare draws decide the mean, the
-             intervals are too narrow. Pareto's k shows this. It is computed twice: from the draws,
-             each minus the median of its example, and from the weights of their times.
+             intervals are too narrow. Pareto's k shows this. It is computed twice, from the draws,
+             each minus the median of its example, and from the weights of their times; the larger
+             one counts.
 """
 
 import dataclasses

@@ -11,11 +11,12 @@ class Coding(Section):
     section: ClassVar[str] = "codec"
 
     steps: Positive = field(
-        250, "number of steps of the chain; more steps give a smaller file and take longer"
+        250,
+        "number of steps of the diffusion chain; more steps give a smaller file and take longer",
     )
     lanes: Size = field(
         8,
-        "number of images that are coded at once; each lane has initial bits, which the file is "
-        "longer by",
+        "number of images that are coded at once; each of these lanes needs initial bits, which "
+        "make the file longer",
     )
     num_images: Natural = field(0, "size of a random sample of images; 0: all")

@@ -27,7 +27,8 @@ from sbml.times import DRAWS, PROPOSALS, Grid, Proposal
 NOISES = ("independent", "antithetic")
 
 # With likelihood weighting, importance sampling gives the squared error of one prediction the same
-# total weight at all times. From this prediction to the name of the proposal of the times.
+# total weight at all times. The keys are these predictions, and the values are the names of the
+# proposals of the times.
 IMPORTANCE = {"noise": "importance", "velocity": "velocity"}
 
 
@@ -53,12 +54,12 @@ class Loop(Section):
     )
     log_every: Positive = field(
         100,
-        "number of steps between rows of metrics.jsonl, in which each checkpoint also ends a row",
+        "number of steps between rows of metrics.jsonl; each checkpoint also writes a row",
     )
     checkpoint_every: Positive = field(5_000, "number of steps between checkpoints")
     keep_last: Positive = field(2, "number of newest checkpoints that are kept")
     keep_every: Natural = field(
-        50_000, "also keep the first checkpoint at or past each multiple of this step; 0: none"
+        50_000, "also keep the first checkpoint at or past each multiple of this number; 0: none"
     )
     sample_every: Natural = field(0, "number of steps between grids of samples; 0: no grids")
 
@@ -117,8 +118,8 @@ class Training(Loop):
     )
     second_order_probes: int = field(
         2,
-        "number of probes of its divergence; with 1, as in i-DODE, its minimum is not at the true "
-        "score",
+        "number of probes of the divergence in the second-order loss; with 1, as in i-DODE, the "
+        "minimum of this loss is not at the true score",
         ge=1,
         lt=2**10,
     )
@@ -128,8 +129,8 @@ class Training(Loop):
     )
     proposal_bins: Size = field(
         32,
-        "number of bins of a density of times that follows the noise of the gradient, as estimated "
-        "from the losses; 0: no such density",
+        "number of bins of a density of times that follows the noise of the gradient, which is "
+        "estimated from the losses; 0: no such density",
     )
     smallest_time: float | None = field(
         None,
@@ -147,15 +148,16 @@ class Training(Loop):
         "number of steps between evaluations of the bound on validation images (data.validation), "
         "for a curve; the last step has one too; 0: no curve",
     )
-    validation_images: Positive = field(256, "largest number of images of this curve")
+    validation_images: Positive = field(256, "largest number of images of the validation curve")
 
     def check(self) -> None:
-        """Check that the flags fit the loss: a discrete-time loss has neither of the first two."""
+        """Check that the flags fit the loss: a discrete-time loss has neither likelihood weighting
+        nor importance sampling."""
         for name in ("likelihood_weighting", "importance_sampling"):
             if self.discrete_levels and getattr(self, name):
                 raise ValueError(
-                    f"training.discrete_levels={self.discrete_levels} with training.{name}: "
-                    f"the discrete-time losses have neither; set --config.training.{name}=False"
+                    f"training.discrete_levels={self.discrete_levels} with training.{name}=True: "
+                    f"a discrete-time loss has no {name}; set --config.training.{name}=False"
                 )
         if self.discrete_levels == 1:
             raise refusal("training.discrete_levels", 1, "0, or at least 2")
@@ -177,7 +179,8 @@ class Training(Loop):
         return "likelihood" if self.likelihood_weighting else "original"
 
     def kernel(self, sde: SDE) -> Kernel:
-        """The process that noises images in training: ``sde``, or ``discrete_levels`` of it."""
+        """The process that adds noise to the images in training: ``sde``, or ``discrete_levels``
+        noise levels of it."""
         if not self.discrete_levels:
             return sde
         with section_errors(self.name_of("discrete_levels")):

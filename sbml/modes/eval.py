@@ -42,11 +42,11 @@ def run(experiment: Experiment, workdir: Workdir) -> None:
     parameters.
 
     Writes ``evaluation.json``, ``report.json``, ``report.html`` and ``per_image.npz``, which has
-    the columns of all cells with as many images. A cell with fewer images than others, such as one
-    with K > 1, has a file of its own. A killed evaluation resumes where it stopped.
+    the columns of the cells with the most images. A cell with fewer images, such as one with K > 1,
+    has a file of its own. A killed evaluation resumes where it stopped.
 
     The files of an evaluation of training images are in the folder ``train`` of ``workdir``, and
-    the report of its held-out images then also has the difference between the two.
+    the report of ``workdir`` on held-out images then also has the difference between the two.
     """
     config = experiment.config.eval
     out = Workdir(workdir / "train") if config.split == "train" else workdir

@@ -43,7 +43,7 @@ def check(experiment: Experiment, workdir: Workdir, before: Sequence[str]) -> No
 @functools.partial(jax.jit, static_argnames=("sde", "t0", "t1", "solver"))
 def solve(score: Score, x: Array, *, t0: float, t1: float, sde: SDE, solver: Solver) -> Array:
     """The solutions ``(n, *s)`` of the ODE at ``t1`` from ``x (n, *s)`` at ``t0``: latents if t1 is
-    T, images if t0 is."""
+    T, images if t0 is T."""
     return jax.vmap(lambda x: transport(score, sde, x, t0, t1, solver)[0])(x)
 
 
@@ -117,7 +117,7 @@ def run(experiment: Experiment, workdir: Workdir) -> None:
         bar.update()
         for name, colours in tasks.items():
             new = completions(score, x, sde=sde, eps=eps, sampler=sampler, colours=colours)
-            # What is kept comes first; the part that a completion replaces is grey there.
+            # The first column shows what is kept, with grey in place of what is replaced.
             kept = x.at[:, :, x.shape[2] // 2 :].set(0)
             if colours:
                 kept = jnp.broadcast_to(jnp.mean(x, axis=-1, keepdims=True), x.shape)

@@ -261,7 +261,8 @@ class Model(nn.Module):
     def _join_output(
         self, pyramid: Array | None, h: Array, channels: int
     ) -> tuple[Array | None, Array]:
-        """The output pyramid at the next larger size (``None`` before the first), and features."""
+        """The output pyramid at the size of ``h``, from that of half this size (``None`` if there
+        is none), and the features of the next level."""
         if self.progressive == "none":
             return None, h
         if self.progressive == "output_skip":

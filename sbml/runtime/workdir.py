@@ -6,7 +6,7 @@
     architecture.json                           only for a converted checkpoint
     eval/, sampling/, codec/                    tables in parts (sbml.runtime.parts)
     evaluation.json, per_image.npz, samples.npz, quality.json, latents.npz, pictures, report.*
-    train/                                      the same of an evaluation of training images
+    train/                                      the same for an evaluation of training images
     images.sbml, codec.json, restored.npz       coded images (sbml.codec)
 
 A file that one mode writes for another is read with :meth:`Workdir.read`, which compares its CRC32;
@@ -41,7 +41,8 @@ PER_IMAGE = "per_image.npz"
 QUALITY = "quality.json"
 RESTORED = "restored.npz"
 SAMPLES = "samples.npz"
-# Bytes of a path. macOS and object stores allow 1,024, files within the work directory included.
+# The largest number of bytes of the work directory's path. macOS and object stores allow 1,024
+# bytes for a path, and the paths of the files in the work directory are longer.
 LONGEST = 800
 MADE_BY = {
     ARCHITECTURE: "convert",

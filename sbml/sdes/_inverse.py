@@ -31,7 +31,7 @@ def inverse(f: Function, y: Elementwise, last: float) -> Elementwise:
     ``f`` is elementwise and decreasing. For y above f's range the result is the smallest normal
     float, for y below it ``last``, and for NaN it is NaN. The derivative is that of the inverse
     function: with y = f(t; theta), dt = (dy - df/dtheta dtheta) / (df/dt). Second derivatives are
-    not supported: they are 0.
+    not supported: they are wrong, without an error.
     """
     y = jnp.asarray(y)
     y = y.astype(jnp.result_type(y, float))  # Floats keep their precision, integers become floats.
@@ -39,7 +39,7 @@ def inverse(f: Function, y: Elementwise, last: float) -> Elementwise:
     gap, rate = f(t) - y, jax.lax.stop_gradient(slope(f, t))
     regular = jnp.isfinite(gap) & jnp.isfinite(rate) & (rate != 0)
     gap = jnp.where(regular, gap, 0)
-    # The value of this step is 0: it gives t its derivative only.
+    # This step is 0. It is there for its derivative, which becomes that of t.
     step = (gap - jax.lax.stop_gradient(gap)) / jnp.where(regular, rate, 1)
     # The SDE's parameters may be more precise than the argument.
     return jnp.where(jnp.isnan(y), y, t - step.astype(y.dtype))

@@ -1,2 +1,2 @@
-"""The audit's part for this program, ``--mode=verify``: rows that compare every estimator, and what
-it is made of, with data whose likelihood and score have a closed form (``oracle``)."""
+"""The audit of this program, ``--mode=verify``. Its rows compare every estimator, and the functions
+that it uses, with closed forms, on data whose likelihood and score are known (``oracle``)."""

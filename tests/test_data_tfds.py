@@ -169,7 +169,8 @@ def test_unknown_tfds_set(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def tiny_builders() -> None:
-    """Three little sets, registered with TFDS: train and validation, ragged, without images."""
+    """Register three small sets with TFDS: one with the splits train and validation, one with
+    images of two sizes, and one without images."""
     require_tfds(files=False)
     import tensorflow_datasets as tfds
 

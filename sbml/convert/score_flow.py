@@ -60,8 +60,8 @@ class Convention(NamedTuple):
 
 
 _NOISE = Convention(("noise",), "time", "fourier_linear")
-# "scaled_score" is for networks that divide by sigma themselves. None of their configs sets this
-# (model.scale_by_sigma).
+# "scaled_score" is for networks whose output their code divides by sigma (model.scale_by_sigma).
+# None of their configs sets this.
 _SCORE = Convention(("score", "scaled_score"), "sigma", "fourier")
 CONVENTIONS = {"vp": _NOISE, "subvp": _NOISE, "ve": _SCORE, "linear_ve": _NOISE}
 

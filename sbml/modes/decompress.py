@@ -20,7 +20,7 @@ from sbml.runtime.workdir import CODEC, IMAGES, RESTORED, Workdir
 
 
 def check(experiment: Experiment, workdir: Workdir, before: Sequence[str]) -> None:
-    """Check that there is a coder and one process."""
+    """Check that the coder is installed, and that there is only one process."""
     coding.check("decompress")
 
 

@@ -1,8 +1,8 @@
-"""CIFAR-10, the network and noise schedule of "Variational Diffusion Models" (Kingma et al. 2021).
+"""CIFAR-10 with the network and schedule of "Variational Diffusion Models" (Kingma et al. 2021).
 
 python -m sbml.main --config=configs/cifar10_vdm.py
 
-Training takes days on several accelerators; it was not run here. --mode=convert
+Training takes days on several accelerators; it was not run. --mode=convert
 --source=DIR_OR_FILE converts a checkpoint of the published code, and --mode=eval then evaluates it:
 the first result is the number that the paper reports, the bound with the categorical decoder.
 docs/parity.md lists the differences.

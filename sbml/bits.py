@@ -24,11 +24,11 @@ from sbml.types import Array, Elementwise, Numbers
 Real = Float[Array, "..."]
 
 LOG2 = math.log(2.0)
-MOST_LEVELS = 2**16  # Numbers of float32 do not resolve the bins of more levels.
+MOST_LEVELS = 2**16  # With more levels, too few float32 numbers lie in a bin.
 Levels = Annotated[int, between(2, MOST_LEVELS)]
 Shape = Annotated[
     tuple[int, ...],
-    condition("of positive sizes, as (28, 28, 1)", lambda shape: min(shape, default=1) >= 1),
+    condition("of positive sizes, such as (28, 28, 1)", lambda shape: min(shape, default=1) >= 1),
 ]
 WithoutNaN = Annotated[
     Elementwise, condition("without NaN", lambda x: not np.any(np.isnan(np.asarray(x))))
@@ -41,7 +41,7 @@ Fraction = Annotated[
 
 
 def check_levels(levels: int, most: int) -> None:
-    """Raise a ValueError unless ``levels``, a number of them, is at most ``most``."""
+    """Raise a ValueError if ``levels``, the number of levels, is larger than ``most``."""
     if levels > most:
         raise ValueError(f"levels={levels}: give an integer of 2 to {most}")
 

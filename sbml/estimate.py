@@ -41,8 +41,8 @@ class Estimate:
         measured.
       budget: the largest solver error that counts as converged, in ``unit``.
       solver: how the ODE was solved; None for a bound.
-      prior_error: the error because the prior takes the place of p_T, in ``unit``; None for a
-        bound, which contains it.
+      prior_error: the error that comes from using the prior in place of p_T, in ``unit``; None for
+        a bound, which contains it.
       tail: ``intervals.pareto_k`` of the draws of a bound, or of the weights of their times if
         that is larger; nan for an ODE, and for few draws.
     """
@@ -123,8 +123,10 @@ class Estimate:
         return "\n".join(filter(None, [text, self.about_outliers()]))
 
     def about_outliers(self, names: Sequence[str] | None = None) -> str:
-        """:func:`outlier_line` with the ``names`` of the examples, or else their places; "" without
-        outliers."""
+        """:func:`outlier_line` with the ``names`` of the examples, or else their indices.
+
+        It is "" if there are no outliers.
+        """
         if (without := self.without_outliers) is None:
             return ""
         named = [(names[i] if names else i, self.values[i]) for i in self.outliers]
@@ -133,8 +135,8 @@ class Estimate:
 
     @property
     def outliers(self) -> Ids:
-        """The places of the outliers (``intervals.outliers``): those that are not finite first,
-        then by their distance from the median."""
+        """The indices of the outliers (``intervals.outliers``): first those of numbers that are not
+        finite, then the others, the farthest from the median first."""
         found = intervals.outliers(self.values)
         distance = np.abs(self.values[found] - self.median)
         return found[np.argsort(-np.where(np.isfinite(distance), distance, np.inf), kind="stable")]
@@ -261,9 +263,9 @@ def reference(solver: Solver) -> Solver:
 
     Its tolerances are a tenth of those of ``solver``, and at most ``STRICT``. If ``solver`` has
     fixed steps, they are a tenth of the default tolerances. It may take at least as many steps as
-    ``solver``. All other settings are defaults, so that an error which comes from the method, the
-    coordinate or the first step of ``solver`` is seen: with the same settings, the reference would
-    have the error too.
+    ``solver``, and has its ``adjoint``. All other settings are defaults, so that an error which
+    comes from the method, the coordinate or the first step of ``solver`` is seen: with the same
+    settings, the reference would have the error too.
     """
     if solver.fixed_steps is not None:
         return Solver(adjoint=solver.adjoint).tighter(10)

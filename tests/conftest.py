@@ -5,18 +5,19 @@ import os
 import tempfile
 from collections.abc import Iterator
 
-# Loading from the cache below, XLA lists the processor's features at length, as an error.
+# When XLA loads from the cache below, it logs a long list of the processor's features as an error.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 # A matrix of a few hundred rows is decomposed ten times faster by one thread than by two that wait
-# for each other on processors that are busy with other tests. NumPy reads this as it is imported.
+# for each other on processors that are busy with other tests. NumPy reads this when it is imported.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 from sbml import compiler
 
-# Most of the suite's time is compilation of small functions: compile them with less optimization,
-# and by XLA's older way of emitting fusions, which takes half as long at that level; in one thread,
-# for the other core has tests of its own. Newer versions of XLA do not have all of these flags.
+# Most of the suite's time is compilation of small functions. So they are compiled with less
+# optimization, and by XLA's older way of emitting fusions, which takes half as long at that level.
+# Each worker compiles in one thread, because the other cores run tests of their own. Newer versions
+# of XLA do not have all of these flags.
 os.environ["XLA_FLAGS"] = compiler.with_flags(
     os.environ.get("XLA_FLAGS", ""),
     "--xla_backend_optimization_level=0",
@@ -25,10 +26,11 @@ os.environ["XLA_FLAGS"] = compiler.with_flags(
     "--xla_cpu_parallel_codegen_split_count=1",
 )
 
-# Many functions are compiled again in another file, and some in other processes. They are found in
-# a folder that lasts as long as the first test process. Its workers, and the programs that tests
-# start, have its name from the environment. The folder also has Python's bytecode if it may not be
-# written beside the sources: each process would take five seconds to compile what it imports.
+# Many functions are needed again in another file, and some in other processes. Their compiled code
+# is kept in a folder that is deleted when the first test process ends. Its workers, and the
+# programs that tests start, find the name of the folder in the environment. If Python's bytecode
+# may not be written beside the sources, it is kept in this folder too: without bytecode, each
+# process would take five seconds to compile what it imports.
 if "PYTEST_XDIST_WORKER" not in os.environ:
     _compiled = tempfile.TemporaryDirectory(prefix="sbml-compiled-")
     os.environ["JAX_COMPILATION_CACHE_DIR"] = f"{_compiled.name}/xla"
@@ -43,21 +45,22 @@ import shapes
 
 jaxtyping.install_import_hook(shapes.CHECKED, "shapes.check")
 
-# Tracing makes millions of objects that stay: look through them for garbage less often.
+# Tracing makes millions of objects that are kept. So garbage is collected less often.
 gc.set_threshold(100_000, 50, 50)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Files with a slow test come first: a worker that begins one last would be waited for."""
+    """Run files with a slow test first: otherwise all workers wait for one that starts such a file
+    last."""
     slow = {item.path for item in items if item.get_closest_marker("slow")}
     items.sort(key=lambda item: item.path not in slow)
 
 
 @pytest.fixture(scope="session", autouse=True)
 def steps_compile_fast() -> Iterator[None]:
-    """No options of their own for training steps in this process: a test takes a dozen of them.
+    """Compile training steps without ``platform.compiler_options``: a test runs only a dozen steps.
 
-    Those that the tests start as programs have theirs (``platform.compiler_options``).
+    Programs that the tests start in processes of their own use these options.
     """
     from sbml.modes import _loop as loop
 
@@ -68,7 +71,7 @@ def steps_compile_fast() -> Iterator[None]:
 
 @pytest.fixture(scope="module", autouse=True)
 def compiled_functions_are_dropped() -> Iterator[None]:
-    """After each file: those of the whole suite would take 9 GB in each process."""
+    """Drop them after each file: those of the whole suite would take 9 GB in each process."""
     yield
     jax.clear_caches()
 
@@ -81,7 +84,7 @@ def unchecked(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def small_designs() -> Iterator[None]:
-    """Flow++ has the designs "small cifar10" and "small imagenet32" too, of two couplings: those of
+    """Add the designs "small cifar10" and "small imagenet32" of Flow++, with two couplings, because
     the published designs are slow to compile."""
     from sbml.dequantizers.variational import DESIGNS
 

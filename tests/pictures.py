@@ -1,4 +1,4 @@
-"""Pictures the data tests share."""
+"""Images that several tests of the data use."""
 
 import struct
 import zlib

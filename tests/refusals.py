@@ -29,8 +29,8 @@ EXAMPLES: dict[str, Any] = {"x": (X.astype(int), X > 0, X.tolist(), 0.3, None)}
 LIKE_X: dict[str, Any] = {"z": (Z[None], Z[:1], Z[0], Z.astype(int), Z.tolist(), 0.1)}
 OLD = jax.random.PRNGKey(0)
 BAD_KEYS: dict[str, Any] = {"key": (OLD, np.asarray(OLD), KEYS, 0, None)}
-MAYBE_KEYS: dict[str, Any] = {"key": BAD_KEYS["key"][:-1]}  # None is documented.
-# An SDE and others have one number here: no text, no list or vector, none that is 0 in float32.
+MAYBE_KEYS: dict[str, Any] = {"key": BAD_KEYS["key"][:-1]}  # None is allowed.
+# Values that are refused where one number is needed; the last one is 0 in float32.
 NOT_A_NUMBER = ("a", [0.1], np.full(2, 0.1), None, 1e-320)
 DISCRETE: dict[str, Any] = {"sde": (VP.levels(30), sdes.VP, "vp", None)}
 EPSILONS: dict[str, Any] = {"eps": (0.0, 1.0, -1.0, NAN, INFINITY, *NOT_A_NUMBER)}

@@ -1,4 +1,4 @@
-"""Checkpoints that a failing disk or a careless hand has broken are named and done without."""
+"""An error names each damaged checkpoint, and the newest undamaged one is used."""
 
 import json
 from pathlib import Path
@@ -24,7 +24,8 @@ from orbax.checkpoint import v1 as ocp
 
 from sbml.runtime.checkpoint import Checkpoints, DamagedCheckpointError, OtherModelError
 
-# When one read of a broken checkpoint fails, orbax drops the others, which then complain to nobody.
+# When one read of a damaged checkpoint fails, Orbax drops the others, and nobody retrieves their
+# errors.
 pytestmark = pytest.mark.filterwarnings(*BROKEN_READS)
 
 
@@ -36,11 +37,11 @@ def errors(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return said
 
 
-# Each of these breaks a checkpoint as a failing disk or a careless hand would.
+# Each of these functions damages a checkpoint as a failing disk or a mistake of a user would.
 
 
 def overwrite_bytes(checkpoint: Path) -> None:
-    """Flips one bit of ``params/noise`` where orbax keeps it."""
+    """Flip one bit of ``params/noise`` in the file in which Orbax stores it."""
     needle = np.asarray(make_state(int(checkpoint.name)).params["noise"]).tobytes()[:64]
     hits = [(f, at) for f in data_files(checkpoint) if (at := f.read_bytes().find(needle)) >= 0]
     assert hits, "the noise's bytes are not in any data file: look for another place to break"
@@ -69,7 +70,7 @@ def garble_metadata(checkpoint: Path) -> None:
 
 
 def alter_metadata(checkpoint: Path) -> None:
-    """Another shape: taken at its word, this would be a checkpoint of another model."""
+    """Write another shape. If it were believed, this would be a checkpoint of another model."""
     file = checkpoint / "_CHECKPOINT_METADATA"
     text = file.read_text()
     assert text.count("[64, 33]") > 0
@@ -94,7 +95,7 @@ BREAKAGES = [
 
 
 @pytest.mark.parametrize("breakage", BREAKAGES)
-def test_damage_is_reported_and_the_one_before_used(
+def test_damage_is_reported_and_the_previous_checkpoint_is_used(
     breakage: Any, tmp_path: Path, errors: list[str]
 ) -> None:
     run = tmp_path / "run"
@@ -108,7 +109,7 @@ def test_damage_is_reported_and_the_one_before_used(
         ours = [text for text in errors if text.startswith("Damaged checkpoint")]
         assert len(ours) == 1 and str(run) in ours[0] and "step 2: " in ours[0]
         assert sorted(run.rglob("*")) == files, "reading must change nothing"
-        # Going on from step 1, the run comes to step 2 again.
+        # A run that goes on from step 1 reaches step 2 again.
         checkpoints.save(2, make_state(2), {})
         again = restore(checkpoints, abstract(make_state(0)))
         assert again is not None and again.step == 2 and same_bits(again.state, make_state(2))
@@ -117,10 +118,10 @@ def test_damage_is_reported_and_the_one_before_used(
     assert aside.name.startswith("2-") and (aside / "state").is_dir()
 
 
-def test_a_checkpoint_that_a_training_deletes_meanwhile_is_not_called_damaged(
+def test_a_checkpoint_that_is_deleted_after_it_was_listed_is_not_called_damaged(
     tmp_path: Path, errors: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """An evaluation may list the checkpoints just before the next one is there."""
+    """An evaluation may list the checkpoints just before a training deletes one of them."""
     save_steps(tmp_path, 1, 2, keep_last=2)
     checkpoints = Checkpoints(tmp_path)
     present = checkpoints.steps
@@ -146,8 +147,8 @@ def test_a_renamed_folder_is_not_taken_for_its_step(tmp_path: Path, errors: list
     assert "it was saved as step 2" in restored.damaged[0]
 
 
-def test_orbax_alone_takes_overwritten_bytes_for_good(tmp_path: Path) -> None:
-    """Why the CRC32s are there. If this fails, orbax has learnt to check and they may go."""
+def test_orbax_alone_does_not_notice_overwritten_bytes(tmp_path: Path) -> None:
+    """This is why checkpoints have CRC32s. If it fails, Orbax notices, and ours are not needed."""
     save_steps(tmp_path, 2)
     overwrite_bytes(tmp_path / "2")
     template = jax.tree.map(
@@ -157,7 +158,7 @@ def test_orbax_alone_takes_overwritten_bytes_for_good(tmp_path: Path) -> None:
     assert not same_bits(ocp.load(tmp_path / "2", template), make_state(2))
 
 
-def test_the_machines_own_troubles_are_not_taken_for_damage(
+def test_a_lack_of_memory_is_not_taken_for_damage(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def no_memory(*_: Any, **__: Any) -> None:
@@ -169,7 +170,7 @@ def test_the_machines_own_troubles_are_not_taken_for_damage(
         restore(Checkpoints(tmp_path), abstract(make_state(0)))
 
 
-def test_damaged_ones_do_not_count_as_kept(tmp_path: Path) -> None:
+def test_damaged_checkpoints_do_not_count_as_kept(tmp_path: Path) -> None:
     run = tmp_path / "run"
     save_steps(run, 1, 2, 3, keep_last=3)
     truncate_data(run / "3")
@@ -224,7 +225,7 @@ def test_another_model_is_named_by_its_first_leaf(
     change: Any, stored: str, expected: str, tmp_path: Path
 ) -> None:
     save_steps(tmp_path, 1)
-    overwrite_bytes(tmp_path / "1")  # decided before the arrays are read
+    overwrite_bytes(tmp_path / "1")  # The error comes before the arrays are read.
     with pytest.raises(OtherModelError) as raised:
         restore(Checkpoints(tmp_path), abstract(change(make_state(0))))
     assert f"it holds {stored}, this model has {expected}." in str(raised.value)

@@ -1,4 +1,4 @@
-"""Sums that XLA for CPU computes wrongly are corrected by a flag, or they are an error.
+"""A flag corrects the sums that XLA for CPU computes wrongly; without it they are an error.
 
 The tests start processes of their own, since a process starts XLA only once.
 """
@@ -14,7 +14,7 @@ from sbml import compiler
 
 BROKEN = f"--{compiler.FLAG}=+reduce"  # YNNPACK for reductions, the default of some versions
 
-# Whether this version is wrong with the flags of the process, found by JAX alone.
+# Whether this version sums wrongly with the flags of the process, computed without sbml.
 WRONG = """
 import re
 import jax, jax.numpy as jnp, numpy as np
@@ -23,7 +23,7 @@ total = jax.jit(lambda x: jnp.sum(jnp.log(x) + jnp.log(2 * x)))(x)
 wrong = not np.isclose(total, np.sum(2 * np.log(x.astype(float)) + np.log(2)), rtol=1e-4)
 """
 
-# One entry point for each way to a number. Each raises an error or returns a value.
+# One call of each function that computes numbers. Each raises an error or returns a value.
 CALLS = """
 import jax, jax.numpy as jnp, numpy as np, sbml
 from sbml import bound, compiler, dequantizers, discrete, divergence, integers, likelihood, losses
@@ -98,14 +98,14 @@ silent = []
 for name, call in calls.items() if wrong else ():
     for wrapped in (call, lambda: jax.jit(call)()):
         if wrapped is not call and name.startswith("Density"):
-            continue  # It takes and gives NumPy's arrays.
+            continue  # Its arguments and results are NumPy's arrays.
         try:
             wrapped()
             silent.append(name)
         except compiler.MiscompilationError as error:
             message = str(error)
 if wrong:
-    assert not silent, f"computed in silence: {silent}"
+    assert not silent, f"computed without an error: {silent}"
     assert "jaxlib " + compiler.version() in message and compiler.CURE in message
     assert re.search(r"wrong by \\d+%", message)
 else:
@@ -114,7 +114,7 @@ else:
 
 
 def in_process(code: str, flags: str = "") -> None:
-    """Run ``code``, started with XLA_FLAGS=``flags``."""
+    """Run ``code`` in a process that is started with XLA_FLAGS=``flags``."""
     environment = {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
     environment.pop("JAX_COMPILATION_CACHE_DIR", None)
     command = [sys.executable, "-c", code]
@@ -161,7 +161,7 @@ can_break = pytest.mark.skipif(
 
 @can_break
 def test_no_entry_point_of_the_library_computes_on_a_broken_compiler() -> None:
-    """The flag is not changed if the user sets it: every entry point raises an error."""
+    """A flag that the user has set is not changed, so every entry point raises an error."""
     in_process(WRONG + CALLS + CONTEXTS, BROKEN)
 
 
@@ -170,7 +170,7 @@ def test_sums_are_right_once_the_package_is_imported() -> None:
 
 
 def test_a_computation_before_the_import_is_noticed() -> None:
-    """The installed version runs with its default flags, right or wrong."""
+    """With its default flags, the installed version may sum rightly or wrongly."""
     in_process(WRONG + CALLS)
 
 

@@ -96,7 +96,7 @@ def test_a_folder_of_images_goes_to_a_file_and_back(coded: Path, tmp_path: Path)
         with pytest.raises(ValueError, match=f"20.png has.*{word}.*without loss"):
             runs.mode(compress.run, config(), tmp_path / "b", source=str(first))
     (first / "20.png").write_text("no image")
-    with pytest.raises(ValueError, match=r"20.png is no image that can be read"):
+    with pytest.raises(ValueError, match=r"20.png cannot be read as an image"):
         runs.mode(compress.run, config(), tmp_path / "b", source=str(first))
 
 

@@ -1,4 +1,4 @@
-"""Image sets are what they claim to be, and arrays on disk are whole or absent."""
+"""Image sets have the properties that they state, and arrays on disk are complete or absent."""
 
 import dataclasses
 import gzip
@@ -21,7 +21,7 @@ from PIL import Image
 from sbml import data
 from sbml.data import _cache, photos
 
-# Every source of images
+# All sources of images
 IMAGES = [name for name, source in data.SOURCES.items() if not source.modes]
 
 
@@ -114,7 +114,7 @@ def test_ids_must_match() -> None:
 
 
 def test_fingerprint_is_pinned() -> None:
-    """A change here would make every stored checkpoint warn about its data."""
+    """If it changed, every stored checkpoint would warn that its data are others."""
     images = np.arange(2 * 3 * 4 * 1, dtype=np.uint8).reshape(2, 3, 4, 1)
     assert data.ImageSet("set", "1.0", "train", images, 32).fingerprint == {
         "name": "set",

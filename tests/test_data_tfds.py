@@ -1,4 +1,4 @@
-"""TFDS sets: prepared by TFDS's own builder, decoded once, then read without it."""
+"""Sets of TensorFlow Datasets (TFDS): its builder prepares them once, then TFDS is not needed."""
 
 import gzip
 import os
@@ -17,7 +17,7 @@ DEBIAN = Path("/usr/share/datasets/fashion-mnist")
 
 
 def without(monkeypatch: pytest.MonkeyPatch, *modules: str) -> None:
-    """Make ``import`` of each fail, as on a machine that lacks it."""
+    """Make the import of each module fail, as on a machine that lacks it."""
     for module in modules:
         monkeypatch.setitem(__import__("sys").modules, module, None)
 
@@ -68,7 +68,7 @@ def fashion_mnist(
     return options, {s: data.load("tfds:fashion_mnist", s, options) for s in data.SPLITS}
 
 
-# The names of the numbers 0 .. 9, by the data set's authors.
+# The names of the classes 0 .. 9, given by the data set's authors.
 CLASSES = (
     *("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat"),
     *("Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot"),
@@ -102,7 +102,7 @@ def test_fashion_mnist_through_tfds(
     pairs = zip(idx_images(file), numbers, strict=True)
     theirs = sorted((image.tobytes(), CLASSES[number]) for image, number in pairs)
     ours = zip(images.images, images.labels, strict=True)
-    # TFDS shuffles.
+    # Both are sorted, because TFDS shuffles the images.
     assert sorted((image.tobytes(), str(label)) for image, label in ours) == theirs
 
 
@@ -169,7 +169,8 @@ def test_unknown_tfds_set(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def tiny_builders() -> None:
-    """Three little sets, registered with TFDS: train and validation, ragged, without images."""
+    """Register three small sets with TFDS: one with the splits train and validation, one with
+    images of two sizes, and one without images."""
     require_tfds(files=False)
     import tensorflow_datasets as tfds
 
@@ -203,7 +204,7 @@ def tiny_builders() -> None:
 
 @pytest.mark.tfds
 @pytest.mark.usefixtures("tiny_builders")
-def test_validation_serves_where_there_is_no_test(tmp_path: Path) -> None:
+def test_the_validation_split_is_used_if_there_is_no_test_split(tmp_path: Path) -> None:
     options = data.Options(cache_dir=tmp_path)
     train, test = (data.load("tfds:little:1.2.3", s, options) for s in data.SPLITS)
     assert (train.split, test.split, test.version) == ("train", "validation", "1.2.3")

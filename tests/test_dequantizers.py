@@ -74,7 +74,8 @@ def test_models_are_hashable_and_say_what_they_are(name):
     assert hash(model) == hash(dataclasses.replace(model))
     assert model.at_noise in (True, False)
     assert dequantizers.has_density(model) or dequantizers.has_bound(model)
-    assert dequantizers.has_bound(model) == model.at_noise  # All at noise in this package have one.
+    # Here, those that act on the noisy image (``at_noise``) are those with a bound.
+    assert dequantizers.has_bound(model) == model.at_noise
 
 
 def test_an_unknown_name_lists_the_choices():
@@ -86,7 +87,8 @@ def test_an_unknown_name_lists_the_choices():
 
 @pytest.mark.parametrize("tau", [0.5, 3.0])
 def test_truncated_normal_is_scipys(tau):
-    """The samples by a Kolmogorov-Smirnov test, the density pointwise, the mean of log q."""
+    """Three comparisons: the samples by a Kolmogorov-Smirnov test, the density at each sample, and
+    the mean of log q."""
     model = truncated_normal.Model(tau)
     keys = jax.random.split(jax.random.key(0), 20_000)
     pixels = jnp.zeros((1,), jnp.uint8)

@@ -1,4 +1,4 @@
-"""What an estimate says of itself: why a number has not converged, and which are its outliers.
+"""The text of an estimate: why a number has not converged, and which examples are outliers.
 
 The numbers of these tests are made up, so no ODE is solved.
 """
@@ -32,7 +32,8 @@ def solved(
 ) -> Estimate:
     """An estimate of 1,000 numbers, whose solver has these errors on the first of them.
 
-    A number is NaN where its error is; ``lost`` of the others are NaN after ``nfe`` evaluations.
+    Where an error is NaN, the number of the stricter solve is NaN. Besides, ``lost`` of the numbers
+    themselves are NaN after ``nfe`` evaluations.
     """
     m = len(errors)
     values = size * np.linspace(0.9, 1.1, N)
@@ -67,7 +68,8 @@ GAVE_UP = np.append(errors_of(0.0, 1e-5, 5), [np.nan] * 3)
             MORE,
         ),
         (solved(errors_of(-9e-4, 1.2e-3)), "is -0.0009 +- 0.0012 on 8 numbers, so up to", MORE),
-        (solved(errors_of(9e-4, 0.1)), "so up to 0.101, above", LOWER),  # 1,000 are too few.
+        # For this interval, even a subset of all 1,000 examples would be too small.
+        (solved(errors_of(9e-4, 0.1)), "so up to 0.101, above", LOWER),
         (solved(errors_of(3e-3, 1e-4)), "is 0.003 +- 0.0001 on 8 numbers, so up to", LOWER),
         (
             solved(errors_of(3e-3, 1e-4), solver=Solver(fixed_steps=9)),
@@ -119,7 +121,7 @@ def test_a_converged_number_and_a_bound_need_no_remedy() -> None:
 
 
 def test_the_reference_may_take_as_many_steps_as_the_solver() -> None:
-    """Otherwise it would still give up where more steps are advised."""
+    """Otherwise it would still give up after a user has raised ``max_steps`` as advised."""
     assert estimate.reference(Solver(max_steps=5_000)).max_steps == 5_000
     assert estimate.reference(Solver(max_steps=5)).max_steps == Solver().max_steps
 

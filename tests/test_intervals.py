@@ -38,7 +38,7 @@ def test_a_difference_of_two_samples_against_welch():
 
 
 def test_gaussian_baseline_against_scipy():
-    """The closed form of the mean over u, and SciPy's density averaged over a Sobol sequence."""
+    """The closed form is the mean of SciPy's log-density over a Sobol sequence of u."""
     digits = load_digits().images.astype(np.uint8)[:, 2:5, 2:4].reshape(-1, 6)
     train, test = digits[:1400], digits[1400:1410]
     model = stats.multivariate_normal(train.mean(0) + 0.5, np.cov(train.T) + np.eye(6) / 12)
@@ -129,7 +129,8 @@ def test_outliers_are_those_beyond_six_deviations_and_non_finite_values():
 
 
 def test_a_covariance_of_too_few_images_is_left_out() -> None:
-    """Of n images in d >= n dimensions it is singular, and the number that of the 1 / 12 added."""
+    """From n images in d >= n dimensions it is singular. Then the variance 1 / 12 of u, which is
+    added to it, would decide the likelihood."""
     rng = np.random.default_rng(0)
     few, enough = (rng.integers(0, 16, (n, 3, 3, 1)).astype(np.uint8) for n in (9, 10))
     values, left_out = baselines.all_of(few, few, 16)
@@ -143,8 +144,8 @@ def test_a_covariance_of_too_few_images_is_left_out() -> None:
 
 @pytest.mark.parametrize("k", [0.0, 0.5, 1.0])
 def test_the_tail_of_a_pareto_distribution_has_its_shape(k):
-    """Within four standard errors, (1 + k) / sqrt(M) for the M draws of the tail; SciPy's maximum
-    of the likelihood is near."""
+    """The estimate is within four standard errors of the shape; one is (1 + k) / sqrt(M) for the M
+    draws of the tail. It is also near SciPy's maximum-likelihood estimate."""
     draws = stats.genpareto.rvs(k, size=20_000, random_state=0)
     found, count = pareto_k(draws * np.resize([1, -1], draws.size)), math.ceil(3 * 20_000**0.5)
     assert abs(found - k) < 4 * (1 + k) / math.sqrt(count)
@@ -153,7 +154,7 @@ def test_the_tail_of_a_pareto_distribution_has_its_shape(k):
     assert found == pytest.approx((count * fitted + 5) / (count + 10), abs=0.03)
 
 
-def test_where_no_tail_can_be_fitted_k_is_nan():
+def test_k_is_nan_if_no_tail_can_be_fitted():
     draws = np.random.default_rng(0).normal(size=96)
     assert math.isnan(pareto_k(draws[:95])) and not math.isnan(pareto_k(draws))
     for values in (np.ones(500), np.append(np.ones(500), np.inf), np.append(np.ones(500), 2.0)):

@@ -1,4 +1,4 @@
-"""Only one process holds a lock; the error names the owner; a dead owner holds no lock."""
+"""One process at a time holds a lock. The error names the owner, and a dead owner has no lock."""
 
 import json
 import os
@@ -69,7 +69,7 @@ def test_a_lock_in_an_object_store_is_the_note_of_its_owner(bucket):
         with bucket.lock("eval"):  # Another purpose.
             pass
     assert not any(bucket.path.iterdir())
-    (bucket / ".train.json").write_text("")  # It is being written.
+    (bucket / ".train.json").write_text("")  # Its owner is writing it.
     assert bucket.owner("train") == "another process"
 
 
@@ -83,7 +83,7 @@ def test_a_lock_in_an_object_store_is_taken_over_only_if_its_owner_is_dead(bucke
         with pytest.raises(BusyError, match=message), bucket.lock("train"):
             pass
         assert str(process) in str(bucket.owner("train"))
-    # The second one is an earlier process with the number of this one.
+    # os.getpid(): an earlier process may have had the number of this one.
     for process in (dead.pid, os.getpid()):
         note(bucket, here, process)
         assert bucket.owner("train") is None

@@ -1,4 +1,4 @@
-"""SDEs of any functions alpha and sigma: where their ODE ends, and what cannot be computed."""
+"""SDEs with any functions alpha and sigma: where their ODE ends, and which of them are refused."""
 
 from collections.abc import Callable
 
@@ -17,7 +17,8 @@ from sbml.types import Array
 pytestmark = pytest.mark.usefixtures("x64")
 
 
-# alpha(1) = 0 with an infinite slope of alpha, of both, and with slope 0; the last is rounded.
+# alpha(1) = 0. The slope of alpha there is infinite in the first two cases, and 0 in the others. In
+# the last one, rounding makes alpha(1) larger than 0.
 @pytest.mark.parametrize(
     ("alpha", "sigma"),
     [
@@ -30,10 +31,10 @@ pytestmark = pytest.mark.usefixtures("x64")
         ),
     ],
 )
-def test_where_the_end_does_not_determine_the_data_the_ode_ends_before_it(
+def test_the_ode_ends_before_T_if_x_T_does_not_determine_the_data(
     alpha: Callable[[Array], Array], sigma: Callable[[Array], Array]
 ) -> None:
-    """E[x_0 | x_t] of data N(0, 1/4), whose log-likelihood is known."""
+    """The score is exact for data N(0, 1/4), whose log-likelihood is known."""
     sde = Schedule(alpha, sigma, smallest_time=1e-2)
     assert sde.last_regular_time == sde.largest_time < sde.T
 
@@ -49,8 +50,8 @@ def test_where_the_end_does_not_determine_the_data_the_ode_ends_before_it(
     np.testing.assert_allclose(found, exact, atol=2e-3)
 
 
-def test_where_rounding_hides_that_the_signal_vanishes_the_ode_ends_before_it_too() -> None:
-    """In float32 cos(pi / 2) is below 0, so that alpha(1) is NaN."""
+def test_the_ode_ends_before_T_also_if_alpha_at_T_is_NaN_by_rounding() -> None:
+    """In float32 cos(pi / 2) is negative, so alpha(1) is NaN."""
 
     def square(t: Array) -> Array:
         return jnp.cos(jnp.pi / 2 * t)
@@ -64,7 +65,7 @@ def test_where_rounding_hides_that_the_signal_vanishes_the_ode_ends_before_it_to
         assert regular.last_regular_time == regular.T
 
 
-def test_a_traced_schedule_whose_signal_vanishes_has_the_likelihood_of_the_static_one() -> None:
+def test_a_traced_schedule_with_alpha_0_at_T_has_the_likelihood_of_the_static_one() -> None:
     def alpha(power: Array, t: Array) -> Array:
         return 1 - t**power
 
@@ -85,7 +86,7 @@ def test_a_traced_schedule_whose_signal_vanishes_has_the_likelihood_of_the_stati
     np.testing.assert_allclose(jax.jit(logp)(sde, x), static, rtol=1e-9)
 
 
-def test_constants_of_a_class_are_those_of_every_time() -> None:
+def test_a_coefficient_may_be_a_constant() -> None:
     class Constant(SDE):
         def mean_coef(self, t: Array) -> float:  # type: ignore[override]
             return 1.0
@@ -112,4 +113,4 @@ def test_a_smallest_time_at_which_sigma_rounds_to_zero_is_refused() -> None:
     cancelling = Schedule(alpha, lambda t: jnp.sqrt(1 - alpha(t) ** 2))
     with jax.enable_x64(False), pytest.raises(ValueError, match="its log-SNR is inf at t=1e-05"):
         cancelling.check_time(1e-5)
-    assert cancelling.check_time(1e-5) == 1e-5  # float64 resolves it.
+    assert cancelling.check_time(1e-5) == 1e-5  # In float64, sigma is not 0.

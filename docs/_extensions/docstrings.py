@@ -3,8 +3,8 @@
 Indented paragraphs become literal blocks, so that formulas and aligned tables keep their columns.
 Sections such as ``Args:`` become lists. Characters that reStructuredText would read as markup, such
 as the bars of |x|, are escaped outside of ``literals`` and :roles:`...`. Types have the names that
-they have in the source: ``Example`` and not ``Float[Array, '*s']``. Of a type with conditions, the
-type is shown.
+they have in the source: ``Example`` and not ``Float[Array, '*s']``. Types with conditions are shown
+without the conditions.
 """
 
 import inspect
@@ -119,7 +119,7 @@ def with_stand_ins(annotation: Any, stand_ins: dict[Any, Any]) -> Any:
         return [with_stand_ins(a, stand_ins) for a in annotation]
     if annotation in stand_ins:
         return stand_ins[annotation]
-    if typing.get_origin(annotation) is typing.Annotated:  # Docstrings tell the conditions.
+    if typing.get_origin(annotation) is typing.Annotated:  # Docstrings state the conditions.
         kind = typing.get_args(annotation)[0]
         # A number may also be a scalar array.
         return float if float in typing.get_args(kind) else with_stand_ins(kind, stand_ins)
@@ -166,7 +166,7 @@ def process(app: Sphinx, what: str, name: str, obj: Any, options: Any, lines: li
     """Convert the docstring ``lines`` of an object of this package in place."""
     if str(getattr(obj, "__module__", "sbml")).startswith("sbml"):
         lines[:] = to_restructuredtext(lines)
-    # A field of a NamedTuple without a docstring has this one from Python.
+    # Python gives this docstring to a field of a NamedTuple that has none.
     if lines and lines[0].startswith("Alias for field number"):
         lines.clear()
 

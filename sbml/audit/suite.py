@@ -320,8 +320,8 @@ class _Trial:
         stderr = math.sqrt(2 * 0.95 * 0.05 / repetitions)
         tolerance = -float(special.ndtri(ALPHA)) * stderr
         words = (
-            f"{share:.1%} of {repetitions} intervals contain the expectation, and {best:.1%} those "
-            f"of the exact numbers; {np.mean(upper >= world.entropy):.1%} end above the entropy"
+            f"{share:.1%} of {repetitions} intervals contain the expectation, {best:.1%} with the "
+            f"exact numbers; {np.mean(upper >= world.entropy):.1%} end above the entropy"
         )
         return self.finding("coverage", share >= best - tolerance, share, tolerance, words, COARSE)
 

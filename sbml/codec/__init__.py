@@ -1,7 +1,7 @@
 """A lossless codec for images, whose code length is the bound of a diffusion model.
 
     codec = Codec(score, Chain(sde, eps=1e-3, steps=250), shape=(8, 8, 1), levels=17)
-    content = compress(codec, pixels)           bytes; as long as the bound says, and initial bits
+    content = compress(codec, pixels)           bytes: the length of the bound, plus initial bits
     pixels = decompress(codec, content)         the same images, to the last bit
 
 ``codec.chain`` has the mathematics, ``codec.stack`` the coder of integers, ``codec.bits_back`` how

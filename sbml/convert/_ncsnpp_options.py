@@ -60,8 +60,8 @@ def read_options(
 
 
 def _candidates(params: Tree, given: Mapping[str, Any], height: int) -> Iterator[dict[str, Any]]:
-    """Fields of networks that may have these parameters, and then, for the message that none has
-    them, of networks with about as many blocks."""
+    """Fields of networks that may have these parameters, and then of networks with about as many
+    blocks, from which the error message takes the nearest if no network has the parameters."""
     with contextlib.suppress(KeyError, IndexError):  # A leaf that options are read from is missing.
         for shape in _encoders(params, height, slack=0):
             attention = _attention(params, given, height, **shape)
@@ -95,16 +95,17 @@ def _encoders(params: Tree, height: int, slack: int) -> Iterator[dict[str, Any]]
     kind, modules = _blocks(params)
     leaves = (("Conv_0", "kernel"), ("Conv_0", "bias"), ("GroupNorm_1", "scale"))
     widths = []
-    for module in modules:  # A damaged leaf does not decide.
+    for module in modules:  # The most common width is right even if one leaf is damaged.
         sizes = [np.shape(module[m][leaf])[-1] for m, leaf in leaves if leaf in module.get(m, ())]
         widths += [width for width, _ in Counter(sizes).most_common(1)]
     if not widths:
         return
     nf = min(widths) if slack else np.shape(params["Conv_0"]["kernel"])[-1]
-    between = BLOCKS[kind] == "biggan"  # One more block between two levels resamples.
+    between = BLOCKS[kind] == "biggan"  # Between two levels, one more block resamples.
     most_levels = height.bit_length()  # The image cannot be halved more often.
     for levels, blocks in itertools.product(range(1, 1 + most_levels), range(1, len(widths))):
-        # There are levels (2 blocks + 1) + 2 blocks, and 2 (levels - 1) more that resample.
+        # Each level has ``blocks`` blocks in the encoder and one more in the decoder, and 2 are in
+        # the middle. A block of the encoder and one of the decoder may resample between two levels.
         count = levels * (2 * blocks + 1) + 2 + 2 * between * (levels - 1)
         if abs(count - len(widths)) > slack:
             continue

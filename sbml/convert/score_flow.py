@@ -15,7 +15,7 @@ Conventions of their networks:
     VP, sub-VP, linear VE   the network sees 999 t and predicts the noise
     VE                      it sees sigma, or log sigma in Fourier features, and predicts the score
 
-All were trained on pixels scaled as k / 255; which data set it was, the checkpoint does not say.
+All were trained on pixels scaled as k / 255. The checkpoint does not say which data set it was.
 ``dequantizers.variational`` renames the dequantizer's parameters.
 """
 
@@ -60,8 +60,8 @@ class Convention(NamedTuple):
 
 
 _NOISE = Convention(("noise",), "time", "fourier_linear")
-# "scaled_score" is for networks that divide by sigma themselves. None of their configs sets this
-# (model.scale_by_sigma).
+# "scaled_score" is for networks whose output their code divides by sigma (model.scale_by_sigma).
+# None of their configs sets this.
 _SCORE = Convention(("score", "scaled_score"), "sigma", "fourier")
 CONVENTIONS = {"vp": _NOISE, "subvp": _NOISE, "ve": _SCORE, "linear_ve": _NOISE}
 
@@ -135,7 +135,7 @@ def _sections(config: Config, score: ForeignState, flow: ForeignState | None) ->
     if config.sde.name not in CONVENTIONS:
         names = ", ".join(CONVENTIONS)
         raise ValueError(f"config.sde.name={config.sde.name!r}: their models have one of {names}")
-    # Theirs were never trained on bin centres.
+    # Their models were not trained on bin centres.
     eps = smallest_time(config.sde.build(), config.training, config.data, math.inf)
     convention = CONVENTIONS[config.sde.name]
     height, channels = config.data.shape[0], config.data.shape[-1]

@@ -46,8 +46,9 @@ def codec_of(
 def encoder_chain(inputs: Inputs) -> Chain:
     """A chain of ``config.codec.steps`` steps.
 
-    Its times and variances follow from the errors of the noise prediction on 256 training images.
-    The errors are rounded as in the header of a file, so that a decoder has the same chain.
+    Its times and variances follow from the errors of the noise prediction on up to 256 training
+    images. The errors are rounded as in the header of a file, so that a decoder has the same
+    chain.
     """
     experiment, train = inputs.experiment, inputs.train
     eps = eps_of(experiment)
@@ -127,7 +128,7 @@ def read_folder(folder: Path, shape: tuple[int, ...], levels: int) -> np.ndarray
             image = Image.open(path)
             pixels = np.asarray(image).reshape(image.height, image.width, -1)
         except (OSError, ValueError, Image.DecompressionBombError) as error:
-            raise ValueError(f"{path} is no image that can be read: {error}") from None
+            raise ValueError(f"{path} cannot be read as an image: {error}") from None
         if image.mode != expected or pixels.shape != shape or pixels.max() >= levels:
             raise ValueError(
                 f"{path} has the mode {image.mode}, the shape {pixels.shape} and the largest pixel "

@@ -1,4 +1,4 @@
-"""The loss of the network at each noise level, for training images and for those of the split.
+"""The loss of the network at each noise level, for training images and for images of the split.
 
     L(lambda) = E 1/2 |z - e(x_t, t)|^2 / (d log 2),      lambda = log SNR(t)
 
@@ -26,7 +26,7 @@ BINS = 16  # at most
 
 
 def measure(inputs: Inputs, run: CellRun) -> dict[str, list[float]]:
-    """L of ``eval.level_images`` images of each kind, for the bound ``run``.
+    """L of at most ``eval.level_images`` images of each kind, for the bound ``run``.
 
     Returns:
       The ``edges (bins + 1,)`` of the bins in lambda, beginning at the smallest time; L ``(bins,)``
@@ -36,8 +36,8 @@ def measure(inputs: Inputs, run: CellRun) -> dict[str, list[float]]:
     target, control, config = run.target, run.reduction.control, inputs.experiment.config.eval
     params = inputs.restored.state.ema_params
     dims = int(np.prod(inputs.experiment.shape))
-    # As many images of each kind, so that one program is compiled; each has 8 draws, and each bin
-    # two or more.
+    # Both kinds have the same number of images, so that one program is compiled. Each image has 8
+    # draws, and each bin at least 2.
     count = min(config.level_images, len(inputs.train), len(run.ids))
     bins = min(BINS, 4 * count)
 

@@ -20,13 +20,14 @@ from sbml.runtime.workdir import CODEC, IMAGES, RESTORED, Workdir
 
 
 def check(experiment: Experiment, workdir: Workdir, before: Sequence[str]) -> None:
-    """Check that there is a coder and one process."""
+    """Check that the coder is installed, and that there is only one process."""
     coding.check("decompress")
 
 
 def run(experiment: Experiment, workdir: Workdir, source: str = "", to: str = "") -> None:
-    """Restore the images of the file ``source``, which is ``images.sbml`` of the work directory if
-    it is not given, with the newest checkpoint.
+    """Restore the images of the file ``source`` with the newest checkpoint.
+
+    Without ``source``, the file is ``images.sbml`` of the work directory.
 
     Writes ``restored.npz``, or PNG files to the folder ``to``. A killed run continues after its
     last stored round. If some lanes of the file are damaged, the images of the others are written.
@@ -44,7 +45,7 @@ def run(experiment: Experiment, workdir: Workdir, source: str = "", to: str = ""
         chain = coding.decoder_chain(experiment, header)
         codec, made_by = coding.codec_of(experiment, restored, chain, header.lanes)
         header.check_codec(codec, made_by)
-        # Stacks that are missing: another copy of the file may have them.
+        # Another copy of the file may have stacks that are missing in this one.
         missing = [lane for lane, words in enumerate(stacks) if words is None]
         identity = {**header.model_dump(), "missing": missing}
         resumable = Resumable(workdir / "codec", "decode", identity)

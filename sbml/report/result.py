@@ -79,23 +79,27 @@ class Result:
         95% interval, for the population of images.
       this_set_stderr, this_set_ci95, this_set_interval: the same for this set of images, with the
         noise of the random draws only.
-      converged: whether the solver's error is within ``eval.solver_budget``; None for a bound.
+      converged: whether all numbers are finite and the solver's error is within
+        ``eval.solver_budget``; None for a bound.
       solver_error, solver_error_ci95: the mean difference from a stricter solve, and the half-width
         of its 95% interval, in bits/dim; None for a bound.
-      prior_error, prior_error_each: KL(p_T || pi) in bits/dim, the mean error because the prior
-        takes the place of p_T, and about the size of this error of one image
-        (``likelihood.PriorError``); None for a bound, which contains it.
-      solver_images: the number of images on which it was measured; None for a bound.
-      unconverged: why it is not converged, and the remedy; None if it is, and for a bound.
+      solver_images: the number of images on which the solver's error was measured; None for a
+        bound.
+      unconverged: why the number has not converged, and the remedy; None if it has, and for a
+        bound.
+      prior_error, prior_error_each: the error that comes from using the prior in place of p_T, in
+        bits/dim: KL(p_T || pi) for the mean, and the approximate size for one image
+        (``likelihood.PriorError``); None for a bound, which contains this error.
       sweeps: the number of sweeps of a bound; None for the ODE.
       tail: Pareto's k of the draws or of the weights of their times (``Estimate.tail``); None for
         the ODE, and for few draws.
       target_se: ``eval.target_se``; None for the ODE.
       nonfinite: the number of images whose bits/dim are not finite.
-      min, max, median: of the bits/dim of the images; the median is that of the finite ones.
+      min, max, median: the smallest, the largest and the median bits/dim of an image; the median
+        is that of the finite numbers.
       outliers: [id, bits/dim] of the outliers, in the order of ``Estimate.outliers``.
       without_outliers, without_outliers_interval: the mean without them, and the ends of its 95%
-        interval; None if there are none, or nothing else.
+        interval; None if no image or every image is an outlier.
       terms: the means of the terms, whose sum is ``bits_per_dim``.
       smallest_time: the smallest time eps, at which the model's density is taken.
       trace: the kind of trace and the number of probes; None if no divergence is computed.

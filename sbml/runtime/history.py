@@ -1,7 +1,7 @@
 """``history.jsonl``: which modes ran in a work directory, when, for how long, by which code, and on
 which hardware.
 
-A process that is killed at once leaves no row, so the sums of the rows are lower bounds.
+A process that is killed by SIGKILL leaves no row, so the sums of the rows are lower bounds.
 """
 
 import contextlib
@@ -27,10 +27,10 @@ FILE = "history.jsonl"
 
 @functools.cache
 def origin() -> dict[str, Any]:
-    """The ``code``, its version and, in a checkout, its commit, with "modified" if a file was; the
-    ``hardware``; and the number of ``devices`` of an accelerator, 0 without one.
+    """``code``, ``hardware``, and ``devices``: the number of accelerators, 0 without one.
 
-    It is found once, because a checkout can change while the program runs.
+    ``code`` is the version and, in a checkout, the commit, with "modified" if a file was modified.
+    It is read once, because a checkout can change while the program runs.
     """
     root, code = pathlib.Path(__file__).parents[2], f"sbml {__version__}"
     if (root / ".git").exists():
@@ -41,7 +41,7 @@ def origin() -> dict[str, Any]:
             )
             code = ", ".join(filter(None, [code, done.stdout.strip()]))
     cpu, cores = platform.processor() or platform.machine(), os.cpu_count() or 1
-    with contextlib.suppress(OSError):  # Linux has this file.
+    with contextlib.suppress(OSError):  # Only Linux has this file.
         lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
         names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
         cpu = names[0] if names else cpu
@@ -54,8 +54,8 @@ def origin() -> dict[str, Any]:
 @contextlib.contextmanager
 def noted(workdir: epath.PathLike, mode: str, **about: Any) -> Iterator[None]:
     """A context that adds a row when it is left: ``mode``, :func:`origin`, the date and time (UTC)
-    of its ``start`` and ``end``, its ``seconds``, the ``cpu_seconds`` of the process, and
-    ``about``."""
+    of its ``start`` and ``end``, its ``seconds``, the ``cpu_seconds`` of this process times the
+    number of processes, and ``about``."""
     found, start = origin(), time.time()
     clocks = time.perf_counter(), time.process_time()
     try:
@@ -81,9 +81,9 @@ def _append(path: epath.Path, row: dict[str, Any]) -> None:
             write_whole(path, (path.read_bytes() if path.exists() else b"") + line)
             return
         with open(path, "a+b") as file:  # Two modes may end at once: each write is appended whole.
-            if file.tell():
+            if file.tell():  # The last row may have been cut off.
                 file.seek(-1, os.SEEK_END)
-                line = line if file.read(1) == b"\n" else b"\n" + line  # The last row was cut off.
+                line = line if file.read(1) == b"\n" else b"\n" + line
             file.write(line)
     except OSError as error:
         logging.warning("%s cannot be written: %s", path, error)

@@ -47,7 +47,7 @@ def timed(function: Any, name: str) -> Any:
 
 
 def others(pixels: np.ndarray) -> dict[str, int]:
-    """Bytes of the images by other codecs without loss, each image alone and all as one sheet."""
+    """Bytes of the images by other lossless codecs, each image alone and all as one sheet."""
     import imagecodecs
     import zopfli.png
 
@@ -98,7 +98,7 @@ def measure(workdir: Workdir, count: int, steps: list[int], lanes: int, results:
             state = after
         for name, function in plain.items():
             setattr(Lanes, name, function)
-        # The first round is decoded at once, which is part of the time.
+        # This includes the time in which ``encode`` decodes the first round, as a check.
         seconds, parts = time.perf_counter() - start, dict(SPENT)
         header, content = file.packed(codec, pixels, state, made_by)
         start = time.perf_counter()

@@ -318,8 +318,8 @@ def check_recipes(plan: Plan, recipes: list[str]) -> None:
     """Check, before the first training, that every recipe of ``recipes`` can be run.
 
     Raises:
-      ValueError: a recipe is no config, has no column of the table, or cannot continue from a
-        checkpoint of the base.
+      ValueError: a recipe gives an invalid config, has no column of the table, or cannot continue
+        from a checkpoint of the base.
     """
     base = plan.config(plan.start + plan.steps)
     begun = build.Experiment(base)

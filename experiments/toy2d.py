@@ -2,8 +2,8 @@
 
     python -m experiments.toy2d [--steps=4000] [--out=runs/toy2d.png]
 
-A small network is trained with likelihood weighting. At several steps three means over fresh points
-of the data are computed:
+A small network is trained with likelihood weighting. At several steps, three means over the same
+test points are computed:
 
     exact     -log p of the model, by the probability-flow ODE with an exact trace
     bound     the evidence bound of the same model (it bounds the SDE's likelihood, not the ODE's)

@@ -31,8 +31,8 @@ mean kappa y and the standard deviation sqrt(V) u:
 with the constants d_j = -0.8, -0.4, 0, 0.4, 0.8. So the outputs keep their size at every noise. If
 rho is smaller than a bin, only the levels around y matter for x^. If it is larger, the sum over k
 is replaced by an integral over [-1, 1], which has a closed form, so the memory does not grow with
-L. The two differ for entries at the lowest or highest level: e^ by up to 0.2 at centres and 0.08 in
-bins, where rho is one bin, and by up to 0.02 where rho is four bins.
+L. The two differ for entries at the lowest or highest level: e^ by up to 0.2 for ``centre`` and by
+up to 0.08 for ``uniform`` if rho is the width of one bin, and by up to 0.02 if it is that of four.
 
 Reference: Kingma et al., "Variational Diffusion Models", NeurIPS 2021, where the decoder has no
 l_k.
@@ -217,8 +217,8 @@ def _components(out: Array, y: Array, rho: Array, levels: int) -> Components:
     unit = rho / jnp.sqrt(total)
     mu = VARIANCE / total * y[None] + unit * (start + shift)
     # A component's scale is at least the width of a bin: the sum over levels could miss a narrower
-    # component. It is at most about WIDEST: such a component is nearly
-    # constant on [-1, 1], and its mass there still has enough digits.
+    # component. It is at most about WIDEST: such a component is nearly constant on [-1, 1], and its
+    # mass there still has enough digits.
     softplus = jnp.log(1 + jnp.exp(jnp.minimum(log_scale + 0.5, WIDEST / 0.4)))
     return jax.lax.optimization_barrier((log_w, mu, 2 / levels + 0.4 * unit * softplus))
 

@@ -19,15 +19,17 @@ example of d entries is
     1 / (2 d) w(t) r^2,      where |sigma s + z|^2 in r is held constant,
 
 with the weight w of ``sbml.losses``. The division lets it grow like d, as the first-order loss
-does. An error of the score that oscillates fast in x changes this loss more than that one.
+does. An error of the score that oscillates fast in x changes this loss more than the first-order
+one.
 
 *Velocity.* For alpha^2 + sigma^2 = 1 and the prediction F^ of F = alpha z - sigma x this is the
-form of i-DODE, who add 0.1 times this loss to the first-order one: w alpha^2 is the weight of
+form of i-DODE, which adds 0.1 times this loss to the first-order one: w alpha^2 is the weight of
 |F - F^|^2, and r = -alpha [sigma div F^ - alpha (d - |F - F^|^2)].
 
 *Probes.* With one probe v for div s ~ v^T J v, the expectation of r^2 has one term more, which for
-random signs and a symmetric J is 2 sigma^4 sum_{i != j} J_ij^2: the minimum would have a J that is
-too diagonal. The product r_1 r_2 of two independent probes has the expectation of the exact r^2.
+random signs and a symmetric J is 2 sigma^4 sum_{i != j} J_ij^2. So at the minimum, the entries of J
+off the diagonal would be too small. The product r_1 r_2 of two independent probes has the
+expectation of the exact r^2.
 
 References: Lu et al., "Maximum Likelihood Training for Score-Based Diffusion ODEs by High-Order
 Denoising Score Matching", ICML 2022; Zheng et al., "Improved Techniques for Maximum Likelihood
@@ -141,7 +143,7 @@ def dsm_batch(
     scores, tangent = jax.linearize(lambda x: network(x, t, score_key), x_t)
     vs = jax.vmap(lambda key: _signs(key, probes, x_t[0]), out_axes=1)(keys)
     forms = [jax.vmap(jnp.vdot)(v, tangent(v)) for v in vs]
-    # ``squared_residual`` needs no gradient of these; stopped here, it is not computed either.
+    # ``squared_residual`` needs no gradient of these. If it is stopped here, it is not computed.
     forms[1:] = map(jax.lax.stop_gradient, forms[1:])
 
     def orders(s: Example, forms: Vector, t: Scalar, z: Example) -> tuple[Scalar, Scalar]:

@@ -273,8 +273,8 @@ class Velocity(Importance):
     the process were the variance-preserving one with the same signal-to-noise ratio.
 
     Unlike in the other proposals, u = 0 gives the time T, and u = 1 gives eps. If alpha(T) = 0,
-    softplus(lambda) is 1e-6 at T, and the weights of the times with u below 1e-6 are a tenth of the
-    mean weight over lambda. Floating-point numbers tell such times apart only if they are near 0.
+    softplus(lambda) is 1e-6 at T, and the times with u below 1e-6 contribute a tenth of the mean
+    weight over lambda. Floating-point numbers can tell such points u apart only near 0.
     """
 
     def _ends(self) -> tuple[Scalar, Scalar]:

@@ -38,7 +38,8 @@ class Evaluation:
       n_times: the number of times of a bound for each image in a sweep.
       control: whether a Gaussian control is fitted to the images.
       proposal: how a bound draws its times (``sbml.times.PROPOSALS``).
-      tau: for noise around bin centres, half a bin at the smallest time in its standard deviations.
+      tau: for noise around bin centres, half a bin in standard deviations of the noise at the
+        smallest time.
       without: the names of terms that are left out.
     """
 

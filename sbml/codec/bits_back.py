@@ -78,7 +78,7 @@ class CodedFileError(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class Lanes:
-    """Some stacks, of which each codes one image at the same time.
+    """Stacks that each code one image at the same time.
 
     Attributes:
       stacks: n coders of ``codec.stack``.
@@ -115,8 +115,8 @@ class Codec:
       shape: the shape of an image.
       levels: the number of levels of a pixel, L.
       data: ``uniform`` if the score is that of data spread over their bins; ``centre`` for data at
-        bin centres. The score may then have a method ``decoder_log_p(y, t)``; Bayes' rule is the
-        decoder of others.
+        bin centres. The score may then have a method ``decoder_log_p(y, t)``; without one, the
+        decoder is Bayes' rule.
       lanes: the number of stacks.
     """
 
@@ -236,8 +236,8 @@ class Codec:
     def initial_words(self) -> int:
         """The number of initial words of 32 bits of a stack, of which no pop may need more.
 
-        After z_{i-1} is pushed, the stack is shorter by -log2 q(z_i | x) in widths of the grid than
-        before the image, or longer. Ten standard deviations of this are added.
+        After z_{i-1} is pushed, the stack is shorter than before the image, on average by at most
+        -log2 q(z_i | x), with z_i in widths of the grid. Ten standard deviations of this are added.
         """
         known = np.log2(self.chain.sigma / self.widths) + NORMAL_BITS
         shorter = self.dims * np.array([np.log2(self.cells), *known[:-1], 0.0])
@@ -375,7 +375,8 @@ class State(NamedTuple):
       words: the words of all stacks, uint32.
       sizes: the number of words of each stack, ``(lanes,)``; 0 for a stack that is missing.
       terms: of an encoding, the terms of the images so far in nats, ``(images, 3)``.
-      pixels: of a decoding, the images from the end so far, uint8 ``(images, *shape)``.
+      pixels: of a decoding, the images that are decoded so far, which are the last ones, uint8
+        ``(images, *shape)``.
     """
 
     number: int
@@ -424,7 +425,7 @@ def encode(codec: Codec, pixels: np.ndarray, state: State) -> Iterator[State]:
         after = State.of(number + 1, words, terms, state.pixels)
         if number == 0 and not _repeats(codec, batch, after):
             raise ValueError(
-                "the first images were encoded, and decoded at once they are others: two calls of "
+                "the first images were encoded, but decoding them gave other images: two calls of "
                 "the network with the same input differ on this machine. On a GPU set "
                 "XLA_FLAGS=--xla_gpu_deterministic_ops=true"
             )

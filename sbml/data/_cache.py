@@ -27,7 +27,7 @@ Add = Callable[[np.ndarray], None]
 def content_key(files: Iterable[Path], *choices: object) -> str:
     """12 hex digits that change with any file's bytes, their order, or any choice's ``repr``.
 
-    A file that cannot be opened counts as such: once it can, the key changes.
+    A file that cannot be opened counts as unreadable, so the key changes once it can be opened.
     """
     digest = hashlib.sha256(repr(choices).encode())
     for file in files:

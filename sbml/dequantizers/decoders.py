@@ -1,4 +1,4 @@
-"""Decoders: the level from a bin centre with noise of time eps, x_eps = alpha c_k + sigma z.
+"""Decoders p(k | x_eps) of the level k, where x_eps = alpha c_k + sigma z is a noisy bin centre.
 
     -log P(k) <= prior + diffusion + E[-log p(k | x_eps)]          (``sbml.discrete``)
 

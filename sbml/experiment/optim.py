@@ -98,7 +98,7 @@ class Optim(Section):
         def decay(updates: optax.Updates, params: optax.Params) -> optax.Updates:
             return jax.tree_util.tree_map_with_path(decayed, updates, params)
 
-        # The state has one structure for all settings, so a run may go on with others.
+        # The state has one structure for all settings, so a run can continue with other settings.
         clip = self.grad_clip * unit
         return optax.chain(
             optax.clip_by_global_norm(clip) if clip else optax.identity(),

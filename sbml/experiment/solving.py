@@ -31,6 +31,6 @@ class Solving(Section):
             return Solver(**options, fixed_steps=self.fixed_steps or None)
 
     def eps(self, sde: SDE, otherwise: float) -> float:
-        """``smallest_time``, or ``otherwise`` where it is None; in (0, T)."""
+        """``smallest_time``, or ``otherwise`` if it is None, checked by ``sde.check_time``."""
         eps = otherwise if self.smallest_time is None else self.smallest_time
         return sde.check_time(eps, self.name_of("smallest_time"))

@@ -33,7 +33,7 @@ def read_state_dict(path: str | Path) -> dict[str, np.ndarray]:
         try:
             read = _zipped if zipfile.is_zipfile(path) else _legacy
             return {str(name): np.array(array) for name, array in read(file).items()}
-        except Exception as error:  # Of many kinds, in a file of another kind or a damaged one.
+        except Exception as error:  # Damaged files and other formats raise errors of many kinds.
             reason = str(error) or type(error).__name__
             raise ValueError(f"{path} is not a PyTorch state dict: {reason}") from error
 
@@ -85,7 +85,7 @@ def _tensor(storage: np.ndarray, offset: int, size: Any, stride: Any, *_: Any) -
 
 
 def _check_size(what: str, size: int, file: BinaryIO) -> None:
-    """Refuse what claims more bytes than the file has: all is stored as it is."""
+    """Refuse a part that claims more bytes than the file has, because no part is compressed."""
     most = os.fstat(file.fileno()).st_size
     if not 0 <= size <= most:
         raise pickle.UnpicklingError(f"{what} claims {size} bytes, the file has {most}")

@@ -193,7 +193,8 @@ class _Level(nn.Module):
       kind: diffusers' name of the block, which tells whether it has attention and pyramids.
       features: number of channels of the result.
       depth: number of residual blocks.
-      resamples: whether the block changes the size of the image; those in the last row do not.
+      resamples: whether the block changes the size of the image; the last down block and the last
+        up block do not.
       how: "conv" resamples by a convolution between blocks, "resnet" inside a residual block.
       groups: number of groups of the norms; those of "Skip" blocks have ``default_groups``.
       resnet, attention: the modules with the options that all levels share.
@@ -599,8 +600,8 @@ def params(state: Mapping[str, Any]) -> dict[str, Any]:
     JAX is imported. At the dots that no number follows, a name is split into the names of modules:
     ``down_blocks.0.resnets.1.conv1.weight (o, i, h, w)`` becomes ``kernel (h, w, i, o)`` of the
     module conv1 in resnets.1 in down_blocks.0. The names that old files have for the maps of
-    attention are known too. Nothing is checked here: ``sbml.runtime.trees.differences`` tells what
-    does not fit to the parameters of a model.
+    attention are known too. Nothing is checked here: ``sbml.runtime.trees.differences`` names the
+    arrays that do not fit the parameters of a model.
     """
     flat: dict[tuple[str, ...], np.ndarray] = {}
     for name, value in state.items():

@@ -102,8 +102,8 @@ def loss_rows(name: str, sde: SDE) -> Iterator[Row]:
 
 
 def density_rows(name: str) -> Iterator[Row]:
-    """log q(u) of the truncated normal dequantizer, for noise that fills a third of the bin, and
-    for noise that is as wide as the bin."""
+    """log q(u) of the truncated normal dequantizer, for bins whose halves are 3 standard deviations
+    and 1 standard deviation of the noise wide."""
     pixels, keys = jnp.zeros((1, 3, 1), int), jax.random.split(jax.random.key(0), 16)
     for tau in (3.0, 1.0):
         model = truncated_normal.Model(tau)

@@ -1,5 +1,5 @@
-"""Audits: the worlds against listings in NumPy, the checks against estimators that each fail one of
-them, and our estimators and the mistakes at a reduced size."""
+"""Audits: worlds are compared with lists of all images in NumPy, checks are tried on estimators
+that fail them, and our estimators and the mistakes are audited in small worlds."""
 
 import itertools
 import json
@@ -176,7 +176,8 @@ def too_small(denoiser: Any, schedule: Any, pixels: np.ndarray, seed: int) -> np
 
 
 def for_improbable(denoiser: Any, schedule: Any, pixels: np.ndarray, seed: int) -> np.ndarray:
-    """Two images have the probability 0.04 instead of 0.0034, and the others pay too little."""
+    """Two images have the probability 0.04 instead of 0.0034. The probabilities of the others are
+    too small, but do not make up for this."""
     nats = exact(denoiser, schedule, pixels, seed)
     if schedule.levels > 3:
         return nats
@@ -313,13 +314,13 @@ def test_an_estimator_in_numpy() -> None:
 
 # Ours, and the mistakes.
 
-# A tenth of the usual calls, for which many numbers are unclear.
 TINY: dict[str, worlds.World] = {"tiny": correlated(2, 3)}
 CHAIN: dict[str, worlds.World] = {"chain": worlds.chain(4, (1, 3, 1))}
 
 
 @pytest.mark.parametrize("estimator", ours.OURS, ids=lambda e: e.name)
 def test_ours_do_not_fail(estimator: Estimator) -> None:
+    """With an eighth of the usual calls, for which many numbers are unclear."""
     report = audit(estimator, TINY, calls=8, repetitions=0)
     assert not report.failed, str(report)
 

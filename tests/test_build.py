@@ -34,7 +34,8 @@ COUNTS = {}
 
 
 def parameter_count(path):
-    """Of the config's network. Counting takes seconds, so equal networks share one count."""
+    """The number of parameters of the config's network. Counting takes seconds, so equal networks
+    share one count."""
     experiment = build.Experiment(load(path))
     network = experiment.adapter.model, experiment.shape
     if network not in COUNTS:
@@ -213,7 +214,7 @@ def test_importance_names_the_proposal_of_times() -> None:
 def test_the_table_of_an_evaluation():
     """Estimator x dequantizer x K, as the command line gives them; undefined cells say why."""
     config = tiny.get_config()
-    config.eval.dequantizers = ("uniform,categorical",)  # One string: that is how a flag arrives.
+    config.eval.dequantizers = ("uniform,categorical",)  # A flag gives the names in one string.
     config.eval.num_importance = (1, 20)
     cells = {
         cell.name: cell.reason_undefined for cell in build.Experiment(config).config.eval.cells()
@@ -239,9 +240,9 @@ def test_hutchinson_with_several_samples_is_refused_with_the_reason():
     config.eval.num_importance = (1, 20)
     assert build.Experiment(config).config.eval.divergence(20).kind == "exact"
     assert build.Experiment(config).config.eval.divergence(1) == Trace("rademacher", 2)
-    rows_of_old = build.Experiment(config).config.eval.divergence(20)
-    config.eval.probes = 3  # An exact trace has none: the same rows.
-    assert build.Experiment(config).config.eval.divergence(20) == rows_of_old
+    before = build.Experiment(config).config.eval.divergence(20)
+    config.eval.probes = 3  # An exact trace has no probes, so its rows are the same.
+    assert build.Experiment(config).config.eval.divergence(20) == before
     config.eval.trace = "rademacher"
     with pytest.raises(ValueError, match="would make the model look better than it is"):
         build.Experiment(config)
@@ -312,11 +313,11 @@ def test_discrete_levels_are_trained_and_the_sde_is_evaluated() -> None:
     experiment = build.Experiment(config)
     assert experiment.trained_adapter.sde == experiment.sde.levels(1000)
     assert experiment.adapter.sde == experiment.sde
-    # A noise has one label in training and evaluation, whatever time either gives it.
+    # A noise level has the same label in training and evaluation, although its times differ.
     levels, i = experiment.trained_kernel, jnp.asarray([0.0, 1.0, 10.0, 500.0, 999.0]) / 999
     t = experiment.sde.time(levels.log_snr(i))
     assert not np.allclose(i, t, atol=1e-4)
-    # DDPM's first level has variance beta_min / 1000: below, there is nothing it was trained on.
+    # DDPM's first level has the variance beta_min / 1000. There is no training below it.
     first = 0.0009164769655  # beta_min t + (beta_max - beta_min) t^2 / 2 = -log(1 - 1e-4)
     assert experiment.eval_eps == pytest.approx(first) and experiment.sampling_eps == 1e-3
     assert not unseen_times({"config": config.to_dict()}, experiment.eval_eps)
@@ -335,7 +336,7 @@ def test_discrete_levels_are_trained_and_the_sde_is_evaluated() -> None:
         build.Experiment(config).check()
 
 
-def test_every_mode_is_there_to_be_called() -> None:
+def test_every_mode_is_a_function() -> None:
     assert {"train", "eval", "sample", "verify"} < set(MODES)
     assert all(callable(mode) for mode in MODES.values())
 
@@ -373,7 +374,7 @@ def test_a_config_with_an_argument_has_its_own_run_and_fields(tmp_path: pathlib.
 
 
 def test_bfloat16_networks_are_evaluated_in_float32():
-    """Their rounding is noise to the step control."""
+    """Otherwise the step control would see their rounding errors as errors of the solver."""
     given, config = build.Experiment(tiny.get_config()), tiny.get_config()
     config.model.dtype = "bfloat16"
     rounded = build.Experiment(config)

@@ -66,7 +66,7 @@ def test_log_likelihoods_are_those_of_the_closed_form(name: str) -> None:
     assert estimate.mean == estimate.population.mean == pytest.approx(estimate.values.mean())
 
 
-def test_the_batch_size_changes_nothing_and_the_seed_the_probes() -> None:
+def test_the_batch_size_changes_nothing_and_the_seed_changes_the_probes() -> None:
     x, options = data(7), {"trace": Trace("rademacher", 2)}
     one, other = (density(batch_size=size, **options).logp(x) for size in (3, 7))
     np.testing.assert_allclose(one.values, other.values, rtol=1e-12)
@@ -248,7 +248,7 @@ def test_a_function_made_anew_is_compiled_once_for_all_its_weights() -> None:
     assert np.abs(found[0] - found[1]).min() > 1e-3
 
 
-def test_a_derivative_of_its_own_belongs_to_a_program() -> None:
+def test_functions_with_other_derivatives_are_other_programs() -> None:
     """Two functions with equal values, one of which says that its derivative is 0."""
 
     @jax.custom_jvp
@@ -266,7 +266,7 @@ def test_a_derivative_of_its_own_belongs_to_a_program() -> None:
         sbml.Density(lambda x, t, key, f=f: f(x), VP(), (2, 2), **how).logp(x).terms["divergence"]
         for f in (constant, usual)
     ]
-    # The drift's divergence is minus half of the score's part.
+    # With the true derivative, the divergence of -g^2 s / 2 cancels that of f x.
     assert terms[0] < -10 and abs(terms[1]) < 1e-9
 
 
@@ -388,7 +388,7 @@ REVERSED = Schedule(lambda t: t, lambda t: 1.001 - t)
         (lambda: density().logp(lost(3, 5)), r"2 of 8 examples have.*indices are 3, 5$"),
         (lambda: density().bound(lost(*range(12), n=40)), r"12 of 40 .* 0, 1, .*, 9, \.\.\.$"),
         (lambda: density().decode(lost(0, value=-math.inf)), "1 of 8 examples .* are 0$"),
-        # Any error is within a budget without a limit: nothing would be marked.
+        # With an infinite budget, no error would be marked.
         (lambda: density(budget=math.inf), "^budget is inf"),
         (lambda: density(budget=1.5), "^budget is 1.5"),
         (lambda: density().bound(data(2), sweeps=1), "^sweeps is 1"),

@@ -1,4 +1,4 @@
-"""What is known to fail is refused before the first of several modes runs."""
+"""If one of several modes is sure to fail, there is an error before the first one runs."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""A work directory in an object store, emulated: what is killed goes on, and ends as on a disk."""
+"""A work directory in an emulated object store: a killed run continues and ends as on a disk."""
 
 import json
 import socket
@@ -15,7 +15,7 @@ pytest.importorskip("gcsfs", reason="needs the extra gcs")
 pytest.importorskip("gcp_storage_emulator", reason="needs the extra dev")
 
 STEPS = "--config.training.num_steps=16"
-FEW = (  # It is about files, so what is computed is little and cheap to compile.
+FEW = (  # The test is about files, so the computation is small and compiles fast.
     *("--config.eval.estimators=bound", "--config.eval.max_images=8", "--config.eval.sweeps=2"),
     *("--config.sampling.sampler=ddim", "--config.sampling.steps=2"),
 )
@@ -44,11 +44,11 @@ class Bucket:
     @property
     def env(self):
         return {
-            "STORAGE_EMULATOR_HOST": self.address,  # gcsfs's, by which etils reads and writes
-            "TENSORSTORE_GCS_HTTP_URL": self.address,  # that by which orbax does
+            "STORAGE_EMULATOR_HOST": self.address,  # for gcsfs, which etils uses
+            "TENSORSTORE_GCS_HTTP_URL": self.address,  # for TensorStore, which orbax uses
             "GOOGLE_AUTH_TOKEN_FOR_TESTING": "any",
             "FSSPEC_GS_TOKEN": "anon",
-            "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false",  # It asks another service.
+            "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false",  # Else it asks another service.
             "EPATH_USE_TF": "0",
         }
 
@@ -71,8 +71,8 @@ def bucket():
 
 
 @pytest.mark.slow
-def test_killed_in_an_object_store_it_ends_as_on_a_disk(bucket, tmp_path):
-    """SIGKILL once the second checkpoint is begun."""
+def test_a_run_that_was_killed_in_an_object_store_ends_as_on_a_disk(bucket, tmp_path):
+    """The training is killed as soon as the second checkpoint is begun."""
     process = runs.start("gs://bucket/run", "--mode=train", STEPS, env=bucket.env)
     while process.poll() is None and not any("checkpoints/8" in name for name in bucket.names()):
         time.sleep(0.1)
@@ -90,4 +90,4 @@ def test_killed_in_an_object_store_it_ends_as_on_a_disk(bucket, tmp_path):
         assert bucket.read(f"run/{name}") == (tmp_path / name).read_bytes()
     assert b"bits/dim" in bucket.read("run/report.html")
     whole = any(name == "run/checkpoints/4/commit_success.txt" for name in before)
-    assert whole and " 0/16 [" not in err  # It went on: the bar does not begin at 0.
+    assert whole and " 0/16 [" not in err  # It continued: the bar does not begin at 0.

@@ -22,9 +22,11 @@ MEAN, VARIANCES = np.array([0.8, -0.6]), np.array([0.5, 0.02])
 
 @pytest.mark.parametrize(("name", "one"), [("vp", 0.007), ("ve", 0.02), ("linear_gamma", 0.08)])
 def test_the_error_of_an_exact_score_is_the_priors(name: str, one: float) -> None:
-    """Of each example log pi(z) - log p_T(z), about alpha / s; in the mean -KL(p_T || pi).
+    """The error of an example is log pi(z) - log p_T(z), about alpha / s; its mean over p_eps is
+    -KL(p_T || pi).
 
-    Over the points m +- sqrt(d) sigma_i e_i of p_eps a quadratic has its mean over p_eps.
+    The error is quadratic in x. Its mean over p_eps is therefore its mean over the 2 d points
+    m +- sqrt(d) sigma_i e_i, where m and sigma_i belong to p_eps.
     """
     sde = SDES[name]()
     data = oracle.Gaussian(sde, jnp.asarray(MEAN), jnp.asarray(VARIANCES), jnp.eye(2))
@@ -51,7 +53,7 @@ def test_the_error_of_an_exact_score_is_the_priors(name: str, one: float) -> Non
     assert divergence > 1e-5
 
 
-def test_the_line_of_the_prior_is_the_error_that_an_exact_score_leaves() -> None:
+def test_the_printed_prior_error_is_the_error_of_an_exact_score() -> None:
     """For a mean of norm 3; a larger T, that is, a larger beta_max, makes it smaller."""
     sde, n, mean, t = VP(), 400, 3 * np.array([0.6, -0.8]), jnp.asarray(EPS)
     data = oracle.Gaussian(sde, jnp.asarray(mean), jnp.asarray(VARIANCES), jnp.eye(2))

@@ -117,7 +117,7 @@ def test_gradients_with_respect_to_x_and_to_the_parameters(module) -> None:
 
 
 def test_the_blocks_of_the_documentation_run(module, capsys) -> None:
-    """Each says what it prints at its end."""
+    """The last number in each block is the one that it prints."""
     for block in test_docs.NEEDS_TORCH:
         test_docs.execute(*block)
         expected = re.findall(r"-?\d+\.\d+", block[2])[-1]

@@ -68,7 +68,7 @@ def test_samples_of_each_kind_of_data_are_the_levels_that_were_trained_on(levels
         x = train.dequantize(k.astype(np.uint8), jax.random.key(0), kind, levels)
         how = samples.Recipe(VE(), (1,), levels, 1e-3, samplers.DDIM(steps=3), False, kind)
         np.testing.assert_array_equal(how.pixels(jnp.asarray(x)), k)
-        if kind != "uniform":  # The others lie in the middle of what belongs to the level.
+        if kind != "uniform":  # The other kinds lie in the middle of a level's interval.
             moved = x + noise * 2 / levels
             np.testing.assert_array_equal(how.pixels(jnp.asarray(moved)), np.tile(k, (50, 1)))
 

@@ -64,7 +64,7 @@ def test_nats_may_be_an_integer() -> None:
 
 @pytest.mark.parametrize("name", shapes.CHECKED)
 def test_every_module_of_the_list_is_checked(name: str) -> None:
-    """Nothing of it was imported before the checks were installed."""
+    """It was not imported before the checks were installed."""
     assert "_JaxtypingLoader" in type(importlib.import_module(name).__spec__.loader).__name__
 
 
@@ -112,7 +112,7 @@ class Rounded:
 @pytest.mark.usefixtures("unchecked")
 @pytest.mark.parametrize("wrong", [rounded, Rounded()])
 def test_a_score_of_integers_has_no_likelihood(wrong: object) -> None:
-    """Their derivative is 0 wherever it exists, so the divergence would be wrong."""
+    """A rounded score has the derivative 0 almost everywhere, so the divergence would be wrong."""
     with pytest.raises(ValueError, match="the score returned int32 for an input of float32"):
         likelihood.ode_logp(wrong, VP, jnp.ones(3), KEY, eps=1e-3)
 

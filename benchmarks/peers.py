@@ -60,7 +60,7 @@ def integral_of_beta(t: Any) -> Any:
 class Problem:
     """E[e - x_0 | x_t] and the score of VP, for examples x (..., d) and a scalar t.
 
-    ``xp`` is ``jax.numpy`` or ``torch``, and ``arrays`` are of it; ``softmax`` is its function. A
+    ``xp`` is ``jax.numpy`` or ``torch``; ``arrays`` and ``softmax`` are of the same framework. A
     subclass can have other ``moments``.
     """
 
@@ -109,7 +109,7 @@ class Way(NamedTuple):
 
     Attributes:
       name: the method or the solver.
-      exact: whether the divergence is exact; otherwise it is of the library's default probe.
+      exact: whether the divergence is exact; otherwise one random probe estimates it.
       settings: the values of its knob, from coarse to fine.
       made: a function from a setting to a compiled function of no arguments that returns log p.
       evaluations: from a setting to the evaluations of the velocity for an example, and how many
@@ -258,7 +258,7 @@ def prepare(file: str) -> None:
 
 
 def load(file: str, name: str) -> Arrays:
-    """The arrays of a problem; those of floats are in float32, and the exact values in float64."""
+    """The arrays of a problem: the exact values in float64, and all others in float32."""
     with np.load(file) as arrays:
         mine = {k.partition("/")[2]: a for k, a in arrays.items() if k.startswith(name + "/")}
     return {k: a if k.startswith("exact") else a.astype(np.float32) for k, a in mine.items()}
@@ -279,7 +279,7 @@ def jax_problem(arrays: Arrays) -> tuple[Any, Problem]:
 
 
 def densities(arrays: Arrays) -> dict[str, Callable[..., Any]]:
-    """``Density`` for both paths, as functions of its further fields."""
+    """For each path, a function from a tolerance and further fields to its ``Density``."""
     from sbml import sdes
     from sbml.density import Density
     from sbml.ode import Solver
@@ -418,7 +418,7 @@ def flow_matching(arrays: Arrays) -> Ways:
 
             return call
 
-        # The number is that of the call before.
+        # ``calls`` has the evaluations of the latest call, which was with this setting.
         return Way("dopri5", exact, TOLERANCES[2:], made, lambda _: (len(calls), len(calls)), False)
 
     yield STRAIGHT, "exact straight 0", [way(True), way(False)][: 1 if x.shape[1] == 2 else 2]
@@ -487,9 +487,9 @@ def timed(run: Callable[[], Any]) -> tuple[Any, float]:
 
 
 def walk(way: Way, exact: np.ndarray) -> Iterator[tuple[Any, dict[str, Any]]]:
-    """The first setting for each target, as a function and a row; the best one if none reaches it.
+    """For each target, the function and the row of the first setting that reaches it.
 
-    A random divergence has the settings of the exact one, and the error is then that of its noise.
+    If none does, the function is None, and the row is that of the setting with the smallest error.
     """
     targets, best = list(TARGETS), None
     for setting in way.settings:
@@ -518,7 +518,11 @@ def walk(way: Way, exact: np.ndarray) -> Iterator[tuple[Any, dict[str, Any]]]:
 
 
 def rows(library: str, file: str) -> list[tuple[Any, dict[str, Any]]]:
-    """A function to time, or None, and a row for each problem, path, method and target."""
+    """A function to time, or None, and a row for each problem, path, method and target.
+
+    A random divergence is measured at the setting that the exact one needs for the first target.
+    Its error is then that of its noise.
+    """
     found = []
     for name in PROBLEMS:
         arrays = load(file, name)
@@ -532,7 +536,7 @@ def rows(library: str, file: str) -> list[tuple[Any, dict[str, Any]]]:
                         if run is not None:
                             settings.setdefault(way.name, row["setting"])
                         found.append((run, common | row))
-                elif way.name in settings:  # the same setting as for the first target
+                elif way.name in settings:
                     setting = settings[way.name]
                     run = way.made(setting)
                     logp, first = timed(run)
@@ -644,7 +648,7 @@ def inside(file: str, rounds: int, counts: list[int]) -> None:
                 lambda x=x, d=density: d.logp(x, check=False).values,
                 lambda x=x, f=f: np.asarray(f(x)),
             ]
-            # Rounding changes the steps, by which log p changes within the solver's error.
+            # Rounding changes the steps, and so log p, but only within the solver's error.
             np.testing.assert_allclose(ways[0](), ways[1](), atol=1e-2)
             seconds = np.array(
                 [[min(timed(w)[1] for _ in range(3)) for w in ways] for _ in range(rounds)]

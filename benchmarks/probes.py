@@ -31,7 +31,9 @@ def main() -> None:
     """Print a row for each number of probes."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--config", default="configs/digits_vp.py")
-    parser.add_argument("--workdir", default="runs/digits_vp", help="of the trained model")
+    parser.add_argument(
+        "--workdir", default="runs/digits_vp", help="work directory of the trained model"
+    )
     parser.add_argument("--images", type=int, default=32, help="number of test images")
     parser.add_argument("--draws", type=int, default=8, help="draws of the probes for each image")
     parser.add_argument(

@@ -21,8 +21,8 @@ def get_config(name: str = "cifar10_vp") -> ConfigDict:
     Raises:
       ValueError: if there is no such config; the message lists the names.
     """
-    # These two train on bin centres, which the authors' code does not.
     configs = {p.stem: p for p in pathlib.Path(__file__).parent.glob("*.py")}
+    # ``best`` and ``cifar10_vdm`` train on bin centres, which the authors' code does not.
     names = sorted(set(configs) - {"parity", "best", "cifar10_vdm"})
     if name not in names:
         raise ValueError(f"parity:{name}: no such config; choose from {', '.join(names)}")
@@ -30,7 +30,7 @@ def get_config(name: str = "cifar10_vp") -> ConfigDict:
     config.data.dequantization = "none"
     config.training.update(times="iid", noises="independent", proposal_bins=0)
     config.score.update(label="time", parameterization="noise")
-    # The authors draw 1,000 times for an image in each of the 5 sweeps. Here it is one, which
+    # In each of the 5 sweeps, the authors draw 1,000 times for an image. Here it is one time, which
     # needs a thousandth of the evaluations.
     config.eval.update(times="iid", control=False, proposal_bins=0, n_times=1, sweeps=5, probes=1)
     config.eval.max_images = WHOLE_BATCHES.get(config.data.source, 0)

@@ -116,7 +116,7 @@ def _variant(config: dict[str, Any], title: str) -> str:
 
 
 def _cell(result: Result) -> str:
-    """The mean ± half of its 95% interval for the population, marked if it has not converged."""
+    """The mean ± half the width of its 95% interval, marked if it has not converged."""
     value, half = result.bits_per_dim, result.ci95
     if not math.isfinite(value):
         return "not finite"

@@ -113,8 +113,8 @@ def typed(function: C) -> C:
 def _fits(value: Any, hint: Any) -> bool:
     """Whether ``value`` is as ``hint`` says.
 
-    A number of NumPy is a number of Python, and a Python number is an array without dimensions
-    where an array with dimensions does not fit.
+    A NumPy number also counts as a Python number. A Python number counts as an array without
+    dimensions, but only if ``hint`` takes no arrays with dimensions.
     """
     if isinstance(value, bool) and not is_bearable(object(), hint):
         return hint is bool or bool in typing.get_args(hint)
@@ -166,7 +166,7 @@ def needs(hint: Any) -> str:
     if origin is typing.Annotated:
         return f"{needs(parts[0])} {', '.join(_words[each] for each in parts[1:])}"
     if origin in (types.UnionType, typing.Union):
-        # NumPy's types, which stand for the same, have the same words.
+        # Types with the same words are named once, and NumPy's numbers are not named.
         return " or ".join(dict.fromkeys(needs(each) for each in parts if each is not np.number))
     if origin is Callable:
         return "a function"

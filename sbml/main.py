@@ -107,8 +107,8 @@ def parse(arguments: list[str]) -> list[str]:
 
 
 def values_of(arguments: Sequence[str]) -> dict[str, str]:
-    """The values in arguments such as ``--config.eval.seed=3`` or ``--source DIR``, by name; the
-    last of several counts.
+    """The values in arguments such as ``--config.eval.seed=3`` or ``--source DIR``, by name. If a
+    name is given several times, its last value counts.
     """
     values, rest = {}, list(arguments)
     while rest:
@@ -184,7 +184,7 @@ def check_values() -> None:
 
 
 def run_name(config: str) -> str:
-    """configs/a.py is the run ``a``; configs/a.py:b/c, a config with an argument, ``a_b_c``."""
+    """The name of a run: ``a`` for configs/a.py, and ``a_b_c`` for configs/a.py:b/c."""
     file, _, argument = config.partition(":")
     name = pathlib.Path(file).name.replace(".py", "")
     return "_".join(filter(None, [name, *argument.split("/")])).replace(":", "_")
@@ -262,7 +262,7 @@ def _main(arguments: Sequence[str]) -> None:
     print(f"{', '.join(names)} in {workdir}{settings(config, given)}")
 
     def check(i: int) -> None:
-        """Refuse a config with which mode i cannot work after those before it."""
+        """Refuse a config with which mode i cannot run after the modes before it."""
         experiment = Experiment(of_workdir(config, workdir, quiet=True))
         experiment.check()
         experiment.config.data.check_mode(names[i])
@@ -287,8 +287,8 @@ def _main(arguments: Sequence[str]) -> None:
 def quiet() -> None:
     """Show no messages below warnings, unless --verbosity asks for them: they hide the bars.
 
-    matplotlib also warns that it lists the fonts, which it does once and which needs no attention.
-    A message begins with its kind, and in a terminal it takes the place of a bar that is shown.
+    matplotlib's warning that it builds its font cache is hidden too, since it needs no attention. A
+    message begins with its kind, and in a terminal it takes the place of a bar that is shown.
     """
     logging.set_verbosity(logging.WARNING)
     clear = "\r\033[K" if sys.stderr.isatty() else ""

@@ -37,10 +37,11 @@ class Posterior:
       log_prob: log p(x | c) in nats, ``(n, C)``.
       log_probabilities: log p(c | x), ``(n, C)``; NaN for an example with a log p that is not
         finite, because the solver gave up.
-      log_prob_error, log_prob_noise: the mean of |the error of log p| by the solver, from a
-        stricter solve, and of its difference between two random draws, with 95% intervals. They are
-        measured on a subset of the examples.
-      solver_error, noise: the same for p(c | x), as the largest of one example.
+      log_prob_error: the solver's error of log p, as the difference from a stricter solve: the
+        largest absolute value over the conditions, averaged over a subset of the examples, with its
+        95% interval.
+      log_prob_noise: the same for the difference between two random draws.
+      solver_error, noise: the same two numbers for p(c | x).
       changed: the share of the examples of the subset whose most probable condition is another one
         by the stricter solve, or with the other draws.
     """

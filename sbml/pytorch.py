@@ -64,7 +64,7 @@ def callback(module: Module) -> Callable[..., Array]:
     run = _prepared(module)
 
     def of_batches(function: Callable[..., Any], shape: tuple[int, ...], *arguments: Any) -> Any:
-        """``function`` of tensors whose leading axes are one: JAX adds axes in front of n."""
+        """``function`` of tensors whose leading axes are joined, since JAX adds axes before n."""
         extra = arguments[0].ndim - len(shape)
         flat = [np.array(a).reshape(-1, *a.shape[extra + 1 :]) for a in map(np.asarray, arguments)]
         with torch.no_grad():
@@ -100,7 +100,7 @@ def callback(module: Module) -> Callable[..., Array]:
     @values.defjvp
     def _(primals: tuple[Array, Array], tangents: tuple[Any, Any]) -> tuple[Array, Array]:
         x, t = primals
-        # The value by a call of its own: several directions at one x have the same value.
+        # The value has its own call, because several directions at one x share it.
         return values(x, t), slope(x, t, *(jnp.asarray(d, x.dtype) for d in tangents))
 
     @slope.defjvp

@@ -1,4 +1,4 @@
-"""What is traced for an accelerator: no path of the CPU, and full precision."""
+"""Programs for accelerators: no code for CPUs, full precision, remat, and their collectives."""
 
 from collections.abc import Callable
 
@@ -18,7 +18,7 @@ from sbml.runtime import sharding
 
 
 def config() -> ConfigDict:
-    """A network with each kind of layer, as small as that."""
+    """A network with each kind of layer, as small as possible."""
     config = default()
     config.model.update(nf=8, ch_mult=(1,), num_res_blocks=1, attn_resolutions=(32,))
     config.training.batch_size = 2
@@ -33,7 +33,7 @@ def test_nothing_of_the_cpu_is_in_an_accelerators_program(monkeypatch: pytest.Mo
     monkeypatch.setattr(_layers, "_materialise", lambda x: used.append(x.shape) or original(x))
     experiment, mesh = Experiment(config()), sharding.data_mesh()
     accelerators.training(experiment, mesh)
-    assert used  # One CPU device's own step has it.
+    assert used  # The step for one CPU device uses it.
     for target in (("tpu", 1), ("gpu", 1), ("cpu", 8)):
         with compiling_for(*target):
             used.clear()
@@ -55,7 +55,7 @@ def integer_denoiser() -> ConfigDict:
 
 @pytest.mark.parametrize("config", [config, integer_denoiser])
 def test_evaluation_multiplies_at_full_precision(config: Callable) -> None:
-    """By default TPUs and GPUs multiply float32 numbers at less; training and sampling may."""
+    """By default, TPUs and GPUs multiply float32 numbers at lower precision, as sampling does."""
     experiment, mesh = Experiment(config()), sharding.data_mesh()
     with compiling_for("tpu", 1):
         for name in ("ode", "bound"):
@@ -92,7 +92,7 @@ def test_remat_stores_less_for_the_gradient(kind: str) -> None:
     model, params, loss = rematerialised(kind)
 
     def stored(model: ncsnpp.Model) -> int:
-        """Numbers between the forward and the backward pass."""
+        """How many numbers are kept from the forward to the backward pass."""
         _, backward = jax.eval_shape(lambda p: jax.vjp(lambda p: loss(model, p), p), params)
         return sum(leaf.size for leaf in jax.tree.leaves(backward))
 
@@ -100,7 +100,7 @@ def test_remat_stores_less_for_the_gradient(kind: str) -> None:
 
 
 def test_remat_keeps_outputs_and_gradients() -> None:
-    """The dropout is the same in both."""
+    """With and without remat, the dropout is the same."""
     model, params, loss = rematerialised("biggan")
 
     def results(model: ncsnpp.Model) -> tuple[jax.Array, dict]:

@@ -51,7 +51,7 @@ def test_arrays_come_back_bit_for_bit_and_numpy_reads_them(tmp_path):
     assert path.read_bytes() == first
 
 
-def test_a_disk_that_cannot_be_written_is_named_with_the_file(tmp_path, monkeypatch):
+def test_the_error_of_a_read_only_disk_names_the_file(tmp_path, monkeypatch):
     def refuse(*arguments, **options):
         raise OSError(errno.EROFS, "Read-only file system")
 
@@ -63,7 +63,7 @@ def test_a_disk_that_cannot_be_written_is_named_with_the_file(tmp_path, monkeypa
     assert caught.value.filename == str(path)
 
 
-def test_a_folder_in_the_place_of_a_file_is_named_with_the_reason(tmp_path):
+def test_the_error_for_a_folder_in_the_place_of_a_file_says_so(tmp_path):
     (tmp_path / "x.npz").mkdir()
     with pytest.raises(IsADirectoryError, match=r"x\.npz is a directory") as caught:
         files.write_npz(tmp_path / "x.npz", ARRAYS)
@@ -98,7 +98,7 @@ def test_damaged_json_is_an_error_or_the_same_values(tmp_path):
 
 
 def test_a_damaged_picture_is_an_error_or_the_same_pixels(tmp_path):
-    """A PNG file ends with a chunk of no content, whose own damage changes nothing."""
+    """A PNG file ends with an empty chunk. Damage to this chunk alone changes no pixel."""
     path = tmp_path / "neighbours.png"
     write_png(path, grid := pixels(24, 24))
     refused, intact = 0, path.read_bytes()
@@ -181,7 +181,7 @@ assert writer.failures > 20
 def event_steps(content):
     """The steps of the events in a file of TensorBoard, up to the first that is cut off."""
     while len(content) >= 8:
-        size = int.from_bytes(content[:8], "little")  # between it and the event is a checksum
+        size = int.from_bytes(content[:8], "little")  # A checksum follows.
         if len(content) < 16 + size:
             return
         yield Event.FromString(content[12 : 12 + size]).step
@@ -197,7 +197,7 @@ def test_metrics_that_found_no_room_are_written_once_there_is_room(tmp_path):
     first, *later = ([*event_steps(path.read_bytes())] for path in files)
     steps = [step for of_file in later for step in of_file]
     assert 1 in first and steps[-1] == 120
-    assert 1 not in steps  # TensorBoard would drop the first file's steps.
+    assert 1 not in steps  # Otherwise TensorBoard would drop the first file's steps.
 
 
 def test_images_are_prepared_again_if_their_files_are_damaged(tmp_path, caplog):

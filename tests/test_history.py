@@ -1,4 +1,4 @@
-"""``history.jsonl``: no row is lost, whatever ends beside it or before it."""
+"""``history.jsonl`` keeps the row of each mode, unless the row itself was cut off."""
 
 import logging
 from concurrent.futures import ThreadPoolExecutor
@@ -25,7 +25,7 @@ def test_modes_that_end_at_once_each_have_a_row(tmp_path: Path) -> None:
     assert sorted(modes(tmp_path)) == sorted(names)
 
 
-def test_a_row_that_was_cut_off_costs_no_other_row(tmp_path: Path) -> None:
+def test_a_row_that_was_cut_off_damages_no_other_row(tmp_path: Path) -> None:
     for name in ("train", "eval"):
         with history.noted(tmp_path, name):
             pass
@@ -42,7 +42,7 @@ def test_a_mode_that_fails_has_a_row(tmp_path: Path) -> None:
     assert modes(tmp_path) == ["train"]
 
 
-def test_a_file_that_cannot_be_written_ends_nothing(
+def test_a_file_that_cannot_be_written_is_only_a_warning(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     (tmp_path / history.FILE).mkdir()

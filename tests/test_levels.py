@@ -1,4 +1,4 @@
-"""The predecessors' discrete-time losses, against their papers' formulas computed separately."""
+"""The discrete-time losses of DDPM and SMLD, compared with the formulas in their papers."""
 
 import jax
 import jax.numpy as jnp
@@ -45,7 +45,7 @@ def test_the_time_of_a_level_survives_float32() -> None:
     np.testing.assert_array_equal(weight, 1)
 
 
-def test_every_level_is_as_likely() -> None:
+def test_all_levels_are_equally_likely() -> None:
     u = times.lattice(jax.random.key(0), 5000)[:, 0]
     t, _ = times.Grid(50).at(u)
     np.testing.assert_array_equal(np.unique(np.round(t * 49), return_counts=True)[1], 100)
@@ -53,7 +53,7 @@ def test_every_level_is_as_likely() -> None:
 
 @pytest.mark.parametrize("levels", [DDPM, SMLD])
 def test_the_loss_is_that_of_their_papers(levels: sdes.Levels) -> None:
-    """DDPM: ||eps - eps_theta||^2; SMLD: sigma^2 ||s + (x_t - x) / sigma^2||^2; here half."""
+    """DDPM: ||eps - eps_theta||^2; SMLD: sigma^2 ||s + (x_t - x) / sigma^2||^2. Ours is half."""
     x, t, key = jnp.asarray([0.3, -0.7, 0.1]), jnp.asarray(412 / (N - 1)), jax.random.key(3)
     z = jax.random.normal(stream(key, "noise"), x.shape, x.dtype)
     alpha, sigma = levels.mean_coefs[412], levels.stds[412]

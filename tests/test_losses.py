@@ -378,7 +378,7 @@ def rows_of(**wrong: Array) -> dict[str, Array]:
         ("signs", np.ones((4, 3))),
     ],
 )
-def test_rows_that_do_not_belong_to_one_example_each_are_refused(name: str, value: Any) -> None:
+def test_arrays_without_one_row_for_each_example_are_refused(name: str, value: Any) -> None:
     with pytest.raises(ValueError, match=f"^{name} is"):
         losses.dsm_batch(lambda x, t, key: -x, SDES["vp"](), **rows_of(**{name: value}))
 

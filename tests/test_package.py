@@ -49,7 +49,7 @@ def test_a_file_comes_before_a_name(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "digits_vp").touch()
-    (tmp_path / "digits_mlp").mkdir()  # As the work directory of that config may be called.
+    (tmp_path / "digits_mlp").mkdir()  # A work directory may have the name of its config.
     assert config.path_of("digits_vp") == pathlib.Path("digits_vp")
     assert config.path_of("digits_mlp") == CONFIGS / "digits_mlp.py"
 
@@ -67,7 +67,7 @@ def test_in_an_installed_package_the_configs_are_inside_it(
         config.path_of("theirs")
 
 
-def test_the_names_are_listed_where_none_is_meant() -> None:
+def test_an_unknown_name_is_an_error_that_lists_the_names() -> None:
     with pytest.raises(
         ValueError,
         match="has this name; choose from best, cifar10_subvp, .*, photos_vp, table, or",
@@ -83,8 +83,8 @@ def test_a_config_is_loaded_by_its_name() -> None:
     assert by_path.model.num_res_blocks == 8
 
 
-def test_the_command_is_the_program(tmp_path: pathlib.Path) -> None:
-    """In a folder of the user's; a wrong field is an error that names those of this config."""
+def test_the_command_runs_in_any_folder(tmp_path: pathlib.Path) -> None:
+    """The error for a wrong field names the fields of its section."""
     setup = configparser.ConfigParser()
     setup.read(runs.ROOT / "setup.cfg")
     entry = setup["options.entry_points"]["console_scripts"]

@@ -1,4 +1,4 @@
-"""The search for recipes: what a recipe changes, what is paired with what, what is done again."""
+"""The search for recipes: their changes, pairs of equal seeds, and which runs are repeated."""
 
 import pathlib
 
@@ -40,7 +40,7 @@ def test_every_recipe_makes_an_experiment() -> None:
         config = default()
         config.data.validation = 0.1
         build.Experiment(recipes.with_recipe(config, name))
-    # The network's size follows the one that it stands for.
+    # The size of VDM's network follows from that of the network that it replaces.
     config = default()
     config.model.update(nf=32, ch_mult=(1, 2), num_res_blocks=2, dropout=0.25, fourier=(4.0,))
     model = recipes.with_recipe(config, "vdm+model.groups=8").model
@@ -61,7 +61,7 @@ def test_every_recipe_makes_an_experiment() -> None:
         ("levels+trainings.times=iid", "config has no field trainings: it has codec, data"),
     ],
 )
-def test_what_does_not_exist_is_refused(recipe: str, message: str) -> None:
+def test_unknown_recipes_and_fields_are_refused(recipe: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         recipes.with_recipe(default(), recipe)
 
@@ -106,7 +106,7 @@ def test_differences_are_paired_by_seed() -> None:
     assert head == "| recipe | steps | ode_uniform | bound_uniform | bound_learned | best |"
     zero = f"{base.mean():.4f} (+0.0000 ± 0.0000)"
     assert first == f"| base | 7 | {zero} | 9.0000 (+0.0000 ± 0.0000) |  | {zero} |"
-    # The base has no learned decoder, so its best column stands for it.
+    # The base has no bound_learned, so that of ``b`` is compared with the best column of the base.
     cells = [cell.strip() for cell in second.strip("|").split("|")]
     assert cells[:2] == ["b", "7"] and cells[3:] == ["", text, text]
     assert cells[2].startswith(f"8.0000 (+{8 - base.mean():.4f} ± ")
@@ -153,10 +153,10 @@ def test_an_average_and_a_warmup_suit_the_steps_of_the_run(
         recipes.train_and_evaluate(plan(tmp_path), "", 0, steps)
     assert settings == [(10, 0.9), (4, 1 - 6.5 / 40), (2, 1 - 6.5 / 20)]
     recipes.train_and_evaluate(plan(tmp_path), "optim.ema=0.99+optim.warmup=7", 0, 20)
-    assert settings[-1] == (7, 0.99)  # A recipe that names them is compared as it is.
+    assert settings[-1] == (7, 0.99)  # A recipe that sets them keeps its values.
 
 
-def test_a_result_is_not_taken_for_that_of_another_beginning(
+def test_a_result_is_reused_only_for_the_same_first_steps(
     tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The first steps depend on the number of all steps, because the learning rate does."""
@@ -175,8 +175,8 @@ def test_a_result_is_not_taken_for_that_of_another_beginning(
 def test_runs_begin_with_the_training_of_the_base(
     tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The base is trained once a seed. A recipe has its first steps and the recipe's own last ones;
-    without a change these are the base's, bit by bit."""
+    """For each seed the base is trained once. A recipe continues from the base's first steps. If it
+    changes nothing, its losses are those of the base, bit by bit."""
     monkeypatch.setattr(recipes, "evaluate_run", lambda config, workdir: metrics.read(workdir.path))
     later = plan(tmp_path)._replace(start=4, steps=2)
     same = recipes.train_and_evaluate(later, "", 7, 2)["bits_per_dim"]
@@ -225,7 +225,7 @@ def test_finished_runs_are_not_repeated(
     again = [recipes.train_and_evaluate(plan(tmp_path), "", seed, 40) for seed in (0, 1)]
     assert again == rows and len(runs) == 3
     out = plan(tmp_path).out
-    out.write_text(out.read_text()[:-10])  # The last line, cut.
+    out.write_text(out.read_text()[:-10])  # The last line is cut off.
     recipes.train_and_evaluate(plan(tmp_path), "model.width=64", 0, 40)
     assert len(runs) == 4 and len(recipes.read(out)) == 3
     recipes.train_and_evaluate(plan(tmp_path), "", 0, 41)

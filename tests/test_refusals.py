@@ -1,7 +1,7 @@
 """Functions refuse arguments that they do not document, so that no wrong number comes back.
 
-Users have no checks of shapes and types as these tests do (``shapes``), so they are off in the
-tests of refusals. This file is about SDEs and draws of times.
+The other tests also check shapes and types behind the door (``shapes``). Users do not have these
+checks, so the tests of refusals run without them. This file is about SDEs and draws of times.
 """
 
 import dataclasses
@@ -73,7 +73,7 @@ CASES: Cases = {
         {"alpha": lambda t: 1 - t, "sigma": lambda t: t},
         {"alpha": (1.0, None), "sigma": (1.0, None)},
     ),
-    "largest time": (
+    "smallest time": (
         lambda smallest_time: sdes.Schedule(
             lambda t: 1 - t, lambda t: t, smallest_time=smallest_time
         ).std(T),

@@ -1,4 +1,4 @@
-"""The report says what the numbers say, in a page that needs nothing but itself."""
+"""The report shows the right numbers, in one page that needs no other file."""
 
 import base64
 import csv
@@ -258,7 +258,7 @@ def test_what_is_not_finite_is_counted_and_shown(tmp_path: Path) -> None:
     assert "1 of 8 losses not finite" in text
 
 
-def test_nothing_finite_at_all(tmp_path: Path) -> None:
+def test_a_report_without_any_finite_value(tmp_path: Path) -> None:
     text = write(
         tmp_path,
         numbers(baselines=[{"name": "none", "bits_per_dim": np.nan}]),
@@ -421,7 +421,7 @@ def test_images_are_called_by_their_files(tmp_path: Path) -> None:
 
 
 def test_a_chart_of_one_point_is_not_drawn(tmp_path: Path) -> None:
-    """Nor an empty heading in its place."""
+    """The page has no empty heading in its place either."""
     one = {"id": np.array([0]), "bits_per_dim": np.array([1.0])}
     curves = [{"step": 1, "loss": 2.0}]
     report = {**numbers(), "baselines": []}

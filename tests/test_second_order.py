@@ -229,7 +229,7 @@ def test_several_probes_leave_no_bias(probes: int) -> None:
 
 
 def curved(a: Array, sde: SDE) -> Score:
-    """A score that is not linear, has no diagonal Jacobian, and has one parameter a."""
+    """A nonlinear score with one parameter a, whose Jacobian is not diagonal."""
     w = jnp.asarray(np.random.default_rng(0).normal(size=(3, 3)))
     return lambda x, t, key: -jnp.tanh(a * w @ x + t) / sde.std(t)
 

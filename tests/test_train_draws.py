@@ -1,4 +1,4 @@
-"""What a training step draws of a batch, and the loss it makes of it."""
+"""The random draws of a training step for a batch, and the loss that it computes from them."""
 
 import dataclasses
 
@@ -38,14 +38,15 @@ def test_antithetic_pairs_are_one_image_and_time_with_opposite_noise():
     for field in (draws.x, draws.t, draws.weight, jax.random.key_data(draws.keys)):
         np.testing.assert_array_equal(field[::2], field[1::2])
     np.testing.assert_array_equal(draws.signs[::2], -draws.signs[1::2])
-    np.testing.assert_array_equal(draws.inverse, 1.0)  # Nothing is known of the noise yet.
+    # Without statistics, the density of times is uniform.
+    np.testing.assert_array_equal(draws.inverse, 1.0)
     statistics = jnp.stack([jnp.ones(8), jnp.arange(8.0)])
     dense = prepare(pixels, jax.random.key(0), statistics)
     assert dense.v.mean() > 0.55 and np.ptp(dense.inverse) > 0.5
 
 
 def test_antithetic_pairs_and_density_leave_the_expected_loss_as_it_is():
-    """Mean losses over many draws, of each recipe on the same images."""
+    """The mean losses with and without them agree, over many draws for the same images."""
     experiment = build.Experiment(variance_reducing())
     plain = build.Experiment(plain_draws())
     pixels = jnp.asarray(experiment.images("train").images[:64])
@@ -74,7 +75,7 @@ def test_statistics_are_those_of_the_pairs():
 
 
 def test_what_the_network_is_trained_on():
-    """The whole bin, its centre, or the authors' integers, in [-1, 1]."""
+    """A pixel is spread over its bin, or is the bin's centre, or the authors' 2 k / (L - 1) - 1."""
     pixels = jnp.tile(jnp.arange(17, dtype=jnp.uint8), 40)
     made = {
         kind: np.asarray(train.dequantize(pixels, jax.random.key(0), kind, 17))
@@ -110,8 +111,8 @@ def test_in_discrete_time_the_loss_is_that_of_the_levels():
     ("sde", "parameterization"),
     [("vp", p) for p in ("noise", "x0", "velocity", "levels")] + [("ve", "x0"), ("ve", "noise")],
 )
-def test_the_second_order_loss_is_an_addition(sde, parameterization):
-    """c / (2 d) w r_1 r_2 / d beside the loss, for rows of either sign of the noise."""
+def test_the_second_order_loss_is_added(sde, parameterization):
+    """It adds c / (2 d) w r_1 r_2 / d to the loss, for rows of either sign of the noise."""
     config = tiny.get_config()
     config.sde.name = sde
     config.score.parameterization = parameterization
@@ -154,5 +155,5 @@ def test_the_second_order_loss_is_an_addition(sde, parameterization):
     assert np.abs(100 * second / 64 / ordinary).max() > 1
     for ours, first in zip(*map(jax.tree.leaves, (gradient, other)), strict=True):
         assert np.all(np.isfinite(ours))
-        if ours.ndim == 2:  # The last layer's bias moves no divergence.
+        if ours.ndim == 2:  # Biases are left out: that of the last layer changes no divergence.
             assert not np.allclose(ours, first, rtol=1e-3)

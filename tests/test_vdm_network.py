@@ -35,7 +35,7 @@ def test_parameters_are_named_as_in_their_checkpoints() -> None:
     assert size(result) - size(plain) == 9 * 12 * 64
 
 
-def test_an_untrained_network_predicts_the_input() -> None:
+def test_an_untrained_network_gives_almost_zero() -> None:
     model = vdm.Model(width=8, depth=0)
     x, label = normal(0, 2, 4, 4, 3), jnp.asarray([0.0, 700.0])
     out, _ = model.init_with_output(jax.random.key(1), x, label, train=False)
@@ -44,7 +44,7 @@ def test_an_untrained_network_predicts_the_input() -> None:
 
 @pytest.mark.parametrize(("groups", "depends"), [(32, False), (0, True)])
 def test_group_norm_of_one_channel_erases_the_condition(groups: int, depends: bool) -> None:
-    """With 32 groups of 32 channels neither the noise level nor the class has any effect."""
+    """With 32 groups for 32 channels, neither the noise level nor the class has any effect."""
     model = vdm.Model(width=32, depth=1, groups=groups, dropout=0.0)
     variables = random_params(model, (1, 4, 4, 3))
     x = normal(0, 1, 4, 4, 3)

@@ -1,6 +1,6 @@
 """Configs of diffusers' ``UNet2DModel``, and the weights and inputs at which it was computed.
 
-``data/make_unet2d.py`` gives diffusers the same weights, and stores what its networks answer.
+``data/make_unet2d.py`` gives diffusers the same weights, and stores the outputs of its networks.
 """
 
 import math
@@ -90,7 +90,7 @@ BLOCKS: dict[str, dict[str, Any]] = {
         "up_block_types": ["AttnUpBlock2D", "UpBlock2D"],
         "attention_head_dim": 4,
         "time_embedding_dim": 24,
-        "dropout": 0.5,  # Which acts in training only.
+        "dropout": 0.5,  # It acts in training only.
     },
     "resnet": _SMALL
     | {
@@ -144,7 +144,7 @@ def weight(name: str, shape: tuple[int, ...]) -> np.ndarray:
     if len(shape) > 1:
         value /= math.sqrt(np.prod(shape[1:]))
     elif name.startswith("time_proj"):
-        value = 0.3 * value  # The angles keep all digits.
+        value = 0.3 * value  # Smaller angles keep more digits.
     else:
         value = 0.2 * value + (1 if name.endswith("weight") else 0)
     return value.astype(np.float32)

@@ -11,12 +11,12 @@ entries, and
 with p(y_i | l) and m_il = E[x_i | y_i, k_i = l] of ``integers.bin_moments``. The worlds differ in
 how they sum over the other entries:
 
-    Independent    nothing is to be summed
+    Independent    no sum is needed
     Chain          forwards and backwards along every row
     Listed         over all images, which must be few
 
-These sums are of products of likelihoods that are at most 1 for the best level of every entry. No
-probability is 0, so no sum vanishes.
+The likelihoods p(y_i | l) of each entry are divided by the largest of them, so that the best level
+has the likelihood 1. No probability P(k) is 0, so no sum vanishes.
 """
 
 import abc
@@ -40,7 +40,7 @@ Nats = Float[np.ndarray, "n"]
 OfLevels = Float[Array, "h w c levels"]  # a number for each level of each entry
 Shape = tuple[int, int, int]
 
-MOST = 1024  # images of a world whose images are all listed
+MOST = 1024  # the largest number of images that ``World.images`` lists
 
 STATIC: Any = {"static": True}
 
@@ -160,7 +160,7 @@ class Independent(World):
 @pytrees.register
 @dataclasses.dataclass(frozen=True, eq=False)
 class Chain(World):
-    """Independent rows, each a Markov chain from left to right.
+    """Independent rows of each channel; a row is a Markov chain from left to right.
 
     Attributes:
       first: the probabilities ``(L,)`` of the first pixel of a row.
@@ -264,7 +264,8 @@ def gaussian(
     """A discretised Gaussian: P(k) proportional to N(c_k; mean, covariance) at the bin centres c_k.
 
     The probabilities of all L^d images are computed and divided by their sum, so that P is exactly
-    normalised whatever the covariance is. Both are in the model's scale, [-1, 1].
+    normalised whatever the covariance is. ``mean`` and ``covariance`` are in the model's scale,
+    where images lie in [-1, 1].
     """
     every = np.indices((levels,) * len(mean)).reshape(len(mean), -1)
     residual = (2 * every + 1) / levels - 1 - mean[:, None]
@@ -281,8 +282,8 @@ def random(seed: int, levels: bits.Levels, shape: Shape) -> Listed:
 
 @typed
 def chain(levels: bits.Levels, shape: Shape, step: float = 1.0) -> Chain:
-    """Rows that begin with any level; ``step`` is about the standard deviation of the difference of
-    neighbours, in levels."""
+    """Rows whose first level is uniform. ``step`` is about the standard deviation of the difference
+    of neighbours, in levels."""
     k = np.arange(levels)
     transition = np.exp(-0.5 * ((k[:, None] - k) / step) ** 2) + 1e-3
     transition /= transition.sum(1, keepdims=True)

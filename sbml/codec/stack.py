@@ -19,8 +19,8 @@ from typing import Any
 import numpy as np
 
 PRECISION = 24  # bits of a probability
-REACH = 12.0  # integers up to so many standard deviations from the mean have codes of their own
-FAR = 2**22  # the largest distance of any other integer
+REACH = 12.0  # integers up to this many standard deviations from the mean have codes of their own
+FAR = 2**22  # number of integers beyond these, on each side, that can be coded
 
 
 def coder(words: np.ndarray) -> Any:
@@ -60,12 +60,12 @@ def _uniform(size: int) -> Any:
 
 
 class Normal:
-    """N(m, s^2) on integers, with s = ``std`` of at least 1 and a mean that is given for each.
+    """N(m, s^2) on integers, with s = ``std`` of at least 1, and a mean m for each integer.
 
     Integers farther than ``REACH`` standard deviations have no code, unless ``open`` is True. Such
-    integers then have codes of about 24 + 22 bits: an image that the model finds impossible becomes
-    long, but it is coded. A distribution that is popped by the encoder must not be open, because a
-    pop from random bits would find such an integer about once in 2^24 times.
+    integers then have codes of about 24 + 22 bits: the code of an image that the model finds
+    impossible becomes long, but it exists. A distribution that is popped by the encoder must not be
+    open, because a pop from random bits would find such an integer about once in 2^24 times.
     """
 
     def __init__(self, std: float, *, open: bool) -> None:
@@ -104,7 +104,7 @@ class Normal:
 
 
 def scramble(stack: Any, pad: np.ndarray) -> None:
-    """Add ``pad (n,)``, integers, to the upper n numbers of 24 bits; a negative one undoes it."""
+    """Add the integers ``pad (n,)`` to the upper n numbers of 24 bits; ``-pad`` undoes it."""
     model = _uniform(2**PRECISION)
     upper = stack.decode(model, len(pad)).astype(np.int64)
     stack.encode_reverse(((upper + pad) % 2**PRECISION).astype(np.int32), model)
@@ -132,6 +132,6 @@ def pop_level(stack: Any, p: np.ndarray) -> np.ndarray:
 
 
 def push_level(stack: Any, levels: np.ndarray, p: np.ndarray) -> None:
-    """Encode ``levels (d,)``, one of each row of ``p (d, L)``."""
+    """Encode ``levels (d,)``, one for each row of ``p (d, L)``."""
     family = _constriction().model.Categorical(perfect=False)
     stack.encode_reverse(levels.astype(np.int32), family, p)

@@ -9,12 +9,12 @@ The scheduler tells the noise that the network was trained on and what it predic
     with ``beta_schedule``         BetaSchedule: DDPM, DDIM and others      number of the step
     ScoreSdeVeScheduler            VE                                       sigma
     EDMEulerScheduler and others   EDM                                      log(sigma) / 4
-    FlowMatchEulerDiscrete...      RectifiedFlow                            t, times 1000
+    FlowMatchEulerDiscrete...      RectifiedFlow                            num_train_timesteps t
 
 The files do not tell how pixels k of L levels were scaled. ``PIXELS`` has the choices of
 ``--pixels``; models of ``ScoreSdeVeScheduler`` have "unit" and all others "centred" if there is no
 such flag. In the units of this package the training data are bin centres (``sbml.sdes.rescaled``).
-There is no state of the optimizer: a training that continues starts Adam anew.
+The files have no state of the optimizer: a training that continues starts Adam anew.
 """
 
 import json
@@ -34,8 +34,8 @@ from sbml.networks import unet2d
 
 WEIGHTS = "diffusion_pytorch_model"
 
-# How pixels were scaled: in words, and the numbers of levels L to scale and shift, which make them
-# of the bin centres of this package.
+# How pixels were scaled: the formula, and a function from L to the scale and the shift with which
+# scale x + shift are these pixels, for the bin centres x of this package.
 PIXELS = {
     "centred": ("2 k / (L - 1) - 1", lambda n: (n / (n - 1), 0.0)),
     "unit": ("k / (L - 1)", lambda n: (n / (2 * (n - 1)), 0.5)),

@@ -1,10 +1,10 @@
 """The two ImageNets at 32x32: ``imagenet32:old`` and ``imagenet32:new``, from archives on disk.
 
     old   van den Oord et al. 2016: 1,281,149 and 49,999 images, {train,valid}_32x32.tar of PNGs.
-          Reduced without anti-aliasing. Papers up to about 2021 use this version, and so does the
-          paper that this package implements.
+          They were reduced without anti-aliasing. Papers up to about 2021 use this version, and
+          so does the paper that this package implements.
     new   Chrabaszcz et al. 2017: 1,281,167 and 50,000 images, Imagenet32_{train,val}_npz.zip.
-          Reduced with anti-aliasing, so the images are smoother. The bits/dim of one method are
+          They were reduced with anti-aliasing, so they are smoother. The bits/dim of one method are
           lower, by 0.26 in one comparison. Numbers of the two versions must not be compared.
 
 ``tfds:downsampled_imagenet/32x32`` and ``tfds:imagenet_resized/32x32`` are the same two sets.
@@ -38,7 +38,7 @@ COUNTS = {
     "new": {"train": 1_281_167, "test": 50_000},
 }
 
-SAME = {  # A builder's first config is what its bare name means.
+SAME = {  # The name of a set without a config means its first config.
     "tfds:downsampled_imagenet": "imagenet32:old",
     "tfds:downsampled_imagenet/32x32": "imagenet32:old",
     "tfds:imagenet_resized/32x32": "imagenet32:new",
@@ -105,9 +105,9 @@ def _decode(which: str, split: str, options: Options, add: Add) -> dict[str, Any
 
 
 def _images(archive: Path) -> Iterator[np.ndarray]:
-    """The PNGs of the older version, or of the newer one its rows of three planes of an image.
+    """The images in an archive: PNGs in the older version, rows of three planes in the newer one.
 
-    A damaged archive raises errors of a dozen kinds; it is named.
+    A damaged archive can raise errors of many kinds. All become a ValueError that names it.
     """
     try:
         if archive.suffix == ".tar":

@@ -15,7 +15,7 @@ from sbml.types import Key, PixelBatch, Pixels, Score
 
 
 class Dequantizer:
-    """A frozen and hashable dataclass that makes integers continuous.
+    """The base of dequantizers: frozen and hashable dataclasses that make integers continuous.
 
     It has one of these methods, or both:
 

@@ -57,7 +57,7 @@ class Eval(Solving):
     )
     seed: Seed = field(0, "seed of all random draws")
     smallest_time: float | None = field(
-        None, "time at which the numbers begin; None: the smallest time of training", ge=0, lt=1
+        None, "smallest time of the ODE and of the bound; None: that of training", ge=0, lt=1
     )
     tau: float = field(
         TAU,
@@ -95,8 +95,8 @@ class Eval(Solving):
     )
     level_images: Natural = field(
         128,
-        "bound: number of training images, and of evaluated ones, that show the loss at each noise "
-        "level; 0: none",
+        "bound: number of training images, and of evaluated ones, on which the loss at each noise "
+        "level is measured; 0: none",
     )
     method: Annotated[str, among(METHODS)] = field("tsit5", "ode: the solver")
     rtol: Tolerance = field(2e-4, "ode: relative tolerance")

@@ -91,7 +91,8 @@ class Model(nn.Module):
     Attributes:
       width: number of channels, even and at least 4.
       depth: number of blocks before the middle; after it there is one more.
-      attention: whether attention follows every block; otherwise there is one in the middle only.
+      attention: whether attention also follows every block outside the middle, where there is
+        always one.
       dropout: rate of dropout inside every block.
       groups: number of groups of the group norm, a divisor of ``width``; 0 means
         ``default_groups(width)``. Published models have 32 whatever their width.

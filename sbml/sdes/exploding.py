@@ -50,7 +50,7 @@ def _check_range(sigma_min: Number, sigma_max: Number) -> None:
 @typed
 @dataclasses.dataclass(frozen=True)
 class VE(_Exploding):
-    """Variance exploding, geometric: sigma(t) = sigma_min (sigma_max / sigma_min)^t (SMLD)."""
+    """Variance exploding, geometric: sigma(t) = sigma_min (sigma_max / sigma_min)^t."""
 
     sigma_min: Number = 0.01
 
@@ -75,9 +75,10 @@ class VE(_Exploding):
 
     @typed
     def levels(self, n: Annotated[int, at_least(2)]) -> Levels:
-        """SMLD's levels: alpha_i = 1, and sigma_i geometric from sigma_min to sigma_max.
+        """alpha_i = 1, and sigma_i geometric from sigma_min to sigma_max.
 
-        Here sigma increases with the index; in the paper (Song & Ermon 2019) it decreases.
+        These are the levels of SMLD (score matching with Langevin dynamics, Song & Ermon 2019).
+        Here sigma increases with the index; in the paper it decreases.
         """
         stds = np.geomspace(self.sigma_min, self.sigma_max, n)
         return Levels((1.0,) * n, tuple(stds))
@@ -105,7 +106,7 @@ class EDM(LinearVE):
 
     For EDM's inner network F use ``from_prediction(F, "edm", EDM(), data_std=0.5)``: it is called
     with x / sqrt(v) and log(sigma) / 4 (``sbml.score``). For the denoiser D(x, sigma) use
-    ``from_prediction(lambda x, t: D(x, sde.std(t)), "x0", sde)``.
+    ``from_prediction(lambda x, t: D(x, sde.std(t)), "x0", sde)`` with ``sde = EDM()``.
 
     Reference: Karras et al., "Elucidating the Design Space of Diffusion-Based Generative Models",
     NeurIPS 2022.

@@ -39,7 +39,7 @@ from sbml.runtime.state import Update, make_step
 from sbml.streams import stream
 from sbml.types import Array
 
-Loss = Callable[[Any, Any, Any], Array]  # of the parameters, the draws and what is frozen
+Loss = Callable[[Any, Any, Any], Array]  # of the parameters, the draws and the frozen arrays
 
 
 def experiment() -> build.Experiment:

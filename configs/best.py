@@ -41,7 +41,8 @@ from ml_collections import ConfigDict
 from sbml.experiment.config import default
 from sbml.networks import frequencies
 
-# Of the images in [-1, 1], about. At small noise, an integer denoiser's network sees x / DATA_STD.
+# About the standard deviation of images in [-1, 1]. At small noise, the network of an integer
+# denoiser sees x / DATA_STD.
 DATA_STD = 0.5
 
 
@@ -60,8 +61,8 @@ def _vdm(width: int) -> ConfigDict:
 def _imagenet32() -> ConfigDict:
     config = _vdm(256)
     config.data.source = "imagenet32:old"
-    # Where half a bin holds three standard deviations of the noise, as for cifar10. Otherwise it
-    # would be the paper's time for ImageNet, 5e-5, where half a bin holds 1.7 of them.
+    # At this time, half a bin holds three standard deviations of the noise, as for cifar10. Without
+    # this line, the paper's time for ImageNet would be used, 5e-5, where half a bin holds 1.7.
     config.training.smallest_time = 1.69e-5
     return config
 

@@ -2,9 +2,9 @@
 
 All code that depends on the platform calls one of these functions.
 
-By default it is JAX's default backend with all of its devices. Code that compiles ahead of time for
-other devices declares them with :func:`compiling_for`, since JAX's default backend is then not the
-platform that will run the program.
+By default the platform is JAX's default backend with all of its devices. Code that compiles ahead
+of time for other devices declares them with :func:`compiling_for`, since JAX's default backend is
+then not the platform that will run the program.
 """
 
 import contextlib
@@ -54,7 +54,7 @@ def one_cpu() -> bool:
 
 
 def compiler_options(level: int = 2) -> dict[str, int]:
-    """Options of ``jit``: on CPU LLVM's level of optimization, elsewhere none.
+    """Options of ``jit``: LLVM's level of optimization on CPU, and none elsewhere.
 
     The default level is for a training step. Level 3 takes a third more time to compile the step
     and does not make it faster (benchmarks/training_step.py).

@@ -34,8 +34,8 @@ class Bar:
       quantity: what the values of :meth:`add` are, such as "bits/dim". The bar shows their mean.
       compiles: whether a function is compiled before the first result.
       leave: whether the finished bar stays in the terminal.
-      wait: whether the bar is shown only from :meth:`show` or :meth:`update` on, as all items may
-        be stored.
+      wait: whether the bar is shown only from :meth:`show` or :meth:`update` on, because all items
+        may have been computed and stored earlier.
     """
 
     def __init__(

@@ -175,7 +175,7 @@ def test_pilot_follows_the_noise(case):
 
 
 def test_the_profile_of_the_true_score_is_the_posterior_variance(case):
-    """E |z - e|^2 = sum_i l_i / (l_i + v) with v = exp(-lambda), whose integral is closed."""
+    """E |z - e|^2 = sum_i l_i / (l_i + v) with v = exp(-lambda). Its integral has a closed form."""
     sde, data = case
     n, bins = 1000, 8
     noise = jax.random.normal(jax.random.key(1), (n, data.mean.size))
@@ -286,7 +286,7 @@ def test_invalid_arguments_are_refused(kwargs, message):
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
 def test_data_of_less_precision_have_noise_of_full_precision(dtype):
-    """With noise of half precision, the bound of an image was far below the truth."""
+    """With noise of half precision, the bound of an image would be far below the truth."""
     sde, key, u = SDES["vp"](), jax.random.key(0), jnp.linspace(0, 0.99, 8)
     x = jax.random.normal(jax.random.key(1), (50,)).astype(dtype)
     control = bound.GaussianControl(jnp.zeros(50), jnp.full(50, 0.3), None)

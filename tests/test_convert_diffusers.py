@@ -47,13 +47,13 @@ NETWORK = {
     "norm_num_groups": 4,
     "time_embedding_dim": 8,
 }
-FOURIER = {**NETWORK, "time_embedding_type": "fourier"}  # which read sigma
+FOURIER = {**NETWORK, "time_embedding_type": "fourier"}  # It reads sigma.
 BETAS = {"num_train_timesteps": 50, "beta_start": 0.004, "beta_end": 0.2}
 SIGMAS = {"sigma_min": 0.02, "sigma_max": 60.0}
 
 
 def config() -> Any:
-    """A config of 256 levels whose network, SDE and score are others."""
+    """A config of 256 levels whose network, SDE and score are not those of the folder."""
     chosen = default("mlp")
     chosen.data.update(source="image_folder", shape=SHAPE, levels=256)
     return chosen
@@ -101,9 +101,9 @@ def restored(workdir: Path) -> tuple[build.Experiment, Any]:
 
 # ---- scores --------------------------------------------------------------------------------------
 
-# What a scheduler's documentation defines: of a number s, the factors a of the data and b of the
-# noise in y_s = a y + b z, the network's input as a factor of y_s, its label, and E[z | y_s] of its
-# output F.
+# What a scheduler's documentation defines for its number s (a step, a sigma or a time): the factors
+# a of the data and b of the noise in y_s = a y + b z, the factor of y_s in the network's input, the
+# network's label, and E[z | y_s] as a function of its output F and of y_s.
 Formulas = tuple[float, float, float, float, Callable[[Any, Any], Any]]
 
 
@@ -258,7 +258,7 @@ def converted(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_flag_tells_how_pixels_were_scaled(
     pixels: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Here of a flat folder, as older models of diffusers are."""
+    """The folder is flat, as those of older models of diffusers are."""
     folder = save(tmp_path / "theirs", LINEAR)
     for file in list(folder.glob("*/*")):
         file.rename(folder / file.name)

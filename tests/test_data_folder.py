@@ -70,7 +70,7 @@ def test_unreadable_files_are_named_and_counted(
     save(train / "twelve.png", 16 * pixels(8, 8)[..., 0].astype(np.uint16))
     bad = ["clear.png", "cut.png", "dangling.png", "empty.png", "float.tif", "text.jpg"]
     bad.append("twelve.png")
-    for _ in range(2):  # cached, it must be said again
+    for _ in range(2):  # The second result is cached, and warns again.
         caplog.clear()
         with caplog.at_level(logging.WARNING):
             images = load_split(two_splits)
@@ -85,7 +85,7 @@ def test_unreadable_files_are_named_and_counted(
 def test_all_files_that_are_left_out_are_counted(
     two_splits: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Other suffixes are counted, links are followed once, and any name of a file will do."""
+    """Other suffixes are counted, links are followed once, and any file name is accepted."""
     train, elsewhere = two_splits / "images" / "train", two_splits / "elsewhere"
     save(train / "a.png", pixels(8, 8))
     os.rename(train / "a.png", os.path.join(os.fsencode(train), b"caf\xe9.jfif"))
@@ -135,7 +135,7 @@ def test_a_link_gives_no_image_another_name(
 
 
 def test_splits_may_consist_of_links(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """Into a folder of all images, of single files and of folders."""
+    """The links are to files and folders in a folder of all images."""
     root = tmp_path / "images"
     for i in range(4):
         save(root / "all" / ("cats" if i > 1 else "") / f"{i}.png", pixels(8, 8, seed=i))
@@ -203,7 +203,7 @@ def test_splits_that_overlap_are_named(tmp_path: Path, split: str, place: str) -
 
 
 def test_hard_links_are_one_image(tmp_path: Path) -> None:
-    """Whether a hash or folders split the images."""
+    """This holds whether a hash or folders split the images."""
     root = tmp_path / "images"
     for i in range(20):
         save(root / "a" / f"{i}.png", pixels(8, 8, seed=i))
@@ -269,7 +269,7 @@ DEEP = ("rgb.png", "grey.png", "rgba.png", "rgb.tif", "rgba.tif", "rgb.ppm")
 def test_16_bits_that_pillow_cuts_are_read_from_the_file(
     two_splits: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Pillow has 8 bits for several channels. 12 bits of a camera would become nearly black."""
+    """Pillow keeps 8 bits of several channels. A camera's 12 bits would become nearly black."""
     train = two_splits / "images" / "train"
     deep = np.random.default_rng(1).integers(0, 2**16, (8, 8, 3)).astype(np.uint16)
     opaque = np.full((8, 8, 1), 2**16 - 1, np.uint16)
@@ -355,10 +355,10 @@ def test_downscaling_averages(two_splits: Path) -> None:
 
 
 def test_enlarged_images_are_counted(two_splits: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """What lies between two pixels costs few bits: a number of such images is not one of photos."""
+    """Interpolated pixels cost few bits, so bits/dim of such images are not those of photos."""
     for name, shape in (("a", (8, 8)), ("b", (9, 7)), ("c", (4, 30)), ("d", (20, 8))):
         save(two_splits / "images" / "train" / f"{name}.png", pixels(*shape))
-    for _ in range(2):  # cached, it must be said again
+    for _ in range(2):  # The second result is cached, and warns again.
         caplog.clear()
         assert load_split(two_splits).caution.startswith("2 of 4 train images are smaller")
         assert "2 of 4 train images are smaller" in caplog.text
@@ -427,10 +427,10 @@ def test_folder_is_decoded_once_per_content(
     np.testing.assert_array_equal(changed.images[0], pixels(8, 8, seed=1))
 
 
-def test_what_could_be_waited_for_for_ever_is_named(
+def test_files_that_would_block_for_ever_are_named(
     two_splits: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """In a process of its own: opening a FIFO that nobody writes to would not return."""
+    """This runs in its own process, because opening a FIFO without a writer would not return."""
     train = two_splits / "images" / "train"
     save(train / "good.png", pixels(8, 8))
     os.mkfifo(train / "pipe.png")
@@ -449,7 +449,7 @@ def test_what_could_be_waited_for_for_ever_is_named(
     assert f"('train/pipe.png: {reason}', 'train/zero.jpg: {reason}')" in found.stdout, found.stderr
 
 
-def test_names_reach_no_terminal_as_they_are(
+def test_control_characters_in_names_are_escaped(
     two_splits: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     train = two_splits / "images" / "train"

@@ -168,7 +168,7 @@ def test_a_forward_solver_says_how_to_get_gradients() -> None:
 
 @pytest.mark.usefixtures("unchecked")
 def test_samples_and_their_log_p_by_one_solve() -> None:
-    """Exact for a Gaussian, for a process that ends early (VP) or not, and with probes unbiased."""
+    """They have the Gaussian's distribution and density. With probes, log p is unbiased."""
     d, key = density(), jax.random.key(0)
     x, logp = d.sample_and_log_prob(key, 5)
     np.testing.assert_allclose(logp, exact(x), atol=1e-7)
@@ -328,12 +328,12 @@ def test_importance_weights_give_the_normaliser(d: int) -> None:
     log_z = 3 + 0.5 * d * np.log(2 * np.pi)
     assert abs(found.log_z.mean - log_z) < 1.5 * found.log_z.ci95 < 0.15
     assert 200 < found.effective < 2000 and not found.heavy_tailed
-    narrow = lambda x: -0.5 * jnp.sum(x**2) / 9  # noqa: E731
-    tails = proposal.importance(jax.random.key(0), 2000, narrow)
+    broad = lambda x: -0.5 * jnp.sum(x**2) / 9  # noqa: E731
+    tails = proposal.importance(jax.random.key(0), 2000, broad)
     assert tails.heavy_tailed and "HEAVY TAILS" in str(tails)
     noisy = sbml.Density(proposal.score, sde, (d,), trace=Trace("rademacher"))
     with pytest.raises(ValueError, match="^trace=.*exact"):
-        noisy.importance(jax.random.key(0), 10, narrow)
+        noisy.importance(jax.random.key(0), 10, broad)
 
 
 def test_a_control_fitted_to_the_examples_leaves_the_expectation() -> None:
@@ -534,7 +534,7 @@ def test_half_precision_is_converted_or_refused() -> None:
 
 @pytest.mark.usefixtures("unchecked")
 def test_few_examples_and_constant_coordinates_have_a_control() -> None:
-    """Without variance of its own, the control would be far off in these directions."""
+    """Without an added variance, the control would be far off in directions without variance."""
     rng = np.random.default_rng(5)
     x = rng.normal(size=(8, 16))
     x[:, 3] = 0.2

@@ -126,9 +126,9 @@ def test_as_many_probes_as_colours_give_the_exact_trace() -> None:
 
 
 def test_neighbours_have_different_colours() -> None:
-    """One bit differs between adjacent pixels, and between channels 0 and 1 of a pixel; two bits
-    between the pixels of a 2x2 block, and between all channels; four bits between the pixels of a
-    4x4 block. All entries of an image have different colours."""
+    """The lowest bit differs between adjacent pixels, and between channels 0 and 1 of a pixel. The
+    lowest two bits differ within a 2x2 block, and among all channels of a pixel; the lowest four
+    within a 4x4 block. All entries of an image have different colours."""
     colours = divergence.colours((16, 8, 3))
     assert len(np.unique(colours)) == colours.size
     one, two = colours % 2, colours % 4
@@ -138,7 +138,7 @@ def test_neighbours_have_different_colours() -> None:
     for size, numbers in ((2, two), (4, colours % 16)):
         for block in (numbers[y : y + size, x : x + size, 0] for y in (0, 8) for x in (0, 4)):
             assert len(np.unique(block)) == size**2
-    for y, x in ((1, 0), (0, 1)):  # Four bits differ between all channels of adjacent pixels.
+    for y, x in ((1, 0), (0, 1)):  # The lowest four bits of adjacent pixels differ.
         one, other = colours[: 16 - y, : 8 - x] % 16, colours[y:, x:] % 16
         assert not np.any(one[..., :, None] == other[..., None, :])
     np.testing.assert_array_equal(divergence.colours((2, 3)), [[0, 1, 2], [3, 4, 5]])

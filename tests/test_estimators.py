@@ -166,8 +166,8 @@ def test_a_dequantizer_at_noise_without_a_bound_is_refused():
     ("estimator", "dequantizer", "count", "reason"),
     [
         ("ode", "categorical", 1, "no density to solve for"),
-        ("bound_ssm", "categorical", 1, "dsm form only"),
-        ("bound_ssm", "truncated_normal", 1, "dsm form only"),
+        ("bound_ssm", "categorical", 1, "denoising form only"),
+        ("bound_ssm", "truncated_normal", 1, "denoising form only"),
         ("bound", "uniform", 2, "K noisy draws of it bounds nothing"),
         ("bound_ssm", "uniform", 2, "K noisy draws of it bounds nothing"),
         ("ode", "truncated_normal", 4, ""),

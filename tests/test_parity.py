@@ -30,18 +30,19 @@ EPS = float(GIVEN.ode_eps)
 
 
 def test_score_is_theirs() -> None:
-    """Theirs divides by sqrt(B) for sqrt(1 - exp(-B)) where B is at most 2e-3."""
+    """Theirs divides by sqrt(B), not sqrt(1 - exp(-B)), where B is at most 2e-3."""
     t = jnp.asarray(GIVEN.t)
     b = -2 * np.log(np.asarray(SDE.mean_coef(t), np.float64))
     assert (b <= 2e-3).any() and (b > 2e-3).any()
-    theirs = np.where(b <= 2e-3, np.sqrt(b / -np.expm1(-b)), 1)  # over ours
+    theirs = np.where(b <= 2e-3, np.sqrt(b / -np.expm1(-b)), 1)  # their divisor over ours
     scores = np.asarray(SCORE.batch(GIVEN.x, t, None)) / theirs[:, None, None, None]
     for ours, given in zip(scores, GIVEN.score, strict=True):
         np.testing.assert_allclose(ours, given, rtol=0, atol=1e-5 * max(1, np.abs(given).max()))
 
 
 def within_noise(ours: np.ndarray, theirs: np.ndarray, draws: int) -> None:
-    """``ours (n,)``, means of ``draws``, against rows of draws ``theirs``, each image and all."""
+    """Compare ``ours (n,)``, means of ``draws`` draws, with ``theirs``, where each row is a draw.
+    Each image is compared, and the mean over the images."""
     scatter = theirs.std(axis=0, ddof=1) * np.sqrt(1 / draws + 1 / len(theirs))
     assert (np.abs(ours - theirs.mean(axis=0)) < 3 * scatter).all(), (ours, theirs, scatter)
     of_mean = np.sqrt(np.sum(scatter**2)) / len(ours)

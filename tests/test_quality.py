@@ -89,7 +89,7 @@ def test_mirrored_copies_have_distance_zero_if_training_flips(
         assert (numbers[3] == 0) == flip and numbers[4] > 0
 
 
-def test_held_out_images_are_of_all_the_split(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_held_out_images_come_from_the_whole_split(monkeypatch: pytest.MonkeyPatch) -> None:
     """The first images would not be a random sample: files may be sorted by class or by photo."""
     train, test = data.load("digits", "train"), data.load("digits", "test")
     queries = []

@@ -1,4 +1,4 @@
-"""Intervals that cannot be trusted are marked, on the exact score of a mixture with an error."""
+"""Intervals that cannot be trusted are marked. The score is that of a mixture, plus an error."""
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +22,7 @@ X = np.asarray(PART.mean + 0.2 * np.random.default_rng(0).normal(size=(N, D)))
 
 
 def score(x, t, key):
-    """Its noise prediction has an error of 0.5 cos(3 x) at every time."""
+    """The predicted noise has an error of 0.5 cos(3 x) at every time."""
     return DATA.score(x, t) - 0.5 * jnp.cos(3 * x) / SDE.std(t)
 
 
@@ -67,8 +67,8 @@ def test_intervals_that_miss_the_mean_are_marked_and_others_are_not():
 
 @pytest.mark.parametrize("kind", ["importance", "velocity", "uniform"])
 def test_the_tail_of_the_weights_of_a_proposal(kind):
-    """Over log-SNR, importance has one weight; of the others it exceeds w with a probability of
-    about 1 / w, up to the weight at the end of the times."""
+    """Over log-SNR, all weights of ``importance`` are equal. Those of the others exceed w with a
+    probability of about 1 / w, up to the largest weight, which is at an end of the times."""
     k = Reduction(proposal=kind).tail(SDE, 1e-5)
     assert np.isnan(k) if kind == "importance" else 0.75 < k < 1.05
 

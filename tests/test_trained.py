@@ -22,7 +22,8 @@ from sbml.sdes import SDES
 @pytest.mark.parametrize("sde", ["vp", "subvp", "ve", "linear_gamma"])
 @pytest.mark.parametrize("tau", [0.0, 1.0, 3.0, 20.0])
 def test_bin_centres_are_trained_from_where_they_are_evaluated(sde: str, tau: float) -> None:
-    """Half a bin holds tau standard deviations of the first noise, or the paper's is later."""
+    """At the first time, half a bin holds tau standard deviations of the noise. If the paper's
+    smallest time is later, it is the first."""
     config = tiny.get_config()
     config.sde.name, config.eval.tau = sde, tau
     spread = build.Experiment(config)
@@ -78,7 +79,7 @@ def test_the_process_of_a_checkpoint_has_its_own_numbers() -> None:
 
 
 def test_an_integer_denoiser_is_read_with_the_data_it_was_trained_on() -> None:
-    """Its score depends on them: another network's does not, and so is not refused."""
+    """Its score depends on the data. That of other models does not, so they are not refused."""
     config = tiny.get_config()
     config.score.parameterization = "levels"
     config.training.smallest_time = 1e-3
@@ -110,7 +111,7 @@ def test_a_checkpoint_with_other_bins_of_times_is_named_by_the_field() -> None:
         check_training(build.Experiment(config).config, metadata)
 
 
-def test_a_dequantizer_that_is_trained_with_other_times_says_so():
+def test_other_times_are_changed_settings_of_a_dequantizer():
     told = []
     for change in ({}, {"training": {"times": "iid"}, "eval": {"smallest_time": 0.1}}):
         config = tiny.get_config()

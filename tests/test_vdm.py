@@ -103,7 +103,7 @@ def test_time_zero_is_allowed_and_one_is_not() -> None:
     sde = sdes.LinearGamma()
     assert sde.check_time(0.0) == sde.smallest_time == 0.0
     for eps in (-1e-9, 1.0, math.nan):
-        with pytest.raises(ValueError, match=r"must lie in \(0, 1.0\)"):
+        with pytest.raises(ValueError, match=r"must lie in \[0, 1.0\)"):
             sde.check_time(eps)
     with pytest.raises(ValueError, match=r"gamma_0=5.0, gamma_1=-13.3: need"):
         sdes.LinearGamma(5.0, -13.3)
@@ -281,7 +281,7 @@ def test_gradient_of_the_bound(params: dict[str, Any], monkeypatch: pytest.Monke
 
 
 def test_schedule_decoder_bound_and_gradient_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
-    """All to 1e-5, but the gradient, whose error is that of the angles of the Fourier features."""
+    """All agree to 1e-5 except the gradient: its error is that of the Fourier features' angles."""
     with jax.enable_x64(False):
         params = jax.tree.map(jnp.float32, reference.wide_params())
         sde, t = vdm_checkpoint.schedule(params["gamma"]), jnp.asarray(GIVEN["gamma/t"])

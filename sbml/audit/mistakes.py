@@ -44,10 +44,10 @@ DRAWS = 4
 
 @dataclasses.dataclass(frozen=True)
 class Mistake:
-    """An estimator with a mistake, and the checks that must fail, all others not.
+    """An estimator with a mistake, and the checks that must fail; all others must not.
 
     Attributes:
-      estimator: its name says what is wrong; the docstring of its function, why.
+      estimator: its name says what is wrong, and the docstring of its function says why.
       fails: names of ``suite.CHECKS``.
     """
 
@@ -118,8 +118,8 @@ STEPS, TIMES = 20, 64
 def _of_integers(
     denoiser: Denoiser, pixels: Array, key: Key, *, sde: SDE, levels: int, wrong: str
 ) -> Array:
-    """The bound with the categorical decoder (``sbml.discrete``) with times evenly in log-SNR, and
-    with the mistake ``weight`` or ``steps``."""
+    """The bound with the categorical decoder (``sbml.discrete``), times uniform in log-SNR, and the
+    mistake ``wrong``, which is ``weight`` or ``steps``."""
     x, eps = bits.to_model(pixels, 0.5, levels), discrete.smallest_time(sde, levels, EPS)
     times, keys = Importance(sde, eps), jax.random.split(key, 3)
     u = jax.random.uniform(keys[0], (TIMES, len(x)))
@@ -147,10 +147,10 @@ def _noise(denoiser: Denoiser, sde: SDE, x: Array, z: Array, t: Array) -> Array:
 
 
 def vanishing_weights(denoiser: Denoiser, schedule: Schedule, pixels: Images, seed: int) -> Numbers:
-    """The weight of the loss vanishes where the signal is.
+    """The weight of the loss vanishes at small noise.
 
     The bound weights the squared error of the noise by g^2 / (2 sigma^2) dt, which is half of the
-    log signal-to-noise ratio's fall. Losses that are made for good samples give small noise less
+    decrease of the log-SNR. Losses that are made for good samples give small noise less
     weight, here by the further factor sigma^2. But small noise is where the last levels of the
     pixels are decided, so most of the nats of an image lie there. A loss with such a weight bounds
     nothing, even if it is called nats.
@@ -160,7 +160,7 @@ def vanishing_weights(denoiser: Denoiser, schedule: Schedule, pixels: Images, se
 
 
 def uniform_times(denoiser: Denoiser, schedule: Schedule, pixels: Images, seed: int) -> Numbers:
-    """Times are drawn evenly, although nearly all of the integral lies in a corner.
+    """Times are drawn evenly, although much of the integral lies close to the smallest time.
 
     In t the integrand grows like 1 / t towards the smallest time. In the first world of the audit,
     half of the integral from t = 1e-5 on lies below t = 0.003, where 3 of 1,000 draws fall. The
@@ -188,10 +188,10 @@ def few_steps(denoiser: Denoiser, schedule: Schedule, pixels: Images, seed: int)
 def trimmed(denoiser: Denoiser, schedule: Schedule, pixels: Images, seed: int) -> Numbers:
     """Outliers are trimmed.
 
-    The largest tenth of the numbers is left out before the mean. The images that a model finds
-    least probable decide -E log P, so the rest is better than the model is, for every model that
-    has outliers, and better the worse its outliers are. An infinite number is a result as well: the
-    model excludes an image that exists.
+    The largest tenth of the numbers is left out of the mean. A large part of -E log P is due to the
+    images that a model finds least probable. So the mean of the rest makes a model with outliers
+    look better than it is, most of all if its outliers are bad. An infinite number is a result as
+    well: the model excludes an image that exists.
     """
     nats = BOUND(denoiser, schedule, pixels, seed)
     return nats[nats <= np.quantile(nats, 0.9)]

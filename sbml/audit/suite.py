@@ -21,10 +21,11 @@ is at least 0 for an upper bound, whatever the denoiser is. The checks are:
 
 *Errors.* A number of ``bound``, ``tight``, ``normalised`` and ``independent`` is a mean over calls
 with different seeds, whose spread gives its standard error. So draws that all images of a call
-share are part of the error. A check fails if its number is outside of its limit by more than the
-one-sided quantile of Student's t for the probability ``ALPHA``, and by more than ``SOLVER``, the
-error of an ODE solver that an evaluation accepts. An audit has about twenty such checks, so it
-fails a correct function with a probability of about 2e-5. A check whose tolerance is above
+share are part of the error. A check fails if its number is outside of its limit by more than a
+tolerance, the standard error times the one-sided quantile of Student's t for the probability
+``ALPHA``. All of these checks but ``tight`` also allow ``SOLVER``, the error of an ODE solver that
+an evaluation accepts. An audit compares about twenty numbers with such limits, so it fails a
+correct function with a probability of about 2e-5. A check whose tolerance is above
 ``COARSE`` or ``COARSE_SUM`` is unclear: the function needs more draws, or the audit more calls.
 """
 
@@ -345,7 +346,7 @@ def _half_widths(values: np.ndarray) -> np.ndarray:
 def _covered(values: np.ndarray, truth: float) -> float:
     """The share of the t intervals of the rows of ``values`` that contain ``truth``.
 
-    A difference in the order of rounding counts as none, for numbers without any spread.
+    Differences of the size of rounding errors are ignored, because numbers may have no spread.
     """
     gaps = np.abs(values.mean(1) - truth)
     return float(np.mean(gaps <= _half_widths(values) + 1e-5 * (1 + abs(truth))))
@@ -354,8 +355,8 @@ def _covered(values: np.ndarray, truth: float) -> float:
 def _jackknife(values: np.ndarray) -> tuple[float, float]:
     """sum_k exp(-E nats_k) and its standard error, from ``values (calls, m)``.
 
-    The exponential of a noisy mean is too large in the mean; the jackknife over the calls removes
-    this bias to first order, and sees noise that the images of a call share.
+    The exponential of a noisy mean is too large on average. The jackknife over the calls removes
+    this bias to first order, and its standard error includes noise that the images of a call share.
     """
     r = len(values)
     mean = values.mean(0)

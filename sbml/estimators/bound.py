@@ -94,8 +94,8 @@ class ScoreMatching(Estimator):
     def reason_undefined(cls, dequantizer: type[Any], num_importance: int) -> str:
         if dequantizers.has_bound(dequantizer):
             return (
-                "the bound of this dequantizer for the integers is in the dsm form only: use the "
-                "estimator bound"
+                "the bound of this dequantizer for the integers is in the denoising form only: use "
+                "the estimator bound"
             )
         return super().reason_undefined(dequantizer, num_importance)
 

@@ -90,7 +90,7 @@ class Experiment:
     @part
     def exact_adapter(self) -> Adapter:
         """The same in float32, whatever ``model.dtype`` is, for likelihoods. With the rounding
-        errors of bfloat16 an ODE with step control needed three times the evaluations and did not
+        errors of bfloat16, an ODE with step control takes three times the evaluations and does not
         converge."""
         exact = self.adapter.model
         if hasattr(exact, "dtype"):  # A network without this field always computes in float32.
@@ -253,7 +253,7 @@ class Experiment:
         return self._with(sde=self.config.sde.replace(**learned))
 
     def for_validation(self) -> "Experiment":
-        """This experiment with the evaluation of a point of ``training.validate_every``."""
+        """This experiment with the evaluation settings of a validation during a training."""
         changed = {
             "split": data.VALIDATION,
             "max_images": self.config.training.validation_images,

@@ -378,8 +378,8 @@ class Conv2d(nn.Module):
 
 
 class _Resample(nn.Module):
-    """Resampling by two, if ``with_conv`` with a 3x3 convolution to ``features`` channels; None
-    means as many as the input has."""
+    """Resampling by two. With ``with_conv`` it includes a 3x3 convolution to ``features`` channels;
+    None means as many as the input has."""
 
     up: ClassVar[bool]
     with_conv: bool
@@ -403,7 +403,7 @@ class Upsample(_Resample):
 
 
 class Downsample(_Resample):
-    """Halves height and width; with a convolution and without a filter, by the stride."""
+    """Halves height and width; with a convolution and no filter, the convolution has stride 2."""
 
     up = False
 

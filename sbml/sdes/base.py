@@ -178,7 +178,8 @@ class Kernel(abc.ABC):
         last = self.largest_time
         known = not scalars.is_traced(eps, last)
         if known and not (0 < eps < last or eps == self.smallest_time == 0):
-            raise ValueError(f"{name}={eps}: must lie in (0, {last})")
+            start = "[" if self.smallest_time == 0 else "("
+            raise ValueError(f"{name}={eps}: must lie in {start}0, {last})")
         # Of an SDE of arrays the values may be unknown.
         numbers = all(isinstance(leaf, float | int) for leaf in jax.tree.leaves((eps, self)))
         if isinstance(self, SDE) and numbers:

@@ -327,7 +327,7 @@ def test_density_accepts_an_sde_of_two_methods() -> None:
     density = sbml.Density(data.score, sde, (2,), eps=eps, solver=solver)
     exact = np.asarray([data.logp(jnp.asarray(row), jnp.asarray(eps)) for row in x])
     logp = density.logp(x)
-    # The neglected signal at the largest time is 1e-3 |m| |z|, see ``predictions``.
+    # The neglected signal at the largest time is 1e-3 |m| |z|, see ``sbml.score``.
     np.testing.assert_allclose(logp.values, exact, atol=2e-3)
     assert logp.converged
     elbo = density.bound(x, sweeps=4, times_each=16)

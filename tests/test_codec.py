@@ -299,7 +299,7 @@ def test_no_mutation_goes_unnoticed(coded: Any) -> None:
         ('"errors":[', '"errors":[300,'),
     ],
 )
-def test_a_header_with_a_right_checksum_cannot_ask_for_more_than_there_is(
+def test_an_impossible_header_with_a_right_checksum_is_refused(
     coded: Any, old: str, new: str
 ) -> None:
     c, _, content = coded
@@ -345,5 +345,5 @@ def test_the_pilot_measures_the_errors_of_the_noise_prediction() -> None:
     np.testing.assert_allclose(found, np.clip(truth, 1 / 512, 511 / 512), rtol=0.05)
 
 
-def test_the_library_is_found() -> None:
+def test_the_codec_is_a_module_of_sbml() -> None:
     assert sbml.codec.compress is compress

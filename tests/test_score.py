@@ -242,7 +242,7 @@ def _likelihoods(name: str) -> Callable[..., dict[str, dict[str, Array]]]:
 
 @pytest.mark.parametrize("kind", DATA)
 @pytest.mark.parametrize("name", INTEGRATED)
-def test_every_likelihood_is_the_datas(name: str, kind: str) -> None:
+def test_every_likelihood_is_that_of_the_data(name: str, kind: str) -> None:
     """With p_T in the prior's place, the result is exactly log p_eps. Where the signal vanishes,
     p_T is the prior."""
     sde = SCHEDULES[name]
@@ -673,7 +673,7 @@ def test_labels_are_finite_where_the_signal_has_vanished(label: str) -> None:
     assert np.isfinite(labels).all() and labels[0] < labels[1] <= labels[2]
 
 
-def test_the_ends_of_the_scaled_label_are_the_adapters() -> None:
+def test_the_ends_of_the_scaled_label_are_those_of_the_adapter() -> None:
     """They may differ from those of the process. The label is 1000 at l_0 and 0 at l_1."""
     label = Adapter(Net(), VP(), label="scaled_log_snr", log_snr_range=(-4.0, 6.0)).time_label
     told = label(VP().time(jnp.asarray([-4.0, 1.0, 6.0, 8.0])))

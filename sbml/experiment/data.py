@@ -116,7 +116,7 @@ class Data(Chosen):
             )
 
     def load(self, split: str) -> ImageSet:
-        """The images of ``split``, or what else the source has."""
+        """The images of ``split``, or the other examples of a source without images."""
         reads = data.source_of(self.source)[0].reads
         for name, option in OWN.items():
             value = getattr(self, name)

@@ -29,8 +29,8 @@ from pydantic import AfterValidator, Field
 from sbml.registry import hint
 from sbml.scalars import notation
 
-# Steps, images and draws are int32 numbers on the devices. A field of one of these types has no
-# further lower limit: pydantic would replace this one by it.
+# Steps, images and draws are int32 numbers on the devices. A field of one of these types must not
+# set a lower limit of its own, because pydantic would replace this one by it.
 Positive = Annotated[int, Ge(1), Lt(2**31)]
 Natural = Annotated[int, Ge(0), Lt(2**31)]
 Seed = Annotated[int, Ge(0), Lt(2**32)]

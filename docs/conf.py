@@ -26,7 +26,7 @@ setup_cfg = ConfigParser()
 setup_cfg.read(ROOT / "setup.cfg")
 URL = setup_cfg["metadata"]["url"]
 
-# "latest", as the branch main is published, or a release such as "v0.1.0".
+# "latest" for the documentation of the branch main, or the name of a release, such as "v0.1.0".
 VERSION = os.environ.get("SBML_DOCS_VERSION", "latest")
 BRANCH = "main" if VERSION == "latest" else VERSION
 
@@ -62,7 +62,7 @@ myst_url_schemes = {
 copybutton_prompt_text = r">>> |\.\.\. |\$ "
 copybutton_prompt_is_regexp = True
 
-# Notebooks show the outputs that they are stored with, unless they are executed.
+# Notebooks show their stored outputs, unless they are executed.
 nb_execution_mode = "off"
 nb_execution_cache_path = str(ROOT / "docs" / "_build" / "notebooks")
 nb_execution_timeout = 3600
@@ -77,8 +77,8 @@ python_maximum_signature_line_length = 90
 python_use_unqualified_type_names = True
 toc_object_entries_show_parents = "hide"
 
-# Types of other projects, whose inventories may be out of reach, and of files that open with an
-# underscore, which have no page.
+# Types that need no link: those of other projects, whose inventories may be out of reach, and those
+# of files whose names begin with an underscore, which have no page.
 nitpick_ignore_regex = [
     (r"py:.*", r"sbml\.(\w+\.)*_\w+\.\w+"),
     (r"py:.*", r"tuple\[~typing\.Annotated\[.*"),
@@ -121,12 +121,12 @@ intersphinx_mapping = {
 }
 intersphinx_timeout = 10
 
-# furo brings its own scripts and colours, and _static the font of the equations: no page asks
-# another server for anything.
+# furo has its own scripts and colours, and the font of the equations is in _static, so pages load
+# nothing from other servers.
 html_theme = "furo"
 html_static_path = ["_static"]
 templates_path = ["_templates"]
-html_baseurl = "https://sbml-jax.github.io/sbml/latest/"  # where search engines send their readers
+html_baseurl = "https://sbml-jax.github.io/sbml/latest/"  # the address that search engines show
 html_sidebars = {
     "**": [
         "sidebar/brand.html",

@@ -21,7 +21,7 @@ s(x, t, key), see ``sbml.types``.
     audit                       a conformance suite for likelihood code
     compiler                    the check that XLA's sums are right
 
-The command ``sbml`` trains, evaluates and samples by a config: see the README.
+The command ``sbml`` trains, evaluates and samples as a config says: see the README.
 """
 
 import importlib

@@ -261,7 +261,7 @@ def from_prediction(
         ``network(x_t, t, condition)`` of a conditional model. If a
         network was trained with another label than t, wrap it: ``lambda x, t: net(x, 1000 * t)``.
         For ``edm`` and ``preconditioned`` it gets the inputs that the module's docstring states.
-      kind: the name of the prediction, one of those in the module's docstring but ``levels``.
+      kind: the name of the prediction, one of those in the module's docstring except ``levels``.
       sde: the forward process that the network was trained on.
       data_std: the standard deviation d of the data, for ``edm`` and ``preconditioned``.
       batched: whether ``network`` takes batches, ``x_t (n, *s)`` and ``t (n,)``.

@@ -144,7 +144,7 @@ def of_shape(output: Anything, x: Example) -> Example:
 
     Raises:
       ValueError: if its shape is not that of ``x``, which broadcasting would hide, or if it is not
-        of floating-point numbers.
+        an array of floating-point numbers.
     """
     kind = getattr(output, "dtype", None)
     if kind is None or not jnp.issubdtype(kind, jnp.floating):

@@ -1,7 +1,7 @@
-"""Song et al.'s Flow++ dequantizers once more, in NumPy and from their names of parameters.
+"""Song et al.'s Flow++ dequantizers in NumPy, with parameters under the names of their code.
 
-Independent of ``sbml.dequantizers``: what a convolution, an attention or a mixture is, is written
-out here. Images are (n, h, w, c). Kernels ``_W`` of 3 x 3 pixels read images as (n, w, h, c).
+This is independent of ``sbml.dequantizers``: convolutions, attention and mixtures are written out
+here. Images are (n, h, w, c). Kernels ``_W`` of 3 x 3 pixels read images as (n, w, h, c).
 """
 
 from typing import Any
@@ -74,7 +74,7 @@ def log_sum_exp(x: np.ndarray) -> np.ndarray:
 def coupling(
     p: Params, a: np.ndarray, b: np.ndarray, context: np.ndarray, blocks: int, heads: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The new b, and the sum of log db'/db an image."""
+    """The new b, and the sum of log db'/db for each image."""
     first, last = ("c1", "c2") if "c1_b" in p else ("proj_in", "proj_out")
     x = conv(p, first, a)
     for i in range(blocks):

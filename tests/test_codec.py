@@ -1,4 +1,4 @@
-"""Coded images come back exactly, and their length is the bound of the chain in which they are."""
+"""Coded images come back exactly, and their length is the bound of the chain that codes them."""
 
 import math
 import struct
@@ -24,7 +24,7 @@ MEAN, STD = np.linspace(-0.3, 0.3, 6), np.linspace(0.15, 0.4, 6)
 
 
 def score(x: jax.Array, t: jax.Array, key: Any) -> jax.Array:
-    """That of independent normal pixels."""
+    """The score of independent normal pixels."""
     a, s = VP().mean_coef(t), VP().std(t)
     mean, std = (jnp.asarray(v, x.dtype).reshape(SHAPE) for v in (MEAN, STD))
     return -(x - a * mean) / (a**2 * std**2 + s**2)
@@ -61,7 +61,7 @@ def test_a_push_adds_the_information_of_its_values(open: bool) -> None:
     rng, std = np.random.default_rng(2), 2.5
     mean = rng.uniform(-50, 50, 5000)
     k = np.rint(mean + std * rng.normal(size=5000)).astype(np.int64)
-    if open:  # Integers without a code of their own: about 24 bits for each, and 22 for the rest.
+    if open:  # Integers that are too far away for a short code take about 24 + 22 bits.
         k[:7] += np.array([31, 32, -31, -32, 400, -60_000, 2_000_000])
     normal, stack = stacks.Normal(std, open=open), random_stack()
     before, words = stack.num_valid_bits(), stack.get_compressed()
@@ -135,9 +135,9 @@ def test_with_the_best_variances_few_steps_lose_nothing_on_isotropic_normal_data
 
 
 @pytest.mark.parametrize("data", ["uniform", "centre"])
-def test_the_bound_of_an_evaluation_in_the_same_steps(data: Any) -> None:
-    """``bound.elbo`` and ``discrete.elbo`` have the expectation of the chain's own terms, which are
-    quadratic in n: its mean is that over n = 1 and n = -1 in every entry."""
+def test_the_bound_of_an_evaluation_is_that_of_the_chain_in_the_same_steps(data: Any) -> None:
+    """``bound.elbo`` and ``discrete.elbo`` have the expectation of the chain's own terms. These are
+    quadratic in the noise n, so their mean is that over n = 1 and n = -1 in every entry."""
     c, k = codec(data).chain, images(1)[0]
     x = (2 * k.reshape(1, 6) + 1) / LEVELS - 1
     expected = c.prior(x)[0]
@@ -262,8 +262,8 @@ def test_another_model_or_chain_is_refused_by_name(coded: Any) -> None:
 
 
 def test_no_mutation_goes_unnoticed(coded: Any) -> None:
-    """10,000 files with flipped bits, cut and repeated parts: each is refused or has a stack less,
-    in memory that does not depend on the numbers that it claims."""
+    """10,000 files with flipped bits, or with parts that are cut out or repeated: each is refused,
+    or is read without at least one stack."""
     content, rng = coded[2], np.random.default_rng(4)
     for _ in range(10_000):
         changed = bytearray(content)
@@ -299,7 +299,7 @@ def test_no_mutation_goes_unnoticed(coded: Any) -> None:
         ('"errors":[', '"errors":[300,'),
     ],
 )
-def test_a_header_with_a_right_checksum_cannot_ask_for_more_than_there_is(
+def test_an_impossible_header_with_a_right_checksum_is_refused(
     coded: Any, old: str, new: str
 ) -> None:
     c, _, content = coded
@@ -313,7 +313,7 @@ def test_a_header_with_a_right_checksum_cannot_ask_for_more_than_there_is(
         decompress(c, changed + content[start + length :])
 
 
-def test_files_that_are_none_of_ours(coded: Any) -> None:
+def test_other_files_and_longer_ones_are_refused(coded: Any) -> None:
     for content in (b"", b"SBML", b"PNG" * 9, struct.pack("<4sII", b"SBML", 2**32 - 1, 0)):
         with pytest.raises(CodedFileError):
             decompress(coded[0], content)
@@ -345,5 +345,5 @@ def test_the_pilot_measures_the_errors_of_the_noise_prediction() -> None:
     np.testing.assert_allclose(found, np.clip(truth, 1 / 512, 511 / 512), rtol=0.05)
 
 
-def test_the_library_is_found() -> None:
+def test_the_codec_is_a_module_of_sbml() -> None:
     assert sbml.codec.compress is compress

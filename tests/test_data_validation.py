@@ -1,4 +1,4 @@
-"""Training images held out for validation: apart from the rest, from the test set, and by name."""
+"""Training images held out for validation: neither the rest nor the test set contains them."""
 
 import dataclasses
 from pathlib import Path
@@ -45,7 +45,7 @@ def rows_of(images: data.ImageSet) -> list[bytes]:
 
 
 @pytest.mark.parametrize("source", [k for k, s in data.SOURCES.items() if not s.modes])
-def test_every_source_has_it(source: str, options: data.Options) -> None:
+def test_every_source_has_a_validation_split(source: str, options: data.Options) -> None:
     """The two parts are the training set, in its order; the test set stays as it was."""
     name, plain = full_name(source), dataclasses.replace(options, validation=0.0)
     whole, test = data.load(name, "train", plain), data.load(name, "test", plain)
@@ -66,7 +66,7 @@ def test_every_source_has_it(source: str, options: data.Options) -> None:
 
 
 def test_the_order_is_pinned() -> None:
-    """Another one would put images that a stored model was trained on into the validation part."""
+    """Another order would hold out images that a stored model was trained on."""
     mask = held_out(numbered(10), 3)
     np.testing.assert_array_equal(np.flatnonzero(mask), [2, 4, 8])
     for more in range(4, 10):  # A larger part contains a smaller one.
@@ -76,7 +76,7 @@ def test_the_order_is_pinned() -> None:
 
 
 def test_scenes_are_held_out_whole() -> None:
-    """As many as there need to be; crops of one photo are on one side."""
+    """No more scenes are held out than are needed, and crops of one photo are in one part."""
     scenes = tuple("aaaabbccd")
     images = dataclasses.replace(numbered(9), scenes=scenes)
     for size in range(1, 9):
@@ -95,7 +95,7 @@ def test_scenes_are_held_out_whole() -> None:
         assert len(held) - scenes.count(last) < size
 
 
-def test_both_views_of_a_photo_are_on_one_side() -> None:
+def test_both_views_of_a_photo_are_in_one_part() -> None:
     for size in (0.1, 0.2, 0.5):
         options = data.Options(validation=size)
         held = data.load("photos", data.VALIDATION, options)

@@ -126,7 +126,7 @@ def test_log_q_is_a_term_of_every_bound(name, trace):
 
 
 def test_k_draws_are_the_log_of_their_mean_weight():
-    """Of p / q at each draw's own u, for a density q that is not constant."""
+    """The weights are p / q, each at its draw's own u; the density q is not constant."""
     model, count = Triangle(), 3
     values = bits_per_dim(ode.Estimator(EXACT, count), model, None, LOOSE)
     for i, pixels in enumerate(PIXELS):

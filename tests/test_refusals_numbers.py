@@ -246,7 +246,7 @@ CASES: Cases = {
 test_what_is_documented_is_accepted, test_the_rest_is_refused = refusals.tests_of(CASES)
 
 
-def test_unknown_values_are_not_checked_and_nan_is_not_hidden() -> None:
+def test_traced_values_are_not_checked_and_nan_is_not_hidden() -> None:
     x = jax.jit(lambda pixels, u: bits.to_model(pixels, u, 16))(PIXELS, jnp.asarray(0.5))
     np.testing.assert_array_equal(x, bits.to_model(PIXELS, 0.5, 16))
     assert np.isnan(bits.to_model(PIXELS, NAN, 16)).all()

@@ -55,7 +55,7 @@ def log(workdir: Path, steps: int) -> None:
 
 
 def evaluated(workdir: Path, checkpoint: dict[str, int]) -> float:
-    """Write an evaluation of the digits; its bits/dim."""
+    """Write an evaluation of the digits, and return its bits/dim."""
     images = data.load("digits", "test", data.Options())
     bits = np.linspace(1, 3, len(images))
     unread = dict.fromkeys(("stderr", "this_set_stderr", "this_set_ci95", "min", "max"), 0.0)
@@ -95,7 +95,7 @@ def shown(workdir: Path) -> tuple[dict[str, Any], str]:
     return json.loads((workdir / "report.json").read_text()), re.sub(r"\s+", " ", text)
 
 
-def test_of_a_run_in_training_there_is_its_progress_and_what_makes_the_rest(
+def test_a_run_in_training_is_reported_by_its_progress_and_commands_for_the_rest(
     training: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     before = (training / ".train.json").read_text()
@@ -146,13 +146,13 @@ def test_an_evaluation_is_shown_with_the_progress(
     assert f"{bits:.3f} bits/dim" in text and "Training in progress, step 3 of 40" in text
     assert "Best and worst images" in text and "4 samples from the model" in text
     assert numbers["checkpoint"]["step"] == 2 and set(numbers["missing"]) == {"quality"}
-    samples(training, 1)  # Of another model than the results.
+    samples(training, 1)  # These are of another model than the results.
     runs.mode(report.run, tiny.get_config(), training)
     assert set(shown(training)[0]["missing"]) == {"samples", "quality"}
 
 
 def test_costs_are_those_of_the_training_that_made_the_checkpoint(tmp_path: Path) -> None:
-    """Not those of one that was begun before, nor of evaluations of other images."""
+    """They are not those of an earlier training, nor those of evaluations of other images."""
     about = {"hardware": "CPU, 2 cores", "devices": 0, "cpu_seconds": 1800.0}
     rows = [
         {"mode": "train", "first": 0, "code": "old", "seconds": 1e6},
@@ -199,7 +199,7 @@ def test_without_a_process_the_training_has_stopped_or_is_complete(
         runs.mode(report.run, tiny.get_config(), tmp_path)
         line = f"training stopped, step {steps} of 40{end}, last loss {4 / steps:.4f}"
         assert line in capsys.readouterr().out and line.capitalize() in shown(tmp_path)[1]
-    killed = tmp_path / ".train.json"  # The note of a process that could not remove it.
+    killed = tmp_path / ".train.json"  # A process that is killed leaves it.
     killed.write_text("{}")
     (tmp_path / ".train.lock").touch()
     assert Workdir(tmp_path).owner("train") is None
@@ -242,7 +242,7 @@ def test_an_evaluation_of_an_earlier_checkpoint_says_so(
 def test_a_report_that_cannot_be_made_stays_as_it_is(
     failing: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A later evaluation had written its table when it was interrupted; images are gone."""
+    """Either a later evaluation was interrupted after it wrote its table, or images are gone."""
     evaluated(tmp_path, {"step": 2, "parameters_crc32": 7})
     workdir, images = Workdir(tmp_path), data.load("digits", "test", data.Options())
     evaluation, columns = workdir.read(EVALUATION), workdir.read(PER_IMAGE)
@@ -270,8 +270,8 @@ def test_a_config_of_fewer_steps_than_were_trained_claims_no_total() -> None:
     assert begun["line"] == "training in progress, no loss logged yet"
 
 
-def test_who_asks_does_not_keep_a_training_from_starting(tmp_path: Path) -> None:
-    """Asking shares the lock for an instant, which is shorter than the patience of who wants it."""
+def test_asking_for_the_owner_does_not_keep_a_training_from_starting(tmp_path: Path) -> None:
+    """Asking takes a shared lock for an instant. A training waits longer than that for the lock."""
     path = tmp_path / ".train.lock"
     with path.open("w") as asking:
         fcntl.flock(asking, fcntl.LOCK_SH)

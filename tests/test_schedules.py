@@ -61,7 +61,7 @@ def test_the_inverse_is_exact_at_every_scale_and_of_every_shape(sde: SDE) -> Non
     derived = Derived(sde)
     t = jnp.asarray(np.append(np.geomspace(1e-9, 0.9, 14), sde.largest_time)).reshape(3, 5)
     inverse = derived.time(derived.log_snr(t))
-    # An error of one unit in lambda's last place changes t by this share.
+    # An error of one unit in lambda's last place changes t by this fraction.
     unit = 4e-16 * (1 + np.abs(derived.log_snr(t)) / (t * derived.rate(t)))
     assert inverse.shape == (3, 5) and (np.abs(inverse - t) <= 2 * unit * t).all()
     assert derived.time(jnp.asarray(1.0)).shape == ()
@@ -190,7 +190,7 @@ def test_traced_sdes_give_the_numbers_of_static_ones_and_their_derivatives(
     leaves, tree = jax.tree.flatten(kind)
 
     def along(h: Array) -> SDE:
-        # Each leaf changes by another share: some numbers do not change if both grow alike.
+        # Each leaf has another factor: some numbers do not change if all leaves have the same.
         return jax.tree.unflatten(tree, [(1 + i * h) * leaf for i, leaf in enumerate(leaves, 1)])
 
     @jax.jit
@@ -327,7 +327,7 @@ def test_density_accepts_an_sde_of_two_methods() -> None:
     density = sbml.Density(data.score, sde, (2,), eps=eps, solver=solver)
     exact = np.asarray([data.logp(jnp.asarray(row), jnp.asarray(eps)) for row in x])
     logp = density.logp(x)
-    # The neglected signal at the largest time is 1e-3 |m| |z|, see ``predictions``.
+    # The neglected signal at the largest time is 1e-3 |m| |z|, see ``sbml.score``.
     np.testing.assert_allclose(logp.values, exact, atol=2e-3)
     assert logp.converged
     elbo = density.bound(x, sweeps=4, times_each=16)

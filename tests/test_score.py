@@ -1,4 +1,4 @@
-"""From what a network predicts to a score: foreign networks, those of this package, and their ends.
+"""From what a network predicts to a score: foreign networks and those of this package.
 
 All kinds are compared with the exact score and its derivative, and those that need no division by
 alpha also with E[x_0 | x_t] and E[z | x_t]. The ODE and the bound use these functions only, so they
@@ -242,9 +242,9 @@ def _likelihoods(name: str) -> Callable[..., dict[str, dict[str, Array]]]:
 
 @pytest.mark.parametrize("kind", DATA)
 @pytest.mark.parametrize("name", INTEGRATED)
-def test_every_likelihood_is_the_datas(name: str, kind: str) -> None:
-    """With p_T in the prior's place, log p_eps exactly; where the signal vanishes, p_T is the
-    prior."""
+def test_every_likelihood_is_that_of_the_data(name: str, kind: str) -> None:
+    """With p_T in the prior's place, the result is exactly log p_eps. Where the signal vanishes,
+    p_T is the prior."""
     sde = SCHEDULES[name]
     data, x = DATA[kind](sde), jnp.array([[0.4, 0.0, 0.1], [-0.3, 0.5, -0.6]])
     exact = jax.vmap(lambda x: data.logp(x, jnp.asarray(EPS)))(x)
@@ -316,7 +316,7 @@ def test_every_bound_is_the_one_of_the_exact_score(name: str, kind: str) -> None
 
 @pytest.mark.parametrize("name", VANISHING)
 def test_the_velocity_of_pairs_is_regular_where_there_is_no_signal(name: str) -> None:
-    """v = alpha' E[x_0] + sigma' z for x = sigma z, and the score that v tells is -z / sigma."""
+    """v = alpha' E[x_0] + sigma' z for x = sigma z, and the score computed from v is -z / sigma."""
     sde, t, z = SCHEDULES[name], jnp.asarray(1.0), jnp.array([0.3, -1.0, 2.0])
     data = oracle.gaussian(sde)
     mixture = oracle.as_mixture(data)
@@ -340,7 +340,7 @@ def test_the_velocity_of_pairs_is_regular_where_there_is_no_signal(name: str) ->
 
 @pytest.mark.parametrize("kind", ["velocity", "noise"])
 def test_samples_from_noise_alone(kind: str) -> None:
-    """The ODE to the data and back, by the front door, and every sampler."""
+    """By the ODE to the data and back, with ``Density``, and by every sampler."""
     sde = SCHEDULES["rectified_flow"]
     data = oracle.gaussian(sde)
     score = from_prediction(ideal(kind, sde, oracle.as_mixture(data)), kind, sde)
@@ -408,7 +408,7 @@ def test_parameters_of_a_network_of_batches_have_gradients() -> None:
     assert len(single) == 4 and single[0] != 0
 
 
-def test_what_cannot_be_is_refused() -> None:
+def test_impossible_predictions_are_refused() -> None:
     sde = SDES["vp"]()
     with pytest.raises(ValueError, match="kind is 'v' .*: give a text among 'noise', 'score', "):
         from_prediction(lambda x, t: x, "v", sde)
@@ -440,7 +440,7 @@ class Net(nn.Module):
 
 
 class Wrong(nn.Module):
-    """A network that answers with one channel less a dimension: (n, 1, 1, 1)."""
+    """A network whose result has the wrong shape, (n, 1, 1, 1)."""
 
     @nn.compact
     def __call__(self, x: Array, label: Array, *, train: bool) -> Array:
@@ -501,7 +501,7 @@ def test_scores_by_hand(sde: SDE, parameterization: str, label: str) -> None:
 
 
 class Logits(nn.Module):
-    """Logits of ``outputs`` levels that tell what the network sees."""
+    """Logits of ``outputs`` levels that depend on both inputs of the network."""
 
     outputs: int = 0
 
@@ -582,7 +582,7 @@ class Ideal(nn.Module):
 def test_a_network_of_this_package_has_the_ode_of_the_same_foreign_one(
     name: str, kind: str, label: str
 ) -> None:
-    """Up to the end, where the signal vanishes, to the data and back."""
+    """It is compared from the data to the end, where the signal vanishes, and back."""
     sde, x = SDES[name](), jnp.array([0.4, 0.0, 0.1])
     adapter = Adapter(Ideal(sde, kind, label), sde, kind, label, data_std=DATA_STD, eps=EPS)
     exact = ideal(kind, sde, oracle.as_mixture(oracle.gaussian(sde)))
@@ -608,7 +608,7 @@ def test_a_network_of_this_package_has_the_ode_of_the_same_foreign_one(
 
 
 def test_which_networks_have_two_predictions() -> None:
-    """Those of x0 and velocity where the signal vanishes; elsewhere the score is enough."""
+    """Those of x0, velocity and flow where the signal vanishes; elsewhere the score is enough."""
     for kind in set(PARAMETERIZATIONS) - {LEVELS}:
         for sde in (SDES["rectified_flow"](), VP(), VP().levels(50)):
             score = Adapter(Net(), sde, kind, eps=1e-3)(PARAMS)
@@ -654,8 +654,8 @@ def test_a_preconditioned_network_sees_and_predicts_unit_variance(sde: SDE) -> N
     np.testing.assert_allclose(c_out**2, target, rtol=1e-6, atol=1e-12)
 
 
-def test_the_log_snr_label_is_a_unit_speed_clock_of_the_log_snr(sde: SDE) -> None:
-    """From 0 at eps to the normaliser of the importance distribution at T."""
+def test_the_log_snr_label_is_the_decrease_of_the_log_snr(sde: SDE) -> None:
+    """It grows from 0 at eps to the normaliser of the importance distribution at T."""
     label = Adapter(Net(), sde, label="log_snr", eps=1e-3).time_label
     normaliser = times.Importance(sde, 1e-3).normaliser
     ends = jnp.asarray([1e-3, sde.largest_time])
@@ -673,7 +673,7 @@ def test_labels_are_finite_where_the_signal_has_vanished(label: str) -> None:
     assert np.isfinite(labels).all() and labels[0] < labels[1] <= labels[2]
 
 
-def test_the_ends_of_the_scaled_label_are_the_adapters() -> None:
+def test_the_ends_of_the_scaled_label_are_those_of_the_adapter() -> None:
     """They may differ from those of the process. The label is 1000 at l_0 and 0 at l_1."""
     label = Adapter(Net(), VP(), label="scaled_log_snr", log_snr_range=(-4.0, 6.0)).time_label
     told = label(VP().time(jnp.asarray([-4.0, 1.0, 6.0, 8.0])))
@@ -716,7 +716,7 @@ def test_a_key_turns_dropout_on() -> None:
 
 
 def test_parameters_are_arguments_under_jit_and_grad() -> None:
-    """The score is a pytree: one compiled loss serves all parameters and differentiates in them."""
+    """The score is a pytree: one compiled loss serves all parameters, and has gradients in them."""
     traces = []
 
     @jax.jit
@@ -750,7 +750,7 @@ def test_a_score_with_a_batch_form_uses_it() -> None:
 
 
 def test_a_network_of_the_wrong_shape_is_refused() -> None:
-    """(4, 1, 1, 1) would broadcast against (4, 2, 2, 1), and the loss could no longer tell."""
+    """(4, 1, 1, 1) would broadcast against (4, 2, 2, 1), and the loss would not show it."""
     with pytest.raises(ValueError, match=r"\(4, 1, 1, 1\).*\(4, 2, 2, 1\)"):
         Adapter(Wrong(), VP())({}).batch(jnp.asarray(X), jnp.asarray(T), None)
 
@@ -775,8 +775,8 @@ def test_impossible_adapters_are_refused(arguments: dict[str, Any], message: str
 
 @pytest.mark.usefixtures("unchecked")
 @pytest.mark.parametrize("bad", [0.0, -1.0, float("inf"), float("nan")])
-def test_a_standard_deviation_that_cannot_be(bad: float) -> None:
-    """An infinite one gives infinite scores, and a training that lowering its rate cannot save."""
+def test_impossible_standard_deviations_are_refused(bad: float) -> None:
+    """An infinite one gives infinite scores, and a lower learning rate would not help."""
     message = f"data_std is {bad} .* that is positive and finite"
     with pytest.raises(ValueError, match=message):
         Adapter(Net(), VP(), data_std=bad)

@@ -1,4 +1,4 @@
-"""The optimizer's state and the average spread over eight fake devices: the same training."""
+"""A training whose optimizer's state and average are spread over eight fake devices is the same."""
 
 import json
 
@@ -52,7 +52,7 @@ def on_eight_devices(code: str, *arguments: str) -> list[str]:
 
 
 def test_sharded_training_has_the_same_losses_and_checkpoints(tmp_path) -> None:
-    """Starts unsharded, continues sharded, and then unsharded again."""
+    """The second training starts unsharded, continues sharded, and then unsharded again."""
     on_eight_devices(TRAINED, str(tmp_path))
     expected, got = losses(tmp_path / "whole"), losses(tmp_path / "mixed")
     assert set(expected) == set(got) == set(range(1, 7))
@@ -65,11 +65,12 @@ def test_sharded_training_has_the_same_losses_and_checkpoints(tmp_path) -> None:
 def test_gradients_are_reduced_once_and_a_device_holds_its_part() -> None:
     plain, sharded = map(json.loads, on_eight_devices(COMPILED))
     size = 4 * plain["parameters"]  # bytes
-    # Without: every gradient once, the loss and the statistics, and nothing is gathered.
+    # Unsharded: every gradient, the loss and the statistics are reduced once; nothing is gathered.
     assert set(plain["collectives"]) == {"all-reduce"}
     assert 1e6 * plain["collectives"]["all-reduce"][1] == pytest.approx(size, rel=0.02)
     assert plain["state"] == pytest.approx(4 * size, rel=0.02)
-    # With: parameters whole, their average and both moments an eighth, where a leaf divides.
+    # Sharded: a device holds all parameters, and an eighth of each leaf of their average and both
+    # moments, if the leaf can be divided.
     assert size < sharded["state"] < 1.1 * (1 + 3 / 8) * size
     found = sharded["collectives"]
     assert set(found) <= {"all-reduce", "reduce-scatter", "all-gather"}

@@ -32,7 +32,7 @@ def dropout_equinox(x: Array, t: Array, key: Key | None) -> Array:
 
 @pytest.mark.parametrize("score", [dropout_plain, dropout_linen, dropout_nnx, dropout_equinox])
 def test_stochastic_layers_draw_from_the_key(score: Score) -> None:
-    """Each example its own mask, the same mask for the same key, none without a key."""
+    """Each example has its own mask; the same key gives the same masks, and no key gives none."""
     x, t = jnp.ones((3, 64)), jnp.ones(3)
     f = jax.jit(batch_score(score))
     with_key = f(x, t, jax.random.key(0))

@@ -63,7 +63,7 @@ def wait_for(process, happened):
     while process.poll() is None:
         if happened():
             return True
-        time.sleep(0.003)  # More often would take the time it waits for.
+        time.sleep(0.003)  # Polling more often would slow the process down.
     return False
 
 
@@ -232,8 +232,8 @@ def test_a_second_order_training_goes_on_from_a_checkpoint(tmp_path, caplog):
 
 
 @pytest.mark.parametrize("schedule", ["constant", "cosine"])
-def test_more_steps_train_otherwise_under_a_cosine(schedule):
-    """Where the learning rate has come to zero, it is back near its peak for more steps."""
+def test_more_steps_change_a_training_with_a_cosine_schedule(schedule):
+    """At the step where the learning rate was zero, it is near its peak if there are more steps."""
     told = []
     for steps in (40, 400):
         config = tiny.get_config()
@@ -317,7 +317,7 @@ def test_two_processes_evaluate_and_sample(whole, tmp_path):
 
 
 def test_sigterm_stops_an_evaluation_by_several_processes(whole, tmp_path):
-    """jax's service takes the signal of all of them: it must be heard there too."""
+    """JAX's service receives the signal, so an evaluation must ask it, as a training does."""
     (tmp_path / "checkpoints").symlink_to(whole / "checkpoints")
     long = ("--config.eval.estimators=bound", "--config.eval.sweeps=2000")
     processes = two_processes(tmp_path, "--mode=eval,sample", *long)
@@ -391,7 +391,7 @@ def test_a_checkpoint_of_the_same_shapes_and_another_meaning_is_refused(
         runs.mode(train.run, config, whole)
 
 
-def test_how_a_model_was_trained_is_free_where_it_is_only_evaluated(whole):
+def test_settings_of_training_may_change_if_a_model_is_only_evaluated(whole):
     config = tiny.get_config()
     config.training.update(proposal_bins=0, noises="independent", times="iid")
     config.optim.update(lr=1.0, schedule="cosine")

@@ -1,4 +1,4 @@
-"""Losses that are not finite and disks that are full: every good step is kept, and told."""
+"""Losses that are not finite, and full disks: the last good checkpoint is kept and named."""
 
 import errno
 

@@ -1,4 +1,4 @@
-"""Command lines that must be refused: each ends before any work, by one line with the right word.
+"""Command lines that must be refused: each ends before any work, with one line that says why.
 
 ``data/wrong_command_lines.tsv`` has a config, the flags, and a word of the message for each.
 """
@@ -38,14 +38,14 @@ def test_the_table_is_whole() -> None:
 
 @pytest.mark.parametrize("config", OF_CONFIG)
 @pytest.mark.usefixtures("unchecked")
-def test_a_wrong_command_line_is_one_line_that_names_what_is_wrong(
+def test_a_wrong_command_line_ends_with_one_line_that_names_the_mistake(
     config: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(main.cpu, "settle", lambda: None)
     monkeypatch.setattr(_loop, "prefetch", lambda *_: pytest.fail("a training began"))
     for given, word in OF_CONFIG[config]:
         arguments = [f"--config={config}", f"--workdir={tmp_path}", *given.split(" ")]
-        if "--mode" not in given:  # Of an empty folder, a mode that is reached says so.
+        if "--mode" not in given:  # It says "no metrics" if it begins.
             arguments.append("--mode=report")
         said = message_of(arguments)
         assert word in said and "\n" not in said and "no metrics" not in said, (given, said)

@@ -45,7 +45,7 @@ def visit_inline(writer: Any, node: nodes.math) -> None:
 
 
 def visit_block(writer: Any, node: nodes.math_block) -> None:
-    """Write an equation in a line of its own, with its number and the anchors for references."""
+    """Write an equation on a line of its own, with its number and the anchors for references."""
     anchors = "".join(f'<span id="{each}"></span>' for each in node["ids"])
     number = f'<span class="eqno">({node["number"]})</span>' if node.get("number") else ""
     equation = markup(node.astext(), as_block=True)

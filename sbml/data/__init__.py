@@ -4,7 +4,8 @@
     batches = train_batches(images, 128, seed=0)
     batches[1000]                                # the uint8 batch of step 1000
 
-A source is a class derived from ``Source``. Files that open with an underscore are parts.
+A source is a class derived from ``Source``. Files whose names begin with an
+underscore are private.
 """
 
 from dataclasses import replace
@@ -70,7 +71,7 @@ def load(name: str, split: str, options: Options = _DEFAULT, **own: Any) -> Imag
       name: a source, ``source:set`` where the source is a collection, as ``tfds:cifar10``, or
         ``package.module:Name`` for a source of another package.
       split: "train", "test" or, with ``options.validation``, "validation": a part of the training
-        images that "train" is then without.
+        images, which "train" then lacks.
       options: where to look and how to cut; its ``dataset`` is taken from ``name``.
       own: the fields of the source's class.
     """

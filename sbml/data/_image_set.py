@@ -15,7 +15,7 @@ import numpy as np
 from sbml.door import condition, typed
 
 SPLITS = ("train", "test")
-VALIDATION = "validation"  # of the training images, where some are held out
+VALIDATION = "validation"  # the training images that are held out, if there are any
 
 CROPS = ("center", "random", "squash")
 
@@ -120,7 +120,7 @@ class ImageSet:
 
     @cached_property
     def fingerprint(self) -> dict[str, Any]:
-        """Plain values that tell this set from any other: its origin and the hash of every pixel.
+        """Plain values that identify this set: its origin and the hash of every pixel.
 
         Keys: name, version, split, count, shape, levels, sha256 (hex, of the pixels in C order) and
         id, the first 12 hex digits of the hash of all the others.

@@ -131,7 +131,7 @@ class Estimator(abc.ABC):
 
     Attributes:
       terms: the names of its terms; ``scale`` is added by the caller, in float64.
-      columns: the names of further numbers that it computes, which are no terms.
+      columns: the names of further numbers that it computes, which are not terms.
       is_bound: whether it is an expectation over times. Such a number is estimated by independent
         sweeps over the data set, and their spread gives its error bar. Any other number is computed
         by an ODE solver, whose error is measured by a stricter solve.
@@ -197,7 +197,7 @@ def rows(
     The terms are in bits/dim for integers, and in nats for continuous data.
 
     Args:
-      estimator, target: how is estimated, and what.
+      estimator, target: the estimator, and the quantity that it estimates.
       score, params, options: as in ``Estimator.one``. Other tolerances of a solver need no further
         compilation.
       batch: the examples.

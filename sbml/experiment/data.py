@@ -39,8 +39,8 @@ class Data(Chosen):
     dequantization: Annotated[str, among(DEQUANTIZATIONS)] = field(
         "uniform",
         "training data for a pixel k of L levels. uniform: 2 (k + u) / L - 1 with u uniform in "
-        "[0, 1); centre: the same with u = 1/2, the bin's centre; none: 2 k / (L - 1) - 1, as the "
-        "authors",
+        "[0, 1); centre: the same with u = 1/2, the bin's centre; none: 2 k / (L - 1) - 1, as in "
+        "the authors' code",
     )
     cache_dir: str = field("", "folder of prepared arrays; empty: ~/.cache/sbml")
     manual_dir: str = field("", "folder of archives already on disk, for tfds and imagenet32")
@@ -58,8 +58,8 @@ class Data(Chosen):
     split_seed: Seed = field(0, "seed of the choice of test images or rows, and of random crops")
     validation: float = field(
         0.0,
-        "fraction below 1, or number, of the training images that are held out for validation; of "
-        "crops, whole photos are held out; 0: none",
+        "fraction below 1, or number, of the training images that are held out for validation; "
+        "crops of one photo are held out together; 0: none",
         ge=0,
         lt=2**31,
     )
@@ -116,7 +116,7 @@ class Data(Chosen):
             )
 
     def load(self, split: str) -> ImageSet:
-        """The images of ``split``, or what else the source has."""
+        """The images of ``split``, or the other examples of a source without images."""
         reads = data.source_of(self.source)[0].reads
         for name, option in OWN.items():
             value = getattr(self, name)

@@ -29,8 +29,8 @@ from pydantic import AfterValidator, Field
 from sbml.registry import hint
 from sbml.scalars import notation
 
-# Steps, images and draws are int32 numbers on the devices. A field of one of these types has no
-# further lower limit: pydantic would replace this one by it.
+# Steps, images and draws are int32 numbers on the devices. A field of one of these types must not
+# set a lower limit of its own, because pydantic would replace this one by it.
 Positive = Annotated[int, Ge(1), Lt(2**31)]
 Natural = Annotated[int, Ge(0), Lt(2**31)]
 Seed = Annotated[int, Ge(0), Lt(2**32)]
@@ -39,7 +39,7 @@ Size = Annotated[int, Ge(0), Lt(2**16)]
 # The program computes in float32, where smaller numbers are 0 and larger ones infinite.
 SMALLEST, LARGEST = (float(end) for end in (np.finfo(np.float32).tiny, np.finfo(np.float32).max))
 
-# What a number of a network or of another part can be at most; its class knows the range.
+# The widest limits of a number of a network or of another part; its class knows the true range.
 _OWN: dict[Any, Any] = {
     int: Annotated[int, Gt(-(2**16)), Lt(2**16)],
     float: Annotated[float, Ge(-1e6), Le(1e6)],
@@ -258,14 +258,14 @@ def section_of(
 ) -> type[Section]:
     """A section with the fields of the dataclass ``kind``, except those in ``skip``.
 
-    Types are checked, and that numbers are finite and not huge (below 2^16 for integers, at most
-    1e6 for others). The class checks the ranges when it is made. A field cannot have a name of
-    ``taken``, or of something else that a section has.
+    The section checks the types, and that numbers are finite and not huge (below 2^16 for integers,
+    at most 1e6 for others). The class checks the ranges when it is made. A field cannot have a name
+    of ``taken``, or of something else that a section has.
     """
 
     def annotation(field: dataclasses.Field) -> Any:
         found: Any = field.type
-        if isinstance(found, str):  # As the file says ``from __future__ import annotations``.
+        if isinstance(found, str):  # The file has ``from __future__ import annotations``.
             found = eval(found, vars(sys.modules[kind.__module__]))
         if typing.get_origin(found) is Annotated:  # The class itself checks the conditions.
             found = typing.get_args(found)[0]

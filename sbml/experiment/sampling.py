@@ -35,7 +35,7 @@ class Sampling(Solving, Chosen):
     section: ClassVar[str] = "sampling"
     choice: ClassVar[str] = "sampler"
     parts: ClassVar[Mapping[str, Any]] = SAMPLERS
-    # Fields of this section say what these are.
+    # These are set by fields of this section.
     skip: ClassVar[tuple[str, ...]] = ("solver", "steps", "spacing", "eta", "corrector")
 
     num_images: Positive = field(64, "number of samples")
@@ -58,7 +58,7 @@ class Sampling(Solving, Chosen):
     eta: float = field(0.0, "share of fresh noise in the steps of ddim", ge=0, le=1)
     corrector: Annotated[str, among(CORRECTORS)] = field("none", "corrector after every step")
     corrector_steps: Positive = field(1, "number of the corrector's steps after every step")
-    snr: float = field(0.16, "ratio of noise to score in a corrector's step", gt=0, le=1)
+    snr: float = field(0.16, "signal-to-noise ratio of a corrector's step", gt=0, le=1)
     frames: Size = field(8, "number of frames of the strip from noise to image")
 
     def check(self) -> None:
@@ -111,7 +111,7 @@ class Latents(Section):
     frames: int = field(8, "number of images in an interpolation", ge=1, lt=2**16)
     steps: Positive = field(200, "steps of reverse diffusion for a completion")
     corrector_steps: Positive = field(2, "steps of annealed Langevin after each of them")
-    snr: float = field(0.16, "ratio of noise to score in a corrector's step", gt=0, le=1)
+    snr: float = field(0.16, "signal-to-noise ratio of a corrector's step", gt=0, le=1)
 
     def sampler(self) -> ReverseDiffusion:
         """The sampler of a completion: reverse diffusion with annealed Langevin steps."""

@@ -2,10 +2,11 @@
 
     python benchmarks/audit.py table gensbi=PYTHON flow_matching=PYTHON sbgm=PYTHON
 
-An estimator of -log P(k) is made of a library's log p of real numbers: with u uniform in [0, 1),
-x = 2 (k + u) / L - 1 has the number -log p(x) + d log(L / 2) nats. The library gets the exact
-velocity or score of x, as a function in its own framework (``peers.Problem``). Each library runs in
-a process of its own environment, which gets examples and returns log p, as lines of JSON.
+The libraries compute log p of real numbers. The estimate of -log P(k) from it is
+-log p(x) + d log(L / 2) nats, where x = 2 (k + u) / L - 1 and u is uniform in [0, 1). The library
+gets the exact velocity or score of x, as a function in its own framework (``peers.Problem``). Each
+library runs in a process of its own environment, which gets examples and returns log p, as lines of
+JSON.
 """
 
 import argparse
@@ -22,8 +23,9 @@ import numpy as np
 import peers
 
 REPETITIONS = 200
-NARROW = 0.05  # bins narrower than this many standard deviations of the noise: by Taylor's series
-LEAST = 1e-3  # the least standard deviation of the noise that the functions know
+# Taylor's series is used for bins narrower than this many standard deviations of the noise.
+NARROW = 0.05
+LEAST = 1e-3  # Smaller standard deviations of the noise are replaced by this one.
 
 
 class Row(NamedTuple):
@@ -49,10 +51,10 @@ ROWS = (
 
 
 class Listed(peers.Problem):
-    """Data spread evenly over the bins of all images, which are listed.
+    """A list of m images with their probabilities, where each image is spread evenly over its bins.
 
-    The arrays are ``hot (m, d, L)``, which is 1 at the level of each entry of each image, and their
-    ``log_p (m,)``. ``log_ndtr`` is of the framework ``xp``.
+    The arrays are ``hot (m, d, L)``, which is 1 at the level of each entry of each image, and
+    ``log_p (m,)`` of the images. ``log_ndtr`` is a function of the framework ``xp``.
     """
 
     log_ndtr: Callable[[Any], Any]
@@ -145,7 +147,7 @@ class Peer:
     def __call__(self, denoiser: Any, schedule: Any, pixels: np.ndarray, seed: int) -> np.ndarray:
         world, levels, n = denoiser.world, schedule.levels, len(pixels)
         flat = pixels.reshape(n, -1)
-        # The draws of an image do not depend on its batch, so whatever else does is seen.
+        # The draws of an image do not depend on its batch, so the audit notices if its log p does.
         u = [np.random.default_rng([seed, *k]).random(world.dims) for k in flat.tolist()]
         x = 2 * (flat + np.array(u)) / levels - 1
         images = world.images.reshape(-1, world.dims)

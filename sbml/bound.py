@@ -25,16 +25,16 @@ C = U diag(l) U^T, c = U^T (x - m) and v = rho^2. Then
     integral = 1/2 sum_i [-log1p(l_i / v) + l_i / (l_i + v) - c_i^2 / (l_i + v)]  from v_eps to v_T
 
 *Discrete time.* A chain of N steps over eps = t_0 < ... < t_N = T has the bound that DDPM calls
-L_vlb, where the times are evenly spaced. Only the diffusion term is another one:
+L_vlb, where the times are evenly spaced. Only its diffusion term differs:
 
     diffusion       sum_i [w_i / r_i E |z - e(x_{t_i}, t_i)|^2 + d / 2 (log r_i + 1 / r_i - 1)],
                     w_i = 1/2 expm1(lambda_{i-1} - lambda_i)
 
 where r_i is the variance of the reverse step in units of that of the true one given x. DDPM has r_i
-= 1. The bound is least for r_i = 1 + 2 w_i m_i, where m_i is the mean of |z - e|^2 / d at t_i. It
-is larger than the integral, to which it tends for N to infinity. One step i is drawn for each point
-u, with the mean of the probabilities 1/N and w_i / sum w. The control's error at t_i has the
-expectation w_i sum_j (l_j^2 + v_i c_j^2) / (l_j + v_i)^2.
+= 1. The bound is least for r_i = 1 + 2 w_i m_i, where m_i is the mean of |z - e|^2 / d at t_i. This
+diffusion term is larger than the integral, and tends to it for large N. One step i is drawn for
+each point u. With W_i = w_i / r_i, its probability is the mean of 1 / N and W_i / sum W. The
+control's term of step i has the expectation W_i sum_j (l_j^2 + v_i c_j^2) / (l_j + v_i)^2.
 
 *Density of the times.* The variance that remains depends on the time. It becomes smaller if times
 are drawn with a density in log-SNR that is proportional to the standard deviation of the draws at
@@ -230,8 +230,9 @@ def chain(sde: SDE, eps: Number, steps: int | Steps) -> tuple[Array, Array, Scal
 
 def draw_step(t: Array, weights: Array, u: Vector) -> tuple[Vector, Vector]:
     """A step of the :func:`chain` with times ``t (N,)`` and ``weights (N,)`` for each point of
-    ``u (n,)`` in [0, 1): its time, and the factor of 1/2 |z - e|^2 of which the mean over u is the
-    diffusion term. The step i has the mean of the probabilities 1 / N and w_i / sum w."""
+    ``u (n,)`` in [0, 1): its time, and the factor by which 1/2 |z - e|^2 is multiplied, so that the
+    mean over u is the diffusion term without its constant. The probability of step i is the mean of
+    1 / N and its share of the sum of the weights."""
     v, inverse = times.warp(u, times.with_floor(weights, 0.5))
     i = jnp.floor(v * t.size).astype(int)
     return t[i], 2 * t.size * weights[i] * inverse

@@ -75,7 +75,7 @@ METHODS: dict[str, tuple[type[diffrax.AbstractSolver], int, int]] = {
 
 # A likelihood takes 8 to 100 steps, and about 200 at a tolerance of 1e-10 in float64. More than
 # 1,000 are taken where rounding in float32 looks like an error of the step: for an example far
-# outside the data, or at a tolerance of 1e-8. All examples of a batch wait for such a one.
+# outside the data, or at a tolerance of 1e-8. All examples of a batch wait for such an example.
 MAX_STEPS = 1_000
 
 NO_GRADIENT = (
@@ -255,7 +255,7 @@ def growth(sde: SDE, t0: Number, t1: Number, x: Example) -> Scalar:
 
 @checked
 def solve(field: Field, y: Example, t0: End, t1: End, solver: Solver) -> tuple[Example, Stats]:
-    """Solve dy/dt = field(t, y) from ``t0`` to ``t1`` (either order, both positive).
+    """Solve dy/dt = field(t, y) from ``t0`` to ``t1`` (in either order, both at least 0).
 
     Args:
       field: a function of scalar ``t`` and ``y (*s)`` with a result of the shape of ``y``.
@@ -387,7 +387,7 @@ def _integrate(
     sign: int = 1,
 ) -> tuple[Any, Stats]:
     """The solution of d(state)/d(sign u) = rates at ``t1`` from ``start`` at ``t0``, and the stats;
-    ``evaluations`` are their numbers in a step and at the start."""
+    ``evaluations`` are the numbers of evaluations of the field in a step and at the start."""
     check_tolerances(solver, jax.tree.leaves(start)[0].dtype)
     u0, u1 = sign * t0 ** (1 / solver.power), sign * t1 ** (1 / solver.power)
     length, max_steps = u1 - u0, solver.max_steps

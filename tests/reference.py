@@ -1,8 +1,9 @@
 """Numbers of the original JAX code of Song et al. for a small DDPM++, to compare with.
 
-The weights are an initialisation plus Gaussian noise: meaningless as a model, sharp as a check.
-``score_flow_vp_small.msgpack.gz`` is a checkpoint as that code wrote it, but for its parameters,
-which are zeros, so that the average of them, of full size, is all that takes space.
+The weights are an initialisation plus Gaussian noise: they are useless as a model, but they are a
+strict check. ``score_flow_vp_small.msgpack.gz`` is a checkpoint in that code's format. In it, the
+parameters and Adam's state are zeros, which take no space when compressed; the weights are the
+average of the parameters.
 """
 
 import gzip
@@ -17,7 +18,8 @@ OPTIONS = {"nf": 16, "ch_mult": (1, 2), "num_res_blocks": 1, "attn_resolutions":
 
 
 class Reference(NamedTuple):
-    """``network`` is that of ``x`` with label 999 t and no dropout; score = -network / std(t).
+    """``network`` is the network's output for ``x`` with label 999 t and no dropout; score =
+    -network / std(t).
 
     The SDE is VP with beta from 0.1 to 20. From ``image`` their ODE at tolerances 1e-6 starts at
     ``ode_eps`` and ends in ``ode_z``. Rows of the bits/dim are independent draws, columns images.
@@ -42,6 +44,6 @@ def checkpoint() -> dict[str, Any]:
 
 
 def load() -> Reference:
-    """The reference, its parameters nested as the network ``ncsnpp`` with ``OPTIONS`` has them."""
+    """The reference, with its parameters nested as those of ``ncsnpp`` with ``OPTIONS``."""
     with np.load(DATA / "score_flow_vp_small.npz") as file:
         return Reference(params=checkpoint()["params_ema"], **{name: file[name] for name in file})

@@ -44,8 +44,8 @@ def test_a_network_in_half_precision_is_refused_before_any_row(trained, tmp_path
 
 
 def test_solver_guard_measures_the_solvers_error(trained, tmp_path):
-    """The default is within its budget; the error of a loose tolerance is the measured one, and the
-    result is marked as unconverged."""
+    """The default is within its budget. At a loose tolerance, the reported error is the difference
+    from a finer solve, and the result is marked as not converged."""
     few = {"subset": 16, "max_images": 16, "batch_size": 16}
     tight = cell_run(trained, tmp_path, ODE, **few).finish()
     assert tight.converged and abs(tight.solver_error.mean) < 3e-5
@@ -62,8 +62,8 @@ def test_solver_guard_measures_the_solvers_error(trained, tmp_path):
 
 
 @pytest.mark.parametrize(("size", "converged"), [(4e-3, False), (1e-4, True)])
-def test_errors_of_either_sign_do_not_pass_for_none(size, converged):
-    """Four images have errors of ±4e-3 with mean 0: not within 1e-3; of ±1e-4: within."""
+def test_errors_of_both_signs_do_not_cancel(size, converged):
+    """Four images have errors of mean 0: ±4e-3 is not within the budget 1e-3, and ±1e-4 is."""
     signs, solver = np.asarray([1, -1, 1, -1]), Solver()
     gap = MadeUp(4, 4, lambda ids, sweep, how: size * signs * (how == solver)).solver_error()
     assert gap.mean == 0 and gap.ci95 == pytest.approx(3.182446 * size / np.sqrt(3))
@@ -87,7 +87,7 @@ def test_eight_euler_steps_are_refused(trained, tmp_path):
         run.finish()
 
 
-def test_noise_of_a_solved_cell_is_that_of_a_second_draw_of_some(trained, tmp_path):
+def test_noise_of_an_ode_cell_is_measured_by_a_second_draw_of_a_subset(trained, tmp_path):
     run = cell_run(trained, tmp_path, ODE, max_images=40, subset=8, batch_size=16)
     result = run.finish()
     one, other = (run.rows(run.subset, draw)["bits_per_dim"] for draw in (0, 1))
@@ -200,7 +200,7 @@ def test_one_image_has_a_known_error_of_the_solver(trained, tmp_path):
 
 @pytest.mark.parametrize(("cell", "sweeps"), [(ODE, 1), (BOUND, 3)])
 def test_the_bar_shows_the_mean_of_all_rows_so_far(trained, tmp_path, monkeypatch, cell, sweeps):
-    """Over all batches, those of earlier sweeps and those that an earlier command computed."""
+    """The mean is over all batches, also those of earlier sweeps and of an earlier command."""
     shown: list[tuple[str, str]] = []
     update = Bar.update
 

@@ -125,13 +125,13 @@ def test_an_evaluation_has_bits_per_dim_given_the_label_and_the_classifier(train
     assert given == pytest.approx(np.mean(own), abs=1e-5)
     assert table["class"].tolist() == images.labels[table["id"]].tolist()
     assert stored["classes"] == [str(c) for c in range(10)]
-    # The table's images have other draws, because the places in the data are other ones.
+    # The numbers of the table have other draws, because these images have other indexes in it.
     own = table["ode_uniform_bits_per_dim"]
     assert stored["results"][0]["bits_per_dim"] == pytest.approx(own.mean())
     assert abs(own[np.isin(table["id"], ids)].mean() - given) < 0.05
 
 
-def test_samples_are_of_one_class_after_the_other(trained) -> None:
+def test_sample_i_has_class_i_modulo_the_number_of_classes(trained) -> None:
     experiment = build.Experiment(config())
     params = experiment.restore(trained).state.ema_params
     drawn = samples.draw(experiment, params, np.arange(12)).images
@@ -181,8 +181,8 @@ def test_training_does_not_continue_with_other_classes(trained, monkeypatch) -> 
         runs.mode(evaluate.run, config(), trained)
 
 
-def test_without_the_share_of_a_class_there_is_no_classifier(trained, monkeypatch) -> None:
-    """A warning says so before the work, and the other numbers stay."""
+def test_without_training_images_of_a_class_there_is_no_classifier(trained, monkeypatch) -> None:
+    """A warning says so, and the other numbers do not change."""
     original = build.Experiment.images
 
     def fewer(self, split):
@@ -202,7 +202,7 @@ def test_without_the_share_of_a_class_there_is_no_classifier(trained, monkeypatc
     assert after["results"][0]["bits_per_dim"] == before["results"][0]["bits_per_dim"]
 
 
-def test_a_network_of_the_users_with_a_field_of_that_name_has_no_classes() -> None:
+def test_a_users_network_with_a_field_named_classes_is_not_class_conditional() -> None:
     class Own(NETWORKS["mlp"]):
         def __call__(self, x, label, *, train):
             return x

@@ -1,4 +1,4 @@
-"""Settings for the CPU: in processes of their own, for they cannot be undone."""
+"""Settings for the CPU: in processes of their own, because they cannot be undone."""
 
 import subprocess
 import sys
@@ -40,6 +40,6 @@ def new_pages(call: str, *, settled: bool) -> int:
 def test_intermediate_results_take_no_new_pages():
     assert new_pages(PRODUCT, settled=True) < 32
     assert new_pages(ARRAY, settled=True) < 32
-    # The test's own check: pages are of 4 KiB or, at most, 2 MiB. Without the settings, the newest
-    # versions of JAX keep the memory of a product by themselves, but NumPy does not.
+    # Without the settings, the test must find new pages. They are of 4 KiB or, at most, 2 MiB.
+    # The newest versions of JAX keep the memory of a product by themselves, but NumPy does not.
     assert new_pages(ARRAY, settled=False) >= 2**27 / 2**21

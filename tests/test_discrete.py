@@ -51,7 +51,8 @@ def bounds(case, kind, control):
 
 
 def prior_mismatch(case, variance):
-    """E [log p_T - log pi] under N(alpha_T c, variance): the nats that the prior costs."""
+    """E [log p_T - log pi] under N(alpha_T c, ``variance`` sigma_T^2): the nats that the prior
+    costs."""
     sde, data, *_ = case
     last = jnp.asarray(sde.largest_time)
     prior_std = sde.prior_std * float(sde.std(last) / sde.std(jnp.asarray(sde.T)))
@@ -106,7 +107,8 @@ def test_the_categorical_bound_is_a_kl_divergence_and_the_decoder(case):
 
 @pytest.mark.parametrize("share", [0.01, 0.5, 0.999])
 def test_edge_score_is_the_derivative_of_the_convolution(share):
-    """z* is minus the gradient of the log-density of a e + b z, here computed by quadrature."""
+    """n + edge_score(n) is minus the gradient of the log-density of n = a e + b z, which is here
+    computed by quadrature."""
     tau, a = 1.5, math.sqrt(share)
     b = math.sqrt(1 - share)
     q = stats.truncnorm(-tau, tau)

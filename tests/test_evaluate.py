@@ -148,7 +148,7 @@ def test_eight_devices_change_nothing(trained, table, tmp_path):
 
 
 def test_killed_evaluation_ends_in_the_same_bytes(trained, tmp_path):
-    """Ctrl-C, which ends it after a batch, and then SIGKILL, both after parts are on disk."""
+    """Ctrl-C ends one evaluation after a batch, and SIGKILL another, which is then continued."""
 
     def parts():
         return sorted((workdir / "eval").glob("*/part_*.npz"))
@@ -254,7 +254,7 @@ def test_score_matching_form_takes_the_exact_trace(trained, tmp_path):
     assert 0 < np.abs(many - exact).max() < 0.25 * np.abs(one - exact).max()
 
 
-def test_times_uniform_in_t_are_for_comparison(trained, tmp_path):
+def test_times_uniform_in_t_have_the_same_mean_with_more_noise(trained, tmp_path):
     fields = {"n_times": 8, "control": False, "proposal_bins": 0}
     ways = [cell_run(trained, tmp_path, BOUND, importance_sampling=way, **fields)
             for way in (True, False)]  # fmt: skip
@@ -275,7 +275,7 @@ def test_times_by_the_velocitys_error_change_only_the_draws(trained, tmp_path):
     assert abs(found[0].mean() - found[1].mean()) < 4 * error < 0.1
 
 
-def test_fewer_images_are_a_sample_and_of_one_order(trained, tmp_path):
+def test_fewer_images_are_a_random_sample_and_part_of_any_larger_one(trained, tmp_path):
     def ids(count, cell=ODE, **fields):
         return cell_run(trained, tmp_path, cell, max_images=count, **fields).ids
 
@@ -332,7 +332,7 @@ def test_several_samples_tighten_and_their_terms_add_up(trained, tmp_path, table
     assert rows["bits_per_dim"].mean() < np.mean(repeats)
 
 
-def test_integers_left_alone_are_refused(trained, tmp_path):
+def test_integers_that_are_not_dequantized_are_refused(trained, tmp_path):
     run = cell_run(trained, tmp_path, ODE)
 
     class Nothing:
@@ -352,7 +352,8 @@ def test_the_report_tells_how_its_model_was_trained(trained, tmp_path):
     (tmp_path / "checkpoints").symlink_to(trained / "checkpoints")
     samples = read_npz(trained / "samples.npz")
     write_npz(tmp_path / "samples.npz", {**samples, "parameters_crc32": np.asarray(1)})
-    write_npz(tmp_path / "per_image_ode_uniform_k3.npz", {"id": np.arange(2)})  # of an earlier one
+    # A file of an earlier evaluation, which is removed.
+    write_npz(tmp_path / "per_image_ode_uniform_k3.npz", {"id": np.arange(2)})
     config = tiny.get_config()
     config.training.update(likelihood_weighting=False, importance_sampling=False)
     config.update({"optim": {"lr": 1.0}, "data": {"dequantization": "none"}})

@@ -1,4 +1,4 @@
-"""Damaged files of others: read as before, or refused by a ValueError that names the file.
+"""Damaged files of other programs: they are read, or a ValueError names the file.
 
 Bits are flipped, files cut, emptied, or replaced by another kind of file, at random but from fixed
 seeds. A damaged zip archive must never be read as other contents. The other formats have no
@@ -113,13 +113,13 @@ def test_a_damaged_file_is_read_or_named(name: str, tmp_path: Path) -> None:
             refused += 1
         else:
             assert isinstance(found, dict)
-            # A part that the archive's index has lost leaves a smaller archive, which is valid too.
+            # If the archive's index has lost a part, the smaller archive is valid too.
             assert not checksums or all(same({k: found[k]}, {k: whole[k]}) for k in found)
     assert refused > ROUNDS
 
 
 def test_damaged_images_of_a_folder_are_listed(tmp_path: Path) -> None:
-    """All at once: each is used or stands in the list, and the good one among them is as it was."""
+    """All are read at once: each is used or listed, and the undamaged one is unchanged."""
     folder, rng = tmp_path / "images", np.random.default_rng(0)
     for split in data.SPLITS:
         (folder / split).mkdir(parents=True)

@@ -23,7 +23,8 @@ posterior_mean = jax.jit(integers.posterior_mean, static_argnums=(3, 4))
 def prior_of(out, y, rho, levels):
     """log P(k) ``(levels,)`` of one entry's outputs, up to a constant.
 
-    A mixture is relative to the posterior of x given y for normal data of variance 1/4.
+    A mixture's means and scales are relative to the posterior of x given y for normal data of
+    variance 1/4.
     """
     if levels <= integers.FEW:
         return np.asarray(out)
@@ -68,10 +69,11 @@ def test_few_levels_are_summed_by_bayes_rule(rho, data):
     [(1e-3, 1e-9), (3e-3, 1e-8), (7.5e-3, 1e-5), (8e-3, 4e-4), (0.1, 6e-5), (3.0, 3e-5)],
 )
 def test_many_levels_are_summed_near_the_number(rho, tolerance, data):
-    """By a window and by an integral; both meet where the noise is two half bins.
+    """The sum is over a window of levels if rho is smaller than a bin's width, 7.8e-3; otherwise
+    an integral replaces it.
 
-    The integral stands for the sum up to the square of a bin's width, and more at the end of the
-    range if the posterior is hardly wider than a bin.
+    The integral has an error of about the square of a bin's width, and a larger one at the end of
+    the range if the posterior is hardly wider than a bin.
     """
     rng = np.random.default_rng(1)
     out = rng.normal(size=(3, integers.outputs(MANY)))
@@ -94,7 +96,7 @@ def test_float32_keeps_its_digits_from_the_smallest_noise_to_the_largest(levels,
             args = (jnp.asarray(a, jnp.float32) for a in (out, y, rho))
             narrow = posterior_mean(*args, levels, data)
         assert narrow.dtype == jnp.float32
-        # What the noise prediction loses by it; y itself is rounded to 6e-8.
+        # The error that this causes in the noise prediction; y itself is rounded to 6e-8.
         error = np.abs((np.asarray(narrow, float) - wide) / rho)
         assert error.max() < 2e-3
 
@@ -143,9 +145,10 @@ class Exact:
 @pytest.mark.oracle
 @pytest.mark.parametrize("name", ["vp", "ve"])
 def test_the_learned_decoders_bound_is_the_entropy(name):
-    """With the exact posterior: E bound = H(k) + E log p_T / pi, every expectation by quadrature.
+    """With the exact posterior, E bound = H(k) + KL(p_T || pi).
 
-    By the trapezoid rule over the noise, by Gauss and Legendre over log-SNR.
+    Expectations are computed by the trapezoid rule over the noise and by Gauss-Legendre quadrature
+    over log-SNR.
     """
     sde, p = SDES[name](), np.array([0.5, 0.1, 0.3, 0.1])
     levels, eps = len(p), 1e-3 if name == "vp" else 1e-5
@@ -177,7 +180,7 @@ def test_the_learned_decoders_bound_is_the_entropy(name):
     )
     prior = sum(p[k] * discrete.prior_kl(sde, jnp.asarray([c[k]])) for k in range(levels))
     entropy = -np.sum(p * np.log(p))
-    # The prior stands for p_T: KL(p_T || pi), by quadrature.
+    # The bound has the prior in place of p_T, which costs KL(p_T || pi), here by quadrature.
     alpha, sigma = float(sde.mean_coef(jnp.asarray(1.0))), float(sde.std(jnp.asarray(1.0)))
 
     def mismatch(x):
@@ -194,7 +197,7 @@ def test_the_learned_decoders_bound_is_the_entropy(name):
 def test_the_odes_likelihood_is_that_of_the_integers(data):
     """With the exact posterior, log p_eps of one entry: a sum over levels of normal densities, or
     of such densities spread over a bin."""
-    # At T, the data are a millionth of x: the prior is p_T.
+    # At T, alpha is 3e-7, so the prior is p_T.
     sde, p, eps = VP(beta_max=60.0), np.array([0.5, 0.1, 0.3, 0.1]), 3e-3
     levels, score = len(p), Exact(sde, p, data)
     c = (2 * np.arange(levels) + 1) / levels - 1

@@ -116,7 +116,7 @@ def test_fields_that_a_checkpoint_lacks_have_their_defaults_and_unknown_ones_are
     expected = Config(**tiny.get_config().to_dict())
     default = expected.eval.replace(n_times=type(expected.eval)().n_times)
     assert Config(**of_checkpoint("run").to_dict()) == expected.replace(eval=default)
-    # Earlier versions stored the numbers of all SDEs.
+    # A checkpoint may contain the fields of other SDEs.
     trained["sde"] |= {"sigma_min": 0.01, "sigma_max": 50.0, "gamma_0": -13.3, "gamma_1": 5.0}
     assert Config(**of_checkpoint("run").to_dict()).sde == expected.sde
     trained["eval"]["later"] = 1

@@ -24,7 +24,7 @@ TINY = (
 
 
 def reduced(name: str, folder: Path) -> dict[str, Any]:
-    """What the cell of parameters is followed by, here."""
+    """The parameters for the test: a cell with them is inserted after the notebook's own ones."""
     return {
         "quickstart": {
             **{"STEPS": 20, "IMAGES": 12, "WORKDIR": str(folder)},
@@ -55,8 +55,8 @@ def test_notebook_runs(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
-def test_notebook_is_small_and_knows_where_it_lives(path: Path) -> None:
-    """The badge and the first cell name the address in setup.cfg; outputs do not weigh."""
+def test_notebook_is_small_and_names_its_address(path: Path) -> None:
+    """The badge and the first code cell contain the address in setup.cfg; outputs are small."""
     setup = ConfigParser()
     setup.read(ROOT / "setup.cfg")
     url = setup["metadata"]["url"]

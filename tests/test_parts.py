@@ -1,4 +1,4 @@
-"""Tables in parts and arrays that are computed once: damage is reported, other tables refused."""
+"""Tables in parts, and arrays that are computed once: damaged files are reported."""
 
 from concurrent.futures import ThreadPoolExecutor
 
@@ -29,8 +29,8 @@ def test_parts_report_damage_and_a_repeated_row(tmp_path, caplog):
         parts.read()
 
 
-def test_rows_of_other_versions_are_known(tmp_path, monkeypatch, caplog):
-    """The number of devices is no other version, and no result depends on it."""
+def test_rows_of_other_versions_are_reported(tmp_path, monkeypatch, caplog):
+    """Another number of devices is not reported, because no result depends on it."""
     parts = Parts(tmp_path, {"step": 1})
     present = versions.versions()
     devices = f"8 x {present['devices'].split(' x ')[1]}"

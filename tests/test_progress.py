@@ -49,7 +49,7 @@ def test_a_log_has_whole_lines_at_the_ends_and_every_half_minute() -> None:
         screen.now = 62.0  # The function is compiled.
         for step in range(1000):
             bar.update(1, f"loss {step}")
-            bar.show()  # A result was there, so this says nothing.
+            bar.show()  # After the first result, this prints nothing.
             screen.now += 0.125
     assert "\r" not in screen.getvalue()
     assert screen.lines == [
@@ -117,5 +117,5 @@ def test_a_line_never_wraps() -> None:
     assert {len(line) for line in screen.lines} == {79}
 
 
-def test_times_for_people() -> None:
+def test_durations_have_units_of_readable_size() -> None:
     assert [duration(s) for s in (0.4, 119, 600, 19000)] == ["0 s", "119 s", "10 min", "5.3 h"]

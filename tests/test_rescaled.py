@@ -64,7 +64,8 @@ def test_coefficients_are_those_that_autodiff_derives() -> None:
 
 
 class Velocity(nn.Module):
-    """The network of a velocity; its input is y / sqrt(v) with d = STD, its label 100 t."""
+    """A network that predicts the velocity. Its input is y / sqrt(v), where v = (alpha STD)^2 +
+    sigma^2 is the variance of y, and its label is 100 t."""
 
     sde: sbml.sdes.SDE
 
@@ -90,7 +91,7 @@ def test_a_network_of_this_package_has_the_score_of_the_foreign_one(sde) -> None
             np.testing.assert_allclose(denoised, (x_0 - SHIFT) / SCALE, rtol=1e-12)
 
 
-def test_levels_have_no_other_units(unchecked) -> None:
+def test_an_integer_denoiser_cannot_be_rescaled(unchecked) -> None:
     with pytest.raises(ValueError, match="sde=Rescaled.*levels"):
         Adapter(nn.Dense(1), Rescaled(VP(), 2.0), parameterization="levels", levels=8)
 

@@ -1,4 +1,4 @@
-"""The contract of every SDE, by automatic differentiation and by the paper's formulas."""
+"""What every SDE must fulfil, by automatic differentiation and by textbook formulas."""
 
 import dataclasses
 import math
@@ -63,7 +63,7 @@ def _textbook(name: str, t: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndar
 
 
 @pytest.mark.parametrize("name", SDES)
-def test_coefficients_are_the_papers(name: str) -> None:
+def test_coefficients_are_those_of_the_textbook_formulas(name: str) -> None:
     sde = SDES[name]()
     times = times_of(sde)
     t = jnp.asarray(times)

@@ -77,7 +77,7 @@ def test_the_number_is_that_of_a_known_density(tmp_path: Path) -> None:
     a, b = (columns[name][places] for name in "ab")
     known = stats.multivariate_normal(train.mean(axis=0), np.cov(train.T, bias=True))
     expected = (known.logpdf(np.stack([np.log(a), b], 1)) - np.log(a)).mean()
-    assert gaussian["log_p"] == pytest.approx(expected, abs=1e-2)  # but for the shrinkage
+    assert gaussian["log_p"] == pytest.approx(expected, abs=1e-2)  # up to the shrinkage
     assert gaussian["difference_interval"][0] > 0.05  # A Gaussian cannot have two modes.
     assert rows["samples"].shape == (50, 2) and (rows["samples"][:, 0] > 0).all()
     page = (tmp_path / "run/report.html").read_text()
@@ -102,7 +102,7 @@ def test_a_resumed_run_and_the_gaussian_at_step_0(
         "log p of 56 validation rows" in said.err and "image" not in said.err
     )  # the progress bars
     assert ", model minus Gaussian +0.00" in said.out or "Gaussian -0.00" in said.out
-    # The model's line has the smallest time; the prior's error and the outlier have their own.
+    # The model's line has the smallest time, the prior's error has a line, the outlier a warning.
     model, prior = said.out.splitlines()[:2]
     assert model.startswith(f"model: log p {first['results'][0]['log_p']:.4f} nats per row at t=")
     assert f" at t={notation(first['results'][0]['smallest_time'], '.3g')} [" in model
@@ -172,7 +172,7 @@ def test_the_splits_share_no_row_and_the_training_rows_are_white(tmp_path: Path)
     assert train.ids and test.ids and len({*train.ids, *test.ids}) == N and len(test) == 0.3 * N
     z = train.images.astype(float)
     np.testing.assert_allclose(z.mean(axis=0), 0, atol=1e-6)
-    np.testing.assert_allclose(np.cov(z.T), np.eye(2), atol=0.05)  # but for the shrinkage
+    np.testing.assert_allclose(np.cov(z.T), np.eye(2), atol=0.05)  # up to the shrinkage
 
 
 def test_rounded_values_get_noise_of_the_width_of_their_steps(tmp_path: Path) -> None:

@@ -46,15 +46,15 @@ def _integrand(t: Array) -> Array:
 
 
 def _towards_last(proposal: Proposal, s: Array) -> tuple[Array, Array]:
-    """u(s) on [0, 1] and |du/ds|. Points are dense towards the time T, evenly in the logarithm of
-    their distance from its point: there the times of ``Velocity`` change fast."""
+    """u(s) on [0, 1] and |du/ds|. The points are dense near the u of the time T, where the times of
+    ``Velocity`` change fast: evenly spaced s are even in the logarithm of the distance from it."""
     u, du = jnp.expm1(-16 * s) / jnp.expm1(-16.0), 16 * jnp.exp(-16 * s) / -jnp.expm1(-16.0)
     return (1 - u if isinstance(proposal, Velocity) else u), du
 
 
 def _integral(sde: SDE, f: Callable[[Array], Array], end: float, start: float = EPS) -> float:
     """Adaptive quadrature in log t; for a table of levels, whose rate has a kink at each level,
-    Gauss and Legendre's between the levels."""
+    Gauss-Legendre quadrature between the levels."""
     if hasattr(sde, "alpha_bars"):
         edges = np.unique(np.clip(np.linspace(0, 1, len(sde.alpha_bars)), start, end))
         nodes, weights = np.polynomial.legendre.leggauss(8)
@@ -197,10 +197,10 @@ def test_float32_times_have_the_error_of_rounded_points(proposal: Proposal) -> N
 @pytest.mark.parametrize("name", ["rectified_flow", "cosine_vp", "vp"])
 def test_the_mean_weight_of_velocity_times_is_right_in_float32(name: str) -> None:
     """E_u[weight over lambda] is the length of the range of lambda. The weights of the times near T
-    are up to 1e6 times the others, so the lattice has 4,000 shifts there."""
+    are up to 1e6 times the others, so they are averaged over 4,000 shifts of the lattice."""
     draws, peak = 2**22, 256
     sde = SDES[name]()
-    # alpha and sigma to the last digit: log SNR in float64, independent of the float32 code.
+    # The log-SNR is computed in float64, so it does not depend on the float32 code.
     first, last = (float(sde.log_snr(jnp.asarray(t))) for t in (1e-3, sde.largest_time))
     with jax.enable_x64(False):
         over_log_snr = jax.jit(Velocity(sde, 1e-3).over_log_snr)

@@ -53,7 +53,7 @@ def state(workdir):
 
 
 def test_resumed_training_is_the_uninterrupted_one(whole, tmp_path):
-    """What the uninterrupted run had left on disk after step 8, and went on to 12 from there."""
+    """The run goes on from what the uninterrupted one left on disk after step 8, to step 12."""
     (tmp_path / "checkpoints").symlink_to(whole / "checkpoints")
     shutil.copytree(whole / "dequantizer", tmp_path / "dequantizer")
     shutil.rmtree(tmp_path / "dequantizer" / "checkpoints" / str(STEPS))
@@ -65,7 +65,7 @@ def test_resumed_training_is_the_uninterrupted_one(whole, tmp_path):
 
 
 def test_the_loss_is_the_bound_plus_log_q(whole):
-    """Of each image, with the same draws; ``test_estimators`` has the terms of the number."""
+    """This holds for each image with the same draws; ``test_estimators`` tests the bound itself."""
     experiment = build.Experiment(config_of())
     frozen, params = experiment.restore(whole).state.ema_params, state(whole).ema_params
     pixels = jax.numpy.asarray(experiment.images("test").images[:8])
@@ -131,7 +131,7 @@ def test_another_flow_of_the_same_shapes_is_refused_and_other_arithmetic_is_not(
         build.Experiment(config).restore_dequantizer(whole, experiment.images("train"))
 
 
-def test_another_score_is_refused_for_resuming_and_warned_of(whole, tmp_path):
+def test_another_score_is_refused_in_training_and_gives_a_warning_in_evaluation(whole, tmp_path):
     (tmp_path / "dequantizer").symlink_to(whole / "dequantizer")
     config = config_of(num_steps=STEPS + 4)
     config.training.num_steps = 20

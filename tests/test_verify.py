@@ -97,7 +97,7 @@ EVERY |= {(name, next(iter(SDES))) for name in OF_ONE_SDE}
 
 @functools.cache
 def rows() -> dict[tuple[str, str], Row]:
-    """Rows by their names. The session is in float32; the table sets float64 by itself."""
+    """Rows by their names. The tests run in float32; the table sets float64 by itself."""
     results = verify.checks(CHECKED)
     assert len(results) == len({(row.name, row.sde) for row in results})
     return {(row.name, row.sde): row for row in results}
@@ -165,8 +165,8 @@ class Mutation(NamedTuple):
 
     Attributes:
       patches: the object, the attribute, and a function from its true value to a wrong one.
-      rows: a function of the SDE, which is another one for every mutation: with the same, functions
-        that were compiled for the true formula would be used again.
+      rows: a function of the SDE. Each mutation has an SDE of its own, because functions that were
+        compiled for the true formula would be used again with the same SDE.
       failing: the names of all rows of ``rows`` that fail.
     """
 

@@ -50,7 +50,7 @@ INTERNAL = {
 
 
 def parts(name: str) -> list[str]:
-    """The public modules of the package ``name``, whose files open with no underscore."""
+    """The modules in the package ``name`` whose names do not begin with an underscore."""
     path = getattr(importlib.import_module(name), "__path__", None)
     found = pkgutil.iter_modules(path) if path else ()
     return [f"{name}.{m.name}" for m in found if not m.name.startswith("_")]

@@ -47,8 +47,8 @@ class ForeignState(NamedTuple):
 
     @property
     def origin(self) -> dict[str, Any]:
-        """The file, its step and its SHA-256, which its publisher may tell: msgpack files have no
-        checksum of their own, so a changed value in them is not noticed."""
+        """The file, its step and its SHA-256, to compare with the one that its publisher gives:
+        msgpack files have no checksum, so reading does not notice a changed value."""
         with self.path.open("rb") as file:
             sha256 = hashlib.file_digest(file, "sha256").hexdigest()
         return {"file": str(self.path), "step": self.step, "sha256": sha256}
@@ -120,8 +120,8 @@ def fit(
 
 
 def state(template: TrainState, theirs: ForeignState) -> TrainState:
-    """``template`` with the arrays of the checkpoint ``theirs``, on the devices. Statistics of the
-    training are those before it."""
+    """``template`` with the arrays of the checkpoint ``theirs``, on the devices. The statistics of
+    the training are 0, as before its first step."""
     for name, tree in theirs.trees.items():
         if mismatch := differences(tree, template.params):
             raise ValueError(f"{theirs.path}, {name}:\n  " + "\n  ".join(mismatch))

@@ -75,7 +75,7 @@ def _original_gzip(path: Path) -> bytes:
     """The bytes of a Fashion-MNIST archive as its authors published it.
 
     Debian drops the file name and the time from the gzip header; TFDS then rejects the file by its
-    hash. Both are known, and TFDS goes on to check the hash of what is restored here.
+    hash. Both are known, so they are restored here; TFDS still checks the hash of the result.
     """
     raw = path.read_bytes()
     if len(raw) < 18 or raw[:3] != b"\x1f\x8b\x08":
@@ -96,7 +96,7 @@ def _decode(name: str, split: str, options: Options, add: Add) -> dict[str, Any]
     except ImportError as error:
         raise ImportError(
             f"tfds:{name} must be prepared first, which needs TensorFlow: pip install '.[tfds]' "
-            f"({error}). Afterwards neither is needed."
+            f"({error}). Afterwards TensorFlow is not needed."
         ) from error
     with contextlib.suppress(RuntimeError):  # TensorFlow is in use already: its user decides
         tf.config.set_visible_devices([], "GPU")  # the accelerator is JAX's

@@ -2,12 +2,12 @@
 
     x, stats = sampler(score, sde, z, key, eps=eps)        z (*s) ~ prior, x (*s); vmap over both
 
-``ode`` is the probability-flow ODE with step control. The others take a fixed number of steps from
-t = T down to eps, on a grid of times; each step is one formula, ``step``. All are frozen
-dataclasses and hashable, so they can be static under ``jit``.
+``ode`` solves the probability-flow ODE, by default with step control. The others take a fixed
+number of steps from t = T down to eps, on a grid of times; each step is one formula, ``step``. All
+are frozen dataclasses and hashable, so they can be static under ``jit``.
 
-``decode`` and ``ode_sample`` are the same ODE as functions. ``predictions`` and ``denoise`` give
-what a score says of the data and of the noise in x_t.
+``decode`` and ``ode_sample`` solve the same ODE as functions. ``predictions`` computes E[x_0 | x_t]
+and E[z | x_t] from a score, and ``denoise`` the first of them only.
 
 ``SAMPLERS`` has the names in configs. The file ``_grid`` has what all samplers with fixed steps
 share, ``one_step`` and ``multistep`` have the formulas, and ``corrector`` has the correctors that

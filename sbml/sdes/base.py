@@ -49,8 +49,9 @@ ELEMENTWISE = (
 
 
 def _elementwise(method: Callable[..., Any]) -> Callable[..., Any]:
-    """``method`` with the checks that no formula then needs: of XLA's sums, of its times, and that
-    its result has one number for each time. A constant is broadcast to the times."""
+    """``method`` with the checks that its formula then need not make: that XLA's sums are right,
+    that the times are valid, and that the result has one number for each time. A constant is
+    broadcast to the times."""
 
     @functools.wraps(method)
     def inside(self: Any, *positional: Elementwise, **named: Elementwise) -> Any:

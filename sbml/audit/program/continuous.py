@@ -130,7 +130,8 @@ def expected_bound(case: Case, sde: SDE, eps: float) -> tuple[float, float]:
 
 
 def bound_rows(name: str, sde: SDE, case: Case) -> Iterator[Row]:
-    """The terms of the bound, the gap of a wrong score, and the loss at the true one."""
+    """The terms of the bound, the gap and the loss of a wrong score, and the loss's slope at the
+    true score."""
     d, rng = len(case.mean), np.random.default_rng(0)
     a, b = 0.3 * rng.normal(size=(d, d)), 0.3 * rng.normal(size=d)
     proposal = times.Importance(sde, EPS)
@@ -254,8 +255,8 @@ def probe_rows(name: str, sde: SDE) -> Iterator[Row]:
     """Rademacher probes of the ODE's velocity, where they give the exact divergence
     d f + 1/2 g^2 sum_i 1 / (alpha^2 l_i + sigma^2).
 
-    For independent entries, one probe does so. For others, the mean over as many probes does as
-    there are rows in a Hadamard matrix that has a column for each entry."""
+    For independent entries, one probe gives it. For correlated entries, the mean over n probes
+    gives it, if n is a power of two and not smaller than the number of entries."""
     x = jnp.asarray(np.random.default_rng(1).normal(size=3))
     grid = np.array([EPS, 0.01, 0.3, sde.largest_time])
     keys = jax.random.split(jax.random.key(0), len(grid))

@@ -32,7 +32,7 @@ from runs import FRESH
 from sbml.runtime import checkpoint
 from sbml.runtime.checkpoint import Checkpoints, UnsavedCheckpointError
 
-# When one read of a broken checkpoint fails, orbax drops the others, whose errors are then lost.
+# When one read of a broken checkpoint fails, orbax drops the others, and their errors are lost.
 pytestmark = pytest.mark.filterwarnings(*BROKEN_READS)
 
 

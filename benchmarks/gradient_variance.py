@@ -58,8 +58,8 @@ class Way(NamedTuple):
     """How a batch of times and noises is drawn."""
 
     draw: str = "lattice"  # a key of times.DRAWS
-    noises: str = "independent"  # of NOISES
-    statistic: str = ""  # that the density of times is proportional to; "" for a uniform density
+    noises: str = "independent"  # one of NOISES
+    statistic: str = ""  # the density of times is proportional to it; "" for a uniform density
 
     def __str__(self) -> str:
         return f"{self.draw}, {self.noises}" + f", q ~ {self.statistic}" * bool(self.statistic)

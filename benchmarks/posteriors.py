@@ -4,19 +4,20 @@
     python benchmarks/posteriors.py table results.jsonl
 
 The simulators, and the network and training of sbml, are those of
-``experiments/posterior_of_a_simulator.ipynb``, whose cells are executed here. ``measure`` runs by
-the Python of an environment with sbml. For each seed it draws the simulations once, and all
-libraries train on them, one after the other. Each is a process of its own on one core, by the
-Python of its environment (``LIBRARY=PYTHON``). The methods are those of ``METHODS``; the budget is
-either the number of steps of sbml or its training time, or else the method stops by itself.
+``experiments/posterior_of_a_simulator.ipynb``, whose cells are executed here. Run ``measure`` with
+the Python of an environment that has sbml. For each seed it draws the simulations once, and all
+libraries train on them, one after the other. Each training is a process of its own on one core,
+with the Python of the library's environment (``LIBRARY=PYTHON``). The methods are those of
+``METHODS``; the budget is either the number of steps of sbml or its training time, or else the
+method stops by itself.
 
 For new pairs of parameters and observations, the mean of log p(theta | x) - log q(theta | x), where
 p is the exact posterior and q the density of the library's own function, is KL(p || q), averaged
-over x. For the coverage, each x has ``DRAWS`` samples of q. The share of them with a larger exact
-density p than the true parameters is uniform if q = p, so at most a share l of them has it in about
-a part l of the pairs. A smaller part than l says that q is too narrow, in general. Unlike the
-coverage of q's own regions, this test notices a q that ignores a part of x. Training times are
-CPU-seconds without compilation, which is measured by a training of 20 steps.
+over x. For the coverage, ``DRAWS`` samples of q are drawn for each x. Let s be the share of them
+whose exact density p is larger than that of the true parameters. If q = p, then s is uniform, so
+s <= l holds for about a share l of the pairs. If it holds for fewer, q is usually too narrow.
+Unlike the coverage of q's own regions, this test notices a q that ignores a part of x. Training
+times are CPU-seconds without compilation, which is measured by a training of 20 steps.
 """
 
 import argparse
@@ -36,10 +37,10 @@ import numpy as np
 
 NOTEBOOK = Path(__file__).parents[1] / "experiments" / "posterior_of_a_simulator.ipynb"
 PAIRS, CHUNK = 1000, 100  # new pairs for the divergence, and how many are evaluated at once
-COVERED, DRAWS = 200, 19  # those of the coverage, and samples for each
+COVERED, DRAWS = 200, 19  # new pairs for the coverage, and samples for each
 LEVELS = 0.5, 0.9
 STEPS, SECONDS, OWN = "equal steps", "equal time", "its own"
-METHODS = {  # with the number of pairs: where log p is slow, only the first of them
+METHODS = {  # (method, budget, number of pairs); fewer pairs where log p is slow
     "sbml": [("notebook", STEPS, PAIRS)],
     "gensbi": [
         ("sbml's network", STEPS, PAIRS),
@@ -56,9 +57,9 @@ class Fitted(NamedTuple):
     """A trained posterior.
 
     Attributes:
-      parameters: of the network.
-      steps: of the training.
-      seconds: of the training.
+      parameters: number of the network's parameters.
+      steps: number of training steps.
+      seconds: CPU-seconds of the training.
       log_prob: from theta (n, d) and x (n, k) to log q(theta | x) (n,).
       sample: from x (n, k) to samples (n, DRAWS, d).
     """
@@ -181,7 +182,7 @@ def gensbi(arrays: Arrays, method: str, seed: int, steps: int, batch: int) -> Fi
 
     ids = {"obs_ids": pipeline.obs_ids, "cond_ids": pipeline.cond_ids}
     of_one = pipeline.get_log_prob_fn(x[:1])
-    # Its function takes one x, so pairs are mapped.
+    # Its function takes one x, so ``vmap`` maps it over the pairs.
     each = jax.jit(jax.vmap(lambda z, c: of_one(z[None], ids | {"cond": c[None]})[0]))
 
     def log_prob(theta: Any, x: Any) -> Any:

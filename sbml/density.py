@@ -99,10 +99,10 @@ class Density:
       eps: the smallest time; None for the SDE's ``smallest_time``.
       trace: how the divergence is computed; None for the exact trace up to 64 dimensions, and two
         Rademacher probes above.
-      solver: how the ODE is solved. For ``logp`` and ``bits_per_dim`` the tolerances are at least
-        1e-6 in float32, because a solve with a tenth of them measures the solver's error. A solver
-        of your own needs ``adjoint="reverse"`` for derivatives by ``grad``; their memory is that of
-        about sqrt(2 max_steps) steps.
+      solver: how the ODE is solved. For ``logp``, ``bits_per_dim`` and ``classify`` the tolerances
+        must be at least 1e-6 in float32, because a solve with a tenth of them measures the solver's
+        error. A solver of your own needs ``adjoint="reverse"`` for derivatives by ``grad``; their
+        memory is that of about sqrt(2 max_steps) steps.
       batch_size: the number of examples that are computed at once.
       seed: the seed of the random draws of measurements.
       budget: the largest solver error that counts as converged, in bits/dim or in nats per
@@ -129,7 +129,7 @@ class Density:
     solver: Solver = Solver(rtol=2e-4, atol=2e-4, adjoint="reverse")
     batch_size: Count = 64
     seed: Annotated[int, between(0, 2**32 - 1)] = 0
-    budget: Annotated[float, between(0, 1)] = 1e-3  # Any error would be within one of infinity.
+    budget: Annotated[float, between(0, 1)] = 1e-3  # With infinity, any error would pass.
     subset: Count = 32
     condition_shape: Any = ()
     transform: Any = None
@@ -159,7 +159,7 @@ class Density:
         """Raise a ValueError if ``other``, the SDE that the score was made for, is not ``sde``."""
         try:
             differs = other != self.sde
-        except (TypeError, ValueError):  # As of an array of several numbers and a tuple.
+        except (TypeError, ValueError):  # For example, an array and a tuple were compared.
             raise ValueError(
                 f"the sde={other} of the score contains arrays, which cannot be compared with the "
                 "numbers of Density's sde: give the score an SDE of floats or tuples of floats"
@@ -668,7 +668,7 @@ class Density:
         self, fitted: Examples, data: Examples, condition: Any, steps: int | None
     ) -> Reduction:
         """A control variate of the examples ``fitted``, and a density of the times for ``data``."""
-        # Any variance leaves the expectation as it is. Without one more, the control would be far
+        # This added variance does not change the expectation. Without it, the control would be far
         # off in directions without variance, such as those of constant pixels.
         noise = 0.02 * float(np.var(fitted))
         few = len(fitted) <= 2 * self.dims
@@ -873,7 +873,7 @@ def _sample_and_log_prob(
 def _pilot(
     score: Score, x: Array, key: Key, control: Any, condition: Any, *, sde: SDE, eps: float
 ) -> Array:
-    # 8 draws of each example: 16 for each bin, if there are more than three examples.
+    # 8 draws for each example are at least 16 for each bin, if there are more than three examples.
     how: Any = {"eps": eps, "control": control, "bins": max(2, min(32, len(x) // 2))}
     return pilot(score, sde, x, key, condition=condition, **how)
 

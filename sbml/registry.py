@@ -4,7 +4,7 @@ SDES = Registry("SDE", {"vp": "sbml.sdes.linear_beta:VP"})
 SDES["vp"]                  the class VP; its module is imported only now
 SDES["mine.sdes:Mine"]      the class Mine of the user's own module
 
-A part that its own file makes can stand in the place of its ``module:Name``.
+A registry can also hold a part itself instead of its ``module:Name``.
 """
 
 import difflib

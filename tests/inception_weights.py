@@ -1,6 +1,6 @@
 """Random weights of Inception-v3, and files of them as PyTorch would write them, without PyTorch.
 
-``data/make_inception.py`` gives PyTorch's networks the same weights, and stores what they answer.
+``data/make_inception.py`` gives PyTorch's networks the same weights, and stores their outputs.
 """
 
 import pickle
@@ -14,13 +14,13 @@ import numpy as np
 Shapes = Mapping[str, tuple[int, ...]]
 # By dtype, the name of the storages that hold it.
 STORAGES = {np.dtype("<f4"): "FloatStorage", np.dtype("<i8"): "LongStorage"}
-# With this seed PyTorch's own answers in float32 and float64 agree far better than the tests ask
+# With this seed PyTorch's own outputs in float32 and float64 agree far better than the tests ask
 # for. With 1 or 3 they do not: two classes share the probability, and their logits are large.
 SEED = 4
 
 
 def random_weights(shapes: Shapes) -> dict[str, np.ndarray]:
-    """Of a size that keeps the signal through all layers, and statistics that matter."""
+    """Weights that keep the size of the signal through all layers, and statistics that matter."""
     # This generator's numbers are the same in every version of NumPy, unlike default_rng's.
     random = np.random.RandomState(SEED)
     state: dict[str, np.ndarray] = {}
@@ -47,7 +47,7 @@ def write_state_dict(path: Path, state: Mapping[str, np.ndarray]) -> None:
             value = np.asarray(value, order="C")
             archive.writestr(f"weights/data/{key}", value.tobytes())
             entries.append(text(name) + _tensor(str(key), value))
-        # The opcodes are written out, for pickle would import the names of PyTorch to write them.
+        # The opcodes are written out, because pickle would import PyTorch to write its names.
         opcodes = [pickle.PROTO + b"\x02", pickle.EMPTY_DICT, pickle.MARK, *entries]
         archive.writestr("weights/data.pkl", b"".join([*opcodes, pickle.SETITEMS, pickle.STOP]))
         archive.writestr("weights/byteorder", "little")

@@ -30,7 +30,7 @@ FRESH.set_forkserver_preload(
 
 
 class Copy:
-    """The interface of ``subprocess.Popen``, of ``call()`` in a copy of the process with imports.
+    """``call(arguments)`` in a copy of the process with imports; it has the interface of ``Popen``.
 
     The environment is set after the imports. ``XLA_FLAGS`` is read later than that, but other
     variables may have been read before.
@@ -76,8 +76,8 @@ def _begin(call, arguments, environment, written):
     try:
         call(arguments)
     finally:
-        # A copy ends without the interpreter's own end, in which jax would leave the service of
-        # several processes: each waits there until all have come.
+        # A copy does not run the interpreter's exit handlers, in which jax would leave the service
+        # of several processes. Each process waits there for all others.
         jax.distributed.shutdown()
 
 
@@ -95,7 +95,7 @@ def _code(arguments):
 
 def _environment(devices):
     flags = os.environ["XLA_FLAGS"]
-    if devices > 1:  # The same flags as here otherwise: a copy finds what was compiled here.
+    if devices > 1:  # Otherwise with the flags of this process, whose compiled programs it reuses.
         flags += f" --xla_force_host_platform_device_count={devices}"
     return {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
 

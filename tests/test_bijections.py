@@ -1,4 +1,4 @@
-"""Bijections of distrax and flowjax as changes of variables: by ``.ci/frameworks``."""
+"""Bijections of distrax and flowjax as changes of variables; ``.ci/frameworks`` runs them."""
 
 import jax
 import jax.numpy as jnp
@@ -34,7 +34,7 @@ def _of_flowjax():
 
 
 @pytest.mark.parametrize("bijection", [_of_distrax, _of_distrax_block, _of_flowjax])
-def test_data_with_a_normal_logarithm_have_its_log_p_and_samples(bijection) -> None:
+def test_log_p_samples_and_gradient_of_lognormal_data(bijection) -> None:
     d = sbml.Density(lambda x, t, key: -x, sbml.VP(), shape=(3,), transform=bijection())
     lognormal = stats.lognorm(s=STD, scale=np.exp(MEAN))
     truth = lognormal.logpdf(Y.astype(float)).sum(axis=1)

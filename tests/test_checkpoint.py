@@ -32,7 +32,7 @@ from runs import FRESH
 from sbml.runtime import checkpoint
 from sbml.runtime.checkpoint import Checkpoints, UnsavedCheckpointError
 
-# When one read of a broken checkpoint fails, orbax drops the others, which then complain to nobody.
+# When one read of a broken checkpoint fails, orbax drops the others, and their errors are lost.
 pytestmark = pytest.mark.filterwarnings(*BROKEN_READS)
 
 
@@ -199,7 +199,7 @@ def _large_state(step: int) -> dict[str, jax.Array]:
 
 
 def _train(directory: Path, progress: Any) -> None:
-    """Goes on from the newest checkpoint, checks it, saves one step whole and starts another."""
+    """Check the newest checkpoint, save the next step completely, and start to save another."""
     with Checkpoints(directory) as checkpoints:
         restored = restore(checkpoints, _large_state(0))
         start = 0 if restored is None else restored.step
@@ -270,7 +270,7 @@ def _full_for_a_while(directory: Path) -> None:
         assert sorted(p.name for p in directory.iterdir()) == ["1", "7"], [*directory.rglob("*")]
         restored = restore(checkpoints, abstract(make_state(0)))
     assert restored is not None and same_bits(restored.state, make_state(7))
-    # Beside Orbax's own, of which some versions have one about a save that is being renamed.
+    # Orbax logs too: some of its versions have a message about a save that is being renamed.
     ours = [line for line in said if line.startswith(("The checkpoint of step", "Saving works"))]
     assert len(ours) == 2 and len(said) < 5, said
     assert ours[0].startswith(f"The checkpoint of step 2 was not saved in {directory}: ")
@@ -305,10 +305,10 @@ def test_a_save_that_fails_shows_no_tracebacks_of_its_other_arrays(tmp_path: Pat
     in_fresh_process(_fail_with_many_arrays, tmp_path)
 
 
-def test_a_folder_that_cannot_be_made_is_a_save_that_failed(
+def test_a_save_whose_folder_cannot_be_made_has_failed(
     tmp_path: Path, monkeypatch: Any, caplog: Any
 ) -> None:
-    """A disk without inodes has free bytes, and fails as the writer makes its folder."""
+    """A disk without inodes has free bytes, and fails when the writer makes its folder."""
     made = checkpoint.ocp.training.Checkpointer
     errors = iter([OSError(28, "No space left on device")])
 
@@ -323,7 +323,7 @@ def test_a_folder_that_cannot_be_made_is_a_save_that_failed(
     assert checkpoints.save(2, make_state(2), {})
     checkpoints.close()
     assert checkpoints.steps() == [2] and "Saving works again: step 2" in caplog.text
-    errors = iter([PermissionError(13, "Permission denied")])  # It is there to stay.
+    errors = iter([PermissionError(13, "Permission denied")])  # A permanent error.
     with pytest.raises(UnsavedCheckpointError, match="Permission denied"), checkpoints:
         checkpoints.save(3, make_state(3), {})
 
@@ -376,7 +376,7 @@ def test_a_save_leaves_no_thread_and_no_open_file(tmp_path: Path) -> None:
 def test_a_folder_that_cannot_be_written_ends_the_run_and_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: Any
 ) -> None:
-    """Also after a disk that was full for a while: nothing may then say that a step is saved."""
+    """This also holds after a disk was full for a while: no message says that a step is saved."""
     directory = tmp_path / "run"
     reasons = iter(["full", ""])
     monkeypatch.setattr(checkpoint, "shortage", lambda *_: next(reasons))

@@ -83,7 +83,7 @@ def test_flips_mirror_half_of_the_images() -> None:
         assert (ids, [False] * 64) == identify(images, plain[step])
     assert abs(flips.mean() - 0.5) < 3 * 0.5 / math.sqrt(flips.size)
     assert len(np.unique(flips, axis=0)) == 100
-    assert abs(flips.mean(0) - 0.5).max() < 5 * 0.5 / math.sqrt(100)  # no place favoured
+    assert abs(flips.mean(0) - 0.5).max() < 5 * 0.5 / math.sqrt(100)  # at every place of the batch
 
 
 def test_flipping_leaves_the_set_unchanged() -> None:

@@ -45,7 +45,9 @@ def archives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> data.Options:
 
 @pytest.mark.parametrize("version", ["old", "new"])
 @pytest.mark.parametrize("split", data.SPLITS)
-def test_every_image_of_the_archive(version: str, split: str, archives: data.Options) -> None:
+def test_every_image_of_the_archive_is_read(
+    version: str, split: str, archives: data.Options
+) -> None:
     images = data.load(f"imagenet32:{version}", split, archives)
     np.testing.assert_array_equal(images.images, IMAGES)
     assert images.fingerprint["name"] == f"imagenet32:{version}"
@@ -60,7 +62,7 @@ def test_an_archive_that_lacks_images_is_refused(
     assert not list(Path(archives.cache).rglob("*.npy"))
 
 
-def test_what_to_do_without_an_archive(tmp_path: Path) -> None:
+def test_the_error_for_a_missing_archive_names_it_and_the_remedy(tmp_path: Path) -> None:
     empty = data.Options(cache_dir=tmp_path, manual_dir=tmp_path)
     with pytest.raises(ValueError, match=r"Imagenet32_val_npz.zip.*data.manual_dir.*not there"):
         data.load("imagenet32:new", "test", empty)
@@ -85,7 +87,7 @@ def test_the_two_are_never_compared(one: str, other: str, archives: data.Options
         trained.other_data({"data": {"name": "imagenet32:old", "sha256": ""}}, images)
 
 
-def test_what_may_be_compared() -> None:
+def test_names_of_the_same_data_set_may_be_compared() -> None:
     imagenet32.check_comparable("imagenet32:old", "tfds:downsampled_imagenet/32x32", "tfds:cifar10")
     imagenet32.check_comparable("tfds:imagenet_resized/32x32", "imagenet32:new")
 

@@ -17,7 +17,7 @@ def features(n: int, d: int = 5, shift: float = 0.0, seed: int = 0) -> np.ndarra
     return shift + rng.normal(size=(n, d)) @ rng.normal(size=(d, d))
 
 
-def test_frechet_is_scipys_matrix_root() -> None:
+def test_frechet_agrees_with_scipys_matrix_root() -> None:
     one, other = Moments.of(features(200)), Moments.of(features(300, shift=0.5, seed=1))
     root = linalg.sqrtm(one.cov @ other.cov).real
     expected = np.sum((one.mean - other.mean) ** 2) + np.trace(one.cov + other.cov - 2 * root)
@@ -67,7 +67,7 @@ def test_inception_score_where_a_class_is_never_seen() -> None:
 
 
 def test_nearest(monkeypatch: pytest.MonkeyPatch) -> None:
-    """In parts of the rows, for features and for images of integers."""
+    """The rows are read in parts, for features and for images of integers."""
     monkeypatch.setattr(moments, "CHUNK", 300)
     x, others = features(30), features(700, seed=3)
     images = [RNG.integers(0, 256, (n, 4, 4, 3), np.uint8) for n in (30, 700)]

@@ -146,7 +146,7 @@ def test_the_settings_of_a_configs_own_sampler_are_not_those_of_others(name: str
 
 
 def test_samplers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With one sampler of each kind: noise, a corrector, none, the ODE."""
+    """One sampler of each kind: with noise, with a corrector, with neither, and the ODE."""
     few = ("ancestral", "reverse_diffusion_corrected", "dpm_solver", "ode_heun")
     monkeypatch.setattr(samplers, "SAMPLERS", {name: samplers.SAMPLERS[name] for name in few})
     monkeypatch.setattr(samplers, "TOLERANCES", (1e-1,))
@@ -157,7 +157,7 @@ def test_samplers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path.write_text(text.replace("    return config", FEATURES + "    return config"))
     points = samplers.main(str(path), str(tmp_path / "w"), str(tmp_path / "out"), 30, [4])
     assert {p.name for p in points} == {*samplers.SAMPLERS, "ode", samplers.TEST}
-    # Of 4 evaluations each, as asked, and the one that denoises.
+    # Each has the 4 evaluations that were asked for, and one for the final denoising step.
     assert all(p.nfe == 5 for p in points if p.name in samplers.SAMPLERS)
     assert all(p.feature > 0 and p.pixel > 0 for p in points)
     drawn = sorted(p.name for p in (tmp_path / "out").iterdir())

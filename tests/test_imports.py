@@ -19,9 +19,9 @@ MODULES = {
     if path != ROOT / "__init__.py"
 }
 
-# What each folder may import, beside itself and the library: the files at the top but ``main``, the
-# folder ``sdes``, and the folders of its kinds. Each row names folders of rows above it only, so no
-# import goes in a circle. A new folder needs a row here.
+# What each folder may import, in addition to itself and the library. The library is the folder
+# ``sdes`` and the files at the top except ``main``. Each row but the first names folders of rows
+# above it only, so no import goes in a circle. A new folder needs a row here.
 LAYERS: dict[str, set[str]] = {
     "library": {"networks", "dequantizers", "estimators", "samplers"},
     **dict.fromkeys(("networks", "dequantizers", "samplers"), set()),
@@ -88,8 +88,8 @@ def test_imports_go_down_the_layers_only(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", LAYERS)
-def test_the_rules_allow_nothing_that_nobody_does(name: str) -> None:
-    """Or they would not show the architecture."""
+def test_every_allowed_import_exists(name: str) -> None:
+    """Otherwise the table would not show the architecture."""
     assert LAYERS[name] - {"networks", "samplers"} <= uses(name) | {"library"}
 
 
@@ -156,7 +156,7 @@ def sde_branches(tree: ast.Module) -> Iterator[str]:
             yield from (f"{line}: compared with {name!r}" for name in constants & set(SDES))
 
 
-# Of ``sdes`` itself, and of the readers that make the schedules which files of other code hold.
+# The modules that may make SDEs: ``sdes``, and the readers of schedules in other codes' files.
 MAKES_SDES = {m for m in MODULES if m.split(".")[0] == "sdes"} | {
     "convert.vdm",
     "convert.diffusers",
@@ -193,12 +193,12 @@ def test_the_library_is_there_once_the_package_is_imported() -> None:
         sbml.loses  # noqa: B018
 
 
-# Packages that read image sets, store checkpoints, draw and write: of the program, not the library.
+# Packages of the program, such as those that read image sets: the library must not import them.
 OF_THE_PROGRAM = {
     *("tensorflow", "tensorflow_datasets", "skimage", "sklearn", "matplotlib", "PIL", "orbax"),
     *("grain", "tensorboardX", "jinja2", "optax", "ml_collections"),
 }
-# Packages of networks and solvers, and the slow part of SciPy: not of a loss.
+# Packages of networks and solvers, and the slow part of SciPy: a loss must not import them.
 OF_DENSITIES = {"flax", "equinox", "diffrax", "scipy.interpolate"}
 
 

@@ -112,7 +112,7 @@ def test_input_unlike_the_parameters_is_an_error() -> None:
 
 @pytest.mark.parametrize("shape", [(), (2,), (4, 4, 1)])
 @pytest.mark.parametrize("kind", ["positional", "fourier", "fourier_linear"])
-def test_mlp_fits_any_event_and_starts_at_zero(kind: str, shape: tuple[int, ...]) -> None:
+def test_mlp_takes_any_shape_and_starts_at_zero(kind: str, shape: tuple[int, ...]) -> None:
     model = mlp.Model(width=16, depth=2, embedding_size=8, embedding_type=kind)
     x, label = normal(1, 3, *shape), jnp.array([0.1, 0.1, 5.0])
     params = random_params(model, x.shape)

@@ -1,8 +1,8 @@
-"""A number that is called converged is right: the guard against the truth, for any tolerance.
+"""An estimate that is called converged is right, for any tolerance of the solver.
 
-The truth is a solve in float64 with tolerances of 1e-9. What is said of a number is that the mean
-of its error is within the budget, and that it is the printed solver error within that one's 95%
-interval.
+The true numbers are from a solve in float64 with tolerances of 1e-9. A converged estimate claims
+that its mean error is within the budget, and that the 95% interval of the printed solver error
+contains this mean error.
 """
 
 import dataclasses
@@ -39,7 +39,7 @@ def mixture(x: Array, t: Array, key: Key | None) -> Array:
 
 
 def network(x: Array, t: Array, key: Key | None) -> Array:
-    """A random network that predicts the noise, and is the gradient of nothing."""
+    """A random network that predicts the noise; this score is not a gradient."""
     rng = np.random.default_rng(0)
     w1, w2 = (jnp.asarray(rng.normal(0, 0.7, s), x.dtype) for s in ((32, 3), (2, 32)))
     hidden = jnp.tanh(w1 @ jnp.append(x, 0.3 * SDE.log_snr(t)))
@@ -95,7 +95,7 @@ def test_converged_is_right_for_every_tolerance(case: tuple[Score, np.ndarray]) 
     assert all(verdicts[TOLERANCES.index(1e-5) : TOLERANCES.index(1e-6) + 1])
 
 
-def test_a_first_step_or_a_coordinate_that_lets_errors_pass(case: tuple[Score, np.ndarray]) -> None:
+def test_converged_is_right_for_settings_that_hide_errors(case: tuple[Score, np.ndarray]) -> None:
     score, truth = case
     for fields in ({"first_step": 1.0}, {"power": 1.0}, {"power": 6.0}, {"method": "heun"}):
         for tolerance in (1e-1, 1e-2, 1e-3):
@@ -103,10 +103,11 @@ def test_a_first_step_or_a_coordinate_that_lets_errors_pass(case: tuple[Score, n
             assert_honest(density(score, solver).logp(data()), truth)
 
 
-def test_a_solver_that_ignores_its_tolerance(
+def test_a_solver_that_ignores_its_tolerance_is_not_converged(
     case: tuple[Score, np.ndarray], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Ten Euler steps whatever the tolerance: with its own tenth, the error would be 0."""
+    """It takes ten Euler steps at every tolerance. A comparison with the same solver at a tenth of
+    the tolerance would therefore find an error of 0."""
     score, truth = case
     controlled = ode._integrate
 
@@ -119,7 +120,7 @@ def test_a_solver_that_ignores_its_tolerance(
     monkeypatch.setattr(ode, "_integrate", integrate)
     monkeypatch.setitem(ode.METHODS, "heun", ode.METHODS["euler"])
     for tolerance in (1e-1, 1e-3, 1e-5):
-        # Another budget, another density: nothing compiled without the patch is used again.
+        # With another eps, nothing that was compiled without the patch is used again.
         found = dataclasses.replace(
             density(score, Solver("heun", rtol=tolerance, atol=tolerance)), eps=1.01 * EPS
         ).logp(data())
@@ -137,7 +138,7 @@ def test_numbers_of_a_solver_are_positive_and_finite(name: str, bad: float) -> N
 
 @pytest.mark.parametrize("name", ["rtol", "atol"])
 def test_tolerances_below_the_rounding_errors_are_refused(name: str) -> None:
-    """With a relative tolerance of 1e-30, a solve took 80,001 evaluations and ended in NaN."""
+    """With a relative tolerance of 1e-30, a solve would take 80,001 evaluations and end in NaN."""
 
     def solve(tolerance: float, dtype: type) -> Array:
         y = np.ones(2, dtype)
@@ -162,7 +163,7 @@ def test_the_reference_of_the_default_is_its_tenth() -> None:
     assert estimate.reference(Solver(fixed_steps=4)) == Solver(rtol=1e-5, atol=1e-5)
 
 
-def test_of_an_example_far_outside_the_data_more_steps_are_not_the_only_remedy() -> None:
+def test_the_message_for_an_example_far_outside_the_data_has_two_remedies() -> None:
     """Ten times as many steps also end in NaN there, so the message has another remedy."""
     x = data()
     x[3] = 1e4

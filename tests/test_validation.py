@@ -83,7 +83,7 @@ def test_a_run_that_was_stopped_has_the_same_curve(trained, tmp_path, monkeypatc
     assert curve(tmp_path) == curve(trained)
 
 
-def test_at_most_so_many_images(trained, tmp_path):
+def test_validation_images_limits_the_number_of_images(trained, tmp_path):
     runs.mode(train.run, config_of(validation_images=10, num_steps=4), tmp_path)
     (point,) = (row for row in metrics.read(tmp_path) if COLUMN in row)
     whole = next(row for row in metrics.read(trained) if row["step"] == 4)

@@ -11,7 +11,7 @@ and b_i = 1 - exp(lambda_i - lambda_{i-1}). Then
     p(z_N)           = N(0, S^2)
 
 and E[-log p(x | z_0) + log q(z_0 | x) + sum_i log q(z_i | z_{i-1}) - log p(z_{i-1} | z_i) - log
-p(z_N)] is the bound of ``sbml.bound`` in N steps of discrete time. Its variance is less if the
+p(z_N)] is the bound of ``sbml.bound`` in N steps of discrete time. Its variance is smaller if the
 expectation over each step is taken in closed form: with z_i = alpha_i x + sigma_i n_i,
 
     prior            KL(q(z_N | x) || p(z_N))
@@ -160,8 +160,8 @@ class Chain:
 def pilot(score: Score, sde: SDE, x: Batch, key: Key, *, eps: Number, bins: Count = 32) -> Array:
     """m in ``bins`` equal bins of log-SNR, ``(bins,)``, from 8 draws for each of ``x (n, *s)``.
 
-    It is brought into [1 / 512, 511 / 512]: the mean of a good score is below 1, its estimate need
-    not be.
+    It is clipped to [1 / 512, 511 / 512], because its estimate can be above 1, although m itself is
+    below 1 for a good score.
     """
     v = times.lattice(stream(key, "times"), len(x), DRAWS)
     t, _ = times.Importance(sde, eps).at(v)

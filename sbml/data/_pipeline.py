@@ -38,8 +38,9 @@ def train_batches(
       batch_size: images in the batch of all processes together.
       seed: 0 .. 2**32 - 1.
       flip: mirror each image left to right with probability 1/2.
-      process_index, process_count: of the processes that share the batch; the parts, uint8
-        (batch_size / process_count, h, w, c), make it up in their order.
+      process_index, process_count: this process's index, and the number of processes that share
+        the batch. Their parts, uint8 (batch_size / process_count, h, w, c), are the batch if they
+        are joined in the order of the processes.
       labels: numbers (n,) of the images; a batch is then a pair of images and their numbers.
     """
     if batch_size < 1 or batch_size % process_count:
@@ -72,7 +73,7 @@ def train_batches(
 
 
 def spread(size: int, count: int) -> np.ndarray:
-    """At most ``count`` of ``size`` indices, evenly spread: the first may all be alike."""
+    """At most ``count`` of ``size`` indices, evenly spread, because the first ones may be alike."""
     return np.linspace(0, size - 1, min(size, count)).astype(np.int64)
 
 

@@ -232,7 +232,8 @@ class Table(Source):
                 found.append((y, _rounding(y)))
             except ValueError as error:
                 wrong[name] = f"column {name}{error}"
-        if wrong:  # All of them at once, with a flag that also has the columns of the present one.
+        if wrong:
+            # One message names all of them. Its flag also has the columns that are dropped already.
             raise ValueError(
                 f"{'; '.join(wrong.values())}. Leave {'it' if len(wrong) == 1 else 'them'} out by "
                 f"--config.data.drop_columns={','.join([*self.drop_columns, *wrong])}"

@@ -3,7 +3,7 @@
     y_t = alpha y + sigma z,      x_t = (y_t - alpha shift) / scale = alpha x + (sigma / scale) z
 
 The noise z is the same in both, so a network's noise prediction needs no change; only its input is
-y_t. Pixels 2 k / 255 - 1, as of diffusers' DDPM models, are 256/255 times the bin centres
+y_t. Pixels 2 k / 255 - 1, as in diffusers' DDPM models, are 256/255 times the bin centres
 (2 k + 1) / 256 - 1 of this package, and pixels k / 255 are 256/510 times these, plus 1/2.
 """
 
@@ -26,8 +26,8 @@ class Rescaled(SDE):
 
     Attributes:
       of: the process that the model was trained on.
-      scale: positive.
-      shift: any number.
+      scale: a positive number.
+      shift: a finite number.
     """
 
     of: SDE

@@ -1,8 +1,9 @@
-"""The length of a file against the bound on the same images: a row of ``--mode=verify``.
+"""The length of a file compared with the bound on its images: a row of ``--mode=verify``.
 
-A file cannot leave a term of the bound out. The images are those of a diagonal Gaussian, coded in a
-chain with its exact score. The expectation of the bound in the same steps is that of
-``bound.elbo``. The two agree up to the noise of the paths, from which the tolerance follows.
+A formula of the bound may lack a term, but a file that lacked these bits could not be decoded. The
+images are drawn from a diagonal Gaussian, and coded in a chain with its exact score. ``bound.elbo``
+computes the bound in the same steps. The two agree up to the noise of the paths, from which the
+tolerance follows.
 """
 
 import math
@@ -23,7 +24,7 @@ LEVELS, SHAPE, LANES, ROUNDS, STEPS = 16, (3,), 128, 4, 24
 
 
 def codec_rows(name: str, sde: SDE) -> Iterator[Row]:
-    """The mean number of bits of an image in a file, against its bound; none without the coder."""
+    """The mean number of bits of an image in a file and its bound; no row without the coder."""
     if not stack.installed():
         return
     data, d = oracle.diagonal(sde), math.prod(SHAPE)

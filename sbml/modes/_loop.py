@@ -315,7 +315,7 @@ def compiled_step(
       state: the state or its shapes, with shardings; the new state has the same shardings.
       steps_per_dispatch: the number of steps in one call; if it is more than 1, the batches are
         stacked along a leading axis.
-      shard_state: whether ``state`` is split over the devices (``sharding.placement``).
+      shard_state: whether ``state`` is split over the devices (``sharding.abstract``).
     """
     if shard_state:
         optimizer = sharding.partitioned(update.optimizer, mesh)

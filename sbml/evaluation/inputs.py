@@ -113,7 +113,7 @@ class Inputs:
             "score": experiment.score_identity,
         }
 
-        def pilot() -> dict[str, np.ndarray]:
+        def pilot() -> dict[str, Any]:
             chosen, labels = spread(len(train), 256), self.labels(train)
             pixels = jax.numpy.asarray(train.images[chosen])
             x = bits.to_model(pixels, 0.5, train.levels)
@@ -124,7 +124,7 @@ class Inputs:
                 lambda score, x, key: bound.pilot(score, experiment.sde, x, key, **options)
             )
             key = stream(jax.random.key(config.seed), "pilot")
-            return {"density": np.asarray(run(experiment.exact_adapter(params), x, key))}
+            return {"density": run(experiment.exact_adapter(params), x, key)}
 
         return compute_once(self.workdir / "eval", "density", identity, pilot)["density"]
 

@@ -167,7 +167,7 @@ def _train(task: Task, checkpoints: Checkpoints, preemption: Preemption) -> int:
         ``validate``, it also has the numbers of the validation, which is not in its times."""
         nonlocal rows, since, text
         now = time.perf_counter()
-        loss, norm = map(float, np.mean(np.asarray(rows), axis=0))
+        loss, norm = map(float, np.mean(rows, axis=0))
         rate = len(rows) * training.batch_size / task.repeats / (now - since)
         text = f"loss {loss:.4f}, the mean of {len(rows)} steps"
         found = task.validate(averaged()) if validate and task.validate else {}

@@ -57,10 +57,12 @@ def write_whole(path: epath.PathLike, content: bytes) -> None:
             partial.unlink(missing_ok=True)
 
 
-def write_npz(path: epath.PathLike, columns: Mapping[str, np.ndarray]) -> None:
-    """Write arrays. The same arrays give the same bytes, because NumPy stores no time stamp."""
+def write_npz(path: epath.PathLike, columns: Mapping[str, Any]) -> None:
+    """Write arrays, or what NumPy makes arrays of.
+
+    The same arrays give the same bytes, because NumPy stores no time stamp."""
     buffer = io.BytesIO()
-    np.savez(buffer, **columns)  # type: ignore[arg-type]
+    np.savez(buffer, **columns)
     with zipfile.ZipFile(buffer, "a") as archive:
         archive.comment = _comment(0)
     content = buffer.getvalue()

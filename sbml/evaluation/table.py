@@ -60,7 +60,7 @@ def evaluation(
     given, asked = restored.metadata["config"], experiment.config.plain()
     data = {name: given["data"][name] for name in ("dequantization", "flip")}
     sections = {name: given[name] for name in ("seed", "training", "optim")}
-    split = experiment.config.eval.split
+    split, classes = experiment.config.eval.split, restored.metadata.get("classes")
     return {
         "title": inputs.workdir.name,
         "results": [result.plain() for result in results],
@@ -74,7 +74,7 @@ def evaluation(
             "name": experiment.config.model.name,
             "parameters": experiment.parameter_count(),
         },
-        **{name: restored.metadata[name] for name in ("classes",) if name in restored.metadata},
+        **({"classes": classes} if classes else {}),
         "checkpoint": {
             "step": restored.step,
             "parameters_crc32": tree_crc32(restored.state.ema_params),

@@ -201,7 +201,8 @@ def environment() -> jinja2.Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    made.globals |= {"text": text, "label": label, "docs": DOCS}
+    made.globals |= {"text": text, "docs": DOCS}
+    made.filters["label"] = label
     return made
 
 

@@ -50,7 +50,7 @@ class CellRun(Driver):
         if method.exact:
             exact = divergence.exact_batch(math.prod(experiment.shape))
             size = min(size, exact * jax.device_count())
-        self.score = experiment.exact_adapter(shared.restored.state.ema_params)
+        self.score = shared.score
         target = Target(experiment.sde, eps, experiment.levels, model)
         of = method, target, self.score, dequantization.params
         labels = shared.labels(shared.images)
@@ -136,7 +136,7 @@ class CellRun(Driver):
             "dequantizer": repr(self.dequantization.model),
             "dequantizer_crc32": tree_crc32(self.dequantization.params),
             "step": shared.restored.step,
-            "parameters_crc32": tree_crc32(shared.restored.state.ema_params),
+            "parameters_crc32": shared.parameters_crc32,
             "seed": config.seed,
             "streams": streams.VERSION,
             "eps": self.target.eps,

@@ -50,7 +50,7 @@ def classify(inputs: Inputs) -> dict[str, float]:
         return {}
     ids = inputs.ids(config.classifier_images)
     density = Density(
-        experiment.exact_adapter(inputs.restored.state.ema_params),
+        inputs.score,
         experiment.sde,
         experiment.shape,
         levels=experiment.levels,
@@ -63,7 +63,7 @@ def classify(inputs: Inputs) -> dict[str, float]:
     )
     identity = {
         "ids": ids.tolist(),
-        "parameters_crc32": tree_crc32(inputs.restored.state.ema_params),
+        "parameters_crc32": inputs.parameters_crc32,
         "labels_crc32": tree_crc32((labels, seen)),
         "density": repr(density),
         "score": experiment.score_identity,

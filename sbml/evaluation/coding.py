@@ -54,9 +54,8 @@ def encoder_chain(inputs: Inputs) -> Chain:
     images = train.images[spread(len(train), 256)]
     x = bits.to_model(jax.numpy.asarray(images), 0.5, train.levels)
     key = stream(jax.random.key(experiment.config.eval.seed), "pilot")
-    score = experiment.exact_adapter(inputs.restored.state.ema_params)
     run = jax.jit(lambda score, x, key: pilot(score, experiment.sde, x, key, eps=eps))
-    errors = [(q + 0.5) / 256 for q in as_integers(np.asarray(run(score, x, key)).tolist())]
+    errors = [(q + 0.5) / 256 for q in as_integers(np.asarray(run(inputs.score, x, key)).tolist())]
     return Chain(experiment.sde, eps, experiment.config.codec.steps, tuple(errors))
 
 

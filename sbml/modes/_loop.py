@@ -224,7 +224,7 @@ def _train(task: Task, checkpoints: Checkpoints, preemption: Preemption) -> int:
                         with writer.tolerant(done):
                             path.parent.mkdir(parents=True, exist_ok=True)
                             write_png(path, grid)
-                        writer.image(done, "samples", grid)
+                        writer.picture(done, grid)
                 if stop:
                     break
     finally:

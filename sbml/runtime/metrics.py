@@ -111,13 +111,13 @@ class MetricsWriter:
         write_whole(self._path, "".join(map(_line, self._rows)).encode())
         self._incomplete = False
 
-    def image(self, step: int, name: str, image: np.ndarray) -> None:
-        """Write an image ``(h, w, c)`` of uint8 to tensorboard."""
+    def picture(self, step: int, image: np.ndarray) -> None:
+        """Write a picture of samples, uint8 ``(h, w, c)``, to tensorboard."""
         from tensorboardX import summary
 
         if self._board:
             with self.tolerant(step):
-                self._board.write(step, summary.image(name, image, dataformats="HWC"))
+                self._board.write(step, summary.image("samples", image, dataformats="HWC"))
 
     def close(self) -> None:
         """Write what is buffered or was not written before."""

@@ -44,13 +44,14 @@ class Task:
       name: the name of the progress bar, and of the stream of the steps' keys (``sbml.streams``).
       training: the section of the config with the settings of the loop.
       images: the training images.
-      seed, flip: the seed of all random draws, and whether images are mirrored at random.
+      seed: the seed of all random draws.
       init: a function that makes the state before the first step.
       update: what a step computes.
-      frozen: arrays that the loss needs and that are not trained.
       provenance: the origin of a checkpoint, stored as its metadata.
       check: a function of a checkpoint's metadata that raises an OtherModelError if training must
         not continue from it.
+      frozen: arrays that the loss needs and that are not trained.
+      flip: whether images are mirrored at random.
       picture: a function from the state to a uint8 grid of samples; None for no pictures.
       validate: a function from the state to numbers for the log, and validate_every: the number of
         steps between its calls; 0: never.
@@ -63,12 +64,12 @@ class Task:
     training: Loop
     images: ImageSet
     seed: int
-    flip: bool
     init: Callable[[], TrainState]
     update: Update
-    frozen: Any
     provenance: dict[str, Any]
     check: Callable[[dict[str, Any]], None]
+    frozen: Any = ()
+    flip: bool = False
     picture: Callable[[TrainState], np.ndarray] | None = None
     validate: Callable[[TrainState], dict[str, float]] | None = None
     validate_every: int = 0
@@ -128,11 +129,8 @@ def _train(task: Task, checkpoints: Checkpoints, preemption: Preemption) -> int:
     )
 
     def batch_of(dispatch: int) -> Any:
-        step = start + dispatch * stride
-        batch = images[step]
-        if stride > 1:
-            steps = [images[step + i] for i in range(stride)]
-            batch = jax.tree.map(lambda *parts: np.stack(parts), *steps)
+        steps = [images[start + dispatch * stride + i] for i in range(stride)]
+        batch = jax.tree.map(lambda *parts: np.stack(parts), *steps) if stride > 1 else steps[0]
         place = functools.partial(jax.make_array_from_process_local_data, split)
         return jax.tree.map(place, batch)
 

@@ -193,10 +193,9 @@ def memorisation(
     neighbours, distance = nearest(samples)
     test_images = test.images[spread(len(test), max(len(samples), 100))]
     _, test_distance = nearest(test_images)
+    of_samples, of_test = float(np.median(distance)), float(np.median(test_distance))
     values = {
-        "nearest training image, median root mean square distance of samples": float(
-            np.median(distance)
-        ),
-        "the same of test images": float(np.median(test_distance)),
+        "nearest training image, median root mean square distance of samples": of_samples,
+        "the same of test images": of_test,
     }
     return values, np.concatenate([samples[:SHOWN], neighbours[:SHOWN]])

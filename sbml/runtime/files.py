@@ -113,6 +113,11 @@ def with_crc32(value: Mapping[str, Any]) -> dict[str, Any]:
     return {**value, CRC32: zlib.crc32(json.dumps(value, sort_keys=True).encode())}
 
 
+def json_line(value: Mapping[str, Any]) -> str:
+    """An object of plain JSON values as a line of a file of JSON lines."""
+    return json.dumps(with_crc32(value)) + "\n"
+
+
 def without_crc32(text: str | bytes) -> dict[str, Any]:
     """The object that :func:`with_crc32` received, from its JSON text; a ValueError if it has no
     checksum or another one."""

@@ -12,7 +12,7 @@ from sbml.modes import compare
 from sbml.report import comparison
 from sbml.report.comparison import Run
 from sbml.report.result import Result, strict
-from sbml.runtime import metrics
+from sbml.runtime.files import json_line
 from sbml.runtime.trees import table_crc32, tree_crc32
 from sbml.runtime.workdir import EVALUATION, PER_IMAGE, QUALITY, SAMPLES, Workdir
 
@@ -137,7 +137,7 @@ def test_tables_of_another_evaluation_are_refused_and_seconds_count_to_its_step(
     tables = {n: table_crc32(workdir.read(n)) for n in (PER_IMAGE, name)}
     workdir.write(EVALUATION, {**workdir.read(EVALUATION), "tables": tables})
     rows = [{"step": step, "loss": 1.0, "seconds": 10.0 * step} for step in (20, 40, 60)]
-    (workdir / "metrics.jsonl").write_text("".join(map(metrics._line, rows)))
+    (workdir / "metrics.jsonl").write_text("".join(map(json_line, rows)))
     assert Run.read(workdir).seconds == 400.0
     workdir.write(name, {**workdir.read(name), "id": few + 1})
     with pytest.raises(ValueError, match="k3.npz is not that of evaluation.json.*evaluate again"):

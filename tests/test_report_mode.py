@@ -21,6 +21,7 @@ from sbml.report import summary
 from sbml.report.plots import write_png
 from sbml.report.result import Result, strict
 from sbml.runtime import history, lock, metrics
+from sbml.runtime.files import json_line
 from sbml.runtime.lock import BusyError
 from sbml.runtime.trees import table_crc32
 from sbml.runtime.workdir import EVALUATION, PER_IMAGE, SAMPLES, Workdir
@@ -50,7 +51,7 @@ def training(tmp_path: Path) -> Iterator[Path]:
 def log(workdir: Path, steps: int) -> None:
     """Rows of metrics up to the step ``steps``, and a line that is not complete yet."""
     rows = [{"step": s, "loss": 4 / s, "seconds": 60.0 * s} for s in range(1, steps + 1)]
-    text = "".join(map(metrics._line, rows)) + metrics._line(rows[-1])[:9]
+    text = "".join(map(json_line, rows)) + json_line(rows[-1])[:9]
     (workdir / metrics.FILE).write_text(text)
 
 
@@ -163,7 +164,7 @@ def test_costs_are_those_of_the_training_that_made_the_checkpoint(tmp_path: Path
         | {"hardware": "2 x GPU, CPU, 2 cores", "devices": 2},
     ]
     rows = [{**about, "start": "day 1", "end": f"day {i}", **row} for i, row in enumerate(rows)]
-    (tmp_path / history.FILE).write_text("".join(map(metrics._line, rows)))
+    (tmp_path / history.FILE).write_text("".join(map(json_line, rows)))
     log(tmp_path, 2)
     evaluated(tmp_path, {"step": 2, "parameters_crc32": 7})
     runs.mode(report.run, tiny.get_config(), tmp_path)

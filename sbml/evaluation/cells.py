@@ -19,7 +19,7 @@ from sbml.bound import Reduction
 from sbml.data import spread
 from sbml.estimate import Columns, Estimate
 from sbml.estimators import Cell
-from sbml.estimators.base import Estimator, Rows, Target, rows
+from sbml.estimators.base import Estimator, Target, rows
 from sbml.estimators.driver import Driver
 from sbml.evaluation.inputs import Dequantization, Inputs
 from sbml.experiment.build import Experiment
@@ -50,19 +50,21 @@ class CellRun(Driver):
         if method.exact:
             exact = divergence.exact_batch(math.prod(experiment.shape))
             size = min(size, exact * jax.device_count())
-        self.score = experiment.exact_adapter(shared.restored.state.ema_params)
+        self.score = shared.score
+        target = Target(experiment.sde, eps, experiment.levels, model)
+        of = method, target, self.score, dequantization.params
         labels = shared.labels(shared.images)
         if not cell.kind.is_bound:
             one = conditioned(self.score, None if labels is None else int(labels[0]))
             ode.check_precision(one, experiment.sde, experiment.shape)
         super().__init__(
             estimator=method,
-            target=Target(experiment.sde, eps, experiment.levels, model),
+            target=target,
             data=shared.images.images,
             condition=labels,
             ids=ids,
             subset=subset,
-            compute=self._compute,
+            compute=lambda batch, u, options: sharding.to_host(rows(*of, batch, u, options)),
             place=sharding.split,
             seed=config.seed,
             batch_size=sharding.round_up(size),
@@ -81,10 +83,6 @@ class CellRun(Driver):
             progress=cell.title,
         )
         self._parts_of: dict[Solver, Parts] = {}
-
-    def _compute(self, batch: Rows, u: Any, options: Any) -> Columns:
-        of = self.estimator, self.target, self.score, self.dequantization.params
-        return sharding.to_host(rows(*of, batch, u, options))
 
     def rows(
         self, ids: np.ndarray, sweep: int, solver: Solver | None = None, bar: Bar | None = None
@@ -138,7 +136,7 @@ class CellRun(Driver):
             "dequantizer": repr(self.dequantization.model),
             "dequantizer_crc32": tree_crc32(self.dequantization.params),
             "step": shared.restored.step,
-            "parameters_crc32": tree_crc32(shared.restored.state.ema_params),
+            "parameters_crc32": shared.parameters_crc32,
             "seed": config.seed,
             "streams": streams.VERSION,
             "eps": self.target.eps,

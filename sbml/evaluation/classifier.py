@@ -6,6 +6,7 @@ pi_c is the share of class c in the training images, and P(k | c) is the likelih
 by the ODE with uniform dequantization. All classes have the same random draws.
 """
 
+import functools
 from typing import Any
 
 import numpy as np
@@ -49,7 +50,7 @@ def classify(inputs: Inputs) -> dict[str, float]:
         return {}
     ids = inputs.ids(config.classifier_images)
     density = Density(
-        experiment.exact_adapter(inputs.restored.state.ema_params),
+        inputs.score,
         experiment.sde,
         experiment.shape,
         levels=experiment.levels,
@@ -62,18 +63,14 @@ def classify(inputs: Inputs) -> dict[str, float]:
     )
     identity = {
         "ids": ids.tolist(),
-        "parameters_crc32": tree_crc32(inputs.restored.state.ema_params),
+        "parameters_crc32": inputs.parameters_crc32,
         "labels_crc32": tree_crc32((labels, seen)),
         "density": repr(density),
         "score": experiment.score_identity,
         "data": inputs.images.fingerprint,
         "streams": streams.VERSION,
     }
-
-    def compute() -> dict[str, np.ndarray]:
-        found = _numbers(density, inputs.images.images[ids], labels[ids], seen)
-        return {name: np.asarray(value) for name, value in found.items()}
-
+    compute = functools.partial(_numbers, density, inputs.images.images[ids], labels[ids], seen)
     stored = compute_once(inputs.workdir / "eval", "classifier", identity, compute)
     return {name: float(value) for name, value in stored.items()}
 

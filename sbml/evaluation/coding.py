@@ -2,7 +2,6 @@
 
 import zlib
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
@@ -12,11 +11,11 @@ from sbml import bits
 from sbml.bound import Reduction
 from sbml.codec import Chain, Codec
 from sbml.codec.chain import pilot
-from sbml.codec.file import Header, as_integers
+from sbml.codec.file import as_integers
 from sbml.codec.stack import require
 from sbml.data import spread
 from sbml.estimate import Estimate
-from sbml.estimators.base import Rows, Target, rows
+from sbml.estimators.base import Target, rows
 from sbml.estimators.bound import Estimator, InSteps
 from sbml.estimators.driver import Driver
 from sbml.evaluation.inputs import Inputs
@@ -51,25 +50,14 @@ def encoder_chain(inputs: Inputs) -> Chain:
     chain.
     """
     experiment, train = inputs.experiment, inputs.train
-    eps = eps_of(experiment)
+    centre = experiment.config.data.kind == "centre"
+    eps = experiment.discrete_eps if centre else experiment.eval_eps  # that of the bound
     images = train.images[spread(len(train), 256)]
     x = bits.to_model(jax.numpy.asarray(images), 0.5, train.levels)
     key = stream(jax.random.key(experiment.config.eval.seed), "pilot")
-    score = experiment.exact_adapter(inputs.restored.state.ema_params)
     run = jax.jit(lambda score, x, key: pilot(score, experiment.sde, x, key, eps=eps))
-    errors = [(q + 0.5) / 256 for q in as_integers(np.asarray(run(score, x, key)).tolist())]
+    errors = [(q + 0.5) / 256 for q in as_integers(np.asarray(run(inputs.score, x, key)).tolist())]
     return Chain(experiment.sde, eps, experiment.config.codec.steps, tuple(errors))
-
-
-def decoder_chain(experiment: Experiment, header: Header) -> Chain:
-    """The chain that the header of a file describes."""
-    return Chain(experiment.sde, header.eps, header.steps, header.shares)
-
-
-def eps_of(experiment: Experiment) -> float:
-    """The smallest time of the chain, which is that of the bound."""
-    centre = experiment.config.data.kind == "centre"
-    return experiment.discrete_eps if centre else experiment.eval_eps
 
 
 def bound_of(
@@ -81,28 +69,24 @@ def bound_of(
     is computed by the functions of an evaluation.
     """
     experiment, config = inputs.experiment, inputs.experiment.config.eval
-    learned = hasattr(codec.score, "decoder_log_p") and codec.data == "centre"
-    name = ("learned" if learned else "categorical") if codec.data == "centre" else "uniform"
+    name = "uniform"
+    if codec.data == "centre":
+        name = "learned" if hasattr(codec.score, "decoder_log_p") else "categorical"
     dequantization = inputs.dequantization(name)
     target = Target(experiment.sde, codec.chain.eps, experiment.levels, dequantization.model)
     method = Estimator() if continuous else InSteps(steps=codec.chain.as_steps)
-
-    def compute(batch: Rows, u: Any, options: Any) -> dict[str, Any]:
-        of = method, target, codec.score, dequantization.params
-        return sharding.to_host(rows(*of, batch, u, options))
-
+    of = method, target, codec.score, dequantization.params
     ids = np.arange(len(pixels))
-    size = sharding.round_up(min(config.batch_size, len(pixels)))
     return Driver(
         estimator=method,
         target=target,
         data=pixels,
         ids=ids,
         subset=ids[:1],
-        compute=compute,
+        compute=lambda batch, u, options: sharding.to_host(rows(*of, batch, u, options)),
         place=sharding.split,
         seed=config.seed,
-        batch_size=size,
+        batch_size=sharding.round_up(min(config.batch_size, len(pixels))),
         reduction=Reduction(inputs.control),
         n_times=max(config.n_times, 4),
         sweeps=config.sweeps,

@@ -21,6 +21,7 @@ from sbml.runtime.parts import compute_once
 from sbml.runtime.preemption import Preemption
 from sbml.runtime.trees import tree_crc32
 from sbml.runtime.workdir import Workdir
+from sbml.score import LinenScore
 from sbml.streams import stream
 
 
@@ -66,6 +67,16 @@ class Inputs:
         half_bin = discrete.tau(experiment.sde, experiment.levels, experiment.eval_eps)
         return kind == "centre" and float(half_bin) > 1
 
+    @functools.cached_property
+    def score(self) -> LinenScore:
+        """The score with the averaged parameters of the checkpoint."""
+        return self.experiment.exact_adapter(self.restored.state.ema_params)
+
+    @functools.cached_property
+    def parameters_crc32(self) -> int:
+        """The checksum of these parameters, which takes time."""
+        return tree_crc32(self.restored.state.ema_params)
+
     def labels(self, images: ImageSet) -> np.ndarray | None:
         """The numbers of the classes of ``images``, as the checkpoint has them; None for a model
         without classes."""
@@ -78,10 +89,11 @@ class Inputs:
         if not self.experiment.config.eval.control:
             return None
 
+        images, levels = self.train.images, self.train.levels
+
         def fit() -> dict[str, np.ndarray]:
             # The fit is to the integers k; then k is mapped to the scale of the model, [-1, 1].
-            gaussian = GaussianControl.fit(train.images, noise_variance=1 / 12)
-            levels = train.levels
+            gaussian = GaussianControl.fit(images, noise_variance=1 / 12)
             arrays = {
                 "mean": bits.to_model(gaussian.mean, 0.5, levels),
                 "variances": (2 / levels) ** 2 * gaussian.variances,
@@ -89,10 +101,7 @@ class Inputs:
             }
             return {name: np.asarray(value, np.float32) for name, value in arrays.items()}
 
-        train = self.train
-        arrays: dict[str, Any] = compute_once(
-            self.workdir / "eval", "control", train.fingerprint, fit
-        )
+        arrays = compute_once(self.workdir / "eval", "control", self.train.fingerprint, fit)
         return GaussianControl(**{"basis": None, **arrays})
 
     def density(self, eps: float) -> np.ndarray | None:
@@ -101,11 +110,11 @@ class Inputs:
         experiment, train, config = self.experiment, self.train, self.experiment.config.eval
         if not config.proposal_bins:
             return None
-        params, control = self.restored.state.ema_params, self.control
+        control = self.control
         identity = {
             "eps": eps,
             "data": train.fingerprint,
-            "parameters_crc32": tree_crc32(params),
+            "parameters_crc32": self.parameters_crc32,
             "control_crc32": tree_crc32(control),
             "seed": config.seed,
             "streams": streams.VERSION,
@@ -113,7 +122,7 @@ class Inputs:
             "score": experiment.score_identity,
         }
 
-        def pilot() -> dict[str, np.ndarray]:
+        def pilot() -> dict[str, Any]:
             chosen, labels = spread(len(train), 256), self.labels(train)
             pixels = jax.numpy.asarray(train.images[chosen])
             x = bits.to_model(pixels, 0.5, train.levels)
@@ -124,7 +133,7 @@ class Inputs:
                 lambda score, x, key: bound.pilot(score, experiment.sde, x, key, **options)
             )
             key = stream(jax.random.key(config.seed), "pilot")
-            return {"density": np.asarray(run(experiment.exact_adapter(params), x, key))}
+            return {"density": run(self.score, x, key)}
 
         return compute_once(self.workdir / "eval", "density", identity, pilot)["density"]
 

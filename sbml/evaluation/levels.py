@@ -34,7 +34,6 @@ def measure(inputs: Inputs, run: CellRun) -> dict[str, list[float]]:
       with a control also its error ``linear``, for the images of the split.
     """
     target, control, config = run.target, run.reduction.control, inputs.experiment.config.eval
-    params = inputs.restored.state.ema_params
     dims = int(np.prod(inputs.experiment.shape))
     # Both kinds have the same number of images, so that one program is compiled. Each image has 8
     # draws, and each bin at least 2.
@@ -64,13 +63,13 @@ def measure(inputs: Inputs, run: CellRun) -> dict[str, list[float]]:
         }
 
     def compute() -> dict[str, np.ndarray]:
-        score, run_curves = inputs.experiment.exact_adapter(params), jax.jit(curves)
+        run_curves = jax.jit(curves)
         keys = jax.random.split(stream(jax.random.key(config.seed), "noise levels"))
 
         def of(images: ImageSet, ids: np.ndarray, key: Any) -> dict[str, Any]:
             chosen, labels = ids[spread(len(ids), count)], inputs.labels(images)
             condition = None if labels is None else labels[chosen]
-            return run_curves(score, jnp.asarray(images.images[chosen]), condition, key)
+            return run_curves(inputs.score, jnp.asarray(images.images[chosen]), condition, key)
 
         train = of(inputs.train, np.arange(len(inputs.train)), keys[0])
         split = of(inputs.images, run.ids, keys[1])
@@ -85,7 +84,7 @@ def measure(inputs: Inputs, run: CellRun) -> dict[str, list[float]]:
         "dequantizer_crc32": tree_crc32(run.dequantization.params),
         "data": [inputs.train.fingerprint, inputs.images.fingerprint, run.ids.tolist()],
         "images": config.level_images,
-        "parameters_crc32": tree_crc32(params),
+        "parameters_crc32": inputs.parameters_crc32,
         "control_crc32": tree_crc32(control),
         "seed": config.seed,
         "streams": streams.VERSION,

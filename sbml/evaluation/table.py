@@ -14,7 +14,7 @@ from sbml.evaluation.inputs import Dequantization, Inputs
 from sbml.experiment import trained
 from sbml.intervals import mean_interval
 from sbml.report.result import Result
-from sbml.runtime.trees import table_crc32, tree_crc32
+from sbml.runtime.trees import table_crc32
 from sbml.runtime.versions import versions
 from sbml.runtime.workdir import PER_IMAGE
 
@@ -60,7 +60,7 @@ def evaluation(
     given, asked = restored.metadata["config"], experiment.config.plain()
     data = {name: given["data"][name] for name in ("dequantization", "flip")}
     sections = {name: given[name] for name in ("seed", "training", "optim")}
-    split = experiment.config.eval.split
+    split, classes = experiment.config.eval.split, restored.metadata.get("classes")
     return {
         "title": inputs.workdir.name,
         "results": [result.plain() for result in results],
@@ -74,10 +74,10 @@ def evaluation(
             "name": experiment.config.model.name,
             "parameters": experiment.parameter_count(),
         },
-        **{name: restored.metadata[name] for name in ("classes",) if name in restored.metadata},
+        **({"classes": classes} if classes else {}),
         "checkpoint": {
             "step": restored.step,
-            "parameters_crc32": tree_crc32(restored.state.ema_params),
+            "parameters_crc32": inputs.parameters_crc32,
         },
         "data": {"train": train.fingerprint, split: inputs.images.fingerprint},
         "config": {**asked, **sections, "data": {**asked["data"], **data}},
@@ -128,7 +128,7 @@ def cautions(inputs: Inputs, dequantizations: Mapping[str, Dequantization]) -> l
             )
         if dequantizer.restored is not None:
             score = dequantizer.restored.metadata["score"]
-            if score["crc32"] != tree_crc32(restored.state.ema_params):
+            if score["crc32"] != inputs.parameters_crc32:
                 found.append(
                     f"{name}: trained for another score (step {score['step']}). {loose}: train "
                     "the dequantizer again with --mode=train_dequantizer"

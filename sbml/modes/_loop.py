@@ -44,13 +44,14 @@ class Task:
       name: the name of the progress bar, and of the stream of the steps' keys (``sbml.streams``).
       training: the section of the config with the settings of the loop.
       images: the training images.
-      seed, flip: the seed of all random draws, and whether images are mirrored at random.
+      seed: the seed of all random draws.
       init: a function that makes the state before the first step.
       update: what a step computes.
-      frozen: arrays that the loss needs and that are not trained.
       provenance: the origin of a checkpoint, stored as its metadata.
       check: a function of a checkpoint's metadata that raises an OtherModelError if training must
         not continue from it.
+      frozen: arrays that the loss needs and that are not trained.
+      flip: whether images are mirrored at random.
       picture: a function from the state to a uint8 grid of samples; None for no pictures.
       validate: a function from the state to numbers for the log, and validate_every: the number of
         steps between its calls; 0: never.
@@ -63,12 +64,12 @@ class Task:
     training: Loop
     images: ImageSet
     seed: int
-    flip: bool
     init: Callable[[], TrainState]
     update: Update
-    frozen: Any
     provenance: dict[str, Any]
     check: Callable[[dict[str, Any]], None]
+    frozen: Any = ()
+    flip: bool = False
     picture: Callable[[TrainState], np.ndarray] | None = None
     validate: Callable[[TrainState], dict[str, float]] | None = None
     validate_every: int = 0
@@ -128,11 +129,8 @@ def _train(task: Task, checkpoints: Checkpoints, preemption: Preemption) -> int:
     )
 
     def batch_of(dispatch: int) -> Any:
-        step = start + dispatch * stride
-        batch = images[step]
-        if stride > 1:
-            steps = [images[step + i] for i in range(stride)]
-            batch = jax.tree.map(lambda *parts: np.stack(parts), *steps)
+        steps = [images[start + dispatch * stride + i] for i in range(stride)]
+        batch = jax.tree.map(lambda *parts: np.stack(parts), *steps) if stride > 1 else steps[0]
         place = functools.partial(jax.make_array_from_process_local_data, split)
         return jax.tree.map(place, batch)
 
@@ -167,7 +165,7 @@ def _train(task: Task, checkpoints: Checkpoints, preemption: Preemption) -> int:
         ``validate``, it also has the numbers of the validation, which is not in its times."""
         nonlocal rows, since, text
         now = time.perf_counter()
-        loss, norm = map(float, np.mean(np.asarray(rows), axis=0))
+        loss, norm = map(float, np.mean(rows, axis=0))
         rate = len(rows) * training.batch_size / task.repeats / (now - since)
         text = f"loss {loss:.4f}, the mean of {len(rows)} steps"
         found = task.validate(averaged()) if validate and task.validate else {}
@@ -224,7 +222,7 @@ def _train(task: Task, checkpoints: Checkpoints, preemption: Preemption) -> int:
                         with writer.tolerant(done):
                             path.parent.mkdir(parents=True, exist_ok=True)
                             write_png(path, grid)
-                        writer.image(done, "samples", grid)
+                        writer.picture(done, grid)
                 if stop:
                     break
     finally:
@@ -315,7 +313,7 @@ def compiled_step(
       state: the state or its shapes, with shardings; the new state has the same shardings.
       steps_per_dispatch: the number of steps in one call; if it is more than 1, the batches are
         stacked along a leading axis.
-      shard_state: whether ``state`` is split over the devices (``sharding.placement``).
+      shard_state: whether ``state`` is split over the devices (``sharding.abstract``).
     """
     if shard_state:
         optimizer = sharding.partitioned(update.optimizer, mesh)

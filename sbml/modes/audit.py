@@ -4,30 +4,25 @@ Our estimators must pass in all worlds, and each mistake must fail the checks th
 first world, and no other.
 """
 
+import itertools
 import time
-from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
-from sbml.audit.mistakes import MISTAKES, Mistake
+from sbml.audit.mistakes import MISTAKES
 from sbml.audit.ours import OURS
-from sbml.audit.suite import FAIL, WORLDS, Estimator, Report, audit
+from sbml.audit.suite import FAIL, WORLDS, Report, audit
 from sbml.progress import over
 from sbml.runtime.versions import versions
 
-FIRST = next(iter(WORLDS))
 
-
-def reports(
-    ours: Sequence[Estimator] = OURS, mistakes: Sequence[Mistake] = MISTAKES
-) -> tuple[list[Report], list[Report]]:
+def reports() -> tuple[list[Report], list[Report]]:
     """The reports about our estimators, and about the mistakes."""
-    first = {FIRST: WORLDS[FIRST]}
+    first = dict(itertools.islice(WORLDS.items(), 1))
     with ThreadPoolExecutor() as pool:  # Most of the time is compilation, which runs in parallel.
-        right = [pool.submit(audit, each) for each in ours]
-        wrong = [pool.submit(audit, each.estimator, first) for each in mistakes]
-        jobs = [*right, *wrong]
+        jobs = [pool.submit(audit, each) for each in OURS]
+        jobs += [pool.submit(audit, each.estimator, first) for each in MISTAKES]
         found = [job.result() for job in over(jobs, "audit", "estimator", len(jobs))]
-    return found[: len(right)], found[len(right) :]
+    return found[: len(OURS)], found[len(OURS) :]
 
 
 def row(report: Report, result: str) -> str:

@@ -13,7 +13,6 @@ from sbml.evaluation.inputs import Inputs
 from sbml.experiment.build import Experiment
 from sbml.progress import Bar
 from sbml.runtime.parts import Resumable
-from sbml.runtime.trees import tree_crc32
 from sbml.runtime.workdir import CODEC, IMAGES, Workdir
 
 
@@ -70,7 +69,7 @@ def run(experiment: Experiment, workdir: Workdir, source: str = "") -> None:
         }
         counts = {"count": len(pixels), "bytes": len(content), "steps": chain.steps, "lanes": lanes}
         checksum = {
-            "parameters_crc32": tree_crc32(inputs.restored.state.ema_params),
+            "parameters_crc32": inputs.parameters_crc32,
             "pixels_crc32": header.pixels_crc32,
             "restored": 0,
         }

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 from absl import logging
 
-from sbml.codec import bits_back, file
+from sbml.codec import Chain, bits_back, file
 from sbml.codec.file import CodedFileError, DamagedStacksError
 from sbml.evaluation import coding
 from sbml.experiment.build import Experiment
@@ -42,7 +42,7 @@ def run(experiment: Experiment, workdir: Workdir, source: str = "", to: str = ""
             raise ValueError(f"--to={to}: PNG files cannot hold such images; leave it out")
         experiment, restored = experiment.restored(workdir)
         experiment = experiment.with_dequantization_of(restored)
-        chain = coding.decoder_chain(experiment, header)
+        chain = Chain(experiment.sde, header.eps, header.steps, header.shares)
         codec, made_by = coding.codec_of(experiment, restored, chain, header.lanes)
         header.check_codec(codec, made_by)
         # Another copy of the file may have stacks that are missing in this one.

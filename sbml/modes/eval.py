@@ -81,12 +81,8 @@ def run(experiment: Experiment, workdir: Workdir) -> None:
                 logging.warning(warning)
         tables = table.columns(inputs, runs, numbers)
         evaluation = table.evaluation(inputs, results, tables, [*warnings, *found])
-        if undefined:
-            evaluation["undefined"] = undefined
-        if classifier:
-            evaluation["classifier"] = classifier
-        if loss:
-            evaluation["noise_levels"] = loss
+        more = {"undefined": undefined, "classifier": classifier, "noise_levels": loss}
+        evaluation |= {name: value for name, value in more.items() if value}
         if jax.process_index() == 0:
             # First the columns, and then the evaluation that names them.
             for name, columns in tables.items():

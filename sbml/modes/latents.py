@@ -15,7 +15,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from sbml import bits
 from sbml.data import spread
@@ -133,7 +132,7 @@ def run(experiment: Experiment, workdir: Workdir) -> None:
     if jax.process_index() > 0:  # The rest is output, which only process 0 writes.
         return
     columns = {"id": ids, "latent": z, "reconstruction_error": error}
-    workdir.write(LATENTS, {**columns, "step": np.asarray(restored.step)})
+    workdir.write(LATENTS, {**columns, "step": restored.step})
     for name, picture in pixels.items():
         width = pictures[name][1]
         write_png(workdir / f"{name}.png", grid(experiment, picture, columns=width))

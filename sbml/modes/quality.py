@@ -121,7 +121,7 @@ def reference(
     them, computed once for each fingerprint and extractor."""
     cache = Options(cache_dir=experiment.config.data.cache_dir or None).cache
     name = f"{extract.identity}-{images.fingerprint['id']}.npz"
-    path = epath.Path(cache) / "stats" / name
+    path, split = epath.Path(cache) / "stats" / name, f"{images.name} {images.split}"
     stored = intact_npz(path)
     if stored is None:
         ids = spread(len(images), KEPT)
@@ -129,11 +129,10 @@ def reference(
 
         def parts() -> Iterator[np.ndarray]:
             """The features chunk by chunk: those of a million images together need 10 GB."""
-            start = 0
-            for features, _ in features_of(extract, images.images, f"{images.name} {images.split}"):
-                chosen = ids[(ids >= start) & (ids < start + len(features))] - start
+            chunks = features_of(extract, images.images, split)
+            for start, (features, _) in zip(range(0, len(images), CHUNK), chunks, strict=True):
+                chosen = ids[(ids >= start) & (ids < start + CHUNK)] - start
                 kept.append(np.asarray(features[chosen], np.float32))
-                start += len(features)
                 yield features
 
         moments = Moments.of_parts(parts())
@@ -141,7 +140,7 @@ def reference(
         stored = {"mean": moments.mean, "cov": moments.cov, "count": np.asarray(moments.size)}
         stored["features"] = np.concatenate(kept)
         write_npz(path, stored)
-    split, count = f"{images.name} {images.split}", int(stored["count"])
+    count = int(stored["count"])
     print(f"statistics of the features of {split}, n={count}: {refusals.relative(str(path))}")
     return Moments(stored["mean"], stored["cov"], count), stored["features"]
 
@@ -194,10 +193,9 @@ def memorisation(
     neighbours, distance = nearest(samples)
     test_images = test.images[spread(len(test), max(len(samples), 100))]
     _, test_distance = nearest(test_images)
+    of_samples, of_test = float(np.median(distance)), float(np.median(test_distance))
     values = {
-        "nearest training image, median root mean square distance of samples": float(
-            np.median(distance)
-        ),
-        "the same of test images": float(np.median(test_distance)),
+        "nearest training image, median root mean square distance of samples": of_samples,
+        "the same of test images": of_test,
     }
     return values, np.concatenate([samples[:SHOWN], neighbours[:SHOWN]])

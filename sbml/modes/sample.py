@@ -67,13 +67,9 @@ def run(experiment: Experiment, workdir: Workdir) -> None:
             strip = grid(experiment, paths.reshape(-1, *experiment.shape), columns=config.frames)
         try:
             if jax.process_index() == 0:
-                origin = {
-                    "step": restored.step,
-                    "parameters_crc32": tree_crc32(params),
-                    "sampler": repr(config.build()),
-                }
-                arrays = {name: np.asarray(value) for name, value in origin.items()}
-                workdir.write(SAMPLES, {**drawn._asdict(), **arrays})
+                origin = {"step": restored.step, "parameters_crc32": tree_crc32(params)}
+                columns = {**drawn._asdict(), **origin, "sampler": repr(config.build())}
+                workdir.write(SAMPLES, columns)
                 shown = drawn.images[:256]  # A picture of more images would be too large.
                 write_png(workdir / "samples.png", grid(experiment, shown))
                 if strip is not None:

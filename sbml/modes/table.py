@@ -78,7 +78,8 @@ def run(experiment: Experiment, workdir: Workdir) -> None:
     experiment = Experiment(config)
     with workdir.lock("table"), jax.default_matmul_precision(config.eval.precision):
         loop.run(_task(experiment, rows), config.training.checkpoints(workdir))
-        curve, step, density = _chosen(experiment, workdir, _some(validation.images))
+        some = data.spread(len(validation), CHOICE)  # The first rows may all be alike.
+        curve, step, density = _chosen(experiment, workdir, validation.images[some])
         baselines = densities.fit(*(s.images.astype(np.float64) for s in (rows, validation)))
         name = f"log p of {len(test)} standardized rows"
         found = density.logp(test.images, progress=name)
@@ -144,11 +145,6 @@ def run(experiment: Experiment, workdir: Workdir) -> None:
     print(f"in {time.perf_counter() - start:.0f} s")
 
 
-def _some(rows: np.ndarray) -> np.ndarray:
-    """At most ``CHOICE`` rows, spread evenly over the file: the first may all be alike."""
-    return rows[data.spread(len(rows), CHOICE)]
-
-
 def _task(experiment: Experiment, rows: data.ImageSet) -> loop.Task:
     config = experiment.config
 
@@ -167,11 +163,9 @@ def _task(experiment: Experiment, rows: data.ImageSet) -> loop.Task:
         training=config.training,
         images=rows,
         seed=config.seed,
-        flip=False,
         init=experiment.init_state,
         update=train.update(experiment, train.draws_fn(experiment)),
         repeats=config.training.rows_per_image,
-        frozen=(),
         provenance=experiment.provenance(rows),
         check=check,
     )

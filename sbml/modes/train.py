@@ -225,7 +225,6 @@ def run(experiment: Experiment, workdir: Workdir) -> None:
         init=experiment.init_state,
         update=update(experiment),
         repeats=config.training.rows_per_image,
-        frozen=(),
         provenance=provenance,
         check=check,
         picture=picture,

@@ -163,8 +163,9 @@ def _evaluation(
         unit = "bits/dim, lower is better"
         comparison = rows_figure("Comparison", rows, unit, " ".join(caption))
     # Terms that are 0 in all results are left out, such as "importance" if K = 1.
-    terms = [item for row in results for item in row.get("terms", {}).items()]
-    shown = {name for name, value in terms if value} | {"prior"}
+    terms = [(row, *item) for row in results for item in row.get("terms", {}).items()]
+    shown = {name for _, name, value in terms if value} | {"prior"}
+    of_ode = {name for row, name, _ in terms if row.get("estimator") == "ode"}
     histograms = {f"{k} bits/dim".strip(): v for k, v in bits.items() if v.size > 1}
     histograms |= {
         f"{name} network evaluations".strip(): column
@@ -183,10 +184,7 @@ def _evaluation(
         },
         "numbers": results,
         "terms": {
-            name: OF_ODE if any(row.get("estimator") == "ode" for row in of) else OF_BOUND
-            for name in dict.fromkeys(name for name, _ in terms)
-            if name in shown
-            for of in [[row for row in results if name in row.get("terms", {})]]
+            name: OF_ODE if name in of_ode else OF_BOUND for _, name, _ in terms if name in shown
         },
         "histograms": [_histogram(name, column) for name, column in histograms.items()],
         "best": best_images,
@@ -203,7 +201,8 @@ def environment() -> jinja2.Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    made.globals |= {"text": text, "label": label, "docs": DOCS}
+    made.globals |= {"text": text, "docs": DOCS}
+    made.filters["label"] = label
     return made
 
 
@@ -274,14 +273,13 @@ def copied(run: str, results: Sequence[Mapping[str, Any]]) -> dict[str, str]:
     """
     names = ["run", "estimator", "dequantizer", "K", "bits_per_dim", "low", "high", "n", "eps"]
     table, rows = io.StringIO(), []
-    csv.writer(table, lineterminator="\n").writerow(names)
+    writer = csv.writer(table, lineterminator="\n")
+    writer.writerow(names)
     for result in results:
         kind, noise = (result.get(key, "") for key in ("estimator", "dequantizer"))
         draws, eps = result.get("num_importance") or 1, result.get("smallest_time")
         interval, n = result.get("interval") or [None, None], result.get("n")
-        csv.writer(table, lineterminator="\n").writerow(
-            [run, kind, noise, draws, result["bits_per_dim"], *interval, n, eps]
-        )
+        writer.writerow([run, kind, noise, draws, result["bits_per_dim"], *interval, n, eps])
         low, high = (text(end, "bits") for end in interval)
         mantissa, _, exponent = f"{eps or 0:.2e}".partition("e")
         time = f"{float(mantissa):g}" + (rf" \times 10^{{{int(exponent)}}}" if eps else "")

@@ -154,9 +154,7 @@ def rows(axes: Axes, rows: Sequence[Row], unit: str, origin: float | None = None
         axes.axvline(origin, color=RULE, linewidth=1)
         for y in range(len(rows)):
             axes.plot([origin, origin], [y - 0.1, y + 0.1], color=INK, linewidth=1.2)
-    axes.set_yticks([])
-    axes.set_ylim(len(rows) - 0.6, -0.75)
-    axes.set_xlabel(unit)
+    axes.set(yticks=[], ylim=(len(rows) - 0.6, -0.75), xlabel=unit)
     axes.margins(x=0.08)
 
 
@@ -167,18 +165,16 @@ def histogram(axes: Axes, values: np.ndarray, label: str) -> None:
     not in the histogram. A text on the figure gives their numbers.
     """
     finite = np.sort(np.asarray(values[np.isfinite(values)], np.float64))
-    first, last = 0, finite.size
-    if finite.size:  # Shown are those within 8 interquartile ranges of the quartiles.
-        low, high = np.quantile(finite, [0.25, 0.75])
-        reach = 8 * (high - low) or np.inf
-        first = int(np.searchsorted(finite, low - reach, "left"))
-        last = int(np.searchsorted(finite, high + reach, "right"))
-    shown = finite[first:last]
+    # Shown are those within 8 interquartile ranges of the quartiles.
+    low, high = np.quantile(finite, [0.25, 0.75]) if finite.size else (0.0, 0.0)
+    reach = 8 * (high - low) or np.inf
+    left, right = finite[finite < low - reach], finite[finite > high + reach]
+    shown = finite[left.size : finite.size - right.size]
     notes = []
-    if first > 0:
-        notes.append(f"{first} further left, down to {finite[0]:.4g}")
-    if last < finite.size:
-        notes.append(f"{finite.size - last} further right, up to {finite[-1]:.4g}")
+    if left.size:
+        notes.append(f"{left.size} further left, down to {left[0]:.4g}")
+    if right.size:
+        notes.append(f"{right.size} further right, up to {right[-1]:.4g}")
     if nonfinite := values.size - finite.size:
         notes.append(f"{nonfinite} of {values.size} not finite")
     if shown.size:
@@ -186,14 +182,8 @@ def histogram(axes: Axes, values: np.ndarray, label: str) -> None:
         axes.hist(shown, _bins(shown).tolist(), **bars)
         if shown[0] <= finite.mean() <= shown[-1]:
             axes.axvline(finite.mean(), color=INK, linewidth=1)
-            axes.annotate(
-                "mean",
-                (finite.mean(), 1),
-                xycoords=("data", "axes fraction"),
-                xytext=(3, 0),
-                textcoords="offset points",
-                va="bottom",
-            )
+            where: Any = {"xycoords": ("data", "axes fraction"), "textcoords": "offset points"}
+            axes.annotate("mean", (finite.mean(), 1), xytext=(3, 0), **where, va="bottom")
     axes.grid(axis="y")
     for line, note in enumerate(notes):
         _warn(axes, 0.98 - ANNOTATION_HEIGHT * line, note)
@@ -221,8 +211,8 @@ def pair(axes: Axes, data: np.ndarray, samples: np.ndarray, labels: tuple[str, s
     axes.scatter(data[:, 0], data[:, 1], s=14, color=INK, marker="x", linewidths=0.8)
     low, high = data.min(axis=0), data.max(axis=0)
     margin = (high - low) / 2
-    axes.set_xlim(low[0] - margin[0], high[0] + margin[0])
-    axes.set_ylim(low[1] - margin[1], high[1] + margin[1])
+    xlim, ylim = np.stack([low - margin, high + margin], axis=1)
+    axes.set(xlim=xlim, ylim=ylim)
     axes.grid()
     axes.set_xlabel(labels[0], parse_math=False)
     axes.set_ylabel(labels[1], parse_math=False)
@@ -263,8 +253,7 @@ def training(axes: Axes, step: np.ndarray, loss: np.ndarray, window: int) -> Non
         axes.yaxis.set_minor_formatter(NullFormatter())
     axes.grid(axis="y")
     axes.margins(x=0.01)
-    axes.set_xlabel("step")
-    axes.set_ylabel("loss")
+    axes.set(xlabel="step", ylabel="loss")
 
 
 def validation(axes: Axes, step: np.ndarray, bound: np.ndarray, half_width: np.ndarray) -> None:
@@ -273,8 +262,7 @@ def validation(axes: Axes, step: np.ndarray, bound: np.ndarray, half_width: np.n
     axes.plot(step, bound, "o-", color=ACCENT, markersize=3, linewidth=1.4)
     axes.grid(axis="y")
     axes.margins(x=0.01)
-    axes.set_xlabel("step")
-    axes.set_ylabel("bits/dim")
+    axes.set(xlabel="step", ylabel="bits/dim")
 
 
 def levels(
@@ -296,8 +284,7 @@ def levels(
     axes.legend(frameon=False, handlelength=1.2)
     axes.grid(axis="y")
     axes.set_ylim(bottom=0)
-    axes.set_xlabel("log SNR")
-    axes.set_ylabel("bits/dim per unit of log SNR")
+    axes.set(xlabel="log SNR", ylabel="bits/dim per unit of log SNR")
 
 
 def running_mean(values: np.ndarray, window: int) -> np.ndarray:

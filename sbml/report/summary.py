@@ -130,8 +130,8 @@ def write(
     content["warnings"] = warnings
     if known is not None:
         # The newest picture of the training takes the place of samples.
-        paths = {} if samples else {p.name: p for p in (workdir / "samples").glob("step_*.png")}
-        steps = {int(name[5:-4]): p for name, p in paths.items() if name[5:-4].isdecimal()}
+        paths = [] if samples else (workdir / "samples").glob("step_*.png")
+        steps = {int(p.stem[5:]): p for p in paths if p.stem[5:].isdecimal()}
         if steps:
             last = max(steps)
             caption = f"Samples during the training, at step {last:,}."

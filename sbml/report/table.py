@@ -126,5 +126,4 @@ def _validation(axes: Axes, curve: Sequence[Mapping[str, Any]]) -> None:
     steps, scores = ([float(point[k]) for point in curve] for k in ("step", "log_p_z"))
     axes.plot(steps, scores, "o-", color=plots.ACCENT, markersize=3, linewidth=1.2)
     axes.grid(axis="y")
-    axes.set_xlabel("step")
-    axes.set_ylabel("log p, whitened, nats per row")
+    axes.set(xlabel="step", ylabel="log p, whitened, nats per row")

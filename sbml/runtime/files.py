@@ -57,10 +57,12 @@ def write_whole(path: epath.PathLike, content: bytes) -> None:
             partial.unlink(missing_ok=True)
 
 
-def write_npz(path: epath.PathLike, columns: Mapping[str, np.ndarray]) -> None:
-    """Write arrays. The same arrays give the same bytes, because NumPy stores no time stamp."""
+def write_npz(path: epath.PathLike, columns: Mapping[str, Any]) -> None:
+    """Write arrays, or what NumPy makes arrays of.
+
+    The same arrays give the same bytes, because NumPy stores no time stamp."""
     buffer = io.BytesIO()
-    np.savez(buffer, **columns)  # type: ignore[arg-type]
+    np.savez(buffer, **columns)
     with zipfile.ZipFile(buffer, "a") as archive:
         archive.comment = _comment(0)
     content = buffer.getvalue()
@@ -109,6 +111,11 @@ def _comment(crc32: int) -> bytes:
 def with_crc32(value: Mapping[str, Any]) -> dict[str, Any]:
     """``value`` with the CRC32 of its JSON text, in which Python writes all digits of floats."""
     return {**value, CRC32: zlib.crc32(json.dumps(value, sort_keys=True).encode())}
+
+
+def json_line(value: Mapping[str, Any]) -> str:
+    """An object of plain JSON values as a line of a file of JSON lines."""
+    return json.dumps(with_crc32(value)) + "\n"
 
 
 def without_crc32(text: str | bytes) -> dict[str, Any]:

@@ -6,7 +6,6 @@ A process that is killed by SIGKILL leaves no row, so the sums of the rows are l
 
 import contextlib
 import functools
-import json
 import os
 import pathlib
 import platform
@@ -20,7 +19,7 @@ from absl import logging
 from etils import epath
 
 from sbml import __version__
-from sbml.runtime.files import remote, with_crc32, write_whole
+from sbml.runtime.files import json_line, remote, write_whole
 
 FILE = "history.jsonl"
 
@@ -75,7 +74,7 @@ def _utc(seconds: float) -> str:
 
 def _append(path: epath.Path, row: dict[str, Any]) -> None:
     """Add a row; a file that cannot be written does not end the mode."""
-    line = f"{json.dumps(with_crc32(row))}\n".encode()
+    line = json_line(row).encode()
     try:
         if remote(path):  # Object stores cannot append.
             write_whole(path, (path.read_bytes() if path.exists() else b"") + line)

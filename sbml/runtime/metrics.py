@@ -1,7 +1,6 @@
 """Training metrics by step: ``metrics.jsonl`` for programs, tensorboard for people."""
 
 import contextlib
-import json
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -10,7 +9,7 @@ import numpy as np
 from absl import logging
 from etils import epath
 
-from sbml.runtime.files import remote, with_crc32, without_crc32, write_whole
+from sbml.runtime.files import json_line, remote, without_crc32, write_whole
 
 FILE = "metrics.jsonl"
 EARLIER = "metrics.jsonl.earlier"  # rows of a training that was begun again at step 0
@@ -40,10 +39,6 @@ def _parse(path: epath.Path) -> tuple[list[dict[str, Any]], list[str]]:
     return rows, damaged
 
 
-def _line(row: dict[str, Any]) -> str:
-    return json.dumps(with_crc32(row)) + "\n"
-
-
 class MetricsWriter:
     """Appends rows of scalars. A file that cannot be written does not end the training.
 
@@ -63,7 +58,7 @@ class MetricsWriter:
         if rows and start == 0:
             earlier = self._path.parent / EARLIER
             before = earlier.read_bytes() if earlier.exists() else b""
-            write_whole(earlier, before + "".join(map(_line, rows)).encode())
+            write_whole(earlier, before + "".join(map(json_line, rows)).encode())
         self._rows = [row for row in rows if row["step"] <= start]
         self._incomplete = False  # whether the file may lack rows, or end in a part of one
         self._rewrite()
@@ -101,23 +96,23 @@ class MetricsWriter:
             else:
                 self._incomplete = True  # The line may be cut off.
                 with open(self._path, "a") as file:
-                    file.write(_line(self._rows[-1]))
+                    file.write(json_line(self._rows[-1]))
                 self._incomplete = False
             if self._board:
                 self._board.write(step, *(summary.scalar(*item) for item in values.items()))
 
     def _rewrite(self) -> None:
         self._incomplete = True
-        write_whole(self._path, "".join(map(_line, self._rows)).encode())
+        write_whole(self._path, "".join(map(json_line, self._rows)).encode())
         self._incomplete = False
 
-    def image(self, step: int, name: str, image: np.ndarray) -> None:
-        """Write an image ``(h, w, c)`` of uint8 to tensorboard."""
+    def picture(self, step: int, image: np.ndarray) -> None:
+        """Write a picture of samples, uint8 ``(h, w, c)``, to tensorboard."""
         from tensorboardX import summary
 
         if self._board:
             with self.tolerant(step):
-                self._board.write(step, summary.image(name, image, dataformats="HWC"))
+                self._board.write(step, summary.image("samples", image, dataformats="HWC"))
 
     def close(self) -> None:
         """Write what is buffered or was not written before."""

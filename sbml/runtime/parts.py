@@ -68,7 +68,7 @@ class Resumable:
         """Store ``state`` if ten seconds have passed, or ``now``."""
         if now or time.monotonic() - self._written > 10:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            write_npz(self.path, {name: np.asarray(value) for name, value in state.items()})
+            write_npz(self.path, state)
             self._written = time.monotonic()
 
     def remove(self) -> None:

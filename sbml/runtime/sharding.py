@@ -1,6 +1,6 @@
 """Placement of arrays on devices: batches are split along one mesh axis, the state is replicated.
 
-Parts of the state may be split too (:func:`placement`). Under ``jit`` with these shardings a
+Parts of the state may be split too (:func:`abstract`). Under ``jit`` with these shardings a
 computation is written for the *global* batch and gives the same result on one device or many, in
 one process or many; the mathematics contains no axis name.
 """
@@ -43,35 +43,21 @@ def batch_sharding(mesh: Mesh, axis: int = 0) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(*[None] * axis, "data"))
 
 
-def longest_axis_sharding(mesh: Mesh, shape: tuple[int, ...]) -> NamedSharding:
-    """Devices hold equal parts of an array of ``shape``, split along its longest divisible axis.
+def longest_axis_shardings(tree: Any, mesh: Mesh) -> Any:
+    """The shardings that give devices equal parts of every leaf, split along its longest divisible
+    axis.
 
-    An axis is divisible if its size is a multiple of the number of devices. If there is no such
-    axis, the array is replicated.
+    An axis is divisible if its size is a multiple of the number of devices. A leaf without such an
+    axis is replicated.
     """
-    divisible = [axis for axis, size in enumerate(shape) if size and size % mesh.size == 0]
-    if not divisible:
-        return replicated(mesh)
-    return batch_sharding(mesh, axis=max(divisible, key=lambda axis: shape[axis]))
 
+    def of(leaf: Any) -> NamedSharding:
+        divisible = [axis for axis, size in enumerate(leaf.shape) if size and size % mesh.size == 0]
+        if not divisible:
+            return replicated(mesh)
+        return batch_sharding(mesh, axis=max(divisible, key=lambda axis: leaf.shape[axis]))
 
-def placement(state: TrainState, mesh: Mesh, *, shard_state: bool = False) -> TrainState:
-    """The sharding of every leaf of ``state``.
-
-    Every leaf is replicated, but with ``shard_state`` the optimizer's state and the average of the
-    parameters are spread over the devices. Each device then updates its part of these and of the
-    parameters, and the parameters are gathered (ZeRO-1, Rajbhandari et al. 2020).
-    """
-    same = jax.tree.map(lambda leaf: replicated(mesh), state)
-    if not shard_state:
-        return same
-    parts = {
-        name: jax.tree.map(
-            lambda leaf: longest_axis_sharding(mesh, leaf.shape), getattr(state, name)
-        )
-        for name in ("opt_state", "ema_params")
-    }
-    return same.replace(**parts)
+    return jax.tree.map(of, tree)
 
 
 def partitioned(
@@ -80,12 +66,7 @@ def partitioned(
     """``optimizer`` in parts: each device updates the parameters whose optimizer state it holds."""
 
     def parts(tree: Any) -> Any:
-        return jax.tree.map(
-            lambda leaf: jax.lax.with_sharding_constraint(
-                leaf, longest_axis_sharding(mesh, leaf.shape)
-            ),
-            tree,
-        )
+        return jax.lax.with_sharding_constraint(tree, longest_axis_shardings(tree, mesh))
 
     def update(grads: Any, state: Any, params: Any) -> tuple[Any, Any]:
         # Sum the gradients over all devices first: otherwise XLA may gather activations instead.
@@ -96,31 +77,40 @@ def partitioned(
     return optax.GradientTransformation(optimizer.init, update)
 
 
+def abstract(
+    init: Callable[[], TrainState], mesh: Mesh, *, shard_state: bool = False
+) -> TrainState:
+    """The shapes and shardings of the state that ``init()`` returns, without computing it.
+
+    Every leaf is replicated, but with ``shard_state`` the optimizer's state and the average of the
+    parameters are spread over the devices. Each device then updates its part of these and of the
+    parameters, and the parameters are gathered (ZeRO-1, Rajbhandari et al. 2020).
+    """
+    shapes = jax.eval_shape(init)
+    where = jax.tree.map(lambda leaf: replicated(mesh), shapes)
+    if shard_state:
+        where = where.replace(
+            opt_state=longest_axis_shardings(shapes.opt_state, mesh),
+            ema_params=longest_axis_shardings(shapes.ema_params, mesh),
+        )
+    return jax.tree.map(
+        lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
+        shapes,
+        where,
+    )
+
+
 def initial_state(
     init: Callable[[], TrainState], mesh: Mesh, *, shard_state: bool = False
 ) -> TrainState:
-    """The state that ``init()`` returns, placed on the devices by :func:`placement`.
+    """The state that ``init()`` returns, placed on the devices as :func:`abstract` says.
 
     ``init`` runs only once, so on CPU it is compiled without LLVM's optimization, which would take
     longer than it saves.
     """
-    where = placement(jax.eval_shape(init), mesh, shard_state=shard_state)
+    like = abstract(init, mesh, shard_state=shard_state)
+    where = jax.tree.map(lambda leaf: leaf.sharding, like)
     return jax.jit(init, out_shardings=where, compiler_options=compiler_options(0))()
-
-
-def abstract(
-    init: Callable[[], TrainState], mesh: Mesh, *, shard_state: bool = False
-) -> TrainState:
-    """The shapes and shardings of the state from :func:`initial_state`, without computing it.
-
-    The result is a template for restoring a checkpoint.
-    """
-    shapes = jax.eval_shape(init)
-    return jax.tree.map(
-        lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
-        shapes,
-        placement(shapes, mesh, shard_state=shard_state),
-    )
 
 
 def put(array: np.ndarray, sharding: NamedSharding) -> jax.Array:

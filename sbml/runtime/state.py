@@ -64,13 +64,6 @@ class TrainState(struct.PyTreeNode):
         )
 
 
-def _micro_batches(draws: Any, count: int) -> Any:
-    """(n, ...) -> (count, n / count, ...), interleaved so that every device keeps its own rows."""
-    return jax.tree.map(
-        lambda a: a.reshape(a.shape[0] // count, count, *a.shape[1:]).swapaxes(0, 1), draws
-    )
-
-
 def mean(losses: Any) -> Array:
     """The mean over the examples of what a ``Loss`` gives, a scalar."""
     return jnp.mean(functools.reduce(jnp.add, jax.tree.leaves(losses)))
@@ -99,7 +92,8 @@ def value_and_grad(
         return jax.tree.map(lambda a, b: a + b / accumulate, total, new), losses
 
     zero = jax.tree.map(jnp.zeros_like, params)
-    parts = _micro_batches(draws, accumulate)
+    # (n, ...) -> (accumulate, n / accumulate, ...), interleaved: each device keeps its rows.
+    parts = jax.tree.map(lambda a: a.reshape(-1, accumulate, *a.shape[1:]).swapaxes(0, 1), draws)
     unroll = accumulate if platform().name == "cpu" else 1
     grads, losses = jax.lax.scan(add, zero, parts, unroll=unroll)
     return jax.tree.map(lambda a: a.swapaxes(0, 1).reshape(-1), losses), grads

@@ -436,7 +436,8 @@ def test_a_chart_of_one_point_is_not_drawn(tmp_path: Path) -> None:
 
 def test_a_baseline_that_is_left_out_has_its_reason(tmp_path: Path) -> None:
     report = {**numbers(), "baselines_left_out": {"full-covariance Gaussian": "9 are too few"}}
-    assert "Left out: full-covariance Gaussian, for 9 are too few." in write(tmp_path, report).text
+    page = write(tmp_path, report)
+    assert "Left out: full-covariance Gaussian, because 9 are too few." in page.text
 
 
 @pytest.mark.parametrize(

@@ -58,8 +58,8 @@ def histogram(train: np.ndarray, test: np.ndarray, levels: int) -> np.ndarray:
 def gaussian(train: np.ndarray, test: np.ndarray) -> np.ndarray:
     """Bits/dim ``(m,)`` of uint8 ``test (m, *s)`` under a full-covariance Gaussian of ``train``.
 
-    The covariance is that of the dequantized training data, so it has 1/12 on its diagonal beside
-    the integers' and is never singular.
+    The covariance is that of the dequantized training data: 1/12 is added to the diagonal of the
+    integers' covariance, so it is never singular.
     """
     mean = moments.mean(train)
     covariance = moments.covariance(train, mean)

@@ -1,8 +1,7 @@
 """What all cells of an evaluation share: the model, the images, and what is made from these once.
 
-The dequantizers, and what reduces the noise of a bound's random times, a control variate and
-densities of times, are made when they are asked for. The latter two are then stored in the work
-directory.
+The dequantizers are made when they are asked for. So are the control variate and the densities of
+times, which reduce the noise of a bound's random times; these two are stored in the work directory.
 """
 
 import dataclasses
@@ -78,8 +77,8 @@ class Inputs:
         return tree_crc32(self.restored.state.ema_params)
 
     def labels(self, images: ImageSet) -> np.ndarray | None:
-        """The numbers of the classes of ``images``, as the checkpoint has them; None for a model
-        without classes."""
+        """The classes of ``images``, by their numbers in the checkpoint; None for a model without
+        classes."""
         return self.experiment.labels(images, self.restored.metadata.get("classes", ()))
 
     @functools.cached_property
@@ -105,8 +104,8 @@ class Inputs:
         return GaussianControl(**{"basis": None, **arrays})
 
     def density(self, eps: float) -> np.ndarray | None:
-        """The density of the bound's times from ``eps`` on, ``(bins,)``, from 256 training images;
-        None, which is the proposal's own density, if ``eval.proposal_bins`` is 0."""
+        """The density of the bound's times from ``eps`` on, ``(bins,)``, from at most 256 training
+        images; None, which is the proposal's own density, if ``eval.proposal_bins`` is 0."""
         experiment, train, config = self.experiment, self.train, self.experiment.config.eval
         if not config.proposal_bins:
             return None
@@ -148,7 +147,8 @@ class Inputs:
         return Dequantization(model, restored.state.ema_params, restored)
 
     def ids(self, count: int = 0) -> np.ndarray:
-        """The sorted ids of the images to evaluate, a random sample if they are not all.
+        """The sorted ids of the images to evaluate. If they are not all, they are a random sample;
+        with ``eval.in_order`` they are the first ones.
 
         There are at most ``eval.max_images`` and, if ``count`` is not 0, at most ``count``. The
         sample comes from one permutation that does not depend on the seed: a larger sample contains

@@ -52,10 +52,12 @@ def progress(
 ) -> dict[str, Any]:
     """How far a training has come: these arguments, and ``line``, which says it in words.
 
-    ``owner`` is the process that is training at this moment, in words; ``step`` the last one in the
-    metrics or of a checkpoint; ``num_steps`` what the config asks for; ``loss`` the last one that
-    was logged, in nats per dimension; ``checkpoint`` the step of the newest one. None: there is
-    none.
+    Args:
+      owner: the process that is training at this moment, in words; None if there is none.
+      step: the last step in the metrics or of a checkpoint; None if there is neither.
+      num_steps: the number of steps that the config asks for.
+      loss: the last loss that was logged, in nats per dimension; None if none was.
+      checkpoint: the step of the newest checkpoint; None if there is none.
     """
     saved = checkpoint or 0
     if owner is not None:

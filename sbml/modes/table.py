@@ -1,15 +1,16 @@
 """Trains a density of the rows of a table and compares it with baselines: ``--mode=table``.
 
-The network is trained on a part of the training rows. Of the checkpoints, the one with the largest
-log p of the validation rows is evaluated on the test rows, once. At step 0 the network's output is
-0 and the model is the Gaussian of the training rows (``sbml.data.table``); this step is a candidate
-too, so a network that learns nothing costs nothing. The Gaussian is that of all training rows,
-with those for validation, which therefore favour step 0 a little.
+The network is trained on a part of the training rows; the others are the validation rows. The
+checkpoint with the largest log p of the validation rows is evaluated on the test rows, once. At
+step 0 the network's output is 0 and the model is the Gaussian of the training rows
+(``sbml.data.table``). Step 0 is a candidate too, so if training does not help, the Gaussian is
+evaluated. It is fitted to all training rows, including the validation rows, so their log p is a
+little too large at step 0.
 
     log p(y) = log p_eps(z) + log |det dz/dy|       nats, in the units of the file
 
-log p_eps(z) is by the probability-flow ODE. The baselines (``sbml.evaluation.densities``) are
-functions of the same z, so log |det dz/dy| cancels in the differences between models.
+log p_eps(z) is computed by the probability-flow ODE. The baselines (``sbml.evaluation.densities``)
+are functions of the same z, so log |det dz/dy| cancels in the differences between models.
 """
 
 import dataclasses
@@ -180,7 +181,8 @@ def _chosen(
 
     def density(params: Any) -> Density:
         return Density(
-            experiment.exact_adapter(jax.device_get(params)),  # all of one kind: compiled once
+            # NumPy arrays at all steps, so that the program is compiled once.
+            experiment.exact_adapter(jax.device_get(params)),
             experiment.sde,
             validation.shape[1:],
             eps=experiment.eval_eps,

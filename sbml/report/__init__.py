@@ -4,5 +4,6 @@ result          one number of an evaluation, with all that ``report.json`` has f
 page            report.json and report.html from values
 summary         the same from the files of a work directory
 comparison      comparison.html, from several work directories
+table           the report.html of --mode=table, from its values
 plots           figures as SVG text; images as grids and PNG files
 """

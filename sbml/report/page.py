@@ -27,7 +27,7 @@ from sbml.runtime.files import write_whole
 from sbml.scalars import notation
 
 DOCS = "https://sbml-jax.github.io/sbml/latest/"
-# Where it explains the terms of a number.
+# The sections of the documentation that explain the terms of a number.
 OF_ODE, OF_BOUND = (f"explanations/bits.html#the-terms-of-the-{name}" for name in ("ode", "bound"))
 PAGE_WIDTH = 1056  # pixels, as in report.css
 STRIP_IMAGES, SAMPLE_COLUMNS, SAMPLE_ROWS = 10, 16, 8
@@ -60,9 +60,9 @@ def write(
         ``command``, ``model``, ``checkpoint``, ``quality`` and ``classifier`` (names to numbers),
         ``codec`` (the content of codec.json), ``baselines_left_out`` (names to reasons),
         ``training`` (with a ``line`` and the step of the newest ``checkpoint``) and ``missing``
-        (names to the commands that make these parts). The names of the ``classes``, if the model
-        has classes, are in the order of the samples. The page lists other entries under their own
-        names.
+        (names to the commands that make these parts). If the model has classes, ``classes`` are
+        their C names, and sample i has the class i modulo C. The page lists other entries under
+        their own names.
       table: columns (n,) with a row for each image; None for a run that was not evaluated, whose
         ``results`` are empty. It needs ``id`` and at least one column whose name ends in
         ``bits_per_dim``, and may have columns that end in ``nfe``, numbers of network evaluations.
@@ -103,7 +103,7 @@ def write(
     details = {}
     if results:
         numbered = {f"{row}. {label(result)}": result for row, result in enumerate(results, 1)}
-        details["Every figure of the results"] = flat(numbered)
+        details["Every number of the results"] = flat(numbered)
     for name, value in report.items():
         if name not in SHOWN_ELSEWHERE:
             heading = DETAILS.get(name, name.replace("_", " ").capitalize())
@@ -159,7 +159,7 @@ def _evaluation(
     if len(rows) > 1:
         left_out = report.get("baselines_left_out", {}).items()
         caption = ["Bars: 95% intervals. Blue: this model; grey: baselines."]
-        caption += [f"Left out: {name}, for {reason}." for name, reason in left_out]
+        caption += [f"Left out: {name}, because {reason}." for name, reason in left_out]
         unit = "bits/dim, lower is better"
         comparison = rows_figure("Comparison", rows, unit, " ".join(caption))
     # Terms that are 0 in all results are left out, such as "importance" if K = 1.
@@ -240,7 +240,7 @@ def flat(value: Mapping[str, Any], top: str = "") -> dict[str, Any]:
 def rows_figure(
     name: str, rows: Sequence[plots.Row], unit: str, caption: str, origin: float | None = None
 ) -> dict[str, Any]:
-    """A figure of ``plots.rows``, whose text for people who do not see it has all rows."""
+    """A figure of ``plots.rows``, with all rows in its alternative text."""
     draw = partial(plots.rows, rows=rows, unit=unit, origin=origin)
     height = plots.ROWS_HEIGHT + plots.ROW_HEIGHT * len(rows)
     each = "; ".join(f"{row.label} {row.text}" for row in rows)
@@ -269,7 +269,8 @@ def label(result: Mapping[str, Any]) -> str:
 def copied(run: str, results: Sequence[Mapping[str, Any]]) -> dict[str, str]:
     """The results as rows to copy, for LaTeX and as CSV.
 
-    The columns are run, estimator, dequantizer, bits/dim, its 95% interval, n and eps.
+    The columns are run, estimator, dequantizer, K, bits/dim, its 95% interval, n and eps. In LaTeX,
+    K has no column: if it is above 1, it stands beside the dequantizer.
     """
     names = ["run", "estimator", "dequantizer", "K", "bits_per_dim", "low", "high", "n", "eps"]
     table, rows = io.StringIO(), []
@@ -294,7 +295,7 @@ def levels_figure(report: Mapping[str, Any]) -> dict[str, Any] | None:
     """The figure of the loss at each noise level; None without a bound."""
     if not (levels := report.get("noise_levels")):
         return None
-    # A bin with one draw has no spread, which the file has as the text "NaN".
+    # A bin with one draw has no standard error: the file has the text "NaN" in its place.
     values = {name: np.asarray(value, float) for name, value in levels.items()}
     edges = values["edges"]
     split = str(report["results"][0].get("split", "held-out"))
@@ -339,7 +340,7 @@ def _histogram(name: str, values: np.ndarray) -> dict[str, Any]:
             f"{finite.min():.4g} to {finite.max():.4g}."
         )
     if 0 < finite.size < values.size:
-        caption += f" {values.size - finite.size:,} not finite, outside this mean."
+        caption += f" {values.size - finite.size:,} not finite, not in this mean."
     draw = partial(plots.histogram, values=values, label=name)
     return figure(name, draw, caption)
 
@@ -395,8 +396,8 @@ def grid_url(images: np.ndarray, levels: int, columns: int, scale: int) -> str:
 def _extremes(
     table: Mapping[str, np.ndarray], bits: np.ndarray, images: np.ndarray, levels: int
 ) -> list[list[dict[str, Any]]]:
-    """The images of the smallest bits/dim, best first, and of the largest, worst first. Values that
-    are not finite count as the worst."""
+    """The images with the smallest bits/dim, best first, and with the largest, worst first. Values
+    that are not finite count as the worst."""
     ids, names, classes = np.asarray(table["id"]), table.get("name"), table.get("class")
     order = np.argsort(np.where(np.isfinite(bits), bits, np.inf), kind="stable")
     count = min(STRIP_IMAGES, max(1, len(ids) // 2), max(1, PIXEL_BUDGET // images[0].size))
@@ -418,8 +419,8 @@ def _extremes(
 
 
 def _samples(samples: np.ndarray, levels: int, classes: Sequence[str]) -> dict[str, str]:
-    """The grid of ``samples``, of which number i is of the class i modulo their number; each column
-    has one class, unless there are more classes than columns."""
+    """The grid of ``samples``. Sample i has the class i modulo the number of classes, and each
+    column has one class, unless there are more classes than columns."""
     count = len(classes)
     scale = max(1, 64 // max(samples.shape[1:3]))
     columns = min(SAMPLE_COLUMNS, max(1, PAGE_WIDTH // (samples.shape[2] * scale)))

@@ -62,9 +62,9 @@ def image_grid(
 ) -> np.ndarray:
     """Tile images row by row: uint8 (m, h, w, c) of 0 … L - 1 -> uint8 (H, W, c) of 0 … 255.
 
-    A pixel becomes scale x scale equal pixels. Between neighbours lie ``gap`` grey pixels, so
+    A pixel becomes scale x scale equal pixels. There are ``gap`` grey pixels between neighbours, so
     H = rows (h scale + gap) - gap with rows = ceil(m / columns), and likewise W. Cells without
-    an image are grey. Of images with other than 1 or 3 channels the first channel is shown.
+    an image are grey. If images have neither 1 nor 3 channels, only the first channel is shown.
     """
     if images.max() >= levels:
         raise ValueError(
@@ -165,7 +165,7 @@ def histogram(axes: Axes, values: np.ndarray, label: str) -> None:
     not in the histogram. A text on the figure gives their numbers.
     """
     finite = np.sort(np.asarray(values[np.isfinite(values)], np.float64))
-    # Shown are those within 8 interquartile ranges of the quartiles.
+    # Values within 8 interquartile ranges of the quartiles are shown.
     low, high = np.quantile(finite, [0.25, 0.75]) if finite.size else (0.0, 0.0)
     reach = 8 * (high - low) or np.inf
     left, right = finite[finite < low - reach], finite[finite > high + reach]
@@ -194,7 +194,8 @@ def histogram(axes: Axes, values: np.ndarray, label: str) -> None:
 
 def marginal(axes: Axes, data: np.ndarray, samples: np.ndarray, label: str) -> None:
     """The densities of one column: histograms of ``data`` (n,), filled, and of ``samples`` (m,) of
-    a model, as a line. Samples outside the range of the data widened by half are not shown."""
+    a model, as a line. Samples are not shown if they are outside the range of the data by more than
+    half of its width."""
     low, high = float(data.min()), float(data.max())
     reach = (high - low) / 2
     shown = samples[(samples >= low - reach) & (samples <= high + reach)]
@@ -297,8 +298,8 @@ def running_mean(values: np.ndarray, window: int) -> np.ndarray:
 
 
 def _thin(x: np.ndarray, y: np.ndarray, buckets: int = 500) -> tuple[np.ndarray, np.ndarray]:
-    """At most 2 points of each bucket, those of the smallest and the largest y. The curve looks the
-    same, and the page stays small."""
+    """At most 2 points of each bucket, those with the smallest and the largest y. The curve looks
+    the same, and the page stays small."""
     if x.size <= 2 * buckets:
         return x, y
     parts = np.array_split(np.arange(x.size), buckets)

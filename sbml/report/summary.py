@@ -4,11 +4,11 @@
     sample      samples.npz
     eval of training images     train/evaluation.json
     quality     quality.json, neighbours.png
-    decompress  codec.json
+    compress, decompress        codec.json
     train       metrics.jsonl, samples/step_*.png
 
-If there is an evaluation, each of the modes ``eval``, ``sample`` and ``quality`` also writes
-``report.json`` and ``report.html``. The mode ``report`` also writes them without an evaluation. If
+If there is an evaluation, the modes ``eval``, ``sample``, ``quality`` and ``decompress`` also write
+``report.json`` and ``report.html``. The mode ``report`` writes them even without an evaluation. If
 the evaluation is of other images than those of the config, nothing is written.
 """
 
@@ -139,7 +139,8 @@ def write(
         modes = {"results": "eval", "samples": "sample", "quality": "quality"}
         missing = {name: mode for name, mode in modes.items() if not content.get(name)}
         if trained_further:
-            # What is there belongs to the newest checkpoint, and is shown beside its evaluation.
+            # Samples are drawn from the newest checkpoint, and the report shows them only beside an
+            # evaluation of the same checkpoint.
             before = {"results": "eval", "samples": "eval,sample", "quality": "eval,sample,quality"}
             missing = {name: before[name] for name in ("results", *missing)}
         elif "samples" in missing and "quality" in missing:
@@ -189,7 +190,7 @@ def gap_of(workdir: Workdir, evaluation: Mapping[str, Any]) -> dict[str, Any]:
     """
     count = evaluation["results"][0]["n"]
     flags = f"--mode=eval --config.eval.split=train --config.eval.max_images={count}"
-    # The command of the results, whose other settings count too, with another mode.
+    # The command of the results without its mode: the other settings must be the same.
     command = re.sub(r" --?mode[= ]\S+", "", evaluation.get("command", ""))
     found: dict[str, Any] = {"rows": [], "command": f"{command} {flags}"}
     folder = Workdir(workdir / "train")
@@ -236,7 +237,7 @@ def provenance_of(
 
 
 def _sums(rows: Sequence[Mapping[str, Any]]) -> dict[str, str]:
-    """What rows of the history have in common and sum up to, as text."""
+    """The code, hardware, dates, duration and cost of all ``rows`` of the history, as text."""
     if not rows:
         return {}
     found = {k: "; ".join(dict.fromkeys(row[k] for row in rows)) for k in ("code", "hardware")}

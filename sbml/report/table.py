@@ -36,7 +36,7 @@ def verdict(best: Mapping[str, Any]) -> str:
 
 
 def line(result: Mapping[str, Any]) -> str:
-    """A result in one line; of the model also its smallest time and, below, the prior's error."""
+    """A result in one line. For the model it has the smallest time, and the prior's error below."""
     low, high = result["interval"]
     at = f" at t={notation(result['smallest_time'], '.3g')}" if "smallest_time" in result else ""
     prior = PriorError(*result["prior_error"]).line("nats") if "prior_error" in result else ""
@@ -115,7 +115,8 @@ def render(
 
 
 def _dependent(values: np.ndarray) -> list[tuple[int, int]]:
-    """The pairs of columns with the largest rank correlations, of the first ``MARGINALS``."""
+    """The pairs of columns, among the first ``MARGINALS``, whose rank correlations have the largest
+    absolute values."""
     ranks = values[:, :MARGINALS].argsort(axis=0).argsort(axis=0)
     pairs = list(itertools.combinations(range(ranks.shape[1]), 2))
     strength = np.abs(np.atleast_2d(np.corrcoef(ranks.T)))

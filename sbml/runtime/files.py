@@ -49,16 +49,18 @@ def write_whole(path: epath.PathLike, content: bytes) -> None:
         partial.write_bytes(content)
         partial.replace(path)
     except OSError as error:
-        if error.errno is not None:  # As of a full disk, which names no file; others have a text.
+        # The system's errors have a number, and some, such as a full disk, name no file. An error
+        # without a number has a text of its own.
+        if error.errno is not None:
             error.filename = str(path)
         raise
     finally:
-        with contextlib.suppress(OSError):  # On a disk that cannot be written, there is no file.
+        with contextlib.suppress(OSError):  # If the disk cannot be written, no file was made.
             partial.unlink(missing_ok=True)
 
 
 def write_npz(path: epath.PathLike, columns: Mapping[str, Any]) -> None:
-    """Write arrays, or what NumPy makes arrays of.
+    """Write arrays, or values that NumPy can convert to arrays.
 
     The same arrays give the same bytes, because NumPy stores no time stamp."""
     buffer = io.BytesIO()

@@ -37,9 +37,9 @@ def compute_once(
 ) -> dict[str, np.ndarray]:
     """The result of the first call of ``make`` for this ``identity``, stored in a file of ``root``.
 
-    Computed again on another machine, the arrays could differ in their last digits, and a resumed
-    run could not use the results that depend on the first arrays. All processes call this function,
-    and therefore ``make``, together.
+    If the arrays were computed again on another machine, they could differ in their last digits,
+    and a resumed run could not use the results that depend on the first arrays. All processes call
+    this function, and therefore ``make``, together.
     """
     path = epath.Path(root) / f"{name}_{_digest(identity)}.npz"
     sharding.barrier(f"{name} sought")
@@ -53,8 +53,8 @@ def compute_once(
 
 
 class Resumable:
-    """The state of one long computation, arrays by name, in a file of ``root`` that is written at
-    most every ten seconds; ``identity`` describes the computation in plain JSON values."""
+    """The state of one long computation, arrays by name, in a file of ``root`` that is usually
+    written at most every ten seconds; ``identity`` describes the computation in JSON values."""
 
     def __init__(self, root: epath.PathLike, name: str, identity: dict[str, Any]) -> None:
         self.path = epath.Path(root) / f"{name}_{_digest(identity)}.npz"
@@ -65,7 +65,7 @@ class Resumable:
         return intact_npz(self.path) or {}
 
     def store(self, state: dict[str, Any], *, now: bool) -> None:
-        """Store ``state`` if ten seconds have passed, or ``now``."""
+        """Store ``state`` if ten seconds have passed, or in any case if ``now``."""
         if now or time.monotonic() - self._written > 10:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             write_npz(self.path, state)
@@ -90,8 +90,8 @@ class Parts:
         write_json(self.directory / "identity.json", identity)
 
     def write(self, columns: dict[str, np.ndarray]) -> None:
-        """Add the rows ``columns``, of which ``sweep`` and ``id`` identify a row, and note the
-        versions of the packages."""
+        """Add the rows ``columns`` and note the versions of the packages. The columns ``sweep``
+        and ``id`` identify a row."""
         if not self._noted:
             present = versions.versions()
             write_json(self.directory / f"versions_{_digest(present)}.json", present)

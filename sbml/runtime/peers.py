@@ -1,10 +1,10 @@
 """The loss of another process of a run: it was killed or crashed, or its host was taken away.
 
 Without it nothing can be computed, and no checkpoint can be completed. On CPUs, Gloo performs the
-collective operations. The next one raises an error in the processes that are left, and these leave
-with one line. Elsewhere, and sometimes during a save, they wait until jax finds after about 100
-seconds that the process is silent; it then aborts them with a message of its own. If process 0 is
-lost, which runs jax's coordination service, jax aborts the others within a fraction of a second.
+collective operations. The next one raises an error in the remaining processes, which print one line
+and exit. On other devices, and sometimes during a save, they wait until jax finds after about 100
+seconds that the process is silent; it then aborts them with a message of its own. Process 0 runs
+jax's coordination service: without it, jax aborts the others within a fraction of a second.
 """
 
 import contextlib

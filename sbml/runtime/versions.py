@@ -31,12 +31,12 @@ def versions() -> dict[str, str]:
 
 
 def changes(old: dict[str, str], new: dict[str, str]) -> list[str]:
-    """The entries of ``old`` that ``new`` has with another value, such as "jax 0.11.2, now 0.12.0".
+    """The entries of ``old`` with another value or none in ``new``, as "jax 0.11.2, now 0.12.0".
 
     The number of devices is left out, because no result depends on it.
     """
     kinds = [{**one, "devices": one.get("devices", "").split(" x ")[-1]} for one in (old, new)]
     names = [name for name in kinds[0] if kinds[0][name] != kinds[1].get(name)]
     if "jaxlib" in names and "xla" in names:
-        names.remove("xla")  # It names the same version.
+        names.remove("xla")  # The entry of jaxlib already shows this change.
     return [f"{name} {kinds[0][name]}, now {kinds[1].get(name, 'unknown')}" for name in names]

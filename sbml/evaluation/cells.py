@@ -33,7 +33,7 @@ from sbml.types import conditioned
 
 
 class CellRun(Driver):
-    """The rows of ``cell``, computed or read from an earlier, interrupted evaluation."""
+    """The rows of ``cell``: those that an earlier evaluation stored are read, others computed."""
 
     def __init__(self, shared: Inputs, cell: Cell, dequantization: Dequantization) -> None:
         self.shared, self.cell, self.dequantization = shared, cell, dequantization
@@ -42,10 +42,10 @@ class CellRun(Driver):
         method = estimator(experiment, cell)
         eps = experiment.discrete_eps if model.at_noise else experiment.eval_eps
         ids = shared.ids(config.importance_images if draws > 1 else 0)
-        # Each image costs K solves: the subset is smaller by K, but has at least four images. It is
-        # evenly spread, without a random draw, so it does not depend on the seed.
+        # Each image costs K solves, so the size of the subset is divided by K, down to four images.
+        # It is evenly spread, without a random draw, so it does not depend on the seed.
         subset = ids[spread(len(ids), max(4, (config.subset or len(ids)) // draws))]
-        # Batches are smaller by K too, so that a few images need less padding.
+        # The batch size is divided by K too, so that a few images need less padding.
         size = max(1, config.batch_size // draws)
         if method.exact:
             exact = divergence.exact_batch(math.prod(experiment.shape))
@@ -122,7 +122,7 @@ class CellRun(Driver):
         """Everything that a row depends on, as plain JSON values. The batch size and the numbers of
         images and sweeps do not change a row."""
         shared, config = self.shared, self.shared.experiment.config.eval
-        # The kind of derivatives changes no number.
+        # ``adjoint`` chooses how a solve is differentiated; the values do not depend on it.
         fields = {k: v for k, v in dataclasses.asdict(solver).items() if k != "adjoint"}
         own: dict[str, Any] = {"solver": fields}
         if self.cell.kind.is_bound:

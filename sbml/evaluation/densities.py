@@ -1,6 +1,7 @@
 """Baselines for whitened rows z ``(n, d)`` (``sbml.data.table``): a Gaussian, a mixture, kernels.
 
-    Gaussian            N(0, I): that of all training rows, because they were whitened by it
+    Gaussian            N(0, I): the Gaussian of the mean and the covariance that whiten the rows;
+                        they were fitted to all training rows
     Gaussian mixture    sum_k w_k N(m_k, C_k), by EM; k and the number added to the diagonals of
                         the C_k are those with the largest log p on validation rows
     kernel density      1/n sum_i N(z; z_i, b^2 I); b is chosen in the same way
@@ -49,14 +50,14 @@ def fit(train: np.ndarray, validation: np.ndarray) -> list[Baseline]:
         chosen = settings[int(np.argmax(scores))]
         return chosen, make(**chosen).fit(every)
 
-    # k-means++ alone is a better start of EM than whole k-means, by the validation rows of three of
-    # scikit-learn's tables.
+    # On three of scikit-learn's data sets, EM from the centres of k-means++ had a larger log p on
+    # the validation rows than EM from the result of k-means.
     em: Any = {"init_params": "k-means++", "max_iter": 300, "random_state": 0}
     possible = [k for k in COMPONENTS if k <= len(train)]
     mixtures = [{"n_components": k, "reg_covar": a, **em} for k in possible for a in ADDED]
     # On small matrices BLAS is several times faster with one thread.
     with warnings.catch_warnings(), threadpool_limits(1):
-        # EM that stops early is still a density, and the validation rows judge it.
+        # If EM stops early, its result is still a density, and the validation rows judge it.
         warnings.simplefilter("ignore", ConvergenceWarning)
         of_mixture, mixture = best(GaussianMixture, mixtures)
         of_kernel, kernel = best(KernelDensity, [{"bandwidth": b} for b in BANDWIDTHS])

@@ -46,7 +46,7 @@ class Recipe:
     # ``data.dequantization`` of the training. ``repr``, which identifies stored samples, leaves it
     # out; ``identity`` adds it if it is "none".
     dequantization: str = dataclasses.field(default="uniform", repr=False)
-    # Sample i of a model with classes is of the class i modulo their number.
+    # The number of classes, or 0. Sample i has the class i modulo this number.
     classes: int = dataclasses.field(default=0, repr=False)
 
     def score(self, score: Score, i: Array) -> Score:
@@ -165,7 +165,7 @@ def stored(experiment: Experiment, restored: Restored, workdir: Workdir) -> Samp
     """Samples 0 .. ``sampling.num_images`` - 1 of the checkpoint ``restored``.
 
     Those in ``workdir`` are read, the others are computed and written. If samples have failed, a
-    warning gives their number. ``experiment`` has the SDE and the data of the training.
+    warning gives their number. ``experiment`` must have the SDE and the data of the training.
     """
     config = experiment.config.sampling
     parts = Parts(workdir / "sampling", identity(experiment, restored))
@@ -200,6 +200,6 @@ def grid(experiment: Experiment, images: np.ndarray, columns: int | None = None)
     """A grid of ``images`` as uint8 for a PNG, nearly square unless ``columns`` is given."""
     scale = max(1, 64 // experiment.shape[0])
     square, classes = math.ceil(math.sqrt(len(images))), experiment.adapter.classes
-    # A column has the samples of one class, unless there are very many.
+    # A column has the samples of one class, unless there are too many classes for this.
     columns = columns or (classes if 0 < classes <= 2 * square else square)
     return image_grid(images, experiment.levels, columns=columns, scale=scale)

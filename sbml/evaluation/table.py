@@ -56,7 +56,7 @@ def evaluation(
     simple, left_out = baselines.all_of(train.images, pixels, train.levels)
     intervals = {name: mean_interval(values) for name, values in simple.items()}
     # An evaluation does not use the settings of the training, so those that it was given can be
-    # wrong: the config has those of the checkpoint.
+    # wrong. The stored config therefore has the settings of the checkpoint.
     given, asked = restored.metadata["config"], experiment.config.plain()
     data = {name: given["data"][name] for name in ("dequantization", "flip")}
     sections = {name: given[name] for name in ("seed", "training", "optim")}
@@ -105,7 +105,7 @@ def cautions(inputs: Inputs, dequantizations: Mapping[str, Dequantization]) -> l
         )
     if classes := inputs.experiment.adapter.classes:
         found.append(
-            f"the numbers are given the label of each image, one of {classes} classes: do not "
+            f"each number is conditional on the label of its image ({classes} classes): do not "
             "compare them with those of models without classes"
         )
     if reason := classifier.why_none(inputs):
@@ -141,6 +141,7 @@ def cautions(inputs: Inputs, dequantizations: Mapping[str, Dequantization]) -> l
     if (count := len(inputs.ids())) < len(images):
         sample = "the first" if inputs.experiment.config.eval.in_order else "a random sample of"
         found.append(f"{sample} {count} of {len(images)} images (eval.max_images)")
-    # If the images have scenes, the caution is about the interval, which is not of these images.
+    # The caution of a set with scenes is about the confidence interval. The interval is that of the
+    # evaluated images, so this caution of the training images is left out.
     of_sets = dict.fromkeys([images.caution, train.caution if train.scenes is None else ""])
     return [*found, *filter(None, of_sets)]

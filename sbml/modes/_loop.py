@@ -57,7 +57,8 @@ class Task:
         steps between its calls; 0: never.
       repeats: the number of rows that ``update.prepare`` makes of one image; ``batch_size`` counts
         rows.
-      labels: the number of each image's class, ``(n,)``; a batch is then a pair with them.
+      labels: the number of each image's class, ``(n,)``, so that a batch is a pair of images and
+        labels; None if a batch is only images.
     """
 
     name: Name
@@ -78,12 +79,15 @@ class Task:
 
 
 def run(task: Task, checkpoints: Checkpoints) -> None:
-    """Train up to ``training.num_steps``, from the newest undamaged checkpoint on. The folder of
-    the checkpoints also gets ``metrics.jsonl``, ``tensorboard/`` and ``samples/`` beside them.
+    """Train up to ``training.num_steps``, from the newest undamaged checkpoint on.
+
+    Beside the folder of the checkpoints, this writes ``metrics.jsonl``, ``tensorboard/`` and
+    ``samples/``.
 
     Raises:
       ValueError: the config cannot work, or there is a checkpoint of another model.
-      NonFiniteLoss: a loss or gradient is not finite; the message names the step and the last good
+      DamagedCheckpointError: there are checkpoints, and all of them are damaged.
+      NonFiniteLoss: a loss or gradient is not finite; the message names the step and the newest
         checkpoint.
       UnsavedCheckpointError: the last checkpoint could not be written.
       LostProcessError: another process of this run is lost.
@@ -99,7 +103,7 @@ def run(task: Task, checkpoints: Checkpoints) -> None:
 
 
 def _train(task: Task, checkpoints: Checkpoints, preemption: Preemption) -> int:
-    """Train up to the last step, or until a signal asks to stop; the number of steps made."""
+    """Train up to the last step, or until a signal asks to stop; return the step of the state."""
     training, mesh = task.training, sharding.data_mesh()
     stride, total = training.steps_per_dispatch, training.num_steps  # a dispatch is stride steps
     state, start, provenance = _restore(task, checkpoints, mesh)
@@ -156,13 +160,14 @@ def _train(task: Task, checkpoints: Checkpoints, preemption: Preemption) -> int:
         # them in each of its steps.
         return state.replace(ema_params=gather(state.ema_params))
 
-    if task.validate and remaining:  # An error, as of memory, then comes before any step.
+    if task.validate and remaining:  # An error, such as too little memory, then comes at once.
         task.validate(averaged())
     since = time.perf_counter()
 
     def log(step: int, validate: bool) -> None:
-        """Write the means of ``rows``, which end with ``step``, and begin a new row. With
-        ``validate``, it also has the numbers of the validation, which is not in its times."""
+        """Write the means of ``rows``, which end with ``step``, as one row, and begin a new one.
+        With ``validate``, the row also has the numbers of the validation; its times leave out the
+        duration of the validation."""
         nonlocal rows, since, text
         now = time.perf_counter()
         loss, norm = map(float, np.mean(rows, axis=0))
@@ -347,8 +352,8 @@ def _in_flight() -> int:
     """The number of dispatches ahead of the one whose loss is read, so that no device waits for the
     host.
 
-    On CPU it is 0: a dispatch itself computes (``runtime.cpu``), so the measured times would be
-    wrong if losses were read later.
+    On CPU it is 0: the call of a step returns after its computation (``runtime.cpu``), so reading
+    losses later would save no time, and the measured times would be wrong.
     """
     return 0 if platform().name == "cpu" else 2
 

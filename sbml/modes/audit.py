@@ -32,7 +32,7 @@ def row(report: Report, result: str) -> str:
 
 
 def reason(report: Report) -> str:
-    """The checks that failed, each with its first number."""
+    """The checks that failed, each with the value of its first failure."""
     failures = {f.check: f.value for f in reversed(report.findings) if f.verdict == FAIL}
     each = [f"{name} ({value:.3g})" for name, value in reversed(failures.items())]
     return f"caught by {', '.join(each)}"

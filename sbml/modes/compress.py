@@ -1,4 +1,4 @@
-"""Codes images in a file as long as their bound: ``--mode=compress [--source=FOLDER]``."""
+"""Codes images in a file about as long as their bound: ``--mode=compress [--source=FOLDER]``."""
 
 import time
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ from sbml.runtime.workdir import CODEC, IMAGES, Workdir
 
 
 def check(experiment: Experiment, workdir: Workdir, before: Sequence[str]) -> None:
-    """Check that the model has no classes, and that there is a coder and one process."""
+    """Check that the model has no classes, the coder is installed, and there is one process."""
     experiment.refuse_classes("compress")
     coding.check("compress")
 
@@ -25,8 +25,9 @@ def check(experiment: Experiment, workdir: Workdir, before: Sequence[str]) -> No
 def run(experiment: Experiment, workdir: Workdir, source: str = "") -> None:
     """Code images of ``eval.split``, or all images of the folder ``source``, in ``images.sbml``.
 
-    The newest checkpoint codes them, with averaged parameters, and a decoder needs it too. A killed
-    run continues after its last stored round. Writes ``codec.json`` with the lengths in bits/dim.
+    The codec uses the averaged parameters of the newest checkpoint, and a decoder needs them too. A
+    killed run continues from its last stored state. Writes ``codec.json`` with the lengths in
+    bits/dim.
     """
     config, start = experiment.config, time.perf_counter()
     with workdir.lock("compress"), jax.default_matmul_precision(config.eval.precision):

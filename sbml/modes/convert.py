@@ -12,7 +12,7 @@ def run(
     config: Config, workdir: Workdir, source: epath.PathLike | None = None, pixels: str = ""
 ) -> None:
     """Convert ``source``: a folder of diffusers, or a checkpoint or a work directory of one of the
-    codes in ``convert.SOURCES``; of a work directory, the newest checkpoint.
+    codes in ``convert.SOURCES``. Of a work directory, the newest checkpoint is converted.
 
     The code that wrote the file is recognised by its content. ``pixels`` says how a model of
     diffusers was trained to see pixels, one of ``diffusers.PIXELS``.

@@ -21,9 +21,9 @@ from sbml.runtime.workdir import SAMPLES, Workdir
 
 
 def memory_needed(config: Config) -> int:
-    """Bytes that the samples of ``config`` need at most: the columns of their table, four times.
+    """Bytes that the samples of ``config`` need at most: four copies of the columns of their table.
 
-    They are read from parts, joined, sorted by their ids, and written to one file.
+    The columns are read from parts, joined, sorted by their ids, and written to one file.
     """
     row = math.prod(config.data.shape) + 21  # nfe, failed, id and sweep have 4, 1, 8 and 8 bytes
     return 4 * row * config.sampling.num_images

@@ -8,9 +8,9 @@ where w(t) is the weighting of ``sbml.losses``, and weight(t) is one over the de
 (``sbml.times``). With likelihood weighting, the expectation of the loss is a bound on
 -log p(x) / d, up to terms that do not depend on the score.
 
-``training.second_order`` times the second-order loss (``sbml.second_order``) is added, if it is not
-0. To fine-tune a trained score with this loss, repeat the command of its training with
-``training.second_order`` and more ``training.num_steps``.
+If ``training.second_order`` is not 0, the second-order loss (``sbml.second_order``) is multiplied
+by it and added. To fine-tune a trained score with this loss, repeat the command of its training
+with ``training.second_order`` and more ``training.num_steps``.
 """
 
 import math
@@ -41,7 +41,7 @@ def dequantize(pixels: Array, key: Key, kind: str, levels: int) -> Array:
 
         uniform     x = 2 (k + u) / L - 1, u uniform in [0, 1): a point in the bin
         centre      x = 2 (k + 1/2) / L - 1: the centre of the bin
-        none        x = 2 k / (L - 1) - 1, as in the authors' code
+        none        x = 2 k / (L - 1) - 1, as in the code of Song et al. 2021
 
     ``kind`` is one of these names, the value of ``data.dequantization``.
     """
@@ -156,11 +156,12 @@ def observe_fn(experiment: Experiment) -> Observe | None:
     """A function that updates the statistics of the noise in bins of v (``times.tally``), from
     which the next steps make the density of their times; None if there is no such density.
 
-    For antithetic noises the statistic is half of the squared difference of the two losses. This is
-    their part that is odd in z: it cancels in the mean of the two losses, but it is large where the
-    gradient is noisy (docs/benchmarks/variance.md). Otherwise the statistic is the loss, whose
-    square root is nearly proportional to the norm of the gradient. The terms at the ends of a
-    learned SDE are left out, because they do not depend on the drawn time.
+    For antithetic noises the statistic is half of the squared difference of the two losses. The
+    difference is twice the part of the loss that is odd in z. This part cancels in the mean of the
+    two losses, but it is large where the gradient is noisy (docs/benchmarks/variance.md). Otherwise
+    the statistic is the loss, whose square root is nearly proportional to the norm of the gradient.
+    The terms at the ends of a learned SDE are left out, because they do not depend on the drawn
+    time.
     """
     training = experiment.config.training
     if not training.proposal_bins:

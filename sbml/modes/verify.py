@@ -1,7 +1,7 @@
 """The audit of the program's formulas: ``--mode=verify`` compares every estimator with closed-form
 values in float64.
 
-The rows of an evaluation call the same functions as an evaluation; the others check their parts.
+Some rows call the functions that an evaluation calls; the others check parts of these functions.
 
 The true values use alpha, sigma, f and g of the SDE and nothing else of the package. The tolerance
 of a Monte Carlo row is five standard errors.

@@ -6,8 +6,8 @@ For a cell (estimator, dequantizer, K) that two runs share, with b_i the bits/di
 
 where n is the number of images that both runs evaluated, and S the standard deviation of the n
 differences. An image that is hard for one model is usually hard for another too, so this interval
-is much narrower than the intervals of the two means. It contains the noise of the choice of images
-and of the random draws, but not the differences between trainings with different seeds.
+is much narrower than the intervals of the two means. It accounts for the choice of images and for
+the random draws, but not for the differences between trainings with different seeds.
 """
 
 import dataclasses
@@ -106,8 +106,9 @@ def short_names(workdirs: Sequence[Workdir]) -> list[str]:
 
 
 def compare(runs: Sequence[Run]) -> dict[str, Any]:
-    """The numbers of the page as plain values: ``runs``, ``cells`` with a row for each run, and
-    what a run is ``lacking`` that another one has, by run.
+    """The numbers of the page as plain values: ``runs``, the fingerprint ``data`` of the images,
+    ``cells`` with a row for each run, and ``lacking``: for each run, what it does not have but
+    another run has.
     """
     named = [run.name for run in runs]
     if len(runs) < 2:
@@ -176,7 +177,7 @@ def compare(runs: Sequence[Run]) -> dict[str, Any]:
 
 
 def difference_row(row: Mapping[str, Any]) -> plots.Row:
-    """The difference of a run, with a word that says what the colour says."""
+    """The difference of a run. The verdict is shown by the colour and also as a word."""
     (low, high), colours = row["difference_interval"], {"better": plots.ACCENT, "worse": plots.WARN}
     value = f"{row['difference']:+.4f} [{low:+.4f}, {high:+.4f}]"
     colour = colours.get(row["verdict"], plots.MUTED)
@@ -209,8 +210,8 @@ def render(runs: Sequence[Run], numbers: Mapping[str, Any]) -> str:
         rows = [difference_row(row) for row in cell["rows"] if "difference" in row]
         unit = f"bits/dim minus {runs[0].name}"
         caption = (
-            "Bars: 95% intervals of the paired differences. Below 0 is better; with 0 in the "
-            "interval it is unclear which run is."
+            "Bars: 95% intervals of the paired differences. Below 0 is better. If the interval "
+            "contains 0, it is unclear which run is better."
         )
         figure = page.rows_figure(cell["name"], rows, unit, caption, origin=0.0) if rows else None
         cells.append({**cell, "figure": figure})

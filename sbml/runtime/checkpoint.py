@@ -102,7 +102,8 @@ class Checkpoints:
     Args:
       directory: a folder for the checkpoints only, local or any that etils understands
         (``gs://...``). The first save creates it and removes the parts of interrupted saves.
-      keep_last: the number of newest checkpoints to keep. With 1, damage to it loses the run.
+      keep_last: the number of newest checkpoints to keep. With 1, the run is lost if this one is
+        damaged.
       keep_every: also keep, permanently, the first checkpoint at or after each multiple of this
         number of steps; None to keep no others.
     """
@@ -150,8 +151,9 @@ class Checkpoints:
         """Save ``state`` in the background; it may be donated as soon as this returns.
 
         The call waits for an earlier save, for the copy to the host and for the CRC32s (a second or
-        less for a gigabyte). A failure in the background, of any kind, appears in the next
-        ``save``, ``wait`` or ``close``; with several processes ``save`` raises it too.
+        less for a gigabyte). A failure in the background, of any kind, shows in the next call.
+        ``wait`` raises it. In a single process ``save`` logs it, and ``close`` raises an
+        UnsavedCheckpointError; with several processes, both raise the failure itself.
 
         Checkpoints that ``restore`` found to be damaged are first moved to
         ``<directory>.damaged/<step>-<time>``. They then do not count as kept, and their steps can
@@ -237,7 +239,7 @@ class Checkpoints:
         raise DamagedCheckpointError(
             "\n  ".join([f"no whole checkpoint in {self.directory} to restore:", *reasons])
             + "\nNothing was deleted. Put a copy back, choose another directory, or move the "
-            "directory away to start anew."
+            "directory away to start again."
         )
 
     def each(self, template: Callable[[dict[str, Any]], PyTree]) -> Iterator[Restored]:
@@ -336,7 +338,7 @@ class Checkpoints:
             self._miss(step, textwrap.shorten(re.sub('"[^"]*": ', "", str(error)), 200))
 
     def _miss(self, step: int, reason: str) -> None:
-        """Record that ``step`` was not saved; log an error if the save before it succeeded."""
+        """Record that ``step`` was not saved; log an error unless the save before it failed too."""
         if not self._missed:
             logging.error(
                 "The checkpoint of step %d was not saved in %s: %s. Training goes on, and tries "
@@ -402,7 +404,7 @@ def _manifest(path: epath.Path) -> dict[str, Any]:
     if _text_crc32(manifest["manifest"]) != manifest["crc32"]:
         raise DamagedCheckpointError("its metadata fails its CRC32")
     if str(saved := manifest["manifest"].get("step")) != path.name:
-        raise DamagedCheckpointError(f"it was saved as step {saved}: name its folder so again")
+        raise DamagedCheckpointError(f"it was saved as step {saved}: rename its folder to {saved}")
     return manifest["manifest"]
 
 

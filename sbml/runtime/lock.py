@@ -4,8 +4,8 @@ Different modes may run at the same time. While a mode runs, the file ``.<mode>.
 process. On a disk there is also a file lock of the operating system, which is released when its
 owner ends for any reason. An object store has no such locks, so the file alone is the lock there. A
 process that is killed leaves it behind. On the same host, the next process sees that its owner does
-not exist any more; on another one, the user must remove it, as the error message says. Two
-processes that start within the same second can both take such a lock.
+not exist any more; on another one, the user must remove the file, as the error message says. In an
+object store, two processes that start within the same second can both take the lock.
 """
 
 import contextlib

@@ -169,8 +169,8 @@ class _Board:
 
     @contextlib.contextmanager
     def _errors(self) -> Iterator[None]:
-        """A context in which every error, of which object stores raise many, is an OSError that
-        ends the file."""
+        """A context that raises every error as an OSError, because object stores raise errors of
+        many types. After an error the present file gets no more events."""
         try:
             yield
         except Exception as error:

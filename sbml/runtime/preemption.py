@@ -1,4 +1,4 @@
-"""SIGTERM and Ctrl-C as requests to save and stop, at the same step in all processes."""
+"""SIGTERM and Ctrl-C as requests to save and stop. SIGTERM stops all processes at the same step."""
 
 import signal
 import threading
@@ -15,11 +15,12 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT)
 class Preemption:
     """A context in which SIGTERM or Ctrl-C sets a flag; a second Ctrl-C ends the process at once.
 
-    If there are several processes, jax's preemption service receives the signal as long as they
-    run, and decides at which step all of them stop, so that no process waits in a collective
+    If there are several processes, jax's preemption service receives SIGTERM until the processes
+    end. It decides at which step all of them stop, so that no process waits in a collective
     operation for one that has already stopped. Therefore every computation that saves on its way
     must call :meth:`requested`, even outside such a context. The other modes, such as ``latents``
-    and ``quality``, run to their end, and the program stops after them.
+    and ``quality``, run to their end, and the program stops after them. The service does not
+    receive Ctrl-C, which then raises KeyboardInterrupt at once.
 
     Python handles signals in its main thread only, so in another thread nothing is set.
     """

@@ -5,9 +5,9 @@
     ema     <- decay ema + (1 - decay) params          in float32
 
 The state holds arrays only. Keys are ``fold_in(base_key, step)`` and the batch of a step is a pure
-function of (seed, step), so a run resumes from the step number alone, with bitwise the same result.
-``statistics`` are quantities that one step estimates and the next steps use for their draws. A step
-draws before it updates them, so its loss stays unbiased.
+function of (seed, step), so a run that resumes from a saved state has bitwise the same result as
+one without interruption. ``statistics`` are quantities that one step estimates and the next steps
+use for their draws. A step draws before it updates them, so its loss stays unbiased.
 """
 
 import dataclasses

@@ -57,7 +57,8 @@ def test_solver_guard_measures_the_solvers_error(trained, tmp_path):
     assert result.solver_error.mean == pytest.approx(error) and abs(error) > 1e-5
     assert not result.converged
     (warning,) = (w for w in run.result(result).warnings() if "NOT CONVERGED" in w)
-    assert f"NOT CONVERGED: the solver's error is {notation(error, '.3g')} +-" in warning
+    shown = notation(result.solver_error.mean, ".3g")
+    assert f"NOT CONVERGED: the solver's error is {shown} +-" in warning
     assert warning.endswith("above the budget 1e-5; lower eval.rtol and eval.atol")
 
 

@@ -78,6 +78,7 @@ MEASUREMENTS = {
 
 @pytest.mark.parametrize("name", MEASUREMENTS)
 def test_a_measurement_traces_its_score_at_full_precision(name: str) -> None:
+    before = jax.config.jax_default_matmul_precision
     levels = 8 if name == "bits_per_dim" else None
     seen: list = []
     MEASUREMENTS[name](density(seen, levels=levels))
@@ -85,4 +86,4 @@ def test_a_measurement_traces_its_score_at_full_precision(name: str) -> None:
     with jax.default_matmul_precision("tensorfloat32"):
         MEASUREMENTS[name](density(chosen := [], levels=levels))
     assert {*chosen} == {"tensorfloat32"}
-    assert jax.config.jax_default_matmul_precision is None
+    assert jax.config.jax_default_matmul_precision == before

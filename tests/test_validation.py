@@ -10,6 +10,7 @@ import pytest
 import runs
 import tiny
 
+from sbml.experiment import build
 from sbml.modes import eval as evaluation
 from sbml.modes import train
 from sbml.report import page
@@ -23,7 +24,7 @@ COLUMN = "validation_bits_per_dim"
 
 def config_of(**training):
     config = tiny.get_config()
-    config.data.validation = 40
+    config.data.validation = 41  # not a multiple of two devices
     settings = {"num_steps": STEPS, "log_every": 2, "validate_every": 4, **training}
     config.training.update(settings)
     return config
@@ -50,7 +51,7 @@ def test_a_point_is_the_number_of_an_evaluation(trained):
     runs.mode(evaluation.run, config, trained)
     (result,) = map(Result.read, Workdir(trained).read(EVALUATION)["results"])
     last = metrics.read(trained)[-1]
-    assert (result.n, last["step"]) == (40, STEPS)
+    assert (result.n, last["step"]) == (41, STEPS)
     np.testing.assert_allclose(last[COLUMN], result.bits_per_dim, rtol=1e-6)
     config.eval.update(seed=1, control=False, sweeps=64)
     runs.mode(evaluation.run, config, trained)
@@ -66,11 +67,13 @@ def test_the_validation_changes_no_step(trained, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, *states)
 
 
-def test_a_run_that_was_stopped_has_the_same_curve(trained, tmp_path, monkeypatch):
+@pytest.mark.parametrize("step", [4, 5])
+def test_a_run_that_was_stopped_has_the_same_curve(trained, tmp_path, monkeypatch, step):
+    """The step 4 has a point. A run that stops there saves at once; it has the point later."""
     requested, calls = preemption.Preemption.requested, itertools.count(1)
 
     def stopped(self):
-        if next(calls) == 5:
+        if next(calls) == step:
             os.kill(os.getpid(), signal.SIGTERM)
         return requested(self)
 
@@ -78,7 +81,7 @@ def test_a_run_that_was_stopped_has_the_same_curve(trained, tmp_path, monkeypatc
     with pytest.raises(SystemExit):
         runs.mode(train.run, config_of(), tmp_path)
     monkeypatch.undo()
-    assert [*curve(tmp_path)] == [4]
+    assert [*curve(tmp_path)] == ([4] if step == 5 else [])
     runs.mode(train.run, config_of(), tmp_path)
     assert curve(tmp_path) == curve(trained)
 
@@ -91,10 +94,17 @@ def test_validation_images_limits_the_number_of_images(trained, tmp_path):
     assert point[COLUMN] != whole[COLUMN]
 
 
+def test_one_image_has_no_standard_error(tmp_path):
+    runs.mode(train.run, config_of(validation_images=1, num_steps=8), tmp_path)
+    rows = metrics.read(tmp_path)
+    assert [*curve(tmp_path)] == [4, 8] and not any("validation_stderr" in row for row in rows)
+    assert page.validation(rows)
+
+
 def test_two_devices_with_a_split_state_have_the_same_curve(trained, tmp_path):
     names = ("num_steps", "log_every", "validate_every")
     given = [f"--config.training.{name}={config_of().training[name]}" for name in names]
-    given += ["--config.data.validation=40", "--config.training.shard_state=True"]
+    given += ["--config.data.validation=41", "--config.training.shard_state=True"]
     runs.run(tmp_path, "--mode=train", *given, devices=2)
     found = curve(tmp_path)
     assert [*found] == [*curve(trained)]
@@ -124,8 +134,9 @@ def test_the_report_draws_the_curve_and_names_its_least_point(trained):
         ),
     ],
 )
-def test_a_config_without_a_curve_is_refused(changed, message):
+def test_a_config_without_a_curve_is_refused(changed, message, tmp_path):
     config = config_of()
     config.update_from_flattened_dict(changed)
+    experiment = build.Experiment(runs.checked(config))
     with pytest.raises(ValueError, match=f"^{message}"):
-        runs.checked(config)
+        train.check(experiment, tmp_path, ())

@@ -63,6 +63,7 @@ class Driver:
       place: a function that puts a tree of arrays, split along their first axis, on the devices.
       seed: the seed of all random draws.
       batch_size: the number of examples that are computed at once.
+      multiple: each batch is padded to a multiple of this number, as several devices need it.
       check: whether the subset is solved again, so that the errors are measured.
       progress: the title of the progress bars. If it is empty, there are no bars.
       shown: a function that maps ids and their numbers to the numbers whose mean a bar shows.
@@ -85,6 +86,7 @@ class Driver:
     condition: Any = None
     seed: int = 0
     batch_size: int = 64
+    multiple: int = 1
     check: bool = True
     progress: str = ""
     shown: Callable[[Ids, Values], Values] = lambda ids, values: values
@@ -120,7 +122,7 @@ class Driver:
         An ODE is solved by ``solver``, or by the driver's solver if it is None. The progress is
         shown by ``bar``, or by a new bar if it is None.
         """
-        size = min(self.batch_size, len(ids))
+        size = min(self.batch_size, -(-len(ids) // self.multiple) * self.multiple)
         with nullcontext(bar) if bar else self.bar(len(ids), sweep, solver) as bar:
             bar.show()
             batches = []

@@ -68,6 +68,7 @@ class CellRun(Driver):
             place=sharding.split,
             seed=config.seed,
             batch_size=sharding.round_up(size),
+            multiple=jax.device_count(),
             solver=config.solver(),
             budget=config.solver_budget,
             reduction=Reduction(

@@ -5,6 +5,7 @@ most ``training.validation_images`` images. All points have the same images, tim
 the difference between two points has less noise than each of them.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -45,7 +46,8 @@ def validator(
             run = Point(inputs, cell, inputs.dequantization(cell.dequantizer))
             run.progress = ""
             found = run.estimate()
-        stderr = found.population.stderr
-        return {"validation_bits_per_dim": found.mean, "validation_stderr": stderr}
+        point, stderr = {"validation_bits_per_dim": found.mean}, found.population.stderr
+        # One image has no standard error.
+        return point | ({"validation_stderr": stderr} if math.isfinite(stderr) else {})
 
     return validate

@@ -71,8 +71,6 @@ class Config(Section):
                     f"sbml.experiment.config.default({self.model.name!r}, dequantizer={name!r})"
                 )
             self.check_dequantizer("eval.dequantizers", name)
-        if self.training.validate_every:
-            self.validation_cell()
 
     def validation_cell(self) -> Cell:
         """The number that ``training.validate_every`` computes during training: the first bound of

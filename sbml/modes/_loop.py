@@ -160,27 +160,29 @@ def _train(task: Task, checkpoints: Checkpoints, preemption: Preemption) -> int:
         # them in each of its steps.
         return state.replace(ema_params=gather(state.ema_params))
 
+    def validates(step: int) -> bool:
+        """Whether the state after ``step`` is validated: the last one is, too."""
+        every = task.validate_every
+        return every > 0 and (step == total or _passed(step, stride, every))
+
     if task.validate and remaining:  # An error, such as too little memory, then comes at once.
-        task.validate(averaged())
+        found = task.validate(averaged())
+        if writer and start and validates(start):  # The run may have stopped before this number.
+            writer.amend(start, found)
     since = time.perf_counter()
 
-    def log(step: int, validate: bool) -> None:
-        """Write the means of ``rows``, which end with ``step``, as one row, and begin a new one.
-        With ``validate``, the row also has the numbers of the validation; its times leave out the
-        duration of the validation."""
+    def log(step: int) -> None:
+        """Write the means of ``rows``, which end with ``step``, as one row, and begin a new one."""
         nonlocal rows, since, text
         now = time.perf_counter()
         loss, norm = map(float, np.mean(rows, axis=0))
         rate = len(rows) * training.batch_size / task.repeats / (now - since)
         text = f"loss {loss:.4f}, the mean of {len(rows)} steps"
-        found = task.validate(averaged()) if validate and task.validate else {}
-        if found:
-            text += f", validation {found['validation_bits_per_dim']:.4f} bits/dim"
         if writer:
             seconds = writer.seconds + now - since
             values = {"loss": loss, "grad_norm": norm, "images_per_s": rate, "seconds": seconds}
-            writer.scalars(step, values | found)
-        rows, since = [], time.perf_counter() if found else now
+            writer.scalars(step, values)
+        rows, since = [], now
 
     done, in_flight = start, _in_flight()
     pending: deque[tuple[int, dict[str, Array]]] = deque()  # dispatches whose losses are not read
@@ -195,9 +197,8 @@ def _train(task: Task, checkpoints: Checkpoints, preemption: Preemption) -> int:
                 stop = preemption.requested()
                 save = stop or done == total or _passed(done, stride, training.checkpoint_every)
                 look = _passed(done, stride, training.sample_every)
-                validate = _passed(done, stride, task.validate_every) or (
-                    task.validate_every > 0 and done == total
-                )
+                # A run that stops is validated when it continues.
+                validate = validates(done) and not (stop and done < total)
                 row = save or validate  # They end a row.
 
                 while len(pending) > (0 if row or look else in_flight):
@@ -215,11 +216,19 @@ def _train(task: Task, checkpoints: Checkpoints, preemption: Preemption) -> int:
                         rows.append((loss, norm))
                     # A save ends a row too: a run that goes on from it begins with a new one.
                     if _passed(end, stride, training.log_every) or (row and not pending):
-                        log(end, validate and not pending)
+                        log(end)
                     bar.update(stride, text)
 
                 if save:  # If no save succeeds from here on, ``checkpoints`` raises an error.
                     checkpoints.save(done, state, provenance)
+                if validate and task.validate:
+                    before = time.perf_counter()
+                    found = task.validate(averaged())
+                    since += time.perf_counter() - before  # It is not a time of the training.
+                    text += f", validation {found['validation_bits_per_dim']:.4f} bits/dim"
+                    bar.update(0, text)
+                    if writer:
+                        writer.amend(done, found)
                 if look and task.picture:
                     grid = task.picture(averaged())
                     if writer:

@@ -14,7 +14,7 @@ with ``training.second_order`` and more ``training.num_steps``.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -189,6 +189,12 @@ def update(experiment: Experiment, prepare: Prepare | None = None) -> Update:
     )
 
 
+def check(experiment: Experiment, workdir: Workdir, before: Sequence[str]) -> None:
+    """Check that there are images and a bound for the curve of the validation, if it is on."""
+    if experiment.config.training.validate_every:
+        experiment.config.validation_cell()
+
+
 def run(experiment: Experiment, workdir: Workdir) -> None:
     """Train up to ``training.num_steps``, from the newest undamaged checkpoint of ``workdir`` on.
 
@@ -209,7 +215,7 @@ def run(experiment: Experiment, workdir: Workdir) -> None:
     if every:
         validate = validation.validator(experiment, images, provenance, workdir)
 
-    def check(metadata: dict[str, Any]) -> None:
+    def check_metadata(metadata: dict[str, Any]) -> None:
         trained.check_training(config, metadata)
         if metadata.get("classes", now := provenance.get("classes")) != now:
             raise OtherModelError(
@@ -227,7 +233,7 @@ def run(experiment: Experiment, workdir: Workdir) -> None:
         update=update(experiment),
         repeats=config.training.rows_per_image,
         provenance=provenance,
-        check=check,
+        check=check_metadata,
         picture=picture,
         validate=validate,
         validate_every=every,

@@ -367,16 +367,20 @@ def training(curves: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
 def validation(curves: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
     """The figure of the bound on validation images during a training; None without two points."""
     name, error = "validation_bits_per_dim", "validation_stderr"
-    points = {p["step"]: (p[name], p[error]) for p in curves if p.get(name) is not None}
+    points = {p["step"]: (p[name], p.get(error)) for p in curves if p.get(name) is not None}
     if len(points) < 2:
         return None
     step = np.array(sorted(points))
     bound, stderr = np.array([points[at] for at in step], np.float64).T
-    best = int(np.nanargmin(bound)) if np.isfinite(bound).any() else 0
+    finite = np.flatnonzero(np.isfinite(bound))
+    least = ""
+    if finite.size:
+        best = finite[bound[finite].argmin()]
+        least = f" The least is {bound[best]:.4f} bits/dim, at step {step[best]:,}."
     caption = (
-        f"Bound on the validation images. The least is {bound[best]:.4f} bits/dim, at step "
-        f"{step[best]:,}. The band is 1.96 standard errors of a mean over images. All points have "
-        "the same images and draws, so differences between steps are more certain than the band."
+        f"Bound on the validation images.{least} The band is 1.96 standard errors of a mean over "
+        "images. All points have the same images and draws, so differences between steps are more "
+        "certain than the band."
     )
     draw = partial(plots.validation, step=step, bound=bound, half_width=1.96 * stderr)
     return figure("Validation", draw, caption)

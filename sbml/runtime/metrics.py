@@ -101,6 +101,19 @@ class MetricsWriter:
             if self._board:
                 self._board.write(step, *(summary.scalar(*item) for item in values.items()))
 
+    def amend(self, step: int, values: dict[str, float]) -> None:
+        """Add ``values`` to the last row, if it is that of ``step`` and lacks them."""
+        from tensorboardX import summary
+
+        last = self._rows[-1] if self._rows else {}
+        if last.get("step") != step or values.keys() <= last.keys():
+            return
+        last.update(values)
+        with self.tolerant(step):
+            self._rewrite()
+            if self._board:
+                self._board.write(step, *(summary.scalar(*item) for item in values.items()))
+
     def _rewrite(self) -> None:
         self._incomplete = True
         write_whole(self._path, "".join(map(json_line, self._rows)).encode())

@@ -69,8 +69,8 @@ def main() -> None:
     config.eval.proposal_bins = 32
     workdir = Workdir(args.workdir)
     shared = Inputs.of(build.Experiment(config), workdir, "test")
-    e, images, fitted = shared.experiment, shared.images, shared.control
-    density = shared.density(e.eval_eps)
+    e, images = shared.experiment, shared.images
+    reduction = shared.reduction(e.eval_eps)
     pixels = jnp.asarray(images.images[data.spread(len(images), args.images)])
     count = len(pixels)
     x = bits.to_model(pixels, jax.random.uniform(jax.random.key(9), pixels.shape), images.levels)
@@ -82,8 +82,8 @@ def main() -> None:
         u_key, z_key = jax.random.split(key)
         u = times.DRAWS[draw](u_key, count, args.draws)
         where = times.PROPOSALS[proposal](e.sde, e.eval_eps)
-        t, weight = where.over_log_snr(u, jnp.asarray(density) if dense else None)
-        control = fitted if controlled else None
+        t, weight = where.over_log_snr(u, jnp.asarray(reduction.density) if dense else None)
+        control = reduction.control if controlled else None
 
         def one(x: Array, t: Array, w: Array, key: Key) -> Array:
             z = jax.random.normal(key, x.shape)

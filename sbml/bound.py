@@ -24,6 +24,11 @@ C = U diag(l) U^T, c = U^T (x - m) and v = rho^2. Then
 
     integral = 1/2 sum_i [-log1p(l_i / v) + l_i / (l_i + v) - c_i^2 / (l_i + v)]  from v_eps to v_T
 
+A Gaussian of few data, or of other data than x, can be far from the network. So the control is
+multiplied by a coefficient in [0, 1] at each noise level, the one that leaves the least variance
+(:func:`pilot`). The coefficients are independent of the draws, so any of them leave the
+expectation.
+
 *Discrete time.* A chain of N steps over eps = t_0 < ... < t_N = T has the bound that DDPM calls
 L_vlb, where the times are evenly spaced. Only its diffusion term differs:
 
@@ -82,7 +87,8 @@ Flat = Float[Array, "d"]
 
 FULL_DIMS = 256  # up to so many dimensions, a Gaussian control has a full covariance by default
 
-PILOT_DRAWS = 8  # times for each example, from which :func:`pilot` estimates the density
+PILOT_DRAWS = 8  # times for each example from which :func:`pilot` estimates
+BIN_DRAWS = 16  # the least number of these draws in a bin of :func:`pilot`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,12 +126,16 @@ class GaussianControl:
       mean: the mean ``(d,)``.
       variances: the eigenvalues ``(d,)`` of the covariance.
       basis: U, its eigenvectors in the columns of ``(d, d)``; None for a diagonal covariance.
+      coefficients: ``(bins,)``, by which the control's error is multiplied.
+      edges: the log-SNR ``(bins - 1,)`` where the coefficient changes, from large to small.
     """
 
     # Arrays of JAX or NumPy, or only their shapes where a program is compiled ahead of time.
     mean: Any
     variances: Any
     basis: Any
+    coefficients: Any = dataclasses.field(default_factory=lambda: np.ones(1, np.float32))
+    edges: Any = dataclasses.field(default_factory=lambda: np.zeros(0, np.float32))
 
     @classmethod
     @checked
@@ -144,8 +154,9 @@ class GaussianControl:
             variance of the dequantization noise, (2 / L)^2 / 12 in the model's scale. Without it
             the variance of a constant pixel would be 0, and the control would be far from the
             network's error at small times, where that error is largest.
-          full: whether to fit the full covariance or its diagonal only; None for the full one up to
-            ``FULL_DIMS`` dimensions.
+          full: whether to fit the full covariance or its diagonal only; None for the full one if d
+            is at most ``FULL_DIMS`` and n is larger than 2 d. The small eigenvalues of fewer
+            examples are far too small.
 
         Raises:
           ValueError: ``x`` are not finite.
@@ -154,7 +165,7 @@ class GaussianControl:
         mean, basis = moments.mean(x), None
         if not np.all(np.isfinite(mean)):
             raise ValueError("x has no finite mean: fit the control to finite numbers")
-        if full if full is not None else mean.size <= FULL_DIMS:
+        if full if full is not None else mean.size <= FULL_DIMS and len(x) > 2 * mean.size:
             variances, vectors = np.linalg.eigh(moments.covariance(x, mean))
             basis = jnp.asarray(vectors)
         else:
@@ -184,30 +195,43 @@ class GaussianControl:
         y = rho / (self.variances + rho**2) * y
         return (y if self.basis is None else _product(self.basis, y)).reshape(x_t.shape)
 
+    def coefficient(self, sde: SDE, t: Scalar) -> Scalar:
+        """The coefficient at the time ``t``, a scalar."""
+        return jnp.asarray(self.coefficients)[jnp.sum(sde.log_snr(t) < self.edges)]
+
+    def error(self, sde: SDE, x_t: Example, t: Scalar, z: Example) -> Scalar:
+        """1/2 |z - E[z | x_t]|^2 times the coefficient, in nats, a scalar."""
+        return self.coefficient(sde, t) * 0.5 * jnp.sum((z - self.noise(sde, x_t, t)) ** 2)
+
     @checked
     def sum_of_steps(self, sde: SDE, x: Example, t: Vector, weights: Vector) -> Scalar:
-        """sum_i w_i E |z - E[z | x_{t_i}]|^2 over z, in closed form, nats."""
+        """sum_i c_i w_i E |z - E[z | x_{t_i}]|^2 over z with the coefficients c_i, in closed form,
+        nats."""
         self._check(x)
         c2 = self._to_basis(in_full_precision(x).reshape(-1) - self.mean) ** 2
         v = jnp.exp(-sde.log_snr(t))[:, None]
         variances = self.variances[None]
         errors = (variances**2 + v * c2[None]) / (variances + v) ** 2
-        return jnp.sum(weights * jnp.sum(errors, axis=1))
+        each = jax.vmap(lambda t: self.coefficient(sde, t))(t)
+        return jnp.sum(each * weights * jnp.sum(errors, axis=1))
 
     @checked
     def integral(self, sde: SDE, x: Example, eps: Number) -> Scalar:
-        """Z / 2 E |z - E[z | x_t]|^2 over lambda uniform and z, in closed form, nats."""
+        """Z / 2 E[c |z - E[z | x_t]|^2] over lambda uniform and z, with the coefficient c at
+        lambda, in closed form, nats."""
         self._check(x)
         sde.check_time(eps)
         x = in_full_precision(x)
         c2 = self._to_basis(x.reshape(-1) - self.mean) ** 2
+        first, last = (sde.log_snr(jnp.asarray(t, x.dtype)) for t in (eps, sde.largest_time))
+        edges = jnp.clip(jnp.asarray(self.edges, x.dtype), last, first)
 
-        def antiderivative(t: Number) -> Scalar:
-            v = jnp.exp(-sde.log_snr(jnp.asarray(t, x.dtype)))
-            ratio = (self.variances - c2) / (self.variances + v)
-            return jnp.sum(ratio - jnp.log1p(self.variances / v))
+        def antiderivative(log_snr: Scalar) -> Flat:
+            v = jnp.exp(-log_snr)
+            return (self.variances - c2) / (self.variances + v) - jnp.log1p(self.variances / v)
 
-        return 0.5 * (antiderivative(sde.largest_time) - antiderivative(eps))
+        each = jax.vmap(antiderivative)(jnp.concatenate([first[None], edges, last[None]]))
+        return 0.5 * jnp.sum(self.coefficients * jnp.sum(jnp.diff(each, axis=0), axis=1))
 
 
 def chain(sde: SDE, eps: Number, steps: int | Steps) -> tuple[Array, Array, Scalar]:
@@ -297,11 +321,9 @@ def noise_error(score: Score, sde: SDE, x: Example, t: Scalar, z: Example) -> Sc
 def diffusion_dsm(
     score: Score, sde: SDE, x: Example, t: Scalar, z: Example, control: GaussianControl | None
 ) -> Scalar:
-    """1/2 |z - e|^2, minus the control's 1/2 |z - E[z | x_t]|^2 if there is a control; nats."""
+    """1/2 |z - e|^2, minus the error of the control if there is a control; nats."""
     error = noise_error(score, sde, x, t, z)
-    if control is None:
-        return error
-    return error - 0.5 * jnp.sum((z - control.noise(sde, perturb(sde, x, t, z), t)) ** 2)
+    return error if control is None else error - control.error(sde, perturb(sde, x, t, z), t, z)
 
 
 @checked
@@ -420,6 +442,23 @@ def profile(
     of the examples ``x (n, *s)``.
 
     ``condition`` is a pytree of arrays ``(n, ...)`` for a conditional score.
+    """
+    place, errors, controls = _errors(score, sde, x, key, eps, control, bins, condition)
+    return _profile(place, errors - controls, bins)
+
+
+def _errors(
+    score: Score,
+    sde: SDE,
+    x: Batch,
+    key: Key,
+    eps: Number,
+    control: GaussianControl | None,
+    bins: int,
+    condition: Any,
+) -> tuple[Array, Array, Array]:
+    """The bins of the times of 8 draws for each example, the errors of the score at these draws,
+    and those of the control: each ``(n, 8)``.
 
     The network is called on the 8 draws of one example at a time, so the result does not depend on
     the batch size of the evaluation.
@@ -429,18 +468,38 @@ def profile(
     t, _ = Importance(sde, eps).at(v)
     keys = jax.random.split(stream(key, "noise"), (len(x), PILOT_DRAWS))
 
-    def image(row: tuple[Array, Array, Keys, Any]) -> Array:
+    def example(row: tuple[Array, Array, Keys, Any]) -> tuple[Array, Array]:
         x, t, keys, c = row
         given = conditioned(score, c)
-        zs = jax.vmap(lambda key: jax.random.normal(key, x.shape, x.dtype))(keys)
-        return jax.vmap(lambda t, z: diffusion_dsm(given, sde, x, t, z, control))(t, zs)
 
-    values = jax.lax.map(image, (x, t, keys, condition))
-    empty = jnp.zeros((2, bins), values.dtype)
-    count, total = times.tally(empty, v.ravel(), values.ravel(), 1.0)
-    each = (total / count)[jnp.floor(v * bins).astype(int)]
-    count, squares = times.tally(empty, v.ravel(), ((values - each) ** 2).ravel(), 1.0)
-    return Profile(total / count, squares / jnp.where(count > 1, count - 1, jnp.nan), count)
+        def draw(t: Scalar, key: Key) -> tuple[Scalar, Scalar]:
+            z = jax.random.normal(key, x.shape, x.dtype)
+            error = noise_error(given, sde, x, t, z)
+            if control is None:
+                return error, jnp.zeros_like(error)
+            return error, control.error(sde, perturb(sde, x, t, z), t, z)
+
+        return jax.vmap(draw)(t, keys)
+
+    return jnp.floor(v * bins).astype(int), *jax.lax.map(example, (x, t, keys, condition))
+
+
+def _total(values: Array, place: Array, bins: int) -> Array:
+    """The sum of ``values`` in each bin, ``(bins,)``."""
+    return jnp.zeros(bins, values.dtype).at[place].add(values)
+
+
+def _centred(values: Array, place: Array, bins: int) -> Array:
+    """``values`` minus the mean of those in the same bin."""
+    count = _total(jnp.ones_like(values), place, bins)
+    return values - (_total(values, place, bins) / count)[place]
+
+
+def _profile(place: Array, values: Array, bins: int) -> Profile:
+    count = _total(jnp.ones_like(values), place, bins)
+    squares = _total(_centred(values, place, bins) ** 2, place, bins)
+    variance = squares / jnp.where(count > 1, count - 1, jnp.nan)
+    return Profile(_total(values, place, bins) / count, variance, count)
 
 
 @checked
@@ -455,14 +514,37 @@ def pilot(
     bins: Count = 32,
     floor: Number = 0.1,
     condition: Any = None,
-) -> Array:
-    """Estimate a density ``(bins,)`` of the points u for :func:`elbo` from examples ``x (n, *s)``.
+) -> Reduction:
+    """The reduction of the variance for :func:`elbo`, from 8 draws for each example ``x (n, *s)``.
 
-    In each bin the density is proportional to the standard deviation of the draws that
-    :func:`elbo` averages (:func:`profile`), mixed with a share ``floor`` of the uniform density. A
-    bin with fewer than two draws gets the mean of the others. The draws must be independent of
-    those for which the density is then used, so give :func:`elbo` another key.
+    Let D be the errors 1/2 |z - e|^2 of the score in one of equal bins of log-SNR, and G those of
+    the control. The coefficient of the control there is
+
+        c = cov(D, G) / var(G),      limited to [0, 1],
+
+    for which D - c G has the least variance. So a control of too few or of other data does not
+    matter. Let m and s^2 be the mean and the variance of D - c G in a bin with n draws. The density
+    of the times is proportional to the root of s^2 + m^2 / n, mixed with a share ``floor`` of the
+    uniform density. The second term is for small data sets, where a lattice has only a few points
+    in a bin, and rounding their number to an integer multiplies m by an error.
+
+    The draws must be independent of those for which the result is then used, so give :func:`elbo`
+    another key. The examples may be those whose bound is then estimated. There are at most ``bins``
+    bins, with at least 16 draws on average.
     """
-    options: Any = {"control": control, "bins": bins, "condition": condition}
-    found = profile(score, sde, x, key, eps=eps, **options)
-    return times.with_floor(jnp.sqrt(found.variance), floor)
+    bins = max(1, min(bins, len(x) * PILOT_DRAWS // BIN_DRAWS))
+    if control is not None:
+        control = GaussianControl(control.mean, control.variances, control.basis)
+    place, errors, controls = _errors(score, sde, x, key, eps, control, bins, condition)
+    if control is not None:
+        g = _centred(controls, place, bins)
+        product = _total(g * _centred(errors, place, bins), place, bins)
+        ratio = product / _total(g**2, place, bins)
+        c = jnp.where(ratio > 0, jnp.minimum(ratio, 1), 0)  # 0 also for NaN
+        first, last = (sde.log_snr(jnp.asarray(t, c.dtype)) for t in (eps, sde.largest_time))
+        edges = jnp.linspace(first, last, bins + 1)[1:-1]
+        control = dataclasses.replace(control, coefficients=c, edges=edges)
+        errors = errors - c[place] * controls
+    found = _profile(place, errors, bins)
+    squares = found.variance + found.mean**2 / found.draws
+    return Reduction(control, times.with_floor(jnp.sqrt(squares), floor))

@@ -370,8 +370,9 @@ class Density:
           steps: the number of steps of the bound in discrete time, which DDPM calls L_vlb; None for
             the bound in continuous time, which is lower.
           reduce: whether a Gaussian control variate and a density of the times reduce the noise.
-            The density is estimated from 8 further evaluations for up to 256 examples, which
-            ``nfe`` leaves out. Neither changes the expectation, which is over noise and times only.
+            The density, and the share of the control at each noise level, are estimated from 8
+            further evaluations for up to 256 examples, which ``nfe`` leaves out. They do not change
+            the expectation, which is over noise and times only.
           fit: the examples ``(m, *shape)`` to which the control is fitted, such as training data;
             None for ``x``.
           progress: whether to show a progress bar.
@@ -384,7 +385,7 @@ class Density:
         reduction = Reduction()
         if reduce:
             fitted = data if fit is None else self._model_data(fit)[0]
-            reduction = self._reduction(fitted, data, condition, steps)
+            reduction = self._reduction(fitted, data, condition)
         found = self._driver(
             estimator,
             Target(self.sde, self._eps),
@@ -664,25 +665,20 @@ class Density:
         budget = self.budget * (self.dims if target.levels is None else 1)
         return self._driver(kind(self._trace), target, data, condition, budget=budget, **options)
 
-    def _reduction(
-        self, fitted: Examples, data: Examples, condition: Any, steps: int | None
-    ) -> Reduction:
-        """A control variate of the examples ``fitted``, and a density of the times for ``data``."""
+    def _reduction(self, fitted: Examples, data: Examples, condition: Any) -> Reduction:
+        """A control variate of the examples ``fitted``, and its coefficients and a density of the
+        times for ``data``."""
         # This added variance does not change the expectation. Without it, the control would be far
         # off in directions without variance, such as those of constant pixels.
         noise = 0.02 * float(np.var(fitted))
-        few = len(fitted) <= 2 * self.dims
-        gaussian = GaussianControl.fit(fitted, noise_variance=noise, full=False if few else None)
+        gaussian = GaussianControl.fit(fitted, noise_variance=noise)
         control = jax.tree.map(lambda a: jnp.asarray(a, data.dtype), gaussian)
-        if steps is not None:
-            return Reduction(control)
         chosen = np.linspace(0, len(data) - 1, min(len(data), PILOT)).astype(int)
         conditions = self._conditions(condition, (len(data),))
         rows = jax.tree.map(lambda leaf: leaf[chosen], conditions)
         run = self._compiled(_pilot, conditions, "sde", "eps")
         key = stream(jax.random.key(self.seed), "pilot")
-        found = run(jnp.asarray(data[chosen]), key, control, rows, sde=self.sde, eps=self._eps)
-        return Reduction(control, found)
+        return run(jnp.asarray(data[chosen]), key, control, rows, sde=self.sde, eps=self._eps)
 
     def _transport(self, x: Examples, condition: Any, t0: float, t1: float) -> Examples:
         conditions = self._conditions(condition, (len(x),))
@@ -872,10 +868,8 @@ def _sample_and_log_prob(
 
 def _pilot(
     score: Score, x: Array, key: Key, control: Any, condition: Any, *, sde: SDE, eps: float
-) -> Array:
-    # 8 draws for each example are at least 16 for each bin, if there are more than three examples.
-    how: Any = {"eps": eps, "control": control, "bins": max(2, min(32, len(x) // 2))}
-    return pilot(score, sde, x, key, condition=condition, **how)
+) -> Reduction:
+    return pilot(score, sde, x, key, eps=eps, control=control, condition=condition)
 
 
 def _transport(

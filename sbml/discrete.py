@@ -268,7 +268,7 @@ def elbo(
         if control is None:
             return error
         # The control takes the noise before truncation, for which its integral is exact.
-        return error - 0.5 * jnp.sum((plain - control.noise(sde, mean + std * plain, t)) ** 2)
+        return error - control.error(sde, mean + std * plain, t, plain)
 
     pairs, last = _normals(key, u.size, centre)
     diffusion = jnp.mean(weight * jax.vmap(draw)(t, pairs))

@@ -1,12 +1,14 @@
 """The evidence bound on Gaussian data, where each of its terms has a closed form."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from families import FAMILIES
 from jax.scipy.stats import norm
-from scipy import integrate
+from scipy import fft, integrate
 
 from sbml import bound, likelihood, samplers, times
 from sbml.audit.program import oracle
@@ -95,6 +97,28 @@ def test_control_integral_is_the_quadrature_of_its_error(case):
     np.testing.assert_allclose(control.integral(sde, x, EPS), expected, rtol=1e-8)
 
 
+def test_a_coefficient_at_each_noise_level_leaves_the_expectation(case):
+    """Errors over points z that make a quadratic exact, summed over a fine grid of the times."""
+    sde, data = case
+    ends = sde.log_snr(jnp.asarray([EPS, sde.largest_time]))
+    edges = jnp.linspace(*ends, 4)[1:-1]
+    c = jnp.asarray([0.2, 1.0, 0.5])
+    control = dataclasses.replace(control_of(data), coefficients=c, edges=edges)
+    x, d = x_points(data)[2], data.mean.size
+    v = (jnp.arange(6000) + 0.5) / 6000
+    t, weight = times.draw(sde, EPS, v, None, "importance")
+    zs = jnp.sqrt(d) * jnp.concatenate([jnp.eye(d), -jnp.eye(d)])
+
+    def error(t):
+        x_t = sde.mean_coef(t) * x[None] + sde.std(t) * zs
+        return jax.vmap(lambda x_t, z: control.error(sde, x_t, t, z))(x_t, zs).mean()
+
+    each = jax.vmap(error)(t)
+    np.testing.assert_allclose(control.integral(sde, x, EPS), jnp.mean(weight * each), rtol=1e-5)
+    steps = control.sum_of_steps(sde, x, t[::60], jnp.ones(100))
+    np.testing.assert_allclose(steps, 2 * each[::60].sum(), rtol=1e-10)
+
+
 def test_the_control_of_the_true_gaussian_leaves_no_variance(case):
     sde, data = case
     x, values = draws(data, sde, n=50, reduction=Reduction(control_of(data)))
@@ -164,7 +188,7 @@ def test_pilot_follows_the_noise(case):
     sde, data = case
     x = jnp.tile(x_points(data)[:1], (4096, 1))
     options = {"eps": EPS, "bins": 4, "floor": 1e-6}
-    density = bound.pilot(data.score, sde, x, jax.random.key(0), **options)
+    density = bound.pilot(data.score, sde, x, jax.random.key(0), **options).density
     u = jax.random.uniform(jax.random.key(1), (4, 8000), minval=jnp.arange(4.0)[:, None] / 4,
                            maxval=jnp.arange(1.0, 5.0)[:, None] / 4)  # fmt: skip
     t, _ = times.Importance(sde, EPS).at(u)
@@ -194,13 +218,58 @@ def test_the_profile_of_the_true_score_is_the_posterior_variance(case):
     np.testing.assert_allclose(run(x[:9]).mean, 0, atol=1e-8)
 
 
-def test_a_pilot_takes_the_mean_in_a_bin_with_one_draw():
-    """5 examples have 40 draws: 8 of the 32 bins have two, and the others one, without a spread."""
+def test_a_pilot_of_few_examples_has_few_bins():
+    """5 examples have 40 draws: for 2 bins with at least 16 each."""
     x = 0.5 * jax.random.normal(jax.random.key(0), (5, 3))
-    density = bound.pilot(lambda x, t, key: -x, SDES["vp"](), x, jax.random.key(1), eps=EPS)
-    mean = np.isclose(density, 1)
-    assert mean.sum() == 24 and density.mean() == pytest.approx(1)
-    assert (density > 0.1).all() and np.unique(density[~mean]).size == 8
+    found = bound.pilot(lambda x, t, key: -x, SDES["vp"](), x, jax.random.key(1), eps=EPS)
+    assert found.control is None and found.density.shape == (2,)
+    assert found.density.mean() == pytest.approx(1)
+
+
+def smooth(n, side, rng):
+    """``n`` random images with the spectrum of photos, ``(n, side^2)``."""
+    frequency = np.hypot(*np.meshgrid(np.arange(side), np.arange(side)))
+    x = fft.idctn(rng.normal(size=(n, side, side)) / (1 + frequency), axes=(1, 2), norm="ortho")
+    return 3 * x.reshape(n, -1)
+
+
+@pytest.mark.parametrize("side", [8, 14, 55])
+def test_a_control_of_few_data_is_hardly_worse_than_none(side):
+    """64, 196 and 3,025 dimensions. Full covariances of few data have eigenvalues that are far too
+    small, so a control with the coefficient 1 can have many times the noise of none."""
+    sde, rng, eps = SDES["vp"](), np.random.default_rng(side), 1e-3
+    x = jnp.asarray(smooth(8, side, rng))
+
+    def score(x, t, key):
+        return -x / (0.1 * sde.mean_coef(t) ** 2 + sde.std(t) ** 2)
+
+    @jax.jit
+    def means(reduction):
+        def sweep(key):
+            def one(x, key, u):
+                return bound.elbo(score, sde, x, key, eps=eps, u=u, reduction=reduction).total
+
+            u = times.lattice(stream(key, "sweep times"), len(x), 2)
+            return jax.vmap(one)(x, jax.random.split(key, len(x)), u).mean()
+
+        return jax.lax.map(sweep, jax.random.split(jax.random.key(0), 48))
+
+    @jax.jit
+    def pilot(control):
+        return bound.pilot(score, sde, x, jax.random.key(1), eps=eps, control=control)
+
+    plain = np.asarray(means(Reduction()))
+    # The covariance of 24 examples is singular for 196 dimensions.
+    cases = [(n, None) for n in (4, 24, 120, 1437)] + [(24, True)] * (side == 14)
+    for n, full in cases:
+        fitted = smooth(n, side, rng)
+        control = bound.GaussianControl.fit(fitted, noise_variance=1e-5, full=full)
+        found = np.asarray(means(pilot(control)))
+        assert found.std() < 1.2 * plain.std(), (n, full)
+        stderr = np.hypot(found.std(), plain.std()) / np.sqrt(48)
+        assert abs(found.mean() - plain.mean()) < 4 * stderr, (n, full)
+    if side == 14:
+        assert means(Reduction(control)).std() > 10 * plain.std()
 
 
 def test_reconstruction_is_the_gaussian_decoder(case):

@@ -293,7 +293,7 @@ def test_fewer_images_are_a_random_sample_and_part_of_any_larger_one(trained, tm
 def test_control_and_density_are_stored_with_the_evaluation(trained, tmp_path, monkeypatch):
     first = cell_run(trained, tmp_path, BOUND)
     assert len(list((tmp_path / "eval").glob("control_*"))) == 1
-    assert len(list((tmp_path / "eval").glob("density_*"))) == 1
+    assert len(list((tmp_path / "eval").glob("pilot_*"))) == 1
     monkeypatch.setattr(bound.GaussianControl, "fit", None)
     monkeypatch.setattr(bound, "pilot", None)
     again = cell_run(trained, tmp_path, BOUND)
@@ -309,7 +309,7 @@ def test_a_bound_without_a_control_variate_fits_none(trained, tmp_path):
     config.eval.update(max_images=2, sweeps=1, estimators=("bound_ssm",))
     runs.mode(evaluate.run, config, tmp_path)
     assert not list((tmp_path / "eval").glob("control_*"))
-    assert not list((tmp_path / "eval").glob("density_*"))
+    assert not list((tmp_path / "eval").glob("pilot_*"))
 
 
 def test_several_samples_tighten_and_their_terms_add_up(trained, tmp_path, table):

@@ -144,7 +144,7 @@ def dequantizing(workdir):
 PROGRAMS = {
     "train": lambda workdir: runs.mode(train.run, config(), workdir),
     "train_dequantizer": dequantizing,
-    "pilot": lambda workdir: shared(workdir, proposal_bins=32).density(1e-3),
+    "pilot": lambda workdir: shared(workdir, proposal_bins=32).reduction(1e-3).density,
     "noise levels": noise_levels,
     "bound": evaluation,
     "first batch": first_batch,

@@ -71,11 +71,9 @@ class CellRun(Driver):
             multiple=jax.device_count(),
             solver=config.solver(),
             budget=config.solver_budget,
-            reduction=Reduction(
-                shared.control if method.reducible else None,
-                shared.density(eps) if method.reducible else None,
-                config.proposal,
-            ),
+            reduction=shared.reduction(eps)
+            if method.reducible
+            else Reduction(proposal=config.proposal),
             draw=config.times,
             n_times=config.n_times,
             sweeps=config.sweeps,

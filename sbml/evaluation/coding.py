@@ -8,7 +8,6 @@ import numpy as np
 from PIL import Image
 
 from sbml import bits
-from sbml.bound import Reduction
 from sbml.codec import Chain, Codec
 from sbml.codec.chain import pilot
 from sbml.codec.file import as_integers
@@ -88,7 +87,7 @@ def bound_of(
         seed=config.seed,
         batch_size=sharding.round_up(config.batch_size),
         multiple=jax.device_count(),
-        reduction=Reduction(inputs.control),
+        reduction=inputs.reduction(codec.chain.eps),
         n_times=max(config.n_times, 4),
         sweeps=config.sweeps,
         progress="bound" if continuous else f"bound in {codec.chain.steps} steps",

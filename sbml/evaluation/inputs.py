@@ -12,7 +12,7 @@ import jax
 import numpy as np
 
 from sbml import bits, bound, dequantizers, discrete, streams
-from sbml.bound import GaussianControl
+from sbml.bound import GaussianControl, Reduction
 from sbml.data import ImageSet, spread
 from sbml.experiment.build import Experiment
 from sbml.runtime.checkpoint import Restored
@@ -103,16 +103,16 @@ class Inputs:
         arrays = compute_once(self.workdir / "eval", "control", self.train.fingerprint, fit)
         return GaussianControl(**{"basis": None, **arrays})
 
-    def density(self, eps: float) -> np.ndarray | None:
-        """The density of the bound's times from ``eps`` on, ``(bins,)``, from at most 256 training
-        images; None, which is the proposal's own density, if ``eval.proposal_bins`` is 0."""
-        experiment, train, config = self.experiment, self.train, self.experiment.config.eval
-        if not config.proposal_bins:
-            return None
+    def reduction(self, eps: float) -> Reduction:
+        """How the variance of the bound from ``eps`` on is reduced. With ``eval.control`` or
+        ``eval.proposal_bins``, a pilot on at most 256 images of the split decides it."""
+        experiment, images, config = self.experiment, self.images, self.experiment.config.eval
         control = self.control
+        if not (control or config.proposal_bins):
+            return Reduction(proposal=config.proposal)
         identity = {
             "eps": eps,
-            "data": train.fingerprint,
+            "data": images.fingerprint,
             "parameters_crc32": self.parameters_crc32,
             "control_crc32": tree_crc32(control),
             "seed": config.seed,
@@ -122,19 +122,32 @@ class Inputs:
         }
 
         def pilot() -> dict[str, Any]:
-            chosen, labels = spread(len(train), 256), self.labels(train)
-            pixels = jax.numpy.asarray(train.images[chosen])
-            x = bits.to_model(pixels, 0.5, train.levels)
-            options: dict[str, Any] = {"eps": eps, "control": control, "bins": config.proposal_bins}
+            chosen, labels = spread(len(images), 256), self.labels(images)
+            pixels = jax.numpy.asarray(images.images[chosen])
+            x = bits.to_model(pixels, 0.5, images.levels)
+            options: dict[str, Any] = {"eps": eps, "control": control}
+            if config.proposal_bins:
+                options["bins"] = config.proposal_bins
             if labels is not None:
                 options["condition"] = labels[chosen]
             run = jax.jit(
                 lambda score, x, key: bound.pilot(score, experiment.sde, x, key, **options)
             )
             key = stream(jax.random.key(config.seed), "pilot")
-            return {"density": run(self.score, x, key)}
+            found = run(self.score, x, key)
+            share = found.control and {
+                "coefficients": found.control.coefficients,
+                "edges": found.control.edges,
+            }
+            return {"density": found.density, **(share or {})}
 
-        return compute_once(self.workdir / "eval", "density", identity, pilot)["density"]
+        stored = compute_once(self.workdir / "eval", "pilot", identity, pilot)
+        density = stored.pop("density")
+        return Reduction(
+            control and dataclasses.replace(control, **stored),
+            density if config.proposal_bins else None,
+            config.proposal,
+        )
 
     def dequantization(self, name: str) -> Dequantization:
         """The dequantizer called ``name``, with the averaged parameters of its training if it has

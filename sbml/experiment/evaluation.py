@@ -87,7 +87,9 @@ class Eval(Solving):
         le=1,
     )
     max_sweeps: Positive = field(256, "bound: largest number of sweeps for target_se")
-    control: bool = field(True, "bound: subtract a Gaussian control variate")
+    control: bool = field(
+        True, "bound: subtract a Gaussian control variate where a pilot finds that it helps"
+    )
     proposal_bins: Size = field(
         32,
         "bound: number of bins of a density of times that is estimated on training images; "

@@ -280,7 +280,7 @@ class Result:
                 f"{self.name}: HEAVY TAILS, the draws or the weights of their times have a Pareto "
                 f"k of {self.tail:.2f}, above {intervals.HEAVY:g}: a few rare draws can decide "
                 "the mean, so both intervals may be far too narrow. Use the defaults of "
-                "eval.importance, eval.importance_sampling and eval.control, or raise eval.n_times"
+                "eval.importance and eval.importance_sampling, or raise eval.n_times"
             )
         if self.target_se and not self.this_set_stderr <= self.target_se:
             warnings.append(

@@ -11,6 +11,15 @@
 By the delta method the standard error of log Z is sd(w) / (mean(w) sqrt(n)). The weights of a
 target with heavier tails than p are dominated by few samples, and neither number can be trusted if
 Pareto's k of the largest weights is above 0.7 (Vehtari et al., JMLR 2024).
+
+*What the samples miss.* Samples without large weights give both a small log Z and a small k. So
+the target itself is asked. For draws y of exp(u) / Z and the largest weight c of the samples,
+
+    E[max(0, 1 - c / w(y))] = E_p[max(0, w - c)] / Z
+
+is the share of Z that lies in weights above c, of which the samples have none. The draws y are the
+ends of random walks (Metropolis) from samples. Where no walk leads, such as to a mode far from all
+samples, neither the weights nor the walks show anything.
 """
 
 import dataclasses
@@ -165,6 +174,7 @@ class Importance:
         mean, by which log Z is wrong to first order, with its 95% interval.
       effective: the effective sample size, from 1 to n.
       tail: Pareto's k of the largest weights (``intervals.pareto_k``).
+      missing: the share of Z in weights above the largest one of the samples, from 0 to 1.
     """
 
     x: np.ndarray
@@ -173,18 +183,23 @@ class Importance:
     solver_error: Interval
     effective: float
     tail: float
+    missing: float
 
     @classmethod
-    def of(cls, x: np.ndarray, log_weights: np.ndarray, error: np.ndarray) -> "Importance":
+    def of(
+        cls, x: np.ndarray, log_weights: np.ndarray, error: np.ndarray, of_target: np.ndarray
+    ) -> "Importance":
         """The result for samples ``x (n, *s)``, their ``log_weights (n,)``, and the ``error`` of
-        log p of some of them.
+        log p of some of them; ``of_target (m,)`` are log weights of draws of the target.
 
-        log Z is NaN if a weight is NaN or infinite.
+        log Z is NaN if a weight is NaN or infinite. A draw of the target whose weight is NaN is
+        missing, because the solver gave up there.
         """
         n, largest = len(log_weights), np.max(log_weights)
         lost = int(np.sum(np.isnan(log_weights) | (log_weights == np.inf)))
         with np.errstate(invalid="ignore"):
             weights = np.exp(log_weights - largest)
+            excess = np.nan_to_num(of_target - largest, nan=np.inf, posinf=np.inf, neginf=-np.inf)
         mean = float(np.mean(weights))
         stderr = float(np.std(weights, ddof=1)) / (mean * math.sqrt(n)) if n > 1 else math.inf
         log_z = float(largest) + (math.log(mean) if mean > 0 else math.nan)
@@ -192,15 +207,14 @@ class Importance:
         effective = float(np.sum(weights) ** 2 / np.sum(weights**2))
         of_z = Interval(log_z, stderr, half, n, lost)
         solver_error = intervals.mean_interval(-error)
-        return cls(x, log_weights, of_z, solver_error, effective, intervals.pareto_k(weights))
+        tail, missing = intervals.pareto_k(weights), float(np.mean(-np.expm1(-excess.clip(0))))
+        return cls(x, log_weights, of_z, solver_error, effective, tail, missing)
 
     @property
     def heavy_tailed(self) -> bool:
-        """Whether so few samples have most of the weight that log Z cannot be trusted. If there are
-        too few samples for Pareto's k, this is so if a tenth of them are effective, or fewer."""
-        if math.isnan(self.tail):
-            return not self.effective > 0.1 * len(self.log_weights)
-        return self.tail > intervals.HEAVY
+        """Whether so few samples have most of the weight that log Z cannot be trusted: k is above
+        ``intervals.HEAVY``, ``missing`` is above half of log Z's error bar, or log Z is NaN."""
+        return self.tail > intervals.HEAVY or not self.missing <= 0.5 * self.log_z.ci95
 
     def __repr__(self) -> str:
         text = (
@@ -210,9 +224,11 @@ class Importance:
             f"{notation(self.solver_error.ci95, '.1g')}"
         )
         if self.heavy_tailed:
+            known = f"about {self.missing:.2g} of Z lies in weights above those of all samples"
+            if self.tail > intervals.HEAVY:
+                known = intervals.about_tail(self.tail, "weights")
             text += (
-                f", HEAVY TAILS: Pareto's k of the weights is {self.tail:.2f}, so few samples have "
-                "most of the weight, and neither number can be trusted; the density is too narrow "
-                "for this target"
+                f", HEAVY TAILS: {known}, so neither number can be trusted; take more samples, or "
+                "a density closer to this target"
             )
         return text

@@ -451,8 +451,13 @@ class Density:
         each = {name: np.stack(columns, axis=1) for name, columns in tables.items()}
         if not driver.draws:
             each["again"] = each["again"][driver.subset]
+
+        def prior_error(weights: np.ndarray) -> float:
+            return nats * target.prior_error(data, driver.last, weights).each
+
+        logp, strict, again = each.values()
         return Posterior.of(
-            each["all"], log_det, log_prior, driver.subset, *list(each.values())[1:]
+            logp, log_det, log_prior, driver.subset, strict, again, prior_error=prior_error
         )
 
     @checked
@@ -681,7 +686,10 @@ class Density:
         ode.check_tolerances(self.solver, jnp.result_type(float), "solver.", factor=10)
         kind = WithLatent if target.levels is None else ode_estimator.Estimator
         budget = self.budget * (self.dims if target.levels is None else 1)
-        return self._driver(kind(self._trace), target, data, condition, budget=budget, **options)
+        first = jax.tree.map(lambda leaf: leaf[0], self._conditions(condition, (len(data),)))
+        last = ode.last_time(conditioned(self.score, first), self.sde)
+        options |= {"budget": budget, "last": last}
+        return self._driver(kind(self._trace), target, data, condition, **options)
 
     def _reduction(
         self, fitted: Examples, data: Examples, condition: Any, steps: int | None

@@ -4,6 +4,11 @@
 
     p(c | x) = pi_c p(x | c) / sum_c' pi_c' p(x | c').
 
+Every log p(x | c) has the error of the prior in place of p_T (``sbml.likelihood``). Its standard
+deviation s_c = sqrt(2 KL_c) belongs to the examples of c, that is, to all examples with weights
+p(c | x). The errors of two conditions may have opposite signs, as for means m and -m, so
+p(c | x) changes by about 2 max_c(s_c) p(c | x) (1 - p(c | x)).
+
 *Importance weights.* For x_i from p, and a target density exp(u(x)) / Z,
 
     log w_i = u(x_i) - log p(x_i),      log Z = log mean w,      ESS = (sum w)^2 / sum w^2.
@@ -24,6 +29,7 @@ samples, neither the weights nor the walks show anything.
 
 import dataclasses
 import math
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -51,6 +57,8 @@ class Posterior:
         95% interval.
       log_prob_noise: the same for the difference between two random draws.
       solver_error, noise: the same two numbers for p(c | x).
+      log_prob_prior, prior: about the error of log p(x | c) of one example, and the mean error of
+        p(c | x), that come from the prior in place of p_T, for the condition where it is largest.
       changed: the share of the examples of the subset whose most probable condition is another one
         by the stricter solve, or with the other draws.
     """
@@ -61,6 +69,8 @@ class Posterior:
     log_prob_noise: Interval
     solver_error: Interval
     noise: Interval
+    log_prob_prior: float
+    prior: float
     changed: float
 
     @classmethod
@@ -72,11 +82,13 @@ class Posterior:
         subset: np.ndarray,
         strict: Part,
         again: Part,
+        prior_error: Callable[[np.ndarray], float],
     ) -> "Posterior":
         """The posterior from log p ``(n, C)`` and the conditions' log probabilities ``(C,)``.
 
         ``strict`` and ``again`` are log p of the subset by a stricter solver and with other draws.
         All three leave out ``log_det (n,)``, the log-determinant of a change of variables.
+        ``prior_error`` gives sqrt(2 KL) in nats of the examples with weights ``(n,)``.
         """
         lost = ~np.isfinite(logp).all(axis=1)
         tables = [special.log_softmax(t + log_prior, axis=1) for t in (logp, strict, again)]
@@ -87,6 +99,9 @@ class Posterior:
         differences = tuple(np.abs(np.exp(t) - np.exp(first)).max(axis=1) for t in others)
         best = np.stack([t.argmax(axis=1) for t in others]) != first.argmax(axis=1)
         changed = float(np.mean(best.any(axis=0)))
+        weights = np.where(lost[:, None], -np.inf, tables[0])
+        each = [prior_error(np.exp(w - w.max())) for w in weights.T] if not lost.all() else []
+        prior, spread = max(each, default=math.nan), np.exp(weights) * -np.expm1(weights)
         return cls(
             logp + log_det[:, None],
             tables[0],
@@ -94,6 +109,8 @@ class Posterior:
             log_prob_noise=of_logp[1],
             solver_error=mean(differences[0]),
             noise=mean(differences[1]),
+            log_prob_prior=prior,
+            prior=2 * prior * float(np.mean(spread[~lost].max(axis=1))) if each else math.nan,
             changed=changed,
         )
 
@@ -155,7 +172,9 @@ class Posterior:
             f"error of log p is {notation(self.log_prob_error.mean, '.2g')} nats by the solver and "
             f"{notation(self.log_prob_noise.mean, '.2g')} by the draws, that of a probability "
             f"{notation(self.solver_error.mean, '.2g')} and {notation(self.noise.mean, '.2g')}, "
-            f"and {self.changed:.1%} of the decisions change"
+            f"and {self.changed:.1%} of the decisions change; the prior in place of p_T changes "
+            f"log p by about {notation(self.log_prob_prior, '.2g')} nats, and a probability by "
+            f"about {notation(self.prior, '.2g')}"
         )
         if len(self.lost):
             text += f"; the solver gave up for {len(self.lost)} examples"

@@ -555,12 +555,12 @@ def test_few_examples_and_constant_coordinates_have_a_control() -> None:
 def test_lost_examples_are_named_and_large_differences_are_kept() -> None:
     logp = np.array([[-1000.0, -3000.0], [0.0, np.nan], [1.0, 0.0]])
     zero = np.zeros(3)
-    found = Posterior.of(logp, zero, np.log([0.5, 0.5]), np.arange(1), logp[:1], logp[:1])
+    found = Posterior.of(logp, zero, np.log([0.5, 0.5]), np.arange(1), logp[:1], logp[:1], np.mean)
     assert found.lost.tolist() == [1] and found.predicted.tolist() == [0, -1, 0]
     assert "gave up for 1 examples" in str(found)
     assert found.accuracy([0, 0, 0]).mean == pytest.approx(2 / 3)
     assert Posterior.of(
-        logp[::2], zero[:2], np.log([0.5, 0.5]), np.arange(1), logp[:1], logp[:1]
+        logp[::2], zero[:2], np.log([0.5, 0.5]), np.arange(1), logp[:1], logp[:1], np.mean
     ).log_score([1, 0]).mean == pytest.approx((2000 + np.log1p(np.exp(-1))) / 2)
     weights = np.random.default_rng(6).normal(size=2000) * 5
     none = np.zeros(4)

@@ -81,6 +81,7 @@ Sweeps = Annotated[int, at_least(2)]  # One gives no error bar.
 Examples = Num[np.ndarray, "n *s"]
 
 PILOT = 256  # examples from which the density of a bound's times is estimated
+WALK = 100  # Metropolis steps from a sample to a draw of the target of ``importance``
 
 
 @typed
@@ -451,8 +452,13 @@ class Density:
         each = {name: np.stack(columns, axis=1) for name, columns in tables.items()}
         if not driver.draws:
             each["again"] = each["again"][driver.subset]
+
+        def prior_error(weights: np.ndarray) -> float:
+            return nats * target.prior_error(data, driver.last, weights).each
+
+        logp, strict, again = each.values()
         return Posterior.of(
-            each["all"], log_det, log_prior, driver.subset, *list(each.values())[1:]
+            logp, log_det, log_prior, driver.subset, strict, again, prior_error=prior_error
         )
 
     @checked
@@ -460,6 +466,9 @@ class Density:
         self, key: Key, n: Count, log_target: Callable[..., Any], condition: Any = None
     ) -> Importance:
         """Samples with weights exp(u(x)) / p(x) for the density exp(u(x)) / Z, and log Z.
+
+        Draws of the target show what the samples miss (``sbml.posterior``). There are up to four
+        times ``subset`` of them, and each takes 100 evaluations of u and one of log p.
 
         Args:
           key: for the samples.
@@ -484,9 +493,24 @@ class Density:
             )
         few = min(n, self.subset)
         strict = dataclasses.replace(self, solver=reference(self.solver))
-        some = jax.tree.map(lambda leaf: leaf[:few], conditions)
-        error = np.asarray(strict.log_prob(x[:few], condition=some) - logp[:few], float)
-        return Importance.of(np.asarray(x), u - np.asarray(logp, float), error)
+
+        def log_prob(density: Density, x: Array, count: int) -> np.ndarray:
+            def batch(ids: np.ndarray) -> Array:
+                given = jax.tree.map(lambda leaf: leaf[ids], conditions)
+                return density.log_prob(x[ids], condition=given)
+
+            batches = pytrees.in_batches(batch, np.arange(count), few)
+            return np.concatenate([rows for _, rows in batches]).astype(float)
+
+        error = log_prob(strict, x, few) - np.asarray(logp[:few], float)
+        count = min(n, 4 * few)
+        keys = jax.random.split(stream(key, "target"), count)
+        # This step is best for a normal target of the samples' scale (Roberts & Rosenthal 2001).
+        step = 2.4 / math.sqrt(self.dims) * jnp.std(x, axis=0)
+        walk = functools.partial(_walk, log_target, step)
+        y, u_y = jax.lax.map(walk, (x[:count], keys), batch_size=min(count, self.batch_size))
+        of_target = np.asarray(u_y, float) - log_prob(self, y, count)
+        return Importance.of(np.asarray(x), u - np.asarray(logp, float), error, of_target)
 
     def latent(self, x: Any, condition: Any = None) -> Examples:
         """The latents ``(n, *shape)``: the ODE's solutions at T from ``x`` at t = eps."""
@@ -663,7 +687,10 @@ class Density:
         ode.check_tolerances(self.solver, jnp.result_type(float), "solver.", factor=10)
         kind = WithLatent if target.levels is None else ode_estimator.Estimator
         budget = self.budget * (self.dims if target.levels is None else 1)
-        return self._driver(kind(self._trace), target, data, condition, budget=budget, **options)
+        first = jax.tree.map(lambda leaf: leaf[0], self._conditions(condition, (len(data),)))
+        last = ode.last_time(conditioned(self.score, first), self.sde)
+        options |= {"budget": budget, "last": last}
+        return self._driver(kind(self._trace), target, data, condition, **options)
 
     def _reduction(self, fitted: Examples, data: Examples, condition: Any) -> Reduction:
         """A control variate of the examples ``fitted``, and its coefficients and a density of the
@@ -816,6 +843,23 @@ def _each(f: Callable[..., Any], rows: Any, size: int) -> Any:
     """``f`` of every row, ``size`` of them at once."""
     n = len(jax.tree.leaves(rows)[0])
     return jax.vmap(f)(rows) if n <= size else jax.lax.map(f, rows, batch_size=size)
+
+
+def _walk(log_target: Callable[..., Any], step: Array, start: tuple[Array, Key]) -> Any:
+    """The end of a random walk whose stationary density is exp(u), and its u (Metropolis)."""
+
+    def u(x: Array) -> Array:
+        return jnp.asarray(log_target(x), x.dtype)
+
+    def move(state: tuple[Array, Array], key: Key) -> tuple[tuple[Array, Array], None]:
+        of_step, of_test = jax.random.split(key)
+        y = state[0] + step * jax.random.normal(of_step, step.shape, step.dtype)
+        proposed = y, u(y)
+        accepted = jnp.log(jax.random.uniform(of_test)) < proposed[1] - state[1]
+        return jax.tree.map(lambda new, old: jnp.where(accepted, new, old), proposed, state), None
+
+    x, key = start
+    return jax.lax.scan(move, (x, u(x)), jax.random.split(key, WALK))[0]
 
 
 class _How(NamedTuple):

@@ -115,9 +115,9 @@ class Estimate:
             text += f", NOT CONVERGED: {self.unconverged()}"
         if self.heavy_tailed:
             text += (
-                f", HEAVY TAILS: Pareto's k of the draws is {self.tail:.2f}, above "
-                f"{intervals.HEAVY:g}, so the intervals are too narrow; raise times_each, or "
-                "improve the score where it is least accurate, such as near eps"
+                f", HEAVY TAILS: {intervals.about_tail(self.tail, 'draws')}, so the intervals are "
+                "too narrow; raise times_each, or improve the score where it is least accurate, "
+                "such as near eps"
             )
         text += self.prior_error.line(self.unit) if self.prior_error else ""
         return "\n".join(filter(None, [text, self.about_outliers()]))

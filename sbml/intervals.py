@@ -20,7 +20,8 @@ estimate from the D_i is
 
 None of these intervals can be trusted if a few rare draws decide the mean: if such draws are
 missing, both the mean and its error bar are too small. :func:`pareto_k` estimates how heavy the
-tail of the draws is. With k = 1/2 their variance becomes infinite, and with k = 1 their mean.
+tail of the draws is. With k = 1/2 their variance becomes infinite, and with k = 1 their mean. What
+the draws never show, such as a rare region that none of them has met, no such number can show.
 """
 
 import math
@@ -39,7 +40,9 @@ Values = Real[np.ndarray | jax.Array, "_"] | Sequence[float]
 NotNegative = Annotated[float, at_least(0)]  # or NaN
 
 HEAVY = 0.7  # the largest :func:`pareto_k` of draws whose mean has a reliable error bar
-LEAST_TAIL = 20  # the smallest number of draws to which a tail is fitted
+LEAST_TAIL = 7  # the smallest number of draws to which a tail is fitted
+# One of 8 or more draws decides their standard error if it has this share of the sum of squares.
+MOST, LEAST_DRAWS = 0.9, 8
 
 
 class Interval(NamedTuple):
@@ -135,12 +138,19 @@ def pareto_k(deviations: Real[np.ndarray | jax.Array, "..."]) -> float:
       deviations: draws, each minus the centre of its distribution, of any shape.
 
     Returns:
-      k; nan if the tail has fewer than ``LEAST_TAIL`` magnitudes, if a quarter of them exceed the
-      largest one below the tail by at most 1e-4 of it, or if a value is not finite.
+      k; infinity if one of at least ``LEAST_DRAWS`` magnitudes has more than ``MOST`` of the sum of
+      squares; nan if the tail has fewer than ``LEAST_TAIL`` magnitudes, if a quarter of them exceed
+      the largest one below the tail by at most 1e-4 of it, or if a value is not finite.
     """
     magnitudes = np.sort(np.abs(np.asarray(deviations, np.float64)), axis=None)
     count = math.ceil(min(magnitudes.size / 5, 3 * math.sqrt(magnitudes.size)))
-    if count < LEAST_TAIL or not np.all(np.isfinite(magnitudes)):
+    if not np.all(np.isfinite(magnitudes)):
+        return math.nan
+    if magnitudes.size >= LEAST_DRAWS and (largest := magnitudes[-1]) > 0:
+        shares = (magnitudes / largest) ** 2  # of the largest square, so nothing overflows
+        if MOST * np.sum(shares) < 1:
+            return math.inf
+    if count < LEAST_TAIL:
         return math.nan
     tail = magnitudes[-count:] - magnitudes[-count - 1]
     quartile = tail[int(count / 4 + 0.5) - 1]
@@ -156,6 +166,13 @@ def pareto_k(deviations: Real[np.ndarray | jax.Array, "..."]) -> float:
     weights = special.softmax(count * (np.log(-theta / each) - each - 1))
     k = float(shape(np.atleast_1d(weights @ theta))[0])
     return (count * k + 10 * 0.5) / (count + 10)
+
+
+def about_tail(k: float, draws: str) -> str:
+    """What a :func:`pareto_k` above ``HEAVY`` says of the ``draws``."""
+    if k == math.inf:
+        return f"one of the {draws} has more than {MOST:.0%} of the sum of their squares"
+    return f"Pareto's k of the {draws} is {k:.2f}, above {HEAVY:g}"
 
 
 @typed

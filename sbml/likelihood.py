@@ -29,6 +29,8 @@ The error of one example has either sign. Its standard deviation is sqrt(2 KL), 
 distributions that are close to each other, and about alpha |m| / S nats: for |m| = 1 it is 0.007
 with ``VP``, 0.02 with ``VE`` up to sigma = 50, and 0.08 with ``LinearGamma`` up to a log-SNR of -5.
 A larger ``beta_max``, ``sigma_max`` or ``gamma_1`` makes it smaller, if the score knows this noise.
+If the ODE ends before T, p_T is the distribution of the scaled x: alpha and sigma are then those of
+the end, times the same factor.
 
 In the other direction, from a latent z at T to the sample x at eps, the curve has the same two
 integrals, so one solve gives a sample and its log p (:func:`sample_logp`).
@@ -92,14 +94,19 @@ class PriorError(NamedTuple):
 
 
 def prior_error(
-    sde: SDE, mean: Float[np.ndarray, " d"], variances: Float[np.ndarray, " d"]
+    sde: SDE,
+    mean: Float[np.ndarray, " d"],
+    variances: Float[np.ndarray, " d"],
+    last: Number | None = None,
 ) -> PriorError:
-    """The prior's error in nats for data N(m, diag(c)), with m = ``mean`` and c = ``variances``.
+    """The prior's error in nats for data N(m, diag(c)), with m = ``mean`` and c = ``variances``, of
+    an ODE that ends at the time ``last``, by default T.
 
     Only the first two moments of other data matter, up to higher orders of alpha(T) / sigma(T).
     """
-    last, std = jnp.asarray(sde.T, float), float(sde.prior_std)
-    alpha, sigma = float(sde.mean_coef(last)) / std, float(sde.std(last)) / std
+    end = jnp.asarray(sde.T if last is None else last, float)
+    std = float(sde.prior_std) / float(ode.growth(sde, float(end), float(sde.T), end))
+    alpha, sigma = float(sde.mean_coef(end)) / std, float(sde.std(end)) / std
     excess = alpha**2 * variances + sigma**2 - 1
     divergence = 0.5 * float(np.sum((alpha * mean) ** 2 + excess - np.log1p(excess)))
     return PriorError(divergence, math.sqrt(2 * max(divergence, 0.0)))

@@ -4,6 +4,11 @@
 
     p(c | x) = pi_c p(x | c) / sum_c' pi_c' p(x | c').
 
+Every log p(x | c) has the error of the prior in place of p_T (``sbml.likelihood``). Its standard
+deviation s_c = sqrt(2 KL_c) belongs to the examples of c, that is, to all examples with weights
+p(c | x). The errors of two conditions may have opposite signs, as for means m and -m, so
+p(c | x) changes by about 2 max_c(s_c) p(c | x) (1 - p(c | x)).
+
 *Importance weights.* For x_i from p, and a target density exp(u(x)) / Z,
 
     log w_i = u(x_i) - log p(x_i),      log Z = log mean w,      ESS = (sum w)^2 / sum w^2.
@@ -11,10 +16,20 @@
 By the delta method the standard error of log Z is sd(w) / (mean(w) sqrt(n)). The weights of a
 target with heavier tails than p are dominated by few samples, and neither number can be trusted if
 Pareto's k of the largest weights is above 0.7 (Vehtari et al., JMLR 2024).
+
+*What the samples miss.* Samples without large weights give both a small log Z and a small k. So
+the target itself is asked. For draws y of exp(u) / Z and the largest weight c of the samples,
+
+    E[max(0, 1 - c / w(y))] = E_p[max(0, w - c)] / Z
+
+is the share of Z that lies in weights above c, of which the samples have none. The draws y are the
+ends of random walks (Metropolis) from samples. Where no walk leads, such as to a mode far from all
+samples, neither the weights nor the walks show anything.
 """
 
 import dataclasses
 import math
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -42,6 +57,8 @@ class Posterior:
         95% interval.
       log_prob_noise: the same for the difference between two random draws.
       solver_error, noise: the same two numbers for p(c | x).
+      log_prob_prior, prior: about the error of log p(x | c) of one example, and the mean error of
+        p(c | x), that come from the prior in place of p_T, for the condition where it is largest.
       changed: the share of the examples of the subset whose most probable condition is another one
         by the stricter solve, or with the other draws.
     """
@@ -52,6 +69,8 @@ class Posterior:
     log_prob_noise: Interval
     solver_error: Interval
     noise: Interval
+    log_prob_prior: float
+    prior: float
     changed: float
 
     @classmethod
@@ -63,11 +82,13 @@ class Posterior:
         subset: np.ndarray,
         strict: Part,
         again: Part,
+        prior_error: Callable[[np.ndarray], float],
     ) -> "Posterior":
         """The posterior from log p ``(n, C)`` and the conditions' log probabilities ``(C,)``.
 
         ``strict`` and ``again`` are log p of the subset by a stricter solver and with other draws.
         All three leave out ``log_det (n,)``, the log-determinant of a change of variables.
+        ``prior_error`` gives sqrt(2 KL) in nats of the examples with weights ``(n,)``.
         """
         lost = ~np.isfinite(logp).all(axis=1)
         tables = [special.log_softmax(t + log_prior, axis=1) for t in (logp, strict, again)]
@@ -78,6 +99,9 @@ class Posterior:
         differences = tuple(np.abs(np.exp(t) - np.exp(first)).max(axis=1) for t in others)
         best = np.stack([t.argmax(axis=1) for t in others]) != first.argmax(axis=1)
         changed = float(np.mean(best.any(axis=0)))
+        weights = np.where(lost[:, None], -np.inf, tables[0])
+        each = [prior_error(np.exp(w - w.max())) for w in weights.T] if not lost.all() else []
+        prior, spread = max(each, default=math.nan), np.exp(weights) * -np.expm1(weights)
         return cls(
             logp + log_det[:, None],
             tables[0],
@@ -85,6 +109,8 @@ class Posterior:
             log_prob_noise=of_logp[1],
             solver_error=mean(differences[0]),
             noise=mean(differences[1]),
+            log_prob_prior=prior,
+            prior=2 * prior * float(np.mean(spread[~lost].max(axis=1))) if each else math.nan,
             changed=changed,
         )
 
@@ -146,7 +172,9 @@ class Posterior:
             f"error of log p is {notation(self.log_prob_error.mean, '.2g')} nats by the solver and "
             f"{notation(self.log_prob_noise.mean, '.2g')} by the draws, that of a probability "
             f"{notation(self.solver_error.mean, '.2g')} and {notation(self.noise.mean, '.2g')}, "
-            f"and {self.changed:.1%} of the decisions change"
+            f"and {self.changed:.1%} of the decisions change; the prior in place of p_T changes "
+            f"log p by about {notation(self.log_prob_prior, '.2g')} nats, and a probability by "
+            f"about {notation(self.prior, '.2g')}"
         )
         if len(self.lost):
             text += f"; the solver gave up for {len(self.lost)} examples"
@@ -165,6 +193,7 @@ class Importance:
         mean, by which log Z is wrong to first order, with its 95% interval.
       effective: the effective sample size, from 1 to n.
       tail: Pareto's k of the largest weights (``intervals.pareto_k``).
+      missing: the share of Z in weights above the largest one of the samples, from 0 to 1.
     """
 
     x: np.ndarray
@@ -173,18 +202,23 @@ class Importance:
     solver_error: Interval
     effective: float
     tail: float
+    missing: float
 
     @classmethod
-    def of(cls, x: np.ndarray, log_weights: np.ndarray, error: np.ndarray) -> "Importance":
+    def of(
+        cls, x: np.ndarray, log_weights: np.ndarray, error: np.ndarray, of_target: np.ndarray
+    ) -> "Importance":
         """The result for samples ``x (n, *s)``, their ``log_weights (n,)``, and the ``error`` of
-        log p of some of them.
+        log p of some of them; ``of_target (m,)`` are log weights of draws of the target.
 
-        log Z is NaN if a weight is NaN or infinite.
+        log Z is NaN if a weight is NaN or infinite. A draw of the target whose weight is NaN is
+        missing, because the solver gave up there.
         """
         n, largest = len(log_weights), np.max(log_weights)
         lost = int(np.sum(np.isnan(log_weights) | (log_weights == np.inf)))
         with np.errstate(invalid="ignore"):
             weights = np.exp(log_weights - largest)
+            excess = np.nan_to_num(of_target - largest, nan=np.inf, posinf=np.inf, neginf=-np.inf)
         mean = float(np.mean(weights))
         stderr = float(np.std(weights, ddof=1)) / (mean * math.sqrt(n)) if n > 1 else math.inf
         log_z = float(largest) + (math.log(mean) if mean > 0 else math.nan)
@@ -192,15 +226,14 @@ class Importance:
         effective = float(np.sum(weights) ** 2 / np.sum(weights**2))
         of_z = Interval(log_z, stderr, half, n, lost)
         solver_error = intervals.mean_interval(-error)
-        return cls(x, log_weights, of_z, solver_error, effective, intervals.pareto_k(weights))
+        tail, missing = intervals.pareto_k(weights), float(np.mean(-np.expm1(-excess.clip(0))))
+        return cls(x, log_weights, of_z, solver_error, effective, tail, missing)
 
     @property
     def heavy_tailed(self) -> bool:
-        """Whether so few samples have most of the weight that log Z cannot be trusted. If there are
-        too few samples for Pareto's k, this is so if a tenth of them are effective, or fewer."""
-        if math.isnan(self.tail):
-            return not self.effective > 0.1 * len(self.log_weights)
-        return self.tail > intervals.HEAVY
+        """Whether so few samples have most of the weight that log Z cannot be trusted: k is above
+        ``intervals.HEAVY``, ``missing`` is above half of log Z's error bar, or log Z is NaN."""
+        return self.tail > intervals.HEAVY or not self.missing <= 0.5 * self.log_z.ci95
 
     def __repr__(self) -> str:
         text = (
@@ -210,9 +243,11 @@ class Importance:
             f"{notation(self.solver_error.ci95, '.1g')}"
         )
         if self.heavy_tailed:
+            known = f"about {self.missing:.2g} of Z lies in weights above those of all samples"
+            if self.tail > intervals.HEAVY:
+                known = intervals.about_tail(self.tail, "weights")
             text += (
-                f", HEAVY TAILS: Pareto's k of the weights is {self.tail:.2f}, so few samples have "
-                "most of the weight, and neither number can be trusted; the density is too narrow "
-                "for this target"
+                f", HEAVY TAILS: {known}, so neither number can be trusted; take more samples, or "
+                "a density closer to this target"
             )
         return text

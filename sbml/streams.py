@@ -38,6 +38,7 @@ Name = Literal[
     "noise",
     "dropout",
     "probes",
+    "target",
     "reconstruction",
     "bound",
     "latent",

@@ -112,8 +112,16 @@ def full_precision(f: Callable[P, T]) -> Callable[P, T]:
 
 def half_precision(f: Callable[..., Any], *arguments: Any) -> str:
     """The name of a type of less than 32 bits in which ``f`` rounds a number, or "" if there is
-    none. ``arguments`` are arrays, or only their shapes and types; ``f`` is traced, and not run."""
+    none. ``arguments`` are arrays, or only their shapes and types; ``f`` is traced, and not run.
+
+    Code that reads the bits of a number as an integer can round it too, so it has a name as well.
+    Rounding by other functions, such as ``jnp.round``, is not seen.
+    """
     for equation in _equations(jax.make_jaxpr(f)(*arguments)):
+        if equation.primitive is jax.lax.bitcast_convert_type_p:
+            given = equation.invars[0].aval.dtype
+            if jnp.issubdtype(given, jnp.floating):
+                return f"the bits of {given}"
         if equation.primitive is jax.lax.reduce_precision_p:
             bits = 1 + equation.params["exponent_bits"] + equation.params["mantissa_bits"]
             if bits < 32:

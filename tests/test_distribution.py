@@ -331,6 +331,7 @@ def test_importance_weights_give_the_normaliser(d: int) -> None:
     broad = lambda x: -0.5 * jnp.sum(x**2) / 9  # noqa: E731
     tails = proposal.importance(jax.random.key(0), 2000, broad)
     assert tails.heavy_tailed and "HEAVY TAILS" in str(tails)
+    assert tails.missing > 0.05 > 0.01 > found.missing
     noisy = sbml.Density(proposal.score, sde, (d,), trace=Trace("rademacher"))
     with pytest.raises(ValueError, match="^trace=.*exact"):
         noisy.importance(jax.random.key(0), 10, broad)
@@ -554,14 +555,15 @@ def test_few_examples_and_constant_coordinates_have_a_control() -> None:
 def test_lost_examples_are_named_and_large_differences_are_kept() -> None:
     logp = np.array([[-1000.0, -3000.0], [0.0, np.nan], [1.0, 0.0]])
     zero = np.zeros(3)
-    found = Posterior.of(logp, zero, np.log([0.5, 0.5]), np.arange(1), logp[:1], logp[:1])
+    found = Posterior.of(logp, zero, np.log([0.5, 0.5]), np.arange(1), logp[:1], logp[:1], np.mean)
     assert found.lost.tolist() == [1] and found.predicted.tolist() == [0, -1, 0]
     assert "gave up for 1 examples" in str(found)
     assert found.accuracy([0, 0, 0]).mean == pytest.approx(2 / 3)
     assert Posterior.of(
-        logp[::2], zero[:2], np.log([0.5, 0.5]), np.arange(1), logp[:1], logp[:1]
+        logp[::2], zero[:2], np.log([0.5, 0.5]), np.arange(1), logp[:1], logp[:1], np.mean
     ).log_score([1, 0]).mean == pytest.approx((2000 + np.log1p(np.exp(-1))) / 2)
     weights = np.random.default_rng(6).normal(size=2000) * 5
-    assert Importance.of(np.zeros((2000, 1)), weights, np.zeros(4)).heavy_tailed
-    lost = Importance.of(np.zeros((3, 1)), np.array([0.0, np.nan, 1.0]), np.zeros(1))
-    assert lost.log_z.nonfinite == 1 and np.isnan(lost.log_z.mean)
+    none = np.zeros(4)
+    assert Importance.of(np.zeros((2000, 1)), weights, none, none).heavy_tailed
+    lost = Importance.of(np.zeros((3, 1)), np.array([0.0, np.nan, 1.0]), none, none)
+    assert lost.log_z.nonfinite == 1 and np.isnan(lost.log_z.mean) and lost.heavy_tailed

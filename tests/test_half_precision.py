@@ -58,6 +58,9 @@ NESTED: dict[str, Callable[..., Array]] = {
     "remat": jax.checkpoint(rounded),
     "cond": lambda x, t, key: jax.lax.cond(t > 0.1, exact, rounded, x, t),
     "while": lambda x, t, key: jax.lax.while_loop(lambda s: s[0] > 2, half, exact(x, t)),
+    "the bits of float32": lambda x, t, key: jax.lax.bitcast_convert_type(
+        jax.lax.bitcast_convert_type(exact(x, t), jnp.uint32) & jnp.uint32(0xFFFF0000), x.dtype
+    ),
     "vmap of jit": lambda x, t, key: jax.vmap(jax.jit(half))(exact(x, t)),
 }
 
@@ -67,12 +70,14 @@ def test_half_precision_in_a_score_is_refused_before_any_work(name: str) -> None
     """With data N(0, 1/4), the first score would give -47.326 nats, not -47.074, and this would be
     called converged."""
     density = Density(NESTED[name], SDE, (DIMS,), levels=4)
-    kind = name if name in ("float16", "16 bits") else "bfloat16"
+    kind = name if name in ("float16", "16 bits", "the bits of float32") else "bfloat16"
     message = f"the score computes in {kind}, .* compute it in float32"
     with pytest.raises(ValueError, match=message):
         density.logp(X)
     with pytest.raises(ValueError, match=message):
         density.bits_per_dim(np.zeros((1, DIMS), np.uint8))
+    with pytest.raises(ValueError, match=message):
+        density.log_prob(X, jax.random.key(0))
 
 
 def test_a_rounded_noise_prediction_is_refused() -> None:

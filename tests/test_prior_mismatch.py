@@ -12,7 +12,7 @@ from sbml.audit.program import oracle
 from sbml.likelihood import Trace, ode_logp, prior_error
 from sbml.ode import Solver
 from sbml.scalars import notation
-from sbml.sdes import SDES, VP
+from sbml.sdes import SDE, SDES, VP, RectifiedFlow
 
 pytestmark = pytest.mark.usefixtures("x64")
 
@@ -53,9 +53,10 @@ def test_the_error_of_an_exact_score_is_the_priors(name: str, one: float) -> Non
     assert divergence > 1e-5
 
 
-def test_the_printed_prior_error_is_the_error_of_an_exact_score() -> None:
-    """For a mean of norm 3; a larger T, that is, a larger beta_max, makes it smaller."""
-    sde, n, mean, t = VP(), 400, 3 * np.array([0.6, -0.8]), jnp.asarray(EPS)
+@pytest.mark.parametrize(("sde", "each"), [(VP(), 0.0198), (RectifiedFlow(), 0.003)])
+def test_the_printed_prior_error_is_the_error_of_an_exact_score(sde: SDE, each: float) -> None:
+    """For a mean of norm 3. The ODE of a flow ends where 0.1% of the signal is left."""
+    n, mean, t = 400, 3 * np.array([0.6, -0.8]), jnp.asarray(EPS)
     data = oracle.Gaussian(sde, jnp.asarray(mean), jnp.asarray(VARIANCES), jnp.eye(2))
     z = np.random.default_rng(0).normal(size=(n, 2))
     x = np.asarray(sde.mean_coef(t) * mean[None] + jnp.sqrt(data.variances(t))[None] * z)
@@ -67,9 +68,39 @@ def test_the_printed_prior_error_is_the_error_of_an_exact_score() -> None:
     assert abs(error.mean() + prior.mean) < 4 * prior.each / math.sqrt(n)
     np.testing.assert_allclose(error.std(), prior.each, rtol=0.15)
     assert f"KL(p_T || pi) = {notation(prior.mean, '.2g')} nats" in str(result).splitlines()[1]
-    assert prior.each == pytest.approx(0.0198, rel=0.02)
-    assert prior_error(VP(0.1, 30.0), mean, VARIANCES).each < prior.each / 10
-    assert density.bound(x[:4]).prior_error is None
+    assert prior.each == pytest.approx(each, rel=0.02)
+
+
+def test_a_bound_has_no_prior_error_and_a_larger_beta_max_makes_it_smaller() -> None:
+    small, large = (prior_error(VP(0.1, end), MEAN, VARIANCES).each for end in (30.0, 20.0))
+    assert small < large / 10
+    density = sbml.Density(lambda x, t, key: -x, VP(), (2,), eps=EPS)
+    assert density.bound(np.ones((4, 2)), reduce=False).prior_error is None
+
+
+def test_the_posterior_of_a_class_has_the_prior_error_of_the_classes() -> None:
+    """Of two classes with means m and -m, whose common mean is 0."""
+    sde, n, mean, std = VP(), 40, np.array([0.6, 0.8]), 1.0
+
+    def score(x, t, key, c):
+        alpha = sde.mean_coef(t)
+        return -(x - alpha * c * mean) / (alpha**2 * std**2 + sde.std(t) ** 2)
+
+    rng, alpha = np.random.default_rng(0), float(sde.mean_coef(jnp.asarray(EPS)))
+    signs = np.array([1.0, -1.0])
+    x = np.resize(signs, n)[:, None] * mean + std * rng.normal(size=(n, 2))
+    tight = Solver(rtol=1e-6, atol=1e-6)
+    density = sbml.Density(score, sde, (2,), eps=EPS, solver=tight)
+    found = density.classify(x, signs)
+    variance = alpha**2 * std**2 + float(sde.std(jnp.asarray(EPS))) ** 2
+    logits = 2 * alpha * x @ mean / variance
+    wrong = np.abs(found.probabilities[:, 0] - jax.nn.sigmoid(logits))
+    assert 0.5 < found.prior / wrong.mean() < 3
+    assert found.solver_error.mean < wrong.mean() / 20
+    truth = -((x[:, None] - alpha * signs[:, None] * mean) ** 2).sum(axis=2) / (2 * variance)
+    errors = found.log_prob - truth + np.log(2 * np.pi * variance)
+    np.testing.assert_allclose(found.log_prob_prior, errors.std(), rtol=0.5)
+    assert f"a probability by about {notation(found.prior, '.2g')}" in str(found)
 
 
 def test_a_larger_end_is_another_choice_of_the_betas() -> None:

@@ -1,4 +1,7 @@
-"""Intervals that cannot be trusted are marked. The score is that of a mixture, plus an error."""
+"""Intervals that cannot be trusted are marked.
+
+The score of the bounds is that of a mixture, plus an error.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -7,10 +10,12 @@ import numpy as np
 import pytest
 
 import sbml
-from sbml import bound, times
+from sbml import bound, intervals, times
 from sbml.audit.program import oracle
 from sbml.bound import GaussianControl, Reduction
+from sbml.density import _walk
 from sbml.estimators.base import Target
+from sbml.posterior import Importance
 from sbml.sdes import VP
 
 pytestmark = pytest.mark.usefixtures("x64")
@@ -84,3 +89,54 @@ def test_rare_and_large_errors_of_a_score_are_seen_in_the_draws():
     plain, wrong = (sbml.Density(s, SDE, (D,), eps=EPS).bound(X) for s in (score, spiked))
     assert not plain.heavy_tailed and "HEAVY" not in str(plain)
     assert wrong.heavy_tailed and "raise times_each" in str(wrong)
+
+
+def importance(rng, n, d, std):
+    """Samples of N(0, I) with weights for N(0, std^2 I); log Z is 0."""
+
+    def log_weights(x):
+        return np.sum(0.5 * x**2 - 0.5 * (x / std) ** 2, axis=1) - d * np.log(std)
+
+    x, y = rng.normal(size=(n, d)), std * rng.normal(size=(min(n, 128), d))
+    return Importance.of(x, log_weights(x), np.zeros(1), log_weights(y))
+
+
+def test_unmarked_intervals_of_log_z_contain_it_and_bounded_weights_are_not_marked():
+    """A proposal that is too narrow: the smaller its largest weight, the more is missing."""
+    rng, unmarked = np.random.default_rng(0), []
+    for std, d in [(1.6, 1), (2.0, 1), (3.0, 1), (2**0.5, 16)]:
+        found = [importance(rng, n, d, std) for n in (50, 200) for _ in range(40)]
+        covered = np.array([abs(f.log_z.mean) < f.log_z.ci95 for f in found])
+        kept = np.array([not f.heavy_tailed for f in found])
+        unmarked.extend(covered[kept])
+        assert any("of Z lies in weights above those of all samples" in str(f) for f in found)
+        assert covered.mean() < 0.85 and not covered[~kept].all()
+    assert np.mean(unmarked) > 0.85 and len(unmarked) > 40
+    for std in (0.3, 0.5, 0.8, 1.0):
+        found = [importance(rng, n, 1, std) for n in (50, 200) for _ in range(20)]
+        assert np.mean([f.heavy_tailed for f in found]) <= 0.05
+    wide = importance(rng, 50, 16, 0.3)
+    assert wide.heavy_tailed and "too narrow" not in str(wide)
+
+
+def test_the_walks_of_importance_draw_from_the_target():
+    """Normal numbers of the standard deviations 0.5, 1 and 3, from samples of N(0, I)."""
+    std, n = jnp.array([0.5, 1.0, 3.0]), 400
+    keys = jax.random.split(jax.random.key(0), n)
+    start = jax.random.normal(jax.random.key(1), (n, 3))
+
+    def u(x):
+        return -0.5 * jnp.sum((x / std) ** 2)
+
+    y, u_y = jax.vmap(lambda *s: _walk(u, 1.4 * jnp.ones(3), s))(start, keys)
+    np.testing.assert_allclose(y.std(axis=0), std, rtol=4 / np.sqrt(2 * n))
+    np.testing.assert_allclose(u_y, jax.vmap(u)(y))
+
+
+@pytest.mark.parametrize("n", [8, 16, 40, 512])
+def test_one_draw_that_decides_the_error_bar_is_marked_whatever_their_number(n):
+    draws = np.random.default_rng(0).normal(size=n)
+    assert not intervals.pareto_k(draws) > intervals.HEAVY
+    draws[0] = 100.0
+    assert intervals.pareto_k(draws) > intervals.HEAVY
+    assert "more than 90% of the sum" in str(made_up.bound(draws.reshape(4, -1)))

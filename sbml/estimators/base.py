@@ -60,16 +60,21 @@ class Target:
             x = self.sde.mean_coef(jnp.asarray(self.eps)) * x
         return x, log_q
 
-    def prior_error(self, data: np.ndarray) -> PriorError:
+    def prior_error(
+        self, data: np.ndarray, last: Number | None, weights: np.ndarray | None = None
+    ) -> PriorError:
         """The error of the ODE's number because the prior takes the place of p_T, from the mean and
-        the variances of ``data (n, *s)``; in bits/dim for integers, and otherwise in nats."""
-        mean = moments.mean(data)
-        variances = moments.variances(data, mean)
+        the variances of ``data (n, *s)``; in bits/dim for integers, and otherwise in nats.
+
+        The ODE ends at ``last``; None for T. The examples have ``weights (n,)``; None if equal.
+        """
+        mean = moments.mean(data, weights)
+        variances = moments.variances(data, mean, weights)
         if self.levels is None:
-            return likelihood.prior_error(self.sde, mean, variances)
+            return likelihood.prior_error(self.sde, mean, variances, last)
         mean = np.asarray(bits.to_model(jnp.asarray(mean), 0.5, self.levels))
         variances = (2 / self.levels) ** 2 * (variances + 1 / 12)
-        nats = likelihood.prior_error(self.sde, mean, variances)
+        nats = likelihood.prior_error(self.sde, mean, variances, last)
         return PriorError(*(bits.nats_to_bits(each, data.shape[1:]) for each in nats))
 
     def scale_nats(self, shape: tuple[int, ...]) -> float:

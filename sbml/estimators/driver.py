@@ -35,6 +35,7 @@ from sbml.estimators.base import Estimator, Rows, Target, times_key
 from sbml.intervals import Interval
 from sbml.ode import Solver
 from sbml.progress import Bar
+from sbml.scalars import Number
 
 # The terms that only integer data have.
 TERMS_OF_INTEGERS = ("dequantization", "importance", "scale")
@@ -69,6 +70,7 @@ class Driver:
       shown: a function that maps ids and their numbers to the numbers whose mean a bar shows.
       solver, budget: how an ODE is solved, and the largest error of a solve that counts as
         converged.
+      last: the time at which the ODE ends; None for T.
       reduction, draw, n_times: the variance reduction of a bound; how its points are drawn, a name
         in ``times.DRAWS``; and the number of points for one example in one sweep.
       sweeps: the number of sweeps of a bound.
@@ -92,6 +94,7 @@ class Driver:
     shown: Callable[[Ids, Values], Values] = lambda ids, values: values
     solver: Solver = Solver()
     budget: float = math.inf
+    last: Number | None = None
     reduction: Reduction = Reduction()
     draw: str = "lattice"
     n_times: int = 1
@@ -215,7 +218,7 @@ class Driver:
             solver_error=self.solver_error(values) if self.check else None,
             budget=self.budget,
             solver=self.solver,
-            prior_error=self.target.prior_error(np.asarray(self.data[self.ids])),
+            prior_error=self.target.prior_error(np.asarray(self.data[self.ids]), self.last),
         )
 
     def _by_sweeps(self) -> Estimate:

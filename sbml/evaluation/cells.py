@@ -57,6 +57,7 @@ class CellRun(Driver):
         if not cell.kind.is_bound:
             one = conditioned(self.score, None if labels is None else int(labels[0]))
             ode.check_precision(one, experiment.sde, experiment.shape)
+            last = ode.last_time(one, experiment.sde)
         super().__init__(
             estimator=method,
             target=target,
@@ -71,6 +72,7 @@ class CellRun(Driver):
             multiple=jax.device_count(),
             solver=config.solver(),
             budget=config.solver_budget,
+            last=None if cell.kind.is_bound else last,
             reduction=shared.reduction(eps)
             if method.reducible
             else Reduction(proposal=config.proposal),

@@ -276,9 +276,9 @@ class Result:
             line = outlier_line(named, self.n, self.median, *without, "bits/dim")
             warnings.append(f"{self.name}: {line}")
         if self.tail is not None and self.tail > intervals.HEAVY:
+            about = intervals.about_tail(self.tail, "draws or of the weights of their times")
             warnings.append(
-                f"{self.name}: HEAVY TAILS, the draws or the weights of their times have a Pareto "
-                f"k of {self.tail:.2f}, above {intervals.HEAVY:g}: a few rare draws can decide "
+                f"{self.name}: HEAVY TAILS, {about}: a few rare draws can decide "
                 "the mean, so both intervals may be far too narrow. Use the defaults of "
                 "eval.importance and eval.importance_sampling, or raise eval.n_times"
             )

@@ -19,7 +19,8 @@ matching (dsm) and by score matching with the divergence (ssm), have the same ex
 
 *Control variate.* For a Gaussian N(m, C) that was fitted to training data, the optimal denoiser is
 linear and the integral of its error has a closed form. Subtracting its error from every draw and
-adding the integral leaves the expectation unchanged and removes nearly all of the variance. Let
+adding the integral leaves the expectation unchanged and removes nearly all of the variance. The
+same is done for the error at eps in the reconstruction. Let
 C = U diag(l) U^T, c = U^T (x - m) and v = rho^2. Then
 
     integral = 1/2 sum_i [-log1p(l_i / v) + l_i / (l_i + v) - c_i^2 / (l_i + v)]  from v_eps to v_T
@@ -408,8 +409,13 @@ def elbo(
     last = jnp.asarray(eps, x.dtype)
     z = jax.random.normal(stream(key, "reconstruction"), x.shape, x.dtype)
     log_rho2 = -sde.log_snr(last)
-    constant = 0.5 * x.size * (math.log(2 * math.pi) + log_rho2)
-    return Bound(prior_kl(sde, x), diffusion, noise_error(score, sde, x, last, z) + constant)
+    reconstruction = diffusion_dsm(score, sde, x, last, z, control)
+    reconstruction = reconstruction + 0.5 * x.size * (math.log(2 * math.pi) + log_rho2)
+    if control is not None:
+        reconstruction = reconstruction + control.sum_of_steps(
+            sde, x, last[None], jnp.full((1,), 0.5, x.dtype)
+        )
+    return Bound(prior_kl(sde, x), diffusion, reconstruction)
 
 
 class Profile(NamedTuple):

@@ -96,7 +96,8 @@ class Registry(Mapping[str, Any]):
     def __contains__(self, name: object) -> bool:
         """Whether ``name`` is a short name, or has the form of a name in another package, which is
         not imported."""
-        return name in self.places or bool(_OUTSIDE.fullmatch(str(name)))
+        known = isinstance(name, str) and (name in self.places or _OUTSIDE.fullmatch(name))
+        return bool(known)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.places)

@@ -10,8 +10,8 @@ import math
 import pathlib
 import runpy
 import traceback
-from types import MappingProxyType
 from collections.abc import Iterable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import jax

@@ -120,14 +120,16 @@ def test_with_a_config_the_source_of_the_training_data_is_not_imported(
 @pytest.mark.parametrize("section", ["sde", "model"])
 def test_a_part_that_only_architecture_json_names_is_not_imported(run: Run, section: str) -> None:
     """The file replaces fields of ``--config``; in Python too, a name there is not the caller's."""
-    content = {section: {"name": NAME}}
-    Workdir(run.workdir).write(ARCHITECTURE, content)
+    Workdir(run.workdir).write(ARCHITECTURE, {section: {"name": NAME}})
     for config in ((), ("--config=tests/tiny.py",)):
         assert REFUSED in run.says(*config, "--mode=report") and not run.imported
     hidden = Config(**tiny.get_config().to_dict()).replace(mode=(NAME,))
     with pytest.raises(PermissionError, match=REFUSED):
         trained.of_workdir(hidden, Workdir(run.workdir))
     assert not run.imported
+    Workdir(run.workdir).write(ARCHITECTURE, {section: {"name": "tfds:cifar10"}})
+    named = "--config.data.source=tfds:cifar10"  # It names an image set, and no part of a module.
+    assert "tfds:cifar10 is not imported" in run.says("--config=tests/tiny.py", named)
 
 
 def test_what_the_user_names_is_imported(run: Run, tmp_path: Path) -> None:

@@ -17,7 +17,6 @@ from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict
 
 from sbml import compiler, registry
-from sbml.data import SOURCES
 from sbml.experiment import config as configs
 from sbml.experiment import reference
 from sbml.experiment.build import Experiment
@@ -248,9 +247,8 @@ def _main(arguments: Sequence[str]) -> None:
     check_values()
     given = values_of(arguments[1:])
     own = None if CONFIG.value is None else configs.load(CONFIG.value)
-    named = registry.names_in(own and own.to_dict(), given, MODE.value)
-    sets = {name for name in named if name.partition(":")[0] in SOURCES}  # tfds:cifar10 is no part.
-    with registry.only({*TRUST.value, *(named - sets)}):
+    named = configs.parts_in(own and own.to_dict(), given, MODE.value)
+    with registry.only({*TRUST.value, *named}):
         _run(given, own)
 
 

@@ -17,13 +17,8 @@ import re
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any
 
-_OUTSIDE = re.compile(r"\w+(?:\.\w+)*:\w+")  # the form of the name of a part of another package
+OUTSIDE = re.compile(r"\w+(?:\.\w+)*:\w+")  # the form of the name of a part of another package
 _trusted: frozenset[str] | None = None  # what :func:`only` allows; None: everything
-
-
-def names_in(*values: Any) -> set[str]:
-    """The names of parts of other packages in ``values``, nested containers of texts."""
-    return set(_OUTSIDE.findall(repr(values)))
 
 
 @contextlib.contextmanager
@@ -96,7 +91,7 @@ class Registry(Mapping[str, Any]):
     def __contains__(self, name: object) -> bool:
         """Whether ``name`` is a short name, or has the form of a name in another package, which is
         not imported."""
-        known = isinstance(name, str) and (name in self.places or _OUTSIDE.fullmatch(name))
+        known = isinstance(name, str) and (name in self.places or OUTSIDE.fullmatch(name))
         return bool(known)
 
     def __iter__(self) -> Iterator[str]:

@@ -196,6 +196,13 @@ def load(config: str) -> ConfigDict:
     return found
 
 
+def parts_in(*values: Any) -> set[str]:
+    """The names of parts of other packages in ``values``, nested containers of texts. An image set
+    such as ``tfds:cifar10`` is none."""
+    names = registry.OUTSIDE.findall(repr(values))
+    return {name for name in names if name.partition(":")[0] not in data.SOURCES}
+
+
 def of_checkpoint(
     workdir: epath.PathLike,
     overrides: Mapping[str, str] = MappingProxyType({}),
@@ -215,7 +222,7 @@ def of_checkpoint(
             f"no checkpoint in {checkpoints.directory} to take the config from: give --config"
         )
     trained = metadata["config"]
-    with registry.only({*trust, *registry.names_in(overrides)}):
+    with registry.only({*trust, *parts_in(overrides)}):
         config = default(
             trained["model"]["name"], trained.get("dequantizer", {}).get("name", "variational")
         ).unlock()

@@ -14,7 +14,7 @@ from etils import epath
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from sbml import data, registry
-from sbml.experiment.config import Config
+from sbml.experiment.config import Config, parts_in
 from sbml.experiment.data import Data
 from sbml.experiment.fields import plain
 from sbml.experiment.score import Process
@@ -48,7 +48,7 @@ def of_workdir(config: Config, workdir: Workdir, quiet: bool = False) -> Config:
     if not workdir.has(ARCHITECTURE):
         return config
     stored = workdir.read(ARCHITECTURE)
-    with registry.only(registry.names_in(config.plain()) - registry.names_in(stored)):
+    with registry.only(parts_in(config.plain()) - parts_in(stored)):
         changed, lines = with_fields(config, stored)
     for line in () if quiet else lines:
         print(f"{workdir / ARCHITECTURE}: {line}")

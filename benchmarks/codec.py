@@ -77,10 +77,9 @@ def others(pixels: np.ndarray) -> dict[str, int]:
 
 def measure(workdir: Workdir, count: int, steps: list[int], lanes: int, results: Path) -> None:
     """Code the images in chains of these lengths; one line of ``results`` for each."""
-    given = configs.of_checkpoint(workdir)
     for number in steps:
         fields = {"codec.steps": str(number), "codec.lanes": str(lanes)}
-        config = of_workdir(configs.with_overrides(given, fields), workdir, quiet=True)
+        config = of_workdir(configs.of_checkpoint(workdir, fields), workdir, quiet=True)
         inputs = Inputs.of(Experiment(config), workdir, "test")
         experiment = inputs.experiment.with_dequantization_of(inputs.restored)
         pixels = inputs.images.images[:count]

@@ -14,8 +14,9 @@ from collections.abc import Mapping, Sequence
 import jax
 from absl import app, flags, logging
 from flax.traverse_util import flatten_dict
+from ml_collections import ConfigDict
 
-from sbml import compiler
+from sbml import compiler, registry
 from sbml.experiment import config as configs
 from sbml.experiment import reference
 from sbml.experiment.build import Experiment
@@ -41,6 +42,12 @@ MODE = flags.DEFINE_list(
 )
 WORKDIR = flags.DEFINE_string(
     "workdir", None, "Folder of the results; default: runs/<name of the config>."
+)
+TRUST = flags.DEFINE_list(
+    "trust",
+    [],
+    "Parts of other packages, package.module:Name, or whole packages, whose code may run although "
+    "only a file of --workdir names them.",
 )
 COORDINATOR = flags.DEFINE_string(
     "coordinator", None, "For several processes: HOST:PORT of process 0, or auto (TPU pods, Slurm)."
@@ -72,6 +79,7 @@ def usage() -> str:
                 *own(("--config=NAME", CONFIG)),
                 ("", f"Names: {', '.join(configs.named())}."),
                 *own(("--mode=MODE,...", MODE), ("--workdir=DIR", WORKDIR)),
+                *own(("--trust=NAME,...", TRUST)),
                 ("--source=PATH", "What the modes convert, compress and decompress read."),
                 ("--config.FIELD=VALUE", "A field of the config, such as --config.eval.rtol=1e-5."),
             ),
@@ -190,22 +198,22 @@ def run_name(config: str) -> str:
     return "_".join(filter(None, [name, *argument.split("/")])).replace(":", "_")
 
 
-def read_config(given: Mapping[str, str]) -> tuple[Config | None, Workdir | None]:
-    """The config of the command line and the work directory.
+def read_config(
+    given: Mapping[str, str], own: ConfigDict | None
+) -> tuple[Config | None, Workdir | None]:
+    """The config of the command line and the work directory. ``own`` is that of ``--config``.
 
-    Without ``--config`` it is the config in the checkpoint of ``--workdir``, if there is one.
+    Without it, it is the config in the checkpoint of ``--workdir``, if there is one.
     """
     workdir = None if WORKDIR.value is None else Workdir(WORKDIR.value).connect()
-    if CONFIG.value is not None:
-        workdir = workdir or Workdir(f"runs/{run_name(CONFIG.value)}")
-        config = configs.load(CONFIG.value)
-    elif workdir is not None and workdir.has(Training.folder):
-        config = configs.of_checkpoint(workdir)
-    else:
-        return None, workdir
     prefix = "config."
     fields = {n.removeprefix(prefix): v for n, v in given.items() if n.startswith(prefix)}
-    return configs.with_overrides(config, fields), workdir
+    if own is not None:
+        workdir = workdir or Workdir(f"runs/{run_name(str(CONFIG.value))}")
+        return configs.with_overrides(own, fields), workdir
+    if workdir is not None and workdir.has(Training.folder):
+        return configs.of_checkpoint(workdir, fields), workdir
+    return None, workdir
 
 
 def settings(config: Config, given: Mapping[str, str]) -> str:
@@ -238,7 +246,15 @@ def main(arguments: Sequence[str]) -> None:
 def _main(arguments: Sequence[str]) -> None:
     check_values()
     given = values_of(arguments[1:])
-    config, workdir = read_config(given)
+    own = None if CONFIG.value is None else configs.load(CONFIG.value)
+    named = configs.parts_in(own and own.to_dict(), given, MODE.value)
+    with registry.only({*TRUST.value, *named}):
+        _run(given, own)
+
+
+def _run(given: Mapping[str, str], own_config: ConfigDict | None) -> None:
+    """Run the modes. The names in ``own_config``, the config of ``--config``, are the user's."""
+    config, workdir = read_config(given, own_config)
     names = MODE.value or (config and config.mode)
     if not names:
         raise app.UsageError(f"give {MODEL}; without either, --mode=verify; see --help")

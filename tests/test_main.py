@@ -96,17 +96,17 @@ def test_the_config_of_a_trained_run_is_read_from_its_work_directory(tmp_path: P
     config = tiny.get_config()
     config.training.update(num_steps=2)
     runs.mode(train.run, config, tmp_path)
-    assert Config(**of_checkpoint(tmp_path).to_dict()) == Config(**config.to_dict())
+    assert of_checkpoint(tmp_path) == Config(**config.to_dict())
     flags.FLAGS.mark_as_parsed()
     with flagsaver.flagsaver(workdir=str(tmp_path), config=None):
-        read, workdir = main.read_config({"config.eval.seed": "3"})
+        read, workdir = main.read_config({"config.eval.seed": "3"}, None)
         expected = Config(**config.to_dict())
         assert read == expected.replace(eval=expected.eval.replace(seed=3))
         assert str(workdir) == str(tmp_path)
     with flagsaver.flagsaver(workdir=str(tmp_path / "new"), config=None):
-        assert main.read_config({})[0] is None
-    with flagsaver.flagsaver(workdir=str(tmp_path), config="configs/digits_mlp.py"):
-        assert main.read_config({})[0] == Config(**load("configs/digits_mlp.py").to_dict())
+        assert main.read_config({}, None)[0] is None
+        own = load("configs/digits_mlp.py")
+        assert main.read_config({}, own)[0] == Config(**own.to_dict())
 
 
 def test_fields_that_a_checkpoint_lacks_have_their_defaults_and_unknown_ones_are_named(monkeypatch):
@@ -115,10 +115,10 @@ def test_fields_that_a_checkpoint_lacks_have_their_defaults_and_unknown_ones_are
     monkeypatch.setattr(Checkpoints, "metadata", lambda self: {"config": trained})
     expected = Config(**tiny.get_config().to_dict())
     default = expected.eval.replace(n_times=type(expected.eval)().n_times)
-    assert Config(**of_checkpoint("run").to_dict()) == expected.replace(eval=default)
+    assert of_checkpoint("run") == expected.replace(eval=default)
     # A checkpoint may contain the fields of other SDEs.
     trained["sde"] |= {"sigma_min": 0.01, "sigma_max": 50.0, "gamma_0": -13.3, "gamma_1": 5.0}
-    assert Config(**of_checkpoint("run").to_dict()).sde == expected.sde
+    assert of_checkpoint("run").sde == expected.sde
     trained["eval"]["later"] = 1
     with pytest.raises(ValueError, match=r"has a field config\.eval\.later.*install the version"):
         of_checkpoint("run")

@@ -63,11 +63,9 @@ def test_a_new_dequantizer_is_trained_and_its_run_knows_its_config(workdir, repo
     """The width has hardly changed from sigmoid(2); -log2 of it is the dequantization term."""
     term = cell(report, "ode", "mine.dequantizer:Shrunk")["terms"]["dequantization"]
     assert term == pytest.approx(math.log2(1 + math.exp(-2)), abs=0.01)
-    # The work directory alone says what to run; one of its fields is changed.
-    shown = run(
-        workdir.parent, "--workdir=run", "--mode=eval,sample", "--config.sampling.factor=0.25"
-    )
-    assert "mine.estimator:StandardNormal" in shown
+    # The work directory alone says what to run, if its package is trusted; one field is changed.
+    changed = ("--workdir=run", "--mode=eval,sample", "--config.sampling.factor=0.25")
+    assert "mine.estimator:StandardNormal" in run(workdir.parent, *changed, "--trust=mine")
 
 
 def cell(report, estimator, dequantizer):

@@ -10,7 +10,8 @@ import math
 import pathlib
 import runpy
 import traceback
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -18,7 +19,7 @@ from etils import epath
 from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict
 
-from sbml import data, dequantizers
+from sbml import data, dequantizers, registry
 from sbml.dequantizers import DEQUANTIZERS
 from sbml.estimators import Cell
 from sbml.experiment.coding import Coding
@@ -195,10 +196,24 @@ def load(config: str) -> ConfigDict:
     return found
 
 
-def of_checkpoint(workdir: epath.PathLike) -> ConfigDict:
-    """The config in the newest checkpoint of ``workdir``, which users may change.
+def parts_in(*values: Any) -> set[str]:
+    """The names of parts of other packages in ``values``, nested containers of texts. An image set
+    such as ``tfds:cifar10`` is none."""
+    names = registry.OUTSIDE.findall(repr(values))
+    return {name for name in names if name.partition(":")[0] not in data.SOURCES}
+
+
+def of_checkpoint(
+    workdir: epath.PathLike,
+    overrides: Mapping[str, str] = MappingProxyType({}),
+    trust: Iterable[str] = (),
+) -> Config:
+    """The config in the newest checkpoint of ``workdir``, with ``overrides`` as in
+    :func:`with_overrides`.
 
     A field that the checkpoint lacks, because it was written by an older version, has its default.
+    A checkpoint can name parts of other packages. Their code runs only if you name the same parts
+    in ``overrides``, or them or their packages in ``trust``.
     """
     checkpoints = Training().checkpoints(Workdir(workdir))
     metadata = checkpoints.metadata()
@@ -207,10 +222,10 @@ def of_checkpoint(workdir: epath.PathLike) -> ConfigDict:
             f"no checkpoint in {checkpoints.directory} to take the config from: give --config"
         )
     trained = metadata["config"]
-    config = default(
-        trained["model"]["name"], trained.get("dequantizer", {}).get("name", "variational")
-    )
-    with config.unlocked():
+    with registry.only({*trust, *parts_in(overrides)}):
+        config = default(
+            trained["model"]["name"], trained.get("dequantizer", {}).get("name", "variational")
+        ).unlock()
         for name, value in flatten_dict(trained, sep=".").items():
             node, last = node_of(config, name)
             if last not in node and not name.startswith(("sde.", "data.", "sampling.")):
@@ -219,7 +234,7 @@ def of_checkpoint(workdir: epath.PathLike) -> ConfigDict:
                     "not have: install the version that wrote the checkpoint, or give --config"
                 )
             node[last] = as_tuples(value)
-    return config
+        return with_overrides(config, overrides)
 
 
 def node_of(values: Any, name: str) -> tuple[Any, str]:

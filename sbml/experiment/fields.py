@@ -26,7 +26,7 @@ import pydantic
 from annotated_types import Ge, Gt, Le, Lt
 from pydantic import AfterValidator, Field
 
-from sbml.registry import hint
+from sbml.registry import Registry, hint
 from sbml.scalars import notation
 
 # Steps, images and draws are int32 numbers on the devices. A field of one of these types must not
@@ -66,6 +66,8 @@ class Among:
     def __call__(self, name: Any) -> Any:
         if name not in self.choices:
             raise ValueError(name)
+        if isinstance(self.choices, Registry):
+            self.choices[name]  # A name of another package may be that of nothing.
         return name
 
 

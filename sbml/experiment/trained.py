@@ -13,8 +13,8 @@ from typing import Any
 from etils import epath
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from sbml import data
-from sbml.experiment.config import Config
+from sbml import data, registry
+from sbml.experiment.config import Config, parts_in
 from sbml.experiment.data import Data
 from sbml.experiment.fields import plain
 from sbml.experiment.score import Process
@@ -47,7 +47,9 @@ def of_workdir(config: Config, workdir: Workdir, quiet: bool = False) -> Config:
     Each changed field is printed, unless ``quiet``."""
     if not workdir.has(ARCHITECTURE):
         return config
-    changed, lines = with_fields(config, workdir.read(ARCHITECTURE))
+    stored = workdir.read(ARCHITECTURE)
+    with registry.only(parts_in(config.plain()) - parts_in(stored)):
+        changed, lines = with_fields(config, stored)
     for line in () if quiet else lines:
         print(f"{workdir / ARCHITECTURE}: {line}")
     return changed
@@ -118,11 +120,14 @@ def _noise(metadata: Metadata) -> tuple[SDE, Training, float]:
     stored = metadata["config"]
     try:
         numbers = [field.name for field in dataclasses.fields(SDES[stored["sde"]["name"]])]
-        known: Any = {  # A checkpoint of another version may have other fields.
+        # A checkpoint of another version may have other fields. The SDE is that of the config, but
+        # the source of the training data can be anything, and is not needed.
+        known: Any = {
             kind: {
                 name: value
                 for name, value in stored[kind.section].items()
-                if name in kind.model_fields or (kind is Process and name in numbers)
+                if name != "source"
+                and (name in kind.model_fields or (kind is Process and name in numbers))
             }
             for kind in (Process, Training, Data)
         }

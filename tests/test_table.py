@@ -254,6 +254,19 @@ def test_columns_with_a_density_are_not_called_dependent(tmp_path: Path) -> None
     assert len(load(csv(tmp_path / "b.csv", WIDE)).columns) == 95
 
 
+def test_test_rows_that_the_training_had_give_a_warning(tmp_path: Path) -> None:
+    """Also if noise is added to their values."""
+    columns = {**GOOD, "w": np.round(20 * GOOD["u"] + RNG.normal(size=N))}
+    path = csv(tmp_path / "a.csv", columns)
+    assert load(path, "test").caution == ""
+    test, train = ([int(i[4:]) - 1 for i in load(path, s).ids or ()] for s in ("test", "train"))
+    columns = {name: column.copy() for name, column in columns.items()}
+    for column in columns.values():
+        column[test[1:3]] = column[train[5]]
+    assert load(csv(path, columns), "test").caution.startswith("2 of 120 test rows are also among")
+    assert load(path).caution == ""
+
+
 def test_the_shrinkage_is_the_best_one_of_a_cross_validation() -> None:
     from sklearn.covariance import ShrunkCovariance
     from sklearn.model_selection import GridSearchCV, KFold

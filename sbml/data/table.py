@@ -30,7 +30,7 @@ import numpy as np
 from scipy import special
 from scipy.linalg import lapack, solve_triangular
 
-from sbml.data._image_set import ImageSet, Options, Source
+from sbml.data._image_set import ImageSet, Options, Source, copies
 
 LEAST_ROWS, LEAST_VALUES = 100, 10
 MOST_COLUMNS = 1_000  # With more, the eigenvectors of their covariances take minutes.
@@ -177,7 +177,6 @@ class Table(Source):
         links = self._links(names)
         rng = np.random.default_rng(options.seed)
         order, noise = rng.permutation(len(y)), rng.uniform(-0.5, 0.5, y.shape)
-        copies = len(y) - len(np.unique(y, axis=0))
         for name, link, column, h in zip(names, links, y.T, rounded, strict=True):
             low, high = LINKS[link].interval
             if len(outside := np.flatnonzero((column - h / 2 <= low) | (column + h / 2 >= high))):
@@ -188,15 +187,17 @@ class Table(Source):
                     + (f", with the noise of +-{h / 2:.2g} for rounded numbers" if h else "")
                 )
         _refuse(_dependent(names, links, y), self.drop_columns)
-        y = y + noise * rounded
         count = round(options.test_fraction * len(y))
         if not 2 <= count <= len(y) - 2:
             raise ValueError(
                 f"test_fraction={options.test_fraction:g} of {len(y)} rows are {count} rows: "
                 "hold out two at least, and leave two to train on"
             )
-        whitening = Whitening.fit(y[np.sort(order[count:])], links)
-        chosen = np.sort(order[:count] if split == "test" else order[count:])
+        test, train = np.sort(order[:count]), np.sort(order[count:])
+        caution = copies(y[test], y[train], "test rows") if split == "test" else ""
+        y = y + noise * rounded
+        whitening = Whitening.fit(y[train], links)
+        chosen = test if split == "test" else train
         return Rows(
             "table",
             Path(str(options.path)).name,
@@ -206,7 +207,7 @@ class Table(Source):
             columns=names,
             whitening=whitening,
             rounded=rounded,
-            caution=f"{copies} rows of the table are equal to another row" if copies else "",
+            caution=caution,
         )
 
     def _links(self, names: tuple[str, ...]) -> tuple[str, ...]:

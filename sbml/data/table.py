@@ -103,7 +103,7 @@ class Whitening:
         return _each((LINKS[name].inverse for name in self.links), self.mean + z @ self.factor.T)
 
     def inverse_and_log_det(self, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """z of the rows ``y (n, d)``, and log |det dz/dy| ``(n,)``."""
+        """z of the rows ``y (n, d)``, and ``log |det dz/dy|``, ``(n,)``."""
         g = _each((LINKS[name].of for name in self.links), y) - self.mean
         slopes = _each((LINKS[name].log_slope for name in self.links), y)
         log_det = slopes.sum(axis=1) - np.log(np.diag(self.factor)).sum()
@@ -148,7 +148,7 @@ class Rows(ImageSet):
 
     @cached_property
     def log_det(self) -> np.ndarray:
-        """log |det dz/dy| of each row, ``(n,)``."""
+        """``log |det dz/dy|`` of each row, ``(n,)``."""
         return self.whitening.inverse_and_log_det(self.values)[1]
 
 

@@ -9,10 +9,12 @@ run in PyTorch itself, by a callback from the compiled program (:func:`callback`
 Both take a copy of the module, in evaluation mode and in float32.
 """
 
+import contextlib
 import copy
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -32,7 +34,10 @@ def network(module: Module) -> Callable[..., Array]:
       ValueError: torchax cannot be imported.
     """
     try:
-        import torchax
+        with _missing_names():
+            import torchax
+
+            torchax.default_env()  # The rest of its modules is imported here.
     except (ImportError, AttributeError) as error:
         raise ValueError(
             f"torchax is missing, or does not fit this version of PyTorch ({error}): install the "
@@ -40,6 +45,32 @@ def network(module: Module) -> Callable[..., Array]:
         ) from error
     params, function = torchax.extract_jax(_prepared(module))
     return jax.tree_util.Partial(_Call(function), params)
+
+
+@contextlib.contextmanager
+def _missing_names() -> Iterator[None]:
+    """A context with names that torchax reads while it is imported, and that some versions of
+    PyTorch lack: a type of 4 bits (before 2.8), and operators with named dimensions (from 2.13).
+    They stand for an object that nothing is equal to."""
+    import torch
+
+    packet = type(torch.ops.aten.prod)
+    of_packet = packet.__getattr__
+
+    def overload(self: Any, name: str) -> Any:
+        try:
+            return of_packet(self, name)
+        except AttributeError:
+            if name.startswith("_"):
+                raise
+            return object()
+
+    fp4 = "float4_e2m1fn_x2"
+    with (
+        mock.patch.object(packet, "__getattr__", overload),
+        mock.patch.object(torch, fp4, getattr(torch, fp4, object()), create=True),
+    ):
+        yield
 
 
 class _Call:

@@ -264,6 +264,14 @@ def test_leaves_that_do_not_fit_are_named(change: Any, message: str, tmp_path: P
         runs.mode(convert.run, config(), tmp_path / "ours", save(tmp_path, tree))
 
 
+def test_numbers_that_are_not_finite_are_named(tmp_path: Path) -> None:
+    tree = theirs()
+    tree["params_ema"]["Conv_1"]["bias"] = np.array([0.0, np.nan, 1e39])
+    with pytest.raises(ValueError, match=r"ema_params/Conv_1/bias has 2 of 3 values that are NaN"):
+        runs.mode(convert.run, config(), tmp_path / "ours", save(tmp_path, tree))
+    assert not (tmp_path / "ours").exists()
+
+
 def test_parameters_are_checked_too(tmp_path: Path) -> None:
     tree = theirs()
     tree["optimizer"]["target"]["Conv_1"]["bias"] = np.zeros(5)

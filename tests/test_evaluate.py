@@ -221,6 +221,17 @@ def test_files_that_are_not_used_are_named_once_for_each_split(trained, tmp_path
         assert [w for w in warnings if ".png" in w] == expected
 
 
+def test_evaluated_images_that_the_training_had_give_a_warning(trained, tmp_path):
+    shared = cell_run(trained, tmp_path, ODE).shared
+    pixels, train = shared.images.images.copy(), shared.train.images
+    for count in (0, 2):
+        pixels[:count] = train[7]
+        images = dataclasses.replace(shared.images, images=pixels)
+        warnings = cautions(dataclasses.replace(shared, images=images), {})
+        found = [w for w in warnings if "among those of the training" in w]
+        assert [w.split(" are ")[0] for w in found] == [f"2 of {len(images)} images (test)"][:count]
+
+
 def test_rows_of_other_terms_are_not_taken(trained, tmp_path, monkeypatch):
     ids = np.arange(2)
     fresh = cell_run(trained, tmp_path / "fresh", ODE).rows(ids, 0)

@@ -109,3 +109,8 @@ def test_the_version_has_one_place() -> None:
     assert setup["metadata"]["version"] == "attr: sbml.__version__"
     assert re.fullmatch(r"\d+\.\d+\.\d+", sbml.__version__)
     assert versions()["sbml"] == sbml.__version__
+    citation = (runs.ROOT / "CITATION.cff").read_text()
+    year = re.search(r"^date-released: (\d{4})-\d\d-\d\d$", citation, re.M)
+    assert year and f"\nversion: {sbml.__version__}\n" in citation
+    bibtex = (runs.ROOT / "docs/index.md").read_text()
+    assert f"version = {{{sbml.__version__}}},\n  year = {{{year[1]}}}" in bibtex

@@ -28,8 +28,6 @@ def _module():
     from torch import nn
 
     torch.manual_seed(0)
-    if not hasattr(torch, "float4_e2m1fn_x2"):  # torchax reads this name of newer versions.
-        torch.float4_e2m1fn_x2 = torch.uint8
 
     class Velocity(nn.Module):
         def __init__(self):

@@ -17,7 +17,7 @@ from sbml import dequantizers, networks, sdes
 from sbml.experiment import build, reference, trained
 from sbml.experiment.config import Config, default
 from sbml.experiment.dequantizer import Dequantizer
-from sbml.experiment.fields import Section
+from sbml.experiment.fields import Override, Section
 from sbml.experiment.optim import DequantizerOptim
 from sbml.experiment.score import Network, Process
 from sbml.experiment.training import DequantizerTraining, Training
@@ -162,7 +162,8 @@ def test_an_empty_choice_is_refused_unless_it_is_the_default() -> None:
         ("optim.beta1", 0.0, 1.0),
         ("optim.ema", 0.999999, 1.0),
         ("optim.grad_clip", 0.0, -0.1),
-        ("optim.grad_clip", 1e-30, 1e-320),
+        ("optim.grad_clip", 1e-4, 9e-5),
+        ("optim.lr", 1e-30, 1e-320),
         ("score.data_std", 1e-30, 1e-320),
         ("sde.beta_min", 1e-30, 1e-39),
         ("eval.rtol", 0.1, 0.11),
@@ -194,6 +195,12 @@ def test_the_ends_of_ranges(name: str, fits: float, too_much: float) -> None:
             "optim.grad_clip=1e-320: need a number of at least 0 and at most 1e9, in float32, "
             "whose range is 1.2e-38 to 3.4e38",
         ),
+        (
+            "optim.grad_clip",
+            Override("1e-400"),
+            "grad_clip=1e-400: need a number of at least 0 and at most 1e9, in float32",
+        ),
+        ("optim.grad_clip", 1e-30, "need 0, which is off, or at least 1e4 * optim.eps"),
         ("score.log_snr_range", (1e-320, 1.0), "at most 60, in float32, whose range is 1.2e-38"),
         ("eval.num_importance", (), "eval.num_importance=: need one or more integers of at"),
         ("eval.num_importance", ("a",), "eval.num_importance=a: need one or more integers"),

@@ -17,7 +17,7 @@ from scipy import stats
 from scipy.special import logsumexp
 
 from sbml import data
-from sbml.data.table import Rows, Whitening
+from sbml.data.table import SHRINKAGES, Rows, Whitening
 from sbml.evaluation import densities
 from sbml.experiment import config as configs
 from sbml.likelihood import prior_error
@@ -194,6 +194,9 @@ def changed(row: int, value: Any) -> dict[str, Any]:
     return {**GOOD, "v": v}
 
 
+SUM = {"u": GOOD["u"], "v": GOOD["v"], "w": 3 * GOOD["u"] - 2 * GOOD["v"] + 7}
+PRODUCT = {"u": np.exp(GOOD["u"]), "v": GOOD["v"], "w": np.exp(GOOD["u"]) * GOOD["v"] ** 2}
+WIDE = {f"c{i}": RNG.normal(size=100) for i in range(95)}
 MASS = np.where(np.arange(N) % 20 == 0, 0, np.sort(GOOD["v"]))
 REFUSED = {
     "text": (changed(1, "x"), {}, r"column v, row 1: 'x' is of type str.*drop_columns=v"),
@@ -210,6 +213,19 @@ REFUSED = {
         {"drop_columns": ("y",)},
         "column w is constant.*; column x, row 1: 'a'.*Leave them out by .*drop_columns=y,w,x$",
     ),
+    "equal": (
+        {**GOOD, "w": GOOD["u"]},
+        {"drop_columns": ("v",)},
+        "column w is a linear function of u, so it has no density.*drop_columns=v,w$",
+    ),
+    "a sum": (SUM, {}, r"column (u is .* of v, w|v is .* of u, w|w is .* of u, v), so"),
+    "a product": (
+        PRODUCT,
+        {"log_columns": ("u", "v", "w")},
+        r"column log (u is .* of log v, log w|v is .* of log u, log w|w is .* of log u, log v), so",
+    ),
+    "equal in a wide table": ({**WIDE, "w": -WIDE["c3"]}, {}, "column w is .* of c3, so"),
+    "many columns": ({f"c{i}": range(100) for i in range(1001)}, {}, "has 1001 columns.*1000 at"),
     "few rows": ({"u": GOOD["u"][:40]}, {}, "has 40 rows: .* needs 100 rows"),
     "no rows": ({"u": []}, {}, "has 0 rows"),
     "no names": ({"1.5": GOOD["u"], "2.5": GOOD["v"]}, {}, "column 1 has the name '1.5'"),
@@ -229,6 +245,39 @@ def test_a_table_without_a_density_is_refused(case: str, tmp_path: Path) -> None
     columns, own, message = REFUSED[case]
     with pytest.raises(ValueError, match=message):
         load(csv(tmp_path / "a.csv", columns), **own)
+
+
+def test_columns_with_a_density_are_not_called_dependent(tmp_path: Path) -> None:
+    """Neither a sum that was rounded to visible steps, nor few rows of many columns."""
+    rounded = {**SUM, "w": np.round(SUM["w"], 1), "x": GOOD["u"] ** 2}
+    assert load(csv(tmp_path / "a.csv", rounded)).columns == ("u", "v", "w", "x")
+    assert len(load(csv(tmp_path / "b.csv", WIDE)).columns) == 95
+
+
+def test_test_rows_that_the_training_had_give_a_warning(tmp_path: Path) -> None:
+    """Also if noise is added to their values."""
+    columns = {**GOOD, "w": np.round(20 * GOOD["u"] + RNG.normal(size=N))}
+    path = csv(tmp_path / "a.csv", columns)
+    assert load(path, "test").caution == ""
+    test, train = ([int(i[4:]) - 1 for i in load(path, s).ids or ()] for s in ("test", "train"))
+    columns = {name: column.copy() for name, column in columns.items()}
+    for column in columns.values():
+        column[test[1:3]] = column[train[5]]
+    assert load(csv(path, columns), "test").caution.startswith("2 of 120 test rows are also among")
+    assert load(path).caution == ""
+
+
+def test_the_shrinkage_is_the_best_one_of_a_cross_validation() -> None:
+    from sklearn.covariance import ShrunkCovariance
+    from sklearn.model_selection import GridSearchCV, KFold
+
+    y = RNG.normal(size=(120, 9)) @ RNG.normal(size=(9, 9))
+    folds = KFold(5, shuffle=True, random_state=0)
+    search = GridSearchCV(ShrunkCovariance(), {"shrinkage": SHRINKAGES}, cv=folds)
+    expected = search.fit(y / y.std(axis=0)).best_estimator_.covariance_
+    factor = Whitening.fit(y, ("",) * 9).factor / y.std(axis=0)[:, None]
+    np.testing.assert_allclose(factor @ factor.T, expected, rtol=1e-9)
+    assert SHRINKAGES[0] < search.best_params_["shrinkage"] < SHRINKAGES[-1]
 
 
 def test_a_file_that_is_no_table_is_refused(tmp_path: Path) -> None:

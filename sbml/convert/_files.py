@@ -126,6 +126,13 @@ def state(template: TrainState, theirs: ForeignState) -> TrainState:
         if mismatch := differences(tree, template.params):
             raise ValueError(f"{theirs.path}, {name}:\n  " + "\n  ".join(mismatch))
     arrays = jax.tree.map(lambda a: jnp.asarray(a, jnp.float32), theirs.trees)
+    for place, array in flatten_dict(arrays, sep="/").items():
+        if wrong := array.size - int(jnp.isfinite(array).sum()):
+            raise ValueError(
+                f"{theirs.path}: {place} has {wrong} of {array.size} values that are NaN or "
+                "infinite in float32: check that the file was copied whole, or take an earlier "
+                "checkpoint"
+            )
     count = jnp.asarray(theirs.updates, jnp.int32)
     converted = template.replace(
         step=jnp.asarray(theirs.step, jnp.int32),

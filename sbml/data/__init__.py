@@ -12,7 +12,7 @@ from dataclasses import replace
 from typing import Any
 
 from sbml.data import imagenet32
-from sbml.data._image_set import CROPS, SPLITS, VALIDATION, ImageSet, Options, Source, part
+from sbml.data._image_set import CROPS, SPLITS, VALIDATION, ImageSet, Options, Source, copies, part
 from sbml.data._pipeline import prefetch, spread, train_batches
 from sbml.registry import Registry
 
@@ -24,6 +24,7 @@ __all__ = [
     "ImageSet",
     "Options",
     "Source",
+    "copies",
     "imagenet32",
     "load",
     "prefetch",

@@ -161,6 +161,20 @@ class Source(ABC):
         """The images of ``split``, "train" or "test"."""
 
 
+def copies(examples: np.ndarray, train: np.ndarray, what: str) -> str:
+    """A caution if some of the ``examples (n, ...)`` are among those that a model was trained on,
+    byte for byte; empty if none is."""
+    kept = {example.tobytes() for example in examples}
+    found = kept.intersection(example.tobytes() for example in train)
+    count = sum(example.tobytes() in found for example in examples) if found else 0
+    if not count:
+        return ""
+    return (
+        f"{count} of {len(examples)} {what} are also among those of the training, which a model "
+        "can remember: for new ones expect a lower likelihood"
+    )
+
+
 def held_out(images: ImageSet, size: float) -> np.ndarray:
     """Which of the training ``images`` are held out for validation, bool ``(n,)``.
 

@@ -14,9 +14,11 @@ on the few values that occur. If more than 5% of the values of a column occur mo
 of its values y becomes y + h (u - 1/2) with u uniform in [0, 1), where h is the smallest
 difference between two of its values. Then E log p(y + h (u - 1/2)) <= log P(y) - log h, where P is
 the probability of the rounded value, so the numbers cannot grow without bound. A column with few
-different values, or with a single value in many rows, has no density and is refused.
+different values, or with a single value in many rows, has no density and is refused. So is a column
+that is a linear function of others: given these, its log p would only be that of the shrinkage.
 """
 
+from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from decimal import Decimal
@@ -26,16 +28,17 @@ from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 from scipy import special
-from scipy.linalg import solve_triangular
+from scipy.linalg import lapack, solve_triangular
 
-from sbml.data._image_set import ImageSet, Options, Source
+from sbml.data._image_set import ImageSet, Options, Source, copies
 
 LEAST_ROWS, LEAST_VALUES = 100, 10
+MOST_COLUMNS = 1_000  # With more, the eigenvectors of their covariances take minutes.
 MOST_TIES = 0.05  # the largest share of repeated values in a column that counts as not rounded
 # One value in a share q of the rows, at least 1%, has the density q / h; that of a Gaussian of the
 # same deviation is about 0.4 / sd. A column is refused if q sd / h is larger than this.
 POINT_MASS = 20.0
-SHRINKAGES = tuple(np.geomspace(1e-6, 0.5, 20))
+SHRINKAGES = np.geomspace(1e-6, 0.5, 20)
 
 Function = Callable[[np.ndarray], np.ndarray]
 
@@ -80,15 +83,19 @@ class Whitening:
     @classmethod
     def fit(cls, y: np.ndarray, links: tuple[str, ...]) -> "Whitening":
         """The whitening of the rows ``y (n, d)``."""
-        # These are imported here, because that takes a second.
-        from sklearn.covariance import ShrunkCovariance
-        from sklearn.model_selection import GridSearchCV, KFold
+        from sklearn.model_selection import KFold  # here, because that takes a second
 
         g = _each((LINKS[name].of for name in links), y)
         sd = g.std(axis=0)
-        folds = KFold(5, shuffle=True, random_state=0)
-        search = GridSearchCV(ShrunkCovariance(), {"shrinkage": SHRINKAGES}, cv=folds)
-        correlation = search.fit(g / sd).best_estimator_.covariance_
+        u, loss = (g - g.mean(axis=0)) / sd, np.zeros(len(SHRINKAGES))
+        for fitted, rest in KFold(5, shuffle=True, random_state=0).split(u):
+            # The eigenvectors of the covariance are those of every shrunk one.
+            values, vectors = np.linalg.eigh(np.cov(u[fitted].T, bias=True).reshape(2 * [len(sd)]))
+            squares = np.mean(((u[rest] - u[fitted].mean(axis=0)) @ vectors) ** 2, axis=0)
+            shrunk = values + SHRINKAGES[:, None] * (values.mean() - values)
+            loss += np.sum(np.log(shrunk) + squares / shrunk, axis=1)
+        a = SHRINKAGES[np.argmin(loss)]
+        correlation = (1 - a) * u.T @ u / len(u) + a * np.eye(len(sd))
         return cls(links, g.mean(axis=0), sd[:, None] * np.linalg.cholesky(correlation))
 
     def forward(self, z: np.ndarray) -> np.ndarray:
@@ -96,7 +103,7 @@ class Whitening:
         return _each((LINKS[name].inverse for name in self.links), self.mean + z @ self.factor.T)
 
     def inverse_and_log_det(self, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """z of the rows ``y (n, d)``, and log |det dz/dy| ``(n,)``."""
+        """z of the rows ``y (n, d)``, and ``log |det dz/dy|``, ``(n,)``."""
         g = _each((LINKS[name].of for name in self.links), y) - self.mean
         slopes = _each((LINKS[name].log_slope for name in self.links), y)
         log_det = slopes.sum(axis=1) - np.log(np.diag(self.factor)).sum()
@@ -141,7 +148,7 @@ class Rows(ImageSet):
 
     @cached_property
     def log_det(self) -> np.ndarray:
-        """log |det dz/dy| of each row, ``(n,)``."""
+        """``log |det dz/dy|`` of each row, ``(n,)``."""
         return self.whitening.inverse_and_log_det(self.values)[1]
 
 
@@ -170,7 +177,6 @@ class Table(Source):
         links = self._links(names)
         rng = np.random.default_rng(options.seed)
         order, noise = rng.permutation(len(y)), rng.uniform(-0.5, 0.5, y.shape)
-        copies = len(y) - len(np.unique(y, axis=0))
         for name, link, column, h in zip(names, links, y.T, rounded, strict=True):
             low, high = LINKS[link].interval
             if len(outside := np.flatnonzero((column - h / 2 <= low) | (column + h / 2 >= high))):
@@ -180,15 +186,18 @@ class Table(Source):
                     + (f" and below {high:g}" if high < np.inf else "")
                     + (f", with the noise of +-{h / 2:.2g} for rounded numbers" if h else "")
                 )
-        y = y + noise * rounded
+        _refuse(_dependent(names, links, y), self.drop_columns)
         count = round(options.test_fraction * len(y))
         if not 2 <= count <= len(y) - 2:
             raise ValueError(
                 f"test_fraction={options.test_fraction:g} of {len(y)} rows are {count} rows: "
                 "hold out two at least, and leave two to train on"
             )
-        whitening = Whitening.fit(y[np.sort(order[count:])], links)
-        chosen = np.sort(order[:count] if split == "test" else order[count:])
+        test, train = np.sort(order[:count]), np.sort(order[count:])
+        caution = copies(y[test], y[train], "test rows") if split == "test" else ""
+        y = y + noise * rounded
+        whitening = Whitening.fit(y[train], links)
+        chosen = test if split == "test" else train
         return Rows(
             "table",
             Path(str(options.path)).name,
@@ -198,7 +207,7 @@ class Table(Source):
             columns=names,
             whitening=whitening,
             rounded=rounded,
-            caution=f"{copies} rows of the table are equal to another row" if copies else "",
+            caution=caution,
         )
 
     def _links(self, names: tuple[str, ...]) -> tuple[str, ...]:
@@ -220,6 +229,11 @@ class Table(Source):
         used = {n: c for n, c in columns.items() if n not in self.drop_columns}
         if not used:
             raise ValueError(f"path={path}: no column is left; drop fewer columns")
+        if len(used) > MOST_COLUMNS:
+            raise ValueError(
+                f"path={path} has {len(used)} columns: a table may have {MOST_COLUMNS} at most, so "
+                "leave some out, or replace them by fewer, such as principal components"
+            )
         if (count := len(next(iter(used.values())))) < LEAST_ROWS:
             raise ValueError(
                 f"path={path} has {count} rows: a held-out likelihood of a trained model needs "
@@ -232,14 +246,44 @@ class Table(Source):
                 found.append((y, _rounding(y)))
             except ValueError as error:
                 wrong[name] = f"column {name}{error}"
-        if wrong:
-            # One message names all of them. Its flag also has the columns that are dropped already.
-            raise ValueError(
-                f"{'; '.join(wrong.values())}. Leave {'it' if len(wrong) == 1 else 'them'} out by "
-                f"--config.data.drop_columns={','.join([*self.drop_columns, *wrong])}"
-            )
+        _refuse(wrong, self.drop_columns)
         y, rounded = zip(*found, strict=True)
         return tuple(used), np.stack(y, axis=1), rounded
+
+
+def _refuse(wrong: dict[str, str], dropped: tuple[str, ...]) -> None:
+    """Raise an error if there is a message about a column. It names all of them, and the flag that
+    leaves them out together with the columns that are dropped already."""
+    if wrong:
+        raise ValueError(
+            f"{'; '.join(wrong.values())}. Leave {'it' if len(wrong) == 1 else 'them'} out by "
+            f"--config.data.drop_columns={','.join([*dropped, *wrong])}"
+        )
+
+
+def _dependent(names: tuple[str, ...], links: tuple[str, ...], y: np.ndarray) -> dict[str, str]:
+    """A message for each column g(y) that is a linear function of others: the variance that they
+    leave is below the least shrinkage, relative to its own."""
+    n, d = y.shape
+    g = _each((LINKS[name].of for name in links), y)
+    correlation = np.corrcoef(g.T).reshape(d, d)
+    if n <= d + 10:  # Any column is a linear function of so many, so only pairs tell anything.
+        close = np.triu(1 - correlation**2 < SHRINKAGES[0], 1)
+        found = {int(j): np.flatnonzero(close[:, j]) for j in np.flatnonzero(close.any(axis=0))}
+    else:
+        # Pivoted Cholesky: each step takes the column of which the earlier ones leave most.
+        factor, order, rank, _ = lapack.dpstrf(correlation, tol=SHRINKAGES[0], lower=1)
+        first, rest = order[:rank] - 1, order[rank:] - 1
+        weights = solve_triangular(
+            factor[:rank, :rank], factor[rank:, :rank].T, trans=1, lower=True
+        )
+        found = {int(j): first[np.abs(w) > 1e-3] for j, w in zip(rest, weights.T, strict=True)}
+    of = [f"{link} {name}".strip() for link, name in zip(links, names, strict=True)]
+    wrong = {}
+    for j, those in sorted(found.items()):
+        others = ", ".join(of[i] for i in sorted(those))
+        wrong[names[j]] = f"column {of[j]} is a linear function of {others}, so it has no density"
+    return wrong
 
 
 def _read(path: Any) -> dict[str, np.ndarray]:
@@ -258,7 +302,8 @@ def _read(path: Any) -> dict[str, np.ndarray]:
         raise ValueError(f"path={path} cannot be read: {type(error).__name__}: {reason}") from error
     if len(names) == 1 and ";" in names[0]:
         raise ValueError(f"path={path}: the columns of a CSV file are separated by commas, not ;")
-    if wrong := [i for i, n in enumerate(names) if not n or _is_number(n) or names.count(n) > 1]:
+    counts = Counter(names)
+    if wrong := [i for i, n in enumerate(names) if not n or _is_number(n) or counts[n] > 1]:
         raise ValueError(
             f"path={path}: column {wrong[0] + 1} has the name {names[wrong[0]]!r}: the first line "
             "must name each column, with different names that are not empty and are no numbers"

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from sbml import data
 from sbml.estimate import Columns, Estimate
 from sbml.evaluation import baselines, classifier
 from sbml.evaluation.cells import CellRun
@@ -90,7 +91,8 @@ def evaluation(
 def cautions(inputs: Inputs, dequantizations: Mapping[str, Dequantization]) -> list[str]:
     """Warnings before the evaluation: a damaged checkpoint; a model that was trained on other data,
     other times, or without dequantization; dequantizers that do not fit it; files that are not
-    used and images that are not evaluated; cautions of the image sets."""
+    used and images that are not evaluated; training images that are evaluated; cautions of the
+    image sets."""
     restored, images, train = inputs.restored, inputs.images, inputs.train
     metadata = restored.metadata
     trained_on = metadata["config"]["data"]["dequantization"]
@@ -138,10 +140,12 @@ def cautions(inputs: Inputs, dequantizations: Mapping[str, Dequantization]) -> l
             paths, count = "; ".join(split.skipped), len(split.skipped)
             files = "file is" if count == 1 else "files are"
             found.append(f"{count} {split.split} {files} not used: {paths}")
+    if images.split != train.split:
+        found.append(data.copies(images.images, train.images, f"images ({images.split})"))
     if (count := len(inputs.ids())) < len(images):
         sample = "the first" if inputs.experiment.config.eval.in_order else "a random sample of"
         found.append(f"{sample} {count} of {len(images)} images (eval.max_images)")
     # The caution of a set with scenes is about the confidence interval. The interval is that of the
     # evaluated images, so this caution of the training images is left out.
     of_sets = dict.fromkeys([images.caution, train.caution if train.scenes is None else ""])
-    return [*found, *filter(None, of_sets)]
+    return [*filter(None, [*found, *of_sets])]

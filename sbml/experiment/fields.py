@@ -18,6 +18,7 @@ import math
 import sys
 import typing
 from collections.abc import Collection, Iterator, Mapping
+from decimal import Decimal
 from types import NoneType
 from typing import Annotated, Any, ClassVar, Self
 
@@ -146,7 +147,8 @@ def _parsed(text: str, annotation: Any) -> Any:
         return {"true": True, "false": False}.get(text.lower(), text)
     if kind in (int, float) and text.isascii():
         with contextlib.suppress(ValueError):
-            return kind(text)
+            # A number that float64 rounds to 0 must not pass for the 0 that can mean "off".
+            return kind(text) or (math.ulp(0.0) if Decimal(text) else kind(0))
     return str(text)
 
 

@@ -11,7 +11,7 @@ import jax
 import optax
 from absl import logging
 
-from sbml.experiment.fields import Natural, Section, among, field
+from sbml.experiment.fields import Natural, Section, among, field, refusal
 from sbml.scalars import notation
 from sbml.types import Array
 
@@ -45,11 +45,19 @@ class Optim(Section):
     grad_clip: float = field(
         1.0,
         "largest global norm of the gradient of the paper's loss, which is a mean over the "
-        "dimensions of an image for the score, and a sum for the dequantizer; 0: off",
+        "dimensions of an image for the score, and a sum for the dequantizer; 0: off, or else at "
+        "least 10^4 eps",
         ge=0,
         le=1e9,
     )
     ema: float = field(0.9999, "decay of the parameters' average per step", ge=0, lt=1)
+
+    def check(self) -> None:
+        """Check that ``eps`` does not hide the clipped gradient: 10^8 parameters that share its
+        norm have 10^-4 of it each, and Adam's step is |g| / (|g| + eps) of the rate."""
+        if 0 < self.grad_clip < 1e4 * self.eps:
+            needs = f"0, which is off, or at least 1e4 * {self.name_of('eps')}: Adam's steps vanish"
+            raise refusal(self.name_of("grad_clip"), self.grad_clip, f"{needs} below it")
 
     def warn_if_short(self, num_steps: int) -> None:
         """Log warnings if a run of ``num_steps`` does not fit the warm-up or the average."""

@@ -7,7 +7,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from sbml.codec import bits_back, file
+from sbml.codec import CodedFileError, bits_back, file
 from sbml.evaluation import coding
 from sbml.evaluation.inputs import Inputs
 from sbml.experiment.build import Experiment
@@ -27,7 +27,7 @@ def run(experiment: Experiment, workdir: Workdir, source: str = "") -> None:
 
     The codec uses the averaged parameters of the newest checkpoint, and a decoder needs them too. A
     killed run continues from its last stored state. Writes ``codec.json`` with the lengths in
-    bits/dim.
+    bits/dim. A file ``images.sbml`` of other images is not overwritten.
     """
     config, start = experiment.config, time.perf_counter()
     with workdir.lock("compress"), jax.default_matmul_precision(config.eval.precision):
@@ -41,6 +41,7 @@ def run(experiment: Experiment, workdir: Workdir, source: str = "") -> None:
         lanes = min(config.codec.lanes, len(pixels))
         codec, made_by = coding.codec_of(experiment, inputs.restored, chain, lanes)
         header, _ = file.packed(codec, pixels, bits_back.first_state(codec), made_by)
+        _check_images(workdir, header.pixels_crc32)
         resumable = Resumable(workdir / "codec", "encode", header.model_dump())
         stored = resumable.load()
         state = bits_back.State.of_arrays(stored) if stored else bits_back.first_state(codec)
@@ -85,3 +86,19 @@ def run(experiment: Experiment, workdir: Workdir, source: str = "") -> None:
         "for these images"
     )
     print(f"compressed in {time.perf_counter() - start:.0f} s")
+
+
+def _check_images(workdir: Workdir, pixels_crc32: int) -> None:
+    """Check that ``images.sbml``, if there is one, holds the images with this checksum. The file
+    could be the only copy of other ones."""
+    if not workdir.has(IMAGES):
+        return
+    try:
+        same = file.from_bytes((workdir / IMAGES).read_bytes())[0].pixels_crc32 == pixels_crc32
+    except CodedFileError:
+        same = False
+    if not same:
+        raise ValueError(
+            f"{workdir / IMAGES} holds other images, or is damaged, and would be overwritten: move "
+            "it to another folder, or remove it"
+        )

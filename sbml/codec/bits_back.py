@@ -463,7 +463,8 @@ def decode(codec: Codec, count: int, state: State) -> Iterator[State]:
         rows = present[present < active]
         batch = np.zeros((active, *codec.shape), np.uint8)
         try:
-            batch[rows] = codec.decode(Lanes([coders[lane] for lane in rows], rows), number)
+            if len(rows):  # The last round may consist of images of missing stacks only.
+                batch[rows] = codec.decode(Lanes([coders[lane] for lane in rows], rows), number)
         except KeyError:  # of constriction: a value has no code
             raise CodedFileError(
                 f"the images {number * codec.lanes} to {number * codec.lanes + active - 1} cannot "

@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import jax
-import numpy as np
 
 from sbml.codec import CodedFileError, bits_back, file
 from sbml.evaluation import coding
@@ -46,26 +45,27 @@ def run(experiment: Experiment, workdir: Workdir, source: str = "") -> None:
         stored = resumable.load()
         state = bits_back.State.of_arrays(stored) if stored else bits_back.first_state(codec)
         initial = 32 * codec.initial_words * lanes
-        done, unit = len(state.terms), pixels[0].size
-        with inputs.preemption, Bar("compress", "image", len(pixels), done) as bar:
+
+        def done() -> int:
+            return min(state.number * lanes, len(pixels))
+
+        with inputs.preemption, Bar("compress", "image", len(pixels), done()) as bar:
             for after in bits_back.encode(codec, pixels, state):
                 state = after
-                net = (32 * state.words.size - initial) / (len(state.terms) * unit)
-                bar.update(len(state.terms) - bar.n, f"net {net:.3f} bits/dim")
+                net = (32 * state.words.size - initial) / (done() * pixels[0].size)
+                bar.update(done() - bar.n, f"net {net:.3f} bits/dim")
                 resumable.store(state._asdict(), now=inputs.preemption.requested())
                 inputs.preemption.leave_if_requested("the images so far are stored")
         header, content = file.packed(codec, pixels, state, made_by)
         workdir.write_bytes(IMAGES, content)
         dims, bits = pixels.size, 8 * len(content)
         payload = 32 * state.words.size
-        path_bits = np.asarray(state.terms).sum(axis=1) / (unit * np.log(2))
         bound = coding.bound_of(inputs, codec, pixels)
         lengths = {
             "disk": bits / dims,
             "net": (payload - initial) / dims,
             "initial": initial / dims,
             "header": (bits - payload) / dims,
-            "path": float(path_bits.mean()),
             "bound": bound.mean,
             "bound_stderr": bound.this_set.stderr,
         }

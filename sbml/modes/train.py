@@ -198,7 +198,7 @@ def check(experiment: Experiment, workdir: Workdir, before: Sequence[str]) -> No
         images = experiment.images("train")
         experiment.labels(images)
         evaluated = experiment.images(experiment.config.eval.split)
-        experiment.labels(evaluated, np.unique(images.labels).tolist())
+        experiment.labels(evaluated, experiment.provenance(images)["classes"])
 
 
 def run(experiment: Experiment, workdir: Workdir) -> None:

@@ -120,7 +120,6 @@ def measure(workdir: Workdir, count: int, steps: list[int], lanes: int, results:
             "net": (payload - initial) / dims,
             "initial": initial / dims,
             "header": (8 * len(content) - payload) / dims,
-            "path": float(state.terms.sum() / dims / math.log(2)),
             "bound": bound.mean,
             "bound_stderr": bound.this_set.stderr,
             **(

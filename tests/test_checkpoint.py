@@ -373,17 +373,34 @@ def test_a_save_leaves_no_thread_and_no_open_file(tmp_path: Path) -> None:
     in_fresh_process(_save_many_times, tmp_path / "run")
 
 
-def test_a_folder_that_cannot_be_written_ends_the_run_and_is_named(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: Any
+def test_a_folder_that_cannot_be_written_at_first_ends_the_run_and_is_named(
+    tmp_path: Path, caplog: Any
 ) -> None:
-    """This also holds after a disk was full for a while: no message says that a step is saved."""
-    directory = tmp_path / "run"
-    reasons = iter(["full", ""])
+    """No message says that the step is saved, or that saving is tried again."""
+    (tmp_path / "run").write_text("a file in the folder's place")
+    named = r"checkpoint of step 3 .*File exists: .*run.* from the start$"
+    with pytest.raises(UnsavedCheckpointError, match=named), Checkpoints(tmp_path / "run") as run:
+        run.save(3, make_state(3), {})
+    assert not [r for r in caplog.records if str(tmp_path) in r.getMessage()]
+
+
+@pytest.mark.parametrize("begun", [True, False])
+def test_a_folder_that_cannot_be_written_for_a_while_is_tried_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: Any, begun: bool
+) -> None:
+    directory, reasons = tmp_path / "run", iter(["" if begun else "full", "", "", ""])
     monkeypatch.setattr(checkpoint, "shortage", lambda *_: next(reasons))
-    named = r"checkpoint of step 3 .*Not a directory.* from the start$"
-    with pytest.raises(UnsavedCheckpointError, match=named), Checkpoints(directory) as checkpoints:
-        assert not checkpoints.save(2, make_state(2), {})
+    with Checkpoints(directory) as checkpoints:
+        assert checkpoints.save(1, make_state(1), {}) == begun
+        checkpoints.wait()
+        if begun:
+            directory.rename(tmp_path / "away")
         directory.write_text("a file in the folder's place")
-        checkpoints.save(3, make_state(3), {})
-    (said,) = [r.getMessage() for r in caplog.records if str(directory) in r.getMessage()]
-    assert said.startswith(f"The checkpoint of step 2 was not saved in {directory}: full")
+        assert not checkpoints.save(2, make_state(2), {})
+        assert not checkpoints.save(3, make_state(3), {})
+        directory.unlink()
+        assert checkpoints.save(4, make_state(4), {})
+    assert checkpoints.steps() == [4]
+    said = [r.getMessage() for r in caplog.records if str(directory) in r.getMessage()]
+    assert len(said) == 2 and said[1].startswith("Saving works again: step 4")
+    assert said[0].startswith(f"The checkpoint of step {2 if begun else 1} was not saved in")

@@ -156,6 +156,12 @@ def test_labels_that_do_not_fit_are_refused(tmp_path) -> None:
     ):
         with pytest.raises(ValueError, match=message):
             experiment.labels(images, classes)
+    original, renamed = experiment.images, np.char.add("n", digits.labels)
+    experiment.images = lambda split: dataclasses.replace(
+        original("train"), labels=digits.labels if split == "train" else renamed
+    )
+    with pytest.raises(ValueError, match="of the class n0, which the training did not see"):
+        train.check(experiment, Workdir(tmp_path), ())
     for mode in (latents, train_dequantizer):
         with pytest.raises(ValueError, match="with model.classes=10: this mode is for models"):
             mode.check(experiment, Workdir(tmp_path), ())

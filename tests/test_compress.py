@@ -1,18 +1,21 @@
 """``--mode=compress`` and ``--mode=decompress``: files of a trained model."""
 
+import os
 import shutil
 import signal
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pictures
 import pytest
 import runs
 import tiny
-from PIL import Image
+from PIL import ExifTags, Image
 
 from sbml import data
 from sbml.codec import CodedFileError
+from sbml.evaluation import coding
 from sbml.experiment import build
 from sbml.modes import compress, decompress, report, train
 from sbml.report import summary
@@ -59,9 +62,9 @@ def test_the_images_of_a_split_come_back_and_the_parts_of_the_length_add_up(
     parts = said["net"] + said["initial"] + said["header"]
     assert parts == pytest.approx(said["disk"], rel=1e-12)
     # The noise of 20 paths: the variance of a log-ratio is about twice its mean, in nats.
-    noise = np.sqrt(2 * said["path"] * 64 * np.log(2) / 20) / (64 * np.log(2))
-    assert abs(said["net"] - said["path"]) < 4 * noise + 32 * 3 / (20 * 64)
-    assert abs(said["bound"] - said["path"]) < 4 * np.hypot(noise, said["bound_stderr"])
+    noise = np.sqrt(2 * said["bound"] * 64 * np.log(2) / 20) / (64 * np.log(2))
+    words = 32 * 3 / (20 * 64)  # A stack ends with a whole word.
+    assert abs(said["net"] - said["bound"]) < 4 * np.hypot(noise, said["bound_stderr"]) + words
 
 
 def test_the_report_says_what_was_restored(coded: Path) -> None:
@@ -87,17 +90,75 @@ def test_a_folder_of_images_goes_to_a_file_and_back(coded: Path, tmp_path: Path)
     runs.mode(decompress.run, config(), tmp_path / "b")
     images = read_npz(tmp_path / "b" / RESTORED)["images"]
     np.testing.assert_array_equal(images[..., 0], restored)
-    for wrong, word in (
-        (Image.fromarray(np.zeros((8, 9), np.uint8)), "shape"),
-        (Image.fromarray(np.zeros((8, 8, 3), np.uint8)), "mode RGB"),
-        (Image.fromarray(np.full((8, 8), 3, np.uint8)), "mode L"),
-    ):
-        wrong.save(first / "20.png")
-        with pytest.raises(ValueError, match=f"20.png has.*{word}.*without loss"):
-            runs.mode(compress.run, config(), tmp_path / "b", source=str(first))
-    (first / "20.png").write_text("no image")
-    with pytest.raises(ValueError, match=r"20.png cannot be read as an image"):
+    with pytest.raises(ValueError, match=r"00.png exists, and would be overwritten"):
+        runs.mode(decompress.run, config(), tmp_path / "b", to=str(first))
+    (first / "00.png").unlink()
+    with pytest.raises(ValueError, match=r"images.sbml holds other images.*move it"):
         runs.mode(compress.run, config(), tmp_path / "b", source=str(first))
+
+
+def picture(path: Path, *, channels: int = 3, **options: Any) -> None:
+    Image.fromarray(pictures.pixels(8, 8, channels)).save(path, **options)
+
+
+def transparent(path: Path) -> None:
+    picture(path, channels=1, transparency=int(pictures.pixels(8, 8, 1)[0, 0]))
+
+
+def palette(path: Path) -> None:
+    image = Image.frombytes("P", (8, 8), bytes(range(16)) * 4)
+    image.putpalette([200, 0, 0] * 16)
+    image.save(path)
+
+
+def turned(path: Path) -> None:
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    picture(path, exif=exif)
+
+
+def deep(path: Path) -> None:
+    pictures.save_deep(path, np.full((8, 8, 3), 2**15, np.uint16))
+
+
+FRAMES = {"save_all": True, "append_images": [Image.new("RGB", (8, 8))]}
+
+
+@pytest.mark.parametrize(
+    ("name", "make", "channels", "levels", "reason"),
+    [
+        ("a.png", lambda path: Image.new("RGB", (9, 8)).save(path), 3, 256, r"shape \(8, 9, 3\)"),
+        ("a.png", picture, 1, 256, "mode RGB"),
+        ("a.png", lambda path: picture(path, channels=1), 1, 17, "mode L"),
+        ("a.png", deep, 3, 256, "16 bits"),
+        ("a.tif", deep, 3, 256, "16 bits"),
+        ("a.ppm", deep, 3, 256, "16 bits"),
+        ("a.png", lambda path: picture(path, **FRAMES), 3, 256, "2 frames"),
+        ("a.webp", lambda path: picture(path, **FRAMES), 3, 256, "2 frames"),
+        ("a.tif", lambda path: picture(path, **FRAMES), 3, 256, "2 frames"),
+        ("a.gif", lambda path: picture(path, channels=1, **FRAMES), 1, 256, "2 frames"),
+        ("a.png", palette, 1, 16, "palette"),
+        ("a.png", transparent, 1, 256, "transparent"),
+        ("a.png", turned, 3, 256, "orientation"),
+        ("a.png", lambda path: path.write_text("no image"), 3, 256, "cannot identify"),
+        ("a.png", lambda path: path.symlink_to("nowhere"), 3, 256, "No such file"),
+        ("a.png", os.mkfifo, 3, 256, "FIFO"),
+        ("a", Path.mkdir, 3, 256, "folder"),
+    ],
+)
+def test_what_the_codec_could_not_restore_is_refused_by_name(
+    tmp_path: Path, name: str, make: Any, channels: int, levels: int, reason: str
+) -> None:
+    make(tmp_path / name)
+    with pytest.raises(ValueError, match=rf"/{name} cannot be coded without loss.*{reason}"):
+        coding.read_folder(tmp_path, (8, 8, channels), levels)
+
+
+@pytest.mark.parametrize("name", ["a.png", "a.tif", "a.ppm", "a.bmp"])
+def test_what_the_codec_restores_is_accepted(tmp_path: Path, name: str) -> None:
+    picture(tmp_path / name)
+    (found,) = coding.read_folder(tmp_path, (8, 8, 3), 256)
+    np.testing.assert_array_equal(found, pictures.pixels(8, 8))
 
 
 def test_a_damaged_file_gives_back_the_images_of_the_other_lanes(
@@ -138,7 +199,7 @@ def test_a_stopped_run_continues_to_the_same_file(
     coded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: Any, last: str
 ) -> None:
     (tmp_path / "checkpoints").symlink_to(coded / "checkpoints")
-    shutil.copy(coded / IMAGES, tmp_path / IMAGES)
+    shutil.copy(coded / IMAGES, tmp_path / IMAGES)  # of the same images, so it may be overwritten
     runs.mode(decompress.run, config(), coded)
     calls: list[int] = []
 

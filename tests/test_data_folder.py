@@ -8,6 +8,8 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -311,6 +313,14 @@ def test_jpeg_2000_of_16_bits(two_splits: Path) -> None:
     (reason,) = images.skipped
     assert reason.startswith("train/deep_12.jp2: 16-bit pixels, none above ")
     assert "1 of 1 train images have more than 8 bits a channel" in images.caution
+
+
+@pytest.mark.parametrize(("flags", "depth"), [(0x0C, 8), (0x4C, 10)])
+def test_avif_of_more_than_8_bits_counts_as_deep(tmp_path: Path, flags: int, depth: int) -> None:
+    """Pillow writes only 8 bits, so these are the first bytes of the box av1C alone."""
+    (tmp_path / "a.avif").write_bytes(b"....av1C" + bytes([0x81, 0, flags, 0]))
+    opened: Any = SimpleNamespace(format="AVIF")
+    assert image_folder.depth_of(tmp_path / "a.avif", opened) == depth
 
 
 def test_16_bit_planes_that_pillow_misreads_are_named(two_splits: Path) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +23,7 @@ from sbml.experiment.config import Config, load, of_checkpoint, path_of, with_ov
 from sbml.modes import MODES, train
 from sbml.ode import Solver
 from sbml.report import plots
-from sbml.runtime import refusals
+from sbml.runtime import refusals, workdir
 from sbml.runtime.checkpoint import Checkpoints
 from sbml.runtime.preemption import Preemption
 from sbml.runtime.workdir import Workdir
@@ -386,13 +387,17 @@ def test_a_store_that_cannot_be_reached_is_refused_in_one_line(
 ) -> None:
     monkeypatch.setattr("etils.epath.gpath._is_tf_installed", lambda: False, raising=False)
     monkeypatch.setitem(sys.modules, "gcsfs", None)
-    for arguments in (
-        ("--workdir=gs://bucket/run", "--mode=eval"),
-        ("--mode=compare", "--runs=gs://bucket/a,gs://bucket/b"),
-    ):
-        said = refusal(*arguments)
-        assert re.search(r"gs://bucket/\w+ cannot be reached: .*gcsfs.*pip install gcsfs", said)
-        assert "\n" not in said
+    offline = OSError(-2, "Name or service not known")
+    for effect, reason in ((None, "gcsfs"), (offline, "Name or service not known")):
+        connect = mock.Mock(side_effect=effect)
+        monkeypatch.setattr(workdir.socket, "create_connection", connect)
+        for arguments in (
+            ("--workdir=gs://bucket/run", "--mode=eval"),
+            ("--mode=compare", "--runs=gs://bucket/a,gs://bucket/b"),
+        ):
+            said = refusal(*arguments)
+            match = rf"gs://bucket/\w+ cannot be reached: .*{reason}.*pip install gcsfs"
+            assert re.search(match, said) and "\n" not in said
 
 
 @pytest.mark.parametrize(

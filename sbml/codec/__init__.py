@@ -8,8 +8,8 @@
 images are coded with both, and ``codec.file`` the format of the file.
 """
 
-from sbml.codec.bits_back import Codec, Terms
+from sbml.codec.bits_back import Codec
 from sbml.codec.chain import Chain
 from sbml.codec.file import CodedFileError, compress, decompress
 
-__all__ = ["Chain", "CodedFileError", "Codec", "Terms", "compress", "decompress"]
+__all__ = ["Chain", "CodedFileError", "Codec", "compress", "decompress"]

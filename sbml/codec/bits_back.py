@@ -58,20 +58,6 @@ WIDTH = 0.5  # of a grid, in standard deviations of the narrower distribution
 NORMAL_BITS = math.log2(math.sqrt(2 * math.pi * math.e))  # the entropy of N(0, 1)
 
 
-class Terms(NamedTuple):
-    """The bound on -log P(x) in N steps along the path of each image, each ``(n,)``, in nats."""
-
-    prior: Any
-    diffusion: Any
-    reconstruction: Any
-
-    @property
-    def total(self) -> np.ndarray:
-        """The sum of the terms."""
-        total: np.ndarray = self.prior + self.diffusion + self.reconstruction
-        return total
-
-
 class CodedFileError(ValueError):
     """A file that is no coded file, is damaged, or was made by another model or machine."""
 
@@ -267,7 +253,7 @@ class Codec:
         random = np.random.RandomState(lane)
         return random.randint(1, 2**32, size=self.initial_words, dtype=np.uint32)
 
-    def encode(self, lanes: Lanes, pixels: np.ndarray, number: int) -> Terms:
+    def encode(self, lanes: Lanes, pixels: np.ndarray, number: int) -> None:
         """Encode ``pixels (n, *shape)``, as the image ``number`` of each of the n stacks."""
         chain, n, pads = self.chain, len(pixels), self._pads(number)
         k = pixels.reshape(n, -1).astype(np.int64)
@@ -280,18 +266,15 @@ class Codec:
             x = self._point(cell)
         lanes.scramble(pads[0])
         z = lanes.pop(self._forward[0], self.widths[0], chain.forward_mean(0, x))
-        reconstruction = self._push_image(lanes, z, cell, x)
-        diffusion = np.zeros(n)
+        self._push_image(lanes, z, cell)
         for i in range(1, chain.steps + 1):
             lanes.scramble(pads[i])
             above = lanes.pop(self._forward[i], self.widths[i], chain.forward_mean(i, z))
             noise = self._of(self._noise, lanes, above, i)
             mean = chain.reverse_mean(i, above, noise)
             lanes.push(self._reverse[i - 1], self.widths[i - 1], z, mean)
-            diffusion += chain.step(i, x, above, noise)
             z = above
         lanes.push(self._reverse[-1], self.widths[-1], z, np.zeros_like(z))
-        return Terms(chain.prior(x), diffusion, reconstruction)
 
     def decode(self, lanes: Lanes, number: int) -> np.ndarray:
         """The last image of each stack, which is its image ``number``: int64 ``(n, *shape)``. It is
@@ -325,24 +308,16 @@ class Codec:
         x = (z - self.chain.sigma[0] * noise) / self.chain.alpha[0]
         return ((x + 1) * self.levels * self.cells - 1) / 2
 
-    def _push_image(
-        self, lanes: Lanes, z: np.ndarray, cell: np.ndarray, x: np.ndarray
-    ) -> np.ndarray:
-        """Push the cells of x by p(x | z_0); the reconstruction in nats, ``(n,)``."""
+    def _push_image(self, lanes: Lanes, z: np.ndarray, cell: np.ndarray) -> None:
+        """Push the cells of x by p(x | z_0)."""
         if self.data == CENTRE:
             p = self._of(self._level_probabilities, lanes, z)
             for s, k, each in zip(lanes.stacks, cell, p, strict=True):
                 stack.push_level(s, k, each)
-            chosen = np.take_along_axis(p.astype(np.float64), cell[..., None], 2)
-            # The coder has no smaller probability.
-            return -np.sum(np.log(np.maximum(chosen, 2.0**-stack.PRECISION)), axis=(1, 2))
+            return
         mean = self._cell_mean(lanes, z)
         for s, each, m in zip(lanes.stacks, cell, mean, strict=True):
             self._cell.push(s, each, m)
-        errors = (x - self._point(mean)) / self._rho
-        # -log N(x; x^, rho^2), minus the logarithm of the width of a bin.
-        constant = math.log(math.sqrt(2 * math.pi) * self._rho * self.levels / 2)
-        return np.sum(0.5 * errors**2, axis=1) + self.dims * constant
 
     def _pop_image(self, lanes: Lanes, z: np.ndarray) -> np.ndarray:
         """The cells of x by p(x | z_0), ``(n, d)``."""
@@ -374,7 +349,6 @@ class State(NamedTuple):
       number: the number of images of each stack that are coded; a decoding counts down to 0.
       words: the words of all stacks, uint32.
       sizes: the number of words of each stack, ``(lanes,)``; 0 for a stack that is missing.
-      terms: of an encoding, the terms of the images so far in nats, ``(images, 3)``.
       pixels: of a decoding, the images that are decoded so far, which are the last ones, uint8
         ``(images, *shape)``.
     """
@@ -382,19 +356,19 @@ class State(NamedTuple):
     number: int
     words: np.ndarray
     sizes: np.ndarray
-    terms: np.ndarray
     pixels: np.ndarray
 
     @classmethod
-    def of(cls, number: int, stacks: Sequence[np.ndarray], terms: Any, pixels: Any) -> "State":
+    def of(cls, number: int, stacks: Sequence[np.ndarray], pixels: Any) -> "State":
         """The state with the words ``stacks`` of each stack."""
         sizes = np.array([len(words) for words in stacks])
-        return cls(number, np.concatenate(stacks), sizes, terms, pixels)
+        return cls(number, np.concatenate(stacks), sizes, pixels)
 
     @classmethod
     def of_arrays(cls, arrays: dict[str, Any]) -> "State":
         """The state whose fields were stored as arrays."""
-        return cls(**{**arrays, "number": int(arrays["number"])})
+        fields = {name: arrays[name] for name in cls._fields}  # Older versions stored more.
+        return cls(**{**fields, "number": int(arrays["number"])})
 
     @property
     def stacks(self) -> list[np.ndarray]:
@@ -405,7 +379,7 @@ class State(NamedTuple):
 def first_state(codec: Codec) -> State:
     """The state of an encoding before the first image."""
     stacks = [codec.start(lane) for lane in range(codec.lanes)]
-    return State.of(0, stacks, np.empty((0, 3)), np.empty((0, *codec.shape), np.uint8))
+    return State.of(0, stacks, np.empty((0, *codec.shape), np.uint8))
 
 
 def encode(codec: Codec, pixels: np.ndarray, state: State) -> Iterator[State]:
@@ -415,14 +389,13 @@ def encode(codec: Codec, pixels: np.ndarray, state: State) -> Iterator[State]:
     Raises:
       ValueError: this machine does not repeat its own arithmetic.
     """
-    coders, terms = [stack.coder(words) for words in state.stacks], state.terms
+    coders = [stack.coder(words) for words in state.stacks]
     for number in range(state.number, -(-len(pixels) // codec.lanes)):
         batch = pixels[number * codec.lanes : (number + 1) * codec.lanes]
         rows = np.arange(len(batch))
-        found = codec.encode(Lanes(coders[: len(batch)], rows), batch, number)
-        terms = np.concatenate([terms, np.stack(found, axis=1)])
+        codec.encode(Lanes(coders[: len(batch)], rows), batch, number)
         words = [coder.get_compressed() for coder in coders]
-        after = State.of(number + 1, words, terms, state.pixels)
+        after = State.of(number + 1, words, state.pixels)
         if number == 0 and not _repeats(codec, batch, after):
             raise ValueError(
                 "the first images were encoded, but decoding them gave other images: two calls of "
@@ -445,7 +418,7 @@ def last_state(codec: Codec, count: int, stacks: Sequence[np.ndarray | None]) ->
     missing: its images will be zeros."""
     words = [np.empty(0, np.uint32) if each is None else each for each in stacks]
     empty = np.empty((0, *codec.shape), np.uint8)
-    return State.of(-(-count // codec.lanes), words, np.empty((0, 3)), empty)
+    return State.of(-(-count // codec.lanes), words, empty)
 
 
 def decode(codec: Codec, count: int, state: State) -> Iterator[State]:
@@ -463,7 +436,8 @@ def decode(codec: Codec, count: int, state: State) -> Iterator[State]:
         rows = present[present < active]
         batch = np.zeros((active, *codec.shape), np.uint8)
         try:
-            batch[rows] = codec.decode(Lanes([coders[lane] for lane in rows], rows), number)
+            if len(rows):  # The last round may consist of images of missing stacks only.
+                batch[rows] = codec.decode(Lanes([coders[lane] for lane in rows], rows), number)
         except KeyError:  # of constriction: a value has no code
             raise CodedFileError(
                 f"the images {number * codec.lanes} to {number * codec.lanes + active - 1} cannot "
@@ -476,4 +450,4 @@ def decode(codec: Codec, count: int, state: State) -> Iterator[State]:
                 raise CodedFileError(
                     f"the lane {lane} ends before its image {number}: the file was changed"
                 )
-        yield State.of(number, words, state.terms, pixels)
+        yield State.of(number, words, pixels)

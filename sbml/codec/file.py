@@ -196,7 +196,7 @@ def from_bytes(content: bytes, name: str = "the file") -> tuple[Header, list[np.
     """The header, and the words of each stack; None for a stack that is damaged or missing.
 
     Raises:
-      CodedFileError: ``content`` is no such file, or its header is damaged.
+      CodedFileError: ``content`` is no such file, or its header or every stack is damaged.
     """
     if len(content) < HEAD.size or content[:4] != MAGIC:
         raise CodedFileError(f"{name} is no file of --mode=compress: it does not begin with SBML")
@@ -221,5 +221,10 @@ def from_bytes(content: bytes, name: str = "the file") -> tuple[Header, list[np.
     if position < len(content):
         raise CodedFileError(
             f"{name} has {len(content) - position} bytes after its last stack: it was changed"
+        )
+    if all(words is None for words in stacks):
+        raise CodedFileError(
+            f"{name}: the header is whole, but all {len(stacks)} lanes are damaged or missing, so "
+            "no image can be restored: take another copy of the file"
         )
     return header, stacks

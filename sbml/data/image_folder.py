@@ -61,7 +61,7 @@ class ImageFolder(Source):
             raise ValueError(f"data.path={root} is not a folder: set it to a folder of images")
         names = _members(root, split, options)
         choices = (names, split, options.image_size, options.channels, options.crop, options.seed)
-        read = [root / n for n in names if not _special(root / n)]
+        read = [root / n for n in names if not special(root / n)]
         files = over(read, "Reading files", "file", len(read), compiles=False)
         version = content_key(files, *choices)
         path = options.cache / "image_folder" / version / f"{split}_depths.npy"
@@ -269,7 +269,7 @@ def _build(root: Path, names: list[str], options: Options, add: Add) -> dict[str
     return {"ids": ids, "skipped": skipped, **counts}
 
 
-def _special(path: Path) -> bool:
+def special(path: Path) -> bool:
     """Whether ``path`` is a FIFO, a device or a socket, for which reading could wait for ever."""
     try:
         return not stat.S_ISREG(path.stat().st_mode)
@@ -284,7 +284,7 @@ def _is_grey(image: Image.Image) -> bool:
     return not np.ptp(np.asarray(image.convert("RGB")), axis=-1).any()
 
 
-def _depth(path: Path, opened: Image.Image) -> int:
+def depth_of(path: Path, opened: Image.Image) -> int:
     """The number of bits of a channel in the file. Of several channels with 16 bits, Pillow keeps
     only the upper 8 bits, and its mode does not show that there were more."""
     if opened.format == "PNG":
@@ -292,6 +292,8 @@ def _depth(path: Path, opened: Image.Image) -> int:
             return file.read(25)[24]
     if opened.format == "JPEG2000":  # The segment SIZ begins the code stream.
         return 1 + (path.read_bytes().partition(b"\xff\x4f\xff\x51")[2][38] & 0x7F)
+    if opened.format == "AVIF":  # A flag of the box av1C is set for 10 and for 12 bits.
+        return 10 if path.read_bytes().partition(b"av1C")[2][2] & 0x40 else 8
     layout = opened.tile[0][3] if opened.format in ("PPM", "TIFF") else ""  # type: ignore[attr-defined]
     if opened.format == "TIFF":
         depth = max(opened.tag_v2.get(BITSPERSAMPLE, (1,)))  # type: ignore[attr-defined]
@@ -308,11 +310,11 @@ def _depth(path: Path, opened: Image.Image) -> int:
 
 def _decode(path: Path) -> tuple[Image.Image, int]:
     """The first frame, upright, 8 bits a channel; and how many bits a channel has in the file."""
-    if _special(path):
+    if special(path):
         raise ValueError("a FIFO, device or socket: put the image itself there")
     with Image.open(path) as opened:
         scaled = opened.format == "PPM" and opened.mode == "I"  # by Pillow, to 0 ... 65535
-        depth = _depth(path, opened)
+        depth = depth_of(path, opened)
         image = ImageOps.exif_transpose(opened)
     if image.mode in ("I", "F") and not scaled:
         raise ValueError(f"32-bit pixels (mode {image.mode}): save the image with 8 bits a channel")

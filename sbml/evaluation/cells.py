@@ -68,7 +68,8 @@ class CellRun(Driver):
             compute=lambda batch, u, options: sharding.to_host(rows(*of, batch, u, options)),
             place=sharding.split,
             seed=config.seed,
-            batch_size=sharding.round_up(size),
+            # Batches of a few missing images have this size too, so one program serves all.
+            batch_size=sharding.round_up(min(size, len(ids))),
             multiple=jax.device_count(),
             solver=config.solver(),
             budget=config.solver_budget,
@@ -81,7 +82,8 @@ class CellRun(Driver):
             sweeps=config.sweeps,
             target_se=config.target_se,
             max_sweeps=config.max_sweeps,
-            progress=cell.title,
+            # The K solves of an image are one call, so the bar does not move before their end.
+            progress=f"{cell.title} solves of each image" if draws > 1 else cell.title,
         )
         self._parts_of: dict[Solver, Parts] = {}
 

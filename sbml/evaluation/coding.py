@@ -5,7 +5,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
-from PIL import Image
+from PIL import ExifTags, Image
 
 from sbml import bits
 from sbml.codec import Chain, Codec
@@ -13,6 +13,7 @@ from sbml.codec.chain import pilot
 from sbml.codec.file import as_integers
 from sbml.codec.stack import require
 from sbml.data import spread
+from sbml.data.image_folder import depth_of, printable, special
 from sbml.estimate import Estimate
 from sbml.estimators.base import Target, rows
 from sbml.estimators.bound import Estimator, InSteps
@@ -97,47 +98,74 @@ def bound_of(
 def read_folder(folder: Path, shape: tuple[int, ...], levels: int) -> np.ndarray:
     """The unchanged images of ``folder``, uint8 ``(n, *shape)``, in the order of their names.
 
+    Names that begin with a dot are ignored.
+
     Raises:
-      ValueError: a file is not an image of that shape with pixels from 0 to levels - 1. A lossless
-        codec can neither scale images nor change their colours.
+      ValueError: something in the folder is not a picture that :func:`write_folder` would write
+        with the same pixels and colours.
     """
-    paths = sorted(p for p in folder.iterdir() if p.is_file() and not p.name.startswith("."))
+    paths = sorted(p for p in folder.iterdir() if not p.name.startswith("."))
     if not paths:
         raise ValueError(f"--source={folder}: no files: give a folder of images")
-    modes = {(1, 256): "L", (3, 256): "RGB"}
-    expected = modes.get((shape[-1], levels), "P")  # With fewer levels, pixels are indices.
     images = []
     for path in paths:
         try:
-            image = Image.open(path)
-            pixels = np.asarray(image).reshape(image.height, image.width, -1)
-        except (OSError, ValueError, Image.DecompressionBombError) as error:
-            raise ValueError(f"{path} cannot be read as an image: {error}") from None
+            images.append(_unchanged(path, shape, levels))
+        except Exception as error:  # Pillow's decoders raise many kinds for broken files.
+            raise ValueError(
+                f"{printable(str(path))} cannot be coded without loss, so nothing is coded: "
+                f"{printable(str(error))}. Take it out of the folder, or take another model"
+            ) from None
+    return np.stack(images)
+
+
+def _unchanged(path: Path, shape: tuple[int, ...], levels: int) -> np.ndarray:
+    """The pixels of a picture, uint8 ``shape``, if :func:`_picture` makes the same picture."""
+    if path.is_dir() or special(path):
+        raise ValueError("it is a folder, a FIFO, a device or a socket")
+    modes = {(1, 256): "L", (3, 256): "RGB"}
+    expected = modes.get((shape[-1], levels), "P")  # With fewer levels, pixels are indices.
+    with Image.open(path) as image:
+        if (frames := getattr(image, "n_frames", 1)) > 1:
+            raise ValueError(f"it has {frames} frames")
+        if (depth := depth_of(path, image)) > 8:
+            raise ValueError(f"it has {depth} bits a channel")
+        pixels = np.asarray(image).reshape(image.height, image.width, -1)
         if image.mode != expected or pixels.shape != shape or pixels.max() >= levels:
             raise ValueError(
-                f"{path} has the mode {image.mode}, the shape {pixels.shape} and the largest pixel "
-                f"{pixels.max()}, but the model codes images of mode {expected}, shape {shape} and "
-                f"{levels} levels without loss: take other images, or a model of this size"
+                f"it has the mode {image.mode}, the shape {pixels.shape} and the largest pixel "
+                f"{pixels.max()}, but the model has images of mode {expected}, shape {shape} and "
+                f"{levels} levels"
             )
-        images.append(pixels)
-    return np.stack(images).astype(np.uint8)
+        if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
+            raise ValueError("its EXIF orientation, which says how to turn it, would be lost")
+        again = _picture(pixels, levels)
+        if image.convert("RGBA").tobytes() != again.convert("RGBA").tobytes():
+            raise ValueError("it has transparent pixels, or colours in its palette")
+    return pixels
+
+
+def _picture(pixels: np.ndarray, levels: int) -> Image.Image:
+    """An image ``(h, w, c)`` as a picture. With fewer than 256 levels, a pixel is an index into a
+    palette of greys."""
+    if levels == 256:
+        return Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels)
+    image = Image.frombytes("P", pixels.shape[1::-1], pixels.tobytes())
+    image.putpalette((np.arange(levels) * 255 // (levels - 1)).repeat(3).tolist())
+    return image
+
+
+def files_of(folder: Path, count: int) -> list[Path]:
+    """The PNG files of ``count`` images."""
+    return [folder / f"{number:0{len(str(count - 1))}d}.png" for number in range(count)]
 
 
 def write_folder(folder: Path, pixels: np.ndarray, ids: np.ndarray, levels: int) -> None:
-    """Write the images ``ids (m,)`` of ``pixels (n, h, w, c)`` as PNG files named by their ids.
-
-    With fewer than 256 levels, a pixel is an index into a palette of greys.
-    """
+    """Write the images ``ids (m,)`` of ``pixels (n, h, w, c)`` as PNG files named by their ids."""
     folder.mkdir(parents=True, exist_ok=True)
-    digits = len(str(len(pixels) - 1))
+    files = files_of(folder, len(pixels))
     for number in ids:
-        each = pixels[number]
-        image = Image.fromarray(each[..., 0] if each.shape[-1] == 1 else each)
-        if levels < 256:
-            greys = (np.arange(levels) * 255 // (levels - 1)).repeat(3)
-            image = Image.frombytes("P", image.size, each.tobytes())
-            image.putpalette(greys.tolist())
-        image.save(folder / f"{number:0{digits}d}.png")
+        _picture(pixels[number], levels).save(files[number])
 
 
 def writable(shape: tuple[int, ...], levels: int) -> bool:

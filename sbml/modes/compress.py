@@ -5,9 +5,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import jax
-import numpy as np
 
-from sbml.codec import bits_back, file
+from sbml.codec import CodedFileError, bits_back, file
 from sbml.evaluation import coding
 from sbml.evaluation.inputs import Inputs
 from sbml.experiment.build import Experiment
@@ -27,7 +26,7 @@ def run(experiment: Experiment, workdir: Workdir, source: str = "") -> None:
 
     The codec uses the averaged parameters of the newest checkpoint, and a decoder needs them too. A
     killed run continues from its last stored state. Writes ``codec.json`` with the lengths in
-    bits/dim.
+    bits/dim. A file ``images.sbml`` of other images is not overwritten.
     """
     config, start = experiment.config, time.perf_counter()
     with workdir.lock("compress"), jax.default_matmul_precision(config.eval.precision):
@@ -41,30 +40,32 @@ def run(experiment: Experiment, workdir: Workdir, source: str = "") -> None:
         lanes = min(config.codec.lanes, len(pixels))
         codec, made_by = coding.codec_of(experiment, inputs.restored, chain, lanes)
         header, _ = file.packed(codec, pixels, bits_back.first_state(codec), made_by)
+        _check_images(workdir, header.pixels_crc32)
         resumable = Resumable(workdir / "codec", "encode", header.model_dump())
         stored = resumable.load()
         state = bits_back.State.of_arrays(stored) if stored else bits_back.first_state(codec)
         initial = 32 * codec.initial_words * lanes
-        done, unit = len(state.terms), pixels[0].size
-        with inputs.preemption, Bar("compress", "image", len(pixels), done) as bar:
+
+        def done() -> int:
+            return min(state.number * lanes, len(pixels))
+
+        with inputs.preemption, Bar("compress", "image", len(pixels), done()) as bar:
             for after in bits_back.encode(codec, pixels, state):
                 state = after
-                net = (32 * state.words.size - initial) / (len(state.terms) * unit)
-                bar.update(len(state.terms) - bar.n, f"net {net:.3f} bits/dim")
+                net = (32 * state.words.size - initial) / (done() * pixels[0].size)
+                bar.update(done() - bar.n, f"net {net:.3f} bits/dim")
                 resumable.store(state._asdict(), now=inputs.preemption.requested())
                 inputs.preemption.leave_if_requested("the images so far are stored")
         header, content = file.packed(codec, pixels, state, made_by)
         workdir.write_bytes(IMAGES, content)
         dims, bits = pixels.size, 8 * len(content)
         payload = 32 * state.words.size
-        path_bits = np.asarray(state.terms).sum(axis=1) / (unit * np.log(2))
         bound = coding.bound_of(inputs, codec, pixels)
         lengths = {
             "disk": bits / dims,
             "net": (payload - initial) / dims,
             "initial": initial / dims,
             "header": (bits - payload) / dims,
-            "path": float(path_bits.mean()),
             "bound": bound.mean,
             "bound_stderr": bound.this_set.stderr,
         }
@@ -85,3 +86,19 @@ def run(experiment: Experiment, workdir: Workdir, source: str = "") -> None:
         "for these images"
     )
     print(f"compressed in {time.perf_counter() - start:.0f} s")
+
+
+def _check_images(workdir: Workdir, pixels_crc32: int) -> None:
+    """Check that ``images.sbml``, if there is one, holds the images with this checksum. The file
+    could be the only copy of other ones."""
+    if not workdir.has(IMAGES):
+        return
+    try:
+        same = file.from_bytes((workdir / IMAGES).read_bytes())[0].pixels_crc32 == pixels_crc32
+    except CodedFileError:
+        same = False
+    if not same:
+        raise ValueError(
+            f"{workdir / IMAGES} holds other images, or is damaged, and would be overwritten: move "
+            "it to another folder, or remove it"
+        )

@@ -40,6 +40,8 @@ def run(experiment: Experiment, workdir: Workdir, source: str = "", to: str = ""
         header, stacks = file.from_bytes(content, str(path))
         if to and not coding.writable(experiment.shape, experiment.levels):
             raise ValueError(f"--to={to}: PNG files cannot hold such images; leave it out")
+        if to and (there := [p for p in coding.files_of(Path(to), header.count) if p.exists()]):
+            raise ValueError(f"{there[0]} exists, and would be overwritten: give --to=NEW_FOLDER")
         experiment, restored = experiment.restored(workdir)
         experiment = experiment.with_dequantization_of(restored)
         chain = Chain(experiment.sde, header.eps, header.steps, header.shares)

@@ -190,9 +190,15 @@ def update(experiment: Experiment, prepare: Prepare | None = None) -> Update:
 
 
 def check(experiment: Experiment, workdir: Workdir, before: Sequence[str]) -> None:
-    """Check that there are images and a bound for the curve of the validation, if it is on."""
+    """Check that there are images and a bound for the curve of the validation, if it is on, and
+    that the training images have all classes of those of the evaluation."""
     if experiment.config.training.validate_every:
         experiment.config.validation_cell()
+    if experiment.adapter.classes:
+        images = experiment.images("train")
+        experiment.labels(images)
+        evaluated = experiment.images(experiment.config.eval.split)
+        experiment.labels(evaluated, experiment.provenance(images)["classes"])
 
 
 def run(experiment: Experiment, workdir: Workdir) -> None:

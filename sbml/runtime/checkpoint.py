@@ -24,6 +24,7 @@ import logging as stdlib_logging
 import re
 import shutil
 import sys
+import tempfile
 import textwrap
 import time
 import zlib
@@ -94,10 +95,11 @@ class Checkpoints:
     Every process of a run makes the same calls in the same order. Reading writes nothing, so an
     evaluation may read while training saves.
 
-    A full disk does not end a training, because space may become free again. If there is no space,
-    nothing is written; if a save fails, its files are removed. The first failure is logged as an
-    error, and later ones are not logged until a save succeeds. :meth:`close` raises an error if the
-    last save failed.
+    A full disk does not end a training, because space may become free again, and neither does a
+    folder that cannot be written for a while. Only the first save must be able to begin. If there
+    is no space, nothing is written; if a save fails, its files are removed. The first failure is
+    logged as an error, and later ones are not logged until a save succeeds. :meth:`close` raises an
+    error if the last save failed.
 
     Args:
       directory: a folder for the checkpoints only, local or any that etils understands
@@ -120,6 +122,7 @@ class Checkpoints:
         self._writer: ocp.training.Checkpointer | None = None
         self._saving: tuple[int, Any] | None = None  # the save in progress: its step and response
         self._missed: tuple[int, str] | None = None  # a last save that failed: its step, why
+        self._tried = False  # whether a save has begun, or will be tried again
         self._damaged: set[int] = set()
 
     def steps(self) -> list[int]:
@@ -169,7 +172,7 @@ class Checkpoints:
 
         Raises:
           ValueError: ``step`` is not larger than the newest one.
-          UnsavedCheckpointError: the save cannot begin, although the disk is not full.
+          UnsavedCheckpointError: the first save cannot begin, although the disk is not full.
         """
         crc32s = [leaf_crc32(leaf) for leaf in jax.tree.leaves(state)]
         body = {"step": step, "leaves": _leaves(state), "crc32s": crc32s, "metadata": metadata}
@@ -188,6 +191,10 @@ class Checkpoints:
             self._miss(step, reason or "another process has no room")
             return False
         try:
+            # If Orbax cannot make a folder in the background, a thread of it waits for minutes.
+            if not remote(self.directory):
+                self.directory.mkdir(parents=True, exist_ok=True)
+                tempfile.TemporaryFile(dir=self.directory).close()
             if self._writer is None:
                 logging.get_absl_logger().addFilter(_not_of_orbax)
                 _leave_out_late_writes()
@@ -199,12 +206,13 @@ class Checkpoints:
             self._drop_writer()
             if jax.process_count() > 1 or not isinstance(error, OSError):
                 raise
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT):  # no bytes or inodes; a quota
+            full = error.errno in (errno.ENOSPC, errno.EDQUOT)  # no bytes or inodes; a quota
+            if not full and not self._tried:
                 self._missed = step, str(error)
                 raise self._unsaved() from error
             self._miss(step, str(error))
             return False
-        self._saving = step, response
+        self._saving, self._tried = (step, response), True
         return True
 
     def restore(self, template: Callable[[dict[str, Any]], PyTree]) -> Restored | None:
@@ -345,7 +353,7 @@ class Checkpoints:
                 "again to save at each later checkpoint",
                 *(step, self.directory, reason),
             )
-        self._missed = step, reason
+        self._missed, self._tried = (step, reason), True
 
     def _unsaved(self) -> UnsavedCheckpointError:
         """The error of a run that ends after a save that failed; :meth:`close` raises no second

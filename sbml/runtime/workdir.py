@@ -14,6 +14,7 @@ if the file is damaged, the error names the mode that makes it again.
 """
 
 import os
+import socket
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from typing import Any, Self
@@ -44,6 +45,8 @@ SAMPLES = "samples.npz"
 # The largest number of bytes of the work directory's path. macOS and object stores allow 1,024
 # bytes for a path, and the paths of the files in the work directory are longer.
 LONGEST = 800
+# Variables with which gs:// is reached by another address or through a proxy.
+OTHER_WAYS = {"STORAGE_EMULATOR_HOST", "FSSPEC_GS_ENDPOINT_URL", "HTTPS_PROXY", "https_proxy"}
 MADE_BY = {
     ARCHITECTURE: "convert",
     CODEC: "compress",
@@ -105,6 +108,9 @@ class Workdir(os.PathLike):
         """This work directory, after a check that its object store answers, if it is in one."""
         try:
             if remote(self.path):
+                # Without a network, gcsfs would try for a minute and show its traceback.
+                if str(self.path).startswith("gs://") and not OTHER_WAYS & os.environ.keys():
+                    socket.create_connection(("storage.googleapis.com", 443), timeout=10).close()
                 self.path.exists()
         except Exception as error:  # The package of each store has errors of its own.
             reason = " ".join(str(error).split())

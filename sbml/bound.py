@@ -51,6 +51,7 @@ Reference: Song, Durkan, Murray, Ermon, NeurIPS 2021, theorem 3 and appendix; Ki
 """
 
 import dataclasses
+import functools
 import math
 from typing import Annotated, Any, NamedTuple
 
@@ -294,8 +295,14 @@ class Reduction:
         draws cannot show this tail. A ``density`` is left out: its weights are bounded by the
         inverse of its floor (``times.with_floor``).
         """
-        u = (jnp.arange(4096) + 0.5) / 4096
-        return intervals.pareto_k(np.asarray(times.draw(sde, eps, u, None, self.proposal)[1]))
+        return intervals.pareto_k(np.asarray(_weights(sde, eps, proposal=self.proposal)))
+
+
+@functools.partial(jax.jit, static_argnames=("proposal",))
+def _weights(sde: SDE, eps: Number, *, proposal: str) -> Vector:
+    """The weights over log-SNR of 4096 evenly spaced points of a proposal."""
+    u = (jnp.arange(4096) + 0.5) / 4096
+    return times.draw(sde, eps, u, None, proposal)[1]
 
 
 @checked

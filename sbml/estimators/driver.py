@@ -18,6 +18,7 @@ are two kinds of estimates, which measure the noise of the draws in different wa
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
@@ -36,6 +37,7 @@ from sbml.intervals import Interval
 from sbml.ode import Solver
 from sbml.progress import Bar
 from sbml.scalars import Number
+from sbml.types import Array, Key
 
 # The terms that only integer data have.
 TERMS_OF_INTEGERS = ("dequantization", "importance", "scale")
@@ -44,6 +46,11 @@ TERMS_OF_INTEGERS = ("dequantization", "importance", "scale")
 # standard error is often far too small by chance. In 4,000 trials that stopped there, 90% of the
 # intervals contained the true value. With at least 8 sweeps, 93% did.
 FIRST_SWEEPS = 8
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2, 3))
+def _points(key: Key, draw: str, n: int, draws: int) -> Array:
+    return times.DRAWS[draw](key, n, draws)
 
 
 @dataclasses.dataclass(kw_only=True, eq=False)
@@ -115,7 +122,7 @@ class Driver:
     def points(self, sweep: int) -> np.ndarray:
         """The points u in [0, 1) ``(n, n_times)`` that give the times of one sweep of a bound."""
         key = times_key(self.seed, sweep)
-        return np.asarray(times.DRAWS[self.draw](key, len(self.data), self.n_times))
+        return np.asarray(_points(key, self.draw, len(self.data), self.n_times))
 
     def rows(
         self, ids: Ids, sweep: int, solver: Solver | None = None, bar: Bar | None = None

@@ -486,7 +486,7 @@ class Density:
             )
         conditions = self._conditions(condition, (n,))
         x, logp = self.sample_and_log_prob(key, n, condition)
-        u = np.asarray(jax.lax.map(log_target, x, batch_size=min(n, self.batch_size)), float)
+        u = np.asarray(_each(log_target, x, self.batch_size), float)
         if u.shape != (n,):
             raise ValueError(
                 f"log_target returned shape {u.shape[1:]} for one example: return a scalar"
@@ -508,7 +508,7 @@ class Density:
         # This step is best for a normal target of the samples' scale (Roberts & Rosenthal 2001).
         step = 2.4 / math.sqrt(self.dims) * jnp.std(x, axis=0)
         walk = functools.partial(_walk, log_target, step)
-        y, u_y = jax.lax.map(walk, (x[:count], keys), batch_size=min(count, self.batch_size))
+        y, u_y = _each(walk, (x[:count], keys), self.batch_size)
         of_target = np.asarray(u_y, float) - log_prob(self, y, count)
         return Importance.of(np.asarray(x), u - np.asarray(logp, float), error, of_target)
 
@@ -841,9 +841,17 @@ def _terms_of(
 
 
 def _each(f: Callable[..., Any], rows: Any, size: int) -> Any:
-    """``f`` of every row, ``size`` of them at once."""
+    """``f`` of every row, at most ``size`` of them at once.
+
+    The batches have one size, filled up with the last row, so that the program has ``f`` once.
+    """
     n = len(jax.tree.leaves(rows)[0])
-    return jax.vmap(f)(rows) if n <= size else jax.lax.map(f, rows, batch_size=size)
+    batches = -(-n // size)
+    if batches == 1:
+        return jax.vmap(f)(rows)
+    places = np.minimum(np.arange(batches * -(-n // batches)), n - 1).reshape(batches, -1)
+    found = jax.lax.map(jax.vmap(f), jax.tree.map(lambda leaf: leaf[places], rows))
+    return jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:])[:n], found)
 
 
 def _walk(log_target: Callable[..., Any], step: Array, start: tuple[Array, Key]) -> Any:

@@ -159,14 +159,9 @@ def test_latents_decode_to_the_data_and_samples_have_the_datas_moments() -> None
 
 
 def test_a_number_that_has_not_converged_says_so() -> None:
-    """And the error of its solver is its distance from the closed form, but for the prior's."""
-    loose, x = density(solver=Solver("heun", fixed_steps=3), budget=1e-6), data(4)
-    estimate = loose.logp(x)
+    loose = density(solver=Solver("heun", fixed_steps=3), budget=1e-6)
+    estimate = loose.logp(data(4))
     assert not estimate.converged and "NOT CONVERGED" in str(estimate)
-    exact = [gaussian().logp(jnp.asarray(row), jnp.asarray(EPS)) for row in x]
-    error = np.mean(estimate.values - exact)
-    assert abs(error) > 0.5
-    assert estimate.solver_error.mean == pytest.approx(error, abs=2e-2)
 
 
 def test_an_example_that_dominates_the_mean_is_named() -> None:

@@ -302,10 +302,10 @@ MISTAKES = (
         ("test_data_batches.py::test_every_image_counts_exactly_once",),
     ),
     Mistake(
-        "times and dequantization have one key",
+        "noises and dequantization have one key",
         "sbml/modes/train.py",
-        'draw(stream(key, "times"), n)',
-        'draw(stream(key, "dequantization"), n)',
+        'split(stream(key, "rows"), n)',
+        'split(stream(key, "dequantization"), n)',
         ("test_streams.py::test_a_key_has_one_use",),
     ),
     Mistake(
@@ -346,8 +346,8 @@ MISTAKES = (
     Mistake(
         "two devices draw the same noise",
         "sbml/modes/train.py",
-        'jax.random.split(stream(key, "rows"), n)',
-        'jax.random.split(stream(key, "rows"), n)[jnp.arange(n) % (n // 2)]',
+        'split(stream(key, "rows"), n)',
+        'split(stream(key, "rows"), n)[jnp.arange(n) % (n // 2)]',
         ("test_train_draws.py::test_antithetic_pairs_are_one_image_and_time_with_opposite_noise",),
     ),
     Mistake(

@@ -130,6 +130,9 @@ def test_with_the_best_variances_few_steps_lose_nothing_on_isotropic_normal_data
     even = Chain(VP(), eps, bins)
     rho2 = np.exp(-(even.log_snr[:-1] + even.log_snr[1:]) / 2)
     c = Chain(VP(), eps, 6, tuple((v / (v + rho2)).tolist()))
+    variances = c.alpha**2 * v + c.sigma**2  # of z_i
+    kept = (c.alpha[1:] / c.alpha[:-1]) ** 2 * variances[:-1] / variances[1:]
+    np.testing.assert_allclose(c.reverse_std[:-1] ** 2, variances[:-1] * (1 - kept), rtol=1e-3)
     m = v / (v + np.exp(-c.log_snr[1:]))
     noises = np.sqrt(m)[:, None]  # |n - e|^2 = m for each
     steps = [

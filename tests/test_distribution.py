@@ -174,6 +174,9 @@ def test_samples_and_their_log_p_by_one_solve() -> None:
     np.testing.assert_allclose(logp, exact(x), atol=1e-7)
     np.testing.assert_allclose(x, d.sample(key, 5), atol=1e-7)
     np.testing.assert_allclose(logp, d.log_prob(x), atol=1e-7)
+    # Few steps leave an error of 8e-4, or of 1e-2 if their correction is subtracted.
+    x, logp = density(Solver(rtol=1.0, atol=1.0, adjoint="reverse")).sample_and_log_prob(key, 5)
+    np.testing.assert_allclose(logp, exact(x), atol=3e-3)
     many = density(Solver(adjoint="reverse")).sample(jax.random.key(1), 2000)
     spread = (np.asarray(many) - (1 - EPS) * PARAMS["mean"]) / np.sqrt(
         (1 - EPS) ** 2 * VARIANCES + EPS**2

@@ -129,8 +129,8 @@ MISTAKES = (
     Mistake(
         "bound: reconstruction doubled",
         "sbml/bound.py",
-        "noise_error(score, sde, x, last, z) + constant)",
-        "2 * noise_error(score, sde, x, last, z) + constant)",
+        "reconstruction = diffusion_dsm(",
+        "reconstruction = 2 * diffusion_dsm(",
         ("test_bound.py::test_reconstruction_is_the_gaussian_decoder",),
     ),
     Mistake(
@@ -204,20 +204,18 @@ MISTAKES = (
         ("test_distribution.py::test_the_bound_in_discrete_time",),
     ),
     Mistake(
-        "codec: d not over r in a step",
-        "sbml/codec/chain.py",
-        "((d + error) / r + d",
-        "(d + error / r + d",
-        (
-            "test_codec.py::test_with_the_best_variances_few_steps_lose_nothing_on_isotropic_normal_data",
-        ),
+        "bound: integral of the control without its coefficients",
+        "sbml/bound.py",
+        "0.5 * jnp.sum(self.coefficients * jnp.sum(",
+        "0.5 * jnp.sum(1.0 * jnp.sum(",
+        ("test_bound.py::test_a_coefficient_at_each_noise_level_leaves_the_expectation",),
     ),
     Mistake(
-        "codec: constant of the reconstruction",
-        "sbml/codec/bits_back.py",
-        "self._rho * self.levels / 2)",
-        "self._rho * self.levels)",
-        ("test_codec.py::test_images_come_back_and_their_length_is_the_bound",),
+        "bound: expectation of the control at eps doubled",
+        "sbml/bound.py",
+        "jnp.full((1,), 0.5, x.dtype)",
+        "jnp.full((1,), 1.0, x.dtype)",
+        ("test_bound.py::test_the_control_leaves_the_expectation_of_the_reconstruction",),
     ),
     Mistake(
         "lattice not permuted",

@@ -284,6 +284,20 @@ def test_reconstruction_is_the_gaussian_decoder(case):
     np.testing.assert_allclose(got, -jnp.sum(norm.logpdf(x, mean, rho)), rtol=1e-10)
 
 
+def test_the_control_leaves_the_expectation_of_the_reconstruction(case):
+    """The control of the true Gaussian takes all noise from the reconstruction, whose expectation
+    is a sum in closed form: 1/2 sum_i (l_i^2 + v c_i^2) / (l_i + v)^2 and the constant."""
+    sde, data = case
+    x, control = x_points(data)[0], control_of(data)
+    options = {"eps": 0.02, "u": jnp.zeros(1), "reduction": Reduction(control)}
+    got = bound.elbo(data.score, sde, x, jax.random.key(3), **options).reconstruction
+    v = float(jnp.exp(-sde.log_snr(jnp.asarray(0.02))))
+    c2, variances = np.asarray(data.basis.T @ (x - data.mean)) ** 2, np.asarray(data.eigenvalues)
+    expected = 0.5 * np.sum((variances**2 + v * c2) / (variances + v) ** 2)
+    expected += 0.5 * x.size * np.log(2 * np.pi * v)
+    np.testing.assert_allclose(got, expected, rtol=1e-8)
+
+
 def test_the_bound_is_tight_for_the_true_score(case):
     """E bound = H(p_0) + KL(p_T || prior) + a gap in [0, O(rho_eps^2)] of the decoder."""
     sde, data = case

@@ -139,15 +139,8 @@ def ode_logp(
     Returns:
       The log-likelihood and its terms. They are NaN if the solver gave up.
     """
-    sde.check_time(eps)
-    x = in_full_precision(x)
-    last = ode.last_time(score, sde)
-    (z, integral, correction), stats = _solve(score, sde, x, key, eps, last, trace, solver)
-    if scalars.is_traced(last) or last < sde.T:
-        growth = _growth(sde, last, x)
-        z, integral = growth * z, integral + x.size * scalars.log(growth)
-    prior = sde.prior_logp(z)
-    return Likelihood(prior + integral + correction, prior, integral, correction, z, stats)
+    _, found = _along_ode(score, sde, x, key, eps, trace, solver)
+    return found
 
 
 @checked
@@ -172,16 +165,41 @@ def sample_logp(
     Raises:
       ValueError: if eps is not in (0, T), or there is no key to draw the probes.
     """
+    return _along_ode(score, sde, z, key, eps, trace, solver, backwards=True)
+
+
+def _along_ode(
+    score: Score,
+    sde: SDE,
+    start: Example,
+    key: Key | None,
+    eps: Number,
+    trace: Trace,
+    solver: Solver,
+    backwards: bool = False,
+) -> tuple[Example, Likelihood]:
+    """The end of the ODE from the data ``start`` to the latent or, ``backwards``, from the latent
+    ``start`` to the data, and the likelihood of the data."""
     sde.check_time(eps)
-    z = in_full_precision(z)
-    prior, x, scaling = sde.prior_logp(z), z, jnp.zeros((), z.dtype)
+    start = in_full_precision(start)
     last = ode.last_time(score, sde)
-    if scalars.is_traced(last) or last < sde.T:
-        growth = _growth(sde, last, z)
-        x, scaling = z / growth, z.size * scalars.log(growth)
-    (x, integral, correction), stats = _solve(score, sde, x, key, last, eps, trace, solver, True)
-    integral, correction = scaling - integral, -correction
-    return x, Likelihood(prior + integral + correction, prior, integral, correction, z, stats)
+    # From ``last`` to T the ODE is x' = x (log sigma)', of divergence d (log sigma)'.
+    growth: Number
+    if scalars.is_traced(last):
+        growth = ode.growth(sde, last, sde.T, start)
+    else:
+        growth = sde.stretch if last < sde.T else 1.0
+    scaling = start.size * scalars.log(growth)
+    t0, t1 = (last, eps) if backwards else (eps, last)
+    of = score, sde, start / growth if backwards else start, key, t0, t1, trace, solver, backwards
+    (end, integral, correction), stats = _solve(*of)
+    if backwards:
+        z, integral, correction = start, scaling - integral, -correction
+    else:
+        z = end = growth * end
+        integral = integral + scaling
+    prior = sde.prior_logp(z)
+    return end, Likelihood(prior + integral + correction, prior, integral, correction, z, stats)
 
 
 def _solve(
@@ -193,7 +211,7 @@ def _solve(
     t1: Number,
     trace: Trace,
     solver: Solver,
-    backwards: bool = False,
+    backwards: bool,
 ) -> tuple[tuple[Example, Scalar, Scalar], Stats]:
     """x(t1) of the ODE from ``x`` at t0, the integral of div v dt, its correction, and the cost."""
 
@@ -210,9 +228,3 @@ def _solve(
 
     of = field, with_divergence, x, t0, t1, solver
     return ode.solve_with_integral(*of, backwards=backwards)
-
-
-def _growth(sde: SDE, last: Number, x: Example) -> Number:
-    """The factor of x from ``last`` to T, where the ODE is x' = x (log sigma)', of divergence
-    d (log sigma)'."""
-    return ode.growth(sde, last, sde.T, x) if scalars.is_traced(last) else sde.stretch

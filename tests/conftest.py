@@ -49,11 +49,13 @@ jaxtyping.install_import_hook(shapes.CHECKED, "shapes.check")
 gc.set_threshold(100_000, 50, 50)
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Run files with a slow test first: otherwise all workers wait for one that starts such a file
-    last."""
-    slow = {item.path for item in items if item.get_closest_marker("slow")}
-    items.sort(key=lambda item: item.path not in slow)
+ALL = "not notebook and not frameworks"
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Say how the other tests are run, if this run left them out."""
+    if terminalreporter.config.option.markexpr == f"not slow and {ALL}":
+        terminalreporter.write_line(f'These were the quick tests. All tests: pytest -m "{ALL}"')
 
 
 @pytest.fixture(scope="session", autouse=True)

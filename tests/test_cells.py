@@ -114,7 +114,7 @@ def test_times_with_heavy_weights_are_warned_of_and_the_defaults_are_not(trained
         warnings = [w for w in result.warnings() if "HEAVY TAILS" in w]
         assert bool(fields) == ("HEAVY TAILS" in result.line) == bool(warnings)
         assert (result.plain()["tail"] > 0.7) == bool(fields)
-    assert "Use the defaults of eval.importance, " in warnings[0]
+    assert "Use the defaults of eval.importance and " in warnings[0]
 
 
 def test_another_seed_has_other_draws(trained, tmp_path):
@@ -149,12 +149,12 @@ def test_rows_of_another_setting_are_not_taken(trained, tmp_path, cell, field, v
 def with_levels():
     config = tiny.get_config()
     config.score.parameterization = "levels"
-    config.eval.proposal_bins = 0
+    config.eval.update(control=False, proposal_bins=0)
     return config
 
 
 def test_rows_of_other_images_or_parameters_are_not_taken(trained, tmp_path):
-    run = cell_run(trained, tmp_path, BOUND, proposal_bins=0)
+    run = cell_run(trained, tmp_path, BOUND, control=False, proposal_bins=0)
     shared, solver = run.shared, run.shared.experiment.config.eval.solver()
     state = shared.restored.state
     moved = state.replace(ema_params=jax.tree.map(lambda a: a + 1, state.ema_params))

@@ -37,7 +37,7 @@ from sbml.intervals import Interval
 from sbml.ode import Solver
 from sbml.progress import Bar
 from sbml.scalars import Number
-from sbml.types import Array, Key
+from sbml.types import Array
 
 # The terms that only integer data have.
 TERMS_OF_INTEGERS = ("dequantization", "importance", "scale")
@@ -48,9 +48,9 @@ TERMS_OF_INTEGERS = ("dequantization", "importance", "scale")
 FIRST_SWEEPS = 8
 
 
-@functools.partial(jax.jit, static_argnums=(1, 2, 3))
-def _points(key: Key, draw: str, n: int, draws: int) -> Array:
-    return times.DRAWS[draw](key, n, draws)
+@functools.cache
+def _compiled(draw: Callable[..., Array]) -> Callable[..., Array]:
+    return jax.jit(draw, static_argnums=(1, 2))
 
 
 @dataclasses.dataclass(kw_only=True, eq=False)
@@ -122,7 +122,7 @@ class Driver:
     def points(self, sweep: int) -> np.ndarray:
         """The points u in [0, 1) ``(n, n_times)`` that give the times of one sweep of a bound."""
         key = times_key(self.seed, sweep)
-        return np.asarray(_points(key, self.draw, len(self.data), self.n_times))
+        return np.asarray(_compiled(times.DRAWS[self.draw])(key, len(self.data), self.n_times))
 
     def rows(
         self, ids: Ids, sweep: int, solver: Solver | None = None, bar: Bar | None = None

@@ -227,8 +227,8 @@ MISTAKES = (
     Mistake(
         "bound: sign of the transform",
         "sbml/density.py",
-        "_with_transform(found, -log_det)",
-        "_with_transform(found, log_det)",
+        'found.with_term("transform", -log_det)',
+        'found.with_term("transform", log_det)',
         ("test_distribution.py::test_a_change_of_variables_keeps_the_mass",),
     ),
     Mistake(

@@ -48,7 +48,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Num
 
-from sbml import arguments, bits, intervals, likelihood, ode, pytrees, samplers
+from sbml import arguments, bits, likelihood, ode, pytrees, samplers
 from sbml.bound import GaussianControl, Reduction, pilot
 from sbml.dequantizers import uniform
 from sbml.divergence import Trace, exact_batch
@@ -319,7 +319,7 @@ class Density:
             "shown": lambda ids, values: log_det[ids] - values,
         }
         found = -self._solver_driver(data, target, condition, **options).estimate()
-        return found if self.transform is None else _with_transform(found, log_det)
+        return found if self.transform is None else found.with_term("transform", log_det)
 
     @checked
     def bits_per_dim(
@@ -398,7 +398,7 @@ class Density:
             progress="bound" if progress else "",
             shown=lambda ids, values: values - log_det[ids],
         ).estimate()
-        return found if self.transform is None else _with_transform(found, -log_det)
+        return found if self.transform is None else found.with_term("transform", -log_det)
 
     @checked
     def classify(
@@ -763,20 +763,6 @@ class WithLatent(ode_estimator.Estimator):
         terms, found = self.solved(score, params, data, key, options, target)
         zero = jnp.zeros(())
         return {**terms, "importance": zero, "latent": found.z}, found.stats.nfe
-
-
-def _with_transform(found: Estimate, log_det: np.ndarray) -> Estimate:
-    """``found`` with the term ``transform``, which is added to the numbers."""
-    values = found.values + log_det
-    shift = float(np.mean(log_det))
-    this_set = found.this_set._replace(mean=found.this_set.mean + shift)
-    return dataclasses.replace(
-        found,
-        values=values,
-        terms={**found.terms, "transform": log_det},
-        population=intervals.mean_interval(values),
-        this_set=this_set,
-    )
 
 
 def _check_samples(n: int, solver: Solver, lost: Any) -> None:

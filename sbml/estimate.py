@@ -102,6 +102,19 @@ class Estimate:
             solver_error=None if self.solver_error is None else negative(self.solver_error),
         )
 
+    def with_term(self, name: str, term: Values) -> "Estimate":
+        """The estimate with the known ``term (n,)`` added to the numbers, such as the
+        log-determinant of a change of variables."""
+        values = self.values + term
+        shift = float(np.mean(term))
+        return dataclasses.replace(
+            self,
+            values=values,
+            terms={**self.terms, name: term},
+            population=intervals.mean_interval(values),
+            this_set=self.this_set._replace(mean=self.this_set.mean + shift),
+        )
+
     def __repr__(self) -> str:
         low, high = self.population.bounds
         own = f"{self.this_set_ci95:.4f}" if self.this_set_ci95 < math.inf else " not measured"

@@ -13,7 +13,6 @@ log p_eps(z) is computed by the probability-flow ODE. The baselines (``sbml.eval
 are functions of the same z, so log |det dz/dy| cancels in the differences between models.
 """
 
-import dataclasses
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -83,10 +82,9 @@ def run(experiment: Experiment, workdir: Workdir) -> None:
         curve, step, density = _chosen(experiment, workdir, validation.images[some])
         baselines = densities.fit(*(s.images.astype(np.float64) for s in (rows, validation)))
         name = f"log p of {len(test)} standardized rows"
-        found = density.logp(test.images, progress=name)
+        found = density.logp(test.images, progress=name).with_term("transform", test.log_det)
         z = test.images.astype(np.float64)
         logp = {each.name: each.logp(z) + test.log_det for each in baselines}
-        found = dataclasses.replace(found, values=found.values + test.log_det)
         logp = {"model": found.values, **logp}
         choices = [f"step {step} of {config.training.num_steps}", *(b.chosen for b in baselines)]
         results: list[dict[str, Any]] = []

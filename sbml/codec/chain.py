@@ -37,10 +37,7 @@ from sbml.bound import Steps
 from sbml.door import checked, condition, typed
 from sbml.scalars import Count, Number
 from sbml.sdes import SDE
-from sbml.streams import stream
 from sbml.types import Array, Batch, Key, Score
-
-DRAWS = 8  # times for each example, from which ``pilot`` estimates m
 
 Share = Annotated[float, condition("above 0 and below 1", lambda m: 0 < m < 1)]
 
@@ -144,17 +141,8 @@ def pilot(score: Score, sde: SDE, x: Batch, key: Key, *, eps: Number, bins: Coun
     It is clipped to [1 / 512, 511 / 512], because its estimate can be above 1, although m itself is
     below 1 for a good score.
     """
-    v = times.lattice(stream(key, "times"), len(x), DRAWS)
-    t, _ = times.Importance(sde, eps).at(v)
-
-    def image(row: tuple[Array, Array, Key]) -> Array:
-        x, t, key = row
-        zs = jax.random.normal(key, (DRAWS, *x.shape), x.dtype)
-        return jax.vmap(lambda t, z: 2 * bound.noise_error(score, sde, x, t, z) / x.size)(t, zs)
-
-    values = jax.lax.map(image, (x, t, jax.random.split(stream(key, "noise"), len(x))))
-    counts = times.tally(jnp.zeros((2, bins), values.dtype), v.ravel(), values.ravel(), 1.0)
-    return jnp.clip(counts[1] / counts[0], 1 / 512, 511 / 512)
+    errors = bound.profile(score, sde, x, key, eps=eps, bins=bins).mean
+    return jnp.clip(2 * errors / x[0].size, 1 / 512, 511 / 512)
 
 
 def _in_float64(compute: Any) -> Any:

@@ -27,6 +27,7 @@ def config() -> ConfigDict:
     return config
 
 
+@pytest.mark.slow
 def test_nothing_of_the_cpu_is_in_an_accelerators_program(monkeypatch: pytest.MonkeyPatch) -> None:
     used = []
     original = _layers._materialise
@@ -53,6 +54,7 @@ def integer_denoiser() -> ConfigDict:
     return config
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("config", [config, integer_denoiser])
 def test_evaluation_multiplies_at_full_precision(config: Callable) -> None:
     """By default, TPUs and GPUs multiply float32 numbers at lower precision, as sampling does."""
@@ -87,6 +89,7 @@ def rematerialised(kind: str) -> tuple[ncsnpp.Model, dict, Callable]:
     return model, random_params(model, x.shape), loss
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["biggan", "ddpm"])
 def test_remat_stores_less_for_the_gradient(kind: str) -> None:
     model, params, loss = rematerialised(kind)
@@ -99,6 +102,7 @@ def test_remat_stores_less_for_the_gradient(kind: str) -> None:
     assert stored(model.clone(remat=True)) < 0.5 * stored(model)
 
 
+@pytest.mark.slow
 def test_remat_keeps_outputs_and_gradients() -> None:
     """With and without remat, the dropout is the same."""
     model, params, loss = rematerialised("biggan")

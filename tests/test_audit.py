@@ -107,6 +107,7 @@ def test_the_discretised_gaussian_has_the_density_of_the_centres() -> None:
     np.testing.assert_allclose(other - one, expected)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("data", ["centre", "uniform"])
 @pytest.mark.parametrize("name", SMALL)
@@ -133,6 +134,7 @@ def test_denoisers_against_a_sum_over_all_images(name: str, data: str) -> None:
     np.testing.assert_allclose(denoiser(x_t[1], 0.05), found[1], rtol=1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("data", ["centre", "uniform"])
 def test_the_score_of_the_denoiser_is_the_gradient_of_log_p(data: str) -> None:
@@ -318,6 +320,7 @@ TINY: dict[str, worlds.World] = {"tiny": correlated(2, 3)}
 CHAIN: dict[str, worlds.World] = {"chain": worlds.chain(4, (1, 3, 1))}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("estimator", ours.OURS, ids=lambda e: e.name)
 def test_ours_do_not_fail(estimator: Estimator) -> None:
     """With an eighth of the usual calls, for which many numbers are unclear."""
@@ -325,6 +328,7 @@ def test_ours_do_not_fail(estimator: Estimator) -> None:
     assert not report.failed, str(report)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mistake", mistakes.MISTAKES, ids=lambda m: m.estimator.name)
 def test_mistakes_are_caught(mistake: mistakes.Mistake) -> None:
     coverage = "coverage" in mistake.fails

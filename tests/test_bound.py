@@ -183,6 +183,7 @@ def test_a_density_of_times_does_not_bias(case):
     assert not np.allclose(values, even)  # The density is used.
 
 
+@pytest.mark.slow
 def test_pilot_follows_the_noise(case):
     """The density is the standard deviation of the draws in each bin, here of independent draws."""
     sde, data = case
@@ -198,6 +199,7 @@ def test_pilot_follows_the_noise(case):
     np.testing.assert_allclose(density, spread / spread.mean(), rtol=0.15)
 
 
+@pytest.mark.slow
 def test_the_profile_of_the_true_score_is_the_posterior_variance(case):
     """E |z - e|^2 = sum_i l_i / (l_i + v) with v = exp(-lambda). Its integral has a closed form."""
     sde, data = case
@@ -233,7 +235,9 @@ def smooth(n, side, rng):
     return 3 * x.reshape(n, -1)
 
 
-@pytest.mark.parametrize("side", [8, 14, 55])
+@pytest.mark.parametrize(
+    "side", [8, pytest.param(14, marks=pytest.mark.slow), pytest.param(55, marks=pytest.mark.slow)]
+)
 def test_a_control_of_few_data_is_hardly_worse_than_none(side):
     """64, 196 and 3,025 dimensions. Full covariances of few data have eigenvalues that are far too
     small, so a control with the coefficient 1 can have many times the noise of none."""
@@ -367,6 +371,7 @@ def test_invalid_arguments_are_refused(kwargs, message):
         bound.elbo(oracle.gaussian(sde).score, sde, x, jax.random.key(0), **arguments)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
 def test_data_of_less_precision_have_noise_of_full_precision(dtype):
     """With noise of half precision, the bound of an image would be far below the truth."""
@@ -403,6 +408,7 @@ def test_squares_of_a_score_of_less_precision_are_summed_in_float32():
     np.testing.assert_allclose(found, expected, rtol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
 def test_data_of_less_precision_are_solved_in_full_precision(dtype):
     sde, x = SDES["vp"](), jnp.asarray([0.5, -1.25]).astype(dtype)

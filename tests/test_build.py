@@ -43,12 +43,14 @@ def parameter_count(path):
     return COUNTS[network]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
 def test_every_config_builds_and_says_how_to_run_it(path):
     assert parameter_count(path) > 1e5
     assert f"--config=configs/{path.name}" in pathlib.Path(path).read_text()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("data", ["cifar10", "imagenet32"])
 @pytest.mark.parametrize("sde", ["vp", "subvp"])
 @pytest.mark.parametrize("size, count", [("", 61_804_419), ("_deep", 106_632_579)])
@@ -103,6 +105,7 @@ def test_the_papers_variants_change_what_they_are_named_after() -> None:
             get_config(f"cifar10_vp_{wrong}")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name, network, count",
     [
@@ -289,6 +292,7 @@ def test_a_flow_for_images_of_odd_width_is_refused() -> None:
         build.Experiment(config)
 
 
+@pytest.mark.slow
 def test_unknown_fields_modes_and_arguments_list_the_choices(tmp_path):
     for flag, expected in [
         ("--config.optim.learning_rate=1", "beta1, beta2, ema, eps, grad_clip, lr"),

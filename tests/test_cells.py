@@ -30,6 +30,7 @@ def trained(tmp_path_factory):
     return workdir
 
 
+@pytest.mark.slow
 def test_a_network_in_half_precision_is_refused_before_any_row(trained, tmp_path, monkeypatch):
     """Only for the ODE, whose check of convergence does not see the rounding errors."""
     exact = score.LinenScore.__call__
@@ -43,6 +44,7 @@ def test_a_network_in_half_precision_is_refused_before_any_row(trained, tmp_path
     cell_run(trained, tmp_path, BOUND, proposal_bins=0)
 
 
+@pytest.mark.slow
 def test_solver_guard_measures_the_solvers_error(trained, tmp_path):
     """The default is within its budget. At a loose tolerance, the reported error is the difference
     from a finer solve, and the result is marked as not converged."""
@@ -79,6 +81,7 @@ def test_a_number_outside_the_subset_that_is_not_finite_has_not_converged():
     assert not run.estimate().converged
 
 
+@pytest.mark.slow
 def test_eight_euler_steps_are_refused(trained, tmp_path):
     fields = {"subset": 8, "batch_size": 16, "method": "euler", "fixed_steps": 8}
     run = cell_run(trained, tmp_path, ODE, **fields)
@@ -88,6 +91,7 @@ def test_eight_euler_steps_are_refused(trained, tmp_path):
         run.finish()
 
 
+@pytest.mark.slow
 def test_noise_of_an_ode_cell_is_measured_by_a_second_draw_of_a_subset(trained, tmp_path):
     run = cell_run(trained, tmp_path, ODE, max_images=40, subset=8, batch_size=16)
     result = run.finish()
@@ -105,6 +109,7 @@ def test_noise_of_an_ode_cell_is_measured_by_a_second_draw_of_a_subset(trained, 
     assert half < 0.9 * shown.ci95
 
 
+@pytest.mark.slow
 def test_times_with_heavy_weights_are_warned_of_and_the_defaults_are_not(trained, tmp_path):
     """In the line of the terminal, and in the warnings and the row of the report."""
     for fields in ({}, {"importance": "velocity", "proposal_bins": 0}):
@@ -117,6 +122,7 @@ def test_times_with_heavy_weights_are_warned_of_and_the_defaults_are_not(trained
     assert "Use the defaults of eval.importance and " in warnings[0]
 
 
+@pytest.mark.slow
 def test_another_seed_has_other_draws(trained, tmp_path):
     for cell in (ODE, BOUND):
         one, other = (
@@ -126,6 +132,7 @@ def test_another_seed_has_other_draws(trained, tmp_path):
         assert np.all(one["bits_per_dim"] != other["bits_per_dim"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("cell", "field", "value"),
     [
@@ -153,6 +160,7 @@ def with_levels():
     return config
 
 
+@pytest.mark.slow
 def test_rows_of_other_images_or_parameters_are_not_taken(trained, tmp_path):
     run = cell_run(trained, tmp_path, BOUND, control=False, proposal_bins=0)
     shared, solver = run.shared, run.shared.experiment.config.eval.solver()
@@ -170,6 +178,7 @@ def test_rows_of_other_images_or_parameters_are_not_taken(trained, tmp_path):
         assert other._identity(solver) != run._identity(solver)
 
 
+@pytest.mark.slow
 def test_a_network_in_bfloat16_is_evaluated_in_float32(trained, tmp_path, monkeypatch):
     config = tiny.get_config()
     config.model.dtype = "bfloat16"
@@ -179,6 +188,7 @@ def test_a_network_in_bfloat16_is_evaluated_in_float32(trained, tmp_path, monkey
     assert run.score.adapter.model.dtype == "float32"
 
 
+@pytest.mark.slow
 def test_the_smallest_time_of_a_number(trained, tmp_path):
     """The training's, ``eval.smallest_time``, and that of noise around bin centres."""
     for fields, cell, eps in (
@@ -194,6 +204,7 @@ def test_the_smallest_time_of_a_number(trained, tmp_path):
         assert at in shown.line.replace(" NOT CONVERGED", "")
 
 
+@pytest.mark.slow
 def test_one_image_has_a_known_error_of_the_solver(trained, tmp_path):
     """Its batch is not padded to ``eval.batch_size``, which would not fit in memory here."""
     run = cell_run(trained, tmp_path, ODE, max_images=1, batch_size=2**31 - 1)
@@ -202,6 +213,7 @@ def test_one_image_has_a_known_error_of_the_solver(trained, tmp_path):
     assert len(result.values) == 1 and result.solver_error.ci95 == 0 and result.converged
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("cell", "sweeps"), [(ODE, 1), (BOUND, 3)])
 def test_the_bar_shows_the_mean_of_all_rows_so_far(trained, tmp_path, monkeypatch, cell, sweeps):
     """The mean is over all batches, also those of earlier sweeps and of an earlier command."""
@@ -233,11 +245,13 @@ def test_the_bar_shows_the_mean_of_all_rows_so_far(trained, tmp_path, monkeypatc
     assert run.result(result).name == cell.title
 
 
+@pytest.mark.slow
 def test_sweeps_draw_times_of_their_own(trained, tmp_path):
     run = cell_run(trained, tmp_path, BOUND)
     assert not np.isin(run.points(0), run.points(1)).any()
 
 
+@pytest.mark.slow
 def test_target_se_sweeps_until_it_is_reached(trained, tmp_path):
     first = cell_run(trained, tmp_path, BOUND, sweeps=3)
     target = first.finish().this_set.stderr / 1.5
@@ -254,6 +268,7 @@ def test_target_se_sweeps_until_it_is_reached(trained, tmp_path):
     assert few.sweeps == 4 and "after 4 sweeps" in warning and "target_se=1e-9" in warning
 
 
+@pytest.mark.slow
 def test_a_target_is_not_judged_by_few_sweeps(trained, tmp_path):
     run = cell_run(trained, tmp_path, BOUND, sweeps=1, target_se=1.0, max_images=20)
     result = run.finish()

@@ -227,6 +227,7 @@ def _killed_after(delay: float, run: Path) -> tuple[int, list[str]]:
         child.join()
 
 
+@pytest.mark.slow
 def test_a_kill_in_the_middle_of_a_save_loses_only_that_save(tmp_path: Path) -> None:
     run, newest, halves = tmp_path / "run", 0, 0
     for delay in (0.0, 0.03, 0.1, 0.3):
@@ -369,6 +370,7 @@ def _save_many_times(directory: Path) -> None:
         assert threading.active_count() <= threads
 
 
+@pytest.mark.slow
 def test_a_save_leaves_no_thread_and_no_open_file(tmp_path: Path) -> None:
     in_fresh_process(_save_many_times, tmp_path / "run")
 

@@ -39,6 +39,7 @@ def trained(tmp_path_factory):
     return workdir
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NETWORKS)
 def test_a_network_reads_the_class_of_each_example(name: str) -> None:
     small = {
@@ -71,6 +72,7 @@ def test_a_network_reads_the_class_of_each_example(name: str) -> None:
     assert "classes" not in plain.init(jax.random.key(0), x, label, train=False)["params"]
 
 
+@pytest.mark.slow
 def test_the_loss_of_an_image_is_that_of_its_class() -> None:
     experiment = build.Experiment(config())
     images = experiment.images("train")
@@ -94,6 +96,7 @@ def test_the_loss_of_an_image_is_that_of_its_class() -> None:
         np.testing.assert_allclose(found[i], expected[0], rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_an_evaluation_has_bits_per_dim_given_the_label_and_the_classifier(trained) -> None:
     """Against ``Density``, one class after the other, and Bayes' rule written out."""
     workdir, made = Workdir(trained), config()
@@ -131,6 +134,7 @@ def test_an_evaluation_has_bits_per_dim_given_the_label_and_the_classifier(train
     assert abs(own[np.isin(table["id"], ids)].mean() - given) < 0.05
 
 
+@pytest.mark.slow
 def test_sample_i_has_class_i_modulo_the_number_of_classes(trained) -> None:
     experiment = build.Experiment(config())
     params = experiment.restore(trained).state.ema_params
@@ -171,6 +175,7 @@ def test_labels_that_do_not_fit_are_refused(tmp_path) -> None:
         build.Experiment(wrong).check()
 
 
+@pytest.mark.slow
 def test_training_does_not_continue_with_other_classes(trained, monkeypatch) -> None:
     original = build.Experiment.images
 
@@ -187,6 +192,7 @@ def test_training_does_not_continue_with_other_classes(trained, monkeypatch) -> 
         runs.mode(evaluate.run, config(), trained)
 
 
+@pytest.mark.slow
 def test_without_training_images_of_a_class_there_is_no_classifier(trained, monkeypatch) -> None:
     """A warning says so, and the other numbers do not change."""
     original = build.Experiment.images

@@ -354,6 +354,7 @@ def test_arithmetic_that_does_not_repeat_is_found_at_once(monkeypatch: pytest.Mo
         compress(c, images(4))
 
 
+@pytest.mark.slow
 def test_the_pilot_measures_the_errors_of_the_noise_prediction() -> None:
     x = jnp.asarray(MEAN + STD * np.random.default_rng(5).normal(size=(500, 6)), jnp.float32)
     x = x.reshape(-1, *SHAPE)

@@ -159,16 +159,19 @@ can_break = pytest.mark.skipif(
 )
 
 
+@pytest.mark.slow
 @can_break
 def test_no_entry_point_of_the_library_computes_on_a_broken_compiler() -> None:
     """A flag that the user has set is not changed, so every entry point raises an error."""
     in_process(WRONG + CALLS + CONTEXTS, BROKEN)
 
 
+@pytest.mark.slow
 def test_sums_are_right_once_the_package_is_imported() -> None:
     in_process("import sbml\n" + WRONG + "assert not wrong\n" + CALLS + CONTEXTS)
 
 
+@pytest.mark.slow
 def test_a_computation_before_the_import_is_noticed() -> None:
     """With its default flags, the installed version may sum rightly or wrongly."""
     in_process(WRONG + CALLS)
@@ -220,6 +223,7 @@ def test_the_cure_keeps_the_flags_of_the_user(monkeypatch: pytest.MonkeyPatch) -
     assert cured(other) == other
 
 
+@pytest.mark.slow
 def test_flags_that_xla_does_not_know_are_left_out() -> None:
     """XLA aborts a process that starts with such a flag."""
     unknown = "--xla_cpu_fuse_everything=true"

@@ -76,6 +76,7 @@ def test_the_report_says_what_was_restored(coded: Path) -> None:
     assert summary.codec_of(Workdir(coded), {"parameters_crc32": 1}) is None
 
 
+@pytest.mark.slow
 def test_a_folder_of_images_goes_to_a_file_and_back(coded: Path, tmp_path: Path) -> None:
     for workdir in ("a", "b"):
         (tmp_path / workdir).mkdir()
@@ -194,6 +195,7 @@ def test_another_checkpoint_is_refused(coded: Path, tmp_path: Path) -> None:
         runs.mode(decompress.run, longer, tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("mode", "last"), [(compress, IMAGES), (decompress, RESTORED)])
 def test_a_stopped_run_continues_to_the_same_file(
     coded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: Any, last: str

@@ -162,6 +162,7 @@ def shapes(fields: dict[str, Any]) -> Any:
     return init["params"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_options_are_read_from_the_parameters(options: dict[str, Any]) -> None:
     fields = {**GIVEN, "nf": 8, "ch_mult": (1, 2), "num_res_blocks": 1, "attn_resolutions": (8,)}
@@ -176,6 +177,7 @@ def test_options_are_read_from_the_parameters(options: dict[str, Any]) -> None:
     assert read_options(params, {**GIVEN, **untold}, 16) == fields
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "embedding"),
     [
@@ -234,6 +236,7 @@ def test_options_that_the_parameters_do_not_show_must_be_given() -> None:
     assert read_options(params, {**GIVEN, "attn_resolutions": (8,)}, 16)["attn_resolutions"] == (8,)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -280,6 +283,7 @@ def test_parameters_are_checked_too(tmp_path: Path) -> None:
     assert not (tmp_path / "ours").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -355,6 +359,7 @@ def flow_of(model: variational.Model) -> tuple[dict[str, Any], Any]:
     return flow, params
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("design", list(variational.DESIGNS))
 def test_the_dequantizer_is_converted_with_the_score(
     design: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -239,6 +239,7 @@ def check(score: Any, formulas: Callable[[Any], Formulas], name: str, pixels: st
         np.testing.assert_allclose(found, expected, rtol=0, atol=3e-4 * np.abs(expected).max())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SCHEDULERS)
 def test_the_score_is_that_of_the_scheduler(name: str, tmp_path: Path) -> None:
     scheduler, formulas = SCHEDULERS[name]
@@ -254,6 +255,7 @@ def converted(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return workdir
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pixels", ["unit", "bins"])
 def test_a_flag_tells_how_pixels_were_scaled(
     pixels: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -286,6 +288,7 @@ def test_the_checkpoint_tells_what_it_is(converted: Path) -> None:
 # ---- likelihoods ---------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_bits_per_dim_are_those_of_the_original_units_by_the_change_of_variables(
     converted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -122,6 +122,7 @@ def expected_terms(pixels: np.ndarray, u: np.ndarray, pair: Any, last: Any) -> d
     return {name: float(nats) / (f.size * math.log(2)) for name, nats in terms.items()}
 
 
+@pytest.mark.slow
 def test_an_evaluation_without_flags_is_their_bound(
     converted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -161,6 +162,7 @@ GAMMAS: dict[str, Any] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("gamma", GAMMAS)
 @pytest.mark.parametrize(
     "options",

@@ -36,6 +36,7 @@ def new_pages(call: str, *, settled: bool) -> int:
     return int(subprocess.run(command, capture_output=True, check=True).stdout)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc's")
 def test_intermediate_results_take_no_new_pages():
     assert new_pages(PRODUCT, settled=True) < 32

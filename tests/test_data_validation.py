@@ -141,6 +141,7 @@ def test_a_checkpoint_knows_what_was_held_out(caplog: pytest.LogCaptureFixture) 
     assert "other data" in warning and "1337" in warning
 
 
+@pytest.mark.slow
 def test_a_checkpoint_knows_on_what_it_was_trained_first(tmp_path: Path) -> None:
     """If images are held out only when a training continues, the network has seen them."""
     config = tiny.get_config()

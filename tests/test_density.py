@@ -66,6 +66,7 @@ def test_log_likelihoods_are_those_of_the_closed_form(name: str) -> None:
     assert estimate.mean == estimate.population.mean == pytest.approx(estimate.values.mean())
 
 
+@pytest.mark.slow
 def test_the_batch_size_changes_nothing_and_the_seed_changes_the_probes() -> None:
     x, options = data(7), {"trace": Trace("rademacher", 2)}
     one, other = (density(batch_size=size, **options).logp(x) for size in (3, 7))
@@ -74,6 +75,7 @@ def test_the_batch_size_changes_nothing_and_the_seed_changes_the_probes() -> Non
     assert one.this_set_ci95 == pytest.approx(other.this_set_ci95) and one.this_set_ci95 > 0
 
 
+@pytest.mark.slow
 def test_only_an_exact_trace_has_smaller_batches(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sbml.density.exact_batch", lambda dims: 2)
     sizes: list[int] = []
@@ -141,6 +143,7 @@ def test_bits_per_dim_are_of_the_integers() -> None:
     assert estimate.population.ci95 != pytest.approx(estimate.this_set_ci95, rel=1e-3)
 
 
+@pytest.mark.slow
 def test_latents_decode_to_the_data_and_samples_have_the_datas_moments() -> None:
     strict = {"solver": Solver(rtol=1e-7, atol=1e-7)}
     x, d = data(5), density(**strict)
@@ -173,6 +176,7 @@ def test_an_example_that_dominates_the_mean_is_named() -> None:
     assert f"standard deviations from the median {np.median(found.values):.4f}: 5 (" in line
 
 
+@pytest.mark.slow
 def test_the_solver_error_of_the_only_example_is_known() -> None:
     estimate = density().logp(data(1))
     assert estimate.converged and estimate.solver_error.ci95 == 0
@@ -206,6 +210,7 @@ class Typed:
         return -self.weights["w"] * x
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("made", ["function", "prediction", "object"])
 def test_weights_that_have_changed_are_read_again(made: str) -> None:
     """The score is -w x, which reads w from elsewhere."""
@@ -248,6 +253,7 @@ def test_a_function_made_anew_is_compiled_once_for_all_its_weights() -> None:
     assert np.abs(found[0] - found[1]).min() > 1e-3
 
 
+@pytest.mark.slow
 def test_functions_with_other_derivatives_are_other_programs() -> None:
     """Two functions with equal values, one of which says that its derivative is 0."""
 
@@ -308,6 +314,7 @@ def test_a_score_with_arrays_is_compiled_once() -> None:
     assert len(calls) == count
 
 
+@pytest.mark.slow
 def test_a_module_with_activation_functions_among_its_leaves() -> None:
     class Module(eqx.Module):
         mlp: eqx.nn.MLP

@@ -42,12 +42,14 @@ def drawn(request):
     return model, draw, keys, draw(keys)
 
 
+@pytest.mark.slow
 def test_u_stays_in_the_bin(drawn):
     u, log_q = drawn[3]
     assert u.shape == (DRAWS, *SHAPE) and log_q.shape == (DRAWS,)
     assert u.min() >= 0 and u.max() < 1 and np.isfinite(log_q).all()
 
 
+@pytest.mark.slow
 def test_draws_are_a_function_of_the_key(drawn):
     _, draw, keys, (u, log_q) = drawn
     again, log_q_again = draw(keys[::-1])
@@ -56,6 +58,7 @@ def test_draws_are_a_function_of_the_key(drawn):
     assert len(np.unique(np.asarray(u).reshape(DRAWS, -1)[:, 0])) > 0.9 * DRAWS
 
 
+@pytest.mark.slow
 def test_log_q_is_a_normalised_density(drawn):
     """E_q [1 / q; u in a box] is the volume of the box. The box leaves out the edges of the bin,
     where 1 / q is unbounded."""

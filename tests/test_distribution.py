@@ -91,6 +91,7 @@ def test_log_p_and_its_gradient_are_those_of_the_closed_form() -> None:
     np.testing.assert_allclose(scanned, exact(X), atol=1e-7)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("unchecked")
 def test_gradients_are_finite_differences() -> None:
     """With respect to x, the weights and the condition, of exact traces and of probes."""
@@ -125,6 +126,7 @@ def test_gradients_are_finite_differences() -> None:
     np.testing.assert_allclose(jax.grad(of_condition)(c), difference(of_condition, c), atol=1e-6)
 
 
+@pytest.mark.slow
 def test_a_density_is_a_pytree_for_other_objects_too() -> None:
     """JAX and Equinox put None, booleans and other objects in the place of its arrays."""
     d = density(STEPS)
@@ -147,6 +149,7 @@ def test_lost_samples_of_integers_are_refused_inside_jit_too() -> None:
         jax.effects_barrier()
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("unchecked")
 def test_the_memory_of_a_gradient_grows_much_less_than_the_steps() -> None:
     def memory(steps: int) -> int:
@@ -340,6 +343,7 @@ def test_importance_weights_give_the_normaliser(d: int) -> None:
         noisy.importance(jax.random.key(0), 10, broad)
 
 
+@pytest.mark.slow
 def test_a_control_fitted_to_the_examples_leaves_the_expectation() -> None:
     """The mean over many sweeps with a control of these examples is that without one: the
     expectation of the bound is over noise and times only."""
@@ -394,6 +398,7 @@ def test_the_bound_in_discrete_time() -> None:
     assert abs(many.mean - integral.mean) < 4 * noise < 2
 
 
+@pytest.mark.slow
 def test_a_measurement_costs_one_solve_and_one_strict_solve_of_a_part() -> None:
     x = np.asarray(np.random.default_rng(4).normal(size=(10, 3)))
     calls: list[tuple[int, int]] = []
@@ -536,6 +541,7 @@ def test_half_precision_is_converted_or_refused() -> None:
         half.log_prob(X)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("unchecked")
 def test_few_examples_and_constant_coordinates_have_a_control() -> None:
     """Without an added variance, the control would be far off in directions without variance."""

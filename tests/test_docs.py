@@ -44,6 +44,7 @@ LONGEST = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "line", "code"), [pytest.param(*b, id=f"{b[0]}:{b[1]}") for b in LONGEST]
 )
@@ -55,6 +56,7 @@ def test_the_block_runs(name: str, line: int, code: str) -> None:
         raise
 
 
+@pytest.mark.slow
 def test_the_block_about_a_run_runs(tmp_path, monkeypatch, capsys) -> None:
     config = tiny.get_config()
     config.training.num_steps = 1

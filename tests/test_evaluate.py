@@ -54,6 +54,7 @@ def test_every_image_counts_once(trained, table):
     assert report["data"]["test"]["count"] == 360
 
 
+@pytest.mark.slow
 def test_the_gap_to_training_images_is_in_the_report(trained, tmp_path):
     """And so is the loss at each noise level, whose integral is the diffusion term."""
     (tmp_path / "checkpoints").symlink_to(trained / "checkpoints")
@@ -112,6 +113,7 @@ def test_bound_without_control_or_lattice_has_the_same_mean(trained, table, tmp_
     assert abs(gap.mean()) < 0.1
 
 
+@pytest.mark.slow
 def test_a_density_of_times_has_the_same_mean_with_less_noise(trained, table, tmp_path):
     ids = np.arange(360)
     plain = cell_run(trained, tmp_path, BOUND, n_times=8, proposal_bins=0)
@@ -126,6 +128,7 @@ def test_a_density_of_times_has_the_same_mean_with_less_noise(trained, table, tm
     assert noise[1] < 0.8 * noise[0]
 
 
+@pytest.mark.slow
 def test_batch_size_changes_nothing(trained, table, tmp_path):
     """Batches of 7 instead of 120, the last of which is padded."""
     ids = np.arange(16)
@@ -138,6 +141,7 @@ def test_batch_size_changes_nothing(trained, table, tmp_path):
         np.testing.assert_allclose(values, expected, rtol=0, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_eight_devices_change_nothing(trained, table, tmp_path):
     (tmp_path / "checkpoints").symlink_to(trained / "checkpoints")
     runs.run(tmp_path, "--mode=eval", "--config.eval.batch_size=100", devices=8)
@@ -147,6 +151,7 @@ def test_eight_devices_change_nothing(trained, table, tmp_path):
         np.testing.assert_allclose(got[column], table[column], rtol=0, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_killed_evaluation_ends_in_the_same_bytes(trained, tmp_path):
     """Ctrl-C ends one evaluation after a batch, and SIGKILL another, which is then continued."""
 
@@ -244,6 +249,7 @@ def test_rows_of_other_terms_are_not_taken(trained, tmp_path, monkeypatch):
     np.testing.assert_array_equal(again["correction"], fresh["correction"])
 
 
+@pytest.mark.slow
 def test_score_matching_form_has_the_same_mean(trained, tmp_path):
     """Both forms have the same expectation on the same images; dsm uses its control variate."""
     runs_of = [cell_run(trained, tmp_path, Cell(name, "uniform"), sweeps=8, n_times=8)
@@ -256,6 +262,7 @@ def test_score_matching_form_has_the_same_mean(trained, tmp_path):
     assert traces == [None, {"kind": "rademacher", "probes": 2}]
 
 
+@pytest.mark.slow
 def test_score_matching_form_takes_the_exact_trace(trained, tmp_path):
     """Many probes approach the exact divergence; each setting has its own rows."""
     cell, ids = Cell("bound_ssm", "uniform"), np.arange(4)
@@ -265,6 +272,7 @@ def test_score_matching_form_takes_the_exact_trace(trained, tmp_path):
     assert 0 < np.abs(many - exact).max() < 0.25 * np.abs(one - exact).max()
 
 
+@pytest.mark.slow
 def test_times_uniform_in_t_have_the_same_mean_with_more_noise(trained, tmp_path):
     fields = {"n_times": 8, "control": False, "proposal_bins": 0}
     ways = [cell_run(trained, tmp_path, BOUND, importance_sampling=way, **fields)
@@ -276,6 +284,7 @@ def test_times_uniform_in_t_have_the_same_mean_with_more_noise(trained, tmp_path
         cell_run(trained, tmp_path, BOUND, importance_sampling=False, proposal_bins=32)
 
 
+@pytest.mark.slow
 def test_times_by_the_velocitys_error_change_only_the_draws(trained, tmp_path):
     fields = {"n_times": 32, "proposal_bins": 0}
     ways = [cell_run(trained, tmp_path, BOUND, importance=way, **fields)
@@ -323,6 +332,7 @@ def test_a_bound_without_a_control_variate_fits_none(trained, tmp_path):
     assert not list((tmp_path / "eval").glob("pilot_*"))
 
 
+@pytest.mark.slow
 def test_several_samples_tighten_and_their_terms_add_up(trained, tmp_path, table):
     """K = 4 with the exact trace, compared with groups of four densities averaged by hand."""
     count = 6
@@ -439,6 +449,7 @@ def test_a_report_of_another_model_than_the_checkpoints_is_refused(trained):
     assert (trained / "report.json").read_bytes() == before
 
 
+@pytest.mark.slow
 def test_every_cell_of_the_table_from_one_checkpoint(trained, tmp_path):
     """Two estimators with three dequantizers; the undefined cell is listed."""
     (tmp_path / "checkpoints").symlink_to(trained / "checkpoints")

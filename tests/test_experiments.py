@@ -126,6 +126,7 @@ def test_schedule(name: str) -> None:
     np.testing.assert_allclose(uniform, 1 / (c["log_snr"][0] - c["log_snr"][-1]), rtol=1e-9)
 
 
+@pytest.mark.slow
 def test_toy2d(tmp_path: Path) -> None:
     rows = toy2d.main(steps=60, points=64, resolution=8, out=str(tmp_path / "toy.png"))
     assert (tmp_path / "toy.png").stat().st_size > 10_000
@@ -145,6 +146,7 @@ def test_the_settings_of_a_configs_own_sampler_are_not_those_of_others(name: str
     assert sampler.solver.fixed_steps == 10 if name == "ode_heun" else sampler.nfe == 20
 
 
+@pytest.mark.slow
 def test_samplers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One sampler of each kind: with noise, with a corrector, with neither, and the ODE."""
     few = ("ancestral", "reverse_diffusion_corrected", "dpm_solver", "ode_heun")

@@ -33,6 +33,7 @@ def weights(of: str) -> dict[str, np.ndarray]:
     return random_weights(SHAPES[of])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("of", ["torchvision", "pytorch_fid"])
 def test_features_and_probabilities_are_pytorchs(of: str) -> None:
     params = inception.from_state_dict(weights(of))
@@ -84,6 +85,7 @@ def test_ordinary_pickle_runs_the_code_in_the_malicious_files(
     assert (tmp_path / "harm").exists()
 
 
+@pytest.mark.slow
 def test_the_file_is_checked_and_converted_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -161,6 +161,7 @@ def test_the_length_of_a_weight_normalised_kernel_is_its_scale() -> None:
     np.testing.assert_allclose(twice - bias, 2 * (y - bias), atol=1e-5)
 
 
+@pytest.mark.slow
 def test_channels_have_mean_0_and_variance_1_after_each_activation_norm(
     tiny: flowpp.Model,
 ) -> None:
@@ -198,6 +199,7 @@ def test_halves_are_even_and_odd_columns_and_merge_undoes_split() -> None:
     np.testing.assert_array_equal(flow.merge((even, odd)), x)
 
 
+@pytest.mark.slow
 def test_log_q_is_the_change_of_variables_by_the_full_jacobian(
     tiny: flowpp.Model, params: Any
 ) -> None:
@@ -216,6 +218,7 @@ def test_log_q_is_the_change_of_variables_by_the_full_jacobian(
         np.testing.assert_allclose(log_q[0], log_normal - log_det, rtol=1e-9, atol=1e-8)
 
 
+@pytest.mark.slow
 def test_one_example_alone_and_in_a_batch_have_the_same_noise(
     tiny: flowpp.Model, params: Any
 ) -> None:
@@ -227,6 +230,7 @@ def test_one_example_alone_and_in_a_batch_have_the_same_noise(
     np.testing.assert_allclose(log_q_one, log_q[1], atol=1e-4)
 
 
+@pytest.mark.slow
 def test_u_is_below_1_even_where_the_sigmoid_rounds_to_it(tiny: flowpp.Model, params: Any) -> None:
     u, log_q = FORWARD(tiny, params, pixels(8), jnp.full((8, *SHAPE), 1e4, jnp.float32))
     assert float(u.max()) < 1.0
@@ -234,6 +238,7 @@ def test_u_is_below_1_even_where_the_sigmoid_rounds_to_it(tiny: flowpp.Model, pa
     assert bool(jnp.isfinite(log_q).all())
 
 
+@pytest.mark.slow
 def test_dropout_changes_the_noise_only_in_training(tiny: flowpp.Model, params: Any) -> None:
     model = dataclasses.replace(tiny, dropout=0.5)
     k, key = pixels(1)[0], jax.random.key(6)
@@ -246,6 +251,7 @@ def test_dropout_changes_the_noise_only_in_training(tiny: flowpp.Model, params: 
 # Numbers and names of parameters, and results of other implementations
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("model", "count"),
     [
@@ -263,6 +269,7 @@ def test_the_models_have_the_published_numbers_of_parameters(
 
 
 # With -9 some log-scales are below -7, and the model replaces these by -7.
+@pytest.mark.slow
 @pytest.mark.parametrize("log_scale", [0.0, -9.0])
 def test_numpy_finds_the_same_logits_and_log_q(
     log_scale: float, tiny: flowpp.Model, params: Any

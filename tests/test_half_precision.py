@@ -91,6 +91,7 @@ def test_a_rounded_noise_prediction_is_refused() -> None:
         Density(from_prediction(noise, "noise", sde), sde, (DIMS,)).logp(X)
 
 
+@pytest.mark.slow
 def test_bounds_and_samples_of_a_rounded_score_are_computed() -> None:
     """A bound holds for every score, also for a rounded one. Samples come without an error bar."""
     density = Density(rounded, SDE, (DIMS,), solver=Solver(fixed_steps=3))

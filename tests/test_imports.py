@@ -202,6 +202,7 @@ OF_THE_PROGRAM = {
 OF_DENSITIES = {"flax", "equinox", "diffrax", "scipy.interpolate"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("names", "unneeded"),
     [("losses", OF_THE_PROGRAM | OF_DENSITIES), ("Density, sbml.Estimate", OF_THE_PROGRAM)],

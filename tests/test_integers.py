@@ -83,6 +83,7 @@ def test_many_levels_are_summed_near_the_number(rho, tolerance, data):
     np.testing.assert_allclose(found, expected, rtol=0, atol=tolerance)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("levels", [FEW, 17, MANY])
 @pytest.mark.parametrize("data", integers.DATA)
 def test_float32_keeps_its_digits_from_the_smallest_noise_to_the_largest(levels, data):
@@ -192,6 +193,7 @@ def test_the_learned_decoders_bound_is_the_entropy(name):
     assert diffusion + decoder + prior == pytest.approx(entropy + gap, abs=1e-8)
 
 
+@pytest.mark.slow
 @pytest.mark.oracle
 @pytest.mark.parametrize("data", integers.DATA)
 def test_the_odes_likelihood_is_that_of_the_integers(data):

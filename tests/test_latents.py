@@ -63,6 +63,7 @@ def test_the_unknown_part_may_be_nan() -> None:
     assert np.isfinite(zero).all() and (zero[0] == image[0]).all() and (zero[1] != 0).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FAMILIES)
 def test_the_unknown_follows_the_known(name: str) -> None:
     """One of two correlated pixels is given. The other has the mean and variance of the conditional
@@ -86,6 +87,7 @@ def test_the_unknown_follows_the_known(name: str) -> None:
     np.testing.assert_allclose(x[:, 1].std(), conditional_std, rtol=0.15)
 
 
+@pytest.mark.slow
 def test_colours_change_and_grey_stays() -> None:
     np.testing.assert_allclose(GREY_FIRST.T @ GREY_FIRST, np.eye(3), atol=1e-12)
     assert np.ptp(GREY_FIRST[:, 0]) < 1e-12

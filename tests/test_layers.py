@@ -22,6 +22,7 @@ def strict_ranks() -> Iterator[None]:
         yield
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("channels", [8, 36, 160])
 def test_group_norm_equals_the_definition(channels: int) -> None:
     x = 3 * normal(1, 2, 6, 5, channels) + 30 * normal(2, 1, 1, 1, channels)
@@ -62,6 +63,7 @@ def test_dropout_scales_by_its_rounded_rate() -> None:
     assert layers.dropout(KEY, jnp.ones(8, jnp.bfloat16), 0.1).dtype == jnp.bfloat16
 
 
+@pytest.mark.slow
 def test_a_residual_gradient_is_computed_once() -> None:
     """In the compiled gradient, no fusion contains the gradients of many blocks.
 
@@ -190,6 +192,7 @@ def with_zeros_between(x: np.ndarray) -> np.ndarray:
 KERNELS = [(1, 3, 3, 1), (1, 2, 1), (1, 1), (1, 2, 5, 3, 1, 0.5)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_fir_resampling_equals_a_convolution(kernel: tuple[float, ...]) -> None:
     x = normal(1, 1, 6, 8, 2)

@@ -61,6 +61,7 @@ def decoder_bits(experiment, params, pixels, z):
     return -chosen.sum((1, 2, 3, 4)) / (pixels.size * np.log(2))
 
 
+@pytest.mark.slow
 def test_the_decoder_of_an_evaluation_is_bayes_rule(evaluated):
     """Its mean over images is compared with NumPy's sums over other draws of the noise."""
     experiment, params, columns = evaluated
@@ -76,6 +77,7 @@ def test_the_decoder_of_an_evaluation_is_bayes_rule(evaluated):
     assert abs(difference) < 4 * error
 
 
+@pytest.mark.slow
 def test_the_decoders_bound_differs_from_the_categorical_one_by_the_decoder(evaluated):
     """The draws are the same. The network's weights of the levels make the decoder better."""
     _, _, columns = evaluated

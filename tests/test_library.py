@@ -279,11 +279,13 @@ def _start(shards: Shards) -> None:
     """The first test of the module starts the process."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", OTHERS)
 def test_the_numbers_are_those_of_the_plain_function(name: str) -> None:
     close(results(name)[0], results("plain")[0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", OTHERS)
 def test_the_gradient_is_that_of_the_plain_function(name: str) -> None:
     close(results(name)[1], results("plain")[1])
@@ -311,6 +313,7 @@ def test_one_example_without_jit_or_vmap(name: str) -> None:
     close(found, {"loss": results("plain")[0]["loss"][0]})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SHARDED)
 def test_a_batch_split_over_devices_changes_nothing(name: str, shards: Shards) -> None:
     found, gradient = results(name)
@@ -365,6 +368,7 @@ def train_equinox(steps: Array) -> Score:
     return net
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("train", [train_nnx, train_equinox])
 def test_training_approaches_the_least_loss(train: Callable[[Array], Score]) -> None:
     """The true score of N(0, diag(c)) has the least loss, 1/2 sum log(1 + c alpha^2 / sigma^2) at

@@ -86,6 +86,7 @@ def test_log_likelihood_is_exact_up_to_the_prior(name: str, kind: str) -> None:
     assert np.all(result.stats.success)
 
 
+@pytest.mark.slow
 @pytest.mark.oracle
 def test_far_outliers_are_right_at_the_default_tolerance() -> None:
     """The paths of far outliers turn sharply between the components of a mixture. If the step
@@ -188,6 +189,7 @@ def test_tolerances_are_per_dimension() -> None:
     assert steps(300) == steps(1)
 
 
+@pytest.mark.slow
 @pytest.mark.oracle
 def test_the_likelihood_has_forward_derivatives_and_with_fixed_steps_gradients() -> None:
     """The derivatives of log p with respect to x are compared with central differences."""
@@ -219,6 +221,7 @@ def test_default_tolerances_trade_a_little_exactness_for_speed() -> None:
     assert np.all(loose.stats.nfe < 0.5 * tight.stats.nfe)
 
 
+@pytest.mark.slow
 @pytest.mark.oracle
 @pytest.mark.parametrize("trace", [Trace("rademacher", 2), Trace("gaussian")])
 def test_hutchinson_is_unbiased(trace: Trace) -> None:
@@ -228,6 +231,7 @@ def test_hutchinson_is_unbiased(trace: Trace) -> None:
     assert abs(np.mean(logp) - likelihoods("mixture").logp[0]) < 3 * error
 
 
+@pytest.mark.slow
 @pytest.mark.oracle
 def test_rademacher_probes_are_exact_for_a_diagonal_covariance() -> None:
     exact = likelihoods("diagonal").logp[0]
@@ -310,6 +314,7 @@ def test_the_solution_depends_on_neither_the_coordinate_nor_the_direction_of_the
     assert stats.success
 
 
+@pytest.mark.slow
 @pytest.mark.oracle
 @pytest.mark.parametrize(
     ("method", "order", "steps"),
@@ -332,6 +337,7 @@ def test_a_nan_velocity_gives_a_nan_solution() -> None:
     assert np.all(np.isnan(end))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("method", "fixed_steps"),
     [(m, s) for m in ode.METHODS for s in (None, 18) if (m, s) != ("euler", None)],

@@ -151,6 +151,7 @@ def weights(model: nn.Module) -> dict[str, tuple[int, ...]]:
     return kept
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("options", "added", "gone"), TREES)
 def test_tree_of_each_option(options: dict, added: dict, gone: set[str]) -> None:
     plain = weights(ncsnpp.Model(**SMALL))
@@ -238,6 +239,7 @@ def test_blocks_and_skips() -> None:
 
 # With three levels, blocks 1 and 3 halve the image, 4 encodes at the lowest level, 5 and 6 are in
 # the middle, 7 and 8 decode, 9 doubles, 10 and 11 decode, 12 doubles, 13 and 14 decode.
+@pytest.mark.slow
 def test_summed_pyramids_of_three_levels() -> None:
     calls = Calls(ch_mult=(1, 2, 2), progressive="output_skip", progressive_input="input_skip")
     quarter = mean_of_2x2(mean_of_2x2(calls.into("")))
@@ -253,6 +255,7 @@ def test_summed_pyramids_of_three_levels() -> None:
     same(calls.out(""), total)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rescale", [True, False])
 def test_carried_pyramids_of_three_levels(rescale: bool) -> None:
     carried = {"progressive": "residual", "progressive_input": "residual"}

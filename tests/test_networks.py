@@ -78,6 +78,7 @@ def test_bad_input_is_an_error(options: dict, shape: tuple[int, ...], message: s
         shapes(ncsnpp.Model(**SMALL | options), shape)
 
 
+@pytest.mark.slow
 def test_only_the_first_convolution_reads_the_fourier_features() -> None:
     """If their weights are zero, the output is that of the network without them; the input pyramid
     does not read them."""
@@ -137,6 +138,7 @@ def test_mlp_width_depth_and_precision() -> None:
     assert 1e-4 < jnp.abs(close - out).max() / jnp.abs(out).max() < 0.05
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "options"),
     [

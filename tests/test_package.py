@@ -83,6 +83,7 @@ def test_a_config_is_loaded_by_its_name() -> None:
     assert by_path.model.num_res_blocks == 8
 
 
+@pytest.mark.slow
 def test_the_command_runs_in_any_folder(tmp_path: pathlib.Path) -> None:
     """The error for a wrong field names the fields of its section."""
     setup = configparser.ConfigParser()

@@ -29,6 +29,7 @@ SCORE = score_of(GIVEN.params)
 EPS = float(GIVEN.ode_eps)
 
 
+@pytest.mark.slow
 def test_score_is_theirs() -> None:
     """Theirs divides by sqrt(B), not sqrt(1 - exp(-B)), where B is at most 2e-3."""
     t = jnp.asarray(GIVEN.t)
@@ -65,6 +66,7 @@ def test_ode_latents_and_bits() -> None:
     within_noise(np.asarray(nll), GIVEN.ode_bpd[:, : len(images)], draws=1)
 
 
+@pytest.mark.slow
 def test_bound_bits() -> None:
     def one(x: jax.Array, key: jax.Array) -> jax.Array:
         u = jax.random.uniform(jax.random.fold_in(key, 1), (200,))

@@ -46,6 +46,7 @@ def report(workdir):
     return json.loads((workdir / "report.json").read_text())
 
 
+@pytest.mark.slow
 def test_all_of_them_ran(workdir, report):
     """The network with (2 + 1) 4 + 4 and 4 2 + 2 parameters was trained, counted and reported."""
     assert (workdir / "counted.txt").read_text() == "26"
@@ -59,6 +60,7 @@ def test_all_of_them_ran(workdir, report):
     assert quality["pixel_frechet n=64"] > 0
 
 
+@pytest.mark.slow
 def test_a_new_dequantizer_is_trained_and_its_run_knows_its_config(workdir, report):
     """The width has hardly changed from sigmoid(2); -log2 of it is the dequantization term."""
     term = cell(report, "ode", "mine.dequantizer:Shrunk")["terms"]["dequantization"]
@@ -76,6 +78,7 @@ def cell(report, estimator, dequantizer):
     )
 
 
+@pytest.mark.slow
 def test_the_numbers_are_those_of_their_definitions(report):
     """log q of the triangle, -log N(x; 0, I), and a density near the entropy of the dice."""
     for estimator in ("ode", "bound", "mine.estimator:StandardNormal"):
@@ -93,6 +96,7 @@ def test_the_numbers_are_those_of_their_definitions(report):
     assert abs(ode["bits_per_dim"] - bound["bits_per_dim"]) < 0.2 and ode["converged"]
 
 
+@pytest.mark.slow
 def test_samples_are_of_the_new_sampler(workdir):
     """z / 8, or z / 64 after the second run, lies in the two middle bins of six, except for the few
     |z| above 8/3."""

@@ -59,6 +59,7 @@ PROGRAMS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("program", PROGRAMS)
 def test_products_of_a_program_are_of_full_precision(program: str) -> None:
     assert asked(PROGRAMS[program], X[0]) == {"HIGHEST"}
@@ -76,6 +77,7 @@ MEASUREMENTS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MEASUREMENTS)
 def test_a_measurement_traces_its_score_at_full_precision(name: str) -> None:
     before = jax.config.jax_default_matmul_precision

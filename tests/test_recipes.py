@@ -172,6 +172,7 @@ def test_a_result_is_reused_only_for_the_same_first_steps(
     assert begun == [6, 7]
 
 
+@pytest.mark.slow
 def test_runs_begin_with_the_training_of_the_base(
     tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

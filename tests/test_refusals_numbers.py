@@ -243,7 +243,8 @@ CASES: Cases = {
 }
 
 
-test_what_is_documented_is_accepted, test_the_rest_is_refused = refusals.tests_of(CASES)
+documented, test_the_rest_is_refused = refusals.tests_of(CASES)
+test_what_is_documented_is_accepted = pytest.mark.slow(documented)
 
 
 def test_traced_values_are_not_checked_and_nan_is_not_hidden() -> None:

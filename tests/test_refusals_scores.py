@@ -334,4 +334,5 @@ CASES: Cases = {
 }
 
 
-test_what_is_documented_is_accepted, test_the_rest_is_refused = refusals.tests_of(CASES)
+documented, test_the_rest_is_refused = refusals.tests_of(CASES)
+test_what_is_documented_is_accepted = pytest.mark.slow(documented)

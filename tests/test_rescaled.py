@@ -30,6 +30,7 @@ def prediction(kind, sde, y, t):
     return {"x0": y_0, "velocity": alpha * e - sigma * y_0, "flow": e - y_0}[kind]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "sde"),
     [

@@ -50,6 +50,7 @@ def fresh(workdir: Path) -> Path:
     return workdir
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sampler, steps", [("ancestral", 20), ("ode", None)])
 def test_an_image_does_not_depend_on_its_batch(
     trained: Path, sampler: str, steps: int | None
@@ -61,6 +62,7 @@ def test_an_image_does_not_depend_on_its_batch(
     assert np.abs(whole.astype(int) - single).max() <= 1 and (whole != single).mean() < 1e-3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("levels", [2, 17, 256])
 def test_samples_of_each_kind_of_data_are_the_levels_that_were_trained_on(levels: int) -> None:
     k, noise = np.arange(levels), np.random.default_rng(0).uniform(-0.45, 0.45, (50, levels))
@@ -73,6 +75,7 @@ def test_samples_of_each_kind_of_data_are_the_levels_that_were_trained_on(levels
             np.testing.assert_array_equal(how.pixels(jnp.asarray(moved)), np.tile(k, (50, 1)))
 
 
+@pytest.mark.slow
 def test_the_data_of_the_training_decide_the_levels_of_samples(
     trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -110,6 +113,7 @@ def test_samples_that_are_not_finite_are_counted(
     assert drawn.failed.all() and "2 of 2 samples are not finite" in caplog.text
 
 
+@pytest.mark.slow
 def test_more_images_are_added_to_the_stored_ones(trained: Path) -> None:
     few = images(fresh(trained), num_images=7)
     before = {p: p.stat().st_mtime_ns for p in trained.glob("sampling/*/part_*")}
@@ -119,6 +123,7 @@ def test_more_images_are_added_to_the_stored_ones(trained: Path) -> None:
     np.testing.assert_array_equal(images(trained, num_images=5), few[:5])
 
 
+@pytest.mark.slow
 def test_more_images_than_memory_are_refused_before_anything_is_computed(tmp_path: Path) -> None:
     many = ("--config.sampling.num_images=2147483647", "--config.data.shape=4096,4096,3")
     said = runs.run(tmp_path, "--mode=train,sample", *many, expect=1)
@@ -152,6 +157,7 @@ def test_the_memory_that_samples_need_is_known(
         sample.check(experiment, workdir, ())
 
 
+@pytest.mark.slow
 def test_another_seed_or_sampler_is_another_set(trained: Path) -> None:
     one = images(fresh(trained))
     assert (images(trained, seed=1) != one).mean() > 0.1
@@ -226,6 +232,7 @@ def test_errors_name_the_wrong_choices(trained: Path) -> None:
             images(trained, **options)
 
 
+@pytest.mark.slow
 def test_every_sampler_can_be_chosen(trained: Path) -> None:
     config = tiny.get_config()
     config.sampling.update(corrector="annealed_langevin", steps=3, num_images=2)

@@ -80,6 +80,7 @@ def test_samples_have_the_moments_of_the_data(sampler: str, name: str) -> None:
     check_moments(x, SDES[name](), bias=0.01)
 
 
+@pytest.mark.slow
 @pytest.mark.oracle
 @pytest.mark.parametrize("name", ["vp", "subvp"])
 def test_annealed_langevin_keeps_the_moments_of_the_data(name: str) -> None:
@@ -91,6 +92,7 @@ def test_annealed_langevin_keeps_the_moments_of_the_data(name: str) -> None:
     check_moments(x, SDES[name](), bias=0.02)
 
 
+@pytest.mark.slow
 @pytest.mark.oracle
 def test_langevin_keeps_the_moments_of_the_data() -> None:
     """There are 192 dimensions, so that the norm of the score hardly depends on the image."""
@@ -151,6 +153,7 @@ def exact_moments(sampler: samplers.FixedSteps, sde: SDE) -> tuple[Array, Array]
     return jax.lax.scan(one, (mean, cov), pairs)[0]
 
 
+@pytest.mark.slow
 @pytest.mark.oracle
 @pytest.mark.parametrize("name", FAMILIES)
 @pytest.mark.parametrize("sampler", ONE_STEP)
@@ -167,6 +170,7 @@ def test_moments_converge_at_first_order(sampler: str, name: str) -> None:
     assert errors[0] / errors[1] > 1.9, errors
 
 
+@pytest.mark.slow
 @pytest.mark.oracle
 @pytest.mark.parametrize("name", FAMILIES)
 @pytest.mark.parametrize(("sampler", "order"), [("ddim", 1), ("dpm_solver", 2)])
@@ -227,6 +231,7 @@ def test_reverse_diffusion_of_vp_is_the_papers() -> None:
     np.testing.assert_allclose(result, expected, rtol=1e-10)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [*samplers.SAMPLERS, "ode, fixed"])
 def test_a_path_leads_from_the_latent_to_the_sample(name: str) -> None:
     """The path ends at the sample, also with fixed steps and another number of frames."""
@@ -269,6 +274,7 @@ def test_grids_fall_from_T_to_eps(spacing: str, name: str) -> None:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SDES)
 def test_the_longest_steps_are_finite_in_float32(name: str) -> None:
     """Computed as a difference, sigma_t^2 - c^2 can be negative if log-SNR changes by 15."""
@@ -282,6 +288,7 @@ def test_the_longest_steps_are_finite_in_float32(name: str) -> None:
                 assert np.isfinite(x).all(), (steps, kind)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", samplers.SAMPLERS)
 def test_latents_of_less_precision_are_sampled_in_full_precision(name: str) -> None:
     """In bfloat16, the first time of rectified flow rounds to 1, where there is no signal."""

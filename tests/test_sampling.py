@@ -34,6 +34,7 @@ def decode_latents(name: str) -> tuple[Array, Array]:
     return z, samples
 
 
+@pytest.mark.slow
 @pytest.mark.oracle
 @pytest.mark.parametrize("name", FAMILIES)
 def test_decoding_a_gaussian_is_its_closed_form_map(name: str) -> None:

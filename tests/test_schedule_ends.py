@@ -19,6 +19,7 @@ pytestmark = pytest.mark.usefixtures("x64")
 
 # alpha(1) = 0. The slope of alpha there is infinite in the first two cases, and 0 in the others. In
 # the last one, rounding makes alpha(1) larger than 0.
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("alpha", "sigma"),
     [

@@ -108,6 +108,7 @@ def trained_ends(experiment, pixels, starts):
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.oracle
 def test_the_loss_is_the_bound(gaussian):
     """For any ends, the mean of the training's loss over draws is the bound of an evaluation."""
@@ -125,6 +126,7 @@ def test_the_loss_is_the_bound(gaussian):
         assert abs(values.mean() - expected) < 4 * np.hypot(error, values.std() / 10) < 0.05
 
 
+@pytest.mark.slow
 @pytest.mark.oracle
 def test_the_gradient_finds_the_ends_that_a_scan_finds(gaussian):
     """The scan evaluates the bound, with other draws than training, at nine values of each end."""
@@ -166,6 +168,7 @@ def test_the_density_of_the_times_ignores_the_terms_at_the_ends(gaussian, noises
     np.testing.assert_allclose(found, times.tally(empty, v, values, 0.99), rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_a_run_is_evaluated_with_the_ends_it_learned(tmp_path):
     """The ends are the averages in the checkpoint. The config only says where they began."""
     config = learned(num_steps=30, checkpoint_every=30)

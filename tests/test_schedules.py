@@ -57,6 +57,7 @@ def test_derived_coefficients_equal_the_closed_forms(name: str, sde: SDE) -> Non
     np.testing.assert_allclose(single, exact, rtol=3e-5, atol=2e-6)
 
 
+@pytest.mark.slow
 def test_the_inverse_is_exact_at_every_scale_and_of_every_shape(sde: SDE) -> None:
     derived = Derived(sde)
     t = jnp.asarray(np.append(np.geomspace(1e-9, 0.9, 14), sde.largest_time)).reshape(3, 5)
@@ -173,6 +174,7 @@ def _sampled(sde: SDE, x: Array) -> dict[str, Array]:
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "numbers"),
     [
@@ -319,6 +321,7 @@ def _data(sde: SDE) -> oracle.Gaussian:
     return oracle.Gaussian(sde, jnp.array([0.3, -0.2]), jnp.array([0.5, 0.1]), jnp.asarray(basis))
 
 
+@pytest.mark.slow
 def test_density_accepts_an_sde_of_two_methods() -> None:
     sde, eps = Mine(), 1e-2
     data = _data(sde)

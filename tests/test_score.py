@@ -191,6 +191,7 @@ def _scores(name: str) -> Callable[..., tuple[dict[str, Array], dict[str, dict[s
     return scores
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", DATA)
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_every_prediction_is_the_same_score(name: str, kind: str) -> None:
@@ -240,6 +241,7 @@ def _likelihoods(name: str) -> Callable[..., dict[str, dict[str, Array]]]:
     return likelihoods
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", DATA)
 @pytest.mark.parametrize("name", INTEGRATED)
 def test_every_likelihood_is_that_of_the_data(name: str, kind: str) -> None:
@@ -293,6 +295,7 @@ def _bounds(name: str) -> Callable[..., dict[str, dict[str, Array]]]:
     return bounds
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", DATA)
 @pytest.mark.parametrize("name", INTEGRATED)
 def test_every_bound_is_the_one_of_the_exact_score(name: str, kind: str) -> None:
@@ -338,6 +341,7 @@ def test_the_velocity_of_pairs_is_regular_where_there_is_no_signal(name: str) ->
         np.testing.assert_allclose(noise, z, atol=1e-13)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["velocity", "noise"])
 def test_samples_from_noise_alone(kind: str) -> None:
     """By the ODE to the data and back, with ``Density``, and by every sampler."""
@@ -570,6 +574,7 @@ class Ideal(nn.Module):
         return self.param("scale", nn.initializers.ones, ()) * f
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "kind", "label"),
     [

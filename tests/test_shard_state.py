@@ -51,6 +51,7 @@ def on_eight_devices(code: str, *arguments: str) -> list[str]:
     return runs.output(runs.python(code, *arguments, devices=8)).splitlines()
 
 
+@pytest.mark.slow
 def test_sharded_training_has_the_same_losses_and_checkpoints(tmp_path) -> None:
     """The second training starts unsharded, continues sharded, and then unsharded again."""
     on_eight_devices(TRAINED, str(tmp_path))
@@ -62,6 +63,7 @@ def test_sharded_training_has_the_same_losses_and_checkpoints(tmp_path) -> None:
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, 1e-5, 1e-6), *states)
 
 
+@pytest.mark.slow
 def test_gradients_are_reduced_once_and_a_device_holds_its_part() -> None:
     plain, sharded = map(json.loads, on_eight_devices(COMPILED))
     size = 4 * plain["parameters"]  # bytes

@@ -95,6 +95,7 @@ def test_converged_is_right_for_every_tolerance(case: tuple[Score, np.ndarray]) 
     assert all(verdicts[TOLERANCES.index(1e-5) : TOLERANCES.index(1e-6) + 1])
 
 
+@pytest.mark.slow
 def test_converged_is_right_for_settings_that_hide_errors(case: tuple[Score, np.ndarray]) -> None:
     score, truth = case
     for fields in ({"first_step": 1.0}, {"power": 1.0}, {"power": 6.0}, {"method": "heun"}):
@@ -103,6 +104,7 @@ def test_converged_is_right_for_settings_that_hide_errors(case: tuple[Score, np.
             assert_honest(density(score, solver).logp(data()), truth)
 
 
+@pytest.mark.slow
 def test_a_solver_that_ignores_its_tolerance_is_not_converged(
     case: tuple[Score, np.ndarray], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -29,6 +29,12 @@ RNG = np.random.default_rng(0)
 N = 400
 
 
+@pytest.fixture(autouse=True)
+def _the_draws_of_a_test_do_not_depend_on_other_tests(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Not the seed of the split, which would then depend on the values.
+    monkeypatch.setitem(globals(), "RNG", np.random.default_rng(1))
+
+
 def bimodal() -> tuple[dict[str, np.ndarray], np.ndarray]:
     """Columns a > 0 and b, and log p of each row: log a is a mixture, b is normal given log a."""
     g = RNG.choice([-1.5, 1.5], N) + 0.4 * RNG.normal(size=N)
@@ -84,6 +90,7 @@ def test_the_number_is_that_of_a_known_density(tmp_path: Path) -> None:
     assert found["verdict"] in page and "NaN" not in page
 
 
+@pytest.mark.slow
 def test_a_resumed_run_and_the_gaussian_at_step_0(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -54,6 +54,7 @@ def evaluations(reduction):
     return [made_up.bound(each, target=Target(SDE, EPS), reduction=reduction) for each in found]
 
 
+@pytest.mark.slow
 @pytest.mark.oracle
 def test_intervals_that_miss_the_mean_are_marked_and_others_are_not():
     control = GaussianControl.fit(X)
@@ -78,6 +79,7 @@ def test_the_tail_of_the_weights_of_a_proposal(kind):
     assert np.isnan(k) if kind == "importance" else 0.75 < k < 1.05
 
 
+@pytest.mark.slow
 def test_rare_and_large_errors_of_a_score_are_seen_in_the_draws():
     """An error that is 300 times as large within a hundredth of the range of log-SNR."""
     first = SDE.log_snr(jnp.asarray(EPS))

@@ -85,6 +85,7 @@ def _points(draw: str, n: int, draws: int) -> Array:
     return jax.jit(jax.vmap(lambda key: DRAWS[draw](key, n, draws)))(keys)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sde", [SDES["vp"](), SDES["rectified_flow"]()])
 @pytest.mark.parametrize("density", [None, (1.0, 3.0, 2.0)])
 def test_weights_over_log_snr(proposal: Proposal, density: tuple[float, ...] | None) -> None:
@@ -113,6 +114,7 @@ def test_normaliser_of_the_papers_schedules(name: str, value: float) -> None:
     assert Importance(SDES[name](), 1e-5).normaliser == pytest.approx(value, abs=5e-8)
 
 
+@pytest.mark.slow
 @pytest.mark.oracle
 def test_importance_density_is_proportional_to_the_weighting(sde: SDE) -> None:
     """The distribution function of the drawn times is the normalised integral of g^2/sigma^2."""
@@ -173,6 +175,7 @@ def test_times_stay_in_the_interval(proposal: Proposal) -> None:
     assert np.all((t >= EPS) & (t <= last)) and np.all(weight > 0)
 
 
+@pytest.mark.slow
 def test_float32_times_have_the_error_of_rounded_points(proposal: Proposal) -> None:
     u = jnp.minimum(jnp.linspace(0, 1, 333, dtype=jnp.float32), np.float32(1 - 2.0**-24))
     t, weight = proposal.at(u.astype(float))
@@ -258,6 +261,7 @@ def test_iid_points_are_independent() -> None:
     assert abs(np.corrcoef(u[1:, 0], u[:-1, 0])[0, 1]) < 4 / np.sqrt(5000)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("draw", DRAWS)
 @pytest.mark.parametrize(("n", "draws"), [(1, 2**23), (2**16, 4)])
 def test_float32_points_stay_below_one(draw: str, n: int, draws: int) -> None:

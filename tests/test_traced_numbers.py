@@ -43,6 +43,7 @@ CASES: dict[str, tuple[Callable[[Any], Any], tuple[float, ...]]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_a_traced_number_gives_the_result_of_a_float(case: str) -> None:
     function, values = CASES[case]

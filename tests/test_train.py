@@ -67,6 +67,7 @@ def wait_for(process, happened):
     return False
 
 
+@pytest.mark.slow
 def test_an_image_is_counted_once_if_an_antithetic_pair_takes_two_rows(whole):
     rows = metrics.read(whole)
     seconds = np.diff([row["seconds"] for row in rows])
@@ -138,6 +139,7 @@ def test_kills_change_nothing(whole, tmp_path):
     assert [row["step"] for row in metrics.read(tmp_path)] == list(range(1, 41))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_request_to_stop_saves_and_leaves(whole, tmp_path, number, status):
     process = runs.start(tmp_path, "--mode=train,eval")
@@ -192,6 +194,7 @@ def test_sigterm_in_the_last_save_ends_the_program_after_it(tmp_path, monkeypatc
     assert runs.state(config, tmp_path).step == 4
 
 
+@pytest.mark.slow
 def test_changed_settings_of_a_continued_training_are_logged(tmp_path, caplog):
     config = tiny.get_config()
     config.training.num_steps = 4
@@ -213,6 +216,7 @@ def test_changed_settings_of_a_continued_training_are_logged(tmp_path, caplog):
     assert f"{text}8. Changed: training.second_order 0.0 -> 0.1" in caplog.text
 
 
+@pytest.mark.slow
 def test_a_second_order_training_goes_on_from_a_checkpoint(tmp_path, caplog):
     config = tiny.get_config()
     config.training.num_steps = 4
@@ -251,6 +255,7 @@ def test_a_dispatch_of_many_steps_has_one_speed(tmp_path):
     assert [row["step"] for row in rows] == [8, 16, 24]
 
 
+@pytest.mark.slow
 def test_eight_devices_give_the_same_losses(whole, tmp_path):
     runs.run(tmp_path, "--mode=train", "--config.training.num_steps=10", devices=8)
     assert_same_steps(tmp_path, whole)
@@ -268,12 +273,14 @@ def two_processes(workdir, *flags, other=None, second=()):
     return [runs.start(w, *common, *own[i], f"--process_id={i}") for i, w in enumerate(folders)]
 
 
+@pytest.mark.slow
 def test_two_processes_give_the_same_losses(whole, tmp_path):
     for process in two_processes(tmp_path, "--mode=train", "--config.training.num_steps=10"):
         runs.finish(process)
     assert_same_steps(tmp_path, whole)
 
 
+@pytest.mark.slow
 def test_a_lost_process_is_named_and_the_checkpoint_from_which_all_go_on(whole, tmp_path):
     shutil.copytree(whole / "checkpoints", tmp_path / "checkpoints")
     long = ("--config.training.num_steps=1000000", "--config.training.checkpoint_every=1000000")
@@ -305,6 +312,7 @@ def test_processes_with_other_images_are_refused(tmp_path):
         assert "processes [1] have other train images than process 0" in err
 
 
+@pytest.mark.slow
 def test_two_processes_evaluate_and_sample(whole, tmp_path):
     """Only process 0 writes the report. It must not wait for the other process while it does so."""
     (tmp_path / "checkpoints").symlink_to(whole / "checkpoints")
@@ -316,6 +324,7 @@ def test_two_processes_evaluate_and_sample(whole, tmp_path):
     assert report["results"][0]["n"] == 8 and report["samples"]
 
 
+@pytest.mark.slow
 def test_sigterm_stops_an_evaluation_by_several_processes(whole, tmp_path):
     """JAX's service receives the signal, so an evaluation must ask it, as a training does."""
     (tmp_path / "checkpoints").symlink_to(whole / "checkpoints")

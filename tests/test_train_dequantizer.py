@@ -52,6 +52,7 @@ def state(workdir):
     return experiment.restore_dequantizer(workdir, experiment.images("train")).state
 
 
+@pytest.mark.slow
 def test_resumed_training_is_the_uninterrupted_one(whole, tmp_path):
     """The run goes on from what the uninterrupted one left on disk after step 8, to step 12."""
     (tmp_path / "checkpoints").symlink_to(whole / "checkpoints")
@@ -64,6 +65,7 @@ def test_resumed_training_is_the_uninterrupted_one(whole, tmp_path):
     assert rows == list(range(1, STEPS + 1))
 
 
+@pytest.mark.slow
 def test_the_loss_is_the_bound_plus_log_q(whole):
     """This holds for each image with the same draws; ``test_estimators`` tests the bound itself."""
     experiment = build.Experiment(config_of())
@@ -95,6 +97,7 @@ def test_a_dequantizer_with_nothing_to_train_is_refused():
         train_dequantizer.loss_fn(build.Experiment(config))
 
 
+@pytest.mark.slow
 def test_the_settings_of_both_trainings_reach_the_loop(score, tmp_path, monkeypatch):
     """Seed, flips and the decay of each average; the loop's own tests show what they do."""
     tasks = []
@@ -107,6 +110,7 @@ def test_the_settings_of_both_trainings_reach_the_loop(score, tmp_path, monkeypa
     assert [(t.seed, t.flip, t.update.ema) for t in tasks] == [(7, True, 0.9), (7, True, 0.8)]
 
 
+@pytest.mark.slow
 def test_only_the_dequantizer_learns(whole):
     """The score's checkpoint is untouched, and the parameters moved."""
     experiment = build.Experiment(config_of())
@@ -121,6 +125,7 @@ def test_only_the_dequantizer_learns(whole):
     assert experiment.dequantizer("variational").levels == 17
 
 
+@pytest.mark.slow
 def test_another_flow_of_the_same_shapes_is_refused_and_other_arithmetic_is_not(whole):
     config = config_of()
     config.dequantizer.model.clipped = True
@@ -131,6 +136,7 @@ def test_another_flow_of_the_same_shapes_is_refused_and_other_arithmetic_is_not(
         build.Experiment(config).restore_dequantizer(whole, experiment.images("train"))
 
 
+@pytest.mark.slow
 def test_another_score_is_refused_in_training_and_gives_a_warning_in_evaluation(whole, tmp_path):
     (tmp_path / "dequantizer").symlink_to(whole / "dequantizer")
     config = config_of(num_steps=STEPS + 4)

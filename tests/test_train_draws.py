@@ -47,6 +47,7 @@ def test_antithetic_pairs_are_one_image_and_time_with_opposite_noise():
     assert dense.v.mean() > 0.55 and np.ptp(dense.inverse) > 0.5
 
 
+@pytest.mark.slow
 def test_antithetic_pairs_and_density_leave_the_expected_loss_as_it_is():
     """The mean losses with and without them agree, over many draws for the same images."""
     experiment = build.Experiment(variance_reducing())
@@ -91,6 +92,7 @@ def test_what_the_network_is_trained_on():
     assert abs(u.mean() - 0.5) < 4 / np.sqrt(12 * len(u))
 
 
+@pytest.mark.slow
 def test_in_discrete_time_the_loss_is_that_of_the_levels():
     config = tiny.get_config()
     config.training.update(discrete_levels=25, noises="independent", proposal_bins=0)
@@ -109,6 +111,7 @@ def test_in_discrete_time_the_loss_is_that_of_the_levels():
     np.testing.assert_allclose(train.loss_fn(experiment)(params, draws, ()), expected, rtol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("sde", "parameterization"),
     [("vp", p) for p in ("noise", "x0", "velocity", "levels")] + [("ve", "x0"), ("ve", "noise")],

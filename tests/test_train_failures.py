@@ -81,6 +81,7 @@ def test_the_rows_after_a_kill_are_means_over_all_of_their_steps(tmp_path, monke
     assert [(r["step"], r["loss"]) for r in ours] == [(r["step"], r["loss"]) for r in whole]
 
 
+@pytest.mark.slow
 def test_a_full_disk_does_not_stop_the_training(tmp_path, monkeypatch, caplog):
     """Steps 8 to 31 save no checkpoint. The last state is that of a run with a free disk."""
     config = tiny.get_config()

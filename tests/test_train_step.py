@@ -33,6 +33,7 @@ def plain_step():
     return one_step()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("option", [{"accumulate": 4}, {"steps_per_dispatch": 2}], ids=str)
 def test_accumulation_and_dispatch_change_nothing(plain_step, option):
     for expected, got in zip(plain_step, one_step(**option), strict=True):

@@ -60,6 +60,7 @@ def apply(model: unet2d.Model, params: dict[str, Any], x: Array, label: Array) -
 # ---- diffusers' functions and files -------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", reference.CONFIGS)
 def test_outputs_are_those_of_diffusers(name: str) -> None:
     params = unet2d.params(state(name))
@@ -198,6 +199,7 @@ def test_an_untrained_network_predicts_0() -> None:
     assert jnp.abs(out).max() < 1e-3
 
 
+@pytest.mark.slow
 def test_dropout_acts_in_training_and_remat_changes_nothing() -> None:
     network = unet2d.Model(**ONE_LEVEL, dropout=0.5)
     variables = random_params(network, (1, 4, 4, 3))

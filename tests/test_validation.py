@@ -41,6 +41,7 @@ def trained(tmp_path_factory):
     return workdir
 
 
+@pytest.mark.slow
 def test_a_point_is_the_number_of_an_evaluation(trained):
     """The images, the draws and the averaged parameters are those of ``--mode=eval`` at this step;
     another estimate of the same bound, by other draws, agrees within its errors."""
@@ -60,6 +61,7 @@ def test_a_point_is_the_number_of_an_evaluation(trained):
     assert abs(last[COLUMN] - result.bits_per_dim) < 4 * spread
 
 
+@pytest.mark.slow
 def test_the_validation_changes_no_step(trained, tmp_path):
     runs.mode(train.run, config_of(validate_every=0), tmp_path)
     assert not curve(tmp_path)
@@ -67,6 +69,7 @@ def test_the_validation_changes_no_step(trained, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, *states)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("step", [4, 5])
 def test_a_run_that_was_stopped_has_the_same_curve(trained, tmp_path, monkeypatch, step):
     """The step 4 has a point. A run that stops there saves at once; it has the point later."""
@@ -86,6 +89,7 @@ def test_a_run_that_was_stopped_has_the_same_curve(trained, tmp_path, monkeypatc
     assert curve(tmp_path) == curve(trained)
 
 
+@pytest.mark.slow
 def test_validation_images_limits_the_number_of_images(trained, tmp_path):
     runs.mode(train.run, config_of(validation_images=10, num_steps=4), tmp_path)
     (point,) = (row for row in metrics.read(tmp_path) if COLUMN in row)
@@ -94,6 +98,7 @@ def test_validation_images_limits_the_number_of_images(trained, tmp_path):
     assert point[COLUMN] != whole[COLUMN]
 
 
+@pytest.mark.slow
 def test_one_image_has_no_standard_error(tmp_path):
     runs.mode(train.run, config_of(validation_images=1, num_steps=8), tmp_path)
     rows = metrics.read(tmp_path)
@@ -101,6 +106,7 @@ def test_one_image_has_no_standard_error(tmp_path):
     assert page.validation(rows)
 
 
+@pytest.mark.slow
 def test_two_devices_with_a_split_state_have_the_same_curve(trained, tmp_path):
     names = ("num_steps", "log_every", "validate_every")
     given = [f"--config.training.{name}={config_of().training[name]}" for name in names]
@@ -111,6 +117,7 @@ def test_two_devices_with_a_split_state_have_the_same_curve(trained, tmp_path):
     np.testing.assert_allclose([*found.values()], [*curve(trained).values()], rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_the_report_draws_the_curve_and_names_its_least_point(trained):
     figure = page.validation(metrics.read(trained))
     found = curve(trained)

@@ -235,6 +235,7 @@ def test_noise_at_the_times_of_the_losses(variant: str, params: dict[str, Any]) 
         close(0.5 * weight * errors, GIVEN["wide/loss/discrete_10/loss_diff"], rtol=1e-9)
 
 
+@pytest.mark.slow
 def test_the_bound_depends_only_on_the_ends_of_a_schedule(params: dict[str, Any]) -> None:
     """A linear schedule with the ends of a learned one has the same bound at equal log-SNR."""
     learned = vdm_checkpoint.schedule(params["gamma"])
@@ -280,6 +281,7 @@ def test_gradient_of_the_bound(params: dict[str, Any], monkeypatch: pytest.Monke
     assert result["score_model/dense0/kernel"].any()  # The condition affects this model's output.
 
 
+@pytest.mark.slow
 def test_schedule_decoder_bound_and_gradient_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
     """All agree to 1e-5 except the gradient: its error is that of the Fourier features' angles."""
     with jax.enable_x64(False):

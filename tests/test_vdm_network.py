@@ -64,6 +64,7 @@ def test_default_groups_leave_two_channels_each() -> None:
     assert result == [2, 16, 24, 32, 20, 32, 32]
 
 
+@pytest.mark.slow
 def test_dropout_acts_in_training_alone_and_remat_changes_nothing() -> None:
     model = vdm.Model(width=8, depth=0, dropout=0.5)
     variables = random_params(model, (1, 4, 4, 3))

@@ -114,6 +114,7 @@ def test_no_row_is_left_out() -> None:
     assert set(rows()) == {pair for pair in EVERY if pair[1] in CHECKED}
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 def test_a_wrong_score_fails_every_row_that_depends_on_the_score(
     monkeypatch: pytest.MonkeyPatch,
@@ -144,6 +145,7 @@ def test_a_wrong_log_q_fails(error: float, failing: set[str]) -> None:
     assert {row.name.removeprefix("any, ") for row in results if not row.ok} == failing
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("share", [0.0, 0.5])
 def test_a_learned_decoder_with_other_logits_fails(
@@ -401,6 +403,7 @@ MUTATIONS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("name", MUTATIONS)
 def test_a_mutation_fails(name: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -89,8 +89,8 @@ Flat = Float[Array, "d"]
 
 FULL_DIMS = 256  # up to so many dimensions, a Gaussian control has a full covariance by default
 
-PILOT_DRAWS = 8  # times for each example from which :func:`pilot` estimates
-BIN_DRAWS = 16  # the least number of these draws in a bin of :func:`pilot`
+PILOT_DRAWS = 8  # draws of :func:`pilot` for each example
+BIN_DRAWS = 16  # the least mean number of these draws in a bin
 
 
 @dataclasses.dataclass(frozen=True)
@@ -535,8 +535,8 @@ def pilot(
 
         c = cov(D, G) / var(G),      limited to [0, 1],
 
-    for which D - c G has the least variance. So a control of too few or of other data does not
-    matter. Let m and s^2 be the mean and the variance of D - c G in a bin with n draws. The density
+    for which D - c G has the least variance. So a control of too few or of other data does no
+    harm. Let m and s^2 be the mean and the variance of D - c G in a bin with n draws. The density
     of the times is proportional to the root of s^2 + m^2 / n, mixed with a share ``floor`` of the
     uniform density. The second term is for small data sets, where a lattice has only a few points
     in a bin, and rounding their number to an integer multiplies m by an error.

@@ -218,7 +218,8 @@ class Importance:
         lost = int(np.sum(np.isnan(log_weights) | (log_weights == np.inf)))
         with np.errstate(invalid="ignore"):
             weights = np.exp(log_weights - largest)
-            excess = np.nan_to_num(of_target - largest, nan=np.inf, posinf=np.inf, neginf=-np.inf)
+            excess = of_target - largest
+            excess = np.where(np.isnan(excess), np.inf, excess)
         mean = float(np.mean(weights))
         stderr = float(np.std(weights, ddof=1)) / (mean * math.sqrt(n)) if n > 1 else math.inf
         log_z = float(largest) + (math.log(mean) if mean > 0 else math.nan)

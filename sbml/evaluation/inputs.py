@@ -135,11 +135,11 @@ class Inputs:
             )
             key = stream(jax.random.key(config.seed), "pilot")
             found = run(self.score, x, key)
-            share = found.control and {
-                "coefficients": found.control.coefficients,
-                "edges": found.control.edges,
-            }
-            return {"density": found.density, **(share or {})}
+            arrays = {"density": found.density}
+            if found.control is not None:
+                arrays["coefficients"] = found.control.coefficients
+                arrays["edges"] = found.control.edges
+            return arrays
 
         stored = compute_once(self.workdir / "eval", "pilot", identity, pilot)
         density = stored.pop("density")

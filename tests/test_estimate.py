@@ -163,3 +163,13 @@ def test_outliers_are_named_by_the_same_line_in_density_and_in_an_evaluation(
 def test_numbers_without_outliers_have_no_such_line() -> None:
     all_lost = shifted(*((place, math.nan) for place in range(40)))
     assert "\n" not in str(shifted()) and "\n" not in str(all_lost)
+
+
+def test_a_known_term_is_part_of_the_numbers_their_mean_and_their_intervals() -> None:
+    before, term = solved(errors_of(1e-4, 1e-5)), np.linspace(-1, 2, N)
+    after = before.with_term("transform", term)
+    np.testing.assert_array_equal(after.values, before.values + term)
+    np.testing.assert_array_equal(after.terms["transform"], term)
+    assert after.mean == pytest.approx(before.mean + 0.5)
+    assert after.this_set.mean == pytest.approx(before.this_set.mean + 0.5)
+    assert after.population.stderr == pytest.approx(stats.sem(before.values + term))

@@ -916,6 +916,6 @@ def _transport(
 ) -> Array:
     def one(row: Any) -> Array:
         x, c = row
-        return ode.transport(conditioned(score, c), sde, x, t0, t1, solver)[0]
+        return ode.flow(conditioned(score, c), sde, x, t0, t1, solver).x
 
     return jax.vmap(one)((x, condition))

@@ -45,13 +45,13 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
-from sbml import divergence, ode, scalars
+from sbml import ode
 from sbml.divergence import Trace
 from sbml.door import checked
-from sbml.ode import Solver, Stats, velocity
+from sbml.ode import Solver, Stats
 from sbml.scalars import Number, notation
 from sbml.sdes import SDE
-from sbml.types import Example, Key, Scalar, Score, full_precision, in_full_precision
+from sbml.types import Example, Key, Scalar, Score, in_full_precision
 
 
 class Likelihood(NamedTuple):
@@ -181,50 +181,10 @@ def _along_ode(
     """The end of the ODE from the data ``start`` to the latent or, ``backwards``, from the latent
     ``start`` to the data, and the likelihood of the data."""
     sde.check_time(eps)
-    start = in_full_precision(start)
-    last = ode.last_time(score, sde)
-    # From ``last`` to T the ODE is x' = x (log sigma)', of divergence d (log sigma)'.
-    growth: Number
-    if scalars.is_traced(last):
-        growth = ode.growth(sde, last, sde.T, start)
-    else:
-        growth = sde.stretch if last < sde.T else 1.0
-    scaling = start.size * scalars.log(growth)
-    t0, t1 = (last, eps) if backwards else (eps, last)
-    of = score, sde, start / growth if backwards else start, key, t0, t1, trace, solver, backwards
-    (end, integral, correction), stats = _solve(*of)
-    if backwards:
-        z, integral, correction = start, scaling - integral, -correction
-    else:
-        z = end = growth * end
-        integral = integral + scaling
-    prior = sde.prior_logp(z)
-    return end, Likelihood(prior + integral + correction, prior, integral, correction, z, stats)
-
-
-def _solve(
-    score: Score,
-    sde: SDE,
-    x: Example,
-    key: Key | None,
-    t0: Number,
-    t1: Number,
-    trace: Trace,
-    solver: Solver,
-    backwards: bool,
-) -> tuple[tuple[Example, Scalar, Scalar], Stats]:
-    """x(t1) of the ODE from ``x`` at t0, the integral of div v dt, its correction, and the cost."""
-
-    @full_precision
-    def field(t: Scalar, x: Example) -> Example:
-        return velocity(score, sde, x, t)
-
-    vs = trace.directions(key, x.shape).astype(x.dtype)
-
-    @full_precision
-    def with_divergence(t: Scalar, x: Example) -> tuple[Example, Scalar, Example]:
-        v, forms = divergence.quadratic_forms(lambda x: field(t, x), x, vs)
-        return v, trace.combined(forms), ode.score_of(v, score, sde, x, t)
-
-    of = field, with_divergence, x, t0, t1, solver
-    return ode.solve_with_integral(*of, backwards=backwards)
+    start, sign = in_full_precision(start), -1 if backwards else 1
+    t0, t1 = (sde.T, eps) if backwards else (eps, sde.T)
+    found = ode.flow(score, sde, start, t0, t1, solver, trace, key, backwards=backwards)
+    z, integral = start if backwards else found.x, sign * found.divergence
+    prior, correction = sde.prior_logp(z), sign * found.correction
+    logp = prior + integral + correction
+    return found.x, Likelihood(logp, prior, integral, correction, z, found.stats)

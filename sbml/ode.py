@@ -30,7 +30,8 @@ import numpy as np
 from equinox.internal import nondifferentiable_backward
 from jaxtyping import Bool, Integer
 
-from sbml import pytrees, quadrature, scalars
+from sbml import divergence, pytrees, quadrature, scalars
+from sbml.divergence import Trace
 from sbml.door import checked, typed
 from sbml.quadrature import Joint, WithIntegral, beside_integral
 from sbml.scalars import (
@@ -48,9 +49,11 @@ from sbml.sdes import SDE
 from sbml.types import (
     Array,
     Example,
+    Key,
     Scalar,
     Score,
     deterministic,
+    full_precision,
     half_precision,
     in_full_precision,
     predictor,
@@ -224,31 +227,77 @@ def last_time(score: Score, sde: SDE) -> Number:
     return sde.largest_time if predictor(score) is None else sde.last_regular_time
 
 
+class Flow(NamedTuple):
+    """The solution x(t) of the ODE from ``t0`` to ``t1``.
+
+    Attributes:
+      x: x(t1), ``(*s)``.
+      divergence: the integral of div v(x(t), t) dt from t0 to t1, a scalar; 0 without a trace.
+      correction: its first-order correction for the error of the solver's path, a scalar
+        (``sbml.likelihood``); 0 without a trace.
+      stats: the cost of the solve, and whether it succeeded.
+    """
+
+    x: Example
+    divergence: Scalar
+    correction: Scalar
+    stats: Stats
+
+
 @checked
-def transport(
-    score: Score, sde: SDE, x: Example, t0: Instant, t1: Instant, solver: Solver
-) -> tuple[Example, Stats]:
+def flow(
+    score: Score,
+    sde: SDE,
+    x: Example,
+    t0: Instant,
+    t1: Instant,
+    solver: Solver,
+    trace: Trace | None = None,
+    key: Key | None = None,
+    *,
+    backwards: bool = False,
+) -> Flow:
     """Solve the ODE from ``x`` at ``t0`` to ``t1``, in either direction of time.
 
-    Returns:
-      x(t1), shape ``(*s)``, and the stats of the solve.
+    Args:
+      score, sde: the score of one example, and its forward process.
+      x: the value at ``t0``, shape ``(*s)``.
+      t0, t1: the two ends.
+      solver: how the ODE is solved.
+      trace: how the divergence is computed; None to leave it out, which costs less.
+      key: for the random probes of the trace.
+      backwards: with a trace, whether ``t1`` < ``t0``.
     """
-    x = in_full_precision(x)
+    x, last = in_full_precision(x), last_time(score, sde)
+    whole = not scalars.is_traced(last) and last == sde.T
+    start, end = (t0, t1) if whole else (scalars.minimum(t0, last), scalars.minimum(t1, last))
+    # From ``last`` to T the ODE is x' = x (log sigma)', of divergence d (log sigma)'.
+    before, after = growth(sde, t0, start, x), growth(sde, end, t1, x)
+    y = before * x
 
     def field(t: Scalar, x: Example) -> Example:
         return velocity(score, sde, x, t)
 
-    last = last_time(score, sde)
-    if not scalars.is_traced(last) and last == sde.T:
-        return solve(field, x, t0, t1, solver)
-    start, end = scalars.minimum(t0, last), scalars.minimum(t1, last)
-    y, stats = solve(field, growth(sde, t0, start, x) * x, start, end, solver)
-    return growth(sde, end, t1, x) * y, stats
+    if trace is None:
+        y, stats = solve(field, y, start, end, solver)
+        integral = correction = jnp.zeros((), x.dtype)
+    else:
+        vs, exact = trace.directions(key, x.shape).astype(x.dtype), full_precision(field)
+
+        @full_precision
+        def with_divergence(t: Scalar, x: Example) -> tuple[Example, Scalar, Example]:
+            v, forms = divergence.quadratic_forms(lambda x: exact(t, x), x, vs)
+            return v, trace.combined(forms), score_of(v, score, sde, x, t)
+
+        (y, integral, correction), stats = solve_with_integral(
+            exact, with_divergence, y, start, end, solver, backwards=backwards
+        )
+    return Flow(after * y, integral + x.size * jnp.log(before * after), correction, stats)
 
 
 def growth(sde: SDE, t0: Number, t1: Number, x: Example) -> Scalar:
     """sigma(t1) / sigma(t0), a scalar, in the precision of ``x``; 1 for equal times, also at 0."""
-    if not scalars.is_traced(t0, t1) and t0 == t1:
+    if t0 is t1 or (not scalars.is_traced(t0, t1) and t0 == t1):
         return jnp.ones((), x.dtype)
     return sde.std(jnp.asarray(t1, x.dtype)) / sde.std(jnp.asarray(t0, x.dtype))
 

@@ -57,7 +57,7 @@ calls = {
         score, sde, k, key, noise=discrete.Categorical(2), eps=1e-3, u=t[None]
     ),
     "likelihood.ode_logp": lambda: likelihood.ode_logp(score, sde, x, key, eps=1e-3),
-    "ode.transport": lambda: ode.transport(score, sde, x, 1e-3, 1.0, ode.Solver()),
+    "ode.flow": lambda: ode.flow(score, sde, x, 1e-3, 1.0, ode.Solver()),
     "ode.solve": lambda: ode.solve(lambda t, x: x, x, 0.1, 1.0, ode.Solver()),
     "samplers.DDIM": lambda: samplers.DDIM(steps=2)(score, sde, x, key, eps=1e-3),
     "samplers.denoise": lambda: samplers.denoise(score, sde, x, t),

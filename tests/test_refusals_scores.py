@@ -218,8 +218,8 @@ CASES: Cases = {
         {"x": X, "t": T},
         TIMES | EXAMPLES,
     ),
-    "transport": (
-        lambda x, t0, t1: ode.transport(score, VP, x, t0, t1, FAST),
+    "flow": (
+        lambda x, t0, t1: ode.flow(score, VP, x, t0, t1, FAST),
         {"x": X, "t0": EPS, "t1": 1.0},
         EXAMPLES | {"t0": (-1.0, 2.0, NAN), "t1": (-1.0, 2.0, INFINITY)},
     ),

@@ -20,7 +20,7 @@ from sbml import bits
 from sbml.data import spread
 from sbml.evaluation.samples import grid, to_bins
 from sbml.experiment.build import Experiment
-from sbml.ode import Solver, transport
+from sbml.ode import Solver, flow
 from sbml.progress import Bar
 from sbml.report.plots import write_png
 from sbml.runtime import sharding
@@ -43,7 +43,7 @@ def check(experiment: Experiment, workdir: Workdir, before: Sequence[str]) -> No
 def solve(score: Score, x: Array, *, t0: float, t1: float, sde: SDE, solver: Solver) -> Array:
     """The solutions ``(n, *s)`` of the ODE at ``t1`` from ``x (n, *s)`` at ``t0``: latents if t1 is
     T, images if t0 is T."""
-    return jax.vmap(lambda x: transport(score, sde, x, t0, t1, solver)[0])(x)
+    return jax.vmap(lambda x: flow(score, sde, x, t0, t1, solver).x)(x)
 
 
 def interpolate(z: Array, frames: int) -> Array:

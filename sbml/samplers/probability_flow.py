@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from sbml.door import checked, typed
-from sbml.ode import Solver, Stats, transport
+from sbml.ode import Solver, Stats, flow
 from sbml.samplers._grid import Path, Times, denoise, frames_of
 from sbml.scalars import Count, Number
 from sbml.sdes import SDE
@@ -45,8 +45,9 @@ def decode(
       ValueError: eps is not in (0, T), or the score's shape is not that of ``z``.
     """
     sde.check_time(eps)
-    x, stats = transport(score, sde, z, sde.T, eps, solver)
-    return (denoise(score, sde, x, jnp.asarray(eps, x.dtype)) if denoise_last else x), stats
+    found = flow(score, sde, z, sde.T, eps, solver)
+    x = found.x
+    return (denoise(score, sde, x, jnp.asarray(eps, x.dtype)) if denoise_last else x), found.stats
 
 
 @checked
@@ -96,7 +97,7 @@ class ODE:
         solver = dataclasses.replace(self.solver, fixed_steps=steps and 1)
 
         def piece(x: Example, ends: tuple[Scalar, Scalar]) -> tuple[Example, Example]:
-            x, _ = transport(score, sde, x, *ends, solver)
+            x = flow(score, sde, x, *ends, solver).x
             return x, x
 
         _, path = jax.lax.scan(piece, z, (times[:-1], times[1:]))

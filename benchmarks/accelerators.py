@@ -127,7 +127,7 @@ def training(experiment: Experiment, mesh: Mesh) -> Any:
     return step.lower(state, pixels, key, ())
 
 
-def _lowered(experiment: Experiment, mesh: Mesh, name: str, u: Any, options: Any) -> Any:
+def _lowered(experiment: Experiment, mesh: Mesh, name: str, u: Any, reduction: Reduction) -> Any:
     """A batch of the estimator ``name`` with uniform dequantization."""
     same, split = sharding.replicated(mesh), sharding.batch_sharding(mesh)
     size = sharding.round_up(experiment.config.eval.batch_size, mesh.size)
@@ -143,16 +143,17 @@ def _lowered(experiment: Experiment, mesh: Mesh, name: str, u: Any, options: Any
     params = sharding.abstract(experiment.init_state, mesh).ema_params
     uniform = experiment.dequantizer("uniform")
     target = Target(experiment.sde, experiment.eval_eps, experiment.levels, uniform)
-    estimator = cells.estimator(experiment, Cell(name, "uniform"))
+    estimator = cells.estimator(experiment, Cell(name, "uniform"), reduction)
     with jax.default_matmul_precision(experiment.config.eval.precision):
         score = experiment.exact_adapter(params)
-        return rows.lower(estimator, target, score, {}, batch, u, options)
+        compiled = jax.jit(rows, static_argnames="target")
+        return compiled.lower(estimator, target, score, {}, batch, u)
 
 
 @program
 def ode(experiment: Experiment, mesh: Mesh) -> Any:
     """A batch of the ODE estimator, with uniform dequantization."""
-    return _lowered(experiment, mesh, "ode", None, experiment.config.eval.solver())
+    return _lowered(experiment, mesh, "ode", None, Reduction())
 
 
 @program

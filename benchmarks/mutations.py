@@ -233,7 +233,7 @@ MISTAKES = (
     ),
     Mistake(
         "sweeps: standard error with R for its root",
-        "sbml/estimators/driver.py",
+        "sbml/measurement.py",
         "ddof=1)) / math.sqrt(len(means))",
         "ddof=1)) / len(means)",
         ("test_density.py::test_the_bound_is_the_librarys_mean_over_sweeps_of_new_times",),
@@ -247,7 +247,7 @@ MISTAKES = (
     ),
     Mistake(
         "solver's error times 0.1",
-        "sbml/estimators/driver.py",
+        "sbml/measurement.py",
         "mean_interval(values - exact)",
         "mean_interval(0.1 * (values - exact))",
         ("test_solver_error.py::test_converged_is_right_for_every_tolerance",),

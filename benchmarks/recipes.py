@@ -212,9 +212,9 @@ def evaluate_run(config: ConfigDict, workdir: Workdir) -> dict[str, list[float]]
         for cell in CELLS[config.data.dequantization]:
             if cell.dequantizer == "learned" and config.score.parameterization != "levels":
                 continue
-            run = cells.CellRun(shared, cell, shared.dequantization(cell.dequantizer))
+            run = cells.CellRun(shared, cell, shared.dequantization(cell.dequantizer)).measurement
             sweeps = range(config.eval.sweeps if cell.kind.is_bound else 1)
-            rows = [run.rows(run.ids, sweep)["bits_per_dim"] for sweep in sweeps]
+            rows = [run.total(run.rows(run.ids, sweep)) for sweep in sweeps]
             values[cell.name] = np.mean(rows, axis=0).tolist()
     return values
 

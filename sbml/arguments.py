@@ -18,6 +18,7 @@ Weights in half precision among the leaves are converted to float32, with a warn
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import warnings
 from collections.abc import Callable, Iterable, Iterator
@@ -59,30 +60,22 @@ def joined(arrays: Iterable[Any], rest: Rest) -> Any:
     return jax.tree.unflatten(rest.structure, leaves)
 
 
-@pytrees.register
-@dataclasses.dataclass(frozen=True)
-class SplitScore:
-    """A score as a pytree: its arrays are the leaves, and the rest is static (:func:`split`)."""
+def compiled(f: Callable[..., Any], *static: str) -> Callable[..., Any]:
+    """``f`` compiled by ``jit``; its first argument is a pytree, of which only the arrays are
+    traced, and ``static`` are the names of other static arguments."""
 
-    arrays: tuple[Any, ...]
-    rest: Rest = dataclasses.field(metadata={"static": True})
+    def inside(arrays: tuple[Any, ...], *arguments: Any, rest: Rest, **options: Any) -> Any:
+        return f(joined(arrays, rest), *arguments, **options)
 
-    @property
-    def score(self) -> Any:
-        """The score itself."""
-        return joined(self.arrays, self.rest)
+    jitted = jax.jit(inside, static_argnames=("rest", *static))
 
-    def __call__(self, x: Any, t: Any, key: Any) -> Any:
-        return self.score(x, t, key)
+    @functools.wraps(f)
+    def outside(tree: Any, *arguments: Any, **options: Any) -> Any:
+        arrays, rest = split(tree)
+        return jitted(arrays, *arguments, rest=rest, **options)
 
-    @property
-    def predictions(self) -> Any:
-        """The predictions of the score (``sbml.types``), or None if it has none."""
-        return predictor(self.score)
-
-    def given(self, condition: Any) -> Any:
-        """The score under ``condition``."""
-        return conditioned(self.score, condition)
+    outside.jitted = jitted  # type: ignore[attr-defined]
+    return outside
 
 
 class Program:
@@ -142,7 +135,7 @@ class TracedScore:
 
 
 def as_argument(score: Any, shape: tuple[int, ...], condition: Any = None) -> Any:
-    """``score``, any callable, as an argument of functions that are compiled by ``jit``.
+    """``score``, any callable, as the first argument of functions by :func:`compiled`.
 
     Args:
       score: a score of one example (``sbml.types``).
@@ -151,7 +144,7 @@ def as_argument(score: Any, shape: tuple[int, ...], condition: Any = None) -> An
     """
     arrays, rest = split(score)
     if arrays:
-        return SplitScore(tuple(map(_in_float32, arrays)), rest)
+        return joined(map(_in_float32, arrays), rest)
     conditions, structure = jax.tree.flatten(condition)
     x, t = (jax.ShapeDtypeStruct(s, jnp.result_type(float)) for s in (shape, ()))
 

@@ -57,7 +57,7 @@ from sbml.estimate import Estimate, reference
 from sbml.estimators import bound
 from sbml.estimators import ode as ode_estimator
 from sbml.estimators.base import Estimator, Rows, Target, rows
-from sbml.estimators.driver import Driver
+from sbml.measurement import Measurement
 from sbml.ode import Solver
 from sbml.posterior import Importance, Posterior
 from sbml.progress import over
@@ -318,7 +318,7 @@ class Density:
             "progress": "log p" if progress is True else progress or "",
             "shown": lambda ids, values: log_det[ids] - values,
         }
-        found = -self._solver_driver(data, target, condition, **options).estimate()
+        found = -self._by_ode(data, target, condition, **options).estimate()
         return found if self.transform is None else found.with_term("transform", log_det)
 
     @checked
@@ -342,7 +342,7 @@ class Density:
         k, levels = self._integers(pixels)
         target = Target(self.sde, self._eps, levels, uniform.Model())
         options = {"check": check, "progress": "bits/dim" if progress else ""}
-        return self._solver_driver(k, target, condition, **options).estimate()
+        return self._by_ode(k, target, condition, **options).estimate()
 
     @checked
     def bound(
@@ -382,19 +382,19 @@ class Density:
           ValueError: if ``x`` are not floating-point numbers of that shape.
         """
         data, log_det = self._model_data(x)
-        estimator = bound.Estimator() if steps is None else bound.InSteps(steps)
         reduction = Reduction()
         if reduce:
             fitted = data if fit is None else self._model_data(fit)[0]
             reduction = self._reduction(fitted, data, condition)
-        found = self._driver(
+        estimator = bound.Estimator(times_each, reduction=reduction)
+        if steps is not None:
+            estimator = bound.InSteps(times_each, reduction=reduction, steps=steps)
+        found = self.measurement(
             estimator,
             Target(self.sde, self._eps),
             data,
             condition,
             sweeps=sweeps,
-            n_times=times_each,
-            reduction=reduction,
             progress="bound" if progress else "",
             shown=lambda ids, values: values - log_det[ids],
         ).estimate()
@@ -432,33 +432,27 @@ class Density:
         def one(c: int) -> Any:
             return jax.tree.map(lambda leaf: jnp.asarray(leaf)[c], conditions)
 
-        driver = self._solver_driver(data, target, one(0))
-        tables: dict[str, list[np.ndarray]] = {"all": [], "strict": [], "again": []}
+        tables: list[tuple[np.ndarray, ...]] = []
         name = f"log p of {len(data)} examples" if progress else ""
         for c in over(range(count), name, "condition", count):
-            given = jax.tree.map(np.asarray, self._conditions(one(c), (len(data),)))
-            rows = dataclasses.replace(driver, condition=given).rows
-            found = {"all": rows(driver.ids, 0)}
-            found["strict"] = rows(driver.subset, 0, reference(driver.solver))
-            found["again"] = rows(driver.subset, 1) if driver.draws else found["all"]
-            for name, columns in found.items():
-                tables[name].append(-nats * driver.total(columns))
-            alike = c == 1 and np.array_equal(tables["all"][0], tables["all"][1])
+            run = self._by_ode(data, target, one(c))
+            found, subset = run.solves(), run.subset
+            assert found.strict is not None
+            again = found.values[subset] if found.again is None else found.again
+            tables.append((-nats * found.values, -nats * found.strict, -nats * again))
+            alike = c == 1 and np.array_equal(tables[0][0], tables[1][0])
             if alike and _differ(one(0), one(1)):
                 raise ValueError(
                     "log p is the same for the first two conditions: the score ignores its "
                     "condition; give a score that reads its fourth argument"
                 )
-        each = {name: np.stack(columns, axis=1) for name, columns in tables.items()}
-        if not driver.draws:
-            each["again"] = each["again"][driver.subset]
 
         def prior_error(weights: np.ndarray) -> float:
-            return nats * target.prior_error(data, driver.last, weights).each
+            return nats * target.prior_error(data, run.last, weights).each
 
-        logp, strict, again = each.values()
+        logp, strict, again = (np.stack(each, axis=1) for each in zip(*tables, strict=True))
         return Posterior.of(
-            logp, log_det, log_prior, driver.subset, strict, again, prior_error=prior_error
+            logp, log_det, log_prior, subset, strict, again, prior_error=prior_error
         )
 
     @checked
@@ -660,38 +654,61 @@ class Density:
             expected = "".join(f", {size}" for size in self.shape)
             raise ValueError(f"data of shape {data.shape}: give (n{expected}) with n at least 1")
 
-    def _driver(
-        self, estimator: Estimator, target: Target, data: Examples, condition: Any, **options: Any
-    ) -> Driver:
-        size, n = self.batch_size, len(data)
-        conditions = self._conditions(condition, (n,))
-        compiled = self._compiled(_terms_of, conditions, "estimator", "target")
-        return Driver(
+    def measurement(
+        self,
+        estimator: Estimator,
+        target: Target,
+        data: Examples,
+        condition: Any = None,
+        params: Any = None,
+        **options: Any,
+    ) -> Measurement:
+        """The measurement of ``data (n, *shape)`` by an estimator.
+
+        Args:
+          estimator, target: what is estimated; the target's SDE is that of the density.
+          data: examples in the scale of the score, or integers if the target has levels.
+          condition: one for all examples, or one for each.
+          params: the parameters of the target's dequantizer.
+          **options: other fields of ``Measurement``.
+        """
+        n, conditions = len(data), self._conditions(condition, (len(data),))
+        compiled = self._compiled(_terms, conditions, "target")
+        size = self.batch_size
+        given: dict[str, Any] = {
+            "ids": np.arange(n),
+            "subset": np.linspace(0, n - 1, min(n, self.subset)).astype(int),
+            "seed": self.seed,
+            "batch_size": min(size, exact_batch(self.dims)) if estimator.exact else size,
+        }
+
+        def compute(estimator: Estimator, batch: Rows, u: Any) -> dict[str, Any]:
+            return compiled(params, batch, u, estimator, target=target)
+
+        return Measurement(
             estimator=estimator,
             target=target,
             data=data,
             condition=jax.tree.map(np.asarray, conditions),
-            ids=np.arange(n),
-            subset=np.linspace(0, n - 1, min(n, self.subset)).astype(int),
-            compute=functools.partial(compiled, estimator=estimator, target=target),
-            seed=self.seed,
-            batch_size=min(size, exact_batch(self.dims)) if estimator.exact else size,
-            # The numbers are those of the other adjoint, whose program takes longer to trace.
-            solver=dataclasses.replace(self.solver, adjoint="forward"),
-            **options,
+            compute=compute,
+            **(given | options),
         )
 
-    def _solver_driver(
+    def _by_ode(
         self, data: Examples, target: Target, condition: Any, **options: Any
-    ) -> Driver:
+    ) -> Measurement:
         # A solve with a tenth of the tolerances measures the solver's error.
         ode.check_tolerances(self.solver, jnp.result_type(float), "solver.", factor=10)
+        # The numbers are those of the other adjoint, whose program takes longer to trace.
+        solver = dataclasses.replace(self.solver, adjoint="forward")
         kind = WithLatent if target.levels is None else ode_estimator.Estimator
-        budget = self.budget * (self.dims if target.levels is None else 1)
         first = jax.tree.map(lambda leaf: leaf[0], self._conditions(condition, (len(data),)))
-        last = ode.last_time(conditioned(self.score, first), self.sde)
-        options |= {"budget": budget, "last": last}
-        return self._driver(kind(self._trace), target, data, condition, **options)
+        options |= {
+            "budget": self.budget * (self.dims if target.levels is None else 1),
+            "last": ode.last_time(conditioned(self.score, first), self.sde),
+        }
+        estimator = kind(self._trace, solver=solver)
+        return self.measurement(estimator, target, data, condition, **options)
 
     def _reduction(self, fitted: Examples, data: Examples, condition: Any) -> Reduction:
         """A control variate of the examples ``fitted``, and its coefficients and a density of the
@@ -757,10 +774,8 @@ class WithLatent(ode_estimator.Estimator):
 
     columns: ClassVar[tuple[str, ...]] = ("latent",)
 
-    def one(
-        self, score: Score, params: Any, data: Any, key: Key, u: Any, options: Any, target: Target
-    ) -> Any:
-        terms, found = self.solved(score, params, data, key, options, target)
+    def one(self, score: Score, params: Any, data: Any, key: Key, u: Any, target: Target) -> Any:
+        terms, found = self.solved(score, params, data, key, target)
         zero = jnp.zeros(())
         return {**terms, "importance": zero, "latent": found.z}, found.stats.nfe
 
@@ -806,24 +821,15 @@ def _some(indices: np.ndarray) -> str:
     return shown + (", ..." if len(indices) > 10 else "")
 
 
-@functools.cache
-def _jit(f: Callable[..., Any], *static: str) -> Callable[..., Any]:
-    return jax.jit(f, static_argnames=static)
+_jit = functools.cache(arguments.compiled)
 
 
-def _terms_of(
-    score: Score,
-    batch: Rows,
-    u: Any,
-    options: Solver | Reduction,
-    *,
-    estimator: Estimator,
-    target: Target,
+def _terms(
+    score: Score, params: Any, batch: Rows, u: Any, estimator: Estimator, *, target: Target
 ) -> dict[str, Any]:
-    if not estimator.is_bound:
-        one = jax.tree.map(lambda leaf: leaf[0], batch.condition)
-        ode.check_precision(conditioned(score, one), target.sde, batch.data.shape[1:])
-    return rows(estimator, target, score, {}, batch, u, options)
+    one = jax.tree.map(lambda leaf: leaf[0], batch.condition)
+    estimator.check(conditioned(score, one), target.sde, batch.data.shape[1:])
+    return rows(estimator, target, score, params, batch, u)
 
 
 def _each(f: Callable[..., Any], rows: Any, size: int) -> Any:
@@ -869,13 +875,14 @@ class _How(NamedTuple):
 
 
 def _log_prob(score: Score, of: Any, solver: Solver, *, how: _How) -> Array:
+    estimator = ode_estimator.Estimator(how.trace, solver=solver)
+    target = Target(how.sde, how.eps)
+
     def one(row: Any) -> Array:
         x, key, condition = row
         given = conditioned(score, condition)
-        ode.check_precision(given, how.sde, how.shape)
-        probes = None if key is None else stream(key, "probes")
-        options: Any = {"trace": how.trace, "solver": solver}
-        return likelihood.ode_logp(given, how.sde, x, probes, eps=how.eps, **options).logp
+        estimator.check(given, how.sde, how.shape)
+        return estimator.solved(given, None, x, key, target)[1].logp
 
     return _each(one, of, how.size)
 
@@ -883,9 +890,12 @@ def _log_prob(score: Score, of: Any, solver: Solver, *, how: _How) -> Array:
 def _sample(score: Score, of: Any, solver: Solver, *, how: _How) -> Array:
     def one(row: Any) -> Example:
         key, condition = row
-        given = conditioned(score, condition)
-        options: Any = {"eps": how.eps, "solver": solver, "denoise_last": how.denoise}
-        return samplers.ode_sample(given, how.sde, how.shape, key, **options)[0]
+        return samplers.ode_sample(
+            *(conditioned(score, condition), how.sde, how.shape, key),
+            eps=how.eps,
+            solver=solver,
+            denoise_last=how.denoise,
+        )[0]
 
     return _each(one, of, how.size)
 
@@ -898,8 +908,9 @@ def _sample_and_log_prob(
         z, probes = how.sde.prior_sample(key, how.shape), stream(key, "probes")
         given = conditioned(score, condition)
         ode.check_precision(given, how.sde, how.shape)
-        options: Any = {"trace": how.trace, "solver": solver}
-        x, found = likelihood.sample_logp(given, how.sde, z, probes, eps=how.eps, **options)
+        x, found = likelihood.sample_logp(
+            given, how.sde, z, probes, eps=how.eps, trace=how.trace, solver=solver
+        )
         return x, found.logp
 
     return _each(one, of, how.size)

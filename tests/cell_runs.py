@@ -19,3 +19,8 @@ def cell_run(workdir, directory, cell, **fields):
     images, train = experiment.images("test"), experiment.images("train")
     shared = Inputs(experiment, experiment.restore(workdir), images, train, directory)
     return cells.CellRun(shared, cell, shared.dequantization(cell.dequantizer))
+
+
+def numbers(run, ids, sweep=0):
+    """The bits/dim ``(n,)`` of the images ``ids`` in one sweep."""
+    return run.measurement.total(run.measurement.rows(ids, sweep))

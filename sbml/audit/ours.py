@@ -63,12 +63,16 @@ class Evaluation:
             centres = np.asarray(bits.to_model(jnp.asarray(pixels), 0.5, levels))
             fitted = GaussianControl.fit(centres, noise_variance=0.02, full=False)
             control = jax.tree.map(lambda a: jnp.asarray(a, float), fitted)
-        options = Reduction(control, proposal=self.proposal) if self.estimator.is_bound else SOLVER
-        how = self.estimator, target, self.sweeps, self.n_times
+        settings: dict[str, Any] = {"solver": SOLVER}
+        if self.estimator.is_bound:
+            settings = {"reduction": Reduction(control, proposal=self.proposal)}
+        estimator = dataclasses.replace(self.estimator, **settings)
         score = from_prediction(denoiser, "x0", sde)
 
         def of_batch(ids: np.ndarray) -> dict[str, Array]:
-            return _terms(*how, score, pixels[ids], ids, seed, options)
+            return _terms(
+                *(target, self.sweeps, self.n_times), estimator, score, pixels[ids], ids, seed
+            )
 
         names = set(self.estimator.terms) - {"scale", *self.without}
         batches = pytrees.in_batches(of_batch, np.arange(len(pixels)), BATCH)
@@ -76,17 +80,16 @@ class Evaluation:
         return np.concatenate(sums) + self.estimator.scale_nats(target, pixels.shape[1:])
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def _terms(
-    estimator: base.Estimator,
     target: Target,
     sweeps: int,
     n_times: int,
+    estimator: base.Estimator,
     score: Score,
     pixels: Array,
     ids: Array,
     seed: Array,
-    options: Solver | Reduction,
 ) -> dict[str, Array]:
     """The terms of a batch in nats, each ``(n,)``, as means over the sweeps."""
 
@@ -96,7 +99,7 @@ def _terms(
             key = jax.random.fold_in(base.times_key(seed, i), ids[0])
             u = times.lattice(key, len(ids), n_times)
         rows = Rows(pixels, ids, jnp.full_like(ids, i), seed)
-        return base.rows(estimator, target, score, {}, rows, u, options)
+        return base.rows(estimator, target, score, {}, rows, u)
 
     nats = bits.dims(pixels.shape[1:]) * bits.LOG2
     each = jax.vmap(sweep)(jnp.arange(sweeps))
@@ -119,7 +122,7 @@ OURS = (
     _ours("ODE, truncated normal", "centre", ode.Estimator(EXACT), NORMAL),
     Estimator("bound", BOUND, "uniform", WITHIN),
     # There is no control for it, so it needs more draws.
-    _ours("bound, ssm", "uniform", bound.ScoreMatching(EXACT), UNIFORM, sweeps=4, n_times=32),
+    _ours("bound, ssm", "uniform", bound.ScoreMatching(trace=EXACT), UNIFORM, sweeps=4, n_times=32),
     _ours("bound on P(k), truncated normal", "centre", bound.Estimator(), NORMAL, **SWEEPS),
     _ours("bound on P(k), decoder", "centre", bound.Estimator(), DECODER, **SWEEPS),
 )

@@ -19,9 +19,8 @@ from jax.typing import ArrayLike
 from jaxtyping import Integer, Num
 
 from sbml import bits, likelihood, moments
-from sbml.bound import Reduction
 from sbml.likelihood import PriorError
-from sbml.ode import Solver
+from sbml.ode import check_precision
 from sbml.scalars import Number
 from sbml.sdes import SDE
 from sbml.streams import stream
@@ -50,8 +49,9 @@ class Target:
     levels: int | None = None
     dequantizer: Any = None
 
-    def sample(self, params: Any, data: OneExample, key: Key) -> tuple[Example, Scalar]:
-        """One example x ``(*s)``, in the scale of the score at eps, and log q(u) in nats."""
+    def sample(self, params: Any, data: OneExample, key: Key | None) -> tuple[Example, Scalar]:
+        """One example x ``(*s)``, in the scale of the score at eps, and log q(u) in nats; ``key``
+        may be None for continuous data."""
         if self.levels is None:
             return data, jnp.zeros((), data.dtype)
         u, log_q = self.dequantizer.sample(params, data, key)
@@ -128,25 +128,32 @@ def times_key(seed: ArrayLike, sweep: ArrayLike) -> Key:
 class Estimator(abc.ABC):
     """A sum of named terms that estimates, or bounds from above, -log p of one example.
 
-    A subclass is a frozen dataclass with a default for each field. So it is hashable, and can be
-    static under ``jit``. It may have these fields, which callers set by name:
+    A subclass is a frozen dataclass with a default for each field. It is a pytree: its fields are
+    static under ``jit``, except for dataclasses with arrays or numbers of their own, such as a
+    ``Solver``. It may have these fields, which an evaluation sets by name:
 
         trace           how a divergence is computed, ``sbml.divergence.Trace``
         num_importance  K, the number of draws of the dequantizer in one logarithm
+        solver          how an ODE is solved, ``sbml.ode.Solver``; its error is then measured
+        n_times, draw   the number of times of an expectation for one example in one sweep, and how
+                        their points are drawn, a name in ``times.DRAWS``
+        reduction       how the variance of an expectation is reduced, ``sbml.bound.Reduction``
 
     Attributes:
       terms: the names of its terms; ``scale`` is added by the caller, in float64.
       columns: the names of further numbers that it computes, which are not terms.
-      is_bound: whether it is an expectation over times. Such a number is estimated by independent
-        sweeps over the data set, and their spread gives its error bar. Any other number is computed
-        by an ODE solver, whose error is measured by a stricter solve.
-      reducible: whether a ``Reduction`` with a control and a density can be used.
+      is_bound: whether it is an expectation over times, which is estimated by independent sweeps
+        over the data set. Their spread gives its error bar.
+      reducible: whether its ``reduction`` may have a control and a density.
     """
 
     terms: ClassVar[tuple[str, ...]]
     columns: ClassVar[tuple[str, ...]] = ()
     is_bound: ClassVar[bool]
     reducible: ClassVar[bool] = False
+
+    def __init_subclass__(cls) -> None:
+        jax.tree_util.register_pytree_node(cls, _flatten, functools.partial(_unflatten, cls))
 
     @property
     def exact(self) -> bool:
@@ -167,7 +174,6 @@ class Estimator(abc.ABC):
         data: OneExample,
         key: Key,
         u: Any,
-        options: Any,
         target: Target,
     ) -> tuple[dict[str, Scalar], Evaluations]:
         """The terms ``()`` in nats of one example, without ``scale``, and the score evaluations.
@@ -177,8 +183,7 @@ class Estimator(abc.ABC):
           params: the parameters of the dequantizer.
           data: one example ``(*s)``.
           key: for all its random draws.
-          u: for a bound, points ``(draws,)`` in [0, 1), one for each time; otherwise None.
-          options: for a bound, a ``Reduction``; otherwise the ``Solver``.
+          u: the row of :meth:`points` of this example, or None.
           target: the quantity that is estimated.
         """
 
@@ -186,8 +191,40 @@ class Estimator(abc.ABC):
         """The term ``scale`` in nats."""
         return target.scale_nats(shape)
 
+    def points(self, seed: int, sweep: int, n: int) -> np.ndarray | None:
+        """Points in [0, 1), ``(n, draws)``, which ``n`` examples share in one sweep; or None."""
+        return None
 
-@functools.partial(jax.jit, static_argnames=("estimator", "target"))
+    def tail(self, target: Target) -> float:
+        """Pareto's k of the weights of its times, which no draw shows; nan if they are equal."""
+        return math.nan
+
+    def check(self, score: Score, sde: SDE, shape: tuple[int, ...]) -> None:
+        """Raise a ValueError if it solves an ODE, and ``score`` computes in half precision."""
+        if hasattr(self, "solver"):
+            check_precision(score, sde, shape)
+
+
+def _flatten(estimator: Estimator) -> tuple[tuple[Any, ...], Any]:
+    values = {f.name: getattr(estimator, f.name) for f in dataclasses.fields(estimator)}
+    nodes = {name: v for name, v in values.items() if _is_node(v)}
+    rest = tuple((name, v) for name, v in values.items() if name not in nodes)
+    return tuple(nodes.values()), (tuple(nodes), rest)
+
+
+def _unflatten(cls: type[Estimator], static: Any, nodes: Any) -> Estimator:
+    estimator: Estimator = object.__new__(cls)
+    for name, value in (*zip(static[0], nodes, strict=True), *static[1]):
+        object.__setattr__(estimator, name, value)
+    return estimator
+
+
+def _is_node(value: Any) -> bool:
+    """Whether ``value`` is a dataclass that JAX knows as a pytree."""
+    structure = jax.tree.structure(value)
+    return dataclasses.is_dataclass(value) and not jax.tree_util.treedef_is_leaf(structure)
+
+
 def rows(
     estimator: Estimator,
     target: Target,
@@ -195,7 +232,6 @@ def rows(
     params: Any,
     batch: Rows,
     u: ArrayLike | None,
-    options: Solver | Reduction,
 ) -> dict[str, Num[Array, " n"]]:
     """The terms ``(n,)`` of a batch, and the score evaluations ``nfe``.
 
@@ -203,21 +239,19 @@ def rows(
 
     Args:
       estimator, target: the estimator, and the quantity that it estimates.
-      score, params, options: as in ``Estimator.one``. Other tolerances of a solver need no further
-        compilation.
+      score, params: as in ``Estimator.one``.
       batch: the examples.
-      u: for a bound, ``(n, draws)`` in [0, 1); otherwise None.
+      u: the rows of ``Estimator.points`` of these examples, or None.
     """
     if target.levels is not None:
-        reason = estimator.reason_undefined(
-            type(target.dequantizer), getattr(estimator, "num_importance", 1)
-        )
+        draws = getattr(estimator, "num_importance", 1)
+        reason = estimator.reason_undefined(type(target.dequantizer), draws)
         if reason:
             raise ValueError(f"{target.dequantizer}: {reason}")
 
     def one(data: Any, key: Key, u: Any, condition: Any) -> dict[str, Array]:
         given = conditioned(score, condition)
-        terms, nfe = estimator.one(given, params, data, key, u, options, target)
+        terms, nfe = estimator.one(given, params, data, key, u, target)
         if unnamed := set(terms) - {*estimator.terms, *estimator.columns}:
             raise ValueError(
                 f"{type(estimator).__name__} computes {sorted(unnamed)}, which would not be added "

@@ -7,28 +7,42 @@ integers. The terms for dequantization and for the change of variables are then 
 """
 
 import dataclasses
+import functools
+from collections.abc import Callable
 from typing import Any, ClassVar
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 
-from sbml import bound, dequantizers
+from sbml import bound, dequantizers, times
 from sbml.bound import Reduction
 from sbml.divergence import Trace
 from sbml.estimators import base
 from sbml.estimators.base import Evaluations, OneExample, Target
 from sbml.streams import stream
-from sbml.types import Key, Scalar, Score
+from sbml.types import Array, Key, Scalar, Score
 
 
 @dataclasses.dataclass(frozen=True)
 class Estimator(base.Estimator):
-    """The evidence bound in its denoising form."""
+    """The evidence bound in its denoising form.
+
+    Attributes:
+      n_times, draw: the number of times for one example in one sweep, and how their points are
+        drawn, a name in ``times.DRAWS``.
+      reduction: how the variance is reduced.
+    """
 
     terms: ClassVar[tuple[str, ...]] = (
         *("prior", "diffusion", "reconstruction", "dequantization", "scale"),
     )
     is_bound: ClassVar[bool] = True
     reducible: ClassVar[bool] = True
+
+    n_times: int = 1
+    draw: str = "lattice"
+    reduction: Reduction = Reduction()
 
     @classmethod
     def reason_undefined(cls, dequantizer: type[Any], num_importance: int) -> str:
@@ -51,11 +65,10 @@ class Estimator(base.Estimator):
         data: OneExample,
         key: Key,
         u: Any,
-        options: Reduction,
         target: Target,
     ) -> tuple[dict[str, Scalar], Evaluations]:
         bound_key = stream(key, "bound")
-        draws: dict[str, Any] = {"eps": target.eps, "u": u, "reduction": options, **self.own}
+        draws: dict[str, Any] = {"eps": target.eps, "u": u, "reduction": self.reduction, **self.own}
         model = target.dequantizer
         if dequantizers.has_bound(model):
             terms = model.bound(params, score, target.sde, data, bound_key, target.levels, **draws)
@@ -71,6 +84,18 @@ class Estimator(base.Estimator):
 
     def scale_nats(self, target: Target, shape: tuple[int, ...]) -> float:
         return 0.0 if dequantizers.has_bound(target.dequantizer) else target.scale_nats(shape)
+
+    def tail(self, target: Target) -> float:
+        return self.reduction.tail(target.sde, target.eps)
+
+    def points(self, seed: int, sweep: int, n: int) -> np.ndarray:
+        key = base.times_key(seed, sweep)
+        return np.asarray(_compiled(times.DRAWS[self.draw])(key, n, self.n_times))
+
+
+@functools.cache
+def _compiled(draw: Callable[..., Array]) -> Callable[..., Array]:
+    return jax.jit(draw, static_argnums=(1, 2))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -39,6 +39,7 @@ class Estimator(base.Estimator):
     Attributes:
       trace: how the divergence is computed.
       num_importance: K, the number of draws of the dequantizer; K > 1 needs the exact trace.
+      solver: how the ODE is solved.
     """
 
     terms: ClassVar[tuple[str, ...]] = (
@@ -48,6 +49,7 @@ class Estimator(base.Estimator):
 
     trace: Trace = Trace()
     num_importance: int = 1
+    solver: Solver = Solver()
 
     def __post_init__(self) -> None:
         if self.num_importance > 1 and self.trace.kind != "exact":
@@ -69,11 +71,10 @@ class Estimator(base.Estimator):
         data: OneExample,
         key: Key,
         u: Any,
-        options: Solver,
         target: Target,
     ) -> tuple[dict[str, Scalar], Evaluations]:
         def draw(key: Key) -> tuple[dict[str, Scalar], Evaluations]:
-            terms, result = self.solved(score, params, data, key, options, target)
+            terms, result = self.solved(score, params, data, key, target)
             return terms, result.stats.nfe
 
         if self.num_importance == 1:
@@ -83,12 +84,19 @@ class Estimator(base.Estimator):
         return averaged(each), jnp.sum(evaluations)
 
     def solved(
-        self, score: Score, params: Any, data: OneExample, key: Key, solver: Solver, target: Target
+        self, score: Score, params: Any, data: OneExample, key: Key | None, target: Target
     ) -> tuple[dict[str, Scalar], Likelihood]:
-        """The terms of one draw of the dequantizer, and its likelihood."""
-        x, log_q = target.sample(params, data, stream(key, "dequantization"))
-        how: dict[str, Any] = {"eps": target.eps, "trace": self.trace, "solver": solver}
-        result = likelihood.ode_logp(score, target.sde, x, stream(key, "probes"), **how)
+        """The terms of one draw of the dequantizer, and its likelihood.
+
+        ``key`` may be None for continuous data with an exact trace.
+        """
+        draws = probes = None
+        if key is not None:
+            draws, probes = stream(key, "dequantization"), stream(key, "probes")
+        x, log_q = target.sample(params, data, draws)
+        result = likelihood.ode_logp(
+            *(score, target.sde, x, probes), eps=target.eps, trace=self.trace, solver=self.solver
+        )
         terms = {name: -getattr(result, name) for name in ("prior", "divergence", "correction")}
         return {**terms, "dequantization": log_q}, result
 

@@ -15,12 +15,10 @@ from sbml.codec.stack import require
 from sbml.data import spread
 from sbml.data.image_folder import depth_of, printable, special
 from sbml.estimate import Estimate
-from sbml.estimators.base import Target, rows
+from sbml.estimators.base import Target
 from sbml.estimators.bound import Estimator, InSteps
-from sbml.estimators.driver import Driver
 from sbml.evaluation.inputs import Inputs
 from sbml.experiment.build import Experiment
-from sbml.runtime import sharding
 from sbml.runtime.checkpoint import Restored
 from sbml.runtime.trees import tree_crc32
 from sbml.streams import stream
@@ -69,27 +67,17 @@ def bound_of(
     is computed by the functions of an evaluation.
     """
     experiment, config = inputs.experiment, inputs.experiment.config.eval
-    name = "uniform"
+    name, eps = "uniform", codec.chain.eps
     if codec.data == "centre":
         name = "learned" if hasattr(codec.score, "decoder_log_p") else "categorical"
     dequantization = inputs.dequantization(name)
-    target = Target(experiment.sde, codec.chain.eps, experiment.levels, dequantization.model)
-    method = Estimator() if continuous else InSteps(steps=codec.chain.as_steps)
-    of = method, target, codec.score, dequantization.params
-    ids = np.arange(len(pixels))
-    return Driver(
-        estimator=method,
-        target=target,
-        data=pixels,
-        ids=ids,
-        subset=ids[:1],
-        compute=lambda batch, u, options: sharding.to_host(rows(*of, batch, u, options)),
-        place=sharding.split,
-        seed=config.seed,
-        batch_size=sharding.round_up(config.batch_size),
-        multiple=jax.device_count(),
-        reduction=inputs.reduction(codec.chain.eps),
-        n_times=max(config.n_times, 4),
+    times, reduction = max(config.n_times, 4), inputs.reduction(eps)
+    estimator = InSteps(times, reduction=reduction, steps=codec.chain.as_steps)
+    return inputs.measurement(
+        Estimator(times, reduction=reduction) if continuous else estimator,
+        Target(experiment.sde, eps, experiment.levels, dequantization.model),
+        pixels,
+        dequantization,
         sweeps=config.sweeps,
         progress="bound" if continuous else f"bound in {codec.chain.steps} steps",
     ).estimate()

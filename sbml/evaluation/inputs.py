@@ -11,10 +11,14 @@ from typing import Any
 import jax
 import numpy as np
 
-from sbml import bits, bound, dequantizers, discrete, streams
+from sbml import bits, bound, dequantizers, discrete, fingerprint, streams
 from sbml.bound import GaussianControl, Reduction
 from sbml.data import ImageSet, spread
+from sbml.density import Density
+from sbml.estimators.base import Estimator, Target
 from sbml.experiment.build import Experiment
+from sbml.measurement import Measurement
+from sbml.runtime import sharding
 from sbml.runtime.checkpoint import Restored
 from sbml.runtime.parts import compute_once
 from sbml.runtime.preemption import Preemption
@@ -147,6 +151,43 @@ class Inputs:
             control and dataclasses.replace(control, **stored),
             density if config.proposal_bins else None,
             config.proposal,
+        )
+
+    def measurement(
+        self,
+        estimator: Estimator,
+        target: Target,
+        data: np.ndarray,
+        dequantization: Dequantization,
+        **options: Any,
+    ) -> Measurement:
+        """The measurement of the integers ``data (n, *s)`` by ``estimator`` on all devices.
+
+        ``options`` are further arguments of ``Density.measurement``.
+        """
+        experiment = self.experiment
+        config = experiment.config.eval
+        density = Density(
+            self.score,
+            experiment.sde,
+            experiment.shape,
+            levels=experiment.levels,
+            seed=config.seed,
+            batch_size=sharding.round_up(config.batch_size),
+        )
+        given: dict[str, Any] = {
+            "place": sharding.split,
+            "gather": sharding.to_host,
+            "multiple": jax.device_count(),
+            "about": {
+                "parameters_crc32": self.parameters_crc32,
+                "score": fingerprint.of(self.score.adapter),
+                "dequantizer_crc32": tree_crc32(dequantization.params),
+                "data": self.images.fingerprint,
+            },
+        }
+        return density.measurement(
+            estimator, target, data, params=dequantization.params, **(given | options)
         )
 
     def dequantization(self, name: str) -> Dequantization:

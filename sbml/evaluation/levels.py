@@ -15,6 +15,7 @@ import numpy as np
 
 from sbml import bits, bound, dequantizers, streams
 from sbml.data import ImageSet, spread
+from sbml.estimators.bound import Estimator
 from sbml.evaluation.cells import CellRun
 from sbml.evaluation.inputs import Inputs
 from sbml.runtime.parts import compute_once
@@ -33,11 +34,14 @@ def measure(inputs: Inputs, run: CellRun) -> dict[str, list[float]]:
       of the images of the ``split`` and of those of ``train``, each with its standard error; and
       with a control also its error ``linear``, for the images of the split.
     """
-    target, control, config = run.target, run.reduction.control, inputs.experiment.config.eval
+    measured, config = run.measurement, inputs.experiment.config.eval
+    target, ids = measured.target, measured.ids
+    assert isinstance(measured.estimator, Estimator)
+    control = measured.estimator.reduction.control
     dims = int(np.prod(inputs.experiment.shape))
     # Both kinds have the same number of images, so that one program is compiled. Each image has 8
     # draws, and each bin at least 2.
-    count = min(config.level_images, len(inputs.train), len(run.ids))
+    count = min(config.level_images, len(inputs.train), len(ids))
     bins = min(BINS, 4 * count)
 
     def curves(score: Any, pixels: Any, condition: Any, key: Any) -> dict[str, Any]:
@@ -76,7 +80,7 @@ def measure(inputs: Inputs, run: CellRun) -> dict[str, list[float]]:
             return run_curves(inputs.score, jnp.asarray(images.images[chosen]), condition, key)
 
         train = of(inputs.train, np.arange(len(inputs.train)), keys[0])
-        split = of(inputs.images, run.ids, keys[1])
+        split = of(inputs.images, ids, keys[1])
         found = {"edges": split["edges"], "train": train["mean"], "train_stderr": train["stderr"]}
         found |= {"split": split["mean"], "split_stderr": split["stderr"]}
         found |= {} if control is None else {"linear": split["linear"]}
@@ -86,7 +90,7 @@ def measure(inputs: Inputs, run: CellRun) -> dict[str, list[float]]:
         "eps": target.eps,
         "dequantizer": repr(target.dequantizer),
         "dequantizer_crc32": tree_crc32(run.dequantization.params),
-        "data": [inputs.train.fingerprint, inputs.images.fingerprint, run.ids.tolist()],
+        "data": [inputs.train.fingerprint, inputs.images.fingerprint, ids.tolist()],
         "images": config.level_images,
         "parameters_crc32": inputs.parameters_crc32,
         "control_crc32": tree_crc32(control),

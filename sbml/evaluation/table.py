@@ -28,16 +28,16 @@ def columns(
     ``per_image.npz`` has those of the cells with the most images. A cell with fewer images, such as
     one with K > 1, has a file of its own.
     """
-    ids = max((run.ids for run in runs), key=len)
+    ids = max((run.measurement.ids for run in runs), key=len)
     shown: Columns = {"id": ids}
     tables = {PER_IMAGE: shown}
     for run, number in zip(runs, numbers, strict=True):
         own = {**number.terms, "bits_per_dim": number.values, "nfe": number.nfe}
         named = {f"{run.cell.name}_{name}": column for name, column in own.items()}
-        if np.array_equal(run.ids, ids):
+        if np.array_equal(run.measurement.ids, ids):
             shown.update(named)
         else:
-            tables[f"per_image_{run.cell.name}.npz"] = {"id": run.ids, **named}
+            tables[f"per_image_{run.cell.name}.npz"] = {"id": run.measurement.ids, **named}
     if inputs.images.ids:
         shown["name"] = np.asarray(inputs.images.ids)[ids]
     if inputs.experiment.adapter.classes and inputs.images.labels is not None:

@@ -13,19 +13,12 @@ import jax
 
 from sbml import data
 from sbml.data import ImageSet
-from sbml.estimators.driver import Driver
 from sbml.evaluation.cells import CellRun
 from sbml.evaluation.inputs import Inputs
 from sbml.experiment.build import Experiment
 from sbml.runtime.checkpoint import Restored
 from sbml.runtime.state import TrainState
 from sbml.runtime.workdir import Workdir
-
-
-class Point(CellRun):
-    """The rows of one point of the curve. They are not stored, because no other run needs them."""
-
-    rows = Driver.rows
 
 
 def validator(
@@ -43,9 +36,9 @@ def validator(
         now = experiment.with_learned_schedule(state.ema_params)
         inputs = Inputs(now, Restored(0, state, metadata), images, train, workdir)
         with jax.default_matmul_precision(now.config.eval.precision):
-            run = Point(inputs, cell, inputs.dequantization(cell.dequantizer))
-            run.progress = ""
-            found = run.estimate()
+            # The rows are not stored, because no other run needs them.
+            of = inputs, cell, inputs.dequantization(cell.dequantizer)
+            found = CellRun(*of, stored=False, progress=False).measurement.estimate()
         point, stderr = {"validation_bits_per_dim": found.mean}, found.population.stderr
         # One image has no standard error.
         return point | ({"validation_stderr": stderr} if math.isfinite(stderr) else {})

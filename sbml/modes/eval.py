@@ -70,7 +70,7 @@ def run(experiment: Experiment, workdir: Workdir) -> None:
                 numbers.append(run.finish())
                 results.append(run.result(numbers[-1]))
                 print(results[-1].line)
-            profiled = next((run for run in runs if run.estimator.reducible), None)
+            profiled = next((run for run in runs if run.cell.kind.reducible), None)
             loss = levels.measure(inputs, profiled) if profiled and config.level_images else None
             classifier = classify(inputs)
             for name, text in with_half_widths(classifier).items():

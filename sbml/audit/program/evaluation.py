@@ -31,7 +31,7 @@ from sbml.dequantizers import truncated_normal, variational
 from sbml.divergence import Trace
 from sbml.estimators import base, bound
 from sbml.estimators import ode as ode_estimator
-from sbml.estimators.driver import Driver
+from sbml.measurement import Measurement
 from sbml.ode import Solver
 from sbml.sdes import SDE
 from sbml.types import Array, Key
@@ -153,16 +153,18 @@ def bits_rows(name: str, sde: SDE) -> Iterator[Row]:
 
 
 def _numbers(
-    sde: SDE, estimator: base.Estimator, model: Any, eps: float, params: Any, **options: Any
+    sde: SDE, estimator: base.Estimator, model: Any, eps: float, params: Any
 ) -> np.ndarray:
     """Bits/dim ``(COPIES * images,)`` of the images of integers by the driver of ``estimator``,
     with the true score."""
     pixels = np.tile(np.asarray(integers.images()), (COPIES, 1, 1, 1))
     target = base.Target(sde, eps, LEVELS, model)
-    compute = functools.partial(
-        jit(functools.partial(base.rows, estimator, target)), _score(sde), params
-    )
-    driver = Driver(
+    run = jit(functools.partial(base.rows, target=target))
+
+    def compute(estimator: base.Estimator, batch: base.Rows, u: Any) -> Any:
+        return run(estimator, score=_score(sde), params=params, batch=batch, u=u)
+
+    measured = Measurement(
         estimator=estimator,
         target=target,
         data=pixels,
@@ -170,9 +172,8 @@ def _numbers(
         subset=np.arange(0),
         compute=compute,
         batch_size=len(pixels),
-        **options,
     )
-    return driver.total(driver.rows(driver.ids, 0))
+    return measured.total(measured.rows(measured.ids))
 
 
 def importance_rows(name: str, sde: SDE) -> Iterator[Row]:
@@ -198,8 +199,8 @@ def dequantized_bound_rows(name: str, sde: SDE) -> Iterator[Row]:
     drawn, log_q = integers.samples(flow, params, integers.images(), jax.random.key(0))
     x = _in_bin(np.asarray(drawn).reshape(len(PIXELS), -1, SIZE))
     nats = sum(_of_bound(sde, x, 1.0).values()) + np.asarray(log_q) + SIZE * math.log(LEVELS / 2)
-    by_ssm = bound.ScoreMatching(Trace("rademacher", 2))
-    found = _numbers(sde, by_ssm, flow, EPS, params, n_times=32)
+    by_ssm = bound.ScoreMatching(32, trace=Trace("rademacher", 2))
+    found = _numbers(sde, by_ssm, flow, EPS, params)
     yield _images_row("variational, bound_ssm", name, found, _bits(nats))
 
 

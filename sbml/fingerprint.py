@@ -1,0 +1,45 @@
+"""Fingerprints: what stored rows depend on, as plain values of JSON that objects make themselves.
+
+A dataclass is its class and its fields, a Linen module its class and its settings, an array its
+type, shape and CRC32. Two objects with the same fingerprint compute the same rows.
+"""
+
+import dataclasses
+import zlib
+from collections.abc import Mapping
+from typing import Any
+
+import flax.linen as nn
+import numpy as np
+
+# Fields of networks that change the training, or its memory, and no number of an evaluation.
+WITHOUT_EFFECT = ("dropout", "init_scale", "remat", "parent", "name")
+
+
+def of(value: Any) -> Any:
+    """The fingerprint of ``value``.
+
+    Raises:
+      TypeError: ``value`` is of a kind whose content is not known, such as a function with state.
+    """
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        left_out = WITHOUT_EFFECT if isinstance(value, nn.Module) else ()
+        names = [f.name for f in dataclasses.fields(value) if f.name not in left_out]
+        return {"class": _name(type(value))} | {name: of(getattr(value, name)) for name in names}
+    if isinstance(value, Mapping):
+        return {str(key): of(item) for key, item in value.items()}
+    if isinstance(value, tuple | list):
+        return [of(item) for item in value]
+    if hasattr(value, "dtype") and hasattr(value, "shape"):
+        array = np.asarray(value)
+        crc = zlib.crc32(np.ascontiguousarray(array).tobytes())
+        return {"dtype": str(array.dtype), "shape": list(array.shape), "crc32": crc}
+    if "<" not in getattr(value, "__qualname__", "<"):  # a class, or a function of a module
+        return _name(value)
+    raise TypeError(f"{value!r} ({type(value).__name__}) has no fingerprint")
+
+
+def _name(value: Any) -> str:
+    return f"{value.__module__}:{value.__qualname__}"

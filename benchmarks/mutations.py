@@ -57,8 +57,8 @@ MISTAKES = (
     Mistake(
         "sample_logp: sign of the correction",
         "sbml/likelihood.py",
-        "sde.prior_logp(z), sign * found.correction",
-        "sde.prior_logp(z), found.correction",
+        "correction=sign * found.correction",
+        "correction=found.correction",
         ("test_distribution.py::test_samples_and_their_log_p_by_one_solve",),
     ),
     Mistake(

@@ -53,6 +53,7 @@ Reference: Song, Durkan, Murray, Ermon, NeurIPS 2021, theorem 3 and appendix; Ki
 import dataclasses
 import functools
 import math
+from collections.abc import Callable
 from typing import Annotated, Any, NamedTuple
 
 import jax
@@ -392,27 +393,17 @@ def elbo(
             f"trace={trace} with a Gaussian control: the control belongs to the denoising form "
             "only; give no trace, or no control"
         )
-    if steps is None:
-        t, weight = times.draw(sde, eps, u, reduction.density, reduction.proposal)
-    else:
-        nodes, weights, constant = chain(sde, eps, steps)
-        t, weight = draw_step(nodes, weights, u)
     zs = jax.random.normal(stream(key, "noise"), (u.size, *x.shape), x.dtype)
-    if trace is None:
-        draws = jax.vmap(lambda t, z: diffusion_dsm(score, sde, x, t, z, control))(t, zs)
-    else:
-        exact = trace.kind == "exact"
-        vs = None if exact else trace.directions(stream(key, "probes"), x.shape).astype(x.dtype)
-        draws = jax.vmap(lambda t, z: diffusion_ssm(score, sde, x, t, z, vs))(t, zs)
-    diffusion = jnp.mean(weight * draws)
-    if steps is not None:
-        diffusion = diffusion + x.size * constant
-    if control is not None:
-        diffusion = diffusion + (
-            control.integral(sde, x, eps)
-            if steps is None
-            else control.sum_of_steps(sde, x, nodes, weights)
-        )
+    vs = None
+    if trace is not None and trace.kind != "exact":
+        vs = trace.directions(stream(key, "probes"), x.shape).astype(x.dtype)
+
+    def draw(t: Scalar, z: Example) -> Scalar:
+        if trace is None:
+            return diffusion_dsm(score, sde, x, t, z, control)
+        return diffusion_ssm(score, sde, x, t, z, vs)
+
+    diffusion = mean_over_times(draw, zs, sde, x, eps, u, reduction, steps)
     last = jnp.asarray(eps, x.dtype)
     z = jax.random.normal(stream(key, "reconstruction"), x.shape, x.dtype)
     log_rho2 = -sde.log_snr(last)
@@ -423,6 +414,37 @@ def elbo(
             sde, x, last[None], jnp.full((1,), 0.5, x.dtype)
         )
     return Bound(prior_kl(sde, x), diffusion, reconstruction)
+
+
+def mean_over_times(
+    draw: Callable[[Scalar, Any], Scalar],
+    normals: Array,
+    sde: SDE,
+    x: Example,
+    eps: Number,
+    u: Vector,
+    reduction: Reduction,
+    steps: int | Steps | None,
+) -> Scalar:
+    """The diffusion term in nats, a scalar: an integral over log-SNR, or a sum over ``steps``.
+
+    Args:
+      draw: 1/2 |z - e|^2 at one time with normals of this time, minus the error of the reduction's
+        control if it has one.
+      normals: ``(n, ...)``, for each of the points ``u (n,)``.
+      sde, x, eps, u, reduction, steps: as in :func:`elbo`.
+    """
+    control = reduction.control
+    if steps is None:
+        t, weight = times.draw(sde, eps, u, reduction.density, reduction.proposal)
+        diffusion = jnp.mean(weight * jax.vmap(draw)(t, normals))
+        return diffusion if control is None else diffusion + control.integral(sde, x, eps)
+    nodes, weights, constant = chain(sde, eps, steps)
+    t, weight = draw_step(nodes, weights, u)
+    diffusion = jnp.mean(weight * jax.vmap(draw)(t, normals)) + x.size * constant
+    return (
+        diffusion if control is None else diffusion + control.sum_of_steps(sde, x, nodes, weights)
+    )
 
 
 class Profile(NamedTuple):

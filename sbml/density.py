@@ -75,6 +75,7 @@ from sbml.types import (
     check_function,
     conditioned,
     full_precision,
+    optional,
 )
 
 Sweeps = Annotated[int, at_least(2)]  # One gives no error bar.
@@ -152,7 +153,7 @@ class Density:
             raise ValueError(
                 f"levels={self.levels} with a transform: integers have none; leave one of them out"
             )
-        other: Any = getattr(self.score, "sde", None)
+        other = optional(self.score, "sde")
         if hasattr(other, "log_snr"):  # A score of other code may have another attribute "sde".
             self._check_sde_of_score(other)
 
@@ -540,7 +541,7 @@ class Density:
         more = () if condition is None else ("condition",)
         if isinstance(self.score, PredictionScore):
             check_function(self.score.network, "network", "x", "t", *more)
-        elif condition is None or not hasattr(self.score, "given"):
+        elif condition is None or not optional(self.score, "given"):
             check_function(self.score, "score", "x", "t", "key", *more)
         if condition is None:
             return None

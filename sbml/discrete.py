@@ -37,8 +37,8 @@ from jax.scipy.special import log_ndtr, ndtri
 from jax.scipy.stats import norm
 from jaxtyping import Float
 
-from sbml import bits, scalars, times
-from sbml.bound import Bound, Reduction, Steps, chain, draw_step, prior_kl
+from sbml import bits, scalars
+from sbml.bound import Bound, Reduction, Steps, mean_over_times, prior_kl
 from sbml.door import checked, shown, typed
 from sbml.scalars import Number, above_0, at_least
 from sbml.sdes import SDE
@@ -238,16 +238,11 @@ def elbo(
       prior, diffusion and reconstruction (the decoder; zero for the truncated normal), in nats.
     """
     control = reduction.control
-    if steps is None:
-        t, weight = times.draw(sde, eps, u, reduction.density, reduction.proposal)
-    elif isinstance(noise, TruncatedNormal):
+    if steps is not None and isinstance(noise, TruncatedNormal):
         raise ValueError(
             f"steps={shown(steps)} with {noise}: the bound in discrete time is for Categorical "
             "noise; give that, or no steps"
         )
-    else:
-        nodes, weights, constant = chain(sde, eps, steps)
-        t, weight = draw_step(nodes, weights, u)
     centre = bits.to_model(pixels, 0.5, noise.levels)
     width = tau(sde, noise.levels, eps) if isinstance(noise, TruncatedNormal) else None
     log_snr_eps = sde.log_snr(jnp.asarray(eps, centre.dtype))
@@ -271,15 +266,7 @@ def elbo(
         return error - control.error(sde, mean + std * plain, t, plain)
 
     pairs, last = _normals(key, u.size, centre)
-    diffusion = jnp.mean(weight * jax.vmap(draw)(t, pairs))
-    if steps is not None:
-        diffusion = diffusion + centre.size * constant
-    if control is not None:
-        diffusion = diffusion + (
-            control.integral(sde, centre, eps)
-            if steps is None
-            else control.sum_of_steps(sde, centre, nodes, weights)
-        )
+    diffusion = mean_over_times(draw, pairs, sde, centre, eps, u, reduction, steps)
     if isinstance(noise, TruncatedNormal):
         diffusion = diffusion + centre.size * edge_constant(sde, eps, width)
         variance = 1 - scalars.exp(-_snr_range(sde, eps)) * (1 - _variance(width))

@@ -38,7 +38,9 @@ integrals, so one solve gives a sample and its log p (:func:`sample_logp`).
 Reference: Song et al., "Score-Based Generative Modeling through SDEs", ICLR 2021, appendix D.2.
 """
 
+import functools
 import math
+import operator
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -57,21 +59,35 @@ from sbml.types import Example, Key, Scalar, Score, in_full_precision
 class Likelihood(NamedTuple):
     """log p = prior + divergence + correction in nats, the latent and the solver's stats.
 
+    The fields before ``z`` are the terms. Estimators and ``Density`` add up all of them by their
+    names, so a further term is one more field that :func:`_along_ode` computes.
+
     Attributes:
-      logp: the sum of the three terms.
       prior: log pi(z).
       divergence: the integral of div v along the solver's path.
-      correction: the first-order estimate that removes the path's error; ``logp`` contains it.
+      correction: the first-order estimate that removes the path's error.
       z: the latent ``(*s)``, the end of the path.
       stats: the cost of the solve, and whether it succeeded.
     """
 
-    logp: Scalar
     prior: Scalar
     divergence: Scalar
     correction: Scalar
     z: Example
     stats: Stats
+
+    @property
+    def terms(self) -> dict[str, Scalar]:
+        """The terms by their names."""
+        return {name: getattr(self, name) for name in TERMS}
+
+    @property
+    def logp(self) -> Scalar:
+        """The sum of the terms."""
+        return functools.reduce(operator.add, self.terms.values())
+
+
+TERMS = Likelihood._fields[:-2]
 
 
 class PriorError(NamedTuple):
@@ -184,7 +200,11 @@ def _along_ode(
     start, sign = in_full_precision(start), -1 if backwards else 1
     t0, t1 = (sde.T, eps) if backwards else (eps, sde.T)
     found = ode.flow(score, sde, start, t0, t1, solver, trace, key, backwards=backwards)
-    z, integral = start if backwards else found.x, sign * found.divergence
-    prior, correction = sde.prior_logp(z), sign * found.correction
-    logp = prior + integral + correction
-    return found.x, Likelihood(logp, prior, integral, correction, z, found.stats)
+    z = start if backwards else found.x
+    return found.x, Likelihood(
+        prior=sde.prior_logp(z),
+        divergence=sign * found.divergence,
+        correction=sign * found.correction,
+        z=z,
+        stats=found.stats,
+    )

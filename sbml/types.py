@@ -17,6 +17,12 @@ The probability-flow ODE of such a score is regular where alpha = 0.
 A *conditional* score has a fourth argument, s(x, t, key, condition), which is a pytree of arrays of
 one example. It may instead offer ``score.given(condition)``, the score under this condition.
 
+The denoiser of integers also offers its own decoder of a noisy example x_t = alpha y:
+``score.decoder_nats(y, t, pixels)``, -log p(pixels | x_t) in nats, and
+``score.decoder_log_p(y, t)``, log p of all levels. A score that belongs to one forward process may name it, ``score.sde``; then
+``Density`` checks that it is given the same. :func:`optional` is the only place that looks for
+these attributes.
+
 Signatures name the shapes of their arrays (by jaxtyping):
 
     Scalar        ()          a time, a loss, a term in nats
@@ -42,7 +48,7 @@ import contextlib
 import functools
 import inspect
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Annotated, Any, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal, ParamSpec, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -79,6 +85,8 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 Score = Callable[[Example, Scalar, Key | None], Example]
+# What a score may offer besides its call.
+Optional = Literal["batch", "predictions", "given", "sde", "decoder_nats", "decoder_log_p"]
 BatchScore = Callable[[Batch, Vector, Key | None], Batch]
 
 
@@ -173,12 +181,19 @@ def deterministic(score: Score, x: Example, t: Scalar) -> Example:
     return of_shape(score(x, t, None), x)
 
 
+def optional(score: Any, name: Optional) -> Any:
+    """The attribute ``name`` of a score, which scores may have (see the top of this page), or None.
+
+    That of a ``Partial`` without arguments is the attribute of its function.
+    """
+    if isinstance(score, jax.tree_util.Partial) and not (score.args or score.keywords):
+        score = score.func
+    return getattr(score, name, None)
+
+
 def predictor(score: Score) -> Callable[[Example, Scalar], tuple[Example, Example]] | None:
     """``score.predictions`` with a check of its shapes, or None if the score does not have it."""
-    inner: Any = score
-    if isinstance(inner, jax.tree_util.Partial) and not (inner.args or inner.keywords):
-        inner = inner.func
-    predictions = getattr(inner, "predictions", None)
+    predictions = optional(score, "predictions")
     if predictions is None:
         return None
 
@@ -194,8 +209,9 @@ def conditioned(score: Any, condition: Any) -> Score:
     condition is None."""
     if condition is None:
         return score
-    if hasattr(score, "given"):
-        return score.given(condition)
+    if given := optional(score, "given"):
+        conditional: Score = given(condition)
+        return conditional
     return lambda x, t, key: score(x, t, key, condition)
 
 
@@ -233,8 +249,8 @@ def batch_score(score: Score) -> BatchScore:
     """
 
     def batch(x: Batch, t: Vector, key: Key | None) -> Batch:
-        if hasattr(score, "batch"):
-            return of_shape(score.batch(x, t, key), x)
+        if of_batch := optional(score, "batch"):
+            return of_shape(of_batch(x, t, key), x)
         if key is None:
             return of_shape(jax.vmap(lambda x, t: score(x, t, None))(x, t), x)
         return of_shape(jax.vmap(score)(x, t, jax.random.split(key, len(x))), x)

@@ -50,7 +50,7 @@ from sbml import discrete
 from sbml.codec import stack
 from sbml.codec.chain import Chain
 from sbml.codec.stack import Normal
-from sbml.types import Array, Batch, Score, batch_score
+from sbml.types import Array, Batch, Score, batch_score, optional
 
 CENTRE: Final = "centre"
 UNIFORM: Final = "uniform"  # where the data of a model lie in their bins
@@ -140,8 +140,9 @@ class Codec:
         def probabilities(score: Any, z: Batch, t: Array) -> Array:
             def one(z: Array) -> Array:
                 y = z / sde.mean_coef(t)
-                if hasattr(score, "decoder_log_p"):
-                    return score.decoder_log_p(y, t)
+                if learned := optional(score, "decoder_log_p"):
+                    log_p: Array = learned(y, t)
+                    return log_p
                 return discrete.decoder_log_p(y, levels, sde.std(t) / sde.mean_coef(t))
 
             return jnp.exp(jax.vmap(one)(z))

@@ -18,7 +18,7 @@ from typing import ClassVar
 
 from sbml import discrete
 from sbml.dequantizers.base import AtNoise
-from sbml.types import Score
+from sbml.types import Score, optional
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,9 +50,10 @@ class Learned(AtNoise):
 
     def noise(self, score: Score, levels: int) -> discrete.Categorical:
         """Normal noise, and the decoder of the score."""
-        if not hasattr(score, "decoder_nats"):
+        decoder = optional(score, "decoder_nats")
+        if decoder is None:
             raise ValueError(
                 "the score has no method decoder_nats(y, t, pixels), which the learned decoder "
                 "needs: train an integer denoiser (score.parameterization=levels)"
             )
-        return discrete.Categorical(levels, score.decoder_nats)
+        return discrete.Categorical(levels, decoder)

@@ -43,7 +43,7 @@ class Estimator(base.Estimator):
     """
 
     terms: ClassVar[tuple[str, ...]] = (
-        *("prior", "divergence", "correction", "dequantization", "importance", "scale"),
+        *(*likelihood.TERMS, "dequantization", "importance", "scale"),
     )
     is_bound: ClassVar[bool] = False
 
@@ -97,7 +97,7 @@ class Estimator(base.Estimator):
         result = likelihood.ode_logp(
             *(score, target.sde, x, probes), eps=target.eps, trace=self.trace, solver=self.solver
         )
-        terms = {name: -getattr(result, name) for name in ("prior", "divergence", "correction")}
+        terms = {name: -term for name, term in result.terms.items()}
         return {**terms, "dequantization": log_q}, result
 
 

@@ -22,6 +22,7 @@ from sbml.experiment.build import Experiment
 from sbml.runtime.checkpoint import Restored
 from sbml.runtime.trees import tree_crc32
 from sbml.streams import stream
+from sbml.types import optional
 
 
 def codec_of(
@@ -69,7 +70,7 @@ def bound_of(
     experiment, config = inputs.experiment, inputs.experiment.config.eval
     name, eps = "uniform", codec.chain.eps
     if codec.data == "centre":
-        name = "learned" if hasattr(codec.score, "decoder_log_p") else "categorical"
+        name = "learned" if optional(codec.score, "decoder_log_p") else "categorical"
     dequantization = inputs.dequantization(name)
     times, reduction = max(config.n_times, 4), inputs.reduction(eps)
     estimator = InSteps(times, reduction=reduction, steps=codec.chain.as_steps)

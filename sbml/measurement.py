@@ -178,6 +178,7 @@ class Measurement:
         examples and sweeps do not change a row."""
         return {
             "estimator": fingerprint.of(self._with(solver)),
+            "terms": list(self.terms),
             "target": fingerprint.of(self.target),
             "condition": fingerprint.of(self.condition),
             "seed": self.seed,

@@ -19,9 +19,9 @@ one example. It may instead offer ``score.given(condition)``, the score under th
 
 The denoiser of integers also offers its own decoder of a noisy example x_t = alpha y:
 ``score.decoder_nats(y, t, pixels)``, -log p(pixels | x_t) in nats, and
-``score.decoder_log_p(y, t)``, log p of all levels. A score that belongs to one forward process may name it, ``score.sde``; then
-``Density`` checks that it is given the same. :func:`optional` is the only place that looks for
-these attributes.
+``score.decoder_log_p(y, t)``, log p of all levels. A score that belongs to one forward process may
+name it, ``score.sde``; then ``Density`` checks that it is given the same. Only :func:`optional`
+looks for these attributes.
 
 Signatures name the shapes of their arrays (by jaxtyping):
 

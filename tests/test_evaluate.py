@@ -133,10 +133,10 @@ def test_batch_size_changes_nothing(trained, table, tmp_path):
     """Batches of 7 instead of 120, the last of which is padded."""
     ids = np.arange(16)
     for cell in (ODE, BOUND):
-        run = cell_run(trained, tmp_path, cell, batch_size=7, sweeps=1)
+        run = cell_run(trained, tmp_path, cell, batch_size=7, sweeps=1).measurement
         got = [run.rows(ids, sweep) for sweep in range(8 if cell == BOUND else 1)]
         np.testing.assert_array_equal(got[0]["id"], ids)
-        values = np.mean([rows["bits_per_dim"] for rows in got], axis=0)
+        values = np.mean([run.total(rows) for rows in got], axis=0)
         expected = table[f"{cell.name}_bits_per_dim"][ids]
         np.testing.assert_allclose(values, expected, rtol=0, atol=1e-4)
 
@@ -239,13 +239,13 @@ def test_evaluated_images_that_the_training_had_give_a_warning(trained, tmp_path
 
 def test_rows_of_other_terms_are_not_taken(trained, tmp_path, monkeypatch):
     ids = np.arange(2)
-    fresh = cell_run(trained, tmp_path / "fresh", ODE).rows(ids, 0)
+    fresh = cell_run(trained, tmp_path / "fresh", ODE).measurement.rows(ids)
     with monkeypatch.context() as older:
         terms = tuple(name for name in ODE.kind.terms if name != "correction")
         older.setattr(ODE.kind, "terms", terms)
-        kept = cell_run(trained, tmp_path / "rows", ODE).rows(ids, 0)
+        kept = cell_run(trained, tmp_path / "rows", ODE).measurement.rows(ids)
     assert "correction" not in kept
-    again = cell_run(trained, tmp_path / "rows", ODE).rows(ids, 0)
+    again = cell_run(trained, tmp_path / "rows", ODE).measurement.rows(ids)
     np.testing.assert_array_equal(again["correction"], fresh["correction"])
 
 
@@ -266,9 +266,9 @@ def test_score_matching_form_has_the_same_mean(trained, tmp_path):
 def test_score_matching_form_takes_the_exact_trace(trained, tmp_path):
     """Many probes approach the exact divergence; each setting has its own rows."""
     cell, ids = Cell("bound_ssm", "uniform"), np.arange(4)
-    exact = cell_run(trained, tmp_path, cell, trace="exact").rows(ids, 0)["diffusion"]
-    one = cell_run(trained, tmp_path, cell).rows(ids, 0)["diffusion"]
-    many = cell_run(trained, tmp_path, cell, probes=256).rows(ids, 0)["diffusion"]
+    exact = cell_run(trained, tmp_path, cell, trace="exact").measurement.rows(ids)["diffusion"]
+    one = cell_run(trained, tmp_path, cell).measurement.rows(ids)["diffusion"]
+    many = cell_run(trained, tmp_path, cell, probes=256).measurement.rows(ids)["diffusion"]
     assert 0 < np.abs(many - exact).max() < 0.25 * np.abs(one - exact).max()
 
 
@@ -297,7 +297,7 @@ def test_times_by_the_velocitys_error_change_only_the_draws(trained, tmp_path):
 
 def test_fewer_images_are_a_random_sample_and_part_of_any_larger_one(trained, tmp_path):
     def ids(count, cell=ODE, **fields):
-        return cell_run(trained, tmp_path, cell, max_images=count, **fields).ids
+        return cell_run(trained, tmp_path, cell, max_images=count, **fields).measurement.ids
 
     np.testing.assert_array_equal(ids(0), np.arange(360))
     few, more = ids(20), ids(100)
@@ -317,7 +317,8 @@ def test_control_and_density_are_stored_with_the_evaluation(trained, tmp_path, m
     monkeypatch.setattr(bound.GaussianControl, "fit", None)
     monkeypatch.setattr(bound, "pilot", None)
     again = cell_run(trained, tmp_path, BOUND)
-    np.testing.assert_array_equal(first.reduction.density, again.reduction.density)
+    densities = (run.measurement.estimator.reduction.density for run in (first, again))
+    np.testing.assert_array_equal(*densities)
     for name in ("mean", "variances", "basis"):
         ours, theirs = (getattr(run.shared.control, name) for run in (first, again))
         np.testing.assert_array_equal(ours, theirs)
@@ -403,9 +404,11 @@ def test_products_have_full_precision_by_default(trained, tmp_path, monkeypatch)
         with pytest.raises(KeyboardInterrupt):
             runs.mode(evaluate.run, config, tmp_path)
     assert seen == ["highest", "default"] and jax.config.jax_default_matmul_precision is None
-    runs_of = [cell_run(trained, tmp_path, ODE, precision=p) for p in seen]
-    solver = runs_of[0].shared.experiment.config.eval.solver()
-    first, second = (run._identity(solver) for run in runs_of)
+    run, found = cell_run(trained, tmp_path, ODE).measurement, []
+    for precision in seen:
+        with jax.default_matmul_precision(precision):
+            found.append(run.fingerprint())
+    first, second = found
     assert {name for name in first if first[name] != second[name]} == {"precision"}
     config.eval.precision = "half"
     with pytest.raises(ValueError, match="eval.precision=half: need one of default, high, highest"):
@@ -415,7 +418,7 @@ def test_products_have_full_precision_by_default(trained, tmp_path, monkeypatch)
 def test_an_exact_trace_takes_few_images_at_once(trained, tmp_path):
     """Each image has 64 directions, so a batch has at most 32 images. Rows do not depend on it."""
     sizes = [
-        cell_run(trained, tmp_path, cell, trace=trace).batch_size
+        cell_run(trained, tmp_path, cell, trace=trace).measurement.batch_size
         for cell in (ODE, BOUND)
         for trace in ("exact", "rademacher")
     ]

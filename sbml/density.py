@@ -210,7 +210,8 @@ class Density:
         y = y.reshape(-1, *self.shape)
         x, log_det = self._inverse(y)
         conditions = self._conditions(condition, batch)
-        logp = self._distribution(_log_prob, len(y), key, conditions, x)
+        keys = None if key is None else jax.random.split(key, len(y))
+        logp = self._each(_log_prob, (x, keys), conditions)
         return (logp + log_det).reshape(batch)
 
     @checked
@@ -225,9 +226,8 @@ class Density:
         """
         if self.levels is not None:
             bits.check_levels(self.levels, 256)
-        x = self._distribution(
-            _sample, n, key, self._conditions(condition, (n,)), denoise=self.levels is not None
-        )
+        conditions, keys = self._conditions(condition, (n,)), jax.random.split(key, n)
+        x = self._each(_sample, (keys,), conditions, denoise=self.levels is not None)
         if self.levels is None:
             y = self._forward(x)
             self._check_transform(y)
@@ -250,30 +250,24 @@ class Density:
         of the score if there are ``levels``. With a random trace log p is unbiased; an importance
         weight exp(-log p) is not, and needs an exact trace.
         """
-        conditions = self._conditions(condition, (n,))
-        x, logp = self._distribution(_sample_and_log_prob, n, key, conditions)
+        conditions, keys = self._conditions(condition, (n,)), jax.random.split(key, n)
+        x, logp = self._each(_sample_and_log_prob, (keys,), conditions)
         if self.transform is None:
             return x, logp
         y = self._forward(x)
         return y, logp + self._inverse(y)[1]
 
-    def _distribution(
-        self,
-        f: Callable[..., Any],
-        n: int,
-        key: Key | None,
-        condition: Any,
-        *rows: Any,
-        denoise: bool = False,
+    def _each(
+        self, f: Callable[..., Any], rows: tuple[Any, ...], conditions: Any, **constants: Any
     ) -> Any:
-        """``f`` for ``n`` examples with a key each, compiled."""
-        keys = None if key is None else jax.random.split(key, n)
-        exact = self._trace.kind == "exact" and f is not _sample
+        """``f`` of every row of the arrays ``rows``, compiled; ``constants`` are fields of
+        ``_How``."""
+        how = _How(self.sde, self._eps, self.shape, self._trace, **constants)
+        exact = self._trace.kind == "exact" and f in (_log_prob, _sample_and_log_prob)
         size = min(self.batch_size, exact_batch(self.dims)) if exact else self.batch_size
-        how = _How(self.sde, self._eps, self.shape, self._trace, size, denoise)
-        run = self._compiled(f, condition, "how")
+        run = self._compiled(_of_rows, conditions, "f", "how", "size")
         try:
-            return run((*rows, keys, condition), self.solver, how=how)
+            return run(rows, conditions, self.solver, f=f, how=how, size=size)
         except TypeError as error:
             if "custom_vjp" not in str(error):
                 raise
@@ -386,7 +380,11 @@ class Density:
         reduction = Reduction()
         if reduce:
             fitted = data if fit is None else self._model_data(fit)[0]
-            reduction = self._reduction(fitted, data, condition)
+            # This added variance does not change the expectation. Without it, the control would be
+            # far off in directions without variance, such as those of constant pixels.
+            noise = 0.02 * float(np.var(fitted))
+            control = GaussianControl.fit(fitted, noise_variance=noise)
+            reduction = self.reduction(data, condition, control)
         estimator = bound.Estimator(times_each, reduction=reduction)
         if steps is not None:
             estimator = bound.InSteps(times_each, reduction=reduction, steps=steps)
@@ -509,11 +507,11 @@ class Density:
 
     def latent(self, x: Any, condition: Any = None) -> Examples:
         """The latents ``(n, *shape)``: the ODE's solutions at T from ``x`` at t = eps."""
-        return self._transport(self._model_data(x)[0], condition, self._eps, self.sde.T)
+        return self._solved(self._model_data(x)[0], condition, self._eps, self.sde.T)
 
     def decode(self, z: Any, condition: Any = None) -> Examples:
         """The data ``(n, *shape)`` at t = eps of latents ``z`` at T: the inverse of ``latent``."""
-        x = self._transport(self._continuous(z), condition, self.sde.T, self._eps)
+        x = self._solved(self._continuous(z), condition, self.sde.T, self._eps)
         return x if self.transform is None else np.asarray(self._forward(jnp.asarray(x)))
 
     @property
@@ -711,30 +709,36 @@ class Density:
         estimator = kind(self._trace, solver=solver)
         return self.measurement(estimator, target, data, condition, **options)
 
-    def _reduction(self, fitted: Examples, data: Examples, condition: Any) -> Reduction:
-        """A control variate of the examples ``fitted``, and its coefficients and a density of the
-        times for ``data``."""
-        # This added variance does not change the expectation. Without it, the control would be far
-        # off in directions without variance, such as those of constant pixels.
-        noise = 0.02 * float(np.var(fitted))
-        gaussian = GaussianControl.fit(fitted, noise_variance=noise)
-        control = jax.tree.map(lambda a: jnp.asarray(a, data.dtype), gaussian)
+    def reduction(
+        self,
+        data: Examples,
+        condition: Any = None,
+        control: GaussianControl | None = None,
+        bins: int = 32,
+    ) -> Reduction:
+        """Coefficients of the ``control`` and a density of the times for the bound on ``data``, by
+        ``bound.pilot`` on at most ``PILOT`` of its examples, in the scale of the score."""
+        if control is not None:
+            control = jax.tree.map(lambda a: jnp.asarray(a, data.dtype), control)
         chosen = np.linspace(0, len(data) - 1, min(len(data), PILOT)).astype(int)
         conditions = self._conditions(condition, (len(data),))
         rows = jax.tree.map(lambda leaf: leaf[chosen], conditions)
-        run = self._compiled(_pilot, conditions, "sde", "eps")
+        run = self._compiled(_pilot, conditions, "sde", "eps", "bins")
         key = stream(jax.random.key(self.seed), "pilot")
-        return run(jnp.asarray(data[chosen]), key, control, rows, sde=self.sde, eps=self._eps)
+        constants: dict[str, Any] = {"sde": self.sde, "eps": self._eps, "bins": bins}
+        found: Reduction = run(jnp.asarray(data[chosen]), key, control, rows, **constants)
+        return found
 
-    def _transport(self, x: Examples, condition: Any, t0: float, t1: float) -> Examples:
-        conditions = self._conditions(condition, (len(x),))
-        solve = self._compiled(_transport, conditions, "sde", "t0", "t1")
+    def _solved(self, x: Examples, condition: Any, t0: float, t1: float) -> Examples:
+        """x(t1) of the ODE from ``x (n, *shape)`` at ``t0``, in batches."""
+        conditions, size = self._conditions(condition, (len(x),)), min(self.batch_size, len(x))
 
         def batch(ids: np.ndarray) -> Array:
             given = jax.tree.map(lambda leaf: leaf[ids], conditions)
-            return solve(x[ids], given, self.solver, sde=self.sde, t0=t0, t1=t1)
+            found: Array = self._each(_flow, (x[ids],), given, ends=(t0, t1))
+            return found
 
-        batches = pytrees.in_batches(batch, np.arange(len(x)), min(self.batch_size, len(x)))
+        batches = pytrees.in_batches(batch, np.arange(len(x)), size)
         return np.concatenate([rows for _, rows in batches]).astype(np.float64)
 
 
@@ -865,69 +869,73 @@ def _walk(log_target: Callable[..., Any], step: Array, start: tuple[Array, Key])
 
 
 class _How(NamedTuple):
-    """The constants of a compiled method; ``size`` examples are computed at once."""
+    """The constants of a function of one example."""
 
     sde: SDE
     eps: float
     shape: tuple[int, ...]
     trace: Trace
-    size: int
-    denoise: bool
+    denoise: bool = False
+    ends: tuple[float, ...] = ()
 
 
-def _log_prob(score: Score, of: Any, solver: Solver, *, how: _How) -> Array:
+def _of_rows(
+    score: Score,
+    rows: tuple[Any, ...],
+    conditions: Any,
+    solver: Solver,
+    *,
+    f: Callable[..., Any],
+    how: _How,
+    size: int,
+) -> Any:
+    """``f`` of every row under its condition, at most ``size`` of them at once."""
+
+    def one(row: Any) -> Any:
+        own, condition = row
+        return f(conditioned(score, condition), *own, solver, how)
+
+    return _each(one, (rows, conditions), size)
+
+
+def _log_prob(score: Score, x: Example, key: Key | None, solver: Solver, how: _How) -> Array:
     estimator = ode_estimator.Estimator(how.trace, solver=solver)
-    target = Target(how.sde, how.eps)
-
-    def one(row: Any) -> Array:
-        x, key, condition = row
-        given = conditioned(score, condition)
-        estimator.check(given, how.sde, how.shape)
-        return estimator.solved(given, None, x, key, target)[1].logp
-
-    return _each(one, of, how.size)
+    estimator.check(score, how.sde, how.shape)
+    found: Array = estimator.solved(score, None, x, key, Target(how.sde, how.eps))[1].logp
+    return found
 
 
-def _sample(score: Score, of: Any, solver: Solver, *, how: _How) -> Array:
-    def one(row: Any) -> Example:
-        key, condition = row
-        return samplers.ode_sample(
-            *(conditioned(score, condition), how.sde, how.shape, key),
-            eps=how.eps,
-            solver=solver,
-            denoise_last=how.denoise,
-        )[0]
-
-    return _each(one, of, how.size)
+def _sample(score: Score, key: Key, solver: Solver, how: _How) -> Example:
+    return samplers.ode_sample(
+        *(score, how.sde, how.shape, key), eps=how.eps, solver=solver, denoise_last=how.denoise
+    )[0]
 
 
 def _sample_and_log_prob(
-    score: Score, of: Any, solver: Solver, *, how: _How
-) -> tuple[Array, Array]:
-    def one(row: Any) -> tuple[Array, Array]:
-        key, condition = row
-        z, probes = how.sde.prior_sample(key, how.shape), stream(key, "probes")
-        given = conditioned(score, condition)
-        ode.check_precision(given, how.sde, how.shape)
-        x, found = likelihood.sample_logp(
-            given, how.sde, z, probes, eps=how.eps, trace=how.trace, solver=solver
-        )
-        return x, found.logp
+    score: Score, key: Key, solver: Solver, how: _How
+) -> tuple[Example, Array]:
+    ode.check_precision(score, how.sde, how.shape)
+    z, probes = how.sde.prior_sample(key, how.shape), stream(key, "probes")
+    x, found = likelihood.sample_logp(
+        score, how.sde, z, probes, eps=how.eps, trace=how.trace, solver=solver
+    )
+    return x, found.logp
 
-    return _each(one, of, how.size)
+
+def _flow(score: Score, x: Example, solver: Solver, how: _How) -> Example:
+    t0, t1 = how.ends
+    return ode.flow(score, how.sde, x, t0, t1, solver).x
 
 
 def _pilot(
-    score: Score, x: Array, key: Key, control: Any, condition: Any, *, sde: SDE, eps: float
+    score: Score,
+    x: Array,
+    key: Key,
+    control: GaussianControl | None,
+    condition: Any,
+    *,
+    sde: SDE,
+    eps: float,
+    bins: int,
 ) -> Reduction:
-    return pilot(score, sde, x, key, eps=eps, control=control, condition=condition)
-
-
-def _transport(
-    score: Score, x: Array, condition: Any, solver: Solver, *, sde: SDE, t0: float, t1: float
-) -> Array:
-    def one(row: Any) -> Array:
-        x, c = row
-        return ode.flow(conditioned(score, c), sde, x, t0, t1, solver).x
-
-    return jax.vmap(one)((x, condition))
+    return pilot(score, sde, x, key, eps=eps, control=control, bins=bins, condition=condition)

@@ -239,7 +239,7 @@ def test_weights_that_have_changed_are_read_again(made: str) -> None:
 
 @pytest.mark.usefixtures("unchecked")
 def test_a_function_made_anew_is_compiled_once_for_all_its_weights() -> None:
-    kept = density_module._jit(density_module._transport, "sde", "t0", "t1").jitted
+    kept = density_module._jit(density_module._of_rows, "f", "how", "size").jitted
     before, found = kept._cache_size(), []
     for w in (1.0, 0.5):
         matrix = w * jnp.eye(2)

@@ -315,7 +315,7 @@ def test_control_and_density_are_stored_with_the_evaluation(trained, tmp_path, m
     assert len(list((tmp_path / "eval").glob("control_*"))) == 1
     assert len(list((tmp_path / "eval").glob("pilot_*"))) == 1
     monkeypatch.setattr(bound.GaussianControl, "fit", None)
-    monkeypatch.setattr(bound, "pilot", None)
+    monkeypatch.setattr("sbml.density.pilot", None)
     again = cell_run(trained, tmp_path, BOUND)
     densities = (run.measurement.estimator.reduction.density for run in (first, again))
     np.testing.assert_array_equal(*densities)

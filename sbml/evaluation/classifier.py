@@ -49,16 +49,11 @@ def classify(inputs: Inputs) -> dict[str, float]:
     if labels is None or seen is None or not config.classifier_images or why_none(inputs):
         return {}
     ids = inputs.ids(config.classifier_images)
-    density = Density(
-        inputs.score,
-        experiment.sde,
-        experiment.shape,
-        levels=experiment.levels,
-        eps=experiment.eval_eps,
+    density = inputs.density(
+        experiment.eval_eps,
         trace=config.divergence(),
         solver=config.solver(),
         batch_size=config.batch_size,
-        seed=config.seed,
         subset=max(4, len(ids) // 8),
     )
     identity = {

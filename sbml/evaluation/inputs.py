@@ -11,10 +11,10 @@ from typing import Any
 import jax
 import numpy as np
 
-from sbml import bits, bound, dequantizers, discrete, fingerprint, streams
+from sbml import bits, dequantizers, discrete, fingerprint, streams
 from sbml.bound import GaussianControl, Reduction
 from sbml.data import ImageSet, spread
-from sbml.density import Density
+from sbml.density import PILOT, Density
 from sbml.estimators.base import Estimator, Target
 from sbml.experiment.build import Experiment
 from sbml.measurement import Measurement
@@ -24,6 +24,7 @@ from sbml.runtime.parts import compute_once
 from sbml.runtime.preemption import Preemption
 from sbml.runtime.trees import tree_crc32
 from sbml.runtime.workdir import Workdir
+from sbml.scalars import Number
 from sbml.score import LinenScore
 from sbml.streams import stream
 
@@ -126,19 +127,12 @@ class Inputs:
         }
 
         def pilot() -> dict[str, Any]:
-            chosen, labels = spread(len(images), 256), self.labels(images)
+            chosen, labels = spread(len(images), PILOT), self.labels(images)
             pixels = jax.numpy.asarray(images.images[chosen])
-            x = bits.to_model(pixels, 0.5, images.levels)
-            options: dict[str, Any] = {"eps": eps, "control": control}
-            if config.proposal_bins:
-                options["bins"] = config.proposal_bins
-            if labels is not None:
-                options["condition"] = labels[chosen]
-            run = jax.jit(
-                lambda score, x, key: bound.pilot(score, experiment.sde, x, key, **options)
-            )
-            key = stream(jax.random.key(config.seed), "pilot")
-            found = run(self.score, x, key)
+            x = np.asarray(bits.to_model(pixels, 0.5, images.levels))
+            condition = None if labels is None else labels[chosen]
+            bins = config.proposal_bins or 32
+            found = self.density(eps).reduction(x, condition, control, bins)
             arrays = {"density": found.density}
             if found.control is not None:
                 arrays["coefficients"] = found.control.coefficients
@@ -153,6 +147,16 @@ class Inputs:
             config.proposal,
         )
 
+    def density(self, eps: Number, **options: Any) -> Density:
+        """The density of integers at the smallest time ``eps``; ``options`` are other fields."""
+        experiment, config = self.experiment, self.experiment.config.eval
+        given: dict[str, Any] = {
+            "levels": experiment.levels,
+            "seed": config.seed,
+            "batch_size": sharding.round_up(config.batch_size),
+        }
+        return Density(self.score, experiment.sde, experiment.shape, eps=eps, **(given | options))
+
     def measurement(
         self,
         estimator: Estimator,
@@ -165,16 +169,6 @@ class Inputs:
 
         ``options`` are further arguments of ``Density.measurement``.
         """
-        experiment = self.experiment
-        config = experiment.config.eval
-        density = Density(
-            self.score,
-            experiment.sde,
-            experiment.shape,
-            levels=experiment.levels,
-            seed=config.seed,
-            batch_size=sharding.round_up(config.batch_size),
-        )
         given: dict[str, Any] = {
             "place": sharding.split,
             "gather": sharding.to_host,
@@ -186,7 +180,7 @@ class Inputs:
                 "data": self.images.fingerprint,
             },
         }
-        return density.measurement(
+        return self.density(target.eps).measurement(
             estimator, target, data, params=dequantization.params, **(given | options)
         )
 

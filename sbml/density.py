@@ -62,7 +62,7 @@ from sbml.ode import Solver
 from sbml.posterior import Importance, Posterior
 from sbml.progress import over
 from sbml.scalars import Count, Number, at_least, between
-from sbml.score import PredictionScore
+from sbml.score import Foreign, NetworkScore
 from sbml.sdes import SDE
 from sbml.streams import stream
 from sbml.types import (
@@ -537,8 +537,8 @@ class Density:
     def _conditions(self, condition: Any, batch: tuple[int, ...]) -> Any:
         """The conditions of all examples of ``batch``, a pytree of arrays ``(n, ...)``; or None."""
         more = () if condition is None else ("condition",)
-        if isinstance(self.score, PredictionScore):
-            check_function(self.score.network, "network", "x", "t", *more)
+        if isinstance(self.score, NetworkScore) and isinstance(self.score.how, Foreign):
+            check_function(self.score.how.network, "network", "x", "t", *more)
         elif condition is None or not optional(self.score, "given"):
             check_function(self.score, "score", "x", "t", "key", *more)
         if condition is None:

@@ -53,7 +53,7 @@ from sbml.door import checked
 from sbml.ode import Solver, Stats
 from sbml.scalars import Number, notation
 from sbml.sdes import SDE
-from sbml.types import Example, Key, Scalar, Score, in_full_precision
+from sbml.types import Elementwise, Example, Key, Scalar, Score, in_full_precision
 
 
 class Likelihood(NamedTuple):
@@ -77,12 +77,12 @@ class Likelihood(NamedTuple):
     stats: Stats
 
     @property
-    def terms(self) -> dict[str, Scalar]:
+    def terms(self) -> dict[str, Elementwise]:
         """The terms by their names."""
         return {name: getattr(self, name) for name in TERMS}
 
     @property
-    def logp(self) -> Scalar:
+    def logp(self) -> Elementwise:
         """The sum of the terms."""
         return functools.reduce(operator.add, self.terms.values())
 

@@ -58,9 +58,10 @@ Karras et al. 2022 (EDM).
 """
 
 import dataclasses
+import functools
 import inspect
 from collections.abc import Callable
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any, ClassVar, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -166,11 +167,6 @@ def _input(which: str | None, x: Real, alpha: Real, sigma: Real, data_std: Numbe
     return _like(1 / jnp.sqrt((alpha * data_std) ** 2 + sigma**2), x) * x
 
 
-def _in_units_of(sde: Kernel, x_0: Real, noise: Real) -> tuple[Real, Real]:
-    """The network's E[x_0 | x_t] in the units of ``sde``, and its E[e | x_t]."""
-    return sde.from_network(x_0), noise
-
-
 def _like(c: Real, x: Real) -> Real:
     """``c ()`` or ``(n,)`` with axes of 1, to be multiplied with ``x (*s)`` or ``(n, *s)``."""
     return jnp.asarray(c).reshape(*jnp.shape(c), *(1,) * (x.ndim - jnp.ndim(c)))
@@ -178,69 +174,151 @@ def _like(c: Real, x: Real) -> Real:
 
 @pytrees.register
 @dataclasses.dataclass(frozen=True)
-class PredictionScore:
-    """The score of a network that predicts ``kind``: see :func:`from_prediction`.
+class NetworkScore:
+    """The score -e / sigma of a network: ``__call__`` for one example, ``batch`` for many.
+
+    It is a pytree. A key turns dropout on.
+
+    Attributes:
+      how: the network and its row of the table, :class:`Foreign` or :class:`Adapter`.
+      params: the parameters of the adapter's network; None for a foreign network.
+      condition: the condition of a conditional network, or None; for ``batch`` of an adapter also
+        one of each example.
+    """
+
+    how: Any
+    params: Any = None
+    condition: Any = None
+
+    def given(self, condition: Any) -> "NetworkScore":
+        """The score under ``condition``."""
+        return dataclasses.replace(self, condition=condition)
+
+    @checked
+    def __call__(self, x: Example, t: Scalar, key: Key | None = None) -> Example:
+        """grad_x log p_t(x) of one example, shape ``(*s)``."""
+        return self.batch(x[None], jnp.asarray(t)[None], key)[0]
+
+    def batch(self, x: Batch, t: Vector, key: Key | None) -> Batch:
+        """Scores of ``x (n, *s)`` at ``t (n,)``; one key for the whole batch."""
+        (noise,) = self._of(x, t, key, self.how.prediction.noise)
+        return -noise / _like(self.how.sde.std(t), x)
+
+    @property
+    def sde(self) -> Kernel:
+        """The forward process."""
+        sde: Kernel = self.how.sde
+        return sde
+
+    @property
+    def predictions(self) -> Pair | None:
+        """E[x_0 | x_t] and E[e | x_t] of one example by one call of the network; None if x_0
+        divides by alpha, or if the score is enough for the ODE."""
+        entry = self.how.prediction
+        if entry.denoised is None or not self.how.is_singular:
+            return None
+        both = entry.denoised, entry.noise
+
+        def one(x: Example, t: Scalar) -> tuple[Example, Example]:
+            x_0, noise = self._of(x[None], jnp.asarray(t)[None], None, *both)
+            return self.sde.from_network(x_0[0]), noise[0]
+
+        return one
+
+    def decoder_nats(self, y: Example, t: Scalar, pixels: Pixels) -> Scalar:
+        """-log p(pixels | x_t) of one example of bin centres, x_t = alpha y: nats, a scalar."""
+        out, rho = self._decoder(y, t)
+        return integers.decoder_nats(out, y, rho, pixels, self.how.of_data.levels)
+
+    def decoder_log_p(self, y: Example, t: Scalar) -> Float[Array, "..."]:
+        """log p(k | x_t) of all levels k for one example of bin centres, x_t = alpha y, in nats:
+        ``(*s, levels)``."""
+        out, rho = self._decoder(y, t)
+        return integers.decoder_log_p(out, y, rho, self.how.of_data.levels)
+
+    def _decoder(self, y: Example, t: Scalar) -> tuple[Array, Scalar]:
+        """The network's outputs for x_t = alpha y, and rho = sigma / alpha."""
+        kind, data = self.how.parameterization, self.how.of_data.kind
+        if kind != LEVELS or data != "centre":
+            raise ValueError(
+                f"a score with parameterization={kind!r} of data={data!r} has no learned decoder: "
+                "train with score.parameterization=levels and data.dequantization=centre, or "
+                "evaluate another dequantizer"
+            )
+        alpha = self.sde.mean_coef(t)
+        outputs = self.how.outputs(self.params, (alpha * y)[None], t[None], self.condition, None)
+        return outputs[0], self.sde.std(t) / alpha
+
+    def _of(self, x: Batch, t: Vector, key: Key | None, *formulas: Formula) -> tuple[Batch, ...]:
+        """The value of each formula, ``(n, *s)``, by one call of the network."""
+        f = self.how.outputs(self.params, x, t, self.condition, key)
+        sde = self.how.sde.of_network
+        alpha, sigma = _like(sde.mean_coef(t), x), _like(sde.std(t), x)
+        x = self.how.sde.to_network(x, alpha)
+        return tuple(formula(f, x, alpha, sigma, self.how.of_data) for formula in formulas)
+
+
+@pytrees.register
+@dataclasses.dataclass(frozen=True)
+class Foreign:
+    """A network that predicts ``parameterization``: see :func:`from_prediction`.
 
     It is a pytree. Its leaves are the numbers of the SDE, ``data_std`` and, if the network is a
     pytree, the network's parameters.
     """
 
     network: Network
-    kind: str
+    parameterization: str
     sde: Kernel
     data_std: float
     batched: bool = False
-    condition: Any = None
 
-    def given(self, condition: Any) -> "PredictionScore":
-        """The score under ``condition``, a pytree of arrays: the network's third argument."""
-        return dataclasses.replace(self, condition=condition)
-
-    @checked
-    def __call__(self, x: Example, t: Scalar, key: Key | None = None) -> Example:
-        """grad_x log p_t(x) of one example, shape ``(*s)``; ``key`` is not used."""
-        return -self._of(x, t, PREDICTIONS[self.kind].noise)[0] / self.sde.std(t)
+    is_singular: ClassVar[bool] = True  # The ODE always takes the predictions.
 
     @property
-    def predictions(self) -> Pair | None:
-        """E[x_0 | x_t] and E[e | x_t] by one call of the network; None if x_0 divides by alpha."""
-        entry = PREDICTIONS[self.kind]
-        return entry.denoised and (
-            lambda x, t: _in_units_of(self.sde, *self._of(x, t, entry.denoised, entry.noise))
-        )
+    def prediction(self) -> Prediction:
+        """The row of the table."""
+        return PREDICTIONS[self.parameterization]
 
-    def _of(self, x: Example, t: Scalar, *formulas: Formula) -> tuple[Example, ...]:
-        """The value of each formula, ``(*s)``, by one call of the network."""
-        entry, sde = PREDICTIONS[self.kind], self.sde.of_network
+    @property
+    def of_data(self) -> OfData:
+        """What the formulas use of the data."""
+        return OfData(self.data_std)
+
+    def outputs(self, params: None, x: Batch, t: Vector, condition: Any, key: Key | None) -> Batch:
+        """F, ``(n, *s)``."""
+        sde = self.sde.of_network
         alpha, sigma = sde.mean_coef(t), sde.std(t)
-        x = self.sde.to_network(x, alpha)
-        seen = _input(entry.foreign, x, alpha, sigma, self.data_std)
-        told = jnp.asarray(entry.label(sde, t))
-        more = () if self.condition is None else (self.condition,)
-        arguments = (seen, told, *more)
-        if self.batched:
-            f = self._of_one(*arguments)
-        else:
-            try:
-                f = self.network(*arguments)
-            except Exception as error:
-                if self._takes_batches(*arguments):
-                    raise ValueError(
-                        f"the network fails for one example of shape {x.shape}, and not for a "
-                        "batch of one: give from_prediction(..., batched=True)"
-                    ) from error
-                raise
-        f = of_shape(f, x)
-        return tuple(formula(f, x, alpha, sigma, OfData(self.data_std)) for formula in formulas)
+        x = self.sde.to_network(x, _like(alpha, x))
+        seen = _input(self.prediction.foreign, x, alpha, sigma, self.data_std)
+        told = jnp.asarray(self.prediction.label(sde, t))
+        if len(x) > 1:
+            one = functools.partial(self._of_one, condition)
+            return jax.vmap(one)(seen, told)
+        return self._of_one(condition, seen[0], told[0])[None]
 
-    def _of_one(self, *arguments: Any) -> Array:
-        """The result of a network of batches for one example."""
+    def _of_one(self, condition: Any, x: Example, t: Scalar) -> Example:
+        arguments = (x, t) if condition is None else (x, t, condition)
+        if self.batched:
+            return of_shape(self._in_batch_of_one(*arguments), x)
+        try:
+            return of_shape(self.network(*arguments), x)
+        except Exception as error:
+            if self._takes_batches(*arguments):
+                raise ValueError(
+                    f"the network fails for one example of shape {x.shape}, and not for a batch of "
+                    "one: give from_prediction(..., batched=True)"
+                ) from error
+            raise
+
+    def _in_batch_of_one(self, *arguments: Any) -> Array:
         result: Array = self.network(*jax.tree.map(lambda a: jnp.asarray(a)[None], arguments))[0]
         return result
 
     def _takes_batches(self, *arguments: Any) -> bool:
         try:
-            return bool(jax.eval_shape(self._of_one, *arguments).shape == jnp.shape(arguments[0]))
+            shape = jax.eval_shape(self._in_batch_of_one, *arguments).shape
+            return bool(shape == jnp.shape(arguments[0]))
         except Exception:
             return False
 
@@ -253,7 +331,7 @@ def from_prediction(
     *,
     data_std: Annotated[Number, positive] = 0.5,
     batched: bool = False,
-) -> PredictionScore:
+) -> NetworkScore:
     """The score (``sbml.types``) of a function that predicts ``kind``.
 
     Args:
@@ -269,7 +347,7 @@ def from_prediction(
     check_function(network, "network", "x", "t", optional="condition")
     if not scalars.is_traced(data_std):
         data_std = float(data_std)
-    return PredictionScore(network, kind, sde, data_std, batched)
+    return NetworkScore(Foreign(network, kind, sde, data_std, batched))
 
 
 @typed
@@ -335,9 +413,41 @@ class Adapter:
         takes = "condition" in inspect.signature(self.model.__call__).parameters
         return getattr(self.model, "classes", 0) if takes else 0
 
-    def __call__(self, params: Any, condition: Condition | None = None) -> "LinenScore":
+    def __call__(self, params: Any, condition: Condition | None = None) -> NetworkScore:
         """The score; ``condition``, a scalar, is the class for a class-conditional model."""
-        return LinenScore(self, params, condition)
+        return NetworkScore(self, params, condition)
+
+    @property
+    def prediction(self) -> Prediction:
+        """The row of the table."""
+        return PREDICTIONS[self.parameterization]
+
+    @property
+    def of_data(self) -> OfData:
+        """What the formulas use of the data."""
+        return OfData(self.data_std, self.levels, self.data)
+
+    @property
+    def is_singular(self) -> bool:
+        """Whether alpha(T) = 0, so that the ODE needs the predictions of x_0 and e."""
+        return _vanishes(self.sde)
+
+    def outputs(
+        self, params: Any, x: Batch, t: Vector, condition: Condition | None, key: Key | None
+    ) -> Array:
+        """F, ``(n, *s)``, or for ``levels`` with a last axis of outputs; a key turns dropout on."""
+        options: dict[str, Any] = {}
+        if condition is not None:
+            options["condition"] = jnp.broadcast_to(condition, t.shape)
+        f: Any = self.model.apply(
+            {"params": params},
+            self.network_input(x, t),
+            self.time_label(t),
+            train=key is not None,
+            rngs=None if key is None else {"dropout": key},
+            **options,
+        )
+        return f if self.parameterization == LEVELS else of_shape(f, x)
 
     def time_label(self, t: Vector) -> Vector:
         """The labels ``(n,)`` that the network gets for the times ``t (n,)``."""
@@ -367,88 +477,3 @@ class Adapter:
 def _vanishes(sde: Kernel) -> bool:
     """Whether alpha(T) = 0; False for an SDE whose numbers are traced."""
     return not scalars.is_traced(sde.largest_time) and sde.largest_time < sde.T
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class LinenScore:
-    """A score: ``__call__`` for one example, ``batch`` for many. A key turns dropout on."""
-
-    adapter: Adapter = dataclasses.field(metadata={"static": True})
-    params: Any
-    condition: Condition | None = None
-
-    def given(self, condition: Condition) -> "LinenScore":
-        """The score under ``condition``, the class; for ``batch`` also one of each example."""
-        return dataclasses.replace(self, condition=condition)
-
-    def __call__(self, x: Example, t: Scalar, key: Key | None) -> Example:
-        return self.batch(x[None], jnp.asarray(t)[None], key)[0]
-
-    def batch(self, x: Batch, t: Vector, key: Key | None) -> Batch:
-        """Scores of ``x (n, *s)`` at ``t (n,)``; one key for the whole batch."""
-        (noise,) = self._of(x, t, key, PREDICTIONS[self.adapter.parameterization].noise)
-        return -noise / _like(self.adapter.sde.std(t), x)
-
-    @property
-    def predictions(self) -> Pair | None:
-        """E[x_0 | x_t] and E[e | x_t] of one example by one call of the network; None if x_0
-        divides by alpha, or if alpha(T) > 0: the score is then enough for the ODE."""
-        entry = PREDICTIONS[self.adapter.parameterization]
-        if entry.denoised is None or not _vanishes(self.adapter.sde):
-            return None
-        both = entry.denoised, entry.noise
-
-        def one(x: Example, t: Scalar) -> tuple[Example, Example]:
-            x_0, noise = self._of(x[None], jnp.asarray(t)[None], None, *both)
-            return _in_units_of(self.adapter.sde, x_0[0], noise[0])
-
-        return one
-
-    def decoder_nats(self, y: Example, t: Scalar, pixels: Pixels) -> Scalar:
-        """-log p(pixels | x_t) of one example of bin centres, x_t = alpha y: nats, a scalar."""
-        out, rho = self._decoder(y, t)
-        return integers.decoder_nats(out, y, rho, pixels, self.adapter.levels)
-
-    def decoder_log_p(self, y: Example, t: Scalar) -> Float[Array, "..."]:
-        """log p(k | x_t) of all levels k for one example of bin centres, x_t = alpha y, in nats:
-        ``(*s, levels)``."""
-        out, rho = self._decoder(y, t)
-        return integers.decoder_log_p(out, y, rho, self.adapter.levels)
-
-    def _decoder(self, y: Example, t: Scalar) -> tuple[Array, Scalar]:
-        """The network's outputs for x_t = alpha y, and rho = sigma / alpha."""
-        a = self.adapter
-        if a.parameterization != LEVELS or a.data != "centre":
-            raise ValueError(
-                f"a score with parameterization={a.parameterization!r} of data={a.data!r} has no "
-                "learned decoder: train with score.parameterization=levels and "
-                "data.dequantization=centre, or evaluate another dequantizer"
-            )
-        alpha = a.sde.mean_coef(t)
-        return self._network((alpha * y)[None], t[None], None)[0], a.sde.std(t) / alpha
-
-    def _of(self, x: Batch, t: Vector, key: Key | None, *formulas: Formula) -> tuple[Batch, ...]:
-        """The value of each formula, ``(n, *s)``, by one call of the network."""
-        a, f = self.adapter, self._network(x, t, key)
-        sde = a.sde.of_network
-        alpha, sigma = _like(sde.mean_coef(t), x), _like(sde.std(t), x)
-        x = a.sde.to_network(x, alpha)
-        data = OfData(a.data_std, a.levels, a.data)
-        return tuple(formula(f, x, alpha, sigma, data) for formula in formulas)
-
-    def _network(self, x: Batch, t: Vector, key: Key | None) -> Array:
-        """F, ``(n, *s)``, or for ``levels`` with a last axis of outputs."""
-        a = self.adapter
-        options: dict[str, Any] = {}
-        if self.condition is not None:
-            options["condition"] = jnp.broadcast_to(self.condition, t.shape)
-        f: Any = a.model.apply(
-            {"params": self.params},
-            a.network_input(x, t),
-            a.time_label(t),
-            train=key is not None,
-            rngs=None if key is None else {"dropout": key},
-            **options,
-        )
-        return f if a.parameterization == LEVELS else of_shape(f, x)

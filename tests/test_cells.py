@@ -33,12 +33,12 @@ def trained(tmp_path_factory):
 @pytest.mark.slow
 def test_a_network_in_half_precision_is_refused_before_any_row(trained, tmp_path, monkeypatch):
     """Only for the ODE, whose check of convergence does not see the rounding errors."""
-    exact = score.LinenScore.__call__
+    exact = score.NetworkScore.__call__
 
     def rounded(self, x, t, key=None):
         return exact(self, x, t, key).astype(jax.numpy.float16).astype(x.dtype)
 
-    monkeypatch.setattr(score.LinenScore, "__call__", rounded)
+    monkeypatch.setattr(score.NetworkScore, "__call__", rounded)
     with pytest.raises(ValueError, match="the score computes in float16, .* compute it in float32"):
         cell_run(trained, tmp_path, ODE)
     cell_run(trained, tmp_path, BOUND, proposal_bins=0)
@@ -184,7 +184,7 @@ def test_a_network_in_bfloat16_is_evaluated_in_float32(trained, tmp_path, monkey
     monkeypatch.setattr(tiny, "get_config", lambda: config)
     run = cell_run(trained, tmp_path, ODE)
     assert run.shared.experiment.adapter.model.dtype == "bfloat16"
-    assert run.shared.score.adapter.model.dtype == "float32"
+    assert run.shared.score.how.model.dtype == "float32"
 
 
 @pytest.mark.slow

@@ -17,7 +17,7 @@ from sbml.divergence import Trace
 from sbml.estimate import Estimate
 from sbml.estimators import base
 from sbml.ode import Solver
-from sbml.score import PredictionScore, from_prediction
+from sbml.score import NetworkScore, from_prediction
 from sbml.sdes import SDE, SDES, VP, RectifiedFlow, Schedule
 from sbml.streams import stream
 from sbml.types import Array
@@ -337,7 +337,7 @@ def test_a_module_with_activation_functions_among_its_leaves() -> None:
         np.testing.assert_allclose(found, expected, rtol=1e-9)
 
 
-def made_for(sde: SDE) -> PredictionScore:
+def made_for(sde: SDE) -> NetworkScore:
     return from_prediction(lambda x, t: -x, "flow", sde)
 
 

@@ -18,7 +18,7 @@ from sbml.bound import GaussianControl
 from sbml.divergence import Trace
 from sbml.ode import Solver
 from sbml.posterior import Importance, Posterior
-from sbml.score import PredictionScore, from_prediction
+from sbml.score import NetworkScore, from_prediction
 from sbml.sdes import VP, RectifiedFlow
 from sbml.types import Array
 
@@ -40,14 +40,14 @@ def velocity(params: dict[str, Array], x: Array, t: Array, mean: Array) -> Array
 PARAMS = {"v": VARIANCES, "mean": np.array([0.3, -0.2, 0.1])}
 
 
-def score(params: dict[str, Array] = PARAMS) -> PredictionScore:
+def score(params: dict[str, Array] = PARAMS) -> NetworkScore:
     def network(params: dict[str, Array], x: Array, t: Array) -> Array:
         return velocity(params, x, t, params["mean"])
 
     return from_prediction(jax.tree_util.Partial(network, params), "flow", SDE)
 
 
-def conditional() -> PredictionScore:
+def conditional() -> NetworkScore:
     """A Gaussian whose mean is the condition, in every dimension."""
     return from_prediction(lambda x, t, c: velocity(PARAMS, x, t, c * jnp.ones(3)), "flow", SDE)
 

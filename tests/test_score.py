@@ -31,8 +31,8 @@ from sbml.score import (
     PARAMETERIZATIONS,
     PREDICTIONS,
     Adapter,
-    LinenScore,
     Network,
+    NetworkScore,
     OfData,
     U,
     from_prediction,
@@ -379,7 +379,7 @@ def test_parameters_and_the_sde_are_leaves() -> None:
     gradient = jax.jit(jax.grad(lambda score: jnp.sum(score(x, t))))(score)
     # s = -(sigma x + alpha w x) / sigma for VP, where alpha^2 + sigma^2 = 1.
     expected = -2 * float(sde.mean_coef(t) / sde.std(t))
-    assert float(gradient.network.args[0]) == pytest.approx(expected, rel=1e-12)
+    assert float(gradient.how.network.args[0]) == pytest.approx(expected, rel=1e-12)
     assert jax.tree.leaves(from_prediction(jnp.multiply, "noise", SCHEDULES["pair"])) == [DATA_STD]
 
 
@@ -725,7 +725,7 @@ def test_parameters_are_arguments_under_jit_and_grad() -> None:
     traces = []
 
     @jax.jit
-    def loss(score: LinenScore, key: Key) -> Array:
+    def loss(score: NetworkScore, key: Key) -> Array:
         traces.append(1)
         return losses.dsm(score, VP(), jnp.asarray(X[0]), jnp.asarray(0.5), key)
 

@@ -14,7 +14,7 @@ from sbml import bits, discrete, samplers, sdes
 from sbml.bound import Reduction
 from sbml.convert import vdm as vdm_checkpoint
 from sbml.networks import vdm
-from sbml.score import Adapter, LinenScore
+from sbml.score import Adapter, NetworkScore
 from sbml.sdes import SDE
 from sbml.types import Array
 
@@ -32,7 +32,7 @@ def _params(x64: None) -> dict[str, Any]:
     return reference.exact(reference.wide_params())
 
 
-def score_of(params: dict[str, Any], sde: SDE, condition: Array | float) -> LinenScore:
+def score_of(params: dict[str, Any], sde: SDE, condition: Array | float) -> NetworkScore:
     dtype = jax.tree.leaves(params["score_model"])[0].dtype.name
     model = vdm.Model(**reference.OPTIONS, dtype=dtype)
     adapter = Adapter(

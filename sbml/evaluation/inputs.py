@@ -25,7 +25,7 @@ from sbml.runtime.preemption import Preemption
 from sbml.runtime.trees import tree_crc32
 from sbml.runtime.workdir import Workdir
 from sbml.scalars import Number
-from sbml.score import LinenScore
+from sbml.score import NetworkScore
 from sbml.streams import stream
 
 
@@ -72,7 +72,7 @@ class Inputs:
         return kind == "centre" and float(half_bin) > 1
 
     @functools.cached_property
-    def score(self) -> LinenScore:
+    def score(self) -> NetworkScore:
         """The score with the averaged parameters of the checkpoint."""
         return self.experiment.exact_adapter(self.restored.state.ema_params)
 
@@ -175,7 +175,7 @@ class Inputs:
             "multiple": jax.device_count(),
             "about": {
                 "parameters_crc32": self.parameters_crc32,
-                "score": fingerprint.of(self.score.adapter),
+                "score": fingerprint.of(self.score.how),
                 "dequantizer_crc32": tree_crc32(dequantization.params),
                 "data": self.images.fingerprint,
             },

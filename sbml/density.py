@@ -308,12 +308,13 @@ class Density:
         """
         data, log_det = self._model_data(x)
         target = Target(self.sde, self._eps)
-        options = {
-            "check": check,
-            "progress": "log p" if progress is True else progress or "",
-            "shown": lambda ids, values: log_det[ids] - values,
-        }
-        found = -self._by_ode(data, target, condition, **options).estimate()
+        run = dataclasses.replace(
+            self._by_ode(data, target, condition),
+            check=check,
+            progress="log p" if progress is True else progress or "",
+            shown=lambda ids, values: log_det[ids] - values,
+        )
+        found = -run.estimate()
         return found if self.transform is None else found.with_term("transform", log_det)
 
     @checked
@@ -336,8 +337,8 @@ class Density:
         """
         k, levels = self._integers(pixels)
         target = Target(self.sde, self._eps, levels, uniform.Model())
-        options = {"check": check, "progress": "bits/dim" if progress else ""}
-        return self._by_ode(k, target, condition, **options).estimate()
+        run, title = self._by_ode(k, target, condition), "bits/dim" if progress else ""
+        return dataclasses.replace(run, check=check, progress=title).estimate()
 
     @checked
     def bound(
@@ -388,15 +389,13 @@ class Density:
         estimator = bound.Estimator(times_each, reduction=reduction)
         if steps is not None:
             estimator = bound.InSteps(times_each, reduction=reduction, steps=steps)
-        found = self.measurement(
-            estimator,
-            Target(self.sde, self._eps),
-            data,
-            condition,
+        run = dataclasses.replace(
+            self.measurement(estimator, Target(self.sde, self._eps), data, condition),
             sweeps=sweeps,
             progress="bound" if progress else "",
             shown=lambda ids, values: values - log_det[ids],
-        ).estimate()
+        )
+        found = run.estimate()
         return found if self.transform is None else found.with_term("transform", -log_det)
 
     @checked
@@ -660,7 +659,6 @@ class Density:
         data: Examples,
         condition: Any = None,
         params: Any = None,
-        **options: Any,
     ) -> Measurement:
         """The measurement of ``data (n, *shape)`` by an estimator.
 
@@ -669,17 +667,10 @@ class Density:
           data: examples in the scale of the score, or integers if the target has levels.
           condition: one for all examples, or one for each.
           params: the parameters of the target's dequantizer.
-          **options: other fields of ``Measurement``.
         """
         n, conditions = len(data), self._conditions(condition, (len(data),))
         compiled = self._compiled(_terms, conditions, "target")
         size = self.batch_size
-        given: dict[str, Any] = {
-            "ids": np.arange(n),
-            "subset": np.linspace(0, n - 1, min(n, self.subset)).astype(int),
-            "seed": self.seed,
-            "batch_size": min(size, exact_batch(self.dims)) if estimator.exact else size,
-        }
 
         def compute(estimator: Estimator, batch: Rows, u: Any) -> dict[str, Any]:
             return compiled(params, batch, u, estimator, target=target)
@@ -688,26 +679,26 @@ class Density:
             estimator=estimator,
             target=target,
             data=data,
-            condition=jax.tree.map(np.asarray, conditions),
+            ids=np.arange(n),
+            subset=np.linspace(0, n - 1, min(n, self.subset)).astype(int),
             compute=compute,
-            **(given | options),
+            condition=jax.tree.map(np.asarray, conditions),
+            seed=self.seed,
+            batch_size=min(size, exact_batch(self.dims)) if estimator.exact else size,
         )
 
-    def _by_ode(
-        self, data: Examples, target: Target, condition: Any, **options: Any
-    ) -> Measurement:
+    def _by_ode(self, data: Examples, target: Target, condition: Any) -> Measurement:
         # A solve with a tenth of the tolerances measures the solver's error.
         ode.check_tolerances(self.solver, jnp.result_type(float), "solver.", factor=10)
         # The numbers are those of the other adjoint, whose program takes longer to trace.
         solver = dataclasses.replace(self.solver, adjoint="forward")
         kind = WithLatent if target.levels is None else ode_estimator.Estimator
         first = jax.tree.map(lambda leaf: leaf[0], self._conditions(condition, (len(data),)))
-        options |= {
-            "budget": self.budget * (self.dims if target.levels is None else 1),
-            "last": ode.last_time(conditioned(self.score, first), self.sde),
-        }
-        estimator = kind(self._trace, solver=solver)
-        return self.measurement(estimator, target, data, condition, **options)
+        return dataclasses.replace(
+            self.measurement(kind(self._trace, solver=solver), target, data, condition),
+            budget=self.budget * (self.dims if target.levels is None else 1),
+            last=ode.last_time(conditioned(self.score, first), self.sde),
+        )
 
     def reduction(
         self,
@@ -725,8 +716,8 @@ class Density:
         rows = jax.tree.map(lambda leaf: leaf[chosen], conditions)
         run = self._compiled(_pilot, conditions, "sde", "eps", "bins")
         key = stream(jax.random.key(self.seed), "pilot")
-        constants: dict[str, Any] = {"sde": self.sde, "eps": self._eps, "bins": bins}
-        found: Reduction = run(jnp.asarray(data[chosen]), key, control, rows, **constants)
+        x = jnp.asarray(data[chosen])
+        found: Reduction = run(x, key, control, rows, sde=self.sde, eps=self._eps, bins=bins)
         return found
 
     def _solved(self, x: Examples, condition: Any, t0: float, t1: float) -> Examples:

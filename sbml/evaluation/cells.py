@@ -92,12 +92,9 @@ class CellRun:
         method.check(one, experiment.sde, experiment.shape)
         # The K solves of an image are one call, so the bar does not move before their end.
         title = f"{cell.title} solves of each image" if draws > 1 else cell.title
-        self.measurement = shared.measurement(
-            method,
-            Target(experiment.sde, eps, experiment.levels, model),
-            shared.images.images,
-            dequantization,
-            condition=labels,
+        target = Target(experiment.sde, eps, experiment.levels, model)
+        self.measurement = dataclasses.replace(
+            shared.measurement(method, target, shared.images.images, dequantization, labels),
             ids=ids,
             subset=subset,
             store=self._store if stored else None,

@@ -6,6 +6,7 @@ pi_c is the share of class c in the training images, and P(k | c) is the likelih
 by the ODE with uniform dequantization. All classes have the same random draws.
 """
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -49,8 +50,8 @@ def classify(inputs: Inputs) -> dict[str, float]:
     if labels is None or seen is None or not config.classifier_images or why_none(inputs):
         return {}
     ids = inputs.ids(config.classifier_images)
-    density = inputs.density(
-        experiment.eval_eps,
+    density = dataclasses.replace(
+        inputs.density(experiment.eval_eps),
         trace=config.divergence(),
         solver=config.solver(),
         batch_size=config.batch_size,

@@ -1,5 +1,6 @@
 """The codec of a trained model, the images that it codes, and the bound in the codec's steps."""
 
+import dataclasses
 import zlib
 from pathlib import Path
 
@@ -74,11 +75,14 @@ def bound_of(
     dequantization = inputs.dequantization(name)
     times, reduction = max(config.n_times, 4), inputs.reduction(eps)
     estimator = InSteps(times, reduction=reduction, steps=codec.chain.as_steps)
-    return inputs.measurement(
+    run = inputs.measurement(
         Estimator(times, reduction=reduction) if continuous else estimator,
         Target(experiment.sde, eps, experiment.levels, dequantization.model),
         pixels,
         dequantization,
+    )
+    return dataclasses.replace(
+        run,
         sweeps=config.sweeps,
         progress="bound" if continuous else f"bound in {codec.chain.steps} steps",
     ).estimate()

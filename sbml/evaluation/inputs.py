@@ -147,15 +147,18 @@ class Inputs:
             config.proposal,
         )
 
-    def density(self, eps: Number, **options: Any) -> Density:
-        """The density of integers at the smallest time ``eps``; ``options`` are other fields."""
+    def density(self, eps: Number) -> Density:
+        """The density of integers at the smallest time ``eps``."""
         experiment, config = self.experiment, self.experiment.config.eval
-        given: dict[str, Any] = {
-            "levels": experiment.levels,
-            "seed": config.seed,
-            "batch_size": sharding.round_up(config.batch_size),
-        }
-        return Density(self.score, experiment.sde, experiment.shape, eps=eps, **(given | options))
+        return Density(
+            self.score,
+            experiment.sde,
+            experiment.shape,
+            levels=experiment.levels,
+            eps=eps,
+            batch_size=sharding.round_up(config.batch_size),
+            seed=config.seed,
+        )
 
     def measurement(
         self,
@@ -163,25 +166,21 @@ class Inputs:
         target: Target,
         data: np.ndarray,
         dequantization: Dequantization,
-        **options: Any,
+        condition: np.ndarray | None = None,
     ) -> Measurement:
-        """The measurement of the integers ``data (n, *s)`` by ``estimator`` on all devices.
-
-        ``options`` are further arguments of ``Density.measurement``.
-        """
-        given: dict[str, Any] = {
-            "place": sharding.split,
-            "gather": sharding.to_host,
-            "multiple": jax.device_count(),
-            "about": {
+        """The measurement of the integers ``data (n, *s)`` by ``estimator`` on all devices."""
+        density, params = self.density(target.eps), dequantization.params
+        return dataclasses.replace(
+            density.measurement(estimator, target, data, condition, params),
+            place=sharding.split,
+            gather=sharding.to_host,
+            multiple=jax.device_count(),
+            about={
                 "parameters_crc32": self.parameters_crc32,
                 "score": fingerprint.of(self.score.how),
-                "dequantizer_crc32": tree_crc32(dequantization.params),
+                "dequantizer_crc32": tree_crc32(params),
                 "data": self.images.fingerprint,
             },
-        }
-        return self.density(target.eps).measurement(
-            estimator, target, data, params=dequantization.params, **(given | options)
         )
 
     def dequantization(self, name: str) -> Dequantization:

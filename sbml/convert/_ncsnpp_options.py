@@ -139,7 +139,9 @@ def _layers(
     progressive_input, combine = "none", given["progressive_combine"]
     if joined := _named(params, "Combine"):
         progressive_input = "input_skip"
-        first = modules[num_res_blocks + (BLOCKS[kind] == "biggan")]  # after the first halving
+        # The first block that reads the joined pyramid follows the blocks of the first level and, if
+        # a block halves the image ("biggan"), that block.
+        first = modules[num_res_blocks + (BLOCKS[kind] == "biggan")]
         inputs = np.shape(first["Conv_0"]["kernel"])[2]
         combine = "cat" if inputs == 2 * joined[0]["Conv_0"]["kernel"].shape[-1] else "sum"
     elif len(down) // halvings > with_conv:

@@ -26,7 +26,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from sbml.data import Options
 from sbml.features import Extractor
-from sbml.features._torch_file import read_state_dict
+from sbml.runtime import weights as files
 from sbml.runtime.files import intact_npz, write_npz
 from sbml.runtime.trees import differences
 from sbml.types import Array
@@ -213,7 +213,7 @@ def extractor(*, weights: str, sha256: str, levels: int, cache: str | None) -> E
     folder = epath.Path(Options(cache_dir=cache or None).cache) / "features"
     stored = intact_npz(folder / f"inception-{digest[:16]}.npz")
     if stored is None:
-        stored = flatten_dict(from_state_dict(read_state_dict(path)), sep="/")
+        stored = flatten_dict(from_state_dict(files.read(path, "PyTorch state dict")), sep="/")
         folder.mkdir(parents=True, exist_ok=True)
         write_npz(folder / f"inception-{digest[:16]}.npz", stored)
     params: Any = unflatten_dict(stored, sep="/")

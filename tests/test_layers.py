@@ -129,7 +129,7 @@ def test_materialise_changes_no_value_and_no_derivative() -> None:
 
 
 def test_attention_equals_the_definition() -> None:
-    x, block = normal(1, 2, 3, 4, 8), ncsnpp.AttnBlockpp(init_scale=1.0, skip_rescale=True)
+    x, block = normal(1, 2, 3, 4, 8), ncsnpp.AttnBlockpp(np.sqrt(2), init_scale=1.0)
     params = block.init(KEY, x)["params"]
     normed = layers.GroupNorm().apply({"params": params["GroupNorm_0"]}, x)
     flat = np.asarray(normed, float).reshape(2, 12, 8)

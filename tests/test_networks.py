@@ -62,7 +62,11 @@ BAD_INPUTS: list[tuple[dict, tuple[int, ...], str]] = [
     ({}, (2, 9, 8, 3), "9x8.*multiple of 2"),
     ({}, (2, 8, 8), r"\(2, 8, 8\).*\(n, h, w, c\)"),
     ({"attn_resolutions": (16,)}, (2, 8, 8, 3), r"\(16,\).*\[8, 4\]"),
-    ({"nf": 18}, (2, 8, 8, 3), "c=18 channels"),
+    (
+        {"nf": 18},
+        (2, 8, 8, 3),
+        "GroupNorm_0 has 4 groups for 18 channels: .* multiples of 32",
+    ),
 ]
 
 

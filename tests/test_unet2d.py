@@ -178,7 +178,7 @@ def test_configs_that_do_not_fit_are_errors(key: str, value: Any, message: str) 
         (
             {"up_block_types": ("AttnSkipUpBlock2D", "SkipUpBlock2D")},
             8,
-            "norm1 has 20 groups for 32 channels.*AttnSkipUpBlock2D need multiples of 32",
+            "norm1 has 20 groups for 32 channels: choose .* multiples of 32 fit",
         ),
     ],
 )

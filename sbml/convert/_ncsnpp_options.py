@@ -139,8 +139,8 @@ def _layers(
     progressive_input, combine = "none", given["progressive_combine"]
     if joined := _named(params, "Combine"):
         progressive_input = "input_skip"
-        # The first block that reads the joined pyramid follows the blocks of the first level and, if
-        # a block halves the image ("biggan"), that block.
+        # Counted are the residual blocks before the first that reads the joined pyramid: those of
+        # the first level and, with "biggan", the block that halves the image.
         first = modules[num_res_blocks + (BLOCKS[kind] == "biggan")]
         inputs = np.shape(first["Conv_0"]["kernel"])[2]
         combine = "cat" if inputs == 2 * joined[0]["Conv_0"]["kernel"].shape[-1] else "sum"

@@ -34,7 +34,7 @@ from jaxtyping import Float, Num
 from sbml.door import condition, typed
 from sbml.platform import one_cpu
 from sbml.scalars import Count, at_least, one_of
-from sbml.types import AnyArray, Array, Key
+from sbml.types import AnyArray, Array, Key, at_least_float32
 
 Map = Callable[[Array], Array]
 ZEROS = nn.initializers.zeros
@@ -142,21 +142,17 @@ def dropout(key: Key, x: Array, rate: float) -> Array:
     return jnp.where(halves < threshold, x * (2**16 / threshold), 0).astype(x.dtype)
 
 
-def convolution(x: Array, kernel: Array, stride: int = 1, padding: Padding = "SAME") -> Array:
-    """Convolve ``x (n, h, w, c)`` with ``kernel (k, k, c, c_out)``; "SAME" pads with zeros."""
-    return lax.conv_general_dilated(
-        x, kernel, (stride, stride), padding, dimension_numbers=("NHWC", "HWIO", "NHWC")
-    )
-
-
-def pixelwise(x: Array, w: Array) -> Array:
-    """``x w`` at every pixel, as one matrix product."""
-    return (x.reshape(-1, x.shape[-1]) @ w).reshape(*x.shape[:-1], -1)
-
-
-def add_bias(x: Array, bias: Array) -> Array:
-    """``x (n, h, w, c) + bias (c,)``."""
-    return x + bias.reshape(1, 1, 1, -1)
+def convolution(
+    x: Array, kernel: Array, bias: Array, stride: int = 1, padding: Padding = "SAME"
+) -> Array:
+    """``x (n, h, w, c)`` convolved with ``kernel (k, k, c, c_out)``, plus ``bias (c_out,)``; "SAME"
+    pads with zeros. With one tap and stride 1 this is one matrix product for all pixels."""
+    kernel, bias = kernel.astype(x.dtype), bias.astype(x.dtype).reshape(1, 1, 1, -1)
+    if kernel.shape[:2] == (1, 1) and stride == 1:
+        return (x.reshape(-1, x.shape[-1]) @ kernel[0, 0]).reshape(*x.shape[:-1], -1) + bias
+    axes = ("NHWC", "HWIO", "NHWC")
+    y = lax.conv_general_dilated(x, kernel, (stride, stride), padding, dimension_numbers=axes)
+    return y + bias
 
 
 class Conv(nn.Module):
@@ -172,11 +168,9 @@ class Conv(nn.Module):
     @nn.compact
     def __call__(self, x: Array) -> Array:
         shape = (self.size, self.size, x.shape[-1], self.features)
-        kernel = self.param("kernel", fan_avg(self.init_scale), shape).astype(x.dtype)
-        bias = self.param("bias", ZEROS, (self.features,)).astype(x.dtype)
-        if self.size == self.stride == 1:
-            return add_bias(pixelwise(x, kernel[0, 0]), bias)
-        return add_bias(convolution(x, kernel, self.stride, self.padding), bias)
+        kernel = self.param("kernel", fan_avg(self.init_scale), shape)
+        bias = self.param("bias", ZEROS, (self.features,))
+        return convolution(x, kernel, bias, self.stride, self.padding)
 
 
 def dense(
@@ -218,7 +212,7 @@ class GroupNorm(nn.Module):
             )
         scale = self.param("scale", nn.initializers.ones, (c,)).reshape(1, c)
         bias = self.param("bias", ZEROS, (c,)).reshape(1, c)
-        wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+        wide = at_least_float32(x)
         mean, mean_square = wide.mean((1, 2)), jnp.square(wide).mean((1, 2))
         channel_var = jnp.maximum(mean_square - jnp.square(mean), 0.0)
         group_mean = _group_means(mean, groups)
@@ -244,7 +238,7 @@ class NIN(nn.Module):
     def __call__(self, x: Array) -> Array:
         w = self.param("W", fan_avg(self.init_scale), (x.shape[-1], self.features))
         b = self.param("b", ZEROS, (self.features,))
-        return add_bias(pixelwise(x, w.astype(x.dtype)), b.astype(x.dtype))
+        return convolution(x, w[None, None], b)
 
 
 def attention(query: Array, key: Array, value: Array) -> Array:
@@ -398,7 +392,7 @@ def head(
     """conv(act(norm(h))). The means of a mixture over 256 levels need more digits than bfloat16
     has, so the convolution has at least float32 if the network has several ``outputs``."""
     h = act(GroupNorm(groups, epsilon, name=names[0])(h))
-    h = h.astype(jnp.promote_types(h.dtype, jnp.float32)) if outputs else h
+    h = at_least_float32(h) if outputs else h
     return Conv(features, init_scale=init_scale, name=names[1])(h)
 
 
@@ -537,8 +531,7 @@ class Conv2d(nn.Module):
         else:
             k = len(self.fir_kernel)
             x, stride = upfirdn(x, self.fir_kernel, pad=((k + 1) // 2, k // 2)), 2
-        y = convolution(x, weight.astype(x.dtype), stride, "VALID")
-        return add_bias(y, bias.astype(x.dtype))
+        return convolution(x, weight, bias, stride, "VALID")
 
 
 class _Resample(nn.Module):

@@ -25,7 +25,7 @@ from sbml.door import checked, condition, typed
 from sbml.networks import _layers as layers
 from sbml.networks._layers import ZEROS, Images, Labels
 from sbml.scalars import at_least, one_of
-from sbml.types import Array
+from sbml.types import Array, at_least_float32
 
 GROUPS = 32  # of group norm, in the published models
 LECUN = nn.initializers.lecun_normal()
@@ -62,10 +62,6 @@ class Attention(layers.Attention):
     @nn.nowrap
     def affine(self, x: Array, name: str, last: bool) -> Array:
         return layers.dense(x, x.shape[-1], name, ZEROS if last else LECUN)
-
-
-def _at_least_float32(dtype: jnp.dtype) -> jnp.dtype:
-    return jnp.promote_types(dtype, jnp.float32)
 
 
 @typed
@@ -146,15 +142,15 @@ class Model(nn.Module):
             h = attend(block(joined, f"up.block_{i}"), f"up.attn_{i}")
         size, names = x.shape[-1] * max(1, self.outputs), ("GroupNorm_0", "conv_out")
         out = layers.head(h, size, nn.swish, self.outputs, groups=groups, names=names)
-        return layers.per_entry(out, x.shape, self.outputs).astype(_at_least_float32(dtype))
+        return at_least_float32(layers.per_entry(out, x.shape, self.outputs))
 
     @nn.nowrap
     def _cond(self, label: Array, condition: Array) -> Array:
         """The vector ``(n, 4 width)`` by which the blocks read the noise level and the class."""
         dtype = jnp.dtype(self.dtype)
-        label = label.astype(_at_least_float32(dtype))
+        label = label.astype(jnp.promote_types(dtype, jnp.float32))
         inputs = [layers.positional(label, self.width), condition.astype(label.dtype)[:, None]]
         h = jnp.concatenate(inputs, axis=-1).astype(dtype)
         for name in ("dense0", "dense1"):
-            h = nn.swish(nn.Dense(4 * self.width, dtype=dtype, name=name)(h))
+            h = nn.swish(layers.dense(h, 4 * self.width, name, LECUN))
         return h

@@ -16,7 +16,7 @@ import pickletools
 import zipfile
 from collections import OrderedDict
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn
 
 import jax.numpy as jnp
 import numpy as np
@@ -112,12 +112,14 @@ class _Reader(pickle.Unpickler):
             return known[f"{module}.{name}"]
         raise pickle.UnpicklingError(f"it refers to {module}.{name}")
 
-    def persistent_load(self, saved: Any) -> Any:
+    def persistent_load(self, saved: Any) -> np.ndarray:
         _, dtype, key, _, count, *_ = saved
         return self.storages(str(key), dtype, int(count))
 
 
-def _tensor(storage: np.ndarray, offset: int, size: Any, stride: Any, *_: Any) -> np.ndarray:
+def _tensor(
+    storage: np.ndarray, offset: int, size: tuple[int, ...], stride: tuple[int, ...], *_: Any
+) -> np.ndarray:
     last = offset + sum((n - 1) * step for n, step in zip(size, stride, strict=True))
     if min(offset, 0, *size, *stride) < 0 or (0 not in size and last >= storage.size):
         raise pickle.UnpicklingError(f"a tensor {tuple(size)} goes beyond its storage")
@@ -155,7 +157,7 @@ def _zipped(file: io.BytesIO) -> dict[str, np.ndarray]:
 def _legacy(file: io.BytesIO) -> dict[str, np.ndarray]:
     file.seek(0)
 
-    def none(*_: Any) -> Any:
+    def none(key: str, dtype: np.dtype, count: int) -> NoReturn:
         raise pickle.UnpicklingError("a header refers to a tensor")
 
     for _ in range(3):  # The magic number, the protocol and the description of the system.

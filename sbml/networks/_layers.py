@@ -118,10 +118,14 @@ def _materialise(x: Array) -> Array:
 @_materialise.defjvp
 def _(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
     """XLA removes a conditional whose condition is constant, so the condition depends on ``x``. It
-    changes the gradient only if the first entry of ``x`` is NaN: then the gradient is NaN too."""
+    changes the gradient only if the first entry of ``x`` is NaN: then the gradient is NaN too.
+
+    ``vmap`` computes both branches, and their gradients multiply the one not taken by 0. So the
+    factor of the first branch is NaN only if it is taken: 0 NaN would be NaN."""
     (x,), (dx,) = primals, tangents
     nan = jnp.isnan(x[(0,) * x.ndim])
-    return _materialise(x), lax.cond(nan, lambda dx: jnp.nan * dx, lambda dx: dx, dx)
+    factor = jnp.where(nan, jnp.nan, jnp.ones((), x.dtype))
+    return _materialise(x), lax.cond(nan, lambda dx: factor * dx, lambda dx: dx, dx)
 
 
 def fan_avg(scale: float = 1.0) -> nn.initializers.Initializer:

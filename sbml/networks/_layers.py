@@ -29,6 +29,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 from jax import lax
+from jax.extend.core import Primitive
+from jax.interpreters import ad, batching, mlir
 from jaxtyping import Float, Num
 
 from sbml.door import condition, typed
@@ -117,15 +119,33 @@ def _materialise(x: Array) -> Array:
 
 @_materialise.defjvp
 def _(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
-    """XLA removes a conditional whose condition is constant, so the condition depends on ``x``. It
-    changes the gradient only if the first entry of ``x`` is NaN: then the gradient is NaN too.
+    return _materialise(*primals), _ONCE.bind(*primals, *tangents)
 
-    ``vmap`` computes both branches, and their gradients multiply the one not taken by 0. So the
-    factor of the first branch is NaN only if it is taken: 0 NaN would be NaN."""
-    (x,), (dx,) = primals, tangents
+
+def _once(x: Array, dx: Array) -> Array:
+    """``dx`` through a conditional. XLA removes a conditional whose condition is constant, so the
+    condition depends on ``x``: if the first entry of ``x`` is NaN, the result is NaN too."""
     nan = jnp.isnan(x[(0,) * x.ndim])
-    factor = jnp.where(nan, jnp.nan, jnp.ones((), x.dtype))
-    return _materialise(x), lax.cond(nan, lambda dx: factor * dx, lambda dx: dx, dx)
+    return lax.cond(nan, lambda dx: jnp.nan * dx, lambda dx: dx, dx)
+
+
+def _once_of_a_batch(args: Sequence[Array], dims: Sequence[int | None]) -> tuple[Array, int | None]:
+    x, dx = (a if d is None else jnp.moveaxis(a, d, 0) for a, d in zip(args, dims, strict=True))
+    return _ONCE.bind(x, dx), None if dims[1] is None else 0
+
+
+# A primitive of its own, because ``vmap`` would turn the conditional into a selection between the
+# two branches, which JAX cannot differentiate in reverse mode. Here it stays a conditional.
+_ONCE = Primitive("once")
+_ONCE.def_impl(_once)
+_ONCE.def_abstract_eval(lambda x, dx: dx)
+mlir.register_lowering(_ONCE, mlir.lower_fun(_once, multiple_results=False))
+batching.primitive_batchers[_ONCE] = _once_of_a_batch
+ad.defjvp(_ONCE, None, lambda tangent, x, dx: _ONCE.bind(x, tangent))
+ad.primitive_transposes[_ONCE] = lambda ct, x, dx: (
+    None,
+    ct if isinstance(ct, ad.Zero) else _ONCE.bind(x, ct),
+)
 
 
 def fan_avg(scale: float = 1.0) -> nn.initializers.Initializer:

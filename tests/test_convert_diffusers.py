@@ -396,7 +396,9 @@ def test_folders_with_missing_or_damaged_files_are_errors(tmp_path: Path) -> Non
     file = folder / "unet" / "diffusion_pytorch_model.safetensors"
     content = file.read_bytes()
     file.write_bytes(content[:-100])
-    refused(folder, ours, r"is no safetensors file \(.*\): check that the whole file was copied")
+    refused(folder, ours, r"cannot be read as a safetensors file \(.*\): check .* copied whole")
+    save_file({"conv_in.bias": np.zeros(2, np.int64)}, file)
+    refused(folder, ours, r"\(conv_in.bias is of type I64; known are F16, BF16, F32, F64\)")
     file.rename(file.with_suffix(".bin"))
     refused(
         folder, ours, r"no diff.*safetensors in .*, which has config.json, .*\.bin: write it by"

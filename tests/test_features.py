@@ -19,13 +19,16 @@ from inception_weights import random_weights, write_state_dict
 
 from sbml import data
 from sbml.features import EXTRACTORS, digits_classifier, inception
-from sbml.features._torch_file import _tensor, read_state_dict
+from sbml.runtime import weights as files
 
 DATA = Path(__file__).parent / "data"
 with np.load(DATA / "inception.npz") as stored:
     STORED = dict(stored)
 SHAPES = json.loads(str(STORED["shapes"]))
 IMAGES = STORED["images"]
+
+
+read_state_dict = functools.partial(files.read, kind="PyTorch state dict")
 
 
 @functools.cache
@@ -63,11 +66,11 @@ def test_weights_are_read_without_pytorch(kind: str) -> None:
 def test_nothing_in_a_weights_file_is_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     for kind in ("zip", "legacy"):
-        with pytest.raises(ValueError, match="not a PyTorch state dict: it refers to"):
+        with pytest.raises(ValueError, match=r"be read as a PyTorch state dict \(it refers to"):
             read_state_dict(DATA / f"malicious_{kind}.pth")
     assert not (tmp_path / "harm").exists()
     (tmp_path / "text.pth").write_text("weights")
-    with pytest.raises(ValueError, match="not a PyTorch state dict"):
+    with pytest.raises(ValueError, match="cannot be read as a PyTorch state dict"):
         read_state_dict(tmp_path / "text.pth")
 
 
@@ -145,7 +148,7 @@ def test_pickles_that_are_no_state_dict(tmp_path: Path) -> None:
     (tmp_path / "list.pkl").write_bytes(pickle.dumps([1, 2]) * 5)
     np.savez(tmp_path / "arrays.npz", a=np.ones(3))
     for name in ("list.pkl", "arrays.npz"):
-        with pytest.raises(ValueError, match="not a PyTorch state dict"):
+        with pytest.raises(ValueError, match="cannot be read as a PyTorch state dict"):
             read_state_dict(tmp_path / name)
 
 
@@ -159,7 +162,7 @@ def test_a_changed_value_in_a_zip_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "state.pth"
     for start in starts:
         path.write_bytes(content[:start] + value + content[start + len(value) :])
-        with pytest.raises(ValueError, match=r"state\.pth is not a PyTorch state dict: Bad CRC-32"):
+        with pytest.raises(ValueError, match=r"state\.pth cannot be read as .* \(Bad CRC-32"):
             read_state_dict(path)
 
 
@@ -167,15 +170,15 @@ def test_a_memo_larger_than_the_file_is_refused(tmp_path: Path) -> None:
     """pickle would allocate 16 GB for these ten bytes."""
     path = tmp_path / "memo.pth"
     path.write_bytes(b"\x80\x02]r" + (2**30).to_bytes(4, "little") + b"0.")
-    with pytest.raises(ValueError, match=r"memo.pth is not .*: byte 3 claims 1073741824 objects"):
+    with pytest.raises(ValueError, match=r"memo.pth cannot .*byte 3 claims 1073741824 objects"):
         read_state_dict(path)
 
 
 def test_a_tensor_beyond_its_storage_is_refused() -> None:
     """Otherwise the memory behind the storage would be read."""
     storage = np.arange(6.0)
-    np.testing.assert_array_equal(_tensor(storage, 1, (2, 2), (3, 1)), [[1, 2], [4, 5]])
-    assert _tensor(storage, 6, (0, 4), (4, 1)).size == 0
+    np.testing.assert_array_equal(files._tensor(storage, 1, (2, 2), (3, 1)), [[1, 2], [4, 5]])
+    assert files._tensor(storage, 6, (0, 4), (4, 1)).size == 0
     for offset, size, stride in (
         (2, (2, 2), (3, 1)),
         (0, (7,), (1,)),
@@ -183,7 +186,7 @@ def test_a_tensor_beyond_its_storage_is_refused() -> None:
         (-1, (1,), (1,)),
     ):
         with pytest.raises(pickle.UnpicklingError, match="goes beyond its storage"):
-            _tensor(storage, offset, size, stride)
+            files._tensor(storage, offset, size, stride)
 
 
 def _claims(kind: str, count: int, size: int, stride: int) -> bytes:
@@ -210,12 +213,10 @@ def test_more_numbers_than_the_file_holds_are_refused(tmp_path: Path, kind: str)
     assert read_state_dict(path)["a"].tolist() == [0, 0, 0, 0]
     for count, size, stride in ((trillions, 4, 1), (trillions, trillions, 1), (4, trillions, 0)):
         path.write_bytes(_claims(kind, count, size, stride))
-        with pytest.raises(
-            ValueError, match=r"w\.pth is not a PyTorch state dict: .*(claims|more)"
-        ):
+        with pytest.raises(ValueError, match=r"w\.pth cannot be read as .*(claims|more)"):
             read_state_dict(path)
     # A pickle of a string of 10^13 bytes, and one that stores a list at index 2^31 - 1 of its memo.
     for opcodes in (b"\x80\x04\x8e" + struct.pack("<Q", trillions), b"]r\xff\xff\xff\x7f."):
         path.write_bytes(opcodes)
-        with pytest.raises(ValueError, match=r"w\.pth is not a PyTorch state dict: "):
+        with pytest.raises(ValueError, match=r"w\.pth cannot be read as a PyTorch state dict"):
             read_state_dict(path)

@@ -6,6 +6,7 @@ checksum: there we require only a ValueError or a result, no hang and no huge al
 SBML_FUZZ_ROUNDS=100000 looks for hours instead of seconds.
 """
 
+import functools
 import io
 import os
 import pickle
@@ -17,15 +18,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+import safetensors.numpy
 from flax import serialization
 from inception_weights import write_state_dict
 from pictures import pixels
 from PIL import Image
 
 from sbml import data
-from sbml.convert import _files
 from sbml.data import imagenet32
-from sbml.features._torch_file import read_state_dict
+from sbml.runtime import weights
 
 ROUNDS = int(os.environ.get("SBML_FUZZ_ROUNDS", "60"))  # of each kind of damage and file
 DATA = Path(__file__).parent / "data"
@@ -56,6 +57,10 @@ def legacy_state(folder: Path) -> bytes:
     return (DATA / "state_legacy.pth").read_bytes()
 
 
+def safetensors_state(folder: Path) -> bytes:
+    return safetensors.numpy.save(STATE)
+
+
 def checkpoint(folder: Path) -> bytes:
     tree = {"step": 3, "params_ema": STATE, "optimizer": {"target": STATE, "state": {"step": 3}}}
     return serialization.msgpack_serialize(tree)
@@ -84,10 +89,17 @@ def images(path: Path) -> dict[str, Any]:
 
 
 Read = Callable[[Path], dict[str, Any]]
+
+
+def weights_of(kind: str) -> Read:
+    return functools.partial(weights.read, kind=kind)
+
+
 FILES: dict[str, tuple[Callable[[Path], bytes], Read, bool]] = {
-    "zipped.pth": (zipped_state, read_state_dict, True),
-    "legacy.pth": (legacy_state, read_state_dict, False),
-    "checkpoint_3": (checkpoint, _files.load, False),
+    "zipped.pth": (zipped_state, weights_of("PyTorch state dict"), True),
+    "legacy.pth": (legacy_state, weights_of("PyTorch state dict"), False),
+    "unet.safetensors": (safetensors_state, weights_of("safetensors file"), False),
+    "checkpoint_3": (checkpoint, weights_of("flax msgpack file"), False),
     "valid_32x32.tar": (tar, images, False),
     "rows.zip": (zipped_rows, images, True),
 }

@@ -112,6 +112,7 @@ def test_materialise_changes_no_value_and_no_derivative() -> None:
             jax.grad(total, argnums=(0, 1))(a, x),
             jax.vmap(jax.grad(lambda a, x: total(a, x[None])), (None, 0))(a, x),
             jax.vmap(lambda v: jax.jvp(lambda x: field(a, x), (x,), (v,)))(jnp.stack([v, x])),
+            jax.grad(lambda a: jnp.sum(jax.vmap(field, (None, 0))(a, x) ** 2))(a[0]),
             jax.grad(directional)(a),
             jax.hessian(total)(a, x),
             jax.jacrev(jax.jacrev(total))(a, x),
@@ -129,7 +130,7 @@ def test_materialise_changes_no_value_and_no_derivative() -> None:
 
 
 def test_attention_equals_the_definition() -> None:
-    x, block = normal(1, 2, 3, 4, 8), ncsnpp.AttnBlockpp(init_scale=1.0, skip_rescale=True)
+    x, block = normal(1, 2, 3, 4, 8), ncsnpp.AttnBlockpp(np.sqrt(2), init_scale=1.0)
     params = block.init(KEY, x)["params"]
     normed = layers.GroupNorm().apply({"params": params["GroupNorm_0"]}, x)
     flat = np.asarray(normed, float).reshape(2, 12, 8)

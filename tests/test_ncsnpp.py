@@ -9,7 +9,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import reference
-from flax import errors
 from flax import linen as nn
 from flax.traverse_util import flatten_dict
 from linen import KEY, normal, random_params, same, shapes
@@ -317,20 +316,6 @@ def test_init_scale_applies_to_the_last_layer_of_each_branch(
     for path, scale in scales.items():
         shortcut = 0.1 if "NIN" in path else 1.0
         assert scale == pytest.approx(0.25 if branches.match(path) else shortcut), path
-
-
-def test_dropout_only_in_training_and_only_above_zero() -> None:
-    x, label = normal(1, 2, 4, 4, 3), jnp.array([3.0, 700.0])
-    model, still = ncsnpp.Model(**TINY, dropout=0.5), ncsnpp.Model(**TINY, dropout=0.0)
-    params = random_params(model, x.shape)
-    plain = jax.jit(lambda: model.apply(params, x, label, train=False))()
-    same(jax.jit(lambda: still.apply(params, x, label, train=True))(), plain)
-    trained = jax.jit(lambda k: model.apply(params, x, label, train=True, rngs={"dropout": k}))
-    one, two, again = (trained(jax.random.key(k)) for k in (1, 2, 1))
-    assert jnp.abs(one - plain).max() > 0.01 and jnp.abs(one - two).max() > 0.01
-    same(again, one)
-    with pytest.raises(errors.InvalidRngError):
-        jax.eval_shape(lambda: model.apply(params, x, label, train=True))
 
 
 @pytest.mark.parametrize("conditional", [True, False])

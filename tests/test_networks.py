@@ -7,7 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from linen import KEY, normal, random_params, shapes, size
+from flax import errors
+from flax import linen as nn
+from linen import KEY, normal, random_params, same, shapes, size
 
 from sbml import networks
 from sbml.networks import mlp, ncsnpp
@@ -62,7 +64,11 @@ BAD_INPUTS: list[tuple[dict, tuple[int, ...], str]] = [
     ({}, (2, 9, 8, 3), "9x8.*multiple of 2"),
     ({}, (2, 8, 8), r"\(2, 8, 8\).*\(n, h, w, c\)"),
     ({"attn_resolutions": (16,)}, (2, 8, 8, 3), r"\(16,\).*\[8, 4\]"),
-    ({"nf": 18}, (2, 8, 8, 3), "c=18 channels"),
+    (
+        {"nf": 18},
+        (2, 8, 8, 3),
+        "GroupNorm_0 has 4 groups for 18 channels: .* multiples of 32",
+    ),
 ]
 
 
@@ -98,6 +104,40 @@ def test_only_the_first_convolution_reads_the_fourier_features() -> None:
     expected = out(plain, kernel[:, :, :3])
     np.testing.assert_allclose(out(model, unweighted), expected, rtol=1e-4, atol=1e-5)
     assert jnp.abs(out(model, kernel) - expected).max() > 1e-2
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("ncsnpp", {"nf": 4, "ch_mult": (1,), "num_res_blocks": 1, "attn_resolutions": ()}),
+        pytest.param("vdm", {"width": 8, "depth": 0}, marks=pytest.mark.slow),
+        pytest.param("unet2d", UNET2D, marks=pytest.mark.slow),
+    ],
+)
+def test_dropout_acts_in_training_alone_and_remat_changes_nothing(name: str, options: dict) -> None:
+    model = networks.NETWORKS[name](**options, dropout=0.5)
+    variables = random_params(model, (2, 4, 4, 3))
+    x, label = normal(1, 2, 4, 4, 3), jnp.array([3.0, 700.0])
+
+    @functools.partial(jax.jit, static_argnames=("model", "train"))
+    def result(model: nn.Module, seed: int | None, train: bool = True) -> jax.Array:
+        """The output, and the gradient of its squares."""
+        rngs = None if seed is None else {"dropout": jax.random.key(seed)}
+
+        def loss(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+            out = model.apply(variables, x, label, train=train, rngs=rngs)
+            return jnp.sum(out**2), out
+
+        gradient, out = jax.grad(loss, has_aux=True)(x)
+        return jnp.stack([out, gradient])
+
+    plain, one, two = result(model, None, train=False), result(model, 1), result(model, 2)
+    same(result(model.clone(dropout=0.0), None), plain)
+    assert jnp.abs(one - plain).max() > 1e-3 and jnp.abs(one - two).max() > 1e-3
+    np.testing.assert_array_equal(result(model, 1), one)
+    np.testing.assert_allclose(result(model.clone(remat=True), 1), one, rtol=1e-4, atol=1e-5)
+    with pytest.raises(errors.InvalidRngError):
+        jax.eval_shape(lambda: model.apply(variables, x, label, train=True))
 
 
 def test_input_unlike_the_parameters_is_an_error() -> None:

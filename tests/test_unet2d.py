@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import unet2d_reference as reference
 from flax.traverse_util import flatten_dict
-from linen import normal, random_params, shapes
+from linen import normal, shapes
 from safetensors.numpy import load_file, save_file
 
 from sbml.networks import unet2d
@@ -178,7 +178,7 @@ def test_configs_that_do_not_fit_are_errors(key: str, value: Any, message: str) 
         (
             {"up_block_types": ("AttnSkipUpBlock2D", "SkipUpBlock2D")},
             8,
-            "norm1 has 20 groups for 32 channels.*AttnSkipUpBlock2D need multiples of 32",
+            "norm1 has 20 groups for 32 channels: choose .* multiples of 32 fit",
         ),
     ],
 )
@@ -197,22 +197,3 @@ def test_an_untrained_network_predicts_0() -> None:
     start = jax.jit(functools.partial(network.init_with_output, train=False))
     out, _ = start(jax.random.key(1), x, label)
     assert jnp.abs(out).max() < 1e-3
-
-
-@pytest.mark.slow
-def test_dropout_acts_in_training_and_remat_changes_nothing() -> None:
-    network = unet2d.Model(**ONE_LEVEL, dropout=0.5)
-    variables = random_params(network, (1, 4, 4, 3))
-    label = jnp.asarray([10.0, 20.0])
-
-    @functools.partial(jax.jit, static_argnums=0)
-    @functools.partial(jax.grad, argnums=1)
-    def gradient(network: unet2d.Model, x: Array, key: Array) -> Array:
-        rngs = {"dropout": key}
-        return jnp.sum(network.apply(variables, x, label, train=True, rngs=rngs) ** 2)
-
-    x, keys = normal(0, 2, 4, 4, 3), jax.random.split(jax.random.key(0))
-    first, second = (gradient(network, x, key) for key in keys)
-    assert jnp.abs(first - second).max() > 1e-3
-    again = gradient(network.clone(remat=True), x, keys[0])
-    np.testing.assert_allclose(again, first, rtol=1e-4, atol=1e-5)

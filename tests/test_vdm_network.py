@@ -1,6 +1,5 @@
-"""VDM's network: parameters, group norm, dropout, errors; and the Fourier features."""
+"""VDM's network: parameters, group norm, errors; and the Fourier features."""
 
-import functools
 import math
 from collections.abc import Iterator
 from typing import Any
@@ -62,29 +61,6 @@ def test_group_norm_of_one_channel_erases_the_condition(groups: int, depends: bo
 def test_default_groups_leave_two_channels_each() -> None:
     result = [vdm.default_groups(width) for width in (4, 32, 48, 64, 80, 128, 256)]
     assert result == [2, 16, 24, 32, 20, 32, 32]
-
-
-@pytest.mark.slow
-def test_dropout_acts_in_training_alone_and_remat_changes_nothing() -> None:
-    model = vdm.Model(width=8, depth=0, dropout=0.5)
-    variables = random_params(model, (1, 4, 4, 3))
-    x, label = normal(0, 2, 4, 4, 3), jnp.asarray([10.0, 20.0])
-
-    def out(model: vdm.Model, key: int | None) -> Array:
-        rngs = None if key is None else {"dropout": jax.random.key(key)}
-        apply = jax.jit(functools.partial(model.apply, train=key is not None))
-        return apply(variables, x, label, rngs=rngs)
-
-    np.testing.assert_array_equal(out(model, None), out(model.clone(dropout=0.0), 0))
-    assert jnp.abs(out(model, 0) - out(model, 1)).max() > 1e-3
-
-    def loss(model: vdm.Model, x: Array) -> Array:
-        rngs = {"dropout": jax.random.key(0)}
-        return jnp.sum(model.apply(variables, x, label, train=True, rngs=rngs) ** 2)
-
-    gradient = jax.jit(jax.grad(loss, 1), static_argnums=0)
-    gradients = [gradient(model.clone(remat=remat), x) for remat in (False, True)]
-    np.testing.assert_allclose(*gradients, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from etils import epath
-from flax import serialization
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from sbml.experiment import trained
@@ -81,23 +80,6 @@ def find(source: epath.PathLike) -> epath.Path:
         f"no checkpoint_N or ckpt-N.flax in {source} or in a folder checkpoints* of it: set "
         "--source to such a file, or to the work directory that holds checkpoints/"
     )
-
-
-def load(path: epath.PathLike) -> dict[str, Any]:
-    """The nested dictionaries in the file ``path``."""
-    path = epath.Path(path)
-    try:
-        tree = serialization.msgpack_restore(path.read_bytes())
-    except Exception as error:  # msgpack raises many kinds of errors for bytes of other formats.
-        reason = str(error) or type(error).__name__
-        raise ValueError(
-            f"{path} is not a flax msgpack file ({reason}): check that the whole file was copied"
-        ) from error
-    if not isinstance(tree, dict):
-        raise ValueError(
-            f"{path} holds a {type(tree).__name__}, not a training state: give a checkpoint file"
-        )
-    return tree
 
 
 def unwrapped(tree: Mapping[str, Any]) -> dict[str, Any]:

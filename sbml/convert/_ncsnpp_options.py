@@ -139,7 +139,9 @@ def _layers(
     progressive_input, combine = "none", given["progressive_combine"]
     if joined := _named(params, "Combine"):
         progressive_input = "input_skip"
-        first = modules[num_res_blocks + (BLOCKS[kind] == "biggan")]  # after the first halving
+        # Counted are the residual blocks before the first that reads the joined pyramid: those of
+        # the first level and, with "biggan", the block that halves the image.
+        first = modules[num_res_blocks + (BLOCKS[kind] == "biggan")]
         inputs = np.shape(first["Conv_0"]["kernel"])[2]
         combine = "cat" if inputs == 2 * joined[0]["Conv_0"]["kernel"].shape[-1] else "sum"
     elif len(down) // halvings > with_conv:

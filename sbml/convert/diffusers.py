@@ -31,6 +31,7 @@ from sbml.experiment import trained
 from sbml.experiment.config import Config
 from sbml.experiment.score import Process
 from sbml.networks import unet2d
+from sbml.runtime import weights
 
 WEIGHTS = "diffusion_pytorch_model"
 
@@ -40,13 +41,6 @@ PIXELS = {
     "centred": ("2 k / (L - 1) - 1", lambda n: (n / (n - 1), 0.0)),
     "unit": ("k / (L - 1)", lambda n: (n / (2 * (n - 1)), 0.5)),
     "bins": ("(2 k + 1) / L - 1", lambda n: (1.0, 0.0)),
-}
-
-_DTYPES: dict[str, Any] = {
-    "F16": np.float16,
-    "BF16": jax.numpy.bfloat16,
-    "F32": np.float32,
-    "F64": np.float64,
 }
 
 # Keys of schedulers that change the noise levels or the network's label, and the usual values.
@@ -96,9 +90,9 @@ def convert(config: Config, workdir: epath.Path, source: epath.PathLike, pixels:
             f"{(*size, channels)}, but config.data.shape is {config.data.shape}: take a config of "
             "that data"
         )
-    weights = _weights(unet)
-    zeros = jax.tree.map(np.zeros_like, weights)
-    trees = {"params": weights, "ema_params": weights, "mu": zeros, "nu": zeros}
+    params = _params(unet)
+    zeros = jax.tree.map(np.zeros_like, params)
+    trees = {"params": params, "ema_params": params, "mu": zeros, "nu": zeros}
     theirs = ForeignState(unet / f"{WEIGHTS}.safetensors", 0, 0, trees)
     sections = {"model": model, "sde": sde, "score": score}
     sections["training"] = {"smallest_time": process.smallest_time}
@@ -181,10 +175,8 @@ def _json(file: epath.Path) -> dict[str, Any]:
         ) from error
 
 
-def _weights(unet: epath.Path) -> dict[str, Any]:
+def _params(unet: epath.Path) -> dict[str, Any]:
     """The parameters in the safetensors file of the folder ``unet``."""
-    import safetensors
-
     file = unet / f"{WEIGHTS}.safetensors"
     if not file.exists():
         held = sorted(path.name for path in unet.iterdir())
@@ -192,21 +184,7 @@ def _weights(unet: epath.Path) -> dict[str, Any]:
             f"no {file.name} in {unet}, which has {', '.join(held)}: write it by "
             "UNet2DModel.from_pretrained(FOLDER).save_pretrained(FOLDER); pickles are not read"
         )
-    try:
-        # safetensors.numpy.load does not know bfloat16.
-        stored = safetensors.deserialize(file.read_bytes())
-    except Exception as error:  # safetensors raises errors of its own.
-        raise ValueError(
-            f"{file} is no safetensors file ({error}): check that the whole file was copied"
-        ) from error
-    state = {}
-    for name, array in stored:
-        if array["dtype"] not in _DTYPES:
-            raise ValueError(
-                f"{file}: {name} is of type {array['dtype']}; known are {', '.join(_DTYPES)}"
-            )
-        flat = np.frombuffer(array["data"], _DTYPES[array["dtype"]])
-        state[name] = flat.reshape(array["shape"])
+    state = weights.read(file, "safetensors file")
     half = sorted({array.dtype.name for array in state.values() if array.dtype.itemsize < 4})
     if half:
         print(f"{file}: weights of {', '.join(half)} are evaluated in float32")

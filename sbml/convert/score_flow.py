@@ -35,6 +35,7 @@ from sbml.dequantizers import variational
 from sbml.experiment import trained
 from sbml.experiment.config import Config
 from sbml.experiment.training import smallest_time
+from sbml.runtime import weights
 from sbml.runtime.state import TrainState
 from sbml.runtime.trees import tree_crc32
 
@@ -93,7 +94,7 @@ def convert(config: Config, workdir: epath.Path, path: epath.Path, tree: Mapping
     one, to ``workdir``."""
     score, flow = read(path, tree), None
     if flow_file := _files.newest(path.parent.parent / DEQUANTIZER):
-        flow = read(flow_file, _files.load(flow_file))
+        flow = read(flow_file, weights.read(flow_file, "flax msgpack file"))
         renamed = {name: variational.from_reference(part) for name, part in flow.trees.items()}
         flow = flow._replace(trees=renamed)
     sections = _sections(config, score, flow)

@@ -14,6 +14,7 @@ layer.
 
 import functools
 import hashlib
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from sbml.data import Options
 from sbml.features import Extractor
-from sbml.features._torch_file import read_state_dict
+from sbml.runtime import weights as files
 from sbml.runtime.files import intact_npz, write_npz
 from sbml.runtime.trees import differences
 from sbml.types import Array
@@ -37,7 +38,11 @@ SIZE, BATCH, EPSILON = 299, 50, 1e-3
 
 average = functools.partial(nn.avg_pool, window_shape=(3, 3), padding="SAME")
 halve = functools.partial(nn.max_pool, window_shape=(3, 3), strides=(2, 2))
-# A branch is a list of convolutions, each (name, channels, kernel) or (..., stride).
+
+# A branch is a list of convolutions.
+Convolution = tuple[Any, ...]  # (name, channels, kernel) or (name, channels, kernel, stride)
+Branches = Sequence[Sequence[Convolution | Sequence[Convolution]]]
+Map = Callable[[Array], Array]
 
 
 class _Block(nn.Module):
@@ -46,8 +51,8 @@ class _Block(nn.Module):
     A step of a branch is one convolution, or a list of convolutions that read the same input.
     """
 
-    branches: Any
-    pool: Any
+    branches: Branches
+    pool: Map
     pooled: int = 0
 
     @nn.compact
@@ -106,16 +111,16 @@ class Model(nn.Module):
 
 ONE, THREE, FIVE = (1, 1), (3, 3), (5, 5)
 WIDE, TALL = (1, 7), (7, 1)
-_A: Any = [
+_A: Branches = [
     [("branch1x1", 64, ONE)],
     [("branch5x5_1", 48, ONE), ("branch5x5_2", 64, FIVE)],
     [("branch3x3dbl_1", 64, ONE), ("branch3x3dbl_2", 96, THREE), ("branch3x3dbl_3", 96, THREE)],
 ]
-_B: Any = [
+_B: Branches = [
     [("branch3x3", 384, THREE, 2)],
     [("branch3x3dbl_1", 64, ONE), ("branch3x3dbl_2", 96, THREE), ("branch3x3dbl_3", 96, THREE, 2)],
 ]
-_D: Any = [
+_D: Branches = [
     [("branch3x3_1", 192, ONE), ("branch3x3_2", 320, THREE, 2)],
     [
         ("branch7x7x3_1", 192, ONE),
@@ -124,7 +129,7 @@ _D: Any = [
         ("branch7x7x3_4", 192, THREE, 2),
     ],
 ]
-_E: Any = [
+_E: Branches = [
     [("branch1x1", 320, ONE)],
     [
         ("branch3x3_1", 384, ONE),
@@ -138,7 +143,7 @@ _E: Any = [
 ]
 
 
-def _c(width: int) -> Any:
+def _c(width: int) -> Branches:
     return [
         [("branch1x1", 192, ONE)],
         [("branch7x7_1", width, ONE), ("branch7x7_2", width, WIDE), ("branch7x7_3", 192, TALL)],
@@ -152,7 +157,7 @@ def _c(width: int) -> Any:
     ]
 
 
-def from_state_dict(state: dict[str, np.ndarray]) -> Any:
+def from_state_dict(state: dict[str, np.ndarray]) -> dict[str, Any]:
     """Parameters of :class:`Model` from torchvision's or pytorch-fid's names and layouts.
 
     A convolution y followed by scale (y - mean) / sqrt(var + 1e-3) + shift becomes one convolution
@@ -183,7 +188,7 @@ def from_state_dict(state: dict[str, np.ndarray]) -> Any:
 
 
 @functools.partial(jax.jit, static_argnames="model")
-def look(params: Any, images: Array, model: Model) -> tuple[Array, Array]:
+def look(params: dict[str, Any], images: Array, model: Model) -> tuple[Array, Array]:
     """Features ``(n, 2048)`` and class probabilities ``(n, classes)`` of uint8 ``images (n, h, w,
     c)``; a grey channel is repeated as red, green and blue."""
     # With the default precision of accelerators, matrix products have fewer digits and FID differs.
@@ -213,7 +218,7 @@ def extractor(*, weights: str, sha256: str, levels: int, cache: str | None) -> E
     folder = epath.Path(Options(cache_dir=cache or None).cache) / "features"
     stored = intact_npz(folder / f"inception-{digest[:16]}.npz")
     if stored is None:
-        stored = flatten_dict(from_state_dict(read_state_dict(path)), sep="/")
+        stored = flatten_dict(from_state_dict(files.read(path, "PyTorch state dict")), sep="/")
         folder.mkdir(parents=True, exist_ok=True)
         write_npz(folder / f"inception-{digest[:16]}.npz", stored)
     params: Any = unflatten_dict(stored, sep="/")

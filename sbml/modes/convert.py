@@ -5,6 +5,7 @@ from etils import epath
 
 from sbml.convert import SOURCES, _files, diffusers
 from sbml.experiment.config import Config
+from sbml.runtime import weights
 from sbml.runtime.workdir import Workdir
 
 
@@ -28,7 +29,7 @@ def run(
     if pixels:
         raise ValueError(f"--pixels={pixels}: {source} is no folder of diffusers; leave it out")
     path = _files.find(source)
-    tree = _files.load(path)
+    tree = weights.read(path, "flax msgpack file")
     for code in SOURCES:
         if not code.recognises(tree):
             continue

@@ -1,41 +1,45 @@
-"""Layers of the score networks: normalisation, convolution, resampling, and two sets of sinusoids.
+"""The layers that the networks of images ``ncsnpp``, ``unet2d`` and ``vdm`` are built from.
 
-Sinusoids of the input's values show its digits (``input_features``; the option ``fourier``).
-Sinusoids of the label show the noise level (``embed``; ``embedding_type`` and ``fourier_scale``).
+    block(x)       (x + conv(dropout(act(norm(h))))) / scale,
+                   h = conv(resample(act(norm(x)))) + dense(act(cond))     cond: the noise level
+    attention(x)   (x + W softmax(q kᵀ / √d) v) / scale,              q, k, v: affine in norm(x)
+
+These two are ``ResidualBlock`` and ``Attention``. A network makes a subclass that gives the
+parameters the names of its published checkpoints, and replaces an affine map where these have one
+of another kind. Two sets of sinusoids show numbers to a network: those of the input's values show
+its digits (``input_features``; the option ``fourier``), those of the label the noise level
+(``embed``; ``embedding_type`` and ``fourier_scale``).
 
 Every layer works on images ``(n, h, w, c)`` in the dtype of its input; parameters are float32.
-Class names and the order of calls must not change: Linen derives the parameters' names from them,
-and these are the names in Song et al.'s JAX checkpoints.
+Class names, names and the order of calls must not change: Linen derives from them the names and the
+initial values of parameters.
 
 References: Ho et al. 2020 (DDPM), Brock et al. 2019 (BigGAN blocks), Karras et al. 2020 (FIR
 resampling), Zhang 2019 (why to filter before striding), Tancik et al. 2020 (Fourier features of
 the label), Song et al. 2021a (NCSN++, DDPM++), Kingma et al. 2021 (VDM, section 4.5: Fourier
-features of the input).
+features of the input), Dhariwal and Nichol 2021 (heads, "scale_shift").
 """
 
 import math
 from collections.abc import Callable, Sequence
-from functools import partial
-from typing import Annotated, ClassVar
+from typing import Annotated, ClassVar, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 from jax import lax
+from jax.extend.core import Primitive
+from jax.interpreters import ad, batching, mlir
 from jaxtyping import Float, Num
 
 from sbml.door import condition, typed
 from sbml.platform import one_cpu
 from sbml.scalars import Count, at_least, one_of
-from sbml.types import AnyArray, Array, Key
+from sbml.types import AnyArray, Array, Key, at_least_float32
 
-ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
-    "swish": nn.swish,
-    "elu": nn.elu,
-    "relu": nn.relu,
-    "lrelu": partial(nn.leaky_relu, negative_slope=0.2),
-}
+Map = Callable[[Array], Array]
+ZEROS = nn.initializers.zeros
 
 Images = Float[AnyArray, "n h w c"]
 Labels = Float[AnyArray, "n"]
@@ -115,11 +119,33 @@ def _materialise(x: Array) -> Array:
 
 @_materialise.defjvp
 def _(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
-    """XLA removes a conditional whose condition is constant, so the condition depends on ``x``. It
-    changes the gradient only if the first entry of ``x`` is NaN: then the gradient is NaN too."""
-    (x,), (dx,) = primals, tangents
+    return _materialise(*primals), _ONCE.bind(*primals, *tangents)
+
+
+def _once(x: Array, dx: Array) -> Array:
+    """``dx`` through a conditional. XLA removes a conditional whose condition is constant, so the
+    condition depends on ``x``: if the first entry of ``x`` is NaN, the result is NaN too."""
     nan = jnp.isnan(x[(0,) * x.ndim])
-    return _materialise(x), lax.cond(nan, lambda dx: jnp.nan * dx, lambda dx: dx, dx)
+    return lax.cond(nan, lambda dx: jnp.nan * dx, lambda dx: dx, dx)
+
+
+def _once_of_a_batch(args: Sequence[Array], dims: Sequence[int | None]) -> tuple[Array, int | None]:
+    x, dx = (a if d is None else jnp.moveaxis(a, d, 0) for a, d in zip(args, dims, strict=True))
+    return _ONCE.bind(x, dx), None if dims[1] is None else 0
+
+
+# A primitive of its own, because ``vmap`` would turn the conditional into a selection between the
+# two branches, which JAX cannot differentiate in reverse mode. Here it stays a conditional.
+_ONCE = Primitive("once")
+_ONCE.def_impl(_once)
+_ONCE.def_abstract_eval(lambda x, dx: dx)
+mlir.register_lowering(_ONCE, mlir.lower_fun(_once, multiple_results=False))
+batching.primitive_batchers[_ONCE] = _once_of_a_batch
+ad.defjvp(_ONCE, None, lambda tangent, x, dx: _ONCE.bind(x, tangent))
+ad.primitive_transposes[_ONCE] = lambda ct, x, dx: (
+    None,
+    ct if isinstance(ct, ad.Zero) else _ONCE.bind(x, ct),
+)
 
 
 def fan_avg(scale: float = 1.0) -> nn.initializers.Initializer:
@@ -140,21 +166,17 @@ def dropout(key: Key, x: Array, rate: float) -> Array:
     return jnp.where(halves < threshold, x * (2**16 / threshold), 0).astype(x.dtype)
 
 
-def convolution(x: Array, kernel: Array, stride: int = 1, padding: Padding = "SAME") -> Array:
-    """Convolve ``x (n, h, w, c)`` with ``kernel (k, k, c, c_out)``; "SAME" pads with zeros."""
-    return lax.conv_general_dilated(
-        x, kernel, (stride, stride), padding, dimension_numbers=("NHWC", "HWIO", "NHWC")
-    )
-
-
-def pixelwise(x: Array, w: Array) -> Array:
-    """``x w`` at every pixel, as one matrix product."""
-    return (x.reshape(-1, x.shape[-1]) @ w).reshape(*x.shape[:-1], -1)
-
-
-def add_bias(x: Array, bias: Array) -> Array:
-    """``x (n, h, w, c) + bias (c,)``."""
-    return x + bias.reshape(1, 1, 1, -1)
+def convolution(
+    x: Array, kernel: Array, bias: Array, stride: int = 1, padding: Padding = "SAME"
+) -> Array:
+    """``x (n, h, w, c)`` convolved with ``kernel (k, k, c, c_out)``, plus ``bias (c_out,)``; "SAME"
+    pads with zeros. With one tap and stride 1 this is one matrix product for all pixels."""
+    kernel, bias = kernel.astype(x.dtype), bias.astype(x.dtype).reshape(1, 1, 1, -1)
+    if kernel.shape[:2] == (1, 1) and stride == 1:
+        return (x.reshape(-1, x.shape[-1]) @ kernel[0, 0]).reshape(*x.shape[:-1], -1) + bias
+    axes = ("NHWC", "HWIO", "NHWC")
+    y = lax.conv_general_dilated(x, kernel, (stride, stride), padding, dimension_numbers=axes)
+    return y + bias
 
 
 class Conv(nn.Module):
@@ -170,52 +192,58 @@ class Conv(nn.Module):
     @nn.compact
     def __call__(self, x: Array) -> Array:
         shape = (self.size, self.size, x.shape[-1], self.features)
-        kernel = self.param("kernel", fan_avg(self.init_scale), shape).astype(x.dtype)
-        bias = self.param("bias", nn.initializers.zeros, (self.features,)).astype(x.dtype)
-        if self.size == self.stride == 1:
-            return add_bias(pixelwise(x, kernel[0, 0]), bias)
-        return add_bias(convolution(x, kernel, self.stride, self.padding), bias)
+        kernel = self.param("kernel", fan_avg(self.init_scale), shape)
+        bias = self.param("bias", ZEROS, (self.features,))
+        return convolution(x, kernel, bias, self.stride, self.padding)
 
 
-def dense(x: Array, features: int) -> Array:
-    """An affine map of ``x (n, c)`` to ``(n, features)``."""
-    return nn.Dense(features, dtype=x.dtype, kernel_init=fan_avg())(x)
+def dense(
+    x: Array,
+    features: int,
+    name: str | None = None,
+    init: nn.initializers.Initializer | None = None,
+) -> Array:
+    """An affine map of ``x (..., c)`` to ``(..., features)``."""
+    return nn.Dense(features, dtype=x.dtype, kernel_init=init or fan_avg(), name=name)(x)
 
 
 class GroupNorm(nn.Module):
-    """Group normalisation (Wu & He 2018) with min(c // 4, 32) groups of channels.
+    """Group normalisation (Wu & He 2018).
 
     y = (x - mean) / sqrt(variance + epsilon) * scale + bias = a x + b, where mean and variance are
     those of all pixels and channels of a group. They are averages of statistics per channel, so
     that one multiplication and one addition per entry remain: this costs half as much as to
-    normalise group by group. Statistics are float32 whatever the dtype of ``x``. The variance of a
-    group is the mean of its channels' variances plus the variance of its channels' means, so that
-    channels with different means do not make it lose digits.
+    normalise group by group. Statistics have at least float32 whatever the dtype of ``x``. The
+    variance of a group is the mean of its channels' variances plus the variance of its channels'
+    means, so that channels with different means do not make it lose digits.
+
+    Attributes:
+      groups: number of groups; 0 means min(c // 4, 32) of c channels.
     """
 
+    groups: int = 0
     epsilon: float = 1e-6
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
         c = x.shape[-1]
-        groups = min(c // 4, 32)
+        groups = self.groups or min(c // 4, 32)
         if groups == 0 or c % groups:
             raise ValueError(
-                f"GroupNorm needs min(c // 4, 32) groups of equal size and got c={c} channels: "
-                "choose nf and ch_mult so that every width, and every sum of two widths that the "
-                "decoder joins, is a multiple of its number of groups. If nf is a multiple of 32, "
-                "this always holds."
+                f"{self.name} has {groups} groups for {c} channels: choose the widths of the "
+                "network, and the numbers of groups if it has fields for them, so that the groups "
+                "have equal size; widths that are multiples of 32 fit all default numbers of groups"
             )
         scale = self.param("scale", nn.initializers.ones, (c,)).reshape(1, c)
-        bias = self.param("bias", nn.initializers.zeros, (c,)).reshape(1, c)
-        x32 = x.astype(jnp.float32)
-        mean, mean_square = x32.mean((1, 2)), jnp.square(x32).mean((1, 2))
+        bias = self.param("bias", ZEROS, (c,)).reshape(1, c)
+        wide = at_least_float32(x)
+        mean, mean_square = wide.mean((1, 2)), jnp.square(wide).mean((1, 2))
         channel_var = jnp.maximum(mean_square - jnp.square(mean), 0.0)
         group_mean = _group_means(mean, groups)
         group_var = _group_means(channel_var + jnp.square(mean - group_mean), groups)
         a = lax.rsqrt(group_var + self.epsilon) * scale
         b = bias - group_mean * a
-        return materialise(x32 * a[:, None, None] + b[:, None, None]).astype(x.dtype)
+        return materialise(wide * a[:, None, None] + b[:, None, None]).astype(x.dtype)
 
 
 def _group_means(v: Array, groups: int) -> Array:
@@ -233,8 +261,8 @@ class NIN(nn.Module):
     @nn.compact
     def __call__(self, x: Array) -> Array:
         w = self.param("W", fan_avg(self.init_scale), (x.shape[-1], self.features))
-        b = self.param("b", nn.initializers.zeros, (self.features,))
-        return add_bias(pixelwise(x, w.astype(x.dtype)), b.astype(x.dtype))
+        b = self.param("b", ZEROS, (self.features,))
+        return convolution(x, w[None, None], b)
 
 
 def attention(query: Array, key: Array, value: Array) -> Array:
@@ -247,6 +275,160 @@ def attention(query: Array, key: Array, value: Array) -> Array:
     scaled = query * query.shape[-1] ** -0.5
     logits = jnp.einsum("nqc,nkc->nqk", scaled, key, preferred_element_type=dtype)
     return jnp.einsum("nqk,nkc->nqc", nn.softmax(logits).astype(value.dtype), value)
+
+
+# ---- blocks -------------------------------------------------------------------------------------
+
+
+def residual(x: Array, y: Array, scale: float) -> Array:
+    """(x + y) / scale; with a scale of √2, a sum of signals of variance 1 has variance 1."""
+    return materialise((x + y) / scale)
+
+
+class ResidualBlock(nn.Module):
+    """(x + conv(dropout(act(norm(h))))) / scale, h = conv(resample(act(norm(x)))) + project(cond).
+
+    ``resample`` acts on ``x`` too. Where x has another shape than the result, it goes through the
+    linear map ``shortcut``.
+
+    Attributes:
+      features: number of channels of the result; 0 means as many as ``x`` has.
+      init_scale: variance scale of the second convolution; with 0 the block starts as the identity.
+      resample: doubling or halving of images; None means neither.
+      mapped: whether x goes through ``shortcut`` in any case.
+      groups, epsilon: of the norms.
+      scale_shift: ``project`` gives two vectors [a, b] = project(cond), which act after the second
+        norm as (1 + a) norm(conv(...)) + b.
+      names: of the modules in the order of their calls.
+    """
+
+    act: Map
+    dropout: float
+    features: int = 0
+    scale: float = 1.0
+    init_scale: float = 0.0
+    resample: Map | None = None
+    mapped: bool = False
+    groups: tuple[int, int] = (0, 0)
+    epsilon: float = 1e-6
+    scale_shift: bool = False
+
+    names: ClassVar[tuple[str, ...]] = (
+        *("GroupNorm_0", "Conv_0", "Dense_0", "GroupNorm_1", "Conv_1", "Conv_2"),
+    )
+
+    @nn.nowrap
+    def project(self, cond: Array, size: int, name: str) -> Array:
+        return dense(self.act(cond), size, name)
+
+    @nn.nowrap
+    def shortcut(self, x: Array, features: int, name: str) -> Array:
+        return Conv(features, 1, name=name)(x)
+
+    @nn.compact
+    def __call__(self, x: Array, cond: Array | None, train: bool) -> Array:
+        features, resample = self.features or x.shape[-1], self.resample or (lambda h: h)
+        norm1, conv1, shift, norm2, conv2, shortcut = self.names
+        h = self.act(GroupNorm(self.groups[0], self.epsilon, name=norm1)(x))
+        h = Conv(features, name=conv1)(resample(h))
+        norm = GroupNorm(self.groups[1], self.epsilon, name=norm2)
+        if cond is None:
+            h = norm(h)
+        elif self.scale_shift:
+            both = self.project(cond, 2 * features, shift)[:, None, None, :]
+            a, b = jnp.split(both, 2, axis=-1)
+            h = norm(h) * (1 + a) + b
+        else:
+            h = norm(h + self.project(cond, features, shift)[:, None, None, :])
+        h = self.act(h)
+        if train and self.dropout:
+            h = dropout(self.make_rng("dropout"), h, self.dropout)
+        h = Conv(features, init_scale=self.init_scale, name=conv2)(h)
+        x = resample(x)
+        if self.mapped or x.shape != h.shape:
+            x = self.shortcut(x, features, shortcut)
+        return residual(x, h, self.scale)
+
+
+Block = TypeVar("Block", bound=ResidualBlock)
+
+
+def recomputed(block: type[Block], remat: bool) -> type[Block]:
+    """``block``, or with ``remat`` the same block that is computed again for its gradient; the
+    class keeps its name, because the parameters' names depend on it."""
+    if not remat:
+        return block
+    again = nn.remat(block, static_argnums=(3,))  # train
+    again.__name__ = block.__name__
+    return again
+
+
+class Attention(nn.Module):
+    """(x + W [softmax(q kᵀ / √d) v for every head]) / scale, over all pixels of an image; q, k and
+    v are affine in norm(x).
+
+    Attributes:
+      head_dim: number of channels d of every head; 0 means one head with all channels.
+      groups, epsilon: of the norm; None means no norm.
+      names: of the norm, the maps to q, k and v, and W.
+    """
+
+    scale: float = 1.0
+    head_dim: int = 0
+    groups: int | None = 0
+    epsilon: float = 1e-6
+
+    names: ClassVar[tuple[str, ...]]
+
+    @nn.nowrap
+    def affine(self, x: Array, name: str, last: bool) -> Array:
+        """One of the four maps; W is the ``last``, with which attention starts as the identity."""
+        return dense(x, x.shape[-1], name, ZEROS if last else None)
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        n, h, w, c = x.shape
+        d = self.head_dim or c
+        if c % d:
+            raise ValueError(f"attention_head_dim={d}: give a divisor of {c} channels, or 0")
+        norm, *inner, outer = self.names
+        normed = x if self.groups is None else GroupNorm(self.groups, self.epsilon, name=norm)(x)
+
+        def heads(name: str) -> Array:
+            split = self.affine(normed, name, last=False).reshape(n, h * w, c // d, d)
+            return split.swapaxes(1, 2).reshape(-1, h * w, d)
+
+        mixed = attention(*map(heads, inner)).reshape(n, c // d, h * w, d).swapaxes(1, 2)
+        return residual(x, self.affine(mixed.reshape(x.shape), outer, last=True), self.scale)
+
+
+def head(
+    h: Array,
+    features: int,
+    act: Map,
+    outputs: int = 0,
+    *,
+    init_scale: float = 0.0,
+    groups: int = 0,
+    epsilon: float = 1e-6,
+    names: tuple[str | None, str | None] = (None, None),
+) -> Array:
+    """conv(act(norm(h))). The means of a mixture over 256 levels need more digits than bfloat16
+    has, so the convolution has at least float32 if the network has several ``outputs``."""
+    h = act(GroupNorm(groups, epsilon, name=names[0])(h))
+    h = at_least_float32(h) if outputs else h
+    return Conv(features, init_scale=init_scale, name=names[1])(h)
+
+
+def check_halvings(x: Array, levels: int, field: str) -> None:
+    """Refuse images ``x`` that cannot be halved between the levels, of which ``field`` has one
+    number each."""
+    factor = 2 ** (levels - 1)
+    if x.shape[1] % factor or x.shape[2] % factor:
+        raise ValueError(
+            f"images of {x.shape[1]}x{x.shape[2]} cannot be halved {levels - 1} times: crop or pad "
+            f"height and width to a multiple of {factor}, or choose fewer levels than {field}"
+        )
 
 
 # ---- embedding of the label ---------------------------------------------------------------------
@@ -367,24 +549,26 @@ class Conv2d(nn.Module):
     @nn.compact
     def __call__(self, x: Array) -> Array:
         weight = self.param("weight", fan_avg(), (3, 3, x.shape[-1], self.features))
-        bias = self.param("bias", nn.initializers.zeros, (self.features,))
+        bias = self.param("bias", ZEROS, (self.features,))
         if self.up:
             x, stride = upsample(x, self.fir_kernel, border=1), 1
         else:
             k = len(self.fir_kernel)
             x, stride = upfirdn(x, self.fir_kernel, pad=((k + 1) // 2, k // 2)), 2
-        y = convolution(x, weight.astype(x.dtype), stride, "VALID")
-        return add_bias(y, bias.astype(x.dtype))
+        return convolution(x, weight, bias, stride, "VALID")
 
 
 class _Resample(nn.Module):
     """Resampling by two. With ``with_conv`` it includes a 3x3 convolution to ``features`` channels;
-    None means as many as the input has."""
+    0 means as many as the input has. Without a filter, this convolution has the name ``conv`` and
+    the ``padding``."""
 
     up: ClassVar[bool]
     with_conv: bool
     fir_kernel: tuple[float, ...] | None
-    features: int | None = None
+    features: int = 0
+    padding: Padding = "SAME"
+    conv: str = "Conv_0"
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
@@ -393,7 +577,8 @@ class _Resample(nn.Module):
         features = self.features or x.shape[-1]
         if self.fir_kernel is not None:
             return Conv2d(features, self.fir_kernel, self.up)(x)
-        return Conv(features)(upsample(x, None)) if self.up else Conv(features, stride=2)(x)
+        stride, x = (1, upsample(x, None)) if self.up else (2, x)
+        return Conv(features, 3, stride, padding=self.padding, name=self.conv)(x)
 
 
 class Upsample(_Resample):

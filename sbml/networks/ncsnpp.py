@@ -4,10 +4,10 @@
                   │ skips        │              │     attention
     y ◀─ conv ◀─ blocks ◀─ 2 ◀─ blocks ◀─ 2 ◀─ blocks ◀─ block
 
-Every block adds a function of its input and the noise level to its input. A block of the decoder
-also reads features of the encoder (the skips), the last ones first. With optional pyramids, every
-level of the encoder also reads the input at its own size, and the output is a sum over the levels
-of the decoder.
+A block is a ``ResidualBlock`` of ``_layers``, which also reads the noise level. A block of the
+decoder also reads features of the encoder (the skips), the last ones first. With optional pyramids,
+every level of the encoder also reads the input at its own size, and the output is a sum over the
+levels of the decoder.
 
 The defaults are the CIFAR-10 DDPM++ of "Maximum Likelihood Training of Score-Based Diffusion
 Models" (Song et al. 2021). Parameters are named as in the JAX checkpoints of Song et al., so these
@@ -17,91 +17,51 @@ load unchanged.
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import Annotated, Any
+from typing import Annotated
 
 import jax.numpy as jnp
 from flax import linen as nn
 
 from sbml.door import checked, condition, typed
 from sbml.networks import _layers as layers
-from sbml.networks._layers import Images, Labels, materialise
+from sbml.networks._layers import Images, Labels, Map
 from sbml.scalars import Count, Positive, at_least, one_of
 from sbml.types import Array
 
-Map = Callable[[Array], Array]
+ACTIVATIONS: dict[str, Map] = {
+    "swish": nn.swish,
+    "elu": nn.elu,
+    "relu": nn.relu,
+    "lrelu": partial(nn.leaky_relu, negative_slope=0.2),
+}
+
 Block = Callable[..., Array]
 
 
-def add(x: Array, y: Array, rescale: bool) -> Array:
-    """x + y, divided by √2 if ``rescale``; so a sum of signals of variance 1 has variance 1."""
-    return materialise((x + y) / math.sqrt(2) if rescale else x + y)
+class ResnetBlockBigGANpp(layers.ResidualBlock):
+    """The block that can resample inside."""
 
 
-class _ResnetBlock(nn.Module):
-    """Options that both kinds of block share, and the branch that both add to their input.
+class ResnetBlockDDPMpp(layers.ResidualBlock):
+    """The block that never resamples."""
 
-    Attributes:
-      features: number of channels of the result; ``None`` means as many as the input has.
-    """
-
-    act: Map
-    dropout: float
-    init_scale: float
-    skip_rescale: bool
-    features: int | None = None
+    names = (*layers.ResidualBlock.names[:-1], "NIN_0")
 
     @nn.nowrap
-    def branch(self, x: Array, temb: Array | None, train: bool, resample: Map) -> Array:
-        """conv(dropout(act(norm(conv(resample(act(norm(x)))) + dense(act(temb))))))."""
-        features = self.features or x.shape[-1]
-        h = layers.Conv(features)(resample(self.act(layers.GroupNorm()(x))))
-        if temb is not None:
-            h = h + layers.dense(self.act(temb), features)[:, None, None, :]
-        h = self.act(layers.GroupNorm()(h))
-        if train and self.dropout:
-            h = layers.dropout(self.make_rng("dropout"), h, self.dropout)
-        return layers.Conv(features, init_scale=self.init_scale)(h)
+    def shortcut(self, x: Array, features: int, name: str) -> Array:
+        return layers.NIN(features, name=name)(x)
 
 
-class ResnetBlockDDPMpp(_ResnetBlock):
-    """x + branch(x, temb); if the number of channels changes, ``x`` goes through a linear map."""
+class AttnBlockpp(layers.Attention):
+    """Attention with one head, whose last map has the variance scale ``init_scale``."""
 
-    @nn.compact
-    def __call__(self, x: Array, temb: Array | None, train: bool) -> Array:
-        h = self.branch(x, temb, train, lambda h: h)
-        if x.shape != h.shape:
-            x = layers.NIN(h.shape[-1])(x)
-        return add(x, h, self.skip_rescale)
+    init_scale: float = 0.0
 
+    names = ("GroupNorm_0", "NIN_0", "NIN_1", "NIN_2", "NIN_3")
 
-class ResnetBlockBigGANpp(_ResnetBlock):
-    """x + branch(x, temb), both resampled if ``resample`` is given; if the shape changes, ``x``
-    also goes through a linear map."""
-
-    resample: Map | None = None
-
-    @nn.compact
-    def __call__(self, x: Array, temb: Array | None, train: bool) -> Array:
-        resample = self.resample or (lambda h: h)
-        h = self.branch(x, temb, train, resample)
-        if x.shape != h.shape:
-            x = layers.Conv(h.shape[-1], 1)(resample(x))
-        return add(x, h, self.skip_rescale)
-
-
-class AttnBlockpp(nn.Module):
-    """x + NIN(softmax(q kᵀ / √c) v): one head over all pixels of an image."""
-
-    init_scale: float
-    skip_rescale: bool
-
-    @nn.compact
-    def __call__(self, x: Array) -> Array:
-        n, h, w, c = x.shape
-        normed = layers.GroupNorm()(x)
-        query, key, value = (layers.NIN(c)(normed).reshape(n, h * w, c) for _ in range(3))
-        mixed = layers.attention(query, key, value).reshape(x.shape)
-        return add(x, layers.NIN(c, self.init_scale)(mixed), self.skip_rescale)
+    @nn.nowrap
+    def affine(self, x: Array, name: str, last: bool) -> Array:
+        return layers.NIN(x.shape[-1], self.init_scale if last else 0.1, name=name)(x)
 
 
 class Combine(nn.Module):
@@ -179,7 +139,7 @@ class Model(nn.Module):
     progressive_input: Annotated[str, one_of("none", "input_skip", "residual")] = "none"
     progressive_combine: Annotated[str, one_of("sum", "cat")] = "sum"
     skip_rescale: bool = True
-    nonlinearity: Annotated[str, one_of(*layers.ACTIVATIONS)] = "swish"
+    nonlinearity: Annotated[str, one_of(*ACTIVATIONS)] = "swish"
     init_scale: Annotated[float, at_least(0)] = 0.0
     fourier: layers.Frequencies = ()
     classes: layers.Classes = 0
@@ -201,17 +161,34 @@ class Model(nn.Module):
         self, x: Images, label: Labels, *, train: bool, condition: layers.Numbers | None = None
     ) -> Array:
         self._check_input(x)
-        dtype, channels = jnp.dtype(self.dtype), x.shape[-1] * max(1, self.outputs)
+        dtype = jnp.dtype(self.dtype)
         temb = layers.embed(label, self.nf, self.embedding_type, self.fourier_scale).astype(dtype)
         if self.conditional:
             temb = layers.dense(self._act(layers.dense(temb, 4 * self.nf)), 4 * self.nf)
             temb = layers.with_class(temb, self.classes, condition)
-        block = partial(self._block, temb=temb if self.conditional else None, train=train)
+        ddpm = self.resblock_type == "ddpm"
+        kind = partial(
+            layers.recomputed(ResnetBlockDDPMpp if ddpm else ResnetBlockBigGANpp, self.remat),
+            act=self._act,
+            dropout=self.dropout,
+            scale=self._scale,
+            init_scale=self.init_scale,
+        )
+        head = partial(
+            layers.head,
+            features=x.shape[-1] * max(1, self.outputs),
+            act=self._act,
+            outputs=self.outputs,
+            init_scale=self.init_scale,
+        )
+
+        def block(h: Array, features: int = 0, resample: Map | None = None) -> Array:
+            layer = kind(features=features, resample=resample, mapped=resample is not None)
+            return layer(h, temb if self.conditional else None, train)
+
         skips = self._encode(x, block)
-        h = block(skips[-1])
-        h = AttnBlockpp(self.init_scale, self.skip_rescale)(h)
-        h = block(h)
-        out = self._decode(h, skips, block, channels)
+        h = block(self._attention(block(skips[-1])))
+        out = self._decode(h, skips, block, head)
         return layers.per_entry(out, x.shape, self.outputs).astype(jnp.float32)
 
     @nn.nowrap
@@ -229,21 +206,21 @@ class Model(nn.Module):
         return skips
 
     @nn.nowrap
-    def _decode(self, h: Array, skips: list[Array], block: Block, channels: int) -> Array:
+    def _decode(self, h: Array, skips: list[Array], block: Block, head: Map) -> Array:
         """The output image, from the features ``h`` and ``skips``; this empties ``skips``."""
         pyramid = None
         for level in reversed(range(len(self.ch_mult))):
             for _ in range(self.num_res_blocks + 1):
                 joined = jnp.concatenate([h, skips.pop()], axis=-1)
                 h = block(joined, self.nf * self.ch_mult[level])
-            pyramid, h = self._join_output(pyramid, self._attend(h), channels)
+            pyramid, h = self._join_output(pyramid, self._attend(h), head)
             if level > 0:
                 h = self._resize(h, block, up=True)
         assert not skips
         if self.progressive == "output_skip":
             assert pyramid is not None
             return pyramid
-        return self._head(h, channels)
+        return head(h)
 
     @nn.nowrap
     def _join_input(self, pyramid: Array, h: Array) -> tuple[Array, Array]:
@@ -254,12 +231,12 @@ class Model(nn.Module):
             pyramid = layers.Downsample(False, self._fir)(pyramid)
             return pyramid, Combine(self.progressive_combine)(pyramid, h)
         pyramid = layers.Downsample(True, self._fir, h.shape[-1])(pyramid)
-        joined = add(pyramid, h, self.skip_rescale)
+        joined = layers.residual(pyramid, h, self._scale)
         return joined, joined
 
     @nn.nowrap
     def _join_output(
-        self, pyramid: Array | None, h: Array, channels: int
+        self, pyramid: Array | None, h: Array, head: Map
     ) -> tuple[Array | None, Array]:
         """The output pyramid at the size of ``h``, from that of half this size (``None`` if there
         is none), and the features of the next level."""
@@ -268,38 +245,13 @@ class Model(nn.Module):
         if self.progressive == "output_skip":
             if pyramid is not None:
                 pyramid = layers.Upsample(False, self._fir)(pyramid)
-            image = self._head(h, channels)
+            image = head(h)
             return (image if pyramid is None else pyramid + image), h
         if pyramid is None:
-            features = self._act(layers.GroupNorm()(h))
-            return layers.Conv(h.shape[-1], init_scale=1.0)(features), h
-        joined = add(layers.Upsample(True, self._fir, h.shape[-1])(pyramid), h, self.skip_rescale)
+            return layers.head(h, h.shape[-1], self._act, init_scale=1.0), h
+        pyramid = layers.Upsample(True, self._fir, h.shape[-1])(pyramid)
+        joined = layers.residual(pyramid, h, self._scale)
         return joined, joined
-
-    @nn.nowrap
-    def _block(
-        self,
-        h: Array,
-        features: int | None = None,
-        resample: Map | None = None,
-        *,
-        temb: Array | None,
-        train: bool,
-    ) -> Array:
-        options = (self._act, self.dropout, self.init_scale, self.skip_rescale, features)
-        if self.resblock_type == "ddpm":
-            return self._kind(ResnetBlockDDPMpp)(*options)(h, temb, train)
-        return self._kind(ResnetBlockBigGANpp)(*options, resample)(h, temb, train)
-
-    @nn.nowrap
-    def _kind(self, block: type[_ResnetBlock]) -> type[Any]:
-        """``block``, or with ``remat`` the same block that is computed again for its gradient; the
-        class keeps its name, because the parameters' names depend on it."""
-        if not self.remat:
-            return block
-        recomputed = nn.remat(block, static_argnums=(3,))  # train
-        recomputed.__name__ = block.__name__
-        return recomputed
 
     @nn.nowrap
     def _resize(self, h: Array, block: Block, *, up: bool) -> Array:
@@ -311,21 +263,20 @@ class Model(nn.Module):
         return layer(self.resamp_with_conv, self._fir)(h)
 
     @nn.nowrap
-    def _attend(self, h: Array) -> Array:
-        if h.shape[1] not in self.attn_resolutions:
-            return h
-        return AttnBlockpp(self.init_scale, self.skip_rescale)(h)
+    def _attention(self, h: Array) -> Array:
+        return AttnBlockpp(self._scale, init_scale=self.init_scale)(h)
 
     @nn.nowrap
-    def _head(self, h: Array, channels: int) -> Array:
-        h = self._act(layers.GroupNorm()(h))
-        # The means of a mixture over 256 levels need more digits than bfloat16 has.
-        h = h.astype(jnp.float32) if self.outputs else h
-        return layers.Conv(channels, init_scale=self.init_scale)(h)
+    def _attend(self, h: Array) -> Array:
+        return self._attention(h) if h.shape[1] in self.attn_resolutions else h
 
     @property
     def _act(self) -> Map:
-        return layers.ACTIVATIONS[self.nonlinearity]
+        return ACTIVATIONS[self.nonlinearity]
+
+    @property
+    def _scale(self) -> float:
+        return math.sqrt(2) if self.skip_rescale else 1.0
 
     @property
     def _fir(self) -> tuple[float, ...] | None:
@@ -334,12 +285,7 @@ class Model(nn.Module):
     @nn.nowrap
     def _check_input(self, x: Array) -> None:
         levels = len(self.ch_mult)
-        if x.shape[1] % 2 ** (levels - 1) or x.shape[2] % 2 ** (levels - 1):
-            raise ValueError(
-                f"Images of {x.shape[1]}x{x.shape[2]} cannot be halved {levels - 1} times: crop or "
-                f"pad height and width to a multiple of {2 ** (levels - 1)}, or shorten "
-                f"ch_mult={self.ch_mult}."
-            )
+        layers.check_halvings(x, levels, f"ch_mult={self.ch_mult}")
         heights = [x.shape[1] // 2**level for level in range(levels)]
         if not set(self.attn_resolutions) <= set(heights):
             raise ValueError(

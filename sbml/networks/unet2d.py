@@ -29,7 +29,7 @@ import math
 import re
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -39,11 +39,11 @@ from flax.traverse_util import unflatten_dict
 
 from sbml.door import checked, condition, typed
 from sbml.networks import _layers as layers
-from sbml.networks._layers import Images, Labels
+from sbml.networks._layers import Images, Labels, Map
 from sbml.scalars import Count, Positive, at_least, between, one_of
 from sbml.types import Array
 
-ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
+ACTIVATIONS: dict[str, Map] = {
     "silu": nn.silu,
     "swish": nn.silu,
     "mish": jax.nn.mish,
@@ -55,34 +55,11 @@ DOWN_SKIP = ("SkipDownBlock2D", "AttnSkipDownBlock2D")
 UP = ("UpBlock2D", "AttnUpBlock2D", "ResnetUpsampleBlock2D")
 UP_SKIP = ("SkipUpBlock2D", "AttnSkipUpBlock2D")
 FIR = (1, 3, 3, 1)
-ZEROS = nn.initializers.zeros
-
-Map = Callable[[Array], Array]
 
 
 def _among(names: tuple[str, ...]) -> Any:
     words = f"of names among {', '.join(map(repr, names))}"
     return condition(words, lambda value: value and all(name in names for name in value))
-
-
-def default_groups(channels: int) -> int:
-    """The number of groups of a norm where ``norm_num_groups`` does not give it."""
-    return min(channels // 4, 32)
-
-
-def _norm(x: Array, groups: int, epsilon: float, name: str) -> Array:
-    if groups == 0 or x.shape[-1] % groups:
-        raise ValueError(
-            f"{name} has {groups} groups for {x.shape[-1]} channels: choose block_out_channels, "
-            "and norm_num_groups or attn_norm_num_groups, so that every norm's groups have equal "
-            "size; AttnSkipDownBlock2D and AttnSkipUpBlock2D need multiples of 32 channels"
-        )
-    options: dict[str, Any] = {"dtype": x.dtype, "use_fast_variance": False, "name": name}
-    return nn.GroupNorm(groups, epsilon=epsilon, **options)(x)
-
-
-def _dense(features: int, x: Array, name: str, init: Any = None) -> Array:
-    return nn.Dense(features, dtype=x.dtype, kernel_init=init or layers.fan_avg(), name=name)(x)
 
 
 class TimeEmbedding(nn.Module):
@@ -92,146 +69,58 @@ class TimeEmbedding(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        return _dense(self.features, nn.silu(_dense(self.features, x, "linear_1")), "linear_2")
+        h = nn.silu(layers.dense(x, self.features, "linear_1"))
+        return layers.dense(h, self.features, "linear_2")
 
 
-class Resnet(nn.Module):
-    """(x + conv(dropout(act(norm(conv(act(norm(x))) + dense(act(cond))))))) / scale.
+class Resnet(layers.ResidualBlock):
+    """The residual block of diffusers."""
 
-    If ``scale_shift``, the vector dense(act(cond)) = [a, b] acts after the second norm, as
-    (1 + a) norm(...) + b. ``resample`` acts on x and before the first convolution. If the number of
-    channels changes, or if ``shortcut``, x goes through a linear map.
-
-    Attributes:
-      groups: numbers of groups of both norms.
-    """
-
-    features: int
-    groups: tuple[int, int]
-    act: str
-    epsilon: float
-    dropout: float
-    scale_shift: bool
-    scale: float = 1.0
-    resample: Map | None = None
-    shortcut: bool = False
-
-    @nn.compact
-    def __call__(self, x: Array, cond: Array, train: bool) -> Array:
-        act, resample = ACTIVATIONS[self.act], self.resample or (lambda h: h)
-        h = resample(act(_norm(x, self.groups[0], self.epsilon, "norm1")))
-        h = layers.Conv(self.features, name="conv1")(h)
-        size = self.features * (2 if self.scale_shift else 1)
-        shift = _dense(size, act(cond), "time_emb_proj")[:, None, None, :]
-        if self.scale_shift:
-            gain, shift = jnp.split(shift, 2, axis=-1)
-            h = _norm(h, self.groups[1], self.epsilon, "norm2") * (1 + gain) + shift
-        else:
-            h = _norm(h + shift, self.groups[1], self.epsilon, "norm2")
-        h = nn.Dropout(self.dropout, deterministic=not train)(act(h))
-        h = layers.Conv(self.features, init_scale=0.0, name="conv2")(h)
-        x = resample(x)
-        if self.shortcut or x.shape != h.shape:
-            x = layers.Conv(self.features, 1, name="conv_shortcut")(x)
-        return (x + h) / self.scale
+    names = ("norm1", "conv1", "time_emb_proj", "norm2", "conv2", "conv_shortcut")
 
 
-class Attention(nn.Module):
-    """(x + W [softmax(q kᵀ / √d) v for every head]) / scale, over all pixels of an image.
+class Attention(layers.Attention):
+    """The attention of diffusers."""
 
-    Attributes:
-      head_dim: number of channels d of every head; 0 means one head with all channels.
-      groups: number of groups of the norm before q, k and v; 0 means no norm.
-    """
-
-    head_dim: int
-    groups: int
-    epsilon: float
-    scale: float = 1.0
-
-    @nn.compact
-    def __call__(self, x: Array) -> Array:
-        n, h, w, c = x.shape
-        d = self.head_dim or c
-        if c % d:
-            raise ValueError(f"attention_head_dim={d}: give a divisor of {c} channels, or 0")
-        normed = _norm(x, self.groups, self.epsilon, "group_norm") if self.groups else x
-        normed = normed.reshape(n, h * w, c)
-
-        def heads(name: str) -> Array:
-            split = _dense(c, normed, name).reshape(n, h * w, c // d, d)
-            return split.swapaxes(1, 2).reshape(-1, h * w, d)
-
-        mixed = layers.attention(heads("to_q"), heads("to_k"), heads("to_v"))
-        mixed = mixed.reshape(n, c // d, h * w, d).swapaxes(1, 2).reshape(n, h * w, c)
-        return (x + _dense(c, mixed, "to_out.0", ZEROS).reshape(x.shape)) / self.scale
-
-
-class Resample(nn.Module):
-    """A convolution that halves the image, or doubling by nearest neighbours and a convolution.
-
-    Attributes:
-      padding: 1 halves with zeros on all sides, 0 with zeros on the right and at the bottom only.
-    """
-
-    up: bool
-    padding: int = 1
-
-    @nn.compact
-    def __call__(self, x: Array) -> Array:
-        c = x.shape[-1]
-        if self.up:
-            return layers.Conv(c, name="conv")(layers.upsample(x, None))
-        zeros = (self.padding, 1)
-        return layers.Conv(c, stride=2, padding=(zeros, zeros), name="conv")(x)
+    names = ("group_norm", "to_q", "to_k", "to_v", "to_out.0")
 
 
 class _Level(nn.Module):
     """What down and up blocks share.
 
     Attributes:
-      kind: diffusers' name of the block, which tells whether it has attention and pyramids.
-      features: number of channels of the result.
+      block, attention: the modules with their options; without attention None.
       depth: number of residual blocks.
-      resamples: whether the block changes the size of the image; the last down block and the last
-        up block do not.
-      how: "conv" resamples by a convolution between blocks, "resnet" inside a residual block.
-      groups: number of groups of the norms; those of "Skip" blocks have ``default_groups``.
-      resnet, attention: the modules with the options that all levels share.
+      how: how the size of the image changes after them: "conv", by a convolution; "resnet", inside
+        one more residual block; or "none", at the last down block and the last up block.
+      pyramid: whether this is one of the "Skip" blocks.
       padding: of the convolution that halves the image.
     """
 
-    kind: str
-    features: int
+    block: Callable[..., Resnet]
+    attention: Callable[..., Attention] | None
     depth: int
-    resamples: bool
     how: str
-    groups: int
-    resnet: Callable[..., Any]
-    attention: Callable[..., Any]
-    padding: int = 1
+    pyramid: bool
+    padding: int
 
-    @property
-    def pyramid(self) -> bool:
-        return "Skip" in self.kind
-
-    @property
-    def attends(self) -> bool:
-        return self.kind.startswith("Attn")
+    up: ClassVar[bool]
 
     @nn.nowrap
-    def block(self, h: Array, cond: Array, train: bool, name: str, **options: Any) -> Array:
-        scale, groups = 1.0, (self.groups, self.groups)
-        if self.pyramid:
-            scale = math.sqrt(2)
-            groups = (default_groups(h.shape[-1]), default_groups(self.features))
-        options = {"scale": scale, "groups": groups, **options}
-        return self.resnet(self.features, name=name, **options)(h, cond, train)
+    def attend(self, h: Array, i: int) -> Array:
+        return self.attention(name=f"attentions.{i}")(h) if self.attention else h
 
     @nn.nowrap
-    def attend(self, h: Array, name: str) -> Array:
-        groups, scale = (32, math.sqrt(2)) if self.pyramid else (self.groups, 1.0)
-        return self.attention(groups=groups, scale=scale, name=name)(h)
+    def resize(self, h: Array, cond: Array, train: bool) -> Array:
+        """``h`` at twice or half its height and width."""
+        side = "up" if self.up else "down"
+        if self.how == "conv":
+            layer, zeros = layers.Upsample if self.up else layers.Downsample, (self.padding, 1)
+            padding = "SAME" if self.up else (zeros, zeros)
+            return layer(True, None, padding=padding, conv="conv", name=f"{side}samplers.0")(h)
+        name, fir = (f"resnet_{side}", FIR) if self.pyramid else (f"{side}samplers.0", None)
+        resample = partial(layers.upsample if self.up else layers.downsample, fir_kernel=fir)
+        return self.block(resample=resample, mapped=self.pyramid, name=name)(h, cond, train)
 
 
 class Down(_Level):
@@ -239,57 +128,44 @@ class Down(_Level):
     returns the features after every residual block and after the halving, and the image at their
     size."""
 
+    up = False
+
     @nn.compact
     def __call__(
         self, h: Array, image: Array, cond: Array, train: bool
     ) -> tuple[list[Array], Array]:
         found = []
         for i in range(self.depth):
-            h = self.block(h, cond, train, f"resnets.{i}")
-            h = self.attend(h, f"attentions.{i}") if self.attends else h
+            h = self.attend(self.block(name=f"resnets.{i}")(h, cond, train), i)
             found.append(h)
-        if not self.resamples:
+        if self.how == "none":
             return found, image
+        h = self.resize(h, cond, train)
         if self.pyramid:
-            halve = partial(layers.downsample, fir_kernel=FIR)
-            image = halve(image)
-            h = self.block(h, cond, train, "resnet_down", resample=halve, shortcut=True)
-            h = layers.Conv(self.features, 1, name="skip_conv")(image) + h
-        elif self.how == "resnet":
-            halve = partial(layers.downsample, fir_kernel=None)
-            h = self.block(h, cond, train, "downsamplers.0", resample=halve)
-        else:
-            h = Resample(up=False, padding=self.padding, name="downsamplers.0")(h)
+            image = layers.downsample(image, FIR)
+            h = layers.Conv(h.shape[-1], 1, name="skip_conv")(image) + h
         return [*found, h], image
 
 
 class Middle(nn.Module):
-    """A residual block, and a second one after attention, which is optional.
+    """block(attention(block(h))); the attention is optional."""
 
-    Attributes:
-      groups, attention_groups: numbers of groups of the norms.
-    """
-
-    groups: int
-    attention_groups: int
-    scale: float
-    attends: bool
-    resnet: Callable[..., Any]
-    attention: Callable[..., Any]
+    block: Callable[..., Resnet]
+    attention: Callable[..., Attention] | None
 
     @nn.compact
     def __call__(self, h: Array, cond: Array, train: bool) -> Array:
-        block = partial(self.resnet, h.shape[-1], (self.groups, self.groups), scale=self.scale)
-        h = block(name="resnets.0")(h, cond, train)
-        if self.attends:
-            groups, scale = self.attention_groups, self.scale
-            h = self.attention(groups=groups, scale=scale, name="attentions.0")(h)
-        return block(name="resnets.1")(h, cond, train)
+        h = self.block(name="resnets.0")(h, cond, train)
+        h = self.attention(name="attentions.0")(h) if self.attention else h
+        return self.block(name="resnets.1")(h, cond, train)
 
 
 class Up(_Level):
-    """A level of the decoder. It reads features, the encoder's ``skips``, the output's image at
-    half its size (None before the first), and the condition; it returns features and the image."""
+    """A level of the decoder. It reads features, the encoder's ``skips``, the last first, the
+    output's image at half its size (None before the first), and the condition; it returns features
+    and the image."""
+
+    up = True
 
     @nn.compact
     def __call__(
@@ -299,33 +175,27 @@ class Up(_Level):
         image: Array | None,
         cond: Array,
         train: bool,
-        to_image: Callable[..., Array],
+        head: Callable[..., Array],
     ) -> tuple[Array, Array | None]:
-        for i, skip in enumerate(reversed(skips)):
-            options = {}
-            if self.kind == "AttnSkipUpBlock2D":
+        for i, skip in enumerate(skips):
+            block = partial(self.block, name=f"resnets.{i}")
+            if self.pyramid and self.attention:
                 # As diffusers has it: only the second number is divided.
-                first = min(h.shape[-1] + skip.shape[-1] // 4, 32)
-                options["groups"] = (first, default_groups(self.features))
-            joined = jnp.concatenate([h, skip], axis=-1)
-            h = self.block(joined, cond, train, f"resnets.{i}", **options)
-            if self.attends and not self.pyramid:
-                h = self.attend(h, f"attentions.{i}")
-        if self.attends and self.pyramid:
-            h = self.attend(h, "attentions.0")
-        if self.pyramid and image is not None:
-            image = layers.upsample(image, FIR)
-        if not self.resamples:
+                block = partial(block, groups=(min(h.shape[-1] + skip.shape[-1] // 4, 32), 0))
+            h = block()(jnp.concatenate([h, skip], axis=-1), cond, train)
+            h = h if self.pyramid else self.attend(h, i)
+        if self.pyramid:
+            h = self.attend(h, 0)
+            image = None if image is None else layers.upsample(image, FIR)
+        if self.how == "none":
             return h, image
         if self.pyramid:
-            part = to_image(h, default_groups(self.features), "skip_norm", "skip_conv")
+            part = head(h, names=("skip_norm", "skip_conv"))
             image = part if image is None else image + part
-            double = partial(layers.upsample, fir_kernel=FIR)
-            return self.block(h, cond, train, "resnet_up", resample=double, shortcut=True), image
-        if self.how == "resnet":
-            double = partial(layers.upsample, fir_kernel=None)
-            return self.block(h, cond, train, "upsamplers.0", resample=double), image
-        return Resample(up=True, name="upsamplers.0")(h), image
+        return self.resize(h, cond, train), image
+
+
+Level = TypeVar("Level", bound=_Level)
 
 
 @typed
@@ -443,35 +313,34 @@ class Model(nn.Module):
     def __call__(
         self, x: Images, label: Labels, *, train: bool, condition: layers.Numbers | None = None
     ) -> Array:
-        self._check_input(x)
+        widths = self.block_out_channels
+        layers.check_halvings(x, len(widths), f"block_out_channels={widths}")
         dtype = jnp.dtype(self.dtype)
         wide = jnp.promote_types(dtype, jnp.float32)
-        widths, label = self.block_out_channels, label.astype(wide)
+        label = label.astype(wide)
         image = (2 * x - 1 if self.center_input_sample else x).astype(dtype)
-        channels = x.shape[-1] * max(1, self.outputs)
-
-        def to_image(h: Array, groups: int, norm: str, conv: str) -> Array:
-            h = nn.silu(_norm(h, groups, self.norm_eps, norm))
-            # The means of a mixture over 256 levels need more digits than bfloat16 has.
-            h = h.astype(wide) if self.outputs else h
-            return layers.Conv(channels, init_scale=0.0, name=conv)(h)
-
+        head = partial(
+            layers.head,
+            features=x.shape[-1] * max(1, self.outputs),
+            act=nn.silu,
+            outputs=self.outputs,
+            epsilon=self.norm_eps,
+        )
         time = TimeEmbedding(self.time_embedding_dim or 4 * widths[0], name="time_embedding")
         cond = time(self._features(label).astype(dtype))
         cond = layers.with_class(cond, self.classes, condition)
         skips = [layers.Conv(widths[0], name="conv_in")(image)]
-        for level in self._levels(Down, self.down_block_types, widths):
-            found, image = level(skips[-1], image, cond, train)
+        for down in self._levels(Down, self.down_block_types, widths):
+            found, image = down(skips[-1], image, cond, train)
             skips += found
         h = skips[-1]
         if self.mid_block_type != "none":
-            h = self._middle(h.shape[-1])(h, cond, train)
+            h = self._middle()(h, cond, train)
         total: Array | None = None
-        for level in self._levels(Up, self.up_block_types, widths[::-1]):
-            skips, read = skips[: -level.depth], skips[-level.depth :]
-            h, total = level(h, read, total, cond, train, to_image)
-        groups = self.norm_num_groups or default_groups(widths[0])
-        out = to_image(h, groups, "conv_norm_out", "conv_out")
+        for up in self._levels(Up, self.up_block_types, widths[::-1]):
+            read = [skips.pop() for _ in range(up.depth)]
+            h, total = up(h, read, total, cond, train, head)
+        out = head(h, groups=self.norm_num_groups, names=("conv_norm_out", "conv_out"))
         out = (out if total is None else out + total).astype(wide)
         if self.time_embedding_type == "fourier":
             out = out / label[:, None, None, None]
@@ -486,60 +355,50 @@ class Model(nn.Module):
         return jnp.roll(features, size // 2, axis=-1) if self.flip_sin_to_cos else features
 
     @nn.nowrap
-    def _parts(self) -> dict[str, Any]:
-        """Residual blocks and attention, with the options that all levels share."""
-        resnet = partial(
-            nn.remat(Resnet, static_argnums=(3,)) if self.remat else Resnet,
-            act=self.act_fn,
-            epsilon=self.norm_eps,
+    def _parts(
+        self, attends: bool, scale: float, groups: int, norm: int | None, features: int = 0
+    ) -> tuple[Callable[..., Resnet], Callable[..., Attention] | None]:
+        """Residual blocks and attention, with ``groups`` and ``norm`` groups of their norms."""
+        block = partial(
+            layers.recomputed(Resnet, self.remat),
+            act=ACTIVATIONS[self.act_fn],
             dropout=self.dropout,
+            features=features,
+            scale=scale,
+            groups=(groups, groups),
+            epsilon=self.norm_eps,
             scale_shift=self.resnet_time_scale_shift == "scale_shift",
         )
-        attention = partial(Attention, head_dim=self.attention_head_dim, epsilon=self.norm_eps)
-        return {"resnet": resnet, "attention": attention}
+        attention = partial(Attention, scale, self.attention_head_dim, norm, self.norm_eps)
+        return block, attention if attends else None
 
     @nn.nowrap
     def _levels(
-        self, level: type[_Level], kinds: tuple[str, ...], widths: tuple[int, ...]
-    ) -> Iterator[Any]:
-        prefix, more, chosen = (
-            ("down", 0, self.downsample_type) if level is Down else ("up", 1, self.upsample_type)
-        )
+        self, level: type[Level], kinds: tuple[str, ...], widths: tuple[int, ...]
+    ) -> Iterator[Level]:
+        side, chosen = ("up", self.upsample_type) if level.up else ("down", self.downsample_type)
         for i, (kind, width) in enumerate(zip(kinds, widths, strict=True)):
+            pyramid, groups = "Skip" in kind, self.norm_num_groups
+            scale, groups, norm = (math.sqrt(2), 0, 32) if pyramid else (1.0, groups, groups)
+            block, attention = self._parts(kind[:4] == "Attn", scale, groups, norm, width)
+            how = {"Attn": chosen, "Resn": "resnet"}.get(kind[:4], "conv")
+            how = "resnet" if pyramid else how
             yield level(
-                kind=kind,
-                features=width,
-                depth=self.layers_per_block + more,
-                resamples=i < len(kinds) - 1,
-                how={"Attn": chosen, "Resn": "resnet"}.get(kind[:4], "conv"),
-                groups=self.norm_num_groups,
+                block=block,
+                attention=attention,
+                depth=self.layers_per_block + level.up,
+                how=how if i < len(kinds) - 1 else "none",
+                pyramid=pyramid,
                 padding=self.downsample_padding,
-                name=f"{prefix}_blocks.{i}",
-                **self._parts(),
+                name=f"{side}_blocks.{i}",
             )
 
     @nn.nowrap
-    def _middle(self, channels: int) -> Middle:
-        groups = self.norm_num_groups or default_groups(channels)
-        normed = self.resnet_time_scale_shift == "default"
-        return Middle(
-            groups=groups,
-            attention_groups=self.attn_norm_num_groups or (groups if normed else 0),
-            scale=self.mid_block_scale_factor,
-            attends=self.add_attention,
-            name="mid_block",
-            **self._parts(),
-        )
-
-    @nn.nowrap
-    def _check_input(self, x: Array) -> None:
-        factor = 2 ** (len(self.block_out_channels) - 1)
-        if x.shape[1] % factor or x.shape[2] % factor:
-            raise ValueError(
-                f"images of {x.shape[1]}x{x.shape[2]} cannot be halved between all levels: crop or "
-                f"pad height and width to a multiple of {factor}, or choose fewer levels than "
-                f"block_out_channels={self.block_out_channels}"
-            )
+    def _middle(self) -> Middle:
+        groups, normed = self.norm_num_groups, self.resnet_time_scale_shift == "default"
+        norm = self.attn_norm_num_groups or (groups if normed else None)
+        scale = self.mid_block_scale_factor
+        return Middle(*self._parts(self.add_attention, scale, groups, norm), name="mid_block")
 
 
 # ---- diffusers' files ---------------------------------------------------------------------------

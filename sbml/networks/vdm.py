@@ -15,6 +15,7 @@ are named as in the published checkpoints, so that their score model loads uncha
 Reference: Kingma, Salimans, Poole, Ho, "Variational Diffusion Models", NeurIPS 2021, appendix B.
 """
 
+from functools import partial
 from typing import Annotated
 
 import jax.numpy as jnp
@@ -22,12 +23,12 @@ from flax import linen as nn
 
 from sbml.door import checked, condition, typed
 from sbml.networks import _layers as layers
-from sbml.networks._layers import Images, Labels
+from sbml.networks._layers import ZEROS, Images, Labels
 from sbml.scalars import at_least, one_of
-from sbml.types import Array
+from sbml.types import Array, at_least_float32
 
 GROUPS = 32  # of group norm, in the published models
-ZEROS = nn.initializers.zeros
+LECUN = nn.initializers.lecun_normal()
 
 
 def default_groups(width: int) -> int:
@@ -39,49 +40,28 @@ def default_groups(width: int) -> int:
     return max(g for g in range(1, GROUPS + 1) if width % g == 0 and width // g >= 2)
 
 
-class Block(nn.Module):
-    """x + conv(dropout(swish(norm(conv(swish(norm(x))) + W cond)))); if x has another number of
-    channels than the result, x goes through a linear map."""
+class Block(layers.ResidualBlock):
+    """A residual block that adds W cond, where W starts at 0."""
 
-    features: int
-    groups: int
-    dropout: float
+    names = ("GroupNorm_0", "conv1", "cond_proj", "GroupNorm_1", "conv2", "nin_shortcut")
 
-    @nn.compact
-    def __call__(self, x: Array, cond: Array, train: bool) -> Array:
-        h = layers.Conv(self.features, name="conv1")(nn.swish(_norm(x, self.groups)))
-        project = nn.Dense(
-            self.features, use_bias=False, dtype=x.dtype, kernel_init=ZEROS, name="cond_proj"
-        )
-        h = nn.swish(_norm(h + project(cond)[:, None, None, :], self.groups))
-        h = nn.Dropout(self.dropout, deterministic=not train)(h)
-        h = layers.Conv(self.features, init_scale=0.0, name="conv2")(h)
-        if x.shape != h.shape:
-            x = nn.Dense(self.features, dtype=x.dtype, name="nin_shortcut")(x)
-        return x + h
+    @nn.nowrap
+    def project(self, cond: Array, size: int, name: str) -> Array:
+        return nn.Dense(size, use_bias=False, dtype=cond.dtype, kernel_init=ZEROS, name=name)(cond)
+
+    @nn.nowrap
+    def shortcut(self, x: Array, features: int, name: str) -> Array:
+        return layers.dense(x, features, name, LECUN)
 
 
-class Attention(nn.Module):
-    """x + W softmax(q kᵀ / √c) v: one head over all pixels of an image."""
+class Attention(layers.Attention):
+    """Attention with one head."""
 
-    groups: int
+    names = ("GroupNorm_0", "q", "k", "v", "proj_out")
 
-    @nn.compact
-    def __call__(self, x: Array) -> Array:
-        n, h, w, c = x.shape
-        normed = _norm(x, self.groups).reshape(n, h * w, c)
-        q, k, v = (nn.Dense(c, dtype=x.dtype, name=name)(normed) for name in "qkv")
-        mixed = layers.attention(q, k, v)
-        out = nn.Dense(c, dtype=x.dtype, kernel_init=ZEROS, name="proj_out")(mixed)
-        return x + out.reshape(x.shape)
-
-
-def _norm(x: Array, groups: int) -> Array:
-    return nn.GroupNorm(groups, epsilon=1e-6, dtype=x.dtype, use_fast_variance=False)(x)
-
-
-def _at_least_float32(dtype: jnp.dtype) -> jnp.dtype:
-    return jnp.promote_types(dtype, jnp.float32)
+    @nn.nowrap
+    def affine(self, x: Array, name: str, last: bool) -> Array:
+        return layers.dense(x, x.shape[-1], name, ZEROS if last else LECUN)
 
 
 @typed
@@ -137,13 +117,19 @@ class Model(nn.Module):
         number = jnp.zeros_like(label) if condition is None or self.classes else condition
         cond = layers.with_class(self._cond(label, number), self.classes, condition)
         groups = self.groups or default_groups(self.width)
-        kind = nn.remat(Block, static_argnums=(3,)) if self.remat else Block
+        kind = partial(
+            layers.recomputed(Block, self.remat),
+            act=nn.swish,
+            dropout=self.dropout,
+            features=self.width,
+            groups=(groups, groups),
+        )
 
         def block(h: Array, name: str) -> Array:
-            return kind(self.width, groups, self.dropout, name=name)(h, cond, train)
+            return kind(name=name)(h, cond, train)
 
         def attend(h: Array, name: str, attention: bool = self.attention) -> Array:
-            return Attention(groups, name=name)(h) if attention else h
+            return Attention(groups=groups, name=name)(h) if attention else h
 
         features = layers.input_features(x, self.fourier).astype(dtype)
         skips = [layers.Conv(self.width, name="conv_in")(features)]
@@ -154,20 +140,17 @@ class Model(nn.Module):
         for i in range(self.depth + 1):
             joined = jnp.concatenate([h, skips.pop()], axis=-1)
             h = attend(block(joined, f"up.block_{i}"), f"up.attn_{i}")
-        size = x.shape[-1] * max(1, self.outputs)
-        h = nn.swish(_norm(h, groups))
-        # The means of a mixture over 256 levels need more digits than bfloat16 has.
-        h = h.astype(_at_least_float32(dtype)) if self.outputs else h
-        out = layers.Conv(size, init_scale=0.0, name="conv_out")(h)
-        return layers.per_entry(out, x.shape, self.outputs).astype(_at_least_float32(dtype))
+        size, names = x.shape[-1] * max(1, self.outputs), ("GroupNorm_0", "conv_out")
+        out = layers.head(h, size, nn.swish, self.outputs, groups=groups, names=names)
+        return at_least_float32(layers.per_entry(out, x.shape, self.outputs))
 
     @nn.nowrap
     def _cond(self, label: Array, condition: Array) -> Array:
         """The vector ``(n, 4 width)`` by which the blocks read the noise level and the class."""
         dtype = jnp.dtype(self.dtype)
-        label = label.astype(_at_least_float32(dtype))
+        label = label.astype(jnp.promote_types(dtype, jnp.float32))
         inputs = [layers.positional(label, self.width), condition.astype(label.dtype)[:, None]]
         h = jnp.concatenate(inputs, axis=-1).astype(dtype)
         for name in ("dense0", "dense1"):
-            h = nn.swish(nn.Dense(4 * self.width, dtype=dtype, name=name)(h))
+            h = nn.swish(layers.dense(h, 4 * self.width, name, LECUN))
         return h

@@ -1,48 +1,93 @@
-"""Reads a PyTorch state dict without PyTorch, and without running any code in the file.
+"""Reads the files of weights of other programs as plain data; no code in a file is ever run.
 
-There are two formats. In both, pickled tensors refer to raw storages: the older format is a
-sequence of pickles followed by the storages, the newer one a zip archive. Only the few names that a
-state dict needs are resolved; any other name is an error.
+    read(path, "PyTorch state dict")     the arrays by name
+    read(path, "safetensors file")       the arrays by name
+    read(path, "flax msgpack file")      nested dictionaries of arrays
+
+A PyTorch state dict is read without PyTorch. It has two formats; in both, pickled tensors refer to
+raw storages: the older format is a sequence of pickles followed by the storages, the newer one a
+zip archive. Only the few names that a state dict needs are resolved; any other name is an error.
 """
 
 import io
 import math
-import os
 import pickle
 import pickletools
 import zipfile
 from collections import OrderedDict
-from pathlib import Path
-from typing import Any, BinaryIO
+from collections.abc import Callable
+from typing import Any, NoReturn
 
+import jax.numpy as jnp
 import numpy as np
+import safetensors
+from etils import epath
+from flax import serialization
 
-DTYPES = {
+_STORAGES = {
     "FloatStorage": np.dtype("<f4"),
     "DoubleStorage": np.dtype("<f8"),
     "HalfStorage": np.dtype("<f2"),
     "LongStorage": np.dtype("<i8"),
     "IntStorage": np.dtype("<i4"),
 }
+_SAFETENSORS: dict[str, np.dtype] = {
+    "F16": np.dtype("<f2"),
+    "BF16": np.dtype(jnp.bfloat16),
+    "F32": np.dtype("<f4"),
+    "F64": np.dtype("<f8"),
+}
 
 
-def read_state_dict(path: str | Path) -> dict[str, np.ndarray]:
-    """The arrays of the state dict in ``path``, by name."""
-    path = Path(path)
-    with path.open("rb") as file:
-        try:
-            read = _zipped if zipfile.is_zipfile(path) else _legacy
-            return {str(name): np.array(array) for name, array in read(file).items()}
-        except Exception as error:  # Damaged files and other formats raise errors of many kinds.
-            reason = str(error) or type(error).__name__
-            raise ValueError(f"{path} is not a PyTorch state dict: {reason}") from error
+def read(path: epath.PathLike, kind: str) -> dict[str, Any]:
+    """What is in the file ``path``, which is of this ``kind``.
+
+    Raises:
+      ValueError: the file is damaged, is of another kind, or has more than arrays.
+    """
+    content = epath.Path(path).read_bytes()
+    try:
+        return _KINDS[kind](content)
+    except Exception as error:  # Damaged files and other formats raise errors of many kinds.
+        reason = str(error) or type(error).__name__
+        raise ValueError(
+            f"{path} cannot be read as a {kind} ({reason}): check that it is the right file and "
+            "was copied whole"
+        ) from error
+
+
+def _msgpack(content: bytes) -> dict[str, Any]:
+    tree = serialization.msgpack_restore(content)
+    if not isinstance(tree, dict):
+        raise ValueError(f"it holds a {type(tree).__name__}, no dictionary of arrays")
+    return tree
+
+
+def _safetensors(content: bytes) -> dict[str, np.ndarray]:
+    state = {}
+    # safetensors.numpy.load does not know bfloat16.
+    for name, array in safetensors.deserialize(content):
+        if array["dtype"] not in _SAFETENSORS:
+            known = ", ".join(_SAFETENSORS)
+            raise ValueError(f"{name} is of type {array['dtype']}; known are {known}")
+        flat = np.frombuffer(array["data"], _SAFETENSORS[array["dtype"]])
+        state[name] = flat.reshape(array["shape"])
+    return state
+
+
+def _pytorch(content: bytes) -> dict[str, np.ndarray]:
+    file = io.BytesIO(content)
+    arrays = _zipped(file) if zipfile.is_zipfile(file) else _legacy(file)
+    return {str(name): np.array(array) for name, array in arrays.items()}
 
 
 class _Reader(pickle.Unpickler):
     """An unpickler that resolves only the names of a state dict; ``storages(key, dtype, count)``
     returns the flat array of a storage."""
 
-    def __init__(self, file: Any, storages: Any) -> None:
+    def __init__(
+        self, file: io.BytesIO, storages: Callable[[str, np.dtype, int], np.ndarray]
+    ) -> None:
         super().__init__(file)
         self.file, self.storages = file, storages
 
@@ -61,18 +106,20 @@ class _Reader(pickle.Unpickler):
             "collections.OrderedDict": OrderedDict,
             "torch._utils._rebuild_tensor_v2": _tensor,
             "torch._utils._rebuild_parameter": lambda data, *_: data,
-            **{f"torch.{storage}": dtype for storage, dtype in DTYPES.items()},
+            **{f"torch.{storage}": dtype for storage, dtype in _STORAGES.items()},
         }
         if f"{module}.{name}" in known:
             return known[f"{module}.{name}"]
         raise pickle.UnpicklingError(f"it refers to {module}.{name}")
 
-    def persistent_load(self, saved: Any) -> Any:
+    def persistent_load(self, saved: Any) -> np.ndarray:
         _, dtype, key, _, count, *_ = saved
         return self.storages(str(key), dtype, int(count))
 
 
-def _tensor(storage: np.ndarray, offset: int, size: Any, stride: Any, *_: Any) -> np.ndarray:
+def _tensor(
+    storage: np.ndarray, offset: int, size: tuple[int, ...], stride: tuple[int, ...], *_: Any
+) -> np.ndarray:
     last = offset + sum((n - 1) * step for n, step in zip(size, stride, strict=True))
     if min(offset, 0, *size, *stride) < 0 or (0 not in size and last >= storage.size):
         raise pickle.UnpicklingError(f"a tensor {tuple(size)} goes beyond its storage")
@@ -84,14 +131,14 @@ def _tensor(storage: np.ndarray, offset: int, size: Any, stride: Any, *_: Any) -
     return np.lib.stride_tricks.as_strided(storage[offset:], size, strides, writeable=False)
 
 
-def _check_size(what: str, size: int, file: BinaryIO) -> None:
+def _check_size(what: str, size: int, file: io.BytesIO) -> None:
     """Refuse a part that claims more bytes than the file has, because no part is compressed."""
-    most = os.fstat(file.fileno()).st_size
+    most = file.getbuffer().nbytes
     if not 0 <= size <= most:
         raise pickle.UnpicklingError(f"{what} claims {size} bytes, the file has {most}")
 
 
-def _zipped(file: BinaryIO) -> dict[str, np.ndarray]:
+def _zipped(file: io.BytesIO) -> dict[str, np.ndarray]:
     with zipfile.ZipFile(file) as archive:
         index = next((n for n in archive.namelist() if n.endswith("/data.pkl")), "")
         if not index:
@@ -107,8 +154,10 @@ def _zipped(file: BinaryIO) -> dict[str, np.ndarray]:
         return _Reader(io.BytesIO(archive.read(index)), storage).load()
 
 
-def _legacy(file: BinaryIO) -> dict[str, np.ndarray]:
-    def none(*_: Any) -> Any:
+def _legacy(file: io.BytesIO) -> dict[str, np.ndarray]:
+    file.seek(0)
+
+    def none(key: str, dtype: np.dtype, count: int) -> NoReturn:
         raise pickle.UnpicklingError("a header refers to a tensor")
 
     for _ in range(3):  # The magic number, the protocol and the description of the system.
@@ -128,3 +177,10 @@ def _legacy(file: BinaryIO) -> dict[str, np.ndarray]:
             raise pickle.UnpicklingError(f"a storage of {count} numbers instead of {array.size}")
         array[:] = np.frombuffer(file.read(array.nbytes), array.dtype)
     return tensors
+
+
+_KINDS: dict[str, Callable[[bytes], dict[str, Any]]] = {
+    "PyTorch state dict": _pytorch,
+    "safetensors file": _safetensors,
+    "flax msgpack file": _msgpack,
+}

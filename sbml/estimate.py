@@ -43,6 +43,7 @@ class Estimate:
       solver: how the ODE was solved; None for a bound.
       prior_error: the error that comes from using the prior in place of p_T, in ``unit``; None for
         a bound, which contains it.
+      target_se: the standard error of a bound's draws that was asked for; 0 for none.
       tail: ``intervals.pareto_k`` of the draws of a bound, or of the weights of their times if
         that is larger; nan for an ODE, and for few draws.
     """
@@ -60,6 +61,7 @@ class Estimate:
     budget: float = math.inf
     solver: Solver | None = None
     prior_error: PriorError | None = None
+    target_se: float = 0.0
     tail: float = math.nan
 
     @property
@@ -127,13 +129,39 @@ class Estimate:
         elif not self.converged:
             text += f", NOT CONVERGED: {self.unconverged()}"
         if self.heavy_tailed:
-            text += (
-                f", HEAVY TAILS: {intervals.about_tail(self.tail, 'draws')}, so the intervals are "
-                "too narrow; raise times_each, or improve the score where it is least accurate, "
-                "such as near eps"
-            )
+            text += f", {self._about_tail('')}"
         text += self.prior_error.line(self.unit) if self.prior_error else ""
         return "\n".join(filter(None, [text, self.about_outliers()]))
+
+    def warnings(self, section: str = "", names: Sequence[str] | None = None) -> list[str]:
+        """Warnings about numbers that are not finite or outliers, draws with a heavy tail, a
+        ``target_se`` that was not reached, and an ODE that did not converge.
+
+        ``section`` is as for :meth:`unconverged`, and ``names`` are the names of the examples.
+        """
+        lost, stderr = self.population.nonfinite, self.this_set.stderr
+        missed = f"{stderr:.2g} after {self.sweeps} sweeps ({section}max_sweeps), above"
+        above = self.target_se and not stderr <= self.target_se
+        found = [
+            f"{lost} of {len(self.values)} numbers are not finite" if lost else "",
+            self.about_outliers(names),
+            self._about_tail(section) if self.heavy_tailed else "",
+            f"standard error {missed} {section}target_se={self.target_se:g}" if above else "",
+            "" if self.converged else f"NOT CONVERGED: {self.unconverged(section)}",
+        ]
+        return list(filter(None, found))
+
+    def _about_tail(self, section: str) -> str:
+        about = intervals.about_tail(self.tail, "draws or of the weights of their times")
+        remedy = (
+            "raise times_each, or improve the score where it is least accurate, such as near eps"
+        )
+        if section:
+            remedy = (
+                f"use the defaults of {section}importance and {section}importance_sampling, or "
+                f"raise {section}n_times"
+            )
+        return f"HEAVY TAILS: {about}, so the intervals are too narrow; {remedy}"
 
     def about_outliers(self, names: Sequence[str] | None = None) -> str:
         """:func:`outlier_line` with the ``names`` of the examples, or else their indices.

@@ -351,6 +351,7 @@ class Measurement:
             tables,
             (self.sweep_stderr(tables), len(tables) - 1),
             sweeps=len(tables),
+            target_se=self.target_se,
             tail=float(np.fmax(tail, intervals.pareto_k(draws - np.median(draws, axis=0)))),
         )
 

@@ -58,7 +58,7 @@ def test_solver_guard_measures_the_solvers_error(trained, tmp_path):
     error = np.mean(result.values - numbers(finer, run.measurement.ids))
     assert result.solver_error.mean == pytest.approx(error) and abs(error) > 1e-5
     assert not result.converged
-    (warning,) = (w for w in run.result(result).warnings() if "NOT CONVERGED" in w)
+    (warning,) = (w for w in run.warnings(result) if "NOT CONVERGED" in w)
     shown = notation(result.solver_error.mean, ".3g")
     assert f"NOT CONVERGED: the solver's error is {shown} +-" in warning
     assert warning.endswith("above the budget 1e-5; lower eval.rtol and eval.atol")
@@ -115,11 +115,12 @@ def test_times_with_heavy_weights_are_warned_of_and_the_defaults_are_not(trained
     for fields in ({}, {"importance": "velocity", "proposal_bins": 0}):
         few = {"max_images": 40, "batch_size": 40, "sweeps": 3, **fields}
         run = cell_run(trained, tmp_path, BOUND, **few)
-        result = run.result(run.finish())
-        warnings = [w for w in result.warnings() if "HEAVY TAILS" in w]
+        number = run.finish()
+        result, warnings = run.result(number), run.warnings(number)
+        warnings = [w for w in warnings if "HEAVY TAILS" in w]
         assert bool(fields) == ("HEAVY TAILS" in result.line) == bool(warnings)
         assert (result.plain()["tail"] > 0.7) == bool(fields)
-    assert "Use the defaults of eval.importance and " in warnings[0]
+    assert "use the defaults of eval.importance and " in warnings[0]
 
 
 @pytest.mark.slow
@@ -265,7 +266,7 @@ def test_target_se_sweeps_until_it_is_reached(trained, tmp_path):
     assert more.values.mean() == pytest.approx(np.mean(means))
     short = cell_run(trained, tmp_path, BOUND, sweeps=3, max_sweeps=4, target_se=1e-9)
     few = short.finish()
-    (warning,) = short.result(few).warnings()
+    (warning,) = short.warnings(few)
     assert few.sweeps == 4 and "after 4 sweeps" in warning and "target_se=1e-9" in warning
 
 

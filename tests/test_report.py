@@ -16,7 +16,7 @@ from PIL import Image
 
 from sbml.report import page as report_page
 from sbml.report import plots
-from sbml.report.result import HALF_WIDTH, ROWS, Result
+from sbml.report.result import HALF_WIDTH, ROWS
 
 N, LEVELS = 40, 17
 ATTACK = '<script>alert("x")</script> $\\frac{'
@@ -413,11 +413,6 @@ def test_images_are_called_by_their_files(tmp_path: Path) -> None:
     page = write(tmp_path, numbers(), table={**columns(), "name": names})
     shown = [alt for alt in page.images if alt.startswith("Image ")]
     assert len(shown) == 20 and all(alt.startswith("Image train/") for alt in shown)
-    without = {"median": 2.0, "without_outliers": 1.9, "without_outliers_interval": [1.8, 2.0]}
-    outlying = Result(**{**RESULT, **without, "outliers": [[7, 9.5], [2, 8.0]]})
-    (told,) = outlying.warnings(names.tolist())
-    assert ": train/7.png (9.500), train/2.png (8.000). They" in told
-    assert ": 7 (9.500), 2 (8.000). They" in outlying.warnings()[0]
 
 
 def test_a_chart_of_one_point_is_not_drawn(tmp_path: Path) -> None:

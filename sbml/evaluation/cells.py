@@ -128,10 +128,14 @@ class CellRun:
                 )
         return run.estimate()
 
-    def warnings(self) -> list[str]:
-        """Warnings about rows that earlier commands computed with other versions of packages."""
+    def warnings(self, number: Estimate) -> list[str]:
+        """Warnings about the ``number`` of :meth:`finish`, and about rows that earlier commands
+        computed with other versions of packages."""
+        files, ids = self.shared.images.ids, self.measurement.ids
+        names = [files[i] for i in ids] if files else [str(i) for i in ids]
+        found = [f"{self.cell.title}: {each}" for each in number.warnings("eval.", names)]
         others = [other for parts in self.parts for other in parts.other_versions()]
-        return [
+        return found + [
             f"{self.cell.title}: an earlier command computed some of the rows with other versions: "
             f"{other} (without the folder eval of the work directory, all rows are computed again)"
             for other in dict.fromkeys(others)
@@ -150,7 +154,6 @@ class CellRun:
             data=self.shared.images.name,
             split=self.shared.experiment.config.eval.split,
             split_size=len(self.shared.images),
-            target_se=run.target_se if self.cell.kind.is_bound else None,
             trace=dataclasses.asdict(trace) if trace else None,
             dequantizer_step=checkpoint.step if checkpoint else None,
         )

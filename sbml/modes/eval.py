@@ -75,8 +75,8 @@ def run(experiment: Experiment, workdir: Workdir) -> None:
             classifier = classify(inputs)
             for name, text in with_half_widths(classifier).items():
                 print(f"classifier: {name} {text}")
-            found = [each for result in results for each in result.warnings(inputs.images.ids)]
-            found += [warning for run in runs for warning in run.warnings()]
+            pairs = zip(runs, numbers, strict=True)
+            found = [warning for run, number in pairs for warning in run.warnings(number)]
             for warning in found:
                 logging.warning(warning)
         tables = table.columns(inputs, runs, numbers)

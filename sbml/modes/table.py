@@ -101,10 +101,7 @@ def run(experiment: Experiment, workdir: Workdir) -> None:
         drawn = np.asarray(density.sample(key, config.sampling.num_images), np.float64)
         samples = test.whitening.forward(drawn)
         warnings = [test.caution] if test.caution else []
-        if not found.converged:
-            warnings.append(f"log p of the model has NOT CONVERGED: {found.unconverged()}")
-        if about := found.about_outliers(test.ids):
-            warnings.append(f"log p of the model: {about}")
+        warnings += [f"log p of the model: {each}" for each in found.warnings("", test.ids)]
         if step == (steps := config.training.num_steps):
             warnings.append(
                 f"the last step, {step}, fits the validation rows best: train longer, with less "

@@ -3,13 +3,13 @@
 import dataclasses
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
 from sbml import intervals
-from sbml.estimate import Estimate, outlier_line
+from sbml.estimate import Estimate
 from sbml.estimators import Cell
 from sbml.intervals import Interval
 from sbml.likelihood import PriorError
@@ -165,7 +165,11 @@ class Result:
         without = number.without_outliers
         gap = number.solver_error
         kind: dict[str, Any] = (
-            {"sweeps": number.sweeps, "tail": None if math.isnan(number.tail) else number.tail}
+            {
+                "sweeps": number.sweeps,
+                "target_se": number.target_se,
+                "tail": None if math.isnan(number.tail) else number.tail,
+            }
             if gap is None
             else {
                 "converged": number.converged,
@@ -260,37 +264,6 @@ class Result:
             f"[{low:.4f}, {high:.4f}], for these images "
             f"+-{self.this_set_ci95:.4f}, n={self.n}{prior}"
         )
-
-    def warnings(self, names: Sequence[str] | None = None) -> list[str]:
-        """Warnings about images that are not finite or outliers, draws with a heavy tail, a
-        ``target_se`` that was not reached, and an ODE that did not converge.
-
-        ``names`` are the names of all images of the split by id, if the images have names.
-        """
-        warnings = []
-        if self.nonfinite:
-            warnings.append(f"{self.name}: {self.nonfinite} images have a non-finite result")
-        if self.median is not None and self.without_outliers is not None:
-            named = [(names[int(i)] if names else i, value) for i, value in self.outliers]
-            without = self.without_outliers, self.without_outliers_interval or []
-            line = outlier_line(named, self.n, self.median, *without, "bits/dim")
-            warnings.append(f"{self.name}: {line}")
-        if self.tail is not None and self.tail > intervals.HEAVY:
-            about = intervals.about_tail(self.tail, "draws or of the weights of their times")
-            warnings.append(
-                f"{self.name}: HEAVY TAILS, {about}: a few rare draws can decide "
-                "the mean, so both intervals may be far too narrow. Use the defaults of "
-                "eval.importance and eval.importance_sampling, or raise eval.n_times"
-            )
-        if self.target_se and not self.this_set_stderr <= self.target_se:
-            warnings.append(
-                f"{self.name}: standard error {notation(self.this_set_stderr, '.2g')} after "
-                f"{self.sweeps} sweeps (eval.max_sweeps), above "
-                f"eval.target_se={notation(self.target_se)}"
-            )
-        if self.unconverged:
-            warnings.append(f"{self.name}: NOT CONVERGED: {self.unconverged}")
-        return warnings
 
 
 # The fields that the table of the page shows, one a row: (heading, format, page that explains it).

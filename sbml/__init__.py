@@ -11,6 +11,7 @@ s(x, t, key), see ``sbml.types``.
     ode, quadrature, likelihood the probability-flow ODE and its log-likelihood
     samplers                    from a latent to a sample
     bits, estimators            bits/dim and the numbers that an evaluation computes
+    measurement, fingerprint    from an estimator, a density and data to a number with error bars
     estimate, intervals         error bars
     distances, moments          distances between sets of images, and their moments
     posterior                   results of ``Density``: posteriors and importance weights
@@ -35,8 +36,9 @@ compiler.cure()
 
 LIBRARY = (
     *("audit", "bits", "bound", "codec", "compiler", "data", "density", "dequantizers"),
-    *("discrete", "distances", "divergence", "estimate", "estimators", "integers", "intervals"),
-    *("likelihood", "losses", "moments", "networks", "ode", "posterior", "pytorch"),
+    *("discrete", "distances", "divergence", "estimate", "estimators", "fingerprint", "integers"),
+    *("intervals", "likelihood", "losses", "measurement", "moments", "networks", "ode"),
+    *("posterior", "pytorch"),
     *("quadrature", "samplers"),
     *("score", "sdes", "second_order", "times", "types"),
 )

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import jax
+from absl import logging
 
 from sbml.codec import CodedFileError, bits_back, file
 from sbml.evaluation import coding
@@ -85,6 +86,8 @@ def run(experiment: Experiment, workdir: Workdir, source: str = "") -> None:
         f"  bound    {bound.mean:.4f} +- {bound.this_set.ci95:.4f} bits/dim in {chain.steps} steps "
         "for these images"
     )
+    for warning in bound.warnings("eval."):
+        logging.warning("bound: %s", warning)
     print(f"compressed in {time.perf_counter() - start:.0f} s")
 
 

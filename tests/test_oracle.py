@@ -7,7 +7,7 @@ import pytest
 import scipy.stats
 from families import FAMILIES
 
-from sbml.audit.program import oracle
+from sbml.audit import oracle
 from sbml.sdes import SDES
 
 pytestmark = pytest.mark.usefixtures("x64")

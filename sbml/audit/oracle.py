@@ -188,7 +188,7 @@ def heavy_tails(sde: SDE, d: int = 2, freedom: float = 3.0, parts: int = 12) -> 
 
 
 def classes(sde: SDE, d: int = 2, parts: int = 12) -> Classes:
-    """A class of Gaussians, and one with heavy tails."""
+    """A class that is a mixture of Gaussians, and one with heavy tails."""
     gaussians = _stack([1 / parts] * parts, [gaussian(sde, d, i, 0.3) for i in range(parts)])
     both = gaussians, heavy_tails(sde, d, parts=parts)
     return Classes(jax.tree.map(lambda *leaves: jnp.stack(leaves), *both))

@@ -20,7 +20,6 @@ from sbml.estimators import base, bound, ode
 from sbml.estimators.base import Rows, Target
 from sbml.ode import Solver
 from sbml.score import from_prediction
-from sbml.sdes import SDES
 from sbml.types import Array, Score
 
 EXACT, ONE_PROBE = Trace("exact"), Trace("rademacher", 1)
@@ -142,11 +141,6 @@ OURS: dict[Estimator, dict[str, Any]] = {
         "worlds": FEW
     },
     _ours("ODE, truncated normal", "centre", ode.Estimator(EXACT), NORMAL): {"worlds": FEW},
-    # Here alpha is 0.9 at the noise of the bins.
-    _ours("ODE, truncated normal, rectified flow", "centre", ode.Estimator(EXACT), NORMAL): {
-        "worlds": FEW,
-        "sde": SDES["rectified_flow"](),
-    },
     Estimator("bound", BOUND, "uniform", WITHIN): {"worlds": FEW},
     # There is no control for it, so it needs more draws.
     _ours(*("bound, ssm", "uniform", bound.ScoreMatching(EXACT), UNIFORM), sweeps=4, n_times=32): {

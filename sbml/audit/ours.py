@@ -134,7 +134,7 @@ OURS: dict[Estimator, dict[str, Any]] = {
     Estimator("ODE, exact trace", ODE, "uniform", WITHIN): {},
     Estimator("Density.bits_per_dim, one probe", by_density, "uniform", WITHIN): {
         "worlds": {"gaussian": WORLDS["gaussian"]},
-        "calls": 32,
+        "calls": 16,
     },
     _ours("ODE, one probe", "uniform", ode.Estimator(ONE_PROBE), UNIFORM): {"worlds": FEW},
     _ours("ODE, 2 draws in one logarithm", "uniform", ode.Estimator(EXACT, 2), UNIFORM): {
@@ -149,5 +149,7 @@ OURS: dict[Estimator, dict[str, Any]] = {
     _ours("bound on P(k), truncated normal", "centre", bound.Estimator(), NORMAL, **SWEEPS): {
         "worlds": FEW
     },
-    _ours("bound on P(k), decoder", "centre", bound.Estimator(), DECODER, **SWEEPS): {},
+    _ours("bound on P(k), decoder", "centre", bound.Estimator(), DECODER, **SWEEPS): {
+        "worlds": FEW
+    },
 }

@@ -30,7 +30,8 @@ from sbml.progress import over
 from sbml.runtime.versions import versions
 from sbml.sdes import SDES
 
-REPETITIONS = 200  # the intervals whose coverage is counted
+# As many as tell our estimators from the mistakes in a short time.
+HOW = {"calls": 32, "repetitions": 200}
 
 
 def on_cpu() -> Any:
@@ -59,7 +60,7 @@ def of_sde(name: str) -> Iterable[Row]:
 def audited(estimator: Estimator, options: Mapping[str, Any]) -> Report:
     """The report about an estimator."""
     with on_cpu():
-        return audit(estimator, repetitions=REPETITIONS, **options)
+        return audit(estimator, **{**HOW, **options})
 
 
 def results() -> tuple[list[Report], list[Report], list[Row]]:

@@ -142,9 +142,10 @@ OURS: dict[Estimator, dict[str, Any]] = {
     },
     _ours("ODE, truncated normal", "centre", ode.Estimator(EXACT), NORMAL): {"worlds": FEW},
     Estimator("bound", BOUND, "uniform", WITHIN): {"worlds": FEW},
-    # There is no control for it, so it needs more draws.
+    # There is no control for it, so it needs more draws and more calls.
     _ours(*("bound, ssm", "uniform", bound.ScoreMatching(EXACT), UNIFORM), sweeps=4, n_times=32): {
-        "worlds": FEW
+        "worlds": FEW,
+        "calls": 64,
     },
     _ours("bound on P(k), truncated normal", "centre", bound.Estimator(), NORMAL, **SWEEPS): {
         "worlds": FEW

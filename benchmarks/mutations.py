@@ -263,14 +263,14 @@ MISTAKES = (
     ),
     Mistake(
         "table: baseline without the Jacobian",
-        "sbml/modes/table.py",
-        "each.logp(z) + test.log_det for",
+        "sbml/evaluation/densities.py",
+        "each.logp(z) + rows.log_det for",
         "each.logp(z) for",
         ("test_table.py::test_the_number_is_that_of_a_known_density",),
     ),
     Mistake(
         "compress: initial bits counted twice",
-        "sbml/modes/compress.py",
+        "sbml/evaluation/coding.py",
         "(payload - initial) / dims",
         "(payload - 2 * initial) / dims",
         (

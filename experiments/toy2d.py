@@ -24,7 +24,7 @@ import optax
 
 from experiments import figures
 from sbml import bound, likelihood, losses, sdes, times
-from sbml.audit.program import oracle
+from sbml.audit import oracle
 from sbml.networks import mlp
 from sbml.progress import over
 from sbml.score import Adapter

@@ -12,9 +12,8 @@ import numpy as np
 import pytest
 from scipy import special, stats
 
-from sbml.audit import Estimator, audit, mistakes, ours, worlds
+from sbml.audit import Estimator, Numbers, audit, mistakes, ours, worlds
 from sbml.audit.suite import CHECKS, FAIL, UNCLEAR, Report
-from sbml.modes import audit as mode
 from sbml.sdes import SDES
 
 SDE = SDES["vp"]()
@@ -203,6 +202,18 @@ def unseeded(denoiser: Any, schedule: Any, pixels: np.ndarray, seed: int) -> np.
     return exact(denoiser, schedule, pixels, seed) + 1e-6 * np.random.default_rng().random()
 
 
+def rounded(denoiser: Any, schedule: Any, pixels: np.ndarray, seed: int) -> jax.Array:
+    return jnp.asarray(exact(denoiser, schedule, pixels, seed), jnp.bfloat16)
+
+
+def with_error_bar(factor: float) -> Any:
+    def nats(denoiser: Any, schedule: Any, pixels: np.ndarray, seed: int) -> Numbers:
+        values = noisy(denoiser, schedule, pixels, seed)
+        return Numbers(values, factor * 0.3 / math.sqrt(len(pixels)))
+
+    return nats
+
+
 def infinite(denoiser: Any, schedule: Any, pixels: np.ndarray, seed: int) -> np.ndarray:
     nats = exact(denoiser, schedule, pixels, seed)
     return np.where(nats > 6, np.inf, nats)
@@ -219,7 +230,7 @@ def checked(nats: Any, within: float = math.inf, **options: Any) -> Report:
 def test_the_exact_numbers_pass() -> None:
     report = checked(exact, 0.001)
     assert report.passed and not report.failed
-    assert {f.check for f in report.findings} == set(CHECKS)
+    assert {f.check for f in report.findings} == {*CHECKS} - {"error bar"}
     assert report.excess == pytest.approx({"pair": 0, "chain": 0}, abs=1e-12)
     [(total, tolerance)] = [
         (f.value, f.tolerance) for f in report.findings if f.check == "normalised"
@@ -238,11 +249,19 @@ def test_the_exact_numbers_pass() -> None:
         (loose, {"tight"}),
         (of_the_batch, {"independent"}),
         (for_improbable, {"normalised"}),
+        (rounded, {"precise"}),
+        (with_error_bar(1.5), {"error bar"}),
+        (with_error_bar(0.6), {"error bar"}),
     ],
 )
 def test_each_check_fails_alone(nats: Any, failing: set[str]) -> None:
     report = checked(nats, 0.01)
     assert report.failed == failing and not report.passed
+
+
+def test_a_right_error_bar_passes() -> None:
+    report = checked(with_error_bar(1.0), 0.01)
+    assert report.passed and {f.check for f in report.findings} == set(CHECKS)
 
 
 def test_the_sum_of_probabilities_has_no_bias_by_noise() -> None:
@@ -341,25 +360,3 @@ def test_each_mistake_has_its_mechanism() -> None:
     for mistake in mistakes.MISTAKES:
         assert len(mistake.estimator.nats.__doc__.split()) > 50
         assert mistake.fails <= set(CHECKS)
-
-
-def test_the_mode_prints_a_table_and_names_failures(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    good = audit(Estimator("right", exact), PAIR, repetitions=0)
-    bad = audit(Estimator("wrong", too_small), PAIR, repetitions=0)
-    monkeypatch.setattr(mode, "WORLDS", PAIR)
-    found = frozenset({"bound", "normalised"})
-    monkeypatch.setattr(mode, "MISTAKES", [mistakes.Mistake(Estimator("wrong", too_small), found)])
-    monkeypatch.setattr(mode, "reports", lambda: ([good], [bad]))
-    mode.run()
-    printed = capsys.readouterr().out
-    assert "1 of 1 estimators pass, 1 of 1 mistakes are caught" in printed
-    assert "caught by bound (-0.0" in printed and "), normalised (1.0" in printed
-    monkeypatch.setattr(mode, "reports", lambda: ([bad], [good]))
-    with pytest.raises(SystemExit) as ended:
-        mode.run()
-    assert ended.value.code == 1
-    printed = capsys.readouterr().out
-    assert "0 of 1 estimators pass, 0 of 1 mistakes are caught" in printed
-    assert "NOT CAUGHT" in printed and "wrong: NOT PASSED" in printed

@@ -11,7 +11,7 @@ from jax.scipy.stats import norm
 from scipy import fft, integrate
 
 from sbml import bound, likelihood, samplers, times
-from sbml.audit.program import oracle
+from sbml.audit import oracle
 from sbml.bound import Reduction
 from sbml.divergence import Trace
 from sbml.sdes import SDES

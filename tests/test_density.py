@@ -12,7 +12,7 @@ from scipy import stats
 import sbml
 from sbml import bound, pytrees, times
 from sbml import density as density_module
-from sbml.audit.program import oracle
+from sbml.audit import oracle
 from sbml.divergence import Trace
 from sbml.estimate import Estimate
 from sbml.estimators import base

@@ -9,7 +9,7 @@ import pytest
 from scipy import integrate, stats
 
 from sbml import bound, discrete, sdes, times
-from sbml.audit.program import oracle
+from sbml.audit import oracle
 
 pytestmark = [pytest.mark.usefixtures("x64"), pytest.mark.oracle]
 LEVELS, K, MEAN, VARIANCE, N = 8, 5, 0.1, 0.09, 40_000

@@ -15,7 +15,7 @@ import pytest
 from scipy import special
 
 from sbml import bits, bound, dequantizers, discrete, estimators, likelihood, times
-from sbml.audit.program import oracle
+from sbml.audit import oracle
 from sbml.divergence import Trace
 from sbml.estimators import base, ode
 from sbml.estimators.base import Rows, Target

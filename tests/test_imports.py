@@ -28,13 +28,13 @@ LAYERS: dict[str, set[str]] = {
     "estimators": {"dequantizers"},
     **dict.fromkeys(("codec", "runtime"), set()),
     "data": {"runtime"},
-    "audit": {"codec", "dequantizers", "estimators"},
     "features": {"data", "runtime"},
     "report": {"data", "estimators", "runtime"},
     "experiment": {"data", "dequantizers", "estimators", "features", "networks", "runtime"}
     | {"samplers"},
     "evaluation": {"codec", "data", "dequantizers", "estimators", "experiment", "report"}
     | {"runtime", "samplers"},
+    "audit": {"codec", "data", "dequantizers", "estimators", "evaluation"},
     "convert": {"dequantizers", "experiment", "networks", "runtime"},
     "modes": {"audit", "codec", "convert", "data", "dequantizers", "evaluation", "experiment"}
     | {"features", "report", "runtime", "samplers"},
@@ -44,7 +44,7 @@ PURE = (
     *(module for module in MODULES if module.split(".")[0] == "sdes"),
     *("types", "times", "divergence", "bits", "ode", "losses", "likelihood"),
     *("samplers._grid", "samplers.probability_flow"),
-    *("audit.program.oracle", "quadrature", "scalars", "pytrees", "second_order"),
+    *("audit.oracle", "quadrature", "scalars", "pytrees", "second_order"),
 )
 NETWORK_LIBRARIES = {"flax", "equinox", "haiku", "optax", "orbax", "grain", "ml_collections"}
 

@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 from sbml import bits
-from sbml.audit.program import oracle
+from sbml.audit import oracle
 from sbml.experiment.build import Experiment
 from sbml.modes import latents, train
 from sbml.ode import Solver

@@ -11,7 +11,7 @@ import scipy.stats
 from families import FAMILIES
 
 from sbml import ode
-from sbml.audit.program import oracle
+from sbml.audit import oracle
 from sbml.likelihood import Likelihood, Trace, ode_logp
 from sbml.ode import Solver
 from sbml.sdes import SDES

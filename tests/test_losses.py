@@ -10,7 +10,7 @@ import scipy.integrate
 from families import FAMILIES
 
 from sbml import bound, discrete, likelihood, losses, samplers, times
-from sbml.audit.program import oracle
+from sbml.audit import oracle
 from sbml.divergence import Trace
 from sbml.sdes import SDE, SDES
 from sbml.types import Array, Key, Score

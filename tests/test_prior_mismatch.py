@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import sbml
-from sbml.audit.program import oracle
+from sbml.audit import oracle
 from sbml.likelihood import Trace, ode_logp, prior_error
 from sbml.ode import Solver
 from sbml.scalars import notation

@@ -11,7 +11,7 @@ import pytest
 from families import FAMILIES
 
 from sbml import samplers
-from sbml.audit.program import oracle
+from sbml.audit import oracle
 from sbml.ode import Solver
 from sbml.platform import compiler_options
 from sbml.samplers import _grid

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from families import FAMILIES
 
-from sbml.audit.program import oracle
+from sbml.audit import oracle
 from sbml.ode import Solver
 from sbml.samplers import decode, denoise, ode_sample
 from sbml.sdes import SDES

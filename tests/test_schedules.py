@@ -14,7 +14,7 @@ import scipy.special
 
 import sbml
 from sbml import bound, discrete, likelihood, losses, ode, times
-from sbml.audit.program import oracle
+from sbml.audit import oracle
 from sbml.divergence import Trace
 from sbml.sdes import EDM, SDE, SDES, VE, VP, AlphaBarTable, LinearVE, Schedule
 from sbml.sdes.vdm import MonotoneGamma

@@ -3,7 +3,7 @@
 All kinds are compared with the exact score and its derivative, and those that need no division by
 alpha also with E[x_0 | x_t] and E[z | x_t]. The ODE and the bound use these functions only, so they
 are computed for two kinds each. What an ideal network predicts follows from the data's E[x_0 | x_t]
-and E[z | x_t], which ``program.oracle`` knows without a division by alpha.
+and E[z | x_t], which ``audit.oracle`` knows without a division by alpha.
 
 For networks of this package, every parameterization and label is compared with a formula by hand.
 """
@@ -13,6 +13,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import closed_forms
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -21,7 +22,7 @@ import pytest
 from families import FAMILIES
 
 from sbml import bound, integers, likelihood, losses, ode, samplers, times
-from sbml.audit.program import continuous, oracle
+from sbml.audit import oracle
 from sbml.density import Density
 from sbml.divergence import Trace
 from sbml.score import (
@@ -301,15 +302,15 @@ def _bounds(name: str) -> Callable[..., dict[str, dict[str, Array]]]:
 def test_every_bound_is_the_one_of_the_exact_score(name: str, kind: str) -> None:
     sde = SCHEDULES[name]
     if kind == "Gaussian":
-        case = continuous.gaussian_case(sde)
+        case = closed_forms.gaussian_case(sde)
         data = oracle.as_mixture(case.data)
     else:
-        case = continuous.mixture_case(sde, np.linspace(-7.8, 7.8, 41))
+        case = closed_forms.mixture_case(sde, np.linspace(-7.8, 7.8, 41))
         data = case.data
     # A table's rate has kinks at the levels, which 64 nodes do not see.
     # Lattices of a mixture are exact to 3e-7.
     tolerance = 1e-3 if name == "table" else 1e-7 if kind == "Gaussian" else 1e-6
-    _, exact = continuous.expected_bound(case, sde, EPS)
+    _, exact = closed_forms.expected_bound(case, sde, EPS)
     for prediction, found in _bounds(name)(data, case.points).items():
         assert float(found) == pytest.approx(exact, abs=tolerance), prediction
 

@@ -11,7 +11,7 @@ import pytest
 
 import sbml
 from sbml import bound, intervals, times
-from sbml.audit.program import oracle
+from sbml.audit import oracle
 from sbml.bound import GaussianControl, Reduction
 from sbml.density import _walk
 from sbml.estimators.base import Target

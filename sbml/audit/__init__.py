@@ -11,6 +11,7 @@ this package: it compares the parts of its estimators with closed forms.
 
 from sbml.audit.suite import WORLDS as WORLDS
 from sbml.audit.suite import Estimator as Estimator
+from sbml.audit.suite import Numbers as Numbers
 from sbml.audit.suite import Report as Report
 from sbml.audit.suite import Schedule as Schedule
 from sbml.audit.suite import audit as audit

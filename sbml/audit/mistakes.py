@@ -21,6 +21,7 @@ from sbml.audit.ours import (
     EPS,
     EXACT,
     NORMAL,
+    ODE,
     ONE_PROBE,
     SOLVER,
     UNIFORM,
@@ -40,6 +41,7 @@ from sbml.types import Array, Key
 
 Numbers = np.ndarray | Array
 DRAWS = 4
+CLIP = 4.0  # nats
 
 
 @dataclasses.dataclass(frozen=True)
@@ -239,6 +241,54 @@ def fixed_probe(denoiser: Denoiser, schedule: Schedule, pixels: Images, seed: in
     return np.concatenate([numbers for _, numbers in batches])
 
 
+def clipped(denoiser: Denoiser, schedule: Schedule, pixels: Images, seed: int) -> Numbers:
+    """log p is clipped at a fixed value.
+
+    A floor under log p keeps one image that the solver or the network cannot handle from deciding
+    the mean, and a table without infinities looks tidy. But such an image is where the model is
+    worst, and the floor replaces its number by one that was chosen by hand. The probabilities of
+    all images then add up to more than 1, so the numbers belong to no model.
+    """
+    return np.minimum(ODE(denoiser, schedule, pixels, seed), CLIP)
+
+
+def medians(denoiser: Denoiser, schedule: Schedule, pixels: Images, seed: int) -> Numbers:
+    """Outliers are replaced by the median.
+
+    The largest tenth of the numbers is set to the median of all. Every image has a finite number,
+    so that no count shows it, and the mean is as robust as it is wrong: the images that a model
+    finds least probable are counted as typical ones. The number of an image also depends on which
+    other images are evaluated with it.
+    """
+    nats = ODE(denoiser, schedule, pixels, seed)
+    return np.where(nats > np.quantile(nats, 0.9), np.median(nats), nats)
+
+
+def half_precision(denoiser: Denoiser, schedule: Schedule, pixels: Images, seed: int) -> Numbers:
+    """The total is summed in bfloat16.
+
+    bfloat16 has eight significant bits. A network may compute in it without harm, but a sum of
+    thousands of nats that is kept in it is rounded to steps of tens of nats, and terms below such a
+    step are lost one by one, all in the same direction. For 3,072 dimensions and 3 bits/dim a step
+    is 32 nats, or 0.015 bits/dim. In a mean over images with different numbers this looks like
+    noise, so only the numbers themselves show it.
+    """
+    return jnp.asarray(ODE(denoiser, schedule, pixels, seed), jnp.bfloat16)
+
+
+def too_small(denoiser: Denoiser, schedule: Schedule, pixels: Images, seed: int) -> Numbers:
+    """The numbers are 0.01 bits/dim below the truth.
+
+    This is less than the differences that papers report between models, and it can come from any
+    small term that is left out: a Jacobian near 1, the noise that is left at the smallest time, a
+    solver whose error has one sign. A suite that does not see it cannot tell whether a difference
+    of a hundredth of a bit is real. A bound can be too large by such an amount, but nothing that is
+    computed correctly can be smaller than the entropy on average.
+    """
+    nats = ODE(denoiser, schedule, pixels, seed)
+    return nats - 0.01 * math.log(2) * math.prod(pixels.shape[1:])
+
+
 def _mistake(name: str, nats: Any, data: Kind, fails: str, within: float = math.inf) -> Mistake:
     return Mistake(Estimator(name, nats, data, within), frozenset(fails.split()))
 
@@ -254,5 +304,9 @@ MISTAKES = (
     _mistake("few steps read as continuous", few_steps, "centre", "tight", WITHIN),
     _mistake("outliers trimmed", trimmed, "uniform", "complete"),
     _mistake("test images dropped", dropped, "uniform", "complete"),
+    _mistake("log p clipped at a fixed value", clipped, "uniform", TOO_SMALL),
+    _mistake("outliers replaced by the median", medians, "uniform", "independent normalised"),
+    _mistake("a total in bfloat16", half_precision, "uniform", "precise"),
+    _mistake("0.01 bits/dim below the truth", too_small, "uniform", TOO_SMALL),
     _mistake("one fixed probe for all images", fixed_probe, "uniform", "coverage"),
 )

@@ -1,30 +1,28 @@
-"""The estimators of this package: every number comes from ``sbml.estimators.base.rows``, which
-computes the numbers of ``Density`` and ``--mode=eval`` too, with the same batches."""
+"""The estimators of this package for integers. Every number comes from a measurement of
+``Density``, as the numbers of ``--mode=eval`` do."""
 
 import dataclasses
-import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sbml import bits, discrete, integers, pytrees, times
-from sbml.audit.suite import Estimator, Schedule
+from sbml import Density, bits, discrete, integers
+from sbml.audit.suite import WORLDS, Estimator, Numbers, Schedule
 from sbml.audit.worlds import Denoiser, Images
 from sbml.bound import GaussianControl, Reduction
 from sbml.dequantizers import Dequantizer, decoders, truncated_normal, uniform
 from sbml.divergence import Trace
 from sbml.estimators import base, bound, ode
-from sbml.estimators.base import Rows, Target
+from sbml.estimators.base import Target
 from sbml.ode import Solver
 from sbml.score import from_prediction
-from sbml.types import Array, Score
 
 EXACT, ONE_PROBE = Trace("exact"), Trace("rademacher", 1)
 EPS = 1e-5
 SOLVER = Solver(rtol=2e-4, atol=2e-4)
-BATCH = 9  # the number of images that are computed at once
+BATCH = 81  # the number of images that are computed at once
 WITHIN = 0.02  # bits/dim: what noise at the smallest time costs at the edges of the bins
 
 
@@ -65,64 +63,74 @@ class Evaluation:
             control = jax.tree.map(lambda a: jnp.asarray(a, float), fitted)
         settings: dict[str, Any] = {"solver": SOLVER}
         if self.estimator.is_bound:
-            settings = {"reduction": Reduction(control, proposal=self.proposal)}
+            reduction = Reduction(control, proposal=self.proposal)
+            settings = {"n_times": self.n_times, "reduction": reduction}
+        density = Density(
+            from_prediction(denoiser, "x0", sde),
+            sde,
+            pixels.shape[1:],
+            levels=levels,
+            eps=eps,
+            batch_size=BATCH,
+            seed=seed,
+        )
         estimator = dataclasses.replace(self.estimator, **settings)
-        score = from_prediction(denoiser, "x0", sde)
-
-        def of_batch(ids: np.ndarray) -> dict[str, Array]:
-            return _terms(
-                *(target, self.sweeps, self.n_times), estimator, score, pixels[ids], ids, seed
-            )
-
-        names = set(self.estimator.terms) - {"scale", *self.without}
-        batches = pytrees.in_batches(of_batch, np.arange(len(pixels)), BATCH)
-        sums = [sum(np.float64(found[name]) for name in names) for _, found in batches]
-        return np.concatenate(sums) + self.estimator.scale_nats(target, pixels.shape[1:])
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _terms(
-    target: Target,
-    sweeps: int,
-    n_times: int,
-    estimator: base.Estimator,
-    score: Score,
-    pixels: Array,
-    ids: Array,
-    seed: Array,
-) -> dict[str, Array]:
-    """The terms of a batch in nats, each ``(n,)``, as means over the sweeps."""
-
-    def sweep(i: Array) -> dict[str, Array]:
-        u = None
-        if estimator.is_bound:
-            key = jax.random.fold_in(base.times_key(seed, i), ids[0])
-            u = times.lattice(key, len(ids), n_times)
-        rows = Rows(pixels, ids, jnp.full_like(ids, i), seed)
-        return base.rows(estimator, target, score, {}, rows, u)
-
-    nats = bits.dims(pixels.shape[1:]) * bits.LOG2
-    each = jax.vmap(sweep)(jnp.arange(sweeps))
-    return jax.tree.map(lambda term: nats * term.mean(0), each)
+        run = dataclasses.replace(
+            density.measurement(estimator, target, pixels), sweeps=self.sweeps, check=False
+        )
+        found = run.estimate()
+        without = sum(found.terms[name] for name in self.without)
+        return (found.values - without) * density.dims * bits.LOG2
 
 
 UNIFORM, NORMAL, DECODER = uniform.Model(), truncated_normal.Model(), decoders.Categorical()
 SWEEPS: dict[str, Any] = {"sweeps": 4, "control": True}
 BOUND = Evaluation(bound.Estimator(), UNIFORM, **SWEEPS)
+ODE = Evaluation(ode.Estimator(EXACT), UNIFORM)
+
+
+def by_density(denoiser: Denoiser, schedule: Schedule, pixels: Images, seed: int) -> Numbers:
+    """``Density.bits_per_dim``, with the standard error of its probes and dequantization."""
+    density = Density(
+        from_prediction(denoiser, "x0", schedule.sde),
+        *(schedule.sde, pixels.shape[1:], schedule.levels, EPS, ONE_PROBE, SOLVER),
+        batch_size=BATCH,
+        seed=seed,
+        subset=len(pixels),
+    )
+    found, nats = density.bits_per_dim(pixels), density.dims * bits.LOG2
+    return Numbers(nats * found.values, nats * found.this_set.stderr)
 
 
 def _ours(name: str, data: integers.Kind, *of: Any, **options: Any) -> Estimator:
     return Estimator(name, Evaluation(*of, **options), data, WITHIN)
 
 
-OURS = (
-    _ours("ODE, exact trace", "uniform", ode.Estimator(EXACT), UNIFORM),
-    _ours("ODE, one probe", "uniform", ode.Estimator(ONE_PROBE), UNIFORM),
-    _ours("ODE, 2 draws in one logarithm", "uniform", ode.Estimator(EXACT, 2), UNIFORM),
-    _ours("ODE, truncated normal", "centre", ode.Estimator(EXACT), NORMAL),
-    Estimator("bound", BOUND, "uniform", WITHIN),
-    # There is no control for it, so it needs more draws.
-    _ours("bound, ssm", "uniform", bound.ScoreMatching(trace=EXACT), UNIFORM, sweeps=4, n_times=32),
-    _ours("bound on P(k), truncated normal", "centre", bound.Estimator(), NORMAL, **SWEEPS),
-    _ours("bound on P(k), decoder", "centre", bound.Estimator(), DECODER, **SWEEPS),
-)
+# These two share their programs, and most of the time is compilation.
+FEW = {name: WORLDS[name] for name in ("gaussian", "random")}
+# The estimators, each with the arguments of ``audit``.
+SSM = bound.ScoreMatching(trace=EXACT)
+OURS: dict[Estimator, dict[str, Any]] = {
+    Estimator("ODE, exact trace", ODE, "uniform", WITHIN): {},
+    Estimator("Density.bits_per_dim, one probe", by_density, "uniform", WITHIN): {
+        "worlds": {"gaussian": WORLDS["gaussian"]},
+        "calls": 16,
+    },
+    _ours("ODE, one probe", "uniform", ode.Estimator(ONE_PROBE), UNIFORM): {"worlds": FEW},
+    _ours("ODE, 2 draws in one logarithm", "uniform", ode.Estimator(EXACT, 2), UNIFORM): {
+        "worlds": FEW
+    },
+    _ours("ODE, truncated normal", "centre", ode.Estimator(EXACT), NORMAL): {"worlds": FEW},
+    Estimator("bound", BOUND, "uniform", WITHIN): {"worlds": FEW},
+    # There is no control for it, so it needs more draws and more calls.
+    _ours("bound, ssm", "uniform", SSM, UNIFORM, sweeps=4, n_times=32): {
+        "worlds": FEW,
+        "calls": 64,
+    },
+    _ours("bound on P(k), truncated normal", "centre", bound.Estimator(), NORMAL, **SWEEPS): {
+        "worlds": FEW
+    },
+    _ours("bound on P(k), decoder", "centre", bound.Estimator(), DECODER, **SWEEPS): {
+        "worlds": FEW
+    },
+}

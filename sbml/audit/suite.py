@@ -9,6 +9,7 @@ is at least 0 for an upper bound, whatever the denoiser is. The checks are:
 
     complete      one finite number for every image
     repeatable    the same seed gives the same numbers, bit by bit
+    precise       the numbers have more than the eight significant bits of bfloat16
     independent   the mean number of an image is the same alone, among extreme images, and if the
                   order of the images is reversed
     bound         the excess is not below 0
@@ -18,6 +19,8 @@ is at least 0 for an upper bound, whatever the denoiser is. The checks are:
                   which hardly count in a mean over the world
     coverage      the t interval of a mean over images contains the expectation of this mean as
                   often as that of the exact -log P does, which is 95% if images are many
+    error bar     the standard error that the function itself gives for the draws (``Numbers``) is
+                  the standard deviation of its mean over calls with the same images
 
 *Errors.* A number of ``bound``, ``tight``, ``normalised`` and ``independent`` is a mean over calls
 with different seeds, whose spread gives its standard error. So draws that all images of a call
@@ -34,7 +37,7 @@ import functools
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -49,8 +52,8 @@ from sbml.sdes import SDE, SDES
 from sbml.types import Array, Real
 
 CHECKS = (
-    *("complete", "repeatable", "independent"),
-    *("bound", "tight", "normalised", "coverage"),
+    *("complete", "repeatable", "precise", "independent"),
+    *("bound", "tight", "normalised", "coverage", "error bar"),
 )
 PASS, UNCLEAR, FAIL = "pass", "unclear", "FAIL"
 
@@ -91,6 +94,18 @@ class Schedule:
         return self.sde.std(jnp.asarray(t, float))
 
 
+class Numbers(NamedTuple):
+    """Numbers with an error bar.
+
+    Attributes:
+      values: a number in nats for each image, ``(n,)``.
+      stderr: the standard error of their mean, for these images: that of the random draws.
+    """
+
+    values: Any
+    stderr: float
+
+
 @dataclasses.dataclass(frozen=True)
 class Estimator:
     """A function that estimates -log P(k), and what it claims.
@@ -100,7 +115,8 @@ class Estimator:
       nats: a function of (denoiser, schedule, pixels ``(n, h, w, c)``, seed) that gives a number in
         nats for each image, ``(n,)``, as an array of JAX or NumPy. ``denoiser(x_t, t)`` is
         E[x_0 | x_t] (``sbml.audit.worlds.Denoiser``), ``schedule`` a :class:`Schedule`, ``pixels``
-        are uint8, and ``seed`` is an integer from which all random draws must follow.
+        are uint8, and ``seed`` is an integer from which all random draws must follow. It may also
+        return :class:`Numbers`, whose error bar is checked then.
       data: the x_0 for which it needs the denoiser, ``centre`` or ``uniform``.
       within: the largest excess in bits/dim that it claims for an exact denoiser; infinity for a
         bound that does not claim to be tight.
@@ -201,13 +217,14 @@ def audit(
     named = WORLDS if worlds is None else worlds
     trials = [_Trial(name, world, estimator, process) for name, world in named.items()]
     first = trials[0]
-    findings = [first.in_small_batches(images, seed), first.repeatable(images, seed)]
+    findings = [first.in_small_batches(images, seed), *first.repeatable(images, seed)]
     for trial in trials:
         findings += trial.in_the_mean(calls, images, seed)
     if all(f.verdict != FAIL for f in findings if f.check == "complete"):
         findings.append(first.independent(calls, images, seed))
         if repetitions:
             findings.append(first.coverage(repetitions, images, seed))
+            findings += first.error_bar(repetitions, images, seed)
     findings.sort(key=lambda f: CHECKS.index(f.check))
     return Report(estimator.name, tuple(findings), time.perf_counter() - start)
 
@@ -230,13 +247,20 @@ class _Trial:
 
     def nats(self, pixels: Images, seed: int) -> np.ndarray:
         """The estimator's numbers, as many as it returns."""
-        found = np.asarray(self.estimator.nats(*self.given, pixels, seed), np.float64)
+        return self.numbers(pixels, seed)[0]
+
+    def numbers(self, pixels: Images, seed: int) -> tuple[np.ndarray, float | None]:
+        """The numbers, and their error bar if there is one."""
+        given, stderr = self.estimator.nats(*self.given, pixels, seed), None
+        if isinstance(given, Numbers):
+            given, stderr = given
+        found = np.asarray(given, np.float64)
         if found.ndim != 1:
             raise ValueError(
                 f"{self.estimator.name} returned shape {found.shape} for {len(pixels)} images: "
                 "return one number for each image, (n,)"
             )
-        return found
+        return found, stderr
 
     def finding(
         self, check: str, ok: bool, value: float, tolerance: float, words: str, coarse: float
@@ -284,12 +308,16 @@ class _Trial:
             ok = total <= math.exp(world.dims * bits.LOG2 * SOLVER) + tolerance
             yield self.finding("normalised", ok, total, tolerance, words, COARSE_SUM)
 
-    def repeatable(self, images: int, seed: int) -> Finding:
+    def repeatable(self, images: int, seed: int) -> Iterator[Finding]:
+        """``repeatable`` and ``precise``."""
         pixels = self.world.sample(seed, images)
         one, other = (self.nats(pixels, seed) for _ in range(2))
         ok = one.tobytes() == other.tobytes()
         words = f"two calls with one seed {'agree' if ok else 'differ'}"
-        return self.finding("repeatable", ok, math.nan, 0, words, math.inf)
+        yield self.finding("repeatable", ok, math.nan, 0, words, math.inf)
+        rounded = int(np.sum(np.float64(one.astype(jnp.bfloat16)) == one))
+        words = f"{rounded} of {len(one)} numbers have eight significant bits or fewer"
+        yield self.finding("precise", 2 * rounded <= len(one), rounded, 0, words, math.inf)
 
     def independent(self, calls: int, images: int, seed: int) -> Finding:
         """The largest difference of the first image's mean number, relative to its tolerance."""
@@ -325,6 +353,22 @@ class _Trial:
             f"exact numbers; {np.mean(upper >= world.entropy):.1%} end above the entropy"
         )
         return self.finding("coverage", share >= best - tolerance, share, tolerance, words, COARSE)
+
+    def error_bar(self, repetitions: int, images: int, seed: int) -> Iterator[Finding]:
+        """The root mean square of the estimator's standard errors, relative to the spread of its
+        means, of one set of images; nothing if it gives no standard error."""
+        pixels = self.world.sample(seed, images)
+        if self.numbers(pixels, seed)[1] is None:
+            return
+        found = [self.numbers(pixels, seed + i) for i in range(repetitions)]
+        spread = float(np.std([np.mean(values) for values, _ in found], ddof=1))
+        claimed = math.sqrt(np.mean([stderr**2 for _, stderr in found if stderr is not None]))
+        # The variance of each of the two has about the relative error sqrt(2 / repetitions).
+        tolerance = -float(special.ndtri(ALPHA)) / math.sqrt(repetitions)
+        gap = abs(math.log(claimed / spread)) if min(claimed, spread) > 0 else math.inf
+        words = f"the standard error {claimed:.3g} nats is claimed, and {spread:.3g} is found"
+        ok = gap <= tolerance or max(claimed, spread) < 1e-9
+        yield self.finding("error bar", ok, claimed / spread, tolerance, words, COARSE_SUM)
 
 
 def _stderr(values: np.ndarray) -> float:

@@ -88,6 +88,18 @@ def bound_of(
     ).estimate()
 
 
+def lengths(codec: Codec, words: int, size: int, dims: int) -> dict[str, float]:
+    """The parts of the length of a file of ``size`` bytes in bits/dim, for images with ``dims``
+    entries together, whose stacks have ``words`` words of 32 bits."""
+    bits, payload, initial = 8 * size, 32 * words, 32 * codec.initial_words * codec.lanes
+    return {
+        "disk": bits / dims,
+        "net": (payload - initial) / dims,
+        "initial": initial / dims,
+        "header": (bits - payload) / dims,
+    }
+
+
 def read_folder(folder: Path, shape: tuple[int, ...], levels: int) -> np.ndarray:
     """The unchanged images of ``folder``, uint8 ``(n, *shape)``, in the order of their names.
 

@@ -11,11 +11,13 @@ by scikit-learn.
 """
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 from scipy import stats
+
+from sbml.data.table import Rows
 
 COMPONENTS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 20)
 ADDED = (1e-6, 1e-3, 1e-2, 1e-1)
@@ -34,6 +36,12 @@ class Baseline(NamedTuple):
     name: str
     chosen: str
     logp: Callable[[np.ndarray], np.ndarray]
+
+
+def log_p(baselines: Sequence[Baseline], rows: Rows) -> dict[str, np.ndarray]:
+    """log p(y) of the ``rows`` in the units of the file, ``(m,)`` by the name of each baseline."""
+    z = rows.images.astype(np.float64)
+    return {each.name: each.logp(z) + rows.log_det for each in baselines}
 
 
 def fit(train: np.ndarray, validation: np.ndarray) -> list[Baseline]:

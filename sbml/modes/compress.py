@@ -59,14 +59,9 @@ def run(experiment: Experiment, workdir: Workdir, source: str = "") -> None:
                 inputs.preemption.leave_if_requested("the images so far are stored")
         header, content = file.packed(codec, pixels, state, made_by)
         workdir.write_bytes(IMAGES, content)
-        dims, bits = pixels.size, 8 * len(content)
-        payload = 32 * state.words.size
         bound = coding.bound_of(inputs, codec, pixels)
         lengths = {
-            "disk": bits / dims,
-            "net": (payload - initial) / dims,
-            "initial": initial / dims,
-            "header": (bits - payload) / dims,
+            **coding.lengths(codec, state.words.size, len(content), pixels.size),
             "bound": bound.mean,
             "bound_stderr": bound.this_set.stderr,
         }

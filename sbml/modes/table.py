@@ -83,9 +83,7 @@ def run(experiment: Experiment, workdir: Workdir) -> None:
         baselines = densities.fit(*(s.images.astype(np.float64) for s in (rows, validation)))
         name = f"log p of {len(test)} standardized rows"
         found = density.logp(test.images, progress=name).with_term("transform", test.log_det)
-        z = test.images.astype(np.float64)
-        logp = {each.name: each.logp(z) + test.log_det for each in baselines}
-        logp = {"model": found.values, **logp}
+        logp = {"model": found.values, **densities.log_p(baselines, test)}
         choices = [f"step {step} of {config.training.num_steps}", *(b.chosen for b in baselines)]
         results: list[dict[str, Any]] = []
         for (name, values), chosen in zip(logp.items(), choices, strict=True):

@@ -1,84 +1,139 @@
-"""The audit of the program's formulas: ``--mode=verify`` compares every estimator with closed-form
-values in float64.
+"""Compares every way to a number with worlds whose P(k) or log p is known: ``--mode=verify``.
 
-Some rows call the functions that an evaluation calls; the others check parts of these functions.
-
-The true values use alpha, sigma, f and g of the SDE and nothing else of the package. The tolerance
-of a Monte Carlo row is five standard errors.
+``audit.suite`` checks our estimators for integers, and ``audit.mistakes`` must fail the checks that
+they name and no other. The rows of ``audit.ways`` compare what is computed of continuous data, of a
+table and of a coded file with the truth, and error bars with the errors that they describe. The
+tolerance of a Monte Carlo row is five standard errors. All are computed on a CPU: formulas are
+tested, not the device.
 """
 
 import functools
 import itertools
+import math
+import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+import traceback
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
 
 from sbml import compiler
-from sbml.audit.program.codec import codec_rows
-from sbml.audit.program.continuous import continuous_checks
-from sbml.audit.program.draws import shared_rows
-from sbml.audit.program.evaluation import evaluation_rows
-from sbml.audit.program.integers import discrete_checks
-from sbml.audit.program.table import Row
+from sbml.audit import ways
+from sbml.audit.mistakes import MISTAKES
+from sbml.audit.ours import OURS
+from sbml.audit.suite import FAIL, WORLDS, Estimator, Report, audit
+from sbml.audit.table import Row
 from sbml.codec import stack
 from sbml.progress import over
 from sbml.runtime.versions import versions
 from sbml.sdes import SDES
 
+# As many as tell our estimators from the mistakes in a short time.
+HOW = {"calls": 32, "repetitions": 200}
+
 
 def on_cpu() -> Any:
-    """A context in which computations run on the CPU: the comparison tests formulas, not the
-    device, and TPUs have no float64."""
+    """A context in which computations run on the CPU; TPUs have no float64."""
     return jax.default_device(jax.local_devices(backend="cpu")[0])
 
 
-def checks(sdes: Sequence[str] = tuple(SDES)) -> list[Row]:
-    """The rows of the named SDEs, in this order, in float64 whatever the caller's setting."""
-
-    def in_float64(rows: Callable[[], Iterable[Row]]) -> list[Row]:
-        with on_cpu(), jax.enable_x64(True), jax.numpy_rank_promotion("raise"):
+def in_float64(rows: Callable[[str], Iterable[Row]], name: str) -> list[Row]:
+    """The rows in float64, whatever the caller's setting; an error is a row that fails."""
+    found: list[Row] = []
+    with on_cpu(), jax.enable_x64(True), jax.numpy_rank_promotion("raise"):
+        try:
             compiler.check()
-            return list(rows())
+            found += rows(name)
+        except Exception:
+            traceback.print_exc()
+            found.append(Row(rows.__name__, name, math.nan, math.nan, math.nan, math.nan, False))
+    return found
 
-    jobs: list[Callable[[], Iterable[Row]]] = [functools.partial(discrete_checks, sdes)]
-    jobs += [functools.partial(continuous_checks, name, SDES[name]()) for name in sdes]
-    for of_one in (codec_rows, shared_rows, evaluation_rows):  # One SDE is enough.
-        jobs.append(functools.partial(of_one, sdes[0], SDES[sdes[0]]()))
+
+def of_sde(name: str) -> Iterable[Row]:
+    """The rows of the SDE ``name``."""
+    return ways.sde_rows(name, SDES[name]())
+
+
+def audited(estimator: Estimator, options: Mapping[str, Any]) -> Report:
+    """The report about an estimator."""
+    with on_cpu():
+        return audit(estimator, **{**HOW, **options})
+
+
+def results() -> tuple[list[Report], list[Report], list[Row]]:
+    """The reports about our estimators, those about the mistakes, and the rows."""
+    first = dict(itertools.islice(WORLDS.items(), 1))
+    jobs: list[Callable[[], Any]] = []
+    jobs += [functools.partial(audited, *each) for each in OURS.items()]
+    jobs += [functools.partial(audited, each.estimator, {"worlds": first}) for each in MISTAKES]
+    jobs += [functools.partial(in_float64, of_sde, name) for name in SDES]
+    jobs += [functools.partial(in_float64, rows, "vp") for rows in ways.ONCE]
     with ThreadPoolExecutor() as pool:  # Most of the time is compilation, which runs in parallel.
-        parts = over(pool.map(in_float64, jobs), "verify", "part", len(jobs))
-        discrete, *continuous = parts
-    rows = [row for part in (*continuous, discrete) for row in part]
-    return sorted(rows, key=lambda row: sdes.index(row.sde))
+        tasks = [pool.submit(job) for job in jobs]
+        found = [task.result() for task in over(tasks, "verify", "part", len(tasks))]
+    ours, rest = len(OURS), len(OURS) + len(MISTAKES)
+    return found[:ours], found[ours:rest], [*itertools.chain(*found[rest:])]
+
+
+def row(report: Report, result: str) -> str:
+    """A line of the first table: the name, the excess in each world, and the result."""
+    excess = [f"{report.excess[w]:+.4f}" if w in report.excess else "" for w in WORLDS]
+    return "  ".join([f"{report.estimator:40}", *(f"{each:>9}" for each in excess), result])
+
+
+def reason(report: Report) -> str:
+    """The checks that failed, each with the value of its first failure."""
+    failures = {f.check: f.value for f in reversed(report.findings) if f.verdict == FAIL}
+    each = [f"{name} ({value:.3g})" for name, value in reversed(failures.items())]
+    return f"caught by {', '.join(each)}"
+
+
+def table(rows: Iterable[Row]) -> str:
+    """The rows, with an empty line between SDEs."""
+    rows = list(rows)
+    width = max(len(row.name) for row in rows)
+    line = f"{{:{width}}}  {{:14}}  {{:>13}}  {{:>13}}  {{:>8}}  {{:>9}}  {{}}"
+    lines = [line.format("number", "SDE", "got", "truth", "error", "tolerance", "")]
+    for _, of in itertools.groupby(rows, lambda row: row.sde):
+        lines.append("")
+        for row in of:
+            found = f"{row.got:.7g}", f"{row.truth:.7g}", f"{row.error:.1e}"
+            mark = "" if row.ok else "FAILS"
+            lines.append(line.format(row.name, row.sde, *found, f"{row.tolerance:.1e}", mark))
+    return "\n".join(text.rstrip() for text in lines)
 
 
 def run() -> None:
-    """Print the table of comparisons, with an empty line between SDEs.
+    """Print what was found.
 
     Raises:
-      SystemExit: with status 1 if a row fails.
+      SystemExit: with status 1 if one of ours does not pass, a mistake is not caught, or a row
+        fails.
     """
     start = time.perf_counter()
     with on_cpu():
         print(f"jax {versions()['jax']}, XLA {versions()['xla']}\n")
-    rows = checks()
-    width = max(len(row.name) for row in rows)
-    line = f"{{:{width}}}  {{:9}}  {{:>16}}  {{:>16}}  {{:>8}}  {{:>9}}  {{}}"
-    lines = [line.format("estimator", "SDE", "got", "truth", "error", "tolerance", "")]
-    for _, of_sde in itertools.groupby(rows, lambda row: row.sde):
-        lines.append("")
-        for row in of_sde:
-            found = f"{row.got:.10g}", f"{row.truth:.10g}", f"{row.error:.1e}"
-            mark = "" if row.ok else "FAILS"
-            lines.append(line.format(row.name, row.sde, *found, f"{row.tolerance:.1e}", mark))
-    print("\n".join(text.rstrip() for text in lines))
-    failed = [row for row in rows if not row.ok]
-    count = f"{len(rows) - len(failed)} of {len(rows)} rows agree with the truth"
-    print(f"\n{count}, in {time.perf_counter() - start:.0f} s")
+    right, wrong, rows = results()
+    caught = [r.failed == m.fails for r, m in zip(wrong, MISTAKES, strict=True)]
+    head = "  ".join([f"{'excess in bits/dim':40}", *(f"{name:>9}" for name in WORLDS)])
+    print("\n".join([head, "", *(row(r, "pass" if r.passed else "FAILS") for r in right), ""]))
+    for report, found in zip(wrong, caught, strict=True):
+        print(row(report, reason(report) if found else "NOT CAUGHT"))
+    print(f"\n{table(rows)}")
     if not stack.installed():
         print("no coded image was compared: pip install 'sbml[codec]'")
+    reports = [r for r in right if not r.passed]
+    reports += [r for r, found in zip(wrong, caught, strict=True) if not found]
+    for report in reports:
+        print(f"\n{report}")
+    failed = [r.estimator for r in reports]
+    failed += [f"{row.name} ({row.sde})" for row in rows if not row.ok]
+    total = len(right) + len(wrong) + len(rows)
+    count = f"{total - len(failed)} of {total} rows agree with the truth"
+    print(f"\n{count}, in {time.perf_counter() - start:.0f} s")
     if failed:
-        print("failed: " + "; ".join(f"{row.name} ({row.sde})" for row in failed))
-        raise SystemExit(1)
+        print("failed: " + "; ".join(failed))
+        sys.exit(1)

@@ -1,7 +1,7 @@
-"""Checks of the estimators for continuous data, without Monte Carlo noise: ``--mode=verify``.
+"""The parts of the estimators for continuous data in closed form, without Monte Carlo noise.
 
 For x_0 Gaussian or a mixture of Gaussians the score and density at every time are known
-(``program.oracle``). The expectation of an estimator is computed over (x_0, z) with points whose
+(``sbml.audit.oracle``). The expectation of an estimator is computed over (x_0, z) with points whose
 weighted mean is exact, and over time with Gauss-Legendre nodes in log-SNR, in which the integrands
 are smooth. Let h and J be the entropy and Fisher information of x_t, and rho = sigma / alpha. With
 the exact score and the prior N(0, S^2 I),
@@ -30,13 +30,15 @@ import numpy as np
 from scipy import integrate, special, stats
 
 from sbml import bound, divergence, losses, ode, times
-from sbml.audit.program import oracle
-from sbml.audit.program.draws import proposal_rows
-from sbml.audit.program.oracle import coefficients
-from sbml.audit.program.table import EPS, Row, jit, row
+from sbml.audit import oracle
+from sbml.audit.oracle import coefficients
+from sbml.audit.table import EPS, Row, row
 from sbml.likelihood import Likelihood, Trace, ode_logp
 from sbml.sdes import SDE
 from sbml.types import Array, Key, Score
+
+# Every function here runs once, so most of the time is compilation: compile without optimization.
+jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 NODES = 96  # Gauss-Legendre nodes over the range of log-SNR.
 
@@ -46,7 +48,7 @@ class Case(NamedTuple):
 
     Attributes:
       kind: the name of the distribution in the table.
-      data: its score and density at every time (``program.oracle``).
+      data: its score and density at every time (``sbml.audit.oracle``).
       points: x_0 ``(n, d)``, z ``(n, d)`` and weights ``(n,)``; sums over them with these weights
         give expectations over x_0 and z.
       mean, cov: mean ``(d,)`` and covariance ``(d, d)`` of x_0.
@@ -299,6 +301,21 @@ def correction_rows(name: str, sde: SDE, case: Case) -> Iterator[Row]:
     y = np.random.default_rng(2).normal(size=(5, len(case.mean)))
     got, truth = both(jnp.asarray(case.mean + y * np.sqrt(np.diag(case.cov))))
     yield row(f"epsilon-correction, {case.kind}", name, got, truth, 1e-7)
+
+
+def proposal_rows(name: str, sde: SDE) -> Iterator[Row]:
+    """The weight of every proposal in units of |dt/du|, and the first and the last time."""
+    u, ends = (jnp.arange(16) + 0.5) / 16, [EPS, sde.largest_time]
+
+    for label, kind in times.PROPOSALS.items():
+        proposal = kind(sde, EPS)
+
+        slope = jit(jax.vmap(jax.jacfwd(lambda u, at=proposal.at: at(u)[0])))(u)
+        first_and_last, _ = proposal.at(jnp.array([0.0, 1.0]))
+        ratio = proposal.at(u)[1] / jnp.abs(slope)
+        got = np.append(ratio, np.sort(first_and_last))
+        truth = np.append(np.ones(len(u)), ends)
+        yield row(f"weights of the proposal {label}", name, got, truth, 1e-8)
 
 
 def continuous_checks(name: str, sde: SDE) -> Iterator[Row]:

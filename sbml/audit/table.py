@@ -1,20 +1,13 @@
 """A row of ``--mode=verify``: an estimate, the truth, the error, and its tolerance.
 
-    error = |got - truth| / max(1, |truth|)
-
-In a row with >= the error is the amount by which the inequality fails, divided in the same way.
+error = |got - truth| / max(1, |truth|)
 """
 
-import functools
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 
 EPS = 1e-5
-
-# Every function here runs once, so most of the time is compilation: compile without optimization.
-jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 
 class Row(NamedTuple):
@@ -37,10 +30,3 @@ def row(name: str, sde: str, got: Any, truth: Any, tolerance: float) -> Row:
     worst = int(np.argmax(np.where(np.isnan(error), np.inf, error)))
     g, t, e = (float(a.ravel()[worst]) for a in (got, truth, error))
     return Row(name, sde, g, t, e, tolerance, bool(e <= tolerance))
-
-
-def bounding(name: str, sde: str, got: float, truth: float, looser: float, tolerance: float) -> Row:
-    """The comparison truth <= got <= looser, where ``looser`` is a looser bound: the error is the
-    distance of ``got`` from this interval, divided by max(1, |truth|)."""
-    error = float(np.maximum(np.maximum(truth - got, got - looser), 0.0) / max(1.0, abs(truth)))
-    return Row(name, sde, float(got), float(truth), error, tolerance, bool(error <= tolerance))

@@ -1,4 +1,4 @@
-"""Checks of the estimators for integers k of L levels against the exact P(k): ``--mode=verify``.
+"""Checks of the estimators for integers k of L levels against the exact P(k).
 
 The model's density p of x is a diagonal Gaussian, so P(k) is a product of the normal probabilities
 of bins. With x = 2 (k + u) / L - 1 and any dequantizer q, weights and bounds are
@@ -23,15 +23,24 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from closed_forms import jit
 from scipy import integrate, special, stats
 
 from sbml import bits, bound, discrete, integers, times
-from sbml.audit.program import oracle
-from sbml.audit.program.oracle import coefficients
-from sbml.audit.program.table import EPS, Row, bounding, jit, row
+from sbml.audit import oracle
+from sbml.audit.oracle import coefficients
+from sbml.audit.table import EPS, Row, row
 from sbml.dequantizers import DEQUANTIZERS, has_density
 from sbml.sdes import SDE, SDES
 from sbml.types import Array, Key
+
+
+def bounding(name: str, sde: str, got: float, truth: float, looser: float, tolerance: float) -> Row:
+    """The comparison truth <= got <= looser, where ``looser`` is a looser bound: the error is the
+    distance of ``got`` from this interval, divided by max(1, |truth|)."""
+    error = float(np.maximum(np.maximum(truth - got, got - looser), 0.0) / max(1.0, abs(truth)))
+    return Row(name, sde, float(got), float(truth), error, tolerance, bool(error <= tolerance))
+
 
 LEVELS, SHAPE, IMAGES, DRAWS = 8, (1, 2, 1), 4, 16_384
 SIZE = math.prod(SHAPE)

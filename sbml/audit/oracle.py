@@ -1,4 +1,4 @@
-"""Data whose score and likelihood have a closed form at every time of every linear SDE.
+"""Continuous data whose score and density have a closed form at every time of every linear SDE.
 
     x_0 ~ N(m, C)   =>   x_t ~ N(alpha m, alpha^2 C + sigma^2 I),
 
@@ -6,14 +6,17 @@ and a mixture of Gaussians stays a mixture with the same weights. In the eigenba
 is a sum over dimensions. Of the package, only ``mean_coef`` and ``std`` of the SDE are used, so
 that the values are independent of the code under test.
 
-Both kinds of data are pytrees, so one compiled function serves all data of one shape.
+All kinds of data are pytrees, so one compiled function serves all data of one shape. With enough
+parts that differ in their variance only, a mixture has tails as heavy as Student's t.
 """
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from scipy import stats
 
 from sbml.sdes import SDE
 from sbml.types import Array, Key
@@ -102,6 +105,48 @@ class Mixture:
         scores = jax.vmap(lambda part: part.score(x, t))(self.parts)
         return jnp.tensordot(jax.nn.softmax(self._joint(x, t)), scores, 1)
 
+    def log_prob(self, x: Any, t: float = 0.0) -> np.ndarray:
+        """log p_t of the examples ``x (n, d)``, ``(n,)``."""
+        return np.asarray(_log_prob(self, jnp.asarray(x), jnp.asarray(t, float)))
+
+    def sample(self, seed: int, n: int) -> np.ndarray:
+        """``n`` examples x_0 ``(n, d)``."""
+        rng, parts = np.random.default_rng(seed), jax.tree.map(np.asarray, self.parts)
+        which = rng.choice(len(self.weights), n, p=np.asarray(self.weights))
+        z = np.sqrt(parts.eigenvalues[which]) * rng.normal(size=(n, parts.mean.shape[1]))
+        return parts.mean[which] + np.einsum("nij,nj->ni", parts.basis[which], z)
+
+    def affine(self, matrix: np.ndarray, shift: np.ndarray) -> "Mixture":
+        """The distribution of ``matrix`` x + ``shift``."""
+
+        def of(part: Gaussian) -> Gaussian:
+            values, vectors = jnp.linalg.eigh(matrix @ part.cov @ matrix.T)
+            return Gaussian(part.sde, matrix @ part.mean + shift, values, vectors)
+
+        return Mixture(self.weights, jax.vmap(of)(self.parts))
+
+
+@jax.jit
+def _log_prob(data: Mixture, x: Array, t: Array) -> Array:
+    return jax.vmap(lambda x: data.logp(x, t))(x)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Classes:
+    """A distribution for each class; those of all classes are stacked along the first axis."""
+
+    each: Mixture
+
+    def of(self, c: Any) -> Mixture:
+        """The distribution of the class ``c``."""
+        found: Mixture = jax.tree.map(lambda leaf: leaf[c], self.each)
+        return found
+
+    def score(self, x: Array, t: Array, key: Key | None, condition: Array) -> Array:
+        """The score of x_t, given the class."""
+        return self.of(condition).score(x, t)
+
 
 def gaussian(sde: SDE, d: int = 3, seed: int = 0, scale: float = 0.5) -> Gaussian:
     """A Gaussian with correlated coordinates, whose standard deviations are about ``scale``."""
@@ -111,10 +156,10 @@ def gaussian(sde: SDE, d: int = 3, seed: int = 0, scale: float = 0.5) -> Gaussia
     return Gaussian(sde, *map(jnp.asarray, (0.3 * rng.normal(size=d), values, vectors)))
 
 
-def diagonal(sde: SDE) -> Gaussian:
-    """A Gaussian with independent coordinates of unequal variances."""
-    values = np.array([0.05, 0.3, 1.0])
-    return Gaussian(sde, *map(jnp.asarray, (np.array([0.1, -0.2, 0.0]), values, np.eye(3))))
+def diagonal(sde: SDE, copies: int = 1) -> Gaussian:
+    """A Gaussian with independent coordinates of three variances, ``copies`` times."""
+    mean, values = np.tile([[0.1, -0.2, 0.0], [0.05, 0.3, 1.0]], copies)
+    return Gaussian(sde, *map(jnp.asarray, (mean, values, np.eye(3 * copies))))
 
 
 def mixture(sde: SDE, d: int = 3) -> Mixture:
@@ -130,3 +175,20 @@ def as_mixture(data: Gaussian) -> Mixture:
 
 def _stack(weights: list[float], parts: list[Gaussian]) -> Mixture:
     return Mixture(jnp.asarray(weights), jax.tree.map(lambda *leaves: jnp.stack(leaves), *parts))
+
+
+def heavy_tails(sde: SDE, d: int = 2, freedom: float = 3.0, parts: int = 12) -> Mixture:
+    """Nearly Student's t: x = sqrt(freedom / chi^2) z, with ``parts`` values of chi^2."""
+    chi2 = stats.chi2(freedom).ppf((np.arange(parts) + 0.5) / parts)
+    each = [
+        Gaussian(sde, jnp.zeros(d), jnp.full(d, 0.1 * freedom / value), jnp.eye(d))
+        for value in chi2
+    ]
+    return _stack([1 / parts] * parts, each)
+
+
+def classes(sde: SDE, d: int = 2, parts: int = 12) -> Classes:
+    """A class that is a mixture of Gaussians, and one with heavy tails."""
+    gaussians = _stack([1 / parts] * parts, [gaussian(sde, d, i, 0.3) for i in range(parts)])
+    both = gaussians, heavy_tails(sde, d, parts=parts)
+    return Classes(jax.tree.map(lambda *leaves: jnp.stack(leaves), *both))

@@ -106,7 +106,7 @@ def sbml(arrays: Arrays, method: str, seed: int, steps: int, batch: int) -> Fitt
     def log_prob(theta: Any, x: Any) -> Any:
         return density.logp(theta, condition(x), check=False).values
 
-    count = sum(a.size for a in jax.tree.leaves(density.score.network.args[0]))
+    count = sum(a.size for a in jax.tree.leaves(density.score.how.network.args[0]))
     return Fitted(count, steps, seconds, log_prob, sample)
 
 

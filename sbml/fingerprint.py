@@ -20,7 +20,7 @@ def of(value: Any) -> Any:
     """The fingerprint of ``value``.
 
     Raises:
-      TypeError: ``value`` is of a kind whose content is not known, such as a function with state.
+      TypeError: ``value`` is of a kind whose content is not known.
     """
     if value is None or isinstance(value, bool | int | float | str):
         return value
@@ -38,6 +38,10 @@ def of(value: Any) -> Any:
         return {"dtype": str(array.dtype), "shape": list(array.shape), "crc32": crc}
     if "<" not in getattr(value, "__qualname__", "<"):  # a class, or a function of a module
         return _name(value)
+    if code := getattr(value, "__code__", None):  # a function inside another one, or a lambda
+        crc = zlib.crc32(code.co_code + repr(code.co_consts).encode())
+        read = [of(cell.cell_contents) for cell in value.__closure__ or ()]
+        return {"function": _name(value), "crc32": crc, "reads": read}
     raise TypeError(f"{value!r} ({type(value).__name__}) has no fingerprint")
 
 

@@ -13,14 +13,16 @@ from typing import Any
 import numpy as np
 from scipy import special
 
-from sbml import streams
+from sbml import fingerprint
 from sbml.bits import LOG2
 from sbml.density import Density
 from sbml.evaluation.inputs import Inputs
 from sbml.intervals import mean_interval
 from sbml.report.result import HALF_WIDTH
 from sbml.runtime.parts import compute_once
-from sbml.runtime.trees import tree_crc32
+
+# The fields of the density on which the numbers depend, apart from its score.
+FIELDS = ("sde", "levels", "eps", "trace", "solver", "subset")
 
 
 def why_none(inputs: Inputs) -> str:
@@ -58,13 +60,10 @@ def classify(inputs: Inputs) -> dict[str, float]:
         subset=max(4, len(ids) // 8),
     )
     identity = {
+        **inputs.about,
         "ids": ids.tolist(),
-        "parameters_crc32": inputs.parameters_crc32,
-        "labels_crc32": tree_crc32((labels, seen)),
-        "density": repr(density),
-        "score": experiment.score_identity,
-        "data": inputs.images.fingerprint,
-        "streams": streams.VERSION,
+        "labels": fingerprint.of((labels, seen)),
+        **{name: fingerprint.of(getattr(density, name)) for name in FIELDS},
     }
     compute = functools.partial(_numbers, density, inputs.images.images[ids], labels[ids], seen)
     stored = compute_once(inputs.workdir / "eval", "classifier", identity, compute)

@@ -81,6 +81,17 @@ class Inputs:
         """The checksum of these parameters, which takes time."""
         return tree_crc32(self.restored.state.ema_params)
 
+    @functools.cached_property
+    def about(self) -> dict[str, Any]:
+        """What every stored number of this evaluation depends on, as plain JSON values."""
+        return {
+            "parameters_crc32": self.parameters_crc32,
+            "score": fingerprint.of(self.score.how),
+            "data": self.images.fingerprint,
+            "seed": self.experiment.config.eval.seed,
+            "streams": streams.VERSION,
+        }
+
     def labels(self, images: ImageSet) -> np.ndarray | None:
         """The classes of ``images``, by their numbers in the checkpoint; None for a model without
         classes."""
@@ -111,19 +122,15 @@ class Inputs:
     def reduction(self, eps: float) -> Reduction:
         """How the variance of the bound from ``eps`` on is reduced. With ``eval.control`` or
         ``eval.proposal_bins``, a pilot on at most 256 images of the split decides it."""
-        experiment, images, config = self.experiment, self.images, self.experiment.config.eval
+        images, config = self.images, self.experiment.config.eval
         control = self.control
         if not (control or config.proposal_bins):
             return Reduction(proposal=config.proposal)
         identity = {
+            **self.about,
             "eps": eps,
-            "data": images.fingerprint,
-            "parameters_crc32": self.parameters_crc32,
-            "control_crc32": tree_crc32(control),
-            "seed": config.seed,
-            "streams": streams.VERSION,
+            "control": fingerprint.of(control),
             "bins": config.proposal_bins,
-            "score": experiment.score_identity,
         }
 
         def pilot() -> dict[str, Any]:
@@ -175,12 +182,7 @@ class Inputs:
             place=sharding.split,
             gather=sharding.to_host,
             multiple=jax.device_count(),
-            about={
-                "parameters_crc32": self.parameters_crc32,
-                "score": fingerprint.of(self.score.how),
-                "dequantizer_crc32": tree_crc32(params),
-                "data": self.images.fingerprint,
-            },
+            about={**self.about, "dequantizer_crc32": tree_crc32(params)},
         )
 
     def dequantization(self, name: str) -> Dequantization:

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sbml import bits, bound, dequantizers, streams
+from sbml import bits, bound, dequantizers, fingerprint
 from sbml.data import ImageSet, spread
 from sbml.estimators.bound import Estimator
 from sbml.evaluation.cells import CellRun
@@ -87,16 +87,13 @@ def measure(inputs: Inputs, run: CellRun) -> dict[str, list[float]]:
         return {name: np.asarray(value, np.float64) for name, value in found.items()}
 
     identity = {
-        "eps": target.eps,
-        "dequantizer": repr(target.dequantizer),
+        **inputs.about,
+        "target": fingerprint.of(target),
         "dequantizer_crc32": tree_crc32(run.dequantization.params),
-        "data": [inputs.train.fingerprint, inputs.images.fingerprint, ids.tolist()],
+        "train": inputs.train.fingerprint,
+        "ids": ids.tolist(),
         "images": config.level_images,
-        "parameters_crc32": inputs.parameters_crc32,
-        "control_crc32": tree_crc32(control),
-        "seed": config.seed,
-        "streams": streams.VERSION,
-        "score": inputs.experiment.score_identity,
+        "control": fingerprint.of(control),
     }
     stored = compute_once(inputs.workdir / "eval", "levels", identity, compute)
     return {name: value.tolist() for name, value in stored.items()}

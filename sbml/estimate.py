@@ -3,7 +3,6 @@
 import dataclasses
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -140,13 +139,17 @@ class Estimate:
         ``section`` is as for :meth:`unconverged`, and ``names`` are the names of the examples.
         """
         lost, stderr = self.population.nonfinite, self.this_set.stderr
-        missed = f"{stderr:.2g} after {self.sweeps} sweeps ({section}max_sweeps), above"
-        above = self.target_se and not stderr <= self.target_se
+        missed = ""
+        if self.target_se and not stderr <= self.target_se:
+            missed = (
+                f"standard error {notation(stderr, '.2g')} after {self.sweeps} sweeps "
+                f"({section}max_sweeps), above {section}target_se={notation(self.target_se)}"
+            )
         found = [
             f"{lost} of {len(self.values)} numbers are not finite" if lost else "",
             self.about_outliers(names),
             self._about_tail(section) if self.heavy_tailed else "",
-            f"standard error {missed} {section}target_se={self.target_se:g}" if above else "",
+            missed,
             "" if self.converged else f"NOT CONVERGED: {self.unconverged(section)}",
         ]
         return list(filter(None, found))
@@ -164,15 +167,22 @@ class Estimate:
         return f"HEAVY TAILS: {about}, so the intervals are too narrow; {remedy}"
 
     def about_outliers(self, names: Sequence[str] | None = None) -> str:
-        """:func:`outlier_line` with the ``names`` of the examples, or else their indices.
+        """A line about the outliers, which may dominate the mean; "" if there are none.
 
-        It is "" if there are no outliers.
+        It names the first five by their ``names``, or else by their indices.
         """
         if (without := self.without_outliers) is None:
             return ""
-        named = [(names[i] if names else i, self.values[i]) for i in self.outliers]
-        about = self.population.n, self.median, without.mean, without.bounds, self.unit
-        return outlier_line(named, *about)
+        low, high = without.bounds
+        shown = ", ".join(
+            f"{names[i] if names else i} ({self.values[i]:.3f})" for i in self.outliers[:5]
+        )
+        return (
+            f"{len(self.outliers)} of {self.population.n} numbers are more than 6 robust standard "
+            f"deviations from the median {self.median:.4f}: {shown}. They are included in the "
+            f"mean; without them it is {without.mean:.4f} {self.unit}, 95% interval [{low:.4f}, "
+            f"{high:.4f}]"
+        )
 
     @property
     def outliers(self) -> Ids:
@@ -259,30 +269,6 @@ def within(gap: Interval, budget: float) -> bool:
     not finite, the result is False.
     """
     return abs(gap.mean) + gap.ci95 <= budget
-
-
-def outlier_line(
-    named: Sequence[tuple[Any, float]],
-    n: int,
-    median: float,
-    without: float,
-    interval: Sequence[float],
-    unit: str,
-) -> str:
-    """A line about the outliers of ``n`` numbers, which may dominate the mean.
-
-    Args:
-      named: the name and the number of each outlier; the first five are shown.
-      n, median, unit: as in :class:`Estimate`.
-      without, interval: the mean without the outliers, and its 95% interval.
-    """
-    shown = ", ".join(f"{name} ({value:.3f})" for name, value in named[:5])
-    low, high = interval
-    return (
-        f"{len(named)} of {n} numbers are more than 6 robust standard deviations from the median "
-        f"{median:.4f}: {shown}. They are included in the mean; without them it is {without:.4f} "
-        f"{unit}, 95% interval [{low:.4f}, {high:.4f}]"
-    )
 
 
 def excess(gap: Interval, budget: float) -> str:

@@ -14,8 +14,10 @@ import pathlib, runs, sys, tiny
 from sbml.modes import train
 
 config, folder = tiny.get_config(), pathlib.Path(sys.argv[1])
-config.training.update(num_steps=6, checkpoint_every=2, sample_every=3)
+config.sampling.update(sampler="ddim", steps=2)
+config.training.update(num_steps=6, checkpoint_every=2)
 runs.mode(train.run, config, folder / "whole")
+config.training.sample_every = 4  # In the sharded part.
 for steps, shard_state in ((2, False), (4, True), (6, False)):
     config.training.update(num_steps=steps, shard_state=shard_state)
     runs.mode(train.run, config, folder / "mixed")

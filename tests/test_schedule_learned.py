@@ -173,7 +173,8 @@ def test_a_run_is_evaluated_with_the_ends_it_learned(tmp_path):
     """The ends are the averages in the checkpoint. The config only says where they began."""
     config = learned(num_steps=30, checkpoint_every=30)
     config.optim.update(lr=0.03, warmup=1)
-    config.eval.max_images = 16
+    config.eval.update(max_images=16, control=False, proposal_bins=0)
+    config.sampling.update(sampler="ddim", steps=2)
     runs.mode(train.run, config, tmp_path)
     experiment = build.Experiment(config)
     restored = experiment.restore(tmp_path)
@@ -212,10 +213,10 @@ def test_a_time_has_the_label_of_the_training_when_the_ends_have_moved():
     score, sde = experiment.trained_score(params)
     now = experiment.with_learned_schedule(params)
     t = jnp.asarray([0.01, 0.1, 0.5, 1.0])
-    np.testing.assert_allclose(now.adapter.time_label(t), score.adapter.time_label(t), rtol=1e-6)
+    np.testing.assert_allclose(now.adapter.time_label(t), score.how.time_label(t), rtol=1e-6)
     config.sde.update(beta_min=0.2, beta_max=15.0)
     moved = build.Experiment(config).adapter
-    assert np.abs(moved.time_label(t) - score.adapter.time_label(t)).min() > 0.1
+    assert np.abs(moved.time_label(t) - score.how.time_label(t)).min() > 0.1
     assert now.eval_eps == experiment.eval_eps == experiment.adapter.eps
 
 

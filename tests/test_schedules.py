@@ -151,11 +151,11 @@ def _score(x: Array, t: Array, key: Key | None) -> Array:
 
 
 def _solved(sde: SDE, x: Array) -> dict[str, Array]:
-    """A log-likelihood and its terms."""
+    """A log-likelihood and its terms, the prior's divergence, and the inverse of log-SNR."""
     how = {"trace": Trace("exact"), "solver": ode.Solver("heun", fixed_steps=6)}
     result = likelihood.ode_logp(_score, sde, x, None, eps=1e-2, **how)
-    names = "logp", "divergence", "correction"
-    return {name: getattr(result, name) for name in names}
+    found = {name: getattr(result, name) for name in ("logp", "divergence", "correction")}
+    return {**found, "prior_kl": bound.prior_kl(sde, x), "time": sde.time(jnp.asarray(0.5))}
 
 
 def _sampled(sde: SDE, x: Array) -> dict[str, Array]:
@@ -178,7 +178,7 @@ def _sampled(sde: SDE, x: Array) -> dict[str, Array]:
 @pytest.mark.parametrize(
     ("kind", "numbers"),
     [
-        (Derived(VP(0.1, 8.0)), _sampled),
+        (VE(1.0, 0.1), _sampled),
         (Derived(VP(0.1, 8.0)), _solved),
     ],
 )
@@ -206,9 +206,6 @@ def test_traced_sdes_give_the_numbers_of_static_ones_and_their_derivatives(
     for name in static:
         expected = (up[name] - down[name]) / (2 * h)
         np.testing.assert_allclose(slopes[name], expected, rtol=1e-6, atol=1e-8, err_msg=name)
-    differentiate = jax.grad(lambda sde: bound.prior_kl(sde, x) + sde.time(jnp.asarray(0.5)))
-    gradient = jax.jit(differentiate)(kind)
-    assert all(np.isfinite(leaf) for leaf in jax.tree.leaves(gradient))
 
 
 def test_the_gradient_of_the_bound_with_respect_to_beta_max() -> None:

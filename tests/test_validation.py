@@ -94,17 +94,6 @@ def test_one_image_has_no_standard_error(trained, tmp_path):
 
 
 @pytest.mark.slow
-def test_two_devices_with_a_split_state_have_the_same_curve(trained, tmp_path):
-    names = ("num_steps", "log_every", "validate_every")
-    given = [f"--config.training.{name}={config_of().training[name]}" for name in names]
-    given += ["--config.data.validation=41", "--config.training.shard_state=True"]
-    runs.run(tmp_path, "--mode=train", *given, devices=2)
-    found = curve(tmp_path)
-    assert [*found] == [*curve(trained)]
-    np.testing.assert_allclose([*found.values()], [*curve(trained).values()], rtol=1e-4)
-
-
-@pytest.mark.slow
 def test_the_report_draws_the_curve_and_names_its_least_point(trained):
     figure = page.validation(metrics.read(trained))
     found = curve(trained)

@@ -17,8 +17,11 @@ import runs
 
 from sbml.registry import Registry
 
-# All but "uniform", which is none of the user's.
-FEW = "--config.eval.dequantizers=mine.dequantizer:Triangle,mine.dequantizer:Shrunk"
+# All but "uniform", which is none of the user's, and without the pilots of the bounds.
+FEW = (
+    "--config.eval.dequantizers=mine.dequantizer:Triangle,mine.dequantizer:Shrunk",
+    "--config.eval.proposal_bins=0",
+)
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +34,7 @@ def workdir(tmp_path_factory):
         file.parent.mkdir(exist_ok=True)
         file.write_text(block)
     assert len(list((root / "mine").iterdir())) == 10
-    run(root, "--config=mine/config.py", "--workdir=run", "--file=counted.txt", FEW)
+    run(root, "--config=mine/config.py", "--workdir=run", "--file=counted.txt", *FEW)
     return root / "run"
 
 

@@ -4,6 +4,7 @@ import gc
 import os
 import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 
 # When XLA loads from the cache below, it logs a long list of the processor's features as an error.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
@@ -82,6 +83,20 @@ def compiled_functions_are_dropped() -> Iterator[None]:
 def unchecked(monkeypatch: pytest.MonkeyPatch) -> None:
     """The functions as users call them, without the checks of ``shapes``."""
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+
+
+@pytest.fixture(scope="session")
+def digits_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The work directory of a training with ``tests/tiny.py``. Tests only read it; those that write
+    make a link to its folder ``checkpoints`` in a work directory of their own."""
+    import runs
+    import tiny
+
+    from sbml.modes import train
+
+    workdir = tmp_path_factory.mktemp("digits_model")
+    runs.mode(train.run, tiny.get_config(), workdir)
+    return workdir
 
 
 @pytest.fixture(scope="module")

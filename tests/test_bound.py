@@ -184,6 +184,7 @@ def test_a_density_of_times_does_not_bias(case):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("case", ["rectified_flow"], indirect=True)
 def test_pilot_follows_the_noise(case):
     """The density is the standard deviation of the draws in each bin, here of independent draws."""
     sde, data = case
@@ -200,6 +201,7 @@ def test_pilot_follows_the_noise(case):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("case", ["vp"], indirect=True)
 def test_the_profile_of_the_true_score_is_the_posterior_variance(case):
     """E |z - e|^2 = sum_i l_i / (l_i + v) with v = exp(-lambda). Its integral has a closed form."""
     sde, data = case
@@ -235,13 +237,10 @@ def smooth(n, side, rng):
     return 3 * x.reshape(n, -1)
 
 
-@pytest.mark.parametrize(
-    "side", [8, pytest.param(14, marks=pytest.mark.slow), pytest.param(55, marks=pytest.mark.slow)]
-)
-def test_a_control_of_few_data_is_hardly_worse_than_none(side):
-    """64, 196 and 3,025 dimensions. Full covariances of few data have eigenvalues that are far too
+def test_a_control_of_few_data_is_hardly_worse_than_none():
+    """64 dimensions. Full covariances of few data have eigenvalues that are far too
     small, so a control with the coefficient 1 can have many times the noise of none."""
-    sde, rng, eps = SDES["vp"](), np.random.default_rng(side), 1e-3
+    side, sde, rng, eps = 8, SDES["vp"](), np.random.default_rng(8), 1e-3
     x = jnp.asarray(smooth(8, side, rng))
 
     def score(x, t, key):
@@ -263,8 +262,8 @@ def test_a_control_of_few_data_is_hardly_worse_than_none(side):
         return bound.pilot(score, sde, x, jax.random.key(1), eps=eps, control=control)
 
     plain = np.asarray(means(Reduction()))
-    # The covariance of 24 examples is singular for 196 dimensions.
-    cases = [(n, None) for n in (4, 24, 120, 1437)] + [(24, True)] * (side == 14)
+    # The covariance of 24 examples is singular for 64 dimensions.
+    cases = [(n, None) for n in (4, 24, 1437)] + [(24, True)]
     for n, full in cases:
         fitted = smooth(n, side, rng)
         control = bound.GaussianControl.fit(fitted, noise_variance=1e-5, full=full)
@@ -272,8 +271,7 @@ def test_a_control_of_few_data_is_hardly_worse_than_none(side):
         assert found.std() < 1.2 * plain.std(), (n, full)
         stderr = np.hypot(found.std(), plain.std()) / np.sqrt(48)
         assert abs(found.mean() - plain.mean()) < 4 * stderr, (n, full)
-    if side == 14:
-        assert means(Reduction(control)).std() > 10 * plain.std()
+    assert means(Reduction(control)).std() > 10 * plain.std()
 
 
 def test_reconstruction_is_the_gaussian_decoder(case):
@@ -372,7 +370,7 @@ def test_invalid_arguments_are_refused(kwargs, message):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+@pytest.mark.parametrize("dtype", ["bfloat16"])
 def test_data_of_less_precision_have_noise_of_full_precision(dtype):
     """With noise of half precision, the bound of an image would be far below the truth."""
     sde, key, u = SDES["vp"](), jax.random.key(0), jnp.linspace(0, 0.99, 8)
@@ -409,7 +407,7 @@ def test_squares_of_a_score_of_less_precision_are_summed_in_float32():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+@pytest.mark.parametrize("dtype", ["bfloat16"])
 def test_data_of_less_precision_are_solved_in_full_precision(dtype):
     sde, x = SDES["vp"](), jnp.asarray([0.5, -1.25]).astype(dtype)
 

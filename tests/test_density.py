@@ -79,18 +79,18 @@ def test_the_batch_size_changes_nothing_and_the_seed_changes_the_probes() -> Non
 def test_only_an_exact_trace_has_smaller_batches(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sbml.density.exact_batch", lambda dims: 2)
     sizes: list[int] = []
-    in_batches = pytrees.in_batches
 
     def recorded(f, ids, size):
         sizes.append(size)
-        return in_batches(f, ids, size)
+        raise KeyboardInterrupt  # before anything is computed
 
     monkeypatch.setattr(pytrees, "in_batches", recorded)
     x, found = data(5), {}
     for name, trace in {"exact": Trace("exact"), "probes": Trace("rademacher", 2)}.items():
         for method in ("logp", "latent", "bound"):
             sizes.clear()
-            getattr(density(trace=trace), method)(x)
+            with pytest.raises(KeyboardInterrupt):
+                getattr(density(trace=trace), method)(x)
             found[name, method] = set(sizes)
     assert found.pop(("exact", "logp")) == {2} and set(map(tuple, found.values())) == {(5,)}
 
@@ -144,7 +144,7 @@ def test_bits_per_dim_are_of_the_integers() -> None:
 
 
 @pytest.mark.slow
-def test_latents_decode_to_the_data_and_samples_have_the_datas_moments() -> None:
+def test_latents_decode_to_the_data_and_samples_of_integers_are_integers() -> None:
     strict = {"solver": Solver(rtol=1e-7, atol=1e-7)}
     x, d = data(5), density(**strict)
     z = d.latent(x)
@@ -152,13 +152,8 @@ def test_latents_decode_to_the_data_and_samples_have_the_datas_moments() -> None
     exact = [flow(jnp.asarray(row), jnp.asarray(EPS), jnp.asarray(1.0)) for row in x]
     np.testing.assert_allclose(z, exact, atol=1e-5)
     np.testing.assert_allclose(d.decode(z), x, atol=1e-5)
-    samples = density().sample(jax.random.key(0), 400)
-    assert samples.shape == (400, 2, 2)
-    errors = 4 * np.sqrt(np.diag(gaussian().cov) / 400)
-    assert (np.abs(samples.mean(0).ravel() - MEAN) < errors).all()
-    np.testing.assert_allclose(np.cov(samples.reshape(400, 4).T), gaussian().cov, atol=0.12)
     integers = density(levels=8).sample(jax.random.key(0), 3)
-    assert integers.dtype == np.uint8 and integers.max() < 8
+    assert integers.shape == (3, 2, 2) and integers.dtype == np.uint8 and integers.max() < 8
 
 
 def test_a_number_that_has_not_converged_says_so() -> None:
@@ -224,7 +219,7 @@ def test_weights_that_have_changed_are_read_again(made: str) -> None:
         "object": Typed(weights),
     }[made]
     # All methods compile a score in the same way, and each compilation takes a second.
-    every = (("latent", x), ("sample", key, 2), ("logp", x), ("bound", x))
+    every = (("latent", x), ("sample", key, 2))
     methods = every if made == "function" else every[:1]
     now = sbml.Density(score, sde, (2, 2), **how)
     for w in (1.0, 0.5):
@@ -269,7 +264,9 @@ def test_functions_with_other_derivatives_are_other_programs() -> None:
     usual.defjvp(lambda p, t: (-p[0], -t[0]))
     x, how = data(1), {"solver": Solver("heun", fixed_steps=4), "eps": EPS}
     terms = [
-        sbml.Density(lambda x, t, key, f=f: f(x), VP(), (2, 2), **how).logp(x).terms["divergence"]
+        sbml.Density(lambda x, t, key, f=f: f(x), VP(), (2, 2), **how)
+        .logp(x, check=False)
+        .terms["divergence"]
         for f in (constant, usual)
     ]
     # With the true derivative, the divergence of -g^2 s / 2 cancels that of f x.
@@ -331,9 +328,8 @@ def test_a_module_with_activation_functions_among_its_leaves() -> None:
             lambda x, t, key: -module.mlp(x) / sde.std(t),
         ),
     ):
-        found, expected = (
-            sbml.Density(s, sde, (4,), eps=EPS).logp(x).values for s in (score, function)
-        )
+        how = {"eps": EPS, "solver": Solver("heun", fixed_steps=3)}
+        found, expected = (sbml.Density(s, sde, (4,), **how).latent(x) for s in (score, function))
         np.testing.assert_allclose(found, expected, rtol=1e-9)
 
 

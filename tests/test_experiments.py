@@ -1,5 +1,6 @@
 """The experiments run at a small scale, and their tables say what the reports say."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import tiny
 from experiments import samplers, schedule, table2, toy2d
 from sbml.estimate import Estimate
 from sbml.intervals import Interval
-from sbml.modes import train
+from sbml.networks import mlp
 from sbml.ode import Solver
 from sbml.report.result import Result, strict
 
@@ -127,7 +128,10 @@ def test_schedule(name: str) -> None:
 
 
 @pytest.mark.slow
-def test_toy2d(tmp_path: Path) -> None:
+def test_toy2d(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(toy2d, "DRAWS", 4)
+    smaller = dataclasses.replace(toy2d.ADAPTER, model=mlp.Model(width=32, depth=2))
+    monkeypatch.setattr(toy2d, "ADAPTER", smaller)
     rows = toy2d.main(steps=60, points=64, resolution=8, out=str(tmp_path / "toy.png"))
     assert (tmp_path / "toy.png").stat().st_size > 10_000
     first, last = rows[0], rows[-1]
@@ -147,17 +151,15 @@ def test_the_settings_of_a_configs_own_sampler_are_not_those_of_others(name: str
 
 
 @pytest.mark.slow
-def test_samplers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One sampler of each kind: with noise, with a corrector, with neither, and the ODE."""
-    few = ("ancestral", "reverse_diffusion_corrected", "dpm_solver", "ode_heun")
+def test_samplers(digits_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One sampler of each kind: with noise and a corrector, with neither, and the ODE."""
+    few = ("reverse_diffusion_corrected", "dpm_solver", "ode_heun")
     monkeypatch.setattr(samplers, "SAMPLERS", {name: samplers.SAMPLERS[name] for name in few})
     monkeypatch.setattr(samplers, "TOLERANCES", (1e-1,))
-    config = tiny.get_config()
-    runs.mode(train.run, config, tmp_path / "w")
     path = tmp_path / "config.py"
     text = Path(tiny.__file__).read_text()
     path.write_text(text.replace("    return config", FEATURES + "    return config"))
-    points = samplers.main(str(path), str(tmp_path / "w"), str(tmp_path / "out"), 30, [4])
+    points = samplers.main(str(path), str(digits_model), str(tmp_path / "out"), 30, [4])
     assert {p.name for p in points} == {*samplers.SAMPLERS, "ode", samplers.TEST}
     # Each has the 4 evaluations that were asked for, and one for the final denoising step.
     assert all(p.nfe == 5 for p in points if p.name in samplers.SAMPLERS)

@@ -33,6 +33,9 @@ FILE = Path(__file__).parent / "data" / "flowpp_small.npz"
 TINY = flowpp.Model(filters=8, components=3, blocks=1, heads=2, levels=17)
 SHAPE = (4, 4, 2)
 FORWARD = jax.jit(flowpp.Model.forward, static_argnums=0)
+# The designs differ in the order and the inside of their layers, for both of which NumPy finds the
+# same numbers. The other tests are for one of them.
+ONE = pytest.mark.parametrize("tiny", ["imagenet32"], indirect=True)
 
 
 @pytest.fixture(autouse=True)
@@ -162,6 +165,7 @@ def test_the_length_of_a_weight_normalised_kernel_is_its_scale() -> None:
 
 
 @pytest.mark.slow
+@ONE
 def test_channels_have_mean_0_and_variance_1_after_each_activation_norm(
     tiny: flowpp.Model,
 ) -> None:
@@ -200,6 +204,7 @@ def test_halves_are_even_and_odd_columns_and_merge_undoes_split() -> None:
 
 
 @pytest.mark.slow
+@ONE
 def test_log_q_is_the_change_of_variables_by_the_full_jacobian(
     tiny: flowpp.Model, params: Any
 ) -> None:
@@ -219,6 +224,7 @@ def test_log_q_is_the_change_of_variables_by_the_full_jacobian(
 
 
 @pytest.mark.slow
+@ONE
 def test_one_example_alone_and_in_a_batch_have_the_same_noise(
     tiny: flowpp.Model, params: Any
 ) -> None:
@@ -231,6 +237,7 @@ def test_one_example_alone_and_in_a_batch_have_the_same_noise(
 
 
 @pytest.mark.slow
+@ONE
 def test_u_is_below_1_even_where_the_sigmoid_rounds_to_it(tiny: flowpp.Model, params: Any) -> None:
     u, log_q = FORWARD(tiny, params, pixels(8), jnp.full((8, *SHAPE), 1e4, jnp.float32))
     assert float(u.max()) < 1.0
@@ -239,6 +246,7 @@ def test_u_is_below_1_even_where_the_sigmoid_rounds_to_it(tiny: flowpp.Model, pa
 
 
 @pytest.mark.slow
+@ONE
 def test_dropout_changes_the_noise_only_in_training(tiny: flowpp.Model, params: Any) -> None:
     model = dataclasses.replace(tiny, dropout=0.5)
     k, key = pixels(1)[0], jax.random.key(6)

@@ -82,39 +82,14 @@ def test_samples_have_the_moments_of_the_data(sampler: str, name: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.oracle
-@pytest.mark.parametrize("name", ["vp", "subvp"])
-def test_annealed_langevin_keeps_the_moments_of_the_data(name: str) -> None:
-    """The corrector's steps are small, since their bias is of the order of their size."""
+def test_a_corrector_keeps_the_moments_of_the_data() -> None:
+    """The corrector's steps are small, since their bias is of the order of their size. Correctors
+    differ in their size only, see below."""
     follows = samplers.AnnealedLangevin(steps=1, snr=0.05)
     chosen = samplers.ReverseDiffusion(steps=800, spacing="log_snr", corrector=follows)
-    x, stats = draw_samples(chosen, SDES[name]())
+    x, stats = draw_samples(chosen, SDES["subvp"]())
     assert np.all(stats.nfe == 1600)
-    check_moments(x, SDES[name](), bias=0.02)
-
-
-@pytest.mark.slow
-@pytest.mark.oracle
-def test_langevin_keeps_the_moments_of_the_data() -> None:
-    """There are 192 dimensions, so that the norm of the score hardly depends on the image."""
-    sde, d, n = SDES["vp"](), 192, 1000
-    variances = jnp.linspace(0.5, 1.0, d)
-    follows = samplers.Langevin(steps=1, snr=0.05)
-    chosen = samplers.ReverseDiffusion(steps=400, spacing="log_snr", corrector=follows)
-
-    def score(x: Array, t: Array, key: Any) -> Array:
-        return -x / (sde.mean_coef(t) ** 2 * variances + sde.std(t) ** 2)
-
-    def one(key: Array) -> Array:
-        latent_key, key = jax.random.split(key)
-        return chosen(score, sde, sde.prior_sample(latent_key, (d,)), key, eps=EPS)[0]
-
-    draw = jax.jit(jax.vmap(one), compiler_options=compiler_options())
-    x = np.asarray(draw(jax.random.split(jax.random.key(0), n)))
-    t = jnp.asarray(EPS)
-    ratio = x.var(axis=0) / (sde.mean_coef(t) ** 2 * variances + sde.std(t) ** 2)
-    # Each variance and their mean lie within 4 of their standard errors, plus the bias 2/d.
-    assert np.abs(ratio - 1).max() < 4 * np.sqrt(2 / n) + 2 / d
-    assert abs(ratio.mean() - 1) < 4 * np.sqrt(2 / n / d) + 2 / d
+    check_moments(x, SDES["subvp"](), bias=0.02)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -232,7 +207,7 @@ def test_reverse_diffusion_of_vp_is_the_papers() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [*samplers.SAMPLERS, "ode, fixed"])
+@pytest.mark.parametrize("name", ["ode", "ode, fixed", "ancestral", "dpm_solver"])
 def test_a_path_leads_from_the_latent_to_the_sample(name: str) -> None:
     """The path ends at the sample, also with fixed steps and another number of frames."""
     sde = SDES["subvp"]()
@@ -289,9 +264,10 @@ def test_the_longest_steps_are_finite_in_float32(name: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", samplers.SAMPLERS)
+@pytest.mark.parametrize("name", ["ode", "ancestral"])
 def test_latents_of_less_precision_are_sampled_in_full_precision(name: str) -> None:
-    """In bfloat16, the first time of rectified flow rounds to 1, where there is no signal."""
+    """In bfloat16, the first time of rectified flow rounds to 1, where there is no signal. All
+    samplers with a number of steps begin in the same way."""
     sde, z = SDES["rectified_flow"](), jnp.asarray([1.5, -0.75], jnp.bfloat16)
     sampler = samplers.SAMPLERS[name](**({} if name == "ode" else {"steps": 3}))
     how = {"key": jax.random.key(0), "eps": EPS}

@@ -8,14 +8,16 @@ import pytest
 import runs
 import tiny
 
-# Trains six steps at once, and again with the state spread in the middle.
-TRAINED = """
-import pathlib, runs, sys, tiny
 from sbml.modes import train
 
-config, folder = tiny.get_config(), pathlib.Path(sys.argv[1])
-config.training.update(num_steps=6, checkpoint_every=2, sample_every=3)
+# Trains six steps at once, and again with the state spread in the middle.
+TRAINED = """
+import pathlib, runs, sys, test_shard_state
+from sbml.modes import train
+
+config, folder = test_shard_state.config(), pathlib.Path(sys.argv[1])
 runs.mode(train.run, config, folder / "whole")
+config.training.sample_every = 4  # In the sharded part.
 for steps, shard_state in ((2, False), (4, True), (6, False)):
     config.training.update(num_steps=steps, shard_state=shard_state)
     runs.mode(train.run, config, folder / "mixed")
@@ -41,6 +43,20 @@ for shard_state in (False, True):
 """
 
 
+def config():
+    config = tiny.get_config()
+    config.sampling.update(sampler="ddim", steps=2)
+    config.training.update(num_steps=6, checkpoint_every=2, validate_every=2)
+    config.data.validation = 41  # not a multiple of eight devices
+    return config
+
+
+def validation(workdir) -> list[float]:
+    """The curve of bits/dim on validation images, at the steps 2, 4 and 6."""
+    rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    return [row["validation_bits_per_dim"] for row in rows if "validation_bits_per_dim" in row]
+
+
 def losses(workdir) -> dict[int, float]:
     rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     return {row["step"]: row["loss"] for row in rows}
@@ -53,8 +69,13 @@ def on_eight_devices(code: str, *arguments: str) -> list[str]:
 
 @pytest.mark.slow
 def test_sharded_training_has_the_same_losses_and_checkpoints(tmp_path) -> None:
-    """The second training starts unsharded, continues sharded, and then unsharded again."""
+    """The second training starts unsharded, continues sharded, and then unsharded again. Its
+    curve of bits/dim on validation images is that of one device."""
     on_eight_devices(TRAINED, str(tmp_path))
+    runs.mode(train.run, config(), tmp_path / "one")
+    curves = [validation(tmp_path / name) for name in ("one", "whole", "mixed")]
+    assert len(curves[0]) == 3
+    np.testing.assert_allclose(curves[1:], [curves[0]] * 2, rtol=1e-4)
     expected, got = losses(tmp_path / "whole"), losses(tmp_path / "mixed")
     assert set(expected) == set(got) == set(range(1, 7))
     for step, loss in expected.items():

@@ -43,8 +43,8 @@ def trained(tmp_path_factory):
 
 @pytest.mark.slow
 def test_a_point_is_the_number_of_an_evaluation(trained):
-    """The images, the draws and the averaged parameters are those of ``--mode=eval`` at this step;
-    another estimate of the same bound, by other draws, agrees within its errors."""
+    """The images, the draws and the averaged parameters are those of ``--mode=eval`` at this
+    step."""
     found = curve(trained)
     assert [*found] == [4, 8, STEPS]
     config = config_of()
@@ -54,11 +54,6 @@ def test_a_point_is_the_number_of_an_evaluation(trained):
     last = metrics.read(trained)[-1]
     assert (result.n, last["step"]) == (41, STEPS)
     np.testing.assert_allclose(last[COLUMN], result.bits_per_dim, rtol=1e-6)
-    config.eval.update(seed=1, control=False, sweeps=64)
-    runs.mode(evaluation.run, config, trained)
-    (result,) = map(Result.read, Workdir(trained).read(EVALUATION)["results"])
-    spread = np.hypot(last["validation_stderr"], result.stderr)
-    assert abs(last[COLUMN] - result.bits_per_dim) < 4 * spread
 
 
 @pytest.mark.slow
@@ -70,13 +65,12 @@ def test_the_validation_changes_no_step(trained, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("step", [4, 5])
-def test_a_run_that_was_stopped_has_the_same_curve(trained, tmp_path, monkeypatch, step):
+def test_a_run_that_was_stopped_has_the_same_curve(trained, tmp_path, monkeypatch):
     """The step 4 has a point. A run that stops there saves at once; it has the point later."""
     requested, calls = preemption.Preemption.requested, itertools.count(1)
 
     def stopped(self):
-        if next(calls) == step:
+        if next(calls) == 4:
             os.kill(os.getpid(), signal.SIGTERM)
         return requested(self)
 
@@ -84,37 +78,19 @@ def test_a_run_that_was_stopped_has_the_same_curve(trained, tmp_path, monkeypatc
     with pytest.raises(SystemExit):
         runs.mode(train.run, config_of(), tmp_path)
     monkeypatch.undo()
-    assert [*curve(tmp_path)] == ([4] if step == 5 else [])
+    assert not curve(tmp_path)
     runs.mode(train.run, config_of(), tmp_path)
     assert curve(tmp_path) == curve(trained)
 
 
 @pytest.mark.slow
-def test_validation_images_limits_the_number_of_images(trained, tmp_path):
-    runs.mode(train.run, config_of(validation_images=10, num_steps=4), tmp_path)
-    (point,) = (row for row in metrics.read(tmp_path) if COLUMN in row)
-    whole = next(row for row in metrics.read(trained) if row["step"] == 4)
-    assert point["validation_stderr"] > whole["validation_stderr"]
-    assert point[COLUMN] != whole[COLUMN]
-
-
-@pytest.mark.slow
-def test_one_image_has_no_standard_error(tmp_path):
+def test_one_image_has_no_standard_error(trained, tmp_path):
+    """``validation_images`` limits their number, which changes the mean."""
     runs.mode(train.run, config_of(validation_images=1, num_steps=8), tmp_path)
-    rows = metrics.read(tmp_path)
+    rows, all_images = metrics.read(tmp_path), curve(trained)
     assert [*curve(tmp_path)] == [4, 8] and not any("validation_stderr" in row for row in rows)
+    assert all(abs(value - all_images[step]) > 1e-3 for step, value in curve(tmp_path).items())
     assert page.validation(rows)
-
-
-@pytest.mark.slow
-def test_two_devices_with_a_split_state_have_the_same_curve(trained, tmp_path):
-    names = ("num_steps", "log_every", "validate_every")
-    given = [f"--config.training.{name}={config_of().training[name]}" for name in names]
-    given += ["--config.data.validation=41", "--config.training.shard_state=True"]
-    runs.run(tmp_path, "--mode=train", *given, devices=2)
-    found = curve(tmp_path)
-    assert [*found] == [*curve(trained)]
-    np.testing.assert_allclose([*found.values()], [*curve(trained).values()], rtol=1e-4)
 
 
 @pytest.mark.slow

@@ -5,7 +5,6 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
-import runs
 import tiny
 from cell_runs import BOUND, ODE, cell_run, numbers
 from made_up import MadeUp
@@ -16,18 +15,15 @@ from sbml.estimators import Cell
 from sbml.evaluation import cells
 from sbml.experiment import build
 from sbml.intervals import half_width, repeated_stderr
-from sbml.modes import train
 from sbml.ode import Solver
 from sbml.progress import Bar
 from sbml.scalars import notation
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory):
+def trained(digits_model):
     """A work directory with a checkpoint."""
-    workdir = tmp_path_factory.mktemp("trained")
-    runs.mode(train.run, tiny.get_config(), workdir)
-    return workdir
+    return digits_model
 
 
 @pytest.mark.slow
@@ -125,10 +121,10 @@ def test_times_with_heavy_weights_are_warned_of_and_the_defaults_are_not(trained
 
 @pytest.mark.slow
 def test_another_seed_has_other_draws(trained, tmp_path):
+    few = {"batch_size": 16, "method": "heun", "fixed_steps": 2, "proposal_bins": 0}
     for cell in (ODE, BOUND):
         one, other = (
-            numbers(cell_run(trained, tmp_path, cell, seed=s, batch_size=16), np.arange(4))
-            for s in (0, 1)
+            numbers(cell_run(trained, tmp_path, cell, seed=s, **few), np.arange(4)) for s in (0, 1)
         )
         assert np.all(one != other)
 
@@ -140,8 +136,6 @@ def test_another_seed_has_other_draws(trained, tmp_path):
         (ODE, "seed", 1),
         (ODE, "smallest_time", 2e-3),
         (ODE, "rtol", 1e-3),
-        (BOUND, "seed", 1),
-        (BOUND, "smallest_time", 2e-3),
         (BOUND, "n_times", 3),
         (BOUND, "times", "iid"),
     ],
@@ -198,10 +192,10 @@ def test_the_smallest_time_of_a_number(trained, tmp_path):
     ):
         run = cell_run(trained, tmp_path, cell, max_images=2, batch_size=2, **fields)
         assert run.measurement.target.eps == pytest.approx(eps, rel=1e-3)
-        shown = run.result(run.finish())
-        assert shown.plain()["smallest_time"] == pytest.approx(eps, rel=1e-3)
-        at = f"bits/dim at t={notation(eps, '.3g')} on digits test"
-        assert at in shown.line.replace(" NOT CONVERGED", "")
+    shown = run.result(run.finish())
+    assert shown.plain()["smallest_time"] == pytest.approx(eps, rel=1e-3)
+    at = f"bits/dim at t={notation(eps, '.3g')} on digits test"
+    assert at in shown.line.replace(" NOT CONVERGED", "")
 
 
 @pytest.mark.slow
@@ -214,10 +208,9 @@ def test_one_image_has_a_known_error_of_the_solver(trained, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("cell", "sweeps"), [(ODE, 1), (BOUND, 3)])
-def test_the_bar_shows_the_mean_of_all_rows_so_far(trained, tmp_path, monkeypatch, cell, sweeps):
+def test_the_bar_shows_the_mean_of_all_rows_so_far(trained, tmp_path, monkeypatch):
     """The mean is over all batches, also those of earlier sweeps and of an earlier command."""
-    shown: list[tuple[str, str]] = []
+    cell, sweeps, shown = BOUND, 3, []
     update = Bar.update
 
     def recorded(bar: Bar, n: int, text: str) -> None:

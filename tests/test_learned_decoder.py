@@ -1,5 +1,8 @@
 """An integer denoiser of bin centres, from training to the evaluation with its own decoder."""
 
+import functools
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -53,7 +56,8 @@ def decoder_bits(experiment, params, pixels, z):
     t = jnp.full(len(x), eps)
     network_input = adapter.network_input(jnp.asarray(x, jnp.float32), t)
     model = adapter.model
-    out = model.apply({"params": params}, network_input, adapter.time_label(t), train=False)
+    apply = jax.jit(functools.partial(model.apply, train=False))
+    out = apply({"params": params}, network_input, adapter.time_label(t))
     log_p = special.log_softmax(
         np.asarray(out, float) + stats.norm.logpdf(x[..., None], alpha * centres, sigma), axis=-1
     )

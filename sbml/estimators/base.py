@@ -183,7 +183,7 @@ class Estimator(abc.ABC):
           params: the parameters of the dequantizer.
           data: one example ``(*s)``.
           key: for all its random draws.
-          u: the row of :meth:`points` of this example, or None.
+          u: the row of ``points`` of this example, or None.
           target: the quantity that is estimated.
         """
 

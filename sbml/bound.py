@@ -418,7 +418,7 @@ def elbo(
 
 def mean_over_times(
     draw: Callable[[Scalar, Any], Scalar],
-    normals: Array,
+    normals: Elementwise,
     sde: SDE,
     x: Example,
     eps: Number,

@@ -13,7 +13,7 @@ import pytest
 from scipy import special, stats
 
 from sbml.audit import Estimator, Numbers, audit, mistakes, ours, worlds
-from sbml.audit.suite import CHECKS, FAIL, UNCLEAR, Report
+from sbml.audit.suite import CHECKS, FAIL, UNCLEAR, WORLDS, Report
 from sbml.sdes import SDES
 
 SDE = SDES["vp"]()
@@ -350,8 +350,9 @@ def test_ours_do_not_fail(estimator: Estimator) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("mistake", mistakes.MISTAKES, ids=lambda m: m.estimator.name)
 def test_mistakes_are_caught(mistake: mistakes.Mistake) -> None:
-    coverage = "coverage" in mistake.fails
-    world, calls, repetitions = (CHAIN, 8, 120) if coverage else (TINY, 64, 0)
+    world, calls, repetitions = (CHAIN, 8, 120) if "coverage" in mistake.fails else (TINY, 64, 0)
+    if "median" in mistake.estimator.name:  # In a world of nine images, the first is no outlier.
+        world, calls = {"gaussian": WORLDS["gaussian"]}, 32
     report = audit(mistake.estimator, world, calls=calls, repetitions=repetitions)
     assert report.failed == mistake.fails, str(report)
 

@@ -7,6 +7,7 @@ type, shape and CRC32. Two objects with the same fingerprint compute the same ro
 import dataclasses
 import zlib
 from collections.abc import Mapping
+from types import CodeType
 from typing import Any
 
 import flax.linen as nn
@@ -39,10 +40,17 @@ def of(value: Any) -> Any:
     if "<" not in getattr(value, "__qualname__", "<"):  # a class, or a function of a module
         return _name(value)
     if code := getattr(value, "__code__", None):  # a function inside another one, or a lambda
-        crc = zlib.crc32(code.co_code + repr(code.co_consts).encode())
         read = [of(cell.cell_contents) for cell in value.__closure__ or ()]
-        return {"function": _name(value), "crc32": crc, "reads": read}
+        defaults = of([value.__defaults__, value.__kwdefaults__])
+        return {"function": _name(value), "code": _code(code), "reads": read, "defaults": defaults}
     raise TypeError(f"{value!r} ({type(value).__name__}) has no fingerprint")
+
+
+def _code(code: CodeType) -> list[Any]:
+    """The operations of a function, the names that it uses, and its constants, of which some are
+    functions; their texts would have addresses in memory."""
+    constants = (_code(c) if isinstance(c, CodeType) else repr(c) for c in code.co_consts)
+    return [zlib.crc32(code.co_code), list(code.co_names), list(constants)]
 
 
 def _name(value: Any) -> str:

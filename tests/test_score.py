@@ -381,7 +381,9 @@ def test_parameters_and_the_sde_are_leaves() -> None:
     # s = -(sigma x + alpha w x) / sigma for VP, where alpha^2 + sigma^2 = 1.
     expected = -2 * float(sde.mean_coef(t) / sde.std(t))
     assert float(gradient.how.network.args[0]) == pytest.approx(expected, rel=1e-12)
-    assert jax.tree.leaves(from_prediction(jnp.multiply, "noise", SCHEDULES["pair"])) == [DATA_STD]
+    assert jax.tree.leaves(from_prediction(jnp.multiply, "noise", SCHEDULES["vanishing_pair"])) == [
+        DATA_STD
+    ]
 
 
 def test_a_network_of_batches_is_called_with_one() -> None:

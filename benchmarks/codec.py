@@ -28,7 +28,7 @@ from sbml.evaluation import coding
 from sbml.evaluation.inputs import Inputs
 from sbml.experiment import config as configs
 from sbml.experiment.build import Experiment
-from sbml.experiment.trained import of_workdir
+from sbml.experiment.compatibility import of_workdir
 from sbml.runtime.workdir import Workdir
 
 SPENT: dict[str, float] = defaultdict(float)

@@ -42,7 +42,7 @@ from recipe_table import CELLS, table
 from sbml import data
 from sbml.evaluation import cells
 from sbml.evaluation.inputs import Inputs
-from sbml.experiment import build, trained
+from sbml.experiment import build, compatibility
 from sbml.experiment.config import default, node_of
 from sbml.experiment.fields import unknown
 from sbml.modes import train
@@ -332,7 +332,7 @@ def check_recipes(plan: Plan, recipes: list[str]) -> None:
                 f"{' or '.join(CELLS)}"
             )
         if plan.start:
-            trained.check_training(config, metadata)
+            compatibility.check_training(config, metadata)
 
 
 def main() -> None:

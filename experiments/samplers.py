@@ -22,7 +22,7 @@ from experiments import figures
 from sbml import distances
 from sbml.data import spread
 from sbml.evaluation import samples
-from sbml.experiment import trained
+from sbml.experiment import compatibility
 from sbml.experiment.build import Experiment
 from sbml.experiment.config import Config, load
 from sbml.experiment.sampling import Sampling
@@ -84,7 +84,7 @@ def changes(name: str, steps: int) -> dict[str, Any]:
 
 def main(path: str, workdir: str, out: str, images: int, steps: Sequence[int]) -> list[Point]:
     """Draw, measure, and write the pictures."""
-    config = trained.of_workdir(Config(**load(path).to_dict()), Workdir(workdir))
+    config = compatibility.of_workdir(Config(**load(path).to_dict()), Workdir(workdir))
     sampling = config.sampling.replace(num_images=images, batch_size=min(images, 100))
     config = config.replace(sampling=sampling)
     experiment, extract = Experiment(config), quality.extractor(config)

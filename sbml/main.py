@@ -20,8 +20,8 @@ from sbml import compiler, registry
 from sbml.experiment import config as configs
 from sbml.experiment import reference
 from sbml.experiment.build import Experiment
+from sbml.experiment.compatibility import of_workdir
 from sbml.experiment.config import Config
-from sbml.experiment.trained import of_workdir
 from sbml.experiment.training import Training
 from sbml.modes import GIVEN, MODES, Mode, execute, parameters_of
 from sbml.modes import overview as modes_in_words

@@ -15,7 +15,7 @@ import tempfile
 
 import jax
 
-from sbml.experiment import build, trained
+from sbml.experiment import build, compatibility
 from sbml.experiment.config import Config
 from sbml.modes import execute
 from sbml.runtime import sharding
@@ -152,7 +152,7 @@ def mode(run, config, workdir, source=None, **flags):
 
 def fitted(config, workdir):
     """The config with the fields of a converted checkpoint."""
-    return trained.of_workdir(checked(config), Workdir(workdir))
+    return compatibility.of_workdir(checked(config), Workdir(workdir))
 
 
 def state(config, workdir):

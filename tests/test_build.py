@@ -15,7 +15,7 @@ import tiny
 from sbml import times
 from sbml.divergence import Trace
 from sbml.experiment import build
-from sbml.experiment.trained import unseen_times
+from sbml.experiment.compatibility import unseen_times
 from sbml.main import run_name
 from sbml.modes import MODES
 from sbml.score import LABELS

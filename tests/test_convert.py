@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 from sbml.convert import score_flow
 from sbml.convert._ncsnpp_options import read_options
 from sbml.dequantizers import variational
-from sbml.experiment import build, trained
+from sbml.experiment import build, compatibility
 from sbml.experiment.config import default
 from sbml.experiment.score import Network
 from sbml.modes import convert
@@ -114,7 +114,7 @@ def test_the_report_warns_that_the_training_data_are_not_known(converted: Path) 
     fitted = runs.fitted(config(), converted)
     metadata = build.Experiment(fitted).restore(converted).metadata
     assert metadata["config"]["data"]["dequantization"] == "none"
-    assert "not known" in trained.other_data(metadata, None)[0]
+    assert "not known" in compatibility.other_data(metadata, None)[0]
 
 
 def test_a_second_conversion_is_refused(converted: Path, tmp_path: Path) -> None:

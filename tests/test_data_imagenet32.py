@@ -12,7 +12,7 @@ from PIL import Image
 
 from sbml import data
 from sbml.data import imagenet32
-from sbml.experiment import trained
+from sbml.experiment import compatibility
 
 IMAGES = np.stack([pixels(32, 32, seed=i) for i in range(5)])
 
@@ -84,7 +84,7 @@ def test_the_two_are_never_compared(one: str, other: str, archives: data.Options
         imagenet32.check_comparable(one, "digits", other)
     images = data.load("imagenet32:new", "test", archives)
     with pytest.raises(ValueError, match="must not be compared"):
-        trained.other_data({"data": {"name": "imagenet32:old", "sha256": ""}}, images)
+        compatibility.other_data({"data": {"name": "imagenet32:old", "sha256": ""}}, images)
 
 
 def test_names_of_the_same_data_set_may_be_compared() -> None:

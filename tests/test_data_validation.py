@@ -13,7 +13,7 @@ from test_data import full_name
 from sbml import data
 from sbml.data import _cache
 from sbml.data._image_set import held_out, part
-from sbml.experiment import build, trained
+from sbml.experiment import build, compatibility
 from sbml.modes import train
 
 IMAGES = 20
@@ -136,8 +136,8 @@ def test_a_checkpoint_knows_what_was_held_out(caplog: pytest.LogCaptureFixture) 
     experiment = build.Experiment(config)
     rest = experiment.images("train")
     assert (len(rest), len(experiment.images(data.VALIDATION))) == (1337, 100)
-    assert trained.other_data(experiment.provenance(rest), rest) == []
-    (warning,) = trained.other_data(metadata, rest)
+    assert compatibility.other_data(experiment.provenance(rest), rest) == []
+    (warning,) = compatibility.other_data(metadata, rest)
     assert "other data" in warning and "1337" in warning
 
 
@@ -152,6 +152,6 @@ def test_a_checkpoint_knows_on_what_it_was_trained_first(tmp_path: Path) -> None
         runs.mode(train.run, config, tmp_path)
         experiment = build.Experiment(config)
         metadata = experiment.restore(tmp_path).metadata
-        warnings = trained.other_data(metadata, experiment.images("train"))
+        warnings = compatibility.other_data(metadata, experiment.images("train"))
         assert len(warnings) == count, warnings
         assert all("other data" in warning for warning in warnings)

@@ -8,8 +8,8 @@ from ml_collections import ConfigDict
 
 from sbml import dequantizers
 from sbml.experiment import build
+from sbml.experiment.compatibility import check_dequantizer
 from sbml.experiment.config import default
-from sbml.experiment.trained import check_dequantizer
 from sbml.modes import eval as evaluate
 from sbml.modes import quality, train_dequantizer
 from sbml.runtime.workdir import SAMPLES, Workdir

@@ -14,7 +14,7 @@ import tiny
 from ml_collections import ConfigDict
 
 from sbml import dequantizers, networks, sdes
-from sbml.experiment import build, reference, trained
+from sbml.experiment import build, compatibility, reference
 from sbml.experiment.config import Config, default
 from sbml.experiment.dequantizer import Dequantizer
 from sbml.experiment.fields import Override, Section
@@ -429,8 +429,8 @@ def test_checkpoints_of_other_versions_are_read_with_the_fields_they_have() -> N
         "training": {"likelihood_weighting": True, "importance_sampling": True, "forgotten": [1]},
         "data": {"source": "imagenet32:old", "shape": [32, 32, 3]},
     }
-    assert trained.unseen_times({"config": stored}, 1e-2) == []
-    (warning,) = trained.unseen_times({"config": stored}, 1e-3)
+    assert compatibility.unseen_times({"config": stored}, 1e-2) == []
+    (warning,) = compatibility.unseen_times({"config": stored}, 1e-3)
     assert "trained only from t=0.01 on" in warning
     with pytest.raises(ValueError, match="config.training has no field forgotten: it has accumul"):
         Training(**stored["training"])

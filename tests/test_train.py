@@ -18,7 +18,7 @@ from jax.experimental import multihost_utils
 
 from configs import digits_vp
 from sbml.evaluation import samples
-from sbml.experiment import build, trained
+from sbml.experiment import build, compatibility
 from sbml.modes import _loop as loop
 from sbml.modes import train
 from sbml.runtime import metrics, preemption
@@ -225,7 +225,7 @@ def test_more_steps_change_a_training_with_a_cosine_schedule(schedule):
         config.update({"optim": {"schedule": schedule}, "training": {"num_steps": steps}})
         told.append({"config": build.Experiment(config).config.plain()})
     expected = ["training.num_steps 40 -> 400"] if schedule == "cosine" else []
-    assert trained.changed_settings(*told, "") == expected
+    assert compatibility.changed_settings(*told, "") == expected
 
 
 def test_a_dispatch_of_many_steps_has_one_speed(tmp_path):
@@ -393,8 +393,8 @@ def test_other_data_are_named(whole):
     experiment = build.Experiment(tiny.get_config())
     restored = experiment.restore(epath.Path(whole))
     train_set = experiment.images("train")
-    assert trained.other_data(restored.metadata, train_set) == []
-    (warning,) = trained.other_data(restored.metadata, experiment.images("test"))
+    assert compatibility.other_data(restored.metadata, train_set) == []
+    (warning,) = compatibility.other_data(restored.metadata, experiment.images("test"))
     assert "sha256" in warning
 
 

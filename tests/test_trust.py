@@ -15,7 +15,7 @@ from absl import flags
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from sbml import main, registry
-from sbml.experiment import trained
+from sbml.experiment import compatibility
 from sbml.experiment.config import Config, default, of_checkpoint
 from sbml.modes import MODES
 from sbml.runtime import checkpoint
@@ -125,7 +125,7 @@ def test_a_part_that_only_architecture_json_names_is_not_imported(run: Run, sect
         assert REFUSED in run.says(*config, "--mode=report") and not run.imported
     hidden = Config(**tiny.get_config().to_dict()).replace(mode=(NAME,))
     with pytest.raises(PermissionError, match=REFUSED):
-        trained.of_workdir(hidden, Workdir(run.workdir))
+        compatibility.of_workdir(hidden, Workdir(run.workdir))
     assert not run.imported
     Workdir(run.workdir).write(ARCHITECTURE, {section: {"name": "tfds:cifar10"}})
     named = "--config.data.source=tfds:cifar10"  # It names an image set, and no part of a module.

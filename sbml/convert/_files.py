@@ -19,7 +19,7 @@ import optax
 from etils import epath
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from sbml.experiment import trained
+from sbml.experiment import compatibility
 from sbml.experiment.build import Experiment
 from sbml.experiment.config import Config
 from sbml.runtime import sharding
@@ -94,7 +94,7 @@ def fit(
 ) -> tuple[Experiment, list[str]]:
     """The experiment of ``config`` with the fields of ``sections`` replaced, and a line for each
     change."""
-    fitted, lines = trained.with_fields(config, sections)
+    fitted, lines = compatibility.with_fields(config, sections)
     experiment = Experiment(fitted)
     if experiment.config.training.checkpoints(workdir).steps():
         raise ValueError(f"{workdir} has checkpoints already: convert into a new --workdir")

@@ -27,7 +27,7 @@ from etils import epath
 
 from sbml.convert import _files
 from sbml.convert._files import ForeignState
-from sbml.experiment import trained
+from sbml.experiment import compatibility
 from sbml.experiment.config import Config
 from sbml.experiment.score import Process
 from sbml.networks import unet2d
@@ -99,7 +99,7 @@ def convert(config: Config, workdir: epath.Path, source: epath.PathLike, pixels:
     experiment, lines = _files.fit(config, sections, workdir)
     state = _files.state(jax.eval_shape(experiment.init_state), theirs)
     if jax.process_index() == 0:
-        trained.write_architecture(workdir, sections)
+        compatibility.write_architecture(workdir, sections)
     with experiment.config.training.checkpoints(workdir) as checkpoints:
         checkpoints.save(theirs.step, state, _files.metadata(experiment, theirs, "centre"))
         lines.append(

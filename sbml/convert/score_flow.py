@@ -32,7 +32,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from sbml.convert import _files, _ncsnpp_options
 from sbml.convert._files import ForeignState
 from sbml.dequantizers import variational
-from sbml.experiment import trained
+from sbml.experiment import compatibility
 from sbml.experiment.config import Config
 from sbml.experiment.training import smallest_time
 from sbml.runtime import weights
@@ -111,7 +111,7 @@ def convert(config: Config, workdir: epath.Path, path: epath.Path, tree: Mapping
         flow_state = _files.state(template, flow)
     metadata = _files.metadata(experiment, score, "none")
     if jax.process_index() == 0:
-        trained.write_architecture(workdir, sections)
+        compatibility.write_architecture(workdir, sections)
     with experiment.config.training.checkpoints(workdir) as checkpoints:
         checkpoints.save(score.step, score_state, metadata)
         written = [_files.line(score, checkpoints)]

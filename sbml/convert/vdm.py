@@ -25,7 +25,7 @@ from etils import epath
 from sbml import networks
 from sbml.convert import _files
 from sbml.convert._files import ForeignState, unwrapped
-from sbml.experiment import trained
+from sbml.experiment import compatibility
 from sbml.experiment.config import Config
 from sbml.networks.vdm import GROUPS
 from sbml.sdes import LinearGamma, MonotoneGamma
@@ -63,7 +63,7 @@ def convert(config: Config, workdir: epath.Path, path: epath.Path, tree: Mapping
     experiment, lines = _files.fit(config, sections, workdir)
     state = _files.state(jax.eval_shape(experiment.init_state), score)
     if jax.process_index() == 0:
-        trained.write_architecture(workdir, sections)
+        compatibility.write_architecture(workdir, sections)
     with experiment.config.training.checkpoints(workdir) as checkpoints:
         checkpoints.save(score.step, state, _files.metadata(experiment, score, "centre"))
         lines.append(_files.untold(experiment.config, ["score.log_snr_range", "data.flip"]))

@@ -12,7 +12,7 @@ from sbml.estimate import Columns, Estimate
 from sbml.evaluation import baselines, classifier
 from sbml.evaluation.cells import CellRun
 from sbml.evaluation.inputs import Dequantization, Inputs
-from sbml.experiment import trained
+from sbml.experiment import compatibility
 from sbml.intervals import mean_interval
 from sbml.report.result import Result
 from sbml.runtime.trees import table_crc32
@@ -97,8 +97,8 @@ def cautions(inputs: Inputs, dequantizations: Mapping[str, Dequantization]) -> l
     metadata = restored.metadata
     trained_on = metadata["config"]["data"]["dequantization"]
     found = [f"damaged, so an older checkpoint was taken: {r}" for r in restored.damaged]
-    found += trained.other_data(metadata, train)
-    found += trained.unseen_times(metadata, inputs.experiment.eval_eps)
+    found += compatibility.other_data(metadata, train)
+    found += compatibility.unseen_times(metadata, inputs.experiment.eval_eps)
     if trained_on == "none":
         found.append(
             "the model was trained on k / (levels - 1) without dequantization, and is evaluated "

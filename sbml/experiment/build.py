@@ -19,7 +19,7 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from sbml import data, discrete
-from sbml.experiment import trained
+from sbml.experiment import compatibility
 from sbml.experiment.config import Config
 from sbml.experiment.training import (
     discrete_time,
@@ -308,7 +308,7 @@ class Experiment:
         expected = sharding.abstract(self.init_state, mesh)
 
         def template(metadata: dict) -> TrainState:
-            trained.check_score(self.config, metadata)
+            compatibility.check_score(self.config, metadata)
             bins = metadata["config"]["training"].get("proposal_bins", 0)
             placement = sharding.replicated(mesh)
             statistics = jax.ShapeDtypeStruct((2, bins), jnp.float32, sharding=placement)
@@ -328,7 +328,7 @@ class Experiment:
         expected = sharding.abstract(lambda: self.init_dequantizer(images), sharding.data_mesh())
 
         def template(metadata: dict) -> TrainState:
-            trained.check_dequantizer(self.config, metadata)
+            compatibility.check_dequantizer(self.config, metadata)
             return expected
 
         return _newest(
@@ -341,7 +341,7 @@ class Experiment:
     def score_identity(self) -> dict[str, Any]:
         """Everything that a score depends on apart from its parameters, as plain JSON values."""
         config = self.config.plain()
-        free = trained.FREE
+        free = compatibility.FREE
         model = {field: v for field, v in config["model"].items() if field not in free}
         identity = {"sde": config["sde"], "score": config["score"], "model": model}
         # Numbers that were stored before these fields existed are those of their defaults.

@@ -22,8 +22,8 @@ from pathlib import Path
 from typing import Any
 
 from sbml.experiment.build import Experiment
+from sbml.experiment.compatibility import of_workdir
 from sbml.experiment.config import Config
-from sbml.experiment.trained import of_workdir
 from sbml.registry import Registry
 from sbml.runtime.workdir import Workdir
 

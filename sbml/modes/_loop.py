@@ -18,7 +18,7 @@ import numpy as np
 from absl import logging
 
 from sbml.data import ImageSet, prefetch, train_batches
-from sbml.experiment import trained
+from sbml.experiment import compatibility
 from sbml.experiment.training import Loop
 from sbml.platform import compiler_options, platform
 from sbml.progress import Bar
@@ -288,11 +288,11 @@ def _restore(
         state = sharding.initial_state(task.init, mesh, shard_state=training.shard_state)
         return state, 0, provenance
     logging.info("Resuming from step %d of %s", restored.step, checkpoints.directory)
-    for warning in trained.other_data(restored.metadata, task.images):
+    for warning in compatibility.other_data(restored.metadata, task.images):
         logging.warning(warning)
-    if earlier := trained.earlier_data(restored.metadata, task.images):
+    if earlier := compatibility.earlier_data(restored.metadata, task.images):
         provenance = {**provenance, "earlier_data": earlier}
-    changed = trained.changed_settings(restored.metadata, task.provenance, _prefix(task))
+    changed = compatibility.changed_settings(restored.metadata, task.provenance, _prefix(task))
     names = ", ".join(changed)
     if changed and restored.step < training.num_steps:
         logging.warning("training continues with other settings than it began with: %s", names)

@@ -19,7 +19,7 @@ from sbml import distances
 from sbml.data import ImageSet, Options, spread
 from sbml.distances import Moments
 from sbml.evaluation.samples import grid
-from sbml.experiment import trained
+from sbml.experiment import compatibility
 from sbml.experiment.build import Experiment
 from sbml.experiment.config import Config
 from sbml.features import EXTRACTORS, Extractor
@@ -68,7 +68,7 @@ def run(experiment: Experiment, workdir: Workdir) -> None:
             "(--mode=sample,quality --config.sampling.num_images=1000)"
         )
     train, test = experiment.images("train"), experiment.images("test")
-    warnings = [] if metadata is None else trained.other_data(metadata, train)
+    warnings = [] if metadata is None else compatibility.other_data(metadata, train)
     for warning in warnings:
         logging.warning(warning)
     flip = (metadata or {}).get("config", {}).get("data", {}).get("flip", config.data.flip)

@@ -4,7 +4,7 @@ from typing import Any
 
 import jax
 
-from sbml.experiment import trained
+from sbml.experiment import compatibility
 from sbml.experiment.build import Experiment
 from sbml.report import summary
 from sbml.report.result import Result
@@ -22,7 +22,7 @@ def run(experiment: Experiment, workdir: Workdir) -> None:
     config = experiment.config
     checkpoints = config.training.checkpoints(workdir)
     if (metadata := checkpoints.metadata()) is not None:
-        trained.check_score(config, metadata)
+        compatibility.check_score(config, metadata)
     owner, curves, saved = workdir.owner("train"), metrics.read(workdir), checkpoints.steps()
     loss = curves[-1]["loss"] if curves else None
     step = max([*(point["step"] for point in curves[-1:]), *saved[-1:]], default=None)

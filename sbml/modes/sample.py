@@ -10,7 +10,7 @@ from absl import logging
 
 from sbml.evaluation import samples
 from sbml.evaluation.samples import grid
-from sbml.experiment import trained
+from sbml.experiment import compatibility
 from sbml.experiment.build import Experiment
 from sbml.experiment.config import Config
 from sbml.report import summary
@@ -56,7 +56,9 @@ def run(experiment: Experiment, workdir: Workdir) -> None:
     with workdir.lock("sample"):
         experiment, restored = experiment.restored(workdir)
         experiment = experiment.with_dequantization_of(restored)
-        for warning in trained.unseen_times(restored.metadata, experiment.sampling_eps, "sampling"):
+        for warning in compatibility.unseen_times(
+            restored.metadata, experiment.sampling_eps, "sampling"
+        ):
             logging.warning(warning)
         params = restored.state.ema_params
         drawn, strip = samples.stored(experiment, restored, workdir), None

@@ -25,7 +25,7 @@ from sbml import data
 from sbml.data.table import Rows
 from sbml.density import Density
 from sbml.evaluation import densities
-from sbml.experiment import trained
+from sbml.experiment import compatibility
 from sbml.experiment.build import Experiment
 from sbml.intervals import mean_interval
 from sbml.modes import _loop as loop
@@ -143,7 +143,7 @@ def _task(experiment: Experiment, rows: data.ImageSet) -> loop.Task:
     config = experiment.config
 
     def check(metadata: dict[str, Any]) -> None:
-        trained.check_training(config, metadata)
+        compatibility.check_training(config, metadata)
         before = [metadata["data"], *metadata.get("earlier_data", [])]
         if any(each["sha256"] != rows.fingerprint["sha256"] for each in before):
             # The rows that are test rows now may have been training rows.

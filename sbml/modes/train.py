@@ -23,7 +23,7 @@ import numpy as np
 
 from sbml import bits, bound, discrete, losses, second_order, times
 from sbml.evaluation import samples, validation
-from sbml.experiment import trained
+from sbml.experiment import compatibility
 from sbml.experiment.build import Experiment
 from sbml.modes import _loop as loop
 from sbml.runtime.checkpoint import OtherModelError
@@ -222,7 +222,7 @@ def run(experiment: Experiment, workdir: Workdir) -> None:
         validate = validation.validator(experiment, images, provenance, workdir)
 
     def check_metadata(metadata: dict[str, Any]) -> None:
-        trained.check_training(config, metadata)
+        compatibility.check_training(config, metadata)
         if metadata.get("classes", now := provenance.get("classes")) != now:
             raise OtherModelError(
                 f"the checkpoint's classes are {metadata['classes']}, those of the images {now}: "

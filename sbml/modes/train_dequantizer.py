@@ -17,7 +17,7 @@ from typing import Any
 import jax
 
 from sbml import bits, bound, times
-from sbml.experiment import trained
+from sbml.experiment import compatibility
 from sbml.experiment.build import Experiment
 from sbml.modes import _loop as loop
 from sbml.runtime.checkpoint import OtherModelError
@@ -94,7 +94,7 @@ def run(experiment: Experiment, workdir: Workdir) -> None:
                 f"newest checkpoint is {score}: move the directory away to start again, or restore "
                 "that score"
             )
-        trained.check_dequantizer(experiment.config, metadata)
+        compatibility.check_dequantizer(experiment.config, metadata)
 
     task = loop.Task(
         name="train dequantizer",

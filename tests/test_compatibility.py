@@ -7,8 +7,8 @@ import pytest
 import runs
 import tiny
 
-from sbml.experiment import build, trained
-from sbml.experiment.trained import (
+from sbml.experiment import build
+from sbml.experiment.compatibility import (
     changed_settings,
     check_score,
     check_training,

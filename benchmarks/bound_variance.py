@@ -20,6 +20,7 @@ import numpy as np
 from sbml import bits, bound, data, times
 from sbml.evaluation.inputs import Inputs
 from sbml.experiment import build
+from sbml.experiment.trained import Trained
 from sbml.runtime import cpu
 from sbml.runtime.workdir import Workdir
 from sbml.types import Array, Key, Score
@@ -68,7 +69,7 @@ def main() -> None:
     config = runpy.run_path(args.config)["get_config"]()
     config.eval.proposal_bins = 32
     workdir = Workdir(args.workdir)
-    shared = Inputs.of(build.Experiment(config), workdir, "test")
+    shared = Inputs.of_split(Trained.of(build.Experiment(config), workdir), "test")
     e, images = shared.experiment, shared.images
     reduction = shared.reduction(e.eval_eps)
     pixels = jnp.asarray(images.images[data.spread(len(images), args.images)])

@@ -29,6 +29,7 @@ from sbml.evaluation.inputs import Inputs
 from sbml.experiment import config as configs
 from sbml.experiment.build import Experiment
 from sbml.experiment.compatibility import of_workdir
+from sbml.experiment.trained import Trained
 from sbml.runtime.workdir import Workdir
 
 SPENT: dict[str, float] = defaultdict(float)
@@ -80,11 +81,11 @@ def measure(workdir: Workdir, count: int, steps: list[int], lanes: int, results:
     for number in steps:
         fields = {"codec.steps": str(number), "codec.lanes": str(lanes)}
         config = of_workdir(configs.of_checkpoint(workdir, fields), workdir, quiet=True)
-        inputs = Inputs.of(Experiment(config), workdir, "test")
-        experiment = inputs.experiment.with_dequantization_of(inputs.restored)
+        trained = Trained.of(Experiment(config), workdir)
+        inputs = Inputs.of_split(trained, "test")
         pixels = inputs.images.images[:count]
         chain = coding.encoder_chain(inputs)
-        codec, made_by = coding.codec_of(experiment, inputs.restored, chain, lanes)
+        codec, made_by = coding.codec_of(trained, chain, lanes)
         assert codec.arithmetic  # The network is compiled before the time is measured.
         vars(codec)["_noise"] = timed(codec._noise, "network")
         SPENT.clear()

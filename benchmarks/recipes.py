@@ -45,6 +45,7 @@ from sbml.evaluation.inputs import Inputs
 from sbml.experiment import build, compatibility
 from sbml.experiment.config import default, node_of
 from sbml.experiment.fields import unknown
+from sbml.experiment.trained import Trained
 from sbml.modes import train
 from sbml.modes._loop import NonFiniteLoss, compiled_step
 from sbml.networks import frequencies
@@ -206,7 +207,8 @@ def time_steps(plan: Plan, recipe: str, rounds: int = 9, steps: int = 3) -> dict
 
 def evaluate_run(config: ConfigDict, workdir: Workdir) -> dict[str, list[float]]:
     """bits/dim of every held-out image, by the name of the cell (the column)."""
-    shared = Inputs.of(build.Experiment(config), workdir, data.VALIDATION)
+    trained = Trained.of(build.Experiment(config), workdir)
+    shared = Inputs.of_split(trained, data.VALIDATION)
     values = {}
     with jax.default_matmul_precision(config.eval.precision):
         for cell in CELLS[config.data.dequantization]:

@@ -3,6 +3,7 @@
 The mathematics is for one example and a scalar time; callers ``vmap``. A score is any callable
 s(x, t, key), see ``sbml.types``.
 
+    load                        the density of a trained model, from its work directory
     Density                     likelihoods, bits/dim, samples and latents under any score
     Estimate                    results of these: values, terms, intervals
     sdes, times, divergence     forward processes; times and their weights; tr J
@@ -38,9 +39,8 @@ LIBRARY = (
     *("audit", "bits", "bound", "codec", "compiler", "data", "density", "dequantizers"),
     *("discrete", "distances", "divergence", "estimate", "estimators", "fingerprint", "integers"),
     *("intervals", "likelihood", "losses", "measurement", "moments", "networks", "ode"),
-    *("posterior", "pytorch"),
-    *("quadrature", "samplers"),
-    *("score", "sdes", "second_order", "times", "types"),
+    *("posterior", "pytorch", "quadrature", "samplers", "score", "sdes", "second_order", "times"),
+    *("transforms", "types"),
 )
 
 
@@ -50,7 +50,12 @@ PROCESSES = (
     *("VP", "SubVP", "VE", "LinearVE", "EDM", "RectifiedFlow", "Cosine"),
     *("AlphaBarTable", "BetaSchedule", "Rescaled", "Schedule"),
 )
-NAMES = {"Density": "density", "Estimate": "estimate", **dict.fromkeys(PROCESSES, "sdes")}
+NAMES = {
+    "Density": "density",
+    "Estimate": "estimate",
+    "load": "experiment.trained",
+    **dict.fromkeys(PROCESSES, "sdes"),
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -33,6 +33,8 @@ leading axis.
 
     log p(y) = log p(x) + log |det df^-1/dy|,      x = f^-1(y)
 
+Measurements compute the transform in float64 (``sbml.transforms``).
+
 *Compilation.* A program is compiled once, also for a function that is made anew for each call
 (``sbml.arguments``).
 """
@@ -48,7 +50,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Num
 
-from sbml import arguments, bits, likelihood, ode, pytrees, samplers
+from sbml import arguments, bits, likelihood, ode, pytrees, samplers, transforms
 from sbml.bound import GaussianControl, Reduction, pilot
 from sbml.dequantizers import uniform
 from sbml.divergence import Trace, exact_batch
@@ -113,6 +115,8 @@ class Density:
         to measure the solver's error, and once with new random draws, to measure their noise.
       condition_shape: the shape of each array of one condition, or a pytree of their shapes; ()
         for a class.
+      classes: the names of the classes of a class-conditional score; the condition is a number of
+        these.
       transform: a bijection f of one example with the methods ``forward`` (or ``transform``) and
         ``inverse_and_log_det``, as in distrax and flowjax, or None.
 
@@ -135,6 +139,7 @@ class Density:
     subset: Count = 32
     condition_shape: Any = ()
     transform: Any = None
+    classes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         check_function(self.score, "score", "x", "t", "key", optional="condition")
@@ -208,7 +213,7 @@ class Density:
             raise ValueError(f"x has shape {y.shape}: give (..., {str(self.shape)[1:-1]})")
         batch = y.shape[:count]
         y = y.reshape(-1, *self.shape)
-        x, log_det = self._inverse(y)
+        x, log_det = transforms.inverse(self.transform, y)
         conditions = self._conditions(condition, batch)
         keys = None if key is None else jax.random.split(key, len(y))
         logp = self._each(_log_prob, (x, keys), conditions)
@@ -229,8 +234,8 @@ class Density:
         conditions, keys = self._conditions(condition, (n,)), jax.random.split(key, n)
         x = self._each(_sample, (keys,), conditions, denoise=self.levels is not None)
         if self.levels is None:
-            y = self._forward(x)
-            self._check_transform(y)
+            y = transforms.forward(self.transform, x)
+            transforms.check(self.transform, y)
             return y
         lost = jnp.sum(~jnp.isfinite(x).reshape(n, -1).all(axis=1))
         if isinstance(lost, jax.core.Tracer):
@@ -254,8 +259,8 @@ class Density:
         x, logp = self._each(_sample_and_log_prob, (keys,), conditions)
         if self.transform is None:
             return x, logp
-        y = self._forward(x)
-        return y, logp + self._inverse(y)[1]
+        y = transforms.forward(self.transform, x)
+        return y, logp + transforms.inverse(self.transform, y)[1]
 
     def _each(
         self, f: Callable[..., Any], rows: tuple[Any, ...], conditions: Any, **constants: Any
@@ -400,7 +405,7 @@ class Density:
 
     @checked
     def classify(
-        self, x: Any, conditions: Any, prior: Any = None, *, progress: bool = False
+        self, x: Any, conditions: Any = None, prior: Any = None, *, progress: bool = False
     ) -> Posterior:
         """log p(x | c) of ``x (n, *shape)`` for every c of ``conditions``, and the posterior of c.
 
@@ -410,13 +415,18 @@ class Density:
 
         Args:
           x: continuous data, or integers if there are ``levels``.
-          conditions: a pytree of arrays ``(C, ...)``, such as ``jnp.arange(10)`` for ten classes.
+          conditions: a pytree of arrays ``(C, ...)``, such as ``jnp.arange(10)`` for ten classes;
+            None for all ``classes``.
           prior: the probabilities ``(C,)`` of the conditions; None for equal ones.
           progress: whether to show a progress bar.
 
         Raises:
           ValueError: the score ignores its condition, or ``prior`` are not probabilities of them.
         """
+        if conditions is None:
+            if not self.classes:
+                raise ValueError("conditions=None: this density has no classes, so give conditions")
+            conditions = np.arange(len(self.classes))
         if self.levels is None:
             (data, log_det), target = self._model_data(x), Target(self.sde, self._eps)
             nats: float = 1.0
@@ -511,7 +521,7 @@ class Density:
     def decode(self, z: Any, condition: Any = None) -> Examples:
         """The data ``(n, *shape)`` at t = eps of latents ``z`` at T: the inverse of ``latent``."""
         x = self._solved(self._continuous(z), condition, self.sde.T, self._eps)
-        return x if self.transform is None else np.asarray(self._forward(jnp.asarray(x)))
+        return transforms.in_float64(transforms.forward, self.transform, x)
 
     @property
     def _eps(self) -> float:
@@ -565,61 +575,21 @@ class Density:
             )
         return jax.tree.unflatten(structure, map(each, leaves, flat))
 
-    def _inverse(self, y: Array) -> tuple[Array, Array]:
-        """x ``(n, *shape)`` of the data ``y``, and log |det df^-1/dy| ``(n,)``."""
-        if self.transform is None:
-            return y, jnp.zeros(len(y), y.dtype)
-        x, log_det = jax.vmap(self.transform.inverse_and_log_det)(y)
-        self._check_transform(y)
-        return x, log_det.reshape(len(y), -1).sum(axis=1)
-
-    def _forward(self, x: Array) -> Array:
-        """The data y = f(x) ``(n, *shape)``."""
-        f = self.transform
-        return x if f is None else jax.vmap(getattr(f, "forward", None) or f.transform)(x)
-
-    def _check_transform(self, y: Array) -> None:
-        """Raise a ValueError if the transform is no bijection at the first of the data ``y``, or
-        its log-determinant is wrong there. Tracers are not checked."""
-        if self.transform is None or isinstance(y, jax.core.Tracer):
-            return
-        name, inverse = type(self.transform).__name__, self.transform.inverse_and_log_det
-        for one in y[:2]:
-            x, log_det = inverse(one)
-            if not bool(jnp.all(jnp.isfinite(one)) & jnp.all(jnp.isfinite(x))):
-                continue  # log p is NaN, or infinite.
-            # The data may be 0 where f(0), such as a mean, is not.
-            again, centre = self._forward(jnp.stack([x, jnp.zeros_like(x)]))
-            error = jnp.max(jnp.abs(again - one))
-            if not error <= 1e-3 * jnp.maximum(jnp.max(jnp.abs(one)), jnp.max(jnp.abs(centre))):
-                raise ValueError(
-                    f"transform={name}: forward(inverse(y)) differs from y by {error:.2g}, so "
-                    "inverse_and_log_det is not the inverse of forward at this y"
-                )
-            if self.dims > 64:
-                continue
-            flat = jax.jacfwd(lambda y: inverse(y)[0].ravel())(one).reshape(self.dims, -1)
-            expected = jnp.linalg.slogdet(flat)[1]
-            if not jnp.abs(jnp.sum(log_det) - expected) <= 1e-3 * (1 + jnp.abs(expected)):
-                raise ValueError(
-                    f"transform={name}: its log-determinant is {jnp.sum(log_det):.4g}, but that of "
-                    f"the derivative of its inverse is {expected:.4g}: return log |det df^-1/dy|"
-                )
-
     def _model_data(self, x: Any) -> tuple[Examples, np.ndarray]:
         """The data in the scale of the score, and log |det df^-1/dy| ``(n,)``."""
-        y = self._continuous(x)
         if self.transform is None:
+            y = self._continuous(x)
             return y, np.zeros(len(y))
-        found, log_det = self._inverse(jnp.asarray(y))
+        y = self._continuous(x, np.float64)
+        found, log_det = transforms.in_float64(transforms.inverse, self.transform, y)
         if not np.all(np.isfinite(log_det)):
             raise ValueError(
                 f"transform={type(self.transform).__name__}: its log-determinant is not finite for "
                 f"the examples {_some(np.flatnonzero(~np.isfinite(log_det)))}: leave them out"
             )
-        return self._continuous(found), np.asarray(log_det, float)
+        return self._continuous(found), log_det
 
-    def _continuous(self, x: Any) -> Examples:
+    def _continuous(self, x: Any, dtype: Any = None) -> Examples:
         data = np.asarray(x)
         if not jnp.issubdtype(data.dtype, jnp.floating):
             raise ValueError(
@@ -627,7 +597,7 @@ class Density:
                 "integers to bits_per_dim"
             )
         self._check_shape(data)
-        data = data.astype(jnp.result_type(float))
+        data = data.astype(dtype or jnp.result_type(float))
         lost = np.flatnonzero(~np.isfinite(data).reshape(len(data), -1).all(axis=1))
         if len(lost):
             raise ValueError(

@@ -19,12 +19,11 @@ from ml_collections import ConfigDict
 from sbml import compiler, registry
 from sbml.experiment import config as configs
 from sbml.experiment import reference
-from sbml.experiment.build import Experiment
-from sbml.experiment.compatibility import of_workdir
 from sbml.experiment.config import Config
 from sbml.experiment.training import Training
-from sbml.modes import GIVEN, MODES, Mode, execute, parameters_of
+from sbml.modes import GIVEN, MODES, OF_CONFIG, Mode, parameters_of
 from sbml.modes import overview as modes_in_words
+from sbml.modes._runner import Command
 from sbml.registry import hint
 from sbml.runtime import cpu, peers, refusals, sharding
 from sbml.runtime.preemption import Preemption
@@ -134,7 +133,7 @@ def values_of(arguments: Sequence[str]) -> dict[str, str]:
 
 def flags_of_modes() -> dict[str, set[str]]:
     """The flags of each mode, by its name."""
-    return {mode: parameters_of(MODES[mode]) - {*GIVEN} for mode in MODES}
+    return {mode: parameters_of(MODES[mode]) - GIVEN for mode in MODES}
 
 
 def near(name: str) -> str:
@@ -152,7 +151,7 @@ def flags_of(chosen: Mapping[str, Mode], given: Mapping[str, str]) -> dict[str, 
     names = ", ".join(chosen)
     own = {name: value for name, value in given.items() if not name.startswith("config.")}
     for name in own:
-        if name not in used - {*GIVEN}:
+        if name not in used - GIVEN:
             if owners := [mode for mode, has in flags_of_modes().items() if name in has]:
                 raise app.UsageError(
                     f"--{name} is for --mode={' or '.join(owners)}, not for {names}"
@@ -162,8 +161,8 @@ def flags_of(chosen: Mapping[str, Mode], given: Mapping[str, str]) -> dict[str, 
         for name, parameter in inspect.signature(function).parameters.items():
             if parameter.default is parameter.empty and name not in {*GIVEN, *own}:
                 raise app.UsageError(f"--mode={mode} needs --{name}=VALUE")
-    needed = {"config", "experiment"}
-    for name, users in (("config", needed), ("coordinator", needed), ("workdir", {"workdir"})):
+    folder = OF_CONFIG | {"workdir"}
+    for name, users in (("config", OF_CONFIG), ("coordinator", OF_CONFIG), ("workdir", folder)):
         is_set = flags.FLAGS[name].value is not None or (name == "config" and len(given) > len(own))
         if is_set and not users & used:
             raise app.UsageError(f"--mode={names} does not use --{name}: leave it out")
@@ -260,10 +259,10 @@ def _run(given: Mapping[str, str], own_config: ConfigDict | None) -> None:
         raise app.UsageError(f"give {MODEL}; without either, --mode=verify; see --help")
     chosen = {name: MODES[name] for name in names}
     own = flags_of(chosen, given)
-    needing = [name for name in chosen if parameters_of(chosen[name]) & {"config", "experiment"}]
+    needing = [name for name in chosen if parameters_of(chosen[name]) & OF_CONFIG]
     if not needing:
-        for mode in chosen.values():
-            execute(mode, None, workdir, own)
+        for name, mode in chosen.items():
+            Command(None, workdir, own).run(name, mode)
         return
     if config is None or workdir is None:
         raise app.UsageError(f"--mode={needing[0]} needs {MODEL}")
@@ -274,30 +273,24 @@ def _run(given: Mapping[str, str], own_config: ConfigDict | None) -> None:
     compiler.check()
     workdir.path.mkdir(parents=True, exist_ok=True)
     sharding.check_shared(workdir.path)
-    names, modes = list(chosen), list(chosen.values())
+    names = list(chosen)
     print(f"{', '.join(names)} in {workdir}{settings(config, given)}")
-
-    def check(i: int) -> None:
-        """Refuse a config with which mode i cannot run after the modes before it."""
-        experiment = Experiment(of_workdir(config, workdir, quiet=True))
-        experiment.check()
-        experiment.config.data.check_mode(names[i])
-        if own_check := getattr(sys.modules[modes[i].__module__], "check", None):
-            own_check(experiment, workdir, names[:i])
-
+    command, preemption = Command(config, workdir, own), Preemption()
     # A mode without an experiment makes the model of the later modes, which are checked after it.
-    uses = ["experiment" in parameters_of(mode) for mode in modes]
+    uses = [bool(parameters_of(mode) & {"experiment", "trained"}) for mode in chosen.values()]
     first = [*uses, False].index(False)
-    for i in range(first):
-        check(i)
-    preemption = Preemption()
+    for i, (name, mode) in enumerate(list(chosen.items())[:first]):
+        command.check(name, mode, names[:i])
     with peers.watched(lambda: f"what {workdir} holds"):
-        for i, mode in enumerate(modes):
-            if i and jax.process_count() > 1:
-                preemption.leave_if_requested(f"{', '.join(names[:i])} done")
-            if i > first and uses[i]:
-                check(i)
-            execute(mode, config, workdir, own)
+        try:
+            for i, (name, mode) in enumerate(chosen.items()):
+                if i and jax.process_count() > 1:
+                    preemption.leave_if_requested(f"{', '.join(names[:i])} done")
+                if i > first and uses[i]:
+                    command.check(name, mode, names[:i])
+                command.run(name, mode)
+        finally:
+            command.report()
 
 
 def quiet() -> None:

@@ -17,7 +17,7 @@ def cell_run(workdir, directory, cell, **fields):
     config.eval.update(fields)
     experiment = build.Experiment(config)
     images, train = experiment.images("test"), experiment.images("train")
-    shared = Inputs(experiment, experiment.restore(workdir), images, train, directory)
+    shared = Inputs(experiment, experiment.restore(workdir), directory, images, train)
     return cells.CellRun(shared, cell, shared.dequantization(cell.dequantizer))
 
 

@@ -17,7 +17,7 @@ import jax
 
 from sbml.experiment import build, compatibility
 from sbml.experiment.config import Config
-from sbml.modes import execute
+from sbml.modes._runner import Command
 from sbml.runtime import sharding
 from sbml.runtime.workdir import Workdir
 
@@ -147,7 +147,9 @@ def checked(config):
 def mode(run, config, workdir, source=None, **flags):
     """Run a mode in this process, as the program does."""
     flags |= {} if source is None else {"source": source}
-    execute(run, checked(config), Workdir(workdir), flags)
+    command = Command(checked(config), Workdir(workdir), flags)
+    command.run(run.__module__.rpartition(".")[2], run)
+    command.report()
 
 
 def fitted(config, workdir):

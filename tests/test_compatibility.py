@@ -7,7 +7,7 @@ import pytest
 import runs
 import tiny
 
-from sbml.experiment import build
+from sbml.experiment import build, compatibility
 from sbml.experiment.compatibility import (
     changed_settings,
     check_score,
@@ -74,7 +74,7 @@ def test_the_process_of_a_checkpoint_has_its_own_numbers() -> None:
     config = tiny.get_config()
     config.sde.update(name="ve", sigma_min=0.3)
     metadata = {"config": build.Experiment(config).config.plain(), "smallest_time": None}
-    sde, _, _ = trained._noise(metadata)
+    sde, _, _ = compatibility._noise(metadata)
     assert sde == SDES["ve"](sigma_min=0.3)
 
 

@@ -17,8 +17,11 @@ from PIL import Image
 from sbml import bits, samplers
 from sbml.evaluation import samples
 from sbml.experiment import build
+from sbml.experiment.trained import Trained
 from sbml.modes import sample, train
+from sbml.runtime.checkpoint import Restored
 from sbml.runtime.files import read_json, read_npz
+from sbml.runtime.preemption import Preemption
 from sbml.runtime.workdir import SAMPLES, Workdir
 from sbml.sdes import VE
 
@@ -36,9 +39,12 @@ def images(workdir: Path, **options: object) -> np.ndarray:
     config = tiny.get_config()
     config.sampling.update(sampler="ancestral", steps=20, num_images=20, batch_size=20)
     config.sampling.update(options)
-    experiment = build.Experiment(config)
-    of = experiment, experiment.restore(workdir), Workdir(workdir)
-    return samples.stored(*of).images
+    return samples.stored(of(build.Experiment(config), workdir), Preemption()).images
+
+
+def of(experiment: build.Experiment, workdir: Path, restored: Restored | None = None) -> Trained:
+    """The model of ``workdir``, with another checkpoint if one is given."""
+    return Trained(experiment, restored or experiment.restore(workdir), Workdir(workdir))
 
 
 def fresh(workdir: Path) -> Path:
@@ -84,7 +90,9 @@ def test_the_data_of_the_training_decide_the_levels_of_samples(
     restored.metadata["config"]["data"]["dequantization"] = "none"
     other = experiment.with_dequantization_of(restored)
     assert samples.Recipe.of(other).dequantization == "none"
-    assert samples.identity(experiment, restored) != samples.identity(other, restored)
+    one, two = (samples.identity(of(e, tmp_path, restored)) for e in (experiment, other))
+    assert one["recipe"].pop("dequantization") != two["recipe"].pop("dequantization")
+    assert one == two
     assert other.adapter == experiment.adapter
     with monkeypatch.context() as patch:
         patch.setattr(build.Experiment, "restore", lambda self, workdir: restored)
@@ -92,7 +100,7 @@ def test_the_data_of_the_training_decide_the_levels_of_samples(
         config.sampling.update(sampler="ddim", steps=2)
         runs.mode(sample.run, config, tmp_path)
     [stored] = tmp_path.glob("sampling/*/identity.json")
-    assert read_json(stored)["dequantization"] == "none"
+    assert read_json(stored)["recipe"]["dequantization"] == "none"
 
 
 def test_samples_that_are_not_finite_are_counted(
@@ -109,7 +117,7 @@ def test_samples_that_are_not_finite_are_counted(
     broken = restored._replace(
         state=restored.state.replace(ema_params=jax.tree.map(lambda a: a * np.nan, params))
     )
-    drawn = samples.stored(experiment, broken, Workdir(trained / "broken"))
+    drawn = samples.stored(of(experiment, trained / "broken", broken), Preemption())
     assert drawn.failed.all() and "2 of 2 samples are not finite" in caplog.text
 
 
@@ -142,9 +150,9 @@ def test_the_memory_that_samples_need_is_known(
     drawn = samples.Samples(*(np.zeros(shape, kind) for kind, shape in shapes.items()))
     monkeypatch.setattr(samples, "draw", lambda *given: drawn)
     monkeypatch.setattr(samples, "identity", lambda *given: {})
-    restored = SimpleNamespace(state=SimpleNamespace(ema_params={}), step=1)
+    restored = Restored(1, SimpleNamespace(ema_params={}), {})
     tracemalloc.start()
-    drawn = samples.stored(experiment, restored, workdir)  # type: ignore[arg-type]
+    drawn = samples.stored(of(experiment, tmp_path, restored), Preemption())
     workdir.write(SAMPLES, drawn._asdict())
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()

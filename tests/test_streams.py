@@ -86,7 +86,7 @@ def shared(workdir, **fields):
     made = config()
     made.eval.update(fields)
     e = build.Experiment(made)
-    return Inputs(e, e.restore(workdir), e.images("test"), e.images("train"), Workdir(workdir))
+    return Inputs(e, e.restore(workdir), Workdir(workdir), e.images("test"), e.images("train"))
 
 
 def density(method):

@@ -90,7 +90,7 @@ def unwrapped(tree: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def fit(
-    config: Config, sections: trained.Sections, workdir: epath.Path
+    config: Config, sections: compatibility.Sections, workdir: epath.Path
 ) -> tuple[Experiment, list[str]]:
     """The experiment of ``config`` with the fields of ``sections`` replaced, and a line for each
     change."""

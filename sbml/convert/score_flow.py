@@ -131,7 +131,9 @@ def convert(config: Config, workdir: epath.Path, path: epath.Path, tree: Mapping
     print("\n".join([*lines, _files.untold(experiment.config, fields), *written]))
 
 
-def _sections(config: Config, score: ForeignState, flow: ForeignState | None) -> trained.Sections:
+def _sections(
+    config: Config, score: ForeignState, flow: ForeignState | None
+) -> compatibility.Sections:
     """The fields of the config, by section, that describe the checkpoints."""
     if config.sde.name not in CONVENTIONS:
         names = ", ".join(CONVENTIONS)

@@ -19,17 +19,18 @@ that is a linear function of others: given these, its log p would only be that o
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from decimal import Decimal
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
+import jax
 import numpy as np
-from scipy import special
 from scipy.linalg import lapack, solve_triangular
 
+from sbml import pytrees
 from sbml.data._image_set import ImageSet, Options, Source, copies
 
 LEAST_ROWS, LEAST_VALUES = 100, 10
@@ -40,7 +41,7 @@ MOST_TIES = 0.05  # the largest share of repeated values in a column that counts
 POINT_MASS = 20.0
 SHRINKAGES = np.geomspace(1e-6, 0.5, 20)
 
-Function = Callable[[np.ndarray], np.ndarray]
+Function = Callable[[Any], Any]  # of an array of NumPy or of JAX
 
 
 class Link(NamedTuple):
@@ -59,16 +60,31 @@ class Link(NamedTuple):
     interval: tuple[float, float]
 
 
+def _of(y: Any) -> Any:
+    """The module of functions of the array ``y``: NumPy, or ``jax.numpy``."""
+    return y.__array_namespace__()
+
+
 LINKS = {
-    "": Link(lambda y: y, lambda g: g, np.zeros_like, (-np.inf, np.inf)),
-    "log": Link(np.log, np.exp, lambda y: -np.log(y), (0.0, np.inf)),
-    "logit": Link(special.logit, special.expit, lambda y: -np.log(y) - np.log1p(-y), (0.0, 1.0)),
+    "": Link(lambda y: y, lambda g: g, lambda y: 0 * y, (-np.inf, np.inf)),
+    "log": Link(
+        lambda y: _of(y).log(y), lambda g: _of(g).exp(g), lambda y: -_of(y).log(y), (0.0, np.inf)
+    ),
+    "logit": Link(
+        lambda y: _of(y).log(y) - _of(y).log1p(-y),
+        lambda g: 1 / (1 + _of(g).exp(-g)),
+        lambda y: -_of(y).log(y) - _of(y).log1p(-y),
+        (0.0, 1.0),
+    ),
 }
 
 
+@pytrees.register
 @dataclass(frozen=True, eq=False)
 class Whitening:
-    """The map between rows y ``(n, d)`` and z ``(n, d)``, in float64.
+    """The map y = f(z) between rows y and z, a transform of a ``Density``.
+
+    Its methods take one row ``(d,)`` or several ``(n, d)``, of NumPy or of JAX.
 
     Attributes:
       links: the name of g for each column.
@@ -98,21 +114,33 @@ class Whitening:
         correlation = (1 - a) * u.T @ u / len(u) + a * np.eye(len(sd))
         return cls(links, g.mean(axis=0), sd[:, None] * np.linalg.cholesky(correlation))
 
-    def forward(self, z: np.ndarray) -> np.ndarray:
-        """The rows y of ``z (n, d)``."""
+    @property
+    def arrays(self) -> dict[str, np.ndarray]:
+        """The fields as arrays, for a file."""
+        return {"links": np.array(self.links), "mean": self.mean, "factor": self.factor}
+
+    @classmethod
+    def of_arrays(cls, arrays: Mapping[str, np.ndarray]) -> "Whitening":
+        """The inverse of :attr:`arrays`."""
+        return cls(tuple(arrays["links"].tolist()), arrays["mean"], arrays["factor"])
+
+    def forward(self, z: Any) -> Any:
+        """The rows y of ``z (*n, d)``."""
         return _each((LINKS[name].inverse for name in self.links), self.mean + z @ self.factor.T)
 
-    def inverse_and_log_det(self, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """z of the rows ``y (n, d)``, and ``log |det dz/dy|``, ``(n,)``."""
+    def inverse_and_log_det(self, y: Any) -> tuple[Any, Any]:
+        """z of the rows ``y (*n, d)``, and ``log |det dz/dy|``, ``(*n,)``."""
         g = _each((LINKS[name].of for name in self.links), y) - self.mean
         slopes = _each((LINKS[name].log_slope for name in self.links), y)
-        log_det = slopes.sum(axis=1) - np.log(np.diag(self.factor)).sum()
-        return solve_triangular(self.factor, g.T, lower=True).T, log_det
+        log_det = slopes.sum(axis=-1) - _of(y).log(_of(y).diagonal(self.factor)).sum()
+        solve = solve_triangular if isinstance(y, np.ndarray) else jax.scipy.linalg.solve_triangular
+        return solve(self.factor, g.T, lower=True).T, log_det
 
 
-def _each(functions: Iterable[Function], y: np.ndarray) -> np.ndarray:
-    """One function for each column of ``y (n, d)``."""
-    return np.stack([f(column) for f, column in zip(functions, y.T, strict=True)], axis=1)
+def _each(functions: Iterable[Function], y: Any) -> Any:
+    """One function for each column of ``y (*n, d)``."""
+    columns = (y[..., i] for i in range(y.shape[-1]))
+    return _of(y).stack([f(c) for f, c in zip(functions, columns, strict=True)], axis=-1)
 
 
 @dataclass(frozen=True, eq=False)

@@ -6,7 +6,6 @@ pi_c is the share of class c in the training images, and P(k | c) is the likelih
 by the ODE with uniform dequantization. All classes have the same random draws.
 """
 
-import dataclasses
 import functools
 from typing import Any
 
@@ -35,8 +34,7 @@ def why_none(inputs: Inputs) -> str:
             "no classifier: its likelihoods are of uniformly dequantized images, and the model was "
             "trained on bin centres with less noise than half a bin"
         )
-    classes = inputs.restored.metadata.get("classes", ())
-    if absent := [name for c, name in enumerate(classes) if c not in seen]:
+    if absent := [name for c, name in enumerate(inputs.classes) if c not in seen]:
         return (
             f"no classifier: {inputs.train.name} ({inputs.train.split}) has no image of the class "
             f"{absent[0]}, which the model was trained on, so the share of the class is not known"
@@ -47,18 +45,12 @@ def why_none(inputs: Inputs) -> str:
 def classify(inputs: Inputs) -> dict[str, float]:
     """Numbers of the classifier for ``eval.classifier_images`` images, by their names in the
     report; empty for a model without classes."""
-    experiment, config = inputs.experiment, inputs.experiment.config.eval
+    config = inputs.experiment.config.eval
     labels, seen = inputs.labels(inputs.images), inputs.labels(inputs.train)
     if labels is None or seen is None or not config.classifier_images or why_none(inputs):
         return {}
     ids = inputs.ids(config.classifier_images)
-    density = dataclasses.replace(
-        inputs.density(experiment.eval_eps),
-        trace=config.divergence(),
-        solver=config.solver(),
-        batch_size=config.batch_size,
-        subset=max(4, len(ids) // 8),
-    )
+    density = inputs.density(batch_size=config.batch_size, subset=max(4, len(ids) // 8))
     identity = {
         **inputs.about,
         "ids": ids.tolist(),

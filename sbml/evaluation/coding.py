@@ -19,26 +19,19 @@ from sbml.estimate import Estimate
 from sbml.estimators.base import Target
 from sbml.estimators.bound import Estimator, InSteps
 from sbml.evaluation.inputs import Inputs
-from sbml.experiment.build import Experiment
-from sbml.runtime.checkpoint import Restored
-from sbml.runtime.trees import tree_crc32
+from sbml.experiment.trained import Trained
 from sbml.streams import stream
 from sbml.types import optional
 
 
-def codec_of(
-    experiment: Experiment, restored: Restored, chain: Chain, lanes: int
-) -> tuple[Codec, dict[str, str]]:
-    """The codec of a trained model, and the values that encoder and decoder must share, by name.
-
-    The codec uses the averaged parameters of ``restored``. The config of ``experiment`` must have
-    the dequantization with which ``restored`` was trained.
-    """
-    params, kind = restored.state.ema_params, experiment.config.data.kind
-    score = experiment.exact_adapter(params)
-    codec = Codec(score, chain, experiment.shape, experiment.levels, kind, lanes)
+def codec_of(trained: Trained, chain: Chain, lanes: int) -> tuple[Codec, dict[str, str]]:
+    """The codec of a model, and the values that encoder and decoder must share, by name."""
+    experiment = trained.experiment
+    shape, levels, kind = experiment.shape, experiment.levels, experiment.config.data.kind
+    codec = Codec(trained.score, chain, shape, levels, kind, lanes)
+    # A decoder of files of today must find the same text, so this is no fingerprint.
     settings = zlib.crc32(repr(experiment.score_identity).encode())
-    identity = {"weights": f"{tree_crc32(params):08x}", "score": f"{settings:08x}"}
+    identity = {"weights": f"{trained.parameters_crc32:08x}", "score": f"{settings:08x}"}
     return codec, {**identity, **codec.made_by}
 
 

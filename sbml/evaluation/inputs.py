@@ -11,21 +11,18 @@ from typing import Any
 import jax
 import numpy as np
 
-from sbml import bits, dequantizers, discrete, fingerprint, streams
+from sbml import bits, dequantizers, fingerprint
 from sbml.bound import GaussianControl, Reduction
 from sbml.data import ImageSet, spread
-from sbml.density import PILOT, Density
+from sbml.density import PILOT
 from sbml.estimators.base import Estimator, Target
-from sbml.experiment.build import Experiment
+from sbml.experiment.trained import Trained
 from sbml.measurement import Measurement
 from sbml.runtime import sharding
 from sbml.runtime.checkpoint import Restored
 from sbml.runtime.parts import compute_once
 from sbml.runtime.preemption import Preemption
 from sbml.runtime.trees import tree_crc32
-from sbml.runtime.workdir import Workdir
-from sbml.scalars import Number
-from sbml.score import NetworkScore
 from sbml.streams import stream
 
 
@@ -39,63 +36,31 @@ class Dequantization:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Inputs:
-    """The inputs of an evaluation."""
+class Inputs(Trained):
+    """A trained model with the images of an evaluation, whose rows are stored in ``workdir``.
 
-    experiment: Experiment
-    restored: Restored  # the checkpoint that is evaluated
-    images: ImageSet  # of the split
+    Attributes:
+      images: the images of the split.
+      train: the training images.
+      preemption: an evaluation that is asked to stop does so after the batch in progress.
+    """
+
+    images: ImageSet
     train: ImageSet
-    workdir: Workdir  # in which rows are stored
-    # An evaluation that is asked to stop does so after the batch in progress.
     preemption: Preemption = dataclasses.field(default_factory=Preemption)
 
     @classmethod
-    def of(cls, experiment: Experiment, workdir: Workdir, split: str) -> "Inputs":
-        """The newest undamaged checkpoint of ``workdir`` and the images of ``split``."""
-        experiment, restored = experiment.restored(workdir)
-        images, train = experiment.images(split), experiment.images("train")
-        return cls(experiment, restored, images, train, workdir)
-
-    @functools.cached_property
-    def knows_centres(self) -> bool:
-        """Whether the model was trained on bin centres, and the noise at the smallest time is
-        narrower than half a bin.
-
-        Under wider noise the density of bin centres is smooth over the bins: the centres leave a
-        ripple of 2 exp(-pi^2 / (2 tau^2)), which is 1.4% if half a bin is tau = 1 standard
-        deviations of the noise.
-        """
-        experiment = self.experiment
-        kind = self.restored.metadata["config"]["data"]["dequantization"]
-        half_bin = discrete.tau(experiment.sde, experiment.levels, experiment.eval_eps)
-        return kind == "centre" and float(half_bin) > 1
-
-    @functools.cached_property
-    def score(self) -> NetworkScore:
-        """The score with the averaged parameters of the checkpoint."""
-        return self.experiment.exact_adapter(self.restored.state.ema_params)
-
-    @functools.cached_property
-    def parameters_crc32(self) -> int:
-        """The checksum of these parameters, which takes time."""
-        return tree_crc32(self.restored.state.ema_params)
+    def of_split(cls, model: Trained, split: str, preemption: Preemption | None = None) -> "Inputs":
+        """``model`` with the images of ``split``."""
+        images, train = (model.experiment.images(name) for name in (split, "train"))
+        asked = preemption or Preemption()
+        return cls(model.experiment, model.restored, model.workdir, images, train, asked)
 
     @functools.cached_property
     def about(self) -> dict[str, Any]:
         """What every stored number of this evaluation depends on, as plain JSON values."""
-        return {
-            "parameters_crc32": self.parameters_crc32,
-            "score": fingerprint.of(self.score.how),
-            "data": self.images.fingerprint,
-            "seed": self.experiment.config.eval.seed,
-            "streams": streams.VERSION,
-        }
-
-    def labels(self, images: ImageSet) -> np.ndarray | None:
-        """The classes of ``images``, by their numbers in the checkpoint; None for a model without
-        classes."""
-        return self.experiment.labels(images, self.restored.metadata.get("classes", ()))
+        seed = self.experiment.config.eval.seed
+        return {**super().about, "data": self.images.fingerprint, "seed": seed}
 
     @functools.cached_property
     def control(self) -> GaussianControl | None:
@@ -152,19 +117,6 @@ class Inputs:
             control and dataclasses.replace(control, **stored),
             density if config.proposal_bins else None,
             config.proposal,
-        )
-
-    def density(self, eps: Number) -> Density:
-        """The density of integers at the smallest time ``eps``."""
-        experiment, config = self.experiment, self.experiment.config.eval
-        return Density(
-            self.score,
-            experiment.sde,
-            experiment.shape,
-            levels=experiment.levels,
-            eps=eps,
-            batch_size=sharding.round_up(config.batch_size),
-            seed=config.seed,
         )
 
     def measurement(

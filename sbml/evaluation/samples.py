@@ -15,17 +15,15 @@ import jax.numpy as jnp
 import numpy as np
 from absl import logging
 
-from sbml import bits, streams
+from sbml import bits, fingerprint
 from sbml.experiment.build import Experiment
+from sbml.experiment.trained import Trained
 from sbml.progress import Bar
 from sbml.pytrees import in_batches
 from sbml.report.plots import image_grid
 from sbml.runtime import sharding
-from sbml.runtime.checkpoint import Restored
 from sbml.runtime.parts import Parts
 from sbml.runtime.preemption import Preemption
-from sbml.runtime.trees import tree_crc32
-from sbml.runtime.workdir import Workdir
 from sbml.samplers import Sampler, denoise
 from sbml.sdes import SDE
 from sbml.streams import stream
@@ -43,11 +41,8 @@ class Recipe:
     eps: float
     sampler: Sampler
     denoise_last: bool
-    # ``data.dequantization`` of the training. ``repr``, which identifies stored samples, leaves it
-    # out; ``identity`` adds it if it is "none".
-    dequantization: str = dataclasses.field(default="uniform", repr=False)
-    # The number of classes, or 0. Sample i has the class i modulo this number.
-    classes: int = dataclasses.field(default=0, repr=False)
+    dequantization: str = "uniform"  # ``data.dequantization`` of the training
+    classes: int = 0  # Sample i has the class i modulo this number.
 
     def score(self, score: Score, i: Array) -> Score:
         """``score`` for image ``i``."""
@@ -146,36 +141,33 @@ def preview(experiment: Experiment, params: Any, count: int) -> Samples:
     return Samples(*map(np.concatenate, zip(*(samples for _, samples in parts), strict=True)))
 
 
-def identity(experiment: Experiment, restored: Restored) -> dict[str, Any]:
-    """Everything that an image depends on, apart from its id."""
-    kind = experiment.config.data.dequantization
+def identity(trained: Trained) -> dict[str, Any]:
+    """Everything that an image depends on, apart from its id, as plain JSON values."""
+    experiment = trained.experiment
     return {
-        "step": restored.step,
-        "parameters_crc32": tree_crc32(restored.state.ema_params),
+        **trained.about,
+        "recipe": fingerprint.of(Recipe.of(experiment)),
+        "score": fingerprint.of(experiment.adapter),
         "seed": experiment.config.sampling.seed,
-        "streams": streams.VERSION,
-        "recipe": repr(Recipe.of(experiment)),
-        "score": experiment.score_identity,
-        "dtype": getattr(experiment.adapter.model, "dtype", "float32"),
-        **({"dequantization": kind} if kind == "none" else {}),
+        "precision": jax.config.jax_default_matmul_precision,
     }
 
 
-def stored(experiment: Experiment, restored: Restored, workdir: Workdir) -> Samples:
-    """Samples 0 .. ``sampling.num_images`` - 1 of the checkpoint ``restored``.
+def stored(trained: Trained, preemption: Preemption) -> Samples:
+    """Samples 0 .. ``sampling.num_images`` - 1 of a model.
 
-    Those in ``workdir`` are read, the others are computed and written. If samples have failed, a
-    warning gives their number. ``experiment`` must have the SDE and the data of the training.
+    Those in its work directory are read, the others are computed and written. If samples have
+    failed, a warning gives their number.
     """
-    config = experiment.config.sampling
-    parts = Parts(workdir / "sampling", identity(experiment, restored))
+    experiment, config = trained.experiment, trained.experiment.config.sampling
+    parts = Parts(trained.workdir / "sampling", identity(trained))
     all_ids = np.arange(config.num_images)
     missing = np.setdiff1d(all_ids, parts.read().get("id", []))
     size = sharding.round_up(min(config.batch_size, config.num_images))
-    sample = functools.partial(draw, experiment, restored.state.ema_params)
+    sample = functools.partial(draw, experiment, trained.params)
     done = len(all_ids) - len(missing)
     bar = Bar(f"samples by {config.sampler}", "sample", len(all_ids), done)
-    with bar, Preemption() as preemption:
+    with bar:
         for ids, batch in in_batches(sample, missing, size):
             if jax.process_index() == 0:
                 parts.write({"id": ids, "sweep": np.zeros_like(ids), **batch._asdict()})

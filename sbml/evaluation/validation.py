@@ -34,7 +34,7 @@ def validator(
 
     def validate(state: TrainState) -> dict[str, float]:
         now = experiment.with_learned_schedule(state.ema_params)
-        inputs = Inputs(now, Restored(0, state, metadata), images, train, workdir)
+        inputs = Inputs(now, Restored(0, state, metadata), workdir, images, train)
         with jax.default_matmul_precision(now.config.eval.precision):
             # The rows are not stored, because no other run needs them.
             of = inputs, cell, inputs.dequantization(cell.dequantizer)

@@ -69,6 +69,7 @@ class Experiment:
         self.config.check_learned()
         self.shape: Final = self.config.data.shape
         self.levels: Final = self.config.data.levels
+        self._images: dict[str, data.ImageSet] = {}
 
     @part
     def sde(self) -> SDE:
@@ -168,10 +169,16 @@ class Experiment:
 
     def images(self, split: str) -> data.ImageSet:
         """The images of ``split``, the same in all processes; every process calls this."""
-        images = self.config.data.images(split)
-        if jax.process_count() > 1:
-            sharding.check_same(f"{split} images", images.fingerprint["id"])
-        return images
+        if split not in self._images:
+            images = self.config.data.images(split)
+            if jax.process_count() > 1:
+                sharding.check_same(f"{split} images", images.fingerprint["id"])
+            self._images[split] = images
+        return self._images[split]
+
+    def loaded(self, split: str) -> data.ImageSet:
+        """The images of ``split``; one process can call this alone."""
+        return self._images.get(split) or self.config.data.images(split)
 
     def labels(self, images: data.ImageSet, classes: Sequence[str] = ()) -> np.ndarray | None:
         """The number of each image's class, int32 ``(n,)``; None for a model without classes.
@@ -273,7 +280,9 @@ class Experiment:
         """This experiment with other sections, but with its smallest time of training, on which
         labels of the time depend."""
         training = self.config.training.replace(smallest_time=self.eps)
-        return Experiment(self.config.replace(training=training, **sections))
+        changed = Experiment(self.config.replace(training=training, **sections))
+        changed._images = self._images
+        return changed
 
     def init_dequantizer(self, images: data.ImageSet) -> TrainState:
         """The dequantizer's state before the first step. Its data-dependent initialisation uses a

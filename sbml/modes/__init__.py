@@ -1,9 +1,12 @@
 """The modes of the program (``--mode``), by name. A mode is a function; its parameters say what it
 uses:
 
-    experiment     the objects of the config (``sbml.experiment.build``)
+    trained        the trained model in the work directory (``sbml.experiment.trained``)
+    experiment     the objects of the config (``sbml.experiment.build``), to train a model
     config         the config alone, for a mode that works before there is a fitting model
     workdir        the folder of the run (``sbml.runtime.workdir``)
+    preemption     the request to save and stop (``sbml.runtime.preemption``); without it, Ctrl-C
+                   ends the mode at once
     others         flags of the command line, such as ``source`` for ``--source=DIR``. Their values
                    are texts, and a flag without a default must be given.
 
@@ -12,23 +15,19 @@ A mode that cannot work raises a ValueError, which the program shows in one line
 ``before``. It is called before the first mode runs, but after a mode without ``experiment``,
 because that mode makes the model. ``--mode`` also takes a function of another package, as
 ``package.module:function``. Files whose names begin with an underscore are parts that several
-modes share.
+modes share; ``_runner`` says what is done for every mode.
 """
 
 import ast
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-from sbml.experiment.build import Experiment
-from sbml.experiment.compatibility import of_workdir
-from sbml.experiment.config import Config
 from sbml.registry import Registry
-from sbml.runtime.workdir import Workdir
 
 Mode = Callable[..., None]
-GIVEN = ("experiment", "config", "workdir")  # The other parameters of a mode are flags.
+OF_CONFIG = {"trained", "experiment", "config"}  # what needs a config
+GIVEN = {*OF_CONFIG, "workdir", "preemption"}  # The other parameters of a mode are flags.
 
 MODES = Registry(
     "mode",
@@ -58,14 +57,3 @@ def overview() -> list[tuple[str, str]]:
 def parameters_of(mode: Mode) -> set[str]:
     """The names of the parameters of a mode."""
     return set(inspect.signature(mode).parameters)
-
-
-def execute(
-    mode: Mode, config: Config | None, workdir: Workdir | None, flags: Mapping[str, str]
-) -> None:
-    """Run a mode with what its parameters ask for."""
-    wanted = parameters_of(mode)
-    given: dict[str, Any] = {"config": config, "workdir": workdir, **flags}
-    if "experiment" in wanted and config is not None and workdir is not None:
-        given["experiment"] = Experiment(of_workdir(config, workdir))
-    mode(**{name: value for name, value in given.items() if name in wanted})

@@ -4,15 +4,16 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-import jax
 from absl import logging
 
 from sbml.codec import CodedFileError, bits_back, file
 from sbml.evaluation import coding
 from sbml.evaluation.inputs import Inputs
 from sbml.experiment.build import Experiment
+from sbml.experiment.trained import Trained
 from sbml.progress import Bar
 from sbml.runtime.parts import Resumable
+from sbml.runtime.preemption import Preemption
 from sbml.runtime.workdir import CODEC, IMAGES, Workdir
 
 
@@ -22,57 +23,56 @@ def check(experiment: Experiment, workdir: Workdir, before: Sequence[str]) -> No
     coding.check("compress")
 
 
-def run(experiment: Experiment, workdir: Workdir, source: str = "") -> None:
+def run(trained: Trained, preemption: Preemption, source: str = "") -> None:
     """Code images of ``eval.split``, or all images of the folder ``source``, in ``images.sbml``.
 
-    The codec uses the averaged parameters of the newest checkpoint, and a decoder needs them too. A
-    killed run continues from its last stored state. Writes ``codec.json`` with the lengths in
-    bits/dim. A file ``images.sbml`` of other images is not overwritten.
+    A decoder needs the same model. A killed run continues from its last stored state. Writes
+    ``codec.json`` with the lengths in bits/dim. A file ``images.sbml`` of other images is not
+    overwritten.
     """
-    config, start = experiment.config, time.perf_counter()
-    with workdir.lock("compress"), jax.default_matmul_precision(config.eval.precision):
-        inputs = Inputs.of(experiment, workdir, config.eval.split)
-        experiment = inputs.experiment.with_dequantization_of(inputs.restored)
-        if source:
-            pixels = coding.read_folder(Path(source), experiment.shape, experiment.levels)
-        else:
-            pixels = inputs.images.images[inputs.ids(config.codec.num_images)]
-        chain = coding.encoder_chain(inputs)
-        lanes = min(config.codec.lanes, len(pixels))
-        codec, made_by = coding.codec_of(experiment, inputs.restored, chain, lanes)
-        header, _ = file.packed(codec, pixels, bits_back.first_state(codec), made_by)
-        _check_images(workdir, header.pixels_crc32)
-        resumable = Resumable(workdir / "codec", "encode", header.model_dump())
-        stored = resumable.load()
-        state = bits_back.State.of_arrays(stored) if stored else bits_back.first_state(codec)
-        initial = 32 * codec.initial_words * lanes
+    experiment, workdir, start = trained.experiment, trained.workdir, time.perf_counter()
+    config = experiment.config
+    inputs = Inputs.of_split(trained, config.eval.split, preemption)
+    if source:
+        pixels = coding.read_folder(Path(source), experiment.shape, experiment.levels)
+    else:
+        pixels = inputs.images.images[inputs.ids(config.codec.num_images)]
+    chain = coding.encoder_chain(inputs)
+    lanes = min(config.codec.lanes, len(pixels))
+    codec, made_by = coding.codec_of(trained, chain, lanes)
+    header, _ = file.packed(codec, pixels, bits_back.first_state(codec), made_by)
+    _check_images(workdir, header.pixels_crc32)
+    resumable = Resumable(workdir / "codec", "encode", header.model_dump())
+    stored = resumable.load()
+    state = bits_back.State.of_arrays(stored) if stored else bits_back.first_state(codec)
+    initial = 32 * codec.initial_words * lanes
 
-        def done() -> int:
-            return min(state.number * lanes, len(pixels))
+    def done() -> int:
+        return min(state.number * lanes, len(pixels))
 
-        with inputs.preemption, Bar("compress", "image", len(pixels), done()) as bar:
-            for after in bits_back.encode(codec, pixels, state):
-                state = after
-                net = (32 * state.words.size - initial) / (done() * pixels[0].size)
-                bar.update(done() - bar.n, f"net {net:.3f} bits/dim")
-                resumable.store(state._asdict(), now=inputs.preemption.requested())
-                inputs.preemption.leave_if_requested("the images so far are stored")
-        header, content = file.packed(codec, pixels, state, made_by)
-        workdir.write_bytes(IMAGES, content)
-        bound = coding.bound_of(inputs, codec, pixels)
-        lengths = {
-            **coding.lengths(codec, state.words.size, len(content), pixels.size),
-            "bound": bound.mean,
-            "bound_stderr": bound.this_set.stderr,
-        }
-        counts = {"count": len(pixels), "bytes": len(content), "steps": chain.steps, "lanes": lanes}
-        checksum = {
-            "parameters_crc32": inputs.parameters_crc32,
-            "pixels_crc32": header.pixels_crc32,
-            "restored": 0,
-        }
-        workdir.write(CODEC, {**counts, **lengths, **checksum})
-        resumable.remove()
+    with Bar("compress", "image", len(pixels), done()) as bar:
+        for after in bits_back.encode(codec, pixels, state):
+            state = after
+            net = (32 * state.words.size - initial) / (done() * pixels[0].size)
+            bar.update(done() - bar.n, f"net {net:.3f} bits/dim")
+            resumable.store(state._asdict(), now=preemption.requested())
+            preemption.leave_if_requested("the images so far are stored")
+    header, content = file.packed(codec, pixels, state, made_by)
+    workdir.write_bytes(IMAGES, content)
+    bound = coding.bound_of(inputs, codec, pixels)
+    lengths = {
+        **coding.lengths(codec, state.words.size, len(content), pixels.size),
+        "bound": bound.mean,
+        "bound_stderr": bound.this_set.stderr,
+    }
+    counts = {"count": len(pixels), "bytes": len(content), "steps": chain.steps, "lanes": lanes}
+    checksum = {
+        "parameters_crc32": trained.parameters_crc32,
+        "pixels_crc32": header.pixels_crc32,
+        "restored": 0,
+    }
+    workdir.write(CODEC, {**counts, **lengths, **checksum})
+    resumable.remove()
     print(
         f"compressed: {len(pixels)} of {len(pixels)} images to {workdir / IMAGES}\n"
         f"  on disk  {lengths['disk']:.4f} bits/dim, {len(content):,} bytes: net "

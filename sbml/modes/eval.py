@@ -4,10 +4,8 @@ The results are a table of cells. A cell is one estimator with one dequantizer a
 (``sbml.estimators``).
 """
 
-import time
 from collections.abc import Sequence
 
-import jax
 from absl import logging
 
 from sbml import dequantizers
@@ -17,9 +15,9 @@ from sbml.evaluation.cells import CellRun
 from sbml.evaluation.classifier import classify
 from sbml.evaluation.inputs import Inputs, check_first_batch
 from sbml.experiment.build import Experiment
-from sbml.report import summary
+from sbml.experiment.trained import Trained
 from sbml.report.result import strict, with_half_widths
-from sbml.runtime import history
+from sbml.runtime.preemption import Preemption
 from sbml.runtime.workdir import EVALUATION, Workdir
 
 
@@ -37,65 +35,50 @@ def check(experiment: Experiment, workdir: Workdir, before: Sequence[str]) -> No
         )
 
 
-def run(experiment: Experiment, workdir: Workdir) -> None:
-    """Evaluate the newest undamaged checkpoint of ``workdir`` on ``eval.split``, with averaged
-    parameters.
+def run(trained: Trained, preemption: Preemption) -> None:
+    """Evaluate the model on ``eval.split``.
 
-    Writes ``evaluation.json``, ``report.json``, ``report.html`` and ``per_image.npz``, which has
-    the columns of the cells with the most images. A cell with fewer images, such as one with K > 1,
-    has a file of its own. A killed evaluation resumes where it stopped.
+    Writes ``evaluation.json`` and ``per_image.npz``, which has the columns of the cells with the
+    most images. A cell with fewer images, such as one with K > 1, has a file of its own. A killed
+    evaluation resumes where it stopped.
 
-    The files of an evaluation of training images are in the folder ``train`` of ``workdir``, and
-    the report of ``workdir`` on held-out images then also has the difference between the two.
+    The files of an evaluation of training images are in the folder ``train`` of the work directory,
+    and the report on held-out images then also has the difference between the two.
     """
-    config = experiment.config.eval
-    out = Workdir(workdir / "train") if config.split == "train" else workdir
-    with workdir.lock("eval"), jax.default_matmul_precision(config.precision):
-        inputs, start = Inputs.of(experiment, workdir, config.split), time.perf_counter()
-        note = history.noted(workdir, "eval", step=inputs.restored.step, split=config.split)
-        undefined = {c.name: c.reason_undefined for c in config.cells() if c.reason_undefined}
-        cells = [cell for cell in config.cells() if not cell.reason_undefined]
-        names = dict.fromkeys(cell.dequantizer for cell in cells)
-        dequantizations = {name: inputs.dequantization(name) for name in names}
-        for dequantization in dequantizations.values():
-            check_first_batch(inputs, dequantization)
-        warnings = table.cautions(inputs, dequantizations)
-        for warning in warnings:  # These come before the work, so that the user can stop it.
-            logging.warning(warning)
-        results, numbers = [], []
-        with inputs.preemption, note:
-            # All cells are set up before the first is computed, so that errors appear at once.
-            runs = [CellRun(inputs, cell, dequantizations[cell.dequantizer]) for cell in cells]
-            for run in runs:
-                numbers.append(run.finish())
-                results.append(run.result(numbers[-1]))
-                print(results[-1].line)
-            profiled = next((run for run in runs if run.cell.kind.reducible), None)
-            loss = levels.measure(inputs, profiled) if profiled and config.level_images else None
-            classifier = classify(inputs)
-            for name, text in with_half_widths(classifier).items():
-                print(f"classifier: {name} {text}")
-            pairs = zip(runs, numbers, strict=True)
-            found = [warning for run, number in pairs for warning in run.warnings(number)]
-            for warning in found:
-                logging.warning(warning)
-        tables = table.columns(inputs, runs, numbers)
-        evaluation = table.evaluation(inputs, results, tables, [*warnings, *found])
-        more = {"undefined": undefined, "classifier": classifier, "noise_levels": loss}
-        evaluation |= {name: value for name, value in more.items() if value}
-        if jax.process_index() == 0:
-            # First the columns, and then the evaluation that names them.
-            for name, columns in tables.items():
-                out.write(name, columns)
-            out.write(EVALUATION, strict(evaluation))
-            for path in out.path.glob("per_image*.npz"):  # of an earlier evaluation
-                if path.name not in tables:
-                    path.unlink()
-            summary.write(out, lambda _: inputs.images)
-            if out is not workdir:
-                summary.write(workdir, experiment.images)
-        # The time is only printed, so that a resumed evaluation writes the same files as one
-        # without interruption.
-        print(f"report: {out / 'report.html'}, in {time.perf_counter() - start:.0f} s")
-        # A signal during the last batch also ends the process, before its next mode begins.
-        inputs.preemption.leave_if_requested("the evaluation is written")
+    config = trained.experiment.config.eval
+    inputs = Inputs.of_split(trained, config.split, preemption)
+    undefined = {c.name: c.reason_undefined for c in config.cells() if c.reason_undefined}
+    cells = [cell for cell in config.cells() if not cell.reason_undefined]
+    names = dict.fromkeys(cell.dequantizer for cell in cells)
+    dequantizations = {name: inputs.dequantization(name) for name in names}
+    for dequantization in dequantizations.values():
+        check_first_batch(inputs, dequantization)
+    warnings = table.cautions(inputs, dequantizations)
+    for warning in warnings:  # These come before the work, so that the user can stop it.
+        logging.warning(warning)
+    # All cells are set up before the first is computed, so that errors appear at once.
+    runs = [CellRun(inputs, cell, dequantizations[cell.dequantizer]) for cell in cells]
+    results, numbers = [], []
+    for run in runs:
+        numbers.append(run.finish())
+        results.append(run.result(numbers[-1]))
+        print(results[-1].line)
+    profiled = next((run for run in runs if run.cell.kind.reducible), None)
+    loss = levels.measure(inputs, profiled) if profiled and config.level_images else None
+    classifier = classify(inputs)
+    for name, text in with_half_widths(classifier).items():
+        print(f"classifier: {name} {text}")
+    pairs = zip(runs, numbers, strict=True)
+    found = [warning for run, number in pairs for warning in run.warnings(number)]
+    for warning in found:
+        logging.warning(warning)
+    tables = table.columns(inputs, runs, numbers)
+    evaluation = table.evaluation(inputs, results, tables, [*warnings, *found])
+    more = {"undefined": undefined, "classifier": classifier, "noise_levels": loss}
+    evaluation |= {name: value for name, value in more.items() if value}
+    out = Workdir(trained.workdir / "train") if config.split == "train" else trained.workdir
+    # First the columns, and then the evaluation that names them.
+    for name, columns in tables.items():
+        out.write(name, columns)
+    out.write(EVALUATION, strict(evaluation))
+    out.keep("per_image*.npz", tables)  # Others are of an earlier evaluation.

@@ -20,9 +20,10 @@ from sbml import bits
 from sbml.data import spread
 from sbml.evaluation.samples import grid, to_bins
 from sbml.experiment.build import Experiment
+from sbml.experiment.trained import Trained
 from sbml.ode import Solver, flow
 from sbml.progress import Bar
-from sbml.report.plots import write_png
+from sbml.report.plots import png
 from sbml.runtime import sharding
 from sbml.runtime.workdir import LATENTS, Workdir
 from sbml.samplers import FixedSteps
@@ -71,18 +72,16 @@ def completions(
     return jax.vmap(lambda x, keys: jax.vmap(lambda key: fill(x, mask, key))(keys))(x, keys)
 
 
-def run(experiment: Experiment, workdir: Workdir) -> None:
+def run(trained: Trained) -> None:
     """Encode ``latents.count`` images of ``eval.split``, and make a picture of each operation.
 
     Writes ``latents.npz`` (ids, latents, reconstruction errors), ``reconstruction.png``,
     ``interpolation.png``, ``inpainting.png`` and, for colour images, ``colourisation.png``.
     """
+    experiment, workdir, score = trained.experiment, trained.workdir, trained.score
     config, options = experiment.config, experiment.config.latents
-    experiment, restored = experiment.restored(workdir)
     images = experiment.images(config.eval.split)
-    experiment = experiment.with_dequantization_of(restored)
-    factor = to_bins(images.levels, experiment.config.data.dequantization)
-    score = experiment.exact_adapter(restored.state.ema_params)
+    factor = to_bins(images.levels, config.data.dequantization)
     if len(images) < 2:
         raise ValueError(
             f"{images.name} {images.split} has one image, but an interpolation needs two: choose "
@@ -101,7 +100,7 @@ def run(experiment: Experiment, workdir: Workdir) -> None:
     colours = config.data.shape[-1] == 3
     tasks = {"inpainting": False, **({"colourisation": True} if colours else {})}
     bar = Bar(f"latents of {len(ids)} images", "picture", 2 + len(tasks))
-    with bar, jax.default_matmul_precision(config.eval.precision):
+    with bar:
         x = bits.to_model(jnp.asarray(images.images[ids]), 0.5, images.levels) / factor
         z = solve(score, x, t0=experiment.eval_eps, t1=sde.T, **ode)
         reconstruction = solve(score, z, t0=sde.T, t1=experiment.eval_eps, **ode)
@@ -129,11 +128,9 @@ def run(experiment: Experiment, workdir: Workdir) -> None:
         for name, (values, _) in pictures.items()
     }
     pixels, z, error = sharding.to_host((pixels, z, error))
-    if jax.process_index() > 0:  # The rest is output, which only process 0 writes.
-        return
     columns = {"id": ids, "latent": z, "reconstruction_error": error}
-    workdir.write(LATENTS, {**columns, "step": restored.step})
+    workdir.write(LATENTS, {**columns, "step": trained.restored.step})
     for name, picture in pixels.items():
         width = pictures[name][1]
-        write_png(workdir / f"{name}.png", grid(experiment, picture, columns=width))
+        workdir.write_bytes(f"{name}.png", png(grid(experiment, picture, columns=width)))
         print(f"{name}: {workdir / f'{name}.png'}")

@@ -10,7 +10,6 @@ training images, samples are much nearer to training images than test images are
 import zlib
 from collections.abc import Iterator, Sequence
 
-import jax
 import numpy as np
 from absl import logging
 from etils import epath
@@ -24,8 +23,7 @@ from sbml.experiment.build import Experiment
 from sbml.experiment.config import Config
 from sbml.features import EXTRACTORS, Extractor
 from sbml.progress import Bar
-from sbml.report import summary
-from sbml.report.plots import write_png
+from sbml.report.plots import png
 from sbml.report.result import strict
 from sbml.runtime import refusals
 from sbml.runtime.files import intact_npz, write_npz
@@ -48,7 +46,7 @@ def run(experiment: Experiment, workdir: Workdir) -> None:
     """Compare ``samples.npz`` of ``workdir`` with the training images: distances of features (FID
     and similar metrics), and of pixels to the nearest training image.
 
-    Writes ``quality.json`` and ``neighbours.png``, and the report again if there is an evaluation.
+    Writes ``quality.json`` and ``neighbours.png``.
     """
     config, read = experiment.config, workdir.read(SAMPLES)
     extract, images, step = extractor(config), read["images"], int(read["step"])
@@ -74,20 +72,18 @@ def run(experiment: Experiment, workdir: Workdir) -> None:
     flip = (metadata or {}).get("config", {}).get("data", {}).get("flip", config.data.flip)
     values = distances_of_features(extract, images, reference(experiment, extract, train))
     distances_to_training, shown = memorisation(images, train, test, flip)
-    if jax.process_index() > 0:
-        return
     values |= distances_to_training
-    write_png(workdir / NEIGHBOURS, grid(experiment, shown, columns=len(shown) // 2))
+    picture = png(grid(experiment, shown, columns=len(shown) // 2))
+    workdir.write_bytes(NEIGHBOURS, picture)
     result = {
         **{"step": step, "values": values, "warnings": warnings, "data": train.fingerprint},
         "images_crc32": tree_crc32(images),
-        "neighbours_crc32": zlib.crc32(workdir.read_png(NEIGHBOURS)),
+        "neighbours_crc32": zlib.crc32(picture),
     }
     workdir.write(QUALITY, strict(result))
     print(f"{len(images)} samples of step {step}")
     for name, value in values.items():
         print(f"{name}: {value:.4g}")
-    summary.write(workdir, config.data.images)
 
 
 def extractor(config: Config) -> Extractor:

@@ -4,7 +4,6 @@ import math
 import os
 from collections.abc import Sequence
 
-import jax
 import numpy as np
 from absl import logging
 
@@ -13,10 +12,9 @@ from sbml.evaluation.samples import grid
 from sbml.experiment import compatibility
 from sbml.experiment.build import Experiment
 from sbml.experiment.config import Config
-from sbml.report import summary
-from sbml.report.plots import write_png
-from sbml.runtime import sharding
-from sbml.runtime.trees import tree_crc32
+from sbml.experiment.trained import Trained
+from sbml.report.plots import png
+from sbml.runtime.preemption import Preemption
 from sbml.runtime.workdir import SAMPLES, Workdir
 
 
@@ -45,43 +43,32 @@ def check(experiment: Experiment, workdir: Workdir, before: Sequence[str]) -> No
         )
 
 
-def run(experiment: Experiment, workdir: Workdir) -> None:
-    """Draw ``sampling.num_images`` samples with the averaged parameters of the newest checkpoint.
+def run(trained: Trained, preemption: Preemption) -> None:
+    """Draw ``sampling.num_images`` samples.
 
     Writes ``samples.npz``, ``samples.png`` and, with ``sampling.frames``, ``samples_strip.png``: up
-    to four rows of images, each from noise on the left to a sample on the right. The report is
-    written again if there is an evaluation. A killed run resumes and gives the same images.
+    to four rows of images, each from noise on the left to a sample on the right. A killed run
+    resumes and gives the same images.
     """
-    config, load = experiment.config.sampling, experiment.config.data.images
-    with workdir.lock("sample"):
-        experiment, restored = experiment.restored(workdir)
-        experiment = experiment.with_dequantization_of(restored)
-        for warning in compatibility.unseen_times(
-            restored.metadata, experiment.sampling_eps, "sampling"
-        ):
-            logging.warning(warning)
-        params = restored.state.ema_params
-        drawn, strip = samples.stored(experiment, restored, workdir), None
-        if config.frames > 1:  # In all processes, because their devices hold the parameters.
-            ids, seed = np.arange(min(4, config.num_images), dtype=np.int32), np.uint32(config.seed)
-            how, score = samples.Recipe.of(experiment), experiment.adapter(params)
-            paths = np.asarray(samples.paths(score, ids, seed, how, config.frames))
-            strip = grid(experiment, paths.reshape(-1, *experiment.shape), columns=config.frames)
-        try:
-            if jax.process_index() == 0:
-                origin = {"step": restored.step, "parameters_crc32": tree_crc32(params)}
-                columns = {**drawn._asdict(), **origin, "sampler": repr(config.build())}
-                workdir.write(SAMPLES, columns)
-                shown = drawn.images[:256]  # A picture of more images would be too large.
-                write_png(workdir / "samples.png", grid(experiment, shown))
-                if strip is not None:
-                    write_png(workdir / "samples_strip.png", strip)
-                else:  # A strip that is there shows samples of an earlier run.
-                    (workdir / "samples_strip.png").unlink(missing_ok=True)
-                print(
-                    f"{len(drawn.images)} samples by {config.sampler}, "
-                    f"{drawn.nfe.mean():.0f} evaluations each: {workdir / 'samples.png'}"
-                )
-                summary.write(workdir, load)
-        finally:  # The next mode reads the samples in all processes.
-            sharding.barrier("samples written")
+    experiment, workdir = trained.experiment, trained.workdir
+    config, eps = experiment.config.sampling, experiment.sampling_eps
+    for warning in compatibility.unseen_times(trained.restored.metadata, eps, "sampling"):
+        logging.warning(warning)
+    drawn = samples.stored(trained, preemption)
+    strips = {}
+    if config.frames > 1:
+        ids, seed = np.arange(min(4, config.num_images), dtype=np.int32), np.uint32(config.seed)
+        how, score = samples.Recipe.of(experiment), experiment.adapter(trained.params)
+        paths = np.asarray(samples.paths(score, ids, seed, how, config.frames))
+        strip = grid(experiment, paths.reshape(-1, *experiment.shape), columns=config.frames)
+        strips["samples_strip.png"] = png(strip)
+    origin = {"step": trained.restored.step, "parameters_crc32": trained.parameters_crc32}
+    workdir.write(SAMPLES, {**drawn._asdict(), **origin, "sampler": repr(config.build())})
+    shown = drawn.images[:256]  # A picture of more images would be too large.
+    for name, picture in {"samples.png": png(grid(experiment, shown)), **strips}.items():
+        workdir.write_bytes(name, picture)
+    workdir.keep("samples_strip.png", strips)  # Without frames, it is of an earlier run.
+    print(
+        f"{len(drawn.images)} samples by {config.sampler}, {drawn.nfe.mean():.0f} evaluations "
+        f"each: {workdir / 'samples.png'}"
+    )

@@ -13,6 +13,7 @@ log p_eps(z) is computed by the probability-flow ODE. The baselines (``sbml.eval
 are functions of the same z, so log |det dz/dy| cancels in the differences between models.
 """
 
+import dataclasses
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -27,14 +28,15 @@ from sbml.density import Density
 from sbml.evaluation import densities
 from sbml.experiment import compatibility
 from sbml.experiment.build import Experiment
+from sbml.experiment.trained import Trained
 from sbml.intervals import mean_interval
 from sbml.modes import _loop as loop
 from sbml.modes import train
 from sbml.progress import over
 from sbml.report import table as page
 from sbml.runtime import metrics
-from sbml.runtime.checkpoint import OtherModelError
-from sbml.runtime.workdir import Workdir
+from sbml.runtime.checkpoint import OtherModelError, Restored
+from sbml.runtime.workdir import TABLE, WHITENING, Workdir
 from sbml.score import LEVELS
 from sbml.streams import stream
 
@@ -76,13 +78,14 @@ def run(experiment: Experiment, workdir: Workdir) -> None:
     assert isinstance(test, Rows)
     config = experiment.config.replace(data=section.replace(shape=test.shape))
     experiment = Experiment(config)
-    with workdir.lock("table"), jax.default_matmul_precision(config.eval.precision):
+    with jax.default_matmul_precision(config.eval.precision):
         loop.run(_task(experiment, rows), config.training.checkpoints(workdir))
         some = data.spread(len(validation), CHOICE)  # The first rows may all be alike.
         curve, step, density = _chosen(experiment, workdir, validation.images[some])
         baselines = densities.fit(*(s.images.astype(np.float64) for s in (rows, validation)))
         name = f"log p of {len(test)} standardized rows"
-        found = density.logp(test.images, progress=name).with_term("transform", test.log_det)
+        of_rows = dataclasses.replace(density, transform=test.whitening)
+        found = of_rows.logp(test.values, progress=name)
         logp = {"model": found.values, **densities.log_p(baselines, test)}
         choices = [f"step {step} of {config.training.num_steps}", *(b.chosen for b in baselines)]
         results: list[dict[str, Any]] = []
@@ -130,7 +133,8 @@ def run(experiment: Experiment, workdir: Workdir) -> None:
             **experiment.provenance(test),
         }
         workdir.write("table.npz", {"row": np.array(test.ids), **logp, "samples": samples})
-        workdir.write("table.json", content)
+        workdir.write(TABLE, content)
+        workdir.write(WHITENING, {"step": step, **test.whitening.arrays})
         html = page.render(content, test.values, samples, metrics.read(workdir))
         workdir.write_bytes("report.html", html.encode())
     for result in results:
@@ -171,26 +175,17 @@ def _chosen(
     """The mean log p of the ``validation`` rows z at each checkpoint, the step of the largest one,
     and the density at this step."""
     config = experiment.config
-
-    def density(params: Any) -> Density:
-        return Density(
-            # NumPy arrays at all steps, so that the program is compiled once.
-            experiment.exact_adapter(jax.device_get(params)),
-            experiment.sde,
-            validation.shape[1:],
-            eps=experiment.eval_eps,
-            trace=config.eval.divergence() if config.eval.trace else None,
-            solver=config.eval.solver(),
-            # One program serves the test rows too, if there are more of them.
+    first = Restored(0, experiment.init_state(), {})
+    # NumPy arrays at all steps, so that the program is compiled once. It serves the test rows too,
+    # if there are more of them.
+    candidates = {
+        each.step: Trained(experiment, jax.device_get(each), workdir).density_of_rows(
+            validation.shape[1],
             batch_size=min(config.eval.batch_size, len(validation)),
-            seed=config.eval.seed,
-            budget=config.eval.solver_budget,
             subset=config.eval.subset or len(validation),
         )
-
-    candidates = {0: density(experiment.init_state().ema_params)}
-    for restored in experiment.restore_each(workdir):
-        candidates[restored.step] = density(restored.state.ema_params)
+        for each in (first, *experiment.restore_each(workdir))
+    }
     scores = {}
     name = f"log p of {len(validation)} validation rows"
     for step, candidate in over(candidates.items(), name, "checkpoint", len(candidates)):

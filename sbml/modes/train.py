@@ -245,5 +245,4 @@ def run(experiment: Experiment, workdir: Workdir) -> None:
         validate_every=every,
         labels=labels,
     )
-    with workdir.lock("train"):
-        loop.run(task, config.training.checkpoints(workdir))
+    loop.run(task, config.training.checkpoints(workdir))

@@ -114,5 +114,4 @@ def run(experiment: Experiment, workdir: Workdir) -> None:
         provenance={**experiment.provenance(images), "score": score},
         check=check_metadata,
     )
-    with workdir.lock("train_dequantizer"):
-        loop.run(task, checkpoints)
+    loop.run(task, checkpoints)

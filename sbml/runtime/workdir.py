@@ -15,10 +15,11 @@ if the file is damaged, the error names the mode that makes it again.
 
 import os
 import socket
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from contextlib import AbstractContextManager
 from typing import Any, Self
 
+import jax
 from etils import epath
 
 from sbml.runtime import lock, refusals
@@ -42,6 +43,8 @@ PER_IMAGE = "per_image.npz"
 QUALITY = "quality.json"
 RESTORED = "restored.npz"
 SAMPLES = "samples.npz"
+TABLE = "table.json"
+WHITENING = "whitening.npz"
 # The largest number of bytes of the work directory's path. macOS and object stores allow 1,024
 # bytes for a path, and the paths of the files in the work directory are longer.
 LONGEST = 800
@@ -55,6 +58,8 @@ MADE_BY = {
     NEIGHBOURS: "quality",
     QUALITY: "quality",
     SAMPLES: "sample",
+    TABLE: "table",
+    WHITENING: "table",
 }
 
 
@@ -140,12 +145,22 @@ class Workdir(os.PathLike):
             raise ValueError(f"no {name} in {self}: make it first (--mode={mode})")
         return f"remove it, and make it again by --mode={mode}"
 
+    # Only process 0 writes.
+
     def write(self, name: str, content: Mapping[str, Any]) -> None:
         """Write arrays to an .npz or plain JSON values to a .json, completely or not at all."""
-        self.path.mkdir(parents=True, exist_ok=True)
         write: Callable[..., None] = write_npz if name.endswith(".npz") else write_json
-        write(self / name, content)
+        if jax.process_index() == 0:
+            self.path.mkdir(parents=True, exist_ok=True)
+            write(self / name, content)
 
     def write_bytes(self, name: str, content: bytes) -> None:
         """Write a picture or page, completely or not at all."""
-        write_whole(self / name, content)
+        if jax.process_index() == 0:
+            write_whole(self / name, content)
+
+    def keep(self, pattern: str, names: Container[str]) -> None:
+        """Remove the files whose names have the ``pattern``, except for ``names``."""
+        for path in self.path.glob(pattern) if jax.process_index() == 0 else ():
+            if path.name not in names:
+                path.unlink()

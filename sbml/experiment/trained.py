@@ -1,0 +1,186 @@
+"""A trained model, which a work directory holds: ``sbml.load("runs/digits_vp")``.
+
+    density = sbml.load("runs/digits_vp")
+    density.bits_per_dim(images), density.sample(key, 16), density.log_prob(x)
+
+The modes of the program use the same object.
+"""
+
+import dataclasses
+import functools
+import warnings
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+from etils import epath
+
+from sbml import data, discrete, fingerprint, registry, streams
+from sbml.data import ImageSet
+from sbml.data.table import Rows, Whitening
+from sbml.density import Density
+from sbml.experiment.build import Experiment
+from sbml.experiment.compatibility import of_workdir
+from sbml.experiment.config import of_checkpoint
+from sbml.runtime import sharding
+from sbml.runtime.checkpoint import Restored
+from sbml.runtime.trees import tree_crc32
+from sbml.runtime.workdir import TABLE, WHITENING, Workdir
+from sbml.scalars import Number
+from sbml.score import NetworkScore
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Trained:
+    """A trained model with the averaged parameters of a checkpoint.
+
+    Attributes:
+      experiment: the objects of the config; its SDE has the numbers that were trained, and its data
+        the dequantization on which the model was trained.
+      restored: the checkpoint.
+      workdir: the work directory.
+    """
+
+    experiment: Experiment
+    restored: Restored
+    workdir: Workdir
+
+    @classmethod
+    def of(cls, experiment: Experiment, workdir: Workdir) -> "Trained":
+        """The newest undamaged checkpoint of ``workdir``."""
+        experiment, restored = experiment.restored(workdir)
+        return cls(experiment.with_dequantization_of(restored), restored, workdir)
+
+    @property
+    def params(self) -> Any:
+        """The averaged parameters, a pytree."""
+        return self.restored.state.ema_params
+
+    @functools.cached_property
+    def parameters_crc32(self) -> int:
+        """The checksum of the parameters, which takes time."""
+        return tree_crc32(self.params)
+
+    @functools.cached_property
+    def score(self) -> NetworkScore:
+        """The score in float32, for likelihoods."""
+        return self.experiment.exact_adapter(self.params)
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """The names of the classes, in the order of their numbers; () for a model without them."""
+        return tuple(self.restored.metadata.get("classes", ()))
+
+    def labels(self, images: ImageSet) -> np.ndarray | None:
+        """The classes of ``images``, by their numbers in the checkpoint; None for a model without
+        classes."""
+        return self.experiment.labels(images, self.classes)
+
+    @functools.cached_property
+    def knows_centres(self) -> bool:
+        """Whether the model was trained on bin centres, and the noise at the smallest time is
+        narrower than half a bin.
+
+        Under wider noise the density of bin centres is smooth over the bins: the centres leave a
+        ripple of 2 exp(-pi^2 / (2 tau^2)), which is 1.4% if half a bin is tau = 1 standard
+        deviations of the noise.
+        """
+        experiment = self.experiment
+        kind = self.restored.metadata["config"]["data"]["dequantization"]
+        half_bin = discrete.tau(experiment.sde, experiment.levels, experiment.eval_eps)
+        return kind == "centre" and float(half_bin) > 1
+
+    @functools.cached_property
+    def about(self) -> dict[str, Any]:
+        """What every number of this model depends on, as plain JSON values."""
+        return {
+            "parameters_crc32": self.parameters_crc32,
+            "score": fingerprint.of(self.score.how),
+            "streams": streams.VERSION,
+        }
+
+    def density(self, eps: Number | None = None, **fields: Any) -> Density:
+        """The density at the smallest time ``eps``, None for that of the evaluation, with the
+        settings of ``config.eval``; ``fields`` replace other fields of it."""
+        experiment, config = self.experiment, self.experiment.config.eval
+        return Density(
+            self.score,
+            experiment.sde,
+            **{
+                "shape": experiment.shape,
+                "levels": experiment.levels,
+                "eps": experiment.eval_eps if eps is None else eps,
+                "trace": config.divergence(),
+                "solver": dataclasses.replace(config.solver(), adjoint="reverse"),
+                "batch_size": sharding.round_up(config.batch_size),
+                "seed": config.seed,
+                "budget": config.solver_budget,
+                "classes": self.classes,
+                **fields,
+            },
+        )
+
+    def density_of_rows(self, columns: int, **fields: Any) -> Density:
+        """The density of the whitened rows of a table, as :meth:`density`."""
+        own = {"shape": (columns,), "levels": None}
+        if self.experiment.config.eval.trace is None:
+            own["trace"] = None  # An exact trace costs little in so few dimensions.
+        return self.density(**own, **fields)
+
+
+def load(workdir: epath.PathLike, *, trust: Iterable[str] = ()) -> Density:
+    """The density of the trained model in ``workdir``, of its newest checkpoint.
+
+    Its methods need nothing else: ``bits_per_dim`` of integers, ``log_prob``, ``sample``,
+    ``classify`` and others. The settings are those of ``--mode=eval``, so the numbers are the same.
+    A model with classes has their names, ``density.classes``. The density of a table is that of
+    rows in the units of the file, by the checkpoint that fits the validation rows best.
+
+    Args:
+      workdir: the work directory of a run.
+      trust: names ``package.module:Name`` of parts of other packages, or whole packages, whose code
+        may run because the run uses them.
+
+    Raises:
+      ValueError: there is no such checkpoint, or a checkpoint is damaged.
+      PermissionError: the run uses a part of another package that is not in ``trust``.
+    """
+    folder = Workdir(workdir).connect()
+    with registry.only(trust):
+        config = of_workdir(of_checkpoint(folder, trust=trust), folder, quiet=True)
+        experiment = Experiment(config)
+        if "table" in data.source_of(config.data.source)[0].modes:
+            return _of_table(experiment, folder)
+        trained = Trained.of(experiment, folder)
+        if trained.knows_centres:
+            warnings.warn(
+                f"{folder}: the model was trained on bin centres, so bits_per_dim is a loose "
+                "bound; --mode=eval with --config.eval.dequantizers=truncated_normal gives a "
+                "better one",
+                stacklevel=2,
+            )
+        return trained.density()
+
+
+def _of_table(experiment: Experiment, folder: Workdir) -> Density:
+    """The density of the rows of a table in the units of its file."""
+    if folder.has(WHITENING):
+        stored = folder.read(WHITENING)
+        whitening, step = Whitening.of_arrays(stored), int(stored["step"])
+    else:  # A run of an older version has the name of the step, and the file of the rows.
+        step = int(folder.read(TABLE)["results"][0]["chosen"].split()[1])
+        rows = experiment.config.data.load("train")
+        assert isinstance(rows, Rows)
+        whitening = rows.whitening
+        metadata = experiment.config.training.checkpoints(folder).metadata() or {}
+        if rows.fingerprint["sha256"] != metadata["data"]["sha256"]:
+            raise ValueError(
+                f"{experiment.config.data.path} has other rows than those on which {folder} was "
+                "trained, so their whitening is not known: restore the file, or train again"
+            )
+    candidates = {0: Restored(0, experiment.init_state(), {})}
+    candidates |= {each.step: each for each in experiment.restore_each(folder)}
+    if step not in candidates:
+        raise ValueError(f"no undamaged checkpoint of step {step} in {folder}: train again")
+    trained = Trained(experiment, candidates[step], folder)
+    return trained.density_of_rows(len(whitening.mean), transform=whitening)

@@ -1,0 +1,107 @@
+"""Runs the modes of a command, one after another, in one work directory.
+
+The runner gives each mode what its parameters ask for (``sbml.modes``), and does what all modes
+need: the lock of the work directory, which keeps another process from running the same mode there;
+for a mode of a trained model the precision of matrix products, ``eval.precision``, and a row in
+``history.jsonl``; one output for all processes; the request to save and stop; and the report, once,
+at the end of the command.
+"""
+
+import contextlib
+import io
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from typing import Any
+
+import jax
+
+from sbml.experiment.build import Experiment
+from sbml.experiment.compatibility import of_workdir
+from sbml.experiment.config import Config
+from sbml.experiment.trained import Trained
+from sbml.modes import Mode, parameters_of
+from sbml.report import summary
+from sbml.runtime import history, sharding
+from sbml.runtime.preemption import Preemption
+from sbml.runtime.workdir import Workdir
+
+# Modes whose results the report shows, and those that may run while another process runs them too.
+REPORTED = {"eval", "sample", "quality", "compress", "decompress"}
+UNLOCKED = {"report", "stats"}
+# Pixels are integers, so samples are drawn in the precision of the device, which is faster.
+FAST = {"sample"}
+
+
+class Command:
+    """Modes that run one after another with one config.
+
+    Attributes:
+      config: the config; None if no mode needs one.
+      workdir: the work directory; None if no mode needs one.
+      flags: the flags of the command line that are for a mode, by their names.
+    """
+
+    def __init__(
+        self, config: Config | None, workdir: Workdir | None, flags: Mapping[str, str]
+    ) -> None:
+        self.config, self.workdir, self.flags = config, workdir, flags
+        self._start = time.perf_counter()
+        self._to_report: list[Workdir] = []
+
+    @cached_property
+    def experiment(self) -> Experiment:
+        """The objects of the config, with the fields of a converted checkpoint if there is one."""
+        assert self.config is not None and self.workdir is not None
+        return Experiment(of_workdir(self.config, self.workdir))
+
+    def check(self, name: str, mode: Mode, before: Sequence[str]) -> None:
+        """Refuse a config with which ``mode`` cannot run after the modes ``before``."""
+        assert self.workdir is not None
+        self.experiment.check()
+        self.experiment.config.data.check_mode(name)
+        if own_check := getattr(sys.modules[mode.__module__], "check", None):
+            own_check(self.experiment, self.workdir, before)
+
+    def run(self, name: str, mode: Mode) -> None:
+        """Run a mode."""
+        wanted, workdir = parameters_of(mode), self.workdir
+        given: dict[str, Any] = {"config": self.config, "workdir": workdir, **self.flags}
+        with contextlib.ExitStack() as stack:
+            enter = stack.enter_context
+            if self.config is not None and jax.process_index() > 0:
+                enter(contextlib.redirect_stdout(io.StringIO()))
+            if self.config is not None and workdir is not None and name not in UNLOCKED:
+                enter(workdir.lock(name))
+            if "preemption" in wanted:
+                given["preemption"] = enter(Preemption())
+            if "experiment" in wanted:
+                given["experiment"] = self.experiment
+            if "trained" in wanted:
+                assert workdir is not None
+                given["trained"] = trained = Trained.of(self.experiment, workdir)
+                section = self.experiment.config.eval
+                if name not in FAST:
+                    enter(jax.default_matmul_precision(section.precision))
+                about = {"step": trained.restored.step, "split": section.split}
+                enter(history.noted(workdir, name, **about))
+            mode(**{name: value for name, value in given.items() if name in wanted})
+            if wanted & {"experiment", "trained"}:
+                sharding.barrier(f"{name} done")  # The next mode reads its files in all processes.
+            else:
+                vars(self).pop("experiment", None)  # A conversion can change its architecture.
+        if "preemption" in wanted:
+            # A signal in the last moments of a mode also ends the command.
+            given["preemption"].leave_if_requested(f"{name} is done")
+        if name in REPORTED and workdir is not None:
+            split = self.experiment.config.eval.split
+            folder = Workdir(workdir / "train") if (name, split) == ("eval", "train") else workdir
+            self._to_report += [folder, workdir]
+
+    def report(self) -> None:
+        """Write the reports of the work directories in which modes have left results."""
+        for folder in {str(each): each for each in self._to_report}.values():
+            if jax.process_index() == 0 and summary.write(folder, self.experiment.loaded):
+                seconds = time.perf_counter() - self._start
+                print(f"report: {folder / 'report.html'}, in {seconds:.0f} s")

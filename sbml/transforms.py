@@ -1,0 +1,85 @@
+r"""A change of variables: the score belongs to x, and the data are y = f(x).
+
+    log p(y) = log p(x) + log |det df^-1/dy|,      x = f^-1(y)
+
+A transform f is a bijection of one example with the methods ``forward`` (or ``transform``) and
+``inverse_and_log_det``, as in distrax and flowjax. The functions of this file also take None for
+the identity. Measurements compute it :func:`in_float64`, because data such as dates in seconds
+differ only in digits that float32 does not have.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from sbml.types import Array
+
+
+def forward(f: Any, x: Array) -> Array:
+    """The data y = f(x) of ``x (n, *s)``."""
+    return x if f is None else jax.vmap(getattr(f, "forward", None) or f.transform)(x)
+
+
+def inverse(f: Any, y: Array) -> tuple[Array, Array]:
+    """x ``(n, *s)`` of the data ``y (n, *s)``, and log |det df^-1/dy| ``(n,)``.
+
+    If y is finite but x is not, y is outside of the range of f, where the density is 0: x is 0 and
+    log |det df^-1/dy| is -inf.
+
+    Raises:
+      ValueError: as :func:`check`.
+    """
+    if f is None:
+        return y, jnp.zeros(len(y), y.dtype)
+    x, log_det = jax.vmap(f.inverse_and_log_det)(y)
+    check(f, y)
+    log_det = log_det.reshape(len(y), -1).sum(axis=1)
+    inside, known = (jnp.isfinite(a.reshape(len(y), -1)).all(axis=1) for a in (x, y))
+    outside = known & ~inside
+    x = jnp.where(outside.reshape(-1, *[1] * (x.ndim - 1)), 0, x)
+    return x, jnp.where(outside, -jnp.inf, log_det)
+
+
+def in_float64(function: Callable[..., Any], f: Any, data: np.ndarray) -> Any:
+    """``function(f, data)`` as NumPy arrays in float64, for :func:`forward` and :func:`inverse`."""
+
+    def exact(leaf: Any) -> Any:
+        is_float = hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jnp.floating)
+        return np.asarray(leaf, np.float64) if is_float else leaf
+
+    with jax.enable_x64(True):
+        found = function(jax.tree.map(exact, f), jnp.asarray(data, jnp.float64))
+        return jax.tree.map(np.asarray, found)
+
+
+def check(f: Any, y: Array) -> None:
+    """Raise a ValueError if ``f`` is no bijection at the first of the data ``y (n, *s)``, or its
+    log-determinant is wrong there. Tracers are not checked."""
+    if f is None or isinstance(y, jax.core.Tracer):
+        return
+    name, dims = type(f).__name__, math.prod(y.shape[1:])
+    for one in y[:2]:
+        x, log_det = f.inverse_and_log_det(one)
+        if not bool(jnp.all(jnp.isfinite(one)) & jnp.all(jnp.isfinite(x))):
+            continue  # log p is NaN, or infinite.
+        # The data may be 0 where f(0), such as a mean, is not.
+        again, centre = forward(f, jnp.stack([x, jnp.zeros_like(x)]))
+        error = jnp.max(jnp.abs(again - one))
+        if not error <= 1e-3 * jnp.maximum(jnp.max(jnp.abs(one)), jnp.max(jnp.abs(centre))):
+            raise ValueError(
+                f"transform={name}: forward(inverse(y)) differs from y by {error:.2g}, so "
+                "inverse_and_log_det is not the inverse of forward at this y"
+            )
+        if dims > 64:
+            continue
+        slopes = jax.jacfwd(lambda y: f.inverse_and_log_det(y)[0].ravel())(one)
+        expected = jnp.linalg.slogdet(slopes.reshape(dims, -1))[1]
+        if not jnp.abs(jnp.sum(log_det) - expected) <= 1e-3 * (1 + jnp.abs(expected)):
+            raise ValueError(
+                f"transform={name}: its log-determinant is {jnp.sum(log_det):.4g}, but that of "
+                f"the derivative of its inverse is {expected:.4g}: return log |det df^-1/dy|"
+            )

@@ -189,7 +189,9 @@ def test_the_library_is_there_once_the_package_is_imported() -> None:
     code = "import sys, sbml; assert 'jax' not in sys.modules; sbml.losses.dsm; sbml.Density"
     subprocess.run([sys.executable, "-c", code], check=True)
     assert all(hasattr(sbml, name) for name in (*sbml.LIBRARY, *sbml.NAMES))
-    with pytest.raises(AttributeError, match="no attribute 'loses'; it has Density, Estimate, load, VP"):
+    with pytest.raises(
+        AttributeError, match="no attribute 'loses'; it has Density, Estimate, load, VP"
+    ):
         sbml.loses  # noqa: B018
 
 

@@ -16,6 +16,7 @@ from pyarrow import parquet
 from scipy import stats
 from scipy.special import logsumexp
 
+import sbml
 from sbml import data
 from sbml.data.table import SHRINKAGES, Rows, Whitening
 from sbml.evaluation import densities
@@ -88,6 +89,16 @@ def test_the_number_is_that_of_a_known_density(tmp_path: Path) -> None:
     assert rows["samples"].shape == (50, 2) and (rows["samples"][:, 0] > 0).all()
     page = (tmp_path / "run/report.html").read_text()
     assert found["verdict"] in page and "NaN" not in page
+    # The model is loaded with its whitening, which a run of an older version has not stored.
+    for name in ("whitening.npz", "a run without it"):
+        density = sbml.load(tmp_path / "run")
+        stored = density.logp(test.values[:32], check=False)
+        np.testing.assert_allclose(stored.values, rows["model"][:32], rtol=1e-6)
+        assert density.log_prob(np.array([-1.0, 0.0], np.float32)) == -np.inf
+        (tmp_path / "run" / name).unlink(missing_ok=True)
+    csv(path, {**columns, "b": columns["b"][::-1]})
+    with pytest.raises(ValueError, match="a.csv has other rows than those on which"):
+        sbml.load(tmp_path / "run")
 
 
 @pytest.mark.slow

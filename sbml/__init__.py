@@ -53,7 +53,7 @@ PROCESSES = (
 NAMES = {
     "Density": "density",
     "Estimate": "estimate",
-    "load": "experiment.trained",
+    "load": "convert.load",
     **dict.fromkeys(PROCESSES, "sdes"),
 }
 

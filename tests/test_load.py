@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import sbml
-from sbml.experiment.trained import load
+from sbml.convert.load import load
 
 
 @pytest.fixture(scope="module")
@@ -33,5 +33,5 @@ def test_samples_are_integers_of_the_levels(density: sbml.Density) -> None:
 
 
 def test_what_is_not_there_is_named(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="no checkpoint in .*/checkpoints"):
+    with pytest.raises(ValueError, match="no checkpoint in .*: give the work directory of a run"):
         load(tmp_path)

@@ -24,11 +24,12 @@ from typing import Any
 import jax
 import numpy as np
 from etils import epath
+from ml_collections import ConfigDict
 
 from sbml.convert import _files
 from sbml.convert._files import ForeignState
 from sbml.experiment import compatibility
-from sbml.experiment.config import Config
+from sbml.experiment.config import Config, default
 from sbml.experiment.score import Process
 from sbml.networks import unet2d
 from sbml.runtime import weights
@@ -57,6 +58,21 @@ def recognises(source: epath.PathLike) -> bool:
     """Whether ``source`` is a folder of such a model."""
     source = epath.Path(source).expanduser()
     return any((folder / "config.json").exists() for folder in (source / "unet", source))
+
+
+def config_of(source: epath.PathLike) -> ConfigDict:
+    """A config of 256 levels for the model in the folder ``source``."""
+    source = epath.Path(source).expanduser()
+    unet = source / "unet" if (source / "unet").is_dir() else source
+    architecture = _json(unet / "config.json")
+    size, channels = architecture.get("sample_size"), architecture.get("in_channels", 3)
+    if size is None:
+        raise ValueError(
+            f"{unet / 'config.json'} has no sample_size: give a config with data.shape"
+        )
+    config = default("unet2d")
+    config.data.shape = (*((size, size) if isinstance(size, int) else size), channels)
+    return config
 
 
 def convert(config: Config, workdir: epath.Path, source: epath.PathLike, pixels: str) -> None:

@@ -1,10 +1,4 @@
-"""A trained model, which a work directory holds: ``sbml.load("runs/digits_vp")``.
-
-    density = sbml.load("runs/digits_vp")
-    density.bits_per_dim(images), density.sample(key, 16), density.log_prob(x)
-
-The modes of the program use the same object.
-"""
+"""A trained model, which a work directory holds. Modes of the program and ``sbml.load`` use it."""
 
 import dataclasses
 import functools
@@ -13,7 +7,6 @@ from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
-from etils import epath
 
 from sbml import data, discrete, fingerprint, registry, streams
 from sbml.data import ImageSet
@@ -128,24 +121,8 @@ class Trained:
         return self.density(**own, **fields)
 
 
-def load(workdir: epath.PathLike, *, trust: Iterable[str] = ()) -> Density:
-    """The density of the trained model in ``workdir``, of its newest checkpoint.
-
-    Its methods need nothing else: ``bits_per_dim`` of integers, ``log_prob``, ``sample``,
-    ``classify`` and others. The settings are those of ``--mode=eval``, so the numbers are the same.
-    A model with classes has their names, ``density.classes``. The density of a table is that of
-    rows in the units of the file, by the checkpoint that fits the validation rows best.
-
-    Args:
-      workdir: the work directory of a run.
-      trust: names ``package.module:Name`` of parts of other packages, or whole packages, whose code
-        may run because the run uses them.
-
-    Raises:
-      ValueError: there is no such checkpoint, or a checkpoint is damaged.
-      PermissionError: the run uses a part of another package that is not in ``trust``.
-    """
-    folder = Workdir(workdir).connect()
+def of_run(folder: Workdir, trust: Iterable[str]) -> Density:
+    """The density of the newest checkpoint in ``folder``; see :func:`sbml.load`."""
     with registry.only(trust):
         config = of_workdir(of_checkpoint(folder, trust=trust), folder, quiet=True)
         experiment = Experiment(config)

@@ -44,15 +44,14 @@ def load(
     workdir = Workdir(folder).connect()
     if Training().checkpoints(workdir).metadata() is not None:
         return of_run(workdir, trust)
-    if isinstance(config, str):
-        config = configs.load(config)
-    elif config is None and diffusers.recognises(folder):
-        config = diffusers.config_of(folder)
-    if config is None:
+    given = configs.load(config) if isinstance(config, str) else config
+    if given is None and diffusers.recognises(folder):
+        given = diffusers.config_of(folder)
+    if given is None:
         raise ValueError(
             f"no checkpoint in {workdir}: give the work directory of a run, a folder of diffusers, "
             "or, with config=NAME, one of Song et al.'s or VDM's code"
         )
     with tempfile.TemporaryDirectory() as converted:
-        convert(Config(**config.to_dict()), Workdir(converted), folder)
+        convert(Config(**given.to_dict()), Workdir(converted), folder)
         return of_run(Workdir(converted), trust)

@@ -152,6 +152,11 @@ def mode(run, config, workdir, source=None, **flags):
     command.report()
 
 
+def is_empty(workdir):
+    """Whether a work directory has no file but those of its locks."""
+    return not workdir.exists() or all(path.suffix == ".lock" for path in workdir.iterdir())
+
+
 def fitted(config, workdir):
     """The config with the fields of a converted checkpoint."""
     return compatibility.of_workdir(checked(config), Workdir(workdir))

@@ -272,7 +272,7 @@ def test_numbers_that_are_not_finite_are_named(tmp_path: Path) -> None:
     tree["params_ema"]["Conv_1"]["bias"] = np.array([0.0, np.nan, 1e39])
     with pytest.raises(ValueError, match=r"ema_params/Conv_1/bias has 2 of 3 values that are NaN"):
         runs.mode(convert.run, config(), tmp_path / "ours", save(tmp_path, tree))
-    assert not (tmp_path / "ours").exists()
+    assert runs.is_empty(tmp_path / "ours")
 
 
 def test_parameters_are_checked_too(tmp_path: Path) -> None:
@@ -280,7 +280,7 @@ def test_parameters_are_checked_too(tmp_path: Path) -> None:
     tree["optimizer"]["target"]["Conv_1"]["bias"] = np.zeros(5)
     with pytest.raises(ValueError, match=r"params:\s+misshapen: Conv_1/bias is \(5,\)"):
         runs.mode(convert.run, config(), tmp_path / "ours", save(tmp_path, tree))
-    assert not (tmp_path / "ours").exists()
+    assert runs.is_empty(tmp_path / "ours")
 
 
 @pytest.mark.slow
@@ -302,7 +302,7 @@ def test_leaves_of_a_dequantizer_are_named_before_anything_is_written(
     save(save(tmp_path, theirs()), tree, step=6, kind=score_flow.DEQUANTIZER)
     with pytest.raises(ValueError, match=message):
         runs.mode(convert.run, config(), tmp_path / "ours", tmp_path)
-    assert not (tmp_path / "ours").exists()
+    assert runs.is_empty(tmp_path / "ours")
 
 
 def test_errors_for_sources_that_are_no_checkpoint(tmp_path: Path) -> None:

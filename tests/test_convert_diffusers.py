@@ -363,7 +363,7 @@ def test_schedulers_that_do_not_fit_are_errors(
 def refused(source: Path, workdir: Path, message: str, **flags: Any) -> None:
     with pytest.raises(ValueError, match=message):
         runs.mode(convert.run, config(), workdir, source, **flags)
-    assert not workdir.exists()
+    assert runs.is_empty(workdir)
 
 
 @pytest.mark.parametrize(

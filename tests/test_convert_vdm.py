@@ -240,7 +240,7 @@ def test_what_does_not_fit_is_named_before_anything_is_written(
     change(tree, path, leaf)
     with pytest.raises(ValueError, match=message):
         runs.mode(convert.run, config(), tmp_path / "ours", save(tmp_path, tree))
-    assert not (tmp_path / "ours").exists()
+    assert runs.is_empty(tmp_path / "ours")
 
 
 def test_errors_for_checkpoints_that_do_not_fit(converted: Path, tmp_path: Path) -> None:

@@ -320,7 +320,8 @@ def test_products_have_full_precision_by_default(trained, tmp_path, monkeypatch)
         seen.append(jax.config.jax_default_matmul_precision)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(evaluate, "Inputs", SimpleNamespace(of=stop))
+    monkeypatch.setattr(evaluate, "Inputs", SimpleNamespace(of_split=stop))
+    (tmp_path / "checkpoints").symlink_to(trained / "checkpoints")
     config = tiny.get_config()
     for precision in ("highest", "default"):
         config.eval.precision = precision

@@ -2,18 +2,29 @@
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny
+from flax.errors import FlaxError
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from sbml import fingerprint
 from sbml.bound import GaussianControl, Reduction
 from sbml.dequantizers import truncated_normal, uniform
 from sbml.divergence import Trace
-from sbml.estimators import bound, ode
+from sbml.estimators import Cell, bound, ode
 from sbml.estimators.base import Target
+from sbml.evaluation import samples
+from sbml.evaluation.cells import CellRun
+from sbml.evaluation.inputs import Inputs
+from sbml.experiment import build
+from sbml.experiment.config import Config
+from sbml.experiment.trained import Trained
 from sbml.networks import mlp
 from sbml.ode import Solver
+from sbml.runtime.workdir import Workdir
 from sbml.score import Adapter
 from sbml.sdes import VE, VP
 
@@ -80,3 +91,95 @@ def test_a_function_without_a_name_counts_by_its_code_and_by_what_it_reads():
     assert " at 0x" not in str(fingerprint.of(lambda x: map(lambda y: y + 1, x)))
     with pytest.raises(TypeError, match="has no fingerprint"):
         fingerprint.of(object())
+
+
+# Fields of a config that change the rows of an evaluation (of the ODE or of the bound), and those
+# that change samples. Every other field changes neither.
+OF_BOTH = {
+    *("data.levels", "model.fourier_scale", "score.data_std", "score.label"),
+    *("score.log_snr_range", "score.parameterization", "score.time_scale", "sde.beta_max"),
+    *("sde.beta_min", "sde.data_scale", "sde.data_shift", "training.smallest_time"),
+}
+OF_ROWS = OF_BOTH | {
+    *("eval.atol", "eval.control", "eval.fixed_steps", "eval.importance"),
+    *("eval.importance_sampling", "eval.max_steps", "eval.method", "eval.n_times"),
+    *("eval.precision", "eval.probes", "eval.proposal_bins", "eval.rtol", "eval.seed"),
+    *("eval.smallest_time", "eval.times", "eval.trace"),
+}
+OF_SAMPLES = OF_BOTH | {
+    *(
+        "data.dequantization",
+        "model.dtype",
+        "sampling.atol",
+        "sampling.denoise_last",
+        "sampling.fixed_steps",
+    ),
+    *("sampling.max_steps", "sampling.method", "sampling.rtol", "sampling.sampler"),
+    *("sampling.seed", "sampling.smallest_time"),
+}
+# Values of fields whose next number would not be valid.
+OTHERS = {
+    "data.crop": "random",
+    "data.dequantization": "none",
+    "eval.importance": "velocity",
+    "eval.method": "heun",
+    "eval.precision": "high",
+    "eval.smallest_time": 1e-3,
+    "eval.times": "iid",
+    "eval.trace": "exact",
+    "model.dtype": "bfloat16",
+    "sampling.method": "tsit5",
+    "sampling.sampler": "ancestral",
+    "sampling.smallest_time": 2e-3,
+    "score.label": "time",
+    "score.log_snr_range": (-4.0, 13.3),
+    "score.parameterization": "noise",
+    "sde.data_shift": 0.1,
+    "training.smallest_time": 1e-4,
+}
+
+
+def other(name, value):
+    """Another valid value of the field ``name``; None if only further fields make it valid."""
+    if name in OTHERS:
+        return OTHERS[name]
+    if isinstance(value, bool):
+        return not value
+    if isinstance(value, int):
+        return value + 1
+    return 0.9 * value if isinstance(value, float) and value else None
+
+
+@pytest.mark.slow
+def test_the_fields_of_a_config_that_change_rows_and_samples(digits_model, tmp_path):
+    """All other fields can be changed, and the stored rows are used again."""
+    config = tiny.get_config()
+    config.eval.update(control=False, proposal_bins=0)
+    plain = Config(**config.to_dict())
+    restored = build.Experiment(plain).restore(digits_model)
+    images, train = (build.Experiment(plain).images(split) for split in ("test", "train"))
+
+    def of(config):
+        model = build.Experiment(config), restored, Workdir(tmp_path)
+        inputs = Inputs(*model, images, train)
+        with jax.default_matmul_precision(config.eval.precision):
+            cells = (Cell(name, "uniform") for name in ("ode", "bound"))
+            runs = [
+                CellRun(inputs, c, inputs.dequantization("uniform"), stored=False) for c in cells
+            ]
+            rows = [run.measurement.fingerprint() for run in runs]
+        return rows, samples.identity(Trained(*model))
+
+    found, base = {}, of(plain)
+    for name, value in flatten_dict(plain.plain(), sep=".").items():
+        if (changed := other(name, value)) is None:
+            continue
+        try:
+            given = flatten_dict(plain.plain(), sep=".") | {name: changed}
+            now = of(Config(**unflatten_dict(given, sep=".")))
+        except (ValueError, FlaxError):
+            continue  # This value needs another value of a further field.
+        found[name] = [new != old for new, old in zip(now, base, strict=True)]
+    assert {name for name, (rows, _) in found.items() if rows} == OF_ROWS
+    assert {name for name, (_, drawn) in found.items() if drawn} == OF_SAMPLES
+    assert len(found) > 100

@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 
 from sbml import dequantizers, networks, sdes
 from sbml.experiment import build, compatibility, reference
-from sbml.experiment.config import Config, default
+from sbml.experiment.config import Config, default, with_overrides
 from sbml.experiment.dequantizer import Dequantizer
 from sbml.experiment.fields import Override, Section
 from sbml.experiment.optim import DequantizerOptim
@@ -441,3 +441,11 @@ def test_an_experiment_ignores_later_changes_of_its_config() -> None:
     experiment = build.Experiment(config)
     config.eval.seed = 7
     assert experiment.config.eval.seed == 0
+
+
+def test_another_network_has_its_own_defaults(capsys: pytest.CaptureFixture[str]) -> None:
+    config, expected = default("mlp"), default("ncsnpp")
+    config.model.depth, expected.model.nf = 7, 16
+    given = with_overrides(config, {"model.nf": "16", "model.name": "ncsnpp"})
+    assert given.model == Config(**expected.to_dict()).model
+    assert "in place of depth=7 of mlp" in capsys.readouterr().out

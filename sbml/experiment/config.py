@@ -34,6 +34,7 @@ from sbml.experiment.training import Training
 from sbml.registry import hint
 from sbml.runtime import refusals
 from sbml.runtime.workdir import Workdir
+from sbml.scalars import notation
 
 _PACKAGE = pathlib.Path(__file__).parents[1]
 
@@ -258,8 +259,21 @@ def node_of(values: Any, name: str) -> tuple[Any, str]:
 
 
 def with_overrides(config: ConfigDict, overrides: Mapping[str, str]) -> Config:
-    """The config with further values, given as text by the names of the fields ("optim.lr")."""
+    """The config with further values, given as text by the names of the fields ("optim.lr").
+
+    With another ``model.name``, the fields of the model are the defaults of that network, and a
+    line says which fields of the config are left out.
+    """
     values = config.to_dict()
+    before, network = values["model"], overrides.get("model.name", values["model"]["name"])
+    if network != before["name"]:
+        values["model"] = default(network).model.to_dict()
+        own = default(before["name"]).model.to_dict()
+        lost = [f"{k}={notation(v)}" for k, v in before.items() if v != own[k]]
+        print(
+            f"config.model.name={network}: its fields have their defaults, in place of "
+            f"{', '.join(lost) or 'the defaults'} of {before['name']}"
+        )
     for name, text in overrides.items():
         node, last = node_of(values, name)
         node[last] = Override(text)

@@ -27,7 +27,7 @@ from sbml.experiment.build import Experiment
 from sbml.experiment.config import Config, load
 from sbml.experiment.sampling import Sampling
 from sbml.modes import quality
-from sbml.report.plots import write_png
+from sbml.report.pictures import write_png
 from sbml.runtime.checkpoint import Restored
 from sbml.runtime.workdir import Workdir
 

@@ -23,7 +23,6 @@ from sbml.experiment.config import Config
 from sbml.experiment.training import Training
 from sbml.modes import GIVEN, MODES, OF_CONFIG, Mode, parameters_of
 from sbml.modes import overview as modes_in_words
-from sbml.modes._runner import Command
 from sbml.registry import hint
 from sbml.runtime import cpu, peers, refusals, sharding
 from sbml.runtime.preemption import Preemption
@@ -259,6 +258,8 @@ def _run(given: Mapping[str, str], own_config: ConfigDict | None) -> None:
         raise app.UsageError(f"give {MODEL}; without either, --mode=verify; see --help")
     chosen = {name: MODES[name] for name in names}
     own = flags_of(chosen, given)
+    from sbml.modes._runner import Command  # here, because --help does not need it
+
     needing = [name for name in chosen if parameters_of(chosen[name]) & OF_CONFIG]
     if not needing:
         for name, mode in chosen.items():

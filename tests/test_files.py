@@ -14,7 +14,7 @@ from PIL import Image
 from tensorboardX.proto.event_pb2 import Event
 
 from sbml.data import _cache
-from sbml.report.plots import write_png
+from sbml.report.pictures import write_png
 from sbml.runtime import files, metrics
 from sbml.runtime.files import DamagedFileError
 from sbml.runtime.workdir import EVALUATION, SAMPLES, Workdir

@@ -14,7 +14,7 @@ from sbml.features import digits_classifier
 from sbml.modes import quality, stats
 from sbml.modes.quality import memorisation
 from sbml.report import summary
-from sbml.report.plots import write_png
+from sbml.report.pictures import write_png
 from sbml.runtime.checkpoint import Checkpoints
 from sbml.runtime.files import read_json, write_json, write_npz
 from sbml.runtime.workdir import EVALUATION, NEIGHBOURS, PER_IMAGE, QUALITY, SAMPLES, Workdir

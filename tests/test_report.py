@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 from sbml.report import page as report_page
-from sbml.report import plots
+from sbml.report import pictures, plots
 from sbml.report.result import HALF_WIDTH, ROWS
 
 N, LEVELS = 40, 17
@@ -331,7 +331,7 @@ def test_bad_input_is_named_and_nothing_written(
 
 def test_grid_is_pixel_exact() -> None:
     images = np.array([[[[0], [3]]], [[[1], [2]]], [[[3], [3]]]], np.uint8)  # (3, 1, 2, 1)
-    grid = plots.image_grid(images, levels=4, columns=2, scale=2, gap=1)
+    grid = pictures.image_grid(images, levels=4, columns=2, scale=2, gap=1)
     g = 128
     expected = [
         [0, 0, 255, 255, g, 85, 85, 170, 170],
@@ -341,19 +341,19 @@ def test_grid_is_pixel_exact() -> None:
         [255, 255, 255, 255, g, g, g, g, g],
     ]
     np.testing.assert_array_equal(grid[..., 0], expected)
-    tight = plots.image_grid(images, levels=4, columns=3, scale=1, gap=0)
+    tight = pictures.image_grid(images, levels=4, columns=3, scale=1, gap=0)
     np.testing.assert_array_equal(tight[..., 0], [[0, 255, 85, 170, 255, 255]])
 
 
 def test_grid_of_neither_grey_nor_coloured_images_shows_the_first_channel() -> None:
     images = np.arange(16, dtype=np.uint8).reshape(2, 2, 2, 2)
-    grids = [plots.image_grid(some, levels=16) for some in (images, images[..., :1])]
+    grids = [pictures.image_grid(some, levels=16) for some in (images, images[..., :1])]
     np.testing.assert_array_equal(*grids)
 
 
 def test_grid_shows_every_level_of_256_as_it_is() -> None:
     image = np.arange(256, dtype=np.uint8).reshape(1, 16, 16, 1).repeat(3, axis=3)
-    np.testing.assert_array_equal(plots.image_grid(image, 256, columns=1), image[0])
+    np.testing.assert_array_equal(pictures.image_grid(image, 256, columns=1), image[0])
 
 
 @pytest.mark.parametrize(
@@ -369,13 +369,13 @@ def test_grid_shows_every_level_of_256_as_it_is() -> None:
 )
 def test_grid_refuses(images: np.ndarray, levels: int, columns: int, name: str) -> None:
     with pytest.raises(ValueError, match=f"^{name}"):
-        plots.image_grid(images, levels, columns)
+        pictures.image_grid(images, levels, columns)
 
 
 @pytest.mark.parametrize("shape", [(5, 4), (5, 4, 1), (5, 4, 3)])
 def test_png_round_trip(tmp_path: Path, shape: tuple[int, ...]) -> None:
     array = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
-    plots.write_png(tmp_path / "a.png", array)
+    pictures.write_png(tmp_path / "a.png", array)
     read = np.asarray(Image.open(tmp_path / "a.png"))
     np.testing.assert_array_equal(read.reshape(shape), array)
     assert [path.name for path in tmp_path.iterdir()] == ["a.png"]
@@ -383,7 +383,7 @@ def test_png_round_trip(tmp_path: Path, shape: tuple[int, ...]) -> None:
 
 def test_png_refuses_floats(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="float64"):
-        plots.write_png(tmp_path / "a.png", np.zeros((2, 2)))
+        pictures.write_png(tmp_path / "a.png", np.zeros((2, 2)))
 
 
 def test_running_mean_against_its_definition() -> None:

@@ -18,7 +18,7 @@ import tiny
 from sbml import data
 from sbml.modes import report
 from sbml.report import summary
-from sbml.report.plots import write_png
+from sbml.report.pictures import write_png
 from sbml.report.result import Result, strict
 from sbml.runtime import history, lock, metrics
 from sbml.runtime.files import json_line

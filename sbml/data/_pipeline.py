@@ -9,12 +9,14 @@ from collections import deque
 from collections.abc import Callable, Generator
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import count
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
-import grain
 import numpy as np
 
 from sbml.data._image_set import ImageSet
+
+if TYPE_CHECKING:
+    import grain
 
 T = TypeVar("T")
 
@@ -67,6 +69,8 @@ def train_batches(
         if flip:
             rows[flips] = rows[flips, :, ::-1]
         return rows if labels is None else (rows, labels[ids])
+
+    import grain  # here, because it takes half a second
 
     order = grain.MapDataset.range(len(images)).seed(seed).shuffle().repeat()
     return order.batch(batch_size).random_map(draw).map(read)

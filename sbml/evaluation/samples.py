@@ -20,7 +20,7 @@ from sbml.experiment.build import Experiment
 from sbml.experiment.trained import Trained
 from sbml.progress import Bar
 from sbml.pytrees import in_batches
-from sbml.report.plots import image_grid
+from sbml.report.pictures import image_grid
 from sbml.runtime import sharding
 from sbml.runtime.parts import Parts
 from sbml.runtime.preemption import Preemption

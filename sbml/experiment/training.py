@@ -1,7 +1,7 @@
 """``config.training`` and ``config.dequantizer.training``: steps, loss and checkpoints; and what
 follows from them: the smallest time of a training, and the unit of its loss."""
 
-from typing import Annotated, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 import jax.numpy as jnp
 from etils import epath
@@ -19,10 +19,12 @@ from sbml.experiment.fields import (
     refusal,
     section_errors,
 )
-from sbml.runtime.checkpoint import Checkpoints
 from sbml.scalars import Number, notation
 from sbml.sdes import SDE, Kernel
 from sbml.times import DRAWS, PROPOSALS, Grid, Proposal
+
+if TYPE_CHECKING:
+    from sbml.runtime.checkpoint import Checkpoints
 
 NOISES = ("independent", "antithetic")
 
@@ -63,8 +65,10 @@ class Loop(Section):
     )
     sample_every: Natural = field(0, "number of steps between grids of samples; 0: no grids")
 
-    def checkpoints(self, workdir: epath.PathLike) -> Checkpoints:
+    def checkpoints(self, workdir: epath.PathLike) -> "Checkpoints":
         """The checkpoints of the run in ``workdir``."""
+        from sbml.runtime.checkpoint import Checkpoints  # here, because it takes half a second
+
         return Checkpoints(
             epath.Path(workdir) / self.folder,
             keep_last=self.keep_last,

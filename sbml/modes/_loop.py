@@ -22,7 +22,7 @@ from sbml.experiment import compatibility
 from sbml.experiment.training import Loop
 from sbml.platform import compiler_options, platform
 from sbml.progress import Bar
-from sbml.report.plots import write_png
+from sbml.report.pictures import write_png
 from sbml.runtime import metrics, peers, sharding
 from sbml.runtime.checkpoint import Checkpoints
 from sbml.runtime.history import noted

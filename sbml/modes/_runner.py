@@ -22,7 +22,6 @@ from sbml.experiment.compatibility import of_workdir
 from sbml.experiment.config import Config
 from sbml.experiment.trained import Trained
 from sbml.modes import Mode, parameters_of
-from sbml.report import summary
 from sbml.runtime import history, sharding
 from sbml.runtime.preemption import Preemption
 from sbml.runtime.workdir import Workdir
@@ -101,6 +100,10 @@ class Command:
 
     def report(self) -> None:
         """Write the reports of the work directories in which modes have left results."""
+        if not self._to_report:
+            return
+        from sbml.report import summary  # here, because Matplotlib takes half a second
+
         for folder in {str(each): each for each in self._to_report}.values():
             if jax.process_index() == 0 and summary.write(folder, self.experiment.loaded):
                 seconds = time.perf_counter() - self._start

@@ -23,7 +23,7 @@ from sbml.experiment.build import Experiment
 from sbml.experiment.trained import Trained
 from sbml.ode import Solver, flow
 from sbml.progress import Bar
-from sbml.report.plots import png
+from sbml.report.pictures import png
 from sbml.runtime import sharding
 from sbml.runtime.workdir import LATENTS, Workdir
 from sbml.samplers import FixedSteps

@@ -23,7 +23,7 @@ from sbml.experiment.build import Experiment
 from sbml.experiment.config import Config
 from sbml.features import EXTRACTORS, Extractor
 from sbml.progress import Bar
-from sbml.report.plots import png
+from sbml.report.pictures import png
 from sbml.report.result import strict
 from sbml.runtime import refusals
 from sbml.runtime.files import intact_npz, write_npz

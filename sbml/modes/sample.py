@@ -13,7 +13,7 @@ from sbml.experiment import compatibility
 from sbml.experiment.build import Experiment
 from sbml.experiment.config import Config
 from sbml.experiment.trained import Trained
-from sbml.report.plots import png
+from sbml.report.pictures import png
 from sbml.runtime.preemption import Preemption
 from sbml.runtime.workdir import SAMPLES, Workdir
 

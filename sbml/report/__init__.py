@@ -5,5 +5,6 @@ page            report.json and report.html from values
 summary         the same from the files of a work directory
 comparison      comparison.html, from several work directories
 table           the report.html of --mode=table, from its values
-plots           figures as SVG text; images as grids and PNG files
+plots           figures as SVG text
+pictures        images as grids and PNG files
 """

@@ -21,7 +21,7 @@ import numpy as np
 from etils import epath
 from markupsafe import Markup
 
-from sbml.report import plots
+from sbml.report import pictures, plots
 from sbml.report.result import ROWS, strict, with_half_widths
 from sbml.runtime.files import write_whole
 from sbml.scalars import notation
@@ -393,8 +393,8 @@ def data_url(png: bytes) -> str:
 
 def grid_url(images: np.ndarray, levels: int, columns: int, scale: int) -> str:
     """A grid of ``images`` in at most ``columns`` columns as a data URL."""
-    grid = plots.image_grid(images, levels, min(columns, len(images)), scale)
-    return data_url(plots.png(grid))
+    grid = pictures.image_grid(images, levels, min(columns, len(images)), scale)
+    return data_url(pictures.png(grid))
 
 
 def _extremes(

@@ -1,4 +1,4 @@
-"""Figures of the report as SVG text, and images as grids of enlarged pixels and PNG files.
+"""Figures of the report as SVG text.
 
 In a figure, text stays text in the font of the page, and each colour of the palette becomes a CSS
 variable, so that one figure fits light and dark pages.
@@ -7,20 +7,13 @@ variable, so that one figure fits light and dark pages.
 import io
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import Annotated, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import matplotlib
 import numpy as np
-from etils import epath
-from jaxtyping import Integer
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
-from PIL import Image
-
-from sbml.door import condition, typed
-from sbml.runtime.files import write_whole
-from sbml.scalars import Count
 
 INK, MUTED, RULE = "#1b2026", "#59616c", "#d9dde3"
 ACCENT, WARN = "#1d5fa6", "#a63a0a"
@@ -49,53 +42,6 @@ WIDTH, HEIGHT = 3.4, 2.3
 ROWS_HEIGHT, ROW_HEIGHT = 0.45, 0.42  # inches, of :func:`rows`
 # Height of a line of text as a fraction of the axes, in a figure that is ``HEIGHT`` inches high.
 ANNOTATION_HEIGHT = 0.12
-GAP_GREY = 128  # the grey between images, visible on light and on dark pages
-
-
-@typed
-def image_grid(
-    images: Annotated[Integer[np.ndarray, "m h w c"], condition("with m > 0", lambda a: len(a))],
-    levels: Annotated[int, condition("from 2 to 256", lambda count: 2 <= count <= 256)],
-    columns: Count = 8,
-    scale: Count = 1,
-    gap: int = 2,
-) -> np.ndarray:
-    """Tile images row by row: uint8 (m, h, w, c) of 0 … L - 1 -> uint8 (H, W, c) of 0 … 255.
-
-    A pixel becomes scale x scale equal pixels. There are ``gap`` grey pixels between neighbours, so
-    H = rows (h scale + gap) - gap with rows = ceil(m / columns), and likewise W. Cells without
-    an image are grey. If images have neither 1 nor 3 channels, only the first channel is shown.
-    """
-    if images.max() >= levels:
-        raise ValueError(
-            f"levels={levels}, but the greatest pixel is {images.max()}: give the number of levels "
-            "of the data, which is above every pixel"
-        )
-    if images.shape[-1] not in (1, 3):
-        images = images[..., :1]
-    count, height, width, channels = images.shape
-    rows = -(-count // columns)
-    height, width = height * scale, width * scale
-    pixels = np.rint(images * (255 / (levels - 1))).astype(np.uint8)
-    cells = np.full((rows * columns, height + gap, width + gap, channels), GAP_GREY, np.uint8)
-    cells[:count, :height, :width] = pixels.repeat(scale, 1).repeat(scale, 2)
-    cells = cells.reshape(rows, columns, height + gap, width + gap, channels).swapaxes(1, 2)
-    grid = cells.reshape(rows * (height + gap), columns * (width + gap), channels)
-    return grid[: grid.shape[0] - gap, : grid.shape[1] - gap]
-
-
-@typed
-def png(array: Integer[np.ndarray, "..."]) -> bytes:
-    """The bytes of a PNG file of ``array``, uint8 (h, w), (h, w, 1) or (h, w, 3)."""
-    buffer = io.BytesIO()
-    grey = array.ndim == 3 and array.shape[2] == 1
-    Image.fromarray(array[..., 0] if grey else array).save(buffer, "png", optimize=True)
-    return buffer.getvalue()
-
-
-def write_png(path: epath.PathLike, array: np.ndarray) -> None:
-    """Write ``array`` as PNG (:func:`png`), whole or not at all."""
-    write_whole(path, png(array))
 
 
 def svg(name: str, draw: Callable[[Axes], None], width: float, height: float) -> str:

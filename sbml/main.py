@@ -25,7 +25,6 @@ from sbml.modes import GIVEN, MODES, OF_CONFIG, Mode, parameters_of
 from sbml.modes import overview as modes_in_words
 from sbml.registry import hint
 from sbml.runtime import cpu, peers, refusals, sharding
-from sbml.runtime.preemption import Preemption
 from sbml.runtime.workdir import Workdir
 from sbml.scalars import notation
 
@@ -262,8 +261,7 @@ def _run(given: Mapping[str, str], own_config: ConfigDict | None) -> None:
 
     needing = [name for name in chosen if parameters_of(chosen[name]) & OF_CONFIG]
     if not needing:
-        for name, mode in chosen.items():
-            Command(None, workdir, own).run(name, mode)
+        Command(None, workdir, own).execute(chosen)
         return
     if config is None or workdir is None:
         raise app.UsageError(f"--mode={needing[0]} needs {MODEL}")
@@ -274,24 +272,8 @@ def _run(given: Mapping[str, str], own_config: ConfigDict | None) -> None:
     compiler.check()
     workdir.path.mkdir(parents=True, exist_ok=True)
     sharding.check_shared(workdir.path)
-    names = list(chosen)
-    print(f"{', '.join(names)} in {workdir}{settings(config, given)}")
-    command, preemption = Command(config, workdir, own), Preemption()
-    # A mode without an experiment makes the model of the later modes, which are checked after it.
-    uses = [bool(parameters_of(mode) & {"experiment", "trained"}) for mode in chosen.values()]
-    first = [*uses, False].index(False)
-    for i, (name, mode) in enumerate(list(chosen.items())[:first]):
-        command.check(name, mode, names[:i])
-    with peers.watched(lambda: f"what {workdir} holds"):
-        try:
-            for i, (name, mode) in enumerate(chosen.items()):
-                if i and jax.process_count() > 1:
-                    preemption.leave_if_requested(f"{', '.join(names[:i])} done")
-                if i > first and uses[i]:
-                    command.check(name, mode, names[:i])
-                command.run(name, mode)
-        finally:
-            command.report()
+    print(f"{', '.join(chosen)} in {workdir}{settings(config, given)}")
+    Command(config, workdir, own).execute(chosen)
 
 
 def quiet() -> None:

@@ -22,6 +22,7 @@ import ast
 import inspect
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from sbml.registry import Registry
 
@@ -52,6 +53,23 @@ def overview() -> list[tuple[str, str]]:
         meaning, _, flags = about.removesuffix("``.").rpartition(": ``")
         lines.append((flags, f"{meaning}."))
     return lines
+
+
+def run(names: str, config: Any, workdir: str, **flags: str) -> None:
+    """Run modes in Python, as ``--mode`` does: ``run("train,eval", config, "runs/mine")``.
+
+    Args:
+      names: the names of the modes, with commas between them.
+      config: a ConfigDict, such as a file of ``configs/`` makes.
+      workdir: the folder of the run.
+      flags: the flags of these modes.
+    """
+    from sbml.experiment.config import Config
+    from sbml.modes._runner import Command
+    from sbml.runtime.workdir import Workdir
+
+    chosen = {name: MODES[name] for name in names.split(",")}
+    Command(Config(**config.to_dict()), Workdir(workdir), flags).execute(chosen)
 
 
 def parameters_of(mode: Mode) -> set[str]:

@@ -22,10 +22,11 @@ from sbml.experiment.compatibility import of_workdir
 from sbml.experiment.config import Config
 from sbml.experiment.trained import Trained
 from sbml.modes import Mode, parameters_of
-from sbml.runtime import history, sharding
+from sbml.runtime import history, peers, sharding
 from sbml.runtime.preemption import Preemption
 from sbml.runtime.workdir import Workdir
 
+MODELLED = {"experiment", "trained"}  # parameters of modes for which there is a fitting model
 # Modes whose results the report shows, and those that may run while another process runs them too.
 REPORTED = {"eval", "sample", "quality", "compress", "decompress"}
 UNLOCKED = {"report", "stats"}
@@ -54,6 +55,25 @@ class Command:
         """The objects of the config, with the fields of a converted checkpoint if there is one."""
         assert self.config is not None and self.workdir is not None
         return Experiment(of_workdir(self.config, self.workdir))
+
+    def execute(self, modes: Mapping[str, Mode]) -> None:
+        """Run ``modes`` in order. All of them are checked first; but a mode without an experiment
+        makes the model of the later ones, so these are checked after it."""
+        names, preemption = list(modes), Preemption()
+        uses = [bool(parameters_of(modes[name]) & MODELLED) for name in names]
+        first = [*uses, False].index(False)
+        for i in range(first):
+            self.check(names[i], modes[names[i]], names[:i])
+        with peers.watched(lambda: f"what {self.workdir} holds"):
+            try:
+                for i, name in enumerate(names):
+                    if i and jax.process_count() > 1:
+                        preemption.leave_if_requested(f"{', '.join(names[:i])} done")
+                    if i > first and uses[i]:
+                        self.check(name, modes[name], names[:i])
+                    self.run(name, modes[name])
+            finally:
+                self.report()
 
     def check(self, name: str, mode: Mode, before: Sequence[str]) -> None:
         """Refuse a config with which ``mode`` cannot run after the modes ``before``."""
@@ -86,7 +106,7 @@ class Command:
                 about = {"step": trained.restored.step, "split": section.split}
                 enter(history.noted(workdir, name, **about))
             mode(**{name: value for name, value in given.items() if name in wanted})
-            if wanted & {"experiment", "trained"}:
+            if wanted & MODELLED:
                 sharding.barrier(f"{name} done")  # The next mode reads its files in all processes.
             else:
                 vars(self).pop("experiment", None)  # A conversion can change its architecture.

@@ -70,6 +70,16 @@ def refused(name: str, value: Any) -> str:
     return str(caught.value)
 
 
+@dataclasses.dataclass(frozen=True)
+class Needing(sdes.VP):
+    a: float = dataclasses.field(kw_only=True)
+
+
+@dataclasses.dataclass(frozen=True)
+class Arrays(sdes.VP):
+    a: np.ndarray = None
+
+
 OF_EITHER_SIGN = ("sde.gamma_0", "sde.gamma_1", "score.log_snr_range")  # log-SNRs
 
 
@@ -222,6 +232,23 @@ def test_the_ends_of_ranges(name: str, fits: float, too_much: float) -> None:
         ("eval.importance", "velocity", "set --config.eval.proposal_bins=0"),
         ("training.importance", "x0", "training.importance=x0: need one of noise, velocity"),
         ("dequantizer.name", "uniform", "dequantizer.name=uniform has no parameters to train"),
+        ("sde.name", "os:system", "is <built-in function system> (builtin_function_or_method): "),
+        ("sde.name", "os:Missing", "SDE os:Missing: the module os has no attribute Missing: give"),
+        ("sde.name", "test_sections:Needing", "test_sections.Needing has a field a without a de"),
+        ("sde.name", "test_sections:Arrays", "field whose type a config has no values for (Unab"),
+        (
+            "model.name",
+            "math:pi",
+            "3.141592653589793 (float): give a class derived from flax.linen",
+        ),
+        ("dequantizer.name", "math:pi", "give a class derived from sbml.dequantizers.base.Dequan"),
+        ("data.source", "builtins:int", "<class 'int'> (type): give a class derived from sbml.da"),
+        ("sampling.sampler", "math:pi", "give a class derived from sbml.samplers.Sampler that is"),
+        ("eval.estimators", ("ode", "math:pi"), "eval.estimators: estimator math:pi is 3.1415"),
+        ("eval.estimators", ("os:Missing",), "the module os has no attribute Missing"),
+        ("eval.dequantizers", ("builtins:object",), "that is a dataclass and defines all abstra"),
+        ("eval.features", "os:system", "give a function of weights, sha256, levels and cache"),
+        ("score.parameterization", "math:pi", "3.141592653589793 (float): give Prediction"),
     ],
 )
 def test_what_a_message_says(name: str, value: Any, message: str) -> None:

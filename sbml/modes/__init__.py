@@ -39,6 +39,7 @@ MODES = Registry(
             *("verify", "audit"),
         )
     },
+    Callable,
 )
 
 

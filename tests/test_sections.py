@@ -186,6 +186,9 @@ def test_an_empty_choice_is_refused_unless_it_is_the_default() -> None:
         ("sampling.snr", 1.0, 0.0),
         ("latents.snr", 1.0, 0.0),
         ("latents.count", 2, 1),
+        ("latents.steps", 2**16 - 1, 2**16),
+        ("codec.steps", 2**16 - 1, 2**16),
+        ("codec.lanes", 1, 0),
         ("dequantizer.training.keep_last", 1, 0),
     ],
 )
@@ -227,7 +230,7 @@ def test_the_ends_of_ranges(name: str, fits: float, too_much: float) -> None:
         ("sampling.spacing", "even", "need one of log_snr, quadratic, time, or nothing"),
         ("eval.trace", "none", "need one of exact, gaussian, rademacher, or None"),
         ("eval.features", "vgg", "eval.features=vgg: need one of digits_classifier, inception"),
-        ("sampling.steps", 2.5, "sampling.steps=2.5: need an integer of at least 1 and below 2^31"),
+        ("sampling.steps", 2.5, "sampling.steps=2.5: need an integer of at least 1 and below 2^16"),
         ("eval.importance_sampling", False, "set --config.eval.proposal_bins=0"),
         ("eval.importance", "velocity", "set --config.eval.proposal_bins=0"),
         ("training.importance", "x0", "training.importance=x0: need one of noise, velocity"),

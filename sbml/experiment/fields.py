@@ -36,6 +36,7 @@ Positive = Annotated[int, Ge(1), Lt(2**31)]
 Natural = Annotated[int, Ge(0), Lt(2**31)]
 Seed = Annotated[int, Ge(0), Lt(2**32)]
 Size = Annotated[int, Ge(0), Lt(2**16)]
+PositiveSize = Annotated[int, Ge(1), Lt(2**16)]
 
 # The program computes in float32, where smaller numbers are 0 and larger ones infinite.
 SMALLEST, LARGEST = (float(end) for end in (np.finfo(np.float32).tiny, np.finfo(np.float32).max))

@@ -353,7 +353,8 @@ def _npz(file: Path) -> tuple[list[str], list[np.ndarray]]:
         arrays = {name: stored[name] for name in stored.files}
     if len(arrays) == 1 and (only := next(iter(arrays.values()))).ndim == 2:
         return [f"column_{i + 1}" for i in range(only.shape[1])], list(only.T)
-    if len({array.shape for array in arrays.values()}) != 1 or next(iter(arrays.values())).ndim != 1:
+    found = {array.shape for array in arrays.values()}
+    if len(found) != 1 or len(found.pop()) != 1:
         shapes = ", ".join(f"{name} {array.shape}" for name, array in arrays.items())
         raise ValueError(f"it has {shapes}: give one array (n, d), or several of one shape (n,)")
     return list(arrays), list(arrays.values())

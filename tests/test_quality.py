@@ -204,7 +204,7 @@ def test_a_report_is_never_shown_with_the_images_of_another_split(
     result = {"bits_per_dim": 2.0, "interval": [1.9, 2.1], "n": 1, "terms": {}, "split": "train"}
     result |= {"nfe_mean": 1.0}
     evaluation = {"title": "w", "results": [result], "checkpoint": {"step": 3}}
-    evaluation |= {"data": {"train": sets["train"].fingerprint}, "warnings": []}
+    evaluation |= {"data": {"train": sets["train"].fingerprint}, "warnings": [], "config": {}}
     write_json(tmp_path / EVALUATION, evaluation)
     columns = {"id": np.array([1400]), "bits_per_dim": np.ones(1), "nfe": np.ones(1)}
     write_npz(tmp_path / PER_IMAGE, columns)

@@ -179,7 +179,8 @@ def test_the_report_shows_the_quality_of_its_own_samples(
     result = {"bits_per_dim": 2.0, "interval": [1.9, 2.1], "n": 2, "terms": {}, "split": "test"}
     result |= {"nfe_mean": 1.0}
     evaluation = {"title": "w", "results": [result], "checkpoint": {"step": 3}}
-    evaluation |= {"data": {"test": real.fingerprint}, "warnings": [], "config": {}, "command": "eval"}
+    evaluation |= {"data": {"test": real.fingerprint}, "warnings": [], "config": {}}
+    evaluation |= {"command": "eval"}
     write_json(workdir / EVALUATION, evaluation)
     columns = {"id": np.arange(2), "bits_per_dim": np.ones(2), "nfe": np.ones(2)}
     write_npz(workdir / PER_IMAGE, columns)

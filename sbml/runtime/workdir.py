@@ -136,7 +136,10 @@ class Workdir(os.PathLike):
         return lock.owner(self.path, purpose)
 
     def connect(self) -> Self:
-        """This work directory, after a check that its object store answers, if it is in one."""
+        """This work directory, after a check that it is no file, and that its object store answers,
+        if it is in one."""
+        if os.path.isfile(self):
+            raise ValueError(f"{self} is a file: set --workdir to a folder")
         try:
             if remote(self.path):
                 # Without a network, gcsfs would try for a minute and show its traceback.

@@ -27,7 +27,7 @@ nor on earlier calls.
 *Conditions.* A conditional score is called as ``score(x, t, key, condition)``. A condition is a
 pytree of arrays: a class label is a scalar, and other conditions have the shape that
 ``condition_shape`` says. Every method takes one condition for all examples, or one for each along a
-leading axis.
+leading axis. A list of numbers is an array.
 
 *Changes of variables.* With ``transform``, the score belongs to x and the data are y = f(x):
 
@@ -121,9 +121,9 @@ class Density:
         ``inverse_and_log_det``, as in distrax and flowjax, or None.
 
     Raises:
-      ValueError: for an impossible shape or smallest time, an SDE of arrays, a score that cannot be
-        called with ``x``, ``t`` and ``key``, or one that :func:`~sbml.score.from_prediction` made
-        for another SDE.
+      ValueError: for an impossible shape or smallest time, an SDE of arrays, a transform without
+        its methods, a score that cannot be called with ``x``, ``t`` and ``key``, or one that
+        :func:`~sbml.score.from_prediction` made for another SDE.
     """
 
     score: Callable[..., Any]

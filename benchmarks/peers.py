@@ -291,7 +291,8 @@ def densities(arrays: Arrays) -> dict[str, Callable[..., Any]]:
     def score(x: Any, t: Any, key: Any) -> Any:
         return problem.score(x, t)
 
-    made = {STRAIGHT: (from_prediction(problem.velocity, "flow", flow), flow), VP: (score, vp)}
+    straight = from_prediction(problem.velocity, "flow", flow)
+    made: dict[str, tuple[Any, Any]] = {STRAIGHT: (straight, flow), VP: (score, vp)}
 
     def density(path: str, tolerance: float | None, **fields: Any) -> Any:
         if tolerance is not None:

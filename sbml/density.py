@@ -27,7 +27,7 @@ nor on earlier calls.
 *Conditions.* A conditional score is called as ``score(x, t, key, condition)``. A condition is a
 pytree of arrays: a class label is a scalar, and other conditions have the shape that
 ``condition_shape`` says. Every method takes one condition for all examples, or one for each along a
-leading axis.
+leading axis. A list of numbers is an array.
 
 *Changes of variables.* With ``transform``, the score belongs to x and the data are y = f(x):
 
@@ -54,7 +54,7 @@ from sbml import arguments, bits, likelihood, ode, pytrees, samplers, transforms
 from sbml.bound import GaussianControl, Reduction, pilot
 from sbml.dequantizers import uniform
 from sbml.divergence import Trace, exact_batch
-from sbml.door import checked, typed
+from sbml.door import checked, shown, typed
 from sbml.estimate import Estimate, reference
 from sbml.estimators import bound
 from sbml.estimators import ode as ode_estimator
@@ -121,12 +121,12 @@ class Density:
         ``inverse_and_log_det``, as in distrax and flowjax, or None.
 
     Raises:
-      ValueError: for an impossible shape or smallest time, an SDE of arrays, a score that cannot be
-        called with ``x``, ``t`` and ``key``, or one that :func:`~sbml.score.from_prediction` made
-        for another SDE.
+      ValueError: for an impossible shape or smallest time, an SDE of arrays, a transform without
+        its methods, a score that cannot be called with ``x``, ``t`` and ``key``, or one that
+        :func:`~sbml.score.from_prediction` made for another SDE.
     """
 
-    score: Any
+    score: Callable[..., Any]
     sde: SDE
     shape: tuple[int, ...]
     levels: Annotated[int, between(2, bits.MOST_LEVELS)] | None = None
@@ -154,6 +154,14 @@ class Density:
                 "functions: give floats, as by jax.tree.map(float, sde), or tuples of floats"
             ) from None
         self.sde.check_time(self._eps)
+        for shape in jax.tree.leaves(self.condition_shape, is_leaf=_is_shape):
+            if not _is_shape(shape):
+                raise ValueError(
+                    f"condition_shape is {shown(self.condition_shape)}: give a shape such as (3,), "
+                    "or a pytree of shapes"
+                )
+        if self.transform is not None:
+            transforms.check_methods(self.transform, self.shape)
         if self.transform is not None and self.levels is not None:
             raise ValueError(
                 f"levels={self.levels} with a transform: integers have none; leave one of them out"
@@ -434,6 +442,7 @@ class Density:
             data, levels = self._integers(x)
             target = Target(self.sde, self._eps, levels, uniform.Model())
             log_det, nats = np.zeros(1), self.dims * math.log(2)
+        conditions = _array(conditions)
         count = _count(conditions)
         log_prior = np.log(_prior(prior, count))
 
@@ -554,10 +563,14 @@ class Density:
             return None
         shapes: Any = self.condition_shape
         if _is_shape(shapes):
+            condition = _array(condition)
             shapes = jax.tree.map(lambda _: self.condition_shape, condition)
 
         def each(leaf: Any, shape: tuple[int, ...]) -> Array:
-            array = jnp.asarray(leaf)
+            try:
+                array = jnp.asarray(leaf)
+            except TypeError:
+                raise ValueError(f"condition is {shown(leaf)}: give arrays of numbers") from None
             if array.shape not in (shape, (*batch, *shape)):
                 raise ValueError(
                     f"condition of shape {array.shape}: give one for all examples, {shape}, or one "
@@ -704,7 +717,15 @@ class Density:
 
 
 def _is_shape(value: Any) -> bool:
-    return isinstance(value, tuple) and all(isinstance(size, int) for size in value)
+    return isinstance(value, tuple) and all(isinstance(n, int) and n >= 0 for n in value)
+
+
+def _array(condition: Any) -> Any:
+    """A list of numbers as an array, because JAX takes it for a pytree; others unchanged."""
+    numbers = isinstance(condition, list) and all(
+        isinstance(leaf, int | float) for leaf in jax.tree.leaves(condition)
+    )
+    return np.asarray(condition) if numbers else condition
 
 
 def _flatten(density: Density) -> tuple[tuple[Any, ...], Any]:
@@ -757,11 +778,11 @@ def _check_samples(n: int, solver: Solver, lost: Any) -> None:
 def _count(conditions: Any) -> int:
     """The number of conditions along the leading axis of a pytree."""
     sizes = {np.shape(leaf)[:1] for leaf in jax.tree.leaves(conditions)}
-    if len(sizes) != 1 or sizes == {()}:
+    if len(sizes) != 1 or sizes <= {(), (0,)}:
         shapes = [np.shape(leaf) for leaf in jax.tree.leaves(conditions)]
         raise ValueError(
             f"conditions of shapes {shapes}: give arrays with the conditions along a leading axis "
-            "of one size"
+            "of one size, at least 1"
         )
     return int(sizes.pop()[0])
 

@@ -18,6 +18,7 @@ of dataclasses, and of functions that compute by NumPy only: it leaves XLA alone
 
 import functools
 import inspect
+import re
 import types
 import typing
 from collections.abc import Callable
@@ -103,14 +104,14 @@ def typed(function: C) -> C:
         given = signature.bind(*args, **kwargs).arguments
         with jaxtyped("context"):
             for name, value in given.items():
-                if name in hints() and not _fits(value, hints()[name]):
+                if name in hints() and not fits(value, hints()[name]):
                     raise ValueError(_message(name, given, hints()[name]))
         return function(*args, **kwargs)
 
     return cast(C, inside)
 
 
-def _fits(value: Any, hint: Any) -> bool:
+def fits(value: Any, hint: Any) -> bool:
     """Whether ``value`` is as ``hint`` says.
 
     A NumPy number also counts as a Python number. A Python number counts as an array without
@@ -119,7 +120,7 @@ def _fits(value: Any, hint: Any) -> bool:
     if isinstance(value, bool) and not is_bearable(object(), hint):
         return hint is bool or bool in typing.get_args(hint)
     if isinstance(value, np.number):  # As an array, so that the annotation tells its kind.
-        return _fits(np.asarray(value), hint) or _fits(value.item(), hint)
+        return fits(np.asarray(value), hint) or fits(value.item(), hint)
     if type(value) is tuple:
         value = tuple(n.item() if isinstance(n, np.integer) else n for n in value)
     if is_bearable(value, hint, conf=_TOWER):
@@ -168,6 +169,9 @@ def needs(hint: Any) -> str:
     if origin in (types.UnionType, typing.Union):
         # Types with the same words are named once, and NumPy's numbers are not named.
         return " or ".join(dict.fromkeys(needs(each) for each in parts if each is not np.number))
-    if origin is Callable:
+    if origin is type:
+        public = re.sub(r"\._\w+", "", parts[0].__module__)
+        return f"a class derived from {public}.{parts[0].__name__}"
+    if Callable in (hint, origin):
         return "a function"
     return _NAMES.get(origin or hint, getattr(hint, "__name__", str(hint)))

@@ -96,18 +96,23 @@ def parse(arguments: list[str]) -> list[str]:
     """Set the flags that this file defines, and return the other arguments: fields of the config,
     and flags of the modes."""
     for argument in arguments[1:]:
+        try:
+            argument.encode()
+        except UnicodeEncodeError:
+            shown = refusals.readable(argument)
+            sys.exit(f"UsageError: {shown} is not in UTF-8: give another name or value")
         if argument in ("--help", "-h", "--h") or argument.startswith("--help="):
             section = argument.partition("=")[2]
             try:
                 print(reference.text(section) if section else usage())
             except ValueError as error:
-                sys.exit(f"UsageError: {error}")
+                sys.exit(f"UsageError: {refusals.readable(str(error))}")
             sys.exit(0)
     flags.FLAGS.set_gnu_getopt(True)
     try:
         rest: list[str] = flags.FLAGS(arguments, known_only=True)
     except flags.Error as error:
-        sys.exit(f"UsageError: {error}")
+        sys.exit(f"UsageError: {refusals.readable(str(error))}")
     return rest
 
 

@@ -1,6 +1,6 @@
 """Parts by name: a short name of this package, or ``package.module:Name`` of any other.
 
-SDES = Registry("SDE", {"vp": "sbml.sdes.linear_beta:VP"})
+SDES = Registry("SDE", {"vp": "sbml.sdes.linear_beta:VP"}, subclass(SDE))
 SDES["vp"]                  the class VP; its module is imported only now
 SDES["mine.sdes:Mine"]      the class Mine of the user's own module
 
@@ -11,11 +11,15 @@ imported; for names in files that may be somebody else's, :func:`only` says whic
 """
 
 import contextlib
+import dataclasses
 import difflib
 import importlib
+import inspect
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from typing import Any
+from typing import Annotated, Any
+
+from sbml import door
 
 OUTSIDE = re.compile(r"\w+(?:\.\w+)*:\w+")  # the form of the name of a part of another package
 _trusted: frozenset[str] | None = None  # what :func:`only` allows; None: everything
@@ -47,16 +51,29 @@ def hint(name: str, names: Collection[str]) -> str:
     return f"; did you mean {near[0]}?" if near else ""
 
 
+def subclass(base: type) -> Any:
+    """The annotation of a class that is derived from ``base``, of which a section of a config can
+    make an object."""
+    return Annotated[
+        type[base],
+        door.condition(
+            "that is a dataclass and defines all abstract methods",
+            lambda kind: dataclasses.is_dataclass(kind) and not inspect.isabstract(kind),
+        ),
+    ]
+
+
 class Registry(Mapping[str, Any]):
     """The parts of one kind. It iterates over the short names, and finds parts of other packages.
 
     Attributes:
       kind: what the parts are, in words, for messages.
       places: from the short names to ``module:attribute``, or to the parts themselves.
+      form: the annotation that a part fits, such as that of :func:`subclass`.
     """
 
-    def __init__(self, kind: str, places: Mapping[str, Any]) -> None:
-        self.kind, self.places = kind, dict(places)
+    def __init__(self, kind: str, places: Mapping[str, Any], form: Any) -> None:
+        self.kind, self.places, self.form = kind, dict(places), form
 
     def __getitem__(self, name: str) -> Any:
         """The part called ``name``."""
@@ -77,16 +94,29 @@ class Registry(Mapping[str, Any]):
         place = self.places.get(name, name)
         if not isinstance(place, str):
             return place
-        module, _, attribute = place.partition(":")
+        place, _, attribute = place.partition(":")
         try:
-            return getattr(importlib.import_module(module), attribute)
-        except (ModuleNotFoundError, AttributeError) as error:
-            if isinstance(error, ModuleNotFoundError) and not module.startswith(str(error.name)):
-                raise  # A module that the part itself imports is missing.
+            module = importlib.import_module(place)
+        except Exception as error:
+            of_path = isinstance(error, ModuleNotFoundError) and place.startswith(str(error.name))
+            remedy = (
+                "start Python where it can be imported (PYTHONPATH)" if of_path else "correct it"
+            )
             raise ValueError(
-                f"{self.kind} {name}: {error}; the module must be importable from where Python "
-                "starts (PYTHONPATH)"
+                f"{self.kind} {name}: the module {place} cannot be imported "
+                f"({type(error).__name__}: {error}): {remedy}"
             ) from error
+        if not hasattr(module, attribute):
+            raise ValueError(
+                f"{self.kind} {name}: the module {place} has no attribute {attribute}: give "
+                f"{door.needs(self.form)}{hint(attribute, dir(module))}"
+            )
+        part = getattr(module, attribute)
+        if not door.fits(part, self.form):
+            raise ValueError(
+                f"{self.kind} {name} is {door.shown(part)}: give {door.needs(self.form)}"
+            )
+        return part
 
     def __contains__(self, name: object) -> bool:
         """Whether ``name`` is a short name, or has the form of a name in another package, which is

@@ -151,9 +151,11 @@ KINDS = {
     LEVELS: Prediction(_of_levels, foreign=None, ours=U),
 }
 FOREIGN = tuple(kind for kind, entry in KINDS.items() if entry.foreign)
-PREDICTIONS = Registry("prediction", KINDS)
+PREDICTIONS = Registry("prediction", KINDS, Prediction)
 # Those of the networks of this package, to which users can add their own.
-PARAMETERIZATIONS = Registry("parameterization", {k: v for k, v in KINDS.items() if v.ours})
+PARAMETERIZATIONS = Registry(
+    "parameterization", {k: v for k, v in KINDS.items() if v.ours}, Prediction
+)
 KIND = condition(f"among {', '.join(PARAMETERIZATIONS)}", PARAMETERIZATIONS.__contains__)
 LABELS = ("time", "log_snr", "sigma", "scaled_log_snr", "c_noise")
 LogSnrRange = Annotated[

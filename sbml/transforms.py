@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from sbml.door import shown
 from sbml.types import Array
 
 
@@ -54,6 +55,30 @@ def in_float64(function: Callable[..., Any], f: Any, data: np.ndarray) -> Any:
     with jax.enable_x64(True):
         found = function(jax.tree.map(exact, f), jnp.asarray(data, jnp.float64))
         return jax.tree.map(np.asarray, found)
+
+
+def check_methods(f: Any, shape: tuple[int, ...]) -> None:
+    """Raise a ValueError if ``f`` does not have the methods of a transform of examples of this
+    shape, or if they return something else. They are traced, and not run."""
+    names = ["forward" if hasattr(f, "forward") else "transform", "inverse_and_log_det"]
+    if isinstance(f, type) or not all(callable(getattr(f, name, None)) for name in names):
+        raise ValueError(
+            f"transform is {shown(f)}: give an object with the methods forward (or transform) and "
+            "inverse_and_log_det"
+        )
+    one = jax.ShapeDtypeStruct(shape, jnp.result_type(float))
+    y, pair = (jax.eval_shape(getattr(f, name), one) for name in names)
+    if not isinstance(pair, tuple | list) or len(pair) != 2 or not hasattr(pair[1], "shape"):
+        raise ValueError(
+            f"transform={type(f).__name__}: inverse_and_log_det returned {shown(pair)}: return "
+            "x and log |det df^-1/dy|"
+        )
+    for name, found in zip(names, (y, pair[0]), strict=True):
+        if getattr(found, "shape", None) != shape:
+            raise ValueError(
+                f"transform={type(f).__name__}: {name} of an example of shape {shape} returned "
+                f"{shown(found)}: return an array of the same shape"
+            )
 
 
 def check(f: Any, y: Array) -> None:

@@ -177,8 +177,21 @@ def of_shape(output: Anything, x: Example) -> Example:
 
 
 def deterministic(score: Score, x: Example, t: Scalar) -> Example:
-    """``score(x, t, None)``, shape ``(*s)``."""
-    return of_shape(score(x, t, None), x)
+    """``score(x, t, None)``, shape ``(*s)``.
+
+    Raises:
+      ValueError: the score draws from its key, or as :func:`of_shape`.
+    """
+    try:
+        output = score(x, t, None)
+    except TypeError as error:
+        if "PRNG key type <class 'NoneType'>" not in str(error):
+            raise
+        raise ValueError(
+            "the score draws random numbers although key=None: a density needs a deterministic "
+            "score, so let it draw only if it is given a key"
+        ) from error
+    return of_shape(output, x)
 
 
 def optional(score: Any, name: Optional) -> Any:

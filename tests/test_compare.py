@@ -17,6 +17,7 @@ from sbml.runtime.trees import table_crc32, tree_crc32
 from sbml.runtime.workdir import EVALUATION, PER_IMAGE, QUALITY, SAMPLES, Workdir
 
 IMAGES = {"name": "digits", "split": "test", "count": 50, "shape": [2, 2, 1], "levels": 17}
+UNREAD = ("nfe", "failed", "sampler")  # what a comparison does not use
 # The bits/dim of each image, nearly the same for all models.
 HARDNESS = np.random.default_rng(0).normal(2, 0.5, 50)
 
@@ -51,6 +52,10 @@ def write(path, ids: np.ndarray, bits: np.ndarray, sha: str = "a", **extra) -> W
     evaluation = {"results": results, "data": data, "config": config, "warnings": [], **about}
     workdir.write(EVALUATION, evaluation)
     return workdir
+
+
+def samples(images: np.ndarray, step: int) -> dict:
+    return {"images": images, "step": np.asarray(step), **dict.fromkeys(UNREAD, np.zeros(1))}
 
 
 def test_differences_are_computed_from_the_images_that_both_runs_have(tmp_path):
@@ -102,7 +107,7 @@ def test_the_mode_writes_a_page_and_its_numbers(tmp_path, capsys):
     for name in ("a", "bb"):
         workdir = write(tmp_path / name, np.arange(50), HARDNESS)
         images = np.full((5, 2, 2, 1), len(name), np.uint8)
-        workdir.write(SAMPLES, {"images": images, "step": np.asarray(40)})
+        workdir.write(SAMPLES, samples(images, 40))
         values = {"feature distance": 0.625, f"only of {name}": 3.0}
         workdir.write(QUALITY, {"images_crc32": tree_crc32(images), "values": values})
     compare.run(Workdir(tmp_path / "out"), f"{tmp_path / 'a'},{tmp_path / 'bb'}")
@@ -122,10 +127,10 @@ def test_the_mode_writes_a_page_and_its_numbers(tmp_path, capsys):
 def test_samples_of_another_checkpoint_are_not_shown(tmp_path):
     workdir = write(tmp_path / "run", np.arange(50), HARDNESS)
     images = np.zeros((5, 2, 2, 1), np.uint8)
-    workdir.write(SAMPLES, {"images": images, "step": np.asarray(39)})
+    workdir.write(SAMPLES, samples(images, 39))
     workdir.write(QUALITY, {"images_crc32": tree_crc32(images), "values": {"distance": 0.5}})
     assert Run.read(workdir).samples is None and Run.read(workdir).quality == {}
-    workdir.write(SAMPLES, {"images": images + 1, "step": np.asarray(40)})
+    workdir.write(SAMPLES, samples(images + 1, 40))
     assert Run.read(workdir).samples.max() == 1 and Run.read(workdir).quality == {}
 
 
@@ -170,6 +175,22 @@ def test_what_cannot_be_compared_is_refused(tmp_path):
         compare.run(runs=f"{tmp_path / 'first'},{tmp_path}")
     with pytest.raises(ValueError, match="--runs=DIR,DIR"):
         compare.run()
+    row = result(HARDNESS)
+    for changes, message in (
+        (
+            {"results": "none"},
+            r"evaluation.json is damaged \(results: Input should be a valid list",
+        ),
+        ({"results": []}, r"\(results: List should have at least 1 item.*: remove it, and make it"),
+        ({"data": {"test": 3}}, r"\(data.test: Input should be a valid dictionary"),
+        ({"checkpoint": None}, r"\(checkpoint: Input should be a valid dictionary"),
+        ({"results": [{**row, "interval": 3}]}, r"results in evaluation.json is .*: interval is 3"),
+        ({"results": [{**row, "nfe": 3}]}, r"results in evaluation.json is .*: .* 'nfe'"),
+    ):
+        odd = write(tmp_path / "odd", np.arange(50), HARDNESS)
+        odd.write(EVALUATION, {**odd.read(EVALUATION), **changes})
+        with pytest.raises(ValueError, match=message):
+            Run.read(odd)
     bound = write(tmp_path / "bound", np.arange(50), HARDNESS)
     content = bound.read(EVALUATION)
     content["results"] = [result(HARDNESS, estimator="bound")]

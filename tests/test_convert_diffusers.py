@@ -348,6 +348,8 @@ def test_bits_per_dim_are_those_of_the_original_units_by_the_change_of_variables
         ({"trained_betas": [0.1, 0.2]}, r"trained_betas is \[0.1, 0.2\]: only None is converted"),
         ({"rescale_betas_zero_snr": True}, "rescale_betas_zero_snr is True: only False"),
         ({"snr_shift_scale": 3.0}, "snr_shift_scale is 3.0: only None"),
+        ({"prediction_type": []}, r"prediction_type is \[\]: known are epsilon, sample, v_pred"),
+        ({"beta_start": {"a": 1}}, r"beta_start is {'a': 1}: give the file"),
         ({"timestep_type": "continuous"}, "timestep_type is 'continuous': only 'discrete'"),
         ({**FLOW, "invert_sigmas": True}, "invert_sigmas is True: only False is converted"),
     ],
@@ -373,6 +375,8 @@ def refused(source: Path, workdir: Path, message: str, **flags: Any) -> None:
         ({"_class_name": "UNet1DModel"}, "unet/config.json: _class_name is 'UNet1DModel'"),
         ({"in_channels": 1, "out_channels": 1}, r"shape \(4, 4, 1\), but config.data.shape is"),
         ({"sample_size": 32}, r"shape \(32, 32, 3\), but config.data.shape is \(4, 4, 3\)"),
+        ({"sample_size": {"a": 4.0}}, r"sample_size is {'a': 4.0}: give one number, or two of"),
+        ({"sample_size": [4]}, r"sample_size is \[4\]: give one number, or two of"),
         ({"sample_size": [4, 8]}, r"shape \(4, 8, 3\), but config.data.shape is"),
     ],
 )
@@ -413,6 +417,8 @@ def test_folders_with_missing_or_damaged_files_are_errors(tmp_path: Path) -> Non
     refused(
         folder, ours, r"no diff.*safetensors in .*, which has config.json, .*\.bin: write it by"
     )
+    (folder / "unet" / "config.json").unlink()
+    refused(folder, ours, "unet/config.json cannot be read .*: give the folder that save_pretrain")
     (folder / "unet" / "config.json").write_text("{")
     refused(folder, ours, "config.json cannot be read .*: give the folder that save_pretrained")
     (folder / "scheduler" / "scheduler_config.json").unlink()
@@ -428,7 +434,8 @@ def test_a_folder_is_not_converted_into_a_work_directory_with_checkpoints(
 
 
 def test_only_folders_of_diffusers_have_the_flag(tmp_path: Path) -> None:
-    (tmp_path / "theirs").mkdir()
+    (tmp_path / "theirs" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "theirs" / "config.json").write_text("{}")  # of another code
     refused(tmp_path / "theirs", tmp_path / "ours", "is no folder of diffusers", pixels="unit")
 
 

@@ -2,6 +2,7 @@
 
 import functools
 import types
+from typing import Any
 
 import equinox as eqx
 import flax.linen as nn
@@ -200,6 +201,7 @@ def test_a_condition_is_for_all_examples_or_for_each() -> None:
     means = each[:, None] * np.ones(3)
     np.testing.assert_allclose(d.log_prob(X, condition=one), exact(X, means[0]), atol=1e-7)
     np.testing.assert_allclose(d.log_prob(X, condition=each), exact(X, means), atol=1e-7)
+    np.testing.assert_allclose(d.log_prob(X, condition=each.tolist()), exact(X, means), atol=1e-7)
     np.testing.assert_allclose(d.logp(X, each).values, exact(X, means), atol=1e-7)
     x, logp = d.sample_and_log_prob(jax.random.key(0), 4, each)
     np.testing.assert_allclose(logp, exact(x, means), atol=1e-7)
@@ -247,6 +249,12 @@ def test_the_posterior_of_a_condition_is_that_of_bayes() -> None:
     k = np.clip((x[:20] + 1) / 2 * 16, 0, 15).astype(int)
     noisy = sbml.Density(conditional(), SDE, (3,), eps=EPS, levels=16).classify(k, conditions)
     assert noisy.noise.mean < 0.2 and noisy.log_prob.shape == (20, 3)
+
+
+def halves(**methods: Any) -> types.SimpleNamespace:
+    """The transform y = x / 2 with other ``methods``."""
+    usual = {"forward": lambda x: x / 2, "inverse_and_log_det": lambda y: (2 * y, jnp.log(2))}
+    return types.SimpleNamespace(**{**usual, **methods})
 
 
 class Affine:
@@ -493,6 +501,48 @@ def test_modules_of_several_frameworks_give_the_same_density() -> None:
             "prior=.*2 positive probabilities",
         ),
         (lambda: density(levels=4, transform=Affine()), "levels=4 with a transform"),
+        (lambda: density(transform=3), r"transform is 3 \(int\): give an object with the methods"),
+        (
+            lambda: density(transform=Affine),
+            "transform is <class .*: give an object with the m",
+        ),
+        (lambda: density(transform=halves(forward=None)), "transform is .*: give an object with"),
+        (
+            lambda: density(transform=halves(inverse_and_log_det=lambda y: y)),
+            r"inverse_and_log_det returned float64 of shape \(3,\): return x and log",
+        ),
+        (
+            lambda: density(transform=halves(inverse_and_log_det=lambda y: None)),
+            r"inverse_and_log_det returned None \(NoneType\): return x and log",
+        ),
+        (
+            lambda: density(transform=halves(forward=lambda x: None)),
+            r"forward of an example of shape \(3,\) returned None",
+        ),
+        (
+            lambda: density(transform=halves(inverse_and_log_det=lambda y: (y[:1], y[0]))),
+            r"returned float64 of shape \(1,\): return an array of the same shape",
+        ),
+        (lambda: sbml.Density(3, SDE, (3,)), r"^score is 3 \(int\): give a function"),
+        (
+            lambda: sbml.Density(
+                lambda x, t, key: -x + jax.random.normal(key, x.shape), SDE, (3,)
+            ).log_prob(X),
+            "the score draws random numbers although key=None",
+        ),
+        (
+            lambda: sbml.Density(conditional(), SDE, (3,), condition_shape=3),
+            r"condition_shape is 3 \(int\): give a shape such as \(3,\)",
+        ),
+        (lambda: density(condition_shape={"a": (-1,)}), "condition_shape is {'a'.*: give a shape"),
+        (
+            lambda: sbml.Density(conditional(), SDE, (3,)).log_prob(X, condition="a"),
+            r"condition is 'a' \(str\): give arrays of numbers",
+        ),
+        (
+            lambda: sbml.Density(conditional(), SDE, (3,)).classify(X, []),
+            r"conditions of shapes \[\(0,\)\]: give arrays .* at least 1",
+        ),
         (lambda: Solver(adjoint="both"), "^adjoint is 'both'"),
         (lambda: density().log_prob(np.ones((2, 3), int)), "^x is int"),
         (

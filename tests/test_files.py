@@ -17,7 +17,7 @@ from sbml.data import _cache
 from sbml.report.pictures import write_png
 from sbml.runtime import files, metrics
 from sbml.runtime.files import DamagedFileError
-from sbml.runtime.workdir import EVALUATION, SAMPLES, Workdir
+from sbml.runtime.workdir import EVALUATION, SAMPLES, TABLE, Workdir
 
 ARRAYS = {"id": np.arange(3), "value": np.array([1.5, np.nan, -np.inf]), "name": np.asarray("ä")}
 VALUES = {"a": [1, 0.1, 1e-300], "b": {"c": None, "ä": "NaN"}}
@@ -136,8 +136,8 @@ def test_the_work_directory_says_which_mode_makes_a_file(tmp_path, monkeypatch):
     (tmp_path / EVALUATION).write_text("{}")
     with pytest.raises(DamagedFileError, match=r"evaluation\.json is damaged .*--mode=eval"):
         workdir.read(EVALUATION)
-    workdir.write(EVALUATION, VALUES)
-    assert workdir.read(EVALUATION) == VALUES and workdir.name == tmp_path.name
+    workdir.write(TABLE, VALUES)
+    assert workdir.read(TABLE) == VALUES and workdir.name == tmp_path.name
     monkeypatch.chdir(tmp_path)
     assert Workdir(".").name == Workdir("./").name == tmp_path.name
     assert Workdir("gs://bucket/run").name == "run"

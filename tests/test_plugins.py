@@ -116,14 +116,20 @@ def test_samples_are_of_the_new_sampler(workdir):
     assert (evaluations == 3).all()
 
 
-def test_a_name_that_is_nowhere_says_what_is_missing():
-    things = Registry("thing", {"a": "math:pi"})
+def test_a_part_that_is_none_says_what_is_missing(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "needing.py").write_text("import absent")
+    (tmp_path / "failing.py").write_text("1 / 0")
+    things = Registry("thing", {"a": "math:pi"}, float)
     assert things["a"] == math.pi == things["math:pi"]
     assert list(things) == ["a"] and "math:e" in things and "b" not in things
     for name, message in (
         ("b", "unknown thing 'b': choose one of a, or give your own as package.module:Name"),
-        ("math:tau2", "thing math:tau2: module 'math' has no attribute 'tau2'; the module must"),
-        ("nowhere.at:all", "thing nowhere.at:all: No module named 'nowhere'; the module must be"),
+        ("math:tau2", "math:tau2: the module math has no attribute tau2: give a number; did you"),
+        ("math:floor", "thing math:floor is <built-in function floor> (builtin_function_or_method"),
+        ("nowhere.at:all", "(ModuleNotFoundError: No module named 'nowhere'): start Python where"),
+        ("needing:all", "(ModuleNotFoundError: No module named 'absent'): correct it"),
+        ("failing:all", "the module failing cannot be imported (ZeroDivisionError: division by"),
         ("../../etc:a", "unknown thing '../../etc:a'"),
     ):
         with pytest.raises(ValueError, match=re.escape(message)):

@@ -179,7 +179,8 @@ def test_the_report_shows_the_quality_of_its_own_samples(
     result = {"bits_per_dim": 2.0, "interval": [1.9, 2.1], "n": 2, "terms": {}, "split": "test"}
     result |= {"nfe_mean": 1.0}
     evaluation = {"title": "w", "results": [result], "checkpoint": {"step": 3}}
-    evaluation |= {"data": {"test": real.fingerprint}, "warnings": [], "command": "eval"}
+    evaluation |= {"data": {"test": real.fingerprint}, "warnings": [], "config": {}}
+    evaluation |= {"command": "eval"}
     write_json(workdir / EVALUATION, evaluation)
     columns = {"id": np.arange(2), "bits_per_dim": np.ones(2), "nfe": np.ones(2)}
     write_npz(workdir / PER_IMAGE, columns)
@@ -204,7 +205,7 @@ def test_a_report_is_never_shown_with_the_images_of_another_split(
     result = {"bits_per_dim": 2.0, "interval": [1.9, 2.1], "n": 1, "terms": {}, "split": "train"}
     result |= {"nfe_mean": 1.0}
     evaluation = {"title": "w", "results": [result], "checkpoint": {"step": 3}}
-    evaluation |= {"data": {"train": sets["train"].fingerprint}, "warnings": []}
+    evaluation |= {"data": {"train": sets["train"].fingerprint}, "warnings": [], "config": {}}
     write_json(tmp_path / EVALUATION, evaluation)
     columns = {"id": np.array([1400]), "bits_per_dim": np.ones(1), "nfe": np.ones(1)}
     write_npz(tmp_path / PER_IMAGE, columns)

@@ -70,6 +70,16 @@ def refused(name: str, value: Any) -> str:
     return str(caught.value)
 
 
+@dataclasses.dataclass(frozen=True)
+class Needing(sdes.VP):
+    a: float = dataclasses.field(kw_only=True)
+
+
+@dataclasses.dataclass(frozen=True)
+class Arrays(sdes.VP):
+    a: np.ndarray = None
+
+
 OF_EITHER_SIGN = ("sde.gamma_0", "sde.gamma_1", "score.log_snr_range")  # log-SNRs
 
 
@@ -176,6 +186,9 @@ def test_an_empty_choice_is_refused_unless_it_is_the_default() -> None:
         ("sampling.snr", 1.0, 0.0),
         ("latents.snr", 1.0, 0.0),
         ("latents.count", 2, 1),
+        ("latents.steps", 2**16 - 1, 2**16),
+        ("codec.steps", 2**16 - 1, 2**16),
+        ("codec.lanes", 1, 0),
         ("dequantizer.training.keep_last", 1, 0),
     ],
 )
@@ -217,11 +230,28 @@ def test_the_ends_of_ranges(name: str, fits: float, too_much: float) -> None:
         ("sampling.spacing", "even", "need one of log_snr, quadratic, time, or nothing"),
         ("eval.trace", "none", "need one of exact, gaussian, rademacher, or None"),
         ("eval.features", "vgg", "eval.features=vgg: need one of digits_classifier, inception"),
-        ("sampling.steps", 2.5, "sampling.steps=2.5: need an integer of at least 1 and below 2^31"),
+        ("sampling.steps", 2.5, "sampling.steps=2.5: need an integer of at least 1 and below 2^16"),
         ("eval.importance_sampling", False, "set --config.eval.proposal_bins=0"),
         ("eval.importance", "velocity", "set --config.eval.proposal_bins=0"),
         ("training.importance", "x0", "training.importance=x0: need one of noise, velocity"),
         ("dequantizer.name", "uniform", "dequantizer.name=uniform has no parameters to train"),
+        ("sde.name", "os:system", "is <built-in function system> (builtin_function_or_method): "),
+        ("sde.name", "os:Missing", "SDE os:Missing: the module os has no attribute Missing: give"),
+        ("sde.name", "test_sections:Needing", "test_sections.Needing has a field a without a de"),
+        ("sde.name", "test_sections:Arrays", "field whose type a config has no values for (Unab"),
+        (
+            "model.name",
+            "math:pi",
+            "3.141592653589793 (float): give a class derived from flax.linen",
+        ),
+        ("dequantizer.name", "math:pi", "give a class derived from sbml.dequantizers.base.Dequan"),
+        ("data.source", "builtins:int", "<class 'int'> (type): give a class derived from sbml.da"),
+        ("sampling.sampler", "math:pi", "give a class derived from sbml.samplers.Sampler that is"),
+        ("eval.estimators", ("ode", "math:pi"), "eval.estimators: estimator math:pi is 3.1415"),
+        ("eval.estimators", ("os:Missing",), "the module os has no attribute Missing"),
+        ("eval.dequantizers", ("builtins:object",), "that is a dataclass and defines all abstra"),
+        ("eval.features", "os:system", "give a function of weights, sha256, levels and cache"),
+        ("score.parameterization", "math:pi", "3.141592653589793 (float): give Prediction"),
     ],
 )
 def test_what_a_message_says(name: str, value: Any, message: str) -> None:

@@ -249,6 +249,8 @@ REFUSED = {
     "no names": ({"1.5": GOOD["u"], "2.5": GOOD["v"]}, {}, "column 1 has the name '1.5'"),
     "an index": ({"": GOOD["u"], "v": GOOD["v"]}, {}, "column 1 has the name ''"),
     "semicolons": ({"u;v": [f"{u};1" for u in GOOD["u"]]}, {}, "separated by commas"),
+    "tiny": ({**GOOD, "w": 1e-200 * GOOD["u"][::-1]}, {}, r"column w .*e-200: give it in"),
+    "huge": ({**GOOD, "w": 1e200 * GOOD["u"][::-1]}, {}, r"column w .*e200: give it in"),
     "negative": (GOOD, {"log_columns": ("u",)}, r"log_columns=u: row \d+ has .* above 0"),
     "not below 1": (changed(9, 1.5), {"logit_columns": ("v",)}, "logit_columns=v: row 9 .*below 1"),
     "unknown": (GOOD, {"log_columns": ("w",)}, r"log_columns=w: no such column; they are u, v"),
@@ -303,12 +305,14 @@ def test_a_file_that_is_no_table_is_refused(tmp_path: Path) -> None:
         (tmp_path / name).write_bytes(b"\x00\xff,\n1\n")
     np.savez(tmp_path / "b.npz", u=np.zeros(3), v=np.zeros(4))
     np.savez(tmp_path / "c.npz", u=np.array([{}, {}]))
+    np.savez(tmp_path / "d.npz", u=1.0, v=2.0)
     for name, message in {
         "a.csv": "cannot be read",
         "a.parquet": "cannot be read",
         "a.npz": "cannot be read",
         "b.npz": r"u \(3,\), v \(4,\): give one array",
         "c.npz": "cannot be read: ValueError: Object arrays",
+        "d.npz": r"u \(\), v \(\): give one array",
         "a.xlsx": "ends in .csv, .parquet or .npz",
         "none.csv": "there is no such file",
     }.items():

@@ -153,7 +153,7 @@ def test_fields_are_the_keys_of_a_config() -> None:
         ("downsample_type", "fir", "downsample_type is 'fir' .*'conv', 'resnet'"),
         ("mid_block_type", "MidBlock", "'MidBlock' .*'UNetMidBlock2D', 'none'"),
         ("downsample_padding", 2, r"downsample_padding is 2 .*in \[0, 1\]"),
-        ("block_out_channels", [9, 16], r"block_out_channels is \(9, 16\) .*first even"),
+        ("block_out_channels", [3, 16], r"block_out_channels is \(3, 16\) .*first at least 4"),
         (
             "block_out_channels",
             [8],

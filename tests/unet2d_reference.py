@@ -133,6 +133,14 @@ BLOCKS: dict[str, dict[str, Any]] = {
         "norm_eps": 0.1,
         "act_fn": "swish",
     },
+    "odd": _SMALL
+    | {
+        "down_block_types": ["DownBlock2D", "DownBlock2D"],
+        "up_block_types": ["UpBlock2D", "UpBlock2D"],
+        "block_out_channels": [9, 6],
+        "norm_num_groups": 3,
+        "attention_head_dim": 2,
+    },
 }
 CONFIGS = BLOCKS | PUBLISHED
 

@@ -55,9 +55,13 @@ _ONLY = {
 
 
 def recognises(source: epath.PathLike) -> bool:
-    """Whether ``source`` is a folder of such a model."""
+    """Whether ``source`` is a folder of such a model, perhaps one that lacks files."""
     source = epath.Path(source).expanduser()
-    return any((folder / "config.json").exists() for folder in (source / "unet", source))
+    files = "config.json", "scheduler_config.json", "model_index.json", f"{WEIGHTS}.*"
+    folders = source, source / "unet", source / "scheduler"
+    found = any(path for folder in folders for file in files for path in folder.glob(file))
+    # A run of other code can have a config.json too.
+    return found and not any(source.glob("checkpoints*"))
 
 
 def config_of(source: epath.PathLike) -> ConfigDict:
@@ -99,7 +103,12 @@ def convert(config: Config, workdir: epath.Path, source: epath.PathLike, pixels:
     except ValueError as error:
         raise ValueError(f"{unet / 'config.json'}: {error}") from error
     size, channels = architecture.get("sample_size"), architecture.get("in_channels", 3)
-    size = config.data.shape[:2] if size is None else (size, size) if type(size) is int else size
+    size = list(config.data.shape[:2]) if size is None else size
+    size = [size, size] if isinstance(size, int | float) else size
+    if not isinstance(size, list) or len(size) != 2:
+        raise ValueError(
+            f"{unet / 'config.json'}: sample_size is {size!r}: give one number, or two of them"
+        )
     if (*size, channels) != config.data.shape:
         raise ValueError(
             f"{unet / 'config.json'}: sample_size and in_channels are those of images of shape "
@@ -142,7 +151,8 @@ def _of_scheduler(
 
     def kind_of(**kinds: str) -> str:
         # Files of old versions have no such key: their models predict the noise.
-        if (predicted := scheduler.get("prediction_type", "epsilon")) not in kinds:
+        predicted = scheduler.get("prediction_type", "epsilon")
+        if not isinstance(predicted, str) or predicted not in kinds:
             raise refusal("prediction_type", f"known are {', '.join(kinds)}")
         return kinds[predicted]
 

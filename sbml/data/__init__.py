@@ -14,7 +14,7 @@ from typing import Any
 from sbml.data import imagenet32
 from sbml.data._image_set import CROPS, SPLITS, VALIDATION, ImageSet, Options, Source, copies, part
 from sbml.data._pipeline import prefetch, spread, train_batches
-from sbml.registry import Registry
+from sbml.registry import Registry, subclass
 
 __all__ = [
     "CROPS",
@@ -50,6 +50,7 @@ SOURCES = Registry(
         "table": "sbml.data.table:Table",
         "tfds": "sbml.data.tfds:Tfds",
     },
+    subclass(Source),
 )
 
 

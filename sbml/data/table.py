@@ -32,6 +32,7 @@ from scipy.linalg import lapack, solve_triangular
 
 from sbml import pytrees
 from sbml.data._image_set import ImageSet, Options, Source, copies
+from sbml.scalars import notation
 
 LEAST_ROWS, LEAST_VALUES = 100, 10
 MOST_COLUMNS = 1_000  # With more, the eigenvectors of their covariances take minutes.
@@ -291,9 +292,19 @@ def _refuse(wrong: dict[str, str], dropped: tuple[str, ...]) -> None:
 
 def _dependent(names: tuple[str, ...], links: tuple[str, ...], y: np.ndarray) -> dict[str, str]:
     """A message for each column g(y) that is a linear function of others: the variance that they
-    leave is below the least shrinkage, relative to its own."""
+    leave is below the least shrinkage, relative to its own. If float64 does not have the variance
+    of a column, the messages are about these columns."""
     n, d = y.shape
     g = _each((LINKS[name].of for name in links), y)
+    of = [f"{link} {name}".strip() for link, name in zip(links, names, strict=True)]
+    wrong = {
+        names[j]: f"column {of[j]} has values that differ by up to {notation(float(size), '.2g')}: "
+        "give it in another unit, in which their variance is within the range of float64"
+        for j, size in enumerate(np.ptp(g, axis=0))
+        if not 1e-150 < size < 1e150
+    }
+    if wrong:
+        return wrong
     correlation = np.corrcoef(g.T).reshape(d, d)
     if n <= d + 10:  # Any column is a linear function of so many, so only pairs tell anything.
         close = np.triu(1 - correlation**2 < SHRINKAGES[0], 1)
@@ -306,8 +317,6 @@ def _dependent(names: tuple[str, ...], links: tuple[str, ...], y: np.ndarray) ->
             factor[:rank, :rank], factor[rank:, :rank].T, trans=1, lower=True
         )
         found = {int(j): first[np.abs(w) > 1e-3] for j, w in zip(rest, weights.T, strict=True)}
-    of = [f"{link} {name}".strip() for link, name in zip(links, names, strict=True)]
-    wrong = {}
     for j, those in sorted(found.items()):
         others = ", ".join(of[i] for i in sorted(those))
         wrong[names[j]] = f"column {of[j]} is a linear function of {others}, so it has no density"
@@ -344,7 +353,8 @@ def _npz(file: Path) -> tuple[list[str], list[np.ndarray]]:
         arrays = {name: stored[name] for name in stored.files}
     if len(arrays) == 1 and (only := next(iter(arrays.values()))).ndim == 2:
         return [f"column_{i + 1}" for i in range(only.shape[1])], list(only.T)
-    if len({array.shape for array in arrays.values()}) != 1 or next(iter(arrays.values())).ndim > 1:
+    found = {array.shape for array in arrays.values()}
+    if len(found) != 1 or len(found.pop()) != 1:
         shapes = ", ".join(f"{name} {array.shape}" for name, array in arrays.items())
         raise ValueError(f"it has {shapes}: give one array (n, d), or several of one shape (n,)")
     return list(arrays), list(arrays.values())

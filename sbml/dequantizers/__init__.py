@@ -7,7 +7,7 @@ from sbml.dequantizers.base import Dequantizer as Dequantizer
 from sbml.dequantizers.base import has_bound as has_bound
 from sbml.dequantizers.base import has_density as has_density
 from sbml.dequantizers.base import is_trained as is_trained
-from sbml.registry import Registry
+from sbml.registry import Registry, subclass
 
 DEQUANTIZERS = Registry(
     "dequantizer",
@@ -18,4 +18,5 @@ DEQUANTIZERS = Registry(
         "uniform": "sbml.dequantizers.uniform:Model",
         "variational": "sbml.dequantizers.variational:Model",
     },
+    subclass(Dequantizer),
 )

@@ -19,7 +19,7 @@ import dataclasses
 
 from sbml.dequantizers import DEQUANTIZERS
 from sbml.estimators.base import Estimator
-from sbml.registry import Registry
+from sbml.registry import Registry, subclass
 
 ESTIMATORS = Registry(
     "estimator",
@@ -28,6 +28,7 @@ ESTIMATORS = Registry(
         "bound_ssm": "sbml.estimators.bound:ScoreMatching",
         "ode": "sbml.estimators.ode:Estimator",
     },
+    subclass(Estimator),
 )
 
 

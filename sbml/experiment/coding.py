@@ -2,7 +2,7 @@
 
 from typing import ClassVar
 
-from sbml.experiment.fields import Natural, Positive, Section, Size, field
+from sbml.experiment.fields import Natural, PositiveSize, Section, field
 
 
 class Coding(Section):
@@ -10,11 +10,11 @@ class Coding(Section):
 
     section: ClassVar[str] = "codec"
 
-    steps: Positive = field(
+    steps: PositiveSize = field(
         250,
         "number of steps of the diffusion chain; more steps give a smaller file and take longer",
     )
-    lanes: Size = field(
+    lanes: PositiveSize = field(
         8,
         "number of images that are coded at once; each of these lanes needs initial bits, which "
         "make the file longer",

@@ -2,11 +2,9 @@
 
 from typing import Annotated, Any, ClassVar, Literal
 
-from annotated_types import Ge, Lt
-
 from sbml import data
 from sbml.data import CROPS, ImageSet, Options
-from sbml.experiment.fields import Chosen, Seed, among, field, refusal, section_errors
+from sbml.experiment.fields import Chosen, PositiveSize, Seed, among, field, refusal, section_errors
 
 DEQUANTIZATIONS = ("uniform", "centre", "none")
 # The fields that only some sources read, with their names in ``Options``.
@@ -14,9 +12,6 @@ OWN = {
     **{field: field for field in ("manual_dir", "path", "crop", "test_fraction")},
     "split_seed": "seed",
 }
-
-
-Side = Annotated[int, Ge(1), Lt(2**16)]
 
 
 class Data(Chosen):
@@ -31,7 +26,7 @@ class Data(Chosen):
         "digits, photos, tfds:SET, imagenet32:old, imagenet32:new, image_folder, table, or your "
         "own as package.module:Name",
     )
-    shape: tuple[Side, Side, Side] = field(
+    shape: tuple[PositiveSize, PositiveSize, PositiveSize] = field(
         (32, 32, 3), "height,width,channels; they must be those of the loaded images"
     )
     levels: int = field(256, "pixels are integers 0 .. levels - 1 in uint8", ge=2, lt=257)

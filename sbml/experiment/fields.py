@@ -36,6 +36,7 @@ Positive = Annotated[int, Ge(1), Lt(2**31)]
 Natural = Annotated[int, Ge(0), Lt(2**31)]
 Seed = Annotated[int, Ge(0), Lt(2**32)]
 Size = Annotated[int, Ge(0), Lt(2**16)]
+PositiveSize = Annotated[int, Ge(1), Lt(2**16)]
 
 # The program computes in float32, where smaller numbers are 0 and larger ones infinite.
 SMALLEST, LARGEST = (float(end) for end in (np.finfo(np.float32).tiny, np.finfo(np.float32).max))
@@ -66,9 +67,9 @@ class Among:
 
     def __call__(self, name: Any) -> Any:
         if name not in self.choices:
-            raise ValueError(name)
+            raise ValueError
         if isinstance(self.choices, Registry):
-            self.choices[name]  # A name of another package may be that of nothing.
+            self.choices[name]  # It tells what is wrong with a part of another package.
         return name
 
 
@@ -178,8 +179,10 @@ class Section(pydantic.BaseModel):
         try:
             super().__init__(**values)
         except pydantic.ValidationError as error:
-            lines = [_line(type(self), values, e) for e in error.errors()]
-            raise ValueError("; ".join(dict.fromkeys(lines))) from None
+            lines: dict[Any, str] = {}  # one for a field, of which several values may be wrong
+            for e in error.errors():
+                lines.setdefault(e["loc"][:1], _line(type(self), values, e))
+            raise ValueError("; ".join(lines.values())) from None
 
     @pydantic.field_validator("*", mode="before")
     @classmethod
@@ -190,7 +193,7 @@ class Section(pydantic.BaseModel):
             return kind(**value)
         value = _parsed(value, kind) if isinstance(value, Override) else as_tuples(value)
         if _beyond_float32(value):
-            raise ValueError("not in float32")
+            raise ValueError
         if isinstance(value, tuple) and value and all(isinstance(name, str) for name in value):
             return tuple(n.strip() for name in value for n in name.split(",") if n.strip())
         return value
@@ -241,8 +244,8 @@ def _line(kind: type[Section], values: Mapping[str, Any], error: Any) -> str:
         return unknown(kind.section, name, [*kind.siblings, *kind.model_fields])
     found = kind.model_fields[name]
     of_section = isinstance(found.annotation, type) and issubclass(found.annotation, Section)
-    if of_section and cause is not None:
-        return str(cause)
+    if cause is not None and str(cause):
+        return str(cause) if of_section else f"{kind.name_of(name)}: {cause}"
     wanted = "a section" if of_section else needs(found.annotation, found.metadata)
     if _beyond_float32(error["input"]) or _beyond_float32(_parsed(str(error["input"]), float)):
         ends = " to ".join(notation(end, ".2g") for end in (SMALLEST, LARGEST))
@@ -286,14 +289,25 @@ def section_of(
         if field.init and field.name not in skip
     }
     where = f"{kind.__module__}.{kind.__name__}"
-    for name in fields:
+    for name, (_, default) in fields.items():
+        if default is dataclasses.MISSING:
+            raise ValueError(
+                f"config.{section}: {where} has a field {name} without a default: give it one"
+            )
         if name in taken or hasattr(Section, name):
             raise ValueError(
                 f"config.{section}: {where} has a field {name}, a name that the section uses "
                 "itself: rename the field"
             )
     about = f"The fields of ``{where}``, which explains them."
-    made = pydantic.create_model(where, __base__=Section, __doc__=about, **fields)
+    try:
+        made = pydantic.create_model(where, __base__=Section, __doc__=about, **fields)
+    except pydantic.errors.PydanticSchemaGenerationError as error:
+        reason = str(error).partition(". ")[0]
+        raise ValueError(
+            f"config.{section}: {where} has a field whose type a config has no values for "
+            f"({reason}): give its fields types such as float, int, bool or str"
+        ) from error
     made.section, made.origin, made.siblings = section, kind, taken
     return made
 

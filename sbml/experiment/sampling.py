@@ -9,6 +9,7 @@ from sbml.experiment.fields import (
     Chosen,
     Natural,
     Positive,
+    PositiveSize,
     Section,
     Seed,
     Size,
@@ -51,7 +52,7 @@ class Sampling(Solving, Chosen):
     atol: Tolerance = field(1e-3, "absolute tolerance of ode, for data in [-1, 1]")
     fixed_steps: Natural = field(0, "number of steps of ode; 0: adaptive steps")
     max_steps: Positive = field(MAX_STEPS, "number of adaptive steps at which ode gives up")
-    steps: Positive | None = field(None, "number of steps of other samplers; None: 500")
+    steps: PositiveSize | None = field(None, "number of steps of other samplers; None: 500")
     spacing: Annotated[str, among((*SPACINGS, ""))] = field(
         "", "spacing of the times of the steps; empty: the default of the sampler"
     )
@@ -108,8 +109,8 @@ class Latents(Section):
     section: ClassVar[str] = "latents"
 
     count: int = field(8, "number of images, from eval.split", ge=2, lt=2**16)
-    frames: int = field(8, "number of images in an interpolation", ge=1, lt=2**16)
-    steps: Positive = field(200, "steps of reverse diffusion for a completion")
+    frames: PositiveSize = field(8, "number of images in an interpolation")
+    steps: PositiveSize = field(200, "steps of reverse diffusion for a completion")
     corrector_steps: Positive = field(2, "steps of annealed Langevin after each of them")
     snr: float = field(0.16, "signal-to-noise ratio of a corrector's step", gt=0, le=1)
 

@@ -9,10 +9,13 @@ comparable with FID and KID.
 """
 
 import dataclasses
+import inspect
 from collections.abc import Callable
+from typing import Annotated, Any
 
 import numpy as np
 
+from sbml.door import condition
 from sbml.registry import Registry
 
 # uint8 images (n, h, w, c) -> features (n, d) and class probabilities (n, classes)
@@ -38,10 +41,19 @@ class Extractor:
         return self.look(images)
 
 
+def _makes(function: Any) -> bool:
+    try:
+        inspect.signature(function).bind(weights="", sha256="", levels=0, cache="")
+    except (TypeError, ValueError):  # A function of C can have no signature.
+        return False
+    return True
+
+
 EXTRACTORS = Registry(
     "feature extractor",
     {
         "inception": "sbml.features.inception:extractor",
         "digits_classifier": "sbml.features.digits_classifier:extractor",
     },
+    Annotated[Callable, condition("of weights, sha256, levels and cache", _makes)],
 )

@@ -40,6 +40,7 @@ MODES = Registry(
             *("verify", "audit"),
         )
     },
+    Callable,
 )
 
 

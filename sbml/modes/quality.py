@@ -17,6 +17,7 @@ from etils import epath
 from sbml import distances
 from sbml.data import ImageSet, Options, spread
 from sbml.distances import Moments
+from sbml.door import shown
 from sbml.evaluation.samples import grid
 from sbml.experiment import compatibility
 from sbml.experiment.build import Experiment
@@ -95,6 +96,11 @@ def extractor(config: Config) -> Extractor:
         levels=config.data.levels,
         cache=config.data.cache_dir,
     )
+    if not isinstance(made, Extractor):
+        raise ValueError(
+            f"eval.features={e.features} returns {shown(made)}: let it return an "
+            "sbml.features.Extractor"
+        )
     return made
 
 

@@ -10,8 +10,10 @@ class-conditional has a field ``classes`` and takes ``condition (n,)``, the clas
 Files whose names begin with an underscore hold parts of networks.
 """
 
+from flax import linen as nn
+
 from sbml.networks._layers import frequencies as frequencies
-from sbml.registry import Registry
+from sbml.registry import Registry, subclass
 
 NETWORKS = Registry(
     "network",
@@ -21,4 +23,5 @@ NETWORKS = Registry(
         "unet2d": "sbml.networks.unet2d:Model",
         "vdm": "sbml.networks.vdm:Model",
     },
+    subclass(nn.Module),
 )

@@ -217,7 +217,8 @@ class Model(nn.Module):
         logarithm is read, and by which the output is divided.
       time_embedding_dim: size of the vector that blocks read; 0 means 4 block_out_channels[0].
       flip_sin_to_cos: whether the positional features have the cosines first.
-      freq_shift: the i-th of m positional frequencies is 10000^(-i / (m - freq_shift)).
+      freq_shift: the i-th of m positional frequencies is 10000^(-i / (m - freq_shift)). If
+        block_out_channels[0] is odd, the last feature is 0.
       downsample_type, upsample_type: "conv", or "resnet" inside residual blocks; of "Attn" blocks
         without "Skip".
       downsample_padding: 1 halves by a convolution with zeros on all sides, 0 with zeros on the
@@ -248,8 +249,8 @@ class Model(nn.Module):
     block_out_channels: Annotated[
         tuple[int, ...],
         condition(
-            "of positive integers, the first even and at least 4",
-            lambda widths: widths and min(widths) > 0 and widths[0] >= 4 and widths[0] % 2 == 0,
+            "of positive integers, the first at least 4",
+            lambda widths: widths and min(widths) > 0 and widths[0] >= 4,
         ),
     ] = (224, 448, 672, 896)
     layers_per_block: Count = 2
@@ -352,7 +353,8 @@ class Model(nn.Module):
         if self.time_embedding_type == "fourier":
             return layers.GaussianFourierProjection(size, name="time_proj")(jnp.log(label))
         features = layers.positional(label, size, self.freq_shift)
-        return jnp.roll(features, size // 2, axis=-1) if self.flip_sin_to_cos else features
+        features = jnp.roll(features, size // 2, axis=-1) if self.flip_sin_to_cos else features
+        return jnp.pad(features, ((0, 0), (0, size % 2)))
 
     @nn.nowrap
     def _parts(

@@ -9,10 +9,12 @@ from typing import Any
 import numpy as np
 
 from sbml import intervals
+from sbml.door import typed
 from sbml.estimate import Estimate
 from sbml.estimators import Cell
 from sbml.intervals import Interval
 from sbml.likelihood import PriorError
+from sbml.runtime.workdir import EVALUATION
 from sbml.scalars import notation
 
 # ``name`` + HALF_WIDTH is the name of the half-width of the 95% interval of the number ``name``.
@@ -65,6 +67,7 @@ def strict(value: Any, name: str = "report") -> Any:
     raise ValueError(f"{name} is {value!r}, which JSON cannot hold: pass a number or a string.")
 
 
+@typed
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Result:
     """The mean of the bits/dim of images, its error bars, and how it was computed.
@@ -218,9 +221,10 @@ class Result:
 
         try:
             return cls(**{name: number(value) for name, value in row.items()})
-        except TypeError as error:
+        except (TypeError, ValueError) as error:
             raise ValueError(
-                f"{dict(row)} is no result of an evaluation: {error}; evaluate again (--mode=eval)"
+                f"a row of results in {EVALUATION} is no result of an evaluation: {error}; "
+                "evaluate again (--mode=eval)"
             ) from error
 
     def plain(self) -> dict[str, Any]:

@@ -262,7 +262,7 @@ def samples_of(workdir: Workdir, checkpoint: Mapping[str, int]) -> dict[str, Any
     if not workdir.has(SAMPLES):
         return None
     samples = workdir.read(SAMPLES)
-    if any(int(samples[name]) != value for name, value in checkpoint.items()):
+    if any(int(samples.get(name, -1)) != value for name, value in checkpoint.items()):
         step, path = int(samples["step"]), workdir / SAMPLES
         logging.warning("%s, of step %d, is of another checkpoint: left out", path, step)
         return None

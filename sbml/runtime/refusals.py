@@ -15,6 +15,7 @@ from absl import app
 import sbml
 
 PACKAGE = Path(sbml.__file__).parent
+LONGEST = 1_000  # characters of a line that are shown
 
 
 def line(error: BaseException) -> str | None:
@@ -29,11 +30,23 @@ def line(error: BaseException) -> str | None:
     own = type(error).__module__.startswith("sbml.")
     if not (inside or own or isinstance(error, OSError)):
         return None
+    text = str(error)
+    if isinstance(error, OSError) and error.strerror:  # Words, without the number of the error.
+        text = ": ".join(str(part) for part in (error.filename, error.strerror) if part)
+    return f"{type(error).__name__}: {readable(text)}"
+
+
+def readable(text: str) -> str:
+    """``text`` for a terminal: what cannot be printed is escaped, paths are :func:`relative`, and
+    of a long line, which repeats a long value, the beginning and the end are kept."""
     printable = (
-        c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode()
-        for c in str(error)
+        c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text
     )
-    return f"{type(error).__name__}: {relative(''.join(printable))}"
+    lines = relative("".join(printable)).split("\n")
+    half = LONGEST // 2
+    return "\n".join(
+        line if len(line) <= LONGEST else f"{line[:half]} ... {line[-half:]}" for line in lines
+    )
 
 
 def relative(text: str) -> str:

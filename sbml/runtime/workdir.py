@@ -13,17 +13,21 @@ A file that one mode writes for another is read with :meth:`Workdir.read`, which
 if the file is damaged, the error names the mode that makes it again.
 """
 
+import functools
 import os
 import socket
 from collections.abc import Callable, Container, Mapping
 from contextlib import AbstractContextManager
-from typing import Any, Self
+from typing import Annotated, Any, Self
 
 import jax
+import pydantic
+from annotated_types import MinLen
 from etils import epath
 
 from sbml.runtime import lock, refusals
 from sbml.runtime.files import (
+    DamagedFileError,
     read_json,
     read_npz,
     read_png,
@@ -61,6 +65,28 @@ MADE_BY = {
     TABLE: "table",
     WHITENING: "table",
 }
+# What other modes and the reports use of a file, which may have more.
+HOLDS: dict[str, Any] = {
+    EVALUATION: {
+        "results": Annotated[list[dict[str, Any]], MinLen(1)],
+        "warnings": list[str],
+        "checkpoint": dict[str, int],
+        "data": dict[str, dict[str, Any]],
+        "config": dict[str, Any],
+    },
+    QUALITY: {"values": dict[str, float | str], "images_crc32": int},
+    CODEC: {
+        **dict.fromkeys(("count", "bytes", "steps", "lanes", "restored", "parameters_crc32"), int),
+        **dict.fromkeys(("disk", "net", "initial", "header", "bound", "bound_stderr"), float),
+    },
+    SAMPLES: dict.fromkeys(("images", "nfe", "failed", "step", "sampler"), Any),
+}
+
+
+@functools.cache
+def _form(name: str) -> type[pydantic.BaseModel]:
+    members: dict[str, Any] = {key: (kind, ...) for key, kind in HOLDS.get(name, {}).items()}
+    return pydantic.create_model(name, **members)
 
 
 class Workdir(os.PathLike):
@@ -110,7 +136,10 @@ class Workdir(os.PathLike):
         return lock.owner(self.path, purpose)
 
     def connect(self) -> Self:
-        """This work directory, after a check that its object store answers, if it is in one."""
+        """This work directory, after a check that it is no file, and that its object store answers,
+        if it is in one."""
+        if os.path.isfile(self):
+            raise ValueError(f"{self} is a file: set --workdir to a folder")
         try:
             if remote(self.path):
                 # Without a network, gcsfs would try for a minute and show its traceback.
@@ -132,7 +161,14 @@ class Workdir(os.PathLike):
     def read(self, name: str) -> dict[str, Any]:
         """What :meth:`write` wrote to ``name``: the arrays of an .npz or the object of a .json."""
         read: Callable[..., dict[str, Any]] = read_npz if name.endswith(".npz") else read_json
-        return read(self / name, self._remedy(name))
+        found, remedy = read(self / name, self._remedy(name)), self._remedy(name)
+        try:
+            _form(name).model_validate(found)
+        except pydantic.ValidationError as error:
+            first = error.errors()[0]
+            place = ".".join(map(str, first["loc"]))
+            raise DamagedFileError(self / name, f"{place}: {first['msg']}", remedy) from None
+        return found
 
     def read_png(self, name: str) -> bytes:
         """The bytes of the picture ``name``; errors as for :meth:`read`."""

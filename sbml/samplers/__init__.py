@@ -14,7 +14,7 @@ share, ``one_step`` and ``multistep`` have the formulas, and ``corrector`` has t
 can follow each step.
 """
 
-from sbml.registry import Registry
+from sbml.registry import Registry, subclass
 from sbml.samplers._grid import SPACINGS, FixedSteps, Sampler, denoise, predictions
 from sbml.samplers.corrector import CORRECTORS, AnnealedLangevin, Langevin
 from sbml.samplers.multistep import DPMSolver
@@ -51,4 +51,5 @@ SAMPLERS = Registry(
         "ddim": "sbml.samplers.one_step:DDIM",
         "ode": "sbml.samplers.probability_flow:ODE",
     },
+    subclass(Sampler),
 )

@@ -11,7 +11,7 @@ sqrt(t), or ``log_snr``, even in log-SNR, which suits samplers with few steps.
 
 import abc
 import dataclasses
-from typing import Annotated, Any, Protocol
+from typing import Annotated, Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -42,6 +42,7 @@ SPACINGS = ("time", "quadratic", "log_snr")
 Spacing = Annotated[str, one_of(*SPACINGS)]
 
 
+@runtime_checkable
 class Sampler(Protocol):
     """The interface of every sampler."""
 

@@ -24,7 +24,7 @@ accuracy is 1e-7.
 Reference: Song et al., "Score-Based Generative Modeling through SDEs", ICLR 2021, appendices B-C.
 """
 
-from sbml.registry import Registry
+from sbml.registry import Registry, subclass
 from sbml.sdes.base import SDE, Kernel, Levels, Schedule
 from sbml.sdes.exploding import EDM, VE, LinearVE
 from sbml.sdes.interpolating import Cosine, RectifiedFlow
@@ -66,4 +66,5 @@ SDES = Registry(
         "linear_gamma": "sbml.sdes.vdm:LinearGamma",
         "beta_schedule": "sbml.sdes.table:BetaSchedule",
     },
+    subclass(SDE),
 )

@@ -81,6 +81,10 @@ Real = Float[AnyArray, "..."]
 Numbers = Num[AnyArray, "..."]
 Anything = Shaped[AnyArray, "..."]  # numbers or keys: the function itself checks them
 
+# These two can be anything, so mypy checks nothing of them: they tell the reader what they hold.
+PyTree = Any  # arrays in dictionaries, lists, tuples and dataclasses, such as a user's parameters
+Json = dict[str, Any]  # an object of JSON values
+
 P = ParamSpec("P")
 T = TypeVar("T")
 

@@ -37,6 +37,7 @@ from typing import Any, NamedTuple
 import diffrax
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Bool, Float
 
 from sbml.types import Array, Example, Scalar
@@ -102,32 +103,49 @@ def lone_step_error(length: Scalar, h: Four) -> Scalar:
     return (jnp.abs(even) * (even / size) ** 2 + odd * (odd / size)) / 10
 
 
-def beside_integral(field: Callable[..., Any]) -> Callable[..., Any]:
+def beside_integral(
+    field: Callable[[Array, Array, None], Array],
+) -> Callable[[Array, tuple[Array, Array], None], tuple[Array, Array]]:
     """The field of the state ``(y, l)``: ``field(t, y, args)`` for y, and 0 for l (2,)."""
     return lambda t, state, args: (field(t, state[0], args), jnp.zeros_like(state[1]))
 
 
-def _coefficients(method: Any) -> tuple[Any, Any, Any, Any]:
+class Coefficients(NamedTuple):
     """The Butcher tableau: a, c, b, and the coefficients of the error, or None.
 
     a and c omit the first stage, and the last if it is the field at the end of the step.
     """
+
+    a: tuple[np.ndarray, ...]
+    c: np.ndarray
+    b: np.ndarray
+    error: np.ndarray | None
+
+
+def _coefficients(method: diffrax.AbstractSolver) -> Coefficients:
     if isinstance(method, diffrax.Euler):
-        return [], [], [1.0], None
+        return Coefficients((), np.zeros(0), np.ones(1), None)
+    assert isinstance(method, diffrax.AbstractERK)
     tableau = method.tableau
+    assert isinstance(tableau, diffrax.ButcherTableau)
     last = -1 if tableau.fsal else None
-    return tableau.a_lower[:last], tableau.c[:last], tableau.b_sol, tableau.b_error
+    return Coefficients(tableau.a_lower[:last], tableau.c[:last], tableau.b_sol, tableau.b_error)
 
 
-def _combined(coefficients: Any, stages: Array) -> Array:
+def _combined(coefficients: Array | np.ndarray, stages: Array) -> Array:
     """The combination of a step's stages ``(k, *s)`` at full precision, as in diffrax. Accelerators
     round products otherwise."""
-    coefficients = jnp.asarray(coefficients, stages.dtype)
-    return jnp.tensordot(coefficients, stages, 1, precision="highest")
+    weights = jnp.asarray(coefficients, stages.dtype)
+    return jnp.tensordot(weights, stages, 1, precision="highest")
 
 
 def _stages(
-    method: Any, f: Callable[..., Array], t: Scalar, length: Scalar, y: Array, k0: Array
+    method: diffrax.AbstractSolver,
+    f: Callable[[Scalar, Array], Array],
+    t: Scalar,
+    length: Scalar,
+    y: Array,
+    k0: Array,
 ) -> Array:
     """The values of f at the stages of a step from (t, y), ``(k, *s)``; ``k0`` is the first.
 
@@ -138,7 +156,7 @@ def _stages(
     if not a:
         return k
 
-    def stage(k: Array, nodes: Any) -> tuple[Array, None]:
+    def stage(k: Array, nodes: tuple[Array, Array, Array]) -> tuple[Array, None]:
         i, a, c = nodes
         return k.at[i].set(f(t + c * length, y + length * _combined(a, k))), None
 
@@ -158,7 +176,7 @@ class WithIntegral(diffrax.AbstractAdaptiveSolver):
       joint: (t, y) -> f, h, w.
     """
 
-    method: Any
+    method: diffrax.AbstractSolver
     joint: Joint
 
     @property

@@ -54,6 +54,7 @@ import jax
 import jax.numpy as jnp
 import jaxtyping
 import numpy as np
+from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn
 from jaxtyping import Float, Integer, Num, Shaped
 
 from sbml.scalars import between
@@ -122,7 +123,7 @@ def full_precision(f: Callable[P, T]) -> Callable[P, T]:
     return inside
 
 
-def half_precision(f: Callable[..., Any], *arguments: Any) -> str:
+def half_precision(f: Callable[..., PyTree], *arguments: PyTree) -> str:
     """The name of a type of less than 32 bits in which ``f`` rounds a number, or "" if there is
     none. ``arguments`` are arrays, or only their shapes and types; ``f`` is traced, and not run.
 
@@ -131,7 +132,7 @@ def half_precision(f: Callable[..., Any], *arguments: Any) -> str:
     """
     for equation in _equations(jax.make_jaxpr(f)(*arguments)):
         if equation.primitive is jax.lax.bitcast_convert_type_p:
-            given = equation.invars[0].aval.dtype
+            given = equation.invars[0].aval.dtype  # type: ignore[attr-defined]
             if jnp.issubdtype(given, jnp.floating):
                 return f"the bits of {given}"
         if equation.primitive is jax.lax.reduce_precision_p:
@@ -146,7 +147,7 @@ def half_precision(f: Callable[..., Any], *arguments: Any) -> str:
     return ""
 
 
-def _equations(jaxpr: Any) -> Iterator[Any]:
+def _equations(jaxpr: ClosedJaxpr | Jaxpr) -> Iterator[JaxprEqn]:
     """All operations of a jaxpr, with those inside jit, scan, cond and others."""
     for equation in jaxpr.eqns:
         yield equation
@@ -208,7 +209,7 @@ def predictor(score: Score) -> Callable[[Example, Scalar], tuple[Example, Exampl
     return both
 
 
-def conditioned(score: Any, condition: Any) -> Score:
+def conditioned(score: Any, condition: PyTree) -> Score:
     """The score under ``condition``, a pytree of arrays of one example; ``score`` itself if the
     condition is None."""
     if condition is None:

@@ -11,6 +11,7 @@ from sbml.dequantizers import DEQUANTIZERS
 from sbml.experiment.fields import Section, among, field, section_errors, section_of
 from sbml.experiment.optim import DequantizerOptim
 from sbml.experiment.training import DequantizerTraining
+from sbml.scalars import Number
 
 
 class Dequantizer(Section):
@@ -41,7 +42,7 @@ class Dequantizer(Section):
         made = section_of(DEQUANTIZERS[name], cls.name_of("model"), ("levels", "tau"))
         return {**values, "model": made(**dict(own))}
 
-    def build(self, name: str, *, levels: int, tau: float) -> Any:
+    def build(self, name: str, *, levels: int, tau: Number) -> Any:
         """The dequantizer ``name``, which may be one without training.
 
         It takes those fields of ``model`` that its class has. At the smallest time, half a bin is

@@ -213,7 +213,8 @@ def smallest_time(sde: SDE, training: Training, data: Data, tau: float) -> float
     """
     if training.smallest_time is not None:
         with section_errors(training.name_of("smallest_time")):
-            return sde.check_time(training.smallest_time, "t")
+            sde.check_time(training.smallest_time, "t")
+        return training.smallest_time
     both = training.likelihood_weighting and training.importance_sampling
     imagenet = imagenet32.version(data.source) is not None
     eps = max(sde.smallest_time, 5e-5 if imagenet and both else 0.0)

@@ -14,20 +14,21 @@ the densities must be exact: noise in w makes the result too small by half of it
 
 import dataclasses
 import math
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Float
 
 from sbml import dequantizers, likelihood
+from sbml.dequantizers import Dequantizer
 from sbml.divergence import Trace
 from sbml.estimators import base
 from sbml.estimators.base import Evaluations, OneExample, Target
 from sbml.likelihood import Likelihood
 from sbml.ode import Solver
 from sbml.streams import stream
-from sbml.types import Array, Key, Scalar, Score
+from sbml.types import Array, Key, PyTree, Scalar, Score, Vector
 
 PerDraw = Float[Array, "k"]
 
@@ -59,7 +60,7 @@ class Estimator(base.Estimator):
             )
 
     @classmethod
-    def reason_undefined(cls, dequantizer: type[Any], num_importance: int) -> str:
+    def reason_undefined(cls, dequantizer: type[Dequantizer], num_importance: int) -> str:
         if dequantizers.has_density(dequantizer):
             return ""
         return "this dequantizer has a bound only, so there is no density to solve for"
@@ -67,10 +68,10 @@ class Estimator(base.Estimator):
     def one(
         self,
         score: Score,
-        params: Any,
+        params: PyTree,
         data: OneExample,
         key: Key,
-        u: Any,
+        u: Vector | None,
         target: Target,
     ) -> tuple[dict[str, Scalar], Evaluations]:
         def draw(key: Key) -> tuple[dict[str, Scalar], Evaluations]:
@@ -84,7 +85,7 @@ class Estimator(base.Estimator):
         return averaged(each), jnp.sum(evaluations)
 
     def solved(
-        self, score: Score, params: Any, data: OneExample, key: Key | None, target: Target
+        self, score: Score, params: PyTree, data: OneExample, key: Key | None, target: Target
     ) -> tuple[dict[str, Scalar], Likelihood]:
         """The terms of one draw of the dequantizer, and its likelihood.
 

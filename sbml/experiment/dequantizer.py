@@ -12,6 +12,7 @@ from sbml.experiment.fields import Section, among, field, section_errors, sectio
 from sbml.experiment.optim import DequantizerOptim
 from sbml.experiment.training import DequantizerTraining
 from sbml.scalars import Number
+from sbml.types import Json
 
 
 class Dequantizer(Section):
@@ -30,7 +31,7 @@ class Dequantizer(Section):
 
     @pydantic.model_validator(mode="before")
     @classmethod
-    def _with_model(cls, values: dict[str, Any]) -> dict[str, Any]:
+    def _with_model(cls, values: Json) -> Json:
         name = values.get("name", cls.model_fields["name"].default)
         own = values.get("model", {})
         if name not in DEQUANTIZERS or not isinstance(own, Mapping | Section):

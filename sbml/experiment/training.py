@@ -1,7 +1,7 @@
 """``config.training`` and ``config.dequantizer.training``: steps, loss and checkpoints; and what
 follows from them: the smallest time of a training, and the unit of its loss."""
 
-from typing import Annotated, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated, ClassVar
 
 import jax.numpy as jnp
 from etils import epath
@@ -29,6 +29,9 @@ NOISES = ("independent", "antithetic")
 # With likelihood weighting, importance sampling gives the squared error of one prediction the same
 # total weight at all times. The keys are these predictions, and the values are the names of the
 # proposals of the times.
+if TYPE_CHECKING:
+    from sbml.experiment.evaluation import Eval
+
 IMPORTANCE = {"noise": "importance", "velocity": "velocity"}
 
 
@@ -72,7 +75,7 @@ class Loop(Section):
         )
 
 
-def proposal_name(section: Any) -> str:
+def proposal_name(section: "Training | Eval") -> str:
     """The name of the proposal of the times that ``importance_sampling`` and ``importance`` of a
     section choose, a key of ``times.PROPOSALS``."""
     if section.importance_sampling:

@@ -180,14 +180,14 @@ class WithIntegral(diffrax.AbstractAdaptiveSolver):
     joint: Joint
 
     @property
-    def term_structure(self) -> Any:
+    def term_structure(self) -> type[diffrax.AbstractTerm]:
         return self.method.term_structure
 
     @property
-    def interpolation_cls(self) -> Any:  # type: ignore[override]
+    def interpolation_cls(self) -> type[diffrax.AbstractLocalInterpolation]:  # type: ignore[override]
         return diffrax.LocalLinearInterpolation
 
-    def order(self, terms: Any) -> Any:
+    def order(self, terms: diffrax.AbstractTerm) -> int | None:
         return self.method.order(terms)
 
     def init(self, terms: Any, t0: Any, t1: Any, y0: Any, args: Any) -> Any:

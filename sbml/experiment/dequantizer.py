@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, ClassVar
 
 import pydantic
 
@@ -43,7 +43,7 @@ class Dequantizer(Section):
         made = section_of(DEQUANTIZERS[name], cls.name_of("model"), ("levels", "tau"))
         return {**values, "model": made(**dict(own))}
 
-    def build(self, name: str, *, levels: int, tau: Number) -> Any:
+    def build(self, name: str, *, levels: int, tau: Number) -> dequantizers.Dequantizer:
         """The dequantizer ``name``, which may be one without training.
 
         It takes those fields of ``model`` that its class has. At the smallest time, half a bin is

@@ -86,7 +86,7 @@ def _once(function: Method) -> Method:
     cached = functools.lru_cache(maxsize=512)(lambda dtype, *arguments: function(*arguments))
 
     @functools.wraps(function)
-    def call(*arguments: Any) -> Any:
+    def call(*arguments: object) -> object:
         try:
             hash(arguments)
         except TypeError:

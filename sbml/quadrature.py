@@ -32,6 +32,7 @@ step.
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import diffrax
@@ -216,8 +217,8 @@ class WithIntegral(diffrax.AbstractAdaptiveSolver):
         def evaluate(slope: Array, t: Array) -> tuple[Array, tuple[Array, Array]]:
             """f at b, and h and the weighted residual at t."""
             linear = isinstance(self.method, diffrax.Euler)
-            dense = {} if linear else {"k": length * all_stages(slope)}
-            curve = self.method.interpolation_cls(t0=t0, t1=t1, y0=y, y1=end, **dense)
+            through = partial(self.method.interpolation_cls, t0=t0, t1=t1, y0=y, y1=end)
+            curve = through() if linear else through(k=length * all_stages(slope))
             last = t == points[0]
             f, h, w = self.joint(t, jnp.where(last, end, curve.evaluate(t)))
             exact = last & (len(k) < len(b))  # The last stage, the curve's slope there, is f.

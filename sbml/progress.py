@@ -143,10 +143,17 @@ class Bar:
 
 
 def over(
-    items: Iterable[T], name: str, unit: str, total: int, *, compiles: bool = True
+    items: Iterable[T],
+    name: str,
+    unit: str,
+    total: int,
+    *,
+    compiles: bool = True,
+    stream: TextIO | None = None,
+    clock: Callable[[], float] = time.monotonic,
 ) -> Iterator[T]:
     """``items``, with a :class:`Bar` that counts them."""
-    with Bar(name, unit, total, compiles=compiles) as bar:
+    with Bar(name, unit, total, compiles=compiles, stream=stream, clock=clock) as bar:
         for item in items:
             yield item
             bar.update()

@@ -20,7 +20,6 @@ from jax.typing import ArrayLike
 from jaxtyping import Integer, Num
 
 from sbml import bits, likelihood, moments
-from sbml.dequantizers import Dequantizer
 from sbml.likelihood import PriorError
 from sbml.ode import check_precision
 from sbml.pytrees import Static
@@ -176,7 +175,7 @@ class Estimator(abc.ABC):
         return trace is not None and trace.kind == "exact"
 
     @classmethod
-    def reason_undefined(cls, dequantizer: type[Dequantizer], num_importance: int) -> str:
+    def reason_undefined(cls, dequantizer: type[Any], num_importance: int) -> str:
         """The reason why this kind of dequantizer gives no number, or "" if it gives one."""
         return ""
 

@@ -9,7 +9,7 @@ integers. The terms for dequantization and for the change of variables are then 
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import ClassVar, TypedDict
+from typing import Any, ClassVar, TypedDict
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +17,6 @@ import numpy as np
 
 from sbml import bound, dequantizers, times
 from sbml.bound import Reduction
-from sbml.dequantizers import Dequantizer
 from sbml.divergence import Trace
 from sbml.estimators import base
 from sbml.estimators.base import Evaluations, OneExample, Target
@@ -53,7 +52,7 @@ class Estimator(base.Estimator):
     reduction: Reduction = Reduction()
 
     @classmethod
-    def reason_undefined(cls, dequantizer: type[Dequantizer], num_importance: int) -> str:
+    def reason_undefined(cls, dequantizer: type[Any], num_importance: int) -> str:
         if num_importance > 1:
             return (
                 "a bound is an expectation: the logarithm of a mean of K noisy draws of it bounds "
@@ -132,7 +131,7 @@ class ScoreMatching(Estimator):
         return {"trace": self.trace}
 
     @classmethod
-    def reason_undefined(cls, dequantizer: type[Dequantizer], num_importance: int) -> str:
+    def reason_undefined(cls, dequantizer: type[Any], num_importance: int) -> str:
         if dequantizers.has_bound(dequantizer):
             return (
                 "the bound of this dequantizer for the integers is in the denoising form only: use "

@@ -14,14 +14,13 @@ the densities must be exact: noise in w makes the result too small by half of it
 
 import dataclasses
 import math
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Float
 
 from sbml import dequantizers, likelihood
-from sbml.dequantizers import Dequantizer
 from sbml.divergence import Trace
 from sbml.estimators import base
 from sbml.estimators.base import Evaluations, OneExample, Target
@@ -60,7 +59,7 @@ class Estimator(base.Estimator):
             )
 
     @classmethod
-    def reason_undefined(cls, dequantizer: type[Dequantizer], num_importance: int) -> str:
+    def reason_undefined(cls, dequantizer: type[Any], num_importance: int) -> str:
         if dequantizers.has_density(dequantizer):
             return ""
         return "this dequantizer has a bound only, so there is no density to solve for"

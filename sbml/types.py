@@ -47,7 +47,7 @@ tests check all other functions and the results too.
 import contextlib
 import functools
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Annotated, Any, Literal, ParamSpec, TypeVar
 
 import jax
@@ -82,9 +82,10 @@ Real = Float[AnyArray, "..."]
 Numbers = Num[AnyArray, "..."]
 Anything = Shaped[AnyArray, "..."]  # numbers or keys: the function itself checks them
 
-# These two can be anything, so mypy checks nothing of them: they tell the reader what they hold.
+# These can be anything, so mypy checks nothing of them: they tell the reader what they hold.
 PyTree = Any  # arrays in dictionaries, lists, tuples and dataclasses, such as a user's parameters
 Json = dict[str, Any]  # an object of JSON values
+Tree = Mapping[str, PyTree]  # nested dictionaries of arrays
 
 P = ParamSpec("P")
 T = TypeVar("T")

@@ -24,9 +24,9 @@ from sbml.experiment.config import Config
 from sbml.runtime import sharding
 from sbml.runtime.checkpoint import Checkpoints
 from sbml.runtime.state import TrainState
-from sbml.runtime.trees import Tree, differences
+from sbml.runtime.trees import differences
 from sbml.runtime.versions import versions
-from sbml.types import Json, PyTree
+from sbml.types import Json, PyTree, Tree
 
 _NUMBER = re.compile(r"(?:checkpoint_(\d+)|ckpt-(\d+)\.flax)")
 

@@ -22,8 +22,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from sbml.networks.ncsnpp import Model
-from sbml.runtime.trees import Tree, differences
-from sbml.types import Json
+from sbml.runtime.trees import differences
+from sbml.types import Json, Tree
 
 BLOCKS = {"ResnetBlockBigGANpp": "biggan", "ResnetBlockDDPMpp": "ddpm"}
 SHOWN = 30  # At most so many differences are listed in an error message.

@@ -36,7 +36,8 @@ from sbml.experiment.config import Config
 from sbml.experiment.training import smallest_time
 from sbml.runtime import weights
 from sbml.runtime.state import TrainState
-from sbml.runtime.trees import Tree, tree_crc32
+from sbml.runtime.trees import tree_crc32
+from sbml.types import Tree
 
 NETWORK = "ncsnpp"
 CODE = "Song et al.'s (optimizer, params_ema)"

@@ -25,9 +25,8 @@ from sbml.convert._files import ForeignState, unwrapped
 from sbml.experiment import compatibility
 from sbml.experiment.config import Config
 from sbml.networks.vdm import GROUPS
-from sbml.runtime.trees import Tree
 from sbml.sdes import LinearGamma, MonotoneGamma
-from sbml.types import Json
+from sbml.types import Json, Tree
 
 NETWORK = "vdm"
 CODE = "VDM's (opt_state, ema_params)"

@@ -18,10 +18,10 @@ import numpy as np
 from sbml.data._cache import Add, load_or_build
 from sbml.data._image_set import ImageSet, Options, Source
 from sbml.progress import Bar
+from sbml.types import Json
 
 if TYPE_CHECKING:
     from tensorflow_datasets.core import DatasetBuilder
-from sbml.types import Json
 
 # set, set/config, set:1.2.3 or set/config:1.2.3
 _NAME = re.compile(r"\w+(/[\w+-][\w.+-]*)?(:\d+\.\d+\.\d+)?")

@@ -29,11 +29,10 @@ from sbml.dequantizers.base import Dequantizer
 from sbml.door import checked, condition, typed
 from sbml.scalars import Count, at_least
 from sbml.streams import stream
-from sbml.types import AnyArray, Array, Json, Key, Keys, Numbers, PyTree, Scalar, Vector
+from sbml.types import AnyArray, Array, Json, Key, Keys, Numbers, PyTree, Scalar, Tree, Vector
 
 Pixels = Integer[AnyArray, "n h w c"]
 Images = Float[AnyArray, "n h w c"]
-Tree = Mapping[str, PyTree]  # nested dictionaries of arrays
 
 
 @typed

@@ -76,9 +76,8 @@ def with_fields(config: Config, sections: Sections) -> tuple[Config, list[str]]:
     return Config(**unflatten_dict(now, sep=".")), lines
 
 
-Difference = tuple[
-    str, object, object
-]  # the name of a field, its value here, and in the checkpoint
+# The name of a field, its value here, and its value in the checkpoint.
+Difference = tuple[str, object, object]
 
 
 def _differences(config: Config, metadata: Metadata, *names: str) -> list[Difference]:

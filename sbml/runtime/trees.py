@@ -9,9 +9,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict
 from jax.experimental import multihost_utils
 
-from sbml.types import PyTree
-
-Tree = Mapping[str, PyTree]
+from sbml.types import PyTree, Tree
 
 
 def differences(actual: Tree, expected: Tree) -> list[str]:

@@ -166,6 +166,10 @@ def _stages(
     return jax.lax.scan(stage, k, (jnp.arange(1, len(k)), rows, jnp.asarray(c, y.dtype)))[0]
 
 
+State = tuple[Array, Array]  # (y, l)
+Carried = tuple[Array, Past]  # f and h at the end of the last step, for the next one
+
+
 class WithIntegral(diffrax.AbstractAdaptiveSolver):
     """A solver for the state ``(y, l)``: ``method`` for y, Lobatto's rule for l (2,).
 
@@ -191,14 +195,23 @@ class WithIntegral(diffrax.AbstractAdaptiveSolver):
     def order(self, terms: diffrax.AbstractTerm) -> int | None:
         return self.method.order(terms)
 
-    def init(self, terms: Any, t0: Any, t1: Any, y0: Any, args: Any) -> Any:
+    def init(
+        self, terms: diffrax.AbstractTerm, t0: Any, t1: Any, y0: State, args: object
+    ) -> Carried:
         slope, h, _ = self.joint(t0, y0[0])
         t = t0 + (t1 - t0) * jnp.arange(-3, 1)
         return slope, Past(t.astype(h.dtype), jnp.full((4,), h), jnp.asarray(False))
 
     def step(
-        self, terms: Any, t0: Any, t1: Any, y0: Any, args: Any, solver_state: Any, made_jump: Any
-    ) -> Any:
+        self,
+        terms: diffrax.AbstractTerm,
+        t0: Any,
+        t1: Any,
+        y0: State,
+        args: object,
+        solver_state: Carried,
+        made_jump: object,
+    ) -> tuple[State, State | None, dict[str, State], Carried, Any]:
         """One step of ``method`` for y; Lobatto's rule adds to l."""
         (y, integrals), (slope, past), length = y0, solver_state, t1 - t0
         _, _, b, b_error = _coefficients(self.method)
@@ -241,5 +254,6 @@ class WithIntegral(diffrax.AbstractAdaptiveSolver):
         past = Past(t[3:], h[3:], jnp.asarray(True))
         return state, error, {"y0": y0, "y1": state}, (slope, past), diffrax.RESULTS.successful
 
-    def func(self, terms: Any, t0: Any, y0: Any, args: Any) -> Any:
-        return terms.vf(t0, y0, args)
+    def func(self, terms: diffrax.AbstractTerm, t0: Any, y0: State, args: object) -> State:
+        slope: State = terms.vf(t0, y0, args)
+        return slope

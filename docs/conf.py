@@ -87,7 +87,7 @@ nitpick_ignore_regex = [
     (
         r"py:.*",
         r"(abc|array_record|collections|dataclasses|diffrax|equinox|flax|functools|grain|jax|jaxlib"
-        r"|jaxtyping|ml_collections|np|numpy|optax|os|pathlib|PIL|types|typing)\..*",
+        r"|jaxtyping|ml_collections|np|numpy|optax|os|pathlib|PIL|torch|types|typing)\..*",
     ),
     (
         r"py:.*",

@@ -22,15 +22,30 @@ import functools
 import hashlib
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.extend.core import ClosedJaxpr, jaxpr_as_fun
+from jax.extend.core import ClosedJaxpr, Jaxpr, jaxpr_as_fun
 
 from sbml import pytrees
-from sbml.types import conditioned, deterministic, predictor
+from sbml.types import (
+    Array,
+    Example,
+    Key,
+    P,
+    PyTree,
+    Scalar,
+    Score,
+    T,
+    conditioned,
+    deterministic,
+    predictor,
+)
+
+Arrays = tuple[Array | np.ndarray, ...]
+Shape = jax.ShapeDtypeStruct
 
 
 class Rest(NamedTuple):
@@ -41,11 +56,11 @@ class Rest(NamedTuple):
       structure: the structure of the pytree.
     """
 
-    others: tuple[Any, ...]
-    structure: Any
+    others: tuple[tuple[type, object] | None, ...]
+    structure: jax.tree_util.PyTreeDef
 
 
-def split(tree: Any) -> tuple[tuple[Any, ...], Rest]:
+def split(tree: PyTree) -> tuple[Arrays, Rest]:
     """The leaves of ``tree`` that are arrays, and the rest."""
     leaves, structure = jax.tree.flatten(tree)
     arrays = tuple(filter(_is_array, leaves))
@@ -53,29 +68,32 @@ def split(tree: Any) -> tuple[tuple[Any, ...], Rest]:
     return arrays, Rest(tuple(others), structure)
 
 
-def joined(arrays: Iterable[Any], rest: Rest) -> Any:
+def joined(arrays: Iterable[object], rest: Rest) -> PyTree:
     """The inverse of :func:`split`; ``arrays`` may also be other objects, one for each array."""
     values = iter(arrays)
     leaves = [next(values) if other is None else other[1] for other in rest.others]
     return jax.tree.unflatten(rest.structure, leaves)
 
 
-def compiled(f: Callable[..., Any], *static: str) -> Callable[..., Any]:
+def compiled(f: Callable[P, T], *static: str) -> Callable[P, T]:
     """``f`` compiled by ``jit``; its first argument is a pytree, of which only the arrays are
     traced, and ``static`` are the names of other static arguments."""
 
-    def inside(arrays: tuple[Any, ...], *arguments: Any, rest: Rest, **options: Any) -> Any:
-        return f(joined(arrays, rest), *arguments, **options)
+    call: Callable[..., T] = f
+
+    def inside(arrays: Arrays, *arguments: PyTree, rest: Rest, **options: PyTree) -> T:
+        return call(joined(arrays, rest), *arguments, **options)
 
     jitted = jax.jit(inside, static_argnames=("rest", *static))
 
     @functools.wraps(f)
-    def outside(tree: Any, *arguments: Any, **options: Any) -> Any:
+    def outside(tree: PyTree, *arguments: PyTree, **options: PyTree) -> T:
         arrays, rest = split(tree)
-        return jitted(arrays, *arguments, rest=rest, **options)
+        result: T = jitted(arrays, *arguments, rest=rest, **options)
+        return result
 
     outside.jitted = jitted  # type: ignore[attr-defined]
-    return outside
+    return cast(Callable[P, T], outside)
 
 
 class Program:
@@ -94,9 +112,9 @@ class Program:
     def __hash__(self) -> int:
         return hash(self.text)
 
-    def __call__(self, constants: tuple[Any, ...], *arguments: Any) -> list[Any]:
+    def __call__(self, constants: Arrays, *arguments: Array) -> list[Array]:
         """The results for ``arguments``, if the function reads ``constants`` as its arrays."""
-        results: list[Any] = jaxpr_as_fun(ClosedJaxpr(self.jaxpr, constants))(*arguments)
+        results: list[Array] = jaxpr_as_fun(ClosedJaxpr(self.jaxpr, constants))(*arguments)
         return results
 
 
@@ -112,16 +130,16 @@ class TracedScore:
       condition: the condition under which the score is called, or None.
     """
 
-    constants: tuple[tuple[Any, ...], tuple[Any, ...]]
+    constants: tuple[Arrays, Arrays]
     score: Program = dataclasses.field(metadata={"static": True})
     pair: Program | None = dataclasses.field(metadata={"static": True})
-    condition: Any = None
+    condition: PyTree = None
 
-    def __call__(self, x: Any, t: Any, key: Any = None) -> Any:
+    def __call__(self, x: Example, t: Scalar, key: Key | None = None) -> Example:
         return self.score(self.constants[0], x, t, *jax.tree.leaves(self.condition))[0]
 
     @property
-    def predictions(self) -> Callable[[Any, Any], tuple[Any, ...]] | None:
+    def predictions(self) -> Callable[[Example, Scalar], tuple[Example, ...]] | None:
         """The predictions of the score (``sbml.types``), or None if it has none."""
         pair = self.pair
         if pair is None:
@@ -129,12 +147,12 @@ class TracedScore:
         leaves = jax.tree.leaves(self.condition)
         return lambda x, t: tuple(pair(self.constants[1], x, t, *leaves))
 
-    def given(self, condition: Any) -> "TracedScore":
+    def given(self, condition: PyTree) -> "TracedScore":
         """The score under ``condition``."""
         return dataclasses.replace(self, condition=condition)
 
 
-def as_argument(score: Any, shape: tuple[int, ...], condition: Any = None) -> Any:
+def as_argument(score: Any, shape: tuple[int, ...], condition: PyTree = None) -> Score:
     """``score``, any callable, as the first argument of functions by :func:`compiled`.
 
     Args:
@@ -144,18 +162,20 @@ def as_argument(score: Any, shape: tuple[int, ...], condition: Any = None) -> An
     """
     arrays, rest = split(score)
     if arrays:
-        return joined(map(_in_float32, arrays), rest)
+        whole: Score = joined(map(_in_float32, arrays), rest)
+        return whole
     conditions, structure = jax.tree.flatten(condition)
     x, t = (jax.ShapeDtypeStruct(s, jnp.result_type(float)) for s in (shape, ()))
 
-    def under(leaves: tuple[Any, ...]) -> Any:
+    def under(leaves: tuple[Array, ...]) -> Score:
         return conditioned(score, jax.tree.unflatten(structure, leaves) if leaves else None)
 
-    def call(x: Any, t: Any, *condition: Any) -> Any:
+    def call(x: Example, t: Scalar, *condition: Array) -> Example:
         return deterministic(under(condition), x, t)
 
-    def both(x: Any, t: Any, *condition: Any) -> Any:
-        pair: Any = predictor(under(condition))
+    def both(x: Example, t: Scalar, *condition: Array) -> tuple[Example, Example]:
+        pair = predictor(under(condition))
+        assert pair is not None
         return pair(x, t)
 
     program, constants = _traced(call, x, t, *conditions)
@@ -165,11 +185,13 @@ def as_argument(score: Any, shape: tuple[int, ...], condition: Any = None) -> An
     return TracedScore((constants, more), program, pair)
 
 
-def _traced(f: Callable[..., Any], x: Any, t: Any, *rest: Any) -> tuple[Program, tuple[Any, ...]]:
+def _traced(
+    f: Callable[..., PyTree], x: Shape, t: Shape, *rest: Shape | Array
+) -> tuple[Program, tuple[Array, ...]]:
     """``f`` as a program, and the arrays that it has read."""
     closed = jax.make_jaxpr(f)(x, t, *rest)
 
-    def tangent(x: Any, v: Any, t: Any, *rest: Any) -> Any:
+    def tangent(x: Example, v: Example, t: Scalar, *rest: Array) -> PyTree:
         return jax.jvp(lambda x: f(x, t, *rest), (x,), (v,))
 
     programs = [closed]
@@ -182,7 +204,7 @@ def _traced(f: Callable[..., Any], x: Any, t: Any, *rest: Any) -> tuple[Program,
     return Program(closed, text), tuple(arrays)
 
 
-def _inner_constants(jaxpr: Any) -> Iterator[str]:
+def _inner_constants(jaxpr: ClosedJaxpr | Jaxpr) -> Iterator[str]:
     """The type, shape and checksum of every array that a function inside ``jaxpr`` has read."""
     for equation in jaxpr.eqns:
         for inner in jax.tree.leaves(list(equation.params.values())):
@@ -193,7 +215,7 @@ def _inner_constants(jaxpr: Any) -> Iterator[str]:
                 yield from _inner_constants(inner)
 
 
-def _in_float32(array: Any) -> Any:
+def _in_float32(array: Array | np.ndarray) -> Array | np.ndarray:
     """``array``, in float32 if it has half precision."""
     if not jnp.issubdtype(array.dtype, jnp.floating) or jnp.finfo(array.dtype).bits >= 32:
         return array
@@ -201,6 +223,6 @@ def _in_float32(array: Any) -> Any:
     return jnp.asarray(array, jnp.float32)
 
 
-def _is_array(leaf: Any) -> bool:
+def _is_array(leaf: object) -> bool:
     """Whether a leaf is an array of JAX or NumPy."""
     return isinstance(leaf, jax.Array | np.ndarray)

@@ -10,7 +10,7 @@ A density p of x gives the density p(x) (2 / L)^d of k + u, hence
 """
 
 import math
-from typing import Annotated, Any
+from typing import Annotated, TypeVar
 
 import jax.numpy as jnp
 import numpy as np
@@ -19,9 +19,11 @@ from jaxtyping import Float, UInt8
 from sbml import scalars
 from sbml.door import checked, condition, typed
 from sbml.scalars import at_least, between
-from sbml.types import Array, Elementwise, Numbers
+from sbml.types import Anything, Array, Elementwise, Numbers
 
 Real = Float[Array, "..."]
+
+Nats = TypeVar("Nats", float, Array, np.ndarray)
 
 LOG2 = math.log(2.0)
 MOST_LEVELS = 2**16  # With more levels, too few float32 numbers lie in a bin.
@@ -46,7 +48,7 @@ def check_levels(levels: int, most: int) -> None:
         raise ValueError(f"levels={levels}: give an integer of 2 to {most}")
 
 
-def check_pixels(pixels: Any, levels: int) -> None:
+def check_pixels(pixels: Anything | np.ndarray, levels: int) -> None:
     """Raise a ValueError unless ``pixels`` are integers 0 .. levels - 1. Values are not checked
     inside ``jit``."""
     if not jnp.issubdtype(pixels.dtype, jnp.integer):
@@ -98,12 +100,12 @@ def scale_nats(shape: Shape, levels: Annotated[int, at_least(2)]) -> float:
     return math.prod(shape) * math.log(levels / 2)
 
 
-def bits_per_dim(nll: Numbers | float, shape: tuple[int, ...], levels: int) -> Any:
+def bits_per_dim(nll: Nats, shape: tuple[int, ...], levels: int) -> Nats:
     """Bits/dim of integers from ``nll`` = -log p(x) in nats, for one example's ``shape``."""
     return (nll + scale_nats(shape, levels)) / (dims(shape) * LOG2)
 
 
-def nats_to_bits(nats: Numbers | float, shape: tuple[int, ...]) -> Any:
+def nats_to_bits(nats: Nats, shape: tuple[int, ...]) -> Nats:
     """Bits/dim of ``nats`` for one example of ``shape``, without a change of scale."""
     return nats / (dims(shape) * LOG2)
 

@@ -77,6 +77,7 @@ from sbml.types import (
     Example,
     Key,
     Keys,
+    PyTree,
     Scalar,
     Score,
     Vector,
@@ -417,7 +418,7 @@ def elbo(
 
 
 def mean_over_times(
-    draw: Callable[[Scalar, Any], Scalar],
+    draw: Callable[[Scalar, Array], Scalar],
     normals: Elementwise,
     sde: SDE,
     x: Example,
@@ -471,7 +472,7 @@ def profile(
     eps: Number,
     control: GaussianControl | None = None,
     bins: Count = 32,
-    condition: Any = None,
+    condition: PyTree = None,
 ) -> Profile:
     """The mean and the variance of :func:`diffusion_dsm` at each noise level, from 8 draws for each
     of the examples ``x (n, *s)``.
@@ -490,7 +491,7 @@ def _errors(
     eps: Number,
     control: GaussianControl | None,
     bins: int,
-    condition: Any,
+    condition: PyTree,
 ) -> tuple[Array, Array, Array]:
     """The bins of the times of 8 draws for each example, the errors of the score at these draws,
     and those of the control: each ``(n, 8)``.
@@ -503,7 +504,7 @@ def _errors(
     t, _ = Importance(sde, eps).at(v)
     keys = jax.random.split(stream(key, "noise"), (len(x), PILOT_DRAWS))
 
-    def example(row: tuple[Array, Array, Keys, Any]) -> tuple[Array, Array]:
+    def example(row: tuple[Array, Array, Keys, PyTree]) -> tuple[Array, Array]:
         x, t, keys, c = row
         given = conditioned(score, c)
 
@@ -548,7 +549,7 @@ def pilot(
     control: GaussianControl | None = None,
     bins: Count = 32,
     floor: Number = 0.1,
-    condition: Any = None,
+    condition: PyTree = None,
 ) -> Reduction:
     """The reduction of the variance for :func:`elbo`, from 8 draws for each example ``x (n, *s)``.
 

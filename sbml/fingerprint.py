@@ -46,7 +46,7 @@ def of(value: Any) -> Any:
     raise TypeError(f"{value!r} ({type(value).__name__}) has no fingerprint")
 
 
-def _code(code: CodeType) -> list[Any]:
+def _code(code: CodeType) -> list[object]:
     """The operations of a function, the names that it uses, and its constants, of which some are
     functions; their texts would have addresses in memory."""
     constants = (_code(c) if isinstance(c, CodeType) else repr(c) for c in code.co_consts)

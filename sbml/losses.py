@@ -60,7 +60,8 @@ def weight(sde: Kernel, t: Elementwise | float, weighting: Weighting) -> Element
     """The weight w(t) of the squared noise-prediction error, elementwise. Discrete noise levels
     have no likelihood weighting."""
     sde.check_times(t)
-    return sde.rate(t) if weighting == "likelihood" else jnp.ones_like(t)
+    # A Python number is a time too.
+    return sde.rate(t) if weighting == "likelihood" else jnp.ones_like(t)  # type: ignore[arg-type]
 
 
 @checked

@@ -28,6 +28,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from equinox.internal import nondifferentiable_backward
+from jax.typing import DTypeLike
 from jaxtyping import Bool, Integer
 
 from sbml import divergence, pytrees, quadrature, scalars
@@ -50,8 +51,10 @@ from sbml.types import (
     Array,
     Example,
     Key,
+    PyTree,
     Scalar,
     Score,
+    T,
     deterministic,
     full_precision,
     half_precision,
@@ -86,7 +89,9 @@ NO_GRADIENT = (
 )
 
 
-def check_tolerances(solver: "Solver", dtype: Any, name: str = "", factor: float = 1.0) -> None:
+def check_tolerances(
+    solver: "Solver", dtype: DTypeLike, name: str = "", factor: float = 1.0
+) -> None:
     """Check that the tolerances of ``solver``, if it has step control, are at least ``factor``
     times the rounding error of ``dtype``: 1e-7 in float32, and 1e-16 in float64.
 
@@ -120,7 +125,7 @@ class Stats(NamedTuple):
     success: Bool[Array, ""]
 
 
-def _static(default: Any) -> Any:
+def _static(default: T) -> T:
     return dataclasses.field(default=default, metadata={"static": True})
 
 
@@ -173,7 +178,7 @@ class Solver:
         return dataclasses.replace(self, fixed_steps=steps, rtol=rtol, atol=atol)
 
 
-def rms_norm(tree: Any) -> Scalar:
+def rms_norm(tree: PyTree) -> Scalar:
     """The root mean square, over the leaves, of the root mean square of each leaf; a scalar.
 
     All leaves have the same weight. So an integral that is solved together with an image, such as
@@ -381,7 +386,7 @@ def _slope(u: Array, solver: Solver) -> Array:
 def _in_u(field: Field, solver: Solver, sign: int = 1) -> Callable[..., Array]:
     """dy/du, or for ``sign`` -1 dy/d(-u), with the arguments that diffrax passes."""
 
-    def rate(u: Array, y: Array, args: Any) -> Array:
+    def rate(u: Array, y: Array, args: None) -> Array:
         u = sign * u
         slope = field(u**solver.power, y)
         if jnp.shape(slope) != y.shape:
@@ -426,21 +431,21 @@ class _Control(diffrax.PIDController):
 
 
 def _integrate(
-    rates: Callable[..., Any],
+    rates: Callable[..., PyTree],
     method: diffrax.AbstractSolver,
     t0: Number,
     t1: Number,
-    start: Any,
+    start: PyTree,
     solver: Solver,
     evaluations: tuple[int, int],
     sign: int = 1,
-) -> tuple[Any, Stats]:
+) -> tuple[PyTree, Stats]:
     """The solution of d(state)/d(sign u) = rates at ``t1`` from ``start`` at ``t0``, and the stats;
     ``evaluations`` are the numbers of evaluations of the field in a step and at the start."""
     check_tolerances(solver, jax.tree.leaves(start)[0].dtype)
     u0, u1 = sign * t0 ** (1 / solver.power), sign * t1 ** (1 / solver.power)
     length, max_steps = u1 - u0, solver.max_steps
-    controller: Any
+    controller: diffrax.AbstractStepSizeController
     if solver.fixed_steps is not None:
         first, controller = length / solver.fixed_steps, diffrax.ConstantStepSize()
         max_steps = solver.fixed_steps + 1

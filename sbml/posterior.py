@@ -30,10 +30,10 @@ samples, neither the weights nor the walks show anything.
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 from jaxtyping import Float
+from numpy.typing import ArrayLike
 from scipy import special
 
 from sbml import intervals
@@ -131,17 +131,17 @@ class Posterior:
         best[self.lost] = -1
         return best
 
-    def accuracy(self, labels: Any) -> Interval:
+    def accuracy(self, labels: ArrayLike) -> Interval:
         """The share of the examples whose most probable condition is ``labels (n,)``, with its 95%
         interval for the population. A lost example counts as wrong."""
         return intervals.mean_interval((np.asarray(labels) == self.predicted).astype(float))
 
-    def log_score(self, labels: Any) -> Interval:
+    def log_score(self, labels: ArrayLike) -> Interval:
         """The mean of -log p(c | x) in nats for the true ``labels (n,)``, with its interval."""
         rows = np.arange(len(self.log_probabilities))
         return intervals.mean_interval(-self.log_probabilities[rows, np.asarray(labels)])
 
-    def calibration(self, labels: Any, bins: int = 10) -> np.ndarray:
+    def calibration(self, labels: ArrayLike, bins: int = 10) -> np.ndarray:
         """A reliability table ``(bins, 3)``, one row for each of the equal ``bins`` of [0, 1].
 
         For the examples whose largest probability lies in the bin, a row has the mean of this
@@ -159,7 +159,7 @@ class Posterior:
             rows.append((*means, chosen.sum()))
         return np.array(rows)
 
-    def calibration_error(self, labels: Any, bins: int = 10) -> float:
+    def calibration_error(self, labels: ArrayLike, bins: int = 10) -> float:
         """The mean over the examples of |confidence - accuracy| of their bin."""
         table = self.calibration(labels, bins)
         share = table[:, 2] / table[:, 2].sum()

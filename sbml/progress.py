@@ -14,10 +14,12 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, Self, TextIO
+from typing import Self, TextIO
 
 import jax
 import numpy as np
+
+from sbml.types import T
 
 EVERY = 0.1, 30.0  # seconds between two writings in a terminal, and in a log
 WIDTH = 10  # characters of the drawn bar
@@ -97,7 +99,7 @@ class Bar:
             self.show()
         return self
 
-    def __exit__(self, *error: Any) -> None:
+    def __exit__(self, *error: object) -> None:
         self._write(self._clock())
         if self._live and not self._hidden:
             blank = "\r" + " " * len(self._shown) + "\r"
@@ -140,9 +142,18 @@ class Bar:
             return 80
 
 
-def over(items: Iterable[Any], name: str, unit: str, total: int, **options: Any) -> Iterator[Any]:
-    """``items``, with a bar that counts them; ``options`` are those of a :class:`Bar`."""
-    with Bar(name, unit, total, **options) as bar:
+def over(
+    items: Iterable[T],
+    name: str,
+    unit: str,
+    total: int,
+    *,
+    compiles: bool = True,
+    stream: TextIO | None = None,
+    clock: Callable[[], float] = time.monotonic,
+) -> Iterator[T]:
+    """``items``, with a :class:`Bar` that counts them."""
+    with Bar(name, unit, total, compiles=compiles, stream=stream, clock=clock) as bar:
         for item in items:
             yield item
             bar.update()

@@ -12,17 +12,20 @@ Both take a copy of the module, in evaluation mode and in float32.
 import contextlib
 import copy
 import warnings
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, NoReturn, TypeAlias
 from unittest import mock
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sbml.types import Array
+from sbml.types import Array, PyTree
 
-Module = Any  # torch.nn.Module, which needs the extra ``torch``
+if TYPE_CHECKING:  # It needs the extra ``torch``.
+    import torch
+
+Module: TypeAlias = "torch.nn.Module"
 
 
 def network(module: Module) -> Callable[..., Array]:
@@ -57,7 +60,7 @@ def _missing_names() -> Iterator[None]:
     packet = type(torch.ops.aten.prod)
     of_packet = packet.__getattr__
 
-    def overload(self: Any, name: str) -> Any:
+    def overload(self: object, name: str) -> object:
         try:
             return of_packet(self, name)
         except AttributeError:
@@ -76,12 +79,11 @@ def _missing_names() -> Iterator[None]:
 class _Call:
     """The translated function, whose second argument is the tuple of the module's arguments."""
 
-    def __init__(self, function: Callable[..., Any]) -> None:
+    def __init__(self, function: Callable[[PyTree, tuple[Array, ...]], Array]) -> None:
         self.function = function
 
-    def __call__(self, params: Any, *arguments: Any) -> Array:
-        result: Array = self.function(params, arguments)
-        return result
+    def __call__(self, params: PyTree, *arguments: Array) -> Array:
+        return self.function(params, arguments)
 
 
 def callback(module: Module) -> Callable[..., Array]:
@@ -94,7 +96,11 @@ def callback(module: Module) -> Callable[..., Array]:
 
     run = _prepared(module)
 
-    def of_batches(function: Callable[..., Any], shape: tuple[int, ...], *arguments: Any) -> Any:
+    def of_batches(
+        function: Callable[..., Sequence["torch.Tensor"]],
+        shape: tuple[int, ...],
+        *arguments: Array,
+    ) -> tuple[np.ndarray, ...]:
         """``function`` of tensors whose leading axes are joined, since JAX adds axes before n."""
         extra = arguments[0].ndim - len(shape)
         flat = [np.array(a).reshape(-1, *a.shape[extra + 1 :]) for a in map(np.asarray, arguments)]
@@ -129,13 +135,13 @@ def callback(module: Module) -> Callable[..., Array]:
         return tangent
 
     @values.defjvp
-    def _(primals: tuple[Array, Array], tangents: tuple[Any, Any]) -> tuple[Array, Array]:
+    def _(primals: tuple[Array, Array], tangents: tuple[Array, Array]) -> tuple[Array, Array]:
         x, t = primals
         # The value has its own call, because several directions at one x share it.
         return values(x, t), slope(x, t, *(jnp.asarray(d, x.dtype) for d in tangents))
 
     @slope.defjvp
-    def _(primals: Any, tangents: Any) -> Any:
+    def _(primals: tuple[Array, ...], tangents: tuple[Array, ...]) -> NoReturn:
         raise ValueError(
             "a network by sbml.pytorch.callback has no gradient of log p, which needs its second "
             "derivatives: use sbml.pytorch.network"

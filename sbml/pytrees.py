@@ -12,15 +12,22 @@ leaves and static fields as the original object, even if its leaves are tracers,
 """
 
 import dataclasses
-from collections.abc import Callable, Iterator
-from typing import Any, TypeVar
+from collections.abc import Callable, Iterable, Iterator
+from typing import TYPE_CHECKING, TypeVar
 
 import jax
 import numpy as np
 
+from sbml.types import PyTree, T
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
 Class = TypeVar("Class", bound=type)
 
 _LEAVES = "_names_of_leaves"
+# The names of the leaves, and the static fields with their values.
+Static = tuple[tuple[str, ...], tuple[tuple[str, object], ...]]
 
 
 def register(cls: Class) -> Class:
@@ -31,19 +38,19 @@ def register(cls: Class) -> Class:
     return cls
 
 
-def _is_number(value: Any) -> bool:
+def _is_number(value: object) -> bool:
     if isinstance(value, bool):
         return False
     kinds = (int, float, complex, np.generic, np.ndarray, jax.Array, jax.ShapeDtypeStruct)
     return isinstance(value, kinds)
 
 
-def _is_leaf(field: dataclasses.Field, value: Any) -> bool:
+def _is_leaf(field: dataclasses.Field, value: PyTree) -> bool:
     parts = jax.tree.leaves(value)
     return not field.metadata.get("static") and (not parts or any(map(_is_number, parts)))
 
 
-def _flatten(node: Any) -> tuple[tuple[Any, ...], Any]:
+def _flatten(node: "DataclassInstance") -> tuple[tuple[PyTree, ...], Static]:
     fields = dataclasses.fields(node)
     names = vars(node).get(_LEAVES)
     if names is None:
@@ -52,23 +59,25 @@ def _flatten(node: Any) -> tuple[tuple[Any, ...], Any]:
     return tuple(getattr(node, name) for name in names), (names, rest)
 
 
-def _flatten_with_keys(node: Any) -> tuple[tuple[Any, ...], Any]:
+def _flatten_with_keys(
+    node: "DataclassInstance",
+) -> tuple[tuple[tuple[jax.tree_util.GetAttrKey, PyTree], ...], Static]:
     leaves, static = _flatten(node)
     keys = map(jax.tree_util.GetAttrKey, static[0])
     return tuple(zip(keys, leaves, strict=True)), static
 
 
-def _unflatten(cls: type, static: Any, leaves: Any) -> Any:
+def _unflatten(cls: type[T], static: Static, leaves: Iterable[PyTree]) -> T:
     names, rest = static
-    node: Any = object.__new__(cls)  # __init__ would refuse leaves that are not numbers.
+    node = object.__new__(cls)  # __init__ would refuse leaves that are not numbers.
     for name, value in (*zip(names, leaves, strict=True), *rest, (_LEAVES, names)):
         object.__setattr__(node, name, value)
     return node
 
 
 def in_batches(
-    f: Callable[[np.ndarray], Any], ids: np.ndarray, size: int
-) -> Iterator[tuple[np.ndarray, Any]]:
+    f: Callable[[np.ndarray], PyTree], ids: np.ndarray, size: int
+) -> Iterator[tuple[np.ndarray, PyTree]]:
     """The ids and ``f(ids)`` of each batch of ``ids (n,)``; ``f`` returns a tree of arrays with one
     row for each id.
 
@@ -76,7 +85,7 @@ def in_batches(
     is filled up with its own ids, whose rows are dropped: every id counts once.
     """
 
-    def rows_of(batch: np.ndarray) -> tuple[np.ndarray, Any]:
+    def rows_of(batch: np.ndarray) -> tuple[np.ndarray, PyTree]:
         rows = f(np.resize(batch, size))
         return batch, jax.tree.map(lambda a: np.asarray(a)[: len(batch)], rows)
 

@@ -32,11 +32,13 @@ step.
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import diffrax
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Bool, Float
 
 from sbml.types import Array, Example, Scalar
@@ -102,32 +104,49 @@ def lone_step_error(length: Scalar, h: Four) -> Scalar:
     return (jnp.abs(even) * (even / size) ** 2 + odd * (odd / size)) / 10
 
 
-def beside_integral(field: Callable[..., Any]) -> Callable[..., Any]:
+def beside_integral(
+    field: Callable[[Array, Array, None], Array],
+) -> Callable[[Array, tuple[Array, Array], None], tuple[Array, Array]]:
     """The field of the state ``(y, l)``: ``field(t, y, args)`` for y, and 0 for l (2,)."""
     return lambda t, state, args: (field(t, state[0], args), jnp.zeros_like(state[1]))
 
 
-def _coefficients(method: Any) -> tuple[Any, Any, Any, Any]:
+class Coefficients(NamedTuple):
     """The Butcher tableau: a, c, b, and the coefficients of the error, or None.
 
     a and c omit the first stage, and the last if it is the field at the end of the step.
     """
+
+    a: tuple[np.ndarray, ...]
+    c: np.ndarray
+    b: np.ndarray
+    error: np.ndarray | None
+
+
+def _coefficients(method: diffrax.AbstractSolver) -> Coefficients:
     if isinstance(method, diffrax.Euler):
-        return [], [], [1.0], None
+        return Coefficients((), np.zeros(0), np.ones(1), None)
+    assert isinstance(method, diffrax.AbstractERK)
     tableau = method.tableau
+    assert isinstance(tableau, diffrax.ButcherTableau)
     last = -1 if tableau.fsal else None
-    return tableau.a_lower[:last], tableau.c[:last], tableau.b_sol, tableau.b_error
+    return Coefficients(tableau.a_lower[:last], tableau.c[:last], tableau.b_sol, tableau.b_error)
 
 
-def _combined(coefficients: Any, stages: Array) -> Array:
+def _combined(coefficients: Array | np.ndarray, stages: Array) -> Array:
     """The combination of a step's stages ``(k, *s)`` at full precision, as in diffrax. Accelerators
     round products otherwise."""
-    coefficients = jnp.asarray(coefficients, stages.dtype)
-    return jnp.tensordot(coefficients, stages, 1, precision="highest")
+    weights = jnp.asarray(coefficients, stages.dtype)
+    return jnp.tensordot(weights, stages, 1, precision="highest")
 
 
 def _stages(
-    method: Any, f: Callable[..., Array], t: Scalar, length: Scalar, y: Array, k0: Array
+    method: diffrax.AbstractSolver,
+    f: Callable[[Scalar, Array], Array],
+    t: Scalar,
+    length: Scalar,
+    y: Array,
+    k0: Array,
 ) -> Array:
     """The values of f at the stages of a step from (t, y), ``(k, *s)``; ``k0`` is the first.
 
@@ -138,13 +157,17 @@ def _stages(
     if not a:
         return k
 
-    def stage(k: Array, nodes: Any) -> tuple[Array, None]:
+    def stage(k: Array, nodes: tuple[Array, Array, Array]) -> tuple[Array, None]:
         i, a, c = nodes
         return k.at[i].set(f(t + c * length, y + length * _combined(a, k))), None
 
     rows = jnp.stack([jnp.pad(jnp.asarray(r, y.dtype), (0, len(k) - len(r))) for r in a])
     # The scan compiles f only once.
     return jax.lax.scan(stage, k, (jnp.arange(1, len(k)), rows, jnp.asarray(c, y.dtype)))[0]
+
+
+State = tuple[Array, Array]  # (y, l)
+Carried = tuple[Array, Past]  # f and h at the end of the last step, for the next one
 
 
 class WithIntegral(diffrax.AbstractAdaptiveSolver):
@@ -158,28 +181,37 @@ class WithIntegral(diffrax.AbstractAdaptiveSolver):
       joint: (t, y) -> f, h, w.
     """
 
-    method: Any
+    method: diffrax.AbstractSolver
     joint: Joint
 
     @property
-    def term_structure(self) -> Any:
+    def term_structure(self) -> type[diffrax.AbstractTerm]:
         return self.method.term_structure
 
     @property
-    def interpolation_cls(self) -> Any:  # type: ignore[override]
+    def interpolation_cls(self) -> type[diffrax.AbstractLocalInterpolation]:  # type: ignore[override]
         return diffrax.LocalLinearInterpolation
 
-    def order(self, terms: Any) -> Any:
+    def order(self, terms: diffrax.AbstractTerm) -> int | None:
         return self.method.order(terms)
 
-    def init(self, terms: Any, t0: Any, t1: Any, y0: Any, args: Any) -> Any:
+    def init(
+        self, terms: diffrax.AbstractTerm, t0: Any, t1: Any, y0: State, args: object
+    ) -> Carried:
         slope, h, _ = self.joint(t0, y0[0])
         t = t0 + (t1 - t0) * jnp.arange(-3, 1)
         return slope, Past(t.astype(h.dtype), jnp.full((4,), h), jnp.asarray(False))
 
     def step(
-        self, terms: Any, t0: Any, t1: Any, y0: Any, args: Any, solver_state: Any, made_jump: Any
-    ) -> Any:
+        self,
+        terms: diffrax.AbstractTerm,
+        t0: Any,
+        t1: Any,
+        y0: State,
+        args: object,
+        solver_state: Carried,
+        made_jump: object,
+    ) -> tuple[State, State | None, dict[str, State], Carried, Any]:
         """One step of ``method`` for y; Lobatto's rule adds to l."""
         (y, integrals), (slope, past), length = y0, solver_state, t1 - t0
         _, _, b, b_error = _coefficients(self.method)
@@ -198,8 +230,8 @@ class WithIntegral(diffrax.AbstractAdaptiveSolver):
         def evaluate(slope: Array, t: Array) -> tuple[Array, tuple[Array, Array]]:
             """f at b, and h and the weighted residual at t."""
             linear = isinstance(self.method, diffrax.Euler)
-            dense = {} if linear else {"k": length * all_stages(slope)}
-            curve = self.method.interpolation_cls(t0=t0, t1=t1, y0=y, y1=end, **dense)
+            through = partial(self.method.interpolation_cls, t0=t0, t1=t1, y0=y, y1=end)
+            curve = through() if linear else through(k=length * all_stages(slope))
             last = t == points[0]
             f, h, w = self.joint(t, jnp.where(last, end, curve.evaluate(t)))
             exact = last & (len(k) < len(b))  # The last stage, the curve's slope there, is f.
@@ -222,5 +254,6 @@ class WithIntegral(diffrax.AbstractAdaptiveSolver):
         past = Past(t[3:], h[3:], jnp.asarray(True))
         return state, error, {"y0": y0, "y1": state}, (slope, past), diffrax.RESULTS.successful
 
-    def func(self, terms: Any, t0: Any, y0: Any, args: Any) -> Any:
-        return terms.vf(t0, y0, args)
+    def func(self, terms: diffrax.AbstractTerm, t0: Any, y0: State, args: object) -> State:
+        slope: State = terms.vf(t0, y0, args)
+        return slope

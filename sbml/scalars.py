@@ -8,7 +8,7 @@ computed by JAX.
 import math
 import re
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, SupportsFloat
 
 import jax
 import jax.numpy as jnp
@@ -18,17 +18,17 @@ from jaxtyping import Real
 from sbml.door import condition
 
 
-def at_least(least: float) -> Any:
+def at_least(least: float) -> object:
     """The condition that a number is not below ``least``; NaN passes."""
     return condition(f"of at least {least}", lambda value: not value < least)
 
 
-def at_most(most: float) -> Any:
+def at_most(most: float) -> object:
     """The condition that a number is not above ``most``; NaN passes."""
     return condition(f"of at most {most}", lambda value: not value > most)
 
 
-def between(least: float, most: float) -> Any:
+def between(least: float, most: float) -> object:
     """The condition that all numbers lie in [``least``, ``most``]; NaN does not."""
     return condition(
         f"in [{least}, {most}]",
@@ -36,7 +36,7 @@ def between(least: float, most: float) -> Any:
     )
 
 
-def one_of(*names: str) -> Any:
+def one_of(*names: str) -> object:
     """The condition that a text is one of ``names``."""
     return condition(f"among {', '.join(map(repr, names))}", lambda value: value in names)
 
@@ -47,7 +47,7 @@ positive = condition("that is positive and finite", lambda value: 0 < value < ma
 nonempty = condition("that is not empty", lambda value: value.size)
 
 
-def _representable(value: Any) -> bool:
+def _representable(value: SupportsFloat) -> bool:
     size, kind = abs(float(value)), jnp.finfo(jnp.result_type(float))
     return not 0 < size < math.inf or float(kind.tiny) <= size <= float(kind.max)
 
@@ -62,7 +62,7 @@ else:  # A float, or a scalar array.
     Number = Annotated[float | Real[jax.Array | np.ndarray | np.number, ""], representable]
 
 
-def notation(value: Any, form: str = "") -> str:
+def notation(value: object, form: str = "") -> str:
     """``value`` as a person writes it, for example "1e-5", "8,8,1" or "None". A ``form`` such as
     ".3g" rounds a number."""
     if isinstance(value, tuple | list):
@@ -73,13 +73,13 @@ def notation(value: Any, form: str = "") -> str:
     return str(value)
 
 
-def is_traced(*values: Number) -> bool:
+def is_traced(*values: object) -> bool:
     """Whether one of ``values`` is a tracer, so that Python cannot compare it."""
     return any(isinstance(value, jax.core.Tracer) for value in values)
 
 
 def _either(
-    of_float: Callable[[float], float], of_tracer: Callable[..., Any]
+    of_float: Callable[[SupportsFloat], float], of_tracer: Callable[[Number], Number]
 ) -> Callable[[Number], Number]:
     return lambda x: of_tracer(x) if is_traced(x) else of_float(x)
 
@@ -101,7 +101,7 @@ def maximum(x: Number, y: Number) -> Number:
     return jnp.maximum(x, y) if is_traced(x, y) else max(x, y)
 
 
-def constant(f: Callable[[], Any]) -> Number:
+def constant(f: Callable[[], Number]) -> Number:
     """``f()`` as a float, also inside ``jit``; a tracer if it depends on a tracer."""
     with jax.ensure_compile_time_eval():
         value = f()

@@ -61,7 +61,7 @@ import dataclasses
 import functools
 import inspect
 from collections.abc import Callable
-from typing import Annotated, Any, ClassVar, NamedTuple
+from typing import Annotated, ClassVar, NamedTuple, cast
 
 import flax.linen as nn
 import jax
@@ -79,6 +79,7 @@ from sbml.types import (
     Example,
     Key,
     Pixels,
+    PyTree,
     Real,
     Scalar,
     Vector,
@@ -188,11 +189,11 @@ class NetworkScore:
         one of each example.
     """
 
-    how: Any
-    params: Any = None
-    condition: Any = None
+    how: "Foreign | Adapter"
+    params: PyTree = None
+    condition: PyTree = None
 
-    def given(self, condition: Any) -> "NetworkScore":
+    def given(self, condition: PyTree) -> "NetworkScore":
         """The score under ``condition``."""
         return dataclasses.replace(self, condition=condition)
 
@@ -209,8 +210,7 @@ class NetworkScore:
     @property
     def sde(self) -> Kernel:
         """The forward process."""
-        sde: Kernel = self.how.sde
-        return sde
+        return self.how.sde
 
     @property
     def predictions(self) -> Pair | None:
@@ -272,7 +272,7 @@ class Foreign:
     network: Network
     parameterization: str
     sde: Kernel
-    data_std: float
+    data_std: Number
     batched: bool = False
 
     is_singular: ClassVar[bool] = True  # The ODE always takes the predictions.
@@ -287,7 +287,9 @@ class Foreign:
         """What the formulas use of the data."""
         return OfData(self.data_std)
 
-    def outputs(self, params: None, x: Batch, t: Vector, condition: Any, key: Key | None) -> Batch:
+    def outputs(
+        self, params: None, x: Batch, t: Vector, condition: PyTree, key: Key | None
+    ) -> Batch:
         """F, ``(n, *s)``."""
         sde = self.sde.of_network
         alpha, sigma = sde.mean_coef(t), sde.std(t)
@@ -299,7 +301,7 @@ class Foreign:
             return jax.vmap(one)(seen, told)
         return self._of_one(condition, seen[0], told[0])[None]
 
-    def _of_one(self, condition: Any, x: Example, t: Scalar) -> Example:
+    def _of_one(self, condition: PyTree, x: Example, t: Scalar) -> Example:
         arguments = (x, t) if condition is None else (x, t, condition)
         if self.batched:
             return of_shape(self._in_batch_of_one(*arguments), x)
@@ -313,11 +315,11 @@ class Foreign:
                 ) from error
             raise
 
-    def _in_batch_of_one(self, *arguments: Any) -> Array:
+    def _in_batch_of_one(self, *arguments: PyTree) -> Array:
         result: Array = self.network(*jax.tree.map(lambda a: jnp.asarray(a)[None], arguments))[0]
         return result
 
-    def _takes_batches(self, *arguments: Any) -> bool:
+    def _takes_batches(self, *arguments: PyTree) -> bool:
         try:
             shape = jax.eval_shape(self._in_batch_of_one, *arguments).shape
             return bool(shape == jnp.shape(arguments[0]))
@@ -402,11 +404,11 @@ class Adapter:
                 )
         self.sde.check_time(self.eps)
 
-    def init(self, key: Key, shape: tuple[int, ...]) -> Any:
+    def init(self, key: Key, shape: tuple[int, ...]) -> PyTree:
         """Parameters for examples of shape ``shape``."""
-        given: dict[str, Any] = {"condition": jnp.zeros((1,))} if self.classes else {}
         x, label = jnp.zeros((1, *shape)), jnp.ones((1,))
-        return self.model.init(key, x, label, train=False, **given)["params"]
+        init = functools.partial(self.model.init, key, x, label, train=False)
+        return (init(condition=jnp.zeros((1,))) if self.classes else init())["params"]
 
     @property
     def classes(self) -> int:
@@ -415,7 +417,7 @@ class Adapter:
         takes = "condition" in inspect.signature(self.model.__call__).parameters
         return getattr(self.model, "classes", 0) if takes else 0
 
-    def __call__(self, params: Any, condition: Condition | None = None) -> NetworkScore:
+    def __call__(self, params: PyTree, condition: Condition | None = None) -> NetworkScore:
         """The score; ``condition``, a scalar, is the class for a class-conditional model."""
         return NetworkScore(self, params, condition)
 
@@ -435,20 +437,19 @@ class Adapter:
         return _vanishes(self.sde)
 
     def outputs(
-        self, params: Any, x: Batch, t: Vector, condition: Condition | None, key: Key | None
+        self, params: PyTree, x: Batch, t: Vector, condition: Condition | None, key: Key | None
     ) -> Array:
         """F, ``(n, *s)``, or for ``levels`` with a last axis of outputs; a key turns dropout on."""
-        options: dict[str, Any] = {}
-        if condition is not None:
-            options["condition"] = jnp.broadcast_to(condition, t.shape)
-        f: Any = self.model.apply(
+        apply = functools.partial(
+            self.model.apply,
             {"params": params},
             self.network_input(x, t),
             self.time_label(t),
             train=key is not None,
             rngs=None if key is None else {"dropout": key},
-            **options,
         )
+        given = None if condition is None else jnp.broadcast_to(condition, t.shape)
+        f = cast(Array, apply() if given is None else apply(condition=given))
         return f if self.parameterization == LEVELS else of_shape(f, x)
 
     def time_label(self, t: Vector) -> Vector:
@@ -478,4 +479,4 @@ class Adapter:
 
 def _vanishes(sde: Kernel) -> bool:
     """Whether alpha(T) = 0; False for an SDE whose numbers are traced."""
-    return not scalars.is_traced(sde.largest_time) and sde.largest_time < sde.T
+    return not scalars.is_traced(sde.largest_time) and bool(sde.largest_time < sde.T)

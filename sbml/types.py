@@ -47,13 +47,14 @@ tests check all other functions and the results too.
 import contextlib
 import functools
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Annotated, Any, Literal, ParamSpec, TypeVar
 
 import jax
 import jax.numpy as jnp
 import jaxtyping
 import numpy as np
+from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn
 from jaxtyping import Float, Integer, Num, Shaped
 
 from sbml.scalars import between
@@ -80,6 +81,11 @@ PixelBatch = Integer[AnyArray, "n *s"]
 Real = Float[AnyArray, "..."]
 Numbers = Num[AnyArray, "..."]
 Anything = Shaped[AnyArray, "..."]  # numbers or keys: the function itself checks them
+
+# These can be anything, so mypy checks nothing of them: they tell the reader what they hold.
+PyTree = Any  # arrays in dictionaries, lists, tuples and dataclasses, such as a user's parameters
+Json = dict[str, Any]  # an object of JSON values
+Tree = Mapping[str, PyTree]  # nested dictionaries of arrays
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -118,7 +124,7 @@ def full_precision(f: Callable[P, T]) -> Callable[P, T]:
     return inside
 
 
-def half_precision(f: Callable[..., Any], *arguments: Any) -> str:
+def half_precision(f: Callable[..., PyTree], *arguments: PyTree) -> str:
     """The name of a type of less than 32 bits in which ``f`` rounds a number, or "" if there is
     none. ``arguments`` are arrays, or only their shapes and types; ``f`` is traced, and not run.
 
@@ -127,7 +133,7 @@ def half_precision(f: Callable[..., Any], *arguments: Any) -> str:
     """
     for equation in _equations(jax.make_jaxpr(f)(*arguments)):
         if equation.primitive is jax.lax.bitcast_convert_type_p:
-            given = equation.invars[0].aval.dtype
+            given = equation.invars[0].aval.dtype  # type: ignore[attr-defined]
             if jnp.issubdtype(given, jnp.floating):
                 return f"the bits of {given}"
         if equation.primitive is jax.lax.reduce_precision_p:
@@ -142,7 +148,7 @@ def half_precision(f: Callable[..., Any], *arguments: Any) -> str:
     return ""
 
 
-def _equations(jaxpr: Any) -> Iterator[Any]:
+def _equations(jaxpr: ClosedJaxpr | Jaxpr) -> Iterator[JaxprEqn]:
     """All operations of a jaxpr, with those inside jit, scan, cond and others."""
     for equation in jaxpr.eqns:
         yield equation
@@ -217,7 +223,7 @@ def predictor(score: Score) -> Callable[[Example, Scalar], tuple[Example, Exampl
     return both
 
 
-def conditioned(score: Any, condition: Any) -> Score:
+def conditioned(score: Any, condition: PyTree) -> Score:
     """The score under ``condition``, a pytree of arrays of one example; ``score`` itself if the
     condition is None."""
     if condition is None:

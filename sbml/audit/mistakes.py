@@ -7,7 +7,6 @@ estimator. Its docstring says how the mistake changes the number.
 import dataclasses
 import functools
 import math
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -28,7 +27,7 @@ from sbml.audit.ours import (
     WITHIN,
     Evaluation,
 )
-from sbml.audit.suite import Estimator, Schedule
+from sbml.audit.suite import Estimator, Nats, Schedule
 from sbml.audit.worlds import Denoiser, Images
 from sbml.bound import prior_kl
 from sbml.estimators import bound, ode
@@ -108,8 +107,7 @@ def no_reconstruction(denoiser: Denoiser, schedule: Schedule, pixels: Images, se
     has hidden, and the number falls as eps grows. Here half a bin is one standard deviation of the
     noise at eps.
     """
-    terms: Any = {"tau": 1.0, "control": True, "without": ("reconstruction",)}
-    cut = Evaluation(bound.Estimator(), DECODER, **terms)
+    cut = Evaluation(bound.Estimator(), DECODER, tau=1.0, control=True, without=("reconstruction",))
     return cut(denoiser, schedule, pixels, seed)
 
 
@@ -157,8 +155,8 @@ def vanishing_weights(denoiser: Denoiser, schedule: Schedule, pixels: Images, se
     pixels are decided, so most of the nats of an image lie there. A loss with such a weight bounds
     nothing, even if it is called nats.
     """
-    how: Any = {"sde": schedule.sde, "levels": schedule.levels, "wrong": "weight"}
-    return _of_integers(denoiser, pixels, jax.random.key(seed), **how)
+    sde, levels, key = schedule.sde, schedule.levels, jax.random.key(seed)
+    return _of_integers(denoiser, pixels, key, sde=sde, levels=levels, wrong="weight")
 
 
 def uniform_times(denoiser: Denoiser, schedule: Schedule, pixels: Images, seed: int) -> Numbers:
@@ -183,8 +181,8 @@ def few_steps(denoiser: Denoiser, schedule: Schedule, pixels: Images, seed: int)
     chain and an ODE, cannot be compared. The estimator fails by its claim to be within 0.02
     bits/dim of the truth, not as a bound.
     """
-    how: Any = {"sde": schedule.sde, "levels": schedule.levels, "wrong": "steps"}
-    return _of_integers(denoiser, pixels, jax.random.key(seed), **how)
+    sde, levels, key = schedule.sde, schedule.levels, jax.random.key(seed)
+    return _of_integers(denoiser, pixels, key, sde=sde, levels=levels, wrong="steps")
 
 
 def trimmed(denoiser: Denoiser, schedule: Schedule, pixels: Images, seed: int) -> Numbers:
@@ -214,12 +212,12 @@ def dropped(denoiser: Denoiser, schedule: Schedule, pixels: Images, seed: int) -
 def _one_probe(
     denoiser: Denoiser, pixels: Array, ids: Array, key: Key, *, sde: SDE, levels: int
 ) -> Array:
-    how: Any = {"eps": EPS, "trace": ONE_PROBE, "solver": SOLVER}
     score = from_prediction(denoiser, "x0", sde)
 
     def logp(pixels: Array, i: Array) -> Array:
         u = jax.random.uniform(jax.random.fold_in(key, i), pixels.shape)
-        return ode_logp(score, sde, bits.to_model(pixels, u, levels), key, **how).logp
+        x = bits.to_model(pixels, u, levels)
+        return ode_logp(score, sde, x, key, eps=EPS, trace=ONE_PROBE, solver=SOLVER).logp
 
     return bits.scale_nats(pixels.shape[1:], levels) - jax.vmap(logp)(pixels, ids)
 
@@ -232,10 +230,10 @@ def fixed_probe(denoiser: Denoiser, schedule: Schedule, pixels: Images, seed: in
     the images have in common stays in the mean, however many images there are. The spread does not
     show it, so the error bar is too narrow.
     """
-    how: Any = {"sde": schedule.sde, "levels": schedule.levels}
+    sde, levels, key = schedule.sde, schedule.levels, jax.random.key(seed)
 
     def of_batch(ids: np.ndarray) -> Array:
-        return _one_probe(denoiser, pixels[ids], ids, jax.random.key(seed), **how)
+        return _one_probe(denoiser, pixels[ids], ids, key, sde=sde, levels=levels)
 
     batches = pytrees.in_batches(of_batch, np.arange(len(pixels)), BATCH)
     return np.concatenate([numbers for _, numbers in batches])
@@ -289,7 +287,7 @@ def too_small(denoiser: Denoiser, schedule: Schedule, pixels: Images, seed: int)
     return nats - 0.01 * math.log(2) * math.prod(pixels.shape[1:])
 
 
-def _mistake(name: str, nats: Any, data: Kind, fails: str, within: float = math.inf) -> Mistake:
+def _mistake(name: str, nats: Nats, data: Kind, fails: str, within: float = math.inf) -> Mistake:
     return Mistake(Estimator(name, nats, data, within), frozenset(fails.split()))
 
 

@@ -11,18 +11,19 @@ parts that differ in their variance only, a mixture has tails as heavy as Studen
 """
 
 import dataclasses
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 from scipy import stats
 
+from sbml.scalars import Number
 from sbml.sdes import SDE
 from sbml.types import Array, Key
 
 
-def coefficients(sde: SDE, t: float) -> tuple[float, float]:
+def coefficients(sde: SDE, t: Number) -> tuple[float, float]:
     """alpha(t) and sigma(t)."""
     time = jnp.asarray(t, float)
     return float(sde.mean_coef(time)), float(sde.std(time))
@@ -105,7 +106,7 @@ class Mixture:
         scores = jax.vmap(lambda part: part.score(x, t))(self.parts)
         return jnp.tensordot(jax.nn.softmax(self._joint(x, t)), scores, 1)
 
-    def log_prob(self, x: Any, t: float = 0.0) -> np.ndarray:
+    def log_prob(self, x: ArrayLike, t: Number = 0.0) -> np.ndarray:
         """log p_t of the examples ``x (n, d)``, ``(n,)``."""
         return np.asarray(_log_prob(self, jnp.asarray(x), jnp.asarray(t, float)))
 
@@ -138,7 +139,7 @@ class Classes:
 
     each: Mixture
 
-    def of(self, c: Any) -> Mixture:
+    def of(self, c: Array | int) -> Mixture:
         """The distribution of the class ``c``."""
         found: Mixture = jax.tree.map(lambda leaf: leaf[c], self.each)
         return found

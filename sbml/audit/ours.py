@@ -2,7 +2,9 @@
 ``Density``, as the numbers of ``--mode=eval`` do."""
 
 import dataclasses
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import TypedDict
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +12,7 @@ import numpy as np
 
 from sbml import Density, bits, discrete, integers
 from sbml.audit.suite import WORLDS, Estimator, Numbers, Schedule
-from sbml.audit.worlds import Denoiser, Images
+from sbml.audit.worlds import Denoiser, Images, World
 from sbml.bound import GaussianControl, Reduction
 from sbml.dequantizers import Dequantizer, decoders, truncated_normal, uniform
 from sbml.divergence import Trace
@@ -41,7 +43,7 @@ class Evaluation:
       without: the names of terms that are left out.
     """
 
-    estimator: base.Estimator
+    estimator: bound.Estimator | ode.Estimator
     dequantizer: Dequantizer
     sweeps: int = 1
     n_times: int = 16
@@ -61,10 +63,12 @@ class Evaluation:
             centres = np.asarray(bits.to_model(jnp.asarray(pixels), 0.5, levels))
             fitted = GaussianControl.fit(centres, noise_variance=0.02, full=False)
             control = jax.tree.map(lambda a: jnp.asarray(a, float), fitted)
-        settings: dict[str, Any] = {"solver": SOLVER}
-        if self.estimator.is_bound:
+        estimator: base.Estimator
+        if isinstance(self.estimator, bound.Estimator):
             reduction = Reduction(control, proposal=self.proposal)
-            settings = {"n_times": self.n_times, "reduction": reduction}
+            estimator = replace(self.estimator, n_times=self.n_times, reduction=reduction)
+        else:
+            estimator = replace(self.estimator, solver=SOLVER)
         density = Density(
             from_prediction(denoiser, "x0", sde),
             sde,
@@ -74,8 +78,7 @@ class Evaluation:
             batch_size=BATCH,
             seed=seed,
         )
-        estimator = dataclasses.replace(self.estimator, **settings)
-        run = dataclasses.replace(
+        run = replace(
             density.measurement(estimator, target, pixels),
             sweeps=self.sweeps,
             check=False,
@@ -87,8 +90,7 @@ class Evaluation:
 
 
 UNIFORM, NORMAL, DECODER = uniform.Model(), truncated_normal.Model(), decoders.Categorical()
-SWEEPS: dict[str, Any] = {"sweeps": 4, "control": True}
-BOUND = Evaluation(bound.Estimator(), UNIFORM, **SWEEPS)
+BOUND = Evaluation(bound.Estimator(), UNIFORM, sweeps=4, control=True)
 ODE = Evaluation(ode.Estimator(EXACT), UNIFORM)
 
 
@@ -105,35 +107,44 @@ def by_density(denoiser: Denoiser, schedule: Schedule, pixels: Images, seed: int
     return Numbers(nats * found.values, nats * found.this_set.stderr)
 
 
-def _ours(name: str, data: integers.Kind, *of: Any, **options: Any) -> Estimator:
-    return Estimator(name, Evaluation(*of, **options), data, WITHIN)
+def _ours(name: str, data: integers.Kind, nats: Evaluation) -> Estimator:
+    return Estimator(name, nats, data, WITHIN)
+
+
+class Arguments(TypedDict, total=False):
+    """Of ``audit``."""
+
+    worlds: Mapping[str, World]
+    calls: int
 
 
 # These two share their programs, and most of the time is compilation.
 FEW = {name: WORLDS[name] for name in ("gaussian", "random")}
 # The estimators, each with the arguments of ``audit``.
 SSM = bound.ScoreMatching(trace=EXACT)
-OURS: dict[Estimator, dict[str, Any]] = {
-    Estimator("ODE, exact trace", ODE, "uniform", WITHIN): {},
+OURS: dict[Estimator, Arguments] = {
+    _ours("ODE, exact trace", "uniform", ODE): {},
     Estimator("Density.bits_per_dim, one probe", by_density, "uniform", WITHIN): {
         "worlds": {"gaussian": WORLDS["gaussian"]},
         "calls": 16,
     },
-    _ours("ODE, one probe", "uniform", ode.Estimator(ONE_PROBE), UNIFORM): {"worlds": FEW},
-    _ours("ODE, 2 draws in one logarithm", "uniform", ode.Estimator(EXACT, 2), UNIFORM): {
+    _ours("ODE, one probe", "uniform", Evaluation(ode.Estimator(ONE_PROBE), UNIFORM)): {
         "worlds": FEW
     },
-    _ours("ODE, truncated normal", "centre", ode.Estimator(EXACT), NORMAL): {"worlds": FEW},
-    Estimator("bound", BOUND, "uniform", WITHIN): {"worlds": FEW},
+    _ours(
+        "ODE, 2 draws in one logarithm", "uniform", Evaluation(ode.Estimator(EXACT, 2), UNIFORM)
+    ): {"worlds": FEW},
+    _ours("ODE, truncated normal", "centre", Evaluation(ode.Estimator(EXACT), NORMAL)): {
+        "worlds": FEW
+    },
+    _ours("bound", "uniform", BOUND): {"worlds": FEW},
     # There is no control for it, so it needs more draws and more calls.
-    _ours("bound, ssm", "uniform", SSM, UNIFORM, sweeps=4, n_times=32): {
+    _ours("bound, ssm", "uniform", Evaluation(SSM, UNIFORM, sweeps=4, n_times=32)): {
         "worlds": FEW,
         "calls": 64,
     },
-    _ours("bound on P(k), truncated normal", "centre", bound.Estimator(), NORMAL, **SWEEPS): {
+    _ours("bound on P(k), truncated normal", "centre", replace(BOUND, dequantizer=NORMAL)): {
         "worlds": FEW
     },
-    _ours("bound on P(k), decoder", "centre", bound.Estimator(), DECODER, **SWEEPS): {
-        "worlds": FEW
-    },
+    _ours("bound on P(k), decoder", "centre", replace(BOUND, dequantizer=DECODER)): {"worlds": FEW},
 }

@@ -37,7 +37,7 @@ import functools
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -49,7 +49,7 @@ from sbml.audit.worlds import Denoiser, Images, World
 from sbml.door import checked
 from sbml.scalars import Count
 from sbml.sdes import SDE, SDES
-from sbml.types import Array, Real
+from sbml.types import Array, Json, Real
 
 CHECKS = (
     *("complete", "repeatable", "precise", "independent"),
@@ -102,8 +102,12 @@ class Numbers(NamedTuple):
       stderr: the standard error of their mean, for these images: that of the random draws.
     """
 
-    values: Any
+    values: Array | np.ndarray
     stderr: float
+
+
+# A function of the denoiser, the schedule, the images (n, h, w, c) and the seed (``Estimator``).
+Nats = Callable[[Denoiser, Schedule, Images, int], Numbers | Array | np.ndarray]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,7 +127,7 @@ class Estimator:
     """
 
     name: str
-    nats: Callable[[Denoiser, Schedule, Images, int], Any]
+    nats: Nats
     data: integers.Kind = "uniform"
     within: float = math.inf
 
@@ -172,7 +176,7 @@ class Report:
         """The excess in bits/dim in each world in which it is known."""
         return {f.world: f.value for f in self.findings if f.check == "bound"}
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> Json:
         """The report as plain values, for JSON."""
         return dataclasses.asdict(self) | {"failed": sorted(self.failed), "passed": self.passed}
 

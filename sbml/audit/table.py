@@ -3,9 +3,10 @@
 error = |got - truth| / max(1, |truth|)
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
+from jax.typing import ArrayLike
 
 EPS = 1e-5
 
@@ -22,10 +23,10 @@ class Row(NamedTuple):
     ok: bool
 
 
-def row(name: str, sde: str, got: Any, truth: Any, tolerance: float) -> Row:
+def row(name: str, sde: str, got: ArrayLike, truth: ArrayLike, tolerance: float) -> Row:
     """The comparison of ``got`` with ``truth`` at the entry of the largest error; NaN counts as the
     largest error."""
-    got, truth = np.broadcast_arrays(np.float64(got), np.float64(truth))
+    got, truth = np.broadcast_arrays(np.asarray(got, float), np.asarray(truth, float))
     error = (np.abs(got - truth) / np.maximum(1, np.abs(truth))).ravel()
     worst = int(np.argmax(np.where(np.isnan(error), np.inf, error)))
     g, t, e = (float(a.ravel()[worst]) for a in (got, truth, error))

@@ -10,17 +10,17 @@ where z is the latent, and the bound has the expectation -log p(x) but for the s
 claim to describe.
 """
 
-import dataclasses
 import functools
 import math
 import pathlib
 import tempfile
 from collections.abc import Callable, Iterator
-from typing import Any
+from dataclasses import dataclass, replace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 from scipy import special, stats
 
 from sbml import Density, second_order
@@ -43,24 +43,24 @@ NEAR = SDES["vp"](beta_max=2.0)  # alpha(T) = 0.6
 SOLVER = Solver(rtol=1e-7, atol=1e-7)
 EULER = Solver("euler", fixed_steps=200)
 PRIOR = 0.8, 0.2  # of the classes
+Data = oracle.Gaussian | oracle.Mixture
 
 
-def _given(data: Any, x: Array, t: Array, key: Key | None = None) -> Array:
-    found: Array = data.score(x, t, key)
-    return found
+def _given(data: Data, x: Array, t: Array, key: Key | None = None) -> Array:
+    return data.score(x, t, key)
 
 
-def _given_class(data: Any, x: Array, t: Array, key: Key | None, condition: Array) -> Array:
-    found: Array = data.score(x, t, key, condition)
-    return found
+def _given_class(
+    data: oracle.Classes, x: Array, t: Array, key: Key | None, condition: Array
+) -> Array:
+    return data.score(x, t, key, condition)
 
 
-def density(data: Any, sde: SDE, d: int = 2, **options: Any) -> Density:
+def density(data: Data | oracle.Classes, sde: SDE, d: int = 2) -> Density:
     """The density of ``data`` with its exact score."""
-    score = jax.tree_util.Partial(_given_class if hasattr(data, "of") else _given, data)
-    return Density(
-        score, sde, (d,), **{"eps": EPS, "batch_size": 4096, "solver": SOLVER, **options}
-    )
+    function = _given_class if isinstance(data, oracle.Classes) else _given
+    score = jax.tree_util.Partial(function, data)
+    return Density(score, sde, (d,), eps=EPS, batch_size=4096, solver=SOLVER)
 
 
 def mean_row(name: str, of: str, gaps: np.ndarray, truth: float = 0.0, slack: float = 0.0) -> Row:
@@ -94,18 +94,17 @@ def sde_rows(name: str, sde: SDE) -> Iterator[Row]:
     yield row("bound, its term prior", name, estimate.terms["prior"], prior, 1e-8)
 
 
-def _of_ode(data: Any, sde: SDE, x: np.ndarray, z: Any) -> np.ndarray:
+def _of_ode(data: oracle.Mixture, sde: SDE, x: np.ndarray, z: Array) -> np.ndarray:
     """log p_eps(x) + log pi(z) - log p_T(z)."""
     last = data.log_prob(z / sde.stretch, sde.largest_time) - x.shape[1] * math.log(sde.stretch)
     prior = stats.norm.logpdf(z, scale=sde.prior_std).sum(1)
-    found: np.ndarray = data.log_prob(x, EPS) + prior - last
-    return found
+    return data.log_prob(x, EPS) + prior - last
 
 
 # For one SDE.
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class Exponential:
     """y = exp(2 x)."""
 
@@ -124,14 +123,13 @@ def class_rows(name: str) -> Iterator[Row]:
     The target of the importance weights is normal in x. If q is its density, the standard error of
     log Z is sqrt(E_q[q / p] - 1) / sqrt(n)."""
     data, n = oracle.classes(FAR), 256
-    of = density(data, FAR, transform=Exponential(), subset=n)
+    of = replace(density(data, FAR), transform=Exponential(), subset=n)
     x = [data.of(c).sample(c, n) for c in range(2)]
     y = [np.exp(2 * each) for each in x]
 
-    def log_p(c: int, y: Any, t: float = EPS) -> np.ndarray:
-        y = np.asarray(y)
-        found: np.ndarray = data.of(c).log_prob(np.log(y) / 2, t) - np.log(2 * y).sum(1)
-        return found
+    def log_p(c: int, y: ArrayLike, t: float = EPS) -> np.ndarray:
+        values = np.asarray(y)
+        return data.of(c).log_prob(np.log(values) / 2, t) - np.log(2 * values).sum(1)
 
     for c, label in enumerate(("Gaussians", "heavy tails")):
         given, truth = jnp.asarray(c), log_p(c, y[c])
@@ -188,7 +186,7 @@ def steps_rows(name: str) -> Iterator[Row]:
         2 * math.pi / snr[0]
     )
     for label, reduce in (("with", True), ("without", False)):
-        of = density(data, FAR, 3, eps=eps)
+        of = replace(density(data, FAR, 3), eps=eps)
         estimate = of.bound(x, sweeps=2, times_each=8, steps=steps, reduce=reduce)
         gaps = estimate.values - truth
         yield mean_row(f"bound in steps, {label} reduction", name, gaps, float(truth.mean()))
@@ -200,16 +198,18 @@ def draws_rows(name: str) -> Iterator[Row]:
     A bound is computed for copies of one example, so that each copy has the same expectation."""
     data, n = oracle.mixture(FAR, 3), 4096
     x = data.sample(0, n)
-    of = density(data, FAR, 3, trace=Trace("rademacher", 1), subset=n)
+    of = replace(density(data, FAR, 3), trace=Trace("rademacher", 1), subset=n)
     found = of.logp(x)
     gaps = found.values - data.log_prob(x, EPS)
     yield mean_row("logp, one probe", name, gaps, data.log_prob(x, EPS).mean())
     true = math.sqrt(np.mean(gaps**2) / n)
     yield ratio_row("logp, noise of the probes", name, found.this_set.stderr, true, 0.2)
     copies, calls = np.repeat(x[:1], 16, axis=0), 100
-    of = density(data, FAR, 3, batch_size=16)
-    options: Any = {"sweeps": 4, "times_each": 1, "reduce": False}
-    found = [dataclasses.replace(of, seed=i).bound(copies, **options) for i in range(calls)]
+    of = replace(density(data, FAR, 3), batch_size=16)
+    found = [
+        replace(of, seed=i).bound(copies, sweeps=4, times_each=1, reduce=False)
+        for i in range(calls)
+    ]
     values = np.stack([each.values for each in found])
     truth = -float(data.log_prob(x[:1])[0])
     error = 5 * values.std(0).max() / math.sqrt(calls) + 2e-3
@@ -225,13 +225,13 @@ def solver_rows(name: str) -> Iterator[Row]:
     solver as it is reported."""
     data = oracle.mixture(FAR, 3)
     x = data.sample(0, 64)
-    of = density(data, FAR, 3, solver=EULER)
+    of = replace(density(data, FAR, 3), solver=EULER)
     truth = data.log_prob(x, EPS)
     yield row("logp by Euler's steps", name, of.logp(x, check=False).values, truth, 1e-2)
     drawn, found = of.sample_and_log_prob(jax.random.key(0), 64)
     truth = data.log_prob(drawn, EPS)
     yield row("sample_and_log_prob by Euler's steps", name, found, truth, 1e-2)
-    coarse = density(data, FAR, 3, solver=Solver("euler", fixed_steps=12), subset=64).logp(x)
+    coarse = replace(of, solver=Solver("euler", fixed_steps=12), subset=64).logp(x)
     assert coarse.solver_error is not None
     true = float(np.mean(coarse.values - data.log_prob(x, EPS)))
     yield ratio_row("logp, solver's error", name, coarse.solver_error.mean, true, 0.1)
@@ -240,9 +240,9 @@ def solver_rows(name: str) -> Iterator[Row]:
 def prior_rows(name: str) -> Iterator[Row]:
     """The error that the prior in place of p_T makes."""
     gaussian = oracle.gaussian(NEAR)
-    data = oracle.as_mixture(dataclasses.replace(gaussian, mean=gaussian.mean + 1))
+    data = oracle.as_mixture(replace(gaussian, mean=gaussian.mean + 1))
     x = data.sample(0, 2048)
-    of = density(data, NEAR, 3, solver=Solver(rtol=1e-4, atol=1e-4))
+    of = replace(density(data, NEAR, 3), solver=Solver(rtol=1e-4, atol=1e-4))
     found = of.logp(x, check=False)
     assert found.prior_error is not None
     gaps = data.log_prob(x, EPS) - found.values
@@ -289,7 +289,8 @@ def table_rows(name: str) -> Iterator[Row]:
     logs = np.stack([np.log(test.values[:, 0]), test.values[:, 1]], 1)
     inverse = np.linalg.inv(test.whitening.factor)
     shift = test.whitening.mean - [0, 1e9]
-    model = density(data.affine(inverse, -inverse @ shift), FAR, transform=test.whitening)
+    scaled = data.affine(inverse, -inverse @ shift)
+    model = replace(density(scaled, FAR), transform=test.whitening)
     found = model.logp(test.values, check=False)
     truth = data.log_prob(logs - [0, 1e9], EPS) - logs[:, 0]
     yield row("table, log p of the rows", name, found.values, truth, 2e-3)
@@ -324,7 +325,7 @@ def codec_rows(name: str) -> Iterator[Row]:
     density = Density(score, sde, (12,), levels, chain.eps, batch_size=len(pixels))
     target = Target(sde, chain.eps, levels, uniform.Model())
     run = density.measurement(InSteps(48, steps=chain.as_steps), target, pixels)
-    found = dataclasses.replace(run, sweeps=2).estimate()
+    found = replace(run, sweeps=2).estimate()
     bound = 12 * found.values
     gaps = np.concatenate(nets) - bound
     yield mean_row("bits of a coded image, and its bound", name, gaps, bound.mean())

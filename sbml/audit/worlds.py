@@ -22,7 +22,6 @@ has the likelihood 1. No probability P(k) is 0, so no sum vanishes.
 import abc
 import dataclasses
 import math
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -42,7 +41,7 @@ Shape = tuple[int, int, int]
 
 MOST = 1024  # the largest number of images that ``World.images`` lists
 
-STATIC: Any = {"static": True}
+STATIC = {"static": True}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -129,8 +128,7 @@ def _denoised(denoiser: Denoiser, x_t: Array, t: Array) -> Array:
         alpha = sde.mean_coef(t)
         return denoiser.world.posterior_mean(x_t / alpha, sde.std(t) / alpha, denoiser.data)
 
-    vectorized: Any = jnp.vectorize(one, signature="(h,w,c),()->(h,w,c)")
-    return vectorized(x_t, t)
+    return jnp.vectorize(one, signature="(h,w,c),()->(h,w,c)")(x_t, t)
 
 
 @pytrees.register
@@ -138,7 +136,7 @@ def _denoised(denoiser: Denoiser, x_t: Array, t: Array) -> Array:
 class Independent(World):
     """Independent entries, where ``probabilities (h, w, c, L)`` are those of the levels of each."""
 
-    probabilities: Any
+    probabilities: np.ndarray
 
     @property
     def entropy(self) -> float:
@@ -154,7 +152,7 @@ class Independent(World):
         return np.log(chosen).sum((1, 2, 3, 4))
 
     def marginals(self, likelihood: OfLevels) -> OfLevels:
-        return _normalised(self.probabilities * likelihood)
+        return _normalised(likelihood * self.probabilities)
 
 
 @pytrees.register
@@ -167,8 +165,8 @@ class Chain(World):
       transition: those ``(L, L)`` of a pixel (columns) after its left neighbour (rows).
     """
 
-    first: Any
-    transition: Any
+    first: np.ndarray
+    transition: np.ndarray
 
     @property
     def entropy(self) -> float:
@@ -211,7 +209,7 @@ class Chain(World):
 class Listed(World):
     """Few images, where ``probabilities (L, ..., L)`` has an axis for each entry of an image."""
 
-    probabilities: Any
+    probabilities: np.ndarray
 
     @property
     def entropy(self) -> float:
@@ -244,7 +242,7 @@ def _normalised(p: Array) -> Array:
     return p / p.sum(-1, keepdims=True)
 
 
-def _product(p: Array, matrix: Any) -> Array:
+def _product(p: Array, matrix: np.ndarray) -> Array:
     return jnp.matmul(p, jnp.asarray(matrix, p.dtype), precision="highest")
 
 

@@ -38,9 +38,9 @@ import dataclasses
 import importlib.metadata
 import math
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
-from typing import Any, Final, Literal, NamedTuple
+from typing import Final, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -49,7 +49,7 @@ import numpy as np
 from sbml import discrete
 from sbml.codec import stack
 from sbml.codec.chain import Chain
-from sbml.codec.stack import Normal
+from sbml.codec.stack import Coder, Normal
 from sbml.types import Array, Batch, Score, batch_score, optional
 
 CENTRE: Final = "centre"
@@ -71,7 +71,7 @@ class Lanes:
       rows: the row of each in the batches of the network, ``(n,)``.
     """
 
-    stacks: Sequence[Any]
+    stacks: Sequence[Coder]
     rows: np.ndarray
 
     def scramble(self, pad: np.ndarray) -> None:
@@ -137,7 +137,7 @@ class Codec:
         sde, levels, shape = self.chain.sde, self.levels, (self.lanes, *self.shape)
 
         @jax.jit
-        def probabilities(score: Any, z: Batch, t: Array) -> Array:
+        def probabilities(score: Score, z: Batch, t: Array) -> Array:
             def one(z: Array) -> Array:
                 y = z / sde.mean_coef(t)
                 if learned := optional(score, "decoder_log_p"):
@@ -328,15 +328,16 @@ class Codec:
         means = self._cell_mean(lanes, z)
         return np.stack([self._cell.pop(s, m) for s, m in zip(lanes.stacks, means, strict=True)])
 
-    def _of(self, function: Any, lanes: Lanes, z: np.ndarray, *level: int) -> np.ndarray:
+    def _of(
+        self, function: Callable[..., np.ndarray], lanes: Lanes, z: np.ndarray, *level: int
+    ) -> np.ndarray:
         """``function`` of the batch of all lanes; a lane without an image gets zeros."""
         batch = np.zeros((self.lanes, self.dims))
         batch[lanes.rows] = z
-        found: np.ndarray = function(batch, *level)[lanes.rows]
-        return found
+        return function(batch, *level)[lanes.rows]
 
 
-def _as_pytree(score: Any) -> Any:
+def _as_pytree(score: Score) -> Score:
     """``score``, or a plain function as a pytree without leaves, to be an argument of ``jit``."""
     leaves = jax.tree.leaves(score)
     plain = len(leaves) == 1 and leaves[0] is score
@@ -360,16 +361,16 @@ class State(NamedTuple):
     pixels: np.ndarray
 
     @classmethod
-    def of(cls, number: int, stacks: Sequence[np.ndarray], pixels: Any) -> "State":
+    def of(cls, number: int, stacks: Sequence[np.ndarray], pixels: np.ndarray) -> "State":
         """The state with the words ``stacks`` of each stack."""
         sizes = np.array([len(words) for words in stacks])
         return cls(number, np.concatenate(stacks), sizes, pixels)
 
     @classmethod
-    def of_arrays(cls, arrays: dict[str, Any]) -> "State":
-        """The state whose fields were stored as arrays."""
-        fields = {name: arrays[name] for name in cls._fields}  # Older versions stored more.
-        return cls(**{**fields, "number": int(arrays["number"])})
+    def of_arrays(cls, arrays: Mapping[str, np.ndarray]) -> "State":
+        """The state whose fields were stored as arrays; older versions stored more of them."""
+        words, sizes, pixels = (arrays[name] for name in ("words", "sizes", "pixels"))
+        return cls(int(arrays["number"]), words, sizes, pixels)
 
     @property
     def stacks(self) -> list[np.ndarray]:

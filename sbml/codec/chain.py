@@ -25,8 +25,9 @@ References: Ho, Jain, Abbeel, "Denoising Diffusion Probabilistic Models", 2020; 
 """
 
 import dataclasses
+from collections.abc import Callable
 from functools import cached_property
-from typing import Annotated, Any
+from typing import Annotated
 
 import jax
 import jax.numpy as jnp
@@ -64,7 +65,7 @@ class Chain:
     def times(self) -> np.ndarray:
         """t_0 .. t_N ``(N + 1,)``."""
 
-        def nodes() -> Any:
+        def nodes() -> Array:
             u = jnp.arange(self.steps + 1) / self.steps
             m = jnp.asarray(self.errors or (0.5,))
             density = times.with_floor(jnp.sqrt(m * (1 - m)))
@@ -145,7 +146,7 @@ def pilot(score: Score, sde: SDE, x: Batch, key: Key, *, eps: Number, bins: Coun
     return jnp.clip(2 * errors / x[0].size, 1 / 512, 511 / 512)
 
 
-def _in_float64(compute: Any) -> Any:
+def _in_float64(compute: Callable[[], Array]) -> np.ndarray:
     """The result of ``compute`` in float64 on the CPU, as NumPy arrays: a decoder must find the
     same numbers, and a difference of log-SNRs loses its digits in float32."""
     cpu = jax.default_device(jax.local_devices(backend="cpu")[0])

@@ -14,7 +14,8 @@ asymmetric numeral systems", 2022.
 import functools
 import importlib.util
 import math
-from typing import Any
+from types import ModuleType
+from typing import Protocol
 
 import numpy as np
 
@@ -23,10 +24,28 @@ REACH = 12.0  # integers up to this many standard deviations from the mean have 
 FAR = 2**22  # number of integers beyond these, on each side, that can be coded
 
 
-def coder(words: np.ndarray) -> Any:
+class Coder(Protocol):
+    """What is used of ``constriction.stream.stack.AnsCoder``. A model, or a family of models with
+    its parameters, is an object of ``constriction.stream.model``."""
+
+    def decode(self, model: object, *parameters: np.ndarray | int) -> np.ndarray:
+        """Pop integers."""
+
+    def encode_reverse(self, values: np.ndarray, model: object, *parameters: np.ndarray) -> None:
+        """Push integers, int32, so that ``decode`` gives them in this order."""
+
+    def get_compressed(self) -> np.ndarray:
+        """The words, uint32."""
+
+    def num_valid_bits(self) -> int:
+        """The number of bits."""
+
+
+def coder(words: np.ndarray) -> Coder:
     """A coder of ``constriction`` with the bits ``words (n,)``, uint32, of which the last is not
     0."""
-    return _constriction().stack.AnsCoder(np.ascontiguousarray(words, np.uint32))
+    found: Coder = _constriction().stack.AnsCoder(np.ascontiguousarray(words, np.uint32))
+    return found
 
 
 def installed() -> bool:
@@ -39,23 +58,24 @@ def require() -> None:
     _constriction()
 
 
-def _constriction() -> Any:
+def _constriction() -> ModuleType:
     try:
         import constriction
     except ImportError:
         raise ValueError(
             "the codec needs the package constriction: pip install 'sbml[codec]'"
         ) from None
-    return constriction.stream
+    found: ModuleType = constriction.stream
+    return found
 
 
 @functools.lru_cache(maxsize=4096)
-def _normals(reach: int) -> Any:
+def _normals(reach: int) -> object:
     return _constriction().model.QuantizedGaussian(-reach, reach)
 
 
 @functools.cache
-def _uniform(size: int) -> Any:
+def _uniform(size: int) -> object:
     return _constriction().model.Uniform(size)
 
 
@@ -78,7 +98,7 @@ class Normal:
         nearest = np.rint(mean)
         return nearest.astype(np.int64), mean - nearest, np.full(mean.shape, self.std)
 
-    def pop(self, stack: Any, mean: np.ndarray) -> np.ndarray:
+    def pop(self, stack: Coder, mean: np.ndarray) -> np.ndarray:
         """int64 ``(d,)`` for the means ``mean (d,)``."""
         nearest, *parameters = self._split(mean)
         offsets = stack.decode(self.family, *parameters).astype(np.int64)
@@ -87,7 +107,7 @@ class Normal:
             offsets[far] += np.sign(offsets[far]) * more
         return nearest + offsets
 
-    def push(self, stack: Any, values: np.ndarray, mean: np.ndarray) -> None:
+    def push(self, stack: Coder, values: np.ndarray, mean: np.ndarray) -> None:
         """Encode ``values (d,)``, int64."""
         nearest, *parameters = self._split(mean)
         offsets = values - nearest
@@ -103,35 +123,33 @@ class Normal:
         stack.encode_reverse(offsets.astype(np.int32), self.family, *parameters)
 
 
-def scramble(stack: Any, pad: np.ndarray) -> None:
+def scramble(stack: Coder, pad: np.ndarray) -> None:
     """Add the integers ``pad (n,)`` to the upper n numbers of 24 bits; ``-pad`` undoes it."""
     model = _uniform(2**PRECISION)
     upper = stack.decode(model, len(pad)).astype(np.int64)
     stack.encode_reverse(((upper + pad) % 2**PRECISION).astype(np.int32), model)
 
 
-def pop_uniform(stack: Any, size: int, count: int) -> np.ndarray:
+def pop_uniform(stack: Coder, size: int, count: int) -> np.ndarray:
     """``count`` integers of 0 .. size - 1 with equal probabilities, int64."""
     if size == 1:
         return np.zeros(count, np.int64)
-    found: np.ndarray = stack.decode(_uniform(size), count).astype(np.int64)
-    return found
+    return stack.decode(_uniform(size), count).astype(np.int64)
 
 
-def push_uniform(stack: Any, values: np.ndarray, size: int) -> None:
+def push_uniform(stack: Coder, values: np.ndarray, size: int) -> None:
     """Encode ``values (d,)`` of 0 .. size - 1."""
     if size > 1:
         stack.encode_reverse(values.astype(np.int32), _uniform(size))
 
 
-def pop_level(stack: Any, p: np.ndarray) -> np.ndarray:
+def pop_level(stack: Coder, p: np.ndarray) -> np.ndarray:
     """A level for each row of the probabilities ``p (d, L)``, int64 ``(d,)``."""
     family = _constriction().model.Categorical(perfect=False)
-    found: np.ndarray = stack.decode(family, p).astype(np.int64)
-    return found
+    return stack.decode(family, p).astype(np.int64)
 
 
-def push_level(stack: Any, levels: np.ndarray, p: np.ndarray) -> None:
+def push_level(stack: Coder, levels: np.ndarray, p: np.ndarray) -> None:
     """Encode ``levels (d,)``, one for each row of ``p (d, L)``."""
     family = _constriction().model.Categorical(perfect=False)
     stack.encode_reverse(levels.astype(np.int32), family, p)

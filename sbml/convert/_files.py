@@ -9,8 +9,7 @@ Each is one msgpack file of flax that holds a whole training state as nested dic
 import functools
 import hashlib
 import re
-from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +26,7 @@ from sbml.runtime.checkpoint import Checkpoints
 from sbml.runtime.state import TrainState
 from sbml.runtime.trees import differences
 from sbml.runtime.versions import versions
+from sbml.types import Json, PyTree, Tree
 
 _NUMBER = re.compile(r"(?:checkpoint_(\d+)|ckpt-(\d+)\.flax)")
 
@@ -42,10 +42,10 @@ class ForeignState(NamedTuple):
     path: epath.Path
     step: int
     updates: int
-    trees: dict[str, dict[str, Any]]
+    trees: dict[str, dict[str, PyTree]]
 
     @property
-    def origin(self) -> dict[str, Any]:
+    def origin(self) -> dict[str, str | int]:
         """The file, its step and its SHA-256, to compare with the one that its publisher gives:
         msgpack files have no checksum, so reading does not notice a changed value."""
         with self.path.open("rb") as file:
@@ -53,7 +53,7 @@ class ForeignState(NamedTuple):
         return {"file": str(self.path), "step": self.step, "sha256": sha256}
 
     @property
-    def ema_params(self) -> dict[str, Any]:
+    def ema_params(self) -> dict[str, PyTree]:
         """The averaged parameters."""
         return self.trees["ema_params"]
 
@@ -82,7 +82,7 @@ def find(source: epath.PathLike) -> epath.Path:
     )
 
 
-def unwrapped(tree: Mapping[str, Any]) -> dict[str, Any]:
+def unwrapped(tree: Tree) -> dict[str, PyTree]:
     """``tree`` with NumPy arrays as leaves and without the outer level "params" if it has one."""
     inner = tree["params"] if set(tree) == {"params"} else tree
     flat = flatten_dict(dict(inner))
@@ -126,7 +126,7 @@ def state(template: TrainState, theirs: ForeignState) -> TrainState:
     return jax.device_put(converted, sharding.replicated(sharding.data_mesh()))
 
 
-def metadata(experiment: Experiment, score: ForeignState, dequantization: str) -> dict[str, Any]:
+def metadata(experiment: Experiment, score: ForeignState, dequantization: str) -> Json:
     """Metadata of the converted checkpoint: its config and origin. Its training data are not known,
     only how they were scaled (``dequantization``)."""
     config = experiment.config.plain()

@@ -14,8 +14,8 @@ import contextlib
 import functools
 import itertools
 from collections import Counter
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Iterator
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,16 +23,21 @@ import numpy as np
 
 from sbml.networks.ncsnpp import Model
 from sbml.runtime.trees import differences
+from sbml.types import Json, Tree
 
 BLOCKS = {"ResnetBlockBigGANpp": "biggan", "ResnetBlockDDPMpp": "ddpm"}
 SHOWN = 30  # At most so many differences are listed in an error message.
 
-Tree = Mapping[str, Any]
+
+class Encoder(NamedTuple):
+    """These three fields of ``Model``, which determine its blocks and their widths."""
+
+    nf: int
+    ch_mult: tuple[int, ...]
+    num_res_blocks: int
 
 
-def read_options(
-    params: Tree, given: Mapping[str, Any], height: int, channels: int = 3
-) -> dict[str, Any]:
+def read_options(params: Tree, given: Json, height: int, channels: int = 3) -> Json:
     """Every field of the NCSN++ whose parameters are ``params``.
 
     Args:
@@ -59,20 +64,21 @@ def read_options(
     )
 
 
-def _candidates(params: Tree, given: Mapping[str, Any], height: int) -> Iterator[dict[str, Any]]:
+def _candidates(params: Tree, given: Json, height: int) -> Iterator[Json]:
     """Fields of networks that may have these parameters, and then of networks with about as many
     blocks, from which the error message takes the nearest if no network has the parameters."""
     with contextlib.suppress(KeyError, IndexError):  # A leaf that options are read from is missing.
         for shape in _encoders(params, height, slack=0):
-            attention = _attention(params, given, height, **shape)
-            yield {**given, **_layers(params, given, **shape), "attn_resolutions": attention}
+            attention = _attention(params, given, height, shape)
+            yield {**given, **_layers(params, given, shape), "attn_resolutions": attention}
     yield dict(given)
     for shape in _encoders(params, height, slack=1):
         kind = BLOCKS[_blocks(params)[0]]
-        near = {**given, **shape, "resblock_type": kind, "conditional": "Dense_1" in params}
+        near = {**given, **shape._asdict(), "resblock_type": kind}
+        near["conditional"] = "Dense_1" in params
         with contextlib.suppress(KeyError, IndexError):
-            near |= _layers(params, given, **shape)
-        for attention in ((), *((height >> i,) for i in range(len(shape["ch_mult"])))):
+            near |= _layers(params, given, shape)
+        for attention in ((), *((height >> i,) for i in range(len(shape.ch_mult)))):
             yield {**near, "attn_resolutions": attention}
 
 
@@ -88,10 +94,9 @@ def _blocks(params: Tree) -> tuple[str, list[Tree]]:
     return next(((kind, blocks) for kind, blocks in found.items() if blocks), ("", []))
 
 
-def _encoders(params: Tree, height: int, slack: int) -> Iterator[dict[str, Any]]:
-    """``nf``, ``ch_mult`` and ``num_res_blocks`` of every U-Net whose blocks, in the order of their
-    calls, have the widths of the blocks in ``params``; with a ``slack``, of every U-Net with at
-    most so many blocks more or fewer."""
+def _encoders(params: Tree, height: int, slack: int) -> Iterator[Encoder]:
+    """Those of every U-Net whose blocks, in the order of their calls, have the widths of the blocks
+    in ``params``; with a ``slack``, of every U-Net with at most so many blocks more or fewer."""
     kind, modules = _blocks(params)
     leaves = (("Conv_0", "kernel"), ("Conv_0", "bias"), ("GroupNorm_1", "scale"))
     widths = []
@@ -114,19 +119,14 @@ def _encoders(params: Tree, height: int, slack: int) -> Iterator[dict[str, Any]]
         up = [[w] * (blocks + 1 + (between and i > 0)) for i, w in enumerate(wide)]
         expected = sum(down, []) + [wide[-1]] * 2 + sum(reversed(up), [])
         if slack or (expected == widths and not any(w % nf for w in wide)):
-            yield {"nf": nf, "ch_mult": tuple(w // nf for w in wide), "num_res_blocks": blocks}
+            yield Encoder(nf, tuple(w // nf for w in wide), blocks)
 
 
-def _layers(
-    params: Tree,
-    given: Mapping[str, Any],
-    nf: int,
-    ch_mult: tuple[int, ...],
-    num_res_blocks: int,
-) -> dict[str, Any]:
+def _layers(params: Tree, given: Json, encoder: Encoder) -> Json:
     """The options that follow from which layers there are and how many of each kind."""
     kind, modules = _blocks(params)
-    between = BLOCKS[kind] == "ddpm" and len(ch_mult) > 1  # Layers between the blocks resample.
+    levels = len(encoder.ch_mult)
+    between = BLOCKS[kind] == "ddpm" and levels > 1  # Layers between the blocks resample.
     # An output head is a norm and a convolution. "none" has one; "output_skip" has one for each
     # level, all of which give images; "residual" has two, one of which gives an image.
     channels, heads = params["Conv_0"]["kernel"].shape[2], len(_named(params, "GroupNorm"))
@@ -134,23 +134,21 @@ def _layers(
     progressive = "none" if heads <= 1 else "output_skip" if images == heads else "residual"
     # Resampling layers have parameters between "ddpm" blocks and along residual pyramids.
     down, up = (_named(params, side) for side in ("Downsample", "Upsample"))
-    halvings = max(len(ch_mult) - 1, 1)
+    halvings = max(levels - 1, 1)
     with_conv = between and len(up) // halvings > (progressive == "residual")
     progressive_input, combine = "none", given["progressive_combine"]
     if joined := _named(params, "Combine"):
         progressive_input = "input_skip"
         # Counted are the residual blocks before the first that reads the joined pyramid: those of
         # the first level and, with "biggan", the block that halves the image.
-        first = modules[num_res_blocks + (BLOCKS[kind] == "biggan")]
+        first = modules[encoder.num_res_blocks + (BLOCKS[kind] == "biggan")]
         inputs = np.shape(first["Conv_0"]["kernel"])[2]
         combine = "cat" if inputs == 2 * joined[0]["Conv_0"]["kernel"].shape[-1] else "sum"
     elif len(down) // halvings > with_conv:
         progressive_input = "residual"
     fourier = _named(params, "GaussianFourierProjection")
     return {
-        "nf": nf,
-        "ch_mult": ch_mult,
-        "num_res_blocks": num_res_blocks,
+        **encoder._asdict(),
         "conditional": "Dense_0" in params or "Dense_1" in params,
         "embedding_type": "fourier" if fourier else "positional",
         "resblock_type": BLOCKS[kind],
@@ -162,15 +160,9 @@ def _layers(
     }
 
 
-def _attention(
-    params: Tree,
-    given: Mapping[str, Any],
-    height: int,
-    nf: int,
-    ch_mult: tuple[int, ...],
-    num_res_blocks: int,
-) -> tuple[int, ...]:
+def _attention(params: Tree, given: Json, height: int, encoder: Encoder) -> tuple[int, ...]:
     """The heights at which attention follows the blocks."""
+    nf, ch_mult, num_res_blocks = encoder
     widths = [np.shape(block["NIN_0"]["W"])[0] for block in _named(params, "AttnBlockpp")]
     # A level with attention has it after each of its encoder's blocks and once in the decoder; one
     # more attention block is in the middle.

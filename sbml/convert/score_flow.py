@@ -20,8 +20,7 @@ All were trained on pixels scaled as k / 255. The checkpoint does not say which 
 """
 
 import math
-from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -38,6 +37,7 @@ from sbml.experiment.training import smallest_time
 from sbml.runtime import weights
 from sbml.runtime.state import TrainState
 from sbml.runtime.trees import tree_crc32
+from sbml.types import Tree
 
 NETWORK = "ncsnpp"
 CODE = "Song et al.'s (optimizer, params_ema)"
@@ -67,12 +67,12 @@ _SCORE = Convention(("score", "scaled_score"), "sigma", "fourier")
 CONVENTIONS = {"vp": _NOISE, "subvp": _NOISE, "ve": _SCORE, "linear_ve": _NOISE}
 
 
-def recognises(tree: Mapping[str, Any]) -> bool:
+def recognises(tree: Tree) -> bool:
     """Whether a file with the content ``tree`` was written by their code."""
     return "optimizer" in tree
 
 
-def read(path: epath.Path, tree: Mapping[str, Any]) -> ForeignState:
+def read(path: epath.Path, tree: Tree) -> ForeignState:
     """The checkpoint ``tree`` in the file ``path``."""
     try:
         target, state = tree["optimizer"]["target"], tree["optimizer"]["state"]
@@ -89,7 +89,7 @@ def read(path: epath.Path, tree: Mapping[str, Any]) -> ForeignState:
         ) from error
 
 
-def convert(config: Config, workdir: epath.Path, path: epath.Path, tree: Mapping[str, Any]) -> None:
+def convert(config: Config, workdir: epath.Path, path: epath.Path, tree: Tree) -> None:
     """Convert the checkpoint ``tree`` in the file ``path``, and that of the dequantizer if there is
     one, to ``workdir``."""
     score, flow = read(path, tree), None

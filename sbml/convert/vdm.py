@@ -14,9 +14,6 @@ Conventions of their models: the network predicts the noise minus its input, pix
 by the centres of their bins, and the decoder is at time 0.
 """
 
-from collections.abc import Mapping
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -29,18 +26,19 @@ from sbml.experiment import compatibility
 from sbml.experiment.config import Config
 from sbml.networks.vdm import GROUPS
 from sbml.sdes import LinearGamma, MonotoneGamma
+from sbml.types import Json, Tree
 
 NETWORK = "vdm"
 CODE = "VDM's (opt_state, ema_params)"
 FOURIER = networks.frequencies(256)  # Their networks use these for every number of levels.
 
 
-def recognises(tree: Mapping[str, Any]) -> bool:
+def recognises(tree: Tree) -> bool:
     """Whether a file of this content is theirs."""
     return "opt_state" in tree
 
 
-def convert(config: Config, workdir: epath.Path, path: epath.Path, tree: Mapping[str, Any]) -> None:
+def convert(config: Config, workdir: epath.Path, path: epath.Path, tree: Tree) -> None:
     """Convert the checkpoint ``tree`` in the file ``path`` to ``workdir``."""
     whole = read(path, tree)
     score = whole._replace(trees={k: v["score_model"] for k, v in whole.trees.items()})
@@ -71,7 +69,7 @@ def convert(config: Config, workdir: epath.Path, path: epath.Path, tree: Mapping
     print("\n".join(lines))
 
 
-def read(path: epath.Path, tree: Mapping[str, Any]) -> ForeignState:
+def read(path: epath.Path, tree: Tree) -> ForeignState:
     """The checkpoint ``tree`` in the file ``path``, including its schedule."""
     try:
         adam = tree["opt_state"]["0"]
@@ -91,7 +89,7 @@ def read(path: epath.Path, tree: Mapping[str, Any]) -> ForeignState:
         ) from error
 
 
-def network_fields(score: ForeignState, channels: int) -> dict[str, Any]:
+def network_fields(score: ForeignState, channels: int) -> Json:
     """The fields of the network, read from the shapes of its parameters."""
     params = score.ema_params
     try:
@@ -122,7 +120,7 @@ def network_fields(score: ForeignState, channels: int) -> dict[str, Any]:
     }
 
 
-def schedule(gamma: Mapping[str, Any]) -> LinearGamma | MonotoneGamma:
+def schedule(gamma: Tree) -> LinearGamma | MonotoneGamma:
     """The learned schedule with parameters ``gamma``, differentiable in them."""
     if set(gamma) == {"w", "b"}:
         w, b = gamma["w"][0], gamma["b"][0]

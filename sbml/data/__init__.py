@@ -9,7 +9,6 @@ underscore are private.
 """
 
 from dataclasses import replace
-from typing import Any
 
 from sbml.data import imagenet32
 from sbml.data._image_set import CROPS, SPLITS, VALIDATION, ImageSet, Options, Source, copies, part
@@ -66,7 +65,7 @@ def source_of(name: str) -> tuple[type[Source], str]:
     return kind, dataset
 
 
-def load(name: str, split: str, options: Options = _DEFAULT, **own: Any) -> ImageSet:
+def load(name: str, split: str, options: Options = _DEFAULT, **own: object) -> ImageSet:
     """The images of ``split``.
 
     Args:

@@ -13,13 +13,13 @@ import os
 import zlib
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from absl import logging
 from filelock import FileLock
 
 from sbml.runtime.files import DamagedFileError, read_json, write_json
+from sbml.types import Json
 
 Add = Callable[[np.ndarray], None]
 
@@ -39,9 +39,7 @@ def content_key(files: Iterable[Path], *choices: object) -> str:
     return digest.hexdigest()[:12]
 
 
-def load_or_build(
-    path: Path, build: Callable[[Add], dict[str, Any]]
-) -> tuple[np.ndarray, dict[str, Any]]:
+def load_or_build(path: Path, build: Callable[[Add], Json]) -> tuple[np.ndarray, Json]:
     """The array at ``path`` and the notes kept beside it, built first if they are not there.
 
     Args:
@@ -63,7 +61,7 @@ def load_or_build(
     return found
 
 
-def _opened(path: Path) -> tuple[np.ndarray, dict[str, Any]] | None:
+def _opened(path: Path) -> tuple[np.ndarray, Json] | None:
     """The array and its notes, or None if it is missing or, with a warning, damaged."""
     if not path.exists():
         return None
@@ -86,7 +84,7 @@ def _crc32(path: Path) -> int:
     return crc32
 
 
-def _write(path: Path, build: Callable[[Add], dict[str, Any]]) -> None:
+def _write(path: Path, build: Callable[[Add], Json]) -> None:
     """Write the array image by image; how many there are is known only at the end."""
     part, notes = path.with_suffix(".part"), path.with_suffix(".json")
     shape: tuple[int, ...] = ()

@@ -8,11 +8,12 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, ClassVar
 
 import numpy as np
 
 from sbml.door import condition, typed
+from sbml.types import Json
 
 SPLITS = ("train", "test")
 VALIDATION = "validation"  # the training images that are held out, if there are any
@@ -119,7 +120,7 @@ class ImageSet:
         return height, width, channels
 
     @cached_property
-    def fingerprint(self) -> dict[str, Any]:
+    def fingerprint(self) -> Json:
         """Plain values that identify this set: its origin and the hash of every pixel.
 
         Keys: name, version, split, count, shape, levels, sha256 (hex, of the pixels in C order) and
@@ -128,7 +129,7 @@ class ImageSet:
         digest, rows = hashlib.sha256(), max(1, (1 << 24) // self.images[0].nbytes)
         for start in range(0, len(self), rows):
             digest.update(self.images[start : start + rows].tobytes())
-        print_: dict[str, Any] = {
+        print_: dict[str, str | int | list[int]] = {
             "name": self.name,
             "version": self.version,
             "split": self.split,

@@ -9,7 +9,7 @@ from collections import deque
 from collections.abc import Callable, Generator
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import count
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 
@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 
+Batch = np.ndarray | tuple[np.ndarray, np.ndarray]  # images, or images and their numbers
+
+
 def train_batches(
     images: ImageSet,
     batch_size: int,
@@ -30,7 +33,7 @@ def train_batches(
     process_index: int = 0,
     process_count: int = 1,
     labels: np.ndarray | None = None,
-) -> "grain.MapDataset[Any]":
+) -> "grain.MapDataset[Batch]":
     """Shuffled batches without end: ``batches[step]`` is this process's part of a step's batch.
 
     Image numbers run through a new permutation of the set each epoch; a batch may span two epochs.
@@ -63,7 +66,7 @@ def train_batches(
         flips = rng.random(batch_size) < 0.5 if flip else np.zeros(batch_size, bool)
         return ids[mine], flips[mine]
 
-    def read(drawn: tuple[np.ndarray, np.ndarray]) -> Any:
+    def read(drawn: tuple[np.ndarray, np.ndarray]) -> Batch:
         ids, flips = drawn
         rows = np.asarray(images.images[ids])
         if flip:

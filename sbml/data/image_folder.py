@@ -15,7 +15,6 @@ import stat
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -24,6 +23,7 @@ from PIL.TiffImagePlugin import BITSPERSAMPLE
 from sbml.data._cache import Add, content_key, load_or_build
 from sbml.data._image_set import ImageSet, Options, Source
 from sbml.progress import over
+from sbml.types import Json
 
 SUFFIXES = frozenset(
     (".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".jp2", ".webp", ".avif", ".bmp", ".gif")
@@ -242,7 +242,7 @@ def _uniform(*key: object) -> float:
     return int.from_bytes(digest[:6]) / 2**48
 
 
-def _build(root: Path, names: list[str], options: Options, add: Add) -> dict[str, Any]:
+def _build(root: Path, names: list[str], options: Options, add: Add) -> Json:
     ids, skipped, enlarged, recoloured, deep = [], [], 0, 0, 0
     size = options.image_size, options.image_size
     for name in over(names, "Decoding images", "image", len(names), compiles=False):

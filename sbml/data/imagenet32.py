@@ -16,7 +16,6 @@ import tarfile
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -24,6 +23,7 @@ from PIL import Image
 from sbml.data._cache import Add, load_or_build
 from sbml.data._image_set import ImageSet, Options, Source
 from sbml.progress import over
+from sbml.types import Json
 
 ARCHIVES = {
     "old": {"train": "train_32x32.tar", "test": "valid_32x32.tar"},
@@ -85,7 +85,7 @@ class Imagenet32(Source):
         return ImageSet(f"imagenet32:{which}", which, split, images)
 
 
-def _decode(which: str, split: str, options: Options, add: Add) -> dict[str, Any]:
+def _decode(which: str, split: str, options: Options, add: Add) -> Json:
     file = ARCHIVES[which][split]
     archive = Path(options.manual_dir or ".").expanduser() / file
     if not options.manual_dir or not archive.is_file():

@@ -11,13 +11,17 @@ import contextlib
 import re
 import struct
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from sbml.data._cache import Add, load_or_build
 from sbml.data._image_set import ImageSet, Options, Source
 from sbml.progress import Bar
+from sbml.types import Json
+
+if TYPE_CHECKING:
+    from tensorflow_datasets.core import DatasetBuilder
 
 # set, set/config, set:1.2.3 or set/config:1.2.3
 _NAME = re.compile(r"\w+(/[\w+-][\w.+-]*)?(:\d+\.\d+\.\d+)?")
@@ -52,7 +56,7 @@ def _home(name: str, options: Options) -> Path:
     return options.cache / "tfds" / name.replace(":", "/")
 
 
-def _archives(builder: Any, options: Options) -> Path:
+def _archives(builder: "DatasetBuilder", options: Options) -> Path:
     """The folder in which TFDS finds the archives of ``options.manual_dir``."""
     folder = Path(options.manual_dir or "").expanduser().absolute()
     wanted = {info.filename for info in builder.url_infos.values() if info.filename}
@@ -88,7 +92,7 @@ def _original_gzip(path: Path) -> bytes:
     return header + path.stem.encode() + b"\x00" + raw[10:]
 
 
-def _decode(name: str, split: str, options: Options, add: Add) -> dict[str, Any]:
+def _decode(name: str, split: str, options: Options, add: Add) -> Json:
     try:
         import requests
         import tensorflow as tf

@@ -13,8 +13,9 @@ if it is the same for all images and else ``(n,)``.
 Reference: Ho et al. 2019 (Flow++), sections 3.1 to 3.3.
 """
 
+from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING
 
 import jax.numpy as jnp
 from flax import linen as nn
@@ -23,6 +24,9 @@ from jax import lax
 from sbml.dequantizers import _flowpp_layers as layers
 from sbml.dequantizers import _mixture_logistic as mixture_logistic
 from sbml.types import Array, Batch, Key, Vector
+
+if TYPE_CHECKING:
+    from sbml.dequantizers import variational
 
 Pair = tuple[Array, Array]  # even columns and odd columns, (n, h, w / 2, c) each
 
@@ -94,7 +98,7 @@ class MixLogisticAttnCoupling(nn.Module):
     F is a mixture of logistics. The halves exchange places. The log-determinant is ``(n,)``.
     """
 
-    model: Any  # variational.Model
+    model: "variational.Model"
 
     @nn.compact
     def __call__(self, halves: Pair, *, context: Array, train: bool = False) -> tuple[Pair, Array]:
@@ -123,7 +127,7 @@ class MixLogisticAttnCoupling(nn.Module):
 class Flow(nn.Module):
     """The flow from noise ``(n, h, w, c)`` to the logits of u, given the image."""
 
-    model: Any  # variational.Model
+    model: "variational.Model"
 
     @nn.compact
     def __call__(self, image: Array, x: Array, *, train: bool = False) -> tuple[Array, Array]:
@@ -134,7 +138,11 @@ class Flow(nn.Module):
         halves, log_det = split(x), jnp.zeros(len(x), x.dtype)
         for _ in range(design.couplings):
             coupling = partial(MixLogisticAttnCoupling(self.model), context=context, train=train)
-            steps: list[Any] = [Norm(), *([Pointwise()] if design.mixes_channels else []), coupling]
+            steps: list[Callable[[Pair], tuple[Pair, Array]]] = [
+                Norm(),
+                *([Pointwise()] if design.mixes_channels else []),
+                coupling,
+            ]
             for step in steps:
                 halves, change = step(halves)
                 log_det = log_det + change

@@ -6,12 +6,13 @@ For any density p of x = 2 (pixels + u) / L - 1 and any q(u | pixels) on the bin
 """
 
 import abc
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from sbml import discrete
-from sbml.bound import Bound
+from sbml.bound import Bound, Reduction, Steps
+from sbml.scalars import Number
 from sbml.sdes import SDE
-from sbml.types import Key, PixelBatch, Pixels, Score
+from sbml.types import Key, PixelBatch, Pixels, PyTree, Score, Vector
 
 
 class Dequantizer:
@@ -38,7 +39,7 @@ class Dequantizer:
     at_noise: ClassVar[bool] = False
     calls: ClassVar[int] = 0
 
-    def init(self, key: Key, pixels: PixelBatch) -> Any:
+    def init(self, key: Key, pixels: PixelBatch) -> PyTree:
         """The initial parameters, from a batch ``pixels (n, *s)``: {} if there are none."""
         return {}
 
@@ -49,17 +50,17 @@ class Dequantizer:
         return ""
 
 
-def has_density(model: Any) -> bool:
+def has_density(model: object) -> bool:
     """Whether ``model``, an instance or a class, turns integers into x with a density."""
     return hasattr(model, "sample")
 
 
-def has_bound(model: Any) -> bool:
+def has_bound(model: object) -> bool:
     """Whether ``model``, an instance or a class, has its own evidence bound for the integers."""
     return hasattr(model, "bound")
 
 
-def is_trained(model: Any) -> bool:
+def is_trained(model: object) -> bool:
     """Whether ``model``, an instance or a class, has parameters to train."""
     return hasattr(model, "sample_batch")
 
@@ -78,13 +79,20 @@ class AtNoise(Dequantizer, abc.ABC):
 
     def bound(
         self,
-        params: Any,
+        params: PyTree,
         score: Score,
         sde: SDE,
         pixels: Pixels,
         key: Key,
         levels: int,
-        **draws: Any,
+        *,
+        eps: Number,
+        u: Vector,
+        reduction: Reduction = Reduction(),
+        steps: int | Steps | None = None,
     ) -> Bound:
         """The bound on -log P(pixels) in nats: ``discrete.elbo``."""
-        return discrete.elbo(score, sde, pixels, key, noise=self.noise(score, levels), **draws)
+        noise = self.noise(score, levels)
+        return discrete.elbo(
+            *(score, sde, pixels, key), eps=eps, u=u, noise=noise, reduction=reduction, steps=steps
+        )

@@ -17,7 +17,7 @@ This dequantizer has no parameters: tau = 3 and the number of levels determine e
 
 import dataclasses
 import math
-from typing import Annotated, Any
+from typing import Annotated
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +26,7 @@ from sbml import discrete, scalars
 from sbml.dequantizers.base import AtNoise
 from sbml.door import checked, typed
 from sbml.scalars import Number, positive
-from sbml.types import Example, Key, Pixels, Scalar, Score
+from sbml.types import Example, Key, Pixels, PyTree, Scalar, Score
 
 
 @typed
@@ -43,7 +43,7 @@ class Model(AtNoise):
         return scalars.log(2 * self.tau / z) - 0.5 * math.log(2 * math.pi)
 
     @checked
-    def sample(self, params: Any, pixels: Pixels, key: Key) -> tuple[Example, Scalar]:
+    def sample(self, params: PyTree, pixels: Pixels, key: Key) -> tuple[Example, Scalar]:
         """u of the shape of one example ``pixels (*s)``, and log q(u | pixels) in nats."""
         e = discrete.truncated_normal(jax.random.normal(key, pixels.shape), self.tau)
         u = jnp.clip(0.5 + e / (2 * self.tau), 0.0, 1 - jnp.finfo(e.dtype).epsneg)

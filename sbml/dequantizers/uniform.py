@@ -6,14 +6,13 @@ For any density p of pixels + u, by Jensen's inequality (Theis et al. 2016),
 """
 
 import dataclasses
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from sbml.dequantizers.base import Dequantizer
 from sbml.door import checked
-from sbml.types import Example, Key, Pixels, Scalar
+from sbml.types import Example, Key, Pixels, PyTree, Scalar
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,6 +20,6 @@ class Model(Dequantizer):
     """The uniform dequantizer, which has no parameters."""
 
     @checked
-    def sample(self, params: Any, pixels: Pixels, key: Key) -> tuple[Example, Scalar]:
+    def sample(self, params: PyTree, pixels: Pixels, key: Key) -> tuple[Example, Scalar]:
         """u of the shape of one example ``pixels (*s)``, and log q(u | pixels) = 0 in nats."""
         return jax.random.uniform(key, pixels.shape), jnp.zeros(())

@@ -14,12 +14,13 @@ import math
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping
-from typing import Annotated, Any
+from typing import Annotated, cast
 
 import jax
 import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.nn import log_sigmoid
+from jax.typing import DTypeLike
 from jaxtyping import Float, Integer, Num
 
 from sbml.dequantizers._flowpp_flow import Flow, per_image
@@ -28,7 +29,7 @@ from sbml.dequantizers.base import Dequantizer
 from sbml.door import checked, condition, typed
 from sbml.scalars import Count, at_least
 from sbml.streams import stream
-from sbml.types import AnyArray, Array, Key, Keys, Numbers, Scalar, Vector
+from sbml.types import AnyArray, Array, Json, Key, Keys, Numbers, PyTree, Scalar, Tree, Vector
 
 Pixels = Integer[AnyArray, "n h w c"]
 Images = Float[AnyArray, "n h w c"]
@@ -86,12 +87,12 @@ class Model(Dequantizer):
         """The Linen module; its arguments are the result of ``image(pixels)`` and the noise."""
         return Flow(self)
 
-    def image(self, pixels: Numbers, dtype: Any = jnp.float32) -> Float[Array, "..."]:
+    def image(self, pixels: Numbers, dtype: DTypeLike = jnp.float32) -> Float[Array, "..."]:
         """The input of the networks: ``pixels``, 0 ... levels - 1, scaled to [-1/2, 1/2]."""
         return jnp.asarray(pixels, dtype) / (self.levels - 1) - 0.5
 
     @checked
-    def init(self, key: Key, pixels: Num[AnyArray, "n h w c"]) -> Any:
+    def init(self, key: Key, pixels: Num[AnyArray, "n h w c"]) -> PyTree:
         """Initial parameters, from the batch ``pixels (n, h, w, c)`` and one draw of noise for it.
 
         For that batch and noise, each channel has mean 0 and variance 1 after every activation
@@ -107,7 +108,7 @@ class Model(Dequantizer):
 
     @checked
     def forward(
-        self, params: Any, pixels: Pixels, eps: Images, dropout_key: Key | None = None
+        self, params: PyTree, pixels: Pixels, eps: Images, dropout_key: Key | None = None
     ) -> tuple[Images, Vector]:
         """The u in [0, 1) that the flow makes of the noise ``eps``, and log q(u | pixels) in nats.
 
@@ -122,10 +123,10 @@ class Model(Dequantizer):
           floating-point number below 1.
         """
         train = dropout_key is not None
-        options: Any = {"train": train, "rngs": {"dropout": dropout_key} if train else None}
+        rngs = None if dropout_key is None else {"dropout": dropout_key}
         image = self.image(pixels, eps.dtype)
-        result: Any = self.network().apply({"params": params}, image, eps, **options)
-        logits, log_det = result
+        found = self.network().apply({"params": params}, image, eps, rngs=rngs, train=train)
+        logits, log_det = cast(tuple[Array, Array], found)
         u = jnp.minimum(jax.nn.sigmoid(logits), 1.0 - jnp.finfo(eps.dtype).epsneg)
         log_normal = -0.5 * (jnp.square(eps) + math.log(2 * math.pi))
         return u, per_image(log_normal - log_sigmoid(logits) - log_sigmoid(-logits)) - log_det
@@ -133,7 +134,7 @@ class Model(Dequantizer):
     @checked
     def sample(
         self,
-        params: Any,
+        params: PyTree,
         pixels: Integer[AnyArray, "h w c"],
         key: Key,
         *,
@@ -145,7 +146,7 @@ class Model(Dequantizer):
 
     @checked
     def sample_batch(
-        self, params: Any, pixels: Pixels, keys: Keys, *, train: bool = False
+        self, params: PyTree, pixels: Pixels, keys: Keys, *, train: bool = False
     ) -> tuple[Images, Vector]:
         """``sample`` for ``pixels (n, h, w, c)`` with ``keys (n,)``, one per image, in one call.
 
@@ -163,7 +164,7 @@ LAYER = re.compile(rf"(?:(?P<block>{BLOCK})_)?(?P<layer>\w+)_(?P<leaf>[WVbg])")
 ENDS = ((r"c1", "proj_in"), (r"(block\d+)_c2", r"\1_proj_out"))
 
 
-def from_reference(params: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+def from_reference(params: Mapping[str, Mapping[str, AnyArray]]) -> dict[str, PyTree]:
     """Parameters of this flow from those of Song et al.'s Flow++ dequantizers.
 
     Modules have the same names. Inside a module, ``block0_conv_c1_W`` becomes
@@ -176,7 +177,7 @@ def from_reference(params: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
       params: two levels of names, as in ``params_ema/params`` of their checkpoint.
     """
 
-    def translate(module: str, name: str, value: Any) -> tuple[tuple[str, ...], Any]:
+    def translate(module: str, name: str, value: AnyArray) -> tuple[tuple[str, ...], AnyArray]:
         match = LAYER.fullmatch(name)
         if match is None:
             return (module, name), value
@@ -198,7 +199,7 @@ def from_reference(params: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     )
 
 
-def read_options(params: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+def read_options(params: Tree, given: Mapping[str, object]) -> Json:
     """The fields of the :class:`Model` whose parameters, under the names used here, are ``params``.
 
     The parameters do not show the number of heads, so it is taken from ``given``.
@@ -211,7 +212,7 @@ def read_options(params: Mapping[str, Any], given: Mapping[str, Any]) -> dict[st
         raise ValueError(f"no Flow++ dequantizer has the parameters {', '.join(sorted(params))}")
     channels = image_shape(params)[-1]
 
-    def sizes(coupling: Mapping[str, Any]) -> tuple[int, int, int]:
+    def sizes(coupling: Tree) -> tuple[int, int, int]:
         blocks = sum(name.endswith("_conv") for name in coupling)
         outputs = coupling[f"block{blocks - 1}_proj_out"]["bias"].shape[-1]
         return coupling["proj_in"]["bias"].shape[-1], (outputs // channels - 2) // 3, blocks
@@ -227,7 +228,7 @@ def read_options(params: Mapping[str, Any], given: Mapping[str, Any]) -> dict[st
 
 
 def _majority(
-    params: Mapping[str, Any], kind: str, read: Callable[[Mapping[str, Any]], tuple[int, int, int]]
+    params: Tree, kind: str, read: Callable[[Tree], tuple[int, int, int]]
 ) -> tuple[int, int, int]:
     """The most frequent result of ``read`` over the modules ``kind_i``.
 
@@ -243,10 +244,10 @@ def _majority(
     return readings.most_common(1)[0][0]
 
 
-def image_shape(params: Mapping[str, Any]) -> tuple[int, int, int]:
+def image_shape(params: Tree) -> tuple[int, int, int]:
     """(h, w, c) of the images that ``params`` fit: they hold a bias for every pixel."""
 
-    def shape(module: Mapping[str, Any]) -> tuple[int, int, int]:
+    def shape(module: Tree) -> tuple[int, int, int]:
         h, half, c = module["norm0"]["bias"].shape
         return h, 2 * half, c
 

@@ -10,6 +10,7 @@ import abc
 import dataclasses
 import functools
 import math
+from collections.abc import Iterable
 from typing import Any, ClassVar
 
 import jax
@@ -21,10 +22,22 @@ from jaxtyping import Integer, Num
 from sbml import bits, likelihood, moments
 from sbml.likelihood import PriorError
 from sbml.ode import check_precision
+from sbml.pytrees import Static
 from sbml.scalars import Number
 from sbml.sdes import SDE
 from sbml.streams import stream
-from sbml.types import Array, Example, Key, Keys, Scalar, Score, conditioned
+from sbml.types import (
+    AnyArray,
+    Array,
+    Example,
+    Key,
+    Keys,
+    PyTree,
+    Scalar,
+    Score,
+    Vector,
+    conditioned,
+)
 
 Evaluations = Integer[Array, ""] | int  # of the score
 OneExample = Num[Array, "*s"]  # one example of integers or, without levels, of real numbers
@@ -49,7 +62,7 @@ class Target:
     levels: int | None = None
     dequantizer: Any = None
 
-    def sample(self, params: Any, data: OneExample, key: Key | None) -> tuple[Example, Scalar]:
+    def sample(self, params: PyTree, data: OneExample, key: Key | None) -> tuple[Example, Scalar]:
         """One example x ``(*s)``, in the scale of the score at eps, and log q(u) in nats; ``key``
         may be None for continuous data."""
         if self.levels is None:
@@ -106,7 +119,7 @@ class Rows:
     ids: Any
     sweeps: Any
     seed: Any
-    condition: Any = None
+    condition: PyTree = None
 
     def keys(self) -> Keys:
         """A key for each row, ``(n,)``."""
@@ -170,10 +183,10 @@ class Estimator(abc.ABC):
     def one(
         self,
         score: Score,
-        params: Any,
+        params: PyTree,
         data: OneExample,
         key: Key,
-        u: Any,
+        u: Vector | None,
         target: Target,
     ) -> tuple[dict[str, Scalar], Evaluations]:
         """The terms ``()`` in nats of one example, without ``scale``, and the score evaluations.
@@ -205,21 +218,21 @@ class Estimator(abc.ABC):
             check_precision(score, sde, shape)
 
 
-def _flatten(estimator: Estimator) -> tuple[tuple[Any, ...], Any]:
+def _flatten(estimator: Estimator) -> tuple[tuple[PyTree, ...], Static]:
     values = {f.name: getattr(estimator, f.name) for f in dataclasses.fields(estimator)}
     nodes = {name: v for name, v in values.items() if _is_node(v)}
     rest = tuple((name, v) for name, v in values.items() if name not in nodes)
     return tuple(nodes.values()), (tuple(nodes), rest)
 
 
-def _unflatten(cls: type[Estimator], static: Any, nodes: Any) -> Estimator:
+def _unflatten(cls: type[Estimator], static: Static, nodes: Iterable[PyTree]) -> Estimator:
     estimator: Estimator = object.__new__(cls)
     for name, value in (*zip(static[0], nodes, strict=True), *static[1]):
         object.__setattr__(estimator, name, value)
     return estimator
 
 
-def _is_node(value: Any) -> bool:
+def _is_node(value: PyTree) -> bool:
     """Whether ``value`` is a dataclass that JAX knows as a pytree."""
     structure = jax.tree.structure(value)
     return dataclasses.is_dataclass(value) and not jax.tree_util.treedef_is_leaf(structure)
@@ -229,9 +242,9 @@ def rows(
     estimator: Estimator,
     target: Target,
     score: Score,
-    params: Any,
+    params: PyTree,
     batch: Rows,
-    u: ArrayLike | None,
+    u: AnyArray | None,
 ) -> dict[str, Num[Array, " n"]]:
     """The terms ``(n,)`` of a batch, and the score evaluations ``nfe``.
 
@@ -249,7 +262,7 @@ def rows(
         if reason:
             raise ValueError(f"{target.dequantizer}: {reason}")
 
-    def one(data: Any, key: Key, u: Any, condition: Any) -> dict[str, Array]:
+    def one(data: OneExample, key: Key, u: Vector | None, condition: PyTree) -> dict[str, Array]:
         given = conditioned(score, condition)
         terms, nfe = estimator.one(given, params, data, key, u, target)
         if unnamed := set(terms) - {*estimator.terms, *estimator.columns}:

@@ -9,7 +9,7 @@ integers. The terms for dequantization and for the change of variables are then 
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypedDict
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +21,14 @@ from sbml.divergence import Trace
 from sbml.estimators import base
 from sbml.estimators.base import Evaluations, OneExample, Target
 from sbml.streams import stream
-from sbml.types import Array, Key, Scalar, Score
+from sbml.types import Array, Key, PyTree, Scalar, Score, Vector
+
+
+class Form(TypedDict, total=False):
+    """The arguments of ``bound.elbo`` that choose the form of its diffusion term."""
+
+    trace: Trace
+    steps: int | bound.Steps
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,25 +68,33 @@ class Estimator(base.Estimator):
     def one(
         self,
         score: Score,
-        params: Any,
+        params: PyTree,
         data: OneExample,
         key: Key,
-        u: Any,
+        u: Vector | None,
         target: Target,
     ) -> tuple[dict[str, Scalar], Evaluations]:
-        bound_key = stream(key, "bound")
-        draws: dict[str, Any] = {"eps": target.eps, "u": u, "reduction": self.reduction, **self.own}
+        assert u is not None  # ``points`` gives them.
+        sde, eps, bound_key = target.sde, target.eps, stream(key, "bound")
         model = target.dequantizer
         if dequantizers.has_bound(model):
-            terms = model.bound(params, score, target.sde, data, bound_key, target.levels, **draws)
+            terms = model.bound(
+                *(params, score, sde, data, bound_key, target.levels),
+                eps=eps,
+                u=u,
+                reduction=self.reduction,
+                **self.own,
+            )
             return {**terms._asdict(), "dequantization": jnp.zeros(())}, u.size + model.calls
         x, log_q = target.sample(params, data, stream(key, "dequantization"))
-        terms = bound.elbo(score, target.sde, x, bound_key, **draws)
+        terms = bound.elbo(
+            *(score, sde, x, bound_key), eps=eps, u=u, reduction=self.reduction, **self.own
+        )
         return {**terms._asdict(), "dequantization": log_q}, u.size + 1
 
     @property
-    def own(self) -> dict[str, Any]:
-        """The arguments of ``bound.elbo`` for the form of this class."""
+    def own(self) -> Form:
+        """The form of the bound of this class."""
         return {}
 
     def scale_nats(self, target: Target, shape: tuple[int, ...]) -> float:
@@ -112,7 +127,7 @@ class ScoreMatching(Estimator):
     trace: Trace = Trace()
 
     @property
-    def own(self) -> dict[str, Any]:
+    def own(self) -> Form:
         return {"trace": self.trace}
 
     @classmethod
@@ -133,5 +148,5 @@ class InSteps(Estimator):
     steps: int | bound.Steps = 1000
 
     @property
-    def own(self) -> dict[str, Any]:
+    def own(self) -> Form:
         return {"steps": self.steps}

@@ -27,7 +27,7 @@ from sbml.estimators.base import Evaluations, OneExample, Target
 from sbml.likelihood import Likelihood
 from sbml.ode import Solver
 from sbml.streams import stream
-from sbml.types import Array, Key, Scalar, Score
+from sbml.types import Array, Key, PyTree, Scalar, Score, Vector
 
 PerDraw = Float[Array, "k"]
 
@@ -67,10 +67,10 @@ class Estimator(base.Estimator):
     def one(
         self,
         score: Score,
-        params: Any,
+        params: PyTree,
         data: OneExample,
         key: Key,
-        u: Any,
+        u: Vector | None,
         target: Target,
     ) -> tuple[dict[str, Scalar], Evaluations]:
         def draw(key: Key) -> tuple[dict[str, Scalar], Evaluations]:
@@ -84,7 +84,7 @@ class Estimator(base.Estimator):
         return averaged(each), jnp.sum(evaluations)
 
     def solved(
-        self, score: Score, params: Any, data: OneExample, key: Key | None, target: Target
+        self, score: Score, params: PyTree, data: OneExample, key: Key | None, target: Target
     ) -> tuple[dict[str, Scalar], Likelihood]:
         """The terms of one draw of the dequantizer, and its likelihood.
 

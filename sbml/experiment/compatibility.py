@@ -8,7 +8,6 @@ the config (:func:`of_workdir`).
 
 import dataclasses
 import math
-from typing import Any
 
 from etils import epath
 from flax.traverse_util import flatten_dict, unflatten_dict
@@ -16,7 +15,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from sbml import data, registry
 from sbml.experiment.config import Config, parts_in
 from sbml.experiment.data import Data
-from sbml.experiment.fields import plain
+from sbml.experiment.fields import Section, plain
 from sbml.experiment.score import Process
 from sbml.experiment.training import Training, smallest_time, smallest_trained_time
 from sbml.runtime.checkpoint import OtherModelError
@@ -24,9 +23,10 @@ from sbml.runtime.workdir import ARCHITECTURE, Workdir
 from sbml.scalars import notation
 from sbml.score import LEVELS
 from sbml.sdes import SDE, SDES
+from sbml.types import Json
 
-Metadata = dict[str, Any]
-Sections = dict[str, dict[str, Any]]
+Metadata = Json
+Sections = dict[str, Json]
 
 # Fields of a network or dequantizer that may differ from those in the checkpoint's config.
 FREE = ("clipped", "dropout", "dtype", "init_scale", "remat")
@@ -76,7 +76,8 @@ def with_fields(config: Config, sections: Sections) -> tuple[Config, list[str]]:
     return Config(**unflatten_dict(now, sep=".")), lines
 
 
-Difference = tuple[str, Any, Any]  # the name of a field, its value here, and in the checkpoint
+# The name of a field, its value here, and its value in the checkpoint.
+Difference = tuple[str, object, object]
 
 
 def _differences(config: Config, metadata: Metadata, *names: str) -> list[Difference]:
@@ -122,7 +123,7 @@ def _noise(metadata: Metadata) -> tuple[SDE, Training, float]:
         numbers = [field.name for field in dataclasses.fields(SDES[stored["sde"]["name"]])]
         # A checkpoint of another version may have other fields. The SDE is that of the config, but
         # the source of the training data can be anything, and is not needed.
-        known: Any = {
+        known: dict[type[Section], Json] = {
             kind: {
                 name: value
                 for name, value in stored[kind.section].items()
@@ -223,7 +224,7 @@ def changed_settings(metadata: Metadata, ours: Metadata, prefix: str) -> list[st
     return [f"{k} {notation(before.get(k))} -> {notation(now.get(k))}" for k in changed]
 
 
-def earlier_data(metadata: Metadata, images: data.ImageSet) -> list[dict[str, Any] | None]:
+def earlier_data(metadata: Metadata, images: data.ImageSet) -> list[Json | None]:
     """The fingerprints of all data other than ``images`` on which a checkpoint was trained.
 
     A training that continues with ``images`` stores them in its metadata. None stands for unknown

@@ -12,7 +12,6 @@ import runpy
 import traceback
 from collections.abc import Iterable, Mapping
 from types import MappingProxyType
-from typing import Any
 
 import jax
 from etils import epath
@@ -35,6 +34,7 @@ from sbml.registry import hint
 from sbml.runtime import refusals
 from sbml.runtime.workdir import Workdir
 from sbml.scalars import notation
+from sbml.types import Json
 
 _PACKAGE = pathlib.Path(__file__).parents[1]
 
@@ -129,7 +129,7 @@ def default(network: str = "ncsnpp", dequantizer: str = "variational") -> Config
     fields, those of a class of another package.
     """
 
-    def editable(section: Section) -> dict[str, Any]:
+    def editable(section: Section) -> Json:
         return {k: editable(v) if isinstance(v, Section) else v for k, v in section}
 
     chosen = Config(model=Network(name=network), dequantizer=Dequantizer(name=dequantizer))
@@ -197,7 +197,7 @@ def load(config: str) -> ConfigDict:
     return found
 
 
-def parts_in(*values: Any) -> set[str]:
+def parts_in(*values: object) -> set[str]:
     """The names of parts of other packages in ``values``, nested containers of texts. An image set
     such as ``tfds:cifar10`` is none."""
     names = registry.OUTSIDE.findall(repr(values))
@@ -238,7 +238,7 @@ def of_checkpoint(
         return with_overrides(config, overrides)
 
 
-def node_of(values: Any, name: str) -> tuple[Any, str]:
+def node_of(values: Json | ConfigDict, name: str) -> tuple[Json | ConfigDict, str]:
     """The section in ``values``, nested mappings, that has the field called ``name``
     ("optim.lr"), and the name of the field in it.
     """

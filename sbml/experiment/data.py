@@ -1,6 +1,6 @@
 """``config.data``: the images of a run, and how they become numbers in [-1, 1]."""
 
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 from sbml import data
 from sbml.data import CROPS, ImageSet, Options
@@ -60,7 +60,7 @@ class Data(Chosen):
     )
 
     @classmethod
-    def kind_of(cls, name: Any) -> Any:
+    def kind_of(cls, name: object) -> type[data.Source] | None:
         if not isinstance(name, str):
             return None
         with section_errors("data.source"):

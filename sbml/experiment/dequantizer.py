@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, ClassVar
 
 import pydantic
 
@@ -11,6 +11,8 @@ from sbml.dequantizers import DEQUANTIZERS
 from sbml.experiment.fields import Section, among, field, section_errors, section_of
 from sbml.experiment.optim import DequantizerOptim
 from sbml.experiment.training import DequantizerTraining
+from sbml.scalars import Number
+from sbml.types import Json
 
 
 class Dequantizer(Section):
@@ -29,7 +31,7 @@ class Dequantizer(Section):
 
     @pydantic.model_validator(mode="before")
     @classmethod
-    def _with_model(cls, values: dict[str, Any]) -> dict[str, Any]:
+    def _with_model(cls, values: Json) -> Json:
         name = values.get("name", cls.model_fields["name"].default)
         own = values.get("model", {})
         if name not in DEQUANTIZERS or not isinstance(own, Mapping | Section):
@@ -41,7 +43,7 @@ class Dequantizer(Section):
         made = section_of(DEQUANTIZERS[name], cls.name_of("model"), ("levels", "tau"))
         return {**values, "model": made(**dict(own))}
 
-    def build(self, name: str, *, levels: int, tau: float) -> Any:
+    def build(self, name: str, *, levels: int, tau: Number) -> dequantizers.Dequantizer:
         """The dequantizer ``name``, which may be one without training.
 
         It takes those fields of ``model`` that its class has. At the smallest time, half a bin is

@@ -5,7 +5,7 @@ This is Adam with clipping by the global norm and linear warm-up,
 learning rate at step n = lr min(n / warmup, 1)
 """
 
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, ClassVar
 
 import jax
 import optax
@@ -97,7 +97,7 @@ class Optim(Section):
         many axes as an image) and the fixed Fourier frequencies do not.
         """
 
-        def decayed(path: Any, update: Array, param: Array) -> Array:
+        def decayed(path: jax.tree_util.KeyPath, update: Array, param: Array) -> Array:
             name = str(getattr(path[-1], "key", ""))
             if param.ndim < 2 or name.startswith(("scale", "bias", "pos_emb")):
                 return update

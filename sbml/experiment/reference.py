@@ -9,7 +9,7 @@ import re
 import textwrap
 import typing
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from sbml import door
 from sbml.experiment.config import Config
@@ -59,7 +59,7 @@ def _choice(section: Section) -> str:
     return getattr(section, section.choice) if isinstance(section, Chosen) else ""
 
 
-def _origin(section: Section) -> Any:
+def _origin(section: Section) -> type | None:
     """The class whose fields ``section`` has beside its own; None if there is none."""
     return section.kind_of(_choice(section)) if isinstance(section, Chosen) else section.origin
 

@@ -88,14 +88,16 @@ class Sampling(Solving, Chosen):
     def build(self) -> Sampler:
         """The sampler, with those of the section's fields that its class has."""
         kind, corrector = SAMPLERS[self.sampler], CORRECTORS[self.corrector]
-        options = {"steps": self.corrector_steps, "snr": self.snr}
+
         solver = self.solver()
         with section_errors(self.section):
             fields = {
                 "solver": solver,
                 "steps": 500 if self.steps is None else self.steps,
                 "eta": self.eta,
-                "corrector": corrector() if self.corrector == "none" else corrector(**options),
+                "corrector": corrector()
+                if self.corrector == "none"
+                else corrector(steps=self.corrector_steps, snr=self.snr),
                 **({"spacing": self.spacing} if self.spacing else {}),
                 **self.own,
             }

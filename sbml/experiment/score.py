@@ -21,6 +21,7 @@ from sbml.experiment.fields import Chosen, Section, among, field, refusal
 from sbml.networks import NETWORKS
 from sbml.score import LABELS, LEVELS, PARAMETERIZATIONS, Adapter
 from sbml.sdes import SDE, SDES, Rescaled
+from sbml.types import Json
 
 LogSNR = Annotated[float, Ge(-60), Le(60)]
 
@@ -55,8 +56,8 @@ class Process(Chosen):
     data_shift: float = field(0.0, "see data_scale", ge=0, le=1e3)
 
     @classmethod
-    def relevant(cls, own: dict[str, Any], made: type[Section]) -> dict[str, Any]:
-        defaults: dict[str, list[Any]] = {}
+    def relevant(cls, own: Json, made: type[Section]) -> Json:
+        defaults: dict[str, list[object]] = {}
         for kind in map(SDES.__getitem__, SDES):
             for number in dataclasses.fields(kind):
                 defaults.setdefault(number.name, []).append(number.default)

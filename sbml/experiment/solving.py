@@ -25,12 +25,17 @@ class Solving(Section):
 
     def solver(self) -> Solver:
         """The ODE solver."""
-        names = ("method", "rtol", "atol", "max_steps")
-        options = {name: getattr(self, name) for name in names}
         with section_errors(self.section):
-            return Solver(**options, fixed_steps=self.fixed_steps or None)
+            return Solver(
+                method=self.method,
+                rtol=self.rtol,
+                atol=self.atol,
+                max_steps=self.max_steps,
+                fixed_steps=self.fixed_steps or None,
+            )
 
     def eps(self, sde: SDE, otherwise: float) -> float:
         """``smallest_time``, or ``otherwise`` if it is None, checked by ``sde.check_time``."""
         eps = otherwise if self.smallest_time is None else self.smallest_time
-        return sde.check_time(eps, self.name_of("smallest_time"))
+        sde.check_time(eps, self.name_of("smallest_time"))
+        return eps

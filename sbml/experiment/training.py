@@ -1,7 +1,7 @@
 """``config.training`` and ``config.dequantizer.training``: steps, loss and checkpoints; and what
 follows from them: the smallest time of a training, and the unit of its loss."""
 
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated, ClassVar
 
 import jax.numpy as jnp
 from etils import epath
@@ -31,6 +31,9 @@ NOISES = ("independent", "antithetic")
 # With likelihood weighting, importance sampling gives the squared error of one prediction the same
 # total weight at all times. The keys are these predictions, and the values are the names of the
 # proposals of the times.
+if TYPE_CHECKING:
+    from sbml.experiment.evaluation import Eval
+
 IMPORTANCE = {"noise": "importance", "velocity": "velocity"}
 
 
@@ -76,7 +79,7 @@ class Loop(Section):
         )
 
 
-def proposal_name(section: Any) -> str:
+def proposal_name(section: "Training | Eval") -> str:
     """The name of the proposal of the times that ``importance_sampling`` and ``importance`` of a
     section choose, a key of ``times.PROPOSALS``."""
     if section.importance_sampling:
@@ -217,7 +220,8 @@ def smallest_time(sde: SDE, training: Training, data: Data, tau: float) -> float
     """
     if training.smallest_time is not None:
         with section_errors(training.name_of("smallest_time")):
-            return sde.check_time(training.smallest_time, "t")
+            sde.check_time(training.smallest_time, "t")
+        return training.smallest_time
     both = training.likelihood_weighting and training.importance_sampling
     imagenet = imagenet32.version(data.source) is not None
     eps = max(sde.smallest_time, 5e-5 if imagenet and both else 0.0)

@@ -7,13 +7,16 @@ each other.
 
 import functools
 import warnings
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from sbml.data import digits
 from sbml.features import Extractor
 from sbml.runtime.trees import tree_crc32
+
+if TYPE_CHECKING:
+    from sklearn.neural_network import MLPClassifier
 
 HIDDEN = 64
 
@@ -45,7 +48,7 @@ def extractor(*, weights: str, sha256: str, levels: int, cache: str | None) -> E
 
 
 @functools.cache
-def _fitted() -> tuple[Any, float]:
+def _fitted() -> tuple["MLPClassifier", float]:
     """The classifier, and its accuracy on the test digits.
 
     The fit runs on one thread: the matrix products are too small to gain from more, and two

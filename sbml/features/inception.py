@@ -16,7 +16,7 @@ import functools
 import hashlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -30,7 +30,7 @@ from sbml.features import Extractor
 from sbml.runtime import weights as files
 from sbml.runtime.files import intact_npz, write_npz
 from sbml.runtime.trees import differences
-from sbml.types import Array
+from sbml.types import Array, PyTree
 
 FILE = "pt_inception-2015-12-05-6726825d.pth"
 SHA256 = "6726825d"  # The first digits: PyTorch puts them at the end of the name of a weights file.
@@ -157,7 +157,7 @@ def _c(width: int) -> Branches:
     ]
 
 
-def from_state_dict(state: dict[str, np.ndarray]) -> dict[str, Any]:
+def from_state_dict(state: dict[str, np.ndarray]) -> dict[str, PyTree]:
     """Parameters of :class:`Model` from torchvision's or pytorch-fid's names and layouts.
 
     A convolution y followed by scale (y - mean) / sqrt(var + 1e-3) + shift becomes one convolution
@@ -188,15 +188,16 @@ def from_state_dict(state: dict[str, np.ndarray]) -> dict[str, Any]:
 
 
 @functools.partial(jax.jit, static_argnames="model")
-def look(params: dict[str, Any], images: Array, model: Model) -> tuple[Array, Array]:
+def look(params: PyTree, images: Array | np.ndarray, model: Model) -> tuple[Array, Array]:
     """Features ``(n, 2048)`` and class probabilities ``(n, classes)`` of uint8 ``images (n, h, w,
     c)``; a grey channel is repeated as red, green and blue."""
     # With the default precision of accelerators, matrix products have fewer digits and FID differs.
     with jax.default_matmul_precision("highest"):
         x = jnp.broadcast_to(images, (*images.shape[:3], 3)) / 255.0
         x = jax.image.resize(x, (len(x), SIZE, SIZE, 3), "bilinear", antialias=False)
-        result: Any = model.apply({"params": params}, 2 * x - 1)
-    return result[0], jax.nn.softmax(result[1])
+        found = model.apply({"params": params}, 2 * x - 1)
+    features, logits = cast(tuple[Array, Array], found)
+    return features, jax.nn.softmax(logits)
 
 
 def extractor(*, weights: str, sha256: str, levels: int, cache: str | None) -> Extractor:
@@ -221,7 +222,7 @@ def extractor(*, weights: str, sha256: str, levels: int, cache: str | None) -> E
         stored = flatten_dict(from_state_dict(files.read(path, "PyTorch state dict")), sep="/")
         folder.mkdir(parents=True, exist_ok=True)
         write_npz(folder / f"inception-{digest[:16]}.npz", stored)
-    params: Any = unflatten_dict(stored, sep="/")
+    params: PyTree = unflatten_dict(stored, sep="/")
     model, params = Model(len(params["fc"]["bias"])), jax.device_put(params)
 
     def features(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -15,7 +15,6 @@ import itertools
 import json
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
-from typing import Any
 
 import numpy as np
 
@@ -24,6 +23,7 @@ from sbml.report import page, plots, summary
 from sbml.report.result import Result
 from sbml.runtime import metrics
 from sbml.runtime.workdir import EVALUATION, Workdir
+from sbml.types import Json
 
 COLUMNS, ROWS = 8, 4  # of a grid of samples
 # The rows of the table of a cell: heading, key and format.
@@ -55,7 +55,7 @@ class Run:
     """
 
     name: str
-    evaluation: Mapping[str, Any]
+    evaluation: Json
     results: Mapping[str, Result]
     bits: Mapping[str, tuple[np.ndarray, np.ndarray]]
     seconds: float | None
@@ -89,7 +89,7 @@ class Run:
         )
 
     @property
-    def images(self) -> Mapping[str, Any]:
+    def images(self) -> Json:
         """The fingerprint of the images that were evaluated."""
         split = self.evaluation["results"][0]["split"]
         return self.evaluation["data"][split]
@@ -105,7 +105,7 @@ def short_names(workdirs: Sequence[Workdir]) -> list[str]:
     return names
 
 
-def compare(runs: Sequence[Run]) -> dict[str, Any]:
+def compare(runs: Sequence[Run]) -> Json:
     """The numbers of the page as plain values: ``runs``, the fingerprint ``data`` of the images,
     ``cells`` with a row for each run, and ``lacking``: for each run, what it does not have but
     another run has.
@@ -141,7 +141,7 @@ def compare(runs: Sequence[Run]) -> dict[str, Any]:
     every = dict.fromkeys(itertools.chain(*parts.values()))
     lacking = {name: [part for part in every if part not in own] for name, own in parts.items()}
 
-    def row(run: Run, name: str) -> dict[str, Any]:
+    def row(run: Run, name: str) -> Json:
         shown = ("bits_per_dim", "interval", "n", "smallest_time", "nfe_mean", "converged")
         found = {"run": run.name, **{key: getattr(run.results[name], key) for key in shown}}
         if run is not first:
@@ -176,7 +176,7 @@ def compare(runs: Sequence[Run]) -> dict[str, Any]:
     }
 
 
-def difference_row(row: Mapping[str, Any]) -> plots.Row:
+def difference_row(row: Json) -> plots.Row:
     """The difference of a run. The verdict is shown by the colour and also as a word."""
     (low, high), colours = row["difference_interval"], {"better": plots.ACCENT, "worse": plots.WARN}
     value = f"{row['difference']:+.4f} [{low:+.4f}, {high:+.4f}]"
@@ -189,14 +189,14 @@ def differing(runs: Sequence[Run]) -> dict[str, list[str]]:
     configs = [page.flat(run.evaluation["config"]) for run in runs]
     names = list(dict.fromkeys(name for config in configs for name in config))
 
-    def shown(value: Any) -> str:
+    def shown(value: object) -> str:
         return value if isinstance(value, str) and value else json.dumps(value)
 
     texts = {name: [shown(config.get(name, "–")) for config in configs] for name in names}
     return {name: row for name, row in texts.items() if len({*row}) > 1}
 
 
-def render(runs: Sequence[Run], numbers: Mapping[str, Any]) -> str:
+def render(runs: Sequence[Run], numbers: Json) -> str:
     """The page, one HTML file that opens offline; ``numbers`` are from :func:`compare`."""
     models, cells = [], []
     for run, about in zip(runs, numbers["runs"], strict=True):

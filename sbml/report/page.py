@@ -14,17 +14,19 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
 from functools import partial
-from typing import Any
+from typing import Any, TypedDict
 
 import jinja2
 import numpy as np
 from etils import epath
 from markupsafe import Markup
+from matplotlib.axes import Axes
 
 from sbml.report import pictures, plots
 from sbml.report.result import ROWS, strict, with_half_widths
 from sbml.runtime.files import write_whole
 from sbml.scalars import notation
+from sbml.types import Json
 
 DOCS = "https://sbml-jax.github.io/sbml/latest/"
 # The sections of the documentation that explain the terms of a number.
@@ -40,9 +42,17 @@ SHOWN_ELSEWHERE = {
 }
 
 
+class Figure(TypedDict):
+    """A figure for the templates: the SVG, and the texts beside it and in its place."""
+
+    svg: Markup
+    alt: str
+    caption: str
+
+
 def write(
     directory: epath.Path,
-    content: Mapping[str, Any],
+    content: Json,
     *,
     table: Mapping[str, np.ndarray] | None,
     images: np.ndarray | None,
@@ -79,7 +89,7 @@ def write(
     Raises:
       ValueError: JSON has no type for a value. Nothing has been written then.
     """
-    report: dict[str, Any] = strict(content)
+    report: Json = strict(content)
     results, progress = report["results"], report.get("training", {})
     losses = training(curves), validation(curves), levels_figure(report)
     evaluation, warnings = None, [*report.get("warnings", [])]
@@ -141,8 +151,8 @@ def write(
 
 
 def _evaluation(
-    report: Mapping[str, Any], table: Mapping[str, np.ndarray], images: np.ndarray, levels: int
-) -> dict[str, Any]:
+    report: Json, table: Mapping[str, np.ndarray], images: np.ndarray, levels: int
+) -> dict[str, object]:
     """What the template shows of the results and of the evaluated images."""
     results, baselines = report["results"], report.get("baselines", [])
     first, bits = results[0], _ending(table, "bits_per_dim")
@@ -206,7 +216,7 @@ def environment() -> jinja2.Environment:
     return made
 
 
-def text(value: Any, form: str = "") -> str:
+def text(value: object, form: str = "") -> str:
     """A value of the report as text. ``form`` is the format of a float: "bits" for bits/dim, or a
     format of Python."""
     if value is None:
@@ -225,9 +235,9 @@ def text(value: Any, form: str = "") -> str:
     return str(value)
 
 
-def flat(value: Mapping[str, Any], top: str = "") -> dict[str, Any]:
+def flat(value: Mapping[str, object], top: str = "") -> dict[str, object]:
     """{"a": {"b": 1}} as {"a.b": 1}; lists are not changed, and the name ``top`` is omitted."""
-    leaves: dict[str, Any] = {}
+    leaves: dict[str, object] = {}
     for key, item in value.items():
         if isinstance(item, Mapping) and item:
             prefix = "" if key == top else f"{key}."
@@ -239,17 +249,16 @@ def flat(value: Mapping[str, Any], top: str = "") -> dict[str, Any]:
 
 def rows_figure(
     name: str, rows: Sequence[plots.Row], unit: str, caption: str, origin: float | None = None
-) -> dict[str, Any]:
+) -> Figure:
     """A figure of ``plots.rows``, with all rows in its alternative text."""
     draw = partial(plots.rows, rows=rows, unit=unit, origin=origin)
     height = plots.ROWS_HEIGHT + plots.ROW_HEIGHT * len(rows)
     each = "; ".join(f"{row.label} {row.text}" for row in rows)
-    return {**figure(name, draw, caption, height=height), "alt": f"{name}, {unit}: {each}."}
+    drawn = figure(name, draw, caption, height=height)
+    return {**drawn, "alt": f"{name}, {unit}: {each}."}
 
 
-def row(
-    label: str, number: Mapping[str, Any], *, ours: bool, key: str = "bits_per_dim"
-) -> plots.Row:
+def row(label: str, number: Json, *, ours: bool, key: str = "bits_per_dim") -> plots.Row:
     """The value ``key`` of ``number`` with its 95% interval, in blue if it is of this model."""
     value, half = float(number[key]), float(number.get("ci95") or 0)
     low, high = map(float, number.get("interval") or (value - half, value + half))
@@ -258,7 +267,7 @@ def row(
     return plots.Row(label, value, low, high, f"{value:.3f}", plots.ACCENT if ours else plots.MUTED)
 
 
-def label(result: Mapping[str, Any]) -> str:
+def label(result: Json) -> str:
     """The name of a result on the page."""
     words = [result[key] for key in ("estimator", "dequantizer") if result.get(key)]
     if (draws := result.get("num_importance") or 1) > 1:
@@ -266,7 +275,7 @@ def label(result: Mapping[str, Any]) -> str:
     return " · ".join(map(str, words)) or "result"
 
 
-def copied(run: str, results: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+def copied(run: str, results: Sequence[Json]) -> dict[str, str]:
     """The results as rows to copy, for LaTeX and as CSV.
 
     The columns are run, estimator, dequantizer, K, bits/dim, its 95% interval, n and eps. In LaTeX,
@@ -291,7 +300,7 @@ def copied(run: str, results: Sequence[Mapping[str, Any]]) -> dict[str, str]:
     return {"LaTeX": "\n".join(rows), "CSV": table.getvalue().rstrip()}
 
 
-def levels_figure(report: Mapping[str, Any]) -> dict[str, Any] | None:
+def levels_figure(report: Json) -> Figure | None:
     """The figure of the loss at each noise level; None without a bound."""
     if not (levels := report.get("noise_levels")):
         return None
@@ -319,19 +328,19 @@ def levels_figure(report: Mapping[str, Any]) -> dict[str, Any] | None:
 
 def figure(
     name: str,
-    draw: Callable,
+    draw: Callable[[Axes], None],
     caption: str = "",
     *,
     width: float = plots.WIDTH,
     height: float = plots.HEIGHT,
-) -> dict[str, Any]:
+) -> Figure:
     """A figure of ``width`` x ``height`` inches with its caption, for the templates; ``name`` and
     ``draw`` are as in ``plots.svg``."""
     svg = Markup(plots.svg(name, draw, width, height))
     return {"svg": svg, "alt": f"{name}. {caption}".strip(), "caption": caption}
 
 
-def _histogram(name: str, values: np.ndarray) -> dict[str, Any]:
+def _histogram(name: str, values: np.ndarray) -> Figure:
     finite = values[np.isfinite(values)]
     caption = f"{values.size:,} images, none finite."
     if finite.size:
@@ -345,7 +354,7 @@ def _histogram(name: str, values: np.ndarray) -> dict[str, Any]:
     return figure(name, draw, caption)
 
 
-def training(curves: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
+def training(curves: Sequence[Mapping[str, Any]]) -> Figure | None:
     """The figure of the loss of a training; None if fewer than two steps are logged."""
     logged = {point["step"]: point for point in curves if "loss" in point}
     if len(logged) < 2:
@@ -364,7 +373,7 @@ def training(curves: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
     return figure("Training loss", draw, caption)
 
 
-def validation(curves: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
+def validation(curves: Sequence[Mapping[str, Any]]) -> Figure | None:
     """The figure of the bound on validation images during a training; None without two points."""
     name, error = "validation_bits_per_dim", "validation_stderr"
     points = {p["step"]: (p[name], p.get(error)) for p in curves if p.get(name) is not None}
@@ -399,7 +408,7 @@ def grid_url(images: np.ndarray, levels: int, columns: int, scale: int) -> str:
 
 def _extremes(
     table: Mapping[str, np.ndarray], bits: np.ndarray, images: np.ndarray, levels: int
-) -> list[list[dict[str, Any]]]:
+) -> list[list[dict[str, object]]]:
     """The images with the smallest bits/dim, best first, and with the largest, worst first. Values
     that are not finite count as the worst."""
     ids, names, classes = np.asarray(table["id"]), table.get("name"), table.get("class")

@@ -7,6 +7,7 @@ variable, so that one figure fits light and dark pages.
 import io
 import re
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import matplotlib
@@ -87,15 +88,18 @@ def rows(axes: Axes, rows: Sequence[Row], unit: str, origin: float | None = None
     """
     for y, row in enumerate(rows):
         bold = "normal" if row.colour == MUTED else "bold"
-        line: Any = {"xycoords": ("axes fraction", "data"), "textcoords": "offset points"}
+        place = partial(
+            axes.annotate,
+            xytext=(0, 5),
+            xycoords=("axes fraction", "data"),
+            textcoords="offset points",
+        )
         axes.axhline(y, color=RULE, linewidth=0.6)
         axes.plot([row.low, row.high], [y, y], color=row.colour, linewidth=2)
         axes.plot(row.mean, y, "o", color=row.colour, markersize=5)
         label = row.label if len(row.label) < 32 else f"…{row.label[-30:]}"
-        axes.annotate(label, (0, y), xytext=(0, 5), **line, parse_math=False)
-        axes.annotate(
-            *(row.text, (1, y)), xytext=(0, 5), **line, ha="right", color=row.colour, weight=bold
-        )
+        place(label, (0, y), parse_math=False)
+        place(row.text, (1, y), ha="right", color=row.colour, weight=bold)
     if origin is not None:
         axes.axvline(origin, color=RULE, linewidth=1)
         for y in range(len(rows)):
@@ -124,12 +128,18 @@ def histogram(axes: Axes, values: np.ndarray, label: str) -> None:
     if nonfinite := values.size - finite.size:
         notes.append(f"{nonfinite} of {values.size} not finite")
     if shown.size:
-        bars: Any = {"histtype": "stepfilled", "color": ACCENT, "alpha": 0.75, "linewidth": 0}
-        axes.hist(shown, _bins(shown).tolist(), **bars)
+        edges = _bins(shown).tolist()
+        axes.hist(shown, edges, histtype="stepfilled", color=ACCENT, alpha=0.75, linewidth=0)
         if shown[0] <= finite.mean() <= shown[-1]:
             axes.axvline(finite.mean(), color=INK, linewidth=1)
-            where: Any = {"xycoords": ("data", "axes fraction"), "textcoords": "offset points"}
-            axes.annotate("mean", (finite.mean(), 1), xytext=(3, 0), **where, va="bottom")
+            axes.annotate(
+                "mean",
+                (finite.mean(), 1),
+                xytext=(3, 0),
+                xycoords=("data", "axes fraction"),
+                textcoords="offset points",
+                va="bottom",
+            )
     axes.grid(axis="y")
     for line, note in enumerate(notes):
         _warn(axes, 0.98 - ANNOTATION_HEIGHT * line, note)
@@ -166,8 +176,14 @@ def pair(axes: Axes, data: np.ndarray, samples: np.ndarray, labels: tuple[str, s
 
 
 def _warn(axes: Axes, height: float, text: str) -> None:
-    options: Any = {"ha": "right", "va": "top", "color": WARN, "weight": "bold"}
-    axes.text(1, height, text, transform=axes.transAxes, **options)
+    axes.text(
+        *(1, height, text),
+        transform=axes.transAxes,
+        ha="right",
+        va="top",
+        color=WARN,
+        weight="bold",
+    )
 
 
 def _bins(values: np.ndarray) -> np.ndarray:
@@ -222,12 +238,12 @@ def levels(
     of the log-SNR; ``bars`` has the half-widths of the bands around them."""
     for order, (name, curve) in enumerate(curves.items()):
         colour, line = ((ACCENT, INK)[order], "-") if name in bars else (MUTED, "--")
-        options: Any = {"color": colour, "zorder": 3 - order / 3}  # The first is on top.
-        axes.stairs(curve[::-1], edges[::-1], linestyle=line, label=name, baseline=None, **options)
+        # The first is on top.
+        stairs = partial(axes.stairs, edges=edges[::-1], color=colour, zorder=3 - order / 3)
+        stairs(curve[::-1], linestyle=line, label=name, baseline=None)
         if name in bars:
-            options |= {"alpha": 0.25, "fill": True, "linewidth": 0}
             low, high = curve - bars[name], curve + bars[name]
-            axes.stairs(high[::-1], edges[::-1], baseline=low[::-1], **options)
+            stairs(high[::-1], baseline=low[::-1], alpha=0.25, fill=True, linewidth=0)
     axes.legend(frameon=False, handlelength=1.2)
     axes.grid(axis="y")
     axes.set_ylim(bottom=0)

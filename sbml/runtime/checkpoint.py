@@ -29,7 +29,7 @@ import textwrap
 import time
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple, Self
+from typing import NamedTuple, Self
 
 import jax
 import numpy as np
@@ -44,8 +44,9 @@ from orbax.checkpoint.path import step as step_lib
 from sbml.runtime.files import remote
 from sbml.runtime.peers import LostProcessError
 from sbml.runtime.trees import leaf_crc32
+from sbml.types import Json, PyTree
 
-PyTree = Any
+Template = Callable[[Json], PyTree]
 OVERHEAD = 2**20  # bytes for the names, shapes and checksums of a checkpoint's arrays
 
 
@@ -69,7 +70,7 @@ class Restored(NamedTuple):
 
     step: int
     state: PyTree
-    metadata: dict[str, Any]
+    metadata: Json
     damaged: tuple[str, ...] = ()
 
 
@@ -79,7 +80,9 @@ class _FirstPastEach:
 
     interval: int
 
-    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> Sequence[bool]:
+    def should_preserve(
+        self, checkpoints: Sequence[ocp.training.CheckpointMetadata], *, context: object
+    ) -> Sequence[bool]:
         """Whether to keep each of ``checkpoints``, which are in ascending order."""
         passed = [c.step // self.interval for c in checkpoints]
         return [n > 0 and n not in passed[:i] for i, n in enumerate(passed)]
@@ -120,7 +123,7 @@ class Checkpoints:
         # The path of an object store is already absolute, and resolve() would make it invalid.
         self.directory = directory if directory.is_absolute() else directory.resolve()
         self._writer: ocp.training.Checkpointer | None = None
-        self._saving: tuple[int, Any] | None = None  # the save in progress: its step and response
+        self._saving: tuple[int, ocp.AsyncResponse[bool]] | None = None  # step and response
         self._missed: tuple[int, str] | None = None  # a last save that failed: its step, why
         self._tried = False  # whether a save has begun, or will be tried again
         self._damaged: set[int] = set()
@@ -136,7 +139,7 @@ class Checkpoints:
         steps = self.steps()
         return f"the newest checkpoint, {self.directory / str(steps[-1])}" if steps else "the start"
 
-    def metadata(self) -> dict[str, Any] | None:
+    def metadata(self) -> Json | None:
         """The metadata of the newest checkpoint with an undamaged manifest; None if there is none.
 
         No array is read.
@@ -150,7 +153,7 @@ class Checkpoints:
                 logging.error("Damaged checkpoint %s/%d: %s", self.directory, step, error)
         return None
 
-    def save(self, step: int, state: PyTree, metadata: dict[str, Any]) -> bool:
+    def save(self, step: int, state: PyTree, metadata: Json) -> bool:
         """Save ``state`` in the background; it may be donated as soon as this returns.
 
         The call waits for an earlier save, for the copy to the host and for the CRC32s (a second or
@@ -212,10 +215,11 @@ class Checkpoints:
                 raise self._unsaved() from error
             self._miss(step, str(error))
             return False
+        assert response is not None  # It is None only if a policy of Orbax skips this step.
         self._saving, self._tried = (step, response), True
         return True
 
-    def restore(self, template: Callable[[dict[str, Any]], PyTree]) -> Restored | None:
+    def restore(self, template: Template) -> Restored | None:
         """Read the newest undamaged checkpoint.
 
         Args:
@@ -250,7 +254,7 @@ class Checkpoints:
             "directory away to start again."
         )
 
-    def each(self, template: Callable[[dict[str, Any]], PyTree]) -> Iterator[Restored]:
+    def each(self, template: Template) -> Iterator[Restored]:
         """All undamaged checkpoints by their steps; ``template`` as for :meth:`restore`."""
         self.wait()
         for step in self.steps():
@@ -260,9 +264,7 @@ class Checkpoints:
             else:
                 yield restored
 
-    def _read(
-        self, step: int, template: Callable[[dict[str, Any]], PyTree]
-    ) -> tuple[Restored | None, str]:
+    def _read(self, step: int, template: Template) -> tuple[Restored | None, str]:
         """The checkpoint, or None and a description of its damage.
 
         All processes agree on which of the two it is.
@@ -403,7 +405,7 @@ class Checkpoints:
         self._damaged.clear()
 
 
-def _manifest(path: epath.Path) -> dict[str, Any]:
+def _manifest(path: epath.Path) -> Json:
     """``step``, ``leaves``, ``crc32s`` and ``metadata`` of the checkpoint ``path``, whose name is
     its step."""
     manifest = get_step_metadata(path).custom_metadata
@@ -416,7 +418,7 @@ def _manifest(path: epath.Path) -> dict[str, Any]:
     return manifest["manifest"]
 
 
-def _leaves(tree: PyTree) -> list[list[Any]]:
+def _leaves(tree: PyTree) -> list[list[str | list[int]]]:
     """``[path, shape, dtype]`` of each leaf, in the types that JSON returns."""
     return [
         [keystr(path, simple=True, separator="/"), list(leaf.shape), str(leaf.dtype)]
@@ -424,11 +426,11 @@ def _leaves(tree: PyTree) -> list[list[Any]]:
     ]
 
 
-def _text_crc32(body: dict[str, Any]) -> int:
+def _text_crc32(body: Json) -> int:
     return zlib.crc32(json.dumps(body, sort_keys=True).encode())
 
 
-def _text(leaf: list[Any] | None) -> str:
+def _text(leaf: list[str | list[int]] | None) -> str:
     """An entry of :func:`_leaves` for a message; None if there is no further entry."""
     return "no further leaf" if leaf is None else "{0} {2}{1}".format(*leaf)
 
@@ -461,7 +463,7 @@ def _leave_out_late_writes() -> None:
     """
     show = sys.unraisablehook
 
-    def without_late_writes(error: Any) -> None:
+    def without_late_writes(error: "sys.UnraisableHookArgs") -> None:
         if str(error.exc_value) != "Event loop is closed":
             show(error)
 

@@ -15,12 +15,14 @@ import uuid
 import zipfile
 import zlib
 from collections.abc import Mapping
-from typing import Any
 
 import numpy as np
 from absl import logging
 from etils import epath
+from jax.typing import ArrayLike
 from PIL import Image
+
+from sbml.types import Json
 
 CRC32 = "crc32"
 
@@ -59,12 +61,12 @@ def write_whole(path: epath.PathLike, content: bytes) -> None:
             partial.unlink(missing_ok=True)
 
 
-def write_npz(path: epath.PathLike, columns: Mapping[str, Any]) -> None:
+def write_npz(path: epath.PathLike, columns: Mapping[str, ArrayLike]) -> None:
     """Write arrays, or values that NumPy can convert to arrays.
 
     The same arrays give the same bytes, because NumPy stores no time stamp."""
     buffer = io.BytesIO()
-    np.savez(buffer, **columns)
+    np.savez(buffer, **columns)  # type: ignore[arg-type]  # No column is called allow_pickle.
     with zipfile.ZipFile(buffer, "a") as archive:
         archive.comment = _comment(0)
     content = buffer.getvalue()
@@ -110,17 +112,17 @@ def _comment(crc32: int) -> bytes:
     return f"{CRC32}={crc32:08x}".encode()
 
 
-def with_crc32(value: Mapping[str, Any]) -> dict[str, Any]:
+def with_crc32(value: Mapping[str, object]) -> Json:
     """``value`` with the CRC32 of its JSON text, in which Python writes all digits of floats."""
     return {**value, CRC32: zlib.crc32(json.dumps(value, sort_keys=True).encode())}
 
 
-def json_line(value: Mapping[str, Any]) -> str:
+def json_line(value: Mapping[str, object]) -> str:
     """An object of plain JSON values as a line of a file of JSON lines."""
     return json.dumps(with_crc32(value)) + "\n"
 
 
-def without_crc32(text: str | bytes) -> dict[str, Any]:
+def without_crc32(text: str | bytes) -> Json:
     """The object that :func:`with_crc32` received, from its JSON text; a ValueError if it has no
     checksum or another one."""
     value = json.loads(text)
@@ -132,12 +134,12 @@ def without_crc32(text: str | bytes) -> dict[str, Any]:
     return value
 
 
-def write_json(path: epath.PathLike, value: Mapping[str, Any]) -> None:
+def write_json(path: epath.PathLike, value: Mapping[str, object]) -> None:
     """Write an object of plain JSON values."""
     write_whole(path, json.dumps(with_crc32(value), indent=1).encode())
 
 
-def read_json(path: epath.PathLike, remedy: str = "remove it") -> dict[str, Any]:
+def read_json(path: epath.PathLike, remedy: str = "remove it") -> Json:
     """The object of a file that :func:`write_json` wrote; ``remedy`` as for :func:`read_npz`."""
     content = epath.Path(path).read_bytes()
     try:

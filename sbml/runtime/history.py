@@ -12,7 +12,6 @@ import platform
 import subprocess
 import time
 from collections.abc import Iterator
-from typing import Any
 
 import jax
 from absl import logging
@@ -20,12 +19,13 @@ from etils import epath
 
 from sbml import __version__
 from sbml.runtime.files import json_line, remote, write_whole
+from sbml.types import Json
 
 FILE = "history.jsonl"
 
 
 @functools.cache
-def origin() -> dict[str, Any]:
+def origin() -> dict[str, str | int]:
     """``code``, ``hardware``, and ``devices``: the number of accelerators, 0 without one.
 
     ``code`` is the version and, in a checkout, the commit, with "modified" if a file was modified.
@@ -51,7 +51,7 @@ def origin() -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def noted(workdir: epath.PathLike, mode: str, **about: Any) -> Iterator[None]:
+def noted(workdir: epath.PathLike, mode: str, **about: object) -> Iterator[None]:
     """A context that adds a row when it is left: ``mode``, :func:`origin`, the date and time (UTC)
     of its ``start`` and ``end``, its ``seconds``, the ``cpu_seconds`` of this process times the
     number of processes, and ``about``."""
@@ -72,7 +72,7 @@ def _utc(seconds: float) -> str:
     return time.strftime("%Y-%m-%d %H:%M", time.gmtime(seconds))
 
 
-def _append(path: epath.Path, row: dict[str, Any]) -> None:
+def _append(path: epath.Path, row: Json) -> None:
     """Add a row; a file that cannot be written does not end the mode."""
     line = json_line(row).encode()
     try:

@@ -17,7 +17,6 @@ import shlex
 import socket
 import sys
 from collections.abc import Iterator
-from typing import Any
 
 import jax
 import numpy as np
@@ -26,6 +25,7 @@ from filelock import FileLock, Timeout
 from jax.experimental import multihost_utils
 
 from sbml.runtime.files import remote, write_whole
+from sbml.types import Json
 
 PATIENCE = 0.2  # seconds; longer than the instant for which :func:`owner` shares a file lock
 
@@ -125,7 +125,7 @@ def _has_ended(note: epath.Path) -> bool:
     return process["process"] == os.getpid()
 
 
-def _read(note: epath.Path) -> dict[str, Any]:
+def _read(note: epath.Path) -> Json:
     try:
         return json.loads(note.read_text())
     except (OSError, ValueError):  # The file is being written or removed at this moment.

@@ -3,19 +3,24 @@
 import contextlib
 import time
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from absl import logging
 from etils import epath
 
 from sbml.runtime.files import json_line, remote, without_crc32, write_whole
+from sbml.types import Json
+
+if TYPE_CHECKING:
+    from tensorboardX.event_file_writer import EventsWriter
+    from tensorboardX.proto.summary_pb2 import Summary
 
 FILE = "metrics.jsonl"
 EARLIER = "metrics.jsonl.earlier"  # rows of a training that was begun again at step 0
 
 
-def read(workdir: epath.PathLike, name: str = FILE) -> list[dict[str, Any]]:
+def read(workdir: epath.PathLike, name: str = FILE) -> list[Json]:
     """The rows of the file ``name``, in order; an empty list if there is no file.
 
     A damaged line is left out with a warning that names it. A process that is killed while writing
@@ -24,7 +29,7 @@ def read(workdir: epath.PathLike, name: str = FILE) -> list[dict[str, Any]]:
     return _parse(epath.Path(workdir) / name)[0]
 
 
-def _parse(path: epath.Path) -> tuple[list[dict[str, Any]], list[str]]:
+def _parse(path: epath.Path) -> tuple[list[Json], list[str]]:
     """The rows of ``path``, and its damaged lines."""
     if not path.exists():
         return [], []
@@ -150,10 +155,10 @@ class _Board:
 
     def __init__(self, folder: str, first_step: int) -> None:
         self._folder, self._first_step = folder, first_step
-        self._file: Any = None
+        self._file: EventsWriter | None = None
         self._files, self._flushed = 0, -np.inf
 
-    def write(self, step: int, *summaries: Any) -> None:
+    def write(self, step: int, *summaries: "Summary") -> None:
         """Write the summaries of one step. The message of an OSError names the folder."""
         from tensorboardX.event_file_writer import EventsWriter
         from tensorboardX.proto.event_pb2 import Event, SessionLog

@@ -9,13 +9,13 @@ the state of a computation that goes step by step.
 import hashlib
 import json
 import time
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
 
 import jax
 import numpy as np
 from absl import logging
 from etils import epath
+from jax.typing import ArrayLike
 
 from sbml.runtime import sharding, versions
 from sbml.runtime.files import (
@@ -26,14 +26,15 @@ from sbml.runtime.files import (
     write_json,
     write_npz,
 )
+from sbml.types import Json
 
 
-def _digest(identity: dict[str, Any]) -> str:
+def _digest(identity: Mapping[str, object]) -> str:
     return hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:12]
 
 
 def compute_once(
-    root: epath.PathLike, name: str, identity: dict[str, Any], make: Callable[[], Any]
+    root: epath.PathLike, name: str, identity: Json, make: Callable[[], Mapping[str, ArrayLike]]
 ) -> dict[str, np.ndarray]:
     """The result of the first call of ``make`` for this ``identity``, stored in a file of ``root``.
 
@@ -56,7 +57,7 @@ class Resumable:
     """The state of one long computation, arrays by name, in a file of ``root`` that is usually
     written at most every ten seconds; ``identity`` describes the computation in JSON values."""
 
-    def __init__(self, root: epath.PathLike, name: str, identity: dict[str, Any]) -> None:
+    def __init__(self, root: epath.PathLike, name: str, identity: Json) -> None:
         self.path = epath.Path(root) / f"{name}_{_digest(identity)}.npz"
         self._written = time.monotonic()
 
@@ -64,7 +65,7 @@ class Resumable:
         """The last state that was stored; {} if there is none."""
         return intact_npz(self.path) or {}
 
-    def store(self, state: dict[str, Any], *, now: bool) -> None:
+    def store(self, state: Mapping[str, ArrayLike], *, now: bool) -> None:
         """Store ``state`` if ten seconds have passed, or in any case if ``now``."""
         if now or time.monotonic() - self._written > 10:
             self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -83,7 +84,7 @@ class Parts:
     computations use different folders. ``identity.json`` in it is for people.
     """
 
-    def __init__(self, root: epath.PathLike, identity: dict[str, Any]) -> None:
+    def __init__(self, root: epath.PathLike, identity: Json) -> None:
         self.directory = epath.Path(root) / _digest(identity)
         # Earlier fingerprints named the cell of an evaluation. Their rows are not read.
         names = () if self.directory.exists() else epath.Path(root).glob("*/identity.json")

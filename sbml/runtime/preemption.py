@@ -2,13 +2,14 @@
 
 import signal
 import threading
+from collections.abc import Callable
 from types import FrameType
-from typing import Any
 
 import jax
 from absl import logging
 from jax.experimental import multihost_utils
 
+_Handler = Callable[[int, FrameType | None], object] | int | signal.Handlers | None
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
@@ -30,7 +31,7 @@ class Preemption:
 
     def __init__(self) -> None:
         self._received: signal.Signals | None = None
-        self._previous: dict[signal.Signals, Any] = {}
+        self._previous: dict[signal.Signals, _Handler] = {}
 
     def __enter__(self) -> "Preemption":
         if jax.process_count() == 1 and threading.current_thread() is threading.main_thread():

@@ -7,7 +7,7 @@ one process or many; the mathematics contains no axis name.
 
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TypeVar
 
 import jax
 import numpy as np
@@ -18,9 +18,12 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from sbml.platform import compiler_options
 from sbml.runtime.state import TrainState
+from sbml.types import PyTree
+
+Tree = TypeVar("Tree")  # a pytree of arrays
 
 
-def data_mesh(devices: Sequence[Any] | None = None) -> Mesh:
+def data_mesh(devices: Sequence[jax.Device] | None = None) -> Mesh:
     """``devices`` along one axis, ``data``; by default all devices of all processes.
 
     The axis type is Auto, because with jax's default, Explicit, a vmapped loss over a sharded batch
@@ -43,7 +46,7 @@ def batch_sharding(mesh: Mesh, axis: int = 0) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(*[None] * axis, "data"))
 
 
-def longest_axis_shardings(tree: Any, mesh: Mesh) -> Any:
+def longest_axis_shardings(tree: PyTree, mesh: Mesh) -> PyTree:
     """The shardings that give devices equal parts of every leaf, split along its longest divisible
     axis.
 
@@ -51,7 +54,7 @@ def longest_axis_shardings(tree: Any, mesh: Mesh) -> Any:
     axis is replicated.
     """
 
-    def of(leaf: Any) -> NamedSharding:
+    def of(leaf: jax.Array | jax.ShapeDtypeStruct) -> NamedSharding:
         divisible = [axis for axis, size in enumerate(leaf.shape) if size and size % mesh.size == 0]
         if not divisible:
             return replicated(mesh)
@@ -65,10 +68,12 @@ def partitioned(
 ) -> optax.GradientTransformation:
     """``optimizer`` in parts: each device updates the parameters whose optimizer state it holds."""
 
-    def parts(tree: Any) -> Any:
+    def parts(tree: Tree) -> Tree:
         return jax.lax.with_sharding_constraint(tree, longest_axis_shardings(tree, mesh))
 
-    def update(grads: Any, state: Any, params: Any) -> tuple[Any, Any]:
+    def update(
+        grads: optax.Updates, state: optax.OptState, params: optax.Params
+    ) -> tuple[optax.Updates, optax.OptState]:
         # Sum the gradients over all devices first: otherwise XLA may gather activations instead.
         grads = jax.lax.with_sharding_constraint(grads, replicated(mesh))
         updates, state = optimizer.update(parts(grads), state, parts(params))
@@ -118,7 +123,7 @@ def put(array: np.ndarray, sharding: NamedSharding) -> jax.Array:
     return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
 
 
-def split(tree: Any) -> Any:
+def split(tree: PyTree) -> PyTree:
     """Global arrays from ``tree``, of which every process holds a whole copy, with equal parts on
     all devices."""
     where = batch_sharding(data_mesh())
@@ -139,12 +144,12 @@ def barrier(name: str) -> None:
     multihost_utils.sync_global_devices(name)
 
 
-def to_host(tree: Any) -> Any:
+def to_host(tree: PyTree) -> PyTree:
     """Global arrays as whole numpy arrays, in every process."""
     if jax.process_count() == 1:
         return jax.device_get(tree)
 
-    def whole(leaf: Any) -> Any:
+    def whole(leaf: jax.Array | np.ndarray) -> np.ndarray:
         # Gathering would wait for all computations that were dispatched before; this does not.
         if isinstance(leaf, jax.Array) and leaf.is_fully_replicated:
             return np.asarray(leaf.addressable_data(0))

@@ -13,7 +13,7 @@ use for their draws. A step draws before it updates them, so its loss stays unbi
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -21,16 +21,21 @@ import optax
 from flax import struct
 
 from sbml.platform import platform
-from sbml.types import Array, Key
+from sbml.types import Array, Key, PyTree
 
+Params = TypeVar("Params")
+Draws = TypeVar("Draws")
+# The losses of the examples (n,), or a tuple of such arrays whose sum is the loss.
+Losses = Array | tuple[Array, ...]
+SomeLosses = TypeVar("SomeLosses", bound=Losses)
+Metrics = dict[str, Array]
 # prepare(batch, key, statistics) -> per-example draws (leading axis n), once for the whole batch
-Prepare = Callable[[Any, Key, Any], Any]
+Prepare = Callable[[PyTree, Key, PyTree], PyTree]
 # observe(statistics, draws, what the loss gives) -> statistics
-Observe = Callable[[Any, Any, Any], Any]
-# loss(params, draws, frozen) -> per-example losses (n,), or a tuple of such arrays whose sum is the
-# loss; frozen are arrays that are not trained
-Loss = Callable[[Any, Any, Any], Any]
-Step = Callable[["TrainState", Any, Key, Any], tuple["TrainState", dict[str, Array]]]
+Observe = Callable[[PyTree, PyTree, Losses], PyTree]
+# loss(params, draws, frozen) -> losses; frozen are arrays that are not trained
+Loss = Callable[[PyTree, PyTree, PyTree], Losses]
+Step = Callable[["TrainState", PyTree, Key, PyTree], tuple["TrainState", Metrics]]
 
 
 class TrainState(struct.PyTreeNode):
@@ -45,14 +50,14 @@ class TrainState(struct.PyTreeNode):
     """
 
     step: Array
-    params: Any
-    ema_params: Any
-    opt_state: Any
-    statistics: Any = ()
+    params: PyTree
+    ema_params: PyTree
+    opt_state: optax.OptState
+    statistics: PyTree = ()
 
     @classmethod
     def create(
-        cls, params: Any, optimizer: optax.GradientTransformation, statistics: Any = ()
+        cls, params: PyTree, optimizer: optax.GradientTransformation, statistics: PyTree = ()
     ) -> "TrainState":
         """The state before the first step; the average starts at the parameters."""
         return cls(
@@ -64,21 +69,21 @@ class TrainState(struct.PyTreeNode):
         )
 
 
-def mean(losses: Any) -> Array:
+def mean(losses: Losses) -> Array:
     """The mean over the examples of what a ``Loss`` gives, a scalar."""
     return jnp.mean(functools.reduce(jnp.add, jax.tree.leaves(losses)))
 
 
 def value_and_grad(
-    loss: Callable[[Any, Any], Any], params: Any, draws: Any, accumulate: int
-) -> tuple[Any, Any]:
+    loss: Callable[[Params, Draws], SomeLosses], params: Params, draws: Draws, accumulate: int
+) -> tuple[SomeLosses, Params]:
     """What ``loss`` gives, and the gradient of its :func:`mean`, in ``accumulate`` equal
     micro-batches.
 
     On CPU the loop is unrolled: gradient convolutions inside a while loop are 20 times slower.
     """
 
-    def mean_loss(params: Any, draws: Any) -> tuple[Array, Any]:
+    def mean_loss(params: Params, draws: Draws) -> tuple[Array, SomeLosses]:
         losses = loss(params, draws)
         return mean(losses), losses
 
@@ -87,7 +92,7 @@ def value_and_grad(
         grads, losses = grad(params, draws)
         return losses, grads
 
-    def add(total: Any, part: Any) -> tuple[Any, Any]:
+    def add(total: Params, part: Draws) -> tuple[Params, SomeLosses]:
         new, losses = grad(params, part)
         return jax.tree.map(lambda a, b: a + b / accumulate, total, new), losses
 
@@ -127,8 +132,8 @@ def make_step(update: Update) -> Step:
     """
 
     def step(
-        state: TrainState, batch: Any, base_key: Key, frozen: Any
-    ) -> tuple[TrainState, dict[str, Array]]:
+        state: TrainState, batch: PyTree, base_key: Key, frozen: PyTree
+    ) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(base_key, state.step)
         draws = update.prepare(batch, key, state.statistics)
         losses, grads = value_and_grad(
@@ -158,7 +163,9 @@ def several(step: Step) -> Step:
     slower on CPU (see :func:`value_and_grad`).
     """
 
-    def steps(state: TrainState, batches: Any, base_key: Key, frozen: Any) -> Any:
+    def steps(
+        state: TrainState, batches: PyTree, base_key: Key, frozen: PyTree
+    ) -> tuple[TrainState, Metrics]:
         return jax.lax.scan(lambda s, b: step(s, b, base_key, frozen), state, batches)
 
     return steps

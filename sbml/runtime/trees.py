@@ -3,14 +3,13 @@
 import json
 import zlib
 from collections.abc import Mapping
-from typing import Any
 
 import jax
 import numpy as np
 from flax.traverse_util import flatten_dict
 from jax.experimental import multihost_utils
 
-Tree = Mapping[str, Any]
+from sbml.types import PyTree, Tree
 
 
 def differences(actual: Tree, expected: Tree) -> list[str]:
@@ -33,7 +32,7 @@ def differences(actual: Tree, expected: Tree) -> list[str]:
     )
 
 
-def tree_crc32(tree: Any) -> int:
+def tree_crc32(tree: PyTree) -> int:
     """One CRC32 of the bytes of all leaves, to test whether two pytrees have the same arrays."""
     crc32s = [leaf_crc32(jax.numpy.asarray(leaf)) for leaf in jax.tree.leaves(tree)]
     return zlib.crc32(json.dumps(crc32s).encode())

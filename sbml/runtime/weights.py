@@ -24,6 +24,8 @@ import safetensors
 from etils import epath
 from flax import serialization
 
+from sbml.types import PyTree
+
 _STORAGES = {
     "FloatStorage": np.dtype("<f4"),
     "DoubleStorage": np.dtype("<f8"),
@@ -39,7 +41,7 @@ _SAFETENSORS: dict[str, np.dtype] = {
 }
 
 
-def read(path: epath.PathLike, kind: str) -> dict[str, Any]:
+def read(path: epath.PathLike, kind: str) -> dict[str, PyTree]:
     """What is in the file ``path``, which is of this ``kind``.
 
     Raises:
@@ -56,7 +58,7 @@ def read(path: epath.PathLike, kind: str) -> dict[str, Any]:
         ) from error
 
 
-def _msgpack(content: bytes) -> dict[str, Any]:
+def _msgpack(content: bytes) -> dict[str, PyTree]:
     tree = serialization.msgpack_restore(content)
     if not isinstance(tree, dict):
         raise ValueError(f"it holds a {type(tree).__name__}, no dictionary of arrays")
@@ -101,8 +103,8 @@ class _Reader(pickle.Unpickler):
         self.file.seek(start)
         return super().load()
 
-    def find_class(self, module: str, name: str) -> Any:
-        known = {
+    def find_class(self, module: str, name: str) -> object:
+        known: dict[str, object] = {
             "collections.OrderedDict": OrderedDict,
             "torch._utils._rebuild_tensor_v2": _tensor,
             "torch._utils._rebuild_parameter": lambda data, *_: data,
@@ -112,13 +114,13 @@ class _Reader(pickle.Unpickler):
             return known[f"{module}.{name}"]
         raise pickle.UnpicklingError(f"it refers to {module}.{name}")
 
-    def persistent_load(self, saved: Any) -> np.ndarray:
+    def persistent_load(self, saved: tuple) -> np.ndarray:
         _, dtype, key, _, count, *_ = saved
         return self.storages(str(key), dtype, int(count))
 
 
 def _tensor(
-    storage: np.ndarray, offset: int, size: tuple[int, ...], stride: tuple[int, ...], *_: Any
+    storage: np.ndarray, offset: int, size: tuple[int, ...], stride: tuple[int, ...], *_: object
 ) -> np.ndarray:
     last = offset + sum((n - 1) * step for n, step in zip(size, stride, strict=True))
     if min(offset, 0, *size, *stride) < 0 or (0 not in size and last >= storage.size):
@@ -179,7 +181,7 @@ def _legacy(file: io.BytesIO) -> dict[str, np.ndarray]:
     return tensors
 
 
-_KINDS: dict[str, Callable[[bytes], dict[str, Any]]] = {
+_KINDS: dict[str, Callable[[bytes], dict[str, PyTree]]] = {
     "PyTorch state dict": _pytorch,
     "safetensors file": _safetensors,
     "flax msgpack file": _msgpack,

@@ -36,6 +36,7 @@ from sbml.runtime.files import (
     write_npz,
     write_whole,
 )
+from sbml.types import Json
 
 ARCHITECTURE = "architecture.json"
 CODEC = "codec.json"
@@ -158,9 +159,10 @@ class Workdir(os.PathLike):
         """Whether the file ``name`` is there."""
         return (self / name).exists()
 
-    def read(self, name: str) -> dict[str, Any]:
+    def read(self, name: str) -> Json:
         """What :meth:`write` wrote to ``name``: the arrays of an .npz or the object of a .json."""
-        read: Callable[..., dict[str, Any]] = read_npz if name.endswith(".npz") else read_json
+        read: Callable[[epath.PathLike, str], Json]
+        read = read_npz if name.endswith(".npz") else read_json
         found, remedy = read(self / name, self._remedy(name)), self._remedy(name)
         try:
             _form(name).model_validate(found)
@@ -183,7 +185,7 @@ class Workdir(os.PathLike):
 
     # Only process 0 writes.
 
-    def write(self, name: str, content: Mapping[str, Any]) -> None:
+    def write(self, name: str, content: Mapping[str, object]) -> None:
         """Write arrays to an .npz or plain JSON values to a .json, completely or not at all."""
         write: Callable[..., None] = write_npz if name.endswith(".npz") else write_json
         if jax.process_index() == 0:

@@ -11,7 +11,7 @@ sqrt(t), or ``log_snr``, even in log-SNR, which suits samplers with few steps.
 
 import abc
 import dataclasses
-from typing import Annotated, Any, Protocol, runtime_checkable
+from typing import Annotated, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +27,7 @@ from sbml.types import (
     Array,
     Example,
     Key,
+    PyTree,
     Scalar,
     Score,
     deterministic,
@@ -122,21 +123,25 @@ class FixedSteps(abc.ABC):
         """The number of network evaluations for one sample."""
         return self.steps * (1 + self.corrector.nfe)
 
-    def init(self, z: Example) -> Any:
+    def init(self, z: Example) -> PyTree:
         """The state that is passed from step to step together with x."""
         return ()
 
     @abc.abstractmethod
     def step(
-        self, score: Score, sde: SDE, x: Example, carry: Any, times: Triple, z: Example
-    ) -> tuple[Example, Any]:
+        self, score: Score, sde: SDE, x: Example, carry: PyTree, times: Triple, z: Example
+    ) -> tuple[Example, PyTree]:
         """x at ``times[2]`` from x at ``times[1]`` with noise ``z``; ``times[0]`` is before it.
 
         Returns:
           x ``(*s)`` and the new state.
         """
 
-    def _scan(self, score: Score, sde: SDE, z: Example, key: Key, eps: Number, keep: bool) -> Any:
+    def _scan(
+        self, score: Score, sde: SDE, z: Example, key: Key, eps: Number, keep: bool
+    ) -> tuple[Example, PyTree, Times]:
+        """The sample, the results of all steps ``(steps, *s)`` or without ``keep`` None, and the
+        times."""
         sde.check_time(eps)
         z = in_full_precision(z)
         times = grid(sde, eps, self.steps, self.spacing)
@@ -144,7 +149,9 @@ class FixedSteps(abc.ABC):
         before = jnp.concatenate([2 * times[:1] - times[1:2], times[:-2]])
         triples = jnp.stack([before, times[:-1], times[1:]], axis=1)
 
-        def one(state: Any, inputs: Any) -> Any:
+        def one(
+            state: tuple[Example, PyTree], inputs: tuple[Array, Triple]
+        ) -> tuple[tuple[Example, PyTree], Example | None]:
             x, carry = state
             i, triple = inputs
             step_key = jax.random.fold_in(key, i)

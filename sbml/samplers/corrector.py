@@ -19,7 +19,7 @@ Reference: Song et al., "Score-Based Generative Modeling through SDEs", ICLR 202
 
 import dataclasses
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -84,16 +84,26 @@ class AnnealedLangevin(Langevin):
         return 2 * (sde.mean_coef(s) / sde.mean_coef(t) * self.snr * sde.std(t)) ** 2
 
 
-def _counts_evaluations(corrector: Any) -> bool:
+def _counts_evaluations(corrector: object) -> bool:
     """Whether it is an instance with an integer ``nfe``, and not a class."""
     return isinstance(getattr(corrector, "nfe", None), int) and not isinstance(corrector, type)
 
 
 if TYPE_CHECKING:
-    Corrector = Any
+
+    class Corrector(Protocol):
+        """The interface of every corrector."""
+
+        @property
+        def nfe(self) -> int: ...
+
+        def __call__(
+            self, score: Score, sde: SDE, x: Example, s: Scalar, t: Scalar, key: Key
+        ) -> Example: ...
+
 else:
     Corrector = Annotated[
-        Callable[..., Any],
+        Callable[..., Example],
         condition("with an integer nfe, such as samplers.Langevin(steps=1)", _counts_evaluations),
     ]
 

@@ -15,7 +15,6 @@ Reference: Song et al., "Score-Based Generative Modeling through SDEs", ICLR 202
 
 import dataclasses
 import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +23,7 @@ from jaxtyping import Float, Shaped
 
 from sbml.door import checked
 from sbml.samplers._grid import FixedSteps, denoise
-from sbml.samplers.corrector import NoCorrector
+from sbml.samplers.corrector import Corrector, NoCorrector
 from sbml.scalars import Number, is_traced
 from sbml.sdes import SDE
 from sbml.streams import stream
@@ -55,7 +54,7 @@ class KnownPart:
     x_0: Image
     mask: Mask
     basis: Basis | None
-    corrector: Any = NoCorrector()
+    corrector: Corrector = NoCorrector()
 
     @property
     def nfe(self) -> int:
@@ -85,7 +84,8 @@ class KnownPart:
         x = self.replace_known(x, noisy(key))
         if not self.nfe:
             return x
-        single = dataclasses.replace(self.corrector, steps=1)
+        # Every corrector with steps is a dataclass.
+        single: Corrector = dataclasses.replace(self.corrector, steps=1)  # type: ignore[type-var]
         return jax.lax.scan(one, x, jax.random.split(stream(key, "corrector"), self.nfe))[0]
 
 

@@ -10,7 +10,6 @@ Reference: Lu et al. 2022, "DPM-Solver++", algorithm 2.
 """
 
 import dataclasses
-from typing import Any
 
 import jax.numpy as jnp
 
@@ -18,7 +17,7 @@ from sbml.door import typed
 from sbml.samplers._grid import FixedSteps, Spacing, Triple, denoise
 from sbml.scalars import Count
 from sbml.sdes import SDE
-from sbml.types import Example, Score
+from sbml.types import Array, Example, Score
 
 
 @typed
@@ -29,12 +28,18 @@ class DPMSolver(FixedSteps):
     steps: Count = 20
     spacing: Spacing = "log_snr"
 
-    def init(self, z: Example) -> Any:
+    def init(self, z: Example) -> tuple[Example, Array]:
         return jnp.zeros_like(z), jnp.asarray(0)
 
     def step(
-        self, score: Score, sde: SDE, x: Example, carry: Any, times: Triple, z: Example
-    ) -> tuple[Example, Any]:
+        self,
+        score: Score,
+        sde: SDE,
+        x: Example,
+        carry: tuple[Example, Array],
+        times: Triple,
+        z: Example,
+    ) -> tuple[Example, tuple[Example, Array]]:
         (last, i), (before, s, t) = carry, times
         x_0 = denoise(score, sde, x, s)
         # No time precedes the first step. This value keeps the branch that is not used finite.

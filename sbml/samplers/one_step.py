@@ -20,7 +20,7 @@ Implicit Models", ICLR 2021.
 """
 
 import dataclasses
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, ClassVar
 
 import jax.numpy as jnp
 
@@ -28,7 +28,7 @@ from sbml.door import typed
 from sbml.samplers._grid import FixedSteps, Spacing, Triple, predictions
 from sbml.scalars import Number, between
 from sbml.sdes import SDE
-from sbml.types import Example, Scalar, Score, deterministic
+from sbml.types import Example, PyTree, Scalar, Score, deterministic
 
 
 def forward(sde: SDE, t: Scalar, s: Scalar) -> tuple[Scalar, Scalar]:
@@ -44,8 +44,8 @@ class EulerMaruyama(FixedSteps):
     """The Euler-Maruyama method for the reverse SDE."""
 
     def step(
-        self, score: Score, sde: SDE, x: Example, carry: Any, times: Triple, z: Example
-    ) -> tuple[Example, Any]:
+        self, score: Score, sde: SDE, x: Example, carry: PyTree, times: Triple, z: Example
+    ) -> tuple[Example, PyTree]:
         s, h = times[1], times[1] - times[2]
         g = sde.diffusion(s)
         drift = sde.drift(x, s) - g**2 * deterministic(score, x, s)
@@ -56,8 +56,8 @@ class ReverseDiffusion(FixedSteps):
     """The discretisation of the reverse SDE that matches the forward chain (eq. 46)."""
 
     def step(
-        self, score: Score, sde: SDE, x: Example, carry: Any, times: Triple, z: Example
-    ) -> tuple[Example, Any]:
+        self, score: Score, sde: SDE, x: Example, carry: PyTree, times: Triple, z: Example
+    ) -> tuple[Example, PyTree]:
         a, b = forward(sde, times[2], times[1])
         return (2 - a) * x + b**2 * deterministic(score, x, times[1]) + b * z, carry
 
@@ -71,8 +71,8 @@ class DDIM(FixedSteps):
     eta: Annotated[Number, between(0, 1)] = 0.0
 
     def step(
-        self, score: Score, sde: SDE, x: Example, carry: Any, times: Triple, z: Example
-    ) -> tuple[Example, Any]:
+        self, score: Score, sde: SDE, x: Example, carry: PyTree, times: Triple, z: Example
+    ) -> tuple[Example, PyTree]:
         _, s, t = times
         x_0, noise = predictions(score, sde, x, s)
         drop = sde.log_snr(s) - sde.log_snr(t)

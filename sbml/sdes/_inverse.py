@@ -8,7 +8,6 @@ of t would lose it near 0.
 
 import math
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -51,7 +50,7 @@ def _bisect(f: Function, y: Elementwise, last: float) -> Elementwise:
     # In each interval, f >= y at the lower end and f < y at the upper end.
     low, high = (jnp.full(y.shape, end, integer) for end in (ends[0], ends[1] + 1))
 
-    def halve(_: Any, ends: tuple[Array, Array]) -> tuple[Array, Array]:
+    def halve(_: Array, ends: tuple[Array, Array]) -> tuple[Array, Array]:
         low, high = ends
         middle = low + (high - low) // 2
         above = f(jax.lax.bitcast_convert_type(middle, y.dtype)) >= y

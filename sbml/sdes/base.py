@@ -22,11 +22,12 @@ import functools
 import inspect
 import math
 from collections.abc import Callable
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 
 from sbml import compiler, pytrees, scalars
 from sbml.door import checked, condition, shown, typed
@@ -48,19 +49,24 @@ ELEMENTWISE = (
 )
 
 
-def _elementwise(method: Callable[..., Any]) -> Callable[..., Any]:
+Method = TypeVar("Method", bound=Callable[..., Any])
+
+
+def _elementwise(method: Method) -> Method:
     """``method`` with the checks that its formula then need not make: that XLA's sums are right,
     that the times are valid, and that the result has one number for each time. A constant is
     broadcast to the times."""
 
     @functools.wraps(method)
-    def inside(self: Any, *positional: Elementwise, **named: Elementwise) -> Any:
+    def inside(
+        self: "Kernel", *positional: Elementwise, **named: Elementwise
+    ) -> ArrayLike | tuple[ArrayLike, ...]:
         compiler.check()
         (t,) = (*positional, *named.values())
         if method.__name__ != "time":
             self.check_times(t)
 
-        def each(value: Any) -> Any:
+        def each(value: ArrayLike) -> ArrayLike:
             if np.ndim(value) and np.shape(value) != np.shape(t):
                 raise ValueError(
                     f"{type(self).__name__}.{method.__name__} returned shape {np.shape(value)} for "
@@ -71,23 +77,23 @@ def _elementwise(method: Callable[..., Any]) -> Callable[..., Any]:
         values = method(self, t)
         return tuple(map(each, values)) if isinstance(values, tuple) else each(values)
 
-    return inside
+    return cast(Method, inside)
 
 
-def _once(function: Callable[..., Any]) -> Callable[..., Any]:
+def _once(function: Method) -> Method:
     """``function``, computed once for each SDE and each precision; for an SDE that cannot be
     hashed, such as one of arrays, tracers or lists, in each call."""
     cached = functools.lru_cache(maxsize=512)(lambda dtype, *arguments: function(*arguments))
 
     @functools.wraps(function)
-    def call(*arguments: Any) -> Any:
+    def call(*arguments: object) -> object:
         try:
             hash(arguments)
         except TypeError:
             return function(*arguments)
         return cached(jnp.result_type(float), *arguments)
 
-    return call
+    return cast(Method, call)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,7 +15,7 @@ import abc
 import dataclasses
 import functools
 from collections.abc import Sequence
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -24,10 +24,10 @@ import numpy as np
 from sbml.door import typed
 from sbml.scalars import Number, between, one_of
 from sbml.sdes.base import SDE
-from sbml.types import Elementwise
+from sbml.types import Elementwise, T
 
 
-def _static(default: Any) -> Any:
+def _static(default: T) -> T:
     return dataclasses.field(default=default, metadata={"static": True})
 
 

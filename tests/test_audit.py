@@ -347,12 +347,18 @@ def test_ours_do_not_fail(estimator: Estimator) -> None:
     assert not report.failed, str(report)
 
 
+# Their errors are small compared with the noise of a call.
+NOISY = {"the logarithm of a mean of noisy traces", "few steps read as continuous"}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("mistake", mistakes.MISTAKES, ids=lambda m: m.estimator.name)
 def test_mistakes_are_caught(mistake: mistakes.Mistake) -> None:
-    world, calls, repetitions = (CHAIN, 8, 120) if "coverage" in mistake.fails else (TINY, 64, 0)
+    world, calls, repetitions = (CHAIN, 8, 80) if "coverage" in mistake.fails else (TINY, 32, 0)
     if "median" in mistake.estimator.name:  # In a world of nine images, the first is no outlier.
-        world, calls = {"gaussian": WORLDS["gaussian"]}, 32
+        world, calls = {"gaussian": WORLDS["gaussian"]}, 12
+    if mistake.estimator.name in NOISY:
+        calls = 64
     report = audit(mistake.estimator, world, calls=calls, repetitions=repetitions)
     assert report.failed == mistake.fails, str(report)
 

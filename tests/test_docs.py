@@ -63,7 +63,7 @@ def three_steps() -> Iterator[None]:
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("three_steps", "unchecked")
+@pytest.mark.usefixtures("three_steps")
 @pytest.mark.parametrize(
     ("name", "line", "code"), [pytest.param(*b, id=f"{b[0]}:{b[1]}") for b in LONGEST]
 )

@@ -302,7 +302,7 @@ def test_bits_per_dim_are_those_of_the_original_units_by_the_change_of_variables
     chosen = config()
     chosen.data.update(path=str(tmp_path / "images"), cache_dir=str(tmp_path / "cache"))
     # Steps of equal times are the same in both units, whatever their error is.
-    chosen.eval.update(method="heun", fixed_steps=8, solver_budget=1.0)
+    chosen.eval.update(fixed_steps=16, solver_budget=1.0)
     chosen.eval.update(estimators=("ode",), trace="exact", subset=1, batch_size=2)
     runs.mode(evaluate.run, runs.fitted(chosen, converted), converted)
     found = read_npz(converted / "per_image.npz")["ode_uniform_bits_per_dim"]
@@ -311,7 +311,7 @@ def test_bits_per_dim_are_those_of_the_original_units_by_the_change_of_variables
     score = from_prediction(
         lambda y, t: output(model(NETWORK), params, y, sde.step(t)), "noise", sde, batched=True
     )
-    trace, solver = sbml.divergence.Trace("exact"), sbml.ode.Solver(method="heun", fixed_steps=8)
+    trace, solver = sbml.divergence.Trace("exact"), sbml.ode.Solver(fixed_steps=16)
     density = sbml.Density(score, sde, SHAPE, trace=trace, solver=solver)
     # The bin of k in our units, [2 k / 256 - 1, 2 (k + 1) / 256 - 1), in theirs.
     k = np.stack([pictures.pixels(*SHAPE, seed=i) for i in range(2)])

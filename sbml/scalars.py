@@ -8,7 +8,7 @@ computed by JAX.
 import math
 import re
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Annotated, Any, SupportsFloat
+from typing import TYPE_CHECKING, Annotated, SupportsFloat
 
 import jax
 import jax.numpy as jnp
@@ -57,7 +57,7 @@ representable = condition("in the range of JAX's default precision", _representa
 Positive = Annotated[float, positive, representable]
 Count = Annotated[int, at_least(1)]
 if TYPE_CHECKING:
-    Number = Any
+    Number = float | jax.Array
 else:  # A float, or a scalar array.
     Number = Annotated[float | Real[jax.Array | np.ndarray | np.number, ""], representable]
 

@@ -4,6 +4,7 @@
 starts run without them, as users do.
 """
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -21,8 +22,19 @@ CHECKED = tuple(
 )
 
 _beartype = beartype(conf=BeartypeConf(is_pep484_tower=True))  # An int is a float, as for mypy.
+_checks: dict[Any, Callable[..., Any]] = {}
 
 
 def check(function: Callable[..., Any]) -> Callable[..., Any]:
-    """``function``, checked at every call."""
-    return _beartype(function)
+    """``function``, checked at every call.
+
+    jaxtyping gives functions whose bodies follow from their names and signatures, and a function
+    inside another is given again at every call of the other. So each check is made once.
+    """
+    key = (function.__module__, function.__qualname__, inspect.signature(function))
+    try:
+        if key not in _checks:
+            _checks[key] = _beartype(function)
+    except TypeError:  # A default has no hash.
+        return _beartype(function)
+    return _checks[key]

@@ -4,7 +4,6 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 from linen import normal, random_params, shapes
 from ml_collections import ConfigDict
@@ -77,9 +76,9 @@ def test_the_declared_platform_ends_with_its_context() -> None:
 SIZES = {"nf": 8, "ch_mult": (1, 2), "num_res_blocks": 1, "attn_resolutions": (4,)}
 
 
-def rematerialised(kind: str, **sizes: tuple) -> tuple[ncsnpp.Model, dict, Callable]:
+def rematerialised(kind: str) -> tuple[ncsnpp.Model, dict, Callable]:
     """A network with dropout and residual blocks of this kind, its parameters, and a loss."""
-    model = ncsnpp.Model(**{**SIZES, **sizes}, dropout=0.3, init_scale=1.0, resblock_type=kind)
+    model = ncsnpp.Model(**SIZES, dropout=0.3, init_scale=1.0, resblock_type=kind)
     x, label, keys = normal(1, 2, 8, 8, 3), jnp.array([1.0, 30.0]), {"dropout": jax.random.key(2)}
 
     def loss(model: ncsnpp.Model, params: dict) -> jax.Array:
@@ -100,21 +99,6 @@ def test_remat_stores_less_for_the_gradient(kind: str) -> None:
         return sum(leaf.size for leaf in jax.tree.leaves(backward))
 
     assert stored(model.clone(remat=True)) < 0.5 * stored(model)
-
-
-@pytest.mark.slow
-def test_remat_keeps_outputs_and_gradients() -> None:
-    """With and without remat, the dropout is the same."""
-    model, params, loss = rematerialised("biggan", ch_mult=(1,), attn_resolutions=(8,))
-
-    def results(model: ncsnpp.Model) -> tuple[jax.Array, dict]:
-        return jax.jit(jax.value_and_grad(lambda p: loss(model, p)))(params)
-
-    (value, grads), (again, recomputed) = results(model), results(model.clone(remat=True))
-    np.testing.assert_allclose(again, value, rtol=1e-5)
-    largest = max(float(np.abs(np.asarray(g)).max()) for g in jax.tree.leaves(grads))
-    for ours, theirs in zip(jax.tree.leaves(recomputed), jax.tree.leaves(grads), strict=True):
-        np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-5 * largest)
 
 
 def test_collectives_are_read_from_a_program() -> None:

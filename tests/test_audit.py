@@ -339,8 +339,22 @@ TINY: dict[str, worlds.World] = {"tiny": correlated(2, 3)}
 CHAIN: dict[str, worlds.World] = {"chain": worlds.chain(4, (1, 3, 1))}
 
 
+# ``--mode=verify`` audits each estimator and each mistake in larger worlds and with more calls, and
+# CI runs it. Here are one estimator of each kind, and one mistake for each set of checks that fail.
+OF_EACH_KIND = {
+    *("ODE, exact trace", "Density.bits_per_dim, one probe"),
+    *("bound", "bound on P(k), decoder"),
+}
+OURS = [estimator for estimator in ours.OURS if estimator.name in OF_EACH_KIND]
+FEW_MISTAKES = {
+    *("0.01 bits/dim below the truth", "test images dropped", "a total in bfloat16"),
+    *("few steps read as continuous", "outliers replaced by the median", "times drawn evenly"),
+}
+MISTAKES = [each for each in mistakes.MISTAKES if each.estimator.name in FEW_MISTAKES]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("estimator", ours.OURS, ids=lambda e: e.name)
+@pytest.mark.parametrize("estimator", OURS, ids=lambda e: e.name)
 def test_ours_do_not_fail(estimator: Estimator) -> None:
     """With an eighth of the usual calls, for which many numbers are unclear."""
     report = audit(estimator, TINY, calls=8, repetitions=0)
@@ -348,11 +362,13 @@ def test_ours_do_not_fail(estimator: Estimator) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mistake", mistakes.MISTAKES, ids=lambda m: m.estimator.name)
+@pytest.mark.parametrize("mistake", MISTAKES, ids=lambda m: m.estimator.name)
 def test_mistakes_are_caught(mistake: mistakes.Mistake) -> None:
-    world, calls, repetitions = (CHAIN, 8, 120) if "coverage" in mistake.fails else (TINY, 64, 0)
+    world, calls, repetitions = (CHAIN, 8, 120) if "coverage" in mistake.fails else (TINY, 32, 0)
     if "median" in mistake.estimator.name:  # In a world of nine images, the first is no outlier.
-        world, calls = {"gaussian": WORLDS["gaussian"]}, 32
+        world, calls = {"gaussian": WORLDS["gaussian"]}, 12
+    if "tight" in mistake.fails:  # Its error is small compared with the noise of a call.
+        calls = 64
     report = audit(mistake.estimator, world, calls=calls, repetitions=repetitions)
     assert report.failed == mistake.fails, str(report)
 
@@ -361,3 +377,4 @@ def test_each_mistake_has_its_mechanism() -> None:
     for mistake in mistakes.MISTAKES:
         assert len(mistake.estimator.nats.__doc__.split()) > 50
         assert mistake.fails <= set(CHECKS)
+    assert {mistake.fails for mistake in MISTAKES} == {each.fails for each in mistakes.MISTAKES}

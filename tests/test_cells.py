@@ -109,7 +109,7 @@ def test_noise_of_an_ode_cell_is_measured_by_a_second_draw_of_a_subset(trained, 
 def test_times_with_heavy_weights_are_warned_of_and_the_defaults_are_not(trained, tmp_path):
     """In the line of the terminal, and in the warnings and the row of the report."""
     for fields in ({}, {"importance": "velocity", "proposal_bins": 0}):
-        few = {"max_images": 40, "batch_size": 40, "sweeps": 3, **fields}
+        few = {"max_images": 40, "batch_size": 16, "sweeps": 3, **fields}
         run = cell_run(trained, tmp_path, BOUND, **few)
         number = run.finish()
         result, warnings = run.result(number), run.warnings(number)
@@ -121,7 +121,7 @@ def test_times_with_heavy_weights_are_warned_of_and_the_defaults_are_not(trained
 
 @pytest.mark.slow
 def test_another_seed_has_other_draws(trained, tmp_path):
-    few = {"batch_size": 16, "method": "heun", "fixed_steps": 2, "proposal_bins": 0}
+    few = {"batch_size": 16, "max_images": 16}  # Other tests compile these programs too.
     for cell in (ODE, BOUND):
         one, other = (
             numbers(cell_run(trained, tmp_path, cell, seed=s, **few), np.arange(4)) for s in (0, 1)
@@ -265,6 +265,6 @@ def test_target_se_sweeps_until_it_is_reached(trained, tmp_path):
 
 @pytest.mark.slow
 def test_a_target_is_not_judged_by_few_sweeps(trained, tmp_path):
-    run = cell_run(trained, tmp_path, BOUND, sweeps=1, target_se=1.0, max_images=20)
+    run = cell_run(trained, tmp_path, BOUND, sweeps=1, target_se=1.0, max_images=20, batch_size=16)
     result = run.finish()
     assert result.sweeps == 8 and 0 < result.this_set.stderr < 10

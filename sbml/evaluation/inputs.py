@@ -23,6 +23,7 @@ from sbml.runtime.checkpoint import Restored
 from sbml.runtime.parts import compute_once
 from sbml.runtime.preemption import Preemption
 from sbml.runtime.trees import tree_crc32
+from sbml.scalars import Number
 from sbml.streams import stream
 
 
@@ -84,7 +85,7 @@ class Inputs(Trained):
         arrays = compute_once(self.workdir / "eval", "control", self.train.fingerprint, fit)
         return GaussianControl(**{"basis": None, **arrays})
 
-    def reduction(self, eps: float) -> Reduction:
+    def reduction(self, eps: Number) -> Reduction:
         """How the variance of the bound from ``eps`` on is reduced. With ``eval.control`` or
         ``eval.proposal_bins``, a pilot on at most 256 images of the split decides it."""
         images, config = self.images, self.experiment.config.eval

@@ -115,7 +115,7 @@ class Trained:
 
     def density_of_rows(self, columns: int, **fields: Any) -> Density:
         """The density of the whitened rows of a table, as :meth:`density`."""
-        own = {"shape": (columns,), "levels": None}
+        own: dict[str, Any] = {"shape": (columns,), "levels": None}
         if self.experiment.config.eval.trace is None:
             own["trace"] = None  # An exact trace costs little in so few dimensions.
         return self.density(**own, **fields)

@@ -403,7 +403,9 @@ class Schedule(SDE):
     sigma: Callable[[Elementwise], Elementwise]
     smallest_time: Annotated[  # type: ignore[misc]
         Number, condition("in (0, 1)", lambda t: 0 < t < 1)
-    ] = dataclasses.field(default=1e-5, kw_only=True, metadata={"static": True})
+    ] = dataclasses.field(  # type: ignore[assignment]
+        default=1e-5, kw_only=True, metadata={"static": True}
+    )
 
     def mean_coef(self, t: Elementwise) -> Numbers:
         return _floating(self.alpha(t), t)

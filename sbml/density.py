@@ -673,7 +673,7 @@ class Density:
     def _by_ode(self, data: Examples, target: Target, condition: Any) -> Measurement:
         # A solve with a tenth of the tolerances measures the solver's error.
         ode.check_tolerances(self.solver, jnp.result_type(float), "solver.", factor=10)
-        # The numbers are those of the other adjoint, whose program takes longer to trace.
+        # The program of the adjoint "reverse" takes longer to trace, and gives the same numbers.
         solver = dataclasses.replace(self.solver, adjoint="forward")
         kind = WithLatent if target.levels is None else ode_estimator.Estimator
         first = jax.tree.map(lambda leaf: leaf[0], self._conditions(condition, (len(data),)))

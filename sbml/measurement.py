@@ -121,7 +121,8 @@ class Measurement:
         condition, as plain JSON values: the score with its parameters, and the data.
       seed: the seed of all random draws.
       batch_size: the number of examples that are computed at once.
-      multiple: each batch is padded to a multiple of this number, as several devices need it.
+      multiple: each batch is padded to a multiple of this number: the number of devices, or the
+        batch size, so that few rows need no program of their own.
       check: whether the subset is solved again, so that the errors are measured.
       progress: the title of the progress bars. If it is empty, there are no bars.
       shown: a function that maps ids and their numbers to the numbers whose mean a bar shows.

@@ -6,7 +6,7 @@
 
 For integers k of L levels, x = 2 (k + u) / L - 1, and there are more terms: ``dequantization``,
 log q of u, and ``scale``, the change of variables. ``scale`` is log2(L / 2) bits/dim, or for a
-dequantizer with ``at_noise`` log2(L / (2 alpha(eps))). Both terms of a bound are 0 if the
+dequantizer with ``at_noise`` log2(L / (2 alpha(eps))). These two terms of a bound are 0 if the
 dequantizer has its own bound. The ODE also has the term ``importance``, which is not 0 if several
 draws of u are averaged (``sbml.estimators.ode``). The sum of the terms is the bits/dim of the
 integers.

@@ -13,9 +13,10 @@ uses:
 A mode that cannot work raises a ValueError, which the program shows in one line. A function
 ``check(experiment, workdir, before)`` beside it raises one if the mode cannot work after the modes
 ``before``. It is called before the first mode runs. But if an earlier mode has neither
-``experiment`` nor ``trained``, such as a conversion, it makes the model, so the check follows it. ``--mode`` also takes a function of another package, as
-``package.module:function``. Files whose names begin with an underscore are parts that several
-modes share; ``_runner`` says what is done for every mode.
+``experiment`` nor ``trained``, such as a conversion, it makes the model, so the check follows it.
+``--mode`` also takes a function of another package, as ``package.module:function``. Files whose
+names begin with an underscore are parts that several modes share; ``_runner`` says what is done for
+every mode.
 """
 
 import ast

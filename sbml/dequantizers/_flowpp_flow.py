@@ -15,7 +15,7 @@ Reference: Ho et al. 2019 (Flow++), sections 3.1 to 3.3.
 
 from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import Any
 
 import jax.numpy as jnp
 from flax import linen as nn
@@ -24,9 +24,6 @@ from jax import lax
 from sbml.dequantizers import _flowpp_layers as layers
 from sbml.dequantizers import _mixture_logistic as mixture_logistic
 from sbml.types import Array, Batch, Key, Vector
-
-if TYPE_CHECKING:
-    from sbml.dequantizers import variational
 
 Pair = tuple[Array, Array]  # even columns and odd columns, (n, h, w / 2, c) each
 
@@ -98,7 +95,7 @@ class MixLogisticAttnCoupling(nn.Module):
     F is a mixture of logistics. The halves exchange places. The log-determinant is ``(n,)``.
     """
 
-    model: "variational.Model"
+    model: Any  # a ``variational.Model``
 
     @nn.compact
     def __call__(self, halves: Pair, *, context: Array, train: bool = False) -> tuple[Pair, Array]:
@@ -127,7 +124,7 @@ class MixLogisticAttnCoupling(nn.Module):
 class Flow(nn.Module):
     """The flow from noise ``(n, h, w, c)`` to the logits of u, given the image."""
 
-    model: "variational.Model"
+    model: Any  # a ``variational.Model``
 
     @nn.compact
     def __call__(self, image: Array, x: Array, *, train: bool = False) -> tuple[Array, Array]:

@@ -26,7 +26,7 @@ The context network reads the image and passes its features to the couplings.
 References: Ho et al. 2019 (Flow++), section 3.3; Song et al. 2021 use both flows.
 """
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -34,9 +34,6 @@ from flax import linen as nn
 from jax import lax
 
 from sbml.types import Array, Key
-
-if TYPE_CHECKING:
-    from sbml.dequantizers import variational
 
 VARIANCE_FLOOR = 1e-8
 CONTEXT_FILTERS = 32
@@ -182,7 +179,7 @@ def position_embedding(key: Key, x: Array, channels: int) -> Array:
 class CouplingNetwork(nn.Module):
     """Parameters of a coupling, ``features`` per pixel, from half of the image and the context."""
 
-    model: "variational.Model"
+    model: Any  # a ``variational.Model``
     features: int
 
     @nn.compact
@@ -205,7 +202,7 @@ class CouplingNetwork(nn.Module):
 class ContextProcessor(nn.Module):
     """Features of the image for the couplings: a convolution, then gated convolutions."""
 
-    model: "variational.Model"
+    model: Any  # a ``variational.Model``
 
     @nn.compact
     def __call__(self, x: Array, *, train: bool = False) -> Array:

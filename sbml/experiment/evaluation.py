@@ -148,7 +148,7 @@ class Eval(Solving):
     @property
     def proposal(self) -> str:
         """The name of the proposal of the bound's times, a key of ``times.PROPOSALS``."""
-        return proposal_name(self)
+        return proposal_name(self.section, self.importance, self.importance_sampling)
 
     def cells(self) -> list[Cell]:
         """The table that ``config.eval`` asks for, undefined cells included."""

@@ -31,9 +31,6 @@ NOISES = ("independent", "antithetic")
 # With likelihood weighting, importance sampling gives the squared error of one prediction the same
 # total weight at all times. The keys are these predictions, and the values are the names of the
 # proposals of the times.
-if TYPE_CHECKING:
-    from sbml.experiment.evaluation import Eval
-
 IMPORTANCE = {"noise": "importance", "velocity": "velocity"}
 
 
@@ -79,16 +76,15 @@ class Loop(Section):
         )
 
 
-def proposal_name(section: "Training | Eval") -> str:
-    """The name of the proposal of the times that ``importance_sampling`` and ``importance`` of a
-    section choose, a key of ``times.PROPOSALS``."""
-    if section.importance_sampling:
-        return IMPORTANCE[section.importance]
-    if section.importance != "noise":
-        name = section.section
+def proposal_name(section: str, importance: str, importance_sampling: bool) -> str:
+    """The name of the proposal of the times that these two fields of ``section`` choose, a key of
+    ``times.PROPOSALS``."""
+    if importance_sampling:
+        return IMPORTANCE[importance]
+    if importance != "noise":
         raise ValueError(
-            f"{name}.importance={section.importance} with {name}.importance_sampling=False: it has "
-            f"no effect on uniform times; set --config.{name}.importance_sampling=True"
+            f"{section}.importance={importance} with {section}.importance_sampling=False: it has "
+            f"no effect on uniform times; set --config.{section}.importance_sampling=True"
         )
     return "uniform"
 
@@ -168,7 +164,7 @@ class Training(Loop):
                 )
         if self.discrete_levels == 1:
             raise refusal("training.discrete_levels", 1, "0, or at least 2")
-        proposal_name(self)
+        proposal_name(self.section, self.importance, self.importance_sampling)
 
     @property
     def antithetic(self) -> bool:
@@ -198,7 +194,9 @@ class Training(Loop):
         if self.discrete_levels:
             return Grid(self.discrete_levels)
         with section_errors(self.name_of("smallest_time")):
-            return PROPOSALS[proposal_name(self)](sde, eps)
+            return PROPOSALS[
+                proposal_name(self.section, self.importance, self.importance_sampling)
+            ](sde, eps)
 
 
 class DequantizerTraining(Loop):

@@ -42,7 +42,7 @@ INTERNAL = {
     ),
     "sbml.networks.vdm": "default_groups, Block, Attention",
     "sbml.ode": "check_tolerances, check_precision, growth, most_evaluations, last_time, rms_norm",
-    "sbml.quadrature": "Past, lobatto_error, lone_step_error, beside_integral",
+    "sbml.quadrature": "lobatto_error, lone_step_error, beside_integral",
     "sbml.types": (
         "at_least_float32, full_precision, in_full_precision, half_precision, check_function"
     ),

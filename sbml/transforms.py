@@ -1,4 +1,4 @@
-r"""A change of variables: the score belongs to x, and the data are y = f(x).
+"""A change of variables: the score belongs to x, and the data are y = f(x).
 
     log p(y) = log p(x) + log |det df^-1/dy|,      x = f^-1(y)
 

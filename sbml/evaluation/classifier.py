@@ -6,6 +6,7 @@ pi_c is the share of class c in the training images, and P(k | c) is the likelih
 by the ODE with uniform dequantization. All classes have the same random draws.
 """
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -50,7 +51,8 @@ def classify(inputs: Inputs) -> dict[str, float]:
     if labels is None or seen is None or not config.classifier_images or why_none(inputs):
         return {}
     ids = inputs.ids(config.classifier_images)
-    density = inputs.density(batch_size=config.batch_size, subset=max(4, len(ids) // 8))
+    subset = max(4, len(ids) // 8)
+    density = dataclasses.replace(inputs.density(), batch_size=config.batch_size, subset=subset)
     identity = {
         **inputs.about,
         "ids": ids.tolist(),

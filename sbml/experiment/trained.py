@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 import warnings
 from collections.abc import Iterable
 from typing import Any
@@ -92,33 +93,30 @@ class Trained:
             "streams": streams.VERSION,
         }
 
-    def density(self, eps: Number | None = None, **fields: Any) -> Density:
+    def density(self, eps: Number | None = None) -> Density:
         """The density at the smallest time ``eps``, None for that of the evaluation, with the
-        settings of ``config.eval``; ``fields`` replace other fields of it."""
+        settings of ``config.eval``."""
         experiment, config = self.experiment, self.experiment.config.eval
         return Density(
             self.score,
             experiment.sde,
-            **{
-                "shape": experiment.shape,
-                "levels": experiment.levels,
-                "eps": experiment.eval_eps if eps is None else eps,
-                "trace": config.divergence(),
-                "solver": dataclasses.replace(config.solver(), adjoint="reverse"),
-                "batch_size": sharding.round_up(config.batch_size),
-                "seed": config.seed,
-                "budget": config.solver_budget,
-                "classes": self.classes,
-                **fields,
-            },
+            shape=experiment.shape,
+            levels=experiment.levels,
+            eps=experiment.eval_eps if eps is None else eps,
+            trace=config.divergence(),
+            solver=dataclasses.replace(config.solver(), adjoint="reverse"),
+            batch_size=sharding.round_up(config.batch_size),
+            seed=config.seed,
+            budget=config.solver_budget,
+            classes=self.classes,
         )
 
-    def density_of_rows(self, columns: int, **fields: Any) -> Density:
+    def density_of_rows(self, columns: int) -> Density:
         """The density of the whitened rows of a table, as :meth:`density`."""
-        own: dict[str, Any] = {"shape": (columns,), "levels": None}
-        if self.experiment.config.eval.trace is None:
-            own["trace"] = None  # An exact trace costs little in so few dimensions.
-        return self.density(**own, **fields)
+        config = self.experiment.config.eval
+        # Without a setting the trace is exact, which costs little in so few dimensions.
+        trace = config.divergence() if config.trace else None
+        return dataclasses.replace(self.density(), shape=(columns,), levels=None, trace=trace)
 
 
 def of_run(folder: Workdir, trust: Iterable[str]) -> Density:
@@ -134,7 +132,7 @@ def of_run(folder: Workdir, trust: Iterable[str]) -> Density:
                 f"{folder}: the model was trained on bin centres, so bits_per_dim is a loose "
                 "bound; --mode=eval with --config.eval.dequantizers=truncated_normal gives a "
                 "better one",
-                stacklevel=2,
+                stacklevel=3,  # the call of ``sbml.load``
             )
         return trained.density()
 
@@ -155,9 +153,10 @@ def _of_table(experiment: Experiment, folder: Workdir) -> Density:
                 f"{experiment.config.data.path} has other rows than those on which {folder} was "
                 "trained, so their whitening is not known: restore the file, or train again"
             )
-    candidates = {0: Restored(0, experiment.init_state(), {})}
-    candidates |= {each.step: each for each in experiment.restore_each(folder)}
-    if step not in candidates:
+    first = Restored(0, experiment.init_state(), {})
+    candidates = itertools.chain([first], experiment.restore_each(folder))
+    chosen = next((each for each in candidates if each.step == step), None)
+    if chosen is None:
         raise ValueError(f"no undamaged checkpoint of step {step} in {folder}: train again")
-    trained = Trained(experiment, candidates[step], folder)
-    return trained.density_of_rows(len(whitening.mean), transform=whitening)
+    of_rows = Trained(experiment, chosen, folder).density_of_rows(len(whitening.mean))
+    return dataclasses.replace(of_rows, transform=whitening)

@@ -179,8 +179,8 @@ def _chosen(
     # NumPy arrays at all steps, so that the program is compiled once. It serves the test rows too,
     # if there are more of them.
     candidates = {
-        each.step: Trained(experiment, jax.device_get(each), workdir).density_of_rows(
-            validation.shape[1],
+        each.step: dataclasses.replace(
+            Trained(experiment, jax.device_get(each), workdir).density_of_rows(validation.shape[1]),
             batch_size=min(config.eval.batch_size, len(validation)),
             subset=config.eval.subset or len(validation),
         )

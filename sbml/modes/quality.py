@@ -72,9 +72,9 @@ def run(experiment: Experiment, workdir: Workdir) -> None:
         logging.warning(warning)
     flip = (metadata or {}).get("config", {}).get("data", {}).get("flip", config.data.flip)
     values = distances_of_features(extract, images, reference(experiment, extract, train))
-    distances_to_training, shown = memorisation(images, train, test, flip)
+    distances_to_training, pictured = memorisation(images, train, test, flip)
     values |= distances_to_training
-    picture = png(grid(experiment, shown, columns=len(shown) // 2))
+    picture = png(grid(experiment, pictured, columns=len(pictured) // 2))
     workdir.write_bytes(NEIGHBOURS, picture)
     result = {
         **{"step": step, "values": values, "warnings": warnings, "data": train.fingerprint},

@@ -26,7 +26,8 @@ from sbml.runtime import history, peers, sharding
 from sbml.runtime.preemption import Preemption
 from sbml.runtime.workdir import Workdir
 
-MODELLED = {"experiment", "trained"}  # parameters of modes for which there is a fitting model
+# A mode with one of these parameters needs a config that fits the model in the work directory.
+MODELLED = {"experiment", "trained"}
 # Modes whose results the report shows, and those that may run while another process runs them too.
 REPORTED = {"eval", "sample", "quality", "compress", "decompress"}
 UNLOCKED = {"report", "stats"}

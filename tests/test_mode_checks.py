@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+import runs
 import tiny
 from ml_collections import ConfigDict
 
@@ -12,6 +13,8 @@ from sbml.experiment.compatibility import check_dequantizer
 from sbml.experiment.config import default
 from sbml.modes import eval as evaluate
 from sbml.modes import quality, train_dequantizer
+from sbml.modes._runner import Command
+from sbml.report import summary
 from sbml.runtime.workdir import SAMPLES, Workdir
 
 
@@ -74,3 +77,21 @@ def test_only_the_dequantizer_that_is_trained_is_evaluated(
         check_dequantizer(checked, metadata)
     with pytest.raises(ValueError, match=r"dequantizer.name=triangle: need one of"):
         default(dequantizer="triangle")
+
+
+def test_the_report_is_written_once_also_if_a_later_mode_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written: list[object] = []
+    monkeypatch.setattr(summary, "write", lambda folder, load: written.append(folder.path))
+
+    def done(workdir: Workdir) -> None:
+        pass
+
+    def fails(workdir: Workdir) -> None:
+        raise ValueError("stopped")
+
+    command = Command(runs.checked(tiny.get_config()), Workdir(tmp_path), {})
+    with pytest.raises(ValueError, match="stopped"):
+        command.execute({"eval": done, "sample": done, "quality": fails})
+    assert written == [Workdir(tmp_path).path]

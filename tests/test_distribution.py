@@ -1,5 +1,6 @@
 """``Density`` as a distribution: log p, samples and gradients under JAX's transformations."""
 
+import dataclasses
 import functools
 import types
 from typing import Any
@@ -247,6 +248,11 @@ def test_the_posterior_of_a_condition_is_that_of_bayes() -> None:
     assert found.solver_error.mean < 1e-3 and found.noise.mean == 0 and found.changed < 0.05
     with pytest.raises(ValueError, match="the score ignores its condition"):
         sbml.Density(lambda x, t, key, c: -x, VP(), (3,)).classify(x[:4], conditions)
+    # The conditions of a model with classes are the numbers of all classes.
+    of_classes = dataclasses.replace(d, classes=("a", "b", "c")).classify(x[:8])
+    np.testing.assert_array_equal(of_classes.log_prob, d.classify(x[:8], np.arange(3)).log_prob)
+    with pytest.raises(ValueError, match="this density has no classes"):
+        d.classify(x[:8])
     # With probes and integers, all classes have the same draws: the noise of differences is small.
     k = np.clip((x[:20] + 1) / 2 * 16, 0, 15).astype(int)
     noisy = sbml.Density(conditional(), SDE, (3,), eps=EPS, levels=16).classify(k, conditions)

@@ -47,10 +47,8 @@ from sbml.bound import FULL_DIMS, GaussianControl, Reduction
 from sbml.estimators import Cell
 from sbml.estimators.base import Rows, Target, rows
 from sbml.evaluation import cells, samples
-from sbml.experiment import config
+from sbml.experiment import config, objective
 from sbml.experiment.build import Experiment
-from sbml.modes import _loop as loop
-from sbml.modes import train
 from sbml.platform import compiling_for
 from sbml.runtime import sharding
 from sbml.runtime.state import TrainState
@@ -116,14 +114,14 @@ def _state(experiment: Experiment, mesh: Mesh) -> TrainState:
 def training(experiment: Experiment, mesh: Mesh) -> Any:
     """One training step."""
     same, split = sharding.replicated(mesh), sharding.batch_sharding(mesh)
-    update = train.update(experiment)
+    update = objective.update(experiment)
     options = experiment.config.training
     size = options.batch_size // options.rows_per_image
     pixels = jax.ShapeDtypeStruct((size, *experiment.shape), jnp.uint8, sharding=split)
     state = _state(experiment, mesh)
     key = shaped(jax.eval_shape(lambda: jax.random.key(0)), same)
     shard_state = experiment.config.training.shard_state
-    step = loop.compiled_step(update, mesh, state, shard_state=shard_state)
+    step = sharding.compiled_step(update, mesh, state, shard_state=shard_state)
     return step.lower(state, pixels, key, ())
 
 

@@ -287,9 +287,9 @@ MISTAKES = (
     # Data, keys, sharding and checkpoints.
     Mistake(
         "batch does not depend on its step",
-        "sbml/modes/_loop.py",
-        "images[start + dispatch * stride + i]",
-        "images[start + i]",
+        "sbml/modes/train.py",
+        "batches[start + dispatch * stride + i]",
+        "batches[start + i]",
         ("test_train_failures.py::test_the_rows_after_a_kill_are_means_over_all_of_their_steps",),
     ),
     Mistake(
@@ -301,7 +301,7 @@ MISTAKES = (
     ),
     Mistake(
         "noises and dequantization have one key",
-        "sbml/modes/train.py",
+        "sbml/experiment/objective.py",
         'split(stream(key, "rows"), n)',
         'split(stream(key, "dequantization"), n)',
         ("test_streams.py::test_a_key_has_one_use",),
@@ -329,7 +329,7 @@ MISTAKES = (
     ),
     Mistake(
         "a resumed run leaves out a step",
-        "sbml/modes/_loop.py",
+        "sbml/modes/train.py",
         "return restored.state, restored.step, provenance",
         "return restored.state, restored.step + 1, provenance",
         ("test_train_failures.py::test_the_rows_after_a_kill_are_means_over_all_of_their_steps",),
@@ -343,7 +343,7 @@ MISTAKES = (
     ),
     Mistake(
         "two devices draw the same noise",
-        "sbml/modes/train.py",
+        "sbml/experiment/objective.py",
         'split(stream(key, "rows"), n)',
         'split(stream(key, "rows"), n)[jnp.arange(n) % (n // 2)]',
         ("test_train_draws.py::test_antithetic_pairs_are_one_image_and_time_with_opposite_noise",),
@@ -357,7 +357,7 @@ MISTAKES = (
     ),
     Mistake(
         "other dequantization in training than in evaluation",
-        "sbml/modes/train.py",
+        "sbml/experiment/objective.py",
         "return bits.to_model(pixels, u, levels)",
         "return 2.0 * (pixels + u) / (levels - 1) - 1.0",
         ("test_train_draws.py::test_what_the_network_is_trained_on",),

@@ -42,12 +42,11 @@ from recipe_table import CELLS, table
 from sbml import data
 from sbml.evaluation import cells
 from sbml.evaluation.inputs import Inputs
-from sbml.experiment import build, compatibility
+from sbml.experiment import build, compatibility, objective
 from sbml.experiment.config import default, node_of
 from sbml.experiment.fields import unknown
 from sbml.experiment.trained import Trained
 from sbml.modes import train
-from sbml.modes._loop import NonFiniteLoss, compiled_step
 from sbml.networks import frequencies
 from sbml.runtime import cpu, sharding
 from sbml.runtime.workdir import Workdir
@@ -146,7 +145,7 @@ class Steps:
         pixels = experiment.images("train").images[:count]
         self.batch = sharding.put(np.asarray(pixels), sharding.batch_sharding(mesh))
         self.state = sharding.initial_state(experiment.init_state, mesh)
-        self.step = compiled_step(train.update(experiment), mesh, self.state)
+        self.step = sharding.compiled_step(objective.update(experiment), mesh, self.state)
         self.seconds(1)
 
     def seconds(self, steps: int) -> float:
@@ -257,7 +256,7 @@ def train_and_evaluate(plan: Plan, recipe: str, seed: int, steps: int) -> dict[s
                 copy_start(plan, seed, workdir)
             train.run(build.Experiment(config), Workdir(workdir))
             row["bits_per_dim"] = evaluate_run(config, Workdir(workdir))
-        except NonFiniteLoss as error:
+        except train.NonFiniteLoss as error:
             row["failed"] = str(error)
         shutil.rmtree(workdir, ignore_errors=True)
         return row

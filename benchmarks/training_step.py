@@ -29,9 +29,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from sbml import losses
-from sbml.experiment import build
+from sbml.experiment import build, objective
 from sbml.experiment.config import default
-from sbml.modes import train
 from sbml.networks import _layers
 from sbml.platform import compiler_options, one_cpu
 from sbml.runtime import cpu, sharding
@@ -110,18 +109,18 @@ def main() -> None:
     key = jax.random.key(0)
     initial = jax.block_until_ready(sharding.initial_state(e.init_state, mesh))
     kinds = {
-        "dsm_batch": train.loss_fn(e),
+        "dsm_batch": objective.loss_fn(e),
         "by hand": by_hand(e),
         "vmap of dsm": one_by_one(e),
-        "XLA's gradients": train.loss_fn(e),
-        "XLA alone": train.loss_fn(e),
+        "XLA's gradients": objective.loss_fn(e),
+        "XLA alone": objective.loss_fn(e),
     }
     steps, values = {}, {}
     for name, loss in kinds.items():
         plain = name in ("XLA's gradients", "XLA alone")
         _layers.one_cpu = (lambda: False) if plain else one_cpu
         step = jax.jit(
-            make_step(Update(train.prepare_fn(e), loss, e.optimizer, ema=0.9999)),
+            make_step(Update(objective.prepare_fn(e), loss, e.optimizer, ema=0.9999)),
             compiler_options={} if name == "XLA alone" else compiler_options(),
         )
         start = time.process_time()

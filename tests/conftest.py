@@ -65,10 +65,11 @@ def steps_compile_fast() -> Iterator[None]:
 
     Programs that the tests start in processes of their own use these options.
     """
-    from sbml.modes import _loop as loop
+    from sbml.runtime import sharding
 
+    options = sharding.compiler_options
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "compiler_options", dict)
+        patch.setattr(sharding, "compiler_options", lambda *level: options(*level) if level else {})
         yield
 
 

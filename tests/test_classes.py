@@ -16,7 +16,7 @@ from sbml import data, losses
 from sbml.data import Options
 from sbml.density import Density
 from sbml.evaluation import samples
-from sbml.experiment import build
+from sbml.experiment import build, objective
 from sbml.modes import eval as evaluate
 from sbml.modes import latents, sample, train, train_dequantizer
 from sbml.networks import NETWORKS
@@ -86,8 +86,8 @@ def test_the_loss_of_an_image_is_that_of_its_class() -> None:
     params = experiment.init_state().params
     params = jax.tree.map(lambda leaf: leaf + 0.05, params)
     batch = images.images[:4], labels[[3, 1, 4, 1]]
-    draws = jax.jit(train.prepare_fn(experiment))(batch, jax.random.key(1), jnp.ones((2, 32)))
-    found = jax.jit(train.loss_fn(experiment))(params, draws, ())
+    draws = jax.jit(objective.prepare_fn(experiment))(batch, jax.random.key(1), jnp.ones((2, 32)))
+    found = jax.jit(objective.loss_fn(experiment))(params, draws, ())
 
     @jax.jit
     def alone(row, label):

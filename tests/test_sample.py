@@ -16,9 +16,9 @@ from PIL import Image
 
 from sbml import bits, samplers
 from sbml.evaluation import samples
-from sbml.experiment import build
+from sbml.experiment import build, objective
 from sbml.experiment.trained import Trained
-from sbml.modes import sample, train
+from sbml.modes import sample
 from sbml.runtime.checkpoint import Restored
 from sbml.runtime.files import read_json, read_npz
 from sbml.runtime.preemption import Preemption
@@ -71,7 +71,7 @@ def test_an_image_does_not_depend_on_its_batch(
 def test_samples_of_each_kind_of_data_are_the_levels_that_were_trained_on(levels: int) -> None:
     k, noise = np.arange(levels), np.random.default_rng(0).uniform(-0.45, 0.45, (50, levels))
     for kind in ("none", "centre", "uniform"):
-        x = train.dequantize(k.astype(np.uint8), jax.random.key(0), kind, levels)
+        x = objective.dequantize(k.astype(np.uint8), jax.random.key(0), kind, levels)
         how = samples.Recipe(VE(), (1,), levels, 1e-3, samplers.DDIM(steps=3), False, kind)
         np.testing.assert_array_equal(how.pixels(jnp.asarray(x)), k)
         if kind != "uniform":  # The other kinds lie in the middle of a level's interval.

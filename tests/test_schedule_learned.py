@@ -13,7 +13,7 @@ import runs
 import tiny
 
 from sbml import bits, bound, discrete, losses, times
-from sbml.experiment import build
+from sbml.experiment import build, objective
 from sbml.modes import eval as evaluate
 from sbml.modes import sample, train
 from sbml.platform import compiler_options
@@ -88,7 +88,7 @@ def _bounds(adapter, pixels, keys, u, ends):
 def trained_ends(experiment, pixels, starts):
     """The ends that gradient descent on the training's loss reaches from each start. All steps have
     the same draws."""
-    prepare, loss = train.prepare_fn(experiment), train.loss_fn(experiment)
+    prepare, loss = objective.prepare_fn(experiment), objective.loss_fn(experiment)
     draws = [prepare(pixels, jax.random.key(i), ()) for i in range(12)]
 
     @jit
@@ -113,7 +113,7 @@ def trained_ends(experiment, pixels, starts):
 def test_the_loss_is_the_bound(gaussian):
     """For any ends, the mean of the training's loss over draws is the bound of an evaluation."""
     experiment, pixels = gaussian
-    prepare, loss = train.prepare_fn(experiment), train.loss_fn(experiment)
+    prepare, loss = objective.prepare_fn(experiment), objective.loss_fn(experiment)
 
     @jit
     def one(key, params):
@@ -150,7 +150,7 @@ def test_the_density_of_the_times_ignores_the_terms_at_the_ends(gaussian, noises
     experiment.adapter = gaussian[0].adapter
     empty, uneven = jnp.zeros((2, 8)), jnp.stack([jnp.ones(8), 4.0 ** jnp.arange(8)])
     prepare, loss, observe = (
-        f(experiment) for f in (train.prepare_fn, train.loss_fn, train.observe_fn)
+        f(experiment) for f in (objective.prepare_fn, objective.loss_fn, objective.observe_fn)
     )
     draws = jax.jit(prepare)(gaussian[1][:64], jax.random.key(0), uneven)
 

@@ -19,7 +19,6 @@ from jax.experimental import multihost_utils
 from configs import digits_vp
 from sbml.evaluation import samples
 from sbml.experiment import build, compatibility
-from sbml.modes import _loop as loop
 from sbml.modes import train
 from sbml.runtime import metrics, preemption
 from sbml.runtime.checkpoint import Checkpoints
@@ -331,7 +330,7 @@ def test_pictures_during_a_training_have_64_samples_at_most(tmp_path, monkeypatc
 
 def test_losses_read_late_as_on_accelerators_change_nothing(tmp_path, monkeypatch):
     for late in (0, 2):
-        monkeypatch.setattr(loop, "_in_flight", lambda late=late: late)
+        monkeypatch.setattr(train, "_in_flight", lambda late=late: late)
         config = tiny.get_config()
         config.training.num_steps = 6
         runs.mode(train.run, config, tmp_path / str(late))

@@ -12,7 +12,6 @@ import tiny
 from sbml import bound
 from sbml.dequantizers import variational
 from sbml.experiment import build
-from sbml.modes import _loop as loop
 from sbml.modes import eval as evaluate
 from sbml.modes import train, train_dequantizer
 from sbml.runtime import metrics, sharding
@@ -107,14 +106,16 @@ def test_a_dequantizer_with_nothing_to_train_is_refused():
 @pytest.mark.slow
 def test_the_settings_of_both_trainings_reach_the_loop(score, tmp_path, monkeypatch):
     """Seed, flips and the decay of each average; the loop's own tests show what they do."""
-    tasks = []
-    monkeypatch.setattr(loop, "run", lambda task, checkpoints: tasks.append(task))
+    learners = []
+    for mode in (train, train_dequantizer):
+        monkeypatch.setattr(mode, "fit", lambda *given: learners.append(given))
     config = config_of()
     config.seed, config.data.flip = 7, True
     config.optim.ema, config.dequantizer.optim.ema = 0.9, 0.8
     runs.mode(train.run, config, tmp_path)
     runs.mode(train_dequantizer.run, config, score)
-    assert [(t.seed, t.flip, t.update.ema) for t in tasks] == [(7, True, 0.9), (7, True, 0.8)]
+    found = [(e.config.seed, e.config.data.flip, each.update.ema) for e, _, each in learners]
+    assert found == [(7, True, 0.9), (7, True, 0.8)]
 
 
 @pytest.mark.slow

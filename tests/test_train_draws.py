@@ -8,9 +8,8 @@ import numpy as np
 import pytest
 import tiny
 
-from sbml.experiment import build
+from sbml.experiment import build, objective
 from sbml.losses import dsm_batch
-from sbml.modes import train
 from sbml.runtime import sharding
 from sbml.streams import stream
 
@@ -32,7 +31,7 @@ def plain_draws():
 def test_antithetic_pairs_are_one_image_and_time_with_opposite_noise():
     experiment = build.Experiment(variance_reducing())
     pixels = jnp.asarray(experiment.images("train").images[:32])
-    prepare = train.prepare_fn(experiment)
+    prepare = objective.prepare_fn(experiment)
     draws = prepare(pixels, jax.random.key(0), jnp.zeros((2, 8)))
     assert draws.x.shape == (64, 8, 8, 1)
     for field in (draws.x, draws.t, draws.weight, jax.random.key_data(draws.keys)):
@@ -57,7 +56,7 @@ def test_antithetic_pairs_and_density_leave_the_expected_loss_as_it_is():
     statistics = jnp.stack([jnp.ones(8), jnp.linspace(9.0, 0.1, 8)])
     means = []
     for e, s in ((plain, ()), (experiment, statistics)):
-        prepare, loss = train.prepare_fn(e), train.loss_fn(e)
+        prepare, loss = objective.prepare_fn(e), objective.loss_fn(e)
         one = jax.jit(lambda k, f=prepare, g=loss, s=s: g(params, f(pixels, k, s), ()).mean())
         means.append(np.array([one(jax.random.key(i)) for i in range(300)]))
     error = np.hypot(*(m.std() / np.sqrt(len(m)) for m in means))
@@ -66,11 +65,11 @@ def test_antithetic_pairs_and_density_leave_the_expected_loss_as_it_is():
 
 def test_statistics_are_those_of_the_pairs():
     experiment = build.Experiment(variance_reducing())
-    draws = train.prepare_fn(experiment)(
+    draws = objective.prepare_fn(experiment)(
         jnp.asarray(experiment.images("train").images[:32]), jax.random.key(0), jnp.zeros((2, 8))
     )
     losses = jnp.arange(64.0) ** 2
-    counts, sums = train.observe_fn(experiment)(jnp.ones((2, 8)), draws, losses)
+    counts, sums = objective.observe_fn(experiment)(jnp.ones((2, 8)), draws, losses)
     bins = np.floor(np.asarray(draws.v[::2]) * 8).astype(int)
     halves = 0.5 * (losses[::2] - losses[1::2]) ** 2
     np.testing.assert_allclose(counts, 0.99 + np.bincount(bins, minlength=8))
@@ -81,7 +80,7 @@ def test_what_the_network_is_trained_on():
     """A pixel is spread over its bin, or is the bin's centre, or the authors' 2 k / (L - 1) - 1."""
     pixels = jnp.tile(jnp.arange(17, dtype=jnp.uint8), 40)
     made = {
-        kind: np.asarray(train.dequantize(pixels, jax.random.key(0), kind, 17))
+        kind: np.asarray(objective.dequantize(pixels, jax.random.key(0), kind, 17))
         for kind in ("uniform", "centre", "none")
     }
     k = np.asarray(pixels, np.float64)
@@ -101,14 +100,14 @@ def test_in_discrete_time_the_loss_is_that_of_the_levels():
     params = experiment.adapter.init(jax.random.key(1), experiment.shape)
     params = jax.tree.map(lambda p: p + 0.1, params)  # The last layer begins at zero.
     pixels = jnp.asarray(experiment.images("train").images[:6])
-    draws = jax.jit(train.prepare_fn(experiment))(pixels, jax.random.key(0), ())
+    draws = jax.jit(objective.prepare_fn(experiment))(pixels, jax.random.key(0), ())
     level = draws.t * 24
     np.testing.assert_allclose(level, np.round(level), atol=1e-5)
     levels = experiment.sde.levels(25)
     score = dataclasses.replace(experiment.adapter, sde=levels, labels=experiment.sde)(params)
     how = {"weighting": "original"}
     expected = jax.jit(lambda d: dsm_batch(score, levels, d.x, d.t, d.keys, **how) / 64)(draws)
-    found = jax.jit(train.loss_fn(experiment))(params, draws, ())
+    found = jax.jit(objective.loss_fn(experiment))(params, draws, ())
     np.testing.assert_allclose(found, expected, rtol=1e-5)
 
 
@@ -128,7 +127,7 @@ def test_the_second_order_loss_is_added(sde, parameterization):
     params = experiment.adapter.init(jax.random.key(1), experiment.shape)
     params = jax.tree.map(lambda p: p + 0.05 * jnp.sin(jnp.arange(p.size).reshape(p.shape)), params)
     pixels = jnp.asarray(experiment.images("train").images[:4])
-    prepare = jax.jit(train.prepare_fn(experiment))
+    prepare = jax.jit(objective.prepare_fn(experiment))
     draws = prepare(pixels, jax.random.key(0), jnp.ones((2, 32)))
     score = experiment.adapter(params)
 
@@ -151,7 +150,7 @@ def test_the_second_order_loss_is_added(sde, parameterization):
             rows = loss(params, draws, ())
             return jnp.mean(rows), rows
 
-        pairs = (train.loss_fn(made) for made in (experiment, plain))
+        pairs = (objective.loss_fn(made) for made in (experiment, plain))
         return [jax.grad(mean, has_aux=True)(params, loss) for loss in pairs]
 
     (gradient, loss), (other, ordinary) = losses_and_gradients(params, draws)

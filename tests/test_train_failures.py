@@ -11,7 +11,6 @@ import tiny
 
 from sbml.experiment import build
 from sbml.experiment.optim import Optim
-from sbml.modes import _loop as loop
 from sbml.modes import train
 from sbml.runtime import checkpoint, metrics
 from sbml.runtime.checkpoint import Checkpoints, UnsavedCheckpointError
@@ -24,12 +23,12 @@ def diverge(monkeypatch):
 
 
 def test_a_non_finite_loss_read_late_is_named_and_never_saved(tmp_path, monkeypatch):
-    monkeypatch.setattr(loop, "_in_flight", lambda: 2)
+    monkeypatch.setattr(train, "_in_flight", lambda: 2)
     diverge(monkeypatch)
     config = tiny.get_config()
     config.optim.grad_clip = 0.0
     config.training.checkpoint_every = 4
-    with pytest.raises(loop.NonFiniteLoss, match=r"step 1: loss .*goes on from the start"):
+    with pytest.raises(train.NonFiniteLoss, match=r"step 1: loss .*goes on from the start"):
         runs.mode(train.run, config, tmp_path)
 
 
@@ -38,7 +37,7 @@ def test_non_finite_loss_stops_and_names_the_last_checkpoint(tmp_path, monkeypat
     config = tiny.get_config()
     config.optim.grad_clip = 0.0
     config.training.checkpoint_every = 1
-    with pytest.raises(loop.NonFiniteLoss, match=r"step \d+: loss ") as raised:
+    with pytest.raises(train.NonFiniteLoss, match=r"step \d+: loss ") as raised:
         runs.mode(train.run, config, tmp_path)
     restored = build.Experiment(config).restore(tmp_path)
     assert f"goes on from the newest checkpoint, {tmp_path}" in str(raised.value)
@@ -54,7 +53,7 @@ def test_a_loss_that_is_not_finite_is_the_error_even_if_no_checkpoint_was_saved(
     config.optim.grad_clip = 0.0
     config.training.checkpoint_every = 1
     monkeypatch.setattr(checkpoint, "shortage", lambda *_: "full")
-    with pytest.raises(loop.NonFiniteLoss, match="from the start"):
+    with pytest.raises(train.NonFiniteLoss, match="from the start"):
         runs.mode(train.run, config, tmp_path)
     assert "Remove the cause and run the same command again" in caplog.text
 

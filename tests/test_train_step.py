@@ -6,8 +6,7 @@ import pytest
 import runs
 import tiny
 
-from sbml.experiment import build
-from sbml.modes import _loop as loop
+from sbml.experiment import build, objective
 from sbml.modes import train
 from sbml.runtime import sharding
 
@@ -20,7 +19,9 @@ def one_step(**training):
     pixels = experiment.images("train").images[:64].reshape(2, 32, 8, 8, 1)
     state, key = sharding.initial_state(experiment.init_state, mesh), jax.random.key(0)
     dispatch = config.training.steps_per_dispatch
-    step = loop.compiled_step(train.update(experiment), mesh, state, steps_per_dispatch=dispatch)
+    step = sharding.compiled_step(
+        objective.update(experiment), mesh, state, steps_per_dispatch=dispatch
+    )
     if dispatch == 2:
         return step(state, pixels, key, ())
     state, first = step(state, pixels[0], key, ())

@@ -11,7 +11,7 @@ import runs
 from absl import flags
 
 from sbml import main
-from sbml.modes import _loop
+from sbml.modes import train
 
 ROWS = [
     line.split("\t")
@@ -42,7 +42,7 @@ def test_a_wrong_command_line_ends_with_one_line_that_names_the_mistake(
     config: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(main.cpu, "settle", lambda: None)
-    monkeypatch.setattr(_loop, "prefetch", lambda *_: pytest.fail("a training began"))
+    monkeypatch.setattr(train, "prefetch", lambda *_: pytest.fail("a training began"))
     for given, word in OF_CONFIG[config]:
         arguments = [f"--config={config}", f"--workdir={tmp_path}", *given.split(" ")]
         if "--mode" not in given:  # It says "no metrics" if it begins.

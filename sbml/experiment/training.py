@@ -21,6 +21,7 @@ from sbml.experiment.fields import (
 )
 from sbml.scalars import Number, notation
 from sbml.sdes import SDE, Kernel
+from sbml.streams import Name
 from sbml.times import DRAWS, PROPOSALS, Grid, Proposal
 
 if TYPE_CHECKING:
@@ -37,6 +38,7 @@ IMPORTANCE = {"noise": "importance", "velocity": "velocity"}
 class Loop(Section):
     """Settings of a training loop, for a score or a dequantizer."""
 
+    name: ClassVar[Name]  # of the stream of the steps' keys, and of the progress bar
     folder: ClassVar[str]  # folder of the checkpoints in the work directory
 
     batch_size: Positive = field(
@@ -75,6 +77,11 @@ class Loop(Section):
             keep_every=self.keep_every or None,
         )
 
+    @property
+    def rows_per_image(self) -> int:
+        """The number of rows that an image has in a batch; ``batch_size`` counts rows."""
+        return 1
+
 
 def proposal_name(section: str, importance: str, importance_sampling: bool) -> str:
     """The name of the proposal of the times that these two fields of ``section`` choose, a key of
@@ -93,6 +100,7 @@ class Training(Loop):
     """Settings of ``--mode=train``, the training of the score."""
 
     section: ClassVar[str] = "training"
+    name: ClassVar[Name] = "train"
     folder: ClassVar[str] = "checkpoints"
 
     likelihood_weighting: bool = field(
@@ -173,7 +181,7 @@ class Training(Loop):
 
     @property
     def rows_per_image(self) -> int:
-        """The number of rows that an image has in a batch."""
+        """The number of rows that an image has in a batch; ``batch_size`` counts rows."""
         return 2 if self.antithetic else 1
 
     @property
@@ -203,6 +211,7 @@ class DequantizerTraining(Loop):
     """Settings of the training of the dequantizer."""
 
     section: ClassVar[str] = "dequantizer.training"
+    name: ClassVar[Name] = "train dequantizer"
     folder: ClassVar[str] = "dequantizer/checkpoints"
 
     num_steps: Positive = field(300_000, "number of steps of the optimizer")

@@ -26,12 +26,11 @@ from sbml import data
 from sbml.data.table import Rows
 from sbml.density import Density
 from sbml.evaluation import densities
-from sbml.experiment import compatibility
+from sbml.experiment import compatibility, objective
 from sbml.experiment.build import Experiment
 from sbml.experiment.trained import Trained
 from sbml.intervals import mean_interval
-from sbml.modes import _loop as loop
-from sbml.modes import train
+from sbml.modes.train import Learner, fit
 from sbml.progress import over
 from sbml.report import table as page
 from sbml.runtime import metrics
@@ -76,10 +75,10 @@ def run(experiment: Experiment, workdir: Workdir) -> None:
     section, start = experiment.config.data, time.perf_counter()
     rows, validation, test = (section.load(split) for split in ("train", data.VALIDATION, "test"))
     assert isinstance(test, Rows)
-    config = experiment.config.replace(data=section.replace(shape=test.shape))
+    config = experiment.config.replace(data=section.replace(shape=test.shape, flip=False))
     experiment = Experiment(config)
     with jax.default_matmul_precision(config.eval.precision):
-        loop.run(_task(experiment, rows), config.training.checkpoints(workdir))
+        fit(experiment, workdir, _learner(experiment, rows))
         some = data.spread(len(validation), CHOICE)  # The first rows may all be alike.
         curve, step, density = _chosen(experiment, workdir, validation.images[some])
         baselines = densities.fit(*(s.images.astype(np.float64) for s in (rows, validation)))
@@ -143,7 +142,7 @@ def run(experiment: Experiment, workdir: Workdir) -> None:
     print(f"in {time.perf_counter() - start:.0f} s")
 
 
-def _task(experiment: Experiment, rows: data.ImageSet) -> loop.Task:
+def _learner(experiment: Experiment, rows: data.ImageSet) -> Learner:
     config = experiment.config
 
     def check(metadata: dict[str, Any]) -> None:
@@ -156,14 +155,11 @@ def _task(experiment: Experiment, rows: data.ImageSet) -> loop.Task:
                 "transformations: use another --workdir"
             )
 
-    return loop.Task(
-        name="train",
-        training=config.training,
+    return Learner(
+        section=config.training,
         images=rows,
-        seed=config.seed,
         init=experiment.init_state,
-        update=train.update(experiment, train.draws_fn(experiment)),
-        repeats=config.training.rows_per_image,
+        update=objective.update(experiment, objective.draws_fn(experiment)),
         provenance=experiment.provenance(rows),
         check=check,
     )

@@ -1,192 +1,77 @@
 """Trains a score: ``--mode=train``.
 
-    uint8 batch -> dequantize -> perturb -> score -> loss
+    params <- params + optimizer(gradient of the loss), ema <- decay ema + (1 - decay) params
 
-    loss = 1/d  mean over the batch of  weight(t) 1/2 w(t) ||sigma s(x_t, t) + z||^2     nats/dim
+``sbml.experiment.objective`` has the loss. To fine-tune a trained score with the second-order loss,
+repeat the command of its training with ``training.second_order`` and more ``training.num_steps``.
 
-where w(t) is the weighting of ``sbml.losses``, and weight(t) is one over the density of t
-(``sbml.times``). With likelihood weighting, the expectation of the loss is a bound on
--log p(x) / d, up to terms that do not depend on the score.
-
-If ``training.second_order`` is not 0, the second-order loss (``sbml.second_order``) is multiplied
-by it and added. To fine-tune a trained score with this loss, repeat the command of its training
-with ``training.second_order`` and more ``training.num_steps``.
+:func:`fit` is the training from its first line to its last one: it resumes, makes steps, logs,
+saves, validates and stops. It also trains dequantizers and the densities of tables, which differ in
+what is trained (:class:`Learner`). The batch of a step is a pure function of (seed, step), and the
+state holds everything else. So a killed run resumes from its newest undamaged checkpoint with
+bitwise the same result as without interruption.
 """
 
-import math
+import contextlib
+import dataclasses
+import functools
+from collections import deque
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
+from absl import logging
 
-from sbml import bits, bound, discrete, losses, second_order, times
+from sbml.data import ImageSet, prefetch, train_batches
 from sbml.evaluation import samples, validation
-from sbml.experiment import compatibility
+from sbml.experiment import compatibility, objective
 from sbml.experiment.build import Experiment
-from sbml.modes import _loop as loop
-from sbml.runtime.checkpoint import OtherModelError
-from sbml.runtime.state import Loss, Observe, Prepare, TrainState, Update
+from sbml.experiment.training import Loop, Training
+from sbml.platform import platform
+from sbml.progress import Bar
+from sbml.report.pictures import png
+from sbml.runtime import metrics, peers, sharding
+from sbml.runtime.checkpoint import Checkpoints, OtherModelError
+from sbml.runtime.history import noted
+from sbml.runtime.preemption import Preemption
+from sbml.runtime.state import TrainState, Update
 from sbml.runtime.workdir import Workdir
-from sbml.sdes import SDE
 from sbml.streams import stream
-from sbml.types import Array, Key, conditioned
 
 PICTURED = 64  # The largest number of samples that are drawn for a picture during the training.
 
 
-def dequantize(pixels: Array, key: Key, kind: str, levels: int) -> Array:
-    """The data x in [-1, 1] of uint8 ``pixels`` k of L = ``levels`` levels, of the same shape.
-
-        uniform     x = 2 (k + u) / L - 1, u uniform in [0, 1): a point in the bin
-        centre      x = 2 (k + 1/2) / L - 1: the centre of the bin
-        none        x = 2 k / (L - 1) - 1, as in the code of Song et al. 2021
-
-    ``kind`` is one of these names, the value of ``data.dequantization``.
-    """
-    if kind == "none":
-        return 2.0 * pixels / (levels - 1) - 1.0
-    u = jax.random.uniform(key, pixels.shape) if kind == "uniform" else 0.5
-    return bits.to_model(pixels, u, levels)
+class NonFiniteLoss(FloatingPointError):
+    """A loss or gradient is not finite, so that training cannot continue."""
 
 
-class DrawnBatch(NamedTuple):
-    """The random draws of a batch with n rows.
+@dataclasses.dataclass(frozen=True)
+class Learner:
+    """What is trained, and on which images.
 
     Attributes:
-      x: data ``(n, *s)`` in [-1, 1].
-      t: times ``(n,)``.
-      weight: the weights of the proposal, one over the density of t if v is uniform, ``(n,)``.
-      keys: a key for the noise of each row, ``(n,)``.
-      signs: the factors +1 and -1 of antithetic noises, ``(n,)``.
-      v: the points in [0, 1) that the proposal maps to times, ``(n,)``.
-      inverse: one over the density of v, ``(n,)``; it multiplies ``weight``.
-      label: the number of the class, ``(n,)``, or None.
+      section: the section of the config with the settings of the training.
+      images: the training images.
+      init: a function that makes the state before the first step.
+      update: what a step computes.
+      provenance: the origin of a checkpoint, stored as its metadata.
+      check: a function of a checkpoint's metadata that raises an OtherModelError if training must
+        not continue from it.
+      frozen: arrays that the loss needs and that are not trained.
+      validate: a function from the state to numbers for the log; None for no validation.
+      picture: a function from the state to a uint8 grid of samples; None for no pictures.
     """
 
-    x: Array
-    t: Array
-    weight: Array
-    keys: Key
-    signs: Array
-    v: Array
-    inverse: Array
-    label: Array | None = None
-
-
-def prepare_fn(experiment: Experiment) -> Prepare:
-    """A function that makes the draws of a batch of uint8 images, or of images and the numbers of
-    their classes."""
-    data, draws = experiment.config.data, draws_fn(experiment)
-
-    def prepare(batch: Any, key: Key, statistics: Array) -> DrawnBatch:
-        pixels, label = batch if experiment.adapter.classes else (batch, None)
-        dequantization = stream(key, "dequantization")
-        x = dequantize(pixels, dequantization, data.dequantization, data.levels)
-        return draws(x, key, statistics, label)
-
-    return prepare
-
-
-def draws_fn(experiment: Experiment) -> Callable[..., DrawnBatch]:
-    """A function that makes the draws of a batch of continuous data: one row for each example, or
-    two rows with antithetic noises. Its last argument is the numbers of the classes, or None."""
-    config = experiment.config
-    draw, antithetic = times.DRAWS[config.training.times], config.training.antithetic
-
-    def prepare(x: Array, key: Key, statistics: Array, label: Array | None = None) -> DrawnBatch:
-        n = len(x)
-        v, inverse = draw(stream(key, "times"), n)[:, 0], jnp.ones(n)
-        if config.training.proposal_bins:
-            scale = jnp.sqrt(statistics[1] / statistics[0])
-            v, inverse = times.warp(v, times.with_floor(scale))
-        t, weight = experiment.proposal.at(v)
-        keys = jax.random.split(stream(key, "rows"), n)
-        draws = DrawnBatch(x, t, weight, keys, jnp.ones(n), v, inverse, label)
-        if not antithetic:
-            return draws
-        # The two rows of an image are neighbours, so that they stay on the same device.
-        doubled = jax.tree.map(lambda a: jnp.repeat(a, 2, axis=0), draws)
-        return doubled._replace(signs=jnp.tile(jnp.array([1.0, -1.0]), n))
-
-    return prepare
-
-
-def loss_fn(experiment: Experiment) -> Loss:
-    """A function that gives the loss of each row, ``(n,)``, in nats/dim. With ``sde.learned`` it
-    gives two summands of the loss: that of the drawn time, and the terms at the ends."""
-    training, learned = experiment.config.training, experiment.config.sde.learned
-    dims = math.prod(experiment.shape)
-
-    def loss(params: Any, draws: DrawnBatch, frozen: Any) -> Any:
-        score, sde = experiment.trained_score(params)
-        score = conditioned(score, draws.label)
-        signs = draws.signs if training.antithetic else None
-        batch: tuple = (score, sde, draws.x, draws.t, draws.keys)
-        options: dict[str, Any] = {"weighting": training.weighting, "signs": signs}
-        if training.second_order:
-            probes = training.second_order_probes
-            first, second = second_order.dsm_batch(*batch, **options, probes=probes)
-            terms = first + training.second_order * second
-        else:
-            terms = losses.dsm_batch(*batch, **options)
-        terms = draws.weight * draws.inverse * terms / dims
-        return (terms, _end_terms(experiment, sde, draws) / dims) if learned else terms
-
-    return loss
-
-
-def _end_terms(experiment: Experiment, sde: SDE, draws: DrawnBatch) -> Array:
-    """The terms prior and reconstruction of the bound, in nats ``(n,)``.
-
-    A learned SDE needs their gradients, because they depend on its smallest and its largest noise.
-    """
-    noise, eps = discrete.Categorical(experiment.levels), jnp.asarray(experiment.adapter.eps)
-
-    def one(x: Array, key: Key, sign: Array) -> Array:
-        z = sign * jax.random.normal(stream(key, "reconstruction"), x.shape)
-        pixels = bits.to_pixels(x, experiment.levels)
-        return bound.prior_kl(sde, x) + discrete.reconstruction(sde, noise, pixels, eps, z)
-
-    return jax.vmap(one)(draws.x, draws.keys, draws.signs)
-
-
-def observe_fn(experiment: Experiment) -> Observe | None:
-    """A function that updates the statistics of the noise in bins of v (``times.tally``), from
-    which the next steps make the density of their times; None if there is no such density.
-
-    For antithetic noises the statistic is half of the squared difference of the two losses. The
-    difference is twice the part of the loss that is odd in z. This part cancels in the mean of the
-    two losses, but it is large where the gradient is noisy (docs/benchmarks/variance.md). Otherwise
-    the statistic is the loss, whose square root is nearly proportional to the norm of the gradient.
-    The terms at the ends of a learned SDE are left out, because they do not depend on the drawn
-    time.
-    """
-    training = experiment.config.training
-    if not training.proposal_bins:
-        return None
-
-    def observe(statistics: Array, draws: DrawnBatch, losses: Any) -> Array:
-        values, v = jax.tree.leaves(losses)[0] / draws.inverse, draws.v
-        if training.antithetic:
-            values, v = 0.5 * (values[::2] - values[1::2]) ** 2, v[::2]
-        return times.tally(statistics, v, values, decay=0.99)
-
-    return observe
-
-
-def update(experiment: Experiment, prepare: Prepare | None = None) -> Update:
-    """The update of one step of the training of the score; ``prepare`` makes the draws of a batch,
-    None for those of images."""
-    return Update(
-        prepare or prepare_fn(experiment),
-        loss_fn(experiment),
-        experiment.optimizer,
-        ema=experiment.config.optim.ema,
-        accumulate=experiment.config.training.accumulate,
-        observe=observe_fn(experiment),
-    )
+    section: Loop
+    images: ImageSet
+    init: Callable[[], TrainState]
+    update: Update
+    provenance: dict[str, Any]
+    check: Callable[[dict[str, Any]], None]
+    frozen: Any = ()
+    validate: Callable[[TrainState], dict[str, float]] | None = None
+    picture: Callable[[TrainState], np.ndarray] | None = None
 
 
 def check(experiment: Experiment, workdir: Workdir, before: Sequence[str]) -> None:
@@ -205,21 +90,11 @@ def run(experiment: Experiment, workdir: Workdir) -> None:
     """Train up to ``training.num_steps``, from the newest undamaged checkpoint of ``workdir`` on.
 
     Writes ``checkpoints/``, ``metrics.jsonl``, ``tensorboard/`` and ``samples/``. The errors are
-    those of ``_loop.run``.
+    those of :func:`fit`.
     """
     config, images = experiment.config, experiment.images("train")
-    labels = experiment.labels(images)
-    config.optim.warn_if_short(config.training.num_steps)
-
-    def picture(state: TrainState) -> np.ndarray:
-        now = experiment.with_learned_schedule(state.ema_params)
-        count = min(config.sampling.num_images, PICTURED)
-        return samples.grid(now, samples.preview(now, state.ema_params, count).images)
-
     provenance = experiment.provenance(images)
-    validate, every = None, config.training.validate_every
-    if every:
-        validate = validation.validator(experiment, images, provenance, workdir)
+    config.optim.warn_if_short(config.training.num_steps)
 
     def check_metadata(metadata: dict[str, Any]) -> None:
         compatibility.check_training(config, metadata)
@@ -229,20 +104,240 @@ def run(experiment: Experiment, workdir: Workdir) -> None:
                 "give them the same names, or use another --workdir"
             )
 
-    task = loop.Task(
-        name="train",
-        training=config.training,
+    def picture(state: TrainState) -> np.ndarray:
+        now = experiment.with_learned_schedule(state.ema_params)
+        count = min(config.sampling.num_images, PICTURED)
+        return samples.grid(now, samples.preview(now, state.ema_params, count).images)
+
+    learner = Learner(
+        section=config.training,
         images=images,
-        seed=config.seed,
-        flip=config.data.flip,
         init=experiment.init_state,
-        update=update(experiment),
-        repeats=config.training.rows_per_image,
+        update=objective.update(experiment),
         provenance=provenance,
         check=check_metadata,
+        validate=validation.validator(experiment, images, provenance, workdir)
+        if config.training.validate_every
+        else None,
         picture=picture,
-        validate=validate,
-        validate_every=every,
-        labels=labels,
     )
-    loop.run(task, config.training.checkpoints(workdir))
+    fit(experiment, workdir, learner)
+
+
+def fit(experiment: Experiment, workdir: Workdir, learner: Learner) -> None:
+    """Train up to ``num_steps`` of the learner's section, from the newest undamaged checkpoint on.
+
+    Beside the folder of the checkpoints, this writes ``metrics.jsonl``, ``tensorboard/`` and
+    ``samples/``.
+
+    Raises:
+      ValueError: the config cannot work, or there is a checkpoint of another model.
+      DamagedCheckpointError: there are checkpoints, and all of them are damaged.
+      NonFiniteLoss: a loss or gradient is not finite; the message names the step and the newest
+        checkpoint.
+      UnsavedCheckpointError: the last checkpoint could not be written.
+      LostProcessError: another process of this run is lost.
+      SystemExit: with status 143 after SIGTERM and 130 after Ctrl-C, when everything is saved.
+    """
+    section, images, seed = learner.section, learner.images, experiment.config.seed
+    _check_batch_size(section, images)
+    checkpoints, mesh = section.checkpoints(workdir), sharding.data_mesh()
+    folder, whole = checkpoints.directory.parent, sharding.replicated(mesh)
+    stride, total = section.steps_per_dispatch, section.num_steps  # A dispatch is stride steps.
+    validate_every = section.validate_every if isinstance(section, Training) else 0
+
+    # At the end of these contexts the last save is on disk.
+    with Preemption() as preemption, checkpoints, peers.watched(checkpoints.newest):
+        state, start, metadata = _restore(learner, checkpoints, mesh)
+        if (remaining := max(0, total - start)) % stride:
+            raise ValueError(
+                f"{section.name_of('steps_per_dispatch')}={stride} does not divide the {remaining} "
+                f"steps from {start} to {section.name_of('num_steps')}={total}; change either"
+            )
+
+        # What a step needs: its compiled update, its key, and its batch.
+        update = sharding.compiled_step(
+            *(learner.update, mesh, state),
+            steps_per_dispatch=stride,
+            shard_state=section.shard_state,
+        )
+        key = jax.jit(lambda: stream(jax.random.key(seed), section.name), out_shardings=whole)()
+        frozen = jax.device_put(learner.frozen, whole)
+        batches = train_batches(
+            images,
+            section.batch_size // section.rows_per_image,
+            seed,
+            flip=experiment.config.data.flip,
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+            labels=experiment.labels(images),
+        )
+        split = sharding.batch_sharding(mesh, axis=int(stride > 1))
+
+        def batch_of(dispatch: int) -> Any:
+            steps = [batches[start + dispatch * stride + i] for i in range(stride)]
+            batch = jax.tree.map(lambda *parts: np.stack(parts), *steps) if stride > 1 else steps[0]
+            place = functools.partial(jax.make_array_from_process_local_data, split)
+            return jax.tree.map(place, batch)
+
+        # What is done with the averaged parameters. If they were split over the devices, a sampler
+        # or an evaluation would gather them in each of its steps.
+        gather = jax.jit(lambda tree: tree, out_shardings=whole)
+
+        def averaged() -> TrainState:
+            return state.replace(ema_params=gather(state.ema_params))
+
+        def validates(step: int) -> bool:
+            """Whether the state after ``step`` is validated: the last one is, too."""
+            return validate_every > 0 and (step == total or _passed(step, stride, validate_every))
+
+        log = metrics.Log(folder, start, section.batch_size / section.rows_per_image)
+        if learner.validate and remaining:  # An error, as of too little memory, then comes at once.
+            with log.paused():
+                found = learner.validate(averaged())
+            if start and validates(start):  # The run may have stopped before this number.
+                log.validation(start, found)
+
+        done, in_flight = start, _in_flight()
+        pending: deque[tuple[int, Any]] = deque()  # dispatches whose losses are not read
+        with (
+            contextlib.closing(log),
+            Bar(section.name, "step", total, min(start, total)) as bar,
+            contextlib.closing(prefetch(batch_of, 0, remaining // stride)) as dispatches,
+            noted(folder, section.name, first=start) if remaining else contextlib.nullcontext(),
+        ):
+            for _, batch in dispatches:
+                state, values = update(state, batch, key, frozen)
+                done += stride
+                pending.append((done, values))
+
+                stop = preemption.requested()
+                saves = stop or done == total or _passed(done, stride, section.checkpoint_every)
+                # A run that stops is validated when it continues.
+                validated = validates(done) and not (stop and done < total)
+                pictured = _passed(done, stride, section.sample_every)
+                row = saves or validated  # They end a row: a run that goes on begins a new one.
+
+                while len(pending) > (0 if row or pictured else in_flight):
+                    end, values = pending.popleft()
+                    read = [sharding.to_host(values[name]) for name in ("loss", "grad_norm")]
+                    for step, (loss, norm) in enumerate(np.stack(read, -1).reshape(-1, 2).tolist()):
+                        if not (np.isfinite(loss) and np.isfinite(norm)):
+                            message = (
+                                f"step {end - stride + step}: loss {loss}, gradient norm {norm}"
+                            )
+                            raise NonFiniteLoss(f"{message}; {_remedy(section, checkpoints)}")
+                        log.add(loss, norm)
+                    if _passed(end, stride, section.log_every) or (row and not pending):
+                        log.row(end)
+                    bar.update(stride, log.text)
+
+                if saves:  # If no save succeeds from here on, ``checkpoints`` raises an error.
+                    checkpoints.save(done, state, metadata)
+                if validated and learner.validate:
+                    with log.paused():
+                        found = learner.validate(averaged())
+                    log.validation(done, found)
+                    bar.update(0, log.text)
+                if pictured and learner.picture:
+                    grid = learner.picture(averaged())
+                    log.picture(done, grid, png(grid))
+                if stop:
+                    break
+    # A signal during the last save also ends the process, before its next mode begins.
+    preemption.leave_if_requested(f"step {done} is saved")
+
+
+def _check_batch_size(section: Loop, images: ImageSet) -> None:
+    """Check that a batch divides into equal parts on each device, and has no image twice."""
+    devices, rows = jax.device_count(), section.rows_per_image
+    name, size = section.name_of("batch_size"), section.batch_size
+    parts = devices * section.accumulate * rows
+    if size % parts:
+        lower = size // parts * parts
+        raise ValueError(
+            f"{name}={size} is not a multiple of {parts} = {devices} devices x "
+            f"{section.accumulate} {section.name_of('accumulate')} x {rows} rows of an "
+            f"image; use {f'{lower} or ' if lower else ''}{lower + parts}"
+        )
+    if size > (largest := len(images) * rows):
+        raise ValueError(
+            f"{name}={size} takes {size // rows} different {images.unit}s a step, "
+            f"{images.name} has {len(images)}: use at most {largest}"
+        )
+
+
+def _restore(
+    learner: Learner, checkpoints: Checkpoints, mesh: jax.sharding.Mesh
+) -> tuple[TrainState, int, dict[str, Any]]:
+    """The state of the newest undamaged checkpoint, or the initial state; its step; and the
+    metadata of the checkpoints to come."""
+    section, images, provenance = learner.section, learner.images, learner.provenance
+    expected = sharding.abstract(learner.init, mesh, shard_state=section.shard_state)
+
+    def template(metadata: dict[str, Any]) -> TrainState:
+        learner.check(metadata)
+        return expected
+
+    restored = checkpoints.restore(template)
+    if restored is None:
+        if rows := metrics.read(checkpoints.directory.parent):
+            logging.warning(
+                "%s has no checkpoint, but %s reaches step %d: training begins again at step 0, "
+                "the old rows go to %s, and the old pictures to samples/*.earlier. If the "
+                "checkpoints were moved, stop this run, and put them and these files back",
+                *(checkpoints.directory, metrics.FILE, rows[-1]["step"], metrics.EARLIER),
+            )
+        state = sharding.initial_state(learner.init, mesh, shard_state=section.shard_state)
+        return state, 0, provenance
+    logging.info("Resuming from step %d of %s", restored.step, checkpoints.directory)
+    for warning in compatibility.other_data(restored.metadata, images):
+        logging.warning(warning)
+    if earlier := compatibility.earlier_data(restored.metadata, images):
+        provenance = {**provenance, "earlier_data": earlier}
+    changed = compatibility.changed_settings(
+        restored.metadata, learner.provenance, _prefix(section)
+    )
+    names = ", ".join(changed)
+    if changed and restored.step < section.num_steps:
+        logging.warning("training continues with other settings than it began with: %s", names)
+    elif changed or restored.step > section.num_steps:
+        logging.warning(
+            "nothing is trained: step %d is stored, and %s=%d. Changed: %s",
+            *(restored.step, section.name_of("num_steps"), section.num_steps),
+            names or "nothing else",
+        )
+    return restored.state, restored.step, provenance
+
+
+def _prefix(section: Loop) -> str:
+    """The prefix of the names of the sections beside this one: empty or ``dequantizer.``."""
+    return section.section.removesuffix("training")
+
+
+def _remedy(section: Loop, checkpoints: Checkpoints) -> str:
+    """What to do after a loss that is not finite, as the end of a message."""
+    try:
+        checkpoints.wait()
+    except Exception as error:  # What stops the training is the loss.
+        logging.error("the last checkpoint was not saved: %s", error)
+    optim = f"{_prefix(section)}optim"
+    return (
+        f"training stopped. The same command goes on from {checkpoints.newest()}, with the same "
+        f"batches: lower {optim}.lr or set a lower {optim}.grad_clip first (0 is no clipping)"
+    )
+
+
+def _in_flight() -> int:
+    """The number of dispatches ahead of the one whose loss is read, so that no device waits for the
+    host.
+
+    On CPU it is 0: the call of a step returns after its computation (``runtime.cpu``), so reading
+    losses later would save no time, and the measured times would be wrong.
+    """
+    return 0 if platform().name == "cpu" else 2
+
+
+def _passed(done: int, stride: int, every: int) -> bool:
+    """Whether the last ``stride`` steps passed a multiple of ``every`` (0: never)."""
+    return every > 0 and done // every > (done - stride) // every

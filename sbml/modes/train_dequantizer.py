@@ -19,7 +19,7 @@ import jax
 from sbml import bits, bound, times
 from sbml.experiment import compatibility
 from sbml.experiment.build import Experiment
-from sbml.modes import _loop as loop
+from sbml.modes.train import Learner, fit
 from sbml.runtime.checkpoint import OtherModelError
 from sbml.runtime.state import Loss, Prepare, Update
 from sbml.runtime.trees import tree_crc32
@@ -78,30 +78,26 @@ def run(experiment: Experiment, workdir: Workdir) -> None:
     """Train the dequantizer of ``config.dequantizer`` for the newest checkpoint of the score.
 
     Writes ``dequantizer/`` in ``workdir``: checkpoints, metrics and tensorboard. A killed run
-    resumes, as in ``train``; the errors are those of ``_loop.run``.
+    resumes, as in ``train``; the errors are those of ``train.fit``.
     """
-    config, section = experiment.config, experiment.config.dequantizer
+    section = experiment.config.dequantizer
     section.optim.warn_if_short(section.training.num_steps)
     experiment, restored = experiment.restored(workdir)
     images = experiment.images("train")
     score = {"step": restored.step, "crc32": tree_crc32(restored.state.ema_params)}
-    checkpoints = section.training.checkpoints(workdir)
 
     def check_metadata(metadata: dict[str, Any]) -> None:
         if metadata["score"] != score:
             raise OtherModelError(
-                f"{checkpoints.directory} was trained with score {metadata['score']}, but the "
-                f"newest checkpoint is {score}: move the directory away to start again, or restore "
-                "that score"
+                f"{workdir / section.training.folder} was trained with score {metadata['score']}, "
+                f"but the newest checkpoint is {score}: move the directory away to start again, or "
+                "restore that score"
             )
         compatibility.check_dequantizer(experiment.config, metadata)
 
-    task = loop.Task(
-        name="train dequantizer",
-        training=section.training,
+    learner = Learner(
+        section=section.training,
         images=images,
-        seed=config.seed,
-        flip=config.data.flip,
         init=lambda: experiment.init_dequantizer(images),
         update=Update(
             prepare_fn(experiment),
@@ -110,8 +106,8 @@ def run(experiment: Experiment, workdir: Workdir) -> None:
             ema=section.optim.ema,
             accumulate=section.training.accumulate,
         ),
-        frozen=restored.state.ema_params,
         provenance={**experiment.provenance(images), "score": score},
         check=check_metadata,
+        frozen=restored.state.ema_params,
     )
-    loop.run(task, checkpoints)
+    fit(experiment, workdir, learner)

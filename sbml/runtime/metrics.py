@@ -5,6 +5,7 @@ import time
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+import jax
 import numpy as np
 from absl import logging
 from etils import epath
@@ -139,6 +140,78 @@ class MetricsWriter:
                 self._rewrite()
             if self._board:
                 self._board.close()
+
+
+class Log:
+    """The log of a training: means over the steps of a row, for the files and the progress bar.
+
+    Only process 0 writes files: rows and pictures in the folder ``samples``. Pictures of steps
+    after ``start`` are removed, because the resumed run makes them again; but if the training
+    begins again at step 0, they get another name, because people may want them.
+
+    Attributes:
+      text: what the progress bar says about the last row.
+    """
+
+    def __init__(self, folder: epath.Path, start: int, images_per_step: float) -> None:
+        self.text, self._images_per_step, self._pictures = "", images_per_step, folder / "samples"
+        self._steps: list[tuple[float, float]] = []  # loss and grad_norm since the last row
+        self._since, self._writer = time.perf_counter(), None
+        if jax.process_index() > 0:
+            return
+        self._writer = MetricsWriter(folder, start)
+        for path in self._pictures.glob("step_*.png"):
+            if not path.stem[5:].isdecimal() or int(path.stem[5:]) <= start:
+                continue
+            if start:
+                path.unlink()
+                continue
+            aside = path
+            while aside.exists():
+                aside = aside.with_name(f"{aside.name}.earlier")
+            path.replace(aside)
+
+    def add(self, loss: float, grad_norm: float) -> None:
+        """Count one step."""
+        self._steps.append((loss, grad_norm))
+
+    def row(self, step: int) -> None:
+        """Write the means of the steps since the last row, of which ``step`` is the last one."""
+        now = time.perf_counter()
+        (loss, norm), count = map(float, np.mean(self._steps, axis=0)), len(self._steps)
+        self.text = f"loss {loss:.4f}, the mean of {count} steps"
+        if self._writer:
+            seconds, rate = now - self._since, count * self._images_per_step / (now - self._since)
+            values = {"loss": loss, "grad_norm": norm, "images_per_s": rate}
+            self._writer.scalars(step, {**values, "seconds": self._writer.seconds + seconds})
+        self._steps, self._since = [], now
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """A context whose time is not a time of the training."""
+        before = time.perf_counter()
+        yield
+        self._since += time.perf_counter() - before
+
+    def validation(self, step: int, found: dict[str, float]) -> None:
+        """Add the numbers of a validation to the last row, if it is that of ``step``."""
+        if self.text:
+            self.text += f", validation {found['validation_bits_per_dim']:.4f} bits/dim"
+        if self._writer:
+            self._writer.amend(step, found)
+
+    def picture(self, step: int, grid: np.ndarray, png: bytes) -> None:
+        """Write a picture of samples, uint8 ``(h, w, c)``, as a PNG file and to tensorboard."""
+        if self._writer:
+            with self._writer.tolerant(step):
+                self._pictures.mkdir(parents=True, exist_ok=True)
+                write_whole(self._pictures / f"step_{step:08d}.png", png)
+            self._writer.picture(step, grid)
+
+    def close(self) -> None:
+        """Write what is buffered or was not written before."""
+        if self._writer:
+            self._writer.close()
 
 
 class _Board:

@@ -5,6 +5,7 @@ computation is written for the *global* batch and gives the same result on one d
 one process or many; the mathematics contains no axis name.
 """
 
+import dataclasses
 import time
 from collections.abc import Callable, Sequence
 from typing import TypeVar
@@ -17,7 +18,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from sbml.platform import compiler_options
-from sbml.runtime.state import TrainState
+from sbml.runtime.state import TrainState, Update, make_step, several
 from sbml.types import PyTree
 
 Tree = TypeVar("Tree")  # a pytree of arrays
@@ -187,3 +188,37 @@ def check_shared(folder: epath.Path) -> None:
             f"processes {np.flatnonzero(~seen).tolist()} do not see what process 0 writes to "
             f"{folder}: set --workdir to a folder that all share, on a network disk or gs://"
         )
+
+
+def compiled_step(
+    update: Update,
+    mesh: jax.sharding.Mesh,
+    state: TrainState,
+    *,
+    steps_per_dispatch: int = 1,
+    shard_state: bool = False,
+) -> jax.stages.Wrapped:
+    """``update`` as a function ``(state, batch, key, frozen) -> (state, metrics)``, compiled for
+    the devices of ``mesh``. The memory of the old state is used for the new one (donated).
+
+    Args:
+      update: what a step computes.
+      mesh: the devices.
+      state: the state or its shapes, with shardings; the new state has the same shardings.
+      steps_per_dispatch: the number of steps in one call; if it is more than 1, the batches are
+        stacked along a leading axis.
+      shard_state: whether ``state`` is split over the devices (:func:`abstract`).
+    """
+    if shard_state:
+        optimizer = partitioned(update.optimizer, mesh)
+        update = dataclasses.replace(update, optimizer=optimizer)
+    step, stacked = make_step(update), steps_per_dispatch > 1
+    placement = jax.tree.map(lambda leaf: leaf.sharding, state)
+    whole, split = replicated(mesh), batch_sharding(mesh, axis=int(stacked))
+    return jax.jit(
+        several(step) if stacked else step,
+        in_shardings=(placement, split, whole, whole),
+        out_shardings=(placement, whole),
+        donate_argnums=0,
+        compiler_options=compiler_options(),
+    )

@@ -304,7 +304,7 @@ MISTAKES = (
         "sbml/experiment/objective.py",
         'split(stream(key, "rows"), n)',
         'split(stream(key, "dequantization"), n)',
-        ("test_streams.py::test_a_key_has_one_use",),
+        ("test_train_draws.py::test_antithetic_pairs_are_one_image_and_time_with_opposite_noise",),
     ),
     Mistake(
         "mask of the known part ignored",

@@ -43,6 +43,7 @@ import jax
 import jaxtyping
 import pytest
 import shapes
+from filelock import FileLock
 
 jaxtyping.install_import_hook(shapes.CHECKED, "shapes.check")
 
@@ -88,15 +89,18 @@ def unchecked(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="session")
 def digits_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The work directory of a training with ``tests/tiny.py``. Tests only read it; those that write
-    make a link to its folder ``checkpoints`` in a work directory of their own."""
+    """The work directory of a training with ``tests/tiny.py``, which all workers share. Tests only
+    read it; those that write make a link to its folder ``checkpoints`` in one of their own."""
     import runs
     import tiny
 
     from sbml.modes import train
 
-    workdir = tmp_path_factory.mktemp("digits_model")
-    runs.mode(train.run, tiny.get_config(), workdir)
+    base = tmp_path_factory.getbasetemp()
+    workdir = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "digits_model"
+    with FileLock(f"{workdir}.lock"):
+        if not workdir.exists():
+            runs.mode(train.run, tiny.get_config(), workdir)
     return workdir
 
 

@@ -237,6 +237,7 @@ def smooth(n, side, rng):
     return 3 * x.reshape(n, -1)
 
 
+@pytest.mark.slow
 def test_a_control_of_few_data_is_hardly_worse_than_none():
     """64 dimensions. Full covariances of few data have eigenvalues that are far too
     small, so a control with the coefficient 1 can have many times the noise of none."""

@@ -368,6 +368,7 @@ def test_parity_changes_any_config_to_the_authors() -> None:
             get_config(name)
 
 
+@pytest.mark.slow
 def test_a_config_with_an_argument_has_its_own_run_and_fields(tmp_path: pathlib.Path) -> None:
     assert run_name("configs/parity.py:digits_vp") == "parity_digits_vp"
     assert run_name("configs/digits_vp.py") == "digits_vp"

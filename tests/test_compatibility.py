@@ -15,7 +15,6 @@ from sbml.experiment.compatibility import (
     unseen_times,
 )
 from sbml.modes import eval as evaluate
-from sbml.modes import train
 from sbml.sdes import SDES
 
 
@@ -126,10 +125,11 @@ def test_evaluating_without_a_checkpoint_says_so(tmp_path: Path) -> None:
         runs.mode(evaluate.run, tiny.get_config(), tmp_path)
 
 
-def test_warnings_are_logged_before_the_images_are_evaluated(tmp_path, monkeypatch, caplog):
+def test_warnings_are_logged_before_the_images_are_evaluated(
+    digits_model, tmp_path, monkeypatch, caplog
+):
     config = tiny.get_config()
-    config.training.num_steps = 1
-    runs.mode(train.run, config, tmp_path)
+    (tmp_path / "checkpoints").symlink_to(digits_model / "checkpoints")
     config.eval.update(max_images=2, subset=2, estimators=("ode",), smallest_time=1e-9)
 
     def stop(*_):

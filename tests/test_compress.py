@@ -26,15 +26,14 @@ from sbml.runtime.workdir import CODEC, IMAGES, RESTORED, Workdir
 
 def config(**codec: int):
     chosen = tiny.get_config()
-    chosen.training.num_steps = 20
     chosen.codec.update({"num_images": 20, "steps": 6, "lanes": 3, **codec})
     return chosen
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def trained(digits_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     workdir = tmp_path_factory.mktemp("trained")
-    runs.mode(train.run, config(), workdir)
+    (workdir / "checkpoints").symlink_to(digits_model / "checkpoints")
     return workdir
 
 
@@ -183,16 +182,17 @@ def test_a_damaged_file_gives_back_the_images_of_the_other_lanes(
     np.testing.assert_array_equal(of_folder(tmp_path / "pictures"), images[whole, ..., 0])
 
 
+@pytest.mark.slow
 def test_another_checkpoint_is_refused(coded: Path, tmp_path: Path) -> None:
-    longer = config()
-    longer.training.num_steps = 21
-    runs.mode(train.run, longer, tmp_path)
+    other = config()
+    other.training.num_steps = 1
+    runs.mode(train.run, other, tmp_path)
     with pytest.raises(
         CodedFileError, match=r"weights \w+, here \w+;.*only be decoded by the same"
     ):
-        runs.mode(decompress.run, longer, tmp_path, source=str(coded / IMAGES))
+        runs.mode(decompress.run, other, tmp_path, source=str(coded / IMAGES))
     with pytest.raises(ValueError, match=r"no file .*--mode=compress"):
-        runs.mode(decompress.run, longer, tmp_path)
+        runs.mode(decompress.run, other, tmp_path)
 
 
 @pytest.mark.slow

@@ -273,6 +273,7 @@ def test_a_flag_tells_how_pixels_were_scaled(
     assert f"pixels are {formula} of k" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_the_checkpoint_tells_what_it_is(converted: Path) -> None:
     experiment, _ = restored(converted)
     metadata = experiment.restore(converted).metadata

@@ -60,6 +60,7 @@ def converted(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return workdir
 
 
+@pytest.mark.slow
 def test_every_array_arrives(converted: Path) -> None:
     fitted = runs.fitted(config(), converted)
     restored = build.Experiment(fitted).restore(converted)

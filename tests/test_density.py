@@ -96,7 +96,7 @@ def test_only_an_exact_trace_has_smaller_batches(monkeypatch: pytest.MonkeyPatch
 
 
 def test_the_bound_is_the_librarys_mean_over_sweeps_of_new_times() -> None:
-    """In batches of 3, each example by itself; a wrong score has a looser bound."""
+    """In batches of 3, each example by itself."""
     x, seed, sweeps = data(7), 5, 3
     found = density(batch_size=3, seed=seed).bound(x, sweeps=sweeps, times_each=2, reduce=False)
 
@@ -114,9 +114,15 @@ def test_the_bound_is_the_librarys_mean_over_sweeps_of_new_times() -> None:
     assert found.this_set.stderr == pytest.approx(stats.sem(np.mean(each, axis=1)))
     assert found.solver_error is None and found.converged
     assert_sum_of_terms(found)
+
+
+@pytest.mark.slow
+def test_a_wrong_score_has_a_looser_bound() -> None:
     x = data(40)
     wrong = sbml.Density(lambda x, t, key: -x, VP(), (2, 2), eps=EPS).bound(x)
     assert wrong.population.mean > density().bound(x).population.mean + 0.5
+    vp = density(eps=None).bound(data(2), sweeps=2)
+    assert vp.eps == 1e-5 and "nats at t=1e-5, 95% interval" in str(vp)
 
 
 def test_bits_per_dim_are_of_the_integers() -> None:
@@ -138,8 +144,6 @@ def test_bits_per_dim_are_of_the_integers() -> None:
     own = f"for these examples +-{estimate.this_set_ci95:.4f}, n=12"
     assert f"bits/dim at t=0.001, {interval}, {own}" in str(estimate)
     assert estimate.eps == (-estimate).eps == EPS
-    vp = density(eps=None).bound(data(2), sweeps=2)
-    assert vp.eps == 1e-5 and "nats at t=1e-5, 95% interval" in str(vp)
     assert estimate.population.ci95 != pytest.approx(estimate.this_set_ci95, rel=1e-3)
 
 
@@ -156,12 +160,14 @@ def test_latents_decode_to_the_data_and_samples_of_integers_are_integers() -> No
     assert integers.shape == (3, 2, 2) and integers.dtype == np.uint8 and integers.max() < 8
 
 
+@pytest.mark.slow
 def test_a_number_that_has_not_converged_says_so() -> None:
     loose = density(solver=Solver("heun", fixed_steps=3), budget=1e-6)
     estimate = loose.logp(data(4))
     assert not estimate.converged and "NOT CONVERGED" in str(estimate)
 
 
+@pytest.mark.slow
 def test_an_example_that_dominates_the_mean_is_named() -> None:
     x = data(12)
     x[5] += 40
@@ -178,6 +184,7 @@ def test_the_solver_error_of_the_only_example_is_known() -> None:
     assert not density(solver=Solver("heun", fixed_steps=3), budget=1e-6).logp(data(1)).converged
 
 
+@pytest.mark.slow
 def test_data_of_any_precision_are_taken() -> None:
     x, normal = data(2).astype(np.float16), sbml.Density(lambda x, t, key: -x, VP(), (2, 2))
     values = [normal.logp(x.astype(dtype)).values for dtype in (np.float16, np.float32, float)]

@@ -83,12 +83,18 @@ def difference(f, x: Array, h: float = 1e-5) -> Array:
 def test_log_p_and_its_gradient_are_those_of_the_closed_form() -> None:
     d = density()
     np.testing.assert_allclose(d.log_prob(X), exact(X), atol=1e-7)
+    gradient = jax.jit(jax.grad(lambda x: d.log_prob(x).sum()))(X)
+    np.testing.assert_allclose(gradient, jax.grad(lambda x: exact(x).sum())(X), atol=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("unchecked")
+def test_log_p_is_the_same_in_jit_vmap_and_scan() -> None:
+    d = density()
     np.testing.assert_allclose(d.log_prob(X[0]), exact(X[0]), atol=1e-7)
     nested = jax.jit(lambda d, x: d.log_prob(x))(d, X.reshape(2, 2, 3))
     np.testing.assert_allclose(nested, exact(X).reshape(2, 2), atol=1e-7)
     np.testing.assert_allclose(jax.vmap(d.log_prob)(X), exact(X), atol=1e-7)
-    gradient = jax.jit(jax.grad(lambda x: d.log_prob(x).sum()))(X)
-    np.testing.assert_allclose(gradient, jax.grad(lambda x: exact(x).sum())(X), atol=1e-6)
     _, scanned = jax.lax.scan(lambda _, x: (None, d.log_prob(x)), None, X)
     np.testing.assert_allclose(scanned, exact(X), atol=1e-7)
 
@@ -175,7 +181,7 @@ def test_a_forward_solver_says_how_to_get_gradients() -> None:
 
 @pytest.mark.usefixtures("unchecked")
 def test_samples_and_their_log_p_by_one_solve() -> None:
-    """They have the Gaussian's distribution and density. With probes, log p is unbiased."""
+    """They have the Gaussian's density."""
     d, key = density(), jax.random.key(0)
     x, logp = d.sample_and_log_prob(key, 5)
     np.testing.assert_allclose(logp, exact(x), atol=1e-7)
@@ -184,6 +190,11 @@ def test_samples_and_their_log_p_by_one_solve() -> None:
     # Few steps leave an error of 8e-4, or of 1e-2 if their correction is subtracted.
     x, logp = density(Solver(rtol=1.0, atol=1.0, adjoint="reverse")).sample_and_log_prob(key, 5)
     np.testing.assert_allclose(logp, exact(x), atol=3e-3)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("unchecked")
+def test_samples_have_the_distribution_and_probes_the_mean_of_a_gaussian() -> None:
     many = density(Solver(adjoint="reverse")).sample(jax.random.key(1), 2000)
     spread = (np.asarray(many) - (1 - EPS) * PARAMS["mean"]) / np.sqrt(
         (1 - EPS) ** 2 * VARIANCES + EPS**2
@@ -204,10 +215,18 @@ def test_a_condition_is_for_all_examples_or_for_each() -> None:
     means = each[:, None] * np.ones(3)
     np.testing.assert_allclose(d.log_prob(X, condition=one), exact(X, means[0]), atol=1e-7)
     np.testing.assert_allclose(d.log_prob(X, condition=each), exact(X, means), atol=1e-7)
-    np.testing.assert_allclose(d.log_prob(X, condition=each.tolist()), exact(X, means), atol=1e-7)
-    np.testing.assert_allclose(d.logp(X, each).values, exact(X, means), atol=1e-7)
     x, logp = d.sample_and_log_prob(jax.random.key(0), 4, each)
     np.testing.assert_allclose(logp, exact(x, means), atol=1e-7)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("unchecked")
+def test_a_condition_reaches_every_method_and_may_be_a_tree() -> None:
+    d = sbml.Density(conditional(), SDE, (3,), eps=EPS, solver=STRICT)
+    each = np.array([0.3, -0.1, 0.0, 2.0])
+    means = each[:, None] * np.ones(3)
+    np.testing.assert_allclose(d.log_prob(X, condition=each.tolist()), exact(X, means), atol=1e-7)
+    np.testing.assert_allclose(d.logp(X, each).values, exact(X, means), atol=1e-7)
     np.testing.assert_allclose(d.decode(d.latent(X, each), each), X, atol=1e-6)
     found = d.bound(X, each)
     assert abs(found.mean + float(exact(X, means).mean())) < 4 * found.this_set.stderr
@@ -248,13 +267,20 @@ def test_the_posterior_of_a_condition_is_that_of_bayes() -> None:
     assert found.solver_error.mean < 1e-3 and found.noise.mean == 0 and found.changed < 0.05
     with pytest.raises(ValueError, match="the score ignores its condition"):
         sbml.Density(lambda x, t, key, c: -x, VP(), (3,)).classify(x[:4], conditions)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("unchecked")
+def test_the_posterior_of_classes_and_of_integers() -> None:
+    d = sbml.Density(conditional(), SDE, (3,), eps=EPS, solver=Solver(rtol=1e-5, atol=1e-5))
+    conditions, x = jnp.array([-0.3, 0.0, 0.4]), np.random.default_rng(1).normal(size=(20, 3)) / 2
     # The conditions of a model with classes are the numbers of all classes.
     of_classes = dataclasses.replace(d, classes=("a", "b", "c")).classify(x[:8])
     np.testing.assert_array_equal(of_classes.log_prob, d.classify(x[:8], np.arange(3)).log_prob)
     with pytest.raises(ValueError, match="this density has no classes"):
         d.classify(x[:8])
     # With probes and integers, all classes have the same draws: the noise of differences is small.
-    k = np.clip((x[:20] + 1) / 2 * 16, 0, 15).astype(int)
+    k = np.clip((x + 1) / 2 * 16, 0, 15).astype(int)
     noisy = sbml.Density(conditional(), SDE, (3,), eps=EPS, levels=16).classify(k, conditions)
     assert noisy.noise.mean < 0.2 and noisy.log_prob.shape == (20, 3)
 
@@ -286,14 +312,22 @@ def test_a_change_of_variables_keeps_the_mass() -> None:
     assert np.isnan(d.log_prob(outside)[0]) and (d.log_prob(outside)[1:] == -np.inf).all()
     with pytest.raises(ValueError, match="its log-determinant is not finite for the examples 0, 1"):
         d.logp(-y)
-    measured = d.logp(y)
-    np.testing.assert_allclose(measured.values, expected, atol=1e-7)
-    np.testing.assert_allclose(measured.terms["transform"], -jnp.log(y).sum(axis=1))
-    assert measured.mean == pytest.approx(float(expected.mean()), abs=1e-7)
     both = d.bound(y).mean - density().bound(X).mean
     assert both == pytest.approx(np.log(y).sum(axis=1).mean(), abs=1e-9)
     samples, logp = d.sample_and_log_prob(jax.random.key(0), 3)
     np.testing.assert_allclose(logp, d.log_prob(samples), atol=1e-7)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("unchecked")
+def test_a_change_of_variables_in_measurements_and_of_other_packages() -> None:
+    d = density(transform=Affine())
+    y = np.asarray(Affine().forward(X))
+    expected = exact(X) - np.log(y).sum(axis=1)
+    measured = d.logp(y)
+    np.testing.assert_allclose(measured.values, expected, atol=1e-7)
+    np.testing.assert_allclose(measured.terms["transform"], -jnp.log(y).sum(axis=1))
+    assert measured.mean == pytest.approx(float(expected.mean()), abs=1e-7)
     np.testing.assert_allclose(d.decode(d.latent(y)), y, atol=1e-6)
     standard = types.SimpleNamespace(
         forward=lambda x: 3.3 + 0.7 * x,
@@ -338,7 +372,7 @@ def test_a_linear_subspace_has_the_density_of_its_coordinates() -> None:
     np.testing.assert_allclose(inner.log_prob(X), exact(X), atol=1e-2)
 
 
-@pytest.mark.parametrize("d", [2, 16])
+@pytest.mark.parametrize("d", [2, pytest.param(16, marks=pytest.mark.slow)])
 @pytest.mark.usefixtures("unchecked")
 def test_importance_weights_give_the_normaliser(d: int) -> None:
     """A Gaussian target with known Z, from a Gaussian that is a little wider."""
@@ -396,7 +430,7 @@ def test_a_control_fitted_to_the_examples_leaves_the_expectation() -> None:
 
 @pytest.mark.usefixtures("unchecked")
 def test_the_bound_in_discrete_time() -> None:
-    """The sum over all steps in closed form for a Gaussian score, and its limit."""
+    """The sum over all steps in closed form for a Gaussian score."""
     sde, variances = VP(), VARIANCES
     v = lambda t: sde.mean_coef(t) ** 2 * variances + sde.std(t) ** 2  # noqa: E731
     d = sbml.Density(lambda x, t, key: -x / v(t), sde, (3,), eps=0.05)
@@ -412,6 +446,15 @@ def test_the_bound_in_discrete_time() -> None:
     for each in (found, plain):
         assert abs(each.terms["diffusion"].mean() - expected.mean()) < 4 * each.this_set.stderr
     assert found.this_set.stderr < 0.7 * plain.this_set.stderr < 0.5
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("unchecked")
+def test_the_bound_of_many_steps_is_that_of_continuous_time() -> None:
+    sde, x = VP(), np.asarray(X)
+    v = lambda t: sde.mean_coef(t) ** 2 * VARIANCES + sde.std(t) ** 2  # noqa: E731
+    d = sbml.Density(lambda x, t, key: -x / v(t), sde, (3,), eps=0.05)
+    found = d.bound(x, steps=20, sweeps=400)
     integral = d.bound(x, sweeps=64)
     many = d.bound(x, steps=5000, sweeps=64)
     assert found.mean > integral.mean + 0.1
@@ -471,6 +514,7 @@ class LinenFlow(nn.Module):
         return jnp.tanh(nn.Dense(3)(x)) * t
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("unchecked")
 def test_modules_of_several_frameworks_give_the_same_density() -> None:
     layer = eqx.nn.Linear(3, 3, key=jax.random.key(0), dtype=float)

@@ -104,6 +104,7 @@ def test_evaluations_of_all_sweeps_count(table):
     np.testing.assert_array_equal(table["bound_uniform_nfe"], 8 * (2 + 1))
 
 
+@pytest.mark.slow
 def test_bound_without_control_or_lattice_has_the_same_mean(trained, table, tmp_path):
     """Independent times and no control variate estimate the same expectation, less precisely."""
     run = cell_run(
@@ -265,6 +266,7 @@ def test_control_and_density_are_stored_with_the_evaluation(trained, tmp_path, m
         np.testing.assert_array_equal(ours, theirs)
 
 
+@pytest.mark.slow
 def test_a_bound_without_a_control_variate_fits_none(trained, tmp_path):
     (tmp_path / "checkpoints").symlink_to(trained / "checkpoints")
     config = tiny.get_config()

@@ -99,6 +99,7 @@ def test_bounds_and_samples_of_a_rounded_score_are_computed() -> None:
     assert np.all(np.isfinite(density.sample(jax.random.key(0), 2)))
 
 
+@pytest.mark.slow
 def test_parameters_may_be_stored_in_half_precision() -> None:
     scale = jnp.full(DIMS, 1.0, jnp.bfloat16)
     score = jax.tree_util.Partial(lambda scale, x, t, key: exact(x, t) * scale, scale)

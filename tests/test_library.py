@@ -291,6 +291,7 @@ def test_the_gradient_is_that_of_the_plain_function(name: str) -> None:
     close(results(name)[1], results("plain")[1])
 
 
+@pytest.mark.slow
 def test_the_gradient_is_the_derivative_of_the_objective() -> None:
     net, h = library("plain").net, 1e-5
     rng = np.random.default_rng(1)
@@ -314,12 +315,14 @@ def test_one_example_without_jit_or_vmap(name: str) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SHARDED)
 def test_a_batch_split_over_devices_changes_nothing(name: str, shards: Shards) -> None:
     found, gradient = results(name)
     close({k: shards()[f"{name}/{k}"] for k in found | gradient}, found | gradient)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SHARDED)
 def test_the_likelihood_is_that_of_the_plain_function_on_one_device(
     name: str, shards: Shards

@@ -129,6 +129,7 @@ def test_a_rectified_flow_can_be_solved_to_time_zero_and_back() -> None:
     np.testing.assert_allclose(half, z * np.sqrt(1 / 16 + 1 / 4), rtol=2e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.oracle
 def test_another_adaptive_method_has_the_same_result() -> None:
     solver = Solver(method="heun", rtol=3e-7, atol=3e-7, max_steps=10_000)
@@ -213,6 +214,7 @@ def test_with_fixed_steps_the_likelihood_has_forward_derivatives_and_gradients()
     np.testing.assert_allclose(jnp.sum(gradient * v), difference, rtol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.oracle
 def test_default_tolerances_trade_a_little_exactness_for_speed() -> None:
     tight, loose = likelihoods("mixture"), likelihoods("mixture", solver=Solver())
@@ -272,6 +274,7 @@ def in_float32(x: Array) -> Likelihood:
         return likelihood_function("vp", EXACT, Solver(rtol=1e-5, atol=1e-5))(data, x, None)
 
 
+@pytest.mark.slow
 def test_float32_reaches_its_precision() -> None:
     result = in_float32(examples())
     assert result.logp.dtype == result.z.dtype == jnp.float32

@@ -215,6 +215,7 @@ def nearest(x: jax.Array) -> np.ndarray:
     return np.kron(x, np.ones((1, 2, 2, 1)))
 
 
+@pytest.mark.slow
 def test_blocks_and_skips() -> None:
     calls = Calls(nonlinearity="lrelu")
     skips = ["AttnBlockpp_0", f"{BLOCK}1", f"{BLOCK}0", "Conv_0"]
@@ -328,6 +329,7 @@ def test_only_a_conditional_network_sees_the_label(conditional: bool) -> None:
     assert jnp.abs(moved[1]).max() < 1e-6
 
 
+@pytest.mark.slow
 def test_bfloat16_computes_close_to_float32() -> None:
     case = reference.load()
     model = ncsnpp.Model(**reference.OPTIONS, dtype="bfloat16")

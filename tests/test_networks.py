@@ -109,7 +109,12 @@ def test_only_the_first_convolution_reads_the_fourier_features() -> None:
 @pytest.mark.parametrize(
     ("name", "options"),
     [
-        ("ncsnpp", {"nf": 4, "ch_mult": (1,), "num_res_blocks": 1, "attn_resolutions": ()}),
+        ("mlp", {"width": 8, "depth": 1}),
+        pytest.param(
+            "ncsnpp",
+            {"nf": 4, "ch_mult": (1,), "num_res_blocks": 1, "attn_resolutions": ()},
+            marks=pytest.mark.slow,
+        ),
         pytest.param("vdm", {"width": 8, "depth": 0}, marks=pytest.mark.slow),
         pytest.param("unet2d", UNET2D, marks=pytest.mark.slow),
     ],
@@ -135,7 +140,8 @@ def test_dropout_acts_in_training_alone_and_remat_changes_nothing(name: str, opt
     same(result(model.clone(dropout=0.0), None), plain)
     assert jnp.abs(one - plain).max() > 1e-3 and jnp.abs(one - two).max() > 1e-3
     np.testing.assert_array_equal(result(model, 1), one)
-    np.testing.assert_allclose(result(model.clone(remat=True), 1), one, rtol=1e-4, atol=1e-5)
+    if name != "mlp":  # It stores too little for recomputing to pay.
+        np.testing.assert_allclose(result(model.clone(remat=True), 1), one, rtol=1e-4, atol=1e-5)
     with pytest.raises(errors.InvalidRngError):
         jax.eval_shape(lambda: model.apply(variables, x, label, train=True))
 

@@ -66,6 +66,7 @@ def test_the_ode_ends_before_T_also_if_alpha_at_T_is_NaN_by_rounding() -> None:
         assert regular.last_regular_time == regular.T
 
 
+@pytest.mark.slow
 def test_a_traced_schedule_with_alpha_0_at_T_has_the_likelihood_of_the_static_one() -> None:
     def alpha(power: Array, t: Array) -> Array:
         return 1 - t**power

@@ -208,6 +208,7 @@ def test_traced_sdes_give_the_numbers_of_static_ones_and_their_derivatives(
         np.testing.assert_allclose(slopes[name], expected, rtol=1e-6, atol=1e-8, err_msg=name)
 
 
+@pytest.mark.slow
 def test_the_gradient_of_the_bound_with_respect_to_beta_max() -> None:
     x, u = jnp.asarray([0.3, -0.5]), times.lattice(jax.random.key(1), 1, 4)[0]
 

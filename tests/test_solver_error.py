@@ -165,6 +165,7 @@ def test_the_reference_of_the_default_is_its_tenth() -> None:
     assert estimate.reference(Solver(fixed_steps=4)) == Solver(rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_the_message_for_an_example_far_outside_the_data_has_two_remedies() -> None:
     """Ten times as many steps also end in NaN there, so the message has another remedy."""
     x = data()

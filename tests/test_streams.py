@@ -181,6 +181,7 @@ def test_the_code_of_a_name_is_neither_that_of_another_name_nor_a_counter():
     assert len(set(codes)) == len(codes) and min(codes) > COUNTERS
 
 
+@pytest.mark.slow
 def test_no_two_purposes_share_a_key(records):
     names = [*PROGRAMS, "Density.bound"]
     for one, other in itertools.combinations(names, 2):
@@ -189,6 +190,7 @@ def test_no_two_purposes_share_a_key(records):
             assert not records[one].keys & records[other].keys, (one, other)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [*PROGRAMS, *(f"Density.{name}" for name in OF_DENSITY)])
 def test_a_key_has_one_use(records, name):
     """A key serves for one kind of draw, or is split, or counters or names are folded into it."""

@@ -67,13 +67,20 @@ def small(path: Path, **training: Any) -> ConfigDict:
     return config
 
 
-def test_the_number_is_that_of_a_known_density(tmp_path: Path) -> None:
-    columns, truth = bimodal()
-    path = csv(tmp_path / "a.csv", columns)
-    runs.mode(table.run, small(path, num_steps=150, checkpoint_every=75), tmp_path / "run")
-    found = json.loads((tmp_path / "run/table.json").read_text())
-    rows = np.load(tmp_path / "run/table.npz")
-    test = load(path, "test", log_columns=("a",))
+@pytest.fixture(scope="module")
+def known(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any], np.ndarray]:
+    """The folder of a run on a table with a known density, its columns, and log p of its rows."""
+    folder, (columns, truth) = tmp_path_factory.mktemp("known"), bimodal()
+    path = csv(folder / "a.csv", columns)
+    runs.mode(table.run, small(path, num_steps=150, checkpoint_every=75), folder / "run")
+    return folder, columns, truth
+
+
+def test_the_number_is_that_of_a_known_density(known: tuple) -> None:
+    folder, columns, truth = known
+    found = json.loads((folder / "run/table.json").read_text())
+    rows = np.load(folder / "run/table.npz")
+    test = load(folder / "a.csv", "test", log_columns=("a",))
     places = [int(name.removeprefix("row ")) - 1 for name in rows["row"]]
     np.testing.assert_allclose(test.values, np.stack([*columns.values()], 1)[places], rtol=1e-6)
     model, gaussian = found["results"][:2]
@@ -87,16 +94,24 @@ def test_the_number_is_that_of_a_known_density(tmp_path: Path) -> None:
     assert gaussian["log_p"] == pytest.approx(expected, abs=1e-2)  # up to the shrinkage
     assert gaussian["difference_interval"][0] > 0.05  # A Gaussian cannot have two modes.
     assert rows["samples"].shape == (50, 2) and (rows["samples"][:, 0] > 0).all()
-    page = (tmp_path / "run/report.html").read_text()
+    page = (folder / "run/report.html").read_text()
     assert found["verdict"] in page and "NaN" not in page
-    # The model is loaded with its whitening, which a run of an older version has not stored.
+
+
+@pytest.mark.slow
+def test_a_run_is_loaded_with_its_whitening(known: tuple, tmp_path: Path) -> None:
+    """A run of an older version has not stored it, so that it is fitted again."""
+    folder, columns, _ = known
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    test = load(folder / "a.csv", "test", log_columns=("a",))
+    rows = np.load(folder / "run/table.npz")
     for name in ("whitening.npz", "a run without it"):
         density = sbml.load(tmp_path / "run")
         stored = density.logp(test.values[:32], check=False)
         np.testing.assert_allclose(stored.values, rows["model"][:32], rtol=1e-6)
         assert density.log_prob(np.array([-1.0, 0.0], np.float32)) == -np.inf
         (tmp_path / "run" / name).unlink(missing_ok=True)
-    csv(path, {**columns, "b": columns["b"][::-1]})
+    csv(folder / "a.csv", {**columns, "b": columns["b"][::-1]})
     with pytest.raises(ValueError, match="a.csv has other rows than those on which"):
         sbml.load(tmp_path / "run")
 

@@ -127,6 +127,7 @@ def test_a_density_may_be_0_in_bins_and_may_change_without_a_new_compilation() -
     assert len(traces) == 1
 
 
+@pytest.mark.slow
 def test_a_bin_that_rounding_would_lose_is_refused() -> None:
     """In float32, no point would fall into the second bin of the first density, so the integral of
     1 would be estimated as 1/2."""

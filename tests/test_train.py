@@ -227,6 +227,7 @@ def test_more_steps_change_a_training_with_a_cosine_schedule(schedule):
     assert compatibility.changed_settings(*told, "") == expected
 
 
+@pytest.mark.slow
 def test_a_dispatch_of_many_steps_has_one_speed(tmp_path):
     config = tiny.get_config()
     config.training.update(num_steps=24, steps_per_dispatch=8, log_every=2)
@@ -311,6 +312,7 @@ def test_sigterm_stops_an_evaluation_by_several_processes(whole, tmp_path):
     assert not (tmp_path / "samples.npz").exists()
 
 
+@pytest.mark.slow
 def test_pictures_during_a_training_have_64_samples_at_most(tmp_path, monkeypatch):
     counts, preview = [], samples.preview
 
@@ -328,6 +330,7 @@ def test_pictures_during_a_training_have_64_samples_at_most(tmp_path, monkeypatc
     assert counts == [64, 3]
 
 
+@pytest.mark.slow
 def test_losses_read_late_as_on_accelerators_change_nothing(tmp_path, monkeypatch):
     for late in (0, 2):
         monkeypatch.setattr(train, "_in_flight", lambda late=late: late)

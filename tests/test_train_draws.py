@@ -37,8 +37,12 @@ def test_antithetic_pairs_are_one_image_and_time_with_opposite_noise():
     for field in (draws.x, draws.t, draws.weight, jax.random.key_data(draws.keys)):
         np.testing.assert_array_equal(field[::2], field[1::2])
     np.testing.assert_array_equal(draws.signs[::2], -draws.signs[1::2])
-    # No two images of a batch have the same noise, on whichever device they are.
-    assert len(np.unique(jax.random.key_data(draws.keys), axis=0)) == 32
+    # No two images of a batch have the same noise, on whichever device they are, and no key of a
+    # noise comes from the key of the dequantization.
+    keys = jax.random.key_data(draws.keys)
+    assert len(np.unique(keys, axis=0)) == 32
+    other = jax.random.split(stream(jax.random.key(0), "dequantization"), 32)
+    assert not set(map(tuple, keys.tolist())) & set(map(tuple, jax.random.key_data(other).tolist()))
     # Without statistics, the density of times is uniform.
     np.testing.assert_array_equal(draws.inverse, 1.0)
     statistics = jnp.stack([jnp.ones(8), jnp.arange(8.0)])

@@ -191,6 +191,7 @@ def test_sizes_that_do_not_fit_are_errors(options: dict[str, Any], size: int, me
 # ---- training -----------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_an_untrained_network_predicts_0() -> None:
     x, label = normal(0, 2, 4, 4, 1), jnp.asarray([0.1, 700.0])
     network = unet2d.Model(**ONE_LEVEL, time_embedding_type="fourier")

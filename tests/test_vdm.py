@@ -253,6 +253,7 @@ def test_the_bound_depends_only_on_the_ends_of_a_schedule(params: dict[str, Any]
     assert result[0] > 1
 
 
+@pytest.mark.slow
 def test_gradient_of_the_bound(params: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """The gradient goes through the network, the time label, the decoder, both ends of the schedule
     and its derivative."""

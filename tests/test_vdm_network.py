@@ -34,6 +34,7 @@ def test_parameters_are_named_as_in_their_checkpoints() -> None:
     assert size(result) - size(plain) == 9 * 12 * 64
 
 
+@pytest.mark.slow
 def test_an_untrained_network_gives_almost_zero() -> None:
     model = vdm.Model(width=8, depth=0)
     x, label = normal(0, 2, 4, 4, 3), jnp.asarray([0.0, 700.0])

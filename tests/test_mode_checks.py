@@ -85,13 +85,18 @@ def test_the_report_is_written_once_also_if_a_later_mode_fails(
     written: list[object] = []
     monkeypatch.setattr(summary, "write", lambda folder, load: written.append(folder.path))
 
-    def done(workdir: Workdir) -> None:
+    def done(workdir: Workdir) -> Workdir:
+        return workdir  # Its report shows what this mode found.
+
+    def without(workdir: Workdir) -> None:
         pass
 
     def fails(workdir: Workdir) -> None:
         raise ValueError("stopped")
 
     command = Command(runs.checked(tiny.get_config()), Workdir(tmp_path), {})
+    command.execute({"mine": without})
+    assert not written
     with pytest.raises(ValueError, match="stopped"):
-        command.execute({"eval": done, "sample": done, "quality": fails})
+        command.execute({"one": done, "other": done, "last": fails})
     assert written == [Workdir(tmp_path).path]

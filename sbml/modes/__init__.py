@@ -10,7 +10,8 @@ uses:
     others         flags of the command line, such as ``source`` for ``--source=DIR``. Their values
                    are texts, and a flag without a default must be given.
 
-A mode that cannot work raises a ValueError, which the program shows in one line. A function
+A mode returns the work directory in which it left results for the report, or None. A mode that
+cannot work raises a ValueError, which the program shows in one line. A function
 ``check(experiment, workdir, before)`` beside it raises one if the mode cannot work after the modes
 ``before``. It is called before the first mode runs. But if an earlier mode has neither
 ``experiment`` nor ``trained``, such as a conversion, it makes the model, so the check follows it.
@@ -26,8 +27,9 @@ from pathlib import Path
 from typing import Any
 
 from sbml.registry import Registry
+from sbml.runtime.workdir import Workdir
 
-Mode = Callable[..., None]
+Mode = Callable[..., Workdir | None]
 OF_CONFIG = {"trained", "experiment", "config"}  # what needs a config
 GIVEN = {*OF_CONFIG, "workdir", "preemption"}  # The other parameters of a mode are flags.
 
@@ -68,7 +70,6 @@ def run(names: str, config: Any, workdir: str, **flags: str) -> None:
     """
     from sbml.experiment.config import Config
     from sbml.modes._runner import Command
-    from sbml.runtime.workdir import Workdir
 
     chosen = {name: MODES[name] for name in names.split(",")}
     Command(Config(**config.to_dict()), Workdir(workdir), flags).execute(chosen)

@@ -28,11 +28,8 @@ from sbml.runtime.workdir import Workdir
 
 # A mode with one of these parameters needs a config that fits the model in the work directory.
 MODELLED = {"experiment", "trained"}
-# Modes whose results the report shows, and those that may run while another process runs them too.
-REPORTED = {"eval", "sample", "quality", "compress", "decompress"}
-UNLOCKED = {"report", "stats"}
-# Pixels are integers, so samples are drawn in the precision of the device, which is faster.
-FAST = {"sample"}
+# A mode with one of these parameters, other than the report, leaves files in the work directory.
+WRITING = {"workdir", "trained"}
 
 
 class Command:
@@ -92,7 +89,7 @@ class Command:
             enter = stack.enter_context
             if self.config is not None and jax.process_index() > 0:
                 enter(contextlib.redirect_stdout(io.StringIO()))
-            if self.config is not None and workdir is not None and name not in UNLOCKED:
+            if self.config and workdir is not None and wanted & WRITING and name != "report":
                 enter(workdir.lock(name))
             if "preemption" in wanted:
                 given["preemption"] = enter(Preemption())
@@ -102,11 +99,10 @@ class Command:
                 assert workdir is not None
                 given["trained"] = trained = Trained.of(self.experiment, workdir)
                 section = self.experiment.config.eval
-                if name not in FAST:
-                    enter(jax.default_matmul_precision(section.precision))
+                enter(jax.default_matmul_precision(section.precision))
                 about = {"step": trained.restored.step, "split": section.split}
                 enter(history.noted(workdir, name, **about))
-            mode(**{name: value for name, value in given.items() if name in wanted})
+            results = mode(**{name: value for name, value in given.items() if name in wanted})
             if wanted & MODELLED:
                 sharding.barrier(f"{name} done")  # The next mode reads its files in all processes.
             else:
@@ -114,10 +110,8 @@ class Command:
         if "preemption" in wanted:
             # A signal in the last moments of a mode also ends the command.
             given["preemption"].leave_if_requested(f"{name} is done")
-        if name in REPORTED and workdir is not None:
-            split = self.experiment.config.eval.split
-            folder = Workdir(workdir / "train") if (name, split) == ("eval", "train") else workdir
-            self._to_report += [folder, workdir]
+        if results is not None and workdir is not None:
+            self._to_report += [results, workdir]
 
     def report(self) -> None:
         """Write the reports of the work directories in which modes have left results."""

@@ -23,7 +23,7 @@ def check(experiment: Experiment, workdir: Workdir, before: Sequence[str]) -> No
     coding.check("compress")
 
 
-def run(trained: Trained, preemption: Preemption, source: str = "") -> None:
+def run(trained: Trained, preemption: Preemption, source: str = "") -> Workdir:
     """Code images of ``eval.split``, or all images of the folder ``source``, in ``images.sbml``.
 
     A decoder needs the same model. A killed run continues from its last stored state. Writes
@@ -84,6 +84,7 @@ def run(trained: Trained, preemption: Preemption, source: str = "") -> None:
     for warning in bound.warnings("eval."):
         logging.warning("bound: %s", warning)
     print(f"compressed in {time.perf_counter() - start:.0f} s")
+    return workdir
 
 
 def _check_images(workdir: Workdir, pixels_crc32: int) -> None:

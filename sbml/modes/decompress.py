@@ -23,7 +23,7 @@ def check(experiment: Experiment, workdir: Workdir, before: Sequence[str]) -> No
     coding.check("decompress")
 
 
-def run(trained: Trained, preemption: Preemption, source: str = "", to: str = "") -> None:
+def run(trained: Trained, preemption: Preemption, source: str = "", to: str = "") -> Workdir:
     """Restore the images of the file ``source`` with the model that coded them.
 
     Without ``source``, the file is ``images.sbml`` of the work directory.
@@ -79,3 +79,4 @@ def run(trained: Trained, preemption: Preemption, source: str = "", to: str = ""
         + (f", {size:.4f} bits/dim on disk" if size else "")
         + f": {where}, in {time.perf_counter() - start:.0f} s"
     )
+    return workdir

@@ -35,7 +35,7 @@ def check(experiment: Experiment, workdir: Workdir, before: Sequence[str]) -> No
         )
 
 
-def run(trained: Trained, preemption: Preemption) -> None:
+def run(trained: Trained, preemption: Preemption) -> Workdir:
     """Evaluate the model on ``eval.split``.
 
     Writes ``evaluation.json`` and ``per_image.npz``, which has the columns of the cells with the
@@ -82,3 +82,4 @@ def run(trained: Trained, preemption: Preemption) -> None:
         out.write(name, columns)
     out.write(EVALUATION, strict(evaluation))
     out.keep("per_image*.npz", tables)  # Others are of an earlier evaluation.
+    return out

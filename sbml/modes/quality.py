@@ -43,7 +43,7 @@ def check(experiment: Experiment, workdir: Workdir, before: Sequence[str]) -> No
     extractor(experiment.config)
 
 
-def run(experiment: Experiment, workdir: Workdir) -> None:
+def run(experiment: Experiment, workdir: Workdir) -> Workdir:
     """Compare ``samples.npz`` of ``workdir`` with the training images: distances of features (FID
     and similar metrics), and of pixels to the nearest training image.
 
@@ -85,6 +85,7 @@ def run(experiment: Experiment, workdir: Workdir) -> None:
     print(f"{len(images)} samples of step {step}")
     for name, value in values.items():
         print(f"{name}: {value:.4g}")
+    return workdir
 
 
 def extractor(config: Config) -> Extractor:

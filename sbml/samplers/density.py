@@ -29,7 +29,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 
 from sbml.door import checked
 from sbml.scalars import Number
@@ -37,8 +37,7 @@ from sbml.sdes import SDE
 from sbml.streams import stream
 from sbml.types import Array, Example, Key, Scalar, Score, in_full_precision
 
-Times = Float[Array, "steps+1"]
-Points = Float[Array, "steps+1 *s"]
+Times = Float[Array, " points"]
 
 
 class Transition(NamedTuple):
@@ -62,12 +61,12 @@ class MapLogProb(NamedTuple):
       folds: whether a step has a negative determinant, so that the density is not known.
     """
 
-    prior: Scalar
-    log_det: Scalar
-    folds: Bool[Array, ""]
+    prior: Array
+    log_det: Array
+    folds: Array
 
     @property
-    def logp(self) -> Scalar:
+    def logp(self) -> Array:
         """log p of the sample; NaN if a step folds."""
         return jnp.where(self.folds, jnp.nan, self.prior - self.log_det)
 
@@ -81,12 +80,12 @@ class PathLogProb(NamedTuple):
       transform: the log-determinant of a change of variables at the last point, a scalar.
     """
 
-    prior: Scalar
-    steps: Float[Array, " steps"]
-    transform: Scalar | float = 0.0
+    prior: Array
+    steps: Array
+    transform: Array | float = 0.0
 
     @property
-    def total(self) -> Scalar:
+    def total(self) -> Array:
         """That of the whole path."""
         return self.prior + self.steps.sum(axis=-1) + self.transform
 
@@ -94,7 +93,7 @@ class PathLogProb(NamedTuple):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Path:
-    """A path of a stochastic sampler.
+    """A path of a stochastic sampler, or several along leading axes.
 
     Attributes:
       x: its points ``(steps + 1, *s)``, from T to the smallest time.
@@ -102,13 +101,19 @@ class Path:
       sampler: the sampler that drew it.
     """
 
-    x: Points
-    times: Times
+    x: Array
+    times: Array
     sampler: "Chain" = dataclasses.field(metadata={"static": True})
 
 
 class Chain(abc.ABC):
     """A sampler that is a chain of steps, given by :meth:`times` and :meth:`transition`."""
+
+    @property
+    def no_density(self) -> str:
+        """Why the sampler has no density; empty if it has one."""
+        own = type(self).transition is not Chain.transition
+        return "" if own else "has no density, because it has no method transition"
 
     @property
     @abc.abstractmethod
@@ -125,14 +130,15 @@ class Chain(abc.ABC):
 
     def transition(self, score: Score, sde: SDE, x: Example, s: Scalar, t: Scalar) -> Transition:
         """The distribution of x at time ``t`` given ``x (*s)`` at time ``s`` > ``t``."""
-        raise ValueError(
-            f"{type(self).__name__} has no density, because it has no transition (a mean and a "
-            "standard deviation of a step): use DDIM, Midpoint or Ancestral"
-        )
+        raise NotImplementedError
 
     def check_density(self, deterministic: bool) -> None:
         """Raise a ValueError if the sampler has no density of samples, or if not ``deterministic``,
         of paths."""
+        if self.no_density:
+            raise ValueError(
+                f"{type(self).__name__} {self.no_density}: use DDIM, Midpoint or Ancestral"
+            )
         corrector = getattr(self, "corrector", None)
         if getattr(corrector, "nfe", 0):
             raise ValueError(

@@ -28,6 +28,11 @@ class DPMSolver(FixedSteps):
     steps: Count = 20
     spacing: Spacing = "log_snr"
 
+    @property
+    def no_density(self) -> str:
+        """See ``Chain``."""
+        return "remembers the last prediction, so its steps are no maps of x alone"
+
     def init(self, z: Example) -> tuple[Example, Array]:
         return jnp.zeros_like(z), jnp.asarray(0)
 

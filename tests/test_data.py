@@ -132,7 +132,7 @@ def test_fingerprint_tells_sets_apart() -> None:
     images = numbered(700, shape=(16, 16, 3))
     one_byte = images.images.copy()
     one_byte[-1, -1, -1, -1] ^= 1
-    others = [dataclasses.replace(images, images=one_byte), dataclasses.replace(images, levels=255)]
+    others = [dataclasses.replace(images, array=one_byte), dataclasses.replace(images, levels=255)]
     others += [dataclasses.replace(images, **{k: "x"}) for k in ("name", "version", "split")]
     ids = [s.fingerprint["id"] for s in (images, *others)]
     assert len(set(ids)) == len(ids)

@@ -21,7 +21,7 @@ import numpy as np
 from PIL import Image
 
 from sbml.data._cache import Add, load_or_build
-from sbml.data._image_set import ImageSet, Options, Source
+from sbml.data._examples import ImageSet, Options, Source
 from sbml.progress import over
 from sbml.types import Json
 

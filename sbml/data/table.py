@@ -31,7 +31,7 @@ import numpy as np
 from scipy.linalg import lapack, solve_triangular
 
 from sbml import pytrees
-from sbml.data._image_set import ImageSet, Options, Source, copies
+from sbml.data._examples import Examples, Options, Source, copies
 from sbml.scalars import notation
 
 LEAST_ROWS, LEAST_VALUES = 100, 10
@@ -145,35 +145,26 @@ def _each(functions: Iterable[Function], y: Any) -> Any:
 
 
 @dataclass(frozen=True, eq=False)
-class Rows(ImageSet):
-    """Rows of a table, with what a training uses of a set of images.
+class Rows(Examples):
+    """Rows of a table.
 
     Attributes:
-      images: z, float32 ``(n, d)``.
+      array: the rows z in whitened coordinates, float32 ``(n, d)``.
       columns: the names of the columns.
-      whitening: the map from the units of the file to ``images``.
+      whitening: the map from the units of the file to z.
       rounded: h of each column, 0 if its values are not rounded.
     """
 
     unit: ClassVar[str] = "row"
 
-    levels: int = 0
-    columns: tuple[str, ...] = ()
-    whitening: Whitening = field(repr=False, kw_only=True)
-    rounded: tuple[float, ...] = ()
-
-    def __post_init__(self) -> None:
-        """The file was checked when it was read."""
-
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        """(number of columns, 1, 1)."""
-        return self.images.shape[1], 1, 1
+    columns: tuple[str, ...]
+    whitening: Whitening = field(repr=False)
+    rounded: tuple[float, ...]
 
     @cached_property
     def values(self) -> np.ndarray:
         """The rows in the units of the file, float64 ``(n, d)``."""
-        return self.whitening.forward(self.images.astype(np.float64))
+        return self.whitening.forward(self.array.astype(np.float64))
 
     @cached_property
     def log_det(self) -> np.ndarray:

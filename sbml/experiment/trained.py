@@ -144,8 +144,7 @@ def _of_table(experiment: Experiment, folder: Workdir) -> Density:
         whitening, step = Whitening.of_arrays(stored), int(stored["step"])
     else:  # A run of an older version has the name of the step, and the file of the rows.
         step = int(folder.read(TABLE)["results"][0]["chosen"].split()[1])
-        rows = experiment.config.data.load("train")
-        assert isinstance(rows, Rows)
+        rows: Rows = experiment.config.data.load("train")
         whitening = rows.whitening
         metadata = experiment.config.training.checkpoints(folder).metadata() or {}
         if rows.fingerprint["sha256"] != metadata["data"]["sha256"]:

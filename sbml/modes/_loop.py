@@ -17,7 +17,7 @@ import jax
 import numpy as np
 from absl import logging
 
-from sbml.data import ImageSet, prefetch, train_batches
+from sbml.data import Examples, prefetch, train_batches
 from sbml.experiment import compatibility
 from sbml.experiment.training import Loop
 from sbml.platform import compiler_options, platform
@@ -63,7 +63,7 @@ class Task:
 
     name: Name
     training: Loop
-    images: ImageSet
+    images: Examples
     seed: int
     init: Callable[[], TrainState]
     update: Update

@@ -74,15 +74,18 @@ def run(experiment: Experiment, workdir: Workdir) -> None:
     """Train, choose a checkpoint, evaluate, and write ``table.json`` (the numbers), ``table.npz``
     (log p of each test row under each model, and samples) and ``report.html``."""
     section, start = experiment.config.data, time.perf_counter()
-    rows, validation, test = (section.load(split) for split in ("train", data.VALIDATION, "test"))
-    assert isinstance(test, Rows)
-    config = experiment.config.replace(data=section.replace(shape=test.shape))
-    experiment = Experiment(config)
+    rows: Rows = section.load("train")
+    validation: Rows = section.load(data.VALIDATION)
+    test: Rows = section.load("test")
+    # The network takes a row as an image with one pixel in each line.
+    shape = len(test.columns), 1, 1
+    experiment = Experiment(experiment.config.replace(data=section.replace(shape=shape)))
+    config = experiment.config
     with jax.default_matmul_precision(config.eval.precision):
         loop.run(_task(experiment, rows), config.training.checkpoints(workdir))
         some = data.spread(len(validation), CHOICE)  # The first rows may all be alike.
-        curve, step, density = _chosen(experiment, workdir, validation.images[some])
-        baselines = densities.fit(*(s.images.astype(np.float64) for s in (rows, validation)))
+        curve, step, density = _chosen(experiment, workdir, validation.array[some])
+        baselines = densities.fit(*(s.array.astype(np.float64) for s in (rows, validation)))
         name = f"log p of {len(test)} standardized rows"
         of_rows = dataclasses.replace(density, transform=test.whitening)
         found = of_rows.logp(test.values, progress=name)
@@ -143,7 +146,7 @@ def run(experiment: Experiment, workdir: Workdir) -> None:
     print(f"in {time.perf_counter() - start:.0f} s")
 
 
-def _task(experiment: Experiment, rows: data.ImageSet) -> loop.Task:
+def _task(experiment: Experiment, rows: Rows) -> loop.Task:
     config = experiment.config
 
     def check(metadata: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""Inception-v3 with random weights, compared with torchvision and pytorch-fid; the other extractor.
+"""Inception-v3 with random weights, compared with pytorch-fid; the other extractor.
 
 The outputs of PyTorch are stored in a file, which ``data/make_inception.py`` writes.
 """
@@ -37,14 +37,12 @@ def weights(of: str) -> dict[str, np.ndarray]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("of", ["torchvision", "pytorch_fid"])
-def test_features_and_probabilities_are_pytorchs(of: str) -> None:
-    params = inception.from_state_dict(weights(of))
-    model = inception.Model(len(params["fc"]["bias"]), fid=of == "pytorch_fid")
-    features, probabilities = inception.look(params, IMAGES, model)
+def test_features_and_probabilities_are_pytorchs() -> None:
+    params = inception.from_state_dict(weights("pytorch_fid"))
+    features, probabilities = inception.look(params, IMAGES, inception.Model())
     assert np.abs(features).max() > 1
-    np.testing.assert_allclose(features, STORED[f"{of}_features"], atol=1e-4)
-    np.testing.assert_allclose(probabilities, STORED[f"{of}_probabilities"], atol=1e-6)
+    np.testing.assert_allclose(features, STORED["pytorch_fid_features"], atol=1e-4)
+    np.testing.assert_allclose(probabilities, STORED["pytorch_fid_probabilities"], atol=1e-6)
 
 
 @pytest.mark.parametrize("kind", ["zip", "legacy"])

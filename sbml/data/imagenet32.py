@@ -67,7 +67,6 @@ class Imagenet32(Source):
 
     collection = True
     reads = ("manual_dir",)
-    sets = tuple(ARCHIVES)
 
     def load(self, split: str, options: Options) -> ImageSet:
         """The images of ``split`` of the version ``options.dataset``; "test" is the validation set.

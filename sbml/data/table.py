@@ -19,7 +19,7 @@ that is a linear function of others: given these, its log p would only be that o
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from decimal import Decimal
 from functools import cached_property
@@ -114,16 +114,6 @@ class Whitening:
         a = SHRINKAGES[np.argmin(loss)]
         correlation = (1 - a) * u.T @ u / len(u) + a * np.eye(len(sd))
         return cls(links, g.mean(axis=0), sd[:, None] * np.linalg.cholesky(correlation))
-
-    @property
-    def arrays(self) -> dict[str, np.ndarray]:
-        """The fields as arrays, for a file."""
-        return {"links": np.array(self.links), "mean": self.mean, "factor": self.factor}
-
-    @classmethod
-    def of_arrays(cls, arrays: Mapping[str, np.ndarray]) -> "Whitening":
-        """The inverse of :attr:`arrays`."""
-        return cls(tuple(arrays["links"].tolist()), arrays["mean"], arrays["factor"])
 
     def forward(self, z: Any) -> Any:
         """The rows y of ``z (*n, d)``."""

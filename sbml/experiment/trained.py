@@ -141,7 +141,8 @@ def _of_table(experiment: Experiment, folder: Workdir) -> Density:
     """The density of the rows of a table in the units of its file."""
     if folder.has(WHITENING):
         stored = folder.read(WHITENING)
-        whitening, step = Whitening.of_arrays(stored), int(stored["step"])
+        step, links = int(stored["step"]), tuple(stored["links"].tolist())
+        whitening = Whitening(links, stored["mean"], stored["factor"])
     else:  # A run of an older version has the name of the step, and the file of the rows.
         step = int(folder.read(TABLE)["results"][0]["chosen"].split()[1])
         rows: Rows = experiment.config.data.load("train")

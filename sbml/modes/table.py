@@ -137,7 +137,7 @@ def run(experiment: Experiment, workdir: Workdir) -> None:
         }
         workdir.write("table.npz", {"row": np.array(test.ids), **logp, "samples": samples})
         workdir.write(TABLE, content)
-        workdir.write(WHITENING, {"step": step, **test.whitening.arrays})
+        workdir.write(WHITENING, {"step": step, **vars(test.whitening)})
         html = page.render(content, test.values, samples, metrics.read(workdir))
         workdir.write_bytes("report.html", html.encode())
     for result in results:

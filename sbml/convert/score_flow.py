@@ -21,7 +21,6 @@ All were trained on pixels scaled as k / 255. The checkpoint does not say which 
 
 import dataclasses
 import math
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -45,25 +44,6 @@ CODE = "Song et al.'s (optimizer, params_ema)"
 DEQUANTIZER = "flowpp_dequantizer/checkpoints"
 
 
-class Convention(NamedTuple):
-    """How their code computes a score from a network.
-
-    Attributes:
-      parameterizations: possible values of ``config.score.parameterization``. The parameters do not
-        show which one it is: it is the config's value if that is among them, else the first.
-      label: the value of ``config.score.label``.
-      fourier: the embedding type of a network that embeds the label by Fourier features.
-    """
-
-    parameterizations: tuple[str, ...]
-    label: str
-    fourier: str
-
-
-_NOISE = Convention(("noise",), "time", "fourier_linear")
-# "scaled_score" is for networks whose output their code divides by sigma (model.scale_by_sigma).
-# None of their configs sets this.
-_SCORE = Convention(("score", "scaled_score"), "sigma", "fourier")
 # Several heights with attention, or numbers of heads, can fit the same shapes of parameters.
 UNTOLD = (
     *("sde.name", "training.smallest_time", "score.parameterization"),
@@ -71,7 +51,7 @@ UNTOLD = (
     *(f"model.{name}" for name in ("nonlinearity", "skip_rescale", "fir", "fir_kernel")),
     "model.attn_resolutions",
 )
-CONVENTIONS = {"vp": _NOISE, "subvp": _NOISE, "ve": _SCORE, "linear_ve": _NOISE}
+SDES = ("vp", "subvp", "ve", "linear_ve")
 
 
 def recognises(tree: Tree) -> bool:
@@ -121,24 +101,30 @@ def convert(config: Config, workdir: epath.Path, path: epath.Path, tree: Tree) -
 
 def _sections(config: Config, score: ForeignState, flow: ForeignState | None) -> dict[str, Json]:
     """The fields of the config, by section, that describe the checkpoints."""
-    if config.sde.name not in CONVENTIONS:
-        names = ", ".join(CONVENTIONS)
+    if config.sde.name not in SDES:
+        names = ", ".join(SDES)
         raise ValueError(f"config.sde.name={config.sde.name!r}: their models have one of {names}")
+    # The parameters do not show how a score is made of the network's output. "scaled_score" is for
+    # networks whose output their code divides by sigma (model.scale_by_sigma); none of their
+    # configs sets this.
+    possible: tuple[str, ...]
+    possible, label, fourier = ("noise",), "time", "fourier_linear"
+    if config.sde.name == "ve":
+        possible, label, fourier = ("score", "scaled_score"), "sigma", "fourier"
+    choice = config.score.parameterization
     # Their models were not trained on bin centres.
     eps = smallest_time(config.sde.build(), config.training, config.data, math.inf)
-    convention = CONVENTIONS[config.sde.name]
     height, channels = config.data.shape[0], config.data.shape[-1]
     with errors_of(score.path):
         options = _ncsnpp_options.read_options(score.ema_params, config.model.own, height, channels)
     _files.check_channels(score, np.shape(score.ema_params["Conv_0"]["kernel"])[2], config)
     if options["embedding_type"] != "positional":
-        options["embedding_type"] = convention.fourier
-    choice, possible = config.score.parameterization, convention.parameterizations
+        options["embedding_type"] = fourier
     sections: dict[str, Json] = {
         "model": {"name": NETWORK, **options},
         "score": {
             "parameterization": choice if choice in possible else possible[0],
-            "label": convention.label,
+            "label": label,
         },
         "sde": dict(config.sde.replace(learned=False)),
         "training": {"smallest_time": eps},

@@ -71,6 +71,7 @@ class Examples:
 
     Attributes:
       unit: what an example is called in messages.
+      each: the fields that hold something for each example.
       name: as given to ``load``, for instance ``tfds:cifar10``.
       version: that of the source, or a hash of the files from which the images were cut.
       split: the source's name of it (the test split of ImageNet is its "validation"), and which
@@ -81,6 +82,7 @@ class Examples:
     """
 
     unit: ClassVar[str] = "example"
+    each: ClassVar[tuple[str, ...]] = ("array", "ids")
 
     name: str
     version: str
@@ -104,7 +106,7 @@ class Examples:
 
     @property
     def groups(self) -> np.ndarray:
-        """The group of each example ``(n,)``, all of which is held out together."""
+        """The group of each example ``(n,)``; a group is held out as a whole."""
         return np.arange(len(self))
 
     @cached_property
@@ -117,20 +119,14 @@ class Examples:
         digest, rows = hashlib.sha256(), max(1, (1 << 24) // self.array[0].nbytes)
         for start in range(0, len(self), rows):
             digest.update(self.array[start : start + rows].tobytes())
-        origin = {"name": self.name, "version": self.version, "split": self.split}
-        found = {**origin, "count": len(self), "shape": list(self.shape), **self._kind}
-        found["sha256"] = digest.hexdigest()
+        found: Json = {"name": self.name, "version": self.version, "split": self.split}
+        found |= {"count": len(self), "shape": list(self.shape), **self._more()}
+        found |= {"sha256": digest.hexdigest()}
         canonical = json.dumps(found, sort_keys=True).encode()
         return {**found, "id": hashlib.sha256(canonical).hexdigest()[:12]}
 
-    @property
-    def _kind(self) -> Json:
-        """What the fingerprint says of this kind of examples."""
+    def _more(self) -> Json:
         return {}
-
-    def _at(self, chosen: np.ndarray, held: bool) -> dict[str, Any]:
-        """The fields of the examples with the numbers ``chosen``, which are ``held`` out or not."""
-        return {"array": self.array[chosen], "ids": _chosen(self.ids, chosen)}
 
 
 @dataclass(frozen=True, eq=False)
@@ -147,6 +143,7 @@ class ImageSet(Examples):
     """
 
     unit: ClassVar[str] = "image"
+    each: ClassVar[tuple[str, ...]] = ("array", "ids", "scenes", "labels")
 
     levels: int = 256
     scenes: tuple[str, ...] | None = field(default=None, repr=False)
@@ -183,21 +180,8 @@ class ImageSet(Examples):
         """The scene of each image; without scenes each image is one."""
         return super().groups if self.scenes is None else np.asarray(self.scenes)
 
-    @property
-    def _kind(self) -> Json:
+    def _more(self) -> Json:
         return {"levels": self.levels}
-
-    def _at(self, chosen: np.ndarray, held: bool) -> dict[str, Any]:
-        found = super()._at(chosen, held) | {"scenes": _chosen(self.scenes, chosen)}
-        if self.scenes is not None:
-            count = f"{len(set(found['scenes']))} of {len(set(self.scenes))} scenes"
-            found["caution"] = f"{count}; {self.caution}"
-        labels = None if self.labels is None else self.labels[chosen]
-        return {**found, "labels": labels, "skipped": () if held else self.skipped}
-
-
-def _chosen(names: tuple[str, ...] | None, chosen: np.ndarray) -> tuple[str, ...] | None:
-    return None if names is None else tuple(names[i] for i in chosen)
 
 
 @dataclass(frozen=True)
@@ -260,6 +244,14 @@ def held_out(examples: Examples, size: float) -> np.ndarray:
 
 def part(examples: E, size: float, held: bool) -> E:
     """The examples that :func:`held_out` chooses, or the rest, in their order: a copy in memory."""
-    chosen = np.flatnonzero(held_out(examples, size) == held)
-    split = f"{examples.split}, {'held out' if held else 'the rest'}"
-    return replace(examples, split=split, **examples._at(chosen, held))
+    chosen, groups = np.flatnonzero(held_out(examples, size) == held), examples.groups
+    fields: dict[str, Any] = {"split": f"{examples.split}, {'held out' if held else 'the rest'}"}
+    for name in examples.each:
+        if isinstance(whole := getattr(examples, name), np.ndarray):
+            fields[name] = whole[chosen]
+        elif whole is not None:
+            fields[name] = tuple(whole[i] for i in chosen)
+    if (count := len(set(groups))) < len(groups):
+        few = f"{len(set(groups[chosen]))} of {count} scenes"
+        fields["caution"] = f"{few}; {examples.caution}"
+    return replace(examples, **fields)

@@ -151,8 +151,7 @@ def _task(experiment: Experiment, rows: Rows) -> loop.Task:
 
     def check(metadata: dict[str, Any]) -> None:
         compatibility.check_training(config, metadata)
-        before = [metadata["data"], *metadata.get("earlier_data", [])]
-        if any(each["sha256"] != rows.fingerprint["sha256"] for each in before):
+        if compatibility.earlier_data(metadata, rows):
             # The rows that are test rows now may have been training rows.
             raise OtherModelError(
                 "the checkpoint was trained on other rows, or on columns with other "

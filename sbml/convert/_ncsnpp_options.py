@@ -14,7 +14,6 @@ import contextlib
 import functools
 import itertools
 from collections.abc import Iterator
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -26,14 +25,6 @@ from sbml.types import Json, Tree
 
 BLOCKS = {"ResnetBlockBigGANpp": "biggan", "ResnetBlockDDPMpp": "ddpm"}
 SHOWN = 30  # At most so many differences are listed in an error message.
-
-
-class Encoder(NamedTuple):
-    """These three fields of ``Model``, which determine its blocks and their widths."""
-
-    nf: int
-    ch_mult: tuple[int, ...]
-    num_res_blocks: int
 
 
 def read_options(params: Tree, given: Json, height: int, channels: int = 3) -> Json:
@@ -85,8 +76,9 @@ def _blocks(params: Tree) -> tuple[str, list[Tree]]:
     return next(((kind, blocks) for kind, blocks in found.items() if blocks), ("", []))
 
 
-def _encoders(params: Tree, height: int) -> Iterator[Encoder]:
-    """Those of every U-Net whose residual blocks have the widths of the blocks in ``params``."""
+def _encoders(params: Tree, height: int) -> Iterator[Json]:
+    """``nf``, ``ch_mult`` and ``num_res_blocks`` of every U-Net whose residual blocks have the
+    widths of those in ``params``."""
     kind, modules = _blocks(params)
     widths = [np.shape(module["Conv_0"]["bias"])[-1] for module in modules]
     nf = np.shape(params["Conv_0"]["kernel"])[-1]
@@ -100,13 +92,14 @@ def _encoders(params: Tree, height: int) -> Iterator[Encoder]:
         up = [[w] * (blocks + 1 + (between and i > 0)) for i, w in enumerate(wide)]
         expected = sum(down, []) + [wide[-1]] * 2 + sum(reversed(up), [])
         if expected == widths and not any(w % nf for w in wide):
-            yield Encoder(nf, tuple(w // nf for w in wide), blocks)
+            multipliers = tuple(w // nf for w in wide)
+            yield {"nf": nf, "ch_mult": multipliers, "num_res_blocks": blocks}
 
 
-def _layers(params: Tree, given: Json, encoder: Encoder) -> Json:
+def _layers(params: Tree, given: Json, encoder: Json) -> Json:
     """The options that follow from which layers there are and how many of each kind."""
     kind, blocks = _blocks(params)
-    halvings = len(encoder.ch_mult) - 1
+    halvings = len(encoder["ch_mult"]) - 1
     # An output head is a norm and a convolution. "none" has one; "output_skip" has one for each
     # level, all of which give images; "residual" has two, one of which gives an image.
     channels, heads = params["Conv_0"]["kernel"].shape[2], len(_named(params, "GroupNorm"))
@@ -123,14 +116,14 @@ def _layers(params: Tree, given: Json, encoder: Encoder) -> Json:
         # The pyramid is first joined after the blocks of the first level and, with "biggan", the
         # block that halves the image. The next block reads image and pyramid side by side ("cat"),
         # which are twice the channels of the joined pyramid, or their sum.
-        reader = blocks[encoder.num_res_blocks + (kind == "biggan")]
+        reader = blocks[encoder["num_res_blocks"] + (kind == "biggan")]
         inputs = np.shape(reader["Conv_0"]["kernel"])[2]
         combine = "cat" if inputs == 2 * joined[0]["Conv_0"]["kernel"].shape[-1] else "sum"
     elif halvings and len(down) // halvings > with_conv:
         progressive_input = "residual"
     fourier = _named(params, "GaussianFourierProjection")
     return {
-        **encoder._asdict(),
+        **encoder,
         "conditional": "Dense_0" in params or "Dense_1" in params,
         "embedding_type": "fourier" if fourier else "positional",
         "resblock_type": kind,
@@ -142,9 +135,9 @@ def _layers(params: Tree, given: Json, encoder: Encoder) -> Json:
     }
 
 
-def _attention(params: Tree, given: Json, height: int, encoder: Encoder) -> tuple[int, ...]:
+def _attention(params: Tree, given: Json, height: int, encoder: Json) -> tuple[int, ...]:
     """The heights at which attention follows the blocks."""
-    nf, ch_mult, num_res_blocks = encoder
+    nf, ch_mult, num_res_blocks = encoder.values()
     widths = [np.shape(block["NIN_0"]["W"])[0] for block in _named(params, "AttnBlockpp")]
     # A level with attention has it after each of its encoder's blocks and once in the decoder; one
     # more attention block is in the middle.

@@ -39,7 +39,7 @@ from sbml.runtime import weights
 from sbml.runtime.state import TrainState
 from sbml.types import Json, PyTree, Tree
 
-NETWORK = "ncsnpp"
+NETWORK, KEY = "ncsnpp", "optimizer"
 CODE = "Song et al.'s (optimizer, params_ema)"
 DEQUANTIZER = "flowpp_dequantizer/checkpoints"
 
@@ -51,12 +51,14 @@ UNTOLD = (
     *(f"model.{name}" for name in ("nonlinearity", "skip_rescale", "fir", "fir_kernel")),
     "model.attn_resolutions",
 )
-SDES = ("vp", "subvp", "ve", "linear_ve")
-
-
-def recognises(tree: Tree) -> bool:
-    """Whether a file with the content ``tree`` was written by their code."""
-    return "optimizer" in tree
+# How their code computes a score from a network: the possible values of score.parameterization,
+# score.label, and the embedding type of a network with Fourier features. The parameters do not show
+# the parameterization: it is the config's if that is possible, else the first. "scaled_score" is
+# for networks whose output their code divides by sigma (model.scale_by_sigma); none of their
+# configs sets this.
+_NOISE = ("noise",), "time", "fourier_linear"
+_SCORE = ("score", "scaled_score"), "sigma", "fourier"
+CONVENTIONS = {"vp": _NOISE, "subvp": _NOISE, "ve": _SCORE, "linear_ve": _NOISE}
 
 
 def read(path: epath.Path, tree: Tree) -> ForeignState:
@@ -101,16 +103,10 @@ def convert(config: Config, workdir: epath.Path, path: epath.Path, tree: Tree) -
 
 def _sections(config: Config, score: ForeignState, flow: ForeignState | None) -> dict[str, Json]:
     """The fields of the config, by section, that describe the checkpoints."""
-    if config.sde.name not in SDES:
-        names = ", ".join(SDES)
+    if config.sde.name not in CONVENTIONS:
+        names = ", ".join(CONVENTIONS)
         raise ValueError(f"config.sde.name={config.sde.name!r}: their models have one of {names}")
-    # The parameters do not show how a score is made of the network's output. "scaled_score" is for
-    # networks whose output their code divides by sigma (model.scale_by_sigma); none of their
-    # configs sets this.
-    possible: tuple[str, ...]
-    possible, label, fourier = ("noise",), "time", "fourier_linear"
-    if config.sde.name == "ve":
-        possible, label, fourier = ("score", "scaled_score"), "sigma", "fourier"
+    possible, label, fourier = CONVENTIONS[config.sde.name]
     choice = config.score.parameterization
     # Their models were not trained on bin centres.
     eps = smallest_time(config.sde.build(), config.training, config.data, math.inf)

@@ -27,14 +27,9 @@ from sbml.networks.vdm import GROUPS
 from sbml.sdes import LinearGamma, MonotoneGamma
 from sbml.types import Json, PyTree, Tree
 
-NETWORK = "vdm"
+NETWORK, KEY = "vdm", "opt_state"
 CODE = "VDM's (opt_state, ema_params)"
 FOURIER = networks.frequencies(256)  # Their networks use these for every number of levels.
-
-
-def recognises(tree: Tree) -> bool:
-    """Whether a file of this content is theirs."""
-    return "opt_state" in tree
 
 
 def convert(config: Config, workdir: epath.Path, path: epath.Path, tree: Tree) -> None:

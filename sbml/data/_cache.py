@@ -50,13 +50,12 @@ def load_or_build(path: Path, build: Callable[[Add], Json]) -> tuple[np.ndarray,
     Returns:
       A read-only map of the array, uint8 (n, h, w, c), and the notes.
     """
-    if (found := _opened(path)) is not None:
-        return found
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(path.parent / ".lock"):
-        if (found := _opened(path)) is None:  # no other process has prepared it meanwhile
-            _write(path, build)
-            found = _opened(path)
+    if (found := _opened(path)) is None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(path.parent / ".lock"):
+            if (found := _opened(path)) is None:  # no other process has prepared it meanwhile
+                _write(path, build)
+                found = _opened(path)
     assert found is not None
     return found
 

@@ -306,7 +306,9 @@ class Experiment:
         )
 
     def restore_each(self, workdir: epath.PathLike) -> Iterator[Restored]:
-        """All undamaged checkpoints of ``workdir`` by their steps, as :meth:`restore` reads one."""
+        """The state before the first step, and all undamaged checkpoints of ``workdir`` by their
+        steps, as :meth:`restore` reads one."""
+        yield Restored(0, self.init_state(), {})
         with self.config.training.checkpoints(workdir) as checkpoints:
             yield from checkpoints.each(self._template())
 

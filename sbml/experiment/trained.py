@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import itertools
 import warnings
 from collections.abc import Iterable
 from typing import Any
@@ -153,9 +152,7 @@ def _of_table(experiment: Experiment, folder: Workdir) -> Density:
                 f"{experiment.config.data.path} has other rows than those on which {folder} was "
                 "trained, so their whitening is not known: restore the file, or train again"
             )
-    first = Restored(0, experiment.init_state(), {})
-    candidates = itertools.chain([first], experiment.restore_each(folder))
-    chosen = next((each for each in candidates if each.step == step), None)
+    chosen = next((each for each in experiment.restore_each(folder) if each.step == step), None)
     if chosen is None:
         raise ValueError(f"no undamaged checkpoint of step {step} in {folder}: train again")
     of_rows = Trained(experiment, chosen, folder).density_of_rows(len(whitening.mean))

@@ -4,8 +4,7 @@
 
 The network is the one that TensorFlow published in 2015; pytorch-fid distributes its weights as a
 PyTorch state dict. The user provides this file: nothing is downloaded. The file is checked by its
-SHA-256 and read once; its batch normalisations are folded into the convolutions, and the resulting
-arrays are cached.
+SHA-256, and its batch normalisations are folded into the convolutions.
 
 The Inception Score here is computed over all images at once, from the network's probabilities.
 Salimans et al. instead average it over ten tenths of the images and leave out the bias of the last
@@ -21,14 +20,11 @@ from typing import Any, cast
 import jax
 import jax.numpy as jnp
 import numpy as np
-from etils import epath
 from flax import linen as nn
-from flax.traverse_util import flatten_dict, unflatten_dict
+from flax.traverse_util import unflatten_dict
 
-from sbml.data import Options
 from sbml.features import Extractor
 from sbml.runtime import weights as files
-from sbml.runtime.files import intact_npz, write_npz
 from sbml.runtime.trees import differences
 from sbml.types import Array, PyTree
 
@@ -191,7 +187,7 @@ def look(params: PyTree, images: Array | np.ndarray, model: Model) -> tuple[Arra
 
 
 def extractor(*, weights: str, sha256: str, levels: int, cache: str | None) -> Extractor:
-    """The extractor of FID, KID and IS with the file ``weights``, whose conversion is cached."""
+    """The extractor of FID, KID and IS with the file ``weights``; ``cache`` is not used."""
     path = Path(weights).expanduser()
     if not path.is_file():
         raise ValueError(
@@ -206,13 +202,7 @@ def extractor(*, weights: str, sha256: str, levels: int, cache: str | None) -> E
             f"{path} has the SHA-256 {digest}, not {sha256}...: download it again, or set "
             "eval.inception_sha256 if you want to use other weights"
         )
-    folder = epath.Path(Options(cache_dir=cache or None).cache) / "features"
-    stored = intact_npz(folder / f"inception-{digest[:16]}.npz")
-    if stored is None:
-        stored = flatten_dict(from_state_dict(files.read(path, "PyTorch state dict")), sep="/")
-        folder.mkdir(parents=True, exist_ok=True)
-        write_npz(folder / f"inception-{digest[:16]}.npz", stored)
-    params: PyTree = unflatten_dict(stored, sep="/")
+    params: PyTree = from_state_dict(files.read(path, "PyTorch state dict"))
     model, params = Model(len(params["fc"]["bias"])), jax.device_put(params)
 
     def features(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -35,7 +35,7 @@ from sbml.modes import train
 from sbml.progress import over
 from sbml.report import table as page
 from sbml.runtime import metrics
-from sbml.runtime.checkpoint import OtherModelError, Restored
+from sbml.runtime.checkpoint import OtherModelError
 from sbml.runtime.workdir import TABLE, WHITENING, Workdir
 from sbml.score import LEVELS
 from sbml.streams import stream
@@ -177,7 +177,6 @@ def _chosen(
     """The mean log p of the ``validation`` rows z at each checkpoint, the step of the largest one,
     and the density at this step."""
     config = experiment.config
-    first = Restored(0, experiment.init_state(), {})
     # NumPy arrays at all steps, so that the program is compiled once. It serves the test rows too,
     # if there are more of them.
     candidates = {
@@ -186,7 +185,7 @@ def _chosen(
             batch_size=min(config.eval.batch_size, len(validation)),
             subset=config.eval.subset or len(validation),
         )
-        for each in (first, *experiment.restore_each(workdir))
+        for each in experiment.restore_each(workdir)
     }
     scores = {}
     name = f"log p of {len(validation)} validation rows"

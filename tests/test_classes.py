@@ -207,7 +207,7 @@ def test_without_training_images_of_a_class_there_is_no_classifier(trained, monk
         if split != "train":
             return images
         kept = images.labels != "9"
-        return dataclasses.replace(images, images=images.images[kept], labels=images.labels[kept])
+        return dataclasses.replace(images, array=images.images[kept], labels=images.labels[kept])
 
     before = Workdir(trained).read(EVALUATION)
     monkeypatch.setattr(build.Experiment, "images", fewer)

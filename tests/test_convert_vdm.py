@@ -231,7 +231,7 @@ def change(tree: dict[str, Any], path: str, leaf: Any) -> None:
         ("score_model/conv_in/kernel", np.zeros((3, 3, 9, 32)), "reads 9 channels.*3 or 15"),
         ("score_model/conv_out/kernel", np.zeros((3, 3, 32, 1)), "images with 1 channels"),
         ("gamma/w", None, r"gamma has \['b'\]: VDM's schedules have w, b or l1, l2, l3"),
-        ("score_model", None, r"no score_model in ema_params, which has \['gamma'\]"),
+        ("score_model", None, r"training state of VDM's code: no 'score_model' in \['ema_params'"),
     ],
 )
 def test_what_does_not_fit_is_named_before_anything_is_written(

@@ -206,7 +206,7 @@ def test_evaluated_images_that_the_training_had_give_a_warning(trained, tmp_path
     pixels, train = shared.images.images.copy(), shared.train.images
     for count in (0, 2):
         pixels[:count] = train[7]
-        images = dataclasses.replace(shared.images, images=pixels)
+        images = dataclasses.replace(shared.images, array=pixels)
         warnings = cautions(dataclasses.replace(shared, images=images), {})
         found = [w for w in warnings if "among those of the training" in w]
         assert [w.split(" are ")[0] for w in found] == [f"2 of {len(images)} images (test)"][:count]

@@ -306,7 +306,9 @@ class Experiment:
         )
 
     def restore_each(self, workdir: epath.PathLike) -> Iterator[Restored]:
-        """All undamaged checkpoints of ``workdir`` by their steps, as :meth:`restore` reads one."""
+        """The state before the first step, and all undamaged checkpoints of ``workdir`` by their
+        steps, as :meth:`restore` reads one."""
+        yield Restored(0, self.init_state(), {})
         with self.config.training.checkpoints(workdir) as checkpoints:
             yield from checkpoints.each(self._template())
 
@@ -364,16 +366,16 @@ class Experiment:
             identity["data"] = {"levels": self.adapter.levels, "values": self.adapter.data}
         return {**identity, "label_eps": self.eps}
 
-    def provenance(self, images: data.ImageSet) -> dict:
+    def provenance(self, examples: data.Examples) -> dict:
         """The origin of a checkpoint, stored as its metadata: config, training data, versions, and
         the names of the classes of a model with classes."""
-        labels = images.labels if self.adapter.classes else None
+        classes = examples.classes if self.adapter.classes else ()
         return {
             "config": self.config.plain(),
             "smallest_time": self.eps,
-            "data": images.fingerprint,
+            "data": examples.fingerprint,
             "versions": versions(),
-            **({} if labels is None else {"classes": np.unique(labels).tolist()}),
+            **({"classes": [*classes]} if classes else {}),
         }
 
 

@@ -23,7 +23,7 @@ import jax
 import numpy as np
 from absl import logging
 
-from sbml.data import ImageSet, prefetch, train_batches
+from sbml.data import Examples, prefetch, train_batches
 from sbml.evaluation import samples, validation
 from sbml.experiment import compatibility, objective
 from sbml.experiment.build import Experiment
@@ -64,7 +64,7 @@ class Learner:
     """
 
     section: Loop
-    images: ImageSet
+    images: Examples
     init: Callable[[], TrainState]
     update: Update
     provenance: dict[str, Any]
@@ -248,7 +248,7 @@ def fit(experiment: Experiment, workdir: Workdir, learner: Learner) -> None:
     preemption.leave_if_requested(f"step {done} is saved")
 
 
-def _check_batch_size(section: Loop, images: ImageSet) -> None:
+def _check_batch_size(section: Loop, images: Examples) -> None:
     """Check that a batch divides into equal parts on each device, and has no image twice."""
     devices, rows = jax.device_count(), section.rows_per_image
     name, size = section.name_of("batch_size"), section.batch_size

@@ -48,7 +48,7 @@ class NonFiniteLoss(FloatingPointError):
 
 @dataclasses.dataclass(frozen=True)
 class Learner:
-    """What is trained, and on which images.
+    """What is trained, and on which images or rows of a table.
 
     Attributes:
       section: the section of the config with the settings of the training.
@@ -58,6 +58,8 @@ class Learner:
       provenance: the origin of a checkpoint, stored as its metadata.
       check: a function of a checkpoint's metadata that raises an OtherModelError if training must
         not continue from it.
+      labels: the number of each image's class, ``(n,)``, so that a batch is a pair of images and
+        labels; None if a batch is only images.
       frozen: arrays that the loss needs and that are not trained.
       validate: a function from the state to numbers for the log; None for no validation.
       picture: a function from the state to a uint8 grid of samples; None for no pictures.
@@ -69,6 +71,7 @@ class Learner:
     update: Update
     provenance: dict[str, Any]
     check: Callable[[dict[str, Any]], None]
+    labels: np.ndarray | None = None
     frozen: Any = ()
     validate: Callable[[TrainState], dict[str, float]] | None = None
     picture: Callable[[TrainState], np.ndarray] | None = None
@@ -116,6 +119,7 @@ def run(experiment: Experiment, workdir: Workdir) -> None:
         update=objective.update(experiment),
         provenance=provenance,
         check=check_metadata,
+        labels=experiment.labels(images),
         validate=validation.validator(experiment, images, provenance, workdir)
         if config.training.validate_every
         else None,
@@ -170,7 +174,7 @@ def fit(experiment: Experiment, workdir: Workdir, learner: Learner) -> None:
             flip=experiment.config.data.flip,
             process_index=jax.process_index(),
             process_count=jax.process_count(),
-            labels=experiment.labels(images),
+            labels=learner.labels,
         )
         split = sharding.batch_sharding(mesh, axis=int(stride > 1))
 

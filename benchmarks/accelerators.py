@@ -159,7 +159,7 @@ def ode(experiment: Experiment, mesh: Mesh) -> Any:
 @program
 def bound(experiment: Experiment, mesh: Mesh) -> Any:
     """A batch of the bound with uniform dequantization, control variate and density of times."""
-    same, options = sharding.replicated(mesh), experiment.config.eval
+    same, options = sharding.replicated(mesh), experiment.config.eval.bound
     dims = math.prod(experiment.shape)
     vector = jax.ShapeDtypeStruct((dims,), jnp.float32, sharding=same)
     matrix = jax.ShapeDtypeStruct((dims, dims), jnp.float32, sharding=same)

@@ -1,29 +1,34 @@
-"""What ``config.eval`` and ``config.sampling`` share: an ODE solver and a smallest time."""
+"""The solver of an ODE: ``config.sampling.solver``, and the first fields of ``config.eval.ode``."""
 
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 from annotated_types import Ge, Le
 
-from sbml.experiment.fields import Section, section_errors
-from sbml.ode import Solver
-from sbml.sdes import SDE
+from sbml.experiment.fields import Natural, Positive, Section, among, field, section_errors
+from sbml.ode import MAX_STEPS, METHODS, Solver
 
 # Above 0.1 no step would ever be rejected. The error is measured with a tenth of the tolerance,
 # which must not be below ``ode.least_tolerance`` of float32.
 Tolerance = Annotated[float, Ge(1e-6), Le(0.1)]
+Method = Annotated[str, among(METHODS)]
 
 
 class Solving(Section):
-    """Fields to which each section gives its own defaults."""
+    """The solver of the sampler ``ode``."""
 
-    method: str
-    rtol: float
-    atol: float
-    fixed_steps: int
-    max_steps: int
-    smallest_time: float | None
+    section: ClassVar[str] = "sampling.solver"
 
-    def solver(self) -> Solver:
+    method: Method = field("dopri5", "the solver")
+    rtol: Tolerance = field(1e-3, "relative tolerance")
+    atol: Tolerance = field(1e-3, "absolute tolerance, for data in [-1, 1]")
+    fixed_steps: Natural = field(0, "number of equal steps; 0: adaptive steps")
+    max_steps: Positive = field(MAX_STEPS, "number of adaptive steps at which it gives up")
+
+    def check(self) -> None:
+        """Check that the method has an error estimate, or a fixed number of steps."""
+        self.build()
+
+    def build(self) -> Solver:
         """The ODE solver."""
         with section_errors(self.section):
             return Solver(
@@ -33,9 +38,3 @@ class Solving(Section):
                 max_steps=self.max_steps,
                 fixed_steps=self.fixed_steps or None,
             )
-
-    def eps(self, sde: SDE, otherwise: float) -> float:
-        """``smallest_time``, or ``otherwise`` if it is None, checked by ``sde.check_time``."""
-        eps = otherwise if self.smallest_time is None else self.smallest_time
-        sde.check_time(eps, self.name_of("smallest_time"))
-        return eps

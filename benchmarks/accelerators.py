@@ -168,7 +168,7 @@ def bound(experiment: Experiment, mesh: Mesh) -> Any:
     reduction = Reduction(
         GaussianControl(vector, vector, basis) if options.control else None,
         density if options.proposal_bins else None,
-        options.proposal,
+        options.proposal_name,
     )
     return _lowered(experiment, mesh, "bound", options.n_times, reduction)
 

@@ -25,7 +25,7 @@ from sbml.evaluation import samples
 from sbml.experiment import compatibility
 from sbml.experiment.build import Experiment
 from sbml.experiment.config import Config, load
-from sbml.experiment.solving import Solving
+from sbml.experiment.sampling import Solving
 from sbml.modes import quality
 from sbml.report.pictures import write_png
 from sbml.runtime.checkpoint import Restored

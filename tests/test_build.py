@@ -217,9 +217,9 @@ def test_importance_names_the_proposal_of_times() -> None:
         experiment = build.Experiment(config)
         assert type(experiment.proposal) is proposal
         assert experiment.proposal.eps == experiment.adapter.eps
-    assert experiment.config.eval.bound.proposal == "importance"
+    assert experiment.config.eval.bound.proposal_name == "importance"
     config.eval.bound.update(importance="velocity", proposal_bins=0)
-    assert build.Experiment(config).config.eval.bound.proposal == "velocity"
+    assert build.Experiment(config).config.eval.bound.proposal_name == "velocity"
     config.training.importance_sampling = False
     with pytest.raises(ValueError, match=r"training.importance=velocity with training.importance_"):
         build.Experiment(config)

@@ -72,7 +72,7 @@ class CellRun:
         experiment, config = shared.experiment, shared.experiment.config.eval
         model, draws = dequantization.model, cell.num_importance
         eps = experiment.discrete_eps if model.at_noise else experiment.eval_eps
-        reduction = Reduction(proposal=config.bound.proposal)
+        reduction = Reduction(proposal=config.bound.proposal_name)
         if cell.kind.reducible:
             reduction = shared.reduction(eps)
         method = estimator(experiment, cell, reduction)

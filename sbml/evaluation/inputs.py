@@ -91,7 +91,7 @@ class Inputs(Trained):
         images, config = self.images, self.experiment.config.eval.bound
         control = self.control
         if not (control or config.proposal_bins):
-            return Reduction(proposal=config.proposal)
+            return Reduction(proposal=config.proposal_name)
         identity = {
             **self.about,
             "eps": eps,
@@ -117,7 +117,7 @@ class Inputs(Trained):
         return Reduction(
             control and dataclasses.replace(control, **stored),
             density if config.proposal_bins else None,
-            config.proposal,
+            config.proposal_name,
         )
 
     def measurement(

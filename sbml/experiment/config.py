@@ -150,18 +150,14 @@ class _Eval(ConfigDict):
     _section = "eval"
 
     def __setitem__(self, key: str, value: Any) -> None:
-        name, given = f"{self._section}.{key}", value
         if isinstance(value, dict | ConfigDict):
-            given = ConfigDict(value)
-        else:
-            [name] = renamed.current(
-                {name: value}, self["sampler"]["name"] if "sampler" in self else ""
-            )
-        section, _, field = name.removeprefix(f"{self._section}.").rpartition(".")
-        if section:
-            self[section][field] = value
-        else:
-            super().__setitem__(key, given)
+            return super().__setitem__(key, ConfigDict(value))
+        sampler = self["sampler"]["name"] if "sampler" in self else ""
+        [name] = renamed.current({f"{self._section}.{key}": value}, sampler)
+        *sections, field = name.split(".")[1:]
+        if not sections:
+            return super().__setitem__(field, value)
+        self[sections[0]][field] = value
 
     def update(self, *others: Any, **fields: Any) -> None:
         for key, value in dict(*others, **fields).items():

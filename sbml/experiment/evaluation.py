@@ -10,10 +10,9 @@ from sbml.discrete import TAU
 from sbml.divergence import PROBES, Trace
 from sbml.estimators import ESTIMATORS, Cell
 from sbml.experiment.fields import Natural, Positive, Section, Seed, Size, among, field
-from sbml.experiment.solving import Method, Solving, Tolerance
-from sbml.experiment.training import IMPORTANCE, proposal_name
+from sbml.experiment.sampling import Method, Solving, Tolerance
+from sbml.experiment.training import Times
 from sbml.features import EXTRACTORS
-from sbml.times import DRAWS
 
 DrawCount = Annotated[int, Ge(1), Lt(2**20)]
 
@@ -62,17 +61,12 @@ class Ode(Solving):
         return Trace(kind) if kind == "exact" else Trace(kind, self.probes)
 
 
-class Bound(Section):
+class Bound(Times):
     """The bounds: the times of an image, and how often it is swept."""
 
     section: ClassVar[str] = "eval.bound"
 
     n_times: DrawCount = field(2, "number of times for an image in one sweep")
-    times: Annotated[str, among(DRAWS)] = field("lattice", "how the times are spread")
-    importance_sampling: bool = field(True, "draw times by importance; False: uniform in t")
-    importance: Annotated[str, among(IMPORTANCE)] = field(
-        "noise", "the importance of times, as training.importance"
-    )
     sweeps: Positive = field(8, "number of sweeps over all images")
     target_se: float = field(
         0.0,
@@ -95,18 +89,14 @@ class Bound(Section):
 
     def check(self) -> None:
         """Check that a learned density of times has a proposal in log-SNR."""
-        if self.proposal != "importance" and self.proposal_bins:
+        super().check()
+        if self.proposal_name != "importance" and self.proposal_bins:
             raise ValueError(
                 f"eval.bound.importance={self.importance}, eval.bound.importance_sampling="
                 f"{self.importance_sampling} with eval.bound.proposal_bins={self.proposal_bins}: "
                 "the density of the times can only be estimated over log-SNR; set "
                 "--config.eval.bound.proposal_bins=0"
             )
-
-    @property
-    def proposal(self) -> str:
-        """The name of the proposal of the times, a key of ``times.PROPOSALS``."""
-        return proposal_name(self.section, self.importance, self.importance_sampling)
 
 
 class Quality(Section):

@@ -7,31 +7,27 @@ from typing import Any, TypeVar
 from absl import logging
 from flax.traverse_util import flatten_dict
 
+from sbml.experiment.evaluation import Bound, Ode, Quality
+from sbml.experiment.sampling import Sampling, Solving
 from sbml.types import Json
 
 T = TypeVar("T")
 
-SOLVER = "method rtol atol fixed_steps max_steps"
-# The fields of ``eval`` and ``sampling`` in earlier versions, by the sections that have them now.
-_SECTIONS = {
-    "eval.ode": f"{SOLVER} trace probes subset solver_budget",
-    "eval.bound": "n_times times importance_sampling importance sweeps target_se max_sweeps "
-    "control proposal_bins level_images",
-    "eval.quality": "features inception_weights inception_sha256",
-    "sampling": "num_images batch_size seed smallest_time denoise_last frames",
-    "sampling.solver": SOLVER,
-    "sampling.sampler": "steps spacing eta",
-}
+# The fields of these sections were fields of ``eval`` and ``sampling``, with the same names.
 NEW = {
-    f"{section.partition('.')[0]}.{field}": f"{section}.{field}"
-    for section, fields in _SECTIONS.items()
-    for field in fields.split()
+    f"{section}.{field}": kind.name_of(field)
+    for section, kinds in (("eval", (Ode, Bound, Quality)), ("sampling", (Solving,)))
+    for kind in kinds
+    for field in kind.model_fields
 } | {
+    **{f"sampling.{field}": f"sampling.sampler.{field}" for field in ("steps", "spacing", "eta")},
     "sampling.sampler": "sampling.sampler.name",
     "sampling.corrector": "sampling.corrector.name",
     "sampling.corrector_steps": "sampling.corrector.steps",
     "sampling.snr": "sampling.corrector.snr",
 }
+# Values that stood for the default of the sampler, also for a sampler without the field.
+UNSET = {"sampling.steps": None, "sampling.spacing": "", "sampling.eta": 0.0}
 
 
 def current(
@@ -39,17 +35,13 @@ def current(
 ) -> dict[str, T]:
     """``values`` by the names that fields have now; a line of the log tells the new names.
 
-    A sampler of another package, called ``sampler``, had its own fields in ``sampling``. A stored
-    config without a corrector had the fields of the others all the same, which are left out.
+    A sampler of another package, called ``sampler``, had its own fields in ``sampling``.
     """
     found, changed = {}, []
-    without = values.get("sampling.corrector") == "none"
     for name, value in values.items():
         section, _, field = name.rpartition(".")
-        own = section == "sampling" and ":" in sampler
+        own = section == "sampling" and ":" in sampler and field not in Sampling.model_fields
         new = NEW.get(name, f"sampling.sampler.{field}" if own else name)
-        if without and name in ("sampling.corrector_steps", "sampling.snr"):
-            continue
         found[new] = value
         changed += [f"config.{name} is now config.{new}"] if new != name else []
     if changed:
@@ -61,4 +53,8 @@ def current(
 def stored(config: Json) -> dict[str, Any]:
     """The fields of a stored ``config``, nested mappings, by the names that they have now."""
     fields = flatten_dict(config, sep=".")
-    return current(fields, fields.get("sampling.sampler", ""), logging.INFO)
+    unused = {name for name, value in UNSET.items() if fields.get(name, value) == value}
+    if fields.get("sampling.corrector") == "none":
+        unused |= {"sampling.corrector_steps", "sampling.snr"}
+    used = {name: value for name, value in fields.items() if name not in unused}
+    return current(used, fields.get("sampling.sampler", ""), logging.INFO)

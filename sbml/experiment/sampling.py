@@ -5,8 +5,11 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar
 
+from annotated_types import Ge, Le
+
 from sbml.experiment.fields import (
     Chosen,
+    Natural,
     Positive,
     PositiveSize,
     Section,
@@ -14,12 +17,41 @@ from sbml.experiment.fields import (
     Size,
     among,
     field,
+    section_errors,
 )
-from sbml.experiment.solving import Solving
+from sbml.ode import MAX_STEPS, METHODS, Solver
 from sbml.samplers import CORRECTORS, SAMPLERS, AnnealedLangevin, ReverseDiffusion, Sampler
 from sbml.types import Json
 
-STEPS = 500  # of every sampler with a fixed number of them, unless the config has another number
+# Above 0.1 no step would ever be rejected. The error is measured with a tenth of the tolerance,
+# which must not be below ``ode.least_tolerance`` of float32.
+Tolerance = Annotated[float, Ge(1e-6), Le(0.1)]
+Method = Annotated[str, among(METHODS)]
+
+
+class Solving(Section):
+    """The solver of the sampler ``ode``."""
+
+    section: ClassVar[str] = "sampling.solver"
+
+    method: Method = field("dopri5", "the solver")
+    rtol: Tolerance = field(1e-3, "relative tolerance")
+    atol: Tolerance = field(1e-3, "absolute tolerance, for data in [-1, 1]")
+    fixed_steps: Natural = field(0, "number of equal steps; 0: adaptive steps")
+    max_steps: Positive = field(MAX_STEPS, "number of adaptive steps at which it gives up")
+
+    def check(self) -> None:
+        """Check that the method has an error estimate, or a fixed number of steps."""
+        self.build()
+
+    def build(self) -> Solver:
+        """The ODE solver."""
+        with section_errors(self.section):
+            steps: dict[str, Any] = {
+                "fixed_steps": self.fixed_steps or None,
+                "max_steps": self.max_steps,
+            }
+            return Solver(self.method, self.rtol, self.atol, **steps)
 
 
 class SamplerChoice(Chosen):
@@ -34,11 +66,10 @@ class SamplerChoice(Chosen):
 
     @classmethod
     def relevant(cls, own: Json, made: type[Section]) -> Json:
-        # In earlier versions, every sampler had these fields, whose defaults were these values.
-        unset = {"steps": "None", "spacing": ""}
-        unset |= {} if "eta" in made.model_fields else {"eta": "0.0"}
-        steps = {"steps": STEPS} if "steps" in made.model_fields else {}
-        return steps | {name: v for name, v in own.items() if str(v) != unset.get(name)}
+        steps = {"steps": 500} if "steps" in made.model_fields else {}
+        # These values have stood for the default, and on the command line they are texts.
+        default = {"steps": "None", "spacing": ""}
+        return steps | {name: v for name, v in own.items() if str(v) != default.get(name)}
 
 
 class CorrectorChoice(Chosen):
@@ -75,15 +106,12 @@ class Sampling(Section):
         """The sampler, with the corrector or the solver if its class has one."""
         sampler: Any = self.sampler.build()
         has = {field.name for field in dataclasses.fields(sampler)}
-        corrector, steps = self.corrector.name, self.solver.fixed_steps
-        for part, setting, is_set in (
-            ("corrector", f"corrector.name={corrector}", corrector != "none"),
-            ("solver", f"solver.fixed_steps={steps}", steps > 0),
-        ):
-            if is_set and part not in has:
+        for part, name, usual in (("corrector", "name", "none"), ("solver", "fixed_steps", 0)):
+            value = getattr(getattr(self, part), name)
+            if part not in has and value != usual:
                 raise ValueError(
-                    f"sampling.{setting}: the sampler {self.sampler.name} has no {part}: leave it "
-                    "out, or choose another sampler (docs/samplers.md)"
+                    f"sampling.{part}.{name}={value}: the sampler {self.sampler.name} has no "
+                    f"{part}: leave it out, or choose another sampler (docs/samplers.md)"
                 )
         parts = {"corrector": self.corrector.build(), "solver": self.solver.build()}
         return dataclasses.replace(sampler, **{name: parts[name] for name in parts if name in has})

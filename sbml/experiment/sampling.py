@@ -46,12 +46,9 @@ class Solving(Section):
 
     def build(self) -> Solver:
         """The ODE solver."""
+        tolerances, fixed = (self.rtol, self.atol), self.fixed_steps or None
         with section_errors(self.section):
-            steps: dict[str, Any] = {
-                "fixed_steps": self.fixed_steps or None,
-                "max_steps": self.max_steps,
-            }
-            return Solver(self.method, self.rtol, self.atol, **steps)
+            return Solver(self.method, *tolerances, fixed_steps=fixed, max_steps=self.max_steps)
 
 
 class SamplerChoice(Chosen):

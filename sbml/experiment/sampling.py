@@ -52,8 +52,8 @@ class Solving(Section):
 
 
 class SamplerChoice(Chosen):
-    """The sampler: its name, and the fields of its class (docs/samplers.md), such as ``steps``,
-    which is 500 by default, and ``spacing``."""
+    """The sampler: its name, and the fields of its class. These are ``steps``, 500 by default, and
+    ``spacing`` for all but ode, and ``eta`` for ddim (docs/samplers.md)."""
 
     section: ClassVar[str] = "sampling.sampler"
     parts: ClassVar[Mapping[str, Any]] = SAMPLERS
@@ -70,7 +70,8 @@ class SamplerChoice(Chosen):
 
 
 class CorrectorChoice(Chosen):
-    """The corrector after every step of a sampler: its name, and the fields of its class."""
+    """The corrector after every step of a sampler: its name, and the fields of its class, the
+    number ``steps`` of its own steps and their signal-to-noise ratio ``snr``."""
 
     section: ClassVar[str] = "sampling.corrector"
     parts: ClassVar[Mapping[str, Any]] = CORRECTORS

@@ -322,6 +322,10 @@ def test_flags_that_name_nothing_or_would_be_ignored_are_refused(
             "c = default('mlp')\n    c.training.stepz = 3\n    return c",
             ", line 4: AttributeError: ",
         ),
+        (
+            "c = default('mlp')\n    c.sampling.num_image = 3\n    return c",
+            "config.sampling has no field num_image: it has batch_size, corrector, denoise_last, ",
+        ),
         ("return {'mode': 'train'}", "get_config() returned dict; return a ConfigDict"),
         (
             "return default('foo')",

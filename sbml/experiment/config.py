@@ -155,6 +155,8 @@ class _Eval(ConfigDict):
         sampler = self["sampler"]["name"] if "sampler" in self else ""
         [name] = renamed.current({f"{self._section}.{key}": value}, sampler)
         *sections, field = name.split(".")[1:]
+        if not sections and self.is_locked and field not in self:
+            raise ValueError(unknown(self._section, field, list(self)))
         if not sections:
             return super().__setitem__(field, value)
         self[sections[0]][field] = value

@@ -141,8 +141,9 @@ def test_an_evaluation_without_flags_is_their_bound(
     chosen.data.update(path=str(tmp_path / "images"), cache_dir=str(tmp_path / "cache"))
     headline = (chosen.eval.estimators[0], chosen.eval.dequantizers[0])
     # Only the first cell of the table, without variance reduction, which would need other draws.
-    chosen.eval.update(estimators=headline[:1], dequantizers=headline[1:], sweeps=2, batch_size=4)
-    chosen.eval.update(control=False, proposal_bins=0)
+    chosen.eval.update(estimators=headline[:1], dequantizers=headline[1:], batch_size=4)
+    chosen.eval.bound.sweeps = 2
+    chosen.eval.bound.update(control=False, proposal_bins=0)
     runs.mode(evaluate.run, runs.fitted(chosen, converted), converted)
     table = read_npz(converted / "per_image.npz")
     for i in range(4):

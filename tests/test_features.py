@@ -131,7 +131,7 @@ def test_the_digits_classifier_classifies() -> None:
     np.testing.assert_allclose(probabilities.sum(axis=1), 1)
     assert not any(name.startswith(("FID", "KID", "IS")) for name in extract.names)
     assert "% right" in extract.names[0]
-    with pytest.raises(ValueError, match="eval.features=inception"):
+    with pytest.raises(ValueError, match="eval.quality.features=inception"):
         digits_classifier.extractor(weights="", sha256="", levels=256, cache=None)
     with pytest.raises(ValueError, match=r"images of shape \(28, 28, 1\)"):
         extract(np.zeros((1, 28, 28, 1), np.uint8))

@@ -62,7 +62,8 @@ def small(path: Path, **training: Any) -> ConfigDict:
     config.model.update(width=32, depth=1, dropout=0.0)
     config.training.update(batch_size=128, log_every=10, **training)
     config.optim.update(lr=3e-3, warmup=0, ema=0.9, schedule="constant")
-    config.eval.update(batch_size=32, subset=32)  # One shape is compiled.
+    config.eval.batch_size = 32  # One shape is compiled.
+    config.eval.ode.subset = 32
     config.sampling.update(num_images=50)
     return config
 

@@ -102,11 +102,11 @@ class Trained:
             shape=experiment.shape,
             levels=experiment.levels,
             eps=experiment.eval_eps if eps is None else eps,
-            trace=config.divergence(),
-            solver=dataclasses.replace(config.solver(), adjoint="reverse"),
+            trace=config.ode.divergence(),
+            solver=dataclasses.replace(config.ode.build(), adjoint="reverse"),
             batch_size=sharding.round_up(config.batch_size),
             seed=config.seed,
-            budget=config.solver_budget,
+            budget=config.ode.solver_budget,
             classes=self.classes,
         )
 
@@ -114,7 +114,7 @@ class Trained:
         """The density of the whitened rows of a table, as :meth:`density`."""
         config = self.experiment.config.eval
         # Without a setting the trace is exact, which costs little in so few dimensions.
-        trace = config.divergence() if config.trace else None
+        trace = config.ode.divergence() if config.ode.trace else None
         return dataclasses.replace(self.density(), shape=(columns,), levels=None, trace=trace)
 
 

@@ -192,15 +192,16 @@ def extractor(*, weights: str, sha256: str, levels: int, cache: str | None) -> E
     if not path.is_file():
         raise ValueError(
             f"FID, KID and IS need Inception's weights: download {FILE} from the releases of "
-            "https://github.com/mseitzer/pytorch-fid and set --config.eval.inception_weights to "
-            f"it (now {weights!r}), or use another eval.features"
+            "https://github.com/mseitzer/pytorch-fid and set "
+            f"--config.eval.quality.inception_weights to it (now {weights!r}), or use another "
+            "eval.quality.features"
         )
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     if not digest.startswith(sha256):
         raise ValueError(
             f"{path} has the SHA-256 {digest}, not {sha256}...: download it again, or set "
-            "eval.inception_sha256 if you want to use other weights"
+            "eval.quality.inception_sha256 if you want to use other weights"
         )
     params: PyTree = from_state_dict(files.read(path, "PyTorch state dict"))
     model, params = Model(len(params["fc"]["bias"])), jax.device_put(params)

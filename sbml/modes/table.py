@@ -181,7 +181,7 @@ def _chosen(
         each.step: dataclasses.replace(
             Trained(experiment, jax.device_get(each), workdir).density_of_rows(validation.shape[1]),
             batch_size=min(config.eval.batch_size, len(validation)),
-            subset=config.eval.subset or len(validation),
+            subset=config.eval.ode.subset or len(validation),
         )
         for each in experiment.restore_each(workdir)
     }
